@@ -1,0 +1,170 @@
+// Package secret keeps PINs and passphrases in memory that is locked against
+// swapping, left out of core dumps, followed by a guard page, and overwritten
+// as soon as it is no longer wanted. A Secret never prints itself.
+//
+// It promises nothing about copies that others make: whoever reads the bytes
+// must not turn them into a string or append them to a slice of their own.
+package secret
+
+import (
+	"crypto/subtle"
+	"errors"
+	"fmt"
+	"io"
+	"log/slog"
+	"runtime"
+	"sync"
+
+	"golang.org/x/sys/unix"
+)
+
+// MaxSize is the most bytes that one Secret may hold.
+const MaxSize = 1 << 20
+
+const redacted = "[secret]"
+
+// A Secret is a buffer for bytes that must not leak. It is used by one
+// goroutine at a time; only Wipe may be called at any time, and more than once,
+// provided nobody reads the bytes then.
+//
+// The nil *Secret is an empty one: every method works on it.
+type Secret struct {
+	mu     sync.Mutex
+	region []byte // the whole mapping, guard page included
+	data   []byte // what the owner sees, right before the guard page
+	n      int    // bytes in use at the start of data
+}
+
+var (
+	lockMu  sync.Mutex
+	lockErr error
+)
+
+// LockError says why the kernel refused to lock the memory of a Secret, or is
+// nil when it never has. The Secret works all the same, but may reach the swap
+// space: the program logs it once. Safe for concurrent use.
+func LockError() error {
+	lockMu.Lock()
+	defer lockMu.Unlock()
+	return lockErr
+}
+
+// New returns an empty Secret with room for size bytes. It fails when size is
+// negative or above MaxSize, or when there is no memory left to map.
+func New(size int) (*Secret, error) {
+	if size < 0 || size > MaxSize {
+		return nil, fmt.Errorf("a secret of %d bytes: the limit is %d", size, MaxSize)
+	}
+	page := unix.Getpagesize()
+	pages := max(1, (size+page-1)/page)
+	region, err := unix.Mmap(-1, 0, (pages+1)*page, unix.PROT_READ|unix.PROT_WRITE, unix.MAP_PRIVATE|unix.MAP_ANONYMOUS)
+	if err != nil {
+		return nil, fmt.Errorf("map memory for a secret: %w", err)
+	}
+	usable := region[:pages*page]
+	if err := unix.Mprotect(region[pages*page:], unix.PROT_NONE); err != nil {
+		return nil, errors.Join(fmt.Errorf("guard the memory of a secret: %w", err), unix.Munmap(region))
+	}
+	if err := unix.Mlock(usable); err != nil {
+		lockMu.Lock()
+		lockErr = fmt.Errorf("lock the memory of a secret: %w", err)
+		lockMu.Unlock()
+	}
+	// Both are hints that old kernels may not know: the secret is as usable without.
+	_ = unix.Madvise(usable, unix.MADV_DONTDUMP)
+	_ = unix.Madvise(usable, unix.MADV_WIPEONFORK)
+	return &Secret{region: region, data: usable[len(usable)-size:]}, nil
+}
+
+// From moves b into a new Secret: the bytes of b are overwritten, also when it
+// fails.
+func From(b []byte) (*Secret, error) {
+	defer Wipe(b)
+	s, err := New(len(b))
+	if err != nil {
+		return nil, err
+	}
+	s.n = copy(s.data, b)
+	return s, nil
+}
+
+// Bytes returns the bytes held. They are the Secret's own memory: not to be
+// kept, and not to be touched after Wipe.
+func (s *Secret) Bytes() []byte {
+	if s == nil {
+		return nil
+	}
+	return s.data[:s.n:s.n]
+}
+
+// Buffer returns the whole room, for reading into. SetLen says afterwards how
+// much of it counts.
+func (s *Secret) Buffer() []byte {
+	if s == nil {
+		return nil
+	}
+	return s.data
+}
+
+// SetLen makes the first n bytes of Buffer the ones held and overwrites the
+// rest. It panics when n is negative or more than the room, as a slice does.
+func (s *Secret) SetLen(n int) {
+	Wipe(s.data[n:])
+	s.n = n
+}
+
+// Len returns the number of bytes held.
+func (s *Secret) Len() int {
+	if s == nil {
+		return 0
+	}
+	return s.n
+}
+
+// Clone returns a second Secret with the same bytes.
+func (s *Secret) Clone() (*Secret, error) {
+	c, err := New(s.Len())
+	if err != nil {
+		return nil, err
+	}
+	c.n = copy(c.data, s.Bytes())
+	return c, nil
+}
+
+// Equal tells whether both hold the same bytes, in a time that depends on their
+// lengths alone.
+func (s *Secret) Equal(o *Secret) bool {
+	return subtle.ConstantTimeCompare(s.Bytes(), o.Bytes()) == 1
+}
+
+// Wipe overwrites the bytes and gives the memory back. The Secret is empty
+// afterwards.
+func (s *Secret) Wipe() {
+	if s == nil {
+		return
+	}
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	if s.region == nil {
+		return
+	}
+	Wipe(s.data)
+	// Nothing sensible is left to do should the kernel refuse: the bytes are gone.
+	_ = unix.Munmap(s.region)
+	s.region, s.data, s.n = nil, nil, 0
+}
+
+// Wipe overwrites b with zeros in a way that is not optimised away.
+func Wipe(b []byte) {
+	clear(b)
+	runtime.KeepAlive(b)
+}
+
+// Format prints a placeholder, whatever the verb.
+func (*Secret) Format(w fmt.State, _ rune) { _, _ = io.WriteString(w, redacted) }
+
+// LogValue gives log/slog a placeholder.
+func (*Secret) LogValue() slog.Value { return slog.StringValue(redacted) }
+
+// MarshalText gives every encoder a placeholder.
+func (*Secret) MarshalText() ([]byte, error) { return []byte(redacted), nil }

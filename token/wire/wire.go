@@ -1,0 +1,266 @@
+// Package wire is the language between the agent and its module processes: the
+// frames on their socket pair and the messages in them.
+//
+// A frame is
+//
+//	uint32  length of what follows
+//	byte    type
+//	uint32  id
+//	byte[]  body, a message of this package as golang.org/x/crypto/ssh marshals it
+//
+// The agent numbers its requests; the answer carries the number of its request,
+// and answers come in any order. Number 0 is for messages nobody asked for.
+// Neither side believes the other: lengths are bounded, lists are bounded, and
+// whatever does not parse ends the connection.
+//
+// Numbers of PKCS#11 (CKR, CKM, CKF, CKO, CKK) cross as they are; object and
+// session handles never do.
+package wire
+
+// Version is the version of this language. Both sides are the same binary, so a
+// difference means that the binary was replaced while the agent ran.
+const Version = 1
+
+// FD is the file descriptor number that a module process finds its socket at.
+const FD = 3
+
+const (
+	// MaxRequest bounds the body of a frame towards the module process: the
+	// largest holds the data of one signature, which reached the agent in a
+	// message of 256 KiB at most.
+	MaxRequest = 512 << 10
+	// MaxReply bounds the body of a frame from the module process: the largest
+	// lists the objects of one token.
+	MaxReply = 16 << 20
+	// MaxList bounds the elements of each list: slots, mechanisms, objects.
+	MaxList = 8192
+)
+
+// Type tells what a frame holds.
+type Type byte
+
+// The requests. Each is answered by one frame: its reply type or TypeError.
+const (
+	TypeHello   Type = 1 // Hello -> HelloReply
+	TypeSlots   Type = 2 // Slots -> SlotsReply
+	TypeObjects Type = 3 // Objects -> ObjectsReply
+	TypeToken   Type = 4 // Token -> TokenReply
+	TypeLogin   Type = 5 // Login -> TokenReply; the body may only lie in locked memory
+	TypeLogout  Type = 6 // Token -> TokenReply
+	TypeSign    Type = 7 // Sign -> SignReply; the body may only lie in locked memory when it holds a PIN
+	TypeCancel  Type = 8 // Cancel; no reply of its own
+)
+
+// The answers.
+const (
+	TypeReply Type = 64 // the reply message that belongs to the request
+	TypeError Type = 65 // Error
+	TypeEvent Type = 66 // id 0, empty body: slots or tokens have changed
+)
+
+// Hello opens the conversation: it is the first frame, and the module is loaded
+// only now.
+type Hello struct {
+	Version uint32
+	Path    string // absolute path of the module's file
+	// InitArgs is handed to C_Initialize as pReserved when not empty
+	// (x-init-reserved of p11-kit's configuration).
+	InitArgs string
+}
+
+// HelloReply describes the module, as C_GetInfo does. Texts have lost their
+// padding.
+type HelloReply struct {
+	Version      uint32
+	Manufacturer string
+	Description  string
+	Library      uint32 // library version: major<<8 | minor
+	Cryptoki     uint32 // PKCS#11 version: major<<8 | minor
+}
+
+// Slots asks for the slots and the tokens in them.
+type Slots struct {
+	// Reinitialize calls C_Finalize and C_Initialize first, for modules that
+	// notice new tokens in no other way. It is not done, and that is no error,
+	// while somebody is logged in or a request is under way.
+	Reinitialize bool
+}
+
+// SlotsReply lists the slots, those without a token too.
+type SlotsReply struct {
+	Slots []Slot
+}
+
+// A Slot is a slot and the token in it (PKCS#11 v2.40 section 4.3, CK_SLOT_INFO
+// and CK_TOKEN_INFO). Texts have lost their padding.
+type Slot struct {
+	ID           uint64
+	Description  string
+	Manufacturer string
+	Flags        uint64 // CKF of the slot
+	HasToken     bool   // the fields below are set: there is an initialised token
+	Token        TokenID
+	Info         TokenInfo
+	Mechanisms   []Mechanism
+}
+
+// TokenID names a token by what is printed on it, so to speak, wherever it is
+// plugged in.
+type TokenID struct {
+	Label        string
+	Manufacturer string
+	Model        string
+	Serial       string
+}
+
+// TokenInfo is what changes during a token's life.
+type TokenInfo struct {
+	Flags       uint64 // CKF of the token
+	MaxSessions uint64 // 0: no limit known
+	MinPIN      uint64
+	MaxPIN      uint64
+	// LoggedIn tells whether the user is logged in, as far as this process knows.
+	LoggedIn bool
+}
+
+// A Mechanism is one the token can sign with (CKF_SIGN), with its key sizes.
+type Mechanism struct {
+	Type           uint64
+	MinKey, MaxKey uint64
+}
+
+// Objects asks for the keys and certificates that are visible now.
+type Objects struct {
+	Token TokenID
+}
+
+// ObjectsReply lists them.
+type ObjectsReply struct {
+	Info    TokenInfo
+	Objects []Object
+}
+
+// An Object is a public key, a private key or an X.509 certificate. Attributes
+// that the token does not give are empty.
+type Object struct {
+	Class   uint64 // CKO_PUBLIC_KEY, CKO_PRIVATE_KEY, CKO_CERTIFICATE
+	ID      []byte
+	Label   string
+	KeyType uint64 // CKK, keys only
+
+	Modulus, Exponent []byte // RSA
+	ECParams, ECPoint []byte // EC and Edwards: as the token gives them
+	Value             []byte // certificates: DER
+
+	Sign         Tri // CKA_SIGN of a private, CKA_VERIFY of a public key
+	Private      Tri // CKA_PRIVATE
+	AlwaysAuth   Tri // CKA_ALWAYS_AUTHENTICATE
+	Trusted      Tri // CKA_TRUSTED, certificates
+	CertCategory uint64
+}
+
+// Tri is a boolean attribute that a token may keep to itself.
+type Tri uint8
+
+// The values of a Tri.
+const (
+	Unknown Tri = iota
+	False
+	True
+)
+
+// Token asks for the state of one token (fresh from C_GetTokenInfo), or to log
+// out of it.
+type Token struct {
+	Token TokenID
+}
+
+// TokenReply answers with it.
+type TokenReply struct {
+	Info TokenInfo
+}
+
+// Login logs the user in. Before the PIN goes to the token the module process
+// reads the token's identity and flags once more and refuses when it is another
+// token, when the PIN is locked, or when this is the last try and LastTry is
+// not set: a PIN is never tried on a token it was not given for.
+type Login struct {
+	Token   TokenID
+	LastTry bool
+	// Pad has the person type the PIN on the reader itself: C_Login with a null
+	// PIN, for CKF_PROTECTED_AUTHENTICATION_PATH.
+	Pad bool
+	PIN []byte `ssh:"rest"`
+}
+
+// Sign asks for one signature.
+type Sign struct {
+	Key       KeyID
+	Mechanism uint64 // CKM
+	// PSSHash, PSSMGF and PSSSalt are the parameters of CKM_RSA_PKCS_PSS and its
+	// kin (CK_RSA_PKCS_PSS_PARAMS), 0 otherwise.
+	PSSHash, PSSMGF, PSSSalt uint64
+	SignatureLen             uint32 // bytes to expect at most: known from key and mechanism
+	Data                     []byte
+	// ContextLogin has C_Login(CKU_CONTEXT_SPECIFIC) done with PIN between
+	// C_SignInit and C_Sign, for CKA_ALWAYS_AUTHENTICATE; LastTry and Pad as in
+	// Login.
+	ContextLogin bool
+	LastTry      bool
+	Pad          bool
+	PIN          []byte `ssh:"rest"`
+}
+
+// KeyID names a private key: the token it is on, its CKA_ID, and its public
+// half, which decides when several keys have the same ID.
+type KeyID struct {
+	Token   TokenID
+	ID      []byte
+	Label   string
+	KeyType uint64 // CKK
+	Modulus []byte // RSA
+	ECPoint []byte // EC and Edwards: the point itself, without an OCTET STRING around it
+}
+
+// SignReply holds the signature as the token gave it: RSA as it is, ECDSA as r
+// and s side by side, EdDSA as it is.
+type SignReply struct {
+	Signature []byte
+}
+
+// Cancel says that nobody waits for the request with this number any more. One
+// that has not reached the module yet is dropped (its answer is an Error with
+// CKRFunctionCanceled); one that has goes on.
+type Cancel struct {
+	Request uint32
+}
+
+// Error says that a request failed. It is an error to be returned by both
+// sides.
+type Error struct {
+	Function string // what was called: "C_Login", or empty when it did not come to that
+	RV       uint64 // what it returned (CKR), or 0
+	Reason   Reason
+	Text     string // for a person; no secret, no handle
+	// Info holds the token's state after a failed login, as far as it could be
+	// read (HasInfo).
+	HasInfo bool
+	Info    TokenInfo
+}
+
+// Reason is why the module process itself refused.
+type Reason uint32
+
+// The reasons.
+const (
+	ReasonModule      Reason = 0 // the module said no: see RV
+	ReasonLoad        Reason = 1 // the file cannot be loaded
+	ReasonNoToken     Reason = 2 // no such token is present
+	ReasonOtherToken  Reason = 3 // another token is in that slot by now
+	ReasonNoKey       Reason = 4 // no such private key is visible
+	ReasonPINLocked   Reason = 5 // the token's PIN is locked: it was not tried
+	ReasonLastTry     Reason = 6 // one try is left and LastTry was not set: it was not tried
+	ReasonProtocol    Reason = 7 // the request makes no sense
+	ReasonAmbiguous   Reason = 8 // two private keys fit
+	ReasonUnsupported Reason = 9 // this module process does not do that
+)
