@@ -1,0 +1,251 @@
+package pkcs11uri
+
+import (
+	"strconv"
+	"strings"
+)
+
+// An attribute is one that RFC 7512 defines.
+type attribute struct {
+	name  string
+	query bool
+	// parse sets the field from the value as it is in the text. Its errors are
+	// those of the readers of values.
+	parse func(u *URI, raw []byte) error
+	// print returns the value as it is in the text, and whether there is one.
+	// full tells Canonical from String.
+	print func(u *URI, full bool) (string, bool)
+}
+
+// attributes are those of RFC 7512 section 2.3, in the order in which they are
+// written.
+var attributes = []attribute{
+	text("token", func(u *URI) **string { return &u.Token }),
+	text("manufacturer", func(u *URI) **string { return &u.Manufacturer }),
+	text("serial", func(u *URI) **string { return &u.Serial }),
+	text("model", func(u *URI) **string { return &u.Model }),
+	text("library-manufacturer", func(u *URI) **string { return &u.LibraryManufacturer }),
+	{
+		name: "library-version",
+		parse: func(u *URI, raw []byte) (err error) {
+			u.LibraryVersion, err = parseVersion(raw)
+			return err
+		},
+		print: func(u *URI, _ bool) (string, bool) {
+			if u.LibraryVersion == nil {
+				return "", false
+			}
+			return u.LibraryVersion.String(), true
+		},
+	},
+	text("library-description", func(u *URI) **string { return &u.LibraryDescription }),
+	text("object", func(u *URI) **string { return &u.Object }),
+	{
+		name: "type",
+		parse: func(u *URI, raw []byte) (err error) {
+			u.Type, err = parseClass(raw)
+			return err
+		},
+		print: func(u *URI, _ bool) (string, bool) { return string(u.Type), u.Type != "" },
+	},
+	{
+		name: "id",
+		parse: func(u *URI, raw []byte) (err error) {
+			u.ID, err = decodeValue(raw, false)
+			return err
+		},
+		print: func(u *URI, _ bool) (string, bool) {
+			// Section 2.3: encoded as a whole, since it is not text.
+			return escape(string(u.ID), func(byte) bool { return false }), u.ID != nil
+		},
+	},
+	{
+		name: "slot-id",
+		parse: func(u *URI, raw []byte) (err error) {
+			u.SlotID, err = parseSlotID(raw)
+			return err
+		},
+		print: func(u *URI, _ bool) (string, bool) {
+			if u.SlotID == nil {
+				return "", false
+			}
+			return strconv.FormatUint(*u.SlotID, 10), true
+		},
+	},
+	text("slot-manufacturer", func(u *URI) **string { return &u.SlotManufacturer }),
+	text("slot-description", func(u *URI) **string { return &u.SlotDescription }),
+
+	{
+		name:  "pin-source",
+		query: true,
+		parse: func(u *URI, raw []byte) (err error) {
+			u.PINSource, err = parsePINSource(raw)
+			return err
+		},
+		print: func(u *URI, full bool) (string, bool) {
+			switch {
+			case u.PINSource == nil:
+				return "", false
+			case full:
+				return escapeQuery(u.PINSource.text()), true
+			default:
+				return u.PINSource.String(), true
+			}
+		},
+	},
+	{
+		name:  pinValue,
+		query: true,
+		parse: func(u *URI, raw []byte) (err error) {
+			u.pin, err = parsePIN(raw)
+			return err
+		},
+		print: func(*URI, bool) (string, bool) { return "", false },
+	},
+	{
+		name:  "module-name",
+		query: true,
+		parse: func(u *URI, raw []byte) (err error) {
+			u.ModuleName, err = decodeText(raw, true)
+			return err
+		},
+		print: func(u *URI, _ bool) (string, bool) { return printQuery(u.ModuleName) },
+	},
+	{
+		name:  "module-path",
+		query: true,
+		parse: func(u *URI, raw []byte) (err error) {
+			u.ModulePath, err = decodePath(raw)
+			return err
+		},
+		print: func(u *URI, _ bool) (string, bool) { return printQuery(u.ModulePath) },
+	},
+}
+
+// text is a path attribute whose value is text.
+func text(name string, field func(*URI) **string) attribute {
+	return attribute{
+		name: name,
+		parse: func(u *URI, raw []byte) (err error) {
+			*field(u), err = decodeText(raw, false)
+			return err
+		},
+		print: func(u *URI, _ bool) (string, bool) {
+			value := *field(u)
+			if value == nil {
+				return "", false
+			}
+			return escapePath(*value), true
+		},
+	}
+}
+
+func printQuery(value *string) (string, bool) {
+	if value == nil {
+		return "", false
+	}
+	return escapeQuery(*value), true
+}
+
+func attributeNamed(name string) *attribute {
+	for i := range attributes {
+		if attributes[i].name == name {
+			return &attributes[i]
+		}
+	}
+	return nil
+}
+
+// String returns the canonical text without what is not for everybody's eyes:
+// the pin-value is left out; of a pin-source only its kind is shown; vendor
+// attributes of the path lose their value and those of the query are left out,
+// since the one may be a mistyped PIN attribute and the other the rest of a PIN
+// whose "&" was not encoded.
+//
+// What is left out changes nothing when the text is pasted somewhere: the person
+// is asked for the PIN. A placeholder for the pin-value would be tried as the
+// PIN, at the cost of a try. That of a pin-source is refused by Parse, so that
+// it cannot be lost unnoticed.
+func (u URI) String() string { return u.format(false) }
+
+// Canonical returns the one text of this URI: attributes in a fixed order,
+// vendors' last as they came, the id percent-encoded as a whole in upper case,
+// everything else only where the grammar wants it. Two URIs are equal in the
+// sense of RFC 7512 section 2.6 when their texts are.
+//
+// It shows the pin-source and the values of vendor attributes, so it is for a
+// configuration file, not for a log. It does not show the pin-value.
+func (u URI) Canonical() string { return u.format(true) }
+
+func (u *URI) format(full bool) string {
+	text := scheme + strings.Join(u.component(false, full), ";")
+	if query := u.component(true, full); len(query) > 0 {
+		text += "?" + strings.Join(query, "&")
+	}
+	return text
+}
+
+// component returns the attributes of the path or of the query.
+func (u *URI) component(query, full bool) []string {
+	var all []string
+	for _, a := range attributes {
+		if a.query == query {
+			if value, ok := a.print(u, full); ok {
+				all = append(all, a.name+"="+value)
+			}
+		}
+	}
+	switch {
+	case query && full:
+		for _, v := range u.queryVendor {
+			all = append(all, *v.name+"="+escapeQuery(*v.value))
+		}
+	case full:
+		for _, v := range u.pathVendor {
+			all = append(all, *v.name+"="+escapePath(*v.value))
+		}
+	case !query:
+		for _, v := range u.pathVendor {
+			all = append(all, *v.name+"=...")
+		}
+	}
+	return all
+}
+
+// text is what parsePINSource reads.
+func (s PINSource) text() string {
+	if s.Kind == PINCommand {
+		return commandPrefix + s.Command()
+	}
+	prefix := filePrefix
+	if strings.HasPrefix(s.Path(), "//") {
+		prefix += "//" // an empty host, or else the path would be taken for one
+	}
+	return prefix + escape(s.Path(), func(c byte) bool {
+		return isValueChar(c, false) || c == '/' || c == ';'
+	})
+}
+
+func escapePath(value string) string {
+	return escape(value, func(c byte) bool { return isValueChar(c, false) })
+}
+
+func escapeQuery(value string) string {
+	return escape(value, func(c byte) bool { return isValueChar(c, true) })
+}
+
+// escape percent-encodes every byte of value that plain does not let through.
+func escape(value string, plain func(byte) bool) string {
+	const digits = "0123456789ABCDEF"
+	var b strings.Builder
+	for i := range len(value) {
+		if c := value[i]; plain(c) {
+			b.WriteByte(c)
+		} else {
+			b.WriteByte('%')
+			b.WriteByte(digits[c>>4])
+			b.WriteByte(digits[c&15])
+		}
+	}
+	return b.String()
+}
