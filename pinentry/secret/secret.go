@@ -27,12 +27,31 @@ const redacted = "[secret]"
 // goroutine at a time; only Wipe may be called at any time, and more than once,
 // provided nobody reads the bytes then.
 //
-// The nil *Secret is an empty one: every method works on it.
+// The nil *Secret and the zero Secret are empty ones without room: every method
+// works on them.
 type Secret struct {
-	mu     sync.Mutex
+	// Format is skipped for fields that are not exported, and package fmt then
+	// follows a pointer when a verb does not suit it (%s): one pointer, not two.
+	h *handle
+}
+
+type handle struct {
+	mu sync.Mutex
+	m  *memory // nil once wiped
+}
+
+type memory struct {
 	region []byte // the whole mapping, guard page included
 	data   []byte // what the owner sees, right before the guard page
 	n      int    // bytes in use at the start of data
+}
+
+// memory is never nil: a Secret without any has one of no size.
+func (s *Secret) memory() *memory {
+	if s == nil || s.h == nil || s.h.m == nil {
+		return new(memory)
+	}
+	return s.h.m
 }
 
 var (
@@ -61,7 +80,7 @@ func New(size int) (*Secret, error) {
 	if err != nil {
 		return nil, fmt.Errorf("map memory for a secret: %w", err)
 	}
-	usable := region[:pages*page]
+	usable := region[: pages*page : pages*page]
 	if err := unix.Mprotect(region[pages*page:], unix.PROT_NONE); err != nil {
 		return nil, errors.Join(fmt.Errorf("guard the memory of a secret: %w", err), unix.Munmap(region))
 	}
@@ -73,7 +92,7 @@ func New(size int) (*Secret, error) {
 	// Both are hints that old kernels may not know: the secret is as usable without.
 	_ = unix.Madvise(usable, unix.MADV_DONTDUMP)
 	_ = unix.Madvise(usable, unix.MADV_WIPEONFORK)
-	return &Secret{region: region, data: usable[len(usable)-size:]}, nil
+	return &Secret{&handle{m: &memory{region: region, data: usable[len(usable)-size:]}}}, nil
 }
 
 // From moves b into a new Secret: the bytes of b are overwritten, also when it
@@ -84,42 +103,31 @@ func From(b []byte) (*Secret, error) {
 	if err != nil {
 		return nil, err
 	}
-	s.n = copy(s.data, b)
+	s.SetLen(copy(s.Buffer(), b))
 	return s, nil
 }
 
 // Bytes returns the bytes held. They are the Secret's own memory: not to be
 // kept, and not to be touched after Wipe.
 func (s *Secret) Bytes() []byte {
-	if s == nil {
-		return nil
-	}
-	return s.data[:s.n:s.n]
+	m := s.memory()
+	return m.data[:m.n:m.n]
 }
 
 // Buffer returns the whole room, for reading into. SetLen says afterwards how
 // much of it counts.
-func (s *Secret) Buffer() []byte {
-	if s == nil {
-		return nil
-	}
-	return s.data
-}
+func (s *Secret) Buffer() []byte { return s.memory().data }
 
 // SetLen makes the first n bytes of Buffer the ones held and overwrites the
 // rest. It panics when n is negative or more than the room, as a slice does.
 func (s *Secret) SetLen(n int) {
-	Wipe(s.data[n:])
-	s.n = n
+	m := s.memory()
+	Wipe(m.data[n:])
+	m.n = n
 }
 
 // Len returns the number of bytes held.
-func (s *Secret) Len() int {
-	if s == nil {
-		return 0
-	}
-	return s.n
-}
+func (s *Secret) Len() int { return s.memory().n }
 
 // Clone returns a second Secret with the same bytes.
 func (s *Secret) Clone() (*Secret, error) {
@@ -127,7 +135,7 @@ func (s *Secret) Clone() (*Secret, error) {
 	if err != nil {
 		return nil, err
 	}
-	c.n = copy(c.data, s.Bytes())
+	c.SetLen(copy(c.Buffer(), s.Bytes()))
 	return c, nil
 }
 
@@ -140,18 +148,18 @@ func (s *Secret) Equal(o *Secret) bool {
 // Wipe overwrites the bytes and gives the memory back. The Secret is empty
 // afterwards.
 func (s *Secret) Wipe() {
-	if s == nil {
+	if s == nil || s.h == nil {
 		return
 	}
-	s.mu.Lock()
-	defer s.mu.Unlock()
-	if s.region == nil {
+	s.h.mu.Lock()
+	defer s.h.mu.Unlock()
+	if s.h.m == nil {
 		return
 	}
-	Wipe(s.data)
+	Wipe(s.h.m.data)
 	// Nothing sensible is left to do should the kernel refuse: the bytes are gone.
-	_ = unix.Munmap(s.region)
-	s.region, s.data, s.n = nil, nil, 0
+	_ = unix.Munmap(s.h.m.region)
+	s.h.m = nil
 }
 
 // Wipe overwrites b with zeros in a way that is not optimised away.

@@ -1,0 +1,134 @@
+package pinentry
+
+import (
+	"bytes"
+	"context"
+	"errors"
+	"fmt"
+	"io"
+	"strings"
+	"unicode/utf8"
+
+	"p11-agent/pinentry/secret"
+)
+
+// maxAskpassText bounds the argument of an askpass program.
+const maxAskpassText = 2000
+
+// askpass runs an SSH_ASKPASS program for each question, as ssh-askpass(1) is
+// run by ssh-agent(1): the text is its argument, SSH_ASKPASS_PROMPT says what
+// kind of question it is, the answer is what it prints, and any exit status but
+// 0 is a cancel.
+type askpass struct {
+	file string
+	env  []string
+}
+
+// ask runs the program and reads what it prints, its final newline dropped.
+func (a *askpass) ask(ctx context.Context, prompt Prompt, kind string) (answer *secret.Secret, err error) {
+	var texts []string
+	for _, text := range []string{prompt.Title, prompt.Error, prompt.Description, prompt.Label} {
+		if text != "" {
+			texts = append(texts, text)
+		}
+	}
+	text := visible(strings.Join(texts, "\n"), true)
+	env := a.env
+	if kind != "" {
+		env = append(env[:len(env):len(env)], "SSH_ASKPASS_PROMPT="+kind)
+	}
+	// Room for a newline of two bytes, and one more for telling that there is more.
+	answer, err = secret.New(MaxPIN + 3)
+	if err != nil {
+		return nil, err
+	}
+	defer func() {
+		if err != nil {
+			answer.Wipe()
+			answer = nil
+		}
+	}()
+
+	child, err := run(a.file, []string{cutText(text)}, env, "")
+	if err != nil {
+		return nil, &cannotAskError{fmt.Errorf("SSH_ASKPASS: %w", err)}
+	}
+	defer child.close()
+	_ = child.in.Close()
+	release := child.guard(ctx)
+	n, err := io.ReadFull(child.out, answer.Buffer())
+	answer.SetLen(n)
+	tooLong := err == nil
+	if tooLong {
+		child.stop()
+	}
+	<-child.done
+	if err := release(); err != nil {
+		return nil, err
+	}
+	switch status := child.cmd.ProcessState; {
+	case tooLong:
+		return nil, fmt.Errorf("SSH_ASKPASS: %w", errTooLong)
+	case !status.Exited():
+		return nil, &cannotAskError{child.blame(fmt.Errorf("SSH_ASKPASS: %w", child.ended()))}
+	case !status.Success():
+		return nil, child.blame(ErrCancelled)
+	}
+	b := bytes.TrimSuffix(answer.Bytes(), []byte("\n"))
+	b = bytes.TrimSuffix(b, []byte("\r"))
+	answer.SetLen(len(b))
+	return answer, nil
+}
+
+func (a *askpass) pin(ctx context.Context, prompt Prompt) (*secret.Secret, error) {
+	pin, err := a.ask(ctx, prompt, "")
+	if err != nil {
+		return nil, err
+	}
+	switch {
+	case pin.Len() > MaxPIN:
+		err = errTooLong
+	case bytes.IndexByte(pin.Bytes(), '\n') >= 0:
+		err = errors.New("it printed more than one line")
+	}
+	if err != nil {
+		pin.Wipe()
+		return nil, fmt.Errorf("SSH_ASKPASS: %w", err)
+	}
+	return pin, nil
+}
+
+func (a *askpass) confirm(ctx context.Context, prompt Prompt) error {
+	answer, err := a.ask(ctx, prompt, "confirm")
+	if err != nil {
+		return err
+	}
+	defer answer.Wipe()
+	// A program that does not know SSH_ASKPASS_PROMPT has the person type
+	// something and succeeds whatever that is.
+	if answer.Len() > 0 && !bytes.EqualFold(answer.Bytes(), []byte("yes")) {
+		return ErrCancelled
+	}
+	return nil
+}
+
+func (a *askpass) message(ctx context.Context, prompt Prompt) error {
+	answer, err := a.ask(ctx, prompt, "none")
+	answer.Wipe()
+	return err
+}
+
+func (a *askpass) again(context.Context) error { return nil }
+func (a *askpass) close()                      {}
+
+// cutText shortens a text to what an askpass program gets.
+func cutText(text string) string {
+	if len(text) <= maxAskpassText {
+		return text
+	}
+	cut := maxAskpassText - len(ellipsis)
+	for !utf8.RuneStart(text[cut]) {
+		cut--
+	}
+	return text[:cut] + ellipsis
+}

@@ -1,0 +1,464 @@
+package pinentry
+
+import (
+	"bytes"
+	"context"
+	"errors"
+	"fmt"
+	"io"
+	"log/slog"
+	"strconv"
+	"strings"
+	"time"
+
+	"p11-agent/pinentry/secret"
+)
+
+// The limits of a conversation with pinentry.
+const (
+	// maxLine is the most bytes of a line, its end included (libassuan manual,
+	// "Client requests": 1000 octets). Pinentry exits on a longer one.
+	maxLine = 1000
+	// maxLines is how many lines an answer may have. Pinentry sends one for the
+	// PIN, one for the end, and a few comments and states.
+	maxLines = 200
+	// maxErrorText is how much of an error's text is kept.
+	maxErrorText = 200
+	// patience is how long pinentry may take to say what it says without a
+	// person: a program that is no pinentry at all would never say anything.
+	patience = 20 * time.Second
+)
+
+// Error codes of libgpg-error (err-codes.h).
+const (
+	codeTimeout        = 62
+	codeCanceled       = 99
+	codeNotConfirmed   = 114
+	codeLocaleProblem  = 166
+	codeFullyCanceled  = 198
+	codeWindowTooSmall = 301
+)
+
+// What a program may do wrong. None of these quotes it: it might be the PIN.
+var (
+	errMalformed = errors.New("it sent a line that makes no sense")
+	errLongLine  = fmt.Errorf("it sent a line of more than %d bytes", maxLine)
+	errEndless   = fmt.Errorf("it sent more than %d lines for an answer", maxLines)
+	errAhead     = errors.New("it answered before it was asked")
+	errInquiry   = errors.New("it asked back")
+	errData      = errors.New("it sent data that was not asked for")
+	errSilent    = fmt.Errorf("it has not spoken for %v", patience)
+	errTooLong   = fmt.Errorf("the answer has more than %d bytes", MaxPIN)
+)
+
+// A pinentryError is an ERR line.
+type pinentryError struct {
+	number uint32 // of libgpg-error: source << 24 | code
+	text   string
+}
+
+// code is the number without its source, which differs between programs.
+func (e *pinentryError) code() int { return int(e.number & 0xffff) }
+
+func (e *pinentryError) Error() string {
+	if e.text == "" {
+		return fmt.Sprintf("error %d", e.number)
+	}
+	return fmt.Sprintf("%s (error %d)", e.text, e.number)
+}
+
+// Kinds of lines a server sends (libassuan manual, "Server responses").
+type kind int
+
+const (
+	kindOK kind = iota
+	kindERR
+	kindData
+	kindStatus // and comments
+	kindInquire
+)
+
+// reply is one line of a server.
+type reply struct {
+	kind kind
+	data []byte        // kindData: decoded, in the line's own memory
+	err  pinentryError // kindERR
+}
+
+// parseReply understands a line without its end. It decodes data in place.
+func parseReply(line []byte) (reply, error) {
+	word, rest, _ := bytes.Cut(line, []byte(" "))
+	switch {
+	case bytes.Equal(word, []byte("OK")):
+		return reply{kind: kindOK}, nil
+	case bytes.Equal(word, []byte("ERR")):
+		number, text, _ := bytes.Cut(rest, []byte(" "))
+		n, ok := parseNumber(number)
+		if !ok {
+			return reply{}, errMalformed
+		}
+		text = text[:min(len(text), maxErrorText)]
+		return reply{kind: kindERR, err: pinentryError{n, visible(string(text), false)}}, nil
+	case bytes.Equal(word, []byte("D")):
+		data, err := unescape(rest)
+		return reply{kind: kindData, data: data}, err
+	case bytes.Equal(word, []byte("S")), len(line) > 0 && line[0] == '#':
+		return reply{kind: kindStatus}, nil
+	case bytes.Equal(word, []byte("INQUIRE")):
+		return reply{kind: kindInquire}, nil
+	}
+	return reply{}, errMalformed
+}
+
+// parseNumber reads a decimal number of 32 bits. (strconv would want a string,
+// and its errors quote it.)
+func parseNumber(b []byte) (uint32, bool) {
+	if len(b) == 0 || len(b) > 10 {
+		return 0, false
+	}
+	var n uint64
+	for _, c := range b {
+		if c < '0' || c > '9' {
+			return 0, false
+		}
+		n = n*10 + uint64(c-'0')
+	}
+	return uint32(n), n>>32 == 0
+}
+
+// A conn is a conversation with a pinentry process. It is used by one goroutine
+// at a time.
+type conn struct {
+	*child
+	p     *Pinentry
+	place Place
+	title string // what the process is called in errors
+	ctype string // as the process knows it
+
+	lines lineReader
+}
+
+// A lineReader cuts what pinentry sends into lines. They stay in locked memory,
+// and are overwritten once they are used.
+type lineReader struct {
+	r io.Reader
+	// buf is room for more than a line; [start:end] of it is read and not used.
+	buf        *secret.Secret
+	start, end int
+}
+
+func newLineReader(r io.Reader) (lineReader, error) {
+	buf, err := secret.New(4096)
+	return lineReader{r: r, buf: buf}, err
+}
+
+// next returns the next line without its end. It lies in the reader's memory
+// until the next call. The errors are those of r, and errLongLine.
+func (l *lineReader) next() ([]byte, error) {
+	b := l.buf.Buffer()
+	l.forget()
+	for scanned := l.start; ; {
+		if i := bytes.IndexByte(b[scanned:l.end], '\n'); i >= 0 {
+			line := b[l.start : scanned+i]
+			l.start = scanned + i + 1
+			if len(line)+1 > maxLine {
+				return nil, errLongLine
+			}
+			return bytes.TrimSuffix(line, []byte("\r")), nil
+		}
+		if l.end-l.start >= maxLine {
+			return nil, errLongLine
+		}
+		if l.start > 0 {
+			l.end = copy(b, b[l.start:l.end])
+			secret.Wipe(b[l.end:])
+			l.start = 0
+		}
+		scanned = l.end
+		n, err := l.r.Read(b[l.end:])
+		l.end += n
+		if n == 0 && err != nil {
+			return nil, err
+		}
+	}
+}
+
+// forget overwrites the lines that were used.
+func (l *lineReader) forget() { secret.Wipe(l.buf.Buffer()[:l.start]) }
+
+// ahead tells whether something was read that is not used.
+func (l *lineReader) ahead() bool { return l.start != l.end }
+
+// dial starts a pinentry and tells it about the place.
+func dial(ctx context.Context, p *Pinentry, title, file string, place Place) (asker, error) {
+	env := p.environment(place)
+	for _, v := range env {
+		if strings.ContainsRune(v, 0) {
+			return nil, &cannotAskError{fmt.Errorf("%s: the place to ask at has a zero byte in its description", title)}
+		}
+	}
+	child, err := run(file, nil, env, place.TTYName)
+	if err != nil {
+		return nil, &cannotAskError{fmt.Errorf("%s: %w", title, err)}
+	}
+	c := &conn{child: child, p: p, place: place, title: title, ctype: place.ctype()}
+	if c.lines, err = newLineReader(child.out); err == nil {
+		err = c.promptly(ctx, c.hello)
+	}
+	if err != nil {
+		c.end()
+		c.close()
+		return nil, err
+	}
+	return c, nil
+}
+
+// promptly does what needs no person within ctx, and within the time pinentry
+// has for it.
+func (c *conn) promptly(ctx context.Context, do func() error) error {
+	limited, cancel := context.WithTimeout(ctx, patience)
+	defer cancel()
+	release := c.guard(limited)
+	err := do()
+	late := release() != nil
+	switch {
+	case ctx.Err() != nil:
+		c.end()
+		return ended(ctx)
+	case late:
+		err = errSilent
+	}
+	if err != nil {
+		return &cannotAskError{c.explain(err)}
+	}
+	return nil
+}
+
+// explain ends pinentry and says why it was of no use.
+func (c *conn) explain(err error) error {
+	c.end()
+	return c.blame(fmt.Errorf("%s: %w", c.title, err))
+}
+
+// hello reads the greeting and sends the options.
+func (c *conn) hello() error {
+	if err := c.answer(nil); err != nil {
+		return err
+	}
+	grab := "grab"
+	if c.p.NoGrab {
+		grab = "no-grab"
+	}
+	for _, o := range []struct{ name, value string }{
+		{grab, ""},
+		{"ttyname", c.place.TTYName},
+		{"ttytype", c.place.TTYType},
+		{"lc-ctype", c.ctype},
+		{"lc-messages", c.place.Locale},
+		{"display", c.place.Display},
+	} {
+		if o.value == "" && o.name != grab {
+			continue
+		}
+		if err := c.option(o.name, o.value); err != nil {
+			return err
+		}
+	}
+	return nil
+}
+
+// option sets an option. That a pinentry does not know it is no error.
+func (c *conn) option(name, value string) error {
+	line := "OPTION " + name
+	if value != "" {
+		line += "=" + value
+	}
+	// Pinentry takes values as they are, so there is no way to escape a newline.
+	if len(line) < maxLine && visible(value, false) != value {
+		return fmt.Errorf("%s %q of the place to ask at does not print", name, value)
+	}
+	err := c.command(line, nil)
+	if _, ok := errors.AsType[*pinentryError](err); ok {
+		return nil
+	}
+	return err
+}
+
+// command sends a line and reads the answer, whose data goes to pin.
+func (c *conn) command(line string, pin *secret.Secret) error {
+	if len(line) >= maxLine {
+		return fmt.Errorf("a line of %d bytes is too long for it", len(line)+1)
+	}
+	c.trace("> ", line)
+	if c.lines.ahead() {
+		return errAhead // an old answer would pass for that to this question
+	}
+	if _, err := c.in.WriteString(line + "\n"); err != nil {
+		return c.ended()
+	}
+	return c.answer(pin)
+}
+
+// answer reads up to OK (nil) or ERR (*pinentryError). Data is appended to pin;
+// without one it is an error.
+func (c *conn) answer(pin *secret.Secret) error {
+	defer c.lines.forget()
+	for range maxLines {
+		line, err := c.lines.next()
+		if err != nil {
+			if err == errLongLine {
+				return err
+			}
+			return c.ended()
+		}
+		size := len(line)
+		r, err := parseReply(line)
+		if err != nil {
+			c.trace("< ", fmt.Sprintf("[%d bytes]", size))
+			return err
+		}
+		switch r.kind {
+		case kindOK:
+			c.trace("< ", "OK")
+			return nil
+		case kindERR:
+			c.trace("< ", "ERR "+r.err.Error())
+			return &r.err
+		case kindData:
+			c.trace("< ", "D [secret]")
+			if pin == nil {
+				return errData
+			}
+			n := pin.Len()
+			if n+len(r.data) > MaxPIN {
+				return errTooLong
+			}
+			copy(pin.Buffer()[n:], r.data)
+			pin.SetLen(n + len(r.data))
+		case kindStatus:
+			c.trace("< ", "[state]")
+		case kindInquire:
+			c.trace("< ", "INQUIRE")
+			return errInquiry
+		}
+	}
+	return errEndless
+}
+
+func (c *conn) trace(direction, line string) {
+	if c.p.Trace && c.p.Log != nil {
+		c.p.Log.Debug(c.name()+" "+direction+visible(line, false), slog.Int("pid", c.cmd.Process.Pid))
+	}
+}
+
+// set sends a text to be shown, cut to what fits. A text that the dialogue can
+// do without (optional) may be refused.
+func (c *conn) set(command, text string, lines, optional bool) error {
+	if text == "" {
+		return nil
+	}
+	line := appendEscaped([]byte(command+" "), visible(text, lines), maxLine-1)
+	err := c.command(string(line), nil)
+	if _, ok := errors.AsType[*pinentryError](err); ok && optional {
+		return nil
+	}
+	return err
+}
+
+// show sends a prompt and the command that shows it.
+func (c *conn) show(prompt Prompt, command string, pin *secret.Secret) error {
+	for _, s := range []struct {
+		command, text   string
+		lines, optional bool
+	}{
+		{command: "SETTITLE", text: prompt.Title, optional: true},
+		{command: "SETDESC", text: prompt.Description, lines: true},
+		{command: "SETPROMPT", text: prompt.Label},
+		{command: "SETERROR", text: prompt.Error, lines: true},
+		{command: "SETOK", text: prompt.OK, optional: true},
+		{command: "SETCANCEL", text: prompt.Cancel, optional: true},
+		{command: "SETTIMEOUT", text: strconv.FormatInt(seconds(prompt.Timeout), 10), optional: true},
+	} {
+		if err := c.set(s.command, s.text, s.lines, s.optional); err != nil {
+			return err
+		}
+	}
+	return c.command(command, pin)
+}
+
+// ask shows a prompt within ctx.
+func (c *conn) ask(ctx context.Context, prompt Prompt, command string, pin *secret.Secret) error {
+	release := c.guard(ctx)
+	err := c.show(prompt, command, pin)
+	if perr, ok := errors.AsType[*pinentryError](err); ok && perr.code() == codeLocaleProblem && c.ctype != fallbackCtype {
+		// The locale of the place is not installed here. Nothing was shown yet.
+		c.ctype = fallbackCtype
+		if err = c.command("RESET", nil); err == nil {
+			err = c.option("lc-ctype", c.ctype)
+		}
+		if err == nil {
+			err = c.show(prompt, command, pin)
+		}
+	}
+	if ctxErr := release(); ctxErr != nil {
+		return ctxErr
+	}
+	if err == nil {
+		return nil
+	}
+	if perr, ok := errors.AsType[*pinentryError](err); ok {
+		switch perr.code() {
+		case codeTimeout:
+			return ErrTimeout
+		case codeCanceled, codeFullyCanceled, codeNotConfirmed:
+			return ErrCancelled
+		}
+	}
+	err = c.explain(err)
+	if pin.Len() > 0 || errors.Is(err, errTooLong) {
+		return err // there was an answer, but not a good one
+	}
+	return &cannotAskError{err}
+}
+
+func (c *conn) pin(ctx context.Context, prompt Prompt) (*secret.Secret, error) {
+	pin, err := secret.New(MaxPIN)
+	if err != nil {
+		return nil, err
+	}
+	if err := c.ask(ctx, prompt, "GETPIN", pin); err != nil {
+		pin.Wipe()
+		return nil, err
+	}
+	return pin, nil
+}
+
+func (c *conn) confirm(ctx context.Context, prompt Prompt) error {
+	prompt.Label = ""
+	return c.ask(ctx, prompt, "CONFIRM", nil)
+}
+
+func (c *conn) message(ctx context.Context, prompt Prompt) error {
+	prompt.Label, prompt.Cancel = "", ""
+	return c.ask(ctx, prompt, "MESSAGE", nil)
+}
+
+// again has pinentry forget the last prompt, but not its options.
+func (c *conn) again(ctx context.Context) error {
+	return c.promptly(ctx, func() error { return c.command("RESET", nil) })
+}
+
+func (c *conn) close() {
+	// Pinentry leaves when told to, and at the end of its input. A pinentry that
+	// waits for the person hears neither, but then it has been stopped.
+	_ = c.in.SetWriteDeadline(time.Now().Add(grace()))
+	_, _ = c.in.WriteString("BYE\n")
+	_ = c.in.Close()
+	select {
+	case <-c.done:
+	case <-time.After(grace()):
+		c.stop()
+	}
+	c.child.close()
+	c.lines.buf.Wipe()
+}

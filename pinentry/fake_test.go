@@ -1,0 +1,343 @@
+package pinentry
+
+import (
+	"bufio"
+	"context"
+	"encoding/hex"
+	"errors"
+	"fmt"
+	"log/slog"
+	"os"
+	"os/exec"
+	"os/signal"
+	"path/filepath"
+	"runtime"
+	"slices"
+	"strconv"
+	"strings"
+	"syscall"
+	"testing"
+	"time"
+)
+
+// The fake pinentry (and askpass) is this test program, run with
+//
+//	PINENTRY_USER_DATA="p11-fake SCENARIO DIR"
+//
+// It writes what it hears to DIR, one file for each process.
+const fakeMark = "p11-fake"
+
+func TestMain(m *testing.M) {
+	if words := strings.Fields(os.Getenv("PINENTRY_USER_DATA")); len(words) == 3 && words[0] == fakeMark {
+		runFake(words[1], words[2])
+		exit(0)
+	}
+	os.Exit(m.Run())
+}
+
+// fake is what a scenario works with.
+type fake struct {
+	in   *bufio.Reader
+	log  *os.File
+	dir  string
+	asks int // how many questions there were, this one included
+}
+
+func (f *fake) say(format string, args ...any) { fmt.Printf(format, args...) }
+
+// note makes a file that the test can see.
+func (f *fake) note(name, text string) {
+	tmp := filepath.Join(f.dir, "."+name)
+	if err := errors.Join(os.WriteFile(tmp, []byte(text), 0o600), os.Rename(tmp, filepath.Join(f.dir, name))); err != nil {
+		panic(err)
+	}
+}
+
+// hang stays until it is killed, or until the test is.
+func (f *fake) hang() {
+	f.note("hanging-"+strconv.Itoa(os.Getpid()), "")
+	var b [1]byte
+	for parent := os.Getppid(); os.Getppid() == parent; {
+		if _, err := os.Stdin.Read(b[:]); err != nil {
+			time.Sleep(10 * time.Millisecond)
+		}
+	}
+}
+
+// exit leaves at once: os.Exit takes a second under the race detector.
+func exit(status int) { _, _, _ = syscall.RawSyscall(syscall.SYS_EXIT_GROUP, uintptr(status), 0, 0) }
+
+func (f *fake) ignoreTERM() { signal.Ignore(syscall.SIGTERM) }
+
+func (f *fake) die(complaint string) {
+	fmt.Fprint(os.Stderr, complaint)
+	exit(1)
+}
+
+func runFake(name, dir string) {
+	pid := strconv.Itoa(os.Getpid())
+	log, err := os.OpenFile(filepath.Join(dir, "log-"+pid), os.O_CREATE|os.O_APPEND|os.O_WRONLY, 0o600)
+	if err != nil {
+		panic(err)
+	}
+	f := &fake{in: bufio.NewReader(os.Stdin), log: log, dir: dir}
+	f.note("env-"+pid, strings.Join(os.Environ(), "\n"))
+	f.note("args-"+pid, strings.Join(os.Args[1:], "\x00"))
+	s, ok := scenarios[name]
+	if !ok {
+		panic("no scenario " + name)
+	}
+	if filepath.Base(os.Args[0]) == "askpass" {
+		s.askpass(f)
+		return
+	}
+	if s.start != nil {
+		s.start(f)
+	}
+	f.say("OK Pleased to meet you\n")
+	for {
+		line, err := f.in.ReadString('\n')
+		if err != nil {
+			return
+		}
+		if _, err := log.WriteString(line); err != nil {
+			panic(err)
+		}
+		word, rest, _ := strings.Cut(strings.TrimSuffix(line, "\n"), " ")
+		switch word {
+		case "BYE":
+			f.say("OK closing connection\n")
+			return
+		case "GETPIN", "CONFIRM", "MESSAGE":
+			f.asks++
+			if s.ask != nil {
+				s.ask(f)
+			} else {
+				f.say("OK\n")
+			}
+		default:
+			if s.other == nil || !s.other(f, word, rest) {
+				f.say("OK\n")
+			}
+		}
+	}
+}
+
+// A scenario is how a fake behaves. What is nil is answered with OK.
+type scenario struct {
+	start   func(*fake)                           // before the greeting
+	ask     func(*fake)                           // to GETPIN, CONFIRM and MESSAGE
+	other   func(f *fake, word, rest string) bool // to anything else; true when answered
+	askpass func(*fake)
+}
+
+// says is a scenario that answers questions with these lines.
+func says(lines string) scenario {
+	return scenario{ask: func(f *fake) { f.say("%s", lines) }}
+}
+
+// prints is what an askpass program does.
+func prints(out string, status int) func(*fake) {
+	return func(f *fake) {
+		f.say("%s", out)
+		exit(status)
+	}
+}
+
+// stage is a test's fake and where it writes.
+type stage struct {
+	*Pinentry
+	t     *testing.T
+	place Place
+	dir   string
+}
+
+// newStage sets a fake up, and checks at the end that nothing of it is left.
+func newStage(t *testing.T, scenario string) *stage {
+	t.Helper()
+	noLeaks(t)
+	dir := shortDir(t)
+	exe, err := os.Executable()
+	if err != nil {
+		t.Fatal(err)
+	}
+	for _, name := range []string{"pinentry", "pinentry-tty", "askpass"} {
+		if err := os.Symlink(exe, filepath.Join(dir, name)); err != nil {
+			t.Fatal(err)
+		}
+	}
+	return &stage{
+		Pinentry: &Pinentry{Program: filepath.Join(dir, "pinentry"), Path: dir, Home: "/nonexistent"},
+		t:        t,
+		place:    Place{UserData: fakeMark + " " + scenario + " " + dir},
+		dir:      dir,
+	}
+}
+
+// logs makes the stage's log and returns what was written to it.
+func (s *stage) logs(trace bool) func() string {
+	var b strings.Builder
+	s.Trace = trace
+	s.Log = slog.New(slog.NewTextHandler(&b, &slog.HandlerOptions{Level: slog.LevelDebug}))
+	return b.String
+}
+
+func (s *stage) open(ctx context.Context) *Dialogue {
+	s.t.Helper()
+	d, err := s.Open(ctx, s.place)
+	if err != nil {
+		s.t.Fatalf("open: %v", err)
+	}
+	s.t.Cleanup(func() { _ = d.Close() })
+	return d
+}
+
+// files returns the contents of the files whose names start with prefix, oldest
+// process first as a rule.
+func (s *stage) files(prefix string) []string {
+	s.t.Helper()
+	names, err := filepath.Glob(filepath.Join(s.dir, prefix+"*"))
+	if err != nil {
+		s.t.Fatal(err)
+	}
+	var all []string
+	for _, name := range names {
+		b, err := os.ReadFile(name)
+		if err != nil {
+			s.t.Fatal(err)
+		}
+		all = append(all, string(b))
+	}
+	return all
+}
+
+// heard returns the lines that the only fake has heard.
+func (s *stage) heard() []string {
+	s.t.Helper()
+	all := s.files("log-")
+	if len(all) != 1 {
+		s.t.Fatalf("%d fakes were started, not one", len(all))
+	}
+	return strings.Split(strings.TrimSuffix(all[0], "\n"), "\n")
+}
+
+// hanging waits until n fakes hang and returns their process numbers.
+func (s *stage) hanging(n int) []int {
+	s.t.Helper()
+	var pids []int
+	waitFor(s.t, "a fake that hangs", func() bool {
+		names, _ := filepath.Glob(filepath.Join(s.dir, "hanging-*"))
+		pids = nil
+		for _, name := range names {
+			pid, _ := strconv.Atoi(strings.TrimPrefix(filepath.Base(name), "hanging-"))
+			pids = append(pids, pid)
+		}
+		return len(pids) >= n
+	})
+	return pids
+}
+
+func shortDir(t *testing.T) string {
+	t.Helper()
+	dir, err := os.MkdirTemp("", "p11")
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() { _ = os.RemoveAll(dir) })
+	return dir
+}
+
+// waitFor polls for a condition that another process brings about.
+func waitFor(t *testing.T, what string, condition func() bool) {
+	t.Helper()
+	for deadline := time.Now().Add(20 * time.Second); !condition(); time.Sleep(2 * time.Millisecond) {
+		if time.Now().After(deadline) {
+			t.Fatalf("no sign of %s", what)
+		}
+	}
+}
+
+// noLeaks fails the test when it leaves a goroutine, a process or a file
+// descriptor.
+func noLeaks(t *testing.T) {
+	t.Helper()
+	// What the runtime opens once does not count.
+	_ = exec.Command("/nonexistent").Run()
+	r, w, err := os.Pipe()
+	if err != nil {
+		t.Fatal(err)
+	}
+	_ = errors.Join(r.SetDeadline(time.Time{}), r.Close(), w.Close())
+	goroutines, fds := runtime.NumGoroutine(), countFDs(t)
+	t.Cleanup(func() {
+		if left := children(t); len(left) > 0 {
+			t.Errorf("processes are left: %v", left)
+		}
+		// A goroutine that has nothing left to do may take a moment for it.
+		waitFor(t, "the end of every goroutine", func() bool {
+			if runtime.NumGoroutine() <= goroutines {
+				return true
+			}
+			runtime.Gosched()
+			return false
+		})
+		if now := countFDs(t); now > fds {
+			t.Errorf("%d file descriptors are left open", now-fds)
+		}
+	})
+}
+
+func countFDs(t *testing.T) int {
+	t.Helper()
+	fds, err := os.ReadDir("/proc/self/fd")
+	if err != nil {
+		t.Fatal(err)
+	}
+	return len(fds)
+}
+
+// children lists the child processes of this one, zombies too.
+func children(t *testing.T) []string {
+	t.Helper()
+	var found []string
+	stats, _ := filepath.Glob("/proc/[0-9]*/stat")
+	for _, stat := range stats {
+		b, err := os.ReadFile(stat)
+		if err != nil {
+			continue // gone
+		}
+		_, rest, _ := strings.Cut(string(b), ") ")
+		if fields := strings.Fields(rest); len(fields) > 1 && fields[1] == strconv.Itoa(os.Getpid()) {
+			found = append(found, string(b[:min(len(b), 60)]))
+		}
+	}
+	return found
+}
+
+// gone tells whether there is no such process any more, be it a zombie that its
+// new parent has not reaped yet.
+func gone(pid int) bool {
+	b, err := os.ReadFile(fmt.Sprintf("/proc/%d/stat", pid))
+	if err != nil {
+		return true
+	}
+	_, rest, _ := strings.Cut(string(b), ") ")
+	return strings.HasPrefix(rest, "Z")
+}
+
+// quick shortens what a program that does not leave gets for it.
+func quick(t *testing.T) {
+	t.Helper()
+	testOnlyGrace = 50 * time.Millisecond
+	t.Cleanup(func() { testOnlyGrace = 0 })
+}
+
+func unhexed(s string) string {
+	b, err := hex.DecodeString(s)
+	if err != nil {
+		panic(err)
+	}
+	return string(b)
+}
+
+func containsLine(lines []string, line string) bool { return slices.Contains(lines, line) }

@@ -1,0 +1,175 @@
+package pinentry
+
+import (
+	"bytes"
+	"io"
+	"slices"
+	"strings"
+	"testing"
+	"testing/iotest"
+	"unicode/utf8"
+)
+
+var replySeeds = []string{
+	"OK", "OK Pleased to meet you", "OKAY", "", " ", "#", "# comment", "S", "S ERROR x 1", "D", "D ", "D 1234", "D  1 ",
+	"D %25%0a%0D%zz", "D %", "D %2", "D 12%00", "ERR", "ERR ", "ERR 99", "ERR 83886179 Operation cancelled <Pinentry>",
+	"ERR 4294967295 x", "ERR 4294967296 x", "ERR -1", "ERR 1\x1b[2J", "INQUIRE QUALITY 1", "\x00\xff",
+}
+
+// FuzzReply: no line makes the parser fail, and data that is understood reads
+// the same when it is written and read again.
+func FuzzReply(f *testing.F) {
+	if len(replySeeds) < 20 {
+		f.Fatal("the seeds are gone")
+	}
+	for _, s := range replySeeds {
+		f.Add([]byte(s))
+	}
+	f.Fuzz(func(t *testing.T, line []byte) {
+		before := bytes.Clone(line)
+		r, err := parseReply(line)
+		if err != nil {
+			return
+		}
+		switch r.kind {
+		case kindData:
+			if len(r.data) > len(line) {
+				t.Fatalf("%q grew to %q", before, r.data)
+			}
+			printed := appendEscaped([]byte("D "), string(r.data), 1<<30)
+			if bytes.ContainsAny(printed, "\r\n") {
+				t.Fatalf("%q does not fit on a line", printed)
+			}
+			data := bytes.Clone(r.data)
+			again, err := parseReply(printed)
+			if err != nil || again.kind != kindData || !bytes.Equal(again.data, data) {
+				t.Fatalf("%q was %q, and then %q, %v", before, data, again.data, err)
+			}
+		case kindERR:
+			if text := r.err.Error(); text != visible(text, false) || len(text) > 10*maxErrorText {
+				t.Fatalf("%q gives the error %q", before, text)
+			}
+			if code := r.err.code(); code < 0 || code > 0xffff {
+				t.Fatalf("%q has the code %d", before, code)
+			}
+		}
+	})
+}
+
+var textSeeds = []string{
+	"", "plain", "100%", "a\r\nb\tc", "\x1b[2J", "\xff\xc3", "ü€🔑", "\u202e\u200b\u2028\U000e0001", strings.Repeat("ü%", 1000), "%0A", "\x00",
+	strings.Repeat("x", 990), strings.Repeat("x", 991), strings.Repeat("x", 992), strings.Repeat("ü", 495), strings.Repeat("%", 331),
+}
+
+// FuzzText: whatever the text, it becomes one line of valid UTF-8 that keeps to
+// the limit and reads as what was to be shown, or as the beginning of it.
+func FuzzText(f *testing.F) {
+	if len(textSeeds) < 10 {
+		f.Fatal("the seeds are gone")
+	}
+	for _, s := range textSeeds {
+		f.Add(s, true)
+		f.Add(s, false)
+	}
+	f.Fuzz(func(t *testing.T, text string, lines bool) {
+		shown := visible(text, lines)
+		if !utf8.ValidString(shown) || !lines && strings.Contains(shown, "\n") {
+			t.Fatalf("%q is shown as %q", text, shown)
+		}
+		if len(text) <= maxText && visible(shown, lines) != shown {
+			t.Fatalf("%q is shown as %q, which is not shown as it is", text, shown)
+		}
+		const command = "SETDESC "
+		line := appendEscaped([]byte(command), shown, maxLine-1)
+		if len(line) >= maxLine || !bytes.HasPrefix(line, []byte(command)) || !utf8.Valid(line) {
+			t.Fatalf("%q became %q", text, line)
+		}
+		for _, c := range line {
+			if c < 0x20 || c == 0x7f {
+				t.Fatalf("%q became %q", text, line)
+			}
+		}
+		read, err := unescape(line[len(command):])
+		if err != nil {
+			t.Fatalf("%q became %q: %v", text, line, err)
+		}
+		if got := string(read); got != shown && (!strings.HasSuffix(got, ellipsis) || !strings.HasPrefix(shown, strings.TrimSuffix(got, ellipsis))) {
+			t.Fatalf("%q is read as %q", shown, got)
+		}
+		if cut := cutText(shown); len(cut) > maxAskpassText || !utf8.ValidString(cut) {
+			t.Fatalf("%q is cut to %q", shown, cut)
+		}
+	})
+}
+
+var streamSeeds = []string{
+	"", "\n", "\n\n", "OK\n", "OK\r\nD 1\n", "no end", strings.Repeat("x", maxLine-1) + "\nOK\n", strings.Repeat("x", maxLine) + "\n",
+	strings.Repeat("x", 5000), strings.Repeat("OK\n", 3000), strings.Repeat(strings.Repeat("y", 700)+"\n", 20), "\r\n\r", "a\x00b\n",
+}
+
+// FuzzStream: lines come out the same however the stream is cut into reads, no
+// line is too long, and nothing that was read stays in the buffer.
+func FuzzStream(f *testing.F) {
+	if len(streamSeeds) < 10 {
+		f.Fatal("the seeds are gone")
+	}
+	for _, s := range streamSeeds {
+		f.Add([]byte(s))
+	}
+	f.Fuzz(func(t *testing.T, stream []byte) {
+		whole, wholeErr := readAll(t, bytes.NewReader(stream))
+		for _, r := range []io.Reader{
+			iotest.OneByteReader(bytes.NewReader(stream)),
+			iotest.HalfReader(bytes.NewReader(stream)),
+			iotest.DataErrReader(bytes.NewReader(stream)),
+		} {
+			if lines, err := readAll(t, r); err != wholeErr || !slices.Equal(lines, whole) {
+				t.Fatalf("%q, %v in pieces; %q, %v at once", lines, err, whole, wholeErr)
+			}
+		}
+		// What the standard library makes of it.
+		var want []string
+		var wantErr error = io.EOF
+		for rest := stream; ; {
+			line, more, ok := bytes.Cut(rest, []byte("\n"))
+			if len(line) >= maxLine {
+				wantErr = errLongLine
+				break
+			}
+			if !ok {
+				break
+			}
+			want = append(want, string(bytes.TrimSuffix(line, []byte("\r"))))
+			rest = more
+		}
+		if !slices.Equal(whole, want) || wholeErr != wantErr {
+			t.Fatalf("%q, %v; want %q, %v", whole, wholeErr, want, wantErr)
+		}
+	})
+}
+
+func readAll(t *testing.T, r io.Reader) ([]string, error) {
+	t.Helper()
+	l, err := newLineReader(r)
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer l.buf.Wipe()
+	var lines []string
+	for {
+		line, err := l.next()
+		if err != nil {
+			l.forget()
+			for i, b := range l.buf.Buffer() {
+				if b != 0 && (i < l.start || i >= l.end) {
+					t.Fatalf("byte %d of the buffer is used and not overwritten", i)
+				}
+			}
+			return lines, err
+		}
+		if len(line) >= maxLine {
+			t.Fatalf("a line of %d bytes", len(line))
+		}
+		lines = append(lines, string(line))
+	}
+}
