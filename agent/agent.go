@@ -11,12 +11,32 @@ import (
 	"p11-agent/pinentry/secret"
 )
 
-// A Caller is one connection to the agent. A door makes one for each connection
-// and hands it over with every request.
+// A Caller is one connection to the agent, as it is when a request is made. A
+// door hands one over with every request and never changes it afterwards: when
+// the connection is bound to a session, later requests come with a new Caller.
 type Caller struct {
-	// Number counts the connections of this process, for the log.
+	// Number counts the connections of this process, for the log. It is what
+	// the Callers of one connection have in common.
 	Number uint64
 	Peer   peer.Peer
+	// Binds are the SSH sessions that the connection was bound to, in order
+	// (session-bind@openssh.com, OpenSSH's PROTOCOL.agent section 1). Each was
+	// proved by a signature of its host key.
+	Binds []Bind
+	// BindFailed says that the connection was to be bound to a session and the
+	// proof or the order of things was wrong.
+	BindFailed bool
+	// Forwarded says that requests may come from another host: a bind was for
+	// forwarding, or one failed. A client that binds nothing (OpenSSH before
+	// 8.9) is not told from a local one.
+	Forwarded bool
+}
+
+// A Bind is one SSH session that a connection was bound to.
+type Bind struct {
+	HostKey    ssh.PublicKey // the host at the other end of the session; may be a certificate
+	SessionID  []byte        // RFC 4253 section 7.2
+	Forwarding bool          // for forwarding the agent, as opposed to logging in
 }
 
 // An Identity is a key as it is listed.

@@ -1,6 +1,21 @@
 // Package sshagent is the SSH door of the agent: it speaks the agent protocol
 // (RFC 9987, and OpenSSH's extensions of it) with clients and leaves every
 // decision to the keyring.
+//
+// It promises:
+//
+//   - Requests of one connection are answered one after the other, in the order
+//     they came; connections do not wait for each other.
+//   - The context of a request ends when its client hangs up, even while the
+//     request waits for a person or a card. A client that has only finished
+//     sending still gets its answers.
+//   - Nothing that a client sends costs more than its own connection, and memory
+//     in proportion to what it has really sent.
+//   - A PIN is moved into locked memory, and the bytes it came in are overwritten
+//     before they are used again.
+//   - What is unknown, incomplete or followed by something else is refused.
+//
+// Which keys there are, who may use them and for what is the keyring's business.
 package sshagent
 
 import (

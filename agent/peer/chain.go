@@ -1,0 +1,225 @@
+package peer
+
+import (
+	"bytes"
+	"errors"
+	"fmt"
+	"net"
+	"path/filepath"
+	"strconv"
+	"strings"
+	"unicode"
+	"unicode/utf8"
+
+	"golang.org/x/sys/unix"
+)
+
+const (
+	// maxChain bounds the links of a chain: a person reads no more.
+	maxChain = 16
+	// maxName bounds the bytes of a link's name.
+	maxName = 64
+
+	arrow = " ← "
+)
+
+// Of tells who opened conn. It makes some 30 short system calls and never waits
+// for the peer. Safe for concurrent use.
+//
+// The results are:
+//
+//   - Known, with a Chain: the process that opened the connection is alive.
+//   - Known, without: it has ended, or cannot be looked at.
+//   - not Known: the kernel tells nothing (conn is closed).
+func Of(conn *net.UnixConn) Peer {
+	raw, err := conn.SyscallConn()
+	if err != nil {
+		return Peer{}
+	}
+	var cred *unix.Ucred
+	var credErr, pidfdErr error
+	pidfd := -1
+	err = raw.Control(func(fd uintptr) {
+		if cred, credErr = unix.GetsockoptUcred(int(fd), unix.SOL_SOCKET, unix.SO_PEERCRED); credErr == nil {
+			pidfd, pidfdErr = unix.GetsockoptInt(int(fd), unix.SOL_SOCKET, unix.SO_PEERPIDFD)
+		}
+	})
+	// A socket without a peer has PID 0 and the ids -1 (socket(7)).
+	if err != nil || credErr != nil || cred.Uid == ^uint32(0) {
+		return Peer{}
+	}
+	p := Peer{Known: true, PID: int(cred.Pid), UID: int(cred.Uid), GID: int(cred.Gid)}
+	if p.PID <= 0 {
+		return p
+	}
+	if errors.Is(pidfdErr, unix.ENOPROTOOPT) { // before Linux 6.5
+		pidfd, pidfdErr = openProcess(p.PID, p.UID)
+	}
+	if pidfdErr != nil {
+		return p
+	}
+	defer unix.Close(pidfd)
+	p.Chain = chain(p.PID, pidfd)
+	return p
+}
+
+// openProcess returns a pidfd for the process with that number. It cannot tell
+// whether the number has been used again since the connection was made; it
+// refuses at least a process of somebody else.
+func openProcess(pid, uid int) (int, error) {
+	fd, err := unix.PidfdOpen(pid, 0)
+	if err != nil {
+		return -1, fmt.Errorf("open process %d: %w", pid, err)
+	}
+	// The owner of the directory is the process's effective user, or root when
+	// the process is not dumpable (proc(5)).
+	var st unix.Stat_t
+	if err := unix.Stat(procFile(pid, ""), &st); err != nil || (int(st.Uid) != uid && st.Uid != 0) {
+		_ = unix.Close(fd)
+		return -1, fmt.Errorf("process %d is not the one that connected", pid)
+	}
+	return fd, nil
+}
+
+// chain reads the process and its ancestors. The pidfd is that of the process
+// itself, so that it can be asked at the end whether it has been there all the
+// while. An ancestor has no pidfd; it is believed when its child, looked at
+// again afterwards, is the same as before (start time) and still names it as
+// parent: a process gets another parent only when its parent ends.
+func chain(pid, pidfd int) []Process {
+	stat, ok := readStat(pid)
+	if !ok {
+		return nil
+	}
+	links := []Process{{PID: pid, Name: name(pid, stat)}}
+	for len(links) < maxChain && stat.parent > 1 {
+		parent, ok := readStat(stat.parent)
+		if !ok {
+			break
+		}
+		link := Process{PID: stat.parent, Name: name(stat.parent, parent)}
+		if again, ok := readStat(pid); !ok || again.start != stat.start || again.parent != stat.parent {
+			break
+		}
+		links = append(links, link)
+		pid, stat = link.PID, parent
+	}
+	if !alive(pidfd) {
+		return nil
+	}
+	return links
+}
+
+// alive tells whether the process of a pidfd has not ended: a pidfd becomes
+// readable when it does (pidfd_open(2)).
+func alive(pidfd int) bool {
+	fds := []unix.PollFd{{Fd: int32(pidfd), Events: unix.POLLIN}}
+	for {
+		n, err := unix.Poll(fds, 0)
+		if errors.Is(err, unix.EINTR) {
+			continue
+		}
+		return err == nil && n == 0
+	}
+}
+
+// stat is what is read of /proc/PID/stat.
+type stat struct {
+	comm   []byte // the name the process gave itself, up to 15 bytes of any kind
+	parent int
+	start  uint64 // clock ticks after boot
+}
+
+func readStat(pid int) (stat, bool) {
+	fd, err := unix.Open(procFile(pid, "stat"), unix.O_RDONLY|unix.O_CLOEXEC, 0)
+	if err != nil {
+		return stat{}, false
+	}
+	defer unix.Close(fd)
+	// 52 numbers of up to 20 digits and a name fit.
+	var buf [2048]byte
+	n, err := unix.Read(fd, buf[:])
+	if err != nil {
+		return stat{}, false
+	}
+	return parseStat(buf[:n])
+}
+
+// parseStat reads the contents of /proc/PID/stat (proc_pid_stat(5)). The name
+// in the second field may hold blanks, line ends and brackets, but no bracket
+// comes after it.
+func parseStat(b []byte) (stat, bool) {
+	from, to := bytes.IndexByte(b, '('), bytes.LastIndexByte(b, ')')
+	if from < 0 || to < from {
+		return stat{}, false
+	}
+	number, parent := 2, 0
+	for field := range bytes.FieldsSeq(b[to+1:]) {
+		switch number++; number {
+		case 4:
+			n, err := strconv.ParseUint(string(field), 10, 31)
+			if err != nil {
+				return stat{}, false
+			}
+			parent = int(n)
+		case 22:
+			start, err := strconv.ParseUint(string(field), 10, 64)
+			if err != nil {
+				return stat{}, false
+			}
+			return stat{comm: bytes.Clone(b[from+1 : to]), parent: parent, start: start}, true
+		}
+	}
+	return stat{}, false
+}
+
+// name prefers the program's file, which stays what it is, to the name that a
+// process gives itself; the file of another user's process, or of one that
+// keeps its memory to itself, cannot be read.
+func name(pid int, s stat) string {
+	var buf [unix.PathMax]byte
+	n, err := unix.Readlink(procFile(pid, "exe"), buf[:])
+	if err != nil || n == 0 {
+		return printable(s.comm)
+	}
+	// A program that was replaced by an upgrade while it runs.
+	file := strings.TrimSuffix(string(buf[:n]), " (deleted)")
+	return printable([]byte(filepath.Base(file)))
+}
+
+// printable makes a name fit to be shown: at most maxName bytes of printable
+// characters. Whatever else there is becomes an escape sequence, and so does
+// what could be taken for one or for the arrow between two links.
+func printable(name []byte) string {
+	const more = "…"
+	var b strings.Builder
+	cut := 0 // where it can be cut with room for the mark
+	for len(name) > 0 && b.Len() <= maxName {
+		if b.Len() <= maxName-len(more) {
+			cut = b.Len()
+		}
+		r, size := utf8.DecodeRune(name)
+		switch {
+		case r == utf8.RuneError && size == 1:
+			fmt.Fprintf(&b, `\x%02x`, name[0])
+		case r == '\\':
+			b.WriteString(`\\`)
+		case !unicode.IsPrint(r) || r == '←':
+			b.WriteString(strings.Trim(strconv.QuoteRuneToASCII(r), "'"))
+		default:
+			b.WriteRune(r)
+		}
+		name = name[size:]
+	}
+	switch {
+	case b.Len() == 0:
+		return "?"
+	case b.Len() > maxName || len(name) > 0:
+		return b.String()[:cut] + more
+	}
+	return b.String()
+}
+
+func procFile(pid int, file string) string {
+	return "/proc/" + strconv.Itoa(pid) + "/" + file
+}

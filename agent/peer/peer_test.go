@@ -1,0 +1,511 @@
+package peer
+
+import (
+	"bufio"
+	"context"
+	"fmt"
+	"io"
+	"net"
+	"os"
+	"os/exec"
+	"path/filepath"
+	"strconv"
+	"strings"
+	"syscall"
+	"testing"
+	"unicode"
+	"unicode/utf8"
+
+	"golang.org/x/sys/unix"
+)
+
+// The test binary plays the clients: P11_PEER_ROLE says which.
+const roleVariable = "P11_PEER_ROLE"
+
+func TestMain(m *testing.M) {
+	role, ok := os.LookupEnv(roleVariable)
+	if !ok {
+		os.Exit(m.Run())
+	}
+	if err := play(strings.Fields(role)); err != nil {
+		fmt.Fprintln(os.Stderr, err)
+		os.Exit(1)
+	}
+}
+
+// play does what the role says, and ends when standard input does.
+//
+//	connect SOCKET       connect
+//	nest N SOCKET        connect from N processes further down
+//	bequeath SOCKET      connect, leave the connection to a child and exit
+//	hold                 keep what is inherited
+func play(role []string) error {
+	switch role[0] {
+	case "connect":
+		conn, err := net.Dial("unix", role[1])
+		if err != nil {
+			return err
+		}
+		defer conn.Close()
+	case "nest":
+		n, err := strconv.Atoi(role[1])
+		if err != nil {
+			return err
+		}
+		next := fmt.Sprintf("nest %d %s", n-1, role[2])
+		if n == 1 {
+			next = "connect " + role[2]
+		}
+		cmd := exec.Command(os.Args[0])
+		cmd.Env = append(os.Environ(), roleVariable+"="+next)
+		cmd.Stdin, cmd.Stderr = os.Stdin, os.Stderr
+		return cmd.Run()
+	case "bequeath":
+		conn, err := net.Dial("unix", role[1])
+		if err != nil {
+			return err
+		}
+		file, err := conn.(*net.UnixConn).File()
+		if err != nil {
+			return err
+		}
+		cmd := exec.Command(os.Args[0])
+		cmd.Env = append(os.Environ(), roleVariable+"=hold")
+		cmd.Stdin, cmd.Stderr = os.Stdin, os.Stderr
+		cmd.ExtraFiles = []*os.File{file}
+		if err := cmd.Start(); err != nil {
+			return err
+		}
+		fmt.Println("bequeathed to", cmd.Process.Pid)
+		return nil
+	case "hold":
+	default:
+		return fmt.Errorf("no such role: %q", role)
+	}
+	_, err := io.Copy(io.Discard, os.Stdin)
+	return err
+}
+
+// program puts the test binary into a directory that everybody may read, under
+// the given name.
+func program(t *testing.T, name string) string {
+	t.Helper()
+	dir := shortDir(t)
+	path := filepath.Join(dir, name)
+	self, err := os.Open("/proc/self/exe")
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer self.Close()
+	file, err := os.OpenFile(path, os.O_CREATE|os.O_WRONLY, 0o755)
+	if err != nil {
+		t.Fatal(err)
+	}
+	if _, err := io.Copy(file, self); err != nil {
+		t.Fatal(err)
+	}
+	if err := file.Close(); err != nil {
+		t.Fatal(err)
+	}
+	return path
+}
+
+// shortDir makes a directory whose files can be sockets and are within reach of
+// other users.
+func shortDir(t *testing.T) string {
+	t.Helper()
+	dir, err := os.MkdirTemp("", "p11")
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() { os.RemoveAll(dir) })
+	if err := os.Chmod(dir, 0o755); err != nil {
+		t.Fatal(err)
+	}
+	return dir
+}
+
+func listen(t *testing.T) (*net.UnixListener, string) {
+	t.Helper()
+	path := filepath.Join(shortDir(t), "s")
+	l, err := net.Listen("unix", path)
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() { l.Close() })
+	if err := os.Chmod(path, 0o666); err != nil {
+		t.Fatal(err)
+	}
+	return l.(*net.UnixListener), path
+}
+
+func accept(t *testing.T, l *net.UnixListener) *net.UnixConn {
+	t.Helper()
+	conn, err := l.AcceptUnix()
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() { conn.Close() })
+	return conn
+}
+
+// command prepares a process that ends when the test does.
+func command(t *testing.T, path, role string) *exec.Cmd {
+	t.Helper()
+	cmd := exec.Command(path)
+	// A race detector waits a second before it exits.
+	cmd.Env = append(os.Environ(), roleVariable+"="+role, "GORACE=atexit_sleep_ms=0")
+	cmd.Stderr = os.Stderr
+	stdin, err := cmd.StdinPipe()
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() { stdin.Close() })
+	return cmd
+}
+
+func start(t *testing.T, cmd *exec.Cmd) {
+	t.Helper()
+	if err := cmd.Start(); err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() {
+		if cmd.ProcessState == nil {
+			cmd.Process.Kill()
+			cmd.Wait()
+		}
+	})
+}
+
+func TestChildProcess(t *testing.T) {
+	l, path := listen(t)
+	cmd := command(t, program(t, "git-remote-ssh"), "connect "+path)
+	start(t, cmd)
+
+	p := Of(accept(t, l))
+	if !p.Known || p.PID != cmd.Process.Pid || p.UID != os.Getuid() || p.GID != os.Getgid() {
+		t.Errorf("peer %+v, want process %d of %d:%d", p, cmd.Process.Pid, os.Getuid(), os.Getgid())
+	}
+	if len(p.Chain) < 2 || p.Chain[0] != (Process{cmd.Process.Pid, "git-remote-ssh"}) || p.Chain[1].PID != os.Getpid() {
+		t.Fatalf("chain %v, want git-remote-ssh (%d) and then this process (%d)", p.Chain, cmd.Process.Pid, os.Getpid())
+	}
+	if got, want := p.String(), fmt.Sprintf("git-remote-ssh (%d) ← %s (%d)", p.PID, p.Chain[1].Name, os.Getpid()); !strings.HasPrefix(got, want) {
+		t.Errorf("shown as %q, want it to start with %q", got, want)
+	}
+	for _, link := range p.Chain {
+		if link.PID <= 1 {
+			t.Errorf("chain %v goes up to process %d", p.Chain, link.PID)
+		}
+	}
+}
+
+func TestLongChainIsCut(t *testing.T) {
+	l, path := listen(t)
+	start(t, command(t, program(t, "deep"), fmt.Sprintf("nest %d %s", maxChain+2, path)))
+	p := Of(accept(t, l))
+	if len(p.Chain) != maxChain {
+		t.Fatalf("%d links, want %d: %v", len(p.Chain), maxChain, p)
+	}
+	seen := make(map[int]bool)
+	for _, link := range p.Chain {
+		if link.Name != "deep" || seen[link.PID] {
+			t.Errorf("link %v in %v", link, p)
+		}
+		seen[link.PID] = true
+	}
+}
+
+// The process that connected has ended and another one uses the connection: its
+// number may be anybody's by now.
+func TestInheritedConnection(t *testing.T) {
+	for _, test := range []struct {
+		name   string
+		reaped bool
+	}{
+		{"the process is gone", true},
+		{"the process is a zombie", false},
+	} {
+		t.Run(test.name, func(t *testing.T) {
+			l, path := listen(t)
+			cmd := command(t, program(t, "ephemeral"), "bequeath "+path)
+			out, err := cmd.StdoutPipe()
+			if err != nil {
+				t.Fatal(err)
+			}
+			start(t, cmd)
+			if _, err := bufio.NewReader(out).ReadString('\n'); err != nil {
+				t.Fatal(err)
+			}
+			// WNOWAIT leaves it a zombie.
+			if err := unix.Waitid(unix.P_PID, cmd.Process.Pid, nil, unix.WEXITED|unix.WNOWAIT, nil); err != nil {
+				t.Fatal(err)
+			}
+			if test.reaped {
+				if err := cmd.Wait(); err != nil {
+					t.Fatal(err)
+				}
+			}
+			p := Of(accept(t, l))
+			if !p.Known || p.PID != cmd.Process.Pid || p.UID != os.Getuid() {
+				t.Errorf("peer %+v, want the credentials of process %d", p, cmd.Process.Pid)
+			}
+			if len(p.Chain) > 0 {
+				t.Errorf("chain %v of a process that has ended", p.Chain)
+			}
+			if got, want := p.String(), fmt.Sprintf("process %d", cmd.Process.Pid); got != want {
+				t.Errorf("shown as %q, want %q", got, want)
+			}
+		})
+	}
+}
+
+func TestOtherUser(t *testing.T) {
+	const nobody = 65534
+	if os.Getuid() != 0 {
+		missing(t, "root, to start a process of another user")
+	}
+	l, path := listen(t)
+	cmd := command(t, program(t, "stranger"), "connect "+path)
+	cmd.SysProcAttr = &syscall.SysProcAttr{Credential: &syscall.Credential{Uid: nobody, Gid: nobody}}
+	start(t, cmd)
+	p := Of(accept(t, l))
+	if !p.Known || p.UID != nobody || p.GID != nobody || p.PID != cmd.Process.Pid {
+		t.Errorf("peer %+v, want process %d of %d:%d", p, cmd.Process.Pid, nobody, nobody)
+	}
+	if len(p.Chain) == 0 || p.Chain[0].Name != "stranger" {
+		t.Errorf("chain %v, want stranger first", p.Chain)
+	}
+}
+
+// missing ends a test that cannot run here, and fails it where everything it
+// needs is promised.
+func missing(t *testing.T, what string) {
+	t.Helper()
+	if os.Getenv("CI") == "true" {
+		t.Fatalf("this needs %s, which CI has to provide", what)
+	}
+	t.Skipf("this needs %s", what)
+}
+
+// Kernels before 6.5 do not hand out the peer's pidfd.
+func TestWithoutPeerPidfd(t *testing.T) {
+	cmd := command(t, program(t, "old-kernel"), "hold")
+	start(t, cmd)
+	fd, err := openProcess(cmd.Process.Pid, os.Getuid())
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer unix.Close(fd)
+	links := chain(cmd.Process.Pid, fd)
+	if len(links) < 2 || links[0].PID != cmd.Process.Pid || links[1].PID != os.Getpid() {
+		t.Errorf("chain %v, want %d and then %d", links, cmd.Process.Pid, os.Getpid())
+	}
+	if os.Getuid() != 0 { // root's processes pass for others that cannot be dumped
+		if fd, err := openProcess(1, os.Getuid()+1); err == nil {
+			unix.Close(fd)
+			t.Error("opened a process of another user")
+		}
+	}
+	if err := cmd.Process.Kill(); err != nil {
+		t.Fatal(err)
+	}
+	if err := unix.Waitid(unix.P_PID, cmd.Process.Pid, nil, unix.WEXITED|unix.WNOWAIT, nil); err != nil {
+		t.Fatal(err)
+	}
+	if links := chain(cmd.Process.Pid, fd); links != nil {
+		t.Errorf("chain %v of a process that has ended", links)
+	}
+	cmd.Wait()
+	if fd, err := openProcess(cmd.Process.Pid, os.Getuid()); err == nil {
+		unix.Close(fd)
+		t.Error("opened a process that is gone")
+	}
+}
+
+func TestClosedConnection(t *testing.T) {
+	l, path := listen(t)
+	client, err := net.Dial("unix", path)
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer client.Close()
+	conn := accept(t, l)
+	if p := Of(conn); !p.Known || p.PID != os.Getpid() {
+		t.Errorf("peer %+v, want this process", p)
+	}
+	conn.Close()
+	if p := Of(conn); p.Known || p.String() != "unknown process" {
+		t.Errorf("peer %v of a closed connection", p)
+	}
+}
+
+func TestNoDescriptorIsKept(t *testing.T) {
+	l, path := listen(t)
+	client, err := net.Dial("unix", path)
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer client.Close()
+	conn := accept(t, l)
+	Of(conn)
+	before := descriptors(t)
+	for range 20 {
+		Of(conn)
+	}
+	if after := descriptors(t); after != before {
+		t.Errorf("%d file descriptors, %d before", after, before)
+	}
+}
+
+func descriptors(t *testing.T) int {
+	t.Helper()
+	entries, err := os.ReadDir("/proc/self/fd")
+	if err != nil {
+		t.Fatal(err)
+	}
+	return len(entries)
+}
+
+func TestContext(t *testing.T) {
+	if p := FromContext(context.Background()); p.Known {
+		t.Errorf("an empty context carries %+v", p)
+	}
+	want := Peer{Known: true, PID: 7, UID: 8, GID: 9}
+	if got := FromContext(NewContext(context.Background(), want)); got.PID != want.PID || !got.Known || got.UID != want.UID {
+		t.Errorf("got %+v, want %+v", got, want)
+	}
+}
+
+func TestString(t *testing.T) {
+	for _, test := range []struct {
+		name string
+		peer Peer
+		want string
+	}{
+		{"nothing known", Peer{PID: 3}, "unknown process"},
+		{"other namespace", Peer{Known: true}, "process out of sight"},
+		{"no chain", Peer{Known: true, PID: 3}, "process 3"},
+		{"chain", Peer{Known: true, PID: 3, Chain: []Process{{3, "ssh"}, {2, "git"}}}, "ssh (3) ← git (2)"},
+	} {
+		t.Run(test.name, func(t *testing.T) {
+			if got := test.peer.String(); got != test.want {
+				t.Errorf("%q, want %q", got, test.want)
+			}
+		})
+	}
+}
+
+func TestPrintable(t *testing.T) {
+	for _, test := range []struct{ name, in, want string }{
+		{"plain", "ssh", "ssh"},
+		{"empty", "", "?"},
+		{"terminal escape", "a\x1b[2Jb", `a\x1b[2Jb`},
+		{"line end", "a\nb", `a\nb`},
+		{"backslash", `a\nb`, `a\\nb`},
+		{"not UTF-8", "a\xffb", `a\xffb`},
+		{"right to left", "a\u202eb", `a\u202eb`},
+		{"no-break space", "a\u00a0b", `a\u00a0b`},
+		{"arrow", "ssh (1) ← git", `ssh (1) \u2190 git`},
+		{"umlaut", "schlüssel", "schlüssel"},
+		{"as long as can be", strings.Repeat("x", 64), strings.Repeat("x", 64)},
+		{"longer", strings.Repeat("x", 65), strings.Repeat("x", 61) + "…"},
+		{"cut before an escape", strings.Repeat("x", 60) + "\x01\x01", strings.Repeat("x", 60) + "…"},
+	} {
+		t.Run(test.name, func(t *testing.T) {
+			if got := printable([]byte(test.in)); got != test.want {
+				t.Errorf("%q, want %q", got, test.want)
+			}
+		})
+	}
+}
+
+// statSeeds are contents of /proc/PID/stat; the names in them are what makes
+// reading it hard.
+var statSeeds = []string{
+	"1234 (ssh) S 99 1234 1234 34816 1234 4194304 1 0 0 0 1 2 0 0 20 0 1 0 5678 1 2 3\n",
+	"1234 (a) b (c) S) R 99 1234 1234 0 -1 4194304 1 0 0 0 1 2 0 0 20 0 1 0 18446744073709551615 1\n",
+	"1234 (\n) Z 0 0 0 0 -1 0 0 0 0 0 0 0 0 0 0 0 0 0 1",
+	"1234 () S 99",
+	")(",
+	"",
+}
+
+func TestParseStat(t *testing.T) {
+	for i, want := range []struct {
+		comm   string
+		parent int
+		start  uint64
+		ok     bool
+	}{
+		{"ssh", 99, 5678, true},
+		{"a) b (c) S", 99, 1<<64 - 1, true},
+		{"\n", 0, 1, true},
+		{},
+		{},
+		{},
+	} {
+		got, ok := parseStat([]byte(statSeeds[i]))
+		if string(got.comm) != want.comm || got.parent != want.parent || got.start != want.start || ok != want.ok {
+			t.Errorf("%q: %+v %v, want %+v", statSeeds[i], got, ok, want)
+		}
+	}
+	self, ok := readStat(os.Getpid())
+	if !ok || self.parent != os.Getppid() || self.start == 0 {
+		t.Errorf("this process: %+v %v, want parent %d", self, ok, os.Getppid())
+	}
+}
+
+func FuzzStat(f *testing.F) {
+	if len(statSeeds) == 0 {
+		f.Fatal("no seeds")
+	}
+	for _, s := range statSeeds {
+		f.Add([]byte(s))
+	}
+	f.Fuzz(func(t *testing.T, b []byte) {
+		s, ok := parseStat(b)
+		if !ok {
+			return
+		}
+		if s.parent < 0 {
+			t.Errorf("parent %d", s.parent)
+		}
+		name := printable(s.comm)
+		if len(name) == 0 || len(name) > maxName || !utf8.ValidString(name) || strings.Contains(name, "←") {
+			t.Errorf("name %q", name)
+		}
+		for _, r := range name {
+			if !unicode.IsPrint(r) {
+				t.Errorf("name %q holds %q", name, r)
+			}
+		}
+	})
+}
+
+func BenchmarkOf(b *testing.B) {
+	dir, err := os.MkdirTemp("", "p11")
+	if err != nil {
+		b.Fatal(err)
+	}
+	defer os.RemoveAll(dir)
+	l, err := net.Listen("unix", filepath.Join(dir, "s"))
+	if err != nil {
+		b.Fatal(err)
+	}
+	defer l.Close()
+	client, err := net.Dial("unix", filepath.Join(dir, "s"))
+	if err != nil {
+		b.Fatal(err)
+	}
+	defer client.Close()
+	conn, err := l.(*net.UnixListener).AcceptUnix()
+	if err != nil {
+		b.Fatal(err)
+	}
+	defer conn.Close()
+	for b.Loop() {
+		if p := Of(conn); len(p.Chain) == 0 {
+			b.Fatal(p)
+		}
+	}
+}

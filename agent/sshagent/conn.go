@@ -1,0 +1,122 @@
+package sshagent
+
+import (
+	"context"
+	"encoding/binary"
+	"errors"
+	"fmt"
+	"io"
+	"log/slog"
+	"net"
+	"os"
+	"runtime"
+	"syscall"
+	"time"
+
+	"p11-agent/agent"
+	"p11-agent/agent/peer"
+)
+
+// A conn is one client. One goroutine reads a message, has it answered, writes
+// the answer, and so on.
+type conn struct {
+	server *Server
+	nc     net.Conn
+	caller *agent.Caller // replaced, never changed: the keyring may hold on to it
+	in     frames
+	out    []byte // the answer under construction, length first
+}
+
+func newConn(s *Server, nc net.Conn, p peer.Peer) *conn {
+	return &conn{
+		server: s,
+		nc:     nc,
+		caller: &agent.Caller{Number: s.connections.Add(1), Peer: p},
+		in:     newFrames(nc),
+	}
+}
+
+// run serves the client until it hangs up, sends something that is no message,
+// does not take its answers, or until nc is closed.
+func (c *conn) run(ctx context.Context) {
+	for {
+		message, err := c.in.next()
+		if err != nil {
+			c.ended(err)
+			return
+		}
+		wipe := mayHoldSecret(message[0])
+		c.out = append(c.out[:0], 0, 0, 0, 0)
+		c.answer(ctx, message)
+		c.in.done(wipe)
+
+		binary.BigEndian.PutUint32(c.out, uint32(len(c.out)-4))
+		if err := c.nc.SetWriteDeadline(time.Now().Add(patience)); err != nil {
+			c.ended(err)
+			return
+		}
+		if _, err := c.nc.Write(c.out); err != nil {
+			c.ended(err)
+			return
+		}
+		if cap(c.out) > 16*bufferSize {
+			c.out = nil // a long list; do not keep its memory while the client idles
+		}
+	}
+}
+
+// ended logs why the connection ends, unless that is what clients do.
+func (c *conn) ended(err error) {
+	switch {
+	case errors.Is(err, io.EOF), errors.Is(err, net.ErrClosed),
+		errors.Is(err, syscall.EPIPE), errors.Is(err, syscall.ECONNRESET):
+	case errors.Is(err, io.ErrUnexpectedEOF):
+		c.refuse("connection ended", errors.New("the client hung up within a message"))
+	case errors.Is(err, os.ErrDeadlineExceeded):
+		c.refuse("connection ended", fmt.Errorf("the client neither sent the rest of a message nor took its answer within %v", patience))
+	default:
+		c.refuse("connection ended", err)
+	}
+}
+
+// survive ends a panic: it costs this connection and no other. What the panic
+// says is not logged, for it may quote what the client sent.
+func (c *conn) survive() {
+	value := recover()
+	if value == nil {
+		return
+	}
+	var pcs [32]uintptr
+	frames := runtime.CallersFrames(pcs[:runtime.Callers(2, pcs[:])])
+	var where []string
+	for {
+		frame, more := frames.Next()
+		where = append(where, fmt.Sprintf("%s:%d", frame.Function, frame.Line))
+		if !more {
+			break
+		}
+	}
+	c.log(slog.LevelError, "connection ended by a bug, please report it", slog.String("panic", fmt.Sprintf("%T", value)), slog.Any("stack", where))
+}
+
+// refuse logs that the door itself refused something. The reason quotes nothing
+// that may be a secret.
+func (c *conn) refuse(what string, reason error) {
+	c.log(slog.LevelInfo, what, slog.String("reason", reason.Error()))
+}
+
+func (c *conn) log(level slog.Level, message string, attrs ...slog.Attr) {
+	log := c.server.log()
+	ctx := context.Background()
+	if !log.Enabled(ctx, level) {
+		return
+	}
+	who := []slog.Attr{
+		slog.Uint64("connection", c.caller.Number),
+		slog.String("peer", c.caller.Peer.String()),
+	}
+	if c.caller.Peer.Known {
+		who = append(who, slog.Int("uid", c.caller.Peer.UID))
+	}
+	log.LogAttrs(ctx, level, message, append(who, attrs...)...)
+}

@@ -1,0 +1,235 @@
+package sshagent
+
+import (
+	"bytes"
+	"errors"
+	"fmt"
+	"time"
+
+	"golang.org/x/crypto/ssh"
+
+	"p11-agent/agent"
+)
+
+// Constraint types (RFC 9987 section 5.2.7 and 8.2). Type 3, the number of
+// signatures, was OpenSSH's and never had another user than XMSS keys.
+const (
+	constrainLifetime  = 1
+	constrainConfirm   = 2
+	constrainExtension = 255
+)
+
+// The constraint extensions, both of OpenSSH's PROTOCOL.agent.
+const (
+	constrainDestination = "restrict-destination-v00@openssh.com" // section 2
+	constrainCerts       = "associated-certs-v00@openssh.com"     // section 3
+)
+
+const (
+	maxDestinations = 1024 // as ssh-agent
+	maxCerts        = 1024 // as ssh-agent
+	maxHostKeys     = 1024 // of one end of a destination
+	maxUser         = 256  // bytes of a user name, as ssh-agent
+)
+
+// constraints is what a client demands of keys that it adds.
+type constraints struct {
+	lifetime     time.Duration // 0: none given
+	confirm      bool
+	destinations []destination // empty: any
+	certs        []*ssh.Certificate
+	certsOnly    bool // of the keys that have one, load only the certificates
+}
+
+// A destination is one hop that a key may be used for: to log in at a host, from
+// another or, when from names no host, from where the agent runs.
+type destination struct{ from, to hop }
+
+type hop struct {
+	user string // only of to; empty: any
+	host string // for people: keys decide
+	keys []hostKey
+}
+
+type hostKey struct {
+	key ssh.PublicKey
+	ca  bool // key certifies the host's key
+}
+
+// forKeyring gives the keyring what it is to keep.
+func (c *constraints) forKeyring() agent.Constraints {
+	k := agent.Constraints{Lifetime: c.lifetime, Confirm: c.confirm}
+	if len(c.destinations) > 0 {
+		k.Unsupported = append(k.Unsupported, constrainDestination)
+	}
+	if len(c.certs) > 0 {
+		k.Unsupported = append(k.Unsupported, constrainCerts)
+	}
+	return k
+}
+
+// parseConstraints reads constraints until the end of the message. Whatever is
+// not understood to the last byte is an error: a constraint that is overlooked
+// is a key without it. Each may be given once.
+func parseConstraints(in *reader) (constraints, error) {
+	var c constraints
+	for len(in.rest) > 0 {
+		switch kind := in.byte(); kind {
+		case constrainLifetime:
+			if c.lifetime != 0 {
+				return constraints{}, twice("lifetime")
+			}
+			seconds := in.uint32()
+			if seconds == 0 && !in.failed {
+				// ssh-agent has such a key expire at once; taken for "none
+				// given" it would never.
+				return constraints{}, errors.New("a lifetime of no time makes no sense")
+			}
+			c.lifetime = time.Duration(seconds) * time.Second
+		case constrainConfirm:
+			if c.confirm {
+				return constraints{}, twice("confirm")
+			}
+			c.confirm = true
+		case constrainExtension:
+			if err := c.parseExtension(in); err != nil {
+				return constraints{}, err
+			}
+		default:
+			return constraints{}, fmt.Errorf("constraint %d is not supported", kind)
+		}
+	}
+	return c, in.end()
+}
+
+func (c *constraints) parseExtension(in *reader) (err error) {
+	// The data has no length of its own: what follows an unknown name cannot
+	// be told from the next constraint.
+	switch name := in.bytes(); string(name) {
+	case constrainDestination:
+		if c.destinations != nil {
+			return twice(constrainDestination)
+		}
+		c.destinations, err = parseDestinations(reader{rest: in.bytes(), failed: in.failed})
+	case constrainCerts:
+		if c.certs != nil {
+			return twice(constrainCerts)
+		}
+		c.certsOnly = in.bool()
+		c.certs, err = parseCerts(reader{rest: in.bytes(), failed: in.failed})
+	default:
+		return fmt.Errorf("constraint extension %s is not supported", quote(name))
+	}
+	return err
+}
+
+func twice(name string) error { return fmt.Errorf("constraint %s is given twice", name) }
+
+// parseDestinations reads a list of at least one destination.
+func parseDestinations(in reader) ([]destination, error) {
+	var list []destination
+	for len(in.rest) > 0 {
+		if len(list) == maxDestinations {
+			return nil, fmt.Errorf("more than %d destinations", maxDestinations)
+		}
+		d, err := parseDestination(reader{rest: in.bytes(), failed: in.failed})
+		if err != nil {
+			return nil, err
+		}
+		list = append(list, d)
+	}
+	if err := in.end(); err != nil {
+		return nil, err
+	}
+	if len(list) == 0 {
+		return nil, errors.New("a list of destinations without any")
+	}
+	return list, nil
+}
+
+func parseDestination(in reader) (d destination, err error) {
+	from, to, reserved := in.bytes(), in.bytes(), in.bytes()
+	if err := in.end(); err != nil {
+		return d, err
+	}
+	if len(reserved) > 0 {
+		return d, errReserved
+	}
+	if d.from, err = parseHop(reader{rest: from}); err != nil {
+		return d, err
+	}
+	if d.to, err = parseHop(reader{rest: to}); err != nil {
+		return d, err
+	}
+	switch {
+	case d.from.user != "":
+		return d, errors.New("a destination names the user it starts from")
+	case (d.from.host == "") != (len(d.from.keys) == 0):
+		return d, errors.New("a destination starts from a host without keys, or from keys without a host")
+	case d.to.host == "" || len(d.to.keys) == 0:
+		return d, errors.New("a destination does not say which host it leads to")
+	}
+	return d, nil
+}
+
+var errReserved = errors.New("a destination uses fields that are reserved")
+
+func parseHop(in reader) (hop, error) {
+	user, host, reserved := in.bytes(), in.bytes(), in.bytes()
+	switch {
+	case in.failed:
+		return hop{}, errMalformed
+	case len(reserved) > 0:
+		return hop{}, errReserved
+	case len(user) > maxUser:
+		return hop{}, fmt.Errorf("a destination's user name is longer than %d bytes", maxUser)
+	case bytes.IndexByte(user, 0) >= 0 || bytes.IndexByte(host, 0) >= 0:
+		return hop{}, errNUL
+	}
+	h := hop{user: string(user), host: string(host)}
+	for len(in.rest) > 0 {
+		if len(h.keys) == maxHostKeys {
+			return hop{}, fmt.Errorf("a destination has more than %d host keys", maxHostKeys)
+		}
+		blob, ca := in.bytes(), in.bool()
+		if in.failed {
+			return hop{}, errMalformed
+		}
+		key, err := parseKey(blob)
+		if err != nil {
+			return hop{}, fmt.Errorf("a destination's host keys: %w", err)
+		}
+		h.keys = append(h.keys, hostKey{key, ca})
+	}
+	return h, nil
+}
+
+// parseCerts reads a list of at least one certificate.
+func parseCerts(in reader) ([]*ssh.Certificate, error) {
+	var certs []*ssh.Certificate
+	for len(in.rest) > 0 {
+		if len(certs) == maxCerts {
+			return nil, fmt.Errorf("more than %d certificates", maxCerts)
+		}
+		blob := in.bytes()
+		if in.failed {
+			return nil, errMalformed
+		}
+		key, err := parseKey(blob)
+		if err != nil {
+			return nil, fmt.Errorf("certificates: %w", err)
+		}
+		cert, ok := key.(*ssh.Certificate)
+		if !ok {
+			return nil, errors.New("a certificate is expected, but there is a plain key")
+		}
+		certs = append(certs, cert)
+	}
+	if err := in.end(); err != nil {
+		return nil, err
+	}
+	if len(certs) == 0 {
+		return nil, errors.New("a list of certificates without any")
+	}
+	return certs, nil
+}

@@ -1,0 +1,247 @@
+package sshagent
+
+import (
+	"bytes"
+	"crypto/rand"
+	"slices"
+	"strings"
+	"testing"
+	"time"
+
+	"golang.org/x/crypto/ssh"
+
+	"p11-agent/agent"
+)
+
+// Pieces of constraints, as ssh-add writes them.
+
+func encodeHop(user, host string, keys ...any) []byte {
+	return encode(user, host, "", raw(encode(keys...)))
+}
+
+func encodeDestination(from, to []byte) []byte { return encode(from, to, "") }
+
+func destinationsOf(list ...[]byte) raw {
+	var all []byte
+	for _, d := range list {
+		all = appendString(all, d)
+	}
+	return raw(encode(byte(255), constrainDestination, all))
+}
+
+func certsOf(only bool, list ...[]byte) raw {
+	var all []byte
+	for _, c := range list {
+		all = appendString(all, c)
+	}
+	return raw(encode(byte(255), constrainCerts, only, all))
+}
+
+func newCert(t testing.TB) *ssh.Certificate {
+	t.Helper()
+	cert := &ssh.Certificate{Key: makeSigners()[0].PublicKey(), CertType: ssh.UserCert}
+	if err := cert.SignCert(rand.Reader, makeSigners()[1]); err != nil {
+		t.Fatal(err)
+	}
+	return cert
+}
+
+type constraintCase struct {
+	name string
+	in   []byte
+	want agent.Constraints
+	fail string // part of the error; empty: none
+}
+
+func constraintCases(t testing.TB) []constraintCase {
+	t.Helper()
+	key, cert := makeSigners()[0].PublicKey().Marshal(), newCert(t).Marshal()
+	origin, somewhere := encodeHop("", ""), encodeHop("me", "host", key, false)
+	destination := destinationsOf(encodeDestination(origin, somewhere))
+	lifetime := raw{1, 0, 0, 0, 60}
+	unsupported := func(names ...string) agent.Constraints { return agent.Constraints{Unsupported: names} }
+	return []constraintCase{
+		{name: "none"},
+		{name: "lifetime", in: lifetime, want: agent.Constraints{Lifetime: time.Minute}},
+		{name: "longest lifetime", in: raw{1, 255, 255, 255, 255}, want: agent.Constraints{Lifetime: (1<<32 - 1) * time.Second}},
+		{name: "confirm", in: raw{2}, want: agent.Constraints{Confirm: true}},
+		{name: "both", in: encode(raw{2}, lifetime), want: agent.Constraints{Lifetime: time.Minute, Confirm: true}},
+		{name: "no lifetime at all", in: raw{1, 0, 0, 0, 0}, fail: "no time"},
+		{name: "lifetime cut short", in: raw{1, 0, 0, 0}, fail: "cut short"},
+		{name: "lifetime twice", in: encode(lifetime, lifetime), fail: "twice"},
+		{name: "confirm twice", in: raw{2, 2}, fail: "twice"},
+		{name: "number of signatures", in: raw{3, 0, 0, 0, 1}, fail: "constraint 3"},
+		{name: "unknown constraint", in: raw{4}, fail: "constraint 4"},
+		{name: "unknown constraint after others", in: encode(raw{2}, lifetime, raw{0}), fail: "constraint 0"},
+		{name: "extension without a name", in: raw{255}, fail: "not supported"},
+		{name: "unknown extension", in: encode(byte(255), "x@example.com", "data"), fail: `"x@example.com"`},
+		{name: "unknown extension with a long name", in: encode(byte(255), strings.Repeat("\n", 5000)), fail: `\n"...`},
+		{name: "security key provider", in: encode(byte(255), "sk-provider@openssh.com", "internal"), fail: "sk-provider"},
+
+		{name: "destination", in: destination, want: unsupported(constrainDestination)},
+		{name: "destination and confirm", in: encode(destination, byte(2)), want: agent.Constraints{Confirm: true, Unsupported: []string{constrainDestination}}},
+		{name: "destination of two hops", in: destinationsOf(encodeDestination(origin, somewhere), encodeDestination(encodeHop("", "host", key, false), encodeHop("", "*.example", key, true, key, false))), want: unsupported(constrainDestination)},
+		{name: "destination twice", in: encode(destination, destination), fail: "twice"},
+		{name: "destination, none listed", in: destinationsOf(), fail: "without any"},
+		{name: "destination without data", in: encode(byte(255), constrainDestination), fail: "cut short"},
+		{name: "destination from a user", in: destinationsOf(encodeDestination(encodeHop("me", "h", key, false), somewhere)), fail: "starts from"},
+		{name: "destination from a host without keys", in: destinationsOf(encodeDestination(encodeHop("", "h"), somewhere)), fail: "without keys"},
+		{name: "destination from keys without a host", in: destinationsOf(encodeDestination(encodeHop("", "", key, false), somewhere)), fail: "without a host"},
+		{name: "destination to nowhere", in: destinationsOf(encodeDestination(origin, origin)), fail: "leads to"},
+		{name: "destination to a host without keys", in: destinationsOf(encodeDestination(origin, encodeHop("", "h"))), fail: "leads to"},
+		{name: "destination with a bad key", in: destinationsOf(encodeDestination(origin, encodeHop("", "h", encode("ssh-nothing"), false))), fail: `"ssh-nothing"`},
+		{name: "destination, key without its flag", in: destinationsOf(encodeDestination(origin, encodeHop("", "h", key))), fail: "cut short"},
+		{name: "destination, reserved field of a hop", in: destinationsOf(encodeDestination(origin, encode("", "h", "x", key, false))), fail: "reserved"},
+		{name: "destination, reserved field", in: destinationsOf(encode(origin, somewhere, "x")), fail: "reserved"},
+		{name: "destination, bytes left over", in: destinationsOf(encode(origin, somewhere, "", byte(0))), fail: "left over"},
+		{name: "destination, longest user name", in: destinationsOf(encodeDestination(origin, encodeHop(strings.Repeat("u", 256), "h", key, false))), want: unsupported(constrainDestination)},
+		{name: "destination, longer user name", in: destinationsOf(encodeDestination(origin, encodeHop(strings.Repeat("u", 257), "h", key, false))), fail: "user name"},
+		{name: "destination, NUL in a name", in: destinationsOf(encodeDestination(origin, encodeHop("", "h\x00", key, false))), fail: "NUL"},
+		{name: "destination, as many as can be", in: destinationsOf(slices.Repeat([][]byte{encodeDestination(origin, somewhere)}, 1024)...), want: unsupported(constrainDestination)},
+		{name: "destination, one more", in: destinationsOf(slices.Repeat([][]byte{encodeDestination(origin, somewhere)}, 1025)...), fail: "more than 1024"},
+		{name: "destination, too many host keys", in: destinationsOf(encodeDestination(origin, encodeHop("", "h", slices.Repeat([]any{key, false}, 1025)...))), fail: "more than 1024"},
+
+		{name: "certificate", in: certsOf(false, cert), want: unsupported(constrainCerts)},
+		{name: "certificates only", in: certsOf(true, cert, cert), want: unsupported(constrainCerts)},
+		{name: "certificates and destinations", in: encode(certsOf(true, cert), destination), want: unsupported(constrainDestination, constrainCerts)},
+		{name: "certificates twice", in: encode(certsOf(true, cert), certsOf(true, cert)), fail: "twice"},
+		{name: "certificates, none listed", in: certsOf(false), fail: "without any"},
+		{name: "certificates without data", in: encode(byte(255), constrainCerts, false), fail: "cut short"},
+		{name: "plain key as a certificate", in: certsOf(false, key), fail: "plain key"},
+		{name: "bad certificate", in: certsOf(false, cert[:len(cert)-1]), fail: "cannot be read"},
+		{name: "certificate cut short", in: encode(byte(255), constrainCerts, false, []byte{0, 0, 0, 9, 1}), fail: "cut short"},
+		{name: "too many certificates", in: certsOf(false, slices.Repeat([][]byte{cert}, 1025)...), fail: "more than 1024"},
+	}
+}
+
+func TestConstraints(t *testing.T) {
+	for _, test := range constraintCases(t) {
+		t.Run(test.name, func(t *testing.T) {
+			c, err := parseConstraints(&reader{rest: test.in})
+			if test.fail != "" {
+				if err == nil || !strings.Contains(err.Error(), test.fail) {
+					t.Errorf("%+v, %v; want an error with %q", c, err, test.fail)
+				}
+				if err != nil && len(err.Error()) > 500 {
+					t.Errorf("error of %d bytes", len(err.Error()))
+				}
+				return
+			}
+			if err != nil {
+				t.Fatal(err)
+			}
+			got := c.forKeyring()
+			if got.Lifetime != test.want.Lifetime || got.Confirm != test.want.Confirm || !slices.Equal(got.Unsupported, test.want.Unsupported) {
+				t.Errorf("%+v, want %+v", got, test.want)
+			}
+		})
+	}
+}
+
+// Every proper beginning of a list of constraints is refused, unless it ends
+// between two of them.
+func TestConstraintsCutShort(t *testing.T) {
+	key := makeSigners()[0].PublicKey().Marshal()
+	pieces := []raw{
+		{2},
+		{1, 0, 0, 0, 60},
+		destinationsOf(encodeDestination(encodeHop("", ""), encodeHop("me", "host", key, false))),
+		certsOf(true, newCert(t).Marshal()),
+	}
+	var whole []byte
+	ends := map[int]bool{0: true}
+	for _, p := range pieces {
+		whole = append(whole, p...)
+		ends[len(whole)] = true
+	}
+	for n := range len(whole) + 1 {
+		if _, err := parseConstraints(&reader{rest: whole[:n]}); (err == nil) != ends[n] {
+			t.Errorf("the first %d of %d bytes: %v", n, len(whole), err)
+		}
+	}
+}
+
+// What is read of destinations and certificates is what was written.
+func TestConstraintDetails(t *testing.T) {
+	one, two := makeSigners()[0].PublicKey(), makeSigners()[1].PublicKey()
+	cert := newCert(t)
+	in := encode(destinationsOf(
+		encodeDestination(encodeHop("", ""), encodeHop("me", "first", one.Marshal(), false)),
+		encodeDestination(encodeHop("", "first", one.Marshal(), false), encodeHop("", "second", two.Marshal(), true, one.Marshal(), false)),
+	), certsOf(true, cert.Marshal()))
+	c, err := parseConstraints(&reader{rest: in})
+	if err != nil {
+		t.Fatal(err)
+	}
+	clear(in) // nothing of it may lie in the message
+	if len(c.destinations) != 2 || len(c.certs) != 1 || !c.certsOnly || !bytes.Equal(c.certs[0].Marshal(), cert.Marshal()) {
+		t.Fatalf("%+v", c)
+	}
+	same := func(h hop, user, host string, keys ...ssh.PublicKey) bool {
+		return h.user == user && h.host == host && slices.EqualFunc(h.keys, keys, func(k hostKey, want ssh.PublicKey) bool {
+			return bytes.Equal(k.key.Marshal(), want.Marshal()) && k.ca == (want == two)
+		})
+	}
+	first, second := c.destinations[0], c.destinations[1]
+	if !same(first.from, "", "") || !same(first.to, "me", "first", one) || !same(second.from, "", "first", one) || !same(second.to, "", "second", two, one) {
+		t.Errorf("%+v", c.destinations)
+	}
+}
+
+func FuzzConstraints(f *testing.F) {
+	cases := constraintCases(f)
+	if len(cases) == 0 {
+		f.Fatal("no seeds")
+	}
+	for _, c := range cases {
+		if len(c.in) < 4096 {
+			f.Add([]byte(c.in))
+		}
+	}
+	f.Fuzz(func(t *testing.T, b []byte) {
+		c, err := parseConstraints(&reader{rest: b})
+		if err != nil {
+			if len(err.Error()) > 500 {
+				t.Errorf("error of %d bytes", len(err.Error()))
+			}
+			return
+		}
+		// Written again, they are read the same.
+		var again []byte
+		if c.lifetime > 0 {
+			again = append(again, encode(byte(1), uint32(c.lifetime/time.Second))...)
+		}
+		if c.confirm {
+			again = append(again, 2)
+		}
+		if len(c.destinations) > 0 {
+			var list [][]byte
+			for _, d := range c.destinations {
+				list = append(list, encodeDestination(encodeAgain(d.from), encodeAgain(d.to)))
+			}
+			again = append(again, destinationsOf(list...)...)
+		}
+		if len(c.certs) > 0 {
+			var list [][]byte
+			for _, cert := range c.certs {
+				list = append(list, cert.Marshal())
+			}
+			again = append(again, certsOf(c.certsOnly, list...)...)
+		}
+		d, err := parseConstraints(&reader{rest: again})
+		if err != nil {
+			t.Fatalf("%x read, but not %x: %v", b, again, err)
+		}
+		if d.lifetime != c.lifetime || d.confirm != c.confirm || len(d.destinations) != len(c.destinations) || len(d.certs) != len(c.certs) || d.certsOnly != c.certsOnly {
+			t.Errorf("%+v, and again %+v", c, d)
+		}
+	})
+}
+
+func encodeAgain(h hop) []byte {
+	var keys []any
+	for _, k := range h.keys {
+		keys = append(keys, k.key.Marshal(), k.ca)
+	}
+	return encodeHop(h.user, h.host, keys...)
+}

@@ -1,0 +1,379 @@
+package sshagent
+
+import (
+	"bytes"
+	"context"
+	"errors"
+	"io"
+	"net"
+	"os"
+	"strings"
+	"testing"
+	"testing/synctest"
+	"time"
+
+	"golang.org/x/crypto/ssh"
+
+	"p11-agent/agent"
+	"p11-agent/agent/peer"
+	"p11-agent/pinentry/secret"
+)
+
+// pipe serves one client over a pipe within a synctest bubble, where patience
+// costs no time.
+func pipe(t *testing.T, s *Server) (client net.Conn, ended chan time.Time) {
+	t.Helper()
+	client, nc := net.Pipe()
+	ended = make(chan time.Time, 1)
+	c := newConn(s, nc, peer.Peer{Known: true, PID: 4711})
+	go func() {
+		defer nc.Close()
+		defer c.in.close()
+		c.run(t.Context())
+		ended <- time.Now()
+	}()
+	t.Cleanup(func() { client.Close() })
+	return client, ended
+}
+
+func TestPatience(t *testing.T) {
+	for _, test := range []struct {
+		name   string
+		client func(*testing.T, net.Conn)
+		ends   bool
+		logged string
+		takes  time.Duration
+	}{
+		{
+			name: "idle for a year",
+			client: func(t *testing.T, conn net.Conn) {
+				time.Sleep(365 * 24 * time.Hour)
+				ask(t, conn, message(11))
+			},
+		},
+		{
+			name: "slow but in time",
+			client: func(t *testing.T, conn net.Conn) {
+				for _, b := range framed(message(11)) {
+					time.Sleep(patience / 8)
+					if _, err := conn.Write([]byte{b}); err != nil {
+						t.Error(err)
+					}
+				}
+				if answer, err := readAnswer(conn); err != nil || answer[0] != 12 {
+					t.Errorf("answer %x, %v", answer, err)
+				}
+				time.Sleep(2 * patience) // the deadline was for that message alone
+				ask(t, conn, message(11))
+			},
+		},
+		{
+			name: "half a length",
+			client: func(t *testing.T, conn net.Conn) {
+				if _, err := conn.Write([]byte{0, 0}); err != nil {
+					t.Error(err)
+				}
+			},
+			ends: true, logged: "the rest of a message", takes: patience,
+		},
+		{
+			name: "half a message, byte by byte",
+			client: func(t *testing.T, conn net.Conn) {
+				for _, b := range framed(bytes.Repeat([]byte{13}, 100)) {
+					if _, err := conn.Write([]byte{b}); err != nil {
+						return
+					}
+					time.Sleep(patience / 7)
+				}
+				t.Error("nobody lost patience")
+			},
+			ends: true, logged: "the rest of a message", takes: patience,
+		},
+		{
+			name: "answer not taken",
+			client: func(t *testing.T, conn net.Conn) {
+				if _, err := conn.Write(framed(message(11))); err != nil {
+					t.Error(err)
+				}
+			},
+			ends: true, logged: "took its answer", takes: patience,
+		},
+		{
+			name: "gone within a message",
+			client: func(t *testing.T, conn net.Conn) {
+				if _, err := conn.Write([]byte{0, 0, 0, 9, 13}); err != nil {
+					t.Error(err)
+				}
+				synctest.Wait() // a pipe takes no deadline when it is closed
+				conn.Close()
+			},
+			ends: true, logged: "hung up within a message",
+		},
+	} {
+		t.Run(test.name, func(t *testing.T) {
+			synctest.Test(t, func(t *testing.T) {
+				log, book := newLog()
+				began := time.Now()
+				conn, ended := pipe(t, &Server{Keyring: newKeyring(), Log: log})
+				test.client(t, conn)
+				if !test.ends {
+					select {
+					case <-ended:
+						t.Error("the connection was ended")
+					default:
+					}
+					conn.Close()
+				}
+				took := (<-ended).Sub(began)
+				if got := book.String(); !strings.Contains(got, test.logged) || test.logged == "" && got != "" {
+					t.Errorf("log %q, want %q in it", got, test.logged)
+				}
+				if test.takes > 0 && took != test.takes {
+					t.Errorf("ended after %v, want %v", took, test.takes)
+				}
+			})
+		})
+	}
+}
+
+const pin = "correct horse 8472"
+
+// peeking is a connection that looks through the server's buffers.
+type peeking struct {
+	net.Conn
+	input []byte
+	chunk int
+	looks func()
+	out   bytes.Buffer
+}
+
+func (p *peeking) Read(b []byte) (int, error) {
+	p.looks()
+	if len(p.input) == 0 {
+		return 0, io.EOF
+	}
+	n := copy(b, p.input[:min(p.chunk, len(p.input))])
+	clear(p.input[:n])
+	p.input = p.input[n:]
+	return n, nil
+}
+func (p *peeking) Write(b []byte) (int, error)      { return p.out.Write(b) }
+func (*peeking) SetReadDeadline(time.Time) error    { return nil }
+func (p *peeking) SetWriteDeadline(time.Time) error { return nil }
+
+// TestPINIsWiped looks for a PIN in every buffer that was ever used, after its
+// message is done and after the connection is.
+func TestPINIsWiped(t *testing.T) {
+	long := strings.Repeat("l", 3*bufferSize)
+	for _, test := range []struct {
+		name     string
+		messages [][]byte
+		cut      int // bytes missing at the end
+		chunk    int
+		grows    bool // the buffer has to
+	}{
+		{name: "added", messages: [][]byte{message(20, "pkcs11:", pin), message(11)}, chunk: 1 << 20},
+		{name: "added with constraints", messages: [][]byte{message(26, "pkcs11:", pin, byte(2)), message(11)}, chunk: 1 << 20},
+		{name: "removed", messages: [][]byte{message(21, "pkcs11:", pin), message(11)}, chunk: 1 << 20},
+		{name: "in the name", messages: [][]byte{message(20, "pkcs11:?pin-value="+pin, ""), message(11)}, chunk: 1 << 20},
+		{name: "in small pieces", messages: [][]byte{message(20, "pkcs11:", pin), message(11)}, chunk: 3},
+		{name: "in a long message", messages: [][]byte{message(20, long, pin), message(11)}, chunk: 100, grows: true},
+		{name: "behind a long message", messages: [][]byte{message(13, "key", long, uint32(0)), message(20, "pkcs11:", pin), message(11)}, chunk: 1000, grows: true},
+		{name: "before long constraints", messages: [][]byte{message(26, "pkcs11:", pin, raw(long)), message(11)}, chunk: 1000, grows: true},
+		{name: "moved to the front", messages: [][]byte{message(13, "key", long[:bufferSize-100], uint32(0)), message(20, "pkcs11:", pin+long[:100]), message(11)}, chunk: 1 << 20},
+		{name: "at the end of the buffer", messages: [][]byte{message(13, "key", long[:bufferSize-60], uint32(0)), message(20, "pkcs11:", pin+long[:100])}, chunk: 1 << 20},
+		{name: "unknown constraint", messages: [][]byte{message(26, "pkcs11:", pin, byte(9)), message(11)}, chunk: 1 << 20},
+		{name: "bytes left over", messages: [][]byte{message(20, "pkcs11:", pin, byte(9)), message(11)}, chunk: 1 << 20},
+		{name: "passphrase of a lock", messages: [][]byte{message(22, pin), message(11)}, chunk: 1 << 20},
+		{name: "cut short", messages: [][]byte{message(20, "pkcs11:", pin, strings.Repeat("x", 100))}, cut: 50, chunk: 1 << 20},
+		{name: "the keyring panics", messages: [][]byte{message(20, "panic", pin), message(11)}, chunk: 1 << 20},
+	} {
+		t.Run(test.name, func(t *testing.T) {
+			used := make(map[*byte][]byte)
+			var c *conn
+			input := framed(test.messages...)
+			nc := &peeking{input: input[:len(input)-test.cut], chunk: test.chunk}
+			find := func(when string) {
+				for _, b := range used {
+					if i := bytes.Index(b, []byte(pin[:6])); i >= 0 {
+						t.Errorf("%s the PIN is at %d of %d bytes", when, i, len(b))
+					}
+				}
+			}
+			nc.looks = func() {
+				used[&c.in.buf[0]] = c.in.buf
+				if len(nc.input) == 0 && c.in.start == c.in.end {
+					find("when the message is done,")
+				}
+			}
+			log, book := newLog()
+			keyring := &wary{fakeKeyring: newKeyring()}
+			c = newConn(&Server{Keyring: keyring, Log: log}, nc, peer.Peer{})
+			used[&c.in.small[0]] = c.in.small[:]
+			func() {
+				defer c.in.close()
+				defer c.survive()
+				c.run(t.Context())
+			}()
+			find("when the connection is done,")
+			if keyring.pin.Len() > 0 {
+				t.Error("the keyring's copy was not wiped")
+			}
+			if bytes.Contains(c.out, []byte(pin[:6])) || strings.Contains(book.String(), pin[:6]) {
+				t.Errorf("the PIN got into an answer or the log: %s", book)
+			}
+			if len(used) > 1 != test.grows {
+				t.Errorf("%d buffers were used", len(used))
+			}
+		})
+	}
+}
+
+// wary keeps the PIN, which it should not, and panics when told to.
+type wary struct {
+	*fakeKeyring
+	pin *secret.Secret
+}
+
+func (k *wary) AddToken(_ context.Context, _ *agent.Caller, r agent.TokenRequest) error {
+	k.pin = r.PIN
+	if string(r.Provider) == "panic" {
+		panic(string(r.PIN.Bytes()))
+	}
+	return nil
+}
+
+// Announcing much costs nothing; only sending does.
+func TestBufferGrowsWithWhatArrives(t *testing.T) {
+	for _, test := range []struct {
+		name string
+		sent int
+		want int
+	}{
+		{"the length alone", 4, bufferSize},
+		{"a little", 1000, bufferSize},
+		{"more than the buffer", bufferSize + 1, 2 * bufferSize},
+		{"nearly all", maxFrame, maxFrame + 4},
+	} {
+		t.Run(test.name, func(t *testing.T) {
+			var c *conn
+			largest := 0
+			input := make([]byte, test.sent)
+			copy(input, []byte{0, 4, 0, 0, 13})
+			nc := &peeking{input: input, chunk: 1 << 20}
+			nc.looks = func() { largest = max(largest, len(c.in.buf)) }
+			c = newConn(&Server{Keyring: newKeyring()}, nc, peer.Peer{})
+			c.run(t.Context())
+			if largest != test.want {
+				t.Errorf("buffer of %d bytes for %d of %d, want %d", largest, test.sent, maxFrame, test.want)
+			}
+			c.in.close()
+		})
+	}
+}
+
+// Each message costs one read and one write.
+func TestOneReadAndOneWrite(t *testing.T) {
+	reads, c := 0, (*conn)(nil)
+	one := framed(signRequest)
+	nc := &peeking{input: bytes.Repeat(one, 10), chunk: len(one), looks: func() { reads++ }}
+	c = newConn(&Server{Keyring: &fakeKeyring{sign: func(context.Context, *agent.Caller, agent.SignRequest) (*ssh.Signature, error) {
+		return &ssh.Signature{Format: "x"}, nil
+	}}}, nc, peer.Peer{})
+	c.run(t.Context())
+	c.in.close()
+	if reads != 11 { // the last one finds the end
+		t.Errorf("%d reads for 10 messages", reads)
+	}
+}
+
+// still is a keyring that allocates nothing itself.
+type still struct {
+	*fakeKeyring
+	ids []agent.Identity
+	sig ssh.Signature
+}
+
+func (k *still) List(context.Context, *agent.Caller) ([]agent.Identity, error) { return k.ids, nil }
+
+func (k *still) Sign(context.Context, *agent.Caller, agent.SignRequest) (*ssh.Signature, error) {
+	return &k.sig, nil
+}
+
+// cached is a public key that knows its wire form.
+type cached struct {
+	ssh.PublicKey
+	wire []byte
+}
+
+func (k *cached) Marshal() []byte { return k.wire }
+
+func TestAllocations(t *testing.T) {
+	key := makeSigners()[1].PublicKey()
+	keyring := &still{
+		ids: []agent.Identity{{Key: &cached{key, key.Marshal()}, Comment: "one"}, {Key: &cached{key, key.Marshal()}, Comment: "two"}},
+		sig: ssh.Signature{Format: "rsa-sha2-256", Blob: make([]byte, 256)},
+	}
+	r := serve(t, &Server{Keyring: keyring})
+	conn := r.dial()
+	answer := make([]byte, 4096)
+	for _, test := range []struct {
+		name    string
+		request []byte
+	}{
+		{"list", framed(message(11))},
+		{"sign", framed(message(13, key.Marshal(), "data", uint32(2)))},
+	} {
+		t.Run(test.name, func(t *testing.T) {
+			// Over the real socket, so that reading, writing and deadlines count.
+			if n := testing.AllocsPerRun(200, func() {
+				if _, err := conn.Write(test.request); err != nil {
+					t.Fatal(err)
+				}
+				if _, err := conn.Read(answer); err != nil {
+					t.Fatal(err)
+				}
+			}); n > 0 {
+				t.Errorf("%v allocations for each request, want none", n)
+			}
+		})
+	}
+}
+
+func BenchmarkRequest(b *testing.B) {
+	key := makeSigners()[1].PublicKey()
+	keyring := &still{
+		ids: []agent.Identity{{Key: &cached{key, key.Marshal()}, Comment: "one"}},
+		sig: ssh.Signature{Format: "rsa-sha2-256", Blob: make([]byte, 256)},
+	}
+	l, err := Listen(shortDir(b) + "/s")
+	if err != nil {
+		b.Fatal(err)
+	}
+	ctx, stop := context.WithCancel(b.Context())
+	ended := make(chan error)
+	go func() { ended <- (&Server{Keyring: keyring}).Serve(ctx, l) }()
+	defer func() {
+		stop()
+		<-ended
+	}()
+	for name, request := range map[string][]byte{"list": framed(message(11)), "sign": framed(message(13, key.Marshal(), "data", uint32(2)))} {
+		b.Run(name, func(b *testing.B) {
+			conn, err := net.Dial("unix", l.Path())
+			if err != nil {
+				b.Fatal(err)
+			}
+			defer conn.Close()
+			answer := make([]byte, 4096)
+			b.ReportAllocs()
+			for b.Loop() {
+				if _, err := conn.Write(request); err != nil {
+					b.Fatal(err)
+				}
+				if _, err := conn.Read(answer); err != nil && !errors.Is(err, os.ErrDeadlineExceeded) {
+					b.Fatal(err)
+				}
+			}
+		})
+	}
+}

@@ -1,0 +1,143 @@
+package sshagent
+
+import (
+	"bytes"
+	"context"
+	"encoding/binary"
+	"errors"
+	"io"
+	"testing"
+
+	"golang.org/x/crypto/ssh"
+
+	"p11-agent/agent"
+	"p11-agent/agent/peer"
+)
+
+// frameSeeds are whole conversations, as a client would write them.
+func frameSeeds(t testing.TB) [][]byte {
+	t.Helper()
+	h := newHost(t)
+	key := h.PublicKey().Marshal()
+	return [][]byte{
+		{},
+		framed(message(11)),
+		framed(message(13, key, "data", uint32(0)), message(13, key, "data", uint32(2)), message(13, key, "data", uint32(8))),
+		framed(message(18, key), message(19)),
+		framed(message(20, "pkcs11:", "1234"), message(21, "pkcs11:", "")),
+		framed(message(26, "pkcs11:", "1234", raw{1, 0, 0, 0, 60, 2})),
+		framed(message(26, "pkcs11:", "1234", destinationsOf(encodeDestination(encodeHop("", ""), encodeHop("me", "host", key, false))))),
+		framed(message(26, "pkcs11:", "1234", certsOf(true, newCert(t).Marshal()))),
+		framed(message(27, "query"), message(27, "unknown")),
+		framed(h.bind(t, "session", true), h.bind(t, "another", false), h.bind(t, "too late", false)),
+		framed(message(1), message(9), message(17, "x"), message(22, "x"), message(255)),
+		framed(message(13, key, bytes.Repeat([]byte{'d'}, 2*bufferSize), uint32(0)), message(11)),
+		{0, 0, 0, 0},
+		{0, 4, 0, 1, 11},
+		{0, 0, 0, 5, 11},
+	}
+}
+
+// checking is a keyring that makes sure of what a keyring may rely on.
+type checking struct {
+	t   *testing.T
+	n   int
+	err error
+}
+
+func (k *checking) called(c *agent.Caller) error {
+	if c == nil || len(c.Binds) > maxBinds {
+		k.t.Errorf("caller %+v", c)
+	}
+	if c.BindFailed && !c.Forwarded {
+		k.t.Error("a failed bind passes for a local connection")
+	}
+	if k.n++; k.n%3 == 0 {
+		return k.err
+	}
+	return nil
+}
+
+func (k *checking) List(_ context.Context, c *agent.Caller) ([]agent.Identity, error) {
+	return []agent.Identity{{Key: fixed("KEY"), Comment: "name"}}, k.called(c)
+}
+
+func (k *checking) Sign(_ context.Context, c *agent.Caller, r agent.SignRequest) (*ssh.Signature, error) {
+	if r.Flags > 6 || r.Flags&1 != 0 {
+		k.t.Errorf("flags %x", r.Flags)
+	}
+	return &ssh.Signature{Format: "alg", Blob: []byte("sig")}, k.called(c)
+}
+
+func (k *checking) AddToken(_ context.Context, c *agent.Caller, r agent.TokenRequest) error {
+	if bytes.IndexByte(r.Provider, 0) >= 0 || bytes.IndexByte(r.PIN.Bytes(), 0) >= 0 {
+		k.t.Error("NUL in a text")
+	}
+	return k.called(c)
+}
+
+func (k *checking) RemoveToken(ctx context.Context, c *agent.Caller, r agent.TokenRequest) error {
+	if r.Constraints.Lifetime != 0 || r.Constraints.Confirm || r.Constraints.Unsupported != nil {
+		k.t.Errorf("constraints %+v", r.Constraints)
+	}
+	return k.AddToken(ctx, c, r)
+}
+
+func (k *checking) Remove(_ context.Context, c *agent.Caller, _ []byte) error { return k.called(c) }
+func (k *checking) RemoveAll(_ context.Context, c *agent.Caller) error        { return k.called(c) }
+
+// FuzzFrames plays whole connections: every whole message is answered by one
+// well-formed message, in order, until the first that cannot be one; the memory
+// used stays within what was sent.
+func FuzzFrames(f *testing.F) {
+	seeds := frameSeeds(f)
+	if len(seeds) == 0 {
+		f.Fatal("no seeds")
+	}
+	for _, s := range seeds {
+		f.Add(s, uint16(1<<15))
+		f.Add(s, uint16(7))
+	}
+	f.Fuzz(func(t *testing.T, input []byte, chunk uint16) {
+		want := 0
+		for rest := input; len(rest) >= 4; want++ {
+			n := binary.BigEndian.Uint32(rest)
+			if n == 0 || n > maxFrame || int(n) > len(rest)-4 {
+				break
+			}
+			rest = rest[4+n:]
+		}
+		var c *conn
+		nc := &peeking{input: bytes.Clone(input), chunk: int(chunk) + 1}
+		nc.looks = func() {
+			if len(c.in.buf) > max(bufferSize, 2*len(input)) {
+				t.Fatalf("buffer of %d bytes for %d", len(c.in.buf), len(input))
+			}
+		}
+		log, book := newLog()
+		c = newConn(&Server{Keyring: &checking{t: t, err: errors.New("no")}, Log: log}, nc, peer.Peer{})
+		c.run(t.Context())
+		c.in.close()
+		for i := range want {
+			answer, err := readAnswer(&nc.out)
+			if err != nil || len(answer) == 0 {
+				t.Fatalf("answer %d of %d: %x, %v", i+1, want, answer, err)
+			}
+			switch answer[0] {
+			case msgFailure, msgSuccess, msgExtensionFailure:
+				if len(answer) != 1 {
+					t.Errorf("answer %x", answer)
+				}
+			case msgIdentitiesAnswer, msgSignResponse, msgExtensionResponse:
+			default:
+				t.Errorf("answer %x", answer)
+			}
+		}
+		if rest, err := io.ReadAll(&nc.out); len(rest) > 0 || err != nil {
+			t.Errorf("%x after %d answers, %v", rest, want, err)
+		}
+		if n := len(book.String()); n > 1000*(want+1) {
+			t.Errorf("%d bytes of log for %d messages", n, want)
+		}
+	})
+}

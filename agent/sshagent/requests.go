@@ -1,0 +1,392 @@
+package sshagent
+
+import (
+	"bytes"
+	"context"
+	"encoding/binary"
+	"errors"
+	"fmt"
+	"slices"
+	"strconv"
+
+	"golang.org/x/crypto/ssh"
+
+	"p11-agent/agent"
+	"p11-agent/pinentry/secret"
+)
+
+// Message numbers (RFC 9987 section 8.1).
+const (
+	msgFailure                   = 5
+	msgSuccess                   = 6
+	msgRemoveAllRSA1             = 9 // of SSH protocol 1
+	msgRequestIdentities         = 11
+	msgIdentitiesAnswer          = 12
+	msgSignRequest               = 13
+	msgSignResponse              = 14
+	msgRemoveIdentity            = 18
+	msgRemoveAllIdentities       = 19
+	msgAddSmartcardKey           = 20
+	msgRemoveSmartcardKey        = 21
+	msgAddSmartcardKeyConstraint = 26
+	msgExtension                 = 27
+	msgExtensionFailure          = 28
+	msgExtensionResponse         = 29
+)
+
+// The extensions that a client may ask for, as query lists them.
+const (
+	extensionQuery       = "query"
+	extensionSessionBind = "session-bind@openssh.com"
+)
+
+const (
+	// maxAnswer bounds a list: clients of OpenSSH take no longer message and no
+	// more identities.
+	maxAnswer     = 256 << 10
+	maxIdentities = 2048
+	// maxQuoted bounds what a log line quotes of a client's message.
+	maxQuoted = 64
+)
+
+var (
+	errMalformed = errors.New("the message is cut short or has bytes left over")
+	errNUL       = errors.New("a text in the message has a NUL byte in it")
+)
+
+// mayHoldSecret tells whether the bytes of a message have to be overwritten
+// when it is done: PINs are in the smart card requests, and requests that are
+// not answered here bring private keys (17, 25) and passphrases (22, 23).
+func mayHoldSecret(message byte) bool {
+	switch message {
+	case msgRequestIdentities, msgSignRequest, msgRemoveIdentity, msgRemoveAllIdentities, msgExtension:
+		return false
+	}
+	return true
+}
+
+// answer appends the answer to one message to c.out.
+//
+// A message that is cut short, or that goes on after its last field, is refused
+// and the connection goes on: the frames around it are in order. ssh-agent
+// overlooks bytes that follow; no client is known to send any, and what they
+// should mean is unknown.
+func (c *conn) answer(ctx context.Context, message []byte) {
+	in := reader{rest: message[1:]}
+	switch message[0] {
+	case msgRequestIdentities:
+		c.list(ctx, in)
+	case msgSignRequest:
+		c.sign(ctx, in)
+	case msgRemoveIdentity:
+		key := in.bytes()
+		if c.wellFormed("remove a key", in) {
+			c.status(c.server.Keyring.Remove(ctx, c.caller, key))
+		}
+	case msgRemoveAllIdentities:
+		if c.wellFormed("remove all keys", in) {
+			c.status(c.server.Keyring.RemoveAll(ctx, c.caller))
+		}
+	case msgAddSmartcardKey, msgAddSmartcardKeyConstraint:
+		c.token(ctx, "add the keys of a token", in, message[0] == msgAddSmartcardKeyConstraint, c.server.Keyring.AddToken)
+	case msgRemoveSmartcardKey:
+		c.token(ctx, "remove the keys of a token", in, false, c.server.Keyring.RemoveToken)
+	case msgExtension:
+		c.extension(in)
+	case msgRemoveAllRSA1:
+		// ssh-add -D sends it too, and expects nothing of it.
+		c.out = append(c.out, msgFailure)
+	default:
+		c.fail("request refused", fmt.Errorf("message %d is not supported", message[0]))
+	}
+}
+
+// fail answers that a request is refused, and logs why.
+func (c *conn) fail(what string, reason error) {
+	c.out = append(c.out, msgFailure)
+	c.refuse(what, reason)
+}
+
+// wellFormed refuses a request that does not end with its last field.
+func (c *conn) wellFormed(what string, in reader) bool {
+	if err := in.end(); err != nil {
+		c.fail("refused to "+what, err)
+		return false
+	}
+	return true
+}
+
+// status answers a request that brings nothing back (RFC 9987 section 5.1). The
+// keyring has logged its error.
+func (c *conn) status(err error) {
+	if err != nil {
+		c.out = append(c.out, msgFailure)
+		return
+	}
+	c.out = append(c.out, msgSuccess)
+}
+
+// list answers SSH_AGENTC_REQUEST_IDENTITIES (RFC 9987 section 5.5).
+func (c *conn) list(ctx context.Context, in reader) {
+	if !c.wellFormed("list keys", in) {
+		return
+	}
+	identities, err := c.server.Keyring.List(ctx, c.caller)
+	if err != nil {
+		c.out = append(c.out, msgFailure)
+		return
+	}
+	c.out = append(c.out, msgIdentitiesAnswer)
+	count := len(c.out)
+	c.out = append(c.out, 0, 0, 0, 0)
+	listed := 0
+	for _, id := range identities {
+		before := len(c.out)
+		c.out = appendString(c.out, id.Key.Marshal())
+		c.out = appendString(c.out, id.Comment)
+		if len(c.out) > 4+maxAnswer || listed == maxIdentities {
+			c.out = c.out[:before]
+			c.refuse("list of keys cut short", fmt.Errorf("clients can take %d of the %d keys", listed, len(identities)))
+			break
+		}
+		listed++
+	}
+	binary.BigEndian.PutUint32(c.out[count:], uint32(listed))
+}
+
+// sign answers SSH_AGENTC_SIGN_REQUEST (RFC 9987 section 5.6).
+func (c *conn) sign(ctx context.Context, in reader) {
+	r := agent.SignRequest{Key: in.bytes(), Data: in.bytes(), Flags: agent.SignatureFlags(in.uint32())}
+	if !c.wellFormed("sign", in) {
+		return
+	}
+	if unknown := r.Flags &^ (agent.SignatureRSASHA2256 | agent.SignatureRSASHA2512); unknown != 0 {
+		c.fail("refused to sign", fmt.Errorf("unknown signature flags %#x", uint32(unknown)))
+		return
+	}
+	sig, err := c.server.Keyring.Sign(ctx, c.caller, r)
+	if err != nil {
+		c.out = append(c.out, msgFailure)
+		return
+	}
+	// string signature, which is in turn string format, string blob and, for
+	// security keys, what comes after it (RFC 4253 section 6.6).
+	c.out = append(c.out, msgSignResponse)
+	c.out = binary.BigEndian.AppendUint32(c.out, uint32(4+len(sig.Format)+4+len(sig.Blob)+len(sig.Rest)))
+	c.out = appendString(c.out, sig.Format)
+	c.out = appendString(c.out, sig.Blob)
+	c.out = append(c.out, sig.Rest...)
+}
+
+// token answers the smart card requests (RFC 9987 sections 5.2.6 and 5.4).
+func (c *conn) token(ctx context.Context, what string, in reader, constrained bool,
+	do func(context.Context, *agent.Caller, agent.TokenRequest) error,
+) {
+	provider, pin := in.bytes(), in.bytes()
+	r := agent.TokenRequest{Provider: provider}
+	if constrained {
+		constraints, err := parseConstraints(&in)
+		if err != nil {
+			c.fail("refused to "+what, err)
+			return
+		}
+		r.Constraints = constraints.forKeyring()
+	}
+	if !c.wellFormed(what, in) {
+		return
+	}
+	// Both are C strings to every other agent, which would go by what comes
+	// before the NUL.
+	if bytes.IndexByte(provider, 0) >= 0 || bytes.IndexByte(pin, 0) >= 0 {
+		c.fail("refused to "+what, errNUL)
+		return
+	}
+	if len(pin) > 0 {
+		var err error
+		if r.PIN, err = secret.From(pin); err != nil {
+			c.fail("refused to "+what, err)
+			return
+		}
+		defer r.PIN.Wipe()
+	}
+	c.status(do(ctx, c.caller, r))
+}
+
+// extension answers SSH_AGENTC_EXTENSION (RFC 9987 section 5.8): an extension
+// that is not known gets the answer of an unknown message, one that is known and
+// fails gets one of its own.
+func (c *conn) extension(in reader) {
+	name := in.bytes()
+	if in.failed {
+		c.fail("extension refused", errMalformed)
+		return
+	}
+	switch string(name) {
+	case extensionQuery:
+		if err := in.end(); err != nil {
+			c.out = append(c.out, msgExtensionFailure)
+			c.refuse("extension query refused", err)
+			return
+		}
+		// RFC 9987 section 5.8.1 and ssh-agent since OpenSSH 10.3: the answer
+		// says what it answers, and the names follow without a count.
+		c.out = append(c.out, msgExtensionResponse)
+		for _, text := range [...]string{extensionQuery, extensionQuery, extensionSessionBind} {
+			c.out = appendString(c.out, text)
+		}
+	case extensionSessionBind:
+		if err := c.bind(in); err != nil {
+			c.out = append(c.out, msgExtensionFailure)
+			c.refuse("session not bound", err)
+			return
+		}
+		c.out = append(c.out, msgSuccess)
+	default:
+		c.fail("request refused", fmt.Errorf("extension %s is not supported", quote(name)))
+	}
+}
+
+const (
+	maxBinds     = 16  // for each connection, as ssh-agent
+	maxSessionID = 128 // bytes, as ssh-agent; the longest in use has 64
+)
+
+// bind records that the connection belongs to an SSH session, when the host key
+// has signed the session's identifier (OpenSSH's PROTOCOL.agent section 1). The
+// rules are those of ssh-agent:
+//
+//   - Once bound for logging in, a connection is not bound again.
+//   - A session is bound to one key; binding it to that key again changes nothing.
+//   - One host may have several sessions.
+//
+// A failure is remembered for the life of the connection.
+func (c *conn) bind(in reader) error {
+	bind, err := parseBind(in)
+	if err == nil {
+		err = c.mayBind(bind)
+	}
+	caller := *c.caller
+	switch {
+	case errors.Is(err, errAlreadyBound):
+		return nil
+	case err != nil:
+		caller.BindFailed = true
+	default:
+		caller.Binds = append(slices.Clone(caller.Binds), bind)
+	}
+	caller.Forwarded = caller.Forwarded || caller.BindFailed || bind.Forwarding
+	c.caller = &caller
+	return err
+}
+
+var errAlreadyBound = errors.New("the session is bound already")
+
+func (c *conn) mayBind(bind agent.Bind) error {
+	for _, b := range c.caller.Binds {
+		switch {
+		case !b.Forwarding:
+			return errors.New("the connection is bound to a session for logging in already")
+		case !bytes.Equal(b.SessionID, bind.SessionID):
+		case bytes.Equal(b.HostKey.Marshal(), bind.HostKey.Marshal()):
+			return errAlreadyBound
+		default:
+			return errors.New("the session is bound to another host key already")
+		}
+	}
+	if len(c.caller.Binds) >= maxBinds {
+		return fmt.Errorf("the connection is bound to %d sessions already, which is the limit", maxBinds)
+	}
+	return nil
+}
+
+// parseBind reads and verifies a bind. Nothing of it lies in the message.
+func parseBind(in reader) (agent.Bind, error) {
+	blob, id, signature, forwarding := in.bytes(), in.bytes(), in.bytes(), in.bool()
+	if err := in.end(); err != nil {
+		return agent.Bind{}, err
+	}
+	if len(id) == 0 || len(id) > maxSessionID {
+		return agent.Bind{}, fmt.Errorf("session identifier of %d bytes", len(id))
+	}
+	key, err := parseKey(blob)
+	if err != nil {
+		return agent.Bind{}, err
+	}
+	sig := reader{rest: signature}
+	format, value := sig.bytes(), sig.bytes()
+	if sig.failed {
+		return agent.Bind{}, errMalformed
+	}
+	if err := key.Verify(id, &ssh.Signature{Format: string(format), Blob: value, Rest: sig.rest}); err != nil {
+		return agent.Bind{}, fmt.Errorf("the host key %s has not signed the session", ssh.FingerprintSHA256(key))
+	}
+	return agent.Bind{HostKey: key, SessionID: bytes.Clone(id), Forwarding: forwarding}, nil
+}
+
+// parseKey reads a public key. Nothing of it lies in blob, and the error quotes
+// little of it.
+func parseKey(blob []byte) (ssh.PublicKey, error) {
+	key, err := ssh.ParsePublicKey(bytes.Clone(blob))
+	if err != nil {
+		kind := reader{rest: blob}
+		return nil, fmt.Errorf("a key of type %s cannot be read", quote(kind.bytes()))
+	}
+	return key, nil
+}
+
+// A reader takes the fields of a message one by one (RFC 4251 section 5). What
+// it returns lies in the message. After a field that is not there, failed is set
+// and every further field is empty.
+type reader struct {
+	rest   []byte
+	failed bool
+}
+
+func (r *reader) take(n uint32) []byte {
+	if r.failed || uint64(n) > uint64(len(r.rest)) {
+		r.failed, r.rest = true, nil
+		return nil
+	}
+	field := r.rest[:n:n]
+	r.rest = r.rest[n:]
+	return field
+}
+
+func (r *reader) byte() byte {
+	if field := r.take(1); field != nil {
+		return field[0]
+	}
+	return 0
+}
+
+func (r *reader) bool() bool { return r.byte() != 0 }
+
+func (r *reader) uint32() uint32 {
+	if field := r.take(4); field != nil {
+		return binary.BigEndian.Uint32(field)
+	}
+	return 0
+}
+
+func (r *reader) bytes() []byte { return r.take(r.uint32()) }
+
+// end tells whether all fields were there and nothing follows.
+func (r *reader) end() error {
+	if r.failed || len(r.rest) > 0 {
+		return errMalformed
+	}
+	return nil
+}
+
+func appendString[T string | []byte](b []byte, s T) []byte {
+	b = binary.BigEndian.AppendUint32(b, uint32(len(s)))
+	return append(b, s...)
+}
+
+// quote makes a client's text fit for a log line.
+func quote(text []byte) string {
+	if len(text) > maxQuoted {
+		return strconv.Quote(string(text[:maxQuoted])) + "..."
+	}
+	return strconv.Quote(string(text))
+}

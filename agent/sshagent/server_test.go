@@ -1,0 +1,568 @@
+package sshagent
+
+import (
+	"bytes"
+	"context"
+	"errors"
+	"fmt"
+	"io"
+	"log/slog"
+	"net"
+	"os"
+	"os/exec"
+	"path/filepath"
+	"strings"
+	"sync"
+	"sync/atomic"
+	"syscall"
+	"testing"
+	"testing/synctest"
+	"time"
+
+	"golang.org/x/crypto/ssh"
+	"golang.org/x/sys/unix"
+
+	"p11-agent/agent"
+	"p11-agent/agent/peer"
+)
+
+// waiting is a keyring whose signatures take until their context ends, as one
+// does whose PIN is being asked for.
+func waiting() (keyring *fakeKeyring, begun chan struct{}, ended chan error) {
+	begun, ended = make(chan struct{}, 1000), make(chan error, 1000)
+	keyring = newKeyring()
+	keyring.sign = func(ctx context.Context, _ *agent.Caller, _ agent.SignRequest) (*ssh.Signature, error) {
+		begun <- struct{}{}
+		<-ctx.Done()
+		ended <- context.Cause(ctx)
+		return nil, ctx.Err()
+	}
+	return keyring, begun, ended
+}
+
+var signRequest = message(13, "key", "data", uint32(0))
+
+func send(t *testing.T, conn net.Conn, messages ...[]byte) {
+	t.Helper()
+	if _, err := conn.Write(framed(messages...)); err != nil {
+		t.Fatal(err)
+	}
+}
+
+func TestHangUpEndsTheRequest(t *testing.T) {
+	for _, test := range []struct {
+		name string
+		end  func(*net.UnixConn) error
+		more [][]byte
+	}{
+		{name: "closed", end: (*net.UnixConn).Close},
+		{name: "closed with an answer not read", end: (*net.UnixConn).Close, more: [][]byte{message(11)}},
+		{name: "shut down both ways", end: func(c *net.UnixConn) error { return errors.Join(c.CloseWrite(), c.CloseRead()) }},
+	} {
+		t.Run(test.name, func(t *testing.T) {
+			keyring, begun, ended := waiting()
+			r := serve(t, &Server{Keyring: keyring})
+			conn := r.dial()
+			send(t, conn, append(test.more, signRequest)...)
+			<-begun
+			if err := test.end(conn); err != nil {
+				t.Fatal(err)
+			}
+			if err := <-ended; !errors.Is(err, errHungUp) {
+				t.Errorf("the request ended because of %v, want %v", err, errHungUp)
+			}
+			// Nobody else is affected.
+			if answer := ask(t, r.dial(), message(11))[0]; answer[0] != 12 {
+				t.Errorf("answer %x to another client", answer)
+			}
+		})
+	}
+}
+
+// A client that is killed does not say goodbye.
+func TestKilledClientEndsTheRequest(t *testing.T) {
+	keyring, begun, ended := waiting()
+	r := serve(t, &Server{Keyring: keyring})
+	key := filepath.Join(shortDir(t), "key.pub")
+	if err := os.WriteFile(key, ssh.MarshalAuthorizedKey(keyring.signers[0].PublicKey()), 0o600); err != nil {
+		t.Fatal(err)
+	}
+	cmd := exec.Command(needs(t, "ssh-add"), "-T", key)
+	cmd.Env = []string{"SSH_AUTH_SOCK=" + r.socket}
+	if err := cmd.Start(); err != nil {
+		t.Fatal(err)
+	}
+	<-begun
+	if err := cmd.Process.Kill(); err != nil {
+		t.Fatal(err)
+	}
+	if err := <-ended; !errors.Is(err, errHungUp) {
+		t.Errorf("the request ended because of %v, want %v", err, errHungUp)
+	}
+	cmd.Wait()
+}
+
+// A client may say that it sends no more and wait for the answer.
+func TestHalfClosedClientIsAnswered(t *testing.T) {
+	keyring := newKeyring()
+	begun, proceed := make(chan struct{}), make(chan struct{})
+	keyring.sign = func(ctx context.Context, _ *agent.Caller, _ agent.SignRequest) (*ssh.Signature, error) {
+		begun <- struct{}{}
+		<-proceed
+		return &ssh.Signature{Format: "alg"}, ctx.Err()
+	}
+	r := serve(t, &Server{Keyring: keyring})
+	conn := r.dial()
+	send(t, conn, signRequest, message(11))
+	<-begun
+	if err := conn.CloseWrite(); err != nil {
+		t.Fatal(err)
+	}
+	// The watcher is asked about another connection in the meantime, so it has
+	// seen whatever there is to see of this one.
+	other := r.dial()
+	send(t, other, signRequest)
+	<-begun
+	other.Close()
+	proceed <- struct{}{}
+	proceed <- struct{}{}
+	for _, want := range []byte{14, 12} {
+		if answer, err := readAnswer(conn); err != nil || answer[0] != want {
+			t.Errorf("answer %x, %v; want number %d", answer, err, want)
+		}
+	}
+	if _, err := readAnswer(conn); !errors.Is(err, io.EOF) {
+		t.Errorf("%v after the last answer, want the end", err)
+	}
+}
+
+// File descriptors and buffers are used again at once; what concerns one client
+// must not reach the next.
+func TestHangUpReachesNobodyElse(t *testing.T) {
+	keyring, begun, ended := waiting()
+	r := serve(t, &Server{Keyring: keyring})
+	for range 200 {
+		gone := r.dial()
+		send(t, gone, signRequest)
+		<-begun
+		gone.Close()
+		stays := r.dial() // likely on the descriptors that are being closed
+		if answer := ask(t, stays, message(11))[0]; answer[0] != 12 {
+			t.Fatalf("answer %x", answer)
+		}
+		if err := <-ended; !errors.Is(err, errHungUp) {
+			t.Fatal(err)
+		}
+		if answer := ask(t, stays, message(11))[0]; answer[0] != 12 {
+			t.Fatalf("answer %x", answer)
+		}
+		stays.Close()
+	}
+}
+
+// Connections that are over leave nothing behind in the watcher.
+func TestWatcherForgets(t *testing.T) {
+	checkLeaks(t)
+	w, err := newWatcher()
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer w.close()
+	l, err := net.ListenUnix("unix", &net.UnixAddr{Name: filepath.Join(shortDir(t), "s"), Net: "unix"})
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer l.Close()
+	client, err := net.Dial("unix", l.Addr().String())
+	if err != nil {
+		t.Fatal(err)
+	}
+	send(t, client, message(11))
+	nc, err := l.AcceptUnix()
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer nc.Close()
+	client.Close()
+	(&Server{Keyring: newKeyring()}).serve(t.Context(), nc, w)
+	if len(w.conns) > 0 {
+		t.Errorf("%d connections are still watched", len(w.conns))
+	}
+	w.hangUp()
+	if err := w.add(1, nc, nil); !errors.Is(err, errStopping) {
+		t.Errorf("%v, want %v", err, errStopping)
+	}
+}
+
+func TestStopWithClients(t *testing.T) {
+	keyring, begun, ended := waiting()
+	r := serve(t, &Server{Keyring: keyring})
+	idle, half, waits := r.dial(), r.dial(), r.dial()
+	ask(t, idle, message(11))
+	if _, err := half.Write(unhex(t, "000000ff 0d")); err != nil {
+		t.Fatal(err)
+	}
+	send(t, waits, signRequest)
+	<-begun
+	r.stop()
+	r.stop()
+	if err := <-ended; !errors.Is(err, context.Canceled) {
+		t.Errorf("the request ended because of %v", err)
+	}
+	<-r.stopped
+	if r.err != nil {
+		t.Error(r.err)
+	}
+	for _, conn := range []net.Conn{idle, half, waits} {
+		b, err := io.ReadAll(conn)
+		if conn == net.Conn(waits) && bytes.Equal(b, framed(message(5))) {
+			b = nil // a refusal may still get through
+		}
+		if len(b) > 0 || err != nil && !errors.Is(err, syscall.ECONNRESET) {
+			t.Errorf("read %x, %v after the end", b, err)
+		}
+	}
+	if _, err := os.Lstat(r.socket); !errors.Is(err, os.ErrNotExist) {
+		t.Errorf("the socket's file: %v, want it gone", err)
+	}
+}
+
+func TestStopBeforeServe(t *testing.T) {
+	checkLeaks(t)
+	l, err := Listen(filepath.Join(shortDir(t), "s"))
+	if err != nil {
+		t.Fatal(err)
+	}
+	ctx, cancel := context.WithCancelCause(context.Background())
+	cancel(errors.New("the program was told to stop"))
+	if err := (&Server{Keyring: newKeyring()}).Serve(ctx, l); err != nil {
+		t.Error(err)
+	}
+}
+
+// Somebody else closing the listener is no way to stop.
+func TestListenerClosed(t *testing.T) {
+	checkLeaks(t)
+	l, err := Listen(filepath.Join(shortDir(t), "s"))
+	if err != nil {
+		t.Fatal(err)
+	}
+	if err := l.Close(); err != nil {
+		t.Fatal(err)
+	}
+	if err := (&Server{Keyring: newKeyring()}).Serve(t.Context(), l); !errors.Is(err, net.ErrClosed) {
+		t.Errorf("%v, want %v", err, net.ErrClosed)
+	}
+}
+
+// One server may have several sockets.
+func TestTwoListeners(t *testing.T) {
+	s := &Server{Keyring: newKeyring()}
+	one, two := serve(t, s), serve(t, s)
+	for _, r := range []*running{one, two, one} {
+		if answer := ask(t, r.dial(), message(11))[0]; answer[0] != 12 {
+			t.Errorf("answer %x", answer)
+		}
+	}
+	one.stop()
+	<-one.stopped
+	if answer := ask(t, two.dial(), message(11))[0]; answer[0] != 12 {
+		t.Errorf("answer %x", answer)
+	}
+}
+
+func TestAllowed(t *testing.T) {
+	log, book := newLog()
+	var asked peer.Peer
+	r := serve(t, &Server{Keyring: newKeyring(), Log: log, Allowed: func(p peer.Peer) error {
+		asked = p
+		return errors.New("not on a Sunday")
+	}})
+	conn := r.dial()
+	if b, err := io.ReadAll(conn); len(b) > 0 || err != nil {
+		t.Errorf("read %x, %v, want the end", b, err)
+	}
+	r.stop()
+	<-r.stopped
+	if asked.PID != os.Getpid() {
+		t.Errorf("asked about %v, want this process", asked)
+	}
+	got := book.String()
+	if strings.Count(got, "\n") != 1 || !strings.Contains(got, "not on a Sunday") || !strings.Contains(got, fmt.Sprintf("(%d)", os.Getpid())) {
+		t.Errorf("log:\n%swant one line with peer and reason", got)
+	}
+}
+
+func TestSameUser(t *testing.T) {
+	me := os.Geteuid()
+	for _, test := range []struct {
+		name string
+		peer peer.Peer
+		want bool
+	}{
+		{"the same user", peer.Peer{Known: true, UID: me}, true},
+		{"root", peer.Peer{Known: true, UID: 0}, true},
+		{"somebody else", peer.Peer{Known: true, UID: me + 1}, false},
+		{"nobody knows", peer.Peer{UID: me}, false},
+	} {
+		t.Run(test.name, func(t *testing.T) {
+			if err := SameUser(test.peer); (err == nil) != test.want {
+				t.Errorf("%v", err)
+			}
+		})
+	}
+}
+
+// The real kernel, a real other user: the test program connects as nobody.
+func TestOtherUserIsRefused(t *testing.T) {
+	const nobody = 65534
+	if os.Getuid() != 0 {
+		if os.Getenv("CI") == "true" {
+			t.Fatal("this needs root, which CI has to provide")
+		}
+		t.Skip("this needs root, to become another user")
+	}
+	log, book := newLog()
+	r := serve(t, &Server{Keyring: newKeyring(), Log: log})
+	if err := errors.Join(os.Chmod(r.socket, 0o666), os.Chmod(filepath.Dir(r.socket), 0o755)); err != nil {
+		t.Fatal(err)
+	}
+	cmd := exec.Command(needs(t, "ssh-add"), "-l")
+	cmd.Env = []string{"SSH_AUTH_SOCK=" + r.socket}
+	cmd.SysProcAttr = &syscall.SysProcAttr{Credential: &syscall.Credential{Uid: nobody, Gid: nobody}}
+	if out, err := cmd.CombinedOutput(); err == nil {
+		t.Errorf("another user got %s", out)
+	}
+	book.wait(t, "another user (uid 65534)")
+}
+
+func TestTooManyConnections(t *testing.T) {
+	log, book := newLog()
+	r := serve(t, &Server{Keyring: newKeyring(), Log: log, MaxConnections: 2})
+	one, two := r.dial(), r.dial()
+	ask(t, one, message(11))
+	ask(t, two, message(11))
+	if b, err := io.ReadAll(r.dial()); len(b) > 0 || err != nil {
+		t.Errorf("read %x, %v, want the end", b, err)
+	}
+	book.wait(t, "2 connections are open, which is the limit")
+	one.Close()
+	for { // until the server has noticed
+		conn := r.dial()
+		send(t, conn, message(11))
+		if answer, err := readAnswer(conn); err == nil && answer[0] == 12 {
+			return
+		}
+	}
+}
+
+func TestPanicCostsOneConnection(t *testing.T) {
+	log, book := newLog()
+	keyring := newKeyring()
+	keyring.sign = func(context.Context, *agent.Caller, agent.SignRequest) (*ssh.Signature, error) {
+		panic("confidential")
+	}
+	r := serve(t, &Server{Keyring: keyring, Log: log})
+	bystander := r.dial()
+	ask(t, bystander, message(11))
+	conn := r.dial()
+	send(t, conn, signRequest)
+	if b, err := io.ReadAll(conn); len(b) > 0 || err != nil {
+		t.Errorf("read %x, %v, want the end", b, err)
+	}
+	if answer := ask(t, bystander, message(11))[0]; answer[0] != 12 {
+		t.Errorf("answer %x", answer)
+	}
+	got := book.wait(t, "level=ERROR")
+	if strings.Contains(got, "confidential") || !strings.Contains(got, "(*conn).sign") {
+		t.Errorf("log:\n%swant where it happened and not what was said", got)
+	}
+}
+
+func TestMany(t *testing.T) {
+	keyring := newKeyring()
+	r := serve(t, &Server{Keyring: keyring})
+
+	t.Run("500 at once", func(t *testing.T) {
+		conns := make([]*net.UnixConn, 500)
+		for i := range conns {
+			conns[i] = r.dial()
+		}
+		var group sync.WaitGroup
+		for _, conn := range conns {
+			group.Go(func() {
+				for range 3 {
+					if _, err := conn.Write(framed(message(11))); err != nil {
+						t.Error(err)
+						return
+					}
+					if answer, err := readAnswer(conn); err != nil || answer[0] != 12 {
+						t.Errorf("answer %x, %v", answer, err)
+						return
+					}
+				}
+			})
+		}
+		group.Wait()
+		for _, conn := range conns {
+			conn.Close()
+		}
+	})
+	t.Run("10000 one after another", func(t *testing.T) {
+		for range 10000 {
+			conn, err := net.Dial("unix", r.socket)
+			if err != nil {
+				t.Fatal(err)
+			}
+			if answer := ask(t, conn, message(19))[0]; answer[0] != 6 {
+				t.Fatalf("answer %x", answer)
+			}
+			conn.Close()
+		}
+	})
+}
+
+// brokenListener fails to accept some times before it works.
+type brokenListener struct {
+	*Socket
+	errs []error
+}
+
+func (l *brokenListener) AcceptUnix() (*net.UnixConn, error) {
+	if len(l.errs) > 0 {
+		err := l.errs[0]
+		l.errs = l.errs[1:]
+		return nil, &net.OpError{Op: "accept", Err: os.NewSyscallError("accept4", err)}
+	}
+	return l.Socket.AcceptUnix()
+}
+
+func TestAcceptErrors(t *testing.T) {
+	checkLeaks(t)
+	log, book := newLog()
+	l, err := Listen(filepath.Join(shortDir(t), "s"))
+	if err != nil {
+		t.Fatal(err)
+	}
+	broken := &brokenListener{l, []error{syscall.EMFILE, syscall.ENFILE, syscall.ENOMEM, syscall.ECONNABORTED}}
+	r := serveOn(t, &Server{Keyring: newKeyring(), Log: log}, broken, l.Path())
+	if answer := ask(t, r.dial(), message(11))[0]; answer[0] != 12 {
+		t.Errorf("answer %x", answer)
+	}
+	if n := strings.Count(book.String(), "trying again"); n != 1 {
+		t.Errorf("%d lines about one shortage:\n%s", n, book)
+	}
+}
+
+// Waiting for the shortage to pass does not keep the server from stopping.
+func TestStopDuringShortage(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		l := &exhausted{closed: make(chan struct{})}
+		ctx, cancel := context.WithTimeout(t.Context(), time.Hour)
+		defer cancel()
+		began := time.Now()
+		s := &Server{Keyring: newKeyring()}
+		var clients sync.WaitGroup
+		if err := s.accept(ctx, l, nil, &clients); err != nil {
+			t.Error(err)
+		}
+		if took := time.Since(began); took != time.Hour {
+			t.Errorf("stopped after %v", took)
+		}
+		// 5 ms, 10 ms, ... 1 s, and then once each second.
+		if n := l.calls.Load(); n < 3600 || n > 3620 {
+			t.Errorf("%d tries within the hour", n)
+		}
+	})
+}
+
+type exhausted struct {
+	calls  atomic.Int64
+	closed chan struct{}
+}
+
+func (l *exhausted) AcceptUnix() (*net.UnixConn, error) {
+	l.calls.Add(1)
+	return nil, syscall.EMFILE
+}
+func (l *exhausted) Close() error { return nil }
+
+const starvedVariable = "P11_STARVED_AGENT"
+
+// TestOutOfDescriptors has the test binary serve as a process of its own with
+// room for few file descriptors, takes them all, and gives them back.
+func TestOutOfDescriptors(t *testing.T) {
+	path := filepath.Join(shortDir(t), "s")
+	cmd := exec.Command("/proc/self/exe", "-test.run=^TestStarvedAgent$")
+	cmd.Env = append(os.Environ(), starvedVariable+"="+path, "GORACE=atexit_sleep_ms=0")
+	stdin, err := cmd.StdinPipe()
+	if err != nil {
+		t.Fatal(err)
+	}
+	stderr, err := cmd.StderrPipe()
+	if err != nil {
+		t.Fatal(err)
+	}
+	if err := cmd.Start(); err != nil {
+		t.Fatal(err)
+	}
+	defer cmd.Wait()
+	defer stdin.Close()
+	said := newLines(stderr)
+	said.wait(t, "serving")
+
+	r := &running{t: t, socket: path}
+	var conns []*net.UnixConn
+	served := 0
+	for range 60 { // as many as the backlog holds, and more than there are descriptors
+		conn := r.dial()
+		send(t, conn, message(11))
+		conns = append(conns, conn)
+	}
+	said.wait(t, "trying again")
+	for _, conn := range conns {
+		// Each is either served now or waits until one of the others has gone.
+		if answer, err := readAnswer(conn); err == nil && answer[0] == 12 {
+			served++
+		}
+		conn.Close()
+	}
+	if served != len(conns) {
+		t.Errorf("%d of %d clients were served", served, len(conns))
+	}
+}
+
+// lines collects what a process says.
+type lines struct{ book *logBook }
+
+func newLines(r io.Reader) *lines {
+	_, book := newLog()
+	go io.Copy(book, r)
+	return &lines{book}
+}
+
+func (l *lines) wait(t *testing.T, what string) { t.Helper(); l.book.wait(t, what) }
+
+func TestStarvedAgent(t *testing.T) {
+	path, ok := os.LookupEnv(starvedVariable)
+	if !ok {
+		return // it is only for TestOutOfDescriptors
+	}
+	l, err := Listen(path)
+	if err != nil {
+		t.Fatal(err)
+	}
+	if err := unix.Setrlimit(unix.RLIMIT_NOFILE, &unix.Rlimit{Cur: 40, Max: 40}); err != nil {
+		t.Fatal(err)
+	}
+	ctx, stop := context.WithCancel(t.Context())
+	go func() {
+		io.Copy(io.Discard, os.Stdin)
+		stop()
+	}()
+	fmt.Fprintln(os.Stderr, "serving")
+	s := &Server{Keyring: newKeyring(), Log: slog.New(slog.NewTextHandler(os.Stderr, nil))}
+	if err := s.Serve(ctx, l); err != nil {
+		t.Fatal(err)
+	}
+}

@@ -1,0 +1,337 @@
+package sshagent
+
+import (
+	"bufio"
+	"errors"
+	"fmt"
+	"io"
+	"net"
+	"os"
+	"os/exec"
+	"path/filepath"
+	"strings"
+	"sync"
+	"testing"
+
+	"golang.org/x/sys/unix"
+)
+
+func TestListen(t *testing.T) {
+	checkLeaks(t)
+	// Any umask will do.
+	defer unix.Umask(unix.Umask(0))
+	path := filepath.Join(shortDir(t), "dir", "agent.sock")
+	s, err := Listen(path)
+	if err != nil {
+		t.Fatal(err)
+	}
+	for name, mode := range map[string]os.FileMode{path: os.ModeSocket | 0o600, filepath.Dir(path): os.ModeDir | 0o700} {
+		if info, err := os.Lstat(name); err != nil || info.Mode() != mode {
+			t.Errorf("%s: %v, %v, want %v", name, info.Mode(), err, mode)
+		}
+	}
+	if s.Path() != path {
+		t.Errorf("path %s", s.Path())
+	}
+	if _, err := Listen(path); !errors.Is(err, ErrInUse) {
+		t.Errorf("a second agent: %v, want %v", err, ErrInUse)
+	}
+	var group sync.WaitGroup
+	for range 2 {
+		group.Go(func() {
+			if err := s.Close(); err != nil {
+				t.Error(err)
+			}
+		})
+	}
+	group.Wait()
+	if entries, err := os.ReadDir(filepath.Dir(path)); len(entries) > 0 || err != nil {
+		t.Errorf("left behind: %v, %v", entries, err)
+	}
+	if s, err = Listen(path); err != nil {
+		t.Fatal(err)
+	}
+	if err := s.Close(); err != nil {
+		t.Error(err)
+	}
+}
+
+func TestListenRefuses(t *testing.T) {
+	dir := shortDir(t)
+	mkdir := func(name string, mode os.FileMode) string {
+		path := filepath.Join(dir, name)
+		if err := errors.Join(os.Mkdir(path, 0o700), os.Chmod(path, mode)); err != nil {
+			t.Fatal(err)
+		}
+		return path
+	}
+	mine := mkdir("mine", 0o700)
+	file := filepath.Join(mine, "file")
+	if err := os.WriteFile(file, []byte("precious"), 0o600); err != nil {
+		t.Fatal(err)
+	}
+	link := filepath.Join(dir, "link")
+	toSocket := filepath.Join(mine, "to-socket")
+	if err := errors.Join(os.Symlink(mine, link), os.Symlink("/nowhere/socket", toSocket)); err != nil {
+		t.Fatal(err)
+	}
+	long := filepath.Join(mine, strings.Repeat("x", 108-len(mine)-1))
+	strange := filepath.Join(mine, "datagram")
+	datagram, err := net.ListenUnixgram("unixgram", &net.UnixAddr{Name: strange, Net: "unixgram"})
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer datagram.Close()
+
+	tests := []struct{ name, path, want string }{
+		{"relative", "agent.sock", "must be absolute"},
+		{"abstract", "@agent", "must be absolute"},
+		{"NUL", mine + "/a\x00b", "must be absolute"},
+		{"roundabout", mine + "/../mine/s", ". or a .."},
+		{"too long", long, "108 bytes, and a socket's can have 107"},
+		{"group can write", filepath.Join(mkdir("group", 0o770), "s"), "others can write"},
+		{"all can write", filepath.Join(mkdir("all", 0o777), "s"), "others can write"},
+		{"symbolic link", filepath.Join(link, "s"), "symbolic link"},
+		{"file for a directory", filepath.Join(file, "s"), "no directory"},
+		{"no parent", filepath.Join(mine, "a", "b", "s"), "no such file"},
+		{"file", file, "no socket"},
+		{"symbolic link for a socket", toSocket, "no socket"},
+		{"socket of another kind", strange, "may be in use"},
+	}
+	if os.Getuid() == 0 {
+		theirs := mkdir("theirs", 0o700)
+		if err := os.Chown(theirs, 65534, 65534); err != nil {
+			t.Fatal(err)
+		}
+		tests = append(tests, struct{ name, path, want string }{"directory of another user", filepath.Join(theirs, "s"), "another user (uid 65534)"})
+	}
+	for _, test := range tests {
+		t.Run(test.name, func(t *testing.T) {
+			fds := descriptors(t)
+			s, err := Listen(test.path)
+			if err == nil {
+				s.Close()
+			}
+			if err == nil || !strings.Contains(err.Error(), test.want) {
+				t.Errorf("%v, want %q", err, test.want)
+			}
+			if n := descriptors(t); n != fds {
+				t.Errorf("%d file descriptors, %d before", n, fds)
+			}
+		})
+	}
+	if b, err := os.ReadFile(file); string(b) != "precious" || err != nil {
+		t.Errorf("the file holds %q, %v", b, err)
+	}
+	if _, err := os.Lstat(strange); err != nil {
+		t.Error(err)
+	}
+}
+
+func TestLongestPath(t *testing.T) {
+	dir := shortDir(t)
+	s, err := Listen(filepath.Join(dir, strings.Repeat("x", 107-len(dir)-1)))
+	if err != nil {
+		t.Fatal(err)
+	}
+	conn, err := net.Dial("unix", s.Path())
+	if err != nil {
+		t.Error(err)
+	} else {
+		conn.Close()
+	}
+	if err := s.Close(); err != nil {
+		t.Error(err)
+	}
+}
+
+func TestRuntimeDirectory(t *testing.T) {
+	dir := shortDir(t)
+	path := filepath.Join(dir, "p11-agent", "ssh", "s")
+	if s, err := Listen(path); err == nil {
+		s.Close()
+		t.Error("two directories were made outside XDG_RUNTIME_DIR")
+	}
+	t.Setenv("XDG_RUNTIME_DIR", dir+"/")
+	s, err := Listen(path)
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer s.Close()
+	if info, err := os.Stat(filepath.Join(dir, "p11-agent")); err != nil || info.Mode() != os.ModeDir|0o700 {
+		t.Errorf("%v, %v", info.Mode(), err)
+	}
+}
+
+// A socket that nobody listens on is what an agent leaves that was killed.
+func TestStaleSocket(t *testing.T) {
+	path := filepath.Join(shortDir(t), "s")
+	l, err := net.ListenUnix("unix", &net.UnixAddr{Name: path, Net: "unix"})
+	if err != nil {
+		t.Fatal(err)
+	}
+	l.SetUnlinkOnClose(false)
+	if err := l.Close(); err != nil {
+		t.Fatal(err)
+	}
+	s, err := Listen(path)
+	if err != nil {
+		t.Fatal(err)
+	}
+	if err := s.Close(); err != nil {
+		t.Error(err)
+	}
+}
+
+// An agent that is too busy to accept is not dead.
+func TestBusySocket(t *testing.T) {
+	path := filepath.Join(shortDir(t), "s")
+	fd, err := unix.Socket(unix.AF_UNIX, unix.SOCK_STREAM|unix.SOCK_CLOEXEC, 0)
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer unix.Close(fd)
+	if err := errors.Join(unix.Bind(fd, &unix.SockaddrUnix{Name: path}), unix.Listen(fd, 0)); err != nil {
+		t.Fatal(err)
+	}
+	first, err := net.Dial("unix", path) // the backlog is full now
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer first.Close()
+	if s, err := Listen(path); err == nil {
+		s.Close()
+		t.Error("the socket was taken from a living agent")
+	}
+	if _, err := os.Lstat(path); err != nil {
+		t.Error(err)
+	}
+}
+
+// What has taken the place of the socket is not removed with it.
+func TestCloseRemovesOnlyItsOwn(t *testing.T) {
+	path := filepath.Join(shortDir(t), "s")
+	mine, err := Listen(path)
+	if err != nil {
+		t.Fatal(err)
+	}
+	if err := os.Remove(path); err != nil {
+		t.Fatal(err)
+	}
+	theirs, err := Listen(path)
+	if err != nil {
+		t.Fatal(err)
+	}
+	if err := mine.Close(); err != nil {
+		t.Error(err)
+	}
+	if conn, err := net.Dial("unix", path); err != nil {
+		t.Errorf("the other agent's socket: %v", err)
+	} else {
+		conn.Close()
+	}
+	if err := theirs.Close(); err != nil {
+		t.Error(err)
+	}
+	if err := os.WriteFile(path, nil, 0o600); err != nil {
+		t.Fatal(err)
+	}
+	if err := theirs.Close(); err != nil {
+		t.Error(err)
+	}
+	if _, err := os.Lstat(path); err != nil {
+		t.Error(err)
+	}
+}
+
+func TestCloseWithoutFile(t *testing.T) {
+	path := filepath.Join(shortDir(t), "dir", "s")
+	s, err := Listen(path)
+	if err != nil {
+		t.Fatal(err)
+	}
+	if err := os.RemoveAll(filepath.Dir(path)); err != nil {
+		t.Fatal(err)
+	}
+	if err := s.Close(); err != nil {
+		t.Error(err)
+	}
+}
+
+const rivalVariable = "P11_RIVAL_AGENT"
+
+// TestManyStartAtOnce has several processes listen on the same path at the same
+// moment, with a dead agent's socket in the way.
+func TestManyStartAtOnce(t *testing.T) {
+	const rivals, rounds = 6, 5
+	path := filepath.Join(shortDir(t), "dir", "s")
+	for range rounds {
+		var starts []io.Closer
+		var says []*bufio.Reader
+		var cmds []*exec.Cmd
+		for range rivals {
+			cmd := exec.Command("/proc/self/exe", "-test.run=^TestRival$")
+			cmd.Env = append(os.Environ(), rivalVariable+"="+path, "GORACE=atexit_sleep_ms=0")
+			stdin, err := cmd.StdinPipe()
+			if err != nil {
+				t.Fatal(err)
+			}
+			stdout, err := cmd.StdoutPipe()
+			if err != nil {
+				t.Fatal(err)
+			}
+			if err := cmd.Start(); err != nil {
+				t.Fatal(err)
+			}
+			defer cmd.Wait()
+			defer cmd.Process.Kill()
+			says = append(says, bufio.NewReader(stdout))
+			starts, cmds = append(starts, stdin), append(cmds, cmd)
+		}
+		for _, r := range says {
+			if line, err := r.ReadString('\n'); line != "ready\n" {
+				t.Fatal(line, err)
+			}
+		}
+		for _, s := range starts {
+			s.Close()
+		}
+		won := 0
+		for _, r := range says {
+			switch line, err := r.ReadString('\n'); line {
+			case "won\n":
+				won++
+			case "in use\n":
+			default:
+				t.Fatal(line, err)
+			}
+		}
+		if won != 1 {
+			t.Errorf("%d of %d agents got the socket", won, rivals)
+		}
+		// Killed, so that the next round finds a stale socket.
+		for _, cmd := range cmds {
+			cmd.Process.Kill()
+			cmd.Wait()
+		}
+	}
+}
+
+func TestRival(t *testing.T) {
+	path, ok := os.LookupEnv(rivalVariable)
+	if !ok {
+		return // it is only for TestManyStartAtOnce
+	}
+	fmt.Println("ready")
+	io.Copy(io.Discard, os.Stdin)
+	switch s, err := Listen(path); {
+	case err == nil:
+		fmt.Println("won")
+		s.AcceptUnix() // keeps it until it is killed
+		select {}
+	case errors.Is(err, ErrInUse):
+		fmt.Println("in use")
+	default:
+		fmt.Println(err)
+	}
+}

@@ -1,0 +1,365 @@
+package sshagent
+
+import (
+	"bytes"
+	"context"
+	"crypto/ed25519"
+	"crypto/rand"
+	"crypto/rsa"
+	"encoding/binary"
+	"errors"
+	"io"
+	"log/slog"
+	"net"
+	"os"
+	"os/exec"
+	"path/filepath"
+	"regexp"
+	"runtime"
+	"slices"
+	"strings"
+	"sync"
+	"testing"
+	"time"
+
+	"golang.org/x/crypto/ssh"
+
+	"p11-agent/agent"
+)
+
+// fakeKeyring holds keys in memory and remembers what it was asked.
+type fakeKeyring struct {
+	signers []ssh.Signer
+	// sign replaces Sign when it is set.
+	sign func(context.Context, *agent.Caller, agent.SignRequest) (*ssh.Signature, error)
+	// list replaces List when it is set.
+	list func() []agent.Identity
+
+	mu    sync.Mutex
+	calls []call
+}
+
+// call is one request, in memory of its own.
+type call struct {
+	method      string
+	key         string
+	provider    string
+	pin         string
+	constraints agent.Constraints
+	caller      *agent.Caller
+}
+
+var errNoKey = errors.New("no such key")
+
+func (k *fakeKeyring) note(c call) {
+	k.mu.Lock()
+	defer k.mu.Unlock()
+	k.calls = append(k.calls, c)
+}
+
+func (k *fakeKeyring) noted() []call {
+	k.mu.Lock()
+	defer k.mu.Unlock()
+	return slices.Clone(k.calls)
+}
+
+func (k *fakeKeyring) List(_ context.Context, c *agent.Caller) ([]agent.Identity, error) {
+	k.note(call{method: "List", caller: c})
+	if k.list != nil {
+		return k.list(), nil
+	}
+	var ids []agent.Identity
+	for _, s := range k.signers {
+		ids = append(ids, agent.Identity{Key: s.PublicKey(), Comment: "fake " + s.PublicKey().Type()})
+	}
+	return ids, nil
+}
+
+func (k *fakeKeyring) Sign(ctx context.Context, c *agent.Caller, r agent.SignRequest) (*ssh.Signature, error) {
+	k.note(call{method: "Sign", key: string(r.Key), caller: c})
+	if k.sign != nil {
+		return k.sign(ctx, c, r)
+	}
+	for _, s := range k.signers {
+		if !bytes.Equal(s.PublicKey().Marshal(), r.Key) {
+			continue
+		}
+		algorithm := s.PublicKey().Type()
+		switch {
+		case algorithm != ssh.KeyAlgoRSA:
+		case r.Flags&agent.SignatureRSASHA2512 != 0:
+			algorithm = ssh.KeyAlgoRSASHA512
+		case r.Flags&agent.SignatureRSASHA2256 != 0:
+			algorithm = ssh.KeyAlgoRSASHA256
+		}
+		return s.(ssh.AlgorithmSigner).SignWithAlgorithm(rand.Reader, r.Data, algorithm)
+	}
+	return nil, errNoKey
+}
+
+func (k *fakeKeyring) AddToken(_ context.Context, c *agent.Caller, r agent.TokenRequest) error {
+	k.note(call{method: "AddToken", provider: string(r.Provider), pin: string(r.PIN.Bytes()), constraints: r.Constraints, caller: c})
+	if len(r.Constraints.Unsupported) > 0 {
+		return errors.New("unsupported constraints")
+	}
+	return nil
+}
+
+func (k *fakeKeyring) RemoveToken(_ context.Context, c *agent.Caller, r agent.TokenRequest) error {
+	k.note(call{method: "RemoveToken", provider: string(r.Provider), pin: string(r.PIN.Bytes()), caller: c})
+	return nil
+}
+
+func (k *fakeKeyring) Remove(_ context.Context, c *agent.Caller, key []byte) error {
+	k.note(call{method: "Remove", key: string(key), caller: c})
+	for _, s := range k.signers {
+		if bytes.Equal(s.PublicKey().Marshal(), key) {
+			return nil
+		}
+	}
+	return errNoKey
+}
+
+func (k *fakeKeyring) RemoveAll(_ context.Context, c *agent.Caller) error {
+	k.note(call{method: "RemoveAll", caller: c})
+	return nil
+}
+
+var makeSigners = sync.OnceValue(func() []ssh.Signer {
+	_, ed, err := ed25519.GenerateKey(rand.Reader)
+	if err != nil {
+		panic(err)
+	}
+	rsaKey, err := rsa.GenerateKey(rand.Reader, 2048)
+	if err != nil {
+		panic(err)
+	}
+	var signers []ssh.Signer
+	for _, key := range []any{ed, rsaKey} {
+		s, err := ssh.NewSignerFromKey(key)
+		if err != nil {
+			panic(err)
+		}
+		signers = append(signers, s)
+	}
+	return signers
+})
+
+func newKeyring() *fakeKeyring { return &fakeKeyring{signers: makeSigners()} }
+
+// A logBook is a log that tests read.
+type logBook struct {
+	mu   sync.Mutex
+	text bytes.Buffer
+	line chan struct{} // one for each line, as far as they fit
+}
+
+func newLog() (*slog.Logger, *logBook) {
+	b := &logBook{line: make(chan struct{}, 1000)}
+	return slog.New(slog.NewTextHandler(b, &slog.HandlerOptions{Level: slog.LevelDebug})), b
+}
+
+func (b *logBook) Write(p []byte) (int, error) {
+	b.mu.Lock()
+	defer b.mu.Unlock()
+	select {
+	case b.line <- struct{}{}:
+	default:
+	}
+	return b.text.Write(p)
+}
+
+func (b *logBook) String() string {
+	b.mu.Lock()
+	defer b.mu.Unlock()
+	return b.text.String()
+}
+
+// wait returns the log once it holds what.
+func (b *logBook) wait(t *testing.T, what string) string {
+	t.Helper()
+	for !strings.Contains(b.String(), what) {
+		select {
+		case <-b.line:
+		case <-t.Context().Done():
+			t.Fatalf("the log never said %q:\n%s", what, b)
+		}
+	}
+	return b.String()
+}
+
+// running is a server under test.
+type running struct {
+	t       *testing.T
+	server  *Server
+	socket  string
+	stop    context.CancelFunc
+	stopped chan struct{} // closed when Serve has returned
+	err     error         // what it returned
+}
+
+// serve starts a server and checks at the end of the test that nothing of it is
+// left.
+func serve(t *testing.T, s *Server) *running {
+	t.Helper()
+	checkLeaks(t)
+	l, err := Listen(filepath.Join(shortDir(t), "s"))
+	if err != nil {
+		t.Fatal(err)
+	}
+	return serveOn(t, s, l, l.Path())
+}
+
+func serveOn(t *testing.T, s *Server, l Listener, path string) *running {
+	t.Helper()
+	ctx, stop := context.WithCancel(context.Background())
+	r := &running{t: t, server: s, socket: path, stop: stop, stopped: make(chan struct{})}
+	go func() {
+		defer close(r.stopped)
+		r.err = s.Serve(ctx, l)
+	}()
+	t.Cleanup(func() {
+		stop()
+		<-r.stopped
+		if r.err != nil {
+			t.Errorf("Serve: %v", r.err)
+		}
+	})
+	return r
+}
+
+func (r *running) dial() *net.UnixConn {
+	r.t.Helper()
+	conn, err := net.Dial("unix", r.socket)
+	if err != nil {
+		r.t.Fatal(err)
+	}
+	r.t.Cleanup(func() { conn.Close() })
+	return conn.(*net.UnixConn)
+}
+
+var ours = regexp.MustCompile(`sshagent\.\(\*(Server|watcher|conn|frames|Socket)\)`)
+
+// checkLeaks fails the test when it ends with more goroutines or file
+// descriptors than it has now.
+func checkLeaks(t *testing.T) {
+	t.Helper()
+	fds := descriptors(t)
+	t.Cleanup(func() {
+		// Goroutines that have done everything may not have ended yet, and so
+		// may the poller's descriptors of a first use.
+		var stacks []byte
+		for range 1000 {
+			stacks = make([]byte, 1<<20)
+			stacks = stacks[:runtime.Stack(stacks, true)]
+			if !ours.Match(stacks) && descriptors(t) <= fds+2 {
+				return
+			}
+			time.Sleep(time.Millisecond)
+		}
+		t.Errorf("%d file descriptors, %d before; goroutines:\n%s", descriptors(t), fds, stacks)
+	})
+}
+
+func descriptors(t testing.TB) int {
+	t.Helper()
+	entries, err := os.ReadDir("/proc/self/fd")
+	if err != nil {
+		t.Fatal(err)
+	}
+	return len(entries)
+}
+
+// shortDir makes a directory whose files can be sockets.
+func shortDir(t testing.TB) string {
+	t.Helper()
+	dir, err := os.MkdirTemp("", "p11")
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() { os.RemoveAll(dir) })
+	return dir
+}
+
+// needs returns the path of a program, without which the test cannot run.
+func needs(t *testing.T, program string) string {
+	t.Helper()
+	path, err := exec.LookPath(program)
+	if err != nil {
+		if os.Getenv("CI") == "true" {
+			t.Fatalf("%s is missing, which CI has to install", program)
+		}
+		t.Skipf("%s is missing", program)
+	}
+	return path
+}
+
+// message builds a message: its number, and then bool and byte as they are,
+// uint32 in four bytes, string and []byte with their length, raw as it is.
+func message(number byte, fields ...any) []byte {
+	return append([]byte{number}, encode(fields...)...)
+}
+
+type raw []byte
+
+func encode(fields ...any) []byte {
+	var b []byte
+	for _, field := range fields {
+		switch v := field.(type) {
+		case byte:
+			b = append(b, v)
+		case bool:
+			if v {
+				b = append(b, 1)
+			} else {
+				b = append(b, 0)
+			}
+		case uint32:
+			b = binary.BigEndian.AppendUint32(b, v)
+		case string:
+			b = appendString(b, v)
+		case []byte:
+			b = appendString(b, v)
+		case raw:
+			b = append(b, v...)
+		default:
+			panic(field)
+		}
+	}
+	return b
+}
+
+func framed(messages ...[]byte) []byte {
+	var b []byte
+	for _, m := range messages {
+		b = appendString(b, m)
+	}
+	return b
+}
+
+func readAnswer(r io.Reader) ([]byte, error) {
+	var length [4]byte
+	if _, err := io.ReadFull(r, length[:]); err != nil {
+		return nil, err
+	}
+	b := make([]byte, binary.BigEndian.Uint32(length[:]))
+	_, err := io.ReadFull(r, b)
+	return b, err
+}
+
+// ask sends messages and returns as many answers.
+func ask(t *testing.T, conn io.ReadWriter, messages ...[]byte) [][]byte {
+	t.Helper()
+	if _, err := conn.Write(framed(messages...)); err != nil {
+		t.Fatal(err)
+	}
+	var answers [][]byte
+	for range messages {
+		answer, err := readAnswer(conn)
+		if err != nil {
+			t.Fatalf("answer %d of %d: %v", len(answers)+1, len(messages), err)
+		}
+		answers = append(answers, answer)
+	}
+	return answers
+}

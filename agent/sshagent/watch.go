@@ -1,0 +1,144 @@
+package sshagent
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"net"
+	"os"
+	"sync"
+	"syscall"
+
+	"golang.org/x/sys/unix"
+)
+
+// A watcher notices clients that hang up while their connection is not being
+// read from, because a request waits for a person or a card.
+//
+// Every connection is in one epoll set, with no event asked for. What is
+// reported all the same, EPOLLHUP and EPOLLERR, comes when the client has closed
+// its end or lost it with the process; a client that has only shut down its
+// sending side causes neither, so it can still be answered. The set itself is
+// watched by Go's poller like any file, which keeps no thread busy.
+//
+// Events name a connection by its number. File descriptors are used again, and
+// an event may be on its way while its connection is closed: numbers are not, so
+// that a late event finds nobody.
+type watcher struct {
+	set *os.File
+	raw syscall.RawConn
+
+	mu    sync.Mutex
+	conns map[uint64]watched
+	ended bool // hangUp was called: nobody is added any more
+}
+
+type watched struct {
+	nc     net.Conn
+	cancel context.CancelCauseFunc
+}
+
+func newWatcher() (*watcher, error) {
+	fd, err := unix.EpollCreate1(unix.EPOLL_CLOEXEC)
+	if err != nil {
+		return nil, fmt.Errorf("watch for clients that hang up: %w", err)
+	}
+	// Only a non-blocking file is given to the poller.
+	if err := unix.SetNonblock(fd, true); err != nil {
+		_ = unix.Close(fd)
+		return nil, fmt.Errorf("watch for clients that hang up: %w", err)
+	}
+	set := os.NewFile(uintptr(fd), "epoll")
+	raw, err := set.SyscallConn()
+	if err != nil {
+		_ = set.Close()
+		return nil, fmt.Errorf("watch for clients that hang up: %w", err)
+	}
+	return &watcher{set: set, raw: raw, conns: make(map[uint64]watched)}, nil
+}
+
+// add has cancel called when the client at the other end of nc hangs up, and nc
+// closed by hangUp, until remove.
+func (w *watcher) add(number uint64, nc *net.UnixConn, cancel context.CancelCauseFunc) error {
+	w.mu.Lock()
+	if w.ended {
+		w.mu.Unlock()
+		return errStopping
+	}
+	w.conns[number] = watched{nc, cancel}
+	w.mu.Unlock()
+
+	if err := w.register(number, nc); err != nil {
+		w.remove(number)
+		return fmt.Errorf("watch for the client to hang up: %w", err)
+	}
+	return nil
+}
+
+func (w *watcher) register(number uint64, nc *net.UnixConn) error {
+	conn, err := nc.SyscallConn()
+	if err != nil {
+		return err
+	}
+	// The event's data is 64 bits wide; x/sys calls the halves Fd and Pad.
+	event := unix.EpollEvent{Events: unix.EPOLLONESHOT, Fd: int32(number), Pad: int32(number >> 32)}
+	var ctlErr error
+	err = w.raw.Control(func(set uintptr) {
+		err := conn.Control(func(fd uintptr) {
+			ctlErr = unix.EpollCtl(int(set), unix.EPOLL_CTL_ADD, int(fd), &event)
+		})
+		ctlErr = errors.Join(ctlErr, err)
+	})
+	return errors.Join(err, ctlErr)
+}
+
+// remove forgets a connection. The set forgets it when it is closed.
+func (w *watcher) remove(number uint64) {
+	w.mu.Lock()
+	defer w.mu.Unlock()
+	delete(w.conns, number)
+}
+
+// run tells connections that their client is gone, until close.
+func (w *watcher) run() error {
+	var events [64]unix.EpollEvent
+	for {
+		var n int
+		var waitErr error
+		err := w.raw.Read(func(set uintptr) (done bool) {
+			n, waitErr = unix.EpollWait(int(set), events[:], 0)
+			return n != 0 // not when there is nothing yet: wait for more
+		})
+		switch {
+		case errors.Is(err, os.ErrClosed):
+			return nil
+		case errors.Is(waitErr, unix.EINTR):
+			continue
+		case err != nil || waitErr != nil:
+			return fmt.Errorf("watch for clients that hang up: %w", errors.Join(err, waitErr))
+		}
+		w.mu.Lock()
+		for _, e := range events[:n] {
+			if c, ok := w.conns[uint64(uint32(e.Fd))|uint64(uint32(e.Pad))<<32]; ok {
+				c.cancel(errHungUp)
+			}
+		}
+		w.mu.Unlock()
+	}
+}
+
+// hangUp closes every connection and lets no other one in. Whoever serves them
+// notices and removes them.
+func (w *watcher) hangUp() {
+	w.mu.Lock()
+	defer w.mu.Unlock()
+	w.ended = true
+	for _, c := range w.conns {
+		_ = c.nc.Close()
+	}
+}
+
+// close ends run.
+func (w *watcher) close() {
+	_ = w.set.Close()
+}
