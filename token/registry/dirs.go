@@ -1,0 +1,136 @@
+package registry
+
+import (
+	"encoding/binary"
+	"errors"
+	"io/fs"
+	"os"
+	"os/user"
+	"path/filepath"
+	"slices"
+	"strconv"
+)
+
+// Dirs tells where the configuration is.
+type Dirs struct {
+	System     string // modules as distributions ship them: /usr/share/p11-kit/modules
+	Admin      string // modules of this machine: /etc/pkcs11/modules
+	User       string // modules of this user: ~/.config/pkcs11/modules
+	GlobalConf string // /etc/pkcs11/pkcs11.conf
+	UserConf   string // ~/.config/pkcs11/pkcs11.conf
+	// NoUser says why User and UserConf are not read, or is empty when they are.
+	NoUser string
+	// ModuleDirs are searched, in this order, for modules without an absolute path.
+	ModuleDirs []string
+	// UID is the user who reads: root and this user may own configuration
+	// files, anybody else's cost a warning.
+	UID int
+}
+
+// DefaultDirs returns the places that p11-kit uses, for user uid. lookup reads
+// the environment (os.LookupEnv): XDG_CONFIG_HOME, HOME and
+// P11_KIT_NO_USER_CONFIG count.
+//
+// As with p11-kit (0.24.1, p11-kit/conf.c), root has no user configuration, and
+// neither has a program that runs with privileges its caller does not have.
+func DefaultDirs(lookup func(string) (string, bool), uid int) Dirs {
+	d := Dirs{
+		System:     "/usr/share/p11-kit/modules",
+		Admin:      "/etc/pkcs11/modules",
+		GlobalConf: "/etc/pkcs11/pkcs11.conf",
+		ModuleDirs: moduleDirs(),
+		UID:        uid,
+	}
+	// Set but empty counts, too.
+	_, forbidden := lookup("P11_KIT_NO_USER_CONFIG")
+	switch {
+	case uid == 0:
+		d.NoUser = "root has none"
+	case privileged():
+		d.NoUser = "the program runs with privileges its caller does not have"
+	case forbidden:
+		d.NoUser = "P11_KIT_NO_USER_CONFIG is set"
+	default:
+		config, problem := configHome(lookup, uid)
+		if problem != "" {
+			d.NoUser = problem
+			break
+		}
+		d.User = filepath.Join(config, "pkcs11", "modules")
+		d.UserConf = filepath.Join(config, "pkcs11", "pkcs11.conf")
+	}
+	return d
+}
+
+// configHome returns the directory that ~/.config stands for, or why there is none.
+func configHome(lookup func(string) (string, bool), uid int) (dir, problem string) {
+	if dir, _ := lookup("XDG_CONFIG_HOME"); dir != "" {
+		if !filepath.IsAbs(dir) {
+			return "", "XDG_CONFIG_HOME is not an absolute path"
+		}
+		return dir, ""
+	}
+	home, _ := lookup("HOME")
+	if home == "" {
+		u, err := user.LookupId(strconv.Itoa(uid))
+		if err != nil || u.HomeDir == "" {
+			return "", "HOME is not set and user " + strconv.Itoa(uid) + " has no home directory"
+		}
+		home = u.HomeDir
+	}
+	if !filepath.IsAbs(home) {
+		return "", "HOME is not an absolute path"
+	}
+	return filepath.Join(home, ".config"), ""
+}
+
+// moduleDirs returns the places of which p11-kit has one compiled in: its
+// library directory's "pkcs11". Debian and its kin have a directory for each
+// architecture; those of others are sorted out file by file, by their ELF header.
+func moduleDirs() []string {
+	// The pattern is a constant: Glob fails on malformed ones only.
+	dirs, _ := filepath.Glob("/usr/lib/*-linux-*/pkcs11")
+	for _, dir := range []string{"/usr/lib64/pkcs11", "/usr/lib/pkcs11"} {
+		if info, err := os.Stat(dir); err == nil && info.IsDir() {
+			dirs = append(dirs, dir)
+		}
+	}
+	return dirs
+}
+
+// privileged tells whether the kernel started this process with privileges of
+// the program's file: set-user-ID, set-group-ID or file capabilities
+// (AT_SECURE, getauxval(3)).
+func privileged() bool {
+	if os.Getuid() != os.Geteuid() || os.Getgid() != os.Getegid() {
+		return true
+	}
+	auxv, err := os.ReadFile("/proc/self/auxv")
+	if err != nil {
+		// Without /proc the comparison above must do. A process that may not
+		// read its own vector is one that the kernel protects from its user.
+		return !errors.Is(err, fs.ErrNotExist)
+	}
+	return secureBit(auxv)
+}
+
+// wordSize is that of the kernel's unsigned long, in bytes.
+const wordSize = strconv.IntSize / 8
+
+// secureBit finds AT_SECURE among the pairs of an auxiliary vector. A vector
+// without it is one of a kernel that does not say: yes.
+func secureBit(auxv []byte) bool {
+	const atSecure = 23 // linux/auxvec.h
+	number := func(b []byte) uint64 {
+		if wordSize == 4 {
+			return uint64(binary.NativeEndian.Uint32(b))
+		}
+		return binary.NativeEndian.Uint64(b)
+	}
+	for pair := range slices.Chunk(auxv, 2*wordSize) {
+		if len(pair) == 2*wordSize && number(pair) == atSecure {
+			return number(pair[wordSize:]) != 0
+		}
+	}
+	return true
+}

@@ -1,0 +1,162 @@
+package registry
+
+import (
+	"bytes"
+	"errors"
+	"fmt"
+	"io"
+	"os"
+	"path/filepath"
+	"slices"
+	"strings"
+	"sync"
+	"syscall"
+)
+
+// client is the library that reaches a module in another process
+// (p11-kit/client.c).
+const client = "p11-kit-client.so"
+
+// useless are libraries that are never started, and why not.
+var useless = []struct{ prefix, reason string }{
+	{"p11-kit-trust.so", "it holds trusted certificates, no private keys"},
+	{"libnssckbi", "it holds trusted certificates, no private keys"},
+	{"p11-kit-proxy.so", "it offers the modules that are configured anyway"},
+	{"libp11-kit.so", "it offers the modules that are configured anyway"}, // p11-kit-proxy.so is a link to it
+	{client, "the server it connects to is unknown and may be this very agent: add server-address:, or write remote: unix:path=/... instead of module:"},
+}
+
+// locate finds the library of a module and sets Path and Remote, or Skip.
+func (l *loader) locate(m *Module) {
+	module, local := m.Settings["module"]
+	if remote, ok := m.Settings["remote"]; ok {
+		l.locateRemote(m, remote)
+		return
+	}
+	switch {
+	case !local:
+		m.Skip = "its configuration has neither module: nor remote:"
+		return
+	case module.Value == "":
+		m.Skip = "module: is blank, which switches it off"
+		return
+	}
+	path, err := findLibrary(module.Value, l.ModuleDirs)
+	if err != nil {
+		m.Skip = err.Error()
+		return
+	}
+	m.Path = path
+	name := filepath.Base(path)
+	target, err := filepath.EvalSymlinks(path)
+	if err != nil {
+		m.Skip = fmt.Sprintf("%s: %v", path, bare(err))
+		return
+	}
+	if address, ok := m.Settings["server-address"]; ok && name == client {
+		l.locateRemote(m, address)
+		return
+	}
+	for _, u := range useless {
+		if strings.HasPrefix(name, u.prefix) || strings.HasPrefix(filepath.Base(target), u.prefix) {
+			m.Skip = u.reason
+			return
+		}
+	}
+	if info, err := os.Stat(path); err == nil {
+		if exposed := exposure(info, l.UID); exposed != "" {
+			l.warn(path, 0, "%s, and thereby decide which code runs here", exposed)
+		}
+	}
+}
+
+// locateRemote finds the means for a remote module.
+func (l *loader) locateRemote(m *Module, s Setting) {
+	remote, err := parseRemote(s.Value)
+	if err != nil {
+		l.warnAt(s, "%v", err)
+		m.Skip = err.Error()
+		return
+	}
+	m.Remote = remote
+	m.Path, err = FindClient(l.ModuleDirs)
+	if err != nil {
+		m.Skip = err.Error()
+	}
+}
+
+// FindClient returns the path of p11-kit-client.so, the library that speaks
+// p11-kit's protocol with a module elsewhere, at the address that the
+// environment variable P11_KIT_SERVER_ADDRESS names.
+func FindClient(moduleDirs []string) (string, error) {
+	path, err := findLibrary(client, moduleDirs)
+	if err != nil {
+		return "", fmt.Errorf("a remote module needs p11-kit: install the package with %s (Debian: p11-kit-modules, Fedora: p11-kit-server): %w", client, err)
+	}
+	return path, nil
+}
+
+// findLibrary returns the absolute path of a module that this process's kind of
+// program can load: the first in dirs when the path is relative.
+func findLibrary(module string, dirs []string) (string, error) {
+	candidates := []string{module}
+	if !filepath.IsAbs(module) {
+		if len(dirs) == 0 {
+			return "", fmt.Errorf("%s is looked for in p11-kit's module directory, and there is none", module)
+		}
+		candidates = nil
+		for _, dir := range dirs {
+			// Not cleaned: x/../y is not y when x is a link.
+			candidates = append(candidates, dir+"/"+module)
+		}
+	}
+	var problem error
+	for _, path := range candidates {
+		err := loadable(path)
+		if err == nil {
+			return path, nil
+		}
+		// A file for another architecture says more than one that is missing.
+		if problem == nil || errors.Is(problem, os.ErrNotExist) && !errors.Is(err, os.ErrNotExist) {
+			problem = fmt.Errorf("%s: %w", path, err)
+		}
+	}
+	return "", problem
+}
+
+// elfKind is what two ELF files must have in common to go into one process:
+// class, byte order and machine (elf(5): e_ident and e_machine).
+type elfKind [4]byte
+
+// self is the kind of this program, or an error where it cannot be found out.
+var self = sync.OnceValues(func() (elfKind, error) { return kindOf("/proc/self/exe") })
+
+// loadable tells why a file cannot be a library for this process.
+func loadable(path string) error {
+	kind, err := kindOf(path)
+	if err != nil {
+		return err
+	}
+	if own, err := self(); err == nil && own != kind {
+		return errors.New("it is for another architecture")
+	}
+	return nil
+}
+
+// kindOf reads the beginning of an ELF file.
+func kindOf(path string) (elfKind, error) {
+	f, err := os.OpenFile(path, os.O_RDONLY|syscall.O_NONBLOCK|syscall.O_NOCTTY, 0)
+	if err != nil {
+		return elfKind{}, bare(err)
+	}
+	defer f.Close()
+	if info, err := f.Stat(); err != nil || !info.Mode().IsRegular() {
+		return elfKind{}, errors.New("not a regular file")
+	}
+	var header [20]byte
+	_, err = io.ReadFull(f, header[:])
+	if err != nil || !bytes.HasPrefix(header[:], []byte("\x7fELF")) {
+		return elfKind{}, errors.New("not a shared library")
+	}
+	return elfKind(slices.Concat(header[4:6], header[18:20])), nil
+}
