@@ -6,7 +6,7 @@
 //	uint32  length of what follows
 //	byte    type
 //	uint32  id
-//	byte[]  body, a message of this package as golang.org/x/crypto/ssh marshals it
+//	byte[]  body, a message of this package in the encoding of RFC 4251 section 5
 //
 // The agent numbers its requests; the answer carries the number of its request,
 // and answers come in any order. Number 0 is for messages nobody asked for.
@@ -16,6 +16,8 @@
 // Numbers of PKCS#11 (CKR, CKM, CKF, CKO, CKK) cross as they are; object and
 // session handles never do.
 package wire
+
+import "p11-agent/pinentry/secret"
 
 // Version is the version of this language. Both sides are the same binary, so a
 // difference means that the binary was replaced while the agent ran.
@@ -34,6 +36,8 @@ const (
 	MaxReply = 16 << 20
 	// MaxList bounds the elements of each list: slots, mechanisms, objects.
 	MaxList = 8192
+	// MaxPIN bounds the bytes of a PIN. Tokens take 4 to 255.
+	MaxPIN = 1024
 )
 
 // Type tells what a frame holds.
@@ -190,7 +194,9 @@ type Login struct {
 	// Pad has the person type the PIN on the reader itself: C_Login with a null
 	// PIN, for CKF_PROTECTED_AUTHENTICATION_PATH.
 	Pad bool
-	PIN []byte `ssh:"rest"`
+	// PIN is nil with Pad. It is sent right out of its locked memory, and never
+	// lies in other memory of the receiver, who wipes it.
+	PIN *secret.Secret
 }
 
 // Sign asks for one signature.
@@ -208,7 +214,7 @@ type Sign struct {
 	ContextLogin bool
 	LastTry      bool
 	Pad          bool
-	PIN          []byte `ssh:"rest"`
+	PIN          *secret.Secret
 }
 
 // KeyID names a private key: the token it is on, its CKA_ID, and its public
@@ -242,8 +248,9 @@ type Error struct {
 	RV       uint64 // what it returned (CKR), or 0
 	Reason   Reason
 	Text     string // for a person; no secret, no handle
-	// Info holds the token's state after a failed login, as far as it could be
-	// read (HasInfo).
+	// Info holds the token's state after a failed login, and when no key was
+	// found, as far as it could be read (HasInfo): private keys may be invisible
+	// because nobody is logged in.
 	HasInfo bool
 	Info    TokenInfo
 }

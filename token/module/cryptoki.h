@@ -1,0 +1,53 @@
+/*
+ * The part of a PKCS#11 function list that library.go calls by itself, laid out
+ * as CK_FUNCTION_LIST of PKCS#11 v2.40 (pkcs11t.h, pkcs11f.h) is on Unix.
+ */
+
+typedef unsigned char CK_BYTE;
+typedef unsigned long CK_ULONG;
+typedef CK_ULONG CK_RV;
+
+enum {
+	CKR_GENERAL_ERROR = 0x05,
+	CKR_FUNCTION_NOT_SUPPORTED = 0x54,
+};
+
+struct attribute { /* CK_ATTRIBUTE */
+	CK_ULONG type;
+	void *value;
+	CK_ULONG length;
+};
+
+struct mechanism { /* CK_MECHANISM */
+	CK_ULONG type;
+	void *parameter;
+	CK_ULONG length;
+};
+
+struct pss_params { /* CK_RSA_PKCS_PSS_PARAMS */
+	CK_ULONG hash, mgf, salt;
+};
+
+struct functions { /* CK_FUNCTION_LIST */
+	CK_BYTE major, minor;
+	void *initialize, *finalize, *get_info, *get_function_list;
+	CK_RV (*get_slot_list)(CK_BYTE present, CK_ULONG *list, CK_ULONG *count);
+	void *get_slot_info, *get_token_info;
+	CK_RV (*get_mechanism_list)(CK_ULONG slot, CK_ULONG *list, CK_ULONG *count);
+	void *get_mechanism_info, *init_token, *init_pin, *set_pin;
+	void *open_session, *close_session, *close_all_sessions, *get_session_info;
+	void *get_operation_state, *set_operation_state;
+	CK_RV (*login)(CK_ULONG session, CK_ULONG user, CK_BYTE *pin, CK_ULONG length);
+	void *logout;
+	void *create_object, *copy_object, *destroy_object, *get_object_size;
+	CK_RV (*get_attribute_value)(CK_ULONG session, CK_ULONG object, struct attribute *list, CK_ULONG count);
+	void *set_attribute_value, *find_objects_init;
+	CK_RV (*find_objects)(CK_ULONG session, CK_ULONG *list, CK_ULONG room, CK_ULONG *count);
+	void *find_objects_final;
+	void *encrypt_init, *encrypt, *encrypt_update, *encrypt_final;
+	void *decrypt_init, *decrypt, *decrypt_update, *decrypt_final;
+	void *digest_init, *digest, *digest_update, *digest_key, *digest_final;
+	CK_RV (*sign_init)(CK_ULONG session, struct mechanism *mechanism, CK_ULONG key);
+	CK_RV (*sign)(CK_ULONG session, CK_BYTE *data, CK_ULONG length, CK_BYTE *signature, CK_ULONG *room);
+	/* What follows is not called. */
+};

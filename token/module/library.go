@@ -1,0 +1,491 @@
+package module
+
+/*
+#cgo linux LDFLAGS: -ldl
+
+#include <dlfcn.h>
+#include <signal.h>
+#include <stdlib.h>
+
+#include "cryptoki.h"
+
+// open_library loads a module and finds its functions. It returns NULL and what
+// dlerror says, or NULL and nothing when the file is no module.
+static struct functions *open_library(const char *path, const char **error)
+{
+	CK_RV (*get)(struct functions **);
+	struct functions *list = NULL;
+	void *handle = dlopen(path, RTLD_NOW | RTLD_LOCAL);
+
+	*error = NULL;
+	if (handle == NULL) {
+		*error = dlerror();
+		return NULL;
+	}
+	get = (CK_RV (*)(struct functions **))dlsym(handle, "C_GetFunctionList");
+	if (get == NULL || get(&list) != 0)
+		return NULL;
+	return list;
+}
+
+// crash_quietly takes the signals of a crash away from the Go runtime, which
+// prints registers and stacks whatever debug.SetTraceback says.
+static int crash_quietly(void)
+{
+	static const int signals[] = { SIGSEGV, SIGBUS, SIGFPE, SIGILL, SIGABRT, SIGTRAP, SIGSYS };
+	size_t i;
+
+	for (i = 0; i < sizeof signals / sizeof signals[0]; i++)
+		if (signal(signals[i], SIG_DFL) == SIG_ERR)
+			return 0;
+	return 1;
+}
+
+static CK_RV get_slot_list(struct functions *f, CK_BYTE present, CK_ULONG *list, CK_ULONG *count)
+{
+	return f->get_slot_list ? f->get_slot_list(present, list, count) : CKR_FUNCTION_NOT_SUPPORTED;
+}
+
+static CK_RV get_mechanism_list(struct functions *f, CK_ULONG slot, CK_ULONG *list, CK_ULONG *count)
+{
+	return f->get_mechanism_list ? f->get_mechanism_list(slot, list, count) : CKR_FUNCTION_NOT_SUPPORTED;
+}
+
+static CK_RV find_objects(struct functions *f, CK_ULONG session, CK_ULONG *list, CK_ULONG room, CK_ULONG *count)
+{
+	return f->find_objects ? f->find_objects(session, list, room, count) : CKR_FUNCTION_NOT_SUPPORTED;
+}
+
+static CK_RV login(struct functions *f, CK_ULONG session, CK_ULONG user, CK_BYTE *pin, CK_ULONG length)
+{
+	return f->login ? f->login(session, user, pin, length) : CKR_FUNCTION_NOT_SUPPORTED;
+}
+
+// get_attributes reads n attributes. lengths holds the room for each of them in
+// arena, one after the other, and what C_GetAttributeValue made of it afterwards.
+static CK_RV get_attributes(struct functions *f, CK_ULONG session, CK_ULONG object, CK_ULONG n,
+	const CK_ULONG *types, CK_ULONG *lengths, CK_BYTE *arena)
+{
+	struct attribute list[16];
+	CK_ULONG i;
+	CK_RV rv;
+
+	if (f->get_attribute_value == NULL)
+		return CKR_FUNCTION_NOT_SUPPORTED;
+	if (n > sizeof list / sizeof list[0])
+		return CKR_GENERAL_ERROR;
+	for (i = 0; i < n; i++) {
+		list[i].type = types[i];
+		list[i].value = arena;
+		list[i].length = lengths[i];
+		arena += lengths[i];
+	}
+	rv = f->get_attribute_value(session, object, list, n);
+	for (i = 0; i < n; i++)
+		lengths[i] = list[i].length;
+	return rv;
+}
+
+static CK_RV sign_init(struct functions *f, CK_ULONG session, CK_ULONG type, CK_ULONG key,
+	CK_ULONG hash, CK_ULONG mgf, CK_ULONG salt)
+{
+	struct pss_params pss = { hash, mgf, salt };
+	struct mechanism mechanism = { type, NULL, 0 };
+
+	if (f->sign_init == NULL)
+		return CKR_FUNCTION_NOT_SUPPORTED;
+	if (hash != 0) {
+		mechanism.parameter = &pss;
+		mechanism.length = sizeof pss;
+	}
+	return f->sign_init(session, &mechanism, key);
+}
+
+static CK_RV sign(struct functions *f, CK_ULONG session, CK_BYTE *data, CK_ULONG length,
+	CK_BYTE *signature, CK_ULONG *room)
+{
+	return f->sign ? f->sign(session, data, length, signature, room) : CKR_FUNCTION_NOT_SUPPORTED;
+}
+*/
+import "C"
+
+import (
+	"errors"
+	"fmt"
+	"slices"
+	"strings"
+	"unsafe"
+
+	"github.com/miekg/pkcs11"
+
+	"p11-agent/token/wire"
+)
+
+// A library is the module, loaded into this process. Its methods are the calls
+// of PKCS#11, may be used by any number of goroutines, and return *wire.Error.
+//
+// Most are those of github.com/miekg/pkcs11. The others are called here, through
+// the function list of the same library, because of what that package does:
+// C_Login leaves a copy of the PIN in the heap; C_Sign is called twice, to ask
+// for the length first; C_GetAttributeValue gives nothing at all when one
+// attribute is missing; C_GetSlotList, C_GetMechanismList, C_FindObjects and
+// C_GetAttributeValue believe any count and length that the module returns.
+//
+// The standard has a session be used by one caller at a time: that is for the
+// callers to keep.
+type library struct {
+	ctx *pkcs11.Ctx
+	fn  *C.struct_functions
+}
+
+// load opens the module's file. Code of the module runs from here on.
+func load(path string) (*library, error) {
+	name := C.CString(path)
+	defer C.free(unsafe.Pointer(name))
+	var reason *C.char
+	fn := C.open_library(name, &reason)
+	switch {
+	case reason != nil:
+		// It begins with the file that fails, which may be one that this one needs.
+		return nil, loadError("%s: %s", path, strings.TrimPrefix(C.GoString(reason), path+": "))
+	case fn == nil:
+		return nil, loadError("%s: it is no PKCS#11 module: C_GetFunctionList is missing or fails", path)
+	case fn.major != 2 && fn.major != 3:
+		return nil, loadError("%s: it is a module of version %d of PKCS#11; 2 and 3 are known here", path, fn.major)
+	}
+	ctx := pkcs11.New(path) // finds the library that is open already
+	if ctx == nil {
+		return nil, loadError("%s: it cannot be opened a second time", path)
+	}
+	return &library{ctx: ctx, fn: fn}, nil
+}
+
+// crashQuietly makes a crash end the process by its signal and nothing else. A
+// nil pointer in Go does the same from here on.
+func crashQuietly() error {
+	if C.crash_quietly() == 0 {
+		return errors.New("the signals of a crash cannot be reset")
+	}
+	return nil
+}
+
+func loadError(format string, args ...any) error {
+	return &wire.Error{Reason: wire.ReasonLoad, Text: "load the module " + text(fmt.Sprintf(format, args...), maxText)}
+}
+
+// maxText bounds the texts that come from outside: paths, and what the dynamic
+// loader says about them.
+const maxText = 4096
+
+// text makes what a module or the system gives printable as UTF-8 and takes its
+// padding off: blanks by the standard, NULs in practice.
+func text(s string, limit int) string {
+	s = s[:min(len(s), limit)]
+	return strings.TrimRight(strings.ToValidUTF8(s, "\uFFFD"), " \x00")
+}
+
+// failed makes an error of what a function of the pkcs11 package returned.
+func failed(function string, err error) error {
+	if err == nil {
+		return nil
+	}
+	if rv, ok := errors.AsType[pkcs11.Error](err); ok {
+		return &wire.Error{Function: function, RV: uint64(rv)}
+	}
+	return &wire.Error{Function: function, Text: err.Error()}
+}
+
+// returned makes an error of what a function of the module returned.
+func returned(function string, rv C.CK_RV) error {
+	if rv == wire.CKROK {
+		return nil
+	}
+	return &wire.Error{Function: function, RV: uint64(rv)}
+}
+
+// garbage is the error for an answer that the standard does not allow.
+func garbage(function, format string, args ...any) error {
+	return &wire.Error{Function: function, Text: "the module is out of order: " + fmt.Sprintf(format, args...)}
+}
+
+// code returns the CKR in err, or 0.
+func code(err error) uint64 {
+	if e, ok := errors.AsType[*wire.Error](err); ok {
+		return e.RV
+	}
+	return wire.CKROK
+}
+
+// initialize calls C_Initialize, with reserved as pReserved when it is not
+// empty.
+func (l *library) initialize(reserved string) error {
+	options := []pkcs11.InitializeOption{pkcs11.InitializeWithFlags(pkcs11.CKF_OS_LOCKING_OK)}
+	if reserved != "" {
+		// Not freed: nothing says that the module has finished with it.
+		options = append(options, pkcs11.InitializeWithReserved(unsafe.Pointer(C.CString(reserved))))
+	}
+	return failed("C_Initialize", l.ctx.Initialize(options...))
+}
+
+func (l *library) finalize() error {
+	return failed("C_Finalize", l.ctx.Finalize())
+}
+
+func (l *library) info() (pkcs11.Info, error) {
+	info, err := l.ctx.GetInfo()
+	return info, failed("C_GetInfo", err)
+}
+
+// slots lists the slots, or those with a token. The module looks for new slots
+// when it is asked for their number (PKCS#11 v2.40 section 5.5, C_GetSlotList).
+func (l *library) slots(present bool) ([]uint, error) {
+	var with C.CK_BYTE
+	if present {
+		with = 1
+	}
+	return ulongs("C_GetSlotList", func(p *C.CK_ULONG, n *C.CK_ULONG) C.CK_RV {
+		return C.get_slot_list(l.fn, with, p, n)
+	})
+}
+
+// mechanisms lists the mechanisms of the token in a slot.
+func (l *library) mechanisms(slot uint) ([]uint, error) {
+	return ulongs("C_GetMechanismList", func(p *C.CK_ULONG, n *C.CK_ULONG) C.CK_RV {
+		return C.get_mechanism_list(l.fn, C.CK_ULONG(slot), p, n)
+	})
+}
+
+// ulongs asks for the length of a list and then for the list. A list may grow
+// between the two calls.
+func ulongs(function string, call func(list, n *C.CK_ULONG) C.CK_RV) ([]uint, error) {
+	for range 4 {
+		var n C.CK_ULONG
+		// Some modules answer the question for the length with
+		// CKR_BUFFER_TOO_SMALL (Gemalto's, according to miekg/pkcs11).
+		if rv := call(nil, &n); rv != wire.CKROK && rv != wire.CKRBufferTooSmall {
+			return nil, returned(function, rv)
+		}
+		if n > wire.MaxList {
+			return nil, garbage(function, "it lists %d of them; the limit is %d", n, wire.MaxList)
+		}
+		if n == 0 {
+			return nil, nil
+		}
+		list := make([]uint, n)
+		rv := call((*C.CK_ULONG)(unsafe.Pointer(&list[0])), &n)
+		if rv == wire.CKRBufferTooSmall {
+			continue
+		}
+		if rv != wire.CKROK {
+			return nil, returned(function, rv)
+		}
+		if n > C.CK_ULONG(len(list)) {
+			return nil, garbage(function, "it lists more than it was asked for")
+		}
+		return list[:n], nil
+	}
+	return nil, garbage(function, "the list keeps growing")
+}
+
+func (l *library) slotInfo(slot uint) (pkcs11.SlotInfo, error) {
+	info, err := l.ctx.GetSlotInfo(slot)
+	return info, failed("C_GetSlotInfo", err)
+}
+
+// tokenInfo reads what the token in a slot says of itself.
+func (l *library) tokenInfo(slot uint) (wire.TokenID, wire.TokenInfo, error) {
+	info, err := l.ctx.GetTokenInfo(slot)
+	if err != nil {
+		return wire.TokenID{}, wire.TokenInfo{}, failed("C_GetTokenInfo", err)
+	}
+	id := wire.TokenID{
+		Label:        text(info.Label, maxText),
+		Manufacturer: text(info.ManufacturerID, maxText),
+		Model:        text(info.Model, maxText),
+		Serial:       text(info.SerialNumber, maxText),
+	}
+	state := wire.TokenInfo{
+		Flags:       uint64(info.Flags),
+		MaxSessions: uint64(info.MaxSessionCount),
+		MinPIN:      uint64(info.MinPinLen),
+		MaxPIN:      uint64(info.MaxPinLen),
+	}
+	if info.MaxSessionCount == ^uint(0) { // CK_UNAVAILABLE_INFORMATION
+		state.MaxSessions = 0
+	}
+	return id, state, nil
+}
+
+func (l *library) mechanismInfo(slot, mechanism uint) (pkcs11.MechanismInfo, error) {
+	info, err := l.ctx.GetMechanismInfo(slot, []*pkcs11.Mechanism{{Mechanism: mechanism}})
+	return info, failed("C_GetMechanismInfo", err)
+}
+
+// openSession opens a read-only session.
+func (l *library) openSession(slot uint) (pkcs11.SessionHandle, error) {
+	s, err := l.ctx.OpenSession(slot, pkcs11.CKF_SERIAL_SESSION)
+	return s, failed("C_OpenSession", err)
+}
+
+func (l *library) closeSession(s pkcs11.SessionHandle) error {
+	return failed("C_CloseSession", l.ctx.CloseSession(s))
+}
+
+func (l *library) sessionInfo(s pkcs11.SessionHandle) (pkcs11.SessionInfo, error) {
+	info, err := l.ctx.GetSessionInfo(s)
+	return info, failed("C_GetSessionInfo", err)
+}
+
+// login calls C_Login. No copy is made of pin, which is nil for a PIN that is
+// typed on the reader.
+func (l *library) login(s pkcs11.SessionHandle, user uint, pin []byte) error {
+	return returned("C_Login", C.login(l.fn, C.CK_ULONG(s), C.CK_ULONG(user), first(pin), C.CK_ULONG(len(pin))))
+}
+
+func (l *library) logout(s pkcs11.SessionHandle) error {
+	return failed("C_Logout", l.ctx.Logout(s))
+}
+
+// find lists the objects that have all of these attributes, at most
+// wire.MaxList. After an error the session may still be searching: it is to be
+// closed.
+func (l *library) find(s pkcs11.SessionHandle, template ...*pkcs11.Attribute) ([]pkcs11.ObjectHandle, error) {
+	if err := l.ctx.FindObjectsInit(s, template); err != nil {
+		return nil, failed("C_FindObjectsInit", err)
+	}
+	var found []pkcs11.ObjectHandle
+	var batch [256]C.CK_ULONG
+	for {
+		var n C.CK_ULONG
+		if rv := C.find_objects(l.fn, C.CK_ULONG(s), &batch[0], C.CK_ULONG(len(batch)), &n); rv != wire.CKROK {
+			return nil, returned("C_FindObjects", rv)
+		}
+		if n > C.CK_ULONG(len(batch)) {
+			return nil, garbage("C_FindObjects", "it finds more than it was asked for")
+		}
+		if n == 0 {
+			break
+		}
+		for _, object := range batch[:n] {
+			found = append(found, pkcs11.ObjectHandle(object))
+		}
+		if len(found) > wire.MaxList {
+			return nil, garbage("C_FindObjects", "it finds more than %d objects", wire.MaxList)
+		}
+	}
+	return found, failed("C_FindObjectsFinal", l.ctx.FindObjectsFinal(s))
+}
+
+// An attribute names one to ask for, and the most bytes that it may have.
+type attribute struct {
+	kind uint // CKA
+	room int
+}
+
+// Rooms for attributes that are no byte strings.
+const (
+	roomBool  = 1
+	roomULong = int(unsafe.Sizeof(C.CK_ULONG(0)))
+)
+
+// poison fills the room for attributes, to tell what the module has not written
+// to. It is no CK_BBOOL.
+const poison = 0xa5
+
+// attributes reads attributes of an object and leaves nil for each that the
+// object lacks, that the token keeps to itself, or that is longer than its room.
+//
+// By the standard one call tells all of that (PKCS#11 v2.40 section 5.7,
+// C_GetAttributeValue). Modules that stop at the first attribute they do not
+// have are asked for those after it one by one.
+func (l *library) attributes(s pkcs11.SessionHandle, object pkcs11.ObjectHandle, wanted []attribute) ([][]byte, error) {
+	values := make([][]byte, len(wanted))
+	rv := l.attributesOnce(s, object, wanted, values)
+	if rv == wire.CKROK {
+		return values, nil
+	}
+	if !partial(rv) {
+		return nil, returned("C_GetAttributeValue", rv)
+	}
+	for i, v := range values {
+		if v == nil || slices.ContainsFunc(v, func(b byte) bool { return b != poison }) {
+			continue
+		}
+		switch rv := l.attributesOnce(s, object, wanted[i:i+1], values[i:i+1]); {
+		case partial(rv):
+			values[i] = nil
+		case rv != wire.CKROK:
+			return nil, returned("C_GetAttributeValue", rv)
+		}
+	}
+	return values, nil
+}
+
+// partial tells whether C_GetAttributeValue has done what it could.
+func partial(rv C.CK_RV) bool {
+	switch rv {
+	case pkcs11.CKR_ATTRIBUTE_SENSITIVE, wire.CKRAttributeTypeInvalid, wire.CKRBufferTooSmall:
+		return true
+	}
+	return false
+}
+
+// attributesOnce is one C_GetAttributeValue.
+func (l *library) attributesOnce(s pkcs11.SessionHandle, object pkcs11.ObjectHandle, wanted []attribute, values [][]byte) C.CK_RV {
+	types := make([]C.CK_ULONG, len(wanted))
+	lengths := make([]C.CK_ULONG, len(wanted))
+	size := 0
+	for i, w := range wanted {
+		types[i], lengths[i] = C.CK_ULONG(w.kind), C.CK_ULONG(w.room)
+		size += w.room
+	}
+	arena := make([]byte, size)
+	for i := range arena {
+		arena[i] = poison
+	}
+	rv := C.get_attributes(l.fn, C.CK_ULONG(s), C.CK_ULONG(object), C.CK_ULONG(len(wanted)),
+		&types[0], &lengths[0], first(arena))
+	for i, w := range wanted {
+		values[i] = nil
+		if lengths[i] <= C.CK_ULONG(w.room) { // else it is missing, or the length is garbage
+			values[i] = append([]byte{}, arena[:lengths[i]]...)
+		}
+		arena = arena[w.room:]
+	}
+	return rv
+}
+
+// A mechanism is a CK_MECHANISM to sign with. The parameters are those of
+// CK_RSA_PKCS_PSS_PARAMS, or all 0.
+type mechanism struct {
+	kind            uint64 // CKM
+	hash, mgf, salt uint64
+}
+
+// signInit calls C_SignInit.
+func (l *library) signInit(s pkcs11.SessionHandle, m mechanism, key pkcs11.ObjectHandle) error {
+	return returned("C_SignInit", C.sign_init(l.fn, C.CK_ULONG(s), C.CK_ULONG(m.kind), C.CK_ULONG(key),
+		C.CK_ULONG(m.hash), C.CK_ULONG(m.mgf), C.CK_ULONG(m.salt)))
+}
+
+// sign calls C_Sign, once, with room for a signature of size bytes.
+func (l *library) sign(s pkcs11.SessionHandle, data []byte, size int) ([]byte, error) {
+	signature := make([]byte, size)
+	n := C.CK_ULONG(size)
+	rv := C.sign(l.fn, C.CK_ULONG(s), first(data), C.CK_ULONG(len(data)), first(signature), &n)
+	if rv != wire.CKROK {
+		return nil, returned("C_Sign", rv)
+	}
+	if n == 0 || n > C.CK_ULONG(size) {
+		return nil, garbage("C_Sign", "the signature has %d bytes; there is room for %d", n, size)
+	}
+	return signature[:n], nil
+}
+
+// first is the address of b for C, which gets NULL for nothing.
+func first(b []byte) *C.CK_BYTE {
+	if len(b) == 0 {
+		return nil
+	}
+	return (*C.CK_BYTE)(unsafe.Pointer(&b[0]))
+}

@@ -1,0 +1,346 @@
+package module
+
+import (
+	"bytes"
+	"errors"
+	"fmt"
+	"io"
+	"net"
+	"os"
+	"os/exec"
+	"sync"
+	"sync/atomic"
+	"testing"
+	"time"
+
+	"golang.org/x/sys/unix"
+
+	"p11-agent/pinentry/secret"
+	"p11-agent/token/wire"
+)
+
+// TestMain makes the test's own program the module process, and whatever else
+// must be a process of its own.
+func TestMain(m *testing.M) {
+	switch os.Getenv("P11_TEST_PROCESS") {
+	case "module":
+		os.Exit(Main())
+	case "agent": // starts a module process, and goes nowhere
+		os.Exit(agentProcess())
+	case "harden":
+		os.Exit(hardenProcess())
+	}
+	os.Exit(m.Run())
+}
+
+// patience is how long a test waits for what must happen. No test passes or
+// fails by how long it took.
+const patience = 60 * time.Second
+
+// A process is a module process and the agent's end of its socket.
+type process struct {
+	t      *testing.T
+	cmd    *exec.Cmd
+	conn   *wire.Conn
+	stderr *logBuffer
+	events chan struct{}
+	exited chan struct{} // closed once the process has been waited for
+
+	ids atomic.Uint32
+
+	mu      sync.Mutex
+	waiting map[uint32]chan wire.Frame
+	end     error
+}
+
+// logBuffer is a bytes.Buffer for two goroutines.
+type logBuffer struct {
+	mu sync.Mutex
+	b  bytes.Buffer
+}
+
+func (l *logBuffer) Write(b []byte) (int, error) {
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	return l.b.Write(b)
+}
+
+func (l *logBuffer) String() string {
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	return l.b.String()
+}
+
+// socketPair returns the agent's end, and the file for the child.
+func socketPair() (net.Conn, *os.File, error) {
+	fds, err := unix.Socketpair(unix.AF_UNIX, unix.SOCK_STREAM|unix.SOCK_CLOEXEC, 0)
+	if err != nil {
+		return nil, nil, err
+	}
+	ours := os.NewFile(uintptr(fds[0]), "agent")
+	defer ours.Close()
+	c, err := net.FileConn(ours)
+	return c, os.NewFile(uintptr(fds[1]), "module"), err
+}
+
+// command is a module process that is yet to be started.
+func command(env []string, stderr io.Writer, socket *os.File) *exec.Cmd {
+	cmd := exec.Command("/proc/self/exe")
+	cmd.Env = append([]string{
+		"P11_TEST_PROCESS=module",
+		"GLIBC_TUNABLES=glibc.malloc.perturb=165:glibc.malloc.tcache_count=0",
+		"GORACE=halt_on_error=1 atexit_sleep_ms=0", // a race in the child ends it
+	}, env...)
+	cmd.Stderr = stderr
+	cmd.ExtraFiles = []*os.File{socket} // becomes wire.FD
+	return cmd
+}
+
+// start starts a module process, which ends with the test.
+func start(t *testing.T, env ...string) *process {
+	t.Helper()
+	c, socket, err := socketPair()
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer socket.Close()
+	p := &process{
+		t: t, conn: wire.NewConn(c), stderr: new(logBuffer),
+		events: make(chan struct{}, 100), exited: make(chan struct{}),
+		waiting: make(map[uint32]chan wire.Frame),
+	}
+	p.cmd = command(env, p.stderr, socket)
+	if err := p.cmd.Start(); err != nil {
+		t.Fatal(err)
+	}
+	go func() {
+		_ = p.cmd.Wait() // its state says it, too
+		close(p.exited)
+	}()
+	read := make(chan struct{})
+	go func() {
+		defer close(read)
+		p.read()
+	}()
+	t.Cleanup(func() {
+		p.conn.Close()
+		p.wait()
+		<-read
+		if t.Failed() {
+			t.Logf("standard error of the module process:\n%s", p.stderr)
+		}
+	})
+	return p
+}
+
+// read gives each answer to whoever waits for it.
+func (p *process) read() {
+	for {
+		f, err := p.conn.ReadFrame()
+		p.mu.Lock()
+		if err != nil {
+			p.end = err
+			for _, c := range p.waiting {
+				close(c)
+			}
+			p.waiting = nil
+			p.mu.Unlock()
+			return
+		}
+		if f.Type == wire.TypeEvent {
+			p.mu.Unlock()
+			p.events <- struct{}{}
+			continue
+		}
+		c := p.waiting[f.ID]
+		delete(p.waiting, f.ID)
+		p.mu.Unlock()
+		c <- f
+	}
+}
+
+// wait waits for the process to end and returns its exit status, or -1.
+func (p *process) wait() int {
+	p.t.Helper()
+	select {
+	case <-p.exited:
+	case <-time.After(patience):
+		p.t.Error("the module process does not end")
+		_ = p.cmd.Process.Kill()
+		<-p.exited
+	}
+	return p.cmd.ProcessState.ExitCode()
+}
+
+var errEnded = errors.New("the module process has ended")
+
+// A call is a request under way.
+type call struct {
+	p     *process
+	id    uint32
+	frame chan wire.Frame
+}
+
+func (p *process) send(typ wire.Type, msg wire.Message) call {
+	p.t.Helper()
+	c := call{p: p, id: p.ids.Add(1), frame: make(chan wire.Frame, 1)}
+	p.mu.Lock()
+	if p.waiting == nil {
+		close(c.frame)
+	} else {
+		p.waiting[c.id] = c.frame
+	}
+	p.mu.Unlock()
+	// A failure shows at the reading end.
+	_ = p.conn.WriteRequest(c.id, typ, msg)
+	return c
+}
+
+// result waits for the answer.
+func (c call) result(reply wire.Message) error {
+	c.p.t.Helper()
+	select {
+	case f, ok := <-c.frame:
+		if !ok {
+			return errEnded
+		}
+		return f.Decode(reply)
+	case <-time.After(patience):
+		c.p.t.Error("no answer")
+		_ = c.p.cmd.Process.Kill()
+		return errEnded
+	}
+}
+
+func (p *process) do(typ wire.Type, msg, reply wire.Message) error {
+	p.t.Helper()
+	return p.send(typ, msg).result(reply)
+}
+
+// hello loads a module, or fails the test.
+func (p *process) hello(path string) *wire.HelloReply {
+	p.t.Helper()
+	reply := new(wire.HelloReply)
+	if err := p.do(wire.TypeHello, &wire.Hello{Version: wire.Version, Path: path}, reply); err != nil {
+		p.t.Fatalf("hello: %v", err)
+	}
+	return reply
+}
+
+// slots lists the slots, or fails the test.
+func (p *process) slots(again bool) []wire.Slot {
+	p.t.Helper()
+	reply := new(wire.SlotsReply)
+	if err := p.do(wire.TypeSlots, &wire.Slots{Reinitialize: again}, reply); err != nil {
+		p.t.Fatalf("slots: %v", err)
+	}
+	return reply.Slots
+}
+
+// token returns the token with a label, or fails the test.
+func (p *process) token(label string) wire.TokenID {
+	p.t.Helper()
+	for _, s := range p.slots(false) {
+		if s.HasToken && s.Token.Label == label {
+			return s.Token
+		}
+	}
+	p.t.Fatalf("no token %q", label)
+	return wire.TokenID{}
+}
+
+func pinOf(t testing.TB, s string) *secret.Secret {
+	t.Helper()
+	pin, err := secret.From([]byte(s))
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(pin.Wipe)
+	return pin
+}
+
+func (p *process) login(id wire.TokenID, pin string) (wire.TokenInfo, error) {
+	p.t.Helper()
+	var reply wire.TokenReply
+	err := p.do(wire.TypeLogin, &wire.Login{Token: id, PIN: pinOf(p.t, pin)}, &reply)
+	return reply.Info, err
+}
+
+func (p *process) objects(id wire.TokenID) []wire.Object {
+	p.t.Helper()
+	var reply wire.ObjectsReply
+	if err := p.do(wire.TypeObjects, &wire.Objects{Token: id}, &reply); err != nil {
+		p.t.Fatalf("objects: %v", err)
+	}
+	return reply.Objects
+}
+
+func (p *process) sign(m *wire.Sign) ([]byte, error) {
+	p.t.Helper()
+	var reply wire.SignReply
+	err := p.do(wire.TypeSign, m, &reply)
+	return reply.Signature, err
+}
+
+// failure returns the *wire.Error in err, or fails the test.
+func failure(t *testing.T, err error) *wire.Error {
+	t.Helper()
+	e, ok := errors.AsType[*wire.Error](err)
+	if !ok {
+		t.Fatalf("got %v, want an error of the module process", err)
+	}
+	return e
+}
+
+// wantRV fails the test unless err is the answer of a function with this value.
+func wantRV(t *testing.T, err error, function string, rv uint64) {
+	t.Helper()
+	if e := failure(t, err); e.RV != rv || e.Function != function {
+		t.Fatalf("got %v, want %s: %s", e, function, wire.RVName(rv))
+	}
+}
+
+func wantReason(t *testing.T, err error, r wire.Reason) {
+	t.Helper()
+	if e := failure(t, err); e.Reason != r {
+		t.Fatalf("got %v (reason %d), want: %v", e, e.Reason, r)
+	}
+}
+
+// agentProcess starts a module process, has it load a module, says the process
+// id, and never ends.
+func agentProcess() int {
+	c, socket, err := socketPair()
+	if err != nil {
+		return 1
+	}
+	cmd := command(os.Environ(), os.Stderr, socket)
+	cmd.Env = append(cmd.Env, "P11_TEST_PROCESS=module")
+	if err := cmd.Start(); err != nil {
+		return 1
+	}
+	conn := wire.NewConn(c)
+	if err := conn.WriteRequest(1, wire.TypeHello, &wire.Hello{Version: wire.Version, Path: os.Getenv("P11_TEST_MODULE")}); err != nil {
+		return 1
+	}
+	fmt.Println(cmd.Process.Pid)
+	select {}
+}
+
+// hardenProcess says what is in force after harden.
+func hardenProcess() int {
+	if err := harden(); err != nil {
+		fmt.Fprintln(os.Stderr, err)
+		return 1
+	}
+	dumpable, err := unix.PrctlRetInt(unix.PR_GET_DUMPABLE, 0, 0, 0, 0)
+	if err != nil {
+		return 1
+	}
+	var core unix.Rlimit
+	if err := unix.Getrlimit(unix.RLIMIT_CORE, &core); err != nil {
+		return 1
+	}
+	fmt.Printf("dumpable %d core %d %d\n", dumpable, core.Cur, core.Max)
+	return 0
+}

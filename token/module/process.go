@@ -1,0 +1,72 @@
+package module
+
+import (
+	"errors"
+	"fmt"
+	"net"
+	"os"
+	"runtime"
+	"runtime/debug"
+
+	"golang.org/x/sys/unix"
+
+	"p11-agent/token/wire"
+)
+
+// errNotAgent is returned when the socket is not there, or not the agent's.
+var errNotAgent = errors.New("this command is run by p11-agent itself")
+
+// agentSocket takes over the socket that the agent has left for this process.
+// Its other end must be held by the parent process, which must still live.
+func agentSocket() (net.Conn, error) {
+	domain, err := unix.GetsockoptInt(wire.FD, unix.SOL_SOCKET, unix.SO_DOMAIN)
+	if err != nil || domain != unix.AF_UNIX {
+		return nil, errNotAgent
+	}
+	kind, err := unix.GetsockoptInt(wire.FD, unix.SOL_SOCKET, unix.SO_TYPE)
+	if err != nil || kind != unix.SOCK_STREAM {
+		return nil, errNotAgent
+	}
+	// A socket pair has the credentials of the process that made it.
+	peer, err := unix.GetsockoptUcred(wire.FD, unix.SOL_SOCKET, unix.SO_PEERCRED)
+	if err != nil || int(peer.Pid) != os.Getppid() {
+		return nil, errNotAgent
+	}
+	unix.CloseOnExec(wire.FD) // a module may start programs
+	f := os.NewFile(wire.FD, "agent")
+	defer f.Close() // FileConn makes a copy of its own
+	c, err := net.FileConn(f)
+	if err != nil {
+		return nil, fmt.Errorf("use the agent's socket: %w", err)
+	}
+	return c, nil
+}
+
+// harden makes this process keep its memory to itself and end with the agent.
+//
+// The end of the agent shows first as end of file on the socket. The signal is
+// for a module that has broken this program's own threads. It is sent when the
+// agent's thread that started this process ends, and so is for an agent that
+// keeps its threads, as Go does unless a locked one is let go.
+func harden() error {
+	debug.SetTraceback("none") // registers and stacks may hold a PIN
+	if err := crashQuietly(); err != nil {
+		return err
+	}
+	if err := unix.Prctl(unix.PR_SET_DUMPABLE, 0, 0, 0, 0); err != nil {
+		return fmt.Errorf("forbid core dumps: %w", err)
+	}
+	if err := unix.Setrlimit(unix.RLIMIT_CORE, &unix.Rlimit{}); err != nil {
+		return fmt.Errorf("forbid core dumps: %w", err)
+	}
+	if err := unix.Prctl(unix.PR_SET_PDEATHSIG, uintptr(unix.SIGKILL), 0, 0, 0); err != nil {
+		return fmt.Errorf("end with the agent: %w", err)
+	}
+	// Some modules print; what they print is for the log.
+	if err := unix.Dup3(unix.Stderr, unix.Stdout, 0); err != nil {
+		return fmt.Errorf("send standard output to the log: %w", err)
+	}
+	// The work is done in C, on threads that do not count here.
+	runtime.GOMAXPROCS(min(runtime.NumCPU(), 4))
+	return nil
+}

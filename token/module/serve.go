@@ -1,0 +1,256 @@
+package module
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"log"
+	"sync"
+	"sync/atomic"
+
+	"p11-agent/token/wire"
+)
+
+// maxRequests bounds the requests under way. What they wait for bounds those of
+// them that are in a call of the module, and so the threads of this process: the
+// sessions of a token, its gate, and the turn to list slots.
+const maxRequests = 4096
+
+// A server answers the agent's requests.
+//
+// One goroutine reads, and does nothing else, so that a request can be cancelled
+// and the end of the agent is seen whatever the module does. Each request has a
+// goroutine of its own. None of them is waited for at the end: the process ends.
+type server struct {
+	conn *wire.ModuleConn
+	log  *log.Logger
+
+	greeted atomic.Bool
+	lib     atomic.Pointer[library] // nil until the module has been initialised
+
+	// listing is held, by the one element it has room for, while slots are listed.
+	listing chan struct{}
+	down    bool // for the holder of listing: C_Finalize has succeeded, and C_Initialize failed
+
+	// lock order: polling, then life, then mu
+
+	polling sync.Mutex // held while the module is asked for changes
+
+	life     sync.RWMutex // held by each request, and alone while the module is initialised again
+	initArgs string
+
+	mu         sync.Mutex
+	requests   map[uint32]context.CancelFunc
+	tokens     map[wire.TokenID]*token
+	slots      map[wire.TokenID]uint // where each was last seen
+	mechanisms map[wire.TokenID][]wire.Mechanism
+	seen       *snapshot // what the agent was told of last
+}
+
+func newServer(conn *wire.ModuleConn, logger *log.Logger) *server {
+	return &server{
+		conn:       conn,
+		log:        logger,
+		listing:    make(chan struct{}, 1),
+		requests:   make(map[uint32]context.CancelFunc),
+		tokens:     make(map[wire.TokenID]*token),
+		slots:      make(map[wire.TokenID]uint),
+		mechanisms: make(map[wire.TokenID][]wire.Mechanism),
+	}
+}
+
+// serve answers requests until the connection ends, with io.EOF when that was
+// the agent's doing.
+func (s *server) serve() error {
+	for {
+		r, err := s.conn.ReadRequest()
+		if err != nil {
+			return err
+		}
+		if c, ok := r.Message.(*wire.Cancel); ok {
+			s.cancel(c.Request)
+			continue
+		}
+		ctx, cancel := context.WithCancel(context.Background())
+		s.mu.Lock()
+		_, twice := s.requests[r.ID]
+		full := len(s.requests) >= maxRequests
+		if !twice && !full {
+			s.requests[r.ID] = cancel
+		}
+		s.mu.Unlock()
+		if twice {
+			cancel()
+			return fmt.Errorf("request %d came twice", r.ID)
+		}
+		go func() {
+			defer cancel()
+			if full {
+				wipe(r.Message)
+				s.answer(r.ID, nil, &wire.Error{Reason: wire.ReasonProtocol, Text: "too many requests at once"})
+				return
+			}
+			reply, err := s.handle(ctx, r)
+			s.mu.Lock()
+			delete(s.requests, r.ID) // before the agent can use the number again
+			s.mu.Unlock()
+			s.answer(r.ID, reply, err)
+		}()
+	}
+}
+
+func (s *server) cancel(id uint32) {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	if cancel, ok := s.requests[id]; ok {
+		cancel()
+	}
+}
+
+// wipe overwrites the PIN in a request.
+func wipe(m wire.Message) {
+	switch m := m.(type) {
+	case *wire.Login:
+		m.PIN.Wipe()
+	case *wire.Sign:
+		m.PIN.Wipe()
+	}
+}
+
+// answer sends the outcome of a request. When the connection has failed it is
+// the reader that sees its end.
+func (s *server) answer(id uint32, reply wire.Message, err error) {
+	if err == nil {
+		if err = s.conn.WriteReply(id, reply); err == nil {
+			return
+		}
+	}
+	e, ok := errors.AsType[*wire.Error](err)
+	switch {
+	case ok:
+	case errors.Is(err, context.Canceled):
+		e = &wire.Error{RV: wire.CKRFunctionCanceled, Text: "nobody waits for it any more"}
+	default:
+		e = &wire.Error{Text: err.Error()}
+	}
+	if err := s.conn.WriteError(id, e); err != nil {
+		s.log.Printf("answer the agent: %v", err)
+	}
+}
+
+// nonsense is the error for a request that the agent should not make.
+func nonsense(why string) error {
+	return &wire.Error{Reason: wire.ReasonProtocol, Text: why}
+}
+
+// handle does what a request asks for.
+func (s *server) handle(ctx context.Context, r wire.Request) (wire.Message, error) {
+	defer wipe(r.Message)
+	if m, ok := r.Message.(*wire.Hello); ok {
+		return s.hello(m)
+	}
+	lib := s.lib.Load()
+	if lib == nil {
+		return nil, nonsense("no module is loaded")
+	}
+	if m, ok := r.Message.(*wire.Slots); ok {
+		return s.listSlots(ctx, lib, m)
+	}
+	s.life.RLock()
+	defer s.life.RUnlock()
+	switch m := r.Message.(type) {
+	case *wire.Objects:
+		return s.listObjects(ctx, lib, s.token(m.Token))
+	case *wire.Token:
+		if r.Type == wire.TypeLogout {
+			return s.logout(ctx, lib, s.token(m.Token))
+		}
+		return s.state(ctx, lib, s.token(m.Token))
+	case *wire.Login:
+		return s.login(ctx, lib, s.token(m.Token), m)
+	case *wire.Sign:
+		return s.sign(ctx, lib, s.token(m.Key.Token), m)
+	default:
+		return nil, fmt.Errorf("%T is not known here", m)
+	}
+}
+
+// hello loads the module.
+func (s *server) hello(m *wire.Hello) (wire.Message, error) {
+	if m.Version != wire.Version {
+		return nil, nonsense("p11-agent was replaced while it ran: restart it")
+	}
+	if s.greeted.Swap(true) {
+		return nil, nonsense("a module was asked for already")
+	}
+	if err := checkFile(m.Path); err != nil {
+		return nil, err
+	}
+	lib, err := load(m.Path)
+	if err != nil {
+		return nil, err
+	}
+	if err := lib.initialize(m.InitArgs); err != nil {
+		return nil, err
+	}
+	info, err := lib.info()
+	if err != nil {
+		return nil, err
+	}
+	s.initArgs = m.InitArgs // nobody reads it before lib is there
+	s.lib.Store(lib)
+	go s.watch(lib)
+	return &wire.HelloReply{
+		Version:      wire.Version,
+		Manufacturer: text(info.ManufacturerID, maxText),
+		Description:  text(info.LibraryDescription, maxText),
+		Library:      uint32(info.LibraryVersion.Major)<<8 | uint32(info.LibraryVersion.Minor),
+		Cryptoki:     uint32(info.CryptokiVersion.Major)<<8 | uint32(info.CryptokiVersion.Minor),
+	}, nil
+}
+
+// token returns what is known of a token, which may be nothing yet.
+func (s *server) token(id wire.TokenID) *token {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	t, ok := s.tokens[id]
+	if !ok {
+		t = newToken(id)
+		s.tokens[id] = t
+	}
+	return t
+}
+
+// find returns the presence of a token.
+func (s *server) find(ctx context.Context, lib *library, t *token) (*presence, error) {
+	return t.find(ctx, lib, func() (uint, bool) {
+		s.mu.Lock()
+		defer s.mu.Unlock()
+		slot, ok := s.slots[t.id]
+		return slot, ok
+	})
+}
+
+// state tells how a token is.
+func (s *server) state(ctx context.Context, lib *library, t *token) (wire.Message, error) {
+	leave, err := t.gate.shared(ctx)
+	if err != nil {
+		return nil, err
+	}
+	defer leave()
+	p, err := s.find(ctx, lib, t)
+	if err != nil {
+		return nil, err
+	}
+	return t.report(p)
+}
+
+// report makes the answer that tells how a token is.
+func (t *token) report(p *presence) (wire.Message, error) {
+	info, err := p.info()
+	if err != nil {
+		t.failed(p, 0, err)
+		return nil, err
+	}
+	return &wire.TokenReply{Info: info}, nil
+}

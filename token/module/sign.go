@@ -1,0 +1,315 @@
+package module
+
+import (
+	"bytes"
+	"context"
+	"encoding/binary"
+
+	"github.com/miekg/pkcs11"
+
+	"p11-agent/pinentry/secret"
+	"p11-agent/token/wire"
+)
+
+// maxSignature bounds what the agent may expect: an RSA key of 64 Kibit has 8 KiB.
+const maxSignature = 8 << 10
+
+// mayTry tells whether the PIN may be tried on the token now. What the token
+// says of itself was read right before.
+func mayTry(info wire.TokenInfo, lastTry, pad bool) error {
+	e := &wire.Error{HasInfo: true, Info: info}
+	switch {
+	case info.Flags&wire.CKFUserPINLocked != 0:
+		e.Reason = wire.ReasonPINLocked
+	case info.Flags&wire.CKFUserPINFinalTry != 0 && !lastTry:
+		e.Reason = wire.ReasonLastTry
+	case pad && info.Flags&wire.CKFProtectedAuthenticationPath == 0:
+		e.Reason, e.Text = wire.ReasonProtocol, "the reader has no way to type a PIN"
+	default:
+		return nil
+	}
+	return e
+}
+
+// checkPIN tells whether there is a PIN where there must be one.
+func checkPIN(pin *secret.Secret, pad bool) error {
+	if (pin.Len() == 0) != pad {
+		return nonsense("a PIN comes either with the request or from the reader")
+	}
+	return nil
+}
+
+// withInfo adds to the error of a login what the token says of itself now, as
+// far as it can be read.
+func withInfo(err error, p *presence) error {
+	e, ok := err.(*wire.Error)
+	if !ok {
+		return err
+	}
+	if info, err := p.info(); err == nil {
+		e.HasInfo, e.Info = true, info
+	}
+	return e
+}
+
+// login logs the user in, if the PIN was given for the token that is there.
+func (s *server) login(ctx context.Context, lib *library, t *token, m *wire.Login) (wire.Message, error) {
+	if err := checkPIN(m.PIN, m.Pad); err != nil {
+		return nil, err
+	}
+	leave, err := t.gate.alone(ctx)
+	if err != nil {
+		return nil, err
+	}
+	defer leave()
+	p, err := s.find(ctx, lib, t)
+	if err != nil {
+		return nil, err
+	}
+	info, err := p.identify()
+	if err != nil {
+		t.failed(p, 0, err)
+		return nil, err
+	}
+	if err := mayTry(info, m.LastTry, m.Pad); err != nil {
+		return nil, err
+	}
+	if err := ctx.Err(); err != nil {
+		return nil, err
+	}
+	err = lib.login(p.anchor, pkcs11.CKU_USER, m.PIN.Bytes())
+	m.PIN.Wipe()
+	p.forgetKeys()
+	if err != nil && code(err) != wire.CKRUserAlreadyLoggedIn {
+		err = withInfo(err, p)
+		t.failed(p, 0, err)
+		return nil, err
+	}
+	return t.report(p)
+}
+
+// logout logs the user out, once nothing is under way on the token.
+func (s *server) logout(ctx context.Context, lib *library, t *token) (wire.Message, error) {
+	leave, err := t.gate.alone(ctx)
+	if err != nil {
+		return nil, err
+	}
+	defer leave()
+	p, err := s.find(ctx, lib, t)
+	if err != nil {
+		return nil, err
+	}
+	err = lib.logout(p.anchor)
+	p.forgetKeys()
+	if err != nil && code(err) != wire.CKRUserNotLoggedIn {
+		t.failed(p, 0, err)
+		return nil, err
+	}
+	return t.report(p)
+}
+
+// sign makes one signature.
+func (s *server) sign(ctx context.Context, lib *library, t *token, m *wire.Sign) (wire.Message, error) {
+	if m.SignatureLen == 0 || m.SignatureLen > maxSignature {
+		return nil, nonsense("a signature of no such length is made here")
+	}
+	enter := t.gate.shared
+	if m.ContextLogin {
+		if err := checkPIN(m.PIN, m.Pad); err != nil {
+			return nil, err
+		}
+		enter = t.gate.alone
+	} else if m.PIN.Len() > 0 || m.Pad {
+		return nil, nonsense("a PIN came with a signature that needs none")
+	}
+	leave, err := enter(ctx)
+	if err != nil {
+		return nil, err
+	}
+	defer leave()
+	p, err := s.find(ctx, lib, t)
+	if err != nil {
+		return nil, err
+	}
+	if m.ContextLogin {
+		// Not between C_SignInit and C_Sign, where nothing else has a place.
+		info, err := p.identify()
+		if err != nil {
+			t.failed(p, 0, err)
+			return nil, err
+		}
+		if err := mayTry(info, m.LastTry, m.Pad); err != nil {
+			return nil, err
+		}
+	}
+	session, err := p.session(ctx)
+	if err != nil {
+		t.failed(p, 0, err)
+		return nil, err
+	}
+	signature, err := p.sign(ctx, session, m)
+	switch {
+	case err == nil || unharmed(err):
+		p.release(session)
+	default:
+		t.failed(p, session, err)
+	}
+	if err != nil {
+		return nil, err
+	}
+	return &wire.SignReply{Signature: signature}, nil
+}
+
+// unharmed tells whether an error leaves nothing under way on the session: the
+// signature was not begun.
+func unharmed(err error) bool {
+	e, ok := err.(*wire.Error)
+	switch {
+	case !ok: // cancelled before it reached the module
+		return true
+	case e.Function == "":
+		return e.Reason == wire.ReasonNoKey || e.Reason == wire.ReasonAmbiguous
+	case e.Function != "C_SignInit":
+		return false
+	}
+	switch e.RV {
+	case wire.CKRKeyHandleInvalid, wire.CKRObjectHandleInvalid, wire.CKRKeyTypeInconsistent,
+		wire.CKRKeyFunctionNotPermitted, wire.CKRMechanismInvalid, wire.CKRMechanismParamInvalid,
+		wire.CKRUserNotLoggedIn:
+		return true
+	}
+	return false
+}
+
+// sign makes a signature on a session.
+func (p *presence) sign(ctx context.Context, session pkcs11.SessionHandle, m *wire.Sign) ([]byte, error) {
+	key, known, err := p.key(session, &m.Key)
+	if err != nil {
+		return nil, err
+	}
+	if err := ctx.Err(); err != nil {
+		return nil, err
+	}
+	how := mechanism{kind: m.Mechanism, hash: m.PSSHash, mgf: m.PSSMGF, salt: m.PSSSalt}
+	err = p.lib.signInit(session, how, key)
+	if c := code(err); known && (c == wire.CKRKeyHandleInvalid || c == wire.CKRObjectHandleInvalid) {
+		// What is remembered is out of date: look for the key, once.
+		p.forgetKeys()
+		if key, _, err = p.key(session, &m.Key); err != nil {
+			return nil, err
+		}
+		err = p.lib.signInit(session, how, key)
+	}
+	if err != nil {
+		return nil, err
+	}
+	if m.ContextLogin {
+		err := p.lib.login(session, pkcs11.CKU_CONTEXT_SPECIFIC, m.PIN.Bytes())
+		m.PIN.Wipe()
+		if err != nil && code(err) != wire.CKRUserAlreadyLoggedIn {
+			return nil, withInfo(err, p)
+		}
+	}
+	return p.lib.sign(session, m.Data, int(m.SignatureLen))
+}
+
+// key returns the handle of a private key, and whether it was known before.
+func (p *presence) key(session pkcs11.SessionHandle, id *wire.KeyID) (_ pkcs11.ObjectHandle, known bool, _ error) {
+	name := keyName(id)
+	p.mu.Lock()
+	h, ok := p.keys[name]
+	p.mu.Unlock()
+	if ok {
+		return h, true, nil
+	}
+	h, err := p.lookFor(session, id)
+	if err != nil {
+		return 0, false, err
+	}
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	if len(p.keys) >= wire.MaxList {
+		clear(p.keys)
+	}
+	p.keys[name] = h
+	return h, false, nil
+}
+
+// keyName is different for different keys of a token.
+func keyName(id *wire.KeyID) string {
+	b := binary.BigEndian.AppendUint64(nil, id.KeyType)
+	for _, part := range [][]byte{id.ID, []byte(id.Label), id.Modulus, id.ECPoint} {
+		b = binary.BigEndian.AppendUint32(b, uint32(len(part)))
+		b = append(b, part...)
+	}
+	return string(b)
+}
+
+// lookFor finds a private key. The type and the ID must fit, if it has one; a
+// public half that the token shows must be the right one; and among several the
+// label decides. A key without an ID must be known by one of the last two.
+func (p *presence) lookFor(session pkcs11.SessionHandle, id *wire.KeyID) (pkcs11.ObjectHandle, error) {
+	template := []*pkcs11.Attribute{
+		pkcs11.NewAttribute(pkcs11.CKA_CLASS, pkcs11.CKO_PRIVATE_KEY),
+		pkcs11.NewAttribute(pkcs11.CKA_KEY_TYPE, uint(id.KeyType)),
+	}
+	if len(id.ID) > 0 {
+		template = append(template, pkcs11.NewAttribute(pkcs11.CKA_ID, id.ID))
+	}
+	handles, err := p.lib.find(session, template...)
+	if err != nil {
+		return 0, err
+	}
+	public := attribute{pkcs11.CKA_EC_POINT, roomText}
+	if id.KeyType == wire.CKKRSA {
+		public.kind = pkcs11.CKA_MODULUS
+	}
+	var proven, possible, labelled []pkcs11.ObjectHandle
+	for _, h := range handles {
+		v, err := p.lib.attributes(session, h, []attribute{public, {pkcs11.CKA_LABEL, roomText}})
+		if err != nil {
+			return 0, err
+		}
+		switch {
+		case len(v[0]) > 0 && (len(id.Modulus) > 0 || len(id.ECPoint) > 0):
+			if isPublic(v[0], id) {
+				proven = append(proven, h)
+			}
+		case text(string(v[1]), roomText) == id.Label:
+			labelled = append(labelled, h)
+			possible = append(possible, h)
+		default:
+			possible = append(possible, h)
+		}
+	}
+	switch {
+	case len(proven) > 0:
+		return proven[0], nil // the same key, however often it is there
+	case len(labelled) == 1 && (len(possible) == 1 || id.Label != ""):
+		return labelled[0], nil
+	case len(possible) == 1 && len(id.ID) > 0:
+		return possible[0], nil
+	case len(possible) == 0, len(id.ID) == 0 && len(labelled) == 0:
+		e := &wire.Error{Reason: wire.ReasonNoKey}
+		return 0, withInfo(e, p) // not logged in: that may be why
+	default:
+		return 0, &wire.Error{Reason: wire.ReasonAmbiguous}
+	}
+}
+
+// isPublic tells whether the public attribute of a private key is the one of
+// the key looked for.
+func isPublic(v []byte, id *wire.KeyID) bool {
+	if id.KeyType == wire.CKKRSA {
+		return bytes.Equal(bytes.TrimLeft(v, "\x00"), bytes.TrimLeft(id.Modulus, "\x00"))
+	}
+	if bytes.Equal(v, id.ECPoint) {
+		return true
+	}
+	// The standard has the point in a DER OCTET STRING; some tokens give it bare.
+	der := []byte{0x04, byte(len(id.ECPoint))}
+	if len(id.ECPoint) > 0x7f {
+		der = []byte{0x04, 0x81, byte(len(id.ECPoint))}
+	}
+	return len(id.ECPoint) <= 0xff && bytes.Equal(v, append(der, id.ECPoint...))
+}

@@ -1,0 +1,237 @@
+package module
+
+import (
+	"context"
+	"slices"
+	"time"
+
+	"github.com/miekg/pkcs11"
+
+	"p11-agent/token/wire"
+)
+
+// A snapshot is which slots there are and which of them hold a token.
+type snapshot struct {
+	all, present []uint
+}
+
+func takeSnapshot(lib *library) (*snapshot, error) {
+	all, err := lib.slots(false)
+	if err != nil {
+		return nil, err
+	}
+	present, err := lib.slots(true)
+	if err != nil {
+		return nil, err
+	}
+	return &snapshot{all: all, present: present}, nil
+}
+
+func (s *snapshot) equal(o *snapshot) bool {
+	return slices.Equal(s.all, o.all) && slices.Equal(s.present, o.present)
+}
+
+const (
+	pollEvery = time.Second
+	// pollSeldom is for modules that take longer than pollSlow for an answer.
+	pollSeldom = 5 * time.Second
+	pollSlow   = 100 * time.Millisecond
+)
+
+// watch tells the agent when slots or tokens have changed since it last asked
+// for them. It asks the module again and again: C_WaitForSlotEvent cannot be
+// interrupted, and many modules do not have it. It does not disturb the cards.
+func (s *server) watch(lib *library) {
+	for pause := pollEvery; ; {
+		time.Sleep(pause)
+		start := time.Now()
+		if s.changed(lib) {
+			if err := s.conn.WriteEvent(); err != nil {
+				return // the reader sees the end, too
+			}
+		}
+		pause = pollEvery
+		if time.Since(start) > pollSlow {
+			pause = pollSeldom
+		}
+	}
+}
+
+// changed compares what there is with what the agent was told of, and forgets
+// the tokens that have gone.
+func (s *server) changed(lib *library) bool {
+	s.polling.Lock()
+	defer s.polling.Unlock()
+	now, err := takeSnapshot(lib)
+	if err != nil {
+		return false // whoever needs the module will hear of it
+	}
+	s.mu.Lock()
+	changed := s.seen != nil && !s.seen.equal(now)
+	if changed {
+		s.seen = now
+	}
+	var tokens []*token
+	for _, t := range s.tokens {
+		tokens = append(tokens, t)
+	}
+	s.mu.Unlock()
+	for _, t := range tokens {
+		if p := t.present(); p != nil && !slices.Contains(now.present, p.slot) {
+			t.retire(p)
+		}
+	}
+	return changed
+}
+
+// listSlots lists the slots and tokens. A slot that fails is left out.
+func (s *server) listSlots(ctx context.Context, lib *library, m *wire.Slots) (wire.Message, error) {
+	if err := take(ctx, s.listing); err != nil {
+		return nil, err
+	}
+	defer func() { <-s.listing }()
+	if m.Reinitialize || s.down {
+		if err := s.reinitialize(lib); err != nil {
+			return nil, err
+		}
+	}
+	s.life.RLock()
+	defer s.life.RUnlock()
+	now, err := takeSnapshot(lib)
+	if err != nil {
+		return nil, err
+	}
+	s.mu.Lock()
+	s.seen = now
+	s.mu.Unlock()
+	reply := new(wire.SlotsReply)
+	for _, slot := range now.all {
+		if err := ctx.Err(); err != nil {
+			return nil, err
+		}
+		w, err := s.describe(lib, slot)
+		if err != nil {
+			s.log.Printf("slot %d is left out: %v", slot, err)
+			continue
+		}
+		reply.Slots = append(reply.Slots, w)
+	}
+	return reply, nil
+}
+
+// reinitialize shuts the module down and starts it again, unless that would
+// disturb somebody. It is called by the holder of listing.
+func (s *server) reinitialize(lib *library) error {
+	s.polling.Lock()
+	defer s.polling.Unlock()
+	if !s.life.TryLock() {
+		return nil // a request is under way
+	}
+	defer s.life.Unlock()
+	s.mu.Lock()
+	var live []*token
+	for _, t := range s.tokens {
+		if t.present() != nil {
+			live = append(live, t)
+		}
+	}
+	s.mu.Unlock()
+	for _, t := range live {
+		if in, err := t.present().loggedIn(); err == nil && in {
+			return nil
+		}
+	}
+	for _, t := range live {
+		t.retire(t.present())
+	}
+	if !s.down {
+		if err := lib.finalize(); err != nil {
+			return err
+		}
+	}
+	err := lib.initialize(s.initArgs)
+	s.down = err != nil
+	return err
+}
+
+// describe reads everything about a slot.
+func (s *server) describe(lib *library, slot uint) (wire.Slot, error) {
+	info, err := lib.slotInfo(slot)
+	if err != nil {
+		return wire.Slot{}, err
+	}
+	w := wire.Slot{
+		ID:           uint64(slot),
+		Description:  text(info.SlotDescription, maxText),
+		Manufacturer: text(info.ManufacturerID, maxText),
+		Flags:        uint64(info.Flags),
+	}
+	if w.Flags&wire.CKFTokenPresent == 0 {
+		return w, nil
+	}
+	id, state, err := lib.tokenInfo(slot)
+	switch code(err) {
+	case wire.CKROK:
+	case wire.CKRTokenNotPresent, wire.CKRTokenNotRecognized:
+		return w, nil // taken out just now, or of a kind that the module does not know
+	}
+	if err != nil {
+		return wire.Slot{}, err
+	}
+	if state.Flags&wire.CKFTokenInitialized == 0 {
+		return w, nil
+	}
+	w.HasToken, w.Token, w.Info = true, id, state
+	if w.Mechanisms, err = s.signing(lib, slot, id); err != nil {
+		return wire.Slot{}, err
+	}
+	s.mu.Lock()
+	s.slots[id] = slot
+	t := s.tokens[id]
+	s.mu.Unlock()
+	if t == nil {
+		return w, nil
+	}
+	if p := t.present(); p != nil && p.slot == slot {
+		// An error is for whoever uses the token next.
+		w.Info.LoggedIn, _ = p.loggedIn()
+	}
+	return w, nil
+}
+
+// signing lists the mechanisms that a token signs with. They stay the same for
+// as long as it is the same token.
+func (s *server) signing(lib *library, slot uint, id wire.TokenID) ([]wire.Mechanism, error) {
+	s.mu.Lock()
+	known, ok := s.mechanisms[id]
+	s.mu.Unlock()
+	if ok {
+		return known, nil
+	}
+	kinds, err := lib.mechanisms(slot)
+	if err != nil {
+		return nil, err
+	}
+	var list []wire.Mechanism
+	for _, kind := range kinds {
+		info, err := lib.mechanismInfo(slot, kind)
+		switch code(err) {
+		case wire.CKRMechanismInvalid:
+			continue // listed, but not there: costs itself
+		}
+		if err != nil {
+			return nil, err
+		}
+		if info.Flags&pkcs11.CKF_SIGN != 0 {
+			list = append(list, wire.Mechanism{
+				Type:   uint64(kind),
+				MinKey: uint64(info.MinKeySize),
+				MaxKey: uint64(info.MaxKeySize),
+			})
+		}
+	}
+	s.mu.Lock()
+	s.mechanisms[id] = list
+	s.mu.Unlock()
+	return list, nil
+}

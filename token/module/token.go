@@ -1,0 +1,314 @@
+package module
+
+import (
+	"context"
+	"errors"
+	"slices"
+	"sync"
+
+	"github.com/miekg/pkcs11"
+
+	"p11-agent/token/wire"
+)
+
+// maxSessions is the most sessions that are open on one token for work.
+const maxSessions = 16
+
+// A token is a token that the agent has asked for, whether it is here or not.
+type token struct {
+	id wire.TokenID
+
+	// gate orders what is done on the token. Searching and signing are done side
+	// by side; logging in and out, and signing with a PIN, are done alone: the
+	// login belongs to all sessions of the process, and a PIN between C_SignInit
+	// and C_Sign must not be taken for another signature's.
+	gate *gate
+
+	// opening is held, by the one element it has room for, while live is made.
+	opening chan struct{}
+
+	mu   sync.Mutex
+	live *presence // nil when it was not looked for, or has gone since
+}
+
+func newToken(id wire.TokenID) *token {
+	return &token{id: id, gate: newGate(), opening: make(chan struct{}, 1)}
+}
+
+func (t *token) present() *presence {
+	t.mu.Lock()
+	defer t.mu.Unlock()
+	return t.live
+}
+
+// A presence is one stay of a token in a slot: from the first session to when
+// the token turns out to have gone. The standard closes the sessions of a token
+// that is removed, so whatever works on one of these sessions works on the
+// token that was there when it was opened.
+type presence struct {
+	lib  *library
+	slot uint
+	id   wire.TokenID
+
+	// anchor is the session that keeps the login, and that logs in and out. No
+	// search and no signature is made on it, unless the token has no other
+	// session to give.
+	anchor pkcs11.SessionHandle
+
+	// A session for work is in idle or in somebody's hands; for each that may
+	// still be opened there is one element in permits. Together they are limit.
+	idle    chan pkcs11.SessionHandle
+	permits chan struct{}
+
+	ended chan struct{} // closed when gone is set
+
+	mu    sync.Mutex
+	limit int
+	gone  bool
+	keys  map[string]pkcs11.ObjectHandle // private keys found, until the login changes
+}
+
+// open opens the first session on the token in a slot, and makes sure that it
+// is the one looked for.
+func open(lib *library, slot uint, id wire.TokenID) (*presence, error) {
+	p := &presence{
+		lib:     lib,
+		slot:    slot,
+		id:      id,
+		idle:    make(chan pkcs11.SessionHandle, maxSessions),
+		permits: make(chan struct{}, maxSessions),
+		ended:   make(chan struct{}),
+		keys:    make(map[string]pkcs11.ObjectHandle),
+	}
+	s, info, err := p.openSession()
+	if err != nil {
+		return nil, err
+	}
+	p.anchor, p.limit = s, maxSessions
+	if info.MaxSessions > 0 {
+		p.limit = int(min(info.MaxSessions-1, maxSessions))
+	}
+	for range p.limit {
+		p.permits <- struct{}{}
+	}
+	if p.limit == 0 {
+		p.limit = 1
+		p.idle <- p.anchor
+	}
+	return p, nil
+}
+
+// openSession opens a session and reads afterwards which token it is with.
+func (p *presence) openSession() (pkcs11.SessionHandle, wire.TokenInfo, error) {
+	s, err := p.lib.openSession(p.slot)
+	if err != nil {
+		return 0, wire.TokenInfo{}, err
+	}
+	info, err := p.identify()
+	if err != nil {
+		// The session is of no use, and whether it can be closed of no interest.
+		_ = p.lib.closeSession(s)
+		return 0, wire.TokenInfo{}, err
+	}
+	return s, info, nil
+}
+
+// identify reads the state of the token in the slot, and fails when it is
+// another token by now.
+func (p *presence) identify() (wire.TokenInfo, error) {
+	id, info, err := p.lib.tokenInfo(p.slot)
+	if err != nil {
+		return info, err
+	}
+	if id != p.id {
+		return wire.TokenInfo{}, &wire.Error{Reason: wire.ReasonOtherToken}
+	}
+	return info, nil
+}
+
+// info reads the state of the token, and whether somebody is logged in.
+func (p *presence) info() (wire.TokenInfo, error) {
+	info, err := p.identify()
+	if err != nil {
+		return info, err
+	}
+	info.LoggedIn, err = p.loggedIn()
+	return info, err
+}
+
+func (p *presence) loggedIn() (bool, error) {
+	s, err := p.lib.sessionInfo(p.anchor)
+	if err != nil {
+		return false, err
+	}
+	return s.State == pkcs11.CKS_RO_USER_FUNCTIONS || s.State == pkcs11.CKS_RW_USER_FUNCTIONS, nil
+}
+
+// session hands out a session, which the caller gives back by release or drop.
+func (p *presence) session(ctx context.Context) (pkcs11.SessionHandle, error) {
+	for {
+		if err := ctx.Err(); err != nil {
+			return 0, err
+		}
+		select {
+		case s := <-p.idle: // sooner than opening another
+			return s, nil
+		default:
+		}
+		select {
+		case s := <-p.idle:
+			return s, nil
+		case <-p.permits:
+		case <-p.ended:
+			return 0, &wire.Error{RV: wire.CKRDeviceRemoved}
+		case <-ctx.Done():
+			return 0, ctx.Err()
+		}
+		s, _, err := p.openSession()
+		switch {
+		case err == nil:
+			return s, nil
+		case code(err) != wire.CKRSessionCount:
+			p.permits <- struct{}{}
+			return 0, err
+		}
+		// The token has no more: do with those there are, or else with the anchor.
+		p.mu.Lock()
+		last := p.limit == 1
+		if !last {
+			p.limit--
+		}
+		p.mu.Unlock()
+		if last {
+			return p.anchor, nil
+		}
+	}
+}
+
+// release gives a session back that has nothing under way.
+func (p *presence) release(s pkcs11.SessionHandle) {
+	p.mu.Lock()
+	gone := p.gone
+	if !gone {
+		p.idle <- s // there is room for all
+	}
+	p.mu.Unlock()
+	if gone {
+		_ = p.lib.closeSession(s)
+	}
+}
+
+// end closes the sessions that nobody uses; release closes the others.
+func (p *presence) end() {
+	p.mu.Lock()
+	if p.gone {
+		p.mu.Unlock()
+		return
+	}
+	p.gone = true
+	close(p.ended)
+	sessions := []pkcs11.SessionHandle{p.anchor}
+	for len(p.idle) > 0 {
+		if s := <-p.idle; s != p.anchor {
+			sessions = append(sessions, s)
+		}
+	}
+	p.mu.Unlock()
+	for _, s := range sessions {
+		_ = p.lib.closeSession(s) // most have gone with the token
+	}
+}
+
+// forgetKeys is called when the login has changed: handles of private keys end
+// with it, and others come to be seen.
+func (p *presence) forgetKeys() {
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	clear(p.keys)
+}
+
+// retire forgets p, whose token has gone. The next request looks for it again.
+func (t *token) retire(p *presence) {
+	t.mu.Lock()
+	if t.live == p {
+		t.live = nil
+	}
+	t.mu.Unlock()
+	p.end()
+}
+
+// failed does what an error of the module calls for, which came while session s
+// of p was in use, or none when s is 0: the session is closed, which ends what
+// is under way on it, and p is retired when its token has gone.
+func (t *token) failed(p *presence, s pkcs11.SessionHandle, err error) {
+	switch {
+	case s == p.anchor:
+		t.retire(p)
+		return
+	case s != 0:
+		_ = p.lib.closeSession(s)
+		p.permits <- struct{}{}
+	}
+	e, ok := errors.AsType[*wire.Error](err)
+	if !ok {
+		return // nobody waits any more
+	}
+	switch e.RV {
+	case wire.CKRDeviceRemoved, wire.CKRTokenNotPresent, wire.CKRTokenNotRecognized,
+		wire.CKRSlotIDInvalid, wire.CKRCryptokiNotInitialized:
+		t.retire(p)
+		return
+	}
+	if _, err := p.lib.sessionInfo(p.anchor); err != nil || e.Reason == wire.ReasonOtherToken {
+		t.retire(p)
+	}
+}
+
+// find returns the token's presence, after looking for it in all slots when it
+// is not known. hint is the slot it was last seen in, if any.
+func (t *token) find(ctx context.Context, lib *library, hint func() (uint, bool)) (*presence, error) {
+	if p := t.present(); p != nil {
+		return p, nil
+	}
+	if err := take(ctx, t.opening); err != nil {
+		return nil, err
+	}
+	defer func() { <-t.opening }()
+	if p := t.present(); p != nil {
+		return p, nil // the one before has found it
+	}
+	slots, err := lib.slots(true)
+	if err != nil {
+		return nil, err
+	}
+	if h, ok := hint(); ok {
+		if i := slices.Index(slots, h); i > 0 {
+			slots[0], slots[i] = slots[i], slots[0]
+		}
+	}
+	var failure error
+	for _, slot := range slots {
+		id, info, err := lib.tokenInfo(slot)
+		if err != nil {
+			// The slot may be the token's: then this is why it was not found.
+			failure = err
+			continue
+		}
+		if id != t.id || info.Flags&wire.CKFTokenInitialized == 0 {
+			continue
+		}
+		p, err := open(lib, slot, id)
+		if err != nil {
+			return nil, err
+		}
+		t.mu.Lock()
+		t.live = p
+		t.mu.Unlock()
+		return p, nil
+	}
+	e := &wire.Error{Reason: wire.ReasonNoToken}
+	if f, ok := errors.AsType[*wire.Error](failure); ok {
+		e.Function, e.RV = f.Function, f.RV
+	}
+	return nil, e
+}

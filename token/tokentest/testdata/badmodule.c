@@ -1,0 +1,598 @@
+/*
+ * A PKCS#11 module that misbehaves on command.
+ *
+ * BADMODULE holds the commands, separated by blanks. Commands in the file that
+ * BADMODULE_FILE names, when it exists, are used instead, and read anew at each
+ * call. Without a command it is a well-behaved software token with one RSA and
+ * one EC key, which makes signatures of 0x5a bytes. The PIN is 1234, and three
+ * wrong ones lock it.
+ *
+ *	crash=F hang=F exit=F   what function F does (F as in C_Sign)
+ *	rv=F:N                  function F returns the number N
+ *	release=PATH            a function that hangs goes on when this file exists
+ *	noise                   each call writes to standard output and error
+ *	slots=N                 there are said to be N slots (1)
+ *	present=N               the first N of them hold a token (all)
+ *	mechanisms=N            there are said to be N mechanisms (3)
+ *	find=endless find=more  C_FindObjects finds for ever, or more than there is room
+ *	attributes=garbage      attributes are said to have 2^63 bytes
+ *	attributes=stop         reading stops at the first attribute that is missing
+ *	attributes=wild         booleans are 0x77, types of keys one byte, labels no text
+ *	signature=wrong signature=long signature=empty
+ *	flags=N                 more flags of the token
+ *	label=TEXT              the label of the tokens (bad)
+ *	sessions=N              the token has no more sessions, and says so
+ *	limit=N                 the token has no more sessions, and does not say so
+ *	always                  the keys have CKA_ALWAYS_AUTHENTICATE
+ *	forget=N                handles of keys change with N
+ *
+ * BADMODULE_LOG names a file to which the name of each function called is
+ * added, one a line.
+ */
+#include <fcntl.h>
+#include <pthread.h>
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+#include <unistd.h>
+
+typedef unsigned char byte;
+typedef unsigned long ulong;
+typedef ulong rv_t;
+
+enum {
+	OK = 0, SLOT_ID_INVALID = 3, ATTRIBUTE_TYPE_INVALID = 0x12, NOT_SUPPORTED = 0x54,
+	KEY_HANDLE_INVALID = 0x60, OPERATION_ACTIVE = 0x90, OPERATION_NOT_INITIALIZED = 0x91,
+	PIN_INCORRECT = 0xa0, PIN_LOCKED = 0xa4, SESSION_COUNT = 0xb1, SESSION_HANDLE_INVALID = 0xb3,
+	TOKEN_NOT_PRESENT = 0xe0, ALREADY_LOGGED_IN = 0x100, NOT_LOGGED_IN = 0x101, BUFFER_TOO_SMALL = 0x150,
+};
+
+struct version { byte major, minor; };
+struct info { struct version cryptoki; byte manufacturer[32]; ulong flags; byte description[32]; struct version library; };
+struct slot_info { byte description[64], manufacturer[32]; ulong flags; struct version hardware, firmware; };
+struct token_info {
+	byte label[32], manufacturer[32], model[16], serial[16];
+	ulong flags, max_sessions, sessions, max_rw, rw, max_pin, min_pin, memory[4];
+	struct version hardware, firmware;
+	byte time[16];
+};
+struct session_info { ulong slot, state, flags, error; };
+struct mechanism_info { ulong min, max, flags; };
+struct attribute { ulong type; void *value; ulong length; };
+struct mechanism { ulong type; void *parameter; ulong length; };
+
+/* Commands */
+
+static pthread_mutex_t lock = PTHREAD_MUTEX_INITIALIZER;
+
+/* commands copies the commands into text. */
+static void commands(char *text, size_t room)
+{
+	const char *path = getenv("BADMODULE_FILE"), *env = getenv("BADMODULE");
+	int fd = path ? open(path, O_RDONLY | O_CLOEXEC) : -1;
+	ssize_t n = 0;
+
+	if (fd >= 0) {
+		n = read(fd, text, room - 1);
+		close(fd);
+	} else if (env) {
+		n = strlen(env) < room ? strlen(env) : room - 1;
+		memcpy(text, env, n);
+	}
+	text[n > 0 ? n : 0] = 0;
+}
+
+/* command finds the command NAME or NAME=VALUE and copies the value; with a
+ * start, the first whose value begins with it. */
+static int command(const char *name, const char *start, char *value, size_t room)
+{
+	char text[4096], *word, *rest, *eq;
+
+	commands(text, sizeof text);
+	for (word = strtok_r(text, " \n", &rest); word; word = strtok_r(NULL, " \n", &rest)) {
+		eq = strchr(word, '=');
+		if (eq)
+			*eq = 0;
+		if (strcmp(word, name) != 0)
+			continue;
+		if (start && (eq == NULL || strncmp(eq + 1, start, strlen(start)) != 0))
+			continue;
+		if (value)
+			snprintf(value, room, "%s", eq ? eq + 1 : "");
+		return 1;
+	}
+	return 0;
+}
+
+static ulong number(const char *name, ulong otherwise)
+{
+	char value[64];
+
+	return command(name, NULL, value, sizeof value) ? strtoul(value, NULL, 0) : otherwise;
+}
+
+static int is(const char *name, const char *wanted)
+{
+	char value[64];
+
+	return command(name, NULL, value, sizeof value) && strcmp(value, wanted) == 0;
+}
+
+static int named(const char *what, const char *function)
+{
+	char value[64];
+
+	return command(what, function, value, sizeof value) && strcmp(value, function) == 0;
+}
+
+/* called does what the commands say about a function. */
+static rv_t called(const char *function)
+{
+	const char *log = getenv("BADMODULE_LOG");
+	char start[64], value[256];
+	int fd;
+
+	if (log && (fd = open(log, O_WRONLY | O_APPEND | O_CREAT | O_CLOEXEC, 0600)) >= 0) {
+		snprintf(start, sizeof start, "%s\n", function);
+		if (write(fd, start, strlen(start)) < 0)
+			abort();
+		close(fd);
+	}
+	if (command("noise", NULL, NULL, 0)) {
+		printf("noise on standard output\n");
+		fflush(stdout);
+		fprintf(stderr, "noise on standard error\n");
+	}
+	if (named("crash", function))
+		*(volatile int *)8 = 1;
+	if (named("exit", function))
+		exit(3);
+	while (named("hang", function)) {
+		if (command("release", NULL, value, sizeof value) && access(value, F_OK) == 0)
+			break;
+		usleep(1000);
+	}
+	snprintf(start, sizeof start, "%s:", function);
+	if (command("rv", start, value, sizeof value))
+		return strtoul(value + strlen(start), NULL, 0);
+	return OK;
+}
+
+#define CALLED                                  \
+	do {                                    \
+		rv_t rv_ = called(__func__);    \
+		if (rv_ != OK)                  \
+			return rv_;             \
+	} while (0)
+
+static void pad(byte *to, size_t n, const char *text)
+{
+	memset(to, ' ', n);
+	memcpy(to, text, strlen(text) < n ? strlen(text) : n);
+}
+
+/* State */
+
+enum { SESSIONS = 1024, KEYS = 2 };
+
+static struct session {
+	int open, searching, signing, allowed;
+	ulong slot, found;
+	ulong found_class, found_type, found_keys;
+} sessions[SESSIONS];
+static ulong open_sessions;
+static int logged_in, wrong;
+
+static struct session *session(ulong h)
+{
+	return h > 0 && h < SESSIONS && sessions[h].open ? &sessions[h] : NULL;
+}
+
+static ulong present(void)
+{
+	return number("present", number("slots", 1));
+}
+
+/* Functions */
+
+static rv_t C_Initialize(void *args)
+{
+	(void)args;
+	CALLED;
+	return OK;
+}
+
+static rv_t C_Finalize(void *reserved)
+{
+	(void)reserved;
+	CALLED;
+	memset(sessions, 0, sizeof sessions);
+	open_sessions = 0;
+	logged_in = 0;
+	return OK;
+}
+
+static rv_t C_GetInfo(struct info *info)
+{
+	CALLED;
+	memset(info, 0, sizeof *info);
+	info->cryptoki = (struct version){ 2, 40 };
+	info->library = (struct version){ 1, 7 };
+	pad(info->manufacturer, sizeof info->manufacturer, "Bad Company");
+	pad(info->description, sizeof info->description, "misbehaves on command");
+	return OK;
+}
+
+static rv_t C_GetSlotList(byte with_token, ulong *list, ulong *count)
+{
+	ulong n, i;
+
+	CALLED;
+	n = with_token ? present() : number("slots", 1);
+	if (list) {
+		if (*count < n) {
+			*count = n;
+			return BUFFER_TOO_SMALL;
+		}
+		for (i = 0; i < n; i++)
+			list[i] = i;
+	}
+	*count = n;
+	return OK;
+}
+
+static rv_t C_GetSlotInfo(ulong slot, struct slot_info *info)
+{
+	CALLED;
+	if (slot >= number("slots", 1))
+		return SLOT_ID_INVALID;
+	memset(info, 0, sizeof *info);
+	pad(info->description, sizeof info->description, "bad slot");
+	pad(info->manufacturer, sizeof info->manufacturer, "Bad Company");
+	info->flags = slot < present() ? 1 : 0;
+	return OK;
+}
+
+static rv_t C_GetTokenInfo(ulong slot, struct token_info *info)
+{
+	char text[64] = "bad";
+
+	CALLED;
+	if (slot >= present())
+		return TOKEN_NOT_PRESENT;
+	memset(info, 0, sizeof *info);
+	command("label", NULL, text, sizeof text);
+	pad(info->label, sizeof info->label, text);
+	pad(info->manufacturer, sizeof info->manufacturer, "Bad Company");
+	pad(info->model, sizeof info->model, "worst");
+	snprintf(text, sizeof text, "%04lu", slot);
+	pad(info->serial, sizeof info->serial, text);
+	/* login required, PIN set, initialised */
+	info->flags = 0x4 | 0x8 | 0x400 | number("flags", 0);
+	if (wrong > 0)
+		info->flags |= 0x10000;
+	if (wrong == 2)
+		info->flags |= 0x20000;
+	if (wrong > 2)
+		info->flags |= 0x40000;
+	info->max_sessions = number("sessions", 0);
+	info->min_pin = 4;
+	info->max_pin = 8;
+	return OK;
+}
+
+static rv_t C_GetMechanismList(ulong slot, ulong *list, ulong *count)
+{
+	static const ulong known[] = { 0x1, 0x1041, 0x250 };
+	ulong n = number("mechanisms", 3), i;
+
+	CALLED;
+	(void)slot;
+	if (list) {
+		if (*count < n) {
+			*count = n;
+			return BUFFER_TOO_SMALL;
+		}
+		for (i = 0; i < n; i++)
+			list[i] = i < 3 ? known[i] : i;
+	}
+	*count = n;
+	return OK;
+}
+
+static rv_t C_GetMechanismInfo(ulong slot, ulong type, struct mechanism_info *info)
+{
+	CALLED;
+	(void)slot;
+	*info = (struct mechanism_info){ 256, 4096, type == 0x250 ? 0x400 : 0x800 };
+	return OK;
+}
+
+static rv_t C_OpenSession(ulong slot, ulong flags, void *p, void *notify, ulong *h)
+{
+	ulong limit = number("sessions", number("limit", SESSIONS - 1)), i;
+
+	CALLED;
+	(void)flags, (void)p, (void)notify;
+	if (slot >= present())
+		return TOKEN_NOT_PRESENT;
+	pthread_mutex_lock(&lock);
+	for (i = 1; i < SESSIONS && sessions[i].open; i++)
+		;
+	if (open_sessions >= limit || i == SESSIONS) {
+		pthread_mutex_unlock(&lock);
+		return SESSION_COUNT;
+	}
+	memset(&sessions[i], 0, sizeof sessions[i]);
+	sessions[i].open = 1;
+	sessions[i].slot = slot;
+	open_sessions++;
+	pthread_mutex_unlock(&lock);
+	*h = i;
+	return OK;
+}
+
+static rv_t C_CloseSession(ulong h)
+{
+	CALLED;
+	pthread_mutex_lock(&lock);
+	if (session(h) == NULL) {
+		pthread_mutex_unlock(&lock);
+		return SESSION_HANDLE_INVALID;
+	}
+	sessions[h].open = 0;
+	if (--open_sessions == 0)
+		logged_in = 0;
+	pthread_mutex_unlock(&lock);
+	return OK;
+}
+
+static rv_t C_GetSessionInfo(ulong h, struct session_info *info)
+{
+	CALLED;
+	if (session(h) == NULL || sessions[h].slot >= present())
+		return SESSION_HANDLE_INVALID;
+	*info = (struct session_info){ sessions[h].slot, logged_in ? 1 : 0, 4, 0 };
+	return OK;
+}
+
+static rv_t C_Login(ulong h, ulong user, byte *pin, ulong length)
+{
+	CALLED;
+	if (session(h) == NULL)
+		return SESSION_HANDLE_INVALID;
+	if (user == 2 && !sessions[h].signing)
+		return OPERATION_NOT_INITIALIZED;
+	if (user != 2 && logged_in)
+		return ALREADY_LOGGED_IN;
+	if (wrong > 2)
+		return PIN_LOCKED;
+	if (pin != NULL && (length != 4 || memcmp(pin, "1234", 4) != 0)) {
+		wrong++;
+		return PIN_INCORRECT;
+	}
+	wrong = 0;
+	if (user == 2)
+		sessions[h].allowed = 1;
+	else
+		logged_in = 1;
+	return OK;
+}
+
+static rv_t C_Logout(ulong h)
+{
+	CALLED;
+	if (session(h) == NULL)
+		return SESSION_HANDLE_INVALID;
+	if (!logged_in)
+		return NOT_LOGGED_IN;
+	logged_in = 0;
+	return OK;
+}
+
+/* Handles of the keys: 10 + forget and on for the public, 20 for the private ones. */
+
+static ulong base(int private)
+{
+	return (private ? 20 : 10) + 100 * number("forget", 0);
+}
+
+static rv_t C_FindObjectsInit(ulong h, struct attribute *list, ulong n)
+{
+	struct session *s = session(h);
+	ulong i;
+
+	CALLED;
+	if (s == NULL)
+		return SESSION_HANDLE_INVALID;
+	if (s->searching)
+		return OPERATION_ACTIVE;
+	s->searching = 1;
+	s->found = 0;
+	s->found_class = s->found_type = ~0UL;
+	for (i = 0; i < n; i++) {
+		if (list[i].type == 0)
+			s->found_class = *(ulong *)list[i].value;
+		if (list[i].type == 0x100)
+			s->found_type = *(ulong *)list[i].value;
+	}
+	return OK;
+}
+
+static rv_t C_FindObjects(ulong h, ulong *list, ulong room, ulong *count)
+{
+	struct session *s = session(h);
+	ulong i, n = 0;
+
+	CALLED;
+	if (s == NULL)
+		return SESSION_HANDLE_INVALID;
+	if (!s->searching)
+		return OPERATION_NOT_INITIALIZED;
+	if (is("find", "more")) {
+		*count = 1000000000;
+		return OK;
+	}
+	if (is("find", "endless")) {
+		for (i = 0; i < room; i++)
+			list[i] = base(0);
+		*count = room;
+		return OK;
+	}
+	for (; s->found < KEYS && n < room; s->found++) {
+		if (s->found_type != ~0UL && s->found_type != (s->found == 0 ? 0 : 3))
+			continue;
+		if (s->found_class == 2)
+			list[n++] = base(0) + s->found;
+		if (s->found_class == 3 && logged_in)
+			list[n++] = base(1) + s->found;
+	}
+	*count = n;
+	return OK;
+}
+
+static rv_t C_FindObjectsFinal(ulong h)
+{
+	CALLED;
+	if (session(h) == NULL)
+		return SESSION_HANDLE_INVALID;
+	sessions[h].searching = 0;
+	return OK;
+}
+
+static rv_t C_GetAttributeValue(ulong h, ulong object, struct attribute *list, ulong n)
+{
+	static byte modulus[256], point[67] = { 0x04, 65, 0x04 };
+	static const byte exponent[] = { 1, 0, 1 };
+	static const byte p256[] = { 0x06, 0x08, 0x2a, 0x86, 0x48, 0xce, 0x3d, 0x03, 0x01, 0x07 };
+	rv_t rv = OK;
+	ulong i, class, type;
+	byte yes, id;
+	int rsa, private;
+
+	CALLED;
+	if (session(h) == NULL)
+		return SESSION_HANDLE_INVALID;
+	object %= 100;
+	private = object >= 20;
+	rsa = object % 10 == 0;
+	memset(modulus, 0xc3, sizeof modulus);
+	memset(point + 3, 0x42, 64);
+	for (i = 0; i < n; i++) {
+		const void *value = NULL;
+		ulong length = 0;
+
+		switch (list[i].type) {
+		case 0x0: class = private ? 3 : 2; value = &class; length = sizeof class; break;
+		case 0x1: case 0x2: yes = private; value = &yes; length = 1; break;
+		case 0x3: value = rsa ? "rsa key" : "ec key"; length = strlen(value); break;
+		case 0x100: type = rsa ? 0 : 3; value = &type; length = sizeof type; break;
+		case 0x102: id = rsa ? 1 : 2; value = &id; length = 1; break;
+		case 0x108: if (private) { yes = 1; value = &yes; length = 1; } break;
+		case 0x10a: if (!private) { yes = 1; value = &yes; length = 1; } break;
+		case 0x120: if (rsa) { value = modulus; length = sizeof modulus; } break;
+		case 0x122: if (rsa) { value = exponent; length = sizeof exponent; } break;
+		case 0x180: if (!rsa) { value = p256; length = sizeof p256; } break;
+		case 0x181: if (!rsa && !private) { value = point; length = sizeof point; } break;
+		case 0x202: if (private && command("always", NULL, NULL, 0)) { yes = 1; value = &yes; length = 1; } break;
+		}
+		if (is("attributes", "wild")) {
+			yes = 0x77;
+			if (list[i].type == 0x3) { value = "\xff\xfe\x00\x1b[2J"; length = 7; }
+			if (list[i].type == 0x100) length = 1;
+		}
+		if (value == NULL) {
+			rv = ATTRIBUTE_TYPE_INVALID;
+			if (is("attributes", "stop"))
+				return rv;
+			list[i].length = ~0UL;
+			continue;
+		}
+		if (is("attributes", "garbage")) {
+			list[i].length = 1UL << 63;
+			continue;
+		}
+		if (list[i].value == NULL) {
+			list[i].length = length;
+		} else if (list[i].length < length) {
+			list[i].length = ~0UL;
+			rv = BUFFER_TOO_SMALL;
+		} else {
+			memcpy(list[i].value, value, length);
+			list[i].length = length;
+		}
+	}
+	return rv;
+}
+
+static rv_t C_SignInit(ulong h, struct mechanism *mechanism, ulong key)
+{
+	CALLED;
+	(void)mechanism;
+	if (session(h) == NULL)
+		return SESSION_HANDLE_INVALID;
+	if (!logged_in)
+		return NOT_LOGGED_IN;
+	if (key < base(1) || key >= base(1) + KEYS)
+		return KEY_HANDLE_INVALID;
+	if (sessions[h].signing)
+		return OPERATION_ACTIVE;
+	sessions[h].signing = 1;
+	sessions[h].allowed = !command("always", NULL, NULL, 0);
+	return OK;
+}
+
+static rv_t C_Sign(ulong h, byte *data, ulong length, byte *signature, ulong *room)
+{
+	struct session *s = session(h);
+
+	CALLED;
+	(void)data, (void)length;
+	if (s == NULL)
+		return SESSION_HANDLE_INVALID;
+	if (!s->signing)
+		return OPERATION_NOT_INITIALIZED;
+	s->signing = 0;
+	if (!s->allowed)
+		return NOT_LOGGED_IN;
+	if (is("signature", "long")) {
+		*room += 1000000;
+		return OK;
+	}
+	if (is("signature", "empty")) {
+		*room = 0;
+		return OK;
+	}
+	memset(signature, is("signature", "wrong") ? 0xa7 : 0x5a, *room);
+	return OK;
+}
+
+static rv_t unsupported(void)
+{
+	return NOT_SUPPORTED;
+}
+
+rv_t C_GetFunctionList(void **list);
+
+static struct {
+	struct version version;
+	void *functions[68];
+} functions = {
+	{ 2, 40 },
+	{
+		[0 ... 67] = unsupported,
+		[0] = C_Initialize, [1] = C_Finalize, [2] = C_GetInfo, [3] = C_GetFunctionList,
+		[4] = C_GetSlotList, [5] = C_GetSlotInfo, [6] = C_GetTokenInfo,
+		[7] = C_GetMechanismList, [8] = C_GetMechanismInfo,
+		[12] = C_OpenSession, [13] = C_CloseSession, [15] = C_GetSessionInfo,
+		[18] = C_Login, [19] = C_Logout, [24] = C_GetAttributeValue,
+		[26] = C_FindObjectsInit, [27] = C_FindObjects, [28] = C_FindObjectsFinal,
+		[42] = C_SignInit, [43] = C_Sign,
+	},
+};
+
+rv_t C_GetFunctionList(void **list)
+{
+	*list = &functions;
+	return OK;
+}

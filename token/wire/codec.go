@@ -1,0 +1,213 @@
+package wire
+
+import (
+	"encoding/binary"
+	"errors"
+	"fmt"
+	"slices"
+	"unicode/utf8"
+
+	"p11-agent/pinentry/secret"
+)
+
+// A Message is a pointer to one of the message structs of this package.
+type Message interface {
+	// fields walks the fields in the order in which they cross, in either
+	// direction: so what one side writes is what the other side reads. Writing
+	// does not touch them.
+	fields(c *codec)
+}
+
+var (
+	errShort    = errors.New("message ends too early")
+	errTrailing = errors.New("message goes on after its end")
+)
+
+// A codec writes or reads fields in the encoding of RFC 4251 section 5
+// (boolean, byte, uint32, uint64, string), lists as a uint32 count and the
+// elements, nested structs field by field. There is one encoding of each value.
+type codec struct {
+	reading bool
+	b       []byte         // reading: what is left; writing: what there is
+	pin     *secret.Secret // writing: what follows b
+	err     error          // reading: the first thing wrong
+}
+
+// Unmarshal reads a message that fills body. It copies what it keeps. A
+// message that does not parse is an error, which quotes nothing of it, and msg
+// is then of no use.
+func Unmarshal(body []byte, msg Message) error {
+	c := codec{reading: true, b: body}
+	msg.fields(&c)
+	if c.err == nil && len(c.b) > 0 {
+		c.err = errTrailing
+	}
+	if c.err != nil {
+		if p, ok := msg.(interface{ pin() *secret.Secret }); ok {
+			p.pin().Wipe()
+		}
+		return fmt.Errorf("%T: %w", msg, c.err)
+	}
+	return nil
+}
+
+// marshal appends msg to b, all but its PIN, which is returned as it is.
+func marshal(b []byte, msg Message) ([]byte, *secret.Secret) {
+	c := codec{b: b}
+	msg.fields(&c)
+	return c.b, c.pin
+}
+
+// take cuts n bytes off what is left to read. They are not a copy.
+func (c *codec) take(n int) []byte {
+	if c.err != nil {
+		return nil
+	}
+	if n > len(c.b) {
+		c.err = errShort
+		return nil
+	}
+	b := c.b[:n:n]
+	c.b = c.b[n:]
+	return b
+}
+
+func (c *codec) byte(v *byte) {
+	if !c.reading {
+		c.b = append(c.b, *v)
+	} else if b := c.take(1); b != nil {
+		*v = b[0]
+	}
+}
+
+func (c *codec) bool(v *bool) {
+	var b byte
+	if !c.reading {
+		if *v {
+			b = 1
+		}
+		c.byte(&b)
+		return
+	}
+	c.byte(&b)
+	if b > 1 {
+		c.fail("boolean that is neither 0 nor 1")
+	}
+	*v = b == 1
+}
+
+func (c *codec) tri(v *Tri) {
+	c.byte((*byte)(v))
+	if *v > True {
+		c.fail("attribute that is neither unknown, false nor true")
+	}
+}
+
+func (c *codec) uint32(v *uint32) {
+	if !c.reading {
+		c.b = binary.BigEndian.AppendUint32(c.b, *v)
+	} else if b := c.take(4); b != nil {
+		*v = binary.BigEndian.Uint32(b)
+	}
+}
+
+func (c *codec) uint64(v *uint64) {
+	if !c.reading {
+		c.b = binary.BigEndian.AppendUint64(c.b, *v)
+	} else if b := c.take(8); b != nil {
+		*v = binary.BigEndian.Uint64(b)
+	}
+}
+
+// run is a string of RFC 4251, as it lies in the message.
+func (c *codec) run() []byte {
+	var n uint32
+	c.uint32(&n)
+	if uint64(n) > uint64(len(c.b)) { // also keeps n within an int
+		c.fail(errShort.Error())
+		return nil
+	}
+	return c.take(int(n))
+}
+
+func (c *codec) bytes(v *[]byte) {
+	if !c.reading {
+		c.b = binary.BigEndian.AppendUint32(c.b, uint32(len(*v)))
+		c.b = append(c.b, *v...)
+		return
+	}
+	*v = nil // one value for empty, so that reading back gives the same
+	if b := c.run(); len(b) > 0 {
+		*v = slices.Clone(b)
+	}
+}
+
+// raw is a string of any bytes: a file name may hold what it likes.
+func (c *codec) raw(v *string) {
+	if !c.reading {
+		c.b = binary.BigEndian.AppendUint32(c.b, uint32(len(*v)))
+		c.b = append(c.b, *v...)
+		return
+	}
+	*v = string(c.run())
+}
+
+// text is a string of UTF-8.
+func (c *codec) text(v *string) {
+	c.raw(v)
+	if c.reading && !utf8.ValidString(*v) {
+		c.fail("text that is not UTF-8")
+	}
+}
+
+// secret is the rest of the message. Reading makes a new Secret of it, or nil
+// when there is nothing; writing leaves it where it is.
+func (c *codec) secret(v **secret.Secret) {
+	if !c.reading {
+		c.pin = *v
+		return
+	}
+	*v = nil
+	if c.err != nil || len(c.b) == 0 {
+		return
+	}
+	if len(c.b) > MaxPIN {
+		c.fail("PIN that is too long")
+		return
+	}
+	s, err := secret.New(len(c.b))
+	if err != nil {
+		c.err = err
+		return
+	}
+	s.SetLen(copy(s.Buffer(), c.take(len(c.b))))
+	*v = s
+}
+
+func (c *codec) fail(what string) {
+	if c.err == nil {
+		c.err = errors.New(what)
+	}
+}
+
+// list is a count and so many elements. It grows as they are read, so that a
+// count alone takes no memory.
+func list[T any](c *codec, v *[]T, element func(*T, *codec)) {
+	n := uint32(len(*v))
+	c.uint32(&n)
+	if !c.reading {
+		for i := range *v {
+			element(&(*v)[i], c)
+		}
+		return
+	}
+	*v = nil
+	if n > MaxList {
+		c.fail("list that is too long")
+	}
+	for ; n > 0 && c.err == nil; n-- {
+		var e T
+		element(&e, c)
+		*v = append(*v, e)
+	}
+}

@@ -1,0 +1,305 @@
+package wire
+
+import (
+	"bufio"
+	"encoding/binary"
+	"errors"
+	"fmt"
+	"io"
+	"net"
+	"reflect"
+	"sync"
+
+	"p11-agent/pinentry/secret"
+)
+
+const (
+	lengthSize = 4
+	headerSize = lengthSize + 1 + 4 // and type and id
+
+	// keepBuffer is the most memory that a writer keeps between messages.
+	keepBuffer = 64 << 10
+	// readBuffer holds nearly every frame whole, with what came after it.
+	readBuffer = 64 << 10
+)
+
+// A Frame is an answer or an event from the module process.
+type Frame struct {
+	Type Type   // TypeReply, TypeError or TypeEvent
+	ID   uint32 // of the request that this answers; 0 for an event
+	Body []byte // the receiver's to keep
+}
+
+// Decode reads the answer into reply, which must be of the kind that belongs to
+// the request. When the request failed it returns the *Error that came instead.
+func (f Frame) Decode(reply Message) error {
+	switch f.Type {
+	case TypeReply:
+		return Unmarshal(f.Body, reply)
+	case TypeError:
+		e := new(Error)
+		if err := Unmarshal(f.Body, e); err != nil {
+			return err
+		}
+		return e
+	default:
+		return fmt.Errorf("frame of type %d is no answer", f.Type)
+	}
+}
+
+// A Conn is the agent's end of the connection with a module process. One
+// goroutine reads; any number write. After an error of either kind, other than
+// of a request too large, the connection is of no use and is to be closed.
+type Conn struct {
+	c net.Conn
+	r *bufio.Reader
+	w writer
+}
+
+// NewConn makes the agent's end of c and owns it.
+func NewConn(c net.Conn) *Conn {
+	return &Conn{c: c, r: bufio.NewReaderSize(c, readBuffer), w: writer{c: c}}
+}
+
+// WriteRequest sends a request in one system call. A PIN goes from its own
+// memory to the kernel and stays the caller's, who must not wipe it before
+// WriteRequest returns. It blocks while the module process does not read, until
+// Close.
+//
+// A request that is longer than MaxRequest, has no id or is of the wrong type
+// is an error, and is not sent.
+func (c *Conn) WriteRequest(id uint32, t Type, msg Message) error {
+	if id == 0 {
+		return errors.New("request 0: the number is for events")
+	}
+	empty, ok := requests[t]
+	if !ok || reflect.TypeOf(empty()) != reflect.TypeOf(msg) {
+		return fmt.Errorf("%T is no request of type %d", msg, t)
+	}
+	return c.w.write(id, t, msg, MaxRequest)
+}
+
+// ReadFrame reads the next answer or event. It returns io.EOF when the module
+// process has gone, at whatever point, and an error when it does not keep to
+// this language.
+func (c *Conn) ReadFrame() (Frame, error) {
+	var h [headerSize]byte
+	if _, err := io.ReadFull(c.r, h[:]); err != nil {
+		return Frame{}, gone(err)
+	}
+	t, id, n, err := parseHeader(h[:], MaxReply)
+	if err != nil {
+		return Frame{}, err
+	}
+	switch t {
+	case TypeReply, TypeError:
+		if id == 0 {
+			return Frame{}, errors.New("answer to no request")
+		}
+	case TypeEvent:
+		if id != 0 || n != 0 {
+			return Frame{}, errors.New("event with a number or a body")
+		}
+	default:
+		return Frame{}, fmt.Errorf("unknown type %d of answer", t)
+	}
+	f := Frame{Type: t, ID: id, Body: make([]byte, n)}
+	if _, err := io.ReadFull(c.r, f.Body); err != nil {
+		return Frame{}, gone(err)
+	}
+	return f, nil
+}
+
+// Close closes the connection; reads and writes under way end with an error. It
+// may be called at any time and more than once.
+func (c *Conn) Close() error { return c.c.Close() }
+
+// A Request is a request that the module process has received.
+type Request struct {
+	ID      uint32
+	Type    Type
+	Message Message // a PIN in it is the receiver's, who wipes it
+}
+
+// A ModuleConn is the module process's end of the connection. One goroutine
+// reads; any number write.
+type ModuleConn struct {
+	c net.Conn
+	w writer
+
+	// What is read lies in locked memory, as any frame may hold a PIN, and is
+	// overwritten as soon as it is decoded: buf.Buffer()[from:to] is yet to be
+	// decoded, the rest of it is zero.
+	buf      *secret.Secret
+	from, to int
+}
+
+// NewModuleConn makes the module process's end of c and owns it.
+func NewModuleConn(c net.Conn) (*ModuleConn, error) {
+	buf, err := secret.New(readBuffer)
+	if err != nil {
+		return nil, err
+	}
+	return &ModuleConn{c: c, w: writer{c: c}, buf: buf}, nil
+}
+
+// ReadRequest reads the next request. It returns io.EOF when the agent has
+// gone, at whatever point, and an error when it does not keep to this language:
+// the connection is of no use then.
+func (c *ModuleConn) ReadRequest() (Request, error) {
+	h, err := c.fill(headerSize)
+	if err != nil {
+		return Request{}, err
+	}
+	t, id, n, err := parseHeader(h, MaxRequest)
+	if err != nil {
+		return Request{}, err
+	}
+	empty, ok := requests[t]
+	if !ok {
+		return Request{}, fmt.Errorf("unknown type %d of request", t)
+	}
+	if id == 0 {
+		return Request{}, errors.New("request without a number")
+	}
+	c.skip(headerSize)
+	r := Request{ID: id, Type: t, Message: empty()}
+	if n > readBuffer {
+		return r, c.readLarge(n, r.Message)
+	}
+	body, err := c.fill(n)
+	if err != nil {
+		return Request{}, err
+	}
+	defer c.skip(n)
+	return r, Unmarshal(body, r.Message)
+}
+
+// readLarge reads a body that does not fit into the buffer.
+func (c *ModuleConn) readLarge(n int, msg Message) error {
+	s, err := secret.New(n)
+	if err != nil {
+		return err
+	}
+	defer s.Wipe()
+	body := s.Buffer()
+	have := copy(body, c.buf.Buffer()[c.from:c.to])
+	c.skip(have)
+	if _, err := io.ReadFull(c.c, body[have:]); err != nil {
+		return gone(err)
+	}
+	return Unmarshal(body, msg)
+}
+
+// fill returns the next n bytes, which stay where they are until skip. n is at
+// most readBuffer.
+func (c *ModuleConn) fill(n int) ([]byte, error) {
+	b := c.buf.Buffer()
+	if c.from+n > len(b) {
+		end := copy(b, b[c.from:c.to])
+		secret.Wipe(b[end:c.to])
+		c.from, c.to = 0, end
+	}
+	if c.to-c.from < n {
+		m, err := io.ReadAtLeast(c.c, b[c.to:], n-(c.to-c.from))
+		c.to += m
+		if err != nil {
+			return nil, gone(err)
+		}
+	}
+	return b[c.from : c.from+n], nil
+}
+
+// skip overwrites the next n bytes, which have been used.
+func (c *ModuleConn) skip(n int) {
+	secret.Wipe(c.buf.Buffer()[c.from : c.from+n])
+	c.from += n
+	if c.from == c.to {
+		c.from, c.to = 0, 0 // so that the next read has the whole room
+	}
+}
+
+// WriteReply answers a request in one system call. A reply that is longer than
+// MaxReply is an error, and is not sent.
+func (c *ModuleConn) WriteReply(id uint32, reply Message) error {
+	return c.w.write(id, TypeReply, reply, MaxReply)
+}
+
+// WriteError tells that a request has failed.
+func (c *ModuleConn) WriteError(id uint32, e *Error) error {
+	return c.w.write(id, TypeError, e, MaxReply)
+}
+
+// WriteEvent tells that slots or tokens have changed.
+func (c *ModuleConn) WriteEvent() error {
+	return c.w.write(0, TypeEvent, nil, 0)
+}
+
+// Close closes the connection and overwrites what was received and not decoded.
+// It is for the goroutine that reads.
+func (c *ModuleConn) Close() error {
+	c.buf.Wipe()
+	c.buf, c.from, c.to = nil, 0, 0
+	return c.c.Close()
+}
+
+// A writer sends frames, each whole.
+type writer struct {
+	c net.Conn
+
+	mu  sync.Mutex
+	buf []byte
+	err error // what went wrong once: half a frame may have been sent
+}
+
+func (w *writer) write(id uint32, t Type, msg Message, limit int) error {
+	w.mu.Lock()
+	defer w.mu.Unlock()
+	if w.err != nil {
+		return w.err
+	}
+	b := append(w.buf[:0], make([]byte, headerSize)...)
+	var pin *secret.Secret
+	if msg != nil {
+		b, pin = marshal(b, msg)
+	}
+	if cap(b) <= keepBuffer {
+		w.buf = b
+	}
+	n := len(b) - headerSize + pin.Len()
+	if n > limit {
+		return fmt.Errorf("%T of %d bytes: the limit is %d", msg, n, limit)
+	}
+	if pin.Len() > MaxPIN {
+		return fmt.Errorf("PIN of %d bytes: the limit is %d", pin.Len(), MaxPIN)
+	}
+	binary.BigEndian.PutUint32(b, uint32(n+headerSize-lengthSize))
+	b[lengthSize] = byte(t)
+	binary.BigEndian.PutUint32(b[lengthSize+1:], id)
+	if pin.Len() == 0 {
+		_, w.err = w.c.Write(b)
+	} else {
+		// One writev, and the kernel takes the PIN from where it lies.
+		_, w.err = (&net.Buffers{b, pin.Bytes()}).WriteTo(w.c)
+	}
+	return w.err
+}
+
+// parseHeader returns type, id and the length of the body.
+func parseHeader(h []byte, limit int) (t Type, id uint32, n int, err error) {
+	const least = headerSize - lengthSize
+	length := binary.BigEndian.Uint32(h)
+	if length < least || length > uint32(limit+least) {
+		return 0, 0, 0, fmt.Errorf("frame of %d bytes: the limits are %d and %d", length, least, limit+least)
+	}
+	return Type(h[lengthSize]), binary.BigEndian.Uint32(h[lengthSize+1:]), int(length - least), nil
+}
+
+// gone makes one of the two ends of file: it does not matter at which byte the
+// other side ended.
+func gone(err error) error {
+	if errors.Is(err, io.ErrUnexpectedEOF) {
+		return io.EOF
+	}
+	return err
+}

@@ -1,0 +1,157 @@
+package wire
+
+import "p11-agent/pinentry/secret"
+
+// requests makes an empty message for each type of request.
+var requests = map[Type]func() Message{
+	TypeHello:   func() Message { return new(Hello) },
+	TypeSlots:   func() Message { return new(Slots) },
+	TypeObjects: func() Message { return new(Objects) },
+	TypeToken:   func() Message { return new(Token) },
+	TypeLogin:   func() Message { return new(Login) },
+	TypeLogout:  func() Message { return new(Token) },
+	TypeSign:    func() Message { return new(Sign) },
+	TypeCancel:  func() Message { return new(Cancel) },
+}
+
+func (m *Hello) fields(c *codec) {
+	c.uint32(&m.Version)
+	c.raw(&m.Path)
+	c.raw(&m.InitArgs)
+}
+
+func (m *HelloReply) fields(c *codec) {
+	c.uint32(&m.Version)
+	c.text(&m.Manufacturer)
+	c.text(&m.Description)
+	c.uint32(&m.Library)
+	c.uint32(&m.Cryptoki)
+}
+
+func (m *Slots) fields(c *codec) {
+	c.bool(&m.Reinitialize)
+}
+
+func (m *SlotsReply) fields(c *codec) {
+	list(c, &m.Slots, (*Slot).fields)
+}
+
+func (m *Slot) fields(c *codec) {
+	c.uint64(&m.ID)
+	c.text(&m.Description)
+	c.text(&m.Manufacturer)
+	c.uint64(&m.Flags)
+	c.bool(&m.HasToken)
+	m.Token.fields(c)
+	m.Info.fields(c)
+	list(c, &m.Mechanisms, (*Mechanism).fields)
+}
+
+func (m *TokenID) fields(c *codec) {
+	c.text(&m.Label)
+	c.text(&m.Manufacturer)
+	c.text(&m.Model)
+	c.text(&m.Serial)
+}
+
+func (m *TokenInfo) fields(c *codec) {
+	c.uint64(&m.Flags)
+	c.uint64(&m.MaxSessions)
+	c.uint64(&m.MinPIN)
+	c.uint64(&m.MaxPIN)
+	c.bool(&m.LoggedIn)
+}
+
+func (m *Mechanism) fields(c *codec) {
+	c.uint64(&m.Type)
+	c.uint64(&m.MinKey)
+	c.uint64(&m.MaxKey)
+}
+
+func (m *Objects) fields(c *codec) {
+	m.Token.fields(c)
+}
+
+func (m *ObjectsReply) fields(c *codec) {
+	m.Info.fields(c)
+	list(c, &m.Objects, (*Object).fields)
+}
+
+func (m *Object) fields(c *codec) {
+	c.uint64(&m.Class)
+	c.bytes(&m.ID)
+	c.text(&m.Label)
+	c.uint64(&m.KeyType)
+	c.bytes(&m.Modulus)
+	c.bytes(&m.Exponent)
+	c.bytes(&m.ECParams)
+	c.bytes(&m.ECPoint)
+	c.bytes(&m.Value)
+	c.tri(&m.Sign)
+	c.tri(&m.Private)
+	c.tri(&m.AlwaysAuth)
+	c.tri(&m.Trusted)
+	c.uint64(&m.CertCategory)
+}
+
+func (m *Token) fields(c *codec) {
+	m.Token.fields(c)
+}
+
+func (m *TokenReply) fields(c *codec) {
+	m.Info.fields(c)
+}
+
+func (m *Login) fields(c *codec) {
+	m.Token.fields(c)
+	c.bool(&m.LastTry)
+	c.bool(&m.Pad)
+	c.secret(&m.PIN)
+}
+
+func (m *Login) pin() *secret.Secret { return m.PIN }
+
+func (m *Sign) fields(c *codec) {
+	m.Key.fields(c)
+	c.uint64(&m.Mechanism)
+	c.uint64(&m.PSSHash)
+	c.uint64(&m.PSSMGF)
+	c.uint64(&m.PSSSalt)
+	c.uint32(&m.SignatureLen)
+	c.bytes(&m.Data)
+	c.bool(&m.ContextLogin)
+	c.bool(&m.LastTry)
+	c.bool(&m.Pad)
+	c.secret(&m.PIN)
+}
+
+func (m *Sign) pin() *secret.Secret { return m.PIN }
+
+func (m *KeyID) fields(c *codec) {
+	m.Token.fields(c)
+	c.bytes(&m.ID)
+	c.text(&m.Label)
+	c.uint64(&m.KeyType)
+	c.bytes(&m.Modulus)
+	c.bytes(&m.ECPoint)
+}
+
+func (m *SignReply) fields(c *codec) {
+	c.bytes(&m.Signature)
+}
+
+func (m *Cancel) fields(c *codec) {
+	c.uint32(&m.Request)
+}
+
+func (e *Error) fields(c *codec) {
+	c.text(&e.Function)
+	c.uint64(&e.RV)
+	c.uint32((*uint32)(&e.Reason))
+	if e.Reason > ReasonUnsupported {
+		c.fail("reason that is not known")
+	}
+	c.text(&e.Text)
+	c.bool(&e.HasInfo)
+	e.Info.fields(c)
+}
