@@ -1,0 +1,646 @@
+package agent
+
+import (
+	"bytes"
+	"context"
+	"crypto"
+	"crypto/ecdsa"
+	"crypto/ed25519"
+	"crypto/elliptic"
+	"crypto/rand"
+	"crypto/rsa"
+	"errors"
+	"fmt"
+	"log/slog"
+	"slices"
+	"strings"
+	"sync"
+	"testing"
+	"testing/synctest"
+	"time"
+
+	"golang.org/x/crypto/ssh"
+
+	"p11-agent/agent/peer"
+	"p11-agent/pinentry/secret"
+)
+
+// fakeKey is a key in memory that can be away and counts its signatures.
+type fakeKey struct {
+	crypto.Signer
+	uri        string
+	unfit      string
+	insertions uint64
+	absent     bool
+	err        error
+	signed     int
+}
+
+type absentError struct{}
+
+func (absentError) Error() string { return "away" }
+func (absentError) Absent() bool  { return true }
+
+func (k *fakeKey) URI() string        { return k.uri }
+func (k *fakeKey) Unfit() string      { return k.unfit }
+func (k *fakeKey) Insertions() uint64 { return k.insertions }
+
+func (k *fakeKey) SignMessageContext(_ context.Context, msg []byte, opts crypto.SignerOpts) ([]byte, error) {
+	switch {
+	case k.absent:
+		return nil, fmt.Errorf("sign: %w", absentError{})
+	case k.err != nil:
+		return nil, k.err
+	}
+	k.signed++
+	if h := opts.HashFunc(); h != 0 {
+		w := h.New()
+		w.Write(msg)
+		msg = w.Sum(nil)
+	}
+	return k.Sign(rand.Reader, msg, opts)
+}
+
+// fakeTokens is a list of keys.
+type fakeTokens struct {
+	mu         sync.Mutex
+	keys       []Key
+	generation uint64
+	settled    chan struct{}
+	rescans    int
+	onRescan   func()
+	pokes      int
+	dropped    []string
+	logouts    int
+	pins       []string
+	selectErr  error
+}
+
+func newFakeTokens(keys ...Key) *fakeTokens {
+	t := &fakeTokens{keys: keys, settled: make(chan struct{})}
+	close(t.settled)
+	return t
+}
+
+func (t *fakeTokens) set(keys ...Key) {
+	t.mu.Lock()
+	defer t.mu.Unlock()
+	t.keys = keys
+	t.generation++
+}
+
+func (t *fakeTokens) Keys() []Key {
+	t.mu.Lock()
+	defer t.mu.Unlock()
+	return t.keys
+}
+
+func (t *fakeTokens) Generation() uint64 {
+	t.mu.Lock()
+	defer t.mu.Unlock()
+	return t.generation
+}
+
+func (t *fakeTokens) Settled() <-chan struct{} { return t.settled }
+
+func (t *fakeTokens) Poke() {
+	t.mu.Lock()
+	defer t.mu.Unlock()
+	t.pokes++
+}
+
+func (t *fakeTokens) Rescan(context.Context) error {
+	t.mu.Lock()
+	t.rescans++
+	f := t.onRescan
+	t.mu.Unlock()
+	if f != nil {
+		f()
+	}
+	return nil
+}
+
+// prefix selects the keys whose URI begins so.
+type prefix string
+
+func (p prefix) String() string   { return string(p) }
+func (p prefix) Match(k Key) bool { return strings.HasPrefix(k.URI(), string(p)) }
+func (p prefix) Broad() bool      { return !strings.Contains(string(p), "id=") }
+
+func (t *fakeTokens) Parse(provider []byte) (Selection, error) {
+	if !bytes.HasPrefix(provider, []byte("pkcs11:")) {
+		return nil, errors.New("not allowed")
+	}
+	return prefix(provider), nil
+}
+
+func (t *fakeTokens) Select(_ context.Context, s Selection, pin *secret.Secret) ([]Key, error) {
+	t.mu.Lock()
+	defer t.mu.Unlock()
+	if t.selectErr != nil {
+		return nil, t.selectErr
+	}
+	t.pins = append(t.pins, string(pin.Bytes()))
+	var all []Key
+	for _, k := range t.keys {
+		if s.Match(k) {
+			all = append(all, k)
+		}
+	}
+	if len(all) == 0 {
+		return nil, errors.New("no match")
+	}
+	return all, nil
+}
+
+func (t *fakeTokens) Drop(s Selection) {
+	t.mu.Lock()
+	defer t.mu.Unlock()
+	t.dropped = append(t.dropped, s.String())
+}
+
+func (t *fakeTokens) LogoutAll(context.Context) error {
+	t.mu.Lock()
+	defer t.mu.Unlock()
+	t.logouts++
+	return nil
+}
+
+type fakeConfirm struct {
+	answer bool
+	err    error
+	asked  []string
+}
+
+func (c *fakeConfirm) Confirm(_ context.Context, comment, fingerprint string) (bool, error) {
+	c.asked = append(c.asked, comment+" "+fingerprint)
+	return c.answer, c.err
+}
+
+func edKey(uri string) *fakeKey {
+	_, priv, err := ed25519.GenerateKey(rand.Reader)
+	if err != nil {
+		panic(err)
+	}
+	return &fakeKey{Signer: priv, uri: uri, insertions: 1}
+}
+
+func wireOf(k Key) []byte {
+	pub, err := ssh.NewPublicKey(k.Public())
+	if err != nil {
+		panic(err)
+	}
+	return pub.Marshal()
+}
+
+type fixture struct {
+	*Keyring
+	tokens  *fakeTokens
+	confirm *fakeConfirm
+	log     *bytes.Buffer
+}
+
+func newFixture(o Options, keys ...Key) *fixture {
+	f := &fixture{tokens: newFakeTokens(keys...), confirm: new(fakeConfirm), log: new(bytes.Buffer)}
+	o.Tokens = f.tokens
+	if o.Confirm == nil {
+		o.Confirm = f.confirm
+	}
+	if o.Name == nil {
+		o.Name = func(Key) string { return "" }
+	}
+	o.Log = slog.New(slog.NewTextHandler(f.log, nil))
+	f.Keyring = NewKeyring(o)
+	return f
+}
+
+var (
+	local     = &Caller{Number: 1, Peer: peer.Peer{Known: true, PID: 4711}}
+	forwarded = &Caller{Number: 2, Peer: peer.Peer{Known: true, PID: 4712}, Forwarded: true}
+)
+
+func (f *fixture) list(t *testing.T) []string {
+	t.Helper()
+	ids, err := f.List(t.Context(), local)
+	if err != nil {
+		t.Fatal(err)
+	}
+	comments := []string{}
+	for _, id := range ids {
+		comments = append(comments, id.Comment)
+	}
+	return comments
+}
+
+func (f *fixture) wantList(t *testing.T, want ...string) {
+	t.Helper()
+	if got := f.list(t); !slices.Equal(got, want) {
+		t.Errorf("list is %q, want %q", got, want)
+	}
+}
+
+func (f *fixture) add(t *testing.T, provider string, c Constraints) {
+	t.Helper()
+	if err := f.AddToken(t.Context(), local, TokenRequest{Provider: []byte(provider), Constraints: c}); err != nil {
+		t.Fatalf("add %s: %v", provider, err)
+	}
+}
+
+func TestListSelection(t *testing.T) {
+	a, b, c := edKey("pkcs11:token=a;id=1"), edKey("pkcs11:token=b;id=1"), edKey("pkcs11:token=b;id=2")
+	c.unfit = "attestation"
+	all := []Key{a, b, c}
+	names := func(k Key) string {
+		if k == Key(a) {
+			return "laptop"
+		}
+		return ""
+	}
+	for name, test := range map[string]struct {
+		automatic []Selection
+		want      []string
+	}{
+		"absent: all that are fit":         {nil, []string{"laptop", b.uri}},
+		"empty: none":                      {[]Selection{}, nil},
+		"in the order of the selections":   {[]Selection{prefix("pkcs11:token=b"), prefix("pkcs11:token=a")}, []string{b.uri, "laptop"}},
+		"unfit only when named":            {[]Selection{prefix("pkcs11:token=b;id=2")}, []string{c.uri}},
+		"selected twice is one":            {[]Selection{prefix("pkcs11:token=a"), prefix("pkcs11:")}, []string{"laptop", b.uri}},
+		"what is not there shows up later": {[]Selection{prefix("pkcs11:token=z")}, nil},
+	} {
+		t.Run(name, func(t *testing.T) {
+			f := newFixture(Options{Automatic: test.automatic, Name: names}, all...)
+			f.wantList(t, test.want...)
+			if test.automatic != nil && len(test.want) == 0 && len(test.automatic) > 0 {
+				f.tokens.set(append(all, edKey("pkcs11:token=z"))...)
+				f.wantList(t, "pkcs11:token=z")
+			}
+		})
+	}
+}
+
+func TestSignEveryType(t *testing.T) {
+	rsaKey, err := rsa.GenerateKey(rand.Reader, 2048)
+	if err != nil {
+		t.Fatal(err)
+	}
+	keys := map[string]crypto.Signer{"rsa": rsaKey}
+	for _, c := range []elliptic.Curve{elliptic.P256(), elliptic.P384(), elliptic.P521()} {
+		k, err := ecdsa.GenerateKey(c, rand.Reader)
+		if err != nil {
+			t.Fatal(err)
+		}
+		keys[c.Params().Name] = k
+	}
+	keys["ed25519"] = edKey("").Signer
+	for _, test := range []struct {
+		key    string
+		flags  SignatureFlags
+		format string
+	}{
+		{"rsa", 0, ssh.KeyAlgoRSA},
+		{"rsa", SignatureRSASHA2256, ssh.KeyAlgoRSASHA256},
+		{"rsa", SignatureRSASHA2512, ssh.KeyAlgoRSASHA512},
+		{"rsa", SignatureRSASHA2256 | SignatureRSASHA2512, ssh.KeyAlgoRSASHA256},
+		{"P-256", 0, ssh.KeyAlgoECDSA256},
+		{"P-256", SignatureRSASHA2512, ssh.KeyAlgoECDSA256},
+		{"P-384", 0, ssh.KeyAlgoECDSA384},
+		{"P-521", 0, ssh.KeyAlgoECDSA521},
+		{"ed25519", 0, ssh.KeyAlgoED25519},
+	} {
+		t.Run(fmt.Sprintf("%s with flags %d", test.key, test.flags), func(t *testing.T) {
+			k := &fakeKey{Signer: keys[test.key], uri: "pkcs11:" + test.key}
+			f := newFixture(Options{}, k)
+			data := []byte("what is signed")
+			sig, err := f.Sign(t.Context(), local, SignRequest{Key: wireOf(k), Data: data, Flags: test.flags})
+			if err != nil {
+				t.Fatal(err)
+			}
+			if sig.Format != test.format {
+				t.Errorf("algorithm is %s, want %s", sig.Format, test.format)
+			}
+			pub, err := ssh.ParsePublicKey(wireOf(k))
+			if err != nil {
+				t.Fatal(err)
+			}
+			if err := pub.Verify(data, sig); err != nil {
+				t.Errorf("the signature is wrong: %v", err)
+			}
+		})
+	}
+}
+
+func TestSignRefusals(t *testing.T) {
+	k := edKey("pkcs11:token=a")
+	f := newFixture(Options{}, k)
+	other := wireOf(edKey("pkcs11:token=other"))
+	if _, err := f.Sign(t.Context(), local, SignRequest{Key: other}); !errors.Is(err, errUnknownKey) {
+		t.Errorf("unknown key: %v", err)
+	}
+	if _, err := f.Sign(t.Context(), local, SignRequest{Key: []byte("garbage")}); !errors.Is(err, errUnknownKey) {
+		t.Errorf("garbage: %v", err)
+	}
+	k.err = errors.New("the PIN is locked")
+	if _, err := f.Sign(t.Context(), local, SignRequest{Key: wireOf(k)}); !errors.Is(err, k.err) {
+		t.Errorf("failing key: %v", err)
+	}
+	log := f.log.String()
+	pub, err := ssh.ParsePublicKey(wireOf(k))
+	if err != nil {
+		t.Fatal(err)
+	}
+	for _, want := range []string{"process 4711", "the PIN is locked", ssh.FingerprintSHA256(pub), "the agent has no such key"} {
+		if !strings.Contains(log, want) {
+			t.Errorf("the log does not say %q:\n%s", want, log)
+		}
+	}
+	if n := strings.Count(log, "request refused"); n != 3 {
+		t.Errorf("%d lines for 3 refusals:\n%s", n, log)
+	}
+}
+
+func TestOneKeyOnTwoTokens(t *testing.T) {
+	first := edKey("pkcs11:token=first")
+	second := &fakeKey{Signer: first.Signer, uri: "pkcs11:token=second", insertions: 1}
+	f := newFixture(Options{}, first, second)
+	f.wantList(t, first.uri)
+	sign := func() error {
+		_, err := f.Sign(t.Context(), local, SignRequest{Key: wireOf(first)})
+		return err
+	}
+	if err := sign(); err != nil || first.signed != 1 {
+		t.Errorf("both there: %v, first signed %d times", err, first.signed)
+	}
+	first.absent = true
+	if err := sign(); err != nil || second.signed != 1 {
+		t.Errorf("first away: %v, second signed %d times", err, second.signed)
+	}
+	first.absent, first.err = false, errors.New("declined")
+	if err := sign(); err == nil || second.signed != 1 {
+		t.Errorf("declined on the first: %v, and the second was asked: %d", err, second.signed)
+	}
+}
+
+func TestAddAndRemove(t *testing.T) {
+	a, b := edKey("pkcs11:token=a;id=1"), edKey("pkcs11:token=b;id=1")
+	f := newFixture(Options{Automatic: []Selection{}}, a, b)
+	f.wantList(t)
+	f.add(t, "pkcs11:token=b", Constraints{})
+	f.wantList(t, b.uri)
+	f.add(t, "pkcs11:", Constraints{})
+	f.wantList(t, b.uri, a.uri)
+
+	remove := func(p string) error { return f.RemoveToken(t.Context(), local, TokenRequest{Provider: []byte(p)}) }
+	if err := remove("pkcs11:"); err != nil {
+		t.Fatal(err)
+	}
+	// What "pkcs11:" named is gone, whoever added it.
+	f.wantList(t)
+	if err := remove("pkcs11:"); err == nil {
+		t.Error("removed what was not there")
+	}
+	f.add(t, "pkcs11:token=b", Constraints{})
+	f.wantList(t, b.uri)
+	if err := f.Remove(t.Context(), local, wireOf(b)); err != nil {
+		t.Fatal(err)
+	}
+	f.wantList(t)
+	if err := f.Remove(t.Context(), local, wireOf(b)); err == nil {
+		t.Error("removed a key twice")
+	}
+	f.add(t, "pkcs11:", Constraints{})
+	if err := f.RemoveAll(t.Context(), local); err != nil {
+		t.Fatal(err)
+	}
+	f.wantList(t)
+	if f.tokens.logouts != 1 {
+		t.Errorf("%d logouts", f.tokens.logouts)
+	}
+	slices.Sort(f.tokens.dropped)
+	if len(f.added) != 0 || !slices.Contains(f.tokens.dropped, "pkcs11:token=b") {
+		t.Errorf("left: %d, dropped: %q", len(f.added), f.tokens.dropped)
+	}
+}
+
+func TestAutomaticReturn(t *testing.T) {
+	back := map[string]func(f *fixture, k *fakeKey){
+		"with the next insertion": func(f *fixture, k *fakeKey) { k.insertions++; f.tokens.set(k) },
+		"with the configuration":  func(f *fixture, _ *fakeKey) { f.Configure(nil, func(Key) string { return "" }) },
+		"when added again": func(f *fixture, _ *fakeKey) {
+			if err := f.AddToken(context.Background(), local, TokenRequest{Provider: []byte("pkcs11:")}); err != nil {
+				panic(err)
+			}
+		},
+	}
+	for name, how := range back {
+		t.Run(name, func(t *testing.T) {
+			k := edKey("pkcs11:token=a")
+			f := newFixture(Options{}, k)
+			f.wantList(t, k.uri)
+			if err := f.RemoveAll(t.Context(), local); err != nil {
+				t.Fatal(err)
+			}
+			f.tokens.set(k) // looked at again, but not inserted again
+			f.wantList(t)
+			if _, err := f.Sign(t.Context(), local, SignRequest{Key: wireOf(k)}); err == nil {
+				t.Error("a removed key signed")
+			}
+			how(f, k)
+			f.wantList(t, k.uri)
+		})
+	}
+}
+
+func TestAddRefusals(t *testing.T) {
+	for name, test := range map[string]struct {
+		caller  *Caller
+		request TokenRequest
+		fail    error
+	}{
+		"over a forwarded connection":  {forwarded, TokenRequest{Provider: []byte("pkcs11:")}, nil},
+		"a constraint we cannot keep":  {local, TokenRequest{Provider: []byte("pkcs11:"), Constraints: Constraints{Unsupported: []string{"x"}}}, nil},
+		"a path that is not allowed":   {local, TokenRequest{Provider: []byte("/tmp/evil.so")}, nil},
+		"what matches nothing":         {local, TokenRequest{Provider: []byte("pkcs11:token=none")}, nil},
+		"a PIN that the token refuses": {local, TokenRequest{Provider: []byte("pkcs11:")}, errors.New("wrong PIN")},
+	} {
+		t.Run(name, func(t *testing.T) {
+			f := newFixture(Options{Automatic: []Selection{}}, edKey("pkcs11:token=a"))
+			f.tokens.selectErr = test.fail
+			if err := f.AddToken(t.Context(), test.caller, test.request); err == nil {
+				t.Error("it was added")
+			}
+			f.wantList(t)
+			if !strings.Contains(f.log.String(), "request refused") {
+				t.Errorf("nothing in the log:\n%s", f.log)
+			}
+		})
+	}
+}
+
+func TestConfirm(t *testing.T) {
+	k := edKey("pkcs11:token=a")
+	f := newFixture(Options{Automatic: []Selection{}}, k)
+	f.add(t, "pkcs11:", Constraints{Confirm: true})
+	sign := func() error {
+		_, err := f.Sign(t.Context(), local, SignRequest{Key: wireOf(k)})
+		return err
+	}
+	if err := sign(); !errors.Is(err, errDeclined) || k.signed != 0 {
+		t.Errorf("declined: %v, %d signatures", err, k.signed)
+	}
+	f.confirm.answer = true
+	if err := sign(); err != nil || k.signed != 1 {
+		t.Errorf("agreed: %v, %d signatures", err, k.signed)
+	}
+	f.confirm.err = errors.New("no way to ask")
+	if err := sign(); !errors.Is(err, f.confirm.err) || k.signed != 1 {
+		t.Errorf("nobody to ask: %v, %d signatures", err, k.signed)
+	}
+	if len(f.confirm.asked) != 3 || !strings.Contains(f.confirm.asked[0], k.uri) {
+		t.Errorf("asked: %q", f.confirm.asked)
+	}
+}
+
+func TestLifetime(t *testing.T) {
+	for name, test := range map[string]struct {
+		agent, request, want time.Duration
+	}{
+		"of the request":         {0, time.Minute, time.Minute},
+		"of the agent":           {time.Hour, 0, time.Hour},
+		"the request's counts":   {time.Hour, time.Minute, time.Minute},
+		"also when it is longer": {time.Minute, time.Hour, time.Hour},
+	} {
+		t.Run(name, func(t *testing.T) {
+			synctest.Test(t, func(t *testing.T) {
+				k := edKey("pkcs11:token=a")
+				f := newFixture(Options{Lifetime: test.agent}, k) // automatic, and added as well
+				f.add(t, "pkcs11:", Constraints{Lifetime: test.request})
+				time.Sleep(test.want - time.Nanosecond)
+				f.wantList(t, k.uri)
+				time.Sleep(time.Nanosecond)
+				f.wantList(t)
+				if _, err := f.Sign(t.Context(), local, SignRequest{Key: wireOf(k)}); err == nil {
+					t.Error("a key signed after its time")
+				}
+				k.insertions++
+				f.tokens.set(k)
+				f.wantList(t, k.uri)
+			})
+		})
+	}
+}
+
+// A list waits for tokens just after the start, for two seconds at most, and
+// never again.
+func TestListPatience(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		k := edKey("pkcs11:token=a")
+		f := newFixture(Options{}, k)
+		f.tokens.settled = make(chan struct{})
+		began := time.Now()
+		f.wantList(t, k.uri)
+		if d := time.Since(began); d != startPatience {
+			t.Errorf("first list took %v", d)
+		}
+		began = time.Now()
+		f.wantList(t, k.uri)
+		if d := time.Since(began); d != 0 {
+			t.Errorf("second list took %v", d)
+		}
+		close(f.tokens.settled)
+		f.wantList(t, k.uri)
+		if f.tokens.pokes != 3 || f.tokens.rescans != 0 {
+			t.Errorf("%d pokes, %d rescans", f.tokens.pokes, f.tokens.rescans)
+		}
+	})
+}
+
+// An empty list has the tokens looked at again, once a second at most.
+func TestEmptyList(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		f := newFixture(Options{})
+		f.wantList(t)
+		f.wantList(t)
+		if f.tokens.rescans != 1 {
+			t.Errorf("%d rescans", f.tokens.rescans)
+		}
+		time.Sleep(time.Second)
+		k := edKey("pkcs11:token=a")
+		f.tokens.onRescan = func() { f.tokens.set(k) }
+		f.wantList(t, k.uri)
+		if f.tokens.rescans != 2 {
+			t.Errorf("%d rescans", f.tokens.rescans)
+		}
+	})
+}
+
+func TestPINReachesTokens(t *testing.T) {
+	f := newFixture(Options{}, edKey("pkcs11:token=a"))
+	pin, err := secret.From([]byte("1234"))
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer pin.Wipe()
+	if err := f.AddToken(t.Context(), local, TokenRequest{Provider: []byte("pkcs11:"), PIN: pin}); err != nil {
+		t.Fatal(err)
+	}
+	if !slices.Equal(f.tokens.pins, []string{"1234"}) {
+		t.Errorf("PINs: %q", f.tokens.pins)
+	}
+	if strings.Contains(f.log.String(), "1234") {
+		t.Errorf("the log tells the PIN:\n%s", f.log)
+	}
+}
+
+func TestConcurrentUse(t *testing.T) {
+	keys := []Key{edKey("pkcs11:token=a"), edKey("pkcs11:token=b")}
+	f := newFixture(Options{}, keys...)
+	f.Keyring.log = slog.New(slog.DiscardHandler)
+	var wg sync.WaitGroup
+	for range 4 {
+		wg.Go(func() {
+			for range 200 {
+				_, _ = f.List(context.Background(), local)
+				_ = f.AddToken(context.Background(), local, TokenRequest{Provider: []byte("pkcs11:token=a"), Constraints: Constraints{Lifetime: time.Nanosecond}})
+				_ = f.Remove(context.Background(), local, wireOf(keys[1]))
+				f.tokens.set(keys...)
+				f.Configure(nil, func(Key) string { return "n" })
+				_ = f.RemoveAll(context.Background(), local)
+			}
+		})
+	}
+	wg.Wait()
+	f.Configure(nil, func(Key) string { return "n" })
+	if got := f.list(t); len(got) != 2 {
+		t.Errorf("list is %q", got)
+	}
+}
+
+// Listing costs nothing but a look at what was put together before.
+func TestListAllocations(t *testing.T) {
+	var keys []Key
+	for i := range 1000 {
+		keys = append(keys, edKey(fmt.Sprintf("pkcs11:id=%d", i)))
+	}
+	f := newFixture(Options{}, keys...)
+	if n := len(f.list(t)); n != len(keys) {
+		t.Fatalf("%d keys are listed", n)
+	}
+	ctx := t.Context()
+	if n := testing.AllocsPerRun(100, func() { _, _ = f.List(ctx, local) }); n > 0 {
+		t.Errorf("a list of 1,000 keys allocates %v times", n)
+	}
+}
+
+func BenchmarkList(b *testing.B) {
+	var keys []Key
+	for i := range 1000 {
+		keys = append(keys, edKey(fmt.Sprintf("pkcs11:id=%d", i)))
+	}
+	f := newFixture(Options{}, keys...)
+	b.ReportAllocs()
+	for b.Loop() {
+		if _, err := f.List(b.Context(), local); err != nil {
+			b.Fatal(err)
+		}
+	}
+}
