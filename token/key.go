@@ -1,0 +1,480 @@
+package token
+
+import (
+	"bytes"
+	"context"
+	"crypto"
+	"crypto/ecdsa"
+	"crypto/ed25519"
+	"crypto/rsa"
+	"crypto/x509"
+	"encoding/asn1"
+	"encoding/hex"
+	"errors"
+	"fmt"
+	"io"
+	"math/big"
+	"slices"
+
+	"p11-agent/token/pkcs11uri"
+	"p11-agent/token/wire"
+)
+
+// Key is a private key on a token. It is known by its public key and by the
+// token and ID it was found with, not by where it is plugged in: a Key stays
+// good while its token is away and comes back, while its module is restarted,
+// and while others log the token out. Methods may be called from any goroutine.
+type Key struct {
+	token *Token
+	found *found
+	uri   *pkcs11uri.URI
+	text  string // the URI in its canonical form
+}
+
+var (
+	_ crypto.Signer        = (*Key)(nil)
+	_ crypto.MessageSigner = (*Key)(nil)
+)
+
+// newKey makes the key of a pair. Its URI names the token by label and serial
+// and the key by its ID, which stay the same before and after a login; the
+// label only where the ID does not tell it from the others of the token.
+func newKey(t *Token, f *found, all []*found) *Key {
+	label := ""
+	same := 0
+	for _, o := range all {
+		if bytes.Equal(o.id, f.id) {
+			same++
+		}
+	}
+	if len(f.id) == 0 || same > 1 {
+		label = f.label
+	}
+	u := pkcs11uri.ForKey(t.ID, label, f.id)
+	return &Key{token: t, found: f, uri: u, text: u.String()}
+}
+
+// Public returns the public half: *rsa.PublicKey, *ecdsa.PublicKey or
+// ed25519.PublicKey.
+func (k *Key) Public() crypto.PublicKey { return k.found.public }
+
+// URI returns the canonical PKCS#11 URI of the key.
+func (k *Key) URI() string { return k.text }
+
+// Label returns the object's label on the token, which may be empty.
+func (k *Key) Label() string { return k.found.label }
+
+// ID returns CKA_ID, which may be empty.
+func (k *Key) ID() []byte { return bytes.Clone(k.found.id) }
+
+// Token returns the token the key is on.
+func (k *Key) Token() wire.TokenID { return k.token.ID }
+
+// Module returns the name of the module that the token is seen through.
+func (k *Key) Module() string { return k.token.module.spec.Name }
+
+// Certificates returns the X.509 certificates of the key on the token, in DER.
+func (k *Key) Certificates() [][]byte { return slices.Clone(k.found.certs) }
+
+// AlwaysAuthenticate tells whether the key wants the PIN for each signature, as
+// far as that is known: some tokens say it only after a login.
+func (k *Key) AlwaysAuthenticate() bool { return k.found.always }
+
+// Unfit says why the key is not one to offer unless it is named, or is empty:
+// keys that are not for signing, attestation keys, encryption certificates.
+func (k *Key) Unfit() string { return k.found.unfit }
+
+// Insertions counts how often the key's token has appeared.
+func (k *Key) Insertions() uint64 {
+	k.token.mu.Lock()
+	defer k.token.mu.Unlock()
+	return k.token.insertions
+}
+
+// Matches tells whether a URI selects the key where it is now.
+func (k *Key) Matches(u *pkcs11uri.URI) bool {
+	if !k.token.matches(u) {
+		return false
+	}
+	// A URI may name the key by any of the objects that belong to it; private
+	// keys that show only after a login count as being there.
+	classes := slices.Concat(k.found.classes, []uint64{wire.CKOPrivateKey})
+	labels := k.found.labels
+	for _, c := range classes {
+		for _, l := range labels {
+			if u.MatchObject(pkcs11uri.ObjectInfo{Class: className(c), ID: k.found.id, Label: l}) {
+				return true
+			}
+		}
+	}
+	return false
+}
+
+func className(cko uint64) pkcs11uri.Class {
+	switch cko {
+	case wire.CKOCertificate:
+		return pkcs11uri.ClassCert
+	case wire.CKOPublicKey:
+		return pkcs11uri.ClassPublic
+	default:
+		return pkcs11uri.ClassPrivate
+	}
+}
+
+// String returns the URI.
+func (k *Key) String() string { return k.text }
+
+// Sign signs a digest; see SignContext. It is for code that has no context,
+// such as crypto/tls (crypto.Signer).
+func (k *Key) Sign(_ io.Reader, digest []byte, opts crypto.SignerOpts) ([]byte, error) {
+	return k.SignContext(context.Background(), digest, opts)
+}
+
+// SignMessage signs a message; see SignMessageContext (crypto.MessageSigner).
+func (k *Key) SignMessage(_ io.Reader, msg []byte, opts crypto.SignerOpts) ([]byte, error) {
+	return k.SignMessageContext(context.Background(), msg, opts)
+}
+
+// SignContext has the token sign a digest that was made with opts.HashFunc:
+// RSA with PKCS #1 v1.5 padding, or PSS when opts is *rsa.PSSOptions; ECDSA,
+// encoded in ASN.1. Ed25519 signs the message itself, with hash 0. A PIN is
+// asked for when the token wants one.
+//
+// It fails with a *PINError, ErrCancelled, ErrAbsent, a *ModuleError, or the
+// context's error. The signature was verified with the public key.
+func (k *Key) SignContext(ctx context.Context, digest []byte, opts crypto.SignerOpts) ([]byte, error) {
+	if h := opts.HashFunc(); h != 0 && len(digest) != h.Size() {
+		return nil, fmt.Errorf("sign: %d bytes are no %v digest", len(digest), h)
+	}
+	return k.sign(ctx, signing{digest: digest, opts: opts})
+}
+
+// SignMessageContext is SignContext for the message itself, which is hashed
+// with opts.HashFunc here or, where the token insists, by the token.
+func (k *Key) SignMessageContext(ctx context.Context, msg []byte, opts crypto.SignerOpts) ([]byte, error) {
+	h := opts.HashFunc()
+	if h == 0 {
+		return k.sign(ctx, signing{digest: msg, opts: opts})
+	}
+	if !h.Available() {
+		return nil, fmt.Errorf("sign: hash %v is not available", h)
+	}
+	w := h.New()
+	_, _ = w.Write(msg) // hash.Hash never fails
+	return k.sign(ctx, signing{digest: w.Sum(nil), message: msg, opts: opts})
+}
+
+// signing is what is to be signed.
+type signing struct {
+	digest  []byte
+	message []byte // nil when only the digest is known
+	opts    crypto.SignerOpts
+}
+
+// way is one way to have a token make a signature.
+type way struct {
+	mechanism       uint64
+	data            []byte
+	hash, mgf, salt uint64
+}
+
+var hashes = map[crypto.Hash]struct {
+	prefix                            []byte // of DigestInfo, RFC 8017 section 9.2
+	mechanism, mgf, rsa, pss, ecdsaID uint64
+}{
+	crypto.SHA1: {
+		[]byte{0x30, 0x21, 0x30, 0x09, 0x06, 0x05, 0x2b, 0x0e, 0x03, 0x02, 0x1a, 0x05, 0x00, 0x04, 0x14},
+		wire.CKMSHA1, wire.CKGMGF1SHA1, wire.CKMSHA1RSAPKCS, 0, wire.CKMECDSASHA1,
+	},
+	crypto.SHA256: {
+		[]byte{0x30, 0x31, 0x30, 0x0d, 0x06, 0x09, 0x60, 0x86, 0x48, 0x01, 0x65, 0x03, 0x04, 0x02, 0x01, 0x05, 0x00, 0x04, 0x20},
+		wire.CKMSHA256, wire.CKGMGF1SHA256, wire.CKMSHA256RSAPKCS, wire.CKMSHA256RSAPSS, wire.CKMECDSASHA256,
+	},
+	crypto.SHA384: {
+		[]byte{0x30, 0x41, 0x30, 0x0d, 0x06, 0x09, 0x60, 0x86, 0x48, 0x01, 0x65, 0x03, 0x04, 0x02, 0x02, 0x05, 0x00, 0x04, 0x30},
+		wire.CKMSHA384, wire.CKGMGF1SHA384, wire.CKMSHA384RSAPKCS, wire.CKMSHA384RSAPSS, wire.CKMECDSASHA384,
+	},
+	crypto.SHA512: {
+		[]byte{0x30, 0x51, 0x30, 0x0d, 0x06, 0x09, 0x60, 0x86, 0x48, 0x01, 0x65, 0x03, 0x04, 0x02, 0x03, 0x05, 0x00, 0x04, 0x40},
+		wire.CKMSHA512, wire.CKGMGF1SHA512, wire.CKMSHA512RSAPKCS, wire.CKMSHA512RSAPSS, wire.CKMECDSASHA512,
+	},
+}
+
+// ways returns how the signature can be made, best first: with the digest made
+// here, as that keeps messages small, then with the message hashed by the token.
+func (s signing) ways(pub crypto.PublicKey) ([]way, error) {
+	h := s.opts.HashFunc()
+	if _, ok := pub.(ed25519.PublicKey); ok {
+		if h != 0 {
+			return nil, errors.New("sign: Ed25519 signs messages, not digests")
+		}
+		return []way{{mechanism: wire.CKMEdDSA, data: s.digest}}, nil
+	}
+	info, ok := hashes[h]
+	if !ok {
+		return nil, fmt.Errorf("sign: hash %v cannot be used", h)
+	}
+	var all []way
+	switch key := pub.(type) {
+	case *rsa.PublicKey:
+		if pss, ok := s.opts.(*rsa.PSSOptions); ok {
+			salt, err := saltLength(pss, key, h)
+			if err != nil {
+				return nil, err
+			}
+			all = append(all, way{wire.CKMRSAPKCSPSS, s.digest, info.mechanism, info.mgf, salt})
+			if s.message != nil && info.pss != 0 {
+				all = append(all, way{info.pss, s.message, info.mechanism, info.mgf, salt})
+			}
+			return all, nil
+		}
+		all = append(all, way{mechanism: wire.CKMRSAPKCS, data: slices.Concat(info.prefix, s.digest)})
+		if s.message != nil {
+			all = append(all, way{mechanism: info.rsa, data: s.message})
+		}
+	case *ecdsa.PublicKey:
+		all = append(all, way{mechanism: wire.CKMECDSA, data: s.digest})
+		if s.message != nil {
+			all = append(all, way{mechanism: info.ecdsaID, data: s.message})
+		}
+	}
+	return all, nil
+}
+
+// saltLength returns the length of the salt in bytes. A token cannot be asked
+// for "as much as fits", so that is worked out here (RFC 8017 section 9.1.1).
+func saltLength(o *rsa.PSSOptions, key *rsa.PublicKey, h crypto.Hash) (uint64, error) {
+	switch n := o.SaltLength; {
+	case n == rsa.PSSSaltLengthEqualsHash:
+		return uint64(h.Size()), nil
+	case n == rsa.PSSSaltLengthAuto:
+		return uint64((key.N.BitLen()-1+7)/8 - 2 - h.Size()), nil
+	case n > 0:
+		return uint64(n), nil
+	default:
+		return 0, fmt.Errorf("sign: salt length %d", n)
+	}
+}
+
+// encode turns what the token gave into what Go and SSH expect, and makes sure
+// that it is a signature of this key: a module that is wrong or lies is found
+// out here, and nothing else than the signature asked for leaves the agent.
+func (s signing) encode(pub crypto.PublicKey, sig []byte) ([]byte, error) {
+	errWrong := errors.New("the token gave a wrong signature")
+	switch key := pub.(type) {
+	case *rsa.PublicKey:
+		// Some tokens drop leading zeros.
+		if n := key.Size() - len(sig); n > 0 && len(sig) > 0 {
+			sig = append(make([]byte, n), sig...)
+		}
+		var err error
+		if pss, ok := s.opts.(*rsa.PSSOptions); ok {
+			err = rsa.VerifyPSS(key, s.opts.HashFunc(), s.digest, sig, &rsa.PSSOptions{SaltLength: pss.SaltLength})
+		} else {
+			err = rsa.VerifyPKCS1v15(key, s.opts.HashFunc(), s.digest, sig)
+		}
+		if err != nil {
+			return nil, errWrong
+		}
+		return sig, nil
+	case *ecdsa.PublicKey:
+		if len(sig) == 0 || len(sig)%2 != 0 {
+			return nil, errWrong
+		}
+		r, ss := new(big.Int).SetBytes(sig[:len(sig)/2]), new(big.Int).SetBytes(sig[len(sig)/2:])
+		der, err := asn1.Marshal(struct{ R, S *big.Int }{r, ss})
+		if err != nil || !ecdsa.VerifyASN1(key, s.digest, der) {
+			return nil, errWrong
+		}
+		return der, nil
+	case ed25519.PublicKey:
+		if !ed25519.Verify(key, s.digest, sig) {
+			return nil, errWrong
+		}
+		return sig, nil
+	}
+	return nil, errWrong
+}
+
+// sign has the token sign, and puts right once each what may have broken since
+// the last time: the module process, the session, the login.
+func (k *Key) sign(ctx context.Context, s signing) ([]byte, error) {
+	ways, err := s.ways(k.found.public)
+	if err != nil {
+		return nil, err
+	}
+	ways = k.token.choose(ways)
+	sig, err := k.signHealing(ctx, ways)
+	if err != nil {
+		return nil, err
+	}
+	return s.encode(k.found.public, sig)
+}
+
+func (k *Key) signHealing(ctx context.Context, ways []way) ([]byte, error) {
+	t := k.token
+	var healed, loggedInAgain bool
+	mustLogin := false
+	for {
+		p, err := t.module.running(ctx)
+		if err != nil {
+			return nil, err
+		}
+		switch {
+		case !t.present():
+			err = ErrAbsent
+		default:
+			if mustLogin || k.needsLogin() {
+				if !t.loggedIn(p) {
+					if err := t.login(ctx, k, nil); err != nil {
+						return nil, err
+					}
+				}
+			}
+			var sig []byte
+			sig, err = k.signOnce(ctx, p, ways[0])
+			if err == nil {
+				return sig, nil
+			}
+		}
+		switch {
+		case ctx.Err() != nil:
+			return nil, ctx.Err()
+		case len(ways) > 1 && isRV(err, wire.CKRMechanismInvalid, wire.CKRMechanismParamInvalid, wire.CKRFunctionNotSupported,
+			wire.CKRDataLenRange, wire.CKRDataInvalid):
+			t.refuse(ways[0].mechanism)
+			ways = ways[1:]
+		case !loggedInAgain && (isRV(err, wire.CKRUserNotLoggedIn) || isReason(err, wire.ReasonNoKey) && !t.loggedIn(p)):
+			// Logged out by another program, or a key that showed without a
+			// login and does not sign without one.
+			loggedInAgain, mustLogin = true, true
+			t.setLoggedIn(p, false)
+		case !healed && broken(err):
+			healed = true
+			if isRV(err, wire.CKRGeneralError) {
+				// Nothing but a new start helps a module that lost its reader
+				// service.
+				p.kill(fmt.Errorf("it failed and is started anew: %w", err))
+				continue
+			}
+			if err := t.module.rescan(ctx); err != nil && ctx.Err() != nil {
+				return nil, ctx.Err()
+			}
+		default:
+			return nil, k.explain(err)
+		}
+	}
+}
+
+// broken tells whether a failure may come from what happened to the token or
+// its module since the last use, rather than from the request.
+func broken(err error) bool {
+	return errors.Is(err, ErrAbsent) || errors.Is(err, errGone) ||
+		isReason(err, wire.ReasonNoToken, wire.ReasonOtherToken) ||
+		isRV(err, wire.CKRDeviceRemoved, wire.CKRDeviceError, wire.CKRGeneralError, wire.CKRTokenNotPresent,
+			wire.CKRTokenNotRecognized, wire.CKRSessionHandleInvalid, wire.CKRSessionClosed, wire.CKRSlotIDInvalid,
+			wire.CKRObjectHandleInvalid, wire.CKRKeyHandleInvalid, wire.CKRCryptokiNotInitialized)
+}
+
+// explain makes the error of a signature one for a person.
+func (k *Key) explain(err error) error {
+	t := k.token.ID
+	switch {
+	case errors.Is(err, ErrAbsent) || isReason(err, wire.ReasonNoToken, wire.ReasonOtherToken):
+		return fmt.Errorf("%w: insert token %q (serial %s)", ErrAbsent, t.Label, t.Serial)
+	case isReason(err, wire.ReasonNoKey):
+		return fmt.Errorf("token %q holds a public key or certificate for ID %s, but no private key", t.Label, hex.EncodeToString(k.found.id))
+	case isRV(err, wire.CKRKeyTypeInconsistent, wire.CKRKeyFunctionNotPermitted):
+		return fmt.Errorf("the token does not let this key sign: %w", err)
+	}
+	return fmt.Errorf("sign with token %q: %w", t.Label, k.token.module.wrap(err))
+}
+
+// needsLogin tells whether the key can be expected to want a login: it did not
+// show before one, and its token has logins.
+func (k *Key) needsLogin() bool {
+	if k.found.open {
+		return false
+	}
+	k.token.mu.Lock()
+	defer k.token.mu.Unlock()
+	return k.token.slot.Info.Flags&wire.CKFLoginRequired != 0
+}
+
+func (k *Key) signOnce(ctx context.Context, p *process, w way) ([]byte, error) {
+	req := &wire.Sign{
+		Key: wire.KeyID{
+			Token: k.token.ID, ID: k.found.id, Label: k.found.label, KeyType: k.found.keyType,
+			Modulus: k.found.modulus, ECPoint: k.found.point,
+		},
+		Mechanism: w.mechanism, PSSHash: w.hash, PSSMGF: w.mgf, PSSSalt: w.salt,
+		SignatureLen: signatureLen(k.found.public),
+		Data:         w.data,
+	}
+	if k.found.always {
+		return k.token.signWithPIN(ctx, p, k, req)
+	}
+	var reply wire.SignReply
+	if err := p.call(ctx, signTimeout, wire.TypeSign, req, &reply); err != nil {
+		return nil, err
+	}
+	return reply.Signature, nil
+}
+
+// signatureLen is how long a signature gets, so that the module need not be
+// asked.
+func signatureLen(pub crypto.PublicKey) uint32 {
+	switch key := pub.(type) {
+	case *rsa.PublicKey:
+		return uint32(key.Size())
+	case *ecdsa.PublicKey:
+		return uint32(2 * ((key.Params().BitSize + 7) / 8))
+	default:
+		return ed25519.SignatureSize
+	}
+}
+
+// X509 returns the certificates of the key, parsed, for those that can be.
+func (k *Key) X509() []*x509.Certificate {
+	var all []*x509.Certificate
+	for _, der := range k.found.certs {
+		if c, err := x509.ParseCertificate(der); err == nil {
+			all = append(all, c)
+		}
+	}
+	return all
+}
+
+// choose puts the ways that the token does not take behind the others. What it
+// takes is what its list of mechanisms says, when it has one, less what it has
+// refused.
+func (t *Token) choose(ways []way) []way {
+	t.mu.Lock()
+	defer t.mu.Unlock()
+	bad := func(w way) bool {
+		if t.refusesMechanism[w.mechanism] {
+			return true
+		}
+		listed := slices.ContainsFunc(t.slot.Mechanisms, func(m wire.Mechanism) bool { return m.Type == w.mechanism })
+		return len(t.slot.Mechanisms) > 0 && !listed
+	}
+	ways = slices.Clone(ways)
+	slices.SortStableFunc(ways, func(a, b way) int {
+		switch {
+		case bad(a) == bad(b):
+			return 0
+		case bad(b):
+			return -1
+		default:
+			return 1
+		}
+	})
+	return ways
+}
+
+// refuse remembers that the token does not take a mechanism.
+func (t *Token) refuse(mechanism uint64) {
+	t.mu.Lock()
+	defer t.mu.Unlock()
+	t.refusesMechanism[mechanism] = true
+}

@@ -1,0 +1,336 @@
+package token
+
+import (
+	"bytes"
+	"context"
+	"crypto/sha256"
+	"encoding/hex"
+	"errors"
+	"fmt"
+	"io"
+	"io/fs"
+	"log/slog"
+	"os"
+	"os/exec"
+	"path/filepath"
+	"slices"
+	"strings"
+	"sync"
+	"syscall"
+	"time"
+
+	"p11-agent/pinentry/secret"
+	"p11-agent/token/pkcs11uri"
+	"p11-agent/token/wire"
+)
+
+// commandTimeout is how long a pin-source command may take.
+const commandTimeout = time.Minute
+
+// source returns the URI that says where the PIN for a key comes from, nil when
+// a person is to be asked.
+func (s *Store) source(k *Key) *pkcs11uri.URI {
+	s.mu.Lock()
+	all := slices.Concat(s.configured, s.added)
+	s.mu.Unlock()
+	for _, u := range all {
+		if k.Matches(u) {
+			return u
+		}
+	}
+	return nil
+}
+
+// AddSource makes the pin-source or pin-value of a URI count for the keys it
+// matches, after those of the configuration. Commands are refused: only the
+// configuration may name one.
+func (s *Store) AddSource(u *pkcs11uri.URI) error {
+	if u.PIN() == nil && u.PINSource == nil {
+		return nil
+	}
+	if u.PINSource != nil && u.PINSource.Kind == pkcs11uri.PINCommand {
+		return errors.New("pin-source=|command counts in the configuration file only")
+	}
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	s.added = append(s.added, u)
+	return nil
+}
+
+// SetSources replaces the URIs of the configuration that say where PINs come
+// from; those added by AddSource stay. The old ones are wiped.
+func (s *Store) SetSources(all []*pkcs11uri.URI) {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	for _, u := range s.configured {
+		if !slices.Contains(all, u) {
+			u.Wipe()
+		}
+	}
+	s.configured = slices.Clone(all)
+}
+
+// RemoveSource undoes AddSource and wipes the PIN in the URI.
+func (s *Store) RemoveSource(u *pkcs11uri.URI) {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	s.added = slices.DeleteFunc(s.added, func(o *pkcs11uri.URI) bool { return o == u })
+	u.Wipe()
+}
+
+// fromSource logs in with a PIN that the configuration names. There is no
+// person to judge a failure: a PIN that was refused once is never tried again,
+// and the last try is left to a person.
+func (t *Token) fromSource(ctx context.Context, u *pkcs11uri.URI, tries Tries,
+	use func(pin *secret.Secret, lastTry, pad bool) error,
+) error {
+	if tries == TriesLast {
+		return &PINError{Token: t.ID.Label, Tries: tries, Err: errors.New(
+			"one try is left, and a configured PIN must not use it up: log in to the token by hand with another program once")}
+	}
+	pin, mark, err := t.module.store.readPIN(ctx, u)
+	if err != nil {
+		return fmt.Errorf("the PIN for token %q: %w", t.ID.Label, err)
+	}
+	defer pin.Wipe()
+	refused := t.module.store.refused
+	mark.token = t.ID
+	if refused.has(mark) {
+		return &PINError{Token: t.ID.Label, Tries: tries, Err: fmt.Errorf(
+			"%s was refused before, and is not tried again until it changes", mark.what)}
+	}
+	err = t.judge(use(pin, false, false), true)
+	if wrong, ok := errors.AsType[*PINError](err); ok && wrong.Tried {
+		refused.add(mark)
+		wrong.Err = fmt.Errorf("%s: %w", mark.what, wrong.Err)
+	}
+	return err
+}
+
+// CheckSource tells what is wrong with the pin-source of a URI, as far as that
+// can be seen without using it: commands are not run.
+func CheckSource(u *pkcs11uri.URI) error {
+	if u.PINSource == nil || u.PINSource.Kind != pkcs11uri.PINFile {
+		return nil
+	}
+	pin, _, err := filePIN(u.PINSource.Path())
+	pin.Wipe()
+	return err
+}
+
+// sourceMark says which PIN of a source was used, without telling the PIN.
+type sourceMark struct {
+	token wire.TokenID
+	what  string // for a person
+	state string // what changes when the PIN is changed
+	disk  bool   // may be remembered on disk
+}
+
+func (m sourceMark) key() string {
+	sum := sha256.Sum256(fmt.Appendf(nil, "%q %q %q", m.token, m.what, m.state))
+	return hex.EncodeToString(sum[:])
+}
+
+// readPIN gets the PIN that a URI carries or names.
+func (s *Store) readPIN(ctx context.Context, u *pkcs11uri.URI) (*secret.Secret, sourceMark, error) {
+	s.mu.Lock() // RemoveSource wipes it
+	given := u.PIN()
+	pin, err := given.Clone()
+	s.mu.Unlock()
+	if given != nil {
+		if err == nil && pin.Len() == 0 {
+			err = errors.New("pin-value is empty")
+		}
+		// The pointer stands for this PIN of this configuration: a hash of a
+		// PIN could be turned back into it.
+		return pin, sourceMark{what: "pin-value", state: fmt.Sprintf("%p", given)}, err
+	}
+	pin.Wipe()
+	src := u.PINSource
+	switch {
+	case src == nil:
+		return nil, sourceMark{}, errors.New("the configured PIN was just removed")
+	case src.Kind == pkcs11uri.PINCommand:
+		pin, err := commandPIN(ctx, src.Command())
+		return pin, sourceMark{what: "the PIN of the configured command", state: src.Command()}, err
+	default:
+		pin, state, err := filePIN(src.Path())
+		return pin, sourceMark{what: "the PIN in " + src.Path(), state: state, disk: true}, err
+	}
+}
+
+// filePIN reads a PIN file: one line, of this user or root, and closed to
+// everybody else.
+func filePIN(path string) (_ *secret.Secret, state string, err error) {
+	// Not to wait for a writer should it be a FIFO.
+	f, err := os.OpenFile(path, os.O_RDONLY|syscall.O_NONBLOCK, 0)
+	if err != nil {
+		return nil, "", fmt.Errorf("pin-source: %w", err)
+	}
+	defer f.Close()
+	st, err := f.Stat()
+	if err != nil {
+		return nil, "", fmt.Errorf("pin-source: %w", err)
+	}
+	sys, ok := st.Sys().(*syscall.Stat_t)
+	switch {
+	case !st.Mode().IsRegular() || !ok:
+		return nil, "", fmt.Errorf("pin-source: %s is not a regular file", path)
+	case sys.Uid != 0 && int(sys.Uid) != os.Geteuid():
+		return nil, "", fmt.Errorf("pin-source: %s belongs to user %d: only your own files and root's are believed", path, sys.Uid)
+	case st.Mode().Perm()&0o077 != 0:
+		return nil, "", fmt.Errorf("pin-source: %s can be read or changed by others (mode %#o): run chmod 600 on it", path, st.Mode().Perm())
+	}
+	pin, err := readSecret(f)
+	if err != nil {
+		return nil, "", fmt.Errorf("pin-source: %s %w", path, err)
+	}
+	return pin, fmt.Sprintf("%d %d %d %d", sys.Dev, sys.Ino, st.Size(), st.ModTime().UnixNano()), nil
+}
+
+// readSecret reads a PIN into locked memory and drops the end of its line.
+func readSecret(r io.Reader) (*secret.Secret, error) {
+	pin, err := secret.New(wire.MaxPIN + len("\r\n") + 1)
+	if err != nil {
+		return nil, err
+	}
+	n, err := io.ReadFull(r, pin.Buffer())
+	switch {
+	case err == nil:
+		pin.Wipe()
+		return nil, fmt.Errorf("is longer than a PIN can be (%d bytes)", wire.MaxPIN)
+	case err != io.EOF && err != io.ErrUnexpectedEOF:
+		pin.Wipe()
+		return nil, fmt.Errorf("cannot be read: %w", err)
+	}
+	b := pin.Buffer()[:n]
+	b = bytes.TrimSuffix(b, []byte("\n"))
+	b = bytes.TrimSuffix(b, []byte("\r"))
+	pin.SetLen(len(b))
+	switch {
+	case len(b) == 0:
+		pin.Wipe()
+		return nil, errors.New("is empty")
+	case bytes.ContainsAny(b, "\n\x00"):
+		pin.Wipe()
+		return nil, errors.New("holds more than one line: a PIN file is one line")
+	}
+	return pin, nil
+}
+
+// commandPIN runs a command of the configuration with the shell and reads the
+// PIN from what it prints.
+func commandPIN(ctx context.Context, command string) (*secret.Secret, error) {
+	ctx, cancel := context.WithTimeout(ctx, commandTimeout)
+	defer cancel()
+	cmd := exec.CommandContext(ctx, "/bin/sh", "-c", command)
+	cmd.SysProcAttr = &syscall.SysProcAttr{Setpgid: true}
+	cmd.Cancel = func() error { return syscall.Kill(-cmd.Process.Pid, syscall.SIGKILL) }
+	cmd.WaitDelay = time.Second
+	// A pipe of our own: that of os/exec would copy the PIN through its buffers.
+	r, w, err := os.Pipe()
+	if err != nil {
+		return nil, err
+	}
+	defer r.Close()
+	cmd.Stdout = w
+	err = cmd.Start()
+	_ = w.Close()
+	if err != nil {
+		return nil, fmt.Errorf("run the pin-source command: %w", err)
+	}
+	defer context.AfterFunc(ctx, func() { _ = r.SetReadDeadline(time.Unix(1, 0)) })()
+	pin, err := readSecret(r)
+	// What it still has to say, it says to nobody.
+	_ = r.Close()
+	if werr := cmd.Wait(); werr != nil && ctx.Err() == nil {
+		pin.Wipe()
+		return nil, fmt.Errorf("the pin-source command failed: %w", werr)
+	}
+	if ctx.Err() != nil {
+		pin.Wipe()
+		return nil, fmt.Errorf("the pin-source command: %w", ctx.Err())
+	}
+	if err != nil {
+		return nil, fmt.Errorf("what the pin-source command printed %w", err)
+	}
+	return pin, nil
+}
+
+// refusedSources remembers PINs of the configuration that a token has refused.
+// Those from files are remembered on disk too, by the file's identity and age,
+// so that an agent that is restarted again and again does not lock a token.
+type refusedSources struct {
+	log  *slog.Logger
+	path string
+
+	mu   sync.Mutex
+	keys map[string]bool
+}
+
+// maxRefused bounds the file; the oldest entries go.
+const maxRefused = 256
+
+func loadRefused(dir string, log *slog.Logger) *refusedSources {
+	r := &refusedSources{log: log, keys: make(map[string]bool)}
+	if dir == "" {
+		return r
+	}
+	r.path = filepath.Join(dir, "refused-pins")
+	b, err := os.ReadFile(r.path)
+	if err != nil {
+		if !errors.Is(err, fs.ErrNotExist) {
+			log.Warn("cannot tell which PIN files were refused before", "reason", err)
+		}
+		return r
+	}
+	for line := range strings.Lines(string(b)) {
+		r.keys[strings.TrimSpace(line)] = true
+	}
+	return r
+}
+
+func (r *refusedSources) has(m sourceMark) bool {
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	return r.keys[m.key()]
+}
+
+func (r *refusedSources) add(m sourceMark) {
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	r.keys[m.key()] = true
+	if r.path == "" || !m.disk {
+		return
+	}
+	if err := r.save(m.key()); err != nil {
+		r.log.Warn("cannot remember that a PIN file was refused", "reason", err)
+	}
+}
+
+// save adds a line to the file, which is replaced as a whole.
+func (r *refusedSources) save(key string) error {
+	if err := os.MkdirAll(filepath.Dir(r.path), 0o700); err != nil {
+		return err
+	}
+	b, err := os.ReadFile(r.path)
+	if err != nil && !errors.Is(err, fs.ErrNotExist) {
+		return err
+	}
+	lines := strings.Fields(string(b))
+	lines = append(lines, key)
+	lines = lines[max(0, len(lines)-maxRefused):]
+	tmp, err := os.CreateTemp(filepath.Dir(r.path), "refused-pins-")
+	if err != nil {
+		return err
+	}
+	_, err = tmp.WriteString(strings.Join(lines, "\n") + "\n")
+	err = errors.Join(err, tmp.Close())
+	if err == nil {
+		err = os.Rename(tmp.Name(), r.path)
+	}
+	if err != nil {
+		return errors.Join(err, os.Remove(tmp.Name()))
+	}
+	return nil
+}

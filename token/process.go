@@ -1,0 +1,402 @@
+package token
+
+import (
+	"bufio"
+	"context"
+	"errors"
+	"fmt"
+	"io"
+	"log/slog"
+	"net"
+	"os"
+	"os/exec"
+	"strings"
+	"sync"
+	"syscall"
+	"time"
+	"unicode"
+
+	"golang.org/x/sys/unix"
+
+	"p11-agent/token/wire"
+)
+
+// How long a module may take for one request before its process is killed. A
+// signature may wait for a finger on the card, a login for a PIN typed on the
+// reader. ModuleSpec.Timeout replaces all of them.
+const (
+	startTimeout  = 30 * time.Second
+	listTimeout   = 60 * time.Second
+	loginTimeout  = 2 * time.Minute
+	signTimeout   = 2 * time.Minute
+	stderrLine    = 512 // bytes kept of one line a module prints
+	stderrPerProc = 200 // lines logged of one process
+)
+
+// errGone is why the requests of a process that ended fail.
+var errGone = errors.New("the module process ended")
+
+// process is one running module process. Requests may be made by any number of
+// goroutines. It ends by kill, by a request that takes too long, or by itself;
+// done is closed then and err says why.
+type process struct {
+	name    string
+	timeout time.Duration // replaces the defaults when not 0
+	cmd     *exec.Cmd
+	conn    *wire.Conn
+	info    wire.HelloReply
+	events  chan struct{} // one element: slots or tokens have changed
+	done    chan struct{}
+
+	// sending is those who tell that nobody waits any more. It is added to under
+	// mu while err is nil, and waited for when err is set.
+	sending sync.WaitGroup
+
+	mu      sync.Mutex
+	next    uint32
+	waiting map[uint32]*pending
+	err     error // why it ends; set once
+}
+
+// pending is a request under way. Its timer goes on when the caller has left:
+// a module that hangs is to be killed all the same. It starts anew whenever the
+// token answers somebody else: many requests to a slow card are not a hang.
+type pending struct {
+	answer  chan wire.Frame // one element
+	token   wire.TokenID
+	timeout time.Duration
+	timer   *time.Timer
+}
+
+// startProcess starts argv as a module process and has it load the module. The
+// process lives until it is killed; ctx only bounds the start.
+func startProcess(ctx context.Context, spec ModuleSpec, argv []string, log *slog.Logger) (*process, error) {
+	fds, err := unix.Socketpair(unix.AF_UNIX, unix.SOCK_STREAM|unix.SOCK_CLOEXEC, 0)
+	if err != nil {
+		return nil, fmt.Errorf("connect a module process: %w", err)
+	}
+	theirs := os.NewFile(uintptr(fds[1]), "module process")
+	ours := os.NewFile(uintptr(fds[0]), "agent")
+	c, err := net.FileConn(ours)
+	_ = ours.Close()
+	if err != nil {
+		return nil, errors.Join(fmt.Errorf("connect a module process: %w", err), theirs.Close())
+	}
+	conn := wire.NewConn(c)
+
+	said, printed, err := os.Pipe()
+	if err != nil {
+		return nil, errors.Join(fmt.Errorf("start a module process: %w", err), conn.Close(), theirs.Close())
+	}
+	cmd := exec.Command(argv[0], append(argv[1:len(argv):len(argv)], spec.Name)...)
+	cmd.Args[0] = "p11-agent" // for whoever looks at the process list
+	cmd.Env = moduleEnvironment(os.Environ(), spec.Env)
+	cmd.Dir = "/"
+	cmd.ExtraFiles = []*os.File{theirs} // becomes wire.FD
+	cmd.Stdout = printed                // what a module prints must not reach ours
+	cmd.Stderr = printed
+	cmd.SysProcAttr = &syscall.SysProcAttr{Setsid: true} // no Ctrl-C of the agent's terminal
+	err = cmd.Start()
+	_ = printed.Close()
+	_ = theirs.Close() // so that its end shows as the end of file
+	if err != nil {
+		return nil, errors.Join(fmt.Errorf("start a module process: %w", err), conn.Close(), said.Close())
+	}
+
+	p := &process{
+		name:    spec.Name,
+		timeout: spec.Timeout,
+		cmd:     cmd,
+		conn:    conn,
+		events:  make(chan struct{}, 1),
+		done:    make(chan struct{}),
+		waiting: make(map[uint32]*pending),
+	}
+	last := new(lastLine)
+	var reading sync.WaitGroup
+	reading.Go(func() { logOutput(said, last, log) })
+	reading.Go(p.read)
+	go func() {
+		state := cmd.Wait()
+		p.fail(exitReason(state))
+		// A module may have left a child of its own that holds the pipe open.
+		_ = said.SetReadDeadline(time.Now().Add(100 * time.Millisecond))
+		reading.Wait()
+		p.sending.Wait()
+		_ = said.Close()
+		if line := last.String(); line != "" {
+			p.mu.Lock()
+			p.err = fmt.Errorf("%w; it said: %s", p.err, line)
+			p.mu.Unlock()
+		}
+		close(p.done)
+	}()
+
+	hello := &wire.Hello{Version: wire.Version, Path: spec.Path, InitArgs: spec.InitArgs}
+	if err := p.call(ctx, startTimeout, wire.TypeHello, hello, &p.info); err != nil {
+		p.kill(errors.New("it did not start"))
+		<-p.done
+		return nil, err
+	}
+	return p, nil
+}
+
+// exitReason says how a process ended.
+func exitReason(err error) error {
+	e, ok := errors.AsType[*exec.ExitError](err)
+	if !ok {
+		return errGone
+	}
+	if ws, ok := e.Sys().(syscall.WaitStatus); ok && ws.Signaled() {
+		return fmt.Errorf("%w: it crashed (%s)", errGone, ws.Signal())
+	}
+	return fmt.Errorf("%w: %s", errGone, e.ProcessState)
+}
+
+// kill ends the process, which costs nothing but its module's keys: tokens keep
+// what was finished. done is closed when it has ended.
+func (p *process) kill(why error) {
+	p.fail(why)
+	// It may have gone by itself: then there is nothing to kill.
+	_ = p.cmd.Process.Kill()
+}
+
+// fail makes why the reason of the end, unless there is one.
+func (p *process) fail(why error) {
+	p.mu.Lock()
+	if p.err == nil {
+		p.err = why
+	}
+	for id, w := range p.waiting {
+		w.timer.Stop()
+		close(w.answer)
+		delete(p.waiting, id)
+	}
+	p.mu.Unlock()
+	_ = p.conn.Close() // ends read
+}
+
+func (p *process) failure() error {
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	return p.err
+}
+
+// read hands answers to those who wait, until the connection ends.
+func (p *process) read() {
+	for {
+		f, err := p.conn.ReadFrame()
+		if err != nil {
+			if err != io.EOF {
+				p.kill(fmt.Errorf("its answer made no sense: %w", err))
+			}
+			// At the end of file the process is about to end: Wait tells how.
+			// One that only closed its socket is of no use either.
+			_ = p.cmd.Process.Kill()
+			return
+		}
+		if f.Type == wire.TypeEvent {
+			select {
+			case p.events <- struct{}{}:
+			default:
+			}
+			continue
+		}
+		p.mu.Lock()
+		w := p.waiting[f.ID]
+		delete(p.waiting, f.ID)
+		if w != nil {
+			for _, o := range p.waiting {
+				if o.token == w.token {
+					o.timer.Reset(o.timeout)
+				}
+			}
+		}
+		p.mu.Unlock()
+		if w == nil {
+			p.kill(errors.New("it answered a question that was not asked"))
+			return
+		}
+		w.timer.Stop()
+		w.answer <- f
+	}
+}
+
+// call makes one request and waits for its answer. When ctx ends first, the
+// module process is told that nobody waits any more. A module that has not
+// answered after timeout is killed.
+func (p *process) call(ctx context.Context, timeout time.Duration, t wire.Type, req, reply wire.Message) error {
+	if err := ctx.Err(); err != nil {
+		return err
+	}
+	if p.timeout != 0 {
+		timeout = p.timeout
+	}
+	w := &pending{answer: make(chan wire.Frame, 1), token: tokenOf(req), timeout: timeout}
+	p.mu.Lock()
+	if p.err != nil {
+		p.mu.Unlock()
+		return p.ended(ctx)
+	}
+	id := p.numberLocked()
+	w.timer = time.AfterFunc(timeout, func() {
+		p.kill(fmt.Errorf("%w: it did not answer within %v and was stopped", errGone, timeout))
+	})
+	p.waiting[id] = w
+	p.mu.Unlock()
+
+	if err := p.conn.WriteRequest(id, t, req); err != nil {
+		p.mu.Lock()
+		if p.waiting[id] == w {
+			w.timer.Stop()
+			delete(p.waiting, id)
+		}
+		p.mu.Unlock()
+		if _, ok := errors.AsType[*net.OpError](err); !ok {
+			return err // it was not sent
+		}
+		// The process has gone, or has closed its socket and is of no use.
+		p.kill(errGone)
+		return p.ended(ctx)
+	}
+	select {
+	case f, ok := <-w.answer:
+		if !ok {
+			return p.ended(ctx)
+		}
+		return f.Decode(reply)
+	case <-ctx.Done():
+		// The number is spent: an answer still finds its entry and is dropped
+		// there. Should the connection fail now, its reader notices as well.
+		p.mu.Lock()
+		defer p.mu.Unlock()
+		if p.err == nil && p.waiting[id] == w {
+			cancel := p.numberLocked()
+			p.sending.Go(func() { _ = p.conn.WriteRequest(cancel, wire.TypeCancel, &wire.Cancel{Request: id}) })
+		}
+		return ctx.Err()
+	}
+}
+
+// tokenOf returns the token that a request is about, the zero one for those
+// about the module.
+func tokenOf(req wire.Message) wire.TokenID {
+	switch r := req.(type) {
+	case *wire.Objects:
+		return r.Token
+	case *wire.Token:
+		return r.Token
+	case *wire.Login:
+		return r.Token
+	case *wire.Sign:
+		return r.Key.Token
+	}
+	return wire.TokenID{}
+}
+
+// numberLocked returns the next request number.
+func (p *process) numberLocked() uint32 {
+	p.next++
+	if p.next == 0 {
+		p.next = 1
+	}
+	return p.next
+}
+
+// ended returns the error of a request whose process has gone. It waits for the
+// process to be reaped, as its end says more than that of its connection.
+func (p *process) ended(ctx context.Context) error {
+	select {
+	case <-p.done:
+	case <-ctx.Done(): // a process stuck in the kernel cannot even be killed
+	}
+	err := p.failure()
+	if !errors.Is(err, errGone) {
+		err = fmt.Errorf("%w: %w", errGone, err)
+	}
+	return err
+}
+
+// moduleEnvironment is what a module may see of the agent's environment, and
+// what its configuration adds. The tunables have the C library overwrite what
+// is freed, as the PKCS#11 library copies each PIN once more.
+func moduleEnvironment(environ, extra []string) []string {
+	exact := map[string]bool{
+		"HOME": true, "PATH": true, "USER": true, "LOGNAME": true, "LANG": true, "TZ": true, "TMPDIR": true,
+		"SOFTHSM2_CONF": true, "OPENSC_CONF": true,
+	}
+	prefixes := []string{"LC_", "XDG_", "OPENSC_", "TPM2_PKCS11_", "TPM2TOOLS_", "TSS2_", "PKCS11_", "P11_KIT_", "PCSCLITE_"}
+	var env []string
+	for _, kv := range environ {
+		name, _, _ := strings.Cut(kv, "=")
+		keep := exact[name]
+		for _, p := range prefixes {
+			keep = keep || strings.HasPrefix(name, p)
+		}
+		if keep {
+			env = append(env, kv)
+		}
+	}
+	env = append(env, extra...)
+	return append(env,
+		"GLIBC_TUNABLES=glibc.malloc.perturb=165:glibc.malloc.tcache_count=0",
+		"GOTRACEBACK=none",
+	)
+}
+
+// lastLine remembers the last line that a process printed.
+type lastLine struct {
+	mu   sync.Mutex
+	line string
+}
+
+func (l *lastLine) set(s string) {
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	l.line = s
+}
+
+func (l *lastLine) String() string {
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	return l.line
+}
+
+// logOutput logs what a module prints, line by line and within bounds, until
+// the pipe ends.
+func logOutput(r io.Reader, last *lastLine, log *slog.Logger) {
+	in := bufio.NewReaderSize(r, stderrLine)
+	dropped := 0
+	for n := 0; ; n++ {
+		line, more, err := in.ReadLine()
+		if err != nil {
+			break
+		}
+		text := printable(string(line))
+		for more && err == nil {
+			_, more, err = in.ReadLine()
+		}
+		if text == "" {
+			continue
+		}
+		last.set(text)
+		if n >= stderrPerProc {
+			dropped++
+			continue
+		}
+		log.Debug("module printed", "line", text)
+	}
+	if dropped > 0 {
+		log.Warn("module printed too much", "lines not shown", dropped)
+	}
+}
+
+// printable replaces what could fool a terminal or a log.
+func printable(s string) string {
+	return strings.TrimSpace(strings.Map(func(r rune) rune {
+		if !unicode.IsPrint(r) || r == unicode.ReplacementChar {
+			return '?'
+		}
+		return r
+	}, s))
+}

@@ -1,0 +1,256 @@
+package token
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"path/filepath"
+	"strings"
+
+	"p11-agent/token/pkcs11uri"
+)
+
+// An AllowList says which module files a client may name: patterns of paths,
+// in which * stands for any run of characters, slashes too, and ? for any one;
+// a pattern with ! in front forbids what it matches. It is what ssh-agent -P
+// takes, split at its commas.
+type AllowList []string
+
+// DefaultAllowList is what ssh-agent allows unless it is told otherwise.
+var DefaultAllowList = AllowList{"/usr/lib*/*", "/usr/local/lib*/*"}
+
+// ParseAllowList reads the argument of -P: patterns separated by commas.
+func ParseAllowList(s string) AllowList {
+	return strings.FieldsFunc(s, func(r rune) bool { return r == ',' })
+}
+
+// Resolve returns the file that path leads to, with all links followed, when
+// the list allows it.
+func (a AllowList) Resolve(path string) (string, error) {
+	if !filepath.IsAbs(path) {
+		return "", errors.New("a module is named by an absolute path")
+	}
+	real, err := filepath.EvalSymlinks(path)
+	if err != nil {
+		return "", fmt.Errorf("module file: %w", err)
+	}
+	allowed := false
+	for _, p := range a {
+		if pattern, no := strings.CutPrefix(p, "!"); no {
+			if match(pattern, real) {
+				return "", fmt.Errorf("module %s is forbidden by the pattern %q of allow-modules or -P", real, p)
+			}
+		} else if match(p, real) {
+			allowed = true
+		}
+	}
+	if !allowed {
+		return "", fmt.Errorf("module %s is not in the list of allowed modules (allow-modules, -P)", real)
+	}
+	return real, nil
+}
+
+// match is OpenSSH's match_pattern (match.c): * and ? only, over the whole of s.
+// It takes time in proportion to the product of both lengths.
+func match(pattern, s string) bool {
+	star, mark := -1, 0
+	i, j := 0, 0
+	for j < len(s) {
+		switch {
+		case i < len(pattern) && pattern[i] == '*':
+			star, mark = i, j
+			i++
+		case i < len(pattern) && (pattern[i] == '?' || pattern[i] == s[j]):
+			i++
+			j++
+		case star >= 0:
+			mark++
+			i, j = star+1, mark
+		default:
+			return false
+		}
+	}
+	return strings.Trim(pattern[i:], "*") == ""
+}
+
+// A Selector selects keys: those a URI matches, or those of one module.
+type Selector struct {
+	uri  *pkcs11uri.URI // nil: all keys
+	path string         // the module's resolved file, empty: any
+	text string
+}
+
+// NewSelector returns the Selector of a URI that needs no module of its own.
+func NewSelector(u *pkcs11uri.URI) *Selector { return &Selector{uri: u, text: u.String()} }
+
+// URI returns the URI, nil for that of a module file.
+func (s *Selector) URI() *pkcs11uri.URI { return s.uri }
+
+// Match tells whether the key is selected, where it is now.
+func (s *Selector) Match(k *Key) bool {
+	if s.path != "" && k.token.module.file != s.path {
+		return false
+	}
+	return s.uri == nil || k.Matches(s.uri)
+}
+
+// Broad tells whether keys are selected without having been named one by one:
+// then those that are not fit to log in with are left out.
+func (s *Selector) Broad() bool {
+	return s.uri == nil || s.uri.ID == nil && s.uri.Object == nil
+}
+
+// String returns the URI in its redacted form, or the module's path.
+func (s *Selector) String() string { return s.text }
+
+// ParseProvider reads what a client names as its provider: a URI, or the path
+// of a module, which allow has to allow. It does not start anything.
+func ParseProvider(provider []byte, allow AllowList) (*Selector, error) {
+	if !isURI(provider) {
+		path := string(provider)
+		real, err := allow.Resolve(path)
+		if err != nil {
+			return nil, err
+		}
+		return &Selector{path: real, text: real}, nil
+	}
+	u, err := pkcs11uri.ParseBytes(provider)
+	if err != nil {
+		return nil, err
+	}
+	if names := u.Unrecognized(); len(names) > 0 {
+		u.Wipe()
+		return nil, fmt.Errorf("the URI has attributes %q that are not known, so it matches nothing", names)
+	}
+	sel := NewSelector(u)
+	if u.ModulePath != nil {
+		if sel.path, err = allow.Resolve(*u.ModulePath); err != nil {
+			u.Wipe()
+			return nil, err
+		}
+	}
+	return sel, nil
+}
+
+func isURI(b []byte) bool {
+	return len(b) >= 7 && strings.EqualFold(string(b[:7]), "pkcs11:")
+}
+
+// matches tells whether the module is the one a URI names, if it names one. A
+// module-path may be the directory that the module is in (RFC 7512 section 2.3).
+func (m *module) matches(u *pkcs11uri.URI) bool {
+	if u.ModuleName != nil && !u.MatchModuleName(m.spec.Name, m.spec.Path) {
+		return false
+	}
+	if u.ModulePath == nil {
+		return true
+	}
+	path := filepath.Clean(*u.ModulePath)
+	return path == m.spec.Path || path == m.file || path == filepath.Dir(m.spec.Path) || path == filepath.Dir(m.file)
+}
+
+// Select returns the keys that are selected now. When there are none it looks
+// at the modules again first, starting the one that the Selector names by path.
+// It fails with ErrNoMatch, an *AmbiguousError when one token would be used
+// through several modules, or what went wrong with the modules that were named.
+func (s *Store) Select(ctx context.Context, sel *Selector) ([]*Key, error) {
+	var named *module
+	if sel.path != "" {
+		var err error
+		if named, err = s.ensureModule(sel.path); err != nil {
+			return nil, err
+		}
+		select {
+		case <-named.looked:
+		case <-ctx.Done():
+			return nil, ctx.Err()
+		}
+	}
+	keys, err := s.selected(sel)
+	if len(keys) > 0 || err != nil {
+		return keys, err
+	}
+	if named != nil {
+		if err := named.rescan(ctx); err != nil {
+			return nil, err
+		}
+	} else if err := s.Rescan(ctx); err != nil {
+		return nil, err
+	}
+	keys, err = s.selected(sel)
+	if len(keys) > 0 || err != nil {
+		return keys, err
+	}
+	return nil, s.whyNone(sel, named)
+}
+
+// whyNone says why nothing is selected.
+func (s *Store) whyNone(sel *Selector, named *module) error {
+	for _, m := range s.modulesNow() {
+		if named != nil && m != named {
+			continue
+		}
+		for _, t := range m.present() {
+			if sel.uri != nil && !t.matches(sel.uri) {
+				continue
+			}
+			if len(t.keyList()) == 0 {
+				return fmt.Errorf("%w: token %q shows no key that can be used with SSH", ErrNoMatch, t.ID.Label)
+			}
+			return fmt.Errorf("%w: token %q has no such key", ErrNoMatch, t.ID.Label)
+		}
+	}
+	var failed []error
+	for _, m := range s.modulesNow() {
+		if err := m.failure(); err != nil && (named == nil || m == named) {
+			failed = append(failed, err)
+		}
+	}
+	return errors.Join(append([]error{fmt.Errorf("%w: no such token is present", ErrNoMatch)}, failed...)...)
+}
+
+// selected returns what is selected out of what is known. A URI that selects
+// one token through several modules is an error, as it is not clear which of
+// them gets the PIN.
+func (s *Store) selected(sel *Selector) ([]*Key, error) {
+	var keys []*Key
+	through := make(map[string][]string)
+	for _, m := range s.modulesNow() {
+		for _, t := range m.present() {
+			n := len(keys)
+			for _, k := range t.keyList() {
+				if sel.Match(k) && (k.Unfit() == "" || !sel.Broad()) {
+					keys = append(keys, k)
+				}
+			}
+			if len(keys) > n && sel.uri != nil {
+				id := fmt.Sprintf("%q", t.ID)
+				through[id] = append(through[id], m.spec.Name)
+				if len(through[id]) > 1 {
+					return nil, &AmbiguousError{Token: t.ID.Label, Modules: through[id]}
+				}
+			}
+		}
+	}
+	return keys, nil
+}
+
+// ensureModule returns the module that runs the file, starting one if none
+// does.
+func (s *Store) ensureModule(real string) (*module, error) {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	if s.closed {
+		return nil, ErrClosed
+	}
+	name := filepath.Base(real)
+	for _, m := range s.modules {
+		if m.file == real {
+			return m, nil
+		}
+		if m.spec.Name == name {
+			name = real
+		}
+	}
+	return s.startLocked(ModuleSpec{Name: name, Path: real}), nil
+}

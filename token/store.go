@@ -1,0 +1,328 @@
+// Package token finds keys on tokens and signs with them: it runs the PKCS#11
+// modules, each in a process of its own, knows which tokens and keys are there,
+// logs in when a signature needs it, and puts right what broke since the last
+// use.
+//
+// It promises that the PIN of one token is never tried on another, that no PIN
+// is tried twice by itself, that listing keys waits for nobody, and that a
+// module that crashes, hangs or lies costs its own keys only.
+//
+// It leaves to others who may use a key (package agent), how a person is asked
+// (the PINAsker) and where modules come from (package token/registry).
+package token
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"log/slog"
+	"slices"
+	"sync"
+	"sync/atomic"
+	"time"
+
+	"p11-agent/pinentry/secret"
+	"p11-agent/token/pkcs11uri"
+	"p11-agent/token/wire"
+)
+
+// A ModuleSpec says which PKCS#11 module to run and how.
+type ModuleSpec struct {
+	Name     string // in the registry or the configuration; unique
+	Path     string // absolute
+	InitArgs string // for C_Initialize, usually empty
+	Env      []string
+	// Timeout is how long the module may take for any one request before its
+	// process is killed; 0 stands for a time by kind of request, two minutes at
+	// most.
+	Timeout time.Duration
+}
+
+// Options make a Store.
+type Options struct {
+	// Modules are started at once. Earlier ones win where a token is seen
+	// through several.
+	Modules []ModuleSpec
+	// Command is the program and its arguments that become a module process; the
+	// module's name is added, for whoever looks at the process list.
+	Command []string
+	// PINs asks a person. nil: nobody can be asked.
+	PINs PINAsker
+	// Sources are URIs of the configuration that carry a pin-source or a
+	// pin-value. The first that matches the key gives the PIN.
+	Sources []*pkcs11uri.URI
+	// StateDir keeps which PIN files have been refused, so that a restart does
+	// not try them again; empty: that is only remembered in memory.
+	StateDir string
+	Log      *slog.Logger
+}
+
+// A PINAsker asks persons for PINs. Its methods are called from several
+// goroutines, once at a time for each token. ctx carries the values of the
+// request's context and ends when nobody waits for the answer any more.
+type PINAsker interface {
+	// Ask opens a dialogue with a person about one token.
+	Ask(ctx context.Context, about PINRequest) (PINDialogue, error)
+}
+
+// A PINRequest says what a PIN is wanted for.
+type PINRequest struct {
+	Token   wire.TokenID
+	Key     string // the key's canonical URI
+	Label   string // the key's label, may be empty
+	EachUse bool   // this key wants its PIN for each signature
+	Pad     bool   // the PIN is typed on the reader
+	MinPIN  int    // 0: not known
+	MaxPIN  int
+	Tries   Tries
+}
+
+// A PINDialogue is one conversation, used by one goroutine.
+type PINDialogue interface {
+	// PIN returns what the person typed, which the caller wipes. problem says
+	// what was wrong with the last one, and is empty the first time. Whoever
+	// declines makes it return ErrCancelled.
+	PIN(ctx context.Context, problem string) (*secret.Secret, error)
+	// LastTry asks whether to go on although a wrong PIN would lock the token;
+	// problem as for PIN.
+	LastTry(ctx context.Context, problem string) (bool, error)
+	// Notice asks to type the PIN on the reader and stays until ctx ends, which
+	// is no error; ErrCancelled when the person declines.
+	Notice(ctx context.Context) error
+	Close() error
+}
+
+// A Store knows the tokens and keys of all modules. All methods may be called
+// at any time from any goroutine.
+type Store struct {
+	// lock order: gate.mu, then mu, then module.mu, then Token.mu. None is held
+	// while a person, a process or a file other than the Store's own is waited
+	// for.
+
+	opts   Options
+	log    *slog.Logger
+	ctx    context.Context
+	cancel context.CancelFunc
+	wg     sync.WaitGroup
+
+	keys    atomic.Pointer[snapshot]
+	settled chan struct{} // closed when every module was looked at once
+	refused *refusedSources
+
+	mu         sync.Mutex
+	closed     bool
+	modules    []*module
+	configured []*pkcs11uri.URI // where PINs come from
+	added      []*pkcs11uri.URI // likewise, after those
+	gates      map[wire.TokenID]*gate
+	changed    chan struct{} // closed and replaced when keys change
+}
+
+// Open starts the modules and returns at once; Settled tells when they have
+// been looked at. Close ends what it starts.
+func Open(opts Options) *Store {
+	ctx, cancel := context.WithCancel(context.Background())
+	s := &Store{
+		opts:       opts,
+		log:        opts.Log,
+		ctx:        ctx,
+		cancel:     cancel,
+		settled:    make(chan struct{}),
+		refused:    loadRefused(opts.StateDir, opts.Log),
+		configured: slices.Clone(opts.Sources),
+		gates:      make(map[wire.TokenID]*gate),
+		changed:    make(chan struct{}),
+	}
+	s.keys.Store(new(snapshot))
+	s.mu.Lock()
+	for _, spec := range opts.Modules {
+		s.startLocked(spec)
+	}
+	first := slices.Clone(s.modules)
+	s.mu.Unlock()
+	s.wg.Go(func() {
+		defer close(s.settled)
+		for _, m := range first {
+			select {
+			case <-m.looked:
+			case <-ctx.Done():
+				return
+			}
+		}
+	})
+	return s
+}
+
+// startLocked adds a module and runs it. The Store is open.
+func (s *Store) startLocked(spec ModuleSpec) *module {
+	m := newModule(s, spec)
+	s.modules = append(s.modules, m)
+	s.wg.Go(func() { m.run(s.ctx) })
+	return m
+}
+
+// Close ends every module process and waits for them. Requests under way fail.
+func (s *Store) Close() error {
+	s.mu.Lock()
+	s.closed = true
+	s.mu.Unlock()
+	s.cancel()
+	s.wg.Wait()
+	return nil
+}
+
+// Settled is closed when every configured module has been looked at for the
+// first time, or has failed to start.
+func (s *Store) Settled() <-chan struct{} { return s.settled }
+
+// Changed returns a channel that is closed when the keys change next.
+func (s *Store) Changed() <-chan struct{} {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	return s.changed
+}
+
+// Keys returns the keys of the tokens that are present, each key once for every
+// token it is on, in the order of modules, slots and objects. It is a snapshot:
+// it never waits, and is not to be changed.
+func (s *Store) Keys() []*Key { return s.keys.Load().keys }
+
+// Generation changes whenever Keys does.
+func (s *Store) Generation() uint64 { return s.keys.Load().generation }
+
+// snapshot is the keys at one time, in the order of modules, slots, objects.
+type snapshot struct {
+	generation uint64
+	keys       []*Key
+}
+
+// publish makes a new snapshot of what the modules found last, unless that is
+// what the one before shows.
+func (s *Store) publish() {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	next := &snapshot{generation: s.keys.Load().generation + 1}
+	seen := make(map[wire.TokenID]*Token)
+	for _, m := range s.modules {
+		for _, t := range m.present() {
+			if first, ok := seen[t.ID]; ok {
+				t.setShadow(first.module.spec.Name)
+				continue
+			}
+			t.setShadow("")
+			seen[t.ID] = t
+			next.keys = append(next.keys, t.keyList()...)
+		}
+	}
+	if slices.Equal(next.keys, s.keys.Load().keys) {
+		return
+	}
+	s.keys.Store(next)
+	close(s.changed)
+	s.changed = make(chan struct{})
+}
+
+// modulesNow returns the modules as they are now.
+func (s *Store) modulesNow() []*module {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	return slices.Clone(s.modules)
+}
+
+// Rescan looks at every module again and returns when that is done. Modules
+// that failed are started again at once. What fails is logged and shows in
+// Modules.
+//
+// Some modules (SoftHSM, TPMs) notice tokens that another program creates only
+// when they are initialised anew, which would end their logins: while somebody
+// is logged in to one of a module's tokens, such new tokens stay unseen. After
+// LogoutAll they are found.
+func (s *Store) Rescan(ctx context.Context) error {
+	var wg sync.WaitGroup
+	for _, m := range s.modulesNow() {
+		wg.Go(func() { _ = m.rescan(ctx) })
+	}
+	wg.Wait()
+	return ctx.Err()
+}
+
+// Poke says that somebody looks at the keys: modules that cannot tell of new
+// tokens by themselves are looked at again in the background, if that was not
+// done a moment ago. It never waits.
+func (s *Store) Poke() {
+	for _, m := range s.modulesNow() {
+		m.poke()
+	}
+}
+
+// A ModuleStatus tells how a module fares.
+type ModuleStatus struct {
+	Name     string
+	Path     string
+	Running  bool
+	PID      int
+	Err      error // what went wrong last; nil when it is well
+	Restarts int
+	Library  string // what the module says it is
+	Tokens   []TokenStatus
+}
+
+// A TokenStatus tells of a token that is present.
+type TokenStatus struct {
+	ID       wire.TokenID
+	URI      string // canonical
+	Module   string // the module's name
+	Tries    Tries
+	LoggedIn bool
+	Shadowed string // the module that this token is used through instead
+	Keys     []*Key
+	Flags    uint64
+	Library  string // of the module
+	Slot     string // description
+}
+
+// Modules tells how every module fares, in order. It never waits.
+func (s *Store) Modules() []ModuleStatus {
+	var all []ModuleStatus
+	for _, m := range s.modulesNow() {
+		all = append(all, m.status())
+	}
+	return all
+}
+
+// LogoutAll logs out of every token, as far as its module answers, and so makes
+// the next signature ask for the PIN. A module that hangs delays no other.
+func (s *Store) LogoutAll(ctx context.Context) error {
+	var wg sync.WaitGroup
+	var mu sync.Mutex
+	var all []error
+	for _, m := range s.modulesNow() {
+		for _, t := range m.known() {
+			wg.Go(func() {
+				if err := t.logout(ctx); err != nil {
+					mu.Lock()
+					defer mu.Unlock()
+					all = append(all, err)
+				}
+			})
+		}
+	}
+	wg.Wait()
+	return errors.Join(all...)
+}
+
+// Login logs in to the token of the keys with a PIN that a person gave. The
+// keys have to be of one token: a PIN is for one token. An empty PIN does
+// nothing, as the first signature asks.
+func (s *Store) Login(ctx context.Context, keys []*Key, pin *secret.Secret) error {
+	if pin.Len() == 0 || len(keys) == 0 {
+		return nil
+	}
+	for _, k := range keys[1:] {
+		if k.token != keys[0].token {
+			return fmt.Errorf("a PIN is for one token, but %q and %q are meant: name one of them by its URI, or give no PIN and be asked",
+				keys[0].token.ID.Label, k.token.ID.Label)
+		}
+	}
+	return keys[0].logIn(ctx, pin)
+}

@@ -1,0 +1,396 @@
+package token
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"log/slog"
+	"maps"
+	"path/filepath"
+	"slices"
+	"sync"
+	"time"
+
+	"p11-agent/token/wire"
+)
+
+const (
+	// restartMin and restartMax bound the pause before a module process that
+	// ended is started again; it doubles each time.
+	restartMin = 100 * time.Millisecond
+	restartMax = 30 * time.Second
+	// A process that lived this long starts anew with the shortest pause.
+	healthyAfter = time.Minute
+	// A request waits for the next start when it is this near, and fails with
+	// the reason otherwise.
+	startPatience = 2 * time.Second
+	// pokeInterval is how long a look at a module stays fresh.
+	pokeInterval = 2 * time.Second
+)
+
+// module runs one PKCS#11 module. The goroutine in run owns the process: it
+// starts it, looks at its tokens when told to, and starts it again with a pause
+// when it has ended. Everybody else reads the state under mu and asks through
+// wanted.
+//
+//	starting ─▶ looking ─▶ ready ─▶ (event, rescan) looking
+//	    ▲          │          │
+//	    └─ pause ◀─┴──────────┘ process ended
+type module struct {
+	store  *Store
+	spec   ModuleSpec
+	file   string // spec.Path with all links followed, as far as there is such a file
+	log    *slog.Logger
+	looked chan struct{} // closed after the first look, or the first failure
+	wanted chan *lookup  // looks asked for
+	poked  chan struct{} // one element: somebody looks at the keys
+
+	mu       sync.Mutex
+	state    chan struct{} // closed and replaced at every change below
+	proc     *process      // nil while there is none
+	info     wire.HelloReply
+	err      error     // why there is none
+	retry    time.Time // when it is started again; zero: when somebody wants it
+	starts   int
+	lastLook time.Time               // or when it failed last
+	plug     bool                    // it has slots that tokens are plugged into
+	complain string                  // why it could not be used, as logged last
+	tokens   map[wire.TokenID]*Token // every token ever seen
+	order    []*Token                // the present ones, in the order of slots
+	last     []*Token                // likewise at the last look, whatever came after
+}
+
+// lookup is a look that somebody waits for.
+type lookup struct {
+	done chan error // one element
+}
+
+func newModule(s *Store, spec ModuleSpec) *module {
+	file, err := filepath.EvalSymlinks(spec.Path)
+	if err != nil {
+		file = spec.Path // starting it will say what is wrong
+	}
+	return &module{
+		store:  s,
+		spec:   spec,
+		file:   file,
+		log:    s.log.With("module", spec.Name),
+		looked: make(chan struct{}),
+		wanted: make(chan *lookup),
+		poked:  make(chan struct{}, 1),
+		state:  make(chan struct{}),
+		tokens: make(map[wire.TokenID]*Token),
+	}
+}
+
+// change makes a change of the state under mu and wakes those who wait for it.
+func (m *module) change(f func()) {
+	m.mu.Lock()
+	defer m.mu.Unlock()
+	f()
+	close(m.state)
+	m.state = make(chan struct{})
+}
+
+// run keeps the module running until ctx ends.
+func (m *module) run(ctx context.Context) {
+	first := sync.OnceFunc(func() { close(m.looked) })
+	defer first()
+	var due []*lookup // asked for while there was no process
+	defer func() { answer(due, ErrClosed) }()
+	for pause := restartMin; ctx.Err() == nil; {
+		began := time.Now()
+		p, err := startProcess(ctx, m.spec, m.store.opts.Command, m.log)
+		if err == nil {
+			m.change(func() { m.info, m.starts = p.info, m.starts+1 })
+			err = m.look(ctx, p, false)
+			first()
+			answer(due, err)
+			due = nil
+			if p.failure() == nil {
+				m.change(func() { m.proc, m.err, m.retry = p, nil, time.Time{} })
+				m.attend(ctx, p)
+			}
+			<-p.done
+			err = p.failure()
+		}
+		if ctx.Err() != nil {
+			break
+		}
+		if time.Since(began) > healthyAfter {
+			pause = restartMin
+		}
+		wait := pause
+		pause = min(2*pause, restartMax)
+		if isReason(err, wire.ReasonLoad) {
+			// The file will not get better by itself.
+			wait = 0
+		}
+		m.stopped(err, wait)
+		first()
+		answer(due, m.failure())
+		due = m.pause(ctx, wait)
+	}
+	m.change(func() { m.proc, m.err, m.retry = nil, ErrClosed, time.Time{} })
+}
+
+// answer tells everybody who waited for a look.
+func answer(due []*lookup, err error) {
+	for _, l := range due {
+		l.done <- err
+	}
+}
+
+// stopped notes that there is no process, and until when. Its keys are gone
+// from the list until it is back: the process of a module that ended once is
+// back before anybody looks.
+func (m *module) stopped(err error, wait time.Duration) {
+	old := false
+	m.change(func() {
+		m.proc, m.err, m.retry = nil, err, time.Time{}
+		m.lastLook = time.Now()
+		old, m.complain = m.complain == err.Error(), err.Error()
+		if wait > 0 {
+			m.retry = time.Now().Add(wait)
+		}
+		if m.starts == 0 || wait > restartMin {
+			m.order = nil
+		}
+	})
+	m.store.publish()
+	switch {
+	case wait > 0:
+		m.log.Warn("module stopped", "reason", err, "starts again in", wait)
+	case !old: // not each time that somebody looks at the keys
+		m.log.Warn("module cannot be used", "reason", err)
+	}
+}
+
+// pause waits for wait, or, when it is 0, until somebody wants the module. Who
+// explicitly asks for a look ends the pause in any case.
+func (m *module) pause(ctx context.Context, wait time.Duration) (due []*lookup) {
+	var timer <-chan time.Time
+	var poked <-chan struct{}
+	if wait > 0 {
+		t := time.NewTimer(wait)
+		defer t.Stop()
+		timer = t.C
+	} else {
+		select {
+		case <-m.poked: // before this failure
+		default:
+		}
+		poked = m.poked
+	}
+	select {
+	case <-ctx.Done():
+	case <-timer:
+	case <-poked:
+	case l := <-m.wanted:
+		due = append(due, l)
+	}
+	return due
+}
+
+// attend serves a running process until it ends.
+func (m *module) attend(ctx context.Context, p *process) {
+	for {
+		var err error
+		select {
+		case <-ctx.Done():
+			p.kill(ErrClosed)
+			return
+		case <-p.done:
+			return
+		case <-p.events:
+			err = m.look(ctx, p, false)
+		case <-m.poked:
+			if m.mute() {
+				err = m.look(ctx, p, true)
+			}
+		case l := <-m.wanted:
+			err = m.look(ctx, p, true)
+			l.done <- err
+		}
+		if err != nil && ctx.Err() == nil {
+			m.log.Warn("module cannot be looked at", "reason", err)
+		}
+	}
+}
+
+// mute tells whether the module has no slot that a token could be plugged into:
+// then new tokens come from other programs, and it may not notice.
+func (m *module) mute() bool {
+	m.mu.Lock()
+	defer m.mu.Unlock()
+	return !m.plug
+}
+
+// look asks the module for its tokens and keys and publishes them. A token that
+// fails keeps what was known of it.
+func (m *module) look(ctx context.Context, p *process, again bool) error {
+	var slots wire.SlotsReply
+	err := p.call(ctx, listTimeout, wire.TypeSlots, &wire.Slots{Reinitialize: again}, &slots)
+	if err != nil {
+		if isRV(err, wire.CKRGeneralError, wire.CKRDeviceError, wire.CKRCryptokiNotInitialized) {
+			// Some modules never recover from the loss of their reader service;
+			// a new process does.
+			p.kill(fmt.Errorf("its tokens cannot be listed: %w", err))
+		}
+		return m.wrap(err)
+	}
+	var order []*Token
+	plug := false
+	for _, slot := range slots.Slots {
+		plug = plug || slot.Flags&wire.CKFRemovableDevice != 0
+		if !slot.HasToken {
+			continue
+		}
+		t := m.token(slot)
+		if slices.Contains(order, t) {
+			// Nothing tells them apart, so a PIN might go to the wrong one.
+			m.log.Warn("two tokens have the same name, only the first is used", "token", slot.Token.Label, "serial", slot.Token.Serial)
+			continue
+		}
+		if err := t.look(ctx, p, slot); err != nil {
+			if p.failure() != nil {
+				return m.wrap(err)
+			}
+			m.log.Warn("token cannot be read", "token", slot.Token.Label, "serial", slot.Token.Serial, "reason", err)
+		}
+		order = append(order, t)
+	}
+	m.change(func() {
+		for _, t := range order {
+			if !slices.Contains(m.last, t) {
+				t.inserted()
+			}
+		}
+		m.order, m.last, m.lastLook = order, order, time.Now()
+		m.plug, m.complain = plug, ""
+	})
+	m.store.publish()
+	return nil
+}
+
+// token returns what is kept of the token in a slot.
+func (m *module) token(slot wire.Slot) *Token {
+	m.mu.Lock()
+	defer m.mu.Unlock()
+	t := m.tokens[slot.Token]
+	if t == nil {
+		t = newToken(m, slot.Token)
+		m.tokens[slot.Token] = t
+	}
+	return t
+}
+
+// present returns the tokens that are there.
+func (m *module) present() []*Token {
+	m.mu.Lock()
+	defer m.mu.Unlock()
+	return m.order
+}
+
+// known returns every token that was ever there.
+func (m *module) known() []*Token {
+	m.mu.Lock()
+	defer m.mu.Unlock()
+	return slices.Collect(maps.Values(m.tokens))
+}
+
+// running returns the process, waiting for it while it starts.
+func (m *module) running(ctx context.Context) (*process, error) {
+	for {
+		m.mu.Lock()
+		p, state := m.proc, m.state
+		soon := m.err == nil || !m.retry.IsZero() && time.Until(m.retry) < startPatience
+		m.mu.Unlock()
+		switch {
+		case p != nil && p.failure() == nil:
+			return p, nil
+		case p == nil && !soon:
+			return nil, m.failure()
+		}
+		// Also when the process has just ended: run is about to say so.
+		select {
+		case <-state:
+		case <-ctx.Done():
+			return nil, ctx.Err()
+		}
+	}
+}
+
+// failure says why there is no process.
+func (m *module) failure() error {
+	m.mu.Lock()
+	defer m.mu.Unlock()
+	if m.err == nil || errors.Is(m.err, ErrClosed) {
+		return m.err
+	}
+	return &ModuleError{Module: m.spec.Name, Err: m.err, Retry: m.retry}
+}
+
+func (m *module) wrap(err error) error {
+	if err == nil || errors.Is(err, context.Canceled) || errors.Is(err, context.DeadlineExceeded) {
+		return err
+	}
+	return &ModuleError{Module: m.spec.Name, Err: err}
+}
+
+// rescan has the module looked at again and waits for it.
+func (m *module) rescan(ctx context.Context) error {
+	l := &lookup{done: make(chan error, 1)}
+	select {
+	case m.wanted <- l:
+	case <-ctx.Done():
+		return ctx.Err()
+	case <-m.store.ctx.Done():
+		return ErrClosed
+	}
+	select {
+	case err := <-l.done:
+		return err
+	case <-ctx.Done():
+		return ctx.Err()
+	}
+}
+
+// poke has the module looked at in the background unless that was done just
+// now. One that cannot be loaded is tried less often.
+func (m *module) poke() {
+	m.mu.Lock()
+	interval := pokeInterval
+	if m.proc == nil {
+		interval = restartMax
+	}
+	fresh := time.Since(m.lastLook) < interval
+	m.mu.Unlock()
+	if fresh {
+		return
+	}
+	select {
+	case m.poked <- struct{}{}:
+	default:
+	}
+}
+
+func (m *module) status() ModuleStatus {
+	m.mu.Lock()
+	defer m.mu.Unlock()
+	st := ModuleStatus{
+		Name:     m.spec.Name,
+		Path:     m.spec.Path,
+		Running:  m.proc != nil,
+		Err:      m.err,
+		Restarts: max(0, m.starts-1),
+		Library:  m.info.Description,
+	}
+	if m.proc != nil {
+		st.PID = m.proc.cmd.Process.Pid
+	}
+	for _, t := range m.order {
+		st.Tokens = append(st.Tokens, t.status())
+	}
+	return st
+}

@@ -1,0 +1,180 @@
+package token
+
+import (
+	"bytes"
+	"cmp"
+	"context"
+	"encoding/hex"
+	"errors"
+	"fmt"
+	"slices"
+	"sync"
+
+	"p11-agent/token/pkcs11uri"
+	"p11-agent/token/wire"
+)
+
+// Token is one token as seen through one module. It is kept when the token
+// goes and is the same one when it comes back.
+type Token struct {
+	ID     wire.TokenID
+	module *module
+
+	mu               sync.Mutex
+	slot             wire.Slot // where it was seen last
+	removable        bool
+	shadow           string // the module that wins over this one
+	keys             []*Key
+	insertions       uint64
+	session          *process // the process that is logged in, nil when none is
+	refusesMechanism map[uint64]bool
+}
+
+func newToken(m *module, id wire.TokenID) *Token {
+	return &Token{ID: id, module: m, refusesMechanism: make(map[uint64]bool)}
+}
+
+// look reads the objects of the token.
+func (t *Token) look(ctx context.Context, p *process, slot wire.Slot) error {
+	var reply wire.ObjectsReply
+	if err := p.call(ctx, listTimeout, wire.TypeObjects, &wire.Objects{Token: t.ID}, &reply); err != nil {
+		return err
+	}
+	hidden := reply.Info.Flags&wire.CKFLoginRequired != 0 && !reply.Info.LoggedIn
+	log := t.module.log
+	pairs := pair(reply.Objects, t.ID, hidden, func(o wire.Object, reason error) {
+		log.Debug("object is not used", "token", t.ID.Label, "label", o.Label, "id", hex.EncodeToString(o.ID), "reason", reason)
+	})
+	t.mu.Lock()
+	defer t.mu.Unlock()
+	t.slot = slot
+	t.slot.Info = reply.Info
+	t.removable = slot.Flags&wire.CKFRemovableDevice != 0
+	if reply.Info.LoggedIn {
+		t.session = p
+	} else if t.session == p {
+		t.session = nil
+	}
+	// Some modules list their objects in another order each time.
+	slices.SortStableFunc(pairs, func(a, b *found) int {
+		return cmp.Or(bytes.Compare(a.id, b.id), cmp.Compare(a.label, b.label))
+	})
+	old := t.keys
+	t.keys = nil
+	for _, f := range pairs {
+		k := newKey(t, f, pairs)
+		// The same key stays the same object, for those who compare.
+		if i := slices.IndexFunc(old, func(o *Key) bool { return o.same(k) }); i >= 0 {
+			k = old[i]
+		}
+		t.keys = append(t.keys, k)
+	}
+	return nil
+}
+
+func (t *Token) setShadow(by string) {
+	t.mu.Lock()
+	was := t.shadow
+	t.shadow = by
+	t.mu.Unlock()
+	if by != "" && was != by {
+		t.module.log.Warn("token is seen through two modules", "token", t.ID.Label, "serial", t.ID.Serial, "used through", by)
+	}
+}
+
+func (t *Token) keyList() []*Key {
+	t.mu.Lock()
+	defer t.mu.Unlock()
+	return t.keys
+}
+
+// present tells whether the token was there at the last look.
+func (t *Token) present() bool { return slices.Contains(t.module.present(), t) }
+
+// loggedIn tells whether this process is logged in, as far as we know.
+func (t *Token) loggedIn(p *process) bool {
+	t.mu.Lock()
+	defer t.mu.Unlock()
+	return t.session == p
+}
+
+func (t *Token) setLoggedIn(p *process, in bool) {
+	t.mu.Lock()
+	defer t.mu.Unlock()
+	if in {
+		t.session = p
+	} else if t.session == p {
+		t.session = nil
+	}
+}
+
+// logout logs out, which is no error where nobody is logged in.
+func (t *Token) logout(ctx context.Context) error {
+	t.mu.Lock()
+	p := t.session
+	t.session = nil
+	t.mu.Unlock()
+	if p == nil || p.failure() != nil {
+		return nil // the login went with the process
+	}
+	err := p.call(ctx, loginTimeout, wire.TypeLogout, &wire.Token{Token: t.ID}, new(wire.TokenReply))
+	if err != nil && !isRV(err, wire.CKRUserNotLoggedIn, wire.CKRDeviceRemoved, wire.CKRTokenNotPresent) &&
+		!isReason(err, wire.ReasonNoToken) && !errors.Is(err, errGone) {
+		return fmt.Errorf("log out of token %q: %w", t.ID.Label, t.module.wrap(err))
+	}
+	return nil
+}
+
+func (t *Token) status() TokenStatus {
+	t.mu.Lock()
+	defer t.mu.Unlock()
+	return TokenStatus{
+		ID:       t.ID,
+		URI:      pkcs11uri.ForKey(t.ID, "", nil).String(),
+		Module:   t.module.spec.Name,
+		Tries:    triesOf(t.slot.Info.Flags),
+		LoggedIn: t.session != nil,
+		Shadowed: t.shadow,
+		Keys:     t.keys,
+		Flags:    t.slot.Info.Flags,
+		Library:  t.module.info.Description,
+		Slot:     t.slot.Description,
+	}
+}
+
+// matches tells whether a URI selects this token where it is now.
+func (t *Token) matches(u *pkcs11uri.URI) bool {
+	m := t.module
+	t.mu.Lock()
+	slot := t.slot
+	t.mu.Unlock()
+	m.mu.Lock()
+	info := m.info
+	m.mu.Unlock()
+	return u.MatchModule(pkcs11uri.ModuleInfo{
+		Manufacturer: info.Manufacturer, Description: info.Description,
+		Version: pkcs11uri.Version{Major: uint8(info.Library >> 8), Minor: uint8(info.Library)},
+	}) &&
+		u.MatchSlot(pkcs11uri.SlotInfo{ID: slot.ID, Manufacturer: slot.Manufacturer, Description: slot.Description}) &&
+		u.MatchToken(t.ID) && t.module.matches(u)
+}
+
+// same tells whether two keys are the same in all that can be seen of them.
+func (k *Key) same(o *Key) bool {
+	return k.token == o.token && bytes.Equal(k.found.id, o.found.id) && k.found.label == o.found.label &&
+		slices.Equal(k.found.labels, o.found.labels) && slices.Equal(k.found.classes, o.found.classes) &&
+		k.found.visible == o.found.visible && k.found.always == o.found.always && k.found.unfit == o.found.unfit &&
+		k.text == o.text && slices.EqualFunc(k.found.certs, o.found.certs, bytes.Equal) && equalKeys(k.found.public, o.found.public)
+}
+
+func (t *Token) inserted() {
+	t.mu.Lock()
+	defer t.mu.Unlock()
+	t.insertions++
+}
+
+func (t *Token) isRemovable() bool {
+	t.mu.Lock()
+	defer t.mu.Unlock()
+	return t.removable
+}
