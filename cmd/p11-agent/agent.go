@@ -1,0 +1,379 @@
+package main
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"io"
+	"log/slog"
+	"net"
+	"os"
+	"os/signal"
+	"path/filepath"
+	"runtime/debug"
+	"strconv"
+	"strings"
+	"sync"
+	"syscall"
+	"time"
+
+	"github.com/spf13/cobra"
+	"golang.org/x/sys/unix"
+
+	"p11-agent/agent"
+	"p11-agent/agent/sshagent"
+	"p11-agent/systemd"
+	"p11-agent/token"
+)
+
+// agentOptions are the flags of the agent command: ssh-agent's own.
+type agentOptions struct {
+	foreground bool
+	debug      bool
+	kill       bool
+	csh        bool
+	sh         bool
+	socket     string
+	lifetime   string
+	allow      string
+}
+
+func newAgentCommand(g *globals) *cobra.Command {
+	o := new(agentOptions)
+	cmd := &cobra.Command{
+		Use:   "agent [flags] [COMMAND [ARG...]]",
+		Short: "Run the agent",
+		Long: `Run the agent. Without flags it goes into the background and prints the
+commands that tell a shell where it is:
+
+    eval "$(p11-agent agent -s)"
+
+With a COMMAND it runs for as long as the command does. Under systemd it takes
+the socket it is given and stays in the foreground. SIGHUP reads the
+configuration again and looks at the tokens again.`,
+		RunE: func(cmd *cobra.Command, args []string) error {
+			return runAgent(cmd.Context(), g, o, args, cmd.OutOrStdout())
+		},
+	}
+	f := cmd.Flags()
+	f.SetInterspersed(false) // what follows the COMMAND is the command's
+	f.BoolVarP(&o.foreground, "foreground", "D", false, "stay in the foreground")
+	f.BoolVarP(&o.debug, "debug", "d", false, "stay in the foreground and log what happens")
+	f.BoolVarP(&o.kill, "kill", "k", false, "end the agent that SSH_AGENT_PID names")
+	f.BoolVarP(&o.csh, "csh", "c", false, "print commands for csh")
+	f.BoolVarP(&o.sh, "sh", "s", false, "print commands for sh")
+	f.StringVarP(&o.socket, "socket", "a", "", "listen on the socket `PATH` (default $XDG_RUNTIME_DIR/p11-agent/agent.sock)")
+	f.StringVarP(&o.lifetime, "lifetime", "t", "", "keep added keys for `TIME`: seconds, or as 1h30m (default for ever)")
+	f.StringVarP(&o.allow, "allow", "P", "", "modules that ssh-add -s may name: comma-separated `PATTERNS` (default allow-modules, or /usr/lib*/*,/usr/local/lib*/*)")
+	return cmd
+}
+
+func runAgent(ctx context.Context, g *globals, o *agentOptions, command []string, out io.Writer) error {
+	if o.csh && o.sh {
+		return &usageError{errors.New("-c and -s exclude each other")}
+	}
+	shell := bourne
+	if o.csh || !o.sh && strings.HasSuffix(os.Getenv("SHELL"), "csh") {
+		shell = cshell
+	}
+	if o.kill {
+		if len(command) > 0 {
+			return &usageError{errors.New("-k takes no command")}
+		}
+		return killAgent(shell, out)
+	}
+	if g.config != "" {
+		// The agent leaves the directory it was started in, and reads it again.
+		var err error
+		if g.config, err = filepath.Abs(g.config); err != nil {
+			return err
+		}
+	}
+	foreground := o.foreground || o.debug
+	if foreground && len(command) > 0 {
+		return &usageError{errors.New("-D and -d take no command")}
+	}
+	lifetime, err := parseLifetime(o.lifetime)
+	if err != nil {
+		return &usageError{err}
+	}
+	s := &service{globals: g, lifetime: lifetime, allow: o.allow}
+	level := slog.LevelInfo
+	if o.debug {
+		level = slog.LevelDebug
+	}
+
+	inherited, err := systemd.Listeners()
+	if err != nil {
+		return err
+	}
+	if child := backgroundChild(); child != nil {
+		return s.runInBackground(ctx, child, o.socket)
+	}
+	if len(inherited) > 0 {
+		s.log = newLog(os.Stderr, level)
+		return s.runInherited(ctx, inherited)
+	}
+	path, err := socketPath(o.socket)
+	if err != nil {
+		return err
+	}
+	// Found here, mistakes of the configuration reach the person who starts it.
+	if _, err := loadConfig(g.config); err != nil {
+		return err
+	}
+	if foreground {
+		s.log = newLog(os.Stderr, level)
+		return s.runInForeground(ctx, path, shell, out)
+	}
+	return startInBackground(path, shell, command, out)
+}
+
+// service is a running agent.
+type service struct {
+	globals  *globals
+	lifetime time.Duration
+	allow    string // of -P; empty: what the configuration says
+	log      *slog.Logger
+	tty      string // where it was started
+}
+
+// listener is what the door takes its clients from.
+type listener interface {
+	AcceptUnix() (*net.UnixConn, error)
+	Close() error
+}
+
+func (s *service) runInForeground(ctx context.Context, path string, shell shell, out io.Writer) error {
+	l, err := listen(path)
+	if err != nil {
+		return err
+	}
+	defer removeRuntimeDir(path)
+	if _, err := io.WriteString(out, shell.foreground(path, os.Getpid())); err != nil {
+		return errors.Join(err, l.Close())
+	}
+	s.tty = terminalName()
+	return s.serve(ctx, []listener{l}, os.Interrupt, syscall.SIGTERM)
+}
+
+func (s *service) runInherited(ctx context.Context, inherited []*net.UnixListener) error {
+	var all []listener
+	for _, l := range inherited {
+		all = append(all, l)
+	}
+	return s.serve(ctx, all, os.Interrupt, syscall.SIGTERM)
+}
+
+// listen makes the socket, and its directory when that is the agent's own.
+func listen(path string) (*sshagent.Socket, error) {
+	l, err := sshagent.Listen(path)
+	if errors.Is(err, sshagent.ErrInUse) {
+		return nil, fmt.Errorf("%w: use it with SSH_AUTH_SOCK=%s, or end it first", err, path)
+	}
+	return l, err
+}
+
+// serve runs the agent on the sockets until ctx ends, one of the signals comes,
+// or a socket breaks.
+func (s *service) serve(ctx context.Context, listeners []listener, stop ...os.Signal) error {
+	ctx, cancel := signal.NotifyContext(ctx, stop...)
+	defer cancel()
+	closeAll := func() {
+		for _, l := range listeners {
+			_ = l.Close()
+		}
+	}
+	if err := harden(); err != nil {
+		closeAll()
+		return err
+	}
+	c, err := loadConfig(s.globals.config)
+	if err != nil {
+		closeAll()
+		return err
+	}
+	warnUnlocked(s.log)
+	ask := newAsker(c, os.Getenv, s.tty, s.log)
+	b, err := openBackend(c, ask, s.log)
+	if err != nil {
+		closeAll()
+		return err
+	}
+	defer b.stop()
+
+	allow := token.AllowList(c.AllowModules)
+	if s.allow != "" {
+		allow = token.ParseAllowList(s.allow)
+	}
+	keyring := agent.NewKeyring(agent.Options{
+		Tokens:    &tokens{store: b.store, allow: allow},
+		Automatic: automatic(c),
+		Name:      names(c),
+		Lifetime:  s.lifetime,
+		Confirm:   ask,
+		Log:       s.log,
+	})
+	reload := make(chan os.Signal, 1)
+	signal.Notify(reload, syscall.SIGHUP)
+	defer signal.Stop(reload)
+	var helpers sync.WaitGroup
+	defer helpers.Wait()
+	helpers.Go(func() {
+		for {
+			select {
+			case <-ctx.Done():
+				return
+			case <-reload:
+				s.reload(ctx, keyring, b.store)
+			}
+		}
+	})
+
+	server := &sshagent.Server{Keyring: keyring, Log: s.log}
+	results := make(chan error, len(listeners))
+	for _, l := range listeners {
+		go func() { results <- server.Serve(ctx, l) }()
+	}
+	s.log.Info("agent is listening", "pid", os.Getpid(), "version", version)
+	s.notify(systemd.Ready("listening"))
+	var all []error
+	for range listeners {
+		if err := <-results; err != nil {
+			all = append(all, err)
+			cancel() // one socket less is no agent any more
+		}
+	}
+	cancel()
+	s.notify(systemd.Stopping())
+	return errors.Join(all...)
+}
+
+// notify logs when the service manager could not be told something.
+func (s *service) notify(err error) {
+	if err != nil {
+		s.log.Warn("cannot tell the service manager", "reason", err)
+	}
+}
+
+// reload reads the configuration again. Modules stay as they are: a change of
+// those needs a restart.
+func (s *service) reload(ctx context.Context, k *agent.Keyring, store *token.Store) {
+	s.notify(systemd.Reloading())
+	defer func() { s.notify(systemd.Ready("listening")) }()
+	c, err := loadConfig(s.globals.config)
+	if err != nil {
+		s.log.Error("the configuration is not used, the old one stays", "reason", err)
+		return
+	}
+	store.SetSources(c.sources())
+	k.Configure(automatic(c), names(c))
+	ctx, cancel := context.WithTimeout(ctx, 10*time.Second)
+	defer cancel()
+	if err := store.Rescan(ctx); err != nil && ctx.Err() == nil {
+		s.log.Warn("cannot look at all tokens", "reason", err)
+	}
+	s.log.Info("configuration read again")
+}
+
+// harden keeps others of the same user from looking into the process, and its
+// memory out of core files and out of the log.
+func harden() error {
+	debug.SetTraceback("none") // a trace has registers in it
+	if err := unix.Prctl(unix.PR_SET_DUMPABLE, 0, 0, 0, 0); err != nil {
+		return fmt.Errorf("keep others from tracing the agent: %w", err)
+	}
+	if err := unix.Setrlimit(unix.RLIMIT_CORE, &unix.Rlimit{}); err != nil {
+		return fmt.Errorf("switch core files off: %w", err)
+	}
+	return nil
+}
+
+// parseLifetime reads a time as ssh-agent does (sshd_config(5), TIME FORMATS):
+// seconds, or numbers with units as in 1h30m.
+func parseLifetime(s string) (time.Duration, error) {
+	if s == "" {
+		return 0, nil
+	}
+	units := map[byte]time.Duration{
+		's': time.Second, 'm': time.Minute, 'h': time.Hour, 'd': 24 * time.Hour, 'w': 7 * 24 * time.Hour,
+	}
+	bad := fmt.Errorf("%q is no length of time: write seconds, or 1h30m", s)
+	total := time.Duration(0)
+	for rest := s; rest != ""; {
+		n := strings.IndexFunc(rest, func(r rune) bool { return r < '0' || r > '9' })
+		digits, unit := rest, time.Second
+		if n >= 0 {
+			digits = rest[:n]
+			var ok bool
+			if unit, ok = units[rest[n]|0x20]; !ok {
+				return 0, bad
+			}
+			rest = rest[n+1:]
+		} else {
+			rest = ""
+		}
+		v, err := strconv.ParseUint(digits, 10, 31)
+		if err != nil {
+			return 0, bad
+		}
+		total += time.Duration(v) * unit
+		if total < 0 || total > 1<<31*time.Second {
+			return 0, bad
+		}
+	}
+	if total == 0 {
+		return 0, bad
+	}
+	return total, nil
+}
+
+// socketPath returns where to listen. It makes nothing but a private directory
+// under the temporary one, as ssh-agent does, where there is no runtime
+// directory.
+func socketPath(flag string) (string, error) {
+	if flag != "" {
+		return filepath.Abs(flag)
+	}
+	dir := os.Getenv("XDG_RUNTIME_DIR")
+	if dir == "" {
+		dir, err := os.MkdirTemp("", runtimePrefix)
+		if err != nil {
+			return "", fmt.Errorf("XDG_RUNTIME_DIR is not set, and there is no other place for a socket (-a names one): %w", err)
+		}
+		return filepath.Join(dir, "agent."+strconv.Itoa(os.Getpid())), nil
+	}
+	st, err := os.Stat(dir)
+	if err != nil {
+		return "", fmt.Errorf("XDG_RUNTIME_DIR: %w: log in again to have it made, or name a socket with -a", err)
+	}
+	if sys, ok := st.Sys().(*syscall.Stat_t); !ok || !st.IsDir() || int(sys.Uid) != os.Geteuid() {
+		return "", fmt.Errorf("XDG_RUNTIME_DIR: %s is not a directory of this user: name a socket with -a", dir)
+	}
+	return filepath.Join(dir, "p11-agent", "agent.sock"), nil
+}
+
+// runtimePrefix begins the names of the directories that socketPath makes.
+const runtimePrefix = "p11-agent-"
+
+// removeRuntimeDir removes the directory that socketPath has made, once the
+// socket in it is gone.
+func removeRuntimeDir(path string) {
+	if dir := filepath.Dir(path); strings.HasPrefix(filepath.Base(dir), runtimePrefix) {
+		// Only if it is empty; somebody's own directory of that name stays.
+		_ = os.Remove(dir)
+	}
+}
+
+// terminalName returns the terminal the process was started on, or nothing.
+func terminalName() string {
+	for _, fd := range []int{0, 1, 2} {
+		if _, err := unix.IoctlGetTermios(fd, unix.TCGETS); err != nil {
+			continue
+		}
+		if name, err := os.Readlink(fmt.Sprintf("/proc/self/fd/%d", fd)); err == nil {
+			return name
+		}
+	}
+	return ""
+}

@@ -1,0 +1,321 @@
+package main
+
+import (
+	"bufio"
+	"context"
+	"errors"
+	"fmt"
+	"io"
+	"log/slog"
+	"os"
+	"os/exec"
+	"os/signal"
+	"path/filepath"
+	"strconv"
+	"strings"
+	"sync"
+	"syscall"
+
+	"golang.org/x/sys/unix"
+)
+
+// shell is how a shell sets variables.
+type shell struct{ set, unset string }
+
+var (
+	bourne = shell{set: "%[1]s=%[2]s; export %[1]s;\n", unset: "unset %s;\n"}
+	cshell = shell{set: "setenv %s %s;\n", unset: "unsetenv %s;\n"}
+)
+
+const (
+	socketVariable = "SSH_AUTH_SOCK"
+	pidVariable    = "SSH_AGENT_PID"
+)
+
+// background is what ssh-agent prints when it goes into the background.
+func (s shell) background(path string, pid int) string {
+	return fmt.Sprintf(s.set, socketVariable, quote(path)) + fmt.Sprintf(s.set, pidVariable, strconv.Itoa(pid)) +
+		fmt.Sprintf("echo Agent pid %d;\n", pid)
+}
+
+// foreground is what it prints when it stays.
+func (s shell) foreground(path string, pid int) string {
+	return fmt.Sprintf(s.set, socketVariable, quote(path)) + fmt.Sprintf("echo Agent pid %d;\n", pid)
+}
+
+// killed is what it prints when it has ended another one.
+func (s shell) killed(pid int) string {
+	return fmt.Sprintf(s.unset, socketVariable) + fmt.Sprintf(s.unset, pidVariable) + fmt.Sprintf("echo Agent pid %d killed;\n", pid)
+}
+
+// quote makes one word of s for sh and csh; a path without anything special in
+// it stays as it is.
+func quote(s string) string {
+	plain := func(r rune) bool {
+		return r >= 'a' && r <= 'z' || r >= 'A' && r <= 'Z' || r >= '0' && r <= '9' || strings.ContainsRune("/._-+:@,", r)
+	}
+	if strings.IndexFunc(s, func(r rune) bool { return !plain(r) }) < 0 {
+		return s
+	}
+	return "'" + strings.ReplaceAll(s, "'", `'\''`) + "'"
+}
+
+// killAgent ends the agent of the environment, as ssh-agent -k does.
+func killAgent(s shell, out io.Writer) error {
+	text := os.Getenv(pidVariable)
+	if text == "" {
+		return fmt.Errorf("%s is not set, so there is no agent to end", pidVariable)
+	}
+	pid, err := strconv.Atoi(text)
+	if err != nil || pid <= 1 {
+		return fmt.Errorf("%s is %q, which is no process", pidVariable, text)
+	}
+	if err := syscall.Kill(pid, syscall.SIGTERM); err != nil {
+		return fmt.Errorf("end the agent with process ID %d: %w", pid, err)
+	}
+	_, err = io.WriteString(out, s.killed(pid))
+	return err
+}
+
+// The agent in the background is a new process of the same program: a Go
+// program cannot go on in a fork. What it needs to know besides its flags is in
+// these variables, which it removes.
+const (
+	childVariable    = "P11_AGENT_BACKGROUND"     // the process that started it
+	childTTYVariable = "P11_AGENT_BACKGROUND_TTY" // where that was
+	childEndVariable = "P11_AGENT_BACKGROUND_END" // set: it ends with that process
+	childReportFD    = 3                          // it says here how it went
+)
+
+// child describes this process when it is the one in the background.
+type child struct {
+	parent int
+	tty    string
+	bound  bool // ends when the parent does
+}
+
+// backgroundChild returns nil in every other process.
+func backgroundChild() *child {
+	parent, err := strconv.Atoi(os.Getenv(childVariable))
+	if err != nil || parent != os.Getppid() {
+		return nil
+	}
+	c := &child{parent: parent, tty: os.Getenv(childTTYVariable), bound: os.Getenv(childEndVariable) != ""}
+	for _, v := range []string{childVariable, childTTYVariable, childEndVariable} {
+		_ = os.Unsetenv(v) // fails for names that cannot be
+	}
+	return c
+}
+
+// startInBackground starts the agent as a process of its own and waits until it
+// listens. Then it prints the commands for a shell or becomes the command.
+func startInBackground(path string, s shell, command []string, out io.Writer) error {
+	var program string
+	if len(command) > 0 {
+		// Found before the agent runs, which would be left over.
+		var err error
+		if program, err = exec.LookPath(command[0]); err != nil {
+			return err
+		}
+	}
+	report, theirs, err := os.Pipe()
+	if err != nil {
+		return err
+	}
+	defer report.Close()
+	cmd := exec.Command("/proc/self/exe", os.Args[1:]...)
+	// The socket is named by the environment, as the flag may not be there.
+	cmd.Args[0] = os.Args[0]
+	cmd.Env = append(os.Environ(), childVariable+"="+strconv.Itoa(os.Getpid()), childTTYVariable+"="+terminalName(), childSocketVariable+"="+path)
+	if len(command) > 0 {
+		cmd.Env = append(cmd.Env, childEndVariable+"=1")
+	}
+	cmd.ExtraFiles = []*os.File{theirs} // becomes childReportFD
+	cmd.SysProcAttr = &syscall.SysProcAttr{Setsid: true}
+	err = cmd.Start()
+	_ = theirs.Close()
+	if err != nil {
+		return fmt.Errorf("start the agent in the background: %w", err)
+	}
+	answer, err := bufio.NewReader(report).ReadString('\n')
+	if err != nil || answer != "ok\n" {
+		werr := cmd.Wait()
+		removeRuntimeDir(path)
+		if answer = strings.TrimSpace(answer); answer != "" {
+			return errors.New(answer)
+		}
+		return fmt.Errorf("the agent ended before it was listening: %w", werr)
+	}
+	pid := cmd.Process.Pid
+	if len(command) == 0 {
+		_, err := io.WriteString(out, s.background(path, pid))
+		return err
+	}
+	env := append(os.Environ(), socketVariable+"="+path, pidVariable+"="+strconv.Itoa(pid))
+	err = syscall.Exec(program, command, dedupe(env))
+	return errors.Join(fmt.Errorf("run %s: %w", program, err), cmd.Process.Kill())
+}
+
+// childSocketVariable tells the child where to listen.
+const childSocketVariable = "P11_AGENT_BACKGROUND_SOCKET"
+
+// dedupe keeps the last setting of each variable.
+func dedupe(env []string) []string {
+	last := make(map[string]int)
+	for i, kv := range env {
+		name, _, _ := strings.Cut(kv, "=")
+		last[name] = i
+	}
+	var kept []string
+	for i, kv := range env {
+		name, _, _ := strings.Cut(kv, "=")
+		if last[name] == i {
+			kept = append(kept, kv)
+		}
+	}
+	return kept
+}
+
+// runInBackground is the life of the process that startInBackground starts.
+func (s *service) runInBackground(ctx context.Context, c *child, _ string) error {
+	path := os.Getenv(childSocketVariable)
+	_ = os.Unsetenv(childSocketVariable)
+	report := os.NewFile(childReportFD, "report")
+	unix.CloseOnExec(childReportFD)
+	fail := func(err error) error {
+		_, werr := fmt.Fprintln(report, strings.ReplaceAll(err.Error(), "\n", "; "))
+		return errors.Join(statusError(exitFailure), werr)
+	}
+	logFile, err := openLogFile(path)
+	if err != nil {
+		return fail(err)
+	}
+	defer logFile.Close()
+	s.log = newLog(logFile, slog.LevelInfo)
+	s.tty = c.tty
+	ctx, cancel := context.WithCancel(ctx)
+	defer cancel()
+	if c.bound {
+		if err := endWith(c.parent, cancel); err != nil {
+			return fail(err)
+		}
+	}
+	l, err := listen(path)
+	if err != nil {
+		return fail(err)
+	}
+	defer removeRuntimeDir(path)
+	// From here on the terminal belongs to others.
+	signal.Ignore(os.Interrupt)
+	if err := leaveTerminal(); err != nil {
+		return fail(errors.Join(err, l.Close()))
+	}
+	if _, err := io.WriteString(report, "ok\n"); err != nil {
+		return errors.Join(err, l.Close())
+	}
+	_ = report.Close()
+	if err := s.serve(ctx, []listener{l}, syscall.SIGTERM); err != nil {
+		s.log.Error("agent ended", "reason", err)
+		return statusError(exitFailure)
+	}
+	return nil
+}
+
+// leaveTerminal points the standard files away from where the agent was
+// started, so that whoever reads from there sees its end.
+func leaveTerminal() error {
+	null, err := os.OpenFile(os.DevNull, os.O_RDWR, 0)
+	if err != nil {
+		return err
+	}
+	defer null.Close()
+	for fd := range 3 {
+		if err := unix.Dup3(int(null.Fd()), fd, 0); err != nil {
+			return fmt.Errorf("leave the terminal: %w", err)
+		}
+	}
+	return os.Chdir("/")
+}
+
+// endWith calls end when the process ends. It has to be the parent.
+func endWith(pid int, end func()) error {
+	fd, err := unix.PidfdOpen(pid, 0)
+	if err != nil || os.Getppid() != pid {
+		return errors.Join(errors.New("the command's process has ended"), err)
+	}
+	go func() {
+		for {
+			_, err := unix.Poll([]unix.PollFd{{Fd: int32(fd), Events: unix.POLLIN}}, -1)
+			if err != unix.EINTR {
+				break
+			}
+		}
+		_ = unix.Close(fd)
+		end()
+	}()
+	return nil
+}
+
+// maxLogFile is the size at which a log file becomes the old one.
+const maxLogFile = 1 << 20
+
+// logFile is the log of an agent that has neither terminal nor journal. Two
+// files of 1 MiB at most are kept.
+type logFile struct {
+	path string
+
+	mu   sync.Mutex
+	file *os.File
+	size int64
+}
+
+// openLogFile opens the log of the agent with this socket: agent.log in the
+// state directory, or next to the socket where there is none.
+func openLogFile(socket string) (*logFile, error) {
+	dir := stateDir()
+	if dir == "" {
+		dir = filepath.Dir(socket)
+	}
+	if err := os.MkdirAll(dir, 0o700); err != nil {
+		return nil, fmt.Errorf("make a directory for the log: %w", err)
+	}
+	l := &logFile{path: filepath.Join(dir, "agent.log")}
+	return l, l.open()
+}
+
+func (l *logFile) open() error {
+	f, err := os.OpenFile(l.path, os.O_WRONLY|os.O_CREATE|os.O_APPEND|syscall.O_NOFOLLOW, 0o600)
+	if err != nil {
+		return fmt.Errorf("open the log: %w", err)
+	}
+	st, err := f.Stat()
+	if err != nil {
+		return errors.Join(fmt.Errorf("open the log: %w", err), f.Close())
+	}
+	l.file, l.size = f, st.Size()
+	return nil
+}
+
+func (l *logFile) Write(b []byte) (int, error) {
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	if l.size > maxLogFile {
+		// Should the file not be renamed, it grows on: better than no log.
+		if err := os.Rename(l.path, l.path+".old"); err == nil {
+			old := l.file
+			if err := l.open(); err == nil {
+				_ = old.Close()
+			}
+		}
+	}
+	n, err := l.file.Write(b)
+	l.size += int64(n)
+	return n, err
+}
+
+// Close closes the file.
+func (l *logFile) Close() error {
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	return l.file.Close()
+}

@@ -1,0 +1,339 @@
+package main
+
+import (
+	"bytes"
+	"cmp"
+	"errors"
+	"fmt"
+	"io/fs"
+	"maps"
+	"os"
+	"path/filepath"
+	"reflect"
+	"slices"
+	"strings"
+	"syscall"
+	"time"
+
+	"github.com/pelletier/go-toml/v2"
+
+	"p11-agent/token"
+	"p11-agent/token/pkcs11uri"
+)
+
+// maxConfig is the most bytes that a configuration file may have.
+const maxConfig = 1 << 20
+
+// config is the configuration file, p11-agent.toml.
+type config struct {
+	file string // empty when there is none
+
+	// Keys is nil when absent, which is not the same as empty.
+	Keys         *[]uriValue    `toml:"keys"`
+	AllowModules []string       `toml:"allow-modules"`
+	Pinentry     pinentryConfig `toml:"pinentry"`
+	Modules      []moduleConfig `toml:"module"`
+	KeyTables    []keyConfig    `toml:"key"`
+}
+
+type pinentryConfig struct {
+	Program string `toml:"program"`
+	Grab    *bool  `toml:"grab"`
+}
+
+// moduleConfig adds a module, when it has a path, or changes one of the
+// registry.
+type moduleConfig struct {
+	Name    string            `toml:"name"`
+	Path    string            `toml:"path"`
+	Enabled *bool             `toml:"enabled"`
+	Timeout durationValue     `toml:"timeout"`
+	Env     map[string]string `toml:"env"`
+}
+
+// keyConfig attaches a name to the keys that a URI matches.
+type keyConfig struct {
+	URI  *uriValue `toml:"uri"`
+	Name string    `toml:"name"`
+}
+
+// uriValue is a PKCS#11 URI in the configuration.
+type uriValue struct{ *pkcs11uri.URI }
+
+func (v *uriValue) UnmarshalText(b []byte) (err error) {
+	v.URI, err = pkcs11uri.ParseBytes(b)
+	return err
+}
+
+// durationValue is a length of time, as "30s" or "2m".
+type durationValue time.Duration
+
+func (v *durationValue) UnmarshalText(b []byte) error {
+	d, err := time.ParseDuration(string(b))
+	if err != nil || d <= 0 {
+		return errors.New(`a length of time is written as "30s" or "2m"`)
+	}
+	*v = durationValue(d)
+	return nil
+}
+
+// configError is a mistake in the configuration file, at a place in it.
+type configError struct {
+	File      string
+	Line, Col int // counted from 1; 0: the whole file
+	Text      string
+	Advice    string
+}
+
+func (e *configError) Error() string {
+	if e.Line == 0 {
+		return fmt.Sprintf("%s: %s", e.File, e.Text)
+	}
+	return fmt.Sprintf("%s:%d:%d: %s", e.File, e.Line, e.Col, e.Text)
+}
+
+// hint says what to do about it.
+func (e *configError) hint() string { return e.Advice }
+
+// defaultConfig is where the configuration file is when nobody says otherwise,
+// or nothing when there is no home directory.
+func defaultConfig() string {
+	if dir := os.Getenv("XDG_CONFIG_HOME"); filepath.IsAbs(dir) {
+		return filepath.Join(dir, "p11-agent", "config.toml")
+	}
+	if home := os.Getenv("HOME"); filepath.IsAbs(home) {
+		return filepath.Join(home, ".config", "p11-agent", "config.toml")
+	}
+	return ""
+}
+
+// stateDir is where the agent remembers things, or nothing.
+func stateDir() string {
+	if dir := os.Getenv("XDG_STATE_HOME"); filepath.IsAbs(dir) {
+		return filepath.Join(dir, "p11-agent")
+	}
+	if home := os.Getenv("HOME"); filepath.IsAbs(home) {
+		return filepath.Join(home, ".local", "state", "p11-agent")
+	}
+	return ""
+}
+
+// loadConfig reads the configuration. file is what --config says; empty: the
+// file at its usual place, if there is one.
+func loadConfig(file string) (*config, error) {
+	optional := file == ""
+	if optional {
+		file = defaultConfig()
+	}
+	c := &config{AllowModules: token.DefaultAllowList}
+	if file == "" {
+		return c, nil
+	}
+	b, mode, err := readConfig(file)
+	if optional && errors.Is(err, fs.ErrNotExist) {
+		return c, nil
+	}
+	if err != nil {
+		return nil, err
+	}
+	defer clear(b) // it may hold a PIN
+	c.file = file
+	d := toml.NewDecoder(bytes.NewReader(b)).DisallowUnknownFields()
+	if err := d.Decode(c); err != nil {
+		return nil, explainTOML(file, err)
+	}
+	return c, c.check(mode)
+}
+
+// readConfig reads a file that may name programs and libraries to run: nobody
+// else may be able to change it.
+func readConfig(file string) ([]byte, fs.FileMode, error) {
+	f, err := os.OpenFile(file, os.O_RDONLY|syscall.O_NONBLOCK, 0)
+	if err != nil {
+		return nil, 0, fmt.Errorf("configuration: %w", err)
+	}
+	defer f.Close()
+	st, err := f.Stat()
+	if err != nil {
+		return nil, 0, fmt.Errorf("configuration: %w", err)
+	}
+	sys, ok := st.Sys().(*syscall.Stat_t)
+	switch {
+	case !ok || !st.Mode().IsRegular():
+		return nil, 0, &configError{File: file, Text: "the configuration is not a regular file"}
+	case sys.Uid != 0 && int(sys.Uid) != os.Geteuid():
+		return nil, 0, &configError{
+			File: file, Text: fmt.Sprintf("the configuration belongs to user %d", sys.Uid),
+			Advice: "only your own files and root's are believed",
+		}
+	case st.Mode().Perm()&0o022 != 0:
+		return nil, 0, &configError{
+			File: file, Text: fmt.Sprintf("the configuration can be changed by others (mode %#o)", st.Mode().Perm()),
+			Advice: "run: chmod go-w " + file,
+		}
+	case st.Size() > maxConfig:
+		return nil, 0, &configError{File: file, Text: "the configuration is larger than 1 MiB"}
+	}
+	b := make([]byte, st.Size())
+	n, err := f.ReadAt(b, 0)
+	if n < len(b) {
+		return nil, 0, fmt.Errorf("configuration: read %s: %w", file, err)
+	}
+	return b, st.Mode(), nil
+}
+
+// explainTOML turns the decoder's errors into ours, which quote no value of the
+// file.
+func explainTOML(file string, err error) error {
+	if strict, ok := errors.AsType[*toml.StrictMissingError](err); ok {
+		var all []error
+		for _, e := range strict.Errors {
+			line, col := e.Position()
+			key := e.Key()
+			ce := &configError{File: file, Line: line, Col: col, Text: fmt.Sprintf("unknown key %q", strings.Join(key, "."))}
+			if len(key) > 0 {
+				ce.Text = fmt.Sprintf("unknown key %q", key[len(key)-1])
+				if s := suggest(key[len(key)-1], knownKeys(reflect.TypeFor[config](), key[:len(key)-1])); s != "" {
+					ce.Advice = fmt.Sprintf("did you mean %q?", s)
+				}
+			}
+			all = append(all, ce)
+		}
+		return errors.Join(all...)
+	}
+	if e, ok := errors.AsType[*toml.DecodeError](err); ok {
+		line, col := e.Position()
+		return &configError{File: file, Line: line, Col: col, Text: strings.TrimPrefix(e.Error(), "toml: ")}
+	}
+	return &configError{File: file, Text: err.Error()}
+}
+
+// knownKeys returns the keys that the table at path may have.
+func knownKeys(t reflect.Type, path []string) []string {
+	for t.Kind() == reflect.Pointer || t.Kind() == reflect.Slice {
+		t = t.Elem()
+	}
+	if t.Kind() != reflect.Struct {
+		return nil
+	}
+	var names []string
+	for f := range t.Fields() {
+		name := f.Tag.Get("toml")
+		if name == "" {
+			continue
+		}
+		names = append(names, name)
+		if len(path) > 0 && path[0] == name {
+			return knownKeys(f.Type, path[1:])
+		}
+	}
+	return names
+}
+
+// suggest returns the name nearest to a mistyped one, if any is near.
+func suggest(name string, known []string) string {
+	best := slices.MinFunc(append(known, ""), func(a, b string) int { return cmp.Compare(distance(name, a), distance(name, b)) })
+	if distance(name, best) > max(2, len(name)/3) {
+		return ""
+	}
+	return best
+}
+
+// distance is Levenshtein's.
+func distance(a, b string) int {
+	row := make([]int, len(b)+1)
+	for j := range row {
+		row[j] = j
+	}
+	for i := range len(a) {
+		last := row[0]
+		row[0] = i + 1
+		for j := range len(b) {
+			cost := last
+			if a[i] != b[j] {
+				cost = 1 + min(last, row[j], row[j+1])
+			}
+			last, row[j+1] = row[j+1], cost
+		}
+	}
+	return row[len(b)]
+}
+
+// check finds what the syntax does not show.
+func (c *config) check(mode fs.FileMode) error {
+	bad := func(format string, args ...any) error {
+		return &configError{File: c.file, Text: fmt.Sprintf(format, args...)}
+	}
+	for _, u := range c.uris() {
+		if u.PIN() != nil && mode.Perm()&0o077 != 0 {
+			return &configError{
+				File: c.file, Text: fmt.Sprintf("it holds a pin-value and can be read by others (mode %#o)", mode.Perm()),
+				Advice: "run: chmod 600 " + c.file + ", or better name a file with pin-source",
+			}
+		}
+		if names := u.Unrecognized(); len(names) > 0 {
+			e := &configError{File: c.file, Text: fmt.Sprintf("%v has the unknown attribute %q, so it would match nothing", u, names[0])}
+			if s := pkcs11uri.Suggest(names[0]); s != "" {
+				e.Advice = fmt.Sprintf("did you mean %q?", s)
+			}
+			return e
+		}
+	}
+	for i, k := range c.KeyTables {
+		if k.URI == nil {
+			return bad("[[key]] table %d has no uri", i+1)
+		}
+	}
+	if p := c.Pinentry.Program; strings.Contains(p, "/") && !filepath.IsAbs(p) {
+		return bad("pinentry.program %q is neither an absolute path nor a name", p)
+	}
+	seen := make(map[string]bool)
+	for i, m := range c.Modules {
+		switch {
+		case m.Name == "" && m.Path == "":
+			return bad("[[module]] table %d has neither path nor name", i+1)
+		case m.Path != "" && !filepath.IsAbs(m.Path):
+			return bad("module path %q is not absolute", m.Path)
+		case seen[m.name()]:
+			return bad("module %q is configured twice", m.name())
+		}
+		seen[m.name()] = true
+		for name := range m.Env {
+			if name == "" || strings.ContainsAny(name, "=\x00") {
+				return bad("module %q: %q cannot be the name of an environment variable", m.name(), name)
+			}
+		}
+	}
+	return nil
+}
+
+func (m moduleConfig) name() string { return cmp.Or(m.Name, filepath.Base(m.Path)) }
+
+func (m moduleConfig) environ() []string {
+	var env []string
+	for _, name := range slices.Sorted(maps.Keys(m.Env)) {
+		env = append(env, name+"="+m.Env[name])
+	}
+	return env
+}
+
+// uris returns every URI of the configuration.
+func (c *config) uris() []*pkcs11uri.URI {
+	var all []*pkcs11uri.URI
+	if c.Keys != nil {
+		for _, u := range *c.Keys {
+			all = append(all, u.URI)
+		}
+	}
+	for _, k := range c.KeyTables {
+		if k.URI != nil {
+			all = append(all, k.URI.URI)
+		}
+	}
+	return all
+}
+
+// sources returns the URIs that say where a PIN comes from.
+func (c *config) sources() []*pkcs11uri.URI {
+	return slices.DeleteFunc(c.uris(), func(u *pkcs11uri.URI) bool { return u.PIN() == nil && u.PINSource == nil })
+}

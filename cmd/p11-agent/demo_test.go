@@ -1,0 +1,319 @@
+package main
+
+import (
+	"bufio"
+	"bytes"
+	"io/fs"
+	"os"
+	"os/exec"
+	"path/filepath"
+	"regexp"
+	"strings"
+	"syscall"
+	"testing"
+
+	"p11-agent/token/tokentest"
+)
+
+// demoPrograms are those that the demo cannot do without.
+var demoPrograms = []string{"softhsm2-util", "pkcs11-tool", "ssh", "ssh-add", "ssh-keygen", "sshd", "git"}
+
+// needPrograms ends a test that needs programs which are not here; in CI they
+// have to be.
+func needPrograms(t *testing.T, names ...string) {
+	t.Helper()
+	for _, name := range names {
+		if _, err := lookPath(name); err != nil {
+			if os.Getenv("CI") == "true" {
+				t.Fatalf("%s is not installed", name)
+			}
+			t.Skipf("%s is not installed", name)
+		}
+	}
+}
+
+// demoWorld is what a demo of a test runs in.
+type demoWorld struct {
+	home, tmp string
+	path      string // PATH
+}
+
+func newDemoWorld(t *testing.T) *demoWorld {
+	t.Helper()
+	dir := tokentest.TempDir(t) // short: sockets will be in it
+	w := &demoWorld{home: filepath.Join(dir, "h"), tmp: filepath.Join(dir, "t"), path: os.Getenv("PATH")}
+	for _, d := range []string{w.home, w.tmp, filepath.Join(w.home, ".ssh")} {
+		if err := os.Mkdir(d, 0o700); err != nil {
+			t.Fatal(err)
+		}
+	}
+	// A git configuration that would show, were it read.
+	for name, text := range map[string]string{
+		".gitconfig":       "[user]\n\tname = Mallory\n[commit]\n\tgpgSign = true\n[gpg]\n\tformat = x509\n",
+		".ssh/config":      "Host *\n\tIdentityAgent none\n",
+		".ssh/known_hosts": "",
+	} {
+		if err := os.WriteFile(filepath.Join(w.home, name), []byte(text), 0o600); err != nil {
+			t.Fatal(err)
+		}
+	}
+	return w
+}
+
+// only makes PATH a directory that holds these programs and no others. What
+// replace says is put there as a script instead.
+func (w *demoWorld) only(t *testing.T, replace map[string]string, names ...string) {
+	t.Helper()
+	bin := filepath.Join(filepath.Dir(w.tmp), "bin")
+	if err := os.Mkdir(bin, 0o700); err != nil {
+		t.Fatal(err)
+	}
+	for _, name := range names {
+		path, err := lookPath(name)
+		if err == nil {
+			err = os.Symlink(path, filepath.Join(bin, name))
+		}
+		if err != nil {
+			t.Fatal(err)
+		}
+	}
+	for name, script := range replace {
+		if err := os.WriteFile(filepath.Join(bin, name), []byte("#!/bin/sh\n"+script+"\n"), 0o700); err != nil {
+			t.Fatal(err)
+		}
+	}
+	w.path = bin
+}
+
+// command makes the command of a demo.
+func (w *demoWorld) command(t *testing.T, args ...string) *exec.Cmd {
+	t.Helper()
+	program, err := exec.LookPath("p11-agent") // testscript's
+	if err != nil {
+		t.Fatal(err)
+	}
+	cmd := exec.CommandContext(t.Context(), program, append([]string{"demo"}, args...)...)
+	cmd.Args[0] = "p11-agent"
+	// An agent, a terminal and git variables of the user's: none of it may matter.
+	cmd.Env = []string{
+		"HOME=" + w.home, "TMPDIR=" + w.tmp, "PATH=" + w.path, "SSH_AUTH_SOCK=" + filepath.Join(w.home, "agent.sock"),
+		"GPG_TTY=/dev/null", "GIT_DIR=" + filepath.Join(w.home, "repo"), "XDG_CONFIG_HOME=" + w.home,
+	}
+	return cmd
+}
+
+// run runs a demo to its end.
+func (w *demoWorld) run(t *testing.T, args ...string) (stdout, stderr string, status int) {
+	t.Helper()
+	cmd := w.command(t, args...)
+	var out, errs bytes.Buffer
+	cmd.Stdout, cmd.Stderr = &out, &errs
+	if err := cmd.Run(); cmd.ProcessState == nil {
+		t.Fatal(err)
+	}
+	return out.String(), errs.String(), cmd.ProcessState.ExitCode()
+}
+
+// untouched fails the test if HOME is not as it was made.
+func (w *demoWorld) untouched(t *testing.T) {
+	t.Helper()
+	var names []string
+	err := filepath.WalkDir(w.home, func(path string, e fs.DirEntry, err error) error {
+		if err == nil && !e.IsDir() {
+			names = append(names, strings.TrimPrefix(path, w.home+"/"))
+		}
+		return err
+	})
+	if err != nil {
+		t.Fatal(err)
+	}
+	if got, want := strings.Join(names, " "), ".gitconfig .ssh/config .ssh/known_hosts"; got != want {
+		t.Errorf("the home directory holds %s, want %s", got, want)
+	}
+	if st, err := os.Stat(filepath.Join(w.home, ".ssh/known_hosts")); err != nil || st.Size() != 0 {
+		t.Errorf("known_hosts was changed (%v)", err)
+	}
+}
+
+// removed fails the test if anything of a demo is left.
+func (w *demoWorld) removed(t *testing.T) {
+	t.Helper()
+	left, err := os.ReadDir(w.tmp)
+	if err != nil {
+		t.Fatal(err)
+	}
+	for _, e := range left {
+		t.Errorf("%s is left", e)
+	}
+	w.ended(t)
+}
+
+// ended fails the test if a process of the demo is left. It is told by its
+// arguments and its environment, which name the directory.
+func (w *demoWorld) ended(t *testing.T) {
+	t.Helper()
+	processes, err := filepath.Glob("/proc/[0-9]*")
+	if err != nil {
+		t.Fatal(err)
+	}
+	for _, p := range processes {
+		for _, name := range []string{"cmdline", "environ"} {
+			// Processes end while we look, and others are not for us to see.
+			b, _ := os.ReadFile(filepath.Join(p, name))
+			if bytes.Contains(b, []byte(w.tmp)) {
+				t.Errorf("process %s is left: %q", p, b)
+			}
+		}
+	}
+}
+
+var demoSummary = regexp.MustCompile(`\n(\d+) passed, (\d+) failed\n$`)
+
+// summary returns the numbers of the last line.
+func summary(t *testing.T, out string) (passed, failed string) {
+	t.Helper()
+	m := demoSummary.FindStringSubmatch(out)
+	if m == nil {
+		t.Fatalf("the demo does not end with its summary:\n%s", out)
+	}
+	return m[1], m[2]
+}
+
+// TestDemo has the demo show everything, a real prompt too, and looks at what it
+// leaves: nothing.
+func TestDemo(t *testing.T) {
+	t.Parallel()
+	needPrograms(t, append(demoPrograms, "tmux", "pinentry-curses")...)
+	w := newDemoWorld(t)
+	out, stderr, status := w.run(t)
+	if _, failed := summary(t, out); failed != "0" || status != 0 || stderr != "" {
+		t.Errorf("%s failed, exit status %d, on stderr: %q\n%s", failed, status, stderr, out)
+	}
+	for _, part := range []string{"Please enter the PIN", "Token: " + demoToken} {
+		if strings.Count(out, part) != 1 {
+			t.Errorf("the prompt is to show %q, once:\n%s", part, out)
+		}
+	}
+	if n := strings.Count(out, "\n    logged in\n"); n != 4 {
+		t.Errorf("%d logins of 4 have worked", n)
+	}
+	if n := strings.Count(out, `Good "git" signature for `+demoEmail); n != 4 {
+		t.Errorf("%d commits of 4 were verified", n)
+	}
+	w.untouched(t)
+	w.removed(t)
+}
+
+// TestDemoKeep uses what is left with --keep as the demo says it can be, after
+// a demo without a terminal to ask on.
+func TestDemoKeep(t *testing.T) {
+	t.Parallel()
+	needPrograms(t, demoPrograms...)
+	w := newDemoWorld(t)
+	w.only(t, nil, append(demoPrograms, "sh", "cat", "mkdir")...)
+	out, stderr, status := w.run(t, "--keep")
+	if _, failed := summary(t, out); failed != "0" || status != 0 || stderr != "" {
+		t.Errorf("%s failed, exit status %d, on stderr: %q\n%s", failed, status, stderr, out)
+	}
+	if strings.Contains(out, "The terminal shows:") || !strings.Contains(out, "SSH_ASKPASS") {
+		t.Errorf("the demo does not say that it shows no prompt:\n%s", out)
+	}
+	w.untouched(t)
+	w.ended(t)
+
+	m := regexp.MustCompile(`(?m)^    (\. .*/env\.sh\n    p11-agent list)$`).FindStringSubmatch(out)
+	if m == nil {
+		t.Fatalf("the demo does not say how to go on:\n%s", out)
+	}
+	cmd := exec.CommandContext(t.Context(), "/bin/sh", "-c", m[1])
+	cmd.Env = []string{"PATH=" + w.path}
+	listed, err := cmd.CombinedOutput()
+	if n := bytes.Count(listed, []byte("can sign\n")); err != nil || n != 2 {
+		t.Errorf("%s: %v\n%s", m[1], err, listed)
+	}
+}
+
+// TestDemoFailure has a demo in which git does not work: it says so, goes on
+// with what does not need git, and ends with status 1.
+func TestDemoFailure(t *testing.T) {
+	t.Parallel()
+	needPrograms(t, demoPrograms...)
+	w := newDemoWorld(t)
+	w.only(t, map[string]string{"git": `case "$*" in *commit*) echo broken >&2; exit 3;; esac; exit 0`},
+		"softhsm2-util", "pkcs11-tool", "ssh", "ssh-add", "ssh-keygen", "sshd", "sh", "cat", "mkdir")
+	out, stderr, status := w.run(t)
+	if _, failed := summary(t, out); failed != "4" || status != 1 || stderr != "" {
+		t.Errorf("%s failed, exit status %d, on stderr: %q\n%s", failed, status, stderr, out)
+	}
+	for part, want := range map[string]int{
+		"\n    broken\nFAILED: exit status 3\n": 4, "\n    logged in\n": 4, "\nThe end of agent.log:\n": 1, "\nThe end of sshd.log:\n": 1,
+	} {
+		if n := strings.Count(out, part); n != want {
+			t.Errorf("%q comes %d times, want %d:\n%s", part, n, want, out)
+		}
+	}
+	w.removed(t)
+}
+
+// TestDemoInterrupted interrupts demos at places where different programs run.
+func TestDemoInterrupted(t *testing.T) {
+	for name, place := range map[string]string{
+		"while a key is made":   "$ pkcs11-tool ",
+		"while tmux starts":     "$ tmux ",
+		"while the agent runs":  "$ ssh-add -l",
+		"while ssh waits":       "The terminal shows:",
+		"while everything runs": "$ ssh-add -D",
+	} {
+		t.Run(name, func(t *testing.T) {
+			t.Parallel()
+			needPrograms(t, append(demoPrograms, "tmux", "pinentry-curses")...)
+			w := newDemoWorld(t)
+			cmd := w.command(t)
+			var stderr bytes.Buffer
+			cmd.Stderr = &stderr
+			stdout, err := cmd.StdoutPipe()
+			if err != nil {
+				t.Fatal(err)
+			}
+			if err := cmd.Start(); err != nil {
+				t.Fatal(err)
+			}
+			seen, interrupted := "", false
+			lines := bufio.NewScanner(stdout)
+			for lines.Scan() {
+				seen += lines.Text() + "\n"
+				if !interrupted && strings.HasPrefix(lines.Text(), place) {
+					interrupted = true
+					if err := cmd.Process.Signal(syscall.SIGINT); err != nil {
+						t.Error(err)
+					}
+				}
+			}
+			_ = cmd.Wait() // its status is looked at
+			if status := cmd.ProcessState.ExitCode(); !interrupted || status != 1 || stderr.String() != "p11-agent: error: the demo was interrupted\n" {
+				t.Errorf("interrupted %t, exit status %d, on stderr: %q\n%s", interrupted, status, &stderr, seen)
+			}
+			if strings.Contains(seen, "FAILED") || strings.Contains(seen, " passed, ") {
+				t.Errorf("an interruption is no failure:\n%s", seen)
+			}
+			w.removed(t)
+		})
+	}
+}
+
+// TestDemoMissing has no program at all, which is said at once.
+func TestDemoMissing(t *testing.T) {
+	t.Parallel()
+	w := newDemoWorld(t)
+	w.only(t, nil)
+	out, stderr, status := w.run(t)
+	if status != 1 || out != "" || !strings.Contains(stderr, `run "make deps"`) {
+		t.Errorf("exit status %d, on stdout: %q, on stderr: %q", status, out, stderr)
+	}
+	for _, name := range demoPrograms {
+		if name != "sshd" && !strings.Contains(stderr, name) { // sshd is looked for elsewhere, too
+			t.Errorf("%s is not named: %s", name, stderr)
+		}
+	}
+	w.removed(t)
+}

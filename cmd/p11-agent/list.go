@@ -1,0 +1,314 @@
+package main
+
+import (
+	"cmp"
+	"context"
+	"crypto/rsa"
+	"encoding/json"
+	"errors"
+	"fmt"
+	"io"
+	"log/slog"
+	"strconv"
+	"strings"
+	"time"
+
+	"github.com/spf13/cobra"
+	"golang.org/x/crypto/ssh"
+
+	"p11-agent/agent"
+
+	"p11-agent/token"
+	"p11-agent/token/pkcs11uri"
+	"p11-agent/token/wire"
+)
+
+// lookTimeout is how long commands wait for modules that are not the agent's.
+const lookTimeout = 30 * time.Second
+
+type listOptions struct {
+	public, json, verbose bool
+}
+
+func newListCommand(g *globals) *cobra.Command {
+	o := new(listOptions)
+	cmd := &cobra.Command{
+		Use:   "list [flags] [URI]",
+		Short: "List tokens and keys",
+		Long: `List the tokens that are present and their keys, or those that a pkcs11: URI
+matches. It looks at the tokens itself, needs no running agent, and never asks for
+a PIN: keys that a token shows only after a login appear when they have a public
+key or a certificate.`,
+		Args: func(_ *cobra.Command, args []string) error {
+			if len(args) > 1 {
+				return &usageError{errors.New("only one URI can be given")}
+			}
+			return nil
+		},
+		RunE: func(cmd *cobra.Command, args []string) error {
+			return runList(cmd.Context(), g, o, args, cmd.OutOrStdout(), cmd.ErrOrStderr())
+		},
+	}
+	f := cmd.Flags()
+	f.BoolVar(&o.public, "public", false, "print public keys as lines for authorized_keys")
+	f.BoolVar(&o.json, "json", false, "print JSON")
+	f.BoolVarP(&o.verbose, "verbose", "v", false, "tell what is looked at, and what is left out and why")
+	return cmd
+}
+
+// listedToken and listedKey are what --json prints.
+type listedToken struct {
+	URI          string      `json:"uri"`
+	Label        string      `json:"label"`
+	Serial       string      `json:"serial"`
+	Manufacturer string      `json:"manufacturer"`
+	Model        string      `json:"model"`
+	Module       string      `json:"module"`
+	Slot         string      `json:"slot"`
+	LoginNeeded  bool        `json:"login_required"`
+	PIN          string      `json:"pin"` // ok, low, last, locked
+	Shadowed     string      `json:"used_through,omitempty"`
+	Keys         []listedKey `json:"keys"`
+}
+
+type listedKey struct {
+	URI         string `json:"uri"`
+	Name        string `json:"name,omitempty"`
+	Label       string `json:"label"`
+	Type        string `json:"type"`
+	Bits        int    `json:"bits,omitempty"`
+	Fingerprint string `json:"fingerprint"`
+	PublicKey   string `json:"public_key"`
+	Offered     bool   `json:"offered"`
+	Reason      string `json:"reason,omitempty"` // why it is not
+	EachUse     bool   `json:"pin_each_use"`
+}
+
+type listing struct {
+	Tokens  []listedToken  `json:"tokens"`
+	Modules []listedModule `json:"modules"`
+
+	named bool // by a URI on the command line
+}
+
+type listedModule struct {
+	Name  string `json:"name"`
+	Path  string `json:"path"`
+	Error string `json:"error,omitempty"`
+}
+
+func runList(ctx context.Context, g *globals, o *listOptions, args []string, out, stderr io.Writer) error {
+	if o.public && o.json {
+		return &usageError{errors.New("--public and --json exclude each other")}
+	}
+	c, err := loadConfig(g.config)
+	if err != nil {
+		return err
+	}
+	// Without an argument the configuration says what is offered.
+	uri := new(pkcs11uri.URI)
+	if len(args) > 0 {
+		if uri, err = pkcs11uri.Parse(args[0]); err != nil {
+			return &usageError{err}
+		}
+		defer uri.Wipe()
+		if names := uri.Unrecognized(); len(names) > 0 {
+			return &usageError{fmt.Errorf("the URI has attributes %q that are not known, so it matches nothing", names)}
+		}
+	}
+	level := slog.LevelError
+	if o.verbose {
+		level = slog.LevelDebug
+	}
+	b, err := openBackend(c, nil, newLog(stderr, level))
+	if err != nil {
+		return err
+	}
+	defer b.stop()
+	ctx, cancel := context.WithTimeout(ctx, lookTimeout)
+	defer cancel()
+	select {
+	case <-b.store.Settled():
+	case <-ctx.Done():
+		return errors.New("the modules do not answer")
+	}
+
+	sel := token.NewSelector(uri)
+	if len(args) > 0 {
+		if _, err := b.store.Select(ctx, sel); err != nil {
+			if _, ok := errors.AsType[*token.AmbiguousError](err); ok || !matchesToken(b.store, uri) {
+				return err
+			}
+		}
+	}
+	l := collect(c, b.store, sel, len(args) > 0)
+	switch {
+	case o.json:
+		e := json.NewEncoder(out)
+		e.SetIndent("", "  ")
+		return e.Encode(l)
+	case o.public:
+		return printPublic(out, l)
+	default:
+		return printList(out, stderr, l)
+	}
+}
+
+// matchesToken tells whether a URI selects a token that is present, be it one
+// without keys.
+func matchesToken(store *token.Store, u *pkcs11uri.URI) bool {
+	for _, m := range store.Modules() {
+		for _, t := range m.Tokens {
+			if u.ID == nil && u.Object == nil && u.MatchToken(t.ID) {
+				return true
+			}
+		}
+	}
+	return false
+}
+
+// collect puts together what is to be printed of the keys that sel selects.
+func collect(c *config, store *token.Store, sel *token.Selector, named bool) listing {
+	l := listing{named: named, Tokens: []listedToken{}, Modules: []listedModule{}}
+	auto, name := automatic(c), names(c)
+	for _, m := range store.Modules() {
+		lm := listedModule{Name: m.Name, Path: m.Path}
+		if m.Err != nil {
+			lm.Error = m.Err.Error()
+		}
+		l.Modules = append(l.Modules, lm)
+		for _, t := range m.Tokens {
+			lt := listedToken{
+				URI: t.URI, Label: t.ID.Label, Serial: t.ID.Serial, Manufacturer: t.ID.Manufacturer, Model: t.ID.Model,
+				Module: t.Module, Slot: t.Slot, LoginNeeded: t.Flags&wire.CKFLoginRequired != 0, PIN: pinState(t.Tries),
+				Shadowed: t.Shadowed, Keys: []listedKey{},
+			}
+			for _, k := range t.Keys {
+				if !sel.Match(k) {
+					continue
+				}
+				pub, err := ssh.NewPublicKey(k.Public())
+				if err != nil {
+					continue // token offers only types that SSH has
+				}
+				lk := listedKey{
+					URI: k.URI(), Name: name(k), Label: k.Label(), Type: pub.Type(), Bits: bits(k),
+					Fingerprint: ssh.FingerprintSHA256(pub), EachUse: k.AlwaysAuthenticate(),
+					PublicKey: strings.TrimSpace(string(ssh.MarshalAuthorizedKey(pub))),
+				}
+				lk.Offered, lk.Reason = offered(k, auto, t.Shadowed)
+				lt.Keys = append(lt.Keys, lk)
+			}
+			if !named || len(lt.Keys) > 0 || sel.URI().MatchToken(t.ID) {
+				l.Tokens = append(l.Tokens, lt)
+			}
+		}
+	}
+	return l
+}
+
+// offered tells whether the agent offers a key without being told to, or why
+// not.
+func offered(k *token.Key, auto []agent.Selection, shadowed string) (bool, string) {
+	if shadowed != "" {
+		return false, "it is used through the module " + shadowed
+	}
+	if auto == nil {
+		return k.Unfit() == "", k.Unfit()
+	}
+	for _, s := range auto {
+		if s.Match(k) && (k.Unfit() == "" || !s.Broad()) {
+			return true, ""
+		}
+	}
+	return false, cmp.Or(k.Unfit(), "the configuration does not name it")
+}
+
+func pinState(t token.Tries) string {
+	switch t {
+	case token.TriesLow:
+		return "low"
+	case token.TriesLast:
+		return "last"
+	case token.TriesNone:
+		return "locked"
+	default:
+		return "ok"
+	}
+}
+
+func bits(k *token.Key) int {
+	if r, ok := k.Public().(*rsa.PublicKey); ok {
+		return r.N.BitLen()
+	}
+	return 0
+}
+
+func printPublic(out io.Writer, l listing) error {
+	for _, t := range l.Tokens {
+		for _, k := range t.Keys {
+			// Who names a key wants it, whether it is offered or not.
+			if !k.Offered && !l.named || t.Shadowed != "" {
+				continue
+			}
+			if _, err := fmt.Fprintf(out, "%s %s\n", k.PublicKey, cmp.Or(k.Name, k.URI)); err != nil {
+				return err
+			}
+		}
+	}
+	return nil
+}
+
+func printList(out, stderr io.Writer, l listing) error {
+	var b strings.Builder
+	for _, t := range l.Tokens {
+		fmt.Fprintf(&b, "%s\n", t.URI)
+		fmt.Fprintf(&b, "    token %s, %s %s, module %s", strconv.Quote(t.Label), t.Manufacturer, t.Model, t.Module)
+		switch {
+		case t.PIN == "locked":
+			b.WriteString(", PIN LOCKED")
+		case t.PIN == "last":
+			b.WriteString(", ONE PIN TRY LEFT")
+		case t.PIN == "low":
+			b.WriteString(", fewer PIN tries left")
+		case !t.LoginNeeded:
+			b.WriteString(", no PIN needed")
+		}
+		if t.Shadowed != "" {
+			fmt.Fprintf(&b, ", used through module %s", t.Shadowed)
+		}
+		b.WriteString("\n")
+		for _, k := range t.Keys {
+			kind := k.Type
+			if k.Bits > 0 {
+				kind = fmt.Sprintf("%s (%d bits)", kind, k.Bits)
+			}
+			fmt.Fprintf(&b, "  %s\n    %s %s", k.URI, kind, k.Fingerprint)
+			if n := cmp.Or(k.Name, k.Label); n != "" {
+				fmt.Fprintf(&b, " %s", strconv.Quote(n))
+			}
+			b.WriteString("\n")
+			switch {
+			case !k.Offered:
+				fmt.Fprintf(&b, "    not offered: %s\n", k.Reason)
+			case k.EachUse:
+				b.WriteString("    can sign, and asks for the PIN each time\n")
+			default:
+				b.WriteString("    can sign\n")
+			}
+		}
+		if len(t.Keys) == 0 {
+			b.WriteString("    no key that can be used with SSH\n")
+		}
+	}
+	if len(l.Tokens) == 0 {
+		fmt.Fprintln(stderr, "no token is present")
+	}
+	for _, m := range l.Modules {
+		if m.Error != "" {
+			fmt.Fprintf(stderr, "module %s: %s\n", m.Name, m.Error)
+		}
+	}
+	_, err := io.WriteString(out, b.String())
+	return err
+}

@@ -1,0 +1,161 @@
+// Command p11-agent is an SSH agent whose private keys stay on smart cards, TPMs
+// and HSMs.
+package main
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"io"
+	"log/slog"
+	"os"
+
+	"github.com/spf13/cobra"
+
+	"p11-agent/pinentry/secret"
+	"p11-agent/systemd"
+	"p11-agent/token/module"
+)
+
+// version is set by the linker.
+var version = "development"
+
+// The exit codes.
+const (
+	exitOK      = 0
+	exitFailure = 1 // it did not work, or check found something
+	exitUsage   = 2 // the command line or the configuration is wrong
+)
+
+// usageError is a mistake on the command line.
+type usageError struct{ err error }
+
+func (e *usageError) Error() string { return e.err.Error() }
+func (e *usageError) Unwrap() error { return e.err }
+
+// statusError ends the program with the status of another one.
+type statusError int
+
+func (e statusError) Error() string { return fmt.Sprintf("exit status %d", int(e)) }
+
+func main() {
+	if len(os.Args) > 1 && os.Args[1] == moduleCommand {
+		os.Exit(module.Main())
+	}
+	root := newRootCommand()
+	root.SetArgs(os.Args[1:])
+	os.Exit(exitCode(root.ExecuteContext(context.Background()), os.Stderr))
+}
+
+// exitCode prints what went wrong and returns how the program is to end.
+func exitCode(err error, stderr io.Writer) int {
+	if err == nil {
+		return exitOK
+	}
+	if status, ok := errors.AsType[statusError](err); ok {
+		return int(status)
+	}
+	for _, e := range unjoin(err) {
+		fmt.Fprintf(stderr, "p11-agent: error: %v\n", e)
+		if h, ok := errors.AsType[interface {
+			error
+			hint() string
+		}](e); ok && h.hint() != "" {
+			fmt.Fprintf(stderr, "p11-agent: hint: %s\n", h.hint())
+		}
+	}
+	if _, ok := errors.AsType[*usageError](err); ok {
+		return exitUsage
+	}
+	if _, ok := errors.AsType[*configError](err); ok {
+		return exitUsage
+	}
+	return exitFailure
+}
+
+// unjoin takes errors.Join apart.
+func unjoin(err error) []error {
+	//nolint:errorlint // only the outermost is meant
+	if j, ok := err.(interface{ Unwrap() []error }); ok {
+		return j.Unwrap()
+	}
+	return []error{err}
+}
+
+// globals are the flags that every command has.
+type globals struct {
+	config string
+}
+
+func newRootCommand() *cobra.Command {
+	g := new(globals)
+	root := &cobra.Command{
+		Use:   "p11-agent",
+		Short: "SSH agent for keys on smart cards, TPMs and HSMs",
+		Long: `p11-agent is an SSH agent whose private keys stay on PKCS#11 tokens: smart
+cards, TPMs and HSMs. Keys are named by pkcs11: URIs, modules come from p11-kit's
+registry, and PINs are asked for with pinentry.
+
+Exit status: 0 it worked; 1 it did not, or "check" found something;
+2 the command line or the configuration is wrong.`,
+		SilenceErrors: true,
+		SilenceUsage:  true,
+		Version:       version,
+	}
+	root.PersistentFlags().StringVar(&g.config, "config", "", "read the configuration from `FILE` (default ~/.config/p11-agent/config.toml)")
+	root.SetFlagErrorFunc(func(_ *cobra.Command, err error) error { return &usageError{err} })
+	root.SetVersionTemplate("p11-agent {{.Version}}\n")
+	root.AddCommand(
+		newAgentCommand(g),
+		newListCommand(g),
+		newCheckCommand(g),
+		newDemoCommand(),
+		newVersionCommand(),
+	)
+	return root
+}
+
+// noArgs makes an argument too many a usage error.
+func noArgs(_ *cobra.Command, args []string) error {
+	if len(args) > 0 {
+		return &usageError{fmt.Errorf("unexpected argument %q", args[0])}
+	}
+	return nil
+}
+
+func newVersionCommand() *cobra.Command {
+	return &cobra.Command{
+		Use:   "version",
+		Short: "Print the version",
+		Args:  noArgs,
+		RunE: func(cmd *cobra.Command, _ []string) error {
+			_, err := fmt.Fprintf(cmd.OutOrStdout(), "p11-agent %s\n", version)
+			return err
+		},
+	}
+}
+
+// newLog makes a log for people on w: without the time when the journal adds
+// its own.
+func newLog(w io.Writer, level slog.Level) *slog.Logger {
+	opts := &slog.HandlerOptions{Level: level}
+	if systemd.StderrIsJournal() {
+		opts.ReplaceAttr = func(groups []string, a slog.Attr) slog.Attr {
+			if len(groups) == 0 && a.Key == slog.TimeKey {
+				return slog.Attr{}
+			}
+			return a
+		}
+	}
+	return slog.New(slog.NewTextHandler(w, opts))
+}
+
+// warnUnlocked says once that secrets may reach the swap space.
+func warnUnlocked(log *slog.Logger) {
+	if s, err := secret.New(1); err == nil {
+		s.Wipe()
+	}
+	if err := secret.LockError(); err != nil {
+		log.Warn("PINs may reach the swap space: raise the limit of locked memory (ulimit -l)", "reason", err)
+	}
+}

@@ -1,0 +1,523 @@
+package main_test
+
+import (
+	"bytes"
+	"encoding/json"
+	"errors"
+	"fmt"
+	"go/ast"
+	"go/parser"
+	"go/token"
+	"io"
+	"io/fs"
+	"maps"
+	"os"
+	"os/exec"
+	"path"
+	"path/filepath"
+	"slices"
+	"strconv"
+	"strings"
+	"testing"
+)
+
+// The tests of this file hold the tree to docs/ARCHITECTURE.md.
+
+const (
+	root       = "../.."
+	modulePath = "p11-agent"
+)
+
+// A room is a directory and those below it that have no row of their own.
+type room struct {
+	dir string
+	// imports are what the code (not its tests) may import beyond the standard
+	// library and what is below the room itself: rooms as directories, other
+	// packages by their paths. Nil stands for everything.
+	imports []string
+	// knows says why there is no more: it ends the message of a broken rule.
+	knows string
+}
+
+const (
+	xssh    = "golang.org/x/crypto/ssh"
+	xsys    = "golang.org/x/sys/unix"
+	pkcs11  = "github.com/miekg/pkcs11"
+	systemd = "github.com/coreos/go-systemd/v22/"
+)
+
+// rooms is the import table of docs/ARCHITECTURE.md.
+var rooms = []room{
+	{"cmd/p11-agent", nil, "it wires every room"},
+	{
+		"agent",
+		[]string{"agent/peer", "pinentry", "pinentry/secret", xssh},
+		"the keyring knows neither PKCS#11 nor a wire format",
+	},
+	{"agent/peer", []string{xsys}, "who is at the other end of a socket is found out without the agent"},
+	{
+		"agent/sshagent",
+		[]string{"agent", "agent/peer", "pinentry/secret", xssh, xsys},
+		"a door decodes and encodes: it knows neither tokens nor prompts",
+	},
+	{"pinentry", []string{"pinentry/secret", xsys}, "asking a person knows neither tokens nor SSH"},
+	{"pinentry/secret", []string{xsys}, "a leaf that every room may use"},
+	{"systemd", []string{systemd + "activation", systemd + "daemon", systemd + "journal"}, "it knows nothing of the rest"},
+	{
+		"token",
+		[]string{"token/pkcs11uri", "token/registry", "token/wire", "pinentry/secret", xsys},
+		"tokens know neither the SSH protocol nor prompts, and modules run in another process",
+	},
+	{
+		"token/module",
+		[]string{"token/wire", "pinentry/secret", pkcs11, xsys},
+		"the module process knows no PIN policy, no configuration and no network",
+	},
+	{"token/pkcs11uri", []string{"token/wire", "pinentry/secret"}, "a URI is read and matched without a token at hand"},
+	{"token/registry", []string{"token/pkcs11uri", xsys}, "which modules there are is found out without loading one"},
+	{
+		"token/tokentest",
+		[]string{"token", "token/pkcs11uri", "token/registry", "token/wire", "pinentry/secret", xsys},
+		"a fake stands where a token stands, and knows no more than one",
+	},
+	{"token/wire", []string{"pinentry/secret"}, "a leaf: both ends of the connection with a module process share it"},
+}
+
+// A listed package is what go list says of it.
+type listed struct {
+	ImportPath   string
+	Name         string
+	Doc          string
+	Standard     bool
+	Imports      []string
+	TestImports  []string
+	XTestImports []string
+	CgoFiles     []string
+	Deps         []string
+}
+
+// dir returns the directory of a package of ours.
+func (p listed) dir() (dir string, ours bool) { return strings.CutPrefix(p.ImportPath, modulePath+"/") }
+
+// list asks go for all packages that are needed to build ours.
+func list(t *testing.T) []listed {
+	t.Helper()
+	cmd := exec.Command("go", "list", "-deps", "-json=ImportPath,Name,Doc,Standard,Imports,TestImports,XTestImports,CgoFiles,Deps", "./...")
+	cmd.Dir = root
+	var stderr bytes.Buffer
+	cmd.Stderr = &stderr
+	out, err := cmd.Output()
+	if err != nil {
+		t.Fatalf("go list: %v\n%s", err, &stderr)
+	}
+	var packages []listed
+	for d := json.NewDecoder(bytes.NewReader(out)); ; {
+		var p listed
+		switch err := d.Decode(&p); {
+		case errors.Is(err, io.EOF):
+			return packages
+		case err != nil:
+			t.Fatal(err)
+		}
+		packages = append(packages, p)
+	}
+}
+
+// under tells whether path is dir or below it.
+func under(path, dir string) bool { return path == dir || strings.HasPrefix(path, dir+"/") }
+
+// roomOf returns the innermost room that a directory is in.
+func roomOf(dir string) (r room, ok bool) {
+	for _, candidate := range rooms {
+		if under(dir, candidate.dir) && (!ok || len(candidate.dir) > len(r.dir)) {
+			r, ok = candidate, true
+		}
+	}
+	return r, ok
+}
+
+// may tells whether a package in the room may import another one of ours, or
+// one that is not of the standard library.
+func (r room) may(imported string) bool {
+	if r.imports == nil {
+		return true
+	}
+	dir, ours := strings.CutPrefix(imported, modulePath+"/")
+	if !ours {
+		return slices.Contains(r.imports, imported)
+	}
+	to, _ := roomOf(dir)
+	return to.dir == r.dir || slices.Contains(r.imports, to.dir)
+}
+
+// forTests tells whether a package is there for tests.
+func forTests(importPath string) bool {
+	return importPath == "testing" || strings.HasPrefix(importPath, modulePath+"/") && strings.HasSuffix(importPath, "test")
+}
+
+// brokenRules returns what packages do against the rules, with the reasons.
+func brokenRules(packages []listed) (broken []string) {
+	all := make(map[string]listed)
+	for _, p := range packages {
+		all[p.ImportPath] = p
+	}
+	for _, p := range packages {
+		dir, ours := p.dir()
+		if !ours {
+			continue
+		}
+		complain := func(format string, args ...any) {
+			broken = append(broken, p.ImportPath+" "+fmt.Sprintf(format, args...))
+		}
+		r, ok := roomOf(dir)
+		if !ok {
+			complain("is in no room: draw it in docs/ARCHITECTURE.md and in rooms_test.go")
+			continue
+		}
+		for _, imported := range p.Imports {
+			if !all[imported].Standard && imported != "C" && !r.may(imported) {
+				complain("imports %s: %s", imported, r.knows)
+			}
+			if imported == modulePath+"/token/module" && r.dir != "cmd/p11-agent" {
+				complain("imports %s: the agent never runs a module's code, it starts a process that does", imported)
+			}
+			if forTests(imported) && !forTests(p.ImportPath) {
+				complain("imports %s: that is for tests", imported)
+			}
+		}
+		if r.dir == "token/module" {
+			continue
+		}
+		const foreign = "only the module process runs foreign code"
+		if len(p.CgoFiles) > 0 {
+			complain("imports C (%s): %s", p.CgoFiles[0], foreign)
+		}
+		if slices.Contains(slices.Concat(p.Imports, p.TestImports, p.XTestImports), pkcs11) {
+			complain("imports %s: only token/module speaks PKCS#11", pkcs11)
+		}
+		if r.dir == "cmd/p11-agent" {
+			continue // both the agent and the module process are in the one program
+		}
+		for _, dep := range p.Deps {
+			if d := all[dep]; !d.Standard && len(d.CgoFiles) > 0 {
+				complain("needs %s, which imports C: %s", dep, foreign)
+			}
+		}
+	}
+	return broken
+}
+
+func TestRooms(t *testing.T) {
+	packages := list(t)
+	for _, broken := range brokenRules(packages) {
+		t.Error(broken)
+	}
+	for _, r := range rooms {
+		if !slices.ContainsFunc(packages, func(p listed) bool { return p.ImportPath == modulePath+"/"+r.dir }) {
+			t.Errorf("%s: a room without a package", r.dir)
+		}
+	}
+	for _, p := range packages {
+		// A package that imports C depends on this one without naming it.
+		if p.ImportPath == "runtime/cgo" {
+			return
+		}
+	}
+	t.Error("go list was made to leave cgo out (CGO_ENABLED=0): the rules about C were not checked")
+}
+
+// Each rule must be seen to break.
+func TestRoomsNotice(t *testing.T) {
+	standard := []listed{{ImportPath: "testing", Standard: true}, {ImportPath: "net", Standard: true, CgoFiles: []string{"cgo.go"}}}
+	sys := listed{ImportPath: xsys}
+	for _, test := range []struct {
+		name     string
+		packages []listed
+		want     string
+	}{
+		{"nothing wrong", []listed{sys, {ImportPath: "p11-agent/agent/peer", Imports: []string{"net", xsys}, Deps: []string{"net", xsys}}}, ""},
+		{"inside the room", []listed{{ImportPath: "p11-agent/pinentry/assuan"}, {ImportPath: "p11-agent/pinentry", Imports: []string{"p11-agent/pinentry/assuan"}}}, ""},
+		{"testing in a test package", []listed{{ImportPath: "p11-agent/token/tokentest", Imports: []string{"testing"}}}, ""},
+		{"new room", []listed{{ImportPath: "p11-agent/utils"}}, "p11-agent/utils is in no room"},
+		{"door to tokens", []listed{{ImportPath: "p11-agent/agent/sshagent", Imports: []string{"p11-agent/token"}}}, "imports p11-agent/token: a door decodes"},
+		{"keyring to its door", []listed{{ImportPath: "p11-agent/agent", Imports: []string{"p11-agent/agent/sshagent"}}}, "imports p11-agent/agent/sshagent: the keyring knows neither"},
+		{"tokens to the SSH protocol", []listed{{ImportPath: xssh}, {ImportPath: "p11-agent/token", Imports: []string{xssh}}}, "imports golang.org/x/crypto/ssh: tokens know neither"},
+		{"below a package that is allowed", []listed{{ImportPath: "p11-agent/agent", Imports: []string{xssh + "/agent"}}}, "imports golang.org/x/crypto/ssh/agent: the keyring"},
+		{"below a room, into it from outside", []listed{{ImportPath: "p11-agent/systemd/units", Imports: []string{"p11-agent/agent"}}}, "imports p11-agent/agent: it knows nothing"},
+		{"module in the agent", []listed{{ImportPath: "p11-agent/token", Imports: []string{"p11-agent/token/module"}}}, "the agent never runs a module's code"},
+		{"PKCS#11 in the agent", []listed{{ImportPath: "p11-agent/cmd/p11-agent", Imports: []string{pkcs11}}}, "only token/module speaks PKCS#11"},
+		{"PKCS#11 in a test", []listed{{ImportPath: "p11-agent/token", XTestImports: []string{pkcs11}}}, "only token/module speaks PKCS#11"},
+		{"C in the agent", []listed{{ImportPath: "p11-agent/agent/peer", Imports: []string{"C"}, CgoFiles: []string{"peer.go"}}}, "imports C (peer.go)"},
+		{"C further down", []listed{
+			{ImportPath: xsys, CgoFiles: []string{"x.go"}},
+			{ImportPath: "p11-agent/agent/peer", Imports: []string{xsys}, Deps: []string{xsys}},
+		}, "needs golang.org/x/sys/unix, which imports C"},
+		{"testing in the program", []listed{{ImportPath: "p11-agent/cmd/p11-agent", Imports: []string{"testing"}}}, "imports testing: that is for tests"},
+		{"fake in the program", []listed{{ImportPath: "p11-agent/cmd/p11-agent", Imports: []string{"p11-agent/token/tokentest"}}}, "imports p11-agent/token/tokentest: that is for tests"},
+	} {
+		t.Run(test.name, func(t *testing.T) {
+			broken := strings.Join(brokenRules(slices.Concat(standard, test.packages)), "\n")
+			if (broken == "") != (test.want == "") || !strings.Contains(broken, test.want) {
+				t.Errorf("got %q, want %q", broken, test.want)
+			}
+		})
+	}
+}
+
+func TestPackageDocs(t *testing.T) {
+	for _, p := range list(t) {
+		if _, ours := p.dir(); !ours {
+			continue
+		}
+		want := "Package " + p.Name + " "
+		if p.Name == "main" {
+			want = "Command " + path.Base(p.ImportPath) + " "
+		}
+		if !strings.HasPrefix(p.Doc, want) {
+			t.Errorf("%s: its documentation does not begin with %q: %q", p.ImportPath, want, p.Doc)
+		}
+	}
+}
+
+func TestTopLevel(t *testing.T) {
+	allowed := []string{
+		"cmd", "agent", "token", "pinentry", "systemd", "docs", "tools",
+		"Makefile", "README.md", "LICENSE", "CHANGELOG.md", "go.mod", "go.sum",
+		"build", // what make makes; git ignores it
+	}
+	entries, err := os.ReadDir(root)
+	if err != nil {
+		t.Fatal(err)
+	}
+	for _, e := range entries {
+		if name := e.Name(); !strings.HasPrefix(name, ".") && !slices.Contains(allowed, name) {
+			t.Errorf("%s: it belongs into one of the rooms", name)
+		}
+	}
+}
+
+// A source is a parsed file of the tree.
+type source struct {
+	dir  string
+	file *ast.File
+}
+
+// parse parses all Go files of the tree.
+func parse(t *testing.T) (*token.FileSet, []source) {
+	t.Helper()
+	fset := token.NewFileSet()
+	var sources []source
+	err := filepath.WalkDir(root, func(name string, e fs.DirEntry, err error) error {
+		switch {
+		case err != nil:
+			return err
+		case e.IsDir() && (e.Name() == "testdata" || e.Name() == "build" || strings.HasPrefix(e.Name(), ".") && e.Name() != ".."):
+			return fs.SkipDir
+		case e.IsDir() || !strings.HasSuffix(name, ".go"):
+			return nil
+		}
+		file, err := parser.ParseFile(fset, name, nil, parser.SkipObjectResolution)
+		if err != nil {
+			return err
+		}
+		sources = append(sources, source{filepath.Dir(name), file})
+		return nil
+	})
+	if err != nil {
+		t.Fatal(err)
+	}
+	return fset, sources
+}
+
+// fuzzParameter returns the name of the *testing.F that a function takes, and
+// whether it takes one.
+func fuzzParameter(f *ast.FuncDecl) (name string, ok bool) {
+	for _, field := range f.Type.Params.List {
+		star, isPointer := field.Type.(*ast.StarExpr)
+		if !isPointer {
+			continue
+		}
+		if s, isSelector := star.X.(*ast.SelectorExpr); isSelector && s.Sel.Name == "F" && len(field.Names) == 1 {
+			return field.Names[0].Name, true
+		}
+	}
+	return "", false
+}
+
+// unseeded returns the fuzz targets without a seed, neither one that is added
+// by the target or a function of its package that it hands its F to, nor one in
+// testdata, and the number of targets seen.
+func unseeded(sources []source) (names []string, targets int) {
+	type function struct{ dir, name string }
+	adds := make(map[function]bool)
+	calls := make(map[function][]function)
+	for _, s := range sources {
+		for _, d := range s.file.Decls {
+			f, ok := d.(*ast.FuncDecl)
+			if !ok || f.Body == nil {
+				continue
+			}
+			parameter, ok := fuzzParameter(f)
+			if !ok {
+				continue
+			}
+			this := function{s.dir, f.Name.Name}
+			ast.Inspect(f.Body, func(n ast.Node) bool {
+				call, ok := n.(*ast.CallExpr)
+				if !ok {
+					return true
+				}
+				isF := func(e ast.Expr) bool {
+					id, ok := e.(*ast.Ident)
+					return ok && id.Name == parameter
+				}
+				switch fun := call.Fun.(type) {
+				case *ast.SelectorExpr:
+					if isF(fun.X) && fun.Sel.Name == "Add" {
+						adds[this] = true
+					}
+				case *ast.Ident:
+					if slices.ContainsFunc(call.Args, isF) {
+						calls[this] = append(calls[this], function{s.dir, fun.Name})
+					}
+				}
+				return true
+			})
+			if strings.HasPrefix(f.Name.Name, "Fuzz") {
+				targets++
+				calls[this] = append(calls[this], this)
+			}
+		}
+	}
+	for f, called := range calls {
+		if !strings.HasPrefix(f.name, "Fuzz") || slices.ContainsFunc(called, func(c function) bool { return adds[c] }) {
+			continue
+		}
+		if files, _ := os.ReadDir(filepath.Join(f.dir, "testdata", "fuzz", f.name)); len(files) == 0 {
+			names = append(names, filepath.Join(f.dir, f.name))
+		}
+	}
+	slices.Sort(names)
+	return names, targets
+}
+
+func TestFuzzSeeds(t *testing.T) {
+	_, sources := parse(t)
+	names, targets := unseeded(sources)
+	if targets == 0 {
+		t.Error("no fuzz target found in the whole tree")
+	}
+	for _, name := range names {
+		t.Errorf("%s has no seed: it passes on nothing", name)
+	}
+}
+
+// reasonless returns the places where a test is skipped without a reason.
+func reasonless(sources []source) (places []token.Pos) {
+	for _, s := range sources {
+		ast.Inspect(s.file, func(n ast.Node) bool {
+			call, ok := n.(*ast.CallExpr)
+			if !ok {
+				return true
+			}
+			fun, ok := call.Fun.(*ast.SelectorExpr)
+			if !ok {
+				return true
+			}
+			switch fun.Sel.Name {
+			case "SkipNow":
+				places = append(places, call.Pos())
+			case "Skip", "Skipf":
+				if len(call.Args) == 0 || isBlank(call.Args[0]) {
+					places = append(places, call.Pos())
+				}
+			}
+			return true
+		})
+	}
+	return places
+}
+
+// isBlank tells whether an expression is the literal of a string without words.
+func isBlank(e ast.Expr) bool {
+	l, ok := e.(*ast.BasicLit)
+	if !ok || l.Kind != token.STRING {
+		return false
+	}
+	text, err := strconv.Unquote(l.Value)
+	return err == nil && strings.TrimSpace(text) == ""
+}
+
+func TestSkipsHaveReasons(t *testing.T) {
+	fset, sources := parse(t)
+	for _, pos := range reasonless(sources) {
+		t.Errorf("%v: a test is skipped without a word about what is missing", fset.Position(pos))
+	}
+}
+
+func TestTreeChecksNotice(t *testing.T) {
+	file, err := parser.ParseFile(token.NewFileSet(), "x_test.go", `package x
+import "testing"
+func FuzzEmpty(f *testing.F)   { f.Fuzz(func(t *testing.T, b []byte) {}) }
+func FuzzOther(f *testing.F)   { help(f) }
+func FuzzAdds(f *testing.F)    { for _, s := range seeds { f.Add(s) } }
+func FuzzHelped(f *testing.F)  { seed(1, f) }
+func seed(n int, f *testing.F) { f.Add(n) }
+func help(f *testing.F)        { f.Helper() }
+func TestNow(t *testing.T)     { t.SkipNow() }
+func TestNothing(t *testing.T) { t.Skip() }
+func TestBlank(t *testing.T)   { t.Skipf(" ") }
+func TestWord(t *testing.T)    { t.Skip("no card"); t.Skip(reason) }
+`, parser.SkipObjectResolution)
+	if err != nil {
+		t.Fatal(err)
+	}
+	sources := []source{{"x", file}}
+	names, targets := unseeded(sources)
+	if want := []string{"x/FuzzEmpty", "x/FuzzOther"}; targets != 4 || !slices.Equal(names, want) {
+		t.Errorf("of %d targets %q have no seed, want %q of 4", targets, names, want)
+	}
+	if got := reasonless(sources); len(got) != 3 {
+		t.Errorf("%d skips without a reason, want 3", len(got))
+	}
+}
+
+func TestDependenciesAreExplained(t *testing.T) {
+	cmd := exec.Command("go", "mod", "edit", "-json")
+	cmd.Dir = root
+	out, err := cmd.Output()
+	if err != nil {
+		t.Fatal(err)
+	}
+	var mod struct{ Require []struct{ Path string } }
+	if err := json.Unmarshal(out, &mod); err != nil {
+		t.Fatal(err)
+	}
+	direct := make(map[string]bool)
+	for _, p := range list(t) {
+		if _, ours := p.dir(); !ours {
+			continue
+		}
+		for _, imported := range slices.Concat(p.Imports, p.TestImports, p.XTestImports) {
+			for _, r := range mod.Require {
+				if under(imported, r.Path) {
+					direct[r.Path] = true
+				}
+			}
+		}
+	}
+	if len(direct) == 0 {
+		t.Error("no dependency found")
+	}
+
+	text, err := os.ReadFile(filepath.Join(root, "docs", "ARCHITECTURE.md"))
+	if err != nil {
+		t.Fatal(err)
+	}
+	for _, module := range slices.Sorted(maps.Keys(direct)) {
+		row := func(line string) bool { return strings.HasPrefix(line, "|") && strings.Contains(line, "`"+module+"`") }
+		if !slices.ContainsFunc(strings.Split(string(text), "\n"), row) {
+			t.Errorf("%s: docs/ARCHITECTURE.md has no row that says why it is needed", module)
+		}
+	}
+}
