@@ -1,0 +1,99 @@
+# Build, check and install p11-agent. "make help" lists the targets.
+
+PREFIX    ?= /usr/local
+DESTDIR   ?=
+FUZZTIME  ?= 10s
+TESTFLAGS ?= -timeout 10m
+BENCH     ?= .
+
+# What is linked by cgo is the code in token/module, and only there.
+export CGO_ENABLED = 1
+
+SHELL       = /bin/bash
+.SHELLFLAGS = -eu -o pipefail -c
+
+# The tools are pinned in a go.mod of their own, so that they are no part of the
+# program's module graph.
+TOOL = go tool -modfile=tools/go.mod
+
+MANPAGES    = $(patsubst docs/%.scd,build/man/%,$(wildcard docs/*.scd))
+COMPLETIONS = $(addprefix build/completion/,bash zsh fish)
+SOURCES     = go.mod go.sum $(shell find agent cmd pinentry systemd token -name testdata -prune -o -type f ! -name '*_test.go' -print)
+
+.DEFAULT_GOAL = build
+.DELETE_ON_ERROR:
+# One target after the other, in the order they are named in, whatever -j says:
+# building needs what deps installs, and go spreads its work over the processors
+# by itself.
+.NOTPARALLEL:
+.PHONY: help deps build test lint vuln check demo fuzz bench install clean
+
+help: ## list the targets
+	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "%-10s%s\n", $$1, $$2 }' Makefile
+
+deps: ## install what building and testing needs and the machine lacks
+	@tools/deps.sh
+
+# The version is stamped by us: go would ask git itself, and fail where git does
+# not trust the owner of the tree (root installing what a user has built).
+build: ## build build/p11-agent
+	go build -trimpath -buildvcs=false -ldflags "-X main.version=$$(tools/version.sh)" -o build/p11-agent ./cmd/p11-agent
+
+# The tests run the seeds of the fuzz targets, too.
+test: ## run the tests under the race detector
+	go test -race $(TESTFLAGS) ./...
+
+lint: ## check the form of the code, and that go.mod is tidy
+	@unformatted=$$($(TOOL) gofumpt -l .); \
+	if [ -n "$$unformatted" ]; then echo "not as gofumpt writes it:"; echo "$$unformatted"; exit 1; fi
+	go vet ./...
+	$(TOOL) staticcheck ./...
+	go mod verify
+	go mod tidy -diff
+	go -C tools mod tidy -diff
+
+# Not a part of lint or check: it asks a database on the network, which machines
+# that only build may not reach, and its answer changes without a change here.
+vuln: ## look for known vulnerabilities in what is called
+	$(TOOL) govulncheck ./...
+
+check: deps build lint test ## do all that has to pass before a change goes in
+
+demo: deps build ## show the agent at work with a software token
+	build/p11-agent demo
+
+fuzz: ## run each fuzz target for FUZZTIME
+	@targets=$$(go test -list '^Fuzz' ./... | awk '/^Fuzz/ { name[n++] = $$1 } /^ok/ { while (n > 0) print $$2, name[--n] }'); \
+	[ -n "$$targets" ] || { echo "no fuzz target found"; exit 1; }; \
+	while read -r package target; do \
+		echo "$$package $$target"; \
+		go test -run '^$$' -fuzz "^$$target\$$" -fuzztime $(FUZZTIME) "$$package" </dev/null; \
+	done <<<"$$targets"
+
+bench: ## run the benchmarks that match BENCH
+	go test -run '^$$' -bench '$(BENCH)' -benchmem ./...
+
+# It takes what "make build" has left when that is newer than the sources, so
+# that "sudo make install" needs no Go.
+install: build/p11-agent $(MANPAGES) $(COMPLETIONS) ## install under DESTDIR and PREFIX
+	install -D -m 755 build/p11-agent '$(DESTDIR)$(PREFIX)/bin/p11-agent'
+	for page in $(MANPAGES); do \
+		install -D -m 644 "$$page" "$(DESTDIR)$(PREFIX)/share/man/man$${page##*.}/$${page##*/}"; \
+	done
+	install -D -m 644 build/completion/bash '$(DESTDIR)$(PREFIX)/share/bash-completion/completions/p11-agent'
+	install -D -m 644 build/completion/zsh '$(DESTDIR)$(PREFIX)/share/zsh/site-functions/_p11-agent'
+	install -D -m 644 build/completion/fish '$(DESTDIR)$(PREFIX)/share/fish/vendor_completions.d/p11-agent.fish'
+
+build/p11-agent: $(SOURCES)
+	$(MAKE) build
+
+build/man/%: docs/%.scd
+	@mkdir -p $(@D)
+	scdoc <$< >$@
+
+build/completion/%: build/p11-agent
+	@mkdir -p $(@D)
+	build/p11-agent completion $* >$@
+
+clean: ## remove what was built
+	rm -rf build

@@ -1,0 +1,133 @@
+#!/bin/bash
+# Installs what building and testing needs and this machine lacks, by apt-get on
+# Debian and Ubuntu, by dnf on Fedora. Go is not among it: it is only checked.
+#
+# It looks for the programs and files themselves, not for packages, so what was
+# installed in another way counts. When nothing is missing it changes nothing
+# and needs neither network nor root. No service is started.
+set -euo pipefail
+cd "$(dirname "$0")/.."
+PATH=$PATH:/usr/local/sbin:/usr/sbin:/sbin # sshd, for those who are not root
+
+fail() {
+	echo "deps: $*" >&2
+	exit 1
+}
+
+# What is needed, and the packages that bring it: a program, or the file whose
+# name fits one of the patterns (commas between them).
+needed() {
+	# What                                          Debian              Fedora
+	cat <<-'TABLE'
+	gcc                                             gcc                 gcc
+	/usr/include/stdio.h                            libc6-dev           glibc-devel
+	pkg-config                                      pkg-config          pkgconf-pkg-config
+	/etc/ssl/certs/ca-certificates.crt,/etc/pki/tls/certs/ca-bundle.crt ca-certificates ca-certificates
+	git                                             git                 git
+	ssh                                             openssh-client      openssh-clients
+	ssh-add                                         openssh-client      openssh-clients
+	ssh-keygen                                      openssh-client      openssh
+	sshd                                            openssh-server      openssh-server
+	softhsm2-util                                   softhsm2            softhsm
+	pkcs11-tool                                     opensc              opensc
+	/usr/lib/*/opensc-pkcs11.so,/usr/lib*/opensc-pkcs11.so,/usr/lib*/pkcs11/opensc-pkcs11.so opensc-pkcs11 opensc
+	p11-kit                                         p11-kit             p11-kit
+	/usr/lib/*/pkcs11/p11-kit-client.so,/usr/lib*/pkcs11/p11-kit-client.so p11-kit-modules p11-kit-server
+	/usr/include/p11-kit-1/p11-kit/p11-kit.h        libp11-kit-dev      p11-kit-devel
+	pinentry-curses                                 pinentry-curses     /usr/bin/pinentry-curses
+	pinentry-tty                                    pinentry-tty        /usr/bin/pinentry-tty
+	tmux                                            tmux                tmux
+	scdoc                                           scdoc               scdoc
+	setpriv                                         util-linux          util-linux
+	unshare                                         util-linux          util-linux
+	ps                                              procps              procps-ng
+	systemd-socket-activate                         systemd             systemd
+	TABLE
+}
+
+present() {
+	local pattern file
+	case $1 in
+	/*)
+		for pattern in ${1//,/ }; do
+			for file in $pattern; do
+				if [ -e "$file" ]; then return; fi
+			done
+		done
+		return 1
+		;;
+	*) command -v "$1" >/dev/null ;;
+	esac
+}
+
+# missing prints column $1 (0: what it is, 1: Debian, 2: Fedora) of what is not
+# there, each once.
+missing() {
+	local row
+	needed | while read -r -a row; do
+		if ! present "${row[0]}"; then echo "${row[$1]}"; fi
+	done | sort -u
+}
+
+as_root() {
+	if [ "$(id -u)" = 0 ]; then "$@"; else sudo "$@"; fi
+}
+
+check_go() {
+	local want said
+	want=$(sed -n 's/^go //p' go.mod)
+	command -v go >/dev/null || fail "Go is missing: install Go $want or newer and put its bin directory into PATH"
+	# go knows best whether it can do with go.mod, or can get a toolchain that does.
+	said=$(go list -m 2>&1) || fail "Go $want or newer is needed, and this one refuses: $said"
+}
+
+# Packages must not start what they bring: the tests start their own, on ports
+# of their own. Debian's way to say so is this file. One that is there already
+# is the administrator's, and stays.
+policy=/usr/sbin/policy-rc.d
+forbid_services() {
+	if [ -e "$policy" ]; then return; fi
+	trap 'as_root rm -f "$policy"' EXIT
+	# shellcheck disable=SC2016 # $1 is for the shell that as_root starts
+	as_root sh -c 'printf "#!/bin/sh\n# Left behind by an installation that was killed: remove it.\nexit 101\n" >"$1" && chmod 755 "$1"' sh "$policy"
+}
+
+check_go
+what=$(missing 0)
+if [ -z "$what" ]; then exit; fi
+echo "deps: missing: ${what//$'\n'/ }"
+
+if command -v apt-get >/dev/null; then
+	column=1
+elif command -v dnf >/dev/null; then
+	column=2
+else
+	fail "neither apt-get nor dnf is here: install what is missing by your own means"
+fi
+mapfile -t packages < <(missing $column)
+if [ "$(id -u)" != 0 ] && ! command -v sudo >/dev/null; then
+	fail "root has to install: ${packages[*]}"
+fi
+echo "deps: installing: ${packages[*]}"
+sshd_was=$(command -v sshd || true)
+
+if [ $column = 1 ]; then
+	forbid_services
+	apt=(env DEBIAN_FRONTEND=noninteractive apt-get -q -y -o DPkg::Lock::Timeout=300)
+	# A source that is down must not stop us when the packages are elsewhere.
+	as_root "${apt[@]}" update || echo "deps: apt-get update had errors, going on" >&2
+	as_root "${apt[@]}" install --no-install-recommends "${packages[@]}"
+else
+	as_root dnf -q -y install --setopt=install_weak_deps=False "${packages[@]}"
+fi
+
+# A machine that had no sshd is not to get one at its next boot either.
+if [ -z "$sshd_was" ] && [ -d /run/systemd/system ]; then
+	for unit in ssh.service ssh.socket sshd.service; do
+		as_root systemctl disable --now "$unit" >/dev/null 2>&1 || true # most have but one of them
+	done
+	echo "deps: sshd is installed for the tests only: its service is switched off"
+fi
+
+what=$(missing 0)
+if [ -n "$what" ]; then fail "still missing after the installation: ${what//$'\n'/ }"; fi
