@@ -45,7 +45,7 @@ type Identity struct {
 	Comment string
 }
 
-// SignatureFlags are the flags of a sign request (RFC 9987 section 3.6.1).
+// SignatureFlags are the flags of a sign request (RFC 9987 section 5.6.1).
 type SignatureFlags uint32
 
 // The flags. Others are refused.
@@ -63,7 +63,7 @@ type SignRequest struct {
 }
 
 // A TokenRequest asks for the keys of a token to be added or removed (RFC 9987
-// section 3.2.3 and 3.4).
+// sections 5.2.6 and 5.4).
 type TokenRequest struct {
 	// Provider is what the client named: a pkcs11: URI or the path of a module.
 	// It may hold a PIN, so it is the door's own memory and wiped afterwards.
@@ -74,7 +74,7 @@ type TokenRequest struct {
 	Constraints Constraints
 }
 
-// Constraints limit the use of what is added with them (RFC 9987 section 3.2.7).
+// Constraints limit the use of what is added with them (RFC 9987 section 5.2.7).
 type Constraints struct {
 	Lifetime time.Duration // 0: for as long as the agent runs
 	Confirm  bool

@@ -139,6 +139,16 @@ type identity struct {
 	constraints Constraints
 }
 
+// wiredKey is a public key that knows its wire form: clients list keys far more
+// often than keys change.
+type wiredKey struct {
+	ssh.PublicKey
+	wire []byte
+}
+
+// Marshal returns the wire form, which is not to be changed.
+func (k wiredKey) Marshal() []byte { return k.wire }
+
 // view is the list of identities for as long as nothing changes.
 type view struct {
 	generation uint64 // of the tokens
@@ -192,7 +202,7 @@ func (k *Keyring) lookLocked(generation uint64) *view {
 				if n, ok := k.hidden[wires[i]]; ok && key.Insertions() <= n {
 					return
 				}
-				id = &identity{key: pub, wire: wires[i], comment: key.URI()}
+				id = &identity{key: wiredKey{pub, []byte(wires[i])}, wire: wires[i], comment: key.URI()}
 				if name := k.opts.Name(key); name != "" {
 					id.comment = name
 				}
@@ -546,7 +556,7 @@ func describe(key []byte) string {
 }
 
 // algorithmFor returns the signature algorithm and hash that a request for a
-// key means (RFC 9987 section 3.6.1). OpenSSH prefers SHA-256 when both are
+// key means (RFC 9987 section 5.6.1). OpenSSH prefers SHA-256 when both are
 // asked for (ssh-agent.c, agent_decode_alg).
 func algorithmFor(key ssh.PublicKey, flags SignatureFlags) (string, crypto.Hash, error) {
 	switch t := key.Type(); t {
