@@ -3,7 +3,6 @@ package pinentry
 import (
 	"bufio"
 	"context"
-	"encoding/hex"
 	"errors"
 	"fmt"
 	"log/slog"
@@ -330,14 +329,6 @@ func quick(t *testing.T) {
 	t.Helper()
 	testOnlyGrace = 50 * time.Millisecond
 	t.Cleanup(func() { testOnlyGrace = 0 })
-}
-
-func unhexed(s string) string {
-	b, err := hex.DecodeString(s)
-	if err != nil {
-		panic(err)
-	}
-	return string(b)
 }
 
 func containsLine(lines []string, line string) bool { return slices.Contains(lines, line) }

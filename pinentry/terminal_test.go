@@ -47,6 +47,10 @@ func newPane(t *testing.T, width, height int) *pane {
 		// It has gone when its window was closed.
 		_ = p.command("kill-server").Run()
 	})
+	// Until then tmux may not have set the terminal's modes.
+	waitFor(t, "the pane's program", func() bool {
+		return strings.TrimSpace(p.tmux("display-message", "-p", "#{pane_current_command}")) == "tail"
+	})
 	p.tty = strings.TrimSpace(p.tmux("display-message", "-p", "#{pane_tty}"))
 	if !strings.HasPrefix(p.tty, "/dev/pts/") {
 		t.Fatalf("the pane is on %q", p.tty)

@@ -39,7 +39,7 @@ const patience = 60 * time.Second
 
 // A process is a module process and the agent's end of its socket.
 type process struct {
-	t      *testing.T
+	t      testing.TB
 	cmd    *exec.Cmd
 	conn   *wire.Conn
 	stderr *logBuffer
@@ -97,7 +97,7 @@ func command(env []string, stderr io.Writer, socket *os.File) *exec.Cmd {
 }
 
 // start starts a module process, which ends with the test.
-func start(t *testing.T, env ...string) *process {
+func start(t testing.TB, env ...string) *process {
 	t.Helper()
 	c, socket, err := socketPair()
 	if err != nil {
@@ -283,7 +283,7 @@ func (p *process) sign(m *wire.Sign) ([]byte, error) {
 }
 
 // failure returns the *wire.Error in err, or fails the test.
-func failure(t *testing.T, err error) *wire.Error {
+func failure(t testing.TB, err error) *wire.Error {
 	t.Helper()
 	e, ok := errors.AsType[*wire.Error](err)
 	if !ok {
@@ -293,14 +293,14 @@ func failure(t *testing.T, err error) *wire.Error {
 }
 
 // wantRV fails the test unless err is the answer of a function with this value.
-func wantRV(t *testing.T, err error, function string, rv uint64) {
+func wantRV(t testing.TB, err error, function string, rv uint64) {
 	t.Helper()
 	if e := failure(t, err); e.RV != rv || e.Function != function {
 		t.Fatalf("got %v, want %s: %s", e, function, wire.RVName(rv))
 	}
 }
 
-func wantReason(t *testing.T, err error, r wire.Reason) {
+func wantReason(t testing.TB, err error, r wire.Reason) {
 	t.Helper()
 	if e := failure(t, err); e.Reason != r {
 		t.Fatalf("got %v (reason %d), want: %v", e, e.Reason, r)

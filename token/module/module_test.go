@@ -74,7 +74,7 @@ func (b *bad) waitForCall(function string, n int) {
 	waitFor(b.t, function+" is called", func() bool { return b.calls(function) >= n })
 }
 
-func waitFor(t *testing.T, what string, done func() bool) {
+func waitFor(t testing.TB, what string, done func() bool) {
 	t.Helper()
 	ctx, cancel := context.WithTimeout(context.Background(), patience)
 	defer cancel()
@@ -218,7 +218,7 @@ func TestLyingLists(t *testing.T) {
 		}},
 		{"a module that stops is asked again", "attributes=stop", func(t *testing.T, b *bad) {
 			l := b.objects(badToken(0))
-			if len(l) != 2 || l[0].Sign != wire.True || l[0].Label != "rsa key" || len(l[0].Modulus) != 256 || len(l[1].ECPoint) != 67 {
+			if len(l) != 2 || l[0].Private != wire.Unknown || l[0].Sign != wire.True || l[0].Label != "rsa key" || len(l[0].Modulus) != 256 || len(l[1].ECPoint) != 67 {
 				t.Errorf("objects: %+v", l)
 			}
 		}},
@@ -405,6 +405,20 @@ func TestSessions(t *testing.T) {
 				t.Errorf("a signature afterwards: %v", err)
 			}
 		})
+	}
+}
+
+// A signature that was not begun costs no session: on a token with a single one
+// the login would go with it.
+func TestRefusedMechanismKeepsLogin(t *testing.T) {
+	b := startBad(t, "sessions=1")
+	b.ready(tokentest.BuildBadModule(t))
+	b.command("sessions=1 rv=C_SignInit:0x70")
+	_, err := b.sign(badSign())
+	wantRV(t, err, "C_SignInit", wire.CKRMechanismInvalid)
+	b.command("sessions=1")
+	if _, err := b.sign(badSign()); err != nil {
+		t.Error(err)
 	}
 }
 
@@ -717,11 +731,30 @@ func TestNotForPeople(t *testing.T) {
 	}
 	defer pipe.Close()
 	defer other.Close()
-	for name, files := range map[string][]*os.File{"nothing": nil, "a pipe": {pipe}, "a file": {os.Stdin}} {
-		t.Run(name, func(t *testing.T) {
-			cmd := exec.Command("/proc/self/exe")
+	ours, socket, err := socketPair()
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer ours.Close()
+	defer socket.Close()
+	exe, err := os.Executable()
+	if err != nil {
+		t.Fatal(err)
+	}
+	for _, tt := range []struct {
+		name    string
+		command []string
+		files   []*os.File
+	}{
+		{"nothing", []string{exe}, nil},
+		{"a pipe", []string{exe}, []*os.File{pipe}},
+		{"a file", []string{exe}, []*os.File{os.Stdin}},
+		{"a socket that the parent did not make", []string{"sh", "-c", `"$0"; exit $?`, exe}, []*os.File{socket}},
+	} {
+		t.Run(tt.name, func(t *testing.T) {
+			cmd := exec.Command(tt.command[0], tt.command[1:]...)
 			cmd.Env = []string{"P11_TEST_PROCESS=module", "GORACE=atexit_sleep_ms=0"}
-			cmd.ExtraFiles = files
+			cmd.ExtraFiles = tt.files
 			out, err := cmd.CombinedOutput()
 			if err == nil || cmd.ProcessState.ExitCode() != 1 || !strings.Contains(string(out), errNotAgent.Error()) {
 				t.Errorf("%s, %v", out, err)

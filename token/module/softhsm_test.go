@@ -23,6 +23,8 @@ import (
 	"testing"
 	"time"
 
+	"github.com/miekg/pkcs11"
+
 	"p11-agent/token/tokentest"
 	"p11-agent/token/wire"
 )
@@ -50,7 +52,7 @@ var curves = map[string]elliptic.Curve{
 }
 
 // publicKey makes a key of Go of a public key object.
-func publicKey(t *testing.T, o wire.Object) any {
+func publicKey(t testing.TB, o wire.Object) any {
 	t.Helper()
 	switch o.KeyType {
 	case wire.CKKRSA:
@@ -68,7 +70,7 @@ func publicKey(t *testing.T, o wire.Object) any {
 	return nil
 }
 
-func point(t *testing.T, o wire.Object) []byte {
+func point(t testing.TB, o wire.Object) []byte {
 	t.Helper()
 	var p []byte
 	if _, err := asn1.Unmarshal(o.ECPoint, &p); err != nil {
@@ -77,7 +79,7 @@ func point(t *testing.T, o wire.Object) []byte {
 	return p
 }
 
-func keyID(t *testing.T, id wire.TokenID, o wire.Object) wire.KeyID {
+func keyID(t testing.TB, id wire.TokenID, o wire.Object) wire.KeyID {
 	t.Helper()
 	k := wire.KeyID{Token: id, ID: o.ID, Label: o.Label, KeyType: o.KeyType, Modulus: o.Modulus}
 	if o.KeyType != wire.CKKRSA {
@@ -548,4 +550,79 @@ func TestOpenSCWithoutReader(t *testing.T) {
 	for _, s := range p.slots(false) {
 		t.Logf("a slot: %+v", s)
 	}
+}
+
+// BenchmarkSign compares signatures through the process with a loop of C_Sign,
+// which no agent can be faster than.
+func BenchmarkSign(b *testing.B) {
+	hsm := tokentest.NewSoftHSM(b)
+	hsm.AddToken("work", "")
+	hsm.GenerateKey("work", tokentest.P256, "01", "key")
+	p := start(b, hsm.Env()...)
+	p.hello(hsm.Module())
+	id := p.token("work")
+	if _, err := p.login(id, tokentest.PIN); err != nil {
+		b.Fatal(err)
+	}
+	m := &wire.Sign{Mechanism: wire.CKMECDSA, SignatureLen: 64, Data: make([]byte, 32)}
+	for _, o := range p.objects(id) {
+		if o.Class == wire.CKOPublicKey {
+			m.Key = keyID(b, id, o)
+		}
+	}
+	b.Run("process", func(b *testing.B) {
+		for b.Loop() {
+			if _, err := p.sign(m); err != nil {
+				b.Fatal(err)
+			}
+		}
+	})
+	b.Run("process side by side", func(b *testing.B) {
+		b.SetParallelism(8)
+		b.RunParallel(func(pb *testing.PB) {
+			for pb.Next() {
+				if _, err := p.sign(m); err != nil {
+					b.Error(err)
+					return
+				}
+			}
+		})
+	})
+	b.Run("loop", func(b *testing.B) {
+		for _, v := range hsm.Env() {
+			name, value, _ := strings.Cut(v, "=")
+			b.Setenv(name, value) // the module is in this process here
+		}
+		lib, err := load(hsm.Module())
+		if err != nil {
+			b.Fatal(err)
+		}
+		if err := lib.initialize(""); err != nil {
+			b.Fatal(err)
+		}
+		defer func() {
+			if err := lib.finalize(); err != nil {
+				b.Error(err)
+			}
+		}()
+		live, err := newToken(id).find(b.Context(), lib, func() (uint, bool) { return 0, false })
+		if err != nil {
+			b.Fatal(err)
+		}
+		if err := lib.login(live.anchor, pkcs11.CKU_USER, []byte(tokentest.PIN)); err != nil {
+			b.Fatal(err)
+		}
+		key, _, err := live.key(live.anchor, &m.Key)
+		if err != nil {
+			b.Fatal(err)
+		}
+		for b.Loop() {
+			if err := lib.signInit(live.anchor, mechanism{kind: m.Mechanism}, key); err != nil {
+				b.Fatal(err)
+			}
+			if _, err := lib.sign(live.anchor, m.Data, 64); err != nil {
+				b.Fatal(err)
+			}
+		}
+	})
 }

@@ -167,17 +167,14 @@ func (b *Bridge) run(conn *net.UnixConn) (end func()) {
 // command runs the command until it ends by itself, which it does when the
 // client hangs up, or until ctx ends.
 func (b *Bridge) command(ctx context.Context, conn *net.UnixConn) error {
-	// The duplicate is in blocking mode, as p11-kit needs its input to be: it
-	// would spin otherwise.
+	// os/exec puts a file that it hands over into blocking mode, and p11-kit
+	// needs its input to be in that mode: it would spin otherwise.
 	file, err := conn.File()
 	conn.Close()
 	if err != nil {
 		return err
 	}
 	defer file.Close()
-	if err := syscall.SetNonblock(int(file.Fd()), false); err != nil {
-		return err
-	}
 
 	cmd := exec.CommandContext(ctx, b.o.Command[0], b.o.Command[1:]...)
 	cmd.Env = b.o.Env

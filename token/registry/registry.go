@@ -338,11 +338,7 @@ func moduleName(file string) (name string, ok bool) {
 			return file, false
 		}
 	}
-	name, ok = strings.CutSuffix(file, ".module")
-	if !ok || name == "" {
-		return file, false
-	}
-	return name, true
+	return strings.CutSuffix(file, ".module")
 }
 
 // modules makes modules of the drafts.

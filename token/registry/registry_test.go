@@ -218,6 +218,17 @@ func TestOneBadFileCostsItself(t *testing.T) {
 	}
 }
 
+// Users that are not people have homes like /dev/null.
+func TestNothingIsWhereAFileIs(t *testing.T) {
+	o, _ := tree(t, map[string]string{"system/a.module": "module: a.so", "file": ""})
+	file := filepath.Join(filepath.Dir(o.System), "file")
+	o.User, o.UserConf, o.Admin = filepath.Join(file, "modules"), filepath.Join(file, "pkcs11.conf"), file
+	r := Load(o)
+	if len(r.Modules) != 1 || len(r.Warnings) != 0 || r.NoUser != "" {
+		t.Errorf("%+v", r)
+	}
+}
+
 func TestTooManyFilesCostTheirDirectory(t *testing.T) {
 	files := map[string]string{"admin/a.module": "module: a.so"}
 	o, _ := tree(t, files)

@@ -16,7 +16,7 @@
  *	mechanisms=N            there are said to be N mechanisms (3)
  *	find=endless find=more  C_FindObjects finds for ever, or more than there is room
  *	attributes=garbage      attributes are said to have 2^63 bytes
- *	attributes=stop         reading stops at the first attribute that is missing
+ *	attributes=stop         CKA_PRIVATE is missing, and reading stops where one is
  *	attributes=wild         booleans are 0x77, types of keys one byte, labels no text
  *	signature=wrong signature=long signature=empty
  *	flags=N                 more flags of the token
@@ -484,7 +484,8 @@ static rv_t C_GetAttributeValue(ulong h, ulong object, struct attribute *list, u
 
 		switch (list[i].type) {
 		case 0x0: class = private ? 3 : 2; value = &class; length = sizeof class; break;
-		case 0x1: case 0x2: yes = private; value = &yes; length = 1; break;
+		case 0x1: yes = private; value = &yes; length = 1; break;
+		case 0x2: if (!is("attributes", "stop")) { yes = private; value = &yes; length = 1; } break;
 		case 0x3: value = rsa ? "rsa key" : "ec key"; length = strlen(value); break;
 		case 0x100: type = rsa ? 0 : 3; value = &type; length = sizeof type; break;
 		case 0x102: id = rsa ? 1 : 2; value = &id; length = 1; break;
