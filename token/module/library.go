@@ -9,23 +9,28 @@ package module
 
 #include "cryptoki.h"
 
-// open_library loads a module and finds its functions. It returns NULL and what
-// dlerror says, or NULL and nothing when the file is no module.
-static struct functions *open_library(const char *path, const char **error)
+// open_library loads a module. It returns NULL and what dlerror says, or NULL and
+// nothing when the file is no module.
+static void *open_library(const char *path, const char **error)
 {
-	CK_RV (*get)(struct functions **);
-	struct functions *list = NULL;
 	void *handle = dlopen(path, RTLD_NOW | RTLD_LOCAL);
 
 	*error = NULL;
-	if (handle == NULL) {
+	if (handle == NULL)
 		*error = dlerror();
-		return NULL;
-	}
-	get = (CK_RV (*)(struct functions **))dlsym(handle, "C_GetFunctionList");
-	if (get == NULL || get(&list) != 0)
-		return NULL;
-	return list;
+	else if (dlsym(handle, "C_GetFunctionList") == NULL)
+		handle = NULL;
+	return handle;
+}
+
+// function_list finds the functions that the pkcs11 package has got from the
+// library: its struct ctx holds the library and the list. It returns NULL when it
+// does not.
+static struct functions *function_list(void *ctx, void *library)
+{
+	struct { void *library; struct functions *list; } *c = ctx;
+
+	return c->library == library ? c->list : NULL;
 }
 
 // crash_quietly takes the signals of a crash away from the Go runtime, which
@@ -112,6 +117,7 @@ import "C"
 import (
 	"errors"
 	"fmt"
+	"reflect"
 	"slices"
 	"strings"
 	"unsafe"
@@ -125,11 +131,14 @@ import (
 // of PKCS#11, may be used by any number of goroutines, and return *wire.Error.
 //
 // Most are those of github.com/miekg/pkcs11. The others are called here, through
-// the function list of the same library, because of what that package does:
-// C_Login leaves a copy of the PIN in the heap; C_Sign is called twice, to ask
-// for the length first; C_GetAttributeValue gives nothing at all when one
-// attribute is missing; C_GetSlotList, C_GetMechanismList, C_FindObjects and
-// C_GetAttributeValue believe any count and length that the module returns.
+// the same function list, because of what that package does: C_Login leaves a
+// copy of the PIN in the heap; C_Sign is called twice, to ask for the length
+// first; C_GetAttributeValue gives nothing at all when one attribute is missing;
+// C_GetSlotList, C_GetMechanismList, C_FindObjects and C_GetAttributeValue believe
+// any count and length that the module returns.
+//
+// It has to be the same list: p11-kit-client.so and p11-kit-proxy.so make another
+// module, with sessions of its own, each time C_GetFunctionList is called.
 //
 // The standard has a session be used by one caller at a time: that is for the
 // callers to keep.
@@ -143,19 +152,30 @@ func load(path string) (*library, error) {
 	name := C.CString(path)
 	defer C.free(unsafe.Pointer(name))
 	var reason *C.char
-	fn := C.open_library(name, &reason)
+	handle := C.open_library(name, &reason)
+	noModule := loadError("%s: it is no PKCS#11 module: C_GetFunctionList is missing or fails", path)
 	switch {
 	case reason != nil:
 		// It begins with the file that fails, which may be one that this one needs.
 		return nil, loadError("%s: %s", path, strings.TrimPrefix(C.GoString(reason), path+": "))
-	case fn == nil:
-		return nil, loadError("%s: it is no PKCS#11 module: C_GetFunctionList is missing or fails", path)
-	case fn.major != 2 && fn.major != 3:
-		return nil, loadError("%s: it is a module of version %d of PKCS#11; 2 and 3 are known here", path, fn.major)
+	case handle == nil:
+		return nil, noModule
 	}
 	ctx := pkcs11.New(path) // finds the library that is open already
 	if ctx == nil {
-		return nil, loadError("%s: it cannot be opened a second time", path)
+		return nil, noModule
+	}
+	// The package keeps the list to itself. That it is found where version 1.1.2
+	// has it is checked by the handle beside it, and by every test of this room.
+	var fn *C.struct_functions
+	if field := reflect.ValueOf(ctx).Elem().FieldByName("ctx"); field.Kind() == reflect.Pointer {
+		fn = C.function_list(field.UnsafePointer(), handle)
+	}
+	switch {
+	case fn == nil:
+		return nil, loadError("%s: its functions are not found: this p11-agent was built with another version of its PKCS#11 library", path)
+	case fn.major != 2 && fn.major != 3:
+		return nil, loadError("%s: it is a module of version %d of PKCS#11; 2 and 3 are known here", path, fn.major)
 	}
 	return &library{ctx: ctx, fn: fn}, nil
 }
