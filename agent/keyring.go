@@ -254,12 +254,20 @@ func selects(s Selection, k Key) bool {
 
 // expireLocked ends what was added for a time that is over. An automatic
 // identity that was added again for a time goes too: that is what was asked for.
+// One that was added once more after that stays, as the last word counts.
 func (k *Keyring) expireLocked() {
 	now := time.Now()
-	for _, a := range slices.Clone(k.added) {
-		if !a.expires.IsZero() && !now.Before(a.expires) {
-			k.dropLocked(a)
-			k.hideLocked(a.selection)
+	added := slices.Clone(k.added)
+	for i, a := range added {
+		if a.expires.IsZero() || now.Before(a.expires) {
+			continue
+		}
+		k.dropLocked(a)
+		later := added[i+1:]
+		for _, key := range k.opts.Tokens.Keys() {
+			if a.selection.Match(key) && !slices.ContainsFunc(later, func(o *addition) bool { return selects(o.selection, key) }) {
+				k.hideKeyLocked(key)
+			}
 		}
 	}
 }
@@ -271,17 +279,8 @@ func (k *Keyring) dropLocked(a *addition) {
 	k.change++
 }
 
-// hideLocked removes the selected keys until their token is inserted again or
-// they are added again.
-func (k *Keyring) hideLocked(s Selection) (n int) {
-	for _, key := range k.opts.Tokens.Keys() {
-		if s.Match(key) {
-			n += k.hideKeyLocked(key)
-		}
-	}
-	return n
-}
-
+// hideKeyLocked removes a key until its token is inserted again or it is added
+// again.
 func (k *Keyring) hideKeyLocked(key Key) int {
 	pub, err := ssh.NewPublicKey(key.Public())
 	if err != nil {

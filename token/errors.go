@@ -82,6 +82,18 @@ func (e *PINError) Error() string {
 
 func (e *PINError) Unwrap() error { return e.Err }
 
+// loginError is a failure of a login that says nothing of the PIN.
+type loginError struct {
+	token string
+	// attempted tells that a PIN may have reached the token: whoever tries again
+	// may use up another try.
+	attempted bool
+	err       error
+}
+
+func (e *loginError) Error() string { return fmt.Sprintf("log in to token %q: %v", e.token, e.err) }
+func (e *loginError) Unwrap() error { return e.err }
+
 // A ModuleError says what is wrong with a PKCS#11 module or its process.
 type ModuleError struct {
 	Module string // its name in the registry or the configuration

@@ -92,8 +92,10 @@ func (k *Key) Insertions() uint64 {
 }
 
 // Matches tells whether a URI selects the key where it is now.
-func (k *Key) Matches(u *pkcs11uri.URI) bool {
-	if !k.token.matches(u) {
+func (k *Key) Matches(u *pkcs11uri.URI) bool { return k.matches(u, true) }
+
+func (k *Key) matches(u *pkcs11uri.URI, byPath bool) bool {
+	if !k.token.matches(u, byPath) {
 		return false
 	}
 	// A URI may name the key by any of the objects that belong to it; private
@@ -143,7 +145,8 @@ func (k *Key) SignMessage(_ io.Reader, msg []byte, opts crypto.SignerOpts) ([]by
 // It fails with a *PINError, ErrCancelled, ErrAbsent, a *ModuleError, or the
 // context's error. The signature was verified with the public key.
 func (k *Key) SignContext(ctx context.Context, digest []byte, opts crypto.SignerOpts) ([]byte, error) {
-	if h := opts.HashFunc(); h != 0 && len(digest) != h.Size() {
+	h := opts.HashFunc()
+	if _, known := hashes[h]; known && len(digest) != h.Size() {
 		return nil, fmt.Errorf("sign: %d bytes are no %v digest", len(digest), h)
 	}
 	return k.sign(ctx, signing{digest: digest, opts: opts})
@@ -207,6 +210,9 @@ func (s signing) ways(pub crypto.PublicKey) ([]way, error) {
 	if _, ok := pub.(ed25519.PublicKey); ok {
 		if h != 0 {
 			return nil, errors.New("sign: Ed25519 signs messages, not digests")
+		}
+		if o, ok := s.opts.(*ed25519.Options); ok && o.Context != "" {
+			return nil, errors.New("sign: Ed25519 with a context is not supported")
 		}
 		return []way{{mechanism: wire.CKMEdDSA, data: s.digest}}, nil
 	}
@@ -306,50 +312,43 @@ func (k *Key) sign(ctx context.Context, s signing) ([]byte, error) {
 	ways = k.token.choose(ways)
 	sig, err := k.signHealing(ctx, ways)
 	if err != nil {
+		if s.message == nil && refusesMechanism(err) {
+			err = fmt.Errorf("token %q does not sign digests with this key, and the message is not known here: %w", k.token.ID.Label, err)
+		}
 		return nil, err
 	}
-	return s.encode(k.found.public, sig)
+	if sig, err = s.encode(k.found.public, sig); err != nil {
+		return nil, fmt.Errorf("token %q, through module %q: %w", k.token.ID.Label, k.Module(), err)
+	}
+	return sig, nil
 }
 
 func (k *Key) signHealing(ctx context.Context, ways []way) ([]byte, error) {
 	t := k.token
-	var healed, loggedInAgain bool
-	mustLogin := false
+	var healed, loggedInAgain, mustLogin bool
 	for {
 		p, err := t.module.running(ctx)
 		if err != nil {
 			return nil, err
 		}
-		switch {
-		case !t.present():
-			err = ErrAbsent
-		default:
-			if mustLogin || k.needsLogin() {
-				if !t.loggedIn(p) {
-					if err := t.login(ctx, k, nil); err != nil {
-						return nil, err
-					}
-				}
-			}
-			var sig []byte
-			sig, err = k.signOnce(ctx, p, ways[0])
-			if err == nil {
-				return sig, nil
-			}
+		sig, err := k.attempt(ctx, p, ways[0], mustLogin)
+		if err == nil {
+			return sig, nil
 		}
+		login, _ := errors.AsType[*loginError](err)
 		switch {
 		case ctx.Err() != nil:
 			return nil, ctx.Err()
-		case len(ways) > 1 && isRV(err, wire.CKRMechanismInvalid, wire.CKRMechanismParamInvalid, wire.CKRFunctionNotSupported,
-			wire.CKRDataLenRange, wire.CKRDataInvalid):
+		case len(ways) > 1 && refusesMechanism(err):
 			t.refuse(ways[0].mechanism)
 			ways = ways[1:]
-		case !loggedInAgain && (isRV(err, wire.CKRUserNotLoggedIn) || isReason(err, wire.ReasonNoKey) && !t.loggedIn(p)):
+		case !loggedInAgain && (isRV(err, wire.CKRUserNotLoggedIn) || t.hidesKey(p, err)):
 			// Logged out by another program, or a key that showed without a
-			// login and does not sign without one.
+			// login and does not sign without one, or one that wants its PIN for
+			// each signature and did not say so.
 			loggedInAgain, mustLogin = true, true
-			t.setLoggedIn(p, false)
-		case !healed && broken(err):
+			t.doubtLogin(ctx, p, k)
+		case !healed && broken(err) && (login == nil || !login.attempted):
 			healed = true
 			if isRV(err, wire.CKRGeneralError) {
 				// Nothing but a new start helps a module that lost its reader
@@ -363,6 +362,53 @@ func (k *Key) signHealing(ctx context.Context, ways []way) ([]byte, error) {
 		default:
 			return nil, k.explain(err)
 		}
+	}
+}
+
+// attempt logs in, where that is expected to be needed, and signs, once.
+func (k *Key) attempt(ctx context.Context, p *process, w way, mustLogin bool) ([]byte, error) {
+	t := k.token
+	if !t.present() {
+		return nil, ErrAbsent
+	}
+	now := t.current(k)
+	if (mustLogin || now.needsLogin()) && !t.loggedIn(p) {
+		if err := t.login(ctx, k, nil); err != nil {
+			return nil, err
+		}
+		now = t.current(k)
+	}
+	return now.signOnce(ctx, p, w)
+}
+
+// refusesMechanism tells whether a signature failed because of how it was to be
+// made.
+func refusesMechanism(err error) bool {
+	e, ok := errors.AsType[*wire.Error](err)
+	return ok && (e.Function == "C_SignInit" || e.Function == "C_Sign") &&
+		isRV(err, wire.CKRMechanismInvalid, wire.CKRMechanismParamInvalid, wire.CKRFunctionNotSupported,
+			wire.CKRDataLenRange, wire.CKRDataInvalid)
+}
+
+// hidesKey tells whether a private key may not have been found because nobody is
+// logged in.
+func (t *Token) hidesKey(p *process, err error) bool {
+	e, ok := errors.AsType[*wire.Error](err)
+	return ok && e.Reason == wire.ReasonNoKey && (!t.loggedIn(p) || e.HasInfo && !e.Info.LoggedIn)
+}
+
+// doubtLogin finds out what to make of a token that says that nobody is logged
+// in when somebody should be: it reads the token again. Where the module goes on
+// to say that there is a login, and the key asks for no PIN of its own, the
+// login is ended, as the token itself knows better.
+func (t *Token) doubtLogin(ctx context.Context, p *process, k *Key) {
+	was := t.loggedIn(p)
+	if err := t.look(ctx, p, nil); err != nil {
+		t.setLoggedIn(p, false)
+		return // the next attempt meets the same, and says so
+	}
+	if was && t.loggedIn(p) && !t.current(k).found.always {
+		_ = t.logout(ctx) // likewise
 	}
 }
 
@@ -380,6 +426,8 @@ func broken(err error) bool {
 func (k *Key) explain(err error) error {
 	t := k.token.ID
 	switch {
+	case isLoginError(err):
+		return err
 	case errors.Is(err, ErrAbsent) || isReason(err, wire.ReasonNoToken, wire.ReasonOtherToken):
 		return fmt.Errorf("%w: insert token %q (serial %s)", ErrAbsent, t.Label, t.Serial)
 	case isReason(err, wire.ReasonNoKey):

@@ -4,6 +4,7 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"slices"
 	"sync"
 
 	"p11-agent/pinentry/secret"
@@ -19,7 +20,9 @@ const maxAttempts = 10
 type gate struct {
 	mu     sync.Mutex
 	flight *flight
-	use    chan struct{} // one element: held while a PIN is asked for each use
+	// prompt is held, by the one element it has room for, by whoever gets a PIN
+	// and has it tried: the flight, or a signature that needs its own.
+	prompt chan struct{}
 }
 
 // flight is one login under way. It goes on while anybody waits for it and is
@@ -37,7 +40,7 @@ func (s *Store) gate(id wire.TokenID) *gate {
 	defer s.mu.Unlock()
 	g := s.gates[id]
 	if g == nil {
-		g = &gate{use: make(chan struct{}, 1)}
+		g = &gate{prompt: make(chan struct{}, 1)}
 		s.gates[id] = g
 	}
 	return g
@@ -88,7 +91,10 @@ func (t *Token) board(ctx context.Context, g *gate, k *Key, given *secret.Secret
 		defer pin.Wipe()
 		defer cancel()
 		defer context.AfterFunc(t.module.store.ctx, cancel)()
-		err := t.logIn(ctx, k, pin)
+		err := t.loginFailed(t.logIn(ctx, g, k, pin), false)
+		if err != nil && t.module.store.ctx.Err() != nil {
+			err = ErrClosed
+		}
 		g.mu.Lock()
 		f.err = err
 		g.flight = nil
@@ -128,7 +134,11 @@ func (s *Store) goWhileOpen(f func()) bool {
 }
 
 // logIn is the login itself: one goroutine at a time for each token.
-func (t *Token) logIn(ctx context.Context, k *Key, given *secret.Secret) error {
+func (t *Token) logIn(ctx context.Context, g *gate, k *Key, given *secret.Secret) error {
+	if err := g.take(ctx); err != nil {
+		return err
+	}
+	defer g.give()
 	p, err := t.module.running(ctx)
 	if err != nil {
 		return err
@@ -141,21 +151,51 @@ func (t *Token) logIn(ctx context.Context, k *Key, given *secret.Secret) error {
 		t.setLoggedIn(p, true)
 		return nil
 	}
-	return t.withPIN(ctx, k, info, given, false, func(pin *secret.Secret, lastTry, pad bool) error {
+	err = t.withPIN(ctx, k, info, given, false, func(ctx context.Context, pin *secret.Secret, lastTry, pad bool) error {
+		// From here on it may be logged in, whether or not the answer is waited for.
+		t.mu.Lock()
+		t.attempted = p
+		t.mu.Unlock()
 		var reply wire.TokenReply
-		err := p.call(ctx, loginTimeout, wire.TypeLogin,
+		return p.call(ctx, loginTimeout, wire.TypeLogin,
 			&wire.Login{Token: t.ID, LastTry: lastTry, Pad: pad, PIN: pin}, &reply)
-		if err != nil {
-			return err
-		}
-		t.setLoggedIn(p, true)
-		select { // private keys that show only now
-		case p.events <- struct{}{}:
-		default:
-		}
-		return nil
 	})
+	if err != nil {
+		return err
+	}
+	t.setLoggedIn(p, true)
+	t.reveal(ctx, p)
+	return nil
 }
+
+// reveal reads the objects that show only after a login, so that the signature
+// that it was for knows what its key wants. Without hidden ones it does nothing.
+func (t *Token) reveal(ctx context.Context, p *process) {
+	t.mu.Lock()
+	hidden := slices.ContainsFunc(t.keys, func(k *Key) bool { return !k.found.visible })
+	t.mu.Unlock()
+	if hidden {
+		if err := t.look(ctx, p, nil); err != nil {
+			t.module.log.Debug("token cannot be read after the login", "token", t.ID.Label, "reason", err)
+		}
+	}
+	select { // keys that were not known at all
+	case p.events <- struct{}{}:
+	default:
+	}
+}
+
+// take waits for the turn to ask for a PIN, give gives it back.
+func (g *gate) take(ctx context.Context) error {
+	select {
+	case g.prompt <- struct{}{}:
+		return nil
+	case <-ctx.Done():
+		return ctx.Err()
+	}
+}
+
+func (g *gate) give() { <-g.prompt }
 
 // fresh reads the state of the token. Flags change behind our back, so they are
 // read before every login.
@@ -171,13 +211,15 @@ func (t *Token) fresh(ctx context.Context, p *process) (wire.TokenInfo, error) {
 	return reply.Info, nil
 }
 
+// usePIN has a PIN tried, or has it typed on the reader when pad is set. pin
+// stays the caller's.
+type usePIN func(ctx context.Context, pin *secret.Secret, lastTry, pad bool) error
+
 // withPIN gets a PIN from where it is to come from, in this order: the one
 // given in advance, the configured source, a person; and has use try it. Only a
 // person is asked again when it was wrong, and only the same person decides
 // whether the last try is taken.
-func (t *Token) withPIN(ctx context.Context, k *Key, info wire.TokenInfo, given *secret.Secret, eachUse bool,
-	use func(pin *secret.Secret, lastTry, pad bool) error,
-) error {
+func (t *Token) withPIN(ctx context.Context, k *Key, info wire.TokenInfo, given *secret.Secret, eachUse bool, use usePIN) error {
 	tries := triesOf(info.Flags)
 	if tries == TriesNone {
 		return &PINError{Token: t.ID.Label, Tries: tries, Err: errors.New("the PIN is locked")}
@@ -187,11 +229,11 @@ func (t *Token) withPIN(ctx context.Context, k *Key, info wire.TokenInfo, given 
 	if !pad && given.Len() == 0 && src != nil {
 		return t.fromSource(ctx, src, tries, use)
 	}
+	if given.Len() > 0 && !pad && tries != TriesLast {
+		return t.judge(use(ctx, given, false, false))
+	}
 
 	ask := t.module.store.opts.PINs
-	if given.Len() > 0 && !pad && tries != TriesLast {
-		return t.judge(use(given, false, false), true)
-	}
 	if ask == nil {
 		return &PINError{Token: t.ID.Label, Tries: tries, Err: errors.New("nobody can be asked for it")}
 	}
@@ -204,57 +246,93 @@ func (t *Token) withPIN(ctx context.Context, k *Key, info wire.TokenInfo, given 
 		return err
 	}
 	defer d.Close() //nolint:errcheck // nothing more is wanted of the dialogue
-	var wrong *PINError
-	var refused *secret.Secret // the PIN that wrong is about
-	defer func() { refused.Wipe() }()
+	if tries == TriesLast && (pad || given.Len() > 0) {
+		if err := t.lastTry(ctx, d, ""); err != nil {
+			return err
+		}
+	}
+	switch {
+	case pad:
+		return t.judge(typedOnReader(ctx, d, func(ctx context.Context) error { return use(ctx, nil, tries == TriesLast, true) }))
+	case given.Len() > 0:
+		return t.judge(use(ctx, given, true, false))
+	default:
+		return t.fromPerson(ctx, d, tries, minPIN, maxPIN, use)
+	}
+}
+
+// lastTry asks whether to go on although one try is left.
+func (t *Token) lastTry(ctx context.Context, d PINDialogue, problem string) error {
+	yes, err := d.LastTry(ctx, problem)
+	if err == nil && !yes {
+		err = &PINError{Token: t.ID.Label, Tries: TriesLast, Err: ErrCancelled}
+	}
+	return err
+}
+
+// fromPerson has a person give PINs until one is right, or they decline. A PIN
+// that was refused is not tried again in the same dialogue, and nor is any more
+// after maxAttempts: a person stops, a program that answers for one would lock
+// the token.
+func (t *Token) fromPerson(ctx context.Context, d PINDialogue, tries Tries, minPIN, maxPIN int, use usePIN) error {
+	var refused []*secret.Secret
+	defer func() {
+		for _, pin := range refused {
+			pin.Wipe()
+		}
+	}()
+	wrong := &PINError{Token: t.ID.Label, Tries: tries, Err: errors.New("nothing that was typed can be its PIN")}
 	problem := ""
 	for range maxAttempts {
 		last := tries == TriesLast
 		if last {
-			if yes, err := d.LastTry(ctx, problem); err != nil {
+			if err := t.lastTry(ctx, d, problem); err != nil {
 				return err
-			} else if !yes {
-				return &PINError{Token: t.ID.Label, Tries: tries, Err: ErrCancelled}
 			}
-		}
-		if pad {
-			return t.judge(t.typedOnReader(ctx, d, func() error { return use(nil, last, true) }), true)
-		}
-		if given.Len() > 0 {
-			return t.judge(use(given, last, false), true)
 		}
 		pin, err := d.PIN(ctx, problem)
 		if err != nil {
+			pin.Wipe()
 			return err
 		}
-		if n := pin.Len(); n < max(1, minPIN) || maxPIN > 0 && n > maxPIN {
+		if problem = badLength(pin.Len(), minPIN, maxPIN); problem != "" {
 			pin.Wipe()
-			problem = fmt.Sprintf("The PIN has %d to %d characters: this one was not tried.", max(1, minPIN), maxPIN)
 			continue
 		}
-		if pin.Equal(refused) {
-			// A person would not; a program that answers would lock the token.
+		if slices.ContainsFunc(refused, pin.Equal) {
 			pin.Wipe()
 			return wrong
 		}
-		err = t.judge(use(pin, last, false), true)
-		var ok bool
-		if wrong, ok = errors.AsType[*PINError](err); !ok || wrong.Tries == TriesNone {
+		err = t.judge(use(ctx, pin, last, false))
+		e, ok := errors.AsType[*PINError](err)
+		if !ok || e.Tries == TriesNone {
 			pin.Wipe()
 			return err
 		}
-		refused.Wipe()
-		refused = pin
-		tries = wrong.Tries
+		wrong, tries = e, e.Tries
+		if !e.Tried { // the flags changed since they were read
+			pin.Wipe()
+			problem = "The PIN was not tried yet."
+			continue
+		}
+		refused = append(refused, pin)
 		problem = "Wrong PIN."
 		if tries == TriesLow {
 			problem = "Wrong PIN, and fewer tries left."
 		}
 	}
-	if wrong == nil {
-		return ErrCancelled // nothing that was typed could be a PIN
-	}
 	return wrong
+}
+
+// badLength says what is wrong with the length of a PIN, or nothing.
+func badLength(n, minPIN, maxPIN int) string {
+	switch {
+	case n == 0:
+		return "The PIN is empty: this was not tried."
+	case n < minPIN || maxPIN > 0 && n > maxPIN:
+		return fmt.Sprintf("The PIN has %d to %d characters: this one was not tried.", max(1, minPIN), maxPIN)
+	}
+	return ""
 }
 
 // pinBounds returns the lengths that the token takes, 0 for one that it does
@@ -267,11 +345,19 @@ func pinBounds(info wire.TokenInfo) (minPIN, maxPIN int) {
 }
 
 // typedOnReader shows a notice while call waits for the person at the reader.
-func (t *Token) typedOnReader(ctx context.Context, d PINDialogue, call func() error) error {
+// Whoever declines it is not made to wait for the reader.
+func typedOnReader(ctx context.Context, d PINDialogue, call func(ctx context.Context) error) error {
 	ctx, done := context.WithCancel(ctx)
+	defer done()
 	notice := make(chan error, 1)
-	go func() { notice <- d.Notice(ctx) }()
-	err := call()
+	go func() {
+		err := d.Notice(ctx)
+		if err != nil {
+			done()
+		}
+		notice <- err
+	}()
+	err := call(ctx)
 	done()
 	if nerr := <-notice; err != nil && nerr != nil && !errors.Is(nerr, context.Canceled) {
 		return nerr
@@ -279,52 +365,83 @@ func (t *Token) typedOnReader(ctx context.Context, d PINDialogue, call func() er
 	return err
 }
 
-// judge makes a *PINError of what the module or its process said of a PIN.
-func (t *Token) judge(err error, tried bool) error {
+// judge makes a *PINError of what the module or its process said of a PIN that
+// it was to try, and a *loginError of what it said of something else.
+func (t *Token) judge(err error) error {
 	e, ok := errors.AsType[*wire.Error](err)
 	if !ok {
-		return err
+		return t.loginFailed(err, errors.Is(err, errGone))
 	}
 	tries := TriesUnknown
 	if e.HasInfo {
 		tries = triesOf(e.Info.Flags)
 	}
+	tried := e.Function == "C_Login"
 	switch {
-	case e.Reason == wire.ReasonPINLocked || isRV(err, wire.CKRPINLocked):
-		return &PINError{Token: t.ID.Label, Tries: TriesNone, Tried: tried && e.Reason == wire.ReasonModule, Err: err}
+	case e.Reason == wire.ReasonPINLocked || tried && isRV(err, wire.CKRPINLocked):
+		return &PINError{Token: t.ID.Label, Tries: TriesNone, Tried: tried, Err: err}
 	case e.Reason == wire.ReasonLastTry:
-		return &PINError{Token: t.ID.Label, Tries: TriesLast, Err: err}
-	case isRV(err, wire.CKRPINIncorrect, wire.CKRPINInvalid, wire.CKRPINLenRange):
-		return &PINError{Token: t.ID.Label, Tries: tries, Tried: tried, Err: err}
+		return &PINError{Token: t.ID.Label, Tries: TriesLast, Err: errors.New("one try is left")}
+	case tried && isRV(err, wire.CKRPINIncorrect, wire.CKRPINInvalid, wire.CKRPINLenRange):
+		return &PINError{Token: t.ID.Label, Tries: tries, Tried: true, Err: err}
 	case isRV(err, wire.CKRPINExpired):
 		return fmt.Errorf("the PIN of token %q has expired and must be changed: %w", t.ID.Label, err)
 	case isRV(err, wire.CKRUserPINNotInitialized):
 		return fmt.Errorf("token %q has no PIN yet: set one first (pkcs11-tool --init-pin): %w", t.ID.Label, err)
 	case isRV(err, wire.CKRFunctionCanceled):
 		return ErrCancelled
+	case e.Function == "C_Sign" || e.Function == "C_SignInit":
+		return err // no failure of the PIN
 	}
-	return fmt.Errorf("log in to token %q: %w", t.ID.Label, t.module.wrap(err))
+	return t.loginFailed(err, tried)
+}
+
+// loginFailed makes a failure one of a login, unless it says so by itself.
+// attempted tells that a PIN may have reached the token.
+func (t *Token) loginFailed(err error, attempted bool) error {
+	if err == nil || isLoginError(err) || errors.Is(err, context.Canceled) || errors.Is(err, context.DeadlineExceeded) {
+		return err
+	}
+	if _, ok := errors.AsType[*ModuleError](err); ok {
+		return err
+	}
+	if _, ok := errors.AsType[*wire.Error](err); ok || errors.Is(err, errGone) {
+		err = t.module.wrap(err)
+	}
+	return &loginError{token: t.ID.Label, attempted: attempted, err: err}
+}
+
+// isLoginError tells whether an error speaks of a login and of no signature.
+func isLoginError(err error) bool {
+	_, refused := errors.AsType[*PINError](err)
+	_, failed := errors.AsType[*loginError](err)
+	return refused || failed || errors.Is(err, ErrCancelled) || errors.Is(err, ErrClosed)
 }
 
 // signWithPIN makes a signature with a key that wants its PIN each time. The
 // requests of such keys queue up: each has its own prompt, one at a time.
 func (t *Token) signWithPIN(ctx context.Context, p *process, k *Key, req *wire.Sign) ([]byte, error) {
 	g := t.module.store.gate(t.ID)
-	select {
-	case g.use <- struct{}{}:
-		defer func() { <-g.use }()
-	case <-ctx.Done():
-		return nil, ctx.Err()
+	if err := g.take(ctx); err != nil {
+		return nil, err
 	}
+	defer g.give()
+	// Close waits for no request, but no prompt is to outlive it.
+	ctx, cancel := context.WithCancel(ctx)
+	defer cancel()
+	defer context.AfterFunc(t.module.store.ctx, cancel)()
 	info, err := t.fresh(ctx, p)
 	if err != nil {
 		return nil, err
 	}
 	var reply wire.SignReply
-	err = t.withPIN(ctx, k, info, nil, true, func(pin *secret.Secret, lastTry, pad bool) error {
+	err = t.withPIN(ctx, k, info, nil, true, func(ctx context.Context, pin *secret.Secret, lastTry, pad bool) error {
 		req.ContextLogin, req.LastTry, req.Pad, req.PIN = true, lastTry, pad, pin
 		return p.call(ctx, signTimeout, wire.TypeSign, req, &reply)
 	})
+	if err != nil && t.module.store.ctx.Err() != nil {
+		err = ErrClosed
+	}
 	return reply.Signature, err
 }
 

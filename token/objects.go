@@ -28,20 +28,19 @@ const (
 
 // found is a key pair put together from the objects of a token.
 type found struct {
-	id       []byte
-	label    string   // of the private key when visible, else of what there is
-	labels   []string // of all its objects: a URI may name any of them
-	classes  []uint64 // CKO of its objects
-	keyType  uint64
-	public   crypto.PublicKey
-	modulus  []byte
-	point    []byte // without the OCTET STRING
-	certs    [][]byte
-	visible  bool // the private object was there
-	open     bool // and showed without a login, so that it may sign without one
-	always   bool // CKA_ALWAYS_AUTHENTICATE
-	unfit    string
-	fromCert bool
+	id      []byte
+	label   string   // of the private key when visible, else of what there is
+	labels  []string // of all its objects: a URI may name any of them
+	classes []uint64 // CKO of its objects
+	keyType uint64
+	public  crypto.PublicKey
+	modulus []byte
+	point   []byte // without the OCTET STRING
+	certs   [][]byte
+	visible bool // the private object was there
+	open    bool // and showed without a login, so that it may sign without one
+	always  bool // CKA_ALWAYS_AUTHENTICATE
+	unfit   string
 }
 
 // pair puts the objects of a token together to key pairs, in the order of the
@@ -50,22 +49,47 @@ type found struct {
 // private key. Objects that cannot be used are left out; why is told by skip.
 func pair(objects []wire.Object, token wire.TokenID, hidden bool, skip func(o wire.Object, reason error)) []*found {
 	var all []*found
-	find := func(id []byte, keyType uint64, pub crypto.PublicKey) *found {
+	// find returns the pair that an object belongs to: the one with its public
+	// half, or, when either does not show one, one with its ID, if possible with
+	// its label. An object without an ID has that of its public half. A pair has
+	// one private key.
+	find := func(o wire.Object, keyType uint64, pub crypto.PublicKey) *found {
+		var best *found
+		rank := 0
 		for _, f := range all {
-			if !bytes.Equal(f.id, id) || f.keyType != keyType {
+			if f.keyType != keyType {
 				continue
 			}
-			if f.public == nil || pub == nil || equalKeys(f.public, pub) {
-				return f
+			sameID := bytes.Equal(f.id, o.ID)
+			n := 0
+			switch {
+			case f.public != nil && pub != nil:
+				if equalKeys(f.public, pub) && (sameID || len(f.id) == 0 || len(o.ID) == 0) {
+					n = 3
+					if sameID {
+						n = 4
+					}
+				}
+			case sameID && (o.Class != wire.CKOPrivateKey || !f.visible):
+				n = 1
+				if f.label == o.Label {
+					n = 2
+				}
+			}
+			if n > rank {
+				best, rank = f, n
 			}
 		}
-		return nil
+		return best
 	}
 	add := func(o wire.Object, keyType uint64, pub crypto.PublicKey) *found {
-		f := find(o.ID, keyType, pub)
+		f := find(o, keyType, pub)
 		if f == nil {
-			f = &found{id: o.ID, keyType: keyType}
+			f = &found{keyType: keyType}
 			all = append(all, f)
+		}
+		if len(f.id) == 0 {
+			f.id = o.ID
 		}
 		if f.public == nil && pub != nil {
 			f.public = pub
@@ -80,6 +104,17 @@ func pair(objects []wire.Object, token wire.TokenID, hidden bool, skip func(o wi
 
 	// Public keys first: theirs is the best public half. Then private keys, which
 	// find their pair by ID and, where they show it, by their own public half.
+	// Certificates come last, those of authorities, which may have the ID of a key
+	// that they vouch for, after the key's own.
+	var own, authorities []wire.Object
+	for _, o := range objects {
+		if isAuthority(o) {
+			authorities = append(authorities, o)
+		} else {
+			own = append(own, o)
+		}
+	}
+	objects = append(own, authorities...)
 	for _, class := range []uint64{wire.CKOPublicKey, wire.CKOPrivateKey, wire.CKOCertificate} {
 		for _, o := range objects {
 			if o.Class != class {
@@ -126,9 +161,6 @@ func pair(objects []wire.Object, token wire.TokenID, hidden bool, skip func(o wi
 				}
 				f := add(o, keyType, cert.PublicKey)
 				f.certs = append(f.certs, o.Value)
-				if len(f.classes) == 1 {
-					f.fromCert = true
-				}
 				if reason := unfitCertificate(cert); reason != "" && !f.visible && f.unfit == "" {
 					f.unfit = reason
 				}
@@ -181,6 +213,14 @@ func unfitCertificate(c *x509.Certificate) string {
 		return "its certificate is not for signing"
 	}
 	return ""
+}
+
+func isAuthority(o wire.Object) bool {
+	if o.Class != wire.CKOCertificate {
+		return false
+	}
+	c, err := certificate(o)
+	return err == nil && c.IsCA
 }
 
 func certificate(o wire.Object) (*x509.Certificate, error) {

@@ -3,6 +3,8 @@ package token
 import (
 	"bytes"
 	"context"
+	"crypto/hmac"
+	"crypto/rand"
 	"crypto/sha256"
 	"encoding/hex"
 	"errors"
@@ -45,14 +47,14 @@ func (s *Store) source(k *Key) *pkcs11uri.URI {
 // matches, after those of the configuration. Commands are refused: only the
 // configuration may name one.
 func (s *Store) AddSource(u *pkcs11uri.URI) error {
+	s.mu.Lock()
+	defer s.mu.Unlock()
 	if u.PIN() == nil && u.PINSource == nil {
 		return nil
 	}
 	if u.PINSource != nil && u.PINSource.Kind == pkcs11uri.PINCommand {
 		return errors.New("pin-source=|command counts in the configuration file only")
 	}
-	s.mu.Lock()
-	defer s.mu.Unlock()
 	s.added = append(s.added, u)
 	return nil
 }
@@ -81,9 +83,7 @@ func (s *Store) RemoveSource(u *pkcs11uri.URI) {
 // fromSource logs in with a PIN that the configuration names. There is no
 // person to judge a failure: a PIN that was refused once is never tried again,
 // and the last try is left to a person.
-func (t *Token) fromSource(ctx context.Context, u *pkcs11uri.URI, tries Tries,
-	use func(pin *secret.Secret, lastTry, pad bool) error,
-) error {
+func (t *Token) fromSource(ctx context.Context, u *pkcs11uri.URI, tries Tries, use usePIN) error {
 	if tries == TriesLast {
 		return &PINError{Token: t.ID.Label, Tries: tries, Err: errors.New(
 			"one try is left, and a configured PIN must not use it up: log in to the token by hand with another program once")}
@@ -97,9 +97,9 @@ func (t *Token) fromSource(ctx context.Context, u *pkcs11uri.URI, tries Tries,
 	mark.token = t.ID
 	if refused.has(mark) {
 		return &PINError{Token: t.ID.Label, Tries: tries, Err: fmt.Errorf(
-			"%s was refused before, and is not tried again until it changes", mark.what)}
+			"%s was refused before, and is not tried again until %s", mark.what, mark.until)}
 	}
-	err = t.judge(use(pin, false, false), true)
+	err = t.judge(use(ctx, pin, false, false))
 	if wrong, ok := errors.AsType[*PINError](err); ok && wrong.Tried {
 		refused.add(mark)
 		wrong.Err = fmt.Errorf("%s: %w", mark.what, wrong.Err)
@@ -122,6 +122,7 @@ func CheckSource(u *pkcs11uri.URI) error {
 type sourceMark struct {
 	token wire.TokenID
 	what  string // for a person
+	until string // what has to happen for another try
 	state string // what changes when the PIN is changed
 	disk  bool   // may be remembered on disk
 }
@@ -141,9 +142,11 @@ func (s *Store) readPIN(ctx context.Context, u *pkcs11uri.URI) (*secret.Secret, 
 		if err == nil && pin.Len() == 0 {
 			err = errors.New("pin-value is empty")
 		}
-		// The pointer stands for this PIN of this configuration: a hash of a
-		// PIN could be turned back into it.
-		return pin, sourceMark{what: "pin-value", state: fmt.Sprintf("%p", given)}, err
+		if err != nil {
+			pin.Wipe()
+			return nil, sourceMark{}, err
+		}
+		return pin, sourceMark{what: "pin-value", until: "it changes", state: s.refused.hash(pin)}, nil
 	}
 	pin.Wipe()
 	src := u.PINSource
@@ -152,10 +155,12 @@ func (s *Store) readPIN(ctx context.Context, u *pkcs11uri.URI) (*secret.Secret, 
 		return nil, sourceMark{}, errors.New("the configured PIN was just removed")
 	case src.Kind == pkcs11uri.PINCommand:
 		pin, err := commandPIN(ctx, src.Command())
-		return pin, sourceMark{what: "the PIN of the configured command", state: src.Command()}, err
+		return pin, sourceMark{
+			what: "the PIN of the configured command", until: "the command changes or the agent is restarted", state: src.Command(),
+		}, err
 	default:
 		pin, state, err := filePIN(src.Path())
-		return pin, sourceMark{what: "the PIN in " + src.Path(), state: state, disk: true}, err
+		return pin, sourceMark{what: "the PIN in " + src.Path(), until: "the file changes", state: state, disk: true}, err
 	}
 }
 
@@ -208,6 +213,9 @@ func readSecret(r io.Reader) (*secret.Secret, error) {
 	b = bytes.TrimSuffix(b, []byte("\r"))
 	pin.SetLen(len(b))
 	switch {
+	case len(b) > wire.MaxPIN:
+		pin.Wipe()
+		return nil, fmt.Errorf("is longer than a PIN can be (%d bytes)", wire.MaxPIN)
 	case len(b) == 0:
 		pin.Wipe()
 		return nil, errors.New("is empty")
@@ -243,18 +251,21 @@ func commandPIN(ctx context.Context, command string) (*secret.Secret, error) {
 	pin, err := readSecret(r)
 	// What it still has to say, it says to nobody.
 	_ = r.Close()
-	if werr := cmd.Wait(); werr != nil && ctx.Err() == nil {
-		pin.Wipe()
-		return nil, fmt.Errorf("the pin-source command failed: %w", werr)
+	werr := cmd.Wait()
+	switch {
+	case ctx.Err() != nil:
+		err = fmt.Errorf("the pin-source command: %w", ctx.Err())
+	case err != nil && werr != nil:
+		err = fmt.Errorf("the pin-source command failed: %w (what it printed %w)", werr, err)
+	case err != nil:
+		err = fmt.Errorf("what the pin-source command printed %w", err)
+	case werr != nil:
+		err = fmt.Errorf("the pin-source command failed: %w", werr)
+	default:
+		return pin, nil
 	}
-	if ctx.Err() != nil {
-		pin.Wipe()
-		return nil, fmt.Errorf("the pin-source command: %w", ctx.Err())
-	}
-	if err != nil {
-		return nil, fmt.Errorf("what the pin-source command printed %w", err)
-	}
-	return pin, nil
+	pin.Wipe()
+	return nil, err
 }
 
 // refusedSources remembers PINs of the configuration that a token has refused.
@@ -263,6 +274,7 @@ func commandPIN(ctx context.Context, command string) (*secret.Secret, error) {
 type refusedSources struct {
 	log  *slog.Logger
 	path string
+	key  [32]byte // of hash
 
 	mu   sync.Mutex
 	keys map[string]bool
@@ -273,6 +285,7 @@ const maxRefused = 256
 
 func loadRefused(dir string, log *slog.Logger) *refusedSources {
 	r := &refusedSources{log: log, keys: make(map[string]bool)}
+	_, _ = rand.Read(r.key[:]) // never fails
 	if dir == "" {
 		return r
 	}
@@ -288,6 +301,14 @@ func loadRefused(dir string, log *slog.Logger) *refusedSources {
 		r.keys[strings.TrimSpace(line)] = true
 	}
 	return r
+}
+
+// hash stands for a PIN in the memory of this process: without the key, which
+// never leaves it, it cannot be turned back into the PIN.
+func (r *refusedSources) hash(pin *secret.Secret) string {
+	h := hmac.New(sha256.New, r.key[:])
+	_, _ = h.Write(pin.Bytes())
+	return string(h.Sum(nil))
 }
 
 func (r *refusedSources) has(m sourceMark) bool {

@@ -255,8 +255,9 @@ func (p *process) call(ctx context.Context, timeout time.Duration, t wire.Type, 
 		if _, ok := errors.AsType[*net.OpError](err); !ok {
 			return err // it was not sent
 		}
-		// The process has gone, or has closed its socket and is of no use.
-		p.kill(errGone)
+		// The process has gone, or has closed its socket and is of no use: its end
+		// says why.
+		_ = p.cmd.Process.Kill()
 		return p.ended(ctx)
 	}
 	select {
@@ -309,6 +310,7 @@ func (p *process) ended(ctx context.Context) error {
 	select {
 	case <-p.done:
 	case <-ctx.Done(): // a process stuck in the kernel cannot even be killed
+		return ctx.Err()
 	}
 	err := p.failure()
 	if !errors.Is(err, errGone) {

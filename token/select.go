@@ -4,6 +4,8 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"io/fs"
+	"os"
 	"path/filepath"
 	"strings"
 
@@ -32,6 +34,10 @@ func (a AllowList) Resolve(path string) (string, error) {
 	}
 	real, err := filepath.EvalSymlinks(path)
 	if err != nil {
+		// Not with the path: what does not exist may be a mistyped URI with a PIN.
+		if p, ok := errors.AsType[*fs.PathError](err); ok {
+			err = p.Err
+		}
 		return "", fmt.Errorf("module file: %w", err)
 	}
 	allowed := false
@@ -91,7 +97,7 @@ func (s *Selector) Match(k *Key) bool {
 	if s.path != "" && k.token.module.file != s.path {
 		return false
 	}
-	return s.uri == nil || k.Matches(s.uri)
+	return s.uri == nil || k.matches(s.uri, s.path == "")
 }
 
 // Broad tells whether keys are selected without having been named one by one:
@@ -112,6 +118,9 @@ func ParseProvider(provider []byte, allow AllowList) (*Selector, error) {
 		if err != nil {
 			return nil, err
 		}
+		if isDir(real) {
+			return nil, fmt.Errorf("module %s is a directory", real)
+		}
 		return &Selector{path: real, text: real}, nil
 	}
 	u, err := pkcs11uri.ParseBytes(provider)
@@ -123,13 +132,24 @@ func ParseProvider(provider []byte, allow AllowList) (*Selector, error) {
 		return nil, fmt.Errorf("the URI has attributes %q that are not known, so it matches nothing", names)
 	}
 	sel := NewSelector(u)
-	if u.ModulePath != nil {
-		if sel.path, err = allow.Resolve(*u.ModulePath); err != nil {
-			u.Wipe()
-			return nil, err
-		}
+	if u.ModulePath == nil {
+		return sel, nil
+	}
+	real, err := allow.Resolve(*u.ModulePath)
+	if err != nil {
+		u.Wipe()
+		return nil, err
+	}
+	// A directory selects among the modules there are, and starts none.
+	if !isDir(real) {
+		sel.path = real
 	}
 	return sel, nil
+}
+
+func isDir(path string) bool {
+	st, err := os.Stat(path)
+	return err == nil && st.IsDir()
 }
 
 func isURI(b []byte) bool {
@@ -137,12 +157,13 @@ func isURI(b []byte) bool {
 }
 
 // matches tells whether the module is the one a URI names, if it names one. A
-// module-path may be the directory that the module is in (RFC 7512 section 2.3).
-func (m *module) matches(u *pkcs11uri.URI) bool {
+// module-path may be the directory that the module is in (RFC 7512 section 2.3),
+// and does not count where byPath is false.
+func (m *module) matches(u *pkcs11uri.URI, byPath bool) bool {
 	if u.ModuleName != nil && !u.MatchModuleName(m.spec.Name, m.spec.Path) {
 		return false
 	}
-	if u.ModulePath == nil {
+	if u.ModulePath == nil || !byPath {
 		return true
 	}
 	path := filepath.Clean(*u.ModulePath)
@@ -191,7 +212,7 @@ func (s *Store) whyNone(sel *Selector, named *module) error {
 			continue
 		}
 		for _, t := range m.present() {
-			if sel.uri != nil && !t.matches(sel.uri) {
+			if sel.uri != nil && !t.matches(sel.uri, sel.path == "") {
 				continue
 			}
 			if len(t.keyList()) == 0 {

@@ -252,7 +252,7 @@ func (m *module) look(ctx context.Context, p *process, again bool) error {
 			m.log.Warn("two tokens have the same name, only the first is used", "token", slot.Token.Label, "serial", slot.Token.Serial)
 			continue
 		}
-		if err := t.look(ctx, p, slot); err != nil {
+		if err := t.look(ctx, p, &slot); err != nil {
 			if p.failure() != nil {
 				return m.wrap(err)
 			}

@@ -22,11 +22,11 @@ type Token struct {
 
 	mu               sync.Mutex
 	slot             wire.Slot // where it was seen last
-	removable        bool
-	shadow           string // the module that wins over this one
+	shadow           string    // the module that wins over this one
 	keys             []*Key
 	insertions       uint64
 	session          *process // the process that is logged in, nil when none is
+	attempted        *process // one that a login was begun in, and may have had success
 	refusesMechanism map[uint64]bool
 }
 
@@ -34,8 +34,8 @@ func newToken(m *module, id wire.TokenID) *Token {
 	return &Token{ID: id, module: m, refusesMechanism: make(map[uint64]bool)}
 }
 
-// look reads the objects of the token.
-func (t *Token) look(ctx context.Context, p *process, slot wire.Slot) error {
+// look reads the objects of the token. slot is where it is; nil: where it was.
+func (t *Token) look(ctx context.Context, p *process, slot *wire.Slot) error {
 	var reply wire.ObjectsReply
 	if err := p.call(ctx, listTimeout, wire.TypeObjects, &wire.Objects{Token: t.ID}, &reply); err != nil {
 		return err
@@ -47,9 +47,10 @@ func (t *Token) look(ctx context.Context, p *process, slot wire.Slot) error {
 	})
 	t.mu.Lock()
 	defer t.mu.Unlock()
-	t.slot = slot
+	if slot != nil {
+		t.slot = *slot
+	}
 	t.slot.Info = reply.Info
-	t.removable = slot.Flags&wire.CKFRemovableDevice != 0
 	if reply.Info.LoggedIn {
 		t.session = p
 	} else if t.session == p {
@@ -88,6 +89,18 @@ func (t *Token) keyList() []*Key {
 	return t.keys
 }
 
+// current returns a key as it was read last: a login may have shown more of it.
+func (t *Token) current(k *Key) *Key {
+	t.mu.Lock()
+	defer t.mu.Unlock()
+	for _, o := range t.keys {
+		if bytes.Equal(o.found.id, k.found.id) && equalKeys(o.found.public, k.found.public) {
+			return o
+		}
+	}
+	return k
+}
+
 // present tells whether the token was there at the last look.
 func (t *Token) present() bool { return slices.Contains(t.module.present(), t) }
 
@@ -111,8 +124,8 @@ func (t *Token) setLoggedIn(p *process, in bool) {
 // logout logs out, which is no error where nobody is logged in.
 func (t *Token) logout(ctx context.Context) error {
 	t.mu.Lock()
-	p := t.session
-	t.session = nil
+	p := cmp.Or(t.session, t.attempted)
+	t.session, t.attempted = nil, nil
 	t.mu.Unlock()
 	if p == nil || p.failure() != nil {
 		return nil // the login went with the process
@@ -142,8 +155,9 @@ func (t *Token) status() TokenStatus {
 	}
 }
 
-// matches tells whether a URI selects this token where it is now.
-func (t *Token) matches(u *pkcs11uri.URI) bool {
+// matches tells whether a URI selects this token where it is now. Its
+// module-path does not count where byPath is false.
+func (t *Token) matches(u *pkcs11uri.URI, byPath bool) bool {
 	m := t.module
 	t.mu.Lock()
 	slot := t.slot
@@ -156,14 +170,14 @@ func (t *Token) matches(u *pkcs11uri.URI) bool {
 		Version: pkcs11uri.Version{Major: uint8(info.Library >> 8), Minor: uint8(info.Library)},
 	}) &&
 		u.MatchSlot(pkcs11uri.SlotInfo{ID: slot.ID, Manufacturer: slot.Manufacturer, Description: slot.Description}) &&
-		u.MatchToken(t.ID) && t.module.matches(u)
+		u.MatchToken(t.ID) && m.matches(u, byPath)
 }
 
 // same tells whether two keys are the same in all that can be seen of them.
 func (k *Key) same(o *Key) bool {
 	return k.token == o.token && bytes.Equal(k.found.id, o.found.id) && k.found.label == o.found.label &&
 		slices.Equal(k.found.labels, o.found.labels) && slices.Equal(k.found.classes, o.found.classes) &&
-		k.found.visible == o.found.visible && k.found.always == o.found.always && k.found.unfit == o.found.unfit &&
+		k.found.visible == o.found.visible && k.found.open == o.found.open && k.found.always == o.found.always && k.found.unfit == o.found.unfit &&
 		k.text == o.text && slices.EqualFunc(k.found.certs, o.found.certs, bytes.Equal) && equalKeys(k.found.public, o.found.public)
 }
 
@@ -171,10 +185,4 @@ func (t *Token) inserted() {
 	t.mu.Lock()
 	defer t.mu.Unlock()
 	t.insertions++
-}
-
-func (t *Token) isRemovable() bool {
-	t.mu.Lock()
-	defer t.mu.Unlock()
-	return t.removable
 }
