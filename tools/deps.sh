@@ -17,6 +17,7 @@ fail() {
 # What is needed, and the packages that bring it: a program, or the file whose
 # name fits one of the patterns (commas between them).
 needed() {
+	# OpenSC's module opens libpcsclite when it starts, and fails without it.
 	# What                                          Debian              Fedora
 	cat <<-'TABLE'
 	gcc                                             gcc                 gcc
@@ -31,6 +32,7 @@ needed() {
 	softhsm2-util                                   softhsm2            softhsm
 	pkcs11-tool                                     opensc              opensc
 	/usr/lib/*/opensc-pkcs11.so,/usr/lib*/opensc-pkcs11.so,/usr/lib*/pkcs11/opensc-pkcs11.so opensc-pkcs11 opensc
+	/usr/lib/*/libpcsclite.so.1,/usr/lib*/libpcsclite.so.1 libpcsclite1 pcsc-lite-libs
 	p11-kit                                         p11-kit             p11-kit
 	/usr/lib/*/pkcs11/p11-kit-client.so,/usr/lib*/pkcs11/p11-kit-client.so p11-kit-modules p11-kit-server
 	/usr/include/p11-kit-1/p11-kit/p11-kit.h        libp11-kit-dev      p11-kit-devel

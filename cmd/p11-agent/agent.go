@@ -68,7 +68,7 @@ configuration again and looks at the tokens again.`,
 	return cmd
 }
 
-func runAgent(ctx context.Context, g *globals, o *agentOptions, command []string, out io.Writer) error {
+func runAgent(ctx context.Context, g *globals, o *agentOptions, command []string, out io.Writer) (err error) {
 	if o.csh && o.sh {
 		return &usageError{errors.New("-c and -s exclude each other")}
 	}
@@ -84,7 +84,6 @@ func runAgent(ctx context.Context, g *globals, o *agentOptions, command []string
 	}
 	if g.config != "" {
 		// The agent leaves the directory it was started in, and reads it again.
-		var err error
 		if g.config, err = filepath.Abs(g.config); err != nil {
 			return err
 		}
@@ -108,7 +107,7 @@ func runAgent(ctx context.Context, g *globals, o *agentOptions, command []string
 		return err
 	}
 	if child := backgroundChild(); child != nil {
-		return s.runInBackground(ctx, child, o.socket)
+		return s.runInBackground(ctx, child)
 	}
 	if len(inherited) > 0 {
 		s.log = newLog(os.Stderr, level)
@@ -118,6 +117,11 @@ func runAgent(ctx context.Context, g *globals, o *agentOptions, command []string
 	if err != nil {
 		return err
 	}
+	defer func() {
+		if err != nil {
+			removeRuntimeDir(path)
+		}
+	}()
 	// Found here, mistakes of the configuration reach the person who starts it.
 	if _, err := loadConfig(g.config); err != nil {
 		return err
@@ -136,6 +140,7 @@ type service struct {
 	allow    string // of -P; empty: what the configuration says
 	log      *slog.Logger
 	tty      string // where it was started
+	hangups  chan os.Signal
 }
 
 // listener is what the door takes its clients from.
@@ -145,6 +150,8 @@ type listener interface {
 }
 
 func (s *service) runInForeground(ctx context.Context, path string, shell shell, out io.Writer) error {
+	ctx, stop := s.catchSignals(ctx, os.Interrupt, syscall.SIGTERM)
+	defer stop()
 	l, err := listen(path)
 	if err != nil {
 		return err
@@ -154,15 +161,17 @@ func (s *service) runInForeground(ctx context.Context, path string, shell shell,
 		return errors.Join(err, l.Close())
 	}
 	s.tty = terminalName()
-	return s.serve(ctx, []listener{l}, os.Interrupt, syscall.SIGTERM)
+	return s.serve(ctx, []listener{l})
 }
 
 func (s *service) runInherited(ctx context.Context, inherited []*net.UnixListener) error {
+	ctx, stop := s.catchSignals(ctx, os.Interrupt, syscall.SIGTERM)
+	defer stop()
 	var all []listener
 	for _, l := range inherited {
 		all = append(all, l)
 	}
-	return s.serve(ctx, all, os.Interrupt, syscall.SIGTERM)
+	return s.serve(ctx, all)
 }
 
 // listen makes the socket, and its directory when that is the agent's own.
@@ -174,10 +183,22 @@ func listen(path string) (*sshagent.Socket, error) {
 	return l, err
 }
 
-// serve runs the agent on the sockets until ctx ends, one of the signals comes,
-// or a socket breaks.
-func (s *service) serve(ctx context.Context, listeners []listener, stop ...os.Signal) error {
-	ctx, cancel := signal.NotifyContext(ctx, stop...)
+// catchSignals makes ctx end with one of these signals, and keeps SIGHUP for
+// serve. It is called before anybody learns where the agent is: from then on a
+// signal may come at any time, and must not end the agent with its socket left.
+func (s *service) catchSignals(ctx context.Context, end ...os.Signal) (context.Context, func()) {
+	s.hangups = make(chan os.Signal, 1)
+	signal.Notify(s.hangups, syscall.SIGHUP)
+	ctx, cancel := signal.NotifyContext(ctx, end...)
+	return ctx, func() {
+		cancel()
+		signal.Stop(s.hangups)
+	}
+}
+
+// serve runs the agent on the sockets until ctx ends or a socket breaks.
+func (s *service) serve(ctx context.Context, listeners []listener) error {
+	ctx, cancel := context.WithCancel(ctx)
 	defer cancel()
 	closeAll := func() {
 		for _, l := range listeners {
@@ -214,9 +235,6 @@ func (s *service) serve(ctx context.Context, listeners []listener, stop ...os.Si
 		Confirm:   ask,
 		Log:       s.log,
 	})
-	reload := make(chan os.Signal, 1)
-	signal.Notify(reload, syscall.SIGHUP)
-	defer signal.Stop(reload)
 	var helpers sync.WaitGroup
 	defer helpers.Wait()
 	helpers.Go(func() {
@@ -224,7 +242,7 @@ func (s *service) serve(ctx context.Context, listeners []listener, stop ...os.Si
 			select {
 			case <-ctx.Done():
 				return
-			case <-reload:
+			case <-s.hangups:
 				s.reload(ctx, keyring, b.store)
 			}
 		}

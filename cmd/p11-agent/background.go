@@ -140,7 +140,6 @@ func startInBackground(path string, s shell, command []string, out io.Writer) er
 	answer, err := bufio.NewReader(report).ReadString('\n')
 	if err != nil || answer != "ok\n" {
 		werr := cmd.Wait()
-		removeRuntimeDir(path)
 		if answer = strings.TrimSpace(answer); answer != "" {
 			return errors.New(answer)
 		}
@@ -153,7 +152,8 @@ func startInBackground(path string, s shell, command []string, out io.Writer) er
 	}
 	env := append(os.Environ(), socketVariable+"="+path, pidVariable+"="+strconv.Itoa(pid))
 	err = syscall.Exec(program, command, dedupe(env))
-	return errors.Join(fmt.Errorf("run %s: %w", program, err), cmd.Process.Kill())
+	// The agent ends with this process, as it would with the command.
+	return fmt.Errorf("run %s: %w", program, err)
 }
 
 // childSocketVariable tells the child where to listen.
@@ -177,7 +177,7 @@ func dedupe(env []string) []string {
 }
 
 // runInBackground is the life of the process that startInBackground starts.
-func (s *service) runInBackground(ctx context.Context, c *child, _ string) error {
+func (s *service) runInBackground(ctx context.Context, c *child) error {
 	path := os.Getenv(childSocketVariable)
 	_ = os.Unsetenv(childSocketVariable)
 	report := os.NewFile(childReportFD, "report")
@@ -195,6 +195,8 @@ func (s *service) runInBackground(ctx context.Context, c *child, _ string) error
 	s.tty = c.tty
 	ctx, cancel := context.WithCancel(ctx)
 	defer cancel()
+	ctx, stop := s.catchSignals(ctx, syscall.SIGTERM)
+	defer stop()
 	if c.bound {
 		if err := endWith(c.parent, cancel); err != nil {
 			return fail(err)
@@ -214,7 +216,7 @@ func (s *service) runInBackground(ctx context.Context, c *child, _ string) error
 		return errors.Join(err, l.Close())
 	}
 	_ = report.Close()
-	if err := s.serve(ctx, []listener{l}, syscall.SIGTERM); err != nil {
+	if err := s.serve(ctx, []listener{l}); err != nil {
 		s.log.Error("agent ended", "reason", err)
 		return statusError(exitFailure)
 	}

@@ -636,15 +636,17 @@ func (d *demo) makeRepository(ctx context.Context) bool {
 		git("config", "gpg.ssh.allowedSignersFile", d.path("allowed_signers"))
 }
 
-// asked shows the uses of keys when a person gives the PIN. What fails here
-// keeps nothing else from working, so everything is tried.
+// asked shows the uses of keys when a person gives the PIN. Without the first
+// login all others would ask again, and nobody would answer.
 func (d *demo) asked(ctx context.Context) bool {
 	d.heading("ssh: the first use of a key asks for the PIN, the second does not.")
 	first := d.login("rsa")
 	if d.tty != "" {
 		first.meanwhile = d.typePIN
 	}
-	d.run(ctx, first)
+	if !d.run(ctx, first) {
+		return false
+	}
 	d.run(ctx, d.login("p256"))
 
 	d.heading("git: a commit signed by each key.")

@@ -1,0 +1,162 @@
+package main
+
+import (
+	"bufio"
+	"encoding/json"
+	"errors"
+	"fmt"
+	"io"
+	"os"
+	"path/filepath"
+	"strings"
+	"syscall"
+)
+
+// The fake pinentry and the fake askpass give the answers that are in the file
+// "answers" of a directory, one line for each question:
+//
+//	pin TEXT      this PIN
+//	always TEXT   this PIN, and for every question that follows
+//	ok            yes
+//	cancel        what a person does with the Cancel button
+//	hang          no answer
+//
+// A question too many is answered with cancel. The file "log" of the directory
+// gets what they were told, the file "asked" a line for each question, and the
+// file "env" the environment of the last one. The directory is "pinentry" or
+// "askpass" in HOME, which is all that they share with the agent.
+type fake struct {
+	dir string
+	in  *bufio.Reader
+}
+
+func newFake(name string) *fake {
+	return &fake{dir: filepath.Join(os.Getenv("HOME"), name), in: bufio.NewReader(os.Stdin)}
+}
+
+// exit leaves at once: os.Exit takes a second under the race detector.
+func exit(status int) {
+	_, _, _ = syscall.RawSyscall(syscall.SYS_EXIT_GROUP, uintptr(status), 0, 0)
+}
+
+// die ends a fake that does not work, so that the story fails.
+func die(err error) {
+	fmt.Fprintln(os.Stderr, "fake:", err)
+	exit(3)
+}
+
+func (f *fake) add(file, line string) {
+	w, err := os.OpenFile(filepath.Join(f.dir, file), os.O_WRONLY|os.O_CREATE|os.O_APPEND, 0o600)
+	if err != nil {
+		die(err)
+	}
+	_, err = io.WriteString(w, line+"\n")
+	if err := errors.Join(err, w.Close()); err != nil {
+		die(err)
+	}
+}
+
+// answer returns the kind of the next answer and its text. The number of the
+// question is counted under a lock, as several processes may ask.
+func (f *fake) answer(question string) (kind, text string) {
+	asked, err := os.OpenFile(filepath.Join(f.dir, "asked"), os.O_RDWR|os.O_CREATE, 0o600)
+	if err != nil {
+		die(err)
+	}
+	defer asked.Close()
+	if err := syscall.Flock(int(asked.Fd()), syscall.LOCK_EX); err != nil {
+		die(err)
+	}
+	before, err := io.ReadAll(asked)
+	if err != nil {
+		die(err)
+	}
+	if _, err := io.WriteString(asked, question+"\n"); err != nil {
+		die(err)
+	}
+	script, err := os.ReadFile(filepath.Join(f.dir, "answers"))
+	if err != nil {
+		die(err)
+	}
+	n := strings.Count(string(before), "\n")
+	for i, line := range strings.Split(strings.TrimSpace(string(script)), "\n") {
+		kind, text, _ = strings.Cut(line, " ")
+		if i == n || kind == "always" {
+			return kind, text
+		}
+	}
+	return "cancel", ""
+}
+
+// hang stays until nobody wants the answer any more.
+func (f *fake) hang() {
+	_, _ = f.in.ReadString('\n')
+	exit(0)
+}
+
+// keepEnvironment notes what the program was started with.
+func (f *fake) keepEnvironment() {
+	text := strings.Join(os.Environ(), "\n") + "\n"
+	if err := os.WriteFile(filepath.Join(f.dir, "env"), []byte(text), 0o600); err != nil {
+		die(err)
+	}
+}
+
+// fakePinentry speaks pinentry's side of the Assuan protocol.
+func fakePinentry() {
+	f := newFake("pinentry")
+	f.keepEnvironment()
+	fmt.Println("OK Pleased to meet you")
+	for {
+		line, err := f.in.ReadString('\n')
+		if err != nil {
+			exit(0)
+		}
+		line = strings.TrimSuffix(line, "\n")
+		f.add("log", line)
+		word, _, _ := strings.Cut(line, " ")
+		switch word {
+		case "GETPIN", "CONFIRM", "MESSAGE":
+			switch kind, text := f.answer(word); kind {
+			case "pin", "always":
+				fmt.Printf("D %s\nOK\n", text)
+			case "ok":
+				fmt.Println("OK")
+			case "cancel":
+				fmt.Println("ERR 83886179 Operation cancelled <Pinentry>")
+			case "hang":
+				f.hang()
+			default:
+				die(fmt.Errorf("no such answer: %s", kind))
+			}
+		case "BYE":
+			fmt.Println("OK closing connection")
+			exit(0)
+		default:
+			fmt.Println("OK")
+		}
+	}
+}
+
+// fakeAskpass is asked by the agent, or by ssh-add itself.
+func fakeAskpass() {
+	f := newFake("askpass")
+	f.keepEnvironment()
+	text, err := json.Marshal(os.Args[1:])
+	if err != nil {
+		die(err)
+	}
+	f.add("log", os.Getenv("SSH_ASKPASS_PROMPT")+string(text))
+	switch kind, text := f.answer("ASK"); kind {
+	case "pin", "always":
+		fmt.Println(text)
+	case "ok":
+	case "cancel":
+		exit(1)
+	case "hang":
+		f.hang()
+	default:
+		die(fmt.Errorf("no such answer: %s", kind))
+	}
+	exit(0)
+}

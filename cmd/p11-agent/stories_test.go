@@ -1,0 +1,637 @@
+package main
+
+import (
+	"bytes"
+	"errors"
+	"flag"
+	"fmt"
+	"io/fs"
+	"net"
+	"os"
+	"os/exec"
+	"path/filepath"
+	"regexp"
+	"slices"
+	"strconv"
+	"strings"
+	"sync"
+	"syscall"
+	"testing"
+	"time"
+
+	"github.com/rogpeppe/go-internal/testscript"
+	"golang.org/x/crypto/ssh/agent"
+	"golang.org/x/sys/unix"
+
+	"p11-agent/token/tokentest"
+)
+
+var update = flag.Bool("update", false, "rewrite the expected texts in testdata/script")
+
+func TestMain(m *testing.M) {
+	// Files of the scripts are to have the same modes everywhere.
+	syscall.Umask(0o022)
+	testscript.Main(m, map[string]func(){
+		"p11-agent":    main,
+		"fakepinentry": fakePinentry,
+		"fakeaskpass":  fakeAskpass,
+	})
+}
+
+// storyPIN is the PIN of the tokens that scripts start with.
+const storyPIN = "sesame-4711"
+
+// patience is how long a condition may take to come true before a story is
+// given up. Nothing waits for its end that goes well.
+const patience = 30 * time.Second
+
+// TestStories runs the real program with the programs that people use it with.
+// Each script in testdata/script is a story of its own: a HOME, a runtime
+// directory, a token directory, and an end to every process that it starts.
+//
+// Besides those of testscript, scripts have these commands:
+//
+//	need PROGRAM...     end here if one is missing; in CI, fail
+//	tokens NAME...      put these SoftHSM tokens into the token directory
+//	agent [ARG...]      start an agent in the background, with SSH_AUTH_SOCK and SSH_AGENT_PID
+//	adopt [FILE]        the same for one that the script has started: FILE, or the last output, tells where
+//	gone                wait until that agent has ended, and see that its socket is no more
+//	sshd                start an sshd that lets $USER in by $WORK/authorized_keys; $WORK/ssh_config has the host "box"
+//	until PROGRAM...    run a program until it succeeds
+//	screen REGEXP       wait until the tmux pane shows this
+//	mask FILE           write the last output to FILE, with what differs from run to run replaced
+//	secret TEXT         fail if TEXT is in a log, or in the arguments or environment of any process
+//	connections N M     connect to the agent N times in turn and M times at once, and see that it keeps nothing
+func TestStories(t *testing.T) {
+	root := tokentest.TempDir(t) // short: it will hold sockets
+	s := &stories{t: t, tokens: makeTokens(t), softhsm: tokentest.Module(t, "libsofthsm2.so")}
+	// Scripts that use it say that they need gcc.
+	if _, err := exec.LookPath("gcc"); err == nil {
+		s.badModule = tokentest.BuildBadModule(t)
+	}
+	testscript.Run(t, testscript.Params{
+		Dir:                 filepath.Join("testdata", "script"),
+		WorkdirRoot:         root,
+		RequireExplicitExec: true,
+		RequireUniqueNames:  true,
+		UpdateScripts:       *update,
+		Setup:               s.setup,
+		Condition: func(cond string) (bool, error) {
+			if cond == "root" {
+				return os.Geteuid() == 0, nil
+			}
+			return false, fmt.Errorf("unknown condition %q", cond)
+		},
+		Cmds: map[string]func(*testscript.TestScript, bool, []string){
+			"need":        need,
+			"tokens":      s.addTokens,
+			"agent":       startAgent,
+			"adopt":       adopt,
+			"gone":        gone,
+			"sshd":        startSSHD,
+			"until":       until,
+			"screen":      screen,
+			"mask":        mask,
+			"secret":      findSecret,
+			"connections": connections,
+		},
+	})
+}
+
+// stories is what the scripts share.
+type stories struct {
+	t         *testing.T
+	tokens    map[string]string // directories to copy, by the label of the token
+	softhsm   string            // SoftHSM's module
+	badModule string            // tokentest's
+}
+
+// story is what belongs to one script.
+type story struct {
+	skip  func(...any)
+	fail  func(format string, args ...any) // for what is found out at the end
+	agent *process                         // the one that SSH_AGENT_PID names
+}
+
+type storyKey struct{}
+
+func storyOf(ts *testscript.TestScript) *story { return ts.Value(storyKey{}).(*story) }
+
+// kinds are the keys of the token "six", in the order of their IDs.
+var kinds = []string{
+	tokentest.RSA2048, tokentest.RSA4096, tokentest.P256, tokentest.P384, tokentest.P521, tokentest.Ed25519,
+}
+
+// makeTokens makes tokens for scripts to copy: that is faster than making them
+// anew.
+func makeTokens(t *testing.T) map[string]string {
+	tokens := make(map[string]string)
+	add := func(label string, fill func(*tokentest.SoftHSM)) {
+		h := tokentest.NewSoftHSM(t)
+		h.AddToken(label, storyPIN)
+		fill(h)
+		tokens[label] = filepath.Join(h.Dir(), "tokens")
+	}
+	add("work", func(h *tokentest.SoftHSM) { h.GenerateKey("work", tokentest.P256, "01", "login") })
+	add("home", func(h *tokentest.SoftHSM) { h.GenerateKey("home", tokentest.Ed25519, "01", "login") })
+	add("six", func(h *tokentest.SoftHSM) {
+		for i, kind := range kinds {
+			h.GenerateKey("six", kind, fmt.Sprintf("%02d", i+1), strings.ToLower(kind))
+		}
+	})
+	add("empty", func(*tokentest.SoftHSM) {})
+	add("odd", func(h *tokentest.SoftHSM) {
+		h.GenerateKey("odd", "rsa:1024", "01", "short")
+		h.GenerateKey("odd", "EC:secp256k1", "02", "bitcoin")
+	})
+	return tokens
+}
+
+func (s *stories) setup(env *testscript.Env) error {
+	env.Values[storyKey{}] = &story{skip: env.T().Skip, fail: func(format string, args ...any) {
+		s.t.Errorf("%s: "+format, append([]any{filepath.Base(env.WorkDir)}, args...)...)
+	}}
+	work := env.WorkDir
+	for _, dir := range []string{"home/pinentry", "home/askpass", "run", "tokens", "bin"} {
+		if err := os.MkdirAll(filepath.Join(work, dir), 0o700); err != nil {
+			return err
+		}
+	}
+	// What archives bring along is not in directories of the right mode.
+	for _, dir := range []string{"home", "run", "tokens"} {
+		if err := os.Chmod(filepath.Join(work, dir), 0o700); err != nil {
+			return err
+		}
+	}
+	conf := filepath.Join(work, "softhsm2.conf")
+	text := fmt.Sprintf("directories.tokendir = %s/tokens\nobjectstore.backend = file\nlog.level = ERROR\n", work)
+	if err := os.WriteFile(conf, []byte(text), 0o600); err != nil {
+		return err
+	}
+	// Others than the fake are for the scripts that name them.
+	if err := writeNew(filepath.Join(work, "home/.config/p11-agent/config.toml"), "[pinentry]\nprogram = \"fakepinentry\"\n"); err != nil {
+		return err
+	}
+	for _, name := range []string{"pinentry", "askpass"} {
+		if err := writeNew(filepath.Join(work, "home", name, "answers"), "pin "+storyPIN+"\n"); err != nil {
+			return err
+		}
+	}
+	for name, value := range map[string]string{
+		"HOME":            work + "/home",
+		"XDG_RUNTIME_DIR": work + "/run",
+		"SOFTHSM2_CONF":   conf,
+		"SOFTHSM":         s.softhsm,
+		"MODULE":          s.badModule,
+		"LOG":             work + "/home/.local/state/p11-agent/agent.log",
+		"CONFIG":          work + "/home/.config/p11-agent/config.toml",
+		"LC_ALL":          "C.UTF-8",
+		"TERM":            "xterm",
+		"SHELL":           "/bin/sh",
+		"USER":            strings.TrimSpace(currentUser()),
+		// Races are found in processes whose output nobody sees, too.
+		"GORACE":              "atexit_sleep_ms=0 log_path=" + work + "/race",
+		"GIT_CONFIG_NOSYSTEM": "1",
+	} {
+		env.Setenv(name, value)
+	}
+	// Told before the directory goes.
+	env.Defer(func() {
+		races, err := filepath.Glob(filepath.Join(work, "race.*"))
+		if err != nil {
+			s.t.Error(err)
+		}
+		for _, file := range races {
+			if b, err := os.ReadFile(file); err != nil || len(b) > 0 {
+				s.t.Errorf("%s: %v\n%s", work, err, b)
+			}
+		}
+	})
+	return nil
+}
+
+func currentUser() string {
+	out, err := exec.Command("id", "-un").Output()
+	if err != nil {
+		return ""
+	}
+	return string(out)
+}
+
+// writeNew writes a file unless the script has brought one.
+func writeNew(path, text string) error {
+	if err := os.MkdirAll(filepath.Dir(path), 0o700); err != nil {
+		return err
+	}
+	f, err := os.OpenFile(path, os.O_WRONLY|os.O_CREATE|os.O_EXCL, 0o600)
+	if errors.Is(err, fs.ErrExist) {
+		return nil
+	}
+	if err != nil {
+		return err
+	}
+	_, err = f.WriteString(text)
+	return errors.Join(err, f.Close())
+}
+
+// plain refuses the negation of a command that has none.
+func plain(ts *testscript.TestScript, neg, ok bool, usage string) {
+	if neg || !ok {
+		ts.Fatalf("usage: %s", usage)
+	}
+}
+
+func need(ts *testscript.TestScript, neg bool, args []string) {
+	plain(ts, neg, len(args) > 0, "need PROGRAM...")
+	for _, name := range args {
+		if _, err := lookPath(name); err != nil {
+			if os.Getenv("CI") == "true" {
+				ts.Fatalf("%s is not installed", name)
+			}
+			storyOf(ts).skip(name + " is not installed")
+		}
+	}
+}
+
+// lookPath finds programs of the administrator too.
+func lookPath(name string) (string, error) {
+	if path, err := exec.LookPath(name); err == nil {
+		return path, nil
+	}
+	return exec.LookPath(filepath.Join("/usr/sbin", name))
+}
+
+func (s *stories) addTokens(ts *testscript.TestScript, neg bool, args []string) {
+	plain(ts, neg, len(args) > 0, "tokens NAME...")
+	for _, name := range args {
+		dir, ok := s.tokens[name]
+		if !ok {
+			ts.Fatalf("there is no token %q", name)
+		}
+		ts.Check(os.CopyFS(filepath.Join(ts.Getenv("WORK"), "tokens"), os.DirFS(dir)))
+	}
+}
+
+// process is one that the scripts did not start by exec, known by more than its
+// number, which may be used again.
+type process struct {
+	pid, fd int
+}
+
+func openProcess(pid int) (*process, error) {
+	fd, err := unix.PidfdOpen(pid, 0)
+	if err != nil {
+		return nil, fmt.Errorf("process %d: %w", pid, err)
+	}
+	return &process{pid, fd}, nil
+}
+
+// wait waits for the end of the process.
+func (p *process) wait(limit time.Duration) error {
+	for end := time.Now().Add(limit); ; {
+		n, err := unix.Poll([]unix.PollFd{{Fd: int32(p.fd), Events: unix.POLLIN}}, int(max(0, time.Until(end).Milliseconds())))
+		switch {
+		case errors.Is(err, unix.EINTR):
+		case err != nil:
+			return err
+		case n == 0:
+			return fmt.Errorf("process %d has not ended", p.pid)
+		default:
+			return nil
+		}
+	}
+}
+
+// end ends a process that may have ended.
+func (p *process) end() error {
+	defer unix.Close(p.fd)
+	if err := unix.PidfdSendSignal(p.fd, unix.SIGTERM, nil, 0); err != nil && !errors.Is(err, unix.ESRCH) {
+		return err
+	}
+	err := p.wait(patience)
+	if err != nil {
+		_ = unix.PidfdSendSignal(p.fd, unix.SIGKILL, nil, 0)
+	}
+	return err
+}
+
+func startAgent(ts *testscript.TestScript, neg bool, args []string) {
+	if err := ts.Exec("p11-agent", append([]string{"agent", "-s"}, args...)...); err != nil {
+		ts.Fatalf("agent: %v", err)
+	}
+	adopt(ts, neg, nil)
+}
+
+var (
+	socketLine = regexp.MustCompile(`(?m)^(?:SSH_AUTH_SOCK=|setenv SSH_AUTH_SOCK )([^;]+);`)
+	pidLine    = regexp.MustCompile(`(?m)^echo Agent pid ([0-9]+);$`)
+)
+
+func adopt(ts *testscript.TestScript, neg bool, args []string) {
+	plain(ts, neg, len(args) <= 1, "adopt [FILE]")
+	text := ts.ReadFile(append(args, "stdout")[0])
+	socket, number := socketLine.FindStringSubmatch(text), pidLine.FindStringSubmatch(text)
+	if socket == nil || number == nil {
+		ts.Fatalf("this does not tell where an agent is: %q", text)
+	}
+	pid, err := strconv.Atoi(number[1])
+	ts.Check(err)
+	p, err := openProcess(pid)
+	ts.Check(err)
+	s := storyOf(ts)
+	s.agent = p
+	ts.Setenv("SSH_AUTH_SOCK", socket[1])
+	ts.Setenv("SSH_AGENT_PID", number[1])
+	ts.Defer(func() {
+		if err := p.end(); err != nil {
+			s.fail("end the agent: %v", err)
+		}
+	})
+}
+
+func gone(ts *testscript.TestScript, neg bool, args []string) {
+	plain(ts, neg, len(args) == 0, "gone")
+	ts.Check(storyOf(ts).agent.wait(patience))
+	if _, err := os.Lstat(ts.Getenv("SSH_AUTH_SOCK")); !errors.Is(err, fs.ErrNotExist) {
+		ts.Fatalf("the agent has ended, and its socket is still there (%v)", err)
+	}
+}
+
+// eventually tries until there is no error any more, for a bounded time.
+func eventually(try func() error) error {
+	for end := time.Now().Add(patience); ; time.Sleep(20 * time.Millisecond) {
+		err := try()
+		if err == nil || time.Now().After(end) {
+			return err
+		}
+	}
+}
+
+func until(ts *testscript.TestScript, neg bool, args []string) {
+	plain(ts, neg, len(args) > 0, "until PROGRAM...")
+	if err := eventually(func() error { return ts.Exec(args[0], args[1:]...) }); err != nil {
+		ts.Fatalf("%q does not come true: %v", args, err)
+	}
+}
+
+func screen(ts *testscript.TestScript, neg bool, args []string) {
+	plain(ts, neg, len(args) == 1, "screen REGEXP")
+	want, err := regexp.Compile("(?m)" + args[0])
+	ts.Check(err)
+	err = eventually(func() error {
+		if err := ts.Exec("tmux", "-S", filepath.Join(ts.Getenv("WORK"), "tmux"), "capture-pane", "-p"); err != nil {
+			return err
+		}
+		if !want.MatchString(ts.ReadFile("stdout")) {
+			return errors.New("it shows something else")
+		}
+		return nil
+	})
+	if err != nil {
+		ts.Fatalf("wait for the screen to show %q: %v", args[0], err)
+	}
+}
+
+// startSSHD starts a server on a port of its own. The port is free when it is
+// chosen, and may have been taken when it is used: then another one is tried.
+func startSSHD(ts *testscript.TestScript, neg bool, args []string) {
+	plain(ts, neg, len(args) == 0, "sshd")
+	program, err := lookPath("sshd")
+	ts.Check(err)
+	if os.Geteuid() == 0 {
+		// Debian's sshd wants its directory for privilege separation.
+		ts.Check(os.MkdirAll("/run/sshd", 0o755))
+	}
+	work := ts.Getenv("WORK")
+	hostKey := filepath.Join(work, "host")
+	ts.Check(ts.Exec("ssh-keygen", "-q", "-t", "ed25519", "-N", "", "-f", hostKey))
+	public, err := os.ReadFile(hostKey + ".pub")
+	ts.Check(err)
+	ts.Check(os.WriteFile(filepath.Join(work, "known_hosts"), slices.Concat([]byte("box "), public), 0o600))
+
+	for range 5 {
+		l, err := net.Listen("tcp4", "127.0.0.1:0")
+		ts.Check(err)
+		port := l.Addr().(*net.TCPAddr).Port
+		ts.Check(l.Close())
+		config := fmt.Sprintf(`
+			ListenAddress 127.0.0.1:%[1]d
+			HostKey %[2]s/host
+			AuthorizedKeysFile %[2]s/authorized_keys
+			PidFile none
+			StrictModes no
+			UsePAM no
+			PermitRootLogin yes
+			PasswordAuthentication no
+			KbdInteractiveAuthentication no
+			PermitUserRC no
+			AllowAgentForwarding yes
+			LogLevel VERBOSE
+			MaxStartups 200
+			MaxAuthTries 3
+		`, port, work)
+		ts.Check(os.WriteFile(filepath.Join(work, "sshd_config"), []byte(config), 0o600))
+		config = fmt.Sprintf(`
+			Host box
+			HostName 127.0.0.1
+			HostKeyAlias box
+			Port %[1]d
+			User %[2]s
+			UserKnownHostsFile %[3]s/known_hosts
+			GlobalKnownHostsFile /dev/null
+			StrictHostKeyChecking yes
+			IdentityFile none
+			BatchMode yes
+			PreferredAuthentications publickey
+		`, port, ts.Getenv("USER"), work)
+		ts.Check(os.WriteFile(filepath.Join(work, "ssh_config"), []byte(config), 0o600))
+		ok, err := runSSHD(ts, program, port)
+		ts.Check(err)
+		if ok {
+			return
+		}
+	}
+	ts.Fatalf("sshd finds no port")
+}
+
+// runSSHD reports whether the server got its port.
+func runSSHD(ts *testscript.TestScript, program string, port int) (bool, error) {
+	work := ts.Getenv("WORK")
+	log, err := os.Create(filepath.Join(work, "sshd.log"))
+	if err != nil {
+		return false, err
+	}
+	defer log.Close()
+	cmd := exec.Command(program, "-D", "-e", "-f", filepath.Join(work, "sshd_config"))
+	cmd.Stderr = log
+	cmd.SysProcAttr = &syscall.SysProcAttr{Setpgid: true}
+	if err := cmd.Start(); err != nil {
+		return false, err
+	}
+	ended := make(chan struct{})
+	go func() {
+		_ = cmd.Wait() // it is ended by a signal
+		close(ended)
+	}()
+	ts.Defer(func() {
+		// With its children, which serve one connection each.
+		_ = syscall.Kill(-cmd.Process.Pid, syscall.SIGTERM)
+		<-ended
+	})
+	err = eventually(func() error {
+		text, err := os.ReadFile(log.Name())
+		switch {
+		case err != nil:
+			return err
+		case bytes.Contains(text, []byte("Server listening on 127.0.0.1 port "+strconv.Itoa(port))):
+			return nil
+		}
+		select {
+		case <-ended:
+			return nil
+		default:
+			return fmt.Errorf("sshd does not start: %s", text)
+		}
+	})
+	if err != nil {
+		return false, err
+	}
+	select {
+	case <-ended:
+		text, err := os.ReadFile(log.Name())
+		if err != nil || !bytes.Contains(text, []byte("Address already in use")) {
+			return false, fmt.Errorf("sshd: %s (%w)", text, err)
+		}
+		return false, nil
+	default:
+		return true, nil
+	}
+}
+
+// masks are what differs from run to run.
+var masks = []struct {
+	what *regexp.Regexp
+	by   string
+}{
+	{regexp.MustCompile(`serial=[0-9a-f]{16}`), "serial=SERIAL"},
+	{regexp.MustCompile(`"serial": "[0-9a-f]{16}"`), `"serial": "SERIAL"`},
+	{regexp.MustCompile(`\(serial [0-9a-f]{16}\)`), "(serial SERIAL)"},
+	{regexp.MustCompile(`SHA256:[A-Za-z0-9+/]{43}`), "FINGERPRINT"},
+	{regexp.MustCompile(`AAAA[A-Za-z0-9+/]+=*`), "BASE64"},
+	{regexp.MustCompile(`slot ID 0x[0-9a-f]+`), "slot ID 0xID"},
+	{regexp.MustCompile(`/usr/[^ ")]*/(libsofthsm2|opensc-pkcs11)\.so`), "/usr/.../$1.so"},
+	{regexp.MustCompile(`/[^ ")]*/badmodule\.so`), "/.../badmodule.so"},
+}
+
+func mask(ts *testscript.TestScript, neg bool, args []string) {
+	plain(ts, neg, len(args) == 1, "mask FILE")
+	text := strings.ReplaceAll(ts.ReadFile("stdout"), ts.Getenv("WORK"), "WORK")
+	for _, m := range masks {
+		text = m.what.ReplaceAllString(text, m.by)
+	}
+	ts.Check(os.WriteFile(ts.MkAbs(args[0]), []byte(text), 0o600))
+}
+
+// findSecret looks where secrets must not be: in logs and outputs, and in what
+// the kernel shows of processes.
+func findSecret(ts *testscript.TestScript, neg bool, args []string) {
+	plain(ts, neg, len(args) == 1, "secret TEXT")
+	secret := []byte(args[0])
+	work := ts.Getenv("WORK")
+	looked := 0
+	err := filepath.WalkDir(work, func(path string, d fs.DirEntry, err error) error {
+		if err != nil || !d.Type().IsRegular() || strings.HasPrefix(d.Name(), "answers") || strings.HasPrefix(d.Name(), "pin-") {
+			return err
+		}
+		looked++
+		b, err := os.ReadFile(path)
+		if err == nil && bytes.Contains(b, secret) {
+			err = fmt.Errorf("the secret is in %s", path)
+		}
+		return err
+	})
+	ts.Check(err)
+	var seen []string // of the agent and its processes
+	files, err := filepath.Glob("/proc/[0-9]*/*")
+	ts.Check(err)
+	for _, file := range files {
+		if base := filepath.Base(file); base != "cmdline" && base != "environ" {
+			continue
+		}
+		b, err := os.ReadFile(file)
+		if err != nil {
+			continue // gone, or not ours to see
+		}
+		if bytes.Contains(b, secret) {
+			ts.Fatalf("the secret is in %s", file)
+		}
+		if bytes.Contains(b, []byte("module-process")) || bytes.Contains(b, []byte(work)) {
+			seen = append(seen, file)
+		}
+	}
+	if looked == 0 || len(seen) == 0 {
+		ts.Fatalf("looked at %d files and the processes %q: that is not where the agent is", looked, seen)
+	}
+}
+
+func connections(ts *testscript.TestScript, neg bool, args []string) {
+	plain(ts, neg, len(args) == 2, "connections IN-TURN AT-ONCE")
+	inTurn, err := strconv.Atoi(args[0])
+	ts.Check(err)
+	atOnce, err := strconv.Atoi(args[1])
+	ts.Check(err)
+	dir := fmt.Sprintf("/proc/%s/fd", ts.Getenv("SSH_AGENT_PID"))
+	files := func() int {
+		entries, err := os.ReadDir(dir)
+		ts.Check(err)
+		return len(entries)
+	}
+	list := func() (net.Conn, error) {
+		c, err := net.Dial("unix", ts.Getenv("SSH_AUTH_SOCK"))
+		if err != nil {
+			return nil, err
+		}
+		keys, err := agent.NewClient(c).List()
+		if err == nil && len(keys) == 0 {
+			err = errors.New("the agent lists no keys")
+		}
+		return c, err
+	}
+	// The first one settles what is opened once.
+	c, err := list()
+	ts.Check(err)
+	ts.Check(c.Close())
+	before := files()
+	ts.Check(eventually(func() error {
+		if n := files(); n != before-1 && n != before {
+			before = n
+			return errors.New("not settled")
+		}
+		return nil
+	}))
+	for range inTurn {
+		c, err := list()
+		ts.Check(err)
+		ts.Check(c.Close())
+	}
+	open := make([]net.Conn, atOnce)
+	errs := make([]error, atOnce)
+	var wg sync.WaitGroup
+	for i := range atOnce {
+		wg.Go(func() { open[i], errs[i] = list() })
+	}
+	wg.Wait()
+	ts.Check(errors.Join(errs...))
+	if n := files(); n < before+atOnce-1 {
+		ts.Fatalf("%d clients are connected, and the agent has %d files open: those are not its own", atOnce, n)
+	}
+	for _, c := range open {
+		ts.Check(c.Close())
+	}
+	ts.Check(eventually(func() error {
+		if n := files(); n > before {
+			return fmt.Errorf("the agent has %d files open, and had %d", n, before)
+		}
+		return nil
+	}))
+}
