@@ -517,7 +517,7 @@ var masks = []struct {
 	{regexp.MustCompile(`"serial": "[0-9a-f]{16}"`), `"serial": "SERIAL"`},
 	{regexp.MustCompile(`\(serial [0-9a-f]{16}\)`), "(serial SERIAL)"},
 	{regexp.MustCompile(`SHA256:[A-Za-z0-9+/]{43}`), "FINGERPRINT"},
-	{regexp.MustCompile(`AAAA[A-Za-z0-9+/]+=*`), "BASE64"},
+	{regexp.MustCompile(`\bAAAA[A-Za-z0-9+/]+=*`), "BASE64"},
 	{regexp.MustCompile(`slot ID 0x[0-9a-f]+`), "slot ID 0xID"},
 	{regexp.MustCompile(`/usr/[^ ")]*/(libsofthsm2|opensc-pkcs11)\.so`), "/usr/.../$1.so"},
 	{regexp.MustCompile(`/[^ ")]*/badmodule\.so`), "/.../badmodule.so"},
