@@ -24,13 +24,16 @@ static void *open_library(const char *path, const char **error)
 }
 
 // function_list finds the functions that the pkcs11 package has got from the
-// library: its struct ctx holds the library and the list. It returns NULL when it
-// does not.
-static struct functions *function_list(void *ctx, void *library)
+// library: its struct ctx holds the library and the list, which is NULL when
+// C_GetFunctionList has failed. It returns 0 when that is not what is there.
+static int function_list(void *ctx, void *library, struct functions **list)
 {
 	struct { void *library; struct functions *list; } *c = ctx;
 
-	return c->library == library ? c->list : NULL;
+	if (c->library != library)
+		return 0;
+	*list = c->list;
+	return 1;
 }
 
 // crash_quietly takes the signals of a crash away from the Go runtime, which
@@ -168,11 +171,14 @@ func load(path string) (*library, error) {
 	// The package keeps the list to itself. That it is found where version 1.1.2
 	// has it is checked by the handle beside it, and by every test of this room.
 	var fn *C.struct_functions
+	known := false
 	if field := reflect.ValueOf(ctx).Elem().FieldByName("ctx"); field.Kind() == reflect.Pointer {
-		fn = C.function_list(field.UnsafePointer(), handle)
+		known = C.function_list(field.UnsafePointer(), handle, &fn) != 0
 	}
 	switch {
-	case fn == nil:
+	case known && fn == nil:
+		return nil, noModule
+	case !known:
 		return nil, loadError("%s: its functions are not found: this p11-agent was built with another version of its PKCS#11 library", path)
 	case fn.major != 2 && fn.major != 3:
 		return nil, loadError("%s: it is a module of version %d of PKCS#11; 2 and 3 are known here", path, fn.major)
