@@ -38,14 +38,13 @@ func (a *askpass) ask(ctx context.Context, prompt Prompt, kind string) (answer *
 		env = append(env[:len(env):len(env)], "SSH_ASKPASS_PROMPT="+kind)
 	}
 	// Room for a newline of two bytes, and one more for telling that there is more.
-	answer, err = secret.New(MaxPIN + 3)
+	printed, err := secret.New(MaxPIN + 3)
 	if err != nil {
 		return nil, err
 	}
 	defer func() {
 		if err != nil {
-			answer.Wipe()
-			answer = nil
+			printed.Wipe()
 		}
 	}()
 
@@ -56,8 +55,8 @@ func (a *askpass) ask(ctx context.Context, prompt Prompt, kind string) (answer *
 	defer child.close()
 	_ = child.in.Close()
 	release := child.guard(ctx)
-	n, err := io.ReadFull(child.out, answer.Buffer())
-	answer.SetLen(n)
+	n, err := io.ReadFull(child.out, printed.Buffer())
+	printed.SetLen(n)
 	tooLong := err == nil
 	if tooLong {
 		child.stop()
@@ -74,10 +73,10 @@ func (a *askpass) ask(ctx context.Context, prompt Prompt, kind string) (answer *
 	case !status.Success():
 		return nil, child.blame(ErrCancelled)
 	}
-	b := bytes.TrimSuffix(answer.Bytes(), []byte("\n"))
+	b := bytes.TrimSuffix(printed.Bytes(), []byte("\n"))
 	b = bytes.TrimSuffix(b, []byte("\r"))
-	answer.SetLen(len(b))
-	return answer, nil
+	printed.SetLen(len(b))
+	return printed, nil
 }
 
 func (a *askpass) pin(ctx context.Context, prompt Prompt) (*secret.Secret, error) {

@@ -31,6 +31,12 @@ func TestMain(m *testing.M) {
 		runFake(words[1], words[2])
 		exit(0)
 	}
+	if name := filepath.Base(os.Args[0]); strings.HasPrefix(name, "pinentry") && !strings.Contains(name, ".test") || name == "askpass" {
+		// A fake that was not given its environment. Were it to run the tests, it
+		// would start more of its kind, and those more.
+		fmt.Println("ERR 1 a fake without a scenario")
+		exit(1)
+	}
 	os.Exit(m.Run())
 }
 
@@ -151,6 +157,13 @@ type stage struct {
 	dir   string
 }
 
+// withAskpass gives the scenarios that have an askpass program to it.
+func (s *stage) withAskpass(scenario string) {
+	if strings.HasPrefix(scenario, "askpass-") {
+		s.Askpass = "askpass"
+	}
+}
+
 // newStage sets a fake up, and checks at the end that nothing of it is left.
 func newStage(t *testing.T, scenario string) *stage {
 	t.Helper()
@@ -256,8 +269,8 @@ func waitFor(t *testing.T, what string, condition func() bool) {
 	}
 }
 
-// noLeaks fails the test when it leaves a goroutine, a process or a file
-// descriptor.
+// noLeaks fails the test when it leaves a goroutine, a process, a file
+// descriptor or a secret that is not wiped.
 func noLeaks(t *testing.T) {
 	t.Helper()
 	// What the runtime opens once does not count.
@@ -267,7 +280,7 @@ func noLeaks(t *testing.T) {
 		t.Fatal(err)
 	}
 	_ = errors.Join(r.SetDeadline(time.Time{}), r.Close(), w.Close())
-	goroutines, fds := runtime.NumGoroutine(), countFDs(t)
+	goroutines, fds, locked := runtime.NumGoroutine(), countFDs(t), lockedMemory(t)
 	t.Cleanup(func() {
 		if left := children(t); len(left) > 0 {
 			t.Errorf("processes are left: %v", left)
@@ -283,7 +296,22 @@ func noLeaks(t *testing.T) {
 		if now := countFDs(t); now > fds {
 			t.Errorf("%d file descriptors are left open", now-fds)
 		}
+		if now := lockedMemory(t); now != locked {
+			t.Errorf("locked memory went from %q to %q: a secret is left", locked, now)
+		}
 	})
+}
+
+// lockedMemory is what the kernel says of it: every secret has its share.
+func lockedMemory(t *testing.T) string {
+	t.Helper()
+	status, err := os.ReadFile("/proc/self/status")
+	if err != nil {
+		t.Fatal(err)
+	}
+	_, rest, _ := strings.Cut(string(status), "VmLck:")
+	line, _, _ := strings.Cut(rest, "\n")
+	return strings.TrimSpace(line)
 }
 
 func countFDs(t *testing.T) int {

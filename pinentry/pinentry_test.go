@@ -220,7 +220,7 @@ func TestPIN(t *testing.T) {
 	} {
 		t.Run(scenario, func(t *testing.T) {
 			s := newStage(t, scenario)
-			s.Askpass = "askpass"
+			s.withAskpass(scenario)
 			pin, err := s.open(t.Context()).PIN(t.Context(), Prompt{Description: "Card"})
 			if err != nil {
 				t.Fatal(err)
@@ -258,7 +258,7 @@ func TestNoPIN(t *testing.T) {
 	} {
 		t.Run(scenario, func(t *testing.T) {
 			s := newStage(t, scenario)
-			s.Askpass = "askpass"
+			s.withAskpass(scenario)
 			pin, err := s.open(t.Context()).PIN(t.Context(), Prompt{})
 			if err == nil || pin != nil || (want != anyError && !errors.Is(err, want)) {
 				t.Errorf("%v, a PIN: %t; want %v", err, pin != nil, want)
@@ -380,10 +380,7 @@ func TestConfirm(t *testing.T) {
 	} {
 		t.Run(scenario, func(t *testing.T) {
 			s := newStage(t, scenario)
-			s.Askpass = "askpass"
-			if scenario == "pin-plain" {
-				s.Askpass = ""
-			}
+			s.withAskpass(scenario)
 			yes, err := s.open(t.Context()).Confirm(t.Context(), Prompt{Label: "not sent"})
 			if yes != want.yes || !errors.Is(err, want.err) {
 				t.Errorf("%t, %v; want %t, %v", yes, err, want.yes, want.err)
@@ -402,7 +399,7 @@ func TestMessage(t *testing.T) {
 	} {
 		t.Run(scenario, func(t *testing.T) {
 			s := newStage(t, scenario)
-			s.Askpass = "askpass"
+			s.withAskpass(scenario)
 			if err := s.open(t.Context()).Message(t.Context(), Prompt{Description: "type it on the reader"}); !errors.Is(err, want) {
 				t.Errorf("%v, want %v", err, want)
 			}
@@ -955,7 +952,7 @@ func TestLogsHaveNoPIN(t *testing.T) {
 		}
 		t.Run(scenario, func(t *testing.T) {
 			s := newStage(t, scenario)
-			s.Askpass = "askpass"
+			s.withAskpass(scenario)
 			logged := s.logs(true)
 			d := s.open(t.Context())
 			pin, err := d.PIN(t.Context(), Prompt{Description: "what for"})
