@@ -164,6 +164,18 @@ func init() {
 			f.hang()
 		}},
 		"orphan": {start: func(f *fake) { f.ignoreTERM(); f.hang() }},
+
+		// One that notices when it is not alone.
+		"exclusive": {ask: func(f *fake) {
+			lock, err := os.OpenFile(filepath.Join(f.dir, "lock"), os.O_CREATE|os.O_EXCL, 0o600)
+			if err != nil {
+				f.say("ERR 1 two at once\n")
+				return
+			}
+			time.Sleep(20 * time.Millisecond) // the person reads
+			_ = errors.Join(lock.Close(), os.Remove(lock.Name()))
+			f.say("OK\n")
+		}},
 	}
 }
 
@@ -886,6 +898,25 @@ func TestOneAtATime(t *testing.T) {
 	cancel()
 	for range 3 {
 		<-done
+	}
+}
+
+func TestNeverTwoAtOnce(t *testing.T) {
+	s := newStage(t, "exclusive")
+	s.place.WaylandDisplay = "wayland-0"
+	done := make(chan error)
+	const n = 5
+	for range n {
+		d := s.open(t.Context())
+		go func() {
+			_, err := d.Confirm(t.Context(), Prompt{})
+			done <- err
+		}()
+	}
+	for range n {
+		if err := <-done; err != nil {
+			t.Error(err)
+		}
 	}
 }
 
