@@ -81,13 +81,21 @@ type demo struct {
 	user     string
 	tty      string // that pinentry asks on; empty: SSH_ASKPASS answers
 	terminal bool   // tmux was started
-	running  []*exec.Cmd
+	running  []*started
 
 	passed, failed int
 }
 
+// started is a program in the background. Only the goroutine that closes ended
+// waits for it.
+type started struct {
+	cmd   *exec.Cmd
+	ended chan struct{}
+}
+
 func runDemo(ctx context.Context, o *demoOptions, out io.Writer) (err error) {
-	ctx, stop := signal.NotifyContext(ctx, os.Interrupt, syscall.SIGTERM, syscall.SIGHUP)
+	// SIGPIPE: when nobody reads any more, there is nothing to show.
+	ctx, stop := signal.NotifyContext(ctx, os.Interrupt, syscall.SIGTERM, syscall.SIGHUP, syscall.SIGPIPE)
 	defer stop()
 	// Programs in the background are told to end when the thread that has
 	// started them does (PR_SET_PDEATHSIG): should the demo be killed, they go.
@@ -124,7 +132,7 @@ func runDemo(ctx context.Context, o *demoOptions, out io.Writer) (err error) {
 	return nil
 }
 
-// say prints a line. Whoever reads along may stop reading: the demo goes on.
+// say prints a line. When nobody reads it, SIGPIPE ends the demo.
 func (d *demo) say(format string, args ...any) { fmt.Fprintf(d.out, format+"\n", args...) }
 
 // find finds the programs, and says which are missing.
@@ -482,7 +490,12 @@ func (d *demo) background(ctx context.Context, env, argv []string, logName strin
 	if err := cmd.Start(); err != nil {
 		return d.result(err)
 	}
-	d.running = append(d.running, cmd)
+	p := &started{cmd: cmd, ended: make(chan struct{})}
+	d.running = append(d.running, p)
+	go func() {
+		_ = cmd.Wait() // how it ended is in cmd.ProcessState
+		close(p.ended)
+	}()
 	ctx, cancel := context.WithTimeout(ctx, demoPatience)
 	defer cancel()
 	for {
@@ -491,6 +504,8 @@ func (d *demo) background(ctx context.Context, env, argv []string, logName strin
 			return d.result(nil)
 		}
 		select {
+		case <-p.ended:
+			return d.result(fmt.Errorf("it has ended: %v", cmd.ProcessState))
 		case <-ctx.Done():
 			if ctx.Err() == context.Canceled {
 				return false
@@ -504,11 +519,11 @@ func (d *demo) background(ctx context.Context, env, argv []string, logName strin
 // stopAll ends what runs in the background, the last first.
 func (d *demo) stopAll() {
 	for len(d.running) > 0 {
-		cmd := d.running[len(d.running)-1]
+		p := d.running[len(d.running)-1]
 		d.running = d.running[:len(d.running)-1]
-		_ = cmd.Process.Signal(syscall.SIGTERM) // it may have ended
-		late := time.AfterFunc(demoGrace, func() { _ = cmd.Process.Kill() })
-		_ = cmd.Wait() // how it ended is of no interest
+		_ = p.cmd.Process.Signal(syscall.SIGTERM) // it may have ended
+		late := time.AfterFunc(demoGrace, func() { _ = p.cmd.Process.Kill() })
+		<-p.ended
 		late.Stop()
 	}
 	if d.terminal {

@@ -3,6 +3,7 @@ package main
 import (
 	"bufio"
 	"bytes"
+	"fmt"
 	"io/fs"
 	"os"
 	"os/exec"
@@ -42,23 +43,27 @@ func newDemoWorld(t *testing.T) *demoWorld {
 	t.Helper()
 	dir := tokentest.TempDir(t) // short: sockets will be in it
 	w := &demoWorld{home: filepath.Join(dir, "h"), tmp: filepath.Join(dir, "t"), path: os.Getenv("PATH")}
-	for _, d := range []string{w.home, w.tmp, filepath.Join(w.home, ".ssh")} {
-		if err := os.Mkdir(d, 0o700); err != nil {
+	if err := os.Mkdir(w.tmp, 0o700); err != nil {
+		t.Fatal(err)
+	}
+	for _, name := range strings.Fields(demoHome) {
+		file := filepath.Join(w.home, name)
+		if err := os.MkdirAll(filepath.Dir(file), 0o700); err != nil {
 			t.Fatal(err)
 		}
-	}
-	// A git configuration that would show, were it read.
-	for name, text := range map[string]string{
-		".gitconfig":       "[user]\n\tname = Mallory\n[commit]\n\tgpgSign = true\n[gpg]\n\tformat = x509\n",
-		".ssh/config":      "Host *\n\tIdentityAgent none\n",
-		".ssh/known_hosts": "",
-	} {
-		if err := os.WriteFile(filepath.Join(w.home, name), []byte(text), 0o600); err != nil {
+		if err := os.WriteFile(file, []byte(notRead), 0o600); err != nil {
 			t.Fatal(err)
 		}
 	}
 	return w
 }
+
+// The files of a home directory, with a text that none of their readers takes,
+// in the order of their names.
+const (
+	demoHome = ".config/p11-agent/config.toml .gitconfig .ssh/config .ssh/known_hosts p11-agent/config.toml"
+	notRead  = "[not to be read\n"
+)
 
 // only makes PATH a directory that holds these programs and no others. What
 // replace says is put there as a script instead.
@@ -119,19 +124,20 @@ func (w *demoWorld) untouched(t *testing.T) {
 	t.Helper()
 	var names []string
 	err := filepath.WalkDir(w.home, func(path string, e fs.DirEntry, err error) error {
-		if err == nil && !e.IsDir() {
-			names = append(names, strings.TrimPrefix(path, w.home+"/"))
+		if err != nil || e.IsDir() {
+			return err
 		}
-		return err
+		names = append(names, strings.TrimPrefix(path, w.home+"/"))
+		if b, err := os.ReadFile(path); err != nil || string(b) != notRead {
+			t.Errorf("%s was changed (%v)", path, err)
+		}
+		return nil
 	})
 	if err != nil {
 		t.Fatal(err)
 	}
-	if got, want := strings.Join(names, " "), ".gitconfig .ssh/config .ssh/known_hosts"; got != want {
-		t.Errorf("the home directory holds %s, want %s", got, want)
-	}
-	if st, err := os.Stat(filepath.Join(w.home, ".ssh/known_hosts")); err != nil || st.Size() != 0 {
-		t.Errorf("known_hosts was changed (%v)", err)
+	if got := strings.Join(names, " "); got != demoHome {
+		t.Errorf("the home directory holds %s, want %s", got, demoHome)
 	}
 }
 
@@ -148,22 +154,28 @@ func (w *demoWorld) removed(t *testing.T) {
 	w.ended(t)
 }
 
-// ended fails the test if a process of the demo is left. It is told by its
-// arguments and its environment, which name the directory.
+// ended fails the test if processes of the demo do not end. They are told by
+// their arguments and their environment, which name the directory. The terminal
+// server is told to go and does so a moment later.
 func (w *demoWorld) ended(t *testing.T) {
 	t.Helper()
-	processes, err := filepath.Glob("/proc/[0-9]*")
-	if err != nil {
-		t.Fatal(err)
-	}
-	for _, p := range processes {
-		for _, name := range []string{"cmdline", "environ"} {
-			// Processes end while we look, and others are not for us to see.
-			b, _ := os.ReadFile(filepath.Join(p, name))
-			if bytes.Contains(b, []byte(w.tmp)) {
-				t.Errorf("process %s is left: %q", p, b)
+	if err := eventually(func() error {
+		processes, err := filepath.Glob("/proc/[0-9]*")
+		if err != nil {
+			return err
+		}
+		for _, p := range processes {
+			for _, name := range []string{"cmdline", "environ"} {
+				// Processes end while we look, and others are not for us to see.
+				b, _ := os.ReadFile(filepath.Join(p, name))
+				if bytes.Contains(b, []byte(w.tmp)) {
+					return fmt.Errorf("process %s is left: %q", p, b)
+				}
 			}
 		}
+		return nil
+	}); err != nil {
+		t.Error(err)
 	}
 }
 
@@ -297,6 +309,33 @@ func TestDemoInterrupted(t *testing.T) {
 			w.removed(t)
 		})
 	}
+}
+
+// TestDemoUnread has a demo that nobody reads to its end, as with "| head".
+func TestDemoUnread(t *testing.T) {
+	t.Parallel()
+	needPrograms(t, append(demoPrograms, "tmux", "pinentry-curses")...)
+	w := newDemoWorld(t)
+	cmd := w.command(t)
+	var stderr bytes.Buffer
+	cmd.Stderr = &stderr
+	stdout, err := cmd.StdoutPipe()
+	if err != nil {
+		t.Fatal(err)
+	}
+	if err := cmd.Start(); err != nil {
+		t.Fatal(err)
+	}
+	for lines := bufio.NewScanner(stdout); lines.Scan() && !strings.HasPrefix(lines.Text(), "$ tmux "); {
+	}
+	if err := stdout.Close(); err != nil {
+		t.Error(err)
+	}
+	_ = cmd.Wait() // its status is looked at
+	if status := cmd.ProcessState.ExitCode(); status != 1 || stderr.String() != "p11-agent: error: the demo was interrupted\n" {
+		t.Errorf("exit status %d, on stderr: %q", status, &stderr)
+	}
+	w.removed(t)
 }
 
 // TestDemoMissing has no program at all, which is said at once.
