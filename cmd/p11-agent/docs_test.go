@@ -2,11 +2,13 @@ package main
 
 import (
 	"bytes"
+	"maps"
 	"os"
 	"os/exec"
 	"path/filepath"
 	"reflect"
 	"regexp"
+	"slices"
 	"strings"
 	"testing"
 
@@ -22,67 +24,174 @@ func readDoc(t *testing.T, name string) string {
 	return string(b)
 }
 
-// Every command and every flag is in the manual.
+// sections takes a manual apart at its headings, of both levels.
+func sections(manual string) map[string]string {
+	all := make(map[string]string)
+	headings := regexp.MustCompile(`(?m)^##? (.*)$`)
+	at := headings.FindAllStringSubmatchIndex(manual, -1)
+	for i, m := range at {
+		end := len(manual)
+		if i+1 < len(at) {
+			end = at[i+1][0]
+		}
+		all[manual[m[2]:m[3]]] = manual[m[1]:end]
+	}
+	return all
+}
+
+// usageFlag finds the flags in a help text, where the hidden ones are not.
+var usageFlag = regexp.MustCompile(`(?m)^ +(?:-(\w), |    )--([a-z-]+)`)
+
+// manualFlag finds the flags that a section explains.
+var manualFlag = regexp.MustCompile(`(?m)^(?:\*-(\w)\*, )?\*--([a-z-]+)\*`)
+
+// Every command has a section in the manual, and the section has its flags: all
+// that there are, and none that there is not.
 func TestManualHasEveryFlag(t *testing.T) {
-	manual := readDoc(t, "docs/p11-agent.1.scd")
-	flag := regexp.MustCompile(`(?m)^ +(?:-(\w), |    )--([a-z-]+)`)
+	manual := sections(readDoc(t, "docs/p11-agent.1.scd"))
+	root := newRootCommand()
+	root.InitDefaultCompletionCmd("anything")
+	root.InitDefaultVersionFlag()
+
 	flags := 0
-	var look func(c *cobra.Command)
-	look = func(c *cobra.Command) {
-		c.InitDefaultHelpFlag()
-		if c.HasParent() && !c.Parent().HasParent() && c.Name() != "help" && !strings.Contains(manual, "\n## "+c.Name()+"\n") {
-			t.Errorf("the manual does not have the command %q", c.Name())
+	check := func(section string, commands ...*cobra.Command) {
+		text, ok := manual[section]
+		if !ok {
+			t.Errorf("the manual has no section %q", section)
+			return
 		}
-		for _, f := range flag.FindAllStringSubmatch(c.Flags().FlagUsages()+c.PersistentFlags().FlagUsages(), -1) {
-			flags++
-			want := "*--" + f[2] + "*"
-			if f[1] != "" {
-				want = "*-" + f[1] + "*, " + want
-			}
-			if !strings.Contains(manual, want) {
-				t.Errorf("the manual does not have %s of %q", want, c.CommandPath())
+		there := make(map[string]bool)
+		for _, c := range commands {
+			c.InitDefaultHelpFlag()
+			for _, f := range usageFlag.FindAllStringSubmatch(c.LocalFlags().FlagUsages(), -1) {
+				if f[2] == "help" && c.HasParent() {
+					continue
+				}
+				flags++
+				there[f[2]] = true
+				want := "*--" + f[2] + "*"
+				if f[1] != "" {
+					want = "*-" + f[1] + "*, " + want
+				}
+				if !strings.Contains(text, "\n"+want) {
+					t.Errorf("the manual does not have %s of %q under %q", want, c.CommandPath(), section)
+				}
 			}
 		}
-		for _, sub := range c.Commands() {
-			look(sub)
+		for _, m := range manualFlag.FindAllStringSubmatch(text, -1) {
+			if !there[m[2]] {
+				t.Errorf("the manual has --%s under %q, which is no flag", m[2], section)
+			}
 		}
 	}
-	root := newRootCommand()
-	root.InitDefaultCompletionCmd()
-	root.InitDefaultVersionFlag()
-	look(root)
-	if flags < 12 {
+	check("OPTIONS", root)
+	for _, c := range root.Commands() {
+		if c.Name() != "help" {
+			check(c.Name(), append(c.Commands(), c)...)
+		}
+	}
+	if flags < 15 {
 		t.Errorf("only %d flags were looked at", flags)
 	}
 }
 
-// Every key of the configuration is in its manual.
+// manualKey finds the keys that a section explains.
+var manualKey = regexp.MustCompile(`(?m)^\*([a-z-]+)\* = `)
+
+// Every key of the configuration is in its manual, with a type and an example
+// that is right, and no others are.
 func TestManualHasEveryKey(t *testing.T) {
-	manual := readDoc(t, "docs/p11-agent.toml.5.scd")
+	manual := sections(readDoc(t, "docs/p11-agent.toml.5.scd"))
 	keys := 0
-	var look func(r reflect.Type)
-	look = func(r reflect.Type) {
-		for r.Kind() == reflect.Pointer || r.Kind() == reflect.Slice {
-			r = r.Elem()
-		}
-		if r.Kind() != reflect.Struct {
+	check := func(section, table string, r reflect.Type) {
+		text, ok := manual[section]
+		if !ok {
+			t.Errorf("the manual has no section %q", section)
 			return
 		}
-		for f := range r.Fields() {
-			name := f.Tag.Get("toml")
-			if name == "" {
-				continue
+		explained := make(map[string]string)
+		at := manualKey.FindAllStringSubmatchIndex(text, -1)
+		for i, m := range at {
+			end := len(text)
+			if i+1 < len(at) {
+				end = at[i+1][0]
+			}
+			explained[text[m[2]:m[3]]] = text[m[0]:end]
+		}
+		for _, key := range knownKeys(r, nil) {
+			about, ok := explained[key]
+			delete(explained, key)
+			if isTable(r, key) {
+				continue // it has a section of its own
 			}
 			keys++
-			if !strings.Contains(manual, "*"+name+"* =") && !strings.Contains(manual, "["+name+"]") {
-				t.Errorf("the manual does not have the key %q", name)
+			example := regexp.MustCompile(`(?m)^Example: _(.*)_$`).FindStringSubmatch(about)
+			if !ok || !strings.Contains(about, "\n\tType: ") || example == nil {
+				t.Errorf("the manual does not have the key %q under %q, with its type and an example", key, section)
+				continue
 			}
-			look(f.Type)
+			toml := table + "\n" + strings.ReplaceAll(example[1], `\*`, "*") + "\n"
+			if !strings.HasPrefix(example[1], key+" = ") {
+				t.Errorf("the example of %q is about something else: %s", key, toml)
+			}
+			if table == "[[module]]" && key != "path" && key != "name" {
+				toml += "name = \"other\"\n"
+			}
+			if table == "[[key]]" && key != "uri" {
+				toml += "uri = \"pkcs11:\"\n"
+			}
+			parses(t, toml)
+		}
+		for key := range explained {
+			t.Errorf("the manual has the key %q under %q, which is none", key, section)
 		}
 	}
-	look(reflect.TypeFor[config]())
+	check("SELECTION", "", reflect.TypeFor[config]())
+	tables := map[string]reflect.Type{
+		"pinentry": reflect.TypeFor[pinentryConfig](),
+		"module":   reflect.TypeFor[moduleConfig](),
+		"key":      reflect.TypeFor[keyConfig](),
+	}
+	for _, name := range knownKeys(reflect.TypeFor[config](), nil) {
+		switch {
+		case !isTable(reflect.TypeFor[config](), name):
+		case name == "pinentry":
+			check("[pinentry]", "[pinentry]", tables[name])
+		case tables[name] != nil:
+			check("[["+name+"]]", "[["+name+"]]", tables[name])
+		default:
+			t.Errorf("nobody looks whether the manual has the keys of %q", name)
+		}
+	}
 	if keys < 10 {
 		t.Errorf("only %d keys were looked at", keys)
+	}
+}
+
+// isTable tells whether a key has a table, or an array of them.
+func isTable(r reflect.Type, key string) bool {
+	for f := range r.Fields() {
+		if f.Tag.Get("toml") != key {
+			continue
+		}
+		t := f.Type
+		for t.Kind() == reflect.Pointer || t.Kind() == reflect.Slice {
+			t = t.Elem()
+		}
+		return t.Kind() == reflect.Struct && t != reflect.TypeFor[uriValue]()
+	}
+	return false
+}
+
+// parses fails the test if a text is no configuration.
+func parses(t *testing.T, text string) {
+	t.Helper()
+	file := filepath.Join(t.TempDir(), "config.toml")
+	if err := os.WriteFile(file, []byte(text), 0o600); err != nil {
+		t.Fatal(err)
+	}
+	if _, err := loadConfig(file); err != nil {
+		t.Errorf("%v, in:\n%s", err, text)
 	}
 }
 
@@ -106,43 +215,67 @@ func TestManualsAreBuilt(t *testing.T) {
 		}
 		cmd := exec.Command(scdoc)
 		cmd.Stdin = bytes.NewReader(b)
-		if out, err := cmd.CombinedOutput(); err != nil || !bytes.Contains(out, []byte(".TH")) {
-			t.Errorf("%s: %v\n%s", page, err, out)
+		var out, complaints bytes.Buffer
+		cmd.Stdout, cmd.Stderr = &out, &complaints
+		if err := cmd.Run(); err != nil || complaints.Len() > 0 || !bytes.Contains(out.Bytes(), []byte(".TH")) {
+			t.Errorf("%s: %v\n%s", page, err, &complaints)
 		}
 	}
 }
 
-// What README and manual give as configuration is one.
+// What README and manual give as a whole configuration is one.
 func TestExamplesAreConfigurations(t *testing.T) {
 	blocks := regexp.MustCompile("(?s)\n```\n(.*?)\n```").FindAllStringSubmatch(readDoc(t, "docs/p11-agent.toml.5.scd"), -1)
-	examples := map[string]string{}
-	for _, b := range blocks {
-		examples["the manual"] = b[1]
-	}
 	if len(blocks) != 1 {
 		t.Errorf("%d examples in the manual", len(blocks))
 	}
+	for _, b := range blocks {
+		parses(t, b[1])
+	}
+	n := 0
+	for block := range strings.SplitSeq(readDoc(t, "README.md"), "\n\n") {
+		if strings.HasPrefix(block, "    keys = ") || strings.HasPrefix(block, "    [") {
+			n++
+			parses(t, regexp.MustCompile(`(?m)^ {4}`).ReplaceAllString(block, ""))
+		}
+	}
+	if n < 3 {
+		t.Errorf("only %d examples in the README", n)
+	}
+}
+
+// The command lines of README and manuals, where they are about p11-agent, have
+// commands, flags and arguments that it takes.
+func TestCommandLinesAreRight(t *testing.T) {
 	readme := readDoc(t, "README.md")
-	for _, block := range strings.Split(readme, "\n\n") {
-		if strings.HasPrefix(block, "    keys = ") || strings.HasPrefix(block, "    [[") {
-			examples[block] = regexp.MustCompile(`(?m)^ {4}`).ReplaceAllString(block, "")
-		}
-	}
-	if len(examples) < 4 {
-		t.Errorf("only %d examples", len(examples))
-	}
-	for name, text := range examples {
-		file := filepath.Join(t.TempDir(), "config.toml")
-		if err := os.WriteFile(file, []byte(text), 0o600); err != nil {
-			t.Fatal(err)
-		}
-		if _, err := loadConfig(file); err != nil {
-			t.Errorf("%s: %v", name, err)
-		}
-	}
 	for _, command := range []string{"make demo", "make check"} {
-		if !strings.Contains(readme, command) {
+		if !strings.Contains(readme, "\n    "+command+" ") {
 			t.Errorf("the README does not show %q", command)
 		}
+	}
+	line := regexp.MustCompile(`(?m)^(?: {4}|\t)(?:.*[ (/])?p11-agent ([^#>&|)\n+]+)`)
+	seen := make(map[string]bool)
+	for _, name := range []string{"README.md", "docs/p11-agent.1.scd", "docs/p11-agent.toml.5.scd"} {
+		for _, m := range line.FindAllStringSubmatch(readDoc(t, name), -1) {
+			if strings.ContainsAny(m[1], "*_") {
+				continue // prose of a manual
+			}
+			root := newRootCommand()
+			root.InitDefaultCompletionCmd("anything")
+			c, args, err := root.Find(strings.Fields(strings.NewReplacer("'", "", `"`, "").Replace(m[1])))
+			if err != nil || c == root {
+				t.Errorf("%s: p11-agent %s: there is no such command (%v)", name, m[1], err)
+				continue
+			}
+			seen[c.Name()] = true
+			if err := c.ParseFlags(args); err != nil {
+				t.Errorf("%s: p11-agent %s: %v", name, m[1], err)
+			} else if err := c.ValidateArgs(c.Flags().Args()); err != nil {
+				t.Errorf("%s: p11-agent %s: %v", name, m[1], err)
+			}
+		}
+	}
+	if got, want := slices.Sorted(maps.Keys(seen)), []string{"agent", "check", "list"}; !slices.Equal(got, want) {
+		t.Errorf("command lines show %q, want %q", got, want)
 	}
 }
