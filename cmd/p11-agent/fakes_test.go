@@ -10,6 +10,7 @@ import (
 	"path/filepath"
 	"strings"
 	"syscall"
+	"time"
 )
 
 // The fake pinentry and the fake askpass give the answers that are in the file
@@ -17,9 +18,9 @@ import (
 //
 //	pin TEXT      this PIN
 //	always TEXT   this PIN, and for every question that follows
+//	later TEXT    this PIN, once there is a file "release" in the directory
 //	ok            yes
 //	cancel        what a person does with the Cancel button
-//	hang          no answer
 //
 // A question too many is answered with cancel. The file "log" of the directory
 // gets what they were told, the file "asked" a line for each question, and the
@@ -88,9 +89,13 @@ func (f *fake) answer(question string) (kind, text string) {
 	return "cancel", ""
 }
 
-// hang stays until nobody wants the answer any more.
-func (f *fake) hang() {
-	_, _ = f.in.ReadString('\n')
+// wait stays until the script wants it to go on, or nobody is left to tell.
+func (f *fake) wait() {
+	for parent := os.Getppid(); os.Getppid() == parent; time.Sleep(20 * time.Millisecond) {
+		if _, err := os.Stat(filepath.Join(f.dir, "release")); err == nil {
+			return
+		}
+	}
 	exit(0)
 }
 
@@ -120,12 +125,13 @@ func fakePinentry() {
 			switch kind, text := f.answer(word); kind {
 			case "pin", "always":
 				fmt.Printf("D %s\nOK\n", text)
+			case "later":
+				f.wait()
+				fmt.Printf("D %s\nOK\n", text)
 			case "ok":
 				fmt.Println("OK")
 			case "cancel":
 				fmt.Println("ERR 83886179 Operation cancelled <Pinentry>")
-			case "hang":
-				f.hang()
 			default:
 				die(fmt.Errorf("no such answer: %s", kind))
 			}
@@ -153,8 +159,6 @@ func fakeAskpass() {
 	case "ok":
 	case "cancel":
 		exit(1)
-	case "hang":
-		f.hang()
 	default:
 		die(fmt.Errorf("no such answer: %s", kind))
 	}

@@ -101,6 +101,10 @@ Exit status: 0 it worked; 1 it did not, or "check" found something;
 		SilenceErrors: true,
 		SilenceUsage:  true,
 		Version:       version,
+		Args:          knownCommand,
+		RunE:          func(cmd *cobra.Command, _ []string) error { return cmd.Help() },
+
+		SuggestionsMinimumDistance: 2,
 	}
 	root.PersistentFlags().StringVar(&g.config, "config", "", "read the configuration from `FILE` (default ~/.config/p11-agent/config.toml)")
 	root.SetFlagErrorFunc(func(_ *cobra.Command, err error) error { return &usageError{err} })
@@ -113,6 +117,18 @@ Exit status: 0 it worked; 1 it did not, or "check" found something;
 		newVersionCommand(),
 	)
 	return root
+}
+
+// knownCommand makes a command that does not exist a usage error.
+func knownCommand(root *cobra.Command, args []string) error {
+	if len(args) == 0 {
+		return nil
+	}
+	text := fmt.Sprintf("unknown command %q", args[0])
+	if near := root.SuggestionsFor(args[0]); len(near) > 0 {
+		text += fmt.Sprintf(": did you mean %q?", near[0])
+	}
+	return &usageError{errors.New(text)}
 }
 
 // noArgs makes an argument too many a usage error.

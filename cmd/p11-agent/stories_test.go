@@ -197,6 +197,9 @@ func (s *stories) setup(env *testscript.Env) error {
 	}
 	// Told before the directory goes.
 	env.Defer(func() {
+		if err := endLeftovers(work); err != nil {
+			s.t.Errorf("%s: %v", filepath.Base(work), err)
+		}
 		races, err := filepath.Glob(filepath.Join(work, "race.*"))
 		if err != nil {
 			s.t.Error(err)
@@ -208,6 +211,39 @@ func (s *stories) setup(env *testscript.Env) error {
 		}
 	})
 	return nil
+}
+
+// endLeftovers ends the processes of a story that have outlived it, which none
+// may. They are known by their HOME, which is in every environment that the agent
+// makes, too.
+func endLeftovers(work string) error {
+	var all []error
+	home := []byte("HOME=" + work + "/home\x00")
+	files, err := filepath.Glob("/proc/[0-9]*/environ")
+	if err != nil {
+		return err
+	}
+	for _, file := range files {
+		b, err := os.ReadFile(file)
+		if err != nil || !bytes.Contains(b, home) {
+			continue // gone, or of somebody else
+		}
+		pid, err := strconv.Atoi(filepath.Base(filepath.Dir(file)))
+		if err != nil {
+			return err
+		}
+		p, err := openProcess(pid)
+		if err != nil {
+			continue // gone by now
+		}
+		// Module processes may be about to end with their agent.
+		if p.wait(5*time.Second) != nil {
+			name, _ := os.ReadFile(filepath.Join(filepath.Dir(file), "cmdline"))
+			all = append(all, fmt.Errorf("left a process: %q", name), unix.PidfdSendSignal(p.fd, unix.SIGKILL, nil, 0))
+		}
+		all = append(all, unix.Close(p.fd))
+	}
+	return errors.Join(all...)
 }
 
 func currentUser() string {
@@ -526,7 +562,7 @@ var masks = []struct {
 	{regexp.MustCompile(`\bAAAA[A-Za-z0-9+/]+=*`), "BASE64"},
 	{regexp.MustCompile(`slot ID 0x[0-9a-f]+`), "slot ID 0xID"},
 	{regexp.MustCompile(`/usr/[^ ")]*/(libsofthsm2|opensc-pkcs11)\.so`), "/usr/.../$1.so"},
-	{regexp.MustCompile(`/[^ ")]*/badmodule\.so`), "/.../badmodule.so"},
+	{regexp.MustCompile(`/[^ ")]*/fakepinentry`), "/.../fakepinentry"},
 }
 
 func mask(ts *testscript.TestScript, neg bool, args []string) {
