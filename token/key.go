@@ -438,10 +438,12 @@ func (k *Key) explain(err error) error {
 	return fmt.Errorf("sign with token %q: %w", t.Label, k.token.module.wrap(err))
 }
 
-// needsLogin tells whether the key can be expected to want a login: it did not
-// show before one, and its token has logins.
+// needsLogin tells whether the key can be expected to want a login: its token
+// has logins, and it did not show before one, or wants its PIN for each
+// signature, which comes on top of a login (PKCS#11 v2.40 section 4.9,
+// CKA_ALWAYS_AUTHENTICATE).
 func (k *Key) needsLogin() bool {
-	if k.found.open {
+	if k.found.open && !k.found.always {
 		return false
 	}
 	k.token.mu.Lock()

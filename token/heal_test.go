@@ -1,0 +1,315 @@
+package token_test
+
+import (
+	"context"
+	"crypto"
+	"crypto/sha256"
+	"encoding/binary"
+	"errors"
+	"fmt"
+	"path/filepath"
+	"slices"
+	"strings"
+	"sync"
+	"testing"
+
+	"p11-agent/token"
+	"p11-agent/token/tokentest"
+	"p11-agent/token/wire"
+)
+
+func TestMechanisms(t *testing.T) {
+	hashOnly := []uint64{
+		wire.CKMSHA1RSAPKCS, wire.CKMSHA256RSAPKCS, wire.CKMSHA384RSAPKCS, wire.CKMSHA512RSAPKCS,
+		wire.CKMSHA256RSAPSS, wire.CKMSHA384RSAPSS, wire.CKMSHA512RSAPSS,
+		wire.CKMECDSASHA1, wire.CKMECDSASHA256, wire.CKMECDSASHA384, wire.CKMECDSASHA512,
+	}
+	refuse := func(rv uint64) func(c *tokentest.FakeToken) {
+		return func(c *tokentest.FakeToken) {
+			c.Refuse = make(map[uint64]uint64)
+			for _, m := range tokentest.RawMechanisms {
+				c.Refuse[m] = rv
+			}
+		}
+	}
+	tests := []struct {
+		name  string
+		set   func(c *tokentest.FakeToken)
+		first int // requests for the first signature
+	}{
+		{"raw not listed", func(c *tokentest.FakeToken) { c.Mechanisms = hashOnly }, 1},
+		{"raw listed and invalid", refuse(wire.CKRMechanismInvalid), 2},
+		{"raw listed and not supported", refuse(wire.CKRFunctionNotSupported), 2},
+		{"raw listed, its data refused", refuse(wire.CKRDataLenRange), 2},
+		{"no list, raw refused", func(c *tokentest.FakeToken) {
+			refuse(wire.CKRMechanismInvalid)(c)
+			c.Mechanisms = nil
+		}, 2},
+	}
+	for _, tt := range tests {
+		for _, kind := range []string{tokentest.RSA2048, tokentest.P256} {
+			t.Run(tt.name+", "+kind, func(t *testing.T) {
+				p := &tokentest.Person{Always: pin}
+				b := newBench(t, p, func(b *bench, _ *token.Options) {
+					tt.set(b.card)
+					b.card.AddKey(kind, 2, "two", nil)
+				})
+				for i := range 3 {
+					if err := tokentest.Sign(t.Context(), b.key(2)); err != nil {
+						t.Fatal(err)
+					}
+					want(t, "requests", b.fake.Requests(wire.TypeSign), tt.first+i) // what was refused is remembered
+				}
+				digest := sha256.Sum256([]byte("sign me"))
+				_, err := b.key(2).Sign(nil, digest[:], crypto.SHA256)
+				if err == nil || !strings.Contains(err.Error(), "does not sign digests") {
+					t.Errorf("only the digest is known: %v", err)
+				}
+				want(t, "prompts", p.Prompts(), 1)
+			})
+		}
+	}
+}
+
+func TestTokenComesAndGoes(t *testing.T) {
+	p := &tokentest.Person{Always: pin}
+	b := newBench(t, p, nil)
+	k := b.key(1)
+	want(t, "insertions", k.Insertions(), uint64(1))
+	b.mustSign()
+	for n := range 3 {
+		b.card.Remove()
+		tokentest.Keys(t, b.store, 0)
+		if err := tokentest.Sign(t.Context(), k); !errors.Is(err, token.ErrAbsent) || !strings.Contains(err.Error(), `"card"`) {
+			t.Errorf("got %v", err)
+		}
+		b.card.Insert()
+		tokentest.Keys(t, b.store, 1)
+		if err := tokentest.Sign(t.Context(), k); err != nil {
+			t.Fatal(err)
+		}
+		want(t, "insertions", k.Insertions(), uint64(n+2))
+		want(t, "prompts", p.Prompts(), n+2)
+	}
+}
+
+// The agent does not know yet that the token is back.
+func TestTokenIsFoundOnUse(t *testing.T) {
+	p := &tokentest.Person{Always: pin}
+	b := newBench(t, p, nil)
+	k := b.key(1)
+	b.card.Remove()
+	tokentest.Keys(t, b.store, 0)
+	// No event: that of the first look is lost, so to speak.
+	b.fake.Quietly(b.card.Insert)
+	if err := tokentest.Sign(t.Context(), k); err != nil {
+		t.Error(err)
+	}
+}
+
+func TestPulledDuringSignature(t *testing.T) {
+	for _, back := range []bool{false, true} {
+		t.Run(fmt.Sprintf("put in again: %v", back), func(t *testing.T) {
+			p := &tokentest.Person{Always: pin}
+			b := newBench(t, p, nil)
+			b.mustSign()
+			k := b.key(1)
+			var once sync.Once
+			b.fake.Intercept(func(_ context.Context, proc *tokentest.FakeProcess, r wire.Request) (pulled bool) {
+				if r.Type == wire.TypeSign {
+					once.Do(func() {
+						b.card.Remove()
+						if back {
+							b.card.Insert()
+						}
+						pulled = true
+						proc.Fail(r, &wire.Error{Function: "C_Sign", RV: wire.CKRDeviceRemoved})
+					})
+				}
+				return pulled
+			})
+			err := tokentest.Sign(t.Context(), k)
+			if back {
+				noError(t, err)
+				want(t, "prompts", p.Prompts(), 2)
+			} else {
+				want(t, "absent", errors.Is(err, token.ErrAbsent), true)
+				want(t, "prompts", p.Prompts(), 1)
+			}
+		})
+	}
+}
+
+// These are healed once, each time.
+func TestModuleFailsOnce(t *testing.T) {
+	for _, rv := range []uint64{
+		wire.CKRDeviceError, wire.CKRGeneralError, wire.CKRSessionHandleInvalid, wire.CKRSessionClosed,
+		wire.CKRKeyHandleInvalid, wire.CKRCryptokiNotInitialized, wire.CKRTokenNotPresent,
+	} {
+		t.Run(wire.RVName(rv), func(t *testing.T) {
+			p := &tokentest.Person{Always: pin}
+			b := newBench(t, p, nil)
+			b.mustSign()
+			var fail sync.Mutex
+			left := 1
+			b.fake.Intercept(func(_ context.Context, proc *tokentest.FakeProcess, r wire.Request) bool {
+				fail.Lock()
+				defer fail.Unlock()
+				if r.Type != wire.TypeSign || left == 0 {
+					return false
+				}
+				left--
+				proc.Fail(r, &wire.Error{Function: "C_Sign", RV: rv})
+				return true
+			})
+			b.mustSign()
+			if n := p.Prompts(); n > 2 {
+				t.Errorf("%d prompts", n)
+			}
+			fail.Lock()
+			left = 2
+			fail.Unlock()
+			err := b.sign()
+			if e, ok := errors.AsType[*wire.Error](err); !ok || e.RV != rv {
+				t.Errorf("failing twice: %v", err)
+			}
+			b.mustSign()
+		})
+	}
+}
+
+// What one module does is nothing to the others.
+func TestMisbehavingModule(t *testing.T) {
+	huge := make([]byte, 9)
+	binary.BigEndian.PutUint32(huge, 1<<31)
+	tests := []struct {
+		name   string
+		at     wire.Type
+		do     func(p *tokentest.FakeProcess, r wire.Request)
+		heals  bool
+		prompt int // more prompts for it
+	}{
+		{"crashes", wire.TypeSign, func(p *tokentest.FakeProcess, _ wire.Request) { p.Kill() }, true, 1},
+		{"closes its socket", wire.TypeSign, func(p *tokentest.FakeProcess, _ wire.Request) { p.Close() }, true, 1},
+		{"answers with garbage", wire.TypeSign, func(p *tokentest.FakeProcess, _ wire.Request) { p.Raw([]byte("HTTP/1.1 400 Bad\r\n\r\n")) }, true, 1},
+		{"answers at great length", wire.TypeSign, func(p *tokentest.FakeProcess, _ wire.Request) { p.Raw(huge) }, true, 1},
+		{"answers another question", wire.TypeSign, func(p *tokentest.FakeProcess, r wire.Request) {
+			r.ID += 1000
+			p.Reply(r, &wire.SignReply{})
+		}, true, 1},
+		{"answers with another message", wire.TypeSign, func(p *tokentest.FakeProcess, r wire.Request) { p.Reply(r, &wire.TokenReply{}) }, false, 0},
+		{"signs with nothing", wire.TypeSign, func(p *tokentest.FakeProcess, r wire.Request) { p.Reply(r, &wire.SignReply{}) }, false, 0},
+		{"signs wrongly", wire.TypeSign, func(p *tokentest.FakeProcess, r wire.Request) {
+			p.Reply(r, &wire.SignReply{Signature: slices.Repeat([]byte{0x5a}, 64)})
+		}, false, 0},
+	}
+	for _, tt := range tests {
+		t.Run(tt.name, func(t *testing.T) {
+			p := &tokentest.Person{Always: pin}
+			good := tokentest.NewFake(t)
+			good.AddToken("good", pin).AddKey(tokentest.P256, 1, "one", nil)
+			b := newBench(t, p, func(_ *bench, opts *token.Options) {
+				spec := fakeSpec(good)
+				spec.Name = "good"
+				opts.Modules = append(opts.Modules, spec)
+			})
+			b.mustSign()
+			var once sync.Once
+			b.fake.Intercept(func(_ context.Context, proc *tokentest.FakeProcess, r wire.Request) (bad bool) {
+				if r.Type == tt.at {
+					once.Do(func() {
+						bad = true
+						if err := tokentest.Sign(t.Context(), tokentest.Key(t, b.store, "good", 1)); err != nil {
+							t.Errorf("the other module: %v", err)
+						}
+						tt.do(proc, r)
+					})
+				}
+				return bad
+			})
+			err := b.sign()
+			want(t, "success", err == nil, tt.heals)
+			if err != nil && !strings.Contains(err.Error(), `"fake"`) {
+				t.Errorf("the error does not name the module: %v", err)
+			}
+			want(t, "prompts", p.Prompts(), 2+tt.prompt)
+			b.mustSign()
+			want(t, "prompts", p.Prompts(), 2+tt.prompt)
+			want(t, "processes of the other module", good.Started(), 1)
+		})
+	}
+}
+
+// A module that crashed is back with the same keys: nothing was inserted.
+func TestCrashIsNoInsertion(t *testing.T) {
+	b := newBench(t, nil, nil)
+	k := b.key(1)
+	for n := 1; n <= 3; n++ {
+		b.fake.Processes()[0].Kill()
+		if err := b.store.Rescan(t.Context()); err != nil {
+			t.Fatal(err)
+		}
+		tokentest.Until(t, "the module is started again", func() bool { return b.fake.Started() == n+1 && b.store.Modules()[0].Running })
+	}
+	want(t, "insertions", k.Insertions(), uint64(1))
+	if !slices.Contains(b.store.Keys(), k) {
+		t.Error("it is another key")
+	}
+	want(t, "restarts", b.store.Modules()[0].Restarts, 3)
+}
+
+// Looking at what has not changed is no change.
+func TestGeneration(t *testing.T) {
+	b := newBench(t, &tokentest.Person{Always: pin}, nil)
+	before, changed := b.store.Generation(), b.store.Changed()
+	if err := b.store.Rescan(t.Context()); err != nil {
+		t.Fatal(err)
+	}
+	want(t, "generation", b.store.Generation(), before)
+	b.card.Remove()
+	tokentest.Wait(t, changed)
+	if b.store.Generation() == before {
+		t.Error("the generation is the same")
+	}
+}
+
+// Two tokens that nothing tells apart are one: a PIN might go to the wrong one.
+func TestTwins(t *testing.T) {
+	b := newBench(t, &tokentest.Person{Always: pin}, func(b *bench, _ *token.Options) {
+		b.fake.AddTwin(b.card).AddKey(tokentest.P256, 7, "seven", nil)
+	})
+	want(t, "keys", len(b.store.Keys()), 1)
+	st := b.store.Modules()[0]
+	want(t, "tokens", len(st.Tokens), 1)
+	want(t, "shadowed by", st.Tokens[0].Shadowed, "")
+	b.mustSign()
+}
+
+// One token through two modules is used through the first.
+func TestShadow(t *testing.T) {
+	b := newBench(t, &tokentest.Person{Always: pin}, func(b *bench, opts *token.Options) {
+		spec := opts.Modules[0]
+		spec.Name = "second"
+		opts.Modules = append(opts.Modules, spec)
+	})
+	keys := b.store.Keys()
+	want(t, "keys", len(keys), 1)
+	want(t, "module", keys[0].Module(), "fake")
+	mods := b.store.Modules()
+	want(t, "shadow of the first", mods[0].Tokens[0].Shadowed, "")
+	want(t, "shadow of the second", mods[1].Tokens[0].Shadowed, "fake")
+	b.mustSign()
+}
+
+// A module that cannot be loaded is not tried at each look at the keys.
+func TestMissingModule(t *testing.T) {
+	path := filepath.Join(tokentest.TempDir(t), "missing.so")
+	s := tokentest.Store(t, token.Options{Modules: []token.ModuleSpec{realSpec("missing", path)}, Command: self})
+	for range 100 {
+		s.Poke()
+		if err := s.Modules()[0].Err; err == nil || !strings.Contains(err.Error(), path) {
+			t.Fatalf("got %v", err)
+		}
+	}
+	want(t, "starts", s.Modules()[0].Restarts, 0)
+}
