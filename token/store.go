@@ -51,6 +51,8 @@ type Options struct {
 	// Sources are URIs of the configuration that carry a pin-source or a
 	// pin-value. The first that matches the key gives the PIN.
 	Sources []*pkcs11uri.URI
+	// PublicKeys stand in for public halves that tokens do not show.
+	PublicKeys []PublicKey
 	// StateDir keeps which PIN files have been refused, so that a restart does
 	// not try them again; empty: that is only remembered in memory.
 	StateDir string
@@ -114,6 +116,7 @@ type Store struct {
 	modules    []*module
 	configured []*pkcs11uri.URI // where PINs come from
 	added      []*pkcs11uri.URI // likewise, after those
+	public     []PublicKey
 	gates      map[wire.TokenID]*gate
 	changed    chan struct{} // closed and replaced when keys change
 }
@@ -130,6 +133,7 @@ func Open(opts Options) *Store {
 		settled:    make(chan struct{}),
 		refused:    loadRefused(opts.StateDir, opts.Log),
 		configured: slices.Clone(opts.Sources),
+		public:     slices.Clone(opts.PublicKeys),
 		gates:      make(map[wire.TokenID]*gate),
 		changed:    make(chan struct{}),
 	}

@@ -42,14 +42,16 @@ func (t *Token) look(ctx context.Context, p *process, slot *wire.Slot) error {
 	}
 	hidden := reply.Info.Flags&wire.CKFLoginRequired != 0 && !reply.Info.LoggedIn
 	log := t.module.log
-	pairs := pair(reply.Objects, t.ID, hidden, func(o wire.Object, reason error) {
+	if slot != nil {
+		t.mu.Lock()
+		t.slot = *slot
+		t.mu.Unlock()
+	}
+	pairs := t.pair(reply.Objects, hidden, func(o wire.Object, reason error) {
 		log.Debug("object is not used", "token", t.ID.Label, "label", o.Label, "id", hex.EncodeToString(o.ID), "reason", reason)
 	})
 	t.mu.Lock()
 	defer t.mu.Unlock()
-	if slot != nil {
-		t.slot = *slot
-	}
 	t.slot.Info = reply.Info
 	if reply.Info.LoggedIn {
 		t.session = p
@@ -94,7 +96,7 @@ func (t *Token) current(k *Key) *Key {
 	t.mu.Lock()
 	defer t.mu.Unlock()
 	for _, o := range t.keys {
-		if bytes.Equal(o.found.id, k.found.id) && equalKeys(o.found.public, k.found.public) {
+		if (len(k.found.id) == 0 || bytes.Equal(o.found.id, k.found.id)) && equalKeys(o.found.public, k.found.public) {
 			return o
 		}
 	}

@@ -171,6 +171,7 @@ func (s *service) runInherited(ctx context.Context, inherited []*net.UnixListene
 	for _, l := range inherited {
 		all = append(all, l)
 	}
+	s.tty = terminalName() // none under systemd itself
 	return s.serve(ctx, all)
 }
 
@@ -285,6 +286,7 @@ func (s *service) reload(ctx context.Context, k *agent.Keyring, store *token.Sto
 		return
 	}
 	store.SetSources(c.sources())
+	store.SetPublicKeys(c.publicKeys)
 	k.Configure(automatic(c), names(c))
 	ctx, cancel := context.WithTimeout(ctx, 10*time.Second)
 	defer cancel()

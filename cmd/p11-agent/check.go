@@ -16,6 +16,7 @@ import (
 	"p11-agent/token"
 	"p11-agent/token/pkcs11uri"
 	"p11-agent/token/registry"
+	"p11-agent/token/wire"
 )
 
 func newCheckCommand(g *globals) *cobra.Command {
@@ -45,6 +46,8 @@ func (c *checker) bad(format string, args ...any) {
 	fmt.Fprintf(c.out, "problem: "+format+"\n", args...)
 }
 
+func (c *checker) hint(text string) { fmt.Fprintln(c.out, "  hint: "+text) }
+
 func runCheck(ctx context.Context, g *globals, out, stderr io.Writer) error {
 	c, err := loadConfig(g.config)
 	if err != nil {
@@ -73,17 +76,28 @@ func runCheck(ctx context.Context, g *globals, out, stderr io.Writer) error {
 	ch.keys(ctx, c, b.store)
 	ch.pinentry(c)
 	if ch.wrong > 0 {
-		return fmt.Errorf("%d problems were found", ch.wrong)
+		return fmt.Errorf("%s found", plural(ch.wrong, "problem"))
 	}
 	return nil
+}
+
+// plural counts things.
+func plural(n int, thing string) string {
+	if n == 1 {
+		return "1 " + thing
+	}
+	return fmt.Sprintf("%d %ss", n, thing)
 }
 
 func (c *checker) modules(b *backend) {
 	for _, m := range b.store.Modules() {
 		if m.Err != nil {
 			c.bad("module %s (%s): %v", m.Name, m.Path, m.Err)
+			if e, ok := errors.AsType[*wire.Error](m.Err); ok && e.RV == wire.CKRGeneralError {
+				c.hint("many modules answer so when they cannot read their own configuration or directory of tokens (SoftHSM: SOFTHSM2_CONF, and a group that may read the directory)")
+			}
 		} else {
-			c.ok("module %s (%s): %s, %d tokens", m.Name, m.Path, cmp.Or(m.Library, "works"), len(m.Tokens))
+			c.ok("module %s (%s): %s, %s", m.Name, m.Path, cmp.Or(m.Library, "works"), plural(len(m.Tokens), "token"))
 		}
 	}
 	for _, m := range b.skipped {
@@ -106,7 +120,7 @@ func (c *checker) tokens(store *token.Store) {
 			case t.Tries == token.TriesLast:
 				c.bad("token %q (serial %s) has one try left for its PIN", t.ID.Label, t.ID.Serial)
 			default:
-				c.ok("token %q (serial %s): %d keys", t.ID.Label, t.ID.Serial, len(t.Keys))
+				c.ok("token %q (serial %s): %s", t.ID.Label, t.ID.Serial, plural(len(t.Keys), "key"))
 			}
 		}
 	}
@@ -145,7 +159,7 @@ func (c *checker) uri(ctx context.Context, store *token.Store, where string, u *
 	case err != nil:
 		c.bad("%s: %v: %v", where, u, err)
 	default:
-		c.ok("%s: %v matches %d keys", where, u, len(keys))
+		c.ok("%s: %v matches %s", where, u, plural(len(keys), "key"))
 	}
 	if names := u.Ignored(); len(names) > 0 {
 		c.bad("%s: %v: the query attributes %q mean nothing here", where, u, names)

@@ -3,8 +3,10 @@ package main
 import (
 	"bytes"
 	"cmp"
+	"crypto"
 	"errors"
 	"fmt"
+	"io"
 	"io/fs"
 	"maps"
 	"os"
@@ -16,6 +18,7 @@ import (
 	"time"
 
 	"github.com/pelletier/go-toml/v2"
+	"golang.org/x/crypto/ssh"
 
 	"p11-agent/token"
 	"p11-agent/token/pkcs11uri"
@@ -34,6 +37,8 @@ type config struct {
 	Pinentry     pinentryConfig `toml:"pinentry"`
 	Modules      []moduleConfig `toml:"module"`
 	KeyTables    []keyConfig    `toml:"key"`
+
+	publicKeys []token.PublicKey // those that KeyTables name
 }
 
 type pinentryConfig struct {
@@ -51,10 +56,12 @@ type moduleConfig struct {
 	Env     map[string]string `toml:"env"`
 }
 
-// keyConfig attaches a name to the keys that a URI matches.
+// keyConfig attaches a name to the keys that a URI matches, and a public half
+// to one whose token shows none.
 type keyConfig struct {
-	URI  *uriValue `toml:"uri"`
-	Name string    `toml:"name"`
+	URI    *uriValue `toml:"uri"`
+	Name   string    `toml:"name"`
+	Public string    `toml:"public-key"` // a file
 }
 
 // uriValue is a PKCS#11 URI in the configuration.
@@ -283,6 +290,18 @@ func (c *config) check(mode fs.FileMode) error {
 		if k.URI == nil {
 			return bad("[[key]] table %d has no uri", i+1)
 		}
+		if k.Public == "" {
+			continue
+		}
+		pub, err := readPublicKey(k.Public)
+		p := token.PublicKey{URI: k.URI.URI, Key: pub}
+		if err == nil {
+			err = token.CheckPublicKey(p)
+		}
+		if err != nil {
+			return bad("public-key of %v: %v", k.URI, err)
+		}
+		c.publicKeys = append(c.publicKeys, p)
 	}
 	if p := c.Pinentry.Program; strings.Contains(p, "/") && !filepath.IsAbs(p) {
 		return bad("pinentry.program %q is neither an absolute path nor a name", p)
@@ -305,6 +324,38 @@ func (c *config) check(mode fs.FileMode) error {
 		}
 	}
 	return nil
+}
+
+// readPublicKey reads a file such as ssh-keygen writes: one line, of type, base64
+// and comment.
+func readPublicKey(file string) (crypto.PublicKey, error) {
+	if rest, ok := strings.CutPrefix(file, "~/"); ok {
+		file = filepath.Join(os.Getenv("HOME"), rest)
+	}
+	if !filepath.IsAbs(file) {
+		return nil, fmt.Errorf("%q is not an absolute path", file)
+	}
+	f, err := os.OpenFile(file, os.O_RDONLY|syscall.O_NONBLOCK, 0)
+	if err != nil {
+		return nil, err
+	}
+	defer f.Close()
+	b, err := io.ReadAll(io.LimitReader(f, 64<<10))
+	if err != nil {
+		return nil, err
+	}
+	key, _, _, _, err := ssh.ParseAuthorizedKey(b)
+	if err != nil {
+		return nil, fmt.Errorf("%s is no OpenSSH public key", file)
+	}
+	if cert, ok := key.(*ssh.Certificate); ok {
+		key = cert.Key
+	}
+	public, ok := key.(ssh.CryptoPublicKey)
+	if !ok {
+		return nil, fmt.Errorf("%s holds a key of type %s, which no token can sign with", file, key.Type())
+	}
+	return public.CryptoPublicKey(), nil
 }
 
 func (m moduleConfig) name() string { return cmp.Or(m.Name, filepath.Base(m.Path)) }

@@ -101,6 +101,11 @@ var manualKey = regexp.MustCompile(`(?m)^\*([a-z-]+)\* = `)
 // Every key of the configuration is in its manual, with a type and an example
 // that is right, and no others are.
 func TestManualHasEveryKey(t *testing.T) {
+	home := t.TempDir() // that has the file of an example
+	t.Setenv("HOME", home)
+	if err := os.CopyFS(filepath.Join(home, ".ssh"), os.DirFS("testdata/ssh")); err != nil {
+		t.Fatal(err)
+	}
 	manual := sections(readDoc(t, "docs/p11-agent.toml.5.scd"))
 	keys := 0
 	check := func(section, table string, r reflect.Type) {
@@ -138,7 +143,7 @@ func TestManualHasEveryKey(t *testing.T) {
 				toml += "name = \"other\"\n"
 			}
 			if table == "[[key]]" && key != "uri" {
-				toml += "uri = \"pkcs11:\"\n"
+				toml += "uri = \"pkcs11:id=%01\"\n"
 			}
 			parses(t, toml)
 		}

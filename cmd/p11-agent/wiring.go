@@ -105,12 +105,13 @@ func openBackend(c *config, asker token.PINAsker, log *slog.Logger) (*backend, e
 		}()
 	}
 	store := token.Open(token.Options{
-		Modules:  specs,
-		Command:  []string{"/proc/self/exe", moduleCommand},
-		PINs:     asker,
-		Sources:  c.sources(),
-		StateDir: stateDir(),
-		Log:      log,
+		Modules:    specs,
+		Command:    []string{"/proc/self/exe", moduleCommand},
+		PINs:       asker,
+		Sources:    c.sources(),
+		PublicKeys: c.publicKeys,
+		StateDir:   stateDir(),
+		Log:        log,
 	})
 	return &backend{store: store, skipped: skipped, stop: func() {
 		_ = store.Close() // never fails
