@@ -59,6 +59,8 @@ type Selection interface {
 	Match(Key) bool
 	// Broad tells whether it selects keys without naming them one by one.
 	Broad() bool
+	// All tells whether it selects every key there is.
+	All() bool
 }
 
 // Tokens finds keys on tokens. All methods but Rescan, Select and LogoutAll
@@ -233,7 +235,7 @@ func (k *Keyring) lookLocked(generation uint64) *view {
 	}
 	for _, a := range k.added {
 		for i, key := range keys {
-			if selects(a.selection, key) {
+			if k.selectsLocked(a.selection, key) {
 				take(i, a.constraints, true)
 			}
 		}
@@ -252,6 +254,15 @@ func selects(s Selection, k Key) bool {
 	return s.Match(k) && (k.Unfit() == "" || !s.Broad())
 }
 
+// selectsLocked is selects for what a client named. Who names every key where
+// the configuration lists some means those: this is how they are brought back.
+func (k *Keyring) selectsLocked(s Selection, key Key) bool {
+	if s.All() && len(k.opts.Automatic) > 0 {
+		return slices.ContainsFunc(k.opts.Automatic, func(s Selection) bool { return selects(s, key) })
+	}
+	return selects(s, key)
+}
+
 // expireLocked ends what was added for a time that is over. An automatic
 // identity that was added again for a time goes too: that is what was asked for.
 // One that was added once more after that stays, as the last word counts.
@@ -265,7 +276,7 @@ func (k *Keyring) expireLocked() {
 		k.dropLocked(a)
 		later := added[i+1:]
 		for _, key := range k.opts.Tokens.Keys() {
-			if a.selection.Match(key) && !slices.ContainsFunc(later, func(o *addition) bool { return selects(o.selection, key) }) {
+			if k.selectsLocked(a.selection, key) && !slices.ContainsFunc(later, func(o *addition) bool { return k.selectsLocked(o.selection, key) }) {
 				k.hideKeyLocked(key)
 			}
 		}
@@ -446,13 +457,18 @@ func (k *Keyring) addToken(ctx context.Context, c *Caller, r TokenRequest) (what
 		a.expires = time.Now().Add(a.constraints.Lifetime)
 	}
 	k.added = append(k.added, a)
+	n := 0
 	for _, key := range keys {
+		if !k.selectsLocked(s, key) {
+			continue
+		}
 		if pub, err := ssh.NewPublicKey(key.Public()); err == nil {
 			delete(k.hidden, string(pub.Marshal()))
+			n++
 		}
 	}
 	k.change++
-	k.log.Info("keys added", "provider", s.String(), "keys", len(keys), "client", c.Peer.String())
+	k.log.Info("keys added", "provider", s.String(), "keys", n, "client", c.Peer.String())
 	return s.String(), nil
 }
 
@@ -541,8 +557,12 @@ func (k *Keyring) refused(c *Caller, request, what string, err error) {
 	if errors.Is(err, context.Canceled) {
 		level, err = slog.LevelInfo, errHungUp
 	}
-	k.log.Log(context.Background(), level, "request refused", "request", request, "what", what, "reason", err,
-		"client", c.Peer.String(), "forwarded", c.Forwarded, "connection", c.Number)
+	attrs := []any{"request", request}
+	if what != "" {
+		attrs = append(attrs, "what", what)
+	}
+	k.log.Log(context.Background(), level, "request refused", append(attrs, "reason", err,
+		"client", c.Peer.String(), "forwarded", c.Forwarded, "connection", c.Number)...)
 }
 
 // describe names a key by its fingerprint, when it is one.

@@ -126,6 +126,7 @@ type prefix string
 func (p prefix) String() string   { return string(p) }
 func (p prefix) Match(k Key) bool { return strings.HasPrefix(k.URI(), string(p)) }
 func (p prefix) Broad() bool      { return !strings.Contains(string(p), "id=") }
+func (p prefix) All() bool        { return p == "pkcs11:" }
 
 func (t *fakeTokens) Parse(provider []byte) (Selection, error) {
 	if !bytes.HasPrefix(provider, []byte("pkcs11:")) {
@@ -276,6 +277,25 @@ func TestListSelection(t *testing.T) {
 			}
 		})
 	}
+}
+
+// "ssh-add -s pkcs11:" brings back what the configuration lists, and no more.
+func TestAddEveryKey(t *testing.T) {
+	a, b := edKey("pkcs11:token=a;id=1"), edKey("pkcs11:token=b;id=1")
+	f := newFixture(Options{Automatic: []Selection{prefix("pkcs11:token=a")}}, a, b)
+	if err := f.RemoveAll(t.Context(), local); err != nil {
+		t.Fatal(err)
+	}
+	f.wantList(t)
+	f.add(t, "pkcs11:", Constraints{})
+	f.wantList(t, a.uri)
+	f.Configure(nil, func(Key) string { return "" })
+	f.wantList(t, a.uri, b.uri)
+	// Where nothing is listed they are all that there are.
+	f = newFixture(Options{Automatic: []Selection{}}, a, b)
+	f.wantList(t)
+	f.add(t, "pkcs11:", Constraints{})
+	f.wantList(t, a.uri, b.uri)
 }
 
 func TestSignEveryType(t *testing.T) {

@@ -106,6 +106,9 @@ func (s *Selector) Broad() bool {
 	return s.uri == nil || s.uri.ID == nil && s.uri.Object == nil
 }
 
+// All tells whether every key is selected: the URI is "pkcs11:".
+func (s *Selector) All() bool { return s.path == "" && s.text == "pkcs11:" }
+
 // String returns the URI in its redacted form, or the module's path.
 func (s *Selector) String() string { return s.text }
 

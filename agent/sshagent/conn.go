@@ -113,7 +113,7 @@ func (c *conn) log(level slog.Level, message string, attrs ...slog.Attr) {
 	}
 	who := []slog.Attr{
 		slog.Uint64("connection", c.caller.Number),
-		slog.String("peer", c.caller.Peer.String()),
+		slog.String("client", c.caller.Peer.String()),
 	}
 	if c.caller.Peer.Known {
 		who = append(who, slog.Int("uid", c.caller.Peer.UID))

@@ -138,7 +138,7 @@ func (s *Server) accept(ctx context.Context, l Listener, w *watcher, clients *sy
 		select {
 		case free <- struct{}{}:
 		default:
-			s.log().Warn("connection refused", "peer", peer.Of(nc).String(),
+			s.log().Warn("connection refused", "client", peer.Of(nc).String(),
 				"reason", fmt.Sprintf("%d connections are open, which is the limit", limit))
 			_ = nc.Close()
 			continue
