@@ -8,8 +8,10 @@ import (
 	"crypto/ed25519"
 	"crypto/elliptic"
 	"crypto/rsa"
+	"crypto/sha256"
 	"crypto/x509"
 	"encoding/asn1"
+	"encoding/binary"
 	"errors"
 	"fmt"
 	"math/big"
@@ -34,6 +36,7 @@ type found struct {
 	classes []uint64 // CKO of its objects
 	keyType uint64
 	public  crypto.PublicKey
+	sum     [sha256.Size]byte // digest of public
 	modulus []byte
 	point   []byte // without the OCTET STRING
 	certs   [][]byte
@@ -53,7 +56,7 @@ func pair(objects []wire.Object, token wire.TokenID, hidden bool, skip func(o wi
 	// half, or, when either does not show one, one with its ID, if possible with
 	// its label. An object without an ID has that of its public half. A pair has
 	// one private key.
-	find := func(o wire.Object, keyType uint64, pub crypto.PublicKey) *found {
+	find := func(o wire.Object, keyType uint64, pub crypto.PublicKey, sum [sha256.Size]byte) *found {
 		var best *found
 		rank := 0
 		for _, f := range all {
@@ -64,7 +67,7 @@ func pair(objects []wire.Object, token wire.TokenID, hidden bool, skip func(o wi
 			n := 0
 			switch {
 			case f.public != nil && pub != nil:
-				if equalKeys(f.public, pub) && (sameID || len(f.id) == 0 || len(o.ID) == 0) {
+				if f.sum == sum && (sameID || len(f.id) == 0 || len(o.ID) == 0) {
 					n = 3
 					if sameID {
 						n = 4
@@ -83,7 +86,11 @@ func pair(objects []wire.Object, token wire.TokenID, hidden bool, skip func(o wi
 		return best
 	}
 	add := func(o wire.Object, keyType uint64, pub crypto.PublicKey) *found {
-		f := find(o, keyType, pub)
+		var sum [sha256.Size]byte
+		if pub != nil {
+			sum = digest(pub)
+		}
+		f := find(o, keyType, pub, sum)
 		if f == nil {
 			f = &found{keyType: keyType}
 			all = append(all, f)
@@ -92,7 +99,7 @@ func pair(objects []wire.Object, token wire.TokenID, hidden bool, skip func(o wi
 			f.id = o.ID
 		}
 		if f.public == nil && pub != nil {
-			f.public = pub
+			f.public, f.sum = pub, sum
 		}
 		if f.label == "" {
 			f.label = o.Label
@@ -246,6 +253,18 @@ func keyTypeOf(pub crypto.PublicKey) (uint64, bool) {
 func equalKeys(a, b crypto.PublicKey) bool {
 	k, ok := a.(interface{ Equal(crypto.PublicKey) bool })
 	return ok && k.Equal(b)
+}
+
+// digest is the same for equal keys of one type, and for no others. To compare
+// the keys themselves, each with each, would take minutes on a token full of
+// long ones.
+func digest(pub crypto.PublicKey) [sha256.Size]byte {
+	modulus, point := halves(pub)
+	b := append(modulus, point...)
+	if k, ok := pub.(*rsa.PublicKey); ok {
+		b = binary.BigEndian.AppendUint64(b, uint64(k.E))
+	}
+	return sha256.Sum256(b)
 }
 
 // usableKey says what is wrong with a key, or nil.

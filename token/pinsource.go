@@ -52,10 +52,18 @@ func (s *Store) AddSource(u *pkcs11uri.URI) error {
 	if u.PIN() == nil && u.PINSource == nil {
 		return nil
 	}
-	if u.PINSource != nil && u.PINSource.Kind == pkcs11uri.PINCommand {
-		return errors.New("pin-source=|command counts in the configuration file only")
+	if err := checkAdded(u); err != nil {
+		return err
 	}
 	s.added = append(s.added, u)
+	return nil
+}
+
+// checkAdded tells whether a client may name the source of a URI.
+func checkAdded(u *pkcs11uri.URI) error {
+	if u.PINSource != nil && u.PINSource.Kind != pkcs11uri.PINFile {
+		return fmt.Errorf("a pin-source that begins with %q counts in the configuration file only", u.PINSource)
+	}
 	return nil
 }
 
@@ -110,12 +118,28 @@ func (t *Token) fromSource(ctx context.Context, u *pkcs11uri.URI, tries Tries, u
 // CheckSource tells what is wrong with the pin-source of a URI, as far as that
 // can be seen without using it: commands are not run.
 func CheckSource(u *pkcs11uri.URI) error {
-	if u.PINSource == nil || u.PINSource.Kind != pkcs11uri.PINFile {
+	if u.PINSource == nil || u.PINSource.Kind == pkcs11uri.PINCommand {
 		return nil
 	}
-	pin, _, err := filePIN(u.PINSource.Path())
+	path, err := sourcePath(u.PINSource)
+	if err != nil {
+		return err
+	}
+	pin, _, err := filePIN(path)
 	pin.Wipe()
 	return err
+}
+
+// sourcePath returns the file that a source of any kind but PINCommand names.
+func sourcePath(src *pkcs11uri.PINSource) (string, error) {
+	if src.Kind != pkcs11uri.PINCredential {
+		return src.Path(), nil
+	}
+	dir := os.Getenv("CREDENTIALS_DIRECTORY")
+	if !filepath.IsAbs(dir) {
+		return "", fmt.Errorf("pin-source: there are no credentials (CREDENTIALS_DIRECTORY is not set): the service needs LoadCredential=%s:/path", src.Credential())
+	}
+	return filepath.Join(dir, src.Credential()), nil
 }
 
 // sourceMark says which PIN of a source was used, without telling the PIN.
@@ -159,8 +183,12 @@ func (s *Store) readPIN(ctx context.Context, u *pkcs11uri.URI) (*secret.Secret, 
 			what: "the PIN of the configured command", until: "the command changes or the agent is restarted", state: src.Command(),
 		}, err
 	default:
-		pin, state, err := filePIN(src.Path())
-		return pin, sourceMark{what: "the PIN in " + src.Path(), until: "the file changes", state: state, disk: true}, err
+		path, err := sourcePath(src)
+		if err != nil {
+			return nil, sourceMark{}, err
+		}
+		pin, state, err := filePIN(path)
+		return pin, sourceMark{what: "the PIN in " + path, until: "the file changes", state: state, disk: true}, err
 	}
 }
 

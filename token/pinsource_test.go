@@ -130,6 +130,9 @@ func TestPINFile(t *testing.T) {
 }
 
 func TestOtherSources(t *testing.T) {
+	credentials := tokentest.TempDir(t)
+	write(t, filepath.Join(credentials, "card"), pin, 0o400)
+	t.Setenv("CREDENTIALS_DIRECTORY", credentials)
 	tests := []struct {
 		name string
 		uri  string
@@ -139,6 +142,8 @@ func TestOtherSources(t *testing.T) {
 		{"value for another token", "pkcs11:token=other?pin-value=wrong", "nobody can be asked"},
 		{"empty value", "pkcs11:token=card?pin-value=", "pin-value is empty"},
 		{"command", "pkcs11:token=card?pin-source=" + escape("|/bin/echo "+pin), ""},
+		{"credential", "pkcs11:token=card?pin-source=credential:card", ""},
+		{"credential that is not there", "pkcs11:token=card?pin-source=credential:other", "no such file"},
 		{"command that fails", "pkcs11:token=card?pin-source=" + escape("|/bin/echo "+pin+"; exit 3"), "exit status 3"},
 		{"command that prints nothing", "pkcs11:token=card?pin-source=" + escape("|/bin/true"), "is empty"},
 		{"command that is not there", "pkcs11:token=card?pin-source=" + escape("|/nonexistent/program"), "exit status 127"},
@@ -268,6 +273,9 @@ func TestAddedSource(t *testing.T) {
 	b := newBench(t, nil, nil)
 	if err := b.store.AddSource(parse(t, "pkcs11:?pin-source="+escape("|/bin/echo "+pin))); err == nil {
 		t.Error("a client can have a command run")
+	}
+	if err := b.store.AddSource(parse(t, "pkcs11:?pin-source=credential:card")); err == nil {
+		t.Error("a client can use the credentials of the service")
 	}
 	if err := b.store.AddSource(parse(t, "pkcs11:token=card")); err != nil {
 		t.Errorf("without a PIN: %v", err)

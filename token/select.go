@@ -134,6 +134,10 @@ func ParseProvider(provider []byte, allow AllowList) (*Selector, error) {
 		u.Wipe()
 		return nil, fmt.Errorf("the URI has attributes %q that are not known, so it matches nothing", names)
 	}
+	if err := checkAdded(u); err != nil {
+		u.Wipe()
+		return nil, err
+	}
 	sel := NewSelector(u)
 	if u.ModulePath == nil {
 		return sel, nil

@@ -214,8 +214,11 @@ func (u *URI) component(query, full bool) []string {
 
 // text is what parsePINSource reads.
 func (s PINSource) text() string {
-	if s.Kind == PINCommand {
+	switch s.Kind {
+	case PINCommand:
 		return commandPrefix + s.Command()
+	case PINCredential:
+		return credentialPrefix + s.Credential()
 	}
 	prefix := filePrefix
 	if strings.HasPrefix(s.Path(), "//") {

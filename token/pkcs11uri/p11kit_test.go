@@ -32,7 +32,7 @@ var (
 		"zero bytes in paths":               "a zero byte",
 		"an empty slot-id":                  "a decimal number",
 		"library version that wraps":        "from 0 to 255",
-		"pin-source of any form":            "an absolute path, an absolute path, or",
+		"pin-source of any form":            "an absolute path, an absolute path,",
 		"pin-source with any command":       "the absolute path of a program",
 		"pin-source on any host":            "another host",
 		"pin-source with a query":           `with "?" or "#"`,

@@ -16,6 +16,9 @@ const (
 	pinValue      = "pin-value"
 	filePrefix    = "file:"
 	commandPrefix = "|"
+	// credentialPrefix is ours: where systemd puts the credentials of a service
+	// is known to the service only.
+	credentialPrefix = "credential:"
 )
 
 // Parse reads a PKCS#11 URI, as ParseBytes does. A text that may hold a PIN is
@@ -268,13 +271,20 @@ func parsePINSource(raw []byte) (*PINSource, error) {
 		}
 		return &PINSource{Kind: PINCommand, value: &command}, nil
 	}
+	if name, ok := strings.CutPrefix(value, credentialPrefix); ok {
+		plain := func(r rune) bool { return r < 0x80 && isNameChar(byte(r)) || r == '.' }
+		if name == "" || name[0] == '.' || strings.ContainsFunc(name, func(r rune) bool { return !plain(r) }) {
+			return nil, &SyntaxError{Reason: `after "credential:" comes its name, of letters, digits, "-", "_" and "."`}
+		}
+		return &PINSource{Kind: PINCredential, value: &name}, nil
+	}
 	if len(value) >= len(filePrefix) && strings.EqualFold(value[:len(filePrefix)], filePrefix) {
 		if value, err = parseFileURI(value[len(filePrefix):]); err != nil {
 			return nil, err
 		}
 	}
 	if !strings.HasPrefix(value, "/") {
-		return nil, &SyntaxError{Reason: `it is "file:" and an absolute path, an absolute path, or "|" and a command`}
+		return nil, &SyntaxError{Reason: `it is "file:" and an absolute path, an absolute path, "|" and a command, or "credential:" and a name`}
 	}
 	return &PINSource{Kind: PINFile, value: &value}, nil
 }

@@ -116,6 +116,10 @@ func TestParsePINSource(t *testing.T) {
 		{"dot path", "./pin", nil, ""},
 		{"empty", "", nil, ""},
 		{"another scheme", "https://example.com/pin", nil, ""},
+		{"credential", "credential:card-1.pin_2", &PINSource{Kind: PINCredential, value: new("card-1.pin_2")}, "credential:card-1.pin_2"},
+		{"credential in another directory", "credential:../x", nil, ""},
+		{"hidden credential", "credential:.x", nil, ""},
+		{"credential without a name", "credential:", nil, ""},
 		{"empty command", "|", nil, ""},
 		{"relative command", "|pinomatic", nil, ""},
 		{"file URI with a query", "file:/a?b", nil, ""},
@@ -141,8 +145,14 @@ func TestParsePINSource(t *testing.T) {
 			if !reflect.DeepEqual(u.PINSource, test.want) {
 				t.Errorf("Parse(%q): %s %q %q", text, u.PINSource, u.PINSource.Path(), u.PINSource.Command())
 			}
-			if path, command := u.PINSource.Path(), u.PINSource.Command(); path == "" && command == "" || path != "" && command != "" {
-				t.Errorf("path %q, command %q", path, command)
+			full := 0
+			for _, value := range []string{u.PINSource.Path(), u.PINSource.Command(), u.PINSource.Credential()} {
+				if value != "" {
+					full++
+				}
+			}
+			if full != 1 {
+				t.Errorf("it has %d values", full)
 			}
 			if got, want := u.Canonical(), "pkcs11:?pin-source="+test.canonical; got != want {
 				t.Errorf("Canonical() = %q, want %q", got, want)

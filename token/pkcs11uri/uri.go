@@ -163,8 +163,9 @@ type PINKind int
 
 // The kinds of a PINSource.
 const (
-	PINFile    PINKind = iota + 1 // the file that Path names
-	PINCommand                    // the program that Command names prints it
+	PINFile       PINKind = iota + 1 // the file that Path names
+	PINCommand                       // the program that Command names prints it
+	PINCredential                    // the credential of the service that Credential names
 )
 
 // A PINSource is the value of a pin-source attribute (RFC 7512 section 2.4). It
@@ -183,6 +184,11 @@ func (s PINSource) Path() string { return s.of(PINFile) }
 // and what follows it, as written; how to split it is for whoever runs it. It is
 // empty for another kind.
 func (s PINSource) Command() string { return s.of(PINCommand) }
+
+// Credential returns the name of a PINCredential (systemd.exec(5),
+// LoadCredential=): letters, digits, and ".", "-", "_". It is empty for another
+// kind.
+func (s PINSource) Credential() string { return s.of(PINCredential) }
 
 func (s PINSource) of(kind PINKind) string {
 	if s.Kind != kind || s.value == nil {
@@ -248,13 +254,15 @@ func (u URI) LogValue() slog.Value { return slog.StringValue(u.String()) }
 // URI that went through an encoder has lost its PIN and its pin-source.
 func (u URI) MarshalText() ([]byte, error) { return []byte(u.String()), nil }
 
-// String returns the kind: "file:" or "|". Neither is a pin-source.
+// String returns the kind: "file:", "|" or "credential:". None is a pin-source.
 func (s PINSource) String() string {
 	switch s.Kind {
 	case PINFile:
 		return filePrefix
 	case PINCommand:
 		return commandPrefix
+	case PINCredential:
+		return credentialPrefix
 	}
 	return "unknown"
 }

@@ -1,0 +1,399 @@
+package token
+
+import (
+	"errors"
+	"io/fs"
+	"os"
+	"path/filepath"
+	"slices"
+	"strings"
+	"testing"
+
+	"golang.org/x/sys/unix"
+
+	"p11-agent/token/pkcs11uri"
+)
+
+func TestMatch(t *testing.T) {
+	tests := []struct {
+		pattern, s string
+		want       bool
+	}{
+		{"", "", true},
+		{"", "a", false},
+		{"a", "", false},
+		{"a", "a", true},
+		{"a", "A", false},
+		{"a", "ab", false},
+		{"b", "ab", false},
+		{"*", "", true},
+		{"**", "", true},
+		{"*", "/usr/lib/a.so", true},
+		{"?", "", false},
+		{"?", "/", true},
+		{"?", "ab", false},
+		{"?*", "", false},
+		{"?*", "abc", true},
+		{"*?", "a", true},
+		{"a*b", "ab", true},
+		{"a*b", "aXbXb", true},
+		{"a*b", "aXbX", false},
+		{"*ab*", "aab", true},
+		{"*.so", "x.so.1", false},
+		{"*.so*", "x.so.1", true},
+		{"[ab]", "a", false}, // no classes, unlike those of a shell
+		{"[ab]", "[ab]", true},
+		{`\*`, "*", false}, // and nothing to take a star for itself
+		{`\*`, `\x`, true},
+		{"/usr/lib*/**", "/usr/lib/p11.so", true},
+		{"/usr/lib*/**", "/usr/lib64/p11.so", true},
+		{"/usr/lib*/**", "/usr/lib/a/b/c/p11.so", true},
+		{"/usr/lib*/**", "/usr/libexec/p11.so", true},
+		{"/usr/lib*/**", "/usr/lib/", true},
+		{"/usr/lib*/**", "/usr/lib", false},
+		{"/usr/lib*/**", "/usr/local/lib/p11.so", false},
+		{"/usr/lib*/**", "/home/usr/lib/p11.so", false},
+		{"/usr/lib*/*", "/usr/lib/a/b/p11.so", true},
+		{"/usr/lib/?.so", "/usr/lib/é.so", false}, // bytes, as in OpenSSH
+		{"/usr/lib/??.so", "/usr/lib/é.so", true},
+		// A clever client, and time in proportion to the product of both lengths.
+		{strings.Repeat("a*", 500) + "b", strings.Repeat("a", 4000), false},
+		{strings.Repeat("*a", 500), strings.Repeat("a", 4000), true},
+	}
+	for _, tt := range tests {
+		if got := match(tt.pattern, tt.s); got != tt.want {
+			t.Errorf("match(%.40q, %.40q) = %v, want %v", tt.pattern, tt.s, got, tt.want)
+		}
+	}
+}
+
+// matchesTable says the same as match, by a table of all the answers there are.
+func matchesTable(pattern, s string) bool {
+	table := make([][]bool, len(pattern)+1) // [i][j]: pattern[i:] matches s[j:]
+	for i := len(pattern); i >= 0; i-- {
+		table[i] = make([]bool, len(s)+1)
+		for j := len(s); j >= 0; j-- {
+			switch {
+			case i == len(pattern):
+				table[i][j] = j == len(s)
+			case pattern[i] == '*':
+				table[i][j] = table[i+1][j] || j < len(s) && table[i][j+1]
+			default:
+				table[i][j] = j < len(s) && (pattern[i] == '?' || pattern[i] == s[j]) && table[i+1][j+1]
+			}
+		}
+	}
+	return table[0][0]
+}
+
+func FuzzMatch(f *testing.F) {
+	seeds := [][2]string{
+		{"", ""},
+		{"*", ""},
+		{"/usr/lib*/**", "/usr/lib/x86_64-linux-gnu/p11.so"},
+		{"/usr/lib*/*", "/usr/lib"},
+		{"*a*b?c*", "aabbcabxc"},
+		{"**?**", "a"},
+		{"a*a*a*b", "aaaaaaaaaa"},
+		{"?\xff*", "é\xff"},
+	}
+	yes := 0
+	for _, s := range seeds {
+		f.Add(s[0], s[1])
+		if matchesTable(s[0], s[1]) {
+			yes++
+		}
+	}
+	if yes == 0 || yes == len(seeds) {
+		f.Fatal("the seeds have one answer only")
+	}
+	f.Fuzz(func(t *testing.T, pattern, s string) {
+		if len(pattern) > 200 || len(s) > 1000 {
+			return
+		}
+		if got, want := match(pattern, s), matchesTable(pattern, s); got != want {
+			t.Errorf("match(%q, %q) = %v, want %v", pattern, s, got, want)
+		}
+		if !match("*"+pattern, "x"+pattern) || !match(strings.Repeat("?", len(s))+"*", s) {
+			t.Errorf("a pattern of %q does not match what it was made of", s)
+		}
+	})
+}
+
+func TestParseAllowList(t *testing.T) {
+	tests := []struct {
+		name, give string
+		want       AllowList
+	}{
+		{"empty", "", nil},
+		{"one", "/usr/lib*/**", AllowList{"/usr/lib*/**"}},
+		{"two", "/usr/lib/*,/usr/local/lib/*", AllowList{"/usr/lib/*", "/usr/local/lib/*"}},
+		{"commas too many", ",,/a,,/b,", AllowList{"/a", "/b"}},
+		{"only commas", ",,", nil},
+		{"blanks belong to the pattern", "/a b , /c", AllowList{"/a b ", " /c"}},
+		{"forbidding", "/usr/lib/*,!*/old.so", AllowList{"/usr/lib/*", "!*/old.so"}},
+		{"none", "none", AllowList{"none"}},
+	}
+	for _, tt := range tests {
+		t.Run(tt.name, func(t *testing.T) {
+			if got := ParseAllowList(tt.give); !slices.Equal(got, tt.want) {
+				t.Errorf("got %q, want %q", got, tt.want)
+			}
+		})
+	}
+}
+
+func TestDefaultAllowList(t *testing.T) {
+	for path, want := range map[string]bool{
+		"/usr/lib/softhsm/libsofthsm2.so":       true,
+		"/usr/lib/x86_64-linux-gnu/p11.so":      true,
+		"/usr/lib64/pkcs11/p11.so":              true,
+		"/usr/local/lib/p11.so":                 true,
+		"/usr/bin/p11.so":                       false,
+		"/tmp/usr/lib/p11.so":                   false,
+		"/home/me/usr/lib/p11.so":               false,
+		"/opt/vendor/lib/p11.so":                false,
+		"/usr/share/usr/lib/p11.so":             false,
+		"/usr/local/share/lib/p11.so":           false,
+		"/var/lib/p11.so":                       false,
+		"/run/user/1000/usr/local/lib/x/p11.so": false,
+	} {
+		got := slices.ContainsFunc(DefaultAllowList, func(p string) bool { return match(p, path) })
+		if got != want {
+			t.Errorf("%s: allowed %v, want %v", path, got, want)
+		}
+	}
+}
+
+// tree makes files to choose modules from and returns their directory.
+//
+//	lib/p11.so
+//	lib/deep/er/p11.so
+//	lib/old.so
+//	lib/in.so       -> deep/er/p11.so
+//	lib/out.so      -> ../other/p11.so
+//	lib/outside     -> ../other
+//	lib/dangling.so -> missing.so
+//	lib/loop.so     -> loop.so
+//	other/p11.so
+//	other/in.so     -> ../lib/p11.so
+func tree(t *testing.T) string {
+	t.Helper()
+	dir, err := filepath.EvalSymlinks(t.TempDir())
+	if err != nil {
+		t.Fatal(err)
+	}
+	for _, file := range []string{"lib/p11.so", "lib/deep/er/p11.so", "lib/old.so", "other/p11.so"} {
+		path := filepath.Join(dir, file)
+		if err := os.MkdirAll(filepath.Dir(path), 0o700); err != nil {
+			t.Fatal(err)
+		}
+		if err := os.WriteFile(path, nil, 0o600); err != nil {
+			t.Fatal(err)
+		}
+	}
+	for link, to := range map[string]string{
+		"lib/in.so": "deep/er/p11.so", "lib/out.so": "../other/p11.so", "lib/outside": "../other",
+		"lib/dangling.so": "missing.so", "lib/loop.so": "loop.so", "other/in.so": "../lib/p11.so",
+	} {
+		if err := os.Symlink(to, filepath.Join(dir, link)); err != nil {
+			t.Fatal(err)
+		}
+	}
+	return dir
+}
+
+func TestAllowListResolve(t *testing.T) {
+	dir := tree(t)
+	const refused, forbidden, relative = "not in the list", "forbidden", "absolute path"
+	tests := []struct {
+		name  string
+		allow string // DIR stands for the directory
+		path  string // DIR as well
+		want  string // within the directory; empty: refused
+		is    error  // why, or
+		err   string // a piece of why
+	}{
+		{name: "in the list", allow: "DIR/lib*/**", path: "DIR/lib/p11.so", want: "lib/p11.so"},
+		{name: "deep in the list", allow: "DIR/lib*/**", path: "DIR/lib/deep/er/p11.so", want: "lib/deep/er/p11.so"},
+		{name: "by its own name", allow: "DIR/lib/p11.so", path: "DIR/lib/p11.so", want: "lib/p11.so"},
+		{name: "second pattern", allow: "/nowhere/*,DIR/lib/*", path: "DIR/lib/p11.so", want: "lib/p11.so"},
+		{name: "not in the list", allow: "DIR/lib*/**", path: "DIR/other/p11.so", err: refused},
+		{name: "pattern of a piece", allow: "DIR/lib", path: "DIR/lib/p11.so", err: refused},
+		{name: "empty list", allow: "", path: "DIR/lib/p11.so", err: refused},
+		{name: "none", allow: "none", path: "DIR/lib/p11.so", err: refused},
+		{name: "all", allow: "*", path: "DIR/other/p11.so", want: "other/p11.so"},
+		{name: "blank before the pattern", allow: " DIR/lib/*", path: "DIR/lib/p11.so", err: refused},
+
+		{name: "forbidden after", allow: "DIR/lib/*,!*/old.so", path: "DIR/lib/old.so", err: forbidden},
+		{name: "forbidden before", allow: "!*/old.so,DIR/lib/*", path: "DIR/lib/old.so", err: forbidden},
+		{name: "beside a forbidden one", allow: "!*/old.so,DIR/lib/*", path: "DIR/lib/p11.so", want: "lib/p11.so"},
+		{name: "only forbidding", allow: "!*/old.so", path: "DIR/lib/p11.so", err: refused},
+		{name: "forbidding what a link leads to", allow: "DIR/*,!*/other/*", path: "DIR/lib/out.so", err: forbidden},
+
+		{name: "link within", allow: "DIR/lib/*", path: "DIR/lib/in.so", want: "lib/deep/er/p11.so"},
+		{name: "link out of it", allow: "DIR/lib/*", path: "DIR/lib/out.so", err: refused},
+		{name: "link of a directory out of it", allow: "DIR/lib/*", path: "DIR/lib/outside/p11.so", err: refused},
+		{name: "link into it", allow: "DIR/lib/*", path: "DIR/other/in.so", want: "lib/p11.so"},
+		{name: "link by its own name", allow: "DIR/lib/in.so", path: "DIR/lib/in.so", err: refused},
+		{name: "dangling link", allow: "*", path: "DIR/lib/dangling.so", is: fs.ErrNotExist},
+		{name: "link to itself", allow: "*", path: "DIR/lib/loop.so", err: "too many links"},
+
+		{name: "dots within", allow: "DIR/lib/*", path: "DIR/lib/./deep/../p11.so", want: "lib/p11.so"},
+		{name: "dots out of it", allow: "DIR/lib/*", path: "DIR/lib/../other/p11.so", err: refused},
+		{name: "dots after a link", allow: "DIR/lib/*", path: "DIR/lib/outside/../other/p11.so", err: refused},
+		{name: "dots above the root", allow: "DIR/lib/*", path: "/../..DIR/lib/p11.so", want: "lib/p11.so"},
+		{name: "slashes", allow: "DIR/lib/*", path: "/DIR//lib///p11.so", want: "lib/p11.so"},
+		{name: "relative", allow: "*", path: "lib/p11.so", err: relative},
+		{name: "relative with dots", allow: "*", path: "../p11.so", err: relative},
+		{name: "empty", allow: "*", path: "", err: relative},
+
+		{name: "missing", allow: "*", path: "DIR/lib/missing.so", is: fs.ErrNotExist},
+		{name: "missing directory", allow: "*", path: "DIR/missing/p11.so", is: fs.ErrNotExist},
+		{name: "file for a directory", allow: "*", path: "DIR/lib/p11.so/x", is: unix.ENOTDIR},
+		{name: "directory", allow: "DIR/lib*", path: "DIR/lib", want: "lib"},
+		{name: "zero byte", allow: "*", path: "DIR/lib/p11.so\x00", is: unix.EINVAL},
+		{name: "name too long", allow: "*", path: "DIR/" + strings.Repeat("x", 256), is: unix.ENAMETOOLONG},
+		{name: "path of many steps", allow: "*", path: "DIR" + strings.Repeat("/lib/..", 5000) + "/" + strings.Repeat("y/", 5000), is: fs.ErrNotExist},
+	}
+	for _, tt := range tests {
+		t.Run(tt.name, func(t *testing.T) {
+			in := func(s string) string { return strings.ReplaceAll(s, "DIR", dir) }
+			got, err := ParseAllowList(in(tt.allow)).Resolve(in(tt.path))
+			switch {
+			case tt.want != "":
+				if err != nil || got != filepath.Join(dir, tt.want) {
+					t.Errorf("got %q, %v; want %q", got, err, tt.want)
+				}
+			case err == nil:
+				t.Errorf("got %q", got)
+			case tt.is != nil && !errors.Is(err, tt.is):
+				t.Errorf("got %v, want %v", err, tt.is)
+			case !strings.Contains(err.Error(), tt.err):
+				t.Errorf("got %v, want %q", err, tt.err)
+			}
+			if err != nil && got != "" {
+				t.Errorf("got %q with its error", got)
+			}
+		})
+	}
+}
+
+func TestParseProvider(t *testing.T) {
+	dir := tree(t)
+	const pin = "Sesame-4829"
+	tests := []struct {
+		name     string
+		provider string // DIR stands for the directory
+		err      string // a piece of why not; empty: it is right
+
+		path  string // of the Selector, within the directory
+		text  string // of the Selector, unless it is that of its path
+		broad bool
+	}{
+		{name: "path", provider: "DIR/lib/p11.so", path: "lib/p11.so", broad: true},
+		{name: "path of a link", provider: "DIR/lib/in.so", path: "lib/deep/er/p11.so", broad: true},
+		{name: "path outside of the list", provider: "DIR/other/p11.so", err: "not in the list"},
+		{name: "link out of the list", provider: "DIR/lib/out.so", err: "not in the list"},
+		{name: "directory", provider: "DIR/lib/deep", err: "is a directory"},
+		{name: "missing", provider: "DIR/lib/missing.so", err: "no such file"},
+		{name: "relative", provider: "lib/p11.so", err: "absolute path"},
+		{name: "nothing", provider: "", err: "absolute path"},
+		{name: "internal", provider: "internal", err: "absolute path"}, // ssh-sk-helper's
+		{name: "garbage", provider: "\xff\xfe\x00\x80", err: "absolute path"},
+		{name: "zero byte", provider: "DIR/lib/p11.so\x00/etc", err: "invalid argument"},
+		{name: "overlong", provider: "/" + strings.Repeat("x", 5000), err: "name too long"},
+		{name: "path like a URI with a PIN", provider: "/pkcs11:?pin-value=" + pin, err: "no such file"},
+		{name: "scheme misspelled", provider: "pkcs11;token=card?pin-value=" + pin, err: "absolute path"},
+
+		{name: "scheme alone", provider: "pkcs11:", text: "pkcs11:", broad: true},
+		{name: "scheme in capitals", provider: "PKCS11:token=card", text: "pkcs11:token=card", broad: true},
+		{name: "token", provider: "pkcs11:token=card", text: "pkcs11:token=card", broad: true},
+		{name: "key by ID", provider: "pkcs11:id=%01", text: "pkcs11:id=%01"},
+		{name: "key by label", provider: "pkcs11:object=one", text: "pkcs11:object=one"},
+		{name: "with a PIN", provider: "pkcs11:token=card?pin-value=" + pin, text: "pkcs11:token=card", broad: true},
+		{name: "module name", provider: "pkcs11:?module-name=p11", text: "pkcs11:?module-name=p11", broad: true},
+		{name: "module path", provider: "pkcs11:?module-path=DIR/lib/p11.so", path: "lib/p11.so", text: "pkcs11:?module-path=DIR/lib/p11.so", broad: true},
+		{name: "module path, escaped", provider: "pkcs11:?module-path=DIR/lib/%70%311.so", path: "lib/p11.so", text: "pkcs11:?module-path=DIR/lib/p11.so", broad: true},
+		{name: "module path of a link", provider: "pkcs11:id=%01?module-path=DIR/lib/in.so", path: "lib/deep/er/p11.so", text: "pkcs11:id=%01?module-path=DIR/lib/in.so"},
+		{name: "module path of a directory", provider: "pkcs11:?module-path=DIR/lib/deep", text: "pkcs11:?module-path=DIR/lib/deep", broad: true},
+		{name: "module path outside of the list", provider: "pkcs11:?module-path=DIR/other/p11.so", err: "not in the list"},
+		{name: "module path outside of the list, with a PIN", provider: "pkcs11:?module-path=DIR/other/p11.so&pin-value=" + pin, err: "not in the list"},
+		{name: "module path of a link out of the list", provider: "pkcs11:?module-path=DIR/lib/out.so", err: "not in the list"},
+		{name: "module path with dots", provider: "pkcs11:?module-path=DIR/lib/../other/p11.so", err: "not in the list"},
+		{name: "module path of a directory outside of the list", provider: "pkcs11:?module-path=DIR/other", err: "not in the list"},
+		{name: "relative module path", provider: "pkcs11:?module-path=lib/p11.so", err: "absolute path"},
+		{name: "missing module path", provider: "pkcs11:?module-path=DIR/lib/missing.so", err: "no such file"},
+		{name: "module path with a zero byte", provider: "pkcs11:?module-path=DIR/lib/p11.so%00", err: "module-path"},
+		{name: "unknown attribute", provider: "pkcs11:tokne=card?pin-value=" + pin, err: "tokne"},
+		{name: "unknown attribute of the query", provider: "pkcs11:token=card?colour=red", text: "pkcs11:token=card", broad: true},
+		{name: "PIN in the path", provider: "pkcs11:pin-value=" + pin, err: "pin-value"},
+		{name: "zero byte in the URI", provider: "pkcs11:token=a\x00b", err: "token"},
+		{name: "not UTF-8", provider: "pkcs11:token=%ff", err: "token"},
+		{name: "overlong URI", provider: "pkcs11:token=" + strings.Repeat("x", pkcs11uri.MaxLength), err: "longer than"},
+	}
+	for _, tt := range tests {
+		t.Run(tt.name, func(t *testing.T) {
+			in := func(s string) string { return strings.ReplaceAll(s, "DIR", dir) }
+			provider := []byte(in(tt.provider))
+			sel, err := ParseProvider(provider, ParseAllowList(in("DIR/lib/*")))
+			if tt.err != "" {
+				if err == nil {
+					t.Fatalf("got %v", sel)
+				}
+				if !strings.Contains(err.Error(), tt.err) || strings.Contains(err.Error(), pin) {
+					t.Errorf("got %v, want %q", err, tt.err)
+				}
+				return
+			}
+			if err != nil {
+				t.Fatal(err)
+			}
+			clear(provider) // the caller wipes it
+			path, text := "", in(tt.text)
+			if tt.path != "" {
+				path = filepath.Join(dir, tt.path)
+			}
+			if text == "" {
+				text = path
+			}
+			if sel.path != path || sel.String() != text {
+				t.Errorf("path %q, text %q; want %q, %q", sel.path, sel.String(), path, text)
+			}
+			if sel.Broad() != tt.broad {
+				t.Errorf("broad %v, want %v", sel.Broad(), tt.broad)
+			}
+			if (sel.URI() == nil) != (tt.text == "") {
+				t.Errorf("URI %v", sel.URI())
+			}
+			if sel.URI() != nil {
+				sel.URI().Wipe()
+			}
+		})
+	}
+}
+
+// A client may not name a command for the PIN: nothing is run or started.
+func TestParseProviderPINCommand(t *testing.T) {
+	for _, text := range []string{
+		"pkcs11:token=card?pin-source=|/usr/bin/touch%20x",
+		"pkcs11:token=card?pin-source=%7C/usr/bin/touch%20x",
+		"pkcs11:token=card?pin-source=credential:card",
+	} {
+		sel, err := ParseProvider([]byte(text), nil)
+		if err == nil || strings.Contains(err.Error(), "touch") {
+			t.Errorf("%v, %v", sel, err)
+		}
+		u, err := pkcs11uri.Parse(text)
+		if err != nil {
+			t.Fatal(err)
+		}
+		s := new(Store)
+		if err := s.AddSource(u); err == nil || len(s.added) > 0 {
+			t.Errorf("%d sources, %v; want none and an error", len(s.added), err)
+		}
+	}
+	if sel, err := ParseProvider([]byte("pkcs11:?pin-source=|touch"), nil); err == nil {
+		t.Errorf("a command that is no absolute path gives %v", sel)
+	}
+}
