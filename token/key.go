@@ -239,7 +239,10 @@ func (s signing) ways(pub crypto.PublicKey) ([]way, error) {
 			all = append(all, way{mechanism: info.rsa, data: s.message})
 		}
 	case *ecdsa.PublicKey:
-		all = append(all, way{mechanism: wire.CKMECDSA, data: s.digest})
+		// Of a longer digest only the first bits count, as many as the curve has
+		// (FIPS 186-5 section 6.4.1). libykcs11 2.2 refuses to be given more.
+		digest := s.digest[:min(len(s.digest), (key.Params().BitSize+7)/8)]
+		all = append(all, way{mechanism: wire.CKMECDSA, data: digest})
 		if s.message != nil {
 			all = append(all, way{mechanism: info.ecdsaID, data: s.message})
 		}
