@@ -3,6 +3,9 @@
 package agent
 
 import (
+	"context"
+	"crypto"
+	"errors"
 	"time"
 
 	"golang.org/x/crypto/ssh"
@@ -30,6 +33,20 @@ type Caller struct {
 	// forwarding, or one failed. A client that binds nothing (OpenSSH before
 	// 8.9) is not told from a local one.
 	Forwarded bool
+	// Socket has the rules of the socket that the connection came in at; nil:
+	// there are none.
+	Socket *Socket
+}
+
+// A Socket is what the configuration says of one of the agent's sockets.
+type Socket struct {
+	Name string
+	// Only selects the identities that it shows. nil: all.
+	Only []Selection
+	// Confirm has a person asked for each signature.
+	Confirm bool
+	// ReadOnly refuses to add and remove identities, and to lock and unlock.
+	ReadOnly bool
 }
 
 // A Bind is one SSH session that a connection was bound to.
@@ -37,6 +54,8 @@ type Bind struct {
 	HostKey    ssh.PublicKey // the host at the other end of the session; may be a certificate
 	SessionID  []byte        // RFC 4253 section 7.2
 	Forwarding bool          // for forwarding the agent, as opposed to logging in
+	// Message is the door's own form of the bind, for an Upstream to repeat.
+	Message []byte
 }
 
 // An Identity is a key as it is listed.
@@ -55,11 +74,23 @@ const (
 )
 
 // A SignRequest asks for a signature of Data with the key whose wire form is
-// Key. Both are the door's memory: not to be kept once the request is answered.
+// Key. All of it is the door's memory: not to be kept once the request is
+// answered.
 type SignRequest struct {
 	Key   []byte
 	Data  []byte
 	Flags SignatureFlags
+	// Login is what Data says when it is a request to be let in with this key.
+	Login *Login
+}
+
+// A Login is a request to be let in at a server with a public key (RFC 4252
+// section 7, or publickey-hostbound-v00@openssh.com, OpenSSH's PROTOCOL section
+// 3.1).
+type Login struct {
+	User      string
+	SessionID []byte
+	HostKey   []byte // wire form of the server's key; nil when the method has none
 }
 
 // A TokenRequest asks for the keys of a token to be added or removed (RFC 9987
@@ -74,11 +105,64 @@ type TokenRequest struct {
 	Constraints Constraints
 }
 
-// Constraints limit the use of what is added with them (RFC 9987 section 5.2.7).
+// A KeyRequest asks for a private key to be kept in memory (RFC 9987 section
+// 5.2).
+type KeyRequest struct {
+	Private crypto.Signer // *rsa.PrivateKey, *ecdsa.PrivateKey or ed25519.PrivateKey
+	// Public is its public half, or a certificate of it.
+	Public      ssh.PublicKey
+	Comment     string
+	Constraints Constraints
+}
+
+// Constraints limit the use of what is added with them (RFC 9987 section 5.2.7
+// and OpenSSH's PROTOCOL.agent).
 type Constraints struct {
 	Lifetime time.Duration // 0: for as long as the agent runs
 	Confirm  bool
-	// Unsupported names a constraint that was understood but cannot be kept:
-	// the request is refused because of it.
-	Unsupported []string
+	// Destinations are the hops that are permitted; none: every use is.
+	Destinations []Destination
+	// Certificates go with the keys of a token that they certify.
+	Certificates []*ssh.Certificate
+	// CertificatesOnly adds only the Certificates and no key without one.
+	CertificatesOnly bool
 }
+
+// A Destination is one hop that a key may be used for: to log in at a host, from
+// another or, when From has no keys, from where the agent runs (OpenSSH's
+// PROTOCOL.agent section 2).
+type Destination struct{ From, To Hop }
+
+// A Hop is a host as a Destination has it.
+type Hop struct {
+	User string // a pattern, only of To; empty: any
+	Host string // for people, and the name that a certificate must have
+	Keys []HostKey
+}
+
+// A HostKey is a key that a host may have.
+type HostKey struct {
+	Key ssh.PublicKey
+	CA  bool // Key certifies the host's key
+}
+
+// An Upstream is another agent: its identities are listed after ours, and it
+// makes their signatures. Methods may be called from any goroutine, and take no
+// longer than ctx lasts. They repeat the binds of the Caller's connection first,
+// so that the other agent can keep its own constraints.
+type Upstream interface {
+	// Name is for people.
+	Name() string
+	// List returns the identities. One that does not answer at once is an error.
+	List(ctx context.Context, c *Caller) ([]Identity, error)
+	// Sign waits for the other agent as long as ctx does: a person may be asked.
+	Sign(ctx context.Context, c *Caller, r SignRequest) (*ssh.Signature, error)
+	// Remove takes the wire form of a public key.
+	Remove(ctx context.Context, c *Caller, key []byte) error
+	// Pass hands a message on as it came and returns the answer as it came. An
+	// answer that means no is an error.
+	Pass(ctx context.Context, c *Caller, message []byte) (answer []byte, err error)
+}
+
+// ErrNotPassed is the error of a message that no Upstream could be asked about.
+var ErrNotPassed = errors.New("there is no upstream agent to ask")

@@ -477,7 +477,6 @@ func TestAddRefusals(t *testing.T) {
 		fail    error
 	}{
 		"over a forwarded connection":  {forwarded, TokenRequest{Provider: []byte("pkcs11:")}, nil},
-		"a constraint we cannot keep":  {local, TokenRequest{Provider: []byte("pkcs11:"), Constraints: Constraints{Unsupported: []string{"x"}}}, nil},
 		"a path that is not allowed":   {local, TokenRequest{Provider: []byte("/tmp/evil.so")}, nil},
 		"what matches nothing":         {local, TokenRequest{Provider: []byte("pkcs11:token=none")}, nil},
 		"a PIN that the token refuses": {local, TokenRequest{Provider: []byte("pkcs11:")}, errors.New("wrong PIN")},

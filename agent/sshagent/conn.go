@@ -27,11 +27,11 @@ type conn struct {
 	out    []byte // the answer under construction, length first
 }
 
-func newConn(s *Server, nc net.Conn, p peer.Peer) *conn {
+func newConn(s *Server, nc net.Conn, p peer.Peer, rules *agent.Socket) *conn {
 	return &conn{
 		server: s,
 		nc:     nc,
-		caller: &agent.Caller{Number: s.connections.Add(1), Peer: p},
+		caller: &agent.Caller{Number: s.connections.Add(1), Peer: p, Socket: rules},
 		in:     newFrames(nc),
 	}
 }

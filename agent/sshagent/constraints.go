@@ -32,91 +32,55 @@ const (
 	maxUser         = 256  // bytes of a user name, as ssh-agent
 )
 
-// constraints is what a client demands of keys that it adds.
-type constraints struct {
-	lifetime     time.Duration // 0: none given
-	confirm      bool
-	destinations []destination // empty: any
-	certs        []*ssh.Certificate
-	certsOnly    bool // of the keys that have one, load only the certificates
-}
-
-// A destination is one hop that a key may be used for: to log in at a host, from
-// another or, when from names no host, from where the agent runs.
-type destination struct{ from, to hop }
-
-type hop struct {
-	user string // only of to; empty: any
-	host string // for people: keys decide
-	keys []hostKey
-}
-
-type hostKey struct {
-	key ssh.PublicKey
-	ca  bool // key certifies the host's key
-}
-
-// forKeyring gives the keyring what it is to keep.
-func (c *constraints) forKeyring() agent.Constraints {
-	k := agent.Constraints{Lifetime: c.lifetime, Confirm: c.confirm}
-	if len(c.destinations) > 0 {
-		k.Unsupported = append(k.Unsupported, constrainDestination)
-	}
-	if len(c.certs) > 0 {
-		k.Unsupported = append(k.Unsupported, constrainCerts)
-	}
-	return k
-}
-
 // parseConstraints reads constraints until the end of the message. Whatever is
 // not understood to the last byte is an error: a constraint that is overlooked
 // is a key without it. Each may be given once.
-func parseConstraints(in *reader) (constraints, error) {
-	var c constraints
+func parseConstraints(in *reader) (agent.Constraints, error) {
+	var c agent.Constraints
 	for len(in.rest) > 0 {
 		switch kind := in.byte(); kind {
 		case constrainLifetime:
-			if c.lifetime != 0 {
-				return constraints{}, twice("lifetime")
+			if c.Lifetime != 0 {
+				return agent.Constraints{}, twice("lifetime")
 			}
 			seconds := in.uint32()
 			if seconds == 0 && !in.failed {
 				// ssh-agent has such a key expire at once; taken for "none
 				// given" it would never.
-				return constraints{}, errors.New("a lifetime of no time makes no sense")
+				return agent.Constraints{}, errors.New("a lifetime of no time makes no sense")
 			}
-			c.lifetime = time.Duration(seconds) * time.Second
+			c.Lifetime = time.Duration(seconds) * time.Second
 		case constrainConfirm:
-			if c.confirm {
-				return constraints{}, twice("confirm")
+			if c.Confirm {
+				return agent.Constraints{}, twice("confirm")
 			}
-			c.confirm = true
+			c.Confirm = true
 		case constrainExtension:
-			if err := c.parseExtension(in); err != nil {
-				return constraints{}, err
+			if err := parseExtension(&c, in); err != nil {
+				return agent.Constraints{}, err
 			}
 		default:
-			return constraints{}, fmt.Errorf("constraint %d is not supported", kind)
+			return agent.Constraints{}, fmt.Errorf("constraint %d is not supported", kind)
 		}
 	}
 	return c, in.end()
 }
 
-func (c *constraints) parseExtension(in *reader) (err error) {
+func parseExtension(c *agent.Constraints, in *reader) (err error) {
 	// The data has no length of its own: what follows an unknown name cannot
 	// be told from the next constraint.
 	switch name := in.bytes(); string(name) {
 	case constrainDestination:
-		if c.destinations != nil {
+		if c.Destinations != nil {
 			return twice(constrainDestination)
 		}
-		c.destinations, err = parseDestinations(reader{rest: in.bytes(), failed: in.failed})
+		c.Destinations, err = parseDestinations(reader{rest: in.bytes(), failed: in.failed})
 	case constrainCerts:
-		if c.certs != nil {
+		if c.Certificates != nil {
 			return twice(constrainCerts)
 		}
-		c.certsOnly = in.bool()
-		c.certs, err = parseCerts(reader{rest: in.bytes(), failed: in.failed})
+		c.CertificatesOnly = in.bool()
+		c.Certificates, err = parseCerts(reader{rest: in.bytes(), failed: in.failed})
 	default:
 		return fmt.Errorf("constraint extension %s is not supported", quote(name))
 	}
@@ -126,8 +90,8 @@ func (c *constraints) parseExtension(in *reader) (err error) {
 func twice(name string) error { return fmt.Errorf("constraint %s is given twice", name) }
 
 // parseDestinations reads a list of at least one destination.
-func parseDestinations(in reader) ([]destination, error) {
-	var list []destination
+func parseDestinations(in reader) ([]agent.Destination, error) {
+	var list []agent.Destination
 	for len(in.rest) > 0 {
 		if len(list) == maxDestinations {
 			return nil, fmt.Errorf("more than %d destinations", maxDestinations)
@@ -147,7 +111,7 @@ func parseDestinations(in reader) ([]destination, error) {
 	return list, nil
 }
 
-func parseDestination(in reader) (d destination, err error) {
+func parseDestination(in reader) (d agent.Destination, err error) {
 	from, to, reserved := in.bytes(), in.bytes(), in.bytes()
 	if err := in.end(); err != nil {
 		return d, err
@@ -155,18 +119,18 @@ func parseDestination(in reader) (d destination, err error) {
 	if len(reserved) > 0 {
 		return d, errReserved
 	}
-	if d.from, err = parseHop(reader{rest: from}); err != nil {
+	if d.From, err = parseHop(reader{rest: from}); err != nil {
 		return d, err
 	}
-	if d.to, err = parseHop(reader{rest: to}); err != nil {
+	if d.To, err = parseHop(reader{rest: to}); err != nil {
 		return d, err
 	}
 	switch {
-	case d.from.user != "":
+	case d.From.User != "":
 		return d, errors.New("a destination names the user it starts from")
-	case (d.from.host == "") != (len(d.from.keys) == 0):
+	case (d.From.Host == "") != (len(d.From.Keys) == 0):
 		return d, errors.New("a destination starts from a host without keys, or from keys without a host")
-	case d.to.host == "" || len(d.to.keys) == 0:
+	case d.To.Host == "" || len(d.To.Keys) == 0:
 		return d, errors.New("a destination does not say which host it leads to")
 	}
 	return d, nil
@@ -174,32 +138,32 @@ func parseDestination(in reader) (d destination, err error) {
 
 var errReserved = errors.New("a destination uses fields that are reserved")
 
-func parseHop(in reader) (hop, error) {
+func parseHop(in reader) (agent.Hop, error) {
 	user, host, reserved := in.bytes(), in.bytes(), in.bytes()
 	switch {
 	case in.failed:
-		return hop{}, errMalformed
+		return agent.Hop{}, errMalformed
 	case len(reserved) > 0:
-		return hop{}, errReserved
+		return agent.Hop{}, errReserved
 	case len(user) > maxUser:
-		return hop{}, fmt.Errorf("a destination's user name is longer than %d bytes", maxUser)
+		return agent.Hop{}, fmt.Errorf("a destination's user name is longer than %d bytes", maxUser)
 	case bytes.IndexByte(user, 0) >= 0 || bytes.IndexByte(host, 0) >= 0:
-		return hop{}, errNUL
+		return agent.Hop{}, errNUL
 	}
-	h := hop{user: string(user), host: string(host)}
+	h := agent.Hop{User: string(user), Host: string(host)}
 	for len(in.rest) > 0 {
-		if len(h.keys) == maxHostKeys {
-			return hop{}, fmt.Errorf("a destination has more than %d host keys", maxHostKeys)
+		if len(h.Keys) == maxHostKeys {
+			return agent.Hop{}, fmt.Errorf("a destination has more than %d host keys", maxHostKeys)
 		}
 		blob, ca := in.bytes(), in.bool()
 		if in.failed {
-			return hop{}, errMalformed
+			return agent.Hop{}, errMalformed
 		}
 		key, err := parseKey(blob)
 		if err != nil {
-			return hop{}, fmt.Errorf("a destination's host keys: %w", err)
+			return agent.Hop{}, fmt.Errorf("a destination's host keys: %w", err)
 		}
-		h.keys = append(h.keys, hostKey{key, ca})
+		h.Keys = append(h.Keys, agent.HostKey{Key: key, CA: ca})
 	}
 	return h, nil
 }

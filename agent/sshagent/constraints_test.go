@@ -59,7 +59,15 @@ func constraintCases(t testing.TB) []constraintCase {
 	origin, somewhere := encodeHop("", ""), encodeHop("me", "host", key, false)
 	destination := destinationsOf(encodeDestination(origin, somewhere))
 	lifetime := raw{1, 0, 0, 0, 60}
-	unsupported := func(names ...string) agent.Constraints { return agent.Constraints{Unsupported: names} }
+	of := func(destinations, certs int) agent.Constraints {
+		return agent.Constraints{Destinations: make([]agent.Destination, destinations), Certificates: make([]*ssh.Certificate, certs)}
+	}
+	only := of(0, 2)
+	only.CertificatesOnly = true
+	both := of(1, 1)
+	both.CertificatesOnly = true
+	confirmed := of(1, 0)
+	confirmed.Confirm = true
 	return []constraintCase{
 		{name: "none"},
 		{name: "lifetime", in: lifetime, want: agent.Constraints{Lifetime: time.Minute}},
@@ -78,9 +86,9 @@ func constraintCases(t testing.TB) []constraintCase {
 		{name: "unknown extension with a long name", in: encode(byte(255), strings.Repeat("\n", 5000)), fail: `\n"...`},
 		{name: "security key provider", in: encode(byte(255), "sk-provider@openssh.com", "internal"), fail: "sk-provider"},
 
-		{name: "destination", in: destination, want: unsupported(constrainDestination)},
-		{name: "destination and confirm", in: encode(destination, byte(2)), want: agent.Constraints{Confirm: true, Unsupported: []string{constrainDestination}}},
-		{name: "destination of two hops", in: destinationsOf(encodeDestination(origin, somewhere), encodeDestination(encodeHop("", "host", key, false), encodeHop("", "*.example", key, true, key, false))), want: unsupported(constrainDestination)},
+		{name: "destination", in: destination, want: of(1, 0)},
+		{name: "destination and confirm", in: encode(destination, byte(2)), want: confirmed},
+		{name: "destination of two hops", in: destinationsOf(encodeDestination(origin, somewhere), encodeDestination(encodeHop("", "host", key, false), encodeHop("", "*.example", key, true, key, false))), want: of(2, 0)},
 		{name: "destination twice", in: encode(destination, destination), fail: "twice"},
 		{name: "destination, none listed", in: destinationsOf(), fail: "without any"},
 		{name: "destination without data", in: encode(byte(255), constrainDestination), fail: "cut short"},
@@ -94,16 +102,16 @@ func constraintCases(t testing.TB) []constraintCase {
 		{name: "destination, reserved field of a hop", in: destinationsOf(encodeDestination(origin, encode("", "h", "x", key, false))), fail: "reserved"},
 		{name: "destination, reserved field", in: destinationsOf(encode(origin, somewhere, "x")), fail: "reserved"},
 		{name: "destination, bytes left over", in: destinationsOf(encode(origin, somewhere, "", byte(0))), fail: "left over"},
-		{name: "destination, longest user name", in: destinationsOf(encodeDestination(origin, encodeHop(strings.Repeat("u", 256), "h", key, false))), want: unsupported(constrainDestination)},
+		{name: "destination, longest user name", in: destinationsOf(encodeDestination(origin, encodeHop(strings.Repeat("u", 256), "h", key, false))), want: of(1, 0)},
 		{name: "destination, longer user name", in: destinationsOf(encodeDestination(origin, encodeHop(strings.Repeat("u", 257), "h", key, false))), fail: "user name"},
 		{name: "destination, NUL in a name", in: destinationsOf(encodeDestination(origin, encodeHop("", "h\x00", key, false))), fail: "NUL"},
-		{name: "destination, as many as can be", in: destinationsOf(slices.Repeat([][]byte{encodeDestination(origin, somewhere)}, 1024)...), want: unsupported(constrainDestination)},
+		{name: "destination, as many as can be", in: destinationsOf(slices.Repeat([][]byte{encodeDestination(origin, somewhere)}, 1024)...), want: of(1024, 0)},
 		{name: "destination, one more", in: destinationsOf(slices.Repeat([][]byte{encodeDestination(origin, somewhere)}, 1025)...), fail: "more than 1024"},
 		{name: "destination, too many host keys", in: destinationsOf(encodeDestination(origin, encodeHop("", "h", slices.Repeat([]any{key, false}, 1025)...))), fail: "more than 1024"},
 
-		{name: "certificate", in: certsOf(false, cert), want: unsupported(constrainCerts)},
-		{name: "certificates only", in: certsOf(true, cert, cert), want: unsupported(constrainCerts)},
-		{name: "certificates and destinations", in: encode(certsOf(true, cert), destination), want: unsupported(constrainDestination, constrainCerts)},
+		{name: "certificate", in: certsOf(false, cert), want: of(0, 1)},
+		{name: "certificates only", in: certsOf(true, cert, cert), want: only},
+		{name: "certificates and destinations", in: encode(certsOf(true, cert), destination), want: both},
 		{name: "certificates twice", in: encode(certsOf(true, cert), certsOf(true, cert)), fail: "twice"},
 		{name: "certificates, none listed", in: certsOf(false), fail: "without any"},
 		{name: "certificates without data", in: encode(byte(255), constrainCerts, false), fail: "cut short"},
@@ -130,9 +138,9 @@ func TestConstraints(t *testing.T) {
 			if err != nil {
 				t.Fatal(err)
 			}
-			got := c.forKeyring()
-			if got.Lifetime != test.want.Lifetime || got.Confirm != test.want.Confirm || !slices.Equal(got.Unsupported, test.want.Unsupported) {
-				t.Errorf("%+v, want %+v", got, test.want)
+			if c.Lifetime != test.want.Lifetime || c.Confirm != test.want.Confirm || len(c.Destinations) != len(test.want.Destinations) ||
+				len(c.Certificates) != len(test.want.Certificates) || c.CertificatesOnly != test.want.CertificatesOnly {
+				t.Errorf("%+v, want %+v", c, test.want)
 			}
 		})
 	}
@@ -174,17 +182,17 @@ func TestConstraintDetails(t *testing.T) {
 		t.Fatal(err)
 	}
 	clear(in) // nothing of it may lie in the message
-	if len(c.destinations) != 2 || len(c.certs) != 1 || !c.certsOnly || !bytes.Equal(c.certs[0].Marshal(), cert.Marshal()) {
+	if len(c.Destinations) != 2 || len(c.Certificates) != 1 || !c.CertificatesOnly || !bytes.Equal(c.Certificates[0].Marshal(), cert.Marshal()) {
 		t.Fatalf("%+v", c)
 	}
-	same := func(h hop, user, host string, keys ...ssh.PublicKey) bool {
-		return h.user == user && h.host == host && slices.EqualFunc(h.keys, keys, func(k hostKey, want ssh.PublicKey) bool {
-			return bytes.Equal(k.key.Marshal(), want.Marshal()) && k.ca == (want == two)
+	same := func(h agent.Hop, user, host string, keys ...ssh.PublicKey) bool {
+		return h.User == user && h.Host == host && slices.EqualFunc(h.Keys, keys, func(k agent.HostKey, want ssh.PublicKey) bool {
+			return bytes.Equal(k.Key.Marshal(), want.Marshal()) && k.CA == (want == two)
 		})
 	}
-	first, second := c.destinations[0], c.destinations[1]
-	if !same(first.from, "", "") || !same(first.to, "me", "first", one) || !same(second.from, "", "first", one) || !same(second.to, "", "second", two, one) {
-		t.Errorf("%+v", c.destinations)
+	first, second := c.Destinations[0], c.Destinations[1]
+	if !same(first.From, "", "") || !same(first.To, "me", "first", one) || !same(second.From, "", "first", one) || !same(second.To, "", "second", two, one) {
+		t.Errorf("%+v", c.Destinations)
 	}
 }
 
@@ -208,40 +216,40 @@ func FuzzConstraints(f *testing.F) {
 		}
 		// Written again, they are read the same.
 		var again []byte
-		if c.lifetime > 0 {
-			again = append(again, encode(byte(1), uint32(c.lifetime/time.Second))...)
+		if c.Lifetime > 0 {
+			again = append(again, encode(byte(1), uint32(c.Lifetime/time.Second))...)
 		}
-		if c.confirm {
+		if c.Confirm {
 			again = append(again, 2)
 		}
-		if len(c.destinations) > 0 {
+		if len(c.Destinations) > 0 {
 			var list [][]byte
-			for _, d := range c.destinations {
-				list = append(list, encodeDestination(encodeAgain(d.from), encodeAgain(d.to)))
+			for _, d := range c.Destinations {
+				list = append(list, encodeDestination(encodeAgain(d.From), encodeAgain(d.To)))
 			}
 			again = append(again, destinationsOf(list...)...)
 		}
-		if len(c.certs) > 0 {
+		if len(c.Certificates) > 0 {
 			var list [][]byte
-			for _, cert := range c.certs {
+			for _, cert := range c.Certificates {
 				list = append(list, cert.Marshal())
 			}
-			again = append(again, certsOf(c.certsOnly, list...)...)
+			again = append(again, certsOf(c.CertificatesOnly, list...)...)
 		}
 		d, err := parseConstraints(&reader{rest: again})
 		if err != nil {
 			t.Fatalf("%x read, but not %x: %v", b, again, err)
 		}
-		if d.lifetime != c.lifetime || d.confirm != c.confirm || len(d.destinations) != len(c.destinations) || len(d.certs) != len(c.certs) || d.certsOnly != c.certsOnly {
+		if d.Lifetime != c.Lifetime || d.Confirm != c.Confirm || len(d.Destinations) != len(c.Destinations) || len(d.Certificates) != len(c.Certificates) || d.CertificatesOnly != c.CertificatesOnly {
 			t.Errorf("%+v, and again %+v", c, d)
 		}
 	})
 }
 
-func encodeAgain(h hop) []byte {
+func encodeAgain(h agent.Hop) []byte {
 	var keys []any
-	for _, k := range h.keys {
-		keys = append(keys, k.key.Marshal(), k.ca)
+	for _, k := range h.Keys {
+		keys = append(keys, k.Key.Marshal(), k.CA)
 	}
-	return encodeHop(h.user, h.host, keys...)
+	return encodeHop(h.User, h.Host, keys...)
 }

@@ -24,6 +24,7 @@ import (
 	"golang.org/x/crypto/ssh"
 
 	"p11-agent/agent"
+	"p11-agent/pinentry/secret"
 )
 
 // A Keyring answers the requests of clients. Its methods are called from many
@@ -34,7 +35,14 @@ type Keyring interface {
 	Sign(ctx context.Context, c *agent.Caller, r agent.SignRequest) (*ssh.Signature, error)
 	AddToken(ctx context.Context, c *agent.Caller, r agent.TokenRequest) error
 	RemoveToken(ctx context.Context, c *agent.Caller, r agent.TokenRequest) error
+	Add(ctx context.Context, c *agent.Caller, r agent.KeyRequest) error
 	// Remove takes the wire form of a public key.
 	Remove(ctx context.Context, c *agent.Caller, key []byte) error
 	RemoveAll(ctx context.Context, c *agent.Caller) error
+	// Lock and Unlock get a passphrase that the door wipes afterwards.
+	Lock(ctx context.Context, c *agent.Caller, phrase *secret.Secret) error
+	Unlock(ctx context.Context, c *agent.Caller, phrase *secret.Secret) error
+	// Pass answers a message that the door does not know, or says that nobody
+	// does. Its error is logged by the door.
+	Pass(ctx context.Context, c *agent.Caller, message []byte) (answer []byte, err error)
 }

@@ -12,6 +12,7 @@ import (
 
 	"p11-agent/agent"
 	"p11-agent/agent/peer"
+	"p11-agent/pinentry/secret"
 )
 
 // frameSeeds are whole conversations, as a client would write them.
@@ -77,10 +78,32 @@ func (k *checking) AddToken(_ context.Context, c *agent.Caller, r agent.TokenReq
 }
 
 func (k *checking) RemoveToken(ctx context.Context, c *agent.Caller, r agent.TokenRequest) error {
-	if r.Constraints.Lifetime != 0 || r.Constraints.Confirm || r.Constraints.Unsupported != nil {
+	if r.Constraints.Lifetime != 0 || r.Constraints.Confirm || r.Constraints.Destinations != nil || r.Constraints.Certificates != nil {
 		k.t.Errorf("constraints %+v", r.Constraints)
 	}
 	return k.AddToken(ctx, c, r)
+}
+
+func (k *checking) Add(_ context.Context, c *agent.Caller, r agent.KeyRequest) error {
+	if r.Private == nil || r.Public == nil || len(r.Comment) > maxComment {
+		k.t.Errorf("half a key: %+v", r.Public)
+	}
+	return k.called(c)
+}
+
+func (k *checking) Lock(_ context.Context, c *agent.Caller, _ *secret.Secret) error {
+	return k.called(c)
+}
+
+func (k *checking) Unlock(_ context.Context, c *agent.Caller, _ *secret.Secret) error {
+	return k.called(c)
+}
+
+func (k *checking) Pass(_ context.Context, c *agent.Caller, _ []byte) ([]byte, error) {
+	if err := k.called(c); err != nil {
+		return nil, err
+	}
+	return []byte{msgSuccess}, nil
 }
 
 func (k *checking) Remove(_ context.Context, c *agent.Caller, _ []byte) error { return k.called(c) }
@@ -115,7 +138,7 @@ func FuzzFrames(f *testing.F) {
 			}
 		}
 		log, book := newLog()
-		c = newConn(&Server{Keyring: &checking{t: t, err: errors.New("no")}, Log: log}, nc, peer.Peer{})
+		c = newConn(&Server{Keyring: &checking{t: t, err: errors.New("no")}, Log: log}, nc, peer.Peer{}, nil)
 		c.run(t.Context())
 		c.in.close()
 		for i := range want {

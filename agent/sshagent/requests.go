@@ -24,10 +24,14 @@ const (
 	msgIdentitiesAnswer          = 12
 	msgSignRequest               = 13
 	msgSignResponse              = 14
+	msgAddIdentity               = 17
 	msgRemoveIdentity            = 18
 	msgRemoveAllIdentities       = 19
 	msgAddSmartcardKey           = 20
 	msgRemoveSmartcardKey        = 21
+	msgLock                      = 22
+	msgUnlock                    = 23
+	msgAddIdentityConstraint     = 25
 	msgAddSmartcardKeyConstraint = 26
 	msgExtension                 = 27
 	msgExtensionFailure          = 28
@@ -55,8 +59,8 @@ var (
 )
 
 // mayHoldSecret tells whether the bytes of a message have to be overwritten
-// when it is done: PINs are in the smart card requests, and requests that are
-// not answered here bring private keys (17, 25) and passphrases (22, 23).
+// when it is done: they bring PINs, private keys and passphrases, and nobody
+// knows what an unknown one does.
 func mayHoldSecret(message byte) bool {
 	switch message {
 	case msgRequestIdentities, msgSignRequest, msgRemoveIdentity, msgRemoveAllIdentities, msgExtension:
@@ -91,13 +95,32 @@ func (c *conn) answer(ctx context.Context, message []byte) {
 		c.token(ctx, "add the keys of a token", in, message[0] == msgAddSmartcardKeyConstraint, c.server.Keyring.AddToken)
 	case msgRemoveSmartcardKey:
 		c.token(ctx, "remove the keys of a token", in, false, c.server.Keyring.RemoveToken)
+	case msgAddIdentity, msgAddIdentityConstraint:
+		c.add(ctx, message)
+	case msgLock:
+		c.lock(ctx, "lock", in, c.server.Keyring.Lock)
+	case msgUnlock:
+		c.lock(ctx, "unlock", in, c.server.Keyring.Unlock)
 	case msgExtension:
-		c.extension(in)
+		c.extension(ctx, message)
 	case msgRemoveAllRSA1:
 		// ssh-add -D sends it too, and expects nothing of it.
 		c.out = append(c.out, msgFailure)
 	default:
-		c.fail("request refused", fmt.Errorf("message %d is not supported", message[0]))
+		c.pass(ctx, message, fmt.Sprintf("message %d", message[0]))
+	}
+}
+
+// pass leaves to others what is not known here. what names it.
+func (c *conn) pass(ctx context.Context, message []byte, what string) {
+	answer, err := c.server.Keyring.Pass(ctx, c.caller, message)
+	switch {
+	case errors.Is(err, agent.ErrNotPassed):
+		c.fail("request refused", errors.New(what+" is not supported"))
+	case err != nil:
+		c.fail("request refused", fmt.Errorf("%s: %w", what, err))
+	default:
+		c.out = append(c.out, answer...)
 	}
 }
 
@@ -164,6 +187,7 @@ func (c *conn) sign(ctx context.Context, in reader) {
 		c.fail("refused to sign", fmt.Errorf("unknown signature flags %#x", uint32(unknown)))
 		return
 	}
+	r.Login = parseLogin(r.Data, r.Key)
 	sig, err := c.server.Keyring.Sign(ctx, c.caller, r)
 	if err != nil {
 		c.out = append(c.out, msgFailure)
@@ -178,6 +202,21 @@ func (c *conn) sign(ctx context.Context, in reader) {
 	c.out = append(c.out, sig.Rest...)
 }
 
+// lock answers SSH_AGENTC_LOCK and SSH_AGENTC_UNLOCK (RFC 9987 section 5.7).
+func (c *conn) lock(ctx context.Context, what string, in reader, do func(context.Context, *agent.Caller, *secret.Secret) error) {
+	text := in.bytes()
+	if !c.wellFormed(what, in) {
+		return
+	}
+	phrase, err := secret.From(text)
+	if err != nil {
+		c.fail("refused to "+what, err)
+		return
+	}
+	defer phrase.Wipe()
+	c.status(do(ctx, c.caller, phrase))
+}
+
 // token answers the smart card requests (RFC 9987 sections 5.2.6 and 5.4).
 func (c *conn) token(ctx context.Context, what string, in reader, constrained bool,
 	do func(context.Context, *agent.Caller, agent.TokenRequest) error,
@@ -190,7 +229,7 @@ func (c *conn) token(ctx context.Context, what string, in reader, constrained bo
 			c.fail("refused to "+what, err)
 			return
 		}
-		r.Constraints = constraints.forKeyring()
+		r.Constraints = constraints
 	}
 	if !c.wellFormed(what, in) {
 		return
@@ -215,7 +254,8 @@ func (c *conn) token(ctx context.Context, what string, in reader, constrained bo
 // extension answers SSH_AGENTC_EXTENSION (RFC 9987 section 5.8): an extension
 // that is not known gets the answer of an unknown message, one that is known and
 // fails gets one of its own.
-func (c *conn) extension(in reader) {
+func (c *conn) extension(ctx context.Context, message []byte) {
+	in := reader{rest: message[1:]}
 	name := in.bytes()
 	if in.failed {
 		c.fail("extension refused", errMalformed)
@@ -235,14 +275,14 @@ func (c *conn) extension(in reader) {
 			c.out = appendString(c.out, text)
 		}
 	case extensionSessionBind:
-		if err := c.bind(in); err != nil {
+		if err := c.bind(in, message); err != nil {
 			c.out = append(c.out, msgExtensionFailure)
 			c.refuse("session not bound", err)
 			return
 		}
 		c.out = append(c.out, msgSuccess)
 	default:
-		c.fail("request refused", fmt.Errorf("extension %s is not supported", quote(name)))
+		c.pass(ctx, message, "extension "+quote(name))
 	}
 }
 
@@ -260,8 +300,9 @@ const (
 //   - One host may have several sessions.
 //
 // A failure is remembered for the life of the connection.
-func (c *conn) bind(in reader) error {
+func (c *conn) bind(in reader, message []byte) error {
 	bind, err := parseBind(in)
+	bind.Message = bytes.Clone(message)
 	if err == nil {
 		err = c.mayBind(bind)
 	}

@@ -12,6 +12,7 @@ import (
 	"syscall"
 	"time"
 
+	"p11-agent/agent"
 	"p11-agent/agent/peer"
 )
 
@@ -63,7 +64,10 @@ func SameUser(p peer.Peer) error {
 // Being out of file descriptors or memory ends nothing: it waits and tries
 // again. Any other failure to accept connections ends Serve with that error, and
 // so does l being closed by somebody else.
-func (s *Server) Serve(ctx context.Context, l Listener) error {
+func (s *Server) Serve(ctx context.Context, l Listener) error { return s.ServeSocket(ctx, l, nil) }
+
+// ServeSocket is Serve for a socket that has rules of its own.
+func (s *Server) ServeSocket(ctx context.Context, l Listener, rules *agent.Socket) error {
 	ctx, cancel := context.WithCancel(ctx)
 	defer cancel()
 	w, err := newWatcher()
@@ -92,7 +96,7 @@ func (s *Server) Serve(ctx context.Context, l Listener) error {
 		}
 		w.hangUp()
 	})
-	err = s.accept(ctx, l, w, &clients)
+	err = s.accept(ctx, l, rules, w, &clients)
 	select {
 	case err = <-failure:
 	default:
@@ -105,7 +109,7 @@ const (
 	maxBackOff = time.Second
 )
 
-func (s *Server) accept(ctx context.Context, l Listener, w *watcher, clients *sync.WaitGroup) error {
+func (s *Server) accept(ctx context.Context, l Listener, rules *agent.Socket, w *watcher, clients *sync.WaitGroup) error {
 	limit := s.MaxConnections
 	if limit <= 0 {
 		limit = DefaultMaxConnections
@@ -146,7 +150,7 @@ func (s *Server) accept(ctx context.Context, l Listener, w *watcher, clients *sy
 		clients.Go(func() {
 			defer func() { <-free }()
 			defer nc.Close()
-			s.serve(ctx, nc, w)
+			s.serve(ctx, nc, rules, w)
 		})
 	}
 }
@@ -171,13 +175,13 @@ var (
 )
 
 // serve decides about one connection and serves it. The caller closes it.
-func (s *Server) serve(ctx context.Context, nc *net.UnixConn, w *watcher) {
+func (s *Server) serve(ctx context.Context, nc *net.UnixConn, rules *agent.Socket, w *watcher) {
 	p := peer.Of(nc)
 	allowed := s.Allowed
 	if allowed == nil {
 		allowed = SameUser
 	}
-	c := newConn(s, nc, p)
+	c := newConn(s, nc, p, rules)
 	defer c.in.close()
 	defer c.survive()
 	if err := allowed(p); err != nil {

@@ -184,7 +184,7 @@ func TestWatcherForgets(t *testing.T) {
 	}
 	defer nc.Close()
 	client.Close()
-	(&Server{Keyring: newKeyring()}).serve(t.Context(), nc, w)
+	(&Server{Keyring: newKeyring()}).serve(t.Context(), nc, nil, w)
 	if len(w.conns) > 0 {
 		t.Errorf("%d connections are still watched", len(w.conns))
 	}
@@ -463,7 +463,7 @@ func TestStopDuringShortage(t *testing.T) {
 		began := time.Now()
 		s := &Server{Keyring: newKeyring()}
 		var clients sync.WaitGroup
-		if err := s.accept(ctx, l, nil, &clients); err != nil {
+		if err := s.accept(ctx, l, nil, nil, &clients); err != nil {
 			t.Error(err)
 		}
 		if took := time.Since(began); took != time.Hour {

@@ -25,6 +25,7 @@ import (
 	"golang.org/x/crypto/ssh"
 
 	"p11-agent/agent"
+	"p11-agent/pinentry/secret"
 )
 
 // fakeKeyring holds keys in memory and remembers what it was asked.
@@ -34,6 +35,10 @@ type fakeKeyring struct {
 	sign func(context.Context, *agent.Caller, agent.SignRequest) (*ssh.Signature, error)
 	// list replaces List when it is set.
 	list func() []agent.Identity
+	// pass answers what is passed on; nil: nobody does.
+	pass func(message []byte) ([]byte, error)
+	// add is told of keys that are added.
+	add func(agent.KeyRequest)
 
 	mu    sync.Mutex
 	calls []call
@@ -99,10 +104,33 @@ func (k *fakeKeyring) Sign(ctx context.Context, c *agent.Caller, r agent.SignReq
 
 func (k *fakeKeyring) AddToken(_ context.Context, c *agent.Caller, r agent.TokenRequest) error {
 	k.note(call{method: "AddToken", provider: string(r.Provider), pin: string(r.PIN.Bytes()), constraints: r.Constraints, caller: c})
-	if len(r.Constraints.Unsupported) > 0 {
-		return errors.New("unsupported constraints")
+	return nil
+}
+
+func (k *fakeKeyring) Add(_ context.Context, c *agent.Caller, r agent.KeyRequest) error {
+	k.note(call{method: "Add", key: string(r.Public.Marshal()), provider: r.Comment, constraints: r.Constraints, caller: c})
+	if k.add != nil {
+		k.add(r)
 	}
 	return nil
+}
+
+func (k *fakeKeyring) Lock(_ context.Context, c *agent.Caller, phrase *secret.Secret) error {
+	k.note(call{method: "Lock", pin: string(phrase.Bytes()), caller: c})
+	return nil
+}
+
+func (k *fakeKeyring) Unlock(_ context.Context, c *agent.Caller, phrase *secret.Secret) error {
+	k.note(call{method: "Unlock", pin: string(phrase.Bytes()), caller: c})
+	return nil
+}
+
+func (k *fakeKeyring) Pass(_ context.Context, c *agent.Caller, message []byte) ([]byte, error) {
+	if k.pass == nil {
+		return nil, agent.ErrNotPassed
+	}
+	k.note(call{method: "Pass", key: string(message), caller: c})
+	return k.pass(message)
 }
 
 func (k *fakeKeyring) RemoveToken(_ context.Context, c *agent.Caller, r agent.TokenRequest) error {
@@ -282,7 +310,7 @@ func shortDir(t testing.TB) string {
 }
 
 // needs returns the path of a program, without which the test cannot run.
-func needs(t *testing.T, program string) string {
+func needs(t testing.TB, program string) string {
 	t.Helper()
 	path, err := exec.LookPath(program)
 	if err != nil {

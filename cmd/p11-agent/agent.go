@@ -1,6 +1,7 @@
 package main
 
 import (
+	"cmp"
 	"context"
 	"errors"
 	"fmt"
@@ -18,6 +19,7 @@ import (
 	"time"
 
 	"github.com/spf13/cobra"
+	"golang.org/x/crypto/ssh"
 	"golang.org/x/sys/unix"
 
 	"p11-agent/agent"
@@ -36,6 +38,9 @@ type agentOptions struct {
 	socket     string
 	lifetime   string
 	allow      string
+	hash       string
+	options    []string
+	system     bool
 }
 
 func newAgentCommand(g *globals) *cobra.Command {
@@ -65,7 +70,28 @@ configuration again and looks at the tokens again.`,
 	f.StringVarP(&o.socket, "socket", "a", "", "listen on the socket `PATH` (default $XDG_RUNTIME_DIR/p11-agent/agent.sock)")
 	f.StringVarP(&o.lifetime, "lifetime", "t", "", "keep added keys for `TIME`: seconds, or as 1h30m (default for ever)")
 	f.StringVarP(&o.allow, "allow", "P", "", "modules that ssh-add -s may name: comma-separated `PATTERNS` (default allow-modules, or /usr/lib*/*,/usr/local/lib*/*)")
+	f.StringVarP(&o.hash, "fingerprint", "E", "sha256", "name keys by this `HASH` of them: sha256 or md5")
+	f.StringArrayVarP(&o.options, "option", "O", nil, "one of ssh-agent's `OPTIONS`: allow-remote-pkcs11 or no-restrict-websafe; may be repeated")
+	f.BoolVar(&o.system, "system", false, "serve the system, such as sshd's host keys: "+systemConfig+", "+systemSocket+", no prompts, no keys in memory")
 	return cmd
+}
+
+// What an agent for the system uses unless it is told otherwise.
+const (
+	systemConfig = "/etc/p11-agent/config.toml"
+	systemSocket = "/run/p11-agent/agent.sock"
+	systemState  = "/var/lib/p11-agent"
+)
+
+// fingerprints returns how keys are named to people, as ssh-agent's -E says.
+func fingerprints(hash string) (func(ssh.PublicKey) string, error) {
+	switch strings.ToLower(hash) {
+	case "sha256":
+		return ssh.FingerprintSHA256, nil
+	case "md5":
+		return func(k ssh.PublicKey) string { return "MD5:" + ssh.FingerprintLegacyMD5(k) }, nil
+	}
+	return nil, fmt.Errorf("%q is no fingerprint hash: sha256 and md5 are", hash)
 }
 
 func runAgent(ctx context.Context, g *globals, o *agentOptions, command []string, out io.Writer) (err error) {
@@ -89,14 +115,38 @@ func runAgent(ctx context.Context, g *globals, o *agentOptions, command []string
 		}
 	}
 	foreground := o.foreground || o.debug
-	if foreground && len(command) > 0 {
-		return &usageError{errors.New("-D and -d take no command")}
+	switch {
+	case o.foreground && o.debug:
+		return &usageError{errors.New("-D and -d exclude each other")}
+	case len(command) > 0 && (foreground || o.csh || o.sh):
+		return &usageError{errors.New("-c, -D, -d and -s take no command")}
 	}
 	lifetime, err := parseLifetime(o.lifetime)
 	if err != nil {
 		return &usageError{err}
 	}
-	s := &service{globals: g, lifetime: lifetime, allow: o.allow}
+	s := &service{globals: g, lifetime: lifetime, allow: o.allow, system: o.system}
+	if s.fingerprint, err = fingerprints(o.hash); err != nil {
+		return &usageError{err}
+	}
+	for _, option := range o.options {
+		switch option {
+		case "allow-remote-pkcs11":
+			s.remoteTokens = true
+		case "no-restrict-websafe":
+			// It is about keys of FIDO devices, of which there are none here.
+		default:
+			return &usageError{fmt.Errorf("-O %s: there is no such option", option)}
+		}
+	}
+	if o.system {
+		if g.config == "" {
+			g.config = systemConfig
+		}
+		if o.socket == "" {
+			o.socket = systemSocket
+		}
+	}
 	level := slog.LevelInfo
 	if o.debug {
 		level = slog.LevelDebug
@@ -141,6 +191,10 @@ type service struct {
 	log      *slog.Logger
 	tty      string // where it was started
 	hangups  chan os.Signal
+
+	system       bool // nobody is asked, and nothing is kept in memory
+	remoteTokens bool
+	fingerprint  func(ssh.PublicKey) string
 }
 
 // listener is what the door takes its clients from.
@@ -184,6 +238,26 @@ func listen(path string) (*sshagent.Socket, error) {
 	return l, err
 }
 
+// listenNamed makes the sockets that the configuration names, and their rules.
+func listenNamed(c *config) (all []listener, rules []*agent.Socket, err error) {
+	for _, sc := range c.Sockets {
+		path, err := sc.path()
+		if err == nil {
+			var l *sshagent.Socket
+			if l, err = listen(path); err == nil {
+				all, rules = append(all, l), append(rules, sc.rules())
+			}
+		}
+		if err != nil {
+			for _, l := range all {
+				_ = l.Close()
+			}
+			return nil, nil, fmt.Errorf("socket %q: %w", sc.Name, err)
+		}
+	}
+	return all, rules, nil
+}
+
 // catchSignals makes ctx end with one of these signals, and keeps SIGHUP for
 // serve. It is called before anybody learns where the agent is: from then on a
 // signal may come at any time, and must not end the agent with its socket left.
@@ -216,25 +290,56 @@ func (s *service) serve(ctx context.Context, listeners []listener) error {
 		return err
 	}
 	warnUnlocked(s.log)
-	ask := newAsker(c, os.Getenv, s.tty, s.log)
-	b, err := openBackend(c, ask, s.log)
+	// nil as it is, not as a nil *asker in an interface.
+	var pins token.PINAsker
+	var confirm agent.Confirmer
+	state := stateDir()
+	if s.system {
+		state = cmp.Or(os.Getenv("STATE_DIRECTORY"), systemState)
+	} else {
+		ask := newAsker(c, os.Getenv, s.tty, s.log)
+		pins, confirm = ask, ask
+	}
+	named, rules, err := listenNamed(c)
+	if err != nil {
+		closeAll()
+		return err
+	}
+	rules = append(make([]*agent.Socket, len(listeners)), rules...)
+	listeners = append(listeners, named...)
+	b, err := openBackend(c, pins, state, s.log)
 	if err != nil {
 		closeAll()
 		return err
 	}
 	defer b.stop()
+	var certificates *agent.CertificateDir
+	if c.Certificates != "" {
+		certificates = agent.NewCertificateDir(c.Certificates, s.log)
+	}
+	var upstreams []agent.Upstream
+	for _, path := range c.Upstream {
+		u := sshagent.NewUpstream(path)
+		defer u.Close()
+		upstreams = append(upstreams, u)
+	}
 
 	allow := token.AllowList(c.AllowModules)
 	if s.allow != "" {
 		allow = token.ParseAllowList(s.allow)
 	}
 	keyring := agent.NewKeyring(agent.Options{
-		Tokens:    &tokens{store: b.store, allow: allow},
-		Automatic: automatic(c),
-		Name:      names(c),
-		Lifetime:  s.lifetime,
-		Confirm:   ask,
-		Log:       s.log,
+		Tokens:       &tokens{store: b.store, allow: allow},
+		Automatic:    automatic(c),
+		Name:         names(c),
+		Lifetime:     s.lifetime,
+		Confirm:      confirm,
+		SoftwareKeys: !s.system && (c.SoftwareKeys == nil || *c.SoftwareKeys),
+		RemoteTokens: s.remoteTokens || c.RemoteTokens,
+		Certificates: certificates,
+		Upstreams:    upstreams,
+		Fingerprint:  s.fingerprint,
+		Log:          s.log,
 	})
 	var helpers sync.WaitGroup
 	defer helpers.Wait()
@@ -251,8 +356,8 @@ func (s *service) serve(ctx context.Context, listeners []listener) error {
 
 	server := &sshagent.Server{Keyring: keyring, Log: s.log}
 	results := make(chan error, len(listeners))
-	for _, l := range listeners {
-		go func() { results <- server.Serve(ctx, l) }()
+	for i, l := range listeners {
+		go func() { results <- server.ServeSocket(ctx, l, rules[i]) }()
 	}
 	s.log.Info("agent is listening", "pid", os.Getpid(), "version", version)
 	s.notify(systemd.Ready("listening"))
@@ -341,9 +446,6 @@ func parseLifetime(s string) (time.Duration, error) {
 		if total < 0 || total > 1<<31*time.Second {
 			return 0, bad
 		}
-	}
-	if total == 0 {
-		return 0, bad
 	}
 	return total, nil
 }

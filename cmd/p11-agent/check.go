@@ -59,7 +59,7 @@ func runCheck(ctx context.Context, g *globals, out, stderr io.Writer) error {
 	for _, w := range reg.Warnings {
 		ch.bad("module configuration: %v", w)
 	}
-	b, err := openBackend(c, nil, newLog(stderr, slog.LevelError))
+	b, err := openBackend(c, nil, stateDir(), newLog(stderr, slog.LevelError))
 	if err != nil {
 		return err
 	}

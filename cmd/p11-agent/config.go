@@ -20,6 +20,7 @@ import (
 	"github.com/pelletier/go-toml/v2"
 	"golang.org/x/crypto/ssh"
 
+	"p11-agent/agent"
 	"p11-agent/token"
 	"p11-agent/token/pkcs11uri"
 )
@@ -37,6 +38,11 @@ type config struct {
 	Pinentry     pinentryConfig `toml:"pinentry"`
 	Modules      []moduleConfig `toml:"module"`
 	KeyTables    []keyConfig    `toml:"key"`
+	SoftwareKeys *bool          `toml:"software-keys"`
+	RemoteTokens bool           `toml:"remote-tokens"`
+	Certificates string         `toml:"certificates"`
+	Upstream     []string       `toml:"upstream"`
+	Sockets      []socketConfig `toml:"socket"`
 
 	publicKeys []token.PublicKey // those that KeyTables name
 }
@@ -62,6 +68,32 @@ type keyConfig struct {
 	URI    *uriValue `toml:"uri"`
 	Name   string    `toml:"name"`
 	Public string    `toml:"public-key"` // a file
+}
+
+// socketConfig adds a socket with rules of its own.
+type socketConfig struct {
+	Name     string      `toml:"name"`
+	Path     string      `toml:"path"`
+	Keys     *[]uriValue `toml:"keys"`
+	Confirm  bool        `toml:"confirm"`
+	ReadOnly bool        `toml:"read-only"`
+}
+
+// path returns where the socket is.
+func (s socketConfig) path() (string, error) {
+	if s.Path != "" {
+		return s.Path, nil
+	}
+	dir := os.Getenv("XDG_RUNTIME_DIR")
+	if dir == "" {
+		return "", errors.New("XDG_RUNTIME_DIR is not set: give the socket a path")
+	}
+	return filepath.Join(dir, "p11-agent", s.Name+".sock"), nil
+}
+
+// rules returns what the keyring is to keep.
+func (s socketConfig) rules() *agent.Socket {
+	return &agent.Socket{Name: s.Name, Only: selections(s.Keys), Confirm: s.Confirm, ReadOnly: s.ReadOnly}
 }
 
 // uriValue is a PKCS#11 URI in the configuration.
@@ -303,6 +335,17 @@ func (c *config) check(mode fs.FileMode) error {
 		}
 		c.publicKeys = append(c.publicKeys, p)
 	}
+	if c.Certificates = expandHome(c.Certificates); c.Certificates != "" && !filepath.IsAbs(c.Certificates) {
+		return bad("certificates: %q is not an absolute path", c.Certificates)
+	}
+	for i, path := range c.Upstream {
+		if c.Upstream[i] = expandHome(path); !filepath.IsAbs(c.Upstream[i]) {
+			return bad("upstream: %q is not an absolute path", path)
+		}
+	}
+	if err := c.checkSockets(); err != nil {
+		return bad("%v", err)
+	}
 	if p := c.Pinentry.Program; strings.Contains(p, "/") && !filepath.IsAbs(p) {
 		return bad("pinentry.program %q is neither an absolute path nor a name", p)
 	}
@@ -326,12 +369,39 @@ func (c *config) check(mode fs.FileMode) error {
 	return nil
 }
 
+// checkSockets finds mistakes in the tables of sockets.
+func (c *config) checkSockets() error {
+	names, paths := make(map[string]bool), make(map[string]bool)
+	for i := range c.Sockets {
+		s := &c.Sockets[i]
+		s.Path = expandHome(s.Path)
+		switch {
+		case s.Name == "":
+			return fmt.Errorf("[[socket]] table %d has no name", i+1)
+		case strings.ContainsAny(s.Name, "/\x00") || s.Name[0] == '.' || s.Name == "agent":
+			return fmt.Errorf("[[socket]]: %q cannot be the name of a socket", s.Name)
+		case names[s.Name] || s.Path != "" && paths[s.Path]:
+			return fmt.Errorf("[[socket]]: %q is there twice", s.Name)
+		case s.Path != "" && !filepath.IsAbs(s.Path):
+			return fmt.Errorf("[[socket]]: the path %q is not absolute", s.Path)
+		}
+		names[s.Name], paths[s.Path] = true, true
+	}
+	return nil
+}
+
+// expandHome replaces a leading "~/".
+func expandHome(path string) string {
+	if rest, ok := strings.CutPrefix(path, "~/"); ok {
+		return filepath.Join(os.Getenv("HOME"), rest)
+	}
+	return path
+}
+
 // readPublicKey reads a file such as ssh-keygen writes: one line, of type, base64
 // and comment.
 func readPublicKey(file string) (crypto.PublicKey, error) {
-	if rest, ok := strings.CutPrefix(file, "~/"); ok {
-		file = filepath.Join(os.Getenv("HOME"), rest)
-	}
+	file = expandHome(file)
 	if !filepath.IsAbs(file) {
 		return nil, fmt.Errorf("%q is not an absolute path", file)
 	}
@@ -371,9 +441,15 @@ func (m moduleConfig) environ() []string {
 // uris returns every URI of the configuration.
 func (c *config) uris() []*pkcs11uri.URI {
 	var all []*pkcs11uri.URI
-	if c.Keys != nil {
-		for _, u := range *c.Keys {
-			all = append(all, u.URI)
+	lists := []*[]uriValue{c.Keys}
+	for _, s := range c.Sockets {
+		lists = append(lists, s.Keys)
+	}
+	for _, list := range lists {
+		if list != nil {
+			for _, u := range *list {
+				all = append(all, u.URI)
+			}
 		}
 	}
 	for _, k := range c.KeyTables {

@@ -142,6 +142,9 @@ func TestManualHasEveryKey(t *testing.T) {
 			if table == "[[module]]" && key != "path" && key != "name" {
 				toml += "name = \"other\"\n"
 			}
+			if table == "[[socket]]" && key != "name" {
+				toml += "name = \"other\"\n"
+			}
 			if table == "[[key]]" && key != "uri" {
 				toml += "uri = \"pkcs11:id=%01\"\n"
 			}
@@ -156,6 +159,7 @@ func TestManualHasEveryKey(t *testing.T) {
 		"pinentry": reflect.TypeFor[pinentryConfig](),
 		"module":   reflect.TypeFor[moduleConfig](),
 		"key":      reflect.TypeFor[keyConfig](),
+		"socket":   reflect.TypeFor[socketConfig](),
 	}
 	for _, name := range knownKeys(reflect.TypeFor[config](), nil) {
 		switch {

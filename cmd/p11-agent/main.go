@@ -9,6 +9,7 @@ import (
 	"io"
 	"log/slog"
 	"os"
+	"path/filepath"
 
 	"github.com/spf13/cobra"
 
@@ -42,9 +43,19 @@ func main() {
 	if len(os.Args) > 1 && os.Args[1] == moduleCommand {
 		os.Exit(module.Main())
 	}
+	args := os.Args[1:]
+	if filepath.Base(os.Args[0]) == "ssh-agent" {
+		// Called as the program that it stands in for.
+		args = append([]string{"agent"}, args...)
+	}
 	root := newRootCommand()
-	root.SetArgs(os.Args[1:])
-	os.Exit(exitCode(root.ExecuteContext(context.Background()), os.Stderr))
+	root.SetArgs(args)
+	cmd, err := root.ExecuteContextC(context.Background())
+	code := exitCode(err, os.Stderr)
+	if code == exitUsage && cmd.Name() == "agent" {
+		code = exitFailure // as ssh-agent, whose flags these are
+	}
+	os.Exit(code)
 }
 
 // exitCode prints what went wrong and returns how the program is to end.

@@ -460,7 +460,7 @@ func startSSHD(ts *testscript.TestScript, neg bool, args []string) {
 			ListenAddress 127.0.0.1:%[1]d
 			HostKey %[2]s/host
 			AuthorizedKeysFile %[2]s/authorized_keys
-			PidFile none
+			PidFile %[2]s/sshd.pid
 			StrictModes no
 			UsePAM no
 			PermitRootLogin yes

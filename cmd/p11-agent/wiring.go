@@ -86,7 +86,7 @@ type backend struct {
 }
 
 // openBackend starts the modules. It is ended by stop.
-func openBackend(c *config, asker token.PINAsker, log *slog.Logger) (*backend, error) {
+func openBackend(c *config, asker token.PINAsker, state string, log *slog.Logger) (*backend, error) {
 	specs, bridges, skipped, err := modules(c, log)
 	if err != nil {
 		for _, b := range bridges {
@@ -110,7 +110,7 @@ func openBackend(c *config, asker token.PINAsker, log *slog.Logger) (*backend, e
 		PINs:       asker,
 		Sources:    c.sources(),
 		PublicKeys: c.publicKeys,
-		StateDir:   stateDir(),
+		StateDir:   state,
 		Log:        log,
 	})
 	return &backend{store: store, skipped: skipped, stop: func() {
@@ -201,12 +201,15 @@ func (t *tokens) Drop(s agent.Selection) {
 
 // automatic returns what the configuration offers without being asked: nil for
 // every key.
-func automatic(c *config) []agent.Selection {
-	if c.Keys == nil {
+func automatic(c *config) []agent.Selection { return selections(c.Keys) }
+
+// selections returns what a list of URIs selects; nil stays nil.
+func selections(list *[]uriValue) []agent.Selection {
+	if list == nil {
 		return nil
 	}
 	all := []agent.Selection{}
-	for _, u := range *c.Keys {
+	for _, u := range *list {
 		all = append(all, selection{token.NewSelector(u.URI)})
 	}
 	return all

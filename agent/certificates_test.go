@@ -1,0 +1,203 @@
+package agent
+
+import (
+	"fmt"
+	"log/slog"
+	"os"
+	"path/filepath"
+	"slices"
+	"strings"
+	"testing"
+	"testing/synctest"
+	"time"
+
+	"golang.org/x/crypto/ssh"
+)
+
+// types lists the types of keys that are listed, and their serial numbers.
+func (f *fixture) types(t *testing.T) (all []string) {
+	t.Helper()
+	ids, err := f.List(t.Context(), local)
+	if err != nil {
+		t.Fatal(err)
+	}
+	for _, id := range ids {
+		key, err := ssh.ParsePublicKey(id.Key.Marshal())
+		if err != nil {
+			t.Fatal(err)
+		}
+		if cert, ok := key.(*ssh.Certificate); ok {
+			all = append(all, fmt.Sprintf("cert %d", cert.Serial))
+		} else {
+			all = append(all, "key")
+		}
+	}
+	return all
+}
+
+func (f *fixture) wantTypes(t *testing.T, want ...string) {
+	t.Helper()
+	if got := f.types(t); !slices.Equal(got, want) {
+		t.Errorf("listed: %q, want %q", got, want)
+	}
+}
+
+func serial(n uint64) func(*ssh.Certificate) { return func(c *ssh.Certificate) { c.Serial = n } }
+
+func TestAssociatedCertificates(t *testing.T) {
+	k, other, ca := newTestKey(t), newTestKey(t), newTestKey(t)
+	one, two := k.certificate(t, ca, ssh.UserCert, serial(1)), k.certificate(t, ca, ssh.UserCert, serial(2))
+	foreign := other.certificate(t, ca, ssh.UserCert, serial(3))
+	expired := k.certificate(t, ca, ssh.UserCert, func(c *ssh.Certificate) { c.Serial, c.ValidBefore = 4, 1 })
+	newF := func() *fixture {
+		return newFixture(Options{Automatic: []Selection{}}, &fakeKey{Signer: k.private, uri: "pkcs11:token=a", insertions: 1})
+	}
+	all := []*ssh.Certificate{one, foreign, two, expired}
+
+	f := newF()
+	f.add(t, "pkcs11:token=a", Constraints{Certificates: all})
+	f.wantTypes(t, "key", "cert 1", "cert 2")
+	for _, key := range []ssh.PublicKey{k.public, one, two} {
+		sig, err := f.Sign(t.Context(), local, SignRequest{Key: key.Marshal(), Data: []byte("data")})
+		if err != nil {
+			t.Fatal(err)
+		}
+		if err := k.public.Verify([]byte("data"), sig); err != nil {
+			t.Error(err)
+		}
+	}
+	if err := f.Remove(t.Context(), local, one.Marshal()); err != nil {
+		t.Fatal(err)
+	}
+	f.wantTypes(t, "key", "cert 2")
+	f.add(t, "pkcs11:token=a", Constraints{Certificates: all, CertificatesOnly: true})
+	f.wantTypes(t, "cert 1", "cert 2")
+	if _, err := f.Sign(t.Context(), local, SignRequest{Key: k.public.Marshal()}); err == nil {
+		t.Error("the plain key signs")
+	}
+	if err := f.RemoveToken(t.Context(), local, TokenRequest{Provider: []byte("pkcs11:token=a")}); err != nil {
+		t.Fatal(err)
+	}
+	f.wantTypes(t)
+
+	f = newF()
+	if err := f.AddToken(t.Context(), local, TokenRequest{Provider: []byte("pkcs11:"), Constraints: Constraints{CertificatesOnly: true}}); err == nil {
+		t.Error("only certificates, of which there are none")
+	}
+	f.wantTypes(t)
+}
+
+func TestCertificateDir(t *testing.T) {
+	k, soft, ca := newTestKey(t), newTestKey(t), newTestKey(t)
+	dir := filepath.Join(t.TempDir(), "certs")
+	log := slog.New(slog.DiscardHandler)
+	token := &fakeKey{Signer: k.private, uri: "pkcs11:token=a", insertions: 1}
+	f := newFixture(Options{SoftwareKeys: true, Certificates: NewCertificateDir(dir, log)}, token)
+	if err := f.Add(t.Context(), local, soft.request(Constraints{})); err != nil {
+		t.Fatal(err)
+	}
+	f.wantTypes(t, "key", "key") // the directory is not there
+	if err := os.Mkdir(dir, 0o700); err != nil {
+		t.Fatal(err)
+	}
+	put := func(name string, key ssh.PublicKey) {
+		t.Helper()
+		if err := os.WriteFile(filepath.Join(dir, name+".new"), ssh.MarshalAuthorizedKey(key), 0o600); err != nil {
+			t.Fatal(err)
+		}
+		if err := os.Rename(filepath.Join(dir, name+".new"), filepath.Join(dir, name)); err != nil {
+			t.Fatal(err)
+		}
+	}
+	cert := func(n uint64) *ssh.Certificate { return k.certificate(t, ca, ssh.UserCert, serial(n)) }
+	put("b-cert.pub", cert(1))
+	put("plain.pub", k.public)
+	put("other-cert.pub", newTestKey(t).certificate(t, ca, ssh.UserCert, nil))
+	put("soft-cert.pub", soft.certificate(t, ca, ssh.UserCert, nil)) // for keys of tokens only
+	put("ignored", cert(9))
+	if err := os.WriteFile(filepath.Join(dir, "garbage.pub"), []byte("garbage"), 0o600); err != nil {
+		t.Fatal(err)
+	}
+	if err := os.WriteFile(filepath.Join(dir, "huge.pub"), make([]byte, maxCertificateSize+1), 0o600); err != nil {
+		t.Fatal(err)
+	}
+	if err := os.Mkdir(filepath.Join(dir, "directory.pub"), 0o700); err != nil {
+		t.Fatal(err)
+	}
+	f.wantTypes(t, "key", "cert 1", "key")
+	put("a-cert.pub", cert(2))
+	f.wantTypes(t, "key", "cert 2", "cert 1", "key")
+	put("b-cert.pub", cert(3)) // renewed
+	f.wantTypes(t, "key", "cert 2", "cert 3", "key")
+
+	// One that came after the last list signs, too.
+	late := cert(4)
+	put("a-cert.pub", late)
+	if _, err := f.Sign(t.Context(), local, SignRequest{Key: late.Marshal()}); err != nil {
+		t.Error(err)
+	}
+	if err := os.Remove(filepath.Join(dir, "b-cert.pub")); err != nil {
+		t.Fatal(err)
+	}
+	f.wantTypes(t, "key", "cert 4", "key")
+	if err := f.Remove(t.Context(), local, late.Marshal()); err != nil {
+		t.Fatal(err)
+	}
+	f.wantTypes(t, "key", "key")
+	f.add(t, "pkcs11:token=a", Constraints{Confirm: true}) // brings it back, limited as the key is
+	f.wantTypes(t, "key", "cert 4", "key")
+	if _, err := f.Sign(t.Context(), local, SignRequest{Key: late.Marshal()}); err == nil || len(f.confirm.asked) != 1 {
+		t.Errorf("not asked for: %v", err)
+	}
+	if err := os.RemoveAll(dir); err != nil {
+		t.Fatal(err)
+	}
+	f.wantTypes(t, "key", "key")
+	if err := f.RemoveAll(t.Context(), local); err != nil {
+		t.Fatal(err)
+	}
+	f.wantTypes(t)
+}
+
+// A certificate shows from its first second to before its last.
+func TestCertificateValidity(t *testing.T) {
+	dir := t.TempDir()
+	synctest.Test(t, func(t *testing.T) {
+		k, ca := newTestKey(t), newTestKey(t)
+		start := time.Now().Truncate(time.Second)
+		cert := k.certificate(t, ca, ssh.UserCert, func(c *ssh.Certificate) {
+			c.ValidAfter, c.ValidBefore = uint64(start.Unix()+10), uint64(start.Unix()+20)
+		})
+		if err := os.WriteFile(filepath.Join(dir, "cert.pub"), ssh.MarshalAuthorizedKey(cert), 0o600); err != nil {
+			t.Fatal(err)
+		}
+		f := newFixture(Options{Certificates: NewCertificateDir(dir, slog.New(slog.DiscardHandler))},
+			&fakeKey{Signer: k.private, uri: "pkcs11:token=a", insertions: 1})
+		for _, test := range []struct {
+			at    time.Duration
+			shown bool
+		}{{0, false}, {10*time.Second - 1, false}, {10 * time.Second, true}, {20*time.Second - 1, true}, {20 * time.Second, false}} {
+			time.Sleep(time.Until(start.Add(test.at)))
+			if got := f.types(t); slices.Contains(got, "cert 1") != test.shown {
+				t.Errorf("after %v: %q", test.at, got)
+			}
+		}
+	})
+}
+
+// A directory that grows without end costs no more than its limit.
+func TestCertificateDirLimit(t *testing.T) {
+	k, ca := newTestKey(t), newTestKey(t)
+	dir := t.TempDir()
+	text := ssh.MarshalAuthorizedKey(k.certificate(t, ca, ssh.UserCert, nil))
+	for i := range maxCertificateFiles + 5 {
+		if err := os.WriteFile(filepath.Join(dir, fmt.Sprintf("%d.pub", i)), text, 0o600); err != nil {
+			t.Fatal(err)
+		}
+	}
+	log := new(strings.Builder)
+	d := NewCertificateDir(dir, slog.New(slog.NewTextHandler(log, nil)))
+	if n := len(d.certificates()); n != maxCertificateFiles || !strings.Contains(log.String(), "not all certificates") {
+		t.Errorf("%d certificates, the log has %s", n, log)
+	}
+}

@@ -1,0 +1,322 @@
+package agent
+
+import (
+	"context"
+	"errors"
+	"slices"
+	"time"
+
+	"golang.org/x/crypto/ssh"
+
+	"p11-agent/agent/peer"
+)
+
+// What clients may have an agent keep.
+const (
+	maxSoftwareKeys = 2048
+	maxAdditions    = 256
+)
+
+var (
+	errForwarded  = errors.New("it came over a forwarded connection")
+	errReadOnly   = errors.New("the socket it came in at is read-only")
+	errNoSoftware = errors.New("keys in memory are switched off (software-keys = false)")
+	errNobody     = errors.New("nobody can be asked for confirmation")
+	errTooMany    = errors.New("no more can be added")
+)
+
+// mayChange tells whether a connection may change what the agent holds.
+func (c *Caller) mayChange() error {
+	if c.Socket != nil && c.Socket.ReadOnly {
+		return errReadOnly
+	}
+	return nil
+}
+
+// AddToken adds what the request's provider selects. What was added before under
+// the same name is replaced.
+func (k *Keyring) AddToken(ctx context.Context, c *Caller, r TokenRequest) error {
+	ctx = peer.NewContext(ctx, c.Peer)
+	ctx, done, err := k.lock.enter(ctx)
+	what := ""
+	if err == nil {
+		defer done()
+		what, err = k.addToken(ctx, c, r)
+	}
+	if err != nil {
+		k.refused(c, "add", what, err)
+	}
+	return err
+}
+
+func (k *Keyring) addToken(ctx context.Context, c *Caller, r TokenRequest) (what string, err error) {
+	if err := c.mayChange(); err != nil {
+		return "", err
+	}
+	if c.Forwarded && !k.opts.RemoteTokens {
+		return "", errForwarded
+	}
+	if r.Constraints.Confirm && k.opts.Confirm == nil {
+		return "", errNobody
+	}
+	if r.Constraints.CertificatesOnly && len(r.Constraints.Certificates) == 0 {
+		return "", errors.New("only certificates are to be added, but there are none")
+	}
+	s, err := k.opts.Tokens.Parse(r.Provider)
+	if err != nil {
+		return "", err
+	}
+	keys, err := k.opts.Tokens.Select(ctx, s, r.PIN)
+	if err != nil {
+		k.opts.Tokens.Drop(s)
+		return s.String(), err
+	}
+
+	before := k.now()
+	k.mu.Lock()
+	defer k.mu.Unlock()
+	// A client that may not see a key may not change what it may be used for.
+	for _, id := range before.identities {
+		if err := id.constraints.permits(c); err != nil && slices.ContainsFunc(id.homes, s.Match) {
+			k.opts.Tokens.Drop(s)
+			return s.String(), err
+		}
+	}
+	a := &addition{selection: s, constraints: r.Constraints}
+	if a.constraints.Lifetime == 0 {
+		a.constraints.Lifetime = k.opts.Lifetime
+	}
+	if a.constraints.Lifetime > 0 {
+		a.expires = time.Now().Add(a.constraints.Lifetime)
+	}
+	for _, old := range slices.Clone(k.added) {
+		if old.selection.String() == s.String() {
+			k.loosened(c, s.String(), &old.constraints, &a.constraints)
+			k.dropLocked(old)
+		}
+	}
+	if len(k.added) >= maxAdditions {
+		k.opts.Tokens.Drop(s)
+		return s.String(), errTooMany
+	}
+	k.added = append(k.added, a)
+	n := 0
+	for _, key := range keys {
+		if k.selectsLocked(s, key) {
+			k.showLocked(key)
+			n++
+		}
+	}
+	k.change++
+	k.log.Info("keys added", "provider", s.String(), "keys", n, "client", c.Peer.String())
+	return s.String(), nil
+}
+
+// loosened says in the log that a key may be used more freely from now on: that
+// is what the client asks for by adding it again, and nobody else is told.
+func (k *Keyring) loosened(c *Caller, what string, old, now *Constraints) {
+	if now.looser(old) {
+		k.log.Warn("constraints loosened: it was added again without those it had", "what", what,
+			"client", c.Peer.String(), "forwarded", c.Forwarded)
+	}
+}
+
+// Add keeps a private key in memory. One that is there already gets the new
+// comment and constraints.
+func (k *Keyring) Add(_ context.Context, c *Caller, r KeyRequest) error {
+	wire := r.Public.Marshal()
+	if err := k.add(c, r, string(wire)); err != nil {
+		k.refused(c, "add", describe(wire), err)
+		return err
+	}
+	return nil
+}
+
+func (k *Keyring) add(c *Caller, r KeyRequest, wire string) error {
+	if k.lock.locked() {
+		return errLocked
+	}
+	if err := c.mayChange(); err != nil {
+		return err
+	}
+	switch {
+	case !k.opts.SoftwareKeys:
+		return errNoSoftware
+	case r.Constraints.Confirm && k.opts.Confirm == nil:
+		return errNobody
+	case len(r.Constraints.Certificates) > 0 || r.Constraints.CertificatesOnly:
+		return errors.New("certificates can only be added to the keys of a token")
+	}
+	s := &softwareKey{KeyRequest: r, plain: r.Public, wire: wire}
+	if cert, ok := r.Public.(*ssh.Certificate); ok {
+		s.plain = cert.Key
+	}
+	if pub, err := ssh.NewPublicKey(r.Private.Public()); err != nil || string(pub.Marshal()) != string(s.plain.Marshal()) {
+		return errors.New("its private and public halves do not belong together")
+	}
+	if s.Constraints.Lifetime == 0 {
+		s.Constraints.Lifetime = k.opts.Lifetime
+	}
+	if s.Constraints.Lifetime > 0 {
+		s.expires = time.Now().Add(s.Constraints.Lifetime)
+	}
+	before := k.now()
+	k.mu.Lock()
+	defer k.mu.Unlock()
+	if id := before.byKey[wire]; id != nil {
+		if err := id.constraints.permits(c); err != nil {
+			return err
+		}
+		k.loosened(c, k.fingerprint(s.plain), &id.constraints, &s.Constraints)
+	}
+	i := slices.IndexFunc(k.software, func(o *softwareKey) bool { return o.wire == wire })
+	switch {
+	case i >= 0:
+		k.software[i] = s
+	case len(k.software) >= maxSoftwareKeys:
+		return errTooMany
+	default:
+		k.software = append(k.software, s)
+	}
+	k.change++
+	k.log.Info("key added", "key", k.fingerprint(s.plain), "type", r.Public.Type(), "client", c.Peer.String())
+	return nil
+}
+
+// RemoveToken removes what AddToken has added for the same provider, and what
+// it selects of the automatic identities.
+func (k *Keyring) RemoveToken(_ context.Context, c *Caller, r TokenRequest) error {
+	what, err := k.removeToken(c, r)
+	if err != nil {
+		k.refused(c, "remove", what, err)
+	}
+	return err
+}
+
+func (k *Keyring) removeToken(c *Caller, r TokenRequest) (what string, err error) {
+	if k.lock.locked() {
+		return "", errLocked
+	}
+	if err := c.mayChange(); err != nil {
+		return "", err
+	}
+	s, err := k.opts.Tokens.Parse(r.Provider)
+	if err != nil {
+		return "", err
+	}
+	defer k.opts.Tokens.Drop(s)
+	before := k.now()
+	k.mu.Lock()
+	defer k.mu.Unlock()
+	var meant []*identity
+	for _, id := range before.identities {
+		if !slices.ContainsFunc(id.homes, s.Match) {
+			continue
+		}
+		if err := id.constraints.permits(c); err != nil {
+			return s.String(), err
+		}
+		meant = append(meant, id)
+	}
+	n := len(meant)
+	for _, a := range slices.Clone(k.added) {
+		if a.selection.String() == s.String() {
+			k.dropLocked(a)
+			n++
+		}
+	}
+	if n == 0 {
+		return s.String(), errUnknownKey
+	}
+	for _, id := range meant {
+		k.hideLocked(id)
+	}
+	k.log.Info("keys removed", "provider", s.String(), "client", c.Peer.String())
+	return s.String(), nil
+}
+
+// Remove removes one identity: from memory for good, of a token until that is
+// inserted again or the key is added again. One of an upstream agent is removed
+// there.
+func (k *Keyring) Remove(ctx context.Context, c *Caller, key []byte) error {
+	err := k.remove(ctx, c, key)
+	if err != nil {
+		k.refused(c, "remove", describe(key), err)
+		return err
+	}
+	k.log.Info("key removed", "key", describe(key), "client", c.Peer.String())
+	return nil
+}
+
+func (k *Keyring) remove(ctx context.Context, c *Caller, key []byte) error {
+	if k.lock.locked() {
+		return errLocked
+	}
+	if err := c.mayChange(); err != nil {
+		return err
+	}
+	id := k.now().byKey[string(key)]
+	if id == nil || !id.shownBy(c.Socket) {
+		if u := k.upstreamOf(ctx, c, key); u != nil {
+			return u.Remove(ctx, c, key)
+		}
+		return errUnknownKey
+	}
+	if err := id.constraints.permits(c); err != nil {
+		return err
+	}
+	k.mu.Lock()
+	defer k.mu.Unlock()
+	k.software = slices.DeleteFunc(k.software, func(s *softwareKey) bool { return s.wire == id.wire })
+	if len(id.homes) > 0 {
+		k.hideLocked(id)
+	}
+	k.change++
+	return nil
+}
+
+// RemoveAll removes every identity and logs out of every token. Those of
+// upstream agents stay.
+func (k *Keyring) RemoveAll(ctx context.Context, c *Caller) error {
+	err := c.mayChange()
+	if k.lock.locked() {
+		err = errLocked
+	}
+	if err != nil {
+		k.refused(c, "remove all keys", "", err)
+		return err
+	}
+	generation, certificates := k.opts.Tokens.Generation(), k.opts.Certificates.generation()
+	k.mu.Lock()
+	shown := k.nowLocked(generation, certificates).identities
+	for _, a := range slices.Clone(k.added) {
+		k.dropLocked(a)
+	}
+	k.software = nil
+	for _, id := range shown {
+		if len(id.homes) > 0 {
+			k.hideLocked(id)
+		}
+	}
+	k.change++
+	for _, key := range k.opts.Tokens.Keys() {
+		k.hideKeyLocked(key)
+	}
+	k.mu.Unlock()
+	k.log.Info("all keys removed", "client", c.Peer.String())
+	if err := k.opts.Tokens.LogoutAll(ctx); err != nil {
+		k.refused(c, "log out", "", err)
+		return err
+	}
+	return nil
+}
+
+// Configure changes what is offered without being added, and the names of
+// keys. Automatic identities that were removed are back.
+func (k *Keyring) Configure(automatic []Selection, name func(Key) string) {
+	k.mu.Lock()
+	defer k.mu.Unlock()
+	k.opts.Automatic, k.opts.Name = automatic, name
+	clear(k.hidden)
+	k.change++
+}

@@ -1,0 +1,444 @@
+package agent
+
+import (
+	"crypto/ed25519"
+	"crypto/rand"
+	"errors"
+	"fmt"
+	"slices"
+	"strings"
+	"testing"
+	"testing/synctest"
+	"time"
+
+	"golang.org/x/crypto/ssh"
+)
+
+// testKey is a key with everything that a test may want of it.
+type testKey struct {
+	private ed25519.PrivateKey
+	public  ssh.PublicKey
+	signer  ssh.Signer
+}
+
+func newTestKey(t testing.TB) testKey {
+	t.Helper()
+	_, priv, err := ed25519.GenerateKey(rand.Reader)
+	if err != nil {
+		t.Fatal(err)
+	}
+	signer, err := ssh.NewSignerFromKey(priv)
+	if err != nil {
+		t.Fatal(err)
+	}
+	return testKey{priv, signer.PublicKey(), signer}
+}
+
+// certificate certifies the key. change may be nil.
+func (k testKey) certificate(t testing.TB, ca testKey, kind uint32, change func(*ssh.Certificate)) *ssh.Certificate {
+	t.Helper()
+	c := &ssh.Certificate{Key: k.public, CertType: kind, ValidBefore: ssh.CertTimeInfinity, Serial: 1}
+	if change != nil {
+		change(c)
+	}
+	if err := c.SignCert(rand.Reader, ca.signer); err != nil {
+		t.Fatal(err)
+	}
+	return c
+}
+
+func (k testKey) request(c Constraints) KeyRequest {
+	return KeyRequest{Private: k.private, Public: k.public, Comment: "file", Constraints: c}
+}
+
+// boundTo returns a caller that is bound to sessions with hosts, one after the
+// other; all but the last are for forwarding, and the last is when forwarding is
+// true.
+func boundTo(forwarding bool, hosts ...ssh.PublicKey) *Caller {
+	c := &Caller{Number: 7}
+	for i, h := range hosts {
+		last := i == len(hosts)-1
+		c.Binds = append(c.Binds, Bind{HostKey: h, SessionID: []byte{byte(i + 1)}, Forwarding: !last || forwarding})
+		c.Forwarded = c.Forwarded || !last || forwarding
+	}
+	return c
+}
+
+// to makes a destination from a host (nil: where the agent runs) to another one.
+func to(user string, from, host ssh.PublicKey) Destination {
+	d := Destination{To: Hop{User: user, Host: "host", Keys: []HostKey{{Key: host}}}}
+	if from != nil {
+		d.From = Hop{Host: "from", Keys: []HostKey{{Key: from}}}
+	}
+	return d
+}
+
+func login(user string, c *Caller) *Login {
+	l := &Login{User: user}
+	if n := len(c.Binds); n > 0 {
+		l.SessionID, l.HostKey = c.Binds[n-1].SessionID, c.Binds[n-1].HostKey.Marshal()
+	}
+	return l
+}
+
+func TestDestinations(t *testing.T) {
+	a, b, other, ca := newTestKey(t), newTestKey(t), newTestKey(t), newTestKey(t)
+	hostCert := func(change func(*ssh.Certificate)) ssh.PublicKey {
+		return a.certificate(t, ca, ssh.HostCert, func(c *ssh.Certificate) {
+			c.ValidPrincipals = []string{"host"}
+			if change != nil {
+				change(c)
+			}
+		})
+	}
+	byCA := func(host string) []Destination {
+		return []Destination{{To: Hop{Host: host, Keys: []HostKey{{Key: ca.public, CA: true}}}}}
+	}
+	local := &Caller{}
+	toA := []Destination{to("", nil, a.public)}
+	chain := append(slices.Clone(toA), to("", a.public, b.public))
+	for _, test := range []struct {
+		name     string
+		dest     []Destination
+		caller   *Caller
+		shown    bool
+		user     string
+		noLogin  bool
+		change   func(*Login)
+		may      bool
+		errorHas string
+	}{
+		{name: "not limited", caller: local, shown: true, may: true},
+		{name: "local and unbound", dest: toA, caller: local, shown: true, errorHas: "bound to no session"},
+		{name: "to the host", dest: toA, caller: boundTo(false, a.public), shown: true, may: true},
+		{name: "to another host", dest: toA, caller: boundTo(false, b.public)},
+		{name: "signs something else", dest: toA, caller: boundTo(false, a.public), shown: true, noLogin: true, errorHas: "no request to log in"},
+		{name: "another session", dest: toA, caller: boundTo(false, a.public), shown: true, change: func(l *Login) { l.SessionID = []byte("x") }, errorHas: "another session"},
+		{name: "names another host", dest: toA, caller: boundTo(false, a.public), shown: true, change: func(l *Login) { l.HostKey = b.public.Marshal() }, errorHas: "another session or host"},
+		{name: "names no host, first hop", dest: toA, caller: boundTo(false, a.public), shown: true, change: func(l *Login) { l.HostKey = nil }, may: true},
+		{name: "forwarded to the host, not from there", dest: toA, caller: boundTo(true, a.public)},
+		{name: "forwarded to the host and on", dest: chain, caller: boundTo(true, a.public), shown: true, errorHas: "for forwarding"},
+		{name: "two hops", dest: chain, caller: boundTo(false, a.public, b.public), shown: true, may: true},
+		{name: "two hops, names no host", dest: chain, caller: boundTo(false, a.public, b.public), shown: true, change: func(l *Login) { l.HostKey = nil }, errorHas: "does not name the host"},
+		{name: "two hops, the second elsewhere", dest: chain, caller: boundTo(false, a.public, other.public)},
+		{name: "two hops, the first elsewhere", dest: chain, caller: boundTo(false, other.public, b.public)},
+		{name: "straight to the second", dest: chain, caller: boundTo(false, b.public)},
+		{name: "bind failed", dest: toA, caller: &Caller{BindFailed: true, Forwarded: true}, errorHas: "could not be bound"},
+		{name: "a bind failed after one that did not", dest: toA, caller: func() *Caller { c := boundTo(false, a.public); c.BindFailed = true; return c }(), shown: true, may: true},
+		{name: "the user", dest: []Destination{to("root", nil, a.public)}, caller: boundTo(false, a.public), shown: true, user: "root", may: true},
+		{name: "another user", dest: []Destination{to("root", nil, a.public)}, caller: boundTo(false, a.public), shown: true, user: "me"},
+		{name: "a pattern for the user", dest: []Destination{to("m?-*", nil, a.public)}, caller: boundTo(false, a.public), shown: true, user: "me-too", may: true},
+		{name: "certified host", dest: byCA("host"), caller: boundTo(false, hostCert(nil)), shown: true, may: true},
+		{name: "certified host, plain key expected", dest: toA, caller: boundTo(false, hostCert(nil))},
+		{name: "plain key, certified host expected", dest: byCA("host"), caller: boundTo(false, a.public)},
+		{name: "the authority itself", dest: byCA("host"), caller: boundTo(false, ca.public)},
+		{name: "certified for another name", dest: byCA("other"), caller: boundTo(false, hostCert(nil))},
+		{name: "certified for a pattern", dest: byCA("a.example"), caller: boundTo(false, hostCert(func(c *ssh.Certificate) { c.ValidPrincipals = []string{"x", "*.example"} })), shown: true, may: true},
+		{name: "certified for any name", dest: byCA("a.example"), caller: boundTo(false, hostCert(func(c *ssh.Certificate) { c.ValidPrincipals = nil })), shown: true, may: true},
+		{name: "certificate of a user", dest: byCA("host"), caller: boundTo(false, hostCert(func(c *ssh.Certificate) { c.CertType = ssh.UserCert }))},
+		{name: "certificate with a critical option", dest: byCA("host"), caller: boundTo(false, hostCert(func(c *ssh.Certificate) { c.CriticalOptions = map[string]string{"x": ""} }))},
+		{name: "expired certificate", dest: byCA("host"), caller: boundTo(false, hostCert(func(c *ssh.Certificate) { c.ValidBefore = 1 }))},
+		{name: "certificate with a wrong signature", dest: byCA("host"), caller: func() *Caller {
+			c := hostCert(nil).(*ssh.Certificate)
+			c.KeyId = "changed"
+			return boundTo(false, c)
+		}()},
+	} {
+		t.Run(test.name, func(t *testing.T) {
+			k := newTestKey(t)
+			f := newFixture(Options{SoftwareKeys: true})
+			if err := f.Add(t.Context(), local, k.request(Constraints{Destinations: test.dest})); err != nil {
+				t.Fatal(err)
+			}
+			ids, err := f.List(t.Context(), test.caller)
+			if shown := len(ids) == 1; err != nil || shown != test.shown {
+				t.Errorf("shown: %v, %v", shown, err)
+			}
+			r := SignRequest{Key: k.public.Marshal(), Data: []byte("data")}
+			if !test.noLogin {
+				user := test.user
+				if user == "" {
+					user = "me"
+				}
+				if r.Login = login(user, test.caller); test.change != nil {
+					test.change(r.Login)
+				}
+			}
+			_, err = f.Sign(t.Context(), test.caller, r)
+			if (err == nil) != test.may || err != nil && !strings.Contains(err.Error(), test.errorHas) {
+				t.Errorf("sign: %v", err)
+			}
+			// Who may not see a key may neither change nor remove it.
+			err = f.Add(t.Context(), test.caller, k.request(Constraints{Destinations: test.dest}))
+			if (err == nil) != test.shown {
+				t.Errorf("add again: %v", err)
+			}
+			err = f.Remove(t.Context(), test.caller, k.public.Marshal())
+			if (err == nil) != test.shown {
+				t.Errorf("remove: %v", err)
+			}
+		})
+	}
+}
+
+// Every combination of constraints, on both kinds of keys, used from here and
+// from afar.
+func TestConstraintMatrix(t *testing.T) {
+	for bits := range 1 << 6 {
+		has := func(i int) bool { return bits&(1<<i) != 0 }
+		confirm, lifetime, destination, certified, software, remote := has(0), has(1), has(2), has(3), has(4), has(5)
+		t.Run(fmt.Sprintf("confirm %v, lifetime %v, destination %v, certificate %v, software %v, forwarded %v",
+			confirm, lifetime, destination, certified, software, remote), func(t *testing.T) {
+			synctest.Test(t, func(t *testing.T) {
+				host, ca, k := newTestKey(t), newTestKey(t), newTestKey(t)
+				away := newTestKey(t)
+				caller := boundTo(false, host.public)
+				path := []Destination{to("", nil, host.public)}
+				if remote {
+					caller = boundTo(false, away.public, host.public)
+					path = []Destination{to("", nil, away.public), to("", away.public, host.public)}
+				}
+				cert := k.certificate(t, ca, ssh.UserCert, nil)
+				c := Constraints{Confirm: confirm}
+				if lifetime {
+					c.Lifetime = time.Minute
+				}
+				if destination {
+					c.Destinations = path
+				}
+				f := newFixture(Options{Automatic: []Selection{}, SoftwareKeys: true}, &fakeKey{Signer: k.private, uri: "pkcs11:token=a;id=1", insertions: 1})
+				used := k.public
+				var err error
+				switch {
+				case software && certified:
+					used = cert
+					err = f.Add(t.Context(), local, KeyRequest{Private: k.private, Public: cert, Constraints: c})
+				case software:
+					err = f.Add(t.Context(), local, k.request(c))
+				default:
+					if certified {
+						c.Certificates, c.CertificatesOnly = []*ssh.Certificate{cert}, true
+						used = cert
+					}
+					err = f.AddToken(t.Context(), local, TokenRequest{Provider: []byte("pkcs11:token=a"), Constraints: c})
+				}
+				if err != nil {
+					t.Fatal(err)
+				}
+				list := func(c *Caller) int {
+					ids, err := f.List(t.Context(), c)
+					if err != nil {
+						t.Error(err)
+					}
+					return len(ids)
+				}
+				sign := func(c *Caller) error {
+					sig, err := f.Sign(t.Context(), c, SignRequest{Key: used.Marshal(), Data: []byte("data"), Login: login("me", c)})
+					if err == nil {
+						err = k.public.Verify([]byte("data"), sig)
+					}
+					return err
+				}
+				if n := list(caller); n != 1 {
+					t.Errorf("%d keys are listed", n)
+				}
+				err = sign(caller)
+				if confirm {
+					if !errors.Is(err, errDeclined) {
+						t.Errorf("declined: %v", err)
+					}
+					f.confirm.answer = true
+					err = sign(caller)
+				}
+				if err != nil {
+					t.Error(err)
+				}
+				if n := len(f.confirm.asked); confirm && n != 2 || !confirm && n != 0 {
+					t.Errorf("%d questions", n)
+				}
+				elsewhere := boundTo(false, newTestKey(t).public)
+				if err := sign(elsewhere); (err != nil) != destination {
+					t.Errorf("elsewhere: %v", err)
+				}
+				if n := list(elsewhere); (n == 0) != destination {
+					t.Errorf("elsewhere %d keys are listed", n)
+				}
+				time.Sleep(time.Minute)
+				if err := sign(caller); (err != nil) != lifetime {
+					t.Errorf("a minute later: %v", err)
+				}
+				if n := list(caller); (n == 0) != lifetime {
+					t.Errorf("a minute later %d keys are listed", n)
+				}
+			})
+		})
+	}
+}
+
+func TestLooser(t *testing.T) {
+	d := []Destination{to("", nil, newTestKey(t).public)}
+	for _, test := range []struct {
+		old, now Constraints
+		looser   bool
+	}{
+		{Constraints{}, Constraints{}, false},
+		{Constraints{}, Constraints{Confirm: true, Lifetime: time.Minute, Destinations: d}, false},
+		{Constraints{Confirm: true}, Constraints{}, true},
+		{Constraints{Lifetime: 2 * time.Minute}, Constraints{Lifetime: time.Minute}, false},
+		{Constraints{Lifetime: 2 * time.Minute}, Constraints{Lifetime: 3 * time.Minute}, true},
+		{Constraints{Lifetime: 2 * time.Minute}, Constraints{}, true},
+		{Constraints{Destinations: d}, Constraints{Destinations: d}, false},
+		{Constraints{Destinations: d}, Constraints{}, true},
+		{Constraints{Destinations: d}, Constraints{Destinations: append(slices.Clone(d), d...)}, true},
+	} {
+		k := newTestKey(t)
+		f := newFixture(Options{SoftwareKeys: true})
+		for _, c := range []Constraints{test.old, test.now} {
+			if err := f.Add(t.Context(), local, k.request(c)); err != nil {
+				t.Fatal(err)
+			}
+		}
+		if said := strings.Contains(f.log.String(), "constraints loosened"); said != test.looser {
+			t.Errorf("%+v to %+v: the log has %s", test.old, test.now, f.log)
+		}
+		f = newFixture(Options{Automatic: []Selection{}}, edKey("pkcs11:token=a"))
+		f.add(t, "pkcs11:token=a", test.old)
+		f.add(t, "pkcs11:token=a", test.now)
+		if said := strings.Contains(f.log.String(), "constraints loosened"); said != test.looser {
+			t.Errorf("token, %+v to %+v: the log has %s", test.old, test.now, f.log)
+		}
+	}
+}
+
+func TestWildcard(t *testing.T) {
+	for _, test := range []struct {
+		pattern, s string
+		want       bool
+	}{
+		{"", "", true},
+		{"", "a", false},
+		{"a", "", false},
+		{"*", "", true},
+		{"**", "x", true},
+		{"?", "", false},
+		{"?", "x", true},
+		{"a*b*c", "aXbYc", true},
+		{"a*b*c", "abc", true},
+		{"a*b*c", "acb", false},
+		{"*.example", "a.b.example", true},
+		{"*.example", "example", false},
+		{"[a]", "a", false},
+		{"[a]", "[a]", true},
+		{"*a", "aaab", false},
+		{"a?c*", "abc", true},
+	} {
+		if got := wildcard(test.pattern, test.s); got != test.want {
+			t.Errorf("wildcard(%q, %q) = %v", test.pattern, test.s, got)
+		}
+	}
+}
+
+func FuzzWildcard(f *testing.F) {
+	f.Add("a*b?c*", "aXbYc")
+	f.Add("**", "")
+	f.Add("*a*a*a*", "aaaa")
+	f.Fuzz(func(t *testing.T, pattern, s string) {
+		if len(pattern) > 64 || len(s) > 64 {
+			return
+		}
+		// The definition, character by character.
+		var is func(p, s string) bool
+		known := make(map[[2]int]bool)
+		is = func(p, s string) bool {
+			key := [2]int{len(p), len(s)}
+			if known[key] {
+				return false // it was seen to be
+			}
+			ok := false
+			switch {
+			case p == "":
+				ok = s == ""
+			case p[0] == '*':
+				ok = is(p[1:], s) || s != "" && is(p, s[1:])
+			default:
+				ok = s != "" && (p[0] == '?' || p[0] == s[0]) && is(p[1:], s[1:])
+			}
+			known[key] = !ok
+			return ok
+		}
+		if got, want := wildcard(pattern, s), is(pattern, s); got != want {
+			t.Errorf("wildcard(%q, %q) = %v, want %v", pattern, s, got, want)
+		}
+	})
+}
+
+func TestSocketRules(t *testing.T) {
+	a, b := edKey("pkcs11:token=a;id=1"), edKey("pkcs11:token=b;id=1")
+	f := newFixture(Options{SoftwareKeys: true}, a, b)
+	k := newTestKey(t)
+	if err := f.Add(t.Context(), local, k.request(Constraints{})); err != nil {
+		t.Fatal(err)
+	}
+	at := func(s Socket) *Caller { return &Caller{Socket: &s} }
+	comments := func(c *Caller) (all []string) {
+		ids, err := f.List(t.Context(), c)
+		if err != nil {
+			t.Fatal(err)
+		}
+		for _, id := range ids {
+			all = append(all, id.Comment)
+		}
+		return all
+	}
+	only := at(Socket{Only: []Selection{prefix("pkcs11:token=b")}})
+	if got := comments(only); !slices.Equal(got, []string{b.uri}) {
+		t.Errorf("listed: %q", got)
+	}
+	if got := comments(at(Socket{})); !slices.Equal(got, []string{a.uri, b.uri, "file"}) {
+		t.Errorf("without a list of keys: %q", got)
+	}
+	if got := comments(at(Socket{Only: []Selection{}})); len(got) > 0 {
+		t.Errorf("with an empty one: %q", got)
+	}
+	sign := func(c *Caller, key []byte) error {
+		_, err := f.Sign(t.Context(), c, SignRequest{Key: key})
+		return err
+	}
+	if err := sign(only, wireOf(b)); err != nil {
+		t.Error(err)
+	}
+	if err := sign(only, wireOf(a)); !errors.Is(err, errUnknownKey) {
+		t.Errorf("a key that is not shown: %v", err)
+	}
+	if err := f.Remove(t.Context(), only, wireOf(a)); !errors.Is(err, errUnknownKey) {
+		t.Errorf("remove a key that is not shown: %v", err)
+	}
+	if err := sign(at(Socket{Confirm: true}), wireOf(a)); !errors.Is(err, errDeclined) || len(f.confirm.asked) != 1 {
+		t.Errorf("to be confirmed: %v", err)
+	}
+	readOnly := at(Socket{ReadOnly: true})
+	if err := sign(readOnly, wireOf(a)); err != nil {
+		t.Error(err)
+	}
+	ctx := t.Context()
+	for what, do := range map[string]func() error{
+		"add":           func() error { return f.Add(ctx, readOnly, newTestKey(t).request(Constraints{})) },
+		"add tokens":    func() error { return f.AddToken(ctx, readOnly, TokenRequest{Provider: []byte("pkcs11:")}) },
+		"remove":        func() error { return f.Remove(ctx, readOnly, wireOf(a)) },
+		"remove tokens": func() error { return f.RemoveToken(ctx, readOnly, TokenRequest{Provider: []byte("pkcs11:")}) },
+		"remove all":    func() error { return f.RemoveAll(ctx, readOnly) },
+		"lock":          func() error { return f.Lock(ctx, readOnly, phrase(t, "x")) },
+		"unlock":        func() error { return f.Unlock(ctx, readOnly, phrase(t, "x")) },
+		"pass": func() error {
+			_, err := f.Pass(ctx, readOnly, []byte{1})
+			return err
+		},
+	} {
+		if err := do(); !errors.Is(err, errReadOnly) {
+			t.Errorf("%s at a read-only socket: %v", what, err)
+		}
+	}
+	if got := comments(local); len(got) != 3 {
+		t.Errorf("left: %q", got)
+	}
+}

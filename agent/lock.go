@@ -1,0 +1,169 @@
+package agent
+
+import (
+	"context"
+	"crypto/sha256"
+	"crypto/subtle"
+	"errors"
+	"fmt"
+	"sync"
+	"sync/atomic"
+	"time"
+
+	"p11-agent/pinentry/secret"
+)
+
+var (
+	errLocked      = errors.New("the agent is locked (ssh-add -X unlocks it)")
+	errNotLocked   = errors.New("the agent is not locked")
+	errNoPhrase    = errors.New("a lock needs a passphrase")
+	errWrongPhrase = errors.New("the passphrase is wrong")
+)
+
+const (
+	// Each wrong try makes the next one wait that much longer, as ssh-agent does.
+	unlockPause    = 100 * time.Millisecond
+	maxUnlockPause = 10 * time.Second
+)
+
+// A lock keeps everything closed while it has a passphrase. The passphrase is in
+// locked memory, where a hash would be no safer: whoever reads that reads the
+// keys.
+type lock struct {
+	open atomic.Pointer[period] // nil: locked
+	turn chan struct{}          // one element: whoever tries to unlock has it
+
+	mu     sync.Mutex
+	phrase *secret.Secret // nil: open
+	wrong  int
+	next   time.Time // when the next try is heard
+}
+
+// A period is the time from one unlocking to the next locking.
+type period struct {
+	ctx context.Context //nolint:containedctx // it is the period
+	end context.CancelCauseFunc
+}
+
+func newLock() *lock {
+	l := &lock{turn: make(chan struct{}, 1)}
+	l.opened()
+	return l
+}
+
+func (l *lock) opened() {
+	p := new(period)
+	p.ctx, p.end = context.WithCancelCause(context.Background())
+	l.open.Store(p)
+}
+
+func (l *lock) locked() bool { return l.open.Load() == nil }
+
+// enter returns a context that ends with ctx and with the next locking.
+func (l *lock) enter(ctx context.Context) (context.Context, func(), error) {
+	p := l.open.Load()
+	if p == nil {
+		return nil, nil, errLocked
+	}
+	ctx, cancel := context.WithCancelCause(ctx)
+	stop := context.AfterFunc(p.ctx, func() { cancel(errLocked) })
+	return ctx, func() { stop(); cancel(nil) }, nil
+}
+
+// close locks.
+func (l *lock) close(phrase *secret.Secret) error {
+	if phrase.Len() == 0 {
+		return errNoPhrase
+	}
+	own, err := secret.From(phrase.Bytes())
+	if err != nil {
+		return err
+	}
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	p := l.open.Swap(nil)
+	if p == nil {
+		own.Wipe()
+		return errLocked
+	}
+	l.phrase = own
+	p.end(errLocked)
+	return nil
+}
+
+// unlock opens again. Tries are heard one after the other, with a growing pause
+// after each wrong one.
+func (l *lock) unlock(ctx context.Context, phrase *secret.Secret) error {
+	select {
+	case l.turn <- struct{}{}:
+		defer func() { <-l.turn }()
+	case <-ctx.Done():
+		return ctx.Err()
+	}
+	l.mu.Lock()
+	pause := time.Until(l.next)
+	l.mu.Unlock()
+	if pause > 0 {
+		t := time.NewTimer(pause)
+		defer t.Stop()
+		select {
+		case <-t.C:
+		case <-ctx.Done():
+			return ctx.Err()
+		}
+	}
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	if l.phrase == nil {
+		return errNotLocked
+	}
+	// Of the same length, so that the time does not tell how long it is.
+	given, want := sha256.Sum256(phrase.Bytes()), sha256.Sum256(l.phrase.Bytes())
+	if subtle.ConstantTimeCompare(given[:], want[:]) != 1 {
+		l.wrong++
+		l.next = time.Now().Add(min(time.Duration(l.wrong)*unlockPause, maxUnlockPause))
+		return fmt.Errorf("%w, for the %d. time", errWrongPhrase, l.wrong)
+	}
+	l.phrase.Wipe()
+	l.phrase, l.wrong, l.next = nil, 0, time.Time{}
+	l.opened()
+	return nil
+}
+
+// Lock refuses everything until Unlock, lists nothing, logs out of every token
+// and forgets the PINs that came with added URIs. Signatures under way fail.
+func (k *Keyring) Lock(ctx context.Context, c *Caller, phrase *secret.Secret) error {
+	err := c.mayChange()
+	if err == nil {
+		err = k.lock.close(phrase)
+	}
+	if err != nil {
+		k.refused(c, "lock", "", err)
+		return err
+	}
+	k.log.Info("agent locked", "client", c.Peer.String(), "forwarded", c.Forwarded)
+	k.mu.Lock()
+	for _, a := range k.added {
+		k.opts.Tokens.Drop(a.selection)
+	}
+	k.mu.Unlock()
+	// Whoever locks need not wait for a token that hangs, nor be told.
+	if err := k.opts.Tokens.LogoutAll(ctx); err != nil {
+		k.log.Warn("not logged out of every token", "reason", err)
+	}
+	return nil
+}
+
+// Unlock ends what Lock has begun, when the passphrase is the same.
+func (k *Keyring) Unlock(ctx context.Context, c *Caller, phrase *secret.Secret) error {
+	err := c.mayChange()
+	if err == nil {
+		err = k.lock.unlock(ctx, phrase)
+	}
+	if err != nil {
+		k.refused(c, "unlock", "", err)
+		return err
+	}
+	k.log.Info("agent unlocked", "client", c.Peer.String(), "forwarded", c.Forwarded)
+	return nil
+}

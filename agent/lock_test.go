@@ -1,0 +1,159 @@
+package agent
+
+import (
+	"context"
+	"errors"
+	"slices"
+	"testing"
+	"testing/synctest"
+	"time"
+
+	"p11-agent/pinentry/secret"
+)
+
+func phrase(t testing.TB, text string) *secret.Secret {
+	t.Helper()
+	s, err := secret.From([]byte(text))
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(s.Wipe)
+	return s
+}
+
+func TestLock(t *testing.T) {
+	k, soft := edKey("pkcs11:token=a"), newTestKey(t)
+	f := newFixture(Options{SoftwareKeys: true}, k)
+	f.add(t, "pkcs11:token=a", Constraints{})
+	ctx := t.Context()
+	if err := f.Add(ctx, local, soft.request(Constraints{})); err != nil {
+		t.Fatal(err)
+	}
+	if err := f.Unlock(ctx, local, phrase(t, "sesame")); !errors.Is(err, errNotLocked) {
+		t.Errorf("unlock what is open: %v", err)
+	}
+	if err := f.Lock(ctx, local, phrase(t, "")); !errors.Is(err, errNoPhrase) {
+		t.Errorf("lock without a passphrase: %v", err)
+	}
+	f.wantList(t, k.uri, "file")
+	if err := f.Lock(ctx, local, phrase(t, "sesame")); err != nil {
+		t.Fatal(err)
+	}
+	f.wantList(t)
+	if f.tokens.logouts != 1 || !slices.Contains(f.tokens.dropped, "pkcs11:token=a") {
+		t.Errorf("%d logouts, dropped %q", f.tokens.logouts, f.tokens.dropped)
+	}
+	for what, do := range map[string]func() error{
+		"sign": func() error {
+			_, err := f.Sign(ctx, local, SignRequest{Key: wireOf(k)})
+			return err
+		},
+		"add":           func() error { return f.Add(ctx, local, newTestKey(t).request(Constraints{})) },
+		"add tokens":    func() error { return f.AddToken(ctx, local, TokenRequest{Provider: []byte("pkcs11:")}) },
+		"remove":        func() error { return f.Remove(ctx, local, wireOf(k)) },
+		"remove tokens": func() error { return f.RemoveToken(ctx, local, TokenRequest{Provider: []byte("pkcs11:")}) },
+		"remove all":    func() error { return f.RemoveAll(ctx, local) },
+		"lock":          func() error { return f.Lock(ctx, local, phrase(t, "other")) },
+		"pass": func() error {
+			_, err := f.Pass(ctx, local, []byte{1})
+			return err
+		},
+	} {
+		if err := do(); !errors.Is(err, errLocked) {
+			t.Errorf("%s while locked: %v", what, err)
+		}
+	}
+	if err := f.Unlock(ctx, local, phrase(t, "sesame!")); !errors.Is(err, errWrongPhrase) {
+		t.Errorf("wrong passphrase: %v", err)
+	}
+	f.wantList(t)
+	if err := f.Unlock(ctx, local, phrase(t, "sesame")); err != nil {
+		t.Fatal(err)
+	}
+	f.wantList(t, k.uri, "file")
+	if _, err := f.Sign(ctx, local, SignRequest{Key: wireOf(k)}); err != nil {
+		t.Error(err)
+	}
+}
+
+// Each wrong passphrase makes the next try wait longer, ten seconds at most,
+// and no try goes past another one.
+func TestUnlockDelay(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		f := newFixture(Options{})
+		if err := f.Lock(t.Context(), local, phrase(t, "sesame")); err != nil {
+			t.Fatal(err)
+		}
+		wrong, right := phrase(t, "wrong"), phrase(t, "sesame")
+		for n := range 120 {
+			began := time.Now()
+			if err := f.Unlock(t.Context(), local, wrong); !errors.Is(err, errWrongPhrase) {
+				t.Fatal(err)
+			}
+			if got, want := time.Since(began), min(time.Duration(n)*100*time.Millisecond, 10*time.Second); got != want {
+				t.Fatalf("try %d took %v, want %v", n+1, got, want)
+			}
+		}
+		// Many at once are no faster, and one that hangs up waits no longer.
+		ends := make(chan error)
+		began := time.Now()
+		for range 5 {
+			go func() { ends <- f.Unlock(t.Context(), local, wrong) }()
+		}
+		ctx, cancel := context.WithCancel(t.Context())
+		gone := make(chan error, 1)
+		go func() { gone <- f.Unlock(ctx, local, wrong) }()
+		synctest.Wait()
+		cancel()
+		if err := <-gone; !errors.Is(err, context.Canceled) || time.Since(began) != 0 {
+			t.Errorf("hung up: %v after %v", err, time.Since(began))
+		}
+		for range 5 {
+			<-ends
+		}
+		if got := time.Since(began); got != 50*time.Second {
+			t.Errorf("five tries took %v", got)
+		}
+		if err := f.Unlock(t.Context(), local, right); err != nil {
+			t.Error(err)
+		}
+		// It begins anew.
+		if err := f.Lock(t.Context(), local, right); err != nil {
+			t.Fatal(err)
+		}
+		began = time.Now()
+		_ = f.Unlock(t.Context(), local, wrong)
+		_ = f.Unlock(t.Context(), local, wrong)
+		if got := time.Since(began); got != 100*time.Millisecond {
+			t.Errorf("two tries took %v", got)
+		}
+	})
+}
+
+// A signature that waits for a person when the agent is locked fails.
+func TestLockEndsSignatures(t *testing.T) {
+	k := edKey("pkcs11:token=a")
+	waits := make(chan struct{})
+	f := newFixture(Options{Confirm: confirmFunc(func(ctx context.Context) (bool, error) {
+		close(waits)
+		<-ctx.Done()
+		return false, ctx.Err()
+	})}, k)
+	f.add(t, "pkcs11:token=a", Constraints{Confirm: true})
+	end := make(chan error, 1)
+	go func() {
+		_, err := f.Sign(t.Context(), local, SignRequest{Key: wireOf(k)})
+		end <- err
+	}()
+	<-waits
+	if err := f.Lock(t.Context(), local, phrase(t, "sesame")); err != nil {
+		t.Fatal(err)
+	}
+	if err := <-end; !errors.Is(err, errLocked) {
+		t.Errorf("got %v", err)
+	}
+}
+
+type confirmFunc func(context.Context) (bool, error)
+
+func (f confirmFunc) Confirm(ctx context.Context, _, _ string) (bool, error) { return f(ctx) }

@@ -1,0 +1,178 @@
+package agent
+
+import (
+	"bytes"
+	"errors"
+	"fmt"
+	"slices"
+
+	"golang.org/x/crypto/ssh"
+)
+
+var (
+	errBindFailed  = errors.New("its connection could not be bound to its session, and the key is limited to destinations")
+	errUnbound     = errors.New("the key is limited to destinations, and its connection is bound to no session (OpenSSH older than 8.9?)")
+	errNoLogin     = errors.New("the key is limited to destinations, and this is no request to log in with it")
+	errElsewhere   = errors.New("the key may not be used there")
+	errOtherHost   = errors.New("the request is for another session or host than its connection is bound to")
+	errForwardUse  = errors.New("the last session that its connection is bound to is for forwarding, not for logging in")
+	errUnnamedHost = errors.New("the request does not name the host, which has to be known behind a forwarded connection (OpenSSH older than 8.9?)")
+)
+
+// permits tells whether the constraints let a connection see and change the key
+// (identity_permitted in OpenSSH's ssh-agent.c, without a user).
+func (c *Constraints) permits(who *Caller) error {
+	if len(c.Destinations) == 0 {
+		return nil
+	}
+	if err := c.walk(who, nil); err != nil {
+		return err
+	}
+	// A key that may be used to log in at a host, but not from there, is not
+	// shown to it.
+	if n := len(who.Binds); n > 0 && who.Binds[n-1].Forwarding && !c.leads(who.Binds[n-1].HostKey, nil, nil) {
+		return errElsewhere
+	}
+	return nil
+}
+
+// permitsLogin tells whether the constraints let a connection sign
+// (process_sign_request2 in OpenSSH's ssh-agent.c). login is nil when the data is
+// no request to log in with this key.
+func (c *Constraints) permitsLogin(who *Caller, login *Login) error {
+	n := len(who.Binds)
+	switch {
+	case len(c.Destinations) == 0:
+		return nil
+	case n == 0 && !who.BindFailed:
+		return errUnbound
+	case login == nil:
+		return errNoLogin
+	}
+	if err := c.walk(who, &login.User); err != nil {
+		return err
+	}
+	last := who.Binds[n-1]
+	switch {
+	case !bytes.Equal(login.SessionID, last.SessionID):
+		return errOtherHost
+	case login.HostKey == nil && n > 1:
+		return errUnnamedHost
+	case login.HostKey != nil && !bytes.Equal(login.HostKey, last.HostKey.Marshal()):
+		return errOtherHost
+	}
+	return nil
+}
+
+// walk follows the sessions from hop to hop. user is that of the last one; nil:
+// nobody logs in.
+func (c *Constraints) walk(who *Caller, user *string) error {
+	if len(who.Binds) == 0 {
+		if who.BindFailed {
+			return errBindFailed
+		}
+		return nil // used where the agent runs
+	}
+	var from ssh.PublicKey
+	for i, b := range who.Binds {
+		var test *string
+		if i == len(who.Binds)-1 {
+			if b.Forwarding && user != nil {
+				return errForwardUse
+			}
+			test = user
+		}
+		if !c.leads(from, b.HostKey, test) {
+			return errElsewhere
+		}
+		from = b.HostKey
+	}
+	return nil
+}
+
+// leads tells whether a destination goes from one host to another. from is nil
+// where the agent runs; to is nil for any host, user for any user.
+func (c *Constraints) leads(from, to ssh.PublicKey, user *string) bool {
+	return slices.ContainsFunc(c.Destinations, func(d Destination) bool {
+		switch {
+		case from == nil && (d.From.Host != "" || len(d.From.Keys) > 0):
+		case from != nil && !d.From.is(from):
+		case to != nil && !d.To.is(to):
+		case user != nil && d.To.User != "" && !wildcard(d.To.User, *user):
+		default:
+			return true
+		}
+		return false
+	})
+}
+
+// is tells whether a host with this key is meant.
+func (h *Hop) is(key ssh.PublicKey) bool {
+	cert, certified := key.(*ssh.Certificate)
+	wire := key.Marshal()
+	return slices.ContainsFunc(h.Keys, func(k HostKey) bool {
+		if !certified || !k.CA {
+			return !certified && !k.CA && bytes.Equal(wire, k.Key.Marshal())
+		}
+		return bytes.Equal(cert.SignatureKey.Marshal(), k.Key.Marshal()) && certifies(cert, h.Host) == nil
+	})
+}
+
+// certifies checks the certificate of a host with a name, as ssh does: its
+// principals may be patterns.
+func certifies(cert *ssh.Certificate, host string) error {
+	principal := ""
+	if len(cert.ValidPrincipals) > 0 {
+		i := slices.IndexFunc(cert.ValidPrincipals, func(p string) bool { return wildcard(p, host) })
+		if i < 0 {
+			return fmt.Errorf("the certificate is not for %q", host)
+		}
+		principal = cert.ValidPrincipals[i] // the checker knows no patterns
+	}
+	if cert.CertType != ssh.HostCert {
+		return errors.New("it is no certificate of a host")
+	}
+	return new(ssh.CertChecker).CheckCert(principal, cert)
+}
+
+// wildcard tells whether s is what pattern says, in which * stands for any
+// characters and ? for one (PATTERNS in ssh_config(5)). It takes time in
+// proportion to the product of both lengths.
+func wildcard(pattern, s string) bool {
+	star, mark := -1, 0
+	p, i := 0, 0
+	for i < len(s) {
+		switch {
+		case p < len(pattern) && pattern[p] == '*':
+			star, mark = p, i
+			p++
+		case p < len(pattern) && (pattern[p] == '?' || pattern[p] == s[i]):
+			p++
+			i++
+		case star >= 0:
+			mark++
+			p, i = star+1, mark
+		default:
+			return false
+		}
+	}
+	for p < len(pattern) && pattern[p] == '*' {
+		p++
+	}
+	return p == len(pattern)
+}
+
+// looser tells whether c permits what old does not.
+func (c *Constraints) looser(old *Constraints) bool {
+	return old.Confirm && !c.Confirm ||
+		old.Lifetime > 0 && (c.Lifetime == 0 || c.Lifetime > old.Lifetime) ||
+		len(old.Destinations) > 0 && !slices.EqualFunc(c.Destinations, old.Destinations, Destination.equal)
+}
+
+func (d Destination) equal(o Destination) bool { return d.From.equal(o.From) && d.To.equal(o.To) }
+
+func (h Hop) equal(o Hop) bool {
+	return h.User == o.User && h.Host == o.Host && slices.EqualFunc(h.Keys, o.Keys, func(a, b HostKey) bool {
+		return a.CA == b.CA && bytes.Equal(a.Key.Marshal(), b.Key.Marshal())
+	})
+}

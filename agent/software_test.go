@@ -1,0 +1,243 @@
+package agent
+
+import (
+	"context"
+	"crypto/rand"
+	"errors"
+	"slices"
+	"strings"
+	"testing"
+
+	"golang.org/x/crypto/ssh"
+)
+
+func TestSoftwareKeys(t *testing.T) {
+	k, other, ca := newTestKey(t), newTestKey(t), newTestKey(t)
+	cert := k.certificate(t, ca, ssh.UserCert, nil)
+	f := newFixture(Options{SoftwareKeys: true}, edKey("pkcs11:token=a"))
+	ctx := t.Context()
+	for _, r := range []KeyRequest{k.request(Constraints{}), {Private: k.private, Public: cert, Comment: "certified"}, other.request(Constraints{})} {
+		if err := f.Add(ctx, forwarded, r); err != nil { // as ssh-agent lets
+			t.Fatal(err)
+		}
+	}
+	f.wantList(t, "pkcs11:token=a", "file", "certified", "file")
+	for _, key := range []ssh.PublicKey{k.public, cert} {
+		sig, err := f.Sign(ctx, local, SignRequest{Key: key.Marshal(), Data: []byte("data")})
+		if err != nil {
+			t.Fatal(err)
+		}
+		if err := k.public.Verify([]byte("data"), sig); err != nil || sig.Format != ssh.KeyAlgoED25519 {
+			t.Errorf("%s, %v", sig.Format, err)
+		}
+	}
+	// Again: in its place, with another name.
+	again := k.request(Constraints{})
+	again.Comment = "again"
+	if err := f.Add(ctx, local, again); err != nil {
+		t.Fatal(err)
+	}
+	f.wantList(t, "pkcs11:token=a", "again", "certified", "file")
+	if err := f.Remove(ctx, local, k.public.Marshal()); err != nil {
+		t.Fatal(err)
+	}
+	f.wantList(t, "pkcs11:token=a", "certified", "file")
+	if err := f.RemoveAll(ctx, local); err != nil {
+		t.Fatal(err)
+	}
+	f.wantList(t)
+	if _, err := f.Sign(ctx, local, SignRequest{Key: cert.Marshal()}); !errors.Is(err, errUnknownKey) {
+		t.Errorf("a removed key: %v", err)
+	}
+}
+
+func TestSoftwareKeyRefusals(t *testing.T) {
+	k, other, ca := newTestKey(t), newTestKey(t), newTestKey(t)
+	mixed := k.request(Constraints{})
+	mixed.Public = other.public
+	for name, test := range map[string]struct {
+		off     bool
+		request KeyRequest
+	}{
+		"switched off":                {true, k.request(Constraints{})},
+		"halves of different keys":    {false, mixed},
+		"certificate of another key":  {false, KeyRequest{Private: k.private, Public: other.certificate(t, ca, ssh.UserCert, nil)}},
+		"with certificates":           {false, k.request(Constraints{Certificates: []*ssh.Certificate{k.certificate(t, ca, ssh.UserCert, nil)}})},
+		"with certificates, and only": {false, k.request(Constraints{CertificatesOnly: true})},
+	} {
+		t.Run(name, func(t *testing.T) {
+			f := newFixture(Options{SoftwareKeys: !test.off})
+			if err := f.Add(t.Context(), local, test.request); err == nil || !strings.Contains(f.log.String(), "request refused") {
+				t.Errorf("%v, the log has %s", err, f.log)
+			}
+			f.wantList(t)
+		})
+	}
+	f := newFixture(Options{SoftwareKeys: true})
+	f.Keyring.opts.Confirm = nil
+	if err := f.Add(t.Context(), local, k.request(Constraints{Confirm: true})); !errors.Is(err, errNobody) {
+		t.Errorf("nobody to ask: %v", err)
+	}
+}
+
+func TestHowMuchCanBeAdded(t *testing.T) {
+	f := newFixture(Options{SoftwareKeys: true, Automatic: []Selection{}}, edKey("pkcs11:token=a"))
+	f.Keyring.software = slices.Repeat([]*softwareKey{{}}, maxSoftwareKeys)
+	if err := f.Keyring.add(local, newTestKey(t).request(Constraints{}), "x"); !errors.Is(err, errTooMany) {
+		t.Errorf("keys in memory: %v", err)
+	}
+	f.Keyring.software = nil
+	for range maxAdditions + 1 { // under the same name it is no more
+		f.add(t, "pkcs11:token=a", Constraints{})
+	}
+	f.Keyring.added = slices.Repeat([]*addition{{selection: prefix("other")}}, maxAdditions)
+	if err := f.AddToken(t.Context(), local, TokenRequest{Provider: []byte("pkcs11:token=a")}); !errors.Is(err, errTooMany) {
+		t.Errorf("tokens: %v", err)
+	}
+}
+
+// The same key on a token and in memory: one identity, which signs while the
+// token is away, and keeps whatever limits either.
+func TestSoftwareKeyOfToken(t *testing.T) {
+	k := newTestKey(t)
+	token := &fakeKey{Signer: k.private, uri: "pkcs11:token=a", insertions: 1}
+	f := newFixture(Options{SoftwareKeys: true}, token)
+	if err := f.Add(t.Context(), local, k.request(Constraints{Confirm: true})); err != nil {
+		t.Fatal(err)
+	}
+	f.wantList(t, token.uri)
+	sign := func() error {
+		_, err := f.Sign(t.Context(), local, SignRequest{Key: k.public.Marshal()})
+		return err
+	}
+	if err := sign(); !errors.Is(err, errDeclined) {
+		t.Errorf("got %v", err)
+	}
+	f.confirm.answer = true
+	if err := sign(); err != nil || token.signed != 1 {
+		t.Errorf("%v, %d signatures of the token", err, token.signed)
+	}
+	token.absent = true
+	if err := sign(); err != nil || token.signed != 1 {
+		t.Errorf("%v, %d signatures of the token", err, token.signed)
+	}
+	token.absent, token.err = false, errors.New("declined")
+	if err := sign(); err == nil {
+		t.Error("what was declined on the token was signed in memory")
+	}
+}
+
+// fakeUpstream is another agent.
+type fakeUpstream struct {
+	name    string
+	keys    []testKey
+	err     error
+	removed [][]byte
+	passed  [][]byte
+	refuse  bool
+}
+
+func (u *fakeUpstream) Name() string { return u.name }
+
+func (u *fakeUpstream) List(context.Context, *Caller) (all []Identity, err error) {
+	for _, k := range u.keys {
+		all = append(all, Identity{Key: k.public, Comment: u.name})
+	}
+	return all, u.err
+}
+
+func (u *fakeUpstream) Sign(_ context.Context, _ *Caller, r SignRequest) (*ssh.Signature, error) {
+	for _, k := range u.keys {
+		if string(k.public.Marshal()) == string(r.Key) {
+			return k.signer.Sign(rand.Reader, r.Data)
+		}
+	}
+	return nil, errors.New("refused")
+}
+
+func (u *fakeUpstream) Remove(_ context.Context, _ *Caller, key []byte) error {
+	u.removed = append(u.removed, key)
+	return nil
+}
+
+func (u *fakeUpstream) Pass(_ context.Context, _ *Caller, message []byte) ([]byte, error) {
+	if u.refuse {
+		return nil, errors.New("refused")
+	}
+	u.passed = append(u.passed, message)
+	return []byte(u.name), nil
+}
+
+func TestUpstream(t *testing.T) {
+	own, a, b := newTestKey(t), newTestKey(t), newTestKey(t)
+	token := &fakeKey{Signer: own.private, uri: "pkcs11:token=a", insertions: 1}
+	dead := &fakeUpstream{name: "dead", err: errors.New("connection refused")}
+	one := &fakeUpstream{name: "one", keys: []testKey{own, a}, refuse: true}
+	two := &fakeUpstream{name: "two", keys: []testKey{a, b}}
+	f := newFixture(Options{Upstreams: []Upstream{dead, one, two}}, token)
+	for range 3 {
+		f.wantList(t, token.uri, "one", "two")
+	}
+	if n := strings.Count(f.log.String(), "connection refused"); n != 1 {
+		t.Errorf("%d lines about the dead agent:\n%s", n, f.log)
+	}
+	dead.err = nil
+	f.wantList(t, token.uri, "one", "two")
+	if !strings.Contains(f.log.String(), "can be used again") {
+		t.Errorf("the log has %s", f.log)
+	}
+	for _, k := range []testKey{own, a, b} {
+		f.Keyring.origins = nil // without a list before
+		sig, err := f.Sign(t.Context(), local, SignRequest{Key: k.public.Marshal(), Data: []byte("data")})
+		if err != nil {
+			t.Fatal(err)
+		}
+		if err := k.public.Verify([]byte("data"), sig); err != nil {
+			t.Error(err)
+		}
+	}
+	if token.signed != 1 {
+		t.Errorf("%d signatures of the token", token.signed)
+	}
+	if _, err := f.Sign(t.Context(), local, SignRequest{Key: newTestKey(t).public.Marshal()}); !errors.Is(err, errUnknownKey) {
+		t.Errorf("a key nobody has: %v", err)
+	}
+	if err := f.Remove(t.Context(), local, b.public.Marshal()); err != nil || len(two.removed) != 1 {
+		t.Errorf("remove: %v, %d", err, len(two.removed))
+	}
+	answer, err := f.Pass(t.Context(), local, []byte("message"))
+	if err != nil || len(dead.passed) != 1 || string(answer) != "dead" {
+		t.Errorf("pass: %q, %v", answer, err)
+	}
+	dead.refuse = true
+	if answer, err := f.Pass(t.Context(), local, []byte("message")); err != nil || string(answer) != "two" {
+		t.Errorf("pass: %q, %v", answer, err)
+	}
+	two.refuse = true
+	if _, err := f.Pass(t.Context(), local, []byte("message")); err == nil {
+		t.Error("a message that all refuse was answered")
+	}
+
+	// A socket for some keys shows none of theirs; one that asks, asks for theirs.
+	some := &Caller{Socket: &Socket{Only: []Selection{prefix("pkcs11:")}}}
+	if ids, err := f.List(t.Context(), some); err != nil || len(ids) != 1 {
+		t.Errorf("%d keys, %v", len(ids), err)
+	}
+	if _, err := f.Sign(t.Context(), some, SignRequest{Key: a.public.Marshal()}); !errors.Is(err, errUnknownKey) {
+		t.Errorf("got %v", err)
+	}
+	asks := &Caller{Socket: &Socket{Confirm: true}}
+	if _, err := f.Sign(t.Context(), asks, SignRequest{Key: a.public.Marshal()}); !errors.Is(err, errDeclined) {
+		t.Errorf("got %v", err)
+	}
+	// While locked, there is nobody.
+	if err := f.Lock(t.Context(), local, phrase(t, "x")); err != nil {
+		t.Fatal(err)
+	}
+	f.wantList(t)
+
+	f = newFixture(Options{})
+	if _, err := f.Pass(t.Context(), local, []byte("message")); !errors.Is(err, ErrNotPassed) {
+		t.Errorf("without any: %v", err)
+	}
+}

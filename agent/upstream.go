@@ -1,0 +1,139 @@
+package agent
+
+import (
+	"context"
+	"errors"
+	"slices"
+	"sync"
+
+	"golang.org/x/crypto/ssh"
+)
+
+// upstreams returns those that a connection may reach.
+func (k *Keyring) upstreams(c *Caller) []Upstream {
+	if c.Socket != nil && c.Socket.Only != nil {
+		return nil
+	}
+	return k.opts.Upstreams
+}
+
+// listUpstreams lists the identities of upstream agents, of each that answers at
+// once.
+func (k *Keyring) listUpstreams(ctx context.Context, c *Caller) []Identity {
+	ups := k.upstreams(c)
+	if len(ups) == 0 {
+		return nil
+	}
+	lists := make([][]Identity, len(ups))
+	errs := make([]error, len(ups))
+	var all sync.WaitGroup
+	for i, u := range ups {
+		all.Go(func() { lists[i], errs[i] = u.List(ctx, c) })
+	}
+	all.Wait()
+	origins := make(map[string]Upstream)
+	var merged []Identity
+	for i, u := range ups {
+		k.trouble(ctx, u, errs[i])
+		for _, id := range lists[i] {
+			wire := string(id.Key.Marshal())
+			if origins[wire] == nil {
+				origins[wire] = u
+				merged = append(merged, id)
+			}
+		}
+	}
+	k.mu.Lock()
+	defer k.mu.Unlock()
+	k.origins = origins
+	return merged
+}
+
+// trouble logs what is wrong with an upstream agent, once until it changes.
+func (k *Keyring) trouble(ctx context.Context, u Upstream, err error) {
+	if ctx.Err() != nil {
+		return // the client has gone
+	}
+	text := ""
+	if err != nil {
+		text = err.Error()
+	}
+	k.mu.Lock()
+	old := k.troubles[u.Name()]
+	k.troubles[u.Name()] = text
+	k.mu.Unlock()
+	switch {
+	case text == old:
+	case err != nil:
+		k.log.Warn("upstream agent cannot be used", "upstream", u.Name(), "reason", err)
+	default:
+		k.log.Info("upstream agent can be used again", "upstream", u.Name())
+	}
+}
+
+// upstreamOf returns the upstream agent that has a key, or nil.
+func (k *Keyring) upstreamOf(ctx context.Context, c *Caller, key []byte) Upstream {
+	ups := k.upstreams(c)
+	if len(ups) == 0 {
+		return nil
+	}
+	origin := func() Upstream {
+		k.mu.Lock()
+		defer k.mu.Unlock()
+		return k.origins[string(key)]
+	}
+	if u := origin(); u != nil {
+		return u
+	}
+	k.listUpstreams(ctx, c)
+	return origin()
+}
+
+// signUpstream has an upstream agent sign.
+func (k *Keyring) signUpstream(ctx context.Context, c *Caller, r SignRequest) (*ssh.Signature, error) {
+	var sig *ssh.Signature
+	err := errUnknownKey
+	if u := k.upstreamOf(ctx, c, r.Key); u != nil {
+		if err = k.confirmUpstream(ctx, c, u, r.Key); err == nil {
+			sig, err = u.Sign(ctx, c, r)
+		}
+	}
+	if err != nil {
+		k.refused(c, "sign", describe(r.Key), err)
+		return nil, err
+	}
+	return sig, nil
+}
+
+func (k *Keyring) confirmUpstream(ctx context.Context, c *Caller, u Upstream, key []byte) error {
+	pub, err := ssh.ParsePublicKey(key)
+	if err != nil {
+		return err
+	}
+	return k.confirm(ctx, c, false, "a key of the agent at "+u.Name(), pub)
+}
+
+// Pass hands a message that the door does not know on to the upstream agents and
+// returns the first answer that is no refusal.
+func (k *Keyring) Pass(ctx context.Context, c *Caller, message []byte) ([]byte, error) {
+	ctx, done, err := k.lock.enter(ctx)
+	if err != nil {
+		return nil, err
+	}
+	defer done()
+	if err := c.mayChange(); err != nil {
+		return nil, err
+	}
+	all := []error{}
+	for _, u := range slices.Clone(k.upstreams(c)) {
+		answer, err := u.Pass(ctx, c, message)
+		if err == nil {
+			return answer, nil
+		}
+		all = append(all, err)
+	}
+	if len(all) == 0 {
+		return nil, ErrNotPassed
+	}
+	return nil, errors.Join(all...)
+}
