@@ -67,7 +67,7 @@ fuzz: ## run each fuzz target for FUZZTIME
 	[ -n "$$targets" ] || { echo "no fuzz target found"; exit 1; }; \
 	while read -r package target; do \
 		echo "$$package $$target"; \
-		go test -run '^$$' -fuzz "^$$target\$$" -fuzztime $(FUZZTIME) "$$package" </dev/null; \
+		go test -run '^$$' -fuzz "^$$target\$$" -fuzztime $(FUZZTIME) -fuzzminimizetime 10x "$$package" </dev/null; \
 	done <<<"$$targets"
 
 bench: ## run the benchmarks that match BENCH

@@ -34,7 +34,7 @@ var (
 	errHungUp     = errors.New("the client hung up")
 )
 
-// A Key is a private key on a token.
+// A Key is a private key on a token. Two of them are compared with ==.
 type Key interface {
 	// Public is comparable by its Equal method, as keys of the standard library
 	// are.

@@ -12,6 +12,7 @@ import (
 	"os/signal"
 	"path/filepath"
 	"runtime/debug"
+	"slices"
 	"strconv"
 	"strings"
 	"sync"
@@ -258,6 +259,25 @@ func listenNamed(c *config) (all []listener, rules []*agent.Socket, err error) {
 	return all, rules, nil
 }
 
+// isOwn tells whether a path leads to one of the listeners.
+func isOwn(path string, listeners []listener) bool {
+	st, err := os.Stat(path)
+	if err != nil {
+		return false // nobody is there now
+	}
+	return slices.ContainsFunc(listeners, func(l listener) bool {
+		var own string
+		switch l := l.(type) {
+		case *sshagent.Socket:
+			own = l.Path()
+		case *net.UnixListener:
+			own = l.Addr().String()
+		}
+		ownSt, err := os.Stat(own)
+		return err == nil && os.SameFile(st, ownSt)
+	})
+}
+
 // catchSignals makes ctx end with one of these signals, and keeps SIGHUP for
 // serve. It is called before anybody learns where the agent is: from then on a
 // signal may come at any time, and must not end the agent with its socket left.
@@ -319,6 +339,10 @@ func (s *service) serve(ctx context.Context, listeners []listener) error {
 	}
 	var upstreams []agent.Upstream
 	for _, path := range c.Upstream {
+		if isOwn(path, listeners) {
+			closeAll()
+			return fmt.Errorf("upstream: %s is a socket of this agent, which would ask itself for ever", path)
+		}
 		u := sshagent.NewUpstream(path)
 		defer u.Close()
 		upstreams = append(upstreams, u)
