@@ -200,10 +200,14 @@ func pair(objects []wire.Object, token wire.TokenID, hidden bool, skip func(o wi
 }
 
 // isAttestation tells whether a key only ever signs statements of the token
-// about its other keys.
+// about its other keys. Labels of certificates count where there is nothing else:
+// what a YubiKey states of a key has the ID of that key in libykcs11, and a label
+// that says attestation.
 func isAttestation(f *found, token wire.TokenID) bool {
-	for _, l := range f.labels {
-		if strings.Contains(strings.ToLower(l), "attestation") {
+	isKey := func(class uint64) bool { return class != wire.CKOCertificate }
+	keyed := slices.ContainsFunc(f.classes, isKey)
+	for i, l := range f.labels {
+		if (isKey(f.classes[i]) || !keyed) && strings.Contains(strings.ToLower(l), "attestation") {
 			return true
 		}
 	}

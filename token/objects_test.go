@@ -418,8 +418,19 @@ func pairTests() []pairTest {
 		},
 		{
 			name:    "attestation key by label",
-			objects: []wire.Object{private(k.rsa, "1", "one"), cert(k.rsa, login, "1", "X.509 Certificate for PIV Attestation")},
-			want:    []summary{{id: "1", label: "one", key: "rsa", visible: true, certs: 1, unfit: "attestation"}},
+			objects: []wire.Object{private(k.rsa, "1", "Private key for PIV Attestation")},
+			want:    []summary{{id: "1", label: "Private key for PIV Attestation", key: "rsa", visible: true, unfit: "attestation"}},
+		},
+		{
+			name:    "attestation key by the label of its certificate alone",
+			objects: []wire.Object{cert(k.rsa, login, "1", "X.509 Certificate for PIV Attestation")},
+			hidden:  true,
+			want:    []summary{{id: "1", label: "X.509 Certificate for PIV Attestation", key: "rsa", certs: 1, unfit: "attestation"}},
+		},
+		{
+			name:    "key with a statement of a YubiKey about it",
+			objects: []wire.Object{private(k.rsa, "1", "one"), cert(k.rsa, login, "1", "X.509 Certificate for PIV Attestation 9a")},
+			want:    []summary{{id: "1", label: "one", key: "rsa", visible: true, certs: 1}},
 		},
 		{
 			name:    "attestation key by slot",
@@ -892,8 +903,10 @@ func TestObjectsAttestation(t *testing.T) {
 		{"longer ID", found{id: []byte{0x19, 0}}, yubico, false},
 		{"no ID", found{}, yubico, false},
 		{"slot of another maker", found{id: []byte{0x19}}, "piv_II", false},
-		{"label", found{labels: []string{"", "PIV ATTESTATION"}}, "piv_II", true},
-		{"other labels", found{labels: []string{"test", "attest"}}, "piv_II", false},
+		{"label", found{labels: []string{"", "PIV ATTESTATION"}, classes: []uint64{wire.CKOPublicKey, wire.CKOPrivateKey}}, "piv_II", true},
+		{"label of a lone certificate", found{labels: []string{"PIV Attestation"}, classes: []uint64{wire.CKOCertificate}}, "piv_II", true},
+		{"label of a certificate beside a key", found{labels: []string{"PIV Attestation", "x"}, classes: []uint64{wire.CKOCertificate, wire.CKOPublicKey}}, "piv_II", false},
+		{"other labels", found{labels: []string{"test", "attest"}, classes: []uint64{wire.CKOPublicKey, wire.CKOPrivateKey}}, "piv_II", false},
 	}
 	for _, tt := range tests {
 		t.Run(tt.name, func(t *testing.T) {

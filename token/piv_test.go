@@ -1,0 +1,207 @@
+package token_test
+
+import (
+	"crypto/x509"
+	"errors"
+	"fmt"
+	"strings"
+	"testing"
+
+	"p11-agent/token"
+	"p11-agent/token/tokentest"
+	"p11-agent/token/tokentest/pivcard"
+)
+
+// pivPIN is one that the card takes and that does not show in a log by chance.
+const pivPIN = "Q4829-3"
+
+// TestPIV runs the suite on a smart card behind the whole stack of PC/SC, which
+// is real but for the card.
+func TestPIV(t *testing.T) {
+	// Keys that are asked for a PIN once, and that may sign. With a PIN-always key
+	// beside them OpenSC keeps no PIN, so it heals less by itself.
+	keys := map[pivcard.Ref]pivcard.Key{
+		pivcard.Authentication: {Algorithm: pivcard.P256},
+		pivcard.KeyManagement:  {Algorithm: pivcard.RSA2048, Usage: x509.KeyUsageDigitalSignature},
+		pivcard.Retired:        {Algorithm: pivcard.P384, Usage: x509.KeyUsageDigitalSignature},
+	}
+	tests := []struct {
+		name, module string
+		always       bool
+		yubiKey      bool
+		imported     bool // else libykcs11 shows, with a key's ID, what the card attests of it
+	}{
+		{"OpenSC", "opensc-pkcs11.so", false, false, false},
+		{"OpenSCWithPINAlways", "opensc-pkcs11.so", true, false, false},
+		{"OpenSCYubiKey", "opensc-pkcs11.so", true, true, false},
+		{"Yubico", "libykcs11.so*", true, true, true},
+		{"YubicoGenerated", "libykcs11.so*", true, true, false},
+	}
+	for _, tt := range tests {
+		t.Run(tt.name, func(t *testing.T) {
+			module := tokentest.Module(t, tt.module)
+			p := tokentest.StartPCSCD(t, "Yubico Virtual")
+			o := pivcard.Options{Name: "piv", PIN: pivPIN, Keys: make(map[pivcard.Ref]pivcard.Key), YubiKey: tt.yubiKey}
+			for ref, k := range keys {
+				k.Imported = tt.imported
+				o.Keys[ref] = k
+			}
+			if tt.always {
+				o.Keys[pivcard.Signature] = pivcard.Key{}
+			}
+			card := tokentest.NewCard(t, o)
+			p.Insert(0, card)
+			s := tokentest.Subject{
+				Spec: realSpec("piv", module, p.Env()...), Command: self, Token: "piv", PIN: pivPIN,
+				Keys:  map[string]byte{tokentest.P256: 1, tokentest.RSA2048: 3, tokentest.P384: 5},
+				Wrong: func() int { return card.Counts().Wrong },
+			}
+			if strings.HasPrefix(tt.name, "Yubico") {
+				s.Token = fmt.Sprintf("YubiKey PIV #%d", card.Serial())
+			}
+			tokentest.Run(t, func(*testing.T) tokentest.Subject { return s })
+		})
+	}
+}
+
+// TestPIVHeals has the world change under a Store that is logged in. The next
+// signature is made, and a person is asked once more at the most.
+func TestPIVHeals(t *testing.T) {
+	again := func(t *testing.T, c *pivcard.Card, change func()) {
+		t.Helper()
+		before := c.Counts().PowerUps
+		change()
+		tokentest.Until(t, "the card is found again", func() bool { return c.Counts().PowerUps > before })
+	}
+	tests := []struct {
+		name   string
+		change func(t *testing.T, p *tokentest.PCSCD, c *pivcard.Card, s *token.Store)
+	}{
+		{"CardOutAndBack", func(_ *testing.T, p *tokentest.PCSCD, c *pivcard.Card, _ *token.Store) {
+			p.Remove(0)
+			p.Insert(0, c)
+		}},
+		{"CardSeenOutAndBack", func(t *testing.T, p *tokentest.PCSCD, c *pivcard.Card, s *token.Store) {
+			p.Remove(0)
+			tokentest.Keys(t, s, 0)
+			p.Insert(0, c)
+		}},
+		{"CardInTheOtherSlot", func(_ *testing.T, p *tokentest.PCSCD, c *pivcard.Card, _ *token.Store) {
+			p.Remove(0)
+			p.Insert(1, c)
+		}},
+		{"PCSCDRestarted", func(t *testing.T, p *tokentest.PCSCD, c *pivcard.Card, _ *token.Store) {
+			again(t, c, p.Restart)
+		}},
+		{"PCSCDKilled", func(t *testing.T, p *tokentest.PCSCD, c *pivcard.Card, _ *token.Store) {
+			again(t, c, func() {
+				p.Kill()
+				p.Start()
+			})
+		}},
+		{"CardReset", func(_ *testing.T, _ *tokentest.PCSCD, c *pivcard.Card, _ *token.Store) { c.Reset() }},
+		{"ErrorOfTheCard", func(_ *testing.T, _ *tokentest.PCSCD, c *pivcard.Card, _ *token.Store) {
+			c.Inject(pivcard.Fault{INS: pivcard.GeneralAuthenticate, SW: 0x6F00})
+		}},
+	}
+	for _, tt := range tests {
+		for _, always := range []bool{false, true} { // OpenSC keeps no PIN beside a PIN-always key
+			t.Run(fmt.Sprintf("%s/PINAlways=%v", tt.name, always), func(t *testing.T) {
+				o := pivcard.Options{Name: "piv", PIN: pivPIN, Keys: map[pivcard.Ref]pivcard.Key{pivcard.Authentication: {}}}
+				if always {
+					o.Keys[pivcard.Signature] = pivcard.Key{}
+				}
+				p, c, person, s := pivStore(t, o)
+				k := tokentest.Key(t, s, "piv", 1)
+				noError(t, tokentest.Sign(t.Context(), k))
+				idle(t, s)
+				tt.change(t, p, c, s)
+				if err := tokentest.Sign(t.Context(), k); err != nil {
+					t.Fatalf("the next signature: %v", err)
+				}
+				if n := person.Prompts(); n > 2 {
+					t.Errorf("%d prompts, want no more than 2", n)
+				}
+				want(t, "wrong PINs", c.Counts().Wrong, 0)
+			})
+		}
+	}
+}
+
+// idle waits until a Store does nothing with the card. It looks at it behind a
+// signature that had to log in, and OpenSC 0.23 may not survive that a card is
+// pulled just then: see tokentest.PCSCD.Remove.
+func idle(t *testing.T, s *token.Store) {
+	t.Helper()
+	noError(t, s.Rescan(t.Context()))
+}
+
+// pivStore is a Store that sees one card by OpenSC, and the person it asks.
+func pivStore(t *testing.T, o pivcard.Options) (*tokentest.PCSCD, *pivcard.Card, *tokentest.Person, *token.Store) {
+	t.Helper()
+	module := tokentest.Module(t, "opensc-pkcs11.so")
+	p := tokentest.StartPCSCD(t)
+	c := tokentest.NewCard(t, o)
+	p.Insert(0, c)
+	person := &tokentest.Person{Always: pivPIN}
+	return p, c, person, tokentest.Store(t, token.Options{
+		Modules: []token.ModuleSpec{realSpec("opensc", module, p.Env()...)}, Command: self, PINs: person,
+	}, pivPIN)
+}
+
+// TestPIVPolicies has each place of a card ask for the PIN as often as it must.
+func TestPIVPolicies(t *testing.T) {
+	_, c, person, s := pivStore(t, pivcard.Options{Name: "piv", PIN: pivPIN})
+	sign := func(id byte, prompts int) {
+		t.Helper()
+		before := person.Prompts()
+		if err := tokentest.Sign(t.Context(), tokentest.Key(t, s, "piv", id)); err != nil {
+			t.Errorf("key %d: %v", id, err)
+		}
+		want(t, fmt.Sprintf("prompts for key %d", id), person.Prompts()-before, prompts)
+	}
+	sign(4, 0) // CardAuthentication
+	want(t, "PINs given", c.Counts().Right, 0)
+	sign(1, 1) // Authentication
+	sign(1, 0)
+	sign(2, 1) // Signature
+	sign(2, 1)
+	sign(1, 0)
+	if k := tokentest.Key(t, s, "piv", 3); k.Unfit() == "" {
+		t.Error("a key that derives only is fit to sign")
+	}
+	want(t, "signatures", c.Counts().Signatures, 6)
+	want(t, "wrong PINs", c.Counts().Wrong, 0)
+
+	c.Inject(pivcard.Fault{INS: pivcard.GeneralAuthenticate, Corrupt: true})
+	if err := tokentest.Sign(t.Context(), tokentest.Key(t, s, "piv", 1)); err == nil || !strings.Contains(err.Error(), "wrong signature") {
+		t.Errorf("a wrong signature is handed on: %v", err)
+	}
+}
+
+// TestPIVChangedPIN has the PIN changed by somebody else, and locked.
+func TestPIVChangedPIN(t *testing.T) {
+	p, c, person, s := pivStore(t, pivcard.Options{Name: "piv", PIN: pivPIN, Keys: map[pivcard.Ref]pivcard.Key{
+		pivcard.Authentication: {}, pivcard.Signature: {},
+	}})
+	k := tokentest.Key(t, s, "piv", 1)
+	noError(t, tokentest.Sign(t.Context(), k))
+	noError(t, c.SetPIN("111111"))
+	idle(t, s)
+	p.Remove(0)
+	p.Insert(0, c)
+	err := tokentest.Sign(t.Context(), k)
+	if e, ok := errors.AsType[*token.PINError](err); !ok || !e.Tried {
+		t.Errorf("after a change of the PIN: %v", err)
+	}
+	want(t, "wrong PINs", c.Counts().Wrong, 1)
+	c.SetTries(0)
+	prompts := person.Prompts()
+	err = tokentest.Sign(t.Context(), k)
+	if e, ok := errors.AsType[*token.PINError](err); !ok || e.Tries != token.TriesNone {
+		t.Errorf("with a locked PIN: %v", err)
+	}
+	want(t, "prompts for a locked PIN", person.Prompts(), prompts)
+	want(t, "PINs given to a locked card", c.Counts().Blocked, 0)
+	want(t, "wrong PINs", c.Counts().Wrong, 1)
+}
