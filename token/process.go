@@ -18,6 +18,7 @@ import (
 
 	"golang.org/x/sys/unix"
 
+	"p11-agent/token/registry"
 	"p11-agent/token/wire"
 )
 
@@ -90,7 +91,7 @@ func startProcess(ctx context.Context, spec ModuleSpec, argv []string, log *slog
 	}
 	cmd := exec.Command(argv[0], append(argv[1:len(argv):len(argv)], spec.Name)...)
 	cmd.Args[0] = "p11-agent" // for whoever looks at the process list
-	cmd.Env = moduleEnvironment(os.Environ(), spec.Env)
+	cmd.Env = registry.Environment(os.Environ(), spec.Env)
 	cmd.Dir = "/"
 	cmd.ExtraFiles = []*os.File{theirs} // becomes wire.FD
 	cmd.Stdout = printed                // what a module prints must not reach ours
@@ -317,33 +318,6 @@ func (p *process) ended(ctx context.Context) error {
 		err = fmt.Errorf("%w: %w", errGone, err)
 	}
 	return err
-}
-
-// moduleEnvironment is what a module may see of the agent's environment, and
-// what its configuration adds. The tunables have the C library overwrite what
-// is freed, as the PKCS#11 library copies each PIN once more.
-func moduleEnvironment(environ, extra []string) []string {
-	exact := map[string]bool{
-		"HOME": true, "PATH": true, "USER": true, "LOGNAME": true, "LANG": true, "TZ": true, "TMPDIR": true,
-		"SOFTHSM2_CONF": true, "OPENSC_CONF": true,
-	}
-	prefixes := []string{"LC_", "XDG_", "OPENSC_", "TPM2_PKCS11_", "TPM2TOOLS_", "TSS2_", "PKCS11_", "P11_KIT_", "PCSCLITE_"}
-	var env []string
-	for _, kv := range environ {
-		name, _, _ := strings.Cut(kv, "=")
-		keep := exact[name]
-		for _, p := range prefixes {
-			keep = keep || strings.HasPrefix(name, p)
-		}
-		if keep {
-			env = append(env, kv)
-		}
-	}
-	env = append(env, extra...)
-	return append(env,
-		"GLIBC_TUNABLES=glibc.malloc.perturb=165:glibc.malloc.tcache_count=0",
-		"GOTRACEBACK=none",
-	)
 }
 
 // lastLine remembers the last line that a process printed.

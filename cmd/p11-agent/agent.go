@@ -327,11 +327,7 @@ func (s *service) serve(ctx context.Context, listeners []listener) error {
 	}
 	rules = append(make([]*agent.Socket, len(listeners)), rules...)
 	listeners = append(listeners, named...)
-	b, err := openBackend(c, pins, state, s.log)
-	if err != nil {
-		closeAll()
-		return err
-	}
+	b := openBackend(c, pins, state, s.log)
 	defer b.stop()
 	var certificates *agent.CertificateDir
 	if c.Certificates != "" {

@@ -59,10 +59,7 @@ func runCheck(ctx context.Context, g *globals, out, stderr io.Writer) error {
 	for _, w := range reg.Warnings {
 		ch.bad("module configuration: %v", w)
 	}
-	b, err := openBackend(c, nil, stateDir(), newLog(stderr, slog.LevelError))
-	if err != nil {
-		return err
-	}
+	b := openBackend(c, nil, stateDir(), newLog(stderr, slog.LevelError))
 	defer b.stop()
 	ctx, cancel := context.WithTimeout(ctx, lookTimeout)
 	defer cancel()
@@ -99,6 +96,9 @@ func (c *checker) modules(b *backend) {
 		} else {
 			c.ok("module %s (%s): %s, %s", m.Name, m.Path, cmp.Or(m.Library, "works"), plural(len(m.Tokens), "token"))
 		}
+	}
+	for _, m := range b.broken {
+		c.bad("module %s is not started: %s", m.Name, m.Skip)
 	}
 	for _, m := range b.skipped {
 		c.ok("module %s is not started: %s", m.Name, m.Skip)

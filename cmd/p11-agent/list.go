@@ -120,10 +120,7 @@ func runList(ctx context.Context, g *globals, o *listOptions, args []string, out
 	if o.verbose {
 		level = slog.LevelDebug
 	}
-	b, err := openBackend(c, nil, stateDir(), newLog(stderr, level))
-	if err != nil {
-		return err
-	}
+	b := openBackend(c, nil, stateDir(), newLog(stderr, level))
 	defer b.stop()
 	ctx, cancel := context.WithTimeout(ctx, lookTimeout)
 	defer cancel()

@@ -23,6 +23,7 @@ import (
 	"golang.org/x/crypto/ssh/agent"
 	"golang.org/x/sys/unix"
 
+	"p11-agent/token/registry"
 	"p11-agent/token/tokentest"
 )
 
@@ -51,7 +52,9 @@ const patience = 30 * time.Second
 //
 // Besides those of testscript, scripts have these commands:
 //
-//	need PROGRAM...     end here if one is missing; in CI, fail
+//	need PROGRAM...     end here if one is missing; in CI, fail. Three are none: p11-kit-client.so,
+//	                    paramiko for Debian's Python with it, and userns for the right to be another
+//	                    user than root in a namespace
 //	tokens NAME...      put these SoftHSM tokens into the token directory
 //	agent [ARG...]      start an agent in the background, with SSH_AUTH_SOCK and SSH_AGENT_PID
 //	adopt [FILE]        the same for one that the script has started: FILE, or the last output, tells where
@@ -280,11 +283,25 @@ func plain(ts *testscript.TestScript, neg, ok bool, usage string) {
 func need(ts *testscript.TestScript, neg bool, args []string) {
 	plain(ts, neg, len(args) > 0, "need PROGRAM...")
 	for _, name := range args {
-		if _, err := lookPath(name); err != nil {
-			if os.Getenv("CI") == "true" {
-				ts.Fatalf("%s is not installed", name)
+		what, err := name+" is not installed", error(nil)
+		switch name {
+		case "p11-kit-client.so":
+			_, err = registry.FindClient(registry.DefaultDirs(os.LookupEnv, os.Geteuid()).ModuleDirs)
+		case "paramiko":
+			err = exec.Command("/usr/bin/python3", "-c", "import paramiko").Run()
+		case "userns":
+			what = "root may not be another user in a namespace"
+			if os.Geteuid() == 0 {
+				err = exec.Command("unshare", "--user", "--map-user=1000", "--map-group=1000", "true").Run()
 			}
-			storyOf(ts).skip(name + " is not installed")
+		default:
+			_, err = lookPath(name)
+		}
+		if err != nil {
+			if os.Getenv("CI") == "true" {
+				ts.Fatalf("%s", what)
+			}
+			storyOf(ts).skip(what)
 		}
 	}
 }

@@ -24,12 +24,16 @@ const moduleCommand = "module-process"
 
 // modules returns the modules to run: those of the configuration first, then
 // those of p11-kit's registry in its order.
-func modules(c *config, log *slog.Logger) (specs []token.ModuleSpec, bridges []*registry.Bridge, skipped []registry.Module, err error) {
+func modules(c *config, log *slog.Logger) (specs []token.ModuleSpec, bridges []*registry.Bridge, skipped, broken []registry.Module) {
 	reg := registry.Load(registry.Options{
 		Dirs: registry.DefaultDirs(os.LookupEnv, os.Geteuid()), Program: registry.Program, Log: log,
 	})
 	for _, w := range reg.Warnings {
 		log.Warn("module configuration", "problem", w.String())
+	}
+	if reg.NoUser != "" {
+		// Where it is a mistake there was a warning.
+		log.Debug("the user's own module configuration is not used", "reason", reg.NoUser)
 	}
 	settings := make(map[string]moduleConfig)
 	for _, m := range c.Modules {
@@ -61,9 +65,19 @@ func modules(c *config, log *slog.Logger) (specs []token.ModuleSpec, bridges []*
 		case m.Remote.Address != "":
 			spec.Env = append(spec.Env, "P11_KIT_SERVER_ADDRESS="+m.Remote.Address)
 		case len(m.Remote.Command) > 0:
-			b, err := registry.NewBridge(registry.BridgeOptions{Command: m.Remote.Command, Env: os.Environ(), Log: log})
+			b, err := registry.NewBridge(registry.BridgeOptions{
+				Command: m.Remote.Command,
+				Env:     registry.Environment(os.Environ(), set.environ()),
+				Log:     log.With("module", m.Name),
+			})
 			if err != nil {
-				return nil, bridges, nil, err
+				// As with every module, the others are none the worse for it. It
+				// is not started: without an address it would connect to whatever
+				// server this user has.
+				log.Warn("remote module cannot be used", "module", m.Name, "reason", err)
+				m.Skip = err.Error()
+				broken = append(broken, m)
+				continue
 			}
 			bridges = append(bridges, b)
 			spec.Env = append(spec.Env, "P11_KIT_SERVER_ADDRESS="+b.Address())
@@ -75,25 +89,21 @@ func modules(c *config, log *slog.Logger) (specs []token.ModuleSpec, bridges []*
 			log.Warn("the configuration changes a module that is not registered", "module", name)
 		}
 	}
-	return specs, bridges, skipped, nil
+	return specs, bridges, skipped, broken
 }
 
 // backend is what stands behind the keyring: the tokens and what they need.
 type backend struct {
 	store   *token.Store
-	skipped []registry.Module
+	skipped []registry.Module // on purpose
+	broken  []registry.Module // could not be started
 	stop    func()
 }
 
-// openBackend starts the modules. It is ended by stop.
-func openBackend(c *config, asker token.PINAsker, state string, log *slog.Logger) (*backend, error) {
-	specs, bridges, skipped, err := modules(c, log)
-	if err != nil {
-		for _, b := range bridges {
-			_ = b.Close()
-		}
-		return nil, err
-	}
+// openBackend starts the modules. It is ended by stop. What goes wrong with one
+// module costs that module only.
+func openBackend(c *config, asker token.PINAsker, state string, log *slog.Logger) *backend {
+	specs, bridges, skipped, broken := modules(c, log)
 	ctx, cancel := context.WithCancel(context.Background())
 	served := make(chan struct{}, len(bridges))
 	for _, b := range bridges {
@@ -113,13 +123,13 @@ func openBackend(c *config, asker token.PINAsker, state string, log *slog.Logger
 		StateDir:   state,
 		Log:        log,
 	})
-	return &backend{store: store, skipped: skipped, stop: func() {
+	return &backend{store: store, skipped: skipped, broken: broken, stop: func() {
 		_ = store.Close() // never fails
 		cancel()
 		for range bridges {
 			<-served
 		}
-	}}, nil
+	}}
 }
 
 // tokens shows a token.Store to the keyring, which knows nothing of PKCS#11.

@@ -1,6 +1,7 @@
 package registry
 
 import (
+	"cmp"
 	"context"
 	"errors"
 	"fmt"
@@ -11,10 +12,13 @@ import (
 	"os"
 	"os/exec"
 	"path/filepath"
+	"runtime"
 	"strings"
 	"sync"
 	"syscall"
 	"time"
+
+	"golang.org/x/sys/unix"
 )
 
 // grace is how long a command may take to end once it was asked to.
@@ -25,7 +29,8 @@ type BridgeOptions struct {
 	// Command is the program and its arguments, from Module.Remote. A program
 	// without a slash is looked for in this process's PATH.
 	Command []string
-	// Env is the command's whole environment. Without any it has none.
+	// Env is the command's whole environment, see Environment. Without any it has
+	// none.
 	Env []string
 	// Dir is where the socket's directory is made; empty is for os.TempDir. It
 	// has to be short: the path of a socket has 107 bytes.
@@ -47,7 +52,8 @@ type BridgeOptions struct {
 // one command runs at a time: a new connection ends the previous one's command,
 // which has lost its client, and may hang on a network.
 //
-// The socket is in a directory that only this user may enter.
+// The socket is in a directory that only this user may enter. When this process
+// is killed, the command goes with it; the directory stays behind.
 type Bridge struct {
 	o        BridgeOptions
 	dir      string
@@ -67,6 +73,9 @@ func NewBridge(o BridgeOptions) (*Bridge, error) {
 	if o.Env == nil {
 		o.Env = []string{} // for exec.Cmd, nil is everything we have
 	}
+	if err := checkSocketDir(cmp.Or(o.Dir, os.TempDir())); err != nil {
+		return nil, err
+	}
 	dir, err := os.MkdirTemp(o.Dir, "p11-") // mode 0700
 	if err != nil {
 		return nil, fmt.Errorf("make a directory for the socket of a remote module: %w", err)
@@ -80,6 +89,31 @@ func NewBridge(o BridgeOptions) (*Bridge, error) {
 		return errors.Join(b.listener.Close(), os.RemoveAll(b.dir))
 	})
 	return b, nil
+}
+
+// checkSocketDir tells why no bridge can have its socket below a directory.
+func checkSocketDir(dir string) error {
+	// What MkdirTemp makes of its pattern: a number of 32 bits is added.
+	const longest = "/p11-4294967295/s"
+	var err error
+	switch {
+	case !filepath.IsAbs(dir):
+		err = errors.New("it is not an absolute path")
+	case len(dir)+len(longest) >= len(unix.RawSockaddrUnix{}.Path):
+		err = errors.New("its path is too long")
+	default:
+		if info, e := os.Stat(dir); e != nil {
+			err = bare(e)
+		} else if !info.IsDir() {
+			err = syscall.ENOTDIR
+		} else {
+			err = unix.Access(dir, unix.W_OK|unix.X_OK)
+		}
+	}
+	if err != nil {
+		return fmt.Errorf("a remote module needs a socket, and none can be made in %s: %w: set TMPDIR to a directory that can be written to", dir, err)
+	}
+	return nil
 }
 
 // Address returns what the module process needs in the environment variable
@@ -179,7 +213,12 @@ func (b *Bridge) command(ctx context.Context, conn *net.UnixConn) error {
 	cmd := exec.CommandContext(ctx, b.o.Command[0], b.o.Command[1:]...)
 	cmd.Env = b.o.Env
 	cmd.Stdin, cmd.Stdout, cmd.Stderr = file, file, b.o.Stderr
-	cmd.SysProcAttr = &syscall.SysProcAttr{Setpgid: true}
+	// An agent that is killed ends nothing itself, and a command may be deaf to
+	// its client's end. The kernel's signal comes with the end of the thread that
+	// has started the command (prctl(2)), so this one has to stay until then.
+	runtime.LockOSThread()
+	defer runtime.UnlockOSThread()
+	cmd.SysProcAttr = &syscall.SysProcAttr{Setpgid: true, Pdeathsig: syscall.SIGKILL}
 	cmd.Cancel = func() error { return syscall.Kill(-cmd.Process.Pid, syscall.SIGTERM) }
 	cmd.WaitDelay = grace
 	if err := cmd.Start(); err != nil {

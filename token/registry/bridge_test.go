@@ -125,12 +125,19 @@ func TestBridgeReachesModule(t *testing.T) {
 
 func TestBridgeEnvironment(t *testing.T) {
 	t.Setenv("P11_REGISTRY_TEST_SECRET", "x")
+	t.Setenv("SECRET_TOKEN", "x")
+	t.Setenv("SOFTHSM2_CONF", "/agent.conf")
+	var chosen string
+	for _, kv := range Environment([]string{"PATH=" + os.Getenv("PATH"), "SOFTHSM2_CONF=/agent.conf"}, nil) {
+		chosen += kv + "\n"
+	}
 	for _, tt := range []struct {
 		name string
 		env  []string
 		want string
 	}{
 		{"none", nil, ""},
+		{"chosen", Environment([]string{"PATH=" + os.Getenv("PATH"), "SECRET_TOKEN=x", "SOFTHSM2_CONF=/agent.conf"}, nil), chosen},
 		{"given", []string{"A=b c"}, "A=b c\n"},
 	} {
 		t.Run(tt.name, func(t *testing.T) {
@@ -215,6 +222,90 @@ func TestBridgeKillsTheStubborn(t *testing.T) {
 	drain(t, r)
 }
 
+// bridgeMain runs a bridge whose command does not care for its client, until it
+// is killed.
+func bridgeMain() int {
+	b, err := NewBridge(BridgeOptions{Command: shell(`trap "" TERM HUP; echo $$; exec sleep 1000`), Env: []string{"PATH=/usr/bin:/bin"}})
+	if err != nil {
+		panic(err)
+	}
+	fmt.Println(b.Address())
+	if err := b.Serve(context.Background()); err != nil {
+		panic(err)
+	}
+	return 0
+}
+
+func TestBridgeTakesItsCommandAlongWhenKilled(t *testing.T) {
+	self, err := os.Executable()
+	must(t, err)
+	dir, err := os.MkdirTemp("", "p11") // what is killed cleans up nothing
+	must(t, err)
+	t.Cleanup(func() { os.RemoveAll(dir) })
+	agent := exec.Command(self)
+	agent.Env = append(os.Environ(), roleVariable+"=bridge", "TMPDIR="+dir)
+	out, err := agent.StdoutPipe()
+	must(t, err)
+	must(t, agent.Start())
+	t.Cleanup(func() { _ = agent.Wait() })
+	t.Cleanup(func() { _ = agent.Process.Kill() })
+	address, err := bufio.NewReader(out).ReadString('\n')
+	must(t, err)
+	path := strings.TrimPrefix(strings.TrimSpace(address), "unix:path=")
+	conn, err := net.DialUnix("unix", nil, &net.UnixAddr{Name: path, Net: "unix"})
+	must(t, err)
+	t.Cleanup(func() { conn.Close() })
+	r := bufio.NewReader(conn)
+	_, err = r.ReadString('\n') // it runs
+	must(t, err)
+	must(t, agent.Process.Kill())
+	drain(t, r) // returns when it is gone
+}
+
+// The other end of the connection is p11-kit-client.so in a module process,
+// which may be anything once the vendor's code in it has gone wrong.
+func TestBridgeEndsCommandsOfClientsThatTalkNonsense(t *testing.T) {
+	const library = "/usr/lib/softhsm/libsofthsm2.so"
+	_, err := os.Stat(library)
+	need(t, err == nil, "SoftHSM")
+	_, err = exec.LookPath("p11-kit")
+	need(t, err == nil, "p11-kit")
+	var log bytes.Buffer // written by goroutines that stop waits for
+	b, stop := serve(t, BridgeOptions{
+		Command: []string{"p11-kit", "remote", library}, Env: []string{"PATH=" + os.Getenv("PATH")},
+		Log: slog.New(slog.NewTextHandler(&log, nil)),
+	})
+	for name, nonsense := range map[string][]byte{
+		"text":              bytes.Repeat([]byte("GET / HTTP/1.1\r\n\r\n"), 100),
+		"zeros":             make([]byte, 4096),
+		"enormous lengths":  bytes.Repeat([]byte{0xff}, 4096),
+		"a version alone":   {0},
+		"a header cut off":  {0, 0, 0},
+		"a large call":      append([]byte{0, 0, 0, 0, 1, 0, 0, 0, 4, 0x7f, 0xff, 0xff, 0xff}, make([]byte, 1<<16)...),
+		"nothing whatever":  nil,
+		"an odd first byte": {7},
+	} {
+		conn := dial(t, b)
+		// The command may hang up before it has read everything.
+		if _, err := conn.Write(nonsense); err != nil && !errors.Is(err, syscall.EPIPE) && !errors.Is(err, syscall.ECONNRESET) {
+			t.Errorf("%s: %v", name, err)
+		}
+		if err := conn.CloseWrite(); err != nil && !errors.Is(err, syscall.ENOTCONN) {
+			t.Errorf("%s: %v", name, err)
+		}
+		drain(t, conn) // returns when the command has ended
+	}
+	// One that stays without a word is ended by the next.
+	silent := dial(t, b)
+	next := dial(t, b)
+	drain(t, silent)
+	must(t, next.Close())
+	stop()
+	if strings.Contains(log.String(), "signal") {
+		t.Errorf("a command crashed: %s", &log)
+	}
+}
+
 func TestBridgeRunsOneCommandAtATime(t *testing.T) {
 	b, stop := serve(t, BridgeOptions{Command: shell(`echo $$; exec sleep 1000`), Env: []string{"PATH=/usr/bin:/bin"}})
 	first := bufio.NewReader(dial(t, b))
@@ -276,8 +367,12 @@ func TestBridgeClose(t *testing.T) {
 	if _, err := NewBridge(BridgeOptions{}); err == nil {
 		t.Error("a bridge without a command")
 	}
-	if _, err := NewBridge(BridgeOptions{Command: shell("true"), Dir: "/nowhere"}); err == nil {
-		t.Error("a bridge without a directory")
+	file := filepath.Join(t.TempDir(), "file")
+	write(t, file, nil)
+	for _, dir := range []string{"/nowhere", "relative", file} {
+		if _, err := NewBridge(BridgeOptions{Command: shell("true"), Dir: dir}); err == nil || !strings.Contains(err.Error(), "set TMPDIR") {
+			t.Errorf("a bridge in %s: %v", dir, err)
+		}
 	}
 	long := filepath.Join(t.TempDir(), strings.Repeat("x", 110))
 	must(t, os.Mkdir(long, 0o700))

@@ -1,14 +1,12 @@
 package registry
 
 import (
-	"encoding/binary"
-	"errors"
-	"io/fs"
 	"os"
 	"os/user"
 	"path/filepath"
-	"slices"
 	"strconv"
+
+	"golang.org/x/sys/unix"
 )
 
 // Dirs tells where the configuration is.
@@ -20,6 +18,8 @@ type Dirs struct {
 	UserConf   string // ~/.config/pkcs11/pkcs11.conf
 	// NoUser says why User and UserConf are not read, or is empty when they are.
 	NoUser string
+	// NoUserMistake is set when nobody can have meant NoUser: it deserves a warning.
+	NoUserMistake bool
 	// ModuleDirs are searched, in this order, for modules without an absolute path.
 	ModuleDirs []string
 	// UID is the user who reads: root and this user may own configuration
@@ -51,9 +51,9 @@ func DefaultDirs(lookup func(string) (string, bool), uid int) Dirs {
 	case forbidden:
 		d.NoUser = "P11_KIT_NO_USER_CONFIG is set"
 	default:
-		config, problem := configHome(lookup, uid)
+		config, problem, mistake := configHome(lookup, uid)
 		if problem != "" {
-			d.NoUser = problem
+			d.NoUser, d.NoUserMistake = problem, mistake
 			break
 		}
 		d.User = filepath.Join(config, "pkcs11", "modules")
@@ -62,26 +62,27 @@ func DefaultDirs(lookup func(string) (string, bool), uid int) Dirs {
 	return d
 }
 
-// configHome returns the directory that ~/.config stands for, or why there is none.
-func configHome(lookup func(string) (string, bool), uid int) (dir, problem string) {
+// configHome returns the directory that ~/.config stands for, or why there is
+// none, and whether that is a mistake: users of services often have no home.
+func configHome(lookup func(string) (string, bool), uid int) (dir, problem string, mistake bool) {
 	if dir, _ := lookup("XDG_CONFIG_HOME"); dir != "" {
 		if !filepath.IsAbs(dir) {
-			return "", "XDG_CONFIG_HOME is not an absolute path"
+			return "", "XDG_CONFIG_HOME is not an absolute path", true
 		}
-		return dir, ""
+		return dir, "", false
 	}
 	home, _ := lookup("HOME")
 	if home == "" {
 		u, err := user.LookupId(strconv.Itoa(uid))
 		if err != nil || u.HomeDir == "" {
-			return "", "HOME is not set and user " + strconv.Itoa(uid) + " has no home directory"
+			return "", "HOME is not set and user " + strconv.Itoa(uid) + " has no home directory", false
 		}
 		home = u.HomeDir
 	}
 	if !filepath.IsAbs(home) {
-		return "", "HOME is not an absolute path"
+		return "", "HOME is not an absolute path", true
 	}
-	return filepath.Join(home, ".config"), ""
+	return filepath.Join(home, ".config"), "", false
 }
 
 // moduleDirs returns the places of which p11-kit has one compiled in: its
@@ -101,35 +102,25 @@ func moduleDirs() []string {
 // privileged tells whether the kernel started this process with privileges of
 // the program's file: set-user-ID, set-group-ID or file capabilities
 // (AT_SECURE, getauxval(3)).
+//
+// It asks the Go runtime, which has been given the vector when it started:
+// /proc/self/auxv may not be read by an ordinary user's process that has made
+// itself undumpable, as the agent does to protect PINs.
 func privileged() bool {
 	if os.Getuid() != os.Geteuid() || os.Getgid() != os.Getegid() {
 		return true
 	}
-	auxv, err := os.ReadFile("/proc/self/auxv")
-	if err != nil {
-		// Without /proc the comparison above must do. A process that may not
-		// read its own vector is one that the kernel protects from its user.
-		return !errors.Is(err, fs.ErrNotExist)
-	}
-	return secureBit(auxv)
+	auxv, err := unix.Auxv()
+	return err != nil || secureBit(auxv)
 }
-
-// wordSize is that of the kernel's unsigned long, in bytes.
-const wordSize = strconv.IntSize / 8
 
 // secureBit finds AT_SECURE among the pairs of an auxiliary vector. A vector
 // without it is one of a kernel that does not say: yes.
-func secureBit(auxv []byte) bool {
+func secureBit(auxv [][2]uintptr) bool {
 	const atSecure = 23 // linux/auxvec.h
-	number := func(b []byte) uint64 {
-		if wordSize == 4 {
-			return uint64(binary.NativeEndian.Uint32(b))
-		}
-		return binary.NativeEndian.Uint64(b)
-	}
-	for pair := range slices.Chunk(auxv, 2*wordSize) {
-		if len(pair) == 2*wordSize && number(pair) == atSecure {
-			return number(pair[wordSize:]) != 0
+	for _, pair := range auxv {
+		if pair[0] == atSecure {
+			return pair[1] != 0
 		}
 	}
 	return true

@@ -1,10 +1,16 @@
 package registry
 
 import (
-	"encoding/binary"
+	"errors"
+	"fmt"
+	"io/fs"
 	"os"
+	"os/exec"
 	"strings"
+	"syscall"
 	"testing"
+
+	"golang.org/x/sys/unix"
 )
 
 func TestDefaultDirs(t *testing.T) {
@@ -14,21 +20,25 @@ func TestDefaultDirs(t *testing.T) {
 		uid  int
 		user string
 		no   string
+		bad  bool // NoUserMistake
 	}{
-		{"home", map[string]string{"HOME": "/home/u"}, 1000, "/home/u/.config/pkcs11/modules", ""},
-		{"XDG", map[string]string{"HOME": "/home/u", "XDG_CONFIG_HOME": "/cfg/"}, 1000, "/cfg/pkcs11/modules", ""},
-		{"empty XDG", map[string]string{"HOME": "/home/u", "XDG_CONFIG_HOME": ""}, 1000, "/home/u/.config/pkcs11/modules", ""},
-		{"relative XDG", map[string]string{"HOME": "/home/u", "XDG_CONFIG_HOME": "cfg"}, 1000, "", "XDG_CONFIG_HOME"},
-		{"relative home", map[string]string{"HOME": "u"}, 1000, "", "HOME"},
-		{"nobody", nil, 1 << 30, "", "no home directory"},
-		{"root", map[string]string{"HOME": "/root", "XDG_CONFIG_HOME": "/cfg"}, 0, "", "root"},
-		{"forbidden", map[string]string{"HOME": "/home/u", "P11_KIT_NO_USER_CONFIG": ""}, 1000, "", "P11_KIT_NO_USER_CONFIG"},
+		{"home", map[string]string{"HOME": "/home/u"}, 1000, "/home/u/.config/pkcs11/modules", "", false},
+		{"XDG", map[string]string{"HOME": "/home/u", "XDG_CONFIG_HOME": "/cfg/"}, 1000, "/cfg/pkcs11/modules", "", false},
+		{"empty XDG", map[string]string{"HOME": "/home/u", "XDG_CONFIG_HOME": ""}, 1000, "/home/u/.config/pkcs11/modules", "", false},
+		{"relative XDG", map[string]string{"HOME": "/home/u", "XDG_CONFIG_HOME": "cfg"}, 1000, "", "XDG_CONFIG_HOME", true},
+		{"relative home", map[string]string{"HOME": "u"}, 1000, "", "HOME", true},
+		{"nobody", nil, 1 << 30, "", "no home directory", false},
+		{"root", map[string]string{"HOME": "/root", "XDG_CONFIG_HOME": "/cfg"}, 0, "", "root", false},
+		{"forbidden", map[string]string{"HOME": "/home/u", "P11_KIT_NO_USER_CONFIG": ""}, 1000, "", "P11_KIT_NO_USER_CONFIG", false},
 	}
 	for _, tt := range tests {
 		t.Run(tt.name, func(t *testing.T) {
 			d := DefaultDirs(func(name string) (string, bool) { v, ok := tt.env[name]; return v, ok }, tt.uid)
 			if d.User != tt.user || !strings.Contains(d.NoUser, tt.no) || (tt.no == "") != (d.NoUser == "") {
 				t.Errorf("User = %q, NoUser = %q", d.User, d.NoUser)
+			}
+			if d.NoUserMistake != tt.bad {
+				t.Errorf("%s is a mistake: %v", d.NoUser, d.NoUserMistake)
 			}
 			if strings.TrimSuffix(d.UserConf, "pkcs11.conf") != strings.TrimSuffix(tt.user, "modules") {
 				t.Errorf("UserConf = %q", d.UserConf)
@@ -60,25 +70,50 @@ func TestSecureBit(t *testing.T) {
 	if privileged() {
 		t.Error("the test program counts as one with privileges")
 	}
-	pair := func(key, value uint64) []byte {
-		return binary.NativeEndian.AppendUint64(binary.NativeEndian.AppendUint64(nil, key), value)
-	}
-	if wordSize != 8 {
-		t.Skip("the vectors below are for 64 bits")
-	}
 	for _, tt := range []struct {
 		name string
-		auxv []byte
+		auxv [][2]uintptr
 		want bool
 	}{
-		{"no", append(pair(6, 4096), append(pair(23, 0), pair(0, 0)...)...), false},
-		{"yes", append(pair(6, 4096), pair(23, 1)...), true},
-		{"not said", pair(6, 4096), true},
-		{"cut off", pair(23, 0)[:12], true},
+		{"no", [][2]uintptr{{6, 4096}, {23, 0}, {0, 0}}, false},
+		{"yes", [][2]uintptr{{6, 4096}, {23, 1}}, true},
+		{"not said", [][2]uintptr{{6, 4096}}, true},
 		{"empty", nil, true},
 	} {
 		if got := secureBit(tt.auxv); got != tt.want {
 			t.Errorf("%s: %v", tt.name, got)
 		}
+	}
+}
+
+// undumpableMain is an ordinary user's process that has made itself undumpable,
+// as the agent does, and says whether it counts as one with privileges.
+func undumpableMain() int {
+	if os.Geteuid() == 0 {
+		if err := errors.Join(syscall.Setresgid(ordinary, ordinary, ordinary), syscall.Setresuid(ordinary, ordinary, ordinary)); err != nil {
+			panic(err)
+		}
+	}
+	if err := unix.Prctl(unix.PR_SET_DUMPABLE, 0, 0, 0, 0); err != nil {
+		panic(err)
+	}
+	_, err := os.ReadFile("/proc/self/auxv")
+	fmt.Print(privileged(), errors.Is(err, fs.ErrPermission))
+	return 0
+}
+
+// The agent makes itself undumpable before it reads the configuration, and must
+// not take itself for a program with privileges then: it would leave the user's
+// modules out.
+func TestUndumpableIsNotPrivileged(t *testing.T) {
+	self, err := os.Executable()
+	must(t, err)
+	cmd := exec.Command(self)
+	cmd.Env = append(os.Environ(), roleVariable+"=undumpable")
+	out, err := cmd.Output()
+	must(t, err)
+	// That /proc keeps the vector to itself is what this test is about.
+	if string(out) != "false true" {
+		t.Errorf("privileged, and kept from /proc/self/auxv: %s", out)
 	}
 }

@@ -2,6 +2,7 @@ package registry
 
 import (
 	"bytes"
+	"cmp"
 	"errors"
 	"fmt"
 	"io"
@@ -82,6 +83,13 @@ func (l *loader) locateRemote(m *Module, s Setting) {
 	m.Path, err = FindClient(l.ModuleDirs)
 	if err != nil {
 		m.Skip = err.Error()
+		return
+	}
+	if len(remote.Command) > 0 {
+		// Making the Bridge would say so, but not to who only reads.
+		if err := checkSocketDir(cmp.Or(l.SocketDir, os.TempDir())); err != nil {
+			l.warnAt(s, "%v", err)
+		}
 	}
 }
 

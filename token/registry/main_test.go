@@ -16,6 +16,12 @@ func TestMain(m *testing.M) {
 		os.Exit(namespaceMain())
 	case "load":
 		os.Exit(loadMain())
+	case "undumpable":
+		os.Exit(undumpableMain())
+	case "bridge":
+		os.Exit(bridgeMain())
+	case "environment":
+		os.Exit(environmentMain())
 	default:
 		panic("unknown role " + role)
 	}

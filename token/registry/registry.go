@@ -68,6 +68,9 @@ type Options struct {
 	Dirs
 	// Program is looked for in enable-in and disable-in.
 	Program string
+	// SocketDir is where bridges are to make their sockets, as BridgeOptions.Dir:
+	// there is a warning for each remote command that can have none.
+	SocketDir string
 	// Log takes debug lines: what was read, and settings that mean nothing to
 	// us. nil is for none.
 	Log *slog.Logger
@@ -118,14 +121,17 @@ type Setting struct {
 // A Warning is something about the configuration that is probably not as it was
 // meant to be.
 type Warning struct {
-	File string // or directory
+	File string // or directory; empty for the environment
 	Line int    // counted from 1; 0 is for the whole file
 	Text string
 }
 
 // String returns the warning as compilers print theirs.
 func (w Warning) String() string {
-	if w.Line == 0 {
+	switch {
+	case w.File == "":
+		return w.Text
+	case w.Line == 0:
 		return fmt.Sprintf("%s: %s", w.File, w.Text)
 	}
 	return fmt.Sprintf("%s:%d: %s", w.File, w.Line, w.Text)
@@ -195,6 +201,9 @@ func (l *loader) userConfig() userMode {
 	}
 	if l.NoUser != "" {
 		l.noUser = l.NoUser
+		if l.NoUserMistake {
+			l.warn("", 0, "the user's own modules are not used: %s", l.NoUser)
+		}
 		return userNone
 	}
 	mode, err = l.global(l.UserConf, mode)

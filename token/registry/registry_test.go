@@ -312,6 +312,53 @@ func TestSameNameInOneDirectory(t *testing.T) {
 	}
 }
 
+// Mistakes in the environment are warned about; what somebody may have meant is
+// not, and neither is what has cost a warning already.
+func TestNoUserMistake(t *testing.T) {
+	for _, tt := range []struct {
+		name    string
+		mistake bool
+		want    string // all warnings
+	}{
+		{"meant", false, ""},
+		{"mistaken", true, "the user's own modules are not used: HOME is odd"},
+	} {
+		t.Run(tt.name, func(t *testing.T) {
+			o, _ := tree(t, map[string]string{"user/b.module": "module: b.so"})
+			o.NoUser, o.NoUserMistake = "HOME is odd", tt.mistake
+			r := Load(o)
+			var got []string
+			for _, w := range r.Warnings {
+				got = append(got, w.String())
+			}
+			if strings.Join(got, "\n") != tt.want || r.NoUser != o.NoUser {
+				t.Errorf("warnings %q, NoUser = %q", got, r.NoUser)
+			}
+		})
+	}
+}
+
+// Where no Bridge can be made, whoever only reads the configuration is told, once
+// for each module that needs one.
+func TestNoPlaceForSockets(t *testing.T) {
+	files := map[string]string{
+		"system/a.module": "module: a.so",
+		"system/r.module": "priority: 1\nremote: |x",
+		"system/u.module": "remote: unix:path=/run/x",
+	}
+	o, _ := tree(t, files)
+	if r := Load(o); len(r.Warnings) != 0 {
+		t.Errorf("warnings %v", r.Warnings)
+	}
+	o.SocketDir = filepath.Join(o.System, "nowhere")
+	r := Load(o)
+	if len(r.Warnings) != 1 || r.Warnings[0].File != filepath.Join(o.System, "r.module") || r.Warnings[0].Line != 2 ||
+		!strings.Contains(r.Warnings[0].Text, o.SocketDir+": no such file or directory: set TMPDIR") {
+		t.Errorf("warnings %v", r.Warnings)
+	}
+	module(t, r, "a")
+}
+
 func TestNoUser(t *testing.T) {
 	files := map[string]string{"system/a.module": "module: a.so", "user/b.module": "module: b.so"}
 	with := func(path, text string) map[string]string {
