@@ -26,10 +26,10 @@ SOURCES     = go.mod go.sum $(shell find agent cmd pinentry systemd token -name 
 # building needs what deps installs, and go spreads its work over the processors
 # by itself.
 .NOTPARALLEL:
-.PHONY: help deps build test lint vuln check demo fuzz bench install clean
+.PHONY: help deps build test conformance lint vuln check demo fuzz bench install clean
 
 help: ## list the targets
-	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "%-10s%s\n", $$1, $$2 }' Makefile
+	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "%-12s%s\n", $$1, $$2 }' Makefile
 
 deps: ## install what building and testing needs and the machine lacks
 	@tools/deps.sh
@@ -42,6 +42,10 @@ build: ## build build/p11-agent
 # The tests run the seeds of the fuzz targets, too.
 test: ## run the tests under the race detector
 	go test -race $(TESTFLAGS) ./...
+
+# docs/CONFORMANCE.md tells what is run, and what differs.
+conformance: build ## run OpenSSH's own tests of ssh-agent against ours
+	@tools/conformance.sh
 
 lint: ## check the form of the code, and that go.mod is tidy
 	@unformatted=$$($(TOOL) gofumpt -l .); \
@@ -57,7 +61,7 @@ lint: ## check the form of the code, and that go.mod is tidy
 vuln: ## look for known vulnerabilities in what is called
 	$(TOOL) govulncheck ./...
 
-check: deps build lint test ## do all that has to pass before a change goes in
+check: deps build lint test conformance ## do all that has to pass before a change goes in
 
 demo: deps build ## show the agent at work with a software token
 	build/p11-agent demo

@@ -15,7 +15,8 @@ fail() {
 }
 
 # What is needed, and the packages that bring it: a program, or the file whose
-# name fits one of the patterns (commas between them).
+# name fits one of the patterns (commas between them). Where a distribution has no
+# package (-), the tests do without.
 needed() {
 	# OpenSC's module opens libpcsclite when it starts, and fails without it.
 	# What                                          Debian              Fedora
@@ -33,6 +34,9 @@ needed() {
 	pkcs11-tool                                     opensc              opensc
 	/usr/lib/*/opensc-pkcs11.so,/usr/lib*/opensc-pkcs11.so,/usr/lib*/pkcs11/opensc-pkcs11.so opensc-pkcs11 opensc
 	/usr/lib/*/libpcsclite.so.1,/usr/lib*/libpcsclite.so.1 libpcsclite1 pcsc-lite-libs
+	pcscd                                           pcscd               pcsc-lite
+	/usr/lib/pcsc/drivers/serial/libifdvpcd.so,/usr/lib*/pcsc/drivers/serial/libifdvpcd.so* vsmartcard-vpcd -
+	/usr/lib/*/libykcs11.so.*,/usr/lib*/libykcs11.so.* ykcs11           yubico-piv-tool
 	p11-kit                                         p11-kit             p11-kit
 	/usr/lib/*/pkcs11/p11-kit-client.so,/usr/lib*/pkcs11/p11-kit-client.so p11-kit-modules p11-kit-server
 	/usr/include/p11-kit-1/p11-kit/p11-kit.h        libp11-kit-dev      p11-kit-devel
@@ -43,7 +47,10 @@ needed() {
 	setpriv                                         util-linux          util-linux
 	unshare                                         util-linux          util-linux
 	ps                                              procps              procps-ng
+	/usr/lib/python3/dist-packages/paramiko,/usr/lib/python3*/site-packages/paramiko python3-paramiko python3-paramiko
 	systemd-socket-activate                         systemd             systemd
+	/usr/lib/openssh/regress/agent.sh               openssh-tests       -
+	gdb                                             gdb-minimal         -
 	TABLE
 }
 
@@ -63,11 +70,11 @@ present() {
 }
 
 # missing prints column $1 (0: what it is, 1: Debian, 2: Fedora) of what is not
-# there, each once.
+# there and could be, each once.
 missing() {
 	local row
 	needed | while read -r -a row; do
-		if ! present "${row[0]}"; then echo "${row[$1]}"; fi
+		if [ "${row[$column]}" != - ] && ! present "${row[0]}"; then echo "${row[$1]}"; fi
 	done | sort -u
 }
 
@@ -94,16 +101,19 @@ forbid_services() {
 	as_root sh -c 'printf "#!/bin/sh\n# Left behind by an installation that was killed: remove it.\nexit 101\n" >"$1" && chmod 755 "$1"' sh "$policy"
 }
 
+column=0
+if command -v apt-get >/dev/null; then
+	column=1
+elif command -v dnf >/dev/null; then
+	column=2
+fi
+
 check_go
 what=$(missing 0)
 if [ -z "$what" ]; then exit; fi
 echo "deps: missing: ${what//$'\n'/ }"
 
-if command -v apt-get >/dev/null; then
-	column=1
-elif command -v dnf >/dev/null; then
-	column=2
-else
+if [ $column = 0 ]; then
 	fail "neither apt-get nor dnf is here: install what is missing by your own means"
 fi
 mapfile -t packages < <(missing $column)
@@ -112,6 +122,10 @@ if [ "$(id -u)" != 0 ] && ! command -v sudo >/dev/null; then
 fi
 echo "deps: installing: ${packages[*]}"
 sshd_was=$(command -v sshd || true)
+pcscd_was=$(command -v pcscd || true)
+vpcd=/etc/reader.conf.d/vpcd
+vpcd_was=
+if [ -e $vpcd ]; then vpcd_was=yes; fi
 
 if [ $column = 1 ]; then
 	forbid_services
@@ -123,12 +137,24 @@ else
 	as_root dnf -q -y install --setopt=install_weak_deps=False "${packages[@]}"
 fi
 
-# A machine that had no sshd is not to get one at its next boot either.
-if [ -z "$sshd_was" ] && [ -d /run/systemd/system ]; then
-	for unit in ssh.service ssh.socket sshd.service; do
+# A machine that had no such server is not to get one at its next boot either.
+switch_off() {
+	local what=$1 unit
+	shift
+	if [ ! -d /run/systemd/system ]; then return; fi
+	for unit; do
 		as_root systemctl disable --now "$unit" >/dev/null 2>&1 || true # most have but one of them
 	done
-	echo "deps: sshd is installed for the tests only: its service is switched off"
+	echo "deps: $what is installed for the tests only: its service is switched off"
+}
+if [ -z "$sshd_was" ]; then switch_off sshd ssh.service ssh.socket sshd.service; fi
+if [ -z "$pcscd_was" ]; then switch_off pcscd pcscd.socket pcscd.service; fi
+
+# The virtual readers are for the tests' own pcscd. In the machine's they would
+# listen to the network.
+if [ -z "$vpcd_was" ] && [ -e $vpcd ]; then
+	as_root sed -i 's/^[^#]/# &/' $vpcd
+	echo "deps: vpcd is installed for the tests only: its readers in $vpcd are switched off"
 fi
 
 what=$(missing 0)
