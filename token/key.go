@@ -314,7 +314,9 @@ func (k *Key) sign(ctx context.Context, s signing) ([]byte, error) {
 	}
 	ways = k.token.choose(ways)
 	sig, err := k.signHealing(ctx, ways)
-	if err != nil {
+	if err == nil {
+		k.token.used(ctx, k)
+	} else {
 		if s.message == nil && refusesMechanism(err) {
 			err = fmt.Errorf("token %q does not sign digests with this key, and the message is not known here: %w", k.token.ID.Label, err)
 		}

@@ -53,6 +53,9 @@ type Options struct {
 	Sources []*pkcs11uri.URI
 	// PublicKeys stand in for public halves that tokens do not show.
 	PublicKeys []PublicKey
+	// Retention says how long a login lasts after the use of a key; nil: as long as
+	// the token keeps it.
+	Retention func(*Key) Retention
 	// StateDir keeps which PIN files have been refused, so that a restart does
 	// not try them again; empty: that is only remembered in memory.
 	StateDir string
@@ -117,6 +120,7 @@ type Store struct {
 	configured []*pkcs11uri.URI // where PINs come from
 	added      []*pkcs11uri.URI // likewise, after those
 	public     []PublicKey
+	retention  func(*Key) Retention
 	gates      map[wire.TokenID]*gate
 	changed    chan struct{} // closed and replaced when keys change
 }
@@ -134,6 +138,7 @@ func Open(opts Options) *Store {
 		refused:    loadRefused(opts.StateDir, opts.Log),
 		configured: slices.Clone(opts.Sources),
 		public:     slices.Clone(opts.PublicKeys),
+		retention:  opts.Retention,
 		gates:      make(map[wire.TokenID]*gate),
 		changed:    make(chan struct{}),
 	}

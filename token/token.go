@@ -28,6 +28,7 @@ type Token struct {
 	session          *process // the process that is logged in, nil when none is
 	attempted        *process // one that a login was begun in, and may have had success
 	refusesMechanism map[uint64]bool
+	retained         retained
 }
 
 func newToken(m *module, id wire.TokenID) *Token {
@@ -128,6 +129,7 @@ func (t *Token) logout(ctx context.Context) error {
 	t.mu.Lock()
 	p := cmp.Or(t.session, t.attempted)
 	t.session, t.attempted = nil, nil
+	t.retained.forget()
 	t.mu.Unlock()
 	if p == nil || p.failure() != nil {
 		return nil // the login went with the process

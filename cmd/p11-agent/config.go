@@ -68,6 +68,42 @@ type keyConfig struct {
 	URI    *uriValue `toml:"uri"`
 	Name   string    `toml:"name"`
 	Public string    `toml:"public-key"` // a file
+
+	PINCache string        `toml:"pin-cache"`
+	PINIdle  durationValue `toml:"pin-idle"`
+	PINMax   durationValue `toml:"pin-max"`
+}
+
+// What pin-cache may be.
+const (
+	cacheNever        = "never"
+	cacheUntilRemoval = "until-removal"
+)
+
+// retention returns how long logins last by the tables of keys, or nil when none
+// says anything about it. Of several tables for a key the strictest counts.
+func (c *config) retention() func(*token.Key) token.Retention {
+	tables := slices.DeleteFunc(slices.Clone(c.KeyTables), func(k keyConfig) bool {
+		return k.PINCache != cacheNever && k.PINIdle == 0 && k.PINMax == 0
+	})
+	if len(tables) == 0 {
+		return nil
+	}
+	shorter := func(a time.Duration, b durationValue) time.Duration {
+		if a == 0 || b != 0 && time.Duration(b) < a {
+			return time.Duration(b)
+		}
+		return a
+	}
+	return func(k *token.Key) (r token.Retention) {
+		for _, table := range tables {
+			if k.Matches(table.URI.URI) {
+				r.Never = r.Never || table.PINCache == cacheNever
+				r.Idle, r.Max = shorter(r.Idle, table.PINIdle), shorter(r.Max, table.PINMax)
+			}
+		}
+		return r
+	}
 }
 
 // socketConfig adds a socket with rules of its own.
@@ -321,6 +357,11 @@ func (c *config) check(mode fs.FileMode) error {
 	for i, k := range c.KeyTables {
 		if k.URI == nil {
 			return bad("[[key]] table %d has no uri", i+1)
+		}
+		switch k.PINCache {
+		case "", cacheNever, cacheUntilRemoval:
+		default:
+			return bad("pin-cache of %v is %q, and can be %q or %q", k.URI, k.PINCache, cacheNever, cacheUntilRemoval)
 		}
 		if k.Public == "" {
 			continue

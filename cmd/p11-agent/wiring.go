@@ -120,6 +120,7 @@ func openBackend(c *config, asker token.PINAsker, state string, log *slog.Logger
 		PINs:       asker,
 		Sources:    c.sources(),
 		PublicKeys: c.publicKeys,
+		Retention:  c.retention(),
 		StateDir:   state,
 		Log:        log,
 	})
