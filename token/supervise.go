@@ -305,12 +305,13 @@ func (m *module) running(ctx context.Context) (*process, error) {
 		m.mu.Lock()
 		p, state := m.proc, m.state
 		soon := m.err == nil || !m.retry.IsZero() && time.Until(m.retry) < startPatience
+		failure := m.failureLocked() // of this moment: the next may have a process
 		m.mu.Unlock()
 		switch {
 		case p != nil && p.failure() == nil:
 			return p, nil
 		case p == nil && !soon:
-			return nil, m.failure()
+			return nil, failure
 		}
 		// Also when the process has just ended: run is about to say so.
 		select {
@@ -325,6 +326,10 @@ func (m *module) running(ctx context.Context) (*process, error) {
 func (m *module) failure() error {
 	m.mu.Lock()
 	defer m.mu.Unlock()
+	return m.failureLocked()
+}
+
+func (m *module) failureLocked() error {
 	if m.err == nil || errors.Is(m.err, ErrClosed) {
 		return m.err
 	}

@@ -1,0 +1,120 @@
+package token_test
+
+import (
+	"context"
+	"errors"
+	"math/rand/v2"
+	"sync"
+	"sync/atomic"
+	"testing"
+	"time"
+
+	"p11-agent/token"
+	"p11-agent/token/tokentest"
+	"p11-agent/token/wire"
+)
+
+// Clients sign at random while the card is pulled, its module killed, its login
+// lost and its answers wrong, at random too. Every signature that is made is
+// right, nobody waits for ever, no PIN is tried that is wrong, and at the end
+// everything works and nothing is left (tokentest.Store sees to that).
+func TestStress(t *testing.T) {
+	const disturbances, clients = 300, 8
+	seed := uint64(time.Now().UnixNano())
+	t.Logf("seed %d", seed)
+	p := &tokentest.Person{Always: pin}
+	b := newBench(t, p, func(b *bench, _ *token.Options) {
+		b.card.AddKey(tokentest.Ed25519, 2, "two", nil)
+		b.card.AddKey(tokentest.P256, 3, "three", func(k *tokentest.FakeKey) { k.Always = true })
+	})
+	keys := []*token.Key{b.key(1), b.key(2), b.key(3)}
+	var faults atomic.Int32 // requests to sign that are still to fail
+	b.fake.Intercept(func(_ context.Context, proc *tokentest.FakeProcess, r wire.Request) bool {
+		if r.Type != wire.TypeSign || faults.Load() <= 0 || faults.Add(-1) < 0 {
+			return false
+		}
+		proc.Fail(r, &wire.Error{Function: "C_Sign", RV: wire.CKRDeviceError})
+		return true
+	})
+	stop := make(chan struct{})
+	var signed, failed atomic.Int64
+	var all sync.WaitGroup
+	for i := range clients {
+		all.Go(func() {
+			random := rand.New(rand.NewPCG(seed, uint64(i)))
+			for {
+				select {
+				case <-stop:
+					return
+				default:
+				}
+				ctx, cancel := context.WithCancel(t.Context())
+				if random.IntN(10) == 0 {
+					time.AfterFunc(time.Duration(random.IntN(3))*time.Millisecond, cancel) // it hangs up
+				}
+				// Sign verifies what it gets.
+				err := tokentest.Sign(ctx, keys[random.IntN(len(keys))])
+				cancel()
+				if err == nil {
+					signed.Add(1)
+					continue
+				}
+				failed.Add(1)
+				if e, ok := errors.AsType[*token.PINError](err); ok && e.Tried {
+					t.Errorf("a PIN was refused: %v", err)
+				}
+			}
+		})
+	}
+	random := rand.New(rand.NewPCG(seed, clients))
+	kills := 4 // more would only make the pause before the next start longer
+	for range disturbances {
+		// Some work is done between any two, whatever becomes of it.
+		before := signed.Load() + failed.Load()
+		tokentest.Until(t, "the clients go on", func() bool { return signed.Load()+failed.Load() > before+int64(random.IntN(20)) })
+		switch random.IntN(6) {
+		case 0:
+			b.card.Remove()
+			b.card.Insert()
+		case 1:
+			b.fake.Quietly(func() {
+				b.card.Remove()
+				b.card.Insert()
+			})
+		case 2:
+			for _, proc := range b.fake.Processes() {
+				if kills > 0 {
+					kills--
+					proc.Kill()
+				}
+			}
+		case 3:
+			b.card.LogOut(random.IntN(2) == 0)
+		case 4:
+			faults.Add(int32(random.IntN(3)))
+		case 5:
+			if err := b.store.LogoutAll(t.Context()); err != nil {
+				t.Logf("log out: %v", err)
+			}
+		}
+	}
+	close(stop)
+	all.Wait()
+	t.Logf("%d signatures, %d failures, %d prompts", signed.Load(), failed.Load(), p.Prompts())
+	if signed.Load() < disturbances {
+		t.Errorf("only %d signatures", signed.Load())
+	}
+	faults.Store(0)
+	b.fake.Intercept(nil)
+	tokentest.Until(t, "everything works again", func() bool {
+		for _, k := range keys {
+			if tokentest.Sign(t.Context(), k) != nil {
+				return false
+			}
+		}
+		return true
+	})
+	want(t, "wrong PINs", b.card.Wrong(), 0)
+	want(t, "open dialogues", p.Open(), 0)
+	want(t, "dialogues at once", p.Most(), 1)
+}
