@@ -24,10 +24,12 @@ import (
 
 // How long a module may take for one request before its process is killed. A
 // signature may wait for a finger on the card, a login for a PIN typed on the
-// reader. ModuleSpec.Timeout replaces all of them.
+// reader. A list waits for nobody, and OpenSC 0.23 deadlocks when a card is pulled
+// while it is looked at: until the process is killed, its keys are of no use.
+// ModuleSpec.Timeout replaces all of them.
 const (
 	startTimeout  = 30 * time.Second
-	listTimeout   = 60 * time.Second
+	listTimeout   = 20 * time.Second
 	loginTimeout  = 2 * time.Minute
 	signTimeout   = 2 * time.Minute
 	stderrLine    = 512 // bytes kept of one line a module prints
