@@ -54,7 +54,7 @@ const patience = 30 * time.Second
 //
 //	need PROGRAM...     end here if one is missing; in CI, fail. Three are none: p11-kit-client.so,
 //	                    paramiko for Debian's Python with it, and userns for the right to be another
-//	                    user than root in a namespace
+//	                    user than root in a namespace, without which it ends in CI, too
 //	tokens NAME...      put these SoftHSM tokens into the token directory
 //	agent [ARG...]      start an agent in the background, with SSH_AUTH_SOCK and SSH_AGENT_PID
 //	adopt [FILE]        the same for one that the script has started: FILE, or the last output, tells where
@@ -290,10 +290,11 @@ func need(ts *testscript.TestScript, neg bool, args []string) {
 		case "paramiko":
 			err = exec.Command("/usr/bin/python3", "-c", "import paramiko").Run()
 		case "userns":
-			what = "root may not be another user in a namespace"
-			if os.Geteuid() == 0 {
-				err = exec.Command("unshare", "--user", "--map-user=1000", "--map-group=1000", "true").Run()
+			if os.Geteuid() == 0 && exec.Command("unshare", "--user", "--map-user=1000", "--map-group=1000", "true").Run() != nil {
+				// No component, but a right that containers and chroots take away.
+				storyOf(ts).skip("root may not be another user in a namespace here")
 			}
+			continue
 		default:
 			_, err = lookPath(name)
 		}
