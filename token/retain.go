@@ -15,11 +15,22 @@ type Retention struct {
 	Idle, Max time.Duration
 }
 
+// Stricter returns what keeps both rules.
+func (r Retention) Stricter(o Retention) Retention {
+	shorter := func(a, b time.Duration) time.Duration {
+		if a == 0 || b != 0 && b < a {
+			return b
+		}
+		return a
+	}
+	return Retention{Never: r.Never || o.Never, Idle: shorter(r.Idle, o.Idle), Max: shorter(r.Max, o.Max)}
+}
+
 // retained is what is to be kept of the logins of one token.
 type retained struct {
-	idle, max  time.Duration // the shortest of the keys that were used
-	since      time.Time     // the first signature of this login
-	end        time.Time     // when to log out; zero: not at all
+	rule       Retention // the strictest of the keys that were used
+	since      time.Time // the first signature of this login
+	end        time.Time // when to log out; zero: not at all
 	timer      *time.Timer
 	session    *process // with insertions, tells one login from the next
 	insertions uint64
@@ -60,12 +71,11 @@ func (t *Token) used(ctx context.Context, k *Key) {
 		was.forget()
 		was.session, was.insertions, was.since = t.session, t.insertions, now
 	}
-	was.idle, was.max = shorter(was.idle, r.Idle), shorter(was.max, r.Max)
-	was.end = time.Time{}
-	if was.idle > 0 {
-		was.end = now.Add(was.idle)
+	was.rule, was.end = was.rule.Stricter(r), time.Time{}
+	if was.rule.Idle > 0 {
+		was.end = now.Add(was.rule.Idle)
 	}
-	if last := was.since.Add(was.max); was.max > 0 && (was.end.IsZero() || last.Before(was.end)) {
+	if last := was.since.Add(was.rule.Max); was.rule.Max > 0 && (was.end.IsZero() || last.Before(was.end)) {
 		was.end = last
 	}
 	switch {
@@ -75,14 +85,6 @@ func (t *Token) used(ctx context.Context, k *Key) {
 	default:
 		was.timer.Reset(was.end.Sub(now))
 	}
-}
-
-// shorter returns the shorter of two lengths of time, of which 0 is none.
-func shorter(a, b time.Duration) time.Duration {
-	if a == 0 || b != 0 && b < a {
-		return b
-	}
-	return a
 }
 
 // forget ends the timer. Its token's mu is held.

@@ -89,17 +89,12 @@ func (c *config) retention() func(*token.Key) token.Retention {
 	if len(tables) == 0 {
 		return nil
 	}
-	shorter := func(a time.Duration, b durationValue) time.Duration {
-		if a == 0 || b != 0 && time.Duration(b) < a {
-			return time.Duration(b)
-		}
-		return a
-	}
 	return func(k *token.Key) (r token.Retention) {
 		for _, table := range tables {
 			if k.Matches(table.URI.URI) {
-				r.Never = r.Never || table.PINCache == cacheNever
-				r.Idle, r.Max = shorter(r.Idle, table.PINIdle), shorter(r.Max, table.PINMax)
+				r = r.Stricter(token.Retention{
+					Never: table.PINCache == cacheNever, Idle: time.Duration(table.PINIdle), Max: time.Duration(table.PINMax),
+				})
 			}
 		}
 		return r
