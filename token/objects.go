@@ -307,9 +307,11 @@ func halves(pub crypto.PublicKey) (modulus, point []byte) {
 }
 
 var (
-	oidP256    = asn1.ObjectIdentifier{1, 2, 840, 10045, 3, 1, 7}
-	oidP384    = asn1.ObjectIdentifier{1, 3, 132, 0, 34}
-	oidP521    = asn1.ObjectIdentifier{1, 3, 132, 0, 35}
+	oidP256       = asn1.ObjectIdentifier{1, 2, 840, 10045, 3, 1, 7}
+	oidP384       = asn1.ObjectIdentifier{1, 3, 132, 0, 34}
+	oidP521       = asn1.ObjectIdentifier{1, 3, 132, 0, 35}
+	oidPrimeField = asn1.ObjectIdentifier{1, 2, 840, 10045, 1, 1}
+
 	oidEd25519 = asn1.ObjectIdentifier{1, 3, 101, 112}
 	// What PKCS#11 v3.0 and some tokens use for CKA_EC_PARAMS of Edwards keys.
 	curveNameEd25519 = "edwards25519"
@@ -371,10 +373,12 @@ func points(b []byte) [][]byte {
 	return append(all, b)
 }
 
+// namedCurve reads CKA_EC_PARAMS: the name of a curve, or all its numbers, as
+// libykcs11 gives them for keys without a certificate (RFC 3279 section 2.3.5).
 func namedCurve(params []byte) (elliptic.Curve, error) {
 	var oid asn1.ObjectIdentifier
 	if rest, err := asn1.Unmarshal(params, &oid); err != nil || len(rest) > 0 {
-		return nil, errors.New("its curve is not given by name")
+		return curveOf(params)
 	}
 	switch {
 	case oid.Equal(oidP256):
@@ -385,6 +389,41 @@ func namedCurve(params []byte) (elliptic.Curve, error) {
 		return elliptic.P521(), nil
 	}
 	return nil, fmt.Errorf("curve %v has no use in SSH", oid)
+}
+
+// curveOf returns the curve that has exactly these numbers. With any one of them
+// different it is another curve, which may have been made to be weak.
+func curveOf(params []byte) (elliptic.Curve, error) {
+	var given struct {
+		Version int
+		Field   struct {
+			Type  asn1.ObjectIdentifier
+			Prime *big.Int
+		}
+		Curve struct {
+			A, B []byte
+			Seed asn1.BitString `asn1:"optional"`
+		}
+		Base     []byte
+		Order    *big.Int
+		Cofactor *big.Int `asn1:"optional"`
+	}
+	errUnnamed := errors.New("its curve is not given by name, and is none of those in SSH")
+	if rest, err := asn1.Unmarshal(params, &given); err != nil || len(rest) > 0 || !given.Field.Type.Equal(oidPrimeField) {
+		return nil, errUnnamed
+	}
+	for _, curve := range []elliptic.Curve{elliptic.P256(), elliptic.P384(), elliptic.P521()} {
+		c := curve.Params()
+		size := (c.BitSize + 7) / 8
+		base := slices.Concat([]byte{4}, c.Gx.FillBytes(make([]byte, size)), c.Gy.FillBytes(make([]byte, size)))
+		minus3 := new(big.Int).Sub(c.P, big.NewInt(3))
+		if given.Field.Prime.Cmp(c.P) == 0 && given.Order.Cmp(c.N) == 0 && bytes.Equal(given.Base, base) &&
+			new(big.Int).SetBytes(given.Curve.A).Cmp(minus3) == 0 && new(big.Int).SetBytes(given.Curve.B).Cmp(c.B) == 0 &&
+			(given.Cofactor == nil || given.Cofactor.Cmp(big.NewInt(1)) == 0) {
+			return curve, nil
+		}
+	}
+	return nil, errUnnamed
 }
 
 func ed25519Params(params []byte) error {

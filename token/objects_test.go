@@ -12,6 +12,7 @@ import (
 	"crypto/x509/pkix"
 	"encoding/asn1"
 	"encoding/binary"
+	"encoding/hex"
 	"fmt"
 	"math/big"
 	"slices"
@@ -808,6 +809,75 @@ func TestObjectsNamedCurve(t *testing.T) {
 		if got != c.want || (err == nil) != (c.want != nil) {
 			t.Errorf("%v: got %v, %v; want %v", c.oid, got, err, c.want)
 		}
+	}
+}
+
+// explicitCurve gives a curve by its numbers.
+type explicitCurve struct {
+	Version int
+	Field   struct {
+		Type  asn1.ObjectIdentifier
+		Prime *big.Int
+	}
+	Curve    struct{ A, B []byte }
+	Base     []byte
+	Order    *big.Int
+	Cofactor *big.Int
+}
+
+func explicit(c *elliptic.CurveParams) (e explicitCurve) {
+	size := (c.BitSize + 7) / 8
+	e.Version, e.Field.Type, e.Field.Prime, e.Order, e.Cofactor = 1, oidPrimeField, new(big.Int).Set(c.P), new(big.Int).Set(c.N), big.NewInt(1)
+	e.Curve.A = new(big.Int).Sub(c.P, big.NewInt(3)).FillBytes(make([]byte, size))
+	e.Curve.B = c.B.FillBytes(make([]byte, size))
+	e.Base = slices.Concat([]byte{4}, c.Gx.FillBytes(make([]byte, size)), c.Gy.FillBytes(make([]byte, size)))
+	return e
+}
+
+// A curve is also known by all its numbers, and by nothing less.
+func TestObjectsExplicitCurve(t *testing.T) {
+	curves := []elliptic.Curve{elliptic.P256(), elliptic.P384(), elliptic.P521()}
+	for _, curve := range curves {
+		if got, err := namedCurve(der(explicit(curve.Params()))); got != curve || err != nil {
+			t.Errorf("%s: got %v, %v", curve.Params().Name, got, err)
+		}
+		for name, change := range map[string]func(e *explicitCurve){
+			"prime":     func(e *explicitCurve) { e.Field.Prime.Add(e.Field.Prime, big.NewInt(2)) },
+			"field":     func(e *explicitCurve) { e.Field.Type = oidP256 },
+			"a":         func(e *explicitCurve) { e.Curve.A[0] ^= 1 },
+			"b":         func(e *explicitCurve) { e.Curve.B[0] ^= 1 },
+			"base":      func(e *explicitCurve) { e.Base[len(e.Base)-1] ^= 1 },
+			"no base":   func(e *explicitCurve) { e.Base = nil },
+			"order":     func(e *explicitCurve) { e.Order.Sub(e.Order, big.NewInt(1)) },
+			"cofactor":  func(e *explicitCurve) { e.Cofactor = big.NewInt(2) },
+			"prime < 0": func(e *explicitCurve) { e.Field.Prime.Neg(e.Field.Prime) },
+		} {
+			e := explicit(curve.Params())
+			change(&e)
+			if got, err := namedCurve(der(e)); got != nil || err == nil {
+				t.Errorf("%s with another %s is taken for %v", curve.Params().Name, name, got)
+			}
+		}
+		whole := der(explicit(curve.Params()))
+		if got, err := namedCurve(append(whole, 0)); err == nil {
+			t.Errorf("with a byte after it: %v", got)
+		}
+	}
+	if got, err := namedCurve(der(explicit(elliptic.P224().Params()))); err == nil {
+		t.Errorf("P-224: %v", got)
+	}
+	// As OpenSSL writes it, with the seed.
+	written, err := hex.DecodeString(
+		"3081f7020101302c06072a8648ce3d0101022100ffffffff00000001000000000000000000000000ffffffffffffffffffff" +
+			"ffff305b0420ffffffff00000001000000000000000000000000fffffffffffffffffffffffc04205ac635d8aa3a93e7b3eb" +
+			"bd55769886bc651d06b0cc53b0f63bce3c3e27d2604b031500c49d360886e704936a6678e1139d26b7819f7e900441046b17" +
+			"d1f2e12c4247f8bce6e563a440f277037d812deb33a0f4a13945d898c2964fe342e2fe1a7f9b8ee7eb4a7c0f9e162bce3357" +
+			"6b315ececbb6406837bf51f5022100ffffffff00000000ffffffffffffffffbce6faada7179e84f3b9cac2fc632551020101")
+	if err != nil {
+		t.Fatal(err)
+	}
+	if got, err := namedCurve(written); got != elliptic.P256() {
+		t.Errorf("OpenSSL's P-256: %v, %v", got, err)
 	}
 }
 
