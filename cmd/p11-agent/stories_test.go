@@ -25,6 +25,7 @@ import (
 
 	"p11-agent/token/registry"
 	"p11-agent/token/tokentest"
+	"p11-agent/token/tokentest/pivcard"
 )
 
 var update = flag.Bool("update", false, "rewrite the expected texts in testdata/script")
@@ -56,6 +57,8 @@ const patience = 30 * time.Second
 //	                    paramiko for Debian's Python with it, and userns for the right to be another
 //	                    user than root in a namespace, without which it ends in CI, too
 //	tokens NAME...      put these SoftHSM tokens into the token directory
+//	card in|out         put a PIV card into a reader, or take it out
+//	card pins N         make sure that the card was given so many PINs, all of them right
 //	agent [ARG...]      start an agent in the background, with SSH_AUTH_SOCK and SSH_AGENT_PID
 //	adopt [FILE]        the same for one that the script has started: FILE, or the last output, tells where
 //	gone                wait until that agent has ended, and see that its socket is no more
@@ -88,6 +91,7 @@ func TestStories(t *testing.T) {
 		Cmds: map[string]func(*testscript.TestScript, bool, []string){
 			"need":        need,
 			"tokens":      s.addTokens,
+			"card":        s.putCard,
 			"agent":       startAgent,
 			"adopt":       adopt,
 			"gone":        gone,
@@ -114,6 +118,8 @@ type story struct {
 	skip  func(...any)
 	fail  func(format string, args ...any) // for what is found out at the end
 	agent *process                         // the one that SSH_AGENT_PID names
+	pcscd *tokentest.PCSCD                 // nil: no card was put in
+	card  *pivcard.Card
 }
 
 type storyKey struct{}
@@ -451,6 +457,36 @@ func screen(ts *testscript.TestScript, neg bool, args []string) {
 	})
 	if err != nil {
 		ts.Fatalf("wait for the screen to show %q: %v", args[0], err)
+	}
+}
+
+// cardPIN is the PIN of the smart card.
+const cardPIN = "8-apples"
+
+// putCard is the command card. pcscd and the reader are there from the first time
+// on, and go at the end of all stories.
+func (s *stories) putCard(ts *testscript.TestScript, neg bool, args []string) {
+	plain(ts, neg, len(args) == 1 || len(args) == 2 && args[0] == "pins", "card in|out|pins N")
+	st := storyOf(ts)
+	if st.pcscd == nil {
+		st.pcscd = tokentest.StartPCSCD(s.t)
+		st.card = tokentest.NewCard(s.t, pivcard.Options{Name: "card", PIN: cardPIN})
+		for _, kv := range st.pcscd.Env() {
+			name, value, _ := strings.Cut(kv, "=")
+			ts.Setenv(name, value)
+		}
+	}
+	switch args[0] {
+	case "in":
+		st.pcscd.Insert(0, st.card)
+	case "out":
+		st.pcscd.Remove(0)
+	case "pins":
+		if c := st.card.Counts(); strconv.Itoa(c.Right) != args[1] || c.Wrong+c.Blocked > 0 {
+			ts.Fatalf("the card was given %d right PINs and %d wrong ones", c.Right, c.Wrong+c.Blocked)
+		}
+	default:
+		ts.Fatalf("card %s: there is no such command", args[0])
 	}
 }
 
