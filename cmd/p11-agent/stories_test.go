@@ -83,8 +83,11 @@ func TestStories(t *testing.T) {
 		UpdateScripts:       *update,
 		Setup:               s.setup,
 		Condition: func(cond string) (bool, error) {
-			if cond == "root" {
+			switch cond {
+			case "root":
 				return os.Geteuid() == 0, nil
+			case "usual":
+				return usualModules()
 			}
 			return false, fmt.Errorf("unknown condition %q", cond)
 		},
@@ -111,6 +114,14 @@ type stories struct {
 	tokens    map[string]string // directories to copy, by the label of the token
 	softhsm   string            // SoftHSM's module
 	badModule string            // tokentest's
+}
+
+// usualModules tells whether the machine has no modules registered but those that
+// make deps installs: check says what is wrong with any other, as it should.
+func usualModules() (bool, error) {
+	all, err := filepath.Glob("/usr/share/p11-kit/modules/*.module")
+	usual := []string{"opensc-pkcs11.module", "p11-kit-trust.module", "softhsm2.module"}
+	return !slices.ContainsFunc(all, func(file string) bool { return !slices.Contains(usual, filepath.Base(file)) }), err
 }
 
 // story is what belongs to one script.
