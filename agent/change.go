@@ -75,13 +75,6 @@ func (k *Keyring) addToken(ctx context.Context, c *Caller, r TokenRequest) (what
 	before := k.now()
 	k.mu.Lock()
 	defer k.mu.Unlock()
-	// A client that may not see a key may not change what it may be used for.
-	for _, id := range before.identities {
-		if err := id.constraints.permits(c); err != nil && slices.ContainsFunc(id.homes, s.Match) {
-			k.opts.Tokens.Drop(s)
-			return s.String(), err
-		}
-	}
 	a := &addition{selection: s, constraints: r.Constraints}
 	if a.constraints.Lifetime == 0 {
 		a.constraints.Lifetime = k.opts.Lifetime
@@ -89,9 +82,23 @@ func (k *Keyring) addToken(ctx context.Context, c *Caller, r TokenRequest) (what
 	if a.constraints.Lifetime > 0 {
 		a.expires = time.Now().Add(a.constraints.Lifetime)
 	}
+	var meant []*identity
+	for _, id := range before.identities {
+		if !slices.ContainsFunc(id.homes, func(key Key) bool { return k.selectsLocked(s, key) }) {
+			continue
+		}
+		// A client that may not see a key may not change what it may be used for.
+		if err := id.constraints.permits(c); err != nil {
+			k.opts.Tokens.Drop(s)
+			return s.String(), err
+		}
+		meant = append(meant, id)
+	}
+	for _, id := range meant {
+		k.loosened(c, k.fingerprint(id.plain), &id.constraints, &a.constraints)
+	}
 	for _, old := range slices.Clone(k.added) {
 		if old.selection.String() == s.String() {
-			k.loosened(c, s.String(), &old.constraints, &a.constraints)
 			k.dropLocked(old)
 		}
 	}

@@ -307,6 +307,13 @@ func TestLooser(t *testing.T) {
 		if said := strings.Contains(f.log.String(), "constraints loosened"); said != test.looser {
 			t.Errorf("token, %+v to %+v: the log has %s", test.old, test.now, f.log)
 		}
+		// The same key by another name.
+		f = newFixture(Options{Automatic: []Selection{}}, edKey("pkcs11:token=a;id=1"))
+		f.add(t, "pkcs11:token=a;id=1", test.old)
+		f.add(t, "pkcs11:token=a", test.now)
+		if said := strings.Contains(f.log.String(), "constraints loosened"); said != test.looser {
+			t.Errorf("by another name, %+v to %+v: the log has %s", test.old, test.now, f.log)
+		}
 	}
 }
 
