@@ -16,6 +16,7 @@ import (
 	"math/big"
 	"slices"
 
+	"p11-agent/pinentry/secret"
 	"p11-agent/token/pkcs11uri"
 	"p11-agent/token/wire"
 )
@@ -355,6 +356,9 @@ func (k *Key) signHealing(ctx context.Context, ways []way) ([]byte, error) {
 			t.doubtLogin(ctx, p, k)
 		case !healed && broken(err) && (login == nil || !login.attempted):
 			healed = true
+			if isRV(err, wire.CKRDeviceRemoved, wire.CKRTokenNotPresent, wire.CKRTokenNotRecognized) {
+				t.module.store.gate(t.ID).wipe() // it was taken out
+			}
 			if isRV(err, wire.CKRGeneralError) {
 				// Nothing but a new start helps a module that lost its reader
 				// service.
@@ -377,13 +381,23 @@ func (k *Key) attempt(ctx context.Context, p *process, w way, mustLogin bool) ([
 		return nil, ErrAbsent
 	}
 	now := t.current(k)
+	var with prelude
+	defer func() { with.typed.Wipe() }()
 	if (mustLogin || now.needsLogin()) && !t.loggedIn(p) {
-		if err := t.login(ctx, k, nil); err != nil {
+		var err error
+		if with.typed, err = t.login(ctx, k, nil); err != nil {
 			return nil, err
 		}
+		with.fresh = true
 		now = t.current(k)
 	}
-	return now.signOnce(ctx, p, w)
+	return now.signOnce(ctx, p, w, with)
+}
+
+// prelude is what was done for a signature before it is made.
+type prelude struct {
+	fresh bool           // somebody has logged in just now
+	typed *secret.Secret // what a person has given for this signature already
 }
 
 // refusesMechanism tells whether a signature failed because of how it was to be
@@ -456,7 +470,8 @@ func (k *Key) needsLogin() bool {
 	return k.token.slot.Info.Flags&wire.CKFLoginRequired != 0
 }
 
-func (k *Key) signOnce(ctx context.Context, p *process, w way) ([]byte, error) {
+// signOnce has the token sign.
+func (k *Key) signOnce(ctx context.Context, p *process, w way, with prelude) ([]byte, error) {
 	req := &wire.Sign{
 		Key: wire.KeyID{
 			Token: k.token.ID, ID: k.found.id, Label: k.found.label, KeyType: k.found.keyType,
@@ -467,7 +482,7 @@ func (k *Key) signOnce(ctx context.Context, p *process, w way) ([]byte, error) {
 		Data:         w.data,
 	}
 	if k.found.always {
-		return k.token.signWithPIN(ctx, p, k, req)
+		return k.token.signWithPIN(ctx, p, k, req, with)
 	}
 	var reply wire.SignReply
 	if err := p.call(ctx, signTimeout, wire.TypeSign, req, &reply); err != nil {

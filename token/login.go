@@ -20,6 +20,7 @@ const maxAttempts = 10
 type gate struct {
 	mu     sync.Mutex
 	flight *flight
+	pins   pinMemory
 	// prompt is held, by the one element it has room for, by whoever gets a PIN
 	// and has it tried: the flight, or a signature that needs its own.
 	prompt chan struct{}
@@ -33,6 +34,11 @@ type flight struct {
 	waiters   int
 	abandoned bool
 	cancel    context.CancelFunc
+
+	// pin is what a person gave for a key that wants it for each signature, too:
+	// whoever started the login takes it for that one signature.
+	pin       *secret.Secret
+	ownerLeft bool // nobody will take it
 }
 
 func (s *Store) gate(id wire.TokenID) *gate {
@@ -49,23 +55,30 @@ func (s *Store) gate(id wire.TokenID) *gate {
 // login logs in to the token for the sake of a key, or waits for somebody
 // else's login. given is a PIN that a person gave for this token in advance; it
 // stays the caller's.
-func (t *Token) login(ctx context.Context, k *Key, given *secret.Secret) error {
+//
+// Where the key wants the PIN for the signature as well, what the person has
+// typed is returned, for the caller to use and wipe: who was asked once for one
+// signature is not to be asked twice.
+func (t *Token) login(ctx context.Context, k *Key, given *secret.Secret) (*secret.Secret, error) {
 	g := t.module.store.gate(t.ID)
 	for {
 		f, own, err := t.board(ctx, g, k, given)
 		if err != nil {
-			return err
+			return nil, err
 		}
 		select {
 		case <-f.done:
 		case <-ctx.Done():
-			g.leave(f)
-			return ctx.Err()
+			g.leave(f, own)
+			return nil, ctx.Err()
 		}
 		// A PIN given in advance is no part of somebody else's failed login.
 		// Nor is a login that was called off just before this one joined.
-		if own || f.err == nil || given.Len() == 0 && !f.abandoned {
-			return f.err
+		switch {
+		case own:
+			return f.pin, f.err
+		case f.err == nil || given.Len() == 0 && !f.abandoned:
+			return nil, f.err
 		}
 	}
 }
@@ -91,12 +104,16 @@ func (t *Token) board(ctx context.Context, g *gate, k *Key, given *secret.Secret
 		defer pin.Wipe()
 		defer cancel()
 		defer context.AfterFunc(t.module.store.ctx, cancel)()
-		err := t.loginFailed(t.logIn(ctx, g, k, pin), false)
+		typed, err := t.logIn(ctx, g, k, pin)
+		err = t.loginFailed(err, false)
 		if err != nil && t.module.store.ctx.Err() != nil {
 			err = ErrClosed
 		}
 		g.mu.Lock()
-		f.err = err
+		f.err, f.pin = err, typed
+		if f.ownerLeft {
+			f.pin.Wipe()
+		}
 		g.flight = nil
 		g.mu.Unlock()
 		close(f.done)
@@ -110,10 +127,15 @@ func (t *Token) board(ctx context.Context, g *gate, k *Key, given *secret.Secret
 	return f, true, nil
 }
 
-// leave is for those who do not wait any more.
-func (g *gate) leave(f *flight) {
+// leave is for those who do not wait any more. own tells that the flight is the
+// caller's.
+func (g *gate) leave(f *flight, own bool) {
 	g.mu.Lock()
 	defer g.mu.Unlock()
+	if own {
+		f.ownerLeft = true
+		f.pin.Wipe()
+	}
 	f.waiters--
 	if f.waiters == 0 {
 		f.abandoned = true
@@ -133,39 +155,54 @@ func (s *Store) goWhileOpen(f func()) bool {
 	return true
 }
 
-// logIn is the login itself: one goroutine at a time for each token.
-func (t *Token) logIn(ctx context.Context, g *gate, k *Key, given *secret.Secret) error {
+// logIn is the login itself: one goroutine at a time for each token. It returns
+// what a person has typed when the key wants it again for its signature.
+func (t *Token) logIn(ctx context.Context, g *gate, k *Key, given *secret.Secret) (typed *secret.Secret, err error) {
 	if err := g.take(ctx); err != nil {
-		return err
+		return nil, err
 	}
 	defer g.give()
 	p, err := t.module.running(ctx)
 	if err != nil {
-		return err
+		return nil, err
 	}
 	info, err := t.fresh(ctx, p)
 	if err != nil {
-		return err
+		return nil, err
 	}
 	if info.LoggedIn {
 		t.setLoggedIn(p, true)
-		return nil
+		return nil, nil
 	}
-	err = t.withPIN(ctx, k, info, given, false, func(ctx context.Context, pin *secret.Secret, lastTry, pad bool) error {
+	// Whether a key wants its PIN each time may show only after the login. What a
+	// configured source gives, it gives again.
+	now := t.current(k)
+	always := now.found.always
+	wanted := (always || !now.found.visible) && t.module.store.source(k) == nil
+	err = t.withPIN(ctx, g, k, info, given, always, func(ctx context.Context, pin *secret.Secret, lastTry, pad bool) error {
 		// From here on it may be logged in, whether or not the answer is waited for.
 		t.mu.Lock()
 		t.attempted = p
 		t.mu.Unlock()
 		var reply wire.TokenReply
-		return p.call(ctx, loginTimeout, wire.TypeLogin,
+		err := p.call(ctx, loginTimeout, wire.TypeLogin,
 			&wire.Login{Token: t.ID, LastTry: lastTry, Pad: pad, PIN: pin}, &reply)
+		if err == nil && wanted && !pad {
+			typed, err = pin.Clone()
+		}
+		return err
 	})
 	if err != nil {
-		return err
+		typed.Wipe()
+		return nil, err
 	}
 	t.setLoggedIn(p, true)
 	t.reveal(ctx, p)
-	return nil
+	if !t.current(k).found.always {
+		typed.Wipe()
+		typed = nil
+	}
+	return typed, nil
 }
 
 // reveal reads the objects that show only after a login, so that the signature
@@ -216,21 +253,46 @@ func (t *Token) fresh(ctx context.Context, p *process) (wire.TokenInfo, error) {
 type usePIN func(ctx context.Context, pin *secret.Secret, lastTry, pad bool) error
 
 // withPIN gets a PIN from where it is to come from, in this order: the one
-// given in advance, the configured source, a person; and has use try it. Only a
-// person is asked again when it was wrong, and only the same person decides
-// whether the last try is taken.
-func (t *Token) withPIN(ctx context.Context, k *Key, info wire.TokenInfo, given *secret.Secret, eachUse bool, use usePIN) error {
+// given in advance, the configured source, the one that is kept, a person; and has
+// use try it. Only a person is asked again when it was wrong, and only the same
+// person decides whether the last try is taken. The caller holds the gate's
+// prompt. eachUse tells that the key wants the PIN for each signature.
+func (t *Token) withPIN(ctx context.Context, g *gate, k *Key, info wire.TokenInfo, given *secret.Secret, eachUse bool, use usePIN) error {
 	tries := triesOf(info.Flags)
 	if tries == TriesNone {
 		return &PINError{Token: t.ID.Label, Tries: tries, Err: errors.New("the PIN is locked")}
 	}
+	policy := t.module.store.policyOf(k)
 	pad := info.Flags&wire.CKFProtectedAuthenticationPath != 0
+	if policy.Pad != nil {
+		pad = *policy.Pad
+	}
 	src := t.module.store.source(k)
 	if !pad && given.Len() == 0 && src != nil {
 		return t.fromSource(ctx, src, tries, use)
 	}
+	use = t.noting(g, policy, use)
 	if given.Len() > 0 && !pad && tries != TriesLast {
+		if g.wasRefused(given, tries) {
+			return &PINError{Token: t.ID.Label, Tries: tries, Err: errors.New(refusedBefore)}
+		}
 		return t.judge(use(ctx, given, false, false))
+	}
+	problem := ""
+	if given.Len() == 0 && !pad && tries != TriesLast && policy.Remember && (!eachUse || policy.Reuse) {
+		kept, err := g.keptPIN()
+		if err != nil {
+			return err
+		}
+		if kept != nil {
+			err := t.judge(use(ctx, kept, false, false))
+			kept.Wipe()
+			e, refused := errors.AsType[*PINError](err)
+			if !refused || e.Tries == TriesNone {
+				return err
+			}
+			tries, problem = e.Tries, "The PIN that was kept is not right any more."
+		}
 	}
 
 	ask := t.module.store.opts.PINs
@@ -257,7 +319,33 @@ func (t *Token) withPIN(ctx context.Context, k *Key, info wire.TokenInfo, given 
 	case given.Len() > 0:
 		return t.judge(use(ctx, given, true, false))
 	default:
-		return t.fromPerson(ctx, d, tries, minPIN, maxPIN, use)
+		return t.fromPerson(ctx, g, d, tries, minPIN, maxPIN, problem, use)
+	}
+}
+
+// refusedBefore is what is said of a PIN that is not tried a second time.
+const refusedBefore = "this PIN was refused a moment ago"
+
+// noting makes a usePIN remember what became of the PINs that it tries.
+func (t *Token) noting(g *gate, policy Policy, use usePIN) usePIN {
+	return func(ctx context.Context, pin *secret.Secret, lastTry, pad bool) error {
+		err := use(ctx, pin, lastTry, pad)
+		if pad {
+			return err
+		}
+		e, refused := errors.AsType[*PINError](t.judge(err))
+		switch {
+		case refused && e.Tried:
+			g.refuse(pin, e.Tries)
+		case err == nil:
+			g.forgive()
+			if policy.Remember && !policy.Never {
+				if err := g.keep(pin); err != nil {
+					t.module.log.Warn("the PIN cannot be kept", "token", t.ID.Label, "reason", err)
+				}
+			}
+		}
+		return err
 	}
 }
 
@@ -270,19 +358,19 @@ func (t *Token) lastTry(ctx context.Context, d PINDialogue, problem string) erro
 	return err
 }
 
-// fromPerson has a person give PINs until one is right, or they decline. A PIN
-// that was refused is not tried again in the same dialogue, and nor is any more
-// after maxAttempts: a person stops, a program that answers for one would lock
-// the token.
-func (t *Token) fromPerson(ctx context.Context, d PINDialogue, tries Tries, minPIN, maxPIN int, use usePIN) error {
-	var refused []*secret.Secret
+// fromPerson has a person give PINs until one is right, or they decline. problem
+// is what there is to say before the first. A PIN that was refused is not tried
+// again in the same dialogue, nor for a while in the next, and nor is any more
+// after maxAttempts: a person stops, a program that answers for one would lock the
+// token.
+func (t *Token) fromPerson(ctx context.Context, g *gate, d PINDialogue, tries Tries, minPIN, maxPIN int, problem string, use usePIN) error {
+	var given []*secret.Secret // in this dialogue, and not right
 	defer func() {
-		for _, pin := range refused {
+		for _, pin := range given {
 			pin.Wipe()
 		}
 	}()
 	wrong := &PINError{Token: t.ID.Label, Tries: tries, Err: errors.New("nothing that was typed can be its PIN")}
-	problem := ""
 	for range maxAttempts {
 		last := tries == TriesLast
 		if last {
@@ -299,9 +387,15 @@ func (t *Token) fromPerson(ctx context.Context, d PINDialogue, tries Tries, minP
 			pin.Wipe()
 			continue
 		}
-		if slices.ContainsFunc(refused, pin.Equal) {
+		if slices.ContainsFunc(given, pin.Equal) {
 			pin.Wipe()
 			return wrong
+		}
+		if g.wasRefused(pin, tries) {
+			given = append(given, pin)
+			wrong = &PINError{Token: t.ID.Label, Tries: tries, Err: errors.New(refusedBefore)}
+			problem = "This PIN was refused a moment ago: it was not tried again."
+			continue
 		}
 		err = t.judge(use(ctx, pin, last, false))
 		e, ok := errors.AsType[*PINError](err)
@@ -315,7 +409,7 @@ func (t *Token) fromPerson(ctx context.Context, d PINDialogue, tries Tries, minP
 			problem = "The PIN was not tried yet."
 			continue
 		}
-		refused = append(refused, pin)
+		given = append(given, pin)
 		problem = "Wrong PIN."
 		if tries == TriesLow {
 			problem = "Wrong PIN, and fewer tries left."
@@ -420,7 +514,7 @@ func isLoginError(err error) bool {
 
 // signWithPIN makes a signature with a key that wants its PIN each time. The
 // requests of such keys queue up: each has its own prompt, one at a time.
-func (t *Token) signWithPIN(ctx context.Context, p *process, k *Key, req *wire.Sign) ([]byte, error) {
+func (t *Token) signWithPIN(ctx context.Context, p *process, k *Key, req *wire.Sign, with prelude) ([]byte, error) {
 	g := t.module.store.gate(t.ID)
 	if err := g.take(ctx); err != nil {
 		return nil, err
@@ -434,8 +528,12 @@ func (t *Token) signWithPIN(ctx context.Context, p *process, k *Key, req *wire.S
 	if err != nil {
 		return nil, err
 	}
+	if !with.fresh && !info.LoggedIn && info.Flags&wire.CKFLoginRequired != 0 {
+		// It would refuse after the person has typed the PIN.
+		return nil, &wire.Error{Function: "C_GetSessionInfo", RV: wire.CKRUserNotLoggedIn}
+	}
 	var reply wire.SignReply
-	err = t.withPIN(ctx, k, info, nil, true, func(ctx context.Context, pin *secret.Secret, lastTry, pad bool) error {
+	err = t.withPIN(ctx, g, k, info, with.typed, true, func(ctx context.Context, pin *secret.Secret, lastTry, pad bool) error {
 		req.ContextLogin, req.LastTry, req.Pad, req.PIN = true, lastTry, pad, pin
 		return p.call(ctx, signTimeout, wire.TypeSign, req, &reply)
 	})
@@ -458,5 +556,7 @@ func (k *Key) logIn(ctx context.Context, pin *secret.Secret) error {
 	if !wanted || t.loggedIn(p) {
 		return nil
 	}
-	return t.login(ctx, k, pin)
+	typed, err := t.login(ctx, k, pin)
+	typed.Wipe()
+	return err
 }

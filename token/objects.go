@@ -46,6 +46,9 @@ type found struct {
 	unfit   string
 }
 
+// sameAs tells whether both are the same key pair.
+func (f *found) sameAs(o *found) bool { return bytes.Equal(f.id, o.id) && f.sum == o.sum }
+
 // pair puts the objects of a token together to key pairs, in the order of the
 // token's objects. When hidden is true the token may hold private keys that
 // show only after a login: then a public key or a certificate stands for its

@@ -36,24 +36,11 @@ type retained struct {
 	insertions uint64
 }
 
-// SetRetention replaces Options.Retention, for the signatures that follow.
-func (s *Store) SetRetention(f func(*Key) Retention) {
-	s.mu.Lock()
-	defer s.mu.Unlock()
-	s.retention = f
-}
-
 // used notes that a key has signed, and logs out when it is to do so at once.
 // Keys of one token share a login, and so the strictest of their rules.
 func (t *Token) used(ctx context.Context, k *Key) {
 	s := t.module.store
-	s.mu.Lock()
-	f := s.retention
-	s.mu.Unlock()
-	if f == nil {
-		return
-	}
-	r := f(k)
+	r := s.policyOf(k).Retention
 	if r.Never {
 		// The signature is made: whether its client still waits does not matter.
 		ctx, cancel := context.WithTimeout(context.WithoutCancel(ctx), loginTimeout)
@@ -61,6 +48,7 @@ func (t *Token) used(ctx context.Context, k *Key) {
 		t.end(ctx)
 		return
 	}
+	kept := s.gate(t.ID).keptSince()
 	t.mu.Lock()
 	defer t.mu.Unlock()
 	if t.session == nil {
@@ -68,8 +56,11 @@ func (t *Token) used(ctx context.Context, k *Key) {
 	}
 	now, was := time.Now(), &t.retained
 	if was.session != t.session || was.insertions != t.insertions {
-		was.forget()
-		was.session, was.insertions, was.since = t.session, t.insertions, now
+		if kept.IsZero() || was.since.IsZero() {
+			was.forget()
+			was.since = now
+		} // else it is the same login still, made again with the PIN that is kept
+		was.session, was.insertions = t.session, t.insertions
 	}
 	was.rule, was.end = was.rule.Stricter(r), time.Time{}
 	if was.rule.Idle > 0 {
@@ -97,11 +88,17 @@ func (r *retained) forget() {
 
 // expire logs out, unless a signature has put that off just now.
 func (t *Token) expire() {
+	kept := t.module.store.gate(t.ID).keptSince()
 	t.mu.Lock()
 	wait := time.Until(t.retained.end)
 	if t.retained.timer == nil {
 		t.mu.Unlock()
 		return // logged out meanwhile
+	}
+	if kept.IsZero() && t.session != t.retained.session {
+		t.retained.forget() // the login was lost, and this one is another
+		t.mu.Unlock()
+		return
 	}
 	if wait > 0 {
 		t.retained.timer.Reset(wait)
@@ -115,10 +112,10 @@ func (t *Token) expire() {
 	t.module.log.Info("logged out: the login has lasted as long as configured", "token", t.ID.Label)
 }
 
-// end logs out. A module that cannot be asked has lost the login, or is about to
-// be killed with it.
+// end logs out and forgets the PIN. A module that cannot be asked has lost the
+// login, or is about to be killed with it.
 func (t *Token) end(ctx context.Context) {
-	if err := t.logout(ctx); err != nil {
+	if err := t.forget(ctx); err != nil {
 		t.module.log.Warn("cannot log out", "token", t.ID.Label, "reason", err)
 	}
 }

@@ -14,11 +14,11 @@ func newRetainBench(t *testing.T, p *tokentest.Person, one, two token.Retention)
 	t.Helper()
 	return newBench(t, p, func(b *bench, opts *token.Options) {
 		b.card.AddKey(tokentest.P256, 2, "two", nil)
-		opts.Retention = func(k *token.Key) token.Retention {
+		opts.Policy = func(k *token.Key) token.Policy {
 			if bytes.Equal(k.ID(), []byte{1}) {
-				return one
+				return token.Policy{Retention: one}
 			}
-			return two
+			return token.Policy{Retention: two}
 		}
 	})
 }
@@ -42,7 +42,7 @@ func TestRetainNever(t *testing.T) {
 	b.mustSign()
 	want(t, "logged in", b.card.LoggedIn(), false)
 	want(t, "prompts", p.Prompts(), 4)
-	b.store.SetRetention(nil)
+	b.store.SetPolicy(nil)
 	b.mustSign()
 	want(t, "logged in", b.card.LoggedIn(), true)
 }

@@ -16,6 +16,7 @@ import (
 	"errors"
 	"fmt"
 	"log/slog"
+	"maps"
 	"slices"
 	"sync"
 	"sync/atomic"
@@ -53,9 +54,9 @@ type Options struct {
 	Sources []*pkcs11uri.URI
 	// PublicKeys stand in for public halves that tokens do not show.
 	PublicKeys []PublicKey
-	// Retention says how long a login lasts after the use of a key; nil: as long as
-	// the token keeps it.
-	Retention func(*Key) Retention
+	// Policy says how the PIN of a key's token is used; nil: the zero Policy for
+	// every key.
+	Policy func(*Key) Policy
 	// StateDir keeps which PIN files have been refused, so that a restart does
 	// not try them again; empty: that is only remembered in memory.
 	StateDir string
@@ -120,7 +121,7 @@ type Store struct {
 	configured []*pkcs11uri.URI // where PINs come from
 	added      []*pkcs11uri.URI // likewise, after those
 	public     []PublicKey
-	retention  func(*Key) Retention
+	policy     func(*Key) Policy
 	gates      map[wire.TokenID]*gate
 	changed    chan struct{} // closed and replaced when keys change
 }
@@ -138,7 +139,7 @@ func Open(opts Options) *Store {
 		refused:    loadRefused(opts.StateDir, opts.Log),
 		configured: slices.Clone(opts.Sources),
 		public:     slices.Clone(opts.PublicKeys),
-		retention:  opts.Retention,
+		policy:     opts.Policy,
 		gates:      make(map[wire.TokenID]*gate),
 		changed:    make(chan struct{}),
 	}
@@ -177,6 +178,12 @@ func (s *Store) Close() error {
 	s.mu.Unlock()
 	s.cancel()
 	s.wg.Wait()
+	s.mu.Lock()
+	gates := slices.Collect(maps.Values(s.gates))
+	s.mu.Unlock()
+	for _, g := range gates {
+		g.wipe()
+	}
 	return nil
 }
 
@@ -299,8 +306,9 @@ func (s *Store) Modules() []ModuleStatus {
 	return all
 }
 
-// LogoutAll logs out of every token, as far as its module answers, and so makes
-// the next signature ask for the PIN. A module that hangs delays no other.
+// LogoutAll logs out of every token, as far as its module answers, and forgets
+// the PINs that are kept, and so makes the next signature ask for the PIN. A
+// module that hangs delays no other.
 func (s *Store) LogoutAll(ctx context.Context) error {
 	var wg sync.WaitGroup
 	var mu sync.Mutex
@@ -308,7 +316,7 @@ func (s *Store) LogoutAll(ctx context.Context) error {
 	for _, m := range s.modulesNow() {
 		for _, t := range m.known() {
 			wg.Go(func() {
-				if err := t.logout(ctx); err != nil {
+				if err := t.forget(ctx); err != nil {
 					mu.Lock()
 					defer mu.Unlock()
 					all = append(all, err)

@@ -260,15 +260,20 @@ func (m *module) look(ctx context.Context, p *process, again bool) error {
 		}
 		order = append(order, t)
 	}
+	var gone []*Token
 	m.change(func() {
 		for _, t := range order {
 			if !slices.Contains(m.last, t) {
 				t.inserted()
 			}
 		}
+		gone = slices.DeleteFunc(slices.Clone(m.last), func(t *Token) bool { return slices.Contains(order, t) })
 		m.order, m.last, m.lastLook = order, order, time.Now()
 		m.plug, m.complain = plug, ""
 	})
+	for _, t := range gone {
+		m.store.gate(t.ID).wipe()
+	}
 	m.store.publish()
 	return nil
 }

@@ -66,6 +66,10 @@ func (t *Token) look(ctx context.Context, p *process, slot *wire.Slot) error {
 	old := t.keys
 	t.keys = nil
 	for _, f := range pairs {
+		if i := slices.IndexFunc(old, func(o *Key) bool { return !f.visible && f.sameAs(o.found) }); i >= 0 {
+			// What a login has shown of the private key is true without one.
+			f.always, f.unfit = old[i].found.always, old[i].found.unfit
+		}
 		k := newKey(t, f, pairs)
 		// The same key stays the same object, for those who compare.
 		if i := slices.IndexFunc(old, func(o *Key) bool { return o.same(k) }); i >= 0 {
@@ -124,12 +128,20 @@ func (t *Token) setLoggedIn(p *process, in bool) {
 	}
 }
 
+// forget ends the login and everything that is known of the PIN.
+func (t *Token) forget(ctx context.Context) error {
+	t.module.store.gate(t.ID).forgetPIN()
+	t.mu.Lock()
+	t.retained.forget()
+	t.mu.Unlock()
+	return t.logout(ctx)
+}
+
 // logout logs out, which is no error where nobody is logged in.
 func (t *Token) logout(ctx context.Context) error {
 	t.mu.Lock()
 	p := cmp.Or(t.session, t.attempted)
 	t.session, t.attempted = nil, nil
-	t.retained.forget()
 	t.mu.Unlock()
 	if p == nil || p.failure() != nil {
 		return nil // the login went with the process

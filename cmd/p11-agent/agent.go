@@ -412,7 +412,7 @@ func (s *service) reload(ctx context.Context, k *agent.Keyring, store *token.Sto
 	}
 	store.SetSources(c.sources())
 	store.SetPublicKeys(c.publicKeys)
-	store.SetRetention(c.retention())
+	store.SetPolicy(c.policy())
 	k.Configure(automatic(c), names(c))
 	ctx, cancel := context.WithTimeout(ctx, 10*time.Second)
 	defer cancel()

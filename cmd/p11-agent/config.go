@@ -69,9 +69,12 @@ type keyConfig struct {
 	Name   string    `toml:"name"`
 	Public string    `toml:"public-key"` // a file
 
-	PINCache string        `toml:"pin-cache"`
-	PINIdle  durationValue `toml:"pin-idle"`
-	PINMax   durationValue `toml:"pin-max"`
+	PINCache    string        `toml:"pin-cache"`
+	PINIdle     durationValue `toml:"pin-idle"`
+	PINMax      durationValue `toml:"pin-max"`
+	PINRemember *bool         `toml:"pin-remember"`
+	PINReuse    *bool         `toml:"pin-reuse"`
+	PINPad      *bool         `toml:"pin-pad"`
 }
 
 // What pin-cache may be.
@@ -80,25 +83,52 @@ const (
 	cacheUntilRemoval = "until-removal"
 )
 
-// retention returns how long logins last by the tables of keys, or nil when none
-// says anything about it. Of several tables for a key the strictest counts.
-func (c *config) retention() func(*token.Key) token.Retention {
-	tables := slices.DeleteFunc(slices.Clone(c.KeyTables), func(k keyConfig) bool {
-		return k.PINCache != cacheNever && k.PINIdle == 0 && k.PINMax == 0
-	})
+// policy returns what the tables of keys say about PINs, or nil when none says
+// anything. Of how long a login lasts the strictest word counts, of everything
+// else the first.
+func (c *config) policy() func(*token.Key) token.Policy {
+	tables := slices.DeleteFunc(slices.Clone(c.KeyTables), func(k keyConfig) bool { return !k.aboutPIN() })
 	if len(tables) == 0 {
 		return nil
 	}
-	return func(k *token.Key) (r token.Retention) {
+	return func(k *token.Key) (p token.Policy) {
+		var remember, reuse *bool
 		for _, table := range tables {
-			if k.Matches(table.URI.URI) {
-				r = r.Stricter(token.Retention{
-					Never: table.PINCache == cacheNever, Idle: time.Duration(table.PINIdle), Max: time.Duration(table.PINMax),
-				})
+			if !k.Matches(table.URI.URI) {
+				continue
 			}
+			p.Retention = p.Stricter(token.Retention{
+				Never: table.PINCache == cacheNever, Idle: time.Duration(table.PINIdle), Max: time.Duration(table.PINMax),
+			})
+			remember, reuse, p.Pad = cmp.Or(remember, table.PINRemember), cmp.Or(reuse, table.PINReuse), cmp.Or(p.Pad, table.PINPad)
 		}
-		return r
+		p.Reuse = reuse != nil && *reuse
+		p.Remember = p.Reuse || remember != nil && *remember
+		return p
 	}
+}
+
+// aboutPIN tells whether the table has any word about the PIN.
+func (k keyConfig) aboutPIN() bool {
+	return k.PINCache == cacheNever || k.PINIdle != 0 || k.PINMax != 0 ||
+		k.PINRemember != nil || k.PINReuse != nil || k.PINPad != nil
+}
+
+// checkPIN finds words about the PIN that do not go together.
+func (k keyConfig) checkPIN() error {
+	yes := func(b *bool) bool { return b != nil && *b }
+	switch k.PINCache {
+	case "", cacheNever, cacheUntilRemoval:
+	default:
+		return fmt.Errorf("pin-cache of %v is %q, and can be %q or %q", k.URI, k.PINCache, cacheNever, cacheUntilRemoval)
+	}
+	switch {
+	case (yes(k.PINRemember) || yes(k.PINReuse)) && k.PINCache == cacheNever:
+		return fmt.Errorf("%v: pin-remember and pin-reuse keep the PIN, and pin-cache = %q forgets it: one of them has to go", k.URI, cacheNever)
+	case (yes(k.PINRemember) || yes(k.PINReuse)) && yes(k.PINPad):
+		return fmt.Errorf("%v: a PIN that is typed on the reader (pin-pad) cannot be kept (pin-remember, pin-reuse)", k.URI)
+	}
+	return nil
 }
 
 // socketConfig adds a socket with rules of its own.
@@ -353,10 +383,8 @@ func (c *config) check(mode fs.FileMode) error {
 		if k.URI == nil {
 			return bad("[[key]] table %d has no uri", i+1)
 		}
-		switch k.PINCache {
-		case "", cacheNever, cacheUntilRemoval:
-		default:
-			return bad("pin-cache of %v is %q, and can be %q or %q", k.URI, k.PINCache, cacheNever, cacheUntilRemoval)
+		if err := k.checkPIN(); err != nil {
+			return bad("%v", err)
 		}
 		if k.Public == "" {
 			continue

@@ -120,7 +120,7 @@ func openBackend(c *config, asker token.PINAsker, state string, log *slog.Logger
 		PINs:       asker,
 		Sources:    c.sources(),
 		PublicKeys: c.publicKeys,
-		Retention:  c.retention(),
+		Policy:     c.policy(),
 		StateDir:   state,
 		Log:        log,
 	})

@@ -474,17 +474,17 @@ func TestPINTries(t *testing.T) {
 		b.hello(module)
 		err := b.do(wire.TypeLogin, &wire.Login{Token: id}, new(wire.TokenReply))
 		wantReason(t, err, wire.ReasonProtocol)
-		err = b.do(wire.TypeLogin, &wire.Login{Token: id, Pad: true}, new(wire.TokenReply))
-		wantReason(t, err, wire.ReasonProtocol) // no reader to type on
 	})
-	t.Run("typed on the reader", func(t *testing.T) {
-		b := startBad(t, "flags=0x100")
-		b.hello(module)
-		var reply wire.TokenReply
-		if err := b.do(wire.TypeLogin, &wire.Login{Token: id, Pad: true}, &reply); err != nil || !reply.Info.LoggedIn {
-			t.Errorf("%+v, %v", reply, err)
-		}
-	})
+	for _, flags := range []string{"flags=0x100", ""} { // also where the token denies it: some are wrong
+		t.Run("typed on the reader "+flags, func(t *testing.T) {
+			b := startBad(t, flags)
+			b.hello(module)
+			var reply wire.TokenReply
+			if err := b.do(wire.TypeLogin, &wire.Login{Token: id, Pad: true}, &reply); err != nil || !reply.Info.LoggedIn {
+				t.Errorf("%+v, %v", reply, err)
+			}
+		})
+	}
 }
 
 func TestContextLogin(t *testing.T) {

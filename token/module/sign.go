@@ -15,16 +15,15 @@ import (
 const maxSignature = 8 << 10
 
 // mayTry tells whether the PIN may be tried on the token now. What the token
-// says of itself was read right before.
-func mayTry(info wire.TokenInfo, lastTry, pad bool) error {
+// says of itself was read right before. Whether the reader has a way to type a
+// PIN is not asked: tokens say so wrongly, and the agent's configuration knows.
+func mayTry(info wire.TokenInfo, lastTry bool) error {
 	e := &wire.Error{HasInfo: true, Info: info}
 	switch {
 	case info.Flags&wire.CKFUserPINLocked != 0:
 		e.Reason = wire.ReasonPINLocked
 	case info.Flags&wire.CKFUserPINFinalTry != 0 && !lastTry:
 		e.Reason = wire.ReasonLastTry
-	case pad && info.Flags&wire.CKFProtectedAuthenticationPath == 0:
-		e.Reason, e.Text = wire.ReasonProtocol, "the reader has no way to type a PIN"
 	default:
 		return nil
 	}
@@ -71,7 +70,7 @@ func (s *server) login(ctx context.Context, lib *library, t *token, m *wire.Logi
 		t.failed(p, 0, err)
 		return nil, err
 	}
-	if err := mayTry(info, m.LastTry, m.Pad); err != nil {
+	if err := mayTry(info, m.LastTry); err != nil {
 		return nil, err
 	}
 	if err := ctx.Err(); err != nil {
@@ -138,7 +137,7 @@ func (s *server) sign(ctx context.Context, lib *library, t *token, m *wire.Sign)
 			t.failed(p, 0, err)
 			return nil, err
 		}
-		if err := mayTry(info, m.LastTry, m.Pad); err != nil {
+		if err := mayTry(info, m.LastTry); err != nil {
 			return nil, err
 		}
 	}

@@ -331,7 +331,7 @@ func TestSoftHSM(t *testing.T) {
 			{"other token", func(s *wire.Sign) { s.Key.Token.Serial = "0" }, func(t *testing.T, err error) { wantReason(t, err, wire.ReasonNoToken) }},
 			{"PIN for nothing", func(s *wire.Sign) { s.PIN = pinOf(t, "1234") }, func(t *testing.T, err error) { wantReason(t, err, wire.ReasonProtocol) }},
 			{"no PIN", func(s *wire.Sign) { s.ContextLogin = true }, func(t *testing.T, err error) { wantReason(t, err, wire.ReasonProtocol) }},
-			{"no reader to type on", func(s *wire.Sign) { s.ContextLogin, s.Pad = true, true }, func(t *testing.T, err error) { wantReason(t, err, wire.ReasonProtocol) }},
+			{"no reader to type on", func(s *wire.Sign) { s.ContextLogin, s.Pad = true, true }, func(t *testing.T, err error) { wantRV(t, err, "C_Login", wire.CKRArgumentsBad) }},
 		}
 		for _, tt := range tests {
 			t.Run(tt.name, func(t *testing.T) {

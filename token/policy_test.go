@@ -1,0 +1,225 @@
+package token_test
+
+import (
+	"bytes"
+	"errors"
+	"sync"
+	"testing"
+	"time"
+
+	"p11-agent/pinentry/secret"
+	"p11-agent/token"
+	"p11-agent/token/tokentest"
+	"p11-agent/token/wire"
+)
+
+// newPolicyBench has key 1, which is asked for its PIN once, and key 2, which
+// wants it each time, both with the same Policy.
+func newPolicyBench(t *testing.T, p *tokentest.Person, policy token.Policy) *bench {
+	t.Helper()
+	return newBench(t, p, func(b *bench, opts *token.Options) {
+		b.card.AddKey(tokentest.P256, 2, "two", func(k *tokentest.FakeKey) { k.Always = true })
+		opts.Policy = func(*token.Key) token.Policy { return policy }
+	})
+}
+
+func (b *bench) mustSignWith(id byte) {
+	b.t.Helper()
+	if err := tokentest.Sign(b.t.Context(), b.key(id)); err != nil {
+		b.t.Fatal(err)
+	}
+}
+
+// A PIN that is kept makes up for a login that was lost, and for nothing else.
+func TestRemember(t *testing.T) {
+	tests := []struct {
+		name    string
+		change  func(t *testing.T, b *bench)
+		prompts int // for the next signature
+	}{
+		{"logged out by another program", func(_ *testing.T, b *bench) { b.card.LogOut(false) }, 0},
+		{"logged out, and the module does not know", func(_ *testing.T, b *bench) { b.card.LogOut(true) }, 0},
+		{"module process killed", func(_ *testing.T, b *bench) { b.fake.Processes()[0].Kill() }, 0},
+		{"card out and back", func(t *testing.T, b *bench) {
+			b.card.Remove()
+			tokentest.Keys(t, b.store, 0)
+			b.card.Insert()
+			tokentest.Keys(t, b.store, 2)
+		}, 1},
+		{"card out and back, noticed by a signature", func(_ *testing.T, b *bench) {
+			b.fake.Quietly(b.card.Remove)
+			if err := b.sign(); !errors.Is(err, token.ErrAbsent) {
+				b.t.Errorf("while it is out: %v", err)
+			}
+			b.card.Insert()
+		}, 1},
+		{"everything forgotten", func(t *testing.T, b *bench) { noError(t, b.store.LogoutAll(t.Context())) }, 1},
+		{"not configured any more", func(_ *testing.T, b *bench) {
+			b.store.SetPolicy(nil)
+			b.card.LogOut(false)
+		}, 1},
+	}
+	for _, tt := range tests {
+		t.Run(tt.name, func(t *testing.T) {
+			p := &tokentest.Person{Always: pin}
+			b := newPolicyBench(t, p, token.Policy{Remember: true})
+			b.mustSign()
+			for range 3 {
+				before := p.Prompts()
+				tt.change(t, b)
+				tokentest.Keys(t, b.store, 2)
+				b.mustSign()
+				want(t, "prompts", p.Prompts()-before, tt.prompts)
+			}
+			want(t, "wrong PINs", b.card.Wrong(), 0)
+		})
+	}
+}
+
+// A PIN that is kept and was changed by somebody else costs one try, however many
+// wait for it, and is not typed again by mistake.
+func TestRememberedPINIsOutOfDate(t *testing.T) {
+	const other = "Other-1290"
+	p := &tokentest.Person{PINs: []string{pin, pin, other}}
+	b := newPolicyBench(t, p, token.Policy{Remember: true})
+	b.mustSign()
+	b.card.SetPIN(other)
+	b.card.LogOut(false)
+	var all sync.WaitGroup
+	for range 50 {
+		all.Go(func() {
+			if err := tokentest.Sign(t.Context(), b.key(1)); err != nil {
+				t.Error(err)
+			}
+		})
+	}
+	all.Wait()
+	want(t, "wrong PINs", b.card.Wrong(), 1)
+	want(t, "right PINs", b.card.Right(), 2)
+	want(t, "prompts", p.Prompts(), 3) // one before, the old one again, the new one
+	problems := p.Problems()
+	want(t, "said of the one that was kept", problems[1], "The PIN that was kept is not right any more.")
+	want(t, "said of the old one", problems[2], "This PIN was refused a moment ago: it was not tried again.")
+}
+
+// Whoever answers with the same wrong PIN again and again loses one try, until
+// something changes.
+func TestRefusedPINIsNotTriedAgain(t *testing.T) {
+	p := &tokentest.Person{Always: "wrong-1"}
+	b := newBench(t, p, nil)
+	pinError(t, b.sign(), true, token.TriesLow)
+	for range 5 {
+		pinError(t, b.sign(), false, token.TriesLow)
+	}
+	given, err := secret.From([]byte("wrong-1")) // as ssh-add -s gives one
+	noError(t, err)
+	defer given.Wipe()
+	err = b.store.Login(t.Context(), []*token.Key{b.key(1)}, given)
+	pinError(t, err, false, token.TriesLow)
+	want(t, "wrong PINs", b.card.Wrong(), 1)
+
+	// Somebody has made it the PIN: the token tells by its flags.
+	b.card.SetPIN("wrong-1")
+	b.mustSign()
+	// The card was out, and who puts it in again may have had a reason.
+	noError(t, b.store.LogoutAll(t.Context()))
+	b.card.SetPIN(pin)
+	pinError(t, b.sign(), true, token.TriesLow)
+	pinError(t, b.sign(), false, token.TriesLow)
+	b.card.Remove()
+	tokentest.Keys(t, b.store, 0)
+	b.card.Insert()
+	tokentest.Keys(t, b.store, 1)
+	pinError(t, b.sign(), false, token.TriesLast) // two are gone: now a person is asked before the third
+	want(t, "wrong PINs", b.card.Wrong(), 3)
+}
+
+// A key that wants its PIN each time asks once for each signature, also for the
+// first one, which logs in, too; and not at all where the kept one may be used.
+func TestAlwaysAuthenticateByPolicy(t *testing.T) {
+	tests := []struct {
+		name   string
+		policy token.Policy
+		after  []int // prompts, after each of four signatures
+	}{
+		{"asks each time", token.Policy{}, []int{1, 2, 3, 4}},
+		{"a PIN is kept, for logins", token.Policy{Remember: true}, []int{1, 2, 3, 4}},
+		{"a PIN is kept, for this key too", token.Policy{Remember: true, Reuse: true}, []int{1, 1, 1, 1}},
+		{"nothing is kept to use", token.Policy{Reuse: true}, []int{1, 2, 3, 4}},
+		{"logged out after each", token.Policy{Retention: token.Retention{Never: true}, Remember: true, Reuse: true}, []int{1, 2, 3, 4}},
+	}
+	for _, tt := range tests {
+		t.Run(tt.name, func(t *testing.T) {
+			p := &tokentest.Person{Always: pin}
+			b := newPolicyBench(t, p, tt.policy)
+			for i, n := range tt.after {
+				if i == 2 {
+					b.card.LogOut(false) // whoever has to log in again is asked no more often
+				}
+				b.mustSignWith(2)
+				want(t, "prompts", p.Prompts(), n)
+			}
+			want(t, "signatures", b.card.Signed(), 4)
+			want(t, "wrong PINs", b.card.Wrong(), 0)
+		})
+	}
+}
+
+// What becomes of the prompt for one key is nothing to the others.
+func TestAlwaysAuthenticateDeclined(t *testing.T) {
+	p := &tokentest.Person{PINs: []string{pin}}
+	b := newPolicyBench(t, p, token.Policy{})
+	b.mustSign()
+	for range 3 {
+		if err := tokentest.Sign(t.Context(), b.key(2)); !errors.Is(err, token.ErrCancelled) {
+			t.Errorf("declined: %v", err)
+		}
+		b.mustSign()
+	}
+	want(t, "prompts", p.Prompts(), 4)
+	want(t, "right PINs", b.card.Right(), 1)
+}
+
+// The configuration knows better than the token where its PIN is typed.
+func TestPadOverride(t *testing.T) {
+	for _, pad := range []bool{false, true} {
+		p := &tokentest.Person{Always: pin}
+		b := newBench(t, p, func(b *bench, opts *token.Options) {
+			b.card.Typed = []byte(pin)
+			if !pad {
+				b.card.Flags = wire.CKFProtectedAuthenticationPath
+			}
+			opts.Policy = func(*token.Key) token.Policy { return token.Policy{Pad: &pad} }
+		})
+		b.mustSign()
+		prompts, notices := 1, 0
+		if pad {
+			prompts, notices = 0, 1
+		}
+		want(t, "prompts", p.Prompts(), prompts)
+		want(t, "notices", p.Notices(), notices)
+	}
+}
+
+// A login that is made again with the PIN that is kept lasts no longer than the
+// first one would have.
+func TestRememberedLoginEnds(t *testing.T) {
+	p := &tokentest.Person{Always: pin}
+	b := newPolicyBench(t, p, token.Policy{Remember: true, Retention: token.Retention{Max: 200 * time.Millisecond}})
+	b.mustSign()
+	for p.Prompts() == 1 { // never, if each login began anew
+		b.card.LogOut(false)
+		b.mustSign()
+	}
+	b.card.LogOut(false)
+	// Also when nobody is logged in when the time is over.
+	tokentest.Until(t, "the PIN is forgotten", func() bool {
+		before := p.Prompts()
+		b.card.LogOut(false)
+		b.mustSign()
+		return p.Prompts() > before
+	})
+	if !bytes.Equal(b.key(1).ID(), []byte{1}) {
+		t.Error("it is another key")
+	}
+}
