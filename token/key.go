@@ -85,6 +85,13 @@ func (k *Key) AlwaysAuthenticate() bool { return k.found.always }
 // keys that are not for signing, attestation keys, encryption certificates.
 func (k *Key) Unfit() string { return k.found.unfit }
 
+// Present tells whether the key's token is there, as far as is known: just after
+// the start that is what was known before.
+func (k *Key) Present() bool { return k.token.present() }
+
+// TokenName names the key's token to a person.
+func (k *Key) TokenName() string { return k.token.name() }
+
 // Insertions counts how often the key's token has appeared.
 func (k *Key) Insertions() uint64 {
 	k.token.mu.Lock()
@@ -448,7 +455,7 @@ func (k *Key) explain(err error) error {
 	case isLoginError(err):
 		return err
 	case errors.Is(err, ErrAbsent) || isReason(err, wire.ReasonNoToken, wire.ReasonOtherToken):
-		return fmt.Errorf("%w: insert token %q (serial %s)", ErrAbsent, t.Label, t.Serial)
+		return fmt.Errorf("%w: insert token %s", ErrAbsent, k.token.name())
 	case isReason(err, wire.ReasonNoKey):
 		return fmt.Errorf("token %q holds a public key or certificate for ID %s, but no private key", t.Label, hex.EncodeToString(k.found.id))
 	case isRV(err, wire.CKRKeyTypeInconsistent, wire.CKRKeyFunctionNotPermitted):

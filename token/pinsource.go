@@ -359,9 +359,6 @@ func (r *refusedSources) add(m sourceMark) {
 
 // save adds a line to the file, which is replaced as a whole.
 func (r *refusedSources) save(key string) error {
-	if err := os.MkdirAll(filepath.Dir(r.path), 0o700); err != nil {
-		return err
-	}
 	b, err := os.ReadFile(r.path)
 	if err != nil && !errors.Is(err, fs.ErrNotExist) {
 		return err
@@ -369,17 +366,5 @@ func (r *refusedSources) save(key string) error {
 	lines := strings.Fields(string(b))
 	lines = append(lines, key)
 	lines = lines[max(0, len(lines)-maxRefused):]
-	tmp, err := os.CreateTemp(filepath.Dir(r.path), "refused-pins-")
-	if err != nil {
-		return err
-	}
-	_, err = tmp.WriteString(strings.Join(lines, "\n") + "\n")
-	err = errors.Join(err, tmp.Close())
-	if err == nil {
-		err = os.Rename(tmp.Name(), r.path)
-	}
-	if err != nil {
-		return errors.Join(err, os.Remove(tmp.Name()))
-	}
-	return nil
+	return replaceFile(r.path, []byte(strings.Join(lines, "\n")+"\n"))
 }

@@ -60,7 +60,9 @@ type Options struct {
 	// StateDir keeps which PIN files have been refused, so that a restart does
 	// not try them again; empty: that is only remembered in memory.
 	StateDir string
-	Log      *slog.Logger
+	// Known is what to do with the list of keys in StateDir.
+	Known KnownKeys
+	Log   *slog.Logger
 }
 
 // A PINAsker asks persons for PINs. Its methods are called from several
@@ -114,6 +116,8 @@ type Store struct {
 	keys    atomic.Pointer[snapshot]
 	settled chan struct{} // closed when every module was looked at once
 	refused *refusedSources
+	known   *known        // as it was at the start
+	dirty   chan struct{} // one element: the list of known keys is to be written
 
 	mu         sync.Mutex
 	closed     bool
@@ -136,6 +140,8 @@ func Open(opts Options) *Store {
 		ctx:        ctx,
 		cancel:     cancel,
 		settled:    make(chan struct{}),
+		known:      new(known),
+		dirty:      make(chan struct{}, 1),
 		refused:    loadRefused(opts.StateDir, opts.Log),
 		configured: slices.Clone(opts.Sources),
 		public:     slices.Clone(opts.PublicKeys),
@@ -144,12 +150,19 @@ func Open(opts Options) *Store {
 		changed:    make(chan struct{}),
 	}
 	s.keys.Store(new(snapshot))
+	if opts.Known != KnownIgnored {
+		s.known = loadKnown(opts.StateDir, opts.Log)
+	}
+	if opts.Known == KnownKept && opts.StateDir != "" {
+		s.wg.Go(s.keepKnown)
+	}
 	s.mu.Lock()
 	for _, spec := range opts.Modules {
 		s.startLocked(spec)
 	}
 	first := slices.Clone(s.modules)
 	s.mu.Unlock()
+	s.publish() // what is known from before
 	s.wg.Go(func() {
 		defer close(s.settled)
 		for _, m := range first {
@@ -166,6 +179,7 @@ func Open(opts Options) *Store {
 // startLocked adds a module and runs it. The Store is open.
 func (s *Store) startLocked(spec ModuleSpec) *module {
 	m := newModule(s, spec)
+	m.restore(s.known)
 	s.modules = append(s.modules, m)
 	s.wg.Go(func() { m.run(s.ctx) })
 	return m
@@ -203,13 +217,17 @@ func (s *Store) Changed() <-chan struct{} {
 // it never waits, and is not to be changed.
 func (s *Store) Keys() []*Key { return s.keys.Load().keys }
 
-// Generation changes whenever Keys does.
+// Away returns the keys of tokens that are known and not present, as Keys does:
+// each once for every token.
+func (s *Store) Away() []*Key { return s.keys.Load().away }
+
+// Generation changes whenever Keys or Away does.
 func (s *Store) Generation() uint64 { return s.keys.Load().generation }
 
 // snapshot is the keys at one time, in the order of modules, slots, objects.
 type snapshot struct {
 	generation uint64
-	keys       []*Key
+	keys, away []*Key
 }
 
 // publish makes a new snapshot of what the modules found last, unless that is
@@ -230,12 +248,24 @@ func (s *Store) publish() {
 			next.keys = append(next.keys, t.keyList()...)
 		}
 	}
-	if slices.Equal(next.keys, s.keys.Load().keys) {
+	for _, m := range s.modules {
+		for _, t := range m.known() {
+			if seen[t.ID] == nil {
+				seen[t.ID] = t
+				next.away = append(next.away, t.keyList()...)
+			}
+		}
+	}
+	if was := s.keys.Load(); slices.Equal(next.keys, was.keys) && slices.Equal(next.away, was.away) {
 		return
 	}
 	s.keys.Store(next)
 	close(s.changed)
 	s.changed = make(chan struct{})
+	select {
+	case s.dirty <- struct{}{}:
+	default:
+	}
 }
 
 // modulesNow returns the modules as they are now.
@@ -281,9 +311,10 @@ type ModuleStatus struct {
 	Restarts int
 	Library  string // what the module says it is
 	Tokens   []TokenStatus
+	Away     []TokenStatus // known, with keys, and not present
 }
 
-// A TokenStatus tells of a token that is present.
+// A TokenStatus tells of a token.
 type TokenStatus struct {
 	ID       wire.TokenID
 	URI      string // canonical
@@ -293,8 +324,9 @@ type TokenStatus struct {
 	Shadowed string // the module that this token is used through instead
 	Keys     []*Key
 	Flags    uint64
-	Library  string // of the module
-	Slot     string // description
+	Library  string    // of the module
+	Slot     string    // description
+	Seen     time.Time // when it was there last
 }
 
 // Modules tells how every module fares, in order. It never waits.

@@ -146,6 +146,7 @@ func answer(due []*lookup, err error) {
 // back before anybody looks.
 func (m *module) stopped(err error, wait time.Duration) {
 	old := false
+	var gone []*Token
 	m.change(func() {
 		m.proc, m.err, m.retry = nil, err, time.Time{}
 		m.lastLook = time.Now()
@@ -154,9 +155,12 @@ func (m *module) stopped(err error, wait time.Duration) {
 			m.retry = time.Now().Add(wait)
 		}
 		if m.starts == 0 || wait > restartMin {
-			m.order = nil
+			m.order, gone = nil, m.order
 		}
 	})
+	for _, t := range gone {
+		t.left()
+	}
 	m.store.publish()
 	switch {
 	case wait > 0:
@@ -273,6 +277,7 @@ func (m *module) look(ctx context.Context, p *process, again bool) error {
 	})
 	for _, t := range gone {
 		m.store.gate(t.ID).wipe()
+		t.left()
 	}
 	m.store.publish()
 	return nil
@@ -301,7 +306,7 @@ func (m *module) present() []*Token {
 func (m *module) known() []*Token {
 	m.mu.Lock()
 	defer m.mu.Unlock()
-	return slices.Collect(maps.Values(m.tokens))
+	return slices.SortedFunc(maps.Values(m.tokens), func(a, b *Token) int { return compareIDs(a.ID, b.ID) })
 }
 
 // running returns the process, waiting for it while it starts.
@@ -400,7 +405,12 @@ func (m *module) status() ModuleStatus {
 		st.PID = m.proc.cmd.Process.Pid
 	}
 	for _, t := range m.order {
-		st.Tokens = append(st.Tokens, t.status())
+		st.Tokens = append(st.Tokens, t.status(true))
+	}
+	for _, t := range slices.SortedFunc(maps.Values(m.tokens), func(a, b *Token) int { return compareIDs(a.ID, b.ID) }) {
+		if !slices.Contains(m.order, t) && len(t.keyList()) > 0 {
+			st.Away = append(st.Away, t.status(false))
+		}
 	}
 	return st
 }

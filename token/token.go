@@ -8,7 +8,9 @@ import (
 	"errors"
 	"fmt"
 	"slices"
+	"strconv"
 	"sync"
+	"time"
 
 	"p11-agent/token/pkcs11uri"
 	"p11-agent/token/wire"
@@ -25,8 +27,9 @@ type Token struct {
 	shadow           string    // the module that wins over this one
 	keys             []*Key
 	insertions       uint64
-	session          *process // the process that is logged in, nil when none is
-	attempted        *process // one that a login was begun in, and may have had success
+	seen             time.Time // when it was there last, if it is not
+	session          *process  // the process that is logged in, nil when none is
+	attempted        *process  // one that a login was begun in, and may have had success
 	refusesMechanism map[uint64]bool
 	retained         retained
 }
@@ -108,6 +111,14 @@ func (t *Token) current(k *Key) *Key {
 	return k
 }
 
+// name names the token to a person, who may have several with one label.
+func (t *Token) name() string {
+	if t.ID.Serial == "" {
+		return strconv.Quote(t.ID.Label)
+	}
+	return fmt.Sprintf("%q (serial %s)", t.ID.Label, t.ID.Serial)
+}
+
 // present tells whether the token was there at the last look.
 func (t *Token) present() bool { return slices.Contains(t.module.present(), t) }
 
@@ -154,9 +165,13 @@ func (t *Token) logout(ctx context.Context) error {
 	return nil
 }
 
-func (t *Token) status() TokenStatus {
+func (t *Token) status(present bool) TokenStatus {
 	t.mu.Lock()
 	defer t.mu.Unlock()
+	seen := t.seen
+	if present {
+		seen = time.Now()
+	}
 	return TokenStatus{
 		ID:       t.ID,
 		URI:      pkcs11uri.ForKey(t.ID, "", nil).String(),
@@ -168,6 +183,7 @@ func (t *Token) status() TokenStatus {
 		Flags:    t.slot.Info.Flags,
 		Library:  t.module.info.Description,
 		Slot:     t.slot.Description,
+		Seen:     seen,
 	}
 }
 
@@ -195,6 +211,23 @@ func (k *Key) same(o *Key) bool {
 		slices.Equal(k.found.labels, o.found.labels) && slices.Equal(k.found.classes, o.found.classes) &&
 		k.found.visible == o.found.visible && k.found.open == o.found.open && k.found.always == o.found.always && k.found.unfit == o.found.unfit &&
 		k.text == o.text && slices.EqualFunc(k.found.certs, o.found.certs, bytes.Equal) && equalKeys(k.found.public, o.found.public)
+}
+
+// lastSeen tells when the token was there last.
+func (t *Token) lastSeen() time.Time {
+	if t.present() {
+		return time.Now()
+	}
+	t.mu.Lock()
+	defer t.mu.Unlock()
+	return t.seen
+}
+
+// left notes that the token has gone.
+func (t *Token) left() {
+	t.mu.Lock()
+	defer t.mu.Unlock()
+	t.seen = time.Now()
 }
 
 func (t *Token) inserted() {
