@@ -306,7 +306,7 @@ func (k *Keyring) RemoveAll(ctx context.Context, c *Caller) error {
 		}
 	}
 	k.change++
-	for _, key := range k.opts.Tokens.Keys() {
+	for _, key := range slices.Concat(k.opts.Tokens.Keys(), k.opts.Tokens.Away()) {
 		k.hideKeyLocked(key)
 	}
 	k.mu.Unlock()
@@ -318,12 +318,13 @@ func (k *Keyring) RemoveAll(ctx context.Context, c *Caller) error {
 	return nil
 }
 
-// Configure changes what is offered without being added, and the names of
-// keys. Automatic identities that were removed are back.
-func (k *Keyring) Configure(automatic []Selection, name func(Key) string) {
+// Configure changes what is offered without being added, the names of keys, and
+// which of them are offered while their tokens are away. Automatic identities that
+// were removed are back.
+func (k *Keyring) Configure(automatic []Selection, name func(Key) string, offerAway func(Key, bool) bool) {
 	k.mu.Lock()
 	defer k.mu.Unlock()
-	k.opts.Automatic, k.opts.Name = automatic, name
+	k.opts.Automatic, k.opts.Name, k.opts.OfferAway = automatic, name, offerAway
 	clear(k.hidden)
 	k.change++
 }

@@ -16,6 +16,7 @@ type identity struct {
 	wire        string // of key
 	comment     string
 	homes       []Key
+	awaited     bool          // offered while its tokens are away, which are asked for when it is to sign
 	software    crypto.Signer // nil: it is on tokens only
 	constraints Constraints
 }
@@ -111,11 +112,17 @@ func (v *view) add(id *identity) {
 
 // tokensLocked puts the identities of tokens into the view.
 func (k *Keyring) tokensLocked(v *view) {
-	keys := k.opts.Tokens.Keys()
+	present := k.opts.Tokens.Keys()
+	keys := slices.Concat(present, k.opts.Tokens.Away())
 	plains := make([]ssh.PublicKey, len(keys)) // made when needed
-	// take shows a key, with a certificate when that is not nil.
-	take := func(i int, cert *ssh.Certificate, c *Constraints) {
+	// take shows a key, with a certificate when that is not nil. named tells that the
+	// configuration has it.
+	take := func(i int, cert *ssh.Certificate, c *Constraints, named bool) {
 		key := keys[i]
+		awaited := k.opts.OfferAway != nil && k.opts.OfferAway(key, named)
+		if i >= len(present) && !awaited {
+			return
+		}
 		if plains[i] == nil {
 			pub, err := ssh.NewPublicKey(key.Public())
 			if err != nil {
@@ -145,6 +152,7 @@ func (k *Keyring) tokensLocked(v *view) {
 		if !slices.Contains(id.homes, key) {
 			id.homes = append(id.homes, key)
 		}
+		id.awaited = id.awaited || awaited
 		if c != nil {
 			id.constraints = *c
 		}
@@ -152,14 +160,14 @@ func (k *Keyring) tokensLocked(v *view) {
 	if k.opts.Automatic == nil {
 		for i, key := range keys {
 			if key.Unfit() == "" {
-				take(i, nil, nil)
+				take(i, nil, nil, false)
 			}
 		}
 	}
 	for _, s := range k.opts.Automatic {
 		for i, key := range keys {
 			if selects(s, key) {
-				take(i, nil, nil)
+				take(i, nil, nil, true)
 			}
 		}
 	}
@@ -169,10 +177,10 @@ func (k *Keyring) tokensLocked(v *view) {
 				continue
 			}
 			if !a.constraints.CertificatesOnly {
-				take(i, nil, &a.constraints)
+				take(i, nil, &a.constraints, false)
 			}
 			for _, cert := range a.constraints.Certificates {
-				take(i, cert, &a.constraints)
+				take(i, cert, &a.constraints, false)
 			}
 		}
 		v.until(a.expires)
@@ -209,7 +217,7 @@ func (v *view) certify(certs []*ssh.Certificate, hidden map[string]uint64) {
 			}
 			v.add(&identity{
 				key: wiredKey{c, []byte(wire)}, plain: id.plain, wire: wire, comment: id.comment,
-				homes: id.homes, constraints: id.constraints,
+				homes: id.homes, awaited: id.awaited, constraints: id.constraints,
 			})
 		}
 	}
@@ -266,7 +274,7 @@ func (k *Keyring) expireLocked() {
 		}
 		k.dropLocked(a)
 		later := added[i+1:]
-		for _, key := range k.opts.Tokens.Keys() {
+		for _, key := range slices.Concat(k.opts.Tokens.Keys(), k.opts.Tokens.Away()) {
 			if k.selectsLocked(a.selection, key) && !slices.ContainsFunc(later, func(o *addition) bool { return k.selectsLocked(o.selection, key) }) {
 				k.hideKeyLocked(key)
 			}

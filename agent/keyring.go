@@ -20,8 +20,8 @@ import (
 
 const (
 	// startPatience is how long after its start the keyring waits for tokens to
-	// be looked at before it lists keys: whoever starts an agent and lists its
-	// keys wants to see them.
+	// be looked at before it lists keys, where none are known from before: whoever
+	// starts an agent and lists its keys wants to see them.
 	startPatience = 2 * time.Second
 	// emptyPatience is how long a list that would be empty waits for tokens to
 	// be looked at again. One with keys in it never waits.
@@ -45,6 +45,10 @@ type Key interface {
 	Unfit() string
 	// Insertions counts how often the token of the key has appeared.
 	Insertions() uint64
+	// Present tells whether the token of the key is there.
+	Present() bool
+	// TokenName names that token to a person.
+	TokenName() string
 	// SignMessageContext signs as crypto.MessageSigner does: ECDSA in ASN.1.
 	SignMessageContext(ctx context.Context, msg []byte, opts crypto.SignerOpts) ([]byte, error)
 }
@@ -65,8 +69,12 @@ type Selection interface {
 type Tokens interface {
 	// Keys returns the keys that are there, in their order.
 	Keys() []Key
-	// Generation changes whenever Keys does.
+	// Away returns the keys that are known and not there.
+	Away() []Key
+	// Generation changes whenever Keys or Away does.
 	Generation() uint64
+	// Changed returns a channel that is closed at the next such change.
+	Changed() <-chan struct{}
 	// Settled is closed when tokens were looked at for the first time.
 	Settled() <-chan struct{}
 	// Poke says that somebody looks at the keys.
@@ -98,6 +106,14 @@ type Options struct {
 	Automatic []Selection
 	// Name returns the configured name of a key, or nothing.
 	Name func(Key) string
+	// OfferAway tells whether a key is offered while its token is away; named says
+	// that Automatic selects it. nil: none is.
+	OfferAway func(k Key, named bool) bool
+	// Insert asks for the token of such a key when it is to sign; nil: nobody can
+	// be asked.
+	Insert Inserter
+	// InsertTimeout is how long that is waited for; 0: a minute.
+	InsertTimeout time.Duration
 	// Lifetime is that of added identities which come with none; 0: for ever.
 	Lifetime time.Duration
 	// Confirm asks about identities added for confirmation; nil: nobody can be
@@ -120,10 +136,11 @@ type Options struct {
 // be called from any goroutine; none holds a lock while it waits for a person,
 // a token or a process.
 type Keyring struct {
-	opts  Options // Automatic and Name under mu
+	opts  Options // Automatic, Name and OfferAway under mu
 	log   *slog.Logger
 	start time.Time
 	view  atomic.Pointer[view]
+	knew  bool // there were keys from before at the start: what is listed need not wait for tokens
 
 	lock *lock
 
@@ -135,6 +152,8 @@ type Keyring struct {
 	empty    time.Time           // when an empty list was looked at again
 	origins  map[string]Upstream // wire form of the keys of upstream agents, as listed last
 	troubles map[string]string   // what was logged last about an upstream agent, by its name
+
+	insertions map[string]*insertion // under way, by the wire form of the identity
 }
 
 // addition is what one ssh-add has added.
@@ -146,10 +165,13 @@ type addition struct {
 
 // NewKeyring makes a Keyring.
 func NewKeyring(opts Options) *Keyring {
-	return &Keyring{
+	k := &Keyring{
 		opts: opts, log: opts.Log, start: time.Now(), lock: newLock(),
 		hidden: make(map[string]uint64), troubles: make(map[string]string),
+		insertions: make(map[string]*insertion),
 	}
+	k.knew = len(k.now().list) > 0
+	return k
 }
 
 // List returns the identities that a connection may see, in their order, and
@@ -160,7 +182,9 @@ func (k *Keyring) List(ctx context.Context, c *Caller) ([]Identity, error) {
 	if k.lock.locked() {
 		return nil, nil
 	}
-	k.settle(ctx)
+	if !k.knew {
+		k.settle(ctx)
+	}
 	k.opts.Certificates.look()
 	v := k.now()
 	k.opts.Tokens.Poke()
@@ -227,10 +251,10 @@ func (k *Keyring) Sign(ctx context.Context, c *Caller, r SignRequest) (*ssh.Sign
 		return nil, err
 	}
 	defer done()
-	k.settle(ctx)
 	id := k.now().byKey[string(r.Key)]
 	if id == nil {
 		// It may have come a moment ago.
+		k.settle(ctx)
 		k.opts.Certificates.look()
 		id = k.now().byKey[string(r.Key)]
 	}
@@ -280,28 +304,58 @@ func (k *Keyring) sign(ctx context.Context, c *Caller, id *identity, r SignReque
 	if err := k.confirm(ctx, c, id.constraints.Confirm, id.comment, id.plain); err != nil {
 		return nil, err
 	}
-	var all []error
-	for _, home := range id.homes {
-		raw, err := home.SignMessageContext(ctx, r.Data, hash)
-		if err == nil {
-			return signature(id.plain, algorithm, raw)
+	raw, err := k.signAtHome(ctx, id, r.Data, hash)
+	if err != nil && isAbsent(err) && id.software == nil && id.awaited && k.opts.Insert != nil {
+		if err := k.insert(ctx, id); err != nil {
+			return nil, err
 		}
-		all = append(all, err)
-		// Only a token that is away is reason to try another: what a person
-		// declined on one is not asked for again on the next.
-		if ctx.Err() != nil || !isAbsent(err) {
-			return nil, errors.Join(all...)
-		}
+		raw, err = k.signAtHome(ctx, id, r.Data, hash)
 	}
-	if id.software == nil {
-		return nil, errors.Join(all...)
+	if err != nil && isAbsent(err) && id.software != nil {
+		raw, err = crypto.SignMessage(id.software, rand.Reader, r.Data, hash)
 	}
-	raw, err := crypto.SignMessage(id.software, rand.Reader, r.Data, hash)
 	if err != nil {
 		return nil, err
 	}
 	return signature(id.plain, algorithm, raw)
 }
+
+// signAtHome has a token sign that has the identity, one that is there if
+// possible. Only when one is away another is tried: what a person declined on one
+// is not asked for again on the next.
+func (k *Keyring) signAtHome(ctx context.Context, id *identity, data []byte, hash crypto.SignerOpts) ([]byte, error) {
+	var there, away []Key
+	for _, home := range id.homes {
+		if home.Present() {
+			there = append(there, home)
+		} else {
+			away = append(away, home)
+		}
+	}
+	var all []error
+	for _, home := range append(there, away...) {
+		raw, err := home.SignMessageContext(ctx, data, hash)
+		if err == nil {
+			return raw, nil
+		}
+		all = append(all, err)
+		if ctx.Err() != nil || !isAbsent(err) {
+			return nil, errors.Join(all...)
+		}
+	}
+	if len(all) == 0 {
+		return nil, errNowhere
+	}
+	return nil, errors.Join(all...)
+}
+
+// errNowhere is what is wrong with a token's key that is on no token.
+var errNowhere error = nowhereError{}
+
+type nowhereError struct{}
+
+func (nowhereError) Error() string { return "its token is not there" }
+func (nowhereError) Absent() bool  { return true }
 
 // isAbsent tells whether a key failed because it is not there.
 func isAbsent(err error) bool {

@@ -28,6 +28,7 @@ import (
 // fakeKey is a key in memory that can be away and counts its signatures.
 type fakeKey struct {
 	crypto.Signer
+	mu         sync.Mutex
 	uri        string
 	unfit      string
 	insertions uint64
@@ -44,8 +45,23 @@ func (absentError) Absent() bool  { return true }
 func (k *fakeKey) URI() string        { return k.uri }
 func (k *fakeKey) Unfit() string      { return k.unfit }
 func (k *fakeKey) Insertions() uint64 { return k.insertions }
+func (k *fakeKey) TokenName() string  { return "the token of " + k.uri }
+
+func (k *fakeKey) Present() bool {
+	k.mu.Lock()
+	defer k.mu.Unlock()
+	return !k.absent
+}
+
+func (k *fakeKey) setAbsent(absent bool) {
+	k.mu.Lock()
+	defer k.mu.Unlock()
+	k.absent = absent
+}
 
 func (k *fakeKey) SignMessageContext(_ context.Context, msg []byte, opts crypto.SignerOpts) ([]byte, error) {
+	k.mu.Lock()
+	defer k.mu.Unlock()
 	switch {
 	case k.absent:
 		return nil, fmt.Errorf("sign: %w", absentError{})
@@ -65,7 +81,9 @@ func (k *fakeKey) SignMessageContext(_ context.Context, msg []byte, opts crypto.
 type fakeTokens struct {
 	mu         sync.Mutex
 	keys       []Key
+	away       []Key
 	generation uint64
+	changed    chan struct{}
 	settled    chan struct{}
 	rescans    int
 	onRescan   func()
@@ -77,7 +95,7 @@ type fakeTokens struct {
 }
 
 func newFakeTokens(keys ...Key) *fakeTokens {
-	t := &fakeTokens{keys: keys, settled: make(chan struct{})}
+	t := &fakeTokens{keys: keys, settled: make(chan struct{}), changed: make(chan struct{})}
 	close(t.settled)
 	return t
 }
@@ -86,7 +104,25 @@ func (t *fakeTokens) set(keys ...Key) {
 	t.mu.Lock()
 	defer t.mu.Unlock()
 	t.keys = keys
+	t.changeLocked()
+}
+
+func (t *fakeTokens) changeLocked() {
 	t.generation++
+	close(t.changed)
+	t.changed = make(chan struct{})
+}
+
+func (t *fakeTokens) Away() []Key {
+	t.mu.Lock()
+	defer t.mu.Unlock()
+	return t.away
+}
+
+func (t *fakeTokens) Changed() <-chan struct{} {
+	t.mu.Lock()
+	defer t.mu.Unlock()
+	return t.changed
 }
 
 func (t *fakeTokens) Keys() []Key {
@@ -289,7 +325,7 @@ func TestAddEveryKey(t *testing.T) {
 	f.wantList(t)
 	f.add(t, "pkcs11:", Constraints{})
 	f.wantList(t, a.uri)
-	f.Configure(nil, func(Key) string { return "" })
+	f.Configure(nil, func(Key) string { return "" }, nil)
 	f.wantList(t, a.uri, b.uri)
 	// Where nothing is listed they are all that there are.
 	f = newFixture(Options{Automatic: []Selection{}}, a, b)
@@ -444,7 +480,7 @@ func TestAddAndRemove(t *testing.T) {
 func TestAutomaticReturn(t *testing.T) {
 	back := map[string]func(f *fixture, k *fakeKey){
 		"with the next insertion": func(f *fixture, k *fakeKey) { k.insertions++; f.tokens.set(k) },
-		"with the configuration":  func(f *fixture, _ *fakeKey) { f.Configure(nil, func(Key) string { return "" }) },
+		"with the configuration":  func(f *fixture, _ *fakeKey) { f.Configure(nil, func(Key) string { return "" }, nil) },
 		"when added again": func(f *fixture, _ *fakeKey) {
 			if err := f.AddToken(context.Background(), local, TokenRequest{Provider: []byte("pkcs11:")}); err != nil {
 				panic(err)
@@ -549,11 +585,22 @@ func TestLifetime(t *testing.T) {
 }
 
 // A list waits for tokens just after the start, for two seconds at most, and
-// never again.
+// never again; and not at all when there is something to list from before.
 func TestListPatience(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		k := edKey("pkcs11:token=a")
 		f := newFixture(Options{}, k)
+		f.tokens.settled = make(chan struct{})
+		began := time.Now()
+		f.wantList(t, k.uri)
+		if d := time.Since(began); d != 0 {
+			t.Errorf("a list of keys from before took %v", d)
+		}
+	})
+	synctest.Test(t, func(t *testing.T) {
+		k := edKey("pkcs11:token=a")
+		f := newFixture(Options{})
+		f.tokens.set(k)
 		f.tokens.settled = make(chan struct{})
 		began := time.Now()
 		f.wantList(t, k.uri)
@@ -622,13 +669,13 @@ func TestConcurrentUse(t *testing.T) {
 				_ = f.AddToken(context.Background(), local, TokenRequest{Provider: []byte("pkcs11:token=a"), Constraints: Constraints{Lifetime: time.Nanosecond}})
 				_ = f.Remove(context.Background(), local, wireOf(keys[1]))
 				f.tokens.set(keys...)
-				f.Configure(nil, func(Key) string { return "n" })
+				f.Configure(nil, func(Key) string { return "n" }, nil)
 				_ = f.RemoveAll(context.Background(), local)
 			}
 		})
 	}
 	wg.Wait()
-	f.Configure(nil, func(Key) string { return "n" })
+	f.Configure(nil, func(Key) string { return "n" }, nil)
 	if got := f.list(t); len(got) != 2 {
 		t.Errorf("list is %q", got)
 	}

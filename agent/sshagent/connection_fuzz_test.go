@@ -25,6 +25,10 @@ func (t *oneToken) Public() crypto.PublicKey { return t.key.Public() }
 func (*oneToken) URI() string                { return "pkcs11:token=one;id=%01" }
 func (*oneToken) Unfit() string              { return "" }
 func (*oneToken) Insertions() uint64         { return 1 }
+func (*oneToken) Present() bool              { return true }
+func (*oneToken) TokenName() string          { return "one" }
+func (*oneToken) Away() []agent.Key          { return nil }
+func (*oneToken) Changed() <-chan struct{}   { return nil }
 
 func (t *oneToken) SignMessageContext(_ context.Context, msg []byte, opts crypto.SignerOpts) ([]byte, error) {
 	return t.key.Sign(nil, msg, opts)

@@ -313,12 +313,18 @@ func (s *service) serve(ctx context.Context, listeners []listener) error {
 	// nil as it is, not as a nil *asker in an interface.
 	var pins token.PINAsker
 	var confirm agent.Confirmer
+	var insert agent.Inserter
 	state := stateDir()
 	if s.system {
 		state = cmp.Or(os.Getenv("STATE_DIRECTORY"), systemState)
 	} else {
 		ask := newAsker(c, os.Getenv, s.tty, s.log)
-		pins, confirm = ask, ask
+		pins, confirm, insert = ask, ask, ask
+	}
+	if c.knownKeys(token.KnownKept) == token.KnownIgnored {
+		if err := token.ForgetKnownKeys(state); err != nil {
+			s.log.Warn("the keys that were remembered cannot be forgotten", "reason", err)
+		}
 	}
 	named, rules, err := listenNamed(c)
 	if err != nil {
@@ -327,7 +333,7 @@ func (s *service) serve(ctx context.Context, listeners []listener) error {
 	}
 	rules = append(make([]*agent.Socket, len(listeners)), rules...)
 	listeners = append(listeners, named...)
-	b := openBackend(c, pins, state, s.log)
+	b := openBackend(c, pins, state, token.KnownKept, s.log)
 	defer b.stop()
 	var certificates *agent.CertificateDir
 	if c.Certificates != "" {
@@ -349,17 +355,20 @@ func (s *service) serve(ctx context.Context, listeners []listener) error {
 		allow = token.ParseAllowList(s.allow)
 	}
 	keyring := agent.NewKeyring(agent.Options{
-		Tokens:       &tokens{store: b.store, allow: allow},
-		Automatic:    automatic(c),
-		Name:         names(c),
-		Lifetime:     s.lifetime,
-		Confirm:      confirm,
-		SoftwareKeys: !s.system && (c.SoftwareKeys == nil || *c.SoftwareKeys),
-		RemoteTokens: s.remoteTokens || c.RemoteTokens,
-		Certificates: certificates,
-		Upstreams:    upstreams,
-		Fingerprint:  s.fingerprint,
-		Log:          s.log,
+		Tokens:        &tokens{store: b.store, allow: allow},
+		Automatic:     automatic(c),
+		Name:          names(c),
+		OfferAway:     c.offerAway,
+		Insert:        insert,
+		InsertTimeout: time.Duration(c.InsertTimeout),
+		Lifetime:      s.lifetime,
+		Confirm:       confirm,
+		SoftwareKeys:  !s.system && (c.SoftwareKeys == nil || *c.SoftwareKeys),
+		RemoteTokens:  s.remoteTokens || c.RemoteTokens,
+		Certificates:  certificates,
+		Upstreams:     upstreams,
+		Fingerprint:   s.fingerprint,
+		Log:           s.log,
 	})
 	var helpers sync.WaitGroup
 	defer helpers.Wait()
@@ -413,7 +422,7 @@ func (s *service) reload(ctx context.Context, k *agent.Keyring, store *token.Sto
 	store.SetSources(c.sources())
 	store.SetPublicKeys(c.publicKeys)
 	store.SetPolicy(c.policy())
-	k.Configure(automatic(c), names(c))
+	k.Configure(automatic(c), names(c), c.offerAway)
 	ctx, cancel := context.WithTimeout(ctx, 10*time.Second)
 	defer cancel()
 	if err := store.Rescan(ctx); err != nil && ctx.Err() == nil {

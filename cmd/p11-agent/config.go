@@ -44,6 +44,10 @@ type config struct {
 	Upstream     []string       `toml:"upstream"`
 	Sockets      []socketConfig `toml:"socket"`
 
+	RememberKeys  *bool         `toml:"remember-keys"`
+	Absent        string        `toml:"absent"`
+	InsertTimeout durationValue `toml:"insert-timeout"`
+
 	publicKeys []token.PublicKey // those that KeyTables name
 }
 
@@ -68,6 +72,7 @@ type keyConfig struct {
 	URI    *uriValue `toml:"uri"`
 	Name   string    `toml:"name"`
 	Public string    `toml:"public-key"` // a file
+	Absent string    `toml:"absent"`
 
 	PINCache    string        `toml:"pin-cache"`
 	PINIdle     durationValue `toml:"pin-idle"`
@@ -82,6 +87,44 @@ const (
 	cacheNever        = "never"
 	cacheUntilRemoval = "until-removal"
 )
+
+// What absent may be.
+const (
+	absentOffer = "offer"
+	absentHide  = "hide"
+)
+
+func checkAbsent(value string) error {
+	switch value {
+	case "", absentOffer, absentHide:
+		return nil
+	}
+	return fmt.Errorf("absent is %q, and can be %q or %q", value, absentOffer, absentHide)
+}
+
+// offerAway tells whether a key is offered while its token is away: what its table
+// says, or the whole configuration, or else whether keys names it.
+func (c *config) offerAway(k agent.Key, named bool) bool {
+	if key, ok := k.(*token.Key); ok {
+		for _, table := range c.KeyTables {
+			if table.Absent != "" && key.Matches(table.URI.URI) {
+				return table.Absent == absentOffer
+			}
+		}
+	}
+	if c.Absent != "" {
+		return c.Absent == absentOffer
+	}
+	return named
+}
+
+// knownKeys is what the agent does with the list of keys that it has seen.
+func (c *config) knownKeys(otherwise token.KnownKeys) token.KnownKeys {
+	if c.RememberKeys != nil && !*c.RememberKeys {
+		return token.KnownIgnored
+	}
+	return otherwise
+}
 
 // policy returns what the tables of keys say about PINs, or nil when none says
 // anything. Of how long a login lasts the strictest word counts, of everything
@@ -383,7 +426,7 @@ func (c *config) check(mode fs.FileMode) error {
 		if k.URI == nil {
 			return bad("[[key]] table %d has no uri", i+1)
 		}
-		if err := k.checkPIN(); err != nil {
+		if err := cmp.Or(k.checkPIN(), checkAbsent(k.Absent)); err != nil {
 			return bad("%v", err)
 		}
 		if k.Public == "" {
@@ -407,7 +450,7 @@ func (c *config) check(mode fs.FileMode) error {
 			return bad("upstream: %q is not an absolute path", path)
 		}
 	}
-	if err := c.checkSockets(); err != nil {
+	if err := cmp.Or(c.checkSockets(), checkAbsent(c.Absent)); err != nil {
 		return bad("%v", err)
 	}
 	if p := c.Pinentry.Program; strings.Contains(p, "/") && !filepath.IsAbs(p) {

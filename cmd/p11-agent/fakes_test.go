@@ -19,6 +19,7 @@ import (
 //	pin TEXT      this PIN
 //	always TEXT   this PIN, and for every question that follows
 //	later TEXT    this PIN, once there is a file "release" in the directory
+//	stay          nothing, until the question is taken back
 //	ok            yes
 //	cancel        what a person does with the Cancel button
 //
@@ -128,6 +129,9 @@ func fakePinentry() {
 			case "later":
 				f.wait()
 				fmt.Printf("D %s\nOK\n", text)
+			case "stay":
+				_, _ = io.Copy(io.Discard, f.in) // until the agent hangs up
+				exit(0)
 			case "ok":
 				fmt.Println("OK")
 			case "cancel":

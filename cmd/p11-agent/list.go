@@ -9,6 +9,7 @@ import (
 	"fmt"
 	"io"
 	"log/slog"
+	"slices"
 	"strconv"
 	"strings"
 	"time"
@@ -68,6 +69,8 @@ type listedToken struct {
 	LoginNeeded  bool        `json:"login_required"`
 	PIN          string      `json:"pin"` // ok, low, last, locked
 	Shadowed     string      `json:"used_through,omitempty"`
+	Present      bool        `json:"present"`
+	LastSeen     *time.Time  `json:"last_seen,omitempty"` // when it is not
 	Keys         []listedKey `json:"keys"`
 }
 
@@ -120,7 +123,7 @@ func runList(ctx context.Context, g *globals, o *listOptions, args []string, out
 	if o.verbose {
 		level = slog.LevelDebug
 	}
-	b := openBackend(c, nil, stateDir(), newLog(stderr, level))
+	b := openBackend(c, nil, stateDir(), token.KnownRead, newLog(stderr, level))
 	defer b.stop()
 	ctx, cancel := context.WithTimeout(ctx, lookTimeout)
 	defer cancel()
@@ -133,7 +136,7 @@ func runList(ctx context.Context, g *globals, o *listOptions, args []string, out
 	sel := token.NewSelector(uri)
 	if len(args) > 0 {
 		if _, err := b.store.Select(ctx, sel); err != nil {
-			if _, ok := errors.AsType[*token.AmbiguousError](err); ok || !matchesToken(b.store, uri) {
+			if _, ok := errors.AsType[*token.AmbiguousError](err); ok || !matchesToken(b.store, uri) && !slices.ContainsFunc(b.store.Away(), sel.Match) {
 				return err
 			}
 		}
@@ -174,11 +177,15 @@ func collect(c *config, store *token.Store, sel *token.Selector, named bool) lis
 			lm.Error = m.Err.Error()
 		}
 		l.Modules = append(l.Modules, lm)
-		for _, t := range m.Tokens {
+		for i, t := range slices.Concat(m.Tokens, m.Away) {
+			present := i < len(m.Tokens)
 			lt := listedToken{
 				URI: t.URI, Label: t.ID.Label, Serial: t.ID.Serial, Manufacturer: t.ID.Manufacturer, Model: t.ID.Model,
 				Module: t.Module, Slot: t.Slot, LoginNeeded: t.Flags&wire.CKFLoginRequired != 0, PIN: pinState(t.Tries),
-				Shadowed: t.Shadowed, Keys: []listedKey{},
+				Shadowed: t.Shadowed, Present: present, Keys: []listedKey{},
+			}
+			if !present {
+				lt.LastSeen = &t.Seen
 			}
 			for _, k := range t.Keys {
 				if !sel.Match(k) {
@@ -194,9 +201,14 @@ func collect(c *config, store *token.Store, sel *token.Selector, named bool) lis
 					PublicKey: strings.TrimSpace(string(ssh.MarshalAuthorizedKey(pub))),
 				}
 				lk.Offered, lk.Reason = offered(k, auto, t.Shadowed)
+				if lk.Offered && !present {
+					if lk.Offered = c.offerAway(k, auto != nil); !lk.Offered {
+						lk.Reason = "its token is not there"
+					}
+				}
 				lt.Keys = append(lt.Keys, lk)
 			}
-			if !named || len(lt.Keys) > 0 || sel.URI().MatchToken(t.ID) {
+			if len(lt.Keys) > 0 || present && (!named || sel.URI().MatchToken(t.ID)) {
 				l.Tokens = append(l.Tokens, lt)
 			}
 		}
@@ -262,6 +274,8 @@ func printList(out, stderr io.Writer, l listing) error {
 		fmt.Fprintf(&b, "%s\n", t.URI)
 		fmt.Fprintf(&b, "    token %s, %s %s, module %s", strconv.Quote(t.Label), t.Manufacturer, t.Model, t.Module)
 		switch {
+		case !t.Present:
+			fmt.Fprintf(&b, ", NOT THERE, last seen %s", t.LastSeen.Local().Format("2006-01-02 15:04"))
 		case t.PIN == "locked":
 			b.WriteString(", PIN LOCKED")
 		case t.PIN == "last":
@@ -288,6 +302,8 @@ func printList(out, stderr io.Writer, l listing) error {
 			switch {
 			case !k.Offered:
 				fmt.Fprintf(&b, "    not offered: %s\n", k.Reason)
+			case !t.Present:
+				b.WriteString("    can sign once its token is inserted\n")
 			case k.EachUse:
 				b.WriteString("    can sign, and asks for the PIN each time\n")
 			default:
@@ -298,7 +314,7 @@ func printList(out, stderr io.Writer, l listing) error {
 			b.WriteString("    no key that can be used with SSH\n")
 		}
 	}
-	if len(l.Tokens) == 0 {
+	if !slices.ContainsFunc(l.Tokens, func(t listedToken) bool { return t.Present }) {
 		fmt.Fprintln(stderr, "no token is present")
 	}
 	for _, m := range l.Modules {

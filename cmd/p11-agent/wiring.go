@@ -102,7 +102,7 @@ type backend struct {
 
 // openBackend starts the modules. It is ended by stop. What goes wrong with one
 // module costs that module only.
-func openBackend(c *config, asker token.PINAsker, state string, log *slog.Logger) *backend {
+func openBackend(c *config, asker token.PINAsker, state string, known token.KnownKeys, log *slog.Logger) *backend {
 	specs, bridges, skipped, broken := modules(c, log)
 	ctx, cancel := context.WithCancel(context.Background())
 	served := make(chan struct{}, len(bridges))
@@ -122,6 +122,7 @@ func openBackend(c *config, asker token.PINAsker, state string, log *slog.Logger
 		PublicKeys: c.publicKeys,
 		Policy:     c.policy(),
 		StateDir:   state,
+		Known:      c.knownKeys(known),
 		Log:        log,
 	})
 	return &backend{store: store, skipped: skipped, broken: broken, stop: func() {
@@ -143,25 +144,33 @@ type tokens struct {
 // keyList is the keys of one generation.
 type keyList struct {
 	generation uint64
-	keys       []agent.Key
+	keys, away []agent.Key
 }
 
 var _ agent.Tokens = (*tokens)(nil)
 
-func (t *tokens) Keys() []agent.Key {
+func (t *tokens) list() *keyList {
 	generation := t.store.Generation()
 	if l := t.seen.Load(); l != nil && l.generation == generation {
-		return l.keys
+		return l
 	}
-	l := &keyList{generation: generation}
-	for _, k := range t.store.Keys() {
-		l.keys = append(l.keys, k)
-	}
+	l := &keyList{generation: generation, keys: agentKeys(t.store.Keys()), away: agentKeys(t.store.Away())}
 	t.seen.Store(l)
-	return l.keys
+	return l
 }
 
+func agentKeys(keys []*token.Key) []agent.Key {
+	all := make([]agent.Key, len(keys))
+	for i, k := range keys {
+		all[i] = k
+	}
+	return all
+}
+
+func (t *tokens) Keys() []agent.Key                   { return t.list().keys }
+func (t *tokens) Away() []agent.Key                   { return t.list().away }
 func (t *tokens) Generation() uint64                  { return t.store.Generation() }
+func (t *tokens) Changed() <-chan struct{}            { return t.store.Changed() }
 func (t *tokens) Settled() <-chan struct{}            { return t.store.Settled() }
 func (t *tokens) Poke()                               { t.store.Poke() }
 func (t *tokens) Rescan(ctx context.Context) error    { return t.store.Rescan(ctx) }
@@ -197,11 +206,7 @@ func (t *tokens) Select(ctx context.Context, s agent.Selection, pin *secret.Secr
 	if err := t.store.Login(ctx, keys, pin); err != nil {
 		return nil, err
 	}
-	all := make([]agent.Key, len(keys))
-	for i, k := range keys {
-		all[i] = k
-	}
-	return all, nil
+	return agentKeys(keys), nil
 }
 
 func (t *tokens) Drop(s agent.Selection) {
@@ -251,6 +256,7 @@ type asker struct {
 var (
 	_ token.PINAsker  = (*asker)(nil)
 	_ agent.Confirmer = (*asker)(nil)
+	_ agent.Inserter  = (*asker)(nil)
 )
 
 // newAsker makes the asker of an agent with this environment. tty is the
@@ -300,6 +306,22 @@ func (a *asker) Confirm(ctx context.Context, comment, fingerprint string) (bool,
 		Description: fmt.Sprintf("Allow the use of this key?\n\n%s\n%s\n%s", comment, fingerprint, requester(peer.FromContext(ctx))),
 		OK:          "_Allow",
 		Cancel:      "_Deny",
+	})
+}
+
+// Insert asks to insert a token.
+func (a *asker) Insert(ctx context.Context, w agent.Wanted) (bool, error) {
+	d, err := a.pinentry.Open(ctx, a.place)
+	if err != nil {
+		return false, err
+	}
+	defer d.Close() //nolint:errcheck // never fails
+	return d.Confirm(ctx, pinentry.Prompt{
+		Title: "p11-agent",
+		Description: fmt.Sprintf("Please insert the token %s.\n\nKey: %s\n%s\n%s",
+			strings.Join(w.Tokens, " or "), w.Comment, w.Fingerprint, requester(peer.FromContext(ctx))),
+		OK:     "_It is in",
+		Cancel: "_Cancel",
 	})
 }
 

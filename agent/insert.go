@@ -1,0 +1,155 @@
+package agent
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"slices"
+	"strings"
+	"time"
+)
+
+const (
+	// insertPatience is Options.InsertTimeout unless that says something else.
+	insertPatience = time.Minute
+	// insertPoke is how often modules are looked at that do not tell of new tokens.
+	insertPoke = 2 * time.Second
+)
+
+var (
+	errNotInserted   = errors.New("nobody inserted it in time")
+	errDeclinedToken = errors.New("the person asked has declined to insert it")
+)
+
+// An Inserter asks a person to insert a token.
+type Inserter interface {
+	// Insert shows what is wanted until ctx ends, which is an error. It reports
+	// true when the person says that the token is in, and false when they decline.
+	Insert(ctx context.Context, w Wanted) (bool, error)
+}
+
+// Wanted is what a person is to insert, and what for.
+type Wanted struct {
+	Tokens      []string // names; any one of them will do
+	Comment     string   // of the identity
+	Fingerprint string
+}
+
+// insertion is one wait for a token. Everybody who wants the same identity shares
+// it, and its outcome: fifty logins are one prompt. It goes on while anybody
+// waits.
+type insertion struct {
+	done    chan struct{}
+	err     error
+	waiters int
+	cancel  context.CancelFunc
+}
+
+// insert waits until a token that has the identity is there, or a person has
+// declined to insert it.
+func (k *Keyring) insert(ctx context.Context, id *identity) error {
+	k.mu.Lock()
+	in := k.insertions[id.wire]
+	if in == nil {
+		shared, cancel := context.WithCancel(context.WithoutCancel(ctx))
+		in = &insertion{done: make(chan struct{}), cancel: cancel}
+		k.insertions[id.wire] = in
+		go func() {
+			defer cancel()
+			err := k.awaitToken(shared, id)
+			k.mu.Lock()
+			in.err = err
+			k.endLocked(id, in)
+			k.mu.Unlock()
+			close(in.done)
+		}()
+	}
+	in.waiters++
+	k.mu.Unlock()
+	select {
+	case <-in.done:
+		return in.err
+	case <-ctx.Done():
+	}
+	k.mu.Lock()
+	defer k.mu.Unlock()
+	if in.waiters--; in.waiters == 0 {
+		in.cancel()
+		k.endLocked(id, in) // who comes now begins anew
+	}
+	return ctx.Err()
+}
+
+// endLocked makes room for the next wait for an identity.
+func (k *Keyring) endLocked(id *identity, in *insertion) {
+	if k.insertions[id.wire] == in {
+		delete(k.insertions, id.wire)
+	}
+}
+
+// awaitToken has a person asked for a token until it is there.
+func (k *Keyring) awaitToken(ctx context.Context, id *identity) error {
+	w := Wanted{Comment: id.comment, Fingerprint: k.fingerprint(id.plain)}
+	for _, home := range id.homes {
+		if name := home.TokenName(); !slices.Contains(w.Tokens, name) {
+			w.Tokens = append(w.Tokens, name)
+		}
+	}
+	tokens := strings.Join(w.Tokens, " or ")
+	timeout := k.opts.InsertTimeout
+	if timeout == 0 {
+		timeout = insertPatience
+	}
+	ctx, cancel := context.WithTimeoutCause(ctx, timeout, errNotInserted)
+	type answer struct {
+		in  bool
+		err error
+	}
+	answers := make(chan answer, 1)
+	open := false // a prompt is
+	defer func() {
+		cancel()
+		if open {
+			<-answers
+		}
+	}()
+	ask := func() {
+		open = true
+		go func() {
+			in, err := k.opts.Insert.Insert(ctx, w)
+			answers <- answer{in, err}
+		}()
+	}
+	ask()
+	poke := time.NewTicker(insertPoke)
+	defer poke.Stop()
+	for {
+		changed := k.opts.Tokens.Changed()
+		if slices.ContainsFunc(id.homes, Key.Present) {
+			return nil
+		}
+		select {
+		case <-changed:
+		case <-poke.C:
+			k.opts.Tokens.Poke()
+		case <-ctx.Done():
+			return fmt.Errorf("token %s is needed: %w", tokens, context.Cause(ctx))
+		case a := <-answers:
+			open = false
+			switch {
+			case ctx.Err() != nil:
+				return fmt.Errorf("token %s is needed: %w", tokens, context.Cause(ctx))
+			case a.err != nil:
+				return fmt.Errorf("token %s is not there, and nobody can be asked to insert it: %w", tokens, a.err)
+			case !a.in:
+				return fmt.Errorf("token %s is needed: %w", tokens, errDeclinedToken)
+			}
+			if err := k.opts.Tokens.Rescan(ctx); err != nil && ctx.Err() == nil {
+				return err
+			}
+			if !slices.ContainsFunc(id.homes, Key.Present) {
+				ask()
+			}
+		}
+	}
+}
