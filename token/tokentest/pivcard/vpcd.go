@@ -115,6 +115,9 @@ func NewSlot(addr string) *Slot {
 	return &Slot{addr: addr, done: done}
 }
 
+// Addr returns the address that NewSlot was given.
+func (s *Slot) Addr() string { return s.addr }
+
 // Insert puts a card in. A card that is in is taken out before.
 func (s *Slot) Insert(c *Card) {
 	s.mu.Lock()
