@@ -5,6 +5,8 @@ import (
 	"os/exec"
 	"path/filepath"
 	"runtime"
+	"slices"
+	"strings"
 	"syscall"
 	"testing"
 )
@@ -63,13 +65,14 @@ func startDaemon(t testing.TB, name, dir string, env, args []string, answers fun
 	return d
 }
 
-// output is what the daemon has printed.
+// output is what the daemon has printed, without repeated lines: swtpm has a line
+// for each command.
 func (d *daemon) output() string {
 	b, err := os.ReadFile(d.log)
 	if err != nil {
 		return err.Error()
 	}
-	return string(b)
+	return strings.Join(slices.Compact(strings.Split(string(b), "\n")), "\n")
 }
 
 // end sends a signal and waits for the end. It may be called again.
