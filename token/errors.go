@@ -72,7 +72,7 @@ type PINError struct {
 func (e *PINError) Error() string {
 	switch {
 	case e.Tries == TriesNone:
-		return fmt.Sprintf("the PIN of token %q is locked: unlock it with its PUK or SO PIN", e.Token)
+		return fmt.Sprintf("the PIN of token %q is locked: unlock it with its PUK or SO PIN, or wait, if it is that of a TPM", e.Token)
 	case !e.Tried:
 		return fmt.Sprintf("the PIN of token %q was not tried: %v", e.Token, e.Err)
 	default:

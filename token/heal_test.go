@@ -7,11 +7,15 @@ import (
 	"encoding/binary"
 	"errors"
 	"fmt"
+	"os"
 	"path/filepath"
+	"runtime"
 	"slices"
 	"strings"
 	"sync"
 	"testing"
+
+	"golang.org/x/sys/unix"
 
 	"p11-agent/token"
 	"p11-agent/token/tokentest"
@@ -256,6 +260,35 @@ func TestCrashIsNoInsertion(t *testing.T) {
 		t.Error("it is another key")
 	}
 	want(t, "restarts", b.store.Modules()[0].Restarts, 3)
+}
+
+// A module that crashes before it has read what it is asked resets the
+// connection. That is an end, and no nonsense that it talks.
+func TestCrashBeforeReading(t *testing.T) {
+	wait := make(chan struct{})
+	p := &tokentest.Person{Always: pin, Wait: wait}
+	b := newBench(t, p, nil)
+	k := b.key(1)
+	failed := make(chan error, 1)
+	go func() { failed <- tokentest.Sign(t.Context(), k) }()
+	p.Until(t, func() bool { return p.Prompts() == 1 })
+	proc := b.fake.Processes()[0]
+	noError(t, unix.Kill(proc.PID(), unix.SIGSTOP))
+	tokentest.Until(t, "the module process has stopped", func() bool {
+		stat, err := os.ReadFile(fmt.Sprintf("/proc/%d/stat", proc.PID()))
+		return err == nil && strings.Contains(string(stat), ") T ")
+	})
+	close(wait)
+	tokentest.Until(t, "the PIN was sent", func() bool {
+		buf := make([]byte, 1<<20)
+		return slices.ContainsFunc(strings.Split(string(buf[:runtime.Stack(buf, true)]), "\n\n"), func(g string) bool {
+			return strings.Contains(g, "[select") && strings.Contains(g, "(*process).call(") && strings.Contains(g, "(*Token).logIn(")
+		})
+	})
+	proc.Kill()
+	if err := <-failed; err == nil || !strings.Contains(err.Error(), "crashed (killed)") {
+		t.Errorf("got %v", err)
+	}
 }
 
 // Looking at what has not changed is no change.

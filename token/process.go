@@ -190,7 +190,9 @@ func (p *process) read() {
 	for {
 		f, err := p.conn.ReadFrame()
 		if err != nil {
-			if err != io.EOF {
+			// The kernel resets the connection of a process that dies before it
+			// has read what it was sent.
+			if err != io.EOF && !errors.Is(err, syscall.ECONNRESET) {
 				p.kill(fmt.Errorf("its answer made no sense: %w", err))
 			}
 			// At the end of file the process is about to end: Wait tells how.

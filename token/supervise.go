@@ -257,7 +257,7 @@ func (m *module) look(ctx context.Context, p *process, again bool) error {
 			continue
 		}
 		if err := t.look(ctx, p, &slot); err != nil {
-			if p.failure() != nil {
+			if ctx.Err() != nil || p.failure() != nil {
 				return m.wrap(err)
 			}
 			m.log.Warn("token cannot be read", "token", slot.Token.Label, "serial", slot.Token.Serial, "reason", err)

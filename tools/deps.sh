@@ -37,6 +37,13 @@ needed() {
 	pcscd                                           pcscd               pcsc-lite
 	/usr/lib/pcsc/drivers/serial/libifdvpcd.so,/usr/lib*/pcsc/drivers/serial/libifdvpcd.so* vsmartcard-vpcd -
 	/usr/lib/*/libykcs11.so.*,/usr/lib*/libykcs11.so.* ykcs11           yubico-piv-tool
+	swtpm                                           swtpm               swtpm
+	tpm2-abrmd                                      tpm2-abrmd          tpm2-abrmd
+	/usr/lib/*/libtss2-tcti-tabrmd.so.0,/usr/lib*/libtss2-tcti-tabrmd.so.0 libtss2-tcti-tabrmd0 tpm2-abrmd
+	tpm2_getcap                                     tpm2-tools          tpm2-tools
+	/usr/lib/*/pkcs11/libtpm2_pkcs11.so,/usr/lib*/pkcs11/libtpm2_pkcs11.so libtpm2-pkcs11-1 tpm2-pkcs11
+	tpm2_ptool                                      libtpm2-pkcs11-tools tpm2-pkcs11-tools
+	dbus-daemon                                     dbus-daemon         dbus-daemon
 	p11-kit                                         p11-kit             p11-kit
 	/usr/lib/*/pkcs11/p11-kit-client.so,/usr/lib*/pkcs11/p11-kit-client.so p11-kit-modules p11-kit-server
 	/usr/include/p11-kit-1/p11-kit/p11-kit.h        libp11-kit-dev      p11-kit-devel
@@ -123,6 +130,7 @@ fi
 echo "deps: installing: ${packages[*]}"
 sshd_was=$(command -v sshd || true)
 pcscd_was=$(command -v pcscd || true)
+abrmd_was=$(command -v tpm2-abrmd || true)
 vpcd=/etc/reader.conf.d/vpcd
 vpcd_was=
 if [ -e $vpcd ]; then vpcd_was=yes; fi
@@ -149,6 +157,12 @@ switch_off() {
 }
 if [ -z "$sshd_was" ]; then switch_off sshd ssh.service ssh.socket sshd.service; fi
 if [ -z "$pcscd_was" ]; then switch_off pcscd pcscd.socket pcscd.service; fi
+# D-Bus starts it, too, for whoever uses a TPM: that would take the machine's own
+# away from the kernel's resource manager.
+if [ -z "$abrmd_was" ]; then
+	switch_off tpm2-abrmd tpm2-abrmd.service
+	if [ -d /run/systemd/system ]; then as_root systemctl mask tpm2-abrmd.service >/dev/null 2>&1 || true; fi
+fi
 
 # The virtual readers are for the tests' own pcscd. In the machine's they would
 # listen to the network.

@@ -91,7 +91,7 @@ func (c *checker) modules(b *backend) {
 		if m.Err != nil {
 			c.bad("module %s (%s): %v", m.Name, m.Path, m.Err)
 			if e, ok := errors.AsType[*wire.Error](m.Err); ok && e.RV == wire.CKRGeneralError {
-				c.hint("many modules answer so when they cannot read their own configuration or directory of tokens (SoftHSM: SOFTHSM2_CONF, and a group that may read the directory)")
+				c.hint("many modules answer so when they cannot read their own configuration or directory of tokens (SoftHSM: SOFTHSM2_CONF, and a group that may read the directory; a TPM: the group that may use /dev/tpmrm0)")
 			}
 		} else {
 			c.ok("module %s (%s): %s, %s", m.Name, m.Path, cmp.Or(m.Library, "works"), plural(len(m.Tokens), "token"))

@@ -59,6 +59,8 @@ const patience = 30 * time.Second
 //	tokens NAME...      put these SoftHSM tokens into the token directory
 //	card in|out         put a PIV card into a reader, or take it out
 //	card pins N         make sure that the card was given so many PINs, all of them right
+//	tpm                 make a TPM without tokens, whose resource manager is at DBUS_SESSION_BUS_ADDRESS
+//	tpm reset           have it forget what others have kept of it, as a machine that hibernates
 //	agent [ARG...]      start an agent in the background, with SSH_AUTH_SOCK and SSH_AGENT_PID
 //	adopt [FILE]        the same for one that the script has started: FILE, or the last output, tells where
 //	gone                wait until that agent has ended, and see that its socket is no more
@@ -95,6 +97,7 @@ func TestStories(t *testing.T) {
 			"need":        need,
 			"tokens":      s.addTokens,
 			"card":        s.putCard,
+			"tpm":         s.useTPM,
 			"agent":       startAgent,
 			"adopt":       adopt,
 			"gone":        gone,
@@ -120,7 +123,7 @@ type stories struct {
 // make deps installs: check says what is wrong with any other, as it should.
 func usualModules() (bool, error) {
 	all, err := filepath.Glob("/usr/share/p11-kit/modules/*.module")
-	usual := []string{"opensc-pkcs11.module", "p11-kit-trust.module", "softhsm2.module"}
+	usual := []string{"opensc-pkcs11.module", "p11-kit-trust.module", "softhsm2.module", "tpm2_pkcs11.module"}
 	return !slices.ContainsFunc(all, func(file string) bool { return !slices.Contains(usual, filepath.Base(file)) }), err
 }
 
@@ -131,6 +134,7 @@ type story struct {
 	agent *process                         // the one that SSH_AGENT_PID names
 	pcscd *tokentest.PCSCD                 // nil: no card was put in
 	card  *pivcard.Card
+	tpm   *tokentest.TPM // nil: there is none
 }
 
 type storyKey struct{}
@@ -201,8 +205,9 @@ func (s *stories) setup(env *testscript.Env) error {
 		"HOME":            work + "/home",
 		"XDG_RUNTIME_DIR": work + "/run",
 		"SOFTHSM2_CONF":   conf,
-		// No card of this machine, nor one that another test has plugged in.
+		// No card or TPM of this machine, nor one that another test has plugged in.
 		"PCSCLITE_CSOCK_NAME": filepath.Join(work, "no-pcscd"),
+		"TPM2_PKCS11_TCTI":    "swtpm:path=" + filepath.Join(work, "no-tpm"),
 		"SOFTHSM":             s.softhsm,
 		"MODULE":              s.badModule,
 		"LOG":                 work + "/home/.local/state/p11-agent/agent.log",
@@ -498,6 +503,21 @@ func (s *stories) putCard(ts *testscript.TestScript, neg bool, args []string) {
 		}
 	default:
 		ts.Fatalf("card %s: there is no such command", args[0])
+	}
+}
+
+// useTPM is the command tpm. The TPM goes at the end of all stories.
+func (s *stories) useTPM(ts *testscript.TestScript, neg bool, args []string) {
+	st := storyOf(ts)
+	plain(ts, neg, len(args) == 0 && st.tpm == nil || len(args) == 1 && args[0] == "reset" && st.tpm != nil, "tpm, then tpm reset")
+	if st.tpm != nil {
+		st.tpm.Reset()
+		return
+	}
+	st.tpm = tokentest.NewTPM(s.t)
+	for _, kv := range st.tpm.Env() {
+		name, value, _ := strings.Cut(kv, "=")
+		ts.Setenv(name, value)
 	}
 }
 

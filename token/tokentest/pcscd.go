@@ -8,7 +8,6 @@ import (
 	"os"
 	"os/exec"
 	"path/filepath"
-	"runtime"
 	"strings"
 	"syscall"
 	"testing"
@@ -36,8 +35,7 @@ type PCSCD struct {
 	dir     string // of configuration and log
 	run     string // where the socket is
 	private bool
-	cmd     *exec.Cmd
-	done    chan struct{} // closed when the process has ended
+	daemon  *daemon
 }
 
 // StartPCSCD starts a PCSCD with readers of the given names, or one that is
@@ -72,22 +70,18 @@ func startPCSCD(t testing.TB, private bool, readers []string) *PCSCD {
 		for _, s := range p.Slots {
 			s.Close()
 		}
-		p.Stop()
-		if t.Failed() {
-			t.Logf("pcscd said:\n%s", p.log())
-		}
 	})
 	// The ports are chosen, and then bound by pcscd: should another program be
 	// faster, others are chosen.
 	for range 10 {
 		p.configure(driver, readers)
 		p.Start()
-		if !strings.Contains(p.log(), "Could not initialize connection") {
+		if !strings.Contains(p.daemon.output(), "Could not initialize connection") {
 			return p
 		}
 		p.Stop()
 	}
-	t.Fatalf("no ports for virtual readers:\n%s", p.log())
+	t.Fatalf("no ports for virtual readers:\n%s", p.daemon.output())
 	return nil
 }
 
@@ -197,14 +191,6 @@ func (p *PCSCD) answers() bool {
 	return true
 }
 
-func (p *PCSCD) log() string {
-	b, err := os.ReadFile(filepath.Join(p.dir, "log"))
-	if err != nil {
-		return err.Error()
-	}
-	return string(b)
-}
-
 // Insert puts a card into a slot and waits until pcscd has given it power. From
 // then on its clients can see it.
 func (p *PCSCD) Insert(slot int, c *pivcard.Card) {
@@ -243,48 +229,18 @@ func (p *PCSCD) Start() {
 	if help, err := exec.Command(pcscd, "--help").CombinedOutput(); err == nil && strings.Contains(string(help), everybody) {
 		args = append(args, everybody)
 	}
-	cmd := exec.Command(args[0], args[1:]...)
 	// Without drivers for USB the machine's own readers stay with its own daemon.
-	cmd.Env = append(os.Environ(), "PCSCLITE_HP_DROPDIR="+filepath.Join(p.dir, "usb"))
-	log, err := os.Create(filepath.Join(p.dir, "log"))
-	if err != nil {
-		p.t.Fatal(err)
-	}
-	cmd.Stdout, cmd.Stderr = log, log
-	cmd.SysProcAttr = &syscall.SysProcAttr{Pdeathsig: syscall.SIGKILL}
-	started, done := make(chan error), make(chan struct{})
-	go func() {
-		defer close(done)
-		defer log.Close()
-		// The kernel kills the child when the thread ends that has started it.
-		runtime.LockOSThread()
-		err := cmd.Start()
-		started <- err
-		if err == nil {
-			_ = cmd.Wait()
-		}
-	}()
-	if err := <-started; err != nil {
-		p.t.Fatal(err)
-	}
-	p.cmd, p.done = cmd, done
-	Until(p.t, "pcscd answers", func() bool {
-		select {
-		case <-done:
-			p.t.Fatalf("pcscd has ended:\n%s", p.log())
-		default:
-		}
-		return p.answers()
-	})
+	env := []string{"PCSCLITE_HP_DROPDIR=" + filepath.Join(p.dir, "usb")}
+	p.daemon = startDaemon(p.t, "pcscd", p.dir, env, args, p.answers)
 }
 
 // Stop has the daemon end, and waits for it.
-func (p *PCSCD) Stop() { p.end(syscall.SIGTERM) }
+func (p *PCSCD) Stop() { p.daemon.end(syscall.SIGTERM) }
 
 // Kill kills the daemon, as a crash would. What it leaves behind is removed: a
 // service manager does that, too.
 func (p *PCSCD) Kill() {
-	p.end(syscall.SIGKILL)
+	p.daemon.end(syscall.SIGKILL)
 	p.removeFiles()
 }
 
@@ -293,16 +249,6 @@ func (p *PCSCD) Restart() {
 	p.t.Helper()
 	p.Stop()
 	p.Start()
-}
-
-func (p *PCSCD) end(signal syscall.Signal) {
-	p.t.Helper()
-	if p.cmd == nil {
-		return
-	}
-	_ = p.cmd.Process.Signal(signal) // it may have ended
-	Wait(p.t, p.done)
-	p.cmd = nil
 }
 
 func (p *PCSCD) removeFiles() {

@@ -83,6 +83,12 @@ func Store(t testing.TB, opts token.Options, secrets ...string) *token.Store {
 				t.Error("the log holds a secret")
 			}
 		}
+		if strings.Contains(log.String(), context.Canceled.Error()) {
+			t.Error("the log calls the end of the Store a failure")
+		}
+		if strings.Contains(log.String(), context.Canceled.Error()) {
+			t.Error("the log calls the end of the Store a failure")
+		}
 	})
 	Wait(t, s.Settled())
 	return s
