@@ -26,6 +26,7 @@ type Token struct {
 	keys             []*Key
 	insertions       uint64
 	session          *process // the process that is logged in, nil when none is
+	logins           uint64   // numbers the logins
 	attempted        *process // one that a login was begun in, and may have had success
 	refusesMechanism map[uint64]bool
 	retained         retained
@@ -114,11 +115,19 @@ func (t *Token) loggedIn(p *process) bool {
 	return t.session == p
 }
 
+// lastLogin returns the number of the last login.
+func (t *Token) lastLogin() uint64 {
+	t.mu.Lock()
+	defer t.mu.Unlock()
+	return t.logins
+}
+
 func (t *Token) setLoggedIn(p *process, in bool) {
 	t.mu.Lock()
 	defer t.mu.Unlock()
 	if in {
 		t.session = p
+		t.logins++
 	} else if t.session == p {
 		t.session = nil
 	}
