@@ -1,10 +1,11 @@
 # Build, check and install p11-agent. "make help" lists the targets.
 
-PREFIX    ?= /usr/local
-DESTDIR   ?=
-FUZZTIME  ?= 10s
-TESTFLAGS ?= -timeout 10m
-BENCH     ?= .
+PREFIX     ?= /usr/local
+DESTDIR    ?=
+FUZZTIME   ?= 10s
+STRESSTIME ?= 5m
+TESTFLAGS  ?= -timeout 10m
+BENCH      ?= .
 
 # What is linked by cgo is the code in token/module, and only there.
 export CGO_ENABLED = 1
@@ -26,7 +27,7 @@ SOURCES     = go.mod go.sum $(shell find agent cmd pinentry systemd token -name 
 # building needs what deps installs, and go spreads its work over the processors
 # by itself.
 .NOTPARALLEL:
-.PHONY: help deps build test conformance lint vuln check demo fuzz bench install clean
+.PHONY: help deps build test stress conformance lint vuln check demo fuzz bench install clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "%-12s%s\n", $$1, $$2 }' Makefile
@@ -42,6 +43,13 @@ build: ## build build/p11-agent
 # The tests run the seeds of the fuzz targets, too.
 test: ## run the tests under the race detector
 	go test -race $(TESTFLAGS) ./...
+
+# The test bounds itself by STRESSTIME. What it did is in build/stress.log.
+stress: ## sign with smart cards while they are pulled and their daemons killed, for STRESSTIME
+	@mkdir -p build
+	@go test -race -count 1 -timeout 0 -v -run '^TestPIVStress$$' ./token -stress $(STRESSTIME) >build/stress.log 2>&1 || \
+		{ cat build/stress.log; exit 1; }
+	@grep -e '-stress-seed' -e 'signatures,' -e '^--- ' build/stress.log
 
 # docs/CONFORMANCE.md tells what is run, and what differs.
 conformance: build ## run OpenSSH's own tests of ssh-agent against ours
@@ -61,7 +69,7 @@ lint: ## check the form of the code, and that go.mod is tidy
 vuln: ## look for known vulnerabilities in what is called
 	$(TOOL) govulncheck ./...
 
-check: deps build lint test conformance ## do all that has to pass before a change goes in
+check: deps build lint test stress conformance ## do all that has to pass before a change goes in
 
 demo: deps build ## show the agent at work with a software token
 	build/p11-agent demo

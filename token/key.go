@@ -344,11 +344,11 @@ func (k *Key) signHealing(ctx context.Context, ways []way) ([]byte, error) {
 		if err != nil {
 			return nil, err
 		}
-		sig, err := k.attempt(ctx, p, ways[0], mustLogin)
+		sig, login, err := k.attempt(ctx, p, ways[0], mustLogin)
 		if err == nil {
 			return sig, nil
 		}
-		login, _ := errors.AsType[*loginError](err)
+		failed, _ := errors.AsType[*loginError](err)
 		switch {
 		case ctx.Err() != nil:
 			return nil, ctx.Err()
@@ -360,8 +360,8 @@ func (k *Key) signHealing(ctx context.Context, ways []way) ([]byte, error) {
 			// login and does not sign without one, or one that wants its PIN for
 			// each signature and did not say so.
 			loggedInAgain, mustLogin = true, true
-			t.doubtLogin(ctx, p, k)
-		case !healed && broken(err) && (login == nil || !login.attempted):
+			t.doubtLogin(ctx, p, k, login)
+		case !healed && broken(err) && (failed == nil || !failed.attempted):
 			healed = true
 			if isRV(err, wire.CKRDeviceRemoved, wire.CKRTokenNotPresent, wire.CKRTokenNotRecognized) {
 				t.module.store.gate(t.ID).wipe() // it was taken out
@@ -381,24 +381,26 @@ func (k *Key) signHealing(ctx context.Context, ways []way) ([]byte, error) {
 	}
 }
 
-// attempt logs in, where that is expected to be needed, and signs, once.
-func (k *Key) attempt(ctx context.Context, p *process, w way, mustLogin bool) ([]byte, error) {
+// attempt logs in, where that is expected to be needed, and signs, once. login is
+// the number of the login that it signed with.
+func (k *Key) attempt(ctx context.Context, p *process, w way, mustLogin bool) (sig []byte, login uint64, err error) {
 	t := k.token
 	if !t.present() {
-		return nil, ErrAbsent
+		return nil, 0, ErrAbsent
 	}
 	now := t.current(k)
 	var with prelude
 	defer func() { with.typed.Wipe() }()
 	if (mustLogin || now.needsLogin()) && !t.loggedIn(p) {
-		var err error
 		if with.typed, err = t.login(ctx, k, nil); err != nil {
-			return nil, err
+			return nil, 0, err
 		}
 		with.fresh = true
 		now = t.current(k)
 	}
-	return now.signOnce(ctx, p, w, with)
+	login = t.lastLogin()
+	sig, err = now.signOnce(ctx, p, w, with)
+	return sig, login, err
 }
 
 // prelude is what was done for a signature before it is made.
@@ -426,15 +428,29 @@ func (t *Token) hidesKey(p *process, err error) bool {
 // doubtLogin finds out what to make of a token that says that nobody is logged
 // in when somebody should be: it reads the token again. Where the module goes on
 // to say that there is a login, and the key asks for no PIN of its own, the
-// login is ended, as the token itself knows better.
-func (t *Token) doubtLogin(ctx context.Context, p *process, k *Key) {
+// login is ended, as the token itself knows better. The doubt is about one login:
+// one that somebody else, who met the same, has made since is let alone.
+func (t *Token) doubtLogin(ctx context.Context, p *process, k *Key, login uint64) {
+	g := t.module.store.gate(t.ID)
+	select {
+	case g.doubt <- struct{}{}:
+		defer func() { <-g.doubt }()
+	case <-ctx.Done():
+		return
+	}
+	if t.lastLogin() != login || g.settled == login+1 && !t.loggedIn(p) {
+		return
+	}
 	was := t.loggedIn(p)
 	if err := t.look(ctx, p, nil); err != nil {
 		t.setLoggedIn(p, false)
 		return // the next attempt meets the same, and says so
 	}
-	if was && t.loggedIn(p) && !t.current(k).found.always {
+	if was && t.loggedIn(p) && t.lastLogin() == login && !t.current(k).found.always {
 		_ = t.logout(ctx) // likewise
+	}
+	if !t.loggedIn(p) {
+		g.settled = login + 1 // for the others, who have no need to look
 	}
 }
 
@@ -442,10 +458,11 @@ func (t *Token) doubtLogin(ctx context.Context, p *process, k *Key) {
 // its module since the last use, rather than from the request.
 func broken(err error) bool {
 	return errors.Is(err, ErrAbsent) || errors.Is(err, errGone) ||
-		isReason(err, wire.ReasonNoToken, wire.ReasonOtherToken) ||
+		isReason(err, wire.ReasonNoToken, wire.ReasonOtherToken, wire.ReasonNoKey) ||
 		isRV(err, wire.CKRDeviceRemoved, wire.CKRDeviceError, wire.CKRGeneralError, wire.CKRTokenNotPresent,
 			wire.CKRTokenNotRecognized, wire.CKRSessionHandleInvalid, wire.CKRSessionClosed, wire.CKRSlotIDInvalid,
-			wire.CKRObjectHandleInvalid, wire.CKRKeyHandleInvalid, wire.CKRCryptokiNotInitialized)
+			wire.CKRObjectHandleInvalid, wire.CKRKeyHandleInvalid, wire.CKRCryptokiNotInitialized,
+			wire.CKROperationActive, wire.CKROperationNotInitialized) // of a session whose handle was given away
 }
 
 // explain makes the error of a signature one for a person.

@@ -24,6 +24,9 @@ type gate struct {
 	// prompt is held, by the one element it has room for, by whoever gets a PIN
 	// and has it tried: the flight, or a signature that needs its own.
 	prompt chan struct{}
+	// doubt is held likewise by whoever finds out whether there is a login still.
+	doubt   chan struct{}
+	settled uint64 // one more than the login that was in doubt last
 }
 
 // flight is one login under way. It goes on while anybody waits for it and is
@@ -46,7 +49,7 @@ func (s *Store) gate(id wire.TokenID) *gate {
 	defer s.mu.Unlock()
 	g := s.gates[id]
 	if g == nil {
-		g = &gate{prompt: make(chan struct{}, 1)}
+		g = &gate{prompt: make(chan struct{}, 1), doubt: make(chan struct{}, 1)}
 		s.gates[id] = g
 	}
 	return g
@@ -180,13 +183,7 @@ func (t *Token) logIn(ctx context.Context, g *gate, k *Key, given *secret.Secret
 	always := now.found.always
 	wanted := (always || !now.found.visible) && t.module.store.source(k) == nil
 	err = t.withPIN(ctx, g, k, info, given, always, func(ctx context.Context, pin *secret.Secret, lastTry, pad bool) error {
-		// From here on it may be logged in, whether or not the answer is waited for.
-		t.mu.Lock()
-		t.attempted = p
-		t.mu.Unlock()
-		var reply wire.TokenReply
-		err := p.call(ctx, loginTimeout, wire.TypeLogin,
-			&wire.Login{Token: t.ID, LastTry: lastTry, Pad: pad, PIN: pin}, &reply)
+		err := t.tryLogin(ctx, p, pin, lastTry, pad)
 		if err == nil && wanted && !pad {
 			typed, err = pin.Clone()
 		}
@@ -196,13 +193,26 @@ func (t *Token) logIn(ctx context.Context, g *gate, k *Key, given *secret.Secret
 		typed.Wipe()
 		return nil, err
 	}
-	t.setLoggedIn(p, true)
 	t.reveal(ctx, p)
 	if !t.current(k).found.always {
 		typed.Wipe()
 		typed = nil
 	}
 	return typed, nil
+}
+
+// tryLogin has a PIN tried.
+func (t *Token) tryLogin(ctx context.Context, p *process, pin *secret.Secret, lastTry, pad bool) error {
+	// From here on it may be logged in, whether or not the answer is waited for.
+	t.mu.Lock()
+	t.attempted = p
+	t.mu.Unlock()
+	var reply wire.TokenReply
+	err := p.call(ctx, loginTimeout, wire.TypeLogin, &wire.Login{Token: t.ID, LastTry: lastTry, Pad: pad, PIN: pin}, &reply)
+	if err == nil {
+		t.setLoggedIn(p, true)
+	}
+	return err
 }
 
 // reveal reads the objects that show only after a login, so that the signature
@@ -535,6 +545,16 @@ func (t *Token) signWithPIN(ctx context.Context, p *process, k *Key, req *wire.S
 	var reply wire.SignReply
 	err = t.withPIN(ctx, g, k, info, with.typed, true, func(ctx context.Context, pin *secret.Secret, lastTry, pad bool) error {
 		req.ContextLogin, req.LastTry, req.Pad, req.PIN = true, lastTry, pad, pin
+		err := p.call(ctx, signTimeout, wire.TypeSign, req, &reply)
+		if pad || !isReason(err, wire.ReasonNoKey) || !t.hidesKey(p, err) {
+			return err
+		}
+		// The key shows only after a login, which another program may have ended, or
+		// the wrong PIN before this one: a PIV card forgets by it who was verified.
+		if err := t.tryLogin(ctx, p, pin, lastTry, pad); err != nil {
+			return err
+		}
+		t.reveal(ctx, p)
 		return p.call(ctx, signTimeout, wire.TypeSign, req, &reply)
 	})
 	if err != nil && t.module.store.ctx.Err() != nil {

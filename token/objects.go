@@ -194,7 +194,7 @@ func pair(objects []wire.Object, token wire.TokenID, hidden bool, skip func(o wi
 			continue
 		}
 		f.modulus, f.point = halves(f.public)
-		if f.unfit == "" && isAttestation(f, token) {
+		if isAttestation(f, token) {
 			f.unfit = "it is an attestation key"
 		}
 		usable = append(usable, f)

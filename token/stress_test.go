@@ -3,6 +3,7 @@ package token_test
 import (
 	"context"
 	"errors"
+	"fmt"
 	"math/rand/v2"
 	"sync"
 	"sync/atomic"
@@ -117,4 +118,42 @@ func TestStress(t *testing.T) {
 	want(t, "wrong PINs", b.card.Wrong(), 0)
 	want(t, "open dialogues", p.Open(), 0)
 	want(t, "dialogues at once", p.Most(), 1)
+}
+
+// A token logs out while clients sign without a pause. No signature fails, each
+// of which meets one logout at the most, and a logout costs one prompt at the most.
+func TestLogoutUnderLoad(t *testing.T) {
+	const clients, logouts = 8, 40
+	for _, noticed := range []bool{false, true} {
+		t.Run(fmt.Sprintf("noticed by the module: %v", noticed), func(t *testing.T) {
+			p := &tokentest.Person{Always: pin}
+			b := newBench(t, p, nil)
+			k := b.key(1)
+			var all sync.WaitGroup
+			var stop atomic.Bool
+			var signed [clients]atomic.Int64
+			for i := range clients {
+				all.Go(func() {
+					for !stop.Load() {
+						if err := tokentest.Sign(t.Context(), k); err != nil {
+							t.Error(err)
+						}
+						signed[i].Add(1)
+					}
+				})
+			}
+			for range logouts {
+				for i := range signed {
+					before := signed[i].Load()
+					tokentest.Until(t, "every client goes on", func() bool { return signed[i].Load() > before+1 })
+				}
+				b.card.LogOut(noticed)
+			}
+			stop.Store(true)
+			all.Wait()
+			if n := p.Prompts(); n > logouts+1 {
+				t.Errorf("%d prompts for %d logouts", n, logouts)
+			}
+		})
+	}
 }

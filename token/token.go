@@ -29,6 +29,7 @@ type Token struct {
 	insertions       uint64
 	seen             time.Time // when it was there last, if it is not
 	session          *process  // the process that is logged in, nil when none is
+	logins           uint64    // numbers the logins
 	attempted        *process  // one that a login was begun in, and may have had success
 	refusesMechanism map[uint64]bool
 	retained         retained
@@ -129,11 +130,19 @@ func (t *Token) loggedIn(p *process) bool {
 	return t.session == p
 }
 
+// lastLogin returns the number of the last login.
+func (t *Token) lastLogin() uint64 {
+	t.mu.Lock()
+	defer t.mu.Unlock()
+	return t.logins
+}
+
 func (t *Token) setLoggedIn(p *process, in bool) {
 	t.mu.Lock()
 	defer t.mu.Unlock()
 	if in {
 		t.session = p
+		t.logins++
 	} else if t.session == p {
 		t.session = nil
 	}

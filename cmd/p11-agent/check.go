@@ -136,17 +136,25 @@ func (c *checker) keys(ctx context.Context, conf *config, store *token.Store) {
 	for _, k := range conf.KeyTables {
 		c.uri(ctx, store, "[[key]]", k.URI.URI)
 	}
-	n := 0
-	for _, k := range store.Keys() {
-		ok, reason := offered(k, auto, "")
-		if ok {
-			n++
-			c.ok("offers %v", k)
-		} else {
-			c.ok("does not offer %v: %s", k, reason)
+	homes := homesOf(store.Keys(), auto)
+	first := make(map[*token.Key]*token.Key)
+	for _, all := range homes {
+		for _, k := range all {
+			first[k] = all[0]
 		}
 	}
-	if n > 5 {
+	for _, k := range store.Keys() {
+		switch f := first[k]; f {
+		case k:
+			c.ok("offers %v", k)
+		case nil:
+			_, reason := offered(k, auto, "")
+			c.ok("does not offer %v: %s", k, reason)
+		default:
+			c.ok("%v, through module %s, is the same key as %v, through module %s, which is used first", k, k.Module(), f, f.Module())
+		}
+	}
+	if n := len(homes); n > 5 {
 		c.bad("%d keys are offered, and many servers hang up after six: name those you use with keys = [...]", n)
 	}
 }

@@ -20,6 +20,7 @@ import (
 //	always TEXT   this PIN, and for every question that follows
 //	later TEXT    this PIN, once there is a file "release" in the directory
 //	stay          nothing, until the question is taken back
+//	for W TEXT    this PIN, for every question with the word W in its description, whatever the line
 //	ok            yes
 //	cancel        what a person does with the Cancel button
 //
@@ -28,8 +29,9 @@ import (
 // file "env" the environment of the last one. The directory is "pinentry" or
 // "askpass" in HOME, which is all that they share with the agent.
 type fake struct {
-	dir string
-	in  *bufio.Reader
+	dir   string
+	in    *bufio.Reader
+	about string // the description
 }
 
 func newFake(name string) *fake {
@@ -81,7 +83,14 @@ func (f *fake) answer(question string) (kind, text string) {
 		die(err)
 	}
 	n := strings.Count(string(before), "\n")
-	for i, line := range strings.Split(strings.TrimSpace(string(script)), "\n") {
+	lines := strings.Split(strings.TrimSpace(string(script)), "\n")
+	for _, line := range lines {
+		kind, text, _ = strings.Cut(line, " ")
+		if word, pin, _ := strings.Cut(text, " "); kind == "for" && strings.Contains(f.about, word) {
+			return "pin", pin
+		}
+	}
+	for i, line := range lines {
 		kind, text, _ = strings.Cut(line, " ")
 		if i == n || kind == "always" {
 			return kind, text
@@ -122,6 +131,9 @@ func fakePinentry() {
 		f.add("log", line)
 		word, _, _ := strings.Cut(line, " ")
 		switch word {
+		case "SETDESC":
+			f.about = line
+			fmt.Println("OK")
 		case "GETPIN", "CONFIRM", "MESSAGE":
 			switch kind, text := f.answer(word); kind {
 			case "pin", "always":

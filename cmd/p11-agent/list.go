@@ -85,6 +85,16 @@ type listedKey struct {
 	Offered     bool   `json:"offered"`
 	Reason      string `json:"reason,omitempty"` // why it is not
 	EachUse     bool   `json:"pin_each_use"`
+	// The agent offers the key once, and signs with the first home that is present.
+	Homes []listedHome `json:"same_key,omitempty"` // the others
+}
+
+// listedHome is where else a key is: on another token, or on the same one through
+// another module.
+type listedHome struct {
+	URI    string `json:"uri"`
+	Module string `json:"module"`
+	First  bool   `json:"used_first"`
 }
 
 type listing struct {
@@ -171,6 +181,7 @@ func matchesToken(store *token.Store, u *pkcs11uri.URI) bool {
 func collect(c *config, store *token.Store, sel *token.Selector, named bool) listing {
 	l := listing{named: named, Tokens: []listedToken{}, Modules: []listedModule{}}
 	auto, name := automatic(c), names(c)
+	homes := homesOf(store.Keys(), auto)
 	for _, m := range store.Modules() {
 		lm := listedModule{Name: m.Name, Path: m.Path}
 		if m.Err != nil {
@@ -206,6 +217,13 @@ func collect(c *config, store *token.Store, sel *token.Selector, named bool) lis
 						lk.Reason = "its token is not there"
 					}
 				}
+				if all := homes[string(pub.Marshal())]; slices.Contains(all, k) {
+					for i, h := range all {
+						if h != k {
+							lk.Homes = append(lk.Homes, listedHome{URI: h.URI(), Module: h.Module(), First: i == 0})
+						}
+					}
+				}
 				lt.Keys = append(lt.Keys, lk)
 			}
 			if len(lt.Keys) > 0 || present && (!named || sel.URI().MatchToken(t.ID)) {
@@ -233,6 +251,40 @@ func offered(k *token.Key, auto []agent.Selection, shadowed string) (bool, strin
 	return false, cmp.Or(k.Unfit(), "the configuration does not name it")
 }
 
+// homesOf returns the keys that the agent offers, by public key: those of one are
+// one identity. They are in the order in which the keyring tries them.
+func homesOf(keys []*token.Key, auto []agent.Selection) map[string][]*token.Key {
+	homes := make(map[string][]*token.Key)
+	add := func(fits func(*token.Key) bool) {
+		for _, k := range keys {
+			pub, err := ssh.NewPublicKey(k.Public())
+			if err != nil || !fits(k) {
+				continue
+			}
+			wire := string(pub.Marshal())
+			if !slices.Contains(homes[wire], k) {
+				homes[wire] = append(homes[wire], k)
+			}
+		}
+	}
+	if auto == nil {
+		add(func(k *token.Key) bool { return k.Unfit() == "" })
+	}
+	for _, s := range auto {
+		add(func(k *token.Key) bool { ok, _ := offered(k, []agent.Selection{s}, ""); return ok })
+	}
+	return homes
+}
+
+// first returns the home that is used before this one, if there is one.
+func (k listedKey) first() (listedHome, bool) {
+	i := slices.IndexFunc(k.Homes, func(h listedHome) bool { return h.First })
+	if i < 0 {
+		return listedHome{}, false
+	}
+	return k.Homes[i], true
+}
+
 func pinState(t token.Tries) string {
 	switch t {
 	case token.TriesLow:
@@ -258,6 +310,9 @@ func printPublic(out io.Writer, l listing) error {
 		for _, k := range t.Keys {
 			// Who names a key wants it, whether it is offered or not.
 			if !k.Offered && !l.named || t.Shadowed != "" {
+				continue
+			}
+			if _, behind := k.first(); behind && !l.named {
 				continue
 			}
 			if _, err := fmt.Fprintf(out, "%s %s\n", k.PublicKey, cmp.Or(k.Name, k.URI)); err != nil {
@@ -308,6 +363,13 @@ func printList(out, stderr io.Writer, l listing) error {
 				b.WriteString("    can sign, and asks for the PIN each time\n")
 			default:
 				b.WriteString("    can sign\n")
+			}
+			if h, behind := k.first(); behind {
+				fmt.Fprintf(&b, "    same key as %s (module %s), which is used first\n", h.URI, h.Module)
+			} else {
+				for _, h := range k.Homes {
+					fmt.Fprintf(&b, "    used before the same key %s (module %s)\n", h.URI, h.Module)
+				}
 			}
 		}
 		if len(t.Keys) == 0 {

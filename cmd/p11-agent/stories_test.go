@@ -53,12 +53,14 @@ const patience = 30 * time.Second
 //
 // Besides those of testscript, scripts have these commands:
 //
-//	need PROGRAM...     end here if one is missing; in CI, fail. Three are none: p11-kit-client.so,
-//	                    paramiko for Debian's Python with it, and userns for the right to be another
-//	                    user than root in a namespace, without which it ends in CI, too
+//	need PROGRAM...     end here if one is missing; in CI, fail. Four are none: p11-kit-client.so, YKCS11
+//	                    (Yubico's module, which that variable names), paramiko for Debian's Python with
+//	                    it, and userns for the right to be another user than root in a namespace,
+//	                    without which it ends in CI, too
 //	tokens NAME...      put these SoftHSM tokens into the token directory
-//	card in|out         put a PIV card into a reader, or take it out
-//	card pins N         make sure that the card was given so many PINs, all of them right
+//	card [NAME] DO...   do something with a PIV card; see useCard
+//	pcscd DO            do something with the daemon of the readers: stop, start, restart, kill; unplug and
+//	                    plug the readers; freeze and thaw, as when the machine sleeps
 //	tpm                 make a TPM without tokens, whose resource manager is at DBUS_SESSION_BUS_ADDRESS
 //	tpm reset           have it forget what others have kept of it, as a machine that hibernates
 //	agent [ARG...]      start an agent in the background, with SSH_AUTH_SOCK and SSH_AGENT_PID
@@ -76,6 +78,11 @@ func TestStories(t *testing.T) {
 	// Scripts that use it say that they need gcc.
 	if _, err := exec.LookPath("gcc"); err == nil {
 		s.badModule = tokentest.BuildBadModule(t)
+	}
+	for _, pattern := range []string{"/usr/lib/*/libykcs11.so.*", "/usr/lib*/libykcs11.so.*"} {
+		if found, _ := filepath.Glob(pattern); len(found) > 0 {
+			s.ykcs11 = found[0]
+		}
 	}
 	testscript.Run(t, testscript.Params{
 		Dir:                 filepath.Join("testdata", "script"),
@@ -96,7 +103,8 @@ func TestStories(t *testing.T) {
 		Cmds: map[string]func(*testscript.TestScript, bool, []string){
 			"need":        need,
 			"tokens":      s.addTokens,
-			"card":        s.putCard,
+			"card":        useCard,
+			"pcscd":       usePCSCD,
 			"tpm":         s.useTPM,
 			"agent":       startAgent,
 			"adopt":       adopt,
@@ -117,6 +125,7 @@ type stories struct {
 	tokens    map[string]string // directories to copy, by the label of the token
 	softhsm   string            // SoftHSM's module
 	badModule string            // tokentest's
+	ykcs11    string            // Yubico's module; empty where it is not installed
 }
 
 // usualModules tells whether the machine has no modules registered but those that
@@ -129,12 +138,20 @@ func usualModules() (bool, error) {
 
 // story is what belongs to one script.
 type story struct {
+	t     testing.TB // of the script
 	skip  func(...any)
 	fail  func(format string, args ...any) // for what is found out at the end
 	agent *process                         // the one that SSH_AGENT_PID names
-	pcscd *tokentest.PCSCD                 // nil: no card was put in
-	card  *pivcard.Card
+	pcscd *tokentest.PCSCD                 // nil: there was no need of it
+	cards map[string]*storyCard
 	tpm   *tokentest.TPM // nil: there is none
+}
+
+// storyCard is a card of a story.
+type storyCard struct {
+	*pivcard.Card
+	keys map[pivcard.Ref]pivcard.Key
+	slot int // where it is, or was last
 }
 
 type storyKey struct{}
@@ -172,9 +189,13 @@ func makeTokens(t *testing.T) map[string]string {
 }
 
 func (s *stories) setup(env *testscript.Env) error {
-	env.Values[storyKey{}] = &story{skip: env.T().Skip, fail: func(format string, args ...any) {
-		s.t.Errorf("%s: "+format, append([]any{filepath.Base(env.WorkDir)}, args...)...)
-	}}
+	env.Values[storyKey{}] = &story{
+		t:    env.T().(testing.TB), //nolint:forcetypeassert // it is given as the narrower interface
+		skip: env.T().Skip, fail: func(format string, args ...any) {
+			s.t.Errorf("%s: "+format, append([]any{filepath.Base(env.WorkDir)}, args...)...)
+		},
+		cards: make(map[string]*storyCard),
+	}
 	work := env.WorkDir
 	for _, dir := range []string{"home/pinentry", "home/askpass", "run", "tokens", "bin"} {
 		if err := os.MkdirAll(filepath.Join(work, dir), 0o700); err != nil {
@@ -210,6 +231,7 @@ func (s *stories) setup(env *testscript.Env) error {
 		"TPM2_PKCS11_TCTI":    "swtpm:path=" + filepath.Join(work, "no-tpm"),
 		"SOFTHSM":             s.softhsm,
 		"MODULE":              s.badModule,
+		"YKCS11":              s.ykcs11,
 		"LOG":                 work + "/home/.local/state/p11-agent/agent.log",
 		"CONFIG":              work + "/home/.config/p11-agent/config.toml",
 		"LC_ALL":              "C.UTF-8",
@@ -311,6 +333,10 @@ func need(ts *testscript.TestScript, neg bool, args []string) {
 		switch name {
 		case "p11-kit-client.so":
 			_, err = registry.FindClient(registry.DefaultDirs(os.LookupEnv, os.Geteuid()).ModuleDirs)
+		case "YKCS11":
+			if ts.Getenv(name) == "" {
+				what, err = "libykcs11 is not installed", fs.ErrNotExist
+			}
 		case "paramiko":
 			err = exec.Command("/usr/bin/python3", "-c", "import paramiko").Run()
 		case "userns":
@@ -476,34 +502,142 @@ func screen(ts *testscript.TestScript, neg bool, args []string) {
 	}
 }
 
-// cardPIN is the PIN of the smart card.
+// cardPIN is the PIN that a card begins with.
 const cardPIN = "8-apples"
 
-// putCard is the command card. pcscd and the reader are there from the first time
-// on, and go at the end of all stories.
-func (s *stories) putCard(ts *testscript.TestScript, neg bool, args []string) {
-	plain(ts, neg, len(args) == 1 || len(args) == 2 && args[0] == "pins", "card in|out|pins N")
+// cardCommands are what the command card can do with a card, which is called
+// "card" unless it is named, and is in no reader at first:
+//
+//	new [yubikey] [like NAME]  make it, as one that answers as a YubiKey does, with the
+//	                           keys of another one; anything else makes the usual one
+//	in [SLOT]                  put it into a slot; the first reader has 0 and 1, the second 2 and 3
+//	out                        take it out
+//	reset, cut                 reset it, as another program may; cut the power off and on again
+//	pin PIN                    give it another PIN
+//	tries N                    have so many tries be left
+//	delay DURATION             for each use of a private key
+//	counts WHAT=N...           make sure of what was done to it: right, wrong and blocked PINs,
+//	                           signed, and the tries that are left
+//	pins N                     the same as counts right=N wrong=0 blocked=0
+var cardCommands = []string{"new", "in", "out", "reset", "cut", "pin", "tries", "delay", "counts", "pins"}
+
+func useCard(ts *testscript.TestScript, neg bool, args []string) {
 	st := storyOf(ts)
+	name := "card"
+	if len(args) > 0 && !slices.Contains(cardCommands, args[0]) {
+		name, args = args[0], args[1:]
+	}
+	plain(ts, neg, len(args) > 0 && slices.Contains(cardCommands, args[0]), "card [NAME] "+strings.Join(cardCommands, "|"))
+	do, args := args[0], args[1:]
+	argument := func() string {
+		plain(ts, neg, len(args) == 1, "card [NAME] "+do+" ARGUMENT")
+		return args[0]
+	}
+	if do == "new" {
+		plain(ts, neg, st.cards[name] == nil, "card NAME new, once")
+		st.newCard(ts, name, args)
+		return
+	}
+	c := st.cards[name]
+	if c == nil {
+		c = st.newCard(ts, name, nil)
+	}
+	switch do {
+	case "in":
+		if len(args) > 0 {
+			slot, err := strconv.Atoi(argument())
+			ts.Check(err)
+			c.slot = slot
+		}
+		st.needPCSCD(ts).Insert(c.slot, c.Card)
+	case "out":
+		st.needPCSCD(ts).Remove(c.slot)
+	case "reset":
+		c.Reset()
+	case "cut":
+		c.PowerOff()
+		c.PowerOn()
+	case "pin":
+		ts.Check(c.SetPIN(argument()))
+	case "tries":
+		n, err := strconv.Atoi(argument())
+		ts.Check(err)
+		c.SetTries(n)
+	case "delay":
+		d, err := time.ParseDuration(argument())
+		ts.Check(err)
+		c.SetDelay(0, d)
+	case "counts":
+		c.check(ts, args)
+	case "pins":
+		c.check(ts, []string{"right=" + argument(), "wrong=0", "blocked=0"})
+	}
+}
+
+func (st *story) newCard(ts *testscript.TestScript, name string, args []string) *storyCard {
+	c := &storyCard{keys: make(map[pivcard.Ref]pivcard.Key)}
+	o := pivcard.Options{Name: name, PIN: cardPIN}
+	for len(args) > 0 {
+		switch {
+		case args[0] == "yubikey":
+			o.YubiKey, args = true, args[1:]
+		case args[0] == "like" && len(args) > 1 && st.cards[args[1]] != nil:
+			c.keys, args = st.cards[args[1]].keys, args[2:]
+		default:
+			ts.Fatalf("usage: card NAME new [yubikey] [like CARD]")
+		}
+	}
+	if len(c.keys) == 0 {
+		for _, ref := range []pivcard.Ref{pivcard.Authentication, pivcard.Signature, pivcard.KeyManagement, pivcard.CardAuthentication} {
+			key, err := pivcard.NewKey(ref)
+			ts.Check(err)
+			c.keys[ref] = key
+		}
+	}
+	o.Keys = c.keys
+	c.Card = tokentest.NewCard(st.t, o)
+	st.cards[name] = c
+	return c
+}
+
+// check compares what was done to the card with what is wanted.
+func (c *storyCard) check(ts *testscript.TestScript, wants []string) {
+	n := c.Counts()
+	counts := map[string]int{"right": n.Right, "wrong": n.Wrong, "blocked": n.Blocked, "signed": n.Signatures, "tries": c.Tries()}
+	for _, w := range wants {
+		what, text, _ := strings.Cut(w, "=")
+		want, err := strconv.Atoi(text)
+		got, ok := counts[what]
+		if err != nil || !ok {
+			ts.Fatalf("a card does not count %q", w)
+		}
+		if got != want {
+			ts.Fatalf("the card counts %v, and %s was to be %d; what happened to it:\n%s", counts, what, want, strings.Join(c.Events(), "\n"))
+		}
+	}
+}
+
+// needPCSCD returns the story's daemon, which is started at the first need of it,
+// with two readers. One is such as Yubico's module looks for.
+func (st *story) needPCSCD(ts *testscript.TestScript) *tokentest.PCSCD {
 	if st.pcscd == nil {
-		st.pcscd = tokentest.StartPCSCD(s.t)
-		st.card = tokentest.NewCard(s.t, pivcard.Options{Name: "card", PIN: cardPIN})
+		st.pcscd = tokentest.StartPCSCD(st.t, "Yubico Virtual", "Virtual")
 		for _, kv := range st.pcscd.Env() {
 			name, value, _ := strings.Cut(kv, "=")
 			ts.Setenv(name, value)
 		}
 	}
-	switch args[0] {
-	case "in":
-		st.pcscd.Insert(0, st.card)
-	case "out":
-		st.pcscd.Remove(0)
-	case "pins":
-		if c := st.card.Counts(); strconv.Itoa(c.Right) != args[1] || c.Wrong+c.Blocked > 0 {
-			ts.Fatalf("the card was given %d right PINs and %d wrong ones", c.Right, c.Wrong+c.Blocked)
-		}
-	default:
-		ts.Fatalf("card %s: there is no such command", args[0])
+	return st.pcscd
+}
+
+func usePCSCD(ts *testscript.TestScript, neg bool, args []string) {
+	p := storyOf(ts).needPCSCD(ts)
+	do := map[string]func(){
+		"stop": p.Stop, "start": p.Start, "restart": p.Restart, "kill": p.Kill,
+		"unplug": p.Unplug, "plug": p.Plug, "freeze": p.Freeze, "thaw": p.Thaw,
 	}
+	plain(ts, neg, len(args) == 1 && do[args[0]] != nil, "pcscd stop|start|restart|kill|unplug|plug|freeze|thaw")
+	do[args[0]]()
 }
 
 // useTPM is the command tpm. The TPM goes at the end of all stories.

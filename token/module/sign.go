@@ -73,6 +73,10 @@ func (s *server) login(ctx context.Context, lib *library, t *token, m *wire.Logi
 	if err := mayTry(info, m.LastTry); err != nil {
 		return nil, err
 	}
+	if _, err := p.sessionInfo(p.anchor); err != nil {
+		t.failed(p, 0, err)
+		return nil, err
+	}
 	if err := ctx.Err(); err != nil {
 		return nil, err
 	}
@@ -145,6 +149,12 @@ func (s *server) sign(ctx context.Context, lib *library, t *token, m *wire.Sign)
 	if err != nil {
 		t.failed(p, 0, err)
 		return nil, err
+	}
+	if m.ContextLogin {
+		if _, err := p.sessionInfo(session); err != nil {
+			t.retire(p) // which leaves the session alone: it is another's
+			return nil, err
+		}
 	}
 	signature, err := p.sign(ctx, session, m)
 	switch {

@@ -137,11 +137,22 @@ func (p *presence) info() (wire.TokenInfo, error) {
 }
 
 func (p *presence) loggedIn() (bool, error) {
-	s, err := p.lib.sessionInfo(p.anchor)
+	s, err := p.sessionInfo(p.anchor)
 	if err != nil {
 		return false, err
 	}
 	return s.State == pkcs11.CKS_RO_USER_FUNCTIONS || s.State == pkcs11.CKS_RW_USER_FUNCTIONS, nil
+}
+
+// sessionInfo reads the state of a session, and fails when it is one of another
+// slot by now: a module may give the handle of a session that ended with its card to
+// the next one that is opened, on whichever card. A PIN must not go there.
+func (p *presence) sessionInfo(session pkcs11.SessionHandle) (pkcs11.SessionInfo, error) {
+	s, err := p.lib.sessionInfo(session)
+	if err == nil && s.SlotID != p.slot {
+		err = &wire.Error{Function: "C_GetSessionInfo", RV: wire.CKRSessionHandleInvalid}
+	}
+	return s, err
 }
 
 // session hands out a session, which the caller gives back by release or drop.
@@ -259,7 +270,7 @@ func (t *token) failed(p *presence, s pkcs11.SessionHandle, err error) {
 		t.retire(p)
 		return
 	}
-	if _, err := p.lib.sessionInfo(p.anchor); err != nil || e.Reason == wire.ReasonOtherToken {
+	if _, err := p.sessionInfo(p.anchor); err != nil || e.Reason == wire.ReasonOtherToken {
 		t.retire(p)
 	}
 }

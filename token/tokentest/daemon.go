@@ -78,6 +78,7 @@ func (d *daemon) output() string {
 // end sends a signal and waits for the end. It may be called again.
 func (d *daemon) end(signal syscall.Signal) {
 	d.t.Helper()
-	_ = d.cmd.Process.Signal(signal) // it may have ended
+	_ = d.cmd.Process.Signal(signal)          // it may have ended
+	_ = d.cmd.Process.Signal(syscall.SIGCONT) // it may be frozen
 	Wait(d.t, d.done)
 }

@@ -8,6 +8,7 @@ import (
 	"os"
 	"os/exec"
 	"path/filepath"
+	"strconv"
 	"strings"
 	"syscall"
 	"testing"
@@ -56,7 +57,7 @@ func startPCSCD(t testing.TB, private bool, readers []string) *PCSCD {
 		readers = []string{"Virtual PCD"}
 	}
 	p := &PCSCD{t: t, dir: TempDir(t), run: pcscdDir, private: private}
-	for _, d := range []string{"conf", "usb", "run"} {
+	for _, d := range []string{"conf", "away", "usb", "run"} {
 		if err := os.Mkdir(filepath.Join(p.dir, d), 0o700); err != nil {
 			t.Fatal(err)
 		}
@@ -143,8 +144,11 @@ func (p *PCSCD) configure(driver string, readers []string) {
 	p.t.Helper()
 	p.Slots = nil
 	var conf strings.Builder
-	for _, name := range readers {
+	for n, name := range readers {
 		port := freePorts(p.t)
+		if n > 0 {
+			driver = p.copyDriver(driver, n)
+		}
 		fmt.Fprintf(&conf, "FRIENDLYNAME \"%s\"\nDEVICENAME /dev/null:%d\nLIBPATH %s\nCHANNELID %d\n\n", name, port, driver, port)
 		for i := range 2 { // vpcd's second slot has the next port
 			p.Slots = append(p.Slots, pivcard.NewSlot(fmt.Sprintf("127.0.0.1:%d", port+i)))
@@ -153,6 +157,21 @@ func (p *PCSCD) configure(driver string, readers []string) {
 	if err := os.WriteFile(filepath.Join(p.dir, "conf", "vpcd"), []byte(conf.String()), 0o600); err != nil {
 		p.t.Fatal(err)
 	}
+}
+
+// copyDriver makes a copy of the driver for a further reader: vpcd has room for
+// the two slots of one, in variables that each copy has of its own.
+func (p *PCSCD) copyDriver(driver string, n int) string {
+	p.t.Helper()
+	path := filepath.Join(p.dir, fmt.Sprintf("libifdvpcd-%d.so", n))
+	b, err := os.ReadFile(driver)
+	if err == nil {
+		err = os.WriteFile(path, b, 0o600)
+	}
+	if err != nil {
+		p.t.Fatal(err)
+	}
+	return path
 }
 
 // freePorts returns the first of two neighbours that nobody listens on. They are
@@ -200,24 +219,46 @@ func (p *PCSCD) Insert(slot int, c *pivcard.Card) {
 	Until(p.t, "pcscd gives power to the card", func() bool { return c.Counts().PowerUps > before })
 }
 
-// Remove takes the card out of a slot and waits until pcscd has noticed.
+// Remove takes the card out of a slot and waits until pcscd has noticed. It does
+// so at the moment when pcscd looks for the card, as a reader tells at once.
+func (p *PCSCD) Remove(slot int) { p.remove(slot, (*pivcard.Slot).Eject) }
+
+// Pull is Remove for a reader that does not tell: until pcscd looks, which is less
+// than half a second, the card is there for its clients and does not answer.
 //
-// Who uses the card by OpenSC 0.23 in between, which is less than half a second,
-// may wait forever: its library locks itself out when a card that is there for
-// pcscd does not answer (OpenSC issue 2707, mended in 0.24).
-func (p *PCSCD) Remove(slot int) {
+// Who uses the card by OpenSC 0.23 in between may wait forever: its library locks
+// itself out (OpenSC issue 2707, mended in 0.24).
+func (p *PCSCD) Pull(slot int) {
+	p.remove(slot, func(s *pivcard.Slot, _ context.Context) { s.Remove() })
+}
+
+func (p *PCSCD) remove(slot int, remove func(*pivcard.Slot, context.Context)) {
 	p.t.Helper()
 	ctx, cancel := context.WithTimeout(p.t.Context(), patience)
 	defer cancel()
-	p.Slots[slot].Remove()
+	remove(p.Slots[slot], ctx)
 	if err := p.Slots[slot].WaitEmpty(ctx); err != nil {
 		p.t.Fatalf("pcscd does not notice that the card is gone: %v", err)
 	}
 }
 
-// Start starts the daemon after Stop or Kill, and waits until it answers. Cards
-// that are in the readers are found in them.
+// Start starts the daemon after Stop or Kill, and waits until it answers and has
+// given power to the cards that are in its readers.
 func (p *PCSCD) Start() {
+	p.t.Helper()
+	before := make(map[*pivcard.Card]int)
+	for _, s := range p.Slots {
+		if c := s.Card(); c != nil {
+			before[c] = c.Counts().PowerUps
+		}
+	}
+	p.start()
+	for c, n := range before {
+		Until(p.t, "pcscd gives power to the card", func() bool { return c.Counts().PowerUps > n })
+	}
+}
+
+func (p *PCSCD) start() {
 	p.t.Helper()
 	var args []string
 	if p.private {
@@ -249,6 +290,59 @@ func (p *PCSCD) Restart() {
 	p.t.Helper()
 	p.Stop()
 	p.Start()
+}
+
+// ResetCard resets the card in a slot, as another program does: when nobody is in
+// the middle of something.
+func (p *PCSCD) ResetCard(slot int) {
+	p.t.Helper()
+	cmd := exec.Command(program(p.t, "opensc-tool"), "--reset", "--reader", strconv.Itoa(slot)) // each slot is a reader to PC/SC
+	cmd.Env = append(os.Environ(), p.Env()...)
+	if out, err := cmd.CombinedOutput(); err != nil {
+		p.t.Errorf("reset the card in slot %d: %v\n%s", slot, err, out)
+	}
+}
+
+// Unplug takes the readers away, with the cards in them. vpcd's are no devices
+// that come and go while the daemon runs: it is started anew without them.
+func (p *PCSCD) Unplug() {
+	p.move("conf", "away")
+	p.start()
+}
+
+// Plug brings the readers back after Unplug.
+func (p *PCSCD) Plug() {
+	p.move("away", "conf")
+	p.Start()
+}
+
+func (p *PCSCD) move(from, to string) {
+	p.t.Helper()
+	p.Stop()
+	if err := os.Rename(filepath.Join(p.dir, from, "vpcd"), filepath.Join(p.dir, to, "vpcd")); err != nil {
+		p.t.Fatal(err)
+	}
+}
+
+// Freeze stops the daemon where it is, as the sleep of the machine does; Thaw
+// has it go on.
+func (p *PCSCD) Freeze() { p.signal(unix.SIGSTOP) }
+
+// Thaw is described at Freeze.
+func (p *PCSCD) Thaw() { p.signal(unix.SIGCONT) }
+
+func (p *PCSCD) signal(signal syscall.Signal) {
+	p.t.Helper()
+	if err := p.daemon.cmd.Process.Signal(signal); err != nil {
+		p.t.Fatal(err)
+	}
+}
+
+// Sockets returns how many sockets the daemon has open. With the same cards in
+// its readers there is one more for each client.
+func (p *PCSCD) Sockets() int {
+	p.t.Helper()
+	return openFiles(p.t, p.daemon.cmd.Process.Pid, "socket:")
 }
 
 func (p *PCSCD) removeFiles() {

@@ -18,6 +18,7 @@ import (
 	"math/big"
 	"net"
 	"os"
+	"path/filepath"
 	"runtime"
 	"slices"
 	"strings"
@@ -55,7 +56,8 @@ type Subject struct {
 // of the secrets.
 func Store(t testing.TB, opts token.Options, secrets ...string) *token.Store {
 	t.Helper()
-	files, before := openFiles(t), len(running(storeCode))
+	open := func() int { return openFiles(t, os.Getpid(), "pipe:", "socket:") }
+	files, before := open(), len(running(storeCode))
 	var log logBuffer
 	opts.Log = slog.New(slog.NewTextHandler(io.MultiWriter(t.Output(), &log), &slog.HandlerOptions{Level: slog.LevelDebug}))
 	s := token.Open(opts)
@@ -77,7 +79,7 @@ func Store(t testing.TB, opts token.Options, secrets ...string) *token.Store {
 		if left := left(storeCode, before); left != "" {
 			t.Errorf("goroutines are left:\n%s", left)
 		}
-		Until(t, "files that were opened are closed", func() bool { return openFiles(t) <= files })
+		Until(t, "files that were opened are closed", func() bool { return open() <= files })
 		for _, text := range secrets {
 			if strings.Contains(log.String(), text) {
 				t.Error("the log holds a secret")
@@ -111,17 +113,18 @@ func (l *logBuffer) String() string {
 	return l.b.String()
 }
 
-// openFiles counts the sockets and pipes of this process.
-func openFiles(t testing.TB) int {
+// openFiles counts the files of some kinds that a process has open.
+func openFiles(t testing.TB, pid int, kinds ...string) int {
 	t.Helper()
-	list, err := os.ReadDir("/proc/self/fd")
+	dir := fmt.Sprintf("/proc/%d/fd", pid)
+	list, err := os.ReadDir(dir)
 	if err != nil {
 		t.Fatal(err)
 	}
 	n := 0
 	for _, e := range list {
-		to, err := os.Readlink("/proc/self/fd/" + e.Name())
-		if err == nil && (strings.HasPrefix(to, "pipe:") || strings.HasPrefix(to, "socket:")) {
+		to, err := os.Readlink(filepath.Join(dir, e.Name()))
+		if err == nil && slices.ContainsFunc(kinds, func(kind string) bool { return strings.HasPrefix(to, kind) }) {
 			n++
 		}
 	}

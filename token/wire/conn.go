@@ -9,6 +9,7 @@ import (
 	"net"
 	"reflect"
 	"sync"
+	"syscall"
 
 	"p11-agent/pinentry/secret"
 )
@@ -295,10 +296,10 @@ func parseHeader(h []byte, limit int) (t Type, id uint32, n int, err error) {
 	return Type(h[lengthSize]), binary.BigEndian.Uint32(h[lengthSize+1:]), int(length - least), nil
 }
 
-// gone makes one of the two ends of file: it does not matter at which byte the
-// other side ended.
+// gone makes one of the ways in which the other side's end shows: it does not
+// matter at which byte that was, nor whether it left something unread.
 func gone(err error) error {
-	if errors.Is(err, io.ErrUnexpectedEOF) {
+	if errors.Is(err, io.ErrUnexpectedEOF) || errors.Is(err, syscall.ECONNRESET) {
 		return io.EOF
 	}
 	return err

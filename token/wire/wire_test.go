@@ -588,3 +588,25 @@ func FuzzReadFrame(f *testing.F) {
 		}
 	})
 }
+
+// A process that is killed with a request unread resets the connection: it has
+// gone, and has said nothing that makes no sense.
+func TestReset(t *testing.T) {
+	fds, err := unix.Socketpair(unix.AF_UNIX, unix.SOCK_STREAM|unix.SOCK_CLOEXEC, 0)
+	if err != nil {
+		t.Fatal(err)
+	}
+	f := os.NewFile(uintptr(fds[0]), "agent")
+	c, err := net.FileConn(f)
+	if err := errors.Join(err, f.Close()); err != nil {
+		t.Fatal(err)
+	}
+	conn := NewConn(c)
+	defer conn.Close()
+	if err := errors.Join(conn.WriteRequest(1, TypeSlots, &Slots{}), unix.Close(fds[1])); err != nil {
+		t.Fatal(err)
+	}
+	if _, err := conn.ReadFrame(); err != io.EOF {
+		t.Errorf("got %v", err)
+	}
+}

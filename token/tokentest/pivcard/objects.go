@@ -76,6 +76,15 @@ type Key struct {
 	Imported bool
 }
 
+// NewKey makes a key of the place's usual kind, which can be put on several cards.
+func NewKey(r Ref) (Key, error) {
+	made, err := Key{}.make(r)
+	if err != nil {
+		return Key{}, err
+	}
+	return Key{Private: made.private}, nil
+}
+
 // heldKey is a key on the card.
 type heldKey struct {
 	algorithm Algorithm

@@ -639,6 +639,13 @@ func (r *fakeReader) present(conn net.Conn) bool {
 	return len(r.read(conn)) > 0
 }
 
+// stays tells whether the card is not about to go.
+func (s *Slot) stays() bool {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	return !s.out
+}
+
 func TestSlot(t *testing.T) {
 	r := newFakeReader(t)
 	s := NewSlot(r.listener.Addr().String())
@@ -702,6 +709,31 @@ func TestSlot(t *testing.T) {
 		}
 		r.write(conn, 99)
 	}
+	_ = conn.Close()
+	_ = r.accept().Close()
+
+	// Taken out when the reader looks: until then it answers.
+	conn = r.accept()
+	if !r.present(conn) {
+		t.Error("the card is not there again")
+	}
+	ejected := make(chan struct{})
+	go func() {
+		s.Eject(t.Context())
+		close(ejected)
+	}()
+	for s.stays() {
+		time.Sleep(time.Millisecond)
+	}
+	r.write(conn, 0, Select, 4, 0, 5, 0xA0, 0, 0, 3, 8, 0)
+	if got := r.read(conn); !bytes.HasSuffix(got, []byte{0x90, 0}) {
+		t.Errorf("a card that is about to go answers SELECT with %x", got)
+	}
+	if r.present(conn) {
+		t.Error("the card is there still")
+	}
+	<-ejected
+	equal(t, "the card in the slot", s.Card(), nil)
 
 	_ = conn.Close()
 	_ = r.listener.Close()

@@ -24,7 +24,10 @@ const (
 // redial is how long is waited before pcscd is called again that does not run.
 const redial = 20 * time.Millisecond
 
-var errDropped = errors.New("the contact is lost")
+var (
+	errDropped = errors.New("the contact is lost")
+	errEjected = errors.New("the card is taken out")
+)
 
 // Serve is the card's side of a connection with vpcd, until that ends or ctx.
 // Each message has its length before it, in two bytes. What is one byte long
@@ -34,6 +37,11 @@ var errDropped = errors.New("the contact is lost")
 // A connection is a card in the reader: vpcd asks for the ATR each time pcscd
 // looks whether the card is there.
 func (c *Card) Serve(ctx context.Context, conn net.Conn) error {
+	return c.serve(ctx, conn, func() bool { return false })
+}
+
+// serve is Serve until the ATR is asked for and leaves says that the card is gone.
+func (c *Card) serve(ctx context.Context, conn net.Conn, leaves func() bool) error {
 	defer c.PowerOff()
 	in := make([]byte, 2+maxMessage)
 	for {
@@ -55,6 +63,9 @@ func (c *Card) Serve(ctx context.Context, conn net.Conn) error {
 				return errDropped
 			}
 		case message[0] == controlATR:
+			if leaves() {
+				return errEjected
+			}
 			answer = c.ATR()
 		case message[0] == controlOn:
 			c.PowerOn()
@@ -106,6 +117,7 @@ type Slot struct {
 	conn net.Conn           // the card's
 	done chan struct{}      // closed when the last goroutine has ended
 	used bool               // a connection was made
+	out  bool               // the card goes when vpcd asks for it next
 }
 
 // NewSlot returns the slot at an address where vpcd listens, or will.
@@ -125,7 +137,7 @@ func (s *Slot) Insert(c *Card) {
 	s.removeLocked()
 	ctx, cancel := context.WithCancel(context.Background())
 	before, done := s.done, make(chan struct{})
-	s.card, s.pull, s.done = c, cancel, done
+	s.card, s.pull, s.done, s.out = c, cancel, done, false
 	go func() {
 		defer close(done)
 		<-before
@@ -141,6 +153,31 @@ func (s *Slot) Remove() {
 	s.mu.Lock()
 	defer s.mu.Unlock()
 	s.removeLocked()
+}
+
+// Eject takes the card out when vpcd asks next whether it is there, and waits for
+// that: so no command meets a card that has gone and is not known to. When ctx
+// ends first, it is taken out all the same.
+func (s *Slot) Eject(ctx context.Context) {
+	s.mu.Lock()
+	s.out = true
+	done := s.done
+	s.mu.Unlock()
+	select {
+	case <-done:
+	case <-ctx.Done():
+	}
+	s.Remove()
+}
+
+// leaves tells whether the card goes now. Then it does not come back by itself.
+func (s *Slot) leaves() bool {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	if s.out && s.pull != nil {
+		s.pull()
+	}
+	return s.out
 }
 
 func (s *Slot) removeLocked() {
@@ -187,7 +224,7 @@ func (s *Slot) connect(ctx context.Context, c *Card) {
 	if err != nil {
 		return
 	}
-	_ = c.Serve(ctx, conn) // it ends in many ways, and each is a card that is gone
+	_ = c.serve(ctx, conn, s.leaves) // it ends in many ways, and each is a card that is gone
 	_ = conn.Close()
 }
 
