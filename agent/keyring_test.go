@@ -34,6 +34,7 @@ type fakeKey struct {
 	absent     bool
 	err        error
 	signed     int
+	use        *Use // of the last signature
 }
 
 type absentError struct{}
@@ -45,7 +46,8 @@ func (k *fakeKey) URI() string        { return k.uri }
 func (k *fakeKey) Unfit() string      { return k.unfit }
 func (k *fakeKey) Insertions() uint64 { return k.insertions }
 
-func (k *fakeKey) SignMessageContext(_ context.Context, msg []byte, opts crypto.SignerOpts) ([]byte, error) {
+func (k *fakeKey) SignMessageContext(ctx context.Context, msg []byte, opts crypto.SignerOpts) ([]byte, error) {
+	k.use = UseFromContext(ctx)
 	switch {
 	case k.absent:
 		return nil, fmt.Errorf("sign: %w", absentError{})
@@ -171,9 +173,11 @@ type fakeConfirm struct {
 	answer bool
 	err    error
 	asked  []string
+	use    *Use // of the last question
 }
 
-func (c *fakeConfirm) Confirm(_ context.Context, comment, fingerprint string) (bool, error) {
+func (c *fakeConfirm) Confirm(ctx context.Context, comment, fingerprint string) (bool, error) {
+	c.use = UseFromContext(ctx)
 	c.asked = append(c.asked, comment+" "+fingerprint)
 	return c.answer, c.err
 }
