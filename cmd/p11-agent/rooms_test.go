@@ -44,6 +44,7 @@ const (
 	xsys    = "golang.org/x/sys/unix"
 	pkcs11  = "github.com/miekg/pkcs11"
 	systemd = "github.com/coreos/go-systemd/v22/"
+	dbus    = "github.com/godbus/dbus/v5"
 )
 
 // rooms is the import table of docs/ARCHITECTURE.md.
@@ -63,6 +64,7 @@ var rooms = []room{
 	{"pinentry", []string{"pinentry/secret", xsys}, "asking a person knows neither tokens nor SSH"},
 	{"pinentry/secret", []string{xsys}, "a leaf that every room may use"},
 	{"systemd", []string{systemd + "activation", systemd + "daemon", systemd + "journal"}, "it knows nothing of the rest"},
+	{"systemd/bus", []string{dbus}, "a leaf: it connects to a bus, whatever is said there"},
 	{
 		"token",
 		[]string{"token/pkcs11uri", "token/registry", "token/wire", "pinentry/secret", xsys},
