@@ -62,6 +62,7 @@ var rooms = []room{
 		"a door decodes and encodes: it knows neither tokens nor prompts",
 	},
 	{"pinentry", []string{"pinentry/secret", xsys}, "asking a person knows neither tokens nor SSH"},
+	{"pinentry/notify", []string{"pinentry", "systemd/bus", dbus}, "telling a person knows neither tokens nor SSH"},
 	{"pinentry/secret", []string{xsys}, "a leaf that every room may use"},
 	{"systemd", []string{systemd + "activation", systemd + "daemon", systemd + "journal"}, "it knows nothing of the rest"},
 	{"systemd/bus", []string{dbus}, "a leaf: it connects to a bus, whatever is said there"},
