@@ -66,6 +66,7 @@ var rooms = []room{
 	{"pinentry/secret", []string{xsys}, "a leaf that every room may use"},
 	{"systemd", []string{systemd + "activation", systemd + "daemon", systemd + "journal"}, "it knows nothing of the rest"},
 	{"systemd/bus", []string{dbus}, "a leaf: it connects to a bus, whatever is said there"},
+	{"systemd/login1", []string{"systemd/bus", dbus}, "what logind says is acted on elsewhere"},
 	{
 		"token",
 		[]string{"token/pkcs11uri", "token/registry", "token/wire", "pinentry/secret", xsys},
