@@ -43,6 +43,8 @@ type config struct {
 	Certificates string         `toml:"certificates"`
 	Upstream     []string       `toml:"upstream"`
 	Sockets      []socketConfig `toml:"socket"`
+	TouchNotice  noticeValue    `toml:"touch-notice"`
+	ForgetOn     forgetValue    `toml:"forget-on"`
 
 	publicKeys []token.PublicKey // those that KeyTables name
 }
@@ -72,6 +74,7 @@ type keyConfig struct {
 	PINCache string        `toml:"pin-cache"`
 	PINIdle  durationValue `toml:"pin-idle"`
 	PINMax   durationValue `toml:"pin-max"`
+	ForgetOn *forgetValue  `toml:"forget-on"` // nil: what there is for all keys
 }
 
 // What pin-cache may be.
@@ -84,18 +87,26 @@ const (
 // says anything about it. Of several tables for a key the strictest counts.
 func (c *config) retention() func(*token.Key) token.Retention {
 	tables := slices.DeleteFunc(slices.Clone(c.KeyTables), func(k keyConfig) bool {
-		return k.PINCache != cacheNever && k.PINIdle == 0 && k.PINMax == 0
+		return k.PINCache != cacheNever && k.PINIdle == 0 && k.PINMax == 0 && k.ForgetOn == nil
 	})
-	if len(tables) == 0 {
+	if len(tables) == 0 && len(c.ForgetOn) == 0 {
 		return nil
 	}
 	return func(k *token.Key) (r token.Retention) {
+		own := false // it has a forget-on of its own
 		for _, table := range tables {
 			if k.Matches(table.URI.URI) {
 				r = r.Stricter(token.Retention{
 					Never: table.PINCache == cacheNever, Idle: time.Duration(table.PINIdle), Max: time.Duration(table.PINMax),
 				})
+				if table.ForgetOn != nil {
+					own = true
+					r = r.Stricter(table.ForgetOn.retention())
+				}
 			}
+		}
+		if !own {
+			r = r.Stricter(c.ForgetOn.retention())
 		}
 		return r
 	}
@@ -349,9 +360,17 @@ func (c *config) check(mode fs.FileMode) error {
 			return e
 		}
 	}
+	if err := errors.Join(c.TouchNotice.check(), c.ForgetOn.check()); err != nil {
+		return bad("%v", err)
+	}
 	for i, k := range c.KeyTables {
 		if k.URI == nil {
 			return bad("[[key]] table %d has no uri", i+1)
+		}
+		if k.ForgetOn != nil {
+			if err := k.ForgetOn.check(); err != nil {
+				return bad("%v: %v", k.URI, err)
+			}
 		}
 		switch k.PINCache {
 		case "", cacheNever, cacheUntilRemoval:
