@@ -184,6 +184,10 @@ func TestServiceRestarts(t *testing.T) {
 	d.shown(t, "a")
 	d.n.Restart()
 	one()
+	until(t, "it is not shown any more", func() bool { return !bytes.Contains(goroutines(), []byte("notify.(*Notifier).show")) })
+	if open := d.n.Open(); len(open) != 1 {
+		t.Errorf("%d notifications of somebody else are left", len(open))
+	}
 	two := d.use("b")
 	until(t, "it is shown", func() bool { return len(d.n.All()) == 2 })
 	d.n.Restart()
@@ -196,7 +200,7 @@ func TestServiceRestarts(t *testing.T) {
 		t.Errorf("%+v is left", open)
 	}
 	for _, b := range d.n.All() {
-		if b.Replaces == 1 && b.Body != "b\n2 signatures are waiting." {
+		if b.Replaces != 0 && !strings.Contains(b.Body, "b\n") {
 			t.Errorf("%+v replaces what is somebody else's", b)
 		}
 	}
@@ -209,7 +213,16 @@ func TestDismissedByPerson(t *testing.T) {
 	one := d.use("a")
 	d.shown(t, "a")
 	liar := d.Connect()
-	if err := liar.Emit("/org/freedesktop/Notifications", "org.freedesktop.Notifications.NotificationClosed", uint32(1), uint32(2)); err != nil {
+	var names []string
+	if err := liar.BusObject().Call("org.freedesktop.DBus.ListNames", 0).Store(&names); err != nil {
+		t.Fatal(err)
+	}
+	for _, name := range names { // to each by its name, which needs no match
+		if strings.HasPrefix(name, ":") {
+			bustest.SendTo(liar, name, "/org/freedesktop/Notifications", "org.freedesktop.Notifications.NotificationClosed", []any{uint32(1), uint32(2)})
+		}
+	}
+	if err := liar.BusObject().Call("org.freedesktop.DBus.GetId", 0).Err; err != nil { // comes after those
 		t.Fatal(err)
 	}
 	two := d.use("b")

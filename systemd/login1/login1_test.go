@@ -219,7 +219,7 @@ func TestLiar(t *testing.T) {
 			"/org/freedesktop/login1/session/mine": {"org.freedesktop.login1.Session.Lock", nil},
 			"/org/freedesktop/DBus":                {"org.freedesktop.DBus.NameOwnerChanged", []any{"org.freedesktop.login1", "", liar.Names()[0]}},
 		} {
-			sendTo(liar, name, path, signal.name, signal.body)
+			bustest.SendTo(liar, name, path, signal.name, signal.body)
 		}
 	}
 	// On the same connection as the lies, so that it comes after them.

@@ -147,6 +147,24 @@ func (b *Bus) Connect() *dbus.Conn {
 	return c
 }
 
+// SendTo sends a signal to one connection, whether or not it wants it.
+func SendTo(c *dbus.Conn, to, path, name string, body []any) {
+	i := strings.LastIndexByte(name, '.')
+	m := &dbus.Message{
+		Type: dbus.TypeSignal, Flags: dbus.FlagNoReplyExpected, Body: body,
+		Headers: map[dbus.HeaderField]dbus.Variant{
+			dbus.FieldDestination: dbus.MakeVariant(to),
+			dbus.FieldPath:        dbus.MakeVariant(dbus.ObjectPath(path)),
+			dbus.FieldInterface:   dbus.MakeVariant(name[:i]),
+			dbus.FieldMember:      dbus.MakeVariant(name[i+1:]),
+		},
+	}
+	if len(body) > 0 {
+		m.Headers[dbus.FieldSignature] = dbus.MakeVariant(dbus.SignatureOf(body...))
+	}
+	c.Send(m, nil)
+}
+
 // own takes a name on the Bus.
 func (b *Bus) own(c *dbus.Conn, name string) {
 	b.t.Helper()
