@@ -301,6 +301,7 @@ func (k *Keyring) sign(ctx context.Context, c *Caller, id *identity, r SignReque
 	if err := id.constraints.permitsLogin(c, r.Login); err != nil {
 		return nil, err
 	}
+	ctx = context.WithValue(ctx, useKey{}, &Use{Comment: id.comment, Key: id.plain, Caller: c, Login: r.Login})
 	if err := k.confirm(ctx, c, id.constraints.Confirm, id.comment, id.plain); err != nil {
 		return nil, err
 	}

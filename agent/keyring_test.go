@@ -35,6 +35,7 @@ type fakeKey struct {
 	absent     bool
 	err        error
 	signed     int
+	use        *Use // of the last signature
 }
 
 type absentError struct{}
@@ -59,9 +60,10 @@ func (k *fakeKey) setAbsent(absent bool) {
 	k.absent = absent
 }
 
-func (k *fakeKey) SignMessageContext(_ context.Context, msg []byte, opts crypto.SignerOpts) ([]byte, error) {
+func (k *fakeKey) SignMessageContext(ctx context.Context, msg []byte, opts crypto.SignerOpts) ([]byte, error) {
 	k.mu.Lock()
 	defer k.mu.Unlock()
+	k.use = UseFromContext(ctx)
 	switch {
 	case k.absent:
 		return nil, fmt.Errorf("sign: %w", absentError{})
@@ -207,9 +209,11 @@ type fakeConfirm struct {
 	answer bool
 	err    error
 	asked  []string
+	use    *Use // of the last question
 }
 
-func (c *fakeConfirm) Confirm(_ context.Context, comment, fingerprint string) (bool, error) {
+func (c *fakeConfirm) Confirm(ctx context.Context, comment, fingerprint string) (bool, error) {
+	c.use = UseFromContext(ctx)
 	c.asked = append(c.asked, comment+" "+fingerprint)
 	return c.answer, c.err
 }

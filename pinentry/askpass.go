@@ -32,7 +32,7 @@ func (a *askpass) ask(ctx context.Context, prompt Prompt, kind string) (answer *
 			texts = append(texts, text)
 		}
 	}
-	text := visible(strings.Join(texts, "\n"), true)
+	text := Visible(strings.Join(texts, "\n"), true)
 	env := a.env
 	if kind != "" {
 		env = append(env[:len(env):len(env)], "SSH_ASKPASS_PROMPT="+kind)

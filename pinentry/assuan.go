@@ -98,7 +98,7 @@ func parseReply(line []byte) (reply, error) {
 			return reply{}, errMalformed
 		}
 		text = text[:min(len(text), maxErrorText)]
-		return reply{kind: kindERR, err: pinentryError{n, visible(string(text), false)}}, nil
+		return reply{kind: kindERR, err: pinentryError{n, Visible(string(text), false)}}, nil
 	case bytes.Equal(word, []byte("D")):
 		data, err := unescape(rest)
 		return reply{kind: kindData, data: data}, err
@@ -274,7 +274,7 @@ func (c *conn) option(name, value string) error {
 		line += "=" + value
 	}
 	// Pinentry takes values as they are, so there is no way to escape a newline.
-	if len(line) < maxLine && visible(value, false) != value {
+	if len(line) < maxLine && Visible(value, false) != value {
 		return fmt.Errorf("%s %q of the place to ask at does not print", name, value)
 	}
 	err := c.command(line, nil)
@@ -347,7 +347,7 @@ func (c *conn) answer(pin *secret.Secret) error {
 
 func (c *conn) trace(direction, line string) {
 	if c.p.Trace && c.p.Log != nil {
-		c.p.Log.Debug(c.name()+" "+direction+visible(line, false), slog.Int("pid", c.cmd.Process.Pid))
+		c.p.Log.Debug(c.name()+" "+direction+Visible(line, false), slog.Int("pid", c.cmd.Process.Pid))
 	}
 }
 
@@ -357,7 +357,7 @@ func (c *conn) set(command, text string, lines, optional bool) error {
 	if text == "" {
 		return nil
 	}
-	line := appendEscaped([]byte(command+" "), visible(text, lines), maxLine-1)
+	line := appendEscaped([]byte(command+" "), Visible(text, lines), maxLine-1)
 	err := c.command(string(line), nil)
 	if _, ok := errors.AsType[*pinentryError](err); ok && optional {
 		return nil

@@ -272,5 +272,5 @@ func (t *tail) write(b []byte) {
 
 // String returns one printable line.
 func (t *tail) String() string {
-	return strings.Join(strings.Fields(visible(string(t.b), true)), " ")
+	return strings.Join(strings.Fields(Visible(string(t.b), true)), " ")
 }

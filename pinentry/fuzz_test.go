@@ -46,7 +46,7 @@ func FuzzReply(f *testing.F) {
 				t.Fatalf("%q was %q, and then %q, %v", before, data, again.data, err)
 			}
 		case kindERR:
-			if text := r.err.Error(); text != visible(text, false) || len(text) > 10*maxErrorText {
+			if text := r.err.Error(); text != Visible(text, false) || len(text) > 10*maxErrorText {
 				t.Fatalf("%q gives the error %q", before, text)
 			}
 			if code := r.err.code(); code < 0 || code > 0xffff {
@@ -72,11 +72,11 @@ func FuzzText(f *testing.F) {
 		f.Add(s, false)
 	}
 	f.Fuzz(func(t *testing.T, text string, lines bool) {
-		shown := visible(text, lines)
+		shown := Visible(text, lines)
 		if !utf8.ValidString(shown) || !lines && strings.Contains(shown, "\n") {
 			t.Fatalf("%q is shown as %q", text, shown)
 		}
-		if len(text) <= maxText && visible(shown, lines) != shown {
+		if len(text) <= maxText && Visible(shown, lines) != shown {
 			t.Fatalf("%q is shown as %q, which is not shown as it is", text, shown)
 		}
 		const command = "SETDESC "

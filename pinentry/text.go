@@ -10,10 +10,10 @@ import (
 // maxText bounds what one text of a Prompt costs to process; far less is shown.
 const maxText = 4096
 
-// visible makes text fit to be shown: what does not print is shown as an escape
+// Visible makes text fit to be shown: what does not print is shown as an escape
 // (this includes what reverses the direction of writing or has no width),
 // invalid UTF-8 as U+FFFD, and newlines as blanks unless lines is true.
-func visible(text string, lines bool) string {
+func Visible(text string, lines bool) string {
 	if len(text) > maxText {
 		text = text[:maxText] // a rune cut in two shows as U+FFFD, and is cut later on
 	}

@@ -509,10 +509,20 @@ func (k *Key) signOnce(ctx context.Context, p *process, w way, with prelude) ([]
 		return k.token.signWithPIN(ctx, p, k, req, with)
 	}
 	var reply wire.SignReply
+	defer k.working(ctx)()
 	if err := p.call(ctx, signTimeout, wire.TypeSign, req, &reply); err != nil {
 		return nil, err
 	}
 	return reply.Signature, nil
+}
+
+// working tells that the token begins to work on a signature. The function it
+// returns tells that the work is over.
+func (k *Key) working(ctx context.Context) (done func()) {
+	if f := k.token.module.store.opts.Working; f != nil {
+		return f(ctx, k)
+	}
+	return func() {}
 }
 
 // signatureLen is how long a signature gets, so that the module need not be

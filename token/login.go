@@ -545,6 +545,9 @@ func (t *Token) signWithPIN(ctx context.Context, p *process, k *Key, req *wire.S
 	var reply wire.SignReply
 	err = t.withPIN(ctx, g, k, info, with.typed, true, func(ctx context.Context, pin *secret.Secret, lastTry, pad bool) error {
 		req.ContextLogin, req.LastTry, req.Pad, req.PIN = true, lastTry, pad, pin
+		if !pad { // there a person is at work first
+			defer k.working(ctx)()
+		}
 		err := p.call(ctx, signTimeout, wire.TypeSign, req, &reply)
 		if pad || !isReason(err, wire.ReasonNoKey) || !t.hidesKey(p, err) {
 			return err

@@ -1,7 +1,10 @@
 package token
 
 import (
+	"cmp"
 	"context"
+	"fmt"
+	"sync"
 	"time"
 )
 
@@ -13,6 +16,33 @@ type Retention struct {
 	// Idle ends it so long after the last signature, Max so long after the first;
 	// 0: neither does.
 	Idle, Max time.Duration
+	// Sleep and ScreenLock end it at these Events.
+	Sleep, ScreenLock bool
+}
+
+// An Event is something that logins may end at.
+type Event int
+
+// The Events.
+const (
+	Sleep      Event = iota + 1 // the machine is about to sleep
+	ScreenLock                  // the person's screen is locked
+)
+
+// String says what happens.
+func (e Event) String() string {
+	switch e {
+	case Sleep:
+		return "the machine goes to sleep"
+	case ScreenLock:
+		return "the screen is locked"
+	}
+	return fmt.Sprintf("event %d", int(e))
+}
+
+// endsAt tells whether logins end at an Event.
+func (r Retention) endsAt(e Event) bool {
+	return e == Sleep && r.Sleep || e == ScreenLock && r.ScreenLock
 }
 
 // Stricter returns what keeps both rules.
@@ -23,7 +53,10 @@ func (r Retention) Stricter(o Retention) Retention {
 		}
 		return a
 	}
-	return Retention{Never: r.Never || o.Never, Idle: shorter(r.Idle, o.Idle), Max: shorter(r.Max, o.Max)}
+	return Retention{
+		Never: r.Never || o.Never, Idle: shorter(r.Idle, o.Idle), Max: shorter(r.Max, o.Max),
+		Sleep: r.Sleep || o.Sleep, ScreenLock: r.ScreenLock || o.ScreenLock,
+	}
 }
 
 // retained is what is to be kept of the logins of one token.
@@ -117,5 +150,44 @@ func (t *Token) expire() {
 func (t *Token) end(ctx context.Context) {
 	if err := t.forget(ctx); err != nil {
 		t.module.log.Warn("cannot log out", "token", t.ID.Label, "reason", err)
+	}
+}
+
+// Forget logs out of every token with a key whose Retention ends at the Event,
+// used or not, and so makes the next signature ask for the PIN. It returns when
+// that is done. A module that cannot do it before ctx ends, or fails to, is
+// stopped: with its process its logins end. It delays no other.
+func (s *Store) Forget(ctx context.Context, e Event) {
+	var wg sync.WaitGroup
+	for _, m := range s.modulesNow() {
+		for _, t := range m.known() {
+			var r Retention
+			for _, k := range t.keyList() {
+				r = r.Stricter(s.policyOf(k).Retention)
+			}
+			if r.endsAt(e) {
+				wg.Go(func() { t.forgetAt(ctx, e) })
+			}
+		}
+	}
+	wg.Wait()
+}
+
+func (t *Token) forgetAt(ctx context.Context, e Event) {
+	t.module.store.gate(t.ID).forgetPIN()
+	t.mu.Lock()
+	p, in := cmp.Or(t.session, t.attempted), t.session != nil
+	t.mu.Unlock()
+	if p == nil {
+		return
+	}
+	log := t.module.log.With("token", t.ID.Label, "reason", e.String())
+	if err := t.forget(ctx); err != nil {
+		log.Warn("cannot log out, the module is stopped", "error", err)
+		p.kill(fmt.Errorf("it did not log out: %w", err))
+		return
+	}
+	if in {
+		log.Info("logged out")
 	}
 }

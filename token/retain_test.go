@@ -2,11 +2,13 @@ package token_test
 
 import (
 	"bytes"
+	"context"
 	"testing"
 	"time"
 
 	"p11-agent/token"
 	"p11-agent/token/tokentest"
+	"p11-agent/token/wire"
 )
 
 // newRetainBench has keys 1 and 2, each with its rule.
@@ -99,4 +101,99 @@ func TestRetainBeginsAnew(t *testing.T) {
 	want(t, "logged in", b.card.LoggedIn(), false)
 	b.mustSign()
 	want(t, "logged in", b.card.LoggedIn(), true)
+}
+
+func TestForget(t *testing.T) {
+	sleep, lock := token.Retention{Sleep: true}, token.Retention{ScreenLock: true}
+	for _, tt := range []struct {
+		name     string
+		one, two token.Retention // key 1 signs
+		event    token.Event
+		want     bool // logged in afterwards
+	}{
+		{"nothing is said", token.Retention{}, token.Retention{}, token.Sleep, true},
+		{"sleep", sleep, token.Retention{}, token.Sleep, false},
+		{"screen lock", lock, token.Retention{}, token.ScreenLock, false},
+		{"sleep, for a lock", sleep, sleep, token.ScreenLock, true},
+		{"screen lock, for sleep", lock, lock, token.Sleep, true},
+		{"a key that was not used", token.Retention{}, sleep, token.Sleep, false},
+		{"both, by two keys", lock, sleep, token.ScreenLock, false},
+		{"another event", token.Retention{Sleep: true, ScreenLock: true}, token.Retention{}, 0, true},
+	} {
+		t.Run(tt.name, func(t *testing.T) {
+			p := &tokentest.Person{Always: pin}
+			b := newRetainBench(t, p, tt.one, tt.two)
+			b.store.Forget(t.Context(), tt.event) // while nobody is logged in
+			b.mustSign()
+			b.store.Forget(t.Context(), tt.event)
+			want(t, "logged in", b.card.LoggedIn(), tt.want)
+			b.mustSign()
+			prompts := 2
+			if tt.want {
+				prompts = 1
+			}
+			want(t, "prompts", p.Prompts(), prompts)
+			want(t, "module processes", b.fake.Started(), 1)
+		})
+	}
+}
+
+// A PIN that is kept is forgotten, also when nobody is logged in just then.
+func TestForgetDropsThePIN(t *testing.T) {
+	for _, out := range []bool{false, true} {
+		p := &tokentest.Person{Always: pin}
+		b := newPolicyBench(t, p, token.Policy{Remember: true, Retention: token.Retention{Sleep: true}})
+		b.mustSign()
+		if out {
+			b.card.LogOut(false)
+		}
+		b.store.Forget(t.Context(), token.Sleep)
+		b.mustSign()
+		want(t, "prompts", p.Prompts(), 2)
+	}
+}
+
+// A module that does not log out is stopped, and so the login ends all the same.
+// The tokens of other modules do not wait for it.
+func TestForgetStopsAModule(t *testing.T) {
+	for name, hang := range map[string]bool{"that hangs": true, "that fails": false} {
+		t.Run(name, func(t *testing.T) {
+			other := tokentest.NewFake(t)
+			calm := other.AddToken("calm", pin)
+			calm.AddKey(tokentest.P256, 1, "one", nil)
+			p := &tokentest.Person{Always: pin}
+			b := newBench(t, p, func(_ *bench, opts *token.Options) {
+				spec := fakeSpec(other)
+				spec.Name = "other"
+				opts.Modules = append(opts.Modules, spec)
+				opts.Policy = func(*token.Key) token.Policy { return token.Policy{Retention: token.Retention{Sleep: true}} }
+			})
+			b.mustSign()
+			if err := tokentest.Sign(t.Context(), tokentest.Key(t, b.store, "calm", 1)); err != nil {
+				t.Fatal(err)
+			}
+			ctx, cancel := context.WithCancel(t.Context())
+			defer cancel()
+			b.fake.Intercept(func(gone context.Context, p *tokentest.FakeProcess, r wire.Request) bool {
+				switch {
+				case r.Type != wire.TypeLogout:
+					return false
+				case hang:
+					tokentest.Until(t, "the other token is logged out", func() bool { return !calm.LoggedIn() })
+					cancel()
+					<-gone.Done()
+				default:
+					p.Fail(r, &wire.Error{Function: "C_Logout", RV: wire.CKRDeviceError})
+				}
+				return true
+			})
+			b.store.Forget(ctx, token.Sleep)
+			b.fake.Intercept(nil)
+			tokentest.Until(t, "the module is stopped", func() bool { return !b.card.LoggedIn() })
+			tokentest.Keys(t, b.store, 2)
+			b.mustSign()
+			want(t, "prompts", p.Prompts(), 3)
+			want(t, "module processes", b.fake.Started(), 2)
+		})
+	}
 }

@@ -57,6 +57,11 @@ type Options struct {
 	// Policy says how the PIN of a key's token is used; nil: the zero Policy for
 	// every key.
 	Policy func(*Key) Policy
+	// Working is told when a token begins to work on a signature; the function
+	// that it returns is called when that is over, whatever came of it. What a
+	// person takes to give a PIN is no part of it. ctx carries the values of the
+	// request's context. Neither function may wait. nil: nobody is told.
+	Working func(ctx context.Context, k *Key) (done func())
 	// StateDir keeps which PIN files have been refused, so that a restart does
 	// not try them again; empty: that is only remembered in memory.
 	StateDir string

@@ -56,6 +56,7 @@ needed() {
 	ps                                              procps              procps-ng
 	/usr/lib/python3/dist-packages/paramiko,/usr/lib/python3*/site-packages/paramiko python3-paramiko python3-paramiko
 	systemd-socket-activate                         systemd             systemd
+	dbus-daemon                                     dbus                dbus-daemon
 	/usr/lib/openssh/regress/agent.sh               openssh-tests       -
 	gdb                                             gdb-minimal         -
 	TABLE

@@ -314,12 +314,17 @@ func (s *service) serve(ctx context.Context, listeners []listener) error {
 	var pins token.PINAsker
 	var confirm agent.Confirmer
 	var insert agent.Inserter
+	var working func(context.Context, *token.Key) func()
+	var notices *notices // nil: nobody is told
 	state := stateDir()
 	if s.system {
 		state = cmp.Or(os.Getenv("STATE_DIRECTORY"), systemState)
 	} else {
 		ask := newAsker(c, os.Getenv, s.tty, s.log)
 		pins, confirm, insert = ask, ask, ask
+		notices = newNotices(c, s.fingerprint, s.log)
+		defer notices.Close()
+		working = notices.working
 	}
 	if c.knownKeys(token.KnownKept) == token.KnownIgnored {
 		if err := token.ForgetKnownKeys(state); err != nil {
@@ -333,7 +338,7 @@ func (s *service) serve(ctx context.Context, listeners []listener) error {
 	}
 	rules = append(make([]*agent.Socket, len(listeners)), rules...)
 	listeners = append(listeners, named...)
-	b := openBackend(c, pins, state, token.KnownKept, s.log)
+	b := openBackend(c, pins, working, state, token.KnownKept, s.log)
 	defer b.stop()
 	var certificates *agent.CertificateDir
 	if c.Certificates != "" {
@@ -370,15 +375,22 @@ func (s *service) serve(ctx context.Context, listeners []listener) error {
 		Fingerprint:   s.fingerprint,
 		Log:           s.log,
 	})
+	watch := watchLogin1(c, b.store, s.log)
 	var helpers sync.WaitGroup
 	defer helpers.Wait()
+	helpers.Go(func() { watch.Run(ctx) })
 	helpers.Go(func() {
 		for {
 			select {
 			case <-ctx.Done():
 				return
 			case <-s.hangups:
-				s.reload(ctx, keyring, b.store)
+				if c := s.reload(ctx, keyring, b.store); c != nil {
+					watch.Delay(c.forgetsAtSleep())
+					if notices != nil {
+						notices.SetAfter(c.TouchNotice.after())
+					}
+				}
 			}
 		}
 	})
@@ -409,15 +421,15 @@ func (s *service) notify(err error) {
 	}
 }
 
-// reload reads the configuration again. Modules stay as they are: a change of
-// those needs a restart.
-func (s *service) reload(ctx context.Context, k *agent.Keyring, store *token.Store) {
+// reload reads the configuration again, and returns it if it is used. Modules
+// stay as they are: a change of those needs a restart.
+func (s *service) reload(ctx context.Context, k *agent.Keyring, store *token.Store) *config {
 	s.notify(systemd.Reloading())
 	defer func() { s.notify(systemd.Ready("listening")) }()
 	c, err := loadConfig(s.globals.config)
 	if err != nil {
 		s.log.Error("the configuration is not used, the old one stays", "reason", err)
-		return
+		return nil
 	}
 	store.SetSources(c.sources())
 	store.SetPublicKeys(c.publicKeys)
@@ -429,6 +441,7 @@ func (s *service) reload(ctx context.Context, k *agent.Keyring, store *token.Sto
 		s.log.Warn("cannot look at all tokens", "reason", err)
 	}
 	s.log.Info("configuration read again")
+	return c
 }
 
 // harden keeps others of the same user from looking into the process, and its

@@ -59,7 +59,7 @@ func runCheck(ctx context.Context, g *globals, out, stderr io.Writer) error {
 	for _, w := range reg.Warnings {
 		ch.bad("module configuration: %v", w)
 	}
-	b := openBackend(c, nil, stateDir(), token.KnownRead, newLog(stderr, slog.LevelError))
+	b := openBackend(c, nil, nil, stateDir(), token.KnownRead, newLog(stderr, slog.LevelError))
 	defer b.stop()
 	ctx, cancel := context.WithTimeout(ctx, lookTimeout)
 	defer cancel()

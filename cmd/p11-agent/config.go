@@ -43,6 +43,8 @@ type config struct {
 	Certificates string         `toml:"certificates"`
 	Upstream     []string       `toml:"upstream"`
 	Sockets      []socketConfig `toml:"socket"`
+	TouchNotice  noticeValue    `toml:"touch-notice"`
+	ForgetOn     forgetValue    `toml:"forget-on"`
 
 	RememberKeys  *bool         `toml:"remember-keys"`
 	Absent        string        `toml:"absent"`
@@ -80,6 +82,7 @@ type keyConfig struct {
 	PINRemember *bool         `toml:"pin-remember"`
 	PINReuse    *bool         `toml:"pin-reuse"`
 	PINPad      *bool         `toml:"pin-pad"`
+	ForgetOn    *forgetValue  `toml:"forget-on"` // nil: what there is for all keys
 }
 
 // What pin-cache may be.
@@ -131,11 +134,12 @@ func (c *config) knownKeys(otherwise token.KnownKeys) token.KnownKeys {
 // else the first.
 func (c *config) policy() func(*token.Key) token.Policy {
 	tables := slices.DeleteFunc(slices.Clone(c.KeyTables), func(k keyConfig) bool { return !k.aboutPIN() })
-	if len(tables) == 0 {
+	if len(tables) == 0 && len(c.ForgetOn) == 0 {
 		return nil
 	}
 	return func(k *token.Key) (p token.Policy) {
 		var remember, reuse *bool
+		own := false // it has a forget-on of its own
 		for _, table := range tables {
 			if !k.Matches(table.URI.URI) {
 				continue
@@ -143,7 +147,14 @@ func (c *config) policy() func(*token.Key) token.Policy {
 			p.Retention = p.Stricter(token.Retention{
 				Never: table.PINCache == cacheNever, Idle: time.Duration(table.PINIdle), Max: time.Duration(table.PINMax),
 			})
+			if table.ForgetOn != nil {
+				own = true
+				p.Retention = p.Stricter(table.ForgetOn.retention())
+			}
 			remember, reuse, p.Pad = cmp.Or(remember, table.PINRemember), cmp.Or(reuse, table.PINReuse), cmp.Or(p.Pad, table.PINPad)
+		}
+		if !own {
+			p.Retention = p.Stricter(c.ForgetOn.retention())
 		}
 		p.Reuse = reuse != nil && *reuse
 		p.Remember = p.Reuse || remember != nil && *remember
@@ -154,7 +165,7 @@ func (c *config) policy() func(*token.Key) token.Policy {
 // aboutPIN tells whether the table has any word about the PIN.
 func (k keyConfig) aboutPIN() bool {
 	return k.PINCache == cacheNever || k.PINIdle != 0 || k.PINMax != 0 ||
-		k.PINRemember != nil || k.PINReuse != nil || k.PINPad != nil
+		k.PINRemember != nil || k.PINReuse != nil || k.PINPad != nil || k.ForgetOn != nil
 }
 
 // checkPIN finds words about the PIN that do not go together.
@@ -422,12 +433,20 @@ func (c *config) check(mode fs.FileMode) error {
 			return e
 		}
 	}
+	if err := errors.Join(c.TouchNotice.check(), c.ForgetOn.check()); err != nil {
+		return bad("%v", err)
+	}
 	for i, k := range c.KeyTables {
 		if k.URI == nil {
 			return bad("[[key]] table %d has no uri", i+1)
 		}
 		if err := cmp.Or(k.checkPIN(), checkAbsent(k.Absent)); err != nil {
 			return bad("%v", err)
+		}
+		if k.ForgetOn != nil {
+			if err := k.ForgetOn.check(); err != nil {
+				return bad("%v: %v", k.URI, err)
+			}
 		}
 		if k.Public == "" {
 			continue

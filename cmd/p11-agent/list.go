@@ -133,7 +133,7 @@ func runList(ctx context.Context, g *globals, o *listOptions, args []string, out
 	if o.verbose {
 		level = slog.LevelDebug
 	}
-	b := openBackend(c, nil, stateDir(), token.KnownRead, newLog(stderr, level))
+	b := openBackend(c, nil, nil, stateDir(), token.KnownRead, newLog(stderr, level))
 	defer b.stop()
 	ctx, cancel := context.WithTimeout(ctx, lookTimeout)
 	defer cancel()

@@ -44,6 +44,7 @@ const (
 	xsys    = "golang.org/x/sys/unix"
 	pkcs11  = "github.com/miekg/pkcs11"
 	systemd = "github.com/coreos/go-systemd/v22/"
+	dbus    = "github.com/godbus/dbus/v5"
 )
 
 // rooms is the import table of docs/ARCHITECTURE.md.
@@ -61,8 +62,11 @@ var rooms = []room{
 		"a door decodes and encodes: it knows neither tokens nor prompts",
 	},
 	{"pinentry", []string{"pinentry/secret", xsys}, "asking a person knows neither tokens nor SSH"},
+	{"pinentry/notify", []string{"pinentry", "systemd/bus", dbus}, "telling a person knows neither tokens nor SSH"},
 	{"pinentry/secret", []string{xsys}, "a leaf that every room may use"},
 	{"systemd", []string{systemd + "activation", systemd + "daemon", systemd + "journal"}, "it knows nothing of the rest"},
+	{"systemd/bus", []string{dbus}, "a leaf: it connects to a bus, whatever is said there"},
+	{"systemd/login1", []string{"systemd/bus", dbus}, "what logind says is acted on elsewhere"},
 	{
 		"token",
 		[]string{"token/pkcs11uri", "token/registry", "token/wire", "pinentry/secret", xsys},

@@ -23,6 +23,7 @@ import (
 	"golang.org/x/crypto/ssh/agent"
 	"golang.org/x/sys/unix"
 
+	"p11-agent/systemd/bus/bustest"
 	"p11-agent/token/registry"
 	"p11-agent/token/tokentest"
 	"p11-agent/token/tokentest/pivcard"
@@ -63,6 +64,11 @@ const patience = 30 * time.Second
 //	                    plug the readers; freeze and thaw, as when the machine sleeps
 //	tpm                 make a TPM without tokens, whose resource manager is at DBUS_SESSION_BUS_ADDRESS
 //	tpm reset           have it forget what others have kept of it, as a machine that hibernates
+//	desktop             start a bus with a service for notifications and a logind on it, before the agent
+//	bubble REGEXP|none  wait until this one notification, or none, is shown
+//	bubbles N           see that so many were asked for
+//	logind lock|sleep|wake  have logind say so; sleep waits until it is not delayed any more, and
+//	                    fails if the log did not tell of a logout by then
 //	agent [ARG...]      start an agent in the background, with SSH_AUTH_SOCK and SSH_AGENT_PID
 //	adopt [FILE]        the same for one that the script has started: FILE, or the last output, tells where
 //	gone                wait until that agent has ended, and see that its socket is no more
@@ -106,6 +112,10 @@ func TestStories(t *testing.T) {
 			"card":        useCard,
 			"pcscd":       usePCSCD,
 			"tpm":         s.useTPM,
+			"desktop":     s.startDesktop,
+			"bubble":      bubble,
+			"bubbles":     bubbles,
+			"logind":      logind,
 			"agent":       startAgent,
 			"adopt":       adopt,
 			"gone":        gone,
@@ -145,6 +155,9 @@ type story struct {
 	pcscd *tokentest.PCSCD                 // nil: there was no need of it
 	cards map[string]*storyCard
 	tpm   *tokentest.TPM // nil: there is none
+
+	notifications *bustest.Notifications // nil: there is no desktop
+	login1        *bustest.Login1
 }
 
 // storyCard is a card of a story.
@@ -229,15 +242,17 @@ func (s *stories) setup(env *testscript.Env) error {
 		// No card or TPM of this machine, nor one that another test has plugged in.
 		"PCSCLITE_CSOCK_NAME": filepath.Join(work, "no-pcscd"),
 		"TPM2_PKCS11_TCTI":    "swtpm:path=" + filepath.Join(work, "no-tpm"),
-		"SOFTHSM":             s.softhsm,
-		"MODULE":              s.badModule,
-		"YKCS11":              s.ykcs11,
-		"LOG":                 work + "/home/.local/state/p11-agent/agent.log",
-		"CONFIG":              work + "/home/.config/p11-agent/config.toml",
-		"LC_ALL":              "C.UTF-8",
-		"TERM":                "xterm",
-		"SHELL":               "/bin/sh",
-		"USER":                strings.TrimSpace(currentUser()),
+		// Nor this machine's sleep.
+		"DBUS_SYSTEM_BUS_ADDRESS": "unix:path=" + filepath.Join(work, "no-bus"),
+		"SOFTHSM":                 s.softhsm,
+		"MODULE":                  s.badModule,
+		"YKCS11":                  s.ykcs11,
+		"LOG":                     work + "/home/.local/state/p11-agent/agent.log",
+		"CONFIG":                  work + "/home/.config/p11-agent/config.toml",
+		"LC_ALL":                  "C.UTF-8",
+		"TERM":                    "xterm",
+		"SHELL":                   "/bin/sh",
+		"USER":                    strings.TrimSpace(currentUser()),
 		// Races are found in processes whose output nobody sees, too.
 		"GORACE":              "atexit_sleep_ms=0 log_path=" + work + "/race",
 		"GIT_CONFIG_NOSYSTEM": "1",
@@ -652,6 +667,81 @@ func (s *stories) useTPM(ts *testscript.TestScript, neg bool, args []string) {
 	for _, kv := range st.tpm.Env() {
 		name, value, _ := strings.Cut(kv, "=")
 		ts.Setenv(name, value)
+	}
+}
+
+func (s *stories) startDesktop(ts *testscript.TestScript, neg bool, args []string) {
+	plain(ts, neg, len(args) == 0, "desktop")
+	b := bustest.Start(s.t)
+	st := storyOf(ts)
+	st.notifications = b.Notifications("body", "body-markup")
+	st.login1 = b.Login1()
+	st.login1.AddSession("mine", os.Geteuid(), false)
+	ts.Setenv("DBUS_SESSION_BUS_ADDRESS", b.Address())
+	ts.Setenv("DBUS_SYSTEM_BUS_ADDRESS", b.Address())
+}
+
+func bubble(ts *testscript.TestScript, neg bool, args []string) {
+	plain(ts, neg, len(args) == 1, "bubble REGEXP|none")
+	want, err := regexp.Compile("(?s)^" + args[0] + "$")
+	ts.Check(err)
+	ts.Check(eventually(func() error {
+		open := storyOf(ts).notifications.Open()
+		switch {
+		case args[0] == "none" && len(open) == 0:
+			return nil
+		case len(open) == 1 && want.MatchString(open[0].Summary+"\n"+open[0].Body):
+			return nil
+		}
+		return fmt.Errorf("shown is %+v", open)
+	}))
+}
+
+func bubbles(ts *testscript.TestScript, neg bool, args []string) {
+	plain(ts, neg, len(args) == 1, "bubbles N")
+	if all := storyOf(ts).notifications.All(); strconv.Itoa(len(all)) != args[0] {
+		ts.Fatalf("%d notifications were asked for: %+v", len(all), all)
+	}
+}
+
+func logind(ts *testscript.TestScript, neg bool, args []string) {
+	plain(ts, neg, len(args) == 1, "logind lock|sleep|wake")
+	st := storyOf(ts)
+	switch args[0] {
+	case "lock":
+		st.login1.Lock("mine")
+	case "wake":
+		st.login1.Sleep(false)
+	case "sleep":
+		ts.Check(eventually(func() error {
+			if st.login1.Held() != 1 {
+				return errors.New("nothing delays sleep")
+			}
+			return nil
+		}))
+		type seen struct {
+			log []byte
+			err error
+		}
+		released := make(chan seen, 1)
+		log := ts.Getenv("LOG")
+		st.login1.OnRelease(func() {
+			b, err := os.ReadFile(log)
+			released <- seen{b, err}
+		})
+		defer st.login1.OnRelease(nil)
+		st.login1.Sleep(true)
+		select {
+		case s := <-released:
+			ts.Check(s.err)
+			if !bytes.Contains(s.log, []byte("the machine goes to sleep")) {
+				ts.Fatalf("the machine sleeps before the tokens are logged out: %s", s.log)
+			}
+		case <-time.After(patience):
+			ts.Fatalf("sleep is delayed for ever")
+		}
+	default:
+		ts.Fatalf("logind %s: there is no such command", args[0])
 	}
 }
 

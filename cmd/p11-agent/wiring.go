@@ -17,6 +17,7 @@ import (
 	"p11-agent/pinentry/secret"
 	"p11-agent/token"
 	"p11-agent/token/registry"
+	"p11-agent/token/wire"
 )
 
 // moduleCommand is the hidden subcommand that becomes a module process.
@@ -102,7 +103,7 @@ type backend struct {
 
 // openBackend starts the modules. It is ended by stop. What goes wrong with one
 // module costs that module only.
-func openBackend(c *config, asker token.PINAsker, state string, known token.KnownKeys, log *slog.Logger) *backend {
+func openBackend(c *config, asker token.PINAsker, working func(context.Context, *token.Key) func(), state string, known token.KnownKeys, log *slog.Logger) *backend {
 	specs, bridges, skipped, broken := modules(c, log)
 	ctx, cancel := context.WithCancel(context.Background())
 	served := make(chan struct{}, len(bridges))
@@ -121,6 +122,7 @@ func openBackend(c *config, asker token.PINAsker, state string, known token.Know
 		Sources:    c.sources(),
 		PublicKeys: c.publicKeys,
 		Policy:     c.policy(),
+		Working:    working,
 		StateDir:   state,
 		Known:      c.knownKeys(known),
 		Log:        log,
@@ -334,9 +336,12 @@ type dialogue struct {
 	client peer.Peer
 }
 
+func tokenLine(t wire.TokenID) string {
+	return fmt.Sprintf("Token: %s (serial %s)", cmp.Or(t.Label, "without label"), cmp.Or(t.Serial, "unknown"))
+}
+
 func (d *dialogue) description() string {
-	t := d.about.Token
-	lines := []string{fmt.Sprintf("Token: %s (serial %s)", cmp.Or(t.Label, "without label"), cmp.Or(t.Serial, "unknown"))}
+	lines := []string{tokenLine(d.about.Token)}
 	key := "Key: " + d.about.Key
 	if d.about.Label != "" {
 		key = fmt.Sprintf("Key: %s, %s", d.about.Label, d.about.Key)

@@ -1,0 +1,152 @@
+package main
+
+import (
+	"context"
+	"fmt"
+	"log/slog"
+	"os"
+	"slices"
+	"time"
+
+	"golang.org/x/crypto/ssh"
+
+	"p11-agent/agent"
+	"p11-agent/agent/peer"
+	"p11-agent/pinentry/notify"
+	"p11-agent/systemd/bus"
+	"p11-agent/systemd/login1"
+	"p11-agent/token"
+	"p11-agent/token/pkcs11uri"
+	"p11-agent/token/wire"
+)
+
+// touchNotice is how long a token works before a notification is shown, when
+// nobody says otherwise.
+const touchNotice = time.Second
+
+// noticeValue is a length of time, or "off". It is a string, so that a number
+// without a unit is none.
+type noticeValue string
+
+const noticeOff = "off"
+
+func (v noticeValue) check() error {
+	if v != "" && v != noticeOff && new(durationValue).UnmarshalText([]byte(v)) != nil {
+		return fmt.Errorf("touch-notice is %q: a length of time is written as \"1s\", and \"off\" is none", string(v))
+	}
+	return nil
+}
+
+// after returns what a notify.Notifier takes.
+func (v noticeValue) after() time.Duration {
+	var d durationValue
+	switch {
+	case v == "":
+		return touchNotice
+	case v == noticeOff || d.UnmarshalText([]byte(v)) != nil: // which check has seen
+		return 0
+	}
+	return time.Duration(d)
+}
+
+// What forget-on may have.
+const (
+	forgetSleep = "sleep"
+	forgetLock  = "screen-lock"
+)
+
+// forgetValue says when logins end.
+type forgetValue []string
+
+func (v forgetValue) check() error {
+	for _, s := range v {
+		if s != forgetSleep && s != forgetLock {
+			return fmt.Errorf("forget-on has %q, and can have %q and %q", s, forgetSleep, forgetLock)
+		}
+	}
+	return nil
+}
+
+func (v forgetValue) retention() token.Retention {
+	return token.Retention{Sleep: slices.Contains(v, forgetSleep), ScreenLock: slices.Contains(v, forgetLock)}
+}
+
+// forgetsAtSleep tells whether anything is to be done before the machine sleeps.
+func (c *config) forgetsAtSleep() bool {
+	return c.ForgetOn.retention().Sleep || slices.ContainsFunc(c.KeyTables, func(k keyConfig) bool {
+		return k.ForgetOn != nil && k.ForgetOn.retention().Sleep
+	})
+}
+
+// notices tells of tokens that work for long, in the words of the agent.
+type notices struct {
+	*notify.Notifier
+	fingerprint func(ssh.PublicKey) string
+}
+
+func newNotices(c *config, fingerprint func(ssh.PublicKey) string, log *slog.Logger) *notices {
+	return &notices{
+		Notifier: notify.New(notify.Options{
+			Title: "Waiting for the token: touch it if it blinks",
+			After: c.TouchNotice.after(), Bus: bus.Session, Log: log,
+		}),
+		fingerprint: fingerprint,
+	}
+}
+
+// working is token.Options.Working.
+func (n *notices) working(ctx context.Context, k *token.Key) (done func()) {
+	return n.Begin(k.Token(), func() []string {
+		return noticeLines(k.Token(), k.Label(), k.URI(), k.ID(), agent.UseFromContext(ctx), peer.FromContext(ctx), n.fingerprint)
+	})
+}
+
+// noticeLines names the token and the key, what for and who asks. The serial is
+// with the token, and so left out of the URI.
+func noticeLines(t wire.TokenID, label, uri string, id []byte, use *agent.Use, p peer.Peer, fingerprint func(ssh.PublicKey) string) []string {
+	key := pkcs11uri.ForKey(wire.TokenID{Label: t.Label}, "", id).String()
+	if label != "" {
+		key = label + ", " + key
+	}
+	if use != nil && use.Comment != uri {
+		key = use.Comment
+	}
+	lines := []string{tokenLine(t), "Key: " + key}
+	if use != nil && use.Login != nil {
+		login := "For: logging in as " + use.Login.User
+		if host := use.Host(); host != nil {
+			if cert, ok := host.(*ssh.Certificate); ok {
+				host = cert.Key
+			}
+			login += " at the host with the key " + fingerprint(host)
+		}
+		lines = append(lines, login)
+	}
+	return append(lines, requester(p))
+}
+
+// watchLogin1 makes the watch over sleep and the screen lock.
+func watchLogin1(c *config, store *token.Store, log *slog.Logger) *login1.Watch {
+	// A module that has not logged out by then is stopped. Sleep waits for less.
+	const lockTimeout, wakeTimeout = 10 * time.Second, 30 * time.Second
+	within := func(d time.Duration, f func(context.Context)) func(context.Context) {
+		return func(ctx context.Context) {
+			ctx, cancel := context.WithTimeout(ctx, d)
+			defer cancel()
+			f(ctx)
+		}
+	}
+	w := login1.New(login1.Options{
+		Bus: bus.System(), UID: os.Geteuid(),
+		Sleep: func(ctx context.Context) { store.Forget(ctx, token.Sleep) },
+		Lock:  within(lockTimeout, func(ctx context.Context) { store.Forget(ctx, token.ScreenLock) }),
+		Wake: within(wakeTimeout, func(ctx context.Context) {
+			if err := store.Rescan(ctx); err != nil {
+				log.Debug("not all tokens were looked at after sleep", "reason", err)
+			}
+		}),
+		Log: log,
+	})
+	w.Delay(c.forgetsAtSleep())
+	return w
+}

@@ -1,0 +1,263 @@
+package notify_test
+
+import (
+	"bytes"
+	"log/slog"
+	"runtime"
+	"strings"
+	"sync"
+	"testing"
+	"time"
+
+	"p11-agent/pinentry/notify"
+	"p11-agent/systemd/bus"
+	"p11-agent/systemd/bus/bustest"
+)
+
+const patience = 60 * time.Second
+
+func until(t *testing.T, what string, condition func() bool) {
+	t.Helper()
+	for end := time.Now().Add(patience); !condition(); time.Sleep(time.Millisecond) {
+		if time.Now().After(end) {
+			t.Fatalf("it did not happen that %s", what)
+		}
+	}
+}
+
+type buffer struct {
+	mu sync.Mutex
+	b  bytes.Buffer
+}
+
+func (b *buffer) Write(p []byte) (int, error) {
+	b.mu.Lock()
+	defer b.mu.Unlock()
+	return b.b.Write(p)
+}
+
+func (b *buffer) String() string {
+	b.mu.Lock()
+	defer b.mu.Unlock()
+	return b.b.String()
+}
+
+func goroutines() []byte {
+	buf := make([]byte, 4<<20)
+	return buf[:runtime.Stack(buf, true)]
+}
+
+// desk is a Notifier and the bus that it is on.
+type desk struct {
+	*notify.Notifier
+	*bustest.Bus
+	n   *bustest.Notifications
+	log buffer
+}
+
+func newDesk(t *testing.T, capabilities ...string) *desk {
+	t.Helper()
+	bustest.NoLeaks(t)
+	d := &desk{Bus: bustest.Start(t)}
+	d.n = d.Notifications(capabilities...)
+	d.Notifier = notify.New(notify.Options{
+		Title: "Touch it", After: time.Millisecond,
+		Bus: func() (string, error) { return d.Address(), nil },
+		Log: slog.New(slog.NewTextHandler(&d.log, &slog.HandlerOptions{Level: slog.LevelDebug})),
+	})
+	t.Cleanup(d.Close)
+	return d
+}
+
+func (d *desk) use(lines ...string) (done func()) {
+	return d.Begin("device", func() []string { return lines })
+}
+
+// shown waits for the one notification that is shown.
+func (d *desk) shown(t *testing.T, body string) (b bustest.Bubble) {
+	t.Helper()
+	until(t, "a notification says "+body, func() bool {
+		open := d.n.Open()
+		if len(open) > 1 {
+			t.Fatalf("%d notifications are shown", len(open))
+		}
+		if len(open) == 1 {
+			b = open[0]
+		}
+		return len(open) == 1 && b.Body == body
+	})
+	return b
+}
+
+func (d *desk) hidden(t *testing.T) {
+	t.Helper()
+	until(t, "no notification is shown", func() bool { return len(d.n.Open()) == 0 })
+}
+
+func TestBubble(t *testing.T) {
+	d := newDesk(t, "body", "body-markup")
+	one := d.use("Key: <b>work</b> & more", "From: a\x1b]0;x\x07\nb")
+	b := d.shown(t, "Key: &lt;b&gt;work&lt;/b&gt; &amp; more\n"+`From: a\x1b]0;x\x07 b`)
+	if b.App != "p11-agent" || b.Summary != "Touch it" || b.Replaces != 0 || len(b.Actions) > 0 || b.Expire != 120_000 {
+		t.Errorf("it is %+v", b)
+	}
+	if len(b.Hints) != 2 || b.Hints["urgency"].Value() != byte(1) || b.Hints["transient"].Value() != true {
+		t.Errorf("its hints are %v", b.Hints)
+	}
+	two := d.use("another")
+	if b := d.shown(t, b.Body+"\n2 signatures are waiting."); b.Replaces != 1 {
+		t.Errorf("it replaces %d", b.Replaces)
+	}
+	one()
+	d.shown(t, "another")
+	two()
+	d.hidden(t)
+	until(t, "it was closed", func() bool { return d.n.Closed() == 1 })
+}
+
+// A service that knows no markup is given none.
+func TestPlainBubble(t *testing.T) {
+	d := newDesk(t, "body")
+	done := d.use("<b>&amp;")
+	d.shown(t, "<b>&amp;")
+	done()
+	d.hidden(t)
+}
+
+// A notification that the service shows only when its signature is long over is
+// closed then.
+func TestServiceHangs(t *testing.T) {
+	d := newDesk(t)
+	resume := d.n.Hang()
+	d.use("late")()
+	done := d.use("late")
+	until(t, "the bus is used", func() bool { return bytes.Contains(goroutines(), []byte("notify.(*bubble).")) })
+	done()
+	resume()
+	next := d.use("next")
+	d.shown(t, "next")
+	next()
+	d.hidden(t)
+
+	// At the end nobody waits for it.
+	defer d.n.Hang()()
+	d.use("end")
+	until(t, "the bus is used", func() bool { return bytes.Contains(goroutines(), []byte("notify.(*bubble).")) })
+	d.Close()
+}
+
+func TestBusHangs(t *testing.T) {
+	d := newDesk(t)
+	done := d.use("a")
+	d.shown(t, "a")
+	d.Hang()
+	done()
+	d.use("b")()
+	d.Close()
+	d.Resume()
+}
+
+// When the bus has gone and is back, the next notification is shown.
+func TestBusGoes(t *testing.T) {
+	d := newDesk(t)
+	done := d.use("a")
+	d.shown(t, "a")
+	d.Kill()
+	done()
+	gone := d.use("gone")
+	until(t, "it cannot be shown", func() bool { return strings.Contains(d.log.String(), "no notification is shown") })
+	gone()
+	d.Bus.Restart()
+	d.n.Restart()
+	d.n.Dismiss()
+	back := d.use("back")
+	d.shown(t, "back")
+	back()
+	d.hidden(t)
+}
+
+// A new process of the service begins its numbers anew: ours is somebody else's
+// there.
+func TestServiceRestarts(t *testing.T) {
+	d := newDesk(t)
+	one := d.use("a")
+	d.shown(t, "a")
+	d.n.Restart()
+	one()
+	until(t, "it is not shown any more", func() bool { return !bytes.Contains(goroutines(), []byte("notify.(*Notifier).show")) })
+	if open := d.n.Open(); len(open) != 1 {
+		t.Errorf("%d notifications of somebody else are left", len(open))
+	}
+	two := d.use("b")
+	until(t, "it is shown", func() bool { return len(d.n.All()) == 2 })
+	d.n.Restart()
+	three := d.use("c")
+	until(t, "it is shown anew", func() bool { return len(d.n.All()) >= 3 })
+	two()
+	three()
+	until(t, "that is closed", func() bool { return len(d.n.Open()) == 1 })
+	if open := d.n.Open(); open[0].App != "somebody else" {
+		t.Errorf("%+v is left", open)
+	}
+	for _, b := range d.n.All() {
+		if b.Replaces != 0 && !strings.Contains(b.Body, "b\n") {
+			t.Errorf("%+v replaces what is somebody else's", b)
+		}
+	}
+}
+
+// Who closes a notification is left in peace; that somebody else says so does
+// not count.
+func TestDismissedByPerson(t *testing.T) {
+	d := newDesk(t)
+	one := d.use("a")
+	d.shown(t, "a")
+	liar := d.Connect()
+	var names []string
+	if err := liar.BusObject().Call("org.freedesktop.DBus.ListNames", 0).Store(&names); err != nil {
+		t.Fatal(err)
+	}
+	for _, name := range names { // to each by its name, which needs no match
+		if strings.HasPrefix(name, ":") {
+			bustest.SendTo(liar, name, "/org/freedesktop/Notifications", "org.freedesktop.Notifications.NotificationClosed", []any{uint32(1), uint32(2)})
+		}
+	}
+	if err := liar.BusObject().Call("org.freedesktop.DBus.GetId", 0).Err; err != nil { // comes after those
+		t.Fatal(err)
+	}
+	two := d.use("b")
+	d.shown(t, "a\n2 signatures are waiting.")
+	d.n.Dismiss()
+	two()
+	one()
+	three := d.use("c")
+	d.shown(t, "c")
+	three()
+	d.hidden(t)
+}
+
+func TestNobodyShows(t *testing.T) {
+	for name, address := range map[string]func(d *desk) (string, error){
+		"no bus":     func(*desk) (string, error) { return "", bus.ErrNone },
+		"no service": func(d *desk) (string, error) { return d.Address(), nil },
+		"no address": func(*desk) (string, error) { return "autolaunch:", nil },
+	} {
+		t.Run(name, func(t *testing.T) {
+			bustest.NoLeaks(t)
+			d := &desk{Bus: bustest.Start(t)}
+			d.Notifier = notify.New(notify.Options{
+				After: time.Millisecond, Bus: func() (string, error) { return address(d) },
+				Log: slog.New(slog.NewTextHandler(&d.log, &slog.HandlerOptions{Level: slog.LevelDebug})),
+			})
+			defer d.Close()
+			for range 2 {
+				done := d.use("a")
+				until(t, "it is said", func() bool { return strings.Contains(d.log.String(), "no notification is shown") })
+				done()
+			}
+			if s := d.log.String(); strings.Contains(s, "level=INFO") || strings.Contains(s, "level=WARN") {
+				t.Errorf("it is not silent: %s", s)
+			}
+		})
+	}
+}

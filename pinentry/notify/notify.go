@@ -1,0 +1,336 @@
+// Package notify tells the person at the desktop that a token is at work for
+// longer than usual: it may want to be touched. It shows one notification for
+// all that is waited for, and takes it away when that is done.
+//
+// It promises that nothing here is ever waited for by those who use a token,
+// whatever the bus and what is on it do; that no bus is started; that where there
+// is none nothing happens; and that what comes from a token or another process
+// is shown as text, within bounds.
+//
+// It leaves to others what the words are.
+package notify
+
+import (
+	"context"
+	"fmt"
+	"log/slog"
+	"strings"
+	"sync"
+	"time"
+	"unicode/utf8"
+
+	"p11-agent/pinentry"
+)
+
+const (
+	// maxLine is the most characters of a line, maxLines the most lines.
+	maxLine  = 160
+	maxLines = 6
+
+	ellipsis = "…"
+)
+
+// Options make a Notifier.
+type Options struct {
+	// Title is the first line, in the program's own words.
+	Title string
+	// After is how long a token works before it is worth a word; 0: nothing is
+	// ever shown.
+	After time.Duration
+	// Bus returns the address of the bus, whenever one is wanted.
+	Bus func() (string, error)
+	Log *slog.Logger
+}
+
+// A Notifier shows notifications. Its methods may be called from any goroutine;
+// those of Begin never wait.
+type Notifier struct {
+	opts    Options
+	connect func(ctx context.Context) (display, error)
+	ctx     context.Context
+	cancel  context.CancelFunc
+	wg      sync.WaitGroup
+	kick    chan struct{} // one element: what is due has changed
+
+	mu      sync.Mutex
+	after   time.Duration
+	closed  bool
+	works   []*work // in the order in which they began
+	timer   *time.Timer
+	armed   bool // the timer is going to fire
+	showing bool // there is a goroutine in show
+}
+
+// work is one use of a token that goes on.
+type work struct {
+	device any
+	about  func() []string
+	lines  []string // what about has said; nil: it was not asked
+	after  time.Duration
+	since  time.Time
+	due    bool
+}
+
+// New makes a Notifier, which ends with Close.
+func New(o Options) *Notifier {
+	n := &Notifier{opts: o, after: o.After, kick: make(chan struct{}, 1)}
+	n.ctx, n.cancel = context.WithCancel(context.Background())
+	n.connect = n.connectBus
+	return n
+}
+
+// SetAfter replaces Options.After, for what begins from now on.
+func (n *Notifier) SetAfter(d time.Duration) {
+	n.mu.Lock()
+	defer n.mu.Unlock()
+	n.after = d
+}
+
+// Begin says that a device, which is compared with ==, begins to work. The
+// function that it returns says that this is over, and is to be called once.
+// about returns what is shown: the lines that matter most come first. It is
+// called, if at all, while the function returned has not returned, so that it
+// may use the memory of the request; and it must not wait.
+//
+// The clock of a device starts anew whenever it finishes something: many uses of
+// a slow device are no reason to look at it.
+func (n *Notifier) Begin(device any, about func() []string) (done func()) {
+	n.mu.Lock()
+	defer n.mu.Unlock()
+	if n.after <= 0 || n.closed {
+		return func() {}
+	}
+	w := &work{device: device, about: about, after: n.after, since: time.Now()}
+	n.works = append(n.works, w)
+	if !n.armed { // else it finds this one when it fires
+		n.armLocked(n.after)
+	}
+	return func() { n.end(w) }
+}
+
+func (n *Notifier) end(w *work) {
+	n.mu.Lock()
+	defer n.mu.Unlock()
+	now := time.Now()
+	rest := n.works[:0]
+	for _, o := range n.works {
+		if o == w {
+			continue
+		}
+		if o.device == w.device {
+			o.since = now
+		}
+		rest = append(rest, o)
+	}
+	clear(n.works[len(rest):])
+	n.works = rest
+	if w.due {
+		n.kickLocked()
+	}
+}
+
+func (n *Notifier) armLocked(d time.Duration) {
+	n.armed = true
+	if n.timer == nil {
+		n.timer = time.AfterFunc(d, n.fire)
+	} else {
+		n.timer.Reset(d)
+	}
+}
+
+// fire finds out what has become due, and waits for the rest.
+func (n *Notifier) fire() {
+	n.mu.Lock()
+	defer n.mu.Unlock()
+	n.armed = false
+	now, next, due := time.Now(), time.Time{}, false
+	for _, w := range n.works {
+		switch at := w.since.Add(w.after); {
+		case w.due:
+		case !now.Before(at):
+			w.due, due = true, true
+		case next.IsZero() || at.Before(next):
+			next = at
+		}
+	}
+	if !next.IsZero() {
+		n.armLocked(next.Sub(now))
+	}
+	switch {
+	case !due:
+	case n.showing:
+		n.kickLocked()
+	default:
+		n.showing = true
+		n.wg.Go(n.show)
+	}
+}
+
+func (n *Notifier) kickLocked() {
+	select {
+	case n.kick <- struct{}{}:
+	default:
+	}
+}
+
+// wanted returns the lines to be shown now; none: nothing is.
+func (n *Notifier) wanted() []string {
+	n.mu.Lock()
+	defer n.mu.Unlock()
+	var first *work
+	count := 0
+	for _, w := range n.works {
+		if w.due {
+			count++
+			if first == nil {
+				first = w
+			}
+		}
+	}
+	if first == nil {
+		return nil
+	}
+	if first.lines == nil {
+		first.lines = []string{}
+		for _, line := range first.about() {
+			if len(first.lines) < maxLines {
+				first.lines = append(first.lines, shorten(pinentry.Visible(line, false)))
+			}
+		}
+	}
+	lines := first.lines[:len(first.lines):len(first.lines)]
+	if count > 1 {
+		lines = append(lines, fmt.Sprintf("%d signatures are waiting.", count))
+	}
+	return lines
+}
+
+// finished tells whether nothing is to be shown any more; then the goroutine in
+// show is to end.
+func (n *Notifier) finished() bool {
+	n.mu.Lock()
+	defer n.mu.Unlock()
+	for _, w := range n.works {
+		if w.due {
+			return false
+		}
+	}
+	n.showing = false
+	return true
+}
+
+// shorten cuts a line that is too long.
+func shorten(line string) string {
+	if utf8.RuneCountInString(line) <= maxLine {
+		return line
+	}
+	n := 0
+	for i := range line {
+		if n == maxLine-1 {
+			return line[:i] + ellipsis
+		}
+		n++
+	}
+	return line
+}
+
+// closeGrace is how long Close gives a notification to go.
+const closeGrace = 500 * time.Millisecond
+
+// Close takes the notification away and ends the Notifier. What goes on is not
+// shown any more.
+func (n *Notifier) Close() {
+	n.mu.Lock()
+	n.closed, n.works = true, nil
+	if n.timer != nil {
+		n.timer.Stop()
+	}
+	n.kickLocked()
+	n.mu.Unlock()
+	late := time.AfterFunc(closeGrace, n.cancel)
+	n.wg.Wait()
+	late.Stop()
+	n.cancel()
+}
+
+// A display shows one notification at a time.
+type display interface {
+	// show replaces what is shown, if anything is.
+	show(ctx context.Context, title string, lines []string) error
+	// hide takes away what is shown, if anything is.
+	hide(ctx context.Context)
+	// dismissed gets an element when the person has closed the notification.
+	dismissed() <-chan struct{}
+	// gone is closed when the display has ended.
+	gone() <-chan struct{}
+	close()
+}
+
+// show keeps what is shown as it is wanted, until nothing is. It is the one
+// goroutine that waits for the bus. It stays quiet when the person has closed
+// the notification, or when it cannot be shown, until nothing is wanted: what
+// follows is another matter.
+func (n *Notifier) show() {
+	var d display
+	drop := func() {
+		if d != nil {
+			d.close()
+			d = nil
+		}
+	}
+	defer drop()
+	quiet, shown := false, ""
+	for {
+		lines := n.wanted()
+		text := n.opts.Title + "\n" + strings.Join(lines, "\n")
+		switch {
+		case lines == nil || n.ctx.Err() != nil:
+			if d != nil {
+				d.hide(n.ctx)
+				drop()
+			}
+			if n.ctx.Err() != nil || n.finished() {
+				return
+			}
+			quiet, shown = false, ""
+			continue
+		case !quiet && text != shown:
+			shown = text
+			if err := n.display(&d, lines); err != nil {
+				n.opts.Log.Debug("no notification is shown", "reason", err)
+				drop()
+				quiet = true
+			}
+			continue // what is wanted may be another thing by now
+		}
+		var dismissed, gone <-chan struct{}
+		if d != nil {
+			dismissed, gone = d.dismissed(), d.gone()
+		}
+		select {
+		case <-n.kick:
+		case <-dismissed:
+			quiet = true
+		case <-gone:
+			drop()
+		case <-n.ctx.Done():
+		}
+	}
+}
+
+// display shows the lines. A display that was there before may have ended
+// meanwhile: then it is tried once more, with a new one.
+func (n *Notifier) display(d *display, lines []string) (err error) {
+	if *d != nil {
+		if err = (*d).show(n.ctx, n.opts.Title, lines); err == nil {
+			return nil
+		}
+		(*d).close()
+		*d = nil
+	}
+	if *d, err = n.connect(n.ctx); err != nil {
+		*d = nil // and no nil in an interface
+		return err
+	}
+	return (*d).show(n.ctx, n.opts.Title, lines)
+}

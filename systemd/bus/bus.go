@@ -1,0 +1,152 @@
+// Package bus connects to a D-Bus message bus that is there.
+//
+// It promises that no bus is started, that nothing is waited for longer than a
+// context lasts, and that nobody on the bus can hand the process open files,
+// which would stay open: a connection takes none unless it is made for that.
+// What is said on the bus is left to others. Names and texts that come from it
+// are anybody's: who listens to signals has to look at who sent them.
+package bus
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"net"
+	"os"
+	"path/filepath"
+	"strconv"
+	"strings"
+	"time"
+
+	"github.com/godbus/dbus/v5"
+)
+
+// ErrNone says that there is no bus.
+var ErrNone = errors.New("there is no bus")
+
+// maxAddress is the most addresses of one text that are tried.
+const maxAddress = 8
+
+// Session returns the address of the user's session bus as the environment
+// names it: DBUS_SESSION_BUS_ADDRESS, or the socket in XDG_RUNTIME_DIR if there
+// is one. The error is ErrNone.
+func Session() (string, error) {
+	if address := os.Getenv("DBUS_SESSION_BUS_ADDRESS"); address != "" {
+		return address, nil
+	}
+	dir := os.Getenv("XDG_RUNTIME_DIR")
+	if !filepath.IsAbs(dir) {
+		return "", ErrNone
+	}
+	path := filepath.Join(dir, "bus")
+	if st, err := os.Stat(path); err != nil || st.Mode().Type() != os.ModeSocket {
+		return "", ErrNone
+	}
+	return "unix:path=" + dbus.EscapeBusAddressValue(path), nil
+}
+
+// System returns the address of the machine's bus: DBUS_SYSTEM_BUS_ADDRESS, or
+// the usual one.
+func System() string {
+	if address := os.Getenv("DBUS_SYSTEM_BUS_ADDRESS"); address != "" {
+		return address
+	}
+	return "unix:path=/run/dbus/system_bus_socket"
+}
+
+// A Conn is a connection to a bus. It ends with Close, with the context it was
+// made with, or when the bus goes; its own Context tells.
+type Conn struct {
+	*dbus.Conn
+	raw  net.Conn
+	stop func() bool
+}
+
+// greetTimeout is how long a bus may take to greet.
+const greetTimeout = 3 * time.Second
+
+// Connect connects to the bus at an address and greets it. The connection lasts
+// no longer than ctx does.
+func Connect(ctx context.Context, address string) (*Conn, error) {
+	return connect(ctx, address, func(raw net.Conn, o ...dbus.ConnOption) (*dbus.Conn, error) {
+		return dbus.NewConn(raw, o...) // a transport without files
+	})
+}
+
+// ConnectForFiles is Connect for calls whose answers have open files in them. It
+// is not to be kept: others can send some, too.
+func ConnectForFiles(ctx context.Context, address string) (*Conn, error) {
+	return connect(ctx, address, func(raw net.Conn, o ...dbus.ConnOption) (*dbus.Conn, error) {
+		return dbus.DialUnix(raw.(*net.UnixConn), o...) //nolint:forcetypeassert // dial makes no other
+	})
+}
+
+func connect(ctx context.Context, address string, on func(net.Conn, ...dbus.ConnOption) (*dbus.Conn, error)) (*Conn, error) {
+	greet, cancel := context.WithTimeout(ctx, greetTimeout)
+	defer cancel()
+	raw, err := dial(greet, address)
+	if err != nil {
+		return nil, err
+	}
+	// Closing the socket ends whatever waits for it, also where godbus would wait
+	// without end.
+	hangUp := func() { _ = raw.Close() }
+	c := &Conn{raw: raw, stop: context.AfterFunc(ctx, hangUp)}
+	late := context.AfterFunc(greet, hangUp)
+	c.Conn, err = on(raw, dbus.WithContext(ctx), dbus.WithSignalHandler(dbus.NewSequentialSignalHandler()))
+	if err == nil {
+		if err = c.Auth([]dbus.Auth{dbus.AuthExternal(strconv.Itoa(os.Geteuid()))}); err == nil {
+			err = c.Hello()
+		}
+	}
+	if !late() {
+		err = greet.Err()
+	}
+	if err != nil {
+		c.Close()
+		return nil, fmt.Errorf("greet the bus: %w", err)
+	}
+	return c, nil
+}
+
+// Close closes the connection. It waits for nobody.
+func (c *Conn) Close() {
+	c.stop()
+	_ = c.raw.Close()
+	if c.Conn != nil {
+		_ = c.Conn.Close()
+	}
+}
+
+// dial connects to the first of the addresses that takes it (D-Bus
+// specification, "Server Addresses"). Only Unix sockets are tried: any other
+// transport runs programs or goes over a network.
+func dial(ctx context.Context, address string) (net.Conn, error) {
+	err := fmt.Errorf("%w at %q", ErrNone, address)
+	for i, one := range strings.Split(address, ";") {
+		keys, ok := strings.CutPrefix(one, "unix:")
+		if !ok || i >= maxAddress {
+			continue
+		}
+		name := ""
+		for kv := range strings.SplitSeq(keys, ",") {
+			key, value, _ := strings.Cut(kv, "=")
+			value, bad := dbus.UnescapeBusAddressValue(value)
+			switch {
+			case bad != nil || value == "":
+			case key == "path":
+				name = value
+			case key == "abstract":
+				name = "@" + value
+			}
+		}
+		if name == "" {
+			continue
+		}
+		var c net.Conn
+		if c, err = new(net.Dialer).DialContext(ctx, "unix", name); err == nil {
+			return c, nil
+		}
+	}
+	return nil, err
+}

@@ -1,0 +1,334 @@
+// Package login1 hears from systemd-logind when the machine goes to sleep and
+// when the screen of the user is locked.
+//
+// It promises that only what logind says counts, whoever else speaks on the bus;
+// that sleep waits for what has to be done before it, but never for long; and
+// that a bus or a logind that is not there, or goes and comes back, is waited for
+// in silence.
+package login1
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"log/slog"
+	"os"
+	"sync"
+	"time"
+
+	"github.com/godbus/dbus/v5"
+
+	"p11-agent/systemd/bus"
+)
+
+// The service, org.freedesktop.login1(5).
+const (
+	service      = "org.freedesktop.login1"
+	servicePath  = "/org/freedesktop/login1"
+	manager      = service + ".Manager"
+	session      = service + ".Session"
+	sessionsPath = servicePath + "/session"
+	properties   = "org.freedesktop.DBus.Properties"
+)
+
+const (
+	// sleepBound is how long sleep waits for us. logind waits for 5 s unless it
+	// is configured otherwise (InhibitDelayMaxSec= in logind.conf(5)).
+	sleepBound = 3 * time.Second
+	// callTimeout is how long logind may take for an answer.
+	callTimeout = 3 * time.Second
+	// retryMin and retryMax bound the pause before the bus is tried again; it
+	// doubles each time.
+	retryMin = 100 * time.Millisecond
+	retryMax = 5 * time.Minute
+)
+
+// Options make a Watch. The functions are called from goroutines of their own,
+// which Run waits for; their contexts end with that of Run.
+type Options struct {
+	// Bus is the address of the system's bus.
+	Bus string
+	// UID is the user whose sessions count.
+	UID int
+	// Sleep is called before the machine goes to sleep, which waits for it for as
+	// long as its context lasts.
+	Sleep func(ctx context.Context)
+	// Wake is called when the machine has woken up.
+	Wake func(ctx context.Context)
+	// Lock is called when the screen of one of the user's sessions is locked.
+	Lock func(ctx context.Context)
+	Log  *slog.Logger
+}
+
+// A Watch listens to logind.
+type Watch struct {
+	opts   Options
+	change chan struct{} // one element: delay has changed
+	wg     sync.WaitGroup
+
+	mu    sync.Mutex
+	delay bool
+}
+
+// New makes a Watch. It does nothing until Run.
+func New(o Options) *Watch { return &Watch{opts: o, change: make(chan struct{}, 1)} }
+
+// Delay sets whether sleep is to wait for Options.Sleep. It may be called at any
+// time.
+func (w *Watch) Delay(yes bool) {
+	w.mu.Lock()
+	w.delay = yes
+	w.mu.Unlock()
+	select {
+	case w.change <- struct{}{}:
+	default:
+	}
+}
+
+func (w *Watch) delays() bool {
+	w.mu.Lock()
+	defer w.mu.Unlock()
+	return w.delay
+}
+
+// Run listens until ctx ends. When it returns, nothing is left of it.
+func (w *Watch) Run(ctx context.Context) {
+	defer w.wg.Wait()
+	said := ""
+	for pause := retryMin; ; pause = min(2*pause, retryMax) {
+		listened, err := w.listen(ctx)
+		if ctx.Err() != nil {
+			return
+		}
+		if listened {
+			pause, said = retryMin, ""
+		}
+		if err != nil && err.Error() != said {
+			said = err.Error()
+			w.opts.Log.Debug("sleep and screen lock are not heard of", "reason", err)
+		}
+		select {
+		case <-ctx.Done():
+			return
+		case <-time.After(pause):
+		}
+	}
+}
+
+// listener is a connection to the bus and what hangs on it. It is used by one
+// goroutine.
+type listener struct {
+	*Watch
+	conn  *bus.Conn
+	owner string   // logind's unique name; empty: it is not there
+	hold  *os.File // what sleep waits for; nil: it does not wait
+	dozes bool     // from the word that sleep begins to that of its end
+}
+
+// listen listens on one connection, and tells whether it came to that.
+func (w *Watch) listen(ctx context.Context) (listened bool, err error) {
+	conn, err := bus.Connect(ctx, w.opts.Bus)
+	if err != nil {
+		return false, err
+	}
+	l := &listener{Watch: w, conn: conn}
+	defer l.release()
+	defer conn.Close()
+	signals := make(chan *dbus.Signal)
+	conn.Signal(signals)
+	if err := l.subscribe(ctx); err != nil {
+		return false, err
+	}
+	var owner string
+	if err := l.call(ctx, conn.BusObject(), "org.freedesktop.DBus.GetNameOwner", service).Store(&owner); err != nil {
+		if e, ok := errors.AsType[dbus.Error](err); !ok || e.Name != "org.freedesktop.DBus.Error.NameHasNoOwner" {
+			return false, err
+		}
+	}
+	l.meet(ctx, owner)
+	for {
+		select {
+		case s, ok := <-signals:
+			if !ok {
+				return true, errors.New("the bus has gone")
+			}
+			l.hear(ctx, s)
+		case <-w.change:
+			l.prepare(ctx)
+		case <-ctx.Done():
+			return true, ctx.Err()
+		}
+	}
+}
+
+func (l *listener) call(ctx context.Context, o dbus.BusObject, method string, args ...any) *dbus.Call {
+	ctx, cancel := context.WithTimeout(ctx, callTimeout)
+	defer cancel()
+	return o.CallWithContext(ctx, method, dbus.FlagNoAutoStart, args...)
+}
+
+// subscribe has the bus send us what we want to hear.
+func (l *listener) subscribe(ctx context.Context) error {
+	ctx, cancel := context.WithTimeout(ctx, callTimeout)
+	defer cancel()
+	from := dbus.WithMatchSender(service)
+	for _, rule := range [][]dbus.MatchOption{
+		{dbus.WithMatchSender("org.freedesktop.DBus"), dbus.WithMatchMember("NameOwnerChanged"), dbus.WithMatchArg(0, service)},
+		{from, dbus.WithMatchInterface(manager), dbus.WithMatchMember("PrepareForSleep")},
+		{from, dbus.WithMatchInterface(session), dbus.WithMatchMember("Lock"), dbus.WithMatchPathNamespace(sessionsPath)},
+		{from, dbus.WithMatchInterface(properties), dbus.WithMatchArg(0, session), dbus.WithMatchPathNamespace(sessionsPath)},
+	} {
+		if err := l.conn.AddMatchSignalContext(ctx, rule...); err != nil {
+			return err
+		}
+	}
+	return nil
+}
+
+// meet begins with a logind that is there, or not.
+func (l *listener) meet(ctx context.Context, owner string) {
+	l.owner, l.dozes = owner, false
+	if owner == "" {
+		l.opts.Log.Debug("logind is not there: sleep and screen lock are not heard of")
+		return
+	}
+	l.opts.Log.Debug("listening to logind")
+	l.release() // what another logind has given
+	l.prepare(ctx)
+	// The screen may have been locked while nobody listened.
+	var sessions []struct {
+		ID   string
+		UID  uint32
+		User string
+		Seat string
+		Path dbus.ObjectPath
+	}
+	if err := l.call(ctx, l.conn.Object(l.owner, servicePath), manager+".ListSessions").Store(&sessions); err != nil {
+		l.opts.Log.Debug("sessions cannot be listed", "reason", err)
+		return
+	}
+	for _, s := range sessions {
+		var locked bool
+		if int(s.UID) == l.opts.UID && l.property(ctx, s.Path, "LockedHint", &locked) == nil && locked {
+			l.run(ctx, l.opts.Lock)
+			return
+		}
+	}
+}
+
+func (l *listener) property(ctx context.Context, path dbus.ObjectPath, name string, value any) error {
+	var v dbus.Variant
+	if err := l.call(ctx, l.conn.Object(l.owner, path), properties+".Get", session, name).Store(&v); err != nil {
+		return err
+	}
+	return v.Store(value)
+}
+
+func (l *listener) run(ctx context.Context, f func(context.Context)) {
+	l.wg.Go(func() { f(ctx) })
+}
+
+// prepare has sleep wait for us, where it is to, and no longer where it is not.
+func (l *listener) prepare(ctx context.Context) {
+	switch want := l.delays(); {
+	case !want:
+		l.release()
+	case l.hold == nil && l.owner != "" && !l.dozes:
+		hold, err := inhibit(ctx, l.opts.Bus)
+		if err != nil {
+			l.opts.Log.Warn("sleep cannot be made to wait until tokens are logged out", "reason", err)
+			return
+		}
+		l.hold = hold
+	}
+}
+
+func (l *listener) release() {
+	if l.hold != nil {
+		_ = l.hold.Close()
+		l.hold = nil
+	}
+}
+
+// inhibit returns what sleep waits for until it is closed. It takes a connection
+// of its own, as only that can be given a file; the other one is open to
+// everybody for long.
+func inhibit(ctx context.Context, address string) (*os.File, error) {
+	ctx, cancel := context.WithTimeout(ctx, callTimeout)
+	defer cancel()
+	conn, err := bus.ConnectForFiles(ctx, address)
+	if err != nil {
+		return nil, err
+	}
+	defer conn.Close()
+	var fd dbus.UnixFD
+	err = conn.Object(service, servicePath).CallWithContext(ctx, manager+".Inhibit", dbus.FlagNoAutoStart,
+		"sleep", "p11-agent", "log out of tokens", "delay").Store(&fd)
+	if err != nil {
+		return nil, fmt.Errorf("inhibit sleep: %w", err)
+	}
+	return os.NewFile(uintptr(fd), "inhibitor"), nil
+}
+
+// hear acts on a signal. Anybody may send us one, so its sender counts.
+func (l *listener) hear(ctx context.Context, s *dbus.Signal) {
+	switch {
+	case s.Sender == "org.freedesktop.DBus" && s.Name == "org.freedesktop.DBus.NameOwnerChanged":
+		var name, old, owner string
+		if dbus.Store(s.Body, &name, &old, &owner) == nil && name == service {
+			l.meet(ctx, owner)
+		}
+	case l.owner == "" || s.Sender != l.owner:
+	case s.Name == manager+".PrepareForSleep" && s.Path == servicePath:
+		var begins bool
+		if dbus.Store(s.Body, &begins) != nil {
+			return
+		}
+		l.dozes = begins
+		if begins {
+			l.sleep(ctx)
+		} else {
+			l.prepare(ctx)
+			l.run(ctx, l.opts.Wake)
+		}
+	case s.Name == session+".Lock":
+		l.lock(ctx, s.Path)
+	case s.Name == properties+".PropertiesChanged":
+		var of string
+		var changed map[string]dbus.Variant
+		var invalid []string
+		if dbus.Store(s.Body, &of, &changed, &invalid) != nil || of != session {
+			return
+		}
+		if locked, ok := changed["LockedHint"].Value().(bool); ok && locked {
+			l.lock(ctx, s.Path)
+		}
+	}
+}
+
+func (l *listener) sleep(ctx context.Context) {
+	hold := l.hold
+	l.hold = nil
+	l.wg.Go(func() {
+		ctx, cancel := context.WithTimeout(ctx, sleepBound)
+		defer cancel()
+		if hold != nil {
+			// Also when what is called takes longer than it was told.
+			defer context.AfterFunc(ctx, func() { _ = hold.Close() })()
+			defer hold.Close() // it may be closed by now
+		}
+		l.opts.Sleep(ctx)
+	})
+}
+
+// lock acts on a locked session, unless it is known to be somebody else's.
+func (l *listener) lock(ctx context.Context, path dbus.ObjectPath) {
+	var user struct {
+		UID  uint32
+		Path dbus.ObjectPath
+	}
+	if err := l.property(ctx, path, "User", &user); err == nil && int(user.UID) != l.opts.UID {
+		return
+	}
+	l.run(ctx, l.opts.Lock)
+}
