@@ -330,7 +330,10 @@ func (k *Key) sign(ctx context.Context, s signing) ([]byte, error) {
 
 func (k *Key) signHealing(ctx context.Context, ways []way) ([]byte, error) {
 	t := k.token
-	var healed, loggedInAgain, mustLogin bool
+	defer t.module.use()()
+	var healed, renewed, mustLogin bool
+	loggedInAgain := 0
+	var turn turn
 	for {
 		p, err := t.module.running(ctx)
 		if err != nil {
@@ -338,22 +341,38 @@ func (k *Key) signHealing(ctx context.Context, ways []way) ([]byte, error) {
 		}
 		sig, err := k.attempt(ctx, p, ways[0], mustLogin)
 		if err == nil {
+			p.signed.Store(true)
 			return sig, nil
 		}
 		login, _ := errors.AsType[*loginError](err)
+		mayHeal := broken(err) && (login == nil || !login.attempted)
+		if mayHeal && ctx.Err() == nil {
+			again, inUse := t.awaitReader(ctx, &turn)
+			if inUse != nil {
+				return nil, inUse
+			}
+			if again {
+				if err := t.module.rescan(ctx); err != nil && ctx.Err() != nil {
+					return nil, ctx.Err()
+				}
+				continue
+			}
+		}
 		switch {
 		case ctx.Err() != nil:
 			return nil, ctx.Err()
 		case len(ways) > 1 && refusesMechanism(err):
 			t.refuse(ways[0].mechanism)
 			ways = ways[1:]
-		case !loggedInAgain && (isRV(err, wire.CKRUserNotLoggedIn) || t.hidesKey(p, err)):
+		case loggedInAgain < maxLogins && (isRV(err, wire.CKRUserNotLoggedIn) || t.hidesKey(p, err)):
 			// Logged out by another program, or a key that showed without a
 			// login and does not sign without one, or one that wants its PIN for
 			// each signature and did not say so.
-			loggedInAgain, mustLogin = true, true
-			t.doubtLogin(ctx, p, k)
-		case !healed && broken(err) && (login == nil || !login.attempted):
+			loggedInAgain, mustLogin = loggedInAgain+1, true
+			if lost := t.doubtLogin(ctx, p, k); !lost && loggedInAgain > 1 {
+				return nil, k.explain(err)
+			}
+		case !healed && mayHeal:
 			healed = true
 			if isRV(err, wire.CKRGeneralError) {
 				// Nothing but a new start helps a module that lost its reader
@@ -364,6 +383,11 @@ func (k *Key) signHealing(ctx context.Context, ways []way) ([]byte, error) {
 			if err := t.module.rescan(ctx); err != nil && ctx.Err() != nil {
 				return nil, ctx.Err()
 			}
+		case !renewed && mayHeal && isRV(err, wire.CKRDeviceError):
+			// Nor does a look help libykcs11 2.2 when another program has selected
+			// another application of the card.
+			renewed = true
+			p.kill(fmt.Errorf("it failed and is started anew: %w", err))
 		default:
 			return nil, k.explain(err)
 		}
@@ -405,16 +429,21 @@ func (t *Token) hidesKey(p *process, err error) bool {
 // doubtLogin finds out what to make of a token that says that nobody is logged
 // in when somebody should be: it reads the token again. Where the module goes on
 // to say that there is a login, and the key asks for no PIN of its own, the
-// login is ended, as the token itself knows better.
-func (t *Token) doubtLogin(ctx context.Context, p *process, k *Key) {
+// login is ended, as the token itself knows better. It tells whether the token
+// says, and its module knows, that the login has been lost.
+func (t *Token) doubtLogin(ctx context.Context, p *process, k *Key) (lost bool) {
 	was := t.loggedIn(p)
 	if err := t.look(ctx, p, nil); err != nil {
 		t.setLoggedIn(p, false)
-		return // the next attempt meets the same, and says so
+		return false // the next attempt meets the same, and says so
 	}
-	if was && t.loggedIn(p) && !t.current(k).found.always {
+	if !t.loggedIn(p) {
+		return true
+	}
+	if was && !t.current(k).found.always {
 		_ = t.logout(ctx) // likewise
 	}
+	return false
 }
 
 // broken tells whether a failure may come from what happened to the token or

@@ -88,6 +88,7 @@ func (t *Token) board(ctx context.Context, g *gate, k *Key, given *secret.Secret
 	ctx, cancel := context.WithCancel(context.WithoutCancel(ctx))
 	f = &flight{done: make(chan struct{}), waiters: 1, cancel: cancel}
 	started := t.module.store.goWhileOpen(func() {
+		defer t.module.use()()
 		defer pin.Wipe()
 		defer cancel()
 		defer context.AfterFunc(t.module.store.ctx, cancel)()
@@ -157,8 +158,10 @@ func (t *Token) logIn(ctx context.Context, g *gate, k *Key, given *secret.Secret
 		t.attempted = p
 		t.mu.Unlock()
 		var reply wire.TokenReply
-		return p.call(ctx, loginTimeout, wire.TypeLogin,
+		err := p.call(ctx, loginTimeout, wire.TypeLogin,
 			&wire.Login{Token: t.ID, LastTry: lastTry, Pad: pad, PIN: pin}, &reply)
+		loginBroke(p, err)
+		return err
 	})
 	if err != nil {
 		return err
@@ -448,6 +451,7 @@ func (t *Token) signWithPIN(ctx context.Context, p *process, k *Key, req *wire.S
 // logIn logs in to the token of the key with a PIN that a person gave for it.
 func (k *Key) logIn(ctx context.Context, pin *secret.Secret) error {
 	t := k.token
+	defer t.module.use()()
 	p, err := t.module.running(ctx)
 	if err != nil {
 		return err

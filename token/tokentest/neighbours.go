@@ -32,15 +32,13 @@ func BuildPCSCClient(t testing.TB) string {
 	return exe
 }
 
-// SCDaemon returns the path of GnuPG's program for smart cards.
-func SCDaemon(t testing.TB) string {
-	t.Helper()
-	for _, pattern := range []string{"/usr/lib/gnupg/scdaemon", "/usr/libexec/scdaemon", "/usr/lib/gnupg2/scdaemon", "/usr/bin/scdaemon"} {
-		if _, err := os.Stat(pattern); err == nil {
-			return pattern
+// FindSCDaemon returns the path of GnuPG's program for smart cards, or nothing.
+func FindSCDaemon() string {
+	for _, path := range []string{"/usr/lib/gnupg/scdaemon", "/usr/libexec/scdaemon", "/usr/lib/gnupg2/scdaemon", "/usr/bin/scdaemon"} {
+		if _, err := os.Stat(path); err == nil {
+			return path
 		}
 	}
-	missing(t, "scdaemon")
 	return ""
 }
 
@@ -82,12 +80,16 @@ func (p *PCSCD) Neighbour(args ...string) *Neighbour {
 // it is ready for commands.
 func (p *PCSCD) SCDaemon(conf ...string) *Neighbour {
 	p.t.Helper()
+	path := FindSCDaemon()
+	if path == "" {
+		missing(p.t, "scdaemon")
+	}
 	home := TempDir(p.t)
 	file := filepath.Join(home, "scdaemon.conf")
 	if err := os.WriteFile(file, []byte(strings.Join(append(conf, "disable-ccid"), "\n")+"\n"), 0o600); err != nil {
 		p.t.Fatal(err)
 	}
-	n := p.Neighbour(SCDaemon(p.t), "--server", "--homedir", home)
+	n := p.Neighbour(path, "--server", "--homedir", home)
 	if line := n.Line(); !strings.HasPrefix(line, "OK") {
 		p.t.Fatalf("scdaemon says %q", line)
 	}
