@@ -53,12 +53,13 @@ const patience = 30 * time.Second
 //
 // Besides those of testscript, scripts have these commands:
 //
-//	need PROGRAM...     end here if one is missing; in CI, fail. Three are none: p11-kit-client.so,
-//	                    paramiko for Debian's Python with it, and userns for the right to be another
+//	need PROGRAM...     end here if one is missing; in CI, fail. Four are none: p11-kit-client.so,
+//	                    scdaemon wherever it is, paramiko for Debian's Python with it, and userns for the right to be another
 //	                    user than root in a namespace, without which it ends in CI, too
 //	tokens NAME...      put these SoftHSM tokens into the token directory
 //	card in|out         put a PIV card into a reader, or take it out
 //	card pins N         make sure that the card was given so many PINs, all of them right
+//	card used WHAT=N... make sure that it made so many signatures, or was given so many right or wrong PINs
 //	agent [ARG...]      start an agent in the background, with SSH_AUTH_SOCK and SSH_AGENT_PID
 //	adopt [FILE]        the same for one that the script has started: FILE, or the last output, tells where
 //	gone                wait until that agent has ended, and see that its socket is no more
@@ -70,7 +71,7 @@ const patience = 30 * time.Second
 //	connections N M     connect to the agent N times in turn and M times at once, and see that it keeps nothing
 func TestStories(t *testing.T) {
 	root := tokentest.TempDir(t) // short: it will hold sockets
-	s := &stories{t: t, tokens: makeTokens(t), softhsm: tokentest.Module(t, "libsofthsm2.so")}
+	s := &stories{t: t, tokens: makeTokens(t), softhsm: tokentest.Module(t, "libsofthsm2.so"), opensc: tokentest.Module(t, "opensc-pkcs11.so")}
 	// Scripts that use it say that they need gcc.
 	if _, err := exec.LookPath("gcc"); err == nil {
 		s.badModule = tokentest.BuildBadModule(t)
@@ -114,6 +115,7 @@ type stories struct {
 	tokens    map[string]string // directories to copy, by the label of the token
 	softhsm   string            // SoftHSM's module
 	badModule string            // tokentest's
+	opensc    string            // OpenSC's module
 }
 
 // usualModules tells whether the machine has no modules registered but those that
@@ -205,6 +207,8 @@ func (s *stories) setup(env *testscript.Env) error {
 		"PCSCLITE_CSOCK_NAME": filepath.Join(work, "no-pcscd"),
 		"SOFTHSM":             s.softhsm,
 		"MODULE":              s.badModule,
+		"OPENSC":              s.opensc,
+		"SCDAEMON":            tokentest.FindSCDaemon(),
 		"LOG":                 work + "/home/.local/state/p11-agent/agent.log",
 		"CONFIG":              work + "/home/.config/p11-agent/config.toml",
 		"LC_ALL":              "C.UTF-8",
@@ -308,6 +312,11 @@ func need(ts *testscript.TestScript, neg bool, args []string) {
 			_, err = registry.FindClient(registry.DefaultDirs(os.LookupEnv, os.Geteuid()).ModuleDirs)
 		case "paramiko":
 			err = exec.Command("/usr/bin/python3", "-c", "import paramiko").Run()
+		case "scdaemon":
+			if tokentest.FindSCDaemon() != "" {
+				continue
+			}
+			err = errors.New(name)
 		case "userns":
 			if os.Geteuid() == 0 && exec.Command("unshare", "--user", "--map-user=1000", "--map-group=1000", "true").Run() != nil {
 				// No component, but a right that containers and chroots take away.
@@ -477,7 +486,7 @@ const cardPIN = "8-apples"
 // putCard is the command card. pcscd and the reader are there from the first time
 // on, and go at the end of all stories.
 func (s *stories) putCard(ts *testscript.TestScript, neg bool, args []string) {
-	plain(ts, neg, len(args) == 1 || len(args) == 2 && args[0] == "pins", "card in|out|pins N")
+	plain(ts, neg, len(args) == 1 || len(args) == 2 && args[0] == "pins" || len(args) > 1 && args[0] == "used", "card in|out|pins N|used WHAT=N...")
 	st := storyOf(ts)
 	if st.pcscd == nil {
 		st.pcscd = tokentest.StartPCSCD(s.t)
@@ -495,6 +504,15 @@ func (s *stories) putCard(ts *testscript.TestScript, neg bool, args []string) {
 	case "pins":
 		if c := st.card.Counts(); strconv.Itoa(c.Right) != args[1] || c.Wrong+c.Blocked > 0 {
 			ts.Fatalf("the card was given %d right PINs and %d wrong ones", c.Right, c.Wrong+c.Blocked)
+		}
+	case "used":
+		c := st.card.Counts()
+		for _, arg := range args[1:] {
+			what, n, _ := strings.Cut(arg, "=")
+			got, ok := map[string]int{"signatures": c.Signatures, "right": c.Right, "wrong": c.Wrong + c.Blocked}[what]
+			if !ok || strconv.Itoa(got) != n {
+				ts.Fatalf("the card says of %s: %d, not %s", what, got, n)
+			}
 		}
 	default:
 		ts.Fatalf("card %s: there is no such command", args[0])
