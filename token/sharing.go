@@ -179,6 +179,24 @@ func (m *module) inUse(ctx context.Context, r pcsc.Reader) *InUseError {
 	return e
 }
 
+// inUse tells of each reader that others keep to themselves, as seen by a module,
+// or by any when it is nil.
+func (s *Store) inUse(ctx context.Context, only *module) (all []error) {
+	var seen []string
+	for _, m := range s.modulesNow() {
+		if only != nil && m != only {
+			continue
+		}
+		for _, r := range heldReaders(m.readers(ctx)) {
+			if !slices.Contains(seen, r.Name) {
+				seen = append(seen, r.Name)
+				all = append(all, m.inUse(ctx, r))
+			}
+		}
+	}
+	return all
+}
+
 // pids returns the processes that are ours.
 func (s *Store) pids() []int {
 	pids := []int{os.Getpid()}

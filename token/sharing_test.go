@@ -8,6 +8,7 @@ import (
 	"os"
 	"os/exec"
 	"path/filepath"
+	"slices"
 	"strings"
 	"testing"
 	"time"
@@ -158,12 +159,14 @@ func TestSharing(t *testing.T) {
 	for _, m := range sharedModules {
 		for _, n := range neighbours {
 			t.Run(m.name+"/"+n.name, func(t *testing.T) {
+				t.Parallel()
 				s := newSharer(t, m, nil)
 				k := s.key()
 				noError(t, tokentest.Sign(t.Context(), k))
 				use := n.start(s)
 				const rounds = 5
 				for range rounds {
+					idle(t, s.store) // its looks may come between two commands of scdaemon, which does not notice
 					noError(t, use(t.Context()))
 					before := s.person.Prompts()
 					noError(t, tokentest.Sign(t.Context(), k))
@@ -190,6 +193,7 @@ func TestSharingAllTheTime(t *testing.T) {
 				continue // it would lock the card
 			}
 			t.Run(m.name+"/"+n.name, func(t *testing.T) {
+				t.Parallel()
 				s := newSharer(t, m, nil)
 				k := s.key()
 				use := n.start(s)
@@ -333,6 +337,13 @@ func TestReaderInUseFirst(t *testing.T) {
 			var n *tokentest.Neighbour
 			s := newSharerWith(t, m, release(50*time.Millisecond), func(first *sharer) { n = holders[0].start(first) })
 			tokentest.Keys(t, s.store, 0)
+			sel, err := token.ParseProvider([]byte("pkcs11:object=none"), nil)
+			noError(t, err)
+			_, err = s.store.Select(t.Context(), sel)
+			holder := fmt.Sprintf("scdaemon (%d)", n.PID)
+			if e, ok := errors.AsType[*token.InUseError](err); !ok || !errors.Is(err, token.ErrNoMatch) || !slices.Equal(e.Holders, []string{holder}) {
+				t.Errorf("a URI is asked for: %v", err)
+			}
 			n.Close()
 			tokentest.Until(t, "the keys show", func() bool { return len(s.store.Keys()) > 0 })
 			noError(t, tokentest.Sign(t.Context(), s.key()))
