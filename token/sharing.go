@@ -35,7 +35,9 @@ type InUseError struct {
 	// Holders are the programs that it can be, as "scdaemon (1234)": those that
 	// are connected to pcscd and are not ours. Empty: it cannot be seen.
 	Holders []string
-	// Hidden tells that there are others that cannot be seen.
+	// Probably is who it is by their names, though they do not let anybody see it.
+	Probably []string
+	// Hidden tells that it is none of these, but one that this user may not see.
 	Hidden bool
 }
 
@@ -43,19 +45,18 @@ func (e *InUseError) Error() string {
 	const inUse = "the reader is in use by another program"
 	text := inUse
 	switch {
-	case len(e.Holders) == 0 && e.Hidden:
-		text += ", which this user may not see"
-	case len(e.Holders) == 0:
-		text += ", which is not known"
-	case len(e.Holders) == 1 && !e.Hidden:
+	case len(e.Probably) > 0:
+		text += ", probably " + strings.Join(e.Probably, " or ")
+	case len(e.Holders) == 1:
 		text += ": " + e.Holders[0]
-	default:
+	case len(e.Holders) > 1:
 		text += ", one of: " + strings.Join(e.Holders, ", ")
-		if e.Hidden {
-			text += ", or one that this user may not see"
-		}
+	case e.Hidden:
+		text += ", which this user may not see"
+	default:
+		text += ", which is not known"
 	}
-	if slices.ContainsFunc(e.Holders, func(s string) bool { return strings.HasPrefix(s, "scdaemon ") }) {
+	if slices.ContainsFunc(slices.Concat(e.Holders, e.Probably), func(s string) bool { return strings.HasPrefix(s, "scdaemon ") }) {
 		// scdaemon(1) keeps the reader until it ends.
 		return text + `: "gpgconf --kill scdaemon" ends it, and "pcsc-shared" in scdaemon.conf has it share the reader`
 	}
@@ -163,19 +164,22 @@ func (m *module) inUse(ctx context.Context, r pcsc.Reader) *InUseError {
 	ctx, cancel := context.WithTimeout(ctx, sharingQuestion)
 	defer cancel()
 	e := &InUseError{Reader: r.Name}
-	clients, hidden, err := pcsc.Clients(ctx, m.pcscSocket())
+	all, err := pcsc.Clients(ctx, m.pcscSocket())
 	if err != nil {
 		m.log.Debug("it cannot be seen who is connected to pcscd", "reason", err)
 		return e
 	}
 	own := m.store.pids()
-	for _, c := range clients {
+	for _, c := range all.Clients {
 		if !slices.Contains(own, c.PID) {
 			e.Holders = append(e.Holders, c.String())
 		}
 	}
-	// Our module processes are among the hidden ones: they keep to themselves.
-	e.Hidden = hidden > 0 && len(e.Holders) == 0
+	for _, c := range all.Suspects {
+		e.Probably = append(e.Probably, c.String())
+	}
+	// Our module processes are among the hidden ones: they keep to themselves, too.
+	e.Hidden = all.Hidden > 0 && len(e.Holders)+len(e.Probably) == 0
 	return e
 }
 
@@ -211,10 +215,15 @@ func (s *Store) pids() []int {
 }
 
 // keepHeld adds to the tokens of a look those that were there and whose reader
-// another program keeps to itself now: they have not gone. It complains of each
-// reader once.
-func (m *module) keepHeld(ctx context.Context, order []*Token) []*Token {
+// another program keeps to itself, or did just before: they have not gone. It
+// complains of each reader once.
+func (m *module) keepHeld(ctx context.Context, order []*Token, before []pcsc.Reader) []*Token {
 	held := heldReaders(m.readers(ctx))
+	for _, r := range heldReaders(before) {
+		if !slices.ContainsFunc(held, func(o pcsc.Reader) bool { return o.Name == r.Name }) {
+			held = append(held, r)
+		}
+	}
 	m.mu.Lock()
 	last, complained := m.last, m.held
 	m.held = nil

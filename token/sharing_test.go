@@ -316,6 +316,9 @@ func TestReaderInUse(t *testing.T) {
 				}
 				want(t, "reader", e.Reader, "Yubico Virtual 00 00")
 				holder := fmt.Sprintf("the reader is in use by another program: %s (%d)", h.name, n.PID)
+				if h.name == "scdaemon" && os.Geteuid() != 0 { // it lets nobody see but root
+					holder = strings.Replace(holder, ":", ", probably", 1)
+				}
 				if !strings.HasPrefix(err.Error(), holder) {
 					t.Errorf("got %q, want it to begin with %q", err, holder)
 				}
@@ -353,7 +356,7 @@ func TestReaderInUseFirst(t *testing.T) {
 			noError(t, err)
 			_, err = s.store.Select(t.Context(), sel)
 			holder := fmt.Sprintf("scdaemon (%d)", n.PID)
-			if e, ok := errors.AsType[*token.InUseError](err); !ok || !errors.Is(err, token.ErrNoMatch) || !slices.Equal(e.Holders, []string{holder}) {
+			if e, ok := errors.AsType[*token.InUseError](err); !ok || !errors.Is(err, token.ErrNoMatch) || !slices.Equal(slices.Concat(e.Holders, e.Probably), []string{holder}) {
 				t.Errorf("a URI is asked for: %v", err)
 			}
 			n.Close()

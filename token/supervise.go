@@ -295,7 +295,7 @@ func (m *module) look(ctx context.Context, p *process, again bool) error {
 	m.mu.Lock()
 	m.pcsc, m.cards = slots.PCSC, before
 	m.mu.Unlock()
-	order = m.keepHeld(ctx, order)
+	order = m.keepHeld(ctx, order, before)
 	m.change(func() {
 		for _, t := range order {
 			if !slices.Contains(m.last, t) {

@@ -26,36 +26,59 @@ type Client struct {
 // String is the name and the process ID.
 func (c Client) String() string { return fmt.Sprintf("%s (%d)", c.Name, c.PID) }
 
+// Connections say who is connected to pcscd.
+type Connections struct {
+	// Clients are the processes that are seen to be.
+	Clients []Client
+	// Hidden is how many connections others have: processes of other users, or ones
+	// that keep to themselves.
+	Hidden int
+	// Suspects are processes that may be behind hidden connections, by their names.
+	Suspects []Client
+}
+
+// secretive are programs that use cards and forbid others of their user to look
+// into them: of scdaemon (GnuPG 2.2) not even the files that it has open are shown,
+// as it calls prctl(PR_SET_DUMPABLE).
+var secretive = []string{"scdaemon"}
+
 // Clients returns the processes that are connected to pcscd, as far as this
-// process may see them, and how many connections belong to others: to processes
-// of other users, or ones that keep to themselves.
+// process may see them.
 //
 // The kernel tells which sockets are connected to that of pcscd (sock_diag(7),
 // for which everybody may ask), and /proc tells whose they are.
-func Clients(ctx context.Context, socket string) (clients []Client, hidden int, err error) {
+func Clients(ctx context.Context, socket string) (Connections, error) {
 	ctx, cancel := context.WithTimeout(ctx, askTimeout)
 	defer cancel()
 	var st unix.Stat_t
 	if err := unix.Stat(socket, &st); err != nil {
-		return nil, 0, fmt.Errorf("find pcscd's socket: %w", err)
+		return Connections{}, fmt.Errorf("find pcscd's socket: %w", err)
 	}
 	peers, err := peersOf(ctx, vfs{dev: st.Dev, ino: st.Ino})
 	if err != nil || len(peers) == 0 {
-		return nil, 0, err
+		return Connections{}, err
 	}
-	holders, err := holdersOf(ctx, peers)
+	holders, closed, err := holdersOf(ctx, peers)
 	if err != nil {
-		return nil, 0, err
+		return Connections{}, err
 	}
+	var c Connections
 	seen := make(map[uint32]bool)
 	for pid, inodes := range holders {
 		for _, ino := range inodes {
 			seen[ino] = true
 		}
-		clients = append(clients, Client{PID: pid, Name: programName(pid)})
+		c.Clients = append(c.Clients, Client{PID: pid, Name: programName(pid)})
 	}
-	slices.SortFunc(clients, func(a, b Client) int { return a.PID - b.PID })
-	return clients, len(peers) - len(seen), nil
+	slices.SortFunc(c.Clients, func(a, b Client) int { return a.PID - b.PID })
+	if c.Hidden = len(peers) - len(seen); c.Hidden > 0 {
+		for _, pid := range closed {
+			if name := programName(pid); slices.Contains(secretive, name) {
+				c.Suspects = append(c.Suspects, Client{PID: pid, Name: name})
+			}
+		}
+	}
+	return c, nil
 }
 
 // vfs is a socket's file. Its path is no name for it: pcscd may see another /run
@@ -180,26 +203,30 @@ func parseSocket(b []byte, file vfs) (peer uint32, ok bool) {
 // align is NLMSG_ALIGN and NLA_ALIGN.
 func align(n int) int { return (n + 3) &^ 3 }
 
-// holdersOf returns which processes hold which of the sockets. Processes that
-// may not be looked into are left out.
-func holdersOf(ctx context.Context, sockets map[uint32]bool) (map[int][]uint32, error) {
+// holdersOf returns which processes hold which of the sockets, and which of this
+// user may not be looked into.
+func holdersOf(ctx context.Context, sockets map[uint32]bool) (holders map[int][]uint32, closed []int, err error) {
 	proc, err := os.ReadDir("/proc")
 	if err != nil {
-		return nil, fmt.Errorf("look at processes: %w", err)
+		return nil, nil, fmt.Errorf("look at processes: %w", err)
 	}
-	holders := make(map[int][]uint32)
+	holders = make(map[int][]uint32)
 	for _, p := range proc {
 		pid, err := strconv.Atoi(p.Name())
 		if err != nil {
 			continue
 		}
 		if err := ctx.Err(); err != nil {
-			return nil, err
+			return nil, nil, err
 		}
 		dir := filepath.Join("/proc", p.Name(), "fd")
 		files, err := os.ReadDir(dir)
-		if err != nil {
-			continue // gone, or of somebody else
+		if err != nil { // gone, or not to be looked into
+			var st unix.Stat_t
+			if unix.Stat(filepath.Dir(dir), &st) == nil && int(st.Uid) == os.Geteuid() {
+				closed = append(closed, pid)
+			}
+			continue
 		}
 		for _, f := range files {
 			link, err := os.Readlink(filepath.Join(dir, f.Name()))
@@ -211,7 +238,7 @@ func holdersOf(ctx context.Context, sockets map[uint32]bool) (map[int][]uint32, 
 			}
 		}
 	}
-	return holders, nil
+	return holders, closed, nil
 }
 
 // socketInode reads a link such as "socket:[4711]".

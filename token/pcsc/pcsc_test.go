@@ -13,7 +13,6 @@ import (
 	"path/filepath"
 	"slices"
 	"strings"
-	"syscall"
 	"testing"
 
 	"golang.org/x/sys/unix"
@@ -42,8 +41,8 @@ func TestMain(m *testing.M) {
 		_, _ = io.Copy(io.Discard, os.Stdin)
 		_ = c.Close()
 	case looker:
-		clients, hidden, err := pcsc.Clients(context.Background(), socket)
-		fmt.Println(clients, hidden, err)
+		c, err := pcsc.Clients(context.Background(), socket)
+		fmt.Println(c.Clients, c.Hidden, c.Suspects, err)
 	default:
 		os.Exit(m.Run())
 	}
@@ -139,43 +138,63 @@ func TestClients(t *testing.T) {
 		running = append(running, n)
 	}
 	for i, d := range []*tokentest.PCSCD{p, other} {
-		clients, hidden, err := pcsc.Clients(t.Context(), pcsc.Socket(d.Env()))
+		c, err := pcsc.Clients(t.Context(), pcsc.Socket(d.Env()))
 		noError(t, err)
-		want(t, "clients", fmt.Sprint(clients), fmt.Sprintf("[pcscclient (%d)]", running[i].PID))
-		want(t, "hidden", hidden, 0)
+		want(t, "clients", fmt.Sprint(c.Clients), fmt.Sprintf("[pcscclient (%d)]", running[i].PID))
+		want(t, "hidden", c.Hidden, 0)
 	}
 	running[0].Close()
 	tokentest.Until(t, "the program is not connected any more", func() bool {
-		clients, hidden, err := pcsc.Clients(t.Context(), pcsc.Socket(p.Env()))
-		return err == nil && len(clients) == 0 && hidden == 0
+		c, err := pcsc.Clients(t.Context(), pcsc.Socket(p.Env()))
+		return err == nil && len(c.Clients) == 0 && c.Hidden == 0
 	})
-	if _, _, err := pcsc.Clients(t.Context(), filepath.Join(t.TempDir(), "none")); !errors.Is(err, os.ErrNotExist) {
+	if _, err := pcsc.Clients(t.Context(), filepath.Join(t.TempDir(), "none")); !errors.Is(err, os.ErrNotExist) {
 		t.Errorf("without a socket: %v", err)
 	}
 }
 
-// TestHiddenClient has a process connected that may not be looked into. It is
-// counted, and not named. Root may look into all, and becomes somebody else for
-// it.
+// TestHiddenClient has processes connected that may not be looked into. They are
+// counted, and those that are known for it by their names are suspected. Root may
+// look into all, and becomes somebody else for it.
 func TestHiddenClient(t *testing.T) {
 	p := tokentest.StartPCSCD(t)
-	n := p.Neighbour("/usr/bin/env", roleVariable+"="+secretive, self(t))
-	want(t, "the program says", n.Line(), "ready <nil>")
+	dir := tokentest.TempDir(t)
+	copyFile(t, self(t), filepath.Join(dir, "scdaemon"))
+	copyFile(t, self(t), filepath.Join(dir, "other"))
 	socket := pcsc.Socket(p.Env())
+	become := []string{"/usr/bin/env"}
 	if os.Geteuid() == 0 {
+		become = []string{"setpriv", "--reuid=65534", "--regid=65534", "--clear-groups", "env"}
+		noError(t, os.Chmod(dir, 0o755))
 		for dir := filepath.Dir(socket); dir != os.TempDir(); dir = filepath.Dir(dir) {
 			noError(t, os.Chmod(dir, 0o755))
 		}
 	}
-	cmd := exec.Command("/proc/self/exe")
-	cmd.Env = append(p.Env(), roleVariable+"="+looker)
-	if os.Geteuid() == 0 {
-		const nobody = 65534
-		cmd.SysProcAttr = &syscall.SysProcAttr{Credential: &syscall.Credential{Uid: nobody, Gid: nobody}}
+	look := func(what string) {
+		t.Helper()
+		cmd := exec.Command(become[0], append(become[1:], roleVariable+"="+looker, filepath.Join(dir, "other"))...)
+		cmd.Env = append(os.Environ(), p.Env()...)
+		out, err := cmd.CombinedOutput()
+		noError(t, err)
+		want(t, "clients", string(out), what+" <nil>\n")
 	}
-	out, err := cmd.CombinedOutput()
+	look("[] 0 []")
+	start := func(name string) *tokentest.Neighbour {
+		n := p.Neighbour(append(become, roleVariable+"="+secretive, filepath.Join(dir, name))...)
+		want(t, "the program says", n.Line(), "ready <nil>")
+		return n
+	}
+	start("other")
+	look("[] 1 []")
+	n := start("scdaemon")
+	look(fmt.Sprintf("[] 2 [scdaemon (%d)]", n.PID))
+}
+
+func copyFile(t *testing.T, from, to string) {
+	t.Helper()
+	b, err := os.ReadFile(from)
 	noError(t, err)
-	want(t, "clients", string(out), "[] 1 <nil>\n")
+	noError(t, os.WriteFile(to, b, 0o755))
 }
 
 func self(t *testing.T) string {
