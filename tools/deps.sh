@@ -37,7 +37,7 @@ needed() {
 	pcscd                                           pcscd               pcsc-lite
 	/usr/lib/pcsc/drivers/serial/libifdvpcd.so,/usr/lib*/pcsc/drivers/serial/libifdvpcd.so* vsmartcard-vpcd -
 	/usr/lib/*/libykcs11.so.*,/usr/lib*/libykcs11.so.* ykcs11           yubico-piv-tool
-	/usr/lib/gnupg/scdaemon,/usr/libexec/scdaemon,/usr/lib/gnupg2/scdaemon scdaemon gnupg2-scdaemon
+	/usr/lib/gnupg/scdaemon,/usr/libexec/scdaemon,/usr/lib/gnupg2/scdaemon scdaemon /usr/libexec/scdaemon
 	p11-kit                                         p11-kit             p11-kit
 	/usr/lib/*/pkcs11/p11-kit-client.so,/usr/lib*/pkcs11/p11-kit-client.so p11-kit-modules p11-kit-server
 	/usr/include/p11-kit-1/p11-kit/p11-kit.h        libp11-kit-dev      p11-kit-devel
