@@ -495,3 +495,20 @@ func TestStartedAnewAgainAndAgain(t *testing.T) {
 	want(t, "prompts", p.Prompts(), 1+times)
 	want(t, "processes", b.fake.Started(), 1+times)
 }
+
+func TestInUseError(t *testing.T) {
+	for _, tt := range []struct {
+		err  token.InUseError
+		want string
+	}{
+		{token.InUseError{}, ", which is not known: end it,"},
+		{token.InUseError{Hidden: true}, ", which this user may not see: end it,"},
+		{token.InUseError{Holders: []string{"firefox (1)"}}, ": firefox (1): end it,"},
+		{token.InUseError{Holders: []string{"firefox (1)", "scdaemon (2)"}}, `, one of: firefox (1), scdaemon (2): "gpgconf --kill scdaemon"`},
+		{token.InUseError{Holders: []string{"firefox (1)"}, Probably: []string{"scdaemon (2)"}}, `, probably scdaemon (2): "gpgconf --kill scdaemon"`},
+	} {
+		if begin := "the reader is in use by another program" + tt.want; !strings.HasPrefix(tt.err.Error(), begin) {
+			t.Errorf("got %q, want it to begin with %q", tt.err.Error(), begin)
+		}
+	}
+}
