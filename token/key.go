@@ -338,7 +338,10 @@ func (k *Key) sign(ctx context.Context, s signing) ([]byte, error) {
 
 func (k *Key) signHealing(ctx context.Context, ways []way) ([]byte, error) {
 	t := k.token
-	var healed, loggedInAgain, mustLogin bool
+	defer t.module.use()()
+	var healed, renewed, mustLogin bool
+	loggedInAgain := 0
+	var turn turn
 	for {
 		p, err := t.module.running(ctx)
 		if err != nil {
@@ -346,22 +349,38 @@ func (k *Key) signHealing(ctx context.Context, ways []way) ([]byte, error) {
 		}
 		sig, login, err := k.attempt(ctx, p, ways[0], mustLogin)
 		if err == nil {
+			p.signed.Store(true)
 			return sig, nil
 		}
 		failed, _ := errors.AsType[*loginError](err)
+		mayHeal := broken(err) && (failed == nil || !failed.attempted)
+		if mayHeal && ctx.Err() == nil {
+			again, inUse := t.awaitReader(ctx, &turn)
+			if inUse != nil {
+				return nil, inUse
+			}
+			if again {
+				if err := t.module.rescan(ctx); err != nil && ctx.Err() != nil {
+					return nil, ctx.Err()
+				}
+				continue
+			}
+		}
 		switch {
 		case ctx.Err() != nil:
 			return nil, ctx.Err()
 		case len(ways) > 1 && refusesMechanism(err):
 			t.refuse(ways[0].mechanism)
 			ways = ways[1:]
-		case !loggedInAgain && (isRV(err, wire.CKRUserNotLoggedIn) || t.hidesKey(p, err)):
+		case loggedInAgain < maxLogins && (isRV(err, wire.CKRUserNotLoggedIn) || t.hidesKey(p, err)):
 			// Logged out by another program, or a key that showed without a
 			// login and does not sign without one, or one that wants its PIN for
 			// each signature and did not say so.
-			loggedInAgain, mustLogin = true, true
-			t.doubtLogin(ctx, p, k, login)
-		case !healed && broken(err) && (failed == nil || !failed.attempted):
+			loggedInAgain, mustLogin = loggedInAgain+1, true
+			if lost := t.doubtLogin(ctx, p, k, login); !lost && loggedInAgain > 1 {
+				return nil, k.explain(err)
+			}
+		case !healed && mayHeal:
 			healed = true
 			if isRV(err, wire.CKRDeviceRemoved, wire.CKRTokenNotPresent, wire.CKRTokenNotRecognized) {
 				t.module.store.gate(t.ID).wipe() // it was taken out
@@ -375,6 +394,11 @@ func (k *Key) signHealing(ctx context.Context, ways []way) ([]byte, error) {
 			if err := t.module.rescan(ctx); err != nil && ctx.Err() != nil {
 				return nil, ctx.Err()
 			}
+		case !renewed && mayHeal && isRV(err, wire.CKRDeviceError):
+			// Nor does a look help libykcs11 2.2 when another program has selected
+			// another application of the card.
+			renewed = true
+			p.kill(fmt.Errorf("it failed and is started anew: %w", err))
 		default:
 			return nil, k.explain(err)
 		}
@@ -429,29 +453,33 @@ func (t *Token) hidesKey(p *process, err error) bool {
 // in when somebody should be: it reads the token again. Where the module goes on
 // to say that there is a login, and the key asks for no PIN of its own, the
 // login is ended, as the token itself knows better. The doubt is about one login:
-// one that somebody else, who met the same, has made since is let alone.
-func (t *Token) doubtLogin(ctx context.Context, p *process, k *Key, login uint64) {
+// one that somebody else, who met the same, has made since is let alone. It tells
+// whether the token says, and its module knows, that the login has been lost.
+func (t *Token) doubtLogin(ctx context.Context, p *process, k *Key, login uint64) (lost bool) {
 	g := t.module.store.gate(t.ID)
 	select {
 	case g.doubt <- struct{}{}:
 		defer func() { <-g.doubt }()
 	case <-ctx.Done():
-		return
+		return false
 	}
 	if t.lastLogin() != login || g.settled == login+1 && !t.loggedIn(p) {
-		return
+		return true
 	}
 	was := t.loggedIn(p)
 	if err := t.look(ctx, p, nil); err != nil {
 		t.setLoggedIn(p, false)
-		return // the next attempt meets the same, and says so
+		return false // the next attempt meets the same, and says so
 	}
 	if was && t.loggedIn(p) && t.lastLogin() == login && !t.current(k).found.always {
 		_ = t.logout(ctx) // likewise
+	} else {
+		lost = !t.loggedIn(p)
 	}
 	if !t.loggedIn(p) {
 		g.settled = login + 1 // for the others, who have no need to look
 	}
+	return lost
 }
 
 // broken tells whether a failure may come from what happened to the token or

@@ -104,6 +104,7 @@ func (t *Token) board(ctx context.Context, g *gate, k *Key, given *secret.Secret
 	ctx, cancel := context.WithCancel(context.WithoutCancel(ctx))
 	f = &flight{done: make(chan struct{}), waiters: 1, cancel: cancel}
 	started := t.module.store.goWhileOpen(func() {
+		defer t.module.use()()
 		defer pin.Wipe()
 		defer cancel()
 		defer context.AfterFunc(t.module.store.ctx, cancel)()
@@ -209,6 +210,7 @@ func (t *Token) tryLogin(ctx context.Context, p *process, pin *secret.Secret, la
 	t.mu.Unlock()
 	var reply wire.TokenReply
 	err := p.call(ctx, loginTimeout, wire.TypeLogin, &wire.Login{Token: t.ID, LastTry: lastTry, Pad: pad, PIN: pin}, &reply)
+	loginBroke(p, err)
 	if err == nil {
 		t.setLoggedIn(p, true)
 	}
@@ -569,6 +571,7 @@ func (t *Token) signWithPIN(ctx context.Context, p *process, k *Key, req *wire.S
 // logIn logs in to the token of the key with a PIN that a person gave for it.
 func (k *Key) logIn(ctx context.Context, pin *secret.Secret) error {
 	t := k.token
+	defer t.module.use()()
 	p, err := t.module.running(ctx)
 	if err != nil {
 		return err

@@ -12,6 +12,7 @@ import (
 	"os/exec"
 	"strings"
 	"sync"
+	"sync/atomic"
 	"syscall"
 	"time"
 	"unicode"
@@ -50,6 +51,7 @@ type process struct {
 	info    wire.HelloReply
 	events  chan struct{} // one element: slots or tokens have changed
 	done    chan struct{}
+	signed  atomic.Bool // it has made a signature
 
 	// sending is those who tell that nobody waits any more. It is added to under
 	// mu while err is nil, and waited for when err is set.

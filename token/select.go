@@ -209,11 +209,11 @@ func (s *Store) Select(ctx context.Context, sel *Selector) ([]*Key, error) {
 	if len(keys) > 0 || err != nil {
 		return keys, err
 	}
-	return nil, s.whyNone(sel, named)
+	return nil, s.whyNone(ctx, sel, named)
 }
 
 // whyNone says why nothing is selected.
-func (s *Store) whyNone(sel *Selector, named *module) error {
+func (s *Store) whyNone(ctx context.Context, sel *Selector, named *module) error {
 	for _, m := range s.modulesNow() {
 		if named != nil && m != named {
 			continue
@@ -234,6 +234,7 @@ func (s *Store) whyNone(sel *Selector, named *module) error {
 			failed = append(failed, err)
 		}
 	}
+	failed = append(failed, s.inUse(ctx, named)...)
 	return errors.Join(append([]error{fmt.Errorf("%w: no such token is present", ErrNoMatch)}, failed...)...)
 }
 

@@ -37,6 +37,11 @@ type ModuleSpec struct {
 	// process is killed; 0 stands for a time by kind of request, two minutes at
 	// most.
 	Timeout time.Duration
+	// Release is how long a module may leave cards unused before it lets go of
+	// them, which ends its logins; 0: not while somebody is logged in. Idle is the
+	// same for when nobody is logged in; 0: ReleaseIdle, ReleaseNever: not at
+	// all. It is for modules that use pcscd.
+	Release, Idle time.Duration
 }
 
 // Options make a Store.
@@ -311,6 +316,7 @@ type ModuleStatus struct {
 	Name     string
 	Path     string
 	Running  bool
+	Released bool // there is no process because nobody needs one now
 	PID      int
 	Err      error // what went wrong last; nil when it is well
 	Restarts int

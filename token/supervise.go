@@ -11,6 +11,7 @@ import (
 	"sync"
 	"time"
 
+	"p11-agent/token/pcsc"
 	"p11-agent/token/wire"
 )
 
@@ -19,7 +20,8 @@ const (
 	// ended is started again; it doubles each time.
 	restartMin = 100 * time.Millisecond
 	restartMax = 30 * time.Second
-	// A process that lived this long starts anew with the shortest pause.
+	// A process that lived this long, or has made a signature, starts anew with the
+	// shortest pause.
 	healthyAfter = time.Minute
 	// A request waits for the next start when it is this near, and fails with
 	// the reason otherwise.
@@ -34,8 +36,9 @@ const (
 // wanted.
 //
 //	starting ─▶ looking ─▶ ready ─▶ (event, rescan) looking
-//	    ▲          │          │
-//	    └─ pause ◀─┴──────────┘ process ended
+//	  ▲   ▲        │          │ │
+//	  │   └ pause ◀┴──────────┘ │ process ended
+//	  └──── let go ◀────────────┘ not used (release.go)
 type module struct {
 	store  *Store
 	spec   ModuleSpec
@@ -44,6 +47,7 @@ type module struct {
 	looked chan struct{} // closed after the first look, or the first failure
 	wanted chan *lookup  // looks asked for
 	poked  chan struct{} // one element: somebody looks at the keys
+	needed chan struct{} // one element: somebody needs the process that was let go
 
 	mu       sync.Mutex
 	state    chan struct{} // closed and replaced at every change below
@@ -58,6 +62,13 @@ type module struct {
 	tokens   map[wire.TokenID]*Token // every token ever seen
 	order    []*Token                // the present ones, in the order of slots
 	last     []*Token                // likewise at the last look, whatever came after
+	pid      int                     // of the process, from before proc is set; 0: there is none
+	pcsc     bool                    // it sees smart cards by pcscd
+	cards    []pcsc.Reader           // the readers just before the last look
+	held     []string                // those that others kept to themselves then
+	users    int                     // requests that need the process
+	lastUse  time.Time
+	released bool // the process was ended as nobody needed it
 }
 
 // lookup is a look that somebody waits for.
@@ -78,6 +89,7 @@ func newModule(s *Store, spec ModuleSpec) *module {
 		looked: make(chan struct{}),
 		wanted: make(chan *lookup),
 		poked:  make(chan struct{}, 1),
+		needed: make(chan struct{}, 1),
 		state:  make(chan struct{}),
 		tokens: make(map[wire.TokenID]*Token),
 	}
@@ -102,14 +114,24 @@ func (m *module) run(ctx context.Context) {
 		began := time.Now()
 		p, err := startProcess(ctx, m.spec, m.store.opts.Command, m.log)
 		if err == nil {
-			m.change(func() { m.info, m.starts = p.info, m.starts+1 })
+			m.change(func() {
+				m.info, m.pid = p.info, p.cmd.Process.Pid
+				if !m.released {
+					m.starts++
+				}
+			})
 			err = m.look(ctx, p, false)
 			first()
 			answer(due, err)
 			due = nil
 			if p.failure() == nil {
-				m.change(func() { m.proc, m.err, m.retry = p, nil, time.Time{} })
-				m.attend(ctx, p)
+				m.change(func() { m.proc, m.err, m.retry, m.released, m.lastUse = p, nil, time.Time{}, false, time.Now() })
+				if watch := m.attend(ctx, p); watch != nil {
+					<-p.done
+					m.change(func() { m.pid = 0 })
+					due, pause = m.rest(ctx, watch), restartMin
+					continue
+				}
 			}
 			<-p.done
 			err = p.failure()
@@ -117,7 +139,7 @@ func (m *module) run(ctx context.Context) {
 		if ctx.Err() != nil {
 			break
 		}
-		if time.Since(began) > healthyAfter {
+		if p != nil && p.signed.Load() || time.Since(began) > healthyAfter {
 			pause = restartMin
 		}
 		wait := pause
@@ -148,7 +170,7 @@ func (m *module) stopped(err error, wait time.Duration) {
 	old := false
 	var gone []*Token
 	m.change(func() {
-		m.proc, m.err, m.retry = nil, err, time.Time{}
+		m.proc, m.err, m.retry, m.pid, m.released = nil, err, time.Time{}, 0, false
 		m.lastLook = time.Now()
 		old, m.complain = m.complain == err.Error(), err.Error()
 		if wait > 0 {
@@ -196,16 +218,25 @@ func (m *module) pause(ctx context.Context, wait time.Duration) (due []*lookup) 
 	return due
 }
 
-// attend serves a running process until it ends.
-func (m *module) attend(ctx context.Context, p *process) {
+// attend serves a running process until it ends. It returns a watch of the
+// readers when it was ended because nobody needed it.
+func (m *module) attend(ctx context.Context, p *process) *readerWatch {
+	idle := time.NewTimer(0)
+	defer idle.Stop()
 	for {
 		var err error
 		select {
 		case <-ctx.Done():
 			p.kill(ErrClosed)
-			return
+			return nil
 		case <-p.done:
-			return
+			return nil
+		case <-idle.C:
+			watch, again := m.release(ctx, p)
+			if watch != nil {
+				return watch
+			}
+			idle.Reset(again)
 		case <-p.events:
 			err = m.look(ctx, p, false)
 		case <-m.poked:
@@ -233,6 +264,7 @@ func (m *module) mute() bool {
 // look asks the module for its tokens and keys and publishes them. A token that
 // fails keeps what was known of it.
 func (m *module) look(ctx context.Context, p *process, again bool) error {
+	before := m.readers(ctx)
 	var slots wire.SlotsReply
 	err := p.call(ctx, listTimeout, wire.TypeSlots, &wire.Slots{Reinitialize: again}, &slots)
 	if err != nil {
@@ -265,6 +297,10 @@ func (m *module) look(ctx context.Context, p *process, again bool) error {
 		order = append(order, t)
 	}
 	var gone []*Token
+	m.mu.Lock()
+	m.pcsc, m.cards = slots.PCSC, before
+	m.mu.Unlock()
+	order = m.keepHeld(ctx, order, before)
 	m.change(func() {
 		for _, t := range order {
 			if !slices.Contains(m.last, t) {
@@ -316,6 +352,12 @@ func (m *module) running(ctx context.Context) (*process, error) {
 		p, state := m.proc, m.state
 		soon := m.err == nil || !m.retry.IsZero() && time.Until(m.retry) < startPatience
 		failure := m.failureLocked() // of this moment: the next may have a process
+		if m.released {
+			select {
+			case m.needed <- struct{}{}:
+			default:
+			}
+		}
 		m.mu.Unlock()
 		switch {
 		case p != nil && p.failure() == nil:
@@ -397,6 +439,7 @@ func (m *module) status() ModuleStatus {
 		Name:     m.spec.Name,
 		Path:     m.spec.Path,
 		Running:  m.proc != nil,
+		Released: m.released && m.pid == 0 && m.err == nil,
 		Err:      m.err,
 		Restarts: max(0, m.starts-1),
 		Library:  m.info.Description,

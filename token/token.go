@@ -30,6 +30,7 @@ type Token struct {
 	seen             time.Time // when it was there last, if it is not
 	session          *process  // the process that is logged in, nil when none is
 	logins           uint64    // numbers the logins
+	changes          uint64    // counts what is done to the login, for those who read it meanwhile
 	attempted        *process  // one that a login was begun in, and may have had success
 	refusesMechanism map[uint64]bool
 	retained         retained
@@ -41,6 +42,9 @@ func newToken(m *module, id wire.TokenID) *Token {
 
 // look reads the objects of the token. slot is where it is; nil: where it was.
 func (t *Token) look(ctx context.Context, p *process, slot *wire.Slot) error {
+	t.mu.Lock()
+	changes := t.changes
+	t.mu.Unlock()
 	var reply wire.ObjectsReply
 	if err := p.call(ctx, listTimeout, wire.TypeObjects, &wire.Objects{Token: t.ID}, &reply); err != nil {
 		return err
@@ -58,9 +62,11 @@ func (t *Token) look(ctx context.Context, p *process, slot *wire.Slot) error {
 	t.mu.Lock()
 	defer t.mu.Unlock()
 	t.slot.Info = reply.Info
-	if reply.Info.LoggedIn {
+	switch {
+	case t.changes != changes: // what was read may be of before
+	case reply.Info.LoggedIn:
 		t.session = p
-	} else if t.session == p {
+	case t.session == p:
 		t.session = nil
 	}
 	// Some modules list their objects in another order each time.
@@ -140,6 +146,7 @@ func (t *Token) lastLogin() uint64 {
 func (t *Token) setLoggedIn(p *process, in bool) {
 	t.mu.Lock()
 	defer t.mu.Unlock()
+	t.changes++
 	if in {
 		t.session = p
 		t.logins++
@@ -162,11 +169,15 @@ func (t *Token) logout(ctx context.Context) error {
 	t.mu.Lock()
 	p := cmp.Or(t.session, t.attempted)
 	t.session, t.attempted = nil, nil
+	t.changes++
 	t.mu.Unlock()
 	if p == nil || p.failure() != nil {
 		return nil // the login went with the process
 	}
 	err := p.call(ctx, loginTimeout, wire.TypeLogout, &wire.Token{Token: t.ID}, new(wire.TokenReply))
+	t.mu.Lock()
+	t.changes++ // once more: it may have been read just before the call
+	t.mu.Unlock()
 	if err != nil && !isRV(err, wire.CKRUserNotLoggedIn, wire.CKRDeviceRemoved, wire.CKRTokenNotPresent) &&
 		!isReason(err, wire.ReasonNoToken) && !errors.Is(err, errGone) {
 		return fmt.Errorf("log out of token %q: %w", t.ID.Label, t.module.wrap(err))

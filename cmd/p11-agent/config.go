@@ -65,6 +65,7 @@ type moduleConfig struct {
 	Path    string            `toml:"path"`
 	Enabled *bool             `toml:"enabled"`
 	Timeout durationValue     `toml:"timeout"`
+	Release releaseValue      `toml:"release"`
 	Env     map[string]string `toml:"env"`
 }
 
@@ -229,6 +230,37 @@ func (v *durationValue) UnmarshalText(b []byte) error {
 	}
 	*v = durationValue(d)
 	return nil
+}
+
+// releaseNever is what release may be besides a length of time.
+const releaseNever = "never"
+
+// releaseValue is when a module lets go of its cards: after a length of time, or
+// never.
+type releaseValue struct {
+	after durationValue
+	never bool
+}
+
+func (v *releaseValue) UnmarshalText(b []byte) error {
+	if v.never = string(b) == releaseNever; v.never {
+		return nil
+	}
+	if err := v.after.UnmarshalText(b); err != nil {
+		return fmt.Errorf("%w; this one can also be %q", err, releaseNever)
+	}
+	return nil
+}
+
+// apply tells a module.
+func (v releaseValue) apply(spec *token.ModuleSpec) {
+	switch {
+	case v.never:
+		spec.Idle = token.ReleaseNever
+	case v.after > 0:
+		spec.Release = time.Duration(v.after)
+		spec.Idle = min(spec.Release, token.ReleaseIdle)
+	}
 }
 
 // configError is a mistake in the configuration file, at a place in it.

@@ -69,14 +69,15 @@ var rooms = []room{
 	{"systemd/login1", []string{"systemd/bus", dbus}, "what logind says is acted on elsewhere"},
 	{
 		"token",
-		[]string{"token/pkcs11uri", "token/registry", "token/wire", "pinentry/secret", xsys},
+		[]string{"token/pcsc", "token/pkcs11uri", "token/registry", "token/wire", "pinentry/secret", xsys},
 		"tokens know neither the SSH protocol nor prompts, and modules run in another process",
 	},
 	{
 		"token/module",
-		[]string{"token/wire", "pinentry/secret", pkcs11, xsys},
+		[]string{"token/pcsc", "token/wire", "pinentry/secret", pkcs11, xsys},
 		"the module process knows no PIN policy, no configuration and no network",
 	},
+	{"token/pcsc", []string{xsys}, "who uses a reader is found out without a module, and without touching a card"},
 	{"token/pkcs11uri", []string{"token/wire", "pinentry/secret"}, "a URI is read and matched without a token at hand"},
 	{"token/registry", []string{"token/pkcs11uri", xsys}, "which modules there are is found out without loading one"},
 	{

@@ -54,10 +54,10 @@ const patience = 30 * time.Second
 //
 // Besides those of testscript, scripts have these commands:
 //
-//	need PROGRAM...     end here if one is missing; in CI, fail. Four are none: p11-kit-client.so, YKCS11
-//	                    (Yubico's module, which that variable names), paramiko for Debian's Python with
-//	                    it, and userns for the right to be another user than root in a namespace,
-//	                    without which it ends in CI, too
+//	need PROGRAM...     end here if one is missing; in CI, fail. Five are none: p11-kit-client.so, YKCS11
+//	                    (Yubico's module, which that variable names), scdaemon wherever it is, paramiko
+//	                    for Debian's Python with it, and userns for the right to be another user than
+//	                    root in a namespace, without which it ends in CI, too
 //	tokens NAME...      put these SoftHSM tokens into the token directory
 //	card [NAME] DO...   do something with a PIV card; see useCard
 //	pcscd DO            do something with the daemon of the readers: stop, start, restart, kill; unplug and
@@ -80,7 +80,7 @@ const patience = 30 * time.Second
 //	connections N M     connect to the agent N times in turn and M times at once, and see that it keeps nothing
 func TestStories(t *testing.T) {
 	root := tokentest.TempDir(t) // short: it will hold sockets
-	s := &stories{t: t, tokens: makeTokens(t), softhsm: tokentest.Module(t, "libsofthsm2.so")}
+	s := &stories{t: t, tokens: makeTokens(t), softhsm: tokentest.Module(t, "libsofthsm2.so"), opensc: tokentest.Module(t, "opensc-pkcs11.so")}
 	// Scripts that use it say that they need gcc.
 	if _, err := exec.LookPath("gcc"); err == nil {
 		s.badModule = tokentest.BuildBadModule(t)
@@ -136,6 +136,7 @@ type stories struct {
 	softhsm   string            // SoftHSM's module
 	badModule string            // tokentest's
 	ykcs11    string            // Yubico's module; empty where it is not installed
+	opensc    string            // OpenSC's module
 }
 
 // usualModules tells whether the machine has no modules registered but those that
@@ -247,6 +248,8 @@ func (s *stories) setup(env *testscript.Env) error {
 		"SOFTHSM":                 s.softhsm,
 		"MODULE":                  s.badModule,
 		"YKCS11":                  s.ykcs11,
+		"OPENSC":                  s.opensc,
+		"SCDAEMON":                tokentest.FindSCDaemon(),
 		"LOG":                     work + "/home/.local/state/p11-agent/agent.log",
 		"CONFIG":                  work + "/home/.config/p11-agent/config.toml",
 		"LC_ALL":                  "C.UTF-8",
@@ -354,6 +357,11 @@ func need(ts *testscript.TestScript, neg bool, args []string) {
 			}
 		case "paramiko":
 			err = exec.Command("/usr/bin/python3", "-c", "import paramiko").Run()
+		case "scdaemon":
+			if tokentest.FindSCDaemon() != "" {
+				continue
+			}
+			err = errors.New(name)
 		case "userns":
 			if os.Geteuid() == 0 && exec.Command("unshare", "--user", "--map-user=1000", "--map-group=1000", "true").Run() != nil {
 				// No component, but a right that containers and chroots take away.

@@ -40,9 +40,9 @@ func modules(c *config, log *slog.Logger) (specs []token.ModuleSpec, bridges []*
 	for _, m := range c.Modules {
 		settings[m.name()] = m
 		if m.Path != "" && (m.Enabled == nil || *m.Enabled) {
-			specs = append(specs, token.ModuleSpec{
-				Name: m.name(), Path: m.Path, Env: m.environ(), Timeout: time.Duration(m.Timeout),
-			})
+			spec := token.ModuleSpec{Name: m.name(), Path: m.Path, Env: m.environ(), Timeout: time.Duration(m.Timeout)}
+			m.Release.apply(&spec)
+			specs = append(specs, spec)
 		}
 	}
 	for _, m := range reg.Modules {
@@ -62,6 +62,7 @@ func modules(c *config, log *slog.Logger) (specs []token.ModuleSpec, bridges []*
 		spec := token.ModuleSpec{
 			Name: m.Name, Path: m.Path, InitArgs: m.InitArgs, Env: set.environ(), Timeout: time.Duration(set.Timeout),
 		}
+		set.Release.apply(&spec)
 		switch {
 		case m.Remote.Address != "":
 			spec.Env = append(spec.Env, "P11_KIT_SERVER_ADDRESS="+m.Remote.Address)

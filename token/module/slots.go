@@ -7,6 +7,7 @@ import (
 
 	"github.com/miekg/pkcs11"
 
+	"p11-agent/token/pcsc"
 	"p11-agent/token/wire"
 )
 
@@ -104,7 +105,7 @@ func (s *server) listSlots(ctx context.Context, lib *library, m *wire.Slots) (wi
 	s.mu.Lock()
 	s.seen = now
 	s.mu.Unlock()
-	reply := new(wire.SlotsReply)
+	reply := &wire.SlotsReply{PCSC: pcsc.Loaded()}
 	for _, slot := range now.all {
 		if err := ctx.Err(); err != nil {
 			return nil, err

@@ -34,6 +34,7 @@ func (m *Slots) fields(c *codec) {
 
 func (m *SlotsReply) fields(c *codec) {
 	list(c, &m.Slots, (*Slot).fields)
+	c.bool(&m.PCSC)
 }
 
 func (m *Slot) fields(c *codec) {

@@ -93,6 +93,8 @@ type Slots struct {
 // SlotsReply lists the slots, those without a token too.
 type SlotsReply struct {
 	Slots []Slot
+	// PCSC tells that the module sees smart cards by pcscd.
+	PCSC bool
 }
 
 // A Slot is a slot and the token in it (PKCS#11 v2.40 section 4.3, CK_SLOT_INFO

@@ -28,6 +28,9 @@ func (c *Card) executeLocked(cmd command, corrupt bool) ([]byte, uint16) {
 	if cmd.ins == Select {
 		return c.selectLocked(cmd)
 	}
+	if c.openPGP {
+		return c.openPGPLocked(cmd)
+	}
 	if !c.selected {
 		return nil, swInstruction
 	}
@@ -74,6 +77,8 @@ func (c *Card) selectLocked(cmd command) ([]byte, uint16) {
 		}
 		c.forgetLocked()
 		return tlv(0x6F, tlv(0x84, aidManager), tlv(0xA5)), swOK
+	case c.hasPGP && len(cmd.data) >= least && bytes.HasPrefix(cmd.data, aidOpenPGP):
+		return c.selectOpenPGPLocked()
 	}
 	return nil, swNotFound
 }

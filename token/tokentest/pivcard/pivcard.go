@@ -47,6 +47,8 @@ type Options struct {
 	// Signature key then wants a VERIFY since the last use of a key, whatever else
 	// came in between; other cards want it just before, as the standard says.
 	YubiKey bool
+	// OpenPGP has it hold that application too, without keys, for GnuPG.
+	OpenPGP bool
 	// Trace is called with each command and its answer. PINs are left out. It
 	// must not call the card.
 	Trace func(line string)
@@ -60,6 +62,7 @@ type Counts struct {
 	Queries                    int // VERIFY without a PIN
 	Signatures, Agreements     int // made
 	Refused                    int // uses of a key for want of a PIN
+	OpenPGP                    int // objects of the OpenPGP application that were read
 	PowerUps, PowerOffs, Reset int
 }
 
@@ -94,6 +97,7 @@ type Fault struct {
 type Card struct {
 	serial   uint32
 	yubiKey  bool
+	hasPGP   bool
 	keys     map[Ref]*heldKey
 	objects  map[uint32][]byte
 	attester *x509.Certificate
@@ -111,7 +115,8 @@ type Card struct {
 	events   []string
 
 	// What a loss of power undoes.
-	selected bool
+	selected bool // PIV
+	openPGP  bool // or OpenPGP
 	verified bool
 	fresh    bool   // a VERIFY was right, and Signature has not been used since
 	chain    []byte // the data of a chain's commands so far
@@ -161,7 +166,7 @@ func New(o Options) (*Card, error) {
 		o.Keys = map[Ref]Key{Authentication: {}, Signature: {}, KeyManagement: {}, CardAuthentication: {}}
 	}
 	c := &Card{
-		serial: o.Serial, yubiKey: o.YubiKey, trace: o.Trace,
+		serial: o.Serial, yubiKey: o.YubiKey, hasPGP: o.OpenPGP, trace: o.Trace,
 		keys: make(map[Ref]*heldKey), objects: make(map[uint32][]byte),
 	}
 	for code, text := range map[*secretCode]string{&c.pin: o.PIN, &c.puk: o.PUK} {
@@ -284,7 +289,7 @@ func (c *Card) ClearFaults() {
 // forgetLocked is a loss of power: what was verified and begun is forgotten, SP 800-73-4 part 2
 // section 2.3.
 func (c *Card) forgetLocked() {
-	c.selected, c.verified, c.fresh = false, false, false
+	c.selected, c.openPGP, c.verified, c.fresh = false, false, false, false
 	c.chain, c.chainOf, c.rest = nil, nil, nil
 }
 

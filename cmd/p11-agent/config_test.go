@@ -1,0 +1,35 @@
+package main
+
+import (
+	"testing"
+	"time"
+
+	"p11-agent/token"
+)
+
+// TestReleaseSetting has each value of release mean what its description says.
+func TestReleaseSetting(t *testing.T) {
+	for _, tt := range []struct {
+		text          string
+		release, idle time.Duration
+	}{
+		{"never", 0, token.ReleaseNever},
+		{"5s", 5 * time.Second, 5 * time.Second},
+		{"1h", time.Hour, token.ReleaseIdle}, // as without it when nobody is logged in
+	} {
+		var v releaseValue
+		if err := v.UnmarshalText([]byte(tt.text)); err != nil {
+			t.Errorf("%s: %v", tt.text, err)
+		}
+		var spec token.ModuleSpec
+		v.apply(&spec)
+		if spec.Release != tt.release || spec.Idle != tt.idle {
+			t.Errorf("%s: release %v, idle %v", tt.text, spec.Release, spec.Idle)
+		}
+	}
+	for _, text := range []string{"", "often", "0s", "-1s", "Never"} {
+		if err := new(releaseValue).UnmarshalText([]byte(text)); err == nil {
+			t.Errorf("%q is taken", text)
+		}
+	}
+}

@@ -1,0 +1,514 @@
+package token_test
+
+import (
+	"context"
+	"crypto/sha256"
+	"errors"
+	"fmt"
+	"os"
+	"os/exec"
+	"path/filepath"
+	"slices"
+	"strings"
+	"sync"
+	"testing"
+	"time"
+
+	"p11-agent/token"
+	"p11-agent/token/pcsc"
+	"p11-agent/token/tokentest"
+	"p11-agent/token/tokentest/pivcard"
+	"p11-agent/token/wire"
+)
+
+// A sharer is a Store on a card behind pcscd, and what others need to use the
+// same card.
+type sharer struct {
+	*testing.T
+	pcscd  *tokentest.PCSCD
+	card   *pivcard.Card
+	person *tokentest.Person
+	store  *token.Store
+	spec   token.ModuleSpec
+}
+
+// shared is a module and a card that others use, too.
+type shared struct {
+	name, module string
+	yubiKey      bool
+	always       bool // with a key that wants its PIN each time: OpenSC keeps no PIN then
+	frail        bool // it does not select its application again, and has to be started anew
+}
+
+var sharedModules = []shared{
+	{"OpenSC", "opensc-pkcs11.so", false, false, false},
+	{"OpenSCKeepsNoPIN", "opensc-pkcs11.so", false, true, false},
+	{"Yubico", "libykcs11.so*", true, true, true},
+}
+
+func newSharer(t *testing.T, m shared, set func(*token.ModuleSpec)) *sharer {
+	t.Helper()
+	return newSharerWith(t, m, set, nil)
+}
+
+// newSharerWith has first done before the Store is opened.
+func newSharerWith(t *testing.T, m shared, set func(*token.ModuleSpec), first func(*sharer)) *sharer {
+	t.Helper()
+	path := tokentest.Module(t, m.module)
+	s := &sharer{T: t, pcscd: tokentest.StartPCSCD(t, "Yubico Virtual"), person: &tokentest.Person{Always: pivPIN}}
+	o := pivcard.Options{
+		Name: "piv", PIN: pivPIN, YubiKey: m.yubiKey, OpenPGP: true,
+		Keys: map[pivcard.Ref]pivcard.Key{pivcard.Authentication: {}},
+	}
+	if m.always {
+		o.Keys[pivcard.Signature] = pivcard.Key{}
+	}
+	s.card = tokentest.NewCard(t, o)
+	s.pcscd.Insert(0, s.card)
+	if first != nil {
+		first(s)
+	}
+	spec := realSpec("piv", path, s.pcscd.Env()...)
+	if set != nil {
+		set(&spec)
+	}
+	s.spec = spec
+	s.store = tokentest.Store(t, token.Options{Modules: []token.ModuleSpec{spec}, Command: self, PINs: s.person}, pivPIN)
+	return s
+}
+
+// key is the one that wants its PIN once.
+func (s *sharer) key() *token.Key {
+	s.Helper()
+	label := "piv"
+	if s.card.ATR()[1] == 0xfd {
+		label = fmt.Sprintf("YubiKey PIV #%d", s.card.Serial())
+	}
+	return tokentest.Key(s.T, s.store, label, 1)
+}
+
+// run runs another program that uses the card.
+func (s *sharer) run(ctx context.Context, args ...string) error {
+	cmd := exec.CommandContext(ctx, args[0], args[1:]...)
+	cmd.Env = append(os.Environ(), s.pcscd.Env()...)
+	if out, err := cmd.CombinedOutput(); err != nil {
+		return fmt.Errorf("%s: %w\n%s", strings.Join(args, " "), err, out)
+	}
+	return nil
+}
+
+// neighbours are the programs that come in between. Each returns a function that
+// uses the card once, and how many PINs that gives to it.
+var neighbours = []struct {
+	name         string
+	start        func(s *sharer) func(context.Context) error
+	right, wrong int
+	fragile      bool // it fails when it is disturbed in the middle
+}{
+	{"pkcs11-tool", func(s *sharer) func(context.Context) error {
+		dir := s.TempDir()
+		in, out := filepath.Join(dir, "in"), filepath.Join(dir, "out")
+		digest := sha256.Sum256([]byte("sign me"))
+		noError(s.T, os.WriteFile(in, digest[:], 0o600))
+		return func(ctx context.Context) error {
+			return s.run(ctx, "pkcs11-tool", "--module", tokentest.Module(s.T, "opensc-pkcs11.so"), "--login", "--pin", pivPIN,
+				"--sign", "--mechanism", "ECDSA", "--id", "01", "--input-file", in, "--output-file", out)
+		}
+	}, 1, 0, false},
+	{"reset", func(s *sharer) func(context.Context) error {
+		return func(ctx context.Context) error { return s.run(ctx, "opensc-tool", "--reset") }
+	}, 0, 0, false},
+	{"power", func(s *sharer) func(context.Context) error {
+		return func(ctx context.Context) error { return s.run(ctx, "opensc-tool", "--reset=cold") }
+	}, 0, 0, false},
+	{"logout", func(s *sharer) func(context.Context) error {
+		return func(ctx context.Context) error { return s.run(ctx, "opensc-tool", "--send-apdu", "0020FF80") }
+	}, 0, 0, false},
+	{"otherApplication", func(s *sharer) func(context.Context) error {
+		return func(ctx context.Context) error {
+			return s.run(ctx, "opensc-tool", "--send-apdu", "00A4040008A000000151000000")
+		}
+	}, 0, 0, false},
+	{"gpg", func(s *sharer) func(context.Context) error {
+		gpg := s.pcscd.SCDaemon("pcsc-shared")
+		return func(context.Context) error {
+			before := s.card.Counts().OpenPGP
+			// RESET has it select its application again, as it does for a new session.
+			for _, command := range []string{"RESET", "SERIALNO openpgp", "GETATTR DISP-NAME"} {
+				if answer := gpg.Ask(command); !strings.HasPrefix(answer, "OK") {
+					return fmt.Errorf("scdaemon, %s: %q", command, answer)
+				}
+			}
+			if s.card.Counts().OpenPGP == before {
+				return errors.New("scdaemon did not read from the card")
+			}
+			return nil
+		}
+	}, 0, 0, true},
+	{"wrongPIN", func(s *sharer) func(context.Context) error {
+		return func(ctx context.Context) error {
+			err := s.run(ctx, "pkcs11-tool", "--module", tokentest.Module(s.T, "opensc-pkcs11.so"), "--login", "--pin", "000000", "--list-objects")
+			if err == nil || !strings.Contains(err.Error(), "CKR_PIN_INCORRECT") {
+				return fmt.Errorf("a wrong PIN: %w", err)
+			}
+			return nil
+		}
+	}, 0, 1, false},
+}
+
+// TestSharing has other programs use the card in between. Each time the next
+// signature is made, with one prompt at the most, and what the others want to do
+// is done.
+func TestSharing(t *testing.T) {
+	for _, m := range sharedModules {
+		for _, n := range neighbours {
+			t.Run(m.name+"/"+n.name, func(t *testing.T) {
+				t.Parallel()
+				s := newSharer(t, m, nil)
+				k := s.key()
+				noError(t, tokentest.Sign(t.Context(), k))
+				use := n.start(s)
+				const rounds = 5
+				for range rounds {
+					idle(t, s.store) // its looks may come between two commands of scdaemon, which does not notice
+					noError(t, use(t.Context()))
+					before := s.person.Prompts()
+					noError(t, tokentest.Sign(t.Context(), k))
+					if more := s.person.Prompts() - before; more > 1 {
+						t.Errorf("%d prompts for one signature", more)
+					}
+				}
+				c := s.card.Counts()
+				want(t, "wrong PINs", c.Wrong, rounds*n.wrong)
+				t.Logf("numbers: %d prompts, %d PINs by us, %d signatures", s.person.Prompts(), c.Right-rounds*n.right, 1+rounds)
+			})
+		}
+	}
+}
+
+// TestSharingAllTheTime has other programs use the card beside fifty signatures.
+// Each time that one takes the login away, a person is asked again. libykcs11 2.2
+// may be disturbed between its login and the signature, and a login is not tried
+// twice: with it some signatures fail.
+func TestSharingAllTheTime(t *testing.T) {
+	for _, m := range sharedModules {
+		for _, n := range neighbours {
+			if n.wrong > 0 {
+				continue // it would lock the card
+			}
+			t.Run(m.name+"/"+n.name, func(t *testing.T) {
+				t.Parallel()
+				s := newSharer(t, m, nil)
+				k := s.key()
+				use := n.start(s)
+				ctx, stop := context.WithCancel(t.Context())
+				var times, disturbed int
+				once := make(chan struct{}, 1) // it was used once more
+				done := make(chan struct{})
+				go func() {
+					defer close(done)
+					for ctx.Err() == nil {
+						err := use(t.Context())
+						switch {
+						case err == nil:
+							times++
+						case n.fragile:
+							disturbed++
+						default:
+							t.Error(err)
+						}
+						select {
+						case once <- struct{}{}:
+						default:
+						}
+					}
+				}()
+				const signatures, together = 50, 5
+				made := 0
+				for range signatures / together {
+					for range together {
+						switch err := tokentest.Sign(t.Context(), k); {
+						case err == nil:
+							made++
+						case m.frail:
+							t.Log(err)
+						default:
+							t.Error(err)
+						}
+					}
+					tokentest.Wait(t, once)
+				}
+				stop()
+				tokentest.Wait(t, done)
+				if times == 0 {
+					t.Error("the other program never had its way")
+				}
+				c := s.card.Counts()
+				want(t, "wrong PINs", c.Wrong, 0)
+				if !m.frail || made < signatures/2 {
+					want(t, "signatures", made, signatures)
+				}
+				tokentest.Until(t, "a signature is made when it is over", func() bool { return tokentest.Sign(t.Context(), k) == nil })
+				t.Logf("numbers: the other program %d times, and %d times disturbed; %d prompts, %d PINs by us, %d signatures",
+					times, disturbed, s.person.Prompts(), c.Right-times*n.right, made)
+			})
+		}
+	}
+}
+
+// holders keep a reader to themselves, until they are closed.
+var holders = []struct {
+	name  string
+	start func(s *sharer) *tokentest.Neighbour
+}{
+	{"scdaemon", func(s *sharer) *tokentest.Neighbour {
+		n := s.pcscd.SCDaemon()
+		if answer := n.Ask("SERIALNO openpgp"); answer != "OK" {
+			s.Fatalf("scdaemon does not get the card: %q", answer)
+		}
+		return n
+	}},
+	{"pcscclient", func(s *sharer) *tokentest.Neighbour {
+		n := s.pcscd.Neighbour(tokentest.BuildPCSCClient(s.T), "exclusive")
+		want(s.T, "the program says", n.Line(), "ready")
+		return n
+	}},
+}
+
+// release is short enough for a test.
+func release(after time.Duration) func(*token.ModuleSpec) {
+	return func(spec *token.ModuleSpec) { spec.Release, spec.Idle = after, after }
+}
+
+// released waits until the module has let go of its cards.
+func (s *sharer) released() {
+	s.Helper()
+	tokentest.Until(s.T, "the module lets go of the card", func() bool {
+		readers, err := pcsc.Readers(s.Context(), pcsc.Socket(s.pcscd.Env()))
+		noError(s.T, err)
+		return s.store.Modules()[0].Released && readers[0].Users == 0
+	})
+}
+
+// longEnough waits until another agent with the same rules has let go of the card,
+// which began to wait for that later.
+func (s *sharer) longEnough() {
+	s.Helper()
+	other := tokentest.Store(s.T, token.Options{Modules: []token.ModuleSpec{s.spec}, Command: self}, pivPIN)
+	tokentest.Until(s.T, "another agent lets go of the card", func() bool { return other.Modules()[0].Released })
+}
+
+// TestReaderInUse has another program keep the reader to itself when a signature
+// is wanted. It is waited for, and named when it does not let go.
+func TestReaderInUse(t *testing.T) {
+	for _, m := range sharedModules[1:] {
+		for _, h := range holders {
+			t.Run(m.name+"/"+h.name, func(t *testing.T) {
+				s := newSharer(t, m, release(50*time.Millisecond))
+				k := s.key()
+				s.released()
+				n := h.start(s)
+				before := s.card.Counts().Commands
+				err := tokentest.Sign(t.Context(), k)
+				e, ok := errors.AsType[*token.InUseError](err)
+				if !ok {
+					t.Fatalf("got %v", err)
+				}
+				want(t, "reader", e.Reader, "Yubico Virtual 00 00")
+				holder := fmt.Sprintf("the reader is in use by another program: %s (%d)", h.name, n.PID)
+				if h.name == "scdaemon" && os.Geteuid() != 0 { // it lets nobody see but root
+					holder = strings.Replace(holder, ":", ", probably", 1)
+				}
+				if !strings.HasPrefix(err.Error(), holder) {
+					t.Errorf("got %q, want it to begin with %q", err, holder)
+				}
+				want(t, "commands to the card meanwhile", s.card.Counts().Commands, before)
+				if keys := s.store.Keys(); len(keys) == 0 || keys[0] != k {
+					t.Errorf("the key is not listed any more: %v", keys)
+				}
+				want(t, "insertions", k.Insertions(), uint64(1))
+
+				ctx, cancel := context.WithCancel(t.Context())
+				cancel()
+				if err := tokentest.Sign(ctx, k); !errors.Is(err, context.Canceled) {
+					t.Errorf("nobody waits: %v", err)
+				}
+				made := make(chan error, 1)
+				go func() { made <- tokentest.Sign(t.Context(), k) }()
+				n.Close()
+				noError(t, <-made)
+				want(t, "prompts", s.person.Prompts(), 1)
+				want(t, "insertions", k.Insertions(), uint64(1))
+			})
+		}
+	}
+}
+
+// TestReaderInUseFirst has another program keep the reader to itself when the
+// module starts. The key shows when it lets go.
+func TestReaderInUseFirst(t *testing.T) {
+	for _, m := range sharedModules[1:] {
+		t.Run(m.name, func(t *testing.T) {
+			var n *tokentest.Neighbour
+			s := newSharerWith(t, m, release(50*time.Millisecond), func(first *sharer) { n = holders[0].start(first) })
+			tokentest.Keys(t, s.store, 0)
+			sel, err := token.ParseProvider([]byte("pkcs11:object=none"), nil)
+			noError(t, err)
+			_, err = s.store.Select(t.Context(), sel)
+			holder := fmt.Sprintf("scdaemon (%d)", n.PID)
+			if e, ok := errors.AsType[*token.InUseError](err); !ok || !errors.Is(err, token.ErrNoMatch) || !slices.Equal(slices.Concat(e.Holders, e.Probably), []string{holder}) {
+				t.Errorf("a URI is asked for: %v", err)
+			}
+			n.Close()
+			tokentest.Until(t, "the keys show", func() bool { return len(s.store.Keys()) > 0 })
+			noError(t, tokentest.Sign(t.Context(), s.key()))
+		})
+	}
+}
+
+// TestTransaction has another program have a transaction: signatures wait for its
+// end, and nothing else.
+func TestTransaction(t *testing.T) {
+	for _, m := range sharedModules {
+		t.Run(m.name, func(t *testing.T) {
+			s := newSharer(t, m, nil)
+			k := s.key()
+			noError(t, tokentest.Sign(t.Context(), k))
+			n := s.pcscd.Neighbour(tokentest.BuildPCSCClient(t), "transaction")
+			want(t, "the program says", n.Line(), "ready")
+			before := s.card.Counts().Signatures
+			made := make(chan error, 2)
+			for range 2 {
+				go func() { made <- tokentest.Sign(t.Context(), k) }()
+			}
+			ctx, cancel := context.WithTimeout(t.Context(), 300*time.Millisecond)
+			defer cancel()
+			if err := tokentest.Sign(ctx, k); !errors.Is(err, context.DeadlineExceeded) {
+				t.Errorf("in the transaction: %v", err)
+			}
+			want(t, "signatures", s.card.Counts().Signatures, before)
+			n.Close()
+			noError(t, <-made)
+			noError(t, <-made)
+			want(t, "prompts", s.person.Prompts(), 1)
+		})
+	}
+}
+
+// TestRelease has a module let go of the card so that scdaemon gets it, which
+// wants it alone, and take it again.
+func TestRelease(t *testing.T) {
+	for _, m := range sharedModules {
+		t.Run(m.name, func(t *testing.T) {
+			s := newSharer(t, m, release(50*time.Millisecond))
+			k := s.key()
+			const rounds = 5
+			for n := range rounds {
+				noError(t, tokentest.Sign(t.Context(), k))
+				s.released()
+				gpg := s.pcscd.SCDaemon()
+				for _, command := range []string{"SERIALNO openpgp", "GETATTR DISP-NAME"} {
+					want(t, "scdaemon, "+command, gpg.Ask(command), "OK")
+				}
+				gpg.Close()
+				want(t, "prompts", s.person.Prompts(), n+1)
+			}
+			want(t, "insertions", k.Insertions(), uint64(1))
+			want(t, "restarts", s.store.Modules()[0].Restarts, 0)
+			want(t, "wrong PINs", s.card.Counts().Wrong, 0)
+
+			// The card is not forgotten, and neither is what becomes of it.
+			s.released()
+			s.pcscd.Remove(0)
+			tokentest.Keys(t, s.store, 0)
+			s.pcscd.Insert(0, s.card)
+			tokentest.Until(t, "the keys show", func() bool { return len(s.store.Keys()) > 0 })
+			noError(t, tokentest.Sign(t.Context(), s.key()))
+			want(t, "insertions", k.Insertions(), uint64(2))
+		})
+	}
+}
+
+// TestReleaseKeepsLogin has a module let go only when nobody is logged in, which
+// is what it does when nothing is configured.
+func TestReleaseKeepsLogin(t *testing.T) {
+	s := newSharer(t, sharedModules[1], func(spec *token.ModuleSpec) { spec.Idle = 50 * time.Millisecond })
+	s.released()
+	k := s.key()
+	noError(t, tokentest.Sign(t.Context(), k))
+	s.longEnough()
+	gpg := s.pcscd.SCDaemon()
+	if answer := gpg.Ask("SERIALNO openpgp"); !strings.HasPrefix(answer, "ERR") {
+		t.Errorf("while somebody is logged in, scdaemon says %q", answer)
+	}
+	want(t, "released", s.store.Modules()[0].Released, false)
+	noError(t, tokentest.Sign(t.Context(), k))
+	want(t, "prompts", s.person.Prompts(), 1)
+	noError(t, s.store.LogoutAll(t.Context()))
+	s.released()
+	want(t, "scdaemon", gpg.Ask("SERIALNO openpgp"), "OK")
+}
+
+// TestReleaseWaits has a person take their time: the module is not let go under
+// the prompt.
+func TestReleaseWaits(t *testing.T) {
+	s := newSharer(t, sharedModules[1], release(20*time.Millisecond))
+	k := s.key()
+	s.released()
+	wait := make(chan struct{})
+	s.person.Wait = wait
+	made := make(chan error, 1)
+	go func() { made <- tokentest.Sign(t.Context(), k) }()
+	s.person.Until(t, func() bool { return s.person.Prompts() == 1 })
+	s.longEnough()
+	want(t, "released under the prompt", s.store.Modules()[0].Released, false)
+	close(wait)
+	noError(t, <-made)
+	want(t, "prompts", s.person.Prompts(), 1)
+}
+
+// TestStartedAnewAgainAndAgain has a module that works when it is started anew,
+// each time: there is no longer pause before it for that.
+func TestStartedAnewAgainAndAgain(t *testing.T) {
+	p := &tokentest.Person{Always: pin}
+	b := newBench(t, p, nil)
+	var mu sync.Mutex
+	left := 0
+	b.fake.Intercept(func(_ context.Context, proc *tokentest.FakeProcess, r wire.Request) bool {
+		mu.Lock()
+		defer mu.Unlock()
+		if r.Type != wire.TypeSign || left == 0 {
+			return false
+		}
+		left--
+		proc.Fail(r, &wire.Error{Function: "C_Sign", RV: wire.CKRDeviceError})
+		return true
+	})
+	b.mustSign()
+	const times = 8
+	for range times {
+		mu.Lock()
+		left = 2
+		mu.Unlock()
+		b.mustSign()
+	}
+	want(t, "prompts", p.Prompts(), 1+times)
+	want(t, "processes", b.fake.Started(), 1+times)
+}
+
+func TestInUseError(t *testing.T) {
+	for _, tt := range []struct {
+		err  token.InUseError
+		want string
+	}{
+		{token.InUseError{}, ", which is not known: end it,"},
+		{token.InUseError{Hidden: true}, ", which this user may not see: end it,"},
+		{token.InUseError{Holders: []string{"firefox (1)"}}, ": firefox (1): end it,"},
+		{token.InUseError{Holders: []string{"firefox (1)", "scdaemon (2)"}}, `, one of: firefox (1), scdaemon (2): "gpgconf --kill scdaemon"`},
+		{token.InUseError{Holders: []string{"firefox (1)"}, Probably: []string{"scdaemon (2)"}}, `, probably scdaemon (2): "gpgconf --kill scdaemon"`},
+	} {
+		if begin := "the reader is in use by another program" + tt.want; !strings.HasPrefix(tt.err.Error(), begin) {
+			t.Errorf("got %q, want it to begin with %q", tt.err.Error(), begin)
+		}
+	}
+}
