@@ -97,7 +97,7 @@ func TestTPMAlwaysAuthenticate(t *testing.T) {
 	for _, step := range []struct {
 		id      byte
 		prompts int
-	}{{2, 2}, {2, 3}, {1, 3}, {2, 4}, {1, 4}} { // the first is a login, too
+	}{{2, 1}, {2, 2}, {1, 2}, {2, 3}, {1, 3}} { // the first is a login, too
 		noError(t, tokentest.Sign(t.Context(), tokentest.Key(t, s, "tpm", step.id)))
 		want(t, "prompts", person.Prompts(), step.prompts)
 	}

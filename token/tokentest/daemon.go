@@ -25,6 +25,15 @@ type daemon struct {
 // even with one that crashes: what it has printed shows when the test has failed.
 func startDaemon(t testing.TB, name, dir string, env, args []string, answers func() bool) *daemon {
 	t.Helper()
+	d := launchDaemon(t, name, dir, env, args)
+	t.Cleanup(d.endWithTest)
+	d.untilItAnswers(answers)
+	return d
+}
+
+// launchDaemon is startDaemon for those who end it themselves.
+func launchDaemon(t testing.TB, name, dir string, env, args []string) *daemon {
+	t.Helper()
 	d := &daemon{t: t, name: name, log: filepath.Join(dir, name+".log"), cmd: exec.Command(args[0], args[1:]...), done: make(chan struct{})}
 	d.cmd.Env = append(os.Environ(), env...)
 	out, err := os.Create(d.log)
@@ -48,21 +57,26 @@ func startDaemon(t testing.TB, name, dir string, env, args []string, answers fun
 	if err := <-started; err != nil {
 		t.Fatal(err)
 	}
-	t.Cleanup(func() {
-		d.end(syscall.SIGTERM)
-		if t.Failed() {
-			t.Logf("%s said:\n%s", d.name, d.output())
-		}
-	})
-	Until(t, d.name+" answers", func() bool {
+	return d
+}
+
+func (d *daemon) endWithTest() {
+	d.end(syscall.SIGTERM)
+	if d.t.Failed() {
+		d.t.Logf("%s said:\n%s", d.name, d.output())
+	}
+}
+
+func (d *daemon) untilItAnswers(answers func() bool) {
+	d.t.Helper()
+	Until(d.t, d.name+" answers", func() bool {
 		select {
 		case <-d.done:
-			t.Fatalf("%s has ended:\n%s", d.name, d.output())
+			d.t.Fatalf("%s has ended:\n%s", d.name, d.output())
 		default:
 		}
 		return answers()
 	})
-	return d
 }
 
 // output is what the daemon has printed, without repeated lines: swtpm has a line

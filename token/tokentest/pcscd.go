@@ -71,6 +71,9 @@ func startPCSCD(t testing.TB, private bool, readers []string) *PCSCD {
 		for _, s := range p.Slots {
 			s.Close()
 		}
+		if p.daemon != nil {
+			p.daemon.endWithTest()
+		}
 	})
 	// The ports are chosen, and then bound by pcscd: should another program be
 	// faster, others are chosen.
@@ -272,7 +275,8 @@ func (p *PCSCD) start() {
 	}
 	// Without drivers for USB the machine's own readers stay with its own daemon.
 	env := []string{"PCSCLITE_HP_DROPDIR=" + filepath.Join(p.dir, "usb")}
-	p.daemon = startDaemon(p.t, "pcscd", p.dir, env, args, p.answers)
+	p.daemon = launchDaemon(p.t, "pcscd", p.dir, env, args)
+	p.daemon.untilItAnswers(p.answers)
 }
 
 // Stop has the daemon end, and waits for it.
