@@ -39,6 +39,25 @@ const (
 // errGone is why the requests of a process that ended fail.
 var errGone = errors.New("the module process ended")
 
+// errOneAtATime is why a process ends that cannot wait for events and answer.
+var errOneAtATime = errors.New("it answers nothing while it waits for events")
+
+// errRenewed is why a process ends in whose place there is to be a new one. It
+// had nothing under way.
+var errRenewed = errors.New("it is started anew to look for tokens")
+
+// oneAtATime tells whether a process failed for that.
+func oneAtATime(err error) bool {
+	return errors.Is(err, errOneAtATime) || isReason(err, wire.ReasonOneAtATime)
+}
+
+// hungError is why a process is killed that did not answer.
+type hungError struct{ timeout time.Duration }
+
+func (e *hungError) Error() string {
+	return fmt.Sprintf("it did not answer within %v and was stopped", e.timeout)
+}
+
 // process is one running module process. Requests may be made by any number of
 // goroutines. It ends by kill, by a request that takes too long, or by itself;
 // done is closed then and err says why.
@@ -135,7 +154,7 @@ func startProcess(ctx context.Context, spec ModuleSpec, argv []string, log *slog
 		close(p.done)
 	}()
 
-	hello := &wire.Hello{Version: wire.Version, Path: spec.Path, InitArgs: spec.InitArgs}
+	hello := &wire.Hello{Version: wire.Version, Path: spec.Path, InitArgs: spec.InitArgs, Poll: spec.Poll}
 	if err := p.call(ctx, startTimeout, wire.TypeHello, hello, &p.info); err != nil {
 		p.kill(errors.New("it did not start"))
 		<-p.done
@@ -157,7 +176,9 @@ func exitReason(err error) error {
 }
 
 // kill ends the process, which costs nothing but its module's keys: tokens keep
-// what was finished. done is closed when it has ended.
+// what was finished. done is closed when it has ended. All requests under way
+// fail with why, so it wraps no error of one of them: the others would take that
+// for their own, and a login would say that no PIN was tried.
 func (p *process) kill(why error) {
 	p.fail(why)
 	// It may have gone by itself: then there is nothing to kill.
@@ -205,6 +226,10 @@ func (p *process) read() {
 			}
 			continue
 		}
+		if f.Type == wire.TypeLost {
+			p.kill(lost(f))
+			return
+		}
 		p.mu.Lock()
 		w := p.waiting[f.ID]
 		delete(p.waiting, f.ID)
@@ -222,6 +247,23 @@ func (p *process) read() {
 		}
 		w.timer.Stop()
 		w.answer <- f
+	}
+}
+
+// lost makes a reason of what a process says of its own end.
+func lost(f wire.Frame) error {
+	err := f.Decode(nil)
+	switch e, ok := errors.AsType[*wire.Error](err); {
+	case !ok:
+		return fmt.Errorf("its answer made no sense: %w", err)
+	case e.Reason == wire.ReasonOneAtATime:
+		return errOneAtATime
+	case e.Reason == wire.ReasonRenew:
+		return errRenewed
+	case e.Function == "C_WaitForSlotEvent":
+		return fmt.Errorf("it lost its readers and is started anew: %v", err)
+	default:
+		return fmt.Errorf("it is started anew: %v", err)
 	}
 }
 
@@ -243,7 +285,7 @@ func (p *process) call(ctx context.Context, timeout time.Duration, t wire.Type, 
 	}
 	id := p.numberLocked()
 	w.timer = time.AfterFunc(timeout, func() {
-		p.kill(fmt.Errorf("%w: it did not answer within %v and was stopped", errGone, timeout))
+		p.kill(fmt.Errorf("%w: %w", errGone, &hungError{timeout}))
 	})
 	p.waiting[id] = w
 	p.mu.Unlock()

@@ -36,6 +36,10 @@ type ModuleSpec struct {
 	// process is killed; 0 stands for a time by kind of request, two minutes at
 	// most.
 	Timeout time.Duration
+	// Poll has the module's slots be looked at again and again instead of waiting
+	// for its events. It is for modules that do one thing at a time; those that
+	// nobody knows of are found out.
+	Poll bool
 }
 
 // Options make a Store.
@@ -272,6 +276,7 @@ type ModuleStatus struct {
 	PID      int
 	Err      error // what went wrong last; nil when it is well
 	Restarts int
+	Waits    bool   // it tells of changes by itself; its slots are looked at again and again where it does not
 	Library  string // what the module says it is
 	Tokens   []TokenStatus
 }

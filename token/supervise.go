@@ -98,18 +98,25 @@ func (m *module) run(ctx context.Context) {
 	defer first()
 	var due []*lookup // asked for while there was no process
 	defer func() { answer(due, ErrClosed) }()
+	spec, poll := m.spec, m.spec.Poll
+	renewed := false // the next process is no sign of trouble
 	for pause := restartMin; ctx.Err() == nil; {
 		began := time.Now()
-		p, err := startProcess(ctx, m.spec, m.store.opts.Command, m.log)
+		p, err := startProcess(ctx, spec, m.store.opts.Command, m.log)
 		if err == nil {
-			m.change(func() { m.info, m.starts = p.info, m.starts+1 })
+			m.change(func() {
+				m.info = p.info
+				if !renewed {
+					m.starts++
+				}
+			})
 			err = m.look(ctx, p, false)
 			first()
 			answer(due, err)
 			due = nil
 			if p.failure() == nil {
 				m.change(func() { m.proc, m.err, m.retry = p, nil, time.Time{} })
-				m.attend(ctx, p)
+				due = m.attend(ctx, p)
 			}
 			<-p.done
 			err = p.failure()
@@ -117,6 +124,18 @@ func (m *module) run(ctx context.Context) {
 		if ctx.Err() != nil {
 			break
 		}
+		if renewed = errors.Is(err, errRenewed); renewed {
+			continue
+		}
+		if oneAtATime(err) && !poll {
+			// Found out before somebody had to wait for it.
+			m.log.Info("module does one thing at a time: its slots are looked at again and again")
+			renewed, poll, spec.Poll = p != nil, true, true
+			continue
+		}
+		// A wait for events may be what it hung for.
+		_, hung := errors.AsType[*hungError](err)
+		spec.Poll = poll || hung
 		if time.Since(began) > healthyAfter {
 			pause = restartMin
 		}
@@ -192,16 +211,18 @@ func (m *module) pause(ctx context.Context, wait time.Duration) (due []*lookup) 
 	return due
 }
 
-// attend serves a running process until it ends.
-func (m *module) attend(ctx context.Context, p *process) {
+// attend serves a running process until it ends. It returns the look that the
+// process is replaced for.
+func (m *module) attend(ctx context.Context, p *process) []*lookup {
 	for {
 		var err error
+		var due []*lookup
 		select {
 		case <-ctx.Done():
 			p.kill(ErrClosed)
-			return
+			return nil
 		case <-p.done:
-			return
+			return nil
 		case <-p.events:
 			err = m.look(ctx, p, false)
 		case <-m.poked:
@@ -210,9 +231,13 @@ func (m *module) attend(ctx context.Context, p *process) {
 			}
 		case l := <-m.wanted:
 			err = m.look(ctx, p, true)
-			l.done <- err
+			due = append(due, l)
 		}
-		if err != nil && ctx.Err() == nil {
+		if errors.Is(err, errRenewed) {
+			return due
+		}
+		answer(due, err)
+		if err != nil && ctx.Err() == nil && p.failure() == nil { // else run says it
 			m.log.Warn("module cannot be looked at", "reason", err)
 		}
 	}
@@ -223,19 +248,21 @@ func (m *module) attend(ctx context.Context, p *process) {
 func (m *module) mute() bool {
 	m.mu.Lock()
 	defer m.mu.Unlock()
-	return !m.plug
+	return !m.plug && !m.info.Waits
 }
 
 // look asks the module for its tokens and keys and publishes them. A token that
 // fails keeps what was known of it.
 func (m *module) look(ctx context.Context, p *process, again bool) error {
 	var slots wire.SlotsReply
+	// A process is not replaced while a person types a PIN for it.
+	again = again && !(p.info.Waits && m.asking())
 	err := p.call(ctx, listTimeout, wire.TypeSlots, &wire.Slots{Reinitialize: again}, &slots)
 	if err != nil {
 		if isRV(err, wire.CKRGeneralError, wire.CKRDeviceError, wire.CKRCryptokiNotInitialized) {
 			// Some modules never recover from the loss of their reader service;
 			// a new process does.
-			p.kill(fmt.Errorf("its tokens cannot be listed: %w", err))
+			p.kill(fmt.Errorf("its tokens cannot be listed: %v", err))
 		}
 		return m.wrap(err)
 	}
@@ -271,6 +298,11 @@ func (m *module) look(ctx context.Context, p *process, again bool) error {
 	})
 	m.store.publish()
 	return nil
+}
+
+// asking tells whether somebody is asked for the PIN of one of the tokens.
+func (m *module) asking() bool {
+	return slices.ContainsFunc(m.known(), func(t *Token) bool { return len(m.store.gate(t.ID).prompt) > 0 })
 }
 
 // token returns what is kept of the token in a slot.
@@ -389,6 +421,7 @@ func (m *module) status() ModuleStatus {
 		Running:  m.proc != nil,
 		Err:      m.err,
 		Restarts: max(0, m.starts-1),
+		Waits:    m.proc != nil && m.info.Waits,
 		Library:  m.info.Description,
 	}
 	if m.proc != nil {

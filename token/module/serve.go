@@ -36,6 +36,8 @@ type server struct {
 
 	polling sync.Mutex // held while the module is asked for changes
 
+	waiter *waiter // there before lib is
+
 	life     sync.RWMutex // held by each request, and alone while the module is initialised again
 	initArgs string
 
@@ -45,6 +47,7 @@ type server struct {
 	slots      map[wire.TokenID]uint // where each was last seen
 	mechanisms map[wire.TokenID][]wire.Mechanism
 	seen       *snapshot // what the agent was told of last
+	fixed      bool      // nothing can be plugged into the slots that it was told of
 }
 
 func newServer(conn *wire.ModuleConn, logger *log.Logger) *server {
@@ -197,15 +200,19 @@ func (s *server) hello(m *wire.Hello) (wire.Message, error) {
 	if err != nil {
 		return nil, err
 	}
+	if err := s.watch(lib, m.Poll); err != nil {
+		return nil, err
+	}
 	s.initArgs = m.InitArgs // nobody reads it before lib is there
 	s.lib.Store(lib)
-	go s.watch(lib)
+	waits, _ := s.waiter.waits()
 	return &wire.HelloReply{
 		Version:      wire.Version,
 		Manufacturer: text(info.ManufacturerID, maxText),
 		Description:  text(info.LibraryDescription, maxText),
 		Library:      uint32(info.LibraryVersion.Major)<<8 | uint32(info.LibraryVersion.Minor),
 		Cryptoki:     uint32(info.CryptokiVersion.Major)<<8 | uint32(info.CryptokiVersion.Minor),
+		Waits:        waits,
 	}, nil
 }
 
