@@ -2,6 +2,7 @@ package token
 
 import (
 	"bufio"
+	"bytes"
 	"context"
 	"errors"
 	"fmt"
@@ -34,6 +35,10 @@ const (
 	signTimeout   = 2 * time.Minute
 	stderrLine    = 512 // bytes kept of one line a module prints
 	stderrPerProc = 200 // lines logged of one process
+	// A module may print so much in so much time: who prints more waits for us, and
+	// not the other way round.
+	stderrBurst = 1 << 20
+	stderrSpan  = 100 * time.Millisecond
 )
 
 // errGone is why the requests of a process that ended fail.
@@ -136,12 +141,13 @@ func startProcess(ctx context.Context, spec ModuleSpec, argv []string, log *slog
 	}
 	last := new(lastLine)
 	var reading sync.WaitGroup
-	reading.Go(func() { logOutput(said, last, log) })
+	reading.Go(func() { logOutput(&throttle{r: said}, last, log) })
 	reading.Go(p.read)
 	go func() {
+		killRest(cmd.Process.Pid)
 		state := cmd.Wait()
 		p.fail(exitReason(state))
-		// A module may have left a child of its own that holds the pipe open.
+		// A child that has left the group may hold the pipe open.
 		_ = said.SetReadDeadline(time.Now().Add(100 * time.Millisecond))
 		reading.Wait()
 		p.sending.Wait()
@@ -161,6 +167,21 @@ func startProcess(ctx context.Context, spec ModuleSpec, argv []string, log *slog
 		return nil, err
 	}
 	return p, nil
+}
+
+// killRest waits for the end of a process and kills what is left of its group: the
+// children that its module has started. The process is still to be waited for, so
+// its number is nobody else's yet.
+func killRest(pid int) {
+	for {
+		err := unix.Waitid(unix.P_PID, pid, nil, unix.WEXITED|unix.WNOWAIT, nil)
+		if err == nil {
+			_ = unix.Kill(-pid, unix.SIGKILL) // most have none
+		}
+		if err != unix.EINTR {
+			return
+		}
+	}
 }
 
 // exitReason says how a process ended.
@@ -367,44 +388,70 @@ func (p *process) ended(ctx context.Context) error {
 // lastLine remembers the last line that a process printed.
 type lastLine struct {
 	mu   sync.Mutex
-	line string
+	line []byte
 }
 
-func (l *lastLine) set(s string) {
+func (l *lastLine) set(line []byte) {
 	l.mu.Lock()
 	defer l.mu.Unlock()
-	l.line = s
+	l.line = append(l.line[:0], line...)
 }
 
 func (l *lastLine) String() string {
 	l.mu.Lock()
 	defer l.mu.Unlock()
-	return l.line
+	return printable(string(l.line))
+}
+
+// A throttle reads no more than stderrBurst in each stderrSpan.
+type throttle struct {
+	r    io.Reader
+	left int
+	end  time.Time // of the span
+}
+
+func (t *throttle) Read(b []byte) (int, error) {
+	now := time.Now()
+	if t.left <= 0 {
+		time.Sleep(t.end.Sub(now))
+		now = time.Now()
+	}
+	if !now.Before(t.end) {
+		t.left, t.end = stderrBurst, now.Add(stderrSpan)
+	}
+	n, err := t.r.Read(b[:min(len(b), t.left)])
+	t.left -= n
+	return n, err
 }
 
 // logOutput logs what a module prints, line by line and within bounds, until
-// the pipe ends.
+// the pipe ends. It reads on when it does not log any more: a module that cannot
+// print would hang.
 func logOutput(r io.Reader, last *lastLine, log *slog.Logger) {
-	in := bufio.NewReaderSize(r, stderrLine)
-	dropped := 0
-	for n := 0; ; n++ {
+	in := bufio.NewReaderSize(r, 64<<10)
+	logged, dropped := 0, 0
+	for {
 		line, more, err := in.ReadLine()
 		if err != nil {
 			break
 		}
-		text := printable(string(line))
+		line = line[:min(len(line), stderrLine)]
+		if len(bytes.TrimSpace(line)) == 0 {
+			line = nil
+		} else {
+			last.set(line)
+		}
+		switch {
+		case line == nil:
+		case logged < stderrPerProc:
+			logged++
+			log.Debug("module printed", "line", printable(string(line)))
+		default:
+			dropped++
+		}
 		for more && err == nil {
 			_, more, err = in.ReadLine()
 		}
-		if text == "" {
-			continue
-		}
-		last.set(text)
-		if n >= stderrPerProc {
-			dropped++
-			continue
-		}
-		log.Debug("module printed", "line", text)
 	}
 	if dropped > 0 {
 		log.Warn("module printed too much", "lines not shown", dropped)

@@ -100,7 +100,8 @@ func (m *module) run(ctx context.Context) {
 	defer func() { answer(due, ErrClosed) }()
 	spec, poll := m.spec, m.spec.Poll
 	renewed := false // the next process is no sign of trouble
-	for pause := restartMin; ctx.Err() == nil; {
+	var again backoff
+	for ctx.Err() == nil {
 		began := time.Now()
 		p, err := startProcess(ctx, spec, m.store.opts.Command, m.log)
 		if err == nil {
@@ -136,11 +137,7 @@ func (m *module) run(ctx context.Context) {
 		// A wait for events may be what it hung for.
 		_, hung := errors.AsType[*hungError](err)
 		spec.Poll = poll || hung
-		if time.Since(began) > healthyAfter {
-			pause = restartMin
-		}
-		wait := pause
-		pause = min(2*pause, restartMax)
+		wait := again.next(time.Since(began))
 		if isReason(err, wire.ReasonLoad) {
 			// The file will not get better by itself.
 			wait = 0
@@ -151,6 +148,18 @@ func (m *module) run(ctx context.Context) {
 		due = m.pause(ctx, wait)
 	}
 	m.change(func() { m.proc, m.err, m.retry = nil, ErrClosed, time.Time{} })
+}
+
+// backoff is how long to wait before a process is started again.
+type backoff struct{ last time.Duration }
+
+// next returns that for a process that has lived so long.
+func (b *backoff) next(lived time.Duration) time.Duration {
+	if lived > healthyAfter {
+		b.last = 0
+	}
+	b.last = min(max(2*b.last, restartMin), restartMax)
+	return b.last
 }
 
 // answer tells everybody who waited for a look.

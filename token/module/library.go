@@ -131,6 +131,7 @@ import (
 	"reflect"
 	"slices"
 	"strings"
+	"sync/atomic"
 	"unsafe"
 
 	"github.com/miekg/pkcs11"
@@ -155,8 +156,9 @@ import (
 // The standard has a session be used by one caller at a time: that is for the
 // callers to keep.
 type library struct {
-	ctx *pkcs11.Ctx
-	fn  *C.struct_functions
+	ctx    *pkcs11.Ctx
+	fn     *C.struct_functions
+	closed atomic.Bool // a session was closed
 }
 
 // load opens the module's file. Code of the module runs from here on.
@@ -376,7 +378,11 @@ func (l *library) openSession(slot uint) (pkcs11.SessionHandle, error) {
 }
 
 func (l *library) closeSession(s pkcs11.SessionHandle) error {
-	return failed("C_CloseSession", l.ctx.CloseSession(s))
+	err := failed("C_CloseSession", l.ctx.CloseSession(s))
+	if err == nil {
+		l.closed.Store(true)
+	}
+	return err
 }
 
 func (l *library) sessionInfo(s pkcs11.SessionHandle) (pkcs11.SessionInfo, error) {

@@ -44,7 +44,7 @@ type process struct {
 	conn   *wire.Conn
 	stderr *logBuffer
 	events chan struct{}
-	lost   chan error // what it said when it was of no use any more
+	lost   chan error    // what it said when it was of no use any more
 	exited chan struct{} // closed once the process has been waited for
 
 	ids atomic.Uint32

@@ -230,12 +230,18 @@ func (s *server) token(id wire.TokenID) *token {
 
 // find returns the presence of a token.
 func (s *server) find(ctx context.Context, lib *library, t *token) (*presence, error) {
-	return t.find(ctx, lib, func() (uint, bool) {
+	p, err := t.find(ctx, lib, func() (uint, bool) {
 		s.mu.Lock()
 		defer s.mu.Unlock()
 		slot, ok := s.slots[t.id]
 		return slot, ok
 	})
+	if code(err) == wire.CKRSessionCount && lib.closed.Load() {
+		// There is none left for the first: it may be the module that does not give
+		// back what was closed, and a new process has all of them.
+		s.lose(&wire.Error{Function: "C_OpenSession", Text: "the module has no session left"})
+	}
+	return p, err
 }
 
 // state tells how a token is.

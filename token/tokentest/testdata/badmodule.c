@@ -348,7 +348,13 @@ static rv_t C_GetTokenInfo(ulong slot, struct token_info *info)
 	char text[64] = "bad";
 
 	CALLED;
-	WRAPPED(6, (ulong, struct token_info *), (slot, info));
+	if (wrapped) {
+		rv_t rv = ((rv_t (*)(ulong, struct token_info *))wrapped[6])(slot, info);
+
+		if (rv == OK && command("label", NULL, text, sizeof text))
+			pad(info->label, sizeof info->label, text);
+		return rv;
+	}
 	if (slot >= present())
 		return TOKEN_NOT_PRESENT;
 	memset(info, 0, sizeof *info);
