@@ -200,6 +200,20 @@ func TestMisbehavingModule(t *testing.T) {
 		{"closes its socket", wire.TypeSign, func(p *tokentest.FakeProcess, _ wire.Request) { p.Close() }, true, 1},
 		{"answers with garbage", wire.TypeSign, func(p *tokentest.FakeProcess, _ wire.Request) { p.Raw([]byte("HTTP/1.1 400 Bad\r\n\r\n")) }, true, 1},
 		{"answers at great length", wire.TypeSign, func(p *tokentest.FakeProcess, _ wire.Request) { p.Raw(huge) }, true, 1},
+		{"ends in the middle of an answer", wire.TypeSign, func(p *tokentest.FakeProcess, _ wire.Request) {
+			p.Raw([]byte{0, 0, 0, 100, byte(wire.TypeReply), 0, 0})
+			p.Kill()
+		}, true, 1},
+		{"closes in the middle of an answer", wire.TypeSign, func(p *tokentest.FakeProcess, _ wire.Request) {
+			p.Raw([]byte{0, 0, 0, 100, byte(wire.TypeReply), 0, 0, 0, 1, 0, 0})
+			p.Close()
+		}, true, 1},
+		{"says that it is lost", wire.TypeSign, func(p *tokentest.FakeProcess, _ wire.Request) {
+			p.Lose(&wire.Error{Function: "C_WaitForSlotEvent", RV: wire.CKRGeneralError})
+		}, true, 1},
+		{"says that it is lost, and makes no sense", wire.TypeSign, func(p *tokentest.FakeProcess, _ wire.Request) {
+			p.Raw([]byte{0, 0, 0, 6, byte(wire.TypeLost), 0, 0, 0, 0, 9})
+		}, true, 1},
 		{"answers another question", wire.TypeSign, func(p *tokentest.FakeProcess, r wire.Request) {
 			r.ID += 1000
 			p.Reply(r, &wire.SignReply{})

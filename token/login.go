@@ -476,7 +476,7 @@ func typedOnReader(ctx context.Context, d PINDialogue, call func(ctx context.Con
 func (t *Token) judge(err error) error {
 	e, ok := errors.AsType[*wire.Error](err)
 	if !ok {
-		return t.loginFailed(err, errors.Is(err, errGone))
+		return t.loginFailed(err, errors.Is(err, errGone) && !errors.Is(err, errRenewed))
 	}
 	tries := TriesUnknown
 	if e.HasInfo {

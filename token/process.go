@@ -2,6 +2,7 @@ package token
 
 import (
 	"bufio"
+	"bytes"
 	"context"
 	"errors"
 	"fmt"
@@ -35,10 +36,33 @@ const (
 	signTimeout   = 2 * time.Minute
 	stderrLine    = 512 // bytes kept of one line a module prints
 	stderrPerProc = 200 // lines logged of one process
+	// A module may print so much in so much time: who prints more waits for us, and
+	// not the other way round.
+	stderrBurst = 1 << 20
+	stderrSpan  = 100 * time.Millisecond
 )
 
 // errGone is why the requests of a process that ended fail.
 var errGone = errors.New("the module process ended")
+
+// errOneAtATime is why a process ends that cannot wait for events and answer.
+var errOneAtATime = errors.New("it answers nothing while it waits for events")
+
+// errRenewed is why a process ends in whose place there is to be a new one. It
+// had nothing under way.
+var errRenewed = errors.New("it is started anew to look for tokens")
+
+// oneAtATime tells whether a process failed for that.
+func oneAtATime(err error) bool {
+	return errors.Is(err, errOneAtATime) || isReason(err, wire.ReasonOneAtATime)
+}
+
+// hungError is why a process is killed that did not answer.
+type hungError struct{ timeout time.Duration }
+
+func (e *hungError) Error() string {
+	return fmt.Sprintf("it did not answer within %v and was stopped", e.timeout)
+}
 
 // process is one running module process. Requests may be made by any number of
 // goroutines. It ends by kill, by a request that takes too long, or by itself;
@@ -119,12 +143,13 @@ func startProcess(ctx context.Context, spec ModuleSpec, argv []string, log *slog
 	}
 	last := new(lastLine)
 	var reading sync.WaitGroup
-	reading.Go(func() { logOutput(said, last, log) })
+	reading.Go(func() { logOutput(&throttle{r: said}, last, log) })
 	reading.Go(p.read)
 	go func() {
+		killRest(cmd.Process.Pid)
 		state := cmd.Wait()
 		p.fail(exitReason(state))
-		// A module may have left a child of its own that holds the pipe open.
+		// A child that has left the group may hold the pipe open.
 		_ = said.SetReadDeadline(time.Now().Add(100 * time.Millisecond))
 		reading.Wait()
 		p.sending.Wait()
@@ -137,13 +162,28 @@ func startProcess(ctx context.Context, spec ModuleSpec, argv []string, log *slog
 		close(p.done)
 	}()
 
-	hello := &wire.Hello{Version: wire.Version, Path: spec.Path, InitArgs: spec.InitArgs}
+	hello := &wire.Hello{Version: wire.Version, Path: spec.Path, InitArgs: spec.InitArgs, Poll: spec.Poll}
 	if err := p.call(ctx, startTimeout, wire.TypeHello, hello, &p.info); err != nil {
 		p.kill(errors.New("it did not start"))
 		<-p.done
 		return nil, err
 	}
 	return p, nil
+}
+
+// killRest waits for the end of a process and kills what is left of its group: the
+// children that its module has started. The process is still to be waited for, so
+// its number is nobody else's yet.
+func killRest(pid int) {
+	for {
+		err := unix.Waitid(unix.P_PID, pid, nil, unix.WEXITED|unix.WNOWAIT, nil)
+		if err == nil {
+			_ = unix.Kill(-pid, unix.SIGKILL) // most have none
+		}
+		if err != unix.EINTR {
+			return
+		}
+	}
 }
 
 // exitReason says how a process ended.
@@ -159,7 +199,9 @@ func exitReason(err error) error {
 }
 
 // kill ends the process, which costs nothing but its module's keys: tokens keep
-// what was finished. done is closed when it has ended.
+// what was finished. done is closed when it has ended. All requests under way
+// fail with why, so it wraps no error of one of them: the others would take that
+// for their own, and a login would say that no PIN was tried.
 func (p *process) kill(why error) {
 	p.fail(why)
 	// It may have gone by itself: then there is nothing to kill.
@@ -209,6 +251,10 @@ func (p *process) read() {
 			}
 			continue
 		}
+		if f.Type == wire.TypeLost {
+			p.kill(lost(f))
+			return
+		}
 		p.mu.Lock()
 		w := p.waiting[f.ID]
 		delete(p.waiting, f.ID)
@@ -226,6 +272,23 @@ func (p *process) read() {
 		}
 		w.timer.Stop()
 		w.answer <- f
+	}
+}
+
+// lost makes a reason of what a process says of its own end.
+func lost(f wire.Frame) error {
+	err := f.Decode(nil)
+	switch e, ok := errors.AsType[*wire.Error](err); {
+	case !ok:
+		return fmt.Errorf("its answer made no sense: %w", err)
+	case e.Reason == wire.ReasonOneAtATime:
+		return errOneAtATime
+	case e.Reason == wire.ReasonRenew:
+		return errRenewed
+	case e.Function == "C_WaitForSlotEvent":
+		return fmt.Errorf("it lost its readers and is started anew: %v", err)
+	default:
+		return fmt.Errorf("it is started anew: %v", err)
 	}
 }
 
@@ -247,7 +310,7 @@ func (p *process) call(ctx context.Context, timeout time.Duration, t wire.Type, 
 	}
 	id := p.numberLocked()
 	w.timer = time.AfterFunc(timeout, func() {
-		p.kill(fmt.Errorf("%w: it did not answer within %v and was stopped", errGone, timeout))
+		p.kill(fmt.Errorf("%w: %w", errGone, &hungError{timeout}))
 	})
 	p.waiting[id] = w
 	p.mu.Unlock()
@@ -329,44 +392,70 @@ func (p *process) ended(ctx context.Context) error {
 // lastLine remembers the last line that a process printed.
 type lastLine struct {
 	mu   sync.Mutex
-	line string
+	line []byte
 }
 
-func (l *lastLine) set(s string) {
+func (l *lastLine) set(line []byte) {
 	l.mu.Lock()
 	defer l.mu.Unlock()
-	l.line = s
+	l.line = append(l.line[:0], line...)
 }
 
 func (l *lastLine) String() string {
 	l.mu.Lock()
 	defer l.mu.Unlock()
-	return l.line
+	return printable(string(l.line))
+}
+
+// A throttle reads no more than stderrBurst in each stderrSpan.
+type throttle struct {
+	r    io.Reader
+	left int
+	end  time.Time // of the span
+}
+
+func (t *throttle) Read(b []byte) (int, error) {
+	now := time.Now()
+	if t.left <= 0 {
+		time.Sleep(t.end.Sub(now))
+		now = time.Now()
+	}
+	if !now.Before(t.end) {
+		t.left, t.end = stderrBurst, now.Add(stderrSpan)
+	}
+	n, err := t.r.Read(b[:min(len(b), t.left)])
+	t.left -= n
+	return n, err
 }
 
 // logOutput logs what a module prints, line by line and within bounds, until
-// the pipe ends.
+// the pipe ends. It reads on when it does not log any more: a module that cannot
+// print would hang.
 func logOutput(r io.Reader, last *lastLine, log *slog.Logger) {
-	in := bufio.NewReaderSize(r, stderrLine)
-	dropped := 0
-	for n := 0; ; n++ {
+	in := bufio.NewReaderSize(r, 64<<10)
+	logged, dropped := 0, 0
+	for {
 		line, more, err := in.ReadLine()
 		if err != nil {
 			break
 		}
-		text := printable(string(line))
+		line = line[:min(len(line), stderrLine)]
+		if len(bytes.TrimSpace(line)) == 0 {
+			line = nil
+		} else {
+			last.set(line)
+		}
+		switch {
+		case line == nil:
+		case logged < stderrPerProc:
+			logged++
+			log.Debug("module printed", "line", printable(string(line)))
+		default:
+			dropped++
+		}
 		for more && err == nil {
 			_, more, err = in.ReadLine()
 		}
-		if text == "" {
-			continue
-		}
-		last.set(text)
-		if n >= stderrPerProc {
-			dropped++
-			continue
-		}
-		log.Debug("module printed", "line", text)
 	}
 	if dropped > 0 {
 		log.Warn("module printed too much", "lines not shown", dropped)

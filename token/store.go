@@ -42,6 +42,10 @@ type ModuleSpec struct {
 	// same for when nobody is logged in; 0: ReleaseIdle, ReleaseNever: not at
 	// all. It is for modules that use pcscd.
 	Release, Idle time.Duration
+	// Poll has the module's slots be looked at again and again instead of waiting
+	// for its events. It is for modules that do one thing at a time; those that
+	// nobody knows of are found out.
+	Poll bool
 }
 
 // Options make a Store.
@@ -320,6 +324,7 @@ type ModuleStatus struct {
 	PID      int
 	Err      error // what went wrong last; nil when it is well
 	Restarts int
+	Waits    bool   // it tells of changes by itself; its slots are looked at again and again where it does not
 	Library  string // what the module says it is
 	Tokens   []TokenStatus
 	Away     []TokenStatus // known, with keys, and not present

@@ -110,13 +110,16 @@ func (m *module) run(ctx context.Context) {
 	defer first()
 	var due []*lookup // asked for while there was no process
 	defer func() { answer(due, ErrClosed) }()
-	for pause := restartMin; ctx.Err() == nil; {
+	spec, poll := m.spec, m.spec.Poll
+	renewed := false // the next process is no sign of trouble
+	var again backoff
+	for ctx.Err() == nil {
 		began := time.Now()
-		p, err := startProcess(ctx, m.spec, m.store.opts.Command, m.log)
+		p, err := startProcess(ctx, spec, m.store.opts.Command, m.log)
 		if err == nil {
 			m.change(func() {
 				m.info, m.pid = p.info, p.cmd.Process.Pid
-				if !m.released {
+				if !m.released && !renewed {
 					m.starts++
 				}
 			})
@@ -126,10 +129,11 @@ func (m *module) run(ctx context.Context) {
 			due = nil
 			if p.failure() == nil {
 				m.change(func() { m.proc, m.err, m.retry, m.released, m.lastUse = p, nil, time.Time{}, false, time.Now() })
-				if watch := m.attend(ctx, p); watch != nil {
+				var watch *readerWatch
+				if watch, due = m.attend(ctx, p); watch != nil {
 					<-p.done
 					m.change(func() { m.pid = 0 })
-					due, pause = m.rest(ctx, watch), restartMin
+					due, renewed, again = m.rest(ctx, watch), false, backoff{}
 					continue
 				}
 			}
@@ -139,11 +143,22 @@ func (m *module) run(ctx context.Context) {
 		if ctx.Err() != nil {
 			break
 		}
-		if p != nil && p.signed.Load() || time.Since(began) > healthyAfter {
-			pause = restartMin
+		if renewed = errors.Is(err, errRenewed); renewed {
+			continue
 		}
-		wait := pause
-		pause = min(2*pause, restartMax)
+		if oneAtATime(err) && !poll {
+			// Found out before somebody had to wait for it.
+			m.log.Info("module does one thing at a time: its slots are looked at again and again")
+			renewed, poll, spec.Poll = p != nil, true, true
+			continue
+		}
+		if p != nil && p.signed.Load() {
+			again = backoff{} // it was of use
+		}
+		// A wait for events may be what it hung for.
+		_, hung := errors.AsType[*hungError](err)
+		spec.Poll = poll || hung
+		wait := again.next(time.Since(began))
 		if isReason(err, wire.ReasonLoad) {
 			// The file will not get better by itself.
 			wait = 0
@@ -154,6 +169,18 @@ func (m *module) run(ctx context.Context) {
 		due = m.pause(ctx, wait)
 	}
 	m.change(func() { m.proc, m.err, m.retry = nil, ErrClosed, time.Time{} })
+}
+
+// backoff is how long to wait before a process is started again.
+type backoff struct{ last time.Duration }
+
+// next returns that for a process that has lived so long.
+func (b *backoff) next(lived time.Duration) time.Duration {
+	if lived > healthyAfter {
+		b.last = 0
+	}
+	b.last = min(max(2*b.last, restartMin), restartMax)
+	return b.last
 }
 
 // answer tells everybody who waited for a look.
@@ -219,22 +246,24 @@ func (m *module) pause(ctx context.Context, wait time.Duration) (due []*lookup) 
 }
 
 // attend serves a running process until it ends. It returns a watch of the
-// readers when it was ended because nobody needed it.
-func (m *module) attend(ctx context.Context, p *process) *readerWatch {
+// readers when it was ended because nobody needed it, and the looks that the
+// process is replaced for.
+func (m *module) attend(ctx context.Context, p *process) (*readerWatch, []*lookup) {
 	idle := time.NewTimer(0)
 	defer idle.Stop()
 	for {
 		var err error
+		var due []*lookup
 		select {
 		case <-ctx.Done():
 			p.kill(ErrClosed)
-			return nil
+			return nil, nil
 		case <-p.done:
-			return nil
+			return nil, nil
 		case <-idle.C:
 			watch, again := m.release(ctx, p)
 			if watch != nil {
-				return watch
+				return watch, nil
 			}
 			idle.Reset(again)
 		case <-p.events:
@@ -245,9 +274,13 @@ func (m *module) attend(ctx context.Context, p *process) *readerWatch {
 			}
 		case l := <-m.wanted:
 			err = m.look(ctx, p, true)
-			l.done <- err
+			due = append(due, l)
 		}
-		if err != nil && ctx.Err() == nil {
+		if errors.Is(err, errRenewed) {
+			return nil, due
+		}
+		answer(due, err)
+		if err != nil && ctx.Err() == nil && p.failure() == nil { // else run says it
 			m.log.Warn("module cannot be looked at", "reason", err)
 		}
 	}
@@ -258,7 +291,7 @@ func (m *module) attend(ctx context.Context, p *process) *readerWatch {
 func (m *module) mute() bool {
 	m.mu.Lock()
 	defer m.mu.Unlock()
-	return !m.plug
+	return !m.plug && !m.info.Waits
 }
 
 // look asks the module for its tokens and keys and publishes them. A token that
@@ -266,12 +299,14 @@ func (m *module) mute() bool {
 func (m *module) look(ctx context.Context, p *process, again bool) error {
 	before := m.readers(ctx)
 	var slots wire.SlotsReply
+	// A process is not replaced while a person types a PIN for it.
+	again = again && !(p.info.Waits && m.asking())
 	err := p.call(ctx, listTimeout, wire.TypeSlots, &wire.Slots{Reinitialize: again}, &slots)
 	if err != nil {
 		if isRV(err, wire.CKRGeneralError, wire.CKRDeviceError, wire.CKRCryptokiNotInitialized) {
 			// Some modules never recover from the loss of their reader service;
 			// a new process does.
-			p.kill(fmt.Errorf("its tokens cannot be listed: %w", err))
+			p.kill(fmt.Errorf("its tokens cannot be listed: %v", err))
 		}
 		return m.wrap(err)
 	}
@@ -317,6 +352,11 @@ func (m *module) look(ctx context.Context, p *process, again bool) error {
 	}
 	m.store.publish()
 	return nil
+}
+
+// asking tells whether somebody is asked for the PIN of one of the tokens.
+func (m *module) asking() bool {
+	return slices.ContainsFunc(m.known(), func(t *Token) bool { return len(m.store.gate(t.ID).prompt) > 0 })
 }
 
 // token returns what is kept of the token in a slot.
@@ -442,6 +482,7 @@ func (m *module) status() ModuleStatus {
 		Released: m.released && m.pid == 0 && m.err == nil,
 		Err:      m.err,
 		Restarts: max(0, m.starts-1),
+		Waits:    m.proc != nil && m.info.Waits,
 		Library:  m.info.Description,
 	}
 	if m.proc != nil {

@@ -105,9 +105,35 @@ type listing struct {
 }
 
 type listedModule struct {
-	Name  string `json:"name"`
-	Path  string `json:"path"`
-	Error string `json:"error,omitempty"`
+	Name     string `json:"name"`
+	Path     string `json:"path"`
+	Running  bool   `json:"running"`
+	Restarts int    `json:"restarts"` // since it was started for this list
+	Waits    bool   `json:"waits"`    // it tells of cards that come and go; else its slots are polled
+	Error    string `json:"error,omitempty"`
+}
+
+// state says how a module fares.
+func (m listedModule) state() string {
+	text := cmp.Or(m.Error, "it works")
+	if m.Restarts > 0 {
+		text += fmt.Sprintf("; it was started again %s", times(m.Restarts))
+	}
+	switch {
+	case m.Error != "":
+	case m.Waits:
+		text += "; it tells of cards that come and go"
+	default:
+		text += "; it is asked again and again for cards that come and go"
+	}
+	return text
+}
+
+func times(n int) string {
+	if n == 1 {
+		return "once"
+	}
+	return plural(n, "time")
 }
 
 func runList(ctx context.Context, g *globals, o *listOptions, args []string, out, stderr io.Writer) error {
@@ -137,14 +163,15 @@ func runList(ctx context.Context, g *globals, o *listOptions, args []string, out
 	defer b.stop()
 	ctx, cancel := context.WithTimeout(ctx, lookTimeout)
 	defer cancel()
+	settled := true
 	select {
 	case <-b.store.Settled():
 	case <-ctx.Done():
-		return errors.New("the modules do not answer")
+		settled = false // the others are none the worse for it
 	}
 
 	sel := token.NewSelector(uri)
-	if len(args) > 0 {
+	if len(args) > 0 && settled {
 		if _, err := b.store.Select(ctx, sel); err != nil {
 			if _, ok := errors.AsType[*token.AmbiguousError](err); ok || !matchesToken(b.store, uri) && !slices.ContainsFunc(b.store.Away(), sel.Match) {
 				return err
@@ -152,6 +179,11 @@ func runList(ctx context.Context, g *globals, o *listOptions, args []string, out
 		}
 	}
 	l := collect(c, b.store, sel, len(args) > 0)
+	for i, m := range l.Modules {
+		if !settled && !m.Running && m.Error == "" {
+			l.Modules[i].Error = fmt.Sprintf("it has not answered within %v", lookTimeout)
+		}
+	}
 	switch {
 	case o.json:
 		e := json.NewEncoder(out)
@@ -160,7 +192,7 @@ func runList(ctx context.Context, g *globals, o *listOptions, args []string, out
 	case o.public:
 		return printPublic(out, l)
 	default:
-		return printList(out, stderr, l)
+		return printList(out, stderr, l, o.verbose)
 	}
 }
 
@@ -183,7 +215,7 @@ func collect(c *config, store *token.Store, sel *token.Selector, named bool) lis
 	auto, name := automatic(c), names(c)
 	homes := homesOf(store.Keys(), auto)
 	for _, m := range store.Modules() {
-		lm := listedModule{Name: m.Name, Path: m.Path}
+		lm := listedModule{Name: m.Name, Path: m.Path, Running: m.Running, Restarts: m.Restarts, Waits: m.Waits}
 		if m.Err != nil {
 			lm.Error = m.Err.Error()
 		}
@@ -323,7 +355,7 @@ func printPublic(out io.Writer, l listing) error {
 	return nil
 }
 
-func printList(out, stderr io.Writer, l listing) error {
+func printList(out, stderr io.Writer, l listing, verbose bool) error {
 	var b strings.Builder
 	for _, t := range l.Tokens {
 		fmt.Fprintf(&b, "%s\n", t.URI)
@@ -380,8 +412,8 @@ func printList(out, stderr io.Writer, l listing) error {
 		fmt.Fprintln(stderr, "no token is present")
 	}
 	for _, m := range l.Modules {
-		if m.Error != "" {
-			fmt.Fprintf(stderr, "module %s: %s\n", m.Name, m.Error)
+		if m.Error != "" || m.Restarts > 0 || verbose {
+			fmt.Fprintf(stderr, "module %s: %s\n", m.Name, m.state())
 		}
 	}
 	_, err := io.WriteString(out, b.String())

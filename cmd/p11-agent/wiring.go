@@ -63,6 +63,8 @@ func modules(c *config, log *slog.Logger) (specs []token.ModuleSpec, bridges []*
 			Name: m.Name, Path: m.Path, InitArgs: m.InitArgs, Env: set.environ(), Timeout: time.Duration(set.Timeout),
 		}
 		set.Release.apply(&spec)
+		// p11-kit's remoting serves one call after the other.
+		spec.Poll = m.Remote.Address != "" || len(m.Remote.Command) > 0
 		switch {
 		case m.Remote.Address != "":
 			spec.Env = append(spec.Env, "P11_KIT_SERVER_ADDRESS="+m.Remote.Address)

@@ -10,6 +10,7 @@ typedef CK_ULONG CK_RV;
 enum {
 	CKR_GENERAL_ERROR = 0x05,
 	CKR_FUNCTION_NOT_SUPPORTED = 0x54,
+	CKF_DONT_BLOCK = 1,
 };
 
 struct attribute { /* CK_ATTRIBUTE */
@@ -49,5 +50,11 @@ struct functions { /* CK_FUNCTION_LIST */
 	void *digest_init, *digest, *digest_update, *digest_key, *digest_final;
 	CK_RV (*sign_init)(CK_ULONG session, struct mechanism *mechanism, CK_ULONG key);
 	CK_RV (*sign)(CK_ULONG session, CK_BYTE *data, CK_ULONG length, CK_BYTE *signature, CK_ULONG *room);
-	/* What follows is not called. */
+	void *sign_update, *sign_final, *sign_recover_init, *sign_recover;
+	void *verify_init, *verify, *verify_update, *verify_final, *verify_recover_init, *verify_recover;
+	void *digest_encrypt_update, *decrypt_digest_update, *sign_encrypt_update, *decrypt_verify_update;
+	void *generate_key, *generate_key_pair, *wrap_key, *unwrap_key, *derive_key;
+	void *seed_random, *generate_random, *get_function_status, *cancel_function;
+	/* The last of v2.40, and not in v2.0. */
+	CK_RV (*wait_for_slot_event)(CK_ULONG flags, CK_ULONG *slot, void *reserved);
 };

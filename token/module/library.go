@@ -114,6 +114,14 @@ static CK_RV sign(struct functions *f, CK_ULONG session, CK_BYTE *data, CK_ULONG
 {
 	return f->sign ? f->sign(session, data, length, signature, room) : CKR_FUNCTION_NOT_SUPPORTED;
 }
+
+// wait_for_slot_event is not in the list of a module of v2.0, which ends before.
+static CK_RV wait_for_slot_event(struct functions *f, CK_ULONG flags, CK_ULONG *slot)
+{
+	if (f->major == 2 && f->minor == 0)
+		return CKR_FUNCTION_NOT_SUPPORTED;
+	return f->wait_for_slot_event ? f->wait_for_slot_event(flags, slot, NULL) : CKR_FUNCTION_NOT_SUPPORTED;
+}
 */
 import "C"
 
@@ -123,6 +131,7 @@ import (
 	"reflect"
 	"slices"
 	"strings"
+	"sync/atomic"
 	"unsafe"
 
 	"github.com/miekg/pkcs11"
@@ -137,6 +146,7 @@ import (
 // the same function list, because of what that package does: C_Login leaves a
 // copy of the PIN in the heap; C_Sign is called twice, to ask for the length
 // first; C_GetAttributeValue gives nothing at all when one attribute is missing;
+// C_WaitForSlotEvent keeps what it returned to itself;
 // C_GetSlotList, C_GetMechanismList, C_FindObjects and C_GetAttributeValue believe
 // any count and length that the module returns.
 //
@@ -146,8 +156,9 @@ import (
 // The standard has a session be used by one caller at a time: that is for the
 // callers to keep.
 type library struct {
-	ctx *pkcs11.Ctx
-	fn  *C.struct_functions
+	ctx    *pkcs11.Ctx
+	fn     *C.struct_functions
+	closed atomic.Bool // a session was closed
 }
 
 // load opens the module's file. Code of the module runs from here on.
@@ -274,6 +285,19 @@ func (l *library) slots(present bool) ([]uint, error) {
 	})
 }
 
+// waitForSlotEvent waits until a token was put in or taken out, and does not say
+// which. Without block it returns CKR_NO_EVENT when there is nothing to tell. It
+// ends with CKR_CRYPTOKI_NOT_INITIALIZED when the module is shut down meanwhile
+// (PKCS#11 v2.40 section 5.5, C_WaitForSlotEvent).
+func (l *library) waitForSlotEvent(block bool) error {
+	flags := C.CK_ULONG(C.CKF_DONT_BLOCK)
+	if block {
+		flags = 0
+	}
+	var slot C.CK_ULONG
+	return returned("C_WaitForSlotEvent", C.wait_for_slot_event(l.fn, flags, &slot))
+}
+
 // mechanisms lists the mechanisms of the token in a slot.
 func (l *library) mechanisms(slot uint) ([]uint, error) {
 	return ulongs("C_GetMechanismList", func(p *C.CK_ULONG, n *C.CK_ULONG) C.CK_RV {
@@ -354,7 +378,11 @@ func (l *library) openSession(slot uint) (pkcs11.SessionHandle, error) {
 }
 
 func (l *library) closeSession(s pkcs11.SessionHandle) error {
-	return failed("C_CloseSession", l.ctx.CloseSession(s))
+	err := failed("C_CloseSession", l.ctx.CloseSession(s))
+	if err == nil {
+		l.closed.Store(true)
+	}
+	return err
 }
 
 func (l *library) sessionInfo(s pkcs11.SessionHandle) (pkcs11.SessionInfo, error) {

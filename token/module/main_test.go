@@ -44,13 +44,13 @@ type process struct {
 	conn   *wire.Conn
 	stderr *logBuffer
 	events chan struct{}
+	lost   chan error    // what it said when it was of no use any more
 	exited chan struct{} // closed once the process has been waited for
 
 	ids atomic.Uint32
 
 	mu      sync.Mutex
 	waiting map[uint32]chan wire.Frame
-	end     error
 }
 
 // logBuffer is a bytes.Buffer for two goroutines.
@@ -106,7 +106,7 @@ func start(t testing.TB, env ...string) *process {
 	defer socket.Close()
 	p := &process{
 		t: t, conn: wire.NewConn(c), stderr: new(logBuffer),
-		events: make(chan struct{}, 100), exited: make(chan struct{}),
+		events: make(chan struct{}, 100), lost: make(chan error, 10), exited: make(chan struct{}),
 		waiting: make(map[uint32]chan wire.Frame),
 	}
 	p.cmd = command(env, p.stderr, socket)
@@ -139,7 +139,6 @@ func (p *process) read() {
 		f, err := p.conn.ReadFrame()
 		p.mu.Lock()
 		if err != nil {
-			p.end = err
 			for _, c := range p.waiting {
 				close(c)
 			}
@@ -150,6 +149,11 @@ func (p *process) read() {
 		if f.Type == wire.TypeEvent {
 			p.mu.Unlock()
 			p.events <- struct{}{}
+			continue
+		}
+		if f.Type == wire.TypeLost {
+			p.mu.Unlock()
+			p.lost <- f.Decode(nil)
 			continue
 		}
 		c := p.waiting[f.ID]
@@ -225,6 +229,28 @@ func (p *process) hello(path string) *wire.HelloReply {
 		p.t.Fatalf("hello: %v", err)
 	}
 	return reply
+}
+
+// event waits until the process tells of a change.
+func (p *process) event() {
+	p.t.Helper()
+	select {
+	case <-p.events:
+	case <-time.After(patience):
+		p.t.Fatal("nothing is told of the change")
+	}
+}
+
+// end waits until the process says that it is of no use any more.
+func (p *process) end() *wire.Error {
+	p.t.Helper()
+	select {
+	case err := <-p.lost:
+		return failure(p.t, err)
+	case <-time.After(patience):
+		p.t.Fatal("it goes on as if nothing was wrong")
+		return nil
+	}
 }
 
 // slots lists the slots, or fails the test.

@@ -36,6 +36,8 @@ type server struct {
 
 	polling sync.Mutex // held while the module is asked for changes
 
+	waiter *waiter // there before lib is
+
 	life     sync.RWMutex // held by each request, and alone while the module is initialised again
 	initArgs string
 
@@ -45,6 +47,7 @@ type server struct {
 	slots      map[wire.TokenID]uint // where each was last seen
 	mechanisms map[wire.TokenID][]wire.Mechanism
 	seen       *snapshot // what the agent was told of last
+	fixed      bool      // nothing can be plugged into the slots that it was told of
 }
 
 func newServer(conn *wire.ModuleConn, logger *log.Logger) *server {
@@ -197,15 +200,19 @@ func (s *server) hello(m *wire.Hello) (wire.Message, error) {
 	if err != nil {
 		return nil, err
 	}
+	if err := s.watch(lib, m.Poll); err != nil {
+		return nil, err
+	}
 	s.initArgs = m.InitArgs // nobody reads it before lib is there
 	s.lib.Store(lib)
-	go s.watch(lib)
+	waits, _ := s.waiter.waits()
 	return &wire.HelloReply{
 		Version:      wire.Version,
 		Manufacturer: text(info.ManufacturerID, maxText),
 		Description:  text(info.LibraryDescription, maxText),
 		Library:      uint32(info.LibraryVersion.Major)<<8 | uint32(info.LibraryVersion.Minor),
 		Cryptoki:     uint32(info.CryptokiVersion.Major)<<8 | uint32(info.CryptokiVersion.Minor),
+		Waits:        waits,
 	}, nil
 }
 
@@ -223,12 +230,18 @@ func (s *server) token(id wire.TokenID) *token {
 
 // find returns the presence of a token.
 func (s *server) find(ctx context.Context, lib *library, t *token) (*presence, error) {
-	return t.find(ctx, lib, func() (uint, bool) {
+	p, err := t.find(ctx, lib, func() (uint, bool) {
 		s.mu.Lock()
 		defer s.mu.Unlock()
 		slot, ok := s.slots[t.id]
 		return slot, ok
 	})
+	if code(err) == wire.CKRSessionCount && lib.closed.Load() {
+		// There is none left for the first: it may be the module that does not give
+		// back what was closed, and a new process has all of them.
+		s.lose(&wire.Error{Function: "C_OpenSession", Text: "the module has no session left"})
+	}
+	return p, err
 }
 
 // state tells how a token is.

@@ -30,7 +30,7 @@ func BuildModule(t testing.TB, name string, source []byte, flags ...string) stri
 	if err := os.WriteFile(c, source, 0o600); err != nil {
 		t.Fatal(err)
 	}
-	args := append([]string{"-shared", "-fPIC", "-O1", "-Wall", "-o", so, c, "-lpthread"}, flags...)
+	args := append([]string{"-shared", "-fPIC", "-O1", "-Wall", "-o", so, c, "-lpthread", "-ldl"}, flags...)
 	if out, err := exec.Command(cc, args...).CombinedOutput(); err != nil || len(out) > 0 {
 		t.Fatalf("compile %s: %v\n%s", c, err, out)
 	}

@@ -228,6 +228,9 @@ func (p *FakeProcess) Raw(b []byte) { _, _ = p.c.Write(b) }
 // Fail answers a request with an error.
 func (p *FakeProcess) Fail(r wire.Request, e *wire.Error) { _ = p.conn.WriteError(r.ID, e) }
 
+// Lose says that the process is of no use any more.
+func (p *FakeProcess) Lose(e *wire.Error) { _ = p.conn.WriteLost(e) }
+
 // Reply answers a request.
 func (p *FakeProcess) Reply(r wire.Request, m wire.Message) { _ = p.conn.WriteReply(r.ID, m) }
 

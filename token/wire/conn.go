@@ -26,8 +26,8 @@ const (
 
 // A Frame is an answer or an event from the module process.
 type Frame struct {
-	Type Type   // TypeReply, TypeError or TypeEvent
-	ID   uint32 // of the request that this answers; 0 for an event
+	Type Type   // TypeReply, TypeError, TypeEvent or TypeLost
+	ID   uint32 // of the request that this answers; 0 for what nobody asked for
 	Body []byte // the receiver's to keep
 }
 
@@ -37,7 +37,7 @@ func (f Frame) Decode(reply Message) error {
 	switch f.Type {
 	case TypeReply:
 		return Unmarshal(f.Body, reply)
-	case TypeError:
+	case TypeError, TypeLost:
 		e := new(Error)
 		if err := Unmarshal(f.Body, e); err != nil {
 			return err
@@ -100,6 +100,10 @@ func (c *Conn) ReadFrame() (Frame, error) {
 	case TypeEvent:
 		if id != 0 || n != 0 {
 			return Frame{}, errors.New("event with a number or a body")
+		}
+	case TypeLost:
+		if id != 0 {
+			return Frame{}, errors.New("end of use with a number")
 		}
 	default:
 		return Frame{}, fmt.Errorf("unknown type %d of answer", t)
@@ -234,6 +238,11 @@ func (c *ModuleConn) WriteError(id uint32, e *Error) error {
 // WriteEvent tells that slots or tokens have changed.
 func (c *ModuleConn) WriteEvent() error {
 	return c.w.write(0, TypeEvent, nil, 0)
+}
+
+// WriteLost tells that the module is of no use any more, and why.
+func (c *ModuleConn) WriteLost(e *Error) error {
+	return c.w.write(0, TypeLost, e, MaxReply)
 }
 
 // Close closes the connection and overwrites what was received and not decoded.

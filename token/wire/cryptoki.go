@@ -77,6 +77,7 @@ const (
 	CKRGeneralError               = 0x005
 	CKRFunctionFailed             = 0x006
 	CKRArgumentsBad               = 0x007
+	CKRNoEvent                    = 0x008
 	CKRAttributeTypeInvalid       = 0x012
 	CKRAttributeValueInvalid      = 0x013
 	CKRDataInvalid                = 0x020

@@ -45,6 +45,10 @@ func (r Reason) String() string {
 		return "several private keys fit"
 	case ReasonUnsupported:
 		return "this is not supported"
+	case ReasonOneAtATime:
+		return "the module does one thing at a time"
+	case ReasonRenew:
+		return "a new process is wanted"
 	default:
 		return fmt.Sprintf("reason %d", uint32(r))
 	}

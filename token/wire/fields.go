@@ -18,6 +18,7 @@ func (m *Hello) fields(c *codec) {
 	c.uint32(&m.Version)
 	c.raw(&m.Path)
 	c.raw(&m.InitArgs)
+	c.bool(&m.Poll)
 }
 
 func (m *HelloReply) fields(c *codec) {
@@ -26,6 +27,7 @@ func (m *HelloReply) fields(c *codec) {
 	c.text(&m.Description)
 	c.uint32(&m.Library)
 	c.uint32(&m.Cryptoki)
+	c.bool(&m.Waits)
 }
 
 func (m *Slots) fields(c *codec) {
@@ -149,7 +151,7 @@ func (e *Error) fields(c *codec) {
 	c.text(&e.Function)
 	c.uint64(&e.RV)
 	c.uint32((*uint32)(&e.Reason))
-	if e.Reason > ReasonUnsupported {
+	if e.Reason > ReasonRenew {
 		c.fail("reason that is not known")
 	}
 	c.text(&e.Text)

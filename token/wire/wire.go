@@ -21,7 +21,7 @@ import "p11-agent/pinentry/secret"
 
 // Version is the version of this language. Both sides are the same binary, so a
 // difference means that the binary was replaced while the agent ran.
-const Version = 1
+const Version = 2
 
 // FD is the file descriptor number that a module process finds its socket at.
 const FD = 3
@@ -60,6 +60,7 @@ const (
 	TypeReply Type = 64 // the reply message that belongs to the request
 	TypeError Type = 65 // Error
 	TypeEvent Type = 66 // id 0, empty body: slots or tokens have changed
+	TypeLost  Type = 67 // Error, id 0: the module is of no use any more, and a new process is wanted
 )
 
 // Hello opens the conversation: it is the first frame, and the module is loaded
@@ -70,6 +71,9 @@ type Hello struct {
 	// InitArgs is handed to C_Initialize as pReserved when not empty
 	// (x-init-reserved of p11-kit's configuration).
 	InitArgs string
+	// Poll has the slots be looked at again and again, and keeps the process from
+	// waiting in C_WaitForSlotEvent: see ReasonOneAtATime.
+	Poll bool
 }
 
 // HelloReply describes the module, as C_GetInfo does. Texts have lost their
@@ -80,13 +84,15 @@ type HelloReply struct {
 	Description  string
 	Library      uint32 // library version: major<<8 | minor
 	Cryptoki     uint32 // PKCS#11 version: major<<8 | minor
+	Waits        bool   // the module itself tells when tokens come and go
 }
 
 // Slots asks for the slots and the tokens in them.
 type Slots struct {
 	// Reinitialize calls C_Finalize and C_Initialize first, for modules that
 	// notice new tokens in no other way. It is not done, and that is no error,
-	// while somebody is logged in or a request is under way.
+	// while somebody is logged in or a request is under way. Where the module has a
+	// thread of this process wait for events, ReasonRenew comes instead.
 	Reinitialize bool
 }
 
@@ -272,4 +278,10 @@ const (
 	ReasonProtocol    Reason = 7 // the request makes no sense
 	ReasonAmbiguous   Reason = 8 // two private keys fit
 	ReasonUnsupported Reason = 9 // this module process does not do that
+	// ReasonOneAtATime: the module answers nothing else while somebody waits in
+	// C_WaitForSlotEvent. This process is lost; the next is to be told to Poll.
+	ReasonOneAtATime Reason = 10
+	// ReasonRenew: a new process is wanted in place of C_Finalize and C_Initialize.
+	// Nothing is under way in this one, and nothing reaches the module any more.
+	ReasonRenew Reason = 11
 )

@@ -34,7 +34,7 @@ type sample struct {
 func samples(t testing.TB) []sample {
 	t.Helper()
 	list := []sample{
-		{t: TypeHello, msg: &Hello{Version: Version, Path: "/usr/lib/\xff.so", InitArgs: "configdir='/x'"}},
+		{t: TypeHello, msg: &Hello{Version: Version, Path: "/usr/lib/\xff.so", InitArgs: "configdir='/x'", Poll: true}},
 		{t: TypeSlots, msg: &Slots{Reinitialize: true}},
 		{t: TypeObjects, msg: &Objects{Token: testToken}},
 		{t: TypeToken, msg: &Token{Token: testToken}},
@@ -47,7 +47,7 @@ func samples(t testing.TB) []sample {
 			SignatureLen: 256, Data: []byte("hash"), ContextLogin: true,
 		}, pin: "482915"},
 		{t: TypeCancel, msg: &Cancel{Request: 7}},
-		{t: TypeReply, msg: &HelloReply{Version: Version, Manufacturer: "ACME", Description: "cards", Library: 0x102, Cryptoki: 0x228}},
+		{t: TypeReply, msg: &HelloReply{Version: Version, Manufacturer: "ACME", Description: "cards", Library: 0x102, Cryptoki: 0x228, Waits: true}},
 		{t: TypeReply, msg: &SlotsReply{Slots: []Slot{
 			{ID: 1, Description: "reader", Flags: CKFRemovableDevice},
 			{ID: 2, HasToken: true, Token: testToken, Info: testInfo, Mechanisms: []Mechanism{{CKMECDSA, 256, 521}, {CKMEdDSA, 255, 255}}},
@@ -166,7 +166,7 @@ func TestUnmarshalRefuses(t *testing.T) {
 		{"list above the limit", body(&SlotsReply{Slots: make([]Slot, MaxList+1)}), new(SlotsReply)},
 		{"text that is not UTF-8", body(&Token{Token: TokenID{Label: "\xff"}}), new(Token)},
 		{"attribute of 3", body(&ObjectsReply{Objects: []Object{{Sign: 3}}}), new(ObjectsReply)},
-		{"unknown reason", body(&Error{Reason: ReasonUnsupported + 1}), new(Error)},
+		{"unknown reason", body(&Error{Reason: ReasonRenew + 1}), new(Error)},
 		{"long PIN", append(body(&Login{}), make([]byte, MaxPIN+1)...), new(Login)},
 	}
 	for _, tt := range tests {
@@ -264,6 +264,9 @@ func TestConn(t *testing.T) {
 		if err := module.WriteEvent(); err != nil {
 			t.Error(err)
 		}
+		if err := module.WriteLost(&Error{Text: "gone"}); err != nil {
+			t.Error(err)
+		}
 	})
 	for i, s := range list {
 		if s.t < TypeReply {
@@ -289,6 +292,13 @@ func TestConn(t *testing.T) {
 	}
 	if f, err := agent.ReadFrame(); err != nil || f.Type != TypeEvent || f.ID != 0 {
 		t.Errorf("got %+v, %v; want an event", f, err)
+	}
+	f, err := agent.ReadFrame()
+	if err != nil || f.Type != TypeLost || f.ID != 0 {
+		t.Fatalf("got %+v, %v; want that the module is lost", f, err)
+	}
+	if e, ok := errors.AsType[*Error](f.Decode(nil)); !ok || e.Text != "gone" {
+		t.Errorf("got %v", e)
 	}
 }
 
@@ -318,6 +328,9 @@ func stream(t testing.TB, answers bool) []byte {
 	}
 	if answers {
 		if err := w.write(0, TypeEvent, nil, 0); err != nil {
+			t.Fatal(err)
+		}
+		if err := w.write(0, TypeLost, &Error{Text: "gone"}, MaxReply); err != nil {
 			t.Fatal(err)
 		}
 	}
@@ -425,6 +438,7 @@ func TestReadRefuses(t *testing.T) {
 		"number 0":              frame(5, TypeReply, 0),
 		"event with a number":   frame(5, TypeEvent, 1),
 		"event with a body":     frame(6, TypeEvent, 0, 1),
+		"lost with a number":    frame(5, TypeLost, 1),
 	}
 	for name, data := range answers {
 		t.Run("answer "+name, func(t *testing.T) {

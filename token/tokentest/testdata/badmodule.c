@@ -5,15 +5,26 @@
  * BADMODULE_FILE names, when it exists, are used instead, and read anew at each
  * call. Without a command it is a well-behaved software token with one RSA and
  * one EC key, which makes signatures of 0x5a bytes. The PIN is 1234, and three
- * wrong ones lock it.
+ * wrong ones lock it. With BADMODULE_WRAP, the path of another module, it is that
+ * module, as far as the commands do not say otherwise.
  *
  *	crash=F hang=F exit=F   what function F does (F as in C_Sign)
  *	rv=F:N                  function F returns the number N
  *	release=PATH            a function that hangs goes on when this file exists
+ *	close=F                 function F closes all files of the process
  *	noise                   each call writes to standard output and error
+ *	spam                    a thread writes to standard error without end
+ *	fork                    a child is left behind that keeps all files open
+ *	stubborn                SIGTERM and whatever else can be is blocked and ignored
+ *	serial                  one call is served after the other
+ *	wait                    C_WaitForSlotEvent tells of tokens that come and go
+ *	wait=flagless           and waits also when it is told not to
+ *	wait=storm              it tells of something at once, each time
+ *	wait=deaf               it waits, and tells of nothing
  *	slots=N                 there are said to be N slots (1)
  *	present=N               the first N of them hold a token (all)
  *	mechanisms=N            there are said to be N mechanisms (3)
+ *	mechanisms=lie          CKM_ECDSA_SHA256 is said to be there, and nothing else
  *	find=endless find=more  C_FindObjects finds for ever, or more than there is room
  *	attributes=garbage      attributes are said to have 2^63 bytes
  *	attributes=stop         CKA_PRIVATE is missing, and reading stops where one is
@@ -23,14 +34,19 @@
  *	label=TEXT              the label of the tokens (bad)
  *	sessions=N              the token has no more sessions, and says so
  *	limit=N                 the token has no more sessions, and does not say so
+ *	leak                    sessions stay open when they are closed
+ *	flip=F                  function F fails with CKR_DEVICE_ERROR each second time
  *	always                  the keys have CKA_ALWAYS_AUTHENTICATE
  *	forget=N                handles of keys change with N
  *
  * BADMODULE_LOG names a file to which the name of each function called is
  * added, one a line.
  */
+#define _GNU_SOURCE
+#include <dlfcn.h>
 #include <fcntl.h>
 #include <pthread.h>
+#include <signal.h>
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
@@ -41,10 +57,11 @@ typedef unsigned long ulong;
 typedef ulong rv_t;
 
 enum {
-	OK = 0, SLOT_ID_INVALID = 3, ATTRIBUTE_TYPE_INVALID = 0x12, NOT_SUPPORTED = 0x54,
+	OK = 0, SLOT_ID_INVALID = 3, NO_EVENT = 8, ATTRIBUTE_TYPE_INVALID = 0x12, DEVICE_ERROR = 0x30, NOT_SUPPORTED = 0x54,
 	KEY_HANDLE_INVALID = 0x60, OPERATION_ACTIVE = 0x90, OPERATION_NOT_INITIALIZED = 0x91,
 	PIN_INCORRECT = 0xa0, PIN_LOCKED = 0xa4, SESSION_COUNT = 0xb1, SESSION_HANDLE_INVALID = 0xb3,
 	TOKEN_NOT_PRESENT = 0xe0, ALREADY_LOGGED_IN = 0x100, NOT_LOGGED_IN = 0x101, BUFFER_TOO_SMALL = 0x150,
+	NOT_INITIALIZED = 0x190,
 };
 
 struct version { byte major, minor; };
@@ -125,6 +142,41 @@ static int named(const char *what, const char *function)
 	return command(what, function, value, sizeof value) && strcmp(value, function) == 0;
 }
 
+static void *spam(void *unused)
+{
+	static char line[4096];
+
+	(void)unused;
+	memset(line, 's', sizeof line);
+	line[sizeof line - 1] = line[79] = '\n';
+	for (;;)
+		if (write(2, line, sizeof line) < 0)
+			return NULL;
+}
+
+/* once does what is done once in a process. */
+static void once(void)
+{
+	static int spams, forked;
+	pthread_t thread;
+	int n;
+
+	if (command("spam", NULL, NULL, 0) && !__sync_lock_test_and_set(&spams, 1))
+		pthread_create(&thread, NULL, spam, NULL);
+	if (command("fork", NULL, NULL, 0) && !__sync_lock_test_and_set(&forked, 1) && fork() == 0)
+		for (;;)
+			pause();
+	if (command("stubborn", NULL, NULL, 0)) {
+		sigset_t all;
+
+		for (n = 1; n < 32; n++)
+			if (n != SIGSEGV && n != SIGURG) /* SIGURG is what Go stops its own threads with */
+				signal(n, SIG_IGN);
+		sigfillset(&all);
+		pthread_sigmask(SIG_BLOCK, &all, NULL);
+	}
+}
+
 /* called does what the commands say about a function. */
 static rv_t called(const char *function)
 {
@@ -138,6 +190,7 @@ static rv_t called(const char *function)
 			abort();
 		close(fd);
 	}
+	once();
 	if (command("noise", NULL, NULL, 0)) {
 		printf("noise on standard output\n");
 		fflush(stdout);
@@ -147,6 +200,9 @@ static rv_t called(const char *function)
 		*(volatile int *)8 = 1;
 	if (named("exit", function))
 		exit(3);
+	if (named("close", function))
+		for (fd = 3; fd < 256; fd++)
+			close(fd);
 	while (named("hang", function)) {
 		if (command("release", NULL, value, sizeof value) && access(value, F_OK) == 0)
 			break;
@@ -155,14 +211,41 @@ static rv_t called(const char *function)
 	snprintf(start, sizeof start, "%s:", function);
 	if (command("rv", start, value, sizeof value))
 		return strtoul(value + strlen(start), NULL, 0);
+	if (named("flip", function)) {
+		static int calls;
+
+		if (__sync_fetch_and_add(&calls, 1) % 2 == 0)
+			return DEVICE_ERROR;
+	}
 	return OK;
 }
 
-#define CALLED                                  \
-	do {                                    \
-		rv_t rv_ = called(__func__);    \
-		if (rv_ != OK)                  \
-			return rv_;             \
+static pthread_mutex_t turn = PTHREAD_MUTEX_INITIALIZER;
+
+static void leave(int *in)
+{
+	if (*in)
+		pthread_mutex_unlock(&turn);
+}
+
+#define CALLED                                                                  \
+	int in_ __attribute__((cleanup(leave))) = command("serial", NULL, NULL, 0); \
+	do {                                                                    \
+		rv_t rv_;                                                       \
+		if (in_)                                                        \
+			pthread_mutex_lock(&turn);                              \
+		rv_ = called(__func__);                                         \
+		if (rv_ != OK)                                                  \
+			return rv_;                                             \
+	} while (0)
+
+/* The functions of the module that this one is, or NULL. */
+static void **wrapped;
+
+#define WRAPPED(i, types, args)                                 \
+	do {                                                    \
+		if (wrapped)                                    \
+			return ((rv_t (*) types)wrapped[i])args;\
 	} while (0)
 
 static void pad(byte *to, size_t n, const char *text)
@@ -181,7 +264,8 @@ static struct session {
 	ulong found_class, found_type, found_keys;
 } sessions[SESSIONS];
 static ulong open_sessions;
-static int logged_in, wrong;
+static int logged_in, wrong, initialized;
+static ulong told; /* how many tokens C_WaitForSlotEvent has told of */
 
 static struct session *session(ulong h)
 {
@@ -197,15 +281,18 @@ static ulong present(void)
 
 static rv_t C_Initialize(void *args)
 {
-	(void)args;
 	CALLED;
+	WRAPPED(0, (void *), (args));
+	initialized = 1;
+	told = 0;
 	return OK;
 }
 
 static rv_t C_Finalize(void *reserved)
 {
-	(void)reserved;
 	CALLED;
+	WRAPPED(1, (void *), (reserved));
+	initialized = 0;
 	memset(sessions, 0, sizeof sessions);
 	open_sessions = 0;
 	logged_in = 0;
@@ -215,6 +302,7 @@ static rv_t C_Finalize(void *reserved)
 static rv_t C_GetInfo(struct info *info)
 {
 	CALLED;
+	WRAPPED(2, (struct info *), (info));
 	memset(info, 0, sizeof *info);
 	info->cryptoki = (struct version){ 2, 40 };
 	info->library = (struct version){ 1, 7 };
@@ -228,6 +316,7 @@ static rv_t C_GetSlotList(byte with_token, ulong *list, ulong *count)
 	ulong n, i;
 
 	CALLED;
+	WRAPPED(4, (byte, ulong *, ulong *), (with_token, list, count));
 	n = with_token ? present() : number("slots", 1);
 	if (list) {
 		if (*count < n) {
@@ -244,6 +333,7 @@ static rv_t C_GetSlotList(byte with_token, ulong *list, ulong *count)
 static rv_t C_GetSlotInfo(ulong slot, struct slot_info *info)
 {
 	CALLED;
+	WRAPPED(5, (ulong, struct slot_info *), (slot, info));
 	if (slot >= number("slots", 1))
 		return SLOT_ID_INVALID;
 	memset(info, 0, sizeof *info);
@@ -258,6 +348,13 @@ static rv_t C_GetTokenInfo(ulong slot, struct token_info *info)
 	char text[64] = "bad";
 
 	CALLED;
+	if (wrapped) {
+		rv_t rv = ((rv_t (*)(ulong, struct token_info *))wrapped[6])(slot, info);
+
+		if (rv == OK && command("label", NULL, text, sizeof text))
+			pad(info->label, sizeof info->label, text);
+		return rv;
+	}
 	if (slot >= present())
 		return TOKEN_NOT_PRESENT;
 	memset(info, 0, sizeof *info);
@@ -287,7 +384,15 @@ static rv_t C_GetMechanismList(ulong slot, ulong *list, ulong *count)
 	ulong n = number("mechanisms", 3), i;
 
 	CALLED;
-	(void)slot;
+	if (is("mechanisms", "lie")) {
+		if (list && *count < 1)
+			return BUFFER_TOO_SMALL;
+		if (list)
+			list[0] = 0x1044;
+		*count = 1;
+		return OK;
+	}
+	WRAPPED(7, (ulong, ulong *, ulong *), (slot, list, count));
 	if (list) {
 		if (*count < n) {
 			*count = n;
@@ -303,7 +408,11 @@ static rv_t C_GetMechanismList(ulong slot, ulong *list, ulong *count)
 static rv_t C_GetMechanismInfo(ulong slot, ulong type, struct mechanism_info *info)
 {
 	CALLED;
-	(void)slot;
+	if (is("mechanisms", "lie")) {
+		*info = (struct mechanism_info){ 256, 521, 0x800 };
+		return OK;
+	}
+	WRAPPED(8, (ulong, ulong, struct mechanism_info *), (slot, type, info));
 	*info = (struct mechanism_info){ 256, 4096, type == 0x250 ? 0x400 : 0x800 };
 	return OK;
 }
@@ -313,7 +422,9 @@ static rv_t C_OpenSession(ulong slot, ulong flags, void *p, void *notify, ulong 
 	ulong limit = number("sessions", number("limit", SESSIONS - 1)), i;
 
 	CALLED;
-	(void)flags, (void)p, (void)notify;
+	if (wrapped && command("limit", NULL, NULL, 0) && __sync_fetch_and_add(&open_sessions, 1) >= limit)
+		return SESSION_COUNT;
+	WRAPPED(12, (ulong, ulong, void *, void *, ulong *), (slot, flags, p, notify, h));
 	if (slot >= present())
 		return TOKEN_NOT_PRESENT;
 	pthread_mutex_lock(&lock);
@@ -335,6 +446,9 @@ static rv_t C_OpenSession(ulong slot, ulong flags, void *p, void *notify, ulong 
 static rv_t C_CloseSession(ulong h)
 {
 	CALLED;
+	if (command("leak", NULL, NULL, 0))
+		return OK;
+	WRAPPED(13, (ulong), (h));
 	pthread_mutex_lock(&lock);
 	if (session(h) == NULL) {
 		pthread_mutex_unlock(&lock);
@@ -350,6 +464,7 @@ static rv_t C_CloseSession(ulong h)
 static rv_t C_GetSessionInfo(ulong h, struct session_info *info)
 {
 	CALLED;
+	WRAPPED(15, (ulong, struct session_info *), (h, info));
 	if (session(h) == NULL || sessions[h].slot >= present())
 		return SESSION_HANDLE_INVALID;
 	*info = (struct session_info){ sessions[h].slot, logged_in ? 1 : 0, 4, 0 };
@@ -359,6 +474,7 @@ static rv_t C_GetSessionInfo(ulong h, struct session_info *info)
 static rv_t C_Login(ulong h, ulong user, byte *pin, ulong length)
 {
 	CALLED;
+	WRAPPED(18, (ulong, ulong, byte *, ulong), (h, user, pin, length));
 	if (session(h) == NULL)
 		return SESSION_HANDLE_INVALID;
 	if (user == 2 && !sessions[h].signing)
@@ -382,6 +498,7 @@ static rv_t C_Login(ulong h, ulong user, byte *pin, ulong length)
 static rv_t C_Logout(ulong h)
 {
 	CALLED;
+	WRAPPED(19, (ulong), (h));
 	if (session(h) == NULL)
 		return SESSION_HANDLE_INVALID;
 	if (!logged_in)
@@ -403,6 +520,7 @@ static rv_t C_FindObjectsInit(ulong h, struct attribute *list, ulong n)
 	ulong i;
 
 	CALLED;
+	WRAPPED(26, (ulong, struct attribute *, ulong), (h, list, n));
 	if (s == NULL)
 		return SESSION_HANDLE_INVALID;
 	if (s->searching)
@@ -425,6 +543,7 @@ static rv_t C_FindObjects(ulong h, ulong *list, ulong room, ulong *count)
 	ulong i, n = 0;
 
 	CALLED;
+	WRAPPED(27, (ulong, ulong *, ulong, ulong *), (h, list, room, count));
 	if (s == NULL)
 		return SESSION_HANDLE_INVALID;
 	if (!s->searching)
@@ -454,6 +573,7 @@ static rv_t C_FindObjects(ulong h, ulong *list, ulong room, ulong *count)
 static rv_t C_FindObjectsFinal(ulong h)
 {
 	CALLED;
+	WRAPPED(28, (ulong), (h));
 	if (session(h) == NULL)
 		return SESSION_HANDLE_INVALID;
 	sessions[h].searching = 0;
@@ -471,6 +591,7 @@ static rv_t C_GetAttributeValue(ulong h, ulong object, struct attribute *list, u
 	int rsa, private;
 
 	CALLED;
+	WRAPPED(24, (ulong, ulong, struct attribute *, ulong), (h, object, list, n));
 	if (session(h) == NULL)
 		return SESSION_HANDLE_INVALID;
 	object %= 100;
@@ -529,6 +650,7 @@ static rv_t C_GetAttributeValue(ulong h, ulong object, struct attribute *list, u
 static rv_t C_SignInit(ulong h, struct mechanism *mechanism, ulong key)
 {
 	CALLED;
+	WRAPPED(42, (ulong, struct mechanism *, ulong), (h, mechanism, key));
 	(void)mechanism;
 	if (session(h) == NULL)
 		return SESSION_HANDLE_INVALID;
@@ -548,14 +670,20 @@ static rv_t C_Sign(ulong h, byte *data, ulong length, byte *signature, ulong *ro
 	struct session *s = session(h);
 
 	CALLED;
-	(void)data, (void)length;
-	if (s == NULL)
-		return SESSION_HANDLE_INVALID;
-	if (!s->signing)
-		return OPERATION_NOT_INITIALIZED;
-	s->signing = 0;
-	if (!s->allowed)
-		return NOT_LOGGED_IN;
+	if (wrapped) {
+		rv_t rv = ((rv_t (*)(ulong, byte *, ulong, byte *, ulong *))wrapped[43])(h, data, length, signature, room);
+
+		if (rv != OK)
+			return rv;
+	} else {
+		if (s == NULL)
+			return SESSION_HANDLE_INVALID;
+		if (!s->signing)
+			return OPERATION_NOT_INITIALIZED;
+		s->signing = 0;
+		if (!s->allowed)
+			return NOT_LOGGED_IN;
+	}
 	if (is("signature", "long")) {
 		*room += 1000000;
 		return OK;
@@ -564,8 +692,37 @@ static rv_t C_Sign(ulong h, byte *data, ulong length, byte *signature, ulong *ro
 		*room = 0;
 		return OK;
 	}
-	memset(signature, is("signature", "wrong") ? 0xa7 : 0x5a, *room);
+	if (!wrapped || is("signature", "wrong"))
+		memset(signature, is("signature", "wrong") ? 0xa7 : 0x5a, *room);
 	return OK;
+}
+
+static rv_t C_WaitForSlotEvent(ulong flags, ulong *slot, void *reserved)
+{
+	CALLED;
+	(void)reserved;
+	if (!command("wait", NULL, NULL, 0))
+		return NOT_SUPPORTED;
+	*slot = 0;
+	for (;;) {
+		char start[] = "C_WaitForSlotEvent:", value[64];
+		ulong now = present();
+
+		if (!initialized)
+			return NOT_INITIALIZED;
+		if (command("rv", start, value, sizeof value))
+			return strtoul(value + strlen(start), NULL, 0);
+		if (is("wait", "storm"))
+			return OK;
+		if (told != now && !is("wait", "deaf")) {
+			told += told < now ? 1 : -1;
+			*slot = told;
+			return OK;
+		}
+		if ((flags & 1) && !is("wait", "flagless"))
+			return NO_EVENT;
+		usleep(1000);
+	}
 }
 
 static rv_t unsupported(void)
@@ -588,12 +745,26 @@ static struct {
 		[12] = C_OpenSession, [13] = C_CloseSession, [15] = C_GetSessionInfo,
 		[18] = C_Login, [19] = C_Logout, [24] = C_GetAttributeValue,
 		[26] = C_FindObjectsInit, [27] = C_FindObjects, [28] = C_FindObjectsFinal,
-		[42] = C_SignInit, [43] = C_Sign,
+		[42] = C_SignInit, [43] = C_Sign, [67] = C_WaitForSlotEvent,
 	},
 };
 
 rv_t C_GetFunctionList(void **list)
 {
+	const char *path = getenv("BADMODULE_WRAP");
+	rv_t rv;
+
+	rv = called(__func__);
+	if (rv != OK)
+		return rv;
+	if (path && *path && wrapped == NULL) {
+		void *library = dlopen(path, RTLD_NOW | RTLD_LOCAL), *theirs;
+		rv_t (*get)(void **) = library ? dlsym(library, "C_GetFunctionList") : NULL;
+
+		if (get == NULL || get(&theirs) != OK)
+			return DEVICE_ERROR;
+		wrapped = (void **)((char *)theirs + sizeof(void *)); /* behind the version */
+	}
 	*list = &functions;
 	return OK;
 }

@@ -1,0 +1,305 @@
+package token_test
+
+import (
+	"bytes"
+	"context"
+	"fmt"
+	"os"
+	"path/filepath"
+	"strings"
+	"testing"
+
+	"p11-agent/token"
+	"p11-agent/token/registry"
+	"p11-agent/token/tokentest"
+	"p11-agent/token/tokentest/pivcard"
+	"p11-agent/token/wire"
+)
+
+// Cards come and go, and nobody asks: every module tells of it in its own way.
+func TestPIVEvents(t *testing.T) {
+	for _, tt := range []struct {
+		name, module string
+		waits        bool
+	}{
+		{"OpenSC", "opensc-pkcs11.so", true},
+		{"Yubico", "libykcs11.so*", false},
+	} {
+		t.Run(tt.name, func(t *testing.T) {
+			module := tokentest.Module(t, tt.module)
+			p := tokentest.StartPCSCD(t, "Yubico Virtual")
+			o := pivcard.Options{Name: "piv", PIN: pivPIN, YubiKey: true, Keys: map[pivcard.Ref]pivcard.Key{pivcard.Authentication: {}}}
+			c := tokentest.NewCard(t, o)
+			s := tokentest.Store(t, token.Options{Modules: []token.ModuleSpec{realSpec("m", module, p.Env()...)}, Command: self})
+			tokentest.Keys(t, s, 0)
+			for n := range 3 {
+				p.Insert(0, c)
+				tokentest.Until(t, "the card is seen", func() bool { return len(s.Keys()) > 0 })
+				want(t, "insertions", s.Keys()[0].Insertions(), uint64(n+1))
+				p.Remove(0)
+				tokentest.Until(t, "the card is gone", func() bool { return len(s.Keys()) == 0 })
+			}
+			// No process was lost over it, and none was asked for.
+			st := s.Modules()[0]
+			want(t, "waits", st.Waits, tt.waits)
+			want(t, "restarts", st.Restarts, 0)
+		})
+	}
+}
+
+// One card in place of another, as fast as pcscd can tell them apart.
+func TestPIVReplaced(t *testing.T) {
+	p, c, _, s := pivStore(t, pivcard.Options{Name: "piv", PIN: pivPIN, Keys: map[pivcard.Ref]pivcard.Key{pivcard.Authentication: {}}})
+	idle(t, s)
+	want(t, "waits", s.Modules()[0].Waits, true)
+	other := tokentest.NewCard(t, pivcard.Options{Name: "other", PIN: pivPIN, Keys: map[pivcard.Ref]pivcard.Key{pivcard.Authentication: {}}})
+	for range 3 {
+		for _, next := range []*pivcard.Card{other, c} {
+			idle(t, s)
+			p.Remove(0)
+			p.Insert(0, next)
+			label := map[*pivcard.Card]string{c: "piv", other: "other"}[next]
+			tokentest.Until(t, "the other card is seen, and no more than that", func() bool {
+				keys := s.Keys()
+				return len(keys) == 1 && keys[0].Token().Label == label
+			})
+		}
+	}
+}
+
+// switches counts how often a process was on the processor: it goes on while the
+// process does.
+func switches(t *testing.T, pid int) (n int) {
+	t.Helper()
+	all, err := filepath.Glob(fmt.Sprintf("/proc/%d/task/*/status", pid))
+	if err != nil {
+		t.Fatal(err)
+	}
+	for _, path := range all {
+		status, err := os.ReadFile(path)
+		if err != nil {
+			continue // the thread has just ended
+		}
+		if _, after, ok := bytes.Cut(status, []byte("\nvoluntary_ctxt_switches:")); ok {
+			var one int
+			if _, err := fmt.Sscan(string(after), &one); err != nil {
+				t.Fatal(err)
+			}
+			n += one
+		}
+	}
+	return n
+}
+
+// The reader service goes and is long in coming back. The module's process is
+// replaced at once, and once; and nobody has to ask for anything.
+func TestPIVWithoutPCSCD(t *testing.T) {
+	p, c, person, s := pivStore(t, pivcard.Options{Name: "piv", PIN: pivPIN, Keys: map[pivcard.Ref]pivcard.Key{pivcard.Authentication: {}}})
+	k := tokentest.Key(t, s, "piv", 1)
+	noError(t, tokentest.Sign(t.Context(), k))
+	idle(t, s)
+	for n := range 2 {
+		pid := s.Modules()[0].PID
+		p.Stop()
+		tokentest.Until(t, "the module has a new process, and no keys", func() bool {
+			st := s.Modules()[0]
+			return st.Running && st.PID != pid && len(s.Keys()) == 0
+		})
+		pid = s.Modules()[0].PID
+		before := switches(t, pid)
+		tokentest.Until(t, "the new process looks for readers", func() bool { return switches(t, pid) > before+30 })
+		p.Start()
+		tokentest.Until(t, "the key is back", func() bool { return len(s.Keys()) == 1 })
+		st := s.Modules()[0]
+		want(t, "process", st.PID, pid)
+		want(t, "restarts", st.Restarts, n+1)
+		noError(t, tokentest.Sign(t.Context(), k))
+		want(t, "prompts", person.Prompts(), n+2)
+		// It waits again, and so notices at once if that happens once more.
+		idle(t, s)
+	}
+	want(t, "wrong PINs", c.Counts().Wrong, 0)
+}
+
+// A restart of the reader service is put right before anybody needs the card: by
+// OpenSC itself where the service is back by the time that a wait is tried again,
+// or else by a new process.
+func TestPIVPCSCDRestarted(t *testing.T) {
+	p, c, person, s := pivStore(t, pivcard.Options{Name: "piv", PIN: pivPIN, Keys: map[pivcard.Ref]pivcard.Key{pivcard.Authentication: {}}})
+	k := tokentest.Key(t, s, "piv", 1)
+	noError(t, tokentest.Sign(t.Context(), k))
+	idle(t, s)
+	p.Restart()
+	tokentest.Until(t, "the card is seen again, and that the login is gone", func() bool {
+		st := s.Modules()[0]
+		return st.Running && len(st.Tokens) == 1 && !st.Tokens[0].LoggedIn
+	})
+	pid := s.Modules()[0].PID
+	noError(t, tokentest.Sign(t.Context(), k))
+	want(t, "process", s.Modules()[0].PID, pid)
+	want(t, "prompts", person.Prompts(), 2)
+	want(t, "wrong PINs", c.Counts().Wrong, 0)
+}
+
+// A look that starts OpenSC anew has a new process in place of C_Finalize. A
+// person who types a PIN meanwhile does not notice.
+func TestPIVRescan(t *testing.T) {
+	p := tokentest.StartPCSCD(t)
+	c := tokentest.NewCard(t, pivcard.Options{Name: "piv", PIN: pivPIN, Keys: map[pivcard.Ref]pivcard.Key{pivcard.Authentication: {}}})
+	p.Insert(0, c)
+	typing := make(chan struct{})
+	person := &tokentest.Person{Always: pivPIN, Wait: typing}
+	s := tokentest.Store(t, token.Options{
+		Modules: []token.ModuleSpec{realSpec("opensc", tokentest.Module(t, "opensc-pkcs11.so"), p.Env()...)}, Command: self, PINs: person,
+	}, pivPIN)
+	k := tokentest.Key(t, s, "piv", 1)
+	processes := make(map[int]bool)
+	for range 10 {
+		noError(t, s.Rescan(t.Context()))
+		st := s.Modules()[0]
+		processes[st.PID] = true
+		want(t, "restarts", st.Restarts, 0)
+		want(t, "insertions", k.Insertions(), uint64(1))
+	}
+	if len(processes) < 2 { // it may be that a thread does not wait just now
+		t.Error("the process is ever the same")
+	}
+	signed := make(chan error)
+	go func() { signed <- tokentest.Sign(t.Context(), k) }()
+	person.Until(t, func() bool { return person.Open() == 1 })
+	pid := s.Modules()[0].PID
+	noError(t, s.Rescan(t.Context()))
+	want(t, "process", s.Modules()[0].PID, pid)
+	close(typing)
+	noError(t, <-signed)
+	noError(t, s.Rescan(t.Context())) // somebody is logged in
+	want(t, "process", s.Modules()[0].PID, pid)
+	want(t, "prompts", person.Prompts(), 1)
+}
+
+// p11-kit's remoting serves one call after the other, and waits when it is told
+// to: without being told, that is found out before anybody has to wait.
+func TestRemoteOneAtATime(t *testing.T) {
+	client := tokentest.Module(t, "p11-kit-client.so")
+	opensc := tokentest.Module(t, "opensc-pkcs11.so")
+	p := tokentest.StartPCSCD(t)
+	c := tokentest.NewCard(t, pivcard.Options{Name: "piv", PIN: pivPIN, Keys: map[pivcard.Ref]pivcard.Key{pivcard.Authentication: {}}})
+	p.Insert(0, c)
+	for _, poll := range []bool{false, true} {
+		t.Run(fmt.Sprintf("told=%v", poll), func(t *testing.T) {
+			b, err := registry.NewBridge(registry.BridgeOptions{
+				Command: []string{"p11-kit", "remote", opensc}, Env: append(os.Environ(), p.Env()...), Dir: tokentest.TempDir(t),
+			})
+			noError(t, err)
+			ctx, cancel := context.WithCancel(context.Background())
+			served := make(chan error, 1)
+			go func() { served <- b.Serve(ctx) }()
+			defer func() {
+				cancel()
+				noError(t, <-served)
+			}()
+			spec := realSpec("kit", client, "P11_KIT_SERVER_ADDRESS="+b.Address())
+			spec.Poll = poll
+			person := &tokentest.Person{Always: pivPIN}
+			s := tokentest.Store(t, token.Options{Modules: []token.ModuleSpec{spec}, Command: self, PINs: person}, pivPIN)
+			defer s.Close()
+			noError(t, tokentest.Sign(t.Context(), tokentest.Key(t, s, "piv", 1)))
+			st := s.Modules()[0]
+			want(t, "waits", st.Waits, false)
+			want(t, "restarts", st.Restarts, 0)
+			idle(t, s)
+			p.Remove(0)
+			tokentest.Until(t, "the card is gone", func() bool { return len(s.Keys()) == 0 })
+			p.Insert(0, c)
+			tokentest.Until(t, "the card is back", func() bool { return len(s.Keys()) == 1 })
+		})
+	}
+}
+
+// badStore is a Store with a module that misbehaves on command, and how to give it
+// another command.
+func badStore(t *testing.T, commands string, env ...string) (*token.Store, func(string)) {
+	t.Helper()
+	dir := tokentest.TempDir(t)
+	file := filepath.Join(dir, "commands")
+	command := func(commands string) {
+		t.Helper()
+		noError(t, os.WriteFile(file+".new", []byte(commands), 0o600))
+		noError(t, os.Rename(file+".new", file))
+	}
+	command(commands)
+	spec := realSpec("bad", tokentest.BuildBadModule(t), append(env, tokentest.BadModuleEnv("", file, filepath.Join(dir, "log"))...)...)
+	return tokentest.Store(t, token.Options{Modules: []token.ModuleSpec{spec}, Command: self}), command
+}
+
+// A module that answers nothing beside its wait is started a second time, and
+// nobody is told of a failure.
+func TestOneAtATime(t *testing.T) {
+	s, command := badStore(t, "wait serial")
+	tokentest.Until(t, "the module runs", func() bool { return s.Modules()[0].Running })
+	st := s.Modules()[0]
+	if st.Err != nil || st.Restarts != 0 || st.Waits {
+		t.Errorf("%+v", st)
+	}
+	want(t, "tokens", len(st.Tokens), 1)
+	command("wait serial present=0")
+	tokentest.Until(t, "the token is gone", func() bool { return len(s.Modules()[0].Tokens) == 0 })
+}
+
+// It may turn out later, when there is something to wait for.
+func TestOneAtATimeLater(t *testing.T) {
+	s, command := badStore(t, "serial wait rv=C_WaitForSlotEvent:0x5 slots=0")
+	tokentest.Until(t, "the module runs", func() bool { return s.Modules()[0].Running })
+	pid := s.Modules()[0].PID
+	command("serial wait slots=1")
+	tokentest.Until(t, "another process has the token", func() bool {
+		st := s.Modules()[0]
+		return st.Running && st.PID != pid && len(st.Tokens) == 1
+	})
+	want(t, "restarts", s.Modules()[0].Restarts, 0)
+	command("serial wait slots=1 present=0")
+	tokentest.Until(t, "the token is gone", func() bool { return len(s.Modules()[0].Tokens) == 0 })
+}
+
+// A module that always loses its readers is started again more and more seldom,
+// and says why.
+func TestLostReaders(t *testing.T) {
+	s, command := badStore(t, "wait")
+	for n := 1; n <= 3; n++ {
+		command("wait rv=C_WaitForSlotEvent:0x5")
+		tokentest.Until(t, "the process is replaced", func() bool { st := s.Modules()[0]; return st.Err != nil || st.Restarts == n })
+		if err := s.Modules()[0].Err; err != nil && !strings.Contains(err.Error(), "it lost its readers") {
+			t.Errorf("got %v", err)
+		}
+		command("wait")
+		tokentest.Until(t, "the next one waits", func() bool { st := s.Modules()[0]; return st.Restarts == n && st.Waits })
+	}
+}
+
+// What a process is killed for is no answer to a login that was under way: the
+// PIN may have been tried, and is not tried again.
+func TestKilledDuringLogin(t *testing.T) {
+	p := &tokentest.Person{Always: pin}
+	b := newBench(t, p, nil)
+	k := b.key(1)
+	b.fake.Intercept(func(ctx context.Context, proc *tokentest.FakeProcess, r wire.Request) bool {
+		switch r.Type {
+		case wire.TypeLogin:
+			b.card.Remove() // has the slots listed
+			<-ctx.Done()
+			return true
+		case wire.TypeSlots:
+			if b.fake.Requests(wire.TypeLogin) == 1 {
+				proc.Fail(r, &wire.Error{Function: "C_GetSlotList", RV: wire.CKRGeneralError})
+				return true
+			}
+		}
+		return false
+	})
+	err := tokentest.Sign(t.Context(), k)
+	if err == nil || !strings.Contains(err.Error(), "its tokens cannot be listed") {
+		t.Errorf("got %v", err)
+	}
+	want(t, "prompts", p.Prompts(), 1)
+	want(t, "logins", b.fake.Requests(wire.TypeLogin), 1)
+}

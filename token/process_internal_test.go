@@ -1,0 +1,214 @@
+package token
+
+import (
+	"bytes"
+	"errors"
+	"io"
+	"log/slog"
+	"net"
+	"os"
+	"os/exec"
+	"strings"
+	"sync"
+	"testing"
+	"testing/synctest"
+	"time"
+
+	"p11-agent/token/wire"
+)
+
+// pipeProcess is a process that is no more than the other end of a pipe, in a
+// bubble of time. serve gets its requests.
+func pipeProcess(t *testing.T, serve func(c *wire.ModuleConn, r wire.Request)) *process {
+	t.Helper()
+	ours, theirs := net.Pipe()
+	conn, err := wire.NewModuleConn(theirs)
+	if err != nil {
+		t.Fatal(err)
+	}
+	p := &process{
+		cmd: &exec.Cmd{Process: new(os.Process)}, conn: wire.NewConn(ours),
+		events: make(chan struct{}, 1), done: make(chan struct{}), waiting: make(map[uint32]*pending),
+	}
+	var all sync.WaitGroup
+	all.Go(func() {
+		p.read()
+		p.fail(errGone)
+		close(p.done)
+	})
+	all.Go(func() {
+		for {
+			r, err := conn.ReadRequest()
+			if err != nil {
+				return
+			}
+			serve(conn, r)
+		}
+	})
+	t.Cleanup(func() {
+		p.kill(ErrClosed)
+		all.Wait()
+		p.sending.Wait()
+		_ = conn.Close()
+	})
+	return p
+}
+
+// A card that is slow and has a queue of requests does not hang: each of its
+// answers gives the others as much time as they had at first. One that answers
+// nothing does, whatever the others of its module do.
+func TestSlowIsNoHang(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		slow, hung := wire.TokenID{Label: "slow"}, wire.TokenID{Label: "hung"}
+		const n, takes = 20, signTimeout - time.Second
+		type request struct {
+			conn *wire.ModuleConn
+			id   uint32
+		}
+		queue := make(chan request, 3*n)
+		ended := make(chan struct{})
+		defer close(ended)
+		go func() { // one after the other
+			for {
+				var r request
+				select {
+				case r = <-queue:
+				case <-ended:
+					return
+				}
+				select {
+				case <-time.After(takes):
+				case <-ended:
+					return
+				}
+				_ = r.conn.WriteReply(r.id, new(wire.SignReply)) // the agent may have gone
+			}
+		}()
+		p := pipeProcess(t, func(conn *wire.ModuleConn, r wire.Request) {
+			if m, ok := r.Message.(*wire.Sign); ok && m.Key.Token == slow {
+				queue <- request{conn, r.ID}
+			}
+		})
+		sign := func(id wire.TokenID) error {
+			return p.call(t.Context(), signTimeout, wire.TypeSign, &wire.Sign{Key: wire.KeyID{Token: id}}, new(wire.SignReply))
+		}
+		var all sync.WaitGroup
+		start := time.Now()
+		for range n {
+			all.Go(func() {
+				if err := sign(slow); err != nil {
+					t.Error(err)
+				}
+			})
+		}
+		all.Wait()
+		if took := time.Since(start); took != n*takes {
+			t.Errorf("%d signatures took %v", n, took)
+		}
+
+		start = time.Now()
+		for range n {
+			all.Go(func() { _ = sign(slow) })
+		}
+		err := sign(hung)
+		if _, ok := errors.AsType[*hungError](err); !ok || !errors.Is(err, errGone) {
+			t.Errorf("the hung one: %v", err)
+		}
+		if took := time.Since(start); took != signTimeout {
+			t.Errorf("the process was killed after %v", took)
+		}
+		all.Wait()
+	})
+}
+
+func TestBackoff(t *testing.T) {
+	var b backoff
+	var all []time.Duration
+	for range 12 {
+		all = append(all, b.next(time.Second))
+	}
+	if all[0] != restartMin || all[1] != 2*restartMin || all[11] != restartMax {
+		t.Errorf("pauses %v", all)
+	}
+	if got := b.next(healthyAfter + 1); got != restartMin {
+		t.Errorf("after a long life: %v", got)
+	}
+}
+
+// The pause ends when it is over, or when somebody asks for a look.
+func TestPause(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		m := &module{wanted: make(chan *lookup), poked: make(chan struct{}, 1)}
+		start := time.Now()
+		m.poked <- struct{}{} // who lists keys does not hasten it
+		if due := m.pause(t.Context(), restartMax); len(due) != 0 || time.Since(start) != restartMax {
+			t.Errorf("%d looks after %v", len(due), time.Since(start))
+		}
+		l := &lookup{done: make(chan error, 1)}
+		go func() {
+			time.Sleep(time.Second)
+			m.wanted <- l
+		}()
+		start = time.Now()
+		if due := m.pause(t.Context(), restartMax); len(due) != 1 || due[0] != l || time.Since(start) != time.Second {
+			t.Errorf("%d looks after %v", len(due), time.Since(start))
+		}
+	})
+}
+
+// endless is what a module prints that never stops.
+type endless struct {
+	line string
+	at   int // where in the line it is
+	left int
+}
+
+func (e *endless) Read(b []byte) (int, error) {
+	if e.left <= 0 {
+		return 0, io.EOF
+	}
+	n := 0
+	for n < len(b) {
+		c := copy(b[n:], e.line[e.at:])
+		n, e.at = n+c, (e.at+c)%len(e.line)
+	}
+	e.left -= n
+	return n, nil
+}
+
+// What a module prints is read, at a bounded speed and with a bounded log.
+func TestLogOutput(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		const megabytes = 50
+		var log bytes.Buffer
+		last := new(lastLine)
+		start := time.Now()
+		logOutput(&throttle{r: &endless{line: strings.Repeat("x", 99) + "\n", left: megabytes << 20}}, last,
+			slog.New(slog.NewTextHandler(&log, &slog.HandlerOptions{Level: slog.LevelDebug})))
+		if took, least := time.Since(start), (megabytes-1)*stderrSpan; took < least || took > least+2*stderrSpan {
+			t.Errorf("%d MiB took %v", megabytes, took)
+		}
+		if n := strings.Count(log.String(), "module printed\""); n != stderrPerProc {
+			t.Errorf("%d lines are logged", n)
+		}
+		if !strings.Contains(log.String(), "module printed too much") || log.Len() > 100<<10 {
+			t.Errorf("the log has %d bytes", log.Len())
+		}
+	})
+	for _, tt := range []struct{ name, printed, last string }{
+		{"nothing", "", ""},
+		{"lines", "one\ntwo\n\n  \n", "two"},
+		{"no end of line", "one\ntwo", "two"},
+		{"an escape", "\x1b[2Jred", "?[2Jred"},
+		{"a long line", strings.Repeat("y", 1<<20), strings.Repeat("y", stderrLine)},
+		{"many lines", strings.Repeat("one\n", 1000) + "two\n", "two"},
+	} {
+		t.Run(tt.name, func(t *testing.T) {
+			last := new(lastLine)
+			logOutput(strings.NewReader(tt.printed), last, slog.New(slog.DiscardHandler))
+			if got := last.String(); got != tt.last {
+				t.Errorf("the last line is %q", got)
+			}
+		})
+	}
+}
