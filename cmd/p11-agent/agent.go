@@ -365,7 +365,7 @@ func (s *service) serve(ctx context.Context, listeners []listener) error {
 		Name:          names(c),
 		OfferAway:     c.offerAway,
 		Insert:        insert,
-		InsertTimeout: time.Duration(c.InsertTimeout),
+		InsertTimeout: c.InsertTimeout.Duration,
 		Lifetime:      s.lifetime,
 		Confirm:       confirm,
 		SoftwareKeys:  !s.system && (c.SoftwareKeys == nil || *c.SoftwareKeys),

@@ -146,7 +146,7 @@ func (c *config) policy() func(*token.Key) token.Policy {
 				continue
 			}
 			p.Retention = p.Stricter(token.Retention{
-				Never: table.PINCache == cacheNever, Idle: time.Duration(table.PINIdle), Max: time.Duration(table.PINMax),
+				Never: table.PINCache == cacheNever, Idle: table.PINIdle.Duration, Max: table.PINMax.Duration,
 			})
 			if table.ForgetOn != nil {
 				own = true
@@ -165,7 +165,7 @@ func (c *config) policy() func(*token.Key) token.Policy {
 
 // aboutPIN tells whether the table has any word about the PIN.
 func (k keyConfig) aboutPIN() bool {
-	return k.PINCache == cacheNever || k.PINIdle != 0 || k.PINMax != 0 ||
+	return k.PINCache == cacheNever || k.PINIdle.Duration != 0 || k.PINMax.Duration != 0 ||
 		k.PINRemember != nil || k.PINReuse != nil || k.PINPad != nil || k.ForgetOn != nil
 }
 
@@ -220,15 +220,16 @@ func (v *uriValue) UnmarshalText(b []byte) (err error) {
 	return err
 }
 
-// durationValue is a length of time, as "30s" or "2m".
-type durationValue time.Duration
+// durationValue is a length of time, as "30s" or "2m". It is a struct so that a
+// number without a unit is an error: TOML would make nanoseconds of it.
+type durationValue struct{ time.Duration }
 
 func (v *durationValue) UnmarshalText(b []byte) error {
 	d, err := time.ParseDuration(string(b))
 	if err != nil || d <= 0 {
 		return errors.New(`a length of time is written as "30s" or "2m"`)
 	}
-	*v = durationValue(d)
+	v.Duration = d
 	return nil
 }
 
@@ -257,8 +258,8 @@ func (v releaseValue) apply(spec *token.ModuleSpec) {
 	switch {
 	case v.never:
 		spec.Idle = token.ReleaseNever
-	case v.after > 0:
-		spec.Release = time.Duration(v.after)
+	case v.after.Duration > 0:
+		spec.Release = v.after.Duration
 		spec.Idle = min(spec.Release, token.ReleaseIdle)
 	}
 }

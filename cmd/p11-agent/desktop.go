@@ -46,7 +46,7 @@ func (v noticeValue) after() time.Duration {
 	case v == noticeOff || d.UnmarshalText([]byte(v)) != nil: // which check has seen
 		return 0
 	}
-	return time.Duration(d)
+	return d.Duration
 }
 
 // What forget-on may have.

@@ -9,7 +9,6 @@ import (
 	"os"
 	"strings"
 	"sync/atomic"
-	"time"
 
 	"p11-agent/agent"
 	"p11-agent/agent/peer"
@@ -40,7 +39,7 @@ func modules(c *config, log *slog.Logger) (specs []token.ModuleSpec, bridges []*
 	for _, m := range c.Modules {
 		settings[m.name()] = m
 		if m.Path != "" && (m.Enabled == nil || *m.Enabled) {
-			spec := token.ModuleSpec{Name: m.name(), Path: m.Path, Env: m.environ(), Timeout: time.Duration(m.Timeout)}
+			spec := token.ModuleSpec{Name: m.name(), Path: m.Path, Env: m.environ(), Timeout: m.Timeout.Duration}
 			m.Release.apply(&spec)
 			specs = append(specs, spec)
 		}
@@ -60,7 +59,7 @@ func modules(c *config, log *slog.Logger) (specs []token.ModuleSpec, bridges []*
 			continue
 		}
 		spec := token.ModuleSpec{
-			Name: m.Name, Path: m.Path, InitArgs: m.InitArgs, Env: set.environ(), Timeout: time.Duration(set.Timeout),
+			Name: m.Name, Path: m.Path, InitArgs: m.InitArgs, Env: set.environ(), Timeout: set.Timeout.Duration,
 		}
 		set.Release.apply(&spec)
 		// p11-kit's remoting serves one call after the other.
