@@ -159,8 +159,9 @@ func (m *module) run(ctx context.Context) {
 		_, hung := errors.AsType[*hungError](err)
 		spec.Poll = poll || hung
 		wait := again.next(time.Since(began))
-		if isReason(err, wire.ReasonLoad) {
-			// The file will not get better by itself.
+		if isReason(err, wire.ReasonLoad) || wait >= restartMax && !m.everRan() {
+			// The file will not get better by itself, and nor will what a module is
+			// for that is not there, such as a TPM.
 			wait = 0
 		}
 		m.stopped(err, wait)
@@ -169,6 +170,13 @@ func (m *module) run(ctx context.Context) {
 		due = m.pause(ctx, wait)
 	}
 	m.change(func() { m.proc, m.err, m.retry = nil, ErrClosed, time.Time{} })
+}
+
+// everRan tells whether the module has ever started.
+func (m *module) everRan() bool {
+	m.mu.Lock()
+	defer m.mu.Unlock()
+	return m.starts > 0
 }
 
 // backoff is how long to wait before a process is started again.
