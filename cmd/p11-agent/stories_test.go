@@ -534,7 +534,7 @@ const cardPIN = "8-apples"
 //	new [yubikey] [like NAME]  make it, as one that answers as a YubiKey does, with the
 //	                           keys of another one; anything else makes the usual one
 //	in [SLOT]                  put it into a slot; the first reader has 0 and 1, the second 2 and 3
-//	out                        take it out
+//	out, pull                  take it out; pull does so in the middle of a command, if need be
 //	reset, cut                 reset it, as another program may; cut the power off and on again
 //	pin PIN                    give it another PIN
 //	tries N                    have so many tries be left
@@ -542,7 +542,7 @@ const cardPIN = "8-apples"
 //	counts WHAT=N...           make sure of what was done to it: right, wrong and blocked PINs,
 //	                           signed, and the tries that are left
 //	pins N                     the same as counts right=N wrong=0 blocked=0
-var cardCommands = []string{"new", "in", "out", "reset", "cut", "pin", "tries", "delay", "counts", "pins"}
+var cardCommands = []string{"new", "in", "out", "pull", "reset", "cut", "pin", "tries", "delay", "counts", "pins"}
 
 func useCard(ts *testscript.TestScript, neg bool, args []string) {
 	st := storyOf(ts)
@@ -575,6 +575,8 @@ func useCard(ts *testscript.TestScript, neg bool, args []string) {
 		st.needPCSCD(ts).Insert(c.slot, c.Card)
 	case "out":
 		st.needPCSCD(ts).Remove(c.slot)
+	case "pull":
+		st.needPCSCD(ts).Pull(c.slot)
 	case "reset":
 		c.Reset()
 	case "cut":
@@ -912,26 +914,23 @@ func findSecret(ts *testscript.TestScript, neg bool, args []string) {
 		return err
 	})
 	ts.Check(err)
-	var seen []string // of the agent and its processes
-	files, err := filepath.Glob("/proc/[0-9]*/*")
+	seen := 0 // processes of the story: the agent's are, and those of another story are not
+	dirs, err := filepath.Glob("/proc/[0-9]*")
 	ts.Check(err)
-	for _, file := range files {
-		if base := filepath.Base(file); base != "cmdline" && base != "environ" {
-			continue
-		}
-		b, err := os.ReadFile(file)
-		if err != nil {
+	home := []byte("HOME=" + work + "/home\x00")
+	for _, dir := range dirs {
+		environ, err := os.ReadFile(filepath.Join(dir, "environ"))
+		if err != nil || !bytes.Contains(environ, home) {
 			continue // gone, or not ours to see
 		}
-		if bytes.Contains(b, secret) {
-			ts.Fatalf("the secret is in %s", file)
+		cmdline, _ := os.ReadFile(filepath.Join(dir, "cmdline")) // it may have gone
+		if bytes.Contains(environ, secret) || bytes.Contains(cmdline, secret) {
+			ts.Fatalf("the secret is in %s: %q", dir, cmdline)
 		}
-		if bytes.Contains(b, []byte("module-process")) || bytes.Contains(b, []byte(work)) {
-			seen = append(seen, file)
-		}
+		seen++
 	}
-	if looked == 0 || len(seen) == 0 {
-		ts.Fatalf("looked at %d files and the processes %q: that is not where the agent is", looked, seen)
+	if looked == 0 || seen == 0 {
+		ts.Fatalf("looked at %d files and %d processes: that is not where the agent is", looked, seen)
 	}
 }
 
