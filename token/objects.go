@@ -171,7 +171,9 @@ func pair(objects []wire.Object, token wire.TokenID, hidden bool, skip func(o wi
 				}
 				f := add(o, keyType, cert.PublicKey)
 				f.certs = append(f.certs, o.Value)
-				if reason := unfitCertificate(cert); reason != "" && !f.visible && f.unfit == "" {
+				// An encryption certificate counts also when the private key says that it
+				// signs: libykcs11 2.2 says so of each, once somebody is logged in.
+				if reason := unfitCertificate(cert); reason != "" && (!f.visible || !cert.IsCA) && f.unfit == "" {
 					f.unfit = reason
 				}
 			}

@@ -3,6 +3,7 @@ package token
 import (
 	"cmp"
 	"context"
+	"errors"
 	"fmt"
 	"sync"
 	"time"
@@ -141,16 +142,19 @@ func (t *Token) expire() {
 	t.mu.Unlock()
 	ctx, cancel := context.WithTimeout(t.module.store.ctx, loginTimeout)
 	defer cancel()
-	t.end(ctx)
-	t.module.log.Info("logged out: the login has lasted as long as configured", "token", t.ID.Label)
+	if t.end(ctx) {
+		t.module.log.Info("logged out: the login has lasted as long as configured", "token", t.ID.Label)
+	}
 }
 
 // end logs out and forgets the PIN. A module that cannot be asked has lost the
-// login, or is about to be killed with it.
-func (t *Token) end(ctx context.Context) {
-	if err := t.forget(ctx); err != nil {
+// login, or is about to be killed with it. It reports whether that was done.
+func (t *Token) end(ctx context.Context) bool {
+	err := t.forget(ctx)
+	if err != nil && t.module.store.ctx.Err() == nil {
 		t.module.log.Warn("cannot log out", "token", t.ID.Label, "reason", err)
 	}
+	return err == nil
 }
 
 // Forget logs out of every token with a key whose Retention ends at the Event,
@@ -183,6 +187,9 @@ func (t *Token) forgetAt(ctx context.Context, e Event) {
 	}
 	log := t.module.log.With("token", t.ID.Label, "reason", e.String())
 	if err := t.forget(ctx); err != nil {
+		if ctx.Err() != nil {
+			err = errors.New("it did not answer in time")
+		}
 		log.Warn("cannot log out, the module is stopped", "error", err)
 		p.kill(fmt.Errorf("it did not log out: %w", err))
 		return

@@ -88,9 +88,6 @@ func Store(t testing.TB, opts token.Options, secrets ...string) *token.Store {
 		if strings.Contains(log.String(), context.Canceled.Error()) {
 			t.Error("the log calls the end of the Store a failure")
 		}
-		if strings.Contains(log.String(), context.Canceled.Error()) {
-			t.Error("the log calls the end of the Store a failure")
-		}
 	})
 	Wait(t, s.Settled())
 	return s
