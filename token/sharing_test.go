@@ -512,3 +512,25 @@ func TestInUseError(t *testing.T) {
 		}
 	}
 }
+
+// OpenSC 0.23 sends a PIV card nothing at C_Logout: it stays verified for every
+// program. It forgets when its module has let go of it, as pcscd cuts its power
+// then.
+func TestReleaseMakesTheCardForget(t *testing.T) {
+	module := tokentest.Module(t, "opensc-pkcs11.so")
+	p := tokentest.StartPCSCD(t)
+	card := tokentest.NewCard(t, pivcard.Options{Name: "piv", PIN: pivPIN})
+	p.Insert(0, card)
+	spec := realSpec("opensc", module, p.Env()...)
+	release(50 * time.Millisecond)(&spec)
+	spec.Release = 0 // not while somebody is logged in
+	person := &tokentest.Person{Always: pivPIN}
+	s := tokentest.Store(t, token.Options{Modules: []token.ModuleSpec{spec}, Command: self, PINs: person}, pivPIN)
+	noError(t, tokentest.Sign(t.Context(), tokentest.Key(t, s, "piv", 1)))
+	before := card.Counts().PowerOffs
+	noError(t, s.LogoutAll(t.Context()))
+	tokentest.Until(t, "the card is without power", func() bool { return card.Counts().PowerOffs > before })
+	noError(t, tokentest.Sign(t.Context(), tokentest.Key(t, s, "piv", 1)))
+	want(t, "prompts", person.Prompts(), 2)
+	want(t, "right PINs", card.Counts().Right, 2)
+}
