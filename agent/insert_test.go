@@ -3,6 +3,7 @@ package agent
 import (
 	"context"
 	"errors"
+	"fmt"
 	"slices"
 	"strings"
 	"sync"
@@ -229,6 +230,24 @@ func TestInsertNobody(t *testing.T) {
 	}
 	if len(in.asked) != 0 {
 		t.Error("a person was asked for a key that is not to be offered while it is away")
+	}
+}
+
+type busyError struct{ absentError }
+
+func (busyError) Busy() bool { return true }
+
+// Nor is anybody asked to insert what is in, and used by another program.
+func TestInsertNotWhenBusy(t *testing.T) {
+	key := edKey("pkcs11:token=a;id=%01")
+	in := &fakeInserter{answer: waits}
+	f := newFixture(Options{OfferAway: always, Insert: in}, key)
+	key.err = fmt.Errorf("sign: %w", busyError{})
+	if _, err := f.Sign(t.Context(), local, SignRequest{Key: wireOf(key), Data: []byte("data")}); !isBusy(err) {
+		t.Errorf("got %v", err)
+	}
+	if len(in.asked) != 0 {
+		t.Error("a person was asked to insert a token that is in")
 	}
 }
 

@@ -306,7 +306,7 @@ func (k *Keyring) sign(ctx context.Context, c *Caller, id *identity, r SignReque
 		return nil, err
 	}
 	raw, err := k.signAtHome(ctx, id, r.Data, hash)
-	if err != nil && isAbsent(err) && id.software == nil && id.awaited && k.opts.Insert != nil {
+	if err != nil && isAbsent(err) && !isBusy(err) && id.software == nil && id.awaited && k.opts.Insert != nil {
 		if err := k.insert(ctx, id); err != nil {
 			return nil, err
 		}
@@ -365,6 +365,16 @@ func isAbsent(err error) bool {
 		Absent() bool
 	}](err)
 	return ok && e.Absent()
+}
+
+// isBusy tells whether a key failed because another program keeps its token to
+// itself: there is nothing to insert.
+func isBusy(err error) bool {
+	e, ok := errors.AsType[interface {
+		error
+		Busy() bool
+	}](err)
+	return ok && e.Busy()
 }
 
 // refused writes the one line about a request that was not granted.

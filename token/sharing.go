@@ -66,6 +66,9 @@ func (e *InUseError) Error() string {
 // Absent tells that another home of the key, if it has one, is to be tried.
 func (e *InUseError) Absent() bool { return true }
 
+// Busy tells it from a token that has to be inserted.
+func (e *InUseError) Busy() bool { return true }
+
 // turn bounds the waiting of one signature.
 type turn struct{ until time.Time }
 
