@@ -224,7 +224,7 @@ func (t *Token) reveal(ctx context.Context, p *process) {
 	hidden := slices.ContainsFunc(t.keys, func(k *Key) bool { return !k.found.visible })
 	t.mu.Unlock()
 	if hidden {
-		if err := t.look(ctx, p, nil); err != nil {
+		if err := t.look(ctx, p, nil); err != nil && ctx.Err() == nil {
 			t.module.log.Debug("token cannot be read after the login", "token", t.ID.Label, "reason", err)
 		}
 	}

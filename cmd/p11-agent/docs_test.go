@@ -2,6 +2,7 @@ package main
 
 import (
 	"bytes"
+	"encoding"
 	"maps"
 	"os"
 	"os/exec"
@@ -187,7 +188,7 @@ func isTable(r reflect.Type, key string) bool {
 		for t.Kind() == reflect.Pointer || t.Kind() == reflect.Slice {
 			t = t.Elem()
 		}
-		return t.Kind() == reflect.Struct && t != reflect.TypeFor[uriValue]()
+		return t.Kind() == reflect.Struct && !reflect.PointerTo(t).Implements(reflect.TypeFor[encoding.TextUnmarshaler]())
 	}
 	return false
 }
