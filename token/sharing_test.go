@@ -534,3 +534,28 @@ func TestReleaseMakesTheCardForget(t *testing.T) {
 	want(t, "prompts", person.Prompts(), 2)
 	want(t, "right PINs", card.Counts().Right, 2)
 }
+
+// A PIN that is kept outlives that the card is let go: nobody is asked again.
+func TestReleaseRemembers(t *testing.T) {
+	module := tokentest.Module(t, "opensc-pkcs11.so")
+	p := tokentest.StartPCSCD(t)
+	card := tokentest.NewCard(t, pivcard.Options{Name: "piv", PIN: pivPIN})
+	p.Insert(0, card)
+	spec := realSpec("opensc", module, p.Env()...)
+	release(50 * time.Millisecond)(&spec)
+	person := &tokentest.Person{Always: pivPIN}
+	s := tokentest.Store(t, token.Options{
+		Modules: []token.ModuleSpec{spec}, Command: self, PINs: person,
+		Policy: func(*token.Key) token.Policy { return token.Policy{Remember: true} },
+	}, pivPIN)
+	for range 3 {
+		noError(t, tokentest.Sign(t.Context(), tokentest.Key(t, s, "piv", 1)))
+		tokentest.Until(t, "the card is let go", func() bool { return s.Modules()[0].Released })
+	}
+	want(t, "prompts", person.Prompts(), 1)
+	want(t, "right PINs", card.Counts().Right, 3)
+	// It is forgotten as ever.
+	noError(t, s.LogoutAll(t.Context()))
+	noError(t, tokentest.Sign(t.Context(), tokentest.Key(t, s, "piv", 1)))
+	want(t, "prompts", person.Prompts(), 2)
+}
