@@ -124,11 +124,11 @@ func (m *module) run(ctx context.Context) {
 				}
 			})
 			err = m.look(ctx, p, false)
-			first()
 			answer(due, err)
 			due = nil
 			if p.failure() == nil {
 				m.change(func() { m.proc, m.err, m.retry, m.released, m.lastUse = p, nil, time.Time{}, false, time.Now() })
+				first() // else when it is noted what happened to it
 				var watch *readerWatch
 				if watch, due = m.attend(ctx, p); watch != nil {
 					<-p.done

@@ -53,10 +53,16 @@ func (l *Login1) Start() {
 	// sent.
 	messages := make(chan *dbus.Message, 100)
 	c.Eavesdrop(messages)
+	l.bus.t.Cleanup(func() { c.Eavesdrop(nil) })
 	go func() {
-		for m := range messages {
-			if m.Type == dbus.TypeMethodCall {
-				l.answer(c, m)
+		for {
+			select {
+			case m := <-messages:
+				if m != nil && m.Type == dbus.TypeMethodCall {
+					l.answer(c, m)
+				}
+			case <-c.Context().Done():
+				return
 			}
 		}
 	}()
@@ -66,6 +72,8 @@ func (l *Login1) Start() {
 func (l *Login1) Stop() {
 	l.mu.Lock()
 	defer l.mu.Unlock()
+	// godbus 5.2.4 closes the channel that its reader may be sending to.
+	l.conn.Eavesdrop(nil)
 	_ = l.conn.Close() // with its bus it may have gone
 }
 
