@@ -303,3 +303,36 @@ func TestKilledDuringLogin(t *testing.T) {
 	want(t, "prompts", p.Prompts(), 1)
 	want(t, "logins", b.fake.Requests(wire.TypeLogin), 1)
 }
+
+// The same where it is killed for what another signature met.
+func TestKilledDuringLoginForAnother(t *testing.T) {
+	p := &tokentest.Person{Always: pin}
+	b := newBench(t, p, func(b *bench, _ *token.Options) {
+		b.card.AddKey(tokentest.P256, 2, "two", func(k *tokentest.FakeKey) { k.Public = true }) // no login is expected
+	})
+	one, two := b.key(1), b.key(2)
+	reached := make(chan struct{})
+	b.fake.Intercept(func(ctx context.Context, proc *tokentest.FakeProcess, r wire.Request) bool {
+		switch r.Type {
+		case wire.TypeLogin:
+			close(reached) // twice would be a second try
+			<-ctx.Done()
+			return true
+		case wire.TypeSign:
+			proc.Fail(r, &wire.Error{Function: "C_Sign", RV: wire.CKRDeviceError})
+			return true
+		}
+		return false
+	})
+	end := make(chan error, 1)
+	go func() { end <- tokentest.Sign(t.Context(), one) }()
+	tokentest.Wait(t, reached)
+	if err := tokentest.Sign(t.Context(), two); err == nil {
+		t.Error("the other key has signed")
+	}
+	if err := <-end; err == nil || !strings.Contains(err.Error(), "it failed and is started anew") {
+		t.Errorf("got %v", err)
+	}
+	want(t, "prompts", p.Prompts(), 1)
+	want(t, "logins", b.fake.Requests(wire.TypeLogin), 1)
+}

@@ -75,6 +75,7 @@ func (g *gate) forgetPIN() {
 // refuse remembers for a while that the token refused a PIN, and what it says of
 // its tries since. One that was kept is forgotten: it is the one, or out of date.
 func (g *gate) refuse(pin *secret.Secret, tries Tries) {
+	g.forgetPIN()
 	c, err := pin.Clone()
 	if err != nil {
 		return // it is not known again: as it was before there was this
@@ -82,8 +83,6 @@ func (g *gate) refuse(pin *secret.Secret, tries Tries) {
 	g.mu.Lock()
 	defer g.mu.Unlock()
 	m := &g.pins
-	m.kept.Wipe()
-	m.kept = nil
 	m.tries = tries
 	if m.refused = append(m.refused, c); len(m.refused) > maxRefusals {
 		m.refused[0].Wipe()

@@ -388,7 +388,7 @@ func (k *Key) signHealing(ctx context.Context, ways []way) ([]byte, error) {
 			if isRV(err, wire.CKRGeneralError) {
 				// Nothing but a new start helps a module that lost its reader
 				// service.
-				p.kill(fmt.Errorf("it failed and is started anew: %v", err))
+				p.kill(fmt.Errorf("it failed and is started anew: %w", err))
 				continue
 			}
 			if err := t.module.rescan(ctx); err != nil && ctx.Err() != nil {

@@ -299,6 +299,10 @@ func (t *Token) withPIN(ctx context.Context, g *gate, k *Key, info wire.TokenInf
 		if kept != nil {
 			err := t.judge(use(ctx, kept, false, false))
 			kept.Wipe()
+			if mayBeTried(err) {
+				// Nobody knows whether it was right: a person is to say so.
+				g.forgetPIN()
+			}
 			e, refused := errors.AsType[*PINError](err)
 			if !refused || e.Tries == TriesNone {
 				return err
@@ -333,6 +337,19 @@ func (t *Token) withPIN(ctx context.Context, g *gate, k *Key, info wire.TokenInf
 	default:
 		return t.fromPerson(ctx, g, d, tries, minPIN, maxPIN, problem, use)
 	}
+}
+
+// mayBeTried tells whether a login that failed may have used up a try. err is
+// what judge made of it.
+func mayBeTried(err error) bool {
+	if e, ok := errors.AsType[*PINError](err); ok {
+		return e.Tried
+	}
+	if e, ok := errors.AsType[*loginError](err); ok {
+		return e.attempted
+	}
+	// Whoever hangs up does not hear what becomes of the PIN that was sent.
+	return errors.Is(err, context.Canceled) || errors.Is(err, context.DeadlineExceeded)
 }
 
 // refusedBefore is what is said of a PIN that is not tried a second time.

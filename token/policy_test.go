@@ -2,6 +2,7 @@ package token_test
 
 import (
 	"bytes"
+	"context"
 	"errors"
 	"sync"
 	"testing"
@@ -221,5 +222,40 @@ func TestRememberedLoginEnds(t *testing.T) {
 	})
 	if !bytes.Equal(b.key(1).ID(), []byte{1}) {
 		t.Error("it is another key")
+	}
+}
+
+// A PIN that is kept and of which nobody knows what became is not tried again: it
+// may have been wrong.
+func TestRememberedPINOfUnknownFate(t *testing.T) {
+	for name, crash := range map[string]bool{"the module crashes": true, "the client hangs up": false} {
+		t.Run(name, func(t *testing.T) {
+			p := &tokentest.Person{Always: pin}
+			b := newPolicyBench(t, p, token.Policy{Remember: true})
+			b.mustSign()
+			b.card.LogOut(false)
+			ctx, cancel := context.WithCancel(t.Context())
+			defer cancel()
+			b.fake.Intercept(func(gone context.Context, proc *tokentest.FakeProcess, r wire.Request) bool {
+				if r.Type != wire.TypeLogin {
+					return false
+				}
+				if crash {
+					proc.Kill()
+				} else {
+					cancel()
+					<-gone.Done()
+				}
+				return true
+			})
+			if err := tokentest.Sign(ctx, b.key(1)); err == nil {
+				t.Fatal("it was signed")
+			}
+			want(t, "logins", b.fake.Requests(wire.TypeLogin), 2)
+			want(t, "prompts", p.Prompts(), 1)
+			b.fake.Intercept(nil)
+			b.mustSign()
+			want(t, "prompts", p.Prompts(), 2)
+		})
 	}
 }

@@ -200,9 +200,13 @@ func exitReason(err error) error {
 
 // kill ends the process, which costs nothing but its module's keys: tokens keep
 // what was finished. done is closed when it has ended. All requests under way
-// fail with why, so it wraps no error of one of them: the others would take that
-// for their own, and a login would say that no PIN was tried.
+// fail with why, so what the module said to one of them is taken as text: the
+// others would take it for their own answer, and a login would have its PIN tried
+// once more.
 func (p *process) kill(why error) {
+	if _, ok := errors.AsType[*wire.Error](why); ok {
+		why = errors.New(why.Error())
+	}
 	p.fail(why)
 	// It may have gone by itself: then there is nothing to kill.
 	_ = p.cmd.Process.Kill()

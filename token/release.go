@@ -22,6 +22,8 @@ import (
 const (
 	// ReleaseIdle is how long a module is kept that nobody is logged in to.
 	ReleaseIdle = 30 * time.Second
+	// releaseBound is how long it may take to log out of its tokens.
+	releaseBound = 5 * time.Second
 	// releaseWatch is how often pcscd is asked for cards meanwhile.
 	releaseWatch = time.Second
 )
@@ -115,8 +117,11 @@ func (m *module) release(ctx context.Context, p *process) (watch *readerWatch, a
 		watch.close()
 		return nil, idle
 	}
+	// A module that hangs at the end is killed all the same.
+	bounded, cancel := context.WithTimeout(ctx, releaseBound)
+	defer cancel()
 	for _, t := range m.known() {
-		t.endWith(ctx, p)
+		t.endWith(bounded, p)
 	}
 	p.kill(errReleased)
 	m.log.Debug("the cards are let go until they are needed")

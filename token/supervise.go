@@ -314,7 +314,7 @@ func (m *module) look(ctx context.Context, p *process, again bool) error {
 		if isRV(err, wire.CKRGeneralError, wire.CKRDeviceError, wire.CKRCryptokiNotInitialized) {
 			// Some modules never recover from the loss of their reader service;
 			// a new process does.
-			p.kill(fmt.Errorf("its tokens cannot be listed: %v", err))
+			p.kill(fmt.Errorf("its tokens cannot be listed: %w", err))
 		}
 		return m.wrap(err)
 	}
