@@ -80,7 +80,10 @@ type SignRequest struct {
 	Key   []byte
 	Data  []byte
 	Flags SignatureFlags
-	// Login is what Data says when it is a request to be let in with this key.
+	// Content is what Data says of itself.
+	Content Content
+	// Login is what Data says when it is a request to be let in with this key
+	// (KindLogin).
 	Login *Login
 }
 

@@ -50,7 +50,7 @@ func TestAssociatedCertificates(t *testing.T) {
 	foreign := other.certificate(t, ca, ssh.UserCert, serial(3))
 	expired := k.certificate(t, ca, ssh.UserCert, func(c *ssh.Certificate) { c.Serial, c.ValidBefore = 4, 1 })
 	newF := func() *fixture {
-		return newFixture(Options{Automatic: []Selection{}}, &fakeKey{Signer: k.private, uri: "pkcs11:token=a", insertions: 1})
+		return newFixture(Options{Rules: Rules{Automatic: []Selection{}}}, &fakeKey{Signer: k.private, uri: "pkcs11:token=a", insertions: 1})
 	}
 	all := []*ssh.Certificate{one, foreign, two, expired}
 

@@ -318,13 +318,11 @@ func (k *Keyring) RemoveAll(ctx context.Context, c *Caller) error {
 	return nil
 }
 
-// Configure changes what is offered without being added, the names of keys, and
-// which of them are offered while their tokens are away. Automatic identities that
-// were removed are back.
-func (k *Keyring) Configure(automatic []Selection, name func(Key) string, offerAway func(Key, bool) bool) {
+// Configure changes the rules. Automatic identities that were removed are back.
+func (k *Keyring) Configure(r Rules) {
 	k.mu.Lock()
 	defer k.mu.Unlock()
-	k.opts.Automatic, k.opts.Name, k.opts.OfferAway = automatic, name, offerAway
+	k.opts.Rules = r
 	clear(k.hidden)
 	k.change++
 }

@@ -80,7 +80,7 @@ func TestOfferAway(t *testing.T) {
 	}
 	for _, tt := range tests {
 		t.Run(tt.name, func(t *testing.T) {
-			f := newFixture(Options{Automatic: tt.automatic, OfferAway: tt.offer, Insert: &fakeInserter{answer: waits}})
+			f := newFixture(Options{Rules: Rules{Automatic: tt.automatic, OfferAway: tt.offer}, Insert: &fakeInserter{answer: waits}})
 			var there []Key
 			for _, k := range []Key{one, two, three} {
 				if !slices.Contains(tt.away, k) {
@@ -101,7 +101,7 @@ func TestInsert(t *testing.T) {
 		key, backup := edKey("pkcs11:token=a;id=%01"), edKey("pkcs11:token=b;id=%01")
 		backup.Signer = key.Signer // the same key on two cards
 		in := &fakeInserter{answer: waits}
-		f := newFixture(Options{OfferAway: always, Insert: in})
+		f := newFixture(Options{Rules: Rules{OfferAway: always}, Insert: in})
 		f.tokens.setAway(nil, []Key{key, backup})
 		var all sync.WaitGroup
 		for range 50 {
@@ -155,7 +155,7 @@ func TestInsertFails(t *testing.T) {
 			synctest.Test(t, func(t *testing.T) {
 				key := edKey("pkcs11:token=a;id=%01")
 				in := &fakeInserter{answer: tt.answer}
-				f := newFixture(Options{OfferAway: always, Insert: in})
+				f := newFixture(Options{Rules: Rules{OfferAway: always}, Insert: in})
 				f.tokens.setAway(nil, []Key{key})
 				start := time.Now()
 				_, err := f.Sign(t.Context(), local, SignRequest{Key: wireOf(key), Data: []byte("data")})
@@ -182,7 +182,7 @@ func TestInsertHangUp(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		key := edKey("pkcs11:token=a;id=%01")
 		in := &fakeInserter{answer: waits}
-		f := newFixture(Options{OfferAway: always, Insert: in})
+		f := newFixture(Options{Rules: Rules{OfferAway: always}, Insert: in})
 		f.tokens.setAway(nil, []Key{key})
 		var cancels []context.CancelFunc
 		var all sync.WaitGroup
@@ -214,7 +214,7 @@ func TestInsertHangUp(t *testing.T) {
 // reason is said at once.
 func TestInsertNobody(t *testing.T) {
 	key := edKey("pkcs11:token=a;id=%01")
-	f := newFixture(Options{OfferAway: always})
+	f := newFixture(Options{Rules: Rules{OfferAway: always}})
 	f.tokens.setAway(nil, []Key{key})
 	_, err := f.Sign(t.Context(), local, SignRequest{Key: wireOf(key), Data: []byte("data")})
 	if !isAbsent(err) {
@@ -241,7 +241,7 @@ func (busyError) Busy() bool { return true }
 func TestInsertNotWhenBusy(t *testing.T) {
 	key := edKey("pkcs11:token=a;id=%01")
 	in := &fakeInserter{answer: waits}
-	f := newFixture(Options{OfferAway: always, Insert: in}, key)
+	f := newFixture(Options{Rules: Rules{OfferAway: always}, Insert: in}, key)
 	key.err = fmt.Errorf("sign: %w", busyError{})
 	if _, err := f.Sign(t.Context(), local, SignRequest{Key: wireOf(key), Data: []byte("data")}); !isBusy(err) {
 		t.Errorf("got %v", err)
@@ -254,7 +254,7 @@ func TestInsertNotWhenBusy(t *testing.T) {
 // What was removed stays removed while its token is away.
 func TestRemovedAndAway(t *testing.T) {
 	key := edKey("pkcs11:token=a;id=%01")
-	f := newFixture(Options{OfferAway: always, Insert: &fakeInserter{answer: waits}})
+	f := newFixture(Options{Rules: Rules{OfferAway: always}, Insert: &fakeInserter{answer: waits}})
 	f.tokens.setAway(nil, []Key{key})
 	if err := f.Remove(t.Context(), local, wireOf(key)); err != nil {
 		t.Fatal(err)

@@ -98,9 +98,8 @@ type Confirmer interface {
 	Confirm(ctx context.Context, comment, fingerprint string) (bool, error)
 }
 
-// Options make a Keyring.
-type Options struct {
-	Tokens Tokens
+// Rules are what Configure changes.
+type Rules struct {
 	// Automatic selects the identities that are there without being added, in
 	// this order. nil: every key that is fit to log in with.
 	Automatic []Selection
@@ -109,6 +108,15 @@ type Options struct {
 	// OfferAway tells whether a key is offered while its token is away; named says
 	// that Automatic selects it. nil: none is.
 	OfferAway func(k Key, named bool) bool
+	// Allow returns what kinds of data a key of a token signs besides logins and
+	// SSH signatures; KindUnknown stands for all. nil: no other.
+	Allow func(Key) []Kind
+}
+
+// Options make a Keyring.
+type Options struct {
+	Tokens Tokens
+	Rules
 	// Insert asks for the token of such a key when it is to sign; nil: nobody can
 	// be asked.
 	Insert Inserter
@@ -136,7 +144,7 @@ type Options struct {
 // be called from any goroutine; none holds a lock while it waits for a person,
 // a token or a process.
 type Keyring struct {
-	opts  Options // Automatic, Name and OfferAway under mu
+	opts  Options // Rules under mu
 	log   *slog.Logger
 	start time.Time
 	view  atomic.Pointer[view]
@@ -301,7 +309,10 @@ func (k *Keyring) sign(ctx context.Context, c *Caller, id *identity, r SignReque
 	if err := id.constraints.permitsLogin(c, r.Login); err != nil {
 		return nil, err
 	}
-	ctx = context.WithValue(ctx, useKey{}, &Use{Comment: id.comment, Key: id.plain, Caller: c, Login: r.Login})
+	if err := k.allowed(id, r.Content); err != nil {
+		return nil, err
+	}
+	ctx = context.WithValue(ctx, useKey{}, &Use{Comment: id.comment, Key: id.plain, Caller: c, Content: r.Content, Login: r.Login})
 	if err := k.confirm(ctx, c, id.constraints.Confirm, id.comment, id.plain); err != nil {
 		return nil, err
 	}

@@ -250,6 +250,10 @@ func newFixture(o Options, keys ...Key) *fixture {
 	if o.Name == nil {
 		o.Name = func(Key) string { return "" }
 	}
+	if o.Allow == nil {
+		// Most tests sign no more than a word.
+		o.Allow = func(Key) []Kind { return []Kind{KindUnknown} }
+	}
 	o.Log = slog.New(slog.NewTextHandler(f.log, nil))
 	f.Keyring = NewKeyring(o)
 	return f
@@ -309,7 +313,7 @@ func TestListSelection(t *testing.T) {
 		"what is not there shows up later": {[]Selection{prefix("pkcs11:token=z")}, nil},
 	} {
 		t.Run(name, func(t *testing.T) {
-			f := newFixture(Options{Automatic: test.automatic, Name: names}, all...)
+			f := newFixture(Options{Rules: Rules{Automatic: test.automatic, Name: names}}, all...)
 			f.wantList(t, test.want...)
 			if test.automatic != nil && len(test.want) == 0 && len(test.automatic) > 0 {
 				f.tokens.set(append(all, edKey("pkcs11:token=z"))...)
@@ -322,17 +326,17 @@ func TestListSelection(t *testing.T) {
 // "ssh-add -s pkcs11:" brings back what the configuration lists, and no more.
 func TestAddEveryKey(t *testing.T) {
 	a, b := edKey("pkcs11:token=a;id=1"), edKey("pkcs11:token=b;id=1")
-	f := newFixture(Options{Automatic: []Selection{prefix("pkcs11:token=a")}}, a, b)
+	f := newFixture(Options{Rules: Rules{Automatic: []Selection{prefix("pkcs11:token=a")}}}, a, b)
 	if err := f.RemoveAll(t.Context(), local); err != nil {
 		t.Fatal(err)
 	}
 	f.wantList(t)
 	f.add(t, "pkcs11:", Constraints{})
 	f.wantList(t, a.uri)
-	f.Configure(nil, func(Key) string { return "" }, nil)
+	f.Configure(Rules{Name: func(Key) string { return "" }})
 	f.wantList(t, a.uri, b.uri)
 	// Where nothing is listed they are all that there are.
-	f = newFixture(Options{Automatic: []Selection{}}, a, b)
+	f = newFixture(Options{Rules: Rules{Automatic: []Selection{}}}, a, b)
 	f.wantList(t)
 	f.add(t, "pkcs11:", Constraints{})
 	f.wantList(t, a.uri, b.uri)
@@ -442,7 +446,7 @@ func TestOneKeyOnTwoTokens(t *testing.T) {
 
 func TestAddAndRemove(t *testing.T) {
 	a, b := edKey("pkcs11:token=a;id=1"), edKey("pkcs11:token=b;id=1")
-	f := newFixture(Options{Automatic: []Selection{}}, a, b)
+	f := newFixture(Options{Rules: Rules{Automatic: []Selection{}}}, a, b)
 	f.wantList(t)
 	f.add(t, "pkcs11:token=b", Constraints{})
 	f.wantList(t, b.uri)
@@ -484,7 +488,7 @@ func TestAddAndRemove(t *testing.T) {
 func TestAutomaticReturn(t *testing.T) {
 	back := map[string]func(f *fixture, k *fakeKey){
 		"with the next insertion": func(f *fixture, k *fakeKey) { k.insertions++; f.tokens.set(k) },
-		"with the configuration":  func(f *fixture, _ *fakeKey) { f.Configure(nil, func(Key) string { return "" }, nil) },
+		"with the configuration":  func(f *fixture, _ *fakeKey) { f.Configure(Rules{Name: func(Key) string { return "" }}) },
 		"when added again": func(f *fixture, _ *fakeKey) {
 			if err := f.AddToken(context.Background(), local, TokenRequest{Provider: []byte("pkcs11:")}); err != nil {
 				panic(err)
@@ -522,7 +526,7 @@ func TestAddRefusals(t *testing.T) {
 		"a PIN that the token refuses": {local, TokenRequest{Provider: []byte("pkcs11:")}, errors.New("wrong PIN")},
 	} {
 		t.Run(name, func(t *testing.T) {
-			f := newFixture(Options{Automatic: []Selection{}}, edKey("pkcs11:token=a"))
+			f := newFixture(Options{Rules: Rules{Automatic: []Selection{}}}, edKey("pkcs11:token=a"))
 			f.tokens.selectErr = test.fail
 			if err := f.AddToken(t.Context(), test.caller, test.request); err == nil {
 				t.Error("it was added")
@@ -537,7 +541,7 @@ func TestAddRefusals(t *testing.T) {
 
 func TestConfirm(t *testing.T) {
 	k := edKey("pkcs11:token=a")
-	f := newFixture(Options{Automatic: []Selection{}}, k)
+	f := newFixture(Options{Rules: Rules{Automatic: []Selection{}}}, k)
 	f.add(t, "pkcs11:", Constraints{Confirm: true})
 	sign := func() error {
 		_, err := f.Sign(t.Context(), local, SignRequest{Key: wireOf(k)})
@@ -673,13 +677,13 @@ func TestConcurrentUse(t *testing.T) {
 				_ = f.AddToken(context.Background(), local, TokenRequest{Provider: []byte("pkcs11:token=a"), Constraints: Constraints{Lifetime: time.Nanosecond}})
 				_ = f.Remove(context.Background(), local, wireOf(keys[1]))
 				f.tokens.set(keys...)
-				f.Configure(nil, func(Key) string { return "n" }, nil)
+				f.Configure(Rules{Name: func(Key) string { return "n" }})
 				_ = f.RemoveAll(context.Background(), local)
 			}
 		})
 	}
 	wg.Wait()
-	f.Configure(nil, func(Key) string { return "n" }, nil)
+	f.Configure(Rules{Name: func(Key) string { return "n" }})
 	if got := f.list(t); len(got) != 2 {
 		t.Errorf("list is %q", got)
 	}

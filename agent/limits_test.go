@@ -206,7 +206,7 @@ func TestConstraintMatrix(t *testing.T) {
 				if destination {
 					c.Destinations = path
 				}
-				f := newFixture(Options{Automatic: []Selection{}, SoftwareKeys: true}, &fakeKey{Signer: k.private, uri: "pkcs11:token=a;id=1", insertions: 1})
+				f := newFixture(Options{Rules: Rules{Automatic: []Selection{}}, SoftwareKeys: true}, &fakeKey{Signer: k.private, uri: "pkcs11:token=a;id=1", insertions: 1})
 				used := k.public
 				var err error
 				switch {
@@ -301,14 +301,14 @@ func TestLooser(t *testing.T) {
 		if said := strings.Contains(f.log.String(), "constraints loosened"); said != test.looser {
 			t.Errorf("%+v to %+v: the log has %s", test.old, test.now, f.log)
 		}
-		f = newFixture(Options{Automatic: []Selection{}}, edKey("pkcs11:token=a"))
+		f = newFixture(Options{Rules: Rules{Automatic: []Selection{}}}, edKey("pkcs11:token=a"))
 		f.add(t, "pkcs11:token=a", test.old)
 		f.add(t, "pkcs11:token=a", test.now)
 		if said := strings.Contains(f.log.String(), "constraints loosened"); said != test.looser {
 			t.Errorf("token, %+v to %+v: the log has %s", test.old, test.now, f.log)
 		}
 		// The same key by another name.
-		f = newFixture(Options{Automatic: []Selection{}}, edKey("pkcs11:token=a;id=1"))
+		f = newFixture(Options{Rules: Rules{Automatic: []Selection{}}}, edKey("pkcs11:token=a;id=1"))
 		f.add(t, "pkcs11:token=a;id=1", test.old)
 		f.add(t, "pkcs11:token=a", test.now)
 		if said := strings.Contains(f.log.String(), "constraints loosened"); said != test.looser {

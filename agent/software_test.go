@@ -81,7 +81,7 @@ func TestSoftwareKeyRefusals(t *testing.T) {
 }
 
 func TestHowMuchCanBeAdded(t *testing.T) {
-	f := newFixture(Options{SoftwareKeys: true, Automatic: []Selection{}}, edKey("pkcs11:token=a"))
+	f := newFixture(Options{Rules: Rules{Automatic: []Selection{}}, SoftwareKeys: true}, edKey("pkcs11:token=a"))
 	f.Keyring.software = slices.Repeat([]*softwareKey{{}}, maxSoftwareKeys)
 	if err := f.Keyring.add(local, newTestKey(t).request(Constraints{}), "x"); !errors.Is(err, errTooMany) {
 		t.Errorf("keys in memory: %v", err)

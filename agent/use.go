@@ -14,6 +14,7 @@ type Use struct {
 	Comment string        // of the identity
 	Key     ssh.PublicKey // of the identity, or what its certificate certifies
 	Caller  *Caller
+	Content Content
 	Login   *Login // nil: it is no request to log in
 }
 

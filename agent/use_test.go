@@ -23,7 +23,7 @@ func TestUse(t *testing.T) {
 		{HostKey: other, SessionID: []byte("first"), Forwarding: true},
 		{HostKey: host, SessionID: []byte("second")},
 	}}
-	f := newFixture(Options{Name: func(Key) string { return "laptop" }}, key)
+	f := newFixture(Options{Rules: Rules{Name: func(Key) string { return "laptop" }}}, key)
 	f.confirm.answer = true
 	f.add(t, key.uri, Constraints{Confirm: true})
 	for name, test := range map[string]struct {

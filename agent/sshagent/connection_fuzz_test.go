@@ -133,7 +133,8 @@ func FuzzConnection(f *testing.F) {
 		var before, after runtime.MemStats
 		runtime.ReadMemStats(&before)
 		keyring := agent.NewKeyring(agent.Options{
-			Tokens: &oneToken{ed25519.NewKeyFromSeed(make([]byte, 32))}, Name: func(agent.Key) string { return "" },
+			Tokens:  &oneToken{ed25519.NewKeyFromSeed(make([]byte, 32))},
+			Rules:   agent.Rules{Name: func(agent.Key) string { return "" }},
 			Confirm: new(agrees), SoftwareKeys: true, RemoteTokens: true, Log: slog.New(slog.DiscardHandler),
 		})
 		nc := &peeking{input: bytes.Clone(input), chunk: 1 << 15, looks: func() {}}

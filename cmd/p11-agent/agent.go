@@ -361,9 +361,7 @@ func (s *service) serve(ctx context.Context, listeners []listener) error {
 	}
 	keyring := agent.NewKeyring(agent.Options{
 		Tokens:        &tokens{store: b.store, allow: allow},
-		Automatic:     automatic(c),
-		Name:          names(c),
-		OfferAway:     c.offerAway,
+		Rules:         s.rules(c),
 		Insert:        insert,
 		InsertTimeout: c.InsertTimeout.Duration,
 		Lifetime:      s.lifetime,
@@ -414,6 +412,12 @@ func (s *service) serve(ctx context.Context, listeners []listener) error {
 	return errors.Join(all...)
 }
 
+// rules is what the configuration tells the keyring, now and when it is read
+// again.
+func (s *service) rules(c *config) agent.Rules {
+	return agent.Rules{Automatic: automatic(c), Name: names(c), OfferAway: c.offerAway, Allow: c.allows(s.system)}
+}
+
 // notify logs when the service manager could not be told something.
 func (s *service) notify(err error) {
 	if err != nil {
@@ -434,7 +438,7 @@ func (s *service) reload(ctx context.Context, k *agent.Keyring, store *token.Sto
 	store.SetSources(c.sources())
 	store.SetPublicKeys(c.publicKeys)
 	store.SetPolicy(c.policy())
-	k.Configure(automatic(c), names(c), c.offerAway)
+	k.Configure(s.rules(c))
 	ctx, cancel := context.WithTimeout(ctx, 10*time.Second)
 	defer cancel()
 	if err := store.Rescan(ctx); err != nil && ctx.Err() == nil {

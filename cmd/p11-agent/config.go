@@ -72,10 +72,11 @@ type moduleConfig struct {
 // keyConfig attaches a name to the keys that a URI matches, and a public half
 // to one whose token shows none.
 type keyConfig struct {
-	URI    *uriValue `toml:"uri"`
-	Name   string    `toml:"name"`
-	Public string    `toml:"public-key"` // a file
-	Absent string    `toml:"absent"`
+	URI    *uriValue     `toml:"uri"`
+	Name   string        `toml:"name"`
+	Public string        `toml:"public-key"` // a file
+	Absent string        `toml:"absent"`
+	Allow  *[]agent.Kind `toml:"allow"` // nil: the usual
 
 	PINCache    string        `toml:"pin-cache"`
 	PINIdle     durationValue `toml:"pin-idle"`
@@ -161,6 +162,37 @@ func (c *config) policy() func(*token.Key) token.Policy {
 		p.Remember = p.Reuse || remember != nil && *remember
 		return p
 	}
+}
+
+// allows returns what keys sign besides logins and SSH signatures: what the first
+// table says that says anything, or else, for the system, the exchanges of sshd.
+func (c *config) allows(system bool) func(agent.Key) []agent.Kind {
+	return func(k agent.Key) []agent.Kind {
+		if key, ok := k.(*token.Key); ok {
+			for _, table := range c.KeyTables {
+				if table.Allow != nil && key.Matches(table.URI.URI) {
+					return *table.Allow
+				}
+			}
+		}
+		if system {
+			return []agent.Kind{agent.KindHostKey}
+		}
+		return nil
+	}
+}
+
+// checkAllow finds kinds that there are not.
+func (k keyConfig) checkAllow() error {
+	if k.Allow == nil {
+		return nil
+	}
+	for _, kind := range *k.Allow {
+		if !slices.Contains(agent.Kinds(), kind) {
+			return fmt.Errorf("allow of %v has %q, and can have %q (logins and SSH signatures are always allowed)", k.URI, kind, agent.Kinds())
+		}
+	}
+	return nil
 }
 
 // aboutPIN tells whether the table has any word about the PIN.
@@ -473,7 +505,7 @@ func (c *config) check(mode fs.FileMode) error {
 		if k.URI == nil {
 			return bad("[[key]] table %d has no uri", i+1)
 		}
-		if err := cmp.Or(k.checkPIN(), checkAbsent(k.Absent)); err != nil {
+		if err := cmp.Or(k.checkPIN(), checkAbsent(k.Absent), k.checkAllow()); err != nil {
 			return bad("%v", err)
 		}
 		if k.ForgetOn != nil {

@@ -1,0 +1,192 @@
+package sshagent
+
+import (
+	"bytes"
+	"crypto"
+	"encoding/asn1"
+	"strings"
+
+	"p11-agent/agent"
+	"p11-agent/agent/peer"
+)
+
+const (
+	magicSignature = "SSHSIG"       // OpenSSH's PROTOCOL.sshsig section 3
+	magicKRL       = "SSHKRL\n\x00" // OpenSSH's PROTOCOL.krl section 1
+
+	hostKeysProve = "hostkeys-prove-00@openssh.com" // OpenSSH's PROTOCOL section 2.5
+
+	msgTrustRequest = 54 // of pam_ssh_agent_auth
+	serviceSudo     = "pam_ssh_agent_auth"
+
+	// testSize is what ssh-add -T has signed: so many random bytes (ssh-add.c,
+	// test_key).
+	testSize = 1024
+)
+
+// parseContent tells what data says of itself. Each kind is whole and has
+// nothing after it; whatever is not is unknown. key is the wire form of the key
+// that is to sign, p who asks.
+func parseContent(data, key []byte, p peer.Peer, forwarded bool) (agent.Content, *agent.Login) {
+	if login := parseLogin(data, key); login != nil {
+		return agent.Content{Kind: agent.KindLogin}, login
+	}
+	content := agent.Content{Kind: agent.KindUnknown}
+	if namespace, ok := parseSSHSIG(data); ok {
+		content.Kind, content.Namespace = agent.KindSignature, namespace
+		return content, nil
+	}
+	id, certificate := parseCertificate(data)
+	sudo, isSudo := parseSudo(data, key)
+	switch {
+	case isHostKeyProof(data, key), isDigest(data):
+		content.Kind = agent.KindHostKey
+	case certificate:
+		content.Kind, content.Detail = agent.KindSSHCertificate, id
+	case isSudo:
+		content.Kind, content.Detail = agent.KindSudo, sudo
+	case bytes.HasPrefix(data, []byte(magicKRL)):
+		content.Kind = agent.KindKRL
+	case isTLS(data):
+		content.Kind = agent.KindTLS
+	case isX509(data):
+		content.Kind = agent.KindX509
+	case len(data) == testSize && !forwarded && len(p.Chain) > 0 && p.Chain[0].Name == "ssh-add":
+		content.Kind = agent.KindTest
+	}
+	return content, nil
+}
+
+// parseSSHSIG reads what an SSH signature signs, and returns its namespace.
+func parseSSHSIG(data []byte) (namespace string, ok bool) {
+	rest, ok := bytes.CutPrefix(data, []byte(magicSignature))
+	if !ok {
+		return "", false
+	}
+	in := reader{rest: rest}
+	name, reserved, algorithm, digest := in.bytes(), in.bytes(), in.bytes(), in.bytes()
+	hash := map[string]crypto.Hash{"sha256": crypto.SHA256, "sha512": crypto.SHA512}[string(algorithm)]
+	if in.end() != nil || len(name) == 0 || len(reserved) > 0 || hash == 0 || len(digest) != hash.Size() {
+		return "", false
+	}
+	return string(name), true
+}
+
+// isHostKeyProof recognises what a server signs to prove that a further host key
+// is its own.
+func isHostKeyProof(data, key []byte) bool {
+	in := reader{rest: data}
+	name, session, own := in.bytes(), in.bytes(), in.bytes()
+	return in.end() == nil && string(name) == hostKeysProve && len(session) > 0 && bytes.Equal(own, key)
+}
+
+// isDigest tells whether data has the length of an exchange hash, which is all
+// that can be seen of one: SHA-1, SHA-256, SHA-384 and SHA-512.
+func isDigest(data []byte) bool {
+	switch len(data) {
+	case 20, 32, 48, 64:
+		return true
+	}
+	return false
+}
+
+// parseCertificate recognises an OpenSSH certificate without its signature, and
+// returns its key ID.
+func parseCertificate(data []byte) (id string, ok bool) {
+	in := reader{rest: data}
+	kind := string(in.bytes())
+	plain, isCert := strings.CutSuffix(kind, "-cert-v01@openssh.com")
+	if !isCert {
+		return "", false
+	}
+	in.bytes() // nonce
+	fields := map[string]int{"ssh-rsa": 2, "ssh-dss": 4, "ssh-ed25519": 1, "sk-ssh-ed25519": 2, "sk-ecdsa-sha2-nistp256": 3}[plain]
+	if strings.HasPrefix(plain, "ecdsa-sha2-") {
+		fields = 2
+	}
+	if fields == 0 {
+		return "", false
+	}
+	for range fields {
+		in.bytes() // of the public key
+	}
+	in.take(8) // serial
+	in.uint32()
+	keyID := in.bytes()
+	in.bytes() // principals
+	in.take(16)
+	in.bytes() // critical options
+	in.bytes() // extensions
+	in.bytes() // reserved
+	in.bytes() // the key that signs
+	return string(keyID), in.end() == nil
+}
+
+// parseSudo recognises a question of pam_ssh_agent_auth (its
+// userauth_pubkey_from_id.c) and returns who wants to do what.
+func parseSudo(data, key []byte) (detail string, ok bool) {
+	in := reader{rest: data}
+	in.bytes() // session
+	if in.byte() != msgTrustRequest {
+		return "", false
+	}
+	user, service, method := in.bytes(), in.bytes(), in.bytes()
+	signed, _, blob := in.byte(), in.bytes(), in.bytes()
+	if in.end() != nil || string(service) != serviceSudo || string(method) != methodPublicKey || signed != 1 || !bytes.Equal(blob, key) {
+		return "", false
+	}
+	return "user " + string(user), true
+}
+
+const (
+	tlsHello      = 1
+	tlsNamedCurve = 3
+)
+
+// isTLS recognises the TLS 1.3 form, for which the version put a text in front,
+// and by their structure the two of TLS 1.2: the parameters of a server's key
+// exchange, and the messages of a handshake.
+func isTLS(data []byte) bool {
+	if rest, ok := bytes.CutPrefix(data, bytes.Repeat([]byte{' '}, 64)); ok {
+		for _, side := range []string{"server", "client"} {
+			if hash, ok := bytes.CutPrefix(rest, []byte("TLS 1.3, "+side+" CertificateVerify\x00")); ok {
+				return isDigest(hash)
+			}
+		}
+		return false
+	}
+	const randoms = 64
+	if len(data) > randoms+4 && data[randoms] == tlsNamedCurve && len(data) == randoms+4+int(data[randoms+3]) {
+		return true
+	}
+	messages := 0
+	for rest := data; len(rest) > 0; messages++ {
+		if len(rest) < 4 || messages == 0 && (rest[0] != tlsHello || len(rest) < 6 || rest[4] != 3) {
+			return false
+		}
+		size := 4 + int(rest[1])<<16 + int(rest[2])<<8 + int(rest[3])
+		if size > len(rest) {
+			return false
+		}
+		rest = rest[size:]
+	}
+	return messages > 1
+}
+
+// isX509 recognises what X.509 has signed: one ASN.1 sequence that begins with a
+// version or a number and is nothing else.
+func isX509(data []byte) bool {
+	var outer asn1.RawValue
+	rest, err := asn1.Unmarshal(data, &outer)
+	if err != nil || len(rest) > 0 || outer.Class != asn1.ClassUniversal || outer.Tag != asn1.TagSequence || !outer.IsCompound {
+		return false
+	}
+	fields := 0
+	for inner := outer.Bytes; len(inner) > 0; fields++ {
+		var v asn1.RawValue
+		if inner, err = asn1.Unmarshal(inner, &v); err != nil {
+			return false
+		}
+	}
+	return fields >= 3
+}

@@ -1,0 +1,293 @@
+package sshagent
+
+import (
+	"bytes"
+	"crypto"
+	"crypto/ecdsa"
+	"crypto/elliptic"
+	"crypto/rand"
+	"crypto/sha512"
+	"crypto/tls"
+	"crypto/x509"
+	"crypto/x509/pkix"
+	"io"
+	"math/big"
+	"net"
+	"testing"
+	"time"
+
+	"golang.org/x/crypto/ssh"
+
+	"p11-agent/agent"
+	"p11-agent/agent/peer"
+)
+
+// A dataRecorder notes what a key has to sign, before any hash.
+type dataRecorder struct {
+	*ecdsa.PrivateKey
+	signed [][]byte
+}
+
+func newDataRecorder(t testing.TB) *dataRecorder {
+	t.Helper()
+	key, err := ecdsa.GenerateKey(elliptic.P256(), rand.Reader)
+	if err != nil {
+		t.Fatal(err)
+	}
+	return &dataRecorder{PrivateKey: key}
+}
+
+// SignMessage makes it a crypto.MessageSigner, which TLS and X.509 prefer.
+func (r *dataRecorder) SignMessage(rand io.Reader, msg []byte, opts crypto.SignerOpts) ([]byte, error) {
+	r.signed = append(r.signed, bytes.Clone(msg))
+	w := opts.HashFunc().New()
+	w.Write(msg)
+	return r.PrivateKey.Sign(rand, w.Sum(nil), opts)
+}
+
+// sshDataRecorder is a dataRecorder for SSH.
+type sshDataRecorder struct {
+	ssh.Signer
+	*dataRecorder
+}
+
+func (r sshDataRecorder) Sign(rand io.Reader, data []byte) (*ssh.Signature, error) {
+	r.signed = append(r.signed, bytes.Clone(data))
+	return r.Signer.Sign(rand, data)
+}
+
+func (r *dataRecorder) ssh(t testing.TB) sshDataRecorder {
+	t.Helper()
+	s, err := ssh.NewSignerFromKey(r.PrivateKey)
+	if err != nil {
+		t.Fatal(err)
+	}
+	return sshDataRecorder{s, r}
+}
+
+func (r *dataRecorder) last(t testing.TB) []byte {
+	t.Helper()
+	if len(r.signed) == 0 {
+		t.Fatal("nothing was signed")
+	}
+	return r.signed[len(r.signed)-1]
+}
+
+// handshake has both ends of a TLS connection sign with the key.
+func handshake(t testing.TB, r *dataRecorder, version uint16) {
+	t.Helper()
+	template := &x509.Certificate{SerialNumber: big.NewInt(1), NotAfter: time.Now().Add(time.Hour), DNSNames: []string{"here"}}
+	der, err := x509.CreateCertificate(rand.Reader, template, template, r.Public(), r.PrivateKey)
+	if err != nil {
+		t.Fatal(err)
+	}
+	config := &tls.Config{
+		Certificates: []tls.Certificate{{Certificate: [][]byte{der}, PrivateKey: r}},
+		MinVersion:   version, MaxVersion: version, ClientAuth: tls.RequireAnyClientCert, InsecureSkipVerify: true,
+	}
+	a, b := net.Pipe()
+	defer a.Close()
+	defer b.Close()
+	failed := make(chan error, 1)
+	go func() { failed <- tls.Server(a, config).Handshake() }()
+	if err := tls.Client(b, config).Handshake(); err != nil {
+		t.Fatal(err)
+	}
+	if err := <-failed; err != nil {
+		t.Fatal(err)
+	}
+}
+
+// exchange has a server sign with its host key.
+func exchange(t testing.TB, r *dataRecorder) {
+	t.Helper()
+	server := &ssh.ServerConfig{NoClientAuth: true}
+	server.AddHostKey(r.ssh(t))
+	a, b := net.Pipe()
+	defer a.Close()
+	defer b.Close()
+	done := make(chan struct{})
+	go func() {
+		defer close(done)
+		if c, _, _, err := ssh.NewServerConn(a, server); err == nil {
+			c.Close()
+		}
+	}()
+	c, _, _, err := ssh.NewClientConn(b, "here", &ssh.ClientConfig{HostKeyCallback: ssh.InsecureIgnoreHostKey()})
+	if err != nil {
+		t.Fatal(err)
+	}
+	c.Close()
+	<-done
+}
+
+func sshsig(namespace, algorithm string, digest []byte) []byte {
+	data := []byte(magicSignature)
+	for _, field := range []string{namespace, "", algorithm, string(digest)} {
+		data = appendString(data, field)
+	}
+	return data
+}
+
+func sudoRequest(user string, key []byte) []byte {
+	data := appendString(nil, "session")
+	data = append(data, msgTrustRequest)
+	for _, field := range []string{user, serviceSudo, methodPublicKey} {
+		data = appendString(data, field)
+	}
+	return appendString(appendString(append(data, 1), "ecdsa-sha2-nistp256"), key)
+}
+
+// contentSamples are data as real programs have it signed.
+func contentSamples(t testing.TB) (samples map[string][]byte, key []byte) {
+	t.Helper()
+	r := newDataRecorder(t)
+	signer := r.ssh(t)
+	key = signer.PublicKey().Marshal()
+	samples = make(map[string][]byte)
+
+	handshake(t, r, tls.VersionTLS13)
+	samples["TLS 1.3, client"], samples["TLS 1.3, server"] = r.signed[len(r.signed)-1], r.signed[len(r.signed)-2]
+	handshake(t, r, tls.VersionTLS12)
+	samples["TLS 1.2, client"], samples["TLS 1.2, server"] = r.signed[len(r.signed)-1], r.signed[len(r.signed)-2]
+	exchange(t, r)
+	samples["exchange hash"] = r.last(t)
+
+	cert := &ssh.Certificate{Key: signer.PublicKey(), KeyId: "joe", CertType: ssh.UserCert, ValidBefore: ssh.CertTimeInfinity}
+	if err := cert.SignCert(rand.Reader, signer); err != nil {
+		t.Fatal(err)
+	}
+	samples["OpenSSH certificate"] = r.last(t)
+	template := &x509.Certificate{SerialNumber: big.NewInt(1), Subject: pkix.Name{CommonName: "here"}}
+	if _, err := x509.CreateCertificate(rand.Reader, template, template, r.Public(), r); err != nil {
+		t.Fatal(err)
+	}
+	samples["X.509 certificate"] = r.last(t)
+	if _, err := x509.CreateCertificateRequest(rand.Reader, new(x509.CertificateRequest), r); err != nil {
+		t.Fatal(err)
+	}
+	samples["X.509 request"] = r.last(t)
+
+	digest := sha512.Sum512([]byte("file"))
+	samples["git"] = sshsig("git", "sha512", digest[:])
+	samples["file"] = sshsig("file", "sha256", digest[:32])
+	samples["another namespace"] = sshsig("mail@example.org", "sha512", digest[:])
+	samples["sudo"] = sudoRequest("joe", key)
+	samples["host key proof"] = appendString(appendString(appendString(nil, hostKeysProve), "session"), key)
+	samples["revoked keys"] = []byte(magicKRL + "\x00\x00\x00\x01")
+	return samples, key
+}
+
+func TestContent(t *testing.T) {
+	samples, key := contentSamples(t)
+	for name, want := range map[string]agent.Content{
+		"TLS 1.3, client":     {Kind: agent.KindTLS},
+		"TLS 1.3, server":     {Kind: agent.KindTLS},
+		"TLS 1.2, client":     {Kind: agent.KindTLS},
+		"TLS 1.2, server":     {Kind: agent.KindTLS},
+		"exchange hash":       {Kind: agent.KindHostKey},
+		"host key proof":      {Kind: agent.KindHostKey},
+		"OpenSSH certificate": {Kind: agent.KindSSHCertificate, Detail: "joe"},
+		"X.509 certificate":   {Kind: agent.KindX509},
+		"X.509 request":       {Kind: agent.KindX509},
+		"git":                 {Kind: agent.KindSignature, Namespace: "git"},
+		"file":                {Kind: agent.KindSignature, Namespace: "file"},
+		"another namespace":   {Kind: agent.KindSignature, Namespace: "mail@example.org"},
+		"sudo":                {Kind: agent.KindSudo, Detail: "user joe"},
+		"revoked keys":        {Kind: agent.KindKRL},
+	} {
+		t.Run(name, func(t *testing.T) {
+			got, login := parseContent(samples[name], key, peer.Peer{}, false)
+			if got != want || login != nil {
+				t.Errorf("%+v (login %v), want %+v", got, login, want)
+			}
+			// What is cut short or goes on is something else; those without a length
+			// of their own are left out.
+			switch want.Kind {
+			case agent.KindHostKey, agent.KindKRL:
+				return
+			}
+			for what, data := range map[string][]byte{
+				"one byte less": samples[name][:len(samples[name])-1],
+				"one byte more": append(bytes.Clone(samples[name]), 0),
+			} {
+				if got, _ := parseContent(data, key, peer.Peer{}, false); got.Kind != agent.KindUnknown {
+					t.Errorf("%s: %+v, want unknown data", what, got)
+				}
+			}
+		})
+	}
+}
+
+func TestUnknownContent(t *testing.T) {
+	_, key := contentSamples(t)
+	digest := make([]byte, 64)
+	for name, data := range map[string][]byte{
+		"nothing":                   nil,
+		"text":                      []byte("sign me"),
+		"signature, no namespace":   sshsig("", "sha512", digest),
+		"signature, other hash":     sshsig("git", "sha1", digest[:20]),
+		"signature, short digest":   sshsig("git", "sha512", digest[:32]),
+		"sudo with another key":     sudoRequest("joe", []byte("another")),
+		"proof of another host key": appendString(appendString(appendString(nil, hostKeysProve), "session"), "another"),
+		"certificate of no type":    appendString(nil, "ssh-odd-cert-v01@openssh.com"),
+		"two ASN.1 sequences":       {0x30, 0, 0x30, 0},
+		"1024 bytes":                make([]byte, testSize),
+	} {
+		if got, login := parseContent(data, key, peer.Peer{}, false); got.Kind != agent.KindUnknown || login != nil {
+			t.Errorf("%s: %+v", name, got)
+		}
+	}
+}
+
+// ssh-add -T has random data signed. Only its own, from here, counts as that.
+func TestTestContent(t *testing.T) {
+	asker := peer.Peer{Known: true, Chain: []peer.Process{{PID: 2, Name: "ssh-add"}}}
+	data := bytes.Repeat([]byte{7}, testSize)
+	for name, test := range map[string]struct {
+		data      []byte
+		peer      peer.Peer
+		forwarded bool
+		want      agent.Kind
+	}{
+		"ssh-add":         {data, asker, false, agent.KindTest},
+		"forwarded":       {data, asker, true, agent.KindUnknown},
+		"another program": {data, peer.Peer{Known: true, Chain: []peer.Process{{PID: 2, Name: "evil"}, {PID: 1, Name: "ssh-add"}}}, false, agent.KindUnknown},
+		"no program":      {data, peer.Peer{}, false, agent.KindUnknown},
+		"another length":  {data[1:], asker, false, agent.KindUnknown},
+	} {
+		if got, _ := parseContent(test.data, []byte("key"), test.peer, test.forwarded); got.Kind != test.want {
+			t.Errorf("%s: %q, want %q", name, got.Kind, test.want)
+		}
+	}
+}
+
+// FuzzContent: whatever the data is, it is one kind, the same each time, and its
+// name is printable and short.
+func FuzzContent(f *testing.F) {
+	samples, key := contentSamples(f)
+	if len(samples) == 0 {
+		f.Fatal("no seeds")
+	}
+	for _, s := range samples {
+		f.Add(s, key)
+	}
+	f.Fuzz(func(t *testing.T, data, key []byte) {
+		content, login := parseContent(data, key, peer.Peer{}, false)
+		if (content.Kind == agent.KindLogin) != (login != nil) {
+			t.Errorf("%+v with login %v", content, login)
+		}
+		if again, _ := parseContent(bytes.Clone(data), key, peer.Peer{}, false); again != content {
+			t.Errorf("%+v, and then %+v", content, again)
+		}
+		text := content.String()
+		if len(text) > 600 {
+			t.Errorf("a name of %d bytes", len(text))
+		}
+		for _, r := range text {
+			if r < ' ' || r == 0x7f {
+				t.Errorf("control character in %q", text)
+			}
+		}
+	})
+}
