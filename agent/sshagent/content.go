@@ -94,11 +94,11 @@ func isDigest(data []byte) bool {
 // returns its key ID.
 func parseCertificate(data []byte) (id string, ok bool) {
 	in := reader{rest: data}
-	kind := string(in.bytes())
-	plain, isCert := strings.CutSuffix(kind, "-cert-v01@openssh.com")
+	kind, isCert := bytes.CutSuffix(in.bytes(), certSuffix)
 	if !isCert {
 		return "", false
 	}
+	plain := string(kind)
 	in.bytes() // nonce
 	fields := map[string]int{"ssh-rsa": 2, "ssh-dss": 4, "ssh-ed25519": 1, "sk-ssh-ed25519": 2, "sk-ecdsa-sha2-nistp256": 3}[plain]
 	if strings.HasPrefix(plain, "ecdsa-sha2-") {
@@ -138,6 +138,12 @@ func parseSudo(data, key []byte) (detail string, ok bool) {
 	return "user " + string(user), true
 }
 
+// Not made anew for each request, most of which are not of their kind.
+var (
+	certSuffix = []byte("-cert-v01@openssh.com")
+	tlsBlanks  = bytes.Repeat([]byte{' '}, 64)
+)
+
 const (
 	tlsHello      = 1
 	tlsNamedCurve = 3
@@ -147,7 +153,7 @@ const (
 // and by their structure the two of TLS 1.2: the parameters of a server's key
 // exchange, and the messages of a handshake.
 func isTLS(data []byte) bool {
-	if rest, ok := bytes.CutPrefix(data, bytes.Repeat([]byte{' '}, 64)); ok {
+	if rest, ok := bytes.CutPrefix(data, tlsBlanks); ok {
 		for _, side := range []string{"server", "client"} {
 			if hash, ok := bytes.CutPrefix(rest, []byte("TLS 1.3, "+side+" CertificateVerify\x00")); ok {
 				return isDigest(hash)
@@ -176,6 +182,10 @@ func isTLS(data []byte) bool {
 // isX509 recognises what X.509 has signed: one ASN.1 sequence that begins with a
 // version or a number and is nothing else.
 func isX509(data []byte) bool {
+	const sequence = 0x30
+	if len(data) == 0 || data[0] != sequence {
+		return false
+	}
 	var outer asn1.RawValue
 	rest, err := asn1.Unmarshal(data, &outer)
 	if err != nil || len(rest) > 0 || outer.Class != asn1.ClassUniversal || outer.Tag != asn1.TagSequence || !outer.IsCompound {
