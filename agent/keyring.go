@@ -1,6 +1,7 @@
 package agent
 
 import (
+	"bytes"
 	"context"
 	"crypto"
 	"crypto/rand"
@@ -135,6 +136,8 @@ type Options struct {
 	Certificates *CertificateDir
 	// Upstreams are asked for what the Keyring does not have, in this order.
 	Upstreams []Upstream
+	// Hosts gives names to host keys; nil: they have none.
+	Hosts HostNamer
 	// Fingerprint is how keys are named to people; nil: ssh.FingerprintSHA256.
 	Fingerprint func(ssh.PublicKey) string
 	Log         *slog.Logger
@@ -312,7 +315,7 @@ func (k *Keyring) sign(ctx context.Context, c *Caller, id *identity, r SignReque
 	if err := k.allowed(id, r.Content); err != nil {
 		return nil, err
 	}
-	ctx = context.WithValue(ctx, useKey{}, &Use{Comment: id.comment, Key: id.plain, Caller: c, Content: r.Content, Login: r.Login})
+	ctx = context.WithValue(ctx, useKey{}, k.use(id.comment, id.plain, c, r))
 	if err := k.confirm(ctx, c, id.constraints.Confirm, id.comment, id.plain); err != nil {
 		return nil, err
 	}
@@ -330,6 +333,20 @@ func (k *Keyring) sign(ctx context.Context, c *Caller, id *identity, r SignReque
 		return nil, err
 	}
 	return signature(id.plain, algorithm, raw)
+}
+
+// use is what a request is for.
+func (k *Keyring) use(comment string, key ssh.PublicKey, c *Caller, r SignRequest) *Use {
+	u := &Use{
+		Comment: comment, Key: key, Caller: c, Content: r.Content,
+		Hosts: k.opts.Hosts, Fingerprint: k.opts.Fingerprint,
+	}
+	if l := r.Login; l != nil {
+		// The request's is the door's memory, and a prompt outlives the request when
+		// others share it.
+		u.Login = &Login{User: l.User, SessionID: bytes.Clone(l.SessionID), HostKey: bytes.Clone(l.HostKey)}
+	}
+	return u
 }
 
 // signAtHome has a token sign that has the identity, one that is there if

@@ -3,41 +3,213 @@ package agent
 import (
 	"bytes"
 	"context"
+	"fmt"
+	"strconv"
+	"strings"
 
 	"golang.org/x/crypto/ssh"
+
+	"p11-agent/agent/peer"
 )
 
 // A Use is what a key is about to be used for. It goes along in the context of
-// what is done for a request, for whoever tells a person about it. Like the
-// request it is of, it is not to be kept once that is answered.
+// what is done for a request, for whoever tells a person about it. It shares no
+// memory with the request, and is not changed.
 type Use struct {
 	Comment string        // of the identity
 	Key     ssh.PublicKey // of the identity, or what its certificate certifies
 	Caller  *Caller
 	Content Content
 	Login   *Login // nil: it is no request to log in
+
+	// Hosts gives names to host keys; nil: they have none.
+	Hosts HostNamer
+	// Fingerprint is how keys are named; nil: ssh.FingerprintSHA256.
+	Fingerprint func(ssh.PublicKey) string
 }
 
-// Host returns the key of the host that the login is at, or nil when that is
-// not known. What a request names itself is what its signature is good for;
-// otherwise it is the host that the connection has proved to be bound to.
-func (u *Use) Host() ssh.PublicKey {
-	switch {
-	case u.Login == nil:
-		return nil
-	case u.Login.HostKey != nil:
-		key, err := ssh.ParsePublicKey(u.Login.HostKey)
-		if err != nil {
-			return nil
+// A HostNamer knows hosts by their keys.
+type HostNamer interface {
+	// HostName returns what is known of a host key, which may be a certificate.
+	// p, who asks, may help to guess names, which count only when they are proved.
+	HostName(key ssh.PublicKey, p peer.Peer) HostName
+}
+
+// A HostName is what a host key is known as.
+type HostName struct {
+	Names   []string // the most fitting first
+	Hashed  bool     // there is a name, which cannot be told from its hash
+	Revoked bool     // the key is not to be trusted any more
+}
+
+// A Host is a host that a request is for, or came through.
+type Host struct {
+	Key ssh.PublicKey // nil: not known. May be a certificate
+	// Verified says that the host with this key has signed the session that the
+	// request is for. Without it the key is what the request says: the signature
+	// is good at no other host, but nobody knows whether that one is meant.
+	Verified bool
+	// Conflict says that the request names another host than its connection is
+	// bound to.
+	Conflict bool
+	HostName
+}
+
+// Where returns the host that the login is at; the zero value when it is no login,
+// or when that is not known.
+func (u *Use) Where() Host {
+	if u.Login == nil {
+		return Host{}
+	}
+	var said ssh.PublicKey
+	if u.Login.HostKey != nil {
+		var err error
+		if said, err = ssh.ParsePublicKey(u.Login.HostKey); err != nil {
+			return Host{}
 		}
-		return key
 	}
 	for _, b := range u.Caller.Binds {
-		if !b.Forwarding && bytes.Equal(b.SessionID, u.Login.SessionID) {
-			return b.HostKey
+		if b.Forwarding || !bytes.Equal(b.SessionID, u.Login.SessionID) {
+			continue
+		}
+		if said != nil && !bytes.Equal(u.Login.HostKey, b.HostKey.Marshal()) {
+			h := u.host(said, false)
+			h.Conflict = true
+			return h
+		}
+		return u.host(b.HostKey, true)
+	}
+	if said == nil {
+		return Host{}
+	}
+	return u.host(said, false)
+}
+
+// Via returns the hosts that the request was forwarded through, from here on, as
+// far as they have proved who they are.
+func (u *Use) Via() (hosts []Host) {
+	for _, b := range u.Caller.Binds {
+		if b.Forwarding {
+			hosts = append(hosts, u.host(b.HostKey, true))
 		}
 	}
-	return nil
+	return hosts
+}
+
+func (u *Use) host(key ssh.PublicKey, verified bool) Host {
+	h := Host{Key: key, Verified: verified}
+	if u.Hosts != nil {
+		h.HostName = u.Hosts.HostName(key, u.Caller.Peer)
+	}
+	return h
+}
+
+// Lines tell a person what the key is used for: what is signed, for whom and
+// where, and the way it came when it was forwarded. What matters most comes
+// first. Texts from outside are quoted where they could pass for something else.
+func (u *Use) Lines() []string {
+	what := u.What()
+	lines := []string{"For: " + what}
+	switch u.Content.Kind {
+	case KindUnknown, "":
+		lines = []string{"WARNING: this is UNKNOWN DATA: no SSH login, and no signature of a file or commit."}
+	case KindLogin, KindSignature, KindTest:
+	default:
+		lines = []string{"WARNING: this is no SSH login, but: " + what}
+	}
+	if via := u.Forwarding(); via != "" {
+		lines = append(lines, "FORWARDED "+via)
+	}
+	return lines
+}
+
+// What names what the key is used for in one line, such as "SSH login as root at
+// github.com (host verified)".
+func (u *Use) What() string {
+	if u.Login == nil {
+		return u.Content.String()
+	}
+	return fmt.Sprintf("SSH login as %s at %s", plainly(u.Login.User), u.describe(u.Where()))
+}
+
+// Forwarding tells the way that a forwarded request came; empty: it was not.
+func (u *Use) Forwarding() string {
+	if u.Caller == nil || !u.Caller.Forwarded {
+		return ""
+	}
+	var names []string
+	for _, h := range u.Via() {
+		names = append(names, u.Name(h))
+	}
+	switch {
+	case u.Caller.BindFailed:
+		return "by a host whose proof of itself is wrong"
+	case len(names) == 0:
+		return "by an unknown host"
+	}
+	return "through " + strings.Join(names, ", ")
+}
+
+// Name is the name of a host, or the fingerprint of its key.
+func (u *Use) Name(h Host) string {
+	switch {
+	case h.Key == nil:
+		return "an unknown host"
+	case h.Revoked:
+		return "a host with a REVOKED key, " + u.fingerprint(h.Key)
+	case len(h.Names) > 0:
+		return plainly(h.Names[0])
+	}
+	return u.fingerprint(h.Key)
+}
+
+// describe tells of a host all that a person needs to judge it.
+func (u *Use) describe(h Host) string {
+	switch {
+	case h.Key == nil:
+		return "an unknown host"
+	case h.Conflict:
+		return "ANOTHER HOST than the one connected to, with the key " + u.fingerprint(h.Key)
+	case h.Revoked:
+		return "a host with a REVOKED key, " + u.fingerprint(h.Key)
+	case !h.Verified && len(h.Names) > 0:
+		return plainly(h.Names[0]) + " (NOT VERIFIED, the request says so)"
+	case !h.Verified:
+		return "a host NOT VERIFIED, key " + u.fingerprint(h.Key)
+	case len(h.Names) > 0:
+		return plainly(h.Names[0]) + " (host verified)"
+	case h.Hashed:
+		return "a host whose name is hashed in known_hosts, key " + u.fingerprint(h.Key)
+	}
+	return "a host that is not in known_hosts, key " + u.fingerprint(h.Key)
+}
+
+func (u *Use) fingerprint(key ssh.PublicKey) string {
+	if cert, ok := key.(*ssh.Certificate); ok {
+		key = cert.Key
+	}
+	if u.Fingerprint != nil {
+		return u.Fingerprint(key)
+	}
+	return ssh.FingerprintSHA256(key)
+}
+
+// plainly shows a name as it is when it can pass for nothing else, and quoted
+// otherwise.
+func plainly(name string) string {
+	const limit = 128
+	odd := func(r rune) bool {
+		return (r < '0' || r > '9') && (r < 'A' || r > 'Z') && (r < 'a' || r > 'z') && !strings.ContainsRune("._-@+:[]$\\*", r)
+	}
+	switch {
+	case name == "":
+		return `""`
+	case len(name) > limit:
+		return strconv.QuoteToASCII(name[:limit]) + "..."
+	case strings.IndexFunc(name, odd) >= 0:
+		return strconv.QuoteToASCII(name)
+	}
+	return name
 }
 
 type useKey struct{}

@@ -317,7 +317,7 @@ func (t *Token) withPIN(ctx context.Context, g *gate, k *Key, info wire.TokenInf
 	}
 	minPIN, maxPIN := pinBounds(info)
 	d, err := ask.Ask(ctx, PINRequest{
-		Token: t.ID, Key: k.text, Label: k.found.label, EachUse: eachUse, Pad: pad,
+		Token: t.ID, Key: k.text, Label: k.found.label, ID: k.ID(), EachUse: eachUse, Pad: pad,
 		MinPIN: minPIN, MaxPIN: maxPIN, Tries: tries,
 	})
 	if err != nil {

@@ -92,6 +92,7 @@ type PINRequest struct {
 	Token   wire.TokenID
 	Key     string // the key's canonical URI
 	Label   string // the key's label, may be empty
+	ID      []byte // CKA_ID, may be empty
 	EachUse bool   // this key wants its PIN for each signature
 	Pad     bool   // the PIN is typed on the reader
 	MinPIN  int    // 0: not known

@@ -322,7 +322,7 @@ func (s *service) serve(ctx context.Context, listeners []listener) error {
 	} else {
 		ask := newAsker(c, os.Getenv, s.tty, s.log)
 		pins, confirm, insert = ask, ask, ask
-		notices = newNotices(c, s.fingerprint, s.log)
+		notices = newNotices(c, s.log)
 		defer notices.Close()
 		working = notices.working
 	}
@@ -370,6 +370,7 @@ func (s *service) serve(ctx context.Context, listeners []listener) error {
 		RemoteTokens:  s.remoteTokens || c.RemoteTokens,
 		Certificates:  certificates,
 		Upstreams:     upstreams,
+		Hosts:         newHosts(c),
 		Fingerprint:   s.fingerprint,
 		Log:           s.log,
 	})

@@ -42,6 +42,7 @@ type config struct {
 	RemoteTokens bool           `toml:"remote-tokens"`
 	Certificates string         `toml:"certificates"`
 	Upstream     []string       `toml:"upstream"`
+	KnownHosts   []string       `toml:"known-hosts"` // nil: ssh's own
 	Sockets      []socketConfig `toml:"socket"`
 	TouchNotice  noticeValue    `toml:"touch-notice"`
 	ForgetOn     forgetValue    `toml:"forget-on"`
@@ -528,6 +529,11 @@ func (c *config) check(mode fs.FileMode) error {
 	}
 	if c.Certificates = expandHome(c.Certificates); c.Certificates != "" && !filepath.IsAbs(c.Certificates) {
 		return bad("certificates: %q is not an absolute path", c.Certificates)
+	}
+	for i, path := range c.KnownHosts {
+		if c.KnownHosts[i] = expandHome(path); !filepath.IsAbs(c.KnownHosts[i]) {
+			return bad("known-hosts: %q is not an absolute path", path)
+		}
 	}
 	for i, path := range c.Upstream {
 		if c.Upstream[i] = expandHome(path); !filepath.IsAbs(c.Upstream[i]) {

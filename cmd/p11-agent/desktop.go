@@ -8,16 +8,12 @@ import (
 	"slices"
 	"time"
 
-	"golang.org/x/crypto/ssh"
-
 	"p11-agent/agent"
 	"p11-agent/agent/peer"
 	"p11-agent/pinentry/notify"
 	"p11-agent/systemd/bus"
 	"p11-agent/systemd/login1"
 	"p11-agent/token"
-	"p11-agent/token/pkcs11uri"
-	"p11-agent/token/wire"
 )
 
 // touchNotice is how long a token works before a notification is shown, when
@@ -79,50 +75,22 @@ func (c *config) forgetsAtSleep() bool {
 }
 
 // notices tells of tokens that work for long, in the words of the agent.
-type notices struct {
-	*notify.Notifier
-	fingerprint func(ssh.PublicKey) string
-}
+type notices struct{ *notify.Notifier }
 
-func newNotices(c *config, fingerprint func(ssh.PublicKey) string, log *slog.Logger) *notices {
-	return &notices{
-		Notifier: notify.New(notify.Options{
-			Title: "Waiting for the token: touch it if it blinks",
-			After: c.TouchNotice.after(), Bus: bus.Session, Log: log,
-		}),
-		fingerprint: fingerprint,
-	}
+func newNotices(c *config, log *slog.Logger) *notices {
+	return &notices{notify.New(notify.Options{
+		Title: "Waiting for the token: touch it if it blinks",
+		After: c.TouchNotice.after(), Bus: bus.Session, Log: log,
+	})}
 }
 
 // working is token.Options.Working.
 func (n *notices) working(ctx context.Context, k *token.Key) (done func()) {
 	return n.Begin(k.Token(), func() []string {
-		return noticeLines(k.Token(), k.Label(), k.URI(), k.ID(), agent.UseFromContext(ctx), peer.FromContext(ctx), n.fingerprint)
+		use := agent.UseFromContext(ctx)
+		return slices.Concat([]string{tokenLine(k.Token()), keyLine(k.Token(), k.Label(), k.URI(), k.ID(), use)},
+			useLines(use), []string{requester(peer.FromContext(ctx))})
 	})
-}
-
-// noticeLines names the token and the key, what for and who asks. The serial is
-// with the token, and so left out of the URI.
-func noticeLines(t wire.TokenID, label, uri string, id []byte, use *agent.Use, p peer.Peer, fingerprint func(ssh.PublicKey) string) []string {
-	key := pkcs11uri.ForKey(wire.TokenID{Label: t.Label}, "", id).String()
-	if label != "" {
-		key = label + ", " + key
-	}
-	if use != nil && use.Comment != uri {
-		key = use.Comment
-	}
-	lines := []string{tokenLine(t), "Key: " + key}
-	if use != nil && use.Login != nil {
-		login := "For: logging in as " + use.Login.User
-		if host := use.Host(); host != nil {
-			if cert, ok := host.(*ssh.Certificate); ok {
-				host = cert.Key
-			}
-			login += " at the host with the key " + fingerprint(host)
-		}
-		lines = append(lines, login)
-	}
-	return append(lines, requester(p))
 }
 
 // watchLogin1 makes the watch over sleep and the screen lock.

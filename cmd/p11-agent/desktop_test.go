@@ -1,19 +1,10 @@
 package main
 
 import (
-	"crypto/ed25519"
 	"os"
 	"path/filepath"
-	"slices"
-	"strings"
 	"testing"
 	"time"
-
-	"golang.org/x/crypto/ssh"
-
-	"p11-agent/agent"
-	"p11-agent/agent/peer"
-	"p11-agent/token/wire"
 )
 
 func configOf(t *testing.T, text string) (*config, error) {
@@ -62,38 +53,6 @@ func TestForgetsAtSleep(t *testing.T) {
 		}
 		if got := c.forgetsAtSleep(); got != want {
 			t.Errorf("%s: %v, want %v", text, got, want)
-		}
-	}
-}
-
-func TestNoticeLines(t *testing.T) {
-	host, err := ssh.NewPublicKey(ed25519.NewKeyFromSeed(make([]byte, 32)).Public())
-	if err != nil {
-		t.Fatal(err)
-	}
-	token := wire.TokenID{Label: "card", Serial: "01"}
-	const uri = "pkcs11:token=card;serial=01;id=%01"
-	print := func(ssh.PublicKey) string { return "FINGERPRINT" }
-	who := peer.Peer{Known: true, Chain: []peer.Process{{PID: 7, Name: "ssh"}}}
-	for name, test := range map[string]struct {
-		label string
-		use   *agent.Use
-		want  []string
-	}{
-		"nothing known": {"", nil, []string{"Key: pkcs11:token=card;id=%01"}},
-		"a label":       {"login", &agent.Use{Comment: uri}, []string{"Key: login, pkcs11:token=card;id=%01"}},
-		"a name":        {"login", &agent.Use{Comment: "laptop"}, []string{"Key: laptop"}},
-		"a login": {"", &agent.Use{Comment: "laptop", Caller: &agent.Caller{}, Login: &agent.Login{User: "me"}}, []string{
-			"Key: laptop", "For: logging in as me",
-		}},
-		"a login at a host": {
-			"", &agent.Use{Comment: "laptop", Login: &agent.Login{User: "me", HostKey: host.Marshal()}},
-			[]string{"Key: laptop", "For: logging in as me at the host with the key FINGERPRINT"},
-		},
-	} {
-		want := slices.Concat([]string{"Token: card (serial 01)"}, test.want, []string{"Asked by (says it is): ssh (7)"})
-		if got := noticeLines(token, test.label, uri, []byte{1}, test.use, who, print); !slices.Equal(got, want) {
-			t.Errorf("%s:\n%s\nwant\n%s", name, strings.Join(got, "\n"), strings.Join(want, "\n"))
 		}
 	}
 }

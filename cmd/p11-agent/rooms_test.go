@@ -55,6 +55,7 @@ var rooms = []room{
 		[]string{"agent/peer", "pinentry", "pinentry/secret", xssh},
 		"the keyring knows neither PKCS#11 nor a wire format",
 	},
+	{"agent/knownhosts", []string{xssh}, "a leaf: it reads files"},
 	{"agent/peer", []string{xsys}, "who is at the other end of a socket is found out without the agent"},
 	{
 		"agent/sshagent",

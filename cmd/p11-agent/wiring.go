@@ -16,7 +16,6 @@ import (
 	"p11-agent/pinentry/secret"
 	"p11-agent/token"
 	"p11-agent/token/registry"
-	"p11-agent/token/wire"
 )
 
 // moduleCommand is the hidden subcommand that becomes a module process.
@@ -295,7 +294,7 @@ func (a *asker) Ask(ctx context.Context, about token.PINRequest) (token.PINDialo
 	if err != nil {
 		return nil, err
 	}
-	return &dialogue{d: d, about: about, client: peer.FromContext(ctx)}, nil
+	return &dialogue{d: d, about: about, use: agent.UseFromContext(ctx), client: peer.FromContext(ctx)}, nil
 }
 
 // Confirm asks whether a key may be used.
@@ -306,10 +305,11 @@ func (a *asker) Confirm(ctx context.Context, comment, fingerprint string) (bool,
 	}
 	defer d.Close() //nolint:errcheck // never fails
 	return d.Confirm(ctx, pinentry.Prompt{
-		Title:       "p11-agent",
-		Description: fmt.Sprintf("Allow the use of this key?\n\n%s\n%s\n%s", comment, fingerprint, requester(peer.FromContext(ctx))),
-		OK:          "_Allow",
-		Cancel:      "_Deny",
+		Title: "p11-agent",
+		Description: "Allow the use of this key?\n" + about(useLines(agent.UseFromContext(ctx)),
+			[]string{"Key: " + comment, fingerprint, requester(peer.FromContext(ctx))}),
+		OK:     "_Allow",
+		Cancel: "_Deny",
 	})
 }
 
@@ -322,40 +322,31 @@ func (a *asker) Insert(ctx context.Context, w agent.Wanted) (bool, error) {
 	defer d.Close() //nolint:errcheck // never fails
 	return d.Confirm(ctx, pinentry.Prompt{
 		Title: "p11-agent",
-		Description: fmt.Sprintf("Please insert the token %s.\n\nKey: %s\n%s\n%s",
-			strings.Join(w.Tokens, " or "), w.Comment, w.Fingerprint, requester(peer.FromContext(ctx))),
+		Description: fmt.Sprintf("Please insert the token %s.\n", strings.Join(w.Tokens, " or ")) +
+			about(useLines(agent.UseFromContext(ctx)), []string{"Key: " + w.Comment, w.Fingerprint, requester(peer.FromContext(ctx))}),
 		OK:     "_It is in",
 		Cancel: "_Cancel",
 	})
 }
 
-func requester(p peer.Peer) string { return "Asked by (says it is): " + p.String() }
-
 // dialogue is one conversation about the PIN of a token.
 type dialogue struct {
 	d      *pinentry.Dialogue
 	about  token.PINRequest
+	use    *agent.Use // nil: nothing is to be signed
 	client peer.Peer
 }
 
-func tokenLine(t wire.TokenID) string {
-	return fmt.Sprintf("Token: %s (serial %s)", cmp.Or(t.Label, "without label"), cmp.Or(t.Serial, "unknown"))
-}
-
 func (d *dialogue) description() string {
-	lines := []string{tokenLine(d.about.Token)}
-	key := "Key: " + d.about.Key
-	if d.about.Label != "" {
-		key = fmt.Sprintf("Key: %s, %s", d.about.Label, d.about.Key)
-	}
-	lines = append(lines, key)
+	t := d.about.Token
+	lines := []string{keyLine(t, d.about.Label, d.about.Key, d.about.ID, d.use), tokenLine(t)}
 	if d.about.EachUse {
 		lines = append(lines, "This key asks for the PIN each time it is used.")
 	}
 	if d.about.Tries != token.TriesUnknown {
 		lines = append(lines, "Note: "+d.about.Tries.String()+".")
 	}
-	return strings.Join(append(lines, requester(d.client)), "\n")
+	return about(useLines(d.use), lines, []string{requester(d.client)})
 }
 
 func (d *dialogue) PIN(ctx context.Context, problem string) (*secret.Secret, error) {

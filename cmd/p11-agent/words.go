@@ -1,0 +1,118 @@
+package main
+
+import (
+	"cmp"
+	"fmt"
+	"os"
+	"path/filepath"
+	"slices"
+	"strings"
+	"unicode/utf8"
+
+	"golang.org/x/crypto/ssh"
+
+	"p11-agent/agent"
+	"p11-agent/agent/knownhosts"
+	"p11-agent/agent/peer"
+	"p11-agent/token/pkcs11uri"
+	"p11-agent/token/wire"
+)
+
+// What prompts and notifications say of a request. The lines that a person needs
+// to judge it come first, as a long text loses its end: pinentry takes some 990
+// bytes.
+
+// maxWords bounds a line of them, in bytes.
+const maxWords = 200
+
+// clip makes a line short enough.
+func clip(line string) string {
+	if len(line) <= maxWords {
+		return line
+	}
+	const more = "…"
+	end := maxWords - len(more)
+	for !utf8.RuneStart(line[end]) {
+		end--
+	}
+	return line[:end] + more
+}
+
+// about joins lines.
+func about(lines ...[]string) string {
+	var b strings.Builder
+	for i, line := range slices.Concat(lines...) {
+		if i > 0 {
+			b.WriteByte('\n')
+		}
+		b.WriteString(clip(line))
+	}
+	return b.String()
+}
+
+// useLines says what the key is used for; nothing where that is not known.
+func useLines(use *agent.Use) []string {
+	if use == nil {
+		return nil
+	}
+	return use.Lines()
+}
+
+func tokenLine(t wire.TokenID) string {
+	return fmt.Sprintf("Token: %s (serial %s)", cmp.Or(t.Label, "without label"), cmp.Or(t.Serial, "unknown"))
+}
+
+func requester(p peer.Peer) string { return "Asked by (says it is): " + p.String() }
+
+// keyLine names the key of a request to a person who sees the token as well: by
+// its configured name, or by what is on the token. The serial number is with the
+// token, and so left out of the URI.
+func keyLine(t wire.TokenID, label, uri string, id []byte, use *agent.Use) string {
+	if use != nil && use.Comment != uri {
+		return "Key: " + use.Comment
+	}
+	key := pkcs11uri.ForKey(wire.TokenID{Label: t.Label}, "", id).String()
+	if label != "" {
+		key = label + ", " + key
+	}
+	return "Key: " + key
+}
+
+// hosts gives names to host keys by ssh's known_hosts files.
+type hosts struct {
+	files  *knownhosts.Files
+	config string // of the ssh client, whose words are guesses of hashed names
+}
+
+var _ agent.HostNamer = (*hosts)(nil)
+
+// newHosts takes the files that the configuration names, or those that ssh does.
+func newHosts(c *config) *hosts {
+	home := os.Getenv("HOME")
+	own := func(name string) string { return filepath.Join(home, ".ssh", name) }
+	paths := c.KnownHosts
+	if paths == nil {
+		paths = []string{"/etc/ssh/ssh_known_hosts", "/etc/ssh/ssh_known_hosts2"}
+		if filepath.IsAbs(home) {
+			paths = append([]string{own("known_hosts"), own("known_hosts2")}, paths...)
+		}
+	}
+	h := &hosts{files: knownhosts.New(paths...)}
+	if filepath.IsAbs(home) {
+		h.config = own("config")
+	}
+	return h
+}
+
+// HostName is that of the files. What ssh was called with and what its
+// configuration has are guesses for names that the files have as hashes.
+func (h *hosts) HostName(key ssh.PublicKey, p peer.Peer) agent.HostName {
+	known := h.files.Lookup(key, func() []string {
+		guesses := knownhosts.Guesses(p.Arguments())
+		if h.config != "" {
+			guesses = append(guesses, knownhosts.Guesses(knownhosts.ConfigWords(h.config))...)
+		}
+		return guesses
+	})
+	return agent.HostName{Names: known.Names, Hashed: known.Hashed, Revoked: known.Revoked}
+}
