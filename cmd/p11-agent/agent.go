@@ -259,6 +259,17 @@ func listenNamed(c *config) (all []listener, rules []*agent.Socket, err error) {
 	return all, rules, nil
 }
 
+// pathOf returns the path of a listener's socket.
+func pathOf(l listener) string {
+	switch l := l.(type) {
+	case *sshagent.Socket:
+		return l.Path()
+	case *net.UnixListener:
+		return l.Addr().String()
+	}
+	return ""
+}
+
 // isOwn tells whether a path leads to one of the listeners.
 func isOwn(path string, listeners []listener) bool {
 	st, err := os.Stat(path)
@@ -266,14 +277,7 @@ func isOwn(path string, listeners []listener) bool {
 		return false // nobody is there now
 	}
 	return slices.ContainsFunc(listeners, func(l listener) bool {
-		var own string
-		switch l := l.(type) {
-		case *sshagent.Socket:
-			own = l.Path()
-		case *net.UnixListener:
-			own = l.Addr().String()
-		}
-		ownSt, err := os.Stat(own)
+		ownSt, err := os.Stat(pathOf(l))
 		return err == nil && os.SameFile(st, ownSt)
 	})
 }
@@ -375,6 +379,7 @@ func (s *service) serve(ctx context.Context, listeners []listener) error {
 		Fingerprint:   s.fingerprint,
 		Log:           s.log,
 	})
+	report := &reporter{service: s, modules: b.store.Modules}
 	watch := watchLogin1(c, b.store, s.log)
 	var helpers sync.WaitGroup
 	defer helpers.Wait()
@@ -385,7 +390,7 @@ func (s *service) serve(ctx context.Context, listeners []listener) error {
 			case <-ctx.Done():
 				return
 			case <-s.hangups:
-				if c := s.reload(ctx, keyring, b.store); c != nil {
+				if c := s.reload(ctx, keyring, b.store, report); c != nil {
 					watch.Delay(c.forgetsAtSleep())
 					if notices != nil {
 						notices.SetAfter(c.TouchNotice.after())
@@ -395,13 +400,24 @@ func (s *service) serve(ctx context.Context, listeners []listener) error {
 		}
 	})
 
+	// Read even where nobody is told, so that no child sees the variables.
+	patience, err := systemd.Watchdog()
+	if err != nil {
+		s.log.Warn("the agent is not watched", "reason", err)
+	}
+	doors := doorsOf(listeners)
 	server := &sshagent.Server{Keyring: keyring, Log: s.log}
 	results := make(chan error, len(listeners))
 	for i, l := range listeners {
 		go func() { results <- server.ServeSocket(ctx, l, rules[i]) }()
 	}
 	s.log.Info("agent is listening", "pid", os.Getpid(), "version", version)
-	s.notify(systemd.Ready("listening"))
+	report.ready()
+	helpers.Go(func() { report.follow(ctx, b.store.StatusChanged()) })
+	if patience > 0 {
+		w := &watchdog{service: s, every: patience, alive: keyring.Alive, doors: doors, tell: systemd.Alive}
+		helpers.Go(func() { w.run(ctx) })
+	}
 	var all []error
 	for range listeners {
 		if err := <-results; err != nil {
@@ -423,9 +439,9 @@ func (s *service) notify(err error) {
 
 // reload reads the configuration again, and returns it if it is used. Modules
 // stay as they are: a change of those needs a restart.
-func (s *service) reload(ctx context.Context, k *agent.Keyring, store *token.Store) *config {
+func (s *service) reload(ctx context.Context, k *agent.Keyring, store *token.Store, report *reporter) *config {
 	s.notify(systemd.Reloading())
-	defer func() { s.notify(systemd.Ready("listening")) }()
+	defer report.ready()
 	c, err := loadConfig(s.globals.config)
 	if err != nil {
 		s.log.Error("the configuration is not used, the old one stays", "reason", err)
