@@ -124,6 +124,8 @@ Exit status: 0 it worked; 1 it did not, or "check" found something;
 		newAgentCommand(g),
 		newListCommand(g),
 		newCheckCommand(g),
+		newInstallCommand(g),
+		newUninstallCommand(g),
 		newDemoCommand(),
 		newVersionCommand(),
 	)
