@@ -40,7 +40,7 @@ func directives(t *testing.T, text, section string) map[string][]string {
 // service, as its version has it.
 var userDirectives = []string{
 	"Type", "ExecStart", "ExecReload", "SyslogIdentifier", "Restart", "RestartSec", "KillMode", "WatchdogSec", "WatchdogSignal",
-	"LimitCORE", "UMask", "NoNewPrivileges", "LockPersonality", "RestrictRealtime", "RestrictSUIDSGID", "RestrictNamespaces",
+	"Environment", "LimitCORE", "UMask", "NoNewPrivileges", "LockPersonality", "RestrictRealtime", "RestrictSUIDSGID", "RestrictNamespaces",
 	"MemoryDenyWriteExecute", "SystemCallArchitectures", "RestrictAddressFamilies", "SystemCallFilter", "SystemCallErrorNumber",
 }
 
@@ -85,6 +85,7 @@ func TestServicesHaveWhatTheyNeed(t *testing.T) {
 		"Type":            "notify",
 		"Restart":         "on-failure",
 		"WatchdogSignal":  "SIGKILL",
+		"Environment":     "GOTRACEBACK=none",
 		"LimitCORE":       "0",
 		"KillMode":        "mixed",
 		"NoNewPrivileges": "yes",

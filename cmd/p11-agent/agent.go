@@ -11,7 +11,6 @@ import (
 	"os"
 	"os/signal"
 	"path/filepath"
-	"runtime/debug"
 	"slices"
 	"strconv"
 	"strings"
@@ -153,6 +152,12 @@ func runAgent(ctx context.Context, g *globals, o *agentOptions, command []string
 		level = slog.LevelDebug
 	}
 
+	if foreground || os.Getenv("LISTEN_PID") == strconv.Itoa(os.Getpid()) {
+		// One in the background is started so.
+		if err := withoutTraces(); err != nil {
+			return err
+		}
+	}
 	inherited, err := systemd.Listeners()
 	if err != nil {
 		return err
@@ -304,7 +309,7 @@ func (s *service) serve(ctx context.Context, listeners []listener) error {
 			_ = l.Close()
 		}
 	}
-	if err := harden(); err != nil {
+	if err := harden(s.log); err != nil {
 		closeAll()
 		return err
 	}
@@ -460,10 +465,41 @@ func (s *service) reload(ctx context.Context, k *agent.Keyring, store *token.Sto
 	return c
 }
 
+// noTraces keeps the stack of a panic out of the log. debug.SetTraceback cannot do
+// that: it takes nothing away from what the environment says, or does not say, at
+// the start.
+const noTraces = "GOTRACEBACK=none"
+
+// withoutTraces starts the program anew with noTraces, in the same process, unless
+// that is there. It returns when it cannot, or need not.
+func withoutTraces() error {
+	name, value, _ := strings.Cut(noTraces, "=")
+	if os.Getenv(name) == value {
+		return nil
+	}
+	program, err := os.Executable()
+	if err != nil {
+		return err
+	}
+	return fmt.Errorf("start again: %w", syscall.Exec(program, os.Args, dedupe(append(os.Environ(), noTraces))))
+}
+
+// crashSignals have Go print all stacks and registers whatever GOTRACEBACK says,
+// when they are sent to the process. Where its own code causes one it becomes a
+// panic.
+var crashSignals = []os.Signal{
+	syscall.SIGQUIT, syscall.SIGABRT, syscall.SIGSEGV, syscall.SIGBUS, syscall.SIGFPE, syscall.SIGILL, syscall.SIGTRAP, syscall.SIGSYS,
+}
+
 // harden keeps others of the same user from looking into the process, and its
 // memory out of core files and out of the log.
-func harden() error {
-	debug.SetTraceback("none") // a trace has registers in it
+func harden(log *slog.Logger) error {
+	crashes := make(chan os.Signal, 1)
+	signal.Notify(crashes, crashSignals...)
+	go func() { // until the process ends
+		log.Error("agent ended by a signal", "signal", (<-crashes).String())
+		os.Exit(exitFailure)
+	}()
 	if err := unix.Prctl(unix.PR_SET_DUMPABLE, 0, 0, 0, 0); err != nil {
 		return fmt.Errorf("keep others from tracing the agent: %w", err)
 	}
