@@ -2,6 +2,7 @@ package main
 
 import (
 	"context"
+	"errors"
 	"fmt"
 	"os"
 	"sync"
@@ -135,7 +136,9 @@ func (w *watchdog) run(ctx context.Context) {
 }
 
 // ping asks at every door that is still the agent's: nobody comes in at one whose
-// file was removed or replaced, and starting again would not bring it back.
+// file was removed or replaced, and starting again would not bring it back. A
+// door that is open to root alone, as that of the system, is left out where the
+// agent is somebody else.
 func (w *watchdog) ping(ctx context.Context) error {
 	ctx, cancel := context.WithTimeout(ctx, w.every/3)
 	defer cancel()
@@ -143,7 +146,7 @@ func (w *watchdog) ping(ctx context.Context) error {
 		if file, err := os.Stat(d.path); err != nil || !os.SameFile(file, d.file) {
 			continue
 		}
-		if err := sshagent.Ping(ctx, d.path); err != nil {
+		if err := sshagent.Ping(ctx, d.path); err != nil && !errors.Is(err, os.ErrPermission) {
 			return err
 		}
 	}
