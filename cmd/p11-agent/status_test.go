@@ -3,13 +3,14 @@ package main
 import (
 	"context"
 	"errors"
-	"io"
+	"fmt"
 	"log/slog"
 	"net"
 	"os"
 	"path/filepath"
 	"strings"
 	"sync/atomic"
+	"syscall"
 	"testing"
 	"time"
 
@@ -189,9 +190,14 @@ func TestWatchdog(t *testing.T) {
 // Only stderr is the journal: the log file of an agent in the background keeps its
 // times.
 func TestLogIsForItsReader(t *testing.T) {
-	t.Setenv("JOURNAL_STREAM", "")
+	st, err := os.Stderr.Stat()
+	if err != nil {
+		t.Fatal(err)
+	}
+	file := st.Sys().(*syscall.Stat_t)
+	t.Setenv("JOURNAL_STREAM", fmt.Sprintf("%d:%d", file.Dev, file.Ino)) // stderr is the journal
 	var b strings.Builder
-	newLog(io.Writer(&b), slog.LevelInfo).Info("m")
+	newLog(&b, slog.LevelInfo).Info("m")
 	if !strings.HasPrefix(b.String(), "time=") {
 		t.Errorf("the log has %q", &b)
 	}

@@ -16,7 +16,7 @@ if [ -e /run/p11-agent ]; then fail "something runs"; fi
 
 step "a token of the service's own user"
 systemd-sysusers
-usermod -aG softhsm p11-agent
+usermod -aG "$(stat -c %G /var/lib/softhsm/tokens)" p11-agent
 as_agent() { runuser -u p11-agent -- "$@"; }
 for name in host other; do
 	as_agent softhsm2-util --init-token --free --label $name --pin $PIN --so-pin 11111111 >/dev/null
