@@ -6,7 +6,9 @@
 #
 # As root. DIR is copied to /opt in the container, and SCRIPT is the name of a file
 # in it. What is changed is in memory, lasts from one boot to the next, and is gone
-# at the end. The exit status is that of the first script that fails.
+# at the end. The exit status is that of the first script that fails. Where ROOT is
+# set, the system in that directory is booted in place of the machine's own, such as
+# one of another release that debootstrap has made.
 set -eu
 if [ -z "${STAGE:-}" ]; then STAGE=1 exec unshare --mount --propagation private bash "$0" "$@"; fi
 
@@ -19,7 +21,7 @@ echo $$ >"$group/cgroup.procs"
 scratch=$(mktemp -d)
 mount -t tmpfs tmpfs "$scratch"
 mkdir "$scratch"/{upper,work,root,out}
-mount -t overlay overlay -o "lowerdir=/,upperdir=$scratch/upper,workdir=$scratch/work" "$scratch/root"
+mount -t overlay overlay -o "lowerdir=${ROOT:-/},upperdir=$scratch/upper,workdir=$scratch/work" "$scratch/root"
 mount -t tmpfs tmpfs /run/systemd # nspawn's own state stays off the machine's /run
 root=$scratch/root
 : >"$root/etc/machine-id"

@@ -10,7 +10,8 @@ uid=$(id -u person)
 manager() { systemctl is-active --quiet "user@$uid.service"; }
 eventually manager
 eventually test -S "/run/user/$uid/p11-agent/agent.sock"
-is "sessions" "$(loginctl --no-legend list-sessions | wc -l)" 0
+# From systemd 256 on a user's manager counts as a session, too.
+is "sessions" "$(loginctl --no-legend list-sessions | grep -v manager || true)" ""
 test -S /run/p11-agent/host.sock
 test -S /run/p11-agent/other.sock
 if pgrep -x p11-agent >/dev/null; then fail "an agent runs that nobody has asked"; fi
