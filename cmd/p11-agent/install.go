@@ -390,12 +390,12 @@ func (in *installation) finishUser(o *installOptions, changed bool) error {
 		fmt.Fprintf(in.out, "\nTo have systemd use them:\n\n    systemctl --user daemon-reload\n    systemctl --user enable --now %s\n", in.unit)
 	}
 	fmt.Fprintf(in.out, `
-SSH_AUTH_SOCK names the agent from the next login on. In a shell that is open already:
+From the next login on, SSH_AUTH_SOCK leads to the agent in what systemd starts for you, as
+desktops do. For shells of the console and of ssh this line belongs into ~/.profile:
 
     export SSH_AUTH_SOCK="$XDG_RUNTIME_DIR/p11-agent/agent.sock"
 
-Where something else sets that variable, this line at the top of ~/.ssh/config makes ssh ask
-this agent all the same:
+Whatever that variable says, this line at the top of ~/.ssh/config makes ssh ask this agent:
 
     Include %s
 `, homeRelative(in.others[len(in.others)-1].path))

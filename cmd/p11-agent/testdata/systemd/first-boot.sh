@@ -100,10 +100,23 @@ cat >as-user.sh <<-'USER'
 	p11-agent install --user --now
 	SSH_AUTH_SOCK=$XDG_RUNTIME_DIR/p11-agent/agent.sock ssh-add -l
 USER
+# Debian 13 has one that sets the variable as well; here is one everywhere.
+cat >/etc/systemd/user/ssh-agent.socket <<-'UNIT'
+	[Socket]
+	ListenStream=%t/rival
+	ExecStartPost=systemctl --user set-environment SSH_AUTH_SOCK=%t/rival
+	Service=rival.service
+	[Install]
+	WantedBy=sockets.target
+UNIT
+printf '[Service]\nExecStart=/bin/true\n' >/etc/systemd/user/rival.service
+systemctl --global -q enable ssh-agent.socket
 loginctl enable-linger person
 session() { systemd-run -q --pipe --wait --uid=person -p PAMName=login -p WorkingDirectory=~person "$@"; }
 session bash -s "$(softhsm)" <as-user.sh >said 2>&1 || fail "$(cat said)"
 has "the list" "$(cat said)" token=mine
+has "what install says" "$(cat said)" "mask --now"
+has "what install says" "$(cat said)" "ssh-agent.socket"
 if p11-agent install --user 2>said; then fail "root took itself for a user"; fi
 sync
 echo "== all is well"

@@ -16,9 +16,12 @@ test -S /run/p11-agent/host.sock
 test -S /run/p11-agent/other.sock
 if pgrep -x p11-agent >/dev/null; then fail "an agent runs that nobody has asked"; fi
 
+step "the variable is the agent's, though another sets it, too"
+test -S "/run/user/$uid/rival"
+has "the manager's environment" "$(systemctl --user -M person@ show-environment)" "SSH_AUTH_SOCK=/run/user/$uid/p11-agent/agent.sock"
+
 step "a job without a session uses the user's agent"
 has "the list" "$(runuser -u person -- env SSH_AUTH_SOCK="/run/user/$uid/p11-agent/agent.sock" timeout 30 ssh-add -l)" token=mine
-has "the manager's environment" "$(systemctl --user -M person@ show-environment)" "SSH_AUTH_SOCK=/run/user/$uid/p11-agent/agent.sock"
 
 step "sshd has its host key"
 systemctl start test-sshd.service

@@ -173,6 +173,7 @@ if [ -e "$SSH_AUTH_SOCK" ]; then fail "the socket is left over"; fi
 is "the socket unit" "$(show LoadState p11-agent.socket)" not-found
 if systemctl --user is-enabled p11-agent.socket 2>/dev/null; then fail "it is still enabled"; fi
 is "what is left" "$(find .config/systemd .config/environment.d .config/p11-agent -name '*.socket' -o -name '*.service' -o -name '50-*' -o -name ssh_config)" ""
+if systemctl --user show-environment | grep p11-agent; then fail "SSH_AUTH_SOCK still leads to it"; fi
 test -s $config
 if pgrep -u "$(id -u)" p11-agent >/dev/null; then fail "a process is left over"; fi
 echo "== all is well"
