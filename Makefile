@@ -27,7 +27,7 @@ SOURCES     = go.mod go.sum $(shell find agent cmd pinentry systemd token -name 
 # building needs what deps installs, and go spreads its work over the processors
 # by itself.
 .NOTPARALLEL:
-.PHONY: help deps build test stress conformance lint vuln check demo fuzz bench install clean
+.PHONY: help deps build test stress conformance lint vuln check demo fuzz bench install deb rpm packages clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "%-12s%s\n", $$1, $$2 }' Makefile
@@ -69,7 +69,7 @@ lint: ## check the form of the code, and that go.mod is tidy
 vuln: ## look for known vulnerabilities in what is called
 	$(TOOL) govulncheck ./...
 
-check: deps build lint test stress conformance ## do all that has to pass before a change goes in
+check: deps build lint test stress conformance packages ## do all that has to pass before a change goes in
 
 demo: deps build ## show the agent at work with a software token
 	build/p11-agent demo
@@ -95,6 +95,35 @@ install: build/p11-agent $(MANPAGES) $(COMPLETIONS) ## install under DESTDIR and
 	install -D -m 644 build/completion/bash '$(DESTDIR)$(PREFIX)/share/bash-completion/completions/p11-agent'
 	install -D -m 644 build/completion/zsh '$(DESTDIR)$(PREFIX)/share/zsh/site-functions/_p11-agent'
 	install -D -m 644 build/completion/fish '$(DESTDIR)$(PREFIX)/share/fish/vendor_completions.d/p11-agent.fish'
+	for unit in user/p11-agent.socket user/p11-agent.service system/p11-agent@.socket system/p11-agent@.service; do \
+		install -D -m 644 "systemd/units/$$unit" "$(DESTDIR)$(PREFIX)/lib/systemd/$$unit"; \
+		sed -i 's|^ExecStart=/usr/bin/|ExecStart=$(PREFIX)/bin/|' "$(DESTDIR)$(PREFIX)/lib/systemd/$$unit"; \
+	done
+	install -D -m 644 systemd/units/system/sysusers.conf '$(DESTDIR)$(PREFIX)/lib/sysusers.d/p11-agent.conf'
+	install -D -m 644 systemd/units/user/environment.conf '$(DESTDIR)$(PREFIX)/share/doc/p11-agent/examples/50-p11-agent.conf'
+	install -D -m 644 systemd/units/user/ssh_config '$(DESTDIR)$(PREFIX)/share/doc/p11-agent/examples/ssh_config'
+
+# What both packages hold: what is installed, manuals compressed, licence and
+# changelog. The C library has to be as new as the one that was linked with.
+build/package: build build/p11-agent
+	rm -rf $@
+	$(MAKE) install DESTDIR='$(CURDIR)/$@' PREFIX=/usr
+	gzip -9n $@/usr/share/man/man*/*
+	install -m 644 LICENSE $@/usr/share/doc/p11-agent/copyright
+	gzip -9nc CHANGELOG.md >$@/usr/share/doc/p11-agent/changelog.gz
+
+deb: build/package ## make a package for Debian and Ubuntu in build
+	$(call package,deb)
+
+rpm: build/package ## make a package for Fedora and its relatives in build
+	$(call package,rpm)
+
+package = PACKAGE_VERSION=$$(tools/version.sh --package) PACKAGE_ARCH=$$(go env GOARCH) \
+	PACKAGE_GLIBC=$$(grep -aoE 'GLIBC_2\.[0-9]+' build/p11-agent | sort -uV | tail -n 1 | cut -d_ -f2) \
+	$(TOOL) nfpm package -f tools/nfpm.yaml -p $(1) -t build/p11-agent.$(1)
+
+packages: deb rpm ## make both packages, install one on a fresh system and use it
+	@tools/packages.sh build/p11-agent.deb build/p11-agent.rpm
 
 build/p11-agent: $(SOURCES)
 	$(MAKE) build

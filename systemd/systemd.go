@@ -1,5 +1,6 @@
 // Package systemd is what the agent has to do with the service manager that may
-// have started it: the sockets that it inherits, and what it tells of its state.
+// have started it: the sockets that it inherits, what it tells of its state and
+// puts into the journal, and the unit files.
 //
 // It promises that a socket it hands out is a listening Unix stream socket, that
 // whatever else was inherited is an error that names it, and that no child
@@ -18,10 +19,8 @@ import (
 	"net"
 	"os"
 	"strconv"
-	"strings"
 	"syscall"
-	"unicode"
-	"unicode/utf8"
+	"time"
 
 	"github.com/coreos/go-systemd/v22/activation"
 	"github.com/coreos/go-systemd/v22/daemon"
@@ -171,6 +170,22 @@ func notify(what, state string) error {
 	return nil
 }
 
+// Watchdog returns within which time the service manager wants to hear that the
+// program is Alive, again and again; 0: it does not. The first call takes the
+// variables away that say so, so that children do not see them.
+func Watchdog() (time.Duration, error) {
+	every, err := daemon.SdWatchdogEnabled(true)
+	if err != nil {
+		return 0, fmt.Errorf("the service manager's watchdog: %w", err)
+	}
+	return every, nil
+}
+
+// Alive tells that the program still does its work.
+func Alive() error {
+	return notify("that the agent is alive", daemon.SdNotifyWatchdog)
+}
+
 // maxStatus is the most bytes of a status. systemd drops a message of more than
 // 4096 bytes (NOTIFY_BUFFER_MAX in its source) whole, and a person reads less.
 const maxStatus = 1024
@@ -178,23 +193,7 @@ const maxStatus = 1024
 // statusLine returns the assignment of a status. The text may hold what is
 // written on a card, so it could bring assignments of its own behind a line
 // break, and systemd refuses what is not UTF-8.
-func statusLine(text string) string {
-	line := strings.Map(func(r rune) rune {
-		if unicode.IsControl(r) {
-			return ' '
-		}
-		return r // a byte that is not UTF-8 comes as U+FFFD
-	}, text)
-	if len(line) > maxStatus {
-		const more = "…"
-		end := maxStatus - len(more)
-		for !utf8.RuneStart(line[end]) {
-			end--
-		}
-		line = line[:end] + more
-	}
-	return "STATUS=" + line
-}
+func statusLine(text string) string { return "STATUS=" + printable(text, maxStatus) }
 
 // StderrIsJournal tells whether what is written to stderr goes to the journal,
 // which adds the time itself (systemd.exec(5), JOURNAL_STREAM).

@@ -369,6 +369,7 @@ func TestNotify(t *testing.T) {
 		{"status", func() error { return Status("waits for the card") }, `STATUS=waits for the card`},
 		{"reloading", Reloading, `RELOADING=1\nMONOTONIC_USEC=[1-9][0-9]*\n`},
 		{"stopping", Stopping, `STOPPING=1`},
+		{"alive", Alive, `WATCHDOG=1`},
 	} {
 		t.Run(test.name, func(t *testing.T) {
 			read := manager(t)
@@ -395,6 +396,34 @@ func TestNotify(t *testing.T) {
 			t.Error("no error")
 		}
 	})
+}
+
+func TestWatchdog(t *testing.T) {
+	own := strconv.Itoa(os.Getpid())
+	for name, test := range map[string]struct {
+		usec, pid string
+		want      time.Duration
+		fails     bool
+	}{
+		"none":                {"", "", 0, false},
+		"for this process":    {"60000000", own, time.Minute, false},
+		"for whoever reads":   {"1500", "", 1500 * time.Microsecond, false},
+		"for another process": {"60000000", "1", 0, false},
+		"in words":            {"soon", own, 0, true},
+		"never":               {"0", own, 0, true},
+	} {
+		t.Run(name, func(t *testing.T) {
+			t.Setenv("WATCHDOG_USEC", test.usec)
+			t.Setenv("WATCHDOG_PID", test.pid)
+			got, err := Watchdog()
+			if got != test.want || (err != nil) != test.fails {
+				t.Errorf("got %v, %v, want %v", got, err, test.want)
+			}
+			if os.Getenv("WATCHDOG_USEC") != "" || os.Getenv("WATCHDOG_PID") != "" {
+				t.Error("children still see the variables")
+			}
+		})
+	}
 }
 
 func TestStatusIsOneLine(t *testing.T) {

@@ -125,7 +125,7 @@ func CheckSource(u *pkcs11uri.URI) error {
 	if err != nil {
 		return err
 	}
-	pin, _, err := filePIN(path)
+	pin, _, err := filePIN(path, u.PINSource.Kind == pkcs11uri.PINCredential)
 	pin.Wipe()
 	return err
 }
@@ -187,14 +187,19 @@ func (s *Store) readPIN(ctx context.Context, u *pkcs11uri.URI) (*secret.Secret, 
 		if err != nil {
 			return nil, sourceMark{}, err
 		}
-		pin, state, err := filePIN(path)
+		pin, state, err := filePIN(path, src.Kind == pkcs11uri.PINCredential)
 		return pin, sourceMark{what: "the PIN in " + path, until: "the file changes", state: state, disk: true}, err
 	}
 }
 
 // filePIN reads a PIN file: one line, of this user or root, and closed to
 // everybody else.
-func filePIN(path string) (_ *secret.Secret, state string, err error) {
+//
+// A credential of a service that has a user of its own belongs to root, and that
+// user may read it by an access control list, from systemd 254 or so on. Its mode
+// is 0440 then: the bits of the group are the most that the list gives to anybody,
+// and the group is root's. Only root could have let others in.
+func filePIN(path string, credential bool) (_ *secret.Secret, state string, err error) {
 	// Not to wait for a writer should it be a FIFO.
 	f, err := os.OpenFile(path, os.O_RDONLY|syscall.O_NONBLOCK, 0)
 	if err != nil {
@@ -211,7 +216,7 @@ func filePIN(path string) (_ *secret.Secret, state string, err error) {
 		return nil, "", fmt.Errorf("pin-source: %s is not a regular file", path)
 	case sys.Uid != 0 && int(sys.Uid) != os.Geteuid():
 		return nil, "", fmt.Errorf("pin-source: %s belongs to user %d: only your own files and root's are believed", path, sys.Uid)
-	case st.Mode().Perm()&0o077 != 0:
+	case st.Mode().Perm()&0o077 != 0 && !(credential && sys.Uid == 0 && sys.Gid == 0 && st.Mode().Perm()&0o037 == 0):
 		return nil, "", fmt.Errorf("pin-source: %s can be read or changed by others (mode %#o): run chmod 600 on it", path, st.Mode().Perm())
 	}
 	pin, err := readSecret(f)

@@ -164,6 +164,47 @@ func TestOtherSources(t *testing.T) {
 	}
 }
 
+// A credential may have the mode that systemd gives it for a service with a user of
+// its own, and no other file may.
+func TestModesOfCredentials(t *testing.T) {
+	if os.Geteuid() != 0 {
+		t.Skip("only root's files are like credentials of systemd")
+	}
+	dir := tokentest.TempDir(t)
+	t.Setenv("CREDENTIALS_DIRECTORY", dir)
+	for _, tt := range []struct {
+		name  string
+		mode  os.FileMode
+		group int
+		err   string
+	}{
+		{"closed", 0o400, 0, ""},
+		{"by an access control list", 0o440, 0, ""},
+		{"for a group", 0o440, 1, "can be read or changed by others"},
+		{"changed by a group", 0o460, 0, "can be read or changed by others"},
+		{"for all", 0o444, 0, "can be read or changed by others"},
+	} {
+		t.Run(tt.name, func(t *testing.T) {
+			path := filepath.Join(dir, "pin")
+			os.Remove(path)
+			write(t, path, pin, tt.mode)
+			if err := os.Chown(path, 0, tt.group); err != nil {
+				t.Fatal(err)
+			}
+			uri := "pkcs11:token=card?pin-source=credential:pin"
+			b := newBench(t, nil, withSource(t, uri))
+			for what, err := range map[string]error{"use": b.sign(), "check": token.CheckSource(parse(t, uri))} {
+				if (err == nil) != (tt.err == "") || err != nil && !strings.Contains(err.Error(), tt.err) {
+					t.Errorf("%s: %v, want %q", what, err, tt.err)
+				}
+			}
+			if err := token.CheckSource(parse(t, "pkcs11:token=card?pin-source=file:"+escape(path))); tt.mode != 0o400 && err == nil {
+				t.Errorf("as any file it is believed with mode %#o", tt.mode)
+			}
+		})
+	}
+}
+
 // A client that hangs up takes the command with it.
 func TestPINCommandIsStopped(t *testing.T) {
 	fifo := filepath.Join(tokentest.TempDir(t), "fifo")

@@ -131,6 +131,7 @@ func (m *module) release(ctx context.Context, p *process) (watch *readerWatch, a
 // endWith logs out of the token before its process ends, as a card may stay
 // verified beyond that. What is kept of the PIN stays.
 func (t *Token) endWith(ctx context.Context, p *process) {
+	defer t.module.store.stir()
 	t.mu.Lock()
 	in := t.session == p || t.attempted == p
 	if t.session == p {

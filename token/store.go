@@ -133,6 +133,7 @@ type Store struct {
 	refused *refusedSources
 	known   *known        // as it was at the start
 	dirty   chan struct{} // one element: the list of known keys is to be written
+	stirred chan struct{} // one element: see StatusChanged
 
 	mu         sync.Mutex
 	closed     bool
@@ -157,6 +158,7 @@ func Open(opts Options) *Store {
 		settled:    make(chan struct{}),
 		known:      new(known),
 		dirty:      make(chan struct{}, 1),
+		stirred:    make(chan struct{}, 1),
 		refused:    loadRefused(opts.StateDir, opts.Log),
 		configured: slices.Clone(opts.Sources),
 		public:     slices.Clone(opts.PublicKeys),
@@ -248,6 +250,7 @@ type snapshot struct {
 // publish makes a new snapshot of what the modules found last, unless that is
 // what the one before shows.
 func (s *Store) publish() {
+	defer s.stir()
 	s.mu.Lock()
 	defer s.mu.Unlock()
 	next := &snapshot{generation: s.keys.Load().generation + 1}
@@ -353,6 +356,19 @@ func (s *Store) Modules() []ModuleStatus {
 		all = append(all, m.status())
 	}
 	return all
+}
+
+// StatusChanged returns a channel that has an element when what Modules tells of
+// tokens, logins and failures may have changed since the last was taken out. It
+// is for one receiver.
+func (s *Store) StatusChanged() <-chan struct{} { return s.stirred }
+
+// stir makes StatusChanged tell. It never waits, whatever locks are held.
+func (s *Store) stir() {
+	select {
+	case s.stirred <- struct{}{}:
+	default:
+	}
 }
 
 // LogoutAll logs out of every token, as far as its module answers, and forgets

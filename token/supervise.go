@@ -128,6 +128,7 @@ func (m *module) run(ctx context.Context) {
 			due = nil
 			if p.failure() == nil {
 				m.change(func() { m.proc, m.err, m.retry, m.released, m.lastUse = p, nil, time.Time{}, false, time.Now() })
+				m.store.stir()
 				first() // else when it is noted what happened to it
 				var watch *readerWatch
 				if watch, due = m.attend(ctx, p); watch != nil {

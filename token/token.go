@@ -144,6 +144,7 @@ func (t *Token) lastLogin() uint64 {
 }
 
 func (t *Token) setLoggedIn(p *process, in bool) {
+	defer t.module.store.stir()
 	t.mu.Lock()
 	defer t.mu.Unlock()
 	t.changes++
@@ -166,6 +167,7 @@ func (t *Token) forget(ctx context.Context) error {
 
 // logout logs out, which is no error where nobody is logged in.
 func (t *Token) logout(ctx context.Context) error {
+	defer t.module.store.stir()
 	t.mu.Lock()
 	p := cmp.Or(t.session, t.attempted)
 	t.session, t.attempted = nil, nil

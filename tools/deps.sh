@@ -57,6 +57,12 @@ needed() {
 	ps                                              procps              procps-ng
 	/usr/lib/python3/dist-packages/paramiko,/usr/lib/python3*/site-packages/paramiko python3-paramiko python3-paramiko
 	systemd-socket-activate                         systemd             systemd
+	systemd-nspawn                                  systemd-container   systemd-container
+	/usr/lib/*/security/pam_systemd.so,/usr/lib*/security/pam_systemd.so libpam-systemd systemd-pam
+	/usr/lib/systemd/user/dbus.socket               dbus-user-session   dbus-common
+	useradd                                         passwd              shadow-utils
+	rpm                                             rpm                 rpm
+	debootstrap                                     debootstrap         debootstrap
 	dbus-daemon                                     dbus                dbus-daemon
 	/usr/lib/openssh/regress/agent.sh               openssh-tests       -
 	gdb                                             gdb-minimal         -

@@ -11,7 +11,6 @@ import (
 	"os"
 	"os/signal"
 	"path/filepath"
-	"runtime/debug"
 	"slices"
 	"strconv"
 	"strings"
@@ -153,6 +152,12 @@ func runAgent(ctx context.Context, g *globals, o *agentOptions, command []string
 		level = slog.LevelDebug
 	}
 
+	if foreground || os.Getenv("LISTEN_PID") == strconv.Itoa(os.Getpid()) {
+		// One in the background is started so.
+		if err := withoutTraces(); err != nil {
+			return err
+		}
+	}
 	inherited, err := systemd.Listeners()
 	if err != nil {
 		return err
@@ -259,6 +264,17 @@ func listenNamed(c *config) (all []listener, rules []*agent.Socket, err error) {
 	return all, rules, nil
 }
 
+// pathOf returns the path of a listener's socket.
+func pathOf(l listener) string {
+	switch l := l.(type) {
+	case *sshagent.Socket:
+		return l.Path()
+	case *net.UnixListener:
+		return l.Addr().String()
+	}
+	return ""
+}
+
 // isOwn tells whether a path leads to one of the listeners.
 func isOwn(path string, listeners []listener) bool {
 	st, err := os.Stat(path)
@@ -266,14 +282,7 @@ func isOwn(path string, listeners []listener) bool {
 		return false // nobody is there now
 	}
 	return slices.ContainsFunc(listeners, func(l listener) bool {
-		var own string
-		switch l := l.(type) {
-		case *sshagent.Socket:
-			own = l.Path()
-		case *net.UnixListener:
-			own = l.Addr().String()
-		}
-		ownSt, err := os.Stat(own)
+		ownSt, err := os.Stat(pathOf(l))
 		return err == nil && os.SameFile(st, ownSt)
 	})
 }
@@ -300,7 +309,7 @@ func (s *service) serve(ctx context.Context, listeners []listener) error {
 			_ = l.Close()
 		}
 	}
-	if err := harden(); err != nil {
+	if err := harden(s.log); err != nil {
 		closeAll()
 		return err
 	}
@@ -374,6 +383,7 @@ func (s *service) serve(ctx context.Context, listeners []listener) error {
 		Fingerprint:   s.fingerprint,
 		Log:           s.log,
 	})
+	report := &reporter{service: s, modules: b.store.Modules}
 	watch := watchLogin1(c, b.store, s.log)
 	var helpers sync.WaitGroup
 	defer helpers.Wait()
@@ -384,7 +394,7 @@ func (s *service) serve(ctx context.Context, listeners []listener) error {
 			case <-ctx.Done():
 				return
 			case <-s.hangups:
-				if c := s.reload(ctx, keyring, b.store); c != nil {
+				if c := s.reload(ctx, keyring, b.store, report); c != nil {
 					watch.Delay(c.forgetsAtSleep())
 					if notices != nil {
 						notices.SetAfter(c.TouchNotice.after())
@@ -394,13 +404,24 @@ func (s *service) serve(ctx context.Context, listeners []listener) error {
 		}
 	})
 
+	// Read even where nobody is told, so that no child sees the variables.
+	patience, err := systemd.Watchdog()
+	if err != nil {
+		s.log.Warn("the agent is not watched", "reason", err)
+	}
+	doors := doorsOf(listeners)
 	server := &sshagent.Server{Keyring: keyring, Log: s.log}
 	results := make(chan error, len(listeners))
 	for i, l := range listeners {
 		go func() { results <- server.ServeSocket(ctx, l, rules[i]) }()
 	}
 	s.log.Info("agent is listening", "pid", os.Getpid(), "version", version)
-	s.notify(systemd.Ready("listening"))
+	report.ready()
+	helpers.Go(func() { report.follow(ctx, b.store.StatusChanged()) })
+	if patience > 0 {
+		w := &watchdog{service: s, every: patience, alive: keyring.Alive, doors: doors, tell: systemd.Alive}
+		helpers.Go(func() { w.run(ctx) })
+	}
 	var all []error
 	for range listeners {
 		if err := <-results; err != nil {
@@ -428,9 +449,9 @@ func (s *service) notify(err error) {
 
 // reload reads the configuration again, and returns it if it is used. Modules
 // stay as they are: a change of those needs a restart.
-func (s *service) reload(ctx context.Context, k *agent.Keyring, store *token.Store) *config {
+func (s *service) reload(ctx context.Context, k *agent.Keyring, store *token.Store, report *reporter) *config {
 	s.notify(systemd.Reloading())
-	defer func() { s.notify(systemd.Ready("listening")) }()
+	defer report.ready()
 	c, err := loadConfig(s.globals.config)
 	if err != nil {
 		s.log.Error("the configuration is not used, the old one stays", "reason", err)
@@ -449,10 +470,41 @@ func (s *service) reload(ctx context.Context, k *agent.Keyring, store *token.Sto
 	return c
 }
 
+// noTraces keeps the stack of a panic out of the log. debug.SetTraceback cannot do
+// that: it takes nothing away from what the environment says, or does not say, at
+// the start.
+const noTraces = "GOTRACEBACK=none"
+
+// withoutTraces starts the program anew with noTraces, in the same process, unless
+// that is there. It returns when it cannot, or need not.
+func withoutTraces() error {
+	name, value, _ := strings.Cut(noTraces, "=")
+	if os.Getenv(name) == value {
+		return nil
+	}
+	program, err := os.Executable()
+	if err != nil {
+		return err
+	}
+	return fmt.Errorf("start again: %w", syscall.Exec(program, os.Args, dedupe(append(os.Environ(), noTraces))))
+}
+
+// crashSignals have Go print all stacks and registers whatever GOTRACEBACK says,
+// when they are sent to the process. Where its own code causes one it becomes a
+// panic.
+var crashSignals = []os.Signal{
+	syscall.SIGQUIT, syscall.SIGABRT, syscall.SIGSEGV, syscall.SIGBUS, syscall.SIGFPE, syscall.SIGILL, syscall.SIGTRAP, syscall.SIGSYS,
+}
+
 // harden keeps others of the same user from looking into the process, and its
 // memory out of core files and out of the log.
-func harden() error {
-	debug.SetTraceback("none") // a trace has registers in it
+func harden(log *slog.Logger) error {
+	crashes := make(chan os.Signal, 1)
+	signal.Notify(crashes, crashSignals...)
+	go func() { // until the process ends
+		log.Error("agent ended by a signal", "signal", (<-crashes).String())
+		os.Exit(exitFailure)
+	}()
 	if err := unix.Prctl(unix.PR_SET_DUMPABLE, 0, 0, 0, 0); err != nil {
 		return fmt.Errorf("keep others from tracing the agent: %w", err)
 	}

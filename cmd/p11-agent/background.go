@@ -126,7 +126,7 @@ func startInBackground(path string, s shell, command []string, out io.Writer) er
 	cmd := exec.Command("/proc/self/exe", os.Args[1:]...)
 	// The socket is named by the environment, as the flag may not be there.
 	cmd.Args[0] = os.Args[0]
-	cmd.Env = append(os.Environ(), childVariable+"="+strconv.Itoa(os.Getpid()), childTTYVariable+"="+terminalName(), childSocketVariable+"="+path)
+	cmd.Env = append(os.Environ(), noTraces, childVariable+"="+strconv.Itoa(os.Getpid()), childTTYVariable+"="+terminalName(), childSocketVariable+"="+path)
 	if len(command) > 0 {
 		cmd.Env = append(cmd.Env, childEndVariable+"=1")
 	}

@@ -180,3 +180,11 @@ func fakeAskpass() {
 	}
 	exit(0)
 }
+
+// fakePanic is an agent that panics.
+func fakePanic() {
+	if err := withoutTraces(); err != nil {
+		panic(err)
+	}
+	panic("oh")
+}

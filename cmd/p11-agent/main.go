@@ -124,6 +124,8 @@ Exit status: 0 it worked; 1 it did not, or "check" found something;
 		newAgentCommand(g),
 		newListCommand(g),
 		newCheckCommand(g),
+		newInstallCommand(g),
+		newUninstallCommand(g),
 		newDemoCommand(),
 		newVersionCommand(),
 	)
@@ -162,19 +164,20 @@ func newVersionCommand() *cobra.Command {
 	}
 }
 
-// newLog makes a log for people on w: without the time when the journal adds
-// its own.
+// newLog makes a log for people on w. On stderr, where that is the journal, each
+// entry has its attributes as fields.
 func newLog(w io.Writer, level slog.Level) *slog.Logger {
 	opts := &slog.HandlerOptions{Level: level}
-	if systemd.StderrIsJournal() {
-		opts.ReplaceAttr = func(groups []string, a slog.Attr) slog.Attr {
-			if len(groups) == 0 && a.Key == slog.TimeKey {
-				return slog.Attr{}
-			}
-			return a
-		}
+	if w != os.Stderr || !systemd.StderrIsJournal() {
+		return slog.New(slog.NewTextHandler(w, opts))
 	}
-	return slog.New(slog.NewTextHandler(w, opts))
+	opts.ReplaceAttr = func(groups []string, a slog.Attr) slog.Attr {
+		if len(groups) == 0 && a.Key == slog.TimeKey {
+			return slog.Attr{} // the journal adds its own
+		}
+		return a
+	}
+	return slog.New(systemd.NewJournalHandler(level, slog.NewTextHandler(w, opts)))
 }
 
 // warnUnlocked says once that secrets may reach the swap space.

@@ -38,6 +38,7 @@ func TestMain(m *testing.M) {
 		"p11-agent":    main,
 		"fakepinentry": fakePinentry,
 		"fakeaskpass":  fakeAskpass,
+		"fakepanic":    fakePanic,
 	})
 }
 

@@ -1,0 +1,59 @@
+package sshagent
+
+import (
+	"context"
+	"errors"
+	"net"
+	"path/filepath"
+	"testing"
+	"time"
+)
+
+func TestPing(t *testing.T) {
+	r := serve(t, &Server{Keyring: newKeyring(), MaxConnections: 1})
+	for range 3 {
+		// One that came too soon after the one before is closed, which counts.
+		if err := Ping(t.Context(), r.socket); err != nil {
+			t.Fatal(err)
+		}
+	}
+	one := r.dial()
+	for { // until it is the one that is served
+		send(t, one, message(11))
+		if answer, err := readAnswer(one); err == nil && answer[0] == 12 {
+			break
+		}
+		one = r.dial()
+	}
+	if err := Ping(t.Context(), r.socket); err != nil {
+		t.Errorf("an agent that has too many connections: %v", err)
+	}
+	r.stop()
+	<-r.stopped
+	if err := Ping(t.Context(), r.socket); err == nil {
+		t.Error("an agent that has ended answers")
+	}
+}
+
+// A hung keyring is not what it asks about, a server that accepts nobody is.
+func TestPingFindsWhatHangs(t *testing.T) {
+	k, begun, _ := waiting()
+	r := serve(t, &Server{Keyring: k})
+	send(t, r.dial(), signRequest)
+	<-begun
+	if err := Ping(t.Context(), r.socket); err != nil {
+		t.Errorf("while a prompt is open: %v", err)
+	}
+
+	path := filepath.Join(shortDir(t), "s")
+	l, err := net.Listen("unix", path)
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer l.Close()
+	ctx, cancel := context.WithTimeout(t.Context(), 50*time.Millisecond)
+	defer cancel()
+	if err := Ping(ctx, path); !errors.Is(err, context.DeadlineExceeded) {
+		t.Errorf("nobody accepts: %v", err)
+	}
+}

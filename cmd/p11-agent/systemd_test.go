@@ -1,0 +1,116 @@
+package main
+
+import (
+	"bytes"
+	"os"
+	"os/exec"
+	"path/filepath"
+	"strings"
+	"testing"
+
+	"p11-agent/token/tokentest"
+)
+
+// buildAgent builds the program as "make build" does, without the race detector:
+// what runs under systemd here is what people run.
+func buildAgent(t *testing.T) string {
+	t.Helper()
+	program := filepath.Join(t.TempDir(), "p11-agent")
+	out, err := exec.Command("go", "build", "-trimpath", "-buildvcs=false", "-o", program, ".").CombinedOutput()
+	if err != nil {
+		t.Fatalf("%v\n%s", err, out)
+	}
+	return program
+}
+
+// needPrivileges ends a test that has to be root and to make namespaces and
+// cgroups, where it cannot, or where one of the programs is missing. In CI that
+// fails.
+func needPrivileges(t *testing.T, programs ...string) {
+	t.Helper()
+	missing := ""
+	if os.Geteuid() != 0 {
+		missing = "only root can start a service manager for another user"
+	} else if out, err := exec.Command("unshare", "--mount", "--pid", "--cgroup", "--fork", "sh", "-c", "mount -t cgroup2 cgroup2 /mnt && mount -t tmpfs tmpfs /run").CombinedOutput(); err != nil {
+		missing = "namespaces with mounts of their own cannot be made here: " + strings.TrimSpace(string(out))
+	}
+	for _, program := range programs {
+		if _, err := lookPath(program); err != nil {
+			missing = program + " is not installed"
+		}
+	}
+	if missing == "" {
+		return
+	}
+	if os.Getenv("CI") == "true" {
+		t.Fatal(missing)
+	}
+	t.Skip(missing)
+}
+
+// userManager runs a shell script, one of testdata/systemd, as an ordinary user
+// under a real "systemd --user" with a journal, which takes less than a second to
+// start. It returns what the script printed, and fails the test when the script
+// fails. The user's home is a new directory, in which the agent is at
+// "my bin 100%/p11-agent" and common.sh beside the script. PIDs, mounts and cgroups are the user's own: nothing
+// that the script starts or changes outlives it.
+func userManager(t *testing.T, script string, args ...string) string {
+	t.Helper()
+	needPrivileges(t, "/lib/systemd/systemd", "/lib/systemd/systemd-journald", "systemctl", "unshare", "setpriv")
+	home := tokentest.TempDir(t)
+	copyFile(t, buildAgent(t), filepath.Join(home, "my bin 100%", "p11-agent"), 0o755)
+	for _, name := range []string{"common.sh", script} {
+		copyFile(t, filepath.Join("testdata", "systemd", name), filepath.Join(home, name), 0o644)
+	}
+	harness := filepath.Join("testdata", "systemd", "usermanager.sh")
+	return runHarness(t, exec.Command("bash", append([]string{harness, home, "/home/person/" + script}, args...)...))
+}
+
+// runHarness runs a script that keeps everything to itself, and returns its output.
+func runHarness(t *testing.T, cmd *exec.Cmd) string {
+	t.Helper()
+	var out bytes.Buffer
+	cmd.Stdout, cmd.Stderr = &out, &out
+	if err := cmd.Run(); err != nil {
+		t.Fatalf("%v\n%s", err, &out)
+	}
+	t.Logf("%s", &out)
+	return out.String()
+}
+
+func copyFile(t *testing.T, from, to string, mode os.FileMode) {
+	t.Helper()
+	b, err := os.ReadFile(from)
+	if err == nil {
+		err = os.MkdirAll(filepath.Dir(to), 0o755)
+	}
+	if err == nil {
+		err = os.WriteFile(to, b, mode)
+	}
+	if err != nil {
+		t.Fatal(err)
+	}
+}
+
+// The agent as systemd runs it for a user, with the units that install writes.
+func TestUserManager(t *testing.T) {
+	needPrivileges(t, "softhsm2-util", "pkcs11-tool", "ssh-add", "ssh-keygen", "systemd-analyze", "pgrep")
+	if out := userManager(t, "user.sh", storyPIN); !strings.HasSuffix(out, "== all is well\n") {
+		t.Errorf("the script did not get to its end:\n%s", out)
+	}
+}
+
+// The agents of the system and of a user who stays (loginctl enable-linger), on a
+// machine that boots, twice, with systemd as its first process.
+func TestBoot(t *testing.T) {
+	needPrivileges(t, "systemd-nspawn", "softhsm2-util", "pkcs11-tool", "ssh", "sshd", "ssh-add", "ssh-keygen", "useradd", "runuser", "loginctl")
+	files := t.TempDir()
+	copyFile(t, buildAgent(t), filepath.Join(files, "p11-agent"), 0o755)
+	for _, script := range []string{"common.sh", "first-boot.sh", "second-boot.sh"} {
+		copyFile(t, filepath.Join("testdata", "systemd", script), filepath.Join(files, script), 0o644)
+	}
+	out := runHarness(t, exec.Command("bash", filepath.Join("testdata", "systemd", "boot.sh"), files, "first-boot.sh", "second-boot.sh"))
+	if n := strings.Count(out, "== all is well\n"); n != 2 {
+		t.Errorf("%d scripts got to their end:\n%s", n, out)
+	}
+}
