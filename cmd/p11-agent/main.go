@@ -124,6 +124,8 @@ Exit status: 0 it worked; 1 it did not, or "check" found something;
 		newAgentCommand(g),
 		newListCommand(g),
 		newCheckCommand(g),
+		newDoctorCommand(g),
+		newExportCommand(g),
 		newDemoCommand(),
 		newVersionCommand(),
 	)
