@@ -51,7 +51,7 @@ func runCheck(ctx context.Context, g *globals, out, stderr io.Writer) error {
 	case <-ctx.Done():
 	}
 	findModules(r, b)
-	findTokens(r, b.store)
+	findTokens(r, b.store.Modules())
 	findKeys(ctx, r, c, b.store)
 	findSources(r, c)
 	findPinentry(r, c)
@@ -120,8 +120,8 @@ func findModules(r *report, b *backend) {
 	}
 }
 
-func findTokens(r *report, store *token.Store) {
-	for _, m := range store.Modules() {
+func findTokens(r *report, modules []token.ModuleStatus) {
+	for _, m := range modules {
 		for _, t := range m.Tokens {
 			name := fmt.Sprintf("token %q (serial %s)", t.ID.Label, t.ID.Serial)
 			switch {

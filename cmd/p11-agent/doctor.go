@@ -134,9 +134,9 @@ func findTokensAndCards(ctx context.Context, c *config, cards, mods, toks *repor
 	case <-b.store.Settled():
 	case <-ctx.Done():
 	}
-	findCards(ctx, cards, daemon, b.store)
+	findCards(ctx, cards, daemon, b.store.Modules())
 	findModules(mods, b)
-	findTokens(toks, b.store)
+	findTokens(toks, b.store.Modules())
 	// What hangs has had its time; what is there is selected at once.
 	ctx, cancel = context.WithTimeout(context.WithoutCancel(ctx), time.Second)
 	defer cancel()

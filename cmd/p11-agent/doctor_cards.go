@@ -65,18 +65,18 @@ type pcscd struct {
 	clients pcsc.Connections
 	err     error
 	usb     []string
+	uid     int // who has asked: root is always let in
 }
 
 func askPCSCD(ctx context.Context) pcscd {
-	d := pcscd{socket: pcsc.Socket(os.Environ()), usb: usbReaders(sysUSB)}
+	d := pcscd{socket: pcsc.Socket(os.Environ()), usb: usbReaders(sysUSB), uid: os.Geteuid()}
 	if d.readers, d.err = pcsc.Readers(ctx, d.socket); d.err == nil {
 		d.clients, _ = pcsc.Clients(ctx, d.socket) // who that is helps, and need not be known
 	}
 	return d
 }
 
-func findCards(ctx context.Context, r *report, d pcscd, store *token.Store) {
-	modules := store.Modules()
+func findCards(ctx context.Context, r *report, d pcscd, modules []token.ModuleStatus) {
 	wanted := slices.ContainsFunc(modules, func(m token.ModuleStatus) bool { return kindOfModule(m.Path).smartCards() })
 	switch {
 	case d.err != nil:
@@ -128,7 +128,7 @@ func (d pcscd) findDown(r *report, wanted bool) {
 	}
 	var timeout interface{ Timeout() bool }
 	switch {
-	case errors.Is(d.err, pcsc.ErrRefused) && os.Geteuid() != 0:
+	case errors.Is(d.err, pcsc.ErrRefused) && d.uid != 0:
 		r.bad("pcscd refuses to let you at the readers (polkit: only who sits at the machine is let in, and sessions of ssh, tmux, cron and lingering services do not count as that)").
 			Next("%s", polkitRule()).
 			Next("sudo systemctl restart polkit pcscd.socket")
