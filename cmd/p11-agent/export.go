@@ -258,22 +258,15 @@ func tellApart(list []exported) {
 // maxFileName leaves room for ".pub" and for what makes a temporary file of it.
 const maxFileName = 100
 
+// unsafe is what a file's name does not need.
+var unsafe = regexp.MustCompile(`[^A-Za-z0-9._@+]+`)
+
 // fileName makes a name that is safe in shells, ssh's configuration and file
 // systems.
 func fileName(s string) string {
-	var b strings.Builder
-	for _, c := range s {
-		switch {
-		case c >= 'a' && c <= 'z', c >= 'A' && c <= 'Z', c >= '0' && c <= '9', strings.ContainsRune("._@+-", c):
-			b.WriteRune(c)
-		default:
-			b.WriteByte('-')
-		}
-	}
-	name := b.String()
-	name = strings.Trim(name[:min(len(name), maxFileName)], ".-")
-	name = strings.TrimSuffix(name, ".pub")
-	return cmp.Or(name, "token-key")
+	name := unsafe.ReplaceAllString(s, "-")
+	name = strings.TrimSuffix(name[:min(len(name), maxFileName)], ".pub")
+	return cmp.Or(strings.Trim(name, ".-"), "token-key")
 }
 
 // certificatesOf returns the files of certificates by the key that they certify.
