@@ -179,9 +179,11 @@ func ask(ctx context.Context, name string, args ...string) (said, error) {
 }
 
 // limited keeps the beginning of what is written to it.
-type limited struct{ bytes.Buffer }
+type limited struct{ b bytes.Buffer }
 
 func (l *limited) Write(b []byte) (int, error) {
-	l.Buffer.Write(b[:min(len(b), max(0, maxSaid-l.Len()))])
+	l.b.Write(b[:min(len(b), max(0, maxSaid-l.b.Len()))])
 	return len(b), nil
 }
+
+func (l *limited) String() string { return l.b.String() }
