@@ -166,8 +166,12 @@ func startedBefore(pid int, file string) bool {
 	started, known := startOf(pid)
 	// The time of its last modification is when it was built; that of the last change
 	// of its inode is when it came here.
-	return ok && known && started.Before(time.Unix(sys.Ctim.Unix()).Add(-time.Second))
+	return ok && known && older(started, time.Unix(sys.Ctim.Unix()))
 }
+
+// older tells whether a process is from before an installation. The time of its
+// start is known to some seconds only, and the clock may have been set since.
+func older(started, installed time.Time) bool { return installed.Sub(started) > time.Minute }
 
 // startOf tells when a process was started (proc_pid_stat(5) starttime, in ticks of
 // which user space sees a hundred a second; btime of proc_stat(5)).

@@ -343,3 +343,35 @@ func TestWriteFile(t *testing.T) {
 		t.Errorf("left: %q, %v", left, err)
 	}
 }
+
+// An agent is called old when the program was installed after its start.
+func TestStartedBefore(t *testing.T) {
+	started, ok := startOf(os.Getpid())
+	if age := time.Since(started); !ok || age < -2*time.Second || age > time.Hour {
+		t.Errorf("this process was started %v ago (%v)", age, ok)
+	}
+	if startedBefore(os.Getpid(), "/proc/self/exe") || startedBefore(os.Getpid(), "/no/such/file") || startedBefore(0, "/proc/self/exe") {
+		t.Error("this process is older than its program, or what is not there is")
+	}
+	if now := time.Now(); older(now, now.Add(2*time.Second)) || older(now.Add(time.Hour), now) || !older(now, now.Add(time.Hour)) {
+		t.Error("wrong about which is older")
+	}
+}
+
+func FuzzUnits(f *testing.F) {
+	const seed = "Result=success\nId=a.socket\nDropInPaths=/x=y /z\n\nId=b.service\nLoadState=loaded\n"
+	units := parseUnits(seed)
+	if len(units) != 2 || units["a.socket"]["DropInPaths"] != "/x=y /z" || units["b.service"]["LoadState"] != "loaded" {
+		f.Fatalf("got %q", units)
+	}
+	for _, s := range []string{"", seed, "\n\n\n", "Id=\n\nId", "Id=x\nId=y"} {
+		f.Add(s)
+	}
+	f.Fuzz(func(t *testing.T, text string) {
+		for name, u := range parseUnits(text) {
+			if name == "" || u["Id"] != name {
+				t.Errorf("%q: %q", name, u)
+			}
+		}
+	})
+}
