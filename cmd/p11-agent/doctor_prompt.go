@@ -67,6 +67,13 @@ func findPrompt(ctx context.Context, r *report, c *config) {
 		r.ok("a PIN can be asked for here with %s", with)
 		return
 	}
+	if flavor, _, fallen := strings.Cut(probed.Flavor, ":"); desktop && fallen {
+		f := r.warn("the display can be reached, and %s does not use it", probed.File)
+		if flavor == "gnome3" {
+			f.Next("it needs the bus of your session and gcr: set DBUS_SESSION_BUS_ADDRESS as the desktop has it, or have it started by dbus-run-session")
+		}
+		f.Next("another one may: %s", installStep("pinentry-gtk2", "pinentry-gtk"))
+	}
 	findTerminal(r, place, with, askpass)
 	if desktop && !strings.Contains(probed.Flavor, ":") {
 		r.warn("there is a desktop, and %s asks on terminals only: programs without one (editors, file managers) get no PIN", probed.File).
