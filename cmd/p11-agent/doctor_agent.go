@@ -58,10 +58,10 @@ func askAgent(ctx context.Context, path string) answering {
 			a.name, a.pid = name, pid
 		}
 	}
-	if a.keys, a.err = sshagent.NewClient(c).List(); a.err != nil && ctx.Err() != nil {
+	if a.keys, a.err = sshagent.NewClient(c).List(); a.err != nil && !time.Now().Before(deadline) {
 		a.err = os.ErrDeadlineExceeded // of which the client makes a text
 	}
-	a.own = a.name == program || sameProgram(a.pid) ||
+	a.own = a.name == program || byPath(path) == program || sameProgram(a.pid) ||
 		a.name == "ssh-agent" && slices.ContainsFunc(a.keys, isTokenKey) // under that name
 	a.old = a.own && startedBefore(a.pid, "/proc/self/exe")
 	return a
@@ -72,40 +72,54 @@ const program = "p11-agent"
 
 func isTokenKey(k *sshagent.Key) bool { return strings.HasPrefix(k.Comment, "pkcs11:") }
 
-// listenerOf finds the program that listens on a socket. The kernel tells which
-// process began to; ssh-agent and gpg-agent go on in a child of that one.
+// listenerOf finds the program that listens on a socket: the one that has it open.
+// The kernel tells only which process began to listen, and that is another one for
+// ssh-agent and gpg-agent, which go on in a child of it; with "ssh-agent bash" it is
+// the shell. So it counts only where nobody may look what it has open.
 func listenerOf(p peer.Peer, path string) (name string, pid int) {
-	if len(p.Chain) > 0 {
-		return calledAs(p.PID, p.Chain[0].Name), p.PID
-	}
 	inode := listeningInode(path)
 	dirs, err := filepath.Glob("/proc/[0-9]*")
 	if err != nil {
 		return "", 0
 	}
-	var closed []int // of agents that nobody may look into
+	var closed []int // agents that nobody may look into
+	manager := 0     // systemd holds it, too, for the one that it starts
 	for _, dir := range dirs {
 		pid, err := strconv.Atoi(filepath.Base(dir))
 		if err != nil {
 			continue
 		}
+		comm := line(filepath.Join(dir, "comm"))
 		files, err := os.ReadDir(filepath.Join(dir, "fd"))
-		if err != nil && slices.ContainsFunc(rivals, func(v rival) bool { return slices.Contains(v.names, line(filepath.Join(dir, "comm"))) }) {
-			closed = append(closed, pid)
+		if err != nil {
+			if pid == p.PID {
+				return calledAs(pid, comm), pid
+			}
+			if comm == program || comm == "exe" || slices.ContainsFunc(rivals, func(v rival) bool { return slices.Contains(v.names, comm) }) {
+				closed = append(closed, pid)
+			}
+			continue
 		}
 		for _, f := range files {
-			if link, err := os.Readlink(filepath.Join(dir, "fd", f.Name())); err == nil && inode != "" && link == "socket:["+inode+"]" {
-				return calledAs(pid, line(filepath.Join(dir, "comm"))), pid
+			link, err := os.Readlink(filepath.Join(dir, "fd", f.Name()))
+			switch {
+			case err != nil || inode == "" || link != "socket:["+inode+"]":
+			case comm == "systemd":
+				manager = pid
+			default:
+				return calledAs(pid, comm), pid
 			}
 		}
 	}
-	// SSH_AGENT_PID and the socket's name, which has the number of ssh-agent's
-	// parent, help to choose.
+	if manager != 0 {
+		return "systemd", manager
+	}
 	for _, pid := range closed {
 		if strconv.Itoa(pid) == os.Getenv(pidVariable) || len(closed) == 1 {
 			return calledAs(pid, line(fmt.Sprintf("/proc/%d/comm", pid))), pid
 		}
 	}
+	// ssh-agent and sshd name their sockets so; sshd's can be looked up above.
 	if strings.HasPrefix(filepath.Base(path), "agent.") && strings.HasPrefix(filepath.Base(filepath.Dir(path)), "ssh-") {
 		return "ssh-agent", 0
 	}
@@ -129,11 +143,15 @@ func listeningInode(path string) string {
 	return ""
 }
 
-// calledAs returns the name of a process's program, given what is known of it. An
-// agent of ours in the background has run itself by /proc/self/exe, and calls
-// itself "exe".
+// calledAs returns the name of a process's program, given the one that it gave
+// itself. An agent of ours in the background has run itself by /proc/self/exe, and
+// is "exe" by that; a long name is cut.
 func calledAs(pid int, name string) string {
-	if name != "" && name != "exe" {
+	const maxComm = 15 // TASK_COMM_LEN, without the zero
+	if file, err := os.Readlink(fmt.Sprintf("/proc/%d/exe", pid)); err == nil {
+		return filepath.Base(strings.TrimSuffix(file, " (deleted)"))
+	}
+	if name != "" && name != "exe" && len(name) < maxComm {
 		return name
 	}
 	first, _, _ := strings.Cut(line(fmt.Sprintf("/proc/%d/cmdline", pid)), "\x00")
