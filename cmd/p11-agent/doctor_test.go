@@ -278,11 +278,16 @@ func TestAskEnds(t *testing.T) {
 		}
 		ended <- err
 	}()
-	if _, err := ask(ctx, "sh", "-c", "exec >"+fifo+"; sleep 1000 & wait"); err == nil || !strings.Contains(err.Error(), "does not answer") {
+	if _, err := ask(ctx, "sh", "-c", "sleep 100 >"+fifo+" & wait"); err == nil || !strings.Contains(err.Error(), "does not answer") {
 		t.Errorf("got %v", err)
 	}
-	if err := <-ended; err != nil {
-		t.Error(err)
+	select {
+	case err := <-ended:
+		if err != nil {
+			t.Error(err)
+		}
+	case <-time.After(patience):
+		t.Fatal("what it has started goes on")
 	}
 	s, err := ask(t.Context(), "sh", "-c", "head -c 3000000 /dev/zero; echo oh >&2; exit 3")
 	if err != nil || s.status == nil || len(s.out) != maxSaid || s.err != "oh" {
