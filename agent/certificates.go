@@ -150,6 +150,35 @@ func readCertificate(path string) (*ssh.Certificate, error) {
 	return cert, nil
 }
 
+// A CertificateFile is a file of a directory of certificates.
+type CertificateFile struct {
+	Path string
+	// Certificate is nil when Err says why it cannot be used.
+	Certificate *ssh.Certificate
+	Err         error
+}
+
+// ReadCertificates reads the directory as a CertificateDir does, once, and tells
+// of each file with a certificate and of each that cannot be read, by their names.
+// The error is that of the directory.
+func ReadCertificates(dir string) ([]CertificateFile, error) {
+	entries, err := os.ReadDir(dir)
+	if err != nil {
+		return nil, err
+	}
+	var all []CertificateFile
+	for _, e := range entries {
+		if !strings.HasSuffix(e.Name(), ".pub") || len(all) == maxCertificateFiles {
+			continue
+		}
+		f := CertificateFile{Path: filepath.Join(dir, e.Name())}
+		if f.Certificate, f.Err = readCertificate(f.Path); f.Certificate != nil || f.Err != nil {
+			all = append(all, f)
+		}
+	}
+	return all, nil
+}
+
 // valid tells whether a certificate counts now, and when that changes; zero:
 // never.
 func valid(cert *ssh.Certificate, now time.Time) (bool, time.Time) {

@@ -45,6 +45,9 @@ needed() {
 	tpm2_ptool                                      libtpm2-pkcs11-tools tpm2-pkcs11-tools
 	dbus-daemon                                     dbus-daemon         dbus-daemon
 	/usr/lib/gnupg/scdaemon,/usr/libexec/scdaemon,/usr/lib/gnupg2/scdaemon scdaemon /usr/libexec/scdaemon
+	gpg-agent                                       gpg-agent           gnupg2
+	gpgconf                                         gpgconf             gnupg2
+	socat                                           socat               socat
 	p11-kit                                         p11-kit             p11-kit
 	/usr/lib/*/pkcs11/p11-kit-client.so,/usr/lib*/pkcs11/p11-kit-client.so p11-kit-modules p11-kit-server
 	/usr/include/p11-kit-1/p11-kit/p11-kit.h        libp11-kit-dev      p11-kit-devel

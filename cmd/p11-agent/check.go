@@ -25,7 +25,8 @@ func newCheckCommand(g *globals) *cobra.Command {
 		Short: "Read the configuration as the agent would, and say what it would do",
 		Long: `Read the configuration as the agent would, start the modules, look at the tokens,
 and say what the agent would do with them. Nothing is signed and no PIN is asked
-for. The exit status is 1 when something is wrong.`,
+for. The exit status is 1 when something is wrong. "doctor" looks at the rest of
+the machine as well.`,
 		Args: noArgs,
 		RunE: func(cmd *cobra.Command, _ []string) error {
 			return runCheck(cmd.Context(), g, cmd.OutOrStdout(), cmd.ErrOrStderr())
@@ -33,32 +34,14 @@ for. The exit status is 1 when something is wrong.`,
 	}
 }
 
-// checker prints findings and counts those that are wrong.
-type checker struct {
-	out   io.Writer
-	wrong int
-}
-
-func (c *checker) ok(format string, args ...any) { fmt.Fprintf(c.out, "ok: "+format+"\n", args...) }
-
-func (c *checker) bad(format string, args ...any) {
-	c.wrong++
-	fmt.Fprintf(c.out, "problem: "+format+"\n", args...)
-}
-
-func (c *checker) hint(text string) { fmt.Fprintln(c.out, "  hint: "+text) }
-
 func runCheck(ctx context.Context, g *globals, out, stderr io.Writer) error {
 	c, err := loadConfig(g.config)
 	if err != nil {
 		return err
 	}
-	ch := &checker{out: out}
-	ch.ok("configuration: %s", cmp.Or(c.file, "none, so everything is as usual"))
-	reg := registry.Load(registry.Options{Dirs: registry.DefaultDirs(os.LookupEnv, os.Geteuid()), Program: registry.Program})
-	for _, w := range reg.Warnings {
-		ch.bad("module configuration: %v", w)
-	}
+	r := new(report)
+	r.ok("configuration: %s", cmp.Or(c.file, "none, so everything is as usual"))
+	findRegistry(r)
 	b := openBackend(c, nil, nil, stateDir(), token.KnownRead, newLog(stderr, slog.LevelError))
 	defer b.stop()
 	ctx, cancel := context.WithTimeout(ctx, lookTimeout)
@@ -66,75 +49,124 @@ func runCheck(ctx context.Context, g *globals, out, stderr io.Writer) error {
 	select {
 	case <-b.store.Settled():
 	case <-ctx.Done():
-		ch.bad("the modules do not answer")
 	}
-	ch.modules(b)
-	ch.tokens(b.store)
-	ch.keys(ctx, c, b.store)
-	ch.pinentry(c)
-	if ch.wrong > 0 {
-		return fmt.Errorf("%s found", plural(ch.wrong, "problem"))
+	findModules(r, b)
+	findTokens(r, b.store.Modules())
+	findKeys(ctx, r, c, b.store)
+	findSources(r, c)
+	findPinentry(r, c)
+	if err := r.print(out, true); err != nil {
+		return err
 	}
-	return nil
+	return verdict(r)
 }
 
-// plural counts things.
-func plural(n int, thing string) string {
-	if n == 1 {
-		return "1 " + thing
+// findRegistry says what is wrong with p11-kit's configuration.
+func findRegistry(r *report) {
+	reg := registry.Load(registry.Options{Dirs: registry.DefaultDirs(os.LookupEnv, os.Geteuid()), Program: registry.Program})
+	for _, w := range reg.Warnings {
+		r.bad("module configuration: %v", w)
 	}
-	return fmt.Sprintf("%d %ss", n, thing)
 }
 
-func (c *checker) modules(b *backend) {
-	for _, m := range b.store.Modules() {
-		if m.Err != nil {
-			c.bad("module %s (%s): %v", m.Name, m.Path, m.Err)
-			if e, ok := errors.AsType[*wire.Error](m.Err); ok && e.RV == wire.CKRGeneralError {
-				c.hint("many modules answer so when they cannot read their own configuration or directory of tokens (SoftHSM: SOFTHSM2_CONF, and a group that may read the directory; a TPM: the group that may use /dev/tpmrm0)")
+// findModules says how each module fares. Those that have not been looked at by
+// now do not answer.
+func findModules(r *report, b *backend) {
+	settled := false
+	select {
+	case <-b.store.Settled():
+		settled = true
+	default:
+	}
+	all := b.store.Modules()
+	for _, m := range all {
+		switch {
+		case m.Err != nil && kindOfModule(m.Path) == kindTPM && noTPM():
+			// It comes with a package that many have for another reason.
+			r.warn("module %s (%s) finds no TPM on this machine", m.Name, m.Path).
+				Next("switch the TPM on in the firmware, if there is one").
+				Next("%s", switchOff(m.Name))
+		case m.Err != nil:
+			adviseModule(r.bad("module %s (%s): %v", m.Name, m.Path, m.Err), m)
+		case !settled && m.Library == "":
+			r.bad("module %s (%s): it does not answer", m.Name, m.Path).
+				Next("%s", switchOff(m.Name))
+		default:
+			f := r.ok("module %s (%s): %s, %s", m.Name, m.Path, cmp.Or(m.Library, "works"), plural(len(m.Tokens), "token"))
+			if len(m.Tokens) == 0 {
+				f.Next("%s", firstToken(m))
 			}
-		} else {
-			c.ok("module %s (%s): %s, %s", m.Name, m.Path, cmp.Or(m.Library, "works"), plural(len(m.Tokens), "token"))
 		}
 	}
 	for _, m := range b.broken {
-		c.bad("module %s is not started: %s", m.Name, m.Skip)
+		r.bad("module %s is not started: %s", m.Name, m.Skip)
 	}
 	for _, m := range b.skipped {
-		c.ok("module %s is not started: %s", m.Name, m.Skip)
+		if !m.Broken {
+			r.detail("module %s is not started: %s", m.Name, m.Skip)
+			continue
+		}
+		f := r.warn("module %s, of %s, is not started: %s", m.Name, strings.Join(m.Files, " and "), m.Skip)
+		if install := moduleInstall(m.Settings["module"].Value); install != "" {
+			f.Next("%s", install)
+		} else {
+			f.Next("install the package that brings %s, or remove %s", cmp.Or(m.Settings["module"].Value, m.Name), strings.Join(m.Files, " and "))
+		}
 	}
-	if len(b.store.Modules()) == 0 {
-		c.bad("no PKCS#11 module is registered: install one (for smart cards: opensc-pkcs11), or name it in a [[module]] table")
+	if len(all) == 0 {
+		r.bad("no PKCS#11 module is registered, so there is nothing that could find a key").
+			Next("for smart cards and security keys: %s", installStep("opensc-pkcs11", "opensc")).
+			Next("for a module of your own, write into the configuration:\n[[module]]\npath = \"/path/to/module.so\"")
 	}
 }
 
-func (c *checker) tokens(store *token.Store) {
-	for _, m := range store.Modules() {
+func findTokens(r *report, modules []token.ModuleStatus) {
+	for _, m := range modules {
 		for _, t := range m.Tokens {
+			name := fmt.Sprintf("token %q (serial %s)", t.ID.Label, t.ID.Serial)
 			switch {
 			case t.Shadowed != "":
-				c.bad("token %q (serial %s) is seen through the modules %s and %s, and is used through %s: switch one off with a [[module]] table",
-					t.ID.Label, t.ID.Serial, t.Shadowed, t.Module, t.Shadowed)
+				r.bad("%s is seen through the modules %s and %s, and is used through %s: switch one off with a [[module]] table",
+					name, t.Shadowed, t.Module, t.Shadowed).Next("%s", switchOff(t.Module))
 			case t.Tries == token.TriesNone:
-				c.bad("the PIN of token %q (serial %s) is locked: unlock it with its PUK or SO PIN", t.ID.Label, t.ID.Serial)
+				r.bad("the PIN of %s is locked: unlock it with its PUK or SO PIN", name).Next("%s", unlockStep(m, t))
 			case t.Tries == token.TriesLast:
-				c.bad("token %q (serial %s) has one try left for its PIN", t.ID.Label, t.ID.Serial)
+				r.bad("%s has one try left for its PIN: a wrong one locks it", name).
+					Next("make sure which PIN it is before you give it; the right one brings all tries back")
+			case t.Tries == token.TriesLow:
+				r.warn("%s: %s. A wrong PIN was given since the last right one", name, t.Tries).
+					Next("sign in with the right PIN once, which brings all tries back: ssh-add -T ~/.ssh/NAME.pub")
+			case t.Flags&wire.CKFLoginRequired != 0 && t.Flags&wire.CKFUserPINInitialized == 0:
+				r.bad("no PIN was ever set for %s", name).
+					Next("pkcs11-tool --module %s --token-label %s --login --login-type so --init-pin", quote(m.Path), quote(t.ID.Label))
+			case t.Flags&wire.CKFUserPINToBeChanged != 0:
+				r.warn("%s wants another PIN: the present one is that of its maker, or has expired", name).
+					Next("pkcs11-tool --module %s --token-label %s --login --change-pin", quote(m.Path), quote(t.ID.Label))
 			default:
-				c.ok("token %q (serial %s): %s", t.ID.Label, t.ID.Serial, plural(len(t.Keys), "key"))
+				f := r.ok("%s: %s", name, plural(len(t.Keys), "key"))
+				if len(t.Keys) == 0 {
+					f.Next("%s", firstKey(m, t))
+				}
 			}
 		}
 	}
 }
 
-func (c *checker) keys(ctx context.Context, conf *config, store *token.Store) {
+// maxOffered is how many keys a server listens to, by default: six tries
+// (MaxAuthTries of sshd_config(5)), the last of which may be a password.
+const maxOffered = 5
+
+func findKeys(ctx context.Context, r *report, conf *config, store *token.Store) {
 	auto := automatic(conf)
 	if conf.Keys != nil {
 		for _, u := range *conf.Keys {
-			c.uri(ctx, store, "keys", u.URI)
+			findURI(ctx, r, store, "keys", u.URI)
 		}
 	}
 	for _, k := range conf.KeyTables {
-		c.uri(ctx, store, "[[key]]", k.URI.URI)
+		if k.URI != nil {
+			findURI(ctx, r, store, "[[key]]", k.URI.URI)
+		}
 	}
 	homes := homesOf(store.Keys(), auto)
 	first := make(map[*token.Key]*token.Key)
@@ -146,49 +178,109 @@ func (c *checker) keys(ctx context.Context, conf *config, store *token.Store) {
 	for _, k := range store.Keys() {
 		switch f := first[k]; f {
 		case k:
-			c.ok("offers %v", k)
+			r.ok("offers %v", k)
 		case nil:
 			_, reason := offered(k, auto, "")
-			c.ok("does not offer %v: %s", k, reason)
+			r.detail("does not offer %v: %s", k, reason)
 		default:
-			c.ok("%v, through module %s, is the same key as %v, through module %s, which is used first", k, k.Module(), f, f.Module())
+			r.ok("%v, through module %s, is the same key as %v, through module %s, which is used first", k, k.Module(), f, f.Module())
 		}
 	}
-	if n := len(homes); n > 5 {
-		c.bad("%d keys are offered, and many servers hang up after six: name those you use with keys = [...]", n)
+	if n := len(homes); n > maxOffered {
+		r.warn(`%d keys are offered, and many servers hang up after six with "Too many authentication failures": name those you use`, n).
+			Next("in the configuration: keys = [\"pkcs11:...\"], with URIs of p11-agent list").
+			Next("or tell ssh which one it is: p11-agent export --ssh-config HOST 'pkcs11:...'")
 	}
 }
 
-func (c *checker) uri(ctx context.Context, store *token.Store, where string, u *pkcs11uri.URI) {
+// findURI says what a URI of the configuration selects, and names what is near it
+// where that is nothing.
+func findURI(ctx context.Context, r *report, store *token.Store, where string, u *pkcs11uri.URI) {
 	keys, err := store.Select(ctx, token.NewSelector(u))
 	switch {
-	case errors.Is(err, token.ErrNoMatch):
-		c.bad("%s: %v: %v", where, u, err)
 	case err != nil:
-		c.bad("%s: %v: %v", where, u, err)
+		f := r.bad("%s: %v: %v", where, u, err)
+		if errors.Is(err, token.ErrNoMatch) {
+			adviseURI(f, store, u)
+		}
 	default:
-		c.ok("%s: %v matches %s", where, u, plural(len(keys), "key"))
+		r.ok("%s: %v matches %s", where, u, plural(len(keys), "key"))
 	}
 	if names := u.Ignored(); len(names) > 0 {
-		c.bad("%s: %v: the query attributes %q mean nothing here", where, u, names)
+		r.bad("%s: %v: the query attributes %q mean nothing here", where, u, names)
 	}
-	if u.PINSource != nil || u.PIN() != nil {
-		if err := token.CheckSource(u); err != nil {
-			c.bad("%s: %v: %v", where, u, err)
+}
+
+// adviseURI names the token or key that a URI may have meant.
+func adviseURI(f *finding, store *token.Store, u *pkcs11uri.URI) {
+	var tokens, objects []string
+	for _, m := range store.Modules() {
+		for _, t := range m.Tokens {
+			tokens = append(tokens, t.ID.Label)
+			for _, k := range t.Keys {
+				objects = append(objects, k.Label())
+			}
+		}
+	}
+	for _, a := range []struct {
+		what  string
+		given *string
+		there []string
+	}{{"token", u.Token, tokens}, {"object", u.Object, objects}} {
+		if a.given == nil {
+			continue
+		}
+		if s := nearest(*a.given, a.there); s != "" && s != *a.given {
+			near := &pkcs11uri.URI{Token: &s}
+			if a.what == "object" {
+				near = &pkcs11uri.URI{Object: &s}
+			}
+			f.Next("did you mean %s?", strings.TrimPrefix(near.String(), "pkcs11:"))
+		}
+	}
+	if len(tokens) == 0 {
+		f.Next("insert the token: none is there now")
+		return
+	}
+	f.Next("p11-agent list  # shows the URIs of what is there")
+}
+
+// findSources says whether the files that PINs come from can be used.
+func findSources(r *report, conf *config) {
+	for _, u := range conf.sources() {
+		err := token.CheckSource(u)
+		if err == nil {
+			r.detail("the PIN of %v comes from the configuration", u)
+			continue
+		}
+		f := r.bad("%v: %v", u, err)
+		if u.PINSource == nil || u.PINSource.Path() == "" {
+			continue
+		}
+		file := u.PINSource.Path()
+		st, serr := os.Stat(file)
+		switch {
+		case serr == nil && st.Mode().Perm()&0o077 != 0:
+			f.Next("chmod 600 %s", quote(file))
+		case serr == nil && st.Size() > 0:
+		default:
+			f.Next("(umask 077; read -rs PIN; printf '%%s\\n' \"$PIN\" >%s)  # then type the PIN and Enter", quote(file))
 		}
 	}
 }
 
-func (c *checker) pinentry(conf *config) {
+// findPinentry says which program asks for PINs.
+func findPinentry(r *report, conf *config) {
 	name := cmp.Or(conf.Pinentry.Program, "pinentry")
 	path, err := exec.LookPath(name)
 	askpass := os.Getenv("SSH_ASKPASS")
 	switch {
 	case err == nil:
-		c.ok("PINs are asked for by %s", path)
+		r.ok("PINs are asked for by %s", path)
 	case askpass != "":
-		c.ok("PINs are asked for by SSH_ASKPASS, %s: there is no %s", askpass, name)
+		r.ok("PINs are asked for by SSH_ASKPASS, %s: there is no %s", askpass, name)
 	default:
-		c.bad("no PIN can be asked for: there is no %s: install one (pinentry-curses, pinentry-gnome3), or set pinentry.program", strings.TrimSpace(name))
+		r.bad("no PIN can be asked for: there is no %s: install one (pinentry-curses, pinentry-gnome3), or set pinentry.program", strings.TrimSpace(name)).
+			Next("%s", installStep("pinentry-curses", "pinentry"))
 	}
 }

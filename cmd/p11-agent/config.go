@@ -413,7 +413,7 @@ func explainTOML(file string, err error) error {
 			ce := &configError{File: file, Line: line, Col: col, Text: fmt.Sprintf("unknown key %q", strings.Join(key, "."))}
 			if len(key) > 0 {
 				ce.Text = fmt.Sprintf("unknown key %q", key[len(key)-1])
-				if s := suggest(key[len(key)-1], knownKeys(reflect.TypeFor[config](), key[:len(key)-1])); s != "" {
+				if s := nearest(key[len(key)-1], knownKeys(reflect.TypeFor[config](), key[:len(key)-1])); s != "" {
 					ce.Advice = fmt.Sprintf("did you mean %q?", s)
 				}
 			}
@@ -448,15 +448,6 @@ func knownKeys(t reflect.Type, path []string) []string {
 		}
 	}
 	return names
-}
-
-// suggest returns the name nearest to a mistyped one, if any is near.
-func suggest(name string, known []string) string {
-	best := slices.MinFunc(append(known, ""), func(a, b string) int { return cmp.Compare(distance(name, a), distance(name, b)) })
-	if distance(name, best) > max(2, len(name)/3) {
-		return ""
-	}
-	return best
 }
 
 // distance is Levenshtein's.

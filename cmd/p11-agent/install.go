@@ -399,7 +399,7 @@ Whatever that variable says, this line at the top of ~/.ssh/config makes ssh ask
 
     Include %s
 `, homeRelative(in.others[len(in.others)-1].path))
-	if others := rivals(filepath.Dir(in.units[0].path)); len(others) > 0 {
+	if others := rivalUnits(filepath.Dir(in.units[0].path)); len(others) > 0 {
 		all := strings.Join(others, " ")
 		fmt.Fprintf(in.out, "\nnote: other agents are enabled, too, and may set SSH_AUTH_SOCK: %s. To switch them off:\n\n    systemctl --user mask --now %s\n", all, all)
 	}
@@ -517,9 +517,9 @@ func run(out io.Writer, name string) error {
 	return nil
 }
 
-// rivals returns the units of other agents that are enabled for this user. own is
+// rivalUnits returns the units of other agents that are enabled for this user. own is
 // where the user's own units are.
-func rivals(own string) (found []string) {
+func rivalUnits(own string) (found []string) {
 	dirs := []string{own, "/etc/systemd/user", "/run/systemd/user", "/usr/local/lib/systemd/user", "/usr/lib/systemd/user"}
 	for _, unit := range []string{
 		"gcr-ssh-agent.socket", "gcr-ssh-agent.service", "gpg-agent-ssh.socket", "ssh-agent.socket", "ssh-agent.service",

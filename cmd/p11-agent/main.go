@@ -24,7 +24,7 @@ var version = "development"
 // The exit codes.
 const (
 	exitOK      = 0
-	exitFailure = 1 // it did not work, or check found something
+	exitFailure = 1 // it did not work, or check or doctor found a problem
 	exitUsage   = 2 // the command line or the configuration is wrong
 )
 
@@ -107,7 +107,7 @@ func newRootCommand() *cobra.Command {
 cards, TPMs and HSMs. Keys are named by pkcs11: URIs, modules come from p11-kit's
 registry, and PINs are asked for with pinentry.
 
-Exit status: 0 it worked; 1 it did not, or "check" found something;
+Exit status: 0 it worked; 1 it did not, or "check" or "doctor" found a problem;
 2 the command line or the configuration is wrong.`,
 		SilenceErrors: true,
 		SilenceUsage:  true,
@@ -124,6 +124,8 @@ Exit status: 0 it worked; 1 it did not, or "check" found something;
 		newAgentCommand(g),
 		newListCommand(g),
 		newCheckCommand(g),
+		newDoctorCommand(g),
+		newExportCommand(g),
 		newInstallCommand(g),
 		newUninstallCommand(g),
 		newDemoCommand(),

@@ -69,6 +69,14 @@ type Reader struct {
 	Events uint32
 }
 
+var (
+	// ErrRefused says that pcscd hung up on us before it said a word, as it does
+	// on users that it is not for (polkit, action org.debian.pcsc-lite.access_pcsc).
+	ErrRefused = errors.New("it hung up, as it does on users that it is not for")
+	// ErrLanguage says that pcscd and we do not understand each other.
+	ErrLanguage = errors.New("pcscd and this program do not agree on a language")
+)
+
 // Exclusive is the number of users of a reader that one program keeps to itself.
 const Exclusive = -1
 
@@ -110,11 +118,11 @@ func (s *Service) greet(ctx context.Context) error {
 			return nil
 		}
 		if major := binary.NativeEndian.Uint32(answer); major != protocolMajor {
-			return fmt.Errorf("pcscd speaks version %d of its language, 4 is known here", major)
+			return fmt.Errorf("%w: it speaks version %d, and 4 is known here", ErrLanguage, major)
 		}
 		minor = binary.NativeEndian.Uint32(answer[4:])
 	}
-	return errors.New("pcscd and this program do not agree on a language")
+	return ErrLanguage
 }
 
 // ask sends a command and reads an answer of n bytes.
@@ -135,7 +143,7 @@ func (s *Service) ask(ctx context.Context, command uint32, body []byte, n int) (
 	}
 	switch {
 	case errors.Is(err, io.EOF), errors.Is(err, unix.ECONNRESET), errors.Is(err, unix.EPIPE):
-		return nil, fmt.Errorf("ask pcscd: it hung up, as it does on users that it is not for: %w", err)
+		return nil, fmt.Errorf("ask pcscd: %w: %w", ErrRefused, err)
 	case err != nil:
 		return nil, fmt.Errorf("ask pcscd: %w", err)
 	}

@@ -3,6 +3,8 @@ package registry
 import (
 	"bytes"
 	"cmp"
+	"debug/elf"
+	"encoding/binary"
 	"errors"
 	"fmt"
 	"io"
@@ -44,14 +46,14 @@ func (l *loader) locate(m *Module) {
 	}
 	path, err := findLibrary(module.Value, l.ModuleDirs)
 	if err != nil {
-		m.Skip = err.Error()
+		m.Skip, m.Broken = err.Error(), true
 		return
 	}
 	m.Path = path
 	name := filepath.Base(path)
 	target, err := filepath.EvalSymlinks(path)
 	if err != nil {
-		m.Skip = fmt.Sprintf("%s: %v", path, bare(err))
+		m.Skip, m.Broken = fmt.Sprintf("%s: %v", path, bare(err)), true
 		return
 	}
 	if address, ok := m.Settings["server-address"]; ok && name == client {
@@ -82,7 +84,7 @@ func (l *loader) locateRemote(m *Module, s Setting) {
 	m.Remote = remote
 	m.Path, err = FindClient(l.ModuleDirs)
 	if err != nil {
-		m.Skip = err.Error()
+		m.Skip, m.Broken = err.Error(), true
 		return
 	}
 	if len(remote.Command) > 0 {
@@ -136,6 +138,19 @@ func findLibrary(module string, dirs []string) (string, error) {
 // class, byte order and machine (elf(5): e_ident and e_machine).
 type elfKind [4]byte
 
+// String is as in "64-bit x86_64".
+func (k elfKind) String() string {
+	bits, order := "32-bit ", binary.ByteOrder(binary.LittleEndian)
+	if elf.Class(k[0]) == elf.ELFCLASS64 {
+		bits = "64-bit "
+	}
+	if elf.Data(k[1]) == elf.ELFDATA2MSB {
+		order = binary.BigEndian
+	}
+	machine := elf.Machine(order.Uint16(k[2:]))
+	return bits + strings.ToLower(strings.TrimPrefix(machine.String(), "EM_"))
+}
+
 // self is the kind of this program, or an error where it cannot be found out.
 var self = sync.OnceValues(func() (elfKind, error) { return kindOf("/proc/self/exe") })
 
@@ -146,7 +161,7 @@ func loadable(path string) error {
 		return err
 	}
 	if own, err := self(); err == nil && own != kind {
-		return errors.New("it is for another architecture")
+		return fmt.Errorf("it is for another architecture (%v; this program is %v)", kind, own)
 	}
 	return nil
 }

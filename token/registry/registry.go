@@ -107,6 +107,9 @@ type Module struct {
 	InitArgs string
 	// Skip says why the module is not to be started, or is empty when it is.
 	Skip string
+	// Broken is set where nobody can have meant it to be skipped: the library is
+	// missing, or none that this program can load.
+	Broken bool
 	// Settings are all of the module's, known and unknown.
 	Settings map[string]Setting
 }
@@ -394,8 +397,11 @@ func (l *loader) module(name string, d *draft) Module {
 	l.locate(&m)
 	switch {
 	case !enabled:
+		m.Broken = false
 		m.Skip = fmt.Sprintf("enable-in or disable-in keeps it from %s", l.Program)
-	case m.Skip == "" && trust:
+	case trust && m.Skip != "":
+		m.Broken = false // nobody misses it here
+	case trust:
 		m.Skip = "it is a source of trust (trust-policy: yes), not of private keys"
 	}
 	return m

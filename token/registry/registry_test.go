@@ -86,6 +86,8 @@ func TestSkipped(t *testing.T) {
 		{"no module", "priority: 1", "neither module: nor remote:"},
 		{"blank module", "module:", "switches it off"},
 		{"missing", "module: LIB/none.so", "lib/none.so: no such file"},
+		{"missing for others", "module: none.so\nenable-in: ssh", "keeps it from p11-agent"},
+		{"missing source of trust", "module: none.so\ntrust-policy: yes", "none.so: no such"},
 		{"missing relative", "module: none.so", "none.so: no such file"},
 		{"directory", "module: LIB", "not a regular file"},
 		{"device", "module: /dev/null", "not a regular file"},
@@ -111,6 +113,12 @@ func TestSkipped(t *testing.T) {
 			}
 			if m.Skip == "" && !filepath.IsAbs(m.Path) {
 				t.Errorf("Path = %q", m.Path)
+			}
+			// Somebody meant the others to be as they are.
+			missing := []string{"no such file", "not a regular file", "another architecture", "not a shared library"}
+			want := slices.ContainsFunc(missing, func(s string) bool { return strings.Contains(m.Skip, s) })
+			if m.Broken != (want && !strings.Contains(tt.text, "trust-policy")) {
+				t.Errorf("Broken = %v, and Skip = %q", m.Broken, m.Skip)
 			}
 		})
 	}

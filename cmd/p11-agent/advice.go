@@ -1,0 +1,247 @@
+package main
+
+import (
+	"bufio"
+	"cmp"
+	"errors"
+	"fmt"
+	"os"
+	"os/exec"
+	"os/user"
+	"path/filepath"
+	"regexp"
+	"slices"
+	"strconv"
+	"strings"
+
+	"golang.org/x/sys/unix"
+
+	"p11-agent/token"
+	"p11-agent/token/wire"
+)
+
+// installStep is how a package is installed here: by the name that Debian has for
+// it, or Fedora.
+func installStep(debian, fedora string) string {
+	if _, err := exec.LookPath("apt-get"); err == nil {
+		return "sudo apt install " + debian
+	}
+	if _, err := exec.LookPath("dnf"); err == nil {
+		return "sudo dnf install " + fedora
+	}
+	if debian == fedora {
+		return "install the package " + debian
+	}
+	return fmt.Sprintf("install the package %s (Debian's name; Fedora's is %s)", debian, fedora)
+}
+
+// A moduleKind is what is known of a module that many have.
+type moduleKind int
+
+const (
+	kindOther moduleKind = iota
+	kindOpenSC
+	kindYKCS11
+	kindSoftHSM
+	kindTPM
+)
+
+// kindOfModule knows a module by the name of its file.
+func kindOfModule(path string) moduleKind {
+	name := filepath.Base(path)
+	for prefix, kind := range map[string]moduleKind{
+		"opensc-pkcs11": kindOpenSC, "onepin-opensc-pkcs11": kindOpenSC, "libykcs11": kindYKCS11,
+		"libsofthsm2": kindSoftHSM, "libtpm2_pkcs11": kindTPM,
+	} {
+		if strings.HasPrefix(name, prefix) {
+			return kind
+		}
+	}
+	return kindOther
+}
+
+// smartCards tells whether modules of this kind use pcscd.
+func (k moduleKind) smartCards() bool { return k == kindOpenSC || k == kindYKCS11 }
+
+// moduleInstall is how to get the file of a module that many have, or nothing.
+func moduleInstall(path string) string {
+	switch kindOfModule(path) {
+	case kindOpenSC:
+		return installStep("opensc-pkcs11", "opensc")
+	case kindYKCS11:
+		return installStep("ykcs11", "yubico-piv-tool")
+	case kindSoftHSM:
+		return installStep("softhsm2", "softhsm")
+	case kindTPM:
+		return installStep("libtpm2-pkcs11-1", "tpm2-pkcs11")
+	}
+	return ""
+}
+
+// switchOff has the agent do without a module.
+func switchOff(module string) string {
+	return fmt.Sprintf("to do without it, write into the configuration:\n[[module]]\nname = %q\nenabled = false", module)
+}
+
+// missingLibrary is what dlerror(3) of glibc and musl says of a library that
+// another one needs.
+var missingLibrary = regexp.MustCompile(`(?:^|: )([^ :/]+\.so[^ :/]*): cannot open shared object file|Error loading shared library ([^ :]+\.so[^ :]*):`)
+
+// adviseModule adds what helps against what a module says. A return value alone
+// says little: what the module needs is looked at here.
+func adviseModule(f *finding, m token.ModuleStatus) {
+	text := m.Err.Error()
+	we, _ := errors.AsType[*wire.Error](m.Err)
+	kind := kindOfModule(m.Path)
+	lib := missingLibrary.FindStringSubmatch(text)
+	_, statErr := os.Stat(m.Path)
+	switch {
+	case errors.Is(statErr, os.ErrNotExist):
+		f.Next("%s", cmp.Or(moduleInstall(m.Path), "set the right path in the [[module]] table, or install what brings the file"))
+	case unix.Access(m.Path, unix.R_OK) != nil:
+		f.Next("sudo chmod a+r %s", quote(m.Path))
+	case lib != nil:
+		name := cmp.Or(lib[1], lib[2])
+		if strings.HasPrefix(name, "libpcsclite") {
+			f.Next("%s", installStep("libpcsclite1", "pcsc-lite-libs"))
+			return
+		}
+		f.Next("ldd %s | grep 'not found'  # install the packages that bring these libraries", quote(m.Path))
+	case strings.Contains(text, "wrong ELF class"), strings.Contains(text, "cannot open shared object file: No such file"):
+		f.Next("install the module for this program's architecture")
+	case strings.Contains(text, "did not answer"):
+		f.Next("if its token is slow, give it more time in the configuration:\n[[module]]\nname = %q\ntimeout = \"2m\"", m.Name).
+			Next("%s", switchOff(m.Name))
+	case kind == kindSoftHSM && we != nil:
+		adviseSoftHSM(f)
+	case kind == kindTPM && we != nil:
+		adviseTPM(f)
+	case kind == kindOpenSC && we != nil && we.Function == "C_Initialize":
+		f.Next("%s", installStep("libpcsclite1", "pcsc-lite-libs"))
+	case we != nil && we.RV == wire.CKRGeneralError:
+		f.Next("look whether the module finds its own configuration and may read it, and which variable names that: set it with env in its [[module]] table")
+	default:
+		f.Next("%s", switchOff(m.Name))
+	}
+}
+
+// adviseSoftHSM finds out why SoftHSM does not start: it cannot read its
+// configuration or its directory of tokens.
+func adviseSoftHSM(f *finding) {
+	file, named := os.LookupEnv("SOFTHSM2_CONF")
+	if !named {
+		own := filepath.Join(os.Getenv("HOME"), ".config/softhsm2/softhsm2.conf")
+		if file = "/etc/softhsm/softhsm2.conf"; unix.Access(own, unix.F_OK) == nil {
+			file = own
+		}
+	}
+	own := "mkdir -p ~/.config/softhsm2 ~/.local/share/softhsm2\n" +
+		`echo "directories.tokendir = $HOME/.local/share/softhsm2" >~/.config/softhsm2/softhsm2.conf`
+	dir, err := tokenDir(file)
+	switch {
+	case err != nil && named:
+		f.Next("SOFTHSM2_CONF names %s, which cannot be read (%v): set it right, or unset it", file, errors.Unwrap(err))
+	case err != nil:
+		f.Next("%s", joinGroup("softhsm", file)).Next("or use tokens of your own:\n%s", own)
+	case dir != "" && unix.Access(dir, unix.F_OK) != nil && os.Geteuid() != 0 && unix.Access(filepath.Dir(dir), unix.X_OK) != nil,
+		dir != "" && unix.Access(dir, unix.F_OK) == nil && unix.Access(dir, unix.R_OK|unix.X_OK) != nil:
+		f.Next("%s", joinGroup("softhsm", dir)).Next("or use tokens of your own:\n%s", own)
+	case dir != "" && unix.Access(dir, unix.F_OK) != nil:
+		f.Next("mkdir -p -m 700 %s", quote(dir))
+	default:
+		f.Next("softhsm2-util --show-slots  # says more")
+	}
+}
+
+// tokenDir reads directories.tokendir of a configuration of SoftHSM.
+func tokenDir(file string) (string, error) {
+	in, err := os.Open(file)
+	if err != nil {
+		return "", err
+	}
+	defer in.Close()
+	lines := bufio.NewScanner(in)
+	for n := 0; n < 1000 && lines.Scan(); n++ {
+		key, value, _ := strings.Cut(lines.Text(), "=")
+		if strings.TrimSpace(key) == "directories.tokendir" {
+			return strings.TrimSpace(value), nil
+		}
+	}
+	return "", nil
+}
+
+// tpmDevice is how programs share a TPM.
+const tpmDevice = "/dev/tpmrm0"
+
+// tcti names the TPM to the module, where it is not this machine's own.
+func tcti() string { return cmp.Or(os.Getenv("TPM2_PKCS11_TCTI"), os.Getenv("TCTI")) }
+
+func noTPM() bool {
+	_, err := os.Stat(tpmDevice)
+	return errors.Is(err, os.ErrNotExist) && tcti() == ""
+}
+
+func adviseTPM(f *finding) {
+	if name := tcti(); name != "" {
+		f.Next("TPM2_PKCS11_TCTI names %s, which does not answer: start it, or unset the variable to use %s", name, tpmDevice)
+		return
+	}
+	switch err := unix.Access(tpmDevice, unix.R_OK|unix.W_OK); {
+	case err == nil:
+		f.Next("ls -la ~/.tpm2_pkcs11  # where it keeps its keys, unless TPM2_PKCS11_STORE says otherwise")
+	default:
+		f.Next("%s", joinGroup("tss", tpmDevice))
+	}
+}
+
+// joinGroup lets this user at what a group may use.
+func joinGroup(group, what string) string {
+	g, err := user.LookupGroup(group)
+	if err != nil {
+		return fmt.Sprintf("ls -ld %s  # and have root let you in", quote(what))
+	}
+	if u, err := user.Current(); err == nil {
+		ids, _ := u.GroupIds()
+		has, _ := os.Getgroups()
+		gid, _ := strconv.Atoi(g.Gid)
+		if slices.Contains(ids, g.Gid) && !slices.Contains(has, gid) {
+			return fmt.Sprintf("log out and in again: you have joined the group %s, which may use %s, since this session began", group, what)
+		}
+	}
+	return fmt.Sprintf("sudo usermod -aG %s \"$USER\"  # it may use %s; then log out and in again", group, what)
+}
+
+// unlockStep is how to get a locked PIN back.
+func unlockStep(m token.ModuleStatus, t token.TokenStatus) string {
+	so := fmt.Sprintf("pkcs11-tool --module %s --token-label %s --login --login-type so --init-pin", quote(m.Path), quote(t.ID.Label))
+	switch kind := kindOfModule(m.Path); {
+	case kind == kindYKCS11, kind == kindOpenSC && strings.Contains(t.Slot, "Yubi") && t.ID.Manufacturer == "piv_II":
+		return "ykman piv access unblock-pin  # asks for the PUK and for a new PIN"
+	case kind == kindOpenSC:
+		return "pkcs15-tool --unblock-pin  # asks for the PUK and for a new PIN"
+	case kind == kindTPM:
+		return "wait, as a TPM forgets wrong PINs with time, or: tpm2_dictionarylockout --clear-lockout"
+	default:
+		return so + "  # asks for the SO PIN and for a new PIN"
+	}
+}
+
+// firstToken is how to get a token where a module that works has none. Smart cards
+// are looked at elsewhere.
+func firstToken(m token.ModuleStatus) string {
+	switch kindOfModule(m.Path) {
+	case kindSoftHSM:
+		return "softhsm2-util --init-token --free --label NAME"
+	case kindTPM:
+		return fmt.Sprintf("pkcs11-tool --module %s --init-token --slot-index 0 --label NAME", quote(m.Path))
+	}
+	return ""
+}
+
+// firstKey is how to get a key onto a token without any.
+func firstKey(m token.ModuleStatus, t token.TokenStatus) string {
+	if t.ID.Manufacturer == "piv_II" {
+		return "ykman piv keys generate 9a pub.pem  # on a YubiKey; it needs a certificate as well, see ykman piv certificates generate"
+	}
+	return fmt.Sprintf("pkcs11-tool --module %s --token-label %s --login --keypairgen --key-type EC:prime256v1 --id 01 --label login --usage-sign", quote(m.Path), quote(t.ID.Label))
+}

@@ -1,0 +1,257 @@
+package main
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"os"
+	"os/exec"
+	"path/filepath"
+	"slices"
+	"strconv"
+	"strings"
+
+	"golang.org/x/sys/unix"
+
+	"p11-agent/token"
+	"p11-agent/token/pcsc"
+)
+
+// sysUSB is where the kernel lists what is plugged in.
+const sysUSB = "/sys/bus/usb/devices"
+
+// usbReaders returns the names of the readers of smart cards on USB: devices with
+// an interface of class 0x0b (Smart Card; USB, Device Class Definition for CCID).
+// Security keys that hold a smart card have one, too.
+func usbReaders(sys string) []string {
+	files, err := filepath.Glob(filepath.Join(sys, "*:*", "bInterfaceClass"))
+	if err != nil {
+		return nil
+	}
+	var names []string
+	for _, file := range files {
+		if line(file) != "0b" {
+			continue
+		}
+		device, _, _ := strings.Cut(filepath.Base(filepath.Dir(file)), ":")
+		name := strings.TrimSpace(line(filepath.Join(sys, device, "manufacturer")) + " " + line(filepath.Join(sys, device, "product")))
+		if name == "" {
+			name = "a reader"
+		}
+		if !slices.Contains(names, name) {
+			names = append(names, name)
+		}
+	}
+	return names
+}
+
+// line returns the first line of a small file, or nothing.
+func line(file string) string {
+	f, err := os.Open(file)
+	if err != nil {
+		return ""
+	}
+	defer f.Close()
+	b := make([]byte, 256)
+	n, _ := f.Read(b)
+	text, _, _ := strings.Cut(string(b[:n]), "\n")
+	return strings.TrimSpace(text)
+}
+
+// pcscd is what the service says of itself.
+type pcscd struct {
+	socket  string
+	readers []pcsc.Reader
+	clients pcsc.Connections
+	err     error
+	usb     []string
+	uid     int // who has asked: root is always let in
+}
+
+func askPCSCD(ctx context.Context) pcscd {
+	d := pcscd{socket: pcsc.Socket(os.Environ()), usb: usbReaders(sysUSB), uid: os.Geteuid()}
+	if d.readers, d.err = pcsc.Readers(ctx, d.socket); d.err == nil {
+		d.clients, _ = pcsc.Clients(ctx, d.socket) // who that is helps, and need not be known
+	}
+	return d
+}
+
+func findCards(ctx context.Context, r *report, d pcscd, modules []token.ModuleStatus) {
+	wanted := slices.ContainsFunc(modules, func(m token.ModuleStatus) bool { return kindOfModule(m.Path).smartCards() })
+	switch {
+	case d.err != nil:
+		d.findDown(r, wanted)
+		return
+	case len(d.readers) == 0 && len(d.usb) > 0:
+		r.bad("%s is plugged in, and pcscd has no reader: the driver is missing", strings.Join(d.usb, " and ")).
+			Next("%s", installStep("libccid", "pcsc-lite-ccid")).
+			Next("sudo systemctl restart pcscd.socket pcscd.service")
+		return
+	case len(d.readers) == 0:
+		anyToken := slices.ContainsFunc(modules, func(m token.ModuleStatus) bool { return len(m.Tokens) > 0 })
+		f := r.add(map[bool]level{true: levelOK, false: levelWarning}[anyToken || !wanted], "pcscd runs, and no reader or security key is plugged in")
+		if f.level == levelWarning {
+			f.Next("plug it in; if it is, try another port, and see what the kernel says: sudo dmesg | tail")
+		}
+		return
+	}
+	for _, reader := range d.readers {
+		switch {
+		case reader.Users == pcsc.Exclusive:
+			d.findExclusive(r, reader)
+		case !reader.Card:
+			r.ok("reader %q is empty", reader.Name)
+		case recognised(modules, reader.Name):
+			r.ok("reader %q has a card", reader.Name)
+		default:
+			d.findUnknownCard(ctx, r, reader, wanted)
+		}
+	}
+	for _, c := range slices.Concat(d.clients.Clients, d.clients.Suspects) {
+		if c.Name == "scdaemon" && !hasLine(gnupgFile("scdaemon.conf"), "pcsc-shared") {
+			r.warn("GnuPG's scdaemon (%d) is running, and takes cards for itself alone: the agent then waits in vain", c.PID).
+				Next("%s", shareStep())
+			break
+		}
+	}
+}
+
+// findDown says why pcscd does not answer.
+func (d pcscd) findDown(r *report, wanted bool) {
+	bad := r.bad
+	if len(d.usb) == 0 {
+		bad = r.warn // there is nothing that it could show
+	}
+	plugged := ""
+	if len(d.usb) > 0 {
+		plugged = ", and " + strings.Join(d.usb, " and ") + " is plugged in"
+	}
+	var timeout interface{ Timeout() bool }
+	switch {
+	case errors.Is(d.err, pcsc.ErrRefused) && d.uid != 0:
+		r.bad("pcscd refuses to let you at the readers (polkit: only who sits at the machine is let in, and sessions of ssh, tmux, cron and lingering services do not count as that)").
+			Next("%s", polkitRule()).
+			Next("sudo systemctl restart polkit pcscd.socket")
+	case errors.Is(d.err, pcsc.ErrRefused):
+		r.bad("pcscd hangs up before it has said a word").
+			Next("sudo systemctl restart pcscd.socket pcscd.service; journalctl -u pcscd -n 20")
+	case errors.Is(d.err, pcsc.ErrLanguage):
+		r.bad("%v: pcscd and the libraries are of different versions", d.err).
+			Next("sudo systemctl restart pcscd.socket pcscd.service  # an upgrade has left the old one running").
+			Next("in a container, use the same version of pcsc-lite as outside")
+	case errors.Is(d.err, os.ErrPermission):
+		r.bad("pcscd's socket %s may not be used by you", d.socket).
+			Next("ls -l %s  # it is to be open to all; in a sandbox (snap, flatpak), allow access to pcscd", quote(d.socket))
+	case errors.Is(d.err, os.ErrNotExist), errors.Is(d.err, unix.ECONNREFUSED), errors.Is(d.err, unix.ENOTSOCK):
+		if !wanted && len(d.usb) == 0 {
+			r.ok("pcscd does not run, and no module needs it")
+			return
+		}
+		f := bad("pcscd does not run (nobody listens at %s), so no smart card and no security key can be seen%s", d.socket, plugged)
+		if _, err := os.Stat("/usr/sbin/pcscd"); err != nil {
+			f.Next("%s", installStep("pcscd", "pcsc-lite"))
+		}
+		f.Next("sudo systemctl enable --now pcscd.socket")
+	case errors.As(d.err, &timeout) && timeout.Timeout():
+		r.bad("pcscd does not answer: it hangs, perhaps with a reader").
+			Next("pull the reader out and put it in again, then: sudo systemctl restart pcscd.socket pcscd.service")
+	default:
+		r.bad("pcscd cannot be asked: %v", d.err).
+			Next("sudo systemctl restart pcscd.socket pcscd.service; journalctl -u pcscd -n 20")
+	}
+}
+
+// polkitRule is the file that lets this user at the readers from everywhere.
+func polkitRule() string {
+	return fmt.Sprintf(`sudo tee /etc/polkit-1/rules.d/30-p11-agent.rules <<'END'
+polkit.addRule(function(action, subject) {
+    if ((action.id == "org.debian.pcsc-lite.access_pcsc" ||
+         action.id == "org.debian.pcsc-lite.access_card") &&
+        subject.user == %q) {
+        return polkit.Result.YES;
+    }
+});
+END`, userName())
+}
+
+func (d pcscd) findExclusive(r *report, reader pcsc.Reader) {
+	var who []string
+	gnupg := false
+	for _, c := range slices.Concat(d.clients.Clients, d.clients.Suspects) {
+		if c.PID == os.Getpid() || c.Name == "p11-agent" {
+			continue
+		}
+		who = append(who, c.String())
+		gnupg = gnupg || c.Name == "scdaemon"
+	}
+	by := "another program"
+	if len(who) > 0 {
+		by = "another program: probably " + strings.Join(who, " or ")
+	}
+	f := r.warn("the card in reader %q is kept by %s", reader.Name, by)
+	switch {
+	case gnupg:
+		f.Next("%s", shareStep())
+	case len(who) > 0:
+		f.Next("end that program, or have it share the card")
+	default:
+		f.Next("sudo fuser -v %s  # shows who is connected with pcscd", quote(d.socket))
+	}
+}
+
+// shareStep has scdaemon share cards.
+func shareStep() string {
+	return fmt.Sprintf("echo pcsc-shared >>%s; gpgconf --kill scdaemon", quote(gnupgFile("scdaemon.conf")))
+}
+
+func gnupgFile(name string) string {
+	if dir := os.Getenv("GNUPGHOME"); dir != "" {
+		return filepath.Join(dir, name)
+	}
+	return filepath.Join(os.Getenv("HOME"), ".gnupg", name)
+}
+
+// hasLine tells whether a file of settings has this one.
+func hasLine(file, want string) bool {
+	b, err := os.ReadFile(file)
+	return err == nil && slices.ContainsFunc(strings.Split(string(b), "\n"), func(l string) bool { return strings.TrimSpace(l) == want })
+}
+
+// recognised tells whether a token is in a reader: the slots of OpenSC and ykcs11
+// have the reader's name, cut to 64 bytes, and something behind it sometimes.
+func recognised(modules []token.ModuleStatus, reader string) bool {
+	reader = reader[:min(len(reader), 64)]
+	for _, m := range modules {
+		for _, t := range m.Tokens {
+			if slot := strings.TrimSpace(t.Slot); slot != "" && (strings.HasPrefix(slot, reader) || strings.HasPrefix(reader, slot)) {
+				return true
+			}
+		}
+	}
+	return false
+}
+
+func (d pcscd) findUnknownCard(ctx context.Context, r *report, reader pcsc.Reader, wanted bool) {
+	if !wanted {
+		r.bad("the card in reader %q is seen by no module: none for smart cards is installed", reader.Name).
+			Next("%s", installStep("opensc-pkcs11", "opensc"))
+		return
+	}
+	if refused(ctx, "org.debian.pcsc-lite.access_card") {
+		r.bad("pcscd shows the card in reader %q and does not let you use it (polkit)", reader.Name).
+			Next("%s", polkitRule()).
+			Next("sudo systemctl restart polkit pcscd.socket")
+		return
+	}
+	r.warn("the card in reader %q is recognised by no module: it is empty, of a kind that needs a module of its maker, or its chip is not touched (turn it round)", reader.Name).
+		Next("opensc-tool --reader %s --name  # what OpenSC makes of it", quote(reader.Name))
+}
+
+// refused tells whether polkit says no to this process, as far as it can be asked.
+func refused(ctx context.Context, action string) bool {
+	s, err := ask(ctx, "pkcheck", "--action-id", action, "--process", strconv.Itoa(os.Getpid()))
+	e, failed := errors.AsType[*exec.ExitError](s.status)
+	// 1: not authorised, 2: only with a password, which pcscd does not ask for
+	// (pkcheck(1)). Where polkit cannot be asked it is 127.
+	return err == nil && failed && (e.ExitCode() == 1 || e.ExitCode() == 2) && !strings.Contains(s.err, "Error")
+}

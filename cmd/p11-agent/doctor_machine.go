@@ -1,0 +1,104 @@
+package main
+
+import (
+	"errors"
+	"os"
+	"time"
+
+	"golang.org/x/crypto/ssh"
+	"golang.org/x/sys/unix"
+
+	"p11-agent/agent"
+	"p11-agent/pinentry/secret"
+)
+
+// findCertificates looks at the directory of certificates.
+func findCertificates(r *report, c *config, now time.Time) {
+	if c.Certificates == "" {
+		return
+	}
+	files, err := agent.ReadCertificates(c.Certificates)
+	if err != nil {
+		r.warn("the directory of certificates cannot be read: %v", err).
+			Next("mkdir -p %s  # and put certificates there, or take certificates out of the configuration", quote(c.Certificates))
+		return
+	}
+	for _, f := range files {
+		if f.Err != nil {
+			r.warn("%s cannot be used as a certificate: %v", f.Path, f.Err).Next("ssh-keygen -L -f %s  # says more", quote(f.Path))
+			continue
+		}
+		findCertificate(r, f, now)
+	}
+	if len(files) == 0 {
+		r.detail("there are no certificates in %s", c.Certificates)
+	}
+}
+
+func findCertificate(r *report, f agent.CertificateFile, now time.Time) {
+	const layout = "2006-01-02 15:04"
+	cert := f.Certificate
+	from, to := certificateTime(cert.ValidAfter), certificateTime(cert.ValidBefore)
+	renew := "have " + f.Path + " renewed by who signs your certificates: the agent uses a new one at once"
+	switch {
+	case now.Before(from):
+		r.warn("the certificate %s counts from %s on only", f.Path, from.Format(layout)).
+			Next("date  # if that is wrong, set the clock: sudo timedatectl set-ntp true")
+	case cert.ValidBefore != ssh.CertTimeInfinity && !now.Before(to):
+		r.warn("the certificate %s has expired, on %s", f.Path, to.Format(layout)).Next("%s", renew)
+	case cert.ValidBefore != ssh.CertTimeInfinity && to.Sub(now) < 24*time.Hour:
+		r.warn("the certificate %s expires within a day, on %s", f.Path, to.Format(layout)).Next("%s", renew)
+	default:
+		r.ok("the certificate %s (%s) counts", f.Path, cert.KeyId)
+	}
+}
+
+// certificateTime is a moment of a certificate; those that do not come are far away.
+func certificateTime(seconds uint64) time.Time { return time.Unix(int64(min(seconds, 1<<40)), 0) }
+
+// findMachine looks at what the agent needs of the machine itself.
+func findMachine(r *report) {
+	findClock(r, time.Now(), []string{"/etc/ld.so.cache", "/var/lib/dpkg/status", "/var/lib/rpm/rpmdb.sqlite", "/var/log/wtmp", "/proc/self/exe"})
+	if s, err := secret.New(1); err == nil {
+		s.Wipe()
+	}
+	if err := secret.LockError(); err != nil {
+		r.warn("PINs may reach the swap space: %v", err).
+			Next("raise the limit of locked memory to 64 KiB at least: ulimit -l says what it is, /etc/security/limits.conf sets it (memlock)")
+	}
+	if abi, _, errno := unix.Syscall(unix.SYS_LANDLOCK_CREATE_RULESET, 0, 0, unix.LANDLOCK_CREATE_RULESET_VERSION); errno == 0 {
+		r.detail("the kernel has Landlock, version %d", abi)
+	} else {
+		r.detail("the kernel has no Landlock")
+	}
+	if fds, err := unix.Socketpair(unix.AF_UNIX, unix.SOCK_STREAM|unix.SOCK_CLOEXEC, 0); err == nil {
+		fd, err := unix.GetsockoptInt(fds[0], unix.SOL_SOCKET, unix.SO_PEERPIDFD)
+		if err == nil {
+			_ = unix.Close(fd)
+		}
+		if errors.Is(err, unix.ENOPROTOOPT) {
+			r.detail("the kernel is older than 6.5: of a client that ends at once its name may stay unknown")
+		}
+		_, _ = unix.Close(fds[0]), unix.Close(fds[1])
+	}
+}
+
+// earliest is before this program was made.
+var earliest = time.Date(2026, 1, 1, 0, 0, 0, 0, time.UTC)
+
+// findClock finds a clock that is wrong: certificates are judged by it. Files that
+// change with each upgrade, start or login are not of the future.
+func findClock(r *report, now time.Time, files []string) {
+	const set = "sudo timedatectl set-ntp true  # or: sudo date -s 'YYYY-MM-DD hh:mm'"
+	if now.Before(earliest) || now.Year() > earliest.Year()+50 {
+		r.warn("the clock says %s, which cannot be: certificates seem to have expired, or not to count yet", now.Format("2006-01-02")).Next("%s", set)
+		return
+	}
+	for _, file := range files {
+		if st, err := os.Stat(file); err == nil && st.ModTime().Sub(now) > time.Hour {
+			r.warn("the clock says %s, and %s was changed later, on %s: the clock is behind", now.Format("2006-01-02 15:04"), file, st.ModTime().Format("2006-01-02 15:04")).Next("%s", set)
+			return
+		}
+	}
+	r.detail("the clock says %s", now.Format("2006-01-02 15:04"))
+}

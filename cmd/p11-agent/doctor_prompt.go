@@ -1,0 +1,184 @@
+package main
+
+import (
+	"cmp"
+	"context"
+	"errors"
+	"fmt"
+	"log/slog"
+	"os"
+	"os/exec"
+	"path/filepath"
+	"strings"
+
+	"p11-agent/pinentry"
+)
+
+// findPrompt says with what a PIN can be asked for at this place, and what keeps
+// it from that. Nothing is shown.
+func findPrompt(ctx context.Context, r *report, c *config) {
+	ctx, cancel := context.WithTimeout(ctx, 2*probeTimeout)
+	defer cancel()
+	a := newAsker(c, os.Getenv, terminalName(), slog.New(slog.DiscardHandler))
+	place := a.place
+	desktop := findDisplays(ctx, r, place)
+	askpass := findAskpass(r)
+	findFlavors(r)
+
+	probed, err := a.pinentry.Probe(ctx, place)
+	called := cmp.Or(c.Pinentry.Program, "pinentry")
+	switch {
+	case probed.File == "" && askpass != "":
+		r.ok("a PIN can be asked for here with SSH_ASKPASS, %s: there is no %s", askpass, called)
+		return
+	case probed.File == "":
+		f := r.bad("no PIN can be asked for: there is no program %s", called)
+		if c.Pinentry.Program != "" {
+			f.Next("in the configuration, set program in [pinentry] to one that there is, or take it out")
+		}
+		f.Next("%s", pinentryInstall(desktop))
+		return
+	case err != nil && (place.Display != "" || place.WaylandDisplay != ""):
+		// The agent does the same: pinentry-qt ends where the display is dead.
+		place.Display, place.WaylandDisplay = "", ""
+		again, aerr := a.pinentry.Probe(ctx, place)
+		if aerr != nil {
+			break
+		}
+		r.warn("%s does not start with this display: %v", probed.File, err).
+			Next("see the line about the display above, or install another one: %s", pinentryInstall(desktop))
+		probed, err = again, nil
+	}
+	if err != nil {
+		f := r.bad("%s cannot ask for a PIN: %v", probed.File, err)
+		if askpass != "" {
+			f.level = levelWarning
+			r.ok("a PIN can be asked for here with SSH_ASKPASS, %s", askpass)
+		}
+		f.Next("%s", pinentryInstall(desktop)).
+			Next("%s </dev/null  # says more", quote(probed.File))
+		return
+	}
+	with := probed.File
+	if probed.Flavor != "" {
+		with += " (" + strings.ReplaceAll(probed.Flavor, ":", ", in its place ") + ")"
+	}
+	if !probed.Terminal() {
+		r.ok("a PIN can be asked for here with %s", with)
+		return
+	}
+	if flavor, _, fallen := strings.Cut(probed.Flavor, ":"); desktop && fallen {
+		f := r.warn("the display can be reached, and %s does not use it", probed.File)
+		if flavor == "gnome3" {
+			f.Next("it needs the bus of your session and gcr: set DBUS_SESSION_BUS_ADDRESS as the desktop has it, or have it started by dbus-run-session")
+		}
+		f.Next("another one may: %s", installStep("pinentry-gtk2", "pinentry-gtk"))
+	}
+	findTerminal(r, place, with, askpass)
+	if desktop && !strings.Contains(probed.Flavor, ":") {
+		r.warn("there is a desktop, and %s asks on terminals only: programs without one (editors, file managers) get no PIN", probed.File).
+			Next("%s", pinentryInstall(true))
+	}
+}
+
+// findTerminal is for a pinentry that asks on the terminal.
+func findTerminal(r *report, place pinentry.Place, with, askpass string) {
+	err := place.CheckTerminal()
+	plain, lerr := exec.LookPath("pinentry-tty")
+	cannotDraw := errors.Is(err, pinentry.ErrTooSmall) || errors.Is(err, pinentry.ErrTTYType)
+	switch {
+	case err == nil:
+		r.ok("a PIN can be asked for here with %s, on %s", with, place.TTYName)
+	case cannotDraw && lerr == nil:
+		r.ok("a PIN can be asked for here with %s, on %s: %s cannot draw there, as %v", plain, place.TTYName, with, err)
+	case cannotDraw:
+		f := r.bad("no PIN can be asked for on this terminal (%s): %v", place.TTYName, err)
+		if errors.Is(err, pinentry.ErrTooSmall) {
+			f.Next("make the window or pane larger, to %d columns and %d rows at least", pinentry.MinColumns, pinentry.MinRows)
+		} else {
+			f.Next("export TERM=xterm  # or the name of your terminal; then start the agent anew")
+		}
+		f.Next("%s  # asks in one line", installStep("pinentry-tty", "pinentry"))
+	case askpass != "":
+		r.ok("a PIN can be asked for here with SSH_ASKPASS, %s: there is no terminal for %s", askpass, with)
+	case errors.Is(err, pinentry.ErrNoTerminal):
+		r.bad("no PIN can be asked for here: there is neither a terminal nor a display that works (%s)", with).
+			Next("in the terminal that is to be asked on: export GPG_TTY=$(tty)  # then start the agent there").
+			Next("without a person: give the PIN with pin-source, see p11-agent.toml(5)")
+	default:
+		r.bad("no PIN can be asked for on %s: %v", place.TTYName, err).
+			Next("export GPG_TTY=$(tty)  # then start the agent anew")
+	}
+}
+
+// findDisplays tells whether windows can be shown.
+func findDisplays(ctx context.Context, r *report, place pinentry.Place) bool {
+	ctx, cancel := context.WithTimeout(ctx, probeTimeout)
+	defer cancel()
+	desktop := false
+	for _, d := range []struct {
+		name, value string
+		err         error
+	}{
+		{"DISPLAY", place.Display, place.CheckDisplay(ctx)},
+		{"WAYLAND_DISPLAY", place.WaylandDisplay, place.CheckWayland(ctx)},
+	} {
+		switch {
+		case d.value == "":
+		case d.err == nil:
+			desktop = true
+			r.detail("%s=%s can be reached", d.name, d.value)
+		default:
+			f := r.warn("%s is %s, and nobody answers there (%v): windows cannot be shown", d.name, d.value, d.err)
+			if os.Getenv("TMUX") != "" {
+				f.Next(`eval "$(tmux show-environment -s %s)"  # tmux keeps that of where it was started; then start the agent anew`, d.name)
+			}
+			f.Next("unset %s  # or set it to that of your desktop; then start the agent anew", d.name)
+		}
+	}
+	return desktop
+}
+
+// findAskpass returns the program of SSH_ASKPASS, if there is one that can run.
+func findAskpass(r *report) string {
+	name := os.Getenv("SSH_ASKPASS")
+	if name == "" {
+		return ""
+	}
+	path, err := exec.LookPath(name)
+	if err != nil {
+		r.warn("SSH_ASKPASS is %s, which cannot be run (%v)", name, errors.Unwrap(err)).
+			Next("unset SSH_ASKPASS  # or: chmod +x %s", quote(name))
+		return ""
+	}
+	return path
+}
+
+// findFlavors lists the programs that there are.
+func findFlavors(r *report) {
+	var there []string
+	for _, f := range []string{"gnome3", "qt", "qt5", "gtk-2", "curses", "tty", "mac"} {
+		if path, err := exec.LookPath("pinentry-" + f); err == nil {
+			there = append(there, path)
+		}
+	}
+	if usual, err := exec.LookPath("pinentry"); err == nil {
+		if target, err := filepath.EvalSymlinks(usual); err == nil && target != usual {
+			there = append(there, fmt.Sprintf("%s, which is %s", usual, target))
+		}
+	}
+	if len(there) > 0 {
+		r.detail("installed: %s", strings.Join(there, ", "))
+	}
+}
+
+// pinentryInstall is how to get one that fits.
+func pinentryInstall(desktop bool) string {
+	if !desktop {
+		return installStep("pinentry-curses", "pinentry")
+	}
+	if strings.Contains(os.Getenv("XDG_CURRENT_DESKTOP"), "KDE") {
+		return installStep("pinentry-qt", "pinentry-qt")
+	}
+	return installStep("pinentry-gnome3", "pinentry-gnome3")
+}

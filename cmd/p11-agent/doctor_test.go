@@ -1,0 +1,382 @@
+package main
+
+import (
+	"context"
+	"encoding/json"
+	"errors"
+	"io"
+	"net"
+	"os"
+	"os/exec"
+	"path/filepath"
+	"strings"
+	"testing"
+	"time"
+
+	"p11-agent/token"
+	"p11-agent/token/pcsc"
+	"p11-agent/token/tokentest"
+	"p11-agent/token/wire"
+)
+
+// printed is what a person reads of a report.
+func printed(t *testing.T, r *report) string {
+	t.Helper()
+	var b strings.Builder
+	if err := r.print(&b, false); err != nil {
+		t.Fatal(err)
+	}
+	return b.String()
+}
+
+// wantLines fails the test unless the text has each of the lines.
+func wantLines(t *testing.T, text string, lines ...string) {
+	t.Helper()
+	for _, want := range lines {
+		if !strings.Contains("\n"+text, "\n"+want) {
+			t.Errorf("no line begins with %q in:\n%s", want, text)
+		}
+	}
+}
+
+var openSC = token.ModuleStatus{Name: "opensc-pkcs11", Path: "/usr/lib/opensc-pkcs11.so", Library: "OpenSC"}
+
+// pcscd hangs up on users that polkit does not let in. The rule that is printed
+// is one that polkit takes.
+func TestDoctorPolkit(t *testing.T) {
+	socket := filepath.Join(tokentest.TempDir(t), "pcscd.comm")
+	l, err := net.Listen("unix", socket)
+	if err != nil {
+		t.Fatal(err)
+	}
+	done := make(chan struct{})
+	go func() {
+		defer close(done)
+		for {
+			c, err := l.Accept()
+			if err != nil {
+				return
+			}
+			_ = c.Close()
+		}
+	}()
+	defer func() { _ = l.Close(); <-done }()
+	t.Setenv("PCSCLITE_CSOCK_NAME", socket)
+	d := askPCSCD(t.Context())
+	if !errors.Is(d.err, pcsc.ErrRefused) {
+		t.Fatalf("the daemon refuses, and is said to: %v", d.err)
+	}
+	for _, uid := range []int{0, 1000} {
+		d.uid = uid
+		r := new(report)
+		findCards(t.Context(), r, d, []token.ModuleStatus{openSC})
+		text := printed(t, r)
+		if uid == 0 {
+			wantLines(t, text, "problem: pcscd hangs up before it has said a word", "  next: sudo systemctl restart pcscd.socket pcscd.service; ")
+			continue
+		}
+		wantLines(
+			t, text,
+			"problem: pcscd refuses to let you at the readers (polkit: only who sits at the machine is let in, and sessions of ssh, tmux,",
+			"  next: sudo tee /etc/polkit-1/rules.d/30-p11-agent.rules <<'END'",
+			`            if ((action.id == "org.debian.pcsc-lite.access_pcsc" ||`,
+			`                subject.user == "`+userName()+`") {`,
+			"        END",
+			"  next: sudo systemctl restart polkit pcscd.socket",
+		)
+	}
+}
+
+// What pcscd's answers mean, with and without something plugged in.
+func TestDoctorCards(t *testing.T) {
+	card := token.ModuleStatus{Name: "opensc-pkcs11", Path: openSC.Path, Library: "OpenSC", Tokens: []token.TokenStatus{{Slot: "Some Reader 00 00"}}}
+	soft := token.ModuleStatus{Name: "softhsm2", Path: "/usr/lib/libsofthsm2.so", Library: "SoftHSM", Tokens: []token.TokenStatus{{Slot: "SoftHSM slot"}}}
+	refused := &net.OpError{Op: "dial", Err: os.ErrNotExist}
+	t.Setenv("PATH", t.TempDir()) // no pkcheck
+	for _, tt := range []struct {
+		name    string
+		d       pcscd
+		modules []token.ModuleStatus
+		want    []string
+	}{
+		{"no daemon, nothing needs it", pcscd{err: refused}, []token.ModuleStatus{soft}, []string{"ok: pcscd does not run, and no module needs it"}},
+		{"no daemon", pcscd{err: refused, socket: "/run/x"}, []token.ModuleStatus{openSC}, []string{
+			"warning: pcscd does not run (nobody listens at /run/x), so no smart card and no security key can be seen\n", "  next: sudo systemctl enable --now pcscd.socket\n",
+		}},
+		{"no daemon, a key is plugged in", pcscd{err: refused, usb: []string{"Yubico YubiKey"}}, []token.ModuleStatus{openSC}, []string{
+			"problem: pcscd does not run (nobody listens at ), so no smart card and no security key can be seen, and Yubico YubiKey is plugged in\n",
+		}},
+		{"no driver", pcscd{usb: []string{"Yubico YubiKey"}}, []token.ModuleStatus{openSC}, []string{
+			"problem: Yubico YubiKey is plugged in, and pcscd has no reader: the driver is missing\n", "  next: install the package libccid (Debian's name; Fedora's is pcsc-lite-ccid)\n",
+		}},
+		{"no reader", pcscd{}, []token.ModuleStatus{openSC}, []string{"warning: pcscd runs, and no reader or security key is plugged in\n", "  next: plug it in"}},
+		{"no reader, other tokens", pcscd{}, []token.ModuleStatus{openSC, soft}, []string{"ok: pcscd runs, and no reader"}},
+		{"other language", pcscd{err: pcsc.ErrLanguage}, nil, []string{"problem: pcscd and this program do not agree", "  next: sudo systemctl restart pcscd.socket pcscd.service  # an upgrade"}},
+		{"not for us", pcscd{err: os.ErrPermission, socket: "/run/x"}, nil, []string{"problem: pcscd's socket /run/x may not be used by you\n", "  next: ls -l /run/x"}},
+		{"a card", pcscd{readers: []pcsc.Reader{{Name: "Some Reader 00 00", Card: true}, {Name: "Other 00 00"}}}, []token.ModuleStatus{card}, []string{
+			`ok: reader "Some Reader 00 00" has a card`, `ok: reader "Other 00 00" is empty`,
+		}},
+		{"an unknown card", pcscd{readers: []pcsc.Reader{{Name: "Other 00 00", Card: true}}}, []token.ModuleStatus{card}, []string{
+			`warning: the card in reader "Other 00 00" is recognised by no module`, "  next: opensc-tool --reader 'Other 00 00' --name",
+		}},
+		{"no module for cards", pcscd{readers: []pcsc.Reader{{Name: "Other 00 00", Card: true}}}, []token.ModuleStatus{soft}, []string{
+			`problem: the card in reader "Other 00 00" is seen by no module: none for smart cards is installed`, "  next: install the package opensc-pkcs11",
+		}},
+		{"kept by nobody known", pcscd{readers: []pcsc.Reader{{Name: "Other 00 00", Card: true, Users: pcsc.Exclusive}}, socket: "/run/x"}, []token.ModuleStatus{card}, []string{
+			`warning: the card in reader "Other 00 00" is kept by another program` + "\n", "  next: sudo fuser -v /run/x",
+		}},
+	} {
+		t.Run(tt.name, func(t *testing.T) {
+			r := new(report)
+			findCards(t.Context(), r, tt.d, tt.modules)
+			wantLines(t, printed(t, r), tt.want...)
+		})
+	}
+}
+
+// polkit may let somebody see readers and not use the cards in them.
+func TestDoctorCardRefused(t *testing.T) {
+	dir := t.TempDir()
+	script := "#!/bin/sh\n[ \"$2\" = org.debian.pcsc-lite.access_card ] || exit 3\nexit $(cat " + dir + "/status)\n"
+	if err := os.WriteFile(filepath.Join(dir, "pkcheck"), []byte(script), 0o700); err != nil {
+		t.Fatal(err)
+	}
+	t.Setenv("PATH", dir+":"+os.Getenv("PATH"))
+	for status, want := range map[string]string{
+		"0": "warning: the card in reader", "1": "problem: pcscd shows the card in reader", "2": "problem: pcscd shows", "127": "warning: the card in reader",
+	} {
+		if err := os.WriteFile(filepath.Join(dir, "status"), []byte(status), 0o600); err != nil {
+			t.Fatal(err)
+		}
+		r := new(report)
+		findCards(t.Context(), r, pcscd{readers: []pcsc.Reader{{Name: "R", Card: true}}}, []token.ModuleStatus{openSC})
+		wantLines(t, printed(t, r), want)
+	}
+}
+
+func TestUSBReaders(t *testing.T) {
+	dir := t.TempDir()
+	for file, text := range map[string]string{
+		"1-1/manufacturer": "Yubico\n", "1-1/product": "YubiKey OTP+FIDO+CCID\n",
+		"1-1:1.0/bInterfaceClass": "03\n", "1-1:1.2/bInterfaceClass": "0b\n",
+		"1-2:1.0/bInterfaceClass": "0b\n", "1-3:1.0/bInterfaceClass": "08\n", "1-3/product": "Stick\n",
+	} {
+		file = filepath.Join(dir, file)
+		if err := errors.Join(os.MkdirAll(filepath.Dir(file), 0o700), os.WriteFile(file, []byte(text), 0o600)); err != nil {
+			t.Fatal(err)
+		}
+	}
+	if got := strings.Join(usbReaders(dir), "; "); got != "Yubico YubiKey OTP+FIDO+CCID; a reader" {
+		t.Errorf("got %q", got)
+	}
+}
+
+// What the flags of a token mean, and what is typed next.
+func TestDoctorTokens(t *testing.T) {
+	const usual = wire.CKFLoginRequired | wire.CKFUserPINInitialized
+	for _, tt := range []struct {
+		name   string
+		module string
+		token  token.TokenStatus
+		want   []string
+	}{
+		{"no PIN set", "/m.so", token.TokenStatus{Flags: wire.CKFLoginRequired}, []string{
+			`problem: no PIN was ever set for token "it's" (serial 1)`, `  next: pkcs11-tool --module /m.so --token-label 'it'\''s' --login --login-type so --init-pin`,
+		}},
+		{"to be changed", "/m.so", token.TokenStatus{Flags: usual | wire.CKFUserPINToBeChanged}, []string{
+			`warning: token "it's" (serial 1) wants another PIN`, "  next: pkcs11-tool --module /m.so --token-label 'it'\\''s' --login --change-pin",
+		}},
+		{"locked", "/m.so", token.TokenStatus{Flags: usual, Tries: token.TriesNone}, []string{
+			"problem: the PIN of token", "  next: pkcs11-tool --module /m.so --token-label 'it'\\''s' --login --login-type so --init-pin",
+		}},
+		{"locked card", "/opensc-pkcs11.so", token.TokenStatus{Flags: usual, Tries: token.TriesNone}, []string{"problem: ", "  next: pkcs15-tool --unblock-pin "}},
+		{"locked YubiKey", "/libykcs11.so.2", token.TokenStatus{Flags: usual, Tries: token.TriesNone}, []string{"problem: ", "  next: ykman piv access unblock-pin "}},
+		{"locked TPM", "/libtpm2_pkcs11.so", token.TokenStatus{Flags: usual, Tries: token.TriesNone}, []string{"problem: ", "  next: wait, as a TPM forgets wrong PINs with time, or: tpm2_dictionarylockout --clear-lockout"}},
+		{"no keys", "/m.so", token.TokenStatus{Flags: usual}, []string{`ok: token "it's" (serial 1): 0 keys`, "  next: pkcs11-tool --module /m.so --token-label 'it'\\''s' --login --keypairgen"}},
+	} {
+		t.Run(tt.name, func(t *testing.T) {
+			tt.token.ID = wire.TokenID{Label: "it's", Serial: "1"}
+			r := new(report)
+			findTokens(r, []token.ModuleStatus{{Path: tt.module, Tokens: []token.TokenStatus{tt.token}}})
+			wantLines(t, printed(t, r), tt.want...)
+		})
+	}
+}
+
+// Whatever a module or file says is shown on the line where it belongs.
+func TestReportIsNotForged(t *testing.T) {
+	r := &report{group: "g"}
+	r.bad("module %s: %v", "x", "first\nok: all is well\x1b[2J").Next("%s", "one\ntwo\x07")
+	want := `problem: module x: first ok: all is well\x1b[2J` + "\n  next: one\n        two\\x07\n"
+	if got := printed(t, r); got != want {
+		t.Errorf("got %q, want %q", got, want)
+	}
+	var b strings.Builder
+	if err := printReportsJSON(&b, []*report{r}); err != nil {
+		t.Fatal(err)
+	}
+	var all struct {
+		Problems int
+		Findings []struct {
+			Group, Level, Text string
+			Next               []string
+		}
+	}
+	if err := json.Unmarshal([]byte(b.String()), &all); err != nil || all.Problems != 1 || len(all.Findings) != 1 || all.Findings[0].Level != "problem" || len(all.Findings[0].Next) != 1 {
+		t.Errorf("got %+v, %v", all, err)
+	}
+}
+
+func TestDoctorClock(t *testing.T) {
+	file := filepath.Join(t.TempDir(), "status")
+	if err := os.WriteFile(file, nil, 0o600); err != nil {
+		t.Fatal(err)
+	}
+	now := time.Date(2030, 5, 6, 7, 8, 0, 0, time.UTC)
+	if err := os.Chtimes(file, now, now); err != nil {
+		t.Fatal(err)
+	}
+	for _, tt := range []struct {
+		name string
+		now  time.Time
+		want string
+	}{
+		{"well", now.Add(time.Hour), ""},
+		{"a little behind, as with another time zone's file", now.Add(-30 * time.Minute), ""},
+		{"behind", now.Add(-48 * time.Hour), "warning: the clock says 2030-05-04 07:08, and " + file + " was changed later"},
+		{"never set", time.Unix(0, 0), "warning: the clock says 1970-01-01, which cannot be"},
+		{"far ahead", now.AddDate(100, 0, 0), "warning: the clock says 2130-05-06, which cannot be"},
+	} {
+		t.Run(tt.name, func(t *testing.T) {
+			r := new(report)
+			findClock(r, tt.now, []string{"/no/such/file", file})
+			text := printed(t, r)
+			if tt.want == "" && text != "" || !strings.HasPrefix(text, tt.want) || tt.want != "" && !strings.Contains(text, "\n  next: sudo timedatectl set-ntp true") {
+				t.Errorf("got %q, want %q", text, tt.want)
+			}
+		})
+	}
+}
+
+// A program that does not come back costs its time and no more, and takes what it
+// has started along.
+func TestAskEnds(t *testing.T) {
+	ctx, cancel := context.WithCancel(t.Context())
+	dir := t.TempDir()
+	fifo := filepath.Join(dir, "fifo")
+	if err := exec.Command("mkfifo", fifo).Run(); err != nil {
+		t.Fatal(err)
+	}
+	ended := make(chan error, 1)
+	go func() {
+		// Opened when the program's child has it open, too, and at its end when all have
+		// gone.
+		f, err := os.Open(fifo)
+		if err == nil {
+			cancel()
+			_, err = io.Copy(io.Discard, f)
+		}
+		ended <- err
+	}()
+	if _, err := ask(ctx, "sh", "-c", "sleep 100 >"+fifo+" & wait"); err == nil || !strings.Contains(err.Error(), "does not answer") {
+		t.Errorf("got %v", err)
+	}
+	select {
+	case err := <-ended:
+		if err != nil {
+			t.Error(err)
+		}
+	case <-time.After(patience):
+		t.Fatal("what it has started goes on")
+	}
+	s, err := ask(t.Context(), "sh", "-c", "head -c 3000000 /dev/zero; echo oh >&2; exit 3")
+	if err != nil || s.status == nil || len(s.out) != maxSaid || s.err != "oh" {
+		t.Errorf("%d bytes, %q, %v, %v", len(s.out), s.err, s.status, err)
+	}
+	if _, err := ask(t.Context(), "no-such-program-anywhere"); !errors.Is(err, exec.ErrNotFound) {
+		t.Errorf("got %v", err)
+	}
+}
+
+func TestNearest(t *testing.T) {
+	for _, tt := range []struct {
+		name string
+		all  []string
+		want string
+	}{
+		{"wrok", []string{"home", "work"}, "work"},
+		{"WORK", []string{"work"}, "work"},
+		{"bank", []string{"work", "home"}, ""},
+		{"work", nil, ""},
+	} {
+		if got := nearest(tt.name, tt.all); got != tt.want {
+			t.Errorf("%q of %q: got %q, want %q", tt.name, tt.all, got, tt.want)
+		}
+	}
+}
+
+// The names of files are safe wherever they are written, and no two keys get one.
+func TestFileName(t *testing.T) {
+	for in, want := range map[string]string{
+		"login": "login", "PIV AUTH key": "PIV-AUTH-key", "../../etc/passwd": "etc-passwd", "": "token-key", "…": "token-key",
+		"-rf": "rf", ".ssh": "ssh", "a.pub": "a", "$(id) `x` \"y\"": "id-x-y", strings.Repeat("x", 300): strings.Repeat("x", maxFileName),
+	} {
+		if got := fileName(in); got != want {
+			t.Errorf("%q: got %q, want %q", in, got, want)
+		}
+	}
+}
+
+// A file that comes in the meantime is not replaced either.
+func TestWriteFile(t *testing.T) {
+	file := filepath.Join(t.TempDir(), "x.pub")
+	for _, tt := range []struct {
+		text  string
+		force bool
+		want  error
+		left  string
+	}{{"one", false, nil, "one"}, {"two", false, os.ErrExist, "one"}, {"three", true, nil, "three"}} {
+		if err := writeFile(file, []byte(tt.text), tt.force); !errors.Is(err, tt.want) {
+			t.Errorf("%s: got %v, want %v", tt.text, err, tt.want)
+		}
+		b, err := os.ReadFile(file)
+		if err != nil || string(b) != tt.left {
+			t.Errorf("%s: the file has %q, %v", tt.text, b, err)
+		}
+	}
+	if left, err := filepath.Glob(filepath.Join(filepath.Dir(file), ".*")); err != nil || len(left) > 0 {
+		t.Errorf("left: %q, %v", left, err)
+	}
+}
+
+// An agent is called old when the program was installed after its start.
+func TestStartedBefore(t *testing.T) {
+	started, ok := startOf(os.Getpid())
+	if age := time.Since(started); !ok || age < -2*time.Second || age > time.Hour {
+		t.Errorf("this process was started %v ago (%v)", age, ok)
+	}
+	if startedBefore(os.Getpid(), "/proc/self/exe") || startedBefore(os.Getpid(), "/no/such/file") || startedBefore(0, "/proc/self/exe") {
+		t.Error("this process is older than its program, or what is not there is")
+	}
+	if now := time.Now(); older(now, now.Add(2*time.Second)) || older(now.Add(time.Hour), now) || !older(now, now.Add(time.Hour)) {
+		t.Error("wrong about which is older")
+	}
+}
+
+func FuzzUnits(f *testing.F) {
+	const seed = "Result=success\nId=a.socket\nDropInPaths=/x=y /z\n\nId=b.service\nLoadState=loaded\n"
+	units := parseUnits(seed)
+	if len(units) != 2 || units["a.socket"]["DropInPaths"] != "/x=y /z" || units["b.service"]["LoadState"] != "loaded" {
+		f.Fatalf("got %q", units)
+	}
+	for _, s := range []string{"", seed, "\n\n\n", "Id=\n\nId", "Id=x\nId=y"} {
+		f.Add(s)
+	}
+	f.Fuzz(func(t *testing.T, text string) {
+		for name, u := range parseUnits(text) {
+			if name == "" || u["Id"] != name {
+				t.Errorf("%q: %q", name, u)
+			}
+		}
+	})
+}

@@ -1,0 +1,142 @@
+package main
+
+import (
+	"context"
+	"errors"
+	"os"
+	"os/exec"
+	"os/user"
+	"path/filepath"
+	"strings"
+)
+
+const installUnits = "p11-agent install --user --now  # starts it with the first use, after every login"
+
+// booted tells whether systemd manages this machine (sd_booted(3)).
+func booted() bool {
+	st, err := os.Lstat("/run/systemd/system")
+	return err == nil && st.IsDir()
+}
+
+// findUnits looks at the user's systemd.
+func findUnits(ctx context.Context, r *report) {
+	s, err := ask(ctx, "systemctl", "--user", "show", "--property=Id,LoadState,ActiveState,SubState,UnitFileState,FragmentPath,DropInPaths,Result", socketUnit, serviceUnit)
+	switch {
+	case errors.Is(err, exec.ErrNotFound), s.status != nil && !booted():
+		r.ok("systemd does not run here, so the agent is started by hand")
+		return
+	case err != nil:
+		r.bad("the user's service manager cannot be asked: %v", err).
+			Next("systemctl --user daemon-reexec  # or log out and in again")
+		return
+	case s.status != nil:
+		r.warn("the user's service manager cannot be reached from here (%s): a shell of su or sudo has none", firstLine(s.err)).
+			Next("log in as yourself, or: sudo machinectl shell %s@", userName())
+		return
+	}
+	units := parseUnits(s.out)
+	socket, service := units[socketUnit], units[serviceUnit]
+	findUnit := func(name string, u map[string]string) {
+		where := u["FragmentPath"]
+		if u["DropInPaths"] != "" {
+			where += ", changed by " + u["DropInPaths"]
+		}
+		switch {
+		case u["LoadState"] == "masked":
+			r.warn("%s is masked, so it never starts", name).Next("systemctl --user unmask %s", name)
+		case u["LoadState"] != "loaded" && u["LoadState"] != "not-found" && u["LoadState"] != "":
+			r.bad("%s cannot be loaded (%s)", name, u["LoadState"]).Next("systemd-analyze --user verify %s", name)
+		case u["LoadState"] != "loaded":
+		case u["ActiveState"] == "failed":
+			why := u["Result"]
+			if why == "start-limit-hit" || why == "service-start-limit-hit" {
+				why = "it ended again and again, and is not started any more: " + why
+			}
+			r.bad("%s has failed (%s; %s)", name, why, where).
+				Next("journalctl --user -u %s -n 20  # says why", serviceUnit).
+				Next("systemctl --user reset-failed %s %s && systemctl --user start %s", socketUnit, serviceUnit, socketUnit)
+		default:
+			r.detail("%s is %s (%s; %s)", name, u["ActiveState"], u["UnitFileState"], where)
+		}
+	}
+	findUnit(socketUnit, socket)
+	findUnit(serviceUnit, service)
+	installed := socket["LoadState"] == "loaded"
+	switch {
+	case !installed && service["LoadState"] != "loaded":
+		r.ok("the agent is no unit of the user's service manager").Next("%s", installUnits)
+	case installed && socket["ActiveState"] == "inactive":
+		r.warn("%s is installed and does not listen", socketUnit).Next("systemctl --user enable --now %s", socketUnit)
+	case installed && socket["UnitFileState"] == "disabled":
+		r.warn("%s listens now, and will not after the next login", socketUnit).Next("systemctl --user enable %s", socketUnit)
+	case installed && socket["ActiveState"] == "active":
+		r.ok("%s listens", socketUnit)
+	}
+	findManagerEnvironment(ctx, r, installed || service["LoadState"] == "loaded")
+	if _, err := os.Stat(filepath.Join("/var/lib/systemd/linger", userName())); err == nil {
+		r.detail("your services stay when you log out (linger)")
+	}
+}
+
+// findManagerEnvironment compares what units get to know with what is known here.
+func findManagerEnvironment(ctx context.Context, r *report, installed bool) {
+	s, err := ask(ctx, "systemctl", "--user", "show-environment")
+	if err != nil || s.status != nil {
+		return // it has answered a moment ago: nothing is known
+	}
+	there := make(map[string]string)
+	for l := range strings.Lines(s.out) {
+		if name, value, ok := strings.Cut(strings.TrimSpace(l), "="); ok {
+			there[name] = value
+		}
+	}
+	if !installed {
+		return
+	}
+	var missing []string
+	for _, name := range []string{"DISPLAY", "WAYLAND_DISPLAY"} {
+		if os.Getenv(name) != "" && there[name] == "" {
+			missing = append(missing, name)
+		}
+	}
+	if len(missing) > 0 {
+		r.warn("the service manager does not know %s, so an agent that it starts finds no desktop to ask on", strings.Join(missing, " and ")).
+			Next("systemctl --user import-environment DISPLAY WAYLAND_DISPLAY XAUTHORITY; systemctl --user restart %s", serviceUnit)
+	}
+	if there[socketVariable] == "" {
+		r.warn("what the service manager starts (editors, desktops) does not know SSH_AUTH_SOCK").
+			Next("mkdir -p ~/.config/environment.d\necho 'SSH_AUTH_SOCK=${XDG_RUNTIME_DIR}/p11-agent/agent.sock' >~/.config/environment.d/50-p11-agent.conf\nsystemctl --user daemon-reload")
+	} else {
+		r.detail("the service manager has SSH_AUTH_SOCK=%s", there[socketVariable])
+	}
+}
+
+// parseUnits reads what systemctl show prints: blocks of NAME=VALUE, a blank line
+// between them.
+func parseUnits(text string) map[string]map[string]string {
+	units := make(map[string]map[string]string)
+	for block := range strings.SplitSeq(text, "\n\n") {
+		u := make(map[string]string)
+		for l := range strings.Lines(block) {
+			if name, value, ok := strings.Cut(strings.TrimSuffix(l, "\n"), "="); ok {
+				u[name] = value
+			}
+		}
+		if u["Id"] != "" {
+			units[u["Id"]] = u
+		}
+	}
+	return units
+}
+
+func firstLine(s string) string {
+	l, _, _ := strings.Cut(s, "\n")
+	return l
+}
+
+func userName() string {
+	if u, err := user.Current(); err == nil {
+		return u.Username
+	}
+	return "NAME"
+}

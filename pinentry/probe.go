@@ -1,0 +1,202 @@
+package pinentry
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"net"
+	"os"
+	"path/filepath"
+	"strconv"
+	"strings"
+
+	"golang.org/x/sys/unix"
+
+	"p11-agent/pinentry/secret"
+)
+
+// A Probed is what a pinentry says of itself at a place.
+type Probed struct {
+	File string // of the program
+	// Flavor is what it would ask with: "curses", "tty", "gtk2", "qt", "gnome3" or
+	// another one's own word. With a colon it is what stands in for what cannot be
+	// used here: "gtk2:curses". Empty: it does not say.
+	Flavor string
+}
+
+// Terminal tells whether it would ask on the terminal.
+func (p Probed) Terminal() bool {
+	_, flavor, fallen := strings.Cut(p.Flavor, ":")
+	if !fallen {
+		flavor = p.Flavor
+	}
+	return flavor == "curses" || flavor == "tty"
+}
+
+// Probe starts the Program as Open does, tells it about the place, has it say what
+// it is, and ends it. Nothing is shown and nobody is asked. The error says what
+// keeps it from asking; Probed.File is set if there is such a program.
+func (p *Pinentry) Probe(ctx context.Context, place Place) (Probed, error) {
+	program := p.Program
+	if program == "" {
+		program = "pinentry"
+	}
+	file, err := p.find(program)
+	if err != nil {
+		return Probed{}, err
+	}
+	probed := Probed{File: file}
+	by, err := dial(ctx, p, filepath.Base(file), file, place)
+	if err != nil {
+		return probed, err
+	}
+	defer by.close()
+	c, ok := by.(*conn)
+	if !ok {
+		return probed, nil
+	}
+	// It is no secret; the reader of answers has no other place for data.
+	answer, err := secret.New(MaxPIN)
+	if err != nil {
+		return probed, err
+	}
+	defer answer.Wipe()
+	err = c.promptly(ctx, func() error { return c.command("GETINFO flavor", answer) })
+	if _, ok := errors.AsType[*pinentryError](err); ok {
+		return probed, nil // an old one does not know the question
+	}
+	probed.Flavor = Visible(string(answer.Bytes()), false)
+	return probed, err
+}
+
+// CheckDisplay says why the X server of the place cannot be reached: it is known
+// to be there when it takes a connection. Whether it lets us in is not asked. nil
+// also where the place has none.
+func (p Place) CheckDisplay(ctx context.Context) error {
+	if p.Display == "" {
+		return nil
+	}
+	host, rest, ok := cutLast(p.Display, ':')
+	number, _, _ := strings.Cut(rest, ".")
+	n, err := strconv.ParseUint(number, 10, 16)
+	if !ok || err != nil {
+		return errors.New("it names no display")
+	}
+	var d net.Dialer
+	// X(7), "DISPLAY NAMES": a path names a socket, and no host this machine.
+	if host == "" || host == "unix" || strings.HasPrefix(host, "/") {
+		file := fmt.Sprintf("/tmp/.X11-unix/X%d", n)
+		if strings.HasPrefix(host, "/") {
+			file = p.Display
+		}
+		c, err := d.DialContext(ctx, "unix", "@"+file) // abstract, as most servers have it too
+		if err != nil {
+			c, err = d.DialContext(ctx, "unix", file)
+		}
+		if err == nil {
+			err = c.Close()
+		}
+		return bare(err)
+	}
+	c, err := d.DialContext(ctx, "tcp", net.JoinHostPort(host, strconv.FormatUint(6000+n, 10)))
+	if err == nil {
+		err = c.Close()
+	}
+	return bare(err)
+}
+
+// CheckWayland is CheckDisplay for the Wayland compositor.
+func (p Place) CheckWayland(ctx context.Context) error {
+	file := p.WaylandDisplay
+	switch {
+	case file == "":
+		return nil
+	case filepath.IsAbs(file):
+	case p.RuntimeDir == "":
+		return errors.New("XDG_RUNTIME_DIR is not set")
+	default:
+		file = filepath.Join(p.RuntimeDir, file)
+	}
+	c, err := new(net.Dialer).DialContext(ctx, "unix", file)
+	if err == nil {
+		err = c.Close()
+	}
+	return bare(err)
+}
+
+// bare leaves out what the caller knows: which socket it was.
+func bare(err error) error {
+	if e, ok := errors.AsType[*net.OpError](err); ok {
+		return e.Err
+	}
+	return err
+}
+
+func cutLast(s string, c byte) (before, after string, found bool) {
+	if i := strings.LastIndexByte(s, c); i >= 0 {
+		return s[:i], s[i+1:], true
+	}
+	return s, "", false
+}
+
+// The least that pinentry-curses 1.2 shows our longest question in: below that it
+// says "Screen or window too small", or may when names are long.
+const (
+	MinColumns = 60
+	MinRows    = 12
+)
+
+// The reasons of CheckTerminal. Compare with errors.Is.
+var (
+	// ErrNoTerminal says that the place has no terminal.
+	ErrNoTerminal = errors.New("there is no terminal")
+	// ErrTooSmall says that pinentry-curses has too little room.
+	ErrTooSmall = errors.New("it is too small for pinentry-curses")
+	// ErrTTYType says that pinentry-curses does not know what kind it is.
+	ErrTTYType = errors.New("it is of a kind that pinentry-curses does not know")
+)
+
+// CheckTerminal says what keeps pinentry-curses from asking on the terminal of the
+// place.
+func (p Place) CheckTerminal() error {
+	if p.TTYName == "" {
+		return ErrNoTerminal
+	}
+	fd, err := unix.Open(p.TTYName, unix.O_RDWR|unix.O_NOCTTY|unix.O_NONBLOCK|unix.O_CLOEXEC, 0)
+	if err != nil {
+		return fmt.Errorf("it cannot be used: %w", err)
+	}
+	defer unix.Close(fd) //nolint:errcheck // nothing was written
+	size, err := unix.IoctlGetWinsize(fd, unix.TIOCGWINSZ)
+	switch {
+	case err != nil:
+		return fmt.Errorf("it is no terminal: %w", err)
+	case size.Col == 0 || size.Row == 0: // it does not say; TERM does
+	case size.Col < MinColumns || size.Row < MinRows:
+		return fmt.Errorf("%w: it has %d columns and %d rows, and %d and %d are needed", ErrTooSmall, size.Col, size.Row, MinColumns, MinRows)
+	}
+	if !knownTTYType(p.TTYType) {
+		return fmt.Errorf("%w (TERM=%s)", ErrTTYType, Visible(p.TTYType, false))
+	}
+	return nil
+}
+
+// knownTTYType looks for a description of the terminal where terminfo(5) has them:
+// in a directory by the first letter, or by its number.
+func knownTTYType(name string) bool {
+	if name == "" || strings.ContainsRune(name, '/') {
+		return false
+	}
+	dirs := []string{os.Getenv("TERMINFO"), filepath.Join(os.Getenv("HOME"), ".terminfo"), "/etc/terminfo", "/lib/terminfo", "/usr/share/terminfo"}
+	for _, dir := range dirs {
+		if !filepath.IsAbs(dir) {
+			continue
+		}
+		for _, letter := range []string{name[:1], fmt.Sprintf("%x", name[0])} {
+			if _, err := os.Stat(filepath.Join(dir, letter, name)); err == nil {
+				return true
+			}
+		}
+	}
+	return false
+}
