@@ -18,8 +18,8 @@ const (
 )
 
 // parseLogin returns what data asks for when it is a request to log in with
-// this very key, whole and with nothing after it, and nil when it is anything
-// else. Nothing of data is copied but the user's name.
+// this very key or a certificate of it, whole and with nothing after it, and nil
+// when it is anything else. Nothing of data is copied but the user's name.
 func parseLogin(data, key []byte) *agent.Login {
 	in := reader{rest: data}
 	session := in.bytes()
@@ -38,13 +38,28 @@ func parseLogin(data, key []byte) *agent.Login {
 	default:
 		return nil
 	}
-	kind := reader{rest: key}
+	kind := reader{rest: blob}
 	switch {
 	case in.end() != nil, signed != 1, string(service) != serviceConnection, bytes.IndexByte(user, 0) >= 0,
-		!bytes.Equal(blob, key), !algorithmFits(string(algorithm), string(kind.bytes())):
+		!bytes.Equal(blob, key) && !certifies(blob, key), !algorithmFits(string(algorithm), string(kind.bytes())):
 		return nil
 	}
 	return &agent.Login{User: string(user), SessionID: session, HostKey: host}
+}
+
+// certifies tells whether blob is a certificate of the key. ssh has the plain key
+// sign for one that it has from a file (CertificateFile).
+func certifies(blob, key []byte) bool {
+	kind := reader{rest: blob}
+	if !bytes.HasSuffix(kind.bytes(), certSuffix) {
+		return false
+	}
+	pub, err := ssh.ParsePublicKey(blob)
+	if err != nil {
+		return false
+	}
+	cert, ok := pub.(*ssh.Certificate)
+	return ok && bytes.Equal(cert.Key.Marshal(), key)
 }
 
 // algorithmFits tells whether a signature algorithm is one for keys of a type

@@ -280,6 +280,13 @@ func TestParseLogin(t *testing.T) {
 	const hostbound = "publickey-hostbound-v00@openssh.com"
 	login := func(parts ...any) []byte { return encode(parts...) }
 	session := strings.Repeat("s", sha256.Size)
+	certificate := func(of int) string {
+		c := &ssh.Certificate{Key: makeSigners()[of].PublicKey(), CertType: ssh.UserCert}
+		if err := c.SignCert(rand.Reader, makeSigners()[0]); err != nil {
+			t.Fatal(err)
+		}
+		return string(c.Marshal())
+	}
 	for _, test := range []struct {
 		name string
 		data []byte
@@ -298,6 +305,9 @@ func TestParseLogin(t *testing.T) {
 		{"another key", login(session, byte(50), "me", "ssh-connection", "publickey", byte(1), "rsa-sha2-256", string(host)), ""},
 		{"another type", login(session, byte(50), "me", "ssh-connection", "publickey", byte(1), "ssh-ed25519", string(key)), ""},
 		{"of a certificate", login(session, byte(50), "me", "ssh-connection", "publickey", byte(1), "rsa-sha2-256-cert-v01@openssh.com", string(key)), ""},
+		{"with its certificate", login(session, byte(50), "me", "ssh-connection", "publickey", byte(1), "rsa-sha2-256-cert-v01@openssh.com", certificate(1)), fmt.Sprintf("me %s ", session)},
+		{"another's certificate", login(session, byte(50), "me", "ssh-connection", "publickey", byte(1), "ssh-ed25519-cert-v01@openssh.com", certificate(0)), ""},
+		{"not a certificate", login(session, byte(50), "me", "ssh-connection", "publickey", byte(1), "rsa-sha2-256", certificate(1)), ""},
 		{"a NUL in the user", login(session, byte(50), "m\x00e", "ssh-connection", "publickey", byte(1), "rsa-sha2-256", string(key)), ""},
 		{"a byte after it", login(session, byte(50), "me", "ssh-connection", "publickey", byte(1), "rsa-sha2-256", string(key), byte(0)), ""},
 		{"SSHSIG", []byte("SSHSIG\x00\x00\x00\x03git"), ""},
