@@ -41,6 +41,7 @@ func modules(c *config, log *slog.Logger) (specs []token.ModuleSpec, bridges []*
 		if m.Path != "" && (m.Enabled == nil || *m.Enabled) {
 			spec := token.ModuleSpec{Name: m.name(), Path: m.Path, Env: m.environ(), Timeout: m.Timeout.Duration}
 			m.Release.apply(&spec)
+			m.confine(&spec)
 			specs = append(specs, spec)
 		}
 	}
@@ -62,6 +63,7 @@ func modules(c *config, log *slog.Logger) (specs []token.ModuleSpec, bridges []*
 			Name: m.Name, Path: m.Path, InitArgs: m.InitArgs, Env: set.environ(), Timeout: set.Timeout.Duration,
 		}
 		set.Release.apply(&spec)
+		set.confine(&spec)
 		// p11-kit's remoting serves one call after the other.
 		spec.Poll = m.Remote.Address != "" || len(m.Remote.Command) > 0
 		switch {
