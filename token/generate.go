@@ -239,9 +239,9 @@ func (t *Token) explainGenerate(err error, kind KeyKind) error {
 		return &GenerateError{Token: t.ID.Label, Kind: kind, Advice: t.otherTool(), Err: err}
 	case e.Function == "C_GenerateKeyPair" || e.Function == "C_OpenSession":
 		switch e.RV {
-		case wire.CKRTokenWriteProtected, wire.CKRSessionReadOnly, wire.CKRFunctionNotSupported, wire.CKRMechanismInvalid,
-			wire.CKRUserNotLoggedIn, wire.CKRUserTypeInvalid, wire.CKRActionProhibited, wire.CKRFunctionFailed,
-			wire.CKRGeneralError, wire.CKRArgumentsBad, wire.CKRAttributeValueInvalid, wire.CKRTemplateInconsistent:
+		case wire.CKRHostMemory, wire.CKRDeviceMemory, wire.CKRDeviceError, wire.CKRDeviceRemoved, wire.CKRTokenNotPresent,
+			wire.CKRSessionCount, wire.CKRFunctionCanceled, wire.CKRFunctionRejected:
+		default: // modules have many words for what they do not do
 			return &GenerateError{Token: t.ID.Label, Kind: kind, Advice: t.otherTool(), Err: err}
 		}
 	}

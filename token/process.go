@@ -379,15 +379,22 @@ func (p *process) request(ctx context.Context, through bool, timeout time.Durati
 	case <-ctx.Done():
 		// The number is spent: an answer still finds its entry and is dropped
 		// there. Should the connection fail now, its reader notices as well.
+		tell := make(chan struct{})
 		p.mu.Lock()
 		if p.err == nil && p.waiting[id] == w {
 			cancel := p.numberLocked()
-			p.sending.Go(func() { _ = p.conn.WriteRequest(cancel, wire.TypeCancel, &wire.Cancel{Request: id}) })
+			p.sending.Go(func() {
+				_ = p.conn.WriteRequest(cancel, wire.TypeCancel, &wire.Cancel{Request: id})
+				close(tell)
+			})
+		} else {
+			close(tell)
 		}
 		p.mu.Unlock()
 		if !through {
 			return ctx.Err()
 		}
+		<-tell
 		f, ok := <-w.answer // the timer goes on
 		if !ok {
 			return p.ended(context.WithoutCancel(ctx))

@@ -177,6 +177,13 @@ func (l *library) generatePair(ctx context.Context, s pkcs11.SessionHandle, m *w
 			if err := ctx.Err(); err != nil {
 				return 0, 0, err
 			}
+			if err != nil { // of the one before, which has made nothing, by what it says
+				again := *m
+				again.ID = id
+				if _, is := l.freeID(ctx, s, &again); is != nil {
+					return 0, 0, is
+				}
+			}
 			pub, priv := templates(m, id, curve.Bytes, strict)
 			public, private, err = l.ctx.GenerateKeyPair(s, []*pkcs11.Mechanism{pkcs11.NewMechanism(uint(m.Mechanism), nil)}, pub, priv)
 			if err == nil {
@@ -191,12 +198,13 @@ func (l *library) generatePair(ctx context.Context, s pkcs11.SessionHandle, m *w
 	return 0, 0, err
 }
 
-// refusesTemplate tells whether another template may do. Nothing was made.
+// refusesTemplate tells whether another template may do. libtpm2_pkcs11 1.9 says
+// CKR_GENERAL_ERROR of one that has CKA_ENCRYPT or CKA_DECRYPT.
 func refusesTemplate(rv uint64) bool {
 	switch rv {
 	case wire.CKRAttributeReadOnly, wire.CKRAttributeTypeInvalid, wire.CKRAttributeValueInvalid,
 		wire.CKRTemplateIncomplete, wire.CKRTemplateInconsistent,
-		wire.CKRDomainParamsInvalid, wire.CKRCurveNotSupported:
+		wire.CKRDomainParamsInvalid, wire.CKRCurveNotSupported, wire.CKRGeneralError:
 		return true
 	}
 	return false
