@@ -181,10 +181,10 @@ func (t *Token) generate(ctx context.Context, req *wire.Generate, kind KeyKind, 
 		}
 	}
 	reply := new(wire.GenerateReply)
-	if err := p.callThrough(ctx, generateTimeout, wire.TypeGenerate, req, reply); err != nil {
+	if err := t.ask(ctx, p, req, reply); err != nil {
 		err = t.explainGenerate(err, kind)
 		if ctx.Err() != nil {
-			err = fmt.Errorf("%w: %w", ctx.Err(), err)
+			err = &stoppedError{cause: ctx.Err(), err: err}
 		}
 		return nil, nil, err
 	}
@@ -194,6 +194,14 @@ func (t *Token) generate(ctx context.Context, req *wire.Generate, kind KeyKind, 
 		return nil, nil, fmt.Errorf("a key with the id %x was made on token %q, but cannot be used: %w", reply.Private.ID, t.ID.Label, err)
 	}
 	return k, reply, nil
+}
+
+// ask has the module make a pair.
+func (t *Token) ask(ctx context.Context, p *process, req *wire.Generate, reply *wire.GenerateReply) error {
+	if f := t.module.store.opts.Generating; f != nil {
+		defer f(t.ID)()
+	}
+	return p.callThrough(ctx, generateTimeout, wire.TypeGenerate, req, reply)
 }
 
 // made returns the key that was just made.
@@ -279,3 +287,10 @@ func (e *GenerateError) Error() string {
 }
 
 func (e *GenerateError) Unwrap() error { return e.Err }
+
+// stoppedError says what became of a key that nobody waits for any more.
+type stoppedError struct{ cause, err error }
+
+func (e *stoppedError) Error() string        { return e.err.Error() }
+func (e *stoppedError) Unwrap() error        { return e.err }
+func (e *stoppedError) Is(target error) bool { return errors.Is(e.cause, target) }

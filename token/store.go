@@ -77,6 +77,8 @@ type Options struct {
 	// person takes to give a PIN is no part of it. ctx carries the values of the
 	// request's context. Neither function may wait. nil: nobody is told.
 	Working func(ctx context.Context, k *Key) (done func())
+	// Generating is what Working is, for a token that begins to make a key.
+	Generating func(wire.TokenID) (done func())
 	// StateDir keeps which PIN files have been refused, so that a restart does
 	// not try them again; empty: that is only remembered in memory.
 	StateDir string
