@@ -613,5 +613,8 @@ func (k *Key) logIn(ctx context.Context, with given) error {
 	}
 	typed, err := t.login(ctx, k, with)
 	typed.Wipe()
+	if err == nil {
+		t.retain(k)
+	}
 	return err
 }

@@ -74,6 +74,20 @@ func TestLoginState(t *testing.T) {
 	want(t, "signatures", st.Signatures, uint64(2))
 }
 
+// A login that was for no signature ends as one that was.
+func TestLoginAskEnds(t *testing.T) {
+	p := &tokentest.Person{Always: pin}
+	b := newBench(t, p, func(_ *bench, o *token.Options) {
+		o.Policy = func(*token.Key) token.Policy {
+			return token.Policy{Retention: token.Retention{Idle: 10 * time.Millisecond, Max: time.Hour}}
+		}
+	})
+	noError(t, b.store.LoginAsk(t.Context(), b.store.Keys()))
+	want(t, "prompts", p.Prompts(), 1)
+	tokentest.Until(t, "the token is logged out", func() bool { return !b.card.LoggedIn() })
+	want(t, "signatures", b.card.Signed(), 0)
+}
+
 // One token is logged out, and its neighbour is not.
 func TestLogout(t *testing.T) {
 	f := tokentest.NewFake(t)
