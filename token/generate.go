@@ -239,7 +239,9 @@ func (k *Key) try(ctx context.Context) error {
 func (t *Token) explainGenerate(err error, kind KeyKind) error {
 	e, ok := errors.AsType[*wire.Error](err)
 	switch {
-	case !ok || errors.Is(err, errGone):
+	case errors.Is(err, context.Canceled), errors.Is(err, context.DeadlineExceeded):
+		return err // it was not even asked
+	case !ok:
 		return fmt.Errorf("make a key on token %q: %w; it may be there nevertheless: look with p11-agent list", t.ID.Label, t.module.wrap(err))
 	case e.Reason == wire.ReasonExists, e.Reason == wire.ReasonExtractable:
 		return fmt.Errorf("token %q: %w", t.ID.Label, err)

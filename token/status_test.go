@@ -58,6 +58,7 @@ func TestLoginState(t *testing.T) {
 		t.Errorf("logged in since %v, used at %v, until %v", st.LoggedInSince, st.LastUse, st.LoginEnds)
 	}
 	noError(t, b.sign())
+	noError(t, b.store.Rescan(t.Context()))
 	since := st.LoggedInSince
 	st = tokenStatus(t, b.store, label)
 	want(t, "since when, after the second signature", st.LoggedInSince, since)

@@ -605,7 +605,7 @@ func FuzzReadFrame(f *testing.F) {
 			if err != nil {
 				return
 			}
-			for _, msg := range []Message{new(HelloReply), new(SlotsReply), new(ObjectsReply), new(TokenReply), new(SignReply)} {
+			for _, msg := range []Message{new(HelloReply), new(SlotsReply), new(ObjectsReply), new(TokenReply), new(SignReply), new(GenerateReply)} {
 				_ = fr.Decode(msg) // whatever it says
 			}
 		}
