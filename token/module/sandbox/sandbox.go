@@ -17,6 +17,7 @@ package sandbox
 import (
 	"errors"
 	"runtime"
+	"strings"
 
 	"golang.org/x/sys/unix"
 
@@ -71,5 +72,5 @@ func reason(err error) string {
 		}
 		return "refused (" + unix.ErrnoName(errno) + ")"
 	}
-	return err.Error()
+	return strings.ToValidUTF8(err.Error(), "?") // it may have a path
 }
