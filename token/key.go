@@ -364,11 +364,15 @@ func (k *Key) sign(ctx context.Context, s signing) ([]byte, error) {
 	return sig, nil
 }
 
+// maxReplaced is how often one signature goes on with a new process when the one before
+// was replaced, with nothing under way in it.
+const maxReplaced = 5
+
 func (k *Key) signHealing(ctx context.Context, ways []way) ([]byte, error) {
 	t := k.token
 	defer t.module.use()()
 	var healed, renewed, mustLogin bool
-	loggedInAgain := 0
+	loggedInAgain, replaced := 0, 0
 	var turn turn
 	for {
 		p, err := t.module.running(ctx)
@@ -408,6 +412,9 @@ func (k *Key) signHealing(ctx context.Context, ways []way) ([]byte, error) {
 			if lost := t.doubtLogin(ctx, p, k, login); !lost && loggedInAgain > 1 {
 				return nil, k.explain(err)
 			}
+		case replaced < maxReplaced && mayHeal && errors.Is(err, errRenewed):
+			// It never reached the module: somebody else had looked for tokens.
+			replaced++
 		case !healed && mayHeal:
 			healed = true
 			if isRV(err, wire.CKRDeviceRemoved, wire.CKRTokenNotPresent, wire.CKRTokenNotRecognized) {
