@@ -123,6 +123,7 @@ Exit status: 0 it worked; 1 it did not, or "check" or "doctor" found a problem;
 	root.AddCommand(
 		newAgentCommand(g),
 		newListCommand(g),
+		newGenerateCommand(g),
 		newCheckCommand(g),
 		newDoctorCommand(g),
 		newExportCommand(g),

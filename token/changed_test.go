@@ -1,0 +1,53 @@
+package token_test
+
+import (
+	"testing"
+	"time"
+
+	"p11-agent/token"
+	"p11-agent/token/tokentest"
+)
+
+// Whoever shows the state of tokens hears of each change of it.
+func TestStatusChanged(t *testing.T) {
+	b := newBench(t, &tokentest.Person{Always: pin}, nil)
+	state := func() token.ModuleStatus { return b.store.Modules()[0] }
+	// follow waits for the state, and looks only when it is told to.
+	follow := func(what string, is func(token.ModuleStatus) bool) {
+		t.Helper()
+		late := time.After(30 * time.Second)
+		for !is(state()) {
+			select {
+			case <-b.store.StatusChanged():
+			case <-late:
+				t.Fatalf("nobody said that it changed: %s, %+v", what, state())
+			}
+		}
+	}
+	has := func(n int, in bool) func(token.ModuleStatus) bool {
+		return func(m token.ModuleStatus) bool {
+			return m.Running && m.Err == nil && len(m.Tokens) == n && (n == 0 || m.Tokens[0].LoggedIn == in)
+		}
+	}
+	follow("the token is found", has(1, false))
+	for range 2 {
+		// What was said so far is not what is waited for now.
+		select {
+		case <-b.store.StatusChanged():
+		default:
+		}
+		b.mustSign()
+		follow("somebody logs in", has(1, true))
+		if err := b.store.LogoutAll(t.Context()); err != nil {
+			t.Fatal(err)
+		}
+		follow("all are logged out", has(1, false))
+	}
+	b.card.Remove()
+	follow("the token is taken out", has(0, false))
+	b.card.Insert()
+	follow("the token is back", has(1, false))
+	b.fake.Processes()[b.fake.Started()-1].Kill()
+	follow("the module fails", func(m token.ModuleStatus) bool { return m.Restarts > 0 || m.Err != nil })
+	follow("the module is back", has(1, false))
+}
