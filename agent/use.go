@@ -5,6 +5,8 @@ import (
 	"context"
 
 	"golang.org/x/crypto/ssh"
+
+	"p11-agent/agent/peer"
 )
 
 // A Use is what a key is about to be used for. It goes along in the context of
@@ -39,7 +41,22 @@ func (u *Use) Host() ssh.PublicKey {
 	return nil
 }
 
-type useKey struct{}
+type (
+	useKey    struct{}
+	callerKey struct{}
+)
+
+// context returns a context for what is done for a request of c.
+func (c *Caller) context(ctx context.Context) context.Context {
+	return context.WithValue(peer.NewContext(ctx, c.Peer), callerKey{}, c)
+}
+
+// CallerFromContext returns the Caller whose request ctx is of, or nil. Like a
+// Use it goes along with what is done for a request.
+func CallerFromContext(ctx context.Context) *Caller {
+	c, _ := ctx.Value(callerKey{}).(*Caller)
+	return c
+}
 
 // UseFromContext returns the Use that ctx carries, or nil.
 func UseFromContext(ctx context.Context) *Use {
