@@ -301,7 +301,7 @@ func TestWithoutPeerPidfd(t *testing.T) {
 		t.Fatal(err)
 	}
 	defer unix.Close(fd)
-	links := chain(cmd.Process.Pid, fd)
+	links, _ := chain(cmd.Process.Pid, fd)
 	if len(links) < 2 || links[0].PID != cmd.Process.Pid || links[1].PID != os.Getpid() {
 		t.Errorf("chain %v, want %d and then %d", links, cmd.Process.Pid, os.Getpid())
 	}
@@ -311,7 +311,7 @@ func TestWithoutPeerPidfd(t *testing.T) {
 	if err := unix.Waitid(unix.P_PID, cmd.Process.Pid, nil, unix.WEXITED|unix.WNOWAIT, nil); err != nil {
 		t.Fatal(err)
 	}
-	if links := chain(cmd.Process.Pid, fd); links != nil {
+	if links, _ := chain(cmd.Process.Pid, fd); links != nil {
 		t.Errorf("chain %v of a process that has ended", links)
 	}
 	cmd.Wait()
