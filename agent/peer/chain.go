@@ -59,7 +59,7 @@ func Of(conn *net.UnixConn) Peer {
 		return p
 	}
 	defer unix.Close(pidfd)
-	p.Chain, p.start = chain(p.PID, pidfd)
+	p.Chain, p.id = chain(p.PID, pidfd)
 	return p
 }
 
@@ -85,14 +85,14 @@ func openProcess(pid, uid int) (int, error) {
 // itself, so that it can be asked at the end whether it has been there all the
 // while. An ancestor has no pidfd; it is believed when its child, looked at
 // again afterwards, is the same as before (start time) and still names it as
-// parent: a process gets another parent only when its parent ends. start is the
+// parent: a process gets another parent only when its parent ends. id is the
 // process's own.
-func chain(pid, pidfd int) (links []Process, start uint64) {
+func chain(pid, pidfd int) (links []Process, id identity) {
 	stat, ok := readStat(pid)
 	if !ok {
-		return nil, 0
+		return nil, identity{}
 	}
-	start = stat.start
+	id = identity{stat.start, inode(pidfd)}
 	links = []Process{{PID: pid, Name: name(pid, stat)}}
 	for len(links) < maxChain && stat.parent > 1 {
 		parent, ok := readStat(stat.parent)
@@ -107,9 +107,23 @@ func chain(pid, pidfd int) (links []Process, start uint64) {
 		pid, stat = link.PID, parent
 	}
 	if !alive(pidfd) {
-		return nil, 0
+		return nil, identity{}
 	}
-	return links, start
+	return links, id
+}
+
+// An identity tells a process from all others that have its number after it.
+type identity struct {
+	start uint64 // clock ticks after boot; two of one tick have the same
+	inode uint64 // of a pidfd: unique since Linux 6.9, the same for all before
+}
+
+func inode(pidfd int) uint64 {
+	var st unix.Stat_t
+	if err := unix.Fstat(pidfd, &st); err != nil {
+		return 0
+	}
+	return st.Ino
 }
 
 // alive tells whether the process of a pidfd has not ended: a pidfd becomes

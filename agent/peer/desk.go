@@ -86,14 +86,13 @@ func (p Peer) Desk() *Desk {
 // conditions as a client's: it has to be the job in the foreground there. The
 // error says why there is none.
 func Own() (*Terminal, error) {
-	s, ok := readStat(os.Getpid())
-	if !ok {
-		return nil, errors.New("/proc cannot be read")
+	p := Peer{Known: true, PID: os.Getpid(), UID: os.Geteuid(), GID: os.Getegid()}
+	fd, err := unix.PidfdOpen(p.PID, 0)
+	if err != nil {
+		return nil, fmt.Errorf("this process cannot be looked at: %w", err)
 	}
-	p := Peer{
-		Known: true, PID: os.Getpid(), UID: os.Geteuid(), GID: os.Getegid(),
-		Chain: []Process{{os.Getpid(), name(os.Getpid(), s)}}, start: s.start,
-	}
+	p.Chain, p.id = chain(p.PID, fd)
+	_ = unix.Close(fd)
 	pr, err := p.open()
 	if err != nil {
 		return nil, err
@@ -118,7 +117,7 @@ type running struct {
 	who   string
 	pid   int
 	pidfd int
-	start uint64
+	id    identity
 }
 
 // open finds the process again that made the connection.
@@ -140,7 +139,7 @@ func (p Peer) open() (*running, error) {
 	if err != nil {
 		return nil, fmt.Errorf("%s cannot be watched: %w", p.first(), err)
 	}
-	pr := &running{who: p.first(), pid: p.PID, pidfd: fd, start: p.start}
+	pr := &running{who: p.first(), pid: p.PID, pidfd: fd, id: p.id}
 	if err := pr.same(); err != nil {
 		pr.close()
 		return nil, err
@@ -149,8 +148,8 @@ func (p Peer) open() (*running, error) {
 }
 
 // same tells whether the process is still there and the one that was meant. The
-// pidfd was opened by its number, so it is the start time that tells it from
-// another; what has been read by way of the number before is the process's own.
+// pidfd was opened by its number, so its identity is compared; what has been read
+// by way of the number before is the process's own.
 func (r *running) same() error {
 	_, err := r.stat()
 	return err
@@ -159,7 +158,7 @@ func (r *running) same() error {
 func (r *running) stat() (stat, error) {
 	s, ok := readStat(r.pid)
 	switch {
-	case !alive(r.pidfd), ok && s.start != r.start:
+	case !alive(r.pidfd), ok && r.id != identity{s.start, inode(r.pidfd)}:
 		return stat{}, fmt.Errorf("%s has ended", r.who)
 	case !ok:
 		return stat{}, fmt.Errorf("%s cannot be looked at", r.who)

@@ -37,7 +37,8 @@ type Peer struct {
 	// can be read; each program says of itself what it is called. It is empty
 	// when the process has ended, also if another one uses its socket now.
 	Chain []Process
-	start uint64 // of the process, in clock ticks after boot; with PID it names it for good
+	// id tells the process from another one that gets its number.
+	id identity
 }
 
 // A Process is one link of the chain.
