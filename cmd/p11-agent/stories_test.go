@@ -7,6 +7,7 @@ import (
 	"flag"
 	"fmt"
 	"io/fs"
+	"math/rand/v2"
 	"net"
 	"os"
 	"os/exec"
@@ -701,24 +702,35 @@ func (s *stories) startDesktop(ts *testscript.TestScript, neg bool, args []strin
 	ts.Setenv("DBUS_SYSTEM_BUS_ADDRESS", b.Address())
 }
 
-// startDisplay starts an X server on a number of its own choice.
+// startDisplay starts an X server. Numbers that are low are taken by those who
+// choose none.
 func startDisplay(ts *testscript.TestScript, neg bool, args []string) {
 	plain(ts, neg, len(args) == 0, "display")
-	number, theirs, err := os.Pipe()
+	for range 5 {
+		display := fmt.Sprintf(":%d", 1000+rand.IntN(50000))
+		if runDisplay(ts, display) {
+			ts.Setenv("XVFB", display)
+			return
+		}
+	}
+	ts.Fatalf("Xvfb does not start")
+}
+
+// runDisplay reports whether the server is ready; it ends with the story.
+func runDisplay(ts *testscript.TestScript, display string) bool {
+	ready, theirs, err := os.Pipe()
 	ts.Check(err)
-	defer number.Close()
-	cmd := exec.Command("Xvfb", "-displayfd", "3", "-screen", "0", "800x600x24", "-nolisten", "tcp")
+	defer ready.Close()
+	cmd := exec.Command("Xvfb", display, "-displayfd", "3", "-screen", "0", "800x600x24", "-nolisten", "tcp")
 	cmd.ExtraFiles = []*os.File{theirs}
-	err = cmd.Start()
-	ts.Check(errors.Join(err, theirs.Close()))
+	ts.Check(errors.Join(cmd.Start(), theirs.Close()))
 	ts.Defer(func() {
 		_ = cmd.Process.Signal(syscall.SIGTERM)
 		_ = cmd.Wait() // it is ended by a signal
 	})
-	ts.Check(number.SetReadDeadline(time.Now().Add(patience)))
-	line, err := bufio.NewReader(number).ReadString('\n')
-	ts.Check(err)
-	ts.Setenv("XVFB", ":"+strings.TrimSpace(line))
+	ts.Check(ready.SetReadDeadline(time.Now().Add(patience)))
+	_, err = bufio.NewReader(ready).ReadString('\n')
+	return err == nil
 }
 
 func startManager(ts *testscript.TestScript, neg bool, args []string) {
