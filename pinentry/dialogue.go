@@ -234,9 +234,8 @@ func (d *Dialogue) ask(ctx context.Context, timeout time.Duration, question func
 	}
 }
 
-// checkEvery is how often it is looked whether a terminal may still be asked on.
-// A shell takes as long to show its prompt after Ctrl-Z as a person sees nothing
-// of it.
+// checkEvery is how often it is looked whether a terminal may still be asked on:
+// after Ctrl-Z the shell reads from it, and nobody types that soon.
 const checkEvery = 50 * time.Millisecond
 
 func (d *Dialogue) check() error {
