@@ -7,8 +7,6 @@ import (
 	"time"
 
 	"golang.org/x/crypto/ssh"
-
-	"p11-agent/agent/peer"
 )
 
 // What clients may have an agent keep.
@@ -36,7 +34,7 @@ func (c *Caller) mayChange() error {
 // AddToken adds what the request's provider selects. What was added before under
 // the same name is replaced.
 func (k *Keyring) AddToken(ctx context.Context, c *Caller, r TokenRequest) error {
-	ctx = peer.NewContext(ctx, c.Peer)
+	ctx = c.Context(ctx)
 	ctx, done, err := k.lock.enter(ctx)
 	what := ""
 	if err == nil {

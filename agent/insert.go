@@ -7,6 +7,8 @@ import (
 	"slices"
 	"strings"
 	"time"
+
+	"p11-agent/pinentry/waiting"
 )
 
 const (
@@ -25,6 +27,7 @@ var (
 type Inserter interface {
 	// Insert shows what is wanted until ctx ends, which is an error. It reports
 	// true when the person says that the token is in, and false when they decline.
+	// ctx carries a [waiting.List] of the requests that the token is wanted for.
 	Insert(ctx context.Context, w Wanted) (bool, error)
 }
 
@@ -43,6 +46,7 @@ type insertion struct {
 	err     error
 	waiters int
 	cancel  context.CancelFunc
+	waiting waiting.List // the same, for whoever asks: one of them is asked
 }
 
 // insert waits until a token that has the identity is there, or a person has
@@ -51,8 +55,9 @@ func (k *Keyring) insert(ctx context.Context, id *identity) error {
 	k.mu.Lock()
 	in := k.insertions[id.wire]
 	if in == nil {
-		shared, cancel := context.WithCancel(context.WithoutCancel(ctx))
-		in = &insertion{done: make(chan struct{}), cancel: cancel}
+		in = &insertion{done: make(chan struct{})}
+		shared, cancel := context.WithCancel(waiting.NewContext(context.WithoutCancel(ctx), &in.waiting))
+		in.cancel = cancel
 		k.insertions[id.wire] = in
 		go func() {
 			defer cancel()
@@ -65,6 +70,7 @@ func (k *Keyring) insert(ctx context.Context, id *identity) error {
 		}()
 	}
 	in.waiters++
+	in.waiting.Add(ctx)
 	k.mu.Unlock()
 	select {
 	case <-in.done:

@@ -15,7 +15,6 @@ import (
 
 	"golang.org/x/crypto/ssh"
 
-	"p11-agent/agent/peer"
 	"p11-agent/pinentry/secret"
 )
 
@@ -263,7 +262,7 @@ func (k *Keyring) lookAgain() bool {
 // for it and for a PIN where the token wants one. For a key that only an upstream
 // agent has, that agent makes it.
 func (k *Keyring) Sign(ctx context.Context, c *Caller, r SignRequest) (*ssh.Signature, error) {
-	ctx = peer.NewContext(ctx, c.Peer)
+	ctx = c.Context(ctx)
 	ctx, done, err := k.lock.enter(ctx)
 	if err != nil {
 		k.refused(c, "sign", describe(r.Key), err)

@@ -36,6 +36,7 @@ type fakeKey struct {
 	err        error
 	signed     int
 	use        *Use // of the last signature
+	caller     *Caller
 }
 
 type absentError struct{}
@@ -63,7 +64,7 @@ func (k *fakeKey) setAbsent(absent bool) {
 func (k *fakeKey) SignMessageContext(ctx context.Context, msg []byte, opts crypto.SignerOpts) ([]byte, error) {
 	k.mu.Lock()
 	defer k.mu.Unlock()
-	k.use = UseFromContext(ctx)
+	k.use, k.caller = UseFromContext(ctx), CallerFromContext(ctx)
 	switch {
 	case k.absent:
 		return nil, fmt.Errorf("sign: %w", absentError{})
@@ -81,6 +82,8 @@ func (k *fakeKey) SignMessageContext(ctx context.Context, msg []byte, opts crypt
 
 // fakeTokens is a list of keys.
 type fakeTokens struct {
+	caller *Caller // of the last Select
+
 	mu         sync.Mutex
 	keys       []Key
 	away       []Key
@@ -173,9 +176,10 @@ func (t *fakeTokens) Parse(provider []byte) (Selection, error) {
 	return prefix(provider), nil
 }
 
-func (t *fakeTokens) Select(_ context.Context, s Selection, pin *secret.Secret) ([]Key, error) {
+func (t *fakeTokens) Select(ctx context.Context, s Selection, pin *secret.Secret) ([]Key, error) {
 	t.mu.Lock()
 	defer t.mu.Unlock()
+	t.caller = CallerFromContext(ctx)
 	if t.selectErr != nil {
 		return nil, t.selectErr
 	}
@@ -210,10 +214,11 @@ type fakeConfirm struct {
 	err    error
 	asked  []string
 	use    *Use // of the last question
+	caller *Caller
 }
 
 func (c *fakeConfirm) Confirm(ctx context.Context, comment, fingerprint string) (bool, error) {
-	c.use = UseFromContext(ctx)
+	c.use, c.caller = UseFromContext(ctx), CallerFromContext(ctx)
 	c.asked = append(c.asked, comment+" "+fingerprint)
 	return c.answer, c.err
 }

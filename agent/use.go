@@ -212,7 +212,22 @@ func plainly(name string) string {
 	return name
 }
 
-type useKey struct{}
+type (
+	useKey    struct{}
+	callerKey struct{}
+)
+
+// Context returns a context for what is done for a request of c.
+func (c *Caller) Context(ctx context.Context) context.Context {
+	return context.WithValue(peer.NewContext(ctx, c.Peer), callerKey{}, c)
+}
+
+// CallerFromContext returns the Caller whose request ctx is of, or nil. Like a
+// Use it goes along with what is done for a request.
+func CallerFromContext(ctx context.Context) *Caller {
+	c, _ := ctx.Value(callerKey{}).(*Caller)
+	return c
+}
 
 // UseFromContext returns the Use that ctx carries, or nil.
 func UseFromContext(ctx context.Context) *Use {

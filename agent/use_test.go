@@ -1,13 +1,17 @@
 package agent
 
 import (
+	"context"
+	"errors"
 	"reflect"
 	"slices"
 	"testing"
+	"testing/synctest"
 
 	"golang.org/x/crypto/ssh"
 
 	"p11-agent/agent/peer"
+	"p11-agent/pinentry/waiting"
 )
 
 func publicOf(t *testing.T, k Key) ssh.PublicKey {
@@ -152,4 +156,73 @@ func TestUseIsApart(t *testing.T) {
 	if got := key.use.Login; string(got.SessionID) != "session" || string(got.HostKey) != "host" {
 		t.Errorf("it has changed with the request's memory: %+v", got)
 	}
+}
+
+// Whoever asks a person learns whose request it is, and whether it was forwarded.
+func TestCallerGoesAlong(t *testing.T) {
+	key := edKey("pkcs11:token=a;id=1")
+	f := newFixture(Options{RemoteTokens: true}, key)
+	f.confirm.answer = true
+	for _, caller := range []*Caller{local, forwarded} {
+		if err := f.AddToken(t.Context(), caller, TokenRequest{Provider: []byte(key.uri), Constraints: Constraints{Confirm: true}}); err != nil {
+			t.Fatal(err)
+		}
+		if f.tokens.caller != caller {
+			t.Errorf("the tokens were told of %+v", f.tokens.caller)
+		}
+		if _, err := f.Sign(t.Context(), caller, SignRequest{Key: wireOf(key), Data: []byte("data")}); err != nil {
+			t.Fatal(err)
+		}
+		if f.confirm.caller != caller || key.caller != caller {
+			t.Errorf("who confirms was told of %+v, and the key of %+v", f.confirm.caller, key.caller)
+		}
+	}
+	if CallerFromContext(t.Context()) != nil {
+		t.Error("a caller came from nowhere")
+	}
+}
+
+// A prompt that many share is about the one who has waited longest, and moves on
+// when that one leaves.
+func TestInsertMoves(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		key := edKey("pkcs11:token=a;id=%01")
+		asked := make(chan *Caller, 10)
+		in := &fakeInserter{answer: func(ctx context.Context, _ int) (bool, error) {
+			err := waiting.Ask(ctx, func(ctx context.Context) error {
+				asked <- CallerFromContext(ctx)
+				<-ctx.Done()
+				return ctx.Err()
+			})
+			return false, err
+		}}
+		f := newFixture(Options{Rules: Rules{OfferAway: always}, Insert: in, RemoteTokens: true})
+		f.tokens.setAway(nil, []Key{key})
+		done := make(chan error, 2)
+		sign := func(c *Caller) func() {
+			ctx, cancel := context.WithCancel(t.Context())
+			go func() {
+				_, err := f.Sign(ctx, c, SignRequest{Key: wireOf(key), Data: []byte("data")})
+				done <- err
+			}()
+			synctest.Wait()
+			return cancel
+		}
+		hangUp := sign(local)
+		defer sign(forwarded)()
+		if c := <-asked; c != local || len(asked) > 0 {
+			t.Errorf("asked %+v first", c)
+		}
+		hangUp()
+		if err := <-done; !errors.Is(err, context.Canceled) {
+			t.Error(err)
+		}
+		if c := <-asked; c != forwarded {
+			t.Errorf("asked %+v then", c)
+		}
+		f.tokens.setAway([]Key{key}, nil)
+		if err := <-done; err != nil {
+			t.Error(err)
+		}
+	})
 }

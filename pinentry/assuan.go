@@ -197,7 +197,7 @@ func dial(ctx context.Context, p *Pinentry, title, file string, place Place) (as
 			return nil, &cannotAskError{fmt.Errorf("%s: the place to ask at has a zero byte in its description", title)}
 		}
 	}
-	child, err := run(file, nil, env, place.TTYName)
+	child, err := run(file, nil, env, place.TTY)
 	if err != nil {
 		return nil, &cannotAskError{fmt.Errorf("%s: %w", title, err)}
 	}
@@ -251,7 +251,7 @@ func (c *conn) hello() error {
 	}
 	for _, o := range []struct{ name, value string }{
 		{grab, ""},
-		{"ttyname", c.place.TTYName},
+		{"ttyname", c.place.ttyName()},
 		{"ttytype", c.place.TTYType},
 		{"lc-ctype", c.ctype},
 		{"lc-messages", c.place.Locale},
@@ -388,6 +388,7 @@ func (c *conn) show(prompt Prompt, command string, pin *secret.Secret) error {
 
 // ask shows a prompt within ctx.
 func (c *conn) ask(ctx context.Context, prompt Prompt, command string, pin *secret.Secret) error {
+	c.tty.remember()
 	release := c.guard(ctx)
 	err := c.show(prompt, command, pin)
 	if perr, ok := errors.AsType[*pinentryError](err); ok && perr.code() == codeLocaleProblem && c.ctype != fallbackCtype {

@@ -57,9 +57,9 @@ type child struct {
 	reaped   bool
 }
 
-// run starts file. The terminal called tty gets its modes back should the
-// program be ended by a signal.
-func run(file string, args, env []string, tty string) (_ *child, err error) {
+// run starts file. It inherits the terminal tty, unless that is nil, which gets
+// its modes back should the program be ended by a signal.
+func run(file string, args, env []string, tty *os.File) (_ *child, err error) {
 	c := &child{
 		cmd:        exec.Command(file, args...),
 		errorsDone: make(chan struct{}),
@@ -91,7 +91,10 @@ func run(file string, args, env []string, tty string) (_ *child, err error) {
 		return nil, err
 	}
 	c.cmd.Stdin, c.cmd.Stdout, c.cmd.Stderr = theirs[0], theirs[1], theirs[2]
-	c.tty = rememberTerminal(tty)
+	if tty != nil {
+		c.cmd.ExtraFiles = []*os.File{tty} // Place.ttyName
+		c.tty = newTerminal(tty)
+	}
 	if err := c.cmd.Start(); err != nil {
 		return nil, err
 	}

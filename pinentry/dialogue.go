@@ -1,10 +1,12 @@
 package pinentry
 
 import (
+	"cmp"
 	"context"
 	"errors"
 	"fmt"
 	"strings"
+	"sync"
 	"time"
 
 	"p11-agent/pinentry/secret"
@@ -53,32 +55,25 @@ type cannotAskError struct{ err error }
 func (e *cannotAskError) Error() string { return e.err.Error() }
 func (e *cannotAskError) Unwrap() error { return e.err }
 
-// noPromptError lists what was tried in vain.
+// noPromptError lists what was tried in vain. It is ErrNoPrompt.
 type noPromptError struct{ tried []error }
 
 func (e *noPromptError) Error() string {
-	var b strings.Builder
-	b.WriteString(ErrNoPrompt.Error())
-	for i, err := range e.tried {
-		b.WriteString([]string{": ", "; "}[min(i, 1)])
-		b.WriteString(err.Error())
+	var all []string
+	for _, err := range e.tried {
+		all = append(all, err.Error())
 	}
-	b.WriteString(`. Run "export GPG_TTY=$(tty)" in the terminal that is to be asked on, ` +
-		`set pinentry.program to a pinentry that works here, or give the agent SSH_ASKPASS`)
-	return b.String()
+	return strings.Join(all, "; ")
 }
 
 func (e *noPromptError) Unwrap() []error { return append([]error{ErrNoPrompt}, e.tried...) }
 
-// way is a means of asking. The ways are tried in this order.
+// way is a means of asking.
 type way int
 
 const (
 	// wayPlace is the program with all that is known of the place.
 	wayPlace way = iota
-	// wayTerminal is the program without the display, for when it ended
-	// without an answer: pinentry-qt aborts when the display is dead.
-	wayTerminal
 	// wayPlain is pinentry-tty, for when the terminal is too small or of a kind
 	// that curses does not know.
 	wayPlain
@@ -90,51 +85,42 @@ const (
 
 // after returns what is worth trying next once w has failed with err.
 func (d *Dialogue) after(w way, err error) way {
-	var perr *pinentryError
-	isERR := errors.As(err, &perr)
-	for w++; w < wayNone; w++ {
-		switch w {
-		case wayTerminal:
-			if d.place.graphical() && d.place.TTYName != "" && errors.Is(err, errEnded) {
-				return w
-			}
-		case wayPlain:
-			if d.place.TTYName != "" && isERR && perr.code() == codeWindowTooSmall {
-				return w
-			}
-		case wayAskpass:
-			return w // without one, the error says so
-		}
+	perr, isERR := errors.AsType[*pinentryError](err)
+	if w == wayPlace && d.place.TTY != nil && isERR && perr.code() == codeWindowTooSmall {
+		return wayPlain
 	}
 	return wayNone
 }
 
+// first is the way to begin with.
+func (d *Dialogue) first() way {
+	if d.place.Askpass {
+		return wayAskpass
+	}
+	return wayPlace
+}
+
 // start starts the program of the present way.
 func (d *Dialogue) start(ctx context.Context) (asker, error) {
-	p, place := d.p, d.place
-	program, called := p.Program, "pinentry"
+	p := d.p
+	program, called := cmp.Or(p.Program, "pinentry"), "pinentry"
 	switch d.way {
-	case wayTerminal:
-		place, called = place.onTerminal(), "pinentry without the display"
 	case wayPlain:
-		place, program, called = place.onTerminal(), "pinentry-tty", "pinentry-tty"
+		program, called = "pinentry-tty", "pinentry-tty"
 	case wayAskpass:
 		program, called = p.Askpass, "SSH_ASKPASS"
 		if program == "" {
 			return nil, &cannotAskError{errors.New("SSH_ASKPASS is not set")}
 		}
 	}
-	if program == "" {
-		program = "pinentry"
-	}
 	file, err := p.find(program)
 	if err != nil {
 		return nil, &cannotAskError{fmt.Errorf("%s: %w", called, err)}
 	}
 	if d.way == wayAskpass {
-		return &askpass{file: file, env: p.environment(place)}, nil
+		return &askpass{file: file, env: p.environment(d.place)}, nil
 	}
-	return dial(ctx, p, called, file, place)
+	return dial(ctx, p, called, file, d.place)
 }
 
 // open makes sure that a program runs. Where one cannot be started, the next
@@ -143,7 +129,7 @@ func (d *Dialogue) open(ctx context.Context) error {
 	for d.by == nil {
 		if d.way == wayNone {
 			err := &noPromptError{d.tried}
-			d.way, d.tried = wayPlace, nil
+			d.way, d.tried = d.first(), nil
 			return err
 		}
 		by, err := d.start(ctx)
@@ -208,6 +194,20 @@ func (d *Dialogue) ask(ctx context.Context, timeout time.Duration, question func
 		ctx, stop = context.WithTimeoutCause(ctx, time.Duration(seconds(timeout))*time.Second+grace(), ErrTimeout)
 		defer stop()
 	}
+	if d.place.TTY != nil {
+		// It is this dialogue's turn: what there is to be seen at the terminal now is
+		// not another one of ours.
+		err := d.check()
+		if err == nil {
+			err = inLineMode(d.place.TTY)
+		}
+		if err != nil {
+			return &noPromptError{[]error{err}}
+		}
+		var stop func()
+		ctx, stop = d.watch(ctx)
+		defer stop()
+	}
 	for {
 		if d.by != nil && d.used {
 			if err := d.by.again(ctx); err != nil {
@@ -231,6 +231,43 @@ func (d *Dialogue) ask(ctx context.Context, timeout time.Duration, question func
 		if err := d.giveUp(err); err != nil {
 			return err
 		}
+	}
+}
+
+// checkEvery is how often it is looked whether a terminal may still be asked on:
+// after Ctrl-Z the shell reads from it, and nobody types that soon.
+const checkEvery = 50 * time.Millisecond
+
+func (d *Dialogue) check() error {
+	if d.place.Check == nil {
+		return nil
+	}
+	return d.place.Check()
+}
+
+// watch returns a context that ends also when the terminal may not be asked on
+// any more, until stop.
+func (d *Dialogue) watch(ctx context.Context) (_ context.Context, stop func()) {
+	ctx, cancel := context.WithCancelCause(ctx)
+	var watcher sync.WaitGroup
+	watcher.Go(func() {
+		ticker := time.NewTicker(checkEvery)
+		defer ticker.Stop()
+		for {
+			select {
+			case <-ctx.Done():
+				return
+			case <-ticker.C:
+				if err := d.check(); err != nil {
+					cancel(&noPromptError{[]error{err}})
+					return
+				}
+			}
+		}
+	})
+	return ctx, func() {
+		cancel(nil)
+		watcher.Wait()
 	}
 }
 

@@ -17,6 +17,8 @@ import (
 	"syscall"
 	"testing"
 	"time"
+
+	"golang.org/x/sys/unix"
 )
 
 // The fake pinentry (and askpass) is this test program, run with
@@ -157,10 +159,10 @@ type stage struct {
 	dir   string
 }
 
-// withAskpass gives the scenarios that have an askpass program to it.
+// withAskpass has the scenarios of an askpass program ask by it.
 func (s *stage) withAskpass(scenario string) {
 	if strings.HasPrefix(scenario, "askpass-") {
-		s.Askpass = "askpass"
+		s.Askpass, s.place.Askpass = "askpass", true
 	}
 }
 
@@ -267,6 +269,32 @@ func waitFor(t *testing.T, what string, condition func() bool) {
 			t.Fatalf("no sign of %s", what)
 		}
 	}
+}
+
+// pty returns the two ends of a terminal that nobody reads from.
+func pty(t *testing.T) (far, tty *os.File) {
+	t.Helper()
+	far, err := os.OpenFile("/dev/ptmx", os.O_RDWR|unix.O_NOCTTY, 0)
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() { _ = far.Close() })
+	err = control(far, func(fd int) error {
+		if err := unix.IoctlSetPointerInt(fd, unix.TIOCSPTLCK, 0); err != nil {
+			return err
+		}
+		fd, err := unix.IoctlRetInt(fd, unix.TIOCGPTPEER)
+		if err != nil {
+			return err
+		}
+		tty = os.NewFile(uintptr(fd), "tty")
+		return nil
+	})
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() { _ = tty.Close() })
+	return far, tty
 }
 
 // noLeaks fails the test when it leaves a goroutine, a process, a file

@@ -1,7 +1,6 @@
 // Package pinentry asks a person: for a PIN, for yes or no, or to do something
-// with a card. It runs a pinentry program (of GnuPG or compatible) at the place
-// where the person is, a terminal or a display, and falls back to an SSH_ASKPASS
-// program where pinentry can show nothing.
+// with a card. It runs a pinentry program (of GnuPG or compatible) or an
+// SSH_ASKPASS program at the place where the person is, a terminal or a display.
 //
 // It promises that
 //   - a PIN goes from the program's pipe into a [secret.Secret] and nowhere else:
@@ -16,11 +15,13 @@
 //     characters, and does not keep the dialogue from appearing by its length;
 //   - the program gets an environment made for it, not the agent's own, and
 //     never the permission to keep a PIN in a password manager;
+//   - a terminal is asked on only while it is in line mode before the question,
+//     and for as long as its Place says that it may be: another program that
+//     reads from it would get part of the PIN;
 //   - nothing is asked again by itself once a person has answered.
 //
-// It leaves to others what is asked, when and by whom, what a PIN is good for,
-// and whether a terminal is safe to ask on: a terminal that another program
-// reads from at the same time gets part of the PIN.
+// It leaves to others what is asked, when and by whom, at which place and which
+// one is next when a place is of no use, and what a PIN is good for.
 package pinentry
 
 import (
@@ -35,6 +36,8 @@ import (
 	"sync"
 	"syscall"
 	"time"
+
+	"golang.org/x/sys/unix"
 )
 
 // MaxPIN is the most bytes a PIN may have. Tokens take much less; what is
@@ -49,8 +52,8 @@ var (
 	ErrTimeout = errors.New("nobody answered the prompt in time")
 	// ErrEmpty says that the person confirmed without typing a PIN.
 	ErrEmpty = errors.New("no PIN was typed")
-	// ErrNoPrompt says that no program was able to ask. The error says what was
-	// tried and what may help.
+	// ErrNoPrompt says that no program was able to ask at the place. The error
+	// says what was tried.
 	ErrNoPrompt = errors.New("there is no way to ask here")
 	// ErrClosed says that the Dialogue was closed before there was an answer.
 	ErrClosed = errors.New("the dialogue was closed")
@@ -67,8 +70,8 @@ type Pinentry struct {
 	// Program is an absolute path, or a name to be found in Path. Empty means
 	// "pinentry".
 	Program string
-	// Askpass is the program asked when Program can show nothing, a path or a
-	// name as Program is (SSH_ASKPASS of ssh(1)). Empty means none.
+	// Askpass is the program for places that want it, a path or a name as Program
+	// is (SSH_ASKPASS of ssh(1)). Empty means none.
 	Askpass string
 	// Path is the PATH for finding programs, and the one they get.
 	Path string
@@ -94,10 +97,19 @@ type Place struct {
 	XAuthority     string // XAUTHORITY
 	DBusAddress    string // DBUS_SESSION_BUS_ADDRESS
 	RuntimeDir     string // XDG_RUNTIME_DIR
-	// TTYName is the terminal's path: that of a device, or one that leads there
-	// in the asking process's own view, as /proc/PID/fd/0 does.
-	TTYName string
+	// TTY is a terminal, open for reading and writing. It stays the caller's, who
+	// keeps it open until the Dialogue is closed. The program inherits it and is
+	// told of it by a name that leads to that very file, so that nobody can put
+	// another one there.
+	TTY     *os.File
 	TTYType string // TERM
+	// Check tells whether the TTY may be asked on, and is called before each
+	// question and all the while it is asked; nil means always. An error, which
+	// says what is in the way, has the prompt taken away at once. It is called
+	// from several goroutines, and does not wait.
+	Check func() error
+	// Askpass has Pinentry.Askpass asked in place of Program.
+	Askpass bool
 	// Locale is the language and encoding of the person: LC_ALL, LC_MESSAGES or
 	// LANG. Text is UTF-8 whatever the encoding says.
 	Locale string
@@ -125,10 +137,11 @@ type Prompt struct {
 // Open gets a program ready to ask at place. The error is ErrNoPrompt when none
 // can be started, or that of ctx. The dialogue outlives ctx; it is to be closed.
 func (p *Pinentry) Open(ctx context.Context, place Place) (*Dialogue, error) {
-	if place.TTYName != "" && isNoTerminal(place.TTYName) {
-		place.TTYName = "" // pinentry-curses would read from it for ever
+	if place.TTY != nil && !isTerminal(place.TTY) {
+		place.TTY = nil // pinentry-curses would read from it for ever
 	}
 	d := &Dialogue{p: p, place: place, turn: make(chan struct{}, 1)}
+	d.way = d.first()
 	d.ctx, d.cancel = context.WithCancelCause(context.Background())
 	if err := d.open(ctx); err != nil {
 		d.cancel(nil)
@@ -150,7 +163,7 @@ func (p *Pinentry) environment(place Place) []string {
 		{"XAUTHORITY", place.XAuthority},
 		{"DBUS_SESSION_BUS_ADDRESS", place.DBusAddress},
 		{"XDG_RUNTIME_DIR", place.RuntimeDir},
-		{"GPG_TTY", place.TTYName},
+		{"GPG_TTY", place.ttyName()},
 		{"TERM", place.TTYType},
 		{"PINENTRY_USER_DATA", place.UserData},
 	} {
@@ -198,24 +211,29 @@ func (p Place) ctype() string {
 	return fallbackCtype
 }
 
-// graphical tells whether there is a display.
-func (p Place) graphical() bool { return p.Display != "" || p.WaylandDisplay != "" }
-
-// onTerminal is the place without its display: pinentry programs with windows
-// then use the terminal.
-func (p Place) onTerminal() Place {
-	return Place{TTYName: p.TTYName, TTYType: p.TTYType, Locale: p.Locale, UserData: p.UserData}
+// ttyName is what the program is to call the terminal: the first file that it
+// inherits beside the usual three. It holds for what the program runs as well, as
+// many a pinentry is a script.
+func (p Place) ttyName() string {
+	if p.TTY == nil {
+		return ""
+	}
+	return "/proc/self/fd/3"
 }
 
 // spots names what only one dialogue may have at a time. A terminal is known by
-// its device number, as it goes by many names.
+// its device number, as it goes by many names; pseudo-terminals are numbered anew
+// in each container.
 func (p Place) spots() []string {
 	var spots []string
-	if p.TTYName != "" {
-		tty := "terminal " + p.TTYName
-		if st, err := os.Stat(p.TTYName); err == nil {
-			if sys, ok := st.Sys().(*syscall.Stat_t); ok && st.Mode()&os.ModeCharDevice != 0 {
+	if p.TTY != nil {
+		tty := "terminal " + p.TTY.Name()
+		if st, err := p.TTY.Stat(); err == nil {
+			if sys, ok := st.Sys().(*syscall.Stat_t); ok {
 				tty = fmt.Sprintf("terminal %d", sys.Rdev)
+				if major := unix.Major(sys.Rdev); major >= 136 && major <= 143 {
+					tty += fmt.Sprintf(" of %d", sys.Dev)
+				}
 			}
 		}
 		spots = append(spots, tty)
@@ -273,7 +291,7 @@ func (t *turns) wait(ctx context.Context, spots []string) (release func(), err e
 // ended is the error of a context that has ended.
 func ended(ctx context.Context) error {
 	cause := context.Cause(ctx)
-	if cause == ErrTimeout || cause == ErrClosed {
+	if cause == ErrTimeout || cause == ErrClosed || errors.Is(cause, ErrNoPrompt) {
 		return cause
 	}
 	return fmt.Errorf("stopped asking: %w", ctx.Err())

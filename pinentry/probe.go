@@ -159,15 +159,10 @@ var (
 // CheckTerminal says what keeps pinentry-curses from asking on the terminal of the
 // place.
 func (p Place) CheckTerminal() error {
-	if p.TTYName == "" {
+	if p.TTY == nil {
 		return ErrNoTerminal
 	}
-	fd, err := unix.Open(p.TTYName, unix.O_RDWR|unix.O_NOCTTY|unix.O_NONBLOCK|unix.O_CLOEXEC, 0)
-	if err != nil {
-		return fmt.Errorf("it cannot be used: %w", err)
-	}
-	defer unix.Close(fd) //nolint:errcheck // nothing was written
-	size, err := unix.IoctlGetWinsize(fd, unix.TIOCGWINSZ)
+	size, err := unix.IoctlGetWinsize(int(p.TTY.Fd()), unix.TIOCGWINSZ)
 	switch {
 	case err != nil:
 		return fmt.Errorf("it is no terminal: %w", err)

@@ -100,7 +100,18 @@ func (p *pane) modes() unix.Termios {
 }
 
 func (p *pane) place() Place {
-	return Place{TTYName: p.tty, TTYType: "xterm", Locale: "en_US.UTF-8"} // not installed here, nor needed
+	p.t.Helper()
+	return Place{TTY: openFile(p.t, p.tty), TTYType: "xterm", Locale: "en_US.UTF-8"} // not installed here, nor needed
+}
+
+func openFile(t *testing.T, name string) *os.File {
+	t.Helper()
+	f, err := os.OpenFile(name, os.O_RDWR|unix.O_NOCTTY, 0)
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() { _ = f.Close() })
+	return f
 }
 
 type answer struct {
@@ -350,9 +361,8 @@ func TestRealPinentryWithoutATerminal(t *testing.T) {
 	noLeaks(t)
 	p := &Pinentry{Program: need(t, "pinentry-curses"), Path: "/usr/bin:/bin"}
 	for name, place := range map[string]Place{
-		"no terminal":        {},
-		"a terminal no more": {TTYName: "/dev/pts/99999", TTYType: "xterm"},
-		"not a terminal":     {TTYName: "/dev/null", TTYType: "xterm"},
+		"no terminal":    {},
+		"not a terminal": {TTY: openFile(t, "/dev/null"), TTYType: "xterm"},
 	} {
 		d, err := p.Open(t.Context(), place)
 		if err != nil {
@@ -364,6 +374,37 @@ func TestRealPinentryWithoutATerminal(t *testing.T) {
 			t.Log(err)
 		}
 		_ = d.Close()
+	}
+}
+
+// Programs with windows ask on the terminal where there is no display, and find
+// it by the file that they inherit, also when it is a script that runs them.
+func TestRealGraphicalPinentryOnATerminal(t *testing.T) {
+	for _, name := range []string{"pinentry-gtk-2", "pinentry-qt"} {
+		t.Run(name, func(t *testing.T) {
+			noLeaks(t)
+			script := filepath.Join(shortDir(t), "pinentry")
+			if err := os.WriteFile(script, []byte("#!/bin/sh\n"+need(t, name)+" \"$@\"\nexit $?\n"), 0o755); err != nil {
+				t.Fatal(err)
+			}
+			pane := newPane(t, 100, 30)
+			before := pane.modes()
+			d, err := (&Pinentry{Program: script, Path: "/usr/bin:/bin"}).Open(t.Context(), pane.place())
+			if err != nil {
+				t.Fatal(err)
+			}
+			defer d.Close()
+			got := askPIN(t.Context(), d, Prompt{Description: "PIN of the card", Label: "PIN:"})
+			pane.see("PIN of the card")
+			pane.typeText("4711")
+			pane.press("Enter")
+			if a := <-got; a.pin != "4711" {
+				t.Errorf("%q, %v", a.pin, a.err)
+			}
+			if pane.modes() != before {
+				t.Error("the terminal is not as it was")
+			}
+		})
 	}
 }
 

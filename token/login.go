@@ -9,6 +9,7 @@ import (
 	"sync/atomic"
 
 	"p11-agent/pinentry/secret"
+	"p11-agent/pinentry/waiting"
 	"p11-agent/token/wire"
 )
 
@@ -40,6 +41,7 @@ type flight struct {
 	waiters   int
 	abandoned bool
 	cancel    context.CancelFunc
+	waiting   waiting.List // the waiters, for whoever asks: one of them is asked
 
 	// pin is what a person gave for a key that wants it for each signature, too:
 	// whoever started the login takes it for that one signature.
@@ -101,6 +103,7 @@ func (t *Token) board(ctx context.Context, g *gate, k *Key, with given) (f *flig
 	defer g.mu.Unlock()
 	if g.flight != nil {
 		g.flight.waiters++
+		g.flight.waiting.Add(ctx)
 		return g.flight, false, nil
 	}
 	// The login outlives the request that started it when others wait too.
@@ -110,8 +113,10 @@ func (t *Token) board(ctx context.Context, g *gate, k *Key, with given) (f *flig
 			return nil, false, err
 		}
 	}
-	ctx, cancel := context.WithCancel(context.WithoutCancel(ctx))
-	f = &flight{done: make(chan struct{}), waiters: 1, cancel: cancel}
+	f = &flight{done: make(chan struct{}), waiters: 1}
+	f.waiting.Add(ctx)
+	ctx, cancel := context.WithCancel(waiting.NewContext(context.WithoutCancel(ctx), &f.waiting))
+	f.cancel = cancel
 	started := t.module.store.goWhileOpen(func() {
 		defer t.module.use()()
 		defer pin.Wipe()

@@ -89,7 +89,8 @@ type Options struct {
 
 // A PINAsker asks persons for PINs. Its methods are called from several
 // goroutines, once at a time for each token. ctx carries the values of the
-// request's context and ends when nobody waits for the answer any more.
+// request's context and ends when nobody waits for the answer any more. When
+// several requests may wait for it, ctx carries a [waiting.List] of them, too.
 type PINAsker interface {
 	// Ask opens a dialogue with a person about one token.
 	Ask(ctx context.Context, about PINRequest) (PINDialogue, error)

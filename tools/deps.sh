@@ -53,6 +53,12 @@ needed() {
 	/usr/include/p11-kit-1/p11-kit/p11-kit.h        libp11-kit-dev      p11-kit-devel
 	pinentry-curses                                 pinentry-curses     /usr/bin/pinentry-curses
 	pinentry-tty                                    pinentry-tty        /usr/bin/pinentry-tty
+	pinentry-gtk-2                                  pinentry-gtk2       -
+	pinentry-qt                                     pinentry-qt         /usr/bin/pinentry-qt
+	Xvfb                                            xvfb                xorg-x11-server-Xvfb
+	xdotool                                         xdotool             xdotool
+	less                                            less                less
+	setsid                                          util-linux          util-linux
 	tmux                                            tmux                tmux
 	scdoc                                           scdoc               scdoc
 	setpriv                                         util-linux          util-linux

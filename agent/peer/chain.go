@@ -59,7 +59,7 @@ func Of(conn *net.UnixConn) Peer {
 		return p
 	}
 	defer unix.Close(pidfd)
-	p.Chain = chain(p.PID, pidfd)
+	p.Chain, p.id = chain(p.PID, pidfd)
 	return p
 }
 
@@ -85,13 +85,15 @@ func openProcess(pid, uid int) (int, error) {
 // itself, so that it can be asked at the end whether it has been there all the
 // while. An ancestor has no pidfd; it is believed when its child, looked at
 // again afterwards, is the same as before (start time) and still names it as
-// parent: a process gets another parent only when its parent ends.
-func chain(pid, pidfd int) []Process {
+// parent: a process gets another parent only when its parent ends. id is the
+// process's own.
+func chain(pid, pidfd int) (links []Process, id identity) {
 	stat, ok := readStat(pid)
 	if !ok {
-		return nil
+		return nil, identity{}
 	}
-	links := []Process{{PID: pid, Name: name(pid, stat)}}
+	id = identity{stat.start, inode(pidfd)}
+	links = []Process{{PID: pid, Name: name(pid, stat)}}
 	for len(links) < maxChain && stat.parent > 1 {
 		parent, ok := readStat(stat.parent)
 		if !ok {
@@ -105,9 +107,23 @@ func chain(pid, pidfd int) []Process {
 		pid, stat = link.PID, parent
 	}
 	if !alive(pidfd) {
-		return nil
+		return nil, identity{}
 	}
-	return links
+	return links, id
+}
+
+// An identity tells a process from all others that have its number after it.
+type identity struct {
+	start uint64 // clock ticks after boot; two of one tick have the same
+	inode uint64 // of a pidfd: unique since Linux 6.9, the same for all before
+}
+
+func inode(pidfd int) uint64 {
+	var st unix.Stat_t
+	if err := unix.Fstat(pidfd, &st); err != nil {
+		return 0
+	}
+	return st.Ino
 }
 
 // alive tells whether the process of a pidfd has not ended: a pidfd becomes
@@ -127,6 +143,9 @@ func alive(pidfd int) bool {
 type stat struct {
 	comm   []byte // the name the process gave itself, up to 15 bytes of any kind
 	parent int
+	group  int    // process group
+	tty    device // controlling terminal
+	front  int    // the group in the foreground there; -1 without a terminal
 	start  uint64 // clock ticks after boot
 }
 
@@ -153,21 +172,31 @@ func parseStat(b []byte) (stat, bool) {
 	if from < 0 || to < from {
 		return stat{}, false
 	}
-	number, parent := 2, 0
+	s := stat{comm: bytes.Clone(b[from+1 : to])}
+	number := 2
 	for field := range bytes.FieldsSeq(b[to+1:]) {
+		var n int64
+		var err error
 		switch number++; number {
-		case 4:
-			n, err := strconv.ParseUint(string(field), 10, 31)
-			if err != nil {
-				return stat{}, false
-			}
-			parent = int(n)
+		case 4, 5, 7, 8:
+			n, err = strconv.ParseInt(string(field), 10, 32)
 		case 22:
-			start, err := strconv.ParseUint(string(field), 10, 64)
-			if err != nil {
-				return stat{}, false
-			}
-			return stat{comm: bytes.Clone(b[from+1 : to]), parent: parent, start: start}, true
+			s.start, err = strconv.ParseUint(string(field), 10, 64)
+		}
+		if err != nil {
+			return stat{}, false
+		}
+		switch number {
+		case 4:
+			s.parent = int(n)
+		case 5:
+			s.group = int(n)
+		case 7:
+			s.tty = ttyDevice(uint32(n)) // printed as a number with a sign
+		case 8:
+			s.front = int(n)
+		case 22:
+			return s, s.parent >= 0
 		}
 	}
 	return stat{}, false

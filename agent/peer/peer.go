@@ -8,6 +8,12 @@
 // links of the chain. The names are what the processes' owner chose; they help a
 // person to recognise a request and prove nothing.
 //
+// Later, when a person is to be asked, [Peer.Desk] tells where the one is who
+// uses that process: which display and which terminal. Then, too, it is the very
+// process or none. A terminal is opened through the process, so that it is the
+// right one also in a container, and only while the process is the job in the
+// foreground there.
+//
 // The process that made a connection need not be the one that uses it: sockets
 // are inherited and passed on, and a forwarded agent has ssh as its peer. What
 // to make of a peer is left to others.
@@ -31,6 +37,8 @@ type Peer struct {
 	// can be read; each program says of itself what it is called. It is empty
 	// when the process has ended, also if another one uses its socket now.
 	Chain []Process
+	// id tells the process from another one that gets its number.
+	id identity
 }
 
 // A Process is one link of the chain.

@@ -39,6 +39,14 @@ func TestMain(m *testing.M) {
 //	nest N SOCKET        connect from N processes further down
 //	bequeath SOCKET      connect, leave the connection to a child and exit
 //	hold                 keep what is inherited
+//	secretive SOCKET     connect, and keep the memory to itself
+//	behind SOCKET        connect from a child in the background of the terminal
+//	apart SOCKET         connect from a child in a session of its own
+//	turn SOCKET          connect from a child in the foreground, and then take its place
+//	alias SOCKET         connect, with /dev/tty in place of the terminal
+//	container SOCKET     connect, on a terminal of a namespace of its own, and print what is shown there
+//	look SOCKET          take a connection, and print what is known of its desk
+//	own                  print what is known of the terminal of this process
 func play(role []string) error {
 	switch role[0] {
 	case "connect":
@@ -79,6 +87,36 @@ func play(role []string) error {
 		fmt.Println("bequeathed to", cmd.Process.Pid)
 		return nil
 	case "hold":
+	case "secretive":
+		if err := unix.Prctl(unix.PR_SET_DUMPABLE, 0, 0, 0, 0); err != nil {
+			return err
+		}
+		return play([]string{"connect", role[1]})
+	case "behind", "apart":
+		cmd := exec.Command(os.Args[0])
+		cmd.Env = append(os.Environ(), roleVariable+"=connect "+role[1])
+		cmd.Stdin, cmd.Stdout, cmd.Stderr = os.Stdin, os.Stdout, os.Stderr
+		cmd.SysProcAttr = &syscall.SysProcAttr{Setpgid: role[0] == "behind", Setsid: role[0] == "apart"}
+		return cmd.Run()
+	case "alias":
+		tty, err := os.OpenFile("/dev/tty", os.O_RDWR, 0)
+		if err != nil {
+			return err
+		}
+		if err := unix.Dup2(int(tty.Fd()), 1); err != nil {
+			return err
+		}
+		return play([]string{"connect", role[1]})
+	case "turn":
+		return playTurn(role[1])
+	case "container":
+		return playContainer(role[1])
+	case "look":
+		return playLook(role[1])
+	case "own":
+		t, err := Own()
+		defer t.Close()
+		fmt.Println(err)
 	default:
 		return fmt.Errorf("no such role: %q", role)
 	}
@@ -301,7 +339,7 @@ func TestWithoutPeerPidfd(t *testing.T) {
 		t.Fatal(err)
 	}
 	defer unix.Close(fd)
-	links := chain(cmd.Process.Pid, fd)
+	links, _ := chain(cmd.Process.Pid, fd)
 	if len(links) < 2 || links[0].PID != cmd.Process.Pid || links[1].PID != os.Getpid() {
 		t.Errorf("chain %v, want %d and then %d", links, cmd.Process.Pid, os.Getpid())
 	}
@@ -311,7 +349,7 @@ func TestWithoutPeerPidfd(t *testing.T) {
 	if err := unix.Waitid(unix.P_PID, cmd.Process.Pid, nil, unix.WEXITED|unix.WNOWAIT, nil); err != nil {
 		t.Fatal(err)
 	}
-	if links := chain(cmd.Process.Pid, fd); links != nil {
+	if links, _ := chain(cmd.Process.Pid, fd); links != nil {
 		t.Errorf("chain %v of a process that has ended", links)
 	}
 	cmd.Wait()

@@ -195,7 +195,6 @@ type service struct {
 	lifetime time.Duration
 	allow    string // of -P; empty: what the configuration says
 	log      *slog.Logger
-	tty      string // where it was started
 	hangups  chan os.Signal
 
 	system       bool // nobody is asked, and nothing is kept in memory
@@ -220,7 +219,6 @@ func (s *service) runInForeground(ctx context.Context, path string, shell shell,
 	if _, err := io.WriteString(out, shell.foreground(path, os.Getpid())); err != nil {
 		return errors.Join(err, l.Close())
 	}
-	s.tty = terminalName()
 	return s.serve(ctx, []listener{l})
 }
 
@@ -231,7 +229,6 @@ func (s *service) runInherited(ctx context.Context, inherited []*net.UnixListene
 	for _, l := range inherited {
 		all = append(all, l)
 	}
-	s.tty = terminalName() // none under systemd itself
 	return s.serve(ctx, all)
 }
 
@@ -329,7 +326,7 @@ func (s *service) serve(ctx context.Context, listeners []listener) error {
 	if s.system {
 		state = cmp.Or(os.Getenv("STATE_DIRECTORY"), systemState)
 	} else {
-		ask := newAsker(c, os.Getenv, s.tty, s.log)
+		ask := newAsker(c, os.Getenv, os.Environ(), s.log)
 		pins, confirm, insert = ask, ask, ask
 		notices = newNotices(c, s.log)
 		defer notices.Close()
@@ -585,17 +582,4 @@ func removeRuntimeDir(path string) {
 		// Only if it is empty; somebody's own directory of that name stays.
 		_ = os.Remove(dir)
 	}
-}
-
-// terminalName returns the terminal the process was started on, or nothing.
-func terminalName() string {
-	for _, fd := range []int{0, 1, 2} {
-		if _, err := unix.IoctlGetTermios(fd, unix.TCGETS); err != nil {
-			continue
-		}
-		if name, err := os.Readlink(fmt.Sprintf("/proc/self/fd/%d", fd)); err == nil {
-			return name
-		}
-	}
-	return ""
 }

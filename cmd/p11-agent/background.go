@@ -82,7 +82,6 @@ func killAgent(s shell, out io.Writer) error {
 // these variables, which it removes.
 const (
 	childVariable    = "P11_AGENT_BACKGROUND"     // the process that started it
-	childTTYVariable = "P11_AGENT_BACKGROUND_TTY" // where that was
 	childEndVariable = "P11_AGENT_BACKGROUND_END" // set: it ends with that process
 	childReportFD    = 3                          // it says here how it went
 )
@@ -90,7 +89,6 @@ const (
 // child describes this process when it is the one in the background.
 type child struct {
 	parent int
-	tty    string
 	bound  bool // ends when the parent does
 }
 
@@ -100,8 +98,8 @@ func backgroundChild() *child {
 	if err != nil || parent != os.Getppid() {
 		return nil
 	}
-	c := &child{parent: parent, tty: os.Getenv(childTTYVariable), bound: os.Getenv(childEndVariable) != ""}
-	for _, v := range []string{childVariable, childTTYVariable, childEndVariable} {
+	c := &child{parent: parent, bound: os.Getenv(childEndVariable) != ""}
+	for _, v := range []string{childVariable, childEndVariable} {
 		_ = os.Unsetenv(v) // fails for names that cannot be
 	}
 	return c
@@ -126,7 +124,7 @@ func startInBackground(path string, s shell, command []string, out io.Writer) er
 	cmd := exec.Command("/proc/self/exe", os.Args[1:]...)
 	// The socket is named by the environment, as the flag may not be there.
 	cmd.Args[0] = os.Args[0]
-	cmd.Env = append(os.Environ(), noTraces, childVariable+"="+strconv.Itoa(os.Getpid()), childTTYVariable+"="+terminalName(), childSocketVariable+"="+path)
+	cmd.Env = append(os.Environ(), noTraces, childVariable+"="+strconv.Itoa(os.Getpid()), childSocketVariable+"="+path)
 	if len(command) > 0 {
 		cmd.Env = append(cmd.Env, childEndVariable+"=1")
 	}
@@ -192,7 +190,6 @@ func (s *service) runInBackground(ctx context.Context, c *child) error {
 	}
 	defer logFile.Close()
 	s.log = newLog(logFile, slog.LevelInfo)
-	s.tty = c.tty
 	ctx, cancel := context.WithCancel(ctx)
 	defer cancel()
 	ctx, stop := s.catchSignals(ctx, syscall.SIGTERM)

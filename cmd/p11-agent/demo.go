@@ -761,8 +761,6 @@ func (d *demo) explainKept() {
 	text := strings.Join(append(d.exports(), "cd "+quote(d.dir)), "\n") + "\n"
 	if d.tty == "" {
 		text = "export SSH_ASKPASS=" + quote(d.path("askpass")) + "\n" + text
-	} else {
-		text = `export GPG_TTY="$(tty)"` + "\n" + text
 	}
 	if err := os.WriteFile(d.path("env.sh"), []byte(text), 0o600); err != nil {
 		d.result(err)

@@ -11,6 +11,7 @@ import (
 	"path/filepath"
 	"strings"
 
+	"p11-agent/agent/peer"
 	"p11-agent/pinentry"
 )
 
@@ -19,8 +20,14 @@ import (
 func findPrompt(ctx context.Context, r *report, c *config) {
 	ctx, cancel := context.WithTimeout(ctx, 2*probeTimeout)
 	defer cancel()
-	a := newAsker(c, os.Getenv, terminalName(), slog.New(slog.DiscardHandler))
-	place := a.place
+	a := newAsker(c, os.Getenv, os.Environ(), slog.New(slog.DiscardHandler))
+	// What a client has that is started here.
+	place := (&conversation{asker: a}).place(a.own)
+	tty, ttyErr := peer.Own()
+	if ttyErr == nil {
+		defer tty.Close()
+		place.TTY, place.TTYType = tty.File, a.own.TTYType
+	}
 	desktop := findDisplays(ctx, r, place)
 	askpass := findAskpass(r)
 	findFlavors(r)
@@ -74,7 +81,7 @@ func findPrompt(ctx context.Context, r *report, c *config) {
 		}
 		f.Next("another one may: %s", installStep("pinentry-gtk2", "pinentry-gtk"))
 	}
-	findTerminal(r, place, with, askpass)
+	findTerminal(r, place, ttyErr, with, askpass)
 	if desktop && !strings.Contains(probed.Flavor, ":") {
 		r.warn("there is a desktop, and %s asks on terminals only: programs without one (editors, file managers) get no PIN", probed.File).
 			Next("%s", pinentryInstall(true))
@@ -82,33 +89,45 @@ func findPrompt(ctx context.Context, r *report, c *config) {
 }
 
 // findTerminal is for a pinentry that asks on the terminal.
-func findTerminal(r *report, place pinentry.Place, with, askpass string) {
-	err := place.CheckTerminal()
+func findTerminal(r *report, place pinentry.Place, ttyErr error, with, askpass string) {
+	err, name := place.CheckTerminal(), terminalName(place.TTY)
 	plain, lerr := exec.LookPath("pinentry-tty")
 	cannotDraw := errors.Is(err, pinentry.ErrTooSmall) || errors.Is(err, pinentry.ErrTTYType)
 	switch {
 	case err == nil:
-		r.ok("a PIN can be asked for here with %s, on %s", with, place.TTYName)
+		r.ok("a PIN can be asked for here with %s, on %s", with, name)
 	case cannotDraw && lerr == nil:
-		r.ok("a PIN can be asked for here with %s, on %s: %s cannot draw there, as %v", plain, place.TTYName, with, err)
+		r.ok("a PIN can be asked for here with %s, on %s: %s cannot draw there, as %v", plain, name, with, err)
 	case cannotDraw:
-		f := r.bad("no PIN can be asked for on this terminal (%s): %v", place.TTYName, err)
+		f := r.bad("no PIN can be asked for on this terminal (%s): %v", name, err)
 		if errors.Is(err, pinentry.ErrTooSmall) {
 			f.Next("make the window or pane larger, to %d columns and %d rows at least", pinentry.MinColumns, pinentry.MinRows)
 		} else {
-			f.Next("export TERM=xterm  # or the name of your terminal; then start the agent anew")
+			f.Next("export TERM=xterm  # or the name of your terminal")
 		}
 		f.Next("%s  # asks in one line", installStep("pinentry-tty", "pinentry"))
 	case askpass != "":
 		r.ok("a PIN can be asked for here with SSH_ASKPASS, %s: there is no terminal for %s", askpass, with)
 	case errors.Is(err, pinentry.ErrNoTerminal):
-		r.bad("no PIN can be asked for here: there is neither a terminal nor a display that works (%s)", with).
-			Next("in the terminal that is to be asked on: export GPG_TTY=$(tty)  # then start the agent there").
+		r.bad("no PIN can be asked for here: there is no display that works, and no terminal (%v); %s is what would ask", ttyErr, with).
+			Next("p11-agent login  # in a terminal, gives the running agent the PIN in advance").
 			Next("without a person: give the PIN with pin-source, see p11-agent.toml(5)")
 	default:
-		r.bad("no PIN can be asked for on %s: %v", place.TTYName, err).
-			Next("export GPG_TTY=$(tty)  # then start the agent anew")
+		r.bad("no PIN can be asked for on %s: %v", name, err).
+			Next("p11-agent login  # in another terminal, gives the running agent the PIN in advance")
 	}
+}
+
+// terminalName is how a person knows a terminal.
+func terminalName(tty *os.File) string {
+	if tty == nil {
+		return "no terminal"
+	}
+	name, err := os.Readlink(fmt.Sprintf("/proc/self/fd/%d", tty.Fd()))
+	if err != nil {
+		return tty.Name()
+	}
+	return name
 }
 
 // findDisplays tells whether windows can be shown.
@@ -131,9 +150,9 @@ func findDisplays(ctx context.Context, r *report, place pinentry.Place) bool {
 		default:
 			f := r.warn("%s is %s, and nobody answers there (%v): windows cannot be shown", d.name, d.value, d.err)
 			if os.Getenv("TMUX") != "" {
-				f.Next(`eval "$(tmux show-environment -s %s)"  # tmux keeps that of where it was started; then start the agent anew`, d.name)
+				f.Next(`eval "$(tmux show-environment -s %s)"  # tmux keeps that of where it was started`, d.name)
 			}
-			f.Next("unset %s  # or set it to that of your desktop; then start the agent anew", d.name)
+			f.Next("unset %s  # or set it to that of your desktop", d.name)
 		}
 	}
 	return desktop

@@ -21,6 +21,8 @@ import (
 	"golang.org/x/crypto/ssh"
 	"golang.org/x/sys/unix"
 
+	"p11-agent/agent"
+	"p11-agent/agent/peer"
 	"p11-agent/token"
 	"p11-agent/token/pkcs11uri"
 	"p11-agent/token/wire"
@@ -134,7 +136,7 @@ func runGenerate(ctx context.Context, g *globals, o *generateOptions, text strin
 
 	log := newLog(stderr, slog.LevelError)
 	show := &progress{ctx: ctx, w: stderr, terminal: isTerminal(stderr), kind: kind}
-	b := openBackend(c, newAsker(c, os.Getenv, terminalName(), log), nil, stateDir(), token.KnownRead, log,
+	b := openBackend(c, newAsker(c, os.Getenv, os.Environ(), log), nil, stateDir(), token.KnownRead, log,
 		func(opts *token.Options) { opts.Generating = show.begin })
 	defer b.stop()
 	settled, cancel := context.WithTimeout(ctx, lookTimeout)
@@ -143,7 +145,8 @@ func runGenerate(ctx context.Context, g *globals, o *generateOptions, text strin
 	case <-b.store.Settled():
 	case <-settled.Done(): // the module that does not answer may be another one
 	}
-	k, err := b.store.Generate(ctx, u, kind, nil)
+	// The PIN is asked for as for a client, which this is.
+	k, err := b.store.Generate((&agent.Caller{Peer: peer.Self()}).Context(ctx), u, kind, nil)
 	//nolint:errorlint // wrapped, it says what became of the key
 	if err == context.Canceled {
 		err = errors.New("interrupted: no key was made")

@@ -53,7 +53,7 @@ var rooms = []room{
 	{"cmd/p11-agent", nil, "it wires every room"},
 	{
 		"agent",
-		[]string{"agent/peer", "pinentry", "pinentry/secret", xssh},
+		[]string{"agent/peer", "pinentry", "pinentry/secret", "pinentry/waiting", xssh},
 		"the keyring knows neither PKCS#11 nor a wire format",
 	},
 	{"agent/knownhosts", []string{xssh}, "a leaf: it reads files"},
@@ -66,12 +66,14 @@ var rooms = []room{
 	{"pinentry", []string{"pinentry/secret", xsys}, "asking a person knows neither tokens nor SSH"},
 	{"pinentry/notify", []string{"pinentry", "systemd/bus", dbus}, "telling a person knows neither tokens nor SSH"},
 	{"pinentry/secret", []string{xsys}, "a leaf that every room may use"},
+	{"pinentry/waiting", []string{}, "a leaf: what is waited for is decided elsewhere"},
 	{"systemd", []string{systemd + "activation", systemd + "daemon", systemd + "journal"}, "it knows nothing of the rest"},
 	{"systemd/bus", []string{dbus}, "a leaf: it connects to a bus, whatever is said there"},
+	{"systemd/environment", []string{"systemd/bus", dbus}, "what the environment is good for is decided elsewhere"},
 	{"systemd/login1", []string{"systemd/bus", dbus}, "what logind says is acted on elsewhere"},
 	{
 		"token",
-		[]string{"token/pcsc", "token/pkcs11uri", "token/registry", "token/wire", "pinentry/secret", xsys},
+		[]string{"token/pcsc", "token/pkcs11uri", "token/registry", "token/wire", "pinentry/secret", "pinentry/waiting", xsys},
 		"tokens know neither the SSH protocol nor prompts, and modules run in another process",
 	},
 	{

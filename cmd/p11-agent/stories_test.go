@@ -1,11 +1,13 @@
 package main
 
 import (
+	"bufio"
 	"bytes"
 	"errors"
 	"flag"
 	"fmt"
 	"io/fs"
+	"math/rand/v2"
 	"net"
 	"os"
 	"os/exec"
@@ -66,6 +68,8 @@ const patience = 30 * time.Second
 //	tpm                 make a TPM without tokens, whose resource manager is at DBUS_SESSION_BUS_ADDRESS
 //	tpm reset           have it forget what others have kept of it, as a machine that hibernates
 //	desktop             start a bus with a service for notifications and a logind on it, before the agent
+//	display             start an X server without a screen; XVFB is its DISPLAY
+//	manager VARIABLE=VALUE...  put a service manager with this environment on the user's bus
 //	bubble REGEXP|none  wait until this one notification, or none, is shown
 //	bubbles N           see that so many were asked for
 //	logind lock|sleep|wake  have logind say so; sleep waits until it is not delayed any more, and
@@ -75,7 +79,7 @@ const patience = 30 * time.Second
 //	gone                wait until that agent has ended, and see that its socket is no more
 //	sshd                start an sshd that lets $USER in by $WORK/authorized_keys; $WORK/ssh_config has the host "box"
 //	until PROGRAM...    run a program until it succeeds
-//	screen REGEXP       wait until the tmux pane shows this
+//	screen [SESSION] REGEXP  wait until the tmux pane, or that of a session, shows this
 //	mask FILE           write the last output to FILE, with what differs from run to run replaced
 //	secret TEXT         fail if TEXT is in a log, or in the arguments or environment of any process
 //	connections N M     connect to the agent N times in turn and M times at once, and see that it keeps nothing
@@ -114,6 +118,8 @@ func TestStories(t *testing.T) {
 			"pcscd":       usePCSCD,
 			"tpm":         s.useTPM,
 			"desktop":     s.startDesktop,
+			"display":     startDisplay,
+			"manager":     startManager,
 			"bubble":      bubble,
 			"bubbles":     bubbles,
 			"logind":      logind,
@@ -158,6 +164,7 @@ type story struct {
 	cards map[string]*storyCard
 	tpm   *tokentest.TPM // nil: there is none
 
+	manager       *bustest.Bus           // nil: there is no service manager
 	notifications *bustest.Notifications // nil: there is no desktop
 	login1        *bustest.Login1
 }
@@ -509,11 +516,15 @@ func until(ts *testscript.TestScript, neg bool, args []string) {
 }
 
 func screen(ts *testscript.TestScript, neg bool, args []string) {
-	plain(ts, neg, len(args) == 1, "screen REGEXP")
+	plain(ts, neg, len(args) == 1 || len(args) == 2, "screen [SESSION] REGEXP")
+	capture := []string{"-S", filepath.Join(ts.Getenv("WORK"), "tmux"), "capture-pane", "-p"}
+	if len(args) == 2 {
+		capture, args = append(capture, "-t", args[0]), args[1:]
+	}
 	want, err := regexp.Compile("(?m)" + args[0])
 	ts.Check(err)
 	err = eventually(func() error {
-		if err := ts.Exec("tmux", "-S", filepath.Join(ts.Getenv("WORK"), "tmux"), "capture-pane", "-p"); err != nil {
+		if err := ts.Exec("tmux", capture...); err != nil {
 			return err
 		}
 		if !want.MatchString(ts.ReadFile("stdout")) {
@@ -690,6 +701,47 @@ func (s *stories) startDesktop(ts *testscript.TestScript, neg bool, args []strin
 	st.login1.AddSession("mine", os.Geteuid(), false)
 	ts.Setenv("DBUS_SESSION_BUS_ADDRESS", b.Address())
 	ts.Setenv("DBUS_SYSTEM_BUS_ADDRESS", b.Address())
+}
+
+// startDisplay starts an X server. Numbers that are low are taken by those who
+// choose none.
+func startDisplay(ts *testscript.TestScript, neg bool, args []string) {
+	plain(ts, neg, len(args) == 0, "display")
+	for range 5 {
+		display := fmt.Sprintf(":%d", 1000+rand.IntN(50000))
+		if runDisplay(ts, display) {
+			ts.Setenv("XVFB", display)
+			return
+		}
+	}
+	ts.Fatalf("Xvfb does not start")
+}
+
+// runDisplay reports whether the server is ready; it ends with the story.
+func runDisplay(ts *testscript.TestScript, display string) bool {
+	ready, theirs, err := os.Pipe()
+	ts.Check(err)
+	defer ready.Close()
+	cmd := exec.Command("Xvfb", display, "-displayfd", "3", "-screen", "0", "800x600x24", "-nolisten", "tcp")
+	cmd.ExtraFiles = []*os.File{theirs}
+	ts.Check(errors.Join(cmd.Start(), theirs.Close()))
+	ts.Defer(func() {
+		_ = cmd.Process.Signal(syscall.SIGTERM)
+		_ = cmd.Wait() // it is ended by a signal
+	})
+	ts.Check(ready.SetReadDeadline(time.Now().Add(patience)))
+	_, err = bufio.NewReader(ready).ReadString('\n')
+	return err == nil
+}
+
+func startManager(ts *testscript.TestScript, neg bool, args []string) {
+	plain(ts, neg, true, "manager [VARIABLE=VALUE...]")
+	s := storyOf(ts)
+	if s.manager == nil {
+		s.manager = bustest.Start(s.t)
+		ts.Check(os.Symlink(s.manager.Socket(), filepath.Join(ts.Getenv("XDG_RUNTIME_DIR"), "bus")))
+	}
+	s.manager.Systemd1(args...)
 }
 
 func bubble(ts *testscript.TestScript, neg bool, args []string) {

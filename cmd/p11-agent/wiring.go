@@ -1,7 +1,6 @@
 package main
 
 import (
-	"cmp"
 	"context"
 	"errors"
 	"fmt"
@@ -256,111 +255,93 @@ func names(c *config) func(agent.Key) string {
 	}
 }
 
-// asker asks persons with pinentry.
-type asker struct {
-	pinentry *pinentry.Pinentry
-	place    pinentry.Place
-}
-
 var (
 	_ token.PINAsker  = (*asker)(nil)
 	_ agent.Confirmer = (*asker)(nil)
 	_ agent.Inserter  = (*asker)(nil)
 )
 
-// newAsker makes the asker of an agent with this environment. tty is the
-// terminal it was started from, used where GPG_TTY names none.
-func newAsker(c *config, getenv func(string) string, tty string, log *slog.Logger) *asker {
-	return &asker{
-		pinentry: &pinentry.Pinentry{
-			Program: c.Pinentry.Program,
-			Askpass: getenv("SSH_ASKPASS"),
-			Path:    getenv("PATH"),
-			Home:    getenv("HOME"),
-			NoGrab:  c.Pinentry.Grab != nil && !*c.Pinentry.Grab,
-			Log:     log,
-		},
-		place: pinentry.Place{
-			Display:        getenv("DISPLAY"),
-			WaylandDisplay: getenv("WAYLAND_DISPLAY"),
-			XAuthority:     getenv("XAUTHORITY"),
-			DBusAddress:    getenv("DBUS_SESSION_BUS_ADDRESS"),
-			RuntimeDir:     getenv("XDG_RUNTIME_DIR"),
-			TTYName:        cmp.Or(getenv("GPG_TTY"), tty),
-			TTYType:        getenv("TERM"),
-			Locale:         cmp.Or(getenv("LC_ALL"), getenv("LC_MESSAGES"), getenv("LANG")),
-			UserData:       getenv("PINENTRY_USER_DATA"),
-		},
-	}
-}
-
 // Ask opens a dialogue about one token.
 func (a *asker) Ask(ctx context.Context, about token.PINRequest) (token.PINDialogue, error) {
-	d, err := a.pinentry.Open(ctx, a.place)
-	if err != nil {
+	d := &dialogue{
+		conversation: &conversation{asker: a, hint: "To give the PIN in a terminal, run: p11-agent login " + quote(about.Key)},
+		about:        about,
+	}
+	// Without a place there is nothing to begin with.
+	if err := d.ask(ctx, func(context.Context, *pinentry.Dialogue) error { return nil }); err != nil {
+		d.close()
 		return nil, err
 	}
-	return &dialogue{d: d, about: about, use: agent.UseFromContext(ctx), client: peer.FromContext(ctx)}, nil
+	return d, nil
+}
+
+// confirm asks for yes or no. text is the prompt for the one who asks.
+func (a *asker) confirm(ctx context.Context, hint string, text func(context.Context) pinentry.Prompt) (yes bool, err error) {
+	c := &conversation{asker: a, hint: hint}
+	defer c.close()
+	err = c.ask(ctx, func(ctx context.Context, d *pinentry.Dialogue) (err error) {
+		yes, err = d.Confirm(ctx, text(ctx))
+		return err
+	})
+	return yes && err == nil, err
 }
 
 // Confirm asks whether a key may be used.
 func (a *asker) Confirm(ctx context.Context, comment, fingerprint string) (bool, error) {
-	d, err := a.pinentry.Open(ctx, a.place)
-	if err != nil {
-		return false, err
-	}
-	defer d.Close() //nolint:errcheck // never fails
-	return d.Confirm(ctx, pinentry.Prompt{
-		Title: "p11-agent",
-		Description: "Allow the use of this key?\n" + about(useLines(agent.UseFromContext(ctx)),
-			[]string{"Key: " + comment, fingerprint, requester(peer.FromContext(ctx))}),
-		OK:     "_Allow",
-		Cancel: "_Deny",
+	const hint = "To be asked, run the client in the foreground of a terminal, or with a display"
+	return a.confirm(ctx, hint, func(ctx context.Context) pinentry.Prompt {
+		return pinentry.Prompt{
+			Title: "p11-agent",
+			Description: "Allow the use of this key?\n" + about(useLines(agent.UseFromContext(ctx)),
+				[]string{"Key: " + comment, fingerprint, requester(peer.FromContext(ctx))}),
+			OK:     "_Allow",
+			Cancel: "_Deny",
+		}
 	})
 }
 
 // Insert asks to insert a token.
 func (a *asker) Insert(ctx context.Context, w agent.Wanted) (bool, error) {
-	d, err := a.pinentry.Open(ctx, a.place)
-	if err != nil {
-		return false, err
-	}
-	defer d.Close() //nolint:errcheck // never fails
-	return d.Confirm(ctx, pinentry.Prompt{
-		Title: "p11-agent",
-		Description: fmt.Sprintf("Please insert the token %s.\n", strings.Join(w.Tokens, " or ")) +
-			about(useLines(agent.UseFromContext(ctx)), []string{"Key: " + w.Comment, w.Fingerprint, requester(peer.FromContext(ctx))}),
-		OK:     "_It is in",
-		Cancel: "_Cancel",
+	const hint = "Insert the token and try again"
+	return a.confirm(ctx, hint, func(ctx context.Context) pinentry.Prompt {
+		return pinentry.Prompt{
+			Title: "p11-agent",
+			Description: fmt.Sprintf("Please insert the token %s.\n", strings.Join(w.Tokens, " or ")) +
+				about(useLines(agent.UseFromContext(ctx)), []string{"Key: " + w.Comment, w.Fingerprint, requester(peer.FromContext(ctx))}),
+			OK:     "_It is in",
+			Cancel: "_Cancel",
+		}
 	})
 }
 
 // dialogue is one conversation about the PIN of a token.
 type dialogue struct {
-	d      *pinentry.Dialogue
-	about  token.PINRequest
-	use    *agent.Use // nil: nothing is to be signed
-	client peer.Peer
+	*conversation
+	about token.PINRequest
 }
 
-func (d *dialogue) description() string {
-	t := d.about.Token
-	lines := []string{keyLine(t, d.about.Label, d.about.Key, d.about.ID, d.use), tokenLine(t)}
+// description is for the one who is asked.
+func (d *dialogue) description(ctx context.Context) string {
+	use, t := agent.UseFromContext(ctx), d.about.Token
+	lines := []string{keyLine(t, d.about.Label, d.about.Key, d.about.ID, use), tokenLine(t)}
 	if d.about.EachUse {
 		lines = append(lines, "This key asks for the PIN each time it is used.")
 	}
 	if d.about.Tries != token.TriesUnknown {
 		lines = append(lines, "Note: "+d.about.Tries.String()+".")
 	}
-	return about(useLines(d.use), lines, []string{requester(d.client)})
+	return about(useLines(use), lines, []string{requester(peer.FromContext(ctx))})
 }
 
-func (d *dialogue) PIN(ctx context.Context, problem string) (*secret.Secret, error) {
-	pin, err := d.d.PIN(ctx, pinentry.Prompt{
-		Title:       "p11-agent",
-		Description: "Please enter the PIN to use a key on a token.\n" + d.description(),
-		Label:       "PIN:",
-		Error:       problem,
+func (d *dialogue) PIN(ctx context.Context, problem string) (pin *secret.Secret, err error) {
+	err = d.ask(ctx, func(ctx context.Context, on *pinentry.Dialogue) (err error) {
+		pin, err = on.PIN(ctx, pinentry.Prompt{
+			Title:       "p11-agent",
+			Description: "Please enter the PIN to use a key on a token.\n" + d.description(ctx),
+			Label:       "PIN:",
+			Error:       problem,
+		})
+		return err
 	})
 	if errors.Is(err, pinentry.ErrCancelled) || errors.Is(err, pinentry.ErrEmpty) {
 		err = token.ErrCancelled
@@ -368,22 +349,29 @@ func (d *dialogue) PIN(ctx context.Context, problem string) (*secret.Secret, err
 	return pin, err
 }
 
-func (d *dialogue) LastTry(ctx context.Context, problem string) (bool, error) {
+func (d *dialogue) LastTry(ctx context.Context, problem string) (yes bool, err error) {
 	if problem != "" {
 		problem += "\n"
 	}
-	return d.d.Confirm(ctx, pinentry.Prompt{
-		Title:       "p11-agent",
-		Description: problem + "One try is left: a wrong PIN now locks the token.\n" + d.description() + "\n\nTry all the same?",
-		OK:          "_Try the PIN",
-		Cancel:      "_Stop",
+	err = d.ask(ctx, func(ctx context.Context, on *pinentry.Dialogue) (err error) {
+		yes, err = on.Confirm(ctx, pinentry.Prompt{
+			Title: "p11-agent",
+			Description: problem + "One try is left: a wrong PIN now locks the token.\n" +
+				d.description(ctx) + "\n\nTry all the same?",
+			OK:     "_Try the PIN",
+			Cancel: "_Stop",
+		})
+		return err
 	})
+	return yes && err == nil, err
 }
 
 func (d *dialogue) Notice(ctx context.Context) error {
-	err := d.d.Message(ctx, pinentry.Prompt{
-		Title:       "p11-agent",
-		Description: "Please enter the PIN on the card reader.\n" + d.description(),
+	err := d.ask(ctx, func(ctx context.Context, on *pinentry.Dialogue) error {
+		return on.Message(ctx, pinentry.Prompt{
+			Title:       "p11-agent",
+			Description: "Please enter the PIN on the card reader.\n" + d.description(ctx),
+		})
 	})
 	if errors.Is(err, pinentry.ErrCancelled) {
 		err = token.ErrCancelled
@@ -391,4 +379,7 @@ func (d *dialogue) Notice(ctx context.Context) error {
 	return err
 }
 
-func (d *dialogue) Close() error { return d.d.Close() }
+func (d *dialogue) Close() error {
+	d.close()
+	return nil
+}

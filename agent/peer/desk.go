@@ -1,0 +1,469 @@
+package peer
+
+import (
+	"bytes"
+	"cmp"
+	"errors"
+	"fmt"
+	"io"
+	"os"
+	"path/filepath"
+	"strconv"
+	"strings"
+	"unicode"
+	"unicode/utf8"
+
+	"golang.org/x/sys/unix"
+)
+
+// What is read of an environment. ARG_MAX lets it be as long as 6 MiB; nobody's
+// is.
+const (
+	maxEnviron  = 1 << 20
+	maxVariable = 1024 // bytes of a value; a longer one is no place
+)
+
+// A Desk is where the person sits who uses a process, as far as the process
+// shows it. All of it is what that process says: paths, names and addresses to
+// be handed to a program that asks the person, and to nothing else.
+type Desk struct {
+	// Who is the process, for people: "ssh (1234)".
+	Who string
+
+	Environment
+	// EnvErr says why nothing is known of the Environment.
+	EnvErr error
+
+	// Terminal is the process's terminal; nil when it has none, or none that may
+	// be asked on, and then TerminalErr says why. It is to be closed.
+	Terminal    *Terminal
+	TerminalErr error
+}
+
+// An Environment is what variables say of where a person is. What is not known,
+// or no good, is empty: a display that could be taken for an option, a path that is
+// not absolute, an address of a bus that would run a program, a locale that is a
+// path.
+type Environment struct {
+	Display        string // DISPLAY
+	WaylandDisplay string // WAYLAND_DISPLAY
+	XAuthority     string // XAUTHORITY
+	DBusAddress    string // DBUS_SESSION_BUS_ADDRESS
+	RuntimeDir     string // XDG_RUNTIME_DIR
+	GPGTTY         string // GPG_TTY
+	TTYType        string // TERM
+	// Locale is LC_ALL, LC_MESSAGES, LANG or LC_CTYPE, the first that is set.
+	Locale string
+}
+
+// Close closes the terminal.
+func (d *Desk) Close() { d.Terminal.Close() }
+
+// Desk looks where the person is now who uses the process that made the
+// connection. It makes some 30 short system calls and waits for nobody. It looks
+// at that very process or at none, whoever has its number by now.
+func (p Peer) Desk() *Desk {
+	d := &Desk{Who: p.first()}
+	pr, err := p.open()
+	if err != nil {
+		d.EnvErr, d.TerminalErr = err, err
+		return d
+	}
+	d.Environment, d.EnvErr = readEnviron(pr.pid)
+	d.Terminal, d.TerminalErr = pr.terminal(d.GPGTTY)
+	if d.Terminal == nil {
+		defer pr.close() // otherwise it is the terminal's
+	}
+	// What was read is the process's own only if it has been there all the while.
+	if err := pr.same(); err != nil {
+		d.Close()
+		return &Desk{Who: d.Who, EnvErr: err, TerminalErr: err}
+	}
+	return d
+}
+
+// Own returns the terminal that this process was started on, under the same
+// conditions as a client's: it has to be the job in the foreground there. The
+// error says why there is none.
+func Own() (*Terminal, error) {
+	pr, err := Self().open()
+	if err != nil {
+		return nil, err
+	}
+	t, err := pr.terminal("")
+	if err != nil {
+		pr.close()
+	}
+	return t, err
+}
+
+// Self is this process, as the Peer of others.
+func Self() Peer {
+	p := Peer{Known: true, PID: os.Getpid(), UID: os.Geteuid(), GID: os.Getegid()}
+	if fd, err := unix.PidfdOpen(p.PID, 0); err == nil {
+		p.Chain, p.id = chain(p.PID, fd)
+		_ = unix.Close(fd)
+	}
+	return p
+}
+
+// first names the process without its ancestors.
+func (p Peer) first() string {
+	if len(p.Chain) > 1 {
+		p.Chain = p.Chain[:1]
+	}
+	return p.String()
+}
+
+// running is a process that is the one meant for as long as same says so.
+type running struct {
+	who   string
+	pid   int
+	pidfd int
+	id    identity
+}
+
+// open finds the process again that made the connection.
+func (p Peer) open() (*running, error) {
+	switch {
+	case !p.Known:
+		return nil, errors.New("nothing is known of the client")
+	case p.PID <= 0:
+		return nil, errors.New("the client is in another PID namespace, out of sight")
+	case len(p.Chain) == 0:
+		return nil, fmt.Errorf("the client had ended when it was looked at (process %d)", p.PID)
+	case p.UID != os.Geteuid():
+		return nil, fmt.Errorf("%s is of another user (uid %d)", p.first(), p.UID)
+	}
+	fd, err := unix.PidfdOpen(p.PID, 0)
+	if errors.Is(err, unix.ESRCH) || errors.Is(err, unix.EINVAL) {
+		return nil, fmt.Errorf("%s has ended", p.first())
+	}
+	if err != nil {
+		return nil, fmt.Errorf("%s cannot be watched: %w", p.first(), err)
+	}
+	pr := &running{who: p.first(), pid: p.PID, pidfd: fd, id: p.id}
+	if err := pr.same(); err != nil {
+		pr.close()
+		return nil, err
+	}
+	return pr, nil
+}
+
+// same tells whether the process is still there and the one that was meant. The
+// pidfd was opened by its number, so its identity is compared; what has been read
+// by way of the number before is the process's own.
+func (r *running) same() error {
+	_, err := r.stat()
+	return err
+}
+
+func (r *running) stat() (stat, error) {
+	s, ok := readStat(r.pid)
+	switch {
+	case !alive(r.pidfd), ok && r.id != identity{s.start, inode(r.pidfd)}:
+		return stat{}, fmt.Errorf("%s has ended", r.who)
+	case !ok:
+		return stat{}, fmt.Errorf("%s cannot be looked at", r.who)
+	}
+	return s, nil
+}
+
+func (r *running) close() { _ = unix.Close(r.pidfd) }
+
+// A Terminal is one that the person of a process sits at, opened in a way that
+// no name of it has to be looked up again. Its methods are safe for concurrent
+// use, but Close.
+type Terminal struct {
+	// File is open for reading and writing. It is the Terminal's own.
+	File *os.File
+
+	of   *running
+	nr   device // of the process's controlling terminal; zero: it has none
+	rdev device // of this terminal
+}
+
+// Close closes the terminal. A nil Terminal needs none.
+func (t *Terminal) Close() {
+	if t != nil {
+		_ = t.File.Close()
+		t.of.close()
+	}
+}
+
+// Check tells whether the process is still at the terminal, and is what the
+// person sees there: the job in the foreground. Otherwise another program reads
+// what the person types. An error says, for people, what is in the way.
+func (t *Terminal) Check() error {
+	s, err := t.of.stat()
+	switch {
+	case err != nil:
+		return err
+	case s.tty != t.nr:
+		return fmt.Errorf("%s has left its terminal", t.of.who)
+	}
+	return t.of.foreground(s, t.rdev)
+}
+
+// device is the number of a terminal; zero is none.
+type device struct{ major, minor uint32 }
+
+// Numbers of devices (the kernel's admin-guide/devices.txt).
+const (
+	majorPtyMaster = 2
+	majorVirtual   = 4 // /dev/tty1, and serial lines from minor 64 on
+	majorAlias     = 5 // /dev/tty, /dev/console, /dev/ptmx: whose they are depends on who opens them
+	majorPts       = 136
+	lastMajorPts   = 143
+	majorUSBSerial = 188
+)
+
+// ttyDevice decodes tty_nr of proc_pid_stat(5), which has the bits of the
+// kernel's new_encode_dev.
+func ttyDevice(nr uint32) device { return device{nr >> 8 & 0xfff, nr&0xff | nr>>12&0xfff00} }
+
+// pathUnderRoot is where a terminal usually is in a process's own view.
+func (d device) pathUnderRoot() string {
+	switch {
+	case d.major >= majorPts && d.major <= lastMajorPts:
+		return fmt.Sprintf("dev/pts/%d", (d.major-majorPts)<<8|d.minor)
+	case d.major == majorVirtual && d.minor < 64:
+		return fmt.Sprintf("dev/tty%d", d.minor)
+	case d.major == majorVirtual:
+		return fmt.Sprintf("dev/ttyS%d", d.minor-64)
+	case d.major == majorUSBSerial:
+		return fmt.Sprintf("dev/ttyUSB%d", d.minor)
+	}
+	return ""
+}
+
+// terminal finds the terminal of the process. gpgTTY is what its environment
+// calls so, and only a hint. The Terminal owns r.
+//
+// It is never opened by a name in this process's view: in another one
+// /dev/pts/3 is somebody else's, even with the same device number.
+func (r *running) terminal(gpgTTY string) (*Terminal, error) {
+	s, err := r.stat()
+	if err != nil {
+		return nil, err
+	}
+	var firstErr error
+	try := func(fd int, err error) *Terminal {
+		if err != nil {
+			return nil
+		}
+		defer unix.Close(fd) //nolint:errcheck // it is only a path
+		t, err := r.openTerminal(fd, s)
+		if firstErr == nil {
+			firstErr = err
+		}
+		return t
+	}
+	for n := range 3 {
+		// O_PATH, because opening a device may do something.
+		fd, err := unix.Open(procFile(r.pid, "fd/"+strconv.Itoa(n)), unix.O_PATH|unix.O_CLOEXEC, 0)
+		if errors.Is(err, unix.EACCES) || errors.Is(err, unix.EPERM) {
+			return nil, fmt.Errorf("the terminal of %s cannot be opened: its files cannot be read", r.who)
+		}
+		if t := try(fd, err); t != nil {
+			return t, nil
+		}
+	}
+	for _, path := range []string{gpgTTY, s.tty.pathUnderRoot()} {
+		if path == "" {
+			continue
+		}
+		if t := try(openUnderRoot(r.pid, path)); t != nil {
+			return t, nil
+		}
+	}
+	switch {
+	case firstErr != nil:
+		return nil, firstErr
+	case s.tty == device{}:
+		return nil, fmt.Errorf("%s has no terminal", r.who)
+	}
+	return nil, fmt.Errorf("the terminal of %s cannot be opened", r.who)
+}
+
+// openUnderRoot opens what a path leads to in a process's own view, links
+// included.
+func openUnderRoot(pid int, path string) (int, error) {
+	root, err := unix.Open(procFile(pid, "root"), unix.O_PATH|unix.O_DIRECTORY|unix.O_CLOEXEC, 0)
+	if err != nil {
+		return -1, err
+	}
+	defer unix.Close(root) //nolint:errcheck // nothing was written
+	return unix.Openat2(root, path, &unix.OpenHow{
+		Flags:   unix.O_PATH | unix.O_CLOEXEC,
+		Resolve: unix.RESOLVE_IN_ROOT | unix.RESOLVE_NO_MAGICLINKS,
+	})
+}
+
+// openTerminal opens the file of a path descriptor if it is the terminal of the
+// process. No terminal at all is nil and nil.
+func (r *running) openTerminal(path int, s stat) (*Terminal, error) {
+	var st unix.Stat_t
+	if err := unix.Fstat(path, &st); err != nil || st.Mode&unix.S_IFMT != unix.S_IFCHR {
+		return nil, nil //nolint:nilnil // see above
+	}
+	rdev := device{unix.Major(st.Rdev), unix.Minor(st.Rdev)}
+	switch {
+	case s.tty != device{} && s.tty != rdev:
+		return nil, nil //nolint:nilnil // see above
+	case rdev.major == majorPtyMaster, rdev.major == majorAlias:
+		return nil, nil //nolint:nilnil // see above
+	}
+	// Not blocking: a serial line waits for a carrier.
+	fd, err := unix.Open("/proc/self/fd/"+strconv.Itoa(path), unix.O_RDWR|unix.O_NOCTTY|unix.O_NONBLOCK|unix.O_CLOEXEC, 0)
+	if err != nil {
+		if s.tty == (device{}) {
+			return nil, nil //nolint:nilnil // a device of any kind
+		}
+		return nil, fmt.Errorf("the terminal of %s cannot be opened: %w", r.who, err)
+	}
+	if _, err := unix.IoctlGetTermios(fd, unix.TCGETS); err != nil {
+		_ = unix.Close(fd)
+		return nil, nil //nolint:nilnil // see above
+	}
+	if err := r.foreground(s, rdev); err != nil {
+		_ = unix.Close(fd)
+		return nil, err
+	}
+	// os.NewFile hands what does not block to the poller, which has no use for it.
+	_ = unix.SetNonblock(fd, false)
+	return &Terminal{File: os.NewFile(uintptr(fd), "terminal of "+r.who), of: r, nr: s.tty, rdev: rdev}, nil
+}
+
+// foreground tells whether the process is the job in the foreground of the
+// terminal: what is typed there is for it. A process in a session without a
+// terminal (setsid(1)) is, when the ancestor that has this terminal is: it waits
+// for the process, or could read itself.
+func (r *running) foreground(s stat, rdev device) error {
+	pid := r.pid
+	for range maxChain {
+		switch {
+		case s.tty == rdev && s.group == s.front:
+			return nil
+		case s.tty == rdev:
+			return fmt.Errorf("%s is in the background of its terminal", r.who)
+		case s.tty != device{}, s.parent <= 1:
+			return fmt.Errorf("%s has left the job in the foreground of its terminal", r.who)
+		}
+		parent, ok := readStat(s.parent)
+		// It is the parent only if the child, which has not become another, still
+		// names it afterwards.
+		again, still := readStat(pid)
+		if !ok || !still || again.start != s.start || again.parent != s.parent {
+			break
+		}
+		pid, s = s.parent, parent
+	}
+	return fmt.Errorf("%s has left the job in the foreground of its terminal", r.who)
+}
+
+// wanted are the variables that say where a person is, and what is believed of
+// their values.
+var wanted = map[string]func(string) bool{
+	"DISPLAY":                  isName,
+	"WAYLAND_DISPLAY":          isName,
+	"XAUTHORITY":               filepath.IsAbs,
+	"DBUS_SESSION_BUS_ADDRESS": isSocketAddress,
+	"XDG_RUNTIME_DIR":          filepath.IsAbs,
+	"GPG_TTY":                  filepath.IsAbs,
+	"TERM":                     isWord,
+	"LC_ALL":                   isWord,
+	"LC_MESSAGES":              isWord,
+	"LC_CTYPE":                 isWord,
+	"LANG":                     isWord,
+}
+
+func isName(s string) bool { return !strings.HasPrefix(s, "-") }
+
+// isWord keeps out what C libraries take for a path to load something from.
+func isWord(s string) bool {
+	return strings.IndexFunc(s, func(r rune) bool {
+		return !(r >= 'a' && r <= 'z' || r >= 'A' && r <= 'Z' || r >= '0' && r <= '9' || strings.ContainsRune("._@+-", r))
+	}) < 0
+}
+
+// isSocketAddress keeps out the addresses that run a program when they are
+// connected to (D-Bus specification, "unixexec" and "autolaunch").
+func isSocketAddress(s string) bool {
+	for one := range strings.SplitSeq(s, ";") {
+		if !strings.HasPrefix(one, "unix:") {
+			return false
+		}
+	}
+	return true
+}
+
+// readEnviron reads what is wanted of a process's environment. What else is in
+// there may be a secret, and is wiped.
+func readEnviron(pid int) (Environment, error) {
+	f, err := os.Open(procFile(pid, "environ"))
+	if err != nil {
+		return Environment{}, unreadable(err)
+	}
+	defer f.Close()
+	buf := make([]byte, 16<<10)
+	n := 0
+	defer func() { clear(buf) }()
+	for {
+		m, err := f.Read(buf[n:])
+		n += m
+		if m == 0 && errors.Is(err, io.EOF) {
+			return ParseEnvironment(buf[:n]), nil
+		}
+		if err != nil {
+			return Environment{}, unreadable(err)
+		}
+		if n < len(buf) {
+			continue
+		}
+		if n >= maxEnviron {
+			return Environment{}, fmt.Errorf("its environment has more than %d bytes", maxEnviron)
+		}
+		bigger := make([]byte, 4*len(buf))
+		copy(bigger, buf)
+		clear(buf)
+		buf = bigger
+	}
+}
+
+func unreadable(err error) error {
+	// The path in it tells nobody anything.
+	if e, ok := errors.AsType[*os.PathError](err); ok {
+		err = e.Err
+	}
+	return fmt.Errorf("its environment cannot be read: %w", err)
+}
+
+// ParseEnvironment picks out what is wanted of an environment: variables with a
+// zero byte after each, as proc_pid_environ(5) has it. A value that is too long or
+// does not print counts as none. As with getenv(3), the first setting of a
+// variable counts.
+func ParseEnvironment(b []byte) Environment {
+	env := make(map[string]string)
+	for kv := range bytes.SplitSeq(b, []byte{0}) {
+		name, value, ok := bytes.Cut(kv, []byte("="))
+		good := wanted[string(name)]
+		if _, again := env[string(name)]; !ok || good == nil || again {
+			continue
+		}
+		env[string(name)] = ""
+		if len(value) <= maxVariable && prints(value) && good(string(value)) {
+			env[string(name)] = string(value)
+		}
+	}
+	return Environment{
+		Display: env["DISPLAY"], WaylandDisplay: env["WAYLAND_DISPLAY"], XAuthority: env["XAUTHORITY"],
+		DBusAddress: env["DBUS_SESSION_BUS_ADDRESS"], RuntimeDir: env["XDG_RUNTIME_DIR"],
+		GPGTTY: env["GPG_TTY"], TTYType: env["TERM"],
+		Locale: cmp.Or(env["LC_ALL"], env["LC_MESSAGES"], env["LANG"], env["LC_CTYPE"]),
+	}
+}
+
+func prints(b []byte) bool {
+	return utf8.Valid(b) && bytes.IndexFunc(b, func(r rune) bool { return !unicode.IsPrint(r) }) < 0
+}

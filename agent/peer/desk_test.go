@@ -1,0 +1,518 @@
+package peer
+
+import (
+	"bufio"
+	"errors"
+	"fmt"
+	"io"
+	"net"
+	"os"
+	"os/exec"
+	"os/signal"
+	"path/filepath"
+	"regexp"
+	"strconv"
+	"strings"
+	"syscall"
+	"testing"
+	"time"
+
+	"golang.org/x/sys/unix"
+)
+
+// openPTY returns the two ends of a terminal.
+func openPTY(ptmx string) (far, tty *os.File, err error) {
+	far, err = os.OpenFile(ptmx, os.O_RDWR|unix.O_NOCTTY, 0)
+	if err != nil {
+		return nil, nil, err
+	}
+	fd := int(far.Fd())
+	if err := unix.IoctlSetPointerInt(fd, unix.TIOCSPTLCK, 0); err != nil {
+		return nil, nil, err
+	}
+	peer, err := unix.IoctlRetInt(fd, unix.TIOCGPTPEER)
+	if err != nil {
+		return nil, nil, err
+	}
+	return far, os.NewFile(uintptr(peer), "tty"), nil
+}
+
+func newPTY(t *testing.T) (far, tty *os.File) {
+	t.Helper()
+	far, tty, err := openPTY("/dev/ptmx")
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() { far.Close(); tty.Close() })
+	return far, tty
+}
+
+// onTerminal makes the terminal the command's own, in whose foreground it is.
+func onTerminal(cmd *exec.Cmd, tty *os.File) {
+	cmd.ExtraFiles = []*os.File{tty}
+	cmd.SysProcAttr = &syscall.SysProcAttr{Setsid: true, Setctty: true, Ctty: 3}
+}
+
+func sameTerminal(t *testing.T, a, b *os.File) bool {
+	t.Helper()
+	var sa, sb unix.Stat_t
+	if err := errors.Join(unix.Fstat(int(a.Fd()), &sa), unix.Fstat(int(b.Fd()), &sb)); err != nil {
+		t.Fatal(err)
+	}
+	return sa.Dev == sb.Dev && sa.Ino == sb.Ino
+}
+
+func TestDeskTerminal(t *testing.T) {
+	for name, test := range map[string]struct {
+		role    string
+		stdout  bool // is the terminal
+		session bool // has the terminal
+		want    string
+	}{
+		"in the foreground":           {"connect", true, true, ""},
+		"without a file of it":        {"connect", false, true, ""},
+		"by another name":             {"alias", true, true, ""},
+		"in the background":           {"behind", true, true, "is in the background of its terminal"},
+		"in a session of its own":     {"apart", true, true, ""},
+		"apart, without a file of it": {"apart", false, true, "has no terminal"},
+		"somebody else's terminal":    {"connect", true, false, "has left the job in the foreground"},
+		"no terminal":                 {"connect", false, false, "has no terminal"},
+	} {
+		t.Run(name, func(t *testing.T) {
+			l, path := listen(t)
+			_, tty := newPTY(t)
+			cmd := command(t, program(t, "client"), test.role+" "+path)
+			if test.stdout {
+				cmd.Stdout = tty
+			}
+			if test.session {
+				onTerminal(cmd, tty)
+			} else {
+				cmd.SysProcAttr = &syscall.SysProcAttr{Setsid: true}
+			}
+			start(t, cmd)
+			d := Of(accept(t, l)).Desk()
+			defer d.Close()
+			if test.want != "" {
+				if d.Terminal != nil || d.TerminalErr == nil || !strings.Contains(d.TerminalErr.Error(), test.want) {
+					t.Errorf("the terminal is %v (%v), want %q", d.Terminal, d.TerminalErr, test.want)
+				}
+				return
+			}
+			if d.TerminalErr != nil {
+				t.Fatal(d.TerminalErr)
+			}
+			if !sameTerminal(t, d.Terminal.File, tty) {
+				t.Errorf("the terminal is another one")
+			}
+			if err := d.Terminal.Check(); err != nil {
+				t.Errorf("right afterwards: %v", err)
+			}
+			cmd.Process.Kill()
+			cmd.Wait()
+			if test.role != "connect" {
+				return // the child hears of it by its standard input
+			}
+			if err := d.Terminal.Check(); err == nil || !strings.Contains(err.Error(), "has ended") {
+				t.Errorf("when the client has ended: %v", err)
+			}
+		})
+	}
+}
+
+// playTurn connects from a child in the foreground, and takes the terminal back
+// when it gets SIGUSR1.
+func playTurn(path string) error {
+	const tty = 3 // see onTerminal
+	back := make(chan os.Signal, 1)
+	signal.Notify(back, unix.SIGUSR1)
+	signal.Ignore(unix.SIGTTOU) // which is for those who do it from the background
+	cmd := exec.Command(os.Args[0])
+	cmd.Env = append(os.Environ(), roleVariable+"=connect "+path)
+	cmd.Stdin = os.Stdin
+	cmd.SysProcAttr = &syscall.SysProcAttr{Foreground: true, Ctty: tty}
+	if err := cmd.Start(); err != nil {
+		return err
+	}
+	<-back
+	if err := unix.IoctlSetPointerInt(tty, unix.TIOCSPGRP, unix.Getpgrp()); err != nil {
+		return err
+	}
+	fmt.Println("in the foreground")
+	return cmd.Wait()
+}
+
+// Another job comes to the foreground.
+func TestTerminalChangesHands(t *testing.T) {
+	l, path := listen(t)
+	_, tty := newPTY(t)
+	cmd := command(t, program(t, "client"), "turn "+path)
+	onTerminal(cmd, tty)
+	pipe, err := cmd.StdoutPipe()
+	if err != nil {
+		t.Fatal(err)
+	}
+	start(t, cmd)
+	d := Of(accept(t, l)).Desk()
+	defer d.Close()
+	if d.TerminalErr != nil {
+		t.Fatal(d.TerminalErr)
+	}
+	if err := d.Terminal.Check(); err != nil {
+		t.Error(err)
+	}
+	if err := cmd.Process.Signal(unix.SIGUSR1); err != nil {
+		t.Fatal(err)
+	}
+	if line, err := bufio.NewReader(pipe).ReadString('\n'); err != nil {
+		t.Fatal(line, err)
+	}
+	if err := d.Terminal.Check(); err == nil || !strings.Contains(err.Error(), "is in the background") {
+		t.Errorf("another job is in the foreground: %v", err)
+	}
+}
+
+func TestDeskEnvironment(t *testing.T) {
+	l, path := listen(t)
+	cmd := command(t, program(t, "client"), "connect "+path)
+	cmd.Env = append(cmd.Env, "DISPLAY=:7", "XAUTHORITY=/x", "DBUS_SESSION_BUS_ADDRESS=unixexec:path=/bin/evil", "LC_ALL=", "LANG=de_DE.UTF-8",
+		"LC_MESSAGES=/tmp/evil", "P11_SECRET=secret", "WAYLAND_DISPLAY=wayland-1", "XDG_RUNTIME_DIR=relative", "TERM=xterm")
+	start(t, cmd)
+	d := Of(accept(t, l)).Desk()
+	defer d.Close()
+	if d.EnvErr != nil {
+		t.Fatal(d.EnvErr)
+	}
+	want := Environment{Display: ":7", XAuthority: "/x", Locale: "de_DE.UTF-8", WaylandDisplay: "wayland-1", TTYType: "xterm"}
+	if d.Environment != want {
+		t.Errorf("%+v, want %+v", d.Environment, want)
+	}
+	if want := fmt.Sprintf("client (%d)", cmd.Process.Pid); d.Who != want {
+		t.Errorf("it is %q, want %q", d.Who, want)
+	}
+}
+
+// environSeeds are contents of /proc/PID/environ.
+var environSeeds = []string{
+	"DISPLAY=:0\x00XAUTHORITY=/home/me/.Xauthority\x00TERM=xterm-256color\x00LANG=C.UTF-8\x00",
+	"DISPLAY=:0\x00DISPLAY=:1\x00",
+	"DISPLAY=\x00DISPLAY=:1\x00",
+	"DISPLAY=-evil\x00LC_ALL=../x\x00XAUTHORITY=relative\x00TERM=a b\x00GPG_TTY=tty",
+	"DBUS_SESSION_BUS_ADDRESS=unix:path=/bus,guid=1;unix:abstract=x\x00",
+	"DBUS_SESSION_BUS_ADDRESS=unix:path=/bus;unixexec:path=/bin/sh\x00",
+	"DISPLAY=:0\x1b[2J\x00WAYLAND_DISPLAY=\xff\x00",
+	"LC_CTYPE=en_US.UTF-8\x00GPG_TTY=/dev/pts/3",
+	"DISPLAY=" + strings.Repeat("x", maxVariable+1) + "\x00XDG_RUNTIME_DIR=/" + strings.Repeat("x", maxVariable-1),
+	"=\x00DISPLAY\x00\x00\x00",
+	"",
+}
+
+func TestParseEnvironment(t *testing.T) {
+	for i, want := range []Environment{
+		{Display: ":0", XAuthority: "/home/me/.Xauthority", TTYType: "xterm-256color", Locale: "C.UTF-8"},
+		{Display: ":0"},
+		{},
+		{},
+		{DBusAddress: "unix:path=/bus,guid=1;unix:abstract=x"},
+		{},
+		{},
+		{Locale: "en_US.UTF-8", GPGTTY: "/dev/pts/3"},
+		{RuntimeDir: "/" + strings.Repeat("x", maxVariable-1)},
+		{},
+		{},
+	} {
+		if got := ParseEnvironment([]byte(environSeeds[i])); got != want {
+			t.Errorf("%q: %+v, want %+v", environSeeds[i], got, want)
+		}
+	}
+}
+
+func FuzzEnvironment(f *testing.F) {
+	if len(environSeeds) == 0 {
+		f.Fatal("no seeds")
+	}
+	for _, s := range environSeeds {
+		f.Add([]byte(s))
+	}
+	f.Fuzz(func(t *testing.T, b []byte) {
+		e := ParseEnvironment(b)
+		for what, s := range map[string]string{
+			"DISPLAY": e.Display, "WAYLAND_DISPLAY": e.WaylandDisplay, "XAUTHORITY": e.XAuthority, "GPG_TTY": e.GPGTTY,
+			"DBUS_SESSION_BUS_ADDRESS": e.DBusAddress, "XDG_RUNTIME_DIR": e.RuntimeDir, "TERM": e.TTYType,
+		} {
+			if s == "" {
+				continue
+			}
+			if !strings.Contains("\x00"+string(b)+"\x00", "\x00"+what+"="+s+"\x00") {
+				t.Errorf("%s is %q, which is not there", what, s)
+			}
+			if len(s) > maxVariable || strings.ContainsAny(s, "\n\r\x00\x1b") {
+				t.Errorf("%s is %q", what, s)
+			}
+		}
+		if strings.Contains(e.Locale+e.TTYType, "/") || strings.Contains(";"+e.DBusAddress, ";unixexec:") {
+			t.Errorf("%+v leads to a file or program", e)
+		}
+	})
+}
+
+func TestDeskOfNobody(t *testing.T) {
+	l, path := listen(t)
+	cmd := command(t, program(t, "client"), "connect "+path)
+	start(t, cmd)
+	p := Of(accept(t, l))
+	another := p
+	another.id.start--
+	reused := another.Desk()
+	cmd.Process.Kill()
+	if err := unix.Waitid(unix.P_PID, cmd.Process.Pid, nil, unix.WEXITED|unix.WNOWAIT, nil); err != nil {
+		t.Fatal(err)
+	}
+	zombie := p.Desk()
+	cmd.Wait()
+	for name, test := range map[string]struct {
+		desk *Desk
+		want string
+	}{
+		"unknown":                {Peer{}.Desk(), "nothing is known"},
+		"out of sight":           {Peer{Known: true, UID: os.Geteuid()}.Desk(), "PID namespace"},
+		"was gone":               {Peer{Known: true, UID: os.Geteuid(), PID: 4711}.Desk(), "had ended"},
+		"gone":                   {p.Desk(), "has ended"},
+		"a zombie":               {zombie, "has ended"},
+		"another, by its number": {reused, "has ended"},
+		"another user":           {Peer{Known: true, UID: os.Geteuid() + 1, PID: 1, Chain: []Process{{1, "init"}}}.Desk(), "init (1) is of another user (uid"},
+	} {
+		for what, err := range map[string]error{"environment": test.desk.EnvErr, "terminal": test.desk.TerminalErr} {
+			if err == nil || !strings.Contains(err.Error(), test.want) {
+				t.Errorf("%s: %s: %v, want %q", name, what, err, test.want)
+			}
+		}
+		if test.desk.Terminal != nil || test.desk.Environment != (Environment{}) {
+			t.Errorf("%s: %+v", name, test.desk)
+		}
+	}
+}
+
+// Another process has got the number of the one that made the connection.
+func TestDeskOfReusedNumber(t *testing.T) {
+	const lastPID = "/proc/sys/kernel/ns_last_pid"
+	if f, err := os.OpenFile(lastPID, os.O_WRONLY, 0); err != nil {
+		missing(t, "the right to choose the number of a process (root, "+lastPID+")")
+	} else {
+		f.Close()
+	}
+	l, path := listen(t)
+	client := program(t, "client")
+	cmd := command(t, client, "connect "+path)
+	start(t, cmd)
+	p := Of(accept(t, l))
+	cmd.Process.Kill()
+	cmd.Wait()
+	// Others may take the number in the meantime; it is free again soon.
+	for end := time.Now().Add(30 * time.Second); ; {
+		if time.Now().After(end) {
+			t.Fatalf("nobody gets number %d", p.PID)
+		}
+		if err := os.WriteFile(lastPID, []byte(strconv.Itoa(p.PID-1)), 0); err != nil {
+			t.Fatal(err)
+		}
+		again := command(t, client, "hold")
+		again.Env = append(again.Env, "DISPLAY=:66")
+		start(t, again)
+		fd, err := unix.PidfdOpen(again.Process.Pid, 0)
+		if err != nil {
+			t.Fatal(err)
+		}
+		s, _ := readStat(again.Process.Pid)
+		sameID := p.id == identity{s.start, inode(fd)} // before Linux 6.9, in the same 10 ms
+		unix.Close(fd)
+		if again.Process.Pid != p.PID || sameID {
+			again.Process.Kill()
+			again.Wait()
+			continue
+		}
+		d := p.Desk()
+		defer d.Close()
+		if d.EnvErr == nil || !strings.Contains(d.EnvErr.Error(), "has ended") || d.Display != "" || d.Terminal != nil {
+			t.Errorf("the desk of another process: %+v", d)
+		}
+		return
+	}
+}
+
+// playLook prints what is known of the one that connects.
+func playLook(path string) error {
+	l, err := net.Listen("unix", path)
+	if err != nil {
+		return err
+	}
+	if err := os.Chmod(path, 0o666); err != nil {
+		return err
+	}
+	fmt.Println("listening")
+	conn, err := l.Accept()
+	if err != nil {
+		return err
+	}
+	d := Of(conn.(*net.UnixConn)).Desk()
+	defer d.Close()
+	fmt.Printf("environment: %v; terminal: %v\n", d.EnvErr, d.TerminalErr)
+	return nil
+}
+
+// What may not be read is a reason and no failure. For root there is nothing that
+// it may not read, so another user looks.
+func TestDeskThatIsClosed(t *testing.T) {
+	const nobody = 65534
+	for name, test := range map[string]struct {
+		role string
+		root bool
+		want string
+	}{
+		"keeps its memory to itself": {
+			"secretive", false,
+			`^environment: its environment cannot be read: permission denied; terminal: the terminal of client \(\d+\) cannot be opened: its files cannot be read$`,
+		},
+		"root": {"connect", true, `^environment: (client \(\d+\)) is of another user \(uid 0\); terminal: client \(\d+\) is of another user \(uid 0\)$`},
+	} {
+		t.Run(name, func(t *testing.T) {
+			as := &syscall.SysProcAttr{}
+			if os.Getuid() == 0 {
+				as.Credential = &syscall.Credential{Uid: nobody, Gid: nobody}
+			} else if test.root {
+				missing(t, "root, to be another user's client")
+			}
+			dir := shortDir(t)
+			if err := os.Chmod(dir, 0o777); err != nil {
+				t.Fatal(err)
+			}
+			client := program(t, "client")
+			look := command(t, client, "look "+filepath.Join(dir, "s"))
+			look.SysProcAttr = as
+			pipe, err := look.StdoutPipe()
+			if err != nil {
+				t.Fatal(err)
+			}
+			start(t, look)
+			lines := bufio.NewReader(pipe)
+			if line, err := lines.ReadString('\n'); line != "listening\n" {
+				t.Fatal(line, err)
+			}
+			cmd := command(t, client, test.role+" "+filepath.Join(dir, "s"))
+			if !test.root {
+				cmd.SysProcAttr = as
+			}
+			start(t, cmd)
+			line, err := lines.ReadString('\n')
+			if err != nil {
+				t.Fatal(err)
+			}
+			if !matches(test.want, strings.TrimSpace(line)) {
+				t.Errorf("%s", line)
+			}
+		})
+	}
+}
+
+// playContainer connects from a terminal that has the same number as another one
+// outside.
+func playContainer(path string) error {
+	if err := unix.Mount("", "/", "", unix.MS_REC|unix.MS_PRIVATE, ""); err != nil {
+		return err
+	}
+	if err := unix.Mount("devpts", "/dev/pts", "devpts", 0, "newinstance,ptmxmode=0666,mode=0620"); err != nil {
+		return err
+	}
+	far, tty, err := openPTY("/dev/pts/ptmx")
+	if err != nil {
+		return err
+	}
+	cmd := exec.Command(os.Args[0])
+	cmd.Env = append(os.Environ(), roleVariable+"=connect "+path)
+	cmd.Stdin = os.Stdin
+	onTerminal(cmd, tty)
+	if err := cmd.Start(); err != nil {
+		return err
+	}
+	line, err := bufio.NewReader(far).ReadString('\n')
+	fmt.Print(line)
+	return errors.Join(err, cmd.Wait())
+}
+
+func TestDeskInAContainer(t *testing.T) {
+	if os.Getuid() != 0 {
+		missing(t, "root, to make a namespace")
+	}
+	l, path := listen(t)
+	cmd := command(t, program(t, "client"), "container "+path)
+	cmd.SysProcAttr = &syscall.SysProcAttr{Unshareflags: unix.CLONE_NEWNS}
+	shown, err := cmd.StdoutPipe()
+	if err != nil {
+		t.Fatal(err)
+	}
+	start(t, cmd)
+	d := Of(accept(t, l)).Desk()
+	defer d.Close()
+	if d.TerminalErr != nil {
+		t.Fatal(d.TerminalErr)
+	}
+	// With the same number there is another terminal here, or may be.
+	const text = "for the container"
+	if _, err := io.WriteString(d.Terminal.File, text+"\n"); err != nil {
+		t.Fatal(err)
+	}
+	if line, err := bufio.NewReader(shown).ReadString('\n'); strings.TrimSpace(line) != text {
+		t.Errorf("in the container there was %q, %v", line, err)
+	}
+}
+
+func matches(pattern, text string) bool { return regexp.MustCompile(pattern).MatchString(text) }
+
+func TestOwn(t *testing.T) {
+	for name, test := range map[string]struct {
+		session bool
+		want    string
+	}{
+		"in the foreground": {true, `^<nil>$`},
+		"no terminal":       {false, `^agent \(\d+\) has no terminal$`},
+	} {
+		_, tty := newPTY(t)
+		cmd := command(t, program(t, "agent"), "own")
+		cmd.SysProcAttr = &syscall.SysProcAttr{Setsid: true}
+		if test.session {
+			onTerminal(cmd, tty)
+		}
+		pipe, err := cmd.StdoutPipe()
+		if err != nil {
+			t.Fatal(err)
+		}
+		start(t, cmd)
+		line, err := bufio.NewReader(pipe).ReadString('\n')
+		if err != nil || !matches(test.want, strings.TrimSpace(line)) {
+			t.Errorf("%s: %q, %v", name, line, err)
+		}
+	}
+}
+
+func TestDeskKeepsNoDescriptor(t *testing.T) {
+	l, path := listen(t)
+	_, tty := newPTY(t)
+	cmd := command(t, program(t, "client"), "connect "+path)
+	onTerminal(cmd, tty)
+	start(t, cmd)
+	p := Of(accept(t, l))
+	reused := p
+	reused.id.start++
+	look := func() {
+		p.Desk().Close()
+		reused.Desk().Close()
+	}
+	look()
+	before := descriptors(t)
+	for range 20 {
+		look()
+	}
+	if after := descriptors(t); after != before {
+		t.Errorf("%d file descriptors, %d before", after, before)
+	}
+}

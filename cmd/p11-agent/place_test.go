@@ -1,0 +1,84 @@
+package main
+
+import (
+	"fmt"
+	"os"
+	"path/filepath"
+	"strings"
+	"testing"
+
+	"golang.org/x/sys/unix"
+)
+
+// newTerminal returns the far end of a new terminal, and its name.
+func newTerminal(t *testing.T) (far *os.File, name string) {
+	t.Helper()
+	far, err := os.OpenFile("/dev/ptmx", os.O_RDWR|unix.O_NOCTTY, 0)
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() { far.Close() })
+	if err := unix.IoctlSetPointerInt(int(far.Fd()), unix.TIOCSPTLCK, 0); err != nil {
+		t.Fatal(err)
+	}
+	n, err := unix.IoctlGetInt(int(far.Fd()), unix.TIOCGPTN)
+	if err != nil {
+		t.Fatal(err)
+	}
+	return far, fmt.Sprintf("/dev/pts/%d", n)
+}
+
+// A terminal that is known by its name is used as long as it is the same one.
+func TestFixedTerminal(t *testing.T) {
+	far, name := newTerminal(t)
+	f := fixTerminal(name)
+	for range 2 {
+		tty, err := f.open()
+		if err != nil {
+			t.Fatal(err)
+		}
+		if _, err := tty.WriteString("x"); err != nil { // what is shown does not make it another
+			t.Error(err)
+		}
+		tty.Close()
+	}
+
+	// The number is used again for the next one, by anybody. The clock that tells
+	// the two apart ticks every few milliseconds.
+	far.Close()
+	for range 1000 {
+		far, again := newTerminal(t)
+		if again == name {
+			tty, err := f.open()
+			if err == nil {
+				tty.Close()
+				var st unix.Stat_t
+				if unix.Stat(name, &st) == nil && st.Ctim == f.state.change {
+					far.Close()
+					continue
+				}
+			}
+			if err == nil || !strings.Contains(err.Error(), "is not the terminal any more") {
+				t.Errorf("another terminal with that name: %v", err)
+			}
+			return
+		}
+		defer far.Close()
+	}
+	t.Errorf("no new terminal is called %s", name)
+}
+
+func TestFixedTerminalIsNone(t *testing.T) {
+	file := filepath.Join(t.TempDir(), "file")
+	if err := os.WriteFile(file, nil, 0o600); err != nil {
+		t.Fatal(err)
+	}
+	for name, want := range map[string]string{
+		"/nonexistent": "no such file", "/dev/null": "is not a terminal", file: "is not a terminal",
+	} {
+		f := fixTerminal(name)
+		if _, err := f.open(); err == nil || !strings.Contains(err.Error(), want) {
+			t.Errorf("%s: %v, want %q", name, err, want)
+		}
+	}
+}

@@ -1,0 +1,62 @@
+// Package environment tells what the environment of the user's service manager
+// is now: desktops put into it what the services of a session need to know, such
+// as the display, often after those services were started.
+//
+// It promises to start nothing, and to wait no longer than a context lasts. The
+// values are whatever some program of the user has set.
+package environment
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"os"
+	"path/filepath"
+	"time"
+
+	"github.com/godbus/dbus/v5"
+
+	"p11-agent/systemd/bus"
+)
+
+// timeout is how long the manager may take to answer.
+const timeout = 2 * time.Second
+
+// The manager, org.freedesktop.systemd1(5).
+const (
+	service = "org.freedesktop.systemd1"
+	manager = "/org/freedesktop/systemd1"
+)
+
+// Read returns the environment as NAME=VALUE. The manager is asked on the
+// user's bus, which is the socket "bus" in runtimeDir (XDG_RUNTIME_DIR). The error
+// is bus.ErrNone when there is no such bus.
+func Read(ctx context.Context, runtimeDir string) ([]string, error) {
+	path := filepath.Join(runtimeDir, "bus")
+	if !filepath.IsAbs(runtimeDir) {
+		return nil, fmt.Errorf("%w: XDG_RUNTIME_DIR is not set", bus.ErrNone)
+	}
+	if st, err := os.Stat(path); err != nil || st.Mode().Type() != os.ModeSocket {
+		return nil, fmt.Errorf("%w at %s", bus.ErrNone, path)
+	}
+	ctx, cancel := context.WithTimeout(ctx, timeout)
+	defer cancel()
+	c, err := bus.Connect(ctx, "unix:path="+dbus.EscapeBusAddressValue(path))
+	if err != nil {
+		return nil, err
+	}
+	defer c.Close()
+	var v dbus.Variant
+	// Not started for this: a manager of another kind would be none that has our
+	// services.
+	call := c.Object(service, manager).CallWithContext(ctx, "org.freedesktop.DBus.Properties.Get", dbus.FlagNoAutoStart,
+		service+".Manager", "Environment")
+	if err := call.Store(&v); err != nil {
+		return nil, fmt.Errorf("ask the user's service manager: %w", err)
+	}
+	env, ok := v.Value().([]string)
+	if !ok {
+		return nil, errors.New("the user's service manager gives something else for its environment")
+	}
+	return env, nil
+}
