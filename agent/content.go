@@ -37,7 +37,8 @@ const (
 	KindX509 Kind = "x509"
 	// KindSudo is a question of pam_ssh_agent_auth, which stands in for a password.
 	KindSudo Kind = "sudo"
-	// KindTest is what ssh-add -T has signed to see whether the key works.
+	// KindTest is what ssh-add -T has signed to see whether the key works: random
+	// data of that length.
 	KindTest Kind = "test"
 )
 
@@ -110,7 +111,7 @@ func (c Content) String() string {
 	case KindSudo:
 		return "sudo or the like by pam_ssh_agent_auth, " + shortQuote(c.Detail)
 	case KindTest:
-		return "test of the key by ssh-add -T"
+		return "test of the key with random data (ssh-add -T)"
 	}
 	return "UNKNOWN DATA"
 }

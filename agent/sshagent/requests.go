@@ -187,7 +187,7 @@ func (c *conn) sign(ctx context.Context, in reader) {
 		c.fail("refused to sign", fmt.Errorf("unknown signature flags %#x", uint32(unknown)))
 		return
 	}
-	r.Content, r.Login = parseContent(r.Data, r.Key, c.caller.Peer, c.caller.Forwarded)
+	r.Content, r.Login = parseContent(r.Data, r.Key)
 	sig, err := c.server.Keyring.Sign(ctx, c.caller, r)
 	if err != nil {
 		c.out = append(c.out, msgFailure)
