@@ -161,7 +161,7 @@ type Keyring struct {
 	origins  map[string]Upstream // wire form of the keys of upstream agents, as listed last
 	troubles map[string]string   // what was logged last about an upstream agent, by its name
 
-	insertions map[string]*insertion // under way, by the wire form of the identity
+	insertions shared[struct{}] // under way, by the wire form of the identity
 }
 
 // addition is what one ssh-add has added.
@@ -176,7 +176,6 @@ func NewKeyring(opts Options) *Keyring {
 	k := &Keyring{
 		opts: opts, log: opts.Log, start: time.Now(), lock: newLock(),
 		hidden: make(map[string]uint64), troubles: make(map[string]string),
-		insertions: make(map[string]*insertion),
 	}
 	k.knew = len(k.now().list) > 0
 	return k
