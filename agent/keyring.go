@@ -1,11 +1,11 @@
 package agent
 
 import (
+	"bytes"
 	"context"
 	"crypto"
 	"crypto/rand"
 	"errors"
-	"fmt"
 	"log/slog"
 	"slices"
 	"sync"
@@ -92,12 +92,6 @@ type Tokens interface {
 	LogoutAll(ctx context.Context) error
 }
 
-// A Confirmer asks a person whether a key may be used.
-type Confirmer interface {
-	// Confirm reports whether the person agreed. comment names the key.
-	Confirm(ctx context.Context, comment, fingerprint string) (bool, error)
-}
-
 // Rules are what Configure changes.
 type Rules struct {
 	// Automatic selects the identities that are there without being added, in
@@ -111,6 +105,9 @@ type Rules struct {
 	// Allow returns what kinds of data a key of a token signs besides logins and
 	// SSH signatures; KindUnknown stands for all. nil: no other.
 	Allow func(Key) []Kind
+	// Approval returns when a person is asked before a key of a token signs; for
+	// nil, every key that is on none. nil: never.
+	Approval func(Key) Approval
 }
 
 // Options make a Keyring.
@@ -124,8 +121,8 @@ type Options struct {
 	InsertTimeout time.Duration
 	// Lifetime is that of added identities which come with none; 0: for ever.
 	Lifetime time.Duration
-	// Confirm asks about identities added for confirmation; nil: nobody can be
-	// asked, and adding such an identity is refused.
+	// Confirm asks whether a key may be used; nil: nobody can be asked, what is to
+	// be confirmed is refused, and so is adding an identity for confirmation.
 	Confirm Confirmer
 	// SoftwareKeys lets clients add private keys, which are kept in memory.
 	SoftwareKeys bool
@@ -135,6 +132,8 @@ type Options struct {
 	Certificates *CertificateDir
 	// Upstreams are asked for what the Keyring does not have, in this order.
 	Upstreams []Upstream
+	// Hosts gives names to host keys; nil: they have none.
+	Hosts HostNamer
 	// Fingerprint is how keys are named to people; nil: ssh.FingerprintSHA256.
 	Fingerprint func(ssh.PublicKey) string
 	Log         *slog.Logger
@@ -162,6 +161,7 @@ type Keyring struct {
 	troubles map[string]string   // what was logged last about an upstream agent, by its name
 
 	insertions shared[struct{}] // under way, by the wire form of the identity
+	approvals  approvals
 }
 
 // addition is what one ssh-add has added.
@@ -247,8 +247,8 @@ func (k *Keyring) lookAgain() bool {
 	return true
 }
 
-// Sign makes a signature, asking for confirmation where the identity was added
-// for it and for a PIN where the token wants one. For a key that only an upstream
+// Sign makes a signature, asking for confirmation where the constraints of the
+// identity, the socket or the rules want it, and for a PIN where the token does. For a key that only an upstream
 // agent has, that agent makes it.
 func (k *Keyring) Sign(ctx context.Context, c *Caller, r SignRequest) (*ssh.Signature, error) {
 	ctx = peer.NewContext(ctx, c.Peer)
@@ -282,24 +282,6 @@ func (k *Keyring) Sign(ctx context.Context, c *Caller, r SignRequest) (*ssh.Sign
 	return sig, nil
 }
 
-// confirm asks a person where the constraints or the socket want it.
-func (k *Keyring) confirm(ctx context.Context, c *Caller, wanted bool, comment string, key ssh.PublicKey) error {
-	if !wanted && (c.Socket == nil || !c.Socket.Confirm) {
-		return nil
-	}
-	if k.opts.Confirm == nil {
-		return errNobody
-	}
-	ok, err := k.opts.Confirm.Confirm(ctx, comment, k.fingerprint(key))
-	if err != nil {
-		return fmt.Errorf("ask for confirmation: %w", err)
-	}
-	if !ok {
-		return errDeclined
-	}
-	return nil
-}
-
 func (k *Keyring) sign(ctx context.Context, c *Caller, id *identity, r SignRequest) (*ssh.Signature, error) {
 	algorithm, hash, err := algorithmFor(id.plain, r.Flags)
 	if err != nil {
@@ -311,8 +293,9 @@ func (k *Keyring) sign(ctx context.Context, c *Caller, id *identity, r SignReque
 	if err := k.allowed(id, r.Content); err != nil {
 		return nil, err
 	}
-	ctx = context.WithValue(ctx, useKey{}, &Use{Comment: id.comment, Key: id.plain, Caller: c, Content: r.Content, Login: r.Login})
-	if err := k.confirm(ctx, c, id.constraints.Confirm, id.comment, id.plain); err != nil {
+	use := k.use(id.comment, id.plain, c, r)
+	ctx = context.WithValue(ctx, useKey{}, use)
+	if err := k.approve(ctx, use, id); err != nil {
 		return nil, err
 	}
 	raw, err := k.signAtHome(ctx, id, r.Data, hash)
@@ -329,6 +312,20 @@ func (k *Keyring) sign(ctx context.Context, c *Caller, id *identity, r SignReque
 		return nil, err
 	}
 	return signature(id.plain, algorithm, raw)
+}
+
+// use is what a request is for.
+func (k *Keyring) use(comment string, key ssh.PublicKey, c *Caller, r SignRequest) *Use {
+	u := &Use{
+		Comment: comment, Key: key, Caller: c, Content: r.Content,
+		Hosts: k.opts.Hosts, Fingerprint: k.opts.Fingerprint,
+	}
+	if l := r.Login; l != nil {
+		// The request's is the door's memory, and a prompt outlives the request when
+		// others share it.
+		u.Login = &Login{User: l.User, SessionID: bytes.Clone(l.SessionID), HostKey: bytes.Clone(l.HostKey)}
+	}
+	return u
 }
 
 // signAtHome has a token sign that has the identity, one that is there if

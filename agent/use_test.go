@@ -47,7 +47,7 @@ func TestUse(t *testing.T) {
 				if use == nil {
 					t.Fatalf("%s was not told", who)
 				}
-				if use.Comment != "laptop" || use.Caller != caller || use.Login != test.login || string(use.Key.Marshal()) != string(wireOf(key)) {
+				if use.Comment != "laptop" || use.Caller != caller || (use.Login == nil) != (test.login == nil) || use.Login != nil && use.Login.User != test.login.User || string(use.Key.Marshal()) != string(wireOf(key)) {
 					t.Errorf("%s was told %+v", who, use)
 				}
 				got := use.Host()

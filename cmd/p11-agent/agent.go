@@ -16,6 +16,7 @@ import (
 	"strconv"
 	"strings"
 	"sync"
+	"sync/atomic"
 	"syscall"
 	"time"
 
@@ -192,6 +193,7 @@ type service struct {
 	log      *slog.Logger
 	tty      string // where it was started
 	hangups  chan os.Signal
+	config   atomic.Pointer[config] // the one in use
 
 	system       bool // nobody is asked, and nothing is kept in memory
 	remoteTokens bool
@@ -370,10 +372,12 @@ func (s *service) serve(ctx context.Context, listeners []listener) error {
 		RemoteTokens:  s.remoteTokens || c.RemoteTokens,
 		Certificates:  certificates,
 		Upstreams:     upstreams,
+		Hosts:         newHosts(c),
 		Fingerprint:   s.fingerprint,
 		Log:           s.log,
 	})
-	watch := watchLogin1(c, b.store, s.log)
+	s.config.Store(c)
+	watch := watchLogin1(c, b.store, func(e token.Event) { s.forgetApprovals(keyring, b.store, e) }, s.log)
 	var helpers sync.WaitGroup
 	defer helpers.Wait()
 	helpers.Go(func() { watch.Run(ctx) })
@@ -415,7 +419,21 @@ func (s *service) serve(ctx context.Context, listeners []listener) error {
 // rules is what the configuration tells the keyring, now and when it is read
 // again.
 func (s *service) rules(c *config) agent.Rules {
-	return agent.Rules{Automatic: automatic(c), Name: names(c), OfferAway: c.offerAway, Allow: c.allows(s.system)}
+	return agent.Rules{
+		Automatic: automatic(c), Name: names(c), OfferAway: c.offerAway, Allow: c.allows(s.system), Approval: c.approval(),
+	}
+}
+
+// forgetApprovals has persons asked again about the keys whose logins end at an
+// event.
+func (s *service) forgetApprovals(keyring *agent.Keyring, store *token.Store, e token.Event) {
+	inMemory := s.config.Load().ForgetOn.retention().EndsAt(e)
+	keyring.ForgetApprovals(func(k agent.Key) bool {
+		if key, ok := k.(*token.Key); ok {
+			return store.Forgets(key, e)
+		}
+		return inMemory
+	})
 }
 
 // notify logs when the service manager could not be told something.
@@ -439,6 +457,9 @@ func (s *service) reload(ctx context.Context, k *agent.Keyring, store *token.Sto
 	store.SetPublicKeys(c.publicKeys)
 	store.SetPolicy(c.policy())
 	k.Configure(s.rules(c))
+	if old := s.config.Swap(c); !c.sameApproval(old) {
+		k.ForgetApprovals(func(agent.Key) bool { return true })
+	}
 	ctx, cancel := context.WithTimeout(ctx, 10*time.Second)
 	defer cancel()
 	if err := store.Rescan(ctx); err != nil && ctx.Err() == nil {

@@ -22,6 +22,7 @@ import (
 //	stay          nothing, until the question is taken back
 //	for W TEXT    this PIN, for every question with the word W in its description, whatever the line
 //	ok            yes
+//	other         what a person does with the third button, which the fake pinentry says it has
 //	cancel        what a person does with the Cancel button
 //
 // A question too many is answered with cancel. The file "log" of the directory
@@ -146,11 +147,15 @@ func fakePinentry() {
 				exit(0)
 			case "ok":
 				fmt.Println("OK")
+			case "other":
+				fmt.Println("ERR 83886194 Not confirmed <Pinentry>")
 			case "cancel":
 				fmt.Println("ERR 83886179 Operation cancelled <Pinentry>")
 			default:
 				die(fmt.Errorf("no such answer: %s", kind))
 			}
+		case "GETINFO":
+			fmt.Println("D curses\nOK")
 		case "BYE":
 			fmt.Println("OK closing connection")
 			exit(0)

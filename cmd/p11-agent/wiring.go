@@ -9,6 +9,7 @@ import (
 	"os"
 	"strings"
 	"sync/atomic"
+	"time"
 
 	"p11-agent/agent"
 	"p11-agent/agent/peer"
@@ -255,6 +256,7 @@ func names(c *config) func(agent.Key) string {
 type asker struct {
 	pinentry *pinentry.Pinentry
 	place    pinentry.Place
+	patience time.Duration // for a confirmation
 }
 
 var (
@@ -286,6 +288,7 @@ func newAsker(c *config, getenv func(string) string, tty string, log *slog.Logge
 			Locale:         cmp.Or(getenv("LC_ALL"), getenv("LC_MESSAGES"), getenv("LANG")),
 			UserData:       getenv("PINENTRY_USER_DATA"),
 		},
+		patience: cmp.Or(c.ConfirmTimeout.Duration, confirmTimeout),
 	}
 }
 
@@ -298,19 +301,71 @@ func (a *asker) Ask(ctx context.Context, about token.PINRequest) (token.PINDialo
 	return &dialogue{d: d, about: about, client: peer.FromContext(ctx)}, nil
 }
 
-// Confirm asks whether a key may be used.
-func (a *asker) Confirm(ctx context.Context, comment, fingerprint string) (bool, error) {
+// Confirm asks whether a key may be used, and for how long when that is a question.
+func (a *asker) Confirm(ctx context.Context, r agent.Request) (agent.Answer, error) {
 	d, err := a.pinentry.Open(ctx, a.place)
 	if err != nil {
-		return false, err
+		return agent.Answer{}, err
 	}
 	defer d.Close() //nolint:errcheck // never fails
-	return d.Confirm(ctx, pinentry.Prompt{
-		Title:       "p11-agent",
-		Description: fmt.Sprintf("Allow the use of this key?\n\n%s\n%s\n%s", comment, fingerprint, requester(peer.FromContext(ctx))),
-		OK:          "_Allow",
-		Cancel:      "_Deny",
-	})
+	text := confirmText(r)
+	prompt := pinentry.Prompt{
+		Title: "p11-agent", Description: "Allow the use of this key?\n\n" + text,
+		OK: allow(r.Plain), Cancel: "_Deny", Timeout: a.patience,
+	}
+	if !r.Offer {
+		yes, err := d.Confirm(ctx, prompt)
+		return agent.Answer{Allowed: yes}, err
+	}
+	prompt.Other = "Allow _longer..."
+	if r.Plain != agent.Once {
+		prompt.Other = "Allow _otherwise..."
+	}
+	lengths := [2]agent.Remember{agent.Once, agent.UntilLock}
+	switch r.Plain {
+	case agent.Once:
+		lengths[0] = rememberShort
+	case agent.UntilLock:
+		lengths[1] = rememberShort
+	}
+	choice, err := d.Choose(ctx, prompt)
+	if err == nil && choice == pinentry.ChoiceOther {
+		// Who closes this one has not said yes: once is to be had before.
+		prompt.Description = "Allow the use of this key for how long?\n\n" + text
+		prompt.OK, prompt.Other = allow(lengths[0]), allow(lengths[1])
+		choice, err = d.Choose(ctx, prompt)
+		r.Plain = lengths[0]
+		if choice == pinentry.ChoiceOther {
+			r.Plain = lengths[1]
+		}
+	}
+	if err != nil || choice == pinentry.ChoiceCancel {
+		return agent.Answer{}, err
+	}
+	return agent.Answer{Allowed: true, For: r.Plain}, nil
+}
+
+// rememberShort is the length of time that is offered to everybody.
+const rememberShort = agent.Remember(15 * time.Minute)
+
+// allow is the text of a button.
+func allow(lasts agent.Remember) string {
+	switch lasts {
+	case agent.Once:
+		return "Allow _once"
+	case agent.UntilLock:
+		return "Allow _until lock"
+	}
+	return "Allow _" + lasts.String()
+}
+
+// confirmText says what is asked about.
+func confirmText(r agent.Request) string {
+	lines := []string{r.Comment, r.KeyFingerprint, "For: " + r.Content.String(), requester(r.Caller.Peer), "Asked because of " + r.Why + "."}
+	if r.Plain != agent.Once {
+		lines = append(lines, "Yes counts "+r.Plain.String()+".")
+	}
+	return strings.Join(lines, "\n")
 }
 
 // Insert asks to insert a token.
