@@ -344,14 +344,16 @@ type keptApproval struct {
 	lasts      Remember
 }
 
-// over tells whether it has ended. A clock that stands still while the machine
-// sleeps does not prolong it, nor does one that is set back.
+// over tells whether it has ended.
 func (a *keptApproval) over(now time.Time) bool {
-	if a.lasts == UntilLock {
-		return false
-	}
-	wall := now.Round(0).Sub(a.since.Round(0))
-	return max(wall, now.Sub(a.since)) >= time.Duration(a.lasts) || wall < 0
+	return a.lasts.over(now.Sub(a.since), now.Round(0).Sub(a.since.Round(0)))
+}
+
+// over tells whether a yes has ended that was given so long ago, by the clock that
+// runs and by the one on the wall. The first stands still while the machine sleeps,
+// the second may be set back, and neither makes it last longer.
+func (r Remember) over(running, wall time.Duration) bool {
+	return r != UntilLock && (running >= time.Duration(r) || wall >= time.Duration(r) || wall < 0)
 }
 
 // has tells whether there is a yes. It ends when a token of the identity is put
