@@ -715,6 +715,32 @@ func TestApprovalOfOtherKeys(t *testing.T) {
 	}
 }
 
+func TestApprovalOfUpstreamKeys(t *testing.T) {
+	w, p, deny := newWorld(t), says(Answer{true, UntilLock}), false
+	up := newTestKey(t)
+	rules := Rules{Approval: func(k Key) Approval {
+		if deny {
+			return Approval{Rules: []Rule{{Confirm: ConfirmDeny}}}
+		}
+		return Approval{Confirm: ConfirmFirstUse}
+	}}
+	f := newFixture(Options{Rules: rules, Confirm: p, Upstreams: []Upstream{&fakeUpstream{name: "gcr", keys: []testKey{up}}}})
+	r := sshsigOf("git")
+	r.Key = up.public.Marshal()
+	for range 2 {
+		if _, err := f.Sign(t.Context(), w.caller("ssh"), r); err != nil {
+			t.Error(err)
+		}
+	}
+	if p.count() != 1 || p.asked[0].Comment != "a key of the agent at gcr" || p.asked[0].Content != r.Content {
+		t.Errorf("asked %+v", p.asked)
+	}
+	deny = true
+	if _, err := f.Sign(t.Context(), w.caller("ssh"), r); err == nil {
+		t.Error("the other agent has signed what is denied")
+	}
+}
+
 // What is remembered is bounded, and the oldest goes first.
 func TestApprovalsAreBounded(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
