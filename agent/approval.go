@@ -337,11 +337,23 @@ type approvals struct {
 
 // keptApproval is one of them.
 type keptApproval struct {
-	wire       string // of the identity
-	homes      []Key
-	insertions uint64 // there were of its tokens
+	wire  string // of the identity
+	homes []Key
+	// insertions there were of all its tokens. away says that none of them was there,
+	// so that one more is what the signature waits for.
+	insertions uint64
+	away       bool
 	since      time.Time
 	lasts      Remember
+}
+
+// insertionsOf counts how often the tokens of an identity have appeared, all
+// together.
+func insertionsOf(id *identity) (n uint64) {
+	for _, key := range id.homes {
+		n += key.Insertions()
+	}
+	return n
 }
 
 // over tells whether it has ended.
@@ -362,11 +374,19 @@ func (a *approvals) has(name string, id *identity) bool {
 	a.mu.Lock()
 	defer a.mu.Unlock()
 	kept, ok := a.kept[name]
-	if ok && (kept.over(time.Now()) || kept.insertions != id.insertions()) {
+	if !ok {
+		return false
+	}
+	insertions := insertionsOf(id)
+	if kept.away && insertions == kept.insertions+1 {
+		kept.away, kept.insertions = false, insertions
+		a.kept[name] = kept
+	}
+	if kept.over(time.Now()) || insertions != kept.insertions {
 		delete(a.kept, name)
 		return false
 	}
-	return ok
+	return true
 }
 
 func (a *approvals) now() (generation uint64) {
@@ -399,7 +419,10 @@ func (a *approvals) keep(name string, id *identity, lasts Remember, generation u
 			delete(a.kept, oldest)
 		}
 	}
-	a.kept[name] = keptApproval{wire: id.wire, homes: id.homes, insertions: id.insertions(), since: now, lasts: lasts}
+	a.kept[name] = keptApproval{
+		wire: id.wire, homes: id.homes, insertions: insertionsOf(id), since: now, lasts: lasts,
+		away: len(id.homes) > 0 && !slices.ContainsFunc(id.homes, Key.Present),
+	}
 }
 
 // forget forgets some.

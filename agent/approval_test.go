@@ -375,6 +375,35 @@ func TestApprovalForgotten(t *testing.T) {
 	}
 }
 
+// A yes that was given before the token was put in lasts until it is taken out.
+func TestApprovalBeforeInsertion(t *testing.T) {
+	w, k, backup, p := newWorld(t), edKey("pkcs11:token=a;id=1"), edKey("pkcs11:token=b;id=1"), says(Answer{true, UntilLock})
+	backup.Signer, k.insertions = k.Signer, 3
+	var f *fixture
+	in := &fakeInserter{answer: func(context.Context, int) (bool, error) {
+		backup.insertions++
+		f.tokens.setAway([]Key{backup}, []Key{k})
+		return true, nil
+	}}
+	rules := everyKey(Approval{Confirm: ConfirmFirstUse})
+	rules.OfferAway = always
+	f = newFixture(Options{Rules: rules, Confirm: p, Insert: in}, k)
+	f.tokens.setAway(nil, []Key{k, backup})
+	for range 3 {
+		f.signs(t, k, w.caller("ssh"), sshsigOf("git"), nil)
+	}
+	if p.count() != 1 || len(in.asked) != 1 {
+		t.Errorf("asked %d times, and %d times to insert it", p.count(), len(in.asked))
+	}
+	f.tokens.setAway(nil, []Key{k, backup})
+	for range 2 {
+		f.signs(t, k, w.caller("ssh"), sshsigOf("git"), nil)
+	}
+	if p.count() != 2 {
+		t.Errorf("asked %d times after it was out", p.count())
+	}
+}
+
 // A yes to a question from before everything was forgotten is for once.
 func TestApprovalThatComesLate(t *testing.T) {
 	w, k := newWorld(t), edKey("pkcs11:token=a")

@@ -5,6 +5,7 @@ import (
 	"io"
 	"os"
 	"path/filepath"
+	"syscall"
 
 	"golang.org/x/crypto/ssh"
 
@@ -27,7 +28,7 @@ func newHosts(*config) *hosts {
 // HostName is that of the files.
 func (h *hosts) HostName(key ssh.PublicKey, _ peer.Peer) (name agent.HostName) {
 	for _, path := range h.paths {
-		f, err := os.Open(path)
+		f, err := os.OpenFile(path, os.O_RDONLY|syscall.O_NONBLOCK, 0)
 		if err != nil {
 			continue
 		}

@@ -361,11 +361,11 @@ func allow(lasts agent.Remember) string {
 
 // confirmText says what is asked about.
 func confirmText(r agent.Request) string {
-	lines := []string{r.Comment, r.KeyFingerprint, "For: " + r.Content.String(), requester(r.Caller.Peer), "Asked because of " + r.Why + "."}
+	lines := []string{r.Comment, r.KeyFingerprint, "For: " + r.Content.String()}
 	if r.Plain != agent.Once {
 		lines = append(lines, "Yes counts "+r.Plain.String()+".")
 	}
-	return strings.Join(lines, "\n")
+	return strings.Join(append(lines, "Asked because of "+r.Why+".", requester(r.Caller.Peer)), "\n")
 }
 
 // Insert asks to insert a token.
