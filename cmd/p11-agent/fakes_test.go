@@ -22,6 +22,7 @@ import (
 //	stay          nothing, until the question is taken back
 //	for W TEXT    this PIN, for every question with the word W in its description, whatever the line
 //	ok            yes
+//	ok-later      yes, once there is a file "release" in the directory
 //	other         what a person does with the third button, which the fake pinentry says it has
 //	cancel        what a person does with the Cancel button
 //
@@ -146,6 +147,9 @@ func fakePinentry() {
 				_, _ = io.Copy(io.Discard, f.in) // until the agent hangs up
 				exit(0)
 			case "ok":
+				fmt.Println("OK")
+			case "ok-later":
+				f.wait()
 				fmt.Println("OK")
 			case "other":
 				fmt.Println("ERR 83886194 Not confirmed <Pinentry>")
