@@ -235,6 +235,7 @@ func (k *Keyring) removeToken(c *Caller, r TokenRequest) (what string, err error
 	}
 	for _, id := range meant {
 		k.hideLocked(id)
+		k.approvals.forgetIdentity(id.wire)
 	}
 	k.log.Info("keys removed", "provider", s.String(), "client", c.Peer.String())
 	return s.String(), nil
@@ -276,11 +277,13 @@ func (k *Keyring) remove(ctx context.Context, c *Caller, key []byte) error {
 	if len(id.homes) > 0 {
 		k.hideLocked(id)
 	}
+	k.approvals.forgetIdentity(id.wire)
 	k.change++
 	return nil
 }
 
-// RemoveAll removes every identity and logs out of every token. Those of
+// RemoveAll removes every identity, forgets what persons have allowed, and logs
+// out of every token. Those of
 // upstream agents stay.
 func (k *Keyring) RemoveAll(ctx context.Context, c *Caller) error {
 	err := c.mayChange()
@@ -308,6 +311,7 @@ func (k *Keyring) RemoveAll(ctx context.Context, c *Caller) error {
 		k.hideKeyLocked(key)
 	}
 	k.mu.Unlock()
+	k.approvals.forgetAll()
 	k.log.Info("all keys removed", "client", c.Peer.String())
 	if err := k.opts.Tokens.LogoutAll(ctx); err != nil {
 		k.refused(c, "log out", "", err)

@@ -7,8 +7,6 @@ import (
 	"slices"
 	"strings"
 	"time"
-
-	"p11-agent/pinentry/waiting"
 )
 
 const (
@@ -38,59 +36,13 @@ type Wanted struct {
 	Fingerprint string
 }
 
-// insertion is one wait for a token. Everybody who wants the same identity shares
-// it, and its outcome: fifty logins are one prompt. It goes on while anybody
-// waits.
-type insertion struct {
-	done    chan struct{}
-	err     error
-	waiters int
-	cancel  context.CancelFunc
-	waiting waiting.List // the same, for whoever asks: one of them is asked
-}
-
 // insert waits until a token that has the identity is there, or a person has
-// declined to insert it.
+// declined to insert it. Everybody who wants the same identity shares the wait.
 func (k *Keyring) insert(ctx context.Context, id *identity) error {
-	k.mu.Lock()
-	in := k.insertions[id.wire]
-	if in == nil {
-		in = &insertion{done: make(chan struct{})}
-		shared, cancel := context.WithCancel(waiting.NewContext(context.WithoutCancel(ctx), &in.waiting))
-		in.cancel = cancel
-		k.insertions[id.wire] = in
-		go func() {
-			defer cancel()
-			err := k.awaitToken(shared, id)
-			k.mu.Lock()
-			in.err = err
-			k.endLocked(id, in)
-			k.mu.Unlock()
-			close(in.done)
-		}()
-	}
-	in.waiters++
-	in.waiting.Add(ctx)
-	k.mu.Unlock()
-	select {
-	case <-in.done:
-		return in.err
-	case <-ctx.Done():
-	}
-	k.mu.Lock()
-	defer k.mu.Unlock()
-	if in.waiters--; in.waiters == 0 {
-		in.cancel()
-		k.endLocked(id, in) // who comes now begins anew
-	}
-	return ctx.Err()
-}
-
-// endLocked makes room for the next wait for an identity.
-func (k *Keyring) endLocked(id *identity, in *insertion) {
-	if k.insertions[id.wire] == in {
-		delete(k.insertions, id.wire)
-	}
+	_, err := k.insertions.do(ctx, id.wire, func(ctx context.Context) (struct{}, error) {
+		return struct{}{}, k.awaitToken(ctx, id)
+	})
+	return err
 }
 
 // awaitToken has a person asked for a token until it is there.

@@ -6,7 +6,6 @@ import (
 	"crypto"
 	"crypto/rand"
 	"errors"
-	"fmt"
 	"log/slog"
 	"slices"
 	"sync"
@@ -92,12 +91,6 @@ type Tokens interface {
 	LogoutAll(ctx context.Context) error
 }
 
-// A Confirmer asks a person whether a key may be used.
-type Confirmer interface {
-	// Confirm reports whether the person agreed. comment names the key.
-	Confirm(ctx context.Context, comment, fingerprint string) (bool, error)
-}
-
 // Rules are what Configure changes.
 type Rules struct {
 	// Automatic selects the identities that are there without being added, in
@@ -111,6 +104,9 @@ type Rules struct {
 	// Allow returns what kinds of data a key of a token signs besides logins and
 	// SSH signatures; KindUnknown stands for all. nil: no other.
 	Allow func(Key) []Kind
+	// Approval returns when a person is asked before a key of a token signs; for
+	// nil, every key that is on none. nil: never.
+	Approval func(Key) Approval
 }
 
 // Options make a Keyring.
@@ -124,8 +120,8 @@ type Options struct {
 	InsertTimeout time.Duration
 	// Lifetime is that of added identities which come with none; 0: for ever.
 	Lifetime time.Duration
-	// Confirm asks about identities added for confirmation; nil: nobody can be
-	// asked, and adding such an identity is refused.
+	// Confirm asks whether a key may be used; nil: nobody can be asked, what is to
+	// be confirmed is refused, and so is adding an identity for confirmation.
 	Confirm Confirmer
 	// SoftwareKeys lets clients add private keys, which are kept in memory.
 	SoftwareKeys bool
@@ -163,7 +159,8 @@ type Keyring struct {
 	origins  map[string]Upstream // wire form of the keys of upstream agents, as listed last
 	troubles map[string]string   // what was logged last about an upstream agent, by its name
 
-	insertions map[string]*insertion // under way, by the wire form of the identity
+	insertions shared[struct{}] // under way, by the wire form of the identity
+	approvals  approvals
 }
 
 // addition is what one ssh-add has added.
@@ -178,7 +175,6 @@ func NewKeyring(opts Options) *Keyring {
 	k := &Keyring{
 		opts: opts, log: opts.Log, start: time.Now(), lock: newLock(),
 		hidden: make(map[string]uint64), troubles: make(map[string]string),
-		insertions: make(map[string]*insertion),
 	}
 	k.knew = len(k.now().list) > 0
 	return k
@@ -258,8 +254,8 @@ func (k *Keyring) lookAgain() bool {
 	return true
 }
 
-// Sign makes a signature, asking for confirmation where the identity was added
-// for it and for a PIN where the token wants one. For a key that only an upstream
+// Sign makes a signature, asking for confirmation where the constraints of the
+// identity, the socket or the rules want it, and for a PIN where the token does. For a key that only an upstream
 // agent has, that agent makes it.
 func (k *Keyring) Sign(ctx context.Context, c *Caller, r SignRequest) (*ssh.Signature, error) {
 	ctx = c.Context(ctx)
@@ -293,24 +289,6 @@ func (k *Keyring) Sign(ctx context.Context, c *Caller, r SignRequest) (*ssh.Sign
 	return sig, nil
 }
 
-// confirm asks a person where the constraints or the socket want it.
-func (k *Keyring) confirm(ctx context.Context, c *Caller, wanted bool, comment string, key ssh.PublicKey) error {
-	if !wanted && (c.Socket == nil || !c.Socket.Confirm) {
-		return nil
-	}
-	if k.opts.Confirm == nil {
-		return errNobody
-	}
-	ok, err := k.opts.Confirm.Confirm(ctx, comment, k.fingerprint(key))
-	if err != nil {
-		return fmt.Errorf("ask for confirmation: %w", err)
-	}
-	if !ok {
-		return errDeclined
-	}
-	return nil
-}
-
 func (k *Keyring) sign(ctx context.Context, c *Caller, id *identity, r SignRequest) (*ssh.Signature, error) {
 	algorithm, hash, err := algorithmFor(id.plain, r.Flags)
 	if err != nil {
@@ -322,8 +300,9 @@ func (k *Keyring) sign(ctx context.Context, c *Caller, id *identity, r SignReque
 	if err := k.allowed(id, r.Content); err != nil {
 		return nil, err
 	}
-	ctx = context.WithValue(ctx, useKey{}, k.use(id.comment, id.plain, c, r))
-	if err := k.confirm(ctx, c, id.constraints.Confirm, id.comment, id.plain); err != nil {
+	use := k.use(id.comment, id.plain, c, r)
+	ctx = context.WithValue(ctx, useKey{}, use)
+	if err := k.approve(ctx, use, id); err != nil {
 		return nil, err
 	}
 	raw, err := k.signAtHome(ctx, id, r.Data, hash)

@@ -217,10 +217,13 @@ type fakeConfirm struct {
 	caller *Caller
 }
 
-func (c *fakeConfirm) Confirm(ctx context.Context, comment, fingerprint string) (bool, error) {
+func (c *fakeConfirm) Confirm(ctx context.Context, r Request) (Answer, error) {
 	c.use, c.caller = UseFromContext(ctx), CallerFromContext(ctx)
-	c.asked = append(c.asked, comment+" "+fingerprint)
-	return c.answer, c.err
+	if c.use != r.Use {
+		panic("the request is about another use")
+	}
+	c.asked = append(c.asked, r.Comment+" "+r.KeyFingerprint)
+	return Answer{Allowed: c.answer}, c.err
 }
 
 func edKey(uri string) *fakeKey {

@@ -131,7 +131,7 @@ func (l *lock) unlock(ctx context.Context, phrase *secret.Secret) error {
 }
 
 // Lock refuses everything until Unlock, lists nothing, logs out of every token
-// and forgets the PINs that came with added URIs. Signatures under way fail.
+// and forgets the PINs that came with added URIs, and what persons have allowed. Signatures under way fail.
 func (k *Keyring) Lock(ctx context.Context, c *Caller, phrase *secret.Secret) error {
 	err := c.mayChange()
 	if err == nil {
@@ -141,6 +141,7 @@ func (k *Keyring) Lock(ctx context.Context, c *Caller, phrase *secret.Secret) er
 		k.refused(c, "lock", "", err)
 		return err
 	}
+	k.approvals.forgetAll()
 	k.log.Info("agent locked", "client", c.Peer.String(), "forwarded", c.Forwarded)
 	k.mu.Lock()
 	for _, a := range k.added {

@@ -134,10 +134,10 @@ func TestUnlockDelay(t *testing.T) {
 func TestLockEndsSignatures(t *testing.T) {
 	k := edKey("pkcs11:token=a")
 	waits := make(chan struct{})
-	f := newFixture(Options{Confirm: confirmFunc(func(ctx context.Context) (bool, error) {
+	f := newFixture(Options{Confirm: confirmFunc(func(ctx context.Context, _ Request) (Answer, error) {
 		close(waits)
 		<-ctx.Done()
-		return false, ctx.Err()
+		return Answer{}, ctx.Err()
 	})}, k)
 	f.add(t, "pkcs11:token=a", Constraints{Confirm: true})
 	end := make(chan error, 1)
@@ -154,6 +154,6 @@ func TestLockEndsSignatures(t *testing.T) {
 	}
 }
 
-type confirmFunc func(context.Context) (bool, error)
+type confirmFunc func(context.Context, Request) (Answer, error)
 
-func (f confirmFunc) Confirm(ctx context.Context, _, _ string) (bool, error) { return f(ctx) }
+func (f confirmFunc) Confirm(ctx context.Context, r Request) (Answer, error) { return f(ctx, r) }

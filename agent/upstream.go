@@ -94,7 +94,7 @@ func (k *Keyring) signUpstream(ctx context.Context, c *Caller, r SignRequest) (*
 	var sig *ssh.Signature
 	err := errUnknownKey
 	if u := k.upstreamOf(ctx, c, r.Key); u != nil {
-		if err = k.confirmUpstream(ctx, c, u, r.Key); err == nil {
+		if err = k.approveUpstream(ctx, c, u, r); err == nil {
 			sig, err = u.Sign(ctx, c, r)
 		}
 	}
@@ -105,12 +105,19 @@ func (k *Keyring) signUpstream(ctx context.Context, c *Caller, r SignRequest) (*
 	return sig, nil
 }
 
-func (k *Keyring) confirmUpstream(ctx context.Context, c *Caller, u Upstream, key []byte) error {
-	pub, err := ssh.ParsePublicKey(key)
+// approveUpstream has a person asked where that is to be: no key of an upstream
+// agent has constraints here, nor a table in the configuration.
+func (k *Keyring) approveUpstream(ctx context.Context, c *Caller, u Upstream, r SignRequest) error {
+	pub, err := ssh.ParsePublicKey(r.Key)
 	if err != nil {
 		return err
 	}
-	return k.confirm(ctx, c, false, "a key of the agent at "+u.Name(), pub)
+	id := &identity{key: pub, plain: pub, wire: string(r.Key), comment: "a key of the agent at " + u.Name()}
+	if cert, ok := pub.(*ssh.Certificate); ok {
+		id.plain = cert.Key
+	}
+	use := k.use(id.comment, id.plain, c, r)
+	return k.approve(context.WithValue(ctx, useKey{}, use), use, id)
 }
 
 // Pass hands a message that the door does not know on to the upstream agents and

@@ -77,7 +77,11 @@ func (u *Use) Where() Host {
 			h.Conflict = true
 			return h
 		}
-		return u.host(b.HostKey, true)
+		// Where the data names no host, the bind alone tells which session it is. A
+		// host that the agent is forwarded to can sign the identifier of a session that
+		// it has with somebody else, and bind it as its own.
+		alone := len(u.Caller.Binds) == 1 && !u.Caller.Forwarded
+		return u.host(b.HostKey, said != nil || alone)
 	}
 	if said == nil {
 		return Host{}

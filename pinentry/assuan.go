@@ -7,6 +7,7 @@ import (
 	"fmt"
 	"io"
 	"log/slog"
+	"slices"
 	"strconv"
 	"strings"
 	"time"
@@ -134,6 +135,8 @@ type conn struct {
 	place Place
 	title string // what the process is called in errors
 	ctype string // as the process knows it
+	three bool   // it shows a third button, and says when that is pressed
+	asked bool   // whether it does
 
 	lines lineReader
 }
@@ -377,6 +380,7 @@ func (c *conn) show(prompt Prompt, command string, pin *secret.Secret) error {
 		{command: "SETERROR", text: prompt.Error, lines: true},
 		{command: "SETOK", text: prompt.OK, optional: true},
 		{command: "SETCANCEL", text: prompt.Cancel, optional: true},
+		{command: "SETNOTOK", text: prompt.Other},
 		{command: "SETTIMEOUT", text: strconv.FormatInt(seconds(prompt.Timeout), 10), optional: true},
 	} {
 		if err := c.set(s.command, s.text, s.lines, s.optional); err != nil {
@@ -411,7 +415,12 @@ func (c *conn) ask(ctx context.Context, prompt Prompt, command string, pin *secr
 		switch perr.code() {
 		case codeTimeout:
 			return ErrTimeout
-		case codeCanceled, codeFullyCanceled, codeNotConfirmed:
+		case codeNotConfirmed:
+			if prompt.Other != "" {
+				return errOther
+			}
+			return ErrCancelled
+		case codeCanceled, codeFullyCanceled:
 			return ErrCancelled
 		}
 	}
@@ -427,6 +436,7 @@ func (c *conn) pin(ctx context.Context, prompt Prompt) (*secret.Secret, error) {
 	if err != nil {
 		return nil, err
 	}
+	prompt.Other = ""
 	if err := c.ask(ctx, prompt, "GETPIN", pin); err != nil {
 		pin.Wipe()
 		return nil, err
@@ -434,13 +444,51 @@ func (c *conn) pin(ctx context.Context, prompt Prompt) (*secret.Secret, error) {
 	return pin, nil
 }
 
+// threeButtons are the flavours of GnuPG's pinentry 1.2.1 that show a third button
+// (SETNOTOK). pinentry-gnome3 does not. Others may say of their second button what
+// these say of the third, and then no would be taken for something else.
+var threeButtons = []string{"curses", "tty", "gtk2", "qt", "qt5"}
+
+// learnFlavour asks once whether there is a third button.
+func (c *conn) learnFlavour(ctx context.Context) error {
+	if c.asked {
+		return nil
+	}
+	name, err := secret.New(MaxPIN) // as answers are read
+	if err != nil {
+		return err
+	}
+	defer name.Wipe()
+	return c.promptly(ctx, func() error {
+		err := c.command("GETINFO flavor", name)
+		if _, ok := errors.AsType[*pinentryError](err); ok {
+			err = nil // it has no name
+			name.SetLen(0)
+		}
+		c.asked = err == nil
+		// What it does in fact comes last, as in "gtk2:curses".
+		flavour := name.Bytes()
+		flavour = flavour[bytes.LastIndexByte(flavour, ':')+1:]
+		c.three = slices.Contains(threeButtons, string(flavour))
+		return err
+	})
+}
+
 func (c *conn) confirm(ctx context.Context, prompt Prompt) error {
 	prompt.Label = ""
+	if prompt.Other != "" {
+		if err := c.learnFlavour(ctx); err != nil {
+			return err
+		}
+		if !c.three {
+			prompt.Other = ""
+		}
+	}
 	return c.ask(ctx, prompt, "CONFIRM", nil)
 }
 
 func (c *conn) message(ctx context.Context, prompt Prompt) error {
-	prompt.Label, prompt.Cancel = "", ""
+	prompt.Label, prompt.Cancel, prompt.Other = "", "", ""
 	return c.ask(ctx, prompt, "MESSAGE", nil)
 }
 

@@ -39,7 +39,7 @@ type Dialogue struct {
 // *cannotAskError.
 type asker interface {
 	pin(context.Context, Prompt) (*secret.Secret, error)
-	// confirm returns ErrCancelled for no.
+	// confirm returns ErrCancelled for no, and errOther for the third button.
 	confirm(context.Context, Prompt) error
 	message(context.Context, Prompt) error
 	// again makes ready for another question.
@@ -274,7 +274,7 @@ func (d *Dialogue) watch(ctx context.Context) (_ context.Context, stop func()) {
 // isAnswer tells whether err is what the person did: the program is as good as
 // before.
 func isAnswer(err error) bool {
-	return errors.Is(err, ErrCancelled) || errors.Is(err, ErrTimeout) || errors.Is(err, ErrEmpty)
+	return errors.Is(err, ErrCancelled) || errors.Is(err, ErrTimeout) || errors.Is(err, ErrEmpty) || errors.Is(err, errOther)
 }
 
 // maxSeconds is twelve days, which in milliseconds still fits in a C int.
@@ -311,6 +311,7 @@ func (d *Dialogue) PIN(ctx context.Context, prompt Prompt) (*secret.Secret, erro
 // Confirm asks for yes or no. It returns true and nil for yes alone; no, and a
 // dialogue that was closed, are false and nil; the errors are those of PIN.
 func (d *Dialogue) Confirm(ctx context.Context, prompt Prompt) (bool, error) {
+	prompt.Other = ""
 	err := d.ask(ctx, prompt.Timeout, func(ctx context.Context, by asker) error {
 		return by.confirm(ctx, prompt)
 	})
@@ -318,6 +319,36 @@ func (d *Dialogue) Confirm(ctx context.Context, prompt Prompt) (bool, error) {
 		return false, nil
 	}
 	return err == nil, err
+}
+
+// A Choice is the button that was pressed.
+type Choice int
+
+// The Choices. The zero value is that of who says nothing.
+const (
+	ChoiceCancel Choice = iota // or the dialogue was closed
+	ChoiceOK
+	ChoiceOther
+)
+
+// errOther is the third button.
+var errOther = errors.New("the other button was pressed")
+
+// Choose asks as Confirm does, with a third button. Where a program is not known to
+// have one it is not shown: then the choice is one of the other two.
+func (d *Dialogue) Choose(ctx context.Context, prompt Prompt) (Choice, error) {
+	err := d.ask(ctx, prompt.Timeout, func(ctx context.Context, by asker) error {
+		return by.confirm(ctx, prompt)
+	})
+	switch {
+	case errors.Is(err, errOther):
+		return ChoiceOther, nil
+	case errors.Is(err, ErrCancelled):
+		return ChoiceCancel, nil
+	case err != nil:
+		return ChoiceCancel, err
+	}
+	return ChoiceOK, nil
 }
 
 // Message shows something that needs no answer, such as "type the PIN on the

@@ -129,6 +129,8 @@ type Prompt struct {
 	// OK and Cancel are the texts of the buttons, empty for pinentry's own. An
 	// underscore marks the letter that presses the button, a double one is one.
 	OK, Cancel string
+	// Other is the text of a third button, which only Choose shows.
+	Other string
 	// Timeout is how long the dialogue stays without an answer, rounded up to
 	// seconds. 0 means for as long as the context lasts.
 	Timeout time.Duration

@@ -76,6 +76,19 @@ func init() {
 			return false
 		}},
 
+		// A third button.
+		"three-ok":     flavour("D curses\nOK\n", "OK\n"),
+		"three-cancel": flavour("D curses\nOK\n", "S BUTTON_INFO close\nERR 83886179 Operation cancelled <Pinentry>\n"),
+		"three-other":  flavour("D gtk2:curses\nOK\n", "ERR 83886194 Not confirmed <Pinentry>\n"),
+		"three-split":  flavour("D q\nD t\nOK\n", "ERR 83886194 Not confirmed <Pinentry>\n"),
+		"two-gnome":    flavour("D gnome3\nOK\n", "ERR 83886194 Not confirmed <Pinentry>\n"),
+		"two-unnamed":  flavour("ERR 83886355 Unknown command\n", "ERR 83886194 Not confirmed <Pinentry>\n"),
+		"two-silent":   flavour("OK\n", "ERR 83886194 Not confirmed <Pinentry>\n"),
+		"two-strange":  flavour("D curses\nERR 83886355 no\n", "ERR 83886194 Not confirmed <Pinentry>\n"),
+		"two-ok":       flavour("D gnome3\nOK\n", "OK\n"),
+		"three-mad":    flavour("D "+strings.Repeat("x", MaxPIN+1)+"\nOK\n", "OK\n"),
+		"three-late":   flavour("D curses\nOK\n", "ERR 83886142 Timeout <Pinentry>\n"),
+
 		// Programs that cannot ask.
 		"exits":         {start: func(f *fake) { f.die("cannot open display: :7\x1b[2J\n") }},
 		"refuses":       {start: func(f *fake) { f.say("ERR 67109133 no access\n"); exit(0) }},
@@ -179,6 +192,19 @@ func init() {
 			_ = errors.Join(lock.Close(), os.Remove(lock.Name()))
 			f.say("OK\n")
 		}},
+	}
+}
+
+// flavour is a scenario that says what kind it is, and answers questions.
+func flavour(name, answer string) scenario {
+	return scenario{
+		other: func(f *fake, word, _ string) bool {
+			if word == "GETINFO" {
+				f.say("%s", name)
+			}
+			return word == "GETINFO"
+		},
+		ask: func(f *fake) { f.say("%s", answer) },
 	}
 }
 
@@ -394,6 +420,62 @@ func TestConfirm(t *testing.T) {
 			yes, err := s.open(t.Context()).Confirm(t.Context(), Prompt{Label: "not sent"})
 			if yes != want.yes || !errors.Is(err, want.err) {
 				t.Errorf("%t, %v; want %t, %v", yes, err, want.yes, want.err)
+			}
+		})
+	}
+}
+
+// A third button is shown where it is known to be one, and is never taken for yes.
+func TestChoose(t *testing.T) {
+	for scenario, want := range map[string]struct {
+		choice Choice
+		shown  bool
+		err    error
+	}{
+		"three-ok":          {ChoiceOK, true, nil},
+		"three-cancel":      {ChoiceCancel, true, nil},
+		"three-other":       {ChoiceOther, true, nil},
+		"three-split":       {ChoiceOther, true, nil},
+		"three-late":        {ChoiceCancel, true, ErrTimeout},
+		"three-mad":         {ChoiceCancel, false, ErrNoPrompt},
+		"two-gnome":         {ChoiceCancel, false, nil},
+		"two-unnamed":       {ChoiceCancel, false, nil},
+		"two-silent":        {ChoiceCancel, false, nil},
+		"two-strange":       {ChoiceCancel, false, nil},
+		"two-ok":            {ChoiceOK, false, nil},
+		"closed":            {ChoiceCancel, false, nil},
+		"askpass-yes":       {ChoiceOK, false, nil},
+		"askpass-no":        {ChoiceCancel, false, nil},
+		"askpass-cancelled": {ChoiceCancel, false, nil},
+	} {
+		t.Run(scenario, func(t *testing.T) {
+			s := newStage(t, scenario)
+			s.withAskpass(scenario)
+			d := s.open(t.Context())
+			prompt := Prompt{Description: "sure?", OK: "_Once", Other: "_Longer", Cancel: "_No"}
+			for i := range 2 {
+				choice, err := d.Choose(t.Context(), prompt)
+				if choice != want.choice || !errors.Is(err, want.err) {
+					t.Errorf("%d, %v; want %d, %v", choice, err, want.choice, want.err)
+				}
+				if scenario == "closed" || strings.HasPrefix(scenario, "askpass") || want.err == ErrNoPrompt {
+					return // not one program
+				}
+				heard := s.heard()
+				if shown := containsLine(heard, "SETNOTOK _Longer"); shown != want.shown {
+					t.Errorf("a third button is shown: %t, want %t", shown, want.shown)
+				}
+				info := slices.DeleteFunc(heard, func(line string) bool { return line != "GETINFO flavor" })
+				if len(info) != 1 {
+					t.Errorf("question %d: %d times it was asked what it is", i, len(info))
+				}
+			}
+			// It is not there when nobody wants it.
+			if yes, err := d.Confirm(t.Context(), prompt); yes != (want.choice == ChoiceOK) || !errors.Is(err, want.err) {
+				t.Errorf("confirm: %t, %v", yes, err)
+			}
+			if heard := s.heard(); len(slices.DeleteFunc(heard, func(l string) bool { return l != "SETNOTOK _Longer" })) > 2 {
+				t.Error("a question for yes or no has a third button")
 			}
 		})
 	}

@@ -250,6 +250,63 @@ func TestRealConfirmAndCancelButton(t *testing.T) {
 	}
 }
 
+// The third button is there, and each button does what it says.
+func TestRealChoose(t *testing.T) {
+	forEachPinentry(t, func(t *testing.T, name string, p *Pinentry) {
+		pane := newPane(t, 100, 30)
+		before := pane.modes()
+		d, err := p.Open(t.Context(), pane.place())
+		if err != nil {
+			t.Fatal(err)
+		}
+		defer d.Close()
+		for i, c := range []struct {
+			curses []string
+			tty    string
+			want   Choice
+		}{
+			{[]string{"Enter"}, "o", ChoiceOK},
+			{[]string{"Tab", "Enter"}, "l", ChoiceOther},
+			{[]string{"Tab", "Tab", "Enter"}, "d", ChoiceCancel},
+			{[]string{"Down", "Enter"}, "L", ChoiceOther},
+			{[]string{"Down", "Down", "Enter"}, "D", ChoiceCancel},
+			{[]string{"Down", "Up", "Enter"}, "O", ChoiceOK},
+		} {
+			got := make(chan error, 1)
+			prompt := Prompt{Description: fmt.Sprintf("Sign in %d?", i), OK: "Allow _once", Other: "Allow _longer...", Cancel: "_Deny"}
+			go func() {
+				choice, err := d.Choose(t.Context(), prompt)
+				if err == nil && choice != c.want {
+					err = fmt.Errorf("choice %d, want %d", choice, c.want)
+				}
+				got <- err
+			}()
+			pane.see(prompt.Description)
+			for _, button := range []string{"Allow once", "Allow longer...", "Deny"} {
+				pane.see(button)
+			}
+			keys := []string{c.tty}
+			if name == "pinentry-curses" {
+				keys = c.curses
+			} else {
+				pane.see("]?")
+			}
+			for _, key := range keys {
+				pane.press(key)
+			}
+			if err := <-got; err != nil {
+				t.Errorf("question %d: %v", i, err)
+			}
+			pane.tmux("send-keys", "-R")
+			pane.tmux("clear-history")
+		}
+		_ = d.Close()
+		if pane.modes() != before {
+			t.Error("the terminal is not as it was")
+		}
+	})
+}
+
 func TestRealMessageIsTakenAway(t *testing.T) {
 	forEachPinentry(t, func(t *testing.T, _ string, p *Pinentry) {
 		pane := newPane(t, 100, 30)

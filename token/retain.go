@@ -5,6 +5,7 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"slices"
 	"sync"
 	"time"
 )
@@ -41,8 +42,8 @@ func (e Event) String() string {
 	return fmt.Sprintf("event %d", int(e))
 }
 
-// endsAt tells whether logins end at an Event.
-func (r Retention) endsAt(e Event) bool {
+// EndsAt tells whether logins end at an Event.
+func (r Retention) EndsAt(e Event) bool {
 	return e == Sleep && r.Sleep || e == ScreenLock && r.ScreenLock
 }
 
@@ -174,16 +175,21 @@ func (s *Store) Forget(ctx context.Context, e Event) {
 	var wg sync.WaitGroup
 	for _, m := range s.modulesNow() {
 		for _, t := range m.known() {
-			var r Retention
-			for _, k := range t.keyList() {
-				r = r.Stricter(s.policyOf(k).Retention)
-			}
-			if r.endsAt(e) {
+			if t.endsAt(e) {
 				wg.Go(func() { t.forgetAt(ctx, e) })
 			}
 		}
 	}
 	wg.Wait()
+}
+
+// Forgets tells whether Forget logs out of the token of a key.
+func (s *Store) Forgets(k *Key, e Event) bool { return k.token.endsAt(e) }
+
+// endsAt tells whether logins to the token end at an Event: those of one of its
+// keys do.
+func (t *Token) endsAt(e Event) bool {
+	return slices.ContainsFunc(t.keyList(), func(k *Key) bool { return t.module.store.policyOf(k).EndsAt(e) })
 }
 
 func (t *Token) forgetAt(ctx context.Context, e Event) {

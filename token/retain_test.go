@@ -123,6 +123,9 @@ func TestForget(t *testing.T) {
 		t.Run(tt.name, func(t *testing.T) {
 			p := &tokentest.Person{Always: pin}
 			b := newRetainBench(t, p, tt.one, tt.two)
+			for _, k := range b.store.Keys() {
+				want(t, "forgets", b.store.Forgets(k, tt.event), !tt.want)
+			}
 			b.store.Forget(t.Context(), tt.event) // while nobody is logged in
 			b.mustSign()
 			b.store.Forget(t.Context(), tt.event)

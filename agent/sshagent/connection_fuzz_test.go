@@ -73,9 +73,9 @@ func (t *oneToken) Select(_ context.Context, s agent.Selection, _ *secret.Secret
 // agrees says yes to every second question.
 type agrees struct{ n int }
 
-func (a *agrees) Confirm(context.Context, string, string) (bool, error) {
+func (a *agrees) Confirm(context.Context, agent.Request) (agent.Answer, error) {
 	a.n++
-	return a.n%2 == 0, nil
+	return agent.Answer{Allowed: a.n%2 == 0}, nil
 }
 
 // connectionSeeds are whole connections.

@@ -15,6 +15,7 @@ import (
 	"strconv"
 	"strings"
 	"sync"
+	"sync/atomic"
 	"syscall"
 	"time"
 
@@ -196,6 +197,7 @@ type service struct {
 	allow    string // of -P; empty: what the configuration says
 	log      *slog.Logger
 	hangups  chan os.Signal
+	config   atomic.Pointer[config] // the one in use
 
 	system       bool // nobody is asked, and nothing is kept in memory
 	remoteTokens bool
@@ -381,7 +383,8 @@ func (s *service) serve(ctx context.Context, listeners []listener) error {
 		Log:           s.log,
 	})
 	report := &reporter{service: s, modules: b.store.Modules}
-	watch := watchLogin1(c, b.store, s.log)
+	s.config.Store(c)
+	watch := watchLogin1(c, b.store, func(e token.Event) { s.forgetApprovals(keyring, b.store, e) }, s.log)
 	var helpers sync.WaitGroup
 	defer helpers.Wait()
 	helpers.Go(func() { watch.Run(ctx) })
@@ -434,7 +437,21 @@ func (s *service) serve(ctx context.Context, listeners []listener) error {
 // rules is what the configuration tells the keyring, now and when it is read
 // again.
 func (s *service) rules(c *config) agent.Rules {
-	return agent.Rules{Automatic: automatic(c), Name: names(c), OfferAway: c.offerAway, Allow: c.allows(s.system)}
+	return agent.Rules{
+		Automatic: automatic(c), Name: names(c), OfferAway: c.offerAway, Allow: c.allows(s.system), Approval: c.approval(),
+	}
+}
+
+// forgetApprovals has persons asked again about the keys whose logins end at an
+// event.
+func (s *service) forgetApprovals(keyring *agent.Keyring, store *token.Store, e token.Event) {
+	inMemory := s.config.Load().ForgetOn.retention().EndsAt(e)
+	keyring.ForgetApprovals(func(k agent.Key) bool {
+		if key, ok := k.(*token.Key); ok {
+			return store.Forgets(key, e)
+		}
+		return inMemory
+	})
 }
 
 // notify logs when the service manager could not be told something.
@@ -458,6 +475,9 @@ func (s *service) reload(ctx context.Context, k *agent.Keyring, store *token.Sto
 	store.SetPublicKeys(c.publicKeys)
 	store.SetPolicy(c.policy())
 	k.Configure(s.rules(c))
+	if old := s.config.Swap(c); !c.sameApproval(old) {
+		k.ForgetApprovals(func(agent.Key) bool { return true })
+	}
 	ctx, cancel := context.WithTimeout(ctx, 10*time.Second)
 	defer cancel()
 	if err := store.Rescan(ctx); err != nil && ctx.Err() == nil {

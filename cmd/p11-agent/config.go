@@ -51,6 +51,9 @@ type config struct {
 	Absent        string        `toml:"absent"`
 	InsertTimeout durationValue `toml:"insert-timeout"`
 
+	Confirm        agent.Confirm `toml:"confirm"`
+	ConfirmTimeout durationValue `toml:"confirm-timeout"`
+
 	publicKeys []token.PublicKey // those that KeyTables name
 }
 
@@ -88,6 +91,9 @@ type keyConfig struct {
 	PINReuse    *bool         `toml:"pin-reuse"`
 	PINPad      *bool         `toml:"pin-pad"`
 	ForgetOn    *forgetValue  `toml:"forget-on"` // nil: what there is for all keys
+
+	Confirm agent.Confirm `toml:"confirm"`
+	Rules   []ruleConfig  `toml:"rule"`
 }
 
 // What pin-cache may be.
@@ -535,6 +541,9 @@ func (c *config) check(mode fs.FileMode) error {
 	}
 	if err := cmp.Or(c.checkSockets(), checkAbsent(c.Absent)); err != nil {
 		return bad("%v", err)
+	}
+	if err := c.checkApproval(); err != nil {
+		return asConfigError(c.file, err)
 	}
 	if p := c.Pinentry.Program; strings.Contains(p, "/") && !filepath.IsAbs(p) {
 		return bad("pinentry.program %q is neither an absolute path nor a name", p)

@@ -93,8 +93,8 @@ func (n *notices) working(ctx context.Context, k *token.Key) (done func()) {
 	})
 }
 
-// watchLogin1 makes the watch over sleep and the screen lock.
-func watchLogin1(c *config, store *token.Store, log *slog.Logger) *login1.Watch {
+// watchLogin1 makes the watch over sleep and the screen lock. forget is told of both.
+func watchLogin1(c *config, store *token.Store, forget func(token.Event), log *slog.Logger) *login1.Watch {
 	// A module that has not logged out by then is stopped. Sleep waits for less.
 	const lockTimeout, wakeTimeout = 10 * time.Second, 30 * time.Second
 	within := func(d time.Duration, f func(context.Context)) func(context.Context) {
@@ -106,8 +106,14 @@ func watchLogin1(c *config, store *token.Store, log *slog.Logger) *login1.Watch 
 	}
 	w := login1.New(login1.Options{
 		Bus: bus.System(), UID: os.Geteuid(),
-		Sleep: func(ctx context.Context) { store.Forget(ctx, token.Sleep) },
-		Lock:  within(lockTimeout, func(ctx context.Context) { store.Forget(ctx, token.ScreenLock) }),
+		Sleep: func(ctx context.Context) {
+			forget(token.Sleep)
+			store.Forget(ctx, token.Sleep)
+		},
+		Lock: within(lockTimeout, func(ctx context.Context) {
+			forget(token.ScreenLock)
+			store.Forget(ctx, token.ScreenLock)
+		}),
 		Wake: within(wakeTimeout, func(ctx context.Context) {
 			if err := store.Rescan(ctx); err != nil {
 				log.Debug("not all tokens were looked at after sleep", "reason", err)

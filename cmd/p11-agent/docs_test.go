@@ -96,6 +96,9 @@ func TestManualHasEveryFlag(t *testing.T) {
 	}
 }
 
+// ruleTable begins a rule in a configuration.
+const ruleTable = "[[key]]\nuri = \"pkcs11:id=%01\"\n[[key.rule]]"
+
 // manualKey finds the keys that a section explains.
 var manualKey = regexp.MustCompile(`(?m)^\*([a-z-]+)\* = `)
 
@@ -149,6 +152,9 @@ func TestManualHasEveryKey(t *testing.T) {
 			if table == "[[key]]" && key != "uri" {
 				toml += "uri = \"pkcs11:id=%01\"\n"
 			}
+			if table == ruleTable && key != "confirm" {
+				toml += "confirm = \"always\"\n"
+			}
 			parses(t, toml)
 		}
 		for key := range explained {
@@ -173,6 +179,7 @@ func TestManualHasEveryKey(t *testing.T) {
 			t.Errorf("nobody looks whether the manual has the keys of %q", name)
 		}
 	}
+	check("[[key.rule]]", ruleTable, reflect.TypeFor[ruleConfig]())
 	if keys < 10 {
 		t.Errorf("only %d keys were looked at", keys)
 	}
@@ -236,7 +243,7 @@ func TestManualsAreBuilt(t *testing.T) {
 // What README and manual give as a whole configuration is one.
 func TestExamplesAreConfigurations(t *testing.T) {
 	blocks := regexp.MustCompile("(?s)\n```\n(.*?)\n```").FindAllStringSubmatch(readDoc(t, "docs/p11-agent.toml.5.scd"), -1)
-	if len(blocks) != 1 {
+	if len(blocks) != 2 {
 		t.Errorf("%d examples in the manual", len(blocks))
 	}
 	for _, b := range blocks {
@@ -244,7 +251,7 @@ func TestExamplesAreConfigurations(t *testing.T) {
 	}
 	n := 0
 	for block := range strings.SplitSeq(readDoc(t, "README.md"), "\n\n") {
-		if strings.HasPrefix(block, "    keys = ") || strings.HasPrefix(block, "    [") {
+		if strings.HasPrefix(block, "    keys = ") || strings.HasPrefix(block, "    confirm = ") || strings.HasPrefix(block, "    [") {
 			n++
 			parses(t, regexp.MustCompile(`(?m)^ {4}`).ReplaceAllString(block, ""))
 		}

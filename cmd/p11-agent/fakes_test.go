@@ -22,12 +22,15 @@ import (
 //	stay          nothing, until the question is taken back
 //	for W TEXT    this PIN, for every question with the word W in its description, whatever the line
 //	ok            yes
+//	ok-later      yes, once there is a file "release" in the directory
+//	other         what a person does with the third button
 //	cancel        what a person does with the Cancel button
 //
 // A question too many is answered with cancel. The file "log" of the directory
 // gets what they were told, the file "asked" a line for each question, and the
 // file "env" the environment of the last one. The directory is "pinentry" or
-// "askpass" in HOME, which is all that they share with the agent.
+// "askpass" in HOME, which is all that they share with the agent. A file "flavour"
+// has what the fake pinentry says that it is.
 type fake struct {
 	dir   string
 	in    *bufio.Reader
@@ -146,11 +149,21 @@ func fakePinentry() {
 				exit(0)
 			case "ok":
 				fmt.Println("OK")
+			case "ok-later":
+				f.wait()
+				fmt.Println("OK")
+			case "other":
+				fmt.Println("ERR 83886194 Not confirmed <Pinentry>")
 			case "cancel":
 				fmt.Println("ERR 83886179 Operation cancelled <Pinentry>")
 			default:
 				die(fmt.Errorf("no such answer: %s", kind))
 			}
+		case "GETINFO":
+			if b, err := os.ReadFile(filepath.Join(f.dir, "flavour")); err == nil {
+				fmt.Printf("D %s\n", strings.TrimSpace(string(b)))
+			}
+			fmt.Println("OK")
 		case "BYE":
 			fmt.Println("OK closing connection")
 			exit(0)

@@ -9,6 +9,7 @@ import (
 	"os"
 	"slices"
 	"strings"
+	"time"
 
 	"golang.org/x/sys/unix"
 
@@ -41,6 +42,8 @@ type asker struct {
 	// manager reads the environment of the user's service manager.
 	manager func(context.Context) ([]string, error)
 	log     *slog.Logger
+	// patience is how long a confirmation stays without an answer.
+	patience time.Duration
 }
 
 // newAsker makes the asker of an agent with this environment.
@@ -61,7 +64,8 @@ func newAsker(c *config, getenv func(string) string, environ []string, log *slog
 		manager: func(ctx context.Context) ([]string, error) {
 			return environment.Read(ctx, own.RuntimeDir)
 		},
-		log: log,
+		log:      log,
+		patience: cmp.Or(c.ConfirmTimeout.Duration, confirmTimeout),
 	}
 }
 

@@ -8,6 +8,7 @@ import (
 	"os"
 	"strings"
 	"sync/atomic"
+	"time"
 
 	"p11-agent/agent"
 	"p11-agent/agent/peer"
@@ -286,18 +287,84 @@ func (a *asker) confirm(ctx context.Context, hint string, text func(context.Cont
 	return yes && err == nil, err
 }
 
-// Confirm asks whether a key may be used.
-func (a *asker) Confirm(ctx context.Context, comment, fingerprint string) (bool, error) {
-	const hint = "To be asked, run the client in the foreground of a terminal, or with a display"
-	return a.confirm(ctx, hint, func(ctx context.Context) pinentry.Prompt {
-		return pinentry.Prompt{
-			Title: "p11-agent",
-			Description: "Allow the use of this key?\n" + about(useLines(agent.UseFromContext(ctx)),
-				[]string{"Key: " + comment, fingerprint, requester(peer.FromContext(ctx))}),
-			OK:     "_Allow",
-			Cancel: "_Deny",
+// Confirm asks whether a key may be used, and for how long when that is a question.
+func (a *asker) Confirm(ctx context.Context, r agent.Request) (agent.Answer, error) {
+	c := &conversation{asker: a, hint: "To be asked, run the client in the foreground of a terminal, or with a display"}
+	defer c.close()
+	var answer agent.Answer
+	err := c.ask(ctx, func(ctx context.Context, d *pinentry.Dialogue) (err error) {
+		if use := agent.UseFromContext(ctx); use != nil {
+			r.Use = use // of the one who is asked
 		}
+		answer, err = confirm(ctx, d, r, a.patience)
+		return err
 	})
+	if err != nil {
+		return agent.Answer{}, err
+	}
+	return answer, nil
+}
+
+// confirm asks on one dialogue.
+func confirm(ctx context.Context, d *pinentry.Dialogue, r agent.Request, patience time.Duration) (agent.Answer, error) {
+	text := confirmText(r)
+	prompt := pinentry.Prompt{
+		Title: "p11-agent", Description: "Allow the use of this key?\n" + text,
+		OK: allow(r.Plain), Cancel: "_Deny", Timeout: patience,
+	}
+	if !r.Offer {
+		yes, err := d.Confirm(ctx, prompt)
+		return agent.Answer{Allowed: yes}, err
+	}
+	prompt.Other = "Allow _longer..."
+	if r.Plain != agent.Once {
+		prompt.Other = "Allow _otherwise..."
+	}
+	lengths := [2]agent.Remember{agent.Once, agent.UntilLock}
+	switch r.Plain {
+	case agent.Once:
+		lengths[0] = rememberShort
+	case agent.UntilLock:
+		lengths[1] = rememberShort
+	}
+	choice, err := d.Choose(ctx, prompt)
+	if err == nil && choice == pinentry.ChoiceOther {
+		// Who closes this one has not said yes: once is to be had before.
+		prompt.Description = "Allow the use of this key for how long?\n" + text
+		prompt.OK, prompt.Other = allow(lengths[0]), allow(lengths[1])
+		choice, err = d.Choose(ctx, prompt)
+		r.Plain = lengths[0]
+		if choice == pinentry.ChoiceOther {
+			r.Plain = lengths[1]
+		}
+	}
+	if err != nil || choice == pinentry.ChoiceCancel {
+		return agent.Answer{}, err
+	}
+	return agent.Answer{Allowed: true, For: r.Plain}, nil
+}
+
+// rememberShort is the length of time that is offered to everybody.
+const rememberShort = agent.Remember(15 * time.Minute)
+
+// allow is the text of a button.
+func allow(lasts agent.Remember) string {
+	switch lasts {
+	case agent.Once:
+		return "Allow _once"
+	case agent.UntilLock:
+		return "Allow _until lock"
+	}
+	return "Allow _" + lasts.String()
+}
+
+// confirmText says what is asked about.
+func confirmText(r agent.Request) string {
+	lines := []string{"Key: " + r.Comment, r.KeyFingerprint}
+	if r.Plain != agent.Once {
+		lines = append(lines, "Yes counts "+r.Plain.String()+".")
+	}
+	return about(useLines(r.Use), lines, []string{"Asked because of " + r.Why + ".", requester(r.Caller.Peer)})
 }
 
 // Insert asks to insert a token.

@@ -1,0 +1,552 @@
+package agent
+
+import (
+	"bytes"
+	"cmp"
+	"context"
+	"crypto/sha256"
+	"encoding/binary"
+	"fmt"
+	"slices"
+	"strings"
+	"sync"
+	"time"
+
+	"golang.org/x/crypto/ssh"
+)
+
+// A Confirm says when a person is asked before a key signs. Its texts are what the
+// configuration has.
+type Confirm string
+
+// When a person is asked.
+const (
+	ConfirmNever     Confirm = "never"
+	ConfirmForwarded Confirm = "forwarded" // for requests that may come from another host
+	ConfirmAlways    Confirm = "always"
+	ConfirmFirstUse  Confirm = "first-use" // until that is forgotten
+	// ConfirmDeny asks nobody and refuses. Only a Rule has it.
+	ConfirmDeny Confirm = "deny"
+)
+
+// A Remember is how long a yes is good for further signatures of the same kind: a
+// length of time, or one of the constants.
+type Remember time.Duration
+
+// The constants.
+const (
+	// Once is for the one that was asked about, and for those that wait with it.
+	Once Remember = 0
+	// UntilLock is until ssh-add -x or -D, and whatever else makes approvals be
+	// forgotten.
+	UntilLock Remember = -1
+)
+
+// shorter tells whether r ends before o.
+func (r Remember) shorter(o Remember) bool { return r != UntilLock && (o == UntilLock || r < o) }
+
+// String names it to a person.
+func (r Remember) String() string {
+	switch r {
+	case Once:
+		return "once"
+	case UntilLock:
+		return "until lock"
+	}
+	text := time.Duration(r).String()
+	if t, ok := strings.CutSuffix(text, "m0s"); ok {
+		text = t + "m"
+	}
+	if t, ok := strings.CutSuffix(text, "h0m"); ok {
+		text = t + "h"
+	}
+	return "for " + text
+}
+
+// An Approval says of a key when a person is asked. The zero value never asks.
+type Approval struct {
+	Confirm Confirm // empty: never
+	Rules   []Rule  // the first that matches counts in place of Confirm
+}
+
+// A Rule says when a person is asked for some of the uses of a key: those that
+// fulfil all of its conditions.
+//
+// A rule that says never is for requests that are not forwarded, unless it asks
+// for forwarded ones in so many words; and then its Hosts have to match every host
+// on the way, too, for each of them could be the one that asks.
+type Rule struct {
+	// Hosts are patterns for the names of the host that is logged in to (PATTERNS
+	// in ssh_config(5)), so that other uses do not match. The host has to be proved,
+	// see Use.provenHost; one that is not, or has no name, is matched by a lone "*".
+	// nil: any use.
+	Hosts     []string
+	Purposes  []Purpose // nil: any
+	Programs  []string  // one of them is in the chain of the client's; nil: any
+	Forwarded *bool     // nil: both
+	Confirm   Confirm
+	Remember  Remember // what a plain yes is good for; for ConfirmFirstUse, Once means UntilLock
+}
+
+// A Request is what a person is asked to confirm.
+type Request struct {
+	*Use
+	KeyFingerprint string // as keys are named to people
+	Why            string // somebody is asked at all
+	// Plain is what a yes means when nothing else is chosen.
+	Plain Remember
+	// Offer says that other lengths may be offered. What is chosen counts only then.
+	Offer bool
+}
+
+// An Answer is what the person says. The zero value is no.
+type Answer struct {
+	Allowed bool
+	For     Remember
+}
+
+// A Confirmer asks a person whether a key may be used.
+type Confirmer interface {
+	// Confirm returns the answer, which is no when the person takes the question
+	// away. An error is that nobody could be asked or that nobody has answered. It
+	// ends with ctx.
+	Confirm(ctx context.Context, r Request) (Answer, error)
+}
+
+// A DeniedError says that the configuration refuses a use.
+type DeniedError struct{ Why string }
+
+func (e *DeniedError) Error() string { return e.Why + " refuses it" }
+
+// A decision is what comes of the rules.
+type decision struct {
+	confirm Confirm // ConfirmNever, ConfirmAlways or ConfirmDeny
+	plain   Remember
+	why     string
+}
+
+// decide applies the rules to a use.
+func (a *Approval) decide(u *Use) decision {
+	confirm, plain := cmp.Or(a.Confirm, ConfirmNever), Once
+	why := fmt.Sprintf("confirm = %q in the configuration", confirm)
+	for i, r := range a.Rules {
+		if r.matches(u) {
+			confirm, plain, why = r.Confirm, r.Remember, fmt.Sprintf("rule %d of the key in the configuration", i+1)
+			break
+		}
+	}
+	switch confirm {
+	case ConfirmNever, ConfirmDeny:
+	case ConfirmForwarded:
+		confirm = ConfirmNever
+		if u.Caller.Forwarded {
+			confirm = ConfirmAlways
+		}
+	case ConfirmFirstUse:
+		confirm, plain = ConfirmAlways, cmp.Or(plain, UntilLock)
+	default: // also what nobody knows
+		confirm = ConfirmAlways
+	}
+	return decision{confirm: confirm, plain: plain, why: why}
+}
+
+// stricter returns the one that permits less.
+func (d decision) stricter(o decision) decision {
+	order := []Confirm{ConfirmNever, ConfirmAlways, ConfirmDeny}
+	switch c := cmp.Compare(slices.Index(order, o.confirm), slices.Index(order, d.confirm)); {
+	case c > 0, c == 0 && o.plain.shorter(d.plain):
+		return o
+	}
+	return d
+}
+
+// matches tells whether a use fulfils all conditions.
+func (r *Rule) matches(u *Use) bool {
+	switch {
+	case r.Purposes != nil && !slices.Contains(r.Purposes, u.Content.Purpose()),
+		r.Forwarded != nil && *r.Forwarded != u.Caller.Forwarded,
+		r.Forwarded == nil && r.Confirm == ConfirmNever && u.Caller.Forwarded:
+		return false
+	}
+	if r.Programs != nil {
+		named := false
+		for _, link := range u.Caller.Peer.Chain {
+			named = named || slices.Contains(r.Programs, link.Name)
+		}
+		if !named {
+			return false
+		}
+	}
+	return r.matchesHosts(u)
+}
+
+func (r *Rule) matchesHosts(u *Use) bool {
+	if r.Hosts == nil {
+		return true
+	}
+	if u.Login == nil {
+		return false
+	}
+	host, _ := u.provenHost()
+	if !u.matchesHost(r.Hosts, host) {
+		return false
+	}
+	return r.Confirm != ConfirmNever || !slices.ContainsFunc(u.Caller.Binds, func(b Bind) bool {
+		return b.Forwarding && !u.matchesHost(r.Hosts, b.HostKey)
+	})
+}
+
+// matchesHost tells whether patterns match a host with this key, which may be nil.
+func (u *Use) matchesHost(patterns []string, key ssh.PublicKey) bool {
+	var known HostName
+	if key != nil && u.Hosts != nil {
+		known = u.Hosts.HostName(key, u.Caller.Peer)
+	}
+	if known.Revoked {
+		known.Names = nil
+	}
+	return matchHost(patterns, known.Names)
+}
+
+// matchHost tells whether patterns match a host with these names: one of the
+// patterns does, and none of those with a ! in front. Without names the host is
+// unknown, and only a lone "*" matches.
+func matchHost(patterns, names []string) bool {
+	if len(names) == 0 {
+		return slices.Equal(patterns, []string{"*"})
+	}
+	matched := false
+	for _, pattern := range patterns {
+		pattern, negated := strings.CutPrefix(strings.ToLower(pattern), "!")
+		for _, name := range names {
+			switch {
+			case !wildcard(pattern, strings.ToLower(name)):
+			case negated:
+				return false
+			default:
+				matched = true
+			}
+		}
+	}
+	return matched
+}
+
+// provenHost returns the key of the host that the login's signature is good for,
+// or nil when that is not proved. consistent is false when the connection says
+// something else than the data.
+//
+// A host that the data names is proved by the very signature: no other server
+// takes it (publickey-hostbound-v00, OpenSSH's PROTOCOL section 3.1). That the
+// client has a connection to it is not, and does not matter. Where the data names
+// none, the host is the one that has signed the session's identifier when the
+// connection was bound. It is believed, as ssh-agent does, on a connection with no
+// other bind: behind a forwarded one, a host on the way could sign the identifier
+// of a session that it has with somebody else.
+func (u *Use) provenHost() (key ssh.PublicKey, consistent bool) {
+	c := u.Caller
+	switch {
+	case u.Login == nil:
+		return nil, true
+	case c.BindFailed:
+		return nil, false
+	}
+	n := len(c.Binds)
+	if n > 0 {
+		last := c.Binds[n-1]
+		if last.Forwarding || !bytes.Equal(last.SessionID, u.Login.SessionID) ||
+			u.Login.HostKey != nil && !bytes.Equal(last.HostKey.Marshal(), u.Login.HostKey) {
+			return nil, false
+		}
+	}
+	switch {
+	case u.Login.HostKey != nil:
+		key, err := ssh.ParsePublicKey(u.Login.HostKey)
+		if err != nil {
+			return nil, false
+		}
+		return key, true
+	case n == 1 && !c.Forwarded:
+		return c.Binds[0].HostKey, true
+	}
+	return nil, true
+}
+
+// sameness names what a yes to a use is good for: the identity, what is signed, at
+// which host and for which user, asked by programs of the same names over the same
+// way. ok is false when that is not known well enough for it to be good for
+// anything but the request itself.
+func (u *Use) sameness(identity string) (name string, ok bool) {
+	c := u.Caller
+	host, consistent := u.provenHost()
+	switch {
+	case u.Content.Kind == KindUnknown || u.Content.Kind == "", !consistent, c.BindFailed,
+		!c.Peer.Known || len(c.Peer.Chain) == 0,
+		u.Login != nil && host == nil && c.Forwarded:
+		return "", false
+	}
+	h := sha256.New()
+	add := func(b []byte) {
+		h.Write(binary.BigEndian.AppendUint64(nil, uint64(len(b))))
+		h.Write(b)
+	}
+	add([]byte(identity))
+	add([]byte(u.Content.Kind))
+	add([]byte(u.Content.Namespace))
+	add([]byte(u.Content.Detail))
+	if u.Login != nil {
+		add([]byte(u.Login.User))
+	}
+	if host != nil {
+		add(host.Marshal())
+	}
+	add(fmt.Appendf(nil, "%t %d", c.Forwarded, c.Peer.UID))
+	if c.Socket != nil {
+		add([]byte(c.Socket.Name))
+	}
+	for _, b := range c.Binds {
+		if b.Forwarding {
+			add(b.HostKey.Marshal())
+		}
+	}
+	add(nil)
+	last := ""
+	for _, link := range c.Peer.Chain {
+		// git runs itself now and then.
+		if link.Name != last {
+			last = link.Name
+			add([]byte(last))
+		}
+	}
+	return string(h.Sum(nil)), true
+}
+
+// maxApprovals bounds what is remembered.
+const maxApprovals = 1024
+
+// approvals are what persons have allowed for longer than once. The zero value is
+// ready to use.
+type approvals struct {
+	asking shared[Answer] // by sameness
+
+	mu sync.Mutex
+	// generation counts how often some were forgotten: a yes to a question from
+	// before that is not remembered.
+	generation uint64
+	kept       map[string]keptApproval // by sameness
+}
+
+// keptApproval is one of them.
+type keptApproval struct {
+	wire  string // of the identity
+	homes []Key
+	// insertions there were of all its tokens. away says that none of them was there,
+	// so that one more is what the signature waits for.
+	insertions uint64
+	away       bool
+	since      time.Time
+	lasts      Remember
+}
+
+// insertionsOf counts how often the tokens of an identity have appeared, all
+// together.
+func insertionsOf(id *identity) (n uint64) {
+	for _, key := range id.homes {
+		n += key.Insertions()
+	}
+	return n
+}
+
+// over tells whether it has ended.
+func (a *keptApproval) over(now time.Time) bool {
+	return a.lasts.over(now.Sub(a.since), now.Round(0).Sub(a.since.Round(0)))
+}
+
+// over tells whether a yes has ended that was given so long ago, by the clock that
+// runs and by the one on the wall. The first stands still while the machine sleeps,
+// the second may be set back, and neither makes it last longer.
+func (r Remember) over(running, wall time.Duration) bool {
+	return r != UntilLock && (running >= time.Duration(r) || wall >= time.Duration(r) || wall < 0)
+}
+
+// has tells whether there is a yes. It ends when a token of the identity is put
+// in again.
+func (a *approvals) has(name string, id *identity) bool {
+	a.mu.Lock()
+	defer a.mu.Unlock()
+	kept, ok := a.kept[name]
+	if !ok {
+		return false
+	}
+	insertions := insertionsOf(id)
+	if kept.away && insertions == kept.insertions+1 {
+		kept.away, kept.insertions = false, insertions
+		a.kept[name] = kept
+	}
+	if kept.over(time.Now()) || insertions != kept.insertions {
+		delete(a.kept, name)
+		return false
+	}
+	return true
+}
+
+func (a *approvals) now() (generation uint64) {
+	a.mu.Lock()
+	defer a.mu.Unlock()
+	return a.generation
+}
+
+// keep remembers a yes that was asked for in a generation.
+func (a *approvals) keep(name string, id *identity, lasts Remember, generation uint64) {
+	a.mu.Lock()
+	defer a.mu.Unlock()
+	if generation != a.generation {
+		return
+	}
+	now := time.Now()
+	if a.kept == nil {
+		a.kept = make(map[string]keptApproval)
+	}
+	if len(a.kept) >= maxApprovals {
+		oldest := ""
+		for name, kept := range a.kept {
+			if kept.over(now) {
+				delete(a.kept, name)
+			} else if oldest == "" || kept.since.Before(a.kept[oldest].since) {
+				oldest = name
+			}
+		}
+		if len(a.kept) >= maxApprovals {
+			delete(a.kept, oldest)
+		}
+	}
+	a.kept[name] = keptApproval{
+		wire: id.wire, homes: id.homes, insertions: insertionsOf(id), since: now, lasts: lasts,
+		away: len(id.homes) > 0 && !slices.ContainsFunc(id.homes, Key.Present),
+	}
+}
+
+// forget forgets some.
+func (a *approvals) forget(which func(keptApproval) bool) {
+	a.mu.Lock()
+	defer a.mu.Unlock()
+	a.generation++
+	for name, kept := range a.kept {
+		if which(kept) {
+			delete(a.kept, name)
+		}
+	}
+}
+
+func (a *approvals) forgetAll() { a.forget(func(keptApproval) bool { return true }) }
+
+// forgetIdentity forgets those for an identity, by its wire form.
+func (a *approvals) forgetIdentity(wire string) {
+	a.forget(func(kept keptApproval) bool { return kept.wire == wire })
+}
+
+// ForgetApprovals makes a person be asked again about the keys that of says, and
+// about those on no token if it says so of nil.
+func (k *Keyring) ForgetApprovals(of func(Key) bool) {
+	k.approvals.forget(func(kept keptApproval) bool {
+		if len(kept.homes) == 0 {
+			return of(nil)
+		}
+		return slices.ContainsFunc(kept.homes, of)
+	})
+}
+
+// decide applies the configuration to a use: for a key on several tokens the
+// strictest word counts.
+func (k *Keyring) decide(u *Use, id *identity) decision {
+	k.mu.Lock()
+	approval := k.opts.Approval
+	k.mu.Unlock()
+	if approval == nil {
+		return decision{confirm: ConfirmNever}
+	}
+	of := func(key Key) decision {
+		a := approval(key)
+		return a.decide(u)
+	}
+	if len(id.homes) == 0 {
+		return of(nil)
+	}
+	d := of(id.homes[0])
+	for _, home := range id.homes[1:] {
+		d = d.stricter(of(home))
+	}
+	return d
+}
+
+// approve has a person asked where the constraints, the socket or the
+// configuration want it. The error says why the use is refused.
+func (k *Keyring) approve(ctx context.Context, u *Use, id *identity) error {
+	d := k.decide(u, id)
+	if d.confirm == ConfirmDeny {
+		return &DeniedError{Why: d.why}
+	}
+	// These two mean each use.
+	why := ""
+	switch socket := u.Caller.Socket; {
+	case id.constraints.Confirm:
+		why = "ssh-add -c, with which the key was added"
+	case socket != nil && socket.Confirm:
+		why = "confirm = true of the socket " + socket.Name
+	case d.confirm == ConfirmNever:
+		return nil
+	}
+	r := Request{Use: u, KeyFingerprint: k.fingerprint(id.plain), Why: cmp.Or(why, d.why)}
+	name, ok := u.sameness(id.wire)
+	if why != "" || !ok {
+		return k.ask(ctx, r).error()
+	}
+	if k.approvals.has(name, id) {
+		return nil
+	}
+	r.Plain, r.Offer = d.plain, true
+	answer, err := k.approvals.asking.do(ctx, name, func(ctx context.Context) (Answer, error) {
+		if k.approvals.has(name, id) {
+			return Answer{Allowed: true}, nil
+		}
+		generation := k.approvals.now()
+		a := k.ask(ctx, r)
+		if a.Allowed && a.For != Once {
+			k.approvals.keep(name, id, a.For, generation)
+			k.log.Info("allowed for longer", "key", r.KeyFingerprint, "comment", u.Comment, "what", u.Content.String(),
+				"lasts", a.For.String(), "client", u.Caller.Peer.String(), "forwarded", u.Caller.Forwarded)
+		}
+		return a.Answer, a.err
+	})
+	return asked{answer, err}.error()
+}
+
+// asked is what came of a question.
+type asked struct {
+	Answer
+	err error
+}
+
+func (a asked) error() error {
+	switch {
+	case a.err != nil:
+		return a.err
+	case !a.Allowed:
+		return errDeclined
+	}
+	return nil
+}
+
+// ask asks a person.
+func (k *Keyring) ask(ctx context.Context, r Request) asked {
+	if k.opts.Confirm == nil {
+		return asked{err: errNobody}
+	}
+	answer, err := k.opts.Confirm.Confirm(ctx, r)
+	if err != nil {
+		return asked{err: fmt.Errorf("ask for confirmation: %w", err)}
+	}
+	if answer.For < UntilLock {
+		answer.For = Once
+	}
+	return asked{Answer: answer}
+}

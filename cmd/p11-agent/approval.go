@@ -1,0 +1,185 @@
+package main
+
+import (
+	"errors"
+	"fmt"
+	"reflect"
+	"slices"
+	"strings"
+	"time"
+
+	"p11-agent/agent"
+	"p11-agent/token"
+)
+
+// confirmTimeout is how long a question stays without an answer when nobody says
+// otherwise.
+const confirmTimeout = time.Minute
+
+// ruleConfig is agent.Rule as it is configured.
+type ruleConfig struct {
+	Host      []string        `toml:"host"`
+	Purpose   []agent.Purpose `toml:"purpose"`
+	Program   []string        `toml:"program"`
+	Forwarded *bool           `toml:"forwarded"`
+	Confirm   agent.Confirm   `toml:"confirm"`
+	Remember  rememberValue   `toml:"remember"`
+}
+
+// rememberUntilLock is what remember may be besides a length of time.
+const rememberUntilLock = "until-lock"
+
+// rememberValue is how long a yes is good for.
+type rememberValue struct{ agent.Remember }
+
+func (v *rememberValue) UnmarshalText(b []byte) error {
+	if string(b) == rememberUntilLock {
+		v.Remember = agent.UntilLock
+		return nil
+	}
+	var d durationValue
+	if err := d.UnmarshalText(b); err != nil {
+		return fmt.Errorf("%w; this one can also be %q", err, rememberUntilLock)
+	}
+	v.Remember = agent.Remember(d.Duration)
+	return nil
+}
+
+// approval returns when a person is asked before a key signs: what the first table
+// says that says anything, or else the whole configuration.
+func (c *config) approval() func(agent.Key) agent.Approval {
+	return func(k agent.Key) agent.Approval {
+		a := agent.Approval{Confirm: c.Confirm}
+		key, ok := k.(*token.Key)
+		if !ok {
+			return a
+		}
+		confirmed := false
+		for _, table := range c.KeyTables {
+			if table.Confirm == "" && table.Rules == nil || !key.Matches(table.URI.URI) {
+				continue
+			}
+			if table.Confirm != "" && !confirmed {
+				a.Confirm, confirmed = table.Confirm, true
+			}
+			if a.Rules == nil {
+				for _, r := range table.Rules {
+					a.Rules = append(a.Rules, agent.Rule{
+						Hosts: r.Host, Purposes: r.Purpose, Programs: r.Program, Forwarded: r.Forwarded,
+						Confirm: r.Confirm, Remember: r.Remember.Remember,
+					})
+				}
+			}
+		}
+		return a
+	}
+}
+
+// sameApproval tells whether two configurations ask persons about the same.
+func (c *config) sameApproval(o *config) bool {
+	return c.Confirm == o.Confirm && reflect.DeepEqual(c.KeyTables, o.KeyTables)
+}
+
+// keyConfirms is what confirm may be for whole keys, ruleConfirms for rules.
+var (
+	keyConfirms  = []agent.Confirm{agent.ConfirmNever, agent.ConfirmForwarded, agent.ConfirmAlways, agent.ConfirmFirstUse}
+	ruleConfirms = append(slices.Clone(keyConfirms), agent.ConfirmDeny)
+)
+
+// valueError says that a value is none of those that it can be.
+type valueError struct {
+	text   string
+	advice string
+}
+
+func (e *valueError) Error() string { return e.text }
+
+func unknownValue[T ~string](what string, value T, known []T) error {
+	e := &valueError{text: fmt.Sprintf("%s is %q, and can be %s", what, value, quoted(known))}
+	names := make([]string, len(known))
+	for i, k := range known {
+		names[i] = string(k)
+	}
+	if s := nearest(string(value), names); s != "" {
+		e.advice = fmt.Sprintf("did you mean %q?", s)
+	}
+	return e
+}
+
+// quoted lists values: "a", "b" or "c".
+func quoted[T ~string](values []T) string {
+	var b strings.Builder
+	for i, v := range values {
+		switch {
+		case i == 0:
+		case i == len(values)-1:
+			b.WriteString(" or ")
+		default:
+			b.WriteString(", ")
+		}
+		fmt.Fprintf(&b, "%q", string(v))
+	}
+	return b.String()
+}
+
+// checkApproval finds mistakes in what is said about confirmation.
+func (c *config) checkApproval() error {
+	if c.Confirm != "" && !slices.Contains(keyConfirms, c.Confirm) {
+		return unknownValue("confirm", c.Confirm, keyConfirms)
+	}
+	for _, k := range c.KeyTables {
+		if k.Confirm != "" && !slices.Contains(keyConfirms, k.Confirm) {
+			return unknownValue(fmt.Sprintf("confirm of %v", k.URI), k.Confirm, keyConfirms)
+		}
+		for i, r := range k.Rules {
+			if err := r.check(fmt.Sprintf("rule %d of %v", i+1, k.URI)); err != nil {
+				return err
+			}
+		}
+	}
+	return nil
+}
+
+func (r *ruleConfig) check(what string) error {
+	switch {
+	case r.Confirm == "":
+		return &valueError{text: what + " has no confirm, so it would say nothing", advice: "it can be " + quoted(ruleConfirms)}
+	case !slices.Contains(ruleConfirms, r.Confirm):
+		return unknownValue("confirm of "+what, r.Confirm, ruleConfirms)
+	case r.Remember.Remember != agent.Once && (r.Confirm == agent.ConfirmNever || r.Confirm == agent.ConfirmDeny):
+		return &valueError{text: fmt.Sprintf("%s asks nobody (confirm = %q), so there is nothing to remember", what, r.Confirm), advice: "leave remember out"}
+	case r.Host != nil && len(r.Host) == 0, r.Purpose != nil && len(r.Purpose) == 0, r.Program != nil && len(r.Program) == 0:
+		return &valueError{text: what + " has an empty list, so it would match nothing", advice: "leave the condition out to match everything"}
+	}
+	for _, p := range r.Purpose {
+		if !slices.Contains(agent.Purposes(), p) {
+			return unknownValue("purpose of "+what, p, agent.Purposes())
+		}
+	}
+	for _, p := range r.Program {
+		if p == "" || strings.ContainsRune(p, '/') {
+			return &valueError{text: fmt.Sprintf("program of %s has %q: a program is named as in the log, without its directory", what, p)}
+		}
+	}
+	positive := false
+	for _, p := range r.Host {
+		name, negated := strings.CutPrefix(p, "!")
+		if name == "" || strings.ContainsAny(name, "! ,\t\n") {
+			return &valueError{text: fmt.Sprintf("host of %s has %q, which is no pattern", what, p), advice: `patterns are separate strings, as in ["*.example.org", "!test.example.org"]`}
+		}
+		positive = positive || !negated
+	}
+	if len(r.Host) > 0 && !positive {
+		return &valueError{text: fmt.Sprintf("host of %s says only which hosts are not meant, so it would match nothing", what), advice: `add "*"`}
+	}
+	return nil
+}
+
+// asConfigError turns an error of a check into one of the file.
+func asConfigError(file string, err error) error {
+	ce := &configError{File: file, Text: err.Error()}
+	if v, ok := errors.AsType[*valueError](err); ok {
+		ce.Advice = v.advice
+	}
+	return ce
+}
