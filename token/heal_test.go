@@ -13,6 +13,7 @@ import (
 	"slices"
 	"strings"
 	"sync"
+	"sync/atomic"
 	"testing"
 
 	"golang.org/x/sys/unix"
@@ -259,6 +260,31 @@ func TestMisbehavingModule(t *testing.T) {
 			want(t, "processes of the other module", good.Started(), 1)
 		})
 	}
+}
+
+// A process that is replaced with nothing under way, as somebody looks for tokens, is no
+// failure of whoever has just begun to use it, also after one that was.
+func TestReplacedAfterACrash(t *testing.T) {
+	p := &tokentest.Person{Always: pin}
+	b := newBench(t, p, nil)
+	b.mustSign()
+	noError(t, b.store.LogoutAll(t.Context()))
+	var crashed, replaced atomic.Int64
+	b.fake.Intercept(func(_ context.Context, p *tokentest.FakeProcess, r wire.Request) bool {
+		switch {
+		case r.Type != wire.TypeToken:
+			return false
+		case crashed.Add(1) == 1:
+			p.Kill()
+		case replaced.Add(1) <= 3:
+			p.Lose(&wire.Error{Reason: wire.ReasonRenew})
+		default:
+			return false
+		}
+		return true
+	})
+	b.mustSign()
+	want(t, "prompts", p.Prompts(), 2)
 }
 
 // A module that crashed is back with the same keys: nothing was inserted.

@@ -15,6 +15,8 @@ import (
 	"io"
 	"math/big"
 	"slices"
+	"sync/atomic"
+	"time"
 
 	"p11-agent/pinentry/secret"
 	"p11-agent/token/pkcs11uri"
@@ -30,6 +32,25 @@ type Key struct {
 	found *found
 	uri   *pkcs11uri.URI
 	text  string // the URI in its canonical form
+	use   *usage // that of every Key of the same pair
+}
+
+// usage counts signatures. It is read and written at any time.
+type usage struct {
+	count atomic.Uint64
+	last  atomic.Int64 // nanoseconds since 1970; 0: never
+}
+
+func (u *usage) note(now time.Time) {
+	u.count.Add(1)
+	u.last.Store(now.UnixNano())
+}
+
+func (u *usage) lastTime() time.Time {
+	if n := u.last.Load(); n != 0 {
+		return time.Unix(0, n)
+	}
+	return time.Time{}
 }
 
 var (
@@ -52,7 +73,7 @@ func newKey(t *Token, f *found, all []*found) *Key {
 		label = f.label
 	}
 	u := pkcs11uri.ForKey(t.ID, label, f.id)
-	return &Key{token: t, found: f, uri: u, text: u.String()}
+	return &Key{token: t, found: f, uri: u, text: u.String(), use: new(usage)}
 }
 
 // Public returns the public half: *rsa.PublicKey, *ecdsa.PublicKey or
@@ -91,6 +112,10 @@ func (k *Key) Present() bool { return k.token.present() }
 
 // TokenName names the key's token to a person.
 func (k *Key) TokenName() string { return k.token.name() }
+
+// Signatures returns how many signatures the key has made since the start, and when
+// the last one was, zero for never.
+func (k *Key) Signatures() (n uint64, last time.Time) { return k.use.count.Load(), k.use.lastTime() }
 
 // Insertions counts how often the key's token has appeared.
 func (k *Key) Insertions() uint64 {
@@ -323,6 +348,9 @@ func (k *Key) sign(ctx context.Context, s signing) ([]byte, error) {
 	ways = k.token.choose(ways)
 	sig, err := k.signHealing(ctx, ways)
 	if err == nil {
+		now := time.Now()
+		k.use.note(now)
+		k.token.use.note(now)
 		k.token.used(ctx, k)
 	} else {
 		if s.message == nil && refusesMechanism(err) {
@@ -336,11 +364,15 @@ func (k *Key) sign(ctx context.Context, s signing) ([]byte, error) {
 	return sig, nil
 }
 
+// maxReplaced is how often one signature goes on with a new process when the one before
+// was replaced, with nothing under way in it.
+const maxReplaced = 5
+
 func (k *Key) signHealing(ctx context.Context, ways []way) ([]byte, error) {
 	t := k.token
 	defer t.module.use()()
 	var healed, renewed, mustLogin bool
-	loggedInAgain := 0
+	loggedInAgain, replaced := 0, 0
 	var turn turn
 	for {
 		p, err := t.module.running(ctx)
@@ -380,6 +412,9 @@ func (k *Key) signHealing(ctx context.Context, ways []way) ([]byte, error) {
 			if lost := t.doubtLogin(ctx, p, k, login); !lost && loggedInAgain > 1 {
 				return nil, k.explain(err)
 			}
+		case replaced < maxReplaced && mayHeal && errors.Is(err, errRenewed):
+			// It never reached the module: somebody else had looked for tokens.
+			replaced++
 		case !healed && mayHeal:
 			healed = true
 			if isRV(err, wire.CKRDeviceRemoved, wire.CKRTokenNotPresent, wire.CKRTokenNotRecognized) {
@@ -416,7 +451,7 @@ func (k *Key) attempt(ctx context.Context, p *process, w way, mustLogin bool) (s
 	var with prelude
 	defer func() { with.typed.Wipe() }()
 	if (mustLogin || now.needsLogin()) && !t.loggedIn(p) {
-		if with.typed, err = t.login(ctx, k, nil); err != nil {
+		if with.typed, err = t.login(ctx, k, given{}); err != nil {
 			return nil, 0, err
 		}
 		with.fresh = true

@@ -6,6 +6,7 @@ import (
 	"fmt"
 	"slices"
 	"sync"
+	"sync/atomic"
 
 	"p11-agent/pinentry/secret"
 	"p11-agent/token/wire"
@@ -27,6 +28,8 @@ type gate struct {
 	// doubt is held likewise by whoever finds out whether there is a login still.
 	doubt   chan struct{}
 	settled uint64 // one more than the login that was in doubt last
+
+	asking atomic.Int32 // dialogues that are open
 }
 
 // flight is one login under way. It goes on while anybody waits for it and is
@@ -55,17 +58,23 @@ func (s *Store) gate(id wire.TokenID) *gate {
 	return g
 }
 
+// given is a PIN that a person gave for a token in advance, nil for none. It stays the
+// caller's.
+type given struct {
+	pin     *secret.Secret
+	lastTry bool // the person wants it tried also when it is the last try
+}
+
 // login logs in to the token for the sake of a key, or waits for somebody
-// else's login. given is a PIN that a person gave for this token in advance; it
-// stays the caller's.
+// else's login.
 //
 // Where the key wants the PIN for the signature as well, what the person has
 // typed is returned, for the caller to use and wipe: who was asked once for one
 // signature is not to be asked twice.
-func (t *Token) login(ctx context.Context, k *Key, given *secret.Secret) (*secret.Secret, error) {
+func (t *Token) login(ctx context.Context, k *Key, with given) (*secret.Secret, error) {
 	g := t.module.store.gate(t.ID)
 	for {
-		f, own, err := t.board(ctx, g, k, given)
+		f, own, err := t.board(ctx, g, k, with)
 		if err != nil {
 			return nil, err
 		}
@@ -80,14 +89,14 @@ func (t *Token) login(ctx context.Context, k *Key, given *secret.Secret) (*secre
 		switch {
 		case own:
 			return f.pin, f.err
-		case f.err == nil || given.Len() == 0 && !f.abandoned:
+		case f.err == nil || with.pin.Len() == 0 && !f.abandoned:
 			return nil, f.err
 		}
 	}
 }
 
 // board joins the login under way, or starts one.
-func (t *Token) board(ctx context.Context, g *gate, k *Key, given *secret.Secret) (f *flight, own bool, err error) {
+func (t *Token) board(ctx context.Context, g *gate, k *Key, with given) (f *flight, own bool, err error) {
 	g.mu.Lock()
 	defer g.mu.Unlock()
 	if g.flight != nil {
@@ -96,8 +105,8 @@ func (t *Token) board(ctx context.Context, g *gate, k *Key, given *secret.Secret
 	}
 	// The login outlives the request that started it when others wait too.
 	var pin *secret.Secret
-	if given.Len() > 0 {
-		if pin, err = given.Clone(); err != nil {
+	if with.pin.Len() > 0 {
+		if pin, err = with.pin.Clone(); err != nil {
 			return nil, false, err
 		}
 	}
@@ -108,7 +117,7 @@ func (t *Token) board(ctx context.Context, g *gate, k *Key, given *secret.Secret
 		defer pin.Wipe()
 		defer cancel()
 		defer context.AfterFunc(t.module.store.ctx, cancel)()
-		typed, err := t.logIn(ctx, g, k, pin)
+		typed, err := t.logIn(ctx, g, k, given{pin: pin, lastTry: with.lastTry})
 		err = t.loginFailed(err, false)
 		if err != nil && t.module.store.ctx.Err() != nil {
 			err = ErrClosed
@@ -161,7 +170,7 @@ func (s *Store) goWhileOpen(f func()) bool {
 
 // logIn is the login itself: one goroutine at a time for each token. It returns
 // what a person has typed when the key wants it again for its signature.
-func (t *Token) logIn(ctx context.Context, g *gate, k *Key, given *secret.Secret) (typed *secret.Secret, err error) {
+func (t *Token) logIn(ctx context.Context, g *gate, k *Key, with given) (typed *secret.Secret, err error) {
 	if err := g.take(ctx); err != nil {
 		return nil, err
 	}
@@ -183,7 +192,7 @@ func (t *Token) logIn(ctx context.Context, g *gate, k *Key, given *secret.Secret
 	now := t.current(k)
 	always := now.found.always
 	wanted := (always || !now.found.visible) && t.module.store.source(k) == nil
-	err = t.withPIN(ctx, g, k, info, given, always, func(ctx context.Context, pin *secret.Secret, lastTry, pad bool) error {
+	err = t.withPIN(ctx, g, k, info, with, always, func(ctx context.Context, pin *secret.Secret, lastTry, pad bool) error {
 		err := t.tryLogin(ctx, p, pin, lastTry, pad)
 		if err == nil && wanted && !pad {
 			typed, err = pin.Clone()
@@ -269,7 +278,7 @@ type usePIN func(ctx context.Context, pin *secret.Secret, lastTry, pad bool) err
 // use try it. Only a person is asked again when it was wrong, and only the same
 // person decides whether the last try is taken. The caller holds the gate's
 // prompt. eachUse tells that the key wants the PIN for each signature.
-func (t *Token) withPIN(ctx context.Context, g *gate, k *Key, info wire.TokenInfo, given *secret.Secret, eachUse bool, use usePIN) error {
+func (t *Token) withPIN(ctx context.Context, g *gate, k *Key, info wire.TokenInfo, with given, eachUse bool, use usePIN) error {
 	tries := triesOf(info.Flags)
 	if tries == TriesNone {
 		return &PINError{Token: t.ID.Label, Tries: tries, Err: errors.New("the PIN is locked")}
@@ -280,18 +289,18 @@ func (t *Token) withPIN(ctx context.Context, g *gate, k *Key, info wire.TokenInf
 		pad = *policy.Pad
 	}
 	src := t.module.store.source(k)
-	if !pad && given.Len() == 0 && src != nil {
+	if !pad && with.pin.Len() == 0 && src != nil {
 		return t.fromSource(ctx, src, tries, use)
 	}
 	use = t.noting(g, policy, use)
-	if given.Len() > 0 && !pad && tries != TriesLast {
-		if g.wasRefused(given, tries) {
+	if with.pin.Len() > 0 && !pad && (tries != TriesLast || with.lastTry) {
+		if g.wasRefused(with.pin, tries) {
 			return &PINError{Token: t.ID.Label, Tries: tries, Err: errors.New(refusedBefore)}
 		}
-		return t.judge(use(ctx, given, false, false))
+		return t.judge(use(ctx, with.pin, tries == TriesLast, false))
 	}
 	problem := ""
-	if given.Len() == 0 && !pad && tries != TriesLast && policy.Remember && (!eachUse || policy.Reuse) {
+	if with.pin.Len() == 0 && !pad && tries != TriesLast && policy.Remember && (!eachUse || policy.Reuse) {
 		kept, err := g.keptPIN()
 		if err != nil {
 			return err
@@ -316,6 +325,8 @@ func (t *Token) withPIN(ctx context.Context, g *gate, k *Key, info wire.TokenInf
 		return &PINError{Token: t.ID.Label, Tries: tries, Err: errors.New("nobody can be asked for it")}
 	}
 	minPIN, maxPIN := pinBounds(info)
+	g.asking.Add(1)
+	defer g.asking.Add(-1)
 	d, err := ask.Ask(ctx, PINRequest{
 		Token: t.ID, Key: k.text, Label: k.found.label, EachUse: eachUse, Pad: pad,
 		MinPIN: minPIN, MaxPIN: maxPIN, Tries: tries,
@@ -324,7 +335,7 @@ func (t *Token) withPIN(ctx context.Context, g *gate, k *Key, info wire.TokenInf
 		return err
 	}
 	defer d.Close() //nolint:errcheck // nothing more is wanted of the dialogue
-	if tries == TriesLast && (pad || given.Len() > 0) {
+	if tries == TriesLast && (pad || with.pin.Len() > 0) {
 		if err := t.lastTry(ctx, d, ""); err != nil {
 			return err
 		}
@@ -332,8 +343,8 @@ func (t *Token) withPIN(ctx context.Context, g *gate, k *Key, info wire.TokenInf
 	switch {
 	case pad:
 		return t.judge(typedOnReader(ctx, d, func(ctx context.Context) error { return use(ctx, nil, tries == TriesLast, true) }))
-	case given.Len() > 0:
-		return t.judge(use(ctx, given, true, false))
+	case with.pin.Len() > 0:
+		return t.judge(use(ctx, with.pin, true, false))
 	default:
 		return t.fromPerson(ctx, g, d, tries, minPIN, maxPIN, problem, use)
 	}
@@ -562,7 +573,7 @@ func (t *Token) signWithPIN(ctx context.Context, p *process, k *Key, req *wire.S
 		return nil, &wire.Error{Function: "C_GetSessionInfo", RV: wire.CKRUserNotLoggedIn}
 	}
 	var reply wire.SignReply
-	err = t.withPIN(ctx, g, k, info, with.typed, true, func(ctx context.Context, pin *secret.Secret, lastTry, pad bool) error {
+	err = t.withPIN(ctx, g, k, info, given{pin: with.typed}, true, func(ctx context.Context, pin *secret.Secret, lastTry, pad bool) error {
 		req.ContextLogin, req.LastTry, req.Pad, req.PIN = true, lastTry, pad, pin
 		if !pad { // there a person is at work first
 			defer k.working(ctx)()
@@ -585,8 +596,9 @@ func (t *Token) signWithPIN(ctx context.Context, p *process, k *Key, req *wire.S
 	return reply.Signature, err
 }
 
-// logIn logs in to the token of the key with a PIN that a person gave for it.
-func (k *Key) logIn(ctx context.Context, pin *secret.Secret) error {
+// logIn logs in to the token of the key with a PIN that a person gave for it, or with
+// one from where a signature would get it.
+func (k *Key) logIn(ctx context.Context, with given) error {
 	t := k.token
 	defer t.module.use()()
 	p, err := t.module.running(ctx)
@@ -599,7 +611,10 @@ func (k *Key) logIn(ctx context.Context, pin *secret.Secret) error {
 	if !wanted || t.loggedIn(p) {
 		return nil
 	}
-	typed, err := t.login(ctx, k, pin)
+	typed, err := t.login(ctx, k, with)
 	typed.Wipe()
+	if err == nil {
+		t.retain(k)
+	}
 	return err
 }

@@ -28,14 +28,16 @@ import (
 // signature may wait for a finger on the card, a login for a PIN typed on the
 // reader. A list waits for nobody, and OpenSC 0.23 deadlocks when a card is pulled
 // while it is looked at: until the process is killed, its keys are of no use.
-// ModuleSpec.Timeout replaces all of them.
+// ModuleSpec.Timeout replaces all of them but the last, which it only makes longer.
 const (
-	startTimeout  = 30 * time.Second
-	listTimeout   = 20 * time.Second
-	loginTimeout  = 2 * time.Minute
-	signTimeout   = 2 * time.Minute
-	stderrLine    = 512 // bytes kept of one line a module prints
-	stderrPerProc = 200 // lines logged of one process
+	startTimeout = 30 * time.Second
+	listTimeout  = 20 * time.Second
+	loginTimeout = 2 * time.Minute
+	signTimeout  = 2 * time.Minute
+	// A card may look for the primes of a long RSA key for minutes.
+	generateTimeout = 15 * time.Minute
+	stderrLine      = 512 // bytes kept of one line a module prints
+	stderrPerProc   = 200 // lines logged of one process
 	// A module may print so much in so much time: who prints more waits for us, and
 	// not the other way round.
 	stderrBurst = 1 << 20
@@ -95,6 +97,7 @@ type pending struct {
 	token   wire.TokenID
 	timeout time.Duration
 	timer   *time.Timer
+	long    bool // a key is made: whoever waits behind that waits for no hang
 }
 
 // startProcess starts argv as a module process and has it load the module. The
@@ -162,13 +165,34 @@ func startProcess(ctx context.Context, spec ModuleSpec, argv []string, log *slog
 		close(p.done)
 	}()
 
-	hello := &wire.Hello{Version: wire.Version, Path: spec.Path, InitArgs: spec.InitArgs, Poll: spec.Poll}
+	hello := &wire.Hello{
+		Version: wire.Version, Path: spec.Path, InitArgs: spec.InitArgs, Poll: spec.Poll,
+		Unconfined: spec.Unconfined, Write: spec.Write,
+	}
 	if err := p.call(ctx, startTimeout, wire.TypeHello, hello, &p.info); err != nil {
 		p.kill(errors.New("it did not start"))
 		<-p.done
+		if !spec.Unconfined && maybeSandbox(err) {
+			err = fmt.Errorf("%w; %s", err, sandboxHint)
+		}
 		return nil, err
 	}
 	return p, nil
+}
+
+// sandboxHint is said of a module that fails at the start for a reason that may be
+// its sandbox.
+const sandboxHint = "if it needs to write elsewhere: write = [...] or sandbox = false in its [[module]] table"
+
+// maybeSandbox tells whether a module may have failed to start because of what its
+// process may not do. Most do not say more than that they failed.
+func maybeSandbox(err error) bool {
+	e, ok := errors.AsType[*wire.Error](err)
+	if !ok {
+		return false
+	}
+	text := strings.ToLower(e.Text)
+	return e.Function == "C_Initialize" || strings.Contains(text, unix.EACCES.Error()) || strings.Contains(text, unix.EPERM.Error())
 }
 
 // killRest waits for the end of a process and kills what is left of its group: the
@@ -300,22 +324,34 @@ func lost(f wire.Frame) error {
 // module process is told that nobody waits any more. A module that has not
 // answered after timeout is killed.
 func (p *process) call(ctx context.Context, timeout time.Duration, t wire.Type, req, reply wire.Message) error {
+	return p.request(ctx, false, timeout, t, req, reply)
+}
+
+// callThrough is call for what is to be undone by the module process when nobody
+// waits for it any more: it returns when that is over.
+func (p *process) callThrough(ctx context.Context, timeout time.Duration, t wire.Type, req, reply wire.Message) error {
+	return p.request(ctx, true, timeout, t, req, reply)
+}
+
+func (p *process) request(ctx context.Context, through bool, timeout time.Duration, t wire.Type, req, reply wire.Message) error {
 	if err := ctx.Err(); err != nil {
 		return err
 	}
-	if p.timeout != 0 {
+	long := t == wire.TypeGenerate
+	switch {
+	case long:
+		timeout = max(timeout, p.timeout)
+	case p.timeout != 0:
 		timeout = p.timeout
 	}
-	w := &pending{answer: make(chan wire.Frame, 1), token: tokenOf(req), timeout: timeout}
+	w := &pending{answer: make(chan wire.Frame, 1), token: tokenOf(req), timeout: timeout, long: long}
 	p.mu.Lock()
 	if p.err != nil {
 		p.mu.Unlock()
 		return p.ended(ctx)
 	}
 	id := p.numberLocked()
-	w.timer = time.AfterFunc(timeout, func() {
-		p.kill(fmt.Errorf("%w: %w", errGone, &hungError{timeout}))
-	})
+	w.timer = time.AfterFunc(timeout, func() { p.hung(id, w) })
 	p.waiting[id] = w
 	p.mu.Unlock()
 
@@ -343,14 +379,49 @@ func (p *process) call(ctx context.Context, timeout time.Duration, t wire.Type, 
 	case <-ctx.Done():
 		// The number is spent: an answer still finds its entry and is dropped
 		// there. Should the connection fail now, its reader notices as well.
+		tell := make(chan struct{})
 		p.mu.Lock()
-		defer p.mu.Unlock()
 		if p.err == nil && p.waiting[id] == w {
 			cancel := p.numberLocked()
-			p.sending.Go(func() { _ = p.conn.WriteRequest(cancel, wire.TypeCancel, &wire.Cancel{Request: id}) })
+			p.sending.Go(func() {
+				_ = p.conn.WriteRequest(cancel, wire.TypeCancel, &wire.Cancel{Request: id})
+				close(tell)
+			})
+		} else {
+			close(tell)
 		}
-		return ctx.Err()
+		p.mu.Unlock()
+		if !through {
+			return ctx.Err()
+		}
+		<-tell
+		f, ok := <-w.answer // the timer goes on
+		if !ok {
+			return p.ended(context.WithoutCancel(ctx))
+		}
+		return f.Decode(reply)
 	}
+}
+
+// hung ends the process, which has not answered a request in time, unless it makes
+// a key: some modules do nothing else meanwhile, and no token does.
+func (p *process) hung(id uint32, w *pending) {
+	p.mu.Lock()
+	if p.waiting[id] != w {
+		p.mu.Unlock()
+		return // it has answered just now
+	}
+	if !w.long {
+		for _, o := range p.waiting {
+			if o.long {
+				w.timer.Reset(w.timeout)
+				p.mu.Unlock()
+				return
+			}
+		}
+	}
+	p.mu.Unlock()
+	p.kill(fmt.Errorf("%w: %w", errGone, &hungError{w.timeout}))
 }
 
 // tokenOf returns the token that a request is about, the zero one for those
@@ -365,6 +436,8 @@ func tokenOf(req wire.Message) wire.TokenID {
 		return r.Token
 	case *wire.Sign:
 		return r.Key.Token
+	case *wire.Generate:
+		return r.Token
 	}
 	return wire.TokenID{}
 }

@@ -121,6 +121,68 @@ func TestSlowIsNoHang(t *testing.T) {
 	})
 }
 
+// A token that makes a key takes its time: neither who waits behind it nor who waits for
+// another token of a module that does one thing at a time has its process killed. One that
+// never ends does.
+func TestGenerateIsNoHang(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		slow, other := wire.TokenID{Label: "slow"}, wire.TokenID{Label: "other"}
+		ended := make(chan struct{})
+		defer close(ended)
+		takes := generateTimeout - time.Second
+		made := make(chan struct{})
+		p := pipeProcess(t, func(conn *wire.ModuleConn, r wire.Request) {
+			go func() {
+				wait := (<-chan struct{})(made)
+				if r.Type == wire.TypeGenerate {
+					select {
+					case <-time.After(takes):
+					case <-ended:
+						return
+					}
+					_ = conn.WriteReply(r.ID, new(wire.GenerateReply))
+					close(made)
+					return
+				}
+				select {
+				case <-wait:
+					_ = conn.WriteReply(r.ID, new(wire.SignReply))
+				case <-ended:
+				}
+			}()
+		})
+		generate := func() error {
+			return p.callThrough(t.Context(), generateTimeout, wire.TypeGenerate, &wire.Generate{Token: slow}, new(wire.GenerateReply))
+		}
+		start := time.Now()
+		var all sync.WaitGroup
+		all.Go(func() {
+			if err := generate(); err != nil {
+				t.Error(err)
+			}
+		})
+		for _, id := range []wire.TokenID{slow, other} {
+			all.Go(func() {
+				err := p.call(t.Context(), signTimeout, wire.TypeSign, &wire.Sign{Key: wire.KeyID{Token: id}}, new(wire.SignReply))
+				if err != nil {
+					t.Errorf("%s: %v", id.Label, err)
+				}
+			})
+		}
+		all.Wait()
+		if took := time.Since(start); took != takes {
+			t.Errorf("it took %v", took)
+		}
+
+		p.timeout = time.Second // of the configuration: for the others
+		takes, made = 2*generateTimeout, make(chan struct{})
+		start = time.Now()
+		if _, ok := errors.AsType[*hungError](generate()); !ok || time.Since(start) != generateTimeout {
+			t.Errorf("one that never ends was killed after %v", time.Since(start))
+		}
+	})
+}
+
 func TestBackoff(t *testing.T) {
 	var b backoff
 	var all []time.Duration

@@ -14,8 +14,8 @@ import (
 type Retention struct {
 	// Never ends the login after each signature.
 	Never bool
-	// Idle ends it so long after the last signature, Max so long after the first;
-	// 0: neither does.
+	// Idle ends it so long after the last signature, Max so long after the first, or
+	// after a login that was for none; 0: neither does.
 	Idle, Max time.Duration
 	// Sleep and ScreenLock end it at these Events.
 	Sleep, ScreenLock bool
@@ -63,7 +63,7 @@ func (r Retention) Stricter(o Retention) Retention {
 // retained is what is to be kept of the logins of one token.
 type retained struct {
 	rule       Retention // the strictest of the keys that were used
-	since      time.Time // the first signature of this login
+	since      time.Time // the first signature of this login, or the login itself if that was not for one
 	end        time.Time // when to log out; zero: not at all
 	timer      *time.Timer
 	session    *process // with insertions, tells one login from the next
@@ -82,6 +82,15 @@ func (t *Token) used(ctx context.Context, k *Key) {
 		t.end(ctx)
 		return
 	}
+	t.retain(k)
+}
+
+// retain has the login end as the Retention of a key says, which is used now or for
+// which somebody has logged in. One that is to end with each signature ends with the
+// next.
+func (t *Token) retain(k *Key) {
+	s := t.module.store
+	r := s.policyOf(k).Retention
 	kept := s.gate(t.ID).keptSince()
 	t.mu.Lock()
 	defer t.mu.Unlock()

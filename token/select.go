@@ -7,6 +7,7 @@ import (
 	"io/fs"
 	"os"
 	"path/filepath"
+	"slices"
 	"strings"
 
 	"p11-agent/token/pkcs11uri"
@@ -98,6 +99,18 @@ func (s *Selector) Match(k *Key) bool {
 		return false
 	}
 	return s.uri == nil || k.matches(s.uri, s.path == "")
+}
+
+// selects tells whether a token is selected: one of its keys is, or the token itself
+// by a URI that names no key.
+func (s *Selector) selects(t *Token) bool {
+	if slices.ContainsFunc(t.keyList(), s.Match) {
+		return true
+	}
+	if s.path != "" && t.module.file != s.path {
+		return false
+	}
+	return s.uri == nil || s.Broad() && t.matches(s.uri, s.path == "")
 }
 
 // Broad tells whether keys are selected without having been named one by one:

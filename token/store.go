@@ -35,7 +35,7 @@ type ModuleSpec struct {
 	Env      []string
 	// Timeout is how long the module may take for any one request before its
 	// process is killed; 0 stands for a time by kind of request, two minutes at
-	// most.
+	// most. To make a key it always has a quarter of an hour.
 	Timeout time.Duration
 	// Release is how long a module may leave cards unused before it lets go of
 	// them, which ends its logins; 0: not while somebody is logged in. Idle is the
@@ -46,6 +46,12 @@ type ModuleSpec struct {
 	// for its events. It is for modules that do one thing at a time; those that
 	// nobody knows of are found out.
 	Poll bool
+	// Unconfined has the module run without a sandbox: it may write every file that
+	// its user may, and make every system call. Otherwise Write are files and
+	// directories, absolute, that it may write besides those that such a module is
+	// known to.
+	Unconfined bool
+	Write      []string
 }
 
 // Options make a Store.
@@ -71,6 +77,8 @@ type Options struct {
 	// person takes to give a PIN is no part of it. ctx carries the values of the
 	// request's context. Neither function may wait. nil: nobody is told.
 	Working func(ctx context.Context, k *Key) (done func())
+	// Generating is what Working is, for a token that begins to make a key.
+	Generating func(wire.TokenID) (done func())
 	// StateDir keeps which PIN files have been refused, so that a restart does
 	// not try them again; empty: that is only remembered in memory.
 	StateDir string
@@ -326,6 +334,7 @@ type ModuleStatus struct {
 	Restarts int
 	Waits    bool   // it tells of changes by itself; its slots are looked at again and again where it does not
 	Library  string // what the module says it is
+	Sandbox  string // what its process may not do, and what of that is not in force; empty while it does not run
 	Tokens   []TokenStatus
 	Away     []TokenStatus // known, with keys, and not present
 }
@@ -343,6 +352,17 @@ type TokenStatus struct {
 	Library  string    // of the module
 	Slot     string    // description
 	Seen     time.Time // when it was there last
+
+	// Of the login, as far as it is known without asking the token.
+	LoggedInSince time.Time // zero: nobody is logged in
+	LoginEnds     time.Time // by the Policy of the keys that were used; zero: it does not end by itself
+	PINKept       bool      // the PIN lies in locked memory, to log in again
+	LoginUnderWay bool      // a PIN is being asked for, or is being tried
+	PromptOpen    bool      // a person is being asked
+
+	// Of the signatures since the start.
+	LastUse    time.Time // zero: there was none
+	Signatures uint64
 }
 
 // Modules tells how every module fares, in order. It never waits.
@@ -376,11 +396,42 @@ func (s *Store) LogoutAll(ctx context.Context) error {
 	return errors.Join(all...)
 }
 
+// Logout logs out of the tokens that are selected, by themselves or by a key, as far
+// as their modules answer, and forgets their PINs if they are kept: the next signature
+// asks. It fails with ErrNoMatch when none is known.
+func (s *Store) Logout(ctx context.Context, sel *Selector) error {
+	var all []error
+	found := false
+	for _, m := range s.modulesNow() {
+		for _, t := range m.known() {
+			if sel.selects(t) {
+				found = true
+				all = append(all, t.forget(ctx))
+			}
+		}
+	}
+	if !found {
+		return fmt.Errorf("%w: no such token is known", ErrNoMatch)
+	}
+	return errors.Join(all...)
+}
+
 // Login logs in to the token of the keys with a PIN that a person gave. The
 // keys have to be of one token: a PIN is for one token. An empty PIN does
-// nothing, as the first signature asks.
+// nothing, as the first signature asks. When one try is left a person is asked
+// whether to go on.
 func (s *Store) Login(ctx context.Context, keys []*Key, pin *secret.Secret) error {
-	if pin.Len() == 0 || len(keys) == 0 {
+	return s.logIn(ctx, keys, given{pin: pin})
+}
+
+// LoginLastTry is Login for a caller whose person knows that one try may be left, and
+// wants the PIN tried nevertheless: nobody is asked.
+func (s *Store) LoginLastTry(ctx context.Context, keys []*Key, pin *secret.Secret) error {
+	return s.logIn(ctx, keys, given{pin: pin, lastTry: true})
+}
+
+func (s *Store) logIn(ctx context.Context, keys []*Key, with given) error {
+	if with.pin.Len() == 0 || len(keys) == 0 {
 		return nil
 	}
 	for _, k := range keys[1:] {
@@ -389,5 +440,22 @@ func (s *Store) Login(ctx context.Context, keys []*Key, pin *secret.Secret) erro
 				keys[0].token.ID.Label, k.token.ID.Label)
 		}
 	}
-	return keys[0].logIn(ctx, pin)
+	return keys[0].logIn(ctx, with)
+}
+
+// LoginAsk logs in to the tokens of the keys, one after the other, and asks for each
+// PIN as a signature would. It does nothing where somebody is logged in, or no login
+// is needed.
+func (s *Store) LoginAsk(ctx context.Context, keys []*Key) error {
+	done := make(map[*Token]bool)
+	for _, k := range keys {
+		if done[k.token] {
+			continue
+		}
+		done[k.token] = true
+		if err := k.logIn(ctx, given{}); err != nil {
+			return err
+		}
+	}
+	return nil
 }

@@ -117,6 +117,7 @@ func (m *module) run(ctx context.Context) {
 		began := time.Now()
 		p, err := startProcess(ctx, spec, m.store.opts.Command, m.log)
 		if err == nil {
+			m.tellSandbox(p.info.Sandbox)
 			m.change(func() {
 				m.info, m.pid = p.info, p.cmd.Process.Pid
 				if !m.released && !renewed {
@@ -170,6 +171,16 @@ func (m *module) run(ctx context.Context) {
 		due = m.pause(ctx, wait)
 	}
 	m.change(func() { m.proc, m.err, m.retry = nil, ErrClosed, time.Time{} })
+}
+
+// tellSandbox logs once what a module is not kept from although it should be.
+func (m *module) tellSandbox(s wire.Sandbox) {
+	m.mu.Lock()
+	first := m.starts == 0
+	m.mu.Unlock()
+	if first && !s.Off && !s.Whole() {
+		m.log.Warn("module is not in a whole sandbox", "sandbox", printable(s.String()))
+	}
 }
 
 // everRan tells whether the module has ever started.
@@ -481,6 +492,17 @@ func (m *module) poke() {
 }
 
 func (m *module) status() ModuleStatus {
+	st := m.statusNow()
+	for _, list := range [][]TokenStatus{st.Tokens, st.Away} {
+		for i := range list {
+			m.store.gate(list[i].ID).addTo(&list[i])
+		}
+	}
+	return st
+}
+
+// statusNow is the status as far as it is known here.
+func (m *module) statusNow() ModuleStatus {
 	m.mu.Lock()
 	defer m.mu.Unlock()
 	st := ModuleStatus{
@@ -495,6 +517,7 @@ func (m *module) status() ModuleStatus {
 	}
 	if m.proc != nil {
 		st.PID = m.proc.cmd.Process.Pid
+		st.Sandbox = printable(m.info.Sandbox.String())
 	}
 	for _, t := range m.order {
 		st.Tokens = append(st.Tokens, t.status(true))

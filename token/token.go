@@ -21,6 +21,7 @@ import (
 type Token struct {
 	ID     wire.TokenID
 	module *module
+	use    usage
 
 	mu               sync.Mutex
 	slot             wire.Slot // where it was seen last
@@ -29,6 +30,7 @@ type Token struct {
 	insertions       uint64
 	seen             time.Time // when it was there last, if it is not
 	session          *process  // the process that is logged in, nil when none is
+	since            time.Time // when that was noticed first
 	logins           uint64    // numbers the logins
 	changes          uint64    // counts what is done to the login, for those who read it meanwhile
 	attempted        *process  // one that a login was begun in, and may have had success
@@ -65,7 +67,7 @@ func (t *Token) look(ctx context.Context, p *process, slot *wire.Slot) error {
 	switch {
 	case t.changes != changes: // what was read may be of before
 	case reply.Info.LoggedIn:
-		t.session = p
+		t.enterLocked(p)
 	case t.session == p:
 		t.session = nil
 	}
@@ -81,6 +83,9 @@ func (t *Token) look(ctx context.Context, p *process, slot *wire.Slot) error {
 			f.always, f.unfit = old[i].found.always, old[i].found.unfit
 		}
 		k := newKey(t, f, pairs)
+		if i := slices.IndexFunc(old, func(o *Key) bool { return f.sameAs(o.found) }); i >= 0 {
+			k.use = old[i].use
+		}
 		// The same key stays the same object, for those who compare.
 		if i := slices.IndexFunc(old, func(o *Key) bool { return o.same(k) }); i >= 0 {
 			k = old[i]
@@ -148,10 +153,17 @@ func (t *Token) setLoggedIn(p *process, in bool) {
 	defer t.mu.Unlock()
 	t.changes++
 	if in {
-		t.session = p
+		t.enterLocked(p)
 		t.logins++
 	} else if t.session == p {
 		t.session = nil
+	}
+}
+
+// enterLocked notes that a process is logged in.
+func (t *Token) enterLocked(p *process) {
+	if t.session != p {
+		t.session, t.since = p, time.Now()
 	}
 }
 
@@ -192,19 +204,37 @@ func (t *Token) status(present bool) TokenStatus {
 	if present {
 		seen = time.Now()
 	}
-	return TokenStatus{
-		ID:       t.ID,
-		URI:      pkcs11uri.ForKey(t.ID, "", nil).String(),
-		Module:   t.module.spec.Name,
-		Tries:    triesOf(t.slot.Info.Flags),
-		LoggedIn: t.session != nil,
-		Shadowed: t.shadow,
-		Keys:     t.keys,
-		Flags:    t.slot.Info.Flags,
-		Library:  t.module.info.Description,
-		Slot:     t.slot.Description,
-		Seen:     seen,
+	st := TokenStatus{
+		ID:         t.ID,
+		URI:        pkcs11uri.ForKey(t.ID, "", nil).String(),
+		Module:     t.module.spec.Name,
+		Tries:      triesOf(t.slot.Info.Flags),
+		LoggedIn:   t.session != nil,
+		Shadowed:   t.shadow,
+		Keys:       t.keys,
+		Flags:      t.slot.Info.Flags,
+		Library:    t.module.info.Description,
+		Slot:       t.slot.Description,
+		Seen:       seen,
+		LastUse:    t.use.lastTime(),
+		Signatures: t.use.count.Load(),
 	}
+	if t.session != nil {
+		st.LoggedInSince = t.since
+		if t.retained.session == t.session {
+			st.LoginEnds = t.retained.end
+		}
+	}
+	return st
+}
+
+// addTo adds to a status what is known of logins and PINs.
+func (g *gate) addTo(st *TokenStatus) {
+	g.mu.Lock()
+	defer g.mu.Unlock()
+	st.PINKept = g.pins.kept != nil
+	st.LoginUnderWay = g.flight != nil || len(g.prompt) > 0
+	st.PromptOpen = g.asking.Load() > 0
 }
 
 // matches tells whether a URI selects this token where it is now. Its

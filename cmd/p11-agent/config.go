@@ -67,6 +67,8 @@ type moduleConfig struct {
 	Timeout durationValue     `toml:"timeout"`
 	Release releaseValue      `toml:"release"`
 	Env     map[string]string `toml:"env"`
+	Sandbox *bool             `toml:"sandbox"`
+	Write   []string          `toml:"write"`
 }
 
 // keyConfig attaches a name to the keys that a URI matches, and a public half
@@ -551,6 +553,14 @@ func (c *config) check(mode fs.FileMode) error {
 			return bad("module %q is configured twice", m.name())
 		}
 		seen[m.name()] = true
+		for j, path := range m.Write {
+			if m.Write[j] = expandHome(path); !filepath.IsAbs(m.Write[j]) || strings.Contains(path, "\x00") {
+				return bad("module %q: write has %q, which is no absolute path", m.name(), path)
+			}
+		}
+		if len(m.Write) > 0 && m.Sandbox != nil && !*m.Sandbox {
+			return bad("module %q: without a sandbox everything can be written: one of write and sandbox = false has to go", m.name())
+		}
 		for name := range m.Env {
 			if name == "" || strings.ContainsAny(name, "=\x00") {
 				return bad("module %q: %q cannot be the name of an environment variable", m.name(), name)
@@ -620,6 +630,12 @@ func readPublicKey(file string) (crypto.PublicKey, error) {
 }
 
 func (m moduleConfig) name() string { return cmp.Or(m.Name, filepath.Base(m.Path)) }
+
+// confine tells a module's process what the module may do.
+func (m moduleConfig) confine(spec *token.ModuleSpec) {
+	spec.Unconfined = m.Sandbox != nil && !*m.Sandbox
+	spec.Write = m.Write
+}
 
 func (m moduleConfig) environ() []string {
 	var env []string

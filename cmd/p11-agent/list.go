@@ -108,8 +108,9 @@ type listedModule struct {
 	Name     string `json:"name"`
 	Path     string `json:"path"`
 	Running  bool   `json:"running"`
-	Restarts int    `json:"restarts"` // since it was started for this list
-	Waits    bool   `json:"waits"`    // it tells of cards that come and go; else its slots are polled
+	Restarts int    `json:"restarts"`          // since it was started for this list
+	Waits    bool   `json:"waits"`             // it tells of cards that come and go; else its slots are polled
+	Sandbox  string `json:"sandbox,omitempty"` // what its process may not do
 	Error    string `json:"error,omitempty"`
 }
 
@@ -125,6 +126,9 @@ func (m listedModule) state() string {
 		text += "; it tells of cards that come and go"
 	default:
 		text += "; it is asked again and again for cards that come and go"
+	}
+	if m.Sandbox != "" {
+		text += "; sandbox: " + m.Sandbox
 	}
 	return text
 }
@@ -215,7 +219,7 @@ func collect(c *config, store *token.Store, sel *token.Selector, named bool) lis
 	auto, name := automatic(c), names(c)
 	homes := homesOf(store.Keys(), auto)
 	for _, m := range store.Modules() {
-		lm := listedModule{Name: m.Name, Path: m.Path, Running: m.Running, Restarts: m.Restarts, Waits: m.Waits}
+		lm := listedModule{Name: m.Name, Path: m.Path, Running: m.Running, Restarts: m.Restarts, Waits: m.Waits, Sandbox: m.Sandbox}
 		if m.Err != nil {
 			lm.Error = m.Err.Error()
 		}

@@ -123,6 +123,7 @@ Exit status: 0 it worked; 1 it did not, or "check" found something;
 	root.AddCommand(
 		newAgentCommand(g),
 		newListCommand(g),
+		newGenerateCommand(g),
 		newCheckCommand(g),
 		newDemoCommand(),
 		newVersionCommand(),

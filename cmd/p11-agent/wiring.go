@@ -41,6 +41,7 @@ func modules(c *config, log *slog.Logger) (specs []token.ModuleSpec, bridges []*
 		if m.Path != "" && (m.Enabled == nil || *m.Enabled) {
 			spec := token.ModuleSpec{Name: m.name(), Path: m.Path, Env: m.environ(), Timeout: m.Timeout.Duration}
 			m.Release.apply(&spec)
+			m.confine(&spec)
 			specs = append(specs, spec)
 		}
 	}
@@ -62,6 +63,7 @@ func modules(c *config, log *slog.Logger) (specs []token.ModuleSpec, bridges []*
 			Name: m.Name, Path: m.Path, InitArgs: m.InitArgs, Env: set.environ(), Timeout: set.Timeout.Duration,
 		}
 		set.Release.apply(&spec)
+		set.confine(&spec)
 		// p11-kit's remoting serves one call after the other.
 		spec.Poll = m.Remote.Address != "" || len(m.Remote.Command) > 0
 		switch {
@@ -104,8 +106,8 @@ type backend struct {
 }
 
 // openBackend starts the modules. It is ended by stop. What goes wrong with one
-// module costs that module only.
-func openBackend(c *config, asker token.PINAsker, working func(context.Context, *token.Key) func(), state string, known token.KnownKeys, log *slog.Logger) *backend {
+// module costs that module only. more changes the options of the Store.
+func openBackend(c *config, asker token.PINAsker, working func(context.Context, *token.Key) func(), state string, known token.KnownKeys, log *slog.Logger, more ...func(*token.Options)) *backend {
 	specs, bridges, skipped, broken := modules(c, log)
 	ctx, cancel := context.WithCancel(context.Background())
 	served := make(chan struct{}, len(bridges))
@@ -117,7 +119,7 @@ func openBackend(c *config, asker token.PINAsker, working func(context.Context, 
 			served <- struct{}{}
 		}()
 	}
-	store := token.Open(token.Options{
+	opts := token.Options{
 		Modules:    specs,
 		Command:    []string{"/proc/self/exe", moduleCommand},
 		PINs:       asker,
@@ -128,7 +130,11 @@ func openBackend(c *config, asker token.PINAsker, working func(context.Context, 
 		StateDir:   state,
 		Known:      c.knownKeys(known),
 		Log:        log,
-	})
+	}
+	for _, change := range more {
+		change(&opts)
+	}
+	store := token.Open(opts)
 	return &backend{store: store, skipped: skipped, broken: broken, stop: func() {
 		_ = store.Close() // never fails
 		cancel()

@@ -6,7 +6,8 @@
 // locked memory only, is given to the module without a copy of this program's
 // making, and only after the token has been looked at once more; that a session
 // is used by one request at a time; and that neither standard error nor an
-// answer ever has a secret in it.
+// answer ever has a secret in it. Before the module is loaded the process confines
+// itself (package sandbox).
 //
 // It knows nothing of PIN policy and never retries a PIN. It leaves to the agent
 // how long to wait, when to kill the process, and the environment it runs in:

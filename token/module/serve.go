@@ -5,9 +5,11 @@ import (
 	"errors"
 	"fmt"
 	"log"
+	"os"
 	"sync"
 	"sync/atomic"
 
+	"p11-agent/token/module/sandbox"
 	"p11-agent/token/wire"
 )
 
@@ -171,6 +173,8 @@ func (s *server) handle(ctx context.Context, r wire.Request) (wire.Message, erro
 		return s.state(ctx, lib, s.token(m.Token))
 	case *wire.Login:
 		return s.login(ctx, lib, s.token(m.Token), m)
+	case *wire.Generate:
+		return s.generate(ctx, lib, s.token(m.Token), m)
 	case *wire.Sign:
 		return s.sign(ctx, lib, s.token(m.Key.Token), m)
 	default:
@@ -188,6 +192,11 @@ func (s *server) hello(m *wire.Hello) (wire.Message, error) {
 	}
 	if err := checkFile(m.Path); err != nil {
 		return nil, err
+	}
+	confined := wire.Sandbox{Off: true}
+	if !m.Unconfined {
+		// From here on for every thread that there is and will be.
+		confined = sandbox.Enter(sandbox.Options{Module: m.Path, Write: m.Write, Getenv: os.Getenv})
 	}
 	lib, err := load(m.Path)
 	if err != nil {
@@ -213,6 +222,7 @@ func (s *server) hello(m *wire.Hello) (wire.Message, error) {
 		Library:      uint32(info.LibraryVersion.Major)<<8 | uint32(info.LibraryVersion.Minor),
 		Cryptoki:     uint32(info.CryptokiVersion.Major)<<8 | uint32(info.CryptokiVersion.Minor),
 		Waits:        waits,
+		Sandbox:      confined,
 	}, nil
 }
 

@@ -365,6 +365,12 @@ func (f *Fake) answer(p *FakeProcess, r wire.Request) (wire.Message, *wire.Error
 		}
 		t.in[p] = true
 		return &wire.TokenReply{Info: t.info(p)}, nil
+	case *wire.Generate:
+		t, e := f.find(m.Token)
+		if e != nil {
+			return nil, e
+		}
+		return t.generate(p, m)
 	case *wire.Sign:
 		t, e := f.find(m.Key.Token)
 		if e != nil {
@@ -424,6 +430,9 @@ type FakeToken struct {
 	NoLogin    bool              // CKF_LOGIN_REQUIRED is not set
 	Mute       bool              // no flag tells of the tries left
 	Typed      []byte            // what a person types on the reader
+
+	Extractable bool // the keys that it makes could leave it
+	Spoils      bool // the keys that it makes sign wrongly
 
 	// Below is guarded by Fake.mu.
 	pin    []byte
@@ -633,22 +642,7 @@ type FakeKey struct {
 func (t *FakeToken) AddKey(kind string, id byte, label string, set func(k *FakeKey)) crypto.PublicKey {
 	t.fake.t.Helper()
 	k := &FakeKey{ID: []byte{id}, Label: label, kind: kind}
-	var err error
-	switch kind {
-	case RSA2048:
-		k.private, err = t.fake.rsaKey()
-	case P256:
-		k.private, err = ecdsa.GenerateKey(elliptic.P256(), rand.Reader)
-	case P384:
-		k.private, err = ecdsa.GenerateKey(elliptic.P384(), rand.Reader)
-	case P521:
-		k.private, err = ecdsa.GenerateKey(elliptic.P521(), rand.Reader)
-	case Ed25519:
-		_, k.private, err = ed25519.GenerateKey(rand.Reader)
-	default:
-		err = fmt.Errorf("a fake has no keys of kind %s", kind)
-	}
-	if err != nil {
+	if err := t.fake.make(k); err != nil {
 		t.fake.t.Fatal(err)
 	}
 	if set != nil {
@@ -658,6 +652,70 @@ func (t *FakeToken) AddKey(kind string, id byte, label string, set func(k *FakeK
 	defer t.fake.mu.Unlock()
 	t.keys = append(t.keys, k)
 	return k.private.Public()
+}
+
+// make makes the pair of a key.
+func (f *Fake) make(k *FakeKey) (err error) {
+	switch k.kind {
+	case RSA2048:
+		k.private, err = f.rsaKey()
+	case P256:
+		k.private, err = ecdsa.GenerateKey(elliptic.P256(), rand.Reader)
+	case P384:
+		k.private, err = ecdsa.GenerateKey(elliptic.P384(), rand.Reader)
+	case P521:
+		k.private, err = ecdsa.GenerateKey(elliptic.P521(), rand.Reader)
+	case Ed25519:
+		_, k.private, err = ed25519.GenerateKey(rand.Reader)
+	default:
+		err = fmt.Errorf("a fake has no keys of kind %s", k.kind)
+	}
+	return err
+}
+
+// generate makes a new key, as far as package token/module has it made. Fake.mu is
+// held, and let go of meanwhile.
+func (t *FakeToken) generate(p *FakeProcess, m *wire.Generate) (*wire.GenerateReply, *wire.Error) {
+	if !t.NoLogin && !t.in[p] {
+		return nil, &wire.Error{Function: "C_GenerateKeyPair", RV: wire.CKRUserNotLoggedIn}
+	}
+	k := &FakeKey{ID: m.ID, Label: m.Label, Wrong: t.Spoils, kind: RSA2048}
+	for name, oid := range curves {
+		der, err := asn1.Marshal(oid)
+		if err == nil && slices.ContainsFunc(m.ECParams, func(v wire.Value) bool { return slices.Equal(v.Bytes, der) }) {
+			k.kind = name
+		}
+	}
+	if len(m.ECParams) == 0 && m.Bits != 2048 {
+		return nil, &wire.Error{Function: "C_GenerateKeyPair", RV: wire.CKRKeySizeRange}
+	}
+	for n := byte(1); len(k.ID) == 0; n++ {
+		if !slices.ContainsFunc(t.keys, func(o *FakeKey) bool { return slices.Equal(o.ID, []byte{n}) }) {
+			k.ID = []byte{n}
+		}
+	}
+	for _, o := range t.keys {
+		if slices.Equal(o.ID, k.ID) || o.Label == k.Label && k.Label != "" {
+			return nil, &wire.Error{Reason: wire.ReasonExists, Text: fmt.Sprintf("key %x, %q, is there", o.ID, o.Label)}
+		}
+	}
+	if t.Extractable {
+		return nil, &wire.Error{Reason: wire.ReasonExtractable}
+	}
+	t.fake.mu.Unlock()
+	err := t.fake.make(k)
+	t.fake.mu.Lock()
+	if err != nil {
+		return nil, &wire.Error{Function: "C_GenerateKeyPair", RV: wire.CKRFunctionFailed}
+	}
+	t.keys = append(t.keys, k)
+	r := &wire.GenerateReply{
+		Public:          wire.Object{Class: wire.CKOPublicKey, ID: k.ID, Label: k.Label, KeyType: k.keyType()},
+		Private:         wire.Object{Class: wire.CKOPrivateKey, ID: k.ID, Label: k.Label, KeyType: k.keyType()},
+		AlwaysSensitive: wire.True, NeverExtractable: wire.True, Local: wire.True,
+	}
+	k.public(&r.Public)
+	return r, nil
 }
 
 // Change changes the first key with an ID while the token is in use.

@@ -20,26 +20,29 @@ const (
 
 // Mechanisms (CKM).
 const (
-	CKMRSAPKCS       = 0x0001
-	CKMRSAX509       = 0x0003
-	CKMSHA1RSAPKCS   = 0x0006
-	CKMRSAPKCSPSS    = 0x000d
-	CKMSHA256RSAPKCS = 0x0040
-	CKMSHA384RSAPKCS = 0x0041
-	CKMSHA512RSAPKCS = 0x0042
-	CKMSHA256RSAPSS  = 0x0043
-	CKMSHA384RSAPSS  = 0x0044
-	CKMSHA512RSAPSS  = 0x0045
-	CKMSHA1          = 0x0220
-	CKMSHA256        = 0x0250
-	CKMSHA384        = 0x0260
-	CKMSHA512        = 0x0270
-	CKMECDSA         = 0x1041
-	CKMECDSASHA1     = 0x1042
-	CKMECDSASHA256   = 0x1044
-	CKMECDSASHA384   = 0x1045
-	CKMECDSASHA512   = 0x1046
-	CKMEdDSA         = 0x1057
+	CKMRSAPKCSKeyPairGen   = 0x0000
+	CKMRSAPKCS             = 0x0001
+	CKMRSAX509             = 0x0003
+	CKMSHA1RSAPKCS         = 0x0006
+	CKMRSAPKCSPSS          = 0x000d
+	CKMSHA256RSAPKCS       = 0x0040
+	CKMSHA384RSAPKCS       = 0x0041
+	CKMSHA512RSAPKCS       = 0x0042
+	CKMSHA256RSAPSS        = 0x0043
+	CKMSHA384RSAPSS        = 0x0044
+	CKMSHA512RSAPSS        = 0x0045
+	CKMSHA1                = 0x0220
+	CKMSHA256              = 0x0250
+	CKMSHA384              = 0x0260
+	CKMSHA512              = 0x0270
+	CKMECKeyPairGen        = 0x1040
+	CKMECDSA               = 0x1041
+	CKMECDSASHA1           = 0x1042
+	CKMECDSASHA256         = 0x1044
+	CKMECDSASHA384         = 0x1045
+	CKMECDSASHA512         = 0x1046
+	CKMECEdwardsKeyPairGen = 0x1055
+	CKMEdDSA               = 0x1057
 )
 
 // Mask generation functions (CKG).
@@ -59,6 +62,7 @@ const (
 
 // Token flags (CKF).
 const (
+	CKFWriteProtected              = 0x00000002
 	CKFLoginRequired               = 0x00000004
 	CKFUserPINInitialized          = 0x00000008
 	CKFProtectedAuthenticationPath = 0x00000100
@@ -78,6 +82,8 @@ const (
 	CKRFunctionFailed             = 0x006
 	CKRArgumentsBad               = 0x007
 	CKRNoEvent                    = 0x008
+	CKRActionProhibited           = 0x01b
+	CKRAttributeReadOnly          = 0x010
 	CKRAttributeTypeInvalid       = 0x012
 	CKRAttributeValueInvalid      = 0x013
 	CKRDataInvalid                = 0x020
@@ -95,6 +101,7 @@ const (
 	CKRObjectHandleInvalid        = 0x082
 	CKROperationActive            = 0x090
 	CKROperationNotInitialized    = 0x091
+	CKRKeySizeRange               = 0x062
 	CKRPINIncorrect               = 0x0a0
 	CKRPINInvalid                 = 0x0a1
 	CKRPINLenRange                = 0x0a2
@@ -103,13 +110,19 @@ const (
 	CKRSessionClosed              = 0x0b0
 	CKRSessionCount               = 0x0b1
 	CKRSessionHandleInvalid       = 0x0b3
+	CKRSessionReadOnly            = 0x0b5
+	CKRTemplateIncomplete         = 0x0d0
+	CKRTemplateInconsistent       = 0x0d1
 	CKRTokenNotPresent            = 0x0e0
 	CKRTokenNotRecognized         = 0x0e1
+	CKRTokenWriteProtected        = 0x0e2
 	CKRUserAlreadyLoggedIn        = 0x100
 	CKRUserNotLoggedIn            = 0x101
 	CKRUserPINNotInitialized      = 0x102
 	CKRUserTypeInvalid            = 0x103
 	CKRUserAnotherAlreadyLoggedIn = 0x104
+	CKRDomainParamsInvalid        = 0x130
+	CKRCurveNotSupported          = 0x140
 	CKRBufferTooSmall             = 0x150
 	CKRCryptokiNotInitialized     = 0x190
 	CKRCryptokiAlreadyInitialized = 0x191

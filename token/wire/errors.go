@@ -49,10 +49,37 @@ func (r Reason) String() string {
 		return "the module does one thing at a time"
 	case ReasonRenew:
 		return "a new process is wanted"
+	case ReasonExists:
+		return "a key of that id or label is on the token"
+	case ReasonExtractable:
+		return "the token made a key that could leave it"
 	default:
 		return fmt.Sprintf("reason %d", uint32(r))
 	}
 }
+
+// String says in a few words what is in force.
+func (s Sandbox) String() string {
+	if s.Off {
+		return "off (configuration)"
+	}
+	files := fmt.Sprintf("files (landlock %d)", s.Files)
+	if s.Files == 0 {
+		files = "files: " + s.FilesError
+	}
+	calls := "system calls (seccomp)"
+	if !s.Calls {
+		calls = "system calls: " + s.CallsError
+	}
+	text := files + ", " + calls
+	if len(s.Missing) > 0 {
+		text += fmt.Sprintf("; not writable, as it is not there: %q", s.Missing)
+	}
+	return text
+}
+
+// Whole tells whether all of it is in force.
+func (s Sandbox) Whole() bool { return !s.Off && s.Files > 0 && s.Calls && len(s.Missing) == 0 }
 
 // RVName returns the name of a return value as the standard spells it, such as
 // CKR_PIN_INCORRECT, and a number for one it does not define.

@@ -4,14 +4,15 @@ import "p11-agent/pinentry/secret"
 
 // requests makes an empty message for each type of request.
 var requests = map[Type]func() Message{
-	TypeHello:   func() Message { return new(Hello) },
-	TypeSlots:   func() Message { return new(Slots) },
-	TypeObjects: func() Message { return new(Objects) },
-	TypeToken:   func() Message { return new(Token) },
-	TypeLogin:   func() Message { return new(Login) },
-	TypeLogout:  func() Message { return new(Token) },
-	TypeSign:    func() Message { return new(Sign) },
-	TypeCancel:  func() Message { return new(Cancel) },
+	TypeHello:    func() Message { return new(Hello) },
+	TypeSlots:    func() Message { return new(Slots) },
+	TypeObjects:  func() Message { return new(Objects) },
+	TypeToken:    func() Message { return new(Token) },
+	TypeLogin:    func() Message { return new(Login) },
+	TypeLogout:   func() Message { return new(Token) },
+	TypeSign:     func() Message { return new(Sign) },
+	TypeCancel:   func() Message { return new(Cancel) },
+	TypeGenerate: func() Message { return new(Generate) },
 }
 
 func (m *Hello) fields(c *codec) {
@@ -19,6 +20,8 @@ func (m *Hello) fields(c *codec) {
 	c.raw(&m.Path)
 	c.raw(&m.InitArgs)
 	c.bool(&m.Poll)
+	c.bool(&m.Unconfined)
+	list(c, &m.Write, func(path *string, c *codec) { c.raw(path) })
 }
 
 func (m *HelloReply) fields(c *codec) {
@@ -28,6 +31,16 @@ func (m *HelloReply) fields(c *codec) {
 	c.uint32(&m.Library)
 	c.uint32(&m.Cryptoki)
 	c.bool(&m.Waits)
+	m.Sandbox.fields(c)
+}
+
+func (s *Sandbox) fields(c *codec) {
+	c.bool(&s.Off)
+	c.uint32(&s.Files)
+	c.text(&s.FilesError)
+	list(c, &s.Missing, func(path *string, c *codec) { c.raw(path) })
+	c.bool(&s.Calls)
+	c.text(&s.CallsError)
 }
 
 func (m *Slots) fields(c *codec) {
@@ -143,6 +156,23 @@ func (m *SignReply) fields(c *codec) {
 	c.bytes(&m.Signature)
 }
 
+func (m *Generate) fields(c *codec) {
+	m.Token.fields(c)
+	c.uint64(&m.Mechanism)
+	c.uint32(&m.Bits)
+	list(c, &m.ECParams, func(v *Value, c *codec) { c.bytes(&v.Bytes) })
+	c.bytes(&m.ID)
+	c.text(&m.Label)
+}
+
+func (m *GenerateReply) fields(c *codec) {
+	m.Public.fields(c)
+	m.Private.fields(c)
+	c.tri(&m.AlwaysSensitive)
+	c.tri(&m.NeverExtractable)
+	c.tri(&m.Local)
+}
+
 func (m *Cancel) fields(c *codec) {
 	c.uint32(&m.Request)
 }
@@ -151,7 +181,7 @@ func (e *Error) fields(c *codec) {
 	c.text(&e.Function)
 	c.uint64(&e.RV)
 	c.uint32((*uint32)(&e.Reason))
-	if e.Reason > ReasonRenew {
+	if e.Reason > lastReason {
 		c.fail("reason that is not known")
 	}
 	c.text(&e.Text)

@@ -21,7 +21,7 @@ import "p11-agent/pinentry/secret"
 
 // Version is the version of this language. Both sides are the same binary, so a
 // difference means that the binary was replaced while the agent ran.
-const Version = 2
+const Version = 3
 
 // FD is the file descriptor number that a module process finds its socket at.
 const FD = 3
@@ -45,14 +45,15 @@ type Type byte
 
 // The requests. Each is answered by one frame: its reply type or TypeError.
 const (
-	TypeHello   Type = 1 // Hello -> HelloReply
-	TypeSlots   Type = 2 // Slots -> SlotsReply
-	TypeObjects Type = 3 // Objects -> ObjectsReply
-	TypeToken   Type = 4 // Token -> TokenReply
-	TypeLogin   Type = 5 // Login -> TokenReply; the body may only lie in locked memory
-	TypeLogout  Type = 6 // Token -> TokenReply
-	TypeSign    Type = 7 // Sign -> SignReply; the body may only lie in locked memory when it holds a PIN
-	TypeCancel  Type = 8 // Cancel; no reply of its own
+	TypeHello    Type = 1 // Hello -> HelloReply
+	TypeSlots    Type = 2 // Slots -> SlotsReply
+	TypeObjects  Type = 3 // Objects -> ObjectsReply
+	TypeToken    Type = 4 // Token -> TokenReply
+	TypeLogin    Type = 5 // Login -> TokenReply; the body may only lie in locked memory
+	TypeLogout   Type = 6 // Token -> TokenReply
+	TypeSign     Type = 7 // Sign -> SignReply; the body may only lie in locked memory when it holds a PIN
+	TypeCancel   Type = 8 // Cancel; no reply of its own
+	TypeGenerate Type = 9 // Generate -> GenerateReply
 )
 
 // The answers.
@@ -74,6 +75,11 @@ type Hello struct {
 	// Poll has the slots be looked at again and again, and keeps the process from
 	// waiting in C_WaitForSlotEvent: see ReasonOneAtATime.
 	Poll bool
+	// Unconfined has the process not confine itself. Write are files and
+	// directories, absolute, that the module may write besides those that it is known
+	// to.
+	Unconfined bool
+	Write      []string
 }
 
 // HelloReply describes the module, as C_GetInfo does. Texts have lost their
@@ -85,6 +91,23 @@ type HelloReply struct {
 	Library      uint32 // library version: major<<8 | minor
 	Cryptoki     uint32 // PKCS#11 version: major<<8 | minor
 	Waits        bool   // the module itself tells when tokens come and go
+	Sandbox      Sandbox
+}
+
+// Sandbox tells how far a module process has confined itself: what is in force,
+// and of the rest why it is not.
+type Sandbox struct {
+	Off bool // it was told not to
+	// Files is the version of Landlock that keeps it from writing files, 0 for none;
+	// then FilesError says why. Missing are those of Hello.Write that were not there,
+	// and so cannot be written.
+	Files      uint32
+	FilesError string
+	Missing    []string
+	// Calls tells that seccomp keeps it from making system calls; CallsError says why
+	// not.
+	Calls      bool
+	CallsError string
 }
 
 // Slots asks for the slots and the tokens in them.
@@ -242,6 +265,33 @@ type SignReply struct {
 	Signature []byte
 }
 
+// Generate asks for a new key pair on a token that somebody is logged in to. It
+// is made only where no key or certificate has its ID, and no key its label; and
+// never so that the private key could leave the token. When nobody waits for it
+// any more (Cancel) it is destroyed again.
+type Generate struct {
+	Token     TokenID
+	Mechanism uint64 // CKM, to make a pair
+	Bits      uint32 // RSA: of the modulus; 0 otherwise
+	// ECParams are values of CKA_EC_PARAMS that mean the same curve, to be tried one
+	// after the other.
+	ECParams []Value
+	ID       []byte // empty: one that is free
+	Label    string
+}
+
+// Value is the value of an attribute.
+type Value struct{ Bytes []byte }
+
+// GenerateReply tells of the pair that was made. The private key was read back:
+// it is sensitive and cannot be extracted.
+type GenerateReply struct {
+	Public, Private Object
+	// What the token says of the private key's life so far (CKA_ALWAYS_SENSITIVE,
+	// CKA_NEVER_EXTRACTABLE, CKA_LOCAL).
+	AlwaysSensitive, NeverExtractable, Local Tri
+}
+
 // Cancel says that nobody waits for the request with this number any more. One
 // that has not reached the module yet is dropped (its answer is an Error with
 // CKRFunctionCanceled); one that has goes on.
@@ -283,5 +333,12 @@ const (
 	ReasonOneAtATime Reason = 10
 	// ReasonRenew: a new process is wanted in place of C_Finalize and C_Initialize.
 	// Nothing is under way in this one, and nothing reaches the module any more.
-	ReasonRenew Reason = 11
+	ReasonRenew  Reason = 11
+	ReasonExists Reason = 12 // a key or certificate of that ID or label is there: none was made
+	// ReasonExtractable: the token made a key that could leave it, or does not say
+	// that it cannot. Text tells what became of the pair.
+	ReasonExtractable Reason = 13
 )
+
+// lastReason is the last that is known.
+const lastReason = ReasonExtractable

@@ -34,7 +34,7 @@ type sample struct {
 func samples(t testing.TB) []sample {
 	t.Helper()
 	list := []sample{
-		{t: TypeHello, msg: &Hello{Version: Version, Path: "/usr/lib/\xff.so", InitArgs: "configdir='/x'", Poll: true}},
+		{t: TypeHello, msg: &Hello{Version: Version, Path: "/usr/lib/\xff.so", InitArgs: "configdir='/x'", Poll: true, Unconfined: true, Write: []string{"/srv/\xff", "/x"}}},
 		{t: TypeSlots, msg: &Slots{Reinitialize: true}},
 		{t: TypeObjects, msg: &Objects{Token: testToken}},
 		{t: TypeToken, msg: &Token{Token: testToken}},
@@ -47,7 +47,11 @@ func samples(t testing.TB) []sample {
 			SignatureLen: 256, Data: []byte("hash"), ContextLogin: true,
 		}, pin: "482915"},
 		{t: TypeCancel, msg: &Cancel{Request: 7}},
-		{t: TypeReply, msg: &HelloReply{Version: Version, Manufacturer: "ACME", Description: "cards", Library: 0x102, Cryptoki: 0x228, Waits: true}},
+		{t: TypeGenerate, msg: &Generate{Token: testToken, Mechanism: CKMRSAPKCSKeyPairGen, Bits: 3072, ID: []byte{7}, Label: "new"}},
+		{t: TypeGenerate, msg: &Generate{Token: testToken, Mechanism: CKMECEdwardsKeyPairGen, ECParams: []Value{{[]byte{19, 1, 'x'}}, {[]byte{6, 1, 9}}}}},
+		{t: TypeReply, msg: &HelloReply{Version: Version, Manufacturer: "ACME", Description: "cards", Library: 0x102, Cryptoki: 0x228, Waits: true, Sandbox: Sandbox{
+			Files: 7, CallsError: "refused (EPERM)", Missing: []string{"/srv"},
+		}}},
 		{t: TypeReply, msg: &SlotsReply{Slots: []Slot{
 			{ID: 1, Description: "reader", Flags: CKFRemovableDevice},
 			{ID: 2, HasToken: true, Token: testToken, Info: testInfo, Mechanisms: []Mechanism{{CKMECDSA, 256, 521}, {CKMEdDSA, 255, 255}}},
@@ -59,6 +63,11 @@ func samples(t testing.TB) []sample {
 		}}},
 		{t: TypeReply, msg: &TokenReply{Info: testInfo}},
 		{t: TypeReply, msg: &SignReply{Signature: []byte{1, 2, 3}}},
+		{t: TypeReply, msg: &GenerateReply{
+			Public:          Object{Class: CKOPublicKey, ID: []byte{1}, KeyType: CKKEC, ECParams: []byte{6}, ECPoint: []byte{4}},
+			Private:         Object{Class: CKOPrivateKey, ID: []byte{1}, KeyType: CKKEC, Sign: True},
+			AlwaysSensitive: True, NeverExtractable: True, Local: False,
+		}},
 		{t: TypeError, msg: &Error{Function: "C_Login", RV: CKRPINIncorrect, Reason: ReasonModule, Text: "no", HasInfo: true, Info: testInfo}},
 	}
 	for i := range list {
@@ -127,7 +136,7 @@ func TestSamplesAreComplete(t *testing.T) {
 		}
 		delete(seen, reflect.TypeOf(make()))
 	}
-	for _, m := range []Message{new(HelloReply), new(SlotsReply), new(ObjectsReply), new(TokenReply), new(SignReply), new(Error)} {
+	for _, m := range []Message{new(HelloReply), new(SlotsReply), new(ObjectsReply), new(TokenReply), new(SignReply), new(GenerateReply), new(Error)} {
 		if !seen[reflect.TypeOf(m)] {
 			t.Errorf("no sample of %T", m)
 		}
@@ -166,7 +175,7 @@ func TestUnmarshalRefuses(t *testing.T) {
 		{"list above the limit", body(&SlotsReply{Slots: make([]Slot, MaxList+1)}), new(SlotsReply)},
 		{"text that is not UTF-8", body(&Token{Token: TokenID{Label: "\xff"}}), new(Token)},
 		{"attribute of 3", body(&ObjectsReply{Objects: []Object{{Sign: 3}}}), new(ObjectsReply)},
-		{"unknown reason", body(&Error{Reason: ReasonRenew + 1}), new(Error)},
+		{"unknown reason", body(&Error{Reason: lastReason + 1}), new(Error)},
 		{"long PIN", append(body(&Login{}), make([]byte, MaxPIN+1)...), new(Login)},
 	}
 	for _, tt := range tests {
@@ -596,7 +605,7 @@ func FuzzReadFrame(f *testing.F) {
 			if err != nil {
 				return
 			}
-			for _, msg := range []Message{new(HelloReply), new(SlotsReply), new(ObjectsReply), new(TokenReply), new(SignReply)} {
+			for _, msg := range []Message{new(HelloReply), new(SlotsReply), new(ObjectsReply), new(TokenReply), new(SignReply), new(GenerateReply)} {
 				_ = fr.Decode(msg) // whatever it says
 			}
 		}

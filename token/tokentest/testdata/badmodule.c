@@ -38,18 +38,31 @@
  *	flip=F                  function F fails with CKR_DEVICE_ERROR each second time
  *	always                  the keys have CKA_ALWAYS_AUTHENTICATE
  *	forget=N                handles of keys change with N
+ *	intrude=DIR             C_Initialize tries what a module has no business to do, also
+ *	                        on a thread and in a program of its own, and writes what
+ *	                        came of it to DIR/report: a name and an errno a line. DIR/home
+ *	                        is a home directory
+ *	write=PATH              C_Initialize writes to this file, and fails when it cannot
+ *	extractable             C_GenerateKeyPair makes a private key that can be extracted
+ *	undestroyable           C_DestroyObject fails
  *
  * BADMODULE_LOG names a file to which the name of each function called is
  * added, one a line.
  */
 #define _GNU_SOURCE
 #include <dlfcn.h>
+#include <errno.h>
 #include <fcntl.h>
 #include <pthread.h>
+#include <sched.h>
 #include <signal.h>
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
+#include <sys/ptrace.h>
+#include <sys/syscall.h>
+#include <sys/uio.h>
+#include <sys/wait.h>
 #include <unistd.h>
 
 typedef unsigned char byte;
@@ -57,7 +70,7 @@ typedef unsigned long ulong;
 typedef ulong rv_t;
 
 enum {
-	OK = 0, SLOT_ID_INVALID = 3, NO_EVENT = 8, ATTRIBUTE_TYPE_INVALID = 0x12, DEVICE_ERROR = 0x30, NOT_SUPPORTED = 0x54,
+	OK = 0, SLOT_ID_INVALID = 3, GENERAL_ERROR = 5, NO_EVENT = 8, ATTRIBUTE_TYPE_INVALID = 0x12, DEVICE_ERROR = 0x30, NOT_SUPPORTED = 0x54,
 	KEY_HANDLE_INVALID = 0x60, OPERATION_ACTIVE = 0x90, OPERATION_NOT_INITIALIZED = 0x91,
 	PIN_INCORRECT = 0xa0, PIN_LOCKED = 0xa4, SESSION_COUNT = 0xb1, SESSION_HANDLE_INVALID = 0xb3,
 	TOKEN_NOT_PRESENT = 0xe0, ALREADY_LOGGED_IN = 0x100, NOT_LOGGED_IN = 0x101, BUFFER_TOO_SMALL = 0x150,
@@ -277,11 +290,108 @@ static ulong present(void)
 	return number("present", number("slots", 1));
 }
 
+/* Intrusions */
+
+static void report(const char *dir, const char *what, const char *who, int error)
+{
+	char path[512], line[128];
+	int fd, n;
+
+	snprintf(path, sizeof path, "%s/report", dir);
+	n = snprintf(line, sizeof line, "%s by %s %d\n", what, who, error);
+	fd = open(path, O_WRONLY | O_APPEND | O_CREAT | O_CLOEXEC, 0600);
+	if (fd < 0 || write(fd, line, n) != n)
+		abort();
+	close(fd);
+}
+
+static int opened(const char *format, const char *dir, int pid, int flags)
+{
+	char path[512];
+	int fd;
+
+	if (dir)
+		snprintf(path, sizeof path, format, dir);
+	else
+		snprintf(path, sizeof path, format, pid);
+	fd = open(path, flags | O_CLOEXEC, 0600);
+	if (fd < 0)
+		return errno;
+	close(fd);
+	return 0;
+}
+
+/* seized tries to trace a process, from one that ends at once and so lets go of it. */
+static int seized(int pid)
+{
+	int status;
+	pid_t child = fork();
+
+	if (child == 0)
+		_exit(ptrace(PTRACE_SEIZE, pid, 0, 0) < 0 ? errno : 0);
+	waitpid(child, &status, 0);
+	return WEXITSTATUS(status);
+}
+
+static void intrusions(const char *dir, const char *who)
+{
+	char byte_[1];
+	struct iovec here = { byte_, 1 }, there = { (void *)16, 1 };
+	int parent = getppid();
+
+	report(dir, "write authorized_keys", who, opened("%s/home/.ssh/authorized_keys", dir, 0, O_WRONLY | O_APPEND));
+	report(dir, "empty authorized_keys", who, opened("%s/home/.ssh/authorized_keys", dir, 0, O_WRONLY | O_TRUNC));
+	report(dir, "create a file", who, opened("%s/home/.profile", dir, 0, O_WRONLY | O_CREAT));
+	report(dir, "open memory", who, opened("/proc/%d/mem", NULL, parent, O_RDONLY));
+	report(dir, "ptrace", who, seized(parent));
+	report(dir, "read memory", who, process_vm_readv(parent, &here, 1, &there, 1, 0) < 0 ? errno : 0);
+	report(dir, "unshare", who, unshare(CLONE_FS) < 0 ? errno : 0);
+#ifdef __x86_64__
+	{
+		/* bpf, by the number that it has for 32-bit programs */
+		long r;
+
+		__asm__ volatile("int $0x80" : "=a"(r) : "a"(357L), "b"(0xffffL), "c"(0L), "d"(0L) : "memory");
+		report(dir, "bpf of 32 bits", who, (int)-r);
+	}
+#endif
+	/* What is allowed. */
+	report(dir, "read authorized_keys", who, opened("%s/home/.ssh/authorized_keys", dir, 0, O_RDONLY));
+}
+
+static char intruder[256];
+
+static void *intrude_here(void *who)
+{
+	intrusions(intruder, who);
+	return NULL;
+}
+
+static void intrude(void)
+{
+	pthread_t thread;
+	char command_[600];
+
+	if (!command("intrude", NULL, intruder, sizeof intruder))
+		return;
+	intrude_here("thread");
+	if (pthread_create(&thread, NULL, intrude_here, "a new thread") != 0 || pthread_join(thread, NULL) != 0)
+		abort();
+	snprintf(command_, sizeof command_, "(: >%s/home/.bashrc) 2>/dev/null", intruder);
+	report(intruder, "write .bashrc", "a program", system(command_) == 0 ? 0 : EACCES);
+}
+
 /* Functions */
 
 static rv_t C_Initialize(void *args)
 {
+	char path[256];
+	int error;
+
 	CALLED;
+	intrude();
+	if (command("write", NULL, path, sizeof path) && (error = opened("%s", path, 0, O_WRONLY | O_CREAT)) != 0)
+		return GENERAL_ERROR;
 	WRAPPED(0, (void *), (args));
 	initialized = 1;
 	told = 0;
@@ -697,6 +807,31 @@ static rv_t C_Sign(ulong h, byte *data, ulong length, byte *signature, ulong *ro
 	return OK;
 }
 
+static rv_t C_DestroyObject(ulong h, ulong object)
+{
+	CALLED;
+	if (command("undestroyable", NULL, NULL, 0))
+		return DEVICE_ERROR;
+	WRAPPED(22, (ulong, ulong), (h, object));
+	return NOT_SUPPORTED;
+}
+
+static rv_t C_GenerateKeyPair(ulong h, struct mechanism *mechanism, struct attribute *public, ulong publics,
+	struct attribute *private, ulong privates, ulong *public_key, ulong *private_key)
+{
+	static byte yes = 1;
+	ulong i;
+
+	CALLED;
+	if (command("extractable", NULL, NULL, 0))
+		for (i = 0; i < privates; i++)
+			if (private[i].type == 0x162)
+				private[i].value = &yes;
+	WRAPPED(59, (ulong, struct mechanism *, struct attribute *, ulong, struct attribute *, ulong, ulong *, ulong *),
+		(h, mechanism, public, publics, private, privates, public_key, private_key));
+	return NOT_SUPPORTED;
+}
+
 static rv_t C_WaitForSlotEvent(ulong flags, ulong *slot, void *reserved)
 {
 	CALLED;
@@ -745,7 +880,7 @@ static struct {
 		[12] = C_OpenSession, [13] = C_CloseSession, [15] = C_GetSessionInfo,
 		[18] = C_Login, [19] = C_Logout, [24] = C_GetAttributeValue,
 		[26] = C_FindObjectsInit, [27] = C_FindObjects, [28] = C_FindObjectsFinal,
-		[42] = C_SignInit, [43] = C_Sign, [67] = C_WaitForSlotEvent,
+		[22] = C_DestroyObject, [42] = C_SignInit, [43] = C_Sign, [59] = C_GenerateKeyPair, [67] = C_WaitForSlotEvent,
 	},
 };
 

@@ -1,0 +1,352 @@
+package token_test
+
+import (
+	"context"
+	"errors"
+	"os"
+	"path/filepath"
+	"regexp"
+	"runtime"
+	"slices"
+	"strings"
+	"sync"
+	"testing"
+
+	"p11-agent/pinentry/secret"
+	"p11-agent/token"
+	"p11-agent/token/pkcs11uri"
+	"p11-agent/token/tokentest"
+	"p11-agent/token/tokentest/pivcard"
+	"p11-agent/token/wire"
+)
+
+const newPIN = "Sesame-4829"
+
+func uri(t *testing.T, text string) *pkcs11uri.URI {
+	t.Helper()
+	u, err := pkcs11uri.Parse(text)
+	noError(t, err)
+	return u
+}
+
+// mustNot ends the test when there is an error.
+func mustNot(t *testing.T, err error) {
+	t.Helper()
+	if err != nil {
+		t.Fatal(err)
+	}
+}
+
+// reasonOf returns why a module process refused, and fails the test for another error.
+func reasonOf(t *testing.T, err error) wire.Reason {
+	t.Helper()
+	e, ok := errors.AsType[*wire.Error](err)
+	if !ok {
+		t.Fatalf("got %v", err)
+	}
+	return e.Reason
+}
+
+// softKinds are those that SoftHSM makes, and what pkcs11-tool says of them.
+var softKinds = map[token.KeyKind]string{
+	token.RSA2048: "RSA 2048 bits", token.RSA3072: "RSA 3072 bits", token.RSA4096: "RSA 4096 bits",
+	token.ECDSAP256: "EC_POINT 256 bits", token.ECDSAP384: "EC_POINT 384 bits", token.ECDSAP521: "EC_POINT 528 bits", token.Ed25519: "",
+}
+
+// Each kind of key is made with one prompt for all, is what it should be by what another
+// program says of it, and signs.
+func TestGenerate(t *testing.T) {
+	h := tokentest.NewSoftHSM(t)
+	h.AddToken("soft", newPIN)
+	person := &tokentest.Person{Always: newPIN}
+	s := tokentest.Store(t, token.Options{
+		Modules: []token.ModuleSpec{realSpec("softhsm", h.Module(), h.Env()...)}, Command: self, PINs: person,
+	}, newPIN)
+	ids := make(map[string]bool)
+	for kind := range softKinds {
+		k, err := s.Generate(t.Context(), uri(t, "pkcs11:token=soft;object=new%20"+string(kind)), kind, nil)
+		mustNot(t, err)
+		want(t, "label", k.Label(), "new "+string(kind))
+		want(t, "what it says of its life", [3]wire.Tri{k.AlwaysSensitive, k.NeverExtractable, k.Local}, [3]wire.Tri{wire.True, wire.True, wire.True})
+		noError(t, tokentest.Sign(t.Context(), k.Key))
+		if !slices.Contains(s.Keys(), k.Key) {
+			t.Errorf("%v is not listed", k)
+		}
+		ids[string(k.ID())] = true
+		n, last := k.Signatures()
+		if n != 2 || last.IsZero() { // one to try it
+			t.Errorf("%d signatures, the last at %v", n, last)
+		}
+	}
+	want(t, "IDs", len(ids), len(token.KeyKinds))
+	want(t, "prompts", person.Prompts(), 1)
+	want(t, "kinds", len(softKinds), len(token.KeyKinds))
+
+	out := h.Run("pkcs11-tool", "--module", h.Module(), "--token-label", "soft", "--login", "--pin", newPIN, "-O")
+	for kind, says := range softKinds {
+		if !strings.Contains(out, "label:      new "+string(kind)) || !strings.Contains(out, says) {
+			t.Errorf("pkcs11-tool does not show %s: %s", kind, out)
+		}
+	}
+	want(t, "private keys that only sign", len(regexp.MustCompile(`(?m)^  Usage: +sign\n  Access: +sensitive, always sensitive, never extractable, local$`).FindAllString(out, -1)), len(softKinds))
+	want(t, "public keys that only verify", len(regexp.MustCompile(`(?m)^  Usage: +verify$`).FindAllString(out, -1)), len(softKinds))
+}
+
+// What is on a token is not replaced: neither a key nor a certificate.
+func TestGenerateExists(t *testing.T) {
+	h := tokentest.NewSoftHSM(t)
+	h.AddToken("soft", newPIN)
+	h.GenerateKey("soft", tokentest.P256, "01", "login")
+	h.GenerateKey("soft", tokentest.P256, "02", "hidden")
+	h.DeletePublic("soft", "02")
+	h.GenerateKey("soft", tokentest.P256, "03", "orphan")
+	h.DeletePrivate("soft", "03")
+	s := tokentest.Store(t, token.Options{
+		Modules: []token.ModuleSpec{realSpec("softhsm", h.Module(), h.Env()...)}, Command: self, PINs: &tokentest.Person{Always: newPIN},
+	}, newPIN)
+	list := func() string {
+		return h.Run("pkcs11-tool", "--module", h.Module(), "--token-label", "soft", "--login", "--pin", newPIN, "-O")
+	}
+	before := list()
+	for text, says := range map[string]string{
+		"pkcs11:token=soft;id=%01":                    `"login" with the id 01`,
+		"pkcs11:token=soft;id=%02":                    `a private key "hidden" with the id 02`,
+		"pkcs11:token=soft;id=%03":                    `a public key "orphan" with the id 03`,
+		"pkcs11:token=soft;object=login":              `with the label "login"`,
+		"pkcs11:token=soft;object=hidden;id=%09":      "id 02",
+		"pkcs11:token=soft;object=orphan;id=%09":      "id 03",
+		"pkcs11:token=soft;object=login;id=%03":       "nothing was made",
+		"pkcs11:token=soft;type=private;object=login": "nothing was made",
+	} {
+		_, err := s.Generate(t.Context(), uri(t, text), token.ECDSAP256, nil)
+		if reasonOf(t, err) != wire.ReasonExists || !strings.Contains(err.Error(), says) {
+			t.Errorf("%s: %v", text, err)
+		}
+	}
+	want(t, "what is on the token", list(), before)
+	k, err := s.Generate(t.Context(), uri(t, "pkcs11:token=soft"), token.ECDSAP256, nil)
+	mustNot(t, err)
+	want(t, "the ID that is free", string(k.ID()), "\x04")
+}
+
+// What a URI of a new key may not be.
+func TestGenerateRefuses(t *testing.T) {
+	f := tokentest.NewFake(t)
+	one := f.AddToken("one", newPIN)
+	f.AddToken("two", newPIN)
+	s := tokentest.Store(t, token.Options{Modules: []token.ModuleSpec{fakeSpec(f)}, Command: self, PINs: &tokentest.Person{Always: newPIN}}, newPIN)
+	for text, says := range map[string]string{
+		"pkcs11:":                                "the URI selects",
+		"pkcs11:token=three":                     "no such token",
+		"pkcs11:token=one;type=cert":             "a new key is a private one",
+		"pkcs11:token=one?pin-value=" + newPIN:   "not from its URI",
+		"pkcs11:token=one?pin-source=file:/some": "not from its URI",
+	} {
+		if _, err := s.Generate(t.Context(), uri(t, text), token.ECDSAP256, nil); err == nil || !strings.Contains(err.Error(), says) {
+			t.Errorf("%s: %v", text, err)
+		}
+	}
+	if _, err := s.Generate(t.Context(), uri(t, "pkcs11:token=one"), "dsa", nil); err == nil {
+		t.Error("it made a key of a kind that there is not")
+	}
+	want(t, "requests", f.Requests(wire.TypeGenerate), 0)
+
+	// The token does not, and says so.
+	one.Flags = 0
+	_, err := s.Generate(t.Context(), uri(t, "pkcs11:token=one"), token.RSA4096, nil)
+	if e, ok := errors.AsType[*token.GenerateError](err); !ok || e.Token != "one" || e.Kind != token.RSA4096 {
+		t.Errorf("got %v", err)
+	}
+	one.Spoils = true
+	if _, err := s.Generate(t.Context(), uri(t, "pkcs11:token=one"), token.ECDSAP256, nil); err == nil || !strings.Contains(err.Error(), "does not sign") {
+		t.Errorf("with a key that signs wrongly: %v", err)
+	}
+}
+
+// PINs for a new key: one that was given, and wrong ones.
+func TestGeneratePIN(t *testing.T) {
+	f := tokentest.NewFake(t)
+	card := f.AddToken("card", newPIN)
+	person := &tokentest.Person{PINs: []string{"wrong-1"}}
+	s := tokentest.Store(t, token.Options{Modules: []token.ModuleSpec{fakeSpec(f)}, Command: self, PINs: person}, newPIN)
+	u := uri(t, "pkcs11:token=card")
+	if _, err := s.Generate(t.Context(), u, token.ECDSAP256, nil); !errors.Is(err, token.ErrCancelled) {
+		t.Errorf("after a wrong PIN: %v", err)
+	}
+	want(t, "wrong PINs", card.Wrong(), 1)
+	wrong, err := secret.From([]byte("wrong-2"))
+	noError(t, err)
+	defer wrong.Wipe()
+	_, err = s.Generate(t.Context(), u, token.ECDSAP256, wrong)
+	if e, ok := errors.AsType[*token.PINError](err); !ok || !e.Tried {
+		t.Errorf("with a wrong PIN: %v", err)
+	}
+	want(t, "requests to make a key", f.Requests(wire.TypeGenerate), 0)
+	want(t, "prompts", person.Prompts(), 2)
+	card.SetPIN(newPIN)
+	right, err := secret.From([]byte(newPIN))
+	noError(t, err)
+	defer right.Wipe()
+	_, err = s.Generate(t.Context(), u, token.ECDSAP256, right)
+	noError(t, err)
+	want(t, "prompts", person.Prompts(), 2)
+	about := person.Asked()[0]
+	want(t, "what was asked about", about.Token.Label, "card")
+}
+
+// A module that lies about what it makes, and one that then keeps it.
+func TestGenerateExtractable(t *testing.T) {
+	library := tokentest.BuildBadModule(t)
+	hsm := newHSM(t, "bad")
+	b := newBad(t, library, hsm, "bad")
+	s := tokentest.Store(t, token.Options{Modules: []token.ModuleSpec{b.spec}, Command: self, PINs: &tokentest.Person{Always: tokentest.PIN}})
+	tokentest.Keys(t, s, 1)
+	objects := func() int {
+		out := hsm.Run("pkcs11-tool", "--module", hsm.Module(), "--token-label", "bad", "--login", "--pin", tokentest.PIN, "-O")
+		return strings.Count(out, "label: ")
+	}
+	before := objects()
+	b.command("extractable")
+	for _, kind := range []token.KeyKind{token.ECDSAP256, token.RSA2048} {
+		_, err := s.Generate(t.Context(), uri(t, "pkcs11:token=bad"), kind, nil)
+		if reasonOf(t, err) != wire.ReasonExtractable || !strings.Contains(err.Error(), "destroyed again") {
+			t.Errorf("got %v", err)
+		}
+		want(t, "objects", objects(), before)
+	}
+	b.command("extractable undestroyable")
+	_, err := s.Generate(t.Context(), uri(t, "pkcs11:token=bad"), token.ECDSAP256, nil)
+	if reasonOf(t, err) != wire.ReasonExtractable || !strings.Contains(err.Error(), "private key is still there") {
+		t.Errorf("got %v", err)
+	}
+	want(t, "objects", objects(), before+2)
+}
+
+// What a module says that does not make keys, and one that crashes with it.
+func TestGenerateFails(t *testing.T) {
+	library := tokentest.BuildBadModule(t)
+	b := newBad(t, library, newHSM(t, "bad"), "bad")
+	s := tokentest.Store(t, token.Options{Modules: []token.ModuleSpec{b.spec}, Command: self, PINs: &tokentest.Person{Always: tokentest.PIN}})
+	tokentest.Keys(t, s, 1)
+	for rv, advice := range map[string]string{"0x54": "own program", "0x101": "own program", "0x31": ""} {
+		b.command("rv=C_GenerateKeyPair:" + rv)
+		_, err := s.Generate(t.Context(), uri(t, "pkcs11:token=bad"), token.ECDSAP256, nil)
+		e, ok := errors.AsType[*token.GenerateError](err)
+		if !ok || !strings.Contains(e.Advice, advice) || (advice == "") != (e.Advice == "") {
+			t.Errorf("%s: %v", rv, err)
+		}
+	}
+	b.command("crash=C_GenerateKeyPair")
+	_, err := s.Generate(t.Context(), uri(t, "pkcs11:token=bad"), token.ECDSAP256, nil)
+	if _, ok := errors.AsType[*token.ModuleError](err); !ok || !strings.Contains(err.Error(), "may be there nevertheless") {
+		t.Errorf("after a crash: %v", err)
+	}
+	b.command("")
+	_, err = s.Generate(t.Context(), uri(t, "pkcs11:token=bad"), token.ECDSAP256, nil)
+	noError(t, err)
+}
+
+// waitsThrough tells whether a request waits for its end although nobody waits for it.
+func waitsThrough() bool {
+	buf := make([]byte, 4<<20)
+	for g := range strings.SplitSeq(string(buf[:runtime.Stack(buf, true)]), "\n\n") {
+		head, stack, _ := strings.Cut(g, "\n")
+		if strings.Contains(head, "[chan receive") && strings.HasPrefix(stack, "p11-agent/token.(*process).request(") {
+			return true
+		}
+	}
+	return false
+}
+
+// Who stops waiting for a key finds none: what the card had begun is taken away.
+func TestGenerateCancelled(t *testing.T) {
+	library := tokentest.BuildBadModule(t)
+	hsm := newHSM(t, "bad")
+	b := newBad(t, library, hsm, "bad")
+	release := filepath.Join(b.dir, "release")
+	s := tokentest.Store(t, token.Options{Modules: []token.ModuleSpec{b.spec}, Command: self, PINs: &tokentest.Person{Always: tokentest.PIN}})
+	old := tokentest.Keys(t, s, 1)[0]
+	noError(t, tokentest.Sign(t.Context(), old)) // which logs in
+	b.command("hang=C_GenerateKeyPair release=" + release)
+	ctx, cancel := context.WithCancel(t.Context())
+	defer cancel()
+	done := make(chan error, 1)
+	go func() {
+		_, err := s.Generate(ctx, uri(t, "pkcs11:token=bad;object=new"), token.ECDSAP256, nil)
+		done <- err
+	}()
+	tokentest.Until(t, "the module is at it", func() bool { return b.calls("C_GenerateKeyPair") > 0 })
+	cancel()
+	// The module process hears of it before the token is done, or else the key would
+	// stay: it has when it does what comes after.
+	tokentest.Until(t, "it was told", func() bool { return waitsThrough() })
+	looked := b.calls("C_GetSlotInfo")
+	var rescan sync.WaitGroup
+	rescan.Go(func() { _ = s.Rescan(t.Context()) })
+	tokentest.Until(t, "it has heard", func() bool { return b.calls("C_GetSlotInfo") > looked })
+	select {
+	case err := <-done:
+		t.Fatalf("it does not wait for the end: %v", err)
+	default:
+	}
+	noError(t, os.WriteFile(release, nil, 0o600))
+	err := <-done
+	rescan.Wait()
+	if !errors.Is(err, context.Canceled) || !strings.Contains(err.Error(), "destroyed again") {
+		t.Errorf("got %v", err)
+	}
+	out := hsm.Run("pkcs11-tool", "--module", hsm.Module(), "--token-label", "bad", "--login", "--pin", tokentest.PIN, "-O")
+	if strings.Contains(out, "new") {
+		t.Errorf("the key is there: %s", out)
+	}
+	b.command("")
+	noError(t, tokentest.Sign(t.Context(), old))
+}
+
+// A TPM makes the kinds that it has.
+func TestGenerateTPM(t *testing.T) {
+	m := tokentest.NewTPM(t)
+	m.AddToken("tpm", tpmPIN)
+	s := tokentest.Store(t, token.Options{
+		Modules: []token.ModuleSpec{realSpec("tpm2_pkcs11", m.Module(), m.Env()...)}, Command: self, PINs: &tokentest.Person{Always: tpmPIN},
+	}, tpmPIN)
+	for _, kind := range []token.KeyKind{token.ECDSAP256, token.ECDSAP384, token.RSA2048} {
+		k, err := s.Generate(t.Context(), uri(t, "pkcs11:token=tpm;object="+string(kind)), kind, nil)
+		mustNot(t, err)
+		want(t, "label", k.Label(), string(kind))
+		noError(t, tokentest.Sign(t.Context(), k.Key))
+	}
+	_, err := s.Generate(t.Context(), uri(t, "pkcs11:token=tpm"), token.Ed25519, nil)
+	if e, ok := errors.AsType[*token.GenerateError](err); !ok || e.Kind != token.Ed25519 {
+		t.Errorf("of a kind that a TPM does not have: %v", err)
+	}
+}
+
+// What makes keys on a PIV card is another program, and the error names it. The card is
+// left as it was.
+func TestGeneratePIV(t *testing.T) {
+	for _, tt := range []struct{ name, module, tool string }{
+		{"OpenSC", "opensc-pkcs11.so", "piv-tool"},
+		{"Yubico", "libykcs11.so*", "ykman"},
+	} {
+		t.Run(tt.name, func(t *testing.T) {
+			module := tokentest.Module(t, tt.module)
+			p := tokentest.StartPCSCD(t, "Yubico Virtual")
+			card := tokentest.NewCard(t, pivcard.Options{
+				Name: "piv", PIN: pivPIN, YubiKey: true,
+				Keys: map[pivcard.Ref]pivcard.Key{pivcard.Authentication: {Algorithm: pivcard.P256, Imported: true}},
+			})
+			p.Insert(0, card)
+			s := tokentest.Store(t, token.Options{
+				Modules: []token.ModuleSpec{realSpec("piv", module, p.Env()...)}, Command: self, PINs: &tokentest.Person{Always: pivPIN},
+			}, pivPIN)
+			tokentest.Until(t, "the key is there", func() bool { return len(s.Keys()) > 0 })
+			key := s.Keys()[0]
+			_, err := s.Generate(t.Context(), uri(t, "pkcs11:id=%04"), token.ECDSAP256, nil)
+			if e, ok := errors.AsType[*token.GenerateError](err); !ok || !strings.Contains(e.Advice, tt.tool) {
+				t.Errorf("got %v", err)
+			}
+			noError(t, tokentest.Sign(t.Context(), key))
+		})
+	}
+}

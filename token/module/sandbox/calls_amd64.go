@@ -1,0 +1,12 @@
+package sandbox
+
+import "golang.org/x/sys/unix"
+
+const (
+	auditArch = unix.AUDIT_ARCH_X86_64
+	// foreignCalls is the number from which on system calls are those of x32.
+	foreignCalls = 0x40000000
+)
+
+// callsHere are denied on this processor only.
+var callsHere = []uintptr{unix.SYS_IOPL, unix.SYS_IOPERM, unix.SYS_MODIFY_LDT, unix.SYS_USELIB, unix.SYS__SYSCTL, unix.SYS_CREATE_MODULE}

@@ -1,0 +1,203 @@
+package sandbox
+
+import (
+	"bufio"
+	"cmp"
+	"fmt"
+	"io"
+	"os"
+	"path/filepath"
+	"strings"
+	"syscall"
+
+	"github.com/landlock-lsm/go-landlock/landlock"
+	ll "github.com/landlock-lsm/go-landlock/landlock/syscall"
+	"golang.org/x/sys/unix"
+)
+
+// What is forbidden, but for the paths that are writable. Devices are made
+// nowhere: who may make them gets at every disk.
+const (
+	writeFile = landlock.AccessFSSet(ll.AccessFSWriteFile | ll.AccessFSTruncate)
+	writeDir  = writeFile | landlock.AccessFSSet(ll.AccessFSRemoveDir|ll.AccessFSRemoveFile|
+		ll.AccessFSMakeDir|ll.AccessFSMakeReg|ll.AccessFSMakeSock|ll.AccessFSMakeFifo|ll.AccessFSMakeSym|ll.AccessFSRefer)
+	forbidden = writeDir | landlock.AccessFSSet(ll.AccessFSMakeChar|ll.AccessFSMakeBlock)
+
+	// Rights that older kernels lack: there, files are not moved from one directory
+	// to another at all, and a file that may only be read can still be emptied.
+	sinceABI2 = landlock.AccessFSSet(ll.AccessFSRefer)
+	sinceABI3 = landlock.AccessFSSet(ll.AccessFSTruncate)
+)
+
+// supported returns those of the rights that a version of Landlock has.
+func supported(abi int, rights landlock.AccessFSSet) landlock.AccessFSSet {
+	if abi < 2 {
+		rights &^= sinceABI2
+	}
+	if abi < 3 {
+		rights &^= sinceABI3
+	}
+	return rights
+}
+
+// restrictFiles forbids to write files. It returns the version of Landlock in
+// force, 0 for none, and those of o.Write that are not there.
+//
+// The library knows ways to make all threads obey, and to do as much as the
+// kernel can. The latter is not used: it calls nothing at all a success.
+func restrictFiles(o Options) (abi int, missing []string, err error) {
+	abi, err = ll.LandlockGetABIVersion()
+	if err != nil {
+		return 0, nil, err
+	}
+	if abi < 1 {
+		return 0, nil, errUnsupported
+	}
+	var rules []landlock.Rule
+	add := func(path string) bool {
+		st, err := os.Stat(path)
+		if err != nil {
+			return false
+		}
+		rights := writeFile
+		if st.IsDir() {
+			rights = writeDir
+		}
+		rules = append(rules, landlock.PathAccess(supported(abi, rights), path).IgnoreIfMissing())
+		return true
+	}
+	for _, path := range known(o) {
+		add(path)
+	}
+	for _, path := range o.Write {
+		if !add(path) {
+			missing = append(missing, path)
+		}
+	}
+	c, err := landlock.NewConfig(supported(abi, forbidden))
+	if err == nil {
+		err = c.RestrictPaths(rules...)
+	}
+	if err != nil {
+		return 0, missing, fmt.Errorf("refused: %w", err)
+	}
+	return abi, missing, nil
+}
+
+// Whatever the module is. Of devices only those are here that cards, TPMs and
+// HSMs are behind, and those that hurt nobody; a terminal is none of them.
+var anyModule = []string{
+	"/tmp", "/var/tmp", "/run/lock", "/dev/shm", "/proc/self",
+	"/dev/null", "/dev/zero", "/dev/full", "/dev/random", "/dev/urandom",
+	"/dev/tpm[0-9]*", "/dev/tpmrm[0-9]*", "/dev/bus/usb", "/dev/usb", "/dev/hidraw*",
+}
+
+// known returns what the module is known to write, some of which may not be there.
+func known(o Options) []string {
+	var all []string
+	for _, pattern := range anyModule {
+		found, _ := filepath.Glob(pattern) // the patterns are right
+		all = append(all, found...)
+	}
+	home := o.Getenv("HOME")
+	own := func(path string) {
+		if acceptable(path, home) {
+			all = append(all, path)
+		}
+	}
+	own(o.Getenv("TMPDIR"))
+
+	// p11-kit's proxy loads the others into this process. What a variable names
+	// counts for every module, as one may be wrapped in another.
+	name := filepath.Base(o.Module)
+	is := func(part string) bool {
+		return strings.Contains(name, part) || strings.Contains(name, "p11-kit-proxy")
+	}
+	if conf := o.Getenv("SOFTHSM2_CONF"); conf != "" || is("softhsm") {
+		own(softHSM(conf, home))
+	}
+	if store := o.Getenv("TPM2_PKCS11_STORE"); store != "" {
+		own(store)
+	} else if is("tpm2_pkcs11") {
+		const system = "/etc/tpm2_pkcs11"
+		own(system)
+		mine := filepath.Join(home, ".tpm2_pkcs11")
+		if unix.Access(system, unix.W_OK) != nil {
+			makeOne(mine)
+		}
+		own(mine)
+	}
+	if is("opensc") {
+		cache := cmp.Or(o.Getenv("XDG_CACHE_HOME"), filepath.Join(home, ".cache"))
+		own(makeOne(filepath.Join(cache, "opensc")))
+	}
+	if is("opencryptoki") || strings.HasPrefix(name, "PKCS11_API") {
+		own("/var/lib/opencryptoki")
+	}
+	return all
+}
+
+// acceptable tells whether a path may be written that nobody has named for this
+// very purpose: not everything, and not the home directory.
+func acceptable(path, home string) bool {
+	if !filepath.IsAbs(path) {
+		return false
+	}
+	real, err := filepath.EvalSymlinks(path)
+	if err != nil || real == "/" {
+		return false
+	}
+	if home, err = filepath.EvalSymlinks(home); err != nil {
+		return true // there is none
+	}
+	rest, err := filepath.Rel(real, home)
+	return err == nil && (rest == ".." || strings.HasPrefix(rest, "../"))
+}
+
+// makeOne makes a directory, private to the user, that the module would make: it can
+// do so no more afterwards. What it is in has to be there.
+func makeOne(path string) string {
+	if filepath.IsAbs(path) {
+		_ = os.Mkdir(path, 0o700) // it may be there, or not be wanted: as without a sandbox
+	}
+	return path
+}
+
+// The places of SoftHSM's configuration when no variable names it: the user's,
+// Debian's, and that of others (its configure script: --sysconfdir).
+var softHSMFiles = []string{"/etc/softhsm/softhsm2.conf", "/etc/softhsm2.conf"}
+
+// maxConf bounds what is read of SoftHSM's configuration, in bytes.
+const maxConf = 64 << 10
+
+// softHSM returns SoftHSM's directory of tokens, or nothing. conf is its
+// configuration file, where a variable names it.
+func softHSM(conf, home string) string {
+	files := []string{conf}
+	if conf == "" {
+		files = append([]string{filepath.Join(home, ".config/softhsm2/softhsm2.conf")}, softHSMFiles...)
+	}
+	for _, file := range files {
+		f, err := os.OpenFile(file, os.O_RDONLY|syscall.O_NONBLOCK, 0)
+		if err != nil {
+			continue
+		}
+		defer f.Close()
+		return tokenDir(f)
+	}
+	return ""
+}
+
+// tokenDir reads directories.tokendir out of SoftHSM's configuration, the last
+// if there are several, as SimpleConfigLoader.cpp does.
+func tokenDir(r io.Reader) (dir string) {
+	lines := bufio.NewScanner(io.LimitReader(r, maxConf))
+	for lines.Scan() {
+		line, _, _ := strings.Cut(lines.Text(), "#")
+		name, value, _ := strings.Cut(line, "=")
+		if strings.TrimSpace(name) == "directories.tokendir" {
+			dir = strings.TrimSpace(value)
+		}
+	}
+	return dir
+}

@@ -1,0 +1,391 @@
+//go:build amd64 || arm64
+
+package sandbox
+
+import (
+	"encoding/json"
+	"errors"
+	"fmt"
+	"os"
+	"os/exec"
+	"path/filepath"
+	"runtime"
+	"slices"
+	"strings"
+	"sync"
+	"testing"
+
+	ll "github.com/landlock-lsm/go-landlock/landlock/syscall"
+	"golang.org/x/sys/unix"
+
+	"p11-agent/token/wire"
+)
+
+// childVar has a process of this test be one that confines itself: it holds its task.
+const childVar = "P11_TEST_CONFINED"
+
+// A task is what a confined process is to do.
+type task struct {
+	Module string
+	May    []string
+	Env    map[string]string
+	Before map[uintptr]unix.Errno // system calls that fail already before
+	Write  []string               // files to write
+}
+
+// An outcome is what came of a task.
+type outcome struct {
+	Sandbox wire.Sandbox
+	Written map[string]string // the error, for each file
+	Calls   map[string]string
+}
+
+func TestMain(m *testing.M) {
+	text := os.Getenv(childVar)
+	if text == "" {
+		os.Exit(m.Run())
+	}
+	var t task
+	if err := json.Unmarshal([]byte(text), &t); err != nil {
+		panic(err)
+	}
+	if err := json.NewEncoder(os.Stdout).Encode(t.do()); err != nil {
+		panic(err)
+	}
+}
+
+func (t task) do() outcome {
+	runtime.LockOSThread()
+	if len(t.Before) > 0 {
+		p := []unix.SockFilter{load(dataCall)}
+		for call, errno := range t.Before {
+			p = append(p, jump(unix.BPF_JEQ, uint32(call), 0, 1), answer(errno))
+		}
+		p = append(p, unix.SockFilter{Code: unix.BPF_RET | unix.BPF_K, K: unix.SECCOMP_RET_ALLOW})
+		if err := errors.Join(unix.Prctl(unix.PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0), install(p)); err != nil {
+			panic(err)
+		}
+	}
+	o := outcome{Sandbox: Enter(Options{Module: t.Module, Write: t.May, Getenv: func(name string) string { return t.Env[name] }}), Written: make(map[string]string), Calls: make(map[string]string)}
+	say := func(err error) string {
+		if errno, ok := errors.AsType[unix.Errno](err); ok {
+			return unix.ErrnoName(errno)
+		}
+		return fmt.Sprint(err)
+	}
+	for _, path := range t.Write {
+		f, err := os.OpenFile(path, os.O_WRONLY|os.O_CREATE, 0o600)
+		if err == nil {
+			_ = f.Close()
+		}
+		o.Written[path] = say(err)
+	}
+	for name, args := range harmless {
+		// On threads that were there before, and on one that was not.
+		results := make(chan string, 2)
+		call := func() {
+			_, _, errno := unix.RawSyscall6(args[0], args[1], args[2], args[3], args[4], 0, 0)
+			results <- unix.ErrnoName(errno)
+		}
+		var wg sync.WaitGroup
+		wg.Go(call)
+		wg.Go(func() {
+			runtime.LockOSThread() // a thread that ends with it
+			call()
+		})
+		wg.Wait()
+		o.Calls[name] = <-results
+		if other := <-results; other != o.Calls[name] {
+			o.Calls[name] += " and " + other
+		}
+	}
+	return o
+}
+
+// harmless are system calls that do nothing when they are not denied.
+var harmless = map[string][5]uintptr{
+	"ptrace":     {unix.SYS_PTRACE, unix.PTRACE_DETACH, 0x7ffffff0},
+	"unshare":    {unix.SYS_UNSHARE},
+	"keyctl":     {unix.SYS_KEYCTL, unix.KEYCTL_GET_KEYRING_ID, ^uintptr(2), 0},
+	"bpf":        {unix.SYS_BPF, 0xffff},
+	"io_uring":   {unix.SYS_IO_URING_SETUP},
+	"clone3":     {unix.SYS_CLONE3},
+	"clone user": {unix.SYS_CLONE, unix.CLONE_NEWUSER | unix.CLONE_SIGHAND}, // which do not go together
+	"getpid":     {unix.SYS_GETPID},
+}
+
+// confined has a process of its own do a task.
+func confined(t *testing.T, todo task) (o outcome) {
+	t.Helper()
+	text, err := json.Marshal(todo)
+	if err != nil {
+		t.Fatal(err)
+	}
+	cmd := exec.Command("/proc/self/exe")
+	cmd.Env = append(os.Environ(), childVar+"="+string(text), "GORACE=atexit_sleep_ms=0")
+	cmd.Stderr = t.Output()
+	out, err := cmd.Output()
+	if err != nil {
+		t.Fatal(err)
+	}
+	if err := json.Unmarshal(out, &o); err != nil {
+		t.Fatalf("%v: %s", err, out)
+	}
+	return o
+}
+
+// abi is the version of Landlock here. Without it there is nothing to test.
+func abi(t *testing.T) uint32 {
+	t.Helper()
+	v, err := ll.LandlockGetABIVersion()
+	if err == nil {
+		return uint32(v)
+	}
+	if os.Getenv("CI") == "true" {
+		t.Fatalf("this kernel has no Landlock: %v", err)
+	}
+	t.Skipf("this kernel has no Landlock: %v", err)
+	return 0
+}
+
+// newHome makes a home directory, which is not below one that every module may write.
+func newHome(t *testing.T) string {
+	t.Helper()
+	dir, err := os.MkdirTemp(".", "home")
+	if err == nil {
+		dir, err = filepath.Abs(dir)
+	}
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() { _ = os.RemoveAll(dir) })
+	if slices.ContainsFunc(known(Options{Getenv: func(string) string { return "" }}), func(p string) bool { return strings.HasPrefix(dir, p+"/") }) {
+		t.Skipf("%s may be written by every module", dir)
+	}
+	return dir
+}
+
+func put(t *testing.T, path, text string) {
+	t.Helper()
+	if err := errors.Join(os.MkdirAll(filepath.Dir(path), 0o700), os.WriteFile(path, []byte(text), 0o600)); err != nil {
+		t.Fatal(err)
+	}
+}
+
+// What a module is not known to write is refused, and what it is known to write is not.
+func TestFiles(t *testing.T) {
+	version := abi(t)
+	home := newHome(t)
+	put(t, filepath.Join(home, ".ssh/authorized_keys"), "")
+	put(t, filepath.Join(home, "own/log"), "")
+	put(t, filepath.Join(home, ".cache/x"), "")
+	put(t, filepath.Join(home, "tokens/x"), "")
+	put(t, filepath.Join(home, ".config/softhsm2/softhsm2.conf"), "directories.tokendir = "+home+"/tokens # mine\n")
+	in := func(names ...string) (all []string) {
+		for _, n := range names {
+			all = append(all, filepath.Join(home, n))
+		}
+		return all
+	}
+	tmp := filepath.Join("/tmp", fmt.Sprintf("p11-test-%d", os.Getpid()))
+	never := []string{"new", ".ssh/authorized_keys", ".ssh/new", ".config/new", ".cache/new", "own/new"}
+	for _, tt := range []struct {
+		name         string
+		module       string
+		env          map[string]string
+		write        []string
+		may, mustNot []string
+	}{
+		{"any module", "/x/vendor.so", nil, nil, []string{"/dev/null", tmp}, in("own/log", "tokens/new")},
+		{"one file", "/x/vendor.so", nil, in("own/log"), in("own/log"), nil},
+		{"SoftHSM", "/x/libsofthsm2.so", nil, nil, in("tokens/new"), nil},
+		{"SoftHSM by its variable", "/x/other.so", map[string]string{"SOFTHSM2_CONF": home + "/.config/softhsm2/softhsm2.conf"}, nil, in("tokens/new"), nil},
+		{"OpenSC", "/x/opensc-pkcs11.so", nil, nil, in(".cache/opensc/new"), in("tokens/new")},
+		{"OpenSC elsewhere", "/x/opensc-pkcs11.so", map[string]string{"XDG_CACHE_HOME": home + "/own"}, nil, in("own/opensc/new"), nil},
+		{"TPM", "/x/libtpm2_pkcs11.so.1", nil, nil, in(".tpm2_pkcs11/new"), in("tokens/new")},
+		{"TPM by its variable", "/x/other.so", map[string]string{"TPM2_PKCS11_STORE": home + "/own/"}, nil, in("own/log"), nil},
+		{"the proxy", "/x/p11-kit-proxy.so", nil, nil, in("tokens/new"), nil},
+		{"a variable that names too much", "/x/other.so", map[string]string{"TPM2_PKCS11_STORE": home, "TMPDIR": "/"}, nil, nil, nil},
+	} {
+		t.Run(tt.name, func(t *testing.T) {
+			env := map[string]string{"HOME": home}
+			for name, value := range tt.env {
+				env[name] = value
+			}
+			mustNot := append(tt.mustNot, in(never...)...)
+			if tt.env["TPM2_PKCS11_STORE"] == home+"/own/" {
+				mustNot = in(never[:5]...)
+			}
+			o := confined(t, task{Module: tt.module, May: tt.write, Env: env, Write: append(slices.Clone(tt.may), mustNot...)})
+			if o.Sandbox.Files != version || o.Sandbox.FilesError != "" || !o.Sandbox.Whole() {
+				t.Errorf("in force is %v, and this kernel has Landlock %d", o.Sandbox, version)
+			}
+			for _, path := range tt.may {
+				if o.Written[path] != "<nil>" {
+					t.Errorf("%s: %s", path, o.Written[path])
+				}
+			}
+			for _, path := range mustNot {
+				if o.Written[path] != "EACCES" {
+					t.Errorf("%s: %s, want that it is refused", path, o.Written[path])
+				}
+			}
+			_ = os.Remove(tmp)
+		})
+	}
+}
+
+// A directory that is not there is told of.
+func TestMissing(t *testing.T) {
+	abi(t)
+	missing := filepath.Join(t.TempDir(), "not there")
+	o := confined(t, task{May: []string{missing}})
+	if !slices.Equal(o.Sandbox.Missing, []string{missing}) || !strings.Contains(o.Sandbox.String(), "not there") {
+		t.Errorf("got %v", o.Sandbox)
+	}
+}
+
+func TestCalls(t *testing.T) {
+	o := confined(t, task{})
+	if !o.Sandbox.Calls {
+		t.Fatalf("got %v", o.Sandbox)
+	}
+	for name := range harmless {
+		want := "EPERM"
+		switch name {
+		case "clone3":
+			want = "ENOSYS"
+		case "getpid":
+			want = ""
+		}
+		if o.Calls[name] != want {
+			t.Errorf("%s: %q, want %q", name, o.Calls[name], want)
+		}
+	}
+}
+
+// What the kernel does not have, or forbids, is told as what it is, and the rest is in
+// force.
+func TestNotInForce(t *testing.T) {
+	version := abi(t)
+	all := fmt.Sprintf("files (landlock %d), system calls (seccomp)", version)
+	for _, tt := range []struct {
+		name   string
+		before map[uintptr]unix.Errno
+		want   string
+	}{
+		{"all there", nil, all},
+		{"no Landlock", map[uintptr]unix.Errno{unix.SYS_LANDLOCK_CREATE_RULESET: unix.ENOSYS}, "files: not supported by this kernel, system calls (seccomp)"},
+		{"Landlock switched off", map[uintptr]unix.Errno{unix.SYS_LANDLOCK_CREATE_RULESET: unix.EOPNOTSUPP}, "files: not supported by this kernel, system calls (seccomp)"},
+		{"Landlock refused", map[uintptr]unix.Errno{unix.SYS_LANDLOCK_CREATE_RULESET: unix.EPERM}, "files: refused (EPERM), system calls (seccomp)"},
+		{"seccomp refused", map[uintptr]unix.Errno{unix.SYS_SECCOMP: unix.EPERM}, strings.Replace(all, "system calls (seccomp)", "system calls: refused (EPERM)", 1)},
+		{"no seccomp", map[uintptr]unix.Errno{unix.SYS_SECCOMP: unix.ENOSYS}, strings.Replace(all, "system calls (seccomp)", "system calls: not supported by this kernel", 1)},
+		{"nothing", map[uintptr]unix.Errno{unix.SYS_PRCTL: unix.EPERM}, "files: refused (EPERM), system calls: refused (EPERM)"},
+	} {
+		t.Run(tt.name, func(t *testing.T) {
+			o := confined(t, task{Before: tt.before})
+			if got := o.Sandbox.String(); got != tt.want {
+				t.Errorf("got %q, want %q", got, tt.want)
+			}
+			if o.Sandbox.Whole() != (tt.want == all) {
+				t.Errorf("whole: %v", o.Sandbox.Whole())
+			}
+		})
+	}
+}
+
+// run does what the kernel does with a filter.
+func run(t *testing.T, p []unix.SockFilter, arch, call uint32, first uint32) uint32 {
+	t.Helper()
+	var a uint32
+	for pc := 0; ; pc++ {
+		in := p[pc]
+		yes := false
+		switch in.Code {
+		case unix.BPF_LD | unix.BPF_W | unix.BPF_ABS:
+			a = map[uint32]uint32{dataCall: call, dataArch: arch, dataFirst: first}[in.K]
+			continue
+		case unix.BPF_RET | unix.BPF_K:
+			return in.K
+		case unix.BPF_JMP | unix.BPF_JEQ | unix.BPF_K:
+			yes = a == in.K
+		case unix.BPF_JMP | unix.BPF_JGE | unix.BPF_K:
+			yes = a >= in.K
+		case unix.BPF_JMP | unix.BPF_JSET | unix.BPF_K:
+			yes = a&in.K != 0
+		default:
+			t.Fatalf("instruction %#x", in.Code)
+		}
+		if yes {
+			pc += int(in.Jt)
+		} else {
+			pc += int(in.Jf)
+		}
+	}
+}
+
+// The filter denies what is in the lists, and nothing else.
+func TestProgram(t *testing.T) {
+	p := program()
+	const deny, allow = unix.SECCOMP_RET_ERRNO | uint32(unix.EPERM), unix.SECCOMP_RET_ALLOW
+	for call := range uint32(1000) {
+		want := uint32(allow)
+		switch {
+		case slices.Contains(denied, uintptr(call)), slices.Contains(callsHere, uintptr(call)):
+			want = deny
+		case call == unix.SYS_CLONE3:
+			want = unix.SECCOMP_RET_ERRNO | uint32(unix.ENOSYS)
+		}
+		if got := run(t, p, auditArch, call, 0); got != want {
+			t.Errorf("call %d: %#x, want %#x", call, got, want)
+		}
+	}
+	const thread = unix.CLONE_VM | unix.CLONE_FS | unix.CLONE_FILES | unix.CLONE_SIGHAND | unix.CLONE_THREAD |
+		unix.CLONE_SYSVSEM | unix.CLONE_SETTLS | unix.CLONE_PARENT_SETTID | unix.CLONE_CHILD_CLEARTID
+	for flags, want := range map[uint32]uint32{
+		thread: allow, uint32(unix.SIGCHLD): allow, unix.CLONE_VFORK | unix.CLONE_VM: allow,
+		unix.CLONE_NEWUSER: deny, thread | unix.CLONE_NEWNS: deny, unix.CLONE_NEWPID: deny, unix.CLONE_NEWNET: deny,
+	} {
+		if got := run(t, p, auditArch, unix.SYS_CLONE, flags); got != want {
+			t.Errorf("clone with %#x: %#x, want %#x", flags, got, want)
+		}
+	}
+	const i386 = 0x40000003
+	for call := range uint32(500) {
+		if got := run(t, p, i386, call, 0); got != deny {
+			t.Errorf("call %d of a 32-bit program: %#x", call, got)
+		}
+		if foreignCalls != 0 {
+			if got := run(t, p, auditArch, foreignCalls+call, 0); got != deny {
+				t.Errorf("call %d of x32: %#x", call, got)
+			}
+		}
+	}
+}
+
+func TestTokenDir(t *testing.T) {
+	for text, want := range map[string]string{
+		"":                                 "",
+		"directories.tokendir = /a/b\n":    "/a/b",
+		"directories.tokendir=/a b  # c\n": "/a b",
+		"# directories.tokendir = /a\n":    "",
+		"directories.tokendir = /a\nlog.level = ERROR\ndirectories.tokendir = /b": "/b",
+		"directories.tokendir\n": "",
+		strings.Repeat("x", 2*maxConf) + "\ndirectories.tokendir = /a\n": "",
+	} {
+		if got := tokenDir(strings.NewReader(text)); got != want {
+			t.Errorf("%.60q: got %q, want %q", text, got, want)
+		}
+	}
+}
+
+func FuzzTokenDir(f *testing.F) {
+	f.Add("directories.tokendir = /var/lib/softhsm/tokens/\nobjectstore.backend = file\n")
+	f.Add("directories.tokendir=/a#b=c\n=\n")
+	f.Fuzz(func(t *testing.T, text string) {
+		dir := tokenDir(strings.NewReader(text))
+		if strings.ContainsAny(dir, "#\n") || !strings.Contains(text, dir) {
+			t.Errorf("got %q", dir)
+		}
+	})
+}
