@@ -94,6 +94,8 @@ type fakeTokens struct {
 	logouts    int
 	pins       []string
 	selectErr  error
+	logins     []string // what Login and Logout were asked
+	answer     LoginAnswer
 }
 
 func newFakeTokens(keys ...Key) *fakeTokens {
@@ -203,6 +205,20 @@ func (t *fakeTokens) LogoutAll(context.Context) error {
 	defer t.mu.Unlock()
 	t.logouts++
 	return nil
+}
+
+func (t *fakeTokens) Login(_ context.Context, s Selection, pin *secret.Secret, lastTry bool) (LoginAnswer, error) {
+	t.mu.Lock()
+	defer t.mu.Unlock()
+	t.logins = append(t.logins, fmt.Sprintf("%s %s %v", s, pin.Bytes(), lastTry))
+	return t.answer, t.selectErr
+}
+
+func (t *fakeTokens) Logout(_ context.Context, s Selection) error {
+	t.mu.Lock()
+	defer t.mu.Unlock()
+	t.logins = append(t.logins, "out of "+s.String())
+	return t.selectErr
 }
 
 type fakeConfirm struct {

@@ -7,6 +7,7 @@ import (
 	"fmt"
 	"log/slog"
 	"os"
+	"slices"
 	"strings"
 	"sync/atomic"
 
@@ -219,6 +220,74 @@ func (t *tokens) Select(ctx context.Context, s agent.Selection, pin *secret.Secr
 	return agentKeys(keys), nil
 }
 
+// typed is in the context of a login whose person has said all that there is to
+// say, and looks at the terminal where they did.
+type typed struct{ lastTry bool }
+
+type typedKey struct{}
+
+var errOnlyURI = errors.New("a token is named by its URI here")
+
+func (t *tokens) Login(ctx context.Context, s agent.Selection, pin *secret.Secret, lastTry bool) (answer agent.LoginAnswer, err error) {
+	sel, ok := s.(selection)
+	if !ok || sel.URI() == nil {
+		return answer, errOnlyURI
+	}
+	// Those that are used, of tokens that are seen through several modules.
+	keys := slices.DeleteFunc(slices.Clone(t.store.Keys()), func(k *token.Key) bool { return !sel.Selector.Match(k) })
+	if len(keys) == 0 {
+		if keys, err = t.store.Select(ctx, sel.Selector); err != nil {
+			return answer, err
+		}
+	}
+	for _, k := range keys[1:] {
+		if k.Token() != keys[0].Token() {
+			return answer, fmt.Errorf("a PIN is for one token, and %s and %s are meant: name one of them by its URI", keys[0].TokenName(), k.TokenName())
+		}
+	}
+	st, _ := t.status(keys[0])
+	if st.LoggedIn || st.Flags&wire.CKFLoginRequired == 0 {
+		answer.Already, answer.Tries = true, pinState(st.Tries)
+		return answer, nil
+	}
+	ctx = context.WithValue(ctx, typedKey{}, typed{lastTry})
+	switch {
+	case pin.Len() == 0:
+		err = t.store.LoginAsk(ctx, keys[:1])
+	case lastTry:
+		err = t.store.LoginLastTry(ctx, keys[:1], pin)
+	default:
+		err = t.store.Login(ctx, keys[:1], pin)
+	}
+	st, _ = t.status(keys[0])
+	answer.Tries = pinState(st.Tries)
+	if e, ok := errors.AsType[*token.PINError](err); ok {
+		answer.Tries = pinState(e.Tries)
+		answer.LastTry = e.Tries == token.TriesLast && !e.Tried && !lastTry
+	}
+	return answer, err
+}
+
+// status returns that of the token of a key.
+func (t *tokens) status(k *token.Key) (token.TokenStatus, bool) {
+	for _, m := range t.store.Modules() {
+		for _, st := range slices.Concat(m.Tokens, m.Away) {
+			if m.Name == k.Module() && st.ID == k.Token() {
+				return st, true
+			}
+		}
+	}
+	return token.TokenStatus{}, false
+}
+
+func (t *tokens) Logout(ctx context.Context, s agent.Selection) error {
+	sel, ok := s.(selection)
+	if !ok || sel.URI() == nil {
+		return errOnlyURI
+	}
+	return t.store.Logout(ctx, sel.Selector)
+}
+
 func (t *tokens) Drop(s agent.Selection) {
 	if sel, ok := s.(selection); ok && sel.URI() != nil {
 		t.store.RemoveSource(sel.URI())
@@ -264,9 +333,11 @@ type asker struct {
 }
 
 var (
-	_ token.PINAsker  = (*asker)(nil)
-	_ agent.Confirmer = (*asker)(nil)
-	_ agent.Inserter  = (*asker)(nil)
+	_ token.PINAsker = (*asker)(nil)
+
+	_ token.PINDialogue = typed{}
+	_ agent.Confirmer   = (*asker)(nil)
+	_ agent.Inserter    = (*asker)(nil)
 )
 
 // newAsker makes the asker of an agent with this environment. tty is the
@@ -297,6 +368,9 @@ func newAsker(c *config, getenv func(string) string, tty string, log *slog.Logge
 
 // Ask opens a dialogue about one token.
 func (a *asker) Ask(ctx context.Context, about token.PINRequest) (token.PINDialogue, error) {
+	if said, ok := ctx.Value(typedKey{}).(typed); ok {
+		return said, nil
+	}
 	d, err := a.pinentry.Open(ctx, a.place)
 	if err != nil {
 		return nil, err
@@ -334,6 +408,20 @@ func (a *asker) Insert(ctx context.Context, w agent.Wanted) (bool, error) {
 		Cancel: "_Cancel",
 	})
 }
+
+// PIN has none but what came with the request.
+func (typed) PIN(context.Context, string) (*secret.Secret, error) { return nil, token.ErrCancelled }
+
+// LastTry tells what the person has said in advance.
+func (t typed) LastTry(context.Context, string) (bool, error) { return t.lastTry, nil }
+
+// Notice is shown by the command that asks for the login.
+func (typed) Notice(ctx context.Context) error {
+	<-ctx.Done()
+	return nil
+}
+
+func (typed) Close() error { return nil }
 
 func requester(p peer.Peer) string { return "Asked by (says it is): " + p.String() }
 
