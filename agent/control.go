@@ -27,7 +27,7 @@ type LoginAnswer struct {
 	// Already says that somebody was logged in, or that no login is needed: nothing
 	// was tried.
 	Already bool
-	// Tries is what the token says is left of the tries: "", "low", "last" or "locked".
+	// Tries is what the token says is left of the tries: ok, low, last, locked.
 	Tries string
 	// LastTry says that nothing was tried because one try is left, and
 	// LoginRequest.LastTry was not set.

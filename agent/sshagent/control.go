@@ -10,6 +10,7 @@ import (
 	"io"
 	"net"
 	"os"
+	"syscall"
 
 	"p11-agent/agent"
 	"p11-agent/pinentry/secret"
@@ -147,6 +148,11 @@ var (
 	ErrControlRefused = errors.New("it does not answer such questions over a forwarded connection, or to another user")
 )
 
+// A ControlError is what a running agent says is wrong with a question.
+type ControlError string
+
+func (e ControlError) Error() string { return string(e) }
+
 // A Control is a connection to a running agent of this program. It is used by one
 // goroutine at a time. What a method waits for ends with its ctx, and then the
 // connection does, too.
@@ -157,6 +163,9 @@ type Control struct{ conn net.Conn }
 func DialControl(ctx context.Context, path string) (*Control, error) {
 	var dialer net.Dialer
 	conn, err := dialer.DialContext(ctx, "unix", path)
+	if errno, ok := errors.AsType[syscall.Errno](err); ok {
+		return nil, errno // what is around it names the path, as the caller does
+	}
 	if err != nil {
 		return nil, err
 	}
@@ -183,7 +192,7 @@ func (c *Control) Status(ctx context.Context, uri string) ([]byte, error) {
 		err = json.Unmarshal(text, &a)
 	}
 	if err == nil && a.Error != "" {
-		err = errors.New(a.Error)
+		err = ControlError(a.Error)
 	}
 	return text, err
 }

@@ -266,14 +266,7 @@ func isOwn(path string, listeners []listener) bool {
 		return false // nobody is there now
 	}
 	return slices.ContainsFunc(listeners, func(l listener) bool {
-		var own string
-		switch l := l.(type) {
-		case *sshagent.Socket:
-			own = l.Path()
-		case *net.UnixListener:
-			own = l.Addr().String()
-		}
-		ownSt, err := os.Stat(own)
+		ownSt, err := os.Stat(listenerPath(l))
 		return err == nil && os.SameFile(st, ownSt)
 	})
 }
@@ -359,6 +352,9 @@ func (s *service) serve(ctx context.Context, listeners []listener) error {
 	if s.allow != "" {
 		allow = token.ParseAllowList(s.allow)
 	}
+	server := &sshagent.Server{Log: s.log}
+	status := &reporter{started: time.Now(), store: b.store, server: server, listeners: listeners, rules: rules}
+	status.configure(c)
 	keyring := agent.NewKeyring(agent.Options{
 		Tokens:        &tokens{store: b.store, allow: allow},
 		Rules:         s.rules(c),
@@ -371,8 +367,10 @@ func (s *service) serve(ctx context.Context, listeners []listener) error {
 		Certificates:  certificates,
 		Upstreams:     upstreams,
 		Fingerprint:   s.fingerprint,
+		Report:        status.report,
 		Log:           s.log,
 	})
+	server.Keyring = keyring
 	watch := watchLogin1(c, b.store, s.log)
 	var helpers sync.WaitGroup
 	defer helpers.Wait()
@@ -385,6 +383,7 @@ func (s *service) serve(ctx context.Context, listeners []listener) error {
 			case <-s.hangups:
 				if c := s.reload(ctx, keyring, b.store); c != nil {
 					watch.Delay(c.forgetsAtSleep())
+					status.configure(c)
 					if notices != nil {
 						notices.SetAfter(c.TouchNotice.after())
 					}
@@ -393,7 +392,6 @@ func (s *service) serve(ctx context.Context, listeners []listener) error {
 		}
 	})
 
-	server := &sshagent.Server{Keyring: keyring, Log: s.log}
 	results := make(chan error, len(listeners))
 	for i, l := range listeners {
 		go func() { results <- server.ServeSocket(ctx, l, rules[i]) }()
