@@ -309,6 +309,7 @@ func (s *service) serve(ctx context.Context, listeners []listener) error {
 	var insert agent.Inserter
 	var working func(context.Context, *token.Key) func()
 	var notices *notices // nil: nobody is told
+	var failed func(agent.Event)
 	state := stateDir()
 	if s.system {
 		state = cmp.Or(os.Getenv("STATE_DIRECTORY"), systemState)
@@ -317,7 +318,7 @@ func (s *service) serve(ctx context.Context, listeners []listener) error {
 		pins, confirm, insert = ask, ask, ask
 		notices = newNotices(c, s.fingerprint, s.log)
 		defer notices.Close()
-		working = notices.working
+		working, failed = notices.working, notices.failed
 	}
 	if c.knownKeys(token.KnownKept) == token.KnownIgnored {
 		if err := token.ForgetKnownKeys(state); err != nil {
@@ -367,6 +368,7 @@ func (s *service) serve(ctx context.Context, listeners []listener) error {
 		Certificates:  certificates,
 		Upstreams:     upstreams,
 		Fingerprint:   s.fingerprint,
+		Failed:        failed,
 		Report:        status.report,
 		Log:           s.log,
 	})
@@ -385,7 +387,7 @@ func (s *service) serve(ctx context.Context, listeners []listener) error {
 					watch.Delay(c.forgetsAtSleep())
 					status.configure(c)
 					if notices != nil {
-						notices.SetAfter(c.TouchNotice.after())
+						notices.configure(c)
 					}
 				}
 			}
