@@ -147,6 +147,18 @@ func completeTokens(fits func(statusToken) bool) cobra.CompletionFunc {
 	}
 }
 
+// completeKeys completes the URIs of the running agent's tokens and their keys.
+func completeKeys(cmd *cobra.Command, args []string, _ string) ([]cobra.Completion, cobra.ShellCompDirective) {
+	var keys []cobra.Completion
+	all, directive := completeTokens(func(t statusToken) bool {
+		for _, uri := range t.Keys {
+			keys = append(keys, cobra.CompletionWithDesc(uri, visibleText("key on "+t.name())))
+		}
+		return true
+	})(cmd, args, "")
+	return append(all, keys...), directive
+}
+
 // pickToken returns the token to log in to; nil: nothing is to be done.
 func pickToken(a *runningAgent, uri string, out io.Writer) (*statusToken, error) {
 	if a.report.Locked {
