@@ -94,10 +94,16 @@ func TestOneLineEach(t *testing.T) {
 		{"remove a token", func() error {
 			return f.RemoveToken(t.Context(), local, TokenRequest{Provider: []byte("pkcs11:token=a")})
 		}, "INFO", "key removed", []string{"request=remove", `uri="pkcs11:token=a"`}},
-		{"remove what is gone", func() error { return f.Remove(t.Context(), local, wireOf(key)) },
-			"WARN", "request refused", []string{"request=remove", strings.TrimSpace(fingerprint)}},
-		{"remove garbage", func() error { return f.Remove(t.Context(), local, []byte("x")) },
-			"WARN", "request refused", []string{`key="a key of unknown kind"`}},
+		{
+			"remove what is gone", func() error { return f.Remove(t.Context(), local, wireOf(key)) },
+			"WARN", "request refused",
+			[]string{"request=remove", strings.TrimSpace(fingerprint)},
+		},
+		{
+			"remove garbage", func() error { return f.Remove(t.Context(), local, []byte("x")) },
+			"WARN", "request refused",
+			[]string{`key="a key of unknown kind"`},
+		},
 		{"remove all", func() error { return f.RemoveAll(t.Context(), local) }, "INFO", "all keys removed", []string{"request=remove-all"}},
 		{"by the door", func() error {
 			err := errors.New("the message is cut short")
