@@ -6,9 +6,12 @@ import (
 	"errors"
 	"fmt"
 	"net"
+	"os"
 	"path/filepath"
+	"runtime"
 	"slices"
 	"strings"
+	"syscall"
 	"testing"
 
 	"p11-agent/agent"
@@ -219,4 +222,49 @@ func FuzzControl(f *testing.F) {
 			t.Errorf("%q is read as %+v", input, r)
 		}
 	})
+}
+
+// No PIN is sent to an agent of somebody else, who may have put a socket there.
+func TestControlOfOtherUser(t *testing.T) {
+	const nobody = 65534
+	if os.Geteuid() != 0 {
+		if os.Getenv("CI") == "true" {
+			t.Fatal("this needs root, which CI has to provide")
+		}
+		t.Skip("this needs root, to listen as another user")
+	}
+	dir := shortDir(t)
+	if err := os.Chmod(dir, 0o777); err != nil {
+		t.Fatal(err)
+	}
+	path := filepath.Join(dir, "s")
+	listening := make(chan error)
+	done := make(chan struct{})
+	defer close(done)
+	go func() {
+		// The thread ends with this goroutine, as it is not unlocked. What the kernel
+		// tells of a listener is who it was when it began to listen.
+		runtime.LockOSThread()
+		if _, _, errno := syscall.RawSyscall(syscall.SYS_SETRESUID, ^uintptr(0), nobody, ^uintptr(0)); errno != 0 {
+			listening <- errno
+			return
+		}
+		l, err := net.Listen("unix", path)
+		listening <- err
+		if err == nil {
+			<-done
+			l.Close()
+		}
+	}()
+	if err := <-listening; err != nil {
+		t.Fatal(err)
+	}
+	c, err := DialControl(t.Context(), path)
+	if err == nil {
+		c.Close()
+		t.Fatal("connected")
+	}
+	if want := "the agent runs as another user (uid 65534)"; err.Error() != want {
+		t.Errorf("%v, want %s", err, want)
+	}
 }
