@@ -354,7 +354,7 @@ func (s *service) serve(ctx context.Context, listeners []listener) error {
 		allow = token.ParseAllowList(s.allow)
 	}
 	server := &sshagent.Server{Log: s.log}
-	status := &reporter{started: time.Now(), store: b.store, server: server, listeners: listeners, rules: rules}
+	status := &statusMaker{started: time.Now(), store: b.store, server: server, listeners: listeners, rules: rules}
 	status.configure(c)
 	keyring := agent.NewKeyring(agent.Options{
 		Tokens:        &tokens{store: b.store, allow: allow},

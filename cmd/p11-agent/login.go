@@ -132,7 +132,7 @@ func completeTokens(fits func(statusToken) bool) cobra.CompletionFunc {
 		ctx, cancel := context.WithTimeout(cmd.Context(), time.Second)
 		defer cancel()
 		socket, _ := cmd.Flags().GetString("socket") // empty for a command without it
-		a, err := findAgent(ctx, socket, "")
+		a, err := dialAgent(ctx, socket, "")
 		if err != nil {
 			return nil, cobra.ShellCompDirectiveNoFileComp
 		}
@@ -210,7 +210,7 @@ func pickToken(a *runningAgent, uri string, out io.Writer) (*statusToken, error)
 }
 
 func runLogin(ctx context.Context, socket string, stdin bool, uri string, out io.Writer) error {
-	a, err := findAgent(ctx, socket, uri)
+	a, err := dialAgent(ctx, socket, uri)
 	if err != nil {
 		return err
 	}
@@ -305,7 +305,7 @@ func connectionEnded(ctx context.Context, err error) error {
 }
 
 func runLogout(ctx context.Context, socket, uri string, out io.Writer) error {
-	a, err := findAgent(ctx, socket, "")
+	a, err := dialAgent(ctx, socket, "")
 	if err != nil {
 		return err
 	}
@@ -324,7 +324,7 @@ func runLogout(ctx context.Context, socket, uri string, out io.Writer) error {
 }
 
 func runLock(ctx context.Context, socket string, lock bool, out io.Writer) error {
-	a, err := findAgent(ctx, socket, "")
+	a, err := dialAgent(ctx, socket, "")
 	if err != nil {
 		return err
 	}

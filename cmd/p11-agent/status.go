@@ -58,7 +58,7 @@ func addSocketFlag(cmd *cobra.Command, socket *string) {
 }
 
 func runStatus(ctx context.Context, o *statusOptions, out, stderr io.Writer) error {
-	a, err := findAgent(ctx, o.socket, "")
+	a, err := dialAgent(ctx, o.socket, "")
 	if err != nil {
 		return err
 	}
@@ -99,15 +99,15 @@ func (*noAgentError) hint() string {
 	return `"p11-agent doctor" finds out why; eval "$(p11-agent agent -s)" starts one for this shell`
 }
 
-// findAgent connects to the agent at path, or to the one that commands find by
+// dialAgent connects to the agent at path, or to the one that commands find by
 // themselves, and asks for its status, of the tokens that the URI selects.
-func findAgent(ctx context.Context, path, uri string) (*runningAgent, error) {
+func dialAgent(ctx context.Context, path, uri string) (*runningAgent, error) {
 	if path != "" {
 		path, err := filepath.Abs(path)
 		if err != nil {
 			return nil, err
 		}
-		a, err := askAgent(ctx, path, uri)
+		a, err := queryAgent(ctx, path, uri)
 		if err != nil {
 			return nil, notFound(path+": ", err)
 		}
@@ -123,7 +123,7 @@ func findAgent(ctx context.Context, path, uri string) (*runningAgent, error) {
 	if named == "" {
 		tried = append(tried, socketVariable+" is not set")
 	} else {
-		a, err := askAgent(ctx, named, uri)
+		a, err := queryAgent(ctx, named, uri)
 		if err == nil {
 			return a, nil
 		}
@@ -137,7 +137,7 @@ func findAgent(ctx context.Context, path, uri string) (*runningAgent, error) {
 		tried = append(tried, "XDG_RUNTIME_DIR is not set")
 	case own == named:
 	default:
-		a, err := askAgent(ctx, own, uri)
+		a, err := queryAgent(ctx, own, uri)
 		if err == nil {
 			a.note = fmt.Sprintf("note: this is the agent at %s, and %s; ssh asks the one of %s", own, tried[0], socketVariable)
 			return a, nil
@@ -167,7 +167,7 @@ func isNotFound(err error) bool {
 	return !answered
 }
 
-func askAgent(ctx context.Context, path, uri string) (*runningAgent, error) {
+func queryAgent(ctx context.Context, path, uri string) (*runningAgent, error) {
 	ctx, cancel := context.WithTimeoutCause(ctx, statusTimeout, fmt.Errorf("it does not answer within %v", statusTimeout))
 	defer cancel()
 	c, err := sshagent.DialControl(ctx, path)

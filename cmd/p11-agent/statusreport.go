@@ -119,9 +119,9 @@ type statusEvent struct {
 	Connection uint64        `json:"connection"`
 }
 
-// reporter puts the report together, out of what the keyring knows and what it must
+// statusMaker puts the report together, out of what the keyring knows and what it must
 // not know.
-type reporter struct {
+type statusMaker struct {
 	started   time.Time
 	store     *token.Store
 	server    *sshagent.Server
@@ -131,13 +131,13 @@ type reporter struct {
 }
 
 // configure notes what the configuration says of the tokens' PINs.
-func (r *reporter) configure(c *config) {
+func (r *statusMaker) configure(c *config) {
 	policy := c.policy()
 	r.policy.Store(&policy)
 }
 
 // report is agent.Options.Report.
-func (r *reporter) report(s agent.Status, sel agent.Selection) ([]byte, error) {
+func (r *statusMaker) report(s agent.Status, sel agent.Selection) ([]byte, error) {
 	report := statusReport{
 		Version: version, PID: os.Getpid(), Started: r.started, Time: time.Now(), Locked: s.Locked,
 		Sockets: []statusSocket{}, Keys: []statusKey{}, Tokens: []statusToken{}, Modules: []statusModule{},
@@ -208,7 +208,7 @@ func keyReport(k agent.KeyStatus) statusKey {
 	return key
 }
 
-func (r *reporter) tokenReport(t token.TokenStatus, present bool) statusToken {
+func (r *statusMaker) tokenReport(t token.TokenStatus, present bool) statusToken {
 	st := statusToken{
 		URI: t.URI, Label: t.ID.Label, Serial: t.ID.Serial, Module: t.Module, Present: present, Shadowed: t.Shadowed,
 		PIN: pinState(t.Tries), LoginNeeded: t.Flags&wire.CKFLoginRequired != 0,
