@@ -35,7 +35,8 @@ import (
 //	string  "control-v1@p11-agent"
 //	string  JSON: the status, or a ControlAnswer
 //
-// and SSH_AGENT_EXTENSION_FAILURE to what may not.
+// and SSH_AGENT_EXTENSION_FAILURE to what may not. It is never passed on to an
+// upstream agent, which would take it for a question of this program's.
 const extensionControl = "control-v1@p11-agent"
 
 const (

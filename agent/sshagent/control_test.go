@@ -73,8 +73,13 @@ func TestControl(t *testing.T) {
 }
 
 // On a socket for others nothing is said, not even that there is such an extension.
+// An upstream agent is not asked either: to that one it is this program that asks.
 func TestControlOfNamedSocket(t *testing.T) {
 	keyring := newKeyring()
+	keyring.pass = func(message []byte) ([]byte, error) {
+		t.Errorf("passed on: %q", message)
+		return []byte{msgSuccess}, nil
+	}
 	l, err := Listen(filepath.Join(shortDir(t), "s"))
 	if err != nil {
 		t.Fatal(err)
@@ -89,6 +94,11 @@ func TestControlOfNamedSocket(t *testing.T) {
 	}
 	if _, err := c.Login(t.Context(), "pkcs11:", secretOf(t, "1234"), false); !errors.Is(err, ErrControlRefused) {
 		t.Errorf("login: %v", err)
+	}
+	for _, bad := range [][]byte{message(msgExtension, extensionControl), message(msgExtension, extensionControl, "shutdown", "")} {
+		if answer, err := c.exchange(t.Context(), bad, nil, nil); err != nil || !bytes.Equal(answer, []byte{msgExtensionFailure}) {
+			t.Errorf("%q: %q, %v", bad, answer, err)
+		}
 	}
 	answer, err := c.exchange(t.Context(), message(msgExtension, extensionQuery), nil, nil)
 	if err != nil || bytes.Contains(answer, []byte(extensionControl)) {
