@@ -13,6 +13,8 @@ import (
 	"time"
 
 	"golang.org/x/crypto/ssh"
+
+	"p11-agent/agent/peer"
 )
 
 // A Confirm says when a person is asked before a key signs. Its texts are what the
@@ -88,8 +90,8 @@ type Rule struct {
 	Remember  Remember // what a plain yes is good for; for ConfirmFirstUse, Once means UntilLock
 }
 
-// A Request is what a person is asked to confirm.
-type Request struct {
+// A Question is what a person is asked to confirm.
+type Question struct {
 	*Use
 	KeyFingerprint string // as keys are named to people
 	Why            string // somebody is asked at all
@@ -110,7 +112,7 @@ type Confirmer interface {
 	// Confirm returns the answer, which is no when the person takes the question
 	// away. An error is that nobody could be asked or that nobody has answered. It
 	// ends with ctx.
-	Confirm(ctx context.Context, r Request) (Answer, error)
+	Confirm(ctx context.Context, r Question) (Answer, error)
 }
 
 // A DeniedError says that the configuration refuses a use.
@@ -345,6 +347,7 @@ type keptApproval struct {
 	away       bool
 	since      time.Time
 	lasts      Remember
+	status     ApprovalStatus // for people
 }
 
 // insertionsOf counts how often the tokens of an identity have appeared, all
@@ -396,7 +399,7 @@ func (a *approvals) now() (generation uint64) {
 }
 
 // keep remembers a yes that was asked for in a generation.
-func (a *approvals) keep(name string, id *identity, lasts Remember, generation uint64) {
+func (a *approvals) keep(name string, id *identity, u *Use, lasts Remember, generation uint64) {
 	a.mu.Lock()
 	defer a.mu.Unlock()
 	if generation != a.generation {
@@ -422,7 +425,40 @@ func (a *approvals) keep(name string, id *identity, lasts Remember, generation u
 	a.kept[name] = keptApproval{
 		wire: id.wire, homes: id.homes, insertions: insertionsOf(id), since: now, lasts: lasts,
 		away: len(id.homes) > 0 && !slices.ContainsFunc(id.homes, Key.Present),
+		status: ApprovalStatus{
+			Fingerprint: id.fingerprint, Comment: visible(id.comment, maxField), What: visible(u.What(), maxReason),
+			Forwarding: visible(u.Forwarding(), maxField), Client: u.Caller.Peer, Since: now,
+		},
 	}
+}
+
+// An ApprovalStatus tells of what a person has allowed for more than once.
+type ApprovalStatus struct {
+	Fingerprint string // of the key
+	Comment     string // of the identity
+	What        string // it is allowed for
+	Forwarding  string // the way that requests come; empty: they are not forwarded
+	Client      peer.Peer
+	Since       time.Time
+	Ends        time.Time // zero: when it is forgotten
+}
+
+// list returns those that last, the newest first.
+func (a *approvals) list() (all []ApprovalStatus) {
+	a.mu.Lock()
+	defer a.mu.Unlock()
+	now := time.Now()
+	for _, kept := range a.kept {
+		if kept.over(now) {
+			continue
+		}
+		if kept.lasts != UntilLock {
+			kept.status.Ends = kept.since.Add(time.Duration(kept.lasts))
+		}
+		all = append(all, kept.status)
+	}
+	slices.SortFunc(all, func(x, y ApprovalStatus) int { return y.Since.Compare(x.Since) })
+	return all
 }
 
 // forget forgets some.
@@ -495,7 +531,7 @@ func (k *Keyring) approve(ctx context.Context, u *Use, id *identity) error {
 	case d.confirm == ConfirmNever:
 		return nil
 	}
-	r := Request{Use: u, KeyFingerprint: k.fingerprint(id.plain), Why: cmp.Or(why, d.why)}
+	r := Question{Use: u, KeyFingerprint: k.fingerprint(id.plain), Why: cmp.Or(why, d.why)}
 	name, ok := u.sameness(id.wire)
 	if why != "" || !ok {
 		return k.ask(ctx, r).error()
@@ -511,7 +547,7 @@ func (k *Keyring) approve(ctx context.Context, u *Use, id *identity) error {
 		generation := k.approvals.now()
 		a := k.ask(ctx, r)
 		if a.Allowed && a.For != Once {
-			k.approvals.keep(name, id, a.For, generation)
+			k.approvals.keep(name, id, u, a.For, generation)
 			k.log.Info("allowed for longer", "key", r.KeyFingerprint, "comment", u.Comment, "what", u.Content.String(),
 				"lasts", a.For.String(), "client", u.Caller.Peer.String(), "forwarded", u.Caller.Forwarded)
 		}
@@ -537,7 +573,7 @@ func (a asked) error() error {
 }
 
 // ask asks a person.
-func (k *Keyring) ask(ctx context.Context, r Request) asked {
+func (k *Keyring) ask(ctx context.Context, r Question) asked {
 	if k.opts.Confirm == nil {
 		return asked{err: errNobody}
 	}

@@ -235,13 +235,13 @@ func TestStrictestHomeCounts(t *testing.T) {
 // answers is a person with an answer for each question.
 type answers struct {
 	mu    sync.Mutex
-	give  func(ctx context.Context, r Request, n int) (Answer, error)
-	asked []Request
+	give  func(ctx context.Context, r Question, n int) (Answer, error)
+	asked []Question
 	open  int
 	most  int
 }
 
-func (a *answers) Confirm(ctx context.Context, r Request) (Answer, error) {
+func (a *answers) Confirm(ctx context.Context, r Question) (Answer, error) {
 	a.mu.Lock()
 	a.asked = append(a.asked, r)
 	n := len(a.asked)
@@ -264,7 +264,7 @@ func (a *answers) count() int {
 
 // says is a person with one answer to all.
 func says(a Answer) *answers {
-	return &answers{give: func(context.Context, Request, int) (Answer, error) { return a, nil }}
+	return &answers{give: func(context.Context, Question, int) (Answer, error) { return a, nil }}
 }
 
 // approvals of every key.
@@ -408,7 +408,7 @@ func TestApprovalBeforeInsertion(t *testing.T) {
 func TestApprovalThatComesLate(t *testing.T) {
 	w, k := newWorld(t), edKey("pkcs11:token=a")
 	var f *fixture
-	p := &answers{give: func(context.Context, Request, int) (Answer, error) {
+	p := &answers{give: func(context.Context, Question, int) (Answer, error) {
 		f.ForgetApprovals(func(Key) bool { return false })
 		return Answer{true, UntilLock}, nil
 	}}
@@ -569,7 +569,7 @@ func TestNobodyToAsk(t *testing.T) {
 	f.opts.Confirm = nil
 	f.signs(t, k, w.caller("ssh"), sshsigOf("git"), errNobody)
 	errNoPrompt := errors.New("no display")
-	f.opts.Confirm = &answers{give: func(context.Context, Request, int) (Answer, error) { return Answer{true, UntilLock}, errNoPrompt }}
+	f.opts.Confirm = &answers{give: func(context.Context, Question, int) (Answer, error) { return Answer{true, UntilLock}, errNoPrompt }}
 	for range 2 {
 		f.signs(t, k, w.caller("ssh"), sshsigOf("git"), errNoPrompt)
 	}
@@ -594,7 +594,7 @@ func TestApprovalIsShared(t *testing.T) {
 			synctest.Test(t, func(t *testing.T) {
 				w, k := newWorld(t), edKey("pkcs11:token=a")
 				answer := make(chan Answer)
-				p := &answers{give: func(ctx context.Context, r Request, _ int) (Answer, error) {
+				p := &answers{give: func(ctx context.Context, r Question, _ int) (Answer, error) {
 					if UseFromContext(ctx) != r.Use || peer.FromContext(ctx).PID != 10 {
 						t.Error("who is asked does not know what for")
 					}
@@ -635,7 +635,7 @@ func TestApprovalIsShared(t *testing.T) {
 // The same with real goroutines, for the race detector; some hang up.
 func TestApprovalIsSharedByMany(t *testing.T) {
 	w, k := newWorld(t), edKey("pkcs11:token=a")
-	p := &answers{give: func(context.Context, Request, int) (Answer, error) { return Answer{true, UntilLock}, nil }}
+	p := &answers{give: func(context.Context, Question, int) (Answer, error) { return Answer{true, UntilLock}, nil }}
 	f := newFixture(Options{Rules: everyKey(Approval{Confirm: ConfirmAlways}), Confirm: p, Hosts: w.hosts}, k)
 	var all sync.WaitGroup
 	for i := range 100 {
@@ -666,7 +666,7 @@ func TestConstraintIsNotShared(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		w, k := newWorld(t), edKey("pkcs11:token=a")
 		answer := make(chan Answer)
-		p := &answers{give: func(context.Context, Request, int) (Answer, error) { return <-answer, nil }}
+		p := &answers{give: func(context.Context, Question, int) (Answer, error) { return <-answer, nil }}
 		f := newFixture(Options{Confirm: p}, k)
 		f.add(t, "pkcs11:", Constraints{Confirm: true})
 		var all sync.WaitGroup
@@ -689,7 +689,7 @@ func TestConstraintIsNotShared(t *testing.T) {
 func TestApprovalPromptEndsWithItsRequests(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		w, k := newWorld(t), edKey("pkcs11:token=a")
-		p := &answers{give: func(ctx context.Context, _ Request, _ int) (Answer, error) {
+		p := &answers{give: func(ctx context.Context, _ Question, _ int) (Answer, error) {
 			<-ctx.Done()
 			return Answer{}, ctx.Err()
 		}}
@@ -775,10 +775,10 @@ func TestApprovalsAreBounded(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		var a approvals
 		id := &identity{wire: "id"}
-		a.keep("short", id, quarter, 0)
+		a.keep("short", id, &Use{Caller: local}, quarter, 0)
 		for i := range maxApprovals + 10 {
 			time.Sleep(time.Second)
-			a.keep(fmt.Sprint(i), id, UntilLock, 0)
+			a.keep(fmt.Sprint(i), id, &Use{Caller: local}, UntilLock, 0)
 		}
 		if len(a.kept) != maxApprovals {
 			t.Errorf("%d are remembered", len(a.kept))

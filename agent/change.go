@@ -3,6 +3,7 @@ package agent
 import (
 	"context"
 	"errors"
+	"fmt"
 	"slices"
 	"time"
 
@@ -34,40 +35,40 @@ func (c *Caller) mayChange() error {
 // AddToken adds what the request's provider selects. What was added before under
 // the same name is replaced.
 func (k *Keyring) AddToken(ctx context.Context, c *Caller, r TokenRequest) error {
+	rec := k.begin(c, RequestAdd)
 	ctx = c.Context(ctx)
 	ctx, done, err := k.lock.enter(ctx)
-	what := ""
 	if err == nil {
 		defer done()
-		what, err = k.addToken(ctx, c, r)
+		err = k.addToken(ctx, rec, r)
 	}
-	if err != nil {
-		k.refused(c, "add", what, err)
-	}
+	k.end(rec, err)
 	return err
 }
 
-func (k *Keyring) addToken(ctx context.Context, c *Caller, r TokenRequest) (what string, err error) {
+func (k *Keyring) addToken(ctx context.Context, rec *record, r TokenRequest) error {
+	c := rec.use.Caller
 	if err := c.mayChange(); err != nil {
-		return "", err
+		return err
 	}
 	if c.Forwarded && !k.opts.RemoteTokens {
-		return "", errForwarded
+		return errForwarded
 	}
 	if r.Constraints.Confirm && k.opts.Confirm == nil {
-		return "", errNobody
+		return errNobody
 	}
 	if r.Constraints.CertificatesOnly && len(r.Constraints.Certificates) == 0 {
-		return "", errors.New("only certificates are to be added, but there are none")
+		return errors.New("only certificates are to be added, but there are none")
 	}
 	s, err := k.opts.Tokens.Parse(r.Provider)
 	if err != nil {
-		return "", err
+		return err
 	}
+	rec.URI = s.String()
 	keys, err := k.opts.Tokens.Select(ctx, s, r.PIN)
 	if err != nil {
 		k.opts.Tokens.Drop(s)
-		return s.String(), err
+		return err
 	}
 
 	before := k.now()
@@ -88,12 +89,12 @@ func (k *Keyring) addToken(ctx context.Context, c *Caller, r TokenRequest) (what
 		// A client that may not see a key may not change what it may be used for.
 		if err := id.constraints.permits(c); err != nil {
 			k.opts.Tokens.Drop(s)
-			return s.String(), err
+			return err
 		}
 		meant = append(meant, id)
 	}
 	for _, id := range meant {
-		k.loosened(c, k.fingerprint(id.plain), &id.constraints, &a.constraints)
+		rec.loosened(&id.constraints, &a.constraints)
 	}
 	for _, old := range slices.Clone(k.added) {
 		if old.selection.String() == s.String() {
@@ -102,42 +103,38 @@ func (k *Keyring) addToken(ctx context.Context, c *Caller, r TokenRequest) (what
 	}
 	if len(k.added) >= maxAdditions {
 		k.opts.Tokens.Drop(s)
-		return s.String(), errTooMany
+		return errTooMany
 	}
 	k.added = append(k.added, a)
-	n := 0
 	for _, key := range keys {
 		if k.selectsLocked(s, key) {
 			k.showLocked(key)
-			n++
 		}
 	}
 	k.change++
-	k.log.Info("keys added", "provider", s.String(), "keys", n, "client", c.Peer.String())
-	return s.String(), nil
+	return nil
 }
 
-// loosened says in the log that a key may be used more freely from now on: that
-// is what the client asks for by adding it again, and nobody else is told.
-func (k *Keyring) loosened(c *Caller, what string, old, now *Constraints) {
+// loosened notes that a key may be used more freely from now on: that is what the
+// client asks for by adding it again, and nobody else is told.
+func (r *record) loosened(old, now *Constraints) {
 	if now.looser(old) {
-		k.log.Warn("constraints loosened: it was added again without those it had", "what", what,
-			"client", c.Peer.String(), "forwarded", c.Forwarded)
+		r.Note = "constraints loosened: it was added again without those it had"
 	}
 }
 
 // Add keeps a private key in memory. One that is there already gets the new
 // comment and constraints.
 func (k *Keyring) Add(_ context.Context, c *Caller, r KeyRequest) error {
-	wire := r.Public.Marshal()
-	if err := k.add(c, r, string(wire)); err != nil {
-		k.refused(c, "add", describe(wire), err)
-		return err
-	}
-	return nil
+	rec := k.begin(c, RequestAdd)
+	rec.Key, rec.Comment = k.fingerprint(plainOf(r.Public)), r.Comment
+	err := k.add(rec, r, string(r.Public.Marshal()))
+	k.end(rec, err)
+	return err
 }
 
-func (k *Keyring) add(c *Caller, r KeyRequest, wire string) error {
+func (k *Keyring) add(rec *record, r KeyRequest, wire string) error {
+	c := rec.use.Caller
 	if k.lock.locked() {
 		return errLocked
 	}
@@ -152,10 +149,7 @@ func (k *Keyring) add(c *Caller, r KeyRequest, wire string) error {
 	case len(r.Constraints.Certificates) > 0 || r.Constraints.CertificatesOnly:
 		return errors.New("certificates can only be added to the keys of a token")
 	}
-	s := &softwareKey{KeyRequest: r, plain: r.Public, wire: wire}
-	if cert, ok := r.Public.(*ssh.Certificate); ok {
-		s.plain = cert.Key
-	}
+	s := &softwareKey{KeyRequest: r, plain: plainOf(r.Public), wire: wire}
 	if pub, err := ssh.NewPublicKey(r.Private.Public()); err != nil || string(pub.Marshal()) != string(s.plain.Marshal()) {
 		return errors.New("its private and public halves do not belong together")
 	}
@@ -172,7 +166,7 @@ func (k *Keyring) add(c *Caller, r KeyRequest, wire string) error {
 		if err := id.constraints.permits(c); err != nil {
 			return err
 		}
-		k.loosened(c, k.fingerprint(s.plain), &id.constraints, &s.Constraints)
+		rec.loosened(&id.constraints, &s.Constraints)
 	}
 	i := slices.IndexFunc(k.software, func(o *softwareKey) bool { return o.wire == wire })
 	switch {
@@ -184,31 +178,31 @@ func (k *Keyring) add(c *Caller, r KeyRequest, wire string) error {
 		k.software = append(k.software, s)
 	}
 	k.change++
-	k.log.Info("key added", "key", k.fingerprint(s.plain), "type", r.Public.Type(), "client", c.Peer.String())
 	return nil
 }
 
 // RemoveToken removes what AddToken has added for the same provider, and what
 // it selects of the automatic identities.
 func (k *Keyring) RemoveToken(_ context.Context, c *Caller, r TokenRequest) error {
-	what, err := k.removeToken(c, r)
-	if err != nil {
-		k.refused(c, "remove", what, err)
-	}
+	rec := k.begin(c, RequestRemove)
+	err := k.removeToken(rec, r)
+	k.end(rec, err)
 	return err
 }
 
-func (k *Keyring) removeToken(c *Caller, r TokenRequest) (what string, err error) {
+func (k *Keyring) removeToken(rec *record, r TokenRequest) error {
+	c := rec.use.Caller
 	if k.lock.locked() {
-		return "", errLocked
+		return errLocked
 	}
 	if err := c.mayChange(); err != nil {
-		return "", err
+		return err
 	}
 	s, err := k.opts.Tokens.Parse(r.Provider)
 	if err != nil {
-		return "", err
+		return err
 	}
+	rec.URI = s.String()
 	defer k.opts.Tokens.Drop(s)
 	before := k.now()
 	k.mu.Lock()
@@ -219,7 +213,7 @@ func (k *Keyring) removeToken(c *Caller, r TokenRequest) (what string, err error
 			continue
 		}
 		if err := id.constraints.permits(c); err != nil {
-			return s.String(), err
+			return err
 		}
 		meant = append(meant, id)
 	}
@@ -231,30 +225,28 @@ func (k *Keyring) removeToken(c *Caller, r TokenRequest) (what string, err error
 		}
 	}
 	if n == 0 {
-		return s.String(), errUnknownKey
+		return errUnknownKey
 	}
 	for _, id := range meant {
 		k.hideLocked(id)
 		k.approvals.forgetIdentity(id.wire)
 	}
-	k.log.Info("keys removed", "provider", s.String(), "client", c.Peer.String())
-	return s.String(), nil
+	return nil
 }
 
 // Remove removes one identity: from memory for good, of a token until that is
 // inserted again or the key is added again. One of an upstream agent is removed
 // there.
 func (k *Keyring) Remove(ctx context.Context, c *Caller, key []byte) error {
-	err := k.remove(ctx, c, key)
-	if err != nil {
-		k.refused(c, "remove", describe(key), err)
-		return err
-	}
-	k.log.Info("key removed", "key", describe(key), "client", c.Peer.String())
-	return nil
+	rec := k.begin(c, RequestRemove)
+	rec.Key = k.describe(key)
+	err := k.remove(ctx, rec, key)
+	k.end(rec, err)
+	return err
 }
 
-func (k *Keyring) remove(ctx context.Context, c *Caller, key []byte) error {
+func (k *Keyring) remove(ctx context.Context, rec *record, key []byte) error {
+	c := rec.use.Caller
 	if k.lock.locked() {
 		return errLocked
 	}
@@ -264,10 +256,12 @@ func (k *Keyring) remove(ctx context.Context, c *Caller, key []byte) error {
 	id := k.now().byKey[string(key)]
 	if id == nil || !id.shownBy(c.Socket) {
 		if u := k.upstreamOf(ctx, c, key); u != nil {
+			rec.Upstream = u.Name()
 			return u.Remove(ctx, c, key)
 		}
 		return errUnknownKey
 	}
+	rec.about(id)
 	if err := id.constraints.permits(c); err != nil {
 		return err
 	}
@@ -286,12 +280,17 @@ func (k *Keyring) remove(ctx context.Context, c *Caller, key []byte) error {
 // out of every token. Those of
 // upstream agents stay.
 func (k *Keyring) RemoveAll(ctx context.Context, c *Caller) error {
-	err := c.mayChange()
+	rec := k.begin(c, RequestRemoveAll)
+	err := k.removeAll(ctx, c)
+	k.end(rec, err)
+	return err
+}
+
+func (k *Keyring) removeAll(ctx context.Context, c *Caller) error {
 	if k.lock.locked() {
-		err = errLocked
+		return errLocked
 	}
-	if err != nil {
-		k.refused(c, "remove all keys", "", err)
+	if err := c.mayChange(); err != nil {
 		return err
 	}
 	generation, certificates := k.opts.Tokens.Generation(), k.opts.Certificates.generation()
@@ -312,10 +311,8 @@ func (k *Keyring) RemoveAll(ctx context.Context, c *Caller) error {
 	}
 	k.mu.Unlock()
 	k.approvals.forgetAll()
-	k.log.Info("all keys removed", "client", c.Peer.String())
 	if err := k.opts.Tokens.LogoutAll(ctx); err != nil {
-		k.refused(c, "log out", "", err)
-		return err
+		return fmt.Errorf("the keys are removed, but: %w", err)
 	}
 	return nil
 }

@@ -19,6 +19,8 @@ type identity struct {
 	awaited     bool          // offered while its tokens are away, which are asked for when it is to sign
 	software    crypto.Signer // nil: it is on tokens only
 	constraints Constraints
+	expires     time.Time // zero: never
+	fingerprint string    // of plain
 }
 
 // softwareKey is a private key in memory.
@@ -78,6 +80,7 @@ func (k *Keyring) nowLocked(generation, certificates uint64) *view {
 		if id := v.byKey[s.wire]; id != nil {
 			// The key is on a token as well: whatever limits either limits both.
 			id.software = s.Private
+			id.expires = sooner(id.expires, s.expires)
 			id.constraints.Confirm = id.constraints.Confirm || s.Constraints.Confirm
 			if len(id.constraints.Destinations) == 0 {
 				id.constraints.Destinations = s.Constraints.Destinations
@@ -86,12 +89,13 @@ func (k *Keyring) nowLocked(generation, certificates uint64) *view {
 		}
 		v.add(&identity{
 			key: wiredKey{s.Public, []byte(s.wire)}, plain: s.plain, wire: s.wire, comment: s.Comment,
-			software: s.Private, constraints: s.Constraints,
+			software: s.Private, constraints: s.Constraints, expires: s.expires,
 		})
 	}
 	v.list = make([]Identity, len(v.identities))
 	for i, id := range v.identities {
 		v.list[i] = Identity{Key: id.key, Comment: id.comment}
+		id.fingerprint = k.fingerprint(id.plain)
 		v.limited = v.limited || len(id.constraints.Destinations) > 0
 	}
 	k.view.Store(v)
@@ -115,9 +119,9 @@ func (k *Keyring) tokensLocked(v *view) {
 	present := k.opts.Tokens.Keys()
 	keys := slices.Concat(present, k.opts.Tokens.Away())
 	plains := make([]ssh.PublicKey, len(keys)) // made when needed
-	// take shows a key, with a certificate when that is not nil. named tells that the
-	// configuration has it.
-	take := func(i int, cert *ssh.Certificate, c *Constraints, named bool) {
+	// take shows a key, with a certificate when that is not nil. a is nil for one that
+	// nobody has added, and named tells that the configuration has it.
+	take := func(i int, cert *ssh.Certificate, a *addition, named bool) {
 		key := keys[i]
 		awaited := k.opts.OfferAway != nil && k.opts.OfferAway(key, named)
 		if i >= len(present) && !awaited {
@@ -153,8 +157,8 @@ func (k *Keyring) tokensLocked(v *view) {
 			id.homes = append(id.homes, key)
 		}
 		id.awaited = id.awaited || awaited
-		if c != nil {
-			id.constraints = *c
+		if a != nil {
+			id.constraints, id.expires = a.constraints, a.expires
 		}
 	}
 	if k.opts.Automatic == nil {
@@ -177,10 +181,10 @@ func (k *Keyring) tokensLocked(v *view) {
 				continue
 			}
 			if !a.constraints.CertificatesOnly {
-				take(i, nil, &a.constraints, false)
+				take(i, nil, a, false)
 			}
 			for _, cert := range a.constraints.Certificates {
-				take(i, cert, &a.constraints, false)
+				take(i, cert, a, false)
 			}
 		}
 		v.until(a.expires)
@@ -217,7 +221,7 @@ func (v *view) certify(certs []*ssh.Certificate, hidden map[string]uint64) {
 			}
 			v.add(&identity{
 				key: wiredKey{c, []byte(wire)}, plain: id.plain, wire: wire, comment: id.comment,
-				homes: id.homes, awaited: id.awaited, constraints: id.constraints,
+				homes: id.homes, awaited: id.awaited, constraints: id.constraints, expires: id.expires,
 			})
 		}
 	}

@@ -63,8 +63,8 @@ type Selection interface {
 	All() bool
 }
 
-// Tokens finds keys on tokens. All methods but Rescan, Select and LogoutAll
-// return at once.
+// Tokens finds keys on tokens. All methods but Rescan, Select, Login, Logout and
+// LogoutAll return at once.
 type Tokens interface {
 	// Keys returns the keys that are there, in their order.
 	Keys() []Key
@@ -89,6 +89,12 @@ type Tokens interface {
 	Drop(s Selection)
 	// LogoutAll logs out of all tokens.
 	LogoutAll(ctx context.Context) error
+	// Login logs in to the one token that is selected. A nil PIN comes from where a
+	// signature would get it, without asking a person to type it anywhere but on the
+	// reader. lastTry as in a LoginRequest.
+	Login(ctx context.Context, s Selection, pin *secret.Secret, lastTry bool) (LoginAnswer, error)
+	// Logout logs out of the tokens that are selected.
+	Logout(ctx context.Context, s Selection) error
 }
 
 // Rules are what Configure changes.
@@ -135,7 +141,15 @@ type Options struct {
 	Hosts HostNamer
 	// Fingerprint is how keys are named to people; nil: ssh.FingerprintSHA256.
 	Fingerprint func(ssh.PublicKey) string
-	Log         *slog.Logger
+	// Failed is told of requests of this machine that were refused, unless that is
+	// what a person has just said in a prompt. It must not wait. nil: nobody is told.
+	Failed func(Event)
+	// Report makes the answer to a question for the status out of what the keyring
+	// knows, of the tokens that are selected; nil: of all. It must not wait. nil: there
+	// is no status.
+	Report func(Status, Selection) ([]byte, error)
+	// Log gets one line for each request that uses or changes keys.
+	Log *slog.Logger
 }
 
 // A Keyring holds the identities and decides who may use them. All methods may
@@ -148,7 +162,8 @@ type Keyring struct {
 	view  atomic.Pointer[view]
 	knew  bool // there were keys from before at the start: what is listed need not wait for tokens
 
-	lock *lock
+	lock  *lock
+	audit audit
 
 	mu       sync.Mutex
 	change   uint64 // counts the changes of what follows
@@ -258,10 +273,19 @@ func (k *Keyring) lookAgain() bool {
 // identity, the socket or the rules want it, and for a PIN where the token does. For a key that only an upstream
 // agent has, that agent makes it.
 func (k *Keyring) Sign(ctx context.Context, c *Caller, r SignRequest) (*ssh.Signature, error) {
+	rec := k.begin(c, RequestSign)
+	rec.use = *k.use("", nil, c, r)
+	sig, err := k.signFor(ctx, rec, r)
+	k.end(rec, err)
+	return sig, err
+}
+
+func (k *Keyring) signFor(ctx context.Context, rec *record, r SignRequest) (*ssh.Signature, error) {
+	c := rec.use.Caller
 	ctx = c.Context(ctx)
 	ctx, done, err := k.lock.enter(ctx)
 	if err != nil {
-		k.refused(c, "sign", describe(r.Key), err)
+		rec.Key = k.describe(r.Key)
 		return nil, err
 	}
 	defer done()
@@ -274,22 +298,19 @@ func (k *Keyring) Sign(ctx context.Context, c *Caller, r SignRequest) (*ssh.Sign
 	}
 	if id == nil || !id.shownBy(c.Socket) {
 		k.opts.Tokens.Poke()
-		return k.signUpstream(ctx, c, r)
+		rec.Key = k.describe(r.Key)
+		return k.signUpstream(ctx, rec, r)
 	}
-	sig, err := k.sign(ctx, c, id, r)
-	if err != nil {
-		if errors.Is(context.Cause(ctx), errLocked) {
-			err = errLocked
-		}
-		k.refused(c, "sign", k.fingerprint(id.plain), err)
-		return nil, err
+	rec.about(id)
+	sig, err := k.sign(ctx, rec, id, r)
+	if err != nil && errors.Is(context.Cause(ctx), errLocked) {
+		err = errLocked
 	}
-	k.log.Debug("signed", "key", k.fingerprint(id.plain), "comment", id.comment, "algorithm", sig.Format,
-		"client", c.Peer.String(), "connection", c.Number)
-	return sig, nil
+	return sig, err
 }
 
-func (k *Keyring) sign(ctx context.Context, c *Caller, id *identity, r SignRequest) (*ssh.Signature, error) {
+func (k *Keyring) sign(ctx context.Context, rec *record, id *identity, r SignRequest) (*ssh.Signature, error) {
+	c := rec.use.Caller
 	algorithm, hash, err := algorithmFor(id.plain, r.Flags)
 	if err != nil {
 		return nil, err
@@ -300,17 +321,17 @@ func (k *Keyring) sign(ctx context.Context, c *Caller, id *identity, r SignReque
 	if err := k.allowed(id, r.Content); err != nil {
 		return nil, err
 	}
-	use := k.use(id.comment, id.plain, c, r)
-	ctx = context.WithValue(ctx, useKey{}, use)
-	if err := k.approve(ctx, use, id); err != nil {
+	rec.use.Comment, rec.use.Key = id.comment, id.plain
+	ctx = context.WithValue(ctx, useKey{}, &rec.use)
+	if err := k.approve(ctx, &rec.use, id); err != nil {
 		return nil, err
 	}
-	raw, err := k.signAtHome(ctx, id, r.Data, hash)
+	raw, err := k.signAtHome(ctx, rec, id, r.Data, hash)
 	if err != nil && isAbsent(err) && !isBusy(err) && id.software == nil && id.awaited && k.opts.Insert != nil {
 		if err := k.insert(ctx, id); err != nil {
 			return nil, err
 		}
-		raw, err = k.signAtHome(ctx, id, r.Data, hash)
+		raw, err = k.signAtHome(ctx, rec, id, r.Data, hash)
 	}
 	if err != nil && isAbsent(err) && id.software != nil {
 		raw, err = crypto.SignMessage(id.software, rand.Reader, r.Data, hash)
@@ -338,7 +359,7 @@ func (k *Keyring) use(comment string, key ssh.PublicKey, c *Caller, r SignReques
 // signAtHome has a token sign that has the identity, one that is there if
 // possible. Only when one is away another is tried: what a person declined on one
 // is not asked for again on the next.
-func (k *Keyring) signAtHome(ctx context.Context, id *identity, data []byte, hash crypto.SignerOpts) ([]byte, error) {
+func (k *Keyring) signAtHome(ctx context.Context, rec *record, id *identity, data []byte, hash crypto.SignerOpts) ([]byte, error) {
 	var there, away []Key
 	for _, home := range id.homes {
 		if home.Present() {
@@ -349,6 +370,7 @@ func (k *Keyring) signAtHome(ctx context.Context, id *identity, data []byte, has
 	}
 	var all []error
 	for _, home := range append(there, away...) {
+		rec.URI = home.URI()
 		raw, err := home.SignMessageContext(ctx, data, hash)
 		if err == nil {
 			return raw, nil
@@ -391,20 +413,6 @@ func isBusy(err error) bool {
 	return ok && e.Busy()
 }
 
-// refused writes the one line about a request that was not granted.
-func (k *Keyring) refused(c *Caller, request, what string, err error) {
-	level := slog.LevelWarn
-	if errors.Is(err, context.Canceled) {
-		level, err = slog.LevelInfo, errHungUp
-	}
-	attrs := []any{"request", request}
-	if what != "" {
-		attrs = append(attrs, "what", what)
-	}
-	k.log.Log(context.Background(), level, "request refused", append(attrs, "reason", err,
-		"client", c.Peer.String(), "forwarded", c.Forwarded, "connection", c.Number)...)
-}
-
 // fingerprint names a key to people.
 func (k *Keyring) fingerprint(key ssh.PublicKey) string {
 	if k.opts.Fingerprint != nil {
@@ -414,13 +422,10 @@ func (k *Keyring) fingerprint(key ssh.PublicKey) string {
 }
 
 // describe names a key by its fingerprint, when it is one.
-func describe(key []byte) string {
+func (k *Keyring) describe(key []byte) string {
 	pub, err := ssh.ParsePublicKey(key)
 	if err != nil {
 		return "a key of unknown kind"
 	}
-	if cert, ok := pub.(*ssh.Certificate); ok {
-		pub = cert.Key
-	}
-	return ssh.FingerprintSHA256(pub)
+	return k.fingerprint(plainOf(pub))
 }

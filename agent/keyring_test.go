@@ -97,6 +97,8 @@ type fakeTokens struct {
 	logouts    int
 	pins       []string
 	selectErr  error
+	logins     []string // what Login and Logout were asked
+	answer     LoginAnswer
 }
 
 func newFakeTokens(keys ...Key) *fakeTokens {
@@ -209,6 +211,20 @@ func (t *fakeTokens) LogoutAll(context.Context) error {
 	return nil
 }
 
+func (t *fakeTokens) Login(_ context.Context, s Selection, pin *secret.Secret, lastTry bool) (LoginAnswer, error) {
+	t.mu.Lock()
+	defer t.mu.Unlock()
+	t.logins = append(t.logins, fmt.Sprintf("%s %s %v", s, pin.Bytes(), lastTry))
+	return t.answer, t.selectErr
+}
+
+func (t *fakeTokens) Logout(_ context.Context, s Selection) error {
+	t.mu.Lock()
+	defer t.mu.Unlock()
+	t.logins = append(t.logins, "out of "+s.String())
+	return t.selectErr
+}
+
 type fakeConfirm struct {
 	answer bool
 	err    error
@@ -217,7 +233,7 @@ type fakeConfirm struct {
 	caller *Caller
 }
 
-func (c *fakeConfirm) Confirm(ctx context.Context, r Request) (Answer, error) {
+func (c *fakeConfirm) Confirm(ctx context.Context, r Question) (Answer, error) {
 	c.use, c.caller = UseFromContext(ctx), CallerFromContext(ctx)
 	if c.use != r.Use {
 		panic("the request is about another use")

@@ -133,38 +133,34 @@ func (l *lock) unlock(ctx context.Context, phrase *secret.Secret) error {
 // Lock refuses everything until Unlock, lists nothing, logs out of every token
 // and forgets the PINs that came with added URIs, and what persons have allowed. Signatures under way fail.
 func (k *Keyring) Lock(ctx context.Context, c *Caller, phrase *secret.Secret) error {
+	rec := k.begin(c, RequestLock)
 	err := c.mayChange()
 	if err == nil {
 		err = k.lock.close(phrase)
 	}
-	if err != nil {
-		k.refused(c, "lock", "", err)
-		return err
+	if err == nil {
+		k.approvals.forgetAll()
+		k.mu.Lock()
+		for _, a := range k.added {
+			k.opts.Tokens.Drop(a.selection)
+		}
+		k.mu.Unlock()
+		// Whoever locks need not wait for a token that hangs, nor be told.
+		if err := k.opts.Tokens.LogoutAll(ctx); err != nil {
+			rec.Note = "not logged out of every token: " + visible(err.Error(), maxReason)
+		}
 	}
-	k.approvals.forgetAll()
-	k.log.Info("agent locked", "client", c.Peer.String(), "forwarded", c.Forwarded)
-	k.mu.Lock()
-	for _, a := range k.added {
-		k.opts.Tokens.Drop(a.selection)
-	}
-	k.mu.Unlock()
-	// Whoever locks need not wait for a token that hangs, nor be told.
-	if err := k.opts.Tokens.LogoutAll(ctx); err != nil {
-		k.log.Warn("not logged out of every token", "reason", err)
-	}
-	return nil
+	k.end(rec, err)
+	return err
 }
 
 // Unlock ends what Lock has begun, when the passphrase is the same.
 func (k *Keyring) Unlock(ctx context.Context, c *Caller, phrase *secret.Secret) error {
+	rec := k.begin(c, RequestUnlock)
 	err := c.mayChange()
 	if err == nil {
 		err = k.lock.unlock(ctx, phrase)
 	}
-	if err != nil {
-		k.refused(c, "unlock", "", err)
-		return err
-	}
-	k.log.Info("agent unlocked", "client", c.Peer.String(), "forwarded", c.Forwarded)
-	return nil
+	k.end(rec, err)
+	return err
 }

@@ -134,7 +134,7 @@ func TestUnlockDelay(t *testing.T) {
 func TestLockEndsSignatures(t *testing.T) {
 	k := edKey("pkcs11:token=a")
 	waits := make(chan struct{})
-	f := newFixture(Options{Confirm: confirmFunc(func(ctx context.Context, _ Request) (Answer, error) {
+	f := newFixture(Options{Confirm: confirmFunc(func(ctx context.Context, _ Question) (Answer, error) {
 		close(waits)
 		<-ctx.Done()
 		return Answer{}, ctx.Err()
@@ -154,6 +154,6 @@ func TestLockEndsSignatures(t *testing.T) {
 	}
 }
 
-type confirmFunc func(context.Context, Request) (Answer, error)
+type confirmFunc func(context.Context, Question) (Answer, error)
 
-func (f confirmFunc) Confirm(ctx context.Context, r Request) (Answer, error) { return f(ctx, r) }
+func (f confirmFunc) Confirm(ctx context.Context, r Question) (Answer, error) { return f(ctx, r) }

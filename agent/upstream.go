@@ -90,19 +90,17 @@ func (k *Keyring) upstreamOf(ctx context.Context, c *Caller, key []byte) Upstrea
 }
 
 // signUpstream has an upstream agent sign.
-func (k *Keyring) signUpstream(ctx context.Context, c *Caller, r SignRequest) (*ssh.Signature, error) {
-	var sig *ssh.Signature
-	err := errUnknownKey
-	if u := k.upstreamOf(ctx, c, r.Key); u != nil {
-		if err = k.approveUpstream(ctx, c, u, r); err == nil {
-			sig, err = u.Sign(ctx, c, r)
-		}
+func (k *Keyring) signUpstream(ctx context.Context, rec *record, r SignRequest) (*ssh.Signature, error) {
+	c := rec.use.Caller
+	u := k.upstreamOf(ctx, c, r.Key)
+	if u == nil {
+		return nil, errUnknownKey
 	}
-	if err != nil {
-		k.refused(c, "sign", describe(r.Key), err)
+	rec.Upstream = u.Name()
+	if err := k.approveUpstream(ctx, c, u, r); err != nil {
 		return nil, err
 	}
-	return sig, nil
+	return u.Sign(ctx, c, r)
 }
 
 // approveUpstream has a person asked where that is to be: no key of an upstream

@@ -12,8 +12,9 @@ var (
 	// ErrAbsent says that no present token holds the key. It has a method
 	// Absent, for those who must not know this package.
 	ErrAbsent error = absentError{}
-	// ErrCancelled says that a person declined to give a PIN.
-	ErrCancelled = errors.New("the PIN prompt was cancelled")
+	// ErrCancelled says that a person declined to give a PIN. It has a method
+	// Declined, likewise.
+	ErrCancelled error = cancelledError{}
 	// ErrClosed says that the Store has been closed.
 	ErrClosed = errors.New("the agent is stopping")
 	// ErrNoMatch says that a URI selects nothing that is present.
@@ -153,3 +154,10 @@ func (absentError) Error() string { return "the token is not present" }
 
 // Absent tells this error from others.
 func (absentError) Absent() bool { return true }
+
+type cancelledError struct{}
+
+func (cancelledError) Error() string { return "the PIN prompt was cancelled" }
+
+// Declined tells this error from others.
+func (cancelledError) Declined() bool { return true }

@@ -225,6 +225,15 @@ func (t *Token) tryLogin(ctx context.Context, p *process, pin *secret.Secret, la
 	var reply wire.TokenReply
 	err := p.call(ctx, loginTimeout, wire.TypeLogin, &wire.Login{Token: t.ID, LastTry: lastTry, Pad: pad, PIN: pin}, &reply)
 	loginBroke(p, err)
+	info, told := reply.Info, err == nil
+	if e, ok := errors.AsType[*wire.Error](err); ok {
+		info, told = e.Info, e.HasInfo
+	}
+	if told { // for those who ask how many tries are left
+		t.mu.Lock()
+		t.slot.Info = info
+		t.mu.Unlock()
+	}
 	if err == nil {
 		t.setLoggedIn(p, true)
 	}

@@ -63,6 +63,8 @@ needed() {
 	scdoc                                           scdoc               scdoc
 	setpriv                                         util-linux          util-linux
 	unshare                                         util-linux          util-linux
+	setsid                                          util-linux          util-linux
+	python3                                         python3             python3
 	ps                                              procps              procps-ng
 	/usr/lib/python3/dist-packages/paramiko,/usr/lib/python3*/site-packages/paramiko python3-paramiko python3-paramiko
 	systemd-socket-activate                         systemd             systemd

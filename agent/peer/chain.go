@@ -59,8 +59,34 @@ func Of(conn *net.UnixConn) Peer {
 		return p
 	}
 	defer unix.Close(pidfd)
-	p.Chain, p.id = chain(p.PID, pidfd)
+	program := programOf(p.PID)
+	// It has been there all the while if there is a chain.
+	if p.Chain, p.id = chain(p.PID, pidfd); p.Chain != nil {
+		p.Program = program
+	}
 	return p
+}
+
+// programOf tells which file a process runs, or nothing.
+func programOf(pid int) Program {
+	path, ok := programPath(pid)
+	var st unix.Stat_t
+	// Through the link in /proc, it is the file that runs even if its name is gone.
+	if !ok || unix.Stat(procFile(pid, "exe"), &st) != nil {
+		return Program{}
+	}
+	return Program{Path: path, Dev: uint64(st.Dev), Ino: st.Ino}
+}
+
+// programPath returns the path of the file that a process runs.
+func programPath(pid int) (string, bool) {
+	var buf [unix.PathMax]byte
+	n, err := unix.Readlink(procFile(pid, "exe"), buf[:])
+	if err != nil || n == 0 {
+		return "", false
+	}
+	// A program that was replaced by an upgrade while it runs.
+	return strings.TrimSuffix(string(buf[:n]), " (deleted)"), true
 }
 
 // openProcess returns a pidfd for the process with that number. It cannot tell
@@ -206,14 +232,11 @@ func parseStat(b []byte) (stat, bool) {
 // process gives itself; the file of another user's process, or of one that
 // keeps its memory to itself, cannot be read.
 func name(pid int, s stat) string {
-	var buf [unix.PathMax]byte
-	n, err := unix.Readlink(procFile(pid, "exe"), buf[:])
-	if err != nil || n == 0 {
+	path, ok := programPath(pid)
+	if !ok {
 		return printable(s.comm)
 	}
-	// A program that was replaced by an upgrade while it runs.
-	file := strings.TrimSuffix(string(buf[:n]), " (deleted)")
-	return printable([]byte(filepath.Base(file)))
+	return printable([]byte(filepath.Base(path)))
 }
 
 // printable makes a name fit to be shown: at most maxName bytes of printable

@@ -21,8 +21,12 @@ package peer
 
 import (
 	"context"
+	"errors"
 	"fmt"
+	"os"
+	"path/filepath"
 	"strings"
+	"sync"
 )
 
 // A Peer is the process that opened a connection, as the kernel knows it. What
@@ -37,8 +41,18 @@ type Peer struct {
 	// can be read; each program says of itself what it is called. It is empty
 	// when the process has ended, also if another one uses its socket now.
 	Chain []Process
+	// Program is the file that the process runs. It is the zero value when there is no
+	// Chain, and when the kernel does not show it: that of another user's process, or
+	// of one that keeps its memory to itself (PR_SET_DUMPABLE in prctl(2)).
+	Program Program
 	// id tells the process from another one that gets its number.
 	id identity
+}
+
+// A Program is a file that a process runs.
+type Program struct {
+	Path     string // where it was when it was started; another file may be there by now
+	Dev, Ino uint64
 }
 
 // A Process is one link of the chain.
@@ -67,6 +81,25 @@ func (p Peer) String() string {
 	}
 	return "process out of sight"
 }
+
+// SameProgram tells whether the process runs the program that this one runs: the
+// same file or, as an upgrade may have put another in its place and people have it
+// in several places, one of the same name. Whoever can start programs can give them
+// that name: it tells p11-agent from ssh, not from somebody who means to deceive.
+func (p Peer) SameProgram() error {
+	own := ownProgram()
+	switch {
+	case own == Program{}:
+		return errors.New("the agent's own program cannot be seen")
+	case p.Program == Program{}:
+		return errors.New("the program of the process that asks cannot be seen")
+	case p.Program.Dev == own.Dev && p.Program.Ino == own.Ino, filepath.Base(p.Program.Path) == filepath.Base(own.Path):
+		return nil
+	}
+	return fmt.Errorf("it comes from %s, and only %s may ask for that", printable([]byte(filepath.Base(p.Program.Path))), filepath.Base(own.Path))
+}
+
+var ownProgram = sync.OnceValue(func() Program { return programOf(os.Getpid()) })
 
 type contextKey struct{}
 

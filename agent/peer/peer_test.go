@@ -47,6 +47,8 @@ func TestMain(m *testing.M) {
 //	container SOCKET     connect, on a terminal of a namespace of its own, and print what is shown there
 //	look SOCKET          take a connection, and print what is known of its desk
 //	own                  print what is known of the terminal of this process
+//	hidden SOCKET        connect as a process that keeps its memory to itself
+//	judge ROLE SOCKET    listen, have a child play the role, and say what SameProgram says of it
 func play(role []string) error {
 	switch role[0] {
 	case "connect":
@@ -117,6 +119,33 @@ func play(role []string) error {
 		t, err := Own()
 		defer t.Close()
 		fmt.Println(err)
+	case "hidden":
+		if err := unix.Prctl(unix.PR_SET_DUMPABLE, 0, 0, 0, 0); err != nil {
+			return err
+		}
+		conn, err := net.Dial("unix", role[1])
+		if err != nil {
+			return err
+		}
+		defer conn.Close()
+	case "judge":
+		l, err := net.ListenUnix("unix", &net.UnixAddr{Name: role[2]})
+		if err != nil {
+			return err
+		}
+		defer l.Close()
+		cmd := exec.Command(os.Args[0])
+		cmd.Env = append(os.Environ(), roleVariable+"="+role[1]+" "+role[2])
+		cmd.Stdin, cmd.Stderr = os.Stdin, os.Stderr
+		if err := cmd.Start(); err != nil {
+			return err
+		}
+		conn, err := l.AcceptUnix()
+		if err != nil {
+			return err
+		}
+		defer conn.Close()
+		fmt.Println(Of(conn).SameProgram())
 	default:
 		return fmt.Errorf("no such role: %q", role)
 	}
@@ -544,5 +573,95 @@ func BenchmarkOf(b *testing.B) {
 		if p := Of(conn); len(p.Chain) == 0 {
 			b.Fatal(p)
 		}
+	}
+}
+
+// Who connects is told from programs that forward connections by its file.
+func TestSameProgram(t *testing.T) {
+	own, err := os.Executable()
+	if err != nil {
+		t.Fatal(err)
+	}
+	linked := filepath.Join(filepath.Dir(own), "linked-"+strconv.Itoa(os.Getpid()))
+	if err := os.Link(own, linked); err != nil {
+		t.Fatal(err)
+	}
+	defer os.Remove(linked)
+	for name, test := range map[string]struct {
+		path string
+		want bool
+	}{
+		"the same file":                {own, true},
+		"the same file, by a new name": {linked, true},
+		"one that has taken its place": {program(t, filepath.Base(own)), true},
+		"ssh":                          {program(t, "ssh"), false},
+		"a name that begins alike":     {program(t, filepath.Base(own)+"-old"), false},
+	} {
+		t.Run(name, func(t *testing.T) {
+			l, path := listen(t)
+			start(t, command(t, test.path, "connect "+path))
+			p := Of(accept(t, l))
+			if err := p.SameProgram(); (err == nil) != test.want {
+				t.Errorf("%v: %v", p, err)
+			}
+			if p.Program.Path != test.path && !os.SameFile(fileInfo(t, p.Program.Path), fileInfo(t, test.path)) {
+				t.Errorf("the program is %q, want %q", p.Program.Path, test.path)
+			}
+		})
+	}
+	if err := (Peer{Known: true, PID: 1, Chain: []Process{{1, "p11-agent"}}}).SameProgram(); err == nil {
+		t.Error("a process whose file cannot be seen may be any program")
+	}
+}
+
+func fileInfo(t *testing.T, path string) os.FileInfo {
+	t.Helper()
+	st, err := os.Stat(path)
+	if err != nil {
+		t.Fatal(err)
+	}
+	return st
+}
+
+// A program that was replaced while it runs is still known.
+func TestReplacedProgram(t *testing.T) {
+	l, socket := listen(t)
+	path := program(t, "upgraded")
+	start(t, command(t, path, "connect "+socket))
+	conn := accept(t, l)
+	if err := os.Remove(path); err != nil {
+		t.Fatal(err)
+	}
+	if p := Of(conn); p.Program.Path != path || p.Program.Ino == 0 {
+		t.Errorf("the program is %+v, want %s", p.Program, path)
+	}
+}
+
+// What a process keeps to itself is not taken for granted.
+func TestHiddenProcess(t *testing.T) {
+	const nobody = 65534
+	for role, want := range map[string]string{
+		"connect": "<nil>",
+		"hidden":  "the program of the process that asks cannot be seen",
+	} {
+		t.Run(role, func(t *testing.T) {
+			dir := shortDir(t)
+			if err := os.Chmod(dir, 0o777); err != nil {
+				t.Fatal(err)
+			}
+			cmd := command(t, program(t, "judge"), "judge "+role+" "+filepath.Join(dir, "s"))
+			if os.Getuid() == 0 { // who would see everything
+				cmd.SysProcAttr = &syscall.SysProcAttr{Credential: &syscall.Credential{Uid: nobody, Gid: nobody}}
+			}
+			out, err := cmd.StdoutPipe()
+			if err != nil {
+				t.Fatal(err)
+			}
+			start(t, cmd)
+			line, err := bufio.NewReader(out).ReadString('\n')
+			if err != nil || strings.TrimSpace(line) != want {
+				t.Errorf("%q, %v", line, err)
+			}
+		})
 	}
 }

@@ -81,7 +81,7 @@ func TestGoClient(t *testing.T) {
 		t.Errorf("unknown extension: %v, want that it is not supported", err)
 	}
 	answer, err := client.Extension("query", nil)
-	if err != nil || !bytes.Equal(answer, message(29, "query", "query", "session-bind@openssh.com")) {
+	if err != nil || !bytes.Equal(answer, message(29, "query", "query", "session-bind@openssh.com", extensionControl)) {
 		t.Errorf("query: %q, %v", answer, err)
 	}
 }
@@ -212,7 +212,7 @@ func TestBytes(t *testing.T) {
 		{name: "remove a token, with a constraint", send: "0000000b 15 00000001 70 00000000 02", want: "00000001 05"},
 		{
 			name: "query", send: "0000000a 1b 00000005 7175657279",
-			want: "0000002f 1d 00000005 7175657279 00000005 7175657279 00000018 73657373696f6e2d62696e64406f70656e7373682e636f6d",
+			want: "00000047 1d 00000005 7175657279 00000005 7175657279 00000018 73657373696f6e2d62696e64406f70656e7373682e636f6d 00000014 636f6e74726f6c2d7631407031312d6167656e74",
 		},
 		{name: "query with bytes left over", send: "0000000b 1b 00000005 7175657279 00", want: "00000001 1c"},
 		{name: "extension nobody knows", send: "00000006 1b 00000001 78", want: "00000001 05"},

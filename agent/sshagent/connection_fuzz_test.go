@@ -7,8 +7,10 @@ import (
 	"crypto/ed25519"
 	"encoding/binary"
 	"errors"
+	"fmt"
 	"io"
 	"log/slog"
+	"os"
 	"runtime"
 	"strings"
 	"testing"
@@ -48,6 +50,20 @@ func (*oneToken) Rescan(context.Context) error    { return nil }
 func (*oneToken) Drop(agent.Selection)            {}
 func (*oneToken) LogoutAll(context.Context) error { return nil }
 
+func (t *oneToken) Login(_ context.Context, s agent.Selection, pin *secret.Secret, lastTry bool) (agent.LoginAnswer, error) {
+	if !s.Match(t) {
+		return agent.LoginAnswer{}, errors.New("no match")
+	}
+	return agent.LoginAnswer{Already: pin == nil, LastTry: lastTry}, nil
+}
+
+func (t *oneToken) Logout(_ context.Context, s agent.Selection) error {
+	if !s.Match(t) {
+		return errors.New("no match")
+	}
+	return nil
+}
+
 // selected is what clients name, a beginning of the key's URI.
 type selected string
 
@@ -73,7 +89,7 @@ func (t *oneToken) Select(_ context.Context, s agent.Selection, _ *secret.Secret
 // agrees says yes to every second question.
 type agrees struct{ n int }
 
-func (a *agrees) Confirm(context.Context, agent.Request) (agent.Answer, error) {
+func (a *agrees) Confirm(context.Context, agent.Question) (agent.Answer, error) {
 	a.n++
 	return agent.Answer{Allowed: a.n%2 == 0}, nil
 }
@@ -96,6 +112,9 @@ func connectionSeeds(t testing.TB) (all [][]byte) {
 		framed(message(msgAddIdentity, soft...), sign, message(msgRemoveIdentity, own), list),
 		framed(message(msgAddIdentityConstraint, append(soft, limit)...), list, sign, message(msgExtension, extensionSessionBind, pub, "session", "sig", false), list, sign),
 		framed(message(msgExtension, extensionQuery), message(240)),
+		framed(message(msgExtension, extensionControl, "status", ""), sign, message(msgExtension, extensionControl, "status", "pkcs11:")),
+		framed(message(msgExtension, extensionControl, "login", "pkcs11:", "1234", false), sign, message(msgExtension, extensionControl, "logout", "")),
+		framed(message(msgExtension, extensionControl, "login", "pkcs11:", "", true), message(msgLock, "a"), message(msgExtension, extensionControl, "status", "")),
 	)
 	for _, m := range addMessages(t) {
 		if len(m) < 1500 {
@@ -103,6 +122,19 @@ func connectionSeeds(t testing.TB) (all [][]byte) {
 		}
 	}
 	return all
+}
+
+// ourselves is a client that is this very program.
+func ourselves(t testing.TB) peer.Peer {
+	t.Helper()
+	path, err := os.Executable()
+	if err != nil {
+		t.Fatal(err)
+	}
+	return peer.Peer{
+		Known: true, PID: os.Getpid(), UID: os.Geteuid(),
+		Chain: []peer.Process{{PID: os.Getpid(), Name: "p11-agent"}}, Program: peer.Program{Path: path},
+	}
 }
 
 // FuzzConnection plays whole connections to a real keyring with one token: each
@@ -136,9 +168,10 @@ func FuzzConnection(f *testing.F) {
 			Tokens:  &oneToken{ed25519.NewKeyFromSeed(make([]byte, 32))},
 			Rules:   agent.Rules{Name: func(agent.Key) string { return "" }},
 			Confirm: new(agrees), SoftwareKeys: true, RemoteTokens: true, Log: slog.New(slog.DiscardHandler),
+			Report: func(s agent.Status, _ agent.Selection) ([]byte, error) { return []byte(fmt.Sprint(s)), nil },
 		})
 		nc := &peeking{input: bytes.Clone(input), chunk: 1 << 15, looks: func() {}}
-		c := newConn(&Server{Keyring: keyring}, nc, peer.Peer{Known: true}, nil)
+		c := newConn(&Server{Keyring: keyring}, nc, ourselves(t), nil)
 		c.run(t.Context())
 		c.in.close()
 		runtime.ReadMemStats(&after)

@@ -42,6 +42,14 @@ type Keyring interface {
 	// Lock and Unlock get a passphrase that the door wipes afterwards.
 	Lock(ctx context.Context, c *agent.Caller, phrase *secret.Secret) error
 	Unlock(ctx context.Context, c *agent.Caller, phrase *secret.Secret) error
+	// Status answers with JSON, of the tokens that the provider names, or of all when
+	// that is empty. Its error is agent.ErrNoControl when the connection may not ask.
+	Status(ctx context.Context, c *agent.Caller, provider []byte) ([]byte, error)
+	// Login and Logout have such errors, too.
+	Login(ctx context.Context, c *agent.Caller, r agent.LoginRequest) (agent.LoginAnswer, error)
+	Logout(ctx context.Context, c *agent.Caller, provider []byte) error
+	// Refuse is told of a request that the door refuses of its own accord.
+	Refuse(c *agent.Caller, request agent.Request, reason error)
 	// Pass answers a message that the door does not know, or says that nobody
 	// does. Its error is logged by the door.
 	Pass(ctx context.Context, c *agent.Caller, message []byte) (answer []byte, err error)

@@ -185,6 +185,9 @@ func TestPINIsWiped(t *testing.T) {
 		{name: "unknown constraint", messages: [][]byte{message(26, "pkcs11:", pin, byte(9)), message(11)}, chunk: 1 << 20},
 		{name: "bytes left over", messages: [][]byte{message(20, "pkcs11:", pin, byte(9)), message(11)}, chunk: 1 << 20},
 		{name: "passphrase of a lock", messages: [][]byte{message(22, pin), message(11)}, chunk: 1 << 20},
+		{name: "login", messages: [][]byte{message(27, extensionControl, "login", "pkcs11:", pin, false), message(11)}, chunk: 1 << 20},
+		{name: "login, bytes left over", messages: [][]byte{message(27, extensionControl, "login", "pkcs11:", pin, false, byte(9)), message(11)}, chunk: 1 << 20},
+		{name: "login that panics", messages: [][]byte{message(27, extensionControl, "login", "panic", pin, false), message(11)}, chunk: 1 << 20},
 		{name: "cut short", messages: [][]byte{message(20, "pkcs11:", pin, strings.Repeat("x", 100))}, cut: 50, chunk: 1 << 20},
 		{name: "the keyring panics", messages: [][]byte{message(20, "panic", pin), message(11)}, chunk: 1 << 20},
 	} {
@@ -241,6 +244,10 @@ func (k *wary) AddToken(_ context.Context, _ *agent.Caller, r agent.TokenRequest
 		panic(string(r.PIN.Bytes()))
 	}
 	return nil
+}
+
+func (k *wary) Login(_ context.Context, _ *agent.Caller, r agent.LoginRequest) (agent.LoginAnswer, error) {
+	return agent.LoginAnswer{}, k.AddToken(context.Background(), nil, agent.TokenRequest{Provider: r.Provider, PIN: r.PIN})
 }
 
 // Announcing much costs nothing; only sending does.

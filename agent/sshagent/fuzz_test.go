@@ -106,6 +106,32 @@ func (k *checking) Pass(_ context.Context, c *agent.Caller, _ []byte) ([]byte, e
 	return []byte{msgSuccess}, nil
 }
 
+func (k *checking) Status(_ context.Context, c *agent.Caller, provider []byte) ([]byte, error) {
+	if bytes.IndexByte(provider, 0) >= 0 || len(provider) > maxURI {
+		k.t.Errorf("URI %q", provider)
+	}
+	return []byte("{}"), k.called(c)
+}
+
+func (k *checking) Login(ctx context.Context, c *agent.Caller, r agent.LoginRequest) (agent.LoginAnswer, error) {
+	if bytes.IndexByte(r.PIN.Bytes(), 0) >= 0 || r.PIN.Len() > maxPIN || r.PIN != nil && r.PIN.Len() == 0 {
+		k.t.Error("a PIN that can be none")
+	}
+	_, err := k.Status(ctx, c, r.Provider)
+	return agent.LoginAnswer{}, err
+}
+
+func (k *checking) Logout(ctx context.Context, c *agent.Caller, provider []byte) error {
+	_, err := k.Status(ctx, c, provider)
+	return err
+}
+
+func (k *checking) Refuse(_ *agent.Caller, request agent.Request, reason error) {
+	if request == "" || reason == nil {
+		k.t.Errorf("refused %q for %v", request, reason)
+	}
+}
+
 func (k *checking) Remove(_ context.Context, c *agent.Caller, _ []byte) error { return k.called(c) }
 func (k *checking) RemoveAll(_ context.Context, c *agent.Caller) error        { return k.called(c) }
 

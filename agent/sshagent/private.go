@@ -45,7 +45,7 @@ func (c *conn) add(ctx context.Context, message []byte) {
 		err = in.end()
 	}
 	if err != nil {
-		c.fail("refused to add a key", err)
+		c.reject(agent.RequestAdd, err)
 		return
 	}
 	c.status(c.server.Keyring.Add(ctx, c.caller, r))

@@ -63,7 +63,7 @@ var (
 // knows what an unknown one does.
 func mayHoldSecret(message byte) bool {
 	switch message {
-	case msgRequestIdentities, msgSignRequest, msgRemoveIdentity, msgRemoveAllIdentities, msgExtension:
+	case msgRequestIdentities, msgSignRequest, msgRemoveIdentity, msgRemoveAllIdentities:
 		return false
 	}
 	return true
@@ -84,23 +84,23 @@ func (c *conn) answer(ctx context.Context, message []byte) {
 		c.sign(ctx, in)
 	case msgRemoveIdentity:
 		key := in.bytes()
-		if c.wellFormed("remove a key", in) {
+		if c.wellFormed(agent.RequestRemove, in) {
 			c.status(c.server.Keyring.Remove(ctx, c.caller, key))
 		}
 	case msgRemoveAllIdentities:
-		if c.wellFormed("remove all keys", in) {
+		if c.wellFormed(agent.RequestRemoveAll, in) {
 			c.status(c.server.Keyring.RemoveAll(ctx, c.caller))
 		}
 	case msgAddSmartcardKey, msgAddSmartcardKeyConstraint:
-		c.token(ctx, "add the keys of a token", in, message[0] == msgAddSmartcardKeyConstraint, c.server.Keyring.AddToken)
+		c.token(ctx, agent.RequestAdd, in, message[0] == msgAddSmartcardKeyConstraint, c.server.Keyring.AddToken)
 	case msgRemoveSmartcardKey:
-		c.token(ctx, "remove the keys of a token", in, false, c.server.Keyring.RemoveToken)
+		c.token(ctx, agent.RequestRemove, in, false, c.server.Keyring.RemoveToken)
 	case msgAddIdentity, msgAddIdentityConstraint:
 		c.add(ctx, message)
 	case msgLock:
-		c.lock(ctx, "lock", in, c.server.Keyring.Lock)
+		c.lock(ctx, agent.RequestLock, in, c.server.Keyring.Lock)
 	case msgUnlock:
-		c.lock(ctx, "unlock", in, c.server.Keyring.Unlock)
+		c.lock(ctx, agent.RequestUnlock, in, c.server.Keyring.Unlock)
 	case msgExtension:
 		c.extension(ctx, message)
 	case msgRemoveAllRSA1:
@@ -130,10 +130,17 @@ func (c *conn) fail(what string, reason error) {
 	c.refuse(what, reason)
 }
 
+// reject refuses a request that the keyring does not get to see, but in what it
+// notes of requests.
+func (c *conn) reject(request agent.Request, reason error) {
+	c.out = append(c.out, msgFailure)
+	c.server.Keyring.Refuse(c.caller, request, reason)
+}
+
 // wellFormed refuses a request that does not end with its last field.
-func (c *conn) wellFormed(what string, in reader) bool {
+func (c *conn) wellFormed(request agent.Request, in reader) bool {
 	if err := in.end(); err != nil {
-		c.fail("refused to "+what, err)
+		c.reject(request, err)
 		return false
 	}
 	return true
@@ -151,7 +158,8 @@ func (c *conn) status(err error) {
 
 // list answers SSH_AGENTC_REQUEST_IDENTITIES (RFC 9987 section 5.5).
 func (c *conn) list(ctx context.Context, in reader) {
-	if !c.wellFormed("list keys", in) {
+	if err := in.end(); err != nil {
+		c.fail("refused to list keys", err)
 		return
 	}
 	identities, err := c.server.Keyring.List(ctx, c.caller)
@@ -180,11 +188,11 @@ func (c *conn) list(ctx context.Context, in reader) {
 // sign answers SSH_AGENTC_SIGN_REQUEST (RFC 9987 section 5.6).
 func (c *conn) sign(ctx context.Context, in reader) {
 	r := agent.SignRequest{Key: in.bytes(), Data: in.bytes(), Flags: agent.SignatureFlags(in.uint32())}
-	if !c.wellFormed("sign", in) {
+	if !c.wellFormed(agent.RequestSign, in) {
 		return
 	}
 	if unknown := r.Flags &^ (agent.SignatureRSASHA2256 | agent.SignatureRSASHA2512); unknown != 0 {
-		c.fail("refused to sign", fmt.Errorf("unknown signature flags %#x", uint32(unknown)))
+		c.reject(agent.RequestSign, fmt.Errorf("unknown signature flags %#x", uint32(unknown)))
 		return
 	}
 	r.Content, r.Login = parseContent(r.Data, r.Key)
@@ -203,14 +211,14 @@ func (c *conn) sign(ctx context.Context, in reader) {
 }
 
 // lock answers SSH_AGENTC_LOCK and SSH_AGENTC_UNLOCK (RFC 9987 section 5.7).
-func (c *conn) lock(ctx context.Context, what string, in reader, do func(context.Context, *agent.Caller, *secret.Secret) error) {
+func (c *conn) lock(ctx context.Context, request agent.Request, in reader, do func(context.Context, *agent.Caller, *secret.Secret) error) {
 	text := in.bytes()
-	if !c.wellFormed(what, in) {
+	if !c.wellFormed(request, in) {
 		return
 	}
 	phrase, err := secret.From(text)
 	if err != nil {
-		c.fail("refused to "+what, err)
+		c.reject(request, err)
 		return
 	}
 	defer phrase.Wipe()
@@ -218,7 +226,7 @@ func (c *conn) lock(ctx context.Context, what string, in reader, do func(context
 }
 
 // token answers the smart card requests (RFC 9987 sections 5.2.6 and 5.4).
-func (c *conn) token(ctx context.Context, what string, in reader, constrained bool,
+func (c *conn) token(ctx context.Context, request agent.Request, in reader, constrained bool,
 	do func(context.Context, *agent.Caller, agent.TokenRequest) error,
 ) {
 	provider, pin := in.bytes(), in.bytes()
@@ -226,24 +234,24 @@ func (c *conn) token(ctx context.Context, what string, in reader, constrained bo
 	if constrained {
 		constraints, err := parseConstraints(&in)
 		if err != nil {
-			c.fail("refused to "+what, err)
+			c.reject(request, err)
 			return
 		}
 		r.Constraints = constraints
 	}
-	if !c.wellFormed(what, in) {
+	if !c.wellFormed(request, in) {
 		return
 	}
 	// Both are C strings to every other agent, which would go by what comes
 	// before the NUL.
 	if bytes.IndexByte(provider, 0) >= 0 || bytes.IndexByte(pin, 0) >= 0 {
-		c.fail("refused to "+what, errNUL)
+		c.reject(request, errNUL)
 		return
 	}
 	if len(pin) > 0 {
 		var err error
 		if r.PIN, err = secret.From(pin); err != nil {
-			c.fail("refused to "+what, err)
+			c.reject(request, err)
 			return
 		}
 		defer r.PIN.Wipe()
@@ -274,6 +282,9 @@ func (c *conn) extension(ctx context.Context, message []byte) {
 		for _, text := range [...]string{extensionQuery, extensionQuery, extensionSessionBind} {
 			c.out = appendString(c.out, text)
 		}
+		if c.caller.MayControl() == nil {
+			c.out = appendString(c.out, extensionControl)
+		}
 	case extensionSessionBind:
 		if err := c.bind(in, message); err != nil {
 			c.out = append(c.out, msgExtensionFailure)
@@ -281,6 +292,8 @@ func (c *conn) extension(ctx context.Context, message []byte) {
 			return
 		}
 		c.out = append(c.out, msgSuccess)
+	case extensionControl:
+		c.control(ctx, in)
 	default:
 		c.pass(ctx, message, "extension "+quote(name))
 	}

@@ -36,6 +36,9 @@ type Server struct {
 	MaxConnections int
 
 	connections atomic.Uint64 // so far
+
+	mu   sync.Mutex
+	open map[Listener]chan struct{} // has an element for each connection
 }
 
 // A Listener is where clients come from: a *net.UnixListener or a *Socket.
@@ -115,6 +118,12 @@ func (s *Server) accept(ctx context.Context, l Listener, rules *agent.Socket, w 
 		limit = DefaultMaxConnections
 	}
 	free := make(chan struct{}, limit)
+	s.mu.Lock()
+	if s.open == nil {
+		s.open = make(map[Listener]chan struct{})
+	}
+	s.open[l] = free
+	s.mu.Unlock()
 	var pause time.Duration
 	for {
 		nc, err := l.AcceptUnix()
@@ -153,6 +162,13 @@ func (s *Server) accept(ctx context.Context, l Listener, rules *agent.Socket, w 
 			s.serve(ctx, nc, rules, w)
 		})
 	}
+}
+
+// Connections tells how many clients of a listener are connected now.
+func (s *Server) Connections(l Listener) int {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	return len(s.open[l])
 }
 
 // passing tells whether an error of accept(2) says nothing about the listener:

@@ -8,6 +8,7 @@ import (
 	"crypto/rsa"
 	"encoding/binary"
 	"errors"
+	"fmt"
 	"io"
 	"log/slog"
 	"net"
@@ -40,8 +41,9 @@ type fakeKeyring struct {
 	// add is told of keys that are added.
 	add func(agent.KeyRequest)
 
-	mu    sync.Mutex
-	calls []call
+	mu      sync.Mutex
+	calls   []call
+	refused []string
 }
 
 // call is one request, in memory of its own.
@@ -51,6 +53,7 @@ type call struct {
 	provider    string
 	pin         string
 	constraints agent.Constraints
+	lastTry     bool
 	caller      *agent.Caller
 }
 
@@ -151,6 +154,27 @@ func (k *fakeKeyring) Remove(_ context.Context, c *agent.Caller, key []byte) err
 func (k *fakeKeyring) RemoveAll(_ context.Context, c *agent.Caller) error {
 	k.note(call{method: "RemoveAll", caller: c})
 	return nil
+}
+
+func (k *fakeKeyring) Status(_ context.Context, c *agent.Caller, provider []byte) ([]byte, error) {
+	k.note(call{method: "Status", provider: string(provider), caller: c})
+	return []byte(`{"version":"1"}`), c.MayControl()
+}
+
+func (k *fakeKeyring) Login(_ context.Context, c *agent.Caller, r agent.LoginRequest) (agent.LoginAnswer, error) {
+	k.note(call{method: "Login", provider: string(r.Provider), pin: string(r.PIN.Bytes()), lastTry: r.LastTry, caller: c})
+	return agent.LoginAnswer{Already: true, Tries: "low"}, c.MayControl()
+}
+
+func (k *fakeKeyring) Logout(_ context.Context, c *agent.Caller, provider []byte) error {
+	k.note(call{method: "Logout", provider: string(provider), caller: c})
+	return c.MayControl()
+}
+
+func (k *fakeKeyring) Refuse(_ *agent.Caller, request agent.Request, reason error) {
+	k.mu.Lock()
+	defer k.mu.Unlock()
+	k.refused = append(k.refused, fmt.Sprintf("%s: %v", request, reason))
 }
 
 var makeSigners = sync.OnceValue(func() []ssh.Signer {

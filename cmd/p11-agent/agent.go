@@ -324,6 +324,7 @@ func (s *service) serve(ctx context.Context, listeners []listener) error {
 	var insert agent.Inserter
 	var working func(context.Context, *token.Key) func()
 	var notices *notices // nil: nobody is told
+	var failed func(agent.Event)
 	state := stateDir()
 	if s.system {
 		state = cmp.Or(os.Getenv("STATE_DIRECTORY"), systemState)
@@ -332,7 +333,7 @@ func (s *service) serve(ctx context.Context, listeners []listener) error {
 		pins, confirm, insert = ask, ask, ask
 		notices = newNotices(c, s.log)
 		defer notices.Close()
-		working = notices.working
+		working, failed = notices.working, notices.failed
 	}
 	if c.knownKeys(token.KnownKept) == token.KnownIgnored {
 		if err := token.ForgetKnownKeys(state); err != nil {
@@ -367,6 +368,9 @@ func (s *service) serve(ctx context.Context, listeners []listener) error {
 	if s.allow != "" {
 		allow = token.ParseAllowList(s.allow)
 	}
+	server := &sshagent.Server{Log: s.log}
+	status := &statusMaker{started: time.Now(), store: b.store, server: server, listeners: listeners, rules: rules}
+	status.configure(c)
 	keyring := agent.NewKeyring(agent.Options{
 		Tokens:        &tokens{store: b.store, allow: allow},
 		Rules:         s.rules(c),
@@ -380,8 +384,11 @@ func (s *service) serve(ctx context.Context, listeners []listener) error {
 		Upstreams:     upstreams,
 		Hosts:         newHosts(c),
 		Fingerprint:   s.fingerprint,
+		Failed:        failed,
+		Report:        status.report,
 		Log:           s.log,
 	})
+	server.Keyring = keyring
 	report := &reporter{service: s, modules: b.store.Modules}
 	s.config.Store(c)
 	watch := watchLogin1(c, b.store, func(e token.Event) { s.forgetApprovals(keyring, b.store, e) }, s.log)
@@ -396,8 +403,9 @@ func (s *service) serve(ctx context.Context, listeners []listener) error {
 			case <-s.hangups:
 				if c := s.reload(ctx, keyring, b.store, report); c != nil {
 					watch.Delay(c.forgetsAtSleep())
+					status.configure(c)
 					if notices != nil {
-						notices.SetAfter(c.TouchNotice.after())
+						notices.configure(c)
 					}
 				}
 			}
@@ -410,7 +418,6 @@ func (s *service) serve(ctx context.Context, listeners []listener) error {
 		s.log.Warn("the agent is not watched", "reason", err)
 	}
 	doors := doorsOf(listeners)
-	server := &sshagent.Server{Keyring: keyring, Log: s.log}
 	results := make(chan error, len(listeners))
 	for i, l := range listeners {
 		go func() { results <- server.ServeSocket(ctx, l, rules[i]) }()

@@ -47,6 +47,8 @@ type config struct {
 	TouchNotice  noticeValue    `toml:"touch-notice"`
 	ForgetOn     forgetValue    `toml:"forget-on"`
 
+	FailureNotice *bool `toml:"failure-notice"`
+
 	RememberKeys  *bool         `toml:"remember-keys"`
 	Absent        string        `toml:"absent"`
 	InsertTimeout durationValue `toml:"insert-timeout"`

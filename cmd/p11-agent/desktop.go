@@ -1,11 +1,14 @@
 package main
 
 import (
+	"cmp"
 	"context"
 	"fmt"
 	"log/slog"
 	"os"
 	"slices"
+	"strings"
+	"sync/atomic"
 	"time"
 
 	"p11-agent/agent"
@@ -75,13 +78,41 @@ func (c *config) forgetsAtSleep() bool {
 }
 
 // notices tells of tokens that work for long, in the words of the agent.
-type notices struct{ *notify.Notifier }
+type notices struct {
+	*notify.Notifier
+	failures atomic.Bool // failure-notice
+}
 
 func newNotices(c *config, log *slog.Logger) *notices {
-	return &notices{notify.New(notify.Options{
+	n := &notices{Notifier: notify.New(notify.Options{
 		Title: "Waiting for the token: touch it if it blinks",
 		After: c.TouchNotice.after(), Bus: bus.Session, Log: log,
 	})}
+	n.configure(c)
+	return n
+}
+
+// configure takes over what the configuration says.
+func (n *notices) configure(c *config) {
+	n.SetAfter(c.TouchNotice.after())
+	n.failures.Store(c.FailureNotice == nil || *c.FailureNotice)
+}
+
+// failed is agent.Options.Failed: whoever waits hears no more from ssh than "agent
+// refused operation".
+func (n *notices) failed(e agent.Event) {
+	title := map[agent.Request]string{
+		agent.RequestSign: "p11-agent: refused to sign", agent.RequestAdd: "p11-agent: refused to add a key",
+	}[e.Request]
+	if title == "" || !n.failures.Load() {
+		return
+	}
+	lines := []string{e.Reason}
+	if key := cmp.Or(e.Comment, e.URI, e.Key); key != "" {
+		lines = append(lines, "Key: "+shortURI(key))
+	}
+	// Who asks differs from one try to the next.
+	n.Tell(strings.Join(lines, "\n"), title, append(lines, requester(e.Client)))
 }
 
 // working is token.Options.Working.

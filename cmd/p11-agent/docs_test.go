@@ -292,7 +292,7 @@ func TestCommandLinesAreRight(t *testing.T) {
 			}
 		}
 	}
-	if got, want := slices.Sorted(maps.Keys(seen)), []string{"agent", "doctor", "export", "generate", "install", "list"}; !slices.Equal(got, want) {
+	if got, want := slices.Sorted(maps.Keys(seen)), []string{"agent", "doctor", "export", "generate", "install", "list", "login", "logout", "status"}; !slices.Equal(got, want) {
 		t.Errorf("command lines show %q, want %q", got, want)
 	}
 }

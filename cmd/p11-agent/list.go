@@ -46,6 +46,7 @@ key or a certificate.`,
 			}
 			return nil
 		},
+		ValidArgsFunction: completeKeys,
 		RunE: func(cmd *cobra.Command, args []string) error {
 			return runList(cmd.Context(), g, o, args, cmd.OutOrStdout(), cmd.ErrOrStderr())
 		},

@@ -937,6 +937,13 @@ var masks = []struct {
 	{regexp.MustCompile(`slot ID 0x[0-9a-f]+`), "slot ID 0xID"},
 	{regexp.MustCompile(`/usr/[^ ")]*/(libsofthsm2|opensc-pkcs11)\.so`), "/usr/.../$1.so"},
 	{regexp.MustCompile(`/[^ ")]*/fakepinentry`), "/.../fakepinentry"},
+	// What status says of processes and times.
+	{regexp.MustCompile(`\b[0-9]+ (s|min) ago|just now`), "AGO"},
+	{regexp.MustCompile(`(for|up for) (less than 1 s|[0-9]+ (s|min))`), "$1 TIME"},
+	{regexp.MustCompile(`process [0-9]+`), "process PID"},
+	{regexp.MustCompile(`(ssh-[a-z]+|p11-agent) \([0-9]+\)`), "$1 (PID)"},
+	{regexp.MustCompile(`landlock [0-9]+`), "landlock ABI"},
+	{regexp.MustCompile(`[0-9]+ connections?`), "N connections"},
 }
 
 func mask(ts *testscript.TestScript, neg bool, args []string) {

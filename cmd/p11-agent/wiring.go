@@ -6,6 +6,7 @@ import (
 	"fmt"
 	"log/slog"
 	"os"
+	"slices"
 	"strings"
 	"sync/atomic"
 	"time"
@@ -16,6 +17,7 @@ import (
 	"p11-agent/pinentry/secret"
 	"p11-agent/token"
 	"p11-agent/token/registry"
+	"p11-agent/token/wire"
 )
 
 // moduleCommand is the hidden subcommand that becomes a module process.
@@ -218,6 +220,74 @@ func (t *tokens) Select(ctx context.Context, s agent.Selection, pin *secret.Secr
 	return agentKeys(keys), nil
 }
 
+// typed is in the context of a login whose person has said all that there is to
+// say, and looks at the terminal where they did.
+type typed struct{ lastTry bool }
+
+type typedKey struct{}
+
+var errOnlyURI = errors.New("a token is named by its URI here")
+
+func (t *tokens) Login(ctx context.Context, s agent.Selection, pin *secret.Secret, lastTry bool) (answer agent.LoginAnswer, err error) {
+	sel, ok := s.(selection)
+	if !ok || sel.URI() == nil {
+		return answer, errOnlyURI
+	}
+	// Those that are used, of tokens that are seen through several modules.
+	keys := slices.DeleteFunc(slices.Clone(t.store.Keys()), func(k *token.Key) bool { return !sel.Selector.Match(k) })
+	if len(keys) == 0 {
+		if keys, err = t.store.Select(ctx, sel.Selector); err != nil {
+			return answer, err
+		}
+	}
+	for _, k := range keys[1:] {
+		if k.Token() != keys[0].Token() {
+			return answer, fmt.Errorf("a PIN is for one token, and %s and %s are meant: name one of them by its URI", keys[0].TokenName(), k.TokenName())
+		}
+	}
+	st, _ := t.status(keys[0])
+	if st.LoggedIn || st.Flags&wire.CKFLoginRequired == 0 {
+		answer.Already, answer.Tries = true, pinState(st.Tries)
+		return answer, nil
+	}
+	ctx = context.WithValue(ctx, typedKey{}, typed{lastTry})
+	switch {
+	case pin.Len() == 0:
+		err = t.store.LoginAsk(ctx, keys[:1])
+	case lastTry:
+		err = t.store.LoginLastTry(ctx, keys[:1], pin)
+	default:
+		err = t.store.Login(ctx, keys[:1], pin)
+	}
+	st, _ = t.status(keys[0])
+	answer.Tries = pinState(st.Tries)
+	if e, ok := errors.AsType[*token.PINError](err); ok {
+		answer.Tries = pinState(e.Tries)
+		answer.LastTry = e.Tries == token.TriesLast && !e.Tried && !lastTry
+	}
+	return answer, err
+}
+
+// status returns that of the token of a key.
+func (t *tokens) status(k *token.Key) (token.TokenStatus, bool) {
+	for _, m := range t.store.Modules() {
+		for _, st := range slices.Concat(m.Tokens, m.Away) {
+			if m.Name == k.Module() && st.ID == k.Token() {
+				return st, true
+			}
+		}
+	}
+	return token.TokenStatus{}, false
+}
+
+func (t *tokens) Logout(ctx context.Context, s agent.Selection) error {
+	sel, ok := s.(selection)
+	if !ok || sel.URI() == nil {
+		return errOnlyURI
+	}
+	return t.store.Logout(ctx, sel.Selector)
+}
+
 func (t *tokens) Drop(s agent.Selection) {
 	if sel, ok := s.(selection); ok && sel.URI() != nil {
 		t.store.RemoveSource(sel.URI())
@@ -257,13 +327,18 @@ func names(c *config) func(agent.Key) string {
 }
 
 var (
-	_ token.PINAsker  = (*asker)(nil)
-	_ agent.Confirmer = (*asker)(nil)
-	_ agent.Inserter  = (*asker)(nil)
+	_ token.PINAsker = (*asker)(nil)
+
+	_ token.PINDialogue = typed{}
+	_ agent.Confirmer   = (*asker)(nil)
+	_ agent.Inserter    = (*asker)(nil)
 )
 
 // Ask opens a dialogue about one token.
 func (a *asker) Ask(ctx context.Context, about token.PINRequest) (token.PINDialogue, error) {
+	if said, ok := ctx.Value(typedKey{}).(typed); ok {
+		return said, nil
+	}
 	d := &dialogue{
 		conversation: &conversation{asker: a, hint: "To give the PIN in a terminal, run: p11-agent login " + quote(about.Key)},
 		about:        about,
@@ -288,7 +363,7 @@ func (a *asker) confirm(ctx context.Context, hint string, text func(context.Cont
 }
 
 // Confirm asks whether a key may be used, and for how long when that is a question.
-func (a *asker) Confirm(ctx context.Context, r agent.Request) (agent.Answer, error) {
+func (a *asker) Confirm(ctx context.Context, r agent.Question) (agent.Answer, error) {
 	c := &conversation{asker: a, hint: "To be asked, run the client in the foreground of a terminal, or with a display"}
 	defer c.close()
 	var answer agent.Answer
@@ -306,7 +381,7 @@ func (a *asker) Confirm(ctx context.Context, r agent.Request) (agent.Answer, err
 }
 
 // confirm asks on one dialogue.
-func confirm(ctx context.Context, d *pinentry.Dialogue, r agent.Request, patience time.Duration) (agent.Answer, error) {
+func confirm(ctx context.Context, d *pinentry.Dialogue, r agent.Question, patience time.Duration) (agent.Answer, error) {
 	text := confirmText(r)
 	prompt := pinentry.Prompt{
 		Title: "p11-agent", Description: "Allow the use of this key?\n" + text,
@@ -359,7 +434,7 @@ func allow(lasts agent.Remember) string {
 }
 
 // confirmText says what is asked about.
-func confirmText(r agent.Request) string {
+func confirmText(r agent.Question) string {
 	lines := []string{"Key: " + r.Comment, r.KeyFingerprint}
 	if r.Plain != agent.Once {
 		lines = append(lines, "Yes counts "+r.Plain.String()+".")
@@ -380,6 +455,20 @@ func (a *asker) Insert(ctx context.Context, w agent.Wanted) (bool, error) {
 		}
 	})
 }
+
+// PIN has none but what came with the request.
+func (typed) PIN(context.Context, string) (*secret.Secret, error) { return nil, token.ErrCancelled }
+
+// LastTry tells what the person has said in advance.
+func (t typed) LastTry(context.Context, string) (bool, error) { return t.lastTry, nil }
+
+// Notice is shown by the command that asks for the login.
+func (typed) Notice(ctx context.Context) error {
+	<-ctx.Done()
+	return nil
+}
+
+func (typed) Close() error { return nil }
 
 // dialogue is one conversation about the PIN of a token.
 type dialogue struct {

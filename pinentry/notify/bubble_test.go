@@ -261,3 +261,37 @@ func TestNobodyShows(t *testing.T) {
 		})
 	}
 }
+
+// What has failed is told once, beside what is waited for.
+func TestTell(t *testing.T) {
+	d := newDesk(t, "body", "body-markup")
+	done := d.use("at work")
+	d.shown(t, "at work")
+	for range 10 {
+		d.Tell("reason", "refused\x1b", []string{"Key: <b>", "a\x07"})
+	}
+	until(t, "it is told", func() bool { return len(d.n.Open()) == 2 })
+	b := d.n.Open()[1]
+	if b.Summary != `refused\x1b` || b.Body != `Key: &lt;b&gt;`+"\n"+`a\x07` || b.Replaces != 0 {
+		t.Errorf("it is %+v", b)
+	}
+	for _, key := range []string{"1", "2", "3", "4"} {
+		d.Tell(key, "more", nil)
+	}
+	until(t, "no more than three are told", func() bool { return len(d.n.Open()) == 4 })
+	done()
+	until(t, "what was waited for is done", func() bool { return len(d.n.Open()) == 3 })
+	d.n.Dismiss()
+	until(t, "what the person has closed makes room", func() bool {
+		d.Tell("one more", "more", nil)
+		return len(d.n.Open()) == 1
+	})
+	d.Close()
+	if open := d.n.Open(); len(open) != 0 {
+		t.Errorf("%+v is left at the end", open)
+	}
+	d.Tell("late", "late", nil)
+	if n := len(d.n.All()); n != 5 {
+		t.Errorf("%d were shown", n)
+	}
+}

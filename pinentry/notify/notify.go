@@ -7,6 +7,8 @@
 // is none nothing happens; and that what comes from a token or another process
 // is shown as text, within bounds.
 //
+// It also says once that something has failed, in a notification of its own.
+//
 // It leaves to others what the words are.
 package notify
 
@@ -14,6 +16,7 @@ import (
 	"context"
 	"fmt"
 	"log/slog"
+	"maps"
 	"strings"
 	"sync"
 	"time"
@@ -51,6 +54,7 @@ type Notifier struct {
 	cancel  context.CancelFunc
 	wg      sync.WaitGroup
 	kick    chan struct{} // one element: what is due has changed
+	ending  chan struct{} // closed by Close
 
 	mu      sync.Mutex
 	after   time.Duration
@@ -59,6 +63,8 @@ type Notifier struct {
 	timer   *time.Timer
 	armed   bool // the timer is going to fire
 	showing bool // there is a goroutine in show
+	telling int  // the goroutines in tell
+	told    map[string]time.Time
 }
 
 // work is one use of a token that goes on.
@@ -73,7 +79,7 @@ type work struct {
 
 // New makes a Notifier, which ends with Close.
 func New(o Options) *Notifier {
-	n := &Notifier{opts: o, after: o.After, kick: make(chan struct{}, 1)}
+	n := &Notifier{opts: o, after: o.After, kick: make(chan struct{}, 1), ending: make(chan struct{})}
 	n.ctx, n.cancel = context.WithCancel(context.Background())
 	n.connect = n.connectBus
 	return n
@@ -191,12 +197,7 @@ func (n *Notifier) wanted() []string {
 		return nil
 	}
 	if first.lines == nil {
-		first.lines = []string{}
-		for _, line := range first.about() {
-			if len(first.lines) < maxLines {
-				first.lines = append(first.lines, shorten(pinentry.Visible(line, false)))
-			}
-		}
+		first.lines = presentable(first.about())
 	}
 	lines := first.lines[:len(first.lines):len(first.lines)]
 	if count > 1 {
@@ -234,6 +235,71 @@ func shorten(line string) string {
 	return line
 }
 
+const (
+	// tellAgain is how long the same is not told again.
+	tellAgain = 5 * time.Second
+	// tellTime is how long it is shown, unless the person closes it.
+	tellTime = 10 * time.Second
+	// maxTelling is how much is told at a time. The rest is in the log.
+	maxTelling = 3
+)
+
+// Tell shows something once, for some seconds, and never waits. What has the same
+// key is told at most once in a few seconds.
+func (n *Notifier) Tell(key, title string, lines []string) {
+	n.mu.Lock()
+	defer n.mu.Unlock()
+	now := time.Now()
+	maps.DeleteFunc(n.told, func(_ string, at time.Time) bool { return now.Sub(at) >= tellAgain })
+	if _, known := n.told[key]; known || n.closed || n.telling >= maxTelling {
+		return
+	}
+	if n.told == nil {
+		n.told = make(map[string]time.Time)
+	}
+	n.told[key] = now
+	n.telling++
+	n.wg.Go(func() {
+		defer func() {
+			n.mu.Lock()
+			defer n.mu.Unlock()
+			n.telling--
+		}()
+		n.tell(title, presentable(lines))
+	})
+}
+
+// tell keeps its connection while the notification is shown: some desktops take away
+// what is left by those that have gone.
+func (n *Notifier) tell(title string, lines []string) {
+	var d display
+	if err := n.display(&d, shorten(pinentry.Visible(title, false)), lines); err != nil {
+		n.opts.Log.Debug("no notification is shown", "reason", err)
+	} else {
+		over := time.NewTimer(tellTime)
+		defer over.Stop()
+		select {
+		case <-over.C:
+		case <-d.dismissed():
+		case <-d.gone():
+		case <-n.ending:
+		}
+		d.hide(n.ctx)
+	}
+	if d != nil {
+		d.close()
+	}
+}
+
+// presentable makes lines fit to be shown.
+func presentable(lines []string) []string {
+	shown := []string{}
+	for _, line := range lines[:min(len(lines), maxLines)] {
+		shown = append(shown, shorten(pinentry.Visible(line, false)))
+	}
+	return shown
+}
+
 // closeGrace is how long Close gives a notification to go.
 const closeGrace = 500 * time.Millisecond
 
@@ -241,6 +307,9 @@ const closeGrace = 500 * time.Millisecond
 // shown any more.
 func (n *Notifier) Close() {
 	n.mu.Lock()
+	if !n.closed {
+		close(n.ending)
+	}
 	n.closed, n.works = true, nil
 	if n.timer != nil {
 		n.timer.Stop()
@@ -296,7 +365,7 @@ func (n *Notifier) show() {
 			continue
 		case !quiet && text != shown:
 			shown = text
-			if err := n.display(&d, lines); err != nil {
+			if err := n.display(&d, n.opts.Title, lines); err != nil {
 				n.opts.Log.Debug("no notification is shown", "reason", err)
 				drop()
 				quiet = true
@@ -320,9 +389,9 @@ func (n *Notifier) show() {
 
 // display shows the lines. A display that was there before may have ended
 // meanwhile: then it is tried once more, with a new one.
-func (n *Notifier) display(d *display, lines []string) (err error) {
+func (n *Notifier) display(d *display, title string, lines []string) (err error) {
 	if *d != nil {
-		if err = (*d).show(n.ctx, n.opts.Title, lines); err == nil {
+		if err = (*d).show(n.ctx, title, lines); err == nil {
 			return nil
 		}
 		(*d).close()
@@ -332,5 +401,5 @@ func (n *Notifier) display(d *display, lines []string) (err error) {
 		*d = nil // and no nil in an interface
 		return err
 	}
-	return (*d).show(n.ctx, n.opts.Title, lines)
+	return (*d).show(n.ctx, title, lines)
 }

@@ -1,0 +1,405 @@
+package agent
+
+import (
+	"cmp"
+	"context"
+	"errors"
+	"log/slog"
+	"slices"
+	"strings"
+	"sync"
+	"time"
+	"unicode/utf8"
+
+	"golang.org/x/crypto/ssh"
+
+	"p11-agent/agent/peer"
+	"p11-agent/pinentry"
+)
+
+// A Request is what a client asks for, as far as it uses or changes keys.
+type Request string
+
+// The requests.
+const (
+	RequestSign      Request = "sign"
+	RequestAdd       Request = "add"
+	RequestRemove    Request = "remove"
+	RequestRemoveAll Request = "remove-all"
+	RequestLock      Request = "lock"
+	RequestUnlock    Request = "unlock"
+	RequestLogin     Request = "login"
+	RequestLogout    Request = "logout"
+	// RequestStatus is noted when it is refused only.
+	RequestStatus Request = "status"
+)
+
+// done is what the log says of a request that was granted.
+func (r Request) done() string {
+	switch r {
+	case RequestSign:
+		return "signed"
+	case RequestAdd:
+		return "key added"
+	case RequestRemove:
+		return "key removed"
+	case RequestRemoveAll:
+		return "all keys removed"
+	case RequestLock:
+		return "agent locked"
+	case RequestUnlock:
+		return "agent unlocked"
+	case RequestLogin:
+		return "logged in"
+	case RequestLogout:
+		return "logged out"
+	}
+	return string(r)
+}
+
+// A Result is what became of a request.
+type Result string
+
+// The results.
+const (
+	ResultOK      Result = "ok"
+	ResultRefused Result = "refused"
+	// ResultCancelled is that of a request whose client hung up.
+	ResultCancelled Result = "cancelled"
+)
+
+const (
+	maxEvents   = 200
+	maxFailures = 50
+	// maxField bounds what is kept of one text that came from outside, in bytes,
+	// and maxReason what is of an error.
+	maxField, maxReason = 256, 1024
+	// maxUses bounds of how many keys it is known when they were used.
+	maxUses = 4096
+)
+
+// An Event is a request that was answered: one that used or was to use a key, or
+// that changed what the agent holds. Its texts are printable and bounded, and none
+// of them is secret.
+type Event struct {
+	Time time.Time     // of the answer
+	Took time.Duration // what a person took included
+
+	Request Request
+	Result  Result
+	Reason  string // why it was not granted
+	Note    string // what else there is to say of it
+
+	Key     string // the fingerprint; empty: it is not about one key
+	Comment string // of the identity
+	// URI is that of the key on the token that signed or was to, or what the client
+	// named: a URI without its secrets, or the path of a module.
+	URI       string
+	Kind      Kind // empty: nothing was to be signed
+	Purpose   Purpose
+	Namespace string
+	User      string // who was to be logged in
+	Host      string // where, by its name, or its key's fingerprint
+	Upstream  string // the agent that has the key, if it is not this one
+
+	Forwarded  bool
+	Via        []string // the hosts that it was forwarded by, the nearest first
+	Client     peer.Peer
+	Connection uint64
+}
+
+// record is a request that is being answered, and will be an Event.
+type record struct {
+	Event
+	start time.Time
+	use   Use
+	told  bool // the client shows the reason to whoever waits
+}
+
+func (k *Keyring) begin(c *Caller, request Request) *record {
+	return &record{
+		Event: Event{Request: request, Forwarded: c.Forwarded, Client: c.Peer, Connection: c.Number},
+		start: time.Now(), use: Use{Caller: c, Hosts: k.opts.Hosts, Fingerprint: k.opts.Fingerprint},
+	}
+}
+
+// about notes which identity the request is about.
+func (r *record) about(id *identity) {
+	r.Key, r.Comment = id.fingerprint, id.comment
+	if len(id.homes) > 0 {
+		r.URI = id.homes[0].URI()
+	}
+}
+
+// audit is the memory of what was answered. The zero value is empty.
+type audit struct {
+	mu       sync.Mutex
+	events   ring
+	failures ring
+	uses     map[string]uses // by the fingerprint of the key
+}
+
+// uses is how often a key has signed, and when it did last.
+type uses struct {
+	count uint64
+	last  time.Time
+}
+
+// ring keeps the last events.
+type ring struct {
+	all  []Event
+	next int // where the next one goes, once it is full
+}
+
+func (r *ring) add(e *Event, limit int) {
+	if len(r.all) < limit {
+		r.all = append(r.all, *e)
+		return
+	}
+	r.all[r.next] = *e
+	r.next = (r.next + 1) % limit
+}
+
+// newest returns the events, the newest first.
+func (r *ring) newest() []Event {
+	all := slices.Concat(r.all[r.next:], r.all[:r.next])
+	slices.Reverse(all)
+	return all
+}
+
+func (a *audit) add(e *Event) {
+	a.mu.Lock()
+	defer a.mu.Unlock()
+	a.events.add(e, maxEvents)
+	if e.Result == ResultRefused {
+		a.failures.add(e, maxFailures)
+	}
+	if e.Request != RequestSign || e.Result != ResultOK {
+		return
+	}
+	if a.uses == nil {
+		a.uses = make(map[string]uses)
+	}
+	u, known := a.uses[e.Key]
+	if !known && len(a.uses) >= maxUses {
+		// Keys in memory come and go.
+		oldest := ""
+		for key, u := range a.uses {
+			if oldest == "" || u.last.Before(a.uses[oldest].last) {
+				oldest = key
+			}
+		}
+		delete(a.uses, oldest)
+	}
+	a.uses[e.Key] = uses{u.count + 1, e.Time}
+}
+
+// end makes an Event of a request, which is answered with err: it is kept, and
+// logged in one line. Nothing else says what became of a request.
+func (k *Keyring) end(r *record, err error) {
+	e := &r.Event
+	e.Time = time.Now()
+	e.Took = e.Time.Sub(r.start)
+	switch {
+	case err == nil:
+		e.Result = ResultOK
+	case errors.Is(err, context.Canceled):
+		e.Result, e.Reason = ResultCancelled, errHungUp.Error()
+	default:
+		e.Result, e.Reason = ResultRefused, visible(strings.ReplaceAll(err.Error(), "\n", "; "), maxReason)
+	}
+	if content := r.use.Content; content.Kind != "" {
+		e.Kind, e.Purpose, e.Namespace = content.Kind, content.Purpose(), visible(content.Namespace, maxField)
+		if r.use.Login != nil {
+			e.User = visible(r.use.Login.User, maxField)
+		}
+	}
+	if r.use.Login != nil || e.Forwarded {
+		e.Host, e.Via = hosts(&r.use)
+	}
+	e.Comment, e.URI = visible(e.Comment, maxField), visible(e.URI, maxField)
+	k.audit.add(e)
+	k.logEvent(e)
+	if k.opts.Failed != nil && e.Result == ResultRefused && !r.told && !e.Forwarded && !isDeclined(err) {
+		k.opts.Failed(*e)
+	}
+}
+
+// logEvent writes the one line about a request.
+func (k *Keyring) logEvent(e *Event) {
+	level, message := slog.LevelInfo, e.Request.done()
+	switch {
+	case e.Result == ResultRefused:
+		level, message = slog.LevelWarn, "request refused"
+	case e.Result == ResultCancelled:
+		message = "request refused"
+	case e.Note != "":
+		level = slog.LevelWarn
+	}
+	ctx := context.Background()
+	if !k.log.Enabled(ctx, level) {
+		return
+	}
+	attrs := make([]slog.Attr, 0, 20)
+	text := func(name, value string) {
+		if value != "" {
+			attrs = append(attrs, slog.String(name, value))
+		}
+	}
+	text("request", string(e.Request))
+	text("key", e.Key)
+	if e.Comment != e.URI {
+		text("comment", e.Comment)
+	}
+	text("uri", e.URI)
+	text("kind", string(e.Kind))
+	text("purpose", string(e.Purpose))
+	text("namespace", e.Namespace)
+	text("user", e.User)
+	text("host", e.Host)
+	text("upstream", e.Upstream)
+	text("result", string(e.Result))
+	text("reason", e.Reason)
+	text("note", e.Note)
+	text("client", e.Client.String())
+	if e.Client.Known {
+		attrs = append(attrs, slog.Int("uid", e.Client.UID))
+	}
+	attrs = append(attrs, slog.Bool("forwarded", e.Forwarded))
+	text("via", strings.Join(e.Via, " "))
+	attrs = append(attrs, slog.Uint64("connection", e.Connection), slog.Duration("duration", e.Took.Round(time.Millisecond)))
+	k.log.LogAttrs(ctx, level, message, attrs...)
+}
+
+// Refuse notes that the door has refused a request of its own accord, as one that
+// cannot be read. The reason quotes nothing that may be a secret.
+func (k *Keyring) Refuse(c *Caller, request Request, reason error) {
+	k.end(k.begin(c, request), reason)
+}
+
+// hosts names the host that a use is at, and those that it came by.
+func hosts(u *Use) (host string, via []string) {
+	if h := u.Where(); h.Key != nil {
+		host = u.Name(h)
+		if !h.Verified {
+			host += " (not verified)"
+		}
+	}
+	for _, h := range u.Via() {
+		via = append(via, u.Name(h))
+	}
+	return host, via
+}
+
+// plainOf returns what a certificate certifies, or the key itself.
+func plainOf(key ssh.PublicKey) ssh.PublicKey {
+	if cert, ok := key.(*ssh.Certificate); ok {
+		return cert.Key
+	}
+	return key
+}
+
+// isDeclined tells whether a person has said no, who knows why it failed.
+func isDeclined(err error) bool {
+	if errors.Is(err, errDeclined) || errors.Is(err, errDeclinedToken) {
+		return true
+	}
+	e, ok := errors.AsType[interface {
+		error
+		Declined() bool
+	}](err)
+	return ok && e.Declined()
+}
+
+// visible makes a text fit for the log and for lists: printable, and of so many
+// bytes at the most.
+func visible(s string, limit int) string {
+	const more = "…"
+	plain := len(s) <= limit
+	for i := 0; plain && i < len(s); i++ {
+		plain = s[i] >= ' ' && s[i] < 0x7f
+	}
+	if plain {
+		return s
+	}
+	if s = pinentry.Visible(s, false); len(s) <= limit {
+		return s
+	}
+	end := limit - len(more)
+	for !utf8.RuneStart(s[end]) {
+		end--
+	}
+	return s[:end] + more
+}
+
+// A Status is what the keyring knows of itself.
+type Status struct {
+	// Locked tells that the agent is locked; then nothing else is told.
+	Locked    bool
+	Keys      []KeyStatus // in the order of the list
+	Upstreams []UpstreamStatus
+	Approvals []ApprovalStatus // the newest first
+	Events    []Event          // the newest first
+	Failures  []Event          // those that were refused, further back than Events has them
+}
+
+// A KeyStatus tells of an identity.
+type KeyStatus struct {
+	Key         ssh.PublicKey // may be a certificate
+	Fingerprint string        // of the key, or of what it certifies
+	Comment     string
+	Homes       []Key // on tokens, the one that is used first in front
+	Software    bool  // it is in memory
+	Confirm     bool
+	Limited     bool      // to destinations
+	Expires     time.Time // zero: it does not
+	LastUse     time.Time // zero: it was not used since the agent has started
+	Signatures  uint64    // since then; those with a certificate of the key count, too
+}
+
+// An UpstreamStatus tells of another agent.
+type UpstreamStatus struct {
+	Name    string
+	Keys    int    // when it was asked last
+	Trouble string // why it could not be, empty when it could
+}
+
+// Now tells how the keyring fares. It waits for nobody.
+func (k *Keyring) Now() Status {
+	if k.lock.locked() {
+		return Status{Locked: true}
+	}
+	v := k.now()
+	s := Status{Approvals: k.approvals.list()}
+	k.audit.mu.Lock()
+	s.Events, s.Failures = k.audit.events.newest(), k.audit.failures.newest()
+	for _, id := range v.identities {
+		used := k.audit.uses[id.fingerprint]
+		s.Keys = append(s.Keys, KeyStatus{
+			Key: id.key, Fingerprint: id.fingerprint, Comment: visible(id.comment, maxField), Homes: id.homes,
+			Software: id.software != nil, Confirm: id.constraints.Confirm, Limited: len(id.constraints.Destinations) > 0,
+			Expires: id.expires, LastUse: used.last, Signatures: used.count,
+		})
+	}
+	k.audit.mu.Unlock()
+	k.mu.Lock()
+	defer k.mu.Unlock()
+	for _, u := range k.opts.Upstreams {
+		up := UpstreamStatus{Name: u.Name(), Trouble: visible(k.troubles[u.Name()], maxReason)}
+		for _, origin := range k.origins {
+			if origin == u {
+				up.Keys++
+			}
+		}
+		s.Upstreams = append(s.Upstreams, up)
+	}
+	return s
+}
+
+// sooner returns the earlier of two times that are set.
+func sooner(a, b time.Time) time.Time {
+	if a.IsZero() || !b.IsZero() && b.Before(a) {
+		return cmp.Or(b, a)
+	}
+	return a
+}

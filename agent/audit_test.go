@@ -1,0 +1,234 @@
+package agent
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"io"
+	"log/slog"
+	"strings"
+	"testing"
+	"unicode"
+
+	"golang.org/x/crypto/ssh"
+
+	"p11-agent/agent/peer"
+	"p11-agent/pinentry/secret"
+)
+
+// Each request is one line in the log, whatever becomes of it.
+func TestOneLineEach(t *testing.T) {
+	key, host, hop := edKey("pkcs11:token=a;id=1"), edKey("host"), edKey("hop")
+	hostKey, hopKey := publicOf(t, host), publicOf(t, hop)
+	soft := newTestKey(t)
+	phrase := func() *secret.Secret { // which the lock takes
+		s, err := secret.From([]byte("open-sesame"))
+		if err != nil {
+			t.Fatal(err)
+		}
+		t.Cleanup(s.Wipe)
+		return s
+	}
+	pin, err := secret.From([]byte("8-apples"))
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer pin.Wipe()
+	gone, cancel := context.WithCancel(t.Context())
+	cancel()
+	away := &Caller{
+		Number: 9, Peer: peer.Peer{Known: true, PID: 7, UID: 1000, Chain: []peer.Process{{PID: 7, Name: "ssh"}}},
+		Binds: []Bind{{HostKey: hopKey, SessionID: []byte("s"), Forwarding: true}}, Forwarded: true,
+	}
+	login := &Login{User: "joe\x1b[2J" + strings.Repeat("u", 1000), SessionID: []byte("x"), HostKey: hostKey.Marshal()}
+	fingerprint := " key=" + ssh.FingerprintSHA256(publicOf(t, key)) + " "
+
+	f := newFixture(Options{SoftwareKeys: true}, key)
+	for _, test := range []struct {
+		name  string
+		do    func() error
+		level string
+		msg   string
+		want  []string
+	}{
+		{"login", func() error {
+			_, err := f.Sign(t.Context(), away, SignRequest{Key: wireOf(key), Data: []byte("d"), Content: Content{Kind: KindLogin}, Login: login})
+			return err
+		}, "INFO", "signed", []string{
+			"request=sign", fingerprint, `uri="pkcs11:token=a;id=1"`, "kind=login", "purpose=login", `user=joe\x1b[2Juuu`,
+			`host="` + ssh.FingerprintSHA256(hostKey) + ` (not verified)"`, "result=ok", `client="ssh (7)"`, "uid=1000", "forwarded=true",
+			"via=" + ssh.FingerprintSHA256(hopKey), "connection=9", "duration=",
+		}},
+		{"signature", func() error {
+			_, err := f.Sign(t.Context(), local, SignRequest{Key: wireOf(key), Data: []byte("d"), Content: Content{Kind: KindSignature, Namespace: "odd\n\u202e"}})
+			return err
+		}, "INFO", "signed", []string{"kind=signature", "purpose=other", `namespace="odd \\u202e"`, "forwarded=false"}},
+		{"unknown key", func() error {
+			_, err := f.Sign(t.Context(), local, SignRequest{Key: wireOf(host), Data: []byte("d")})
+			return err
+		}, "WARN", "request refused", []string{"request=sign", "key=" + ssh.FingerprintSHA256(hostKey), "result=refused", `reason="the agent has no such key"`}},
+		{"hung up", func() error {
+			f.tokens.keys[0].(*fakeKey).err = fmt.Errorf("wait: %w", context.Canceled)
+			defer func() { f.tokens.keys[0].(*fakeKey).err = nil }()
+			_, err := f.Sign(gone, local, SignRequest{Key: wireOf(key), Data: []byte("d")})
+			return err
+		}, "INFO", "request refused", []string{"result=cancelled", `reason="the client hung up"`}},
+		{"many reasons", func() error {
+			f.tokens.keys[0].(*fakeKey).err = errors.Join(errors.New("one"), errors.New("two\x1b"+strings.Repeat("z", 5000)))
+			defer func() { f.tokens.keys[0].(*fakeKey).err = nil }()
+			_, err := f.Sign(t.Context(), local, SignRequest{Key: wireOf(key), Data: []byte("d")})
+			return err
+		}, "WARN", "request refused", []string{`reason="one; two\\x1bzzz`}},
+		{"add a token", func() error {
+			return f.AddToken(t.Context(), local, TokenRequest{Provider: []byte("pkcs11:token=a"), PIN: pin})
+		}, "INFO", "key added", []string{"request=add", `uri="pkcs11:token=a"`}},
+		{"add what is not there", func() error {
+			return f.AddToken(t.Context(), local, TokenRequest{Provider: []byte("pkcs11:token=z"), PIN: pin})
+		}, "WARN", "request refused", []string{"request=add", `uri="pkcs11:token=z"`, `reason="no match"`}},
+		{"add a key", func() error {
+			return f.Add(t.Context(), local, soft.request(Constraints{Confirm: true}))
+		}, "INFO", "key added", []string{"request=add", "key=SHA256:", "comment="}},
+		{"add it again", func() error {
+			return f.Add(t.Context(), local, soft.request(Constraints{}))
+		}, "WARN", "key added", []string{`note="constraints loosened`}},
+		{"remove a token", func() error {
+			return f.RemoveToken(t.Context(), local, TokenRequest{Provider: []byte("pkcs11:token=a")})
+		}, "INFO", "key removed", []string{"request=remove", `uri="pkcs11:token=a"`}},
+		{
+			"remove what is gone", func() error { return f.Remove(t.Context(), local, wireOf(key)) },
+			"WARN", "request refused",
+			[]string{"request=remove", strings.TrimSpace(fingerprint)},
+		},
+		{
+			"remove garbage", func() error { return f.Remove(t.Context(), local, []byte("x")) },
+			"WARN", "request refused",
+			[]string{`key="a key of unknown kind"`},
+		},
+		{"remove all", func() error { return f.RemoveAll(t.Context(), local) }, "INFO", "all keys removed", []string{"request=remove-all"}},
+		{"by the door", func() error {
+			err := errors.New("the message is cut short")
+			f.Refuse(local, RequestSign, err)
+			return err
+		}, "WARN", "request refused", []string{"request=sign", "cut short"}},
+		{"lock", func() error { return f.Lock(t.Context(), local, phrase()) }, "INFO", "agent locked", []string{"request=lock"}},
+		{"locked", func() error {
+			_, err := f.Sign(t.Context(), local, SignRequest{Key: wireOf(key), Data: []byte("d")})
+			return err
+		}, "WARN", "request refused", []string{"the agent is locked", strings.TrimSpace(fingerprint)}},
+		{"unlock", func() error { return f.Unlock(t.Context(), local, phrase()) }, "INFO", "agent unlocked", []string{"request=unlock"}},
+	} {
+		f.log.Reset()
+		err := test.do()
+		line := f.log.String()
+		if (err == nil) != (test.msg != "request refused") {
+			t.Errorf("%s: %v", test.name, err)
+		}
+		if strings.Count(line, "\n") != 1 || len(line) > 3000 {
+			t.Errorf("%s: this is no one line: %s", test.name, line)
+		}
+		if strings.ContainsFunc(strings.TrimSuffix(line, "\n"), unicode.IsControl) || strings.Contains(line, "open-sesame") || strings.Contains(line, "8-apples") {
+			t.Errorf("%s: %q", test.name, line)
+		}
+		msg := "msg=" + test.msg
+		if strings.Contains(test.msg, " ") {
+			msg = `msg="` + test.msg + `"`
+		}
+		for _, want := range append(test.want, "level="+test.level+" ", msg+" ") {
+			if !strings.Contains(line, want) {
+				t.Errorf("%s: the line does not say %s: %s", test.name, want, line)
+			}
+		}
+	}
+}
+
+// What is kept is bounded, and failures are known for longer.
+func TestAuditIsBounded(t *testing.T) {
+	key := edKey("pkcs11:token=a")
+	f := newFixture(Options{}, key)
+	f.Refuse(local, RequestAdd, errors.New("the first"))
+	for range 3 * maxEvents {
+		if _, err := f.Sign(t.Context(), local, SignRequest{Key: wireOf(key), Data: []byte("d")}); err != nil {
+			t.Fatal(err)
+		}
+	}
+	s := f.Now()
+	if len(s.Events) != maxEvents || len(s.Failures) != 1 || s.Failures[0].Reason != "the first" || s.Keys[0].Signatures != 3*maxEvents {
+		t.Errorf("%d events, %d failures, %d signatures", len(s.Events), len(s.Failures), s.Keys[0].Signatures)
+	}
+	for i := range 2 * maxFailures {
+		f.Refuse(local, RequestAdd, fmt.Errorf("number %d", i))
+	}
+	s = f.Now()
+	if len(s.Failures) != maxFailures {
+		t.Fatalf("%d failures", len(s.Failures))
+	}
+	for i, e := range s.Failures {
+		if want := fmt.Sprintf("number %d", 2*maxFailures-1-i); e.Reason != want {
+			t.Errorf("failure %d is %s, want %s", i, e.Reason, want)
+		}
+	}
+	var a audit
+	for i := range 2 * maxUses {
+		a.add(&Event{Request: RequestSign, Result: ResultOK, Key: fmt.Sprint(i)})
+	}
+	if len(a.uses) != maxUses {
+		t.Errorf("uses of %d keys are kept", len(a.uses))
+	}
+}
+
+type declinedError struct{}
+
+func (declinedError) Error() string  { return "no, thanks" }
+func (declinedError) Declined() bool { return true }
+
+// A person is told of what fails here, and not of what they have declined.
+func TestFailed(t *testing.T) {
+	var told []Event
+	key := edKey("pkcs11:token=a")
+	f := newFixture(Options{Failed: func(e Event) { told = append(told, e) }}, key)
+	for _, test := range []struct {
+		caller *Caller
+		err    error
+		want   bool
+	}{
+		{local, nil, false},
+		{local, errors.New("the PIN is locked"), true},
+		{local, fmt.Errorf("log in: %w", declinedError{}), false},
+		{local, context.Canceled, false},
+		{forwarded, errors.New("the PIN is locked"), false},
+	} {
+		told, key.err = nil, test.err
+		_, _ = f.Sign(t.Context(), test.caller, SignRequest{Key: wireOf(key), Data: []byte("d")})
+		if (len(told) == 1) != test.want {
+			t.Errorf("%v by %v: %+v", test.err, test.caller.Peer, told)
+		}
+		if test.want && (told[0].Reason != "the PIN is locked" || told[0].Key == "") {
+			t.Errorf("%+v", told[0])
+		}
+	}
+}
+
+// What is around a signature is to cost little beside it. It is measured with a log at
+// the level of every day.
+func BenchmarkSign(b *testing.B) {
+	key := edKey("pkcs11:token=bench;id=%01")
+	k := NewKeyring(Options{
+		Tokens: newFakeTokens(key),
+		Rules:  Rules{Name: func(Key) string { return "" }},
+		Log:    slog.New(slog.NewTextHandler(io.Discard, nil)),
+	})
+	c := &Caller{Number: 1, Peer: peer.Peer{Known: true, PID: 4711, UID: 1000, Chain: []peer.Process{
+		{PID: 4711, Name: "ssh"}, {PID: 4710, Name: "git"}, {PID: 4709, Name: "bash"}, {PID: 4708, Name: "tmux: server"},
+	}}}
+	host := edKey("host")
+	r := SignRequest{
+		Key: wireOf(key), Data: make([]byte, 500), Content: Content{Kind: KindLogin},
+		Login: &Login{User: "me", SessionID: make([]byte, 32), HostKey: wireOf(host)},
+	}
+	b.ReportAllocs()
+	for b.Loop() {
+		if _, err := k.Sign(b.Context(), c, r); err != nil {
+			b.Fatal(err)
+		}
+	}
+}

@@ -1,0 +1,167 @@
+package agent
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"os"
+
+	"p11-agent/agent/peer"
+	"p11-agent/pinentry/secret"
+)
+
+// A LoginRequest asks to log in to one token.
+type LoginRequest struct {
+	// Provider names the token, as in a TokenRequest. It is the door's own memory.
+	Provider []byte
+	// PIN is nil when it is to come from where a signature would get it, or is typed
+	// on the reader. It belongs to the door, which wipes it when the request is
+	// answered.
+	PIN *secret.Secret
+	// LastTry says that the person knows that one try may be left, and wants it used.
+	LastTry bool
+}
+
+// A LoginAnswer tells what there is to say of a login, be it one that failed.
+type LoginAnswer struct {
+	// Already says that somebody was logged in, or that no login is needed: nothing
+	// was tried.
+	Already bool
+	// Tries is what the token says is left of the tries: ok, low, last, locked.
+	Tries string
+	// LastTry says that nothing was tried because one try is left, and
+	// LoginRequest.LastTry was not set.
+	LastTry bool
+}
+
+// ErrNoControl is what MayControl says, with the reason.
+var ErrNoControl = errors.New("the agent may not be controlled like this")
+
+var (
+	errNotHere     = errors.New("this is a [[socket]] for others")
+	errBound       = errors.New("its connection belongs to an SSH session, and may come from another machine")
+	errNobodyKnown = errors.New("the process that asks has ended or cannot be looked at")
+	errOtherUser   = errors.New("it is another user who asks, if only root")
+)
+
+// MayControl tells whether a connection may look into the agent and log in and out
+// of tokens: see the Keyring's methods of the same names.
+//
+// It may when p11-agent itself has opened it, on this machine and for the agent's
+// own user. What this is against are other machines. Requests that are forwarded
+// to the agent (ssh -A, ssh -R, socat, a container's proxy) come from the program
+// that forwards them: ssh is known by its binds, since OpenSSH 8.9, and like every
+// other by its file. Whoever cannot be looked at may not.
+//
+// It is not against other programs of the user here. They can run p11-agent, as the
+// user can, and nothing that the door does would be worth more to them than the
+// signatures that they can have anyway.
+//
+// The error is ErrNoControl.
+func (c *Caller) MayControl() error {
+	reason := func() error {
+		switch {
+		case c.Socket != nil:
+			return errNotHere
+		case c.Forwarded || c.BindFailed || len(c.Binds) > 0:
+			return errBound
+		case !c.Peer.Known || len(c.Peer.Chain) == 0:
+			return errNobodyKnown
+		case c.Peer.UID != os.Geteuid():
+			return errOtherUser
+		}
+		return c.Peer.SameProgram()
+	}()
+	if reason != nil {
+		return fmt.Errorf("%w: %w", ErrNoControl, reason)
+	}
+	return nil
+}
+
+// Status returns the status as Options.Report has it, of the tokens that the
+// provider selects; empty: of everything. It waits for nobody.
+func (k *Keyring) Status(_ context.Context, c *Caller, provider []byte) ([]byte, error) {
+	rec := k.begin(c, RequestStatus)
+	rec.told = true
+	report, err := k.report(c, provider)
+	if err != nil {
+		k.end(rec, err)
+	}
+	return report, err
+}
+
+func (k *Keyring) report(c *Caller, provider []byte) ([]byte, error) {
+	if err := c.MayControl(); err != nil {
+		return nil, err
+	}
+	if k.opts.Report == nil {
+		return nil, errors.New("there is no status")
+	}
+	var s Selection
+	if len(provider) > 0 {
+		var err error
+		if s, err = k.opts.Tokens.Parse(provider); err != nil {
+			return nil, err
+		}
+		defer k.opts.Tokens.Drop(s)
+	}
+	return k.opts.Report(k.Now(), s)
+}
+
+// Login logs in to the one token that the request names. Nothing is tried that the
+// request does not give, nor twice. The answer counts when there is an error, too.
+func (k *Keyring) Login(ctx context.Context, c *Caller, r LoginRequest) (LoginAnswer, error) {
+	rec := k.begin(c, RequestLogin)
+	rec.told = true
+	answer, err := k.login(ctx, rec, r)
+	if answer.Already {
+		rec.Note = "nothing was to be done"
+	}
+	k.end(rec, err)
+	return answer, err
+}
+
+func (k *Keyring) login(ctx context.Context, rec *record, r LoginRequest) (LoginAnswer, error) {
+	c := rec.use.Caller
+	if err := c.MayControl(); err != nil {
+		return LoginAnswer{}, err
+	}
+	ctx, done, err := k.lock.enter(peer.NewContext(ctx, c.Peer))
+	if err != nil {
+		return LoginAnswer{}, err
+	}
+	defer done()
+	s, err := k.opts.Tokens.Parse(r.Provider)
+	if err != nil {
+		return LoginAnswer{}, err
+	}
+	rec.URI = s.String()
+	defer k.opts.Tokens.Drop(s)
+	return k.opts.Tokens.Login(ctx, s, r.PIN, r.LastTry)
+}
+
+// Logout logs out of the tokens that the provider selects, or of all when it is
+// empty, and forgets their PINs.
+func (k *Keyring) Logout(ctx context.Context, c *Caller, provider []byte) error {
+	rec := k.begin(c, RequestLogout)
+	rec.told = true
+	err := k.logout(ctx, rec, provider)
+	k.end(rec, err)
+	return err
+}
+
+func (k *Keyring) logout(ctx context.Context, rec *record, provider []byte) error {
+	if err := rec.use.Caller.MayControl(); err != nil {
+		return err
+	}
+	if len(provider) == 0 {
+		return k.opts.Tokens.LogoutAll(ctx)
+	}
+	s, err := k.opts.Tokens.Parse(provider)
+	if err != nil {
+		return err
+	}
+	rec.URI = s.String()
+	defer k.opts.Tokens.Drop(s)
+	return k.opts.Tokens.Logout(ctx, s)
+}

@@ -1,0 +1,280 @@
+package sshagent
+
+import (
+	"bytes"
+	"context"
+	"errors"
+	"fmt"
+	"net"
+	"os"
+	"path/filepath"
+	"runtime"
+	"slices"
+	"strings"
+	"syscall"
+	"testing"
+
+	"p11-agent/agent"
+	"p11-agent/pinentry/secret"
+)
+
+func secretOf(t *testing.T, text string) *secret.Secret {
+	t.Helper()
+	s, err := secret.From([]byte(text))
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(s.Wipe)
+	return s
+}
+
+func dialControl(t *testing.T, path string) *Control {
+	t.Helper()
+	c, err := DialControl(t.Context(), path)
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() { c.Close() })
+	return c
+}
+
+func TestControl(t *testing.T) {
+	keyring := newKeyring()
+	r := serve(t, &Server{Keyring: keyring})
+	c := dialControl(t, r.socket)
+	if text, err := c.Status(t.Context(), "pkcs11:token=a"); err != nil || string(text) != `{"version":"1"}` {
+		t.Errorf("status: %s, %v", text, err)
+	}
+	want := ControlAnswer{LoginAnswer: agent.LoginAnswer{Already: true, Tries: "low"}}
+	if a, err := c.Login(t.Context(), "pkcs11:", secretOf(t, "12 34\xff"), true); err != nil || a != want {
+		t.Errorf("login: %+v, %v", a, err)
+	}
+	if a, err := c.Login(t.Context(), "pkcs11:", nil, false); err != nil || a != want {
+		t.Errorf("login: %+v, %v", a, err)
+	}
+	if a, err := c.Logout(t.Context(), ""); err != nil || a != (ControlAnswer{}) {
+		t.Errorf("logout: %+v, %v", a, err)
+	}
+	for _, do := range []func(context.Context, *secret.Secret) (bool, error){c.Lock, c.Unlock} {
+		if ok, err := do(t.Context(), secretOf(t, "open")); !ok || err != nil {
+			t.Errorf("%v, %v", ok, err)
+		}
+	}
+	var got []string
+	for _, call := range keyring.noted() {
+		got = append(got, fmt.Sprintf("%s %q %q %v", call.method, call.provider, call.pin, call.lastTry))
+	}
+	if want := []string{
+		`Status "pkcs11:token=a" "" false`, `Login "pkcs11:" "12 34\xff" true`, `Login "pkcs11:" "" false`,
+		`Logout "" "" false`, `Lock "" "open" false`, `Unlock "" "open" false`,
+	}; !slices.Equal(got, want) {
+		t.Errorf("asked was %q", got)
+	}
+}
+
+// On a socket for others nothing is said, not even that there is such an extension.
+// An upstream agent is not asked either: to that one it is this program that asks.
+func TestControlOfNamedSocket(t *testing.T) {
+	keyring := newKeyring()
+	keyring.pass = func(message []byte) ([]byte, error) {
+		t.Errorf("passed on: %q", message)
+		return []byte{msgSuccess}, nil
+	}
+	l, err := Listen(filepath.Join(shortDir(t), "s"))
+	if err != nil {
+		t.Fatal(err)
+	}
+	ctx, stop := context.WithCancel(t.Context())
+	done := make(chan error)
+	go func() { done <- (&Server{Keyring: keyring}).ServeSocket(ctx, l, &agent.Socket{Name: "others"}) }()
+	defer func() { stop(); <-done }()
+	c := dialControl(t, l.Path())
+	if _, err := c.Status(t.Context(), ""); !errors.Is(err, ErrControlRefused) {
+		t.Errorf("status: %v", err)
+	}
+	if _, err := c.Login(t.Context(), "pkcs11:", secretOf(t, "1234"), false); !errors.Is(err, ErrControlRefused) {
+		t.Errorf("login: %v", err)
+	}
+	for _, bad := range [][]byte{message(msgExtension, extensionControl), message(msgExtension, extensionControl, "shutdown", "")} {
+		if answer, err := c.exchange(t.Context(), bad, nil, nil); err != nil || !bytes.Equal(answer, []byte{msgExtensionFailure}) {
+			t.Errorf("%q: %q, %v", bad, answer, err)
+		}
+	}
+	answer, err := c.exchange(t.Context(), message(msgExtension, extensionQuery), nil, nil)
+	if err != nil || bytes.Contains(answer, []byte(extensionControl)) {
+		t.Errorf("query: %q, %v", answer, err)
+	}
+}
+
+// Another agent is no agent of ours, and is given no PIN.
+func TestControlOfOtherAgents(t *testing.T) {
+	for name, answers := range map[string][]byte{
+		"refuses":              {0, 0, 0, 1, msgFailure},
+		"says yes":             {0, 0, 0, 1, msgSuccess},
+		"another extension":    framed(message(msgExtensionResponse, "query", "")),
+		"cut short":            {0, 0, 0, 9, msgExtensionResponse},
+		"nothing":              {0, 0, 0, 0},
+		"more than there is":   {0xff, 0xff, 0xff, 0xff, msgExtensionResponse},
+		"no JSON":              framed(message(msgExtensionResponse, extensionControl, "{")),
+		"hangs up immediately": {},
+	} {
+		t.Run(name, func(t *testing.T) {
+			l, err := net.Listen("unix", filepath.Join(shortDir(t), "s"))
+			if err != nil {
+				t.Fatal(err)
+			}
+			defer l.Close()
+			go func() {
+				conn, err := l.Accept()
+				if err != nil {
+					return
+				}
+				defer conn.Close()
+				var b [1024]byte
+				if _, err := conn.Read(b[:]); err == nil {
+					_, _ = conn.Write(answers)
+				}
+			}()
+			c := dialControl(t, l.Addr().String())
+			if text, err := c.Status(t.Context(), ""); err == nil {
+				t.Errorf("status: %s", text)
+			}
+		})
+	}
+}
+
+// A client that hangs up ends what it has asked for.
+func TestControlHangsUp(t *testing.T) {
+	ctx, cancel := context.WithCancel(t.Context())
+	l, err := net.Listen("unix", filepath.Join(shortDir(t), "s"))
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer l.Close()
+	ended := make(chan error)
+	go func() {
+		conn, err := l.Accept()
+		if err == nil {
+			var b [1024]byte
+			_, err = conn.Read(b[:])
+			cancel()
+			for err == nil {
+				_, err = conn.Read(b[:])
+			}
+		}
+		ended <- err
+	}()
+	if _, err := dialControl(t, l.Addr().String()).Login(ctx, "pkcs11:", nil, false); !errors.Is(err, context.Canceled) {
+		t.Errorf("login: %v", err)
+	}
+	<-ended
+}
+
+func controlSeeds() [][]byte {
+	var all [][]byte
+	for _, fields := range [][]any{
+		{controlStatus, ""},
+		{controlStatus, "pkcs11:token=a"},
+		{controlLogin, "pkcs11:", "1234", false},
+		{controlLogin, "pkcs11:", "", true},
+		{controlLogin, "pkcs11:"},
+		{controlLogin, "pkcs11:", strings.Repeat("1", maxPIN+1), true},
+		{controlLogin, "pkcs11:", "12\x0034", true},
+		{controlLogout, ""},
+		{controlLogout, strings.Repeat("x", maxURI+1)},
+		{controlLogout, "a\x00b"},
+		{"shutdown", ""},
+		{},
+	} {
+		all = append(all, message(0, fields...)[1:])
+	}
+	return all
+}
+
+func TestControlRequests(t *testing.T) {
+	want := []bool{true, true, true, true, false, false, false, true, false, false, false, false}
+	for i, seed := range controlSeeds() {
+		if _, err := parseControl(reader{rest: seed}); (err == nil) != want[i] {
+			t.Errorf("%q: %v", seed, err)
+		}
+		if want[i] {
+			if _, err := parseControl(reader{rest: append(bytes.Clone(seed), 0)}); err == nil {
+				t.Errorf("%q and a byte: no error", seed)
+			}
+		}
+	}
+}
+
+// FuzzControl: what is understood is within bounds, and says all that was said.
+func FuzzControl(f *testing.F) {
+	for _, seed := range controlSeeds() {
+		f.Add(seed)
+	}
+	f.Fuzz(func(t *testing.T, input []byte) {
+		r, err := parseControl(reader{rest: bytes.Clone(input)})
+		if err != nil {
+			if len(err.Error()) > 200 {
+				t.Errorf("the error quotes much: %v", err)
+			}
+			return
+		}
+		if len(r.uri) > maxURI || len(r.pin) > maxPIN {
+			t.Errorf("%d bytes of URI, %d of PIN", len(r.uri), len(r.pin))
+		}
+		again := message(0, r.what, r.uri)
+		if r.what == controlLogin {
+			again = message(0, r.what, r.uri, r.pin, r.lastTry)
+			if b := input[len(input)-1]; b > 1 {
+				again[len(again)-1] = b // any other than 0 is true
+			}
+		}
+		if !bytes.Equal(again[1:], input) {
+			t.Errorf("%q is read as %+v", input, r)
+		}
+	})
+}
+
+// No PIN is sent to an agent of somebody else, who may have put a socket there.
+func TestControlOfOtherUser(t *testing.T) {
+	const nobody = 65534
+	if os.Geteuid() != 0 {
+		if os.Getenv("CI") == "true" {
+			t.Fatal("this needs root, which CI has to provide")
+		}
+		t.Skip("this needs root, to listen as another user")
+	}
+	dir := shortDir(t)
+	if err := os.Chmod(dir, 0o777); err != nil {
+		t.Fatal(err)
+	}
+	path := filepath.Join(dir, "s")
+	listening := make(chan error)
+	done := make(chan struct{})
+	defer close(done)
+	go func() {
+		// The thread ends with this goroutine, as it is not unlocked. What the kernel
+		// tells of a listener is who it was when it began to listen.
+		runtime.LockOSThread()
+		if _, _, errno := syscall.RawSyscall(syscall.SYS_SETRESUID, ^uintptr(0), nobody, ^uintptr(0)); errno != 0 {
+			listening <- errno
+			return
+		}
+		l, err := net.Listen("unix", path)
+		listening <- err
+		if err == nil {
+			<-done
+			l.Close()
+		}
+	}()
+	if err := <-listening; err != nil {
+		t.Fatal(err)
+	}
+	c, err := DialControl(t.Context(), path)
+	if err == nil {
+		c.Close()
+		t.Fatal("connected")
+	}
+	if want := "the agent runs as another user (uid 65534)"; err.Error() != want {
+		t.Errorf("%v, want %s", err, want)
+	}
+}

@@ -1,0 +1,378 @@
+package main
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"io"
+	"os"
+	"slices"
+	"strings"
+	"time"
+
+	"github.com/spf13/cobra"
+
+	"p11-agent/agent/sshagent"
+	"p11-agent/pinentry"
+	"p11-agent/pinentry/secret"
+	"p11-agent/token/pkcs11uri"
+)
+
+// visibleText makes fit for a terminal what an agent, a token or an environment says.
+func visibleText(s string) string { return pinentry.Visible(s, false) }
+
+func newLoginCommand() *cobra.Command {
+	var stdin bool
+	var socket string
+	cmd := &cobra.Command{
+		Use:   "login [flags] [URI]",
+		Short: "Log in to a token of the running agent",
+		Long: `Log in to the token that a pkcs11: URI names, so that its keys sign without
+asking. The PIN is asked for at this terminal, which works where no pinentry can
+show anything. The URI can be left out when one token only needs a login.
+
+A wrong PIN is not asked for again, and the last try is used only after a yes.`,
+		Args:              optionalURI,
+		ValidArgsFunction: completeTokens(func(t statusToken) bool { return t.Present && t.LoginNeeded && !t.LoggedIn }),
+		RunE: func(cmd *cobra.Command, args []string) error {
+			return runLogin(cmd.Context(), socket, stdin, argument(args), cmd.OutOrStdout())
+		},
+	}
+	cmd.Flags().BoolVar(&stdin, "stdin", false, "read the PIN from standard input, one line")
+	addSocketFlag(cmd, &socket)
+	return cmd
+}
+
+func newLogoutCommand() *cobra.Command {
+	var socket string
+	cmd := &cobra.Command{
+		Use:   "logout [flags] [URI]",
+		Short: "Log the running agent out of a token, or of all",
+		Long: `Log out of the token that a pkcs11: URI names, or of all, and forget the PIN if it
+is kept: the next signature asks for it.`,
+		Args:              optionalURI,
+		ValidArgsFunction: completeTokens(func(t statusToken) bool { return t.LoggedIn || t.PINKept }),
+		RunE: func(cmd *cobra.Command, args []string) error {
+			return runLogout(cmd.Context(), socket, argument(args), cmd.OutOrStdout())
+		},
+	}
+	addSocketFlag(cmd, &socket)
+	return cmd
+}
+
+func newLockCommand() *cobra.Command {
+	var socket string
+	cmd := &cobra.Command{
+		Use:   "lock",
+		Short: "Lock the running agent with a passphrase",
+		Long: `Lock the running agent, as ssh-add -x does: it shows nothing, signs nothing and is
+logged out of every token until it is unlocked with the same passphrase.`,
+		Args: noArgs,
+		RunE: func(cmd *cobra.Command, _ []string) error {
+			return runLock(cmd.Context(), socket, true, cmd.OutOrStdout())
+		},
+	}
+	addSocketFlag(cmd, &socket)
+	return cmd
+}
+
+func newUnlockCommand() *cobra.Command {
+	var socket string
+	cmd := &cobra.Command{
+		Use:   "unlock",
+		Short: "Unlock the running agent",
+		Long:  `Unlock the running agent with the passphrase that it was locked with.`,
+		Args:  noArgs,
+		RunE: func(cmd *cobra.Command, _ []string) error {
+			return runLock(cmd.Context(), socket, false, cmd.OutOrStdout())
+		},
+	}
+	addSocketFlag(cmd, &socket)
+	return cmd
+}
+
+func optionalURI(_ *cobra.Command, args []string) error {
+	if len(args) > 1 {
+		return &usageError{errors.New("only one URI can be given")}
+	}
+	return checkURI(argument(args))
+}
+
+func argument(args []string) string {
+	if len(args) == 0 {
+		return ""
+	}
+	return args[0]
+}
+
+// checkURI finds what is wrong with a URI before an agent is asked, which could tell
+// no better.
+func checkURI(text string) error {
+	if text == "" {
+		return nil
+	}
+	u, err := pkcs11uri.Parse(text)
+	if err != nil {
+		return &usageError{err}
+	}
+	defer u.Wipe()
+	if u.PIN() != nil || u.PINSource != nil {
+		return &usageError{errors.New("the URI says where the PIN comes from: here it is asked for, or read with --stdin")}
+	}
+	return nil
+}
+
+// completeTokens completes the URIs of the running agent's tokens. A shell waits for
+// it, so that it does not for long.
+func completeTokens(fits func(statusToken) bool) cobra.CompletionFunc {
+	return func(cmd *cobra.Command, args []string, _ string) ([]cobra.Completion, cobra.ShellCompDirective) {
+		if len(args) > 0 {
+			return nil, cobra.ShellCompDirectiveNoFileComp
+		}
+		ctx, cancel := context.WithTimeout(cmd.Context(), time.Second)
+		defer cancel()
+		socket, _ := cmd.Flags().GetString("socket") // empty for a command without it
+		a, err := dialAgent(ctx, socket, "")
+		if err != nil {
+			return nil, cobra.ShellCompDirectiveNoFileComp
+		}
+		defer a.Close()
+		var all []cobra.Completion
+		for _, t := range a.report.Tokens {
+			if fits(t) {
+				all = append(all, cobra.CompletionWithDesc(t.URI, visibleText(t.name())))
+			}
+		}
+		return all, cobra.ShellCompDirectiveNoFileComp
+	}
+}
+
+// completeKeys completes the URIs of the running agent's tokens and their keys.
+func completeKeys(cmd *cobra.Command, args []string, _ string) ([]cobra.Completion, cobra.ShellCompDirective) {
+	var keys []cobra.Completion
+	all, directive := completeTokens(func(t statusToken) bool {
+		for _, uri := range t.Keys {
+			keys = append(keys, cobra.CompletionWithDesc(uri, visibleText("key on "+t.name())))
+		}
+		return true
+	})(cmd, args, "")
+	return append(all, keys...), directive
+}
+
+// pickToken returns the token to log in to; nil: nothing is to be done.
+func pickToken(a *runningAgent, uri string, out io.Writer) (*statusToken, error) {
+	if a.report.Locked {
+		return nil, errors.New("the agent is locked: p11-agent unlock opens it")
+	}
+	var waiting, done []statusToken
+	for _, t := range a.report.Tokens {
+		switch {
+		case !t.Present || t.Shadowed != "":
+		case t.LoginNeeded && !t.LoggedIn:
+			waiting = append(waiting, t)
+		default:
+			done = append(done, t)
+		}
+	}
+	if uri == "" {
+		// None is chosen that has no keys.
+		waiting = slices.DeleteFunc(waiting, func(t statusToken) bool { return len(t.Keys) == 0 })
+	}
+	names := func(tokens []statusToken) string {
+		var all []string
+		for _, t := range tokens {
+			all = append(all, visibleText(t.URI))
+		}
+		return strings.Join(all, ", ")
+	}
+	switch {
+	case len(waiting) == 1 && (uri == "" || len(done) == 0):
+		return &waiting[0], nil
+	case len(waiting) > 0 && uri == "":
+		return nil, &usageError{fmt.Errorf("several tokens need a login, so name one: %s", names(waiting))}
+	case len(waiting) > 0 || len(done) > 1 && uri != "":
+		return nil, fmt.Errorf("%s selects several tokens, and a PIN is for one: %s", visibleText(uri), names(append(waiting, done...)))
+	case len(done) == 0 && uri != "":
+		return nil, fmt.Errorf("no token that is present has a key that %s selects: see p11-agent list", visibleText(uri))
+	case len(done) == 0:
+		return nil, errors.New("no token with a key is present: see p11-agent list")
+	}
+	for _, t := range done {
+		what := "already logged in to " + t.name()
+		if !t.LoginNeeded {
+			what = t.name() + " needs no login"
+		}
+		if _, err := fmt.Fprintln(out, visibleText(what)); err != nil {
+			return nil, err
+		}
+	}
+	return nil, nil
+}
+
+func runLogin(ctx context.Context, socket string, stdin bool, uri string, out io.Writer) error {
+	a, err := dialAgent(ctx, socket, uri)
+	if err != nil {
+		return err
+	}
+	defer a.Close()
+	if a.note != "" {
+		fmt.Fprintln(os.Stderr, a.note)
+	}
+	t, err := pickToken(a, uri, out)
+	if err != nil || t == nil {
+		return err
+	}
+	if uri == "" {
+		uri = t.URI
+	}
+	if t.PIN == "locked" {
+		return fmt.Errorf("the PIN of %s is locked: unlock it with its PUK or SO PIN", visibleText(t.name()))
+	}
+	ask, err := newQuestion(stdin, t.OnReader)
+	if err != nil {
+		return err
+	}
+	defer ask.Close()
+	about := "Token: " + visibleText(t.name())
+	switch t.PIN {
+	case "low":
+		about += "\nNote: a wrong PIN was given before, and fewer tries are left."
+	case "last":
+		about += "\nNote: ONE TRY IS LEFT. A wrong PIN now locks the token."
+	}
+	if t.PromptOpen || t.LoginGoesOn {
+		about += "\nNote: somebody is being asked for the PIN of this token already: that comes first."
+	}
+	ask.say(about)
+	lastTry := false
+	if t.PIN == "last" {
+		if lastTry, err = ask.lastTry(ctx); err != nil {
+			return err
+		}
+	}
+	var pin *secret.Secret // nil: typed on the reader
+	if !t.OnReader {
+		if pin, err = ask.secret(ctx, "PIN: "); err != nil {
+			return err
+		}
+		defer pin.Wipe()
+		if pin.Len() == 0 {
+			return errors.New("no PIN was given, and none tried")
+		}
+	} else {
+		ask.say("Please enter the PIN on the card reader.")
+	}
+	answer, err := a.Login(ctx, uri, pin, lastTry)
+	if err == nil && answer.LastTry && !lastTry {
+		// It was found out just now.
+		if lastTry, err = ask.lastTry(ctx); err != nil {
+			return err
+		}
+		answer, err = a.Login(ctx, uri, pin, lastTry)
+	}
+	if err != nil {
+		return connectionEnded(ctx, err)
+	}
+	if answer.Error != "" {
+		return loginRefused(answer)
+	}
+	what := "logged in to "
+	if answer.Already {
+		what = "already logged in to "
+	}
+	_, err = fmt.Fprintln(out, what+visibleText(t.name()))
+	return err
+}
+
+// loginRefused says what became of a PIN, and of the tries.
+func loginRefused(a sshagent.ControlAnswer) error {
+	text := visibleText(a.Error)
+	switch a.Tries {
+	case "last":
+		text += "\np11-agent: ONE TRY IS LEFT"
+	case "low":
+		text += "\np11-agent: fewer tries are left"
+	}
+	return errors.New(text)
+}
+
+// connectionEnded says why there is no answer.
+func connectionEnded(ctx context.Context, err error) error {
+	if ctx.Err() != nil {
+		return context.Cause(ctx)
+	}
+	return fmt.Errorf("the agent %w", err)
+}
+
+func runLogout(ctx context.Context, socket, uri string, out io.Writer) error {
+	a, err := dialAgent(ctx, socket, "")
+	if err != nil {
+		return err
+	}
+	defer a.Close()
+	answer, err := a.Logout(ctx, uri)
+	switch {
+	case err != nil:
+		return connectionEnded(ctx, err)
+	case answer.Error != "":
+		return errors.New(visibleText(answer.Error))
+	case uri == "":
+		uri = "every token"
+	}
+	_, err = fmt.Fprintln(out, "logged out of "+visibleText(uri))
+	return err
+}
+
+func runLock(ctx context.Context, socket string, lock bool, out io.Writer) error {
+	a, err := dialAgent(ctx, socket, "")
+	if err != nil {
+		return err
+	}
+	defer a.Close()
+	switch {
+	case lock && a.report.Locked:
+		return errors.New("the agent is locked already")
+	case !lock && !a.report.Locked:
+		return errors.New("the agent is not locked")
+	}
+	ask, err := newQuestion(false, false)
+	if err != nil {
+		return err
+	}
+	defer ask.Close()
+	prompt := "Passphrase to unlock the agent: "
+	if lock {
+		prompt = "Passphrase to lock the agent: "
+	}
+	phrase, err := ask.secret(ctx, prompt)
+	if err != nil {
+		return err
+	}
+	defer phrase.Wipe()
+	if phrase.Len() == 0 {
+		return errors.New("a lock needs a passphrase")
+	}
+	do, done := a.Unlock, "agent unlocked"
+	if lock {
+		again, err := ask.secret(ctx, "The same again: ")
+		if err != nil {
+			return err
+		}
+		defer again.Wipe()
+		if !phrase.Equal(again) {
+			return errors.New("the two are not the same: the agent is not locked")
+		}
+		do, done = a.Lock, "agent locked"
+	}
+	ok, err := do(ctx, phrase)
+	switch {
+	case err != nil:
+		return connectionEnded(ctx, err)
+	case !ok && !lock:
+		return errors.New("the agent is not unlocked: the passphrase is wrong")
+	case !ok:
+		return errors.New("the agent has not locked itself: its log says why")
+	}
+	_, err = fmt.Fprintln(out, done)
+	return err
+}

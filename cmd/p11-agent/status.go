@@ -1,0 +1,458 @@
+package main
+
+import (
+	"bytes"
+	"cmp"
+	"context"
+	"encoding/json"
+	"errors"
+	"fmt"
+	"io"
+	"os"
+	"path/filepath"
+	"strings"
+	"text/tabwriter"
+	"time"
+
+	"github.com/spf13/cobra"
+
+	"p11-agent/agent"
+	"p11-agent/agent/sshagent"
+	"p11-agent/token/pkcs11uri"
+	"p11-agent/token/wire"
+)
+
+// statusTimeout is how long an agent may take to tell how it fares: it waits for
+// nobody itself.
+const statusTimeout = 10 * time.Second
+
+// shownRequests is how many requests, and how many that failed, a person is shown.
+const shownRequests, shownFailures = 20, 5
+
+type statusOptions struct {
+	json   bool
+	socket string
+}
+
+func newStatusCommand() *cobra.Command {
+	o := new(statusOptions)
+	cmd := &cobra.Command{
+		Use:   "status",
+		Short: "Show how the running agent fares",
+		Long: `Show the keys, tokens and modules of the running agent, what it was asked last,
+and why it refused what it did. The agent is the one of SSH_AUTH_SOCK, or that at
+$XDG_RUNTIME_DIR/p11-agent/agent.sock when that is another one.`,
+		Args: noArgs,
+		RunE: func(cmd *cobra.Command, _ []string) error {
+			return runStatus(cmd.Context(), o, cmd.OutOrStdout(), cmd.ErrOrStderr())
+		},
+	}
+	f := cmd.Flags()
+	f.BoolVar(&o.json, "json", false, "print JSON")
+	addSocketFlag(cmd, &o.socket)
+	return cmd
+}
+
+func addSocketFlag(cmd *cobra.Command, socket *string) {
+	cmd.Flags().StringVarP(socket, "socket", "a", "", "ask the agent at the socket `PATH`")
+}
+
+func runStatus(ctx context.Context, o *statusOptions, out, stderr io.Writer) error {
+	a, err := dialAgent(ctx, o.socket, "")
+	if err != nil {
+		return err
+	}
+	defer a.Close()
+	if o.json {
+		var b bytes.Buffer
+		if err := json.Indent(&b, a.text, "", "  "); err != nil {
+			return err
+		}
+		b.WriteByte('\n')
+		_, err := b.WriteTo(out)
+		return err
+	}
+	if a.note != "" {
+		fmt.Fprintln(stderr, a.note)
+	}
+	_, err = io.WriteString(out, a.report.String())
+	return err
+}
+
+// runningAgent is an agent that was found.
+type runningAgent struct {
+	*sshagent.Control
+	path   string
+	note   string // what a person should know of where it was found
+	text   []byte // the report as it came
+	report statusReport
+}
+
+// noAgentError says that no agent answers.
+type noAgentError struct{ tried []string }
+
+func (e *noAgentError) Error() string {
+	return "no p11-agent answers: " + strings.Join(e.tried, "; ")
+}
+
+func (*noAgentError) hint() string {
+	return `"p11-agent doctor" finds out why; eval "$(p11-agent agent -s)" starts one for this shell`
+}
+
+// dialAgent connects to the agent at path, or to the one that commands find by
+// themselves, and asks for its status, of the tokens that the URI selects.
+func dialAgent(ctx context.Context, path, uri string) (*runningAgent, error) {
+	if path != "" {
+		path, err := filepath.Abs(path)
+		if err != nil {
+			return nil, err
+		}
+		a, err := queryAgent(ctx, path, uri)
+		if err != nil {
+			return nil, notFound(path+": ", err)
+		}
+		return a, nil
+	}
+	var tried []string
+	var failed error // of an agent that does answer
+	own := ""
+	if dir := os.Getenv("XDG_RUNTIME_DIR"); dir != "" {
+		own = filepath.Join(dir, "p11-agent", "agent.sock")
+	}
+	named := os.Getenv(socketVariable)
+	if named == "" {
+		tried = append(tried, socketVariable+" is not set")
+	} else {
+		a, err := queryAgent(ctx, named, uri)
+		if err == nil {
+			return a, nil
+		}
+		if !isNotFound(err) {
+			failed = err
+		}
+		tried = append(tried, fmt.Sprintf("%s is %s: %v", socketVariable, visibleText(named), err))
+	}
+	switch {
+	case own == "":
+		tried = append(tried, "XDG_RUNTIME_DIR is not set")
+	case own == named:
+	default:
+		a, err := queryAgent(ctx, own, uri)
+		if err == nil {
+			a.note = fmt.Sprintf("note: this is the agent at %s, and %s; ssh asks the one of %s", own, tried[0], socketVariable)
+			return a, nil
+		}
+		if failed == nil && !isNotFound(err) {
+			failed = err
+		}
+		tried = append(tried, fmt.Sprintf("%s: %v", own, err))
+	}
+	if failed != nil {
+		return nil, failed
+	}
+	return nil, &noAgentError{tried}
+}
+
+// notFound makes a noAgentError of what means that there is none.
+func notFound(where string, err error) error {
+	if isNotFound(err) {
+		return &noAgentError{[]string{where + err.Error()}}
+	}
+	return err
+}
+
+// isNotFound tells whether no agent of ours has answered, or none that may.
+func isNotFound(err error) bool {
+	_, answered := errors.AsType[sshagent.ControlError](err)
+	return !answered
+}
+
+func queryAgent(ctx context.Context, path, uri string) (*runningAgent, error) {
+	ctx, cancel := context.WithTimeoutCause(ctx, statusTimeout, fmt.Errorf("it does not answer within %v", statusTimeout))
+	defer cancel()
+	c, err := sshagent.DialControl(ctx, path)
+	if err != nil {
+		return nil, err
+	}
+	a := &runningAgent{Control: c, path: path}
+	if a.text, err = c.Status(ctx, uri); err == nil {
+		if err = json.Unmarshal(a.text, &a.report); err != nil {
+			err = fmt.Errorf("what it tells cannot be read: %w", err)
+		}
+	}
+	if err != nil {
+		_ = c.Close()
+		return nil, err
+	}
+	return a, nil
+}
+
+// String makes one screen of the report.
+func (r *statusReport) String() string {
+	var b strings.Builder
+	fmt.Fprintf(&b, "p11-agent %s, process %d, up for %s%s\n", visibleText(r.Version), r.PID, span(r.Time.Sub(r.Started)),
+		map[bool]string{true: ", LOCKED (ssh-add -X or p11-agent unlock opens it)"}[r.Locked])
+	section := func(title string, lines int, print func(row func(cells ...string))) {
+		if lines == 0 {
+			return
+		}
+		fmt.Fprintf(&b, "\n%s\n", title)
+		w := tabwriter.NewWriter(&b, 0, 0, 2, ' ', 0)
+		print(func(cells ...string) {
+			for i, cell := range cells {
+				cells[i] = visibleText(cell)
+			}
+			fmt.Fprintln(w, strings.TrimRight("  "+strings.Join(cells, "\t"), "\t"))
+		})
+		_ = w.Flush() // to memory
+	}
+	section("SOCKETS", len(r.Sockets), func(row func(...string)) {
+		for _, s := range r.Sockets {
+			row(s.Path, plural(s.Connections, "connection"), s.Name)
+		}
+	})
+	section("KEYS", len(r.Keys), func(row func(...string)) {
+		for _, k := range r.Keys {
+			row(shortURI(k.Comment), shortType(k.Type), k.Fingerprint, k.where(), r.used(k.Signatures, k.LastUsed), k.limits(r.Time))
+		}
+	})
+	section("TOKENS", len(r.Tokens), func(row func(...string)) {
+		for _, t := range r.Tokens {
+			row(t.name(), t.Module, t.pin(), t.login(r.Time), r.used(t.Signatures, t.LastUsed))
+		}
+	})
+	section("MODULES", len(r.Modules), func(row func(...string)) {
+		for _, m := range r.Modules {
+			row(m.Name, m.state(), cmp.Or(m.Reason, m.sandbox()))
+		}
+	})
+	section("UPSTREAM AGENTS", len(r.Upstreams), func(row func(...string)) {
+		for _, u := range r.Upstreams {
+			row(u.Path, plural(u.Keys, "key"), u.Trouble)
+		}
+	})
+	section("ALLOWED FOR LONGER", len(r.Approvals), func(row func(...string)) {
+		for _, a := range r.Approvals {
+			lasts := "until lock"
+			if !a.Ends.IsZero() {
+				lasts = "for " + span(a.Ends.Sub(r.Time))
+			}
+			row(shortURI(a.Comment), a.What, strings.TrimSpace(a.Forwarding), lasts)
+		}
+	})
+	requests := r.Requests[:min(len(r.Requests), shownRequests)]
+	section("LAST REQUESTS", len(requests), func(row func(...string)) {
+		for _, e := range requests {
+			row(ago(r.Time.Sub(e.Time)), string(e.Request), e.subject(), e.purpose(), e.client(), e.result())
+		}
+	})
+	failures := r.Failures[:min(len(r.Failures), shownFailures)]
+	section("LAST FAILURES", len(failures), func(row func(...string)) {
+		for _, e := range failures {
+			row(ago(r.Time.Sub(e.Time)), string(e.Request), e.subject(), "because "+e.Reason)
+		}
+	})
+	if !r.Locked && len(r.Keys) == 0 {
+		b.WriteString("\nThere are no keys: \"p11-agent list\" shows what is there, and why it is not offered.\n")
+	}
+	return b.String()
+}
+
+func (k *statusKey) where() string {
+	switch {
+	case k.InMemory:
+		return "in memory"
+	case k.Present:
+		return "present"
+	}
+	return "token away"
+}
+
+func (k *statusKey) limits(now time.Time) string {
+	var all []string
+	if k.Confirm {
+		all = append(all, "confirmed each time")
+	}
+	if k.Limited {
+		all = append(all, "for some hosts only")
+	}
+	if !k.Expires.IsZero() {
+		all = append(all, "for "+span(k.Expires.Sub(now)))
+	}
+	return strings.Join(all, ", ")
+}
+
+func (r *statusReport) used(n uint64, last time.Time) string {
+	if n == 0 {
+		return "not used"
+	}
+	return plural(int(n), "signature") + ", last " + ago(r.Time.Sub(last))
+}
+
+// name names a token to a person.
+func (t *statusToken) name() string {
+	return fmt.Sprintf("%s (serial %s)", cmp.Or(t.Label, "without label"), cmp.Or(t.Serial, "unknown"))
+}
+
+func (t *statusToken) pin() string {
+	switch t.PIN {
+	case "low":
+		return "FEWER PIN TRIES LEFT"
+	case "last":
+		return "ONE PIN TRY LEFT"
+	case "locked":
+		return "PIN LOCKED"
+	}
+	if !t.LoginNeeded {
+		return "no PIN needed"
+	}
+	return "PIN ok"
+}
+
+func (t *statusToken) login(now time.Time) string {
+	switch {
+	case !t.Present:
+		return "away, last seen " + ago(now.Sub(t.LastSeen))
+	case t.Shadowed != "":
+		return "used through module " + t.Shadowed
+	case t.PromptOpen:
+		return "a PIN prompt is open"
+	case t.LoginGoesOn:
+		return "is being logged in to"
+	case !t.LoggedIn && !t.LoginNeeded:
+		return ""
+	case !t.LoggedIn:
+		return "not logged in"
+	}
+	text := "logged in for " + span(now.Sub(t.Since))
+	if !t.Ends.IsZero() {
+		text += ", " + span(t.Ends.Sub(now)) + " left"
+	}
+	if t.PINKept {
+		text += ", PIN kept"
+	}
+	return text
+}
+
+func (m *statusModule) state() string {
+	text := m.State
+	switch m.State {
+	case "running":
+		text = fmt.Sprintf("process %d", m.PID)
+	case "released":
+		text = "has let go of its cards"
+	}
+	if m.Restarts > 0 {
+		text += ", started again " + times(m.Restarts)
+	}
+	return text
+}
+
+func (m *statusModule) sandbox() string {
+	if m.Sandbox == "" {
+		return ""
+	}
+	return "sandbox: " + m.Sandbox
+}
+
+// subject is what a request was about, in the shortest words that there are.
+func (e *statusEvent) subject() string {
+	text := cmp.Or(e.Comment, e.URI, e.Key, "-")
+	return shortURI(text)
+}
+
+func (e *statusEvent) purpose() string {
+	text := string(e.Purpose)
+	switch {
+	case e.Request != agent.RequestSign:
+		return "-"
+	case e.User != "" && e.Host != "":
+		text = fmt.Sprintf("%s as %s at %s", text, e.User, e.Host)
+	case e.User != "":
+		text = fmt.Sprintf("%s as %s", text, e.User)
+	case e.Purpose == agent.PurposeOther && e.Namespace != "":
+		text = "namespace " + e.Namespace
+	case e.Purpose == agent.PurposeOther:
+		text = cmp.Or(string(e.Kind), "-")
+	}
+	if e.Forwarded {
+		text += ", FORWARDED"
+		if len(e.Via) > 0 {
+			text += " by " + strings.Join(e.Via, ", ")
+		}
+	}
+	return text
+}
+
+// client is the program that asked, without those that it came from.
+func (e *statusEvent) client() string {
+	first, _, _ := strings.Cut(e.Client, " ← ")
+	return first
+}
+
+func (e *statusEvent) result() string {
+	text := string(e.Result)
+	if e.Note != "" {
+		text += ": " + e.Note
+	}
+	if e.Result == agent.ResultOK && e.Duration >= 1 {
+		text += " after " + span(time.Duration(e.Duration*float64(time.Second)))
+	}
+	return text
+}
+
+// span is a length of time for a person: one number.
+func span(d time.Duration) string {
+	switch {
+	case d < time.Second:
+		return "less than 1 s"
+	case d < 2*time.Minute:
+		return fmt.Sprintf("%d s", d/time.Second)
+	case d < 2*time.Hour:
+		return fmt.Sprintf("%d min", d/time.Minute)
+	case d < 48*time.Hour:
+		return fmt.Sprintf("%d h", d/time.Hour)
+	}
+	return fmt.Sprintf("%d days", d/(24*time.Hour))
+}
+
+func ago(d time.Duration) string {
+	if d < time.Second {
+		return "just now"
+	}
+	return span(d) + " ago"
+}
+
+// shortURI leaves out of a URI what tells two tokens of one name apart. What is no
+// URI stays as it is.
+func shortURI(text string) string {
+	u, err := pkcs11uri.Parse(text)
+	if err != nil || u.Token == nil {
+		return text
+	}
+	defer u.Wipe()
+	label := ""
+	if u.Object != nil {
+		label = *u.Object
+	}
+	return pkcs11uri.ForKey(wire.TokenID{Label: *u.Token}, label, u.ID).String()
+}
+
+// shortType is what people call a type of key.
+func shortType(kind string) string {
+	plain, certified := strings.CutSuffix(kind, "-cert-v01@openssh.com")
+	switch plain {
+	case "ssh-rsa":
+		plain = "RSA"
+	case "ssh-ed25519":
+		plain = "Ed25519"
+	default:
+		plain = strings.Replace(plain, "ecdsa-sha2-nistp", "P-", 1)
+	}
+	if certified {
+		plain += " certificate"
+	}
+	return plain
+}
+
+func tokenURI(id wire.TokenID) string { return pkcs11uri.ForKey(id, "", nil).String() }
