@@ -39,6 +39,7 @@ type Files struct {
 	mu      sync.Mutex
 	stamps  []stamp
 	entries map[string][]entry // by the wire form of the key
+	proved  map[string]string  // names that were guessed right, by their hashes
 }
 
 // stamp tells whether a file has changed.
@@ -96,7 +97,7 @@ func (f *Files) Lookup(key ssh.PublicKey, guesses func() []string) Known {
 		case e.revoked:
 			k.Revoked = true
 		case !e.authority:
-			names, hashed := e.names(guess)
+			names, hashed := f.names(e, guess)
 			all = append(all, names...)
 			k.Hashed = k.Hashed || hashed
 		}
@@ -134,15 +135,13 @@ func guessedFirst(names []string, guess func() []string) []string {
 
 // names returns the names of a host that an entry has. hashed says that there may
 // be another.
-func (e entry) names(guess func() []string) (names []string, hashed bool) {
+func (f *Files) names(e entry, guess func() []string) (names []string, hashed bool) {
 	for _, p := range e.patterns {
 		switch {
 		case strings.HasPrefix(p, "|"):
-			found := false
-			for _, g := range guess() {
-				if matchHash(p, g) {
-					names, found = append(names, g), true
-				}
+			name, found := f.unhash(p, guess)
+			if found {
+				names = append(names, name)
 			}
 			hashed = hashed || !found
 		case strings.HasPrefix(p, "!"):
@@ -160,6 +159,26 @@ func (e entry) names(guess func() []string) (names []string, hashed bool) {
 		}
 	}
 	return names, hashed
+}
+
+// unhash returns the name that has been hashed, if somebody has said it now or
+// before: a hash is of one name.
+func (f *Files) unhash(hashed string, guess func() []string) (name string, found bool) {
+	f.mu.Lock()
+	name, found = f.proved[hashed]
+	f.mu.Unlock()
+	if found {
+		return name, true
+	}
+	for _, g := range guess() {
+		if matchHash(hashed, g) {
+			f.mu.Lock()
+			f.proved[hashed] = g
+			f.mu.Unlock()
+			return g, true
+		}
+	}
+	return "", false
 }
 
 // certified returns the names that a certificate has and that its authority may
@@ -244,7 +263,7 @@ func (f *Files) now() map[string][]entry {
 		stamps[i] = stampOf(p)
 	}
 	if f.entries == nil || !slices.Equal(stamps, f.stamps) {
-		f.entries = make(map[string][]entry)
+		f.entries, f.proved = make(map[string][]entry), make(map[string]string)
 		for _, p := range f.paths {
 			parse(read(p), f.entries)
 		}

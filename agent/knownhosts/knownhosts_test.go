@@ -125,6 +125,16 @@ func TestHashed(t *testing.T) {
 			t.Errorf("guessing %q: %+v, want %q", test.guesses, got, test.want)
 		}
 	}
+	// What was proved once need not be said again, until the file changes.
+	f := New(file)
+	f.Lookup(key, guesses("example.org"))
+	if got := f.Lookup(key, nil); !slices.Equal(got.Names, []string{"example.org"}) {
+		t.Errorf("the second time: %+v", got)
+	}
+	write(t, file, line("another.example.org", key))
+	if got := f.Lookup(key, nil); !slices.Equal(got.Names, []string{"another.example.org"}) {
+		t.Errorf("when the file has changed: %+v", got)
+	}
 	if got := New(file).Lookup(newSigner(t).PublicKey(), nil); got.Hashed || got.Names != nil {
 		t.Errorf("a key that is not there: %+v", got)
 	}
@@ -229,7 +239,7 @@ func FuzzParse(f *testing.F) {
 	f.Fuzz(func(t *testing.T, file []byte, guess string) {
 		entries := make(map[string][]entry)
 		parse(file, entries)
-		fs := &Files{entries: entries}
+		fs := &Files{entries: entries, proved: make(map[string]string)}
 		got := fs.Lookup(key, guesses(guess))
 		if len(got.Names) > maxNames {
 			t.Errorf("%d names", len(got.Names))
