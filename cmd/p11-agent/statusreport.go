@@ -252,6 +252,9 @@ func moduleReport(m token.ModuleStatus, locked bool) statusModule {
 		module.State = "failed"
 		if !locked { // it may name a token
 			module.Reason = m.Err.Error()
+			if kindOfModule(m.Path) == kindTPM && noTPM() {
+				module.Reason = "there is no TPM on this machine"
+			}
 		}
 	case m.Running:
 		module.State = "running"
