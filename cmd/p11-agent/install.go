@@ -141,9 +141,6 @@ func newInstallation(ctx context.Context, g *globals, o *installOptions, out, st
 
 // forUser fills in what belongs to the agent of this user.
 func (in *installation) forUser() error {
-	if os.Geteuid() == 0 {
-		return errors.New("root is no user for --user: run it as the user whose agent it is to be, or use --system NAME")
-	}
 	config := filepath.Dir(filepath.Dir(defaultConfig()))
 	if !filepath.IsAbs(config) {
 		return errors.New("neither XDG_CONFIG_HOME nor HOME says where your configuration is")
