@@ -722,7 +722,8 @@ func runDisplay(ts *testscript.TestScript, display string) bool {
 	ready, theirs, err := os.Pipe()
 	ts.Check(err)
 	defer ready.Close()
-	cmd := exec.Command("Xvfb", display, "-displayfd", "3", "-screen", "0", "800x600x24", "-nolisten", "tcp")
+	// Without -noreset it throws out who connects just after its last client has left.
+	cmd := exec.Command("Xvfb", display, "-displayfd", "3", "-screen", "0", "800x600x24", "-nolisten", "tcp", "-noreset")
 	cmd.ExtraFiles = []*os.File{theirs}
 	ts.Check(errors.Join(cmd.Start(), theirs.Close()))
 	ts.Defer(func() {
