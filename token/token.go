@@ -184,6 +184,7 @@ func (t *Token) logout(ctx context.Context) error {
 	p := cmp.Or(t.session, t.attempted)
 	t.session, t.attempted = nil, nil
 	t.changes++
+	logins := t.logins
 	t.mu.Unlock()
 	if p == nil || p.failure() != nil {
 		return nil // the login went with the process
@@ -191,6 +192,9 @@ func (t *Token) logout(ctx context.Context) error {
 	err := p.call(ctx, loginTimeout, wire.TypeLogout, &wire.Token{Token: t.ID}, new(wire.TokenReply))
 	t.mu.Lock()
 	t.changes++ // once more: it may have been read just before the call
+	if t.session == p && t.logins == logins {
+		t.session = nil // and may have been noted already
+	}
 	t.mu.Unlock()
 	if err != nil && !isRV(err, wire.CKRUserNotLoggedIn, wire.CKRDeviceRemoved, wire.CKRTokenNotPresent) &&
 		!isReason(err, wire.ReasonNoToken) && !errors.Is(err, errGone) {
