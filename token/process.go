@@ -11,6 +11,8 @@ import (
 	"net"
 	"os"
 	"os/exec"
+	"path/filepath"
+	"slices"
 	"strings"
 	"sync"
 	"sync/atomic"
@@ -172,7 +174,7 @@ func startProcess(ctx context.Context, spec ModuleSpec, argv []string, log *slog
 	if err := p.call(ctx, startTimeout, wire.TypeHello, hello, &p.info); err != nil {
 		p.kill(errors.New("it did not start"))
 		<-p.done
-		if !spec.Unconfined && maybeSandbox(err) {
+		if !spec.Unconfined && !fitsSandbox(spec.Path) && maybeSandbox(err) {
 			err = fmt.Errorf("%w; %s", err, sandboxHint)
 		}
 		return nil, err
@@ -183,6 +185,15 @@ func startProcess(ctx context.Context, spec ModuleSpec, argv []string, log *slog
 // sandboxHint is said of a module that fails at the start for a reason that may be
 // its sandbox.
 const sandboxHint = "if it needs to write elsewhere: write = [...] or sandbox = false in its [[module]] table"
+
+// fitsSandbox tells whether a module is one that the sandbox is made for: what such
+// a module lacks is something else.
+func fitsSandbox(path string) bool {
+	name := filepath.Base(path)
+	return slices.ContainsFunc([]string{"libsofthsm2", "opensc-pkcs11", "libykcs11", "libtpm2_pkcs11"}, func(known string) bool {
+		return strings.Contains(name, known)
+	})
+}
 
 // maybeSandbox tells whether a module may have failed to start because of what its
 // process may not do. Most do not say more than that they failed.
