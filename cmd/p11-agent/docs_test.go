@@ -97,6 +97,42 @@ func TestManualHasEveryFlag(t *testing.T) {
 	}
 }
 
+// The help shows each command in a group, and the manual has them in the same order.
+func TestManualHasTheOrderOfTheHelp(t *testing.T) {
+	manual := readDoc(t, "docs/p11-agent.1.scd")
+	var out bytes.Buffer
+	root := newRootCommand()
+	root.SetOut(&out)
+	if err := root.Help(); err != nil {
+		t.Fatal(err)
+	}
+	commands := regexp.MustCompile(`(?m)^  ([a-z]+) {2,}[A-Z][^.\n]*[a-z]$`)
+	at := 0
+	n := 0
+	for _, c := range root.Commands() {
+		if c.GroupID == "" || !slices.ContainsFunc(commands.FindAllStringSubmatch(out.String(), -1), func(m []string) bool { return m[1] == c.Name() }) {
+			t.Errorf("the help does not have %q in a group, with a line that begins like a sentence and has no full stop:\n%s", c.Name(), &out)
+		}
+	}
+	if strings.Contains(out.String(), "Additional Commands") {
+		t.Errorf("the help has commands that are in no group:\n%s", &out)
+	}
+	for _, m := range commands.FindAllStringSubmatch(out.String(), -1) {
+		if m[1] == "help" {
+			continue
+		}
+		n++
+		section := strings.Index(manual, "\n## "+m[1]+"\n")
+		if section < at {
+			t.Errorf("the manual has %q at another place than the help", m[1])
+		}
+		at = max(at, section)
+	}
+	if n < 10 {
+		t.Errorf("only %d commands were looked at", n)
+	}
+}
+
 // ruleTable begins a rule in a configuration.
 const ruleTable = "[[key]]\nuri = \"pkcs11:id=%01\"\n[[key.rule]]"
 
