@@ -355,7 +355,7 @@ func TestCommandLinesAreRight(t *testing.T) {
 // notOurs are the words of documents that look like flags and keys of ours, and
 // belong to others.
 var notOurs = []string{
-	"pcsc-shared", "known-keys", "pin-source", "go-seccomp-bpf", "opensc-pkcs11", "host-key", "ssh-agent", "ssh-add", "sc-hsm-tool",
+	"pcsc-shared", "known-keys", "pin-source", "pin-value", "go-seccomp-bpf", "opensc-pkcs11", "host-key", "ssh-agent", "ssh-add", "sc-hsm-tool",
 	"pkcs11-tool", "tpm2-abrmd", "tpm2-pkcs11", "ssh-keygen", "--protect", "git-config",
 }
 
