@@ -170,7 +170,7 @@ func runAgent(ctx context.Context, g *globals, o *agentOptions, command []string
 		s.log = newLog(os.Stderr, level)
 		return s.runInherited(ctx, inherited)
 	}
-	path, err := socketPath(o.socket)
+	path, err := socketPath(o.socket, len(command) > 0)
 	if err != nil {
 		return err
 	}
@@ -244,9 +244,10 @@ func listen(path string) (*sshagent.Socket, error) {
 }
 
 // listenNamed makes the sockets that the configuration names, and their rules.
-func listenNamed(c *config) (all []listener, rules []*agent.Socket, err error) {
+// Those without a path are in dir.
+func listenNamed(c *config, dir string) (all []listener, rules []*agent.Socket, err error) {
 	for _, sc := range c.Sockets {
-		path, err := sc.path()
+		path, err := sc.path(dir)
 		if err == nil {
 			var l *sshagent.Socket
 			if l, err = listen(path); err == nil {
@@ -340,7 +341,7 @@ func (s *service) serve(ctx context.Context, listeners []listener) error {
 			s.log.Warn("the keys that were remembered cannot be forgotten", "reason", err)
 		}
 	}
-	named, rules, err := listenNamed(c)
+	named, rules, err := listenNamed(c, ownRuntimeDir(pathOf(listeners[0])))
 	if err != nil {
 		closeAll()
 		return err
@@ -574,29 +575,44 @@ func parseLifetime(s string) (time.Duration, error) {
 	return total, nil
 }
 
-// socketPath returns where to listen. It makes nothing but a private directory
-// under the temporary one, as ssh-agent does, where there is no runtime
-// directory.
-func socketPath(flag string) (string, error) {
+// socketPath returns where to listen. It makes nothing but a private directory:
+// under the temporary one, as ssh-agent does, where there is no runtime directory,
+// and always for an agent of a command, of which a user may have several at once,
+// beside the one that everything else uses.
+func socketPath(flag string, command bool) (string, error) {
 	if flag != "" {
 		return filepath.Abs(flag)
 	}
 	dir := os.Getenv("XDG_RUNTIME_DIR")
-	if dir == "" {
-		dir, err := os.MkdirTemp("", runtimePrefix)
+	if dir != "" {
+		st, err := os.Stat(dir)
 		if err != nil {
-			return "", fmt.Errorf("XDG_RUNTIME_DIR is not set, and there is no other place for a socket (-a names one): %w", err)
+			return "", fmt.Errorf("XDG_RUNTIME_DIR: %w: log in again to have it made, or name a socket with -a", err)
 		}
-		return filepath.Join(dir, "agent."+strconv.Itoa(os.Getpid())), nil
+		if sys, ok := st.Sys().(*syscall.Stat_t); !ok || !st.IsDir() || int(sys.Uid) != os.Geteuid() {
+			return "", fmt.Errorf("XDG_RUNTIME_DIR: %s is not a directory of this user: name a socket with -a", dir)
+		}
+		if !command {
+			return filepath.Join(dir, "p11-agent", "agent.sock"), nil
+		}
 	}
-	st, err := os.Stat(dir)
+	own, err := os.MkdirTemp(dir, runtimePrefix)
 	if err != nil {
-		return "", fmt.Errorf("XDG_RUNTIME_DIR: %w: log in again to have it made, or name a socket with -a", err)
+		if dir == "" {
+			err = fmt.Errorf("XDG_RUNTIME_DIR is not set, and there is no other place for a socket (-a names one): %w", err)
+		}
+		return "", err
 	}
-	if sys, ok := st.Sys().(*syscall.Stat_t); !ok || !st.IsDir() || int(sys.Uid) != os.Geteuid() {
-		return "", fmt.Errorf("XDG_RUNTIME_DIR: %s is not a directory of this user: name a socket with -a", dir)
+	return filepath.Join(own, "agent."+strconv.Itoa(os.Getpid())), nil
+}
+
+// ownRuntimeDir returns the directory that socketPath has made for this socket, or
+// nothing.
+func ownRuntimeDir(path string) string {
+	if dir := filepath.Dir(path); strings.HasPrefix(filepath.Base(dir), runtimePrefix) {
+		return dir
 	}
-	return filepath.Join(dir, "p11-agent", "agent.sock"), nil
+	return ""
 }
 
 // runtimePrefix begins the names of the directories that socketPath makes.
@@ -605,7 +621,7 @@ const runtimePrefix = "p11-agent-"
 // removeRuntimeDir removes the directory that socketPath has made, once the
 // socket in it is gone.
 func removeRuntimeDir(path string) {
-	if dir := filepath.Dir(path); strings.HasPrefix(filepath.Base(dir), runtimePrefix) {
+	if dir := ownRuntimeDir(path); dir != "" {
 		// Only if it is empty; somebody's own directory of that name stays.
 		_ = os.Remove(dir)
 	}

@@ -22,7 +22,7 @@ import (
 func newCheckCommand(g *globals) *cobra.Command {
 	return &cobra.Command{
 		Use:   "check",
-		Short: "Read the configuration as the agent would, and say what it would do",
+		Short: "Read the configuration, and say what the agent would do",
 		Long: `Read the configuration as the agent would, start the modules, look at the tokens,
 and say what the agent would do with them. Nothing is signed and no PIN is asked
 for. The exit status is 1 when something is wrong. "doctor" looks at the rest of

@@ -238,13 +238,16 @@ type socketConfig struct {
 	ReadOnly bool        `toml:"read-only"`
 }
 
-// path returns where the socket is.
-func (s socketConfig) path() (string, error) {
-	if s.Path != "" {
-		return s.Path, nil
-	}
+// path returns where the socket is: beside that of an agent which has a directory
+// of its own, own, or else in the one that all know.
+func (s socketConfig) path(own string) (string, error) {
 	dir := os.Getenv("XDG_RUNTIME_DIR")
-	if dir == "" {
+	switch {
+	case s.Path != "":
+		return s.Path, nil
+	case own != "":
+		return filepath.Join(own, s.Name+".sock"), nil
+	case dir == "":
 		return "", errors.New("XDG_RUNTIME_DIR is not set: give the socket a path")
 	}
 	return filepath.Join(dir, "p11-agent", s.Name+".sock"), nil

@@ -3,6 +3,7 @@ package main
 import (
 	"bytes"
 	"encoding"
+	"errors"
 	"maps"
 	"os"
 	"os/exec"
@@ -93,6 +94,42 @@ func TestManualHasEveryFlag(t *testing.T) {
 	}
 	if flags < 15 {
 		t.Errorf("only %d flags were looked at", flags)
+	}
+}
+
+// The help shows each command in a group, and the manual has them in the same order.
+func TestManualHasTheOrderOfTheHelp(t *testing.T) {
+	manual := readDoc(t, "docs/p11-agent.1.scd")
+	var out bytes.Buffer
+	root := newRootCommand()
+	root.SetOut(&out)
+	if err := root.Help(); err != nil {
+		t.Fatal(err)
+	}
+	commands := regexp.MustCompile(`(?m)^  ([a-z]+) {2,}[A-Z][^.\n]*[a-z]$`)
+	at := 0
+	n := 0
+	for _, c := range root.Commands() {
+		if c.GroupID == "" || !slices.ContainsFunc(commands.FindAllStringSubmatch(out.String(), -1), func(m []string) bool { return m[1] == c.Name() }) {
+			t.Errorf("the help does not have %q in a group, with a line that begins like a sentence and has no full stop:\n%s", c.Name(), &out)
+		}
+	}
+	if strings.Contains(out.String(), "Additional Commands") {
+		t.Errorf("the help has commands that are in no group:\n%s", &out)
+	}
+	for _, m := range commands.FindAllStringSubmatch(out.String(), -1) {
+		if m[1] == "help" {
+			continue
+		}
+		n++
+		section := strings.Index(manual, "\n## "+m[1]+"\n")
+		if section < at {
+			t.Errorf("the manual has %q at another place than the help", m[1])
+		}
+		at = max(at, section)
+	}
+	if n < 10 {
+		t.Errorf("only %d commands were looked at", n)
 	}
 }
 
@@ -261,8 +298,23 @@ func TestExamplesAreConfigurations(t *testing.T) {
 	}
 }
 
-// The command lines of README and manuals, where they are about p11-agent, have
-// commands, flags and arguments that it takes.
+// pagesForPeople are the documents besides the manuals that name commands, flags and
+// keys of the configuration.
+var pagesForPeople = []string{"README.md", "CHANGELOG.md", "docs/RECIPES.md", "docs/SECURITY.md", "docs/CARDS.md"}
+
+// findCommand finds the command of a command line, or complains.
+func findCommand(line string) (c *cobra.Command, args []string, err error) {
+	root := newRootCommand()
+	root.InitDefaultCompletionCmd("anything")
+	c, args, err = root.Find(strings.Fields(strings.NewReplacer("'", "", `"`, "").Replace(line)))
+	if err == nil && c == root {
+		err = errors.New("it has no command")
+	}
+	return c, args, err
+}
+
+// The command lines of documents, where they are about p11-agent, have commands,
+// flags and arguments that it takes.
 func TestCommandLinesAreRight(t *testing.T) {
 	readme := readDoc(t, "README.md")
 	for _, command := range []string{"make demo", "make check"} {
@@ -271,28 +323,121 @@ func TestCommandLinesAreRight(t *testing.T) {
 		}
 	}
 	line := regexp.MustCompile(`(?m)^(?: {4}|\t)(?:.*[ (/])?p11-agent ([^#>&|)\n+]+)`)
+	span := regexp.MustCompile("`p11-agent ([^`>&|]+)`")
 	seen := make(map[string]bool)
-	for _, name := range []string{"README.md", "docs/p11-agent.1.scd", "docs/p11-agent.toml.5.scd"} {
-		for _, m := range line.FindAllStringSubmatch(readDoc(t, name), -1) {
-			if strings.ContainsAny(m[1], "*_") {
+	for _, name := range append(pagesForPeople, "docs/p11-agent.1.scd", "docs/p11-agent.toml.5.scd") {
+		text := readDoc(t, name)
+		for _, m := range slices.Concat(line.FindAllStringSubmatch(text, -1), span.FindAllStringSubmatch(text, -1)) {
+			if strings.HasSuffix(name, ".scd") && strings.ContainsAny(m[1], "*_") {
 				continue // prose of a manual
 			}
-			root := newRootCommand()
-			root.InitDefaultCompletionCmd("anything")
-			c, args, err := root.Find(strings.Fields(strings.NewReplacer("'", "", `"`, "").Replace(m[1])))
-			if err != nil || c == root {
-				t.Errorf("%s: p11-agent %s: there is no such command (%v)", name, m[1], err)
+			if strings.TrimSpace(m[1]) == "" {
+				continue // a unit of systemd's
+			}
+			c, args, err := findCommand(m[1])
+			if err != nil {
+				t.Errorf("%s: p11-agent %s: %v", name, m[1], err)
 				continue
 			}
 			seen[c.Name()] = true
 			if err := c.ParseFlags(args); err != nil {
 				t.Errorf("%s: p11-agent %s: %v", name, m[1], err)
-			} else if err := c.ValidateArgs(c.Flags().Args()); err != nil {
+			} else if err := c.ValidateArgs(c.Flags().Args()); err != nil && strings.HasPrefix(m[0], " ") {
 				t.Errorf("%s: p11-agent %s: %v", name, m[1], err)
 			}
 		}
 	}
-	if got, want := slices.Sorted(maps.Keys(seen)), []string{"agent", "doctor", "export", "generate", "install", "list", "login", "logout", "status"}; !slices.Equal(got, want) {
+	if got, want := slices.Sorted(maps.Keys(seen)), []string{"agent", "check", "demo", "doctor", "export", "generate", "install", "list", "login", "logout", "status", "uninstall"}; !slices.Equal(got, want) {
 		t.Errorf("command lines show %q, want %q", got, want)
+	}
+}
+
+// notOurs are the words of documents that look like flags and keys of ours, and
+// belong to others.
+var notOurs = []string{
+	"pcsc-shared", "known-keys", "pin-source", "pin-value", "go-seccomp-bpf", "opensc-pkcs11", "host-key", "ssh-agent", "ssh-add", "sc-hsm-tool",
+	"pkcs11-tool", "tpm2-abrmd", "tpm2-pkcs11", "ssh-keygen", "--protect", "git-config",
+}
+
+// What documents call a flag, a key or a table of the configuration is one, and what
+// they have a key be is a value that it can have.
+func TestWordsOfDocumentsAreRight(t *testing.T) {
+	keys, tables := make(map[string]bool), make(map[string]bool)
+	for table, r := range map[string]reflect.Type{
+		"": reflect.TypeFor[config](), "[[module]]": reflect.TypeFor[moduleConfig](), "[[key]]": reflect.TypeFor[keyConfig](),
+		"[[key.rule]]": reflect.TypeFor[ruleConfig](), "[[socket]]": reflect.TypeFor[socketConfig](), "[pinentry]": reflect.TypeFor[pinentryConfig](),
+	} {
+		tables[table] = true
+		for _, key := range knownKeys(r, nil) {
+			keys[key] = true
+		}
+	}
+	isFlag := func(word string) bool {
+		name, ok := strings.CutPrefix(word, "--")
+		return ok && slices.ContainsFunc(append(newRootCommand().Commands(), newRootCommand()), func(c *cobra.Command) bool {
+			c.InitDefaultHelpFlag()
+			return c.Flags().Lookup(name) != nil || c.PersistentFlags().Lookup(name) != nil
+		})
+	}
+	// Tables that a key may be in, with what they need besides.
+	starts := []string{
+		"", "[[key]]\n", "[[key]]\nuri = \"pkcs11:id=%01\"\n", "[[module]]\nname = \"other\"\n", "[[socket]]\nname = \"other\"\n",
+		ruleTable + "\n", ruleTable + "\nconfirm = \"always\"\n",
+	}
+	isSet := regexp.MustCompile(`^([a-z-]+) = (.*)$`)
+	isWord := regexp.MustCompile(`^(--)?[a-z]+(-[a-z]+)+$|^--[a-z]+$`)
+	seen := 0
+	for _, name := range pagesForPeople {
+		text := regexp.MustCompile(`(?m)^ {4}.*$`).ReplaceAllString(readDoc(t, name), "")
+		for _, m := range regexp.MustCompile("`([^`]+)`").FindAllStringSubmatch(text, -1) {
+			word := strings.NewReplacer("\n", " ", "...", "").Replace(m[1])
+			switch set := isSet.FindStringSubmatch(word); {
+			case set != nil:
+				seen++
+				ok := false
+				for _, start := range starts {
+					file := filepath.Join(t.TempDir(), "config.toml")
+					if err := os.WriteFile(file, []byte(start+word+"\n"), 0o600); err != nil {
+						t.Fatal(err)
+					}
+					_, err := loadConfig(file)
+					ok = ok || err == nil
+				}
+				if !ok {
+					t.Errorf("%s: %s is right in no table of the configuration", name, word)
+				}
+			case strings.HasPrefix(word, "["):
+				seen++
+				if !tables[word] {
+					t.Errorf("%s: the configuration has no table %s", name, word)
+				}
+			case isWord.MatchString(word) && !slices.Contains(notOurs, word):
+				seen++
+				if !keys[word] && !isFlag(word) {
+					t.Errorf("%s: %q is neither a flag nor a key of the configuration", name, word)
+				}
+			}
+		}
+	}
+	if seen < 50 {
+		t.Errorf("only %d words were looked at", seen)
+	}
+}
+
+// The configurations of the recipes are right, those too that no test uses.
+func TestRecipesAreConfigurations(t *testing.T) {
+	n := 0
+	for title, blocks := range recipes(t) {
+		for _, b := range blocks {
+			if strings.HasSuffix(b.file, ".toml") {
+				n++
+				parses(t, b.text)
+			} else if b.file == "" && strings.Contains(b.text, " = [") {
+				t.Errorf("%q has a configuration without the name of its file:\n%s", title, b.text)
+			}
+		}
+	}
+	if n < 6 {
+		t.Errorf("only %d configurations in the recipes", n)
 	}
 }

@@ -38,7 +38,7 @@ func newExportCommand(g *globals) *cobra.Command {
 	o := new(exportOptions)
 	cmd := &cobra.Command{
 		Use:   "export [flags] [URI...] [HOST...]",
-		Short: "Write public keys into files, and what ssh and git need to use them",
+		Short: "Write public keys into files, and say what ssh and git need to use them",
 		Long: `Write the public halves of keys into files, NAME.pub in ~/.ssh, by which ssh and
 git know which key of the agent is meant. Keys are those that pkcs11: URIs match,
 or all that the agent offers, be their token there or only remembered. With

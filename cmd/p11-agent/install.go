@@ -64,7 +64,7 @@ func newUninstallCommand(g *globals) *cobra.Command {
 	o := new(installOptions)
 	cmd := &cobra.Command{
 		Use:   "uninstall --user|--system NAME",
-		Short: "Undo install",
+		Short: "Take back what install has done",
 		Long: `Stop and disable the agent, and remove the files that install has written, and no
 others. The configuration of the agent stays.`,
 		Args: noArgs,

@@ -26,7 +26,7 @@ func newLoginCommand() *cobra.Command {
 	var socket string
 	cmd := &cobra.Command{
 		Use:   "login [flags] [URI]",
-		Short: "Log in to a token of the running agent",
+		Short: "Log in to a token, at this terminal",
 		Long: `Log in to the token that a pkcs11: URI names, so that its keys sign without
 asking. The PIN is asked for at this terminal, which works where no pinentry can
 show anything. The URI can be left out when one token only needs a login.
@@ -47,7 +47,7 @@ func newLogoutCommand() *cobra.Command {
 	var socket string
 	cmd := &cobra.Command{
 		Use:   "logout [flags] [URI]",
-		Short: "Log the running agent out of a token, or of all",
+		Short: "Log out of a token, or of all",
 		Long: `Log out of the token that a pkcs11: URI names, or of all, and forget the PIN if it
 is kept: the next signature asks for it.`,
 		Args:              optionalURI,
@@ -64,7 +64,7 @@ func newLockCommand() *cobra.Command {
 	var socket string
 	cmd := &cobra.Command{
 		Use:   "lock",
-		Short: "Lock the running agent with a passphrase",
+		Short: "Lock the agent with a passphrase",
 		Long: `Lock the running agent, as ssh-add -x does: it shows nothing, signs nothing and is
 logged out of every token until it is unlocked with the same passphrase.`,
 		Args: noArgs,
@@ -80,7 +80,7 @@ func newUnlockCommand() *cobra.Command {
 	var socket string
 	cmd := &cobra.Command{
 		Use:   "unlock",
-		Short: "Unlock the running agent",
+		Short: "Unlock the agent",
 		Long:  `Unlock the running agent with the passphrase that it was locked with.`,
 		Args:  noArgs,
 		RunE: func(cmd *cobra.Command, _ []string) error {

@@ -120,24 +120,39 @@ Exit status: 0 it worked; 1 it did not, or "check" or "doctor" found a problem;
 	root.PersistentFlags().StringVar(&g.config, "config", "", "read the configuration from `FILE` (default ~/.config/p11-agent/config.toml)")
 	root.SetFlagErrorFunc(func(_ *cobra.Command, err error) error { return &usageError{err} })
 	root.SetVersionTemplate("p11-agent {{.Version}}\n")
-	root.AddCommand(
-		newAgentCommand(g),
-		newListCommand(g),
-		newGenerateCommand(g),
-		newStatusCommand(),
-		newLoginCommand(),
-		newLogoutCommand(),
-		newLockCommand(),
-		newUnlockCommand(),
-		newCheckCommand(g),
-		newDoctorCommand(g),
-		newExportCommand(g),
-		newInstallCommand(g),
-		newUninstallCommand(g),
-		newDemoCommand(),
-		newVersionCommand(),
-	)
+	cobra.EnableCommandSorting = false // for all commands of the process: they are in the order of this list
+	addCommands(root, "run", "Starting it:",
+		newAgentCommand(g), newInstallCommand(g), newUninstallCommand(g))
+	addCommands(root, "keys", "Keys:",
+		newListCommand(g), newGenerateCommand(g), newExportCommand(g))
+	addCommands(root, "running", "The running agent:",
+		newStatusCommand(), newLoginCommand(), newLogoutCommand(), newLockCommand(), newUnlockCommand())
+	addCommands(root, "wrong", "When it does not work:",
+		newDoctorCommand(g), newCheckCommand(g))
+	addCommands(root, "other", "Others:",
+		newDemoCommand(), newVersionCommand())
+	root.SetHelpCommandGroupID("other")
+	root.SetCompletionCommandGroupID("other")
+	root.InitDefaultHelpCmd()
+	root.InitDefaultCompletionCmd()
+	for _, c := range root.Commands() {
+		switch c.Name() {
+		case "help":
+			c.Short = "Print help for a command"
+		case "completion":
+			c.Short = "Print a completion script for a shell"
+		}
+	}
 	return root
+}
+
+// addCommands adds commands that the help shows together, in this order.
+func addCommands(root *cobra.Command, id, title string, commands ...*cobra.Command) {
+	root.AddGroup(&cobra.Group{ID: id, Title: title})
+	for _, c := range commands {
+		c.GroupID = id
+		root.AddCommand(c)
+	}
 }
 
 // knownCommand makes a command that does not exist a usage error.

@@ -38,7 +38,7 @@ func newStatusCommand() *cobra.Command {
 	o := new(statusOptions)
 	cmd := &cobra.Command{
 		Use:   "status",
-		Short: "Show how the running agent fares",
+		Short: "Show how the agent fares, and what it was asked",
 		Long: `Show the keys, tokens and modules of the running agent, what it was asked last,
 and why it refused what it did. The agent is the one of SSH_AUTH_SOCK, or that at
 $XDG_RUNTIME_DIR/p11-agent/agent.sock when that is another one.`,

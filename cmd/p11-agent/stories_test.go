@@ -80,6 +80,7 @@ const patience = 30 * time.Second
 //	sshd                start an sshd that lets $USER in by $WORK/authorized_keys; $WORK/ssh_config has the host "box"
 //	until PROGRAM...    run a program until it succeeds
 //	screen [SESSION] REGEXP  wait until the tmux pane, or that of a session, shows this
+//	recipe SECTION DIR  write what docs/RECIPES.md has to be typed there into DIR/N.sh
 //	mask FILE           write the last output to FILE, with what differs from run to run replaced
 //	secret TEXT         fail if TEXT is in a log, or in the arguments or environment of any process
 //	connections N M     connect to the agent N times in turn and M times at once, and see that it keeps nothing
@@ -129,6 +130,7 @@ func TestStories(t *testing.T) {
 			"sshd":        startSSHD,
 			"until":       until,
 			"screen":      screen,
+			"recipe":      writeRecipeForStory,
 			"mask":        mask,
 			"secret":      findSecret,
 			"connections": connections,

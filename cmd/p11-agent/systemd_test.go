@@ -56,11 +56,23 @@ func needPrivileges(t *testing.T, programs ...string) {
 // that the script starts or changes outlives it.
 func userManager(t *testing.T, script string, args ...string) string {
 	t.Helper()
+	return userManagerWith(t, "", script, args...)
+}
+
+// userManagerWith is userManager with what is in a directory put into the home as
+// well, unless the directory's name is empty.
+func userManagerWith(t *testing.T, files, script string, args ...string) string {
+	t.Helper()
 	needPrivileges(t, "/lib/systemd/systemd", "/lib/systemd/systemd-journald", "systemctl", "unshare", "setpriv")
 	home := tokentest.TempDir(t)
 	copyFile(t, buildAgent(t), filepath.Join(home, "my bin 100%", "p11-agent"), 0o755)
 	for _, name := range []string{"common.sh", script} {
 		copyFile(t, filepath.Join("testdata", "systemd", name), filepath.Join(home, name), 0o644)
+	}
+	if files != "" {
+		if err := os.CopyFS(home, os.DirFS(files)); err != nil {
+			t.Fatal(err)
+		}
 	}
 	harness := filepath.Join("testdata", "systemd", "usermanager.sh")
 	return runHarness(t, exec.Command("bash", append([]string{harness, home, "/home/person/" + script}, args...)...))
@@ -109,6 +121,7 @@ func TestBoot(t *testing.T) {
 	for _, script := range []string{"common.sh", "first-boot.sh", "second-boot.sh"} {
 		copyFile(t, filepath.Join("testdata", "systemd", script), filepath.Join(files, script), 0o644)
 	}
+	writeRecipe(t, "Host keys of sshd", filepath.Join(files, "host-keys"))
 	out := runHarness(t, exec.Command("bash", filepath.Join("testdata", "systemd", "boot.sh"), files, "first-boot.sh", "second-boot.sh"))
 	if n := strings.Count(out, "== all is well\n"); n != 2 {
 		t.Errorf("%d scripts got to their end:\n%s", n, out)

@@ -26,7 +26,7 @@ mount -t tmpfs tmpfs /run/systemd # nspawn's own state stays off the machine's /
 root=$scratch/root
 : >"$root/etc/machine-id"
 rm -f "$root/var/lib/dbus/machine-id"
-cp "$files"/* "$root/opt/"
+cp -r "$files"/* "$root/opt/"
 install -m 755 "$files/p11-agent" "$root/usr/bin/p11-agent"
 # Of the machine's own services none is of use.
 for unit in ssh.service ssh.socket pcscd.service pcscd.socket tpm2-abrmd.service; do ln -sf /dev/null "$root/etc/systemd/system/$unit"; done

@@ -22,11 +22,23 @@ for name in host other; do
 	as_agent softhsm2-util --init-token --free --label $name --pin $PIN --so-pin 11111111 >/dev/null
 	as_agent pkcs11-tool --module "$(softhsm)" --token-label $name --login --pin $PIN \
 		--keypairgen --key-type EC:prime256v1 --id 01 --label $name >/dev/null 2>&1
-	mkdir -p /etc/p11-agent
-	echo "keys = [\"pkcs11:token=$name?pin-source=credential:host-pin\"]" >/etc/p11-agent/$name.toml
-	(umask 077 && echo $PIN >/etc/p11-agent/$name.pin)
-	p11-agent install --system $name --now
 done
+
+step "the recipe of docs/RECIPES.md, and the same for another agent"
+# The last block is sshd's restart, which has a server of its own here.
+cd host-keys
+is "the blocks of the recipe" "$(echo *)" "1.file 1.text 2.sh 3.file 3.text 4.sh"
+is "the files of the recipe" "$(cat 1.file 3.file)" "/etc/p11-agent/host.toml"$'\n'"/etc/ssh/sshd_config"
+mkdir -p /etc/p11-agent
+sed 's/token=Host/token=host/' 1.text >/etc/p11-agent/host.toml
+{ echo 'sudo() { env "$@"; }' && cat 2.sh; } >run.sh
+bash -eu run.sh <<<"$PIN"
+is "the mode of the PIN" "$(stat -c '%a %U' /etc/p11-agent/host.pin)" "600 root"
+cd ..
+sed 's/token=host/token=other/' /etc/p11-agent/host.toml >/etc/p11-agent/other.toml
+(umask 077 && echo $PIN >/etc/p11-agent/other.pin)
+p11-agent install --system other --now
+systemctl stop p11-agent@host.service # which the recipe has started
 
 step "the first client, which is root, starts it"
 is "the service" "$(show ActiveState p11-agent@host.service)" inactive
@@ -62,11 +74,10 @@ usermod -p '*' person
 cat >sshd_config <<-CONFIG
 	Port 2222
 	ListenAddress 127.0.0.1
-	HostKey /opt/host.pub
-	HostKeyAgent /run/p11-agent/host.sock
 	PidFile /run/test-sshd.pid
 	UsePAM no
 CONFIG
+cat host-keys/3.text >>sshd_config
 printf '[127.0.0.1]:2222 %s\n' "$(cut -d' ' -f1,2 host.pub)" >known_hosts
 printf '[Service]\nExecStart=%s -D -f /opt/sshd_config\nRuntimeDirectory=sshd\n' "$(command -v sshd)" >/etc/systemd/system/test-sshd.service
 systemctl daemon-reload

@@ -1,0 +1,139 @@
+package main
+
+import (
+	"fmt"
+	"os"
+	"path/filepath"
+	"regexp"
+	"strings"
+	"testing"
+
+	"github.com/rogpeppe/go-internal/testscript"
+)
+
+// recipeBlock is a block of code of docs/RECIPES.md: lines of a file, or lines to
+// be typed.
+type recipeBlock struct {
+	file string // begins with "~/" or "/"; empty for what is typed
+	text string
+}
+
+// recipeFile is the first line of a block that is a file.
+var recipeFile = regexp.MustCompile(`^# ((?:~|/etc)/[^ \n]+)\n`)
+
+// recipes takes docs/RECIPES.md apart: its blocks in order, by the title of the
+// section. What comes before the first one has the title "".
+func recipes(t testing.TB) map[string][]recipeBlock {
+	t.Helper()
+	b, err := os.ReadFile(filepath.Join("..", "..", "docs", "RECIPES.md"))
+	if err != nil {
+		t.Fatal(err)
+	}
+	all := make(map[string][]recipeBlock)
+	title := ""
+	for paragraph := range strings.SplitSeq(string(b), "\n\n") {
+		if t, ok := strings.CutPrefix(paragraph, "## "); ok {
+			title = t
+			continue
+		}
+		if !strings.HasPrefix(paragraph, "    ") {
+			continue
+		}
+		text := strings.TrimRight(regexp.MustCompile(`(?m)^ {4}`).ReplaceAllString(paragraph, ""), "\n") + "\n"
+		block := recipeBlock{text: text}
+		switch m := recipeFile.FindStringSubmatch(text); {
+		case m != nil:
+			block.file = m[1]
+		case strings.HasPrefix(text, "["):
+			block.file = "~/.config/p11-agent/config.toml" // said by what is in it
+		}
+		all[title] = append(all[title], block)
+	}
+	return all
+}
+
+// elsewhere are the commands that are not typed here: what they install is there,
+// what they are for is not, or they would change the machine.
+var elsewhere = regexp.MustCompile(`(?m)^(sudo (apt|usermod|systemctl)|ykman|nitropy|sc-hsm-tool) .*\n`)
+
+// writeRecipe writes the blocks of a section into files, to be run one after the
+// other: DIR/N.sh those that are typed, and DIR/N.text with DIR/N.file, its name,
+// those that are files.
+func writeRecipe(t testing.TB, title, dir string) {
+	t.Helper()
+	blocks := recipes(t)[title]
+	if len(blocks) == 0 {
+		t.Fatalf("docs/RECIPES.md has no section %q with something to type", title)
+	}
+	if err := os.MkdirAll(dir, 0o755); err != nil {
+		t.Fatal(err)
+	}
+	for i, b := range blocks {
+		files := map[string]string{"sh": elsewhere.ReplaceAllString(b.text, "")}
+		if b.file != "" {
+			files = map[string]string{"text": b.text, "file": b.file + "\n"}
+		}
+		for kind, text := range files {
+			if err := os.WriteFile(filepath.Join(dir, fmt.Sprintf("%d.%s", i+1, kind)), []byte(text), 0o644); err != nil {
+				t.Fatal(err)
+			}
+		}
+	}
+}
+
+// writeRecipes writes several sections into directories of dir that are called so.
+func writeRecipes(t testing.TB, dir string, titles map[string]string) {
+	t.Helper()
+	for name, title := range titles {
+		writeRecipe(t, title, filepath.Join(dir, name))
+	}
+}
+
+// The recipes are what a new user can type: in a terminal, with pinentry there, under
+// a real user manager, with a login to a real sshd.
+func TestRecipes(t *testing.T) {
+	needPrivileges(t, "softhsm2-util", "ssh", "ssh-add", "ssh-keygen", "sshd", "git", "tmux", "pinentry-curses", "pgrep")
+	blocks := t.TempDir()
+	writeRecipes(t, blocks, map[string]string{
+		"first": "", "softhsm": "SoftHSM", "git": "git", "forwarding": "Forwarding", "ci": "CI and other machines without people",
+	})
+	if out := userManagerWith(t, blocks, "recipes.sh", storyPIN); !strings.HasSuffix(out, "== all is well\n") {
+		t.Errorf("the script did not get to its end:\n%s", out)
+	}
+}
+
+// No command of the page is run by nobody without being named in elsewhere: each
+// section is either run by a test, or has nothing left to type but p11-agent's own.
+func TestEveryRecipeIsRun(t *testing.T) {
+	run := []string{"", "SoftHSM", "git", "Forwarding", "CI and other machines without people", "Host keys of sshd", "A TPM"}
+	all := recipes(t)
+	for _, title := range run {
+		if len(all[title]) == 0 {
+			t.Errorf("docs/RECIPES.md has no section %q any more", title)
+		}
+		delete(all, title)
+	}
+	if len(all) == 0 {
+		t.Error("no section is left to be looked at")
+	}
+	ours := regexp.MustCompile(`^(p11-agent|ssh-add) `)
+	for title, blocks := range all {
+		for _, b := range blocks {
+			if b.file != "" {
+				continue
+			}
+			for line := range strings.Lines(elsewhere.ReplaceAllString(b.text, "")) {
+				if !ours.MatchString(line) {
+					t.Errorf("nobody runs the line of %q: %s", title, line)
+				}
+			}
+		}
+	}
+}
+
+// writeRecipeForStory is the command recipe: it writes the blocks of a section into
+// files below a directory, as writeRecipe does.
+func writeRecipeForStory(ts *testscript.TestScript, neg bool, args []string) {
+	plain(ts, neg, len(args) == 2, "recipe SECTION DIR")
+	writeRecipe(storyOf(ts).t, args[0], ts.MkAbs(args[1]))
+}
