@@ -154,6 +154,8 @@ func (o *exportOptions) arguments(args []string) (uris []*pkcs11uri.URI, hosts [
 		return nil, nil, &usageError{errors.New("--namespace goes with --allowed-signers")}
 	case o.namespace != "" && !namespacePattern.MatchString(o.namespace):
 		return nil, nil, &usageError{fmt.Errorf("%q is no namespace", o.namespace)}
+	case o.signers && o.principal == "":
+		return nil, nil, &usageError{errors.New("--allowed-signers wants the name of the signer: an e-mail address, as \"git config user.email\" prints it once it is set")}
 	case o.signers && !principalPattern.MatchString(o.principal):
 		return nil, nil, &usageError{fmt.Errorf("%q is no principal: it is a name without blanks, such as an e-mail address", o.principal)}
 	case o.signers && (o.dir != "" || o.force):
