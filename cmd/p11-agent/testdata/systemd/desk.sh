@@ -143,6 +143,36 @@ types one 'clear; echo abc def ghi'
 shows one '^abc def ghi$'
 cmp before after
 
+step "a restart takes the prompt away, and leaves the terminal as it was"
+types one 'clear; ssh-add -T work.pub; echo over'
+shows one 'PIN: __'
+systemctl --user restart p11-agent.service
+shows one '^over$'
+no_prompt || fail "there is a prompt"
+rm after
+types one 'stty -a >after'
+types one 'clear; echo abc def ghi'
+shows one '^abc def ghi$'
+cmp before after
+eventually keys
+
+step "a crash takes the prompt away, so that the shell has what is typed next"
+# What the terminal is like then depends on who is first: pinentry, which gives it
+# back, or the shell, which keeps what it finds.
+for signal in SEGV KILL; do
+	mux respawn-pane -k -t one
+	types one "export SSH_AUTH_SOCK=$SSH_AUTH_SOCK; clear; ssh-add -T work.pub"
+	shows one 'PIN: __'
+	kill -$signal "$(systemctl --user show -P MainPID p11-agent.service)"
+	eventually no_prompt
+	# shellcheck disable=SC2016
+	types one 'echo typed$((40 + 2))'
+	shows one 'typed42'
+	eventually keys
+done
+mux respawn-pane -k -t one
+types one "export SSH_AUTH_SOCK=$SSH_AUTH_SOCK"
+
 step "a client of a service, without a terminal: refused at once"
 if systemd-run --user --quiet --collect --wait -p WorkingDirectory="$HOME" -E SSH_AUTH_SOCK="$SSH_AUTH_SOCK" ssh-add -T home.pub; then fail "it was signed"; fi
 
@@ -184,7 +214,7 @@ mux send-keys -t one Tab Tab Enter
 shows one '^status 1$'
 
 step "the journal has one entry for each of these requests, and no PIN"
-eventually logged 11
+eventually logged 12
 cat >journal.py <<'E'
 import json, re, sys
 
@@ -196,6 +226,7 @@ want = [ # key, kind, host, result, reason
 	("home", "test", None, "ok", None),
 	("work", "test", None, "refused", r"is in the background of its terminal"),
 	("work", "test", None, "cancelled", "the client hung up"),
+	("work", "test", None, "cancelled", "."), # by the restart; a crash says nothing
 	("home", "test", None, "refused", r"the client.s terminal: ssh-add \(\d+\) has no terminal; the user.s service manager has no display;"),
 	("home", "test", None, "ok", None),
 	("work", "test", None, "ok", None),
