@@ -177,7 +177,7 @@ func (u *Use) describe(h Host) string {
 	case h.Revoked:
 		return "a host with a REVOKED key, " + u.fingerprint(h.Key)
 	case !h.Verified && len(h.Names) > 0:
-		return plainly(h.Names[0]) + " (NOT VERIFIED, the request says so)"
+		return plainly(h.Names[0]) + " (NOT VERIFIED: only the request says so)"
 	case !h.Verified:
 		return "a host NOT VERIFIED, key " + u.fingerprint(h.Key)
 	case len(h.Names) > 0:

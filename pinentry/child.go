@@ -69,8 +69,11 @@ func run(file string, args, env []string, tty *os.File) (_ *child, err error) {
 	c.cmd.Env = env
 	c.cmd.Dir = "/"
 	// A session of its own is a process group of its own, and one that no
-	// terminal stops for reading in the background.
-	c.cmd.SysProcAttr = &syscall.SysProcAttr{Setsid: true}
+	// terminal stops for reading in the background. An agent that is killed ends
+	// nothing itself: the dialogue would stay, and have what is typed for the shell.
+	// The kernel's signal comes with the end of the thread that has started the
+	// program (prctl(2)), and Go keeps its threads unless a locked one is let go.
+	c.cmd.SysProcAttr = &syscall.SysProcAttr{Setsid: true, Pdeathsig: syscall.SIGTERM}
 
 	var theirs [3]*os.File
 	defer func() {

@@ -5,6 +5,7 @@ import (
 	"errors"
 	"fmt"
 	"slices"
+	"strings"
 	"sync"
 	"sync/atomic"
 
@@ -431,6 +432,7 @@ func (t *Token) fromPerson(ctx context.Context, g *gate, d PINDialogue, tries Tr
 			if err := t.lastTry(ctx, d, problem); err != nil {
 				return err
 			}
+			problem = strings.TrimSpace(problem + " This is the last try.")
 		}
 		pin, err := d.PIN(ctx, problem)
 		if err != nil {

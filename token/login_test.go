@@ -171,6 +171,10 @@ func TestLastTry(t *testing.T) {
 				want(t, "questions for consent", tt.person.LastTries(), tt.asked)
 				want(t, "open dialogues", tt.person.Open(), 0)
 			}
+			if tt.prompts > 0 { // what was asked before counts there as well
+				problems := tt.person.Problems()
+				want(t, "said when it was asked for", problems[len(problems)-1], "This is the last try.")
+			}
 		})
 	}
 }

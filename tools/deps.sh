@@ -66,6 +66,7 @@ needed() {
 	setsid                                          util-linux          util-linux
 	python3                                         python3             python3
 	ps                                              procps              procps-ng
+	ip                                              iproute2            iproute
 	/usr/lib/python3/dist-packages/paramiko,/usr/lib/python3*/site-packages/paramiko python3-paramiko python3-paramiko
 	systemd-socket-activate                         systemd             systemd
 	systemd-nspawn                                  systemd-container   systemd-container

@@ -63,10 +63,10 @@ func userManager(t *testing.T, script string, args ...string) string {
 // well, unless the directory's name is empty.
 func userManagerWith(t *testing.T, files, script string, args ...string) string {
 	t.Helper()
-	needPrivileges(t, "/lib/systemd/systemd", "/lib/systemd/systemd-journald", "systemctl", "unshare", "setpriv")
+	needPrivileges(t, "/lib/systemd/systemd", "/lib/systemd/systemd-journald", "systemctl", "unshare", "setpriv", "ip", "sshd", "ssh-keygen")
 	home := tokentest.TempDir(t)
 	copyFile(t, buildAgent(t), filepath.Join(home, "my bin 100%", "p11-agent"), 0o755)
-	for _, name := range []string{"common.sh", script} {
+	for _, name := range []string{"common.sh", "sshd_config", script} {
 		copyFile(t, filepath.Join("testdata", "systemd", name), filepath.Join(home, name), 0o644)
 	}
 	if files != "" {
@@ -108,6 +108,15 @@ func copyFile(t *testing.T, from, to string, mode os.FileMode) {
 func TestUserManager(t *testing.T) {
 	needPrivileges(t, "softhsm2-util", "pkcs11-tool", "ssh-add", "ssh-keygen", "systemd-analyze", "pgrep")
 	if out := userManager(t, "user.sh", storyPIN); !strings.HasSuffix(out, "== all is well\n") {
+		t.Errorf("the script did not get to its end:\n%s", out)
+	}
+}
+
+// Persons are asked where they are, by an agent that systemd has started.
+func TestDesk(t *testing.T) {
+	needPrivileges(t, "softhsm2-util", "pkcs11-tool", "ssh", "sshd", "ssh-add", "ssh-keygen", "tmux", "pinentry-curses", "pinentry-gtk-2",
+		"Xvfb", "xdotool", "less", "pgrep", "ps", "systemd-run", "python3")
+	if out := userManager(t, "desk.sh", storyPIN, "aladdin-0815"); !strings.HasSuffix(out, "== all is well\n") {
 		t.Errorf("the script did not get to its end:\n%s", out)
 	}
 }

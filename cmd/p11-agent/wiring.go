@@ -435,7 +435,7 @@ func allow(lasts agent.Remember) string {
 
 // confirmText says what is asked about.
 func confirmText(r agent.Question) string {
-	lines := []string{"Key: " + r.Comment, r.KeyFingerprint}
+	lines := []string{commentLine(r.Comment), r.KeyFingerprint}
 	if r.Plain != agent.Once {
 		lines = append(lines, "Yes counts "+r.Plain.String()+".")
 	}
@@ -449,7 +449,7 @@ func (a *asker) Insert(ctx context.Context, w agent.Wanted) (bool, error) {
 		return pinentry.Prompt{
 			Title: "p11-agent",
 			Description: fmt.Sprintf("Please insert the token %s.\n", strings.Join(w.Tokens, " or ")) +
-				about(useLines(agent.UseFromContext(ctx)), []string{"Key: " + w.Comment, w.Fingerprint, requester(peer.FromContext(ctx))}),
+				about(useLines(agent.UseFromContext(ctx)), []string{commentLine(w.Comment), w.Fingerprint, requester(peer.FromContext(ctx))}),
 			OK:     "_It is in",
 			Cancel: "_Cancel",
 		}

@@ -6,7 +6,9 @@ import (
 	"os"
 	"path/filepath"
 	"slices"
+	"strconv"
 	"strings"
+	"unicode"
 	"unicode/utf8"
 
 	"golang.org/x/crypto/ssh"
@@ -14,6 +16,7 @@ import (
 	"p11-agent/agent"
 	"p11-agent/agent/knownhosts"
 	"p11-agent/agent/peer"
+	"p11-agent/pinentry"
 	"p11-agent/token/pkcs11uri"
 	"p11-agent/token/wire"
 )
@@ -38,16 +41,44 @@ func clip(line string) string {
 	return line[:end] + more
 }
 
-// about joins lines.
+// about joins lines. Each stays one, whatever is in it: a label must not make
+// another that says what the key is for.
 func about(lines ...[]string) string {
 	var b strings.Builder
 	for i, line := range slices.Concat(lines...) {
 		if i > 0 {
 			b.WriteByte('\n')
 		}
-		b.WriteString(clip(line))
+		b.WriteString(clip(pinentry.Visible(line, false)))
 	}
 	return b.String()
+}
+
+// maxNamed bounds what is shown of a label, in bytes, so that it begins and ends
+// in one line of a terminal of the usual width.
+const maxNamed = 48
+
+// named shows a label, a name or a comment as it is when it can pass for nothing
+// else, and quoted otherwise: a terminal breaks lines, so that what follows enough
+// blanks, or words, looks like a line of its own.
+func named(text string, limit int) string {
+	const more = "…"
+	cut := text
+	if len(text) > limit {
+		end := limit
+		for end > 0 && !utf8.RuneStart(text[end]) {
+			end--
+		}
+		cut = text[:end] + more
+	}
+	words := strings.Fields(cut)
+	odd := func(r rune) bool {
+		return !unicode.IsGraphic(r) || strings.ContainsRune(`"\\←`, r) || len(words) > 1 && strings.ContainsRune(":(),", r)
+	}
+	if cut != strings.Join(words, " ") || !utf8.ValidString(cut) || strings.ContainsFunc(cut, odd) {
+		return strconv.Quote(cut)
+	}
+	return cut
 }
 
 // useLines says what the key is used for; nothing where that is not known.
@@ -59,7 +90,7 @@ func useLines(use *agent.Use) []string {
 }
 
 func tokenLine(t wire.TokenID) string {
-	return fmt.Sprintf("Token: %s (serial %s)", cmp.Or(t.Label, "without label"), cmp.Or(t.Serial, "unknown"))
+	return fmt.Sprintf("Token: %s (serial %s)", cmp.Or(named(t.Label, maxNamed), "without label"), cmp.Or(named(t.Serial, maxNamed), "unknown"))
 }
 
 func requester(p peer.Peer) string { return "Asked by (says it is): " + p.String() }
@@ -69,14 +100,17 @@ func requester(p peer.Peer) string { return "Asked by (says it is): " + p.String
 // token, and so left out of the URI.
 func keyLine(t wire.TokenID, label, uri string, id []byte, use *agent.Use) string {
 	if use != nil && use.Comment != uri {
-		return "Key: " + use.Comment
+		return commentLine(use.Comment)
 	}
 	key := pkcs11uri.ForKey(wire.TokenID{Label: t.Label}, "", id).String()
 	if label != "" {
-		key = label + ", " + key
+		key = named(label, maxNamed) + ", " + key
 	}
 	return "Key: " + key
 }
+
+// commentLine names a key by its comment, which who has added it has chosen.
+func commentLine(comment string) string { return "Key: " + named(comment, maxWords) }
 
 // hosts gives names to host keys by ssh's known_hosts files.
 type hosts struct {

@@ -4,8 +4,9 @@
 #     usermanager.sh DIR SCRIPT [ARG...]
 #
 # As root. The user, "person", and all that is started are in namespaces of their
-# own and gone at the end; nothing of the machine is changed. DIR is mounted at
-# /home/person and handed to the user. The exit status is the script's.
+# own and gone at the end; nothing of the machine is changed, and its network is not
+# to be seen. DIR is mounted at /home/person and handed to the user. An sshd runs
+# with the configuration that is there, writes sshd.log, and has host_key.pub. The exit status is the script's.
 set -eu
 user=person uid=12345
 
@@ -17,7 +18,7 @@ if [ -z "${STAGE:-}" ]; then
 	group=$tree/p11-test-$$
 	mkdir "$group"
 	rc=0
-	STAGE=1 GROUP=$group unshare --mount --propagation private --pid --fork --mount-proc --kill-child bash "$0" "$@" || rc=$?
+	STAGE=1 GROUP=$group unshare --mount --propagation private --net --pid --fork --mount-proc --kill-child bash "$0" "$@" || rc=$?
 	for _ in $(seq 50); do
 		if find "$group" -depth -type d -exec rmdir {} + 2>/dev/null; then break; fi
 		sleep .1 # the kernel is still at it
@@ -33,6 +34,7 @@ fi
 
 home=$1
 shift
+ip link set lo up
 mount -t cgroup2 cgroup2 /sys/fs/cgroup
 cd /sys/fs/cgroup
 
@@ -51,6 +53,7 @@ if [ ! -s /etc/machine-id ]; then
 fi
 mount --bind "$home" /mnt
 mount -t tmpfs -o mode=755 tmpfs /home
+mount -t tmpfs -o mode=1777 tmpfs /tmp
 mkdir /home/$user
 mount --move /mnt /home/$user
 chown -R $uid:$uid /home/$user
@@ -72,6 +75,17 @@ install -d -m 700 -o $uid -g $uid /run/user/$uid
 ) 2>/dev/null &
 for _ in $(seq 100); do
 	if [ -S /run/systemd/journal/stdout ]; then break; fi
+	sleep .1
+done
+
+# An sshd that is not root's gives nobody a terminal.
+if [ -e /run/utmp ]; then mount --bind /dev/null /run/utmp; fi
+mkdir -p /run/sshd
+ssh-keygen -q -t ed25519 -N '' -f /run/systemd/host_key
+cp /run/systemd/host_key.pub /home/$user
+$(command -v sshd || echo /usr/sbin/sshd) -D -e -f /home/$user/sshd_config 2>/home/$user/sshd.log &
+for _ in $(seq 100); do
+	if grep -q 'Server listening' /home/$user/sshd.log; then break; fi
 	sleep .1
 done
 
