@@ -433,7 +433,8 @@ func (e *noPlaceError) Error() string {
 	for _, err := range e.tried {
 		all = append(all, err.Error())
 	}
-	return fmt.Sprintf("%v: %s. %s", pinentry.ErrNoPrompt, strings.Join(all, "; "), e.hint)
+	// What to do comes before the details: a notification shows little more.
+	return fmt.Sprintf("%v. %s. Tried: %s", pinentry.ErrNoPrompt, e.hint, strings.Join(all, "; "))
 }
 
 func (e *noPlaceError) Unwrap() error { return pinentry.ErrNoPrompt }

@@ -110,9 +110,9 @@ types one "$work"
 shows one '^listening'
 wrote asked 'status 1'
 hides one 'PIN|Token: home'
-mux resize-window -t two -x 250 -y 50
+mux resize-window -t two -x 450 -y 50
 types two "clear; '$agent' status"
-shows two 'token=home;id=%01  because log in to token "home": there is no way to ask here: .*the request was forwarded'
+shows two 'token=home;id=%01  because log in to token "home": there is no way to ask here\. To give the PIN in a terminal, run: p11-agent login .*the request was forwarded'
 types two "clear; '$agent' login pkcs11:token=home; echo status \$?"
 shows two '^PIN: *$'
 types two "$home"
@@ -222,7 +222,7 @@ want = [ # key, kind, host, result, reason
 	("home", "login", "box", "ok", None),
 	("work", "login", "box", "ok", None),
 	("work", "login", "box", "ok", None),
-	("home", "test", None, "refused", "there is no way to ask here: .*the request was forwarded, and what is typed there goes to the other host.*p11-agent login .pkcs11:token=home"),
+	("home", "test", None, "refused", "there is no way to ask here.*p11-agent login .pkcs11:token=home.*the request was forwarded, and what is typed there goes to the other host"),
 	("home", "test", None, "ok", None),
 	("work", "test", None, "refused", r"is in the background of its terminal"),
 	("work", "test", None, "cancelled", "the client hung up"),

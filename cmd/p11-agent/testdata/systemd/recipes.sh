@@ -57,27 +57,12 @@ files() {
 	done
 }
 
-step "a terminal, and a server"
+step "a terminal, and names of the server"
 tmux -S "$HOME/tmux" -f /dev/null new-session -d -x 150 -y 50 bash
 tty=$(tmux -S "$HOME/tmux" display-message -p '#{pane_tty}')
 mkdir -p .config/p11-agent
 printf '[pinentry]\nprogram = "%s"\n' "$(command -v pinentry-curses)" >.config/p11-agent/config.toml
-ssh-keygen -q -t ed25519 -N '' -f host_key
-cat >sshd_config <<-CONFIG
-	Port 2222
-	ListenAddress 127.0.0.1
-	HostKey $HOME/host_key
-	PidFile $HOME/sshd.pid
-	LogLevel VERBOSE
-	UsePAM no
-	PrintMotd no
-CONFIG
-"$(PATH=$PATH:/usr/sbin command -v sshd)" -D -E "$HOME/sshd.log" -f "$HOME/sshd_config" &
-server=$!
-trap 'kill $server' EXIT
-touch sshd.log
-eventually grep -q "Server listening" sshd.log
-# Names that lead to it, for ssh. It is no part of ~/.ssh yet, which a new user lacks.
+# Names that lead to the server, for ssh. They are no part of ~/.ssh yet, which a new user lacks.
 where() {
 	printf 'Host host.example.org hub inner\n\tHostName 127.0.0.1\n\tPort 2222\n\tHostKeyAlias box\n\tStrictHostKeyChecking yes\n'
 }
