@@ -14,6 +14,7 @@ import (
 
 	"golang.org/x/crypto/ssh"
 
+	"p11-agent/agent/knownhosts"
 	"p11-agent/agent/peer"
 )
 
@@ -222,7 +223,7 @@ func matchHost(patterns, names []string) bool {
 		pattern, negated := strings.CutPrefix(strings.ToLower(pattern), "!")
 		for _, name := range names {
 			switch {
-			case !wildcard(pattern, strings.ToLower(name)):
+			case !knownhosts.MatchPattern(pattern, strings.ToLower(name)):
 			case negated:
 				return false
 			default:

@@ -7,6 +7,8 @@ import (
 	"slices"
 
 	"golang.org/x/crypto/ssh"
+
+	"p11-agent/agent/knownhosts"
 )
 
 var (
@@ -98,7 +100,7 @@ func (c *Constraints) leads(from, to ssh.PublicKey, user *string) bool {
 		case from == nil && (d.From.Host != "" || len(d.From.Keys) > 0):
 		case from != nil && !d.From.is(from):
 		case to != nil && !d.To.is(to):
-		case user != nil && d.To.User != "" && !wildcard(d.To.User, *user):
+		case user != nil && d.To.User != "" && !knownhosts.MatchPattern(d.To.User, *user):
 		default:
 			return true
 		}
@@ -123,7 +125,7 @@ func (h *Hop) is(key ssh.PublicKey) bool {
 func certifies(cert *ssh.Certificate, host string) error {
 	principal := ""
 	if len(cert.ValidPrincipals) > 0 {
-		i := slices.IndexFunc(cert.ValidPrincipals, func(p string) bool { return wildcard(p, host) })
+		i := slices.IndexFunc(cert.ValidPrincipals, func(p string) bool { return knownhosts.MatchPattern(p, host) })
 		if i < 0 {
 			return fmt.Errorf("the certificate is not for %q", host)
 		}
@@ -133,33 +135,6 @@ func certifies(cert *ssh.Certificate, host string) error {
 		return errors.New("it is no certificate of a host")
 	}
 	return new(ssh.CertChecker).CheckCert(principal, cert)
-}
-
-// wildcard tells whether s is what pattern says, in which * stands for any
-// characters and ? for one (PATTERNS in ssh_config(5)). It takes time in
-// proportion to the product of both lengths.
-func wildcard(pattern, s string) bool {
-	star, mark := -1, 0
-	p, i := 0, 0
-	for i < len(s) {
-		switch {
-		case p < len(pattern) && pattern[p] == '*':
-			star, mark = p, i
-			p++
-		case p < len(pattern) && (pattern[p] == '?' || pattern[p] == s[i]):
-			p++
-			i++
-		case star >= 0:
-			mark++
-			p, i = star+1, mark
-		default:
-			return false
-		}
-	}
-	for p < len(pattern) && pattern[p] == '*' {
-		p++
-	}
-	return p == len(pattern)
 }
 
 // looser tells whether c permits what old does not.

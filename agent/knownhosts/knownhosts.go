@@ -202,7 +202,7 @@ func match(patterns []string, host string) bool {
 	ok := false
 	for _, p := range patterns {
 		p, negated := strings.CutPrefix(strings.ToLower(p), "!")
-		if !wildcard(p, host) {
+		if !MatchPattern(p, host) {
 			continue
 		}
 		if negated {
@@ -213,9 +213,12 @@ func match(patterns []string, host string) bool {
 	return ok
 }
 
-// wildcard is OpenSSH's match_pattern: * stands for any characters, ? for one.
-func wildcard(pattern, s string) bool {
-	star, mark, p, i := -1, 0, 0, 0
+// MatchPattern tells whether s is what pattern says, in which * stands for any
+// characters and ? for one (PATTERNS in ssh_config(5)). It takes time in
+// proportion to the product of both lengths.
+func MatchPattern(pattern, s string) bool {
+	star, mark := -1, 0
+	p, i := 0, 0
 	for i < len(s) {
 		switch {
 		case p < len(pattern) && pattern[p] == '*':
@@ -231,7 +234,10 @@ func wildcard(pattern, s string) bool {
 			return false
 		}
 	}
-	return strings.Trim(pattern[p:], "*") == ""
+	for p < len(pattern) && pattern[p] == '*' {
+		p++
+	}
+	return p == len(pattern)
 }
 
 // matchHash tells whether a hashed name, as in "|1|salt|hash", is that of a host

@@ -53,7 +53,7 @@ var rooms = []room{
 	{"cmd/p11-agent", nil, "it wires every room"},
 	{
 		"agent",
-		[]string{"agent/peer", "pinentry", "pinentry/secret", "pinentry/waiting", xssh},
+		[]string{"agent/knownhosts", "agent/peer", "pinentry", "pinentry/secret", "pinentry/waiting", xssh},
 		"the keyring knows neither PKCS#11 nor a wire format",
 	},
 	{"agent/knownhosts", []string{xssh}, "a leaf: it reads files"},
