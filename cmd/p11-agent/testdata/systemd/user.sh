@@ -38,13 +38,12 @@ eventually active
 is "LimitCORE" "$(show LimitCORE)" 0
 ssh-add -L >key.pub
 eventually test "$(ssh-add -L | wc -l)" = 1
-says() { systemctl --user status p11-agent.service | grep -qF 'Status: "1 key on 1 token; '; }
-eventually says
+eventually says p11-agent.service 'Status: "1 key on 1 token; '
 sign
 rm text.sig
 logged_in() { case $(show StatusText) in "1 key on 1 token, logged in to 1; "*) ;; *) return 1 ;; esac; }
 eventually logged_in
-has "the status" "$(systemctl --user status p11-agent.service)" 'Status: "1 key on 1 token, logged in to 1; '
+eventually says p11-agent.service 'Status: "1 key on 1 token, logged in to 1; '
 
 step "ssh asks it whatever SSH_AUTH_SOCK says, with the line that install has said"
 mkdir -p -m 700 .ssh
