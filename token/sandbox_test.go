@@ -28,20 +28,6 @@ func needLandlock(t *testing.T) {
 	}
 }
 
-// outside makes a directory that no module may write by itself, as /tmp is not.
-func outside(t *testing.T) string {
-	t.Helper()
-	dir, err := os.MkdirTemp(".", "outside")
-	noError(t, err)
-	dir, err = filepath.Abs(dir)
-	noError(t, err)
-	t.Cleanup(func() { noError(t, os.RemoveAll(dir)) })
-	if strings.HasPrefix(dir, "/tmp/") || strings.HasPrefix(dir, "/var/tmp/") {
-		t.Skipf("%s may be written by every module", dir)
-	}
-	return dir
-}
-
 // A module tries what it has no business to do: on the thread that starts it, on one of
 // its own, and in a program. In the sandbox it is refused, without it is not.
 func TestIntruder(t *testing.T) {
@@ -51,7 +37,7 @@ func TestIntruder(t *testing.T) {
 		t.Run(fmt.Sprintf("sandbox=%v", confined), func(t *testing.T) {
 			// In a directory that is writable, as the report goes there, lies a home that
 			// is not: what is below a link is where it points.
-			dir, home := tokentest.TempDir(t), outside(t)
+			dir, home := tokentest.TempDir(t), tokentest.HomeDir(t)
 			noError(t, os.Symlink(home, filepath.Join(dir, "home")))
 			keys := filepath.Join(home, ".ssh/authorized_keys")
 			noError(t, os.Mkdir(filepath.Dir(keys), 0o700))
@@ -117,7 +103,7 @@ func cutLast(line string) (what string, errno unix.Errno, ok bool) {
 func TestSandboxHint(t *testing.T) {
 	needLandlock(t)
 	library := tokentest.BuildBadModule(t)
-	dir := outside(t)
+	dir := tokentest.HomeDir(t)
 	for _, tt := range []struct {
 		name string
 		set  func(*token.ModuleSpec)

@@ -83,6 +83,32 @@ func TempDir(t testing.TB) string {
 	return dir
 }
 
+// HomeDir returns a new directory that a module may not write by itself: one that is
+// not below /tmp or /var/tmp, wherever the tests were checked out. It is removed when
+// the test ends.
+func HomeDir(t testing.TB) string {
+	t.Helper()
+	places := []string{".", os.Getenv("HOME"), "/var/lib", "/srv"}
+	for _, place := range places {
+		place, err := filepath.Abs(place)
+		if err != nil || strings.HasPrefix(place+"/", "/tmp/") || strings.HasPrefix(place+"/", "/var/tmp/") {
+			continue
+		}
+		dir, err := os.MkdirTemp(place, "home")
+		if err != nil {
+			continue
+		}
+		t.Cleanup(func() {
+			if err := os.RemoveAll(dir); err != nil {
+				t.Error(err)
+			}
+		})
+		return dir
+	}
+	missing(t, "a directory to write in that is not below /tmp")
+	return ""
+}
+
 // A SoftHSM is a set of software tokens of its own, which ends with the test.
 // Tokens are called by their labels. Every method fails the test on error.
 type SoftHSM struct {

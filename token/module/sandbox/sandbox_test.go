@@ -18,6 +18,7 @@ import (
 	ll "github.com/landlock-lsm/go-landlock/landlock/syscall"
 	"golang.org/x/sys/unix"
 
+	"p11-agent/token/tokentest"
 	"p11-agent/token/wire"
 )
 
@@ -148,23 +149,6 @@ func abi(t *testing.T) uint32 {
 	return 0
 }
 
-// newHome makes a home directory, which is not below one that every module may write.
-func newHome(t *testing.T) string {
-	t.Helper()
-	dir, err := os.MkdirTemp(".", "home")
-	if err == nil {
-		dir, err = filepath.Abs(dir)
-	}
-	if err != nil {
-		t.Fatal(err)
-	}
-	t.Cleanup(func() { _ = os.RemoveAll(dir) })
-	if slices.ContainsFunc(known(Options{Getenv: func(string) string { return "" }}), func(p string) bool { return strings.HasPrefix(dir, p+"/") }) {
-		t.Skipf("%s may be written by every module", dir)
-	}
-	return dir
-}
-
 func put(t *testing.T, path, text string) {
 	t.Helper()
 	if err := errors.Join(os.MkdirAll(filepath.Dir(path), 0o700), os.WriteFile(path, []byte(text), 0o600)); err != nil {
@@ -175,7 +159,7 @@ func put(t *testing.T, path, text string) {
 // What a module is not known to write is refused, and what it is known to write is not.
 func TestFiles(t *testing.T) {
 	version := abi(t)
-	home := newHome(t)
+	home := tokentest.HomeDir(t)
 	put(t, filepath.Join(home, ".ssh/authorized_keys"), "")
 	put(t, filepath.Join(home, "own/log"), "")
 	put(t, filepath.Join(home, ".cache/x"), "")
