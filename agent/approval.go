@@ -246,30 +246,20 @@ func matchHost(patterns, names []string) bool {
 // other bind: behind a forwarded one, a host on the way could sign the identifier
 // of a session that it has with somebody else.
 func (u *Use) provenHost() (key ssh.PublicKey, consistent bool) {
-	c := u.Caller
-	switch {
-	case u.Login == nil:
+	c, h := u.Caller, u.where()
+	if u.Login == nil {
 		return nil, true
-	case c.BindFailed:
-		return nil, false
 	}
-	n := len(c.Binds)
-	if n > 0 {
+	elsewhere := false // the connection is bound, and to no session that this is for
+	if n := len(c.Binds); n > 0 {
 		last := c.Binds[n-1]
-		if last.Forwarding || !bytes.Equal(last.SessionID, u.Login.SessionID) ||
-			u.Login.HostKey != nil && !bytes.Equal(last.HostKey.Marshal(), u.Login.HostKey) {
-			return nil, false
-		}
+		elsewhere = last.Forwarding || !bytes.Equal(last.SessionID, u.Login.SessionID)
 	}
-	switch {
-	case u.Login.HostKey != nil:
-		key, err := ssh.ParsePublicKey(u.Login.HostKey)
-		if err != nil {
-			return nil, false
-		}
-		return key, true
-	case n == 1 && !c.Forwarded:
-		return c.Binds[0].HostKey, true
+	switch said := u.Login.HostKey != nil; {
+	case c.BindFailed, elsewhere, h.Conflict, said && h.Key == nil:
+		return nil, false
+	case said, h.Verified:
+		return h.Key, true
 	}
 	return nil, true
 }

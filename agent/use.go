@@ -58,35 +58,42 @@ type Host struct {
 // Where returns the host that the login is at; the zero value when it is no login,
 // or when that is not known.
 func (u *Use) Where() Host {
-	if u.Login == nil {
-		return Host{}
+	h := u.where()
+	if h.Key == nil {
+		return h
 	}
-	var said ssh.PublicKey
+	named := u.host(h.Key, h.Verified)
+	named.Conflict = h.Conflict
+	return named
+}
+
+// where is Where without the names.
+func (u *Use) where() (h Host) {
+	if u.Login == nil {
+		return h
+	}
 	if u.Login.HostKey != nil {
 		var err error
-		if said, err = ssh.ParsePublicKey(u.Login.HostKey); err != nil {
+		if h.Key, err = ssh.ParsePublicKey(u.Login.HostKey); err != nil {
 			return Host{}
 		}
 	}
 	for _, b := range u.Caller.Binds {
-		if b.Forwarding || !bytes.Equal(b.SessionID, u.Login.SessionID) {
-			continue
-		}
-		if said != nil && !bytes.Equal(u.Login.HostKey, b.HostKey.Marshal()) {
-			h := u.host(said, false)
-			h.Conflict = true
+		switch {
+		case b.Forwarding || !bytes.Equal(b.SessionID, u.Login.SessionID):
+		case h.Key == nil:
+			// The bind alone tells which session it is. A host that the agent is forwarded
+			// to can sign the identifier of a session that it has with somebody else, and
+			// bind it as its own.
+			h.Key, h.Verified = b.HostKey, len(u.Caller.Binds) == 1 && !u.Caller.Forwarded
+			return h
+		default:
+			h.Verified = bytes.Equal(u.Login.HostKey, b.HostKey.Marshal())
+			h.Conflict = !h.Verified
 			return h
 		}
-		// Where the data names no host, the bind alone tells which session it is. A
-		// host that the agent is forwarded to can sign the identifier of a session that
-		// it has with somebody else, and bind it as its own.
-		alone := len(u.Caller.Binds) == 1 && !u.Caller.Forwarded
-		return u.host(b.HostKey, said != nil || alone)
 	}
-	if said == nil {
-		return Host{}
-	}
-	return u.host(said, false)
+	return h
 }
 
 // Via returns the hosts that the request was forwarded through, from here on, as
