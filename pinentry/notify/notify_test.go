@@ -124,6 +124,17 @@ func (t *timeline) want(when string, want ...string) {
 	}
 }
 
+// passed forgets what was shown between the n first and the last: it may have been
+// shown in passing, while many uses ended.
+func (t *timeline) passed(n int) {
+	synctest.Wait()
+	t.d.change(func() {
+		if last := len(t.d.shown) - 1; last > n {
+			t.d.shown = append(t.d.shown[:n], t.d.shown[last])
+		}
+	})
+}
+
 func TestAfter(t *testing.T) {
 	inTime(t, func(t *timeline) {
 		done := t.use(1, "a")
@@ -170,6 +181,7 @@ func TestOneForAll(t *testing.T) {
 		for _, end := range done[:48] {
 			end()
 		}
+		t.passed(1)
 		t.want("two are left", "T|0|50 signatures are waiting.", "T|48|2 signatures are waiting.")
 		done[49]()
 		t.want("one is left", "T|0|50 signatures are waiting.", "T|48|2 signatures are waiting.", "T|48")
@@ -201,6 +213,7 @@ func TestSlowDevice(t *testing.T) {
 		for _, end := range done[10:] {
 			end()
 		}
+		t.passed(3)
 		t.want("at last", "T|touch", "", "T|busy|10 signatures are waiting.", "")
 	})
 }
