@@ -1,0 +1,297 @@
+/*
+ * load makes signatures for a while, from any number of threads, and tells in
+ * one line of JSON how many there were and how long each took:
+ *
+ *   load token MODULE LABEL PIN ID MECHANISM DATA THREADS SECONDS COUNT
+ *       in a loop of C_SignInit and C_Sign on a key of a PKCS#11 module
+ *   load agent SOCKET keep|each MESSAGE THREADS SECONDS COUNT
+ *       with requests to an ssh-agent, on connections that are kept, or with one
+ *       for each request
+ *
+ * It ends after SECONDS or COUNT, whichever comes first; 0 means without that
+ * bound. ID, DATA and MESSAGE are in hexadecimal, MECHANISM is its number. Every
+ * thread has a session, or a connection, of its own, and nothing is shared
+ * between them, so that what is measured is what answers.
+ */
+#define _GNU_SOURCE
+#include <dlfcn.h>
+#include <errno.h>
+#include <pthread.h>
+#include <stdarg.h>
+#include <stdatomic.h>
+#include <stdint.h>
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+#include <sys/resource.h>
+#include <sys/socket.h>
+#include <sys/un.h>
+#include <time.h>
+#include <unistd.h>
+
+typedef unsigned long ulong;
+typedef ulong (*function)(); /* C_GetFunctionList and its like, called as PKCS#11 has them */
+
+/* PKCS#11 v2.40, the order of CK_FUNCTION_LIST */
+enum {
+	INITIALIZE = 0, GET_SLOT_LIST = 4, GET_TOKEN_INFO = 6, OPEN_SESSION = 12, LOGIN = 18,
+	FIND_OBJECTS_INIT = 26, FIND_OBJECTS = 27, FIND_OBJECTS_FINAL = 28, SIGN_INIT = 42, SIGN = 43,
+};
+struct function_list { unsigned char version[2]; function f[68]; };
+struct attribute { ulong type; void *value; ulong length; };
+struct mechanism { ulong type; void *parameter; ulong length; };
+struct init_args { void *mutex[4]; ulong flags; void *reserved; };
+
+static struct function_list *list;
+static ulong slot, key, mechanism;
+static unsigned char *data;
+static size_t data_length;
+static const char *socket_path;
+static int each;
+static double seconds;
+static long limit;
+static atomic_long begun;
+static struct timespec start;
+static double cpu_before; /* what opening the token has taken */
+
+struct worker {
+	pthread_t thread;
+	ulong session;
+	long count;
+	uint32_t *took; /* in units of 100 ns */
+	size_t room;
+};
+
+static _Noreturn void die(const char *format, ...)
+{
+	va_list args;
+
+	va_start(args, format);
+	fputs("load: ", stderr);
+	vfprintf(stderr, format, args);
+	fputc('\n', stderr);
+	exit(1);
+}
+
+static void check(const char *what, ulong rv)
+{
+	if (rv != 0)
+		die("%s: %#lx", what, rv);
+}
+
+static unsigned char *unhex(const char *text, size_t *length)
+{
+	size_t i, n = strlen(text) / 2;
+	unsigned char *b = malloc(n + 1);
+
+	for (i = 0; i < n; i++) {
+		unsigned value;
+
+		if (sscanf(text + 2 * i, "%2x", &value) != 1)
+			die("not hexadecimal: %s", text);
+		b[i] = value;
+	}
+	*length = n;
+	return b;
+}
+
+static int64_t since(const struct timespec *from, const struct timespec *to)
+{
+	return (to->tv_sec - from->tv_sec) * 1000000000LL + (to->tv_nsec - from->tv_nsec);
+}
+
+/* next tells whether there is to be another one, and notes how long the last took. */
+static int next(struct worker *w, struct timespec *last)
+{
+	struct timespec now;
+
+	clock_gettime(CLOCK_MONOTONIC, &now);
+	if (last->tv_sec != 0) {
+		if ((size_t)w->count == w->room) {
+			w->room = w->room ? 2 * w->room : 4096;
+			w->took = realloc(w->took, w->room * sizeof *w->took);
+		}
+		w->took[w->count++] = since(last, &now) / 100;
+	}
+	*last = now;
+	if (seconds > 0 && since(&start, &now) >= seconds * 1e9)
+		return 0;
+	return limit == 0 || atomic_fetch_add(&begun, 1) < limit;
+}
+
+static void *sign_loop(void *arg)
+{
+	struct worker *w = arg;
+	struct mechanism m = { mechanism, NULL, 0 };
+	struct timespec last = { 0 };
+	unsigned char signature[1024];
+
+	while (next(w, &last)) {
+		ulong n = sizeof signature;
+
+		check("C_SignInit", list->f[SIGN_INIT](w->session, &m, key));
+		check("C_Sign", list->f[SIGN](w->session, data, (ulong)data_length, signature, &n));
+	}
+	return NULL;
+}
+
+static int connect_agent(void)
+{
+	struct sockaddr_un name = { .sun_family = AF_UNIX };
+	int fd = socket(AF_UNIX, SOCK_STREAM | SOCK_CLOEXEC, 0);
+
+	strncpy(name.sun_path, socket_path, sizeof name.sun_path - 1);
+	if (fd < 0 || connect(fd, (struct sockaddr *)&name, sizeof name) != 0)
+		die("connect to %s: %s", socket_path, strerror(errno));
+	return fd;
+}
+
+static void *agent_loop(void *arg)
+{
+	struct worker *w = arg;
+	struct timespec last = { 0 };
+	size_t room = 512 << 10;
+	unsigned char *answer = malloc(room);
+	int fd = each ? -1 : connect_agent();
+
+	while (next(w, &last)) {
+		size_t have = 0, want = 4;
+
+		if (each)
+			fd = connect_agent();
+		if (write(fd, data, data_length) != (ssize_t)data_length)
+			die("write: %s", strerror(errno));
+		while (have < want) {
+			ssize_t n = read(fd, answer + have, room - have);
+
+			if (n <= 0)
+				die("read: %s", n ? strerror(errno) : "the agent hung up");
+			have += n;
+			if (have >= 4)
+				want = 4 + ((size_t)answer[0] << 24 | answer[1] << 16 | answer[2] << 8 | answer[3]);
+			if (want > room)
+				die("answer of %zu bytes", want);
+		}
+		/* SSH_AGENT_IDENTITIES_ANSWER answers 11, SSH_AGENT_SIGN_RESPONSE 13 */
+		if (answer[4] != data[4] + 1)
+			die("the agent answers %d to %d", answer[4], data[4]);
+		if (each)
+			close(fd);
+	}
+	return NULL;
+}
+
+static double cpu(void)
+{
+	struct rusage used;
+
+	getrusage(RUSAGE_SELF, &used);
+	return used.ru_utime.tv_sec + used.ru_stime.tv_sec + (used.ru_utime.tv_usec + used.ru_stime.tv_usec) / 1e6;
+}
+
+static int compare(const void *a, const void *b)
+{
+	uint32_t x = *(const uint32_t *)a, y = *(const uint32_t *)b;
+
+	return x < y ? -1 : x > y;
+}
+
+/* report prints what the workers have done. Times are in microseconds. */
+static void report(struct worker *all, int n)
+{
+	struct timespec end;
+	long total = 0, at = 0;
+	double sum = 0, squares = 0;
+	uint32_t *took;
+	int i;
+
+	clock_gettime(CLOCK_MONOTONIC, &end);
+	for (i = 0; i < n; i++) {
+		total += all[i].count;
+		sum += all[i].count;
+		squares += (double)all[i].count * all[i].count;
+	}
+	took = malloc((total + 1) * sizeof *took);
+	for (i = 0; i < n; i++) {
+		memcpy(took + at, all[i].took, all[i].count * sizeof *took);
+		at += all[i].count;
+	}
+	if (total == 0)
+		die("nothing was answered");
+	qsort(took, total, sizeof *took, compare);
+	printf("{\"count\": %ld, \"seconds\": %.6f, \"cpu\": %.6f, \"median\": %.1f, \"p99\": %.1f, \"longest\": %.1f, \"jain\": %.4f}\n",
+		total, since(&start, &end) / 1e9, cpu() - cpu_before,
+		took[total / 2] / 10.0, took[total * 99 / 100] / 10.0, took[total - 1] / 10.0,
+		squares > 0 ? sum * sum / (n * squares) : 0);
+}
+
+static void open_token(char **arg)
+{
+	struct init_args init = { .flags = 2 /* CKF_OS_LOCKING_OK */ };
+	ulong class = 3 /* CKO_PRIVATE_KEY */, slots[64], count = 64, i, session;
+	size_t id_length;
+	unsigned char *id = unhex(arg[3], &id_length), info[512];
+	struct attribute template[] = { { 0, &class, sizeof class }, { 0x102 /* CKA_ID */, id, id_length } };
+	void *module = dlopen(arg[0], RTLD_NOW | RTLD_LOCAL);
+	function get = module ? (function)dlsym(module, "C_GetFunctionList") : NULL;
+
+	if (get == NULL)
+		die("%s", dlerror());
+	check("C_GetFunctionList", get(&list));
+	check("C_Initialize", list->f[INITIALIZE](&init));
+	check("C_GetSlotList", list->f[GET_SLOT_LIST](1, slots, &count));
+	for (i = 0; i < count; i++) {
+		check("C_GetTokenInfo", list->f[GET_TOKEN_INFO](slots[i], info));
+		if (memcmp(info, arg[1], strlen(arg[1])) == 0 && info[strlen(arg[1])] == ' ')
+			break;
+	}
+	if (i == count)
+		die("no token %s", arg[1]);
+	slot = slots[i];
+	check("C_OpenSession", list->f[OPEN_SESSION](slot, 4ul, NULL, NULL, &session));
+	check("C_Login", list->f[LOGIN](session, 1ul, arg[2], (ulong)strlen(arg[2])));
+	check("C_FindObjectsInit", list->f[FIND_OBJECTS_INIT](session, template, 2ul));
+	check("C_FindObjects", list->f[FIND_OBJECTS](session, &key, 1ul, &count));
+	check("C_FindObjectsFinal", list->f[FIND_OBJECTS_FINAL](session));
+	if (count != 1)
+		die("no key %s", arg[3]);
+	mechanism = strtoul(arg[4], NULL, 0);
+	data = unhex(arg[5], &data_length);
+}
+
+int main(int argc, char **argv)
+{
+	struct worker *all;
+	char **rest;
+	void *(*loop)(void *);
+	int i, n;
+
+	if (argc == 11 && strcmp(argv[1], "token") == 0) {
+		open_token(argv + 2);
+		loop = sign_loop;
+		rest = argv + 8;
+	} else if (argc == 8 && strcmp(argv[1], "agent") == 0) {
+		socket_path = argv[2];
+		each = strcmp(argv[3], "each") == 0;
+		data = unhex(argv[4], &data_length);
+		loop = agent_loop;
+		rest = argv + 5;
+	} else {
+		die("see the top of load.c");
+	}
+	n = atoi(rest[0]);
+	seconds = atof(rest[1]);
+	limit = atol(rest[2]);
+	all = calloc(n, sizeof *all);
+	for (i = 0; loop == sign_loop && i < n; i++)
+		check("C_OpenSession", list->f[OPEN_SESSION](slot, 4ul, NULL, NULL, &all[i].session));
+	cpu_before = cpu();
+	clock_gettime(CLOCK_MONOTONIC, &start);
+	for (i = 0; i < n; i++)
+		if (pthread_create(&all[i].thread, NULL, loop, &all[i]) != 0)
+			die("no more threads");
+	for (i = 0; i < n; i++)
+		pthread_join(all[i].thread, NULL);
+	report(all, n);
+	return 0;
+}
