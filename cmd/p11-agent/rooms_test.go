@@ -51,6 +51,7 @@ const (
 // rooms is the import table of docs/ARCHITECTURE.md.
 var rooms = []room{
 	{"cmd/p11-agent", nil, "it wires every room"},
+	{"cmd/bench", []string{}, "it measures the program from outside"},
 	{
 		"agent",
 		[]string{"agent/knownhosts", "agent/peer", "pinentry", "pinentry/secret", "pinentry/waiting", xssh},

@@ -7,6 +7,8 @@
  *   load agent SOCKET keep|each MESSAGE THREADS SECONDS COUNT
  *       with requests to an ssh-agent, on connections that are kept, or with one
  *       for each request
+ *   load make MODULE LABEL PIN KIND FIRST COUNT
+ *       makes the keys to do that with, with the IDs FIRST, FIRST + 1 and so on
  *
  * It ends after SECONDS or COUNT, whichever comes first; 0 means without that
  * bound. ID, DATA and MESSAGE are in hexadecimal, MECHANISM is its number. Every
@@ -36,6 +38,12 @@ typedef ulong (*function)(); /* C_GetFunctionList and its like, called as PKCS#1
 enum {
 	INITIALIZE = 0, GET_SLOT_LIST = 4, GET_TOKEN_INFO = 6, OPEN_SESSION = 12, LOGIN = 18,
 	FIND_OBJECTS_INIT = 26, FIND_OBJECTS = 27, FIND_OBJECTS_FINAL = 28, SIGN_INIT = 42, SIGN = 43,
+	GENERATE_KEY_PAIR = 59,
+};
+enum {
+	CKA_TOKEN = 1, CKA_PRIVATE = 2, CKA_LABEL = 3, CKA_ID = 0x102, CKA_SENSITIVE = 0x103, CKA_SIGN = 0x108,
+	CKA_VERIFY = 0x10a, CKA_MODULUS_BITS = 0x121, CKA_PUBLIC_EXPONENT = 0x122, CKA_EXTRACTABLE = 0x162,
+	CKA_EC_PARAMS = 0x180,
 };
 struct function_list { unsigned char version[2]; function f[68]; };
 struct attribute { ulong type; void *value; ulong length; };
@@ -225,13 +233,12 @@ static void report(struct worker *all, int n)
 		squares > 0 ? sum * sum / (n * squares) : 0);
 }
 
-static void open_token(char **arg)
+/* open_token opens a session on a token, and logs in. */
+static ulong open_token(char **arg)
 {
 	struct init_args init = { .flags = 2 /* CKF_OS_LOCKING_OK */ };
-	ulong class = 3 /* CKO_PRIVATE_KEY */, slots[64], count = 64, i, session;
-	size_t id_length;
-	unsigned char *id = unhex(arg[3], &id_length), info[512];
-	struct attribute template[] = { { 0, &class, sizeof class }, { 0x102 /* CKA_ID */, id, id_length } };
+	ulong slots[64], count = 64, i, session;
+	unsigned char info[512];
 	void *module = dlopen(arg[0], RTLD_NOW | RTLD_LOCAL);
 	function get = module ? (function)dlsym(module, "C_GetFunctionList") : NULL;
 
@@ -248,15 +255,62 @@ static void open_token(char **arg)
 	if (i == count)
 		die("no token %s", arg[1]);
 	slot = slots[i];
-	check("C_OpenSession", list->f[OPEN_SESSION](slot, 4ul, NULL, NULL, &session));
+	check("C_OpenSession", list->f[OPEN_SESSION](slot, 6ul /* read, write */, NULL, NULL, &session));
 	check("C_Login", list->f[LOGIN](session, 1ul, arg[2], (ulong)strlen(arg[2])));
+	return session;
+}
+
+static void find_key(ulong session, const char *name)
+{
+	ulong class = 3 /* CKO_PRIVATE_KEY */, count;
+	size_t length;
+	unsigned char *id = unhex(name, &length);
+	struct attribute template[] = { { 0, &class, sizeof class }, { CKA_ID, id, length } };
+
 	check("C_FindObjectsInit", list->f[FIND_OBJECTS_INIT](session, template, 2ul));
 	check("C_FindObjects", list->f[FIND_OBJECTS](session, &key, 1ul, &count));
 	check("C_FindObjectsFinal", list->f[FIND_OBJECTS_FINAL](session));
 	if (count != 1)
-		die("no key %s", arg[3]);
-	mechanism = strtoul(arg[4], NULL, 0);
-	data = unhex(arg[5], &data_length);
+		die("no key %s", name);
+}
+
+/* make_keys makes key pairs. Only one of curve and bits counts. */
+static void make_keys(ulong session, const char *kind, long first, long count)
+{
+	static const struct { const char *name, *curve; ulong length, bits, mechanism; } kinds[] = {
+		{ "p256", "\x06\x08\x2a\x86\x48\xce\x3d\x03\x01\x07", 10, 0, 0x1040 },
+		{ "p384", "\x06\x05\x2b\x81\x04\x00\x22", 7, 0, 0x1040 },
+		{ "ed25519", "\x13\x0c" "edwards25519", 14, 0, 0x1055 },
+		{ "rsa2048", NULL, 0, 2048, 0 },
+		{ "rsa4096", NULL, 0, 4096, 0 },
+	};
+	size_t k = 0, n = sizeof kinds / sizeof kinds[0];
+	unsigned char yes = 1, no = 0, id[2], exponent[] = { 1, 0, 1 };
+	char label[32];
+	long i;
+
+	while (k < n && strcmp(kinds[k].name, kind) != 0)
+		k++;
+	if (k == n)
+		die("%s is no kind of key", kind);
+	for (i = first; i < first + count; i++) {
+		struct mechanism m = { kinds[k].mechanism, NULL, 0 };
+		ulong bits = kinds[k].bits, pub, priv, length = snprintf(label, sizeof label, "key %ld", i);
+		struct attribute public[] = {
+			{ CKA_TOKEN, &yes, 1 }, { CKA_PRIVATE, &no, 1 }, { CKA_VERIFY, &yes, 1 }, { CKA_ID, id, 2 }, { CKA_LABEL, label, length },
+			{ CKA_EC_PARAMS, (void *)kinds[k].curve, kinds[k].length }, { CKA_PUBLIC_EXPONENT, exponent, 3 },
+		};
+		struct attribute private[] = {
+			{ CKA_TOKEN, &yes, 1 }, { CKA_PRIVATE, &yes, 1 }, { CKA_SENSITIVE, &yes, 1 }, { CKA_EXTRACTABLE, &no, 1 },
+			{ CKA_SIGN, &yes, 1 }, { CKA_ID, id, 2 }, { CKA_LABEL, label, length },
+		};
+
+		id[0] = i >> 8;
+		id[1] = i;
+		if (bits != 0)
+			public[5] = (struct attribute){ CKA_MODULUS_BITS, &bits, sizeof bits };
+		check("C_GenerateKeyPair", list->f[GENERATE_KEY_PAIR](session, &m, public, bits ? 7ul : 6ul, private, 7ul, &pub, &priv));
+	}
 }
 
 int main(int argc, char **argv)
@@ -266,8 +320,14 @@ int main(int argc, char **argv)
 	void *(*loop)(void *);
 	int i, n;
 
+	if (argc == 8 && strcmp(argv[1], "make") == 0) {
+		make_keys(open_token(argv + 2), argv[5], atol(argv[6]), atol(argv[7]));
+		return 0;
+	}
 	if (argc == 11 && strcmp(argv[1], "token") == 0) {
-		open_token(argv + 2);
+		find_key(open_token(argv + 2), argv[5]);
+		mechanism = strtoul(argv[6], NULL, 0);
+		data = unhex(argv[7], &data_length);
 		loop = sign_loop;
 		rest = argv + 8;
 	} else if (argc == 8 && strcmp(argv[1], "agent") == 0) {
