@@ -6,6 +6,7 @@ FUZZTIME   ?= 10s
 STRESSTIME ?= 5m
 TESTFLAGS  ?= -timeout 10m
 BENCH      ?= .
+BENCHFLAGS ?=
 
 # What is linked by cgo is the code in token/module, and only there.
 export CGO_ENABLED = 1
@@ -19,7 +20,7 @@ TOOL = go tool -modfile=tools/go.mod
 
 MANPAGES    = $(patsubst docs/%.scd,build/man/%,$(wildcard docs/*.scd))
 COMPLETIONS = $(addprefix build/completion/,bash zsh fish)
-SOURCES     = go.mod go.sum $(shell find agent cmd pinentry systemd token -name testdata -prune -o -type f ! -name '*_test.go' -print)
+SOURCES     = go.mod go.sum $(shell find agent cmd/p11-agent pinentry systemd token -name testdata -prune -o -type f ! -name '*_test.go' -print)
 
 .DEFAULT_GOAL = build
 .DELETE_ON_ERROR:
@@ -27,7 +28,7 @@ SOURCES     = go.mod go.sum $(shell find agent cmd pinentry systemd token -name 
 # building needs what deps installs, and go spreads its work over the processors
 # by itself.
 .NOTPARALLEL:
-.PHONY: help deps build test stress conformance lint vuln check demo fuzz bench install deb rpm packages clean
+.PHONY: help deps build test stress conformance lint vuln check demo fuzz bench microbench profile install deb rpm packages clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "%-12s%s\n", $$1, $$2 }' Makefile
@@ -82,8 +83,16 @@ fuzz: ## run each fuzz target for FUZZTIME
 		go test -run '^$$' -fuzz "^$$target\$$" -fuzztime $(FUZZTIME) -fuzzminimizetime 10x "$$package" </dev/null; \
 	done <<<"$$targets"
 
-bench: ## run the benchmarks that match BENCH
+# docs/PERFORMANCE.md tells what is measured. BENCHFLAGS are the flags of
+# cmd/bench, such as -only.
+bench: deps build ## compare with ssh-agent and the bare token, which takes ten minutes
+	go run ./cmd/bench $(BENCHFLAGS)
+
+microbench: ## run the benchmarks of single stages that match BENCH
 	go test -run '^$$' -bench '$(BENCH)' -benchmem ./...
+
+profile: build ## tell with perf where agent and module process spend their time while they sign
+	go run ./cmd/bench -profile build/perf.data
 
 # It takes what "make build" has left when that is newer than the sources, so
 # that "sudo make install" needs no Go.
