@@ -23,14 +23,18 @@ type sample struct {
 // A load is what load.c is to do.
 type load struct {
 	threads int
-	each    bool // a connection for each request
-	length  time.Duration
-	count   int // 0: any number
+	each    bool          // a connection for each request
+	length  time.Duration // 0: until there are as many as count says
+	count   int           // 0: any number
 }
 
 // runLoad runs load.c.
 func (b *bench) runLoad(ctx context.Context, env []string, l load, args ...string) (s sample, count int, err error) {
-	ctx, cancel := context.WithTimeout(ctx, l.length+2*time.Minute)
+	limit := l.length + time.Minute // should somebody hang
+	if l.length == 0 {
+		limit = 10 * time.Minute
+	}
+	ctx, cancel := context.WithTimeout(ctx, limit)
 	defer cancel()
 	args = append(args, strconv.Itoa(l.threads), strconv.FormatFloat(l.length.Seconds(), 'f', 3, 64), strconv.Itoa(l.count))
 	cmd := command(ctx, env, b.load, args...)

@@ -37,9 +37,9 @@ type options struct {
 
 func main() {
 	o := options{}
-	seconds := flag.Float64("seconds", 1, "how long one measurement takes")
+	seconds := flag.Float64("seconds", 0.8, "how long one measurement takes")
 	only := flag.String("only", "", "measure only what matches this regular expression, such as \"sign P-256\"; -list names all")
-	names := flag.Bool("list", false, "name what can be measured, and measure nothing")
+	list := flag.Bool("list", false, "name what can be measured, and measure nothing")
 	flag.IntVar(&o.rounds, "rounds", 3, "how often each is measured")
 	flag.StringVar(&o.agent, "agent", "build/p11-agent", "the program to measure")
 	flag.StringVar(&o.out, "out", "build/bench.md", "the file that the tables are written to as well")
@@ -47,7 +47,7 @@ func main() {
 	flag.IntVar(&o.signatures, "signatures", 100000, "look at the memory after so many signatures")
 	flag.IntVar(&o.logins, "logins", 200, "log in so often, 50 at a time")
 	flag.Parse()
-	if *names {
+	if *list {
 		for _, name := range allNames() {
 			fmt.Println(name)
 		}
@@ -127,7 +127,7 @@ func run(ctx context.Context, o *options, out, progress io.Writer) (err error) {
 		if !b.wantsAny(s.rows()) {
 			continue
 		}
-		b.print("\n## %s", s.title)
+		b.print("\n### %s", s.title)
 		if err := s.run(ctx, b); err != nil {
 			if ctx.Err() != nil {
 				return err

@@ -36,7 +36,7 @@ func measureMemory(ctx context.Context, b *bench) error {
 		var sums []float64
 		for i := range after {
 			if i > 0 {
-				if _, err := b.loadAgent(ctx, a, request, load{threads: 8, length: 10 * time.Minute, count: half}); err != nil {
+				if _, err := b.loadAgent(ctx, a, request, load{threads: 8, count: half}); err != nil {
 					return err
 				}
 			}

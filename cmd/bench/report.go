@@ -136,6 +136,6 @@ func (b *bench) printGoals() {
 	for _, g := range b.goals {
 		t.add(g.what, g.want, g.got, g.verdict)
 	}
-	b.print("\n## Goals")
+	b.print("\n### Goals")
 	b.show("", t)
 }
