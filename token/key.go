@@ -15,6 +15,7 @@ import (
 	"io"
 	"math/big"
 	"slices"
+	"sync"
 	"sync/atomic"
 	"time"
 
@@ -39,6 +40,34 @@ type Key struct {
 type usage struct {
 	count atomic.Uint64
 	last  atomic.Int64 // nanoseconds since 1970; 0: never
+	proof proof
+}
+
+// proof is when signatures of a key are verified that are verified now and then.
+type proof struct {
+	mu   sync.Mutex
+	by   *process      // the last that was verified came from this one
+	made time.Duration // what those that have come since have taken to make, at least
+	cost time.Duration // what it took to verify the last one
+}
+
+// proofShare is what part of the time that a token takes for its signatures goes into
+// verifying them.
+const proofShare = 20
+
+// due tells whether a signature is to be verified, which has taken so long.
+func (v *proof) due(by *process, took time.Duration) bool {
+	v.mu.Lock()
+	defer v.mu.Unlock()
+	v.made += took
+	return v.by != by || v.made >= proofShare*v.cost
+}
+
+// given notes that one was verified, and what that took.
+func (v *proof) given(by *process, cost time.Duration) {
+	v.mu.Lock()
+	defer v.mu.Unlock()
+	v.by, v.made, v.cost = by, 0, cost
 }
 
 func (u *usage) note(now time.Time) {
@@ -176,7 +205,10 @@ func (k *Key) SignMessage(_ io.Reader, msg []byte, opts crypto.SignerOpts) ([]by
 // asked for when the token wants one.
 //
 // It fails with a *PINError, ErrCancelled, ErrAbsent, a *ModuleError, or the
-// context's error. The signature was verified with the public key.
+// context's error. The signature was verified with the public key when it is one of
+// RSA, and likewise with every other key of a token that is slow enough for it: the first
+// that each module process makes, and then for a twentieth of the time that making
+// them takes.
 func (k *Key) SignContext(ctx context.Context, digest []byte, opts crypto.SignerOpts) ([]byte, error) {
 	h := opts.HashFunc()
 	if _, known := hashes[h]; known && len(digest) != h.Size() {
@@ -298,44 +330,80 @@ func saltLength(o *rsa.PSSOptions, key *rsa.PublicKey, h crypto.Hash) (uint64, e
 	}
 }
 
-// encode turns what the token gave into what Go and SSH expect, and makes sure
-// that it is a signature of this key: a module that is wrong or lies is found
-// out here, and nothing else than the signature asked for leaves the agent.
+// encode turns what the token gave into what Go and SSH expect. It must have the form
+// of a signature of this key.
 func (s signing) encode(pub crypto.PublicKey, sig []byte) ([]byte, error) {
-	errWrong := errors.New("the token gave a wrong signature")
 	switch key := pub.(type) {
 	case *rsa.PublicKey:
 		// Some tokens drop leading zeros.
 		if n := key.Size() - len(sig); n > 0 && len(sig) > 0 {
 			sig = append(make([]byte, n), sig...)
 		}
-		var err error
-		if pss, ok := s.opts.(*rsa.PSSOptions); ok {
-			err = rsa.VerifyPSS(key, s.opts.HashFunc(), s.digest, sig, &rsa.PSSOptions{SaltLength: pss.SaltLength})
-		} else {
-			err = rsa.VerifyPKCS1v15(key, s.opts.HashFunc(), s.digest, sig)
+		if len(sig) == key.Size() {
+			return sig, nil
 		}
-		if err != nil {
-			return nil, errWrong
-		}
-		return sig, nil
 	case *ecdsa.PublicKey:
-		if len(sig) == 0 || len(sig)%2 != 0 {
-			return nil, errWrong
-		}
+		order := key.Params().N
 		r, ss := new(big.Int).SetBytes(sig[:len(sig)/2]), new(big.Int).SetBytes(sig[len(sig)/2:])
-		der, err := asn1.Marshal(struct{ R, S *big.Int }{r, ss})
-		if err != nil || !ecdsa.VerifyASN1(key, s.digest, der) {
-			return nil, errWrong
+		if len(sig)%2 == 0 && r.Sign() > 0 && ss.Sign() > 0 && r.Cmp(order) < 0 && ss.Cmp(order) < 0 {
+			return asn1.Marshal(struct{ R, S *big.Int }{r, ss})
 		}
-		return der, nil
 	case ed25519.PublicKey:
-		if !ed25519.Verify(key, s.digest, sig) {
-			return nil, errWrong
+		if len(sig) == ed25519.SignatureSize {
+			return sig, nil
 		}
-		return sig, nil
 	}
 	return nil, errWrong
+}
+
+// verify makes sure that it is a signature of this key, as encode has returned it.
+func (s signing) verify(pub crypto.PublicKey, sig []byte) error {
+	ok := false
+	switch key := pub.(type) {
+	case *rsa.PublicKey:
+		if pss, isPSS := s.opts.(*rsa.PSSOptions); isPSS {
+			ok = rsa.VerifyPSS(key, s.opts.HashFunc(), s.digest, sig, &rsa.PSSOptions{SaltLength: pss.SaltLength}) == nil
+		} else {
+			ok = rsa.VerifyPKCS1v15(key, s.opts.HashFunc(), s.digest, sig) == nil
+		}
+	case *ecdsa.PublicKey:
+		ok = ecdsa.VerifyASN1(key, s.digest, sig)
+	case ed25519.PublicKey:
+		ok = ed25519.Verify(key, s.digest, sig)
+	}
+	if !ok {
+		return errWrong
+	}
+	return nil
+}
+
+// errWrong is that of a module that is wrong or lies: nothing else than the
+// signature asked for is to leave the agent.
+var errWrong = errors.New("the token gave a wrong signature")
+
+// check verifies a signature, if it is its turn. One of RSA always is, as that is
+// cheap, and a wrong one may tell the private key (Boneh, DeMillo and Lipton). With
+// the other algorithms it takes as long as a fast token takes to sign, and the server
+// verifies it anyway; so a card, which is slow, has each verified, and a fast token its
+// first and some.
+func (k *Key) check(s signing, m made, sig []byte) error {
+	_, always := k.found.public.(*rsa.PublicKey)
+	if !k.use.proof.due(m.by, m.took) && !always {
+		return nil
+	}
+	start := time.Now()
+	if err := s.verify(k.found.public, sig); err != nil {
+		return err
+	}
+	k.use.proof.given(m.by, time.Since(start))
+	return nil
+}
+
+// made is a signature as a token has made it.
+type made struct {
+	signature []byte
+	by        *process
+	took      time.Duration // at least
 }
 
 // sign has the token sign, and puts right once each what may have broken since
@@ -346,7 +414,7 @@ func (k *Key) sign(ctx context.Context, s signing) ([]byte, error) {
 		return nil, err
 	}
 	ways = k.token.choose(ways)
-	sig, err := k.signHealing(ctx, ways)
+	m, err := k.signHealing(ctx, ways)
 	if err == nil {
 		now := time.Now()
 		k.use.note(now)
@@ -358,7 +426,11 @@ func (k *Key) sign(ctx context.Context, s signing) ([]byte, error) {
 		}
 		return nil, err
 	}
-	if sig, err = s.encode(k.found.public, sig); err != nil {
+	sig, err := s.encode(k.found.public, m.signature)
+	if err == nil {
+		err = k.check(s, m, sig)
+	}
+	if err != nil {
 		return nil, fmt.Errorf("token %q, through module %q: %w", k.token.ID.Label, k.Module(), err)
 	}
 	return sig, nil
@@ -368,7 +440,7 @@ func (k *Key) sign(ctx context.Context, s signing) ([]byte, error) {
 // was replaced, with nothing under way in it.
 const maxReplaced = 5
 
-func (k *Key) signHealing(ctx context.Context, ways []way) ([]byte, error) {
+func (k *Key) signHealing(ctx context.Context, ways []way) (made, error) {
 	t := k.token
 	defer t.module.use()()
 	var healed, renewed, mustLogin bool
@@ -377,30 +449,30 @@ func (k *Key) signHealing(ctx context.Context, ways []way) ([]byte, error) {
 	for {
 		p, err := t.module.running(ctx)
 		if err != nil {
-			return nil, err
+			return made{}, err
 		}
-		sig, login, err := k.attempt(ctx, p, ways[0], mustLogin)
+		m, login, err := k.attempt(ctx, p, ways[0], mustLogin)
 		if err == nil {
 			p.signed.Store(true)
-			return sig, nil
+			return m, nil
 		}
 		failed, _ := errors.AsType[*loginError](err)
 		mayHeal := broken(err) && (failed == nil || !failed.attempted)
 		if mayHeal && ctx.Err() == nil {
 			again, inUse := t.awaitReader(ctx, &turn)
 			if inUse != nil {
-				return nil, inUse
+				return made{}, inUse
 			}
 			if again {
 				if err := t.module.rescan(ctx); err != nil && ctx.Err() != nil {
-					return nil, ctx.Err()
+					return made{}, ctx.Err()
 				}
 				continue
 			}
 		}
 		switch {
 		case ctx.Err() != nil:
-			return nil, ctx.Err()
+			return made{}, ctx.Err()
 		case len(ways) > 1 && refusesMechanism(err):
 			t.refuse(ways[0].mechanism)
 			ways = ways[1:]
@@ -410,7 +482,7 @@ func (k *Key) signHealing(ctx context.Context, ways []way) ([]byte, error) {
 			// each signature and did not say so.
 			loggedInAgain, mustLogin = loggedInAgain+1, true
 			if lost := t.doubtLogin(ctx, p, k, login); !lost && loggedInAgain > 1 {
-				return nil, k.explain(err)
+				return made{}, k.explain(err)
 			}
 		case replaced < maxReplaced && mayHeal && errors.Is(err, errRenewed):
 			// It never reached the module: somebody else had looked for tokens.
@@ -427,7 +499,7 @@ func (k *Key) signHealing(ctx context.Context, ways []way) ([]byte, error) {
 				continue
 			}
 			if err := t.module.rescan(ctx); err != nil && ctx.Err() != nil {
-				return nil, ctx.Err()
+				return made{}, ctx.Err()
 			}
 		case !renewed && mayHeal && isRV(err, wire.CKRDeviceError):
 			// Nor does a look help libykcs11 2.2 when another program has selected
@@ -435,31 +507,31 @@ func (k *Key) signHealing(ctx context.Context, ways []way) ([]byte, error) {
 			renewed = true
 			p.kill(fmt.Errorf("it failed and is started anew: %w", err))
 		default:
-			return nil, k.explain(err)
+			return made{}, k.explain(err)
 		}
 	}
 }
 
 // attempt logs in, where that is expected to be needed, and signs, once. login is
 // the number of the login that it signed with.
-func (k *Key) attempt(ctx context.Context, p *process, w way, mustLogin bool) (sig []byte, login uint64, err error) {
+func (k *Key) attempt(ctx context.Context, p *process, w way, mustLogin bool) (m made, login uint64, err error) {
 	t := k.token
 	if !t.present() {
-		return nil, 0, ErrAbsent
+		return made{}, 0, ErrAbsent
 	}
 	now := t.current(k)
 	var with prelude
 	defer func() { with.typed.Wipe() }()
 	if (mustLogin || now.needsLogin()) && !t.loggedIn(p) {
 		if with.typed, err = t.login(ctx, k, given{}); err != nil {
-			return nil, 0, err
+			return made{}, 0, err
 		}
 		with.fresh = true
 		now = t.current(k)
 	}
 	login = t.lastLogin()
-	sig, err = now.signOnce(ctx, p, w, with)
-	return sig, login, err
+	m, err = now.signOnce(ctx, p, w, with)
+	return m, login, err
 }
 
 // prelude is what was done for a signature before it is made.
@@ -552,31 +624,37 @@ func (k *Key) needsLogin() bool {
 	if k.found.open && !k.found.always {
 		return false
 	}
-	k.token.mu.Lock()
-	defer k.token.mu.Unlock()
-	return k.token.slot.Info.Flags&wire.CKFLoginRequired != 0
+	return k.token.info().Flags&wire.CKFLoginRequired != 0
 }
 
 // signOnce has the token sign.
-func (k *Key) signOnce(ctx context.Context, p *process, w way, with prelude) ([]byte, error) {
-	req := &wire.Sign{
-		Key: wire.KeyID{
-			Token: k.token.ID, ID: k.found.id, Label: k.found.label, KeyType: k.found.keyType,
-			Modulus: k.found.modulus, ECPoint: k.found.point,
-		},
-		Mechanism: w.mechanism, PSSHash: w.hash, PSSMGF: w.mgf, PSSSalt: w.salt,
-		SignatureLen: signatureLen(k.found.public),
-		Data:         w.data,
-	}
+func (k *Key) signOnce(ctx context.Context, p *process, w way, with prelude) (made, error) {
 	if k.found.always {
-		return k.token.signWithPIN(ctx, p, k, req, with)
+		req := new(wire.Sign)
+		k.describe(req, w)
+		start := time.Now()
+		sig, err := k.token.signWithPIN(ctx, p, k, req, with)
+		return made{sig, p, time.Since(start)}, err
 	}
-	var reply wire.SignReply
+	s, err := p.sit(ctx, k.token.ID, k.token.info())
+	if err != nil {
+		return made{}, err
+	}
 	defer k.working(ctx)()
-	if err := p.call(ctx, signTimeout, wire.TypeSign, req, &reply); err != nil {
-		return nil, err
+	k.describe(&s.req, w)
+	sig, took, err := p.sign(ctx, s)
+	return made{sig, p, took}, err
+}
+
+// describe makes the request for a signature.
+func (k *Key) describe(req *wire.Sign, w way) {
+	req.Key = wire.KeyID{
+		Token: k.token.ID, ID: k.found.id, Label: k.found.label, KeyType: k.found.keyType,
+		Modulus: k.found.modulus, ECPoint: k.found.point,
 	}
-	return reply.Signature, nil
+	req.Mechanism, req.PSSHash, req.PSSMGF, req.PSSSalt = w.mechanism, w.hash, w.mgf, w.salt
+	req.SignatureLen = signatureLen(k.found.public)
+	req.Data = w.data
 }
 
 // working tells that the token begins to work on a signature. The function it

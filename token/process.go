@@ -76,6 +76,8 @@ type process struct {
 	timeout time.Duration // replaces the defaults when not 0
 	cmd     *exec.Cmd
 	conn    *wire.Conn
+	lanes   *wire.Lanes // nil: signatures take the way that other requests take
+	log     *slog.Logger
 	info    wire.HelloReply
 	events  chan struct{} // one element: slots or tokens have changed
 	done    chan struct{}
@@ -88,63 +90,69 @@ type process struct {
 	mu      sync.Mutex
 	next    uint32
 	waiting map[uint32]*pending
-	err     error // why it ends; set once
+	queues  map[wire.TokenID]*queue // the zero one's is that of the module itself
+	freed   time.Time               // when a key was made: nobody had an answer meanwhile
+	alarm   *time.Timer             // when the next of waiting has waited for too long, at alarmAt
+	alarmAt time.Time               // zero: it is not set
+	err     error                   // why it ends; set once
 }
 
-// pending is a request under way. Its timer goes on when the caller has left:
+// pending is a request under way. Its time goes on when the caller has left:
 // a module that hangs is to be killed all the same. It starts anew whenever the
 // token answers somebody else: many requests to a slow card are not a hang.
 type pending struct {
-	answer  chan wire.Frame // one element
-	token   wire.TokenID
+	answer  chan wire.Frame // one element; nil: it comes on a lane
+	queue   *queue          // of the token
 	timeout time.Duration
-	timer   *time.Timer
+	since   time.Time
 	long    bool // a key is made: whoever waits behind that waits for no hang
 }
 
 // startProcess starts argv as a module process and has it load the module. The
 // process lives until it is killed; ctx only bounds the start.
 func startProcess(ctx context.Context, spec ModuleSpec, argv []string, log *slog.Logger) (*process, error) {
-	fds, err := unix.Socketpair(unix.AF_UNIX, unix.SOCK_STREAM|unix.SOCK_CLOEXEC, 0)
+	asks, theirs, err := connectProcess(unix.SOCK_STREAM)
 	if err != nil {
-		return nil, fmt.Errorf("connect a module process: %w", err)
+		return nil, err
 	}
-	theirs := os.NewFile(uintptr(fds[1]), "module process")
-	ours := os.NewFile(uintptr(fds[0]), "agent")
-	c, err := net.FileConn(ours)
-	_ = ours.Close()
+	opens, theirLanes, err := connectProcess(unix.SOCK_SEQPACKET)
 	if err != nil {
-		return nil, errors.Join(fmt.Errorf("connect a module process: %w", err), theirs.Close())
+		return nil, errors.Join(err, asks.Close(), theirs.Close())
 	}
-	conn := wire.NewConn(c)
+	conn, lanes := wire.NewConn(asks), wire.NewLanes(opens)
+	closeAll := func() error { return errors.Join(conn.Close(), lanes.Close(), theirs.Close(), theirLanes.Close()) }
 
 	said, printed, err := os.Pipe()
 	if err != nil {
-		return nil, errors.Join(fmt.Errorf("start a module process: %w", err), conn.Close(), theirs.Close())
+		return nil, errors.Join(fmt.Errorf("start a module process: %w", err), closeAll())
 	}
 	cmd := exec.Command(argv[0], append(argv[1:len(argv):len(argv)], spec.Name)...)
 	cmd.Args[0] = "p11-agent" // for whoever looks at the process list
 	cmd.Env = registry.Environment(os.Environ(), spec.Env)
 	cmd.Dir = "/"
-	cmd.ExtraFiles = []*os.File{theirs} // becomes wire.FD
+	cmd.ExtraFiles = []*os.File{theirs, theirLanes} // become wire.FD and wire.LanesFD
 	cmd.Stdout = printed                // what a module prints must not reach ours
 	cmd.Stderr = printed
 	cmd.SysProcAttr = &syscall.SysProcAttr{Setsid: true} // no Ctrl-C of the agent's terminal
 	err = cmd.Start()
 	_ = printed.Close()
-	_ = theirs.Close() // so that its end shows as the end of file
 	if err != nil {
-		return nil, errors.Join(fmt.Errorf("start a module process: %w", err), conn.Close(), said.Close())
+		return nil, errors.Join(fmt.Errorf("start a module process: %w", err), closeAll(), said.Close())
 	}
+	_ = theirs.Close() // so that its end shows as the end of file
+	_ = theirLanes.Close()
 
 	p := &process{
 		name:    spec.Name,
 		timeout: spec.Timeout,
 		cmd:     cmd,
 		conn:    conn,
+		lanes:   lanes,
+		log:     log,
 		events:  make(chan struct{}, 1),
 		done:    make(chan struct{}),
 		waiting: make(map[uint32]*pending),
+		queues:  make(map[wire.TokenID]*queue),
 	}
 	last := new(lastLine)
 	var reading sync.WaitGroup
@@ -180,6 +188,21 @@ func startProcess(ctx context.Context, spec ModuleSpec, argv []string, log *slog
 		return nil, err
 	}
 	return p, nil
+}
+
+// connectProcess makes a socket pair: the agent's end, and the file for the child.
+func connectProcess(kind int) (*net.UnixConn, *os.File, error) {
+	fds, err := unix.Socketpair(unix.AF_UNIX, kind|unix.SOCK_CLOEXEC, 0)
+	if err != nil {
+		return nil, nil, fmt.Errorf("connect a module process: %w", err)
+	}
+	ours, theirs := os.NewFile(uintptr(fds[0]), "agent"), os.NewFile(uintptr(fds[1]), "module process")
+	c, err := net.FileConn(ours)
+	_ = ours.Close()
+	if err != nil {
+		return nil, nil, errors.Join(fmt.Errorf("connect a module process: %w", err), theirs.Close())
+	}
+	return c.(*net.UnixConn), theirs, nil
 }
 
 // sandboxHint is said of a module that fails at the start for a reason that may be
@@ -254,12 +277,34 @@ func (p *process) fail(why error) {
 		p.err = why
 	}
 	for id, w := range p.waiting {
-		w.timer.Stop()
-		close(w.answer)
+		if w.answer != nil {
+			close(w.answer)
+		}
 		delete(p.waiting, id)
+	}
+	if p.alarm != nil {
+		p.alarm.Stop()
+	}
+	var lanes []*wire.Lane
+	for _, q := range p.queues {
+		for _, w := range q.waiting {
+			close(w.seat)
+		}
+		q.waiting = nil
+		for _, s := range q.seats {
+			if s.lane != nil {
+				lanes = append(lanes, s.lane)
+			}
+		}
 	}
 	p.mu.Unlock()
 	_ = p.conn.Close() // ends read
+	if p.lanes != nil {
+		_ = p.lanes.Close()
+	}
+	for _, l := range lanes {
+		_ = l.Close() // ends what waits for an answer
+	}
 }
 
 func (p *process) failure() error {
@@ -296,20 +341,19 @@ func (p *process) read() {
 		}
 		p.mu.Lock()
 		w := p.waiting[f.ID]
-		delete(p.waiting, f.ID)
-		if w != nil {
-			for _, o := range p.waiting {
-				if o.token == w.token {
-					o.timer.Reset(o.timeout)
-				}
-			}
-		}
-		p.mu.Unlock()
-		if w == nil {
+		if w == nil || w.answer == nil {
+			p.mu.Unlock()
 			p.kill(errors.New("it answered a question that was not asked"))
 			return
 		}
-		w.timer.Stop()
+		delete(p.waiting, f.ID)
+		now := time.Now()
+		w.queue.heard = now
+		if w.long {
+			p.freed = now
+			p.setAlarmLocked(now)
+		}
+		p.mu.Unlock()
 		w.answer <- f
 	}
 }
@@ -355,21 +399,20 @@ func (p *process) request(ctx context.Context, through bool, timeout time.Durati
 	case p.timeout != 0:
 		timeout = p.timeout
 	}
-	w := &pending{answer: make(chan wire.Frame, 1), token: tokenOf(req), timeout: timeout, long: long}
+	w := &pending{answer: make(chan wire.Frame, 1), timeout: timeout, since: time.Now(), long: long}
 	p.mu.Lock()
 	if p.err != nil {
 		p.mu.Unlock()
 		return p.ended(ctx)
 	}
+	w.queue = p.queueLocked(tokenOf(req))
 	id := p.numberLocked()
-	w.timer = time.AfterFunc(timeout, func() { p.hung(id, w) })
-	p.waiting[id] = w
+	p.waitLocked(id, w)
 	p.mu.Unlock()
 
 	if err := p.conn.WriteRequest(id, t, req); err != nil {
 		p.mu.Lock()
 		if p.waiting[id] == w {
-			w.timer.Stop()
 			delete(p.waiting, id)
 		}
 		p.mu.Unlock()
@@ -406,7 +449,7 @@ func (p *process) request(ctx context.Context, through bool, timeout time.Durati
 			return ctx.Err()
 		}
 		<-tell
-		f, ok := <-w.answer // the timer goes on
+		f, ok := <-w.answer // its time goes on
 		if !ok {
 			return p.ended(context.WithoutCancel(ctx))
 		}
@@ -414,25 +457,75 @@ func (p *process) request(ctx context.Context, through bool, timeout time.Durati
 	}
 }
 
-// hung ends the process, which has not answered a request in time, unless it makes
-// a key: some modules do nothing else meanwhile, and no token does.
-func (p *process) hung(id uint32, w *pending) {
-	p.mu.Lock()
-	if p.waiting[id] != w {
-		p.mu.Unlock()
-		return // it has answered just now
+// waitLocked notes that a request is under way.
+func (p *process) waitLocked(id uint32, w *pending) {
+	p.waiting[id] = w
+	if p.alarmAt.IsZero() || p.deadlineLocked(w).Before(p.alarmAt) {
+		p.setAlarmLocked(w.since)
 	}
-	if !w.long {
-		for _, o := range p.waiting {
-			if o.long {
-				w.timer.Reset(w.timeout)
-				p.mu.Unlock()
-				return
-			}
+}
+
+// deadlineLocked is when a request has waited for too long.
+func (p *process) deadlineLocked(w *pending) time.Time {
+	from := w.since
+	for _, later := range []time.Time{w.queue.heard, p.freed} {
+		if later.After(from) {
+			from = later
 		}
 	}
+	return from.Add(w.timeout)
+}
+
+// setAlarmLocked sets the alarm to the first deadline there is. It is not put off
+// for answers: when it goes off, it is set anew.
+func (p *process) setAlarmLocked(now time.Time) {
+	p.alarmAt = time.Time{}
+	making := p.makingLocked()
+	for _, w := range p.waiting {
+		if making && !w.long {
+			continue
+		}
+		if d := p.deadlineLocked(w); p.alarmAt.IsZero() || d.Before(p.alarmAt) {
+			p.alarmAt = d
+		}
+	}
+	switch {
+	case p.alarmAt.IsZero():
+	case p.alarm == nil:
+		p.alarm = time.AfterFunc(p.alarmAt.Sub(now), p.hung)
+	default:
+		p.alarm.Reset(p.alarmAt.Sub(now))
+	}
+}
+
+// makingLocked tells whether a key is made: some modules do nothing else
+// meanwhile, and no token does.
+func (p *process) makingLocked() bool {
+	for _, w := range p.waiting {
+		if w.long {
+			return true
+		}
+	}
+	return false
+}
+
+// hung ends the process, if it has not answered a request in time.
+func (p *process) hung() {
+	now := time.Now()
+	p.mu.Lock()
+	making := p.makingLocked()
+	for _, w := range p.waiting {
+		if (w.long || !making) && !p.deadlineLocked(w).After(now) {
+			timeout := w.timeout
+			p.mu.Unlock()
+			p.kill(fmt.Errorf("%w: %w", errGone, &hungError{timeout}))
+			return
+		}
+	}
+	if p.err == nil {
+		p.setAlarmLocked(now)
+	}
 	p.mu.Unlock()
-	p.kill(fmt.Errorf("%w: %w", errGone, &hungError{w.timeout}))
 }
 
 // tokenOf returns the token that a request is about, the zero one for those

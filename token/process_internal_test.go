@@ -29,6 +29,7 @@ func pipeProcess(t *testing.T, serve func(c *wire.ModuleConn, r wire.Request)) *
 	p := &process{
 		cmd: &exec.Cmd{Process: new(os.Process)}, conn: wire.NewConn(ours),
 		events: make(chan struct{}, 1), done: make(chan struct{}), waiting: make(map[uint32]*pending),
+		queues: make(map[wire.TokenID]*queue),
 	}
 	var all sync.WaitGroup
 	all.Go(func() {

@@ -134,6 +134,13 @@ func (t *Token) name() string {
 // present tells whether the token was there at the last look.
 func (t *Token) present() bool { return slices.Contains(t.module.present(), t) }
 
+// info returns what the token said of itself when it was looked at last.
+func (t *Token) info() wire.TokenInfo {
+	t.mu.Lock()
+	defer t.mu.Unlock()
+	return t.slot.Info
+}
+
 // loggedIn tells whether this process is logged in, as far as we know.
 func (t *Token) loggedIn(p *process) bool {
 	t.mu.Lock()

@@ -20,19 +20,14 @@ func newGate() *gate {
 	return &gate{turn: make(chan struct{}, 1), places: make(chan struct{}, width)}
 }
 
-// shared lets the caller in beside others. It returns what lets it out.
-func (g *gate) shared(ctx context.Context) (leave func(), err error) {
-	if err := take(ctx, g.places); err != nil {
-		return nil, err
+// enter lets the caller in beside others, or alone: when everybody has left, and
+// nobody else until it has. It is let out by leave.
+func (g *gate) enter(ctx context.Context, alone bool) error {
+	if !alone {
+		return take(ctx, g.places)
 	}
-	return func() { <-g.places }, nil
-}
-
-// alone lets the caller in when everybody has left, and nobody else until it
-// has. It returns what lets it out.
-func (g *gate) alone(ctx context.Context) (leave func(), err error) {
 	if err := take(ctx, g.turn); err != nil {
-		return nil, err
+		return err
 	}
 	for n := range width {
 		if err := take(ctx, g.places); err != nil {
@@ -40,15 +35,22 @@ func (g *gate) alone(ctx context.Context) (leave func(), err error) {
 				<-g.places
 			}
 			<-g.turn
-			return nil, err
+			return err
 		}
 	}
-	return func() {
-		for range width {
-			<-g.places
-		}
-		<-g.turn
-	}, nil
+	return nil
+}
+
+// leave lets a caller out who was let in by enter in the same way.
+func (g *gate) leave(alone bool) {
+	if !alone {
+		<-g.places
+		return
+	}
+	for range width {
+		<-g.places
+	}
+	<-g.turn
 }
 
 // take puts one element into c, unless ctx ends first.

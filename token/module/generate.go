@@ -24,11 +24,10 @@ func (s *server) generate(ctx context.Context, lib *library, t *token, m *wire.G
 	if m.Bits > maxBits || len(m.ECParams) > 8 || (m.Bits == 0) == (len(m.ECParams) == 0) {
 		return nil, nonsense("a key of no such kind is made here")
 	}
-	leave, err := t.gate.alone(ctx)
-	if err != nil {
+	if err := t.gate.enter(ctx, true); err != nil {
 		return nil, err
 	}
-	defer leave()
+	defer t.gate.leave(true)
 	p, err := s.find(ctx, lib, t)
 	if err != nil {
 		return nil, err

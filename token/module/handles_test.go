@@ -48,7 +48,7 @@ func TestSessionOfAnotherSlot(t *testing.T) {
 			tok.live.idle <- other
 			_, err = new(server).sign(t.Context(), lib, tok, &wire.Sign{
 				Key: wire.KeyID{Token: id}, SignatureLen: 64, ContextLogin: true, PIN: pinOf(t, "1234"),
-			})
+			}, nil)
 		}
 		wantRV(t, err, "C_GetSessionInfo", wire.CKRSessionHandleInvalid)
 		if tok.present() != nil {

@@ -522,18 +522,17 @@ func (l *library) signInit(s pkcs11.SessionHandle, m mechanism, key pkcs11.Objec
 		C.CK_ULONG(m.hash), C.CK_ULONG(m.mgf), C.CK_ULONG(m.salt)))
 }
 
-// sign calls C_Sign, once, with room for a signature of size bytes.
-func (l *library) sign(s pkcs11.SessionHandle, data []byte, size int) ([]byte, error) {
-	signature := make([]byte, size)
-	n := C.CK_ULONG(size)
-	rv := C.sign(l.fn, C.CK_ULONG(s), first(data), C.CK_ULONG(len(data)), first(signature), &n)
+// sign calls C_Sign, once, for a signature that fits into room.
+func (l *library) sign(s pkcs11.SessionHandle, data, room []byte) (signature []byte, err error) {
+	n := C.CK_ULONG(len(room))
+	rv := C.sign(l.fn, C.CK_ULONG(s), first(data), C.CK_ULONG(len(data)), first(room), &n)
 	if rv != wire.CKROK {
 		return nil, returned("C_Sign", rv)
 	}
-	if n == 0 || n > C.CK_ULONG(size) {
-		return nil, garbage("C_Sign", "the signature has %d bytes; there is room for %d", n, size)
+	if n == 0 || n > C.CK_ULONG(len(room)) {
+		return nil, garbage("C_Sign", "the signature has %d bytes; there is room for %d", n, len(room))
 	}
-	return signature[:n], nil
+	return room[:n], nil
 }
 
 // first is the address of b for C, which gets NULL for nothing.

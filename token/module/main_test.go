@@ -42,6 +42,7 @@ type process struct {
 	t      testing.TB
 	cmd    *exec.Cmd
 	conn   *wire.Conn
+	lanes  *wire.Lanes
 	stderr *logBuffer
 	events chan struct{}
 	lost   chan error    // what it said when it was of no use any more
@@ -72,19 +73,22 @@ func (l *logBuffer) String() string {
 }
 
 // socketPair returns the agent's end, and the file for the child.
-func socketPair() (net.Conn, *os.File, error) {
-	fds, err := unix.Socketpair(unix.AF_UNIX, unix.SOCK_STREAM|unix.SOCK_CLOEXEC, 0)
+func socketPair(kind int) (*net.UnixConn, *os.File, error) {
+	fds, err := unix.Socketpair(unix.AF_UNIX, kind|unix.SOCK_CLOEXEC, 0)
 	if err != nil {
 		return nil, nil, err
 	}
 	ours := os.NewFile(uintptr(fds[0]), "agent")
 	defer ours.Close()
 	c, err := net.FileConn(ours)
-	return c, os.NewFile(uintptr(fds[1]), "module"), err
+	if err != nil {
+		return nil, nil, err
+	}
+	return c.(*net.UnixConn), os.NewFile(uintptr(fds[1]), "module"), nil
 }
 
 // command is a module process that is yet to be started.
-func command(env []string, stderr io.Writer, socket *os.File) *exec.Cmd {
+func command(env []string, stderr io.Writer, sockets ...*os.File) *exec.Cmd {
 	cmd := exec.Command("/proc/self/exe")
 	cmd.Env = append([]string{
 		"P11_TEST_PROCESS=module",
@@ -92,24 +96,29 @@ func command(env []string, stderr io.Writer, socket *os.File) *exec.Cmd {
 		"GORACE=halt_on_error=1 atexit_sleep_ms=0", // a race in the child ends it
 	}, env...)
 	cmd.Stderr = stderr
-	cmd.ExtraFiles = []*os.File{socket} // becomes wire.FD
+	cmd.ExtraFiles = sockets // become wire.FD and wire.LanesFD
 	return cmd
 }
 
 // start starts a module process, which ends with the test.
 func start(t testing.TB, env ...string) *process {
 	t.Helper()
-	c, socket, err := socketPair()
+	c, socket, err := socketPair(unix.SOCK_STREAM)
 	if err != nil {
 		t.Fatal(err)
 	}
 	defer socket.Close()
+	lanes, laneSocket, err := socketPair(unix.SOCK_SEQPACKET)
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer laneSocket.Close()
 	p := &process{
-		t: t, conn: wire.NewConn(c), stderr: new(logBuffer),
+		t: t, conn: wire.NewConn(c), lanes: wire.NewLanes(lanes), stderr: new(logBuffer),
 		events: make(chan struct{}, 100), lost: make(chan error, 10), exited: make(chan struct{}),
 		waiting: make(map[uint32]chan wire.Frame),
 	}
-	p.cmd = command(env, p.stderr, socket)
+	p.cmd = command(env, p.stderr, socket, laneSocket)
 	if err := p.cmd.Start(); err != nil {
 		t.Fatal(err)
 	}
@@ -124,6 +133,7 @@ func start(t testing.TB, env ...string) *process {
 	}()
 	t.Cleanup(func() {
 		p.conn.Close()
+		p.lanes.Close()
 		p.wait()
 		<-read
 		if t.Failed() {
@@ -336,11 +346,15 @@ func wantReason(t testing.TB, err error, r wire.Reason) {
 // agentProcess starts a module process, has it load a module, says the process
 // id, and never ends.
 func agentProcess() int {
-	c, socket, err := socketPair()
+	c, socket, err := socketPair(unix.SOCK_STREAM)
 	if err != nil {
 		return 1
 	}
-	cmd := command(os.Environ(), os.Stderr, socket)
+	_, lanes, err := socketPair(unix.SOCK_SEQPACKET)
+	if err != nil {
+		return 1
+	}
+	cmd := command(os.Environ(), os.Stderr, socket, lanes)
 	cmd.Env = append(cmd.Env, "P11_TEST_PROCESS=module")
 	if err := cmd.Start(); err != nil {
 		return 1

@@ -22,10 +22,10 @@ import (
 	"os"
 
 	"p11-agent/pinentry/secret"
-	"p11-agent/token/wire"
 )
 
-// Main runs the module process on the socket at file descriptor wire.FD and
+// Main runs the module process on the sockets at the file descriptors wire.FD and
+// wire.LanesFD and
 // returns its exit status: 0 when the agent has closed the socket, 1 otherwise.
 // The caller exits with it at once: calls into the module may still hang.
 //
@@ -45,16 +45,14 @@ func run(logger *log.Logger) error {
 	if err := harden(); err != nil {
 		return err
 	}
-	socket, err := agentSocket()
-	if err != nil {
-		return err
-	}
-	conn, err := wire.NewModuleConn(socket)
+	conn, lanes, err := agentSockets()
 	if err != nil {
 		return err
 	}
 	if err := secret.LockError(); err != nil {
 		logger.Print(err)
 	}
-	return newServer(conn, logger).serve()
+	s := newServer(conn, logger)
+	go s.acceptLanes(lanes)
+	return s.serve()
 }

@@ -731,7 +731,7 @@ func TestNotForPeople(t *testing.T) {
 	}
 	defer pipe.Close()
 	defer other.Close()
-	ours, socket, err := socketPair()
+	ours, socket, err := socketPair(unix.SOCK_STREAM)
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -749,6 +749,7 @@ func TestNotForPeople(t *testing.T) {
 		{"nothing", []string{exe}, nil},
 		{"a pipe", []string{exe}, []*os.File{pipe}},
 		{"a file", []string{exe}, []*os.File{os.Stdin}},
+		{"no socket for lanes", []string{exe}, []*os.File{socket}},
 		{"a socket that the parent did not make", []string{"sh", "-c", `"$0"; exit $?`, exe}, []*os.File{socket}},
 	} {
 		t.Run(tt.name, func(t *testing.T) {
@@ -767,30 +768,27 @@ func TestGate(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		g := newGate()
 		ctx, cancel := context.WithCancel(t.Context())
-		leave1, err1 := g.shared(ctx)
-		leave2, err2 := g.shared(ctx)
-		if err1 != nil || err2 != nil {
-			t.Fatal(err1, err2)
+		if err := errors.Join(g.enter(ctx, false), g.enter(ctx, false)); err != nil {
+			t.Fatal(err)
 		}
 		alone := false
 		var all sync.WaitGroup
 		all.Go(func() {
-			leave, err := g.alone(t.Context())
-			if err != nil {
+			if err := g.enter(t.Context(), true); err != nil {
 				t.Error(err)
 				return
 			}
 			alone = true
-			leave()
+			g.leave(true)
 		})
 		gaveUp := false
 		all.Go(func() {
-			if _, err := g.alone(ctx); !errors.Is(err, context.Canceled) {
+			if err := g.enter(ctx, true); !errors.Is(err, context.Canceled) {
 				t.Errorf("got %v", err)
 			}
 			gaveUp = true
 		})
-		leave1()
+		g.leave(false)
 		synctest.Wait()
 		if alone || gaveUp {
 			t.Error("somebody is alone beside another")
@@ -800,16 +798,16 @@ func TestGate(t *testing.T) {
 		if !gaveUp {
 			t.Error("a waiter is not cancelled")
 		}
-		leave2()
+		g.leave(false)
 		all.Wait()
 		if !alone {
 			t.Error("nobody was alone")
 		}
-		if _, err := g.shared(ctx); !errors.Is(err, context.Canceled) {
+		if err := g.enter(ctx, false); !errors.Is(err, context.Canceled) {
 			t.Errorf("a cancelled caller is let in: %v", err)
 		}
 		for range width { // all places are free again
-			if _, err := g.shared(t.Context()); err != nil {
+			if err := g.enter(t.Context(), false); err != nil {
 				t.Fatal(err)
 			}
 		}

@@ -21,11 +21,10 @@ const replyRoom = 4 << 10
 
 // listObjects lists the keys and X.509 certificates that are visible.
 func (s *server) listObjects(ctx context.Context, lib *library, t *token) (wire.Message, error) {
-	leave, err := t.gate.shared(ctx)
-	if err != nil {
+	if err := t.gate.enter(ctx, false); err != nil {
 		return nil, err
 	}
-	defer leave()
+	defer t.gate.leave(false)
 	p, err := s.find(ctx, lib, t)
 	if err != nil {
 		return nil, err

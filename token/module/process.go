@@ -16,30 +16,47 @@ import (
 // errNotAgent is returned when the socket is not there, or not the agent's.
 var errNotAgent = errors.New("this command is run by p11-agent itself")
 
-// agentSocket takes over the socket that the agent has left for this process.
-// Its other end must be held by the parent process, which must still live.
-func agentSocket() (net.Conn, error) {
-	domain, err := unix.GetsockoptInt(wire.FD, unix.SOL_SOCKET, unix.SO_DOMAIN)
+// agentSockets takes over the sockets that the agent has left for this process: the
+// one that it asks at, and the one that it opens lanes with. Their other ends must
+// be held by the parent process, which must still live.
+func agentSockets() (*wire.ModuleConn, *wire.ModuleLanes, error) {
+	asks, err := agentSocket(wire.FD, unix.SOCK_STREAM)
+	if err != nil {
+		return nil, nil, err
+	}
+	opens, err := agentSocket(wire.LanesFD, unix.SOCK_SEQPACKET)
+	if err != nil {
+		return nil, nil, errors.Join(err, asks.Close())
+	}
+	conn, err := wire.NewModuleConn(asks)
+	if err != nil {
+		return nil, nil, errors.Join(err, asks.Close(), opens.Close())
+	}
+	return conn, wire.NewModuleLanes(opens), nil
+}
+
+func agentSocket(fd, kind int) (*net.UnixConn, error) {
+	domain, err := unix.GetsockoptInt(fd, unix.SOL_SOCKET, unix.SO_DOMAIN)
 	if err != nil || domain != unix.AF_UNIX {
 		return nil, errNotAgent
 	}
-	kind, err := unix.GetsockoptInt(wire.FD, unix.SOL_SOCKET, unix.SO_TYPE)
-	if err != nil || kind != unix.SOCK_STREAM {
+	is, err := unix.GetsockoptInt(fd, unix.SOL_SOCKET, unix.SO_TYPE)
+	if err != nil || is != kind {
 		return nil, errNotAgent
 	}
 	// A socket pair has the credentials of the process that made it.
-	peer, err := unix.GetsockoptUcred(wire.FD, unix.SOL_SOCKET, unix.SO_PEERCRED)
+	peer, err := unix.GetsockoptUcred(fd, unix.SOL_SOCKET, unix.SO_PEERCRED)
 	if err != nil || int(peer.Pid) != os.Getppid() {
 		return nil, errNotAgent
 	}
-	unix.CloseOnExec(wire.FD) // a module may start programs
-	f := os.NewFile(wire.FD, "agent")
+	unix.CloseOnExec(fd) // a module may start programs
+	f := os.NewFile(uintptr(fd), "agent")
 	defer f.Close() // FileConn makes a copy of its own
 	c, err := net.FileConn(f)
 	if err != nil {
 		return nil, fmt.Errorf("use the agent's socket: %w", err)
 	}
-	return c, nil
+	return c.(*net.UnixConn), nil // that is what its domain is for
 }
 
 // harden makes this process keep its memory to itself and end with the agent.
@@ -66,7 +83,9 @@ func harden() error {
 	if err := unix.Dup3(unix.Stderr, unix.Stdout, 0); err != nil {
 		return fmt.Errorf("send standard output to the log: %w", err)
 	}
-	// The work is done in C, on threads that do not count here.
-	runtime.GOMAXPROCS(min(runtime.NumCPU(), 4))
+	// The work is done in C, and lanes wait for the agent in system calls: a thread
+	// that comes back from there is to find a place to run at once, and not when the
+	// scheduler finds out in 10 ms that another one is not using its own.
+	runtime.GOMAXPROCS(min(runtime.NumCPU(), 4) + 16)
 	return nil
 }

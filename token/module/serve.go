@@ -22,7 +22,8 @@ const maxRequests = 4096
 //
 // One goroutine reads, and does nothing else, so that a request can be cancelled
 // and the end of the agent is seen whatever the module does. Each request has a
-// goroutine of its own. None of them is waited for at the end: the process ends.
+// goroutine of its own, and so has each lane. None of them is waited for at the end:
+// the process ends.
 type server struct {
 	conn *wire.ModuleConn
 	log  *log.Logger
@@ -45,6 +46,7 @@ type server struct {
 
 	mu         sync.Mutex
 	requests   map[uint32]context.CancelFunc
+	lanes      map[*lane]struct{}
 	tokens     map[wire.TokenID]*token
 	slots      map[wire.TokenID]uint // where each was last seen
 	mechanisms map[wire.TokenID][]wire.Mechanism
@@ -58,6 +60,7 @@ func newServer(conn *wire.ModuleConn, logger *log.Logger) *server {
 		log:        logger,
 		listing:    make(chan struct{}, 1),
 		requests:   make(map[uint32]context.CancelFunc),
+		lanes:      make(map[*lane]struct{}),
 		tokens:     make(map[wire.TokenID]*token),
 		slots:      make(map[wire.TokenID]uint),
 		mechanisms: make(map[wire.TokenID][]wire.Mechanism),
@@ -110,6 +113,9 @@ func (s *server) cancel(id uint32) {
 	if cancel, ok := s.requests[id]; ok {
 		cancel()
 	}
+	for l := range s.lanes {
+		l.cancelled(id)
+	}
 }
 
 // wipe overwrites the PIN in a request.
@@ -130,17 +136,21 @@ func (s *server) answer(id uint32, reply wire.Message, err error) {
 			return
 		}
 	}
+	if err := s.conn.WriteError(id, asError(err)); err != nil {
+		s.log.Printf("answer the agent: %v", err)
+	}
+}
+
+// asError makes of what went wrong what is told to the agent.
+func asError(err error) *wire.Error {
 	e, ok := errors.AsType[*wire.Error](err)
 	switch {
 	case ok:
+		return e
 	case errors.Is(err, context.Canceled):
-		e = &wire.Error{RV: wire.CKRFunctionCanceled, Text: "nobody waits for it any more"}
-	default:
-		e = &wire.Error{Text: err.Error()}
+		return &wire.Error{RV: wire.CKRFunctionCanceled, Text: "nobody waits for it any more"}
 	}
-	if err := s.conn.WriteError(id, e); err != nil {
-		s.log.Printf("answer the agent: %v", err)
-	}
+	return &wire.Error{Text: err.Error()}
 }
 
 // nonsense is the error for a request that the agent should not make.
@@ -176,7 +186,11 @@ func (s *server) handle(ctx context.Context, r wire.Request) (wire.Message, erro
 	case *wire.Generate:
 		return s.generate(ctx, lib, s.token(m.Token), m)
 	case *wire.Sign:
-		return s.sign(ctx, lib, s.token(m.Key.Token), m)
+		signature, err := s.sign(ctx, lib, s.token(m.Key.Token), m, nil)
+		if err != nil {
+			return nil, err
+		}
+		return &wire.SignReply{Signature: signature}, nil
 	default:
 		return nil, fmt.Errorf("%T is not known here", m)
 	}
@@ -240,6 +254,9 @@ func (s *server) token(id wire.TokenID) *token {
 
 // find returns the presence of a token.
 func (s *server) find(ctx context.Context, lib *library, t *token) (*presence, error) {
+	if p := t.present(); p != nil {
+		return p, nil
+	}
 	p, err := t.find(ctx, lib, func() (uint, bool) {
 		s.mu.Lock()
 		defer s.mu.Unlock()
@@ -256,11 +273,10 @@ func (s *server) find(ctx context.Context, lib *library, t *token) (*presence, e
 
 // state tells how a token is.
 func (s *server) state(ctx context.Context, lib *library, t *token) (wire.Message, error) {
-	leave, err := t.gate.shared(ctx)
-	if err != nil {
+	if err := t.gate.enter(ctx, false); err != nil {
 		return nil, err
 	}
-	defer leave()
+	defer t.gate.leave(false)
 	p, err := s.find(ctx, lib, t)
 	if err != nil {
 		return nil, err

@@ -56,11 +56,10 @@ func (s *server) login(ctx context.Context, lib *library, t *token, m *wire.Logi
 	if err := checkPIN(m.PIN, m.Pad); err != nil {
 		return nil, err
 	}
-	leave, err := t.gate.alone(ctx)
-	if err != nil {
+	if err := t.gate.enter(ctx, true); err != nil {
 		return nil, err
 	}
-	defer leave()
+	defer t.gate.leave(true)
 	p, err := s.find(ctx, lib, t)
 	if err != nil {
 		return nil, err
@@ -93,11 +92,10 @@ func (s *server) login(ctx context.Context, lib *library, t *token, m *wire.Logi
 
 // logout logs the user out, once nothing is under way on the token.
 func (s *server) logout(ctx context.Context, lib *library, t *token) (wire.Message, error) {
-	leave, err := t.gate.alone(ctx)
-	if err != nil {
+	if err := t.gate.enter(ctx, true); err != nil {
 		return nil, err
 	}
-	defer leave()
+	defer t.gate.leave(true)
 	p, err := s.find(ctx, lib, t)
 	if err != nil {
 		return nil, err
@@ -111,25 +109,23 @@ func (s *server) logout(ctx context.Context, lib *library, t *token) (wire.Messa
 	return t.report(p)
 }
 
-// sign makes one signature.
-func (s *server) sign(ctx context.Context, lib *library, t *token, m *wire.Sign) (wire.Message, error) {
+// sign makes one signature, in room if it fits in there.
+func (s *server) sign(ctx context.Context, lib *library, t *token, m *wire.Sign, room []byte) (signature []byte, err error) {
 	if m.SignatureLen == 0 || m.SignatureLen > maxSignature {
 		return nil, nonsense("a signature of no such length is made here")
 	}
-	enter := t.gate.shared
-	if m.ContextLogin {
+	alone := m.ContextLogin
+	if alone {
 		if err := checkPIN(m.PIN, m.Pad); err != nil {
 			return nil, err
 		}
-		enter = t.gate.alone
 	} else if m.PIN.Len() > 0 || m.Pad {
 		return nil, nonsense("a PIN came with a signature that needs none")
 	}
-	leave, err := enter(ctx)
-	if err != nil {
+	if err := t.gate.enter(ctx, alone); err != nil {
 		return nil, err
 	}
-	defer leave()
+	defer t.gate.leave(alone)
 	p, err := s.find(ctx, lib, t)
 	if err != nil {
 		return nil, err
@@ -156,17 +152,14 @@ func (s *server) sign(ctx context.Context, lib *library, t *token, m *wire.Sign)
 			return nil, err
 		}
 	}
-	signature, err := p.sign(ctx, session, m)
+	signature, err = p.sign(ctx, session, m, room)
 	switch {
 	case err == nil || unharmed(err):
 		p.release(session)
 	default:
 		t.failed(p, session, err)
 	}
-	if err != nil {
-		return nil, err
-	}
-	return &wire.SignReply{Signature: signature}, nil
+	return signature, err
 }
 
 // unharmed tells whether an error leaves nothing under way on the session: the
@@ -190,8 +183,8 @@ func unharmed(err error) bool {
 	return false
 }
 
-// sign makes a signature on a session.
-func (p *presence) sign(ctx context.Context, session pkcs11.SessionHandle, m *wire.Sign) ([]byte, error) {
+// sign makes a signature on a session, in room if it fits in there.
+func (p *presence) sign(ctx context.Context, session pkcs11.SessionHandle, m *wire.Sign, room []byte) ([]byte, error) {
 	key, known, err := p.key(session, &m.Key)
 	if err != nil {
 		return nil, err
@@ -219,14 +212,18 @@ func (p *presence) sign(ctx context.Context, session pkcs11.SessionHandle, m *wi
 			return nil, withInfo(err, p)
 		}
 	}
-	return p.lib.sign(session, m.Data, int(m.SignatureLen))
+	if cap(room) < int(m.SignatureLen) {
+		room = make([]byte, m.SignatureLen)
+	}
+	return p.lib.sign(session, m.Data, room[:m.SignatureLen])
 }
 
 // key returns the handle of a private key, and whether it was known before.
 func (p *presence) key(session pkcs11.SessionHandle, id *wire.KeyID) (_ pkcs11.ObjectHandle, known bool, _ error) {
-	name := keyName(id)
+	var room [1 << 10]byte
+	name := appendKeyName(room[:0], id)
 	p.mu.Lock()
-	h, ok := p.keys[name]
+	h, ok := p.keys[string(name)]
 	p.mu.Unlock()
 	if ok {
 		return h, true, nil
@@ -240,18 +237,17 @@ func (p *presence) key(session pkcs11.SessionHandle, id *wire.KeyID) (_ pkcs11.O
 	if len(p.keys) >= wire.MaxList {
 		clear(p.keys)
 	}
-	p.keys[name] = h
+	p.keys[string(name)] = h
 	return h, false, nil
 }
 
-// keyName is different for different keys of a token.
-func keyName(id *wire.KeyID) string {
-	b := binary.BigEndian.AppendUint64(nil, id.KeyType)
-	for _, part := range [][]byte{id.ID, []byte(id.Label), id.Modulus, id.ECPoint} {
-		b = binary.BigEndian.AppendUint32(b, uint32(len(part)))
-		b = append(b, part...)
-	}
-	return string(b)
+// appendKeyName appends what is different for different keys of a token.
+func appendKeyName(b []byte, id *wire.KeyID) []byte {
+	b = binary.BigEndian.AppendUint64(b, id.KeyType)
+	b = append(binary.BigEndian.AppendUint32(b, uint32(len(id.ID))), id.ID...)
+	b = append(binary.BigEndian.AppendUint32(b, uint32(len(id.Label))), id.Label...)
+	b = append(binary.BigEndian.AppendUint32(b, uint32(len(id.Modulus))), id.Modulus...)
+	return append(binary.BigEndian.AppendUint32(b, uint32(len(id.ECPoint))), id.ECPoint...)
 }
 
 // lookFor finds a private key. The type and the ID must fit, if it has one; a

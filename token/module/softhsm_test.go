@@ -620,7 +620,7 @@ func BenchmarkSign(b *testing.B) {
 			if err := lib.signInit(live.anchor, mechanism{kind: m.Mechanism}, key); err != nil {
 				b.Fatal(err)
 			}
-			if _, err := lib.sign(live.anchor, m.Data, 64); err != nil {
+			if _, err := lib.sign(live.anchor, m.Data, make([]byte, 64)); err != nil {
 				b.Fatal(err)
 			}
 		}

@@ -11,8 +11,9 @@ import (
 	"p11-agent/token/wire"
 )
 
-// maxSessions is the most sessions that are open on one token for work.
-const maxSessions = 16
+// maxSessions is the most sessions that are open on one token for work: one for each
+// lane that the agent may open.
+const maxSessions = wire.MaxLanes
 
 // A token is a token that the agent has asked for, whether it is here or not.
 type token struct {
@@ -275,12 +276,8 @@ func (t *token) failed(p *presence, s pkcs11.SessionHandle, err error) {
 	}
 }
 
-// find returns the token's presence, after looking for it in all slots when it
-// is not known. hint is the slot it was last seen in, if any.
+// find looks for the token in all slots, unless its presence is known by now. hint is the slot it was last seen in, if any.
 func (t *token) find(ctx context.Context, lib *library, hint func() (uint, bool)) (*presence, error) {
-	if p := t.present(); p != nil {
-		return p, nil
-	}
 	if err := take(ctx, t.opening); err != nil {
 		return nil, err
 	}

@@ -28,6 +28,7 @@ var (
 // elements, nested structs field by field. There is one encoding of each value.
 type codec struct {
 	reading bool
+	reuse   bool           // reading: into a message that was read into before, and never a PIN
 	b       []byte         // reading: what is left; writing: what there is
 	pin     *secret.Secret // writing: what follows b
 	err     error          // reading: the first thing wrong
@@ -136,8 +137,13 @@ func (c *codec) bytes(v *[]byte) {
 		c.b = append(c.b, *v...)
 		return
 	}
-	*v = nil // one value for empty, so that reading back gives the same
-	if b := c.run(); len(b) > 0 {
+	b := c.run()
+	switch {
+	case c.reuse:
+		*v = append((*v)[:0], b...)
+	case len(b) == 0:
+		*v = nil // one value for empty, so that reading back gives the same
+	default:
 		*v = slices.Clone(b)
 	}
 }
@@ -149,7 +155,9 @@ func (c *codec) raw(v *string) {
 		c.b = append(c.b, *v...)
 		return
 	}
-	*v = string(c.run())
+	if b := c.run(); !c.reuse || *v != string(b) {
+		*v = string(b)
+	}
 }
 
 // text is a string of UTF-8.
@@ -168,6 +176,9 @@ func (c *codec) secret(v **secret.Secret) {
 		return
 	}
 	*v = nil
+	if c.reuse && len(c.b) > 0 {
+		c.fail("PIN where there is none to be")
+	}
 	if c.err != nil || len(c.b) == 0 {
 		return
 	}

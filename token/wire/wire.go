@@ -21,7 +21,7 @@ import "p11-agent/pinentry/secret"
 
 // Version is the version of this language. Both sides are the same binary, so a
 // difference means that the binary was replaced while the agent ran.
-const Version = 3
+const Version = 4
 
 // FD is the file descriptor number that a module process finds its socket at.
 const FD = 3

@@ -1,0 +1,130 @@
+package module
+
+import (
+	"context"
+	"errors"
+	"io"
+	"runtime"
+	"sync"
+
+	"p11-agent/token/wire"
+)
+
+// maxOpenLanes bounds the lanes of all tokens, and so the threads that wait for
+// requests.
+const maxOpenLanes = 1024
+
+// A lane makes signatures with one token, one after the other.
+type lane struct {
+	c *wire.ModuleLane
+	t *token
+
+	mu     sync.Mutex
+	id     uint32 // of the request under way; 0: there is none
+	ctx    context.Context
+	cancel context.CancelFunc // of ctx, which lasts until a request is cancelled
+}
+
+// acceptLanes serves the lanes that the agent opens, until it has gone.
+func (s *server) acceptLanes(from *wire.ModuleLanes) {
+	for {
+		c, id, err := from.Accept()
+		if err != nil {
+			if !errors.Is(err, io.EOF) {
+				s.log.Printf("take a lane of the agent: %v", err)
+			}
+			return
+		}
+		l := &lane{c: c, t: s.token(id)}
+		s.mu.Lock()
+		full := len(s.lanes) >= maxOpenLanes
+		if !full {
+			s.lanes[l] = struct{}{}
+		}
+		s.mu.Unlock()
+		if full {
+			s.log.Print("too many lanes at once")
+			_ = c.Close()
+			continue
+		}
+		go s.serveLane(l)
+	}
+}
+
+// serveLane makes signatures until the agent closes the lane.
+func (s *server) serveLane(l *lane) {
+	defer func() {
+		s.mu.Lock()
+		delete(s.lanes, l)
+		s.mu.Unlock()
+		_ = l.c.Close()
+	}()
+	var m wire.Sign
+	var reply wire.SignReply
+	room := make([]byte, maxSignature)
+	for {
+		id, err := l.c.ReadRequest(&m)
+		if err == nil {
+			ctx := l.begin(id)
+			if reply.Signature, err = s.signOnLane(ctx, l, &m, room); err == nil {
+				l.end()
+				err = l.c.WriteReply(id, &reply)
+			} else {
+				l.end()
+				err = l.c.WriteError(id, asError(err))
+			}
+		}
+		if err != nil {
+			if !errors.Is(err, io.EOF) {
+				s.log.Printf("answer the agent on a lane: %v", err)
+			}
+			return
+		}
+		// The lane waits in the kernel, and the scheduler takes a thread that only makes
+		// system calls for one that does not let others run: it would look after it
+		// every 20 µs.
+		runtime.Gosched()
+	}
+}
+
+func (s *server) signOnLane(ctx context.Context, l *lane, m *wire.Sign, room []byte) ([]byte, error) {
+	lib := s.lib.Load()
+	switch {
+	case lib == nil:
+		return nil, nonsense("no module is loaded")
+	case m.Key.Token != l.t.id:
+		return nil, nonsense("the lane is another token's")
+	}
+	s.life.RLock()
+	defer s.life.RUnlock()
+	return s.sign(ctx, lib, l.t, m, room)
+}
+
+// begin notes which request is under way, and returns the context that ends when
+// it is cancelled.
+func (l *lane) begin(id uint32) context.Context {
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	l.id = id
+	if l.ctx == nil || l.ctx.Err() != nil {
+		l.ctx, l.cancel = context.WithCancel(context.Background())
+	}
+	return l.ctx
+}
+
+// end notes that no request is under way.
+func (l *lane) end() {
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	l.id = 0
+}
+
+// cancelled says that nobody waits for a request any more, if it is the one under
+// way. One that is on its way still is not found: it is made in vain.
+func (l *lane) cancelled(id uint32) {
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	if l.id == id {
+		l.cancel()
+	}
+}

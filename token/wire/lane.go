@@ -1,0 +1,312 @@
+package wire
+
+import (
+	"encoding/binary"
+	"errors"
+	"fmt"
+	"io"
+	"net"
+	"os"
+	"syscall"
+	"time"
+
+	"golang.org/x/sys/unix"
+)
+
+// A lane is a socket pair of its own between the agent and a module process, for
+// the signatures of one token, one at a time. Whoever asks for a signature reads
+// its answer by itself, and a thread of the module process that does nothing else
+// makes it: nobody has to be woken to hand it over, which takes as long as to make
+// one, at either end. A packet is a frame. No PIN crosses on a lane.
+
+const (
+	// LanesFD is the file descriptor number of the socket that lanes are opened with.
+	LanesFD = 4
+	// MaxLanes is the most lanes of one token, and so the most signatures that a token
+	// is asked for at once.
+	MaxLanes = 64
+	// MaxLaneFrame bounds the frames on a lane. What is longer takes the Conn.
+	MaxLaneFrame = 16 << 10
+	// lanePatience is how long a module process may take to make room for a lane.
+	lanePatience = 5 * time.Second
+)
+
+// ErrTooLong is the error of a request that does not fit into a lane; nothing
+// of it was sent.
+var ErrTooLong = errors.New("the request is too long for a lane")
+
+// errLaneGone is returned where a lane has ended in the middle.
+var errLaneGone = io.EOF
+
+// Lanes opens lanes to a module process. Its methods may be called from any
+// goroutine.
+type Lanes struct{ c *net.UnixConn }
+
+// NewLanes makes the agent's end of a socket (SOCK_SEQPACKET) and owns it. The
+// other end is the module process's LanesFD.
+func NewLanes(c *net.UnixConn) *Lanes { return &Lanes{c} }
+
+// Open makes a lane for the signatures of a token.
+func (l *Lanes) Open(token TokenID) (*Lane, error) {
+	fds, err := unix.Socketpair(unix.AF_UNIX, unix.SOCK_SEQPACKET|unix.SOCK_CLOEXEC, 0)
+	if err != nil {
+		return nil, fmt.Errorf("connect a module process: %w", err)
+	}
+	ours, theirs := os.NewFile(uintptr(fds[0]), "lane"), os.NewFile(uintptr(fds[1]), "module's lane")
+	defer theirs.Close()
+	c, err := net.FileConn(ours)
+	_ = ours.Close()
+	if err != nil {
+		return nil, fmt.Errorf("connect a module process: %w", err)
+	}
+	lane, err := newLane(c.(*net.UnixConn))
+	if err != nil {
+		return nil, errors.Join(err, c.Close())
+	}
+	body, _ := marshal(nil, &Token{Token: token})
+	if err := l.c.SetWriteDeadline(time.Now().Add(lanePatience)); err != nil {
+		return nil, errors.Join(err, c.Close())
+	}
+	if _, _, err := l.c.WriteMsgUnix(body, unix.UnixRights(int(theirs.Fd())), nil); err != nil {
+		return nil, errors.Join(fmt.Errorf("connect a module process: %w", err), c.Close())
+	}
+	return lane, nil
+}
+
+// Close lets no further lane be opened. Those that are open stay.
+func (l *Lanes) Close() error { return l.c.Close() }
+
+// A Lane is the agent's end of a lane. One goroutine at a time uses it; Interrupt
+// and Close may be called at any time.
+type Lane struct {
+	c    *net.UnixConn
+	raw  syscall.RawConn
+	buf  []byte
+	id   uint32 // of the request that is to be answered
+	poll func(fd uintptr)
+
+	// for poll
+	patience unix.Timespec
+	ready    bool
+}
+
+func newLane(c *net.UnixConn) (*Lane, error) {
+	raw, err := c.SyscallConn()
+	if err != nil {
+		return nil, err
+	}
+	l := &Lane{c: c, raw: raw, buf: make([]byte, MaxLaneFrame)}
+	l.poll = func(fd uintptr) {
+		fds := [1]unix.PollFd{{Fd: int32(fd), Events: unix.POLLIN}}
+		n, err := unix.Ppoll(fds[:], &l.patience, nil)
+		l.ready = n > 0 && err == nil
+	}
+	return l, nil
+}
+
+// Send asks for a signature, in one system call. It is ErrTooLong or the lane is
+// of no use any more.
+func (l *Lane) Send(id uint32, m *Sign) error {
+	if m.PIN.Len() > 0 {
+		return errors.New("no PIN crosses on a lane")
+	}
+	b, _ := marshal(appendHeader(l.buf[:0], TypeSign, id), m)
+	if len(b) > MaxLaneFrame {
+		return ErrTooLong
+	}
+	binary.BigEndian.PutUint32(b, uint32(len(b)-lengthSize))
+	l.id = id
+	_, err := l.c.Write(b)
+	return err
+}
+
+// Ready waits for the answer on the thread that it is called on, and tells whether
+// it is there, or Receive will fail at once. To put a goroutine to sleep and
+// wake it again takes as long as a fast token for a signature.
+func (l *Lane) Ready(patience time.Duration) bool {
+	l.patience = unix.NsecToTimespec(int64(patience))
+	return l.raw.Control(l.poll) != nil || l.ready
+}
+
+// Receive waits for the answer. An *Error is what the module process has to say;
+// after any other error the lane is of no use, but after os.ErrDeadlineExceeded,
+// which is that of a lane that was interrupted.
+func (l *Lane) Receive(reply *SignReply) error {
+	n, err := l.c.Read(l.buf)
+	switch {
+	case errors.Is(err, os.ErrDeadlineExceeded):
+		return os.ErrDeadlineExceeded
+	case err != nil:
+		return gone(err)
+	case n == 0:
+		return errLaneGone
+	}
+	t, id, body, err := parsePacket(l.buf[:n])
+	switch {
+	case err != nil:
+		return err
+	case id != l.id:
+		return errors.New("answer to no request")
+	case t != TypeReply && t != TypeError:
+		return fmt.Errorf("unknown type %d of answer", t)
+	}
+	return Frame{Type: t, ID: id, Body: body}.Decode(reply)
+}
+
+// Interrupt has Receive return, and each Receive from now on until Resume.
+func (l *Lane) Interrupt() { _ = l.c.SetReadDeadline(time.Unix(1, 0)) }
+
+// Resume ends an interruption.
+func (l *Lane) Resume() { _ = l.c.SetReadDeadline(time.Time{}) }
+
+// Close closes the lane; Send and Receive fail.
+func (l *Lane) Close() error { return l.c.Close() }
+
+// ModuleLanes is where a module process gets its lanes from. One goroutine uses it.
+type ModuleLanes struct {
+	c   *net.UnixConn
+	buf []byte
+	oob []byte
+}
+
+// NewModuleLanes makes the module process's end and owns it.
+func NewModuleLanes(c *net.UnixConn) *ModuleLanes {
+	return &ModuleLanes{c: c, buf: make([]byte, MaxLaneFrame), oob: make([]byte, unix.CmsgSpace(4*maxPassed))}
+}
+
+// maxPassed is how many files there is room for in a message that brings one.
+const maxPassed = 4
+
+// Accept waits for the next lane, and tells which token it is for. It returns
+// io.EOF when the agent has gone, and an error when it does not keep to this
+// language.
+func (l *ModuleLanes) Accept() (*ModuleLane, TokenID, error) {
+	n, oobn, flags, _, err := l.c.ReadMsgUnix(l.buf, l.oob)
+	if err != nil {
+		return nil, TokenID{}, gone(err)
+	}
+	if n == 0 && oobn == 0 {
+		return nil, TokenID{}, io.EOF
+	}
+	fds, err := passed(l.oob[:oobn])
+	if err == nil && (len(fds) != 1 || flags&(unix.MSG_TRUNC|unix.MSG_CTRUNC) != 0) {
+		err = fmt.Errorf("lane with %d files", len(fds))
+	}
+	var about Token
+	if err == nil {
+		err = Unmarshal(l.buf[:n], &about)
+	}
+	if err == nil {
+		err = unix.SetNonblock(fds[0], false)
+	}
+	if err != nil {
+		for _, fd := range fds {
+			_ = unix.Close(fd)
+		}
+		return nil, TokenID{}, err
+	}
+	return &ModuleLane{fd: fds[0], in: make([]byte, MaxLaneFrame), out: make([]byte, 0, 1<<10)}, about.Token, nil
+}
+
+// passed returns the files that came with a message.
+func passed(oob []byte) (fds []int, err error) {
+	list, err := unix.ParseSocketControlMessage(oob)
+	for i := range list {
+		more, parseErr := unix.ParseUnixRights(&list[i])
+		fds, err = append(fds, more...), errors.Join(err, parseErr)
+	}
+	return fds, err
+}
+
+// A ModuleLane is the module process's end of a lane. One goroutine uses it.
+type ModuleLane struct {
+	fd      int
+	in, out []byte
+}
+
+// ReadRequest waits for the next request, on a thread that does nothing else. m
+// is good until the next call, which is to have the same one: what is in it as
+// the last time takes no new memory. It returns io.EOF when the agent has closed
+// the lane, and an error when it does not keep to this language.
+func (l *ModuleLane) ReadRequest(m *Sign) (id uint32, err error) {
+	n, err := unix.Read(l.fd, l.in)
+	for err == unix.EINTR {
+		n, err = unix.Read(l.fd, l.in)
+	}
+	if err != nil {
+		return 0, gone(err)
+	}
+	if n == 0 {
+		return 0, io.EOF
+	}
+	return parseLaneRequest(l.in[:n], m)
+}
+
+// parseLaneRequest reads a packet with a request.
+func parseLaneRequest(packet []byte, m *Sign) (id uint32, err error) {
+	t, id, body, err := parsePacket(packet)
+	switch {
+	case err != nil:
+		return 0, err
+	case t != TypeSign:
+		return 0, fmt.Errorf("unknown type %d of request", t)
+	case id == 0:
+		return 0, errors.New("request without a number")
+	}
+	c := codec{reading: true, reuse: true, b: body}
+	m.fields(&c)
+	if c.err == nil && len(c.b) > 0 {
+		c.err = errTrailing
+	}
+	return id, c.err
+}
+
+// WriteReply answers a request in one system call.
+func (l *ModuleLane) WriteReply(id uint32, reply *SignReply) error {
+	b, _ := marshal(appendHeader(l.out[:0], TypeReply, id), reply)
+	return l.write(b)
+}
+
+// WriteError tells that a request has failed.
+func (l *ModuleLane) WriteError(id uint32, e *Error) error {
+	b, _ := marshal(appendHeader(l.out[:0], TypeError, id), e)
+	return l.write(b)
+}
+
+func (l *ModuleLane) write(b []byte) error {
+	if len(b) > MaxLaneFrame {
+		return fmt.Errorf("answer of %d bytes: the limit is %d", len(b), MaxLaneFrame)
+	}
+	l.out = b
+	binary.BigEndian.PutUint32(b, uint32(len(b)-lengthSize))
+	_, err := unix.Write(l.fd, b)
+	for err == unix.EINTR {
+		_, err = unix.Write(l.fd, b)
+	}
+	return err
+}
+
+// Close closes the lane.
+func (l *ModuleLane) Close() error { return unix.Close(l.fd) }
+
+// appendHeader appends the header of a frame whose length is yet to be set.
+func appendHeader(b []byte, t Type, id uint32) []byte {
+	return binary.BigEndian.AppendUint32(append(b, 0, 0, 0, 0, byte(t)), id)
+}
+
+// parsePacket takes a frame apart that fills a packet.
+func parsePacket(b []byte) (t Type, id uint32, body []byte, err error) {
+	if len(b) < headerSize {
+		return 0, 0, nil, errShort
+	}
+	t, id, n, err := parseHeader(b, MaxLaneFrame)
+	switch {
+	case err != nil:
+		return 0, 0, nil, err
+	case n > len(b)-headerSize:
+		return 0, 0, nil, errShort
+	case n < len(b)-headerSize:
+		return 0, 0, nil, errTrailing
+	}
+	return t, id, b[headerSize:], nil
+}
