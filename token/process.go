@@ -131,7 +131,7 @@ func startProcess(ctx context.Context, spec ModuleSpec, argv []string, log *slog
 	cmd.Env = registry.Environment(os.Environ(), spec.Env)
 	cmd.Dir = "/"
 	cmd.ExtraFiles = []*os.File{theirs, theirLanes} // become wire.FD and wire.LanesFD
-	cmd.Stdout = printed                // what a module prints must not reach ours
+	cmd.Stdout = printed                            // what a module prints must not reach ours
 	cmd.Stderr = printed
 	cmd.SysProcAttr = &syscall.SysProcAttr{Setsid: true} // no Ctrl-C of the agent's terminal
 	err = cmd.Start()

@@ -16,7 +16,8 @@ import (
 
 const (
 	// quick is what a signature takes at the most for which it is worth to wait on a
-	// thread: see wire.Lane.Ready. A smart card takes longer, and so does a network.
+	// thread, and how long it is waited for there: see wire.Lane.Ready. A smart card
+	// takes longer, and so does a network.
 	quick = time.Millisecond
 	// laneIdle is how long a seat is kept that nobody needs.
 	laneIdle = 10 * time.Second

@@ -308,7 +308,7 @@ func parseHeader(h []byte, limit int) (t Type, id uint32, n int, err error) {
 // gone makes one of the ways in which the other side's end shows: it does not
 // matter at which byte that was, nor whether it left something unread.
 func gone(err error) error {
-	if errors.Is(err, io.ErrUnexpectedEOF) || errors.Is(err, syscall.ECONNRESET) {
+	if errors.Is(err, io.EOF) || errors.Is(err, io.ErrUnexpectedEOF) || errors.Is(err, syscall.ECONNRESET) {
 		return io.EOF
 	}
 	return err

@@ -9,6 +9,7 @@ import (
 	"os"
 	"syscall"
 	"time"
+	"unsafe"
 
 	"golang.org/x/sys/unix"
 )
@@ -34,9 +35,6 @@ const (
 // ErrTooLong is the error of a request that does not fit into a lane; nothing
 // of it was sent.
 var ErrTooLong = errors.New("the request is too long for a lane")
-
-// errLaneGone is returned where a lane has ended in the middle.
-var errLaneGone = io.EOF
 
 // Lanes opens lanes to a module process. Its methods may be called from any
 // goroutine.
@@ -79,29 +77,57 @@ func (l *Lanes) Close() error { return l.c.Close() }
 // A Lane is the agent's end of a lane. One goroutine at a time uses it; Interrupt
 // and Close may be called at any time.
 type Lane struct {
-	c    *net.UnixConn
-	raw  syscall.RawConn
-	buf  []byte
-	id   uint32 // of the request that is to be answered
-	poll func(fd uintptr)
+	c   *net.UnixConn
+	raw syscall.RawConn
+	buf []byte
+	id  uint32 // of the request that is to be answered
 
-	// for poll
+	// What Send, Ready and Receive have done with the file, and what they do:
+	// functions made anew with each call would be memory of their own.
+	out      []byte
+	n        int
+	errno    syscall.Errno
 	patience unix.Timespec
 	ready    bool
+
+	write, read func(fd uintptr) (done bool)
+	poll        func(fd uintptr)
 }
 
+// newLane makes a lane of a socket. The system calls on it do not wait, so that the
+// scheduler is not told of them: it would wake a thread each time that looks after
+// those that do. The one that may wait, for patience, is to go on with the thread
+// that it has.
 func newLane(c *net.UnixConn) (*Lane, error) {
 	raw, err := c.SyscallConn()
 	if err != nil {
 		return nil, err
 	}
 	l := &Lane{c: c, raw: raw, buf: make([]byte, MaxLaneFrame)}
+	l.write = func(fd uintptr) bool {
+		l.n, l.errno = call(unix.SYS_WRITE, fd, l.out)
+		return l.errno != unix.EAGAIN
+	}
+	l.read = func(fd uintptr) bool {
+		l.n, l.errno = call(unix.SYS_READ, fd, l.buf)
+		return l.errno != unix.EAGAIN
+	}
 	l.poll = func(fd uintptr) {
-		fds := [1]unix.PollFd{{Fd: int32(fd), Events: unix.POLLIN}}
-		n, err := unix.Ppoll(fds[:], &l.patience, nil)
-		l.ready = n > 0 && err == nil
+		fds := unix.PollFd{Fd: int32(fd), Events: unix.POLLIN}
+		n, _, errno := unix.RawSyscall6(unix.SYS_PPOLL, uintptr(unsafe.Pointer(&fds)), 1, uintptr(unsafe.Pointer(&l.patience)), 0, 0, 0)
+		l.ready = errno == 0 && n > 0
 	}
 	return l, nil
+}
+
+// call reads or writes b, which is not empty.
+func call(trap, fd uintptr, b []byte) (int, syscall.Errno) {
+	for {
+		n, _, errno := unix.RawSyscall(trap, fd, uintptr(unsafe.Pointer(&b[0])), uintptr(len(b)))
+		if errno != unix.EINTR {
+			return int(n), errno
+		}
+	}
 }
 
 // Send asks for a signature, in one system call. It is ErrTooLong or the lane is
@@ -115,14 +141,22 @@ func (l *Lane) Send(id uint32, m *Sign) error {
 		return ErrTooLong
 	}
 	binary.BigEndian.PutUint32(b, uint32(len(b)-lengthSize))
-	l.id = id
-	_, err := l.c.Write(b)
+	l.id, l.out = id, b
+	return l.done("write", l.raw.Write(l.write))
+}
+
+// done returns the error of a system call, or that of what should have made it.
+func (l *Lane) done(what string, err error) error {
+	if err == nil && l.errno != 0 {
+		err = &net.OpError{Op: what, Net: "lane", Err: l.errno}
+	}
 	return err
 }
 
-// Ready waits for the answer on the thread that it is called on, and tells whether
-// it is there, or Receive will fail at once. To put a goroutine to sleep and
-// wake it again takes as long as a fast token for a signature.
+// Ready waits for the answer on the thread that it is called on, which does nothing
+// else, and tells whether it is there, or Receive will fail at once. To put a
+// goroutine to sleep and wake it again takes as long as a fast token for a signature.
+// patience is to be short: nobody else can use the thread, whatever there is to do.
 func (l *Lane) Ready(patience time.Duration) bool {
 	l.patience = unix.NsecToTimespec(int64(patience))
 	return l.raw.Control(l.poll) != nil || l.ready
@@ -132,16 +166,15 @@ func (l *Lane) Ready(patience time.Duration) bool {
 // after any other error the lane is of no use, but after os.ErrDeadlineExceeded,
 // which is that of a lane that was interrupted.
 func (l *Lane) Receive(reply *SignReply) error {
-	n, err := l.c.Read(l.buf)
-	switch {
+	switch err := l.done("read", l.raw.Read(l.read)); {
 	case errors.Is(err, os.ErrDeadlineExceeded):
 		return os.ErrDeadlineExceeded
 	case err != nil:
 		return gone(err)
-	case n == 0:
-		return errLaneGone
+	case l.n == 0:
+		return io.EOF
 	}
-	t, id, body, err := parsePacket(l.buf[:n])
+	t, id, body, err := parsePacket(l.buf[:l.n])
 	switch {
 	case err != nil:
 		return err

@@ -1,0 +1,203 @@
+package token
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"slices"
+	"sync"
+	"testing"
+	"testing/synctest"
+	"time"
+
+	"p11-agent/token/wire"
+)
+
+// tokenThat is a token in a bubble of time that takes so long for a signature, and
+// makes so many at once. What more it is asked for waits in the module.
+type tokenThat struct {
+	takes  time.Duration
+	beside chan struct{}
+
+	mu     sync.Mutex
+	asked  int      // that are with the module
+	most   int      // of asked
+	served []string // data of the requests, in order
+}
+
+func newTokenThat(takes time.Duration, beside int) *tokenThat {
+	return &tokenThat{takes: takes, beside: make(chan struct{}, beside)}
+}
+
+func (k *tokenThat) serve(c *wire.ModuleConn, r wire.Request) {
+	m, ok := r.Message.(*wire.Sign)
+	if !ok {
+		return
+	}
+	k.mu.Lock()
+	k.asked++
+	k.most = max(k.most, k.asked)
+	k.served = append(k.served, string(m.Data))
+	k.mu.Unlock()
+	go func() {
+		k.beside <- struct{}{}
+		time.Sleep(k.takes)
+		<-k.beside
+		k.mu.Lock()
+		k.asked--
+		k.mu.Unlock()
+		_ = c.WriteReply(r.ID, &wire.SignReply{Signature: m.Data}) // the agent may have gone
+	}()
+}
+
+var someToken = wire.TokenID{Label: "some"}
+
+// ask has a token sign, as Key.signOnce does.
+func (p *process) ask(ctx context.Context, info wire.TokenInfo, data string) error {
+	s, err := p.sit(ctx, someToken, info)
+	if err != nil {
+		return err
+	}
+	s.req = wire.Sign{Key: wire.KeyID{Token: someToken}, Mechanism: wire.CKMECDSA, SignatureLen: 64, Data: []byte(data)}
+	got, _, err := p.sign(ctx, s)
+	if err == nil && string(got) != data {
+		err = fmt.Errorf("%q is signed in place of %q", got, data)
+	}
+	return err
+}
+
+// How much a token does at once is found out, and it is asked for no more.
+func TestWidth(t *testing.T) {
+	for _, tt := range []struct {
+		name     string
+		token    *tokenThat
+		sessions uint64
+		most     int // under way at once, in the end
+	}{
+		{"a card", newTokenThat(100*time.Millisecond, 1), 0, 1},
+		{"an HSM", newTokenThat(5*time.Millisecond, 1000), 0, wire.MaxLanes},
+		{"an HSM that works on few", newTokenThat(5*time.Millisecond, 4), 0, wire.MaxLanes},
+		{"one with few sessions", newTokenThat(5*time.Millisecond, 1000), 4, 3},
+		{"one with a single session", newTokenThat(5*time.Millisecond, 1000), 1, 1},
+		{"one that is fast", newTokenThat(100*time.Microsecond, 1), 0, wire.MaxLanes},
+	} {
+		t.Run(tt.name, func(t *testing.T) {
+			synctest.Test(t, func(t *testing.T) {
+				p := pipeProcess(t, tt.token.serve)
+				info := wire.TokenInfo{MaxSessions: tt.sessions}
+				round := func(clients, each int) {
+					var all sync.WaitGroup
+					for range clients {
+						all.Go(func() {
+							for range each {
+								if err := p.ask(t.Context(), info, "data"); err != nil {
+									t.Error(err)
+								}
+							}
+						})
+					}
+					all.Wait()
+				}
+				round(100, 1)
+				if tt.token.most > wire.MaxLanes {
+					t.Errorf("%d requests at once", tt.token.most)
+				}
+				tt.token.most = 0
+				round(100, 1)
+				// It is tried now and then whether a card does two.
+				if got := tt.token.most; got != tt.most && (tt.most != 1 || got > min(2, int(max(tt.sessions, 2)-1))) {
+					t.Errorf("%d requests at once, want %d", got, tt.most)
+				}
+			})
+		})
+	}
+}
+
+// Those who wait are served in the order in which they have come, and who does not
+// wait any more costs nobody anything.
+func TestQueue(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		card := newTokenThat(100*time.Millisecond, 1)
+		p := pipeProcess(t, card.serve)
+		var all sync.WaitGroup
+		var want []string
+		for i := range 30 {
+			ctx, cancel := context.WithCancel(t.Context())
+			defer cancel()
+			data := fmt.Sprint(i)
+			goes := i > 5 && i%3 == 0
+			if !goes {
+				want = append(want, data)
+			}
+			all.Go(func() {
+				if err := p.ask(ctx, wire.TokenInfo{}, data); goes != errors.Is(err, context.Canceled) {
+					t.Errorf("%s: %v", data, err)
+				}
+			})
+			synctest.Wait() // it waits, or is with the card
+			if goes {
+				cancel()
+			}
+		}
+		start := time.Now()
+		all.Wait()
+		if !slices.Equal(card.served, want) {
+			t.Errorf("served were %v, want %v", card.served, want)
+		}
+		if took := time.Since(start); took != time.Duration(len(want))*card.takes {
+			t.Errorf("%d signatures took %v", len(want), took)
+		}
+	})
+}
+
+// The end of the process is the end for all who wait.
+func TestQueueEnds(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		card := newTokenThat(time.Hour, 1)
+		p := pipeProcess(t, card.serve)
+		var all sync.WaitGroup
+		for range 10 {
+			all.Go(func() {
+				if err := p.ask(t.Context(), wire.TokenInfo{}, "data"); !errors.Is(err, errGone) {
+					t.Error(err)
+				}
+			})
+		}
+		synctest.Wait()
+		p.kill(errGone)
+		all.Wait()
+		if err := p.ask(t.Context(), wire.TokenInfo{}, "data"); !errors.Is(err, errGone) {
+			t.Error(err)
+		}
+		time.Sleep(time.Hour) // the card's own goroutines end
+	})
+}
+
+// A key is verified as often as the token has time for.
+func TestProof(t *testing.T) {
+	one, other := new(process), new(process)
+	var v proof
+	if !v.due(one, time.Microsecond) {
+		t.Error("the first one of a process is not")
+	}
+	v.given(one, time.Microsecond)
+	for i := 1; i <= 2*proofShare; i++ {
+		due := v.due(one, time.Microsecond)
+		if due != (i%proofShare == 0) {
+			t.Errorf("fast signature %d: %v", i, due)
+		}
+		if due {
+			v.given(one, time.Microsecond)
+		}
+	}
+	if !v.due(one, time.Second) {
+		t.Error("a slow one is not")
+	}
+	v.given(one, time.Microsecond)
+	if !v.due(other, time.Microsecond) {
+		t.Error("the first one of another process is not")
+	}
+	if !v.due(one, proofShare*time.Microsecond) || !v.due(one, 0) {
+		t.Error("one that was wrong is not followed by another look")
+	}
+}

@@ -1,0 +1,317 @@
+package wire
+
+import (
+	"bytes"
+	"context"
+	"errors"
+	"io"
+	"net"
+	"os"
+	"strings"
+	"testing"
+	"time"
+
+	"golang.org/x/sys/unix"
+)
+
+// packets returns a socket pair that keeps packets apart.
+func packets(t testing.TB) (ours, theirs *net.UnixConn) {
+	t.Helper()
+	fds, err := unix.Socketpair(unix.AF_UNIX, unix.SOCK_SEQPACKET|unix.SOCK_CLOEXEC, 0)
+	if err != nil {
+		t.Fatal(err)
+	}
+	var both [2]*net.UnixConn
+	for i, fd := range fds {
+		f := os.NewFile(uintptr(fd), "socket")
+		c, err := net.FileConn(f)
+		if err := errors.Join(err, f.Close()); err != nil {
+			t.Fatal(err)
+		}
+		t.Cleanup(func() { _ = c.Close() })
+		both[i] = c.(*net.UnixConn)
+	}
+	return both[0], both[1]
+}
+
+// lanePair opens a lane.
+func lanePair(t testing.TB) (*Lane, *ModuleLane) {
+	t.Helper()
+	ours, theirs := packets(t)
+	lane, err := NewLanes(ours).Open(testToken)
+	if err != nil {
+		t.Fatal(err)
+	}
+	module, about, err := NewModuleLanes(theirs).Accept()
+	if err != nil || about != testToken {
+		t.Fatalf("%+v, %v", about, err)
+	}
+	t.Cleanup(func() {
+		_ = lane.Close()
+		_ = module.Close()
+	})
+	return lane, module
+}
+
+var testSign = Sign{Key: testKey, Mechanism: CKMECDSA, SignatureLen: 64, Data: []byte("digest")}
+
+func TestLane(t *testing.T) {
+	lane, module := lanePair(t)
+	var got Sign
+	for i, data := range []string{"a digest", "another", "", "one that is longer than those before"} {
+		want := testSign
+		want.Data = []byte(data)
+		want.Key.Label = strings.Repeat("x", i)
+		if err := lane.Send(uint32(i+1), &want); err != nil {
+			t.Fatal(err)
+		}
+		if lane.Ready(0) {
+			t.Error("an answer is there before there is one")
+		}
+		id, err := module.ReadRequest(&got)
+		if err != nil || id != uint32(i+1) {
+			t.Fatalf("request %d: %v", id, err)
+		}
+		same(t, &Sign{
+			Key: got.Key, Mechanism: got.Mechanism, SignatureLen: got.SignatureLen, Data: got.Data,
+		}, &want)
+		if i == 1 {
+			err = module.WriteError(id, &Error{Function: "C_Sign", RV: CKRDeviceError})
+		} else {
+			err = module.WriteReply(id, &SignReply{Signature: []byte(data + "!")})
+		}
+		if err != nil {
+			t.Fatal(err)
+		}
+		if !lane.Ready(time.Hour) {
+			t.Error("no answer is there")
+		}
+		var reply SignReply
+		switch err := lane.Receive(&reply); {
+		case i == 1:
+			if e, ok := errors.AsType[*Error](err); !ok || e.RV != CKRDeviceError {
+				t.Errorf("got %v", err)
+			}
+		case err != nil || string(reply.Signature) != data+"!":
+			t.Errorf("got %q, %v", reply.Signature, err)
+		}
+	}
+}
+
+// What is in a request as it was in the one before takes no new memory.
+func TestLaneAllocations(t *testing.T) {
+	lane, module := lanePair(t)
+	var got Sign
+	exchange := func() {
+		if err := lane.Send(1, &testSign); err != nil {
+			t.Error(err)
+		}
+		if _, err := module.ReadRequest(&got); err != nil {
+			t.Error(err)
+		}
+	}
+	exchange()
+	if n := testing.AllocsPerRun(100, exchange); n > 0 {
+		t.Errorf("%v allocations for each request", n)
+	}
+}
+
+func TestLaneRefusesToSend(t *testing.T) {
+	lane, module := lanePair(t)
+	long := testSign
+	long.Data = make([]byte, MaxLaneFrame)
+	if err := lane.Send(1, &long); err != ErrTooLong {
+		t.Errorf("a long one: %v", err)
+	}
+	pin := testSign
+	setPIN(t, &pin, "482915")
+	if err := lane.Send(1, &pin); err == nil {
+		t.Error("a PIN is sent")
+	}
+	if err := module.WriteReply(1, &SignReply{Signature: make([]byte, MaxLaneFrame)}); err == nil {
+		t.Error("a long answer is sent")
+	}
+	if err := lane.Send(1, &testSign); err != nil { // nothing of them was sent
+		t.Fatal(err)
+	}
+	if id, err := module.ReadRequest(new(Sign)); id != 1 || err != nil {
+		t.Errorf("request %d: %v", id, err)
+	}
+}
+
+// Whoever waits for an answer can be told not to, and wait for it later.
+func TestLaneInterrupt(t *testing.T) {
+	lane, module := lanePair(t)
+	if err := lane.Send(1, &testSign); err != nil {
+		t.Fatal(err)
+	}
+	ctx, cancel := context.WithCancel(t.Context())
+	context.AfterFunc(ctx, lane.Interrupt)
+	time.AfterFunc(time.Millisecond, cancel)
+	if err := lane.Receive(new(SignReply)); err != os.ErrDeadlineExceeded {
+		t.Fatalf("got %v", err)
+	}
+	lane.Resume()
+	if err := module.WriteReply(1, &SignReply{Signature: []byte("late")}); err != nil {
+		t.Fatal(err)
+	}
+	var reply SignReply
+	if err := lane.Receive(&reply); err != nil || string(reply.Signature) != "late" {
+		t.Errorf("got %q, %v", reply.Signature, err)
+	}
+}
+
+func TestLaneEnds(t *testing.T) {
+	lane, module := lanePair(t)
+	if err := module.Close(); err != nil {
+		t.Fatal(err)
+	}
+	if !lane.Ready(time.Hour) {
+		t.Error("the end is waited for")
+	}
+	if err := lane.Receive(new(SignReply)); err != io.EOF {
+		t.Errorf("the module process has gone: %v", err)
+	}
+	lane, module = lanePair(t)
+	if err := lane.Close(); err != nil {
+		t.Fatal(err)
+	}
+	if _, err := module.ReadRequest(new(Sign)); err != io.EOF {
+		t.Errorf("the agent has closed it: %v", err)
+	}
+	if err := lane.Send(1, &testSign); err == nil {
+		t.Error("a closed lane takes a request")
+	}
+	if !lane.Ready(time.Hour) {
+		t.Error("a closed lane is waited for")
+	}
+}
+
+func packet(t Type, id uint32, body []byte) []byte {
+	b := append(appendHeader(nil, t, id), body...)
+	b[3], b[2] = byte(len(b)-lengthSize), byte((len(b)-lengthSize)>>8)
+	return b
+}
+
+// The agent believes nothing that a module process says.
+func TestLaneRefusesAnswers(t *testing.T) {
+	reply := body(&SignReply{Signature: []byte("sig")})
+	for name, b := range map[string][]byte{
+		"short":            {0, 0},
+		"cut":              packet(TypeReply, 1, reply)[:12],
+		"longer":           append(packet(TypeReply, 1, reply), 0),
+		"another number":   packet(TypeReply, 2, reply),
+		"an event":         packet(TypeEvent, 1, nil),
+		"garbage":          packet(TypeReply, 1, []byte("garbage")),
+		"more than room":   packet(TypeReply, 1, make([]byte, MaxLaneFrame)),
+		"nonsense of fail": packet(TypeError, 1, []byte{1}),
+	} {
+		lane, module := lanePair(t)
+		if err := lane.Send(1, &testSign); err != nil {
+			t.Fatal(err)
+		}
+		if _, err := unix.Write(module.fd, b); err != nil {
+			t.Fatal(err)
+		}
+		err := lane.Receive(new(SignReply))
+		if _, ok := errors.AsType[*Error](err); err == nil || ok || err == io.EOF {
+			t.Errorf("%s: %v", name, err)
+		}
+	}
+}
+
+// Nor does a module process believe the agent.
+func TestLaneRefusesRequests(t *testing.T) {
+	sign := body(&testSign)
+	for name, b := range map[string][]byte{
+		"short":          {0, 0},
+		"cut":            packet(TypeSign, 1, sign)[:20],
+		"no number":      packet(TypeSign, 0, sign),
+		"another type":   packet(TypeLogin, 1, sign),
+		"a PIN":          packet(TypeSign, 1, append(bytes.Clone(sign), "482915"...)),
+		"more than room": packet(TypeSign, 1, make([]byte, MaxLaneFrame)),
+	} {
+		lane, module := lanePair(t)
+		if _, err := lane.c.Write(b); err != nil {
+			t.Fatal(err)
+		}
+		if _, err := module.ReadRequest(new(Sign)); err == nil || err == io.EOF {
+			t.Errorf("%s: %v", name, err)
+		}
+	}
+}
+
+// A lane is one file and the token that it is for.
+func TestAcceptRefuses(t *testing.T) {
+	token, _ := marshal(nil, &Token{Token: testToken})
+	for _, tt := range []struct {
+		name  string
+		body  []byte
+		files int
+	}{
+		{"no file", token, 0},
+		{"two files", token, 2},
+		{"more files than there is room for", token, maxPassed + 1},
+		{"no token", []byte("token"), 1},
+	} {
+		ours, theirs := packets(t)
+		var fds []int
+		for range tt.files {
+			fds = append(fds, 0)
+		}
+		var oob []byte
+		if len(fds) > 0 {
+			oob = unix.UnixRights(fds...)
+		}
+		if _, _, err := ours.WriteMsgUnix(tt.body, oob, nil); err != nil {
+			t.Fatal(err)
+		}
+		if _, _, err := NewModuleLanes(theirs).Accept(); err == nil || err == io.EOF {
+			t.Errorf("%s: %v", tt.name, err)
+		}
+	}
+	ours, theirs := packets(t)
+	if err := ours.Close(); err != nil {
+		t.Fatal(err)
+	}
+	if _, _, err := NewModuleLanes(theirs).Accept(); err != io.EOF {
+		t.Errorf("the agent has gone: %v", err)
+	}
+}
+
+// What is read is what was sent, into memory that was used before or not.
+func FuzzLaneRequest(f *testing.F) {
+	f.Add(packet(TypeSign, 1, body(&testSign)))
+	f.Add(packet(TypeSign, 7, append(body(&testSign), 'x')))
+	f.Fuzz(func(t *testing.T, b []byte) {
+		var fresh Sign
+		used := testSign
+		used.Data = []byte("that of the one before")
+		id, err := parseLaneRequest(b, &fresh)
+		again, againErr := parseLaneRequest(b, &used)
+		if id != again || (err == nil) != (againErr == nil) {
+			t.Fatalf("%d %v, %d %v", id, err, again, againErr)
+		}
+		if err != nil {
+			return
+		}
+		for _, m := range []*Sign{&fresh, &used} {
+			if got := packet(TypeSign, id, body(m)); len(b) < 1<<16 && !bytes.Equal(got[lengthSize:], b[lengthSize:]) {
+				t.Errorf("%x became %x", b, got)
+			}
+		}
+	})
+}
+
+// The agent reads whatever comes without harm.
+func FuzzLaneAnswer(f *testing.F) {
+	f.Add(packet(TypeReply, 1, body(&SignReply{Signature: []byte("sig")})))
+	f.Add(packet(TypeError, 1, body(&Error{Function: "C_Sign", RV: CKRDeviceError})))
+	f.Fuzz(func(t *testing.T, b []byte) {
+		kind, id, body, err := parsePacket(b)
+		if err != nil {
+			return
+		}
+		_ = Frame{Type: kind, ID: id, Body: body}.Decode(new(SignReply)) // whatever it says
+	})
+}
