@@ -4,8 +4,6 @@ import (
 	"context"
 	"errors"
 	"fmt"
-	"io"
-	"log/slog"
 	"strings"
 	"testing"
 	"unicode"
@@ -204,31 +202,6 @@ func TestFailed(t *testing.T) {
 		}
 		if test.want && (told[0].Reason != "the PIN is locked" || told[0].Key == "") {
 			t.Errorf("%+v", told[0])
-		}
-	}
-}
-
-// What is around a signature is to cost little beside it. It is measured with a log at
-// the level of every day.
-func BenchmarkSign(b *testing.B) {
-	key := edKey("pkcs11:token=bench;id=%01")
-	k := NewKeyring(Options{
-		Tokens: newFakeTokens(key),
-		Rules:  Rules{Name: func(Key) string { return "" }},
-		Log:    slog.New(slog.NewTextHandler(io.Discard, nil)),
-	})
-	c := &Caller{Number: 1, Peer: peer.Peer{Known: true, PID: 4711, UID: 1000, Chain: []peer.Process{
-		{PID: 4711, Name: "ssh"}, {PID: 4710, Name: "git"}, {PID: 4709, Name: "bash"}, {PID: 4708, Name: "tmux: server"},
-	}}}
-	host := edKey("host")
-	r := SignRequest{
-		Key: wireOf(key), Data: make([]byte, 500), Content: Content{Kind: KindLogin},
-		Login: &Login{User: "me", SessionID: make([]byte, 32), HostKey: wireOf(host)},
-	}
-	b.ReportAllocs()
-	for b.Loop() {
-		if _, err := k.Sign(b.Context(), c, r); err != nil {
-			b.Fatal(err)
 		}
 	}
 }

@@ -728,17 +728,3 @@ func TestListAllocations(t *testing.T) {
 		t.Errorf("a list of 1,000 keys allocates %v times", n)
 	}
 }
-
-func BenchmarkList(b *testing.B) {
-	var keys []Key
-	for i := range 1000 {
-		keys = append(keys, edKey(fmt.Sprintf("pkcs11:id=%d", i)))
-	}
-	f := newFixture(Options{}, keys...)
-	b.ReportAllocs()
-	for b.Loop() {
-		if _, err := f.List(b.Context(), local); err != nil {
-			b.Fatal(err)
-		}
-	}
-}

@@ -3,10 +3,8 @@ package sshagent
 import (
 	"bytes"
 	"context"
-	"errors"
 	"io"
 	"net"
-	"os"
 	"strings"
 	"testing"
 	"testing/synctest"
@@ -342,44 +340,6 @@ func TestAllocations(t *testing.T) {
 				}
 			}); n > 0 {
 				t.Errorf("%v allocations for each request, want none", n)
-			}
-		})
-	}
-}
-
-func BenchmarkRequest(b *testing.B) {
-	key := makeSigners()[1].PublicKey()
-	keyring := &still{
-		ids: []agent.Identity{{Key: &cached{key, key.Marshal()}, Comment: "one"}},
-		sig: ssh.Signature{Format: "rsa-sha2-256", Blob: make([]byte, 256)},
-	}
-	l, err := Listen(shortDir(b) + "/s")
-	if err != nil {
-		b.Fatal(err)
-	}
-	ctx, stop := context.WithCancel(b.Context())
-	ended := make(chan error)
-	go func() { ended <- (&Server{Keyring: keyring}).Serve(ctx, l) }()
-	defer func() {
-		stop()
-		<-ended
-	}()
-	for name, request := range map[string][]byte{"list": framed(message(11)), "sign": framed(message(13, key.Marshal(), "data", uint32(2)))} {
-		b.Run(name, func(b *testing.B) {
-			conn, err := net.Dial("unix", l.Path())
-			if err != nil {
-				b.Fatal(err)
-			}
-			defer conn.Close()
-			answer := make([]byte, 4096)
-			b.ReportAllocs()
-			for b.Loop() {
-				if _, err := conn.Write(request); err != nil {
-					b.Fatal(err)
-				}
-				if _, err := conn.Read(answer); err != nil && !errors.Is(err, os.ErrDeadlineExceeded) {
-					b.Fatal(err)
-				}
 			}
 		})
 	}
