@@ -14,7 +14,7 @@ import (
 	"p11-agent/pinentry/waiting"
 )
 
-func publicOf(t *testing.T, k Key) ssh.PublicKey {
+func publicOf(t testing.TB, k Key) ssh.PublicKey {
 	t.Helper()
 	pub, err := ssh.NewPublicKey(k.Public())
 	if err != nil {
