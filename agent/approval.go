@@ -125,16 +125,25 @@ func (e *DeniedError) Error() string { return e.Why + " refuses it" }
 type decision struct {
 	confirm Confirm // ConfirmNever, ConfirmAlways or ConfirmDeny
 	plain   Remember
-	why     string
+	rule    int     // the number of the rule that has decided; 0: none
+	word    Confirm // of the configuration where none has
+}
+
+// why says what in the configuration has decided.
+func (d *decision) why() string {
+	if d.rule > 0 {
+		return fmt.Sprintf("rule %d of the key in the configuration", d.rule)
+	}
+	return fmt.Sprintf("confirm = %q in the configuration", d.word)
 }
 
 // decide applies the rules to a use.
 func (a *Approval) decide(u *Use) decision {
 	confirm, plain := cmp.Or(a.Confirm, ConfirmNever), Once
-	why := fmt.Sprintf("confirm = %q in the configuration", confirm)
+	d := decision{word: confirm}
 	for i, r := range a.Rules {
 		if r.matches(u) {
-			confirm, plain, why = r.Confirm, r.Remember, fmt.Sprintf("rule %d of the key in the configuration", i+1)
+			confirm, plain, d.rule = r.Confirm, r.Remember, i+1
 			break
 		}
 	}
@@ -150,7 +159,8 @@ func (a *Approval) decide(u *Use) decision {
 	default: // also what nobody knows
 		confirm = ConfirmAlways
 	}
-	return decision{confirm: confirm, plain: plain, why: why}
+	d.confirm, d.plain = confirm, plain
+	return d
 }
 
 // stricter returns the one that permits less.
@@ -510,7 +520,7 @@ func (k *Keyring) decide(u *Use, id *identity) decision {
 func (k *Keyring) approve(ctx context.Context, u *Use, id *identity) error {
 	d := k.decide(u, id)
 	if d.confirm == ConfirmDeny {
-		return &DeniedError{Why: d.why}
+		return &DeniedError{Why: d.why()}
 	}
 	// These two mean each use.
 	why := ""
@@ -522,7 +532,7 @@ func (k *Keyring) approve(ctx context.Context, u *Use, id *identity) error {
 	case d.confirm == ConfirmNever:
 		return nil
 	}
-	r := Question{Use: u, KeyFingerprint: k.fingerprint(id.plain), Why: cmp.Or(why, d.why)}
+	r := Question{Use: u, KeyFingerprint: k.fingerprint(id.plain), Why: cmp.Or(why, d.why())}
 	name, ok := u.sameness(id.wire)
 	if why != "" || !ok {
 		return k.ask(ctx, r).error()

@@ -171,7 +171,7 @@ func TestDecide(t *testing.T) {
 	} {
 		t.Run(name, func(t *testing.T) {
 			if got := test.a.decide(w.use(test.c, test.r)); got.confirm != test.want {
-				t.Errorf("%q because of %s, want %q", got.confirm, got.why, test.want)
+				t.Errorf("%q because of %s, want %q", got.confirm, got.why(), test.want)
 			}
 		})
 	}
