@@ -595,7 +595,7 @@ func TestApprovalIsShared(t *testing.T) {
 				w, k := newWorld(t), edKey("pkcs11:token=a")
 				answer := make(chan Answer)
 				p := &answers{give: func(ctx context.Context, r Question, _ int) (Answer, error) {
-					if UseFromContext(ctx) != r.Use || peer.FromContext(ctx).PID != 10 {
+					if UseFromContext(ctx) != r.Use || PeerFromContext(ctx).PID != 10 {
 						t.Error("who is asked does not know what for")
 					}
 					return <-answer, nil

@@ -112,14 +112,20 @@ type Event struct {
 type record struct {
 	Event
 	start time.Time
-	use   Use
+	use   *Use
 	told  bool // the client shows the reason to whoever waits
 }
 
+// begin makes the record of a request, of which there is nothing to sign.
 func (k *Keyring) begin(c *Caller, request Request) *record {
+	return k.beginUse(request, k.use("", nil, c, SignRequest{}))
+}
+
+func (k *Keyring) beginUse(request Request, use *Use) *record {
+	c := use.Caller
 	return &record{
 		Event: Event{Request: request, Forwarded: c.Forwarded, Client: c.Peer, Connection: c.Number},
-		start: time.Now(), use: Use{Caller: c, Hosts: k.opts.Hosts, Fingerprint: k.opts.Fingerprint},
+		start: time.Now(), use: use,
 	}
 }
 
@@ -215,7 +221,7 @@ func (k *Keyring) end(r *record, err error) {
 		}
 	}
 	if r.use.Login != nil || e.Forwarded {
-		e.Host, e.Via = hosts(&r.use)
+		e.Host, e.Via = hosts(r.use)
 	}
 	e.Comment, e.URI = visible(e.Comment, maxField), visible(e.URI, maxField)
 	k.audit.add(e)

@@ -36,11 +36,10 @@ func (c *Caller) mayChange() error {
 // the same name is replaced.
 func (k *Keyring) AddToken(ctx context.Context, c *Caller, r TokenRequest) error {
 	rec := k.begin(c, RequestAdd)
-	ctx = c.Context(ctx)
-	ctx, done, err := k.lock.enter(ctx)
+	inside, err := k.lock.enter(ctx, c, nil)
 	if err == nil {
-		defer done()
-		err = k.addToken(ctx, rec, r)
+		defer inside.leave()
+		err = k.addToken(inside, rec, r)
 	}
 	k.end(rec, err)
 	return err

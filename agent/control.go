@@ -6,7 +6,6 @@ import (
 	"fmt"
 	"os"
 
-	"p11-agent/agent/peer"
 	"p11-agent/pinentry/secret"
 )
 
@@ -126,18 +125,18 @@ func (k *Keyring) login(ctx context.Context, rec *record, r LoginRequest) (Login
 	if err := c.MayControl(); err != nil {
 		return LoginAnswer{}, err
 	}
-	ctx, done, err := k.lock.enter(peer.NewContext(ctx, c.Peer))
+	inside, err := k.lock.enter(ctx, c, nil)
 	if err != nil {
 		return LoginAnswer{}, err
 	}
-	defer done()
+	defer inside.leave()
 	s, err := k.opts.Tokens.Parse(r.Provider)
 	if err != nil {
 		return LoginAnswer{}, err
 	}
 	rec.URI = s.String()
 	defer k.opts.Tokens.Drop(s)
-	return k.opts.Tokens.Login(ctx, s, r.PIN, r.LastTry)
+	return k.opts.Tokens.Login(inside, s, r.PIN, r.LastTry)
 }
 
 // Logout logs out of the tokens that the provider selects, or of all when it is

@@ -1,7 +1,6 @@
 package agent
 
 import (
-	"bytes"
 	"context"
 	"crypto"
 	"crypto/rand"
@@ -273,8 +272,7 @@ func (k *Keyring) lookAgain() bool {
 // identity, the socket or the rules want it, and for a PIN where the token does. For a key that only an upstream
 // agent has, that agent makes it.
 func (k *Keyring) Sign(ctx context.Context, c *Caller, r SignRequest) (*ssh.Signature, error) {
-	rec := k.begin(c, RequestSign)
-	rec.use = *k.use("", nil, c, r)
+	rec := k.beginUse(RequestSign, k.use("", nil, c, r))
 	sig, err := k.signFor(ctx, rec, r)
 	k.end(rec, err)
 	return sig, err
@@ -282,13 +280,13 @@ func (k *Keyring) Sign(ctx context.Context, c *Caller, r SignRequest) (*ssh.Sign
 
 func (k *Keyring) signFor(ctx context.Context, rec *record, r SignRequest) (*ssh.Signature, error) {
 	c := rec.use.Caller
-	ctx = c.Context(ctx)
-	ctx, done, err := k.lock.enter(ctx)
+	inside, err := k.lock.enter(ctx, c, rec.use)
 	if err != nil {
 		rec.Key = k.describe(r.Key)
 		return nil, err
 	}
-	defer done()
+	defer inside.leave()
+	ctx = inside
 	id := k.now().byKey[string(r.Key)]
 	if id == nil {
 		// It may have come a moment ago.
@@ -322,8 +320,7 @@ func (k *Keyring) sign(ctx context.Context, rec *record, id *identity, r SignReq
 		return nil, err
 	}
 	rec.use.Comment, rec.use.Key = id.comment, id.plain
-	ctx = context.WithValue(ctx, useKey{}, &rec.use)
-	if err := k.approve(ctx, &rec.use, id); err != nil {
+	if err := k.approve(ctx, rec.use, id); err != nil {
 		return nil, err
 	}
 	raw, err := k.signAtHome(ctx, rec, id, r.Data, hash)
@@ -344,32 +341,45 @@ func (k *Keyring) sign(ctx context.Context, rec *record, id *identity, r SignReq
 
 // use is what a request is for.
 func (k *Keyring) use(comment string, key ssh.PublicKey, c *Caller, r SignRequest) *Use {
-	u := &Use{
+	u := &struct {
+		Use
+		login Login
+	}{Use: Use{
 		Comment: comment, Key: key, Caller: c, Content: r.Content,
 		Hosts: k.opts.Hosts, Fingerprint: k.opts.Fingerprint,
-	}
+	}}
 	if l := r.Login; l != nil {
 		// The request's is the door's memory, and a prompt outlives the request when
 		// others share it.
-		u.Login = &Login{User: l.User, SessionID: bytes.Clone(l.SessionID), HostKey: bytes.Clone(l.HostKey)}
+		n := len(l.SessionID)
+		own := append(append(make([]byte, 0, n+len(l.HostKey)), l.SessionID...), l.HostKey...)
+		u.login = Login{User: l.User, SessionID: own[:n:n]}
+		if l.HostKey != nil {
+			u.login.HostKey = own[n:]
+		}
+		u.Login = &u.login
 	}
-	return u
+	return &u.Use
 }
 
 // signAtHome has a token sign that has the identity, one that is there if
 // possible. Only when one is away another is tried: what a person declined on one
 // is not asked for again on the next.
 func (k *Keyring) signAtHome(ctx context.Context, rec *record, id *identity, data []byte, hash crypto.SignerOpts) ([]byte, error) {
-	var there, away []Key
-	for _, home := range id.homes {
-		if home.Present() {
-			there = append(there, home)
-		} else {
-			away = append(away, home)
+	homes := id.homes
+	if len(homes) > 1 {
+		var there, away []Key
+		for _, home := range homes {
+			if home.Present() {
+				there = append(there, home)
+			} else {
+				away = append(away, home)
+			}
 		}
+		homes = append(there, away...)
 	}
 	var all []error
-	for _, home := range append(there, away...) {
+	for _, home := range homes {
 		rec.URI = home.URI()
 		raw, err := home.SignMessageContext(ctx, data, hash)
 		if err == nil {

@@ -178,8 +178,11 @@ func TestCallerGoesAlong(t *testing.T) {
 			t.Errorf("who confirms was told of %+v, and the key of %+v", f.confirm.caller, key.caller)
 		}
 	}
-	if CallerFromContext(t.Context()) != nil {
+	if CallerFromContext(t.Context()) != nil || PeerFromContext(t.Context()).Known {
 		t.Error("a caller came from nowhere")
+	}
+	if p := PeerFromContext(forwarded.Context(t.Context())); p.PID != forwarded.Peer.PID {
+		t.Errorf("the caller's peer is %v", p)
 	}
 }
 

@@ -20,7 +20,6 @@
 package peer
 
 import (
-	"context"
 	"errors"
 	"fmt"
 	"os"
@@ -100,16 +99,3 @@ func (p Peer) SameProgram() error {
 }
 
 var ownProgram = sync.OnceValue(func() Program { return programOf(os.Getpid()) })
-
-type contextKey struct{}
-
-// NewContext returns a context that carries p.
-func NewContext(ctx context.Context, p Peer) context.Context {
-	return context.WithValue(ctx, contextKey{}, p)
-}
-
-// FromContext returns the Peer that ctx carries, or one that is not Known.
-func FromContext(ctx context.Context) Peer {
-	p, _ := ctx.Value(contextKey{}).(Peer)
-	return p
-}

@@ -2,7 +2,6 @@ package peer
 
 import (
 	"bufio"
-	"context"
 	"fmt"
 	"io"
 	"net"
@@ -430,16 +429,6 @@ func descriptors(t *testing.T) int {
 		t.Fatal(err)
 	}
 	return len(entries)
-}
-
-func TestContext(t *testing.T) {
-	if p := FromContext(context.Background()); p.Known {
-		t.Errorf("an empty context carries %+v", p)
-	}
-	want := Peer{Known: true, PID: 7, UID: 8, GID: 9}
-	if got := FromContext(NewContext(context.Background(), want)); got.PID != want.PID || !got.Known || got.UID != want.UID {
-		t.Errorf("got %+v, want %+v", got, want)
-	}
 }
 
 func TestString(t *testing.T) {

@@ -204,7 +204,7 @@ func (s *Server) serve(ctx context.Context, nc *net.UnixConn, rules *agent.Socke
 		c.refuse("connection refused", err)
 		return
 	}
-	ctx, cancel := context.WithCancelCause(peer.NewContext(ctx, p))
+	ctx, cancel := context.WithCancelCause(ctx)
 	defer cancel(nil)
 	if err := w.add(c.caller.Number, nc, cancel); err != nil {
 		c.refuse("connection refused", err)
