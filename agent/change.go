@@ -110,7 +110,7 @@ func (k *Keyring) addToken(ctx context.Context, rec *record, r TokenRequest) err
 			k.showLocked(key)
 		}
 	}
-	k.change++
+	k.change.Add(1)
 	return nil
 }
 
@@ -176,7 +176,7 @@ func (k *Keyring) add(rec *record, r KeyRequest, wire string) error {
 	default:
 		k.software = append(k.software, s)
 	}
-	k.change++
+	k.change.Add(1)
 	return nil
 }
 
@@ -271,7 +271,7 @@ func (k *Keyring) remove(ctx context.Context, rec *record, key []byte) error {
 		k.hideLocked(id)
 	}
 	k.approvals.forgetIdentity(id.wire)
-	k.change++
+	k.change.Add(1)
 	return nil
 }
 
@@ -304,7 +304,7 @@ func (k *Keyring) removeAll(ctx context.Context, c *Caller) error {
 			k.hideLocked(id)
 		}
 	}
-	k.change++
+	k.change.Add(1)
 	for _, key := range slices.Concat(k.opts.Tokens.Keys(), k.opts.Tokens.Away()) {
 		k.hideKeyLocked(key)
 	}
@@ -322,5 +322,5 @@ func (k *Keyring) Configure(r Rules) {
 	defer k.mu.Unlock()
 	k.opts.Rules = r
 	clear(k.hidden)
-	k.change++
+	k.change.Add(1)
 }

@@ -164,8 +164,10 @@ type Keyring struct {
 	lock  *lock
 	audit audit
 
+	change atomic.Uint64 // counts the changes of what follows; made under mu
+
 	mu       sync.Mutex
-	change   uint64 // counts the changes of what follows
+	plain    map[Key]*plainKey // those of the present view
 	added    []*addition
 	software []*softwareKey
 	hidden   map[string]uint64   // wire form of removed identities to the insertions there were
@@ -238,6 +240,8 @@ func (k *Keyring) List(ctx context.Context, c *Caller) ([]Identity, error) {
 func (k *Keyring) Alive() {
 	k.lock.locked()
 	k.now()
+	k.mu.Lock() // which no list needs while nothing changes
+	defer k.mu.Unlock()
 }
 
 // settle waits until tokens were looked at once, for a bounded time after the
