@@ -6,6 +6,7 @@ import (
 	"context"
 	"crypto"
 	"errors"
+	"sync"
 	"time"
 
 	"golang.org/x/crypto/ssh"
@@ -62,6 +63,22 @@ type Bind struct {
 type Identity struct {
 	Key     ssh.PublicKey
 	Comment string
+}
+
+// A Listing is the identities that a connection may see. It is not changed.
+type Listing struct {
+	Identities []Identity
+
+	once    sync.Once
+	encoded []byte
+}
+
+// Encoded returns the list in the form that encode gives it, which has to be the
+// same for whoever asks: most connections see the same list, which is encoded once
+// for them all. The form is not to be changed.
+func (l *Listing) Encoded(encode func([]Identity) []byte) []byte {
+	l.once.Do(func() { l.encoded = encode(l.Identities) })
+	return l.encoded
 }
 
 // SignatureFlags are the flags of a sign request (RFC 9987 section 5.6.1).

@@ -188,7 +188,7 @@ func BenchmarkView(b *testing.B) {
 			b.ReportAllocs()
 			for b.Loop() {
 				k.change.Add(1)
-				if len(k.now().list) != n {
+				if len(k.now().list.Identities) != n {
 					b.Fatal("keys are missing")
 				}
 			}

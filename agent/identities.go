@@ -73,7 +73,7 @@ type view struct {
 	change       uint64 // of the keyring
 	expires      time.Time
 	identities   []*identity
-	list         []Identity
+	list         Listing
 	byKey        map[string]*identity
 	limited      bool // an identity is limited to destinations
 }
@@ -122,9 +122,9 @@ func (k *Keyring) nowLocked(generation, certificates uint64) *view {
 			software: s.Private, constraints: s.Constraints, expires: s.expires, fingerprint: k.fingerprint(s.plain),
 		})
 	}
-	v.list = make([]Identity, len(v.identities))
+	v.list.Identities = make([]Identity, len(v.identities))
 	for i, id := range v.identities {
-		v.list[i] = Identity{Key: id.key, Comment: id.comment}
+		v.list.Identities[i] = Identity{Key: id.key, Comment: id.comment}
 		v.limited = v.limited || len(id.constraints.Destinations) > 0
 	}
 	k.view.Store(v)

@@ -6,7 +6,6 @@ import (
 	"crypto/rand"
 	"errors"
 	"log/slog"
-	"slices"
 	"sync"
 	"sync/atomic"
 	"time"
@@ -192,17 +191,17 @@ func NewKeyring(opts Options) *Keyring {
 		opts: opts, log: opts.Log, start: time.Now(), lock: newLock(),
 		hidden: make(map[string]uint64), troubles: make(map[string]string),
 	}
-	k.knew = len(k.now().list) > 0
+	k.knew = len(k.now().identities) > 0
 	return k
 }
 
 // List returns the identities that a connection may see, in their order, and
 // after them those of upstream agents. It waits for tokens only just after the
-// start, and when there would be nothing to show; the answer is not to be
-// changed. While the agent is locked it is empty.
-func (k *Keyring) List(ctx context.Context, c *Caller) ([]Identity, error) {
+// start, and when there would be nothing to show. While the agent is locked it is
+// empty.
+func (k *Keyring) List(ctx context.Context, c *Caller) (*Listing, error) {
 	if k.lock.locked() {
-		return nil, nil
+		return new(Listing), nil
 	}
 	if !k.knew {
 		k.settle(ctx)
@@ -210,28 +209,29 @@ func (k *Keyring) List(ctx context.Context, c *Caller) ([]Identity, error) {
 	k.opts.Certificates.look()
 	v := k.now()
 	k.opts.Tokens.Poke()
-	if len(v.list) == 0 && k.lookAgain() {
+	if len(v.identities) == 0 && k.lookAgain() {
 		ctx, cancel := context.WithTimeout(ctx, emptyPatience)
 		defer cancel()
 		// Whatever it has found by then is what there is.
 		_ = k.opts.Tokens.Rescan(ctx)
 		v = k.now()
 	}
-	list := v.list
-	if v.limited || c.Socket != nil && c.Socket.Only != nil {
-		list = make([]Identity, 0, len(v.list))
-		for i, id := range v.identities {
-			if id.shownBy(c.Socket) && id.constraints.permits(c) == nil {
-				list = append(list, v.list[i])
-			}
+	theirs := k.listUpstreams(ctx, c)
+	if !v.limited && (c.Socket == nil || c.Socket.Only == nil) && len(theirs) == 0 {
+		return &v.list, nil
+	}
+	own := &Listing{Identities: make([]Identity, 0, len(v.identities)+len(theirs))}
+	for i, id := range v.identities {
+		if id.shownBy(c.Socket) && id.constraints.permits(c) == nil {
+			own.Identities = append(own.Identities, v.list.Identities[i])
 		}
 	}
-	for _, id := range k.listUpstreams(ctx, c) {
+	for _, id := range theirs {
 		if v.byKey[string(id.Key.Marshal())] == nil {
-			list = append(slices.Clip(list), id)
+			own.Identities = append(own.Identities, id)
 		}
 	}
-	return list, nil
+	return own, nil
 }
 
 // Alive returns when a list could be made of what is known now, as List and Sign

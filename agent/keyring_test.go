@@ -290,12 +290,12 @@ var (
 
 func (f *fixture) list(t *testing.T) []string {
 	t.Helper()
-	ids, err := f.List(t.Context(), local)
+	list, err := f.List(t.Context(), local)
 	if err != nil {
 		t.Fatal(err)
 	}
 	comments := []string{}
-	for _, id := range ids {
+	for _, id := range list.Identities {
 		comments = append(comments, id.Comment)
 	}
 	return comments

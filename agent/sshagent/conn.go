@@ -25,6 +25,7 @@ type conn struct {
 	caller *agent.Caller // replaced, never changed: the keyring may hold on to it
 	in     frames
 	out    []byte // the answer under construction, length first
+	whole  []byte // the answer in place of out, when others have it, too; nil: out is it
 }
 
 func newConn(s *Server, nc net.Conn, p peer.Peer, rules *agent.Socket) *conn {
@@ -51,16 +52,20 @@ func (c *conn) run(ctx context.Context) {
 		c.in.done(wipe)
 
 		binary.BigEndian.PutUint32(c.out, uint32(len(c.out)-4))
+		answer := c.out
+		if c.whole != nil {
+			answer, c.whole = c.whole, nil
+		}
 		if err := c.nc.SetWriteDeadline(time.Now().Add(patience)); err != nil {
 			c.ended(err)
 			return
 		}
-		if _, err := c.nc.Write(c.out); err != nil {
+		if _, err := c.nc.Write(answer); err != nil {
 			c.ended(err)
 			return
 		}
 		if cap(c.out) > 16*bufferSize {
-			c.out = nil // a long list; do not keep its memory while the client idles
+			c.out = nil // a long answer; do not keep its memory while the client idles
 		}
 	}
 }

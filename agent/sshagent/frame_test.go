@@ -4,6 +4,7 @@ import (
 	"bytes"
 	"context"
 	"io"
+	"log/slog"
 	"net"
 	"strings"
 	"testing"
@@ -295,47 +296,38 @@ func TestOneReadAndOneWrite(t *testing.T) {
 // still is a keyring that allocates nothing itself.
 type still struct {
 	*fakeKeyring
-	ids []agent.Identity
-	sig ssh.Signature
+	list agent.Listing
+	sig  ssh.Signature
 }
 
-func (k *still) List(context.Context, *agent.Caller) ([]agent.Identity, error) { return k.ids, nil }
+func (k *still) List(context.Context, *agent.Caller) (*agent.Listing, error) { return &k.list, nil }
 
 func (k *still) Sign(context.Context, *agent.Caller, agent.SignRequest) (*ssh.Signature, error) {
 	return &k.sig, nil
 }
 
-// cached is a public key that knows its wire form.
-type cached struct {
-	ssh.PublicKey
-	wire []byte
-}
-
-func (k *cached) Marshal() []byte { return k.wire }
-
 func TestAllocations(t *testing.T) {
 	key := makeSigners()[1].PublicKey()
 	keyring := &still{
-		ids: []agent.Identity{{Key: &cached{key, key.Marshal()}, Comment: "one"}, {Key: &cached{key, key.Marshal()}, Comment: "two"}},
-		sig: ssh.Signature{Format: "rsa-sha2-256", Blob: make([]byte, 256)},
+		list: agent.Listing{Identities: []agent.Identity{{Key: key, Comment: "one"}, {Key: key, Comment: "two"}}},
+		sig:  ssh.Signature{Format: "rsa-sha2-256", Blob: make([]byte, 256)},
 	}
-	r := serve(t, &Server{Keyring: keyring})
-	conn := r.dial()
-	answer := make([]byte, 4096)
+	many, _ := stillKeyring(t, slog.DiscardHandler, 1000)
+	answer := make([]byte, 4+maxFrame)
 	for _, test := range []struct {
 		name    string
+		keyring Keyring
 		request []byte
 	}{
-		{"list", framed(message(11))},
-		{"sign", framed(message(13, key.Marshal(), "data", uint32(2)))},
+		{"list", keyring, framed(message(11))},
+		{"list of 1,000 keys", many, framed(message(11))},
+		{"sign", keyring, framed(message(13, key.Marshal(), "data", uint32(2)))},
 	} {
 		t.Run(test.name, func(t *testing.T) {
+			conn := serve(t, &Server{Keyring: test.keyring}).dial()
 			// Over the real socket, so that reading, writing and deadlines count.
 			if n := testing.AllocsPerRun(200, func() {
-				if _, err := conn.Write(test.request); err != nil {
-					t.Fatal(err)
-				}
-				if _, err := conn.Read(answer); err != nil {
+				if _, err := roundTrip(conn, test.request, answer); err != nil {
 					t.Fatal(err)
 				}
 			}); n > 0 {
