@@ -37,6 +37,10 @@ type Caller struct {
 	// Socket has the rules of the socket that the connection came in at; nil:
 	// there are none.
 	Socket *Socket
+	// Later has done what the client need not wait for, once it has its answer or
+	// cannot have it, before the next request of the connection is read. nil: there is
+	// no door, and it is done at once.
+	Later func(func())
 }
 
 // A Socket is what the configuration says of one of the agent's sockets.

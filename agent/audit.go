@@ -112,8 +112,10 @@ type Event struct {
 type record struct {
 	Event
 	start time.Time
-	use   *Use
+	use   *Use // nil once the event has the names of hosts
 	told  bool // the client shows the reason to whoever waits
+
+	naming sync.Once
 }
 
 // begin makes the record of a request, of which there is nothing to sign.
@@ -137,6 +139,19 @@ func (r *record) about(id *identity) {
 	}
 }
 
+// event returns the event once the request is answered, with the names of hosts.
+// They are found when somebody wants them: it reads files, and the client need not
+// wait for it. What the request came with is of no more use then.
+func (r *record) event() *Event {
+	r.naming.Do(func() {
+		if r.use.Login != nil || r.Forwarded {
+			r.Host, r.Via = hosts(r.use)
+		}
+		r.use = nil
+	})
+	return &r.Event
+}
+
 // audit is the memory of what was answered. The zero value is empty.
 type audit struct {
 	mu       sync.Mutex
@@ -151,34 +166,42 @@ type uses struct {
 	last  time.Time
 }
 
-// ring keeps the last events.
+// ring keeps the last requests that were answered.
 type ring struct {
-	all  []Event
+	all  []*record
 	next int // where the next one goes, once it is full
 }
 
-func (r *ring) add(e *Event, limit int) {
+func (r *ring) add(one *record, limit int) {
 	if len(r.all) < limit {
-		r.all = append(r.all, *e)
+		r.all = append(r.all, one)
 		return
 	}
-	r.all[r.next] = *e
+	r.all[r.next] = one
 	r.next = (r.next + 1) % limit
 }
 
-// newest returns the events, the newest first.
-func (r *ring) newest() []Event {
+// newest returns them, the newest first.
+func (r *ring) newest() []*record {
 	all := slices.Concat(r.all[r.next:], r.all[:r.next])
 	slices.Reverse(all)
 	return all
 }
 
-func (a *audit) add(e *Event) {
+func eventsOf(records []*record) (all []Event) {
+	for _, r := range records {
+		all = append(all, *r.event())
+	}
+	return all
+}
+
+func (a *audit) add(r *record) {
+	e := &r.Event
 	a.mu.Lock()
 	defer a.mu.Unlock()
-	a.events.add(e, maxEvents)
+	a.events.add(r, maxEvents)
 	if e.Result == ResultRefused {
-		a.failures.add(e, maxFailures)
+		a.failures.add(r, maxFailures)
 	}
 	if e.Request != RequestSign || e.Result != ResultOK {
 		return
@@ -201,7 +224,8 @@ func (a *audit) add(e *Event) {
 }
 
 // end makes an Event of a request, which is answered with err: it is kept, and
-// logged in one line. Nothing else says what became of a request.
+// logged in one line. Nothing else says what became of a request. The line about a
+// signature that was made is what its client need not wait for.
 func (k *Keyring) end(r *record, err error) {
 	e := &r.Event
 	e.Time = time.Now()
@@ -220,19 +244,22 @@ func (k *Keyring) end(r *record, err error) {
 			e.User = visible(r.use.Login.User, maxField)
 		}
 	}
-	if r.use.Login != nil || e.Forwarded {
-		e.Host, e.Via = hosts(r.use)
-	}
 	e.Comment, e.URI = visible(e.Comment, maxField), visible(e.URI, maxField)
-	k.audit.add(e)
-	k.logEvent(e)
+	c := r.use.Caller
+	k.audit.add(r)
+	if err == nil && e.Request == RequestSign && c.Later != nil {
+		c.Later(func() { k.logEvent(r) })
+		return
+	}
+	k.logEvent(r)
 	if k.opts.Failed != nil && e.Result == ResultRefused && !r.told && !e.Forwarded && !isDeclined(err) {
-		k.opts.Failed(*e)
+		k.opts.Failed(*r.event())
 	}
 }
 
 // logEvent writes the one line about a request.
-func (k *Keyring) logEvent(e *Event) {
+func (k *Keyring) logEvent(r *record) {
+	e := r.event()
 	level, message := slog.LevelInfo, e.Request.done()
 	switch {
 	case e.Result == ResultRefused:
@@ -378,7 +405,7 @@ func (k *Keyring) Now() Status {
 	v := k.now()
 	s := Status{Approvals: k.approvals.list()}
 	k.audit.mu.Lock()
-	s.Events, s.Failures = k.audit.events.newest(), k.audit.failures.newest()
+	events, failures := k.audit.events.newest(), k.audit.failures.newest()
 	for _, id := range v.identities {
 		used := k.audit.uses[id.fingerprint]
 		s.Keys = append(s.Keys, KeyStatus{
@@ -388,6 +415,7 @@ func (k *Keyring) Now() Status {
 		})
 	}
 	k.audit.mu.Unlock()
+	s.Events, s.Failures = eventsOf(events), eventsOf(failures)
 	k.mu.Lock()
 	defer k.mu.Unlock()
 	for _, u := range k.opts.Upstreams {

@@ -139,6 +139,78 @@ func TestOneLineEach(t *testing.T) {
 	}
 }
 
+// What a door does when the client has its answer is the line of a signature that was
+// made, and nothing else: the status knows of it before, and of its host.
+func TestLater(t *testing.T) {
+	key, host := edKey("pkcs11:token=a"), edKey("host")
+	named := fakeHosts{string(wireOf(host)): {Names: []string{"good.example.org"}}}
+	for name, statusFirst := range map[string]bool{"the line first": false, "the status first": true} {
+		t.Run(name, func(t *testing.T) {
+			f := newFixture(Options{Hosts: named}, key)
+			var rest []func()
+			c := &Caller{Number: 4, Later: func(do func()) { rest = append(rest, do) }}
+			r := SignRequest{
+				Key: wireOf(key), Data: []byte("d"), Content: Content{Kind: KindLogin},
+				Login: &Login{User: "joe", SessionID: []byte("x"), HostKey: wireOf(host)},
+			}
+			if _, err := f.Sign(t.Context(), c, r); err != nil {
+				t.Fatal(err)
+			}
+			if len(rest) != 1 || f.log.Len() > 0 {
+				t.Fatalf("%d things are left to do, and the log has %q", len(rest), f.log)
+			}
+			if !statusFirst {
+				rest[0]()
+			}
+			if s := f.Now(); len(s.Events) != 1 || !strings.HasPrefix(s.Events[0].Host, "good.example.org") || s.Keys[0].Signatures != 1 {
+				t.Errorf("the status has %+v", s)
+			}
+			if statusFirst {
+				rest[0]()
+			}
+			if line := f.log.String(); strings.Count(line, "\n") != 1 || !strings.Contains(line, "user=joe host=\"good.example.org (not verified)\" result=ok") {
+				t.Errorf("the log has %q", line)
+			}
+
+			f.log.Reset()
+			for _, do := range []func() error{
+				func() error {
+					_, err := f.Sign(t.Context(), c, SignRequest{Key: []byte("no key")})
+					return err
+				},
+				func() error { return f.Remove(t.Context(), c, wireOf(key)) },
+			} {
+				_ = do()
+				if strings.Count(f.log.String(), "\n") != 1 || len(rest) != 1 {
+					t.Errorf("%d things are left to do, and the log has %q", len(rest), f.log)
+				}
+				f.log.Reset()
+			}
+		})
+	}
+}
+
+// Lines about a key that is on several tokens name the one that has signed.
+func TestLineNamesTheHome(t *testing.T) {
+	one := edKey("pkcs11:token=a")
+	two := &fakeKey{Signer: one.Signer, uri: "pkcs11:token=b", insertions: 1}
+	f := newFixture(Options{}, one, two)
+	for _, away := range []bool{false, true, false} {
+		one.setAbsent(away)
+		f.log.Reset()
+		if _, err := f.Sign(t.Context(), local, SignRequest{Key: wireOf(one), Data: []byte("d")}); err != nil {
+			t.Fatal(err)
+		}
+		want := ` uri="pkcs11:token=a" `
+		if away {
+			want = ` comment="pkcs11:token=a" uri="pkcs11:token=b" `
+		}
+		if line := f.log.String(); !strings.Contains(line, want) {
+			t.Errorf("the line does not say%s: %s", want, line)
+		}
+	}
+}
+
 // What is kept is bounded, and failures are known for longer.
 func TestAuditIsBounded(t *testing.T) {
 	key := edKey("pkcs11:token=a")
@@ -167,7 +239,7 @@ func TestAuditIsBounded(t *testing.T) {
 	}
 	var a audit
 	for i := range 2 * maxUses {
-		a.add(&Event{Request: RequestSign, Result: ResultOK, Key: fmt.Sprint(i)})
+		a.add(&record{Event: Event{Request: RequestSign, Result: ResultOK, Key: fmt.Sprint(i)}})
 	}
 	if len(a.uses) != maxUses {
 		t.Errorf("uses of %d keys are kept", len(a.uses))

@@ -24,22 +24,32 @@ type conn struct {
 	nc     net.Conn
 	caller *agent.Caller // replaced, never changed: the keyring may hold on to it
 	in     frames
-	out    []byte // the answer under construction, length first
-	whole  []byte // the answer in place of out, when others have it, too; nil: out is it
+	out    []byte   // the answer under construction, length first
+	whole  []byte   // the answer in place of out, when others have it, too; nil: out is it
+	rest   []func() // what is left to do when the client has its answer
 }
 
 func newConn(s *Server, nc net.Conn, p peer.Peer, rules *agent.Socket) *conn {
-	return &conn{
-		server: s,
-		nc:     nc,
-		caller: &agent.Caller{Number: s.connections.Add(1), Peer: p, Socket: rules},
-		in:     newFrames(nc),
+	c := &conn{server: s, nc: nc, in: newFrames(nc)}
+	c.caller = &agent.Caller{Number: s.connections.Add(1), Peer: p, Socket: rules, Later: c.later}
+	return c
+}
+
+func (c *conn) later(f func()) { c.rest = append(c.rest, f) }
+
+// finish does what is left of a request, whether or not its answer could be sent.
+func (c *conn) finish() {
+	for len(c.rest) > 0 {
+		f := c.rest[0]
+		c.rest = append(c.rest[:0], c.rest[1:]...)
+		f()
 	}
 }
 
 // run serves the client until it hangs up, sends something that is no message,
 // does not take its answers, or until nc is closed.
 func (c *conn) run(ctx context.Context) {
+	defer c.finish() // of a request that a panic ends
 	for {
 		message, err := c.in.next()
 		if err != nil {
@@ -56,11 +66,12 @@ func (c *conn) run(ctx context.Context) {
 		if c.whole != nil {
 			answer, c.whole = c.whole, nil
 		}
-		if err := c.nc.SetWriteDeadline(time.Now().Add(patience)); err != nil {
-			c.ended(err)
-			return
+		err = c.nc.SetWriteDeadline(time.Now().Add(patience))
+		if err == nil {
+			_, err = c.nc.Write(answer)
 		}
-		if _, err := c.nc.Write(answer); err != nil {
+		c.finish()
+		if err != nil {
 			c.ended(err)
 			return
 		}

@@ -7,6 +7,7 @@ import (
 	"log/slog"
 	"net"
 	"strings"
+	"syscall"
 	"testing"
 	"testing/synctest"
 	"time"
@@ -332,6 +333,73 @@ func TestAllocations(t *testing.T) {
 				}
 			}); n > 0 {
 				t.Errorf("%v allocations for each request, want none", n)
+			}
+		})
+	}
+}
+
+// gate is a connection on which an answer is written when it is let through, or not
+// at all.
+type gate struct {
+	net.Conn
+	writes chan error
+}
+
+func (g *gate) Write(b []byte) (int, error) {
+	g.writes <- nil
+	if err := <-g.writes; err != nil {
+		return 0, err
+	}
+	return g.Conn.Write(b)
+}
+
+// The client has the signature before the log has its line, which comes all the
+// same when the answer cannot be sent; a refusal is in the log first.
+func TestAnswerBeforeLine(t *testing.T) {
+	log, book := newLog()
+	keyring, key := stillKeyring(t, log.Handler(), 1)
+	s := &Server{Keyring: keyring, Log: log}
+	for _, test := range []struct {
+		name   string
+		key    []byte
+		broken error
+		first  string // in the log before the answer
+		then   string
+	}{
+		{"signed", key, nil, "", "msg=signed "},
+		{"signed, and nobody takes it", key, syscall.EPIPE, "", "msg=signed "},
+		{"refused", []byte("no key"), nil, `msg="request refused" `, ""},
+	} {
+		t.Run(test.name, func(t *testing.T) {
+			book.reset()
+			client, nc := net.Pipe()
+			defer client.Close()
+			g := &gate{nc, make(chan error)}
+			ended := make(chan struct{})
+			go func() {
+				defer close(ended)
+				c := newConn(s, g, everyday, nil)
+				defer nc.Close()
+				defer c.in.close()
+				c.run(t.Context())
+			}()
+			if _, err := client.Write(framed(message(msgSignRequest, test.key, gitData(), uint32(0)))); err != nil {
+				t.Fatal(err)
+			}
+			<-g.writes
+			if got := book.String(); !strings.Contains(got, test.first) || (got == "") != (test.first == "") {
+				t.Errorf("before the answer the log has %q, want %q in it", got, test.first)
+			}
+			g.writes <- test.broken
+			if test.broken == nil {
+				if _, err := readAnswer(client); err != nil {
+					t.Error(err)
+				}
+			}
+			client.Close()
+			<-ended
+			if got := book.String(); strings.Count(got, "\n") != 1 || !strings.Contains(got, test.then) {
+				t.Errorf("the log has %q, want one line with %q", got, test.then)
 			}
 		})
 	}

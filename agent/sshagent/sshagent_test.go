@@ -227,6 +227,12 @@ func (b *logBook) String() string {
 	return b.text.String()
 }
 
+func (b *logBook) reset() {
+	b.mu.Lock()
+	defer b.mu.Unlock()
+	b.text.Reset()
+}
+
 // wait returns the log once it holds what.
 func (b *logBook) wait(t *testing.T, what string) string {
 	t.Helper()
