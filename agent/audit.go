@@ -112,8 +112,9 @@ type Event struct {
 type record struct {
 	Event
 	start time.Time
-	use   *Use // nil once the event has the names of hosts
-	told  bool // the client shows the reason to whoever waits
+	use   *Use      // nil once the event has the names of hosts
+	id    *identity // that the request is about, until it is logged; nil: none
+	told  bool      // the client shows the reason to whoever waits
 
 	naming sync.Once
 }
@@ -133,7 +134,7 @@ func (k *Keyring) beginUse(request Request, use *Use) *record {
 
 // about notes which identity the request is about.
 func (r *record) about(id *identity) {
-	r.Key, r.Comment = id.fingerprint, id.comment
+	r.id, r.Key, r.Comment = id, id.fingerprint, id.comment
 	if len(id.homes) > 0 {
 		r.URI = id.homes[0].URI()
 	}
@@ -259,7 +260,8 @@ func (k *Keyring) end(r *record, err error) {
 
 // logEvent writes the one line about a request.
 func (k *Keyring) logEvent(r *record) {
-	e := r.event()
+	e, id := r.event(), r.id
+	r.id = nil
 	level, message := slog.LevelInfo, e.Request.done()
 	switch {
 	case e.Result == ResultRefused:
@@ -273,18 +275,17 @@ func (k *Keyring) logEvent(r *record) {
 	if !k.log.Enabled(ctx, level) {
 		return
 	}
+	line := slog.NewRecord(e.Time, level, message, 0)
 	attrs := make([]slog.Attr, 0, 20)
 	text := func(name, value string) {
 		if value != "" {
 			attrs = append(attrs, slog.String(name, value))
 		}
 	}
-	text("request", string(e.Request))
-	text("key", e.Key)
-	if e.Comment != e.URI {
-		text("comment", e.Comment)
+	handler, begun := k.begun(id, e)
+	if !begun {
+		attrs = e.appendBeginning(attrs)
 	}
-	text("uri", e.URI)
 	text("kind", string(e.Kind))
 	text("purpose", string(e.Purpose))
 	text("namespace", e.Namespace)
@@ -301,7 +302,46 @@ func (k *Keyring) logEvent(r *record) {
 	attrs = append(attrs, slog.Bool("forwarded", e.Forwarded))
 	text("via", strings.Join(e.Via, " "))
 	attrs = append(attrs, slog.Uint64("connection", e.Connection), slog.Duration("duration", e.Took.Round(time.Millisecond)))
-	k.log.LogAttrs(ctx, level, message, attrs...)
+	line.AddAttrs(attrs...)
+	_ = handler.Handle(ctx, line) // as of slog.Logger: there is nobody to tell
+}
+
+// appendBeginning adds what is said of a request first: what it is about.
+func (e *Event) appendBeginning(attrs []slog.Attr) []slog.Attr {
+	text := func(name, value string) {
+		if value != "" {
+			attrs = append(attrs, slog.String(name, value))
+		}
+	}
+	text("request", string(e.Request))
+	text("key", e.Key)
+	if e.Comment != e.URI {
+		text("comment", e.Comment)
+	}
+	text("uri", e.URI)
+	return attrs
+}
+
+// A beginning is what the lines about signatures with an identity begin with, as the
+// handler of the log has it: half of what a line costs is to quote a URI.
+type beginning struct {
+	once    sync.Once
+	uri     string // with which that is so
+	handler slog.Handler
+}
+
+// begun returns the handler for a line about an identity, which may be nil, and
+// whether it has the beginning already.
+func (k *Keyring) begun(id *identity, e *Event) (handler slog.Handler, begun bool) {
+	if id == nil || e.Request != RequestSign {
+		return k.log.Handler(), false
+	}
+	b := &id.beginning
+	b.once.Do(func() { b.uri, b.handler = e.URI, k.log.Handler().WithAttrs(e.appendBeginning(nil)) })
+	if b.uri != e.URI { // it has several homes
+		return k.log.Handler(), false
+	}
+	return b.handler, true
 }
 
 // Refuse notes that the door has refused a request of its own accord, as one that

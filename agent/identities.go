@@ -21,6 +21,8 @@ type identity struct {
 	constraints Constraints
 	expires     time.Time // zero: never
 	fingerprint string    // of plain
+
+	beginning beginning // of its lines in the log
 }
 
 // softwareKey is a private key in memory.
