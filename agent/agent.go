@@ -22,7 +22,12 @@ type Caller struct {
 	// Number counts the connections of this process, for the log. It is what
 	// the Callers of one connection have in common.
 	Number uint64
-	Peer   peer.Peer
+	// Peer is who opened the connection, as far as that was known when it was opened.
+	Peer peer.Peer
+	// Look returns the same with the process, which is looked at when it is called
+	// first. It may be called from any goroutine until the request is answered, and
+	// returns what it has returned before afterwards. nil: Peer is all there is.
+	Look func() peer.Peer
 	// Binds are the SSH sessions that the connection was bound to, in order
 	// (session-bind@openssh.com, OpenSSH's PROTOCOL.agent section 1). Each was
 	// proved by a signature of its host key.
@@ -41,6 +46,14 @@ type Caller struct {
 	// cannot have it, before the next request of the connection is read. nil: there is
 	// no door, and it is done at once.
 	Later func(func())
+}
+
+// Who returns who opened the connection, with the process.
+func (c *Caller) Who() peer.Peer {
+	if c.Look != nil {
+		return c.Look()
+	}
+	return c.Peer
 }
 
 // A Socket is what the configuration says of one of the agent's sockets.

@@ -183,7 +183,7 @@ func (r *Rule) matches(u *Use) bool {
 	}
 	if r.Programs != nil {
 		named := false
-		for _, link := range u.Caller.Peer.Chain {
+		for _, link := range u.Caller.Who().Chain {
 			named = named || slices.Contains(r.Programs, link.Name)
 		}
 		if !named {
@@ -213,7 +213,7 @@ func (r *Rule) matchesHosts(u *Use) bool {
 func (u *Use) matchesHost(patterns []string, key ssh.PublicKey) bool {
 	var known HostName
 	if key != nil && u.Hosts != nil {
-		known = u.Hosts.HostName(key, u.Caller.Peer)
+		known = u.Hosts.HostName(key, u.Caller.Who())
 	}
 	if known.Revoked {
 		known.Names = nil
@@ -279,11 +279,11 @@ func (u *Use) provenHost() (key ssh.PublicKey, consistent bool) {
 // way. ok is false when that is not known well enough for it to be good for
 // anything but the request itself.
 func (u *Use) sameness(identity string) (name string, ok bool) {
-	c := u.Caller
+	c, who := u.Caller, u.Caller.Who()
 	host, consistent := u.provenHost()
 	switch {
 	case u.Content.Kind == KindUnknown || u.Content.Kind == "", !consistent, c.BindFailed,
-		!c.Peer.Known || len(c.Peer.Chain) == 0,
+		!who.Known || len(who.Chain) == 0,
 		u.Login != nil && host == nil && c.Forwarded:
 		return "", false
 	}
@@ -302,7 +302,7 @@ func (u *Use) sameness(identity string) (name string, ok bool) {
 	if host != nil {
 		add(host.Marshal())
 	}
-	add(fmt.Appendf(nil, "%t %d", c.Forwarded, c.Peer.UID))
+	add(fmt.Appendf(nil, "%t %d", c.Forwarded, who.UID))
 	if c.Socket != nil {
 		add([]byte(c.Socket.Name))
 	}
@@ -313,7 +313,7 @@ func (u *Use) sameness(identity string) (name string, ok bool) {
 	}
 	add(nil)
 	last := ""
-	for _, link := range c.Peer.Chain {
+	for _, link := range who.Chain {
 		// git runs itself now and then.
 		if link.Name != last {
 			last = link.Name
@@ -428,7 +428,7 @@ func (a *approvals) keep(name string, id *identity, u *Use, lasts Remember, gene
 		away: len(id.homes) > 0 && !slices.ContainsFunc(id.homes, Key.Present),
 		status: ApprovalStatus{
 			Fingerprint: id.fingerprint, Comment: visible(id.comment, maxField), What: visible(u.What(), maxReason),
-			Forwarding: visible(u.Forwarding(), maxField), Client: u.Caller.Peer, Since: now,
+			Forwarding: visible(u.Forwarding(), maxField), Client: u.Caller.Who(), Since: now,
 		},
 	}
 }
@@ -550,7 +550,7 @@ func (k *Keyring) approve(ctx context.Context, u *Use, id *identity) error {
 		if a.Allowed && a.For != Once {
 			k.approvals.keep(name, id, u, a.For, generation)
 			k.log.Info("allowed for longer", "key", r.KeyFingerprint, "comment", u.Comment, "what", u.Content.String(),
-				"lasts", a.For.String(), "client", u.Caller.Peer.String(), "forwarded", u.Caller.Forwarded)
+				"lasts", a.For.String(), "client", u.Caller.Who().String(), "forwarded", u.Caller.Forwarded)
 		}
 		return a.Answer, a.err
 	})

@@ -127,7 +127,7 @@ func (k *Keyring) begin(c *Caller, request Request) *record {
 func (k *Keyring) beginUse(request Request, use *Use) *record {
 	c := use.Caller
 	return &record{
-		Event: Event{Request: request, Forwarded: c.Forwarded, Client: c.Peer, Connection: c.Number},
+		Event: Event{Request: request, Forwarded: c.Forwarded, Connection: c.Number},
 		start: time.Now(), use: use,
 	}
 }
@@ -247,6 +247,7 @@ func (k *Keyring) end(r *record, err error) {
 	}
 	e.Comment, e.URI = visible(e.Comment, maxField), visible(e.URI, maxField)
 	c := r.use.Caller
+	e.Client = c.Who() // who may have gone once there is an answer
 	k.audit.add(r)
 	if err == nil && e.Request == RequestSign && c.Later != nil {
 		c.Later(func() { k.logEvent(r) })

@@ -64,12 +64,15 @@ func (c *Caller) MayControl() error {
 			return errNotHere
 		case c.Forwarded || c.BindFailed || len(c.Binds) > 0:
 			return errBound
-		case !c.Peer.Known || len(c.Peer.Chain) == 0:
+		}
+		who := c.Who()
+		switch {
+		case !who.Known || len(who.Chain) == 0:
 			return errNobodyKnown
-		case c.Peer.UID != os.Geteuid():
+		case who.UID != os.Geteuid():
 			return errOtherUser
 		}
-		return c.Peer.SameProgram()
+		return who.SameProgram()
 	}()
 	if reason != nil {
 		return fmt.Errorf("%w: %w", ErrNoControl, reason)

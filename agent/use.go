@@ -110,7 +110,7 @@ func (u *Use) Via() (hosts []Host) {
 func (u *Use) host(key ssh.PublicKey, verified bool) Host {
 	h := Host{Key: key, Verified: verified}
 	if u.Hosts != nil {
-		h.HostName = u.Hosts.HostName(key, u.Caller.Peer)
+		h.HostName = u.Hosts.HostName(key, u.Caller.Who())
 	}
 	return h
 }
@@ -264,10 +264,10 @@ func CallerFromContext(ctx context.Context) *Caller {
 	return c
 }
 
-// PeerFromContext returns the Peer of that Caller, or one that is not Known.
+// PeerFromContext returns who that Caller is, or one that is not Known.
 func PeerFromContext(ctx context.Context) peer.Peer {
 	if c := CallerFromContext(ctx); c != nil {
-		return c.Peer
+		return c.Who()
 	}
 	return peer.Peer{}
 }

@@ -33,30 +33,17 @@ const (
 //   - Known, without: it has ended, or cannot be looked at.
 //   - not Known: the kernel tells nothing (conn is closed).
 func Of(conn *net.UnixConn) Peer {
-	raw, err := conn.SyscallConn()
-	if err != nil {
-		return Peer{}
-	}
-	var cred *unix.Ucred
-	var credErr, pidfdErr error
-	pidfd := -1
-	err = raw.Control(func(fd uintptr) {
-		if cred, credErr = unix.GetsockoptUcred(int(fd), unix.SOL_SOCKET, unix.SO_PEERCRED); credErr == nil {
-			pidfd, pidfdErr = unix.GetsockoptInt(int(fd), unix.SOL_SOCKET, unix.SO_PEERPIDFD)
-		}
-	})
-	// A socket without a peer has PID 0 and the ids -1 (socket(7)).
-	if err != nil || credErr != nil || cred.Uid == ^uint32(0) {
-		return Peer{}
-	}
-	p := Peer{Known: true, PID: int(cred.Pid), UID: int(cred.Uid), GID: int(cred.Gid)}
+	p := recorded(conn)
 	if p.PID <= 0 {
 		return p
 	}
-	if errors.Is(pidfdErr, unix.ENOPROTOOPT) { // before Linux 6.5
-		pidfd, pidfdErr = openProcess(p.PID, p.UID)
+	pidfd, err := option(conn, func(fd int) (int, error) {
+		return unix.GetsockoptInt(fd, unix.SOL_SOCKET, unix.SO_PEERPIDFD)
+	})
+	if errors.Is(err, unix.ENOPROTOOPT) {
+		pidfd, err = openProcess(p.PID, p.UID)
 	}
-	if pidfdErr != nil {
+	if err != nil {
 		return p
 	}
 	defer unix.Close(pidfd)
@@ -67,6 +54,67 @@ func Of(conn *net.UnixConn) Peer {
 	}
 	p.text = p.String()
 	return p
+}
+
+// Later is Of in two steps, for those who may never want the second: p is what the
+// kernel recorded when the connection was made, without the process, and look looks
+// at that when it is called first, and returns the same from then on. It looks at the
+// very process that made the connection, which may run another program by then, or at
+// none; conn has to be open. look may be called from any goroutine.
+func Later(conn *net.UnixConn) (p Peer, look func() Peer) {
+	if !keepsProcess() {
+		// Later, its number may be another's.
+		all := Of(conn)
+		return Peer{Known: all.Known, PID: all.PID, UID: all.UID, GID: all.GID}, func() Peer { return all }
+	}
+	p = recorded(conn)
+	return p, sync.OnceValue(func() Peer {
+		if all := Of(conn); all.Known {
+			return all
+		}
+		return p
+	})
+}
+
+// keepsProcess tells whether the kernel hands out the process at the other end of a
+// socket, and not only its number, as since Linux 6.5. Tests replace it.
+var keepsProcess = sync.OnceValue(func() bool {
+	fds, err := unix.Socketpair(unix.AF_UNIX, unix.SOCK_STREAM|unix.SOCK_CLOEXEC, 0)
+	if err != nil {
+		return false
+	}
+	defer unix.Close(fds[0])
+	defer unix.Close(fds[1])
+	pidfd, err := unix.GetsockoptInt(fds[0], unix.SOL_SOCKET, unix.SO_PEERPIDFD)
+	if err != nil {
+		return false
+	}
+	_ = unix.Close(pidfd)
+	return true
+})
+
+// recorded returns what the kernel recorded when the connection was made.
+func recorded(conn *net.UnixConn) Peer {
+	cred, err := option(conn, func(fd int) (*unix.Ucred, error) {
+		return unix.GetsockoptUcred(fd, unix.SOL_SOCKET, unix.SO_PEERCRED)
+	})
+	// A socket without a peer has PID 0 and the ids -1 (socket(7)).
+	if err != nil || cred.Uid == ^uint32(0) {
+		return Peer{}
+	}
+	return Peer{Known: true, PID: int(cred.Pid), UID: int(cred.Uid), GID: int(cred.Gid)}
+}
+
+// option returns an option of a connection's socket.
+func option[T any](conn *net.UnixConn, get func(fd int) (T, error)) (value T, err error) {
+	raw, err := conn.SyscallConn()
+	if err != nil {
+		return value, err
+	}
+	if closed := raw.Control(func(fd uintptr) { value, err = get(int(fd)) }); closed != nil {
+		return value, closed
+	}
+	return value, err
 }
 
 // scratch is where files of /proc are read.

@@ -109,7 +109,7 @@ func connected(tb testing.TB, s *Server, p peer.Peer) net.Conn {
 	ended := make(chan struct{})
 	go func() {
 		defer close(ended)
-		c := newConn(s, ends[1], p, nil)
+		c := newConn(s, ends[1], p, nil, nil)
 		defer ends[1].Close()
 		defer c.in.close()
 		ctx, cancel := context.WithCancel(context.Background())

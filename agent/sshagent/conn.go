@@ -10,6 +10,7 @@ import (
 	"net"
 	"os"
 	"runtime"
+	"sync"
 	"syscall"
 	"time"
 
@@ -27,11 +28,25 @@ type conn struct {
 	out    []byte   // the answer under construction, length first
 	whole  []byte   // the answer in place of out, when others have it, too; nil: out is it
 	rest   []func() // what is left to do when the client has its answer
+
+	looked  bool           // at who the client is, or somebody is about it
+	looking sync.WaitGroup // that somebody
 }
 
-func newConn(s *Server, nc net.Conn, p peer.Peer, rules *agent.Socket) *conn {
+// look has somebody look who the client is, who does so while a token signs. A list,
+// which is all that many connections are made for, does not depend on it.
+func (c *conn) look() {
+	if look := c.caller.Look; look != nil && !c.looked {
+		c.looked = true
+		c.looking.Go(func() { look() })
+	}
+}
+
+// newConn makes a conn. look returns more than p when there is more to know, and may
+// be nil.
+func newConn(s *Server, nc net.Conn, p peer.Peer, look func() peer.Peer, rules *agent.Socket) *conn {
 	c := &conn{server: s, nc: nc, in: newFrames(nc)}
-	c.caller = &agent.Caller{Number: s.connections.Add(1), Peer: p, Socket: rules, Later: c.later}
+	c.caller = &agent.Caller{Number: s.connections.Add(1), Peer: p, Look: look, Socket: rules, Later: c.later}
 	return c
 }
 
@@ -129,7 +144,7 @@ func (c *conn) log(level slog.Level, message string, attrs ...slog.Attr) {
 	}
 	who := []slog.Attr{
 		slog.Uint64("connection", c.caller.Number),
-		slog.String("client", c.caller.Peer.String()),
+		slog.String("client", c.caller.Who().String()),
 	}
 	if c.caller.Peer.Known {
 		who = append(who, slog.Int("uid", c.caller.Peer.UID))

@@ -25,7 +25,7 @@ func pipe(t *testing.T, s *Server) (client net.Conn, ended chan time.Time) {
 	t.Helper()
 	client, nc := net.Pipe()
 	ended = make(chan time.Time, 1)
-	c := newConn(s, nc, peer.Peer{Known: true, PID: 4711}, nil)
+	c := newConn(s, nc, peer.Peer{Known: true, PID: 4711}, nil, nil)
 	go func() {
 		defer nc.Close()
 		defer c.in.close()
@@ -211,7 +211,7 @@ func TestPINIsWiped(t *testing.T) {
 			}
 			log, book := newLog()
 			keyring := &wary{fakeKeyring: newKeyring()}
-			c = newConn(&Server{Keyring: keyring, Log: log}, nc, peer.Peer{}, nil)
+			c = newConn(&Server{Keyring: keyring, Log: log}, nc, peer.Peer{}, nil, nil)
 			used[&c.in.small[0]] = c.in.small[:]
 			func() {
 				defer c.in.close()
@@ -269,7 +269,7 @@ func TestBufferGrowsWithWhatArrives(t *testing.T) {
 			copy(input, []byte{0, 4, 0, 0, 13})
 			nc := &peeking{input: input, chunk: 1 << 20}
 			nc.looks = func() { largest = max(largest, len(c.in.buf)) }
-			c = newConn(&Server{Keyring: newKeyring()}, nc, peer.Peer{}, nil)
+			c = newConn(&Server{Keyring: newKeyring()}, nc, peer.Peer{}, nil, nil)
 			c.run(t.Context())
 			if largest != test.want {
 				t.Errorf("buffer of %d bytes for %d of %d, want %d", largest, test.sent, maxFrame, test.want)
@@ -286,7 +286,7 @@ func TestOneReadAndOneWrite(t *testing.T) {
 	nc := &peeking{input: bytes.Repeat(one, 10), chunk: len(one), looks: func() { reads++ }}
 	c = newConn(&Server{Keyring: &fakeKeyring{sign: func(context.Context, *agent.Caller, agent.SignRequest) (*ssh.Signature, error) {
 		return &ssh.Signature{Format: "x"}, nil
-	}}}, nc, peer.Peer{}, nil)
+	}}}, nc, peer.Peer{}, nil, nil)
 	c.run(t.Context())
 	c.in.close()
 	if reads != 11 { // the last one finds the end
@@ -378,7 +378,7 @@ func TestAnswerBeforeLine(t *testing.T) {
 			ended := make(chan struct{})
 			go func() {
 				defer close(ended)
-				c := newConn(s, g, everyday, nil)
+				c := newConn(s, g, everyday, nil, nil)
 				defer nc.Close()
 				defer c.in.close()
 				c.run(t.Context())

@@ -164,7 +164,7 @@ func FuzzFrames(f *testing.F) {
 			}
 		}
 		log, book := newLog()
-		c = newConn(&Server{Keyring: &checking{t: t, err: errors.New("no")}, Log: log}, nc, peer.Peer{}, nil)
+		c = newConn(&Server{Keyring: &checking{t: t, err: errors.New("no")}, Log: log}, nc, peer.Peer{}, nil, nil)
 		c.run(t.Context())
 		c.in.close()
 		for i := range want {

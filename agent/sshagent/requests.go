@@ -77,6 +77,9 @@ func mayHoldSecret(message byte) bool {
 // should mean is unknown.
 func (c *conn) answer(ctx context.Context, message []byte) {
 	in := reader{rest: message[1:]}
+	if message[0] != msgRequestIdentities {
+		c.look()
+	}
 	switch message[0] {
 	case msgRequestIdentities:
 		c.list(ctx, in)

@@ -438,7 +438,7 @@ func confirmText(r agent.Question) string {
 	if r.Plain != agent.Once {
 		lines = append(lines, "Yes counts "+r.Plain.String()+".")
 	}
-	return about(useLines(r.Use), lines, []string{"Asked because of " + r.Why + ".", requester(r.Caller.Peer)})
+	return about(useLines(r.Use), lines, []string{"Asked because of " + r.Why + ".", requester(r.Caller.Who())})
 }
 
 // Insert asks to insert a token.
