@@ -11,6 +11,7 @@ import (
 	"crypto/rsa"
 	"errors"
 	"fmt"
+	"io"
 	"log/slog"
 	"slices"
 	"strings"
@@ -710,6 +711,38 @@ func TestConcurrentUse(t *testing.T) {
 	f.Configure(Rules{Name: func(Key) string { return "n" }})
 	if got := f.list(t); len(got) != 2 {
 		t.Errorf("list is %q", got)
+	}
+}
+
+// A signature costs what it needs before its client has the answer, and its line in
+// the log little more.
+func TestSignAllocations(t *testing.T) {
+	k, keys := stillKeyring(t, slog.NewTextHandler(io.Discard, nil), 2)
+	var rest func()
+	c := &Caller{Number: 1, Peer: peer.Self(), Later: func(f func()) { rest = f }}
+	for _, test := range []struct {
+		name string
+		SignRequest
+		// What is kept of the request, and what it is for; its context, which can be
+		// cancelled (4); the signature (2); the line that is to be written. A login is
+		// kept in memory of its own.
+		want float64
+	}{{"git", gitRequest(keys[1]), 9}, {"login", loginRequest(keys[1]), 10}} {
+		if n := testing.AllocsPerRun(100, func() {
+			if _, err := k.Sign(t.Context(), c, test.SignRequest); err != nil {
+				t.Fatal(err)
+			}
+		}); n > test.want {
+			t.Errorf("%s: %v allocations for a signature, want %v", test.name, n, test.want)
+		}
+	}
+	if _, err := k.Sign(t.Context(), c, gitRequest(keys[1])); err != nil {
+		t.Fatal(err)
+	}
+	// The attributes that do not fit into a record; the race detector empties pools
+	// now and then.
+	if n := testing.AllocsPerRun(100, rest); n > 4 {
+		t.Errorf("a line in the log allocates %v times", n)
 	}
 }
 
