@@ -10,6 +10,7 @@ import (
 	"net"
 	"os"
 	"runtime"
+	"slices"
 	"sync"
 	"syscall"
 	"time"
@@ -33,6 +34,14 @@ type conn struct {
 	looking sync.WaitGroup // that somebody
 }
 
+// newConn makes a conn. look returns more than p when there is more to know, and may
+// be nil.
+func newConn(s *Server, nc net.Conn, p peer.Peer, look func() peer.Peer, rules *agent.Socket) *conn {
+	c := &conn{server: s, nc: nc, in: newFrames(nc)}
+	c.caller = &agent.Caller{Number: s.connections.Add(1), Peer: p, Look: look, Socket: rules, Later: c.later}
+	return c
+}
+
 // look has somebody look who the client is, who does so while a token signs. A list,
 // which is all that many connections are made for, does not depend on it.
 func (c *conn) look() {
@@ -42,21 +51,13 @@ func (c *conn) look() {
 	}
 }
 
-// newConn makes a conn. look returns more than p when there is more to know, and may
-// be nil.
-func newConn(s *Server, nc net.Conn, p peer.Peer, look func() peer.Peer, rules *agent.Socket) *conn {
-	c := &conn{server: s, nc: nc, in: newFrames(nc)}
-	c.caller = &agent.Caller{Number: s.connections.Add(1), Peer: p, Look: look, Socket: rules, Later: c.later}
-	return c
-}
-
 func (c *conn) later(f func()) { c.rest = append(c.rest, f) }
 
 // finish does what is left of a request, whether or not its answer could be sent.
 func (c *conn) finish() {
 	for len(c.rest) > 0 {
 		f := c.rest[0]
-		c.rest = append(c.rest[:0], c.rest[1:]...)
+		c.rest = slices.Delete(c.rest, 0, 1)
 		f()
 	}
 }
