@@ -6,6 +6,7 @@ import (
 	"context"
 	"crypto"
 	"errors"
+	"sync"
 	"time"
 
 	"golang.org/x/crypto/ssh"
@@ -21,7 +22,12 @@ type Caller struct {
 	// Number counts the connections of this process, for the log. It is what
 	// the Callers of one connection have in common.
 	Number uint64
-	Peer   peer.Peer
+	// Peer is who opened the connection, as far as that was known when it was opened.
+	Peer peer.Peer
+	// Look returns the same with the process, which is looked at when it is called
+	// first. It may be called from any goroutine until the request is answered, and
+	// returns what it has returned before afterwards. nil: Peer is all there is.
+	Look func() peer.Peer
 	// Binds are the SSH sessions that the connection was bound to, in order
 	// (session-bind@openssh.com, OpenSSH's PROTOCOL.agent section 1). Each was
 	// proved by a signature of its host key.
@@ -36,6 +42,18 @@ type Caller struct {
 	// Socket has the rules of the socket that the connection came in at; nil:
 	// there are none.
 	Socket *Socket
+	// Later has done what the client need not wait for, once it has its answer or
+	// cannot have it, before the next request of the connection is read. nil: there is
+	// no door, and it is done at once.
+	Later func(func())
+}
+
+// Who returns who opened the connection, with the process.
+func (c *Caller) Who() peer.Peer {
+	if c.Look != nil {
+		return c.Look()
+	}
+	return c.Peer
 }
 
 // A Socket is what the configuration says of one of the agent's sockets.
@@ -62,6 +80,22 @@ type Bind struct {
 type Identity struct {
 	Key     ssh.PublicKey
 	Comment string
+}
+
+// A Listing is the identities that a connection may see. It is not changed.
+type Listing struct {
+	Identities []Identity
+
+	once    sync.Once
+	encoded []byte
+}
+
+// Encoded returns the list in the form that encode gives it, which has to be the
+// same for whoever asks: most connections see the same list, which is encoded once
+// for them all. The form is not to be changed.
+func (l *Listing) Encoded(encode func([]Identity) []byte) []byte {
+	l.once.Do(func() { l.encoded = encode(l.Identities) })
+	return l.encoded
 }
 
 // SignatureFlags are the flags of a sign request (RFC 9987 section 5.6.1).

@@ -3,10 +3,9 @@ package agent
 import (
 	"bytes"
 	"crypto"
-	"encoding/asn1"
+	"encoding/binary"
 	"errors"
 	"fmt"
-	"math/big"
 
 	"golang.org/x/crypto/ssh"
 )
@@ -53,20 +52,54 @@ func signature(key ssh.PublicKey, algorithm string, raw []byte) (*ssh.Signature,
 func signatureBlob(key ssh.PublicKey, sig []byte) ([]byte, error) {
 	switch key.Type() {
 	case ssh.KeyAlgoECDSA256, ssh.KeyAlgoECDSA384, ssh.KeyAlgoECDSA521:
-		r, s, err := parseECDSA(sig)
-		if err != nil {
-			return nil, err
+		r, s, ok := parseECDSA(sig)
+		if !ok {
+			return nil, errors.New("the token gave a malformed ECDSA signature")
 		}
-		return ssh.Marshal(struct{ R, S *big.Int }{r, s}), nil
+		blob := make([]byte, 0, 4+len(r)+4+len(s))
+		for _, n := range [...][]byte{r, s} {
+			blob = append(binary.BigEndian.AppendUint32(blob, uint32(len(n))), n...)
+		}
+		return blob, nil
 	}
 	return bytes.Clone(sig), nil
 }
 
-func parseECDSA(sig []byte) (r, s *big.Int, err error) {
-	var v struct{ R, S *big.Int }
-	rest, err := asn1.Unmarshal(sig, &v)
-	if err != nil || len(rest) > 0 {
-		return nil, nil, errors.New("the token gave a malformed ECDSA signature")
+// parseECDSA returns the two numbers of a signature in DER (RFC 3279 section 2.2.3),
+// each in as many bytes as it needs, the highest bit of which is clear: that is how
+// SSH has positive numbers, too.
+func parseECDSA(sig []byte) (r, s []byte, ok bool) {
+	in, rest, ok := element(sig, 0x30)
+	if !ok || len(rest) > 0 {
+		return nil, nil, false
 	}
-	return v.R, v.S, nil
+	if r, in, ok = positive(in); !ok {
+		return nil, nil, false
+	}
+	s, in, ok = positive(in)
+	return r, s, ok && len(in) == 0
+}
+
+// positive takes a number above 0 from what is in front.
+func positive(in []byte) (number, rest []byte, ok bool) {
+	n, rest, ok := element(in, 0x02)
+	ok = ok && len(n) > 0 && n[0] < 0x80 && (n[0] != 0 || len(n) > 1 && n[1] >= 0x80)
+	return n, rest, ok
+}
+
+// element takes what has a tag and a length of up to 255 from what is in front.
+func element(in []byte, tag byte) (content, rest []byte, ok bool) {
+	if len(in) < 2 || in[0] != tag {
+		return nil, nil, false
+	}
+	size, in := int(in[1]), in[2:]
+	if size == 0x81 && len(in) > 0 && in[0] >= 0x80 {
+		size, in = int(in[0]), in[1:]
+	} else if size >= 0x80 {
+		return nil, nil, false
+	}
+	if size > len(in) {
+		return nil, nil, false
+	}
+	return in[:size], in[size:], true
 }

@@ -125,16 +125,25 @@ func (e *DeniedError) Error() string { return e.Why + " refuses it" }
 type decision struct {
 	confirm Confirm // ConfirmNever, ConfirmAlways or ConfirmDeny
 	plain   Remember
-	why     string
+	rule    int     // the number of the rule that has decided; 0: none
+	word    Confirm // of the configuration where none has
+}
+
+// why says what in the configuration has decided.
+func (d *decision) why() string {
+	if d.rule > 0 {
+		return fmt.Sprintf("rule %d of the key in the configuration", d.rule)
+	}
+	return fmt.Sprintf("confirm = %q in the configuration", d.word)
 }
 
 // decide applies the rules to a use.
 func (a *Approval) decide(u *Use) decision {
 	confirm, plain := cmp.Or(a.Confirm, ConfirmNever), Once
-	why := fmt.Sprintf("confirm = %q in the configuration", confirm)
+	d := decision{word: confirm}
 	for i, r := range a.Rules {
 		if r.matches(u) {
-			confirm, plain, why = r.Confirm, r.Remember, fmt.Sprintf("rule %d of the key in the configuration", i+1)
+			confirm, plain, d.rule = r.Confirm, r.Remember, i+1
 			break
 		}
 	}
@@ -150,7 +159,8 @@ func (a *Approval) decide(u *Use) decision {
 	default: // also what nobody knows
 		confirm = ConfirmAlways
 	}
-	return decision{confirm: confirm, plain: plain, why: why}
+	d.confirm, d.plain = confirm, plain
+	return d
 }
 
 // stricter returns the one that permits less.
@@ -173,7 +183,7 @@ func (r *Rule) matches(u *Use) bool {
 	}
 	if r.Programs != nil {
 		named := false
-		for _, link := range u.Caller.Peer.Chain {
+		for _, link := range u.Caller.Who().Chain {
 			named = named || slices.Contains(r.Programs, link.Name)
 		}
 		if !named {
@@ -203,7 +213,7 @@ func (r *Rule) matchesHosts(u *Use) bool {
 func (u *Use) matchesHost(patterns []string, key ssh.PublicKey) bool {
 	var known HostName
 	if key != nil && u.Hosts != nil {
-		known = u.Hosts.HostName(key, u.Caller.Peer)
+		known = u.Hosts.HostName(key, u.Caller.Who())
 	}
 	if known.Revoked {
 		known.Names = nil
@@ -269,11 +279,11 @@ func (u *Use) provenHost() (key ssh.PublicKey, consistent bool) {
 // way. ok is false when that is not known well enough for it to be good for
 // anything but the request itself.
 func (u *Use) sameness(identity string) (name string, ok bool) {
-	c := u.Caller
+	c, who := u.Caller, u.Caller.Who()
 	host, consistent := u.provenHost()
 	switch {
 	case u.Content.Kind == KindUnknown || u.Content.Kind == "", !consistent, c.BindFailed,
-		!c.Peer.Known || len(c.Peer.Chain) == 0,
+		!who.Known || len(who.Chain) == 0,
 		u.Login != nil && host == nil && c.Forwarded:
 		return "", false
 	}
@@ -292,7 +302,7 @@ func (u *Use) sameness(identity string) (name string, ok bool) {
 	if host != nil {
 		add(host.Marshal())
 	}
-	add(fmt.Appendf(nil, "%t %d", c.Forwarded, c.Peer.UID))
+	add(fmt.Appendf(nil, "%t %d", c.Forwarded, who.UID))
 	if c.Socket != nil {
 		add([]byte(c.Socket.Name))
 	}
@@ -303,7 +313,7 @@ func (u *Use) sameness(identity string) (name string, ok bool) {
 	}
 	add(nil)
 	last := ""
-	for _, link := range c.Peer.Chain {
+	for _, link := range who.Chain {
 		// git runs itself now and then.
 		if link.Name != last {
 			last = link.Name
@@ -418,7 +428,7 @@ func (a *approvals) keep(name string, id *identity, u *Use, lasts Remember, gene
 		away: len(id.homes) > 0 && !slices.ContainsFunc(id.homes, Key.Present),
 		status: ApprovalStatus{
 			Fingerprint: id.fingerprint, Comment: visible(id.comment, maxField), What: visible(u.What(), maxReason),
-			Forwarding: visible(u.Forwarding(), maxField), Client: u.Caller.Peer, Since: now,
+			Forwarding: visible(u.Forwarding(), maxField), Client: u.Caller.Who(), Since: now,
 		},
 	}
 }
@@ -510,7 +520,7 @@ func (k *Keyring) decide(u *Use, id *identity) decision {
 func (k *Keyring) approve(ctx context.Context, u *Use, id *identity) error {
 	d := k.decide(u, id)
 	if d.confirm == ConfirmDeny {
-		return &DeniedError{Why: d.why}
+		return &DeniedError{Why: d.why()}
 	}
 	// These two mean each use.
 	why := ""
@@ -522,7 +532,7 @@ func (k *Keyring) approve(ctx context.Context, u *Use, id *identity) error {
 	case d.confirm == ConfirmNever:
 		return nil
 	}
-	r := Question{Use: u, KeyFingerprint: k.fingerprint(id.plain), Why: cmp.Or(why, d.why)}
+	r := Question{Use: u, KeyFingerprint: k.fingerprint(id.plain), Why: cmp.Or(why, d.why())}
 	name, ok := u.sameness(id.wire)
 	if why != "" || !ok {
 		return k.ask(ctx, r).error()
@@ -540,7 +550,7 @@ func (k *Keyring) approve(ctx context.Context, u *Use, id *identity) error {
 		if a.Allowed && a.For != Once {
 			k.approvals.keep(name, id, u, a.For, generation)
 			k.log.Info("allowed for longer", "key", r.KeyFingerprint, "comment", u.Comment, "what", u.Content.String(),
-				"lasts", a.For.String(), "client", u.Caller.Peer.String(), "forwarded", u.Caller.Forwarded)
+				"lasts", a.For.String(), "client", u.Caller.Who().String(), "forwarded", u.Caller.Forwarded)
 		}
 		return a.Answer, a.err
 	})

@@ -171,7 +171,7 @@ func TestDecide(t *testing.T) {
 	} {
 		t.Run(name, func(t *testing.T) {
 			if got := test.a.decide(w.use(test.c, test.r)); got.confirm != test.want {
-				t.Errorf("%q because of %s, want %q", got.confirm, got.why, test.want)
+				t.Errorf("%q because of %s, want %q", got.confirm, got.why(), test.want)
 			}
 		})
 	}
@@ -595,7 +595,7 @@ func TestApprovalIsShared(t *testing.T) {
 				w, k := newWorld(t), edKey("pkcs11:token=a")
 				answer := make(chan Answer)
 				p := &answers{give: func(ctx context.Context, r Question, _ int) (Answer, error) {
-					if UseFromContext(ctx) != r.Use || peer.FromContext(ctx).PID != 10 {
+					if UseFromContext(ctx) != r.Use || PeerFromContext(ctx).PID != 10 {
 						t.Error("who is asked does not know what for")
 					}
 					return <-answer, nil

@@ -112,23 +112,45 @@ type Event struct {
 type record struct {
 	Event
 	start time.Time
-	use   Use
-	told  bool // the client shows the reason to whoever waits
+	use   *Use      // nil once the event has the names of hosts
+	id    *identity // that the request is about, until it is logged; nil: none
+	told  bool      // the client shows the reason to whoever waits
+
+	naming sync.Once
 }
 
+// begin makes the record of a request, of which there is nothing to sign.
 func (k *Keyring) begin(c *Caller, request Request) *record {
+	return k.beginUse(request, k.use("", nil, c, SignRequest{}))
+}
+
+func (k *Keyring) beginUse(request Request, use *Use) *record {
+	c := use.Caller
 	return &record{
-		Event: Event{Request: request, Forwarded: c.Forwarded, Client: c.Peer, Connection: c.Number},
-		start: time.Now(), use: Use{Caller: c, Hosts: k.opts.Hosts, Fingerprint: k.opts.Fingerprint},
+		Event: Event{Request: request, Forwarded: c.Forwarded, Connection: c.Number},
+		start: time.Now(), use: use,
 	}
 }
 
 // about notes which identity the request is about.
 func (r *record) about(id *identity) {
-	r.Key, r.Comment = id.fingerprint, id.comment
+	r.id, r.Key, r.Comment = id, id.fingerprint, id.comment
 	if len(id.homes) > 0 {
 		r.URI = id.homes[0].URI()
 	}
+}
+
+// event returns the event once the request is answered, with the names of hosts.
+// They are found when somebody wants them: it reads files, and the client need not
+// wait for it. What the request came with is of no more use then.
+func (r *record) event() *Event {
+	r.naming.Do(func() {
+		if r.use.Login != nil || r.Forwarded {
+			r.Host, r.Via = hosts(r.use)
+		}
+		r.use = nil
+	})
+	return &r.Event
 }
 
 // audit is the memory of what was answered. The zero value is empty.
@@ -145,34 +167,42 @@ type uses struct {
 	last  time.Time
 }
 
-// ring keeps the last events.
+// ring keeps the last requests that were answered.
 type ring struct {
-	all  []Event
+	all  []*record
 	next int // where the next one goes, once it is full
 }
 
-func (r *ring) add(e *Event, limit int) {
+func (r *ring) add(one *record, limit int) {
 	if len(r.all) < limit {
-		r.all = append(r.all, *e)
+		r.all = append(r.all, one)
 		return
 	}
-	r.all[r.next] = *e
+	r.all[r.next] = one
 	r.next = (r.next + 1) % limit
 }
 
-// newest returns the events, the newest first.
-func (r *ring) newest() []Event {
+// newest returns them, the newest first.
+func (r *ring) newest() []*record {
 	all := slices.Concat(r.all[r.next:], r.all[:r.next])
 	slices.Reverse(all)
 	return all
 }
 
-func (a *audit) add(e *Event) {
+func eventsOf(records []*record) (all []Event) {
+	for _, r := range records {
+		all = append(all, *r.event())
+	}
+	return all
+}
+
+func (a *audit) add(r *record) {
+	e := &r.Event
 	a.mu.Lock()
 	defer a.mu.Unlock()
-	a.events.add(e, maxEvents)
+	a.events.add(r, maxEvents)
 	if e.Result == ResultRefused {
-		a.failures.add(e, maxFailures)
+		a.failures.add(r, maxFailures)
 	}
 	if e.Request != RequestSign || e.Result != ResultOK {
 		return
@@ -195,7 +225,8 @@ func (a *audit) add(e *Event) {
 }
 
 // end makes an Event of a request, which is answered with err: it is kept, and
-// logged in one line. Nothing else says what became of a request.
+// logged in one line. Nothing else says what became of a request. The line about a
+// signature that was made is what its client need not wait for.
 func (k *Keyring) end(r *record, err error) {
 	e := &r.Event
 	e.Time = time.Now()
@@ -214,19 +245,24 @@ func (k *Keyring) end(r *record, err error) {
 			e.User = visible(r.use.Login.User, maxField)
 		}
 	}
-	if r.use.Login != nil || e.Forwarded {
-		e.Host, e.Via = hosts(&r.use)
-	}
 	e.Comment, e.URI = visible(e.Comment, maxField), visible(e.URI, maxField)
-	k.audit.add(e)
-	k.logEvent(e)
+	c := r.use.Caller
+	e.Client = c.Who() // who may have gone once there is an answer
+	k.audit.add(r)
+	if err == nil && e.Request == RequestSign && c.Later != nil {
+		c.Later(func() { k.logEvent(r) })
+		return
+	}
+	k.logEvent(r)
 	if k.opts.Failed != nil && e.Result == ResultRefused && !r.told && !e.Forwarded && !isDeclined(err) {
-		k.opts.Failed(*e)
+		k.opts.Failed(*r.event())
 	}
 }
 
 // logEvent writes the one line about a request.
-func (k *Keyring) logEvent(e *Event) {
+func (k *Keyring) logEvent(r *record) {
+	e, id := r.event(), r.id
+	r.id = nil
 	level, message := slog.LevelInfo, e.Request.done()
 	switch {
 	case e.Result == ResultRefused:
@@ -240,18 +276,17 @@ func (k *Keyring) logEvent(e *Event) {
 	if !k.log.Enabled(ctx, level) {
 		return
 	}
+	line := slog.NewRecord(e.Time, level, message, 0)
 	attrs := make([]slog.Attr, 0, 20)
 	text := func(name, value string) {
 		if value != "" {
 			attrs = append(attrs, slog.String(name, value))
 		}
 	}
-	text("request", string(e.Request))
-	text("key", e.Key)
-	if e.Comment != e.URI {
-		text("comment", e.Comment)
+	handler, begun := k.begun(id, e)
+	if !begun {
+		attrs = e.appendBeginning(attrs)
 	}
-	text("uri", e.URI)
 	text("kind", string(e.Kind))
 	text("purpose", string(e.Purpose))
 	text("namespace", e.Namespace)
@@ -268,7 +303,46 @@ func (k *Keyring) logEvent(e *Event) {
 	attrs = append(attrs, slog.Bool("forwarded", e.Forwarded))
 	text("via", strings.Join(e.Via, " "))
 	attrs = append(attrs, slog.Uint64("connection", e.Connection), slog.Duration("duration", e.Took.Round(time.Millisecond)))
-	k.log.LogAttrs(ctx, level, message, attrs...)
+	line.AddAttrs(attrs...)
+	_ = handler.Handle(ctx, line) // as of slog.Logger: there is nobody to tell
+}
+
+// appendBeginning adds what is said of a request first: what it is about.
+func (e *Event) appendBeginning(attrs []slog.Attr) []slog.Attr {
+	text := func(name, value string) {
+		if value != "" {
+			attrs = append(attrs, slog.String(name, value))
+		}
+	}
+	text("request", string(e.Request))
+	text("key", e.Key)
+	if e.Comment != e.URI {
+		text("comment", e.Comment)
+	}
+	text("uri", e.URI)
+	return attrs
+}
+
+// A beginning is what the lines about signatures with an identity begin with, as the
+// handler of the log has it: half of what a line costs is to quote a URI.
+type beginning struct {
+	once    sync.Once
+	uri     string // with which that is so
+	handler slog.Handler
+}
+
+// begun returns the handler for a line about an identity, which may be nil, and
+// whether it has the beginning already.
+func (k *Keyring) begun(id *identity, e *Event) (handler slog.Handler, begun bool) {
+	if id == nil || e.Request != RequestSign {
+		return k.log.Handler(), false
+	}
+	b := &id.beginning
+	b.once.Do(func() { b.uri, b.handler = e.URI, k.log.Handler().WithAttrs(e.appendBeginning(nil)) })
+	if b.uri != e.URI { // it has several homes
+		return k.log.Handler(), false
+	}
+	return b.handler, true
 }
 
 // Refuse notes that the door has refused a request of its own accord, as one that
@@ -372,7 +446,7 @@ func (k *Keyring) Now() Status {
 	v := k.now()
 	s := Status{Approvals: k.approvals.list()}
 	k.audit.mu.Lock()
-	s.Events, s.Failures = k.audit.events.newest(), k.audit.failures.newest()
+	events, failures := k.audit.events.newest(), k.audit.failures.newest()
 	for _, id := range v.identities {
 		used := k.audit.uses[id.fingerprint]
 		s.Keys = append(s.Keys, KeyStatus{
@@ -382,6 +456,7 @@ func (k *Keyring) Now() Status {
 		})
 	}
 	k.audit.mu.Unlock()
+	s.Events, s.Failures = eventsOf(events), eventsOf(failures)
 	k.mu.Lock()
 	defer k.mu.Unlock()
 	for _, u := range k.opts.Upstreams {

@@ -4,8 +4,6 @@ import (
 	"context"
 	"errors"
 	"fmt"
-	"io"
-	"log/slog"
 	"strings"
 	"testing"
 	"unicode"
@@ -141,6 +139,78 @@ func TestOneLineEach(t *testing.T) {
 	}
 }
 
+// What a door does when the client has its answer is the line of a signature that was
+// made, and nothing else: the status knows of it before, and of its host.
+func TestLater(t *testing.T) {
+	key, host := edKey("pkcs11:token=a"), edKey("host")
+	named := fakeHosts{string(wireOf(host)): {Names: []string{"good.example.org"}}}
+	for name, statusFirst := range map[string]bool{"the line first": false, "the status first": true} {
+		t.Run(name, func(t *testing.T) {
+			f := newFixture(Options{Hosts: named}, key)
+			var rest []func()
+			c := &Caller{Number: 4, Later: func(do func()) { rest = append(rest, do) }}
+			r := SignRequest{
+				Key: wireOf(key), Data: []byte("d"), Content: Content{Kind: KindLogin},
+				Login: &Login{User: "joe", SessionID: []byte("x"), HostKey: wireOf(host)},
+			}
+			if _, err := f.Sign(t.Context(), c, r); err != nil {
+				t.Fatal(err)
+			}
+			if len(rest) != 1 || f.log.Len() > 0 {
+				t.Fatalf("%d things are left to do, and the log has %q", len(rest), f.log)
+			}
+			if !statusFirst {
+				rest[0]()
+			}
+			if s := f.Now(); len(s.Events) != 1 || !strings.HasPrefix(s.Events[0].Host, "good.example.org") || s.Keys[0].Signatures != 1 {
+				t.Errorf("the status has %+v", s)
+			}
+			if statusFirst {
+				rest[0]()
+			}
+			if line := f.log.String(); strings.Count(line, "\n") != 1 || !strings.Contains(line, "user=joe host=\"good.example.org (not verified)\" result=ok") {
+				t.Errorf("the log has %q", line)
+			}
+
+			f.log.Reset()
+			for _, do := range []func() error{
+				func() error {
+					_, err := f.Sign(t.Context(), c, SignRequest{Key: []byte("no key")})
+					return err
+				},
+				func() error { return f.Remove(t.Context(), c, wireOf(key)) },
+			} {
+				_ = do()
+				if strings.Count(f.log.String(), "\n") != 1 || len(rest) != 1 {
+					t.Errorf("%d things are left to do, and the log has %q", len(rest), f.log)
+				}
+				f.log.Reset()
+			}
+		})
+	}
+}
+
+// Lines about a key that is on several tokens name the one that has signed.
+func TestLineNamesTheHome(t *testing.T) {
+	one := edKey("pkcs11:token=a")
+	two := &fakeKey{Signer: one.Signer, uri: "pkcs11:token=b", insertions: 1}
+	f := newFixture(Options{}, one, two)
+	for _, away := range []bool{false, true, false} {
+		one.setAbsent(away)
+		f.log.Reset()
+		if _, err := f.Sign(t.Context(), local, SignRequest{Key: wireOf(one), Data: []byte("d")}); err != nil {
+			t.Fatal(err)
+		}
+		want := ` uri="pkcs11:token=a" `
+		if away {
+			want = ` comment="pkcs11:token=a" uri="pkcs11:token=b" `
+		}
+		if line := f.log.String(); !strings.Contains(line, want) {
+			t.Errorf("the line does not say%s: %s", want, line)
+		}
+	}
+}
+
 // What is kept is bounded, and failures are known for longer.
 func TestAuditIsBounded(t *testing.T) {
 	key := edKey("pkcs11:token=a")
@@ -169,7 +239,7 @@ func TestAuditIsBounded(t *testing.T) {
 	}
 	var a audit
 	for i := range 2 * maxUses {
-		a.add(&Event{Request: RequestSign, Result: ResultOK, Key: fmt.Sprint(i)})
+		a.add(&record{Event: Event{Request: RequestSign, Result: ResultOK, Key: fmt.Sprint(i)}})
 	}
 	if len(a.uses) != maxUses {
 		t.Errorf("uses of %d keys are kept", len(a.uses))
@@ -204,31 +274,6 @@ func TestFailed(t *testing.T) {
 		}
 		if test.want && (told[0].Reason != "the PIN is locked" || told[0].Key == "") {
 			t.Errorf("%+v", told[0])
-		}
-	}
-}
-
-// What is around a signature is to cost little beside it. It is measured with a log at
-// the level of every day.
-func BenchmarkSign(b *testing.B) {
-	key := edKey("pkcs11:token=bench;id=%01")
-	k := NewKeyring(Options{
-		Tokens: newFakeTokens(key),
-		Rules:  Rules{Name: func(Key) string { return "" }},
-		Log:    slog.New(slog.NewTextHandler(io.Discard, nil)),
-	})
-	c := &Caller{Number: 1, Peer: peer.Peer{Known: true, PID: 4711, UID: 1000, Chain: []peer.Process{
-		{PID: 4711, Name: "ssh"}, {PID: 4710, Name: "git"}, {PID: 4709, Name: "bash"}, {PID: 4708, Name: "tmux: server"},
-	}}}
-	host := edKey("host")
-	r := SignRequest{
-		Key: wireOf(key), Data: make([]byte, 500), Content: Content{Kind: KindLogin},
-		Login: &Login{User: "me", SessionID: make([]byte, 32), HostKey: wireOf(host)},
-	}
-	b.ReportAllocs()
-	for b.Loop() {
-		if _, err := k.Sign(b.Context(), c, r); err != nil {
-			b.Fatal(err)
 		}
 	}
 }

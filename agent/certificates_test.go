@@ -17,11 +17,11 @@ import (
 // types lists the types of keys that are listed, and their serial numbers.
 func (f *fixture) types(t *testing.T) (all []string) {
 	t.Helper()
-	ids, err := f.List(t.Context(), local)
+	list, err := f.List(t.Context(), local)
 	if err != nil {
 		t.Fatal(err)
 	}
-	for _, id := range ids {
+	for _, id := range list.Identities {
 		key, err := ssh.ParsePublicKey(id.Key.Marshal())
 		if err != nil {
 			t.Fatal(err)

@@ -36,11 +36,10 @@ func (c *Caller) mayChange() error {
 // the same name is replaced.
 func (k *Keyring) AddToken(ctx context.Context, c *Caller, r TokenRequest) error {
 	rec := k.begin(c, RequestAdd)
-	ctx = c.Context(ctx)
-	ctx, done, err := k.lock.enter(ctx)
+	inside, err := k.lock.enter(ctx, c, nil)
 	if err == nil {
-		defer done()
-		err = k.addToken(ctx, rec, r)
+		defer inside.leave()
+		err = k.addToken(inside, rec, r)
 	}
 	k.end(rec, err)
 	return err
@@ -111,7 +110,7 @@ func (k *Keyring) addToken(ctx context.Context, rec *record, r TokenRequest) err
 			k.showLocked(key)
 		}
 	}
-	k.change++
+	k.change.Add(1)
 	return nil
 }
 
@@ -177,7 +176,7 @@ func (k *Keyring) add(rec *record, r KeyRequest, wire string) error {
 	default:
 		k.software = append(k.software, s)
 	}
-	k.change++
+	k.change.Add(1)
 	return nil
 }
 
@@ -272,7 +271,7 @@ func (k *Keyring) remove(ctx context.Context, rec *record, key []byte) error {
 		k.hideLocked(id)
 	}
 	k.approvals.forgetIdentity(id.wire)
-	k.change++
+	k.change.Add(1)
 	return nil
 }
 
@@ -305,7 +304,7 @@ func (k *Keyring) removeAll(ctx context.Context, c *Caller) error {
 			k.hideLocked(id)
 		}
 	}
-	k.change++
+	k.change.Add(1)
 	for _, key := range slices.Concat(k.opts.Tokens.Keys(), k.opts.Tokens.Away()) {
 		k.hideKeyLocked(key)
 	}
@@ -323,5 +322,5 @@ func (k *Keyring) Configure(r Rules) {
 	defer k.mu.Unlock()
 	k.opts.Rules = r
 	clear(k.hidden)
-	k.change++
+	k.change.Add(1)
 }

@@ -6,7 +6,6 @@ import (
 	"fmt"
 	"os"
 
-	"p11-agent/agent/peer"
 	"p11-agent/pinentry/secret"
 )
 
@@ -65,12 +64,15 @@ func (c *Caller) MayControl() error {
 			return errNotHere
 		case c.Forwarded || c.BindFailed || len(c.Binds) > 0:
 			return errBound
-		case !c.Peer.Known || len(c.Peer.Chain) == 0:
+		}
+		who := c.Who()
+		switch {
+		case !who.Known || len(who.Chain) == 0:
 			return errNobodyKnown
-		case c.Peer.UID != os.Geteuid():
+		case who.UID != os.Geteuid():
 			return errOtherUser
 		}
-		return c.Peer.SameProgram()
+		return who.SameProgram()
 	}()
 	if reason != nil {
 		return fmt.Errorf("%w: %w", ErrNoControl, reason)
@@ -126,18 +128,18 @@ func (k *Keyring) login(ctx context.Context, rec *record, r LoginRequest) (Login
 	if err := c.MayControl(); err != nil {
 		return LoginAnswer{}, err
 	}
-	ctx, done, err := k.lock.enter(peer.NewContext(ctx, c.Peer))
+	inside, err := k.lock.enter(ctx, c, nil)
 	if err != nil {
 		return LoginAnswer{}, err
 	}
-	defer done()
+	defer inside.leave()
 	s, err := k.opts.Tokens.Parse(r.Provider)
 	if err != nil {
 		return LoginAnswer{}, err
 	}
 	rec.URI = s.String()
 	defer k.opts.Tokens.Drop(s)
-	return k.opts.Tokens.Login(ctx, s, r.PIN, r.LastTry)
+	return k.opts.Tokens.Login(inside, s, r.PIN, r.LastTry)
 }
 
 // Logout logs out of the tokens that the provider selects, or of all when it is

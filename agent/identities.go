@@ -21,6 +21,8 @@ type identity struct {
 	constraints Constraints
 	expires     time.Time // zero: never
 	fingerprint string    // of plain
+
+	beginning beginning // of its lines in the log
 }
 
 // softwareKey is a private key in memory.
@@ -31,15 +33,40 @@ type softwareKey struct {
 	expires time.Time // zero: never
 }
 
-// wiredKey is a public key that knows its wire form: clients list keys far more
-// often than keys change.
+// wiredKey is a public key that knows its wire form and its type: clients use keys
+// far more often than keys change.
 type wiredKey struct {
 	ssh.PublicKey
 	wire []byte
+	kind string
 }
 
+func wired(key ssh.PublicKey, wire string) *wiredKey { return &wiredKey{key, []byte(wire), key.Type()} }
+
 // Marshal returns the wire form, which is not to be changed.
-func (k wiredKey) Marshal() []byte { return k.wire }
+func (k *wiredKey) Marshal() []byte { return k.wire }
+
+func (k *wiredKey) Type() string { return k.kind }
+
+// plainKey is what is made of a key of a token once, and not again for each view.
+type plainKey struct {
+	*wiredKey
+	wire        string
+	fingerprint string
+}
+
+// plainLocked returns that of a key, or nil when it is not of a type that SSH has.
+func (k *Keyring) plainLocked(key Key) *plainKey {
+	if p := k.plain[key]; p != nil {
+		return p
+	}
+	pub, err := ssh.NewPublicKey(key.Public())
+	if err != nil {
+		return nil
+	}
+	wire := string(pub.Marshal())
+	return &plainKey{wired(pub, wire), wire, k.fingerprint(pub)}
+}
 
 // view is the list of identities for as long as nothing changes.
 type view struct {
@@ -48,7 +75,7 @@ type view struct {
 	change       uint64 // of the keyring
 	expires      time.Time
 	identities   []*identity
-	list         []Identity
+	list         Listing
 	byKey        map[string]*identity
 	limited      bool // an identity is limited to destinations
 }
@@ -57,22 +84,27 @@ type view struct {
 func (k *Keyring) now() *view {
 	v := k.view.Load()
 	generation, certificates := k.opts.Tokens.Generation(), k.opts.Certificates.generation()
-	if v != nil && v.generation == generation && v.certificates == certificates && (v.expires.IsZero() || time.Now().Before(v.expires)) {
-		k.mu.Lock()
-		change := k.change
-		k.mu.Unlock()
-		if v.change == change {
-			return v
-		}
+	if k.good(v, generation, certificates) {
+		return v
 	}
 	k.mu.Lock()
 	defer k.mu.Unlock()
+	// Somebody else may have made it meanwhile.
+	if v := k.view.Load(); k.good(v, generation, certificates) {
+		return v
+	}
 	return k.nowLocked(generation, certificates)
+}
+
+// good tells whether nothing has changed since the view was made.
+func (k *Keyring) good(v *view, generation, certificates uint64) bool {
+	return v != nil && v.generation == generation && v.certificates == certificates && v.change == k.change.Load() &&
+		(v.expires.IsZero() || time.Now().Before(v.expires))
 }
 
 func (k *Keyring) nowLocked(generation, certificates uint64) *view {
 	k.expireLocked()
-	v := &view{generation: generation, certificates: certificates, change: k.change, byKey: make(map[string]*identity)}
+	v := &view{generation: generation, certificates: certificates, change: k.change.Load(), byKey: make(map[string]*identity)}
 	k.tokensLocked(v)
 	v.certify(k.opts.Certificates.certificates(), k.hidden)
 	for _, s := range k.software {
@@ -88,14 +120,13 @@ func (k *Keyring) nowLocked(generation, certificates uint64) *view {
 			continue
 		}
 		v.add(&identity{
-			key: wiredKey{s.Public, []byte(s.wire)}, plain: s.plain, wire: s.wire, comment: s.Comment,
-			software: s.Private, constraints: s.Constraints, expires: s.expires,
+			key: wired(s.Public, s.wire), plain: s.plain, wire: s.wire, comment: s.Comment,
+			software: s.Private, constraints: s.Constraints, expires: s.expires, fingerprint: k.fingerprint(s.plain),
 		})
 	}
-	v.list = make([]Identity, len(v.identities))
+	v.list.Identities = make([]Identity, len(v.identities))
 	for i, id := range v.identities {
-		v.list[i] = Identity{Key: id.key, Comment: id.comment}
-		id.fingerprint = k.fingerprint(id.plain)
+		v.list.Identities[i] = Identity{Key: id.key, Comment: id.comment}
 		v.limited = v.limited || len(id.constraints.Destinations) > 0
 	}
 	k.view.Store(v)
@@ -118,7 +149,8 @@ func (v *view) add(id *identity) {
 func (k *Keyring) tokensLocked(v *view) {
 	present := k.opts.Tokens.Keys()
 	keys := slices.Concat(present, k.opts.Tokens.Away())
-	plains := make([]ssh.PublicKey, len(keys)) // made when needed
+	plains := make(map[Key]*plainKey, len(keys))
+	defer func() { k.plain = plains }()
 	// take shows a key, with a certificate when that is not nil. a is nil for one that
 	// nobody has added, and named tells that the configuration has it.
 	take := func(i int, cert *ssh.Certificate, a *addition, named bool) {
@@ -127,27 +159,27 @@ func (k *Keyring) tokensLocked(v *view) {
 		if i >= len(present) && !awaited {
 			return
 		}
-		if plains[i] == nil {
-			pub, err := ssh.NewPublicKey(key.Public())
-			if err != nil {
-				return // not of a type that SSH has
-			}
-			plains[i] = wiredKey{pub, pub.Marshal()}
-		}
-		shown := plains[i]
-		if cert != nil {
-			if !bytes.Equal(cert.Key.Marshal(), shown.Marshal()) || !v.counts(cert) {
+		plain := plains[key]
+		if plain == nil {
+			if plain = k.plainLocked(key); plain == nil {
 				return
 			}
-			shown = wiredKey{cert, cert.Marshal()}
+			plains[key] = plain
 		}
-		wire := string(shown.Marshal())
+		shown, wire := plain.wiredKey, plain.wire
+		if cert != nil {
+			if string(cert.Key.Marshal()) != wire || !v.counts(cert) {
+				return
+			}
+			wire = string(cert.Marshal())
+			shown = wired(cert, wire)
+		}
 		id := v.byKey[wire]
 		if id == nil {
 			if n, ok := k.hidden[wire]; ok && key.Insertions() <= n {
 				return
 			}
-			id = &identity{key: shown, plain: plains[i], wire: wire, comment: key.URI()}
+			id = &identity{key: shown, plain: plain.wiredKey, wire: wire, comment: key.URI(), fingerprint: plain.fingerprint}
 			if name := k.opts.Name(key); name != "" {
 				id.comment = name
 			}
@@ -220,7 +252,7 @@ func (v *view) certify(certs []*ssh.Certificate, hidden map[string]uint64) {
 				continue
 			}
 			v.add(&identity{
-				key: wiredKey{c, []byte(wire)}, plain: id.plain, wire: wire, comment: id.comment,
+				key: wired(c, wire), plain: id.plain, wire: wire, comment: id.comment, fingerprint: id.fingerprint,
 				homes: id.homes, awaited: id.awaited, constraints: id.constraints, expires: id.expires,
 			})
 		}
@@ -268,7 +300,7 @@ func (k *Keyring) expireLocked() {
 	if n := len(k.software); n > 0 {
 		k.software = slices.DeleteFunc(k.software, func(s *softwareKey) bool { return over(s.expires) })
 		if len(k.software) != n {
-			k.change++
+			k.change.Add(1)
 		}
 	}
 	added := slices.Clone(k.added)
@@ -290,14 +322,14 @@ func (k *Keyring) expireLocked() {
 func (k *Keyring) dropLocked(a *addition) {
 	k.added = slices.DeleteFunc(k.added, func(o *addition) bool { return o == a })
 	k.opts.Tokens.Drop(a.selection)
-	k.change++
+	k.change.Add(1)
 }
 
 // hideLocked removes an identity of a token until that is inserted again or the
 // key is added again.
 func (k *Keyring) hideLocked(id *identity) {
 	k.hidden[id.wire] = max(k.hidden[id.wire], id.insertions())
-	k.change++
+	k.change.Add(1)
 }
 
 // hideKeyLocked does so with a key, without its certificates.

@@ -1,13 +1,11 @@
 package agent
 
 import (
-	"bytes"
 	"context"
 	"crypto"
 	"crypto/rand"
 	"errors"
 	"log/slog"
-	"slices"
 	"sync"
 	"sync/atomic"
 	"time"
@@ -165,8 +163,10 @@ type Keyring struct {
 	lock  *lock
 	audit audit
 
+	change atomic.Uint64 // counts the changes of what follows; made under mu
+
 	mu       sync.Mutex
-	change   uint64 // counts the changes of what follows
+	plain    map[Key]*plainKey // those of the present view
 	added    []*addition
 	software []*softwareKey
 	hidden   map[string]uint64   // wire form of removed identities to the insertions there were
@@ -191,17 +191,17 @@ func NewKeyring(opts Options) *Keyring {
 		opts: opts, log: opts.Log, start: time.Now(), lock: newLock(),
 		hidden: make(map[string]uint64), troubles: make(map[string]string),
 	}
-	k.knew = len(k.now().list) > 0
+	k.knew = len(k.now().identities) > 0
 	return k
 }
 
 // List returns the identities that a connection may see, in their order, and
 // after them those of upstream agents. It waits for tokens only just after the
-// start, and when there would be nothing to show; the answer is not to be
-// changed. While the agent is locked it is empty.
-func (k *Keyring) List(ctx context.Context, c *Caller) ([]Identity, error) {
+// start, and when there would be nothing to show. While the agent is locked it is
+// empty.
+func (k *Keyring) List(ctx context.Context, c *Caller) (*Listing, error) {
 	if k.lock.locked() {
-		return nil, nil
+		return new(Listing), nil
 	}
 	if !k.knew {
 		k.settle(ctx)
@@ -209,28 +209,29 @@ func (k *Keyring) List(ctx context.Context, c *Caller) ([]Identity, error) {
 	k.opts.Certificates.look()
 	v := k.now()
 	k.opts.Tokens.Poke()
-	if len(v.list) == 0 && k.lookAgain() {
+	if len(v.identities) == 0 && k.lookAgain() {
 		ctx, cancel := context.WithTimeout(ctx, emptyPatience)
 		defer cancel()
 		// Whatever it has found by then is what there is.
 		_ = k.opts.Tokens.Rescan(ctx)
 		v = k.now()
 	}
-	list := v.list
-	if v.limited || c.Socket != nil && c.Socket.Only != nil {
-		list = make([]Identity, 0, len(v.list))
-		for i, id := range v.identities {
-			if id.shownBy(c.Socket) && id.constraints.permits(c) == nil {
-				list = append(list, v.list[i])
-			}
+	theirs := k.listUpstreams(ctx, c)
+	if !v.limited && (c.Socket == nil || c.Socket.Only == nil) && len(theirs) == 0 {
+		return &v.list, nil
+	}
+	own := &Listing{Identities: make([]Identity, 0, len(v.identities)+len(theirs))}
+	for i, id := range v.identities {
+		if id.shownBy(c.Socket) && id.constraints.permits(c) == nil {
+			own.Identities = append(own.Identities, v.list.Identities[i])
 		}
 	}
-	for _, id := range k.listUpstreams(ctx, c) {
+	for _, id := range theirs {
 		if v.byKey[string(id.Key.Marshal())] == nil {
-			list = append(slices.Clip(list), id)
+			own.Identities = append(own.Identities, id)
 		}
 	}
-	return list, nil
+	return own, nil
 }
 
 // Alive returns when a list could be made of what is known now, as List and Sign
@@ -239,6 +240,8 @@ func (k *Keyring) List(ctx context.Context, c *Caller) ([]Identity, error) {
 func (k *Keyring) Alive() {
 	k.lock.locked()
 	k.now()
+	k.mu.Lock() // which no list needs while nothing changes
+	defer k.mu.Unlock()
 }
 
 // settle waits until tokens were looked at once, for a bounded time after the
@@ -273,8 +276,7 @@ func (k *Keyring) lookAgain() bool {
 // identity, the socket or the rules want it, and for a PIN where the token does. For a key that only an upstream
 // agent has, that agent makes it.
 func (k *Keyring) Sign(ctx context.Context, c *Caller, r SignRequest) (*ssh.Signature, error) {
-	rec := k.begin(c, RequestSign)
-	rec.use = *k.use("", nil, c, r)
+	rec := k.beginUse(RequestSign, k.use("", nil, c, r))
 	sig, err := k.signFor(ctx, rec, r)
 	k.end(rec, err)
 	return sig, err
@@ -282,13 +284,13 @@ func (k *Keyring) Sign(ctx context.Context, c *Caller, r SignRequest) (*ssh.Sign
 
 func (k *Keyring) signFor(ctx context.Context, rec *record, r SignRequest) (*ssh.Signature, error) {
 	c := rec.use.Caller
-	ctx = c.Context(ctx)
-	ctx, done, err := k.lock.enter(ctx)
+	inside, err := k.lock.enter(ctx, c, rec.use)
 	if err != nil {
 		rec.Key = k.describe(r.Key)
 		return nil, err
 	}
-	defer done()
+	defer inside.leave()
+	ctx = inside
 	id := k.now().byKey[string(r.Key)]
 	if id == nil {
 		// It may have come a moment ago.
@@ -322,8 +324,7 @@ func (k *Keyring) sign(ctx context.Context, rec *record, id *identity, r SignReq
 		return nil, err
 	}
 	rec.use.Comment, rec.use.Key = id.comment, id.plain
-	ctx = context.WithValue(ctx, useKey{}, &rec.use)
-	if err := k.approve(ctx, &rec.use, id); err != nil {
+	if err := k.approve(ctx, rec.use, id); err != nil {
 		return nil, err
 	}
 	raw, err := k.signAtHome(ctx, rec, id, r.Data, hash)
@@ -344,32 +345,45 @@ func (k *Keyring) sign(ctx context.Context, rec *record, id *identity, r SignReq
 
 // use is what a request is for.
 func (k *Keyring) use(comment string, key ssh.PublicKey, c *Caller, r SignRequest) *Use {
-	u := &Use{
+	u := &struct {
+		Use
+		login Login
+	}{Use: Use{
 		Comment: comment, Key: key, Caller: c, Content: r.Content,
 		Hosts: k.opts.Hosts, Fingerprint: k.opts.Fingerprint,
-	}
+	}}
 	if l := r.Login; l != nil {
 		// The request's is the door's memory, and a prompt outlives the request when
 		// others share it.
-		u.Login = &Login{User: l.User, SessionID: bytes.Clone(l.SessionID), HostKey: bytes.Clone(l.HostKey)}
+		n := len(l.SessionID)
+		own := append(append(make([]byte, 0, n+len(l.HostKey)), l.SessionID...), l.HostKey...)
+		u.login = Login{User: l.User, SessionID: own[:n:n]}
+		if l.HostKey != nil {
+			u.login.HostKey = own[n:]
+		}
+		u.Login = &u.login
 	}
-	return u
+	return &u.Use
 }
 
 // signAtHome has a token sign that has the identity, one that is there if
 // possible. Only when one is away another is tried: what a person declined on one
 // is not asked for again on the next.
 func (k *Keyring) signAtHome(ctx context.Context, rec *record, id *identity, data []byte, hash crypto.SignerOpts) ([]byte, error) {
-	var there, away []Key
-	for _, home := range id.homes {
-		if home.Present() {
-			there = append(there, home)
-		} else {
-			away = append(away, home)
+	homes := id.homes
+	if len(homes) > 1 {
+		var there, away []Key
+		for _, home := range homes {
+			if home.Present() {
+				there = append(there, home)
+			} else {
+				away = append(away, home)
+			}
 		}
+		homes = append(there, away...)
 	}
 	var all []error
-	for _, home := range append(there, away...) {
+	for _, home := range homes {
 		rec.URI = home.URI()
 		raw, err := home.SignMessageContext(ctx, data, hash)
 		if err == nil {

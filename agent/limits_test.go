@@ -150,8 +150,8 @@ func TestDestinations(t *testing.T) {
 			if err := f.Add(t.Context(), local, k.request(Constraints{Destinations: test.dest})); err != nil {
 				t.Fatal(err)
 			}
-			ids, err := f.List(t.Context(), test.caller)
-			if shown := len(ids) == 1; err != nil || shown != test.shown {
+			list, err := f.List(t.Context(), test.caller)
+			if shown := len(list.Identities) == 1; err != nil || shown != test.shown {
 				t.Errorf("shown: %v, %v", shown, err)
 			}
 			r := SignRequest{Key: k.public.Marshal(), Data: []byte("data")}
@@ -226,11 +226,11 @@ func TestConstraintMatrix(t *testing.T) {
 					t.Fatal(err)
 				}
 				list := func(c *Caller) int {
-					ids, err := f.List(t.Context(), c)
+					list, err := f.List(t.Context(), c)
 					if err != nil {
 						t.Error(err)
 					}
-					return len(ids)
+					return len(list.Identities)
 				}
 				sign := func(c *Caller) error {
 					sig, err := f.Sign(t.Context(), c, SignRequest{Key: used.Marshal(), Data: []byte("data"), Login: login("me", c)})
@@ -326,11 +326,11 @@ func TestSocketRules(t *testing.T) {
 	}
 	at := func(s Socket) *Caller { return &Caller{Socket: &s} }
 	comments := func(c *Caller) (all []string) {
-		ids, err := f.List(t.Context(), c)
+		list, err := f.List(t.Context(), c)
 		if err != nil {
 			t.Fatal(err)
 		}
-		for _, id := range ids {
+		for _, id := range list.Identities {
 			all = append(all, id.Comment)
 		}
 		return all

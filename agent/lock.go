@@ -41,8 +41,9 @@ type lock struct {
 
 // A period is the time from one unlocking to the next locking.
 type period struct {
-	ctx context.Context //nolint:containedctx // it is the period
-	end context.CancelCauseFunc
+	mu     sync.Mutex
+	over   bool
+	inside map[*request]struct{} // those that end with it
 }
 
 func newLock() *lock {
@@ -51,23 +52,45 @@ func newLock() *lock {
 	return l
 }
 
-func (l *lock) opened() {
-	p := new(period)
-	p.ctx, p.end = context.WithCancelCause(context.Background())
-	l.open.Store(p)
-}
+func (l *lock) opened() { l.open.Store(&period{inside: make(map[*request]struct{})}) }
 
 func (l *lock) locked() bool { return l.open.Load() == nil }
 
-// enter returns a context that ends with ctx and with the next locking.
-func (l *lock) enter(ctx context.Context) (context.Context, func(), error) {
+// enter returns a context for what is done for a request of c, which ends with ctx
+// and with the next locking, and carries use, which may be nil. It has to be left.
+func (l *lock) enter(ctx context.Context, c *Caller, use *Use) (*request, error) {
 	p := l.open.Load()
 	if p == nil {
-		return nil, nil, errLocked
+		return nil, errLocked
 	}
-	ctx, cancel := context.WithCancelCause(ctx)
-	stop := context.AfterFunc(p.ctx, func() { cancel(errLocked) })
-	return ctx, func() { stop(); cancel(nil) }, nil
+	r := &request{caller: c, use: use, period: p}
+	r.Context, r.cancel = context.WithCancelCause(ctx)
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	if p.over {
+		r.cancel(errLocked)
+		return nil, errLocked
+	}
+	p.inside[r] = struct{}{}
+	return r, nil
+}
+
+// leave ends the context.
+func (r *request) leave() {
+	r.period.mu.Lock()
+	delete(r.period.inside, r)
+	r.period.mu.Unlock()
+	r.cancel(nil)
+}
+
+// end ends everything that is under way.
+func (p *period) end() {
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	p.over = true
+	for r := range p.inside {
+		r.cancel(errLocked)
+	}
 }
 
 // close locks.
@@ -87,7 +110,7 @@ func (l *lock) close(phrase *secret.Secret) error {
 		return errLocked
 	}
 	l.phrase = own
-	p.end(errLocked)
+	p.end()
 	return nil
 }
 

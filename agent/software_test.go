@@ -220,8 +220,8 @@ func TestUpstream(t *testing.T) {
 
 	// A socket for some keys shows none of theirs; one that asks, asks for theirs.
 	some := &Caller{Socket: &Socket{Only: []Selection{prefix("pkcs11:")}}}
-	if ids, err := f.List(t.Context(), some); err != nil || len(ids) != 1 {
-		t.Errorf("%d keys, %v", len(ids), err)
+	if list, err := f.List(t.Context(), some); err != nil || len(list.Identities) != 1 {
+		t.Errorf("%d keys, %v", len(list.Identities), err)
 	}
 	if _, err := f.Sign(t.Context(), some, SignRequest{Key: a.public.Marshal()}); !errors.Is(err, errUnknownKey) {
 		t.Errorf("got %v", err)

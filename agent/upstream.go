@@ -121,17 +121,17 @@ func (k *Keyring) approveUpstream(ctx context.Context, c *Caller, u Upstream, r 
 // Pass hands a message that the door does not know on to the upstream agents and
 // returns the first answer that is no refusal.
 func (k *Keyring) Pass(ctx context.Context, c *Caller, message []byte) ([]byte, error) {
-	ctx, done, err := k.lock.enter(ctx)
+	inside, err := k.lock.enter(ctx, c, nil)
 	if err != nil {
 		return nil, err
 	}
-	defer done()
+	defer inside.leave()
 	if err := c.mayChange(); err != nil {
 		return nil, err
 	}
 	all := []error{}
 	for _, u := range slices.Clone(k.upstreams(c)) {
-		answer, err := u.Pass(ctx, c, message)
+		answer, err := u.Pass(inside, c, message)
 		if err == nil {
 			return answer, nil
 		}

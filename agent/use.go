@@ -110,7 +110,7 @@ func (u *Use) Via() (hosts []Host) {
 func (u *Use) host(key ssh.PublicKey, verified bool) Host {
 	h := Host{Key: key, Verified: verified}
 	if u.Hosts != nil {
-		h.HostName = u.Hosts.HostName(key, u.Caller.Peer)
+		h.HostName = u.Hosts.HostName(key, u.Caller.Who())
 	}
 	return h
 }
@@ -228,9 +228,33 @@ type (
 	callerKey struct{}
 )
 
+// A request is the context of what is done for a request: one for all that goes
+// along, as each signature has one.
+type request struct {
+	context.Context
+	caller *Caller
+	use    *Use // nil: nothing is to be signed
+
+	cancel context.CancelCauseFunc
+	period *period
+}
+
+// Value has who asks, and what for.
+func (r *request) Value(key any) any {
+	switch key.(type) {
+	case callerKey:
+		return r.caller
+	case useKey:
+		if r.use != nil {
+			return r.use
+		}
+	}
+	return r.Context.Value(key)
+}
+
 // Context returns a context for what is done for a request of c.
 func (c *Caller) Context(ctx context.Context) context.Context {
-	return context.WithValue(peer.NewContext(ctx, c.Peer), callerKey{}, c)
+	return context.WithValue(ctx, callerKey{}, c)
 }
 
 // CallerFromContext returns the Caller whose request ctx is of, or nil. Like a
@@ -238,6 +262,14 @@ func (c *Caller) Context(ctx context.Context) context.Context {
 func CallerFromContext(ctx context.Context) *Caller {
 	c, _ := ctx.Value(callerKey{}).(*Caller)
 	return c
+}
+
+// PeerFromContext returns who that Caller is, or one that is not Known.
+func PeerFromContext(ctx context.Context) peer.Peer {
+	if c := CallerFromContext(ctx); c != nil {
+		return c.Who()
+	}
+	return peer.Peer{}
 }
 
 // UseFromContext returns the Use that ctx carries, or nil.

@@ -14,7 +14,7 @@ import (
 	"p11-agent/pinentry/waiting"
 )
 
-func publicOf(t *testing.T, k Key) ssh.PublicKey {
+func publicOf(t testing.TB, k Key) ssh.PublicKey {
 	t.Helper()
 	pub, err := ssh.NewPublicKey(k.Public())
 	if err != nil {
@@ -178,8 +178,11 @@ func TestCallerGoesAlong(t *testing.T) {
 			t.Errorf("who confirms was told of %+v, and the key of %+v", f.confirm.caller, key.caller)
 		}
 	}
-	if CallerFromContext(t.Context()) != nil {
+	if CallerFromContext(t.Context()) != nil || PeerFromContext(t.Context()).Known {
 		t.Error("a caller came from nowhere")
+	}
+	if p := PeerFromContext(forwarded.Context(t.Context())); p.PID != forwarded.Peer.PID {
+		t.Errorf("the caller's peer is %v", p)
 	}
 }
 

@@ -8,7 +8,9 @@ import (
 	"log/slog"
 	"slices"
 	"strings"
+	"sync"
 	"sync/atomic"
+	"time"
 	"unicode"
 	"unicode/utf8"
 
@@ -46,8 +48,15 @@ type JournalHandler struct {
 	fields []field // of WithAttrs
 	// what writes the attributes of MESSAGE: slog's own, so that they are quoted
 	// as in every other log.
-	text func(*bytes.Buffer) slog.Handler
-	lost *atomic.Bool // an entry went to the fallback
+	text  func(*bytes.Buffer) slog.Handler
+	lines *sync.Pool   // of *line, with those of text
+	lost  *atomic.Bool // an entry went to the fallback
+}
+
+// line is where the text of one entry after the other is written.
+type line struct {
+	bytes.Buffer
+	slog.Handler
 }
 
 var _ slog.Handler = (*JournalHandler)(nil)
@@ -56,22 +65,21 @@ type field struct{ name, value string }
 
 // NewJournalHandler makes a handler that leaves out what is below the level.
 func NewJournalHandler(level slog.Leveler, fallback slog.Handler) *JournalHandler {
-	return &JournalHandler{
-		level: level, fallback: fallback, send: journal.Send, lost: new(atomic.Bool),
-		text: func(b *bytes.Buffer) slog.Handler {
-			return slog.NewTextHandler(b, &slog.HandlerOptions{
-				Level: slog.Level(-1 << 20), // Enabled has decided
-				ReplaceAttr: func(groups []string, a slog.Attr) slog.Attr {
-					// The record's own, not an attribute that is called the same.
-					_, isLevel := a.Value.Any().(slog.Level)
-					if len(groups) == 0 && (a.Key == slog.TimeKey && a.Value.Kind() == slog.KindTime || a.Key == slog.LevelKey && isLevel) {
-						return slog.Attr{}
-					}
-					return a
-				},
-			})
-		},
-	}
+	h := &JournalHandler{level: level, fallback: fallback, send: journal.Send, lost: new(atomic.Bool)}
+	return h.withText(func(b *bytes.Buffer) slog.Handler {
+		return slog.NewTextHandler(b, &slog.HandlerOptions{Level: slog.Level(-1 << 20)}) // Enabled has decided
+	})
+}
+
+func (h *JournalHandler) withText(text func(*bytes.Buffer) slog.Handler) *JournalHandler {
+	with := *h
+	with.text = text
+	with.lines = &sync.Pool{New: func() any {
+		l := new(line)
+		l.Handler = text(&l.Buffer)
+		return l
+	}}
+	return &with
 }
 
 // Enabled reports whether the level is logged.
@@ -81,7 +89,8 @@ func (h *JournalHandler) Enabled(_ context.Context, level slog.Level) bool {
 
 // Handle writes one entry.
 func (h *JournalHandler) Handle(ctx context.Context, r slog.Record) error {
-	fields := map[string]string{"SYSLOG_IDENTIFIER": journalIdentifier}
+	fields := make(map[string]string, 1+len(h.fields)+r.NumAttrs())
+	fields["SYSLOG_IDENTIFIER"] = journalIdentifier
 	put := func(f field) {
 		if len(fields) < maxFields {
 			fields[f.name] = f.value
@@ -94,19 +103,7 @@ func (h *JournalHandler) Handle(ctx context.Context, r slog.Record) error {
 		appendFields(h.prefix, a, put)
 		return true
 	})
-	message := printable(r.Message, maxMessage)
-	var b bytes.Buffer
-	// It leaves the message out, which it would quote.
-	bare := slog.NewRecord(r.Time, r.Level, "", 0)
-	r.Attrs(func(a slog.Attr) bool {
-		bare.AddAttrs(a)
-		return true
-	})
-	if err := h.text(&b).Handle(ctx, bare); err == nil {
-		if rest := strings.TrimPrefix(strings.TrimSpace(b.String()), `msg=""`); rest != "" {
-			message = printable(message+rest, maxMessage)
-		}
-	}
+	message := printable(r.Message+h.attributes(ctx, r), maxMessage)
 	if err := h.send(message, priority(r.Level), fields); err != nil {
 		if !h.lost.Swap(true) {
 			lost := slog.NewRecord(r.Time, slog.LevelWarn, "the journal does not take entries with fields", 0)
@@ -116,6 +113,20 @@ func (h *JournalHandler) Handle(ctx context.Context, r slog.Record) error {
 		return h.fallback.Handle(ctx, r)
 	}
 	return nil
+}
+
+// attributes returns the attributes of a record as they stand behind its message.
+func (h *JournalHandler) attributes(ctx context.Context, r slog.Record) string {
+	// The time is the journal's, and the message would be quoted.
+	r.Time, r.Message = time.Time{}, ""
+	l := h.lines.Get().(*line) //nolint:forcetypeassert // there is nothing else in it
+	defer h.lines.Put(l)
+	l.Reset()
+	if err := l.Handle(ctx, r); err != nil {
+		return ""
+	}
+	_, rest, _ := bytes.Cut(bytes.TrimSpace(l.Bytes()), []byte(`msg=""`)) // behind the level
+	return string(rest)
 }
 
 // WithAttrs returns a handler whose entries have these attributes, too.
@@ -133,8 +144,7 @@ func (h *JournalHandler) WithAttrs(attrs []slog.Attr) slog.Handler {
 			}
 		})
 	}
-	with.text = func(b *bytes.Buffer) slog.Handler { return h.text(b).WithAttrs(attrs) }
-	return &with
+	return with.withText(func(b *bytes.Buffer) slog.Handler { return h.text(b).WithAttrs(attrs) })
 }
 
 // WithGroup returns a handler that puts this name in front of those of attributes.
@@ -145,8 +155,7 @@ func (h *JournalHandler) WithGroup(name string) slog.Handler {
 	with := *h
 	with.fallback = h.fallback.WithGroup(name)
 	with.prefix = h.prefix + name + "_"
-	with.text = func(b *bytes.Buffer) slog.Handler { return h.text(b).WithGroup(name) }
-	return &with
+	return with.withText(func(b *bytes.Buffer) slog.Handler { return h.text(b).WithGroup(name) })
 }
 
 // priority is that of syslog(3).
@@ -183,16 +192,20 @@ func appendFields(prefix string, a slog.Attr, put func(field)) {
 // fieldName makes a name that journald takes: of upper case letters, digits and
 // underscores.
 func fieldName(name string) string {
-	name = journalPrefix + strings.Map(func(r rune) rune {
+	b := append(make([]byte, 0, maxFieldName), journalPrefix...)
+	for _, r := range name {
 		switch {
+		case len(b) == maxFieldName:
+			return string(b)
 		case r >= 'a' && r <= 'z':
-			return r - 'a' + 'A'
-		case r >= 'A' && r <= 'Z', r >= '0' && r <= '9', r == '_':
-			return r
+			r += 'A' - 'a'
+		case r >= 'A' && r <= 'Z', r >= '0' && r <= '9':
+		default:
+			r = '_'
 		}
-		return '_'
-	}, name)
-	return name[:min(len(name), maxFieldName)]
+		b = append(b, byte(r))
+	}
+	return string(b)
 }
 
 // valueText is the text of a value as slog.TextHandler has it, without quotes. As
@@ -222,6 +235,13 @@ func valueText(v slog.Value) (text string) {
 
 // printable puts a text on one line of most bytes at the most.
 func printable(text string, most int) string {
+	plain := len(text) <= most // as most are
+	for i := 0; plain && i < len(text); i++ {
+		plain = text[i] >= ' ' && text[i] < 0x7f
+	}
+	if plain {
+		return text
+	}
 	line := strings.Map(func(r rune) rune {
 		if unicode.IsControl(r) {
 			return ' '

@@ -194,3 +194,21 @@ func FuzzJournal(f *testing.F) {
 		}
 	})
 }
+
+// BenchmarkJournal is what the entry of a signature costs before it is sent.
+func BenchmarkJournal(b *testing.B) {
+	h, _, _ := recorder(slog.LevelInfo, nil)
+	h.send = func(string, journal.Priority, map[string]string) error { return nil }
+	log := slog.New(h)
+	attrs := []slog.Attr{
+		slog.String("request", "sign"), slog.String("key", "SHA256:"+strings.Repeat("k", 43)),
+		slog.String("uri", "pkcs11:model=SoftHSM%20v2;manufacturer=SoftHSM%20project;serial=9b8d2f5c1e0a7f43;token=work;id=%01;object=ssh"),
+		slog.String("kind", "login"), slog.String("purpose", "login"), slog.String("user", "me"), slog.String("host", "host.example.org"),
+		slog.String("result", "ok"), slog.String("client", "ssh (4711) ← git (4710) ← bash (4709) ← tmux: server (4708)"), slog.Int("uid", 1000),
+		slog.Bool("forwarded", false), slog.Uint64("connection", 12), slog.Duration("duration", 0),
+	}
+	b.ReportAllocs()
+	for b.Loop() {
+		log.LogAttrs(b.Context(), slog.LevelInfo, "signed", attrs...)
+	}
+}

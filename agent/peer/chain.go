@@ -8,6 +8,7 @@ import (
 	"path/filepath"
 	"strconv"
 	"strings"
+	"sync"
 	"unicode"
 	"unicode/utf8"
 
@@ -23,7 +24,7 @@ const (
 	arrow = " ← "
 )
 
-// Of tells who opened conn. It makes some 30 short system calls and never waits
+// Of tells who opened conn. It makes some 20 short system calls and never waits
 // for the peer. Safe for concurrent use.
 //
 // The results are:
@@ -32,30 +33,17 @@ const (
 //   - Known, without: it has ended, or cannot be looked at.
 //   - not Known: the kernel tells nothing (conn is closed).
 func Of(conn *net.UnixConn) Peer {
-	raw, err := conn.SyscallConn()
-	if err != nil {
-		return Peer{}
-	}
-	var cred *unix.Ucred
-	var credErr, pidfdErr error
-	pidfd := -1
-	err = raw.Control(func(fd uintptr) {
-		if cred, credErr = unix.GetsockoptUcred(int(fd), unix.SOL_SOCKET, unix.SO_PEERCRED); credErr == nil {
-			pidfd, pidfdErr = unix.GetsockoptInt(int(fd), unix.SOL_SOCKET, unix.SO_PEERPIDFD)
-		}
-	})
-	// A socket without a peer has PID 0 and the ids -1 (socket(7)).
-	if err != nil || credErr != nil || cred.Uid == ^uint32(0) {
-		return Peer{}
-	}
-	p := Peer{Known: true, PID: int(cred.Pid), UID: int(cred.Uid), GID: int(cred.Gid)}
+	p := recorded(conn)
 	if p.PID <= 0 {
 		return p
 	}
-	if errors.Is(pidfdErr, unix.ENOPROTOOPT) { // before Linux 6.5
-		pidfd, pidfdErr = openProcess(p.PID, p.UID)
+	pidfd, err := option(conn, func(fd int) (int, error) {
+		return unix.GetsockoptInt(fd, unix.SOL_SOCKET, unix.SO_PEERPIDFD)
+	})
+	if errors.Is(err, unix.ENOPROTOOPT) {
+		pidfd, err = openProcess(p.PID, p.UID)
 	}
-	if pidfdErr != nil {
+	if err != nil {
 		return p
 	}
 	defer unix.Close(pidfd)
@@ -64,8 +52,73 @@ func Of(conn *net.UnixConn) Peer {
 	if p.Chain, p.id = chain(p.PID, pidfd); p.Chain != nil {
 		p.Program = program
 	}
+	p.text = p.String()
 	return p
 }
+
+// Later is Of in two steps, for those who may never want the second: p is what the
+// kernel recorded when the connection was made, without the process, and look looks
+// at that when it is called first, and returns the same from then on. It looks at the
+// very process that made the connection, which may run another program by then, or at
+// none; conn has to be open. look may be called from any goroutine.
+func Later(conn *net.UnixConn) (p Peer, look func() Peer) {
+	if !keepsProcess() {
+		// Later, its number may be another's.
+		all := Of(conn)
+		return Peer{Known: all.Known, PID: all.PID, UID: all.UID, GID: all.GID}, func() Peer { return all }
+	}
+	p = recorded(conn)
+	return p, sync.OnceValue(func() Peer {
+		if all := Of(conn); all.Known {
+			return all
+		}
+		return p
+	})
+}
+
+// keepsProcess tells whether the kernel hands out the process at the other end of a
+// socket, and not only its number, as since Linux 6.5. Tests replace it.
+var keepsProcess = sync.OnceValue(func() bool {
+	fds, err := unix.Socketpair(unix.AF_UNIX, unix.SOCK_STREAM|unix.SOCK_CLOEXEC, 0)
+	if err != nil {
+		return false
+	}
+	defer unix.Close(fds[0])
+	defer unix.Close(fds[1])
+	pidfd, err := unix.GetsockoptInt(fds[0], unix.SOL_SOCKET, unix.SO_PEERPIDFD)
+	if err != nil {
+		return false
+	}
+	_ = unix.Close(pidfd)
+	return true
+})
+
+// recorded returns what the kernel recorded when the connection was made.
+func recorded(conn *net.UnixConn) Peer {
+	cred, err := option(conn, func(fd int) (*unix.Ucred, error) {
+		return unix.GetsockoptUcred(fd, unix.SOL_SOCKET, unix.SO_PEERCRED)
+	})
+	// A socket without a peer has PID 0 and the ids -1 (socket(7)).
+	if err != nil || cred.Uid == ^uint32(0) {
+		return Peer{}
+	}
+	return Peer{Known: true, PID: int(cred.Pid), UID: int(cred.Uid), GID: int(cred.Gid)}
+}
+
+// option returns an option of a connection's socket.
+func option[T any](conn *net.UnixConn, get func(fd int) (T, error)) (value T, err error) {
+	raw, err := conn.SyscallConn()
+	if err != nil {
+		return value, err
+	}
+	if closed := raw.Control(func(fd uintptr) { value, err = get(int(fd)) }); closed != nil {
+		return value, closed
+	}
+	return value, err
+}
+
+// scratch is where files of /proc are read.
+var scratch = sync.Pool{New: func() any { return new([unix.PathMax]byte) }}
 
 // programOf tells which file a process runs, or nothing.
 func programOf(pid int) Program {
@@ -80,7 +133,8 @@ func programOf(pid int) Program {
 
 // programPath returns the path of the file that a process runs.
 func programPath(pid int) (string, bool) {
-	var buf [unix.PathMax]byte
+	buf := scratch.Get().(*[unix.PathMax]byte)
+	defer scratch.Put(buf)
 	n, err := unix.Readlink(procFile(pid, "exe"), buf[:])
 	if err != nil || n == 0 {
 		return "", false
@@ -109,28 +163,34 @@ func openProcess(pid, uid int) (int, error) {
 
 // chain reads the process and its ancestors. The pidfd is that of the process
 // itself, so that it can be asked at the end whether it has been there all the
-// while. An ancestor has no pidfd; it is believed when its child, looked at
-// again afterwards, is the same as before (start time) and still names it as
-// parent: a process gets another parent only when its parent ends. id is the
-// process's own.
+// while. id is the process's own.
+//
+// An ancestor has no pidfd. The one with the number that its child named is believed
+// when it was started before that child: whoever has the number of a parent that has
+// ended was started after the child said so. Within one tick of the clock that cannot
+// be told, and the child is looked at again: a process gets another parent only when
+// its parent ends. Its name is read first, so that it is the same one's.
 func chain(pid, pidfd int) (links []Process, id identity) {
 	stat, ok := readStat(pid)
 	if !ok {
 		return nil, identity{}
 	}
 	id = identity{stat.start, inode(pidfd)}
-	links = []Process{{PID: pid, Name: name(pid, stat)}}
+	path, named := programPath(pid)
+	links = append(make([]Process, 0, 8), Process{PID: pid, Name: name(path, named, stat)})
 	for len(links) < maxChain && stat.parent > 1 {
+		path, named := programPath(stat.parent)
 		parent, ok := readStat(stat.parent)
 		if !ok {
 			break
 		}
-		link := Process{PID: stat.parent, Name: name(stat.parent, parent)}
-		if again, ok := readStat(pid); !ok || again.start != stat.start || again.parent != stat.parent {
-			break
+		if parent.start >= stat.start {
+			if again, ok := readStat(pid); !ok || again.start != stat.start || again.parent != stat.parent {
+				break
+			}
 		}
-		links = append(links, link)
-		pid, stat = link.PID, parent
+		links = append(links, Process{PID: stat.parent, Name: name(path, named, parent)})
+		pid, stat = stat.parent, parent
 	}
 	if !alive(pidfd) {
 		return nil, identity{}
@@ -182,7 +242,8 @@ func readStat(pid int) (stat, bool) {
 	}
 	defer unix.Close(fd)
 	// 52 numbers of up to 20 digits and a name fit.
-	var buf [2048]byte
+	buf := scratch.Get().(*[unix.PathMax]byte)
+	defer scratch.Put(buf)
 	n, err := unix.Read(fd, buf[:])
 	if err != nil {
 		return stat{}, false
@@ -231,9 +292,8 @@ func parseStat(b []byte) (stat, bool) {
 // name prefers the program's file, which stays what it is, to the name that a
 // process gives itself; the file of another user's process, or of one that
 // keeps its memory to itself, cannot be read.
-func name(pid int, s stat) string {
-	path, ok := programPath(pid)
-	if !ok {
+func name(path string, named bool, s stat) string {
+	if !named {
 		return printable(s.comm)
 	}
 	return printable([]byte(filepath.Base(path)))

@@ -104,13 +104,14 @@ func Self() Peer {
 		p.Chain, p.id = chain(p.PID, fd)
 		_ = unix.Close(fd)
 	}
+	p.text = p.String()
 	return p
 }
 
 // first names the process without its ancestors.
 func (p Peer) first() string {
 	if len(p.Chain) > 1 {
-		p.Chain = p.Chain[:1]
+		p.Chain, p.text = p.Chain[:1], ""
 	}
 	return p.String()
 }

@@ -20,7 +20,6 @@
 package peer
 
 import (
-	"context"
 	"errors"
 	"fmt"
 	"os"
@@ -46,7 +45,8 @@ type Peer struct {
 	// of one that keeps its memory to itself (PR_SET_DUMPABLE in prctl(2)).
 	Program Program
 	// id tells the process from another one that gets its number.
-	id identity
+	id   identity
+	text string // what String returns, when that is known; it is in each line of the log
 }
 
 // A Program is a file that a process runs.
@@ -65,6 +65,8 @@ type Process struct {
 // "ssh (1234) ← git (1230) ← bash (99)", or as much as is known.
 func (p Peer) String() string {
 	switch {
+	case p.text != "":
+		return p.text
 	case !p.Known:
 		return "unknown process"
 	case len(p.Chain) > 0:
@@ -100,16 +102,3 @@ func (p Peer) SameProgram() error {
 }
 
 var ownProgram = sync.OnceValue(func() Program { return programOf(os.Getpid()) })
-
-type contextKey struct{}
-
-// NewContext returns a context that carries p.
-func NewContext(ctx context.Context, p Peer) context.Context {
-	return context.WithValue(ctx, contextKey{}, p)
-}
-
-// FromContext returns the Peer that ctx carries, or one that is not Known.
-func FromContext(ctx context.Context) Peer {
-	p, _ := ctx.Value(contextKey{}).(Peer)
-	return p
-}

@@ -2,7 +2,6 @@ package peer
 
 import (
 	"bufio"
-	"context"
 	"fmt"
 	"io"
 	"net"
@@ -326,6 +325,63 @@ func TestInheritedConnection(t *testing.T) {
 	}
 }
 
+// What is looked at later is the same process, or none.
+func TestLater(t *testing.T) {
+	for name, keeps := range map[string]bool{"the kernel keeps the process": true, "the kernel has its number": false} {
+		t.Run(name, func(t *testing.T) {
+			was := keepsProcess
+			defer func() { keepsProcess = was }()
+			if keeps = keeps && was(); !keeps {
+				keepsProcess = func() bool { return false }
+			}
+			l, path := listen(t)
+			connect := func() (*exec.Cmd, *net.UnixConn) {
+				cmd := command(t, program(t, "client"), "connect "+path)
+				start(t, cmd)
+				return cmd, accept(t, l)
+			}
+			end := func(cmd *exec.Cmd) {
+				t.Helper()
+				if err := cmd.Process.Kill(); err != nil {
+					t.Fatal(err)
+				}
+				_ = cmd.Wait() // which says that it was killed
+			}
+			check := func(what string, p Peer, cmd *exec.Cmd, alive bool) {
+				t.Helper()
+				if !p.Known || p.PID != cmd.Process.Pid || p.UID != os.Getuid() || p.GID != os.Getgid() {
+					t.Errorf("%s: %+v, want process %d", what, p, cmd.Process.Pid)
+				}
+				if alive != (len(p.Chain) > 1) || alive != (p.Program != Program{}) || strings.HasPrefix(p.String(), "client (") != alive {
+					t.Errorf("%s: %v with the program %+v", what, p, p.Program)
+				}
+			}
+
+			cmd, conn := connect()
+			p, look := Later(conn)
+			check("at once", p, cmd, false)
+			check("later", look(), cmd, true)
+			end(cmd)
+			conn.Close()
+			check("when it was looked at and has ended", look(), cmd, true)
+
+			cmd, conn = connect()
+			_, look = Later(conn)
+			end(cmd)
+			check("when it has ended", look(), cmd, !keeps)
+
+			cmd, conn = connect()
+			_, look = Later(conn)
+			conn.Close()
+			check("when the connection is closed", look(), cmd, !keeps)
+
+			if p, look = Later(conn); p.Known || look().Known {
+				t.Errorf("%v is known of a closed connection", look())
+			}
+		})
+	}
+}
+
 func TestOtherUser(t *testing.T) {
 	const nobody = 65534
 	if os.Getuid() != 0 {
@@ -430,16 +486,6 @@ func descriptors(t *testing.T) int {
 		t.Fatal(err)
 	}
 	return len(entries)
-}
-
-func TestContext(t *testing.T) {
-	if p := FromContext(context.Background()); p.Known {
-		t.Errorf("an empty context carries %+v", p)
-	}
-	want := Peer{Known: true, PID: 7, UID: 8, GID: 9}
-	if got := FromContext(NewContext(context.Background(), want)); got.PID != want.PID || !got.Known || got.UID != want.UID {
-		t.Errorf("got %+v, want %+v", got, want)
-	}
 }
 
 func TestString(t *testing.T) {

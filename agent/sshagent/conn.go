@@ -10,6 +10,8 @@ import (
 	"net"
 	"os"
 	"runtime"
+	"slices"
+	"sync"
 	"syscall"
 	"time"
 
@@ -24,21 +26,46 @@ type conn struct {
 	nc     net.Conn
 	caller *agent.Caller // replaced, never changed: the keyring may hold on to it
 	in     frames
-	out    []byte // the answer under construction, length first
+	out    []byte   // the answer under construction, length first
+	whole  []byte   // the answer in place of out, when others have it, too; nil: out is it
+	rest   []func() // what is left to do when the client has its answer
+
+	looked  bool           // at who the client is, or somebody is about it
+	looking sync.WaitGroup // that somebody
 }
 
-func newConn(s *Server, nc net.Conn, p peer.Peer, rules *agent.Socket) *conn {
-	return &conn{
-		server: s,
-		nc:     nc,
-		caller: &agent.Caller{Number: s.connections.Add(1), Peer: p, Socket: rules},
-		in:     newFrames(nc),
+// newConn makes a conn. look returns more than p when there is more to know, and may
+// be nil.
+func newConn(s *Server, nc net.Conn, p peer.Peer, look func() peer.Peer, rules *agent.Socket) *conn {
+	c := &conn{server: s, nc: nc, in: newFrames(nc)}
+	c.caller = &agent.Caller{Number: s.connections.Add(1), Peer: p, Look: look, Socket: rules, Later: c.later}
+	return c
+}
+
+// look has somebody look who the client is, who does so while a token signs. A list,
+// which is all that many connections are made for, does not depend on it.
+func (c *conn) look() {
+	if look := c.caller.Look; look != nil && !c.looked {
+		c.looked = true
+		c.looking.Go(func() { look() })
+	}
+}
+
+func (c *conn) later(f func()) { c.rest = append(c.rest, f) }
+
+// finish does what is left of a request, whether or not its answer could be sent.
+func (c *conn) finish() {
+	for len(c.rest) > 0 {
+		f := c.rest[0]
+		c.rest = slices.Delete(c.rest, 0, 1)
+		f()
 	}
 }
 
 // run serves the client until it hangs up, sends something that is no message,
 // does not take its answers, or until nc is closed.
 func (c *conn) run(ctx context.Context) {
+	defer c.finish() // of a request that a panic ends
 	for {
 		message, err := c.in.next()
 		if err != nil {
@@ -51,16 +78,21 @@ func (c *conn) run(ctx context.Context) {
 		c.in.done(wipe)
 
 		binary.BigEndian.PutUint32(c.out, uint32(len(c.out)-4))
-		if err := c.nc.SetWriteDeadline(time.Now().Add(patience)); err != nil {
-			c.ended(err)
-			return
+		answer := c.out
+		if c.whole != nil {
+			answer, c.whole = c.whole, nil
 		}
-		if _, err := c.nc.Write(c.out); err != nil {
+		err = c.nc.SetWriteDeadline(time.Now().Add(patience))
+		if err == nil {
+			_, err = c.nc.Write(answer)
+		}
+		c.finish()
+		if err != nil {
 			c.ended(err)
 			return
 		}
 		if cap(c.out) > 16*bufferSize {
-			c.out = nil // a long list; do not keep its memory while the client idles
+			c.out = nil // a long answer; do not keep its memory while the client idles
 		}
 	}
 }
@@ -113,7 +145,7 @@ func (c *conn) log(level slog.Level, message string, attrs ...slog.Attr) {
 	}
 	who := []slog.Attr{
 		slog.Uint64("connection", c.caller.Number),
-		slog.String("client", c.caller.Peer.String()),
+		slog.String("client", c.caller.Who().String()),
 	}
 	if c.caller.Peer.Known {
 		who = append(who, slog.Int("uid", c.caller.Peer.UID))

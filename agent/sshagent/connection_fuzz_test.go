@@ -171,7 +171,7 @@ func FuzzConnection(f *testing.F) {
 			Report: func(s agent.Status, _ agent.Selection) ([]byte, error) { return []byte(fmt.Sprint(s)), nil },
 		})
 		nc := &peeking{input: bytes.Clone(input), chunk: 1 << 15, looks: func() {}}
-		c := newConn(&Server{Keyring: keyring}, nc, ourselves(t), nil)
+		c := newConn(&Server{Keyring: keyring}, nc, ourselves(t), nil, nil)
 		c.run(t.Context())
 		c.in.close()
 		runtime.ReadMemStats(&after)

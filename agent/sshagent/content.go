@@ -2,7 +2,8 @@ package sshagent
 
 import (
 	"bytes"
-	"crypto"
+	"crypto/sha256"
+	"crypto/sha512"
 	"encoding/asn1"
 	"strings"
 
@@ -86,8 +87,14 @@ func parseSSHSIG(data []byte) (namespace string, ok bool) {
 	}
 	in := reader{rest: rest}
 	name, reserved, algorithm, digest := in.bytes(), in.bytes(), in.bytes(), in.bytes()
-	hash := map[string]crypto.Hash{"sha256": crypto.SHA256, "sha512": crypto.SHA512}[string(algorithm)]
-	if in.end() != nil || len(name) == 0 || len(reserved) > 0 || hash == 0 || len(digest) != hash.Size() {
+	size := -1
+	switch string(algorithm) {
+	case "sha256":
+		size = sha256.Size
+	case "sha512":
+		size = sha512.Size
+	}
+	if in.end() != nil || len(name) == 0 || len(reserved) > 0 || len(digest) != size {
 		return "", false
 	}
 	return string(name), true

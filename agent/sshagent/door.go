@@ -31,7 +31,7 @@ import (
 // goroutines at once; ctx ends when the client hangs up. Any error becomes
 // SSH_AGENT_FAILURE: the keyring has logged the reason.
 type Keyring interface {
-	List(ctx context.Context, c *agent.Caller) ([]agent.Identity, error)
+	List(ctx context.Context, c *agent.Caller) (*agent.Listing, error)
 	Sign(ctx context.Context, c *agent.Caller, r agent.SignRequest) (*ssh.Signature, error)
 	AddToken(ctx context.Context, c *agent.Caller, r agent.TokenRequest) error
 	RemoveToken(ctx context.Context, c *agent.Caller, r agent.TokenRequest) error

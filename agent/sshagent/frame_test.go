@@ -3,11 +3,11 @@ package sshagent
 import (
 	"bytes"
 	"context"
-	"errors"
 	"io"
+	"log/slog"
 	"net"
-	"os"
 	"strings"
+	"syscall"
 	"testing"
 	"testing/synctest"
 	"time"
@@ -25,7 +25,7 @@ func pipe(t *testing.T, s *Server) (client net.Conn, ended chan time.Time) {
 	t.Helper()
 	client, nc := net.Pipe()
 	ended = make(chan time.Time, 1)
-	c := newConn(s, nc, peer.Peer{Known: true, PID: 4711}, nil)
+	c := newConn(s, nc, peer.Peer{Known: true, PID: 4711}, nil, nil)
 	go func() {
 		defer nc.Close()
 		defer c.in.close()
@@ -211,7 +211,7 @@ func TestPINIsWiped(t *testing.T) {
 			}
 			log, book := newLog()
 			keyring := &wary{fakeKeyring: newKeyring()}
-			c = newConn(&Server{Keyring: keyring, Log: log}, nc, peer.Peer{}, nil)
+			c = newConn(&Server{Keyring: keyring, Log: log}, nc, peer.Peer{}, nil, nil)
 			used[&c.in.small[0]] = c.in.small[:]
 			func() {
 				defer c.in.close()
@@ -269,7 +269,7 @@ func TestBufferGrowsWithWhatArrives(t *testing.T) {
 			copy(input, []byte{0, 4, 0, 0, 13})
 			nc := &peeking{input: input, chunk: 1 << 20}
 			nc.looks = func() { largest = max(largest, len(c.in.buf)) }
-			c = newConn(&Server{Keyring: newKeyring()}, nc, peer.Peer{}, nil)
+			c = newConn(&Server{Keyring: newKeyring()}, nc, peer.Peer{}, nil, nil)
 			c.run(t.Context())
 			if largest != test.want {
 				t.Errorf("buffer of %d bytes for %d of %d, want %d", largest, test.sent, maxFrame, test.want)
@@ -286,7 +286,7 @@ func TestOneReadAndOneWrite(t *testing.T) {
 	nc := &peeking{input: bytes.Repeat(one, 10), chunk: len(one), looks: func() { reads++ }}
 	c = newConn(&Server{Keyring: &fakeKeyring{sign: func(context.Context, *agent.Caller, agent.SignRequest) (*ssh.Signature, error) {
 		return &ssh.Signature{Format: "x"}, nil
-	}}}, nc, peer.Peer{}, nil)
+	}}}, nc, peer.Peer{}, nil, nil)
 	c.run(t.Context())
 	c.in.close()
 	if reads != 11 { // the last one finds the end
@@ -297,47 +297,38 @@ func TestOneReadAndOneWrite(t *testing.T) {
 // still is a keyring that allocates nothing itself.
 type still struct {
 	*fakeKeyring
-	ids []agent.Identity
-	sig ssh.Signature
+	list agent.Listing
+	sig  ssh.Signature
 }
 
-func (k *still) List(context.Context, *agent.Caller) ([]agent.Identity, error) { return k.ids, nil }
+func (k *still) List(context.Context, *agent.Caller) (*agent.Listing, error) { return &k.list, nil }
 
 func (k *still) Sign(context.Context, *agent.Caller, agent.SignRequest) (*ssh.Signature, error) {
 	return &k.sig, nil
 }
 
-// cached is a public key that knows its wire form.
-type cached struct {
-	ssh.PublicKey
-	wire []byte
-}
-
-func (k *cached) Marshal() []byte { return k.wire }
-
 func TestAllocations(t *testing.T) {
 	key := makeSigners()[1].PublicKey()
 	keyring := &still{
-		ids: []agent.Identity{{Key: &cached{key, key.Marshal()}, Comment: "one"}, {Key: &cached{key, key.Marshal()}, Comment: "two"}},
-		sig: ssh.Signature{Format: "rsa-sha2-256", Blob: make([]byte, 256)},
+		list: agent.Listing{Identities: []agent.Identity{{Key: key, Comment: "one"}, {Key: key, Comment: "two"}}},
+		sig:  ssh.Signature{Format: "rsa-sha2-256", Blob: make([]byte, 256)},
 	}
-	r := serve(t, &Server{Keyring: keyring})
-	conn := r.dial()
-	answer := make([]byte, 4096)
+	many, _ := stillKeyring(t, slog.DiscardHandler, 1000)
+	answer := make([]byte, 4+maxFrame)
 	for _, test := range []struct {
 		name    string
+		keyring Keyring
 		request []byte
 	}{
-		{"list", framed(message(11))},
-		{"sign", framed(message(13, key.Marshal(), "data", uint32(2)))},
+		{"list", keyring, framed(message(11))},
+		{"list of 1,000 keys", many, framed(message(11))},
+		{"sign", keyring, framed(message(13, key.Marshal(), "data", uint32(2)))},
 	} {
 		t.Run(test.name, func(t *testing.T) {
+			conn := serve(t, &Server{Keyring: test.keyring}).dial()
 			// Over the real socket, so that reading, writing and deadlines count.
 			if n := testing.AllocsPerRun(200, func() {
-				if _, err := conn.Write(test.request); err != nil {
-					t.Fatal(err)
-				}
-				if _, err := conn.Read(answer); err != nil {
+				if _, err := roundTrip(conn, test.request, answer); err != nil {
 					t.Fatal(err)
 				}
 			}); n > 0 {
@@ -347,39 +338,68 @@ func TestAllocations(t *testing.T) {
 	}
 }
 
-func BenchmarkRequest(b *testing.B) {
-	key := makeSigners()[1].PublicKey()
-	keyring := &still{
-		ids: []agent.Identity{{Key: &cached{key, key.Marshal()}, Comment: "one"}},
-		sig: ssh.Signature{Format: "rsa-sha2-256", Blob: make([]byte, 256)},
+// gate is a connection on which an answer is written when it is let through, or not
+// at all.
+type gate struct {
+	net.Conn
+	writes chan error
+}
+
+func (g *gate) Write(b []byte) (int, error) {
+	g.writes <- nil
+	if err := <-g.writes; err != nil {
+		return 0, err
 	}
-	l, err := Listen(shortDir(b) + "/s")
-	if err != nil {
-		b.Fatal(err)
-	}
-	ctx, stop := context.WithCancel(b.Context())
-	ended := make(chan error)
-	go func() { ended <- (&Server{Keyring: keyring}).Serve(ctx, l) }()
-	defer func() {
-		stop()
-		<-ended
-	}()
-	for name, request := range map[string][]byte{"list": framed(message(11)), "sign": framed(message(13, key.Marshal(), "data", uint32(2)))} {
-		b.Run(name, func(b *testing.B) {
-			conn, err := net.Dial("unix", l.Path())
-			if err != nil {
-				b.Fatal(err)
+	return g.Conn.Write(b)
+}
+
+// The client has the signature before the log has its line, which comes all the
+// same when the answer cannot be sent; a refusal is in the log first.
+func TestAnswerBeforeLine(t *testing.T) {
+	log, book := newLog()
+	keyring, key := stillKeyring(t, log.Handler(), 1)
+	s := &Server{Keyring: keyring, Log: log}
+	for _, test := range []struct {
+		name   string
+		key    []byte
+		broken error
+		first  string // in the log before the answer
+		then   string
+	}{
+		{"signed", key, nil, "", "msg=signed "},
+		{"signed, and nobody takes it", key, syscall.EPIPE, "", "msg=signed "},
+		{"refused", []byte("no key"), nil, `msg="request refused" `, ""},
+	} {
+		t.Run(test.name, func(t *testing.T) {
+			book.reset()
+			client, nc := net.Pipe()
+			defer client.Close()
+			g := &gate{nc, make(chan error)}
+			ended := make(chan struct{})
+			go func() {
+				defer close(ended)
+				c := newConn(s, g, everyday, nil, nil)
+				defer nc.Close()
+				defer c.in.close()
+				c.run(t.Context())
+			}()
+			if _, err := client.Write(framed(message(msgSignRequest, test.key, gitData(), uint32(0)))); err != nil {
+				t.Fatal(err)
 			}
-			defer conn.Close()
-			answer := make([]byte, 4096)
-			b.ReportAllocs()
-			for b.Loop() {
-				if _, err := conn.Write(request); err != nil {
-					b.Fatal(err)
+			<-g.writes
+			if got := book.String(); !strings.Contains(got, test.first) || (got == "") != (test.first == "") {
+				t.Errorf("before the answer the log has %q, want %q in it", got, test.first)
+			}
+			g.writes <- test.broken
+			if test.broken == nil {
+				if _, err := readAnswer(client); err != nil {
+					t.Error(err)
 				}
-				if _, err := conn.Read(answer); err != nil && !errors.Is(err, os.ErrDeadlineExceeded) {
-					b.Fatal(err)
-				}
+			}
+			client.Close()
+			<-ended
+			if got := book.String(); strings.Count(got, "\n") != 1 || !strings.Contains(got, test.then) {
+				t.Errorf("the log has %q, want one line with %q", got, test.then)
 			}
 		})
 	}

@@ -59,8 +59,8 @@ func (k *checking) called(c *agent.Caller) error {
 	return nil
 }
 
-func (k *checking) List(_ context.Context, c *agent.Caller) ([]agent.Identity, error) {
-	return []agent.Identity{{Key: fixed("KEY"), Comment: "name"}}, k.called(c)
+func (k *checking) List(_ context.Context, c *agent.Caller) (*agent.Listing, error) {
+	return &agent.Listing{Identities: []agent.Identity{{Key: fixed("KEY"), Comment: "name"}}}, k.called(c)
 }
 
 func (k *checking) Sign(_ context.Context, c *agent.Caller, r agent.SignRequest) (*ssh.Signature, error) {
@@ -164,7 +164,7 @@ func FuzzFrames(f *testing.F) {
 			}
 		}
 		log, book := newLog()
-		c = newConn(&Server{Keyring: &checking{t: t, err: errors.New("no")}, Log: log}, nc, peer.Peer{}, nil)
+		c = newConn(&Server{Keyring: &checking{t: t, err: errors.New("no")}, Log: log}, nc, peer.Peer{}, nil, nil)
 		c.run(t.Context())
 		c.in.close()
 		for i := range want {

@@ -77,6 +77,9 @@ func mayHoldSecret(message byte) bool {
 // should mean is unknown.
 func (c *conn) answer(ctx context.Context, message []byte) {
 	in := reader{rest: message[1:]}
+	if message[0] != msgRequestIdentities {
+		c.look()
+	}
 	switch message[0] {
 	case msgRequestIdentities:
 		c.list(ctx, in)
@@ -162,28 +165,39 @@ func (c *conn) list(ctx context.Context, in reader) {
 		c.fail("refused to list keys", err)
 		return
 	}
-	identities, err := c.server.Keyring.List(ctx, c.caller)
+	list, err := c.server.Keyring.List(ctx, c.caller)
 	if err != nil {
 		c.out = append(c.out, msgFailure)
 		return
 	}
-	c.out = append(c.out, msgIdentitiesAnswer)
-	count := len(c.out)
-	c.out = append(c.out, 0, 0, 0, 0)
-	listed := 0
+	c.whole = list.Encoded(encodeList)
+	if listed := listed(c.whole); listed < len(list.Identities) {
+		c.refuse("list of keys cut short", fmt.Errorf("clients can take %d of the %d keys", listed, len(list.Identities)))
+	}
+}
+
+// encodeList returns the answer with the identities, its length in front, as far as
+// clients can take it.
+func encodeList(identities []agent.Identity) []byte {
+	const header = 4 + 1 + 4
+	n, size := 0, header
 	for _, id := range identities {
-		before := len(c.out)
-		c.out = appendString(c.out, id.Key.Marshal())
-		c.out = appendString(c.out, id.Comment)
-		if len(c.out) > 4+maxAnswer || listed == maxIdentities {
-			c.out = c.out[:before]
-			c.refuse("list of keys cut short", fmt.Errorf("clients can take %d of the %d keys", listed, len(identities)))
+		more := 4 + len(id.Key.Marshal()) + 4 + len(id.Comment)
+		if size+more > 4+maxAnswer || n == maxIdentities {
 			break
 		}
-		listed++
+		n, size = n+1, size+more
 	}
-	binary.BigEndian.PutUint32(c.out[count:], uint32(listed))
+	b := binary.BigEndian.AppendUint32(make([]byte, 0, size), uint32(size-4))
+	b = binary.BigEndian.AppendUint32(append(b, msgIdentitiesAnswer), uint32(n))
+	for _, id := range identities[:n] {
+		b = appendString(appendString(b, id.Key.Marshal()), id.Comment)
+	}
+	return b
 }
+
+// listed tells how many identities there are in what encodeList has made.
+func listed(list []byte) int { return int(binary.BigEndian.Uint32(list[5:])) }
 
 // sign answers SSH_AGENTC_SIGN_REQUEST (RFC 9987 section 5.6).
 func (c *conn) sign(ctx context.Context, in reader) {

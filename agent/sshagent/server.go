@@ -28,7 +28,8 @@ type Server struct {
 	// Log gets one line for each connection and each request that the door
 	// itself refuses; nil discards them.
 	Log *slog.Logger
-	// Allowed decides by its peer whether a connection is served: nil means
+	// Allowed decides by its peer whether a connection is served, as far as the
+	// kernel recorded it when the connection was made (peer.Later): nil means
 	// SameUser. It is called once for each connection, from many goroutines.
 	Allowed func(peer.Peer) error
 	// MaxConnections bounds the connections of each Serve; 0 means
@@ -192,19 +193,20 @@ var (
 
 // serve decides about one connection and serves it. The caller closes it.
 func (s *Server) serve(ctx context.Context, nc *net.UnixConn, rules *agent.Socket, w *watcher) {
-	p := peer.Of(nc)
+	p, look := peer.Later(nc)
 	allowed := s.Allowed
 	if allowed == nil {
 		allowed = SameUser
 	}
-	c := newConn(s, nc, p, rules)
+	c := newConn(s, nc, p, look, rules)
+	defer c.looking.Wait()
 	defer c.in.close()
 	defer c.survive()
 	if err := allowed(p); err != nil {
 		c.refuse("connection refused", err)
 		return
 	}
-	ctx, cancel := context.WithCancelCause(peer.NewContext(ctx, p))
+	ctx, cancel := context.WithCancelCause(ctx)
 	defer cancel(nil)
 	if err := w.add(c.caller.Number, nc, cancel); err != nil {
 		c.refuse("connection refused", err)

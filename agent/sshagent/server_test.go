@@ -11,6 +11,7 @@ import (
 	"os"
 	"os/exec"
 	"path/filepath"
+	"strconv"
 	"strings"
 	"sync"
 	"sync/atomic"
@@ -291,6 +292,37 @@ func TestAllowed(t *testing.T) {
 	if strings.Count(got, "\n") != 1 || !strings.Contains(got, "not on a Sunday") || !strings.Contains(got, fmt.Sprintf("(%d)", os.Getpid())) {
 		t.Errorf("log:\n%swant one line with peer and reason", got)
 	}
+}
+
+// Who lists keys is not looked at; who asks for anything else is.
+func TestLooksWhenNeeded(t *testing.T) {
+	log, book := newLog()
+	client, nc := net.Pipe()
+	defer client.Close()
+	var looks atomic.Int64
+	ended := make(chan struct{})
+	keyring, key := stillKeyring(t, log.Handler(), 1)
+	go func() {
+		defer close(ended)
+		c := newConn(&Server{Keyring: keyring, Log: log}, nc, peer.Peer{Known: true, PID: 4711}, func() peer.Peer {
+			looks.Add(1)
+			return everyday
+		}, nil)
+		defer nc.Close()
+		defer c.in.close()
+		defer c.looking.Wait()
+		c.run(t.Context())
+	}()
+	ask(t, client, message(msgRequestIdentities), message(msgRequestIdentities))
+	if n := looks.Load(); n != 0 {
+		t.Errorf("looked %d times for a list", n)
+	}
+	ask(t, client, message(msgSignRequest, key, gitData(), uint32(0)))
+	if got, want := book.wait(t, "msg=signed"), strconv.Quote(everyday.String()); !strings.Contains(got, "client="+want) || looks.Load() == 0 {
+		t.Errorf("the log has %q, want the client %s in it", got, want)
+	}
+	client.Close()
+	<-ended
 }
 
 func TestSameUser(t *testing.T) {

@@ -71,16 +71,16 @@ func (k *fakeKeyring) noted() []call {
 	return slices.Clone(k.calls)
 }
 
-func (k *fakeKeyring) List(_ context.Context, c *agent.Caller) ([]agent.Identity, error) {
+func (k *fakeKeyring) List(_ context.Context, c *agent.Caller) (*agent.Listing, error) {
 	k.note(call{method: "List", caller: c})
 	if k.list != nil {
-		return k.list(), nil
+		return &agent.Listing{Identities: k.list()}, nil
 	}
 	var ids []agent.Identity
 	for _, s := range k.signers {
 		ids = append(ids, agent.Identity{Key: s.PublicKey(), Comment: "fake " + s.PublicKey().Type()})
 	}
-	return ids, nil
+	return &agent.Listing{Identities: ids}, nil
 }
 
 func (k *fakeKeyring) Sign(ctx context.Context, c *agent.Caller, r agent.SignRequest) (*ssh.Signature, error) {
@@ -225,6 +225,12 @@ func (b *logBook) String() string {
 	b.mu.Lock()
 	defer b.mu.Unlock()
 	return b.text.String()
+}
+
+func (b *logBook) reset() {
+	b.mu.Lock()
+	defer b.mu.Unlock()
+	b.text.Reset()
 }
 
 // wait returns the log once it holds what.

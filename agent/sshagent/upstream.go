@@ -350,7 +350,7 @@ func (u *Upstream) connect(ctx context.Context) (net.Conn, error) {
 }
 
 // owner returns the user that the other end ran as when it began to listen. A
-// peer.Peer would have more, all of it for people, at the price of some 30 system
+// peer.Peer would have more, all of it for people, at the price of some 20 system
 // calls for each request.
 func owner(conn *net.UnixConn) (uid int, err error) {
 	raw, err := conn.SyscallConn()

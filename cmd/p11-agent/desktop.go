@@ -12,7 +12,6 @@ import (
 	"time"
 
 	"p11-agent/agent"
-	"p11-agent/agent/peer"
 	"p11-agent/pinentry/notify"
 	"p11-agent/systemd/bus"
 	"p11-agent/systemd/login1"
@@ -120,7 +119,7 @@ func (n *notices) working(ctx context.Context, k *token.Key) (done func()) {
 	return n.Begin(k.Token(), func() []string {
 		use := agent.UseFromContext(ctx)
 		return slices.Concat([]string{tokenLine(k.Token()), keyLine(k.Token(), k.Label(), k.URI(), k.ID(), use)},
-			useLines(use), []string{requester(peer.FromContext(ctx))})
+			useLines(use), []string{requester(agent.PeerFromContext(ctx))})
 	})
 }
 

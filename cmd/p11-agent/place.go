@@ -208,7 +208,7 @@ func (c *conversation) client() *peer.Desk {
 	if c.desk == nil {
 		var p peer.Peer // unknown
 		if c.caller != nil {
-			p = c.caller.Peer
+			p = c.caller.Who()
 		}
 		c.desk = p.Desk()
 	}

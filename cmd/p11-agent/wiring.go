@@ -12,7 +12,6 @@ import (
 	"time"
 
 	"p11-agent/agent"
-	"p11-agent/agent/peer"
 	"p11-agent/pinentry"
 	"p11-agent/pinentry/secret"
 	"p11-agent/token"
@@ -439,7 +438,7 @@ func confirmText(r agent.Question) string {
 	if r.Plain != agent.Once {
 		lines = append(lines, "Yes counts "+r.Plain.String()+".")
 	}
-	return about(useLines(r.Use), lines, []string{"Asked because of " + r.Why + ".", requester(r.Caller.Peer)})
+	return about(useLines(r.Use), lines, []string{"Asked because of " + r.Why + ".", requester(r.Caller.Who())})
 }
 
 // Insert asks to insert a token.
@@ -449,7 +448,7 @@ func (a *asker) Insert(ctx context.Context, w agent.Wanted) (bool, error) {
 		return pinentry.Prompt{
 			Title: "p11-agent",
 			Description: fmt.Sprintf("Please insert the token %s.\n", strings.Join(w.Tokens, " or ")) +
-				about(useLines(agent.UseFromContext(ctx)), []string{commentLine(w.Comment), w.Fingerprint, requester(peer.FromContext(ctx))}),
+				about(useLines(agent.UseFromContext(ctx)), []string{commentLine(w.Comment), w.Fingerprint, requester(agent.PeerFromContext(ctx))}),
 			OK:     "_It is in",
 			Cancel: "_Cancel",
 		}
@@ -486,7 +485,7 @@ func (d *dialogue) description(ctx context.Context) string {
 	if d.about.Tries != token.TriesUnknown {
 		lines = append(lines, "Note: "+d.about.Tries.String()+".")
 	}
-	return about(useLines(use), lines, []string{requester(peer.FromContext(ctx))})
+	return about(useLines(use), lines, []string{requester(agent.PeerFromContext(ctx))})
 }
 
 func (d *dialogue) PIN(ctx context.Context, problem string) (pin *secret.Secret, err error) {

@@ -1,0 +1,217 @@
+package agent
+
+import (
+	"context"
+	"crypto"
+	"crypto/ecdsa"
+	"crypto/elliptic"
+	"crypto/rand"
+	"fmt"
+	"log/slog"
+	"os"
+	"path/filepath"
+	"testing"
+
+	"golang.org/x/crypto/ssh"
+
+	"p11-agent/agent/peer"
+)
+
+// stillKey is a key whose signatures cost nothing: what is left is the keyring's.
+type stillKey struct {
+	*fakeKey
+	signature []byte
+}
+
+func (k *stillKey) SignMessageContext(ctx context.Context, _ []byte, _ crypto.SignerOpts) ([]byte, error) {
+	_ = ctx.Done() // as whoever waits for a token does
+	return k.signature, nil
+}
+
+// newStillKey makes a P-256 key with a URI such as tokens have.
+func newStillKey(tb testing.TB, number int) *stillKey {
+	tb.Helper()
+	priv, err := ecdsa.GenerateKey(elliptic.P256(), rand.Reader)
+	if err != nil {
+		tb.Fatal(err)
+	}
+	uri := fmt.Sprintf("pkcs11:model=SoftHSM%%20v2;manufacturer=SoftHSM%%20project;serial=9b8d2f5c1e0a7f43;token=work;id=%%%02x;object=ssh%d", number%256, number)
+	key := &fakeKey{Signer: priv, uri: uri, insertions: 1}
+	sig, err := key.SignMessageContext(tb.Context(), []byte("data"), crypto.SHA256)
+	if err != nil {
+		tb.Fatal(err)
+	}
+	return &stillKey{key, sig}
+}
+
+// stillKeyring is a keyring with keys that cost nothing, as it is every day.
+func stillKeyring(tb testing.TB, log slog.Handler, number int) (*Keyring, []Key) {
+	tb.Helper()
+	var keys []Key
+	for i := range number {
+		keys = append(keys, newStillKey(tb, i))
+	}
+	return NewKeyring(Options{
+		Tokens: newFakeTokens(keys...),
+		Rules: Rules{
+			Name:     func(Key) string { return "" },
+			Approval: func(Key) Approval { return Approval{} },
+		},
+		Log: slog.New(log),
+	}), keys
+}
+
+var everyday = &Caller{Number: 1, Peer: peer.Peer{Known: true, PID: 4711, UID: 1000, Chain: []peer.Process{
+	{PID: 4711, Name: "ssh"}, {PID: 4710, Name: "git"}, {PID: 4709, Name: "bash"}, {PID: 4708, Name: "tmux: server"},
+}}}
+
+// gitRequest and loginRequest are what is signed most often.
+func gitRequest(key Key) SignRequest {
+	return SignRequest{Key: wireOf(key), Data: make([]byte, 100), Content: Content{Kind: KindSignature, Namespace: "git"}}
+}
+
+func loginRequest(key Key) SignRequest {
+	return SignRequest{
+		Key: wireOf(key), Data: make([]byte, 500), Content: Content{Kind: KindLogin},
+		Login: &Login{User: "me", SessionID: make([]byte, 32), HostKey: wireOf(edKey("host"))},
+	}
+}
+
+// logFile is a log as the agent in the background has it.
+func logFile(tb testing.TB) slog.Handler {
+	tb.Helper()
+	f, err := os.OpenFile(filepath.Join(tb.TempDir(), "log"), os.O_WRONLY|os.O_CREATE|os.O_APPEND, 0o600)
+	if err != nil {
+		tb.Fatal(err)
+	}
+	tb.Cleanup(func() { f.Close() })
+	return slog.NewTextHandler(f, nil)
+}
+
+// BenchmarkSign is what is around a signature, and is to cost little beside it:
+// without a log, and with one in a file.
+func BenchmarkSign(b *testing.B) {
+	for _, log := range []struct {
+		name    string
+		handler slog.Handler
+	}{{"unlogged", slog.DiscardHandler}, {"logged", logFile(b)}} {
+		k, keys := stillKeyring(b, log.handler, 2)
+		for _, r := range []struct {
+			name string
+			SignRequest
+		}{{"git", gitRequest(keys[1])}, {"login", loginRequest(keys[1])}} {
+			b.Run(log.name+"/"+r.name, func(b *testing.B) {
+				ctx, cancel := context.WithCancel(b.Context())
+				defer cancel()
+				b.ReportAllocs()
+				for b.Loop() {
+					if _, err := k.Sign(ctx, everyday, r.SignRequest); err != nil {
+						b.Fatal(err)
+					}
+				}
+			})
+		}
+	}
+}
+
+// BenchmarkSignature is what the form of a signature costs.
+func BenchmarkSignature(b *testing.B) {
+	key := newStillKey(b, 1)
+	pub, err := ssh.NewPublicKey(key.Public())
+	if err != nil {
+		b.Fatal(err)
+	}
+	b.ReportAllocs()
+	for b.Loop() {
+		if _, err := signature(pub, pub.Type(), key.signature); err != nil {
+			b.Fatal(err)
+		}
+	}
+}
+
+// BenchmarkEnter is what it costs that a request ends when the agent is locked.
+func BenchmarkEnter(b *testing.B) {
+	ctx, cancel := context.WithCancel(b.Context())
+	defer cancel()
+	l := newLock()
+	b.ReportAllocs()
+	for b.Loop() {
+		inside, err := l.enter(ctx, everyday, nil)
+		if err != nil {
+			b.Fatal(err)
+		}
+		_ = inside.Done()
+		inside.leave()
+	}
+}
+
+// BenchmarkEvent is what it costs to note what became of a request, without and
+// with its line in a log.
+func BenchmarkEvent(b *testing.B) {
+	for _, log := range []struct {
+		name    string
+		handler slog.Handler
+	}{{"unlogged", slog.DiscardHandler}, {"logged", logFile(b)}} {
+		b.Run(log.name, func(b *testing.B) {
+			k, _ := stillKeyring(b, log.handler, 1)
+			id := k.now().identities[0]
+			b.ReportAllocs()
+			for b.Loop() {
+				rec := k.begin(everyday, RequestSign)
+				rec.use.Content = Content{Kind: KindSignature, Namespace: "git"}
+				rec.about(id)
+				k.end(rec, nil)
+			}
+		})
+	}
+}
+
+func BenchmarkList(b *testing.B) {
+	for _, n := range []int{2, 100, 1000} {
+		b.Run(fmt.Sprint(n), func(b *testing.B) {
+			k, _ := stillKeyring(b, slog.DiscardHandler, n)
+			b.ReportAllocs()
+			for b.Loop() {
+				if _, err := k.List(b.Context(), everyday); err != nil {
+					b.Fatal(err)
+				}
+			}
+		})
+	}
+}
+
+// BenchmarkView is what the first list costs after a change.
+func BenchmarkView(b *testing.B) {
+	for _, n := range []int{2, 100, 1000} {
+		b.Run(fmt.Sprint(n), func(b *testing.B) {
+			k, _ := stillKeyring(b, slog.DiscardHandler, n)
+			b.ReportAllocs()
+			for b.Loop() {
+				k.change.Add(1)
+				if len(k.now().list.Identities) != n {
+					b.Fatal("keys are missing")
+				}
+			}
+		})
+	}
+}
+
+// BenchmarkCertificates is what it costs a list to look for renewed certificates.
+func BenchmarkCertificates(b *testing.B) {
+	dir := b.TempDir()
+	ca := newTestKey(b)
+	for i := range 10 {
+		text := ssh.MarshalAuthorizedKey(newTestKey(b).certificate(b, ca, ssh.UserCert, nil))
+		if err := os.WriteFile(filepath.Join(dir, fmt.Sprintf("%d-cert.pub", i)), text, 0o600); err != nil {
+			b.Fatal(err)
+		}
+	}
+	d := NewCertificateDir(dir, slog.New(slog.DiscardHandler))
+	b.ReportAllocs()
+	for b.Loop() {
+		d.look()
+	}
+	if n := len(d.certificates()); n != 10 {
+		b.Fatalf("%d certificates", n)
+	}
+}
