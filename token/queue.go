@@ -44,6 +44,7 @@ type queue struct {
 	seats   []*seat // all of them
 
 	heard   time.Time // when the token has answered last, whatever that was
+	signed  time.Time // when it has signed last
 	fastest map[kind]time.Duration
 	beside  bool // it makes signatures side by side, or so fast that it does not matter
 	alone   int  // how often one has waited for another since that was tried
@@ -120,7 +121,8 @@ func (q *queue) give() {
 // learn makes of an answer what can be known of how the token works.
 func (q *queue) learn(s *seat, now time.Time) {
 	k := s.kind()
-	took := now.Sub(s.pending.since)
+	took, apart := now.Sub(s.pending.since), now.Sub(q.signed)
+	q.signed = now
 	fastest, known := q.fastest[k]
 	if !known || took < fastest {
 		if len(q.fastest) >= wire.MaxList {
@@ -134,7 +136,7 @@ func (q *queue) learn(s *seat, now time.Time) {
 	if q.beside || !s.beside || !known {
 		return
 	}
-	apart := min(took, now.Sub(q.heard))
+	apart = min(took, apart)
 	switch {
 	case q.alone >= 2:
 		if q.alone++; q.alone >= probation {
@@ -273,11 +275,9 @@ func (p *process) sign(ctx context.Context, s *seat) (signature []byte, fastest 
 		delete(p.waiting, id)
 		p.mu.Unlock()
 		err = p.request(ctx, false, timeout, wire.TypeSign, &s.req, &s.reply)
-		signature = s.reply.Signature
 		p.mu.Lock()
 		defer p.mu.Unlock()
-		p.leaveLocked(s)
-		return signature, fastest, err
+		return p.outcomeLocked(s, err)
 	}
 	if err == nil {
 		if s.waitHere(alone && known && fastest < quick) {
@@ -344,16 +344,20 @@ func (p *process) answered(id uint32, s *seat, err error) ([]byte, time.Duration
 		_ = p.cmd.Process.Kill()
 		return nil, 0, errGone
 	}
-	signature := s.reply.Signature
-	now := time.Now()
 	p.mu.Lock()
 	defer p.mu.Unlock()
 	delete(p.waiting, id)
+	s.queue.heard = time.Now()
+	return p.outcomeLocked(s, err)
+}
+
+// outcomeLocked returns the outcome of a request, and gives the seat up.
+func (p *process) outcomeLocked(s *seat, err error) (signature []byte, fastest time.Duration, _ error) {
+	signature = s.reply.Signature
 	if err == nil {
-		s.queue.learn(s, now)
+		s.queue.learn(s, time.Now())
 	}
-	s.queue.heard = now
-	fastest := s.queue.fastest[s.kind()]
+	fastest = s.queue.fastest[s.kind()]
 	p.leaveLocked(s)
 	return signature, fastest, err
 }
