@@ -124,7 +124,7 @@ Exit status: 0 it worked; 1 it did not, or "check" or "doctor" found a problem;
 	}
 	root.PersistentFlags().StringVar(&g.config, "config", "", "read the configuration from `FILE` (default ~/.config/p11-agent/config.toml)")
 	// Not cobra's: its words can only be changed by a template, and a program with
-	// text/template in it keeps every method that there is, called or not. TestLinked.
+	// text/template in it keeps every method that there is, called or not. TestProgram.
 	root.Flags().BoolVarP(&showVersion, "version", "v", false, "print the version")
 	root.SetFlagErrorFunc(func(_ *cobra.Command, err error) error { return &usageError{err} })
 	cobra.EnableCommandSorting = false // for all commands of the process: they are in the order of this list
