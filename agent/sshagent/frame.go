@@ -7,6 +7,7 @@ import (
 	"io"
 	"net"
 	"sync"
+	"syscall"
 	"time"
 
 	"p11-agent/pinentry/secret"
@@ -32,19 +33,27 @@ var buffers = sync.Pool{New: func() any { return new([bufferSize]byte) }}
 // It reads only when it has no whole message left, and then as much as has
 // arrived, so that a message usually costs one system call. Its memory grows
 // with the bytes that have arrived, not with the length that was announced, and
-// shrinks again. No byte of a message that may hold a secret is left behind
-// anywhere once the message is done.
+// shrinks again; a client that sends nothing keeps none. No byte of a message that
+// may hold a secret is left behind anywhere once the message is done.
 type frames struct {
 	nc         net.Conn
-	small      *[bufferSize]byte // buf lies in it, unless it had to grow
+	small      *[bufferSize]byte // buf lies in it, unless it had to grow; nil: there is no buf
 	buf        []byte
 	start, end int // what has been read and is not done yet
 	current    int // length of the message at start, its header included
+
+	raw     syscall.RawConn // nil: nc is no socket
+	attempt func(uintptr) bool
+	n       int // what attempt has read
+	err     error
 }
 
 func newFrames(nc net.Conn) frames {
-	small := buffers.Get().(*[bufferSize]byte)
-	return frames{nc: nc, small: small, buf: small[:]}
+	f := frames{nc: nc}
+	if c, ok := nc.(syscall.Conn); ok {
+		f.raw, _ = c.SyscallConn() // of one that is closed there is none, and nothing to read
+	}
+	return f
 }
 
 // next returns the body of the next message, of at least one byte. It is valid
@@ -78,8 +87,7 @@ func (f *frames) next() ([]byte, error) {
 				return nil, err
 			}
 		}
-		f.makeRoom(need)
-		n, err := f.nc.Read(f.buf[f.end:])
+		n, err := f.read(need)
 		f.end += n
 		if n == 0 && err != nil {
 			if errors.Is(err, io.EOF) && f.end > f.start {
@@ -87,6 +95,57 @@ func (f *frames) next() ([]byte, error) {
 			}
 			return nil, err
 		}
+	}
+}
+
+// read reads more of a message of need bytes. For the first of them it waits
+// without a buffer, if nc is a socket.
+func (f *frames) read(need int) (int, error) {
+	if f.end > f.start || f.raw == nil {
+		f.take()
+		f.makeRoom(need)
+		return f.nc.Read(f.buf[f.end:])
+	}
+	if f.attempt == nil {
+		f.attempt = func(fd uintptr) bool {
+			f.take()
+			for {
+				if f.n, f.err = syscall.Read(int(fd), f.buf); f.err != syscall.EINTR {
+					break
+				}
+			}
+			if f.err != syscall.EAGAIN {
+				return true
+			}
+			f.give()
+			return false
+		}
+	}
+	if err := f.raw.Read(f.attempt); err != nil {
+		return 0, err
+	}
+	switch {
+	case f.err != nil:
+		return 0, f.err
+	case f.n == 0:
+		return 0, io.EOF
+	}
+	return f.n, nil
+}
+
+// take makes sure that there is a buffer.
+func (f *frames) take() {
+	if f.small == nil {
+		f.small = buffers.Get().(*[bufferSize]byte)
+		f.buf = f.small[:]
+	}
+}
+
+// give gives the buffer back, in which nothing is left to be done.
+func (f *frames) give() {
+	if f.small != nil {
+		buffers.Put(f.small)
+		f.small, f.buf = nil, nil
 	}
 }
 
@@ -130,7 +189,8 @@ func (f *frames) makeRoom(need int) {
 // called afterwards.
 func (f *frames) close() {
 	secret.Wipe(f.buf)
-	secret.Wipe(f.small[:])
-	buffers.Put(f.small)
-	f.small, f.buf = nil, nil
+	if f.small != nil {
+		secret.Wipe(f.small[:])
+	}
+	f.give()
 }

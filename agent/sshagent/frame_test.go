@@ -212,7 +212,6 @@ func TestPINIsWiped(t *testing.T) {
 			log, book := newLog()
 			keyring := &wary{fakeKeyring: newKeyring()}
 			c = newConn(&Server{Keyring: keyring, Log: log}, nc, peer.Peer{}, nil, nil)
-			used[&c.in.small[0]] = c.in.small[:]
 			func() {
 				defer c.in.close()
 				defer c.survive()

@@ -10,6 +10,7 @@ import (
 	"log/slog"
 	"os"
 	"path/filepath"
+	"runtime/debug"
 
 	"github.com/spf13/cobra"
 
@@ -41,6 +42,9 @@ func (e statusError) Error() string { return fmt.Sprintf("exit status %d", int(e
 
 func main() {
 	if len(os.Args) > 1 && os.Args[1] == moduleCommand {
+		// What lives in a module process is a fraction of the 4 MiB that its heap is
+		// let grow to before garbage is collected. Now it is 2 MiB.
+		debug.SetGCPercent(50)
 		os.Exit(module.Main())
 	}
 	args := os.Args[1:]
@@ -100,6 +104,7 @@ type globals struct {
 
 func newRootCommand() *cobra.Command {
 	g := new(globals)
+	var showVersion bool
 	root := &cobra.Command{
 		Use:   "p11-agent",
 		Short: "SSH agent for keys on smart cards, TPMs and HSMs",
@@ -111,15 +116,21 @@ Exit status: 0 it worked; 1 it did not, or "check" or "doctor" found a problem;
 2 the command line or the configuration is wrong.`,
 		SilenceErrors: true,
 		SilenceUsage:  true,
-		Version:       version,
 		Args:          knownCommand,
-		RunE:          func(cmd *cobra.Command, _ []string) error { return cmd.Help() },
+		RunE: func(cmd *cobra.Command, _ []string) error {
+			if showVersion {
+				return printVersion(cmd.OutOrStdout())
+			}
+			return cmd.Help()
+		},
 
 		SuggestionsMinimumDistance: 2,
 	}
 	root.PersistentFlags().StringVar(&g.config, "config", "", "read the configuration from `FILE` (default ~/.config/p11-agent/config.toml)")
+	// Not cobra's: its words can only be changed by a template, and a program with
+	// text/template in it keeps every method that there is, called or not. TestProgram.
+	root.Flags().BoolVarP(&showVersion, "version", "v", false, "print the version")
 	root.SetFlagErrorFunc(func(_ *cobra.Command, err error) error { return &usageError{err} })
-	root.SetVersionTemplate("p11-agent {{.Version}}\n")
 	cobra.EnableCommandSorting = false // for all commands of the process: they are in the order of this list
 	addCommands(root, "run", "Starting it:",
 		newAgentCommand(g), newInstallCommand(g), newUninstallCommand(g))
@@ -181,10 +192,14 @@ func newVersionCommand() *cobra.Command {
 		Short: "Print the version",
 		Args:  noArgs,
 		RunE: func(cmd *cobra.Command, _ []string) error {
-			_, err := fmt.Fprintf(cmd.OutOrStdout(), "p11-agent %s\n", version)
-			return err
+			return printVersion(cmd.OutOrStdout())
 		},
 	}
+}
+
+func printVersion(w io.Writer) error {
+	_, err := fmt.Fprintf(w, "p11-agent %s\n", version)
+	return err
 }
 
 // newLog makes a log for people on w. On stderr, where that is the journal, each

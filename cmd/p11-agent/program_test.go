@@ -1,0 +1,178 @@
+package main
+
+import (
+	"bytes"
+	"debug/elf"
+	"fmt"
+	"io"
+	"net"
+	"os"
+	"os/exec"
+	"path/filepath"
+	"strconv"
+	"strings"
+	"sync"
+	"testing"
+
+	sshclient "golang.org/x/crypto/ssh/agent"
+
+	"p11-agent/token/tokentest"
+)
+
+// TestProgram is about the memory of the program as it is built.
+func TestProgram(t *testing.T) {
+	program := buildAgent(t)
+	t.Run("linked", func(t *testing.T) { testLinked(t, program) })
+	t.Run("flat", func(t *testing.T) { testFlat(t, program) })
+}
+
+// The linker leaves out what is never called, unless a method can be called by a
+// name that is made up when the program runs, as text/template does: then it keeps
+// every exported method of every type, which is a fifth of the program, in the
+// memory of the agent and of each module process.
+func testLinked(t *testing.T, program string) {
+	f, err := elf.Open(program)
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer f.Close()
+	symbols, err := f.Symbols()
+	if err != nil {
+		t.Fatal(err)
+	}
+	seen := false
+	for _, s := range symbols {
+		switch s.Name {
+		case "main.main":
+			seen = true
+		case "reflect.Value.MethodByName", "reflect.(*rtype).MethodByName":
+			t.Errorf("%s is linked: go build -ldflags=-dumpdep tells what needs it", s.Name)
+		}
+	}
+	if !seen {
+		t.Error("the program has no main.main: these are not its symbols")
+	}
+}
+
+// The agent and a module process keep nothing of a signature: 512 bytes of each
+// would show.
+func testFlat(t *testing.T, program string) {
+	const (
+		first   = 2000 // as many have to pass until there is all that is needed for one
+		then    = 8000
+		clients = 4
+	)
+	h := tokentest.NewSoftHSM(t)
+	h.AddToken("work", storyPIN)
+	h.GenerateKey("work", tokentest.P256, "01", "login")
+	write := func(name, content string) string {
+		path := filepath.Join(h.Dir(), name)
+		if err := os.WriteFile(path, []byte(content), 0o600); err != nil {
+			t.Fatal(err)
+		}
+		return path
+	}
+	config := write("config.toml", fmt.Sprintf("keys = [%q]\n", "pkcs11:token=work?pin-source=file:"+write("pin", storyPIN)))
+	socket := filepath.Join(h.Dir(), "s")
+	cmd := exec.Command(program, "agent", "-D", "-a", socket, "--config", config)
+	cmd.Env = append(os.Environ(), "HOME="+h.Dir(), "XDG_STATE_HOME="+h.Dir())
+	cmd.Env = append(cmd.Env, h.Env()...)
+	out, err := cmd.StdoutPipe()
+	if err != nil {
+		t.Fatal(err)
+	}
+	var said bytes.Buffer
+	cmd.Stderr = &said
+	if err := cmd.Start(); err != nil {
+		t.Fatal(err)
+	}
+	defer func() {
+		_ = cmd.Process.Signal(os.Interrupt)
+		if err := cmd.Wait(); err != nil {
+			t.Errorf("the agent: %v\n%s", err, tail(said.String()))
+		}
+	}()
+	// It says where it is when it is there.
+	if _, err := io.ReadAtLeast(out, make([]byte, 1<<10), 1); err != nil {
+		t.Fatal(err)
+	}
+	sign := func(count int) {
+		var all sync.WaitGroup
+		for range clients {
+			all.Go(func() {
+				conn, err := net.Dial("unix", socket)
+				if err != nil {
+					t.Error(err)
+					return
+				}
+				defer conn.Close()
+				client := sshclient.NewClient(conn)
+				keys, err := client.List()
+				if err != nil || len(keys) != 1 {
+					t.Errorf("%d keys, %v", len(keys), err)
+					return
+				}
+				for range count / clients {
+					// As ssh-keygen -Y signs, which every key on a token does.
+					if _, err := client.Sign(keys[0], signedData); err != nil {
+						t.Error(err)
+						return
+					}
+				}
+			})
+		}
+		all.Wait()
+	}
+	sign(first)
+	before := anonymous(t, cmd.Process.Pid)
+	sign(then)
+	after := anonymous(t, cmd.Process.Pid)
+	for pid, size := range after {
+		if before[pid] == 0 {
+			continue // a module that has nothing to do with it
+		}
+		t.Logf("process %d has %d KiB, and had %d", pid, size>>10, before[pid]>>10)
+		if grown := size - before[pid]; grown >= then*512 {
+			t.Errorf("process %d has grown by %d bytes with %d signatures", pid, grown, then)
+		}
+	}
+	if len(after) < 2 {
+		t.Errorf("%d processes: a module's should be among them", len(after))
+	}
+}
+
+// signedData is what an SSH signature in the namespace "file" is made of.
+var signedData = append([]byte("SSHSIG"), sshFields("file", "", "sha512", bytes.Repeat([]byte{1}, 64))...)
+
+// tail is the end of a log.
+func tail(log string) string { return log[max(0, len(log)-2000):] }
+
+// anonymous tells how much memory of a process and of its children is no part of a
+// file, in bytes. What is of files depends on the machine, and is not made by us.
+func anonymous(t *testing.T, pid int) map[int]int {
+	t.Helper()
+	sizes := make(map[int]int)
+	children, err := filepath.Glob(fmt.Sprintf("/proc/%d/task/*/children", pid))
+	if err != nil {
+		t.Fatal(err)
+	}
+	all := []string{strconv.Itoa(pid)}
+	for _, file := range children {
+		b, _ := os.ReadFile(file) // of a thread that has just gone
+		all = append(all, strings.Fields(string(b))...)
+	}
+	for _, one := range all {
+		status, err := os.ReadFile(filepath.Join("/proc", one, "status"))
+		if err != nil {
+			continue // likewise
+		}
+		for line := range strings.Lines(string(status)) {
+			var size int
+			if _, err := fmt.Sscanf(line, "RssAnon: %d kB", &size); err == nil {
+				pid, _ := strconv.Atoi(one)
+				sizes[pid] = size << 10
+			}
+		}
+	}
+	return sizes
+}
