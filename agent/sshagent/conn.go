@@ -13,7 +13,6 @@ import (
 	"slices"
 	"sync"
 	"syscall"
-	"time"
 
 	"p11-agent/agent"
 	"p11-agent/agent/peer"
@@ -82,10 +81,7 @@ func (c *conn) run(ctx context.Context) {
 		if c.whole != nil {
 			answer, c.whole = c.whole, nil
 		}
-		err = c.nc.SetWriteDeadline(time.Now().Add(patience))
-		if err == nil {
-			_, err = c.nc.Write(answer)
-		}
+		err = c.in.write(answer, patience)
 		c.finish()
 		if err != nil {
 			c.ended(err)

@@ -9,6 +9,7 @@ import (
 	"sync"
 	"syscall"
 	"time"
+	"unsafe"
 
 	"p11-agent/pinentry/secret"
 )
@@ -109,12 +110,7 @@ func (f *frames) read(need int) (int, error) {
 	if f.attempt == nil {
 		f.attempt = func(fd uintptr) bool {
 			f.take()
-			for {
-				if f.n, f.err = syscall.Read(int(fd), f.buf); f.err != syscall.EINTR {
-					break
-				}
-			}
-			if f.err != syscall.EAGAIN {
+			if f.n, f.err = transfer(syscall.SYS_READ, fd, f.buf); f.err != syscall.EAGAIN {
 				return true
 			}
 			f.give()
@@ -131,6 +127,48 @@ func (f *frames) read(need int) (int, error) {
 		return 0, io.EOF
 	}
 	return f.n, nil
+}
+
+// write sends b, in one system call if the client has room for it, or waits until it
+// has taken it, for so long.
+func (f *frames) write(b []byte, patience time.Duration) error {
+	if f.raw != nil {
+		var n int
+		var err error
+		if err := f.raw.Write(func(fd uintptr) bool {
+			n, err = transfer(syscall.SYS_WRITE, fd, b)
+			return true
+		}); err != nil {
+			return err
+		}
+		if err != nil && err != syscall.EAGAIN {
+			return err
+		}
+		if b = b[n:]; len(b) == 0 {
+			return nil
+		}
+	}
+	if err := f.nc.SetWriteDeadline(time.Now().Add(patience)); err != nil {
+		return err
+	}
+	_, err := f.nc.Write(b)
+	return err
+}
+
+// transfer reads or writes b, which is not empty, on a socket that makes nobody wait.
+// So the scheduler need not be told: it would wake a thread for each call, to look
+// after those that do wait.
+func transfer(trap, fd uintptr, b []byte) (int, error) {
+	for {
+		n, _, errno := syscall.RawSyscall(trap, fd, uintptr(unsafe.Pointer(&b[0])), uintptr(len(b)))
+		switch errno {
+		case 0:
+			return int(n), nil
+		case syscall.EINTR:
+		default:
+			return 0, errno
+		}
+	}
 }
 
 // take makes sure that there is a buffer.

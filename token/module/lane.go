@@ -6,6 +6,7 @@ import (
 	"io"
 	"runtime"
 	"sync"
+	"time"
 
 	"p11-agent/token/wire"
 )
@@ -62,12 +63,19 @@ func (s *server) serveLane(l *lane) {
 	var m wire.Sign
 	var reply wire.SignReply
 	room := make([]byte, maxSignature)
+	var scheduled time.Time
+	var took time.Duration // what the last signature took
 	for {
-		id, err := l.c.ReadRequest(&m)
+		awake := s.stayAwake(took)
+		id, err := l.c.ReadRequest(&m, awake)
+		if awake > 0 {
+			s.awake.Store(false)
+		}
 		if err == nil {
-			ctx := l.begin(id)
+			ctx, start := l.begin(id), time.Now()
 			if reply.Signature, err = s.signOnLane(ctx, l, &m, room); err == nil {
 				l.end()
+				took = time.Since(start)
 				err = l.c.WriteReply(id, &reply)
 			} else {
 				l.end()
@@ -80,12 +88,31 @@ func (s *server) serveLane(l *lane) {
 			}
 			return
 		}
-		// The lane waits in the kernel, and the scheduler takes a thread that only makes
-		// system calls for one that does not let others run: it would look after it
-		// every 20 µs.
-		runtime.Gosched()
+		// The scheduler takes a thread that only makes system calls for one that does not
+		// let others run, from 10 ms on: it would look after it every 20 µs.
+		if now := time.Now(); now.Sub(scheduled) > 5*time.Millisecond {
+			runtime.Gosched()
+			scheduled = now
+		}
 	}
 }
+
+// awakeFor is how long a thread stays awake for the next request.
+const awakeFor = 100 * time.Microsecond
+
+// stayAwake tells how long a lane is to wait for the next request without going to
+// sleep, which it stops with s.awake. A processor that was put to sleep works at half
+// its speed for so long after it has been woken, which itself takes as long as a fast
+// signature. So one lane at a time stays awake after one, for no longer than that may
+// take.
+func (s *server) stayAwake(took time.Duration) time.Duration {
+	if took == 0 || took > time.Millisecond || processors == 1 || !s.awake.CompareAndSwap(false, true) {
+		return 0
+	}
+	return awakeFor
+}
+
+var processors = runtime.NumCPU()
 
 func (s *server) signOnLane(ctx context.Context, l *lane, m *wire.Sign, room []byte) ([]byte, error) {
 	lib := s.lib.Load()

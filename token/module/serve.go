@@ -29,6 +29,7 @@ type server struct {
 	log  *log.Logger
 
 	greeted atomic.Bool
+	awake   atomic.Bool             // a lane waits for a request without sleeping
 	lib     atomic.Pointer[library] // nil until the module has been initialised
 
 	// listing is held, by the one element it has room for, while slots are listed.

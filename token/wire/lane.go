@@ -261,10 +261,18 @@ type ModuleLane struct {
 // is good until the next call, which is to have the same one: what is in it as
 // the last time takes no new memory. It returns io.EOF when the agent has closed
 // the lane, and an error when it does not keep to this language.
-func (l *ModuleLane) ReadRequest(m *Sign) (id uint32, err error) {
-	n, err := unix.Read(l.fd, l.in)
-	for err == unix.EINTR {
+//
+// For so long as awake says the thread does not go to sleep. It lets others run that
+// want its processor.
+func (l *ModuleLane) ReadRequest(m *Sign, awake time.Duration) (id uint32, err error) {
+	n, errno := l.lookFor(awake)
+	if errno == unix.EAGAIN {
 		n, err = unix.Read(l.fd, l.in)
+		for err == unix.EINTR {
+			n, err = unix.Read(l.fd, l.in)
+		}
+	} else if errno != 0 {
+		err = errno
 	}
 	if err != nil {
 		return 0, gone(err)
@@ -273,6 +281,24 @@ func (l *ModuleLane) ReadRequest(m *Sign) (id uint32, err error) {
 		return 0, io.EOF
 	}
 	return parseLaneRequest(l.in[:n], m)
+}
+
+// lookFor reads a request if there is one within so long. It is EAGAIN when there was
+// none.
+func (l *ModuleLane) lookFor(awake time.Duration) (int, syscall.Errno) {
+	if awake <= 0 {
+		return 0, unix.EAGAIN
+	}
+	for start := time.Now(); ; {
+		n, _, errno := unix.RawSyscall6(unix.SYS_RECVFROM, uintptr(l.fd), uintptr(unsafe.Pointer(&l.in[0])), uintptr(len(l.in)), unix.MSG_DONTWAIT, 0, 0)
+		if errno != unix.EAGAIN && errno != unix.EINTR {
+			return int(n), errno
+		}
+		if time.Since(start) >= awake {
+			return 0, unix.EAGAIN
+		}
+		_, _, _ = unix.RawSyscall(unix.SYS_SCHED_YIELD, 0, 0, 0)
+	}
 }
 
 // parseLaneRequest reads a packet with a request.

@@ -68,7 +68,7 @@ func TestLane(t *testing.T) {
 		if lane.Ready(0) {
 			t.Error("an answer is there before there is one")
 		}
-		id, err := module.ReadRequest(&got)
+		id, err := module.ReadRequest(&got, 0)
 		if err != nil || id != uint32(i+1) {
 			t.Fatalf("request %d: %v", id, err)
 		}
@@ -106,7 +106,7 @@ func TestLaneAllocations(t *testing.T) {
 		if err := lane.Send(1, &testSign); err != nil {
 			t.Error(err)
 		}
-		if _, err := module.ReadRequest(&got); err != nil {
+		if _, err := module.ReadRequest(&got, 0); err != nil {
 			t.Error(err)
 		}
 	}
@@ -134,7 +134,7 @@ func TestLaneRefusesToSend(t *testing.T) {
 	if err := lane.Send(1, &testSign); err != nil { // nothing of them was sent
 		t.Fatal(err)
 	}
-	if id, err := module.ReadRequest(new(Sign)); id != 1 || err != nil {
+	if id, err := module.ReadRequest(new(Sign), 0); id != 1 || err != nil {
 		t.Errorf("request %d: %v", id, err)
 	}
 }
@@ -176,7 +176,7 @@ func TestLaneEnds(t *testing.T) {
 	if err := lane.Close(); err != nil {
 		t.Fatal(err)
 	}
-	if _, err := module.ReadRequest(new(Sign)); err != io.EOF {
+	if _, err := module.ReadRequest(new(Sign), 0); err != io.EOF {
 		t.Errorf("the agent has closed it: %v", err)
 	}
 	if err := lane.Send(1, &testSign); err == nil {
@@ -235,7 +235,7 @@ func TestLaneRefusesRequests(t *testing.T) {
 		if _, err := lane.c.Write(b); err != nil {
 			t.Fatal(err)
 		}
-		if _, err := module.ReadRequest(new(Sign)); err == nil || err == io.EOF {
+		if _, err := module.ReadRequest(new(Sign), 0); err == nil || err == io.EOF {
 			t.Errorf("%s: %v", name, err)
 		}
 	}
