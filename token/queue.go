@@ -19,6 +19,9 @@ const (
 	// thread, and how long it is waited for there: see wire.Lane.Ready. A smart card
 	// takes longer, and so does a network.
 	quick = time.Millisecond
+	// quickWidth is how many signatures a token is asked for at once that needs less: it
+	// is this machine that makes them, or a device that is nearly as near.
+	quickWidth = 16
 	// laneIdle is how long a seat is kept that nobody needs.
 	laneIdle = 10 * time.Second
 	// probation is how many signatures a token that works on one at a time gets one
@@ -46,7 +49,8 @@ type queue struct {
 	heard   time.Time // when the token has answered last, whatever that was
 	signed  time.Time // when it has signed last
 	fastest map[kind]time.Duration
-	beside  bool // it makes signatures side by side, or so fast that it does not matter
+	quick   bool // it makes signatures so fast that it does not matter how many at once
+	beside  bool // it makes signatures side by side
 	alone   int  // how often one has waited for another since that was tried
 }
 
@@ -81,6 +85,8 @@ func newQueue() *queue { return &queue{most: 1, fastest: make(map[kind]time.Dura
 // width is how many signatures the token is asked for at once.
 func (q *queue) width() int {
 	switch {
+	case q.quick:
+		return min(q.most, quickWidth)
 	case q.beside:
 		return q.most
 	case q.alone >= 2:
@@ -100,7 +106,7 @@ func (q *queue) take() *seat {
 		q.seats = append(q.seats, s)
 	}
 	s.beside = q.running > 0
-	if q.running++; s.beside && !q.beside {
+	if q.running++; s.beside && !q.quick && !q.beside {
 		for _, o := range q.seats {
 			o.beside = true
 		}
@@ -131,9 +137,9 @@ func (q *queue) learn(s *seat, now time.Time) {
 		q.fastest[k] = took
 	}
 	if took < quick {
-		q.beside = true
+		q.quick = true
 	}
-	if q.beside || !s.beside || !known {
+	if q.quick || q.beside || !s.beside || !known {
 		return
 	}
 	apart = min(took, apart)
