@@ -379,7 +379,7 @@ func TestSessions(t *testing.T) {
 			b.ready(module)
 			b.command(tt.commands + " hang=C_Sign release=" + filepath.Join(b.dir, "go"))
 			var all []call
-			for range 40 {
+			for range maxSessions + 8 {
 				all = append(all, b.send(wire.TypeSign, badSign()))
 			}
 			b.waitForCall("C_Sign", max(1, tt.most-1))

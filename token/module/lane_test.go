@@ -1,0 +1,155 @@
+package module
+
+import (
+	"crypto/ecdsa"
+	"crypto/elliptic"
+	"crypto/sha256"
+	"errors"
+	"math/big"
+	"path/filepath"
+	"sync"
+	"testing"
+
+	"p11-agent/token/tokentest"
+	"p11-agent/token/wire"
+)
+
+// lane opens a lane, which ends with the test.
+func (p *process) lane(id wire.TokenID) *wire.Lane {
+	p.t.Helper()
+	l, err := p.lanes.Open(id)
+	if err != nil {
+		p.t.Fatal(err)
+	}
+	p.t.Cleanup(func() { _ = l.Close() })
+	return l
+}
+
+// ask makes a signature on a lane.
+func ask(l *wire.Lane, id uint32, m *wire.Sign) ([]byte, error) {
+	if err := l.Send(id, m); err != nil {
+		return nil, err
+	}
+	var reply wire.SignReply
+	err := l.Receive(&reply)
+	return reply.Signature, err
+}
+
+// Lanes make the same signatures as the process, beside each other, and go on after
+// what has failed.
+func TestLanes(t *testing.T) {
+	hsm := tokentest.NewSoftHSM(t)
+	hsm.AddToken("work", "")
+	hsm.GenerateKey("work", tokentest.P256, "01", "one")
+	hsm.GenerateKey("work", tokentest.P256, "02", "two")
+	hsm.AddToken("other", "")
+	p := start(t, hsm.Env()...)
+	p.hello(hsm.Module())
+	id := p.token("work")
+	digest := sha256.Sum256([]byte("data"))
+	var keys []*ecdsa.PublicKey
+	var requests []*wire.Sign
+	if _, err := p.login(id, tokentest.PIN); err != nil {
+		t.Fatal(err)
+	}
+	for _, o := range p.objects(id) {
+		if o.Class != wire.CKOPublicKey {
+			continue
+		}
+		k := keyID(t, id, o)
+		key, err := ecdsa.ParseUncompressedPublicKey(elliptic.P256(), k.ECPoint)
+		if err != nil {
+			t.Fatal(err)
+		}
+		keys = append(keys, key)
+		requests = append(requests, &wire.Sign{Key: k, Mechanism: wire.CKMECDSA, SignatureLen: 64, Data: digest[:]})
+	}
+	check := func(key *ecdsa.PublicKey, sig []byte) {
+		if len(sig) != 64 || !ecdsa.Verify(key, digest[:], new(big.Int).SetBytes(sig[:32]), new(big.Int).SetBytes(sig[32:])) {
+			t.Errorf("a wrong signature: %x", sig)
+		}
+	}
+	var all sync.WaitGroup
+	for n := range 8 {
+		l := p.lane(id)
+		all.Go(func() {
+			for i := range uint32(50) {
+				which := (n + int(i)) % len(keys)
+				sig, err := ask(l, i+1, requests[which])
+				if err != nil {
+					t.Errorf("lane %d, signature %d: %v", n, i, err)
+					return
+				}
+				check(keys[which], sig)
+			}
+		})
+	}
+	all.Wait()
+
+	l := p.lane(id)
+	unknown := *requests[0]
+	unknown.Key.ID = []byte{9}
+	_, err := ask(l, 1, &unknown)
+	wantReason(t, err, wire.ReasonNoKey)
+	elsewhere := *requests[0]
+	elsewhere.Key.Token = p.token("other")
+	_, err = ask(l, 2, &elsewhere)
+	wantReason(t, err, wire.ReasonProtocol)
+	sig, err := ask(l, 3, requests[0])
+	if err != nil {
+		t.Fatal(err)
+	}
+	check(keys[0], sig)
+
+	// A logout waits for no lane that does nothing, and ends what lanes may do.
+	if err := p.do(wire.TypeLogout, &wire.Token{Token: id}, new(wire.TokenReply)); err != nil {
+		t.Fatal(err)
+	}
+	if _, err := ask(l, 4, requests[0]); err == nil {
+		t.Error("a signature without a login")
+	}
+}
+
+// A request that waits in the process can be cancelled, and one that the module has
+// goes on. The end of the agent is seen in any case.
+func TestCancelOnLane(t *testing.T) {
+	b := startBad(t, "")
+	b.ready(tokentest.BuildBadModule(t))
+	b.command("sessions=2 hang=C_Sign release=" + filepath.Join(b.dir, "go"))
+	reached, waiting := b.lane(badToken(0)), b.lane(badToken(0))
+	if err := reached.Send(1<<30, badSign()); err != nil {
+		t.Fatal(err)
+	}
+	b.waitForCall("C_Sign", 1)
+	// There is no other session for signatures.
+	if err := waiting.Send(1<<30+1, badSign()); err != nil {
+		t.Fatal(err)
+	}
+	// One that has not been read yet is not found: so it is said until it is.
+	done := make(chan error, 1)
+	go func() { done <- waiting.Receive(new(wire.SignReply)) }()
+	for cancelled := false; !cancelled; {
+		for _, id := range []uint32{1 << 30, 1<<30 + 1} {
+			if err := b.conn.WriteRequest(1<<31, wire.TypeCancel, &wire.Cancel{Request: id}); err != nil {
+				t.Fatal(err)
+			}
+		}
+		select {
+		case err := <-done:
+			wantRV(t, err, "", wire.CKRFunctionCanceled)
+			cancelled = true
+		default:
+		}
+	}
+	if reached.Ready(0) {
+		t.Error("what the module has is answered for")
+	}
+	b.conn.Close()
+	if status := b.wait(); status != 0 {
+		t.Errorf("exit status %d", status)
+	}
+	var failed *wire.Error
+	if err := reached.Receive(new(wire.SignReply)); err == nil || errors.As(err, &failed) {
+		t.Errorf("the process has ended: %v", err)
+	}
+}
