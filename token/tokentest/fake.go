@@ -53,6 +53,12 @@ func Main() {
 		os.Exit(1)
 	}
 	_ = f.Close()
+	// The lanes need nobody to hand on what is on them.
+	if _, _, err := test.(*net.UnixConn).WriteMsgUnix([]byte{0}, unix.UnixRights(wire.LanesFD), nil); err != nil {
+		fmt.Fprintln(os.Stderr, "hand on the lanes:", err)
+		os.Exit(1)
+	}
+	_ = unix.Close(wire.LanesFD)
 	go func() {
 		_, _ = io.Copy(test, agent)
 		exit() // the agent has gone
@@ -175,13 +181,15 @@ func (f *Fake) accept() {
 
 // A FakeProcess is one process of a Fake.
 type FakeProcess struct {
-	fake *Fake
-	pid  int
-	c    net.Conn
-	conn *wire.ModuleConn
+	fake  *Fake
+	pid   int
+	c     net.Conn
+	conn  *wire.ModuleConn
+	lanes *net.UnixConn // where they come from
 
 	mu      sync.Mutex
 	cancels map[uint32]context.CancelFunc
+	asked   map[uint32]*wire.ModuleLane // by the request that came on it, until that is answered
 }
 
 func (f *Fake) newProcess(c *net.UnixConn) (*FakeProcess, error) {
@@ -196,19 +204,50 @@ func (f *Fake) newProcess(c *net.UnixConn) (*FakeProcess, error) {
 	}); err != nil || perr != nil {
 		return nil, errors.Join(err, perr)
 	}
-	conn, err := wire.NewModuleConn(c)
+	lanes, err := handedOn(c)
 	if err != nil {
 		return nil, err
 	}
-	p := &FakeProcess{fake: f, pid: int(peer.Pid), c: c, conn: conn, cancels: make(map[uint32]context.CancelFunc)}
+	conn, err := wire.NewModuleConn(c)
+	if err != nil {
+		return nil, errors.Join(err, lanes.Close())
+	}
+	p := &FakeProcess{
+		fake: f, pid: int(peer.Pid), c: c, conn: conn, lanes: lanes,
+		cancels: make(map[uint32]context.CancelFunc), asked: make(map[uint32]*wire.ModuleLane),
+	}
 	f.mu.Lock()
 	defer f.mu.Unlock()
 	if f.ended {
-		return nil, conn.Close()
+		return nil, errors.Join(conn.Close(), lanes.Close())
 	}
 	f.processes = append(f.processes, p)
 	f.started++
 	return p, nil
+}
+
+// handedOn receives the socket that lanes come from.
+func handedOn(c *net.UnixConn) (*net.UnixConn, error) {
+	oob := make([]byte, unix.CmsgSpace(4))
+	_, n, _, _, err := c.ReadMsgUnix(make([]byte, 1), oob)
+	if err != nil {
+		return nil, err
+	}
+	messages, err := unix.ParseSocketControlMessage(oob[:n])
+	if err != nil || len(messages) != 1 {
+		return nil, fmt.Errorf("%d messages with files: %w", len(messages), err)
+	}
+	fds, err := unix.ParseUnixRights(&messages[0])
+	if err != nil || len(fds) != 1 {
+		return nil, fmt.Errorf("%d files: %w", len(fds), err)
+	}
+	file := os.NewFile(uintptr(fds[0]), "lanes")
+	defer file.Close()
+	lanes, err := net.FileConn(file)
+	if err != nil {
+		return nil, err
+	}
+	return lanes.(*net.UnixConn), nil
 }
 
 // PID returns the process's id.
@@ -226,13 +265,61 @@ func (p *FakeProcess) Close() { _ = p.c.Close() }
 func (p *FakeProcess) Raw(b []byte) { _, _ = p.c.Write(b) }
 
 // Fail answers a request with an error.
-func (p *FakeProcess) Fail(r wire.Request, e *wire.Error) { _ = p.conn.WriteError(r.ID, e) }
+func (p *FakeProcess) Fail(r wire.Request, e *wire.Error) {
+	if lane := p.lane(r); lane != nil {
+		_ = lane.WriteError(r.ID, e)
+		return
+	}
+	_ = p.conn.WriteError(r.ID, e)
+}
 
 // Lose says that the process is of no use any more.
 func (p *FakeProcess) Lose(e *wire.Error) { _ = p.conn.WriteLost(e) }
 
 // Reply answers a request.
-func (p *FakeProcess) Reply(r wire.Request, m wire.Message) { _ = p.conn.WriteReply(r.ID, m) }
+func (p *FakeProcess) Reply(r wire.Request, m wire.Message) {
+	if lane := p.lane(r); lane != nil {
+		_ = lane.WriteReply(r.ID, m)
+		return
+	}
+	_ = p.conn.WriteReply(r.ID, m)
+}
+
+// lane returns the lane that a request came on, to be answered there, or nil.
+func (p *FakeProcess) lane(r wire.Request) *wire.ModuleLane {
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	lane := p.asked[r.ID]
+	delete(p.asked, r.ID)
+	return lane
+}
+
+// acceptLanes serves the lanes of the process.
+func (p *FakeProcess) acceptLanes() {
+	var all sync.WaitGroup
+	defer all.Wait()
+	from := wire.NewModuleLanes(p.lanes)
+	for {
+		lane, _, err := from.Accept()
+		if err != nil {
+			return
+		}
+		all.Go(func() {
+			defer lane.Close()
+			for {
+				m := new(wire.Sign) // whoever intercepts it may keep it
+				id, err := lane.ReadRequest(m, 0)
+				if err != nil {
+					return
+				}
+				p.mu.Lock()
+				p.asked[id] = lane
+				p.mu.Unlock()
+				all.Go(func() { p.request(wire.Request{ID: id, Type: wire.TypeSign, Message: m}) })
+			}
+		})
+	}
+}
 
 func (p *FakeProcess) serve() {
 	defer func() {
@@ -251,8 +338,10 @@ func (p *FakeProcess) serve() {
 		_ = p.conn.Close()
 	}()
 	var requests sync.WaitGroup
+	requests.Go(p.acceptLanes)
 	defer requests.Wait()
 	defer func() { // before Wait
+		_ = p.lanes.Close()
 		p.mu.Lock()
 		defer p.mu.Unlock()
 		for _, cancel := range p.cancels {
@@ -272,18 +361,21 @@ func (p *FakeProcess) serve() {
 			p.mu.Unlock()
 			continue
 		}
-		ctx, cancel := context.WithCancel(context.Background())
-		p.mu.Lock()
-		p.cancels[r.ID] = cancel
-		p.mu.Unlock()
-		requests.Go(func() {
-			p.handle(ctx, r)
-			p.mu.Lock()
-			delete(p.cancels, r.ID)
-			p.mu.Unlock()
-			cancel()
-		})
+		requests.Go(func() { p.request(r) })
 	}
+}
+
+// request answers a request, which can be cancelled.
+func (p *FakeProcess) request(r wire.Request) {
+	ctx, cancel := context.WithCancel(context.Background())
+	defer cancel()
+	p.mu.Lock()
+	p.cancels[r.ID] = cancel
+	p.mu.Unlock()
+	p.handle(ctx, r)
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	delete(p.cancels, r.ID)
 }
 
 func (p *FakeProcess) handle(ctx context.Context, r wire.Request) {

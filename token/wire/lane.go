@@ -321,7 +321,7 @@ func parseLaneRequest(packet []byte, m *Sign) (id uint32, err error) {
 }
 
 // WriteReply answers a request in one system call.
-func (l *ModuleLane) WriteReply(id uint32, reply *SignReply) error {
+func (l *ModuleLane) WriteReply(id uint32, reply Message) error {
 	b, _ := marshal(appendHeader(l.out[:0], TypeReply, id), reply)
 	return l.write(b)
 }
