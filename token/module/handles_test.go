@@ -4,8 +4,11 @@ import (
 	"bytes"
 	"os"
 	"path/filepath"
+	"runtime"
 	"strings"
 	"testing"
+
+	"github.com/miekg/pkcs11"
 
 	"p11-agent/token/tokentest"
 	"p11-agent/token/wire"
@@ -57,5 +60,46 @@ func TestSessionOfAnotherSlot(t *testing.T) {
 	}
 	if b, err := os.ReadFile(called); err != nil || bytes.Contains(b, []byte("C_Login")) {
 		t.Errorf("a PIN was tried (%v)", err)
+	}
+}
+
+// There is room for attributes that are as long as can be. It is there once, and not
+// once for each object of a list.
+func TestRoomForAttributes(t *testing.T) {
+	for _, kv := range tokentest.BadModuleEnv("", "", "") {
+		name, value, _ := strings.Cut(kv, "=")
+		t.Setenv(name, value)
+	}
+	lib, err := load(tokentest.BuildBadModule(t))
+	if err != nil {
+		t.Fatal(err)
+	}
+	if err := lib.initialize(""); err != nil {
+		t.Fatal(err)
+	}
+	defer lib.finalize() //nolint:errcheck // never fails
+	session, err := lib.openSession(0)
+	if err != nil {
+		t.Fatal(err)
+	}
+	handles, err := lib.find(session, pkcs11.NewAttribute(pkcs11.CKA_CLASS, pkcs11.CKO_PUBLIC_KEY))
+	if err != nil || len(handles) == 0 {
+		t.Fatalf("%d public keys, %v", len(handles), err)
+	}
+	const times = 200
+	var before, after runtime.MemStats
+	runtime.ReadMemStats(&before)
+	for range times {
+		if o, err := readKey(lib, session, handles[0], wire.CKOPublicKey); err != nil || o == nil {
+			t.Fatalf("%+v, %v", o, err)
+		}
+	}
+	runtime.ReadMemStats(&after)
+	// Two calls of C_GetAttributeValue for each, of two long attributes each. With the
+	// race detector a quarter of the rooms are not used again.
+	if each := (after.TotalAlloc - before.TotalAlloc) / times; each >= 3*roomText {
+		t.Errorf("a key takes %d bytes to be read", each)
+	} else {
+		t.Logf("%d bytes for a key", each)
 	}
 }

@@ -131,6 +131,7 @@ import (
 	"reflect"
 	"slices"
 	"strings"
+	"sync"
 	"sync/atomic"
 	"unsafe"
 
@@ -484,6 +485,10 @@ func partial(rv C.CK_RV) bool {
 	return false
 }
 
+// arenas are where C_GetAttributeValue puts what it is asked for, of which every
+// object of a list needs one with room for much more than there is.
+var arenas = sync.Pool{New: func() any { return new([]byte) }}
+
 // attributesOnce is one C_GetAttributeValue.
 func (l *library) attributesOnce(s pkcs11.SessionHandle, object pkcs11.ObjectHandle, wanted []attribute, values [][]byte) C.CK_RV {
 	types := make([]C.CK_ULONG, len(wanted))
@@ -493,7 +498,12 @@ func (l *library) attributesOnce(s pkcs11.SessionHandle, object pkcs11.ObjectHan
 		types[i], lengths[i] = C.CK_ULONG(w.kind), C.CK_ULONG(w.room)
 		size += w.room
 	}
-	arena := make([]byte, size)
+	reused := arenas.Get().(*[]byte)
+	defer arenas.Put(reused)
+	if len(*reused) < size {
+		*reused = make([]byte, size)
+	}
+	arena := (*reused)[:size]
 	for i := range arena {
 		arena[i] = poison
 	}
