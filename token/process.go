@@ -613,7 +613,7 @@ func (t *throttle) Read(b []byte) (int, error) {
 // the pipe ends. It reads on when it does not log any more: a module that cannot
 // print would hang.
 func logOutput(r io.Reader, last *lastLine, log *slog.Logger) {
-	in := bufio.NewReaderSize(r, 64<<10)
+	in := bufio.NewReader(r)
 	logged, dropped := 0, 0
 	for {
 		line, more, err := in.ReadLine()

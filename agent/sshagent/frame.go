@@ -9,7 +9,6 @@ import (
 	"sync"
 	"syscall"
 	"time"
-	"unsafe"
 
 	"p11-agent/pinentry/secret"
 )
@@ -45,7 +44,9 @@ type frames struct {
 
 	raw     syscall.RawConn // nil: nc is no socket
 	attempt func(uintptr) bool
-	n       int // what attempt has read
+	send    func(uintptr) bool
+	out     []byte // what send is to send
+	n       int    // what attempt has read, or send written
 	err     error
 }
 
@@ -133,18 +134,22 @@ func (f *frames) read(need int) (int, error) {
 // has taken it, for so long.
 func (f *frames) write(b []byte, patience time.Duration) error {
 	if f.raw != nil {
-		var n int
-		var err error
-		if err := f.raw.Write(func(fd uintptr) bool {
-			n, err = transfer(syscall.SYS_WRITE, fd, b)
-			return true
-		}); err != nil {
-			return err
+		if f.send == nil {
+			f.send = func(fd uintptr) bool {
+				f.n, f.err = transfer(syscall.SYS_WRITE, fd, f.out)
+				return true
+			}
 		}
-		if err != nil && err != syscall.EAGAIN {
+		f.out = b
+		err := f.raw.Write(f.send)
+		f.out = nil
+		switch {
+		case err != nil:
 			return err
+		case f.err != nil && f.err != syscall.EAGAIN:
+			return f.err
 		}
-		if b = b[n:]; len(b) == 0 {
+		if b = b[f.n:]; len(b) == 0 {
 			return nil
 		}
 	}
@@ -153,22 +158,6 @@ func (f *frames) write(b []byte, patience time.Duration) error {
 	}
 	_, err := f.nc.Write(b)
 	return err
-}
-
-// transfer reads or writes b, which is not empty, on a socket that makes nobody wait.
-// So the scheduler need not be told: it would wake a thread for each call, to look
-// after those that do wait.
-func transfer(trap, fd uintptr, b []byte) (int, error) {
-	for {
-		n, _, errno := syscall.RawSyscall(trap, fd, uintptr(unsafe.Pointer(&b[0])), uintptr(len(b)))
-		switch errno {
-		case 0:
-			return int(n), nil
-		case syscall.EINTR:
-		default:
-			return 0, errno
-		}
-	}
 }
 
 // take makes sure that there is a buffer.

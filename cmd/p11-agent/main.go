@@ -47,6 +47,9 @@ func main() {
 		debug.SetGCPercent(50)
 		os.Exit(module.Main())
 	}
+	// Half a MiB lives in an agent. Less than 3 MiB would have garbage collected so
+	// often that signatures take longer.
+	debug.SetGCPercent(75)
 	args := os.Args[1:]
 	if filepath.Base(os.Args[0]) == "ssh-agent" {
 		// Called as the program that it stands in for.

@@ -4,8 +4,11 @@ import (
 	"bytes"
 	"os"
 	"path/filepath"
+	"runtime"
 	"strings"
 	"testing"
+
+	"github.com/miekg/pkcs11"
 
 	"p11-agent/token/tokentest"
 	"p11-agent/token/wire"
@@ -57,5 +60,78 @@ func TestSessionOfAnotherSlot(t *testing.T) {
 	}
 	if b, err := os.ReadFile(called); err != nil || bytes.Contains(b, []byte("C_Login")) {
 		t.Errorf("a PIN was tried (%v)", err)
+	}
+}
+
+// openBad has a module that misbehaves in this process, and a session with it.
+func openBad(t *testing.T) (*library, pkcs11.SessionHandle) {
+	t.Helper()
+	for _, kv := range tokentest.BadModuleEnv("", "", "") {
+		name, value, _ := strings.Cut(kv, "=")
+		t.Setenv(name, value)
+	}
+	lib, err := load(tokentest.BuildBadModule(t))
+	if err != nil {
+		t.Fatal(err)
+	}
+	if err := lib.initialize(""); err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() { _ = lib.finalize() }) // never fails
+	session, err := lib.openSession(0)
+	if err != nil {
+		t.Fatal(err)
+	}
+	return lib, session
+}
+
+// There is room for attributes that are as long as can be. It is there once, and not
+// once for each object of a list.
+func TestRoomForAttributes(t *testing.T) {
+	lib, session := openBad(t)
+	handles, err := lib.find(session, pkcs11.NewAttribute(pkcs11.CKA_CLASS, pkcs11.CKO_PUBLIC_KEY))
+	if err != nil || len(handles) == 0 {
+		t.Fatalf("%d public keys, %v", len(handles), err)
+	}
+	const times = 200
+	var before, after runtime.MemStats
+	runtime.ReadMemStats(&before)
+	for range times {
+		if o, err := readKey(lib, session, handles[0], wire.CKOPublicKey); err != nil || o == nil {
+			t.Fatalf("%+v, %v", o, err)
+		}
+	}
+	runtime.ReadMemStats(&after)
+	// Two calls of C_GetAttributeValue for each, of two long attributes each. With the
+	// race detector a quarter of the rooms are not used again.
+	if each := (after.TotalAlloc - before.TotalAlloc) / times; each >= 3*roomText {
+		t.Errorf("a key takes %d bytes to be read", each)
+	} else {
+		t.Logf("%d bytes for a key", each)
+	}
+}
+
+// A signature leaves nothing behind. A module process makes so many that it would grow
+// for hours before garbage is collected.
+func TestSignatureAllocations(t *testing.T) {
+	lib, session := openBad(t)
+	if err := lib.login(session, pkcs11.CKU_USER, []byte("1234")); err != nil {
+		t.Fatal(err)
+	}
+	handles, err := lib.find(session, pkcs11.NewAttribute(pkcs11.CKA_CLASS, pkcs11.CKO_PRIVATE_KEY))
+	if err != nil || len(handles) == 0 {
+		t.Fatalf("%d private keys, %v", len(handles), err)
+	}
+	data, room := make([]byte, 32), make([]byte, maxSignature)
+	allocs := testing.AllocsPerRun(100, func() {
+		if err := lib.signInit(session, mechanism{kind: wire.CKMECDSA}, handles[0]); err != nil {
+			t.Fatal(err)
+		}
+		if _, err := lib.sign(session, data, room); err != nil {
+			t.Fatal(err)
+		}
+	})
+	if allocs > 0 {
+		t.Errorf("%v allocations for a signature", allocs)
 	}
 }

@@ -109,10 +109,21 @@ static CK_RV sign_init(struct functions *f, CK_ULONG session, CK_ULONG type, CK_
 	return f->sign_init(session, &mechanism, key);
 }
 
-static CK_RV sign(struct functions *f, CK_ULONG session, CK_BYTE *data, CK_ULONG length,
-	CK_BYTE *signature, CK_ULONG *room)
+struct signature {
+	CK_RV rv;
+	CK_ULONG length;
+};
+
+// sign returns the length as a value: a variable of Go for it would be garbage after
+// each signature.
+static struct signature sign(struct functions *f, CK_ULONG session, CK_BYTE *data, CK_ULONG length,
+	CK_BYTE *signature, CK_ULONG room)
 {
-	return f->sign ? f->sign(session, data, length, signature, room) : CKR_FUNCTION_NOT_SUPPORTED;
+	struct signature s = { CKR_FUNCTION_NOT_SUPPORTED, room };
+
+	if (f->sign != NULL)
+		s.rv = f->sign(session, data, length, signature, &s.length);
+	return s;
 }
 
 // wait_for_slot_event is not in the list of a module of v2.0, which ends before.
@@ -131,6 +142,7 @@ import (
 	"reflect"
 	"slices"
 	"strings"
+	"sync"
 	"sync/atomic"
 	"unsafe"
 
@@ -484,6 +496,10 @@ func partial(rv C.CK_RV) bool {
 	return false
 }
 
+// arenas are where C_GetAttributeValue puts what it is asked for, of which every
+// object of a list needs one with room for much more than there is.
+var arenas = sync.Pool{New: func() any { return new([]byte) }}
+
 // attributesOnce is one C_GetAttributeValue.
 func (l *library) attributesOnce(s pkcs11.SessionHandle, object pkcs11.ObjectHandle, wanted []attribute, values [][]byte) C.CK_RV {
 	types := make([]C.CK_ULONG, len(wanted))
@@ -493,7 +509,12 @@ func (l *library) attributesOnce(s pkcs11.SessionHandle, object pkcs11.ObjectHan
 		types[i], lengths[i] = C.CK_ULONG(w.kind), C.CK_ULONG(w.room)
 		size += w.room
 	}
-	arena := make([]byte, size)
+	reused := arenas.Get().(*[]byte)
+	defer arenas.Put(reused)
+	if len(*reused) < size {
+		*reused = make([]byte, size)
+	}
+	arena := (*reused)[:size]
 	for i := range arena {
 		arena[i] = poison
 	}
@@ -524,15 +545,14 @@ func (l *library) signInit(s pkcs11.SessionHandle, m mechanism, key pkcs11.Objec
 
 // sign calls C_Sign, once, for a signature that fits into room.
 func (l *library) sign(s pkcs11.SessionHandle, data, room []byte) (signature []byte, err error) {
-	n := C.CK_ULONG(len(room))
-	rv := C.sign(l.fn, C.CK_ULONG(s), first(data), C.CK_ULONG(len(data)), first(room), &n)
-	if rv != wire.CKROK {
-		return nil, returned("C_Sign", rv)
+	made := C.sign(l.fn, C.CK_ULONG(s), first(data), C.CK_ULONG(len(data)), first(room), C.CK_ULONG(len(room)))
+	if made.rv != wire.CKROK {
+		return nil, returned("C_Sign", made.rv)
 	}
-	if n == 0 || n > C.CK_ULONG(len(room)) {
+	if n := made.length; n == 0 || n > C.CK_ULONG(len(room)) {
 		return nil, garbage("C_Sign", "the signature has %d bytes; there is room for %d", n, len(room))
 	}
-	return room[:n], nil
+	return room[:made.length], nil
 }
 
 // first is the address of b for C, which gets NULL for nothing.

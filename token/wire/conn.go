@@ -20,8 +20,9 @@ const (
 
 	// keepBuffer is the most memory that a writer keeps between messages.
 	keepBuffer = 64 << 10
-	// readBuffer holds nearly every frame whole, with what came after it.
-	readBuffer = 64 << 10
+	// readBuffer holds nearly every frame whole, with what came after it. What is
+	// longer, such as a list of many objects, is read past it.
+	readBuffer = 16 << 10
 )
 
 // A Frame is an answer or an event from the module process.
