@@ -15,6 +15,7 @@ import (
 	"sync"
 	"sync/atomic"
 	"testing"
+	"time"
 
 	"golang.org/x/sys/unix"
 
@@ -186,6 +187,50 @@ func TestModuleFailsOnce(t *testing.T) {
 	}
 }
 
+// A wrong signature is found out: of RSA each, of other keys the first that a module
+// process makes, and any that a token takes its time for.
+func TestWrongSignature(t *testing.T) {
+	for _, tt := range []struct {
+		name  string
+		kind  string
+		after bool          // right ones came before
+		takes time.Duration // at least
+	}{
+		{"RSA", tokentest.RSA2048, true, 0},
+		{"the first one", tokentest.P256, false, 0},
+		{"the first one of Ed25519", tokentest.Ed25519, false, 0},
+		{"one of a card", tokentest.P256, true, 50 * time.Millisecond},
+	} {
+		t.Run(tt.name, func(t *testing.T) {
+			b := newBench(t, &tokentest.Person{Always: pin}, func(b *bench, _ *token.Options) {
+				b.card.AddKey(tt.kind, 2, "two", nil)
+			})
+			var wrong atomic.Bool
+			b.fake.Intercept(func(_ context.Context, p *tokentest.FakeProcess, r wire.Request) bool {
+				if r.Type != wire.TypeSign {
+					return false
+				}
+				time.Sleep(tt.takes)
+				if wrong.Load() {
+					p.Reply(r, &wire.SignReply{Signature: slices.Repeat([]byte{0x5a}, int(r.Message.(*wire.Sign).SignatureLen))})
+				}
+				return wrong.Load()
+			})
+			if tt.after {
+				b.mustSignWith(2)
+				b.mustSignWith(2)
+			}
+			wrong.Store(true)
+			err := tokentest.Sign(t.Context(), b.key(2))
+			if err == nil || !strings.Contains(err.Error(), "the token gave a wrong signature") || !strings.Contains(err.Error(), `"fake"`) {
+				t.Errorf("got %v", err)
+			}
+			wrong.Store(false)
+			b.mustSignWith(2)
+		})
+	}
+}
+
 // What one module does is nothing to the others.
 func TestMisbehavingModule(t *testing.T) {
 	huge := make([]byte, 9)
@@ -221,8 +266,8 @@ func TestMisbehavingModule(t *testing.T) {
 		}, true, 1},
 		{"answers with another message", wire.TypeSign, func(p *tokentest.FakeProcess, r wire.Request) { p.Reply(r, &wire.TokenReply{}) }, false, 0},
 		{"signs with nothing", wire.TypeSign, func(p *tokentest.FakeProcess, r wire.Request) { p.Reply(r, &wire.SignReply{}) }, false, 0},
-		{"signs wrongly", wire.TypeSign, func(p *tokentest.FakeProcess, r wire.Request) {
-			p.Reply(r, &wire.SignReply{Signature: slices.Repeat([]byte{0x5a}, 64)})
+		{"signs with what is no signature", wire.TypeSign, func(p *tokentest.FakeProcess, r wire.Request) {
+			p.Reply(r, &wire.SignReply{Signature: make([]byte, 64)})
 		}, false, 0},
 	}
 	for _, tt := range tests {

@@ -267,11 +267,13 @@ func TestWrongSourceIsTriedOnce(t *testing.T) {
 			}
 			want(t, "wrong PINs", b.card.Wrong(), 1)
 			if tt.restart {
-				again := tokentest.Store(t, token.Options{
-					Modules: []token.ModuleSpec{fakeSpec(b.fake)}, Command: self, StateDir: state,
-					Sources: []*pkcs11uri.URI{parse(t, tt.uri)},
+				t.Run("restart", func(t *testing.T) {
+					again := tokentest.Store(t, token.Options{
+						Modules: []token.ModuleSpec{fakeSpec(b.fake)}, Command: self, StateDir: state,
+						Sources: []*pkcs11uri.URI{parse(t, tt.uri)},
+					})
+					pinError(t, tokentest.Sign(t.Context(), tokentest.Key(t, again, "card", 1)), false, token.TriesLow)
 				})
-				pinError(t, tokentest.Sign(t.Context(), tokentest.Key(t, again, "card", 1)), false, token.TriesLow)
 				want(t, "wrong PINs", b.card.Wrong(), 1)
 				st, err := os.Stat(filepath.Join(state, "refused-pins"))
 				if err != nil {

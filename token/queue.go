@@ -285,18 +285,19 @@ func (p *process) sign(ctx context.Context, s *seat) (signature []byte, fastest 
 		defer p.mu.Unlock()
 		return p.outcomeLocked(s, err)
 	}
+	var f wire.Frame
 	if err == nil {
 		if s.waitHere(alone && known && fastest < quick) {
-			err = s.lane.Receive(&s.reply)
+			f, err = s.lane.Receive()
 		} else {
-			err = p.receive(ctx, s)
+			f, err = s.receive(ctx)
 		}
 	}
 	if errors.Is(err, os.ErrDeadlineExceeded) {
 		p.forsake(id, s)
 		return nil, 0, ctx.Err()
 	}
-	signature, fastest, err = p.answered(id, s, err)
+	signature, fastest, err = p.answered(id, s, f, err)
 	if err == errGone {
 		err = p.ended(ctx)
 	}
@@ -325,24 +326,24 @@ func (p *process) openLane(s *seat) error {
 
 // receive waits for the answer until ctx ends, upon which it is
 // os.ErrDeadlineExceeded.
-func (p *process) receive(ctx context.Context, s *seat) error {
+func (s *seat) receive(ctx context.Context) (wire.Frame, error) {
 	interrupted := make(chan struct{})
 	stop := context.AfterFunc(ctx, func() {
 		s.lane.Interrupt()
 		close(interrupted)
 	})
-	err := s.lane.Receive(&s.reply)
+	f, err := s.lane.Receive()
 	if !stop() {
 		<-interrupted
 		s.lane.Resume()
 	}
-	return err
+	return f, err
 }
 
-// answered notes the outcome of a request, and gives the seat up. The error is
-// errGone when the process has to end, or has.
-func (p *process) answered(id uint32, s *seat, err error) ([]byte, time.Duration, error) {
-	if _, ok := errors.AsType[*wire.Error](err); err != nil && !ok {
+// answered notes the outcome of a request, the answer or why there is none, and gives
+// the seat up. The error is errGone when the process has to end, or has.
+func (p *process) answered(id uint32, s *seat, f wire.Frame, err error) ([]byte, time.Duration, error) {
+	if err != nil {
 		if _, ok := errors.AsType[*net.OpError](err); err != io.EOF && !ok {
 			p.kill(fmt.Errorf("its answer made no sense: %w", err))
 		}
@@ -350,6 +351,7 @@ func (p *process) answered(id uint32, s *seat, err error) ([]byte, time.Duration
 		_ = p.cmd.Process.Kill()
 		return nil, 0, errGone
 	}
+	err = f.Decode(&s.reply)
 	p.mu.Lock()
 	defer p.mu.Unlock()
 	delete(p.waiting, id)
@@ -379,6 +381,7 @@ func (p *process) forsake(id uint32, s *seat) {
 	cancel := p.numberLocked()
 	p.sending.Go(func() {
 		_ = p.conn.WriteRequest(cancel, wire.TypeCancel, &wire.Cancel{Request: id})
-		_, _, _ = p.answered(id, s, s.lane.Receive(&s.reply))
+		f, err := s.lane.Receive()
+		_, _, _ = p.answered(id, s, f, err)
 	})
 }

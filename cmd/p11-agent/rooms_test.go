@@ -95,7 +95,7 @@ var rooms = []room{
 		[]string{"token", "token/pkcs11uri", "token/registry", "token/wire", "pinentry/secret", xsys},
 		"a fake stands where a token stands, and knows no more than one",
 	},
-	{"token/wire", []string{"pinentry/secret"}, "a leaf: both ends of the connection with a module process share it"},
+	{"token/wire", []string{"pinentry/secret", xsys}, "a leaf: both ends of the connection with a module process share it"},
 }
 
 // A listed package is what go list says of it.

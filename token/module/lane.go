@@ -79,6 +79,11 @@ func (s *server) serveLane(l *lane) {
 				err = l.c.WriteReply(id, &reply)
 			} else {
 				l.end()
+				if s.lost.Load() {
+					// The agent is to hear of that first, on its other connection, and ends
+					// this process then: what is wrong is not the request.
+					select {}
+				}
 				err = l.c.WriteError(id, asError(err))
 			}
 		}
@@ -144,6 +149,13 @@ func (l *lane) end() {
 	l.mu.Lock()
 	defer l.mu.Unlock()
 	l.id = 0
+}
+
+// underWay tells whether a request is.
+func (l *lane) underWay() bool {
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	return l.id != 0
 }
 
 // cancelled says that nobody waits for a request any more, if it is the one under

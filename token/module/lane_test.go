@@ -30,8 +30,15 @@ func ask(l *wire.Lane, id uint32, m *wire.Sign) ([]byte, error) {
 	if err := l.Send(id, m); err != nil {
 		return nil, err
 	}
+	return answer(l)
+}
+
+func answer(l *wire.Lane) ([]byte, error) {
 	var reply wire.SignReply
-	err := l.Receive(&reply)
+	f, err := l.Receive()
+	if err == nil {
+		err = f.Decode(&reply)
+	}
 	return reply.Signature, err
 }
 
@@ -127,7 +134,10 @@ func TestCancelOnLane(t *testing.T) {
 	}
 	// One that has not been read yet is not found: so it is said until it is.
 	done := make(chan error, 1)
-	go func() { done <- waiting.Receive(new(wire.SignReply)) }()
+	go func() {
+		_, err := answer(waiting)
+		done <- err
+	}()
 	for cancelled := false; !cancelled; {
 		for _, id := range []uint32{1 << 30, 1<<30 + 1} {
 			if err := b.conn.WriteRequest(1<<31, wire.TypeCancel, &wire.Cancel{Request: id}); err != nil {
@@ -149,7 +159,7 @@ func TestCancelOnLane(t *testing.T) {
 		t.Errorf("exit status %d", status)
 	}
 	var failed *wire.Error
-	if err := reached.Receive(new(wire.SignReply)); err == nil || errors.As(err, &failed) {
+	if _, err := answer(reached); err == nil || errors.As(err, &failed) {
 		t.Errorf("the process has ended: %v", err)
 	}
 }

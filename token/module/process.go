@@ -86,6 +86,6 @@ func harden() error {
 	// The work is done in C, and lanes wait for the agent in system calls: a thread
 	// that comes back from there is to find a place to run at once, and not when the
 	// scheduler finds out in 10 ms that another one is not using its own.
-	runtime.GOMAXPROCS(min(runtime.NumCPU(), 4) + 16)
+	runtime.GOMAXPROCS(min(runtime.NumCPU(), 4) + 8)
 	return nil
 }

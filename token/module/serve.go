@@ -29,6 +29,7 @@ type server struct {
 	log  *log.Logger
 
 	greeted atomic.Bool
+	lost    atomic.Bool             // the agent was told that this process is of no use any more
 	awake   atomic.Bool             // a lane waits for a request without sleeping
 	lib     atomic.Pointer[library] // nil until the module has been initialised
 

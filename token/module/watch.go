@@ -75,6 +75,7 @@ func (s *server) lose(err error) {
 	if !ok {
 		e = &wire.Error{Text: err.Error()}
 	}
+	s.lost.Store(true)
 	_ = s.conn.WriteLost(e) // as tell
 }
 
@@ -82,6 +83,11 @@ func (s *server) lose(err error) {
 func (s *server) busy() bool {
 	s.mu.Lock()
 	defer s.mu.Unlock()
+	for l := range s.lanes {
+		if l.underWay() {
+			return true
+		}
+	}
 	return len(s.requests) > 0
 }
 

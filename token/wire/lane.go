@@ -162,28 +162,28 @@ func (l *Lane) Ready(patience time.Duration) bool {
 	return l.raw.Control(l.poll) != nil || l.ready
 }
 
-// Receive waits for the answer. An *Error is what the module process has to say;
-// after any other error the lane is of no use, but after os.ErrDeadlineExceeded,
-// which is that of a lane that was interrupted.
-func (l *Lane) Receive(reply *SignReply) error {
+// Receive waits for the answer, whose body is good until the lane is used again. After
+// an error the lane is of no use, but after os.ErrDeadlineExceeded, which is that of a
+// lane that was interrupted.
+func (l *Lane) Receive() (Frame, error) {
 	switch err := l.done("read", l.raw.Read(l.read)); {
 	case errors.Is(err, os.ErrDeadlineExceeded):
-		return os.ErrDeadlineExceeded
+		return Frame{}, os.ErrDeadlineExceeded
 	case err != nil:
-		return gone(err)
+		return Frame{}, gone(err)
 	case l.n == 0:
-		return io.EOF
+		return Frame{}, io.EOF
 	}
 	t, id, body, err := parsePacket(l.buf[:l.n])
 	switch {
 	case err != nil:
-		return err
+		return Frame{}, err
 	case id != l.id:
-		return errors.New("answer to no request")
+		return Frame{}, errors.New("answer to no request")
 	case t != TypeReply && t != TypeError:
-		return fmt.Errorf("unknown type %d of answer", t)
+		return Frame{}, fmt.Errorf("unknown type %d of answer", t)
 	}
-	return Frame{Type: t, ID: id, Body: body}.Decode(reply)
+	return Frame{Type: t, ID: id, Body: body}, nil
 }
 
 // Interrupt has Receive return, and each Receive from now on until Resume.

@@ -53,6 +53,14 @@ func lanePair(t testing.TB) (*Lane, *ModuleLane) {
 	return lane, module
 }
 
+func receive(l *Lane, reply *SignReply) error {
+	f, err := l.Receive()
+	if err != nil {
+		return err
+	}
+	return f.Decode(reply)
+}
+
 var testSign = Sign{Key: testKey, Mechanism: CKMECDSA, SignatureLen: 64, Data: []byte("digest")}
 
 func TestLane(t *testing.T) {
@@ -87,7 +95,7 @@ func TestLane(t *testing.T) {
 			t.Error("no answer is there")
 		}
 		var reply SignReply
-		switch err := lane.Receive(&reply); {
+		switch err := receive(lane, &reply); {
 		case i == 1:
 			if e, ok := errors.AsType[*Error](err); !ok || e.RV != CKRDeviceError {
 				t.Errorf("got %v", err)
@@ -148,7 +156,7 @@ func TestLaneInterrupt(t *testing.T) {
 	ctx, cancel := context.WithCancel(t.Context())
 	context.AfterFunc(ctx, lane.Interrupt)
 	time.AfterFunc(time.Millisecond, cancel)
-	if err := lane.Receive(new(SignReply)); err != os.ErrDeadlineExceeded {
+	if _, err := lane.Receive(); err != os.ErrDeadlineExceeded {
 		t.Fatalf("got %v", err)
 	}
 	lane.Resume()
@@ -156,7 +164,7 @@ func TestLaneInterrupt(t *testing.T) {
 		t.Fatal(err)
 	}
 	var reply SignReply
-	if err := lane.Receive(&reply); err != nil || string(reply.Signature) != "late" {
+	if err := receive(lane, &reply); err != nil || string(reply.Signature) != "late" {
 		t.Errorf("got %q, %v", reply.Signature, err)
 	}
 }
@@ -169,7 +177,7 @@ func TestLaneEnds(t *testing.T) {
 	if !lane.Ready(time.Hour) {
 		t.Error("the end is waited for")
 	}
-	if err := lane.Receive(new(SignReply)); err != io.EOF {
+	if _, err := lane.Receive(); err != io.EOF {
 		t.Errorf("the module process has gone: %v", err)
 	}
 	lane, module = lanePair(t)
@@ -197,14 +205,12 @@ func packet(t Type, id uint32, body []byte) []byte {
 func TestLaneRefusesAnswers(t *testing.T) {
 	reply := body(&SignReply{Signature: []byte("sig")})
 	for name, b := range map[string][]byte{
-		"short":            {0, 0},
-		"cut":              packet(TypeReply, 1, reply)[:12],
-		"longer":           append(packet(TypeReply, 1, reply), 0),
-		"another number":   packet(TypeReply, 2, reply),
-		"an event":         packet(TypeEvent, 1, nil),
-		"garbage":          packet(TypeReply, 1, []byte("garbage")),
-		"more than room":   packet(TypeReply, 1, make([]byte, MaxLaneFrame)),
-		"nonsense of fail": packet(TypeError, 1, []byte{1}),
+		"short":          {0, 0},
+		"cut":            packet(TypeReply, 1, reply)[:12],
+		"longer":         append(packet(TypeReply, 1, reply), 0),
+		"another number": packet(TypeReply, 2, reply),
+		"an event":       packet(TypeEvent, 1, nil),
+		"more than room": packet(TypeReply, 1, make([]byte, MaxLaneFrame)),
 	} {
 		lane, module := lanePair(t)
 		if err := lane.Send(1, &testSign); err != nil {
@@ -213,7 +219,7 @@ func TestLaneRefusesAnswers(t *testing.T) {
 		if _, err := unix.Write(module.fd, b); err != nil {
 			t.Fatal(err)
 		}
-		err := lane.Receive(new(SignReply))
+		_, err := lane.Receive()
 		if _, ok := errors.AsType[*Error](err); err == nil || ok || err == io.EOF {
 			t.Errorf("%s: %v", name, err)
 		}
