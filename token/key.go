@@ -51,16 +51,21 @@ type proof struct {
 	cost time.Duration // what it took to verify the last one
 }
 
-// proofShare is what part of the time that a token takes for its signatures goes into
-// verifying them.
-const proofShare = 20
+const (
+	// slow is what a signature takes at least that is verified in any case. A card
+	// takes longer, and so do a TPM and an HSM in the network.
+	slow = 250 * time.Microsecond
+	// proofShare is what part of the time that a faster token takes for its signatures
+	// goes into verifying them.
+	proofShare = 20
+)
 
 // due tells whether a signature is to be verified, which has taken so long.
 func (v *proof) due(by *process, took time.Duration) bool {
 	v.mu.Lock()
 	defer v.mu.Unlock()
 	v.made += took
-	return v.by != by || v.made >= proofShare*v.cost
+	return v.by != by || took >= slow || v.made >= proofShare*v.cost
 }
 
 // given notes that one was verified, and what that took.
@@ -206,9 +211,9 @@ func (k *Key) SignMessage(_ io.Reader, msg []byte, opts crypto.SignerOpts) ([]by
 //
 // It fails with a *PINError, ErrCancelled, ErrAbsent, a *ModuleError, or the
 // context's error. The signature was verified with the public key when it is one of
-// RSA, and likewise with every other key of a token that is slow enough for it: the first
-// that each module process makes, and then for a twentieth of the time that making
-// them takes.
+// RSA, or of a token that takes a quarter of a millisecond for it or more. Of others it is the first
+// that each module process makes, and then those that a twentieth of the time for making
+// them is enough for.
 func (k *Key) SignContext(ctx context.Context, digest []byte, opts crypto.SignerOpts) ([]byte, error) {
 	h := opts.HashFunc()
 	if _, known := hashes[h]; known && len(digest) != h.Size() {

@@ -192,7 +192,7 @@ func TestProof(t *testing.T) {
 			v.given(one, time.Microsecond)
 		}
 	}
-	if !v.due(one, time.Second) {
+	if !v.due(one, slow) {
 		t.Error("a slow one is not")
 	}
 	v.given(one, time.Microsecond)

@@ -53,18 +53,71 @@ func Main() {
 		os.Exit(1)
 	}
 	_ = f.Close()
-	// The lanes need nobody to hand on what is on them.
-	if _, _, err := test.(*net.UnixConn).WriteMsgUnix([]byte{0}, unix.UnixRights(wire.LanesFD), nil); err != nil {
+	if err := handOnLanes(test.(*net.UnixConn)); err != nil {
 		fmt.Fprintln(os.Stderr, "hand on the lanes:", err)
 		os.Exit(1)
 	}
-	_ = unix.Close(wire.LanesFD)
 	go func() {
 		_, _ = io.Copy(test, agent)
 		exit() // the agent has gone
 	}()
 	_, _ = io.Copy(agent, test)
 	exit()
+}
+
+// handOnLanes has the test get a lane for each that the agent opens, and hands on
+// what is on them.
+func handOnLanes(test *net.UnixConn) error {
+	carrier, err := unix.Socketpair(unix.AF_UNIX, unix.SOCK_SEQPACKET|unix.SOCK_CLOEXEC, 0)
+	if err != nil {
+		return err
+	}
+	if _, _, err := test.WriteMsgUnix([]byte{0}, unix.UnixRights(carrier[1]), nil); err != nil {
+		return err
+	}
+	if err := unix.Close(carrier[1]); err != nil {
+		return err
+	}
+	go func() {
+		about, oob := make([]byte, wire.MaxLaneFrame), make([]byte, unix.CmsgSpace(4))
+		for {
+			n, oobn, _, _, err := unix.Recvmsg(wire.LanesFD, about, oob, unix.MSG_CMSG_CLOEXEC)
+			if err == unix.EINTR {
+				continue
+			}
+			lane, laneErr := onlyFile(oob[:oobn])
+			if err != nil || laneErr != nil {
+				return // the agent has gone
+			}
+			pair, err := unix.Socketpair(unix.AF_UNIX, unix.SOCK_SEQPACKET|unix.SOCK_CLOEXEC, 0)
+			if err != nil {
+				return
+			}
+			_ = unix.Sendmsg(carrier[0], about[:n], unix.UnixRights(pair[1]), nil, 0) // to a test that is there
+			_ = unix.Close(pair[1])
+			go pump(lane, pair[0])
+			go pump(pair[0], lane)
+		}
+	}()
+	return nil
+}
+
+// pump hands on packets until one end has gone.
+func pump(from, to int) {
+	b := make([]byte, 2*wire.MaxLaneFrame)
+	for {
+		n, err := unix.Read(from, b)
+		if err == unix.EINTR {
+			continue
+		}
+		if n > 0 && err == nil {
+			_, err = unix.Write(to, b[:n])
+		}
+		if n <= 0 || err != nil {
+			_ = unix.Shutdown(to, unix.SHUT_RDWR)
+			return
+		}
+	}
 }
 
 // exit is os.Exit without what the race detector does for a second before.
@@ -233,21 +286,30 @@ func handedOn(c *net.UnixConn) (*net.UnixConn, error) {
 	if err != nil {
 		return nil, err
 	}
-	messages, err := unix.ParseSocketControlMessage(oob[:n])
-	if err != nil || len(messages) != 1 {
-		return nil, fmt.Errorf("%d messages with files: %w", len(messages), err)
+	fd, err := onlyFile(oob[:n])
+	if err != nil {
+		return nil, err
 	}
-	fds, err := unix.ParseUnixRights(&messages[0])
-	if err != nil || len(fds) != 1 {
-		return nil, fmt.Errorf("%d files: %w", len(fds), err)
-	}
-	file := os.NewFile(uintptr(fds[0]), "lanes")
+	file := os.NewFile(uintptr(fd), "lanes")
 	defer file.Close()
 	lanes, err := net.FileConn(file)
 	if err != nil {
 		return nil, err
 	}
 	return lanes.(*net.UnixConn), nil
+}
+
+// onlyFile returns the one file that came with a message.
+func onlyFile(oob []byte) (int, error) {
+	messages, err := unix.ParseSocketControlMessage(oob)
+	if err != nil || len(messages) != 1 {
+		return 0, fmt.Errorf("%d messages with files: %w", len(messages), err)
+	}
+	fds, err := unix.ParseUnixRights(&messages[0])
+	if err != nil || len(fds) != 1 {
+		return 0, fmt.Errorf("%d files: %w", len(fds), err)
+	}
+	return fds[0], nil
 }
 
 // PID returns the process's id.
@@ -266,8 +328,7 @@ func (p *FakeProcess) Raw(b []byte) { _, _ = p.c.Write(b) }
 
 // Fail answers a request with an error.
 func (p *FakeProcess) Fail(r wire.Request, e *wire.Error) {
-	if lane := p.lane(r); lane != nil {
-		_ = lane.WriteError(r.ID, e)
+	if p.onLane(r, func(l *wire.ModuleLane) { _ = l.WriteError(r.ID, e) }) {
 		return
 	}
 	_ = p.conn.WriteError(r.ID, e)
@@ -278,20 +339,22 @@ func (p *FakeProcess) Lose(e *wire.Error) { _ = p.conn.WriteLost(e) }
 
 // Reply answers a request.
 func (p *FakeProcess) Reply(r wire.Request, m wire.Message) {
-	if lane := p.lane(r); lane != nil {
-		_ = lane.WriteReply(r.ID, m)
+	if p.onLane(r, func(l *wire.ModuleLane) { _ = l.WriteReply(r.ID, m) }) {
 		return
 	}
 	_ = p.conn.WriteReply(r.ID, m)
 }
 
-// lane returns the lane that a request came on, to be answered there, or nil.
-func (p *FakeProcess) lane(r wire.Request) *wire.ModuleLane {
+// onLane answers a request on the lane that it came on, if it did.
+func (p *FakeProcess) onLane(r wire.Request, answer func(*wire.ModuleLane)) bool {
 	p.mu.Lock()
 	defer p.mu.Unlock()
-	lane := p.asked[r.ID]
-	delete(p.asked, r.ID)
-	return lane
+	lane, ok := p.asked[r.ID]
+	if ok {
+		delete(p.asked, r.ID)
+		answer(lane)
+	}
+	return ok
 }
 
 // acceptLanes serves the lanes of the process.
