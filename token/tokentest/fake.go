@@ -350,8 +350,8 @@ func (p *FakeProcess) onLane(r wire.Request, answer func(*wire.ModuleLane)) bool
 	p.mu.Lock()
 	defer p.mu.Unlock()
 	lane, ok := p.asked[r.ID]
-	if ok {
-		delete(p.asked, r.ID)
+	delete(p.asked, r.ID)
+	if lane != nil {
 		answer(lane)
 	}
 	return ok
@@ -368,7 +368,7 @@ func (p *FakeProcess) acceptLanes() {
 			return
 		}
 		all.Go(func() {
-			defer lane.Close()
+			defer p.closeLane(lane)
 			for {
 				m := new(wire.Sign) // whoever intercepts it may keep it
 				id, err := lane.ReadRequest(m, 0)
@@ -382,6 +382,19 @@ func (p *FakeProcess) acceptLanes() {
 			}
 		})
 	}
+}
+
+// closeLane closes a lane. What is answered from now on goes nowhere: its file may
+// be another's already.
+func (p *FakeProcess) closeLane(lane *wire.ModuleLane) {
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	for id, on := range p.asked {
+		if on == lane {
+			p.asked[id] = nil
+		}
+	}
+	_ = lane.Close()
 }
 
 func (p *FakeProcess) serve() {
