@@ -12,6 +12,7 @@ import (
 	"runtime"
 	"slices"
 	"sync"
+	"sync/atomic"
 	"syscall"
 
 	"p11-agent/agent"
@@ -28,6 +29,8 @@ type conn struct {
 	out    []byte   // the answer under construction, length first
 	whole  []byte   // the answer in place of out, when others have it, too; nil: out is it
 	rest   []func() // what is left to do when the client has its answer
+
+	answering atomic.Bool // a request, so that the client waits
 
 	looked  bool           // at who the client is, or somebody is about it
 	looking sync.WaitGroup // that somebody
@@ -62,18 +65,21 @@ func (c *conn) finish() {
 }
 
 // run serves the client until it hangs up, sends something that is no message,
-// does not take its answers, or until nc is closed.
+// does not take its answers, or until nc is closed. When ctx has ended, the client
+// has to take the answer that is under way at once.
 func (c *conn) run(ctx context.Context) {
 	defer c.finish() // of a request that a panic ends
 	for {
 		message, err := c.in.next()
 		if err != nil {
-			c.ended(err)
+			c.ended(ctx, err)
 			return
 		}
 		wipe := mayHoldSecret(message[0])
 		c.out = append(c.out[:0], 0, 0, 0, 0)
+		c.answering.Store(true)
 		c.answer(ctx, message)
+		c.answering.Store(false)
 		c.in.done(wipe)
 
 		binary.BigEndian.PutUint32(c.out, uint32(len(c.out)-4))
@@ -81,10 +87,14 @@ func (c *conn) run(ctx context.Context) {
 		if c.whole != nil {
 			answer, c.whole = c.whole, nil
 		}
+		patience := patience
+		if ctx.Err() != nil { // looked at last: see hangUp
+			patience = 0
+		}
 		err = c.in.write(answer, patience)
 		c.finish()
 		if err != nil {
-			c.ended(err)
+			c.ended(ctx, err)
 			return
 		}
 		if cap(c.out) > 16*bufferSize {
@@ -93,10 +103,10 @@ func (c *conn) run(ctx context.Context) {
 	}
 }
 
-// ended logs why the connection ends, unless that is what clients do.
-func (c *conn) ended(err error) {
+// ended logs why the connection ends, unless that is what clients do, or the agent.
+func (c *conn) ended(ctx context.Context, err error) {
 	switch {
-	case errors.Is(err, io.EOF), errors.Is(err, net.ErrClosed),
+	case ctx.Err() != nil, errors.Is(err, io.EOF), errors.Is(err, net.ErrClosed),
 		errors.Is(err, syscall.EPIPE), errors.Is(err, syscall.ECONNRESET):
 	case errors.Is(err, io.ErrUnexpectedEOF):
 		c.refuse("connection ended", errors.New("the client hung up within a message"))

@@ -208,7 +208,7 @@ func (s *Server) serve(ctx context.Context, nc *net.UnixConn, rules *agent.Socke
 	}
 	ctx, cancel := context.WithCancelCause(ctx)
 	defer cancel(nil)
-	if err := w.add(c.caller.Number, nc, cancel); err != nil {
+	if err := w.add(c.caller.Number, nc, &c.answering, cancel); err != nil {
 		c.refuse("connection refused", err)
 		return
 	}

@@ -190,7 +190,7 @@ func TestWatcherForgets(t *testing.T) {
 		t.Errorf("%d connections are still watched", len(w.conns))
 	}
 	w.hangUp()
-	if err := w.add(1, nc, nil); !errors.Is(err, errStopping) {
+	if err := w.add(1, nc, nil, nil); !errors.Is(err, errStopping) {
 		t.Errorf("%v, want %v", err, errStopping)
 	}
 }
@@ -215,16 +215,82 @@ func TestStopWithClients(t *testing.T) {
 		t.Error(r.err)
 	}
 	for _, conn := range []net.Conn{idle, half, waits} {
-		b, err := io.ReadAll(conn)
-		if conn == net.Conn(waits) && bytes.Equal(b, framed(message(5))) {
-			b = nil // a refusal may still get through
+		var want []byte
+		if conn == net.Conn(waits) {
+			want = framed(message(5))
 		}
-		if len(b) > 0 || err != nil && !errors.Is(err, syscall.ECONNRESET) {
-			t.Errorf("read %x, %v after the end", b, err)
+		if b, err := io.ReadAll(conn); !bytes.Equal(b, want) || err != nil && !errors.Is(err, syscall.ECONNRESET) {
+			t.Errorf("read %x, %v after the end, want %x", b, err, want)
 		}
 	}
 	if _, err := os.Lstat(r.socket); !errors.Is(err, os.ErrNotExist) {
 		t.Errorf("the socket's file: %v, want it gone", err)
+	}
+}
+
+// A client goes on when its request has been dealt with: until then its terminal
+// belongs to a prompt.
+func TestStopAnswersLast(t *testing.T) {
+	keyring := newKeyring()
+	begun, proceed := make(chan struct{}), make(chan struct{})
+	keyring.sign = func(ctx context.Context, _ *agent.Caller, _ agent.SignRequest) (*ssh.Signature, error) {
+		begun <- struct{}{}
+		<-ctx.Done()
+		<-proceed
+		return nil, ctx.Err()
+	}
+	r := serve(t, &Server{Keyring: keyring})
+	waits := r.dial()
+	var idle []net.Conn
+	for range 20 {
+		conn := r.dial()
+		ask(t, conn, message(11))
+		idle = append(idle, conn)
+	}
+	send(t, waits, signRequest)
+	<-begun
+	r.stop()
+	for _, conn := range idle { // which are closed in no order, the one that waits among them
+		if _, err := readAnswer(conn); !errors.Is(err, io.EOF) {
+			t.Errorf("%v, want the end", err)
+		}
+	}
+	raw, err := waits.SyscallConn()
+	if err != nil {
+		t.Fatal(err)
+	}
+	if err := raw.Control(func(fd uintptr) {
+		fds := []unix.PollFd{{Fd: int32(fd), Events: unix.POLLIN}}
+		if n, err := unix.Poll(fds, 0); n != 0 || err != nil {
+			t.Errorf("the client hears of the end too early: %#x, %v", fds[0].Revents, err)
+		}
+	}); err != nil {
+		t.Fatal(err)
+	}
+	close(proceed)
+	if b, err := io.ReadAll(waits); !bytes.Equal(b, framed(message(5))) || err != nil {
+		t.Errorf("read %x, %v", b, err)
+	}
+	<-r.stopped
+}
+
+// A client that does not take its answer does not hold up the end.
+func TestStopWithStuckClient(t *testing.T) {
+	keyring := newKeyring()
+	begun := make(chan struct{})
+	keyring.sign = func(ctx context.Context, _ *agent.Caller, _ agent.SignRequest) (*ssh.Signature, error) {
+		begun <- struct{}{}
+		<-ctx.Done()
+		return &ssh.Signature{Format: "alg", Blob: make([]byte, 4<<20)}, nil
+	}
+	r := serve(t, &Server{Keyring: keyring})
+	send(t, r.dial(), signRequest)
+	<-begun
+	r.stop()
+	select {
+	case <-r.stopped:
+	case <-time.After(patience / 2):
+		t.Error("it waits for a client that takes nothing")
 	}
 }
 

@@ -7,6 +7,7 @@ import (
 	"net"
 	"os"
 	"sync"
+	"sync/atomic"
 	"syscall"
 
 	"golang.org/x/sys/unix"
@@ -34,8 +35,9 @@ type watcher struct {
 }
 
 type watched struct {
-	nc     net.Conn
-	cancel context.CancelCauseFunc
+	nc        *net.UnixConn
+	answering *atomic.Bool
+	cancel    context.CancelCauseFunc
 }
 
 func newWatcher() (*watcher, error) {
@@ -58,14 +60,14 @@ func newWatcher() (*watcher, error) {
 }
 
 // add has cancel called when the client at the other end of nc hangs up, and nc
-// closed by hangUp, until remove.
-func (w *watcher) add(number uint64, nc *net.UnixConn, cancel context.CancelCauseFunc) error {
+// closed by hangUp, until remove. answering is set while the client waits.
+func (w *watcher) add(number uint64, nc *net.UnixConn, answering *atomic.Bool, cancel context.CancelCauseFunc) error {
 	w.mu.Lock()
 	if w.ended {
 		w.mu.Unlock()
 		return errStopping
 	}
-	w.conns[number] = watched{nc, cancel}
+	w.conns[number] = watched{nc, answering, cancel}
 	w.mu.Unlock()
 
 	if err := w.register(number, nc); err != nil {
@@ -128,13 +130,20 @@ func (w *watcher) run() error {
 }
 
 // hangUp closes every connection and lets no other one in. Whoever serves them
-// notices and removes them.
+// notices and removes them. It is called when their context has ended.
+//
+// A client that waits gets its answer first: it goes on when its prompt has gone
+// from the terminal, not before.
 func (w *watcher) hangUp() {
 	w.mu.Lock()
 	defer w.mu.Unlock()
 	w.ended = true
 	for _, c := range w.conns {
-		_ = c.nc.Close()
+		if c.answering.Load() {
+			_ = c.nc.CloseRead()
+		} else {
+			_ = c.nc.Close()
+		}
 	}
 }
 
