@@ -19,10 +19,11 @@ const (
 	bare    = iota // C_SignInit and C_Sign in a loop
 	openSSH        // ssh-agent and its helper
 	ours           // p11-agent and its module process
+	relay          // a program in C that has another one sign, and does nothing else
 	contestants
 )
 
-var names = [contestants]string{"bare", "ssh-agent", "p11-agent"}
+var names = [contestants]string{"bare", "ssh-agent", "p11-agent", "relay"}
 
 // A module is what an agent gets its keys from.
 type module struct {

@@ -6,6 +6,7 @@ import (
 	"encoding/hex"
 	"encoding/json"
 	"fmt"
+	"path/filepath"
 	"strconv"
 	"time"
 )
@@ -64,6 +65,20 @@ func (b *bench) loadBare(ctx context.Context, t *tokens, m module, k *kind, l lo
 		return s, fmt.Errorf("the bare loop: %w", err)
 	}
 	return s, nil
+}
+
+// startRelay starts a relay for a key, and returns where it listens.
+func (b *bench) startRelay(ctx context.Context, t *tokens, m module, k *kind) (*agent, error) {
+	dir, err := b.newDir("relay")
+	if err != nil {
+		return nil, err
+	}
+	a := &agent{who: relay, dir: dir, socket: filepath.Join(dir, "s"), env: environment(dir, append(t.env(), m.env...)), tokens: t, module: m}
+	if a.process, err = b.start(dir, a.env, b.load, "relay", m.path, tokenLabel, tokenPIN, fmt.Sprintf("%04x", k.id), k.bare,
+		hex.EncodeToString(k.message(toSign())), a.socket); err != nil {
+		return nil, err
+	}
+	return a, a.wait(ctx, "it listens", func() (bool, error) { return a.listens() })
 }
 
 // loadAgent sends the same request to an agent again and again.

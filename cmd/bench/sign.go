@@ -63,18 +63,28 @@ func measureSignatures(ctx context.Context, b *bench) error {
 	}
 	for _, r := range rows {
 		l := load{threads: r.at, each: r.each, length: b.length}
+		if !r.each {
+			if agents[relay], err = b.startRelay(ctx, t, agents[ours].module, r.kind); err != nil {
+				return err
+			}
+		}
 		if r.found, err = b.signContest(ctx, r.String(), agents, r.kind, l, !r.each); err != nil {
 			return err
+		}
+		if !r.each {
+			b.stop(agents[relay].process)
+			agents[relay] = nil
 		}
 	}
 	b.showSignatures(rows)
 	return nil
 }
 
-// both are the two agents, at their places among the contestants.
+// both are the two agents, at their places among the contestants, and a relay in some
+// contests.
 type both [contestants]*agent
 
-// launchBoth launches both on the same token.
+// launchBoth launches both agents on the same token.
 func (b *bench) launchBoth(ctx context.Context, t *tokens, m module) (agents both, err error) {
 	for _, who := range []int{openSSH, ours} {
 		if agents[who], err = b.launchNew(ctx, who, t, m); err != nil {
@@ -105,19 +115,24 @@ func (b *bench) signContest(ctx context.Context, row string, agents both, k *kin
 			return nil, err
 		}
 		measure[who] = func(ctx context.Context) (sample, error) { return b.loadAgent(ctx, a, request, l) }
+		if r := agents[relay]; r != nil { // it takes any request
+			measure[relay] = func(ctx context.Context) (sample, error) { return b.loadAgent(ctx, r, request, l) }
+		}
 	}
 	return b.contest(ctx, row, measure)
 }
 
 func (b *bench) showSignatures(rows []*signRow) {
 	kept := table{{
-		"key", "connections", "bare /s", "ssh-agent /s", "p11-agent /s", "of bare", "times ssh-agent",
-		"p99 bare, ms", "p99 ssh-agent, ms", "p99 p11-agent, ms",
+		"key", "connections", "bare /s", "ssh-agent /s", "p11-agent /s", "relay, of bare", "p11-agent, of bare", "times ssh-agent",
 	}}
+	waits := table{{"key", "connections", "p99 bare, ms", "p99 ssh-agent, ms", "p99 p11-agent, ms"}}
 	each := table{{
 		"key", "connections", "ssh-agent /s", "p11-agent /s", "times ssh-agent", "p99 ssh-agent, ms", "p99 p11-agent, ms",
 	}}
-	cost := table{{"key", "connections", "bare, µs", "ssh-agent, µs", "p11-agent, µs", "p11-agent above bare, µs"}}
+	cost := table{{
+		"key", "connections", "bare, µs", "ssh-agent, µs", "p11-agent, µs", "relay above bare, µs", "p11-agent above bare, µs",
+	}}
 	for _, r := range rows {
 		f, name, at := r.found, r.kind.name, fmt.Sprint(r.at)
 		times := f.ratio(ours, openSSH, rate)
@@ -127,13 +142,16 @@ func (b *bench) showSignatures(rows []*signRow) {
 			continue
 		}
 		share := f.ratio(ours, bare, rate)
-		kept.add(name, at, f.of(bare, rate).short(), f.of(openSSH, rate).short(), f.of(ours, rate).short(), share.String(), times.String(),
-			f.of(bare, p99).short(), f.of(openSSH, p99).short(), f.of(ours, p99).short())
+		kept.add(name, at, f.of(bare, rate).short(), f.of(openSSH, rate).short(), f.of(ours, rate).short(),
+			f.ratio(relay, bare, rate).String(), share.String(), times.String())
+		waits.add(name, at, f.of(bare, p99).short(), f.of(openSSH, p99).short(), f.of(ours, p99).short())
 		above := f.above(ours, bare, cpu)
-		cost.add(name, at, f.of(bare, cpu).short(), f.of(openSSH, cpu).short(), f.of(ours, cpu).short(), above.String())
+		cost.add(name, at, f.of(bare, cpu).short(), f.of(openSSH, cpu).short(), f.of(ours, cpu).short(),
+			f.above(relay, bare, cpu).String(), above.String())
 		b.signGoals(r, share, times, above)
 	}
 	b.show("On connections that are kept:", kept)
+	b.show("How long it takes, on those:", waits)
 	b.show("With a connection for each request:", each)
 	b.show("Processor time for one signature, of the loop, and of the agents with their children, on connections that are kept:", cost)
 }

@@ -7,11 +7,14 @@
  *   load agent SOCKET keep|each MESSAGE THREADS SECONDS COUNT
  *       with requests to an ssh-agent, on connections that are kept, or with one
  *       for each request
+ *   load relay MODULE LABEL PIN ID MECHANISM DATA SOCKET
+ *       answers on the socket until it is stopped, whatever is asked, with a signature
+ *       that a second process makes: what an agent does, and nothing else
  *   load make MODULE LABEL PIN KIND FIRST COUNT
  *       makes the keys to do that with, with the IDs FIRST, FIRST + 1 and so on
  *
- * It ends after SECONDS or COUNT, whichever comes first; 0 means without that
- * bound. ID, DATA and MESSAGE are in hexadecimal, MECHANISM is its number. Every
+ * The first two end after SECONDS or COUNT, whichever comes first; 0 means without
+ * that bound. ID, DATA and MESSAGE are in hexadecimal, MECHANISM is its number. Every
  * thread has a session, or a connection, of its own, and nothing is shared
  * between them, so that what is measured is what answers.
  */
@@ -20,11 +23,14 @@
 #include <errno.h>
 #include <pthread.h>
 #include <stdarg.h>
+#include <sched.h>
+#include <signal.h>
 #include <stdatomic.h>
 #include <stdint.h>
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
+#include <sys/prctl.h>
 #include <sys/resource.h>
 #include <sys/socket.h>
 #include <sys/un.h>
@@ -143,15 +149,36 @@ static void *sign_loop(void *arg)
 	return NULL;
 }
 
-static int connect_agent(void)
+/* agent_socket makes a socket that is connected to socket_path, or listens there. */
+static int agent_socket(int (*use)(int, const struct sockaddr *, socklen_t))
 {
 	struct sockaddr_un name = { .sun_family = AF_UNIX };
 	int fd = socket(AF_UNIX, SOCK_STREAM | SOCK_CLOEXEC, 0);
 
 	strncpy(name.sun_path, socket_path, sizeof name.sun_path - 1);
-	if (fd < 0 || connect(fd, (struct sockaddr *)&name, sizeof name) != 0)
-		die("connect to %s: %s", socket_path, strerror(errno));
+	if (fd < 0 || use(fd, (struct sockaddr *)&name, sizeof name) != 0)
+		die("%s: %s", socket_path, strerror(errno));
 	return fd;
+}
+
+/* receive reads a message, and returns how long it is, its length included, or 0 at
+ * the end. */
+static size_t receive(int fd, unsigned char *message, size_t room)
+{
+	size_t have = 0, want = 4;
+
+	while (have < want) {
+		ssize_t n = read(fd, message + have, room - have);
+
+		if (n <= 0)
+			return 0;
+		have += n;
+		if (have >= 4)
+			want = 4 + ((size_t)message[0] << 24 | message[1] << 16 | message[2] << 8 | message[3]);
+		if (want > room)
+			die("message of %zu bytes", want);
+	}
+	return have;
 }
 
 static void *agent_loop(void *arg)
@@ -160,26 +187,15 @@ static void *agent_loop(void *arg)
 	struct timespec last = { 0 };
 	size_t room = 512 << 10;
 	unsigned char *answer = malloc(room);
-	int fd = each ? -1 : connect_agent();
+	int fd = each ? -1 : agent_socket(connect);
 
 	while (next(w, &last)) {
-		size_t have = 0, want = 4;
-
 		if (each)
-			fd = connect_agent();
+			fd = agent_socket(connect);
 		if (write(fd, data, data_length) != (ssize_t)data_length)
 			die("write: %s", strerror(errno));
-		while (have < want) {
-			ssize_t n = read(fd, answer + have, room - have);
-
-			if (n <= 0)
-				die("read: %s", n ? strerror(errno) : "the agent hung up");
-			have += n;
-			if (have >= 4)
-				want = 4 + ((size_t)answer[0] << 24 | answer[1] << 16 | answer[2] << 8 | answer[3]);
-			if (want > room)
-				die("answer of %zu bytes", want);
-		}
+		if (receive(fd, answer, room) == 0)
+			die("read: %s", errno ? strerror(errno) : "the agent hung up");
 		/* SSH_AGENT_IDENTITIES_ANSWER answers 11, SSH_AGENT_SIGN_RESPONSE 13 */
 		if (answer[4] != data[4] + 1)
 			die("the agent answers %d to %d", answer[4], data[4]);
@@ -274,6 +290,123 @@ static void find_key(ulong session, const char *name)
 		die("no key %s", name);
 }
 
+/* The relay has a lane for each client, at most so many: a socket pair with a thread at
+ * either end. */
+enum { LANES = 64, REQUEST = 4096, AWAKE = 100000 /* ns */ };
+static struct lane { int ours, theirs; atomic_int taken; } lanes[LANES];
+static atomic_int awake;
+
+/* await receives a request. One thread at a time does not sleep at once when there is
+ * none: to be woken takes as long as a fast signature. */
+static ssize_t await(int fd, unsigned char *request)
+{
+	struct timespec from, now;
+	ssize_t n = -1;
+
+	if (atomic_exchange(&awake, 1))
+		return recv(fd, request, REQUEST, 0);
+	clock_gettime(CLOCK_MONOTONIC, &from);
+	for (now = from; n < 0 && since(&from, &now) < AWAKE; clock_gettime(CLOCK_MONOTONIC, &now)) {
+		n = recv(fd, request, REQUEST, MSG_DONTWAIT);
+		if (n < 0)
+			sched_yield();
+	}
+	atomic_store(&awake, 0);
+	return n < 0 ? recv(fd, request, REQUEST, 0) : n;
+}
+
+/* relay_sign signs for one lane. */
+static void *relay_sign(void *arg)
+{
+	struct lane *l = arg;
+	struct mechanism m = { mechanism, NULL, 0 };
+	unsigned char request[REQUEST], signature[1024];
+	ulong session;
+
+	check("C_OpenSession", list->f[OPEN_SESSION](slot, 4ul, NULL, NULL, &session));
+	while (await(l->theirs, request) > 0) {
+		ulong n = sizeof signature;
+
+		check("C_SignInit", list->f[SIGN_INIT](session, &m, key));
+		check("C_Sign", list->f[SIGN](session, data, (ulong)data_length, signature, &n));
+		if (send(l->theirs, signature, n, 0) < 0)
+			break;
+	}
+	return NULL;
+}
+
+struct client { int fd; struct lane *lane; };
+
+/* relay_client serves one client. */
+static void *relay_client(void *arg)
+{
+	struct client *c = arg;
+	unsigned char request[REQUEST], answer[1024 + 9];
+	size_t length;
+
+	while ((length = receive(c->fd, request, sizeof request)) > 0) {
+		ssize_t n;
+
+		send(c->lane->ours, request, length, 0);
+		n = recv(c->lane->ours, answer + 9, sizeof answer - 9, 0);
+		if (n <= 0)
+			die("the process that signs has gone");
+		/* SSH_AGENT_SIGN_RESPONSE, as far as its reader looks */
+		memcpy(answer, (unsigned char[]){ 0, 0, (n + 5) >> 8, n + 5, 14, 0, 0, n >> 8, n }, 9);
+		if (write(c->fd, answer, n + 9) < 0)
+			break;
+	}
+	close(c->fd);
+	atomic_store(&c->lane->taken, 0);
+	free(c);
+	return NULL;
+}
+
+static void start_thread(void *(*run)(void *), void *arg)
+{
+	pthread_t thread;
+
+	if (pthread_create(&thread, NULL, run, arg) != 0 || pthread_detach(thread) != 0)
+		die("no more threads");
+}
+
+static _Noreturn void relay(char **token, const char *id)
+{
+	int i, fd, listener;
+
+	signal(SIGPIPE, SIG_IGN);
+	for (i = 0; i < LANES; i++) {
+		int pair[2];
+
+		if (socketpair(AF_UNIX, SOCK_SEQPACKET, 0, pair) != 0)
+			die("socketpair: %s", strerror(errno));
+		lanes[i].ours = pair[0];
+		lanes[i].theirs = pair[1];
+	}
+	if (fork() == 0) {
+		prctl(PR_SET_PDEATHSIG, SIGKILL);
+		find_key(open_token(token), id);
+		for (i = 0; i < LANES; i++)
+			start_thread(relay_sign, &lanes[i]);
+		for (;;)
+			pause();
+	}
+	listener = agent_socket(bind);
+	if (listen(listener, LANES) != 0)
+		die("listen: %s", strerror(errno));
+	while ((fd = accept(listener, NULL, NULL)) >= 0) {
+		struct client *c = malloc(sizeof *c);
+
+		for (i = 0; i < LANES && atomic_exchange(&lanes[i].taken, 1); i++)
+			;
+		if (i == LANES)
+			die("too many clients");
+		*c = (struct client){ fd, &lanes[i] };
+		start_thread(relay_client, c);
+	}
+	die("accept: %s", strerror(errno));
+}
+
 /* make_keys makes key pairs. Only one of curve and bits counts. */
 static void make_keys(ulong session, const char *kind, long first, long count)
 {
@@ -323,6 +456,12 @@ int main(int argc, char **argv)
 	if (argc == 8 && strcmp(argv[1], "make") == 0) {
 		make_keys(open_token(argv + 2), argv[5], atol(argv[6]), atol(argv[7]));
 		return 0;
+	}
+	if (argc == 9 && strcmp(argv[1], "relay") == 0) {
+		mechanism = strtoul(argv[6], NULL, 0);
+		data = unhex(argv[7], &data_length);
+		socket_path = argv[8];
+		relay(argv + 2, argv[5]);
 	}
 	if (argc == 11 && strcmp(argv[1], "token") == 0) {
 		find_key(open_token(argv + 2), argv[5]);
