@@ -15,13 +15,17 @@ import (
 )
 
 const (
-	// quick is what a signature takes at the most for which it is worth to wait on a
-	// thread, and how long it is waited for there: see wire.Lane.Ready. A smart card
-	// takes longer, and so does a network.
+	// quick is what a signature takes at the most that is made by this machine, or by a
+	// device that is nearly as near. A smart card takes longer, and so does a network.
 	quick = time.Millisecond
-	// quickWidth is how many signatures a token is asked for at once that needs less: it
-	// is this machine that makes them, or a device that is nearly as near.
+	// quickWidth is how many signatures a token is asked for at once that is quick.
 	quickWidth = 16
+	// instant is what a signature takes at the most for which it is worth to wait on a
+	// thread, and how long it is waited for there: see wire.Lane.Ready.
+	instant = 200 * time.Microsecond
+	// aloneFor is how many signatures must have had the token for themselves before one is
+	// waited for on a thread: the thread is missed as soon as there are two clients.
+	aloneFor = 8
 	// laneIdle is how long a seat is kept that nobody needs.
 	laneIdle = 10 * time.Second
 	// probation is how many signatures a token that works on one at a time gets one
@@ -51,7 +55,8 @@ type queue struct {
 	fastest map[kind]time.Duration
 	quick   bool // it makes signatures so fast that it does not matter how many at once
 	beside  bool // it makes signatures side by side
-	alone   int  // how often one has waited for another since that was tried
+	waited  int  // how often one has waited for another since that was tried
+	alone   int  // signatures since there was another one under way
 }
 
 // kind is what signatures take the same time for.
@@ -89,7 +94,7 @@ func (q *queue) width() int {
 		return min(q.most, quickWidth)
 	case q.beside:
 		return q.most
-	case q.alone >= 2:
+	case q.waited >= 2:
 		return 1
 	default:
 		return min(2, q.most)
@@ -106,6 +111,10 @@ func (q *queue) take() *seat {
 		q.seats = append(q.seats, s)
 	}
 	s.beside = q.running > 0
+	q.alone++
+	if s.beside {
+		q.alone = 0
+	}
 	if q.running++; s.beside && !q.quick && !q.beside {
 		for _, o := range q.seats {
 			o.beside = true
@@ -144,14 +153,14 @@ func (q *queue) learn(s *seat, now time.Time) {
 	}
 	apart = min(took, apart)
 	switch {
-	case q.alone >= 2:
-		if q.alone++; q.alone >= probation {
-			q.alone = 0
+	case q.waited >= 2:
+		if q.waited++; q.waited >= probation {
+			q.waited = 0
 		}
 	case 2*apart <= fastest:
 		q.beside = true
 	case 10*apart >= 7*fastest:
-		q.alone++
+		q.waited++
 	}
 }
 
@@ -234,12 +243,12 @@ var waitsHere atomic.Bool
 
 // waitHere waits for the answer on the caller's thread if that is worth while, and
 // tells whether it is there.
-func (s *seat) waitHere(fast bool) bool {
-	if !fast || !waitsHere.CompareAndSwap(false, true) {
+func (s *seat) waitHere(worthWhile bool) bool {
+	if !worthWhile || !waitsHere.CompareAndSwap(false, true) {
 		return false
 	}
 	defer waitsHere.Store(false)
-	return s.lane.Ready(quick)
+	return s.lane.Ready(instant)
 }
 
 // sign asks for the signature that s.req describes, and gives the seat up. When ctx
@@ -268,7 +277,7 @@ func (p *process) sign(ctx context.Context, s *seat) (signature []byte, fastest 
 	s.pending = pending{queue: s.queue, timeout: timeout, since: time.Now()}
 	p.waitLocked(id, &s.pending)
 	fastest, known := s.queue.fastest[s.kind()]
-	alone := s.queue.running == 1
+	here := known && fastest < instant && s.queue.alone > aloneFor
 	p.mu.Unlock()
 
 	if s.lane == nil {
@@ -287,7 +296,7 @@ func (p *process) sign(ctx context.Context, s *seat) (signature []byte, fastest 
 	}
 	var f wire.Frame
 	if err == nil {
-		if s.waitHere(alone && known && fastest < quick) {
+		if s.waitHere(here) {
 			f, err = s.lane.Receive()
 		} else {
 			f, err = s.receive(ctx)
