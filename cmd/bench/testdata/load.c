@@ -388,9 +388,13 @@ static _Noreturn void relay(char **token, const char *id)
 		find_key(open_token(token), id);
 		for (i = 0; i < LANES; i++)
 			start_thread(relay_sign, &lanes[i]);
+		send(lanes[0].theirs, "", 1, 0);
 		for (;;)
 			pause();
 	}
+	/* SoftHSM shows no token to others while somebody logs in to it. */
+	if (recv(lanes[0].ours, &i, sizeof i, 0) != 1)
+		die("the process that signs has gone");
 	listener = agent_socket(bind);
 	if (listen(listener, LANES) != 0)
 		die("listen: %s", strerror(errno));
