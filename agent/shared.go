@@ -59,10 +59,15 @@ func (s *shared[T]) do(ctx context.Context, key string, f func(context.Context) 
 	case <-ctx.Done():
 	}
 	s.mu.Lock()
-	defer s.mu.Unlock()
-	if c.waiters--; c.waiters == 0 {
+	c.waiters--
+	last := c.waiters == 0
+	if last {
 		c.cancel()
 		s.endLocked(key, c)
+	}
+	s.mu.Unlock()
+	if last {
+		waiting.ForEnd(c.done)
 	}
 	var none T
 	return none, ctx.Err()

@@ -84,7 +84,9 @@ func (t *Token) login(ctx context.Context, k *Key, with given) (*secret.Secret, 
 		select {
 		case <-f.done:
 		case <-ctx.Done():
-			g.leave(f, own)
+			if g.leave(f, own) {
+				waiting.ForEnd(f.done)
+			}
 			return nil, ctx.Err()
 		}
 		// A PIN given in advance is no part of somebody else's failed login.
@@ -147,8 +149,8 @@ func (t *Token) board(ctx context.Context, g *gate, k *Key, with given) (f *flig
 }
 
 // leave is for those who do not wait any more. own tells that the flight is the
-// caller's.
-func (g *gate) leave(f *flight, own bool) {
+// caller's. It is true for the last of them, whose leaving ends the flight.
+func (g *gate) leave(f *flight, own bool) (last bool) {
 	g.mu.Lock()
 	defer g.mu.Unlock()
 	if own {
@@ -160,6 +162,7 @@ func (g *gate) leave(f *flight, own bool) {
 		f.abandoned = true
 		f.cancel()
 	}
+	return f.abandoned
 }
 
 // goWhileOpen runs f in a goroutine that Close waits for, unless the Store is

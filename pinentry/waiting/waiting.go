@@ -11,7 +11,24 @@ import (
 	"context"
 	"errors"
 	"sync"
+	"time"
 )
+
+// patience is how long ForEnd waits. A dialogue that does not leave when it is told
+// to is killed sooner.
+const patience = 3 * time.Second
+
+// ForEnd waits until a question has ended that nobody waits for any more: whoever asked
+// for it may go on at the terminal that the prompt is still in. It does not wait long,
+// for something else may be under way, such as a card that does not answer.
+func ForEnd(done <-chan struct{}) {
+	t := time.NewTimer(patience)
+	defer t.Stop()
+	select {
+	case <-done:
+	case <-t.C:
+	}
+}
 
 // A List has the requests that wait for an answer, as their contexts. The zero
 // value is empty and ready to use. Its methods are safe for concurrent use.

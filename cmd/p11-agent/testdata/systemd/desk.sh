@@ -28,6 +28,14 @@ fresh() { "$agent" logout >/dev/null; }
 no_prompt() { ! pgrep -u "$(id -u)" pinentry >/dev/null; }
 entries() { journalctl --user -u p11-agent.service -o json P11_REQUEST=sign | wc -l; }
 logged() { [ "$(entries)" = "$1" ]; }
+# reload has the agent read its configuration again, and waits until it has.
+reload() {
+	rereads() { journalctl --user -u p11-agent.service -o cat | grep -c '^configuration read again' || true; }
+	before=$(rereads)
+	reread() { [ "$(rereads)" -gt "$before" ]; }
+	systemctl --user reload p11-agent.service
+	eventually reread
+}
 
 step "two tokens, a server, two panes"
 mkdir -p -m 700 .ssh .config/softhsm2 .config/p11-agent tokens
@@ -201,13 +209,13 @@ printf 'confirm = "always"\n[pinentry]\nprogram = "pinentry-curses"\n' >$config
 systemctl --user restart p11-agent.service
 eventually keys
 printf 'confirm = "always"\n[pinentry]\nprogram = "pinentry-curses"\n[[key]]\nuri = "pkcs11:token=work"\nconfirm = "never"\n' >$config
-systemctl --user reload p11-agent.service
+reload
 types one "clear; ssh-add -T work.pub; echo status \$?"
 shows one 'Please enter the PIN'
 types one "$work"
 shows one '^status 0$'
 printf 'confirm = "never"\n[pinentry]\nprogram = "pinentry-curses"\n[[key]]\nuri = "pkcs11:token=work"\nconfirm = "always"\n' >$config
-systemctl --user reload p11-agent.service
+reload
 types one "clear; ssh-add -T work.pub; echo status \$?"
 shows one 'Allow the use of this key\?'
 mux send-keys -t one Tab Tab Enter
