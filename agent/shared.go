@@ -59,16 +59,12 @@ func (s *shared[T]) do(ctx context.Context, key string, f func(context.Context) 
 	case <-ctx.Done():
 	}
 	s.mu.Lock()
-	c.waiters--
-	last := c.waiters == 0
-	if last {
+	if c.waiters--; c.waiters == 0 {
 		c.cancel()
 		s.endLocked(key, c)
 	}
 	s.mu.Unlock()
-	if last {
-		waiting.ForEnd(c.done)
-	}
+	c.waiting.Leave(ctx)
 	var none T
 	return none, ctx.Err()
 }

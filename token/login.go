@@ -84,9 +84,8 @@ func (t *Token) login(ctx context.Context, k *Key, with given) (*secret.Secret, 
 		select {
 		case <-f.done:
 		case <-ctx.Done():
-			if g.leave(f, own) {
-				waiting.ForEnd(f.done)
-			}
+			g.leave(f, own)
+			f.waiting.Leave(ctx)
 			return nil, ctx.Err()
 		}
 		// A PIN given in advance is no part of somebody else's failed login.
@@ -149,8 +148,8 @@ func (t *Token) board(ctx context.Context, g *gate, k *Key, with given) (f *flig
 }
 
 // leave is for those who do not wait any more. own tells that the flight is the
-// caller's. It is true for the last of them, whose leaving ends the flight.
-func (g *gate) leave(f *flight, own bool) (last bool) {
+// caller's.
+func (g *gate) leave(f *flight, own bool) {
 	g.mu.Lock()
 	defer g.mu.Unlock()
 	if own {
@@ -162,7 +161,6 @@ func (g *gate) leave(f *flight, own bool) (last bool) {
 		f.abandoned = true
 		f.cancel()
 	}
-	return f.abandoned
 }
 
 // goWhileOpen runs f in a goroutine that Close waits for, unless the Store is

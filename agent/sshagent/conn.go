@@ -87,11 +87,11 @@ func (c *conn) run(ctx context.Context) {
 		if c.whole != nil {
 			answer, c.whole = c.whole, nil
 		}
-		patience := patience
+		within := patience
 		if ctx.Err() != nil { // looked at last: see hangUp
-			patience = 0
+			within = 0
 		}
-		err = c.in.write(answer, patience)
+		err = c.in.write(answer, within)
 		c.finish()
 		if err != nil {
 			c.ended(ctx, err)

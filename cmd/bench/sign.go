@@ -115,9 +115,13 @@ func (b *bench) signContest(ctx context.Context, row string, agents both, k *kin
 			return nil, err
 		}
 		measure[who] = func(ctx context.Context) (sample, error) { return b.loadAgent(ctx, a, request, l) }
-		if r := agents[relay]; r != nil { // it takes any request
-			measure[relay] = func(ctx context.Context) (sample, error) { return b.loadAgent(ctx, r, request, l) }
+	}
+	if a := agents[relay]; a != nil {
+		request, err := agents[ours].signRequest(ctx, k) // it takes any
+		if err != nil {
+			return nil, err
 		}
+		measure[relay] = func(ctx context.Context) (sample, error) { return b.loadAgent(ctx, a, request, l) }
 	}
 	return b.contest(ctx, row, measure)
 }

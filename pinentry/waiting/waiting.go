@@ -11,24 +11,7 @@ import (
 	"context"
 	"errors"
 	"sync"
-	"time"
 )
-
-// patience is how long ForEnd waits. A dialogue that does not leave when it is told
-// to is killed sooner.
-const patience = 3 * time.Second
-
-// ForEnd waits until a question has ended that nobody waits for any more: whoever asked
-// for it may go on at the terminal that the prompt is still in. It does not wait long,
-// for something else may be under way, such as a card that does not answer.
-func ForEnd(done <-chan struct{}) {
-	t := time.NewTimer(patience)
-	defer t.Stop()
-	select {
-	case <-done:
-	case <-t.C:
-	}
-}
 
 // A List has the requests that wait for an answer, as their contexts. The zero
 // value is empty and ready to use. Its methods are safe for concurrent use.
@@ -36,6 +19,8 @@ type List struct {
 	mu    sync.Mutex
 	all   []context.Context // in the order they came
 	added chan struct{}     // closed and replaced when one comes
+	asked context.Context   // the request that is asked, or was asked last
+	ended chan struct{}     // closed when nobody is asked for it any more
 }
 
 // Add adds a request. It is on the list for as long as its context lasts.
@@ -61,19 +46,35 @@ func (l *List) pruneLocked() {
 	l.all = kept
 }
 
-// first returns the request that has waited longest, or a channel that is closed
-// when there is one.
-func (l *List) first() (context.Context, <-chan struct{}) {
+// Leave is called by a request whose context has ended. It returns when nobody is
+// asked on its behalf any more, which takes as long as a question takes to notice:
+// who has asked does not go on while the prompt is still in the terminal.
+func (l *List) Leave(ctx context.Context) {
+	l.mu.Lock()
+	var ended chan struct{}
+	if l.asked == ctx {
+		ended = l.ended
+	}
+	l.mu.Unlock()
+	if ended != nil {
+		<-ended
+	}
+}
+
+// first returns the request that has waited longest, which is asked until ended is
+// closed, or a channel that is closed when there is one.
+func (l *List) first() (one context.Context, ended chan<- struct{}, added <-chan struct{}) {
 	l.mu.Lock()
 	defer l.mu.Unlock()
 	l.pruneLocked()
 	if len(l.all) > 0 {
-		return l.all[0], nil
+		l.asked, l.ended = l.all[0], make(chan struct{})
+		return l.asked, l.ended, nil
 	}
 	if l.added == nil {
 		l.added = make(chan struct{})
 	}
-	return nil, l.added
+	return nil, nil, l.added
 }
 
 type listKey struct{}
@@ -96,7 +97,7 @@ func Ask(ctx context.Context, ask func(context.Context) error) error {
 		return ask(ctx)
 	}
 	for {
-		one, added := l.first()
+		one, ended, added := l.first()
 		if one == nil {
 			select {
 			case <-added:
@@ -105,15 +106,17 @@ func Ask(ctx context.Context, ask func(context.Context) error) error {
 				return ctx.Err()
 			}
 		}
-		err := during(ctx, one, ask)
+		err := during(ctx, one, ended, ask)
 		if ctx.Err() != nil || one.Err() == nil || !errors.Is(err, one.Err()) {
 			return err
 		}
 	}
 }
 
-// during calls ask with the values of one, for as long as both contexts last.
-func during(ctx, one context.Context, ask func(context.Context) error) error {
+// during calls ask with the values of one, for as long as both contexts last, and
+// closes ended then, also should ask panic.
+func during(ctx, one context.Context, ended chan<- struct{}, ask func(context.Context) error) error {
+	defer close(ended)
 	both, cancel := context.WithCancelCause(one)
 	defer cancel(nil)
 	defer context.AfterFunc(ctx, func() { cancel(context.Cause(ctx)) })()

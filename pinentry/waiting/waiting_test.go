@@ -5,6 +5,7 @@ import (
 	"errors"
 	"testing"
 	"testing/synctest"
+	"time"
 )
 
 type nameKey struct{}
@@ -135,4 +136,39 @@ func TestListForgetsThoseWhoLeft(t *testing.T) {
 	if len(l.all) != 1 {
 		t.Errorf("%d are on the list", len(l.all))
 	}
+}
+
+// Who leaves goes on when nobody is asked for it any more; who was not asked goes on
+// at once.
+func TestLeave(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		var l List
+		first, leave := context.WithCancel(t.Context())
+		other, leaveToo := context.WithCancel(t.Context())
+		l.Add(first)
+		l.Add(other)
+		ctx, end := context.WithCancel(NewContext(t.Context(), &l))
+		done := make(chan error)
+		go func() {
+			done <- Ask(ctx, func(ctx context.Context) error {
+				<-ctx.Done()
+				time.Sleep(time.Second) // the prompt takes its time
+				return ctx.Err()
+			})
+		}()
+		synctest.Wait()
+		start := time.Now()
+		leaveToo()
+		l.Leave(other)
+		if took := time.Since(start); took != 0 {
+			t.Errorf("one that was not asked left after %v", took)
+		}
+		leave()
+		l.Leave(first)
+		if took := time.Since(start); took != time.Second {
+			t.Errorf("the one that was asked left after %v", took)
+		}
+		end()
+		<-done
+	})
 }
