@@ -41,6 +41,7 @@ func TestMain(m *testing.M) {
 		"fakepinentry": fakePinentry,
 		"fakeaskpass":  fakeAskpass,
 		"fakepanic":    fakePanic,
+		"attacker":     attacker,
 	})
 }
 
@@ -84,7 +85,14 @@ const patience = 30 * time.Second
 //	mask FILE           write the last output to FILE, with what differs from run to run replaced
 //	secret TEXT         fail if TEXT is in a log, or in the arguments or environment of any process
 //	connections N M     connect to the agent N times in turn and M times at once, and see that it keeps nothing
-func TestStories(t *testing.T) {
+func TestStories(t *testing.T) { runScripts(t, "script") }
+
+// TestAttacks plays attackers against the real program: a client, a program in
+// namespaces of its own, a module. Each script in testdata/attack is one attack. Its
+// commands are those of TestStories.
+func TestAttacks(t *testing.T) { runScripts(t, "attack") }
+
+func runScripts(t *testing.T, dir string) {
 	root := tokentest.TempDir(t) // short: it will hold sockets
 	s := &stories{t: t, tokens: makeTokens(t), softhsm: tokentest.Module(t, "libsofthsm2.so"), opensc: tokentest.Module(t, "opensc-pkcs11.so")}
 	// Scripts that use it say that they need gcc.
@@ -97,7 +105,7 @@ func TestStories(t *testing.T) {
 		}
 	}
 	testscript.Run(t, testscript.Params{
-		Dir:                 filepath.Join("testdata", "script"),
+		Dir:                 filepath.Join("testdata", dir),
 		WorkdirRoot:         root,
 		RequireExplicitExec: true,
 		RequireUniqueNames:  true,

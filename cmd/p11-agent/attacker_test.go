@@ -1,0 +1,23 @@
+package main
+
+import (
+	"fmt"
+	"os"
+)
+
+// attacks are what the program "attacker" of the scripts in testdata/attack can do,
+// by the first argument. Each gets the arguments that follow.
+var attacks = map[string]func(args []string) error{}
+
+// attacker is a program with a socket of the agent, and no good intentions. It
+// exits with 0 when the attack could be carried out, whatever came of it.
+func attacker() {
+	if len(os.Args) < 2 || attacks[os.Args[1]] == nil {
+		fmt.Fprintln(os.Stderr, "attacker: unknown attack")
+		os.Exit(2)
+	}
+	if err := attacks[os.Args[1]](os.Args[2:]); err != nil {
+		fmt.Fprintln(os.Stderr, "attacker:", err)
+		os.Exit(1)
+	}
+}
