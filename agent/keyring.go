@@ -272,10 +272,11 @@ func (k *Keyring) lookAgain() bool {
 	return true
 }
 
-// Sign makes a signature, asking for confirmation where the constraints of the
-// identity, the socket or the rules want it, and for a PIN where the token does. For a key that only an upstream
-// agent has, that agent makes it.
+// Sign makes a signature. It asks for confirmation where the limits of the identity, the
+// socket or the rules want it, and for a PIN where the token does. For a key that only an
+// upstream agent has, that agent makes it.
 func (k *Keyring) Sign(ctx context.Context, c *Caller, r SignRequest) (*ssh.Signature, error) {
+	r.Content = c.judged(r.Content)
 	rec := k.beginUse(RequestSign, k.use("", nil, c, r))
 	sig, err := k.signFor(ctx, rec, r)
 	k.end(rec, err)
