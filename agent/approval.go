@@ -522,13 +522,15 @@ func (k *Keyring) approve(ctx context.Context, u *Use, id *identity) error {
 	if d.confirm == ConfirmDeny {
 		return &DeniedError{Why: d.why()}
 	}
-	// These two mean each use.
+	// These mean each use.
 	why := ""
 	switch socket := u.Caller.Socket; {
-	case id.constraints.Confirm:
+	case id.limits.confirm:
 		why = "ssh-add -c, with which the key was added"
 	case socket != nil && socket.Confirm:
 		why = "confirm = true of the socket " + socket.Name
+	case u.Unlimited && !id.asksPIN():
+		why = "the limits that the key had before it was removed"
 	case d.confirm == ConfirmNever:
 		return nil
 	}

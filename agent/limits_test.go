@@ -301,18 +301,18 @@ func TestLooser(t *testing.T) {
 		if said := strings.Contains(f.log.String(), "constraints loosened"); said != test.looser {
 			t.Errorf("%+v to %+v: the log has %s", test.old, test.now, f.log)
 		}
-		f = newFixture(Options{Rules: Rules{Automatic: []Selection{}}}, edKey("pkcs11:token=a"))
-		f.add(t, "pkcs11:token=a", test.old)
-		f.add(t, "pkcs11:token=a", test.now)
-		if said := strings.Contains(f.log.String(), "constraints loosened"); said != test.looser {
-			t.Errorf("token, %+v to %+v: the log has %s", test.old, test.now, f.log)
-		}
-		// The same key by another name.
-		f = newFixture(Options{Rules: Rules{Automatic: []Selection{}}}, edKey("pkcs11:token=a;id=1"))
-		f.add(t, "pkcs11:token=a;id=1", test.old)
-		f.add(t, "pkcs11:token=a", test.now)
-		if said := strings.Contains(f.log.String(), "constraints loosened"); said != test.looser {
-			t.Errorf("by another name, %+v to %+v: the log has %s", test.old, test.now, f.log)
+		// A key of a token keeps what it has, by whatever name it is added again.
+		for _, name := range []string{"pkcs11:token=a;id=1", "pkcs11:token=a"} {
+			f = newFixture(Options{Rules: Rules{Automatic: []Selection{}}}, edKey("pkcs11:token=a;id=1"))
+			f.add(t, "pkcs11:token=a;id=1", test.old)
+			f.add(t, name, test.now)
+			if said := strings.Contains(f.log.String(), "constraints kept"); said != test.looser {
+				t.Errorf("token, as %s, %+v to %+v: the log has %s", name, test.old, test.now, f.log)
+			}
+			old := limitsOf(&test.old, 0)
+			if has := f.now().identities[0].limits; has.looser(&old) {
+				t.Errorf("token, as %s, %+v to %+v: it has %+v", name, test.old, test.now, has)
+			}
 		}
 	}
 }

@@ -157,7 +157,7 @@ func (l *lock) unlock(ctx context.Context, phrase *secret.Secret) error {
 // and forgets the PINs that came with added URIs, and what persons have allowed. Signatures under way fail.
 func (k *Keyring) Lock(ctx context.Context, c *Caller, phrase *secret.Secret) error {
 	rec := k.begin(c, RequestLock)
-	err := c.mayChange()
+	err := c.mayLock()
 	if err == nil {
 		err = k.lock.close(phrase)
 	}
@@ -180,7 +180,7 @@ func (k *Keyring) Lock(ctx context.Context, c *Caller, phrase *secret.Secret) er
 // Unlock ends what Lock has begun, when the passphrase is the same.
 func (k *Keyring) Unlock(ctx context.Context, c *Caller, phrase *secret.Secret) error {
 	rec := k.begin(c, RequestUnlock)
-	err := c.mayChange()
+	err := c.mayLock()
 	if err == nil {
 		err = k.lock.unlock(ctx, phrase)
 	}

@@ -21,6 +21,9 @@ type Use struct {
 	Caller  *Caller
 	Content Content
 	Login   *Login // nil: it is no request to log in
+	// Unlimited says that the key was limited before it was removed, is not so any more,
+	// and is used for the first time since.
+	Unlimited bool
 
 	// Hosts gives names to host keys; nil: they have none.
 	Hosts HostNamer
@@ -130,6 +133,9 @@ func (u *Use) Lines() []string {
 	}
 	if via := u.Forwarding(); via != "" {
 		lines = append(lines, "FORWARDED "+via)
+	}
+	if u.Unlimited {
+		lines = append(lines, "NOTE: the key had limits (ssh-add -c, -t or -h) until it was removed. A yes or a PIN lifts them.")
 	}
 	return lines
 }

@@ -234,6 +234,9 @@ func (t *Token) tryLogin(ctx context.Context, p *process, pin *secret.Secret, la
 	if told { // for those who ask how many tries are left
 		t.mu.Lock()
 		t.slot.Info = info
+		if !info.LoggedIn {
+			t.attempted = nil // it was refused
+		}
 		t.mu.Unlock()
 	}
 	if err == nil {

@@ -139,7 +139,51 @@ func ParseProvider(provider []byte, allow AllowList) (*Selector, error) {
 		}
 		return &Selector{path: real, text: real}, nil
 	}
-	u, err := pkcs11uri.ParseBytes(provider)
+	sel, err := parseURI(provider)
+	if err != nil || sel.uri.ModulePath == nil {
+		return sel, err
+	}
+	real, err := allow.Resolve(*sel.uri.ModulePath)
+	if err != nil {
+		sel.uri.Wipe()
+		return nil, err
+	}
+	// A directory selects among the modules there are, and starts none.
+	if !isDir(real) {
+		sel.path = real
+	}
+	return sel, nil
+}
+
+// ParseRemoteProvider is ParseProvider for a client that may be on another machine, or
+// sees some keys only. It looks at no file: such a client is not to learn which files
+// there are, nor to have the agent wait for a file system. So a module is not named by
+// its path, and a PIN not by a file. Nor is a PIN taken from the URI, which would count
+// for every key that the URI matches.
+func ParseRemoteProvider(provider []byte) (*Selector, error) {
+	if !isURI(provider) {
+		return nil, errors.New("a module is named by its path, which counts on this machine only: name keys by their pkcs11: URI")
+	}
+	sel, err := parseURI(provider)
+	if err != nil {
+		return nil, err
+	}
+	u := sel.uri
+	switch {
+	case u.ModulePath != nil:
+		err = errors.New("the URI has a module-path, which counts on this machine only")
+	case u.PINSource != nil || u.PIN() != nil:
+		err = errors.New("the URI brings a PIN, which counts on this machine only: give the PIN when ssh-add asks")
+	default:
+		return sel, nil
+	}
+	u.Wipe()
+	return nil, err
+}
+
+// parseURI reads a URI that a client names.
+func parseURI(text []byte) (*Selector, error) {
+	u, err := pkcs11uri.ParseBytes(text)
 	if err != nil {
 		return nil, err
 	}
@@ -151,20 +195,7 @@ func ParseProvider(provider []byte, allow AllowList) (*Selector, error) {
 		u.Wipe()
 		return nil, err
 	}
-	sel := NewSelector(u)
-	if u.ModulePath == nil {
-		return sel, nil
-	}
-	real, err := allow.Resolve(*u.ModulePath)
-	if err != nil {
-		u.Wipe()
-		return nil, err
-	}
-	// A directory selects among the modules there are, and starts none.
-	if !isDir(real) {
-		sel.path = real
-	}
-	return sel, nil
+	return NewSelector(u), nil
 }
 
 func isDir(path string) bool {
@@ -195,6 +226,12 @@ func (m *module) matches(u *pkcs11uri.URI, byPath bool) bool {
 // It fails with ErrNoMatch, an *AmbiguousError when one token would be used
 // through several modules, or what went wrong with the modules that were named.
 func (s *Store) Select(ctx context.Context, sel *Selector) ([]*Key, error) {
+	return s.SelectOf(ctx, sel, func(*Key) bool { return true })
+}
+
+// SelectOf is Select where only the keys count that reached says may be reached. Others
+// count as not there.
+func (s *Store) SelectOf(ctx context.Context, sel *Selector, reached func(*Key) bool) ([]*Key, error) {
 	var named *module
 	if sel.path != "" {
 		var err error
@@ -207,7 +244,7 @@ func (s *Store) Select(ctx context.Context, sel *Selector) ([]*Key, error) {
 			return nil, ctx.Err()
 		}
 	}
-	keys, err := s.selected(sel)
+	keys, err := s.selected(sel, reached)
 	if len(keys) > 0 || err != nil {
 		return keys, err
 	}
@@ -218,7 +255,7 @@ func (s *Store) Select(ctx context.Context, sel *Selector) ([]*Key, error) {
 	} else if err := s.Rescan(ctx); err != nil {
 		return nil, err
 	}
-	keys, err = s.selected(sel)
+	keys, err = s.selected(sel, reached)
 	if len(keys) > 0 || err != nil {
 		return keys, err
 	}
@@ -251,17 +288,17 @@ func (s *Store) whyNone(ctx context.Context, sel *Selector, named *module) error
 	return errors.Join(append([]error{fmt.Errorf("%w: no such token is present", ErrNoMatch)}, failed...)...)
 }
 
-// selected returns what is selected out of what is known. A URI that selects
-// one token through several modules is an error, as it is not clear which of
+// selected returns what is selected out of what is known and reached. A URI that
+// selects one token through several modules is an error, as it is not clear which of
 // them gets the PIN.
-func (s *Store) selected(sel *Selector) ([]*Key, error) {
+func (s *Store) selected(sel *Selector, reached func(*Key) bool) ([]*Key, error) {
 	var keys []*Key
 	through := make(map[string][]string)
 	for _, m := range s.modulesNow() {
 		for _, t := range m.present() {
 			n := len(keys)
 			for _, k := range t.keyList() {
-				if sel.Match(k) && (k.Unfit() == "" || !sel.Broad()) {
+				if sel.Match(k) && (k.Unfit() == "" || !sel.Broad()) && reached(k) {
 					keys = append(keys, k)
 				}
 			}

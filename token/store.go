@@ -396,11 +396,23 @@ func (s *Store) stir() {
 // the PINs that are kept, and so makes the next signature ask for the PIN. A
 // module that hangs delays no other.
 func (s *Store) LogoutAll(ctx context.Context) error {
+	return s.logoutOf(ctx, func(*Token) bool { return true })
+}
+
+// LogoutOf is LogoutAll for the tokens that are chosen by their keys.
+func (s *Store) LogoutOf(ctx context.Context, chosen func([]*Key) bool) error {
+	return s.logoutOf(ctx, func(t *Token) bool { return chosen(t.keyList()) })
+}
+
+func (s *Store) logoutOf(ctx context.Context, chosen func(*Token) bool) error {
 	var wg sync.WaitGroup
 	var mu sync.Mutex
 	var all []error
 	for _, m := range s.modulesNow() {
 		for _, t := range m.known() {
+			if !chosen(t) {
+				continue
+			}
 			wg.Go(func() {
 				if err := t.forget(ctx); err != nil {
 					mu.Lock()

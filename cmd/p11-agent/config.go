@@ -235,7 +235,7 @@ type socketConfig struct {
 	Path     string      `toml:"path"`
 	Keys     *[]uriValue `toml:"keys"`
 	Confirm  bool        `toml:"confirm"`
-	ReadOnly bool        `toml:"read-only"`
+	ReadOnly *bool       `toml:"read-only"` // nil: if it limits something
 }
 
 // path returns where the socket is: beside that of an agent which has a directory
@@ -253,9 +253,18 @@ func (s socketConfig) path(own string) (string, error) {
 	return filepath.Join(dir, "p11-agent", s.Name+".sock"), nil
 }
 
+// readOnly tells whether keys can only be used there. A socket that shows some keys, or
+// has their use confirmed, is for others, who are to change nothing.
+func (s socketConfig) readOnly() bool {
+	if s.ReadOnly != nil {
+		return *s.ReadOnly
+	}
+	return s.Keys != nil || s.Confirm
+}
+
 // rules returns what the keyring is to keep.
 func (s socketConfig) rules() *agent.Socket {
-	return &agent.Socket{Name: s.Name, Only: selections(s.Keys), Confirm: s.Confirm, ReadOnly: s.ReadOnly}
+	return &agent.Socket{Name: s.Name, Only: selections(s.Keys), Confirm: s.Confirm, ReadOnly: s.readOnly()}
 }
 
 // uriValue is a PKCS#11 URI in the configuration.

@@ -186,6 +186,10 @@ func (t *tokens) Poke()                               { t.store.Poke() }
 func (t *tokens) Rescan(ctx context.Context) error    { return t.store.Rescan(ctx) }
 func (t *tokens) LogoutAll(ctx context.Context) error { return t.store.LogoutAll(ctx) }
 
+func (t *tokens) LogoutOf(ctx context.Context, chosen func([]agent.Key) bool) error {
+	return t.store.LogoutOf(ctx, func(keys []*token.Key) bool { return chosen(agentKeys(keys)) })
+}
+
 // selection is a token.Selector as the keyring sees it.
 type selection struct{ *token.Selector }
 
@@ -194,17 +198,21 @@ func (s selection) Match(k agent.Key) bool {
 	return ok && s.Selector.Match(key)
 }
 
-func (t *tokens) Parse(provider []byte) (agent.Selection, error) {
-	s, err := token.ParseProvider(provider, t.allow)
+func (t *tokens) Parse(provider []byte, remote bool) (agent.Selection, error) {
+	parse := func() (*token.Selector, error) { return token.ParseProvider(provider, t.allow) }
+	if remote {
+		parse = func() (*token.Selector, error) { return token.ParseRemoteProvider(provider) }
+	}
+	s, err := parse()
 	if err != nil {
 		return nil, err
 	}
 	return selection{s}, nil
 }
 
-func (t *tokens) Select(ctx context.Context, s agent.Selection, pin *secret.Secret) ([]agent.Key, error) {
+func (t *tokens) Select(ctx context.Context, s agent.Selection, reached func(agent.Key) bool, pin *secret.Secret) ([]agent.Key, error) {
 	sel := s.(selection) //nolint:forcetypeassert // Parse makes no other
-	keys, err := t.store.Select(ctx, sel.Selector)
+	keys, err := t.store.SelectOf(ctx, sel.Selector, func(k *token.Key) bool { return reached(k) })
 	if err != nil {
 		return nil, err
 	}
