@@ -17,7 +17,7 @@ const (
 
 var (
 	errForwarded  = errors.New("it came over a forwarded connection")
-	errReadOnly   = errors.New("the socket it came in at is read-only")
+	errReadOnly   = errors.New("the socket it came in at is read-only, as those with keys or confirm are unless read-only = false is in their [[socket]] table")
 	errNoSoftware = errors.New("keys in memory are switched off (software-keys = false)")
 	errNobody     = errors.New("nobody can be asked for confirmation")
 	errTooMany    = errors.New("no more can be added")
@@ -55,8 +55,8 @@ func (k *Keyring) addToken(ctx context.Context, rec *record, r TokenRequest) err
 		return err
 	}
 	rec.URI = s.String()
-	v := k.now()
 	reached := func(key Key) bool {
+		v := k.now() // new tokens may be found meanwhile
 		k.mu.Lock()
 		defer k.mu.Unlock()
 		plain := k.plainLocked(key)
@@ -324,18 +324,18 @@ func (k *Keyring) remove(ctx context.Context, rec *record, key []byte) error {
 	if err := c.mayChange(); err != nil {
 		return err
 	}
-	id := k.now().byKey[string(key)]
+	id, unseen := k.find(c, key)
 	if id == nil {
-		if u := k.upstreamOf(ctx, c, key); u != nil {
+		switch u := k.upstreamOf(ctx, c, key); {
+		case unseen != nil:
+			return unseen
+		case u != nil:
 			rec.Upstream = u.Name()
 			return u.Remove(ctx, c, key)
 		}
 		return errUnknownKey
 	}
 	rec.about(id)
-	if err := id.seenBy(c); err != nil {
-		return err
-	}
 	k.mu.Lock()
 	defer k.mu.Unlock()
 	k.removeLocked(id)

@@ -297,22 +297,26 @@ func (k *Keyring) signFor(ctx context.Context, rec *record, r SignRequest) (*ssh
 	}
 	defer inside.leave()
 	ctx = inside
-	id := k.now().byKey[string(r.Key)]
+	id, unseen := k.find(c, r.Key)
 	if id == nil {
 		// It may have come a moment ago.
 		k.settle(ctx)
 		k.opts.Certificates.look()
-		id = k.now().byKey[string(r.Key)]
+		id, unseen = k.find(c, r.Key)
 	}
-	if id == nil {
+	switch {
+	case id == nil && unseen != nil:
+		// It takes as long as for a key that is not there.
+		k.opts.Tokens.Poke()
+		k.upstreamOf(ctx, c, r.Key)
+		rec.Key = k.describe(r.Key)
+		return nil, unseen
+	case id == nil:
 		k.opts.Tokens.Poke()
 		rec.Key = k.describe(r.Key)
 		return k.signUpstream(ctx, rec, r)
 	}
 	rec.about(id)
-	if err := id.seenBy(c); err != nil {
-		return nil, err
-	}
 	sig, err := k.sign(ctx, rec, id, r)
 	if err != nil && errors.Is(context.Cause(ctx), errLocked) {
 		err = errLocked

@@ -43,6 +43,18 @@ func (id *identity) seenBy(c *Caller) error {
 	return nil
 }
 
+// find returns the identity with a wire form if the connection sees it. Otherwise it
+// returns none, and unseen says why where there is one.
+func (k *Keyring) find(c *Caller, wire []byte) (id *identity, unseen error) {
+	if id = k.now().byKey[string(wire)]; id == nil {
+		return nil, nil
+	}
+	if err := id.seenBy(c); err != nil {
+		return nil, err
+	}
+	return id, nil
+}
+
 // reachesLocked tells whether the connection would see a known key if the key were
 // added now: what it may add and remove by a URI.
 func (k *Keyring) reachesLocked(v *view, c *Caller, key known) bool {
