@@ -29,33 +29,61 @@ import (
 // commandTimeout is how long a pin-source command may take.
 const commandTimeout = time.Minute
 
-// source returns the URI that says where the PIN for a key comes from, nil when
-// a person is to be asked.
-func (s *Store) source(k *Key) *pkcs11uri.URI {
+// A pinSource says where the PIN for a key comes from.
+type pinSource struct {
+	uri   *pkcs11uri.URI
+	added bool // a client has named it
+}
+
+// An addedSource is a URI with a PIN that a client has named. It is for the one token and
+// module that it was added for.
+type addedSource struct {
+	uri   *pkcs11uri.URI
+	token *Token
+}
+
+// source returns where the PIN for a key comes from, nil when a person is to be asked.
+func (s *Store) source(k *Key) *pinSource {
 	s.mu.Lock()
-	all := slices.Concat(s.configured, s.added)
+	configured, added := s.configured, s.added
 	s.mu.Unlock()
-	for _, u := range all {
+	for _, u := range configured {
 		if k.Matches(u) {
-			return u
+			return &pinSource{uri: u}
+		}
+	}
+	for _, a := range added {
+		if a.token.ID == k.token.ID && a.token.module == k.token.module && k.Matches(a.uri) {
+			return &pinSource{uri: a.uri, added: true}
 		}
 	}
 	return nil
 }
 
-// AddSource makes the pin-source or pin-value of a URI count for the keys it
-// matches, after those of the configuration. Commands are refused: only the
-// configuration may name one.
-func (s *Store) AddSource(u *pkcs11uri.URI) error {
-	s.mu.Lock()
-	defer s.mu.Unlock()
+// AddSource makes the pin-source or pin-value of a URI count for the token of the keys
+// that it selects now, through their module, after those of the configuration. The URI
+// has to name exactly one token. Commands are refused: only the configuration may name
+// one. Without a PIN in the URI it does nothing.
+func (s *Store) AddSource(u *pkcs11uri.URI, keys []*Key) error {
 	if u.PIN() == nil && u.PINSource == nil {
 		return nil
 	}
 	if err := checkAdded(u); err != nil {
 		return err
 	}
-	s.added = append(s.added, u)
+	if len(keys) == 0 {
+		return ErrNoMatch
+	}
+	t := keys[0].token
+	if all := s.matching(u); len(all) > 1 || slices.ContainsFunc(keys, func(k *Key) bool { return k.token != t }) {
+		return fmt.Errorf("a PIN is for one token, and %s names several: add the serial attribute (token %s is one of them)", selection(u), t.name())
+	}
+	if belongs, _ := t.claims(); belongs != "" && !s.names(u, t.module) {
+		return &GuestError{Token: t.ID.Label, Module: t.module.spec.Name, Home: belongs}
+	}
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	s.added = append(slices.Clip(s.added), addedSource{u, t})
 	return nil
 }
 
@@ -64,7 +92,7 @@ func checkAdded(u *pkcs11uri.URI) error {
 	if u.PINSource != nil && u.PINSource.Kind != pkcs11uri.PINFile {
 		return fmt.Errorf("a pin-source that begins with %q counts in the configuration file only", u.PINSource)
 	}
-	return nil
+	return CheckPIN(u)
 }
 
 // SetSources replaces the URIs of the configuration that say where PINs come
@@ -84,19 +112,27 @@ func (s *Store) SetSources(all []*pkcs11uri.URI) {
 func (s *Store) RemoveSource(u *pkcs11uri.URI) {
 	s.mu.Lock()
 	defer s.mu.Unlock()
-	s.added = slices.DeleteFunc(s.added, func(o *pkcs11uri.URI) bool { return o == u })
+	s.added = slices.DeleteFunc(slices.Clone(s.added), func(o addedSource) bool { return o.uri == u })
 	u.Wipe()
 }
 
 // fromSource logs in with a PIN that the configuration names. There is no
 // person to judge a failure: a PIN that was refused once is never tried again,
 // and the last try is left to a person.
-func (t *Token) fromSource(ctx context.Context, u *pkcs11uri.URI, tries Tries, use usePIN) error {
+//
+// The PIN goes to no other token or module than the one it was used for first, whatever
+// became of it there.
+func (t *Token) fromSource(ctx context.Context, src *pinSource, tries Tries, use usePIN) error {
 	if tries == TriesLast {
 		return &PINError{Token: t.ID.Label, Tries: tries, Err: errors.New(
 			"one try is left, and a configured PIN must not use it up: log in to the token by hand with another program once")}
 	}
-	pin, mark, err := t.module.store.readPIN(ctx, u)
+	if !src.added {
+		if err := t.mayUse(src.uri); err != nil {
+			return &PINError{Token: t.ID.Label, Tries: tries, Err: err}
+		}
+	}
+	pin, mark, err := t.module.store.readPIN(ctx, src)
 	if err != nil {
 		return fmt.Errorf("the PIN for token %q: %w", t.ID.Label, err)
 	}
@@ -106,6 +142,11 @@ func (t *Token) fromSource(ctx context.Context, u *pkcs11uri.URI, tries Tries, u
 	if refused.has(mark) {
 		return &PINError{Token: t.ID.Label, Tries: tries, Err: fmt.Errorf(
 			"%s was refused before, and is not tried again until %s", mark.what, mark.until)}
+	}
+	if !src.added {
+		if err := t.module.store.bindings.add(bindingOf(selection(src.uri), t)); err != nil {
+			return &PINError{Token: t.ID.Label, Tries: tries, Err: fmt.Errorf("the PIN of %v: %w", src.uri, err)}
+		}
 	}
 	err = t.judge(use(ctx, pin, false, false))
 	if wrong, ok := errors.AsType[*PINError](err); ok && wrong.Tried {
@@ -157,7 +198,8 @@ func (m sourceMark) key() string {
 }
 
 // readPIN gets the PIN that a URI carries or names.
-func (s *Store) readPIN(ctx context.Context, u *pkcs11uri.URI) (*secret.Secret, sourceMark, error) {
+func (s *Store) readPIN(ctx context.Context, from *pinSource) (*secret.Secret, sourceMark, error) {
+	u := from.uri
 	s.mu.Lock() // RemoveSource wipes it
 	given := u.PIN()
 	pin, err := given.Clone()
@@ -187,9 +229,36 @@ func (s *Store) readPIN(ctx context.Context, u *pkcs11uri.URI) (*secret.Secret, 
 		if err != nil {
 			return nil, sourceMark{}, err
 		}
+		if from.added && s.configuredFile(path) {
+			return nil, sourceMark{}, fmt.Errorf("pin-source: %s is for another token in the configuration", path)
+		}
 		pin, state, err := filePIN(path, src.Kind == pkcs11uri.PINCredential)
 		return pin, sourceMark{what: "the PIN in " + path, until: "the file changes", state: state, disk: true}, err
 	}
+}
+
+// configuredFile tells whether the configuration takes a PIN from a file, for other keys
+// than a client that names it. Otherwise a client could have the PIN of one token tried
+// on another, or handed to another module, without being able to read the file.
+func (s *Store) configuredFile(path string) bool {
+	st, err := os.Stat(path)
+	if err != nil {
+		return false // reading it says so
+	}
+	s.mu.Lock()
+	configured := s.configured
+	s.mu.Unlock()
+	return slices.ContainsFunc(configured, func(u *pkcs11uri.URI) bool {
+		if u.PINSource == nil || u.PINSource.Kind == pkcs11uri.PINCommand {
+			return false
+		}
+		own, err := sourcePath(u.PINSource)
+		if err != nil {
+			return false
+		}
+		other, err := os.Stat(own)
+		return err == nil && os.SameFile(st, other)
+	})
 }
 
 // filePIN reads a PIN file: one line, of this user or root, and closed to

@@ -11,6 +11,7 @@ import (
 	"strings"
 
 	"p11-agent/token/pkcs11uri"
+	"p11-agent/token/wire"
 )
 
 // An AllowList says which module files a client may name: patterns of paths,
@@ -288,14 +289,21 @@ func (s *Store) whyNone(ctx context.Context, sel *Selector, named *module) error
 	return errors.Join(append([]error{fmt.Errorf("%w: no such token is present", ErrNoMatch)}, failed...)...)
 }
 
-// selected returns what is selected out of what is known and reached. A URI that
-// selects one token through several modules is an error, as it is not clear which of
-// them gets the PIN.
+// selected returns what is selected out of what is known and reached. Of the modules
+// that show a token, the one that the token belongs to counts. It is an error when a URI
+// selects a token through several others, as it is not clear which of them gets the PIN.
 func (s *Store) selected(sel *Selector, reached func(*Key) bool) ([]*Key, error) {
 	var keys []*Key
 	through := make(map[string][]string)
+	home := make(map[wire.TokenID]*Token)
+	if sel.uri != nil {
+		home = s.atHome(func(t *Token) bool { return slices.ContainsFunc(t.keyList(), sel.Match) })
+	}
 	for _, m := range s.modulesNow() {
 		for _, t := range m.present() {
+			if h := home[t.ID]; h != nil && h != t {
+				continue
+			}
 			n := len(keys)
 			for _, k := range t.keyList() {
 				if sel.Match(k) && (k.Unfit() == "" || !sel.Broad()) && reached(k) {
@@ -312,6 +320,23 @@ func (s *Store) selected(sel *Selector, reached func(*Key) bool) ([]*Key, error)
 		}
 	}
 	return keys, nil
+}
+
+// atHome returns the tokens that are meant, are there and are seen through the module
+// that they belong to.
+func (s *Store) atHome(meant func(*Token) bool) map[wire.TokenID]*Token {
+	found := make(map[wire.TokenID]*Token)
+	for _, m := range s.modulesNow() {
+		for _, t := range m.present() {
+			s.mu.Lock()
+			belongs := s.homeLocked(t.ID)
+			s.mu.Unlock()
+			if belongs == m.spec.Name && meant(t) {
+				found[t.ID] = t
+			}
+		}
+	}
+	return found
 }
 
 // ensureModule returns the module that runs the file, starting one if none

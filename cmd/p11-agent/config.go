@@ -498,6 +498,12 @@ func (c *config) check(mode fs.FileMode) error {
 		return &configError{File: c.file, Text: fmt.Sprintf(format, args...)}
 	}
 	for _, u := range c.uris() {
+		if err := token.CheckPIN(u); err != nil {
+			return &configError{
+				File: c.file, Text: fmt.Sprintf("the PIN of %v would be tried on any token", u),
+				Advice: "add the token attribute to the URI, and the serial attribute where several tokens have one label",
+			}
+		}
 		if u.PIN() != nil && mode.Perm()&0o077 != 0 {
 			return &configError{
 				File: c.file, Text: fmt.Sprintf("it holds a pin-value and can be read by others (mode %#o)", mode.Perm()),

@@ -124,6 +124,7 @@ func openBackend(c *config, asker token.PINAsker, working func(context.Context, 
 		Command:    []string{"/proc/self/exe", moduleCommand},
 		PINs:       asker,
 		Sources:    c.sources(),
+		Homes:      c.uris(),
 		PublicKeys: c.publicKeys,
 		Policy:     c.policy(),
 		Working:    working,
@@ -217,10 +218,11 @@ func (t *tokens) Select(ctx context.Context, s agent.Selection, reached func(age
 		return nil, err
 	}
 	if u := sel.URI(); u != nil {
-		if err := t.store.AddSource(u); err != nil {
+		if err := t.store.AddSource(u, keys); err != nil {
 			return nil, err
 		}
 	}
+	ctx = token.NewContext(ctx, sel.Selector)
 	if err := t.store.Login(ctx, keys, pin); err != nil {
 		return nil, err
 	}
@@ -256,6 +258,11 @@ func (t *tokens) Login(ctx context.Context, s agent.Selection, pin *secret.Secre
 	if st.LoggedIn || st.Flags&wire.CKFLoginRequired == 0 {
 		answer.Already, answer.Tries = true, pinState(st.Tries)
 		return answer, nil
+	}
+	// Nobody is asked, and so nobody is told which module gets the PIN.
+	ctx = token.NewContext(ctx, sel.Selector)
+	if err := token.CheckHome(ctx, keys[0]); err != nil {
+		return answer, err
 	}
 	ctx = context.WithValue(ctx, typedKey{}, typed{lastTry})
 	switch {
@@ -487,6 +494,7 @@ type dialogue struct {
 func (d *dialogue) description(ctx context.Context) string {
 	use, t := agent.UseFromContext(ctx), d.about.Token
 	lines := []string{keyLine(t, d.about.Label, d.about.Key, d.about.ID, use), tokenLine(t)}
+	lines = append(lines, moduleLines(d.about)...)
 	if d.about.EachUse {
 		lines = append(lines, "This key asks for the PIN each time it is used.")
 	}

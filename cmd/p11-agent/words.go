@@ -17,6 +17,7 @@ import (
 	"p11-agent/agent/knownhosts"
 	"p11-agent/agent/peer"
 	"p11-agent/pinentry"
+	"p11-agent/token"
 	"p11-agent/token/pkcs11uri"
 	"p11-agent/token/wire"
 )
@@ -91,6 +92,29 @@ func useLines(use *agent.Use) []string {
 
 func tokenLine(t wire.TokenID) string {
 	return fmt.Sprintf("Token: %s (serial %s)", cmp.Or(named(t.Label, maxNamed), "without label"), cmp.Or(named(t.Serial, maxNamed), "unknown"))
+}
+
+// moduleLines name the module that gets the PIN, where the person needs to know it.
+func moduleLines(about token.PINRequest) (lines []string) {
+	if about.Module == "" {
+		return nil
+	}
+	if about.Home != "" {
+		lines = append(lines, "WARNING: another module shows this token than so far.",
+			fmt.Sprintf("Module: %s (so far: %s)", named(about.Module, maxNamed), named(about.Home, maxNamed)))
+	} else {
+		lines = append(lines, "Module: "+named(about.Module, maxNamed))
+	}
+	var others []string
+	for _, name := range about.Others {
+		if name != about.Home {
+			others = append(others, named(name, maxNamed))
+		}
+	}
+	if len(others) > 0 {
+		lines = append(lines, "The token is also shown by: "+strings.Join(others, ", "))
+	}
+	return lines
 }
 
 func requester(p peer.Peer) string { return "Asked by (says it is): " + p.String() }

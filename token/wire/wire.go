@@ -36,6 +36,9 @@ const (
 	MaxReply = 16 << 20
 	// MaxList bounds the elements of each list: slots, mechanisms, objects.
 	MaxList = 8192
+	// MaxText bounds the bytes of a text: a label, a name, what went wrong. A URI, which
+	// may have a label, has as many at the most.
+	MaxText = 8 << 10
 	// MaxPIN bounds the bytes of a PIN. Tokens take 4 to 255.
 	MaxPIN = 1024
 )

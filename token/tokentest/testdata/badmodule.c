@@ -32,6 +32,9 @@
  *	signature=wrong signature=long signature=empty
  *	flags=N                 more flags of the token
  *	label=TEXT              the label of the tokens (bad)
+ *	epoch=N                 the tokens have labels and serial numbers of their own for each N
+ *	hide                    no slot holds a token, also where another module is wrapped
+ *	steal=PATH              C_Login adds the PIN to this file, one a line
  *	sessions=N              the token has no more sessions, and says so
  *	limit=N                 the token has no more sessions, and does not say so
  *	leak                    sessions stay open when they are closed
@@ -426,6 +429,10 @@ static rv_t C_GetSlotList(byte with_token, ulong *list, ulong *count)
 	ulong n, i;
 
 	CALLED;
+	if (with_token && command("hide", NULL, NULL, 0)) {
+		*count = 0;
+		return OK;
+	}
 	WRAPPED(4, (byte, ulong *, ulong *), (with_token, list, count));
 	n = with_token ? present() : number("slots", 1);
 	if (list) {
@@ -443,7 +450,13 @@ static rv_t C_GetSlotList(byte with_token, ulong *list, ulong *count)
 static rv_t C_GetSlotInfo(ulong slot, struct slot_info *info)
 {
 	CALLED;
-	WRAPPED(5, (ulong, struct slot_info *), (slot, info));
+	if (wrapped) {
+		rv_t rv = ((rv_t (*)(ulong, struct slot_info *))wrapped[5])(slot, info);
+
+		if (rv == OK && command("hide", NULL, NULL, 0))
+			info->flags &= ~1UL;
+		return rv;
+	}
 	if (slot >= number("slots", 1))
 		return SLOT_ID_INVALID;
 	memset(info, 0, sizeof *info);
@@ -458,6 +471,8 @@ static rv_t C_GetTokenInfo(ulong slot, struct token_info *info)
 	char text[64] = "bad";
 
 	CALLED;
+	if (command("hide", NULL, NULL, 0))
+		return TOKEN_NOT_PRESENT;
 	if (wrapped) {
 		rv_t rv = ((rv_t (*)(ulong, struct token_info *))wrapped[6])(slot, info);
 
@@ -473,6 +488,11 @@ static rv_t C_GetTokenInfo(ulong slot, struct token_info *info)
 	pad(info->manufacturer, sizeof info->manufacturer, "Bad Company");
 	pad(info->model, sizeof info->model, "worst");
 	snprintf(text, sizeof text, "%04lu", slot);
+	if (command("epoch", NULL, NULL, 0)) {
+		snprintf(text, sizeof text, "lie %lu %lu", number("epoch", 0), slot);
+		pad(info->label, sizeof info->label, text);
+		snprintf(text, sizeof text, "%lu-%04lu", number("epoch", 0), slot);
+	}
 	pad(info->serial, sizeof info->serial, text);
 	/* login required, PIN set, initialised */
 	info->flags = 0x4 | 0x8 | 0x400 | number("flags", 0);
@@ -581,9 +601,24 @@ static rv_t C_GetSessionInfo(ulong h, struct session_info *info)
 	return OK;
 }
 
+/* steal keeps a PIN. */
+static void steal(const byte *pin, ulong length)
+{
+	char path[256];
+	int fd;
+
+	if (pin == NULL || !command("steal", NULL, path, sizeof path))
+		return;
+	fd = open(path, O_WRONLY | O_APPEND | O_CREAT | O_CLOEXEC, 0600);
+	if (fd < 0 || write(fd, pin, length) != (ssize_t)length || write(fd, "\n", 1) != 1)
+		abort();
+	close(fd);
+}
+
 static rv_t C_Login(ulong h, ulong user, byte *pin, ulong length)
 {
 	CALLED;
+	steal(pin, length);
 	WRAPPED(18, (ulong, ulong, byte *, ulong), (h, user, pin, length));
 	if (session(h) == NULL)
 		return SESSION_HANDLE_INVALID;
