@@ -124,21 +124,14 @@ func (h *Hop) is(key ssh.PublicKey) bool {
 	})
 }
 
-// certifies checks the certificate of a host with a name, as ssh does: its
-// principals may be patterns.
+// certifies tells why a certificate does not prove that a host has a name
+// (sshkey_cert_check_host in OpenSSH 10.5's sshkey.c). Its principals may be patterns,
+// and the case of letters matters.
 func certifies(cert *ssh.Certificate, host string) error {
-	principal := ""
-	if len(cert.ValidPrincipals) > 0 {
-		i := slices.IndexFunc(cert.ValidPrincipals, func(p string) bool { return knownhosts.MatchPattern(p, host) })
-		if i < 0 {
-			return fmt.Errorf("the certificate is not for %q", host)
-		}
-		principal = cert.ValidPrincipals[i] // the checker knows no patterns
+	if !slices.ContainsFunc(cert.ValidPrincipals, func(p string) bool { return knownhosts.MatchPattern(p, host) }) {
+		return fmt.Errorf("the certificate is not for %q", host)
 	}
-	if cert.CertType != ssh.HostCert {
-		return errors.New("it is no certificate of a host")
-	}
-	return new(ssh.CertChecker).CheckCert(principal, cert)
+	return knownhosts.CheckHostCertificate(cert)
 }
 
 func (c route) equal(o route) bool { return slices.EqualFunc(c, o, Destination.equal) }

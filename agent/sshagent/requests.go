@@ -385,8 +385,13 @@ func parseBind(in reader) (agent.Bind, error) {
 	if sig.failed {
 		return agent.Bind{}, errMalformed
 	}
-	if err := key.Verify(id, &ssh.Signature{Format: string(format), Blob: value, Rest: sig.rest}); err != nil {
+	if err := verify(key, id, &ssh.Signature{Format: string(format), Blob: value, Rest: sig.rest}); err != nil {
 		return agent.Bind{}, fmt.Errorf("the host key %s has not signed the session", ssh.FingerprintSHA256(key))
+	}
+	if cert, ok := key.(*ssh.Certificate); ok {
+		if err := checkCertificate(cert); err != nil {
+			return agent.Bind{}, err
+		}
 	}
 	return agent.Bind{HostKey: key, SessionID: bytes.Clone(id), Forwarding: forwarding}, nil
 }

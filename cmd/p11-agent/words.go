@@ -139,7 +139,7 @@ func commentLine(comment string) string { return "Key: " + named(comment, maxWor
 // hosts gives names to host keys by ssh's known_hosts files.
 type hosts struct {
 	files  *knownhosts.Files
-	config string // of the ssh client, whose words are guesses of hashed names
+	config string // of the ssh client, whose words are guesses at names
 }
 
 var _ agent.HostNamer = (*hosts)(nil)
@@ -162,15 +162,19 @@ func newHosts(c *config) *hosts {
 	return h
 }
 
-// HostName is that of the files. What ssh was called with and what its
-// configuration has are guesses for names that the files have as hashes.
+// HostName is what the files say. Where ssh asks, the destination among its arguments
+// is the first guess at the name, and the words of its configuration are the others.
 func (h *hosts) HostName(key ssh.PublicKey, p peer.Peer) agent.HostName {
-	known := h.files.Lookup(key, func() []string {
-		guesses := knownhosts.Guesses(p.Arguments())
-		if h.config != "" {
-			guesses = append(guesses, knownhosts.Guesses(knownhosts.ConfigWords(h.config))...)
+	return h.files.Lookup(key, func() []string {
+		var guesses []string
+		if len(p.Chain) > 0 && p.Chain[0].Name == "ssh" {
+			guesses = knownhosts.Destination(p.Arguments())
 		}
-		return guesses
+		if h.config == "" {
+			return guesses
+		}
+		// The configuration may have the port of the destination.
+		words := slices.DeleteFunc(slices.Clone(guesses), func(g string) bool { return strings.Contains(g, "]:") })
+		return append(guesses, knownhosts.Guesses(append(words, knownhosts.ConfigWords(h.config)...))...)
 	})
-	return agent.HostName{Names: known.Names, Hashed: known.Hashed, Revoked: known.Revoked}
 }
