@@ -198,10 +198,18 @@ func (s *Secret) Clone() (*Secret, error) {
 	return c, nil
 }
 
-// Equal tells whether both hold the same bytes, in a time that depends on their
-// lengths alone.
+// Equal tells whether both hold the same bytes, in a time that depends on the length
+// of o alone. Nothing of either gets into other memory, as it does with a hash.
 func (s *Secret) Equal(o *Secret) bool {
-	return subtle.ConstantTimeCompare(s.Bytes(), o.Bytes()) == 1
+	want, given := s.Bytes(), o.Bytes()
+	same := subtle.ConstantTimeEq(int32(len(want)), int32(len(given)))
+	if len(want) == 0 {
+		return same == 1
+	}
+	for i, b := range given {
+		same &= subtle.ConstantTimeByteEq(want[i%len(want)], b)
+	}
+	return same == 1
 }
 
 // Wipe overwrites the bytes and gives the memory back. The Secret is empty
