@@ -50,7 +50,7 @@ func samples(t testing.TB) []sample {
 		{t: TypeGenerate, msg: &Generate{Token: testToken, Mechanism: CKMRSAPKCSKeyPairGen, Bits: 3072, ID: []byte{7}, Label: "new"}},
 		{t: TypeGenerate, msg: &Generate{Token: testToken, Mechanism: CKMECEdwardsKeyPairGen, ECParams: []Value{{[]byte{19, 1, 'x'}}, {[]byte{6, 1, 9}}}}},
 		{t: TypeReply, msg: &HelloReply{Version: Version, Manufacturer: "ACME", Description: "cards", Library: 0x102, Cryptoki: 0x228, Waits: true, Sandbox: Sandbox{
-			Files: 7, CallsError: "refused (EPERM)", Missing: []string{"/srv"},
+			Files: 7, Scoped: true, CallsError: "refused (EPERM)", Missing: []string{"/srv"},
 		}}},
 		{t: TypeReply, msg: &SlotsReply{Slots: []Slot{
 			{ID: 1, Description: "reader", Flags: CKFRemovableDevice},
