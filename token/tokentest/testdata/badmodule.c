@@ -43,7 +43,7 @@
  *	                        came of it to DIR/report: a name and an errno a line. DIR/home
  *	                        is a home directory
  *	besiege=FILE            C_Initialize tries to stop, starve and slow the agent, and to
- *	                        open FILE to everybody
+ *	                        open FILE to everybody, and then makes FILE.besieged
  *	write=PATH              C_Initialize writes to this file, and fails when it cannot
  *	extractable             C_GenerateKeyPair makes a private key that can be extracted
  *	undestroyable           C_DestroyObject fails
@@ -509,6 +509,8 @@ static void besiege(void)
 	prlimit(getppid(), RLIMIT_NOFILE, &six, NULL);
 	setpriority(PRIO_PROCESS, getppid(), 19);
 	kill(getppid(), SIGSTOP);
+	strncat(path, ".besieged", sizeof path - strlen(path) - 1);
+	close(open(path, O_WRONLY | O_CREAT | O_CLOEXEC, 0600));
 }
 
 /* Functions */
