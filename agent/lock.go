@@ -2,8 +2,6 @@ package agent
 
 import (
 	"context"
-	"crypto/sha256"
-	"crypto/subtle"
 	"errors"
 	"fmt"
 	"sync"
@@ -140,9 +138,7 @@ func (l *lock) unlock(ctx context.Context, phrase *secret.Secret) error {
 	if l.phrase == nil {
 		return errNotLocked
 	}
-	// Of the same length, so that the time does not tell how long it is.
-	given, want := sha256.Sum256(phrase.Bytes()), sha256.Sum256(l.phrase.Bytes())
-	if subtle.ConstantTimeCompare(given[:], want[:]) != 1 {
+	if !l.phrase.Equal(phrase) {
 		l.wrong++
 		l.next = time.Now().Add(min(time.Duration(l.wrong)*unlockPause, maxUnlockPause))
 		return fmt.Errorf("%w, for the %d. time", errWrongPhrase, l.wrong)

@@ -3,8 +3,6 @@ package token
 import (
 	"bytes"
 	"context"
-	"crypto/hmac"
-	"crypto/rand"
 	"crypto/sha256"
 	"encoding/hex"
 	"errors"
@@ -139,7 +137,7 @@ func (t *Token) fromSource(ctx context.Context, src *pinSource, tries Tries, use
 	defer pin.Wipe()
 	refused := t.module.store.refused
 	mark.token = t.ID
-	if refused.has(mark) {
+	if refused.has(mark, pin) {
 		return &PINError{Token: t.ID.Label, Tries: tries, Err: fmt.Errorf(
 			"%s was refused before, and is not tried again until %s", mark.what, mark.until)}
 	}
@@ -150,7 +148,7 @@ func (t *Token) fromSource(ctx context.Context, src *pinSource, tries Tries, use
 	}
 	err = t.judge(use(ctx, pin, false, false))
 	if wrong, ok := errors.AsType[*PINError](err); ok && wrong.Tried {
-		refused.add(mark)
+		refused.add(mark, pin)
 		wrong.Err = fmt.Errorf("%s: %w", mark.what, wrong.Err)
 	}
 	return err
@@ -188,7 +186,7 @@ type sourceMark struct {
 	token wire.TokenID
 	what  string // for a person
 	until string // what has to happen for another try
-	state string // what changes when the PIN is changed
+	state string // what changes when the PIN is changed; empty: the PIN is compared
 	disk  bool   // may be remembered on disk
 }
 
@@ -212,7 +210,7 @@ func (s *Store) readPIN(ctx context.Context, from *pinSource) (*secret.Secret, s
 			pin.Wipe()
 			return nil, sourceMark{}, err
 		}
-		return pin, sourceMark{what: "pin-value", until: "it changes", state: s.refused.hash(pin)}, nil
+		return pin, sourceMark{what: "pin-value", until: "it changes"}, nil
 	}
 	pin.Wipe()
 	src := u.PINSource
@@ -373,21 +371,31 @@ func commandPIN(ctx context.Context, command string) (*secret.Secret, error) {
 // refusedSources remembers PINs of the configuration that a token has refused.
 // Those from files are remembered on disk too, by the file's identity and age,
 // so that an agent that is restarted again and again does not lock a token.
+//
+// The values of pin-value are kept themselves, in Secrets. A digest would leave a
+// copy of the PIN in the memory of the hash function.
 type refusedSources struct {
 	log  *slog.Logger
 	path string
-	key  [32]byte // of hash
 
-	mu   sync.Mutex
-	keys map[string]bool
+	mu     sync.Mutex
+	keys   map[string]bool
+	values []refusedValue
 }
 
-// maxRefused bounds the file; the oldest entries go.
-const maxRefused = 256
+// A refusedValue is a pin-value that a token has refused.
+type refusedValue struct {
+	key string // of its mark
+	pin *secret.Secret
+}
+
+const (
+	maxRefused = 256 // bounds the file; the oldest entries go
+	maxValues  = 64  // bounds the values; the oldest go
+)
 
 func loadRefused(dir string, log *slog.Logger) *refusedSources {
 	r := &refusedSources{log: log, keys: make(map[string]bool)}
-	_, _ = rand.Read(r.key[:]) // never fails
 	if dir == "" {
 		return r
 	}
@@ -405,23 +413,24 @@ func loadRefused(dir string, log *slog.Logger) *refusedSources {
 	return r
 }
 
-// hash stands for a PIN in the memory of this process: without the key, which
-// never leaves it, it cannot be turned back into the PIN.
-func (r *refusedSources) hash(pin *secret.Secret) string {
-	h := hmac.New(sha256.New, r.key[:])
-	_, _ = h.Write(pin.Bytes())
-	return string(h.Sum(nil))
-}
-
-func (r *refusedSources) has(m sourceMark) bool {
+// has tells whether the PIN of a source was refused.
+func (r *refusedSources) has(m sourceMark, pin *secret.Secret) bool {
 	r.mu.Lock()
 	defer r.mu.Unlock()
+	if m.state == "" {
+		return slices.ContainsFunc(r.values, func(v refusedValue) bool { return v.key == m.key() && v.pin.Equal(pin) })
+	}
 	return r.keys[m.key()]
 }
 
-func (r *refusedSources) add(m sourceMark) {
+// add remembers that the PIN of a source was refused.
+func (r *refusedSources) add(m sourceMark, pin *secret.Secret) {
 	r.mu.Lock()
 	defer r.mu.Unlock()
+	if m.state == "" {
+		r.addValueLocked(m, pin)
+		return
+	}
 	r.keys[m.key()] = true
 	if r.path == "" || !m.disk {
 		return
@@ -429,6 +438,19 @@ func (r *refusedSources) add(m sourceMark) {
 	if err := r.save(m.key()); err != nil {
 		r.log.Warn("cannot remember that a PIN file was refused", "reason", err)
 	}
+}
+
+func (r *refusedSources) addValueLocked(m sourceMark, pin *secret.Secret) {
+	kept, err := pin.Clone()
+	if err != nil {
+		r.log.Warn("cannot remember that a pin-value was refused", "reason", err)
+		return
+	}
+	if len(r.values) == maxValues {
+		r.values[0].pin.Wipe()
+		r.values = slices.Delete(r.values, 0, 1)
+	}
+	r.values = append(r.values, refusedValue{m.key(), kept})
 }
 
 // save adds a line to the file, which is replaced as a whole.

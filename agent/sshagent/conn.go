@@ -39,7 +39,7 @@ type conn struct {
 // newConn makes a conn. look returns more than p when there is more to know, and may
 // be nil.
 func newConn(s *Server, nc net.Conn, p peer.Peer, look func() peer.Peer, rules *agent.Socket) *conn {
-	c := &conn{server: s, nc: nc, in: newFrames(nc)}
+	c := &conn{server: s, nc: nc, in: newFrames(nc, mayHoldSecret)}
 	c.caller = &agent.Caller{Number: s.connections.Add(1), Peer: p, Look: look, Socket: rules, Later: c.later}
 	return c
 }
@@ -75,12 +75,11 @@ func (c *conn) run(ctx context.Context) {
 			c.ended(ctx, err)
 			return
 		}
-		wipe := mayHoldSecret(message[0])
 		c.out = append(c.out[:0], 0, 0, 0, 0)
 		c.answering.Store(true)
 		c.answer(ctx, message)
 		c.answering.Store(false)
-		c.in.done(wipe)
+		c.in.done()
 
 		binary.BigEndian.PutUint32(c.out, uint32(len(c.out)-4))
 		answer := c.out

@@ -173,7 +173,7 @@ func FuzzConnection(f *testing.F) {
 			Confirm: new(agrees), SoftwareKeys: true, RemoteTokens: true, Log: slog.New(slog.DiscardHandler),
 			Report: func(s agent.Status, _ agent.Selection) ([]byte, error) { return []byte(fmt.Sprint(s)), nil },
 		})
-		nc := &peeking{input: bytes.Clone(input), chunk: 1 << 15, looks: func() {}}
+		nc := &peeking{input: bytes.Clone(input), chunk: 1 << 15, looks: func(_, _ []byte) {}}
 		c := newConn(&Server{Keyring: keyring}, nc, ourselves(t), nil, nil)
 		c.run(t.Context())
 		c.in.close()

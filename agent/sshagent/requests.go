@@ -58,15 +58,33 @@ var (
 	errNUL       = errors.New("a text in the message has a NUL byte in it")
 )
 
-// mayHoldSecret tells whether the bytes of a message have to be overwritten
-// when it is done: they bring PINs, private keys and passphrases, and nobody
-// knows what an unknown one does.
-func mayHoldSecret(message byte) bool {
-	switch message {
+// maxHead is the most of a message's body that mayHoldSecret looks at.
+const maxHead = 1 + 4 + len(extensionSessionBind)
+
+// mayHoldSecret tells from the start of a message, its type first, whether the rest
+// may hold a PIN, a private key or a passphrase. more is how many bytes after the start
+// it has to see before it can say no. It never asks for one that may be of a secret.
+//
+// What an unknown message brings is unknown, so that may be a secret.
+func mayHoldSecret(head []byte) (secret bool, more int) {
+	switch head[0] {
 	case msgRequestIdentities, msgSignRequest, msgRemoveIdentity, msgRemoveAllIdentities:
-		return false
+		return false, 0
+	case msgExtension:
+		if len(head) < 1+4 {
+			return true, 1 + 4 - len(head)
+		}
+		n := binary.BigEndian.Uint32(head[1:])
+		if n != uint32(len(extensionQuery)) && n != uint32(len(extensionSessionBind)) {
+			return true, 0
+		}
+		if more := 1 + 4 + int(n) - len(head); more > 0 {
+			return true, more
+		}
+		name := string(head[1+4:])
+		return name != extensionQuery && name != extensionSessionBind, 0
 	}
-	return true
+	return true, 0
 }
 
 // answer appends the answer to one message to c.out.

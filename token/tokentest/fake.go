@@ -262,10 +262,7 @@ func (f *Fake) newProcess(c *net.UnixConn) (*FakeProcess, error) {
 	if err != nil {
 		return nil, err
 	}
-	conn, err := wire.NewModuleConn(c)
-	if err != nil {
-		return nil, errors.Join(err, lanes.Close())
-	}
+	conn := wire.NewModuleConn(c)
 	p := &FakeProcess{
 		fake: f, pid: int(peer.Pid), c: c, conn: conn, lanes: lanes,
 		cancels: make(map[uint32]context.CancelFunc), asked: make(map[uint32]*wire.ModuleLane),
