@@ -88,9 +88,8 @@ type Tokens interface {
 	// LogoutAll logs out of all tokens.
 	LogoutAll(ctx context.Context) error
 	// Login logs in to the one token that is selected. A nil PIN comes from where a
-	// signature would get it, without asking a person to type it anywhere but on the
-	// reader. lastTry as in a LoginRequest.
-	Login(ctx context.Context, s Selection, pin *secret.Secret, lastTry bool) (LoginAnswer, error)
+	// signature would get it. When one try is left, a person is asked first.
+	Login(ctx context.Context, s Selection, pin *secret.Secret) (LoginAnswer, error)
 	// Logout logs out of the tokens that are selected.
 	Logout(ctx context.Context, s Selection) error
 }

@@ -66,14 +66,14 @@ func (t *Terminal) Established() error {
 	}
 	maker, ok := parentOf(at.session, leader)
 	if !ok || leader.parent <= 1 {
-		return fmt.Errorf("the program that has made the terminal of %s has ended", t.of.who)
+		return fmt.Errorf("the program that has made the terminal of %s has ended, or is out of sight", t.of.who)
 	}
 	if err := vouches(leader.parent, maker, os.Geteuid()); err != nil {
 		return fmt.Errorf("the terminal of %s: %w", t.of.who, err)
 	}
 	// What was read by its number is its own only if it is still the same.
 	if again, ok := readStat(leader.parent); !ok || again.start != maker.start {
-		return fmt.Errorf("the program that has made the terminal of %s has ended", t.of.who)
+		return fmt.Errorf("the program that has made the terminal of %s has ended, or is out of sight", t.of.who)
 	}
 	return nil
 }

@@ -57,7 +57,7 @@ func TestEstablished(t *testing.T) {
 				t.Fatal(err)
 			}
 			t.Cleanup(func() { far.Close() }) // which ends what is left
-		}, "which is no program that the agent knows|has ended"},
+		}, "which is no program that the agent knows|has ended, or is out of sight"},
 		"in tmux": {func(t *testing.T, client, path string) {
 			tmuxRuns(t, role("connect "+path)+client+"; true")
 		}, ""},
