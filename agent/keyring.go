@@ -96,9 +96,8 @@ type Tokens interface {
 	// LogoutOf logs out of the tokens that are chosen by all their known keys.
 	LogoutOf(ctx context.Context, chosen func([]Key) bool) error
 	// Login logs in to the one token that is selected. A nil PIN comes from where a
-	// signature would get it, without asking a person to type it anywhere but on the
-	// reader. lastTry as in a LoginRequest.
-	Login(ctx context.Context, s Selection, pin *secret.Secret, lastTry bool) (LoginAnswer, error)
+	// signature would get it. When one try is left, a person is asked first.
+	Login(ctx context.Context, s Selection, pin *secret.Secret) (LoginAnswer, error)
 	// Logout logs out of the tokens that are selected.
 	Logout(ctx context.Context, s Selection) error
 }

@@ -246,10 +246,10 @@ func (t *fakeTokens) LogoutOf(_ context.Context, chosen func([]Key) bool) error 
 	return nil
 }
 
-func (t *fakeTokens) Login(_ context.Context, s Selection, pin *secret.Secret, lastTry bool) (LoginAnswer, error) {
+func (t *fakeTokens) Login(_ context.Context, s Selection, pin *secret.Secret) (LoginAnswer, error) {
 	t.mu.Lock()
 	defer t.mu.Unlock()
-	t.logins = append(t.logins, fmt.Sprintf("%s %s %v", s, pin.Bytes(), lastTry))
+	t.logins = append(t.logins, fmt.Sprintf("%s %s", s, pin.Bytes()))
 	return t.answer, t.selectErr
 }
 

@@ -123,7 +123,6 @@ func TestAttack05KeptPIN(t *testing.T) {
 	want(t, "home in the prompt", asked[1].Home, "good")
 	for what, err := range map[string]error{
 		"a PIN given in advance":        s.Login(t.Context(), []*token.Key{k}, tokentest.Secret(t, pin)),
-		"a PIN given for the last try":  s.LoginLastTry(t.Context(), []*token.Key{k}, tokentest.Secret(t, pin)),
 		"a URI that a client has added": s.AddSource(parse(t, "pkcs11:token=card?pin-value="+pin), []*token.Key{k}),
 	} {
 		if _, ok := errors.AsType[*token.GuestError](err); !ok {

@@ -115,6 +115,9 @@ type PINRequest struct {
 	MinPIN  int    // 0: not known
 	MaxPIN  int
 	Tries   Tries
+	// Given says that the request brought the PIN: all that is asked is whether to
+	// use the last try for it.
+	Given bool
 }
 
 // A PINDialogue is one conversation, used by one goroutine.
@@ -505,17 +508,7 @@ func (s *Store) Logout(ctx context.Context, sel *Selector) error {
 // nothing, as the first signature asks. When one try is left a person is asked
 // whether to go on.
 func (s *Store) Login(ctx context.Context, keys []*Key, pin *secret.Secret) error {
-	return s.logIn(ctx, keys, given{pin: pin})
-}
-
-// LoginLastTry is Login for a caller whose person knows that one try may be left, and
-// wants the PIN tried nevertheless: nobody is asked.
-func (s *Store) LoginLastTry(ctx context.Context, keys []*Key, pin *secret.Secret) error {
-	return s.logIn(ctx, keys, given{pin: pin, lastTry: true})
-}
-
-func (s *Store) logIn(ctx context.Context, keys []*Key, with given) error {
-	if with.pin.Len() == 0 || len(keys) == 0 {
+	if pin.Len() == 0 || len(keys) == 0 {
 		return nil
 	}
 	for _, k := range keys[1:] {
@@ -524,7 +517,7 @@ func (s *Store) logIn(ctx context.Context, keys []*Key, with given) error {
 				keys[0].token.ID.Label, k.token.ID.Label)
 		}
 	}
-	return keys[0].logIn(ctx, with)
+	return keys[0].logIn(ctx, given{pin: pin})
 }
 
 // LoginAsk logs in to the tokens of the keys, one after the other, and asks for each

@@ -319,6 +319,7 @@ func (s *service) serve(ctx context.Context, listeners []listener) error {
 		return err
 	}
 	warnUnlocked(s.log)
+	var ask *asker // nil: nobody is asked
 	// nil as it is, not as a nil *asker in an interface.
 	var pins token.PINAsker
 	var confirm agent.Confirmer
@@ -330,10 +331,11 @@ func (s *service) serve(ctx context.Context, listeners []listener) error {
 	if s.system {
 		state = cmp.Or(os.Getenv("STATE_DIRECTORY"), systemState)
 	} else {
-		ask := newAsker(c, os.Getenv, os.Environ(), s.log)
+		ask = newAsker(c, os.Getenv, os.Environ(), s.log)
 		pins, confirm, insert = ask, ask, ask
 		notices = newNotices(c, s.log)
 		defer notices.Close()
+		ask.notify = notices.elsewhere
 		working, failed = notices.working, notices.failed
 	}
 	if c.knownKeys(token.KnownKept) == token.KnownIgnored {
@@ -372,6 +374,9 @@ func (s *service) serve(ctx context.Context, listeners []listener) error {
 	server := &sshagent.Server{Log: s.log}
 	status := &statusMaker{started: time.Now(), store: b.store, server: server, listeners: listeners, rules: rules}
 	status.configure(c)
+	if ask != nil {
+		status.promptAt = ask.promptAt
+	}
 	keyring := agent.NewKeyring(agent.Options{
 		Tokens:        &tokens{store: b.store, allow: allow},
 		Rules:         s.rules(c),
@@ -405,7 +410,8 @@ func (s *service) serve(ctx context.Context, listeners []listener) error {
 				if c := s.reload(ctx, keyring, b.store, report); c != nil {
 					watch.Delay(c.forgetsAtSleep())
 					status.configure(c)
-					if notices != nil {
+					if ask != nil {
+						ask.configure(c)
 						notices.configure(c)
 					}
 				}

@@ -316,6 +316,9 @@ func (t *statusToken) login(now time.Time) string {
 	case t.Shadowed != "":
 		return "used through module " + t.Shadowed
 	case t.PromptOpen:
+		if t.PromptAt != "" {
+			return "a PIN prompt is open: " + t.PromptAt
+		}
 		return "a PIN prompt is open"
 	case t.LoginGoesOn:
 		return "is being logged in to"

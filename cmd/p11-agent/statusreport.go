@@ -73,6 +73,7 @@ type statusToken struct {
 	PINKept     bool      `json:"pin_kept"`
 	LoginGoesOn bool      `json:"login_under_way"`
 	PromptOpen  bool      `json:"prompt_open"`
+	PromptAt    string    `json:"prompt_at,omitempty"` // where, for people
 	LastUsed    time.Time `json:"last_used,omitzero"`
 	Signatures  uint64    `json:"signatures"`
 	Keys        []string  `json:"keys"` // their URIs
@@ -137,6 +138,7 @@ type statusMaker struct {
 	listeners []listener
 	rules     []*agent.Socket // of the listeners
 	policy    atomic.Pointer[func(*token.Key) token.Policy]
+	promptAt  func(wire.TokenID) string // nil: nobody is asked
 }
 
 // configure notes what the configuration says of the tokens' PINs.
@@ -234,6 +236,9 @@ func (r *statusMaker) tokenReport(t token.TokenStatus, present bool) statusToken
 	}
 	if !present {
 		st.LastSeen = t.Seen
+	}
+	if st.PromptOpen && r.promptAt != nil {
+		st.PromptAt = r.promptAt(t.ID)
 	}
 	for _, k := range t.Keys {
 		st.Keys = append(st.Keys, k.URI())
