@@ -321,6 +321,7 @@ type share struct{ tokens, keys, bytes int }
 func (a share) plus(b share) share {
 	return share{a.tokens + b.tokens, a.keys + b.keys, a.bytes + b.bytes}
 }
+
 func (a share) minus(b share) share {
 	return share{a.tokens - b.tokens, a.keys - b.keys, a.bytes - b.bytes}
 }
