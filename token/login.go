@@ -433,7 +433,7 @@ func (t *Token) withPIN(ctx context.Context, g *gate, k *Key, info wire.TokenInf
 		MinPIN: minPIN, MaxPIN: maxPIN, Tries: tries, Given: with.pin.Len() > 0,
 	}
 	if request.Home, request.Others = t.claims(); request.Home != "" || len(request.Others) > 0 {
-		request.Module = t.module.spec.Name
+		request.Module = t.module.identity
 	}
 	d, err := ask.Ask(ctx, request)
 	if err != nil {

@@ -77,7 +77,7 @@ func (s *Store) AddSource(u *pkcs11uri.URI, keys []*Key) error {
 		return fmt.Errorf("a PIN is for one token, and %s names several: add the serial attribute (token %s is one of them)", selection(u), t.name())
 	}
 	if belongs, _ := t.claims(); belongs != "" && !s.names(u, t.module) {
-		return &GuestError{Token: t.ID.Label, Module: t.module.spec.Name, Home: belongs}
+		return &GuestError{Token: t.ID.Label, Module: t.module.identity, Home: belongs}
 	}
 	s.mu.Lock()
 	defer s.mu.Unlock()

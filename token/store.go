@@ -205,7 +205,7 @@ func Open(opts Options) *Store {
 	}
 	s.mu.Lock()
 	for _, spec := range opts.Modules {
-		s.startLocked(spec)
+		s.startLocked(spec, "")
 	}
 	first := slices.Clone(s.modules)
 	s.mu.Unlock()
@@ -223,11 +223,15 @@ func Open(opts Options) *Store {
 	return s
 }
 
-// startLocked adds a module and runs it. The Store is open.
-func (s *Store) startLocked(spec ModuleSpec) *module {
+// startLocked adds a module and runs it. The Store is open. file is the module's file when
+// a client has named it, and empty otherwise.
+func (s *Store) startLocked(spec ModuleSpec, file string) *module {
 	m := newModule(s, spec)
+	if file != "" {
+		m.identity, m.byClient = file, true
+	}
 	m.restore(s.known)
-	s.strangers = slices.DeleteFunc(slices.Clone(s.strangers), func(t knownToken) bool { return t.Module == spec.Name })
+	s.strangers = slices.DeleteFunc(slices.Clone(s.strangers), func(t knownToken) bool { return t.Module == m.identity })
 	s.modules = append(s.modules, m)
 	s.wg.Go(func() { m.run(s.ctx) })
 	return m
@@ -291,7 +295,7 @@ func (s *Store) publish() {
 		t := s.claimLocked(id, claims)
 		used[id] = t
 		belongs := s.homeLocked(id)
-		runs := slices.ContainsFunc(s.modules, func(m *module) bool { return m.spec.Name == belongs && m.failure() == nil })
+		runs := slices.ContainsFunc(s.modules, func(m *module) bool { return m.identity == belongs && m.failure() == nil })
 		t.setUsed("", belongs, runs)
 		for _, o := range claims {
 			if o != t {
@@ -308,7 +312,7 @@ func (s *Store) publish() {
 	for id, claims := range byID(known) {
 		if used[id] == nil {
 			belongs := s.homeLocked(id)
-			i := slices.IndexFunc(claims, func(t *Token) bool { return t.module.spec.Name == belongs })
+			i := slices.IndexFunc(claims, func(t *Token) bool { return t.module.identity == belongs })
 			used[id] = claims[max(i, 0)]
 		}
 	}
