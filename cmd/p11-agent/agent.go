@@ -27,6 +27,7 @@ import (
 	"p11-agent/agent/sshagent"
 	"p11-agent/systemd"
 	"p11-agent/token"
+	"p11-agent/token/module/undumpable"
 )
 
 // agentOptions are the flags of the agent command: ssh-agent's own.
@@ -530,8 +531,8 @@ func harden(log *slog.Logger) error {
 		log.Error("agent ended by a signal", "signal", (<-crashes).String())
 		os.Exit(exitFailure)
 	}()
-	if err := unix.Prctl(unix.PR_SET_DUMPABLE, 0, 0, 0, 0); err != nil {
-		return fmt.Errorf("keep others from tracing the agent: %w", err)
+	if err := undumpable.Enforce(); err != nil {
+		return err
 	}
 	if err := unix.Setrlimit(unix.RLIMIT_CORE, &unix.Rlimit{}); err != nil {
 		return fmt.Errorf("switch core files off: %w", err)
