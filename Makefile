@@ -7,6 +7,7 @@ STRESSTIME ?= 5m
 TESTFLAGS  ?= -timeout 10m
 BENCH      ?= .
 BENCHFLAGS ?=
+PROGRAM    ?= build/p11-agent
 
 # What is linked by cgo is the code in token/module, and only there.
 export CGO_ENABLED = 1
@@ -38,8 +39,14 @@ deps: ## install what building and testing needs and the machine lacks
 
 # The version is stamped by us: go would ask git itself, and fail where git does
 # not trust the owner of the tree (root installing what a user has built).
-build: ## build build/p11-agent
-	go build -trimpath -buildvcs=false -ldflags "-X main.version=$$(tools/version.sh)" -o build/p11-agent ./cmd/p11-agent
+#
+# A module process runs vendors' code in this program. So it lies at another address
+# each time (PIE), and nothing that is called through a table can be changed after
+# the start (RELRO with all symbols bound).
+LDFLAGS = -X main.version=$$(tools/version.sh) -bindnow -extldflags=-Wl,-z,relro,-z,noexecstack
+
+build: ## build build/p11-agent, or PROGRAM
+	go build -trimpath -buildvcs=false -buildmode=pie -ldflags "$(LDFLAGS)" -o '$(PROGRAM)' ./cmd/p11-agent
 
 # The tests run the seeds of the fuzz targets, too.
 test: ## run the tests under the race detector
@@ -96,8 +103,11 @@ profile: build ## tell with perf where agent and module process spend their time
 
 # It takes what "make build" has left when that is newer than the sources, so
 # that "sudo make install" needs no Go.
+#
+# The kernel lets nobody look into a process, from its first moment on, whose user
+# cannot read the program's file: hence its mode.
 install: build/p11-agent $(MANPAGES) $(COMPLETIONS) ## install under DESTDIR and PREFIX
-	install -D -m 755 build/p11-agent '$(DESTDIR)$(PREFIX)/bin/p11-agent'
+	install -D -m 711 build/p11-agent '$(DESTDIR)$(PREFIX)/bin/p11-agent'
 	for page in $(MANPAGES); do \
 		install -D -m 644 "$$page" "$(DESTDIR)$(PREFIX)/share/man/man$${page##*.}/$${page##*/}"; \
 	done
@@ -135,7 +145,7 @@ packages: deb rpm ## make both packages, install one on a fresh system and use i
 	@tools/packages.sh build/p11-agent.deb build/p11-agent.rpm
 
 build/p11-agent: $(SOURCES)
-	$(MAKE) build
+	$(MAKE) build PROGRAM=$@
 
 build/man/%: docs/%.scd
 	@mkdir -p $(@D)

@@ -15,6 +15,7 @@ import (
 	"p11-agent/agent/sshagent"
 	"p11-agent/pinentry"
 	"p11-agent/pinentry/secret"
+	"p11-agent/token/module/undumpable"
 	"p11-agent/token/pkcs11uri"
 )
 
@@ -234,12 +235,11 @@ func runLogin(ctx context.Context, socket string, stdin bool, uri string, out io
 	switch {
 	case t.OnReader:
 		fmt.Fprintln(os.Stderr, "Please enter the PIN on the card reader.")
-		answer, err = logIn(ctx, a, uri, nil)
+		answer, err = loginWithoutPIN(ctx, a, uri)
 	case t.PIN == "last" && !stdin:
-		// The agent does not believe this program that a person wants it. It finds the
-		// terminal only while this program keeps nothing to itself, as a PIN makes it do.
+		// The agent does not believe this program that a person wants it.
 		fmt.Fprintln(os.Stderr, "The agent asks whether to use the last try, and then for the PIN, with pinentry.")
-		answer, err = logIn(ctx, a, uri, nil)
+		answer, err = loginWithoutPIN(ctx, a, uri)
 	default:
 		answer, err = loginWithPIN(ctx, a, stdin, uri)
 	}
@@ -292,6 +292,15 @@ func loginWithPIN(ctx context.Context, a *runningAgent, stdin bool, uri string) 
 		return none, errors.New("no PIN was given, and none tried")
 	}
 	return logIn(ctx, a, uri, pin)
+}
+
+// loginWithoutPIN has the agent ask. This process holds no secret, and the agent finds
+// its terminal only while it is dumpable.
+func loginWithoutPIN(ctx context.Context, a *runningAgent, uri string) (sshagent.ControlAnswer, error) {
+	if err := undumpable.Suspend(); err != nil {
+		return sshagent.ControlAnswer{}, err
+	}
+	return logIn(ctx, a, uri, nil)
 }
 
 func logIn(ctx context.Context, a *runningAgent, uri string, pin *secret.Secret) (sshagent.ControlAnswer, error) {

@@ -12,6 +12,7 @@ import (
 	"golang.org/x/sys/unix"
 
 	"p11-agent/pinentry/secret"
+	"p11-agent/token/module/undumpable"
 )
 
 // maxTyped is the longest line that is taken for a PIN or a passphrase, its end
@@ -27,7 +28,7 @@ type question struct {
 
 // newQuestion opens the terminal, unless standard input is to be read.
 func newQuestion(stdin bool) (*question, error) {
-	if err := keepToOurselves(); err != nil {
+	if err := undumpable.Enforce(); err != nil {
 		return nil, err
 	}
 	if stdin {
@@ -38,15 +39,6 @@ func newQuestion(stdin bool) (*question, error) {
 		return nil, errors.New("there is no terminal to ask at: run it at one, or give the PIN with --stdin")
 	}
 	return &question{in: tty, tty: true}, nil
-}
-
-// keepToOurselves keeps other processes of the user, and core files, from what is
-// typed. The agent has looked at this process when it connected.
-func keepToOurselves() error {
-	if err := unix.Prctl(unix.PR_SET_DUMPABLE, 0, 0, 0, 0); err != nil {
-		return fmt.Errorf("keep others from reading what is typed: %w", err)
-	}
-	return nil
 }
 
 // Close gives the terminal back.

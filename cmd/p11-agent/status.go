@@ -18,6 +18,7 @@ import (
 
 	"p11-agent/agent"
 	"p11-agent/agent/sshagent"
+	"p11-agent/token/module/undumpable"
 	"p11-agent/token/pkcs11uri"
 	"p11-agent/token/wire"
 )
@@ -167,7 +168,25 @@ func isNotFound(err error) bool {
 	return !answered
 }
 
+// queryAgent asks the agent at a path for its status.
 func queryAgent(ctx context.Context, path, uri string) (*runningAgent, error) {
+	// The agent has to see that its client is this program. It has seen that when it
+	// answers, and no secret is asked for before.
+	if err := undumpable.Suspend(); err != nil {
+		return nil, err
+	}
+	a, err := askStatus(ctx, path, uri)
+	if closed := undumpable.Enforce(); closed != nil {
+		if err == nil {
+			_ = a.Close()
+		}
+		return nil, closed
+	}
+	return a, err
+}
+
+// askStatus connects to the agent at a path and has it tell its status.
+func askStatus(ctx context.Context, path, uri string) (*runningAgent, error) {
 	ctx, cancel := context.WithTimeoutCause(ctx, statusTimeout, fmt.Errorf("it does not answer within %v", statusTimeout))
 	defer cancel()
 	c, err := sshagent.DialControl(ctx, path)

@@ -26,6 +26,7 @@ import (
 	"golang.org/x/sys/unix"
 
 	"p11-agent/systemd/bus/bustest"
+	"p11-agent/token/module/undumpable"
 	"p11-agent/token/registry"
 	"p11-agent/token/tokentest"
 	"p11-agent/token/tokentest/pivcard"
@@ -36,6 +37,11 @@ var update = flag.Bool("update", false, "rewrite the expected texts in testdata/
 func TestMain(m *testing.M) {
 	// Files of the scripts are to have the same modes everywhere.
 	syscall.Umask(0o022)
+	// The agent is undumpable by what it is linked with, and so is this test. Nothing else
+	// in the scripts is, and main sees to it by itself.
+	if err := undumpable.Suspend(); err != nil {
+		panic(err)
+	}
 	testscript.Main(m, map[string]func(){
 		"p11-agent":    main,
 		"fakepinentry": fakePinentry,
