@@ -19,6 +19,8 @@ import (
 	"time"
 
 	"golang.org/x/sys/unix"
+
+	"p11-agent/agent/peer/terminaltest"
 )
 
 // The fake pinentry (and askpass) is this test program, run with
@@ -39,7 +41,7 @@ func TestMain(m *testing.M) {
 		fmt.Println("ERR 1 a fake without a scenario")
 		exit(1)
 	}
-	os.Exit(m.Run())
+	os.Exit(terminaltest.Without(m).Run())
 }
 
 // fake is what a scenario works with.

@@ -25,6 +25,7 @@ import (
 	"golang.org/x/crypto/ssh/agent"
 	"golang.org/x/sys/unix"
 
+	"p11-agent/agent/peer/terminaltest"
 	"p11-agent/systemd/bus/bustest"
 	"p11-agent/token/registry"
 	"p11-agent/token/tokentest"
@@ -36,7 +37,7 @@ var update = flag.Bool("update", false, "rewrite the expected texts in testdata/
 func TestMain(m *testing.M) {
 	// Files of the scripts are to have the same modes everywhere.
 	syscall.Umask(0o022)
-	testscript.Main(m, map[string]func(){
+	testscript.Main(terminaltest.Without(m), map[string]func(){
 		"p11-agent":    main,
 		"fakepinentry": fakePinentry,
 		"fakeaskpass":  fakeAskpass,

@@ -15,6 +15,7 @@ import (
 
 	"golang.org/x/sys/unix"
 
+	"p11-agent/agent/peer/terminaltest"
 	"p11-agent/pinentry/secret"
 	"p11-agent/token/wire"
 )
@@ -30,7 +31,7 @@ func TestMain(m *testing.M) {
 	case "harden":
 		os.Exit(hardenProcess())
 	}
-	os.Exit(m.Run())
+	os.Exit(terminaltest.Without(m).Run())
 }
 
 // patience is how long a test waits for what must happen. No test passes or
