@@ -349,7 +349,7 @@ func manager(t *testing.T) (read func() string) {
 	return func() string {
 		t.Helper()
 		// What was sent is there already: the deadline is for what was not.
-		if err := c.SetReadDeadline(time.Now().Add(10 * time.Second)); err != nil {
+		if err := c.SetReadDeadline(time.Now().Add(3 * time.Minute)); err != nil {
 			t.Fatal(err)
 		}
 		b := make([]byte, 8192)
