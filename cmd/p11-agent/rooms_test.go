@@ -52,6 +52,7 @@ const (
 var rooms = []room{
 	{"cmd/p11-agent", nil, "it wires every room"},
 	{"cmd/bench", []string{}, "it measures the program from outside"},
+	{"cmd/testrun", []string{}, "it knows tests by their names only"},
 	{
 		"agent",
 		[]string{"agent/knownhosts", "agent/peer", "pinentry", "pinentry/secret", "pinentry/waiting", xssh},
