@@ -29,7 +29,7 @@ func TestAttack16RemoteProvider(t *testing.T) {
 		{dir, "relative.so"},
 		{"pkcs11:token=a?module-path=" + there, "pkcs11:token=a?module-path=" + filepath.Join(dir, "missing.so")},
 		{"pkcs11:token=a?pin-source=" + there, "pkcs11:token=a?pin-source=" + filepath.Join(dir, "missing.so")},
-		{"pkcs11:token=a?pin-value=1234", "pkcs11:?pin-value=1"},
+		{"pkcs11:token=a?pin-value=1234", "pkcs11:token=b?pin-value=1"},
 	} {
 		var said []string
 		for _, text := range paths {

@@ -53,7 +53,7 @@ func TestPromptFollowsThoseWhoWait(t *testing.T) {
 	}
 	waiters := func(n int) {
 		t.Helper()
-		for end := time.Now().Add(30 * time.Second); token.LoginWaiters(b.key(1)) != n; runtime.Gosched() {
+		for end := time.Now().Add(3 * time.Minute); token.LoginWaiters(b.key(1)) != n; runtime.Gosched() {
 			if time.Now().After(end) {
 				t.Fatalf("there are never %d who wait", n)
 			}

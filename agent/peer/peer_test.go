@@ -16,6 +16,8 @@ import (
 	"unicode/utf8"
 
 	"golang.org/x/sys/unix"
+
+	"p11-agent/agent/peer/terminaltest"
 )
 
 // The test binary plays the clients: P11_PEER_ROLE says which.
@@ -24,7 +26,7 @@ const roleVariable = "P11_PEER_ROLE"
 func TestMain(m *testing.M) {
 	role, ok := os.LookupEnv(roleVariable)
 	if !ok {
-		os.Exit(m.Run())
+		os.Exit(terminaltest.Without(m).Run())
 	}
 	if err := play(strings.Fields(role)); err != nil {
 		fmt.Fprintln(os.Stderr, err)
