@@ -614,6 +614,7 @@ func TestApprovalIsShared(t *testing.T) {
 				answer <- test.answer
 				answer <- test.answer
 				all.Wait()
+				time.Sleep(firstPause) // which follows two of the noes
 				done := make(chan struct{})
 				go func() {
 					f.signs(t, k, w.caller("ssh bash", "good"), w.login("good", true), test.err)
@@ -706,7 +707,7 @@ func TestApprovalPromptEndsWithItsRequests(t *testing.T) {
 		}
 		hangUp()
 		synctest.Wait()
-		if p.open != 1 || p.count() != 1 {
+		if p.open != 1 || p.count() != 2 {
 			t.Fatalf("one of two has hung up: %d prompts open, of %d", p.open, p.count())
 		}
 		hangUpToo()

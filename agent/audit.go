@@ -413,8 +413,9 @@ type Status struct {
 	Keys      []KeyStatus // in the order of the list
 	Upstreams []UpstreamStatus
 	Approvals []ApprovalStatus // the newest first
-	Events    []Event          // the newest first
-	Failures  []Event          // those that were refused, further back than Events has them
+	Pauses    []PauseStatus    // the longest first
+	Events    []Event          // the newest first, with those that were not granted
+	Failures  []Event          // those of them that were refused
 }
 
 // A KeyStatus tells of an identity.
@@ -444,7 +445,7 @@ func (k *Keyring) Now() Status {
 		return Status{Locked: true}
 	}
 	v := k.now()
-	s := Status{Approvals: k.approvals.list()}
+	s := Status{Approvals: k.approvals.list(), Pauses: k.opts.Questions.Pauses()}
 	k.audit.mu.Lock()
 	events, failures := k.audit.events.newest(), k.audit.failures.newest()
 	for _, id := range v.identities {

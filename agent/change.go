@@ -39,7 +39,7 @@ func (k *Keyring) AddToken(ctx context.Context, c *Caller, r TokenRequest) error
 	inside, err := k.lock.enter(ctx, c, nil)
 	if err == nil {
 		defer inside.leave()
-		err = k.addToken(inside, rec, r)
+		err = inside.reason(k.addToken(inside, rec, r))
 	}
 	k.end(rec, err)
 	return err
@@ -316,8 +316,10 @@ func (k *Keyring) removeAll(ctx context.Context, c *Caller) error {
 	return nil
 }
 
-// Configure changes the rules. Automatic identities that were removed are back.
+// Configure changes the rules. Automatic identities that were removed are back, and
+// a person may be asked again at once.
 func (k *Keyring) Configure(r Rules) {
+	k.opts.Questions.Reset()
 	k.mu.Lock()
 	defer k.mu.Unlock()
 	k.opts.Rules = r

@@ -139,7 +139,8 @@ func (k *Keyring) login(ctx context.Context, rec *record, r LoginRequest) (Login
 	}
 	rec.URI = s.String()
 	defer k.opts.Tokens.Drop(s)
-	return k.opts.Tokens.Login(inside, s, r.PIN, r.LastTry)
+	answer, err := k.opts.Tokens.Login(inside, s, r.PIN, r.LastTry)
+	return answer, inside.reason(err)
 }
 
 // Logout logs out of the tokens that the provider selects, or of all when it is

@@ -326,12 +326,13 @@ func (s *service) serve(ctx context.Context, listeners []listener) error {
 	var working func(context.Context, *token.Key) func()
 	var notices *notices // nil: nobody is told
 	var failed func(agent.Event)
+	questions := agent.NewQuestions()
 	state := stateDir()
 	if s.system {
 		state = cmp.Or(os.Getenv("STATE_DIRECTORY"), systemState)
 	} else {
 		ask := newAsker(c, os.Getenv, os.Environ(), s.log)
-		pins, confirm, insert = ask, ask, ask
+		pins, confirm, insert = &pausingAsker{ask, questions}, ask, ask
 		notices = newNotices(c, s.log)
 		defer notices.Close()
 		working, failed = notices.working, notices.failed
@@ -379,6 +380,7 @@ func (s *service) serve(ctx context.Context, listeners []listener) error {
 		InsertTimeout: c.InsertTimeout.Duration,
 		Lifetime:      s.lifetime,
 		Confirm:       confirm,
+		Questions:     questions,
 		SoftwareKeys:  !s.system && (c.SoftwareKeys == nil || *c.SoftwareKeys),
 		RemoteTokens:  s.remoteTokens || c.RemoteTokens,
 		Certificates:  certificates,

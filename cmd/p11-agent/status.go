@@ -240,6 +240,15 @@ func (r *statusReport) String() string {
 			row(shortURI(a.Comment), a.What, strings.TrimSpace(a.Forwarding), lasts)
 		}
 	})
+	section("NO QUESTIONS SHOWN", len(r.Pauses), func(row func(...string)) {
+		for _, p := range r.Pauses {
+			refused := "refused " + times(p.Refused)
+			if p.Block {
+				refused = "everything refused"
+			}
+			row("from "+p.From, cmp.Or(shortURI(p.About), "about any key"), refused, "for "+span(p.Until.Sub(r.Time)))
+		}
+	})
 	requests := r.Requests[:min(len(r.Requests), shownRequests)]
 	section("LAST REQUESTS", len(requests), func(row func(...string)) {
 		for _, e := range requests {

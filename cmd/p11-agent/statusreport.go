@@ -30,6 +30,7 @@ type statusReport struct {
 	Modules   []statusModule   `json:"modules"`
 	Upstreams []statusUpstream `json:"upstreams"`
 	Approvals []statusApproval `json:"approvals"`
+	Pauses    []statusPause    `json:"pauses"`
 	Requests  []statusEvent    `json:"requests"` // the newest first
 	Failures  []statusEvent    `json:"failures"` // likewise
 }
@@ -104,6 +105,15 @@ type statusApproval struct {
 	Ends        time.Time `json:"ends,omitzero"` // left out: when the agent is locked
 }
 
+// statusPause tells of clients that have no questions shown for a time.
+type statusPause struct {
+	From    string    `json:"from"`
+	About   string    `json:"about,omitempty"` // left out: everything
+	Refused int       `json:"refused"`         // times
+	Block   bool      `json:"block"`           // "no to everything from here"
+	Until   time.Time `json:"until"`
+}
+
 type statusEvent struct {
 	Time       time.Time     `json:"time"`
 	Duration   float64       `json:"duration"` // seconds
@@ -149,7 +159,7 @@ func (r *statusMaker) report(s agent.Status, sel agent.Selection) ([]byte, error
 	report := statusReport{
 		Version: version, PID: os.Getpid(), Started: r.started, Time: time.Now(), Locked: s.Locked,
 		Sockets: []statusSocket{}, Keys: []statusKey{}, Tokens: []statusToken{}, Modules: []statusModule{},
-		Upstreams: []statusUpstream{}, Approvals: []statusApproval{}, Requests: []statusEvent{}, Failures: []statusEvent{},
+		Upstreams: []statusUpstream{}, Approvals: []statusApproval{}, Pauses: []statusPause{}, Requests: []statusEvent{}, Failures: []statusEvent{},
 	}
 	for i, l := range r.listeners {
 		sock := statusSocket{Path: listenerPath(l), Connections: r.server.Connections(l)}
@@ -182,6 +192,9 @@ func (r *statusMaker) report(s agent.Status, sel agent.Selection) ([]byte, error
 	}
 	for _, u := range s.Upstreams {
 		report.Upstreams = append(report.Upstreams, statusUpstream{Path: u.Name, Keys: u.Keys, Trouble: u.Trouble})
+	}
+	for _, p := range s.Pauses {
+		report.Pauses = append(report.Pauses, statusPause(p))
 	}
 	for _, e := range s.Events {
 		report.Requests = append(report.Requests, eventReport(&e))

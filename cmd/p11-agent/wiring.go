@@ -350,12 +350,13 @@ func (a *asker) Ask(ctx context.Context, about token.PINRequest) (token.PINDialo
 	return d, nil
 }
 
-// confirm asks for yes or no. text is the prompt for the one who asks.
-func (a *asker) confirm(ctx context.Context, hint string, text func(context.Context) pinentry.Prompt) (yes bool, err error) {
+// confirm asks for yes or no, see confirmOrBlock. text is the prompt for the one who
+// asks.
+func (a *asker) confirm(ctx context.Context, hint string, block bool, text func(context.Context) pinentry.Prompt) (yes bool, err error) {
 	c := &conversation{asker: a, hint: hint}
 	defer c.close()
 	err = c.ask(ctx, func(ctx context.Context, d *pinentry.Dialogue) (err error) {
-		yes, err = d.Confirm(ctx, text(ctx))
+		yes, err = confirmOrBlock(ctx, d, text(ctx), block)
 		return err
 	})
 	return yes && err == nil, err
@@ -386,9 +387,10 @@ func confirm(ctx context.Context, d *pinentry.Dialogue, r agent.Question, patien
 		Title: "p11-agent", Description: "Allow the use of this key?\n" + text,
 		OK: allow(r.Plain), Cancel: "_Deny", Timeout: patience,
 	}
-	if !r.Offer {
-		yes, err := d.Confirm(ctx, prompt)
-		return agent.Answer{Allowed: yes}, err
+	if r.Again || !r.Offer {
+		// To be left alone matters more than other lengths do.
+		yes, err := confirmOrBlock(ctx, d, prompt, r.Again)
+		return agent.Answer{Allowed: yes, For: r.Plain}, err
 	}
 	prompt.Other = "Allow _longer..."
 	if r.Plain != agent.Once {
@@ -418,6 +420,20 @@ func confirm(ctx context.Context, d *pinentry.Dialogue, r agent.Question, patien
 	return agent.Answer{Allowed: true, For: r.Plain}, nil
 }
 
+// confirmOrBlock asks for yes or no. block offers "no to everything from here", too,
+// which is agent.ErrNoToAll.
+func confirmOrBlock(ctx context.Context, d *pinentry.Dialogue, prompt pinentry.Prompt, block bool) (bool, error) {
+	if !block {
+		return d.Confirm(ctx, prompt)
+	}
+	prompt.Other = "Deny _all from here"
+	choice, err := d.Choose(ctx, prompt)
+	if choice == pinentry.ChoiceOther {
+		err = agent.ErrNoToAll
+	}
+	return choice == pinentry.ChoiceOK, err
+}
+
 // rememberShort is the length of time that is offered to everybody.
 const rememberShort = agent.Remember(15 * time.Minute)
 
@@ -444,7 +460,7 @@ func confirmText(r agent.Question) string {
 // Insert asks to insert a token.
 func (a *asker) Insert(ctx context.Context, w agent.Wanted) (bool, error) {
 	const hint = "Insert the token and try again"
-	return a.confirm(ctx, hint, func(ctx context.Context) pinentry.Prompt {
+	return a.confirm(ctx, hint, w.Again, func(ctx context.Context) pinentry.Prompt {
 		return pinentry.Prompt{
 			Title: "p11-agent",
 			Description: fmt.Sprintf("Please insert the token %s.\n", strings.Join(w.Tokens, " or ")) +
