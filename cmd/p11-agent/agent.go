@@ -24,6 +24,7 @@ import (
 	"golang.org/x/sys/unix"
 
 	"p11-agent/agent"
+	"p11-agent/agent/logfold"
 	"p11-agent/agent/sshagent"
 	"p11-agent/systemd"
 	"p11-agent/token"
@@ -304,6 +305,9 @@ func (s *service) catchSignals(ctx context.Context, end ...os.Signal) (context.C
 func (s *service) serve(ctx context.Context, listeners []listener) error {
 	ctx, cancel := context.WithCancel(ctx)
 	defer cancel()
+	folded := logfold.New(s.log.Handler())
+	defer folded.Close() // after all that writes into it
+	s.log = slog.New(folded)
 	closeAll := func() {
 		for _, l := range listeners {
 			_ = l.Close()

@@ -116,7 +116,10 @@ type statusPause struct {
 
 type statusEvent struct {
 	Time       time.Time     `json:"time"`
-	Duration   float64       `json:"duration"` // seconds
+	Count      int           `json:"count"`             // requests that it stands for
+	First      time.Time     `json:"first,omitzero"`    // of them; left out: it is one
+	Various    bool          `json:"various,omitempty"` // they differ, and this is the last
+	Duration   float64       `json:"duration"`          // seconds
 	Request    agent.Request `json:"request"`
 	Result     agent.Result  `json:"result"`
 	Reason     string        `json:"reason,omitempty"`
@@ -190,11 +193,11 @@ func (r *statusMaker) report(s agent.Status, sel agent.Selection) ([]byte, error
 			Client: a.Client.String(), Since: a.Since, Ends: a.Ends,
 		})
 	}
-	for _, u := range s.Upstreams {
-		report.Upstreams = append(report.Upstreams, statusUpstream{Path: u.Name, Keys: u.Keys, Trouble: u.Trouble})
-	}
 	for _, p := range s.Pauses {
 		report.Pauses = append(report.Pauses, statusPause(p))
+	}
+	for _, u := range s.Upstreams {
+		report.Upstreams = append(report.Upstreams, statusUpstream{Path: u.Name, Keys: u.Keys, Trouble: u.Trouble})
 	}
 	for _, e := range s.Events {
 		report.Requests = append(report.Requests, eventReport(&e))
@@ -282,7 +285,10 @@ func eventReport(e *agent.Event) statusEvent {
 		Time: e.Time, Duration: e.Took.Round(time.Millisecond).Seconds(), Request: e.Request, Result: e.Result, Reason: e.Reason, Note: e.Note,
 		Key: e.Key, Comment: e.Comment, URI: e.URI, Kind: e.Kind, Purpose: e.Purpose, Namespace: e.Namespace,
 		User: e.User, Host: e.Host, Upstream: e.Upstream, Forwarded: e.Forwarded, Via: e.Via,
-		Client: e.Client.String(), Connection: e.Connection,
+		Client: e.Client.String(), Connection: e.Connection, Count: e.Count, Various: e.Various,
+	}
+	if e.Count > 1 {
+		event.First = e.First
 	}
 	if e.Client.Known {
 		event.UID = &e.Client.UID
