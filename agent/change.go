@@ -30,7 +30,7 @@ func (k *Keyring) AddToken(ctx context.Context, c *Caller, r TokenRequest) error
 	inside, err := k.lock.enter(ctx, c, nil)
 	if err == nil {
 		defer inside.leave()
-		err = k.addToken(inside, rec, r)
+		err = inside.reason(k.addToken(inside, rec, r))
 	}
 	k.end(rec, err)
 	return err
@@ -425,8 +425,10 @@ func (k *Keyring) removeSeen(c *Caller) (may func([]Key) bool) {
 	}
 }
 
-// Configure changes the rules. Automatic identities that were removed are back.
+// Configure changes the rules. Automatic identities that were removed are back, and
+// a person may be asked again at once.
 func (k *Keyring) Configure(r Rules) {
+	k.opts.Questions.Reset()
 	k.mu.Lock()
 	defer k.mu.Unlock()
 	k.expireLocked() // under the rules that they were added under

@@ -135,7 +135,8 @@ func (k *Keyring) login(ctx context.Context, rec *record, r LoginRequest) (Login
 	}
 	rec.URI = s.String()
 	defer k.opts.Tokens.Drop(s)
-	return k.opts.Tokens.Login(inside, s, r.PIN)
+	answer, err := k.opts.Tokens.Login(inside, s, r.PIN)
+	return answer, inside.reason(err)
 }
 
 // Logout logs out of the tokens that the provider selects, or of all when it is

@@ -134,6 +134,9 @@ type Options struct {
 	// Confirm asks whether a key may be used; nil: nobody can be asked, what is to
 	// be confirmed is refused, and so is adding an identity for confirmation.
 	Confirm Confirmer
+	// Questions decides whether a person may be asked; nil: one of the Keyring's own.
+	// All that show a question to a person share one.
+	Questions *Questions
 	// SoftwareKeys lets clients add private keys, which are kept in memory.
 	SoftwareKeys bool
 	// RemoteTokens lets clients behind forwarded connections add keys of tokens.
@@ -191,6 +194,9 @@ type Keyring struct {
 
 // NewKeyring makes a Keyring.
 func NewKeyring(opts Options) *Keyring {
+	if opts.Questions == nil {
+		opts.Questions = NewQuestions()
+	}
 	k := &Keyring{
 		opts: opts, log: opts.Log, start: time.Now(), lock: newLock(),
 		hidden: make(map[string]uint64), owed: make(map[string]*limits), troubles: make(map[string]string),
@@ -313,14 +319,12 @@ func (k *Keyring) signFor(ctx context.Context, rec *record, r SignRequest) (*ssh
 	case id == nil:
 		k.opts.Tokens.Poke()
 		rec.Key = k.describe(r.Key)
-		return k.signUpstream(ctx, rec, r)
+		sig, err := k.signUpstream(ctx, rec, r)
+		return sig, inside.reason(err)
 	}
 	rec.about(id)
 	sig, err := k.sign(ctx, rec, id, r)
-	if err != nil && errors.Is(context.Cause(ctx), errLocked) {
-		err = errLocked
-	}
-	return sig, err
+	return sig, inside.reason(err)
 }
 
 func (k *Keyring) sign(ctx context.Context, rec *record, id *identity, r SignRequest) (*ssh.Signature, error) {

@@ -448,7 +448,11 @@ func (t *Token) withPIN(ctx context.Context, g *gate, k *Key, info wire.TokenInf
 	switch {
 	case pad:
 		use = t.proving(use, true)
-		return t.judge(typedOnReader(ctx, d, func(ctx context.Context) error { return use(ctx, nil, tries == TriesLast, true) }))
+		err := t.judge(typedOnReader(ctx, d, func(ctx context.Context) error { return use(ctx, nil, tries == TriesLast, true) }))
+		if d, ok := d.(ReaderObserver); ok {
+			d.TypedOnReader(err)
+		}
+		return err
 	case with.pin.Len() > 0:
 		return t.judge(use(ctx, with.pin, true, false))
 	default:

@@ -135,6 +135,10 @@ type PINDialogue interface {
 	Close() error
 }
 
+// A ReaderObserver is a PINDialogue that is told, after Notice has ended, what came
+// of a PIN that was to be typed on the reader: nil, or why the login failed.
+type ReaderObserver interface{ TypedOnReader(err error) }
+
 // A Store knows the tokens and keys of all modules. All methods may be called
 // at any time from any goroutine.
 type Store struct {

@@ -26,6 +26,7 @@ import (
 	"golang.org/x/sys/unix"
 
 	"p11-agent/agent"
+	"p11-agent/agent/logfold"
 	"p11-agent/agent/sshagent"
 	"p11-agent/systemd"
 	"p11-agent/token"
@@ -307,6 +308,9 @@ func (s *service) catchSignals(ctx context.Context, end ...os.Signal) (context.C
 func (s *service) serve(ctx context.Context, listeners []listener) error {
 	ctx, cancel := context.WithCancel(ctx)
 	defer cancel()
+	folded := logfold.New(s.log.Handler())
+	defer folded.Close() // after all that writes into it
+	s.log = slog.New(folded)
 	closeAll := func() {
 		for _, l := range listeners {
 			_ = l.Close()
@@ -330,12 +334,13 @@ func (s *service) serve(ctx context.Context, listeners []listener) error {
 	var working func(context.Context, *token.Key) func()
 	var notices *notices // nil: nobody is told
 	var failed func(agent.Event)
+	questions := agent.NewQuestions()
 	state := stateDir()
 	if s.system {
 		state = cmp.Or(os.Getenv("STATE_DIRECTORY"), systemState)
 	} else {
 		ask = newAsker(c, os.Getenv, os.Environ(), s.log)
-		pins, confirm, insert = ask, ask, ask
+		pins, confirm, insert = &pausingAsker{ask, questions}, ask, ask
 		notices = newNotices(c, s.log)
 		defer notices.Close()
 		ask.notify = notices.elsewhere
@@ -387,6 +392,7 @@ func (s *service) serve(ctx context.Context, listeners []listener) error {
 		InsertTimeout: c.InsertTimeout.Duration,
 		Lifetime:      s.lifetime,
 		Confirm:       confirm,
+		Questions:     questions,
 		SoftwareKeys:  !s.system && (c.SoftwareKeys == nil || *c.SoftwareKeys),
 		RemoteTokens:  s.remoteTokens || c.RemoteTokens,
 		Certificates:  certificates,

@@ -428,9 +428,10 @@ func confirm(ctx context.Context, d *pinentry.Dialogue, r agent.Question, patien
 		Title: "p11-agent", Description: "Allow the use of this key?\n" + text,
 		OK: allow(r.Plain), Cancel: "_Deny", Timeout: patience,
 	}
-	if !r.Offer {
-		yes, err := d.Confirm(ctx, prompt)
-		return agent.Answer{Allowed: yes}, err
+	if agent.Again(ctx) || !r.Offer {
+		// To be left alone matters more than other lengths do.
+		yes, err := confirmOrBlock(ctx, d, prompt)
+		return agent.Answer{Allowed: yes, For: r.Plain}, err
 	}
 	prompt.Other = "Allow _longer..."
 	if r.Plain != agent.Once {
@@ -458,6 +459,20 @@ func confirm(ctx context.Context, d *pinentry.Dialogue, r agent.Question, patien
 		return agent.Answer{}, err
 	}
 	return agent.Answer{Allowed: true, For: r.Plain}, nil
+}
+
+// confirmOrBlock asks for yes or no. A client that had to wait before may also be refused
+// with "no to everything from here", which is agent.ErrNoToAll.
+func confirmOrBlock(ctx context.Context, d *pinentry.Dialogue, prompt pinentry.Prompt) (bool, error) {
+	if !agent.Again(ctx) {
+		return d.Confirm(ctx, prompt)
+	}
+	prompt.Other = "Deny _all from here"
+	choice, err := d.Choose(ctx, prompt)
+	if choice == pinentry.ChoiceOther {
+		err = agent.ErrNoToAll
+	}
+	return choice == pinentry.ChoiceOK, err
 }
 
 // rememberShort is the length of time that is offered to everybody.
@@ -489,7 +504,7 @@ func (a *asker) Insert(ctx context.Context, w agent.Wanted) (yes bool, err error
 	c := &conversation{asker: a, what: "a token that is not inserted", hint: "Insert the token and try again"}
 	defer c.close()
 	err = c.ask(ctx, func(ctx context.Context, d *pinentry.Dialogue) (err error) {
-		yes, err = d.Confirm(ctx, pinentry.Prompt{
+		yes, err = confirmOrBlock(ctx, d, pinentry.Prompt{
 			Title: "p11-agent",
 			Description: fmt.Sprintf("Please insert the token %s.\n", strings.Join(w.Tokens, " or ")) +
 				about(useLines(agent.UseFromContext(ctx)), []string{commentLine(w.Comment), w.Fingerprint, requester(agent.PeerFromContext(ctx))}),

@@ -152,6 +152,14 @@ type Question struct {
 	Patience time.Duration
 }
 
+type aroundKey struct{}
+
+// Around returns a context in which Ask goes through around for each request that it
+// asks: around calls ask with its context, or fails without a question.
+func Around(ctx context.Context, around func(ctx context.Context, ask func(context.Context) error) error) context.Context {
+	return context.WithValue(ctx, aroundKey{}, around)
+}
+
 // Ask has a question asked until there is an answer, or an error other than that
 // of a context. The context that q.Ask gets has the values of the request that is
 // asked, and ends with that request, with its turn or with ctx, whichever is first.
@@ -162,6 +170,10 @@ type Question struct {
 //
 // Without a list in ctx, q.Ask gets ctx itself.
 func Ask(ctx context.Context, q Question) error {
+	if around, ok := ctx.Value(aroundKey{}).(func(context.Context, func(context.Context) error) error); ok {
+		ask := q.Ask
+		q.Ask = func(ctx context.Context) error { return around(ctx, ask) }
+	}
 	l := FromContext(ctx)
 	if l == nil {
 		return q.Ask(ctx)
