@@ -43,6 +43,14 @@ func (s *Store) source(k *Key) *pkcs11uri.URI {
 	return nil
 }
 
+// isConfigured tells whether the configuration says where the PIN for a key comes from.
+func (s *Store) isConfigured(k *Key) bool {
+	s.mu.Lock()
+	all := slices.Clone(s.configured)
+	s.mu.Unlock()
+	return slices.ContainsFunc(all, k.Matches)
+}
+
 // AddSource makes the pin-source or pin-value of a URI count for the keys it
 // matches, after those of the configuration. Commands are refused: only the
 // configuration may name one.
