@@ -23,8 +23,9 @@ var (
 	errTooMany    = errors.New("no more can be added")
 )
 
-// AddToken adds what the request's provider selects. What was added before under
-// the same name is replaced.
+// AddToken adds what the request's provider selects, as far as the connection sees it.
+// The constraints of the request tighten the limits of keys that are there already, and
+// lift none.
 func (k *Keyring) AddToken(ctx context.Context, c *Caller, r TokenRequest) error {
 	rec := k.begin(c, RequestAdd)
 	inside, err := k.lock.enter(ctx, c, nil)
@@ -122,8 +123,8 @@ func (k *Keyring) keepAddition(rec *record, s Selection, constraints Constraints
 		}
 	}
 	var removed []known
+	now := a.limits
 	for _, key := range meant {
-		now := a.limits
 		switch {
 		case !shown[key.wire] && k.removedLocked(key):
 			removed = append(removed, key)

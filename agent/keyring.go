@@ -46,9 +46,10 @@ type Key interface {
 	Present() bool
 	// TokenName names that token to a person.
 	TokenName() string
-	// AsksPIN tells whether a signature that begins now would have a person give the
-	// PIN of the token. It does not when somebody is logged in, when the PIN comes from
-	// elsewhere, or when a login is under way, whose prompt may be about another key.
+	// AsksPIN tells whether a signature that begins now would want a PIN from a person, or
+	// one that a client has named when it added the key. It does not when somebody is
+	// logged in, when the PIN comes from elsewhere, or when a login is under way, whose
+	// prompt may be about another key.
 	AsksPIN() bool
 	// SignMessageContext signs as crypto.MessageSigner does: ECDSA in ASN.1.
 	SignMessageContext(ctx context.Context, msg []byte, opts crypto.SignerOpts) ([]byte, error)

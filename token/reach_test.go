@@ -109,6 +109,8 @@ func TestAsksPIN(t *testing.T) {
 	want(t, "asks after the login", k.AsksPIN(), false)
 	noError(t, b.store.LogoutAll(t.Context()))
 	want(t, "asks after the logout", k.AsksPIN(), true)
+	noError(t, b.store.AddSource(uri(t, k.URI()+"?pin-value="+pin), []*token.Key{k}))
+	want(t, "asks with a client's PIN", k.AsksPIN(), true)
 	b.store.SetSources([]*pkcs11uri.URI{uri(t, k.URI()+"?pin-value="+pin)})
 	want(t, "asks with a configured PIN", k.AsksPIN(), false)
 }
