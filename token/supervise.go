@@ -160,6 +160,7 @@ func (m *module) run(ctx context.Context) {
 			break
 		}
 		if renewed = errors.Is(err, errRenewed); renewed {
+			first() // whoever waits for all modules does not wait for one that wants this at once
 			reserve(ctx, &renewals)
 			continue
 		}
