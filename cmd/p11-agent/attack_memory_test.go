@@ -200,8 +200,10 @@ func TestAttack12Start(t *testing.T) {
 	if _, err := io.ReadAtLeast(out, make([]byte, 1<<10), 1); err != nil {
 		t.Fatal(err)
 	}
-	if said, err := as(program, "status", "-a", socket).CombinedOutput(); err != nil || !bytes.Contains(said, []byte("SOCKETS")) {
-		t.Errorf("status: %v\n%s", err, said)
+	for command, want := range map[string]string{"status": "SOCKETS", "logout": "logged out of every token"} {
+		if said, err := as(program, command, "-a", socket).CombinedOutput(); err != nil || !bytes.Contains(said, []byte(want)) {
+			t.Errorf("%s: %v\n%s", command, err, said)
+		}
 	}
 }
 
