@@ -6,14 +6,6 @@ import (
 	"fmt"
 	"slices"
 	"time"
-
-	"golang.org/x/crypto/ssh"
-)
-
-// What clients may have an agent keep.
-const (
-	maxSoftwareKeys = 2048
-	maxAdditions    = 256
 )
 
 var (
@@ -21,7 +13,6 @@ var (
 	errReadOnly   = errors.New("the socket it came in at is read-only")
 	errNoSoftware = errors.New("keys in memory are switched off (software-keys = false)")
 	errNobody     = errors.New("nobody can be asked for confirmation")
-	errTooMany    = errors.New("no more can be added")
 )
 
 // mayChange tells whether a connection may change what the agent holds.
@@ -100,9 +91,11 @@ func (k *Keyring) addToken(ctx context.Context, rec *record, r TokenRequest) err
 			k.dropLocked(old)
 		}
 	}
-	if len(k.added) >= maxAdditions {
+	a.kept = kept{size: overhead + 2*len(r.Provider) + r.Constraints.Size(), forwarded: c.Forwarded}
+	software, added := k.keptLocked()
+	if err := mayKeep(a.kept, added.replaced(nil, a.kept), software, maxAdditions, maxForwardedAdditions); err != nil {
 		k.opts.Tokens.Drop(s)
-		return errTooMany
+		return err
 	}
 	k.added = append(k.added, a)
 	for _, key := range keys {
@@ -124,15 +117,15 @@ func (r *record) loosened(old, now *Constraints) {
 
 // Add keeps a private key in memory. One that is there already gets the new
 // comment and constraints.
-func (k *Keyring) Add(_ context.Context, c *Caller, r KeyRequest) error {
+func (k *Keyring) Add(ctx context.Context, c *Caller, r KeyRequest) error {
 	rec := k.begin(c, RequestAdd)
 	rec.Key, rec.Comment = k.fingerprint(plainOf(r.Public)), r.Comment
-	err := k.add(rec, r, string(r.Public.Marshal()))
+	err := k.add(ctx, rec, r, string(r.Public.Marshal()))
 	k.end(rec, err)
 	return err
 }
 
-func (k *Keyring) add(rec *record, r KeyRequest, wire string) error {
+func (k *Keyring) add(ctx context.Context, rec *record, r KeyRequest, wire string) error {
 	c := rec.use.Caller
 	if k.lock.locked() {
 		return errLocked
@@ -148,15 +141,15 @@ func (k *Keyring) add(rec *record, r KeyRequest, wire string) error {
 	case len(r.Constraints.Certificates) > 0 || r.Constraints.CertificatesOnly:
 		return errors.New("certificates can only be added to the keys of a token")
 	}
-	s := &softwareKey{KeyRequest: r, plain: plainOf(r.Public), wire: wire}
-	if pub, err := ssh.NewPublicKey(r.Private.Public()); err != nil || string(pub.Marshal()) != string(s.plain.Marshal()) {
-		return errors.New("its private and public halves do not belong together")
+	s, err := k.newSoftwareKey(ctx, c, r, wire)
+	if err != nil {
+		return err
 	}
-	if s.Constraints.Lifetime == 0 {
-		s.Constraints.Lifetime = k.opts.Lifetime
+	if s.constraints.Lifetime == 0 {
+		s.constraints.Lifetime = k.opts.Lifetime
 	}
-	if s.Constraints.Lifetime > 0 {
-		s.expires = time.Now().Add(s.Constraints.Lifetime)
+	if s.constraints.Lifetime > 0 {
+		s.expires = time.Now().Add(s.constraints.Lifetime)
 	}
 	before := k.now()
 	k.mu.Lock()
@@ -165,16 +158,21 @@ func (k *Keyring) add(rec *record, r KeyRequest, wire string) error {
 		if err := id.constraints.permits(c); err != nil {
 			return err
 		}
-		rec.loosened(&id.constraints, &s.Constraints)
+		rec.loosened(&id.constraints, &s.constraints)
 	}
 	i := slices.IndexFunc(k.software, func(o *softwareKey) bool { return o.wire == wire })
-	switch {
-	case i >= 0:
+	var old *kept
+	if i >= 0 {
+		old = &k.software[i].kept
+	}
+	software, added := k.keptLocked()
+	if err := mayKeep(s.kept, software.replaced(old, s.kept), added, maxSoftwareKeys, maxForwardedSoftwareKeys); err != nil {
+		return err
+	}
+	if i >= 0 {
 		k.software[i] = s
-	case len(k.software) >= maxSoftwareKeys:
-		return errTooMany
-	default:
-		k.software = append(k.software, s)
+	} else {
+		k.insertSoftwareLocked(s)
 	}
 	k.change.Add(1)
 	return nil
@@ -295,6 +293,11 @@ func (k *Keyring) removeAll(ctx context.Context, c *Caller) error {
 	generation, certificates := k.opts.Tokens.Generation(), k.opts.Certificates.generation()
 	k.mu.Lock()
 	shown := k.nowLocked(generation, certificates).identities
+	software, added := k.keptLocked()
+	defer func() {
+		k.now() // the view before holds on to it all
+		relieve(software.size + added.size)
+	}()
 	for _, a := range slices.Clone(k.added) {
 		k.dropLocked(a)
 	}

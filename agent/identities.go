@@ -25,12 +25,11 @@ type identity struct {
 	beginning beginning // of its lines in the log
 }
 
-// softwareKey is a private key in memory.
+// softwareKey is a private key in memory: an identity that is listed when the key is
+// on no token, and is not changed once it is.
 type softwareKey struct {
-	KeyRequest
-	plain   ssh.PublicKey
-	wire    string
-	expires time.Time // zero: never
+	identity
+	kept kept
 }
 
 // wiredKey is a public key that knows its wire form and its type: clients use keys
@@ -104,25 +103,22 @@ func (k *Keyring) good(v *view, generation, certificates uint64) bool {
 
 func (k *Keyring) nowLocked(generation, certificates uint64) *view {
 	k.expireLocked()
-	v := &view{generation: generation, certificates: certificates, change: k.change.Load(), byKey: make(map[string]*identity)}
+	v := &view{generation: generation, certificates: certificates, change: k.change.Load(), byKey: make(map[string]*identity, len(k.software))}
 	k.tokensLocked(v)
 	v.certify(k.opts.Certificates.certificates(), k.hidden)
 	for _, s := range k.software {
 		v.until(s.expires)
 		if id := v.byKey[s.wire]; id != nil {
 			// The key is on a token as well: whatever limits either limits both.
-			id.software = s.Private
+			id.software = s.software
 			id.expires = sooner(id.expires, s.expires)
-			id.constraints.Confirm = id.constraints.Confirm || s.Constraints.Confirm
+			id.constraints.Confirm = id.constraints.Confirm || s.constraints.Confirm
 			if len(id.constraints.Destinations) == 0 {
-				id.constraints.Destinations = s.Constraints.Destinations
+				id.constraints.Destinations = s.constraints.Destinations
 			}
 			continue
 		}
-		v.add(&identity{
-			key: wired(s.Public, s.wire), plain: s.plain, wire: s.wire, comment: s.Comment,
-			software: s.Private, constraints: s.Constraints, expires: s.expires, fingerprint: k.fingerprint(s.plain),
-		})
+		v.add(&s.identity)
 	}
 	v.list.Identities = make([]Identity, len(v.identities))
 	for i, id := range v.identities {
@@ -328,8 +324,31 @@ func (k *Keyring) dropLocked(a *addition) {
 // hideLocked removes an identity of a token until that is inserted again or the
 // key is added again.
 func (k *Keyring) hideLocked(id *identity) {
+	if len(k.hidden) >= maxHidden {
+		k.pruneHiddenLocked()
+	}
 	k.hidden[id.wire] = max(k.hidden[id.wire], id.insertions())
 	k.change.Add(1)
+}
+
+// pruneHiddenLocked forgets the removed certificates that nothing shows any more.
+// Otherwise a client adds and removes ever new ones, and each is remembered.
+func (k *Keyring) pruneHiddenLocked() {
+	certified := make(map[string]bool)
+	for _, a := range k.added {
+		for _, cert := range a.constraints.Certificates {
+			certified[string(cert.Marshal())] = true
+		}
+	}
+	for _, cert := range k.opts.Certificates.certificates() {
+		certified[string(cert.Marshal())] = true
+	}
+	for wire := range k.hidden {
+		key, err := ssh.ParsePublicKey([]byte(wire))
+		if _, ok := key.(*ssh.Certificate); err == nil && ok && !certified[wire] {
+			delete(k.hidden, wire)
+		}
+	}
 }
 
 // hideKeyLocked does so with a key, without its certificates.

@@ -3,7 +3,6 @@ package agent
 import (
 	"context"
 	"crypto"
-	"crypto/rand"
 	"errors"
 	"log/slog"
 	"sync"
@@ -160,8 +159,9 @@ type Keyring struct {
 	view  atomic.Pointer[view]
 	knew  bool // there were keys from before at the start: what is listed need not wait for tokens
 
-	lock  *lock
-	audit audit
+	lock      *lock
+	audit     audit
+	computing turns
 
 	change atomic.Uint64 // counts the changes of what follows; made under mu
 
@@ -183,6 +183,7 @@ type addition struct {
 	selection   Selection
 	constraints Constraints
 	expires     time.Time // zero: never
+	kept        kept
 }
 
 // NewKeyring makes a Keyring.
@@ -335,7 +336,7 @@ func (k *Keyring) sign(ctx context.Context, rec *record, id *identity, r SignReq
 		raw, err = k.signAtHome(ctx, rec, id, r.Data, hash)
 	}
 	if err != nil && isAbsent(err) && id.software != nil {
-		raw, err = crypto.SignMessage(id.software, rand.Reader, r.Data, hash)
+		raw, err = k.signSoftware(ctx, c, id.software, r.Data, hash)
 	}
 	if err != nil {
 		return nil, err

@@ -37,6 +37,8 @@ var buffers = sync.Pool{New: func() any { return new([bufferSize]byte) }}
 // may hold a secret is left behind anywhere once the message is done.
 type frames struct {
 	nc         net.Conn
+	keep       func(n int) error // counts the bytes beyond those of small; nil: nobody does
+	kept       int               // of buf
 	small      *[bufferSize]byte // buf lies in it, unless it had to grow; nil: there is no buf
 	buf        []byte
 	start, end int // what has been read and is not done yet
@@ -105,7 +107,9 @@ func (f *frames) next() ([]byte, error) {
 func (f *frames) read(need int) (int, error) {
 	if f.end > f.start || f.raw == nil {
 		f.take()
-		f.makeRoom(need)
+		if err := f.makeRoom(need); err != nil {
+			return 0, err
+		}
 		return f.nc.Read(f.buf[f.end:])
 	}
 	if f.attempt == nil {
@@ -133,6 +137,7 @@ func (f *frames) read(need int) (int, error) {
 // write sends b, in one system call if the client has room for it, or waits until it
 // has taken it, for so long.
 func (f *frames) write(b []byte, patience time.Duration) error {
+	size := len(b) // for as long as any of it is to be sent
 	if f.raw != nil {
 		if f.send == nil {
 			f.send = func(fd uintptr) bool {
@@ -156,7 +161,25 @@ func (f *frames) write(b []byte, patience time.Duration) error {
 	if err := f.nc.SetWriteDeadline(time.Now().Add(patience)); err != nil {
 		return err
 	}
+	if f.keep != nil && size > bufferSize {
+		if err := f.keep(size); err != nil {
+			return err
+		}
+		defer func() { _ = f.keep(-size) }()
+	}
 	_, err := f.nc.Write(b)
+	return err
+}
+
+// count counts the bytes of a buffer of this size in place of those of buf.
+func (f *frames) count(size int) error {
+	if f.keep == nil || size == f.kept {
+		return nil
+	}
+	err := f.keep(size - f.kept)
+	if err == nil {
+		f.kept = size
+	}
 	return err
 }
 
@@ -189,19 +212,24 @@ func (f *frames) done(wipe bool) {
 		if len(f.buf) > bufferSize {
 			secret.Wipe(f.buf)
 			f.buf = f.small[:]
+			_ = f.count(0) // fewer are never refused
 		}
 	}
 }
 
 // makeRoom makes sure that there is room to read more of a message of need
-// bytes.
-func (f *frames) makeRoom(need int) {
+// bytes. The error says why the bytes cannot be kept.
+func (f *frames) makeRoom(need int) error {
 	if f.start+need <= len(f.buf) || f.end < len(f.buf) && need > len(f.buf) {
-		return
+		return nil
 	}
 	old, begun := f.buf, f.buf[f.start:f.end]
 	if need > len(f.buf) {
-		f.buf = make([]byte, min(2*len(f.buf), 4+maxFrame))
+		size := min(2*len(f.buf), 4+maxFrame)
+		if err := f.count(size); err != nil {
+			return err
+		}
+		f.buf = make([]byte, size)
 	}
 	n := copy(f.buf, begun)
 	if len(f.buf) != len(old) {
@@ -210,6 +238,7 @@ func (f *frames) makeRoom(need int) {
 		secret.Wipe(f.buf[n:f.end])
 	}
 	f.start, f.end = 0, n
+	return nil
 }
 
 // close overwrites what is left and gives the memory back. No method may be

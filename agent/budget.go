@@ -1,0 +1,154 @@
+package agent
+
+import (
+	"crypto"
+	"crypto/rsa"
+	"errors"
+	"fmt"
+	"runtime/debug"
+
+	"golang.org/x/crypto/ssh"
+)
+
+// What clients may have an agent keep beyond their connections: keys in memory and
+// what they add of tokens. Forwarded clients share the smaller part, so that they
+// cannot take the room of the person's own tools.
+const (
+	maxSoftwareKeys          = 2048
+	maxForwardedSoftwareKeys = maxSoftwareKeys / 2
+	maxAdditions             = 256
+	maxForwardedAdditions    = maxAdditions / 2
+	maxKeptBytes             = 32 << 20
+	maxForwardedBytes        = 8 << 20
+	// maxHidden is how many removed identities are remembered before those are
+	// forgotten that nothing would show.
+	maxHidden = 1024
+	// relieveFrom is how many bytes have to go at once for memory to be given back to
+	// the system.
+	relieveFrom = 4 << 20
+)
+
+var errTooMany = errors.New("no more can be added")
+
+// The sizes below are estimates of what Go keeps of a thing in memory, and rather too
+// large: TestSizes compares them with the heap.
+
+// overhead is that of a structure with its place in lists and maps.
+const overhead = 512
+
+// keySize is that of a public key that was read.
+func keySize(key ssh.PublicKey) int {
+	cert, ok := key.(*ssh.Certificate)
+	if !ok {
+		return overhead + 2*len(key.Marshal())
+	}
+	// The fields lie in the message, and what was read out of it is copied.
+	size := overhead + 2*len(cert.Marshal()) + keySize(cert.Key) + keySize(cert.SignatureKey)
+	size += 48 * len(cert.ValidPrincipals)
+	return size + 128*(len(cert.CriticalOptions)+len(cert.Extensions))
+}
+
+// Size estimates the bytes of memory that the bind keeps.
+func (b *Bind) Size() int {
+	return overhead + keySize(b.HostKey) + len(b.SessionID) + len(b.Message)
+}
+
+// Size estimates the bytes of memory that the constraints keep.
+func (c *Constraints) Size() int {
+	size := overhead
+	for _, d := range c.Destinations {
+		size += d.From.size() + d.To.size()
+	}
+	for _, cert := range c.Certificates {
+		size += keySize(cert)
+	}
+	return size
+}
+
+func (h *Hop) size() int {
+	size := 128 + len(h.User) + len(h.Host)
+	for _, key := range h.Keys {
+		size += keySize(key.Key)
+	}
+	return size
+}
+
+// privateSize is that of a private key.
+func privateSize(key crypto.Signer) int {
+	if key, ok := key.(*rsa.PrivateKey); ok {
+		return overhead + 3*key.N.BitLen() // 24 times the modulus: the parts of it, and what was computed before
+	}
+	return 2 * overhead
+}
+
+// A kept is what counts of something that a client has added.
+type kept struct {
+	size      int
+	forwarded bool
+}
+
+// budget is how much is kept.
+type budget struct{ count, size, forwardedCount, forwardedSize int }
+
+func (b *budget) add(k kept) {
+	b.count++
+	b.size += k.size
+	if k.forwarded {
+		b.forwardedCount++
+		b.forwardedSize += k.size
+	}
+}
+
+// keptLocked returns what there is of software keys and of additions.
+func (k *Keyring) keptLocked() (software, added budget) {
+	for _, s := range k.software {
+		software.add(s.kept)
+	}
+	for _, a := range k.added {
+		added.add(a.kept)
+	}
+	return software, added
+}
+
+// mayKeep tells whether there is room for one more. own is what there is of its
+// kind, with it, and other of the other kind. maxCount and maxForwarded bound own.
+func mayKeep(k kept, own, other budget, maxCount, maxForwarded int) error {
+	switch size := own.size + other.size; {
+	case own.count > maxCount:
+		return fmt.Errorf("%w: %d are kept, which is the limit: remove some (ssh-add -d)", errTooMany, maxCount)
+	case size > maxKeptBytes:
+		return fmt.Errorf("%w: the agent would keep %d KiB, and the limit is %d KiB: remove some (ssh-add -d)", errTooMany, size>>10, maxKeptBytes>>10)
+	case !k.forwarded:
+		return nil
+	case own.forwardedCount > maxForwarded:
+		return fmt.Errorf("%w over a forwarded connection: %d are kept, which is the limit", errTooMany, maxForwarded)
+	case own.forwardedSize+other.forwardedSize > maxForwardedBytes:
+		return fmt.Errorf("%w over a forwarded connection: the agent would keep %d KiB, and the limit is %d KiB",
+			errTooMany, (own.forwardedSize+other.forwardedSize)>>10, maxForwardedBytes>>10)
+	}
+	return nil
+}
+
+// replaced returns the budget with a thing in place of old, which is nil when there is
+// none.
+func (b budget) replaced(old *kept, k kept) budget {
+	if old != nil {
+		b.count--
+		b.size -= old.size
+		if old.forwarded {
+			b.forwardedCount--
+			b.forwardedSize -= old.size
+		}
+	}
+	b.add(k)
+	return b
+}
+
+// relieve gives memory back to the system when so many bytes are kept no longer.
+// Otherwise garbage is collected every two minutes when nothing happens, and goes back
+// slowly.
+func relieve(bytes int) {
+	if bytes >= relieveFrom {
+		debug.FreeOSMemory()
+	}
+}

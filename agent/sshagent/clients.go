@@ -1,0 +1,304 @@
+package sshagent
+
+import (
+	"cmp"
+	"errors"
+	"fmt"
+	"net"
+	"runtime/debug"
+	"slices"
+	"sync"
+	"syscall"
+	"time"
+
+	"p11-agent/agent/peer"
+)
+
+const (
+	// maxBytes bounds the memory that the connections of a Server keep for their
+	// clients: messages that have arrived in part or wait for their answer, what was
+	// read out of them, binds, and answers that the client does not take.
+	// maxProcessBytes bounds it for the connections of one process, such as the ssh
+	// that forwards the agent.
+	maxBytes        = 16 << 20
+	maxProcessBytes = 4 << 20
+
+	// restAfter is how long a connection has to ask for nothing to count as resting.
+	// ssh pauses for shorter, between the list and the signature.
+	restAfter = 2 * time.Second
+
+	// relieveFrom and relieveTo say when memory goes back to the system: the clients
+	// had the first, and have the second.
+	relieveFrom = 4 << 20
+	relieveTo   = 1 << 20
+)
+
+var errMadeRoom = errors.New("the connection was closed to make room for another client")
+
+// clients are the connections of a Server. When there are too many, the next one is
+// served all the same, and one of the others is closed: a quota that is used up
+// would keep the person's own tools out.
+//
+// The process with the most connections loses one first. Processes with equally many
+// are told apart by whether the connection rests, and by how many connections their
+// program has. So the tools of a person, with a connection or two for each process,
+// lose none before the clients that have taken all the room.
+//
+// All methods may be called from any goroutine. None waits for a client.
+type clients struct {
+	limit    int
+	maxBytes int // maxBytes, or less in tests
+
+	mu    sync.Mutex
+	all   map[*conn]struct{}
+	bytes int // of all
+	peak  int // the most bytes there were since memory went back
+}
+
+func newClients(limit int) *clients {
+	return &clients{limit: limit, maxBytes: maxBytes, all: make(map[*conn]struct{})}
+}
+
+// defaultLimit is how many connections a Server has when nothing else is said: no
+// more than half of the files that the process may open, for a client that waits may
+// cost a second file, of an upstream agent or a prompt.
+func defaultLimit() int {
+	var files syscall.Rlimit
+	if err := syscall.Getrlimit(syscall.RLIMIT_NOFILE, &files); err != nil {
+		return DefaultMaxConnections
+	}
+	return int(max(1, min(DefaultMaxConnections, files.Cur/2)))
+}
+
+// admit counts a connection, and returns the one that it takes the place of, or nil.
+// That one is no longer counted, and is to be ended by hangUp.
+func (t *clients) admit(c *conn) (victim *conn) {
+	t.mu.Lock()
+	defer t.mu.Unlock()
+	if len(t.all) >= t.limit {
+		victim = t.chooseLocked(c, one)
+		t.removeLocked(victim)
+	}
+	t.all[c] = struct{}{}
+	return victim
+}
+
+// makeRoom returns a connection that is to be ended by hangUp, or nil when there is
+// none.
+func (t *clients) makeRoom() (victim *conn) {
+	t.mu.Lock()
+	defer t.mu.Unlock()
+	victim = t.chooseLocked(nil, one)
+	t.removeLocked(victim)
+	return victim
+}
+
+// leave ends the count of a connection and of what is kept for it.
+func (t *clients) leave(c *conn) {
+	t.mu.Lock()
+	t.removeLocked(c)
+	relieve := t.peak >= relieveFrom && t.bytes <= relieveTo
+	if relieve {
+		t.peak = t.bytes
+	}
+	t.mu.Unlock()
+	if relieve {
+		// Garbage is collected every two minutes when nothing happens, and goes back
+		// to the system slowly: until then an attack would seem to go on.
+		debug.FreeOSMemory()
+	}
+}
+
+func (t *clients) removeLocked(c *conn) {
+	if c == nil {
+		return
+	}
+	if _, ok := t.all[c]; ok {
+		delete(t.all, c)
+		t.bytes -= c.bytes
+	}
+}
+
+// charge counts n more bytes that are kept for a connection, or fewer when n is
+// negative. It returns the connections that have to be ended by hangUp for that. The
+// error says why the bytes cannot be kept.
+func (t *clients) charge(c *conn, n int) (victims []*conn, err error) {
+	t.mu.Lock()
+	defer t.mu.Unlock()
+	if _, ok := t.all[c]; !ok && n > 0 {
+		return nil, errMadeRoom
+	}
+	if n > 0 {
+		if sum := n + t.processLocked(c); sum > maxProcessBytes {
+			return nil, fmt.Errorf("the connections of its process would keep %d KiB, and the limit is %d KiB: close some of them", sum>>10, maxProcessBytes>>10)
+		}
+		for t.bytes+n > t.maxBytes {
+			victim := t.chooseLocked(c, func(c *conn) int { return c.bytes })
+			if victim == nil {
+				return victims, fmt.Errorf("all connections would keep %d KiB, and the limit is %d KiB", (t.bytes+n)>>10, t.maxBytes>>10)
+			}
+			t.removeLocked(victim)
+			victims = append(victims, victim)
+		}
+	}
+	c.bytes += n
+	if _, ok := t.all[c]; ok {
+		t.bytes += n
+		t.peak = max(t.peak, t.bytes)
+	}
+	return victims, nil
+}
+
+// processLocked returns how many bytes are kept for the process of a connection.
+func (t *clients) processLocked(c *conn) (sum int) {
+	if c.recorded.PID == 0 {
+		return c.bytes // nothing tells it from others that cannot be seen
+	}
+	for other := range t.all {
+		if other.recorded.UID == c.recorded.UID && other.recorded.PID == c.recorded.PID {
+			sum += other.bytes
+		}
+	}
+	return sum
+}
+
+func one(*conn) int { return 1 }
+
+// count returns how many connections there are of a listener.
+func (t *clients) count(l Listener) (n int) {
+	t.mu.Lock()
+	defer t.mu.Unlock()
+	for c := range t.all {
+		if c.listener == l {
+			n++
+		}
+	}
+	return n
+}
+
+// The states of a connection, in the order in which they are ended.
+const (
+	resting = iota // it has asked for nothing for restAfter
+	pausing        // it has asked for something
+	fresh          // it was made just now
+	busy           // its client waits for an answer
+)
+
+// state tells what a connection does, and since when.
+func (c *conn) state(now time.Duration) (state int, since time.Duration) {
+	since = time.Duration(c.active.Load())
+	switch {
+	case c.answering.Load():
+		return busy, since
+	case now-since >= restAfter:
+		return resting, since
+	case c.answered.Load():
+		return pausing, since
+	}
+	return fresh, since
+}
+
+// started is what times of connections are counted from.
+var started = time.Now()
+
+// holder is who a connection belongs to. A process that has ended is not told from
+// others: its connections were handed on, and by how many processes tells nothing.
+type holder struct {
+	uid     int
+	pid     int
+	program peer.Program // zero: it is not known
+}
+
+func (c *conn) holder() holder {
+	p := c.recorded
+	if c.who != nil {
+		p = c.who()
+	}
+	o := holder{uid: p.UID, program: p.Program}
+	if len(p.Chain) > 0 {
+		o.pid = p.PID
+	}
+	return o
+}
+
+// chooseLocked returns the connection that is ended to make room for c, which may be
+// nil, or nil when no other one weighs anything.
+func (t *clients) chooseLocked(c *conn, weigh func(*conn) int) *conn {
+	type process struct{ uid, pid int }
+	type program struct {
+		uid int
+		peer.Program
+	}
+	processes, programs := make(map[process]int), make(map[program]int)
+	count := func(c *conn, o holder) {
+		processes[process{o.uid, o.pid}] += weigh(c)
+		programs[program{o.uid, o.program}] += weigh(c)
+	}
+	type candidate struct {
+		*conn
+		owner holder
+		state int
+		since time.Duration
+	}
+	now := time.Since(started)
+	candidates := make([]candidate, 0, len(t.all))
+	for other := range t.all {
+		o := other.holder()
+		count(other, o)
+		if other != c && weigh(other) > 0 {
+			state, since := other.state(now)
+			candidates = append(candidates, candidate{other, o, state, since})
+		}
+	}
+	if len(candidates) == 0 {
+		return nil
+	}
+	return slices.MinFunc(candidates, func(a, b candidate) int {
+		rests := func(c candidate) int { return min(c.state, resting+1) }
+		age := cmp.Compare(a.since, b.since)
+		if a.state == busy {
+			age = -age // who has waited for long is served before who came last
+		}
+		return cmp.Or(
+			cmp.Compare(processes[process{b.owner.uid, b.owner.pid}], processes[process{a.owner.uid, a.owner.pid}]),
+			cmp.Compare(rests(a), rests(b)),
+			cmp.Compare(programs[program{b.owner.uid, b.owner.program}], programs[program{a.owner.uid, a.owner.program}]),
+			cmp.Compare(a.state, b.state),
+			age,
+		)
+	}).conn
+}
+
+// hangUp ends a connection from outside. A client that waits gets its answer first:
+// it goes on when its prompt has gone from the terminal, not before.
+func (c *conn) hangUp() {
+	if c.answering.Load() {
+		if nc, ok := c.nc.(*net.UnixConn); ok {
+			_ = nc.CloseRead()
+			return
+		}
+	}
+	_ = c.nc.Close()
+}
+
+// rarely says when something that clients can cause at will is worth a line in the
+// log: once a minute. The zero value is ready to use.
+type rarely struct {
+	mu      sync.Mutex
+	next    time.Time
+	skipped int
+}
+
+// now tells whether it is, and how often it was not since the last time.
+func (r *rarely) now() (ok bool, skipped int) {
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	now := time.Now()
+	if now.Before(r.next) {
+		r.skipped++
+		return false, 0
+	}
+	skipped = r.skipped
+	r.next, r.skipped = now.Add(time.Minute), 0
+	return true, skipped
+}
