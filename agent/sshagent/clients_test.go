@@ -378,3 +378,11 @@ func TestAttack13Stop(t *testing.T) {
 	r.stop()
 	<-r.stopped // or the test takes too long
 }
+
+// BenchmarkCrowded makes a connection where there are too many.
+func BenchmarkCrowded(b *testing.B) {
+	table := newClients(DefaultMaxConnections)
+	for b.Loop() {
+		table.admit(member(9, 666, time.Second))
+	}
+}
