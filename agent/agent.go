@@ -63,7 +63,8 @@ type Socket struct {
 	Only []Selection
 	// Confirm has a person asked for each signature.
 	Confirm bool
-	// ReadOnly refuses to add and remove identities, and to lock and unlock.
+	// ReadOnly refuses to add and remove identities, and to lock and unlock. A socket
+	// with Only never locks or unlocks, and takes no keys for memory.
 	ReadOnly bool
 }
 

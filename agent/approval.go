@@ -79,10 +79,12 @@ type Approval struct {
 // for forwarded ones in so many words; and then its Hosts have to match every host
 // on the way, too, for each of them could be the one that asks.
 type Rule struct {
-	// Hosts are patterns for the names of the host that is logged in to (PATTERNS
-	// in ssh_config(5)), so that other uses do not match. The host has to be proved,
-	// see Use.provenHost; one that is not, or has no name, is matched by a lone "*".
-	// nil: any use.
+	// Hosts are patterns for the names of the host that is logged in to (PATTERNS in
+	// ssh_config(5)), so that other uses do not match. They are compared as
+	// knownhosts.Known.Fit says. The host has to be proved, see Use.provenHost; one
+	// that is not, or has no name, is matched by a lone "*". Where the patterns may
+	// mean the host, the rule counts only if it is stricter than what counts without
+	// it. nil: any use.
 	Hosts     []string
 	Purposes  []Purpose // nil: any
 	Programs  []string  // one of them is in the chain of the client's; nil: any
@@ -139,14 +141,32 @@ func (d *decision) why() string {
 
 // decide applies the rules to a use.
 func (a *Approval) decide(u *Use) decision {
-	confirm, plain := cmp.Or(a.Confirm, ConfirmNever), Once
+	confirm := cmp.Or(a.Confirm, ConfirmNever)
 	d := decision{word: confirm}
+	d.set(confirm, Once, u)
+	// A rule that may be meant cannot permit anything, and cannot be passed over.
+	var may []decision
+rules:
 	for i, r := range a.Rules {
-		if r.matches(u) {
-			confirm, plain, d.rule = r.Confirm, r.Remember, i+1
-			break
+		m := decision{rule: i + 1}
+		m.set(r.Confirm, r.Remember, u)
+		switch r.matches(u) {
+		case knownhosts.Yes:
+			d = m
+			break rules
+		case knownhosts.Maybe:
+			may = append(may, m)
+		case knownhosts.No:
 		}
 	}
+	for _, m := range may {
+		d = d.stricter(m)
+	}
+	return d
+}
+
+// set has a word of the configuration decide about a use.
+func (d *decision) set(confirm Confirm, plain Remember, u *Use) {
 	switch confirm {
 	case ConfirmNever, ConfirmDeny:
 	case ConfirmForwarded:
@@ -160,7 +180,6 @@ func (a *Approval) decide(u *Use) decision {
 		confirm = ConfirmAlways
 	}
 	d.confirm, d.plain = confirm, plain
-	return d
 }
 
 // stricter returns the one that permits less.
@@ -174,12 +193,12 @@ func (d decision) stricter(o decision) decision {
 }
 
 // matches tells whether a use fulfils all conditions.
-func (r *Rule) matches(u *Use) bool {
+func (r *Rule) matches(u *Use) knownhosts.Fit {
 	switch {
 	case r.Purposes != nil && !slices.Contains(r.Purposes, u.Content.Purpose()),
 		r.Forwarded != nil && *r.Forwarded != u.Caller.Forwarded,
 		r.Forwarded == nil && r.Confirm == ConfirmNever && u.Caller.Forwarded:
-		return false
+		return knownhosts.No
 	}
 	if r.Programs != nil {
 		named := false
@@ -187,61 +206,45 @@ func (r *Rule) matches(u *Use) bool {
 			named = named || slices.Contains(r.Programs, link.Name)
 		}
 		if !named {
-			return false
+			return knownhosts.No
 		}
 	}
 	return r.matchesHosts(u)
 }
 
-func (r *Rule) matchesHosts(u *Use) bool {
+func (r *Rule) matchesHosts(u *Use) knownhosts.Fit {
 	if r.Hosts == nil {
-		return true
+		return knownhosts.Yes
 	}
 	if u.Login == nil {
-		return false
+		return knownhosts.No
 	}
 	host, _ := u.provenHost()
-	if !u.matchesHost(r.Hosts, host) {
-		return false
+	fit := u.fit(r.Hosts, host)
+	if claimed := u.where().Key; host == nil && claimed != nil {
+		fit = max(fit, min(u.fit(r.Hosts, claimed), knownhosts.Maybe))
 	}
-	return r.Confirm != ConfirmNever || !slices.ContainsFunc(u.Caller.Binds, func(b Bind) bool {
-		return b.Forwarding && !u.matchesHost(r.Hosts, b.HostKey)
-	})
+	if r.Confirm == ConfirmNever {
+		for _, b := range u.Caller.Binds {
+			if b.Forwarding {
+				fit = min(fit, u.fit(r.Hosts, b.HostKey))
+			}
+		}
+	}
+	return fit
 }
 
-// matchesHost tells whether patterns match a host with this key, which may be nil.
-func (u *Use) matchesHost(patterns []string, key ssh.PublicKey) bool {
+// fit tells whether patterns mean the host with this key, which may be nil: then only
+// a lone "*" does. A revoked key proves nothing.
+func (u *Use) fit(patterns []string, key ssh.PublicKey) knownhosts.Fit {
 	var known HostName
 	if key != nil && u.Hosts != nil {
 		known = u.Hosts.HostName(key, u.Caller.Who())
 	}
 	if known.Revoked {
-		known.Names = nil
+		return max(min(known.Fit(patterns), knownhosts.Maybe), HostName{}.Fit(patterns))
 	}
-	return matchHost(patterns, known.Names)
-}
-
-// matchHost tells whether patterns match a host with these names: one of the
-// patterns does, and none of those with a ! in front. Without names the host is
-// unknown, and only a lone "*" matches.
-func matchHost(patterns, names []string) bool {
-	if len(names) == 0 {
-		return slices.Equal(patterns, []string{"*"})
-	}
-	matched := false
-	for _, pattern := range patterns {
-		pattern, negated := strings.CutPrefix(strings.ToLower(pattern), "!")
-		for _, name := range names {
-			switch {
-			case !knownhosts.MatchPattern(pattern, strings.ToLower(name)):
-			case negated:
-				return false
-			default:
-				matched = true
-			}
-		}
-	}
-	return matched
+	return known.Fit(patterns)
 }
 
 // provenHost returns the key of the host that the login's signature is good for,
@@ -522,13 +525,15 @@ func (k *Keyring) approve(ctx context.Context, u *Use, id *identity) error {
 	if d.confirm == ConfirmDeny {
 		return &DeniedError{Why: d.why()}
 	}
-	// These two mean each use.
+	// These mean each use.
 	why := ""
 	switch socket := u.Caller.Socket; {
-	case id.constraints.Confirm:
+	case id.limits.confirm:
 		why = "ssh-add -c, with which the key was added"
 	case socket != nil && socket.Confirm:
 		why = "confirm = true of the socket " + socket.Name
+	case u.Unlimited && !id.asksPIN():
+		why = "the limits that the key had before it was removed"
 	case d.confirm == ConfirmNever:
 		return nil
 	}

@@ -451,8 +451,8 @@ func (k *Keyring) Now() Status {
 		used := k.audit.uses[id.fingerprint]
 		s.Keys = append(s.Keys, KeyStatus{
 			Key: id.key, Fingerprint: id.fingerprint, Comment: visible(id.comment, maxField), Homes: id.homes,
-			Software: id.software != nil, Confirm: id.constraints.Confirm, Limited: len(id.constraints.Destinations) > 0,
-			Expires: id.expires, LastUse: used.last, Signatures: used.count,
+			Software: id.software != nil, Confirm: id.limits.confirm, Limited: id.limits.route(),
+			Expires: id.limits.expires, LastUse: used.last, Signatures: used.count,
 		})
 	}
 	k.audit.mu.Unlock()

@@ -55,12 +55,16 @@ func (b *Bind) Size() int {
 
 // Size estimates the bytes of memory that the constraints keep.
 func (c *Constraints) Size() int {
-	size := overhead
-	for _, d := range c.Destinations {
-		size += d.From.size() + d.To.size()
-	}
+	size := overhead + route(c.Destinations).size()
 	for _, cert := range c.Certificates {
 		size += keySize(cert)
+	}
+	return size
+}
+
+func (c route) size() (size int) {
+	for _, d := range c {
+		size += d.From.size() + d.To.size()
 	}
 	return size
 }
@@ -99,15 +103,52 @@ func (b *budget) add(k kept) {
 	}
 }
 
-// keptLocked returns what there is of software keys and of additions.
-func (k *Keyring) keptLocked() (software, added budget) {
+// softwareLocked returns what is kept of keys in memory.
+func (k *Keyring) softwareLocked() (b budget) {
 	for _, s := range k.software {
-		software.add(s.kept)
+		b.add(s.kept)
+	}
+	return b
+}
+
+// addedLocked returns what is kept of additions, and of limits that were lost. Whose
+// those were is not known: they count as everybody's. What additions and lost limits
+// share counts once, and is looked at once: sizes has what is known of it.
+func (k *Keyring) addedLocked() (b budget) {
+	sizes := make(map[any]int, len(k.sizes))
+	once := func(thing any, size func() int) int {
+		if _, counted := sizes[thing]; counted {
+			return 0
+		}
+		n, ok := k.sizes[thing]
+		if !ok {
+			n = size()
+		}
+		sizes[thing] = n
+		return n
+	}
+	routes := func(l *limits) (size int) {
+		for _, r := range l.routes {
+			if len(r) > 0 {
+				size += once(&r[0], r.size)
+			}
+		}
+		return size
 	}
 	for _, a := range k.added {
-		added.add(a.kept)
+		size := overhead + 2*len(a.selection.String()) + routes(&a.limits)
+		for _, cert := range a.certificates {
+			size += once(cert, func() int { return keySize(cert) })
+		}
+		b.add(kept{size, a.forwarded})
 	}
-	return software, added
+	for wire, l := range k.owed {
+		size := overhead + len(wire) + routes(l)
+		b.size += size
+		b.forwardedSize += size
+	}
+	k.sizes = sizes
+	return b
 }
 
 // mayKeep tells whether there is room for one more. own is what there is of its
@@ -144,11 +185,39 @@ func (b budget) replaced(old *kept, k kept) budget {
 	return b
 }
 
-// relieve gives memory back to the system when so many bytes are kept no longer.
-// Otherwise garbage is collected every two minutes when nothing happens, and goes back
-// slowly.
-func relieve(bytes int) {
-	if bytes >= relieveFrom {
+// mayAddLocked tells whether there is room for one more addition.
+func (k *Keyring) mayAddLocked(a *addition) error {
+	c := Constraints{Certificates: a.certificates}
+	for _, r := range a.limits.routes {
+		c.Destinations = r // there is one, as nothing was merged yet
+	}
+	own := k.addedLocked()
+	for _, old := range k.added {
+		if a.replaces(old) {
+			own.count--
+			if old.forwarded {
+				own.forwardedCount--
+			}
+		}
+	}
+	added := kept{size: overhead + 2*len(a.selection.String()) + c.Size(), forwarded: a.forwarded}
+	own.add(added)
+	return mayKeep(added, own, k.softwareLocked(), maxAdditions, maxForwardedAdditions)
+}
+
+// keptBytes returns how many bytes are kept.
+func (k *Keyring) keptBytes() int {
+	k.mu.Lock()
+	defer k.mu.Unlock()
+	return k.softwareLocked().size + k.addedLocked().size
+}
+
+// relieve gives memory back to the system when many of so many bytes are kept no
+// longer. Otherwise garbage is collected every two minutes when nothing happens, and
+// goes back slowly.
+func (k *Keyring) relieve(before int) {
+	if before-k.keptBytes() >= relieveFrom {
+		k.now() // the view before holds on to it all
 		debug.FreeOSMemory()
 	}
 }

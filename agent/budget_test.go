@@ -159,7 +159,7 @@ func TestAttack08Keys(t *testing.T) {
 	if err := fill(forwarded); !errors.Is(err, errTooMany) || !strings.Contains(err.Error(), "over a forwarded connection") {
 		t.Errorf("forwarded: %v", err)
 	}
-	software, _ := f.keptLocked()
+	software := f.softwareLocked()
 	if software.size > maxForwardedBytes || software.size < maxForwardedBytes/2 {
 		t.Errorf("%d bytes are kept for forwarded clients, and the limit is %d", software.size, maxForwardedBytes)
 	}
@@ -173,7 +173,7 @@ func TestAttack08Keys(t *testing.T) {
 	if err := fill(local); !errors.Is(err, errTooMany) || !strings.Contains(err.Error(), "ssh-add -d") {
 		t.Errorf("local: %v", err)
 	}
-	if software, _ = f.keptLocked(); software.size > maxKeptBytes {
+	if software = f.softwareLocked(); software.size > maxKeptBytes {
 		t.Errorf("%d bytes are kept, and the limit is %d", software.size, maxKeptBytes)
 	}
 	if err := f.RemoveAll(t.Context(), local); err != nil {

@@ -5,23 +5,14 @@ import (
 	"errors"
 	"fmt"
 	"slices"
-	"time"
 )
 
 var (
 	errForwarded  = errors.New("it came over a forwarded connection")
-	errReadOnly   = errors.New("the socket it came in at is read-only")
+	errReadOnly   = errors.New("the socket it came in at is read-only, as those with keys or confirm are unless read-only = false is in their [[socket]] table")
 	errNoSoftware = errors.New("keys in memory are switched off (software-keys = false)")
 	errNobody     = errors.New("nobody can be asked for confirmation")
 )
-
-// mayChange tells whether a connection may change what the agent holds.
-func (c *Caller) mayChange() error {
-	if c.Socket != nil && c.Socket.ReadOnly {
-		return errReadOnly
-	}
-	return nil
-}
 
 // AddToken adds what the request's provider selects. What was added before under
 // the same name is replaced.
@@ -50,68 +41,134 @@ func (k *Keyring) addToken(ctx context.Context, rec *record, r TokenRequest) err
 	if r.Constraints.CertificatesOnly && len(r.Constraints.Certificates) == 0 {
 		return errors.New("only certificates are to be added, but there are none")
 	}
-	s, err := k.opts.Tokens.Parse(r.Provider)
+	s, err := k.opts.Tokens.Parse(r.Provider, c.limited())
 	if err != nil {
 		return err
 	}
 	rec.URI = s.String()
-	keys, err := k.opts.Tokens.Select(ctx, s, r.PIN)
+	reached := func(key Key) bool {
+		v := k.now() // new tokens may be found meanwhile
+		k.mu.Lock()
+		defer k.mu.Unlock()
+		plain := k.plainLocked(key)
+		return plain != nil && k.reachesLocked(v, c, known{key, plain.wire})
+	}
+	asks := k.wouldAsk(s)
+	keys, err := k.opts.Tokens.Select(ctx, s, reached, r.PIN)
+	if err == nil {
+		err = k.keepAddition(rec, s, r.Constraints)
+	}
 	if err != nil {
 		k.opts.Tokens.Drop(s)
 		return err
 	}
+	if r.PIN.Len() > 0 {
+		// The token has taken it just now, so it is the price of what the keys have lost.
+		k.paidFor(slices.DeleteFunc(keys, func(key Key) bool { return !asks[key] }))
+	}
+	return nil
+}
 
-	before := k.now()
+// wouldAsk returns the keys that are selected and would have a person give a PIN now.
+func (k *Keyring) wouldAsk(s Selection) map[Key]bool {
+	asks := make(map[Key]bool)
+	for _, key := range k.opts.Tokens.Keys() {
+		if s.Match(key) && key.AsksPIN() {
+			asks[key] = true
+		}
+	}
+	return asks
+}
+
+// noteKept is what the log says when a key is to be used more freely, and is not.
+const noteKept = "constraints kept: a key keeps what it was added with until it is removed (ssh-add -d or -e)"
+
+// keepAddition adds what a selection selects, as far as the connection reaches it. Keys
+// that are there keep the limits that they have, and get the new ones besides. Keys
+// that were removed get the new ones alone, and owe for what they had before.
+func (k *Keyring) keepAddition(rec *record, s Selection, constraints Constraints) error {
+	c := rec.use.Caller
+	a := &addition{
+		selection: s, limits: limitsOf(&constraints, k.opts.Lifetime), certificates: constraints.Certificates,
+		forwarded: c.Forwarded,
+	}
+	generation, certificates := k.opts.Tokens.Generation(), k.opts.Certificates.generation()
 	k.mu.Lock()
 	defer k.mu.Unlock()
-	a := &addition{selection: s, constraints: r.Constraints}
-	if a.constraints.Lifetime == 0 {
-		a.constraints.Lifetime = k.opts.Lifetime
+	v := k.nowLocked(generation, certificates)
+	shown := make(map[string]bool)
+	for _, id := range v.identities {
+		shown[id.plainWire()] = true
 	}
-	if a.constraints.Lifetime > 0 {
-		a.expires = time.Now().Add(a.constraints.Lifetime)
-	}
-	var meant []*identity
-	for _, id := range before.identities {
-		if !slices.ContainsFunc(id.homes, func(key Key) bool { return k.selectsLocked(s, key) }) {
-			continue
-		}
-		// A client that may not see a key may not change what it may be used for.
-		if err := id.constraints.permits(c); err != nil {
-			k.opts.Tokens.Drop(s)
-			return err
-		}
-		meant = append(meant, id)
-	}
-	for _, id := range meant {
-		rec.loosened(&id.constraints, &a.constraints)
-	}
-	for _, old := range slices.Clone(k.added) {
-		if old.selection.String() == s.String() {
-			k.dropLocked(old)
+	var meant []known
+	for _, key := range k.knownLocked() {
+		if k.selectsLocked(s, key.Key) && k.reachesLocked(v, c, key) {
+			meant = append(meant, key)
 		}
 	}
-	a.kept = kept{size: overhead + 2*len(r.Provider) + r.Constraints.Size(), forwarded: c.Forwarded}
-	software, added := k.keptLocked()
-	if err := mayKeep(a.kept, added.replaced(nil, a.kept), software, maxAdditions, maxForwardedAdditions); err != nil {
-		k.opts.Tokens.Drop(s)
+	if c.limited() {
+		// It gets no say about keys that come later.
+		a.only = make(map[string]bool)
+		for _, key := range meant {
+			a.only[key.wire] = true
+		}
+	}
+	if err := k.mayAddLocked(a); err != nil {
 		return err
 	}
-	k.added = append(k.added, a)
-	for _, key := range keys {
-		if k.selectsLocked(s, key) {
-			k.showLocked(key)
+	var removed []known
+	for _, key := range meant {
+		now := a.limits
+		switch {
+		case !shown[key.wire] && k.removedLocked(key):
+			removed = append(removed, key)
+			had := v.limits[key.wire]
+			if owed := k.owed[key.wire]; owed != nil {
+				had = had.and(*owed)
+			}
+			if now.looser(&had) {
+				rec.Note = "constraints loosened: it was removed, and is added without those it had; its next use costs a PIN or an approval"
+			}
+		case v.limits[key.wire].and(now).indeterminate:
+			return errTooMany
+		default:
+			if had := v.limits[key.wire]; now.looser(&had) {
+				rec.Note = noteKept
+			}
 		}
+	}
+	for _, old := range slices.Clone(k.added) {
+		for _, key := range removed {
+			if k.selectsLocked(old.selection, key.Key) && old.covers(key.wire) {
+				k.liftLocked(old, key)
+			}
+		}
+	}
+	k.mergeLocked(a)
+	k.added = append(k.added, a)
+	for _, key := range meant {
+		k.showLocked(key)
 	}
 	k.change.Add(1)
 	return nil
 }
 
-// loosened notes that a key may be used more freely from now on: that is what the
-// client asks for by adding it again, and nobody else is told.
-func (r *record) loosened(old, now *Constraints) {
-	if now.looser(old) {
-		r.Note = "constraints loosened: it was added again without those it had"
+// mergeLocked has an addition take the place of those by the same name, with their
+// limits, where it covers the same keys.
+func (k *Keyring) mergeLocked(a *addition) {
+	for _, old := range slices.Clone(k.added) {
+		switch {
+		case old.selection.String() != a.selection.String():
+		case a.replaces(old):
+			a.limits = a.limits.and(old.limits)
+			if len(a.certificates) == 0 {
+				a.certificates = old.certificates
+			}
+			k.replaceLocked(old)
+		case a.only == nil:
+			// Its PIN is that of the new one from now on.
+			k.opts.Tokens.Drop(old.selection)
+		}
 	}
 }
 
@@ -134,6 +191,8 @@ func (k *Keyring) add(ctx context.Context, rec *record, r KeyRequest, wire strin
 		return err
 	}
 	switch {
+	case c.Socket.some():
+		return errSomeKeys // keys in memory are not among them
 	case !k.opts.SoftwareKeys:
 		return errNoSoftware
 	case r.Constraints.Confirm && k.opts.Confirm == nil:
@@ -145,28 +204,31 @@ func (k *Keyring) add(ctx context.Context, rec *record, r KeyRequest, wire strin
 	if err != nil {
 		return err
 	}
-	if s.constraints.Lifetime == 0 {
-		s.constraints.Lifetime = k.opts.Lifetime
-	}
-	if s.constraints.Lifetime > 0 {
-		s.expires = time.Now().Add(s.constraints.Lifetime)
-	}
 	before := k.now()
 	k.mu.Lock()
 	defer k.mu.Unlock()
 	if id := before.byKey[wire]; id != nil {
-		if err := id.constraints.permits(c); err != nil {
+		if err := id.seenBy(c); err != nil {
 			return err
 		}
-		rec.loosened(&id.constraints, &s.constraints)
+		switch looser := s.limits.looser(&id.limits); {
+		case looser && len(id.homes) > 0:
+			rec.Note = noteKept
+		case looser:
+			rec.Note = "constraints loosened: it was added again without those it had"
+		}
+		if len(id.homes) > 0 {
+			// Whatever limits the key in memory limits the one on the token, too.
+			s.limits = s.limits.and(id.limits)
+		}
 	}
 	i := slices.IndexFunc(k.software, func(o *softwareKey) bool { return o.wire == wire })
 	var old *kept
 	if i >= 0 {
 		old = &k.software[i].kept
 	}
-	software, added := k.keptLocked()
-	if err := mayKeep(s.kept, software.replaced(old, s.kept), added, maxSoftwareKeys, maxForwardedSoftwareKeys); err != nil {
+	own := k.softwareLocked().replaced(old, s.kept)
+	if err := mayKeep(s.kept, own, k.addedLocked(), maxSoftwareKeys, maxForwardedSoftwareKeys); err != nil {
 		return err
 	}
 	if i >= 0 {
@@ -195,40 +257,49 @@ func (k *Keyring) removeToken(rec *record, r TokenRequest) error {
 	if err := c.mayChange(); err != nil {
 		return err
 	}
-	s, err := k.opts.Tokens.Parse(r.Provider)
+	s, err := k.opts.Tokens.Parse(r.Provider, c.limited())
 	if err != nil {
 		return err
 	}
 	rec.URI = s.String()
 	defer k.opts.Tokens.Drop(s)
-	before := k.now()
+	generation, certificates := k.opts.Tokens.Generation(), k.opts.Certificates.generation()
 	k.mu.Lock()
 	defer k.mu.Unlock()
-	var meant []*identity
-	for _, id := range before.identities {
-		if !slices.ContainsFunc(id.homes, s.Match) {
-			continue
-		}
-		if err := id.constraints.permits(c); err != nil {
-			return err
-		}
-		meant = append(meant, id)
-	}
-	n := len(meant)
-	for _, a := range slices.Clone(k.added) {
-		if a.selection.String() == s.String() {
-			k.dropLocked(a)
+	v := k.nowLocked(generation, certificates)
+	n := k.removeAdditionsLocked(v, c, func(a *addition) bool { return a.selection.String() == s.String() })
+	for _, id := range v.identities {
+		if slices.ContainsFunc(id.homes, s.Match) && id.seenBy(c) == nil {
+			k.hideLocked(id.wire, id.insertions())
+			k.approvals.forgetIdentity(id.wire)
 			n++
 		}
 	}
 	if n == 0 {
 		return errUnknownKey
 	}
-	for _, id := range meant {
-		k.hideLocked(id)
-		k.approvals.forgetIdentity(id.wire)
-	}
 	return nil
+}
+
+// removeAdditionsLocked ends the additions that are meant, as far as the connection
+// reaches the keys that they cover, and returns of how many there was something to end.
+func (k *Keyring) removeAdditionsLocked(v *view, c *Caller, meant func(*addition) bool) (n int) {
+	for _, a := range slices.Clone(k.added) {
+		if !meant(a) {
+			continue
+		}
+		if !c.limited() {
+			k.dropLocked(a)
+			n++
+			continue
+		}
+		reached := slices.DeleteFunc(k.coveredLocked(a), func(key known) bool { return !k.reachesLocked(v, c, key) })
+		for _, key := range reached {
+			k.liftLocked(a, key)
+		}
+		n += min(1, len(reached))
+	}
+	return n
 }
 
 // Remove removes one identity: from memory for good, of a token until that is
@@ -250,32 +321,47 @@ func (k *Keyring) remove(ctx context.Context, rec *record, key []byte) error {
 	if err := c.mayChange(); err != nil {
 		return err
 	}
-	id := k.now().byKey[string(key)]
-	if id == nil || !id.shownBy(c.Socket) {
-		if u := k.upstreamOf(ctx, c, key); u != nil {
+	id, unseen := k.find(c, key)
+	if id == nil {
+		switch u := k.upstreamOf(ctx, c, key); {
+		case unseen != nil:
+			return unseen
+		case u != nil:
 			rec.Upstream = u.Name()
 			return u.Remove(ctx, c, key)
 		}
 		return errUnknownKey
 	}
 	rec.about(id)
-	if err := id.constraints.permits(c); err != nil {
-		return err
-	}
 	k.mu.Lock()
 	defer k.mu.Unlock()
-	k.software = slices.DeleteFunc(k.software, func(s *softwareKey) bool { return s.wire == id.wire })
-	if len(id.homes) > 0 {
-		k.hideLocked(id)
-	}
-	k.approvals.forgetIdentity(id.wire)
-	k.change.Add(1)
+	k.removeLocked(id)
 	return nil
 }
 
-// RemoveAll removes every identity, forgets what persons have allowed, and logs
-// out of every token. Those of
-// upstream agents stay.
+// removeLocked removes an identity: from memory for good, of a token until that is
+// inserted again or the key is added again.
+func (k *Keyring) removeLocked(id *identity) {
+	k.software = slices.DeleteFunc(k.software, func(s *softwareKey) bool {
+		if s.wire != id.wire {
+			return false
+		}
+		if len(id.homes) > 0 {
+			k.oweLocked(id.plainWire(), s.limits)
+		}
+		return true
+	})
+	if len(id.homes) > 0 {
+		k.hideLocked(id.wire, id.insertions())
+	}
+	k.approvals.forgetIdentity(id.wire)
+	k.change.Add(1)
+}
+
+// RemoveAll removes every identity that the connection sees, forgets what persons have
+// allowed for them, and logs out of the tokens that they are on. Where the connection
+// sees all that there is, it logs out of every token. Identities of upstream agents
+// stay.
 func (k *Keyring) RemoveAll(ctx context.Context, c *Caller) error {
 	rec := k.begin(c, RequestRemoveAll)
 	err := k.removeAll(ctx, c)
@@ -290,39 +376,58 @@ func (k *Keyring) removeAll(ctx context.Context, c *Caller) error {
 	if err := c.mayChange(); err != nil {
 		return err
 	}
-	generation, certificates := k.opts.Tokens.Generation(), k.opts.Certificates.generation()
-	k.mu.Lock()
-	shown := k.nowLocked(generation, certificates).identities
-	software, added := k.keptLocked()
-	defer func() {
-		k.now() // the view before holds on to it all
-		relieve(software.size + added.size)
-	}()
-	for _, a := range slices.Clone(k.added) {
-		k.dropLocked(a)
+	defer k.relieve(k.keptBytes())
+	logout := k.opts.Tokens.LogoutAll
+	if may := k.removeSeen(c); c.limited() {
+		logout = func(ctx context.Context) error { return k.opts.Tokens.LogoutOf(ctx, may) }
+	} else {
+		k.approvals.forgetAll()
 	}
-	k.software = nil
-	for _, id := range shown {
-		if len(id.homes) > 0 {
-			k.hideLocked(id)
-		}
-	}
-	k.change.Add(1)
-	for _, key := range slices.Concat(k.opts.Tokens.Keys(), k.opts.Tokens.Away()) {
-		k.hideKeyLocked(key)
-	}
-	k.mu.Unlock()
-	k.approvals.forgetAll()
-	if err := k.opts.Tokens.LogoutAll(ctx); err != nil {
+	if err := logout(ctx); err != nil {
 		return fmt.Errorf("the keys are removed, but: %w", err)
 	}
 	return nil
+}
+
+// removeSeen removes every identity that the connection sees, and returns whether the
+// connection may log out of a token with these keys: it sees one of them, and all that
+// the agent uses.
+func (k *Keyring) removeSeen(c *Caller) (may func([]Key) bool) {
+	generation, certificates := k.opts.Tokens.Generation(), k.opts.Certificates.generation()
+	k.mu.Lock()
+	defer k.mu.Unlock()
+	v := k.nowLocked(generation, certificates)
+	seen, unseen := make(map[Key]bool), make(map[Key]bool)
+	for _, key := range k.knownLocked() {
+		switch {
+		case k.reachesLocked(v, c, key):
+			k.hideLocked(key.wire, key.Insertions())
+			seen[key.Key] = true
+		case key.Unfit() == "":
+			unseen[key.Key] = true
+		}
+	}
+	for _, id := range v.identities {
+		if id.seenBy(c) == nil {
+			k.removeLocked(id)
+			continue
+		}
+		for _, key := range id.homes {
+			unseen[key] = true
+		}
+	}
+	k.removeAdditionsLocked(v, c, func(*addition) bool { return true })
+	return func(keys []Key) bool {
+		return slices.ContainsFunc(keys, func(key Key) bool { return seen[key] }) &&
+			!slices.ContainsFunc(keys, func(key Key) bool { return unseen[key] })
+	}
 }
 
 // Configure changes the rules. Automatic identities that were removed are back.
 func (k *Keyring) Configure(r Rules) {
 	k.mu.Lock()
 	defer k.mu.Unlock()
+	k.expireLocked() // under the rules that they were added under
 	k.opts.Rules = r
 	clear(k.hidden)
 	k.change.Add(1)

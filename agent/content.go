@@ -8,7 +8,7 @@ import (
 
 // A Kind is what the data of a sign request says of itself. The door tells it
 // from the data's form alone, which is domain separation by accident for some
-// kinds: only KindLogin, KindSignature and KindTLS13 can be nothing else.
+// kinds: only KindLogin, KindSignature and the TLS 1.3 form of KindTLS can be nothing else.
 type Kind string
 
 // The kinds. Their texts are what the configuration calls them.
@@ -37,8 +37,8 @@ const (
 	KindX509 Kind = "x509"
 	// KindSudo is a question of pam_ssh_agent_auth, which stands in for a password.
 	KindSudo Kind = "sudo"
-	// KindTest is what ssh-add -T has signed to see whether the key works: random
-	// data of that length.
+	// KindTest is 1,024 bytes of no other kind, which is what ssh-add -T has signed to
+	// see whether a key works. They can be anything: see Caller.judged.
 	KindTest Kind = "test"
 )
 
@@ -52,8 +52,9 @@ type Content struct {
 	Kind Kind
 	// Namespace is that of a KindSignature, as in the data: it may hold anything.
 	Namespace string
-	// Detail is what else the data says that helps a person: the user and service
-	// of KindSudo, the key ID of KindSSHCertificate. It may hold anything.
+	// Detail is what else helps a person: the user and service of KindSudo, the key ID
+	// of KindSSHCertificate, why data of KindUnknown counts as that. It may hold
+	// anything.
 	Detail string
 }
 
@@ -132,12 +133,41 @@ type KindError struct {
 }
 
 func (e *KindError) Error() string {
-	return fmt.Sprintf("%s is not signed with this key: if it is meant for that, its [[key]] table has to say allow = [%q]", e.Content, e.Content.Kind)
+	what := e.Content.String()
+	if e.Content.Kind == KindUnknown && e.Content.Detail != "" {
+		what += " (" + e.Content.Detail + ")"
+	}
+	return fmt.Sprintf("%s is not signed with this key: if it is meant for that, its [[key]] table has to say allow = [%q]", what, e.Content.Kind)
 }
 
-// allowed tells whether data of this kind may be signed with an identity. Logins
-// and SSH signatures always may. Keys in memory sign what they are given, as
-// those of ssh-agent do.
+// testProgram is the program that data of KindTest is signed for.
+const testProgram = "ssh-add"
+
+// mayTest tells whether a connection may have data of KindTest signed: it comes from
+// the ssh-add of this machine, and belongs to no SSH session.
+func (c *Caller) mayTest() error {
+	if c.Forwarded || c.BindFailed || len(c.Binds) > 0 {
+		return errBound
+	}
+	return c.Who().RunsSystemProgram(testProgram)
+}
+
+// judged returns what the content counts for when this connection has it signed. The
+// data of KindTest says nothing of itself: it may be the attributes of a CMS signature,
+// filled up to that length. So it is unknown unless ssh-add sends it.
+func (c *Caller) judged(content Content) Content {
+	if content.Kind != KindTest {
+		return content
+	}
+	if err := c.mayTest(); err != nil {
+		return Content{Kind: KindUnknown, Detail: "1,024 bytes, which are signed for ssh-add -T of this machine, but " + err.Error()}
+	}
+	return content
+}
+
+// allowed tells whether data of this kind may be signed with an identity. Logins, SSH
+// signatures and the tests of ssh-add -T always may be. Keys in memory sign what they
+// are given, as those of ssh-agent do.
 func (k *Keyring) allowed(id *identity, content Content) error {
 	switch content.Kind {
 	case KindLogin, KindSignature, KindTest:

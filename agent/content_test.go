@@ -17,7 +17,7 @@ func TestAllow(t *testing.T) {
 	}{
 		"login":                     {nil, Content{Kind: KindLogin}, true},
 		"signature":                 {nil, Content{Kind: KindSignature, Namespace: "odd"}, true},
-		"test":                      {nil, Content{Kind: KindTest}, true},
+		"test, allowed":             {[]Kind{KindUnknown}, Content{Kind: KindTest}, true},
 		"unknown":                   {nil, Content{Kind: KindUnknown}, false},
 		"nothing said":              {nil, Content{}, false},
 		"host key":                  {nil, Content{Kind: KindHostKey}, false},

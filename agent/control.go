@@ -102,7 +102,7 @@ func (k *Keyring) report(c *Caller, provider []byte) ([]byte, error) {
 	var s Selection
 	if len(provider) > 0 {
 		var err error
-		if s, err = k.opts.Tokens.Parse(provider); err != nil {
+		if s, err = k.opts.Tokens.Parse(provider, false); err != nil {
 			return nil, err
 		}
 		defer k.opts.Tokens.Drop(s)
@@ -133,7 +133,7 @@ func (k *Keyring) login(ctx context.Context, rec *record, r LoginRequest) (Login
 		return LoginAnswer{}, err
 	}
 	defer inside.leave()
-	s, err := k.opts.Tokens.Parse(r.Provider)
+	s, err := k.opts.Tokens.Parse(r.Provider, false)
 	if err != nil {
 		return LoginAnswer{}, err
 	}
@@ -159,7 +159,7 @@ func (k *Keyring) logout(ctx context.Context, rec *record, provider []byte) erro
 	if len(provider) == 0 {
 		return k.opts.Tokens.LogoutAll(ctx)
 	}
-	s, err := k.opts.Tokens.Parse(provider)
+	s, err := k.opts.Tokens.Parse(provider, false)
 	if err != nil {
 		return err
 	}

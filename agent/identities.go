@@ -1,7 +1,6 @@
 package agent
 
 import (
-	"bytes"
 	"crypto"
 	"slices"
 	"time"
@@ -18,9 +17,9 @@ type identity struct {
 	homes       []Key
 	awaited     bool          // offered while its tokens are away, which are asked for when it is to sign
 	software    crypto.Signer // nil: it is on tokens only
-	constraints Constraints
-	expires     time.Time // zero: never
-	fingerprint string    // of plain
+	limits      limits
+	owed        *limits // see Keyring.owed; nil: none are, or the identity has them still
+	fingerprint string  // of plain
 
 	beginning beginning // of its lines in the log
 }
@@ -76,7 +75,8 @@ type view struct {
 	identities   []*identity
 	list         Listing
 	byKey        map[string]*identity
-	limited      bool // an identity is limited to destinations
+	limits       map[string]limits // of the keys of tokens, by their wire form, also of those that are not shown
+	limited      bool              // an identity is limited to destinations
 }
 
 // now returns the present view, made anew when something has changed.
@@ -103,19 +103,17 @@ func (k *Keyring) good(v *view, generation, certificates uint64) bool {
 
 func (k *Keyring) nowLocked(generation, certificates uint64) *view {
 	k.expireLocked()
-	v := &view{generation: generation, certificates: certificates, change: k.change.Load(), byKey: make(map[string]*identity, len(k.software))}
+	v := &view{
+		generation: generation, certificates: certificates, change: k.change.Load(),
+		byKey: make(map[string]*identity, len(k.software)), limits: make(map[string]limits),
+	}
 	k.tokensLocked(v)
 	v.certify(k.opts.Certificates.certificates(), k.hidden)
 	for _, s := range k.software {
-		v.until(s.expires)
+		v.until(s.limits.expires)
 		if id := v.byKey[s.wire]; id != nil {
 			// The key is on a token as well: whatever limits either limits both.
-			id.software = s.software
-			id.expires = sooner(id.expires, s.expires)
-			id.constraints.Confirm = id.constraints.Confirm || s.constraints.Confirm
-			if len(id.constraints.Destinations) == 0 {
-				id.constraints.Destinations = s.constraints.Destinations
-			}
+			id.software, id.limits = s.software, id.limits.and(s.limits)
 			continue
 		}
 		v.add(&s.identity)
@@ -123,7 +121,10 @@ func (k *Keyring) nowLocked(generation, certificates uint64) *view {
 	v.list.Identities = make([]Identity, len(v.identities))
 	for i, id := range v.identities {
 		v.list.Identities[i] = Identity{Key: id.key, Comment: id.comment}
-		v.limited = v.limited || len(id.constraints.Destinations) > 0
+		if owed := k.owed[id.plainWire()]; owed != nil && len(id.homes) > 0 && id.limits.looser(owed) {
+			id.owed = owed
+		}
+		v.limited = v.limited || id.limits.route() || id.owed != nil && id.owed.route()
 	}
 	k.view.Store(v)
 	return v
@@ -141,26 +142,34 @@ func (v *view) add(id *identity) {
 	v.identities = append(v.identities, id)
 }
 
-// tokensLocked puts the identities of tokens into the view.
+// tokensLocked puts the identities of tokens into the view. The limits of a key are
+// those of all additions that cover it, in whatever order and by whatever name they
+// were made: an addition can only tighten what is there.
 func (k *Keyring) tokensLocked(v *view) {
 	present := k.opts.Tokens.Keys()
 	keys := slices.Concat(present, k.opts.Tokens.Away())
 	plains := make(map[Key]*plainKey, len(keys))
 	defer func() { k.plain = plains }()
-	// take shows a key, with a certificate when that is not nil. a is nil for one that
-	// nobody has added, and named tells that the configuration has it.
-	take := func(i int, cert *ssh.Certificate, a *addition, named bool) {
+	plainOf := func(key Key) *plainKey {
+		plain := plains[key]
+		if plain == nil {
+			if plain = k.plainLocked(key); plain != nil {
+				plains[key] = plain
+			}
+		}
+		return plain
+	}
+	// take shows a key, with a certificate when that is not nil. named tells that the
+	// configuration has it.
+	take := func(i int, cert *ssh.Certificate, named bool) {
 		key := keys[i]
 		awaited := k.opts.OfferAway != nil && k.opts.OfferAway(key, named)
 		if i >= len(present) && !awaited {
 			return
 		}
-		plain := plains[key]
+		plain := plainOf(key)
 		if plain == nil {
-			if plain = k.plainLocked(key); plain == nil {
-				return
-			}
-			plains[key] = plain
+			return
 		}
 		shown, wire := plain.wiredKey, plain.wire
 		if cert != nil {
@@ -185,37 +194,49 @@ func (k *Keyring) tokensLocked(v *view) {
 			id.homes = append(id.homes, key)
 		}
 		id.awaited = id.awaited || awaited
-		if a != nil {
-			id.constraints, id.expires = a.constraints, a.expires
-		}
 	}
 	if k.opts.Automatic == nil {
 		for i, key := range keys {
 			if key.Unfit() == "" {
-				take(i, nil, nil, false)
+				take(i, nil, false)
 			}
 		}
 	}
 	for _, s := range k.opts.Automatic {
 		for i, key := range keys {
 			if selects(s, key) {
-				take(i, nil, nil, true)
+				take(i, nil, true)
 			}
 		}
 	}
+	type covered struct {
+		a *addition
+		i int
+	}
+	var all []covered
 	for _, a := range k.added {
+		v.until(a.limits.expires)
 		for i, key := range keys {
 			if !k.selectsLocked(a.selection, key) {
 				continue
 			}
-			if !a.constraints.CertificatesOnly {
-				take(i, nil, a, false)
-			}
-			for _, cert := range a.constraints.Certificates {
-				take(i, cert, a, false)
+			if plain := plainOf(key); plain != nil && a.covers(plain.wire) {
+				all = append(all, covered{a, i})
+				v.limits[plain.wire] = v.limits[plain.wire].and(k.limitsForLocked(a, key))
 			}
 		}
-		v.until(a.expires)
+	}
+	for _, c := range all {
+		if !v.limits[plains[keys[c.i]].wire].certificates && !c.a.limits.certificates {
+			take(c.i, nil, false)
+		}
+		for _, cert := range c.a.certificates {
+			take(c.i, cert, false)
+		}
+	}
+	for _, id := range v.identities {
+		id.limits = v.limits[id.plainWire()]
+		id.limits.certificates = id.limits.certificates || id.wire != id.plainWire()
 	}
 }
 
@@ -241,6 +262,8 @@ func (v *view) certify(certs []*ssh.Certificate, hidden map[string]uint64) {
 	v.identities = make([]*identity, 0, len(plain))
 	for _, id := range plain {
 		v.identities = append(v.identities, id)
+		limits := id.limits
+		limits.certificates = true
 		for _, c := range of[id.wire] {
 			wire := string(c.Marshal())
 			n, removed := hidden[wire]
@@ -249,7 +272,7 @@ func (v *view) certify(certs []*ssh.Certificate, hidden map[string]uint64) {
 			}
 			v.add(&identity{
 				key: wired(c, wire), plain: id.plain, wire: wire, comment: id.comment, fingerprint: id.fingerprint,
-				homes: id.homes, awaited: id.awaited, constraints: id.constraints, expires: id.expires,
+				homes: id.homes, awaited: id.awaited, limits: limits,
 			})
 		}
 	}
@@ -264,15 +287,8 @@ func (id *identity) insertions() (n uint64) {
 	return n
 }
 
-// shownBy tells whether a socket shows the identity.
-func (id *identity) shownBy(s *Socket) bool {
-	if s == nil || s.Only == nil {
-		return true
-	}
-	return slices.ContainsFunc(s.Only, func(sel Selection) bool {
-		return slices.ContainsFunc(id.homes, func(key Key) bool { return selects(sel, key) })
-	})
-}
+// plainWire returns the wire form of the key without a certificate.
+func (id *identity) plainWire() string { return string(id.plain.Marshal()) }
 
 func selects(s Selection, k Key) bool {
 	return s.Match(k) && (k.Unfit() == "" || !s.Broad())
@@ -285,91 +301,4 @@ func (k *Keyring) selectsLocked(s Selection, key Key) bool {
 		return slices.ContainsFunc(k.opts.Automatic, func(s Selection) bool { return selects(s, key) })
 	}
 	return selects(s, key)
-}
-
-// expireLocked ends what was added for a time that is over. An automatic
-// identity that was added again for a time goes too: that is what was asked for.
-// One that was added once more after that stays, as the last word counts.
-func (k *Keyring) expireLocked() {
-	now := time.Now()
-	over := func(t time.Time) bool { return !t.IsZero() && !now.Before(t) }
-	if n := len(k.software); n > 0 {
-		k.software = slices.DeleteFunc(k.software, func(s *softwareKey) bool { return over(s.expires) })
-		if len(k.software) != n {
-			k.change.Add(1)
-		}
-	}
-	added := slices.Clone(k.added)
-	for i, a := range added {
-		if !over(a.expires) {
-			continue
-		}
-		k.dropLocked(a)
-		later := added[i+1:]
-		for _, key := range slices.Concat(k.opts.Tokens.Keys(), k.opts.Tokens.Away()) {
-			if k.selectsLocked(a.selection, key) && !slices.ContainsFunc(later, func(o *addition) bool { return k.selectsLocked(o.selection, key) }) {
-				k.hideKeyLocked(key)
-			}
-		}
-	}
-}
-
-// dropLocked forgets an addition.
-func (k *Keyring) dropLocked(a *addition) {
-	k.added = slices.DeleteFunc(k.added, func(o *addition) bool { return o == a })
-	k.opts.Tokens.Drop(a.selection)
-	k.change.Add(1)
-}
-
-// hideLocked removes an identity of a token until that is inserted again or the
-// key is added again.
-func (k *Keyring) hideLocked(id *identity) {
-	if len(k.hidden) >= maxHidden {
-		k.pruneHiddenLocked()
-	}
-	k.hidden[id.wire] = max(k.hidden[id.wire], id.insertions())
-	k.change.Add(1)
-}
-
-// pruneHiddenLocked forgets the removed certificates that nothing shows any more.
-// Otherwise a client adds and removes ever new ones, and each is remembered.
-func (k *Keyring) pruneHiddenLocked() {
-	certified := make(map[string]bool)
-	for _, a := range k.added {
-		for _, cert := range a.constraints.Certificates {
-			certified[string(cert.Marshal())] = true
-		}
-	}
-	for _, cert := range k.opts.Certificates.certificates() {
-		certified[string(cert.Marshal())] = true
-	}
-	for wire := range k.hidden {
-		key, err := ssh.ParsePublicKey([]byte(wire))
-		if _, ok := key.(*ssh.Certificate); err == nil && ok && !certified[wire] {
-			delete(k.hidden, wire)
-		}
-	}
-}
-
-// hideKeyLocked does so with a key, without its certificates.
-func (k *Keyring) hideKeyLocked(key Key) {
-	if pub, err := ssh.NewPublicKey(key.Public()); err == nil {
-		k.hideLocked(&identity{wire: string(pub.Marshal()), homes: []Key{key}})
-	}
-}
-
-// showLocked ends what hideLocked has done to a key and its certificates.
-func (k *Keyring) showLocked(key Key) {
-	pub, err := ssh.NewPublicKey(key.Public())
-	if err != nil {
-		return
-	}
-	delete(k.hidden, string(pub.Marshal()))
-	for wire := range k.hidden {
-		if cert, err := ssh.ParsePublicKey([]byte(wire)); err == nil {
-			if cert, ok := cert.(*ssh.Certificate); ok && bytes.Equal(cert.Key.Marshal(), pub.Marshal()) {
-				delete(k.hidden, wire)
-			}
-		}
-	}
 }

@@ -45,6 +45,10 @@ type Key interface {
 	Present() bool
 	// TokenName names that token to a person.
 	TokenName() string
+	// AsksPIN tells whether a signature that begins now would have a person give the
+	// PIN of the token. It does not when somebody is logged in, when the PIN comes from
+	// elsewhere, or when a login is under way, whose prompt may be about another key.
+	AsksPIN() bool
 	// SignMessageContext signs as crypto.MessageSigner does: ECDSA in ASN.1.
 	SignMessageContext(ctx context.Context, msg []byte, opts crypto.SignerOpts) ([]byte, error)
 }
@@ -60,8 +64,8 @@ type Selection interface {
 	All() bool
 }
 
-// Tokens finds keys on tokens. All methods but Rescan, Select, Login, Logout and
-// LogoutAll return at once.
+// Tokens finds keys on tokens. All methods but Rescan, Select, Login, Logout,
+// LogoutOf and LogoutAll return at once.
 type Tokens interface {
 	// Keys returns the keys that are there, in their order.
 	Keys() []Key
@@ -77,15 +81,19 @@ type Tokens interface {
 	Poke()
 	// Rescan looks at all tokens again.
 	Rescan(ctx context.Context) error
-	// Parse reads what a client named.
-	Parse(provider []byte) (Selection, error)
-	// Select returns the keys that are selected now, of which there is at least
-	// one, and logs in to their token when a PIN is given.
-	Select(ctx context.Context, s Selection, pin *secret.Secret) ([]Key, error)
+	// Parse reads what a client named. For a remote one it looks at no file, and takes
+	// nothing but a URI that names no module file and brings no PIN.
+	Parse(provider []byte, remote bool) (Selection, error)
+	// Select returns the keys that are selected now and may be reached, of which there
+	// is at least one, and logs in to their token when a PIN is given. Other keys count
+	// as not there.
+	Select(ctx context.Context, s Selection, reached func(Key) bool, pin *secret.Secret) ([]Key, error)
 	// Drop is told when a Selection that Parse made is of no more use.
 	Drop(s Selection)
 	// LogoutAll logs out of all tokens.
 	LogoutAll(ctx context.Context) error
+	// LogoutOf logs out of the tokens that are chosen by all their known keys.
+	LogoutOf(ctx context.Context, chosen func([]Key) bool) error
 	// Login logs in to the one token that is selected. A nil PIN comes from where a
 	// signature would get it, without asking a person to type it anywhere but on the
 	// reader. lastTry as in a LoginRequest.
@@ -105,7 +113,7 @@ type Rules struct {
 	// that Automatic selects it. nil: none is.
 	OfferAway func(k Key, named bool) bool
 	// Allow returns what kinds of data a key of a token signs besides logins and
-	// SSH signatures; KindUnknown stands for all. nil: no other.
+	// SSH signatures, and the tests of ssh-add -T; KindUnknown stands for all. nil: no other.
 	Allow func(Key) []Kind
 	// Approval returns when a person is asked before a key of a token signs; for
 	// nil, every key that is on none. nil: never.
@@ -169,28 +177,25 @@ type Keyring struct {
 	plain    map[Key]*plainKey // those of the present view
 	added    []*addition
 	software []*softwareKey
-	hidden   map[string]uint64   // wire form of removed identities to the insertions there were
+	hidden   map[string]uint64 // wire form of removed identities to the insertions there were
+	// owed are the limits that keys of tokens had, by their wire form, and have not any
+	// more because they were removed or their time was over. A key that is back with less
+	// than that costs a PIN or an approval when it is used first.
+	owed     map[string]*limits
 	empty    time.Time           // when an empty list was looked at again
 	origins  map[string]Upstream // wire form of the keys of upstream agents, as listed last
+	sizes    map[any]int         // of what additions share; see addedLocked
 	troubles map[string]string   // what was logged last about an upstream agent, by its name
 
 	insertions shared[struct{}] // under way, by the wire form of the identity
 	approvals  approvals
 }
 
-// addition is what one ssh-add has added.
-type addition struct {
-	selection   Selection
-	constraints Constraints
-	expires     time.Time // zero: never
-	kept        kept
-}
-
 // NewKeyring makes a Keyring.
 func NewKeyring(opts Options) *Keyring {
 	k := &Keyring{
 		opts: opts, log: opts.Log, start: time.Now(), lock: newLock(),
-		hidden: make(map[string]uint64), troubles: make(map[string]string),
+		hidden: make(map[string]uint64), owed: make(map[string]*limits), troubles: make(map[string]string),
 	}
 	k.knew = len(k.now().identities) > 0
 	return k
@@ -218,12 +223,12 @@ func (k *Keyring) List(ctx context.Context, c *Caller) (*Listing, error) {
 		v = k.now()
 	}
 	theirs := k.listUpstreams(ctx, c)
-	if !v.limited && (c.Socket == nil || c.Socket.Only == nil) && len(theirs) == 0 {
+	if !v.limited && !c.Socket.some() && len(theirs) == 0 {
 		return &v.list, nil
 	}
 	own := &Listing{Identities: make([]Identity, 0, len(v.identities)+len(theirs))}
 	for i, id := range v.identities {
-		if id.shownBy(c.Socket) && id.constraints.permits(c) == nil {
+		if id.seenBy(c) == nil {
 			own.Identities = append(own.Identities, v.list.Identities[i])
 		}
 	}
@@ -273,10 +278,11 @@ func (k *Keyring) lookAgain() bool {
 	return true
 }
 
-// Sign makes a signature, asking for confirmation where the constraints of the
-// identity, the socket or the rules want it, and for a PIN where the token does. For a key that only an upstream
-// agent has, that agent makes it.
+// Sign makes a signature. It asks for confirmation where the limits of the identity, the
+// socket or the rules want it, and for a PIN where the token does. For a key that only an
+// upstream agent has, that agent makes it.
 func (k *Keyring) Sign(ctx context.Context, c *Caller, r SignRequest) (*ssh.Signature, error) {
+	r.Content = c.judged(r.Content)
 	rec := k.beginUse(RequestSign, k.use("", nil, c, r))
 	sig, err := k.signFor(ctx, rec, r)
 	k.end(rec, err)
@@ -292,14 +298,21 @@ func (k *Keyring) signFor(ctx context.Context, rec *record, r SignRequest) (*ssh
 	}
 	defer inside.leave()
 	ctx = inside
-	id := k.now().byKey[string(r.Key)]
+	id, unseen := k.find(c, r.Key)
 	if id == nil {
 		// It may have come a moment ago.
 		k.settle(ctx)
 		k.opts.Certificates.look()
-		id = k.now().byKey[string(r.Key)]
+		id, unseen = k.find(c, r.Key)
 	}
-	if id == nil || !id.shownBy(c.Socket) {
+	switch {
+	case id == nil && unseen != nil:
+		// It takes as long as for a key that is not there.
+		k.opts.Tokens.Poke()
+		k.upstreamOf(ctx, c, r.Key)
+		rec.Key = k.describe(r.Key)
+		return nil, unseen
+	case id == nil:
 		k.opts.Tokens.Poke()
 		rec.Key = k.describe(r.Key)
 		return k.signUpstream(ctx, rec, r)
@@ -318,13 +331,18 @@ func (k *Keyring) sign(ctx context.Context, rec *record, id *identity, r SignReq
 	if err != nil {
 		return nil, err
 	}
-	if err := id.constraints.permitsLogin(c, r.Login); err != nil {
+	if err := id.limits.permitsLogin(c, r.Login); err != nil {
 		return nil, err
+	}
+	if id.owed != nil && c.Forwarded {
+		if err := id.owed.permitsLogin(c, r.Login); err != nil {
+			return nil, err
+		}
 	}
 	if err := k.allowed(id, r.Content); err != nil {
 		return nil, err
 	}
-	rec.use.Comment, rec.use.Key = id.comment, id.plain
+	rec.use.Comment, rec.use.Key, rec.use.Unlimited = id.comment, id.plain, id.owed != nil
 	if err := k.approve(ctx, rec.use, id); err != nil {
 		return nil, err
 	}
@@ -340,6 +358,9 @@ func (k *Keyring) sign(ctx context.Context, rec *record, id *identity, r SignReq
 	}
 	if err != nil {
 		return nil, err
+	}
+	if id.owed != nil {
+		k.paid(id)
 	}
 	return signature(id.plain, algorithm, raw)
 }

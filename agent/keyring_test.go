@@ -34,6 +34,7 @@ type fakeKey struct {
 	unfit      string
 	insertions uint64
 	absent     bool
+	asks       bool // for a PIN
 	err        error
 	signed     int
 	use        *Use // of the last signature
@@ -49,6 +50,12 @@ func (k *fakeKey) URI() string        { return k.uri }
 func (k *fakeKey) Unfit() string      { return k.unfit }
 func (k *fakeKey) Insertions() uint64 { return k.insertions }
 func (k *fakeKey) TokenName() string  { return "the token of " + k.uri }
+
+func (k *fakeKey) AsksPIN() bool {
+	k.mu.Lock()
+	defer k.mu.Unlock()
+	return k.asks
+}
 
 func (k *fakeKey) Present() bool {
 	k.mu.Lock()
@@ -98,7 +105,8 @@ type fakeTokens struct {
 	logouts    int
 	pins       []string
 	selectErr  error
-	logins     []string // what Login and Logout were asked
+	remote     []bool   // what Parse was told
+	logins     []string // what Login, Logout and LogoutOf were asked
 	answer     LoginAnswer
 }
 
@@ -172,30 +180,36 @@ func (p prefix) Match(k Key) bool { return strings.HasPrefix(k.URI(), string(p))
 func (p prefix) Broad() bool      { return !strings.Contains(string(p), "id=") }
 func (p prefix) All() bool        { return p == "pkcs11:" }
 
-func (t *fakeTokens) Parse(provider []byte) (Selection, error) {
+func (t *fakeTokens) Parse(provider []byte, remote bool) (Selection, error) {
+	t.mu.Lock()
+	defer t.mu.Unlock()
+	t.remote = append(t.remote, remote)
 	if !bytes.HasPrefix(provider, []byte("pkcs11:")) {
 		return nil, errors.New("not allowed")
 	}
 	return prefix(provider), nil
 }
 
-func (t *fakeTokens) Select(ctx context.Context, s Selection, pin *secret.Secret) ([]Key, error) {
+func (t *fakeTokens) Select(ctx context.Context, s Selection, reached func(Key) bool, pin *secret.Secret) ([]Key, error) {
 	t.mu.Lock()
-	defer t.mu.Unlock()
 	t.caller = CallerFromContext(ctx)
-	if t.selectErr != nil {
-		return nil, t.selectErr
+	keys, err := t.keys, t.selectErr
+	t.mu.Unlock()
+	if err != nil {
+		return nil, err
 	}
-	t.pins = append(t.pins, string(pin.Bytes()))
 	var all []Key
-	for _, k := range t.keys {
-		if s.Match(k) {
+	for _, k := range keys {
+		if s.Match(k) && reached(k) {
 			all = append(all, k)
 		}
 	}
 	if len(all) == 0 {
 		return nil, errors.New("no match")
 	}
+	t.mu.Lock()
+	defer t.mu.Unlock()
+	t.pins = append(t.pins, string(pin.Bytes()))
 	return all, nil
 }
 
@@ -209,6 +223,26 @@ func (t *fakeTokens) LogoutAll(context.Context) error {
 	t.mu.Lock()
 	defer t.mu.Unlock()
 	t.logouts++
+	return nil
+}
+
+func (t *fakeTokens) LogoutOf(_ context.Context, chosen func([]Key) bool) error {
+	t.mu.Lock()
+	keys := t.keys
+	t.mu.Unlock()
+	tokens := make(map[string][]Key)
+	for _, k := range keys {
+		token, _, _ := strings.Cut(k.URI(), ";")
+		tokens[token] = append(tokens[token], k)
+	}
+	for token, keys := range tokens {
+		if chosen(keys) {
+			t.mu.Lock()
+			t.logouts++
+			t.logins = append(t.logins, "out of "+token)
+			t.mu.Unlock()
+		}
+	}
 	return nil
 }
 

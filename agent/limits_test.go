@@ -3,6 +3,7 @@ package agent
 import (
 	"crypto/ed25519"
 	"crypto/rand"
+	"crypto/rsa"
 	"errors"
 	"fmt"
 	"slices"
@@ -94,6 +95,25 @@ func TestDestinations(t *testing.T) {
 	byCA := func(host string) []Destination {
 		return []Destination{{To: Hop{Host: host, Keys: []HostKey{{Key: ca.public, CA: true}}}}}
 	}
+	private, err := rsa.GenerateKey(rand.Reader, 2048)
+	if err != nil {
+		t.Fatal(err)
+	}
+	rsaCA, err := ssh.NewSignerFromKey(private)
+	if err != nil {
+		t.Fatal(err)
+	}
+	byRSA := func(host string) []Destination {
+		return []Destination{{To: Hop{Host: host, Keys: []HostKey{{Key: rsaCA.PublicKey(), CA: true}}}}}
+	}
+	rsaCert := func(algorithm string) ssh.PublicKey {
+		s, err := ssh.NewSignerWithAlgorithms(rsaCA.(ssh.AlgorithmSigner), []string{algorithm})
+		if err != nil {
+			t.Fatal(err)
+		}
+		return a.certificate(t, testKey{signer: s}, ssh.HostCert, func(c *ssh.Certificate) { c.ValidPrincipals = []string{"host"} })
+	}
+	sha1Cert, sha2Cert := rsaCert(ssh.KeyAlgoRSA), rsaCert(ssh.KeyAlgoRSASHA256)
 	local := &Caller{}
 	toA := []Destination{to("", nil, a.public)}
 	chain := append(slices.Clone(toA), to("", a.public, b.public))
@@ -134,7 +154,10 @@ func TestDestinations(t *testing.T) {
 		{name: "the authority itself", dest: byCA("host"), caller: boundTo(false, ca.public)},
 		{name: "certified for another name", dest: byCA("other"), caller: boundTo(false, hostCert(nil))},
 		{name: "certified for a pattern", dest: byCA("a.example"), caller: boundTo(false, hostCert(func(c *ssh.Certificate) { c.ValidPrincipals = []string{"x", "*.example"} })), shown: true, may: true},
-		{name: "certified for any name", dest: byCA("a.example"), caller: boundTo(false, hostCert(func(c *ssh.Certificate) { c.ValidPrincipals = nil })), shown: true, may: true},
+		{name: "certified for any name", dest: byCA("a.example"), caller: boundTo(false, hostCert(func(c *ssh.Certificate) { c.ValidPrincipals = nil }))},
+		{name: "certified with SHA-1", dest: byRSA("host"), caller: boundTo(false, sha1Cert)},
+		{name: "certified with SHA-2", dest: byRSA("host"), caller: boundTo(false, sha2Cert), shown: true, may: true},
+		{name: "certified for a name in capitals", dest: byCA("host"), caller: boundTo(false, hostCert(func(c *ssh.Certificate) { c.ValidPrincipals = []string{"HOST"} }))},
 		{name: "certificate of a user", dest: byCA("host"), caller: boundTo(false, hostCert(func(c *ssh.Certificate) { c.CertType = ssh.UserCert }))},
 		{name: "certificate with a critical option", dest: byCA("host"), caller: boundTo(false, hostCert(func(c *ssh.Certificate) { c.CriticalOptions = map[string]string{"x": ""} }))},
 		{name: "expired certificate", dest: byCA("host"), caller: boundTo(false, hostCert(func(c *ssh.Certificate) { c.ValidBefore = 1 }))},
@@ -301,18 +324,18 @@ func TestLooser(t *testing.T) {
 		if said := strings.Contains(f.log.String(), "constraints loosened"); said != test.looser {
 			t.Errorf("%+v to %+v: the log has %s", test.old, test.now, f.log)
 		}
-		f = newFixture(Options{Rules: Rules{Automatic: []Selection{}}}, edKey("pkcs11:token=a"))
-		f.add(t, "pkcs11:token=a", test.old)
-		f.add(t, "pkcs11:token=a", test.now)
-		if said := strings.Contains(f.log.String(), "constraints loosened"); said != test.looser {
-			t.Errorf("token, %+v to %+v: the log has %s", test.old, test.now, f.log)
-		}
-		// The same key by another name.
-		f = newFixture(Options{Rules: Rules{Automatic: []Selection{}}}, edKey("pkcs11:token=a;id=1"))
-		f.add(t, "pkcs11:token=a;id=1", test.old)
-		f.add(t, "pkcs11:token=a", test.now)
-		if said := strings.Contains(f.log.String(), "constraints loosened"); said != test.looser {
-			t.Errorf("by another name, %+v to %+v: the log has %s", test.old, test.now, f.log)
+		// A key of a token keeps what it has, by whatever name it is added again.
+		for _, name := range []string{"pkcs11:token=a;id=1", "pkcs11:token=a"} {
+			f = newFixture(Options{Rules: Rules{Automatic: []Selection{}}}, edKey("pkcs11:token=a;id=1"))
+			f.add(t, "pkcs11:token=a;id=1", test.old)
+			f.add(t, name, test.now)
+			if said := strings.Contains(f.log.String(), "constraints kept"); said != test.looser {
+				t.Errorf("token, as %s, %+v to %+v: the log has %s", name, test.old, test.now, f.log)
+			}
+			old := limitsOf(&test.old, 0)
+			if has := f.now().identities[0].limits; has.looser(&old) {
+				t.Errorf("token, as %s, %+v to %+v: it has %+v", name, test.old, test.now, has)
+			}
 		}
 	}
 }

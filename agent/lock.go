@@ -2,8 +2,6 @@ package agent
 
 import (
 	"context"
-	"crypto/sha256"
-	"crypto/subtle"
 	"errors"
 	"fmt"
 	"sync"
@@ -140,9 +138,7 @@ func (l *lock) unlock(ctx context.Context, phrase *secret.Secret) error {
 	if l.phrase == nil {
 		return errNotLocked
 	}
-	// Of the same length, so that the time does not tell how long it is.
-	given, want := sha256.Sum256(phrase.Bytes()), sha256.Sum256(l.phrase.Bytes())
-	if subtle.ConstantTimeCompare(given[:], want[:]) != 1 {
+	if !l.phrase.Equal(phrase) {
 		l.wrong++
 		l.next = time.Now().Add(min(time.Duration(l.wrong)*unlockPause, maxUnlockPause))
 		return fmt.Errorf("%w, for the %d. time", errWrongPhrase, l.wrong)
@@ -157,7 +153,7 @@ func (l *lock) unlock(ctx context.Context, phrase *secret.Secret) error {
 // and forgets the PINs that came with added URIs, and what persons have allowed. Signatures under way fail.
 func (k *Keyring) Lock(ctx context.Context, c *Caller, phrase *secret.Secret) error {
 	rec := k.begin(c, RequestLock)
-	err := c.mayChange()
+	err := c.mayLock()
 	if err == nil {
 		err = k.lock.close(phrase)
 	}
@@ -180,7 +176,7 @@ func (k *Keyring) Lock(ctx context.Context, c *Caller, phrase *secret.Secret) er
 // Unlock ends what Lock has begun, when the passphrase is the same.
 func (k *Keyring) Unlock(ctx context.Context, c *Caller, phrase *secret.Secret) error {
 	rec := k.begin(c, RequestUnlock)
-	err := c.mayChange()
+	err := c.mayLock()
 	if err == nil {
 		err = k.lock.unlock(ctx, phrase)
 	}

@@ -21,10 +21,14 @@ var (
 	errUnnamedHost = errors.New("the request does not name the host, which has to be known behind a forwarded connection (OpenSSH older than 8.9?)")
 )
 
-// permits tells whether the constraints let a connection see and change the key
+// A route is a list of destinations, of which one has to permit each hop. An empty
+// route permits everything.
+type route []Destination
+
+// permits tells whether the route lets a connection see and change the key
 // (identity_permitted in OpenSSH's ssh-agent.c, without a user).
-func (c *Constraints) permits(who *Caller) error {
-	if len(c.Destinations) == 0 {
+func (c route) permits(who *Caller) error {
+	if len(c) == 0 {
 		return nil
 	}
 	if err := c.walk(who, nil); err != nil {
@@ -38,13 +42,13 @@ func (c *Constraints) permits(who *Caller) error {
 	return nil
 }
 
-// permitsLogin tells whether the constraints let a connection sign
+// permitsLogin tells whether the route lets a connection sign
 // (process_sign_request2 in OpenSSH's ssh-agent.c). login is nil when the data is
 // no request to log in with this key.
-func (c *Constraints) permitsLogin(who *Caller, login *Login) error {
+func (c route) permitsLogin(who *Caller, login *Login) error {
 	n := len(who.Binds)
 	switch {
-	case len(c.Destinations) == 0:
+	case len(c) == 0:
 		return nil
 	case n == 0 && !who.BindFailed:
 		return errUnbound
@@ -68,7 +72,7 @@ func (c *Constraints) permitsLogin(who *Caller, login *Login) error {
 
 // walk follows the sessions from hop to hop. user is that of the last one; nil:
 // nobody logs in.
-func (c *Constraints) walk(who *Caller, user *string) error {
+func (c route) walk(who *Caller, user *string) error {
 	if len(who.Binds) == 0 {
 		if who.BindFailed {
 			return errBindFailed
@@ -94,8 +98,8 @@ func (c *Constraints) walk(who *Caller, user *string) error {
 
 // leads tells whether a destination goes from one host to another. from is nil
 // where the agent runs; to is nil for any host, user for any user.
-func (c *Constraints) leads(from, to ssh.PublicKey, user *string) bool {
-	return slices.ContainsFunc(c.Destinations, func(d Destination) bool {
+func (c route) leads(from, to ssh.PublicKey, user *string) bool {
+	return slices.ContainsFunc(c, func(d Destination) bool {
 		switch {
 		case from == nil && (d.From.Host != "" || len(d.From.Keys) > 0):
 		case from != nil && !d.From.is(from):
@@ -120,29 +124,17 @@ func (h *Hop) is(key ssh.PublicKey) bool {
 	})
 }
 
-// certifies checks the certificate of a host with a name, as ssh does: its
-// principals may be patterns.
+// certifies tells why a certificate does not prove that a host has a name
+// (sshkey_cert_check_host in OpenSSH 10.5's sshkey.c). Its principals may be patterns,
+// and the case of letters matters.
 func certifies(cert *ssh.Certificate, host string) error {
-	principal := ""
-	if len(cert.ValidPrincipals) > 0 {
-		i := slices.IndexFunc(cert.ValidPrincipals, func(p string) bool { return knownhosts.MatchPattern(p, host) })
-		if i < 0 {
-			return fmt.Errorf("the certificate is not for %q", host)
-		}
-		principal = cert.ValidPrincipals[i] // the checker knows no patterns
+	if !slices.ContainsFunc(cert.ValidPrincipals, func(p string) bool { return knownhosts.MatchPattern(p, host) }) {
+		return fmt.Errorf("the certificate is not for %q", host)
 	}
-	if cert.CertType != ssh.HostCert {
-		return errors.New("it is no certificate of a host")
-	}
-	return new(ssh.CertChecker).CheckCert(principal, cert)
+	return knownhosts.CheckHostCertificate(cert)
 }
 
-// looser tells whether c permits what old does not.
-func (c *Constraints) looser(old *Constraints) bool {
-	return old.Confirm && !c.Confirm ||
-		old.Lifetime > 0 && (c.Lifetime == 0 || c.Lifetime > old.Lifetime) ||
-		len(old.Destinations) > 0 && !slices.EqualFunc(c.Destinations, old.Destinations, Destination.equal)
-}
+func (c route) equal(o route) bool { return slices.EqualFunc(c, o, Destination.equal) }
 
 func (d Destination) equal(o Destination) bool { return d.From.equal(o.From) && d.To.equal(o.To) }
 

@@ -43,7 +43,7 @@ func (k *Keyring) newSoftwareKey(ctx context.Context, c *Caller, r KeyRequest, w
 	// Of a certificate only its wire form is used from now on.
 	s.key, s.plain, s.wire = &wiredKey{pub, []byte(wire), r.Public.Type()}, pub, wire
 	s.comment, s.fingerprint = r.Comment, k.fingerprint(pub)
-	s.software, s.constraints = r.Private, r.Constraints
+	s.software, s.limits = r.Private, limitsOf(&r.Constraints, k.opts.Lifetime)
 	s.kept = kept{
 		size:      3*overhead + 3*len(wire) + 2*len(r.Comment) + keySize(pub) + privateSize(r.Private) + r.Constraints.Size(),
 		forwarded: c.Forwarded,

@@ -9,9 +9,11 @@ import (
 	"golang.org/x/crypto/ssh"
 )
 
+var errUnconfirmed = errors.New("the socket it came in at has signatures confirmed, and nobody can tell what the message does")
+
 // upstreams returns those that a connection may reach.
 func (k *Keyring) upstreams(c *Caller) []Upstream {
-	if c.Socket != nil && c.Socket.Only != nil {
+	if c.Socket.some() {
 		return nil
 	}
 	return k.opts.Upstreams
@@ -128,6 +130,10 @@ func (k *Keyring) Pass(ctx context.Context, c *Caller, message []byte) ([]byte, 
 	defer inside.leave()
 	if err := c.mayChange(); err != nil {
 		return nil, err
+	}
+	if c.Socket != nil && c.Socket.Confirm {
+		// What it does is not known: it may be a signature.
+		return nil, errUnconfirmed
 	}
 	all := []error{}
 	for _, u := range slices.Clone(k.upstreams(c)) {

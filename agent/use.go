@@ -9,6 +9,7 @@ import (
 
 	"golang.org/x/crypto/ssh"
 
+	"p11-agent/agent/knownhosts"
 	"p11-agent/agent/peer"
 )
 
@@ -21,6 +22,9 @@ type Use struct {
 	Caller  *Caller
 	Content Content
 	Login   *Login // nil: it is no request to log in
+	// Unlimited says that the key was limited before it was removed, is not so any more,
+	// and is used for the first time since.
+	Unlimited bool
 
 	// Hosts gives names to host keys; nil: they have none.
 	Hosts HostNamer
@@ -36,11 +40,7 @@ type HostNamer interface {
 }
 
 // A HostName is what a host key is known as.
-type HostName struct {
-	Names   []string // the most fitting first
-	Hashed  bool     // there is a name, which cannot be told from its hash
-	Revoked bool     // the key is not to be trusted any more
-}
+type HostName = knownhosts.Known
 
 // A Host is a host that a request is for, or came through.
 type Host struct {
@@ -131,6 +131,9 @@ func (u *Use) Lines() []string {
 	if via := u.Forwarding(); via != "" {
 		lines = append(lines, "FORWARDED "+via)
 	}
+	if u.Unlimited {
+		lines = append(lines, "NOTE: the key had limits (ssh-add -c, -t or -h) until it was removed. A yes or a PIN lifts them.")
+	}
 	return lines
 }
 
@@ -168,10 +171,31 @@ func (u *Use) Name(h Host) string {
 		return "an unknown host"
 	case h.Revoked:
 		return "a host with a REVOKED key, " + u.fingerprint(h.Key)
-	case len(h.Names) > 0:
-		return plainly(h.Names[0])
+	case hostText(h.HostName) != "":
+		return hostText(h.HostName)
 	}
 	return u.fingerprint(h.Key)
+}
+
+// hostText shows the name of a host; empty: it has none. Where hosts share the key, it
+// shows all that the key may mean: which of them it is, nothing proves.
+func hostText(h HostName) string {
+	switch {
+	case len(h.Names) == 0:
+		return ""
+	case !h.Shared():
+		return plainly(h.Names[0])
+	}
+	const shown = 3
+	var all []string
+	for _, n := range h.Names {
+		all = append(all, plainly(n))
+	}
+	text := "a host of " + strings.Join(all[:min(len(all), shown)], ", ")
+	if more := len(all) - shown; more > 0 {
+		text += fmt.Sprintf(" and %d more", more)
+	}
+	return text
 }
 
 // describe tells of a host all that a person needs to judge it.
@@ -183,12 +207,12 @@ func (u *Use) describe(h Host) string {
 		return "ANOTHER HOST than the one connected to, with the key " + u.fingerprint(h.Key)
 	case h.Revoked:
 		return "a host with a REVOKED key, " + u.fingerprint(h.Key)
-	case !h.Verified && len(h.Names) > 0:
-		return plainly(h.Names[0]) + " (NOT VERIFIED: only the request says so)"
+	case !h.Verified && hostText(h.HostName) != "":
+		return hostText(h.HostName) + " (NOT VERIFIED: only the request says so)"
 	case !h.Verified:
 		return "a host NOT VERIFIED, key " + u.fingerprint(h.Key)
-	case len(h.Names) > 0:
-		return plainly(h.Names[0]) + " (host verified)"
+	case hostText(h.HostName) != "":
+		return hostText(h.HostName) + " (host verified)"
 	case h.Hashed:
 		return "a host whose name is hashed in known_hosts, key " + u.fingerprint(h.Key)
 	}
@@ -210,7 +234,7 @@ func (u *Use) fingerprint(key ssh.PublicKey) string {
 func plainly(name string) string {
 	const limit = 128
 	odd := func(r rune) bool {
-		return (r < '0' || r > '9') && (r < 'A' || r > 'Z') && (r < 'a' || r > 'z') && !strings.ContainsRune("._-@+:[]$\\*", r)
+		return (r < '0' || r > '9') && (r < 'A' || r > 'Z') && (r < 'a' || r > 'z') && !strings.ContainsRune("._-@+:[]$\\*?", r)
 	}
 	switch {
 	case name == "":

@@ -78,12 +78,16 @@ func (f fakeHosts) HostName(key ssh.PublicKey, _ peer.Peer) HostName { return f[
 // What a person is told can be judged: a host is called verified only when it has
 // proved to be the one that the request is for, whatever the request says.
 func TestLines(t *testing.T) {
+	shared, any, many := publicOf(t, edKey("shared")), publicOf(t, edKey("any")), publicOf(t, edKey("many"))
 	hub, inner, evil, gone, secret := publicOf(t, edKey("hub")), publicOf(t, edKey("inner")), publicOf(t, edKey("evil")), publicOf(t, edKey("gone")), publicOf(t, edKey("secret"))
 	names := fakeHosts{
 		string(hub.Marshal()):    {Names: []string{"hub.example.org", "192.0.2.1"}},
 		string(inner.Marshal()):  {Names: []string{"inner.example.org"}},
 		string(gone.Marshal()):   {Names: []string{"gone.example.org"}, Revoked: true},
 		string(secret.Marshal()): {Hashed: true},
+		string(shared.Marshal()): {Names: []string{"web1", "*.example.com"}},
+		string(any.Marshal()):    {Names: []string{"*"}},
+		string(many.Marshal()):   {Names: []string{"db?.example.com", "a,b", "c", "d", "e"}},
 	}
 	print := ssh.FingerprintLegacyMD5
 	bound := func(forwarding bool, keys ...ssh.PublicKey) *Caller {
@@ -117,6 +121,11 @@ func TestLines(t *testing.T) {
 		"login, no name":             {bound(false, evil), Content{}, login("root", 0, nil), []string{"For: SSH login as root at a host that is not in known_hosts, key " + print(evil)}},
 		"login, hashed name":         {bound(false, secret), Content{}, login("root", 0, nil), []string{"For: SSH login as root at a host whose name is hashed in known_hosts, key " + print(secret)}},
 		"login, revoked":             {bound(false, gone), Content{}, login("root", 0, nil), []string{"For: SSH login as root at a host with a REVOKED key, " + print(gone)}},
+		"login, a wildcard":          {bound(false, shared), Content{}, login("root", 0, shared), []string{"For: SSH login as root at a host of web1, *.example.com (host verified)"}},
+		"login, a wildcard for all":  {bound(false, any), Content{}, login("root", 0, nil), []string{"For: SSH login as root at a host of * (host verified)"}},
+		"login, many wildcards":      {bound(false, many), Content{}, login("root", 0, nil), []string{`For: SSH login as root at a host of db?.example.com, "a,b", c and 2 more (host verified)`}},
+		"login, a wildcard, said":    {local, Content{}, login("root", 0, any), []string{"For: SSH login as root at a host of * (NOT VERIFIED: only the request says so)"}},
+		"forwarded by a wildcard":    {bound(false, shared, inner), Content{}, login("me", 1, inner), []string{"For: SSH login as me at inner.example.org (host verified)", "FORWARDED through a host of web1, *.example.com"}},
 		"login, odd user":            {bound(false, hub), Content{}, login("root at github.com (host verified)\n\x1b[2J", 0, nil), []string{`For: SSH login as "root at github.com (host verified)\n\x1b[2J" at hub.example.org (host verified)`}},
 		"login, no user":             {bound(false, hub), Content{}, login("", 0, nil), []string{`For: SSH login as "" at hub.example.org (host verified)`}},
 		"forwarded":                  {bound(false, hub, inner), Content{}, login("me", 1, inner), []string{"For: SSH login as me at inner.example.org (host verified)", "FORWARDED through hub.example.org"}},

@@ -134,6 +134,8 @@ func (s *Store) oneToken(ctx context.Context, u *pkcs11uri.URI) (*Token, error) 
 				}
 			}
 		}
+		home := s.atHome(func(t *Token) bool { return slices.Contains(found, t) })
+		found = slices.DeleteFunc(found, func(t *Token) bool { return home[t.ID] != nil && home[t.ID] != t })
 		switch {
 		case len(found) == 1:
 			return found[0], nil
@@ -210,7 +212,7 @@ func (t *Token) made(ctx context.Context, p *process, reply *wire.GenerateReply)
 	if err != nil {
 		return nil, err
 	}
-	if err := t.look(ctx, p, nil); err != nil {
+	if err := t.lookAgain(ctx, p); err != nil {
 		return nil, err
 	}
 	t.module.store.publish()

@@ -147,15 +147,32 @@ func (k *Key) Present() bool { return k.token.present() }
 // TokenName names the key's token to a person.
 func (k *Key) TokenName() string { return k.token.name() }
 
+// AsksPIN tells whether a signature that begins now would have a person give the PIN,
+// as far as is known without asking the token. It would not when somebody is logged in,
+// when a configured source or the PIN that is kept logs in, or when a login is under way:
+// its prompt may be about another key.
+func (k *Key) AsksPIN() bool {
+	t, s := k.token, k.token.module.store
+	t.mu.Lock()
+	wanted := t.slot.Info.Flags&wire.CKFLoginRequired != 0
+	open := t.session != nil || t.attempted != nil
+	t.mu.Unlock()
+	if !wanted || open || s.source(k) != nil {
+		return false
+	}
+	g := t.gate
+	g.mu.Lock()
+	defer g.mu.Unlock()
+	return g.flight == nil && g.kept == nil
+}
+
 // Signatures returns how many signatures the key has made since the start, and when
 // the last one was, zero for never.
 func (k *Key) Signatures() (n uint64, last time.Time) { return k.use.count.Load(), k.use.lastTime() }
 
 // Insertions counts how often the key's token has appeared.
 func (k *Key) Insertions() uint64 {
-	k.token.mu.Lock()
-	defer k.token.mu.Unlock()
-	return k.token.insertions
+	return k.token.inserts()
 }
 
 // Matches tells whether a URI selects the key where it is now.
@@ -495,7 +512,7 @@ func (k *Key) signHealing(ctx context.Context, ways []way) (made, error) {
 		case !healed && mayHeal:
 			healed = true
 			if isRV(err, wire.CKRDeviceRemoved, wire.CKRTokenNotPresent, wire.CKRTokenNotRecognized) {
-				t.module.store.gate(t.ID).wipe() // it was taken out
+				t.gate.wipe() // it was taken out
 			}
 			if isRV(err, wire.CKRGeneralError) {
 				// Nothing but a new start helps a module that lost its reader
@@ -568,7 +585,7 @@ func (t *Token) hidesKey(p *process, err error) bool {
 // one that somebody else, who met the same, has made since is let alone. It tells
 // whether the token says, and its module knows, that the login has been lost.
 func (t *Token) doubtLogin(ctx context.Context, p *process, k *Key, login uint64) (lost bool) {
-	g := t.module.store.gate(t.ID)
+	g := t.gate
 	select {
 	case g.doubt <- struct{}{}:
 		defer func() { <-g.doubt }()
@@ -579,7 +596,7 @@ func (t *Token) doubtLogin(ctx context.Context, p *process, k *Key, login uint64
 		return true
 	}
 	was := t.loggedIn(p)
-	if err := t.look(ctx, p, nil); err != nil {
+	if err := t.lookAgain(ctx, p); err != nil {
 		t.setLoggedIn(p, false)
 		return false // the next attempt meets the same, and says so
 	}

@@ -10,6 +10,7 @@ import (
 	"io"
 	"io/fs"
 	"log/slog"
+	"maps"
 	"os"
 	"path/filepath"
 	"slices"
@@ -40,7 +41,7 @@ const (
 	maxKnownTokens = 256
 	maxKnownKeys   = wire.MaxList // of all tokens together
 	maxKnownText   = 4 << 10      // bytes of one text or number
-	knownVersion   = 1
+	knownVersion   = 2
 )
 
 // known is the list as it is in its file.
@@ -57,6 +58,7 @@ type knownToken struct {
 	Model        string     `json:"model"`
 	There        bool       `json:"there"` // when the list was written
 	Seen         time.Time  `json:"seen"`
+	Home         bool       `json:"home,omitempty"` // it belongs to this module
 	Keys         []knownKey `json:"keys"`
 }
 
@@ -85,7 +87,11 @@ func parseKnown(b []byte) (*known, error) {
 	if _, err := d.Token(); err != io.EOF {
 		return nil, errors.New("there is more behind its end")
 	}
-	if k.Version != knownVersion {
+	switch k.Version {
+	case knownVersion:
+	case 1:
+		k.settle()
+	default:
 		return nil, fmt.Errorf("its version is %d, and %d is known here", k.Version, knownVersion)
 	}
 	if len(k.Tokens) > maxKnownTokens {
@@ -108,6 +114,29 @@ func parseKnown(b []byte) (*known, error) {
 		}
 	}
 	return k, nil
+}
+
+// settle brings a list of version 1 up to date. It has the modules in their order, and
+// tokens were used through the first that showed them.
+func (k *known) settle() {
+	seen := make(map[wire.TokenID]bool)
+	for i := range k.Tokens {
+		t := &k.Tokens[i]
+		t.Home = !seen[t.id()]
+		seen[t.id()] = true
+	}
+	k.Version = knownVersion
+}
+
+// homes tells which module each token belongs to.
+func (k *known) homes() map[wire.TokenID]home {
+	all := make(map[wire.TokenID]home)
+	for _, t := range k.Tokens {
+		if _, ok := all[t.id()]; t.Home && !ok {
+			all[t.id()] = home{module: t.Module, proved: true}
+		}
+	}
+	return all
 }
 
 // found is the key pair as far as the list tells it.
@@ -219,6 +248,7 @@ func (m *module) restore(k *known) {
 		for _, f := range all {
 			restored.keys = append(restored.keys, newKey(restored, f, all))
 		}
+		restored.weight = weight(all)
 		m.tokens[restored.ID] = restored
 		if t.There {
 			m.order = append(m.order, restored)
@@ -227,57 +257,131 @@ func (m *module) restore(k *known) {
 	m.last = slices.Clone(m.order)
 }
 
-// knownNow is the list as it is to be written now.
+// knownNow is the list as it is to be written now. It has the tokens with keys, those
+// that have their home by a PIN, and what it had of modules that are not there: a module
+// that is missing for a while keeps its tokens.
 func (s *Store) knownNow() *known {
+	s.mu.Lock()
+	homes, strangers := maps.Clone(s.homes), s.strangers
+	s.mu.Unlock()
 	k := &known{Version: knownVersion, Tokens: []knownToken{}}
 	for _, m := range s.modulesNow() {
 		for _, t := range m.known() {
-			entry := knownToken{
-				Module: m.spec.Name, Label: t.ID.Label, Serial: t.ID.Serial, Manufacturer: t.ID.Manufacturer, Model: t.ID.Model,
-				There: t.present(), Seen: t.lastSeen().UTC().Truncate(time.Second),
-			}
-			for _, key := range t.keyList() {
-				der, err := x509.MarshalPKIXPublicKey(key.found.public)
-				if err != nil {
-					continue // no such key was ever parsed
-				}
-				e := knownKey{
-					ID: key.found.id, Label: key.found.label, Public: der, Always: key.found.always, Unfit: key.found.unfit,
-				}
-				if _, err := e.found(); err == nil {
-					entry.Keys = append(entry.Keys, e)
-				}
-			}
-			if len(entry.Keys) > 0 {
+			entry := t.entry()
+			h := homes[t.ID]
+			entry.Home = h.module == m.spec.Name
+			if len(entry.Keys) > 0 || entry.Home && h.proved {
 				k.Tokens = append(k.Tokens, entry)
 			}
 		}
+	}
+	for _, entry := range strangers {
+		entry.There = false
+		entry.Home = homes[entry.id()].module == entry.Module
+		k.Tokens = append(k.Tokens, entry)
 	}
 	k.shorten()
 	return k
 }
 
-// shorten keeps the list within its bounds.
-func (k *known) shorten() {
-	first := slices.Clone(k.Tokens)
-	slices.SortStableFunc(first, func(a, b knownToken) int {
-		if a.There != b.There {
-			if a.There {
-				return -1
-			}
-			return 1
+// entry is what the list says of a token.
+func (t *Token) entry() knownToken {
+	entry := knownToken{
+		Module: t.module.spec.Name, Label: t.ID.Label, Serial: t.ID.Serial, Manufacturer: t.ID.Manufacturer, Model: t.ID.Model,
+		There: t.present(), Seen: t.lastSeen().UTC().Truncate(time.Second),
+	}
+	for _, key := range t.keyList() {
+		der, err := x509.MarshalPKIXPublicKey(key.found.public)
+		if err != nil {
+			continue // no such key was ever parsed
 		}
-		return b.Seen.Compare(a.Seen)
-	})
-	keys, keep := 0, make(map[string]bool)
-	name := func(t knownToken) string { return fmt.Sprintf("%q %q", t.Module, t.id()) }
-	for _, t := range first {
-		if keys+len(t.Keys) <= maxKnownKeys && len(keep) < maxKnownTokens {
-			keys += len(t.Keys)
-			keep[name(t)] = true
+		e := knownKey{
+			ID: key.found.id, Label: key.found.label, Public: der, Always: key.found.always, Unfit: key.found.unfit,
+		}
+		if _, err := e.found(); err == nil {
+			entry.Keys = append(entry.Keys, e)
 		}
 	}
-	k.Tokens = slices.DeleteFunc(k.Tokens, func(t knownToken) bool { return !keep[name(t)] })
+	return entry
+}
+
+// size is what an entry takes of the file, in bytes and about: the encoding of JSON has
+// up to six bytes for one of a text.
+func (t *knownToken) size() int {
+	n := 256 + 6*(len(t.Module)+len(t.Label)+len(t.Serial)+len(t.Manufacturer)+len(t.Model))
+	for _, key := range t.Keys {
+		n += 128 + 6*(len(key.Label)+len(key.Unfit)) + 2*(len(key.ID)+len(key.Public))
+	}
+	return n
+}
+
+// A share is what entries take of the list.
+type share struct{ tokens, keys, bytes int }
+
+func (a share) plus(b share) share {
+	return share{a.tokens + b.tokens, a.keys + b.keys, a.bytes + b.bytes}
+}
+func (a share) minus(b share) share {
+	return share{a.tokens - b.tokens, a.keys - b.keys, a.bytes - b.bytes}
+}
+
+func (a share) least(b share) share {
+	return share{min(a.tokens, b.tokens), min(a.keys, b.keys), min(a.bytes, b.bytes)}
+}
+
+func (a share) within(b share) bool {
+	return a.tokens <= b.tokens && a.keys <= b.keys && a.bytes <= b.bytes
+}
+
+// shorten keeps the list within its bounds. The modules share it equally, and what one
+// does not need is shared among the others: a module that shows ever new tokens drops
+// tokens of its own.
+func (k *known) shorten() {
+	byModule := make(map[string][]int) // indices into k.Tokens, those to be kept first
+	for i, t := range k.Tokens {
+		byModule[t.Module] = append(byModule[t.Module], i)
+	}
+	names := slices.Sorted(maps.Keys(byModule))
+	for _, list := range byModule {
+		slices.SortStableFunc(list, func(a, b int) int { return compareKnown(&k.Tokens[a], &k.Tokens[b]) })
+	}
+	left := share{maxKnownTokens, maxKnownKeys, maxKnownFile / 2} // half: lines and indentation count as well
+	keep := make(map[int]bool)
+	for parts := len(names); parts > 0; parts /= 2 { // at last all that is left, for one large token
+		for before := -1; len(keep) > before; {
+			before = len(keep)
+			most := share{left.tokens / parts, left.keys / parts, left.bytes / parts}
+			for _, name := range names {
+				room := left.least(most)
+				for _, i := range byModule[name] {
+					if s := k.Tokens[i].share(); !keep[i] && s.within(room) {
+						room, left, keep[i] = room.minus(s), left.minus(s), true
+					}
+				}
+			}
+		}
+	}
+	kept := make([]knownToken, 0, len(keep))
+	for i, t := range k.Tokens {
+		if keep[i] {
+			kept = append(kept, t)
+		}
+	}
+	k.Tokens = kept
+}
+
+func (t *knownToken) share() share { return share{1, len(t.Keys), t.size()} }
+
+// compareKnown puts those tokens of a module first that are to be kept: those that are
+// there, and then those that were there last.
+func compareKnown(a, b *knownToken) int {
+	if a.There != b.There {
+		if a.There {
+			return -1
+		}
+		return 1
+	}
+	return b.Seen.Compare(a.Seen)
 }
 
 // keepKnown writes the list whenever it has changed, until the Store is closed
@@ -285,6 +389,7 @@ func (k *known) shorten() {
 func (s *Store) keepKnown() {
 	path := filepath.Join(s.opts.StateDir, KnownFile)
 	var written []byte
+	rate := pace{burst: knownBurst, every: knownEvery}
 	save := func() {
 		k := s.knownNow()
 		b, err := json.MarshalIndent(k, "", " ")
@@ -300,6 +405,10 @@ func (s *Store) keepKnown() {
 	for {
 		select {
 		case <-s.dirty:
+			if !reserve(s.ctx, &rate) {
+				s.rewrite() // for the end
+				continue
+			}
 			save()
 		case <-s.ctx.Done():
 			select {

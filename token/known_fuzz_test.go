@@ -20,6 +20,7 @@ func FuzzKnown(f *testing.F) {
 		{Version: 1, Tokens: []knownToken{{Module: "m", Label: "card", Serial: "1", There: true, Keys: []knownKey{
 			{ID: []byte{1}, Label: "one", Public: der, Always: true, Unfit: "it is not for signing"},
 		}}}},
+		{Version: 2, Tokens: []knownToken{{Module: "m", Label: "card", Serial: "1", Home: true}}},
 	} {
 		b, err := json.Marshal(k)
 		if err != nil {

@@ -8,6 +8,7 @@ import (
 	"strings"
 	"sync"
 	"sync/atomic"
+	"time"
 
 	"p11-agent/pinentry/secret"
 	"p11-agent/pinentry/waiting"
@@ -17,21 +18,34 @@ import (
 // maxAttempts is how often one dialogue asks for a PIN.
 const maxAttempts = 10
 
-// gate lets one login at a time through to a token, whichever module it is
-// seen through. Everybody else who wants to log in meanwhile shares the outcome:
+// gate is the way in to a token through one module. It lets one login at a time
+// through, and every other request that wants to log in meanwhile shares the outcome:
 // fifty signatures on a cold token are one prompt.
+//
+// A PIN that is kept lies here. So a module never gets a PIN that a person gave for
+// the same token through another module.
 type gate struct {
+	physical *physical // shared with the gates of other modules that show the token
+	module   string
+
 	mu     sync.Mutex
 	flight *flight
-	pins   pinMemory
-	// prompt is held, by the one element it has room for, by whoever gets a PIN
-	// and has it tried: the flight, or a signature that needs its own.
-	prompt chan struct{}
-	// doubt is held likewise by whoever finds out whether there is a login still.
+	kept   *secret.Secret // the PIN that is right, where a Policy has it kept; nil: none
+	since  time.Time      // when it was given
+
+	// doubt is held, by the one element it has room for, by the request that finds out
+	// whether there is a login still.
 	doubt   chan struct{}
 	settled uint64 // one more than the login that was in doubt last
 
-	asking atomic.Int32 // dialogues that are open
+	flights atomic.Int32 // logins that are under way
+	trying  atomic.Int32 // 1 while a PIN is asked for or tried through this module
+	asking  atomic.Int32 // dialogues that are open
+	closed  atomic.Bool  // the token is forgotten, and may have another gate by now
+}
+
+func newGate(p *physical, module string) *gate {
+	return &gate{physical: p, module: module, doubt: make(chan struct{}, 1)}
 }
 
 // flight is one login under way. It goes on while anybody waits for it and is
@@ -50,22 +64,12 @@ type flight struct {
 	ownerLeft bool // nobody will take it
 }
 
-func (s *Store) gate(id wire.TokenID) *gate {
-	s.mu.Lock()
-	defer s.mu.Unlock()
-	g := s.gates[id]
-	if g == nil {
-		g = &gate{prompt: make(chan struct{}, 1), doubt: make(chan struct{}, 1)}
-		s.gates[id] = g
-	}
-	return g
-}
-
 // given is a PIN that a person gave for a token in advance, nil for none. It stays the
 // caller's.
 type given struct {
 	pin     *secret.Secret
 	lastTry bool // the person wants it tried also when it is the last try
+	typed   bool // at a prompt for this token and this module
 }
 
 // login logs in to the token for the sake of a key, or waits for somebody
@@ -75,7 +79,7 @@ type given struct {
 // typed is returned, for the caller to use and wipe: who was asked once for one
 // signature is not to be asked twice.
 func (t *Token) login(ctx context.Context, k *Key, with given) (*secret.Secret, error) {
-	g := t.module.store.gate(t.ID)
+	g := t.gate
 	for {
 		f, own, err := t.board(ctx, g, k, with)
 		if err != nil {
@@ -119,12 +123,14 @@ func (t *Token) board(ctx context.Context, g *gate, k *Key, with given) (f *flig
 	f.waiting.Add(ctx)
 	ctx, cancel := context.WithCancel(waiting.NewContext(context.WithoutCancel(ctx), &f.waiting))
 	f.cancel = cancel
+	g.flights.Add(1)
 	started := t.module.store.goWhileOpen(func() {
+		defer g.flights.Add(-1)
 		defer t.module.use()()
 		defer pin.Wipe()
 		defer cancel()
 		defer context.AfterFunc(t.module.store.ctx, cancel)()
-		typed, err := t.logIn(ctx, g, k, given{pin: pin, lastTry: with.lastTry})
+		typed, err := t.logIn(ctx, g, k, given{pin: pin, lastTry: with.lastTry, typed: with.typed})
 		err = t.loginFailed(err, false)
 		if err != nil && t.module.store.ctx.Err() != nil {
 			err = ErrClosed
@@ -139,6 +145,7 @@ func (t *Token) board(ctx context.Context, g *gate, k *Key, with given) (f *flig
 		close(f.done)
 	})
 	if !started {
+		g.flights.Add(-1)
 		cancel()
 		pin.Wipe()
 		return nil, false, ErrClosed
@@ -234,6 +241,9 @@ func (t *Token) tryLogin(ctx context.Context, p *process, pin *secret.Secret, la
 	if told { // for those who ask how many tries are left
 		t.mu.Lock()
 		t.slot.Info = info
+		if !info.LoggedIn {
+			t.attempted = nil // it was refused
+		}
 		t.mu.Unlock()
 	}
 	if err == nil {
@@ -249,7 +259,7 @@ func (t *Token) reveal(ctx context.Context, p *process) {
 	hidden := slices.ContainsFunc(t.keys, func(k *Key) bool { return !k.found.visible })
 	t.mu.Unlock()
 	if hidden {
-		if err := t.look(ctx, p, nil); err != nil && ctx.Err() == nil {
+		if err := t.lookAgain(ctx, p); err != nil && ctx.Err() == nil {
 			t.module.log.Debug("token cannot be read after the login", "token", t.ID.Label, "reason", err)
 		}
 	}
@@ -259,17 +269,26 @@ func (t *Token) reveal(ctx context.Context, p *process) {
 	}
 }
 
-// take waits for the turn to ask for a PIN, give gives it back.
+// take waits for the token's turn to get a PIN and have it tried, give ends that. There
+// is one turn for all modules that show the token.
 func (g *gate) take(ctx context.Context) error {
 	select {
-	case g.prompt <- struct{}{}:
+	case g.physical.turn <- struct{}{}:
+		if g.closed.Load() {
+			<-g.physical.turn
+			return ErrAbsent
+		}
+		g.trying.Store(1)
 		return nil
 	case <-ctx.Done():
 		return ctx.Err()
 	}
 }
 
-func (g *gate) give() { <-g.prompt }
+func (g *gate) give() {
+	g.trying.Store(0)
+	<-g.physical.turn
+}
 
 // fresh reads the state of the token. Flags change behind our back, so they are
 // read before every login.
@@ -306,9 +325,14 @@ func (t *Token) withPIN(ctx context.Context, g *gate, k *Key, info wire.TokenInf
 	}
 	src := t.module.store.source(k)
 	if !pad && with.pin.Len() == 0 && src != nil {
-		return t.fromSource(ctx, src, tries, use)
+		return t.fromSource(ctx, src, tries, t.proving(use, false))
 	}
-	use = t.noting(g, policy, use)
+	use = t.noting(g, policy, t.proving(use, false))
+	if with.pin.Len() > 0 && !with.typed {
+		if err := t.checkHome(ctx); err != nil {
+			return &PINError{Token: t.ID.Label, Tries: tries, Err: err}
+		}
+	}
 	if with.pin.Len() > 0 && !pad && (tries != TriesLast || with.lastTry) {
 		if g.wasRefused(with.pin, tries) {
 			return &PINError{Token: t.ID.Label, Tries: tries, Err: errors.New(refusedBefore)}
@@ -343,10 +367,14 @@ func (t *Token) withPIN(ctx context.Context, g *gate, k *Key, info wire.TokenInf
 	minPIN, maxPIN := pinBounds(info)
 	g.asking.Add(1)
 	defer g.asking.Add(-1)
-	d, err := ask.Ask(ctx, PINRequest{
+	request := PINRequest{
 		Token: t.ID, Key: k.text, Label: k.found.label, ID: k.ID(), EachUse: eachUse, Pad: pad,
 		MinPIN: minPIN, MaxPIN: maxPIN, Tries: tries,
-	})
+	}
+	if request.Home, request.Others = t.claims(); request.Home != "" || len(request.Others) > 0 {
+		request.Module = t.module.spec.Name
+	}
+	d, err := ask.Ask(ctx, request)
 	if err != nil {
 		return err
 	}
@@ -358,11 +386,23 @@ func (t *Token) withPIN(ctx context.Context, g *gate, k *Key, info wire.TokenInf
 	}
 	switch {
 	case pad:
+		use = t.proving(use, true)
 		return t.judge(typedOnReader(ctx, d, func(ctx context.Context) error { return use(ctx, nil, tries == TriesLast, true) }))
 	case with.pin.Len() > 0:
 		return t.judge(use(ctx, with.pin, true, false))
 	default:
-		return t.fromPerson(ctx, g, d, tries, minPIN, maxPIN, problem, use)
+		return t.fromPerson(ctx, g, d, tries, minPIN, maxPIN, problem, t.proving(use, true))
+	}
+}
+
+// proving makes a usePIN note that the token took a PIN through its module.
+func (t *Token) proving(use usePIN, byPerson bool) usePIN {
+	return func(ctx context.Context, pin *secret.Secret, lastTry, pad bool) error {
+		err := use(ctx, pin, lastTry, pad)
+		if err == nil {
+			t.proved(byPerson)
+		}
+		return err
 	}
 }
 
@@ -572,7 +612,7 @@ func isLoginError(err error) bool {
 // signWithPIN makes a signature with a key that wants its PIN each time. The
 // requests of such keys queue up: each has its own prompt, one at a time.
 func (t *Token) signWithPIN(ctx context.Context, p *process, k *Key, req *wire.Sign, with prelude) ([]byte, error) {
-	g := t.module.store.gate(t.ID)
+	g := t.gate
 	if err := g.take(ctx); err != nil {
 		return nil, err
 	}
@@ -590,7 +630,7 @@ func (t *Token) signWithPIN(ctx context.Context, p *process, k *Key, req *wire.S
 		return nil, &wire.Error{Function: "C_GetSessionInfo", RV: wire.CKRUserNotLoggedIn}
 	}
 	var reply wire.SignReply
-	err = t.withPIN(ctx, g, k, info, given{pin: with.typed}, true, func(ctx context.Context, pin *secret.Secret, lastTry, pad bool) error {
+	err = t.withPIN(ctx, g, k, info, given{pin: with.typed, typed: true}, true, func(ctx context.Context, pin *secret.Secret, lastTry, pad bool) error {
 		req.ContextLogin, req.LastTry, req.Pad, req.PIN = true, lastTry, pad, pin
 		if !pad { // there a person is at work first
 			defer k.working(ctx)()

@@ -112,6 +112,15 @@ func pair(objects []wire.Object, token wire.TokenID, hidden bool, skip func(o wi
 		return f
 	}
 
+	objects = slices.DeleteFunc(slices.Clone(objects), func(o wire.Object) bool {
+		long := max(len(o.ID), len(o.Label)) > maxObjectText
+		if long {
+			o.ID, o.Label = nil, ""
+			skip(o, fmt.Errorf("its ID or label has more than %d bytes", maxObjectText))
+		}
+		return long
+	})
+
 	// Public keys first: theirs is the best public half. Then private keys, which
 	// find their pair by ID and, where they show it, by their own public half.
 	// Certificates come last, those of authorities, which may have the ID of a key

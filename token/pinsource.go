@@ -3,8 +3,6 @@ package token
 import (
 	"bytes"
 	"context"
-	"crypto/hmac"
-	"crypto/rand"
 	"crypto/sha256"
 	"encoding/hex"
 	"errors"
@@ -29,33 +27,61 @@ import (
 // commandTimeout is how long a pin-source command may take.
 const commandTimeout = time.Minute
 
-// source returns the URI that says where the PIN for a key comes from, nil when
-// a person is to be asked.
-func (s *Store) source(k *Key) *pkcs11uri.URI {
+// A pinSource says where the PIN for a key comes from.
+type pinSource struct {
+	uri   *pkcs11uri.URI
+	added bool // a client has named it
+}
+
+// An addedSource is a URI with a PIN that a client has named. It is for the one token and
+// module that it was added for.
+type addedSource struct {
+	uri   *pkcs11uri.URI
+	token *Token
+}
+
+// source returns where the PIN for a key comes from, nil when a person is to be asked.
+func (s *Store) source(k *Key) *pinSource {
 	s.mu.Lock()
-	all := slices.Concat(s.configured, s.added)
+	configured, added := s.configured, s.added
 	s.mu.Unlock()
-	for _, u := range all {
+	for _, u := range configured {
 		if k.Matches(u) {
-			return u
+			return &pinSource{uri: u}
+		}
+	}
+	for _, a := range added {
+		if a.token.ID == k.token.ID && a.token.module == k.token.module && k.Matches(a.uri) {
+			return &pinSource{uri: a.uri, added: true}
 		}
 	}
 	return nil
 }
 
-// AddSource makes the pin-source or pin-value of a URI count for the keys it
-// matches, after those of the configuration. Commands are refused: only the
-// configuration may name one.
-func (s *Store) AddSource(u *pkcs11uri.URI) error {
-	s.mu.Lock()
-	defer s.mu.Unlock()
+// AddSource makes the pin-source or pin-value of a URI count for the token of the keys
+// that it selects now, through their module, after those of the configuration. The URI
+// has to name exactly one token. Commands are refused: only the configuration may name
+// one. Without a PIN in the URI it does nothing.
+func (s *Store) AddSource(u *pkcs11uri.URI, keys []*Key) error {
 	if u.PIN() == nil && u.PINSource == nil {
 		return nil
 	}
 	if err := checkAdded(u); err != nil {
 		return err
 	}
-	s.added = append(s.added, u)
+	if len(keys) == 0 {
+		return ErrNoMatch
+	}
+	t := keys[0].token
+	if all := s.matching(u); len(all) > 1 || slices.ContainsFunc(keys, func(k *Key) bool { return k.token != t }) {
+		return fmt.Errorf("a PIN is for one token, and %s names several: add the serial attribute (token %s is one of them)", selection(u), t.name())
+	}
+	if belongs, _ := t.claims(); belongs != "" && !s.names(u, t.module) {
+		return &GuestError{Token: t.ID.Label, Module: t.module.spec.Name, Home: belongs}
+	}
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	s.added = append(slices.Clip(s.added), addedSource{u, t})
 	return nil
 }
 
@@ -64,7 +90,7 @@ func checkAdded(u *pkcs11uri.URI) error {
 	if u.PINSource != nil && u.PINSource.Kind != pkcs11uri.PINFile {
 		return fmt.Errorf("a pin-source that begins with %q counts in the configuration file only", u.PINSource)
 	}
-	return nil
+	return CheckPIN(u)
 }
 
 // SetSources replaces the URIs of the configuration that say where PINs come
@@ -84,32 +110,45 @@ func (s *Store) SetSources(all []*pkcs11uri.URI) {
 func (s *Store) RemoveSource(u *pkcs11uri.URI) {
 	s.mu.Lock()
 	defer s.mu.Unlock()
-	s.added = slices.DeleteFunc(s.added, func(o *pkcs11uri.URI) bool { return o == u })
+	s.added = slices.DeleteFunc(slices.Clone(s.added), func(o addedSource) bool { return o.uri == u })
 	u.Wipe()
 }
 
 // fromSource logs in with a PIN that the configuration names. There is no
 // person to judge a failure: a PIN that was refused once is never tried again,
 // and the last try is left to a person.
-func (t *Token) fromSource(ctx context.Context, u *pkcs11uri.URI, tries Tries, use usePIN) error {
+//
+// The PIN goes to no other token or module than the one it was used for first, whatever
+// became of it there.
+func (t *Token) fromSource(ctx context.Context, src *pinSource, tries Tries, use usePIN) error {
 	if tries == TriesLast {
 		return &PINError{Token: t.ID.Label, Tries: tries, Err: errors.New(
 			"one try is left, and a configured PIN must not use it up: log in to the token by hand with another program once")}
 	}
-	pin, mark, err := t.module.store.readPIN(ctx, u)
+	if !src.added {
+		if err := t.mayUse(src.uri); err != nil {
+			return &PINError{Token: t.ID.Label, Tries: tries, Err: err}
+		}
+	}
+	pin, mark, err := t.module.store.readPIN(ctx, src)
 	if err != nil {
 		return fmt.Errorf("the PIN for token %q: %w", t.ID.Label, err)
 	}
 	defer pin.Wipe()
 	refused := t.module.store.refused
 	mark.token = t.ID
-	if refused.has(mark) {
+	if refused.has(mark, pin) {
 		return &PINError{Token: t.ID.Label, Tries: tries, Err: fmt.Errorf(
 			"%s was refused before, and is not tried again until %s", mark.what, mark.until)}
 	}
+	if !src.added {
+		if err := t.module.store.bindings.add(bindingOf(selection(src.uri), t)); err != nil {
+			return &PINError{Token: t.ID.Label, Tries: tries, Err: fmt.Errorf("the PIN of %v: %w", src.uri, err)}
+		}
+	}
 	err = t.judge(use(ctx, pin, false, false))
 	if wrong, ok := errors.AsType[*PINError](err); ok && wrong.Tried {
-		refused.add(mark)
+		refused.add(mark, pin)
 		wrong.Err = fmt.Errorf("%s: %w", mark.what, wrong.Err)
 	}
 	return err
@@ -147,7 +186,7 @@ type sourceMark struct {
 	token wire.TokenID
 	what  string // for a person
 	until string // what has to happen for another try
-	state string // what changes when the PIN is changed
+	state string // what changes when the PIN is changed; empty: the PIN is compared
 	disk  bool   // may be remembered on disk
 }
 
@@ -157,7 +196,8 @@ func (m sourceMark) key() string {
 }
 
 // readPIN gets the PIN that a URI carries or names.
-func (s *Store) readPIN(ctx context.Context, u *pkcs11uri.URI) (*secret.Secret, sourceMark, error) {
+func (s *Store) readPIN(ctx context.Context, from *pinSource) (*secret.Secret, sourceMark, error) {
+	u := from.uri
 	s.mu.Lock() // RemoveSource wipes it
 	given := u.PIN()
 	pin, err := given.Clone()
@@ -170,7 +210,7 @@ func (s *Store) readPIN(ctx context.Context, u *pkcs11uri.URI) (*secret.Secret, 
 			pin.Wipe()
 			return nil, sourceMark{}, err
 		}
-		return pin, sourceMark{what: "pin-value", until: "it changes", state: s.refused.hash(pin)}, nil
+		return pin, sourceMark{what: "pin-value", until: "it changes"}, nil
 	}
 	pin.Wipe()
 	src := u.PINSource
@@ -187,9 +227,36 @@ func (s *Store) readPIN(ctx context.Context, u *pkcs11uri.URI) (*secret.Secret, 
 		if err != nil {
 			return nil, sourceMark{}, err
 		}
+		if from.added && s.configuredFile(path) {
+			return nil, sourceMark{}, fmt.Errorf("pin-source: %s is for another token in the configuration", path)
+		}
 		pin, state, err := filePIN(path, src.Kind == pkcs11uri.PINCredential)
 		return pin, sourceMark{what: "the PIN in " + path, until: "the file changes", state: state, disk: true}, err
 	}
+}
+
+// configuredFile tells whether the configuration takes a PIN from a file, for other keys
+// than a client that names it. Otherwise a client could have the PIN of one token tried
+// on another, or handed to another module, without being able to read the file.
+func (s *Store) configuredFile(path string) bool {
+	st, err := os.Stat(path)
+	if err != nil {
+		return false // reading it says so
+	}
+	s.mu.Lock()
+	configured := s.configured
+	s.mu.Unlock()
+	return slices.ContainsFunc(configured, func(u *pkcs11uri.URI) bool {
+		if u.PINSource == nil || u.PINSource.Kind == pkcs11uri.PINCommand {
+			return false
+		}
+		own, err := sourcePath(u.PINSource)
+		if err != nil {
+			return false
+		}
+		other, err := os.Stat(own)
+		return err == nil && os.SameFile(st, other)
+	})
 }
 
 // filePIN reads a PIN file: one line, of this user or root, and closed to
@@ -304,21 +371,31 @@ func commandPIN(ctx context.Context, command string) (*secret.Secret, error) {
 // refusedSources remembers PINs of the configuration that a token has refused.
 // Those from files are remembered on disk too, by the file's identity and age,
 // so that an agent that is restarted again and again does not lock a token.
+//
+// The values of pin-value are kept themselves, in Secrets. A digest would leave a
+// copy of the PIN in the memory of the hash function.
 type refusedSources struct {
 	log  *slog.Logger
 	path string
-	key  [32]byte // of hash
 
-	mu   sync.Mutex
-	keys map[string]bool
+	mu     sync.Mutex
+	keys   map[string]bool
+	values []refusedValue
 }
 
-// maxRefused bounds the file; the oldest entries go.
-const maxRefused = 256
+// A refusedValue is a pin-value that a token has refused.
+type refusedValue struct {
+	key string // of its mark
+	pin *secret.Secret
+}
+
+const (
+	maxRefused = 256 // bounds the file; the oldest entries go
+	maxValues  = 64  // bounds the values; the oldest go
+)
 
 func loadRefused(dir string, log *slog.Logger) *refusedSources {
 	r := &refusedSources{log: log, keys: make(map[string]bool)}
-	_, _ = rand.Read(r.key[:]) // never fails
 	if dir == "" {
 		return r
 	}
@@ -336,23 +413,24 @@ func loadRefused(dir string, log *slog.Logger) *refusedSources {
 	return r
 }
 
-// hash stands for a PIN in the memory of this process: without the key, which
-// never leaves it, it cannot be turned back into the PIN.
-func (r *refusedSources) hash(pin *secret.Secret) string {
-	h := hmac.New(sha256.New, r.key[:])
-	_, _ = h.Write(pin.Bytes())
-	return string(h.Sum(nil))
-}
-
-func (r *refusedSources) has(m sourceMark) bool {
+// has tells whether the PIN of a source was refused.
+func (r *refusedSources) has(m sourceMark, pin *secret.Secret) bool {
 	r.mu.Lock()
 	defer r.mu.Unlock()
+	if m.state == "" {
+		return slices.ContainsFunc(r.values, func(v refusedValue) bool { return v.key == m.key() && v.pin.Equal(pin) })
+	}
 	return r.keys[m.key()]
 }
 
-func (r *refusedSources) add(m sourceMark) {
+// add remembers that the PIN of a source was refused.
+func (r *refusedSources) add(m sourceMark, pin *secret.Secret) {
 	r.mu.Lock()
 	defer r.mu.Unlock()
+	if m.state == "" {
+		r.addValueLocked(m, pin)
+		return
+	}
 	r.keys[m.key()] = true
 	if r.path == "" || !m.disk {
 		return
@@ -360,6 +438,19 @@ func (r *refusedSources) add(m sourceMark) {
 	if err := r.save(m.key()); err != nil {
 		r.log.Warn("cannot remember that a PIN file was refused", "reason", err)
 	}
+}
+
+func (r *refusedSources) addValueLocked(m sourceMark, pin *secret.Secret) {
+	kept, err := pin.Clone()
+	if err != nil {
+		r.log.Warn("cannot remember that a pin-value was refused", "reason", err)
+		return
+	}
+	if len(r.values) == maxValues {
+		r.values[0].pin.Wipe()
+		r.values = slices.Delete(r.values, 0, 1)
+	}
+	r.values = append(r.values, refusedValue{m.key(), kept})
 }
 
 // save adds a line to the file, which is replaced as a whole.

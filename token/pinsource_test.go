@@ -218,7 +218,7 @@ func TestPINCommandIsStopped(t *testing.T) {
 		t.Fatal(err)
 	}
 	// It says that it runs, and then waits for ever with a child of its own.
-	b := newBench(t, nil, withSource(t, "pkcs11:?pin-source="+escape("|/bin/echo started >"+fifo+"; /bin/sleep 1000 & wait")))
+	b := newBench(t, nil, withSource(t, "pkcs11:token=card?pin-source="+escape("|/bin/echo started >"+fifo+"; /bin/sleep 1000 & wait")))
 	ctx, cancel := context.WithCancel(t.Context())
 	end := make(chan error, 1)
 	go func() { end <- tokentest.Sign(ctx, b.key(1)) }()
@@ -283,7 +283,7 @@ func TestWrongSourceIsTriedOnce(t *testing.T) {
 					t.Fatal(err)
 				}
 				want(t, "mode", st.Mode().Perm(), 0o600)
-			} else if _, err := os.Stat(state); !errors.Is(err, os.ErrNotExist) {
+			} else if _, err := os.Stat(filepath.Join(state, "refused-pins")); !errors.Is(err, os.ErrNotExist) {
 				t.Errorf("something was written: %v", err)
 			}
 			tt.change(b)
@@ -297,7 +297,7 @@ func TestWrongSourceIsTriedOnce(t *testing.T) {
 func TestSourceLeavesTheLastTry(t *testing.T) {
 	p := &tokentest.Person{Always: pin, Consents: true}
 	b := newBench(t, p, func(b *bench, opts *token.Options) {
-		withSource(t, "pkcs11:?pin-value="+pin)(b, opts)
+		withSource(t, "pkcs11:token=card?pin-value="+pin)(b, opts)
 		b.card.SetTries(1, 3)
 	})
 	pinError(t, b.sign(), false, token.TriesLast)
@@ -320,18 +320,18 @@ func TestSourceLeavesTheLastTry(t *testing.T) {
 
 func TestAddedSource(t *testing.T) {
 	b := newBench(t, nil, nil)
-	if err := b.store.AddSource(parse(t, "pkcs11:?pin-source="+escape("|/bin/echo "+pin))); err == nil {
+	if err := b.store.AddSource(parse(t, "pkcs11:token=card?pin-source="+escape("|/bin/echo "+pin)), b.store.Keys()); err == nil {
 		t.Error("a client can have a command run")
 	}
-	if err := b.store.AddSource(parse(t, "pkcs11:?pin-source=credential:card")); err == nil {
+	if err := b.store.AddSource(parse(t, "pkcs11:token=card?pin-source=credential:card"), b.store.Keys()); err == nil {
 		t.Error("a client can use the credentials of the service")
 	}
-	if err := b.store.AddSource(parse(t, "pkcs11:token=card")); err != nil {
+	if err := b.store.AddSource(parse(t, "pkcs11:token=card"), b.store.Keys()); err != nil {
 		t.Errorf("without a PIN: %v", err)
 	}
 	pinError(t, b.sign(), false, token.TriesUnknown)
 	u := parse(t, "pkcs11:token=card?pin-value="+pin)
-	if err := b.store.AddSource(u); err != nil {
+	if err := b.store.AddSource(u, b.store.Keys()); err != nil {
 		t.Fatal(err)
 	}
 	b.mustSign()
@@ -354,7 +354,7 @@ func TestSourceRemovedWhileUsed(t *testing.T) {
 	changers.Go(func() {
 		for !stop.Load() {
 			u := parse(t, "pkcs11:token=card?pin-value="+pin)
-			if err := b.store.AddSource(u); err != nil {
+			if err := b.store.AddSource(u, b.store.Keys()); err != nil {
 				t.Error(err)
 			}
 			b.store.SetSources([]*pkcs11uri.URI{parse(t, "pkcs11:token=card?pin-value="+pin)})

@@ -187,6 +187,7 @@ func startProcess(ctx context.Context, spec ModuleSpec, argv []string, log *slog
 		}
 		return nil, err
 	}
+	trimHello(&p.info)
 	return p, nil
 }
 
@@ -315,6 +316,7 @@ func (p *process) failure() error {
 
 // read hands answers to those who wait, until the connection ends.
 func (p *process) read() {
+	events := pace{burst: eventBurst, every: eventEvery}
 	for {
 		f, err := p.conn.ReadFrame()
 		if err != nil {
@@ -329,6 +331,10 @@ func (p *process) read() {
 			return
 		}
 		if f.Type == wire.TypeEvent {
+			if events.take(time.Now()) > 0 {
+				p.kill(errors.New("it tells of events without end"))
+				return
+			}
 			select {
 			case p.events <- struct{}{}:
 			default:

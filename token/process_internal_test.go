@@ -22,10 +22,7 @@ import (
 func pipeProcess(t *testing.T, serve func(c *wire.ModuleConn, r wire.Request)) *process {
 	t.Helper()
 	ours, theirs := net.Pipe()
-	conn, err := wire.NewModuleConn(theirs)
-	if err != nil {
-		t.Fatal(err)
-	}
+	conn := wire.NewModuleConn(theirs)
 	p := &process{
 		cmd: &exec.Cmd{Process: new(os.Process)}, conn: wire.NewConn(ours),
 		events: make(chan struct{}, 1), done: make(chan struct{}), waiting: make(map[uint32]*pending),

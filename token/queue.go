@@ -217,6 +217,23 @@ func (p *process) queueLocked(token wire.TokenID) *queue {
 	return q
 }
 
+// forgetQueues forgets those of tokens that are not there, where nothing is under way.
+func (p *process) forgetQueues(there []*Token) {
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	for id, q := range p.queues {
+		if id == (wire.TokenID{}) || q.running > 0 || len(q.waiting) > 0 || slices.ContainsFunc(there, func(t *Token) bool { return t.ID == id }) {
+			continue
+		}
+		delete(p.queues, id)
+		for _, s := range q.seats {
+			if s.lane != nil {
+				_ = s.lane.Close()
+			}
+		}
+	}
+}
+
 // leaveLocked gives a seat to the next who waits.
 func (p *process) leaveLocked(s *seat) {
 	q := s.queue

@@ -92,7 +92,7 @@ func (t *Token) used(ctx context.Context, k *Key) {
 func (t *Token) retain(k *Key) {
 	s := t.module.store
 	r := s.policyOf(k).Retention
-	kept := s.gate(t.ID).keptSince()
+	kept := t.gate.keptSince()
 	t.mu.Lock()
 	defer t.mu.Unlock()
 	if t.session == nil {
@@ -132,7 +132,7 @@ func (r *retained) forget() {
 
 // expire logs out, unless a signature has put that off just now.
 func (t *Token) expire() {
-	kept := t.module.store.gate(t.ID).keptSince()
+	kept := t.gate.keptSince()
 	t.mu.Lock()
 	wait := time.Until(t.retained.end)
 	if t.retained.timer == nil {
@@ -193,7 +193,7 @@ func (t *Token) endsAt(e Event) bool {
 }
 
 func (t *Token) forgetAt(ctx context.Context, e Event) {
-	t.module.store.gate(t.ID).forgetPIN()
+	t.gate.forgetPIN()
 	t.mu.Lock()
 	p, in := cmp.Or(t.session, t.attempted), t.session != nil
 	t.mu.Unlock()

@@ -3,6 +3,7 @@ package token_test
 import (
 	"fmt"
 	"maps"
+	"net"
 	"os"
 	"path/filepath"
 	"strconv"
@@ -17,21 +18,22 @@ import (
 )
 
 // needLandlock ends the test where the kernel has none.
-func needLandlock(t *testing.T) {
+func needLandlock(t *testing.T) (version int) {
 	t.Helper()
-	_, err := ll.LandlockGetABIVersion()
+	version, err := ll.LandlockGetABIVersion()
 	switch {
 	case err != nil && os.Getenv("CI") == "true":
 		t.Fatalf("this kernel has no Landlock: %v", err)
 	case err != nil:
 		t.Skipf("this kernel has no Landlock: %v", err)
 	}
+	return version
 }
 
 // A module tries what it has no business to do: on the thread that starts it, on one of
 // its own, and in a program. In the sandbox it is refused, without it is not.
 func TestIntruder(t *testing.T) {
-	needLandlock(t)
+	scoped := needLandlock(t) >= 6
 	library := tokentest.BuildBadModule(t)
 	for _, confined := range []bool{true, false} {
 		t.Run(fmt.Sprintf("sandbox=%v", confined), func(t *testing.T) {
@@ -42,6 +44,9 @@ func TestIntruder(t *testing.T) {
 			keys := filepath.Join(home, ".ssh/authorized_keys")
 			noError(t, os.Mkdir(filepath.Dir(keys), 0o700))
 			noError(t, os.WriteFile(keys, []byte("ssh-ed25519 mine\n"), 0o600))
+			l, err := net.Listen("unix", "@"+dir)
+			noError(t, err)
+			defer l.Close()
 			spec := realSpec("bad", library, tokentest.BadModuleEnv("intrude="+dir, "", "")...)
 			spec.Unconfined = !confined
 			s := tokentest.Store(t, token.Options{Modules: []token.ModuleSpec{spec}, Command: self})
@@ -63,16 +68,19 @@ func TestIntruder(t *testing.T) {
 				seen++
 				refused := errno == unix.EACCES || errno == unix.EPERM
 				switch {
-				case strings.HasPrefix(what, "read authorized_keys"):
+				case strings.HasPrefix(what, "allowed: "):
 					want(t, what, errno, 0)
+				case strings.HasPrefix(what, "abstract socket") && !scoped:
+				case errno == unix.EOPNOTSUPP || errno == unix.ENOTTY || errno == unix.ENODATA:
+					want(t, what+" is not what this file system has", confined, false)
 				case strings.HasPrefix(what, "bpf") && !confined:
 					// Here it depends on the kernel, whether there are such programs.
 				case refused != confined:
 					t.Errorf("%s: %v", what, errno)
 				}
 			}
-			if seen < 17 {
-				t.Errorf("it tried only %v", maps.Collect(maps.All(got)))
+			if seen < 90 {
+				t.Errorf("it tried only %d: %v", seen, maps.Collect(maps.All(got)))
 			}
 			after, err := os.ReadFile(keys)
 			noError(t, err)
@@ -80,6 +88,9 @@ func TestIntruder(t *testing.T) {
 			text := "off (configuration)"
 			if confined {
 				text = "files (landlock "
+				if scoped {
+					text = "files, signals and abstract sockets (landlock "
+				}
 			}
 			if !strings.HasPrefix(st.Sandbox, text) {
 				t.Errorf("the status is %q", st.Sandbox)

@@ -11,6 +11,7 @@ import (
 	"strings"
 
 	"p11-agent/token/pkcs11uri"
+	"p11-agent/token/wire"
 )
 
 // An AllowList says which module files a client may name: patterns of paths,
@@ -139,7 +140,51 @@ func ParseProvider(provider []byte, allow AllowList) (*Selector, error) {
 		}
 		return &Selector{path: real, text: real}, nil
 	}
-	u, err := pkcs11uri.ParseBytes(provider)
+	sel, err := parseURI(provider)
+	if err != nil || sel.uri.ModulePath == nil {
+		return sel, err
+	}
+	real, err := allow.Resolve(*sel.uri.ModulePath)
+	if err != nil {
+		sel.uri.Wipe()
+		return nil, err
+	}
+	// A directory selects among the modules there are, and starts none.
+	if !isDir(real) {
+		sel.path = real
+	}
+	return sel, nil
+}
+
+// ParseRemoteProvider is ParseProvider for a client that may be on another machine, or
+// sees some keys only. It looks at no file: such a client is not to learn which files
+// there are, nor to have the agent wait for a file system. So a module is not named by
+// its path, and a PIN not by a file. Nor is a PIN taken from the URI, which would count
+// for every key that the URI matches.
+func ParseRemoteProvider(provider []byte) (*Selector, error) {
+	if !isURI(provider) {
+		return nil, errors.New("a module is named by its path, which counts on this machine only: name keys by their pkcs11: URI")
+	}
+	sel, err := parseURI(provider)
+	if err != nil {
+		return nil, err
+	}
+	u := sel.uri
+	switch {
+	case u.ModulePath != nil:
+		err = errors.New("the URI has a module-path, which counts on this machine only")
+	case u.PINSource != nil || u.PIN() != nil:
+		err = errors.New("the URI brings a PIN, which counts on this machine only: give the PIN when ssh-add asks")
+	default:
+		return sel, nil
+	}
+	u.Wipe()
+	return nil, err
+}
+
+// parseURI reads a URI that a client names.
+func parseURI(text []byte) (*Selector, error) {
+	u, err := pkcs11uri.ParseBytes(text)
 	if err != nil {
 		return nil, err
 	}
@@ -151,20 +196,7 @@ func ParseProvider(provider []byte, allow AllowList) (*Selector, error) {
 		u.Wipe()
 		return nil, err
 	}
-	sel := NewSelector(u)
-	if u.ModulePath == nil {
-		return sel, nil
-	}
-	real, err := allow.Resolve(*u.ModulePath)
-	if err != nil {
-		u.Wipe()
-		return nil, err
-	}
-	// A directory selects among the modules there are, and starts none.
-	if !isDir(real) {
-		sel.path = real
-	}
-	return sel, nil
+	return NewSelector(u), nil
 }
 
 func isDir(path string) bool {
@@ -195,6 +227,12 @@ func (m *module) matches(u *pkcs11uri.URI, byPath bool) bool {
 // It fails with ErrNoMatch, an *AmbiguousError when one token would be used
 // through several modules, or what went wrong with the modules that were named.
 func (s *Store) Select(ctx context.Context, sel *Selector) ([]*Key, error) {
+	return s.SelectOf(ctx, sel, func(*Key) bool { return true })
+}
+
+// SelectOf is Select where only the keys count that reached says may be reached. Others
+// count as not there.
+func (s *Store) SelectOf(ctx context.Context, sel *Selector, reached func(*Key) bool) ([]*Key, error) {
 	var named *module
 	if sel.path != "" {
 		var err error
@@ -207,7 +245,7 @@ func (s *Store) Select(ctx context.Context, sel *Selector) ([]*Key, error) {
 			return nil, ctx.Err()
 		}
 	}
-	keys, err := s.selected(sel)
+	keys, err := s.selected(sel, reached)
 	if len(keys) > 0 || err != nil {
 		return keys, err
 	}
@@ -218,7 +256,7 @@ func (s *Store) Select(ctx context.Context, sel *Selector) ([]*Key, error) {
 	} else if err := s.Rescan(ctx); err != nil {
 		return nil, err
 	}
-	keys, err = s.selected(sel)
+	keys, err = s.selected(sel, reached)
 	if len(keys) > 0 || err != nil {
 		return keys, err
 	}
@@ -251,17 +289,24 @@ func (s *Store) whyNone(ctx context.Context, sel *Selector, named *module) error
 	return errors.Join(append([]error{fmt.Errorf("%w: no such token is present", ErrNoMatch)}, failed...)...)
 }
 
-// selected returns what is selected out of what is known. A URI that selects
-// one token through several modules is an error, as it is not clear which of
-// them gets the PIN.
-func (s *Store) selected(sel *Selector) ([]*Key, error) {
+// selected returns what is selected out of what is known and reached. Of the modules
+// that show a token, the one that the token belongs to counts. It is an error when a URI
+// selects a token through several others, as it is not clear which of them gets the PIN.
+func (s *Store) selected(sel *Selector, reached func(*Key) bool) ([]*Key, error) {
 	var keys []*Key
 	through := make(map[string][]string)
+	home := make(map[wire.TokenID]*Token)
+	if sel.uri != nil {
+		home = s.atHome(func(t *Token) bool { return slices.ContainsFunc(t.keyList(), sel.Match) })
+	}
 	for _, m := range s.modulesNow() {
 		for _, t := range m.present() {
+			if h := home[t.ID]; h != nil && h != t {
+				continue
+			}
 			n := len(keys)
 			for _, k := range t.keyList() {
-				if sel.Match(k) && (k.Unfit() == "" || !sel.Broad()) {
+				if sel.Match(k) && (k.Unfit() == "" || !sel.Broad()) && reached(k) {
 					keys = append(keys, k)
 				}
 			}
@@ -275,6 +320,23 @@ func (s *Store) selected(sel *Selector) ([]*Key, error) {
 		}
 	}
 	return keys, nil
+}
+
+// atHome returns the tokens that are meant, are there and are seen through the module
+// that they belong to.
+func (s *Store) atHome(meant func(*Token) bool) map[wire.TokenID]*Token {
+	found := make(map[wire.TokenID]*Token)
+	for _, m := range s.modulesNow() {
+		for _, t := range m.present() {
+			s.mu.Lock()
+			belongs := s.homeLocked(t.ID)
+			s.mu.Unlock()
+			if belongs == m.spec.Name && meant(t) {
+				found[t.ID] = t
+			}
+		}
+	}
+	return found
 }
 
 // ensureModule returns the module that runs the file, starting one if none

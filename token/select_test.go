@@ -318,7 +318,7 @@ func TestParseProvider(t *testing.T) {
 		{name: "module path of a link", provider: "pkcs11:id=%01?module-path=DIR/lib/in.so", path: "lib/deep/er/p11.so", text: "pkcs11:id=%01?module-path=DIR/lib/in.so"},
 		{name: "module path of a directory", provider: "pkcs11:?module-path=DIR/lib/deep", text: "pkcs11:?module-path=DIR/lib/deep", broad: true},
 		{name: "module path outside of the list", provider: "pkcs11:?module-path=DIR/other/p11.so", err: "not in the list"},
-		{name: "module path outside of the list, with a PIN", provider: "pkcs11:?module-path=DIR/other/p11.so&pin-value=" + pin, err: "not in the list"},
+		{name: "module path outside of the list, with a PIN", provider: "pkcs11:token=card?module-path=DIR/other/p11.so&pin-value=" + pin, err: "not in the list"},
 		{name: "module path of a link out of the list", provider: "pkcs11:?module-path=DIR/lib/out.so", err: "not in the list"},
 		{name: "module path with dots", provider: "pkcs11:?module-path=DIR/lib/../other/p11.so", err: "not in the list"},
 		{name: "module path of a directory outside of the list", provider: "pkcs11:?module-path=DIR/other", err: "not in the list"},
@@ -389,7 +389,7 @@ func TestParseProviderPINCommand(t *testing.T) {
 			t.Fatal(err)
 		}
 		s := new(Store)
-		if err := s.AddSource(u); err == nil || len(s.added) > 0 {
+		if err := s.AddSource(u, nil); err == nil || len(s.added) > 0 {
 			t.Errorf("%d sources, %v; want none and an error", len(s.added), err)
 		}
 	}

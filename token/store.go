@@ -16,7 +16,6 @@ import (
 	"errors"
 	"fmt"
 	"log/slog"
-	"maps"
 	"slices"
 	"sync"
 	"sync/atomic"
@@ -56,8 +55,8 @@ type ModuleSpec struct {
 
 // Options make a Store.
 type Options struct {
-	// Modules are started at once. Earlier ones win where a token is seen
-	// through several.
+	// Modules are started at once. A token that several show is used through the one
+	// that it belongs to, or else through the earliest.
 	Modules []ModuleSpec
 	// Command is the program and its arguments that become a module process; the
 	// module's name is added, for whoever looks at the process list.
@@ -67,6 +66,9 @@ type Options struct {
 	// Sources are URIs of the configuration that carry a pin-source or a
 	// pin-value. The first that matches the key gives the PIN.
 	Sources []*pkcs11uri.URI
+	// Homes are URIs of the configuration. Those that name a token and a module say
+	// which module the token belongs to; the others do not matter.
+	Homes []*pkcs11uri.URI
 	// PublicKeys stand in for public halves that tokens do not show.
 	PublicKeys []PublicKey
 	// Policy says how the PIN of a key's token is used; nil: the zero Policy for
@@ -79,8 +81,9 @@ type Options struct {
 	Working func(ctx context.Context, k *Key) (done func())
 	// Generating is what Working is, for a token that begins to make a key.
 	Generating func(wire.TokenID) (done func())
-	// StateDir keeps which PIN files have been refused, so that a restart does
-	// not try them again; empty: that is only remembered in memory.
+	// StateDir keeps which PIN files have been refused, and which token each configured
+	// PIN is for, so that a restart does not try them again, nor on another token;
+	// empty: that is only remembered in memory.
 	StateDir string
 	// Known is what to do with the list of keys in StateDir.
 	Known KnownKeys
@@ -98,7 +101,12 @@ type PINAsker interface {
 
 // A PINRequest says what a PIN is wanted for.
 type PINRequest struct {
-	Token   wire.TokenID
+	Token wire.TokenID
+	// Module is the name of the module that gets the PIN, when a person needs to know
+	// it: the token belongs to another one, Home, or Others show it as well.
+	Module  string
+	Home    string
+	Others  []string
 	Key     string // the key's canonical URI
 	Label   string // the key's label, may be empty
 	ID      []byte // CKA_ID, may be empty
@@ -137,21 +145,26 @@ type Store struct {
 	cancel context.CancelFunc
 	wg     sync.WaitGroup
 
-	keys    atomic.Pointer[snapshot]
-	settled chan struct{} // closed when every module was looked at once
-	refused *refusedSources
-	known   *known        // as it was at the start
-	dirty   chan struct{} // one element: the list of known keys is to be written
-	stirred chan struct{} // one element: see StatusChanged
+	physicals physicals
+
+	keys     atomic.Pointer[snapshot]
+	settled  chan struct{} // closed when every module was looked at once
+	refused  *refusedSources
+	bindings *bindings
+	known    *known        // as it was at the start
+	dirty    chan struct{} // one element: the list of known keys is to be written
+	stirred  chan struct{} // one element: see StatusChanged
 
 	mu         sync.Mutex
 	closed     bool
 	modules    []*module
 	configured []*pkcs11uri.URI // where PINs come from
-	added      []*pkcs11uri.URI // likewise, after those
+	added      []addedSource    // likewise, after those
+	preferred  []*pkcs11uri.URI // those that say which module a token belongs to
+	homes      map[wire.TokenID]home
+	strangers  []knownToken // of the list of known keys, whose modules are not there
 	public     []PublicKey
 	policy     func(*Key) Policy
-	gates      map[wire.TokenID]*gate
 	changed    chan struct{} // closed and replaced when keys change
 }
 
@@ -161,6 +174,7 @@ func Open(opts Options) *Store {
 	ctx, cancel := context.WithCancel(context.Background())
 	s := &Store{
 		opts:       opts,
+		physicals:  physicals{all: make(map[wire.TokenID]*physical)},
 		log:        opts.Log,
 		ctx:        ctx,
 		cancel:     cancel,
@@ -169,15 +183,19 @@ func Open(opts Options) *Store {
 		dirty:      make(chan struct{}, 1),
 		stirred:    make(chan struct{}, 1),
 		refused:    loadRefused(opts.StateDir, opts.Log),
+		bindings:   loadBindings(opts.StateDir, opts.Log),
 		configured: slices.Clone(opts.Sources),
+		preferred:  homeURIs(opts.Homes),
+		homes:      make(map[wire.TokenID]home),
 		public:     slices.Clone(opts.PublicKeys),
 		policy:     opts.Policy,
-		gates:      make(map[wire.TokenID]*gate),
 		changed:    make(chan struct{}),
 	}
 	s.keys.Store(new(snapshot))
 	if opts.Known != KnownIgnored {
 		s.known = loadKnown(opts.StateDir, opts.Log)
+		s.homes = s.known.homes()
+		s.strangers = s.known.Tokens
 	}
 	if opts.Known == KnownKept && opts.StateDir != "" {
 		s.wg.Go(s.keepKnown)
@@ -206,6 +224,7 @@ func Open(opts Options) *Store {
 func (s *Store) startLocked(spec ModuleSpec) *module {
 	m := newModule(s, spec)
 	m.restore(s.known)
+	s.strangers = slices.DeleteFunc(slices.Clone(s.strangers), func(t knownToken) bool { return t.Module == spec.Name })
 	s.modules = append(s.modules, m)
 	s.wg.Go(func() { m.run(s.ctx) })
 	return m
@@ -218,12 +237,12 @@ func (s *Store) Close() error {
 	s.mu.Unlock()
 	s.cancel()
 	s.wg.Wait()
-	s.mu.Lock()
-	gates := slices.Collect(maps.Values(s.gates))
-	s.mu.Unlock()
-	for _, g := range gates {
-		g.wipe()
+	for _, m := range s.modulesNow() {
+		for _, t := range m.known() {
+			t.gate.wipe()
+		}
 	}
+	s.physicals.wipe()
 	return nil
 }
 
@@ -263,24 +282,36 @@ func (s *Store) publish() {
 	s.mu.Lock()
 	defer s.mu.Unlock()
 	next := &snapshot{generation: s.keys.Load().generation + 1}
-	seen := make(map[wire.TokenID]*Token)
-	for _, m := range s.modules {
-		for _, t := range m.present() {
-			if first, ok := seen[t.ID]; ok {
-				t.setShadow(first.module.spec.Name)
-				continue
+	used := make(map[wire.TokenID]*Token)
+	there := s.tokensLocked((*module).present)
+	for id, claims := range byID(there) {
+		t := s.claimLocked(id, claims)
+		used[id] = t
+		belongs := s.homeLocked(id)
+		runs := slices.ContainsFunc(s.modules, func(m *module) bool { return m.spec.Name == belongs && m.failure() == nil })
+		t.setUsed("", belongs, runs)
+		for _, o := range claims {
+			if o != t {
+				o.setUsed(t.module.spec.Name, "", true)
 			}
-			t.setShadow("")
-			seen[t.ID] = t
+		}
+	}
+	for _, t := range there {
+		if used[t.ID] == t {
 			next.keys = append(next.keys, t.keyList()...)
 		}
 	}
-	for _, m := range s.modules {
-		for _, t := range m.known() {
-			if seen[t.ID] == nil {
-				seen[t.ID] = t
-				next.away = append(next.away, t.keyList()...)
-			}
+	known := s.tokensLocked((*module).known)
+	for id, claims := range byID(known) {
+		if used[id] == nil {
+			belongs := s.homeLocked(id)
+			i := slices.IndexFunc(claims, func(t *Token) bool { return t.module.spec.Name == belongs })
+			used[id] = claims[max(i, 0)]
+		}
+	}
+	for _, t := range known {
+		if used[t.ID] == t && !slices.Contains(there, t) {
+			next.away = append(next.away, t.keyList()...)
 		}
 	}
 	if was := s.keys.Load(); slices.Equal(next.keys, was.keys) && slices.Equal(next.away, was.away) {
@@ -289,10 +320,32 @@ func (s *Store) publish() {
 	s.keys.Store(next)
 	close(s.changed)
 	s.changed = make(chan struct{})
+	s.rewrite()
+}
+
+// rewrite has the list of known keys written. It never waits.
+func (s *Store) rewrite() {
 	select {
 	case s.dirty <- struct{}{}:
 	default:
 	}
+}
+
+// tokensLocked returns tokens of all modules, in the order of modules.
+func (s *Store) tokensLocked(of func(*module) []*Token) (all []*Token) {
+	for _, m := range s.modules {
+		all = append(all, of(m)...)
+	}
+	return all
+}
+
+// byID finds the Tokens that claim to be the same one.
+func byID(all []*Token) map[wire.TokenID][]*Token {
+	claims := make(map[wire.TokenID][]*Token)
+	for _, t := range all {
+		claims[t.ID] = append(claims[t.ID], t)
+	}
+	return claims
 }
 
 // modulesNow returns the modules as they are now.
@@ -352,6 +405,7 @@ type TokenStatus struct {
 	Tries    Tries
 	LoggedIn bool
 	Shadowed string // the module that this token is used through instead
+	Home     string // the module that it belongs to, when it is used through this one instead
 	Keys     []*Key
 	Flags    uint64
 	Library  string    // of the module
@@ -396,11 +450,23 @@ func (s *Store) stir() {
 // the PINs that are kept, and so makes the next signature ask for the PIN. A
 // module that hangs delays no other.
 func (s *Store) LogoutAll(ctx context.Context) error {
+	return s.logoutOf(ctx, func(*Token) bool { return true })
+}
+
+// LogoutOf is LogoutAll for the tokens that are chosen by their keys.
+func (s *Store) LogoutOf(ctx context.Context, chosen func([]*Key) bool) error {
+	return s.logoutOf(ctx, func(t *Token) bool { return chosen(t.keyList()) })
+}
+
+func (s *Store) logoutOf(ctx context.Context, chosen func(*Token) bool) error {
 	var wg sync.WaitGroup
 	var mu sync.Mutex
 	var all []error
 	for _, m := range s.modulesNow() {
 		for _, t := range m.known() {
+			if !chosen(t) {
+				continue
+			}
 			wg.Go(func() {
 				if err := t.forget(ctx); err != nil {
 					mu.Lock()

@@ -44,31 +44,34 @@ type module struct {
 	spec   ModuleSpec
 	file   string // spec.Path with all links followed, as far as there is such a file
 	log    *slog.Logger
+	lines  *folding      // behind log
+	looks  pace          // of those for events; run's
 	looked chan struct{} // closed after the first look, or the first failure
 	wanted chan *lookup  // looks asked for
 	poked  chan struct{} // one element: somebody looks at the keys
 	needed chan struct{} // one element: somebody needs the process that was let go
 
-	mu       sync.Mutex
-	state    chan struct{} // closed and replaced at every change below
-	proc     *process      // nil while there is none
-	info     wire.HelloReply
-	err      error     // why there is none
-	retry    time.Time // when it is started again; zero: when somebody wants it
-	starts   int
-	lastLook time.Time               // or when it failed last
-	plug     bool                    // it has slots that tokens are plugged into
-	complain string                  // why it could not be used, as logged last
-	tokens   map[wire.TokenID]*Token // every token ever seen
-	order    []*Token                // the present ones, in the order of slots
-	last     []*Token                // likewise at the last look, whatever came after
-	pid      int                     // of the process, from before proc is set; 0: there is none
-	pcsc     bool                    // it sees smart cards by pcscd
-	cards    []pcsc.Reader           // the readers just before the last look
-	held     []string                // those that others kept to themselves then
-	users    int                     // requests that need the process
-	lastUse  time.Time
-	released bool // the process was ended as nobody needed it
+	mu         sync.Mutex
+	state      chan struct{} // closed and replaced at every change below
+	proc       *process      // nil while there is none
+	info       wire.HelloReply
+	err        error     // why there is none
+	retry      time.Time // when it is started again; zero: when somebody wants it
+	starts     int
+	lastLook   time.Time               // or when it failed last
+	plug       bool                    // it has slots that tokens are plugged into
+	complain   string                  // why it could not be used, as logged last
+	tokens     map[wire.TokenID]*Token // the tokens that were ever there, within bounds
+	insertions uint64                  // the most insertions of those that were forgotten
+	order      []*Token                // the present ones, in the order of slots
+	last       []*Token                // likewise at the last look, whatever came after
+	pid        int                     // of the process, from before proc is set; 0: there is none
+	pcsc       bool                    // it sees smart cards by pcscd
+	cards      []pcsc.Reader           // the readers just before the last look
+	held       []string                // those that others kept to themselves then
+	users      int                     // requests that need the process
+	lastUse    time.Time
+	released   bool // the process was ended as nobody needed it
 }
 
 // lookup is a look that somebody waits for.
@@ -81,11 +84,14 @@ func newModule(s *Store, spec ModuleSpec) *module {
 	if err != nil {
 		file = spec.Path // starting it will say what is wrong
 	}
+	lines := newFolding(s.log.Handler())
 	return &module{
 		store:  s,
 		spec:   spec,
 		file:   file,
-		log:    s.log.With("module", spec.Name),
+		log:    slog.New(lines).With("module", spec.Name),
+		lines:  lines,
+		looks:  pace{burst: lookBurst, every: lookEvery},
 		looked: make(chan struct{}),
 		wanted: make(chan *lookup),
 		poked:  make(chan struct{}, 1),
@@ -106,6 +112,7 @@ func (m *module) change(f func()) {
 
 // run keeps the module running until ctx ends.
 func (m *module) run(ctx context.Context) {
+	defer m.lines.close()
 	first := sync.OnceFunc(func() { close(m.looked) })
 	defer first()
 	var due []*lookup // asked for while there was no process
@@ -113,6 +120,7 @@ func (m *module) run(ctx context.Context) {
 	spec, poll := m.spec, m.spec.Poll
 	renewed := false // the next process is no sign of trouble
 	var again backoff
+	renewals := pace{burst: renewBurst, every: renewEvery}
 	for ctx.Err() == nil {
 		began := time.Now()
 		p, err := startProcess(ctx, spec, m.store.opts.Command, m.log)
@@ -146,6 +154,7 @@ func (m *module) run(ctx context.Context) {
 			break
 		}
 		if renewed = errors.Is(err, errRenewed); renewed {
+			reserve(ctx, &renewals)
 			continue
 		}
 		if oneAtATime(err) && !poll {
@@ -223,7 +232,7 @@ func (m *module) stopped(err error, wait time.Duration) {
 		if wait > 0 {
 			m.retry = time.Now().Add(wait)
 		}
-		if m.starts == 0 || wait > restartMin {
+		if m.starts == 0 || wait == 0 || wait > restartMin {
 			m.order, gone = nil, m.order
 		}
 	})
@@ -271,9 +280,14 @@ func (m *module) pause(ctx context.Context, wait time.Duration) (due []*lookup) 
 func (m *module) attend(ctx context.Context, p *process) (*readerWatch, []*lookup) {
 	idle := time.NewTimer(0)
 	defer idle.Stop()
+	var later <-chan time.Time // a look that is put off
 	for {
 		var err error
 		var due []*lookup
+		events := p.events
+		if later != nil {
+			events = nil
+		}
 		select {
 		case <-ctx.Done():
 			p.kill(ErrClosed)
@@ -286,7 +300,14 @@ func (m *module) attend(ctx context.Context, p *process) (*readerWatch, []*looku
 				return watch, nil
 			}
 			idle.Reset(again)
-		case <-p.events:
+		case <-events:
+			if wait := m.looks.take(time.Now()); wait > 0 {
+				later = time.After(wait)
+				continue
+			}
+			err = m.look(ctx, p, false)
+		case <-later:
+			later = nil
 			err = m.look(ctx, p, false)
 		case <-m.poked:
 			if m.mute() {
@@ -331,23 +352,36 @@ func (m *module) look(ctx context.Context, p *process, again bool) error {
 		return m.wrap(err)
 	}
 	var order []*Token
-	plug := false
+	plug, read := false, 0
 	for _, slot := range slots.Slots {
 		plug = plug || slot.Flags&wire.CKFRemovableDevice != 0
 		if !slot.HasToken {
 			continue
 		}
+		if !believable(slot.Token) {
+			m.log.Warn("token has a longer name than PKCS#11 allows, and is not used", "slot", slot.ID)
+			continue
+		}
+		if len(order) == maxTokens {
+			m.log.Warn("module shows more tokens than are used", "slots", len(slots.Slots), "used", maxTokens)
+			break
+		}
+		slot = trim(slot)
 		t := m.token(slot)
 		if slices.Contains(order, t) {
 			// Nothing tells them apart, so a PIN might go to the wrong one.
 			m.log.Warn("two tokens have the same name, only the first is used", "token", slot.Token.Label, "serial", slot.Token.Serial)
 			continue
 		}
-		if err := t.look(ctx, p, &slot); err != nil {
+		if read > maxLook {
+			m.log.Warn("module shows more objects than are read", "token", slot.Token.Label, "serial", slot.Token.Serial)
+		} else if size, err := t.look(ctx, p, &slot, order); err != nil {
 			if ctx.Err() != nil || p.failure() != nil {
 				return m.wrap(err)
 			}
 			m.log.Warn("token cannot be read", "token", slot.Token.Label, "serial", slot.Token.Serial, "reason", err)
+		} else {
+			read += size
 		}
 		order = append(order, t)
 	}
@@ -367,16 +401,18 @@ func (m *module) look(ctx context.Context, p *process, again bool) error {
 		m.plug, m.complain = plug, ""
 	})
 	for _, t := range gone {
-		m.store.gate(t.ID).wipe()
+		t.gate.wipe()
 		t.left()
 	}
+	m.prune()
+	p.forgetQueues(order)
 	m.store.publish()
 	return nil
 }
 
 // asking tells whether somebody is asked for the PIN of one of the tokens.
 func (m *module) asking() bool {
-	return slices.ContainsFunc(m.known(), func(t *Token) bool { return len(m.store.gate(t.ID).prompt) > 0 })
+	return slices.ContainsFunc(m.known(), func(t *Token) bool { return t.gate.trying.Load() > 0 })
 }
 
 // token returns what is kept of the token in a slot.
@@ -492,21 +528,23 @@ func (m *module) poke() {
 	}
 }
 
+// status tells how the module fares, and of its tokens.
 func (m *module) status() ModuleStatus {
-	st := m.statusNow()
-	for _, list := range [][]TokenStatus{st.Tokens, st.Away} {
-		for i := range list {
-			m.store.gate(list[i].ID).addTo(&list[i])
-		}
+	st, there, away := m.statusNow()
+	for i, t := range there { // the locks of gates come before the module's
+		t.gate.addTo(&st.Tokens[i])
+	}
+	for i, t := range away {
+		t.gate.addTo(&st.Away[i])
 	}
 	return st
 }
 
-// statusNow is the status as far as it is known here.
-func (m *module) statusNow() ModuleStatus {
+// statusNow is the status without what gates tell, and the tokens that its lists are of.
+func (m *module) statusNow() (st ModuleStatus, there, away []*Token) {
 	m.mu.Lock()
 	defer m.mu.Unlock()
-	st := ModuleStatus{
+	st = ModuleStatus{
 		Name:     m.spec.Name,
 		Path:     m.spec.Path,
 		Running:  m.proc != nil,
@@ -521,12 +559,12 @@ func (m *module) statusNow() ModuleStatus {
 		st.Sandbox = printable(m.info.Sandbox.String())
 	}
 	for _, t := range m.order {
-		st.Tokens = append(st.Tokens, t.status(true))
+		st.Tokens, there = append(st.Tokens, t.status(true)), append(there, t)
 	}
 	for _, t := range slices.SortedFunc(maps.Values(m.tokens), func(a, b *Token) int { return compareIDs(a.ID, b.ID) }) {
 		if !slices.Contains(m.order, t) && len(t.keyList()) > 0 {
-			st.Away = append(st.Away, t.status(false))
+			st.Away, away = append(st.Away, t.status(false)), append(away, t)
 		}
 	}
-	return st
+	return st, there, away
 }

@@ -7,6 +7,7 @@ import (
 	"encoding/hex"
 	"errors"
 	"fmt"
+	"log/slog"
 	"slices"
 	"strconv"
 	"sync"
@@ -22,11 +23,14 @@ type Token struct {
 	ID     wire.TokenID
 	module *module
 	use    usage
+	gate   *gate
 
 	mu               sync.Mutex
 	slot             wire.Slot // where it was seen last
-	shadow           string    // the module that wins over this one
+	shadow           string    // the module that the token is used through instead of this one
+	belongs          string    // the module that it belongs to, when it is used through this one instead
 	keys             []*Key
+	weight           int // of the keys, in bytes
 	insertions       uint64
 	seen             time.Time // when it was there last, if it is not
 	session          *process  // the process that is logged in, nil when none is
@@ -38,19 +42,32 @@ type Token struct {
 	retained         retained
 }
 
+// newToken makes a Token. The module's mu is held, where others may use the module.
 func newToken(m *module, id wire.TokenID) *Token {
-	return &Token{ID: id, module: m, refusesMechanism: make(map[uint64]bool)}
+	return &Token{
+		ID: id, module: m, gate: newGate(m.store.physicals.take(id), m.spec.Name), refusesMechanism: make(map[uint64]bool),
+		insertions: m.insertions,
+	}
 }
 
-// look reads the objects of the token. slot is where it is; nil: where it was.
-func (t *Token) look(ctx context.Context, p *process, slot *wire.Slot) error {
+// lookAgain reads the objects of a token that is where it was.
+func (t *Token) lookAgain(ctx context.Context, p *process) error {
+	_, err := t.look(ctx, p, nil, t.module.present())
+	return err
+}
+
+// look reads the objects of the token. slot is where it is; nil: where it was. Others are
+// tokens of the module that its keys share the room with. It returns the size of what was
+// read, in bytes.
+func (t *Token) look(ctx context.Context, p *process, slot *wire.Slot, others []*Token) (int, error) {
 	t.mu.Lock()
 	changes := t.changes
 	t.mu.Unlock()
 	var reply wire.ObjectsReply
 	if err := p.call(ctx, listTimeout, wire.TypeObjects, &wire.Objects{Token: t.ID}, &reply); err != nil {
-		return err
+		return 0, err
 	}
+	size := bulk(reply.Objects)
 	hidden := reply.Info.Flags&wire.CKFLoginRequired != 0 && !reply.Info.LoggedIn
 	log := t.module.log
 	if slot != nil {
@@ -61,9 +78,11 @@ func (t *Token) look(ctx context.Context, p *process, slot *wire.Slot) error {
 	pairs := t.pair(reply.Objects, hidden, func(o wire.Object, reason error) {
 		log.Debug("object is not used", "token", t.ID.Label, "label", o.Label, "id", hex.EncodeToString(o.ID), "reason", reason)
 	})
+	pairs = t.fit(pairs, others)
 	t.mu.Lock()
 	defer t.mu.Unlock()
 	t.slot.Info = reply.Info
+	t.weight = weight(pairs)
 	switch {
 	case t.changes != changes: // what was read may be of before
 	case reply.Info.LoggedIn:
@@ -92,16 +111,31 @@ func (t *Token) look(ctx context.Context, p *process, slot *wire.Slot) error {
 		}
 		t.keys = append(t.keys, k)
 	}
-	return nil
+	return size, nil
 }
 
-func (t *Token) setShadow(by string) {
+// setUsed notes through which module the token is used, empty for this one, and which
+// one it belongs to then. It tells when either is another module than this and the last,
+// with a warning for one that does not run: a module that runs may see a token later
+// than another.
+func (t *Token) setUsed(through, belongs string, runs bool) {
+	if belongs == t.module.spec.Name {
+		belongs = ""
+	}
 	t.mu.Lock()
-	was := t.shadow
-	t.shadow = by
+	was, wasGuest := t.shadow, t.belongs
+	t.shadow, t.belongs = through, belongs
 	t.mu.Unlock()
-	if by != "" && was != by {
-		t.module.log.Warn("token is seen through two modules", "token", t.ID.Label, "serial", t.ID.Serial, "used through", by)
+	log := t.module.log.With("token", t.ID.Label, "serial", t.ID.Serial)
+	if through != "" && was != through {
+		log.Warn("token is seen through two modules", "used through", through)
+	}
+	if belongs != "" && wasGuest != belongs {
+		level := slog.LevelWarn
+		if runs {
+			level = slog.LevelDebug
+		}
+		log.Log(context.Background(), level, "token is seen through another module than so far", "so far", belongs)
 	}
 }
 
@@ -177,7 +211,7 @@ func (t *Token) enterLocked(p *process) {
 
 // forget ends the login and everything that is known of the PIN.
 func (t *Token) forget(ctx context.Context) error {
-	t.module.store.gate(t.ID).forgetPIN()
+	t.gate.forgetPIN()
 	t.mu.Lock()
 	t.retained.forget()
 	t.mu.Unlock()
@@ -224,6 +258,7 @@ func (t *Token) status(present bool) TokenStatus {
 		Tries:      triesOf(t.slot.Info.Flags),
 		LoggedIn:   t.session != nil,
 		Shadowed:   t.shadow,
+		Home:       t.belongs,
 		Keys:       t.keys,
 		Flags:      t.slot.Info.Flags,
 		Library:    t.module.info.Description,
@@ -245,8 +280,8 @@ func (t *Token) status(present bool) TokenStatus {
 func (g *gate) addTo(st *TokenStatus) {
 	g.mu.Lock()
 	defer g.mu.Unlock()
-	st.PINKept = g.pins.kept != nil
-	st.LoginUnderWay = g.flight != nil || len(g.prompt) > 0
+	st.PINKept = g.kept != nil
+	st.LoginUnderWay = g.flight != nil || g.trying.Load() > 0
 	st.PromptOpen = g.asking.Load() > 0
 }
 
@@ -291,6 +326,20 @@ func (t *Token) left() {
 	t.mu.Lock()
 	defer t.mu.Unlock()
 	t.seen = time.Now()
+}
+
+// goneSince tells when the token was there last, if it is not.
+func (t *Token) goneSince() time.Time {
+	t.mu.Lock()
+	defer t.mu.Unlock()
+	return t.seen
+}
+
+// inserts returns how often the token has appeared.
+func (t *Token) inserts() uint64 {
+	t.mu.Lock()
+	defer t.mu.Unlock()
+	return t.insertions
 }
 
 func (t *Token) inserted() {

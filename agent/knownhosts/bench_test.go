@@ -27,3 +27,22 @@ func BenchmarkLookup(b *testing.B) {
 		})
 	}
 }
+
+// BenchmarkFit is what a wildcard costs each login, and the most that one can cost.
+func BenchmarkFit(b *testing.B) {
+	usual := []string{"*.example.org", "*.example.com", "!test.example.org"}
+	for _, test := range []struct {
+		name, pattern string
+		patterns      []string
+	}{
+		{"usual", "*.example.org", usual},
+		{"worst", "*a" + strings.Repeat("?", 60) + "b*", append(usual, "*b"+strings.Repeat("?", 50)+"a*")},
+	} {
+		b.Run(test.name, func(b *testing.B) {
+			k := Known{Names: []string{test.pattern}}
+			for b.Loop() {
+				k.Fit(test.patterns)
+			}
+		})
+	}
+}

@@ -15,9 +15,9 @@ const (
 	maxConfig = 1 << 20 // bytes of a configuration file
 )
 
-// Guesses returns what may be names of hosts among words: the arguments of an ssh
-// client, or what stands in its configuration. Hosts with a port of their own are
-// known as [host]:port, so the numbers among the words are tried as ports.
+// Guesses returns what may be names of hosts among the words of ssh's configuration.
+// Hosts with a port of their own are known as [host]:port, so the numbers among the
+// words are tried as ports.
 func Guesses(words []string) []string {
 	var hosts, ports []string
 	add := func(list *[]string, s string) {

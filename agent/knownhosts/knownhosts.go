@@ -3,9 +3,10 @@
 // FORMAT).
 //
 // It promises that a name it returns is one that the files have for this very
-// key, or for the authority that has certified it; that a name which the files
-// have only as a hash is found only when somebody else says it, and proved by the
-// hash; and that the time and memory it takes are bounded whatever is in the files.
+// key, or for the authority that has certified it. A wildcard is returned as it is in
+// the file: it proves that the host is one of several, and no guess makes it say more.
+// A name which the files have only as a hash is found when a guess has the hash. The
+// time and memory that the package takes are bounded whatever is in the files.
 //
 // It leaves to others whether a host has proved to have the key.
 package knownhosts
@@ -15,6 +16,7 @@ import (
 	"crypto/hmac"
 	"crypto/sha1" //nolint:gosec // what known_hosts uses
 	"encoding/base64"
+	"errors"
 	"os"
 	"slices"
 	"strings"
@@ -28,7 +30,8 @@ import (
 const (
 	maxFile    = 16 << 20 // bytes
 	maxLine    = 64 << 10
-	maxNames   = 32   // of one key
+	maxPattern = 1023 // bytes, as ssh
+	maxNames   = 32   // of one key, and as many sets
 	maxGuesses = 8192 // candidates that are compared with hashed names
 )
 
@@ -52,9 +55,42 @@ type stamp struct {
 
 // entry is a line of a file.
 type entry struct {
-	patterns  []string // names, patterns and hashed names
-	authority bool
-	revoked   bool
+	hash               string   // of the one name it has; empty: it has these
+	positive, negative []string // patterns, the latter without their !
+	odd                bool     // there are further names, which cannot be shown
+	authority          bool
+	revoked            bool
+}
+
+// newEntry reads the names of a line, which are separated by commas there. ok is
+// false when ssh takes the line for no host (OpenSSH's hostfile.c,
+// match_maybe_hashed, and match.c, match_pattern_list).
+func newEntry(names []string) (e entry, ok bool) {
+	if strings.HasPrefix(names[0], "|") {
+		return entry{hash: names[0]}, len(names) == 1 && printable(names[0])
+	}
+	for _, n := range names {
+		n, negated := strings.CutPrefix(n, "!")
+		switch {
+		case len(n) >= maxPattern:
+			return entry{}, false
+		case n == "":
+		case negated:
+			e.negative = append(e.negative, n)
+		case printable(n):
+			e.positive = append(e.positive, n)
+		default:
+			e.odd = true
+		}
+	}
+	return e, true
+}
+
+// has tells whether an entry that is not hashed is for a host: one of its patterns
+// matches, and none with a ! in front does.
+func (e entry) has(host string) bool {
+	fits := func(p string) bool { return MatchPattern(strings.ToLower(p), strings.ToLower(host)) }
+	return slices.ContainsFunc(e.positive, fits) && !slices.ContainsFunc(e.negative, fits)
 }
 
 // New makes Files of these paths. Files that are not there, that others than the
@@ -63,22 +99,60 @@ func New(paths ...string) *Files { return &Files{paths: paths} }
 
 // Known is what the files say of a host key.
 type Known struct {
-	// Names are those of the host, those that were guessed first. They may hold
-	// anything but control characters and blanks.
+	// Names are those of the host, the one that was guessed first in front. One with
+	// wildcards stands for hosts that share the key: the host is one of them, or has
+	// one of the other names. Names may hold anything but control characters and blanks.
 	Names []string
 	// Hashed says that there is a name, but only its hash, and that no guess was
 	// right.
 	Hashed bool
 	// Revoked says that the key, or its authority, is marked as revoked.
 	Revoked bool
+
+	sets []set // of the names with wildcards
+	// hashes are of further names that no guess was right about. An empty one stands
+	// for all names that were left out.
+	hashes []string
+}
+
+// Shared tells whether hosts share the key, so that it proves no single name.
+func (k Known) Shared() bool { return len(k.sets) > 0 || slices.ContainsFunc(k.Names, wild) }
+
+// A set is the names that a name with wildcards stands for.
+type set struct {
+	name string
+	all  [][]string // lists of patterns in small letters: a name in the set fits each list
+}
+
+// newSet makes the set of the names that fit a pattern and none of the others.
+func newSet(pattern string, but ...string) set {
+	list := []string{strings.ToLower(pattern)}
+	for _, b := range but {
+		list = append(list, "!"+strings.ToLower(b))
+	}
+	return set{name: pattern, all: [][]string{list}}
+}
+
+func (s set) equal(o set) bool {
+	return s.name == o.name && slices.EqualFunc(s.all, o.all, slices.Equal)
+}
+
+// add adds a name that is proved.
+func (k *Known) add(name string) { k.Names = append(k.Names, name) }
+
+// addSet adds names that hosts with the same key have.
+func (k *Known) addSet(s set) {
+	k.add(s.name)
+	if !slices.ContainsFunc(k.sets, s.equal) {
+		k.sets = append(k.sets, s)
+	}
 }
 
 // Lookup returns what the files say of a host key, which may be a certificate.
-// guesses returns names that the host may have; it is called when there is need
-// of them. The files are read again when they have changed.
+// guesses returns names that the host may have, the likeliest first; it is called
+// when there is need of them. The files are read again when they have changed.
 func (f *Files) Lookup(key ssh.PublicKey, guesses func() []string) Known {
 	entries := f.now()
-	var all []string
 	guess := sync.OnceValue(func() []string {
 		if guesses == nil {
 			return nil
@@ -97,68 +171,74 @@ func (f *Files) Lookup(key ssh.PublicKey, guesses func() []string) Known {
 		case e.revoked:
 			k.Revoked = true
 		case !e.authority:
-			names, hashed := f.names(e, guess)
-			all = append(all, names...)
-			k.Hashed = k.Hashed || hashed
+			f.line(&k, e, guess)
 		}
 	}
 	if certified {
+		valid := CheckHostCertificate(cert) == nil
 		for _, e := range entries[string(cert.SignatureKey.Marshal())] {
 			switch {
 			case e.revoked:
 				k.Revoked = true
-			case e.authority:
-				all = append(all, e.certified(cert)...)
+			case e.authority && valid:
+				k.certify(e, cert)
 			}
 		}
 	}
-	guessed := guessedFirst(all, guess)
-	k.Names = guessed[:min(len(guessed), maxNames)]
-	k.Hashed = k.Hashed && len(k.Names) == 0
+	k.order(guess)
 	return k
 }
 
-// guessedFirst puts the names that somebody has said before the others, each once.
-func guessedFirst(names []string, guess func() []string) []string {
-	var first, rest []string
-	for _, n := range names {
-		switch {
-		case slices.Contains(first, n) || slices.Contains(rest, n):
-		case len(names) > 1 && slices.Contains(guess(), n):
-			first = append(first, n)
-		default:
-			rest = append(rest, n)
+// order puts the names that somebody has said in front of the others, each once and
+// within bounds.
+func (k *Known) order(guess func() []string) {
+	var names []string
+	add := func(name string) {
+		if !slices.Contains(names, name) {
+			names = append(names, name)
 		}
 	}
-	return append(first, rest...)
-}
-
-// names returns the names of a host that an entry has. hashed says that there may
-// be another.
-func (f *Files) names(e entry, guess func() []string) (names []string, hashed bool) {
-	for _, p := range e.patterns {
-		switch {
-		case strings.HasPrefix(p, "|"):
-			name, found := f.unhash(p, guess)
-			if found {
-				names = append(names, name)
-			}
-			hashed = hashed || !found
-		case strings.HasPrefix(p, "!"):
-		case strings.ContainsAny(p, "*?"):
-			for _, g := range guess() {
-				if match(e.patterns, g) {
-					names = append(names, g)
+	if len(k.Names) > 1 {
+		for _, g := range guess() {
+			for _, n := range k.Names {
+				if MatchPattern(strings.ToLower(n), strings.ToLower(g)) {
+					add(n)
 				}
 			}
-			if len(names) == 0 {
-				names = append(names, p)
-			}
-		default:
-			names = append(names, p)
 		}
 	}
-	return names, hashed
+	for _, n := range k.Names {
+		add(n)
+	}
+	if max(len(names), len(k.sets), len(k.hashes)) > maxNames {
+		k.hashes = append(k.hashes[:min(len(k.hashes), maxNames)], "")
+		k.sets = k.sets[:min(len(k.sets), maxNames)]
+	}
+	k.Names = names[:min(len(names), maxNames)]
+	k.Hashed = len(names) == 0 && slices.ContainsFunc(k.hashes, func(h string) bool { return h != "" })
+}
+
+// line adds what an entry says of the host that has its key.
+func (f *Files) line(k *Known, e entry, guess func() []string) {
+	if e.hash != "" {
+		if name, found := f.unhash(e.hash, guess); found {
+			k.add(name)
+		} else {
+			k.hashes = append(k.hashes, e.hash)
+		}
+		return
+	}
+	if e.odd {
+		k.hashes = append(k.hashes, "")
+	}
+	for _, p := range e.positive {
+		switch {
+		case wild(p):
+			k.addSet(newSet(p, e.negative...))
+		case e.has(p):
+			k.add(p)
+		}
+	}
 }
 
 // unhash returns the name that has been hashed, if somebody has said it now or
@@ -181,19 +261,83 @@ func (f *Files) unhash(hashed string, guess func() []string) (name string, found
 	return "", false
 }
 
-// certified returns the names that a certificate has and that its authority may
-// certify.
-func (e entry) certified(cert *ssh.Certificate) (names []string) {
-	if cert.CertType != ssh.HostCert {
-		return nil
-	}
-	for _, name := range cert.ValidPrincipals {
-		if printable(name) && match(e.patterns, name) && new(ssh.CertChecker).CheckCert(name, cert) == nil {
-			names = append(names, name)
+// certify adds the names that a valid certificate has and that its authority may
+// certify. Principals may be patterns. They have no ports, which the names of an entry
+// may have (OpenSSH's sshconnect.c, check_host_key).
+func (k *Known) certify(e entry, cert *ssh.Certificate) {
+	for _, principal := range cert.ValidPrincipals {
+		// ssh asks for names in small letters, and principals are compared as they are.
+		if principal == "" || !printable(principal) || principal != strings.ToLower(principal) {
+			continue
+		}
+		if e.hash != "" {
+			if matchHash(e.hash, principal) {
+				k.add(principal)
+			}
+			continue
+		}
+		for _, pattern := range e.positive {
+			k.both(e, principal, pattern)
 		}
 	}
-	return names
 }
+
+// both adds the names that fit a principal and a pattern of an entry.
+func (k *Known) both(e entry, principal, pattern string) {
+	if _, port, ok := strings.Cut(pattern, "]:"); ok && strings.HasPrefix(pattern, "[") {
+		if wild(port) || wild(principal) {
+			port = "*"
+		}
+		principal = "[" + principal + "]:" + port
+	}
+	switch {
+	case !wild(principal):
+		if MatchPattern(strings.ToLower(pattern), principal) && e.has(principal) {
+			k.add(principal)
+		}
+	case !wild(pattern):
+		if MatchPattern(principal, strings.ToLower(pattern)) && e.has(pattern) {
+			k.add(pattern)
+		}
+	default:
+		s := newSet(pattern, e.negative...)
+		within, overlaps := relate(s.all, []string{principal})
+		if !overlaps {
+			return
+		}
+		if !within {
+			s.name = principal
+		}
+		s.all = append(s.all, []string{principal})
+		k.addSet(s)
+	}
+}
+
+// CheckHostCertificate tells why a certificate proves no name of a host at all
+// (sshkey_cert_check_host in OpenSSH 10.5's sshkey.c): it is for a user, it is not
+// valid now, it has no principals, it has critical options, or its authority has not
+// signed it or has signed it with an algorithm that ssh does not take.
+func CheckHostCertificate(cert *ssh.Certificate) error {
+	switch {
+	case cert.CertType != ssh.HostCert:
+		return errors.New("it is no certificate of a host")
+	case len(cert.ValidPrincipals) == 0:
+		return errors.New("the certificate names no principals")
+	case cert.Signature == nil || !slices.Contains(authorityAlgorithms, cert.Signature.Format):
+		return errors.New("the certificate's authority has signed it with an algorithm that is not allowed")
+	}
+	return new(ssh.CertChecker).CheckCert(cert.ValidPrincipals[0], cert)
+}
+
+// authorityAlgorithms are the signatures of authorities that ssh takes
+// (SSH_ALLOWED_CA_SIGALGS in OpenSSH 10.5's myproposal.h), without SHA-1.
+var authorityAlgorithms = []string{
+	ssh.KeyAlgoED25519, ssh.KeyAlgoECDSA256, ssh.KeyAlgoECDSA384, ssh.KeyAlgoECDSA521,
+	ssh.KeyAlgoSKED25519, ssh.KeyAlgoSKECDSA256, ssh.KeyAlgoRSASHA512, ssh.KeyAlgoRSASHA256,
+}
+
+// wild tells whether a pattern may stand for several names.
+func wild(pattern string) bool { return strings.ContainsAny(pattern, "*?") }
 
 // match tells whether a list of patterns is for a host: one matches, and none
 // with a ! in front does.
@@ -248,7 +392,7 @@ func matchHash(hashed, host string) bool {
 		return false
 	}
 	salt, err := base64.StdEncoding.DecodeString(parts[2])
-	if err != nil {
+	if err != nil || len(salt) != sha1.Size {
 		return false
 	}
 	want, err := base64.StdEncoding.DecodeString(parts[3])
@@ -320,14 +464,14 @@ func parse(file []byte, entries map[string][]entry) {
 		if err != nil {
 			continue
 		}
-		e := entry{authority: marker == "cert-authority", revoked: marker == "revoked"}
-		if marker != "" && !e.authority && !e.revoked {
-			continue
+		e, ok := newEntry(hosts)
+		e.authority, e.revoked = marker == "cert-authority", marker == "revoked"
+		if cert, certified := key.(*ssh.Certificate); certified {
+			// Marked lines are about the key in it, and others about no key at all.
+			key, ok = cert.Key, ok && marker != ""
 		}
-		for _, h := range hosts {
-			if h != "" && printable(h) {
-				e.patterns = append(e.patterns, h)
-			}
+		if !ok && !e.revoked || marker != "" && !e.authority && !e.revoked {
+			continue
 		}
 		wire := string(key.Marshal())
 		entries[wire] = append(entries[wire], e)

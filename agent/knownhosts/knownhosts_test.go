@@ -3,6 +3,7 @@ package knownhosts
 import (
 	"crypto/ed25519"
 	"crypto/rand"
+	"crypto/rsa"
 	"encoding/base64"
 	"fmt"
 	"os"
@@ -54,35 +55,80 @@ func TestLookup(t *testing.T) {
 		return c
 	}
 	later := time.Now().Add(time.Hour)
+	withOption := certify(ssh.HostCert, later, "www.example.org")
+	withOption.CriticalOptions = map[string]string{"x": ""}
+	if err := withOption.SignCert(rand.Reader, authority); err != nil {
+		t.Fatal(err)
+	}
+	private, err := rsa.GenerateKey(rand.Reader, 2048)
+	if err != nil {
+		t.Fatal(err)
+	}
+	rsaAuthority, err := ssh.NewSignerFromKey(private)
+	if err != nil {
+		t.Fatal(err)
+	}
+	sha1, err := ssh.NewSignerWithAlgorithms(rsaAuthority.(ssh.AlgorithmSigner), []string{ssh.KeyAlgoRSA})
+	if err != nil {
+		t.Fatal(err)
+	}
+	withSHA1 := certify(ssh.HostCert, later, "www.example.org")
+	if err := withSHA1.SignCert(rand.Reader, sha1); err != nil {
+		t.Fatal(err)
+	}
+	forged := certify(ssh.HostCert, later, "www.example.org")
+	forged.KeyId = "changed"
 	for name, test := range map[string]struct {
 		file    string
 		key     ssh.PublicKey
 		guesses []string
 		want    Known
 	}{
-		"a name":                    {line("example.org", key), key, nil, Known{Names: []string{"example.org"}}},
-		"several names":             {line("example.org,192.0.2.1", key), key, nil, Known{Names: []string{"example.org", "192.0.2.1"}}},
-		"the one that was typed":    {line("example.org,192.0.2.1", key), key, []string{"192.0.2.1"}, Known{Names: []string{"192.0.2.1", "example.org"}}},
-		"several lines":             {line("a", key) + line("b", other) + line("c", key), key, nil, Known{Names: []string{"a", "c"}}},
-		"another key":               {line("example.org", other), key, []string{"example.org"}, Known{}},
-		"a port":                    {line("[example.org]:2222", key), key, nil, Known{Names: []string{"[example.org]:2222"}}},
-		"a pattern":                 {line("*.example.org", key), key, nil, Known{Names: []string{"*.example.org"}}},
-		"a pattern and its name":    {line("*.example.org", key), key, []string{"www.example.org", "www.example.com"}, Known{Names: []string{"www.example.org"}}},
-		"not by the pattern":        {line("*.example.org,!www.example.org", key), key, []string{"www.example.org"}, Known{Names: []string{"*.example.org"}}},
-		"revoked":                   {"@revoked " + line("*", key), key, nil, Known{Revoked: true}},
-		"an unknown marker":         {"@odd " + line("example.org", key), key, nil, Known{}},
-		"an authority is no host":   {"@cert-authority " + line("example.org", key), key, nil, Known{}},
-		"a broken line":             {"example.org ssh-ed25519 AAAA\n" + line("a", key), key, nil, Known{Names: []string{"a"}}},
-		"a comment":                 {"# " + line("example.org", key), key, nil, Known{}},
-		"control characters":        {line("a\x1b[31m,b", key), key, nil, Known{Names: []string{"b"}}},
-		"a bidirectional name":      {line("a\u202eb", key), key, nil, Known{}},
-		"nothing":                   {"", key, nil, Known{}},
-		"a certificate":             {"@cert-authority " + line("*.example.org", authority.PublicKey()), certify(ssh.HostCert, later, "www.example.org", "www.example.com"), nil, Known{Names: []string{"www.example.org"}}},
-		"a certificate of a user":   {"@cert-authority " + line("*", authority.PublicKey()), certify(ssh.UserCert, later, "www.example.org"), nil, Known{}},
-		"a certificate of the past": {"@cert-authority " + line("*", authority.PublicKey()), certify(ssh.HostCert, time.Now().Add(-time.Hour), "www.example.org"), nil, Known{}},
-		"no authority":              {line("*", authority.PublicKey()), certify(ssh.HostCert, later, "www.example.org"), nil, Known{}},
-		"a revoked authority":       {"@revoked " + line("*", authority.PublicKey()), certify(ssh.HostCert, later, "www.example.org"), nil, Known{Revoked: true}},
-		"the key of a certificate":  {line("a", key), certify(ssh.HostCert, later, "www.example.org"), nil, Known{Names: []string{"a"}}},
+		"a name":                               {line("example.org", key), key, nil, Known{Names: []string{"example.org"}}},
+		"several names":                        {line("example.org,192.0.2.1", key), key, nil, Known{Names: []string{"example.org", "192.0.2.1"}}},
+		"the one that was typed":               {line("example.org,192.0.2.1", key), key, []string{"192.0.2.1"}, Known{Names: []string{"192.0.2.1", "example.org"}}},
+		"several lines":                        {line("a", key) + line("b", other) + line("c", key), key, nil, Known{Names: []string{"a", "c"}}},
+		"another key":                          {line("example.org", other), key, []string{"example.org"}, Known{}},
+		"a port":                               {line("[example.org]:2222", key), key, nil, Known{Names: []string{"[example.org]:2222"}}},
+		"a pattern":                            {line("*.example.org", key), key, nil, Known{Names: []string{"*.example.org"}}},
+		"a pattern and its name":               {line("*.example.org", key), key, []string{"www.example.org", "www.example.com"}, Known{Names: []string{"*.example.org"}}},
+		"a pattern for any name":               {line("*", key), key, []string{"ssh", "www.example.org"}, Known{Names: []string{"*"}}},
+		"the pattern that was said":            {line("a,*.example.com,*.example.org", key), key, []string{"www.example.org"}, Known{Names: []string{"*.example.org", "a", "*.example.com"}}},
+		"a name that is excepted":              {line("a,!a,b", key), key, []string{"a"}, Known{Names: []string{"b"}}},
+		"nothing but exceptions":               {line("!a,!*.b", key), key, []string{"c"}, Known{}},
+		"the likelier guess":                   {line("a,b,c", key), key, []string{"c", "b"}, Known{Names: []string{"c", "b", "a"}}},
+		"a hash among names":                   {line("a,|1|"+strings.Repeat("A", 27)+"=|"+strings.Repeat("A", 27)+"=", key), key, nil, Known{Names: []string{"a", "|1|" + strings.Repeat("A", 27) + "=|" + strings.Repeat("A", 27) + "="}}},
+		"names behind a hash":                  {line("|1|"+strings.Repeat("A", 27)+"=|"+strings.Repeat("A", 27)+"=,a", key), key, []string{"a"}, Known{}},
+		"a pattern that is too long":           {line("a,"+strings.Repeat("b", 1023), key), key, nil, Known{}},
+		"not by the pattern":                   {line("*.example.org,!www.example.org", key), key, []string{"www.example.org"}, Known{Names: []string{"*.example.org"}}},
+		"revoked":                              {"@revoked " + line("*", key), key, nil, Known{Revoked: true}},
+		"an unknown marker":                    {"@odd " + line("example.org", key), key, nil, Known{}},
+		"an authority is no host":              {"@cert-authority " + line("example.org", key), key, nil, Known{}},
+		"a broken line":                        {"example.org ssh-ed25519 AAAA\n" + line("a", key), key, nil, Known{Names: []string{"a"}}},
+		"a comment":                            {"# " + line("example.org", key), key, nil, Known{}},
+		"control characters":                   {line("a\x1b[31m,b", key), key, nil, Known{Names: []string{"b"}}},
+		"a bidirectional name":                 {line("a\u202eb", key), key, nil, Known{}},
+		"nothing":                              {"", key, nil, Known{}},
+		"a certificate":                        {"@cert-authority " + line("*.example.org", authority.PublicKey()), certify(ssh.HostCert, later, "www.example.org", "www.example.com"), nil, Known{Names: []string{"www.example.org"}}},
+		"a certificate of a user":              {"@cert-authority " + line("*", authority.PublicKey()), certify(ssh.UserCert, later, "www.example.org"), nil, Known{}},
+		"a certificate of the past":            {"@cert-authority " + line("*", authority.PublicKey()), certify(ssh.HostCert, time.Now().Add(-time.Hour), "www.example.org"), nil, Known{}},
+		"no authority":                         {line("*", authority.PublicKey()), certify(ssh.HostCert, later, "www.example.org"), nil, Known{}},
+		"a revoked authority":                  {"@revoked " + line("*", authority.PublicKey()), certify(ssh.HostCert, later, "www.example.org"), nil, Known{Revoked: true}},
+		"a certificate without names":          {"@cert-authority " + line("*", authority.PublicKey()), certify(ssh.HostCert, later), []string{"www.example.org"}, Known{}},
+		"a certificate for a pattern":          {"@cert-authority " + line("*.example.org,a.example.com", authority.PublicKey()), certify(ssh.HostCert, later, "*.example.org"), []string{"www.example.org"}, Known{Names: []string{"*.example.org"}}},
+		"the narrower pattern":                 {"@cert-authority " + line("*.example.org", authority.PublicKey()), certify(ssh.HostCert, later, "w*.example.org", "*"), nil, Known{Names: []string{"w*.example.org", "*.example.org"}}},
+		"a name that fits a principal":         {"@cert-authority " + line("a.example.org,b.example.com", authority.PublicKey()), certify(ssh.HostCert, later, "*.example.org"), nil, Known{Names: []string{"a.example.org"}}},
+		"patterns apart":                       {"@cert-authority " + line("*.example.com", authority.PublicKey()), certify(ssh.HostCert, later, "*.example.org"), nil, Known{}},
+		"a certified port":                     {"@cert-authority " + line("[*.example.org]:2222", authority.PublicKey()), certify(ssh.HostCert, later, "www.example.org"), nil, Known{Names: []string{"[www.example.org]:2222"}}},
+		"a pattern with a port":                {"@cert-authority " + line("[*.example.org]:2222", authority.PublicKey()), certify(ssh.HostCert, later, "www.*"), nil, Known{Names: []string{"[www.*]:*"}}},
+		"a principal in capitals":              {"@cert-authority " + line("*", authority.PublicKey()), certify(ssh.HostCert, later, "WWW.example.org"), nil, Known{}},
+		"an authority for all but a name":      {"@cert-authority " + line("*,!www.example.org", authority.PublicKey()), certify(ssh.HostCert, later, "www.example.org", "a"), nil, Known{Names: []string{"a"}}},
+		"a certificate with options":           {"@cert-authority " + line("*", authority.PublicKey()), withOption, nil, Known{}},
+		"a certificate with SHA-1":             {"@cert-authority " + line("*", rsaAuthority.PublicKey()), withSHA1, nil, Known{}},
+		"a certificate with a wrong signature": {"@cert-authority " + line("*", authority.PublicKey()), forged, nil, Known{}},
+		"a revoked certificate":                {"@revoked " + line("*", certify(ssh.HostCert, later, "x")), key, nil, Known{Revoked: true}},
+		"a certificate in place of a key":      {line("a", certify(ssh.HostCert, later, "x")), key, nil, Known{}},
+		"the key of a certificate":             {line("a", key), certify(ssh.HostCert, later, "www.example.org"), nil, Known{Names: []string{"a"}}},
 	} {
 		t.Run(name, func(t *testing.T) {
 			f := New(write(t, filepath.Join(t.TempDir(), "known_hosts"), test.file))

@@ -4,35 +4,34 @@ import (
 	"bytes"
 	"io"
 	"os"
+	"strings"
 )
 
 // maxArguments bounds the bytes that are read of a process's arguments.
 const maxArguments = 32 << 10
 
-// Arguments returns the arguments of the process that opened the connection, and
-// of its parent, as they say themselves, within bounds. They are good for guesses
-// only: processes may write there what they like, and a number may belong to
-// another process by now.
+// Arguments returns the arguments of the process that opened the connection, as the
+// process says them, its own name first. nil: they cannot be read. The end of
+// arguments of more than 32 KiB is left out. Arguments are good for guesses only: a
+// process may write there what it likes, and the number may be that of another process
+// by now.
 func (p Peer) Arguments() []string {
-	var all []string
-	for i, link := range p.Chain {
-		if i == 2 {
-			break
-		}
-		f, err := os.Open(procFile(link.PID, "cmdline"))
-		if err != nil {
-			continue
-		}
-		b, err := io.ReadAll(io.LimitReader(f, maxArguments))
-		_ = f.Close()
-		if err != nil {
-			continue
-		}
-		for _, arg := range bytes.Split(b, []byte{0}) {
-			if len(arg) > 0 {
-				all = append(all, string(arg))
-			}
-		}
+	if len(p.Chain) == 0 {
+		return nil
 	}
-	return all
+	f, err := os.Open(procFile(p.Chain[0].PID, "cmdline"))
+	if err != nil {
+		return nil
+	}
+	defer f.Close()
+	b, err := io.ReadAll(io.LimitReader(f, maxArguments))
+	if err != nil {
+		return nil
+	}
+	// Each argument ends with a NUL. What follows the last NUL is cut off.
+	end := bytes.LastIndexByte(b, 0)
+	if end < 0 {
+		return nil
+	}
+	return strings.Split(string(b[:end]), "\x00")
 }

@@ -150,8 +150,8 @@ func roundTrip(conn io.ReadWriter, request, room []byte) (byte, error) {
 func BenchmarkFrame(b *testing.B) {
 	_, key := stillKeyring(b, slog.DiscardHandler, 1)
 	one := framed(message(msgSignRequest, key, loginData(key), uint32(0)))
-	nc := &peeking{chunk: len(one), looks: func() {}}
-	in := newFrames(nc)
+	nc := &peeking{chunk: len(one), looks: func(_, _ []byte) {}}
+	in := newFrames(nc, mayHoldSecret)
 	defer in.close()
 	input := bytes.Clone(one)
 	b.ReportAllocs()
@@ -160,7 +160,7 @@ func BenchmarkFrame(b *testing.B) {
 		if _, err := in.next(); err != nil {
 			b.Fatal(err)
 		}
-		in.done(false)
+		in.done()
 	}
 }
 

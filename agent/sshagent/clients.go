@@ -5,6 +5,7 @@ import (
 	"errors"
 	"fmt"
 	"net"
+	"os"
 	"runtime/debug"
 	"slices"
 	"sync"
@@ -15,14 +16,6 @@ import (
 )
 
 const (
-	// maxBytes bounds the memory that the connections of a Server keep for their
-	// clients: messages that have arrived in part or wait for their answer, what was
-	// read out of them, binds, and answers that the client does not take.
-	// maxProcessBytes bounds it for the connections of one process, such as the ssh
-	// that forwards the agent.
-	maxBytes        = 16 << 20
-	maxProcessBytes = 4 << 20
-
 	// restAfter is how long a connection has to ask for nothing to count as resting.
 	// ssh pauses for shorter, between the list and the signature.
 	restAfter = 2 * time.Second
@@ -32,6 +25,36 @@ const (
 	relieveFrom = 4 << 20
 	relieveTo   = 1 << 20
 )
+
+// A resource is something that connections keep for their clients.
+type resource int
+
+const (
+	// memory has binds, messages that have arrived in part or wait for their answer,
+	// what was read out of them, and answers that the client does not take.
+	memory resource = iota
+	// locked is the memory of what may hold a secret. The kernel lets a process lock so
+	// much (RLIMIT_MEMLOCK, mostly 8 MiB), and the PINs of persons need some.
+	locked
+
+	resources
+)
+
+// used is how many bytes are kept.
+type used [resources]int
+
+// maxUsed bounds what the connections of a Server keep, and maxProcess what those of
+// one process do, such as the ssh that forwards the agent.
+var (
+	maxUsed    = used{memory: 16 << 20, locked: 4 << 20}
+	maxProcess = used{memory: 4 << 20, locked: 1 << 20}
+)
+
+// lockedSize is how much memory is locked for so many bytes: whole pages.
+func lockedSize(n int) int {
+	page := os.Getpagesize()
+	return max(1, (n+page-1)/page) * page
+}
 
 var errMadeRoom = errors.New("the connection was closed to make room for another client")
 
@@ -46,17 +69,17 @@ var errMadeRoom = errors.New("the connection was closed to make room for another
 //
 // All methods may be called from any goroutine. None waits for a client.
 type clients struct {
-	limit    int
-	maxBytes int // maxBytes, or less in tests
+	limit int
+	max   used // maxUsed, or less in tests
 
-	mu    sync.Mutex
-	all   map[*conn]struct{}
-	bytes int // of all
-	peak  int // the most bytes there were since memory went back
+	mu   sync.Mutex
+	all  map[*conn]struct{}
+	used used // by all
+	peak int  // the most memory that was used since some went back
 }
 
 func newClients(limit int) *clients {
-	return &clients{limit: limit, maxBytes: maxBytes, all: make(map[*conn]struct{})}
+	return &clients{limit: limit, max: maxUsed, all: make(map[*conn]struct{})}
 }
 
 // defaultLimit is how many connections a Server has when nothing else is said: no
@@ -97,9 +120,9 @@ func (t *clients) makeRoom() (victim *conn) {
 func (t *clients) leave(c *conn) {
 	t.mu.Lock()
 	t.removeLocked(c)
-	relieve := t.peak >= relieveFrom && t.bytes <= relieveTo
+	relieve := t.peak >= relieveFrom && t.used[memory] <= relieveTo
 	if relieve {
-		t.peak = t.bytes
+		t.peak = t.used[memory]
 	}
 	t.mu.Unlock()
 	if relieve {
@@ -115,48 +138,51 @@ func (t *clients) removeLocked(c *conn) {
 	}
 	if _, ok := t.all[c]; ok {
 		delete(t.all, c)
-		t.bytes -= c.bytes
+		for r, n := range c.used {
+			t.used[r] -= n
+		}
 	}
 }
 
 // charge counts n more bytes that are kept for a connection, or fewer when n is
 // negative. It returns the connections that have to be ended by hangUp for that. The
 // error says why the bytes cannot be kept.
-func (t *clients) charge(c *conn, n int) (victims []*conn, err error) {
+func (t *clients) charge(c *conn, r resource, n int) (victims []*conn, err error) {
 	t.mu.Lock()
 	defer t.mu.Unlock()
-	if _, ok := t.all[c]; !ok && n > 0 {
-		return nil, errMadeRoom
-	}
+	_, counted := t.all[c]
 	if n > 0 {
-		if sum := n + t.processLocked(c); sum > maxProcessBytes {
-			return nil, fmt.Errorf("the connections of its process would keep %d KiB, and the limit is %d KiB: close some of them", sum>>10, maxProcessBytes>>10)
+		if !counted {
+			return nil, errMadeRoom
 		}
-		for t.bytes+n > t.maxBytes {
-			victim := t.chooseLocked(c, func(c *conn) int { return c.bytes })
+		if sum := n + t.processLocked(c, r); sum > maxProcess[r] {
+			return nil, fmt.Errorf("the connections of its process would keep %d KiB, and the limit is %d KiB: close some of them", sum>>10, maxProcess[r]>>10)
+		}
+		for t.used[r]+n > t.max[r] {
+			victim := t.chooseLocked(c, func(c *conn) int { return c.used[r] })
 			if victim == nil {
-				return victims, fmt.Errorf("all connections would keep %d KiB, and the limit is %d KiB", (t.bytes+n)>>10, t.maxBytes>>10)
+				return victims, fmt.Errorf("all connections would keep %d KiB, and the limit is %d KiB", (t.used[r]+n)>>10, t.max[r]>>10)
 			}
 			t.removeLocked(victim)
 			victims = append(victims, victim)
 		}
 	}
-	c.bytes += n
-	if _, ok := t.all[c]; ok {
-		t.bytes += n
-		t.peak = max(t.peak, t.bytes)
+	c.used[r] += n
+	if counted {
+		t.used[r] += n
+		t.peak = max(t.peak, t.used[memory])
 	}
 	return victims, nil
 }
 
-// processLocked returns how many bytes are kept for the process of a connection.
-func (t *clients) processLocked(c *conn) (sum int) {
+// processLocked returns how much is kept for the process of a connection.
+func (t *clients) processLocked(c *conn, r resource) (sum int) {
 	if c.recorded.PID == 0 {
-		return c.bytes // nothing tells it from others that cannot be seen
+		return c.used[r] // nothing tells it from others that cannot be seen
 	}
 	for other := range t.all {
 		if other.recorded.UID == c.recorded.UID && other.recorded.PID == c.recorded.PID {
-			sum += other.bytes
+			sum += other.used[r]
 		}
 	}
 	return sum

@@ -114,28 +114,28 @@ func TestClientsCharge(t *testing.T) {
 	}
 	charge := func(c *conn, n int, victims int, fail string) {
 		t.Helper()
-		got, err := table.charge(c, n)
+		got, err := table.charge(c, memory, n)
 		if len(got) != victims || (err == nil) != (fail == "") || err != nil && !strings.Contains(err.Error(), fail) {
 			t.Errorf("%d connections ended, %v; want %d, %q", len(got), err, victims, fail)
 		}
 	}
-	charge(a, maxProcessBytes/2, 0, "")
-	charge(b, maxProcessBytes/2, 0, "")
+	charge(a, maxProcess[memory]/2, 0, "")
+	charge(b, maxProcess[memory]/2, 0, "")
 	charge(b, 1, 0, "its process would keep")
-	charge(a, -maxProcessBytes/2, 0, "")
+	charge(a, -maxProcess[memory]/2, 0, "")
 	charge(b, 1, 0, "")
-	charge(b, -maxProcessBytes/2-1, 0, "")
-	if table.bytes != 0 {
-		t.Errorf("%d bytes are left", table.bytes)
+	charge(b, -maxProcess[memory]/2-1, 0, "")
+	if table.used != (used{}) {
+		t.Errorf("%d bytes are left", table.used[memory])
 	}
 	// All together: the process with the most loses a connection.
-	table.maxBytes = 100
+	table.max[memory] = 100
 	charge(a, 30, 0, "")
 	charge(b, 30, 0, "")
 	charge(c, 40, 0, "")
 	charge(c, 10, 1, "")
-	if a.bytes+b.bytes != 60 || table.bytes != 80 || len(table.all) != 2 {
-		t.Errorf("%d bytes of %d connections", table.bytes, len(table.all))
+	if a.used[memory]+b.used[memory] != 60 || table.used[memory] != 80 || len(table.all) != 2 {
+		t.Errorf("%d bytes of %d connections", table.used[memory], len(table.all))
 	}
 	gone := a
 	if _, ok := table.all[a]; ok {
@@ -148,8 +148,8 @@ func TestClientsCharge(t *testing.T) {
 	table.leave(a)
 	table.leave(b)
 	table.leave(c)
-	if table.bytes != 0 || len(table.all) != 0 {
-		t.Errorf("%d bytes of %d connections are left", table.bytes, len(table.all))
+	if table.used != (used{}) || len(table.all) != 0 {
+		t.Errorf("%d bytes of %d connections are left", table.used[memory], len(table.all))
 	}
 }
 
@@ -285,7 +285,7 @@ func TestAttack08Binds(t *testing.T) {
 		}
 	}
 	s.clients.mu.Lock()
-	kept, n := s.clients.bytes, len(s.clients.all)
+	kept, n := s.clients.used[memory], len(s.clients.all)
 	s.clients.mu.Unlock()
 	if n != clients || kept > clients*maxBound || kept < clients*maxBound/4 {
 		t.Errorf("%d bytes are kept for %d connections", kept, n)
@@ -301,7 +301,7 @@ func TestAttack08Halves(t *testing.T) {
 	s := &Server{Keyring: keyring, Log: log}
 	r := serve(t, s)
 	half := append([]byte{0, 4, 0, 0, 13}, make([]byte, 255<<10)...)
-	for range 2 * maxProcessBytes / maxFrame {
+	for range 2 * maxProcess[memory] / maxFrame {
 		conn := r.dial()
 		if _, err := conn.Write(half); err != nil && !errors.Is(err, syscall.EPIPE) && !errors.Is(err, syscall.ECONNRESET) {
 			t.Fatal(err)
@@ -310,8 +310,8 @@ func TestAttack08Halves(t *testing.T) {
 	book.wait(t, "its process would keep")
 	s.clients.mu.Lock()
 	defer s.clients.mu.Unlock()
-	if s.clients.bytes > maxProcessBytes {
-		t.Errorf("%d bytes are kept", s.clients.bytes)
+	if s.clients.used[memory] > maxProcess[memory] {
+		t.Errorf("%d bytes are kept", s.clients.used[memory])
 	}
 }
 
@@ -320,24 +320,24 @@ func TestRequestsCount(t *testing.T) {
 	keyring := newKeyring()
 	s := &Server{Keyring: keyring}
 	r := serve(t, s)
-	var during int
+	var during used
 	keyring.add = func(agent.KeyRequest) {
 		s.clients.mu.Lock()
 		defer s.clients.mu.Unlock()
-		during = s.clients.bytes
+		during = s.clients.used
 	}
 	conn := r.dial()
 	for _, m := range addMessages(t) {
 		ask(t, conn, m)
 	}
-	if during == 0 {
+	if during[memory] == 0 || during[locked] == 0 {
 		t.Error("nothing is counted while a key is added")
 	}
 	ask(t, conn, message(20, "pkcs11:", "1234"), message(22, "phrase"), message(23, "phrase"))
 	s.clients.mu.Lock()
 	defer s.clients.mu.Unlock()
-	if s.clients.bytes != 0 {
-		t.Errorf("%d bytes are counted afterwards", s.clients.bytes)
+	if s.clients.used != (used{}) {
+		t.Errorf("%d bytes are counted afterwards", s.clients.used[memory])
 	}
 }
 

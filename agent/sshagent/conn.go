@@ -39,8 +39,8 @@ type conn struct {
 	answering atomic.Bool  // a request, so that the client waits
 	answered  atomic.Bool  // one or more
 	active    atomic.Int64 // when it was made, or a request or an answer came last, counted from started
-	bytes     int          // that are kept for it; of clients
-	bound     int          // of them for binds
+	used      used         // what is kept for it; of clients
+	bound     int          // bytes of that for binds
 
 	looked  bool           // at who the client is, or somebody is about it
 	looking sync.WaitGroup // that somebody
@@ -49,7 +49,7 @@ type conn struct {
 // newConn makes a conn. look returns more than p when there is more to know, and may
 // be nil.
 func newConn(s *Server, nc net.Conn, p peer.Peer, look func() peer.Peer, rules *agent.Socket) *conn {
-	c := &conn{server: s, nc: nc, number: s.connections.Add(1), recorded: p, who: look, in: newFrames(nc)}
+	c := &conn{server: s, nc: nc, number: s.connections.Add(1), recorded: p, who: look, in: newFrames(nc, mayHoldSecret)}
 	c.in.keep = c.keep
 	c.caller = &agent.Caller{Number: c.number, Peer: p, Look: look, Socket: rules, Later: c.later}
 	c.active.Store(int64(time.Since(started)))
@@ -58,11 +58,11 @@ func newConn(s *Server, nc net.Conn, p peer.Peer, look func() peer.Peer, rules *
 
 // keep counts n more bytes that are kept for the client, or fewer when n is negative.
 // The error says why they cannot be.
-func (c *conn) keep(n int) error {
+func (c *conn) keep(r resource, n int) error {
 	if c.server.clients == nil {
 		return nil
 	}
-	victims, err := c.server.clients.charge(c, n)
+	victims, err := c.server.clients.charge(c, r, n)
 	for _, victim := range victims {
 		c.server.end(victim)
 	}
@@ -70,7 +70,7 @@ func (c *conn) keep(n int) error {
 }
 
 // uncount ends what keep has begun.
-func (c *conn) uncount(n int) { _ = c.keep(-n) } // fewer are never refused
+func (c *conn) uncount(r resource, n int) { _ = c.keep(r, -n) } // fewer are never refused
 
 // look has somebody look who the client is, who does so while a token signs. A list,
 // which is all that many connections are made for, does not depend on it.
@@ -103,7 +103,6 @@ func (c *conn) run(ctx context.Context) {
 			c.ended(ctx, err)
 			return
 		}
-		wipe := mayHoldSecret(message[0])
 		c.out = append(c.out[:0], 0, 0, 0, 0)
 		c.active.Store(int64(time.Since(started)))
 		c.answering.Store(true)
@@ -111,7 +110,7 @@ func (c *conn) run(ctx context.Context) {
 		c.active.Store(int64(time.Since(started)))
 		c.answered.Store(true)
 		c.answering.Store(false)
-		c.in.done(wipe)
+		c.in.done()
 
 		binary.BigEndian.PutUint32(c.out, uint32(len(c.out)-4))
 		answer := c.out

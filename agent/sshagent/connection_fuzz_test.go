@@ -29,6 +29,7 @@ func (*oneToken) Unfit() string              { return "" }
 func (*oneToken) Insertions() uint64         { return 1 }
 func (*oneToken) Present() bool              { return true }
 func (*oneToken) TokenName() string          { return "one" }
+func (*oneToken) AsksPIN() bool              { return false }
 func (*oneToken) Away() []agent.Key          { return nil }
 func (*oneToken) Changed() <-chan struct{}   { return nil }
 
@@ -49,6 +50,8 @@ func (*oneToken) Poke()                           {}
 func (*oneToken) Rescan(context.Context) error    { return nil }
 func (*oneToken) Drop(agent.Selection)            {}
 func (*oneToken) LogoutAll(context.Context) error { return nil }
+
+func (*oneToken) LogoutOf(context.Context, func([]agent.Key) bool) error { return nil }
 
 func (t *oneToken) Login(_ context.Context, s agent.Selection, pin *secret.Secret, lastTry bool) (agent.LoginAnswer, error) {
 	if !s.Match(t) {
@@ -72,14 +75,14 @@ func (s selected) Match(k agent.Key) bool { return strings.HasPrefix(k.URI(), st
 func (s selected) Broad() bool            { return true }
 func (s selected) All() bool              { return s == "pkcs11:" }
 
-func (*oneToken) Parse(provider []byte) (agent.Selection, error) {
+func (*oneToken) Parse(provider []byte, _ bool) (agent.Selection, error) {
 	if !bytes.HasPrefix(provider, []byte("pkcs11:")) {
 		return nil, errors.New("not allowed")
 	}
 	return selected(provider), nil
 }
 
-func (t *oneToken) Select(_ context.Context, s agent.Selection, _ *secret.Secret) ([]agent.Key, error) {
+func (t *oneToken) Select(_ context.Context, s agent.Selection, _ func(agent.Key) bool, _ *secret.Secret) ([]agent.Key, error) {
 	if !s.Match(t) {
 		return nil, errors.New("no match")
 	}
@@ -170,7 +173,7 @@ func FuzzConnection(f *testing.F) {
 			Confirm: new(agrees), SoftwareKeys: true, RemoteTokens: true, Log: slog.New(slog.DiscardHandler),
 			Report: func(s agent.Status, _ agent.Selection) ([]byte, error) { return []byte(fmt.Sprint(s)), nil },
 		})
-		nc := &peeking{input: bytes.Clone(input), chunk: 1 << 15, looks: func() {}}
+		nc := &peeking{input: bytes.Clone(input), chunk: 1 << 15, looks: func(_, _ []byte) {}}
 		c := newConn(&Server{Keyring: keyring}, nc, ourselves(t), nil, nil)
 		c.run(t.Context())
 		c.in.close()

@@ -159,7 +159,7 @@ func parseHop(in reader) (agent.Hop, error) {
 		if in.failed {
 			return agent.Hop{}, errMalformed
 		}
-		key, err := parseKey(blob, maxHostKey)
+		key, err := parseAnyKey(blob, maxHostKey)
 		if err != nil {
 			return agent.Hop{}, fmt.Errorf("a destination's host keys: %w", err)
 		}

@@ -23,10 +23,9 @@ const (
 	// test_key).
 	testSize = 1024
 
-	// Between these the χ² of random bytes lies, but for one time in a billion: its
-	// mean is 255, its standard deviation 23.
-	minChiSquare = 130
-	maxChiSquare = 410
+	// maxNamespace bounds the bytes of the namespace of an SSH signature. Those in use
+	// are words and names with a domain.
+	maxNamespace = 256
 )
 
 // parseContent tells what data says of itself. Each kind is whole and has
@@ -56,27 +55,10 @@ func parseContent(data, key []byte) (agent.Content, *agent.Login) {
 		content.Kind = agent.KindTLS
 	case isX509(data):
 		content.Kind = agent.KindX509
-	case len(data) == testSize && looksRandom(data):
+	case len(data) == testSize:
 		content.Kind = agent.KindTest
 	}
 	return content, nil
-}
-
-// looksRandom tells whether testSize bytes are as random ones are, all values
-// being there about as often. Documents, certificates and everything else that has
-// a structure or a text in it are not.
-func looksRandom(data []byte) bool {
-	var counts [256]int
-	for _, b := range data {
-		counts[b]++
-	}
-	const expected = testSize / 256
-	chi := 0
-	for _, n := range counts {
-		chi += (n - expected) * (n - expected)
-	}
-	chi /= expected
-	return chi > minChiSquare && chi < maxChiSquare
 }
 
 // parseSSHSIG reads what an SSH signature signs, and returns its namespace.
@@ -94,10 +76,16 @@ func parseSSHSIG(data []byte) (namespace string, ok bool) {
 	case "sha512":
 		size = sha512.Size
 	}
-	if in.end() != nil || len(name) == 0 || len(reserved) > 0 || len(digest) != size {
+	if in.end() != nil || len(name) == 0 || !isText(name, maxNamespace) || len(reserved) > 0 || len(digest) != size {
 		return "", false
 	}
 	return string(name), true
+}
+
+// isText tells whether a field can be a text: of so many bytes at the most, and without
+// a NUL, which the formats of archives and documents need.
+func isText(field []byte, limit int) bool {
+	return len(field) <= limit && bytes.IndexByte(field, 0) < 0
 }
 
 // isHostKeyProof recognises what a server signs to prove that a further host key
@@ -105,11 +93,12 @@ func parseSSHSIG(data []byte) (namespace string, ok bool) {
 func isHostKeyProof(data, key []byte) bool {
 	in := reader{rest: data}
 	name, session, own := in.bytes(), in.bytes(), in.bytes()
-	return in.end() == nil && string(name) == hostKeysProve && len(session) > 0 && bytes.Equal(own, key)
+	return in.end() == nil && string(name) == hostKeysProve && isDigest(session) && bytes.Equal(own, key)
 }
 
 // isDigest tells whether data has the length of an exchange hash, which is all
-// that can be seen of one: SHA-1, SHA-256, SHA-384 and SHA-512.
+// that can be seen of one: SHA-1, SHA-256, SHA-384 and SHA-512. The first exchange hash
+// is the session identifier (RFC 4253 section 7.2).
 func isDigest(data []byte) bool {
 	switch len(data) {
 	case 20, 32, 48, 64:

@@ -13,6 +13,7 @@ import (
 	"io"
 	"math/big"
 	"net"
+	"strings"
 	"testing"
 	"time"
 
@@ -185,7 +186,7 @@ func contentSamples(t testing.TB) (samples map[string][]byte, key []byte) {
 	samples["file"] = sshsig("file", "sha256", digest[:32])
 	samples["another namespace"] = sshsig("mail@example.org", "sha512", digest[:])
 	samples["sudo"] = sudoRequest("joe", key)
-	samples["host key proof"] = appendString(appendString(appendString(nil, hostKeysProve), "session"), key)
+	samples["host key proof"] = appendString(appendString(appendString(nil, hostKeysProve), digest[:32]), key)
 	samples["revoked keys"] = []byte(magicKRL + "\x00\x00\x00\x01")
 	return samples, key
 }
@@ -241,10 +242,12 @@ func TestUnknownContent(t *testing.T) {
 		"signature, other hash":     sshsig("git", "sha1", digest[:20]),
 		"signature, short digest":   sshsig("git", "sha512", digest[:32]),
 		"sudo with another key":     sudoRequest("joe", []byte("another")),
-		"proof of another host key": appendString(appendString(appendString(nil, hostKeysProve), "session"), "another"),
+		"proof of another host key": appendString(appendString(appendString(nil, hostKeysProve), digest), "another"),
+		"proof for no session":      appendString(appendString(appendString(nil, hostKeysProve), "session"), key),
 		"certificate of no type":    appendString(nil, "ssh-strange-cert-v01@openssh.com"),
 		"two ASN.1 sequences":       {0x30, 0, 0x30, 0},
-		"1024 bytes":                make([]byte, testSize),
+		"signature, NUL inside":     sshsig("git\x00", "sha512", digest),
+		"signature, long namespace": sshsig(strings.Repeat("n", maxNamespace+1), "sha512", digest),
 	} {
 		if got, login := parseContent(data, key); got.Kind != agent.KindUnknown || login != nil {
 			t.Errorf("%s: %+v", name, got)
@@ -252,32 +255,26 @@ func TestUnknownContent(t *testing.T) {
 	}
 }
 
-// ssh-add -T has random data signed, which is told from anything that means
-// something.
+// What ssh-add -T has signed is known by its length alone, and says nothing else of
+// itself: the keyring decides by who asks.
 func TestTestContent(t *testing.T) {
-	random := func() []byte {
-		b := make([]byte, testSize)
-		rand.Read(b)
-		return b
-	}
-	for range 2000 {
-		if got, _ := parseContent(random(), []byte("key")); got.Kind != agent.KindTest {
-			t.Fatalf("random data is %q", got.Kind)
-		}
-	}
-	text, counter, half, header := make([]byte, testSize), make([]byte, testSize), random(), random()
-	for i := range text {
-		text[i] = "sign this letter, please. "[i%26]
-		counter[i] = byte(i)
-	}
-	copy(half[testSize/2:], text)
-	clear(header[:32])
-	for name, data := range map[string][]byte{
-		"text": text, "all values": counter, "half of it text": half, "zeros in it": header,
-		"zeros": make([]byte, testSize), "too short": random()[1:], "too long": append(random(), 0),
+	samples, key := contentSamples(t)
+	random := make([]byte, testSize)
+	rand.Read(random)
+	for name, test := range map[string]struct {
+		data []byte
+		want agent.Kind
+	}{
+		"random":    {random, agent.KindTest},
+		"zeros":     {make([]byte, testSize), agent.KindTest},
+		"too short": {random[1:], agent.KindUnknown},
+		"too long":  {append(bytes.Clone(random), 0), agent.KindUnknown},
+		// What is something else is that.
+		"X.509":        {append([]byte{0x30, 0x82, 0x03, 0xfc, 2, 1, 0, 2, 1, 0, 4, 0x82, 0x03, 0xf2}, make([]byte, 1010)...), agent.KindX509},
+		"revoked keys": {append(bytes.Clone(samples["revoked keys"]), make([]byte, testSize-len(samples["revoked keys"]))...), agent.KindKRL},
 	} {
-		if got, _ := parseContent(data, []byte("key")); got.Kind != agent.KindUnknown {
-			t.Errorf("%s: %q", name, got.Kind)
+		if got, _ := parseContent(test.data, key); got.Kind != test.want {
+			t.Errorf("%s, %d bytes: %q, want %q", name, len(test.data), got.Kind, test.want)
 		}
 	}
 }

@@ -50,9 +50,6 @@ const (
 	// 4 KiB (PATH_MAX), and programs read PINs and passphrases into 1 KiB.
 	maxURI = 4 << 10
 	maxPIN = 1 << 10
-	// lockedCost is what a PIN or passphrase counts as while its request is answered.
-	// It has only a page, but of locked memory, of which there is little.
-	lockedCost = 64 << 10
 	// maxStatus bounds what a client takes for a status.
 	maxStatus = 64 << 20
 )

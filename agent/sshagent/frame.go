@@ -16,44 +16,55 @@ import (
 const (
 	// maxFrame bounds the body of a message, as ssh-agent does.
 	maxFrame = 256 << 10
-	// bufferSize holds every usual request, with room for some that were sent
-	// without waiting for answers.
+	// bufferSize holds every usual request.
 	bufferSize = 4 << 10
 	// patience is how long a client may take to send the rest of a message that
 	// it has begun, and to take an answer in. Between messages it has for ever.
 	patience = 30 * time.Second
 )
 
-// buffers holds buffers of bufferSize bytes, which hold no secret any more.
+// buffers holds buffers of bufferSize bytes. No secret was ever in one of them.
 var buffers = sync.Pool{New: func() any { return new([bufferSize]byte) }}
 
 // frames takes the byte stream of one client apart into messages (RFC 9987
 // section 3): uint32 length, then as many bytes, of which the first is the type.
 //
-// It reads only when it has no whole message left, and then as much as has
-// arrived, so that a message usually costs one system call. Its memory grows
-// with the bytes that have arrived, not with the length that was announced, and
-// shrinks again; a client that sends nothing keeps none. No byte of a message that
-// may hold a secret is left behind anywhere once the message is done.
+// It reads length and type first, and then no byte beyond the message. So it knows
+// whether the rest may hold a secret before it reads that. What may is read into a
+// Secret, and is wiped as soon as the message is done.
+//
+// Its memory grows with the bytes that have arrived, not with the length that was
+// announced. A client that sends nothing keeps no buffer.
 type frames struct {
-	nc         net.Conn
-	keep       func(n int) error // counts the bytes beyond those of small; nil: nobody does
-	kept       int               // of buf
-	small      *[bufferSize]byte // buf lies in it, unless it had to grow; nil: there is no buf
-	buf        []byte
-	start, end int // what has been read and is not done yet
-	current    int // length of the message at start, its header included
+	nc    net.Conn
+	holds func(head []byte) (secret bool, more int) // see mayHoldSecret; nil: no message holds a secret
+
+	head  [4 + maxHead]byte
+	begun bool // the message has: it must be there whole before patience ends
+	timed bool // that is watched
+
+	// buf has what is read of the body, and lies in one of these or in memory of its own.
+	buf    []byte
+	small  *[bufferSize]byte
+	hidden *secret.Secret
+
+	keep func(r resource, n int) error // counts n more bytes, or fewer; nil: nobody does
+	kept used                          // of buf
 
 	raw     syscall.RawConn // nil: nc is no socket
 	attempt func(uintptr) bool
 	send    func(uintptr) bool
+	in      []byte // what attempt is to fill
+	waits   bool   // attempt is to wait for something to read
 	out     []byte // what send is to send
 	n       int    // what attempt has read, or send written
 	err     error
 }
 
-func newFrames(nc net.Conn) frames {
-	f := frames{nc: nc}
+// newFrames makes a frames that reads from nc. holds is mayHoldSecret, or nil where no
+// message holds a secret.
+func newFrames(nc net.Conn, holds func(head []byte) (bool, int)) frames {
+	f := frames{nc: nc, holds: holds}
 	if c, ok := nc.(syscall.Conn); ok {
 		f.raw, _ = c.SyscallConn() // of one that is closed there is none, and nothing to read
 	}
@@ -63,69 +74,150 @@ func newFrames(nc net.Conn) frames {
 // next returns the body of the next message, of at least one byte. It is valid
 // until done. The error is io.EOF when the client hung up between messages.
 func (f *frames) next() ([]byte, error) {
-	var deadline bool
-	for {
-		have, need := f.end-f.start, 4
-		if have >= 4 {
-			n := binary.BigEndian.Uint32(f.buf[f.start:])
-			switch {
-			case n == 0:
-				return nil, errors.New("message of no length")
-			case n > maxFrame:
-				return nil, fmt.Errorf("message of %d bytes: the limit is %d", n, maxFrame)
-			}
-			need += int(n)
-			if have >= need {
-				if deadline {
-					if err := f.nc.SetReadDeadline(time.Time{}); err != nil {
-						return nil, err
-					}
-				}
-				f.current = need
-				return f.buf[f.start+4 : f.start+need], nil
-			}
-		}
-		if have > 0 && !deadline {
-			deadline = true
-			if err := f.nc.SetReadDeadline(time.Now().Add(patience)); err != nil {
-				return nil, err
-			}
-		}
-		n, err := f.read(need)
-		f.end += n
-		if n == 0 && err != nil {
-			if errors.Is(err, io.EOF) && f.end > f.start {
-				return nil, io.ErrUnexpectedEOF
-			}
+	got, err := f.fill(f.head[:4+1], 4)
+	if err != nil {
+		return nil, err
+	}
+	n := binary.BigEndian.Uint32(f.head[:])
+	switch {
+	case n == 0:
+		return nil, errors.New("message of no length")
+	case n > maxFrame:
+		return nil, fmt.Errorf("message of %d bytes: the limit is %d", n, maxFrame)
+	}
+	if _, err := f.fill(f.head[got:4+1], 4+1-got); err != nil {
+		return nil, err
+	}
+	have, hides, err := f.look(int(n))
+	if err == nil {
+		err = f.body(have, int(n), hides)
+	}
+	if err != nil {
+		return nil, err
+	}
+	f.begun = false
+	if f.timed {
+		f.timed = false
+		if err := f.nc.SetReadDeadline(time.Time{}); err != nil {
 			return nil, err
+		}
+	}
+	return f.buf, nil
+}
+
+// look reads as much of a message of n bytes as it takes to tell whether the rest may
+// hold a secret. The first have bytes of the body are in f.head.
+func (f *frames) look(n int) (have int, hides bool, err error) {
+	have = 1
+	if f.holds == nil {
+		return have, false, nil
+	}
+	for {
+		hides, more := f.holds(f.head[4 : 4+have])
+		if more = min(more, n-have, maxHead-have); more <= 0 {
+			return have, hides, nil
+		}
+		if _, err := f.fill(f.head[4+have:4+have+more], more); err != nil {
+			return have, false, err
+		}
+		have += more
+	}
+}
+
+// body reads the rest of a message of n bytes, of which f.head has the first.
+func (f *frames) body(have, n int, hides bool) error {
+	if err := f.grow(min(n, bufferSize), hides); err != nil {
+		return err
+	}
+	have = copy(f.buf, f.head[4:4+have])
+	for {
+		if _, err := f.fill(f.buf[have:], len(f.buf)-have); err != nil {
+			return err
+		}
+		if have = len(f.buf); have == n {
+			return nil
+		}
+		if err := f.grow(min(2*have, n), hides); err != nil {
+			return err
 		}
 	}
 }
 
-// read reads more of a message of need bytes. For the first of them it waits
-// without a buffer, if nc is a socket.
-func (f *frames) read(need int) (int, error) {
-	if f.end > f.start || f.raw == nil {
-		f.take()
-		if err := f.makeRoom(need); err != nil {
-			return 0, err
+// grow gives buf a size. What was in it stays.
+func (f *frames) grow(size int, hides bool) error {
+	var kept used
+	switch {
+	case hides:
+		kept[locked] = lockedSize(size)
+	case size > bufferSize:
+		kept[memory] = size
+	}
+	if err := f.count(kept); err != nil {
+		return err
+	}
+	old, hidden := f.buf, f.hidden
+	switch {
+	case hides:
+		s, err := secret.New(size)
+		if err != nil {
+			return err
 		}
-		return f.nc.Read(f.buf[f.end:])
+		f.hidden, f.buf = s, s.Buffer()
+	case size <= bufferSize:
+		f.small = buffers.Get().(*[bufferSize]byte)
+		f.buf = f.small[:size]
+	default:
+		f.buf = make([]byte, size)
+	}
+	copy(f.buf, old)
+	hidden.Wipe()
+	return nil
+}
+
+// fill reads into b until at least so many bytes are there, and tells how many are.
+func (f *frames) fill(b []byte, least int) (have int, err error) {
+	for have < least {
+		n, err := f.read(b[have:])
+		switch {
+		case n > 0:
+			f.begun = true
+			have += n
+		case err == syscall.EAGAIN: // the rest of the message is not there yet
+			f.timed = true
+			if err := f.nc.SetReadDeadline(time.Now().Add(patience)); err != nil {
+				return have, err
+			}
+		case errors.Is(err, io.EOF) && f.begun:
+			return have, io.ErrUnexpectedEOF
+		case err != nil:
+			return have, err
+		}
+	}
+	return have, nil
+}
+
+// read reads what there is, at least one byte. It waits for the first byte of a
+// message, and for the others when that is timed; otherwise it fails with EAGAIN.
+func (f *frames) read(b []byte) (int, error) {
+	f.waits = !f.begun || f.timed
+	if f.raw == nil {
+		if !f.waits {
+			return 0, syscall.EAGAIN
+		}
+		return f.nc.Read(b)
 	}
 	if f.attempt == nil {
 		f.attempt = func(fd uintptr) bool {
-			f.take()
-			if f.n, f.err = transfer(syscall.SYS_READ, fd, f.buf); f.err != syscall.EAGAIN {
-				return true
-			}
-			f.give()
-			return false
+			f.n, f.err = transfer(syscall.SYS_READ, fd, f.in)
+			return f.err != syscall.EAGAIN || !f.waits
 		}
 	}
-	if err := f.raw.Read(f.attempt); err != nil {
-		return 0, err
-	}
+	f.in = b
+	err := f.raw.Read(f.attempt)
+	f.in = nil
 	switch {
+	case err != nil:
+		return 0, err
 	case f.err != nil:
 		return 0, f.err
 	case f.n == 0:
@@ -162,91 +254,42 @@ func (f *frames) write(b []byte, patience time.Duration) error {
 		return err
 	}
 	if f.keep != nil && size > bufferSize {
-		if err := f.keep(size); err != nil {
+		if err := f.keep(memory, size); err != nil {
 			return err
 		}
-		defer func() { _ = f.keep(-size) }()
+		defer func() { _ = f.keep(memory, -size) }()
 	}
 	_, err := f.nc.Write(b)
 	return err
 }
 
-// count counts the bytes of a buffer of this size in place of those of buf.
-func (f *frames) count(size int) error {
-	if f.keep == nil || size == f.kept {
+// count counts these bytes in place of those that were counted for buf.
+func (f *frames) count(now used) error {
+	if f.keep == nil {
 		return nil
 	}
-	err := f.keep(size - f.kept)
-	if err == nil {
-		f.kept = size
-	}
-	return err
-}
-
-// take makes sure that there is a buffer.
-func (f *frames) take() {
-	if f.small == nil {
-		f.small = buffers.Get().(*[bufferSize]byte)
-		f.buf = f.small[:]
-	}
-}
-
-// give gives the buffer back, in which nothing is left to be done.
-func (f *frames) give() {
-	if f.small != nil {
-		buffers.Put(f.small)
-		f.small, f.buf = nil, nil
-	}
-}
-
-// done ends the use of the current message and overwrites it when it may hold a
-// secret.
-func (f *frames) done(wipe bool) {
-	if wipe {
-		secret.Wipe(f.buf[f.start : f.start+f.current])
-	}
-	f.start += f.current
-	f.current = 0
-	if f.start == f.end {
-		f.start, f.end = 0, 0
-		if len(f.buf) > bufferSize {
-			secret.Wipe(f.buf)
-			f.buf = f.small[:]
-			_ = f.count(0) // fewer are never refused
+	for r := range now {
+		if n := now[r] - f.kept[r]; n != 0 {
+			if err := f.keep(resource(r), n); err != nil {
+				return err
+			}
+			f.kept[r] = now[r]
 		}
 	}
-}
-
-// makeRoom makes sure that there is room to read more of a message of need
-// bytes. The error says why the bytes cannot be kept.
-func (f *frames) makeRoom(need int) error {
-	if f.start+need <= len(f.buf) || f.end < len(f.buf) && need > len(f.buf) {
-		return nil
-	}
-	old, begun := f.buf, f.buf[f.start:f.end]
-	if need > len(f.buf) {
-		size := min(2*len(f.buf), 4+maxFrame)
-		if err := f.count(size); err != nil {
-			return err
-		}
-		f.buf = make([]byte, size)
-	}
-	n := copy(f.buf, begun)
-	if len(f.buf) != len(old) {
-		secret.Wipe(old)
-	} else {
-		secret.Wipe(f.buf[n:f.end])
-	}
-	f.start, f.end = 0, n
 	return nil
 }
 
-// close overwrites what is left and gives the memory back. No method may be
-// called afterwards.
-func (f *frames) close() {
-	secret.Wipe(f.buf)
+// done ends the use of the current message: its memory is given back, wiped if it may
+// hold a secret.
+func (f *frames) done() {
+	f.hidden.Wipe()
 	if f.small != nil {
-		secret.Wipe(f.small[:])
+		buffers.Put(f.small)
 	}
-	f.give()
+	_ = f.count(used{}) // fewer are never refused
+	f.buf, f.hidden, f.small = nil, nil, nil
 }
+
+// close gives back the memory of a message that has begun. No method may be called
+// afterwards.
+func (f *frames) close() { f.done() }

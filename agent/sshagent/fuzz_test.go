@@ -158,7 +158,7 @@ func FuzzFrames(f *testing.F) {
 		}
 		var c *conn
 		nc := &peeking{input: bytes.Clone(input), chunk: int(chunk) + 1}
-		nc.looks = func() {
+		nc.looks = func(_, _ []byte) {
 			if len(c.in.buf) > max(bufferSize, 2*len(input)) {
 				t.Fatalf("buffer of %d bytes for %d", len(c.in.buf), len(input))
 			}

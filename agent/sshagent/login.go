@@ -2,6 +2,7 @@ package sshagent
 
 import (
 	"bytes"
+	"strings"
 
 	"golang.org/x/crypto/ssh"
 
@@ -17,9 +18,18 @@ const (
 	methodHostbound = "publickey-hostbound-v00@openssh.com"
 )
 
+// maxPeerKey bounds the bytes of a key or certificate in a request to log in: the
+// largest RSA keys, and certificates with long lists of principals, are smaller.
+const maxPeerKey = 8 << 10
+
 // parseLogin returns what data asks for when it is a request to log in with
 // this very key or a certificate of it, whole and with nothing after it, and nil
 // when it is anything else. Nothing of data is copied but the user's name.
+//
+// A token signs it unseen, so it is not to be something else at the same time, such as
+// an archive that hides in a field. Each field is as protocol and practice have it: the
+// session identifier is a digest, the user is a short text, and keys and certificates
+// are whole, bounded, and signed by their authorities.
 func parseLogin(data, key []byte) *agent.Login {
 	in := reader{rest: data}
 	session := in.bytes()
@@ -32,7 +42,7 @@ func parseLogin(data, key []byte) *agent.Login {
 	switch string(method) {
 	case methodPublicKey:
 	case methodHostbound:
-		if host = in.bytes(); len(host) == 0 {
+		if host = in.bytes(); !isPeerKey(host) {
 			return nil
 		}
 	default:
@@ -40,26 +50,62 @@ func parseLogin(data, key []byte) *agent.Login {
 	}
 	kind := reader{rest: blob}
 	switch {
-	case in.end() != nil, signed != 1, string(service) != serviceConnection, bytes.IndexByte(user, 0) >= 0,
-		!bytes.Equal(blob, key) && !certifies(blob, key), !algorithmFits(string(algorithm), string(kind.bytes())):
+	case in.end() != nil, signed != 1, string(service) != serviceConnection, !isDigest(session), !isText(user, maxUser),
+		!isOwnKey(blob, key), !algorithmFits(string(algorithm), string(kind.bytes())):
 		return nil
 	}
 	return &agent.Login{User: string(user), SessionID: session, HostKey: host}
 }
 
-// certifies tells whether blob is a certificate of the key. ssh has the plain key
-// sign for one that it has from a file (CertificateFile).
-func certifies(blob, key []byte) bool {
-	kind := reader{rest: blob}
-	if !bytes.HasSuffix(kind.bytes(), certSuffix) {
-		return false
+// isOwnKey tells whether blob is the key or a certificate of it. ssh has the plain key
+// sign for a certificate that it has from a file (CertificateFile).
+func isOwnKey(blob, key []byte) bool {
+	if kind := (&reader{rest: blob}).bytes(); !bytes.HasSuffix(kind, certSuffix) {
+		return bytes.Equal(blob, key)
 	}
-	pub, err := ssh.ParsePublicKey(blob)
-	if err != nil {
-		return false
+	cert, ok := parsePeerKey(blob).(*ssh.Certificate)
+	return ok && (bytes.Equal(blob, key) || bytes.Equal(cert.Key.Marshal(), key))
+}
+
+// isPeerKey tells whether blob is a public key or a certificate, as parsePeerKey has it.
+func isPeerKey(blob []byte) bool { return parsePeerKey(blob) != nil }
+
+// parsePeerKey reads a public key or a certificate. It returns nil unless blob is its
+// only form and bounded, and its certificate is signed by the authority that it names.
+func parsePeerKey(blob []byte) ssh.PublicKey {
+	if len(blob) > maxPeerKey {
+		return nil
 	}
-	cert, ok := pub.(*ssh.Certificate)
-	return ok && bytes.Equal(cert.Key.Marshal(), key)
+	key, err := ssh.ParsePublicKey(blob)
+	if err != nil || !bytes.Equal(key.Marshal(), blob) {
+		return nil
+	}
+	if cert, ok := key.(*ssh.Certificate); ok && !isSigned(cert) {
+		return nil
+	}
+	return key
+}
+
+// isSigned tells whether the authority that a certificate names has signed it, and
+// whether its texts are texts. Who the authority is, and whether the certificate is
+// valid, is for the server to judge.
+func isSigned(cert *ssh.Certificate) bool {
+	texts := append([]string{cert.KeyId}, cert.ValidPrincipals...)
+	for _, options := range []map[string]string{cert.CriticalOptions, cert.Extensions} {
+		for name, value := range options {
+			texts = append(texts, name, value)
+		}
+	}
+	for _, text := range texts {
+		if strings.IndexByte(text, 0) >= 0 {
+			return false
+		}
+	}
+	// What is signed ends before the signature (OpenSSH's PROTOCOL.certkeys).
+	unsigned := *cert
+	unsigned.Signature = nil
+	signed := unsigned.Marshal()
+	return cert.Signature != nil && cert.SignatureKey.Verify(signed[:len(signed)-4], cert.Signature) == nil
 }
 
 // algorithmFits tells whether a signature algorithm is one for keys of a type

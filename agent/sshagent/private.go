@@ -49,11 +49,11 @@ func (c *conn) add(ctx context.Context, message []byte) {
 		return
 	}
 	size := r.Constraints.Size()
-	if err := c.keep(size); err != nil {
+	if err := c.keep(memory, size); err != nil {
 		c.reject(agent.RequestAdd, err)
 		return
 	}
-	defer c.uncount(size)
+	defer c.uncount(memory, size)
 	c.status(c.server.Keyring.Add(ctx, c.caller, r))
 }
 

@@ -279,11 +279,28 @@ func TestParseLogin(t *testing.T) {
 	const hostbound = "publickey-hostbound-v00@openssh.com"
 	login := func(parts ...any) []byte { return encode(parts...) }
 	session := strings.Repeat("s", sha256.Size)
-	certificate := func(of int) string {
-		c := &ssh.Certificate{Key: makeSigners()[of].PublicKey(), CertType: ssh.UserCert}
+	certified := func(of int, id string) string {
+		c := &ssh.Certificate{Key: makeSigners()[of].PublicKey(), CertType: ssh.UserCert, KeyId: id}
 		if err := c.SignCert(rand.Reader, makeSigners()[0]); err != nil {
 			t.Fatal(err)
 		}
+		return string(c.Marshal())
+	}
+	made := make(map[int]string) // each has another nonce
+	certificate := func(of int) string {
+		if made[of] == "" {
+			made[of] = certified(of, "")
+		}
+		return made[of]
+	}
+	// changed is a certificate with another serial number than was signed.
+	changed := func(certificate string) string {
+		key, err := ssh.ParsePublicKey([]byte(certificate))
+		if err != nil {
+			t.Fatal(err)
+		}
+		c := key.(*ssh.Certificate)
+		c.Serial++
 		return string(c.Marshal())
 	}
 	for _, test := range []struct {
@@ -309,6 +326,19 @@ func TestParseLogin(t *testing.T) {
 		{"not a certificate", login(session, byte(50), "me", "ssh-connection", "publickey", byte(1), "rsa-sha2-256", certificate(1)), ""},
 		{"a NUL in the user", login(session, byte(50), "m\x00e", "ssh-connection", "publickey", byte(1), "rsa-sha2-256", string(key)), ""},
 		{"a byte after it", login(session, byte(50), "me", "ssh-connection", "publickey", byte(1), "rsa-sha2-256", string(key), byte(0)), ""},
+		{"a user of 256 bytes", login(session, byte(50), strings.Repeat("u", 256), "ssh-connection", "publickey", byte(1), "rsa-sha2-256", string(key)), fmt.Sprintf("%s %s ", strings.Repeat("u", 256), session)},
+		{"a longer user", login(session, byte(50), strings.Repeat("u", 257), "ssh-connection", "publickey", byte(1), "rsa-sha2-256", string(key)), ""},
+		{"the longest session", login(session+session, byte(50), "me", "ssh-connection", "publickey", byte(1), "rsa-sha2-256", string(key)), fmt.Sprintf("me %s ", session+session)},
+		{"a longer session", login(session+session+"s", byte(50), "me", "ssh-connection", "publickey", byte(1), "rsa-sha2-256", string(key)), ""},
+		{"a session of no hash", login(session[1:], byte(50), "me", "ssh-connection", "publickey", byte(1), "rsa-sha2-256", string(key)), ""},
+		{"no session", login("", byte(50), "me", "ssh-connection", "publickey", byte(1), "rsa-sha2-256", string(key)), ""},
+		{"a host that is no key", login(session, byte(50), "me", "ssh-connection", hostbound, byte(1), "rsa-sha2-256", string(key), "host"), ""},
+		{"a host with more than its key", login(session, byte(50), "me", "ssh-connection", hostbound, byte(1), "rsa-sha2-256", string(key), string(host)+"x"), ""},
+		{"a certificate that is not signed", login(session, byte(50), "me", "ssh-connection", "publickey", byte(1), "rsa-sha2-256-cert-v01@openssh.com", changed(certificate(1))), ""},
+		{"a host's certificate", login(session, byte(50), "me", "ssh-connection", hostbound, byte(1), "rsa-sha2-256", string(key), certificate(0)), fmt.Sprintf("me %s %s", session, certificate(0))},
+		{"a host's certificate that is not signed", login(session, byte(50), "me", "ssh-connection", hostbound, byte(1), "rsa-sha2-256", string(key), changed(certificate(0))), ""},
+		{"a certificate with a NUL in it", login(session, byte(50), "me", "ssh-connection", "publickey", byte(1), "rsa-sha2-256-cert-v01@openssh.com", certified(1, "a\x00b")), ""},
+		{"a certificate without bounds", login(session, byte(50), "me", "ssh-connection", "publickey", byte(1), "rsa-sha2-256-cert-v01@openssh.com", certified(1, strings.Repeat("i", maxPeerKey))), ""},
 		{"SSHSIG", []byte("SSHSIG\x00\x00\x00\x03git"), ""},
 		{"nothing", nil, ""},
 	} {

@@ -58,15 +58,33 @@ var (
 	errNUL       = errors.New("a text in the message has a NUL byte in it")
 )
 
-// mayHoldSecret tells whether the bytes of a message have to be overwritten
-// when it is done: they bring PINs, private keys and passphrases, and nobody
-// knows what an unknown one does.
-func mayHoldSecret(message byte) bool {
-	switch message {
+// maxHead is the most of a message's body that mayHoldSecret looks at.
+const maxHead = 1 + 4 + len(extensionSessionBind)
+
+// mayHoldSecret tells from the start of a message, its type first, whether the rest
+// may hold a PIN, a private key or a passphrase. more is how many bytes after the start
+// it has to see before it can say no. It never asks for one that may be of a secret.
+//
+// What an unknown message brings is unknown, so that may be a secret.
+func mayHoldSecret(head []byte) (secret bool, more int) {
+	switch head[0] {
 	case msgRequestIdentities, msgSignRequest, msgRemoveIdentity, msgRemoveAllIdentities:
-		return false
+		return false, 0
+	case msgExtension:
+		if len(head) < 1+4 {
+			return true, 1 + 4 - len(head)
+		}
+		n := binary.BigEndian.Uint32(head[1:])
+		if n != uint32(len(extensionQuery)) && n != uint32(len(extensionSessionBind)) {
+			return true, 0
+		}
+		if more := 1 + 4 + int(n) - len(head); more > 0 {
+			return true, more
+		}
+		name := string(head[1+4:])
+		return name != extensionQuery && name != extensionSessionBind, 0
 	}
-	return true
+	return true, 0
 }
 
 // answer appends the answer to one message to c.out.
@@ -234,11 +252,11 @@ func (c *conn) lock(ctx context.Context, request agent.Request, in reader, do fu
 		c.reject(request, fmt.Errorf("a passphrase of more than %d bytes", maxPIN))
 		return
 	}
-	if err := c.keep(lockedCost); err != nil {
+	if err := c.keep(locked, lockedSize(len(text))); err != nil {
 		c.reject(request, err)
 		return
 	}
-	defer c.uncount(lockedCost)
+	defer c.uncount(locked, lockedSize(len(text)))
 	phrase, err := secret.From(text)
 	if err != nil {
 		c.reject(request, err)
@@ -270,11 +288,11 @@ func (c *conn) token(ctx context.Context, request agent.Request, in reader, cons
 		}
 		r.Constraints = constraints
 		size := constraints.Size()
-		if err := c.keep(size); err != nil {
+		if err := c.keep(memory, size); err != nil {
 			c.reject(request, err)
 			return
 		}
-		defer c.uncount(size)
+		defer c.uncount(memory, size)
 	}
 	if !c.wellFormed(request, in) {
 		return
@@ -286,12 +304,12 @@ func (c *conn) token(ctx context.Context, request agent.Request, in reader, cons
 		return
 	}
 	if len(pin) > 0 {
-		err := c.keep(lockedCost)
+		err := c.keep(locked, lockedSize(len(pin)))
 		if err != nil {
 			c.reject(request, err)
 			return
 		}
-		defer c.uncount(lockedCost)
+		defer c.uncount(locked, lockedSize(len(pin)))
 		if r.PIN, err = secret.From(pin); err != nil {
 			c.reject(request, err)
 			return
@@ -359,10 +377,8 @@ const (
 const (
 	maxHostKey     = 8 << 10
 	maxCertificate = 16 << 10
-	// maxPrincipals is that of OpenSSH (SSHKEY_CERT_MAX_PRINCIPALS in sshkey.h), and
 	// maxOptions bounds critical options and extensions, of which a dozen is known.
-	maxPrincipals = 256
-	maxOptions    = 256
+	maxOptions = 256
 )
 
 // bind records that the connection belongs to an SSH session, when the host key
@@ -429,7 +445,7 @@ func (c *conn) keepBind(bind agent.Bind) error {
 	if c.bound+size > maxBound {
 		return fmt.Errorf("the binds of the connection would keep %d bytes, and the limit is %d", c.bound+size, maxBound)
 	}
-	if err := c.keep(size); err != nil {
+	if err := c.keep(memory, size); err != nil {
 		return err
 	}
 	c.bound += size
@@ -454,8 +470,13 @@ func parseBind(in reader) (agent.Bind, error) {
 	if sig.failed {
 		return agent.Bind{}, errMalformed
 	}
-	if err := key.Verify(id, &ssh.Signature{Format: string(format), Blob: value, Rest: sig.rest}); err != nil {
+	if err := verify(key, id, &ssh.Signature{Format: string(format), Blob: value, Rest: sig.rest}); err != nil {
 		return agent.Bind{}, fmt.Errorf("the host key %s has not signed the session", ssh.FingerprintSHA256(key))
+	}
+	if cert, ok := key.(*ssh.Certificate); ok {
+		if err := checkCertificate(cert); err != nil {
+			return agent.Bind{}, err
+		}
 	}
 	return agent.Bind{HostKey: key, SessionID: bytes.Clone(id), Forwarding: forwarding}, nil
 }

@@ -253,7 +253,7 @@ func (u *Upstream) exchange(ctx context.Context, c *agent.Caller, request []byte
 			<-closed // so that nothing is left running
 		}
 	}()
-	in := newFrames(conn)
+	in := newFrames(conn, nil) // answers hold no secret
 	defer in.close()
 	for _, bind := range bindsOf(c) {
 		answer, err := talk(conn, &in, bind)
@@ -265,7 +265,7 @@ func (u *Upstream) exchange(ctx context.Context, c *agent.Caller, request []byte
 		if answer[0] != msgSuccess && !refusal(answer[0]) {
 			return nil, unusable(unexpected(answer[0]))
 		}
-		in.done(false)
+		in.done()
 	}
 	answer, err := talk(conn, &in, request)
 	if err != nil {

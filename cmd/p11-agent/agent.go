@@ -480,6 +480,7 @@ func (s *service) reload(ctx context.Context, k *agent.Keyring, store *token.Sto
 		return nil
 	}
 	store.SetSources(c.sources())
+	store.SetHomes(c.uris())
 	store.SetPublicKeys(c.publicKeys)
 	store.SetPolicy(c.policy())
 	k.Configure(s.rules(c))

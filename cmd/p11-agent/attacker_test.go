@@ -7,7 +7,9 @@ import (
 
 // attacks are what the program "attacker" of the scripts in testdata/attack can do,
 // by the first argument. Each gets the arguments that follow.
-var attacks = map[string]func(args []string) error{}
+var attacks = map[string]func(args []string) error{
+	"sign": attackSign,
+}
 
 // attacker is a program with a socket of the agent, and no good intentions. It
 // exits with 0 when the attack could be carried out, whatever came of it.

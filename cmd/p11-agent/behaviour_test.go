@@ -9,6 +9,7 @@ import (
 	"crypto/elliptic"
 	"crypto/rand"
 	"crypto/rsa"
+	"crypto/sha256"
 	"encoding/binary"
 	"errors"
 	"fmt"
@@ -238,6 +239,7 @@ func newBehaviourPairs(t *testing.T) behaviourPairs {
 // host.
 func (r *rig) bind(what, session string, host, by pair, forwarding byte) {
 	r.t.Helper()
+	session = sessionID(session)
 	sig, err := by.signer.Sign(rand.Reader, []byte(session))
 	if err != nil {
 		r.t.Fatal(err)
@@ -245,12 +247,18 @@ func (r *rig) bind(what, session string, host, by pair, forwarding byte) {
 	r.ask(what, 27, "session-bind@openssh.com", host.public.Marshal(), session, ssh.Marshal(sig), forwarding)
 }
 
+// sessionID is the identifier of a session by that name, a digest as the real ones.
+func sessionID(name string) string {
+	sum := sha256.Sum256([]byte(name))
+	return string(sum[:])
+}
+
 func loginData(session, user string, key ssh.PublicKey, host ssh.PublicKey) []byte {
 	method := "publickey"
 	if host != nil {
 		method = "publickey-hostbound-v00@openssh.com"
 	}
-	b := sshFields(session, byte(50), user, "ssh-connection", method, byte(1), key.Type(), key.Marshal())
+	b := sshFields(sessionID(session), byte(50), user, "ssh-connection", method, byte(1), key.Type(), key.Marshal())
 	if host != nil {
 		b = append(b, sshFields(host.Marshal())...)
 	}

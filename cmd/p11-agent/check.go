@@ -128,6 +128,10 @@ func findTokens(r *report, modules []token.ModuleStatus) {
 			case t.Shadowed != "":
 				r.bad("%s is seen through the modules %s and %s, and is used through %s: switch one off with a [[module]] table",
 					name, t.Shadowed, t.Module, t.Shadowed).Next("%s", switchOff(t.Module))
+			case t.Home != "":
+				r.bad("%s belongs to module %s, and module %s shows it now: PINs of the configuration are not given to %s", name, t.Home, t.Module, t.Module).
+					Next("see why module %s does not show it: p11-agent list -v", t.Home).
+					Next("or say that it belongs to module %s, with a [[key]] table in the configuration:\n[[key]]\nuri = \"%s?module-name=%s\"", t.Module, t.URI, t.Module)
 			case t.Tries == token.TriesNone:
 				r.bad("the PIN of %s is locked: unlock it with its PUK or SO PIN", name).Next("%s", unlockStep(m, t))
 			case t.Tries == token.TriesLast:

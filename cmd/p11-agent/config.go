@@ -235,7 +235,7 @@ type socketConfig struct {
 	Path     string      `toml:"path"`
 	Keys     *[]uriValue `toml:"keys"`
 	Confirm  bool        `toml:"confirm"`
-	ReadOnly bool        `toml:"read-only"`
+	ReadOnly *bool       `toml:"read-only"` // nil: if it limits something
 }
 
 // path returns where the socket is: beside that of an agent which has a directory
@@ -253,9 +253,18 @@ func (s socketConfig) path(own string) (string, error) {
 	return filepath.Join(dir, "p11-agent", s.Name+".sock"), nil
 }
 
+// readOnly tells whether keys can only be used there. A socket that shows some keys, or
+// has their use confirmed, is for others, who are to change nothing.
+func (s socketConfig) readOnly() bool {
+	if s.ReadOnly != nil {
+		return *s.ReadOnly
+	}
+	return s.Keys != nil || s.Confirm
+}
+
 // rules returns what the keyring is to keep.
 func (s socketConfig) rules() *agent.Socket {
-	return &agent.Socket{Name: s.Name, Only: selections(s.Keys), Confirm: s.Confirm, ReadOnly: s.ReadOnly}
+	return &agent.Socket{Name: s.Name, Only: selections(s.Keys), Confirm: s.Confirm, ReadOnly: s.readOnly()}
 }
 
 // uriValue is a PKCS#11 URI in the configuration.
@@ -489,6 +498,12 @@ func (c *config) check(mode fs.FileMode) error {
 		return &configError{File: c.file, Text: fmt.Sprintf(format, args...)}
 	}
 	for _, u := range c.uris() {
+		if err := token.CheckPIN(u); err != nil {
+			return &configError{
+				File: c.file, Text: fmt.Sprintf("the PIN of %v would be tried on any token", u),
+				Advice: "add the token attribute to the URI, and the serial attribute where several tokens have one label",
+			}
+		}
 		if u.PIN() != nil && mode.Perm()&0o077 != 0 {
 			return &configError{
 				File: c.file, Text: fmt.Sprintf("it holds a pin-value and can be read by others (mode %#o)", mode.Perm()),

@@ -1,6 +1,8 @@
 package main
 
 import (
+	"os"
+	"path/filepath"
 	"testing"
 	"time"
 
@@ -30,6 +32,33 @@ func TestReleaseSetting(t *testing.T) {
 	for _, text := range []string{"", "often", "0s", "-1s", "Never"} {
 		if err := new(releaseValue).UnmarshalText([]byte(text)); err == nil {
 			t.Errorf("%q is taken", text)
+		}
+	}
+}
+
+// A socket that shows some keys only, or asks, is for others, who change nothing unless
+// the configuration lets them.
+func TestSocketReadOnly(t *testing.T) {
+	for text, want := range map[string]bool{
+		"":                                  false,
+		"read-only = true":                  true,
+		"confirm = true":                    true,
+		"confirm = false":                   false,
+		`keys = ["pkcs11:token=a"]`:         true,
+		"keys = []":                         true,
+		"confirm = true\nread-only = false": false,
+		"keys = []\nread-only = false":      false,
+	} {
+		file := filepath.Join(t.TempDir(), "config.toml")
+		if err := os.WriteFile(file, []byte("[[socket]]\nname = \"s\"\n"+text), 0o600); err != nil {
+			t.Fatal(err)
+		}
+		c, err := loadConfig(file)
+		if err != nil {
+			t.Fatal(err)
+		}
+		if got := c.Sockets[0].rules().ReadOnly; got != want {
+			t.Errorf("%q: read-only %v, want %v", text, got, want)
 		}
 	}
 }

@@ -70,6 +70,7 @@ type listedToken struct {
 	LoginNeeded  bool        `json:"login_required"`
 	PIN          string      `json:"pin"` // ok, low, last, locked
 	Shadowed     string      `json:"used_through,omitempty"`
+	Home         string      `json:"belongs_to,omitempty"`
 	Present      bool        `json:"present"`
 	LastSeen     *time.Time  `json:"last_seen,omitempty"` // when it is not
 	Keys         []listedKey `json:"keys"`
@@ -230,7 +231,7 @@ func collect(c *config, store *token.Store, sel *token.Selector, named bool) lis
 			lt := listedToken{
 				URI: t.URI, Label: t.ID.Label, Serial: t.ID.Serial, Manufacturer: t.ID.Manufacturer, Model: t.ID.Model,
 				Module: t.Module, Slot: t.Slot, LoginNeeded: t.Flags&wire.CKFLoginRequired != 0, PIN: pinState(t.Tries),
-				Shadowed: t.Shadowed, Present: present, Keys: []listedKey{},
+				Shadowed: t.Shadowed, Home: t.Home, Present: present, Keys: []listedKey{},
 			}
 			if !present {
 				lt.LastSeen = &t.Seen
@@ -379,6 +380,9 @@ func printList(out, stderr io.Writer, l listing, verbose bool) error {
 		}
 		if t.Shadowed != "" {
 			fmt.Fprintf(&b, ", used through module %s", t.Shadowed)
+		}
+		if t.Home != "" {
+			fmt.Fprintf(&b, ", BELONGS TO MODULE %s", t.Home)
 		}
 		b.WriteString("\n")
 		for _, k := range t.Keys {

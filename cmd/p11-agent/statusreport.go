@@ -63,6 +63,7 @@ type statusToken struct {
 	Present     bool      `json:"present"`
 	LastSeen    time.Time `json:"last_seen,omitzero"` // when it is not
 	Shadowed    string    `json:"used_through,omitempty"`
+	Home        string    `json:"belongs_to,omitempty"`
 	PIN         string    `json:"pin"` // ok, low, last, locked
 	LoginNeeded bool      `json:"login_required"`
 	OnReader    bool      `json:"pin_on_reader"`
@@ -224,7 +225,7 @@ func keyReport(k agent.KeyStatus) statusKey {
 
 func (r *statusMaker) tokenReport(t token.TokenStatus, present bool) statusToken {
 	st := statusToken{
-		URI: t.URI, Label: t.ID.Label, Serial: t.ID.Serial, Module: t.Module, Present: present, Shadowed: t.Shadowed,
+		URI: t.URI, Label: t.ID.Label, Serial: t.ID.Serial, Module: t.Module, Present: present, Shadowed: t.Shadowed, Home: t.Home,
 		PIN: pinState(t.Tries), LoginNeeded: t.Flags&wire.CKFLoginRequired != 0,
 		OnReader: t.Flags&wire.CKFProtectedAuthenticationPath != 0,
 		LoggedIn: t.LoggedIn, Since: t.LoggedInSince, Ends: t.LoginEnds, PINKept: t.PINKept,

@@ -58,9 +58,10 @@ const patience = 30 * time.Second
 //
 // Besides those of testscript, scripts have these commands:
 //
-//	need PROGRAM...     end here if one is missing; in CI, fail. Five are none: p11-kit-client.so, YKCS11
+//	need PROGRAM...     end here if one is missing; in CI, fail. Six are none: p11-kit-client.so, YKCS11
 //	                    (Yubico's module, which that variable names), scdaemon wherever it is, paramiko
-//	                    for Debian's Python with it, and userns for the right to be another user than
+//	                    for Debian's Python with it, sk-dummy.so for OpenSSH's FIDO device for tests, which
+//	                    SKDUMMY names, and userns for the right to be another user than
 //	                    root in a namespace, without which it ends in CI, too
 //	tokens NAME...      put these SoftHSM tokens into the token directory
 //	card [NAME] DO...   do something with a PIV card; see useCard
@@ -268,6 +269,7 @@ func (s *stories) setup(env *testscript.Env) error {
 		"YKCS11":                  s.ykcs11,
 		"OPENSC":                  s.opensc,
 		"SCDAEMON":                tokentest.FindSCDaemon(),
+		"SKDUMMY":                 "/usr/lib/openssh/regress/misc/sk-dummy/sk-dummy.so",
 		"LOG":                     work + "/home/.local/state/p11-agent/agent.log",
 		"CONFIG":                  work + "/home/.config/p11-agent/config.toml",
 		"LC_ALL":                  "C.UTF-8",
@@ -373,6 +375,8 @@ func need(ts *testscript.TestScript, neg bool, args []string) {
 			if ts.Getenv(name) == "" {
 				what, err = "libykcs11 is not installed", fs.ErrNotExist
 			}
+		case "sk-dummy.so":
+			_, err = os.Stat(ts.Getenv("SKDUMMY"))
 		case "paramiko":
 			err = exec.Command("/usr/bin/python3", "-c", "import paramiko").Run()
 		case "scdaemon":

@@ -124,6 +124,7 @@ func openBackend(c *config, asker token.PINAsker, working func(context.Context, 
 		Command:    []string{"/proc/self/exe", moduleCommand},
 		PINs:       asker,
 		Sources:    c.sources(),
+		Homes:      c.uris(),
 		PublicKeys: c.publicKeys,
 		Policy:     c.policy(),
 		Working:    working,
@@ -186,6 +187,10 @@ func (t *tokens) Poke()                               { t.store.Poke() }
 func (t *tokens) Rescan(ctx context.Context) error    { return t.store.Rescan(ctx) }
 func (t *tokens) LogoutAll(ctx context.Context) error { return t.store.LogoutAll(ctx) }
 
+func (t *tokens) LogoutOf(ctx context.Context, chosen func([]agent.Key) bool) error {
+	return t.store.LogoutOf(ctx, func(keys []*token.Key) bool { return chosen(agentKeys(keys)) })
+}
+
 // selection is a token.Selector as the keyring sees it.
 type selection struct{ *token.Selector }
 
@@ -194,25 +199,30 @@ func (s selection) Match(k agent.Key) bool {
 	return ok && s.Selector.Match(key)
 }
 
-func (t *tokens) Parse(provider []byte) (agent.Selection, error) {
-	s, err := token.ParseProvider(provider, t.allow)
+func (t *tokens) Parse(provider []byte, remote bool) (agent.Selection, error) {
+	parse := func() (*token.Selector, error) { return token.ParseProvider(provider, t.allow) }
+	if remote {
+		parse = func() (*token.Selector, error) { return token.ParseRemoteProvider(provider) }
+	}
+	s, err := parse()
 	if err != nil {
 		return nil, err
 	}
 	return selection{s}, nil
 }
 
-func (t *tokens) Select(ctx context.Context, s agent.Selection, pin *secret.Secret) ([]agent.Key, error) {
+func (t *tokens) Select(ctx context.Context, s agent.Selection, reached func(agent.Key) bool, pin *secret.Secret) ([]agent.Key, error) {
 	sel := s.(selection) //nolint:forcetypeassert // Parse makes no other
-	keys, err := t.store.Select(ctx, sel.Selector)
+	keys, err := t.store.SelectOf(ctx, sel.Selector, func(k *token.Key) bool { return reached(k) })
 	if err != nil {
 		return nil, err
 	}
 	if u := sel.URI(); u != nil {
-		if err := t.store.AddSource(u); err != nil {
+		if err := t.store.AddSource(u, keys); err != nil {
 			return nil, err
 		}
 	}
+	ctx = token.NewContext(ctx, sel.Selector)
 	if err := t.store.Login(ctx, keys, pin); err != nil {
 		return nil, err
 	}
@@ -248,6 +258,11 @@ func (t *tokens) Login(ctx context.Context, s agent.Selection, pin *secret.Secre
 	if st.LoggedIn || st.Flags&wire.CKFLoginRequired == 0 {
 		answer.Already, answer.Tries = true, pinState(st.Tries)
 		return answer, nil
+	}
+	// Nobody is asked, and so nobody is told which module gets the PIN.
+	ctx = token.NewContext(ctx, sel.Selector)
+	if err := token.CheckHome(ctx, keys[0]); err != nil {
+		return answer, err
 	}
 	ctx = context.WithValue(ctx, typedKey{}, typed{lastTry})
 	switch {
@@ -479,6 +494,7 @@ type dialogue struct {
 func (d *dialogue) description(ctx context.Context) string {
 	use, t := agent.UseFromContext(ctx), d.about.Token
 	lines := []string{keyLine(t, d.about.Label, d.about.Key, d.about.ID, use), tokenLine(t)}
+	lines = append(lines, moduleLines(d.about)...)
 	if d.about.EachUse {
 		lines = append(lines, "This key asks for the PIN each time it is used.")
 	}

@@ -17,6 +17,7 @@ import (
 	"p11-agent/agent/knownhosts"
 	"p11-agent/agent/peer"
 	"p11-agent/pinentry"
+	"p11-agent/token"
 	"p11-agent/token/pkcs11uri"
 	"p11-agent/token/wire"
 )
@@ -93,6 +94,29 @@ func tokenLine(t wire.TokenID) string {
 	return fmt.Sprintf("Token: %s (serial %s)", cmp.Or(named(t.Label, maxNamed), "without label"), cmp.Or(named(t.Serial, maxNamed), "unknown"))
 }
 
+// moduleLines name the module that gets the PIN, where the person needs to know it.
+func moduleLines(about token.PINRequest) (lines []string) {
+	if about.Module == "" {
+		return nil
+	}
+	if about.Home != "" {
+		lines = append(lines, "WARNING: another module shows this token than so far.",
+			fmt.Sprintf("Module: %s (so far: %s)", named(about.Module, maxNamed), named(about.Home, maxNamed)))
+	} else {
+		lines = append(lines, "Module: "+named(about.Module, maxNamed))
+	}
+	var others []string
+	for _, name := range about.Others {
+		if name != about.Home {
+			others = append(others, named(name, maxNamed))
+		}
+	}
+	if len(others) > 0 {
+		lines = append(lines, "The token is also shown by: "+strings.Join(others, ", "))
+	}
+	return lines
+}
+
 func requester(p peer.Peer) string { return "Asked by (says it is): " + p.String() }
 
 // keyLine names the key of a request to a person who sees the token as well: by
@@ -115,7 +139,7 @@ func commentLine(comment string) string { return "Key: " + named(comment, maxWor
 // hosts gives names to host keys by ssh's known_hosts files.
 type hosts struct {
 	files  *knownhosts.Files
-	config string // of the ssh client, whose words are guesses of hashed names
+	config string // of the ssh client, whose words are guesses at names
 }
 
 var _ agent.HostNamer = (*hosts)(nil)
@@ -138,15 +162,19 @@ func newHosts(c *config) *hosts {
 	return h
 }
 
-// HostName is that of the files. What ssh was called with and what its
-// configuration has are guesses for names that the files have as hashes.
+// HostName is what the files say. Where ssh asks, the destination among its arguments
+// is the first guess at the name, and the words of its configuration are the others.
 func (h *hosts) HostName(key ssh.PublicKey, p peer.Peer) agent.HostName {
-	known := h.files.Lookup(key, func() []string {
-		guesses := knownhosts.Guesses(p.Arguments())
-		if h.config != "" {
-			guesses = append(guesses, knownhosts.Guesses(knownhosts.ConfigWords(h.config))...)
+	return h.files.Lookup(key, func() []string {
+		var guesses []string
+		if len(p.Chain) > 0 && p.Chain[0].Name == "ssh" {
+			guesses = knownhosts.Destination(p.Arguments())
 		}
-		return guesses
+		if h.config == "" {
+			return guesses
+		}
+		// The configuration may have the port of the destination.
+		words := slices.DeleteFunc(slices.Clone(guesses), func(g string) bool { return strings.Contains(g, "]:") })
+		return append(guesses, knownhosts.Guesses(append(words, knownhosts.ConfigWords(h.config)...))...)
 	})
-	return agent.HostName{Names: known.Names, Hashed: known.Hashed, Revoked: known.Revoked}
 }

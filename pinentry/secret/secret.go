@@ -2,8 +2,15 @@
 // swapping, left out of core dumps, followed by a guard page, and overwritten
 // as soon as it is no longer wanted. A Secret never prints itself.
 //
-// It promises nothing about copies that others make: whoever reads the bytes
-// must not turn them into a string or append them to a slice of their own.
+// Where the kernel has memfd_secret(2), the pages of a Secret are not in the
+// kernel's own map of memory. No other process can read them, not through
+// /proc/PID/mem, which a process may have opened before this one could forbid it.
+//
+// The kernel does not hibernate while such pages exist. So a Secret is short-lived
+// unless a person has asked for the contrary, and no buffer is kept for the next one.
+//
+// It promises nothing about copies that others make: a reader of the bytes must not
+// turn them into a string or append them to a slice of its own.
 package secret
 
 import (
@@ -57,6 +64,7 @@ func (s *Secret) memory() *memory {
 var (
 	lockMu  sync.Mutex
 	lockErr error
+	hideErr error
 )
 
 // LockError says why the kernel refused to lock the memory of a Secret, or is
@@ -68,6 +76,24 @@ func LockError() error {
 	return lockErr
 }
 
+// HideError says why the kernel refused memory of memfd_secret(2) for a Secret, or
+// is nil when it never has. It is ENOSYS on a kernel without it. The Secret works all
+// the same, in memory that is locked. Safe for concurrent use.
+func HideError() error {
+	lockMu.Lock()
+	defer lockMu.Unlock()
+	return hideErr
+}
+
+// noted keeps the first error in one of the two variables above.
+func noted(where *error, err error) {
+	lockMu.Lock()
+	defer lockMu.Unlock()
+	if *where == nil {
+		*where = err
+	}
+}
+
 // New returns an empty Secret with room for size bytes. It fails when size is
 // negative or above MaxSize, or when there is no memory left to map.
 func New(size int) (*Secret, error) {
@@ -75,24 +101,57 @@ func New(size int) (*Secret, error) {
 		return nil, fmt.Errorf("a secret of %d bytes: the limit is %d", size, MaxSize)
 	}
 	page := unix.Getpagesize()
-	pages := max(1, (size+page-1)/page)
-	region, err := unix.Mmap(-1, 0, (pages+1)*page, unix.PROT_READ|unix.PROT_WRITE, unix.MAP_PRIVATE|unix.MAP_ANONYMOUS)
+	usable := max(1, (size+page-1)/page) * page
+	region, err := hidden(usable + page)
+	if err != nil {
+		noted(&hideErr, err)
+		if region, err = locked(usable + page); err != nil {
+			return nil, err
+		}
+	}
+	if err := unix.Mprotect(region[usable:], unix.PROT_NONE); err != nil {
+		return nil, errors.Join(fmt.Errorf("guard the memory of a secret: %w", err), unix.Munmap(region))
+	}
+	data := region[:usable:usable]
+	return &Secret{&handle{m: &memory{region: region, data: data[usable-size:]}}}, nil
+}
+
+// hidden maps pages that only this process can read. The kernel locks them and
+// leaves them out of core files.
+func hidden(size int) ([]byte, error) {
+	fd, err := unix.MemfdSecret(unix.O_CLOEXEC)
+	if err != nil {
+		return nil, fmt.Errorf("memfd_secret: %w", err)
+	}
+	defer unix.Close(fd) // the mapping keeps the pages
+	if err := unix.Ftruncate(fd, int64(size)); err != nil {
+		return nil, fmt.Errorf("give secret memory its size: %w", err)
+	}
+	b, err := unix.Mmap(fd, 0, size, unix.PROT_READ|unix.PROT_WRITE, unix.MAP_SHARED)
+	if err != nil {
+		return nil, fmt.Errorf("map secret memory: %w", err)
+	}
+	// A module may fork. The mapping is shared, so the child must not have it.
+	if err := unix.Madvise(b, unix.MADV_DONTFORK); err != nil {
+		return nil, errors.Join(fmt.Errorf("keep secret memory from children: %w", err), unix.Munmap(b))
+	}
+	return b, nil
+}
+
+// locked maps pages that are not swapped. That the kernel refuses to lock them is no
+// error: LockError has it.
+func locked(size int) ([]byte, error) {
+	b, err := unix.Mmap(-1, 0, size, unix.PROT_READ|unix.PROT_WRITE, unix.MAP_PRIVATE|unix.MAP_ANONYMOUS)
 	if err != nil {
 		return nil, fmt.Errorf("map memory for a secret: %w", err)
 	}
-	usable := region[: pages*page : pages*page]
-	if err := unix.Mprotect(region[pages*page:], unix.PROT_NONE); err != nil {
-		return nil, errors.Join(fmt.Errorf("guard the memory of a secret: %w", err), unix.Munmap(region))
-	}
-	if err := unix.Mlock(usable); err != nil {
-		lockMu.Lock()
-		lockErr = fmt.Errorf("lock the memory of a secret: %w", err)
-		lockMu.Unlock()
+	if err := unix.Mlock(b); err != nil {
+		noted(&lockErr, fmt.Errorf("lock the memory of a secret: %w", err))
 	}
 	// Both are hints that old kernels may not know: the secret is as usable without.
-	_ = unix.Madvise(usable, unix.MADV_DONTDUMP)
-	_ = unix.Madvise(usable, unix.MADV_WIPEONFORK)
-	return &Secret{&handle{m: &memory{region: region, data: usable[len(usable)-size:]}}}, nil
+	_ = unix.Madvise(b, unix.MADV_DONTDUMP)
+	_ = unix.Madvise(b, unix.MADV_WIPEONFORK)
+	return b, nil
 }
 
 // From moves b into a new Secret: the bytes of b are overwritten, also when it
@@ -139,10 +198,18 @@ func (s *Secret) Clone() (*Secret, error) {
 	return c, nil
 }
 
-// Equal tells whether both hold the same bytes, in a time that depends on their
-// lengths alone.
+// Equal tells whether both hold the same bytes, in a time that depends on the length
+// of o alone. Nothing of either gets into other memory, as it does with a hash.
 func (s *Secret) Equal(o *Secret) bool {
-	return subtle.ConstantTimeCompare(s.Bytes(), o.Bytes()) == 1
+	want, given := s.Bytes(), o.Bytes()
+	same := subtle.ConstantTimeEq(int32(len(want)), int32(len(given)))
+	if len(want) == 0 {
+		return same == 1
+	}
+	for i, b := range given {
+		same &= subtle.ConstantTimeByteEq(want[i%len(want)], b)
+	}
+	return same == 1
 }
 
 // Wipe overwrites the bytes and gives the memory back. The Secret is empty

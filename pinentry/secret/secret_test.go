@@ -310,8 +310,13 @@ func TestWipeLeavesNoCopy(t *testing.T) {
 		s.Buffer()[i] = ^b
 	}
 	s.SetLen(len(inverted))
+	plain := bytes.Clone(s.Bytes())
 	if n := copies(t, inverted); n == 0 {
-		t.Fatal("the secret is not found while it is there: the search is no good")
+		t.Fatal("a copy is not found while it is there: the search is no good")
+	}
+	secret.Wipe(plain)
+	if n := copies(t, inverted); n != secrettest.Found(1) {
+		t.Errorf("%d copies are found of the secret, want %d", n, secrettest.Found(1))
 	}
 	c, err := s.Clone()
 	if err != nil {
@@ -319,12 +324,85 @@ func TestWipeLeavesNoCopy(t *testing.T) {
 	}
 	_ = fmt.Sprint(s, s.Equal(c))
 	s.Wipe()
-	if n := copies(t, inverted); n != 1 {
+	if n := copies(t, inverted); n != secrettest.Found(1) {
 		t.Errorf("%d copies are left, not the clone alone", n)
 	}
 	c.Wipe()
 	if n := copies(t, inverted); n != 0 {
 		t.Errorf("%d copies are left in the process", n)
+	}
+}
+
+// A file /proc/PID/mem that was opened before the process forbade it reads on for
+// ever. It must not read a secret, and no other way may either.
+func TestSecretIsHidden(t *testing.T) {
+	mem, err := os.Open("/proc/self/mem")
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer mem.Close()
+	s, err := secret.From([]byte("123456"))
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer s.Wipe()
+	if errors.Is(secret.HideError(), unix.ENOSYS) {
+		t.Skip(secret.HideError())
+	}
+	if err := secret.HideError(); err != nil {
+		t.Fatal(err)
+	}
+	address := func(b []byte) uintptr { return uintptr(unsafe.Pointer(unsafe.SliceData(b))) }
+	plain := []byte("654321")
+	for _, tt := range []struct {
+		name string
+		read func(b []byte) error
+	}{
+		{"/proc/PID/mem", func(b []byte) error {
+			_, err := mem.ReadAt(make([]byte, len(b)), int64(address(b)))
+			return err
+		}},
+		{"process_vm_readv", func(b []byte) error {
+			local := make([]byte, len(b))
+			_, err := unix.ProcessVMReadv(os.Getpid(), []unix.Iovec{{Base: &local[0], Len: uint64(len(local))}}, []unix.RemoteIovec{{Base: address(b), Len: len(b)}}, 0)
+			return err
+		}},
+	} {
+		if err := tt.read(plain); err != nil {
+			t.Errorf("%s of a plain slice: %v: the test is no good", tt.name, err)
+		}
+		if err := tt.read(s.Bytes()); err == nil {
+			t.Errorf("%s reads the secret", tt.name)
+		}
+	}
+	// The memory itself works.
+	r, w, err := os.Pipe()
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer r.Close()
+	defer w.Close()
+	if _, err := w.Write(s.Bytes()); err != nil {
+		t.Errorf("write: %v", err)
+	}
+	if _, err := r.Read(s.Buffer()); err != nil || string(s.Bytes()) != "123456" {
+		t.Errorf("read: %v", err)
+	}
+}
+
+// A machine does not hibernate while there is secret memory: none is kept.
+func TestNothingIsKept(t *testing.T) {
+	s, err := secret.New(8)
+	if err != nil {
+		t.Fatal(err)
+	}
+	s.Wipe()
+	maps, err := os.ReadFile("/proc/self/maps")
+	if err != nil {
+		t.Fatal(err)
+	}
+	if bytes.Contains(maps, []byte("secretmem")) {
+		t.Errorf("secret memory is kept:\n%s", maps)
 	}
 }
 

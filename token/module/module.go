@@ -20,8 +20,6 @@ import (
 	"io"
 	"log"
 	"os"
-
-	"p11-agent/pinentry/secret"
 )
 
 // Main runs the module process on the sockets at the file descriptors wire.FD and
@@ -48,9 +46,6 @@ func run(logger *log.Logger) error {
 	conn, lanes, err := agentSockets()
 	if err != nil {
 		return err
-	}
-	if err := secret.LockError(); err != nil {
-		logger.Print(err)
 	}
 	s := newServer(conn, logger)
 	go s.acceptLanes(lanes)

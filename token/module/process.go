@@ -28,11 +28,7 @@ func agentSockets() (*wire.ModuleConn, *wire.ModuleLanes, error) {
 	if err != nil {
 		return nil, nil, errors.Join(err, asks.Close())
 	}
-	conn, err := wire.NewModuleConn(asks)
-	if err != nil {
-		return nil, nil, errors.Join(err, asks.Close(), opens.Close())
-	}
-	return conn, wire.NewModuleLanes(opens), nil
+	return wire.NewModuleConn(asks), wire.NewModuleLanes(opens), nil
 }
 
 func agentSocket(fd, kind int) (*net.UnixConn, error) {

@@ -242,6 +242,7 @@ type FakeProcess struct {
 
 	mu      sync.Mutex
 	cancels map[uint32]context.CancelFunc
+	over    bool                        // every request is cancelled
 	asked   map[uint32]*wire.ModuleLane // by the request that came on it, until that is answered
 }
 
@@ -261,10 +262,7 @@ func (f *Fake) newProcess(c *net.UnixConn) (*FakeProcess, error) {
 	if err != nil {
 		return nil, err
 	}
-	conn, err := wire.NewModuleConn(c)
-	if err != nil {
-		return nil, errors.Join(err, lanes.Close())
-	}
+	conn := wire.NewModuleConn(c)
 	p := &FakeProcess{
 		fake: f, pid: int(peer.Pid), c: c, conn: conn, lanes: lanes,
 		cancels: make(map[uint32]context.CancelFunc), asked: make(map[uint32]*wire.ModuleLane),
@@ -378,7 +376,7 @@ func (p *FakeProcess) acceptLanes() {
 				p.mu.Lock()
 				p.asked[id] = lane
 				p.mu.Unlock()
-				all.Go(func() { p.request(wire.Request{ID: id, Type: wire.TypeSign, Message: m}) })
+				all.Go(p.request(wire.Request{ID: id, Type: wire.TypeSign, Message: m}))
 			}
 		})
 	}
@@ -420,6 +418,7 @@ func (p *FakeProcess) serve() {
 		_ = p.lanes.Close()
 		p.mu.Lock()
 		defer p.mu.Unlock()
+		p.over = true
 		for _, cancel := range p.cancels {
 			cancel()
 		}
@@ -437,21 +436,27 @@ func (p *FakeProcess) serve() {
 			p.mu.Unlock()
 			continue
 		}
-		requests.Go(func() { p.request(r) })
+		requests.Go(p.request(r))
 	}
 }
 
-// request answers a request, which can be cancelled.
-func (p *FakeProcess) request(r wire.Request) {
+// request returns the function that answers a request. The request can be cancelled from
+// now on, before that has begun.
+func (p *FakeProcess) request(r wire.Request) func() {
 	ctx, cancel := context.WithCancel(context.Background())
-	defer cancel()
-	p.mu.Lock()
-	p.cancels[r.ID] = cancel
-	p.mu.Unlock()
-	p.handle(ctx, r)
 	p.mu.Lock()
 	defer p.mu.Unlock()
-	delete(p.cancels, r.ID)
+	p.cancels[r.ID] = cancel
+	if p.over {
+		cancel()
+	}
+	return func() {
+		defer cancel()
+		p.handle(ctx, r)
+		p.mu.Lock()
+		defer p.mu.Unlock()
+		delete(p.cancels, r.ID)
+	}
 }
 
 func (p *FakeProcess) handle(ctx context.Context, r wire.Request) {

@@ -160,10 +160,14 @@ func (c *codec) raw(v *string) {
 	}
 }
 
-// text is a string of UTF-8.
+// text is a string of UTF-8, which has MaxText bytes at the most.
 func (c *codec) text(v *string) {
 	c.raw(v)
-	if c.reading && !utf8.ValidString(*v) {
+	switch {
+	case !c.reading:
+	case len(*v) > MaxText:
+		c.fail("text that is too long")
+	case !utf8.ValidString(*v):
 		c.fail("text that is not UTF-8")
 	}
 }

@@ -11,6 +11,8 @@ import (
 	"sync"
 	"syscall"
 
+	"golang.org/x/sys/unix"
+
 	"p11-agent/pinentry/secret"
 )
 
@@ -133,20 +135,16 @@ type ModuleConn struct {
 	c net.Conn
 	w writer
 
-	// What is read lies in locked memory, as any frame may hold a PIN, and is
-	// overwritten as soon as it is decoded: buf.Buffer()[from:to] is yet to be
-	// decoded, the rest of it is zero.
+	// Any frame may hold a PIN, so it is read into a Secret, and overwritten as soon as
+	// it is decoded. buf.Buffer()[from:to] is yet to be decoded, the rest of it is zero.
+	// buf is nil while there is nothing to decode: see package secret.
 	buf      *secret.Secret
 	from, to int
 }
 
 // NewModuleConn makes the module process's end of c and owns it.
-func NewModuleConn(c net.Conn) (*ModuleConn, error) {
-	buf, err := secret.New(readBuffer)
-	if err != nil {
-		return nil, err
-	}
-	return &ModuleConn{c: c, w: writer{c: c}, buf: buf}, nil
+func NewModuleConn(c net.Conn) *ModuleConn {
+	return &ModuleConn{c: c, w: writer{c: c}}
 }
 
 // ReadRequest reads the next request. It returns io.EOF when the agent has
@@ -200,6 +198,18 @@ func (c *ModuleConn) readLarge(n int, msg Message) error {
 // fill returns the next n bytes, which stay where they are until skip. n is at
 // most readBuffer.
 func (c *ModuleConn) fill(n int) ([]byte, error) {
+	if n == 0 {
+		return nil, nil // there may be nothing more to wait for
+	}
+	if c.buf == nil {
+		if err := c.wait(); err != nil {
+			return nil, gone(err)
+		}
+		var err error
+		if c.buf, err = secret.New(readBuffer); err != nil {
+			return nil, err
+		}
+	}
 	b := c.buf.Buffer()
 	if c.from+n > len(b) {
 		end := copy(b, b[c.from:c.to])
@@ -221,8 +231,31 @@ func (c *ModuleConn) skip(n int) {
 	secret.Wipe(c.buf.Buffer()[c.from : c.from+n])
 	c.from += n
 	if c.from == c.to {
-		c.from, c.to = 0, 0 // so that the next read has the whole room
+		c.drop()
 	}
+}
+
+// drop gives the buffer back.
+func (c *ModuleConn) drop() {
+	c.buf.Wipe()
+	c.buf, c.from, c.to = nil, 0, 0
+}
+
+// wait returns when there is something to read, or the end. It takes nothing.
+func (c *ModuleConn) wait() error {
+	s, ok := c.c.(syscall.Conn)
+	if !ok {
+		return nil // a read waits as well
+	}
+	raw, err := s.SyscallConn()
+	if err != nil {
+		return err
+	}
+	var first [1]byte // of the length of a frame
+	return raw.Read(func(fd uintptr) bool {
+		_, _, err := unix.Recvfrom(int(fd), first[:], unix.MSG_PEEK|unix.MSG_DONTWAIT)
+		return err != unix.EAGAIN
+	})
 }
 
 // WriteReply answers a request in one system call. A reply that is longer than
@@ -249,8 +282,7 @@ func (c *ModuleConn) WriteLost(e *Error) error {
 // Close closes the connection and overwrites what was received and not decoded.
 // It is for the goroutine that reads.
 func (c *ModuleConn) Close() error {
-	c.buf.Wipe()
-	c.buf, c.from, c.to = nil, 0, 0
+	c.drop()
 	return c.c.Close()
 }
 

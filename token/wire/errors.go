@@ -63,15 +63,19 @@ func (s Sandbox) String() string {
 	if s.Off {
 		return "off (configuration)"
 	}
-	files := fmt.Sprintf("files (landlock %d)", s.Files)
-	if s.Files == 0 {
-		files = "files: " + s.FilesError
+	byLandlock, bySeccomp := "files", "system calls"
+	if s.Scoped {
+		byLandlock += ", signals and abstract sockets"
+	} else {
+		bySeccomp += " and signals"
 	}
-	calls := "system calls (seccomp)"
-	if !s.Calls {
-		calls = "system calls: " + s.CallsError
+	in := func(what, how, failure string) string {
+		if failure != "" {
+			return what + ": " + failure
+		}
+		return what + " (" + how + ")"
 	}
-	text := files + ", " + calls
+	text := in(byLandlock, fmt.Sprintf("landlock %d", s.Files), s.FilesError) + ", " + in(bySeccomp, "seccomp", s.CallsError)
 	if len(s.Missing) > 0 {
 		text += fmt.Sprintf("; not writable, as it is not there: %q", s.Missing)
 	}

@@ -39,6 +39,7 @@ func (s *Sandbox) fields(c *codec) {
 	c.uint32(&s.Files)
 	c.text(&s.FilesError)
 	list(c, &s.Missing, func(path *string, c *codec) { c.raw(path) })
+	c.bool(&s.Scoped)
 	c.bool(&s.Calls)
 	c.text(&s.CallsError)
 }

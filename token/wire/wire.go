@@ -21,7 +21,7 @@ import "p11-agent/pinentry/secret"
 
 // Version is the version of this language. Both sides are the same binary, so a
 // difference means that the binary was replaced while the agent ran.
-const Version = 4
+const Version = 5
 
 // FD is the file descriptor number that a module process finds its socket at.
 const FD = 3
@@ -36,6 +36,9 @@ const (
 	MaxReply = 16 << 20
 	// MaxList bounds the elements of each list: slots, mechanisms, objects.
 	MaxList = 8192
+	// MaxText bounds the bytes of a text: a label, a name, what went wrong. A URI, which
+	// may have a label, has as many at the most.
+	MaxText = 8 << 10
 	// MaxPIN bounds the bytes of a PIN. Tokens take 4 to 255.
 	MaxPIN = 1024
 )
@@ -104,8 +107,11 @@ type Sandbox struct {
 	Files      uint32
 	FilesError string
 	Missing    []string
-	// Calls tells that seccomp keeps it from making system calls; CallsError says why
-	// not.
+	// Scoped tells that Landlock keeps it from signalling processes that it has not
+	// started, and from connecting to their abstract sockets.
+	Scoped bool
+	// Calls tells that seccomp keeps it from making system calls, among them those that
+	// send signals if not Scoped; CallsError says why not.
 	Calls      bool
 	CallsError string
 }

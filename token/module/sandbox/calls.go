@@ -4,6 +4,8 @@ package sandbox
 
 import (
 	"errors"
+	"os"
+	"slices"
 	"unsafe"
 
 	"golang.org/x/sys/unix"
@@ -35,28 +37,62 @@ var denied = []uintptr{
 	unix.SYS_REBOOT, unix.SYS_SWAPON, unix.SYS_SWAPOFF, unix.SYS_ACCT, unix.SYS_QUOTACTL, unix.SYS_QUOTACTL_FD,
 	unix.SYS_SYSLOG, unix.SYS_VHANGUP, unix.SYS_SETHOSTNAME, unix.SYS_SETDOMAINNAME,
 	unix.SYS_SETTIMEOFDAY, unix.SYS_CLOCK_SETTIME, unix.SYS_CLOCK_ADJTIME, unix.SYS_LOOKUP_DCOOKIE, unix.SYS_NFSSERVCTL,
+	// Modes, owners, attributes and times of files. Landlock does not cover them, and a
+	// filter sees no paths. A file that is open for reading is enough for fchmod, so the
+	// forms without a path are denied as well. SoftHSM, OpenSC, ykcs11 and p11-kit
+	// make none of these calls. SQLite, and so tpm2-pkcs11, ignores their failure.
+	unix.SYS_FCHMOD, unix.SYS_FCHMODAT, unix.SYS_FCHMODAT2, unix.SYS_FCHOWN, unix.SYS_FCHOWNAT, unix.SYS_UTIMENSAT,
+	unix.SYS_SETXATTR, unix.SYS_LSETXATTR, unix.SYS_FSETXATTR, unix.SYS_SETXATTRAT,
+	unix.SYS_REMOVEXATTR, unix.SYS_LREMOVEXATTR, unix.SYS_FREMOVEXATTR, unix.SYS_REMOVEXATTRAT, unix.SYS_FILE_SETATTR,
 }
 
-// namespaces are the flags of clone that make new ones.
-const namespaces = unix.CLONE_NEWNS | unix.CLONE_NEWCGROUP | unix.CLONE_NEWUTS | unix.CLONE_NEWIPC |
+// controls are the requests of ioctl that are denied, by the numbers that they have on
+// the processors of callsHere.
+var controls = []uint32{
+	// Attributes of files and subvolumes that a file open for reading is enough for, as
+	// above (linux/fs.h, linux/fsverity.h, linux/fscrypt.h, linux/btrfs.h).
+	unix.FS_IOC_SETFLAGS, 0x40046602 /* of 32 bits */, 0x401c5820 /* FS_IOC_FSSETXATTR */, 0x40087602, 0x40047602, /* FS_IOC_SETVERSION */
+	unix.FS_IOC_ENABLE_VERITY, unix.FS_IOC_SET_ENCRYPTION_POLICY,
+	0x5000940e /* BTRFS_IOC_SUBVOL_CREATE */, 0x50009418, 0x50009401 /* BTRFS_IOC_SNAP_CREATE */, 0x50009417,
+	0x5000940f /* BTRFS_IOC_SNAP_DESTROY */, 0x5000943f, 0x4008941a, /* BTRFS_IOC_SUBVOL_SETFLAGS */
+	// Keys that the user's encrypted files are closed without (linux/fscrypt.h).
+	0xc0506617 /* FS_IOC_ADD_ENCRYPTION_KEY */, 0xc0406618, /* FS_IOC_REMOVE_ENCRYPTION_KEY */
+	// What is typed at a terminal.
+	unix.TIOCSTI, unix.TIOCLINUX,
+	// Whom the kernel signals when there is something to read.
+	0x8901 /* FIOSETOWN */, unix.SIOCSPGRP,
+}
+
+// fileControls are the requests of fcntl that are denied: whom the kernel signals, and
+// with what, and a lease, which delays others that open the file.
+var fileControls = []uint32{unix.F_SETOWN, unix.F_SETOWN_EX, unix.F_SETSIG, unix.F_SETLEASE}
+
+// noClone are the flags of clone that make new namespaces, and one that makes a child
+// of the agent, which does not wait for that.
+const noClone = unix.CLONE_PARENT | unix.CLONE_NEWNS | unix.CLONE_NEWCGROUP | unix.CLONE_NEWUTS | unix.CLONE_NEWIPC |
 	unix.CLONE_NEWUSER | unix.CLONE_NEWPID | unix.CLONE_NEWNET
 
-// Where struct seccomp_data (linux/seccomp.h) has what is asked for. Arguments
-// have 64 bits; of the flags of clone the lower half counts, which comes first on
-// the processors of callsHere.
+// Where struct seccomp_data (linux/seccomp.h) has what is asked for. Arguments have 64
+// bits. Of those that are looked at here the kernel uses the lower half, which comes
+// first on the processors of callsHere.
 const (
 	dataCall  = 0
 	dataArch  = 4
 	dataFirst = 16
 )
 
-// restrictCalls denies system calls to all threads.
-func restrictCalls() error {
-	return install(program())
+// restrictCalls denies system calls to all threads, and with signals those that send
+// signals to other processes.
+func restrictCalls(signals bool) error {
+	return install(program(uint32(os.Getpid()), signals))
 }
 
-// program is the filter.
-func program() []unix.SockFilter {
+// program is the filter of the process that has this number.
+//
+// The processes that it starts have other numbers. They can do to themselves what takes
+// 0 for their own number, and with signals denied they cannot signal at all: the C
+// library ends such a process in another way when it calls abort.
+func program(own uint32, signals bool) []unix.SockFilter {
 	p := []unix.SockFilter{
 		load(dataArch),
 		jump(unix.BPF_JEQ, auditArch, 1, 0),
@@ -71,15 +107,76 @@ func program() []unix.SockFilter {
 			p = append(p, jump(unix.BPF_JEQ, uint32(call), 0, 1), answer(unix.EPERM))
 		}
 	}
-	return append(p,
+	p = append(p,
 		// Its flags are in memory, where a filter cannot see them. C libraries take
 		// this answer for that of an old kernel, and call clone.
 		jump(unix.BPF_JEQ, unix.SYS_CLONE3, 0, 1), answer(unix.ENOSYS),
-		jump(unix.BPF_JEQ, unix.SYS_CLONE, 0, 3),
+		jump(unix.BPF_JEQ, unix.SYS_CLONE, 0, 4),
 		load(dataFirst),
-		jump(unix.BPF_JSET, namespaces, 0, 1), answer(unix.EPERM),
-		unix.SockFilter{Code: unix.BPF_RET | unix.BPF_K, K: unix.SECCOMP_RET_ALLOW},
+		jump(unix.BPF_JSET, noClone, 0, 1), answer(unix.EPERM),
+		allow,
 	)
+	self := []uint32{0, own}
+	var rules [][]unix.SockFilter
+	for _, call := range []uintptr{
+		unix.SYS_PRLIMIT64, unix.SYS_SCHED_SETAFFINITY, unix.SYS_SCHED_SETSCHEDULER, unix.SYS_SCHED_SETPARAM,
+		unix.SYS_SCHED_SETATTR, unix.SYS_MIGRATE_PAGES, unix.SYS_MOVE_PAGES,
+	} {
+		rules = append(rules, only(call, argument{0, self}))
+	}
+	const ioprioWhoProcess = 1
+	rules = append(rules,
+		only(unix.SYS_SETPRIORITY, argument{0, []uint32{unix.PRIO_PROCESS}}, argument{1, self}),
+		only(unix.SYS_IOPRIO_SET, argument{0, []uint32{ioprioWhoProcess}}, argument{1, self}),
+		except(unix.SYS_IOCTL, argument{1, controls}),
+		except(unix.SYS_FCNTL, argument{1, fileControls}),
+	)
+	if signals {
+		// The process leads a group of its own, which has nothing but what it has started.
+		rules = append(rules,
+			only(unix.SYS_KILL, argument{0, []uint32{0, own, -own}}),
+			only(unix.SYS_TGKILL, argument{0, []uint32{own}}),
+			only(unix.SYS_RT_SIGQUEUEINFO, argument{0, []uint32{own}}),
+			only(unix.SYS_RT_TGSIGQUEUEINFO, argument{0, []uint32{own}}),
+			only(unix.SYS_TKILL, argument{0, nil}),
+			only(unix.SYS_PIDFD_SEND_SIGNAL, argument{0, nil}),
+		)
+	}
+	return append(slices.Concat(append([][]unix.SockFilter{p}, rules...)...), allow)
+}
+
+// An argument is one of a system call, counted from 0, and values of it.
+type argument struct {
+	index  uint32
+	values []uint32
+}
+
+var allow = unix.SockFilter{Code: unix.BPF_RET | unix.BPF_K, K: unix.SECCOMP_RET_ALLOW}
+
+// only allows a call when each of the arguments has one of its values.
+func only(call uintptr, args ...argument) (rule []unix.SockFilter) {
+	for _, a := range args {
+		rule = append(rule, load(dataFirst+8*a.index))
+		for i, v := range a.values {
+			rule = append(rule, jump(unix.BPF_JEQ, v, uint8(len(a.values)-i), 0))
+		}
+		rule = append(rule, answer(unix.EPERM))
+	}
+	return when(call, append(rule, allow))
+}
+
+// except allows a call unless the argument has one of the values.
+func except(call uintptr, a argument) []unix.SockFilter {
+	rule := []unix.SockFilter{load(dataFirst + 8*a.index)}
+	for i, v := range a.values {
+		rule = append(rule, jump(unix.BPF_JEQ, v, uint8(len(a.values)-i), 0))
+	}
+	return when(call, append(rule, allow, answer(unix.EPERM)))
+}
+
+// when has a rule, which decides, apply to a call.
+func when(call uintptr, rule []unix.SockFilter) []unix.SockFilter {
+	return append([]unix.SockFilter{jump(unix.BPF_JEQ, uint32(call), 0, uint8(len(rule)))}, rule...)
 }
 
 func load(offset uint32) unix.SockFilter {

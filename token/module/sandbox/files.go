@@ -27,7 +27,19 @@ const (
 	// to another at all, and a file that may only be read can still be emptied.
 	sinceABI2 = landlock.AccessFSSet(ll.AccessFSRefer)
 	sinceABI3 = landlock.AccessFSSet(ll.AccessFSTruncate)
+
+	// What reaches no process outside, and is in kernels from version 6 of Landlock on.
+	scopes = landlock.ScopedSet(ll.ScopeSignal | ll.ScopeAbstractUnixSocket)
 )
+
+// scoped tells whether the kernel confines signals, and does it right: the first
+// kernels that do, before 6.12.26, refuse signals between threads of one process
+// (Documentation/userspace-api/landlock.rst, "Erratum 2").
+func scoped(abi int) bool {
+	const signals = 1 << 1
+	errata, err := ll.LandlockGetErrata()
+	return abi >= 6 && err == nil && errata&signals != 0
+}
 
 // supported returns those of the rights that a version of Landlock has.
 func supported(abi int, rights landlock.AccessFSSet) landlock.AccessFSSet {
@@ -40,8 +52,9 @@ func supported(abi int, rights landlock.AccessFSSet) landlock.AccessFSSet {
 	return rights
 }
 
-// restrictFiles forbids to write files. It returns the version of Landlock in
-// force, 0 for none, and those of o.Write that are not there.
+// restrictFiles forbids to write files and, where scoped has it, to signal processes
+// outside and to connect to their abstract sockets. It returns the version of Landlock
+// in force, 0 for none, and those of o.Write that are not there.
 //
 // The library knows ways to make all threads obey, and to do as much as the
 // kernel can. The latter is not used: it calls nothing at all a success.
@@ -74,9 +87,13 @@ func restrictFiles(o Options) (abi int, missing []string, err error) {
 			missing = append(missing, path)
 		}
 	}
-	c, err := landlock.NewConfig(supported(abi, forbidden))
+	what := []any{supported(abi, forbidden)}
+	if scoped(abi) {
+		what = append(what, scopes)
+	}
+	c, err := landlock.NewConfig(what...)
 	if err == nil {
-		err = c.RestrictPaths(rules...)
+		err = c.Restrict(rules...)
 	}
 	if err != nil {
 		return 0, missing, fmt.Errorf("refused: %w", err)

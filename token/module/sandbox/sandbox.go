@@ -7,11 +7,12 @@
 // It promises to tell what is in force and what is not: nothing is taken for
 // granted, and nothing is best effort in silence.
 //
-// Reading files stays free, and so do sockets and starting programs: a module
-// reaches its daemon by them, and asks for a PIN with a dialogue of its own. So
-// this keeps a module that is broken or taken over from changing the person's
-// files and from reading the memory of other processes. It does not keep it from
-// asking another program, over that one's socket, to do something for it.
+// Reading files stays free, and so do starting programs and sockets other than abstract
+// ones: a module reaches its daemon by them, and asks for a PIN with a dialogue of its own.
+// So this keeps a module that is broken or taken over from changing the person's files
+// and their modes, from reading the memory of other processes, and from stopping or
+// starving them. It does not keep it from asking another program, over that one's
+// socket, to do something for it.
 package sandbox
 
 import (
@@ -52,7 +53,8 @@ func Enter(o Options) wire.Sandbox {
 	if err != nil {
 		r.FilesError = reason(err)
 	}
-	if err := restrictCalls(); err != nil {
+	r.Scoped = scoped(abi)
+	if err := restrictCalls(!r.Scoped); err != nil {
 		r.CallsError = reason(err)
 	} else {
 		r.Calls = true

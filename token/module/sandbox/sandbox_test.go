@@ -81,7 +81,7 @@ func (t task) do() outcome {
 		}
 		o.Written[path] = say(err)
 	}
-	for name, args := range harmless {
+	for name, args := range harmless() {
 		// On threads that were there before, and on one that was not.
 		results := make(chan string, 2)
 		call := func() {
@@ -103,16 +103,46 @@ func (t task) do() outcome {
 	return o
 }
 
-// harmless are system calls that do nothing when they are not denied.
-var harmless = map[string][5]uintptr{
-	"ptrace":     {unix.SYS_PTRACE, unix.PTRACE_DETACH, 0x7ffffff0},
-	"unshare":    {unix.SYS_UNSHARE},
-	"keyctl":     {unix.SYS_KEYCTL, unix.KEYCTL_GET_KEYRING_ID, ^uintptr(2), 0},
-	"bpf":        {unix.SYS_BPF, 0xffff},
-	"io_uring":   {unix.SYS_IO_URING_SETUP},
-	"clone3":     {unix.SYS_CLONE3},
-	"clone user": {unix.SYS_CLONE, unix.CLONE_NEWUSER | unix.CLONE_SIGHAND}, // which do not go together
-	"getpid":     {unix.SYS_GETPID},
+// harmless are system calls that do nothing when they are not denied. Their names tell
+// what comes of them.
+func harmless() map[string][5]uintptr {
+	agent, self := uintptr(os.Getppid()), uintptr(os.Getpid())
+	const nowhere = 1 // an address, or a file that is not open
+	return map[string][5]uintptr{
+		"denied: ptrace":          {unix.SYS_PTRACE, unix.PTRACE_DETACH, 0x7ffffff0},
+		"denied: unshare":         {unix.SYS_UNSHARE},
+		"denied: keyctl":          {unix.SYS_KEYCTL, unix.KEYCTL_GET_KEYRING_ID, ^uintptr(2), 0},
+		"denied: bpf":             {unix.SYS_BPF, 0xffff},
+		"denied: io_uring":        {unix.SYS_IO_URING_SETUP},
+		"denied: clone user":      {unix.SYS_CLONE, unix.CLONE_NEWUSER | unix.CLONE_SIGHAND}, // which do not go together
+		"denied: clone parent":    {unix.SYS_CLONE, unix.CLONE_PARENT | unix.CLONE_SIGHAND},
+		"denied: fchmod":          {unix.SYS_FCHMOD, 1 << 30},
+		"denied: fchmodat2":       {unix.SYS_FCHMODAT2, 1 << 30},
+		"denied: fchown":          {unix.SYS_FCHOWN, 1 << 30},
+		"denied: fsetxattr":       {unix.SYS_FSETXATTR, 1 << 30},
+		"denied: utimensat":       {unix.SYS_UTIMENSAT, 1 << 30},
+		"denied: set attributes":  {unix.SYS_IOCTL, 1 << 30, unix.FS_IOC_SETFLAGS},
+		"denied: type":            {unix.SYS_IOCTL, 1 << 30, unix.TIOCSTI},
+		"denied: set owner":       {unix.SYS_FCNTL, 1 << 30, unix.F_SETOWN, agent},
+		"denied: limit the agent": {unix.SYS_PRLIMIT64, agent, 1 << 20},
+		"denied: agent's priority": {
+			unix.SYS_SETPRIORITY, unix.PRIO_PROCESS, agent, 19,
+		},
+		"denied: user's priority":    {unix.SYS_SETPRIORITY, unix.PRIO_USER, 0, 0},
+		"denied: agent's affinity":   {unix.SYS_SCHED_SETAFFINITY, agent, 0, nowhere},
+		"denied: agent's scheduler":  {unix.SYS_SCHED_SETSCHEDULER, agent, 1 << 20, nowhere},
+		"denied: agent's scheduling": {unix.SYS_SCHED_SETATTR, agent, nowhere},
+		"denied: agent's disk":       {unix.SYS_IOPRIO_SET, 1, agent, 1 << 20},
+		"denied: user's disk":        {unix.SYS_IOPRIO_SET, 3, 0, 1 << 20},
+		"denied: signal to agent":    {unix.SYS_KILL, agent, 0},
+		"denied: signal to thread":   {unix.SYS_TGKILL, agent, agent, 0},
+		"missing: clone3":            {unix.SYS_CLONE3},
+		"done: getpid":               {unix.SYS_GETPID},
+		"done: signal to itself":     {unix.SYS_KILL, self, 0},
+		"done: signal to its group":  {unix.SYS_KILL, 0, 0},
+		"done: read a limit":         {unix.SYS_PRLIMIT64, 0, unix.RLIMIT_NOFILE},
+		"done: own priority":         {unix.SYS_SETPRIORITY, unix.PRIO_PROCESS, self, 0},
+	}
 }
 
 // confined has a process of its own do a task.
@@ -229,22 +259,23 @@ func TestMissing(t *testing.T) {
 	}
 }
 
+// Signals are denied by Landlock, and by the filter where that does not do it.
 func TestCalls(t *testing.T) {
-	o := confined(t, task{})
-	if !o.Sandbox.Calls {
-		t.Fatalf("got %v", o.Sandbox)
-	}
-	for name := range harmless {
-		want := "EPERM"
-		switch name {
-		case "clone3":
-			want = "ENOSYS"
-		case "getpid":
-			want = ""
-		}
-		if o.Calls[name] != want {
-			t.Errorf("%s: %q, want %q", name, o.Calls[name], want)
-		}
+	for name, before := range map[string]map[uintptr]unix.Errno{
+		"with Landlock": nil, "without Landlock": {unix.SYS_LANDLOCK_CREATE_RULESET: unix.ENOSYS},
+	} {
+		t.Run(name, func(t *testing.T) {
+			o := confined(t, task{Before: before})
+			if !o.Sandbox.Calls {
+				t.Fatalf("got %v", o.Sandbox)
+			}
+			for name := range harmless() {
+				outcome, _, _ := strings.Cut(name, ":")
+				if want := map[string]string{"denied": "EPERM", "missing": "ENOSYS", "done": ""}[outcome]; o.Calls[name] != want {
+					t.Errorf("%s: %q, want %q", name, o.Calls[name], want)
+				}
+			}
+		})
 	}
 }
 
@@ -252,19 +283,23 @@ func TestCalls(t *testing.T) {
 // force.
 func TestNotInForce(t *testing.T) {
 	version := abi(t)
-	all := fmt.Sprintf("files (landlock %d), system calls (seccomp)", version)
+	if !scoped(int(version)) {
+		t.Skipf("Landlock %d does not confine signals here", version)
+	}
+	files := fmt.Sprintf("files, signals and abstract sockets (landlock %d)", version)
+	all := files + ", system calls (seccomp)"
 	for _, tt := range []struct {
 		name   string
 		before map[uintptr]unix.Errno
 		want   string
 	}{
 		{"all there", nil, all},
-		{"no Landlock", map[uintptr]unix.Errno{unix.SYS_LANDLOCK_CREATE_RULESET: unix.ENOSYS}, "files: not supported by this kernel, system calls (seccomp)"},
-		{"Landlock switched off", map[uintptr]unix.Errno{unix.SYS_LANDLOCK_CREATE_RULESET: unix.EOPNOTSUPP}, "files: not supported by this kernel, system calls (seccomp)"},
-		{"Landlock refused", map[uintptr]unix.Errno{unix.SYS_LANDLOCK_CREATE_RULESET: unix.EPERM}, "files: refused (EPERM), system calls (seccomp)"},
-		{"seccomp refused", map[uintptr]unix.Errno{unix.SYS_SECCOMP: unix.EPERM}, strings.Replace(all, "system calls (seccomp)", "system calls: refused (EPERM)", 1)},
-		{"no seccomp", map[uintptr]unix.Errno{unix.SYS_SECCOMP: unix.ENOSYS}, strings.Replace(all, "system calls (seccomp)", "system calls: not supported by this kernel", 1)},
-		{"nothing", map[uintptr]unix.Errno{unix.SYS_PRCTL: unix.EPERM}, "files: refused (EPERM), system calls: refused (EPERM)"},
+		{"no Landlock", map[uintptr]unix.Errno{unix.SYS_LANDLOCK_CREATE_RULESET: unix.ENOSYS}, "files: not supported by this kernel, system calls and signals (seccomp)"},
+		{"Landlock switched off", map[uintptr]unix.Errno{unix.SYS_LANDLOCK_CREATE_RULESET: unix.EOPNOTSUPP}, "files: not supported by this kernel, system calls and signals (seccomp)"},
+		{"Landlock refused", map[uintptr]unix.Errno{unix.SYS_LANDLOCK_CREATE_RULESET: unix.EPERM}, "files: refused (EPERM), system calls and signals (seccomp)"},
+		{"seccomp refused", map[uintptr]unix.Errno{unix.SYS_SECCOMP: unix.EPERM}, files + ", system calls: refused (EPERM)"},
+		{"no seccomp", map[uintptr]unix.Errno{unix.SYS_SECCOMP: unix.ENOSYS}, files + ", system calls: not supported by this kernel"},
+		{"nothing", map[uintptr]unix.Errno{unix.SYS_PRCTL: unix.EPERM}, "files: refused (EPERM), system calls and signals: refused (EPERM)"},
 	} {
 		t.Run(tt.name, func(t *testing.T) {
 			o := confined(t, task{Before: tt.before})
@@ -279,15 +314,19 @@ func TestNotInForce(t *testing.T) {
 }
 
 // run does what the kernel does with a filter.
-func run(t *testing.T, p []unix.SockFilter, arch, call uint32, first uint32) uint32 {
+func run(t *testing.T, p []unix.SockFilter, arch, call uint32, args ...uint32) uint32 {
 	t.Helper()
+	data := map[uint32]uint32{dataCall: call, dataArch: arch}
+	for i, arg := range args {
+		data[dataFirst+8*uint32(i)] = arg
+	}
 	var a uint32
 	for pc := 0; ; pc++ {
 		in := p[pc]
 		yes := false
 		switch in.Code {
 		case unix.BPF_LD | unix.BPF_W | unix.BPF_ABS:
-			a = map[uint32]uint32{dataCall: call, dataArch: arch, dataFirst: first}[in.K]
+			a = data[in.K]
 			continue
 		case unix.BPF_RET | unix.BPF_K:
 			return in.K
@@ -308,27 +347,42 @@ func run(t *testing.T, p []unix.SockFilter, arch, call uint32, first uint32) uin
 	}
 }
 
+const (
+	deny  = unix.SECCOMP_RET_ERRNO | uint32(unix.EPERM)
+	pass  = uint32(unix.SECCOMP_RET_ALLOW)
+	own   = 4711 // the process
+	other = 42
+)
+
 // The filter denies what is in the lists, and nothing else.
 func TestProgram(t *testing.T) {
-	p := program()
-	const deny, allow = unix.SECCOMP_RET_ERRNO | uint32(unix.EPERM), unix.SECCOMP_RET_ALLOW
-	for call := range uint32(1000) {
-		want := uint32(allow)
-		switch {
-		case slices.Contains(denied, uintptr(call)), slices.Contains(callsHere, uintptr(call)):
-			want = deny
-		case call == unix.SYS_CLONE3:
-			want = unix.SECCOMP_RET_ERRNO | uint32(unix.ENOSYS)
-		}
-		if got := run(t, p, auditArch, call, 0); got != want {
-			t.Errorf("call %d: %#x, want %#x", call, got, want)
+	for _, signals := range []bool{false, true} {
+		p := program(own, signals)
+		for call := range uint32(1000) {
+			want := pass
+			switch {
+			case slices.Contains(denied, uintptr(call)), slices.Contains(callsHere, uintptr(call)):
+				want = deny
+			case call == unix.SYS_CLONE3:
+				want = unix.SECCOMP_RET_ERRNO | uint32(unix.ENOSYS)
+			case signals && (call == unix.SYS_TGKILL || call == unix.SYS_TKILL || call == unix.SYS_RT_SIGQUEUEINFO ||
+				call == unix.SYS_RT_TGSIGQUEUEINFO || call == unix.SYS_PIDFD_SEND_SIGNAL):
+				want = deny // to process 0, or to one that cannot be seen
+			case call == unix.SYS_IOPRIO_SET:
+				want = deny // of what is not said
+			}
+			if got := run(t, p, auditArch, call); got != want {
+				t.Errorf("call %d: %#x, want %#x", call, got, want)
+			}
 		}
 	}
+	p := program(own, true)
 	const thread = unix.CLONE_VM | unix.CLONE_FS | unix.CLONE_FILES | unix.CLONE_SIGHAND | unix.CLONE_THREAD |
 		unix.CLONE_SYSVSEM | unix.CLONE_SETTLS | unix.CLONE_PARENT_SETTID | unix.CLONE_CHILD_CLEARTID
 	for flags, want := range map[uint32]uint32{
-		thread: allow, uint32(unix.SIGCHLD): allow, unix.CLONE_VFORK | unix.CLONE_VM: allow,
+		thread: pass, uint32(unix.SIGCHLD): pass, unix.CLONE_VFORK | unix.CLONE_VM: pass,
 		unix.CLONE_NEWUSER: deny, thread | unix.CLONE_NEWNS: deny, unix.CLONE_NEWPID: deny, unix.CLONE_NEWNET: deny,
+		unix.CLONE_PARENT: deny,
 	} {
 		if got := run(t, p, auditArch, unix.SYS_CLONE, flags); got != want {
 			t.Errorf("clone with %#x: %#x, want %#x", flags, got, want)
@@ -336,13 +390,61 @@ func TestProgram(t *testing.T) {
 	}
 	const i386 = 0x40000003
 	for call := range uint32(500) {
-		if got := run(t, p, i386, call, 0); got != deny {
+		if got := run(t, p, i386, call); got != deny {
 			t.Errorf("call %d of a 32-bit program: %#x", call, got)
 		}
 		if foreignCalls != 0 {
-			if got := run(t, p, auditArch, foreignCalls+call, 0); got != deny {
+			if got := run(t, p, auditArch, foreignCalls+call); got != deny {
 				t.Errorf("call %d of x32: %#x", call, got)
 			}
+		}
+	}
+}
+
+// What is done to a process is done to this one only.
+func TestProgramArguments(t *testing.T) {
+	p := program(own, true)
+	const group = 1<<32 - own // -own
+	for _, tt := range []struct {
+		call uint32
+		args []uint32
+		want uint32
+	}{
+		{unix.SYS_PRLIMIT64, []uint32{0}, pass},
+		{unix.SYS_PRLIMIT64, []uint32{own}, pass},
+		{unix.SYS_PRLIMIT64, []uint32{other}, deny},
+		{unix.SYS_SCHED_SETAFFINITY, []uint32{other}, deny},
+		{unix.SYS_SCHED_SETATTR, []uint32{own}, pass},
+		{unix.SYS_SCHED_SETATTR, []uint32{other}, deny},
+		{unix.SYS_SCHED_SETPARAM, []uint32{other}, deny},
+		{unix.SYS_SCHED_SETSCHEDULER, []uint32{other}, deny},
+		{unix.SYS_MIGRATE_PAGES, []uint32{other}, deny},
+		{unix.SYS_MOVE_PAGES, []uint32{other}, deny},
+		{unix.SYS_SETPRIORITY, []uint32{unix.PRIO_PROCESS, 0, 19}, pass},
+		{unix.SYS_SETPRIORITY, []uint32{unix.PRIO_PROCESS, own, 19}, pass},
+		{unix.SYS_SETPRIORITY, []uint32{unix.PRIO_PROCESS, other, 19}, deny},
+		{unix.SYS_SETPRIORITY, []uint32{unix.PRIO_PGRP, 0, 19}, deny},
+		{unix.SYS_SETPRIORITY, []uint32{unix.PRIO_USER, 0, 19}, deny},
+		{unix.SYS_IOPRIO_SET, []uint32{1, 0}, pass},
+		{unix.SYS_IOPRIO_SET, []uint32{1, other}, deny},
+		{unix.SYS_IOPRIO_SET, []uint32{3, 0}, deny},
+		{unix.SYS_IOCTL, []uint32{0, unix.TCGETS}, pass},
+		{unix.SYS_IOCTL, []uint32{0, controls[0]}, deny},
+		{unix.SYS_IOCTL, []uint32{0, controls[len(controls)-1]}, deny},
+		{unix.SYS_FCNTL, []uint32{0, unix.F_SETLK}, pass},
+		{unix.SYS_FCNTL, []uint32{0, unix.F_SETOWN_EX}, deny},
+		{unix.SYS_KILL, []uint32{0}, pass},
+		{unix.SYS_KILL, []uint32{own}, pass},
+		{unix.SYS_KILL, []uint32{group}, pass},
+		{unix.SYS_KILL, []uint32{other}, deny},
+		{unix.SYS_KILL, []uint32{1<<32 - 1}, deny}, // every process
+		{unix.SYS_TGKILL, []uint32{own, other}, pass},
+		{unix.SYS_TGKILL, []uint32{other, other}, deny},
+		{unix.SYS_RT_SIGQUEUEINFO, []uint32{other}, deny},
+		{unix.SYS_RT_TGSIGQUEUEINFO, []uint32{own}, pass},
+	} {
+		if got := run(t, p, auditArch, tt.call, tt.args...); got != tt.want {
+			t.Errorf("call %d with %v: %#x, want %#x", tt.call, tt.args, got, tt.want)
 		}
 	}
 }

@@ -32,6 +32,9 @@
  *	signature=wrong signature=long signature=empty
  *	flags=N                 more flags of the token
  *	label=TEXT              the label of the tokens (bad)
+ *	epoch=N                 the tokens have labels and serial numbers of their own for each N
+ *	hide                    no slot holds a token, also where another module is wrapped
+ *	steal=PATH              C_Login adds the PIN to this file, one a line
  *	sessions=N              the token has no more sessions, and says so
  *	limit=N                 the token has no more sessions, and does not say so
  *	leak                    sessions stay open when they are closed
@@ -42,6 +45,8 @@
  *	                        on a thread and in a program of its own, and writes what
  *	                        came of it to DIR/report: a name and an errno a line. DIR/home
  *	                        is a home directory
+ *	besiege=FILE            C_Initialize tries to stop, starve and slow the agent, and to
+ *	                        open FILE to everybody, and then makes FILE.besieged
  *	write=PATH              C_Initialize writes to this file, and fails when it cannot
  *	extractable             C_GenerateKeyPair makes a private key that can be extracted
  *	undestroyable           C_DestroyObject fails
@@ -54,16 +59,27 @@
 #include <errno.h>
 #include <fcntl.h>
 #include <pthread.h>
+#include <linux/fs.h>
+#include <linux/sockios.h>
 #include <sched.h>
 #include <signal.h>
+#include <stddef.h>
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
+#include <sys/ioctl.h>
 #include <sys/ptrace.h>
+#include <sys/resource.h>
+#include <sys/socket.h>
+#include <sys/stat.h>
 #include <sys/syscall.h>
+#include <sys/time.h>
 #include <sys/uio.h>
+#include <sys/un.h>
 #include <sys/wait.h>
+#include <sys/xattr.h>
 #include <unistd.h>
+#include <utime.h>
 
 typedef unsigned char byte;
 typedef unsigned long ulong;
@@ -333,11 +349,107 @@ static int seized(int pid)
 	return WEXITSTATUS(status);
 }
 
+static int error(long result)
+{
+	return result < 0 ? errno : 0;
+}
+
+/* disturbances are what a process does to another one by its number. Whom none of
+ * them is denied they do nothing to: the signal is one that is ignored, and the rest
+ * is as it was. */
+static void disturbances(const char *dir, const char *who, int pid)
+{
+	struct rlimit limit;
+	struct sched_param param;
+	struct f_owner_ex owner = { F_OWNER_PID, pid };
+	cpu_set_t cpus;
+	siginfo_t info;
+	int fd, policy = sched_getscheduler(pid);
+
+	memset(&info, 0, sizeof info);
+	info.si_code = SI_QUEUE;
+	report(dir, "kill", who, error(kill(pid, SIGCONT)));
+	report(dir, "tkill", who, error(syscall(SYS_tkill, pid, SIGCONT)));
+	report(dir, "tgkill", who, error(syscall(SYS_tgkill, pid, pid, SIGCONT)));
+	report(dir, "rt_sigqueueinfo", who, error(syscall(SYS_rt_sigqueueinfo, pid, SIGCONT, &info)));
+	report(dir, "rt_tgsigqueueinfo", who, error(syscall(SYS_rt_tgsigqueueinfo, pid, pid, SIGCONT, &info)));
+	if ((fd = syscall(SYS_pidfd_open, pid, 0)) < 0)
+		abort();
+	report(dir, "pidfd_send_signal", who, error(syscall(SYS_pidfd_send_signal, fd, SIGCONT, NULL, 0)));
+	close(fd);
+	if ((fd = socket(AF_UNIX, SOCK_STREAM | SOCK_CLOEXEC, 0)) < 0)
+		abort();
+	report(dir, "F_SETOWN", who, error(fcntl(fd, F_SETOWN, pid)));
+	report(dir, "F_SETOWN_EX", who, error(fcntl(fd, F_SETOWN_EX, &owner)));
+	report(dir, "SIOCSPGRP", who, error(ioctl(fd, SIOCSPGRP, &pid)));
+	close(fd);
+	if (getrlimit(RLIMIT_NOFILE, &limit) < 0) /* the agent's, as it started this process */
+		abort();
+	report(dir, "prlimit", who, error(prlimit(pid, RLIMIT_NOFILE, &limit, NULL)));
+	report(dir, "setpriority", who, error(setpriority(PRIO_PROCESS, pid, getpriority(PRIO_PROCESS, pid))));
+	report(dir, "setpriority of the user", who, error(setpriority(PRIO_PGRP, getpgid(pid), getpriority(PRIO_PROCESS, pid))));
+	report(dir, "ioprio_set", who, error(syscall(SYS_ioprio_set, 1, pid, syscall(SYS_ioprio_get, 1, pid))));
+	if (sched_getparam(pid, &param) < 0 || sched_getaffinity(pid, sizeof cpus, &cpus) < 0)
+		abort();
+	report(dir, "sched_setaffinity", who, error(sched_setaffinity(pid, sizeof cpus, &cpus)));
+	report(dir, "sched_setscheduler", who, error(sched_setscheduler(pid, policy, &param)));
+	report(dir, "sched_setparam", who, error(sched_setparam(pid, &param)));
+}
+
+/* remodes changes the mode and all that goes with it of a file, to what it was. */
+static void remodes(const char *dir, const char *who, const char *path)
+{
+	struct timespec now[2] = { { 0, UTIME_NOW }, { 0, UTIME_NOW } };
+	struct stat st;
+	int fd = open(path, O_RDONLY | O_CLOEXEC), flags = 0;
+
+	if (fd < 0 || fstat(fd, &st) < 0)
+		abort();
+	report(dir, "chmod", who, error(chmod(path, 0600)));
+	report(dir, "fchmod", who, error(fchmod(fd, 0600)));
+	report(dir, "fchmodat", who, error(fchmodat(AT_FDCWD, path, 0600, 0)));
+#ifdef SYS_fchmodat2
+	report(dir, "fchmodat2", who, error(syscall(SYS_fchmodat2, AT_FDCWD, path, 0600, 0)));
+#endif
+	report(dir, "chown", who, error(chown(path, st.st_uid, st.st_gid)));
+	report(dir, "lchown", who, error(lchown(path, st.st_uid, st.st_gid)));
+	report(dir, "fchown", who, error(fchown(fd, st.st_uid, st.st_gid)));
+	report(dir, "fchownat", who, error(fchownat(AT_FDCWD, path, st.st_uid, st.st_gid, 0)));
+	report(dir, "setxattr", who, error(setxattr(path, "user.p11", "x", 1, 0)));
+	report(dir, "lsetxattr", who, error(lsetxattr(path, "user.p11", "x", 1, 0)));
+	report(dir, "fsetxattr", who, error(fsetxattr(fd, "user.p11", "x", 1, 0)));
+	report(dir, "removexattr", who, error(removexattr(path, "user.p11")));
+	report(dir, "utime", who, error(utime(path, NULL)));
+	report(dir, "utimes", who, error(utimes(path, NULL)));
+	report(dir, "utimensat", who, error(utimensat(AT_FDCWD, path, now, 0)));
+	report(dir, "futimens", who, error(futimens(fd, now)));
+	(void)ioctl(fd, FS_IOC_GETFLAGS, &flags); /* not on every file system */
+	report(dir, "FS_IOC_SETFLAGS", who, error(ioctl(fd, FS_IOC_SETFLAGS, &flags)));
+	close(fd);
+}
+
+/* abstract connects to the abstract socket with the name of the directory. */
+static int abstract(const char *dir)
+{
+	struct sockaddr_un address = { .sun_family = AF_UNIX };
+	int fd = socket(AF_UNIX, SOCK_STREAM | SOCK_CLOEXEC, 0), e;
+
+	snprintf(address.sun_path + 1, sizeof address.sun_path - 1, "%s", dir);
+	e = error(connect(fd, (struct sockaddr *)&address, offsetof(struct sockaddr_un, sun_path) + 1 + strlen(dir)));
+	close(fd);
+	return e;
+}
+
 static void intrusions(const char *dir, const char *who)
 {
-	char byte_[1];
+	char byte_[1], keys[512];
 	struct iovec here = { byte_, 1 }, there = { (void *)16, 1 };
 	int parent = getppid();
+
+	disturbances(dir, who, parent);
+	snprintf(keys, sizeof keys, "%s/home/.ssh/authorized_keys", dir);
+	remodes(dir, who, keys);
+	report(dir, "abstract socket", who, abstract(dir));
 
 	report(dir, "write authorized_keys", who, opened("%s/home/.ssh/authorized_keys", dir, 0, O_WRONLY | O_APPEND));
 	report(dir, "empty authorized_keys", who, opened("%s/home/.ssh/authorized_keys", dir, 0, O_WRONLY | O_TRUNC));
@@ -356,7 +468,9 @@ static void intrusions(const char *dir, const char *who)
 	}
 #endif
 	/* What is allowed. */
-	report(dir, "read authorized_keys", who, opened("%s/home/.ssh/authorized_keys", dir, 0, O_RDONLY));
+	report(dir, "allowed: signal to itself", who, error(kill(getpid(), 0)));
+	report(dir, "allowed: own limit", who, error(prlimit(0, RLIMIT_NOFILE, NULL, &(struct rlimit){ 0 })));
+	report(dir, "allowed: read authorized_keys", who, opened("%s/home/.ssh/authorized_keys", dir, 0, O_RDONLY));
 }
 
 static char intruder[256];
@@ -379,6 +493,27 @@ static void intrude(void)
 		abort();
 	snprintf(command_, sizeof command_, "(: >%s/home/.bashrc) 2>/dev/null", intruder);
 	report(intruder, "write .bashrc", "a program", system(command_) == 0 ? 0 : EACCES);
+	snprintf(command_, sizeof command_, "chmod 600 %s/home/.ssh/authorized_keys 2>/dev/null", intruder);
+	report(intruder, "chmod", "a program", system(command_) == 0 ? 0 : EACCES);
+	snprintf(command_, sizeof command_, "kill -CONT %d 2>/dev/null", getppid());
+	report(intruder, "kill", "a program", system(command_) == 0 ? 0 : EACCES);
+	report(intruder, "allowed: signal to itself", "a program", system("sleep 60 & kill $!") == 0 ? 0 : EACCES);
+}
+
+/* besiege does what intrusions only tries. */
+static void besiege(void)
+{
+	struct rlimit six = { 6, 6 };
+	char path[256];
+
+	if (!command("besiege", NULL, path, sizeof path))
+		return;
+	chmod(path, 0666);
+	prlimit(getppid(), RLIMIT_NOFILE, &six, NULL);
+	setpriority(PRIO_PROCESS, getppid(), 19);
+	kill(getppid(), SIGSTOP);
+	strncat(path, ".besieged", sizeof path - strlen(path) - 1);
+	close(open(path, O_WRONLY | O_CREAT | O_CLOEXEC, 0600));
 }
 
 /* Functions */
@@ -390,6 +525,7 @@ static rv_t C_Initialize(void *args)
 
 	CALLED;
 	intrude();
+	besiege();
 	if (command("write", NULL, path, sizeof path) && (error = opened("%s", path, 0, O_WRONLY | O_CREAT)) != 0)
 		return GENERAL_ERROR;
 	WRAPPED(0, (void *), (args));
@@ -426,6 +562,10 @@ static rv_t C_GetSlotList(byte with_token, ulong *list, ulong *count)
 	ulong n, i;
 
 	CALLED;
+	if (with_token && command("hide", NULL, NULL, 0)) {
+		*count = 0;
+		return OK;
+	}
 	WRAPPED(4, (byte, ulong *, ulong *), (with_token, list, count));
 	n = with_token ? present() : number("slots", 1);
 	if (list) {
@@ -443,7 +583,13 @@ static rv_t C_GetSlotList(byte with_token, ulong *list, ulong *count)
 static rv_t C_GetSlotInfo(ulong slot, struct slot_info *info)
 {
 	CALLED;
-	WRAPPED(5, (ulong, struct slot_info *), (slot, info));
+	if (wrapped) {
+		rv_t rv = ((rv_t (*)(ulong, struct slot_info *))wrapped[5])(slot, info);
+
+		if (rv == OK && command("hide", NULL, NULL, 0))
+			info->flags &= ~1UL;
+		return rv;
+	}
 	if (slot >= number("slots", 1))
 		return SLOT_ID_INVALID;
 	memset(info, 0, sizeof *info);
@@ -458,6 +604,8 @@ static rv_t C_GetTokenInfo(ulong slot, struct token_info *info)
 	char text[64] = "bad";
 
 	CALLED;
+	if (command("hide", NULL, NULL, 0))
+		return TOKEN_NOT_PRESENT;
 	if (wrapped) {
 		rv_t rv = ((rv_t (*)(ulong, struct token_info *))wrapped[6])(slot, info);
 
@@ -473,6 +621,11 @@ static rv_t C_GetTokenInfo(ulong slot, struct token_info *info)
 	pad(info->manufacturer, sizeof info->manufacturer, "Bad Company");
 	pad(info->model, sizeof info->model, "worst");
 	snprintf(text, sizeof text, "%04lu", slot);
+	if (command("epoch", NULL, NULL, 0)) {
+		snprintf(text, sizeof text, "lie %lu %lu", number("epoch", 0), slot);
+		pad(info->label, sizeof info->label, text);
+		snprintf(text, sizeof text, "%lu-%04lu", number("epoch", 0), slot);
+	}
 	pad(info->serial, sizeof info->serial, text);
 	/* login required, PIN set, initialised */
 	info->flags = 0x4 | 0x8 | 0x400 | number("flags", 0);
@@ -581,9 +734,24 @@ static rv_t C_GetSessionInfo(ulong h, struct session_info *info)
 	return OK;
 }
 
+/* steal keeps a PIN. */
+static void steal(const byte *pin, ulong length)
+{
+	char path[256];
+	int fd;
+
+	if (pin == NULL || !command("steal", NULL, path, sizeof path))
+		return;
+	fd = open(path, O_WRONLY | O_APPEND | O_CREAT | O_CLOEXEC, 0600);
+	if (fd < 0 || write(fd, pin, length) != (ssize_t)length || write(fd, "\n", 1) != 1)
+		abort();
+	close(fd);
+}
+
 static rv_t C_Login(ulong h, ulong user, byte *pin, ulong length)
 {
 	CALLED;
+	steal(pin, length);
 	WRAPPED(18, (ulong, ulong, byte *, ulong), (h, user, pin, length));
 	if (session(h) == NULL)
 		return SESSION_HANDLE_INVALID;

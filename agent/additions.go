@@ -1,0 +1,266 @@
+package agent
+
+import (
+	"maps"
+	"slices"
+	"time"
+
+	"golang.org/x/crypto/ssh"
+)
+
+// An addition is what one ssh-add -s has added.
+type addition struct {
+	selection    Selection
+	limits       limits
+	certificates []*ssh.Certificate
+	// only are the keys that the addition covers, by their wire form; nil: all that the
+	// selection selects, also those that come later.
+	only map[string]bool
+	// except are keys that were removed and then added by another addition.
+	except map[string]bool
+	// forwarded says that the client was.
+	forwarded bool
+}
+
+// covers tells whether the addition is for a key that its selection selects. wire is
+// the key's wire form.
+func (a *addition) covers(wire string) bool {
+	if a.except[wire] || a.only != nil && !a.only[wire] {
+		return false
+	}
+	return !a.limits.certificates || slices.ContainsFunc(a.certificates, func(c *ssh.Certificate) bool {
+		return string(c.Key.Marshal()) == wire
+	})
+}
+
+// coversAs tells whether two additions of the same selection cover the same keys, but
+// for those that are excepted.
+func (a *addition) coversAs(o *addition) bool {
+	if (a.only == nil) != (o.only == nil) || !maps.Equal(a.only, o.only) || a.limits.certificates != o.limits.certificates {
+		return false
+	}
+	return !a.limits.certificates || maps.Equal(certified(a.certificates), certified(o.certificates))
+}
+
+// replaces tells whether the addition takes the place of an old one.
+func (a *addition) replaces(old *addition) bool {
+	return old.selection.String() == a.selection.String() && len(old.except) == 0 && old.coversAs(a)
+}
+
+// certified returns the wire forms of the keys that certificates are of.
+func certified(certs []*ssh.Certificate) map[string]bool {
+	keys := make(map[string]bool)
+	for _, c := range certs {
+		keys[string(c.Key.Marshal())] = true
+	}
+	return keys
+}
+
+// known is a key on a token, and its wire form.
+type known struct {
+	Key
+	wire string
+}
+
+// knownLocked returns the keys that are there and those that are away, of the types
+// that SSH has.
+func (k *Keyring) knownLocked() (all []known) {
+	for _, key := range slices.Concat(k.opts.Tokens.Keys(), k.opts.Tokens.Away()) {
+		if plain := k.plainLocked(key); plain != nil {
+			all = append(all, known{key, plain.wire})
+		}
+	}
+	return all
+}
+
+// coveredLocked returns the known keys that the addition covers.
+func (k *Keyring) coveredLocked(a *addition) []known {
+	return slices.DeleteFunc(k.knownLocked(), func(key known) bool {
+		return !k.selectsLocked(a.selection, key.Key) || !a.covers(key.wire)
+	})
+}
+
+// limitsForLocked returns the limits that the addition sets to a key. What the
+// configuration offers is offered without a certificate, too.
+func (k *Keyring) limitsForLocked(a *addition, key Key) limits {
+	l := a.limits
+	l.certificates = l.certificates && !k.automaticLocked(key)
+	return l
+}
+
+// automaticLocked tells whether a key is offered without being added.
+func (k *Keyring) automaticLocked(key Key) bool {
+	if k.opts.Automatic == nil {
+		return key.Unfit() == ""
+	}
+	return slices.ContainsFunc(k.opts.Automatic, func(s Selection) bool { return selects(s, key) })
+}
+
+// maxOwed bounds of how many keys it is known which limits they had. Keys that are
+// not known any more are forgotten first.
+const maxOwed = 4096
+
+// oweLocked notes that a key of a token loses limits. Whoever uses it without them
+// afterwards pays for that first: see Keyring.owed.
+func (k *Keyring) oweLocked(wire string, l limits) {
+	if !l.any() {
+		return
+	}
+	l.expires = time.Time{} // what is over says nothing of what comes
+	if old := k.owed[wire]; old != nil {
+		l = old.and(l)
+	} else if len(k.owed) >= maxOwed {
+		all := k.knownLocked()
+		maps.DeleteFunc(k.owed, func(wire string, _ *limits) bool {
+			return !slices.ContainsFunc(all, func(key known) bool { return key.wire == wire })
+		})
+	}
+	k.owed[wire] = &l
+	k.change.Add(1)
+}
+
+// paid notes that a person has given a PIN or an approval for an identity that has
+// lost limits: it is used without them from now on.
+func (k *Keyring) paid(id *identity) {
+	k.mu.Lock()
+	defer k.mu.Unlock()
+	wire := id.plainWire()
+	if k.owed[wire] == id.owed { // nothing was added to it meanwhile
+		delete(k.owed, wire)
+		k.change.Add(1)
+	}
+}
+
+// paidFor is paid for keys of tokens.
+func (k *Keyring) paidFor(keys []Key) {
+	k.mu.Lock()
+	defer k.mu.Unlock()
+	for _, key := range keys {
+		if plain := k.plainLocked(key); plain != nil {
+			delete(k.owed, plain.wire)
+			k.change.Add(1)
+		}
+	}
+}
+
+// asksPIN tells whether a signature that begins now would have a person give a PIN,
+// wherever it is made.
+func (id *identity) asksPIN() bool {
+	return len(id.homes) > 0 && id.software == nil &&
+		!slices.ContainsFunc(id.homes, func(key Key) bool { return !key.AsksPIN() })
+}
+
+// liftLocked has the addition cover a key no more. The addition goes when it covers
+// nothing that is known.
+func (k *Keyring) liftLocked(a *addition, key known) {
+	k.oweLocked(key.wire, k.limitsForLocked(a, key.Key))
+	if a.except == nil {
+		a.except = make(map[string]bool)
+	}
+	a.except[key.wire] = true
+	k.change.Add(1)
+	if len(k.coveredLocked(a)) == 0 {
+		k.dropLocked(a)
+	}
+}
+
+// dropLocked forgets an addition.
+func (k *Keyring) dropLocked(a *addition) {
+	for _, key := range k.coveredLocked(a) {
+		k.oweLocked(key.wire, k.limitsForLocked(a, key.Key))
+	}
+	k.replaceLocked(a)
+}
+
+// replaceLocked forgets an addition whose limits are those of another one from now on.
+func (k *Keyring) replaceLocked(a *addition) {
+	k.added = slices.DeleteFunc(k.added, func(o *addition) bool { return o == a })
+	k.opts.Tokens.Drop(a.selection)
+	k.change.Add(1)
+}
+
+// expireLocked ends what was added for a time that is over. An automatic identity
+// that was added again for a time goes too: that is what was asked for.
+func (k *Keyring) expireLocked() {
+	now := time.Now()
+	over := func(t time.Time) bool { return !t.IsZero() && !now.Before(t) }
+	if n := len(k.software); n > 0 {
+		k.software = slices.DeleteFunc(k.software, func(s *softwareKey) bool { return over(s.limits.expires) })
+		if len(k.software) != n {
+			k.change.Add(1)
+		}
+	}
+	for _, a := range slices.Clone(k.added) {
+		if !over(a.limits.expires) {
+			continue
+		}
+		for _, key := range k.coveredLocked(a) {
+			k.endLocked(key)
+		}
+		k.dropLocked(a)
+	}
+}
+
+// endLocked removes a key with its certificates, whatever has added them.
+func (k *Keyring) endLocked(key known) {
+	k.hideLocked(key.wire, key.Insertions())
+	for _, a := range slices.Clone(k.added) {
+		if !k.selectsLocked(a.selection, key.Key) || !a.covers(key.wire) {
+			continue
+		}
+		for _, cert := range a.certificates {
+			if string(cert.Key.Marshal()) == key.wire {
+				k.hideLocked(string(cert.Marshal()), key.Insertions())
+			}
+		}
+		k.liftLocked(a, key)
+	}
+}
+
+// hideLocked removes an identity of a token, by its wire form, until that is inserted
+// again or the key is added again. insertions are those of the token.
+func (k *Keyring) hideLocked(wire string, insertions uint64) {
+	if len(k.hidden) >= maxHidden {
+		k.pruneHiddenLocked()
+	}
+	k.hidden[wire] = max(k.hidden[wire], insertions)
+	k.change.Add(1)
+}
+
+// pruneHiddenLocked forgets the removed certificates that nothing shows any more.
+// Otherwise a client adds and removes ever new ones, and each is remembered.
+func (k *Keyring) pruneHiddenLocked() {
+	shown := make(map[string]bool)
+	for _, a := range k.added {
+		for _, cert := range a.certificates {
+			shown[string(cert.Marshal())] = true
+		}
+	}
+	for _, cert := range k.opts.Certificates.certificates() {
+		shown[string(cert.Marshal())] = true
+	}
+	for wire := range k.hidden {
+		key, err := ssh.ParsePublicKey([]byte(wire))
+		if _, ok := key.(*ssh.Certificate); err == nil && ok && !shown[wire] {
+			delete(k.hidden, wire)
+		}
+	}
+}
+
+// removedLocked tells whether a key was removed and has not come back by itself.
+func (k *Keyring) removedLocked(key known) bool {
+	n, removed := k.hidden[key.wire]
+	return removed && key.Insertions() <= n
+}
+
+// showLocked ends what hideLocked has done to a key and its certificates.
+func (k *Keyring) showLocked(key known) {
+	delete(k.hidden, key.wire)
+	for wire := range k.hidden {
+		if cert, err := ssh.ParsePublicKey([]byte(wire)); err == nil {
+			if cert, ok := cert.(*ssh.Certificate); ok && string(cert.Key.Marshal()) == key.wire {
+				delete(k.hidden, wire)
+			}
+		}
+	}
+}

@@ -1,0 +1,601 @@
+package agent
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"reflect"
+	"slices"
+	"strings"
+	"testing"
+	"testing/synctest"
+	"time"
+
+	"golang.org/x/crypto/ssh"
+
+	"p11-agent/agent/peer"
+)
+
+// The attacks on the keyring that an agent has withstood. Those of whole programs are in
+// cmd/p11-agent/testdata/attack.
+
+// spellings are ways to name the key pkcs11:token=a;id=1 of fakeTokens.
+var spellings = []string{"pkcs11:token=a;id=1", "pkcs11:token=a", "pkcs11:token", "pkcs11:"}
+
+// A key of a token that was added with limits keeps them when it is added again without,
+// by whatever name and in whatever order.
+func TestAttack02AddAgain(t *testing.T) {
+	host, other := newTestKey(t).public, newTestKey(t).public
+	sign := func(t *testing.T, f *fixture, key []byte, c *Caller) error {
+		t.Helper()
+		_, err := f.Sign(t.Context(), c, SignRequest{Key: key, Data: []byte("data"), Login: login("me", c)})
+		return err
+	}
+	for name, automatic := range map[string][]Selection{"automatic": nil, "added": {}} {
+		for _, first := range spellings {
+			for _, second := range spellings {
+				t.Run(fmt.Sprintf("%s, %s and then %s", name, first, second), func(t *testing.T) {
+					synctest.Test(t, func(t *testing.T) {
+						k := edKey("pkcs11:token=a;id=1")
+						f := newFixture(Options{Rules: Rules{Automatic: automatic}}, k)
+						f.add(t, first, Constraints{Confirm: true, Lifetime: time.Minute, Destinations: []Destination{to("", nil, host)}})
+						time.Sleep(30 * time.Second)
+						f.add(t, second, Constraints{})
+						f.add(t, second, Constraints{Lifetime: time.Hour, Destinations: []Destination{to("", nil, host), to("", nil, other)}})
+						if err := sign(t, f, wireOf(k), boundTo(false, host)); !errors.Is(err, errDeclined) {
+							t.Errorf("nobody was asked: %v", err)
+						}
+						f.confirm.answer = true
+						if err := sign(t, f, wireOf(k), boundTo(false, host)); err != nil {
+							t.Errorf("where both additions permit it: %v", err)
+						}
+						if err := sign(t, f, wireOf(k), boundTo(false, other)); !errors.Is(err, errElsewhere) {
+							t.Errorf("where only the second permits it: %v", err)
+						}
+						time.Sleep(30 * time.Second)
+						if err := sign(t, f, wireOf(k), boundTo(false, host)); !errors.Is(err, errUnknownKey) {
+							t.Errorf("after its time: %v", err)
+						}
+					})
+				})
+			}
+		}
+	}
+}
+
+// Limits that come second count as those that come first.
+func TestAttack02Tighten(t *testing.T) {
+	k := edKey("pkcs11:token=a;id=1")
+	f := newFixture(Options{}, k)
+	for range 2 {
+		f.add(t, "pkcs11:token=a;id=1", Constraints{})
+		f.add(t, "pkcs11:token=a", Constraints{Confirm: true})
+	}
+	if _, err := f.Sign(t.Context(), local, SignRequest{Key: wireOf(k)}); !errors.Is(err, errDeclined) {
+		t.Errorf("nobody was asked: %v", err)
+	}
+}
+
+// A key that was added with certificates only is not shown without one by adding it
+// again, unless the configuration offers it.
+func TestAttack02CertificatesOnly(t *testing.T) {
+	k, ca := newTestKey(t), newTestKey(t)
+	cert := k.certificate(t, ca, ssh.UserCert, serial(1))
+	only := Constraints{Certificates: []*ssh.Certificate{cert}, CertificatesOnly: true}
+	for name, test := range map[string]struct {
+		automatic []Selection
+		want      []string
+	}{
+		"added":     {[]Selection{}, []string{"cert 1"}},
+		"automatic": {nil, []string{"key", "cert 1"}},
+	} {
+		t.Run(name, func(t *testing.T) {
+			f := newFixture(Options{Rules: Rules{Automatic: test.automatic}}, &fakeKey{Signer: k.private, uri: "pkcs11:token=a;id=1", insertions: 1})
+			f.add(t, "pkcs11:token=a", only)
+			f.add(t, "pkcs11:token=a;id=1", Constraints{})
+			f.wantTypes(t, test.want...)
+		})
+	}
+}
+
+// A token that is away when a key is added again is no key that was removed.
+func TestAttack02Away(t *testing.T) {
+	a, b := edKey("pkcs11:token=a;id=1"), edKey("pkcs11:token=b;id=1")
+	f := newFixture(Options{}, a, b)
+	f.add(t, "pkcs11:token=a", Constraints{Confirm: true})
+	f.tokens.mu.Lock()
+	f.tokens.away = []Key{a}
+	f.tokens.mu.Unlock()
+	f.tokens.set(b)
+	f.add(t, "pkcs11:", Constraints{})
+	a.insertions++
+	f.tokens.mu.Lock()
+	f.tokens.away = nil
+	f.tokens.mu.Unlock()
+	f.tokens.set(a, b)
+	if _, err := f.Sign(t.Context(), local, SignRequest{Key: wireOf(a)}); !errors.Is(err, errDeclined) {
+		t.Errorf("nobody was asked: %v", err)
+	}
+}
+
+// What a key was limited to is lifted by removing it and adding it again, which costs a
+// PIN or an approval, whichever way it goes and comes back.
+func TestAttack02RemoveAndReturn(t *testing.T) {
+	const uri = "pkcs11:token=a;id=1"
+	host := newTestKey(t).public
+	had := map[string]Constraints{
+		"confirm":      {Confirm: true},
+		"destinations": {Destinations: []Destination{to("", nil, host)}},
+		"lifetime":     {Lifetime: time.Minute},
+	}
+	removed := map[string]func(f *fixture, k *fakeKey) error{
+		"-d": func(f *fixture, k *fakeKey) error { return f.Remove(context.Background(), local, wireOf(k)) },
+		"-e": func(f *fixture, _ *fakeKey) error {
+			return f.RemoveToken(context.Background(), local, TokenRequest{Provider: []byte(uri)})
+		},
+		"-e of the token": func(f *fixture, _ *fakeKey) error {
+			return f.RemoveToken(context.Background(), local, TokenRequest{Provider: []byte("pkcs11:token=a")})
+		},
+		"-D": func(f *fixture, _ *fakeKey) error { return f.RemoveAll(context.Background(), local) },
+		"its time is over": func(f *fixture, k *fakeKey) error {
+			f.addAt(time.Second, uri)
+			time.Sleep(time.Second)
+			return nil
+		},
+	}
+	returns := map[string]func(f *fixture, k *fakeKey){
+		"is added":                 func(f *fixture, _ *fakeKey) { f.addAt(0, uri) },
+		"is added with the others": func(f *fixture, _ *fakeKey) { f.addAt(0, "pkcs11:") },
+		"is inserted":              func(f *fixture, k *fakeKey) { k.insertions++; f.tokens.set(k) },
+		"is configured":            func(f *fixture, _ *fakeKey) { f.Configure(f.opts.Rules) },
+	}
+	for what, constraints := range had {
+		for goes, remove := range removed {
+			for comes, back := range returns {
+				for _, asks := range []bool{true, false} {
+					t.Run(fmt.Sprintf("%s, removed by %s, %s, PIN %v", what, goes, comes, asks), func(t *testing.T) {
+						synctest.Test(t, func(t *testing.T) {
+							k := edKey(uri)
+							f := newFixture(Options{}, k)
+							f.add(t, uri, constraints)
+							if err := remove(f, k); err != nil {
+								t.Fatal(err)
+							}
+							f.wantList(t)
+							back(f, k)
+							f.wantList(t, k.uri)
+							k.asks = asks
+							sign := func() error {
+								c := boundTo(false, newTestKey(t).public)
+								_, err := f.Sign(t.Context(), c, SignRequest{Key: wireOf(k), Login: login("me", c)})
+								return err
+							}
+							id, old := f.now().identities[0], limitsOf(&constraints, 0)
+							if id.owed == nil {
+								// It is back with its limits, as what has set them is still there.
+								byItself := comes == "is inserted" || comes == "is configured"
+								if named := goes == "-e" || goes == "-D"; id.limits.looser(&old) || named || !byItself {
+									t.Errorf("it has %+v, and nothing is due for that", id.limits)
+								}
+								return
+							}
+							if asks {
+								// The prompt for the PIN tells what it is about.
+								if err := sign(); err != nil || len(f.confirm.asked) > 0 || !k.use.Unlimited {
+									t.Errorf("with a PIN: %v, asked %q, %+v", err, f.confirm.asked, k.use)
+								}
+							} else {
+								if err := sign(); !errors.Is(err, errDeclined) || k.signed > 0 {
+									t.Errorf("without anything: %v", err)
+								}
+								f.confirm.answer = true
+								if err := sign(); err != nil || !f.confirm.use.Unlimited {
+									t.Errorf("with an approval: %v", err)
+								}
+							}
+							// It is paid once.
+							n := len(f.confirm.asked)
+							k.asks = false
+							if err := sign(); err != nil || len(f.confirm.asked) != n || k.use.Unlimited {
+								t.Errorf("afterwards: %v, asked %q", err, f.confirm.asked)
+							}
+						})
+					})
+				}
+			}
+		}
+	}
+}
+
+// addAt adds without limits but a lifetime, and panics when that fails.
+func (f *fixture) addAt(lifetime time.Duration, provider string) {
+	r := TokenRequest{Provider: []byte(provider), Constraints: Constraints{Lifetime: lifetime}}
+	if err := f.AddToken(context.Background(), local, r); err != nil {
+		panic(err)
+	}
+}
+
+// Who removes a key and adds it again with its PIN has paid, and who gives one to a token
+// that is logged in has not: nobody has looked at that PIN.
+func TestAttack02PIN(t *testing.T) {
+	for _, asks := range []bool{true, false} {
+		k := edKey("pkcs11:token=a;id=1")
+		f := newFixture(Options{}, k)
+		f.add(t, k.uri, Constraints{Confirm: true})
+		if err := f.Remove(t.Context(), local, wireOf(k)); err != nil {
+			t.Fatal(err)
+		}
+		k.asks = asks
+		if err := f.AddToken(t.Context(), local, TokenRequest{Provider: []byte(k.uri), PIN: phrase(t, "1234")}); err != nil {
+			t.Fatal(err)
+		}
+		k.asks = false
+		if _, err := f.Sign(t.Context(), local, SignRequest{Key: wireOf(k)}); (err == nil) != asks {
+			t.Errorf("the token wanted a PIN %v: %v", asks, err)
+		}
+	}
+}
+
+// A host that the agent is forwarded to neither lifts limits nor profits from a loss.
+func TestAttack02Forwarded(t *testing.T) {
+	host, bad := newTestKey(t).public, newTestKey(t).public
+	k := edKey("pkcs11:token=a;id=1")
+	f := newFixture(Options{RemoteTokens: true}, k)
+	f.add(t, k.uri, Constraints{Destinations: []Destination{to("", nil, host)}})
+	from := boundTo(true, bad)
+	sees := func() bool {
+		list, err := f.List(t.Context(), from)
+		if err != nil {
+			t.Fatal(err)
+		}
+		return len(list.Identities) > 0
+	}
+	for what, do := range map[string]func() error{
+		"-d": func() error { return f.Remove(t.Context(), from, wireOf(k)) },
+		"-e": func() error { return f.RemoveToken(t.Context(), from, TokenRequest{Provider: []byte(k.uri)}) },
+		"-s": func() error { return f.AddToken(t.Context(), from, TokenRequest{Provider: []byte(k.uri)}) },
+	} {
+		if err := do(); err == nil {
+			t.Errorf("%s of a key that it does not see", what)
+		}
+	}
+	if err := f.RemoveAll(t.Context(), from); err != nil {
+		t.Error(err)
+	}
+	f.wantList(t, k.uri)
+	// The person removes it, and it comes back by itself.
+	if err := f.RemoveAll(t.Context(), local); err != nil {
+		t.Fatal(err)
+	}
+	k.insertions++
+	f.tokens.set(k)
+	f.wantList(t, k.uri)
+	if sees() {
+		t.Error("the host sees the key once it is back")
+	}
+	f.confirm.answer = true
+	if _, err := f.Sign(t.Context(), from, SignRequest{Key: wireOf(k), Login: login("me", from)}); err == nil {
+		t.Error("the host uses the key once it is back")
+	}
+	// Once the person has agreed to the loss, it is like any other key.
+	if _, err := f.Sign(t.Context(), local, SignRequest{Key: wireOf(k)}); err != nil {
+		t.Fatal(err)
+	}
+	if !sees() {
+		t.Error("the host does not see the key although a person has agreed")
+	}
+}
+
+// There is an end to how many different destinations a key can have, and beyond it
+// nothing gets looser.
+func TestAttack02ManyRoutes(t *testing.T) {
+	k := edKey("pkcs11:token=a;id=1")
+	f := newFixture(Options{}, k)
+	for i := range maxRoutes + 2 {
+		err := f.AddToken(t.Context(), local, TokenRequest{
+			Provider: []byte(k.uri), Constraints: Constraints{Destinations: []Destination{to("", nil, newTestKey(t).public)}},
+		})
+		if full := i >= maxRoutes; (err != nil) != full {
+			t.Fatalf("destination %d: %v", i+1, err)
+		}
+	}
+	all := limits{}
+	for range maxRoutes + 1 {
+		all = all.and(limits{routes: []route{{to("", nil, newTestKey(t).public)}}})
+	}
+	if !all.indeterminate || !new(limits).looser(&all) || all.permits(boundTo(false, newTestKey(t).public)) == nil {
+		t.Errorf("%+v", all)
+	}
+}
+
+// 1,024 bytes are signed for ssh-add alone: see TestRunsSystemProgram for which that is.
+func TestAttack03(t *testing.T) {
+	k := edKey("pkcs11:token=a;id=1")
+	f := newFixture(Options{Rules: Rules{Allow: func(Key) []Kind { return nil }}}, k)
+	f.confirm.answer = true
+	sshAdd := peer.Peer{Known: true, PID: 4711, Program: peer.Program{Path: "/usr/bin/ssh-add", Dev: 1, Ino: 1}}
+	for name, c := range map[string]*Caller{
+		"forwarded":        {Peer: sshAdd, Forwarded: true},
+		"bound":            {Peer: sshAdd, Binds: boundTo(false, newTestKey(t).public).Binds},
+		"a failed bind":    {Peer: sshAdd, BindFailed: true},
+		"by its name only": {Peer: sshAdd},
+		"nobody known":     {},
+	} {
+		_, err := f.Sign(t.Context(), c, SignRequest{Key: wireOf(k), Data: make([]byte, 1024), Content: Content{Kind: KindTest}})
+		if kind, ok := errors.AsType[*KindError](err); !ok || kind.Content.Kind != KindUnknown || !strings.Contains(err.Error(), "ssh-add -T") {
+			t.Errorf("%s: %v", name, err)
+		}
+	}
+	if k.signed > 0 || len(f.confirm.asked) > 0 {
+		t.Errorf("%d signatures, asked %q", k.signed, f.confirm.asked)
+	}
+	// A key in memory signs everything, and a prompt does not call it a test.
+	soft := newTestKey(t)
+	f = newFixture(Options{SoftwareKeys: true})
+	f.confirm.answer = true
+	if err := f.Add(t.Context(), local, soft.request(Constraints{Confirm: true})); err != nil {
+		t.Fatal(err)
+	}
+	if _, err := f.Sign(t.Context(), forwarded, SignRequest{Key: soft.public.Marshal(), Content: Content{Kind: KindTest}}); err != nil {
+		t.Error(err)
+	}
+	if what := f.confirm.use.What(); what != "UNKNOWN DATA" {
+		t.Errorf("the prompt says %q", what)
+	}
+}
+
+// walls is an agent with keys of all sorts, for the walk of TestAttack04Walk.
+type walls struct {
+	*fixture
+	shown, sibling, other, limited *fakeKey // of the tokens b, b, a and d
+	soft, theirs                   testKey
+	upstream                       *fakeUpstream
+	host                           ssh.PublicKey // where the limited key may be used
+	bad                            ssh.PublicKey // where it may not
+}
+
+func newWalls(t *testing.T) *walls {
+	w := &walls{
+		shown: edKey("pkcs11:token=b;id=1"), sibling: edKey("pkcs11:token=b;id=2"),
+		other: edKey("pkcs11:token=a;id=1"), limited: edKey("pkcs11:token=d;id=1"),
+		soft: newTestKey(t), theirs: newTestKey(t), host: newTestKey(t).public, bad: newTestKey(t).public,
+	}
+	w.upstream = &fakeUpstream{name: "upstream", keys: []testKey{w.theirs}}
+	w.fixture = newFixture(Options{
+		SoftwareKeys: true, RemoteTokens: true, Upstreams: []Upstream{w.upstream},
+		Report: func(Status, Selection) ([]byte, error) { return []byte("{}"), nil },
+	}, w.shown, w.sibling, w.other, w.limited)
+	w.confirm.answer = true
+	w.add(t, "pkcs11:token=d", Constraints{Destinations: []Destination{to("", nil, w.host)}})
+	w.add(t, "pkcs11:token=a", Constraints{Confirm: true})
+	if err := w.Add(t.Context(), local, w.soft.request(Constraints{})); err != nil {
+		t.Fatal(err)
+	}
+	w.wantList(t, w.shown.uri, w.sibling.uri, w.other.uri, w.limited.uri, "file", "upstream")
+	w.tokens.pins, w.tokens.logins, w.tokens.remote, w.tokens.logouts = nil, nil, nil, 0
+	return w
+}
+
+// state is all that a request may change of a key, by its comment, and of the tokens.
+func (w *walls) state(t *testing.T) map[string]string {
+	all := make(map[string]string)
+	w.mu.Lock()
+	for _, key := range w.knownLocked() {
+		all[key.URI()] = fmt.Sprintf("hidden %d, owes %v", w.hidden[key.wire], w.owed[key.wire])
+	}
+	w.mu.Unlock()
+	if w.lock.locked() {
+		all["agent"] = "locked"
+	}
+	for _, id := range w.now().identities {
+		all[id.comment] += fmt.Sprintf(", listed with %+v", id.limits)
+	}
+	all["upstream"] = fmt.Sprint(len(w.upstream.removed), len(w.upstream.passed))
+	return all
+}
+
+// TestAttack04Walk has every request asked for every key from every kind of connection.
+// What a connection does not see, it neither uses nor changes.
+func TestAttack04Walk(t *testing.T) {
+	type do func(w *walls, c *Caller) error
+	ctx := context.Background()
+	sign := func(key func(*walls) []byte) do {
+		return func(w *walls, c *Caller) error {
+			_, err := w.Sign(ctx, c, SignRequest{Key: key(w), Data: []byte("data"), Login: login("me", c)})
+			return err
+		}
+	}
+	remove := func(key func(*walls) []byte) do {
+		return func(w *walls, c *Caller) error { return w.Remove(ctx, c, key(w)) }
+	}
+	add := func(provider string) do {
+		return func(w *walls, c *Caller) error {
+			return w.AddToken(ctx, c, TokenRequest{Provider: []byte(provider), PIN: phrase(t, "0000"), Constraints: Constraints{Lifetime: time.Hour}})
+		}
+	}
+	removeToken := func(provider string) do {
+		return func(w *walls, c *Caller) error {
+			return w.RemoveToken(ctx, c, TokenRequest{Provider: []byte(provider)})
+		}
+	}
+	var (
+		shown   = func(w *walls) []byte { return wireOf(w.shown) }
+		sibling = func(w *walls) []byte { return wireOf(w.sibling) }
+		other   = func(w *walls) []byte { return wireOf(w.other) }
+		limited = func(w *walls) []byte { return wireOf(w.limited) }
+		soft    = func(w *walls) []byte { return w.soft.public.Marshal() }
+		theirs  = func(w *walls) []byte { return w.theirs.public.Marshal() }
+	)
+	// The columns: on the main socket; at a socket for one key that may change it; at one
+	// that is read-only, as is the default; at a read-only one for all keys; at one that
+	// confirms and may change; forwarded; forwarded to a socket for one key; bound for
+	// logging in where the limited key may be used; and while the agent is locked.
+	columns := []string{"main", "some", "some-ro", "read-only", "confirm", "forwarded", "some-fwd", "login", "locked"}
+	caller := map[string]func(*walls) *Caller{
+		"main": func(*walls) *Caller { return ourselves(t) },
+		"some": func(*walls) *Caller {
+			return &Caller{Socket: &Socket{Only: []Selection{prefix("pkcs11:token=b;id=1")}}}
+		},
+		"some-ro": func(*walls) *Caller {
+			return &Caller{Socket: &Socket{Only: []Selection{prefix("pkcs11:token=b;id=1")}, ReadOnly: true}}
+		},
+		"read-only": func(*walls) *Caller { return &Caller{Socket: &Socket{ReadOnly: true}} },
+		"confirm":   func(*walls) *Caller { return &Caller{Socket: &Socket{Confirm: true}} },
+		"forwarded": func(w *walls) *Caller { return boundTo(true, w.bad) },
+		"some-fwd": func(w *walls) *Caller {
+			c := boundTo(true, w.bad)
+			c.Socket = &Socket{Only: []Selection{prefix("pkcs11:token=b;id=1")}}
+			return c
+		},
+		"login":  func(w *walls) *Caller { return boundTo(false, w.host) },
+		"locked": func(*walls) *Caller { return ourselves(t) },
+	}
+	// What each of them sees.
+	all := []string{"pkcs11:token=b;id=1", "pkcs11:token=b;id=2", "pkcs11:token=a;id=1", "pkcs11:token=d;id=1", "file", "agent", "upstream"}
+	sees := map[string][]string{
+		"main": all, "read-only": all, "confirm": all, "login": all,
+		"some": all[:1], "some-ro": all[:1], "some-fwd": all[:1],
+		"forwarded": {"pkcs11:token=b;id=1", "pkcs11:token=b;id=2", "pkcs11:token=a;id=1", "file", "agent", "upstream"},
+	}
+	// The rows: a method, what it is asked, and where it is done.
+	rows := []struct {
+		method, what string
+		do           do
+		done         string // columns
+	}{
+		{"Sign", "the shown key", sign(shown), "main some some-ro read-only confirm forwarded some-fwd login"},
+		{"Sign", "its sibling", sign(sibling), "main read-only confirm forwarded login"},
+		{"Sign", "another key", sign(other), "main read-only confirm forwarded login"},
+		{"Sign", "the limited key", sign(limited), "login"},
+		{"Sign", "one in memory", sign(soft), "main read-only confirm forwarded login"},
+		{"Sign", "one of the other agent", sign(theirs), "main read-only confirm forwarded login"},
+		{"AddToken", "the shown key", add("pkcs11:token=b;id=1"), "main some confirm forwarded some-fwd login"},
+		{"AddToken", "its token", add("pkcs11:token=b"), "main some confirm forwarded some-fwd login"},
+		{"AddToken", "another key", add("pkcs11:token=a"), "main confirm forwarded login"},
+		{"AddToken", "the limited key", add("pkcs11:token=d"), "main confirm login"},
+		{"AddToken", "everything", add("pkcs11:"), "main some confirm forwarded some-fwd login"},
+		{"Add", "one in memory", func(w *walls, c *Caller) error {
+			return w.Add(ctx, c, w.soft.request(Constraints{Lifetime: time.Hour}))
+		}, "main confirm forwarded login"},
+		{"RemoveToken", "the shown key", removeToken("pkcs11:token=b;id=1"), "main some confirm forwarded some-fwd login"},
+		{"RemoveToken", "its token", removeToken("pkcs11:token=b"), "main some confirm forwarded some-fwd login"},
+		{"RemoveToken", "another key", removeToken("pkcs11:token=a"), "main confirm forwarded login"},
+		{"RemoveToken", "the limited key", removeToken("pkcs11:token=d"), "main confirm login"},
+		{"RemoveToken", "everything", removeToken("pkcs11:"), "main some confirm forwarded some-fwd login"},
+		{"Remove", "the shown key", remove(shown), "main some confirm forwarded some-fwd login"},
+		{"Remove", "its sibling", remove(sibling), "main confirm forwarded login"},
+		{"Remove", "another key", remove(other), "main confirm forwarded login"},
+		{"Remove", "the limited key", remove(limited), "main confirm login"},
+		{"Remove", "one in memory", remove(soft), "main confirm forwarded login"},
+		{"Remove", "one of the other agent", remove(theirs), "main confirm forwarded login"},
+		{"RemoveAll", "", func(w *walls, c *Caller) error { return w.RemoveAll(ctx, c) }, "main some confirm forwarded some-fwd login"},
+		{"Lock", "", func(w *walls, c *Caller) error { return w.Lock(ctx, c, phrase(t, "x")) }, "main confirm"},
+		{"Unlock", "", func(w *walls, c *Caller) error { return w.Unlock(ctx, c, phrase(t, "sesame")) }, "locked"},
+		{"Pass", "", func(w *walls, c *Caller) error { _, err := w.Pass(ctx, c, []byte{1}); return err }, "main forwarded login"},
+		{"Status", "", func(w *walls, c *Caller) error { _, err := w.Status(ctx, c, nil); return err }, "main locked"},
+		{"Login", "", func(w *walls, c *Caller) error {
+			_, err := w.Login(ctx, c, LoginRequest{Provider: []byte("pkcs11:token=a"), PIN: phrase(t, "1234")})
+			return err
+		}, "main"},
+		{"Logout", "", func(w *walls, c *Caller) error { return w.Logout(ctx, c, nil) }, "main locked"},
+		{"List", "", nil, ""},
+	}
+	methods := map[string]bool{"Refuse": true} // it notes what the door has refused
+	for _, row := range rows {
+		methods[row.method] = true
+		for _, column := range columns {
+			t.Run(strings.TrimSpace(row.method+" "+row.what)+" "+column, func(t *testing.T) {
+				w := newWalls(t)
+				if column == "locked" {
+					if err := w.Lock(ctx, local, phrase(t, "sesame")); err != nil {
+						t.Fatal(err)
+					}
+					w.tokens.logouts = 0
+				}
+				c, visible := caller[column](w), sees[column]
+				if row.do == nil {
+					list, err := w.List(ctx, c)
+					if err != nil {
+						t.Fatal(err)
+					}
+					var got []string
+					for _, id := range list.Identities {
+						got = append(got, id.Comment)
+					}
+					if want := slices.DeleteFunc(slices.Clone(visible), func(s string) bool { return s == "agent" }); !slices.Equal(got, want) {
+						t.Errorf("listed %q, want %q", got, want)
+					}
+					return
+				}
+				before := w.state(t)
+				err := row.do(w, c)
+				if want := slices.Contains(strings.Fields(row.done), column); (err == nil) != want {
+					t.Errorf("done %v, want %v: %v", err == nil, want, err)
+				}
+				after := w.state(t)
+				for name, was := range before {
+					if now := after[name]; now != was && (!slices.Contains(visible, name) && column != "locked" || err != nil) {
+						t.Errorf("%s was %q and is %q", name, was, now)
+					}
+				}
+				if logouts := w.tokens.logouts; logouts > 0 && !slices.Contains([]string{"main", "confirm", "login", "locked"}, column) {
+					// A forwarded -D reaches the tokens that it sees as a whole.
+					if column != "forwarded" || slices.Contains(w.tokens.logins, "out of pkcs11:token=d") {
+						t.Errorf("%d logouts: %q", logouts, w.tokens.logins)
+					}
+				}
+				if c.limited() && slices.Contains(w.tokens.remote, false) {
+					t.Error("a name that it gave was looked up as one of this machine")
+				}
+			})
+		}
+	}
+	for method := range reflect.TypeFor[*Keyring]().Methods() {
+		takes := false
+		for i := range method.Type.NumIn() {
+			takes = takes || method.Type.In(i) == reflect.TypeFor[*Caller]()
+		}
+		if takes != methods[method.Name] {
+			t.Errorf("%s takes a Caller: %v, is in the table: %v", method.Name, takes, methods[method.Name])
+		}
+	}
+}
+
+// A PIN that comes in at a socket for some keys is tried on their tokens alone.
+func TestAttack04PIN(t *testing.T) {
+	w := newWalls(t)
+	some := &Caller{Socket: &Socket{Only: []Selection{prefix("pkcs11:token=b;id=1")}}}
+	for _, provider := range []string{"pkcs11:token=a", "pkcs11:token=d", "pkcs11:token=b;id=2", "pkcs11:token=none"} {
+		err := w.AddToken(t.Context(), some, TokenRequest{Provider: []byte(provider), PIN: phrase(t, "0000")})
+		if err == nil || err.Error() != "no match" {
+			t.Errorf("%s: %v", provider, err)
+		}
+	}
+	if len(w.tokens.pins) > 0 {
+		t.Errorf("PINs were tried: %q", w.tokens.pins)
+	}
+	// What it adds is what it sees, also later.
+	if err := w.AddToken(t.Context(), some, TokenRequest{Provider: []byte("pkcs11:token"), Constraints: Constraints{Confirm: true}}); err != nil {
+		t.Fatal(err)
+	}
+	late := edKey("pkcs11:token=e;id=1")
+	w.tokens.set(w.shown, w.sibling, w.other, w.limited, late)
+	for _, id := range w.now().identities {
+		if want := id.comment == w.shown.uri || id.comment == w.other.uri; id.limits.confirm != want {
+			t.Errorf("%s is confirmed: %v", id.comment, id.limits.confirm)
+		}
+	}
+	// Nor does it end what the owner has added for all of them.
+	w.add(t, "pkcs11:token", Constraints{Lifetime: time.Hour})
+	if err := w.RemoveToken(t.Context(), some, TokenRequest{Provider: []byte("pkcs11:token")}); err != nil {
+		t.Fatal(err)
+	}
+	for _, id := range w.now().identities {
+		if len(id.homes) > 0 && id.limits.lifetime != time.Hour {
+			t.Errorf("%s has %+v", id.comment, id.limits)
+		}
+	}
+	if got := w.list(t); slices.Contains(got, w.shown.uri) || !slices.Contains(got, w.sibling.uri) {
+		t.Errorf("listed %q", got)
+	}
+}

@@ -1,0 +1,89 @@
+package agent
+
+import (
+	"errors"
+	"slices"
+)
+
+// What a connection may see decides what it may use and change: nothing that it does
+// not see. The rules are here, and every method of the Keyring that takes a Caller
+// asks them. A key that a Caller does not see is answered for as one that is not there.
+
+var errSomeKeys = errors.New("the socket it came in at shows some keys only")
+
+// limited tells whether there may be keys that the connection does not see: it came in
+// at a socket for some keys, or it belongs to an SSH session.
+func (c *Caller) limited() bool {
+	return c.Socket.some() || c.Forwarded || c.BindFailed || len(c.Binds) > 0
+}
+
+// some tells whether the socket shows some keys only. A nil Socket shows all.
+func (s *Socket) some() bool { return s != nil && s.Only != nil }
+
+// shows tells whether the socket shows a key of a token.
+func (s *Socket) shows(key Key) bool {
+	return !s.some() || slices.ContainsFunc(s.Only, func(sel Selection) bool { return selects(sel, key) })
+}
+
+// seenBy returns nil if the connection sees the identity, and otherwise why not. The
+// reason is for the log: the client is told that there is no such key.
+//
+// A key that has lost its destinations has them for forwarded connections until a
+// person has agreed to the loss.
+func (id *identity) seenBy(c *Caller) error {
+	if c.Socket.some() && !slices.ContainsFunc(id.homes, c.Socket.shows) {
+		return errUnknownKey
+	}
+	if err := id.limits.permits(c); err != nil {
+		return err
+	}
+	if id.owed != nil && c.Forwarded {
+		return id.owed.permits(c)
+	}
+	return nil
+}
+
+// find returns the identity with a wire form if the connection sees it. Otherwise it
+// returns none, and unseen says why where there is one.
+func (k *Keyring) find(c *Caller, wire []byte) (id *identity, unseen error) {
+	if id = k.now().byKey[string(wire)]; id == nil {
+		return nil, nil
+	}
+	if err := id.seenBy(c); err != nil {
+		return nil, err
+	}
+	return id, nil
+}
+
+// reachesLocked tells whether the connection would see a known key if the key were
+// added now: what it may add and remove by a URI.
+func (k *Keyring) reachesLocked(v *view, c *Caller, key known) bool {
+	if !c.Socket.shows(key.Key) {
+		return false
+	}
+	in, owed := v.limits[key.wire], k.owed[key.wire]
+	return in.permits(c) == nil && (owed == nil || !c.Forwarded || owed.permits(c) == nil)
+}
+
+// mayChange tells whether a connection may change what the agent holds.
+func (c *Caller) mayChange() error {
+	if c.Socket != nil && c.Socket.ReadOnly {
+		return errReadOnly
+	}
+	return nil
+}
+
+// mayLock tells whether a connection may lock and unlock the agent, which concerns
+// all of its keys.
+func (c *Caller) mayLock() error {
+	if err := c.mayChange(); err != nil {
+		return err
+	}
+	if c.Socket.some() {
+		return errSomeKeys
+	}
+	if c.limited() {
+		return errForwarded
+	}
+	return nil
+}

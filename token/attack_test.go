@@ -1,0 +1,195 @@
+package token_test
+
+import (
+	"bytes"
+	"fmt"
+	"log/slog"
+	"os"
+	"path/filepath"
+	"strings"
+	"sync"
+	"testing"
+
+	"p11-agent/token"
+	"p11-agent/token/pkcs11uri"
+	"p11-agent/token/tokentest"
+)
+
+// A PIN of the configuration that one of two tokens of a label has refused, or taken, is
+// not tried on the other, also when the agent is started again.
+func TestAttack06OtherToken(t *testing.T) {
+	for _, text := range []string{"wrong", pin} {
+		t.Run(text, func(t *testing.T) {
+			state := tokentest.TempDir(t)
+			uri := "pkcs11:token=card?pin-value=" + text
+			var other *tokentest.FakeToken
+			b := newBench(t, nil, func(b *bench, opts *token.Options) {
+				opts.StateDir, opts.Sources = state, []*pkcs11uri.URI{parse(t, uri)}
+				other = b.fake.AddToken("card", "Other-9153")
+				other.AddKey(tokentest.P256, 2, "two", nil)
+			})
+			// While both are there, neither gets it.
+			for _, id := range []byte{1, 2} {
+				err := tokentest.Sign(t.Context(), b.key(id))
+				if err == nil || !strings.Contains(err.Error(), "names 2 that are there") {
+					t.Errorf("got %v", err)
+				}
+			}
+			want(t, "PINs tried", tried(b.card)+tried(other), 0)
+			other.Remove()
+			tokentest.Keys(t, b.store, 1)
+			want(t, "signed", b.sign() == nil, text == pin)
+			want(t, "PINs tried", tried(b.card), 1)
+			b.card.Remove()
+			other.Insert()
+			tokentest.Until(t, "the other is there", func() bool { return len(b.store.Keys()) == 1 && b.store.Keys()[0].ID()[0] == 2 })
+			for range 2 {
+				if err := tokentest.Sign(t.Context(), b.key(2)); err == nil || !strings.Contains(err.Error(), "since it was used first") {
+					t.Errorf("got %v", err)
+				}
+			}
+			want(t, "PINs tried on the other", tried(other), 0)
+			noError(t, b.store.Close())
+			b.store = tokentest.Store(t, token.Options{
+				Modules: []token.ModuleSpec{fakeSpec(b.fake)}, Command: self, StateDir: state, Sources: []*pkcs11uri.URI{parse(t, uri)},
+			})
+			if err := tokentest.Sign(t.Context(), b.key(2)); err == nil || !strings.Contains(err.Error(), "since it was used first") {
+				t.Errorf("after a restart: got %v", err)
+			}
+			want(t, "PINs tried on the other", tried(other), 0)
+			st, err := os.Stat(filepath.Join(state, "pin-bindings"))
+			noError(t, err)
+			want(t, "mode", st.Mode().Perm(), 0o600)
+			text, err := os.ReadFile(filepath.Join(state, "pin-bindings"))
+			noError(t, err)
+			if bytes.Contains(text, []byte("pin-value")) {
+				t.Errorf("the file tells where the PIN is: %s", text)
+			}
+			// A file that cannot be read stops the PIN: nobody knows whom it is for.
+			noError(t, os.WriteFile(filepath.Join(state, "pin-bindings"), []byte("{"), 0o600))
+			if err := tokentest.Sign(t.Context(), b.key(2)); err == nil || !strings.Contains(err.Error(), "remove the file") {
+				t.Errorf("with a broken file: got %v", err)
+			}
+			want(t, "PINs tried on the other", tried(other), 0)
+		})
+	}
+}
+
+// A URI of the configuration that names no token gives no PIN, whoever has let it through.
+func TestAttack06NoToken(t *testing.T) {
+	for _, uri := range []string{"pkcs11:?pin-value=" + pin, "pkcs11:token=?pin-value=" + pin, "pkcs11:model=fake;id=%01?pin-value=" + pin, "pkcs11:slot-id=0?pin-value=" + pin} {
+		if token.CheckPIN(parse(t, uri)) == nil {
+			t.Errorf("%v passes", parse(t, uri))
+		}
+		b := newBench(t, nil, func(b *bench, opts *token.Options) {
+			b.card.Mute = true
+			withSource(t, uri)(b, opts)
+		})
+		if b.sign() == nil {
+			t.Errorf("%v gives a PIN", parse(t, uri))
+		}
+		want(t, "PINs tried", tried(b.card), 0)
+		if b.store.AddSource(parse(t, uri), b.store.Keys()) == nil {
+			t.Errorf("a client can add %v", parse(t, uri))
+		}
+	}
+}
+
+// A client cannot have the PIN file of one token tried on another.
+func TestAttack06OthersFile(t *testing.T) {
+	path := filepath.Join(tokentest.TempDir(t), "pin")
+	write(t, path, "Other-9153", 0o600)
+	noError(t, os.Symlink(path, path+"2"))
+	b := newBench(t, nil, withSource(t, "pkcs11:token=other?pin-source=file:"+escape(path)))
+	for _, name := range []string{path, path + "2"} {
+		u := parse(t, "pkcs11:token=card?pin-source=file:"+escape(name))
+		noError(t, b.store.AddSource(u, b.store.Keys()))
+		if err := b.sign(); err == nil || !strings.Contains(err.Error(), "is for another token") {
+			t.Errorf("got %v", err)
+		}
+		b.store.RemoveSource(u)
+	}
+	want(t, "PINs tried", tried(b.card), 0)
+}
+
+// records counts what is logged.
+type records struct {
+	mu    sync.Mutex
+	lines int
+}
+
+func (r *records) Write(b []byte) (int, error) {
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	r.lines += bytes.Count(b, []byte("\n"))
+	return len(b), nil
+}
+
+// A module shows 10,000 different tokens, 250 at a time. What is remembered of it, logged
+// of it and written of it stays within bounds, and nothing of another module is lost.
+func TestAttack14ManyTokens(t *testing.T) {
+	const slots, looks = 250, 40
+	dir := tokentest.TempDir(t)
+	commands := filepath.Join(dir, "commands")
+	epoch := func(n int) {
+		text := fmt.Sprintf("slots=%d epoch=%d", slots, n)
+		noError(t, os.WriteFile(commands+".new", []byte(text), 0o600))
+		noError(t, os.Rename(commands+".new", commands))
+	}
+	epoch(0)
+	f := tokentest.NewFake(t)
+	f.AddToken("there", pin).AddKey(tokentest.P256, 1, "one", nil)
+	away := f.AddToken("away", pin)
+	away.AddKey(tokentest.P256, 1, "one", nil)
+	var log records
+	s := token.Open(token.Options{
+		Modules: []token.ModuleSpec{
+			realSpec("liar", tokentest.BuildBadModule(t), tokentest.BadModuleEnv("", commands, "")...), fakeSpec(f),
+		},
+		Command: self, PINs: &tokentest.Person{Always: pin}, StateDir: dir, Known: token.KnownKept,
+		Log: slog.New(slog.NewTextHandler(&log, nil)),
+	})
+	defer s.Close()
+	tokentest.Until(t, "all keys are there", func() bool { return has(s, "there") && has(s, "away") && has(s, "lie 0 249") })
+	k := tokentest.Key(t, s, "there", 1)
+	noError(t, tokentest.Sign(t.Context(), k))
+	away.Remove()
+	tokentest.Until(t, "a token has gone", func() bool { return len(s.Away()) == 1 })
+	for n := 1; n <= looks; n++ {
+		epoch(n)
+		noError(t, s.Rescan(t.Context()))
+		if !has(s, fmt.Sprintf("lie %d 0", n)) {
+			t.Fatalf("the tokens of epoch %d are not there", n)
+		}
+	}
+	tokens, keys, size := token.Remembered(s, "liar")
+	if tokens > token.MaxTokens || keys > token.MaxModuleKeys || size > token.MaxKeyBytes {
+		t.Errorf("%d tokens, %d keys and %d bytes are remembered", tokens, keys, size)
+	}
+	physicals, homes, queues := token.Shared(s, "liar")
+	if most := token.MaxTokens + 2; physicals > most || homes > most || queues > slots+1 {
+		t.Errorf("%d gates, %d homes and %d queues are remembered", physicals, homes, queues)
+	}
+	if st := status(s, "liar"); len(st.Tokens)+len(st.Away) > token.MaxTokens {
+		t.Errorf("the status has %d tokens", len(st.Tokens)+len(st.Away))
+	}
+	log.mu.Lock()
+	if log.lines > 20 {
+		t.Errorf("%d lines are logged", log.lines)
+	}
+	log.mu.Unlock()
+	// The other module.
+	noError(t, tokentest.Sign(t.Context(), k))
+	want(t, "keys away of the other module", len(status(s, "fake").Away), 1)
+	noError(t, s.Close())
+	list, err := os.ReadFile(filepath.Join(dir, token.KnownFile))
+	noError(t, err)
+	for _, label := range []string{`"there"`, `"away"`} {
+		if !bytes.Contains(list, []byte(`"label": `+label)) {
+			t.Errorf("token %s is not in the list any more", label)
+		}
+	}
+	if n := bytes.Count(list, []byte(`"module": "liar"`)); n > token.MaxTokens {
+		t.Errorf("%d tokens of the liar are in the list", n)
+	}
+}

@@ -1,0 +1,236 @@
+package token
+
+import (
+	"cmp"
+	"context"
+	"slices"
+	"time"
+
+	"p11-agent/token/wire"
+)
+
+// A module can lie: show other tokens at each look, give them names and keys without end,
+// tell of events all the time, and have itself started again and again. Each of that costs
+// its own keys only. What the agent remembers of a module, how often it looks at the module,
+// and what it logs of it, is bounded here.
+const (
+	// maxTokens is how many tokens of one module the agent remembers, those that are there
+	// and those that were. An HSM has some hundred partitions at the most.
+	maxTokens = 256
+	// maxKeyBytes and maxModuleKeys bound the keys of one module, of all its tokens together.
+	maxKeyBytes   = 16 << 20
+	maxModuleKeys = wire.MaxList
+	// maxLook is the most bytes of objects that one look at a module reads. Tokens that are
+	// not read keep the keys that they had.
+	maxLook = 4 * wire.MaxReply
+	// maxName is the most bytes of a token's label, manufacturer, model or serial number.
+	// PKCS#11 has 32 at the most (v2.40 section 3.3, CK_TOKEN_INFO), and one byte becomes
+	// three where it is not UTF-8.
+	maxName = 3 * 32
+	// maxDescription is likewise for slots and modules (CK_SLOT_INFO, CK_INFO): 64 bytes.
+	maxDescription = 3 * 64
+	// maxMissing is how many paths the agent takes that a module cannot write.
+	maxMissing = 64
+	// maxObjectText is the most bytes of an object's label or ID.
+	maxObjectText = maxKnownText
+
+	// The agent looks at a module for its events so often at once, and then once in each
+	// interval. Each look may be a new list of keys for every client.
+	lookBurst, lookEvery = 50, 500 * time.Millisecond
+	// A new process in place of one that is well is likewise.
+	renewBurst, renewEvery = 50, 500 * time.Millisecond
+	// A process that tells of more events than this is stopped.
+	eventBurst, eventEvery = 1000, 10 * time.Millisecond
+	// The list of known keys is written so often.
+	knownBurst, knownEvery = 20, 10 * time.Second
+)
+
+// pace lets something happen burst times at once, and then once in each interval. It is
+// used by one goroutine.
+type pace struct {
+	burst int
+	every time.Duration
+	spent time.Time // when all that has happened is paid off
+}
+
+// take counts once more, and returns how long to wait before it is to happen.
+func (p *pace) take(now time.Time) time.Duration {
+	if p.spent.Before(now) {
+		p.spent = now
+	}
+	p.spent = p.spent.Add(p.every)
+	return max(0, p.spent.Sub(now)-time.Duration(p.burst)*p.every)
+}
+
+// believable tells whether a token's names are such as PKCS#11 has room for.
+func believable(id wire.TokenID) bool {
+	return max(len(id.Label), len(id.Manufacturer), len(id.Model), len(id.Serial)) <= maxName
+}
+
+// cut makes a text short enough.
+func cut(text string, limit int) string {
+	if len(text) > limit {
+		text = text[:limit]
+	}
+	return text
+}
+
+// trim leaves of a slot what is of use.
+func trim(slot wire.Slot) wire.Slot {
+	slot.Description, slot.Manufacturer = cut(slot.Description, maxDescription), cut(slot.Manufacturer, maxDescription)
+	slot.Mechanisms = slices.Clip(slices.DeleteFunc(slices.Clone(slot.Mechanisms), func(m wire.Mechanism) bool {
+		return !signsWith[m.Type]
+	}))
+	return slot
+}
+
+// trimHello does so with what a module process says of the module and of itself.
+func trimHello(h *wire.HelloReply) {
+	h.Manufacturer, h.Description = cut(h.Manufacturer, maxDescription), cut(h.Description, maxDescription)
+	missing := h.Sandbox.Missing[:min(len(h.Sandbox.Missing), maxMissing)]
+	h.Sandbox.Missing = nil
+	for _, path := range missing {
+		h.Sandbox.Missing = append(h.Sandbox.Missing, cut(path, maxKnownText))
+	}
+}
+
+// signsWith are the mechanisms that a signature may use.
+var signsWith = func() map[uint64]bool {
+	all := map[uint64]bool{wire.CKMRSAPKCS: true, wire.CKMRSAPKCSPSS: true, wire.CKMECDSA: true, wire.CKMEdDSA: true}
+	for _, h := range hashes {
+		for _, m := range []uint64{h.rsa, h.pss, h.ecdsaID} {
+			if m != 0 {
+				all[m] = true
+			}
+		}
+	}
+	return all
+}()
+
+// weight is what keys take of the memory, about and in bytes.
+func weight(keys []*found) int {
+	n := 0
+	for _, f := range keys {
+		n += 1024 + len(f.id) + 2*len(f.modulus) + 2*len(f.point)
+		for _, l := range f.labels {
+			n += len(l)
+		}
+		for _, c := range f.certs {
+			n += len(c)
+		}
+	}
+	return n
+}
+
+// bulk is what objects take, about and in bytes.
+func bulk(objects []wire.Object) int {
+	n := 0
+	for i := range objects {
+		o := &objects[i]
+		n += 256 + len(o.ID) + len(o.Label) + len(o.Modulus) + len(o.Exponent) + len(o.ECParams) + len(o.ECPoint) + len(o.Value)
+	}
+	return n
+}
+
+// fit returns as many of the keys that a token shows as there is room for beside those
+// of others, which are tokens of the same module.
+func (t *Token) fit(pairs []*found, others []*Token) []*found {
+	keys, bytes := maxModuleKeys, maxKeyBytes
+	for _, o := range others {
+		if o != t {
+			n, size := o.holds()
+			keys, bytes = keys-n, bytes-size
+		}
+	}
+	for i := range pairs {
+		if bytes -= weight(pairs[i : i+1]); i >= keys || bytes < 0 {
+			t.module.log.Warn("module shows more keys than are used", "token", t.ID.Label, "shown", len(pairs), "used", i)
+			return pairs[:i]
+		}
+	}
+	return pairs
+}
+
+// holds returns how many keys the token has, and what they take of the memory.
+func (t *Token) holds() (keys, bytes int) {
+	t.mu.Lock()
+	defer t.mu.Unlock()
+	return len(t.keys), t.weight
+}
+
+// prune forgets tokens that are not there: those that are nothing but a name at once, and
+// of the others those that have gone first, until there is room. Tokens that have their
+// home here go last.
+func (m *module) prune() {
+	s := m.store
+	s.mu.Lock()
+	m.mu.Lock()
+	pruned := m.surplusLocked(func(t *Token) bool { return s.homes[t.ID] == home{m.spec.Name, true} })
+	for _, t := range pruned {
+		delete(m.tokens, t.ID)
+		m.insertions = max(m.insertions, t.inserts())
+		if s.homes[t.ID].module == m.spec.Name {
+			delete(s.homes, t.ID)
+		}
+	}
+	m.mu.Unlock()
+	s.mu.Unlock()
+	for _, t := range pruned {
+		t.mu.Lock()
+		t.retained.forget()
+		t.mu.Unlock()
+		t.gate.close()
+		s.physicals.drop(t.ID)
+	}
+}
+
+// surplusLocked returns the tokens to forget. belongs tells that the home of one is here,
+// and stays.
+func (m *module) surplusLocked(belongs func(*Token) bool) (surplus []*Token) {
+	var away []*Token
+	keys, bytes := 0, 0 // of those that are not there
+	for _, t := range m.tokens {
+		if !slices.Contains(m.order, t) && !slices.Contains(m.last, t) && !t.gate.inUse() {
+			n, size := t.holds()
+			keys, bytes, away = keys+n, bytes+size, append(away, t)
+		}
+	}
+	slices.SortFunc(away, func(a, b *Token) int {
+		if x, y := belongs(a), belongs(b); x != y {
+			if x {
+				return 1
+			}
+			return -1
+		}
+		return cmp.Or(a.goneSince().Compare(b.goneSince()), compareIDs(a.ID, b.ID))
+	})
+	tokens := len(m.tokens)
+	for _, t := range away {
+		n, size := t.holds()
+		if n == 0 && !belongs(t) || tokens > maxTokens || keys > maxModuleKeys/2 || bytes > maxKeyBytes/2 {
+			tokens, keys, bytes, surplus = tokens-1, keys-n, bytes-size, append(surplus, t)
+		}
+	}
+	return surplus
+}
+
+// close ends the way in for good. A login that has just begun finds it closed.
+func (g *gate) close() {
+	g.closed.Store(true)
+	g.wipe()
+}
+
+// inUse tells whether a login through the gate is under way.
+func (g *gate) inUse() bool { return g.flights.Load() > 0 || g.trying.Load() > 0 }
+
+// reserve waits for the turn of what a pace bounds. It tells whether ctx still lasts.
+func reserve(ctx context.Context, p *pace) bool {
+	wait := time.NewTimer(p.take(time.Now()))
+	defer wait.Stop()
+	select {
+	case <-wait.C:
+		return true
+	case <-ctx.Done():
+		return false
+	}
+}

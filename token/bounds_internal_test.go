@@ -1,0 +1,193 @@
+package token
+
+import (
+	"bytes"
+	"context"
+	"fmt"
+	"log/slog"
+	"strings"
+	"testing"
+	"testing/synctest"
+	"time"
+
+	"p11-agent/pinentry/secret"
+	"p11-agent/token/wire"
+)
+
+func TestPace(t *testing.T) {
+	p := pace{burst: 3, every: time.Second}
+	now := time.Unix(1000, 0)
+	for i, want := range []time.Duration{0, 0, 0, time.Second, 2 * time.Second} {
+		if got := p.take(now); got != want {
+			t.Errorf("number %d waits %v, want %v", i, got, want)
+		}
+	}
+	if got := p.take(now.Add(10 * time.Second)); got != 0 {
+		t.Errorf("after a pause: %v", got)
+	}
+}
+
+// What a module has logged again and again is a few lines and a count.
+func TestFolding(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		var out bytes.Buffer
+		f := newFolding(slog.NewTextHandler(&out, nil))
+		log := slog.New(f).With("module", "m")
+		for i := range 1000 {
+			log.Warn("it lies", "n", i)
+			log.With("token", "x").Warn("it lies", "n", i)
+			log.Info("it works", "n", i)
+		}
+		log.Warn("something else")
+		count := func(text string) int { return strings.Count(out.String(), text) }
+		if n := count("it lies"); n != foldBurst {
+			t.Errorf("%d lines of one kind, want %d", n, foldBurst)
+		}
+		if n := count("something else"); n != 1 {
+			t.Errorf("%d lines of another kind, want 1", n)
+		}
+		if n := count("it works"); n != 1000 {
+			t.Errorf("%d lines that are no warnings, want all", n)
+		}
+		time.Sleep(foldWindow)
+		synctest.Wait()
+		if !strings.Contains(out.String(), fmt.Sprintf(`msg="it lies" module=m token=x "more like this"=%d within=1m0s`, 2000-foldBurst)) {
+			t.Errorf("no count: %s", out.String()[out.Len()-200:])
+		}
+		log.Warn("it lies", "n", "again")
+		if count("n=again") != 1 {
+			t.Error("after the window nothing is logged")
+		}
+		for range 10 {
+			log.Warn("it lies")
+		}
+		f.close()
+		if !strings.Contains(out.String(), `"more like this"=6`) {
+			t.Error("the end does not tell what was folded")
+		}
+		log.Warn("it lies", "n", "late")
+		if count("n=late") != 1 {
+			t.Error("after the end it is folded")
+		}
+	})
+}
+
+// A module does not take the room of others in the list.
+func TestShortenIsFair(t *testing.T) {
+	seen := time.Unix(1_800_000_000, 0)
+	k := &known{}
+	add := func(module string, tokens, keys int, there bool, text string) {
+		for i := range tokens {
+			entry := knownToken{Module: module, Label: fmt.Sprint(module, i), There: there, Seen: seen.Add(time.Duration(i))}
+			for range keys {
+				entry.Keys = append(entry.Keys, knownKey{Label: text})
+			}
+			k.Tokens = append(k.Tokens, entry)
+		}
+	}
+	add("few", 3, 2, false, "one")
+	add("many tokens", 1000, 1, true, "one")
+	add("many keys", 4, 3000, true, "one")
+	add("long keys", 10, 100, true, strings.Repeat("\x01", maxObjectText))
+	k.shorten()
+	counts := make(map[string]share)
+	var all share
+	for _, e := range k.Tokens {
+		counts[e.Module] = counts[e.Module].plus(e.share())
+		all = all.plus(e.share())
+	}
+	if !all.within(share{maxKnownTokens, maxKnownKeys, maxKnownFile}) {
+		t.Errorf("the list has %+v", all)
+	}
+	if counts["few"].tokens != 3 {
+		t.Errorf("of the module with few tokens %+v is left", counts["few"])
+	}
+	for name, c := range counts {
+		if c.tokens == 0 {
+			t.Errorf("nothing of module %q is left", name)
+		}
+	}
+	if c := counts["many tokens"]; c.tokens < 200 {
+		t.Errorf("room is left that nobody uses: %+v", c)
+	}
+	last := k.Tokens[3]
+	if last.Module != "many tokens" || last.Label == "many tokens0" {
+		t.Errorf("the oldest is kept: %+v", last)
+	}
+}
+
+// What is refused through one module is known through all, and each forgets its own.
+func TestPhysical(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		pin := func(text string) *secret.Secret {
+			s, err := secret.From([]byte(text))
+			if err != nil {
+				t.Fatal(err)
+			}
+			t.Cleanup(s.Wipe)
+			return s
+		}
+		ps := &physicals{all: make(map[wire.TokenID]*physical)}
+		id := wire.TokenID{Label: "card"}
+		a, b := newGate(ps.take(id), "a"), newGate(ps.take(id), "b")
+		a.refuse(pin("one"), TriesLow)
+		b.refuse(pin("two"), TriesUnknown)
+		known := func(what string, one, two bool) {
+			t.Helper()
+			for _, g := range []*gate{a, b} {
+				tries := map[*gate]Tries{a: TriesLow, b: TriesUnknown}[g]
+				if g.wasRefused(pin("one"), tries) != one || g.wasRefused(pin("two"), tries) != two {
+					t.Errorf("%s, through %s: want %v, %v", what, g.module, one, two)
+				}
+			}
+		}
+		known("at first", true, true)
+		b.forgive()
+		known("after a right PIN through b", true, false)
+		b.refuse(pin("two"), TriesLast)
+		if !b.wasRefused(pin("one"), TriesUnknown) {
+			t.Error("other tries through b make the agent forget what was refused through a")
+		}
+		known("after that", true, false)
+		time.Sleep(refusalLasts)
+		synctest.Wait()
+		known("a minute later", false, false)
+
+		a.refuse(pin("one"), TriesLow)
+		ps.drop(id)
+		known("with one user left", true, false)
+		ps.drop(id)
+		if len(ps.all) != 0 || len(a.physical.refused) != 0 {
+			t.Error("it is there without users")
+		}
+		// One turn for both.
+		if err := a.take(t.Context()); err != nil {
+			t.Fatal(err)
+		}
+		ctx, cancel := context.WithCancel(t.Context())
+		cancel()
+		if b.take(ctx) == nil {
+			t.Error("two have the turn")
+		}
+		b.close()
+		a.give()
+		if err := b.take(t.Context()); err != ErrAbsent { //nolint:errorlint // it is that one
+			t.Errorf("a closed gate: %v", err)
+		}
+	})
+}
+
+// Objects with a label or ID without end are left out.
+func TestPairBoundsTexts(t *testing.T) {
+	long := strings.Repeat("x", maxObjectText+1)
+	skipped := 0
+	all := pair([]wire.Object{{Class: wire.CKOPublicKey, Label: long}, {Class: wire.CKOPrivateKey, ID: []byte(long)}}, wire.TokenID{}, true,
+		func(o wire.Object, _ error) {
+			if skipped++; len(o.Label)+len(o.ID) > 0 {
+				t.Error("what is told of it is as long")
+			}
+		})
+	if len(all) != 0 || skipped != 2 {
+		t.Errorf("%d are used, %d left out", len(all), skipped)
+	}
+}

@@ -1,0 +1,209 @@
+package token
+
+import (
+	"context"
+	"fmt"
+	"slices"
+	"strings"
+
+	"p11-agent/token/pkcs11uri"
+	"p11-agent/token/wire"
+)
+
+// A module can claim any name for a token, and so the name of another module's token.
+// So each token has a home: the module that the token was first seen through. The list
+// of known keys has it, and it lasts over restarts. A module that shows a token without
+// being its home is a guest. A guest gets a PIN of the token only from a person whom the
+// prompt tells the module's name, or from a client or a configuration that names the
+// module. These move the home:
+//
+//   - the configuration, with a URI that names a token and a module: for as long as it
+//     has the URI;
+//   - a person who gives the right PIN at a prompt that names the guest, when the home
+//     is no module of the agent any more.
+//
+// The name of a module comes from the configuration of the agent or of p11-kit, or it is
+// that of a file. The module itself has no say in it.
+
+// home is where a token belongs.
+type home struct {
+	module string // its name
+	// proved tells that the home stays: it comes from the list, or had the right PIN
+	// given. Until all modules were looked at once after the start, a module that is
+	// earlier in their order takes over a home that is not proved.
+	proved bool
+}
+
+// NamesToken tells whether a URI names one token, by label or serial number.
+func NamesToken(u *pkcs11uri.URI) bool {
+	given := func(s *string) bool { return s != nil && strings.TrimSpace(*s) != "" }
+	return given(u.Token) || given(u.Serial)
+}
+
+// SetHomes replaces Options.Homes.
+func (s *Store) SetHomes(uris []*pkcs11uri.URI) {
+	s.mu.Lock()
+	s.preferred = homeURIs(uris)
+	s.mu.Unlock()
+	s.publish()
+}
+
+// homeURIs returns the URIs that say which module a token belongs to.
+func homeURIs(uris []*pkcs11uri.URI) []*pkcs11uri.URI {
+	return slices.DeleteFunc(slices.Clone(uris), func(u *pkcs11uri.URI) bool {
+		return u.ModuleName == nil && u.ModulePath == nil || !NamesToken(u)
+	})
+}
+
+// namedLocked returns the one module that a URI names, nil when it names none or
+// several. A directory names none, and the name in the configuration counts before that
+// of a file: another module may have a file of the same name.
+func (s *Store) namedLocked(u *pkcs11uri.URI) *module {
+	if u.ModuleName == nil && u.ModulePath == nil {
+		return nil
+	}
+	for _, file := range []bool{false, true} {
+		var found []*module
+		for _, m := range s.modules {
+			path := ""
+			if file {
+				path = m.spec.Path
+			}
+			if u.MatchModuleName(m.spec.Name, path) && m.at(u) {
+				found = append(found, m)
+			}
+		}
+		if len(found) == 1 {
+			return found[0]
+		}
+		if len(found) > 1 || u.ModuleName == nil {
+			return nil
+		}
+	}
+	return nil
+}
+
+// at tells whether the module is the file that a URI names, if it names one.
+func (m *module) at(u *pkcs11uri.URI) bool {
+	return u.ModulePath == nil || *u.ModulePath == m.spec.Path || *u.ModulePath == m.file
+}
+
+// names tells whether a URI names the module and no other.
+func (s *Store) names(u *pkcs11uri.URI, m *module) bool {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	return u != nil && s.namedLocked(u) == m
+}
+
+// homeLocked returns the name of the module that a token belongs to; empty: it was
+// never seen.
+func (s *Store) homeLocked(id wire.TokenID) string {
+	for _, u := range s.preferred {
+		if u.MatchToken(id) {
+			if m := s.namedLocked(u); m != nil {
+				return m.spec.Name
+			}
+		}
+	}
+	return s.homes[id].module
+}
+
+// claimLocked gives a token that is there a home, and returns through which of the
+// modules that show it the token is used. claims are in the order of the modules.
+func (s *Store) claimLocked(id wire.TokenID, claims []*Token) *Token {
+	first := claims[0].module.spec.Name
+	switch h, ok := s.homes[id]; {
+	case !ok:
+		s.homes[id] = home{module: first}
+	case !h.proved && !s.allLooked() && slices.ContainsFunc(claims, func(t *Token) bool { return t.module.spec.Name == h.module }):
+		s.homes[id] = home{module: first}
+	}
+	belongs := s.homeLocked(id)
+	if i := slices.IndexFunc(claims, func(t *Token) bool { return t.module.spec.Name == belongs }); i >= 0 {
+		return claims[i]
+	}
+	return claims[0]
+}
+
+// allLooked tells whether the modules that there were at the start have been looked at
+// once.
+func (s *Store) allLooked() bool {
+	select {
+	case <-s.settled:
+		return true
+	default:
+		return false
+	}
+}
+
+// claims returns the name of the token's home, when that is another module, and the
+// names of the other modules that show the token now.
+func (t *Token) claims() (belongs string, others []string) {
+	s, name := t.module.store, t.module.spec.Name
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	if belongs = s.homeLocked(t.ID); belongs == "" {
+		s.homes[t.ID] = home{module: name} // seen a moment ago
+	}
+	if belongs == name {
+		belongs = ""
+	}
+	for _, m := range s.modules {
+		if m != t.module && slices.ContainsFunc(m.present(), func(o *Token) bool { return o.ID == t.ID }) {
+			others = append(others, m.spec.Name)
+		}
+	}
+	return belongs, others
+}
+
+// proved notes that the token took a PIN through its module. byPerson tells that a
+// person gave it at a prompt, which names the module of a guest.
+func (t *Token) proved(byPerson bool) {
+	s, name := t.module.store, t.module.spec.Name
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	h := s.homes[t.ID]
+	gone := !slices.ContainsFunc(s.modules, func(m *module) bool { return m.spec.Name == h.module })
+	if h.module != name && !(byPerson && gone) || h == (home{name, true}) {
+		return
+	}
+	s.homes[t.ID] = home{name, true}
+	s.rewrite()
+}
+
+// A GuestError says that a PIN is not given to a module because the token belongs to
+// another one.
+type GuestError struct {
+	Token  string // label
+	Module string // that shows the token now
+	Home   string // the module that it belongs to
+}
+
+func (e *GuestError) Error() string {
+	return fmt.Sprintf("token %q belongs to module %q, and module %q shows it now: to give the PIN to %q, add module-name=%s to the query of the URI",
+		e.Token, e.Home, e.Module, e.Module, e.Module)
+}
+
+type selectorKey struct{}
+
+// NewContext returns a context for a login with a PIN that was given in advance for what
+// a Selector selects. A module that is not the token's home gets such a PIN only when
+// the Selector names the module.
+func NewContext(ctx context.Context, sel *Selector) context.Context {
+	return context.WithValue(ctx, selectorKey{}, sel)
+}
+
+// CheckHome fails with a *GuestError when a PIN that was given in advance, for what ctx
+// says (see NewContext), is not for the module of a key.
+func CheckHome(ctx context.Context, k *Key) error { return k.token.checkHome(ctx) }
+
+func (t *Token) checkHome(ctx context.Context) error {
+	belongs, _ := t.claims()
+	if belongs == "" {
+		return nil
+	}
+	if sel, ok := ctx.Value(selectorKey{}).(*Selector); ok && (sel.path != "" && sel.path == t.module.file || t.module.store.names(sel.uri, t.module)) {
+		return nil
+	}
+	return &GuestError{Token: t.ID.Label, Module: t.module.spec.Name, Home: belongs}
+}

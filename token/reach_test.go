@@ -1,0 +1,114 @@
+package token_test
+
+import (
+	"errors"
+	"os"
+	"path/filepath"
+	"slices"
+	"strings"
+	"testing"
+
+	"p11-agent/pinentry/secret"
+	"p11-agent/token"
+	"p11-agent/token/pkcs11uri"
+	"p11-agent/token/tokentest"
+)
+
+// What a remote client names is read, and nothing is looked up: the answer to a path is
+// the same whatever is there.
+func TestAttack16RemoteProvider(t *testing.T) {
+	dir := t.TempDir()
+	there := filepath.Join(dir, "module.so")
+	noError(t, os.WriteFile(there, nil, 0o700))
+	allow := token.AllowList{"*"}
+	if _, err := token.ParseProvider([]byte(there), allow); err != nil {
+		t.Fatal(err) // for a client of this machine
+	}
+	for _, paths := range [][2]string{
+		{there, filepath.Join(dir, "missing.so")},
+		{dir, "relative.so"},
+		{"pkcs11:token=a?module-path=" + there, "pkcs11:token=a?module-path=" + filepath.Join(dir, "missing.so")},
+		{"pkcs11:token=a?pin-source=" + there, "pkcs11:token=a?pin-source=" + filepath.Join(dir, "missing.so")},
+		{"pkcs11:token=a?pin-value=1234", "pkcs11:?pin-value=1"},
+	} {
+		var said []string
+		for _, text := range paths {
+			s, err := token.ParseRemoteProvider([]byte(text))
+			if err == nil {
+				t.Fatalf("%q is taken: %v", text, s)
+			}
+			said = append(said, err.Error())
+			if strings.Contains(err.Error(), dir) || strings.Contains(err.Error(), "1234") {
+				t.Errorf("%q is quoted: %v", text, err)
+			}
+		}
+		if said[0] != said[1] {
+			t.Errorf("the answers differ: %q", said)
+		}
+	}
+	for _, text := range []string{"pkcs11:", "pkcs11:token=a;id=%01", "PKCS11:token=a?module-name=m"} {
+		if _, err := token.ParseRemoteProvider([]byte(text)); err != nil {
+			t.Errorf("%q: %v", text, err)
+		}
+	}
+	if _, err := token.ParseRemoteProvider([]byte("pkcs11:colour=red")); err == nil {
+		t.Error("an unknown attribute is taken")
+	}
+}
+
+// Keys that may not be reached count as not there.
+func TestSelectOf(t *testing.T) {
+	f := tokentest.NewFake(t)
+	for _, name := range []string{"one", "two"} {
+		f.AddToken(name, pin).AddKey(tokentest.P256, 1, "key", nil)
+	}
+	s := tokentest.Store(t, token.Options{Modules: []token.ModuleSpec{fakeSpec(f)}, Command: self}, pin)
+	tokentest.Keys(t, s, 2)
+	one := func(k *token.Key) bool { return k.Token().Label == "one" }
+	keys, err := s.SelectOf(t.Context(), token.NewSelector(uri(t, "pkcs11:")), one)
+	noError(t, err)
+	if len(keys) != 1 || !one(keys[0]) {
+		t.Errorf("selected %v", keys)
+	}
+	for _, text := range []string{"pkcs11:token=two", "pkcs11:token=three"} {
+		if _, err := s.SelectOf(t.Context(), token.NewSelector(uri(t, text)), one); !errors.Is(err, token.ErrNoMatch) {
+			t.Errorf("%s: %v", text, err)
+		}
+	}
+}
+
+// LogoutOf logs out of the tokens that are chosen, and forgets their PINs.
+func TestLogoutOf(t *testing.T) {
+	f := tokentest.NewFake(t)
+	one, two := f.AddToken("one", pin), f.AddToken("two", pin)
+	one.AddKey(tokentest.P256, 1, "a", nil)
+	two.AddKey(tokentest.P256, 2, "b", nil)
+	p := &tokentest.Person{Always: pin}
+	s := tokentest.Store(t, token.Options{Modules: []token.ModuleSpec{fakeSpec(f)}, Command: self, PINs: p}, pin)
+	noError(t, s.LoginAsk(t.Context(), tokentest.Keys(t, s, 2)))
+	noError(t, s.LogoutOf(t.Context(), func(keys []*token.Key) bool {
+		return slices.ContainsFunc(keys, func(k *token.Key) bool { return k.Token().Label == "one" })
+	}))
+	want(t, "logged in", [2]bool{one.LoggedIn(), two.LoggedIn()}, [2]bool{false, true})
+}
+
+// Whether a signature would have a person give the PIN is known beforehand.
+func TestAsksPIN(t *testing.T) {
+	p := &tokentest.Person{Always: pin}
+	b := newBench(t, p, nil)
+	k := b.key(1)
+	want(t, "asks before the login", k.AsksPIN(), true)
+	wrong, err := secret.From([]byte("0000"))
+	noError(t, err)
+	defer wrong.Wipe()
+	if err := b.store.Login(t.Context(), []*token.Key{k}, wrong); err == nil {
+		t.Error("a wrong PIN logs in")
+	}
+	want(t, "asks after a wrong PIN", k.AsksPIN(), true)
+	b.mustSign()
+	want(t, "asks after the login", k.AsksPIN(), false)
+	noError(t, b.store.LogoutAll(t.Context()))
+	want(t, "asks after the logout", k.AsksPIN(), true)
+	b.store.SetSources([]*pkcs11uri.URI{uri(t, k.URI()+"?pin-value="+pin)})
+	want(t, "asks with a configured PIN", k.AsksPIN(), false)
+}
