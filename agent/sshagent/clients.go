@@ -7,7 +7,6 @@ import (
 	"net"
 	"os"
 	"runtime/debug"
-	"slices"
 	"sync"
 	"syscall"
 	"time"
@@ -19,6 +18,10 @@ const (
 	// restAfter is how long a connection has to ask for nothing to count as resting.
 	// ssh pauses for shorter, between the list and the signature.
 	restAfter = 2 * time.Second
+
+	// manyOf is the part of all connections that one process has to have to be the one
+	// that loses a connection.
+	manyOf = 16
 
 	// relieveFrom and relieveTo say when memory goes back to the system: the clients
 	// had the first, and have the second.
@@ -72,14 +75,23 @@ type clients struct {
 	limit int
 	max   used // maxUsed, or less in tests
 
-	mu   sync.Mutex
-	all  map[*conn]struct{}
-	used used // by all
-	peak int  // the most memory that was used since some went back
+	mu        sync.Mutex
+	all       map[*conn]struct{}
+	processes map[process]map[*conn]struct{} // the same, by who made them
+	used      used                           // by all
+	peak      int                            // the most memory that was used since some went back
 }
 
+// process is one of a user, by its number. That is 0 where the kernel shows none.
+type process struct{ uid, pid int }
+
+func (c *conn) process() process { return process{c.recorded.UID, c.recorded.PID} }
+
 func newClients(limit int) *clients {
-	return &clients{limit: limit, max: maxUsed, all: make(map[*conn]struct{})}
+	return &clients{
+		limit: limit, max: maxUsed,
+		all: make(map[*conn]struct{}), processes: make(map[process]map[*conn]struct{}),
+	}
 }
 
 // defaultLimit is how many connections a Server has when nothing else is said: no
@@ -99,10 +111,16 @@ func (t *clients) admit(c *conn) (victim *conn) {
 	t.mu.Lock()
 	defer t.mu.Unlock()
 	if len(t.all) >= t.limit {
-		victim = t.chooseLocked(c, one)
+		victim = t.chooseOneLocked()
 		t.removeLocked(victim)
 	}
 	t.all[c] = struct{}{}
+	own := t.processes[c.process()]
+	if own == nil {
+		own = make(map[*conn]struct{})
+		t.processes[c.process()] = own
+	}
+	own[c] = struct{}{}
 	return victim
 }
 
@@ -111,7 +129,7 @@ func (t *clients) admit(c *conn) (victim *conn) {
 func (t *clients) makeRoom() (victim *conn) {
 	t.mu.Lock()
 	defer t.mu.Unlock()
-	victim = t.chooseLocked(nil, one)
+	victim = t.chooseOneLocked()
 	t.removeLocked(victim)
 	return victim
 }
@@ -138,6 +156,10 @@ func (t *clients) removeLocked(c *conn) {
 	}
 	if _, ok := t.all[c]; ok {
 		delete(t.all, c)
+		own := t.processes[c.process()]
+		if delete(own, c); len(own) == 0 {
+			delete(t.processes, c.process())
+		}
 		for r, n := range c.used {
 			t.used[r] -= n
 		}
@@ -159,7 +181,7 @@ func (t *clients) charge(c *conn, r resource, n int) (victims []*conn, err error
 			return nil, fmt.Errorf("the connections of its process would keep %d KiB, and the limit is %d KiB: close some of them", sum>>10, maxProcess[r]>>10)
 		}
 		for t.used[r]+n > t.max[r] {
-			victim := t.chooseLocked(c, func(c *conn) int { return c.used[r] })
+			victim := choose(t.all, c, func(c *conn) int { return c.used[r] })
 			if victim == nil {
 				return victims, fmt.Errorf("all connections would keep %d KiB, and the limit is %d KiB", (t.used[r]+n)>>10, t.max[r]>>10)
 			}
@@ -180,15 +202,27 @@ func (t *clients) processLocked(c *conn, r resource) (sum int) {
 	if c.recorded.PID == 0 {
 		return c.used[r] // nothing tells it from others that cannot be seen
 	}
-	for other := range t.all {
-		if other.recorded.UID == c.recorded.UID && other.recorded.PID == c.recorded.PID {
-			sum += other.used[r]
-		}
+	for other := range t.processes[c.process()] {
+		sum += other.used[r]
 	}
 	return sum
 }
 
-func one(*conn) int { return 1 }
+// chooseOneLocked returns the connection that is ended when there are too many, or nil
+// when there is none. Where one process has a good part of all, nothing else need be
+// known: programs are looked at only when many processes have a few connections each.
+func (t *clients) chooseOneLocked() *conn {
+	var most map[*conn]struct{}
+	for p, own := range t.processes {
+		if p.pid != 0 && len(own) > len(most) {
+			most = own
+		}
+	}
+	if len(most) > max(1, t.limit/manyOf) {
+		return choose(most, nil, nil)
+	}
+	return choose(t.all, nil, func(*conn) int { return 1 })
+}
 
 // count returns how many connections there are of a listener.
 func (t *clients) count(l Listener) (n int) {
@@ -230,69 +264,82 @@ var started = time.Now()
 // holder is who a connection belongs to. A process that has ended is not told from
 // others: its connections were handed on, and by how many processes tells nothing.
 type holder struct {
-	uid     int
-	pid     int
+	process
 	program peer.Program // zero: it is not known
 }
 
+// holder looks at the process once. Only the clients call it, under their mutex.
 func (c *conn) holder() holder {
-	p := c.recorded
-	if c.who != nil {
-		p = c.who()
+	if c.held == nil {
+		p := c.recorded
+		if c.who != nil {
+			p = c.who()
+		}
+		c.held = &holder{process{uid: p.UID}, p.Program}
+		if len(p.Chain) > 0 {
+			c.held.pid = p.PID
+		}
 	}
-	o := holder{uid: p.UID, program: p.Program}
-	if len(p.Chain) > 0 {
-		o.pid = p.PID
-	}
-	return o
+	return *c.held
 }
 
-// chooseLocked returns the connection that is ended to make room for c, which may be
-// nil, or nil when no other one weighs anything.
-func (t *clients) chooseLocked(c *conn, weigh func(*conn) int) *conn {
-	type process struct{ uid, pid int }
+// A candidate is a connection that may be ended, and what is decided by.
+type candidate struct {
+	*conn
+	process, program int // how much those have that it is of
+	state            int
+	since            time.Duration
+}
+
+// compare tells which of two connections is ended first.
+func (a candidate) compare(b candidate) int {
+	rests := func(c candidate) int { return min(c.state, resting+1) }
+	age := cmp.Compare(a.since, b.since)
+	if a.state == busy {
+		age = -age // who has waited for long is served before who came last
+	}
+	return cmp.Or(
+		cmp.Compare(b.process, a.process),
+		cmp.Compare(rests(a), rests(b)),
+		cmp.Compare(b.program, a.program),
+		cmp.Compare(a.state, b.state),
+		age,
+	)
+}
+
+// choose returns the connection of all that is ended to make room for c, which may be
+// nil, or nil when no other one weighs anything. When weigh is nil, all are of one
+// process, and weigh the same.
+func choose(all map[*conn]struct{}, c *conn, weigh func(*conn) int) *conn {
 	type program struct {
 		uid int
 		peer.Program
 	}
 	processes, programs := make(map[process]int), make(map[program]int)
-	count := func(c *conn, o holder) {
-		processes[process{o.uid, o.pid}] += weigh(c)
-		programs[program{o.uid, o.program}] += weigh(c)
-	}
-	type candidate struct {
-		*conn
-		owner holder
-		state int
-		since time.Duration
+	if weigh != nil {
+		for other := range all {
+			o := other.holder()
+			processes[o.process] += weigh(other)
+			programs[program{o.uid, o.program}] += weigh(other)
+		}
 	}
 	now := time.Since(started)
-	candidates := make([]candidate, 0, len(t.all))
-	for other := range t.all {
-		o := other.holder()
-		count(other, o)
-		if other != c && weigh(other) > 0 {
-			state, since := other.state(now)
-			candidates = append(candidates, candidate{other, o, state, since})
+	var first candidate
+	for other := range all {
+		if other == c || weigh != nil && weigh(other) == 0 {
+			continue
+		}
+		next := candidate{conn: other}
+		next.state, next.since = other.state(now)
+		if weigh != nil {
+			o := other.holder()
+			next.process, next.program = processes[o.process], programs[program{o.uid, o.program}]
+		}
+		if first.conn == nil || next.compare(first) < 0 {
+			first = next
 		}
 	}
-	if len(candidates) == 0 {
-		return nil
-	}
-	return slices.MinFunc(candidates, func(a, b candidate) int {
-		rests := func(c candidate) int { return min(c.state, resting+1) }
-		age := cmp.Compare(a.since, b.since)
-		if a.state == busy {
-			age = -age // who has waited for long is served before who came last
-		}
-		return cmp.Or(
-			cmp.Compare(processes[process{b.owner.uid, b.owner.pid}], processes[process{a.owner.uid, a.owner.pid}]),
-			cmp.Compare(rests(a), rests(b)),
-			cmp.Compare(programs[program{b.owner.uid, b.owner.program}], programs[program{a.owner.uid, a.owner.program}]),
-			cmp.Compare(a.state, b.state),
-			age,
-		)
-	}).conn
+	return first.conn
 }
 
 // hangUp ends a connection from outside. A client that waits gets its answer first:

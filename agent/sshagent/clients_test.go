@@ -170,7 +170,10 @@ func TestRarely(t *testing.T) {
 	}
 }
 
-const enemyVariable = "P11_ENEMY_OF"
+const (
+	enemyVariable   = "P11_ENEMY_OF"
+	busyConnections = 39
+)
 
 // TestEnemy is another process that takes as many connections as it can get, each with
 // a request that is not answered.
@@ -180,7 +183,7 @@ func TestEnemy(t *testing.T) {
 		return // it is only for TestAttack13Busy
 	}
 	var conns []net.Conn
-	for range 40 {
+	for range busyConnections {
 		conn, err := net.Dial("unix", path)
 		if err != nil {
 			t.Fatal(err)
@@ -190,7 +193,6 @@ func TestEnemy(t *testing.T) {
 		}
 		conns = append(conns, conn)
 	}
-	fmt.Fprintln(os.Stderr, "connected")
 	io.Copy(io.Discard, os.Stdin)
 	for _, conn := range conns {
 		conn.Close()
@@ -201,7 +203,7 @@ func TestEnemy(t *testing.T) {
 // connections than others need.
 func TestAttack13Busy(t *testing.T) {
 	keyring, begun, ended := waiting()
-	r := serve(t, &Server{Keyring: keyring, MaxConnections: 40})
+	r := serve(t, &Server{Keyring: keyring, MaxConnections: busyConnections + 1})
 	mine := r.dial() // which waits, too, for longer than any of the other process
 	send(t, mine, signRequest)
 	<-begun
@@ -211,23 +213,22 @@ func TestAttack13Busy(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	stderr, err := cmd.StderrPipe()
-	if err != nil {
-		t.Fatal(err)
-	}
+	cmd.Stderr = os.Stderr
 	if err := cmd.Start(); err != nil {
 		t.Fatal(err)
 	}
 	defer cmd.Wait()
 	defer stdin.Close()
-	newLines(stderr).wait(t, "connected")
-	if err := <-ended; !errors.Is(err, errMadeRoom) {
-		t.Errorf("the request ended because of %v, want %v", err, errMadeRoom)
+	for range busyConnections {
+		<-begun
 	}
 	for range 5 {
 		conn := r.dial()
 		if answer := ask(t, conn, message(11))[0]; answer[0] != 12 {
 			t.Errorf("answer %x", answer)
+		}
+		if err := <-ended; !errors.Is(err, errMadeRoom) {
+			t.Errorf("the request ended because of %v, want %v", err, errMadeRoom)
 		}
 	}
 	// The one that waits is not the one that was ended.

@@ -40,6 +40,7 @@ type conn struct {
 	answered  atomic.Bool  // one or more
 	active    atomic.Int64 // when it was made, or a request or an answer came last, counted from started
 	used      used         // what is kept for it; of clients
+	held      *holder      // by whom, once somebody has looked; of clients
 	bound     int          // bytes of that for binds
 
 	looked  bool           // at who the client is, or somebody is about it
