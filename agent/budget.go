@@ -11,8 +11,8 @@ import (
 )
 
 // What clients may have an agent keep beyond their connections: keys in memory and
-// what they add of tokens. Forwarded clients share the smaller part, so that they
-// cannot take the room of the person's own tools.
+// additions of tokens. Forwarded clients share the smaller part, so that they cannot
+// take the room of the person's own tools.
 const (
 	maxSoftwareKeys          = 2048
 	maxForwardedSoftwareKeys = maxSoftwareKeys / 2
@@ -20,18 +20,16 @@ const (
 	maxForwardedAdditions    = maxAdditions / 2
 	maxKeptBytes             = 32 << 20
 	maxForwardedBytes        = 8 << 20
-	// maxHidden is how many removed identities are remembered before those are
-	// forgotten that nothing would show.
+	// With so many removed identities, the keyring forgets those that nothing would show.
 	maxHidden = 1024
-	// relieveFrom is how many bytes have to go at once for memory to be given back to
-	// the system.
+	// The system gets memory back when a request frees so many bytes.
 	relieveFrom = 4 << 20
 )
 
 var errTooMany = errors.New("no more can be added")
 
-// The sizes below are estimates of what Go keeps of a thing in memory, and rather too
-// large: TestSizes compares them with the heap.
+// The sizes below estimate the memory that Go keeps. TestSizes holds them against the
+// heap: they are never too small.
 
 // overhead is that of a structure with its place in lists and maps.
 const overhead = 512
@@ -42,7 +40,6 @@ func keySize(key ssh.PublicKey) int {
 	if !ok {
 		return overhead + 2*len(key.Marshal())
 	}
-	// The fields lie in the message, and what was read out of it is copied.
 	size := overhead + 2*len(cert.Marshal()) + keySize(cert.Key) + keySize(cert.SignatureKey)
 	size += 48 * len(cert.ValidPrincipals)
 	return size + 128*(len(cert.CriticalOptions)+len(cert.Extensions))
@@ -85,13 +82,13 @@ func privateSize(key crypto.Signer) int {
 	return 2 * overhead
 }
 
-// A kept is what counts of something that a client has added.
+// kept is what counts of a thing that a client has added.
 type kept struct {
 	size      int
 	forwarded bool
 }
 
-// budget is how much is kept.
+// budget is how much the keyring keeps.
 type budget struct{ count, size, forwardedCount, forwardedSize int }
 
 func (b *budget) add(k kept) {
@@ -103,7 +100,7 @@ func (b *budget) add(k kept) {
 	}
 }
 
-// softwareLocked returns what is kept of keys in memory.
+// softwareLocked returns what the keyring keeps of keys in memory.
 func (k *Keyring) softwareLocked() (b budget) {
 	for _, s := range k.software {
 		b.add(s.kept)
@@ -111,9 +108,10 @@ func (k *Keyring) softwareLocked() (b budget) {
 	return b
 }
 
-// addedLocked returns what is kept of additions, and of limits that were lost. Whose
-// those were is not known: they count as everybody's. What additions and lost limits
-// share counts once, and is looked at once: sizes has what is known of it.
+// addedLocked returns what the keyring keeps of additions, and of limits that keys have
+// lost (Keyring.owed). The keyring does not know which client set lost limits, so that
+// they count for forwarded clients as well. Additions and lost limits share destinations
+// and certificates: each counts once, and sizes remembers its size.
 func (k *Keyring) addedLocked() (b budget) {
 	sizes := make(map[any]int, len(k.sizes))
 	once := func(thing any, size func() int) int {
@@ -151,8 +149,8 @@ func (k *Keyring) addedLocked() (b budget) {
 	return b
 }
 
-// mayKeep tells whether there is room for one more. own is what there is of its
-// kind, with it, and other of the other kind. maxCount and maxForwarded bound own.
+// mayKeep returns nil when there is room for a thing. own is the budget of its kind
+// with the thing, and other that of the other kind. maxCount and maxForwarded bound own.
 func mayKeep(k kept, own, other budget, maxCount, maxForwarded int) error {
 	switch size := own.size + other.size; {
 	case own.count > maxCount:
@@ -185,11 +183,11 @@ func (b budget) replaced(old *kept, k kept) budget {
 	return b
 }
 
-// mayAddLocked tells whether there is room for one more addition.
+// mayAddLocked returns nil when there is room for one more addition.
 func (k *Keyring) mayAddLocked(a *addition) error {
 	c := Constraints{Certificates: a.certificates}
 	for _, r := range a.limits.routes {
-		c.Destinations = r // there is one, as nothing was merged yet
+		c.Destinations = r // a new addition has one route at the most
 	}
 	own := k.addedLocked()
 	for _, old := range k.added {
@@ -205,19 +203,19 @@ func (k *Keyring) mayAddLocked(a *addition) error {
 	return mayKeep(added, own, k.softwareLocked(), maxAdditions, maxForwardedAdditions)
 }
 
-// keptBytes returns how many bytes are kept.
+// keptBytes returns how many bytes the keyring keeps.
 func (k *Keyring) keptBytes() int {
 	k.mu.Lock()
 	defer k.mu.Unlock()
 	return k.softwareLocked().size + k.addedLocked().size
 }
 
-// relieve gives memory back to the system when many of so many bytes are kept no
-// longer. Otherwise garbage is collected every two minutes when nothing happens, and
-// goes back slowly.
+// relieve gives memory back to the system when the keyring keeps much less than before.
+// By itself, Go collects garbage every two minutes when nothing happens, and gives memory
+// back slowly.
 func (k *Keyring) relieve(before int) {
 	if before-k.keptBytes() >= relieveFrom {
-		k.now() // the view before holds on to it all
+		k.now() // the view of before has it all
 		debug.FreeOSMemory()
 	}
 }

@@ -14,10 +14,10 @@ import (
 	"golang.org/x/crypto/ssh"
 )
 
-// The RSA keys that are kept in memory, in bits. A signature takes about eight times
-// as long when the key is twice as long: a tenth of a second with 8192 bits, and a
-// second with 16384. ssh-keygen makes no longer keys, and a person may have one. A
-// host that the agent is forwarded to has no need of it.
+// The sizes of the RSA keys that the keyring takes into memory, in bits. A key of twice
+// the size takes eight times as long to sign: a tenth of a second with 8192 bits, and a
+// second with 16384. ssh-keygen makes keys of up to 16384 bits, and a person may have
+// one. A forwarded host has no need of one.
 const (
 	minRSABits          = 1024
 	maxRSABits          = 16384
@@ -26,8 +26,8 @@ const (
 
 var errPrivate = errors.New("the private key is incomplete or wrong")
 
-// newSoftwareKey makes a key in memory of a request, which it checks. It computes for
-// as long as a signature takes, so that it waits for its turn.
+// newSoftwareKey checks a request and makes a key in memory of it. With an RSA key, that
+// takes as long as a signature, and waits for a turn.
 func (k *Keyring) newSoftwareKey(ctx context.Context, c *Caller, r KeyRequest, wire string) (*softwareKey, error) {
 	if key, ok := r.Private.(*rsa.PrivateKey); ok {
 		if err := k.prepareRSA(ctx, c, key); err != nil {
@@ -40,7 +40,7 @@ func (k *Keyring) newSoftwareKey(ctx context.Context, c *Caller, r KeyRequest, w
 		return nil, errors.New("its private and public halves do not belong together")
 	}
 	s := new(softwareKey)
-	// Of a certificate only its wire form is used from now on.
+	// A certificate is kept in its wire form alone: the parsed one is much larger.
 	s.key, s.plain, s.wire = &wiredKey{pub, []byte(wire), r.Public.Type()}, pub, wire
 	s.comment, s.fingerprint = r.Comment, k.fingerprint(pub)
 	s.software, s.limits = r.Private, limitsOf(&r.Constraints, k.opts.Lifetime)
@@ -51,9 +51,8 @@ func (k *Keyring) newSoftwareKey(ctx context.Context, c *Caller, r KeyRequest, w
 	return s, nil
 }
 
-// insertSoftwareLocked puts a key in memory into its place: a list has room for so
-// many bytes (maxAnswer of the SSH door), so that the keys of forwarded clients come
-// last.
+// insertSoftwareLocked adds a key in memory. The keys of forwarded clients come last: a
+// list has room for so many bytes only (maxAnswer of the SSH door).
 func (k *Keyring) insertSoftwareLocked(s *softwareKey) {
 	at := len(k.software)
 	if !s.kept.forwarded {
@@ -64,7 +63,7 @@ func (k *Keyring) insertSoftwareLocked(s *softwareKey) {
 	k.software = slices.Insert(k.software, at, s)
 }
 
-// prepareRSA checks an RSA key, and computes what makes its signatures fast.
+// prepareRSA checks an RSA key, and computes the values that make its signatures fast.
 func (k *Keyring) prepareRSA(ctx context.Context, c *Caller, key *rsa.PrivateKey) error {
 	limit := maxRSABits
 	if c.Forwarded {
@@ -91,16 +90,15 @@ func (k *Keyring) signSoftware(ctx context.Context, c *Caller, key crypto.Signer
 	if _, slow := key.(*rsa.PrivateKey); !slow {
 		return crypto.SignMessage(key, rand.Reader, data, hash)
 	}
-	// The data is the door's memory, which it takes back when ctx ends.
+	// The data is the door's memory, and may change when ctx ends.
 	h := hash.HashFunc().New()
 	h.Write(data)
 	digest := h.Sum(nil)
 	return compute(ctx, &k.computing, c, func() ([]byte, error) { return key.Sign(rand.Reader, digest, hash) })
 }
 
-// compute calls f when it is the turn of the caller's process. f cannot be
-// interrupted, so that it is left to itself when ctx ends: its turn is over when it has
-// returned.
+// compute calls f when it is the turn of the caller's process. Nothing can interrupt f.
+// When ctx ends, compute returns at once, and the turn lasts until f returns.
 func compute(ctx context.Context, t *turns, c *Caller, f func() ([]byte, error)) ([]byte, error) {
 	release, err := t.take(ctx, c)
 	if err != nil {
@@ -132,12 +130,11 @@ func compute(ctx context.Context, t *turns, c *Caller, f func() ([]byte, error))
 	}
 }
 
-// turns share the processors out among processes that want something computed that
-// takes long. Half of the processors compute, at least one: lists and signatures of
-// tokens need the others. Of each process, one request computes or waits for a
-// processor. So it waits for one of each other process, however many requests those
-// have. The ssh that forwards the agent is one process. The zero value is ready to use,
-// from any goroutine.
+// turns share the processors out among the processes whose requests compute for long.
+// Half of the processors compute, at least one: lists and signatures of tokens need the
+// others. One request of each process computes or waits for a processor. So a request
+// waits for one request of each other process, however many those have. An ssh that
+// forwards the agent is one process. The zero value is ready to use, from any goroutine.
 type turns struct {
 	mu        sync.Mutex
 	processes map[turnKey]*turn
@@ -151,8 +148,8 @@ type turnKey struct {
 
 // turn is that of one process.
 type turn struct {
-	users int           // who has it or waits for it
-	taken chan struct{} // has an element while somebody has it
+	users int           // requests that have it or wait for it
+	taken chan struct{} // has an element while a request has it
 }
 
 // take waits for a turn, which lasts until release. The error is that of ctx.

@@ -15,16 +15,15 @@ import (
 )
 
 const (
-	// restAfter is how long a connection has to ask for nothing to count as resting.
-	// ssh pauses for shorter, between the list and the signature.
+	// A connection that asks for nothing for restAfter counts as resting. Between the
+	// list and the signature, ssh pauses for less.
 	restAfter = 2 * time.Second
 
-	// manyOf is the part of all connections that one process has to have to be the one
-	// that loses a connection.
+	// A process with more than one of manyOf connections loses one, whatever its program.
 	manyOf = 16
 
-	// relieveFrom and relieveTo say when memory goes back to the system: the clients
-	// had the first, and have the second.
+	// The system gets memory back when the clients had relieveFrom bytes and have
+	// relieveTo.
 	relieveFrom = 4 << 20
 	relieveTo   = 1 << 20
 )
@@ -33,11 +32,11 @@ const (
 type resource int
 
 const (
-	// memory has binds, messages that have arrived in part or wait for their answer,
-	// what was read out of them, and answers that the client does not take.
+	// memory holds binds, messages until they are answered, constraints of requests
+	// under way, and answers until the client takes them.
 	memory resource = iota
-	// locked is the memory of what may hold a secret. The kernel lets a process lock so
-	// much (RLIMIT_MEMLOCK, mostly 8 MiB), and the PINs of persons need some.
+	// locked holds messages with secrets, and the secrets. The kernel bounds the memory
+	// that the agent may lock (RLIMIT_MEMLOCK, mostly 8 MiB). Prompts need some of it.
 	locked
 
 	resources
@@ -61,16 +60,16 @@ func lockedSize(n int) int {
 
 var errMadeRoom = errors.New("the connection was closed to make room for another client")
 
-// clients are the connections of a Server. When there are too many, the next one is
-// served all the same, and one of the others is closed: a quota that is used up
-// would keep the person's own tools out.
+// clients are the connections of a Server. When the table is full, the Server serves
+// a new connection all the same, and closes another one. A fixed quota would shut the
+// person's own tools out once other clients have used it up.
 //
-// The process with the most connections loses one first. Processes with equally many
-// are told apart by whether the connection rests, and by how many connections their
-// program has. So the tools of a person, with a connection or two for each process,
-// lose none before the clients that have taken all the room.
+// The process with the most connections loses one. Among processes with equally many,
+// a resting connection goes first, and then one of the program with the most
+// connections. A tool has a connection or two for each process, so that it loses none
+// before the client that has filled the table.
 //
-// All methods may be called from any goroutine. None waits for a client.
+// Any goroutine may call the methods. None of them waits for a client.
 type clients struct {
 	limit int
 	max   used // maxUsed, or less in tests
@@ -94,9 +93,9 @@ func newClients(limit int) *clients {
 	}
 }
 
-// defaultLimit is how many connections a Server has when nothing else is said: no
-// more than half of the files that the process may open, for a client that waits may
-// cost a second file, of an upstream agent or a prompt.
+// defaultLimit returns how many connections a Server has by default: at most half of
+// the files that the process may open. The other half is for upstream agents, prompts
+// and module processes.
 func defaultLimit() int {
 	var files syscall.Rlimit
 	if err := syscall.Getrlimit(syscall.RLIMIT_NOFILE, &files); err != nil {
@@ -105,8 +104,8 @@ func defaultLimit() int {
 	return int(max(1, min(DefaultMaxConnections, files.Cur/2)))
 }
 
-// admit counts a connection, and returns the one that it takes the place of, or nil.
-// That one is no longer counted, and is to be ended by hangUp.
+// admit counts a connection. It returns the connection that has to make room for it,
+// or nil. The caller ends that one with Server.end.
 func (t *clients) admit(c *conn) (victim *conn) {
 	t.mu.Lock()
 	defer t.mu.Unlock()
@@ -124,8 +123,8 @@ func (t *clients) admit(c *conn) (victim *conn) {
 	return victim
 }
 
-// makeRoom returns a connection that is to be ended by hangUp, or nil when there is
-// none.
+// makeRoom returns a connection that the caller ends with Server.end, or nil when
+// there is none.
 func (t *clients) makeRoom() (victim *conn) {
 	t.mu.Lock()
 	defer t.mu.Unlock()
@@ -134,7 +133,7 @@ func (t *clients) makeRoom() (victim *conn) {
 	return victim
 }
 
-// leave ends the count of a connection and of what is kept for it.
+// leave forgets a connection and what it keeps.
 func (t *clients) leave(c *conn) {
 	t.mu.Lock()
 	t.removeLocked(c)
@@ -144,8 +143,8 @@ func (t *clients) leave(c *conn) {
 	}
 	t.mu.Unlock()
 	if relieve {
-		// Garbage is collected every two minutes when nothing happens, and goes back
-		// to the system slowly: until then an attack would seem to go on.
+		// Go collects garbage every two minutes when nothing happens, and gives memory
+		// back slowly. Until then the agent would look as large as during an attack.
 		debug.FreeOSMemory()
 	}
 }
@@ -166,9 +165,9 @@ func (t *clients) removeLocked(c *conn) {
 	}
 }
 
-// charge counts n more bytes that are kept for a connection, or fewer when n is
-// negative. It returns the connections that have to be ended by hangUp for that. The
-// error says why the bytes cannot be kept.
+// charge counts n more bytes that a connection keeps, or fewer when n is negative. It
+// returns the connections that have to make room: the caller ends them with
+// Server.end. The error says why the connection cannot keep the bytes.
 func (t *clients) charge(c *conn, r resource, n int) (victims []*conn, err error) {
 	t.mu.Lock()
 	defer t.mu.Unlock()
@@ -197,10 +196,10 @@ func (t *clients) charge(c *conn, r resource, n int) (victims []*conn, err error
 	return victims, nil
 }
 
-// processLocked returns how much is kept for the process of a connection.
+// processLocked returns how much the process of a connection keeps.
 func (t *clients) processLocked(c *conn, r resource) (sum int) {
 	if c.recorded.PID == 0 {
-		return c.used[r] // nothing tells it from others that cannot be seen
+		return c.used[r] // the kernel does not show which process it is
 	}
 	for other := range t.processes[c.process()] {
 		sum += other.used[r]
@@ -208,9 +207,9 @@ func (t *clients) processLocked(c *conn, r resource) (sum int) {
 	return sum
 }
 
-// chooseOneLocked returns the connection that is ended when there are too many, or nil
-// when there is none. Where one process has a good part of all, nothing else need be
-// known: programs are looked at only when many processes have a few connections each.
+// chooseOneLocked returns the connection that ends when the table is full, or nil when
+// there is none. It looks at programs only when many processes have a few connections
+// each: that takes 20 system calls for each process.
 func (t *clients) chooseOneLocked() *conn {
 	var most map[*conn]struct{}
 	for p, own := range t.processes {
@@ -236,7 +235,7 @@ func (t *clients) count(l Listener) (n int) {
 	return n
 }
 
-// The states of a connection, in the order in which they are ended.
+// The states of a connection, in the order in which connections end.
 const (
 	resting = iota // it has asked for nothing for restAfter
 	pausing        // it has asked for something
@@ -261,8 +260,8 @@ func (c *conn) state(now time.Duration) (state int, since time.Duration) {
 // started is what times of connections are counted from.
 var started = time.Now()
 
-// holder is who a connection belongs to. A process that has ended is not told from
-// others: its connections were handed on, and by how many processes tells nothing.
+// holder is the process that a connection belongs to, and its program. All processes
+// that have ended count as one: they have handed their connections to another process.
 type holder struct {
 	process
 	program peer.Program // zero: it is not known
@@ -283,20 +282,20 @@ func (c *conn) holder() holder {
 	return *c.held
 }
 
-// A candidate is a connection that may be ended, and what is decided by.
+// A candidate is a connection that may end.
 type candidate struct {
 	*conn
-	process, program int // how much those have that it is of
+	process, program int // what its process and its program have
 	state            int
 	since            time.Duration
 }
 
-// compare tells which of two connections is ended first.
+// compare returns a negative number when a ends before b.
 func (a candidate) compare(b candidate) int {
 	rests := func(c candidate) int { return min(c.state, resting+1) }
 	age := cmp.Compare(a.since, b.since)
 	if a.state == busy {
-		age = -age // who has waited for long is served before who came last
+		age = -age // the request that came last ends first
 	}
 	return cmp.Or(
 		cmp.Compare(b.process, a.process),
@@ -307,9 +306,9 @@ func (a candidate) compare(b candidate) int {
 	)
 }
 
-// choose returns the connection of all that is ended to make room for c, which may be
-// nil, or nil when no other one weighs anything. When weigh is nil, all are of one
-// process, and weigh the same.
+// choose returns the connection that ends to make room for c, which may be nil. It
+// returns nil when no other connection weighs anything. weigh is nil when all are of
+// one process, and weigh the same.
 func choose(all map[*conn]struct{}, c *conn, weigh func(*conn) int) *conn {
 	type program struct {
 		uid int
@@ -342,8 +341,8 @@ func choose(all map[*conn]struct{}, c *conn, weigh func(*conn) int) *conn {
 	return first.conn
 }
 
-// hangUp ends a connection from outside. A client that waits gets its answer first:
-// it goes on when its prompt has gone from the terminal, not before.
+// hangUp ends a connection from another goroutine. A client that waits gets its answer
+// first: it goes on when its prompt has gone from the terminal, not before.
 func (c *conn) hangUp() {
 	if c.answering.Load() {
 		if nc, ok := c.nc.(*net.UnixConn); ok {
@@ -354,15 +353,16 @@ func (c *conn) hangUp() {
 	_ = c.nc.Close()
 }
 
-// rarely says when something that clients can cause at will is worth a line in the
-// log: once a minute. The zero value is ready to use.
+// rarely lets one line a minute into the log about something that clients can cause at
+// will. The zero value is ready to use.
 type rarely struct {
 	mu      sync.Mutex
 	next    time.Time
 	skipped int
 }
 
-// now tells whether it is, and how often it was not since the last time.
+// now tells whether the log gets a line now, and how many it did not get since the
+// last one.
 func (r *rarely) now() (ok bool, skipped int) {
 	r.mu.Lock()
 	defer r.mu.Unlock()

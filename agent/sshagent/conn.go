@@ -39,9 +39,9 @@ type conn struct {
 	answering atomic.Bool  // a request, so that the client waits
 	answered  atomic.Bool  // one or more
 	active    atomic.Int64 // when it was made, or a request or an answer came last, counted from started
-	used      used         // what is kept for it; of clients
-	held      *holder      // by whom, once somebody has looked; of clients
-	bound     int          // bytes of that for binds
+	used      used         // what it keeps; clients.mu guards it
+	held      *holder      // nil until clients look; clients.mu guards it
+	bound     int          // bytes of used that its binds keep
 
 	looked  bool           // at who the client is, or somebody is about it
 	looking sync.WaitGroup // that somebody
@@ -57,8 +57,8 @@ func newConn(s *Server, nc net.Conn, p peer.Peer, look func() peer.Peer, rules *
 	return c
 }
 
-// keep counts n more bytes that are kept for the client, or fewer when n is negative.
-// The error says why they cannot be.
+// keep counts n more bytes that the connection keeps, or fewer when n is negative. The
+// error says why it cannot keep them.
 func (c *conn) keep(r resource, n int) error {
 	if c.server.clients == nil {
 		return nil

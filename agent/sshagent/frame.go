@@ -229,7 +229,7 @@ func (f *frames) read(b []byte) (int, error) {
 // write sends b, in one system call if the client has room for it, or waits until it
 // has taken it, for so long.
 func (f *frames) write(b []byte, patience time.Duration) error {
-	size := len(b) // for as long as any of it is to be sent
+	size := len(b) // which stay until the client has taken the last one
 	if f.raw != nil {
 		if f.send == nil {
 			f.send = func(fd uintptr) bool {
@@ -263,7 +263,7 @@ func (f *frames) write(b []byte, patience time.Duration) error {
 	return err
 }
 
-// count counts these bytes in place of those that were counted for buf.
+// count counts these bytes for buf, in place of those before.
 func (f *frames) count(now used) error {
 	if f.keep == nil {
 		return nil

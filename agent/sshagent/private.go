@@ -19,8 +19,8 @@ import (
 )
 
 const (
-	// maxRSABits bounds the numbers of RSA keys, as ssh-keygen does. Which keys are
-	// taken is decided by the keyring.
+	// maxRSABits bounds the numbers of RSA keys, as ssh-keygen does. The keyring has
+	// narrower bounds.
 	maxRSABits = 16384
 	maxComment = 4096 // bytes
 )
@@ -112,8 +112,8 @@ func (r *reader) integer() *big.Int {
 	return new(big.Int).SetBytes(b)
 }
 
-// parseRSA reads an RSA key. Whether its numbers belong together is left to the
-// keyring: that takes as long as a signature.
+// parseRSA reads an RSA key. The keyring checks whether the numbers belong together: that
+// takes as long as a signature.
 func parseRSA(in *reader, cert ssh.PublicKey) (crypto.Signer, error) {
 	key := new(rsa.PrivateKey)
 	if cert == nil {

@@ -363,21 +363,22 @@ const (
 	maxBinds     = 16  // for each connection, as ssh-agent
 	maxSessionID = 128 // bytes, as ssh-agent; the longest in use has 64
 
-	// maxBind bounds the message of a bind: a host key, a signature as long as the
-	// longest RSA key makes it, and what is around them.
+	// maxBind bounds the message of a bind: a host key, and a signature of the longest
+	// RSA key.
 	maxBind = maxHostKey + 4<<10
-	// maxBound bounds what the binds of one connection keep. A bind with a plain host
-	// key keeps 1 KiB, and one with a certificate 5 KiB.
+	// maxBound bounds what the binds of one connection keep (agent.Bind.Size). A bind
+	// with a plain host key keeps about 1 KiB. A bind with a certificate of RSA keys of
+	// 4096 bits keeps about 8 KiB.
 	maxBound = 64 << 10
 )
 
-// The longest keys that are read, in bytes. A certificate of RSA keys of 4096 bits has
-// 2 KiB. ssh reads lines of public keys of up to 16 KiB (SSH_MAX_PUBKEY_BYTES in
+// The longest keys that the door reads, in bytes. A certificate of RSA keys of 4096 bits
+// has 2 KiB. ssh reads lines with public keys of up to 16 KiB (SSH_MAX_PUBKEY_BYTES in
 // OpenSSH's ssh.h).
 const (
 	maxHostKey     = 8 << 10
 	maxCertificate = 16 << 10
-	// maxOptions bounds critical options and extensions, of which a dozen is known.
+	// maxOptions bounds critical options and extensions. OpenSSH knows a dozen.
 	maxOptions = 256
 )
 
@@ -439,7 +440,7 @@ func (c *conn) mayBind(bind agent.Bind) error {
 	return nil
 }
 
-// keepBind counts what is kept of a bind.
+// keepBind counts what the connection keeps of a bind.
 func (c *conn) keepBind(bind agent.Bind) error {
 	size := bind.Size()
 	if c.bound+size > maxBound {

@@ -34,10 +34,9 @@ type Server struct {
 	Allowed func(peer.Peer) error
 	// MaxConnections bounds the connections of all listeners together. 0 means
 	// DefaultMaxConnections, or half of the files that the process may open if that
-	// is less. A further connection is served in place of another one.
+	// is less. A further connection takes the place of another one (see clients).
 	MaxConnections int
-	// KeepBinds keeps the messages that bound a connection, for an Upstream to
-	// repeat them.
+	// KeepBinds keeps the messages of binds, so that an Upstream can repeat them.
 	KeepBinds bool
 
 	connections atomic.Uint64 // so far
@@ -150,7 +149,7 @@ func (s *Server) accept(ctx context.Context, l Listener, rules *agent.Socket, w 
 			case pause == 0:
 				s.log().Warn("cannot accept agent clients, trying again", "error", err)
 			case errors.Is(err, syscall.EMFILE):
-				// The files will not come back by themselves if clients hold them.
+				// Clients may hold the files for ever.
 				s.end(table.makeRoom())
 			}
 			pause = min(max(2*pause, minBackOff), maxBackOff)
@@ -165,7 +164,6 @@ func (s *Server) accept(ctx context.Context, l Listener, rules *agent.Socket, w 
 		c := newConn(s, nc, p, who, rules)
 		c.listener = l
 		if err := s.allowed(p); err != nil {
-			// It takes nobody's place.
 			c.refuse("connection refused", err)
 			_ = nc.Close()
 			continue
@@ -182,7 +180,7 @@ func (s *Server) accept(ctx context.Context, l Listener, rules *agent.Socket, w 
 	}
 }
 
-// end ends a connection, if it is not nil, because others need the room.
+// end ends a connection, which may be nil, to make room for others.
 func (s *Server) end(c *conn) {
 	if c == nil {
 		return
