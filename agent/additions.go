@@ -18,6 +18,8 @@ type addition struct {
 	only map[string]bool
 	// except are keys that were removed and then added by another addition.
 	except map[string]bool
+	// forwarded says that the client was.
+	forwarded bool
 }
 
 // covers tells whether the addition is for a key that its selection selects. wire is
@@ -38,6 +40,11 @@ func (a *addition) coversAs(o *addition) bool {
 		return false
 	}
 	return !a.limits.certificates || maps.Equal(certified(a.certificates), certified(o.certificates))
+}
+
+// replaces tells whether the addition takes the place of an old one.
+func (a *addition) replaces(old *addition) bool {
+	return old.selection.String() == a.selection.String() && len(old.except) == 0 && old.coversAs(a)
 }
 
 // certified returns the wire forms of the keys that certificates are of.
@@ -213,8 +220,31 @@ func (k *Keyring) endLocked(key known) {
 // hideLocked removes an identity of a token, by its wire form, until that is inserted
 // again or the key is added again. insertions are those of the token.
 func (k *Keyring) hideLocked(wire string, insertions uint64) {
+	if len(k.hidden) >= maxHidden {
+		k.pruneHiddenLocked()
+	}
 	k.hidden[wire] = max(k.hidden[wire], insertions)
 	k.change.Add(1)
+}
+
+// pruneHiddenLocked forgets the removed certificates that nothing shows any more.
+// Otherwise a client adds and removes ever new ones, and each is remembered.
+func (k *Keyring) pruneHiddenLocked() {
+	shown := make(map[string]bool)
+	for _, a := range k.added {
+		for _, cert := range a.certificates {
+			shown[string(cert.Marshal())] = true
+		}
+	}
+	for _, cert := range k.opts.Certificates.certificates() {
+		shown[string(cert.Marshal())] = true
+	}
+	for wire := range k.hidden {
+		key, err := ssh.ParsePublicKey([]byte(wire))
+		if _, ok := key.(*ssh.Certificate); err == nil && ok && !shown[wire] {
+			delete(k.hidden, wire)
+		}
+	}
 }
 
 // removedLocked tells whether a key was removed and has not come back by itself.

@@ -5,14 +5,6 @@ import (
 	"errors"
 	"fmt"
 	"slices"
-
-	"golang.org/x/crypto/ssh"
-)
-
-// What clients may have an agent keep.
-const (
-	maxSoftwareKeys = 2048
-	maxAdditions    = 256
 )
 
 var (
@@ -20,7 +12,6 @@ var (
 	errReadOnly   = errors.New("the socket it came in at is read-only, as those with keys or confirm are unless read-only = false is in their [[socket]] table")
 	errNoSoftware = errors.New("keys in memory are switched off (software-keys = false)")
 	errNobody     = errors.New("nobody can be asked for confirmation")
-	errTooMany    = errors.New("no more can be added")
 )
 
 // AddToken adds what the request's provider selects, as far as the connection sees it.
@@ -100,6 +91,7 @@ func (k *Keyring) keepAddition(rec *record, s Selection, constraints Constraints
 	c := rec.use.Caller
 	a := &addition{
 		selection: s, limits: limitsOf(&constraints, k.opts.Lifetime), certificates: constraints.Certificates,
+		forwarded: c.Forwarded,
 	}
 	generation, certificates := k.opts.Tokens.Generation(), k.opts.Certificates.generation()
 	k.mu.Lock()
@@ -121,6 +113,9 @@ func (k *Keyring) keepAddition(rec *record, s Selection, constraints Constraints
 		for _, key := range meant {
 			a.only[key.wire] = true
 		}
+	}
+	if err := k.mayAddLocked(a); err != nil {
+		return err
 	}
 	var removed []known
 	now := a.limits
@@ -151,9 +146,6 @@ func (k *Keyring) keepAddition(rec *record, s Selection, constraints Constraints
 		}
 	}
 	k.mergeLocked(a)
-	if len(k.added) >= maxAdditions {
-		return errTooMany
-	}
 	k.added = append(k.added, a)
 	for _, key := range meant {
 		k.showLocked(key)
@@ -168,7 +160,7 @@ func (k *Keyring) mergeLocked(a *addition) {
 	for _, old := range slices.Clone(k.added) {
 		switch {
 		case old.selection.String() != a.selection.String():
-		case len(old.except) == 0 && old.coversAs(a):
+		case a.replaces(old):
 			a.limits = a.limits.and(old.limits)
 			if len(a.certificates) == 0 {
 				a.certificates = old.certificates
@@ -183,15 +175,15 @@ func (k *Keyring) mergeLocked(a *addition) {
 
 // Add keeps a private key in memory. One that is there already gets the new
 // comment and constraints.
-func (k *Keyring) Add(_ context.Context, c *Caller, r KeyRequest) error {
+func (k *Keyring) Add(ctx context.Context, c *Caller, r KeyRequest) error {
 	rec := k.begin(c, RequestAdd)
 	rec.Key, rec.Comment = k.fingerprint(plainOf(r.Public)), r.Comment
-	err := k.add(rec, r, string(r.Public.Marshal()))
+	err := k.add(ctx, rec, r, string(r.Public.Marshal()))
 	k.end(rec, err)
 	return err
 }
 
-func (k *Keyring) add(rec *record, r KeyRequest, wire string) error {
+func (k *Keyring) add(ctx context.Context, rec *record, r KeyRequest, wire string) error {
 	c := rec.use.Caller
 	if k.lock.locked() {
 		return errLocked
@@ -209,9 +201,9 @@ func (k *Keyring) add(rec *record, r KeyRequest, wire string) error {
 	case len(r.Constraints.Certificates) > 0 || r.Constraints.CertificatesOnly:
 		return errors.New("certificates can only be added to the keys of a token")
 	}
-	s := &softwareKey{KeyRequest: r, plain: plainOf(r.Public), wire: wire, limits: limitsOf(&r.Constraints, k.opts.Lifetime)}
-	if pub, err := ssh.NewPublicKey(r.Private.Public()); err != nil || string(pub.Marshal()) != string(s.plain.Marshal()) {
-		return errors.New("its private and public halves do not belong together")
+	s, err := k.newSoftwareKey(ctx, c, r, wire)
+	if err != nil {
+		return err
 	}
 	before := k.now()
 	k.mu.Lock()
@@ -232,13 +224,18 @@ func (k *Keyring) add(rec *record, r KeyRequest, wire string) error {
 		}
 	}
 	i := slices.IndexFunc(k.software, func(o *softwareKey) bool { return o.wire == wire })
-	switch {
-	case i >= 0:
+	var old *kept
+	if i >= 0 {
+		old = &k.software[i].kept
+	}
+	own := k.softwareLocked().replaced(old, s.kept)
+	if err := mayKeep(s.kept, own, k.addedLocked(), maxSoftwareKeys, maxForwardedSoftwareKeys); err != nil {
+		return err
+	}
+	if i >= 0 {
 		k.software[i] = s
-	case len(k.software) >= maxSoftwareKeys:
-		return errTooMany
-	default:
-		k.software = append(k.software, s)
+	} else {
+		k.insertSoftwareLocked(s)
 	}
 	k.change.Add(1)
 	return nil
@@ -380,6 +377,7 @@ func (k *Keyring) removeAll(ctx context.Context, c *Caller) error {
 	if err := c.mayChange(); err != nil {
 		return err
 	}
+	defer k.relieve(k.keptBytes())
 	logout := k.opts.Tokens.LogoutAll
 	if may := k.removeSeen(c); c.limited() {
 		logout = func(ctx context.Context) error { return k.opts.Tokens.LogoutOf(ctx, may) }

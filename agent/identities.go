@@ -24,12 +24,11 @@ type identity struct {
 	beginning beginning // of its lines in the log
 }
 
-// softwareKey is a private key in memory.
+// softwareKey is a private key in memory: an identity that is listed when the key is
+// on no token, and is not changed once it is.
 type softwareKey struct {
-	KeyRequest
-	plain  ssh.PublicKey
-	wire   string
-	limits limits
+	identity
+	kept kept
 }
 
 // wiredKey is a public key that knows its wire form and its type: clients use keys
@@ -106,7 +105,7 @@ func (k *Keyring) nowLocked(generation, certificates uint64) *view {
 	k.expireLocked()
 	v := &view{
 		generation: generation, certificates: certificates, change: k.change.Load(),
-		byKey: make(map[string]*identity), limits: make(map[string]limits),
+		byKey: make(map[string]*identity, len(k.software)), limits: make(map[string]limits),
 	}
 	k.tokensLocked(v)
 	v.certify(k.opts.Certificates.certificates(), k.hidden)
@@ -114,13 +113,10 @@ func (k *Keyring) nowLocked(generation, certificates uint64) *view {
 		v.until(s.limits.expires)
 		if id := v.byKey[s.wire]; id != nil {
 			// The key is on a token as well: whatever limits either limits both.
-			id.software, id.limits = s.Private, id.limits.and(s.limits)
+			id.software, id.limits = s.software, id.limits.and(s.limits)
 			continue
 		}
-		v.add(&identity{
-			key: wired(s.Public, s.wire), plain: s.plain, wire: s.wire, comment: s.Comment,
-			software: s.Private, limits: s.limits, fingerprint: k.fingerprint(s.plain),
-		})
+		v.add(&s.identity)
 	}
 	v.list.Identities = make([]Identity, len(v.identities))
 	for i, id := range v.identities {

@@ -3,7 +3,6 @@ package agent
 import (
 	"context"
 	"crypto"
-	"crypto/rand"
 	"errors"
 	"log/slog"
 	"sync"
@@ -171,8 +170,9 @@ type Keyring struct {
 	view  atomic.Pointer[view]
 	knew  bool // there were keys from before at the start: what is listed need not wait for tokens
 
-	lock  *lock
-	audit audit
+	lock      *lock
+	audit     audit
+	computing turns
 
 	change atomic.Uint64 // counts the changes of what follows; made under mu
 
@@ -187,6 +187,7 @@ type Keyring struct {
 	owed     map[string]*limits
 	empty    time.Time           // when an empty list was looked at again
 	origins  map[string]Upstream // wire form of the keys of upstream agents, as listed last
+	sizes    map[any]int         // of what additions share; see addedLocked
 	troubles map[string]string   // what was logged last about an upstream agent, by its name
 
 	insertions shared[struct{}] // under way, by the wire form of the identity
@@ -357,7 +358,7 @@ func (k *Keyring) sign(ctx context.Context, rec *record, id *identity, r SignReq
 		raw, err = k.signAtHome(ctx, rec, id, r.Data, hash)
 	}
 	if err != nil && isAbsent(err) && id.software != nil {
-		raw, err = crypto.SignMessage(id.software, rand.Reader, r.Data, hash)
+		raw, err = k.signSoftware(ctx, c, id.software, r.Data, hash)
 	}
 	if err != nil {
 		return nil, err

@@ -83,7 +83,7 @@ func TestSoftwareKeyRefusals(t *testing.T) {
 func TestHowMuchCanBeAdded(t *testing.T) {
 	f := newFixture(Options{Rules: Rules{Automatic: []Selection{}}, SoftwareKeys: true}, edKey("pkcs11:token=a"))
 	f.Keyring.software = slices.Repeat([]*softwareKey{{}}, maxSoftwareKeys)
-	if err := f.Keyring.add(f.begin(local, RequestAdd), newTestKey(t).request(Constraints{}), "x"); !errors.Is(err, errTooMany) {
+	if err := f.Add(t.Context(), local, newTestKey(t).request(Constraints{})); !errors.Is(err, errTooMany) {
 		t.Errorf("keys in memory: %v", err)
 	}
 	f.Keyring.software = nil

@@ -14,6 +14,7 @@ import (
 	"sync"
 	"sync/atomic"
 	"syscall"
+	"time"
 
 	"p11-agent/agent"
 	"p11-agent/agent/peer"
@@ -22,15 +23,25 @@ import (
 // A conn is one client. One goroutine reads a message, has it answered, writes
 // the answer, and so on.
 type conn struct {
-	server *Server
-	nc     net.Conn
-	caller *agent.Caller // replaced, never changed: the keyring may hold on to it
-	in     frames
-	out    []byte   // the answer under construction, length first
-	whole  []byte   // the answer in place of out, when others have it, too; nil: out is it
-	rest   []func() // what is left to do when the client has its answer
+	server   *Server
+	nc       net.Conn
+	number   uint64
+	listener Listener                // where it came in
+	recorded peer.Peer               // who made it, without the process
+	who      func() peer.Peer        // with the process; may be nil
+	cancel   context.CancelCauseFunc // ends its requests
+	caller   *agent.Caller           // replaced, never changed: the keyring may hold on to it
+	in       frames
+	out      []byte   // the answer under construction, length first
+	whole    []byte   // the answer in place of out, when others have it, too; nil: out is it
+	rest     []func() // what is left to do when the client has its answer
 
-	answering atomic.Bool // a request, so that the client waits
+	answering atomic.Bool  // a request, so that the client waits
+	answered  atomic.Bool  // one or more
+	active    atomic.Int64 // when it was made, or a request or an answer came last, counted from started
+	used      used         // what it keeps; clients.mu guards it
+	held      *holder      // nil until clients look; clients.mu guards it
+	bound     int          // bytes of used that its binds keep
 
 	looked  bool           // at who the client is, or somebody is about it
 	looking sync.WaitGroup // that somebody
@@ -39,10 +50,28 @@ type conn struct {
 // newConn makes a conn. look returns more than p when there is more to know, and may
 // be nil.
 func newConn(s *Server, nc net.Conn, p peer.Peer, look func() peer.Peer, rules *agent.Socket) *conn {
-	c := &conn{server: s, nc: nc, in: newFrames(nc, mayHoldSecret)}
-	c.caller = &agent.Caller{Number: s.connections.Add(1), Peer: p, Look: look, Socket: rules, Later: c.later}
+	c := &conn{server: s, nc: nc, number: s.connections.Add(1), recorded: p, who: look, in: newFrames(nc, mayHoldSecret)}
+	c.in.keep = c.keep
+	c.caller = &agent.Caller{Number: c.number, Peer: p, Look: look, Socket: rules, Later: c.later}
+	c.active.Store(int64(time.Since(started)))
 	return c
 }
+
+// keep counts n more bytes that the connection keeps, or fewer when n is negative. The
+// error says why it cannot keep them.
+func (c *conn) keep(r resource, n int) error {
+	if c.server.clients == nil {
+		return nil
+	}
+	victims, err := c.server.clients.charge(c, r, n)
+	for _, victim := range victims {
+		c.server.end(victim)
+	}
+	return err
+}
+
+// uncount ends what keep has begun.
+func (c *conn) uncount(r resource, n int) { _ = c.keep(r, -n) } // fewer are never refused
 
 // look has somebody look who the client is, who does so while a token signs. A list,
 // which is all that many connections are made for, does not depend on it.
@@ -76,8 +105,11 @@ func (c *conn) run(ctx context.Context) {
 			return
 		}
 		c.out = append(c.out[:0], 0, 0, 0, 0)
+		c.active.Store(int64(time.Since(started)))
 		c.answering.Store(true)
 		c.answer(ctx, message)
+		c.active.Store(int64(time.Since(started)))
+		c.answered.Store(true)
 		c.answering.Store(false)
 		c.in.done()
 

@@ -159,7 +159,7 @@ func parseHop(in reader) (agent.Hop, error) {
 		if in.failed {
 			return agent.Hop{}, errMalformed
 		}
-		key, err := parseAnyKey(blob)
+		key, err := parseAnyKey(blob, maxHostKey)
 		if err != nil {
 			return agent.Hop{}, fmt.Errorf("a destination's host keys: %w", err)
 		}
@@ -179,7 +179,7 @@ func parseCerts(in reader) ([]*ssh.Certificate, error) {
 		if in.failed {
 			return nil, errMalformed
 		}
-		key, err := parseKey(blob)
+		key, err := parseKey(blob, maxCertificate)
 		if err != nil {
 			return nil, fmt.Errorf("certificates: %w", err)
 		}

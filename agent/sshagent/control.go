@@ -49,7 +49,8 @@ const (
 )
 
 const (
-	// maxURI and maxPIN bound what a client may send, in bytes.
+	// maxURI and maxPIN bound what a client may send, in bytes. A path has up to
+	// 4 KiB (PATH_MAX), and programs read PINs and passphrases into 1 KiB.
 	maxURI = 4 << 10
 	maxPIN = 1 << 10
 	// maxStatus bounds what a client takes for a status.

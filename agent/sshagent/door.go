@@ -10,7 +10,10 @@
 //     request waits for a person or a card. A client that has only finished
 //     sending still gets its answers.
 //   - Nothing that a client sends costs more than its own connection, and memory
-//     in proportion to what it has really sent.
+//     in proportion to what it has really sent, within bounds for each connection,
+//     each process and all clients together.
+//   - A new connection is always served. When there are too many, the process with the
+//     most connections loses one.
 //   - A PIN is moved into locked memory, and the bytes it came in are overwritten
 //     before they are used again.
 //   - What is unknown, incomplete or followed by something else is refused.

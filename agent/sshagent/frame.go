@@ -21,23 +21,10 @@ const (
 	// patience is how long a client may take to send the rest of a message that
 	// it has begun, and to take an answer in. Between messages it has for ever.
 	patience = 30 * time.Second
-
-	// The kernel lets a process lock so much memory (RLIMIT_MEMLOCK, mostly 8 MiB). A
-	// message with a PIN or a passphrase is short. Of longer ones that may hold a secret,
-	// such as keys with many destinations, maxLong are read at once: clients must not
-	// be able to use all of it up.
-	longSecret = 8 << 10
-	maxLong    = 12
 )
 
 // buffers holds buffers of bufferSize bytes. No secret was ever in one of them.
 var buffers = sync.Pool{New: func() any { return new([bufferSize]byte) }}
-
-// long has one element for each long message that may hold a secret and is being
-// read or answered.
-var long = make(chan struct{}, maxLong)
-
-var errManyLong = fmt.Errorf("%d long messages that may hold secrets are under way already", maxLong)
 
 // frames takes the byte stream of one client apart into messages (RFC 9987
 // section 3): uint32 length, then as many bytes, of which the first is the type.
@@ -60,7 +47,9 @@ type frames struct {
 	buf    []byte
 	small  *[bufferSize]byte
 	hidden *secret.Secret
-	isLong bool // long has an element for this message
+
+	keep func(r resource, n int) error // counts n more bytes, or fewer; nil: nobody does
+	kept used                          // of buf
 
 	raw     syscall.RawConn // nil: nc is no socket
 	attempt func(uintptr) bool
@@ -137,14 +126,6 @@ func (f *frames) look(n int) (have int, hides bool, err error) {
 
 // body reads the rest of a message of n bytes, of which f.head has the first.
 func (f *frames) body(have, n int, hides bool) error {
-	if hides && n > longSecret {
-		select {
-		case long <- struct{}{}:
-			f.isLong = true
-		default:
-			return errManyLong
-		}
-	}
 	if err := f.grow(min(n, bufferSize), hides); err != nil {
 		return err
 	}
@@ -164,6 +145,16 @@ func (f *frames) body(have, n int, hides bool) error {
 
 // grow gives buf a size. What was in it stays.
 func (f *frames) grow(size int, hides bool) error {
+	var kept used
+	switch {
+	case hides:
+		kept[locked] = lockedSize(size)
+	case size > bufferSize:
+		kept[memory] = size
+	}
+	if err := f.count(kept); err != nil {
+		return err
+	}
 	old, hidden := f.buf, f.hidden
 	switch {
 	case hides:
@@ -238,6 +229,7 @@ func (f *frames) read(b []byte) (int, error) {
 // write sends b, in one system call if the client has room for it, or waits until it
 // has taken it, for so long.
 func (f *frames) write(b []byte, patience time.Duration) error {
+	size := len(b) // which stay until the client has taken the last one
 	if f.raw != nil {
 		if f.send == nil {
 			f.send = func(fd uintptr) bool {
@@ -261,8 +253,30 @@ func (f *frames) write(b []byte, patience time.Duration) error {
 	if err := f.nc.SetWriteDeadline(time.Now().Add(patience)); err != nil {
 		return err
 	}
+	if f.keep != nil && size > bufferSize {
+		if err := f.keep(memory, size); err != nil {
+			return err
+		}
+		defer func() { _ = f.keep(memory, -size) }()
+	}
 	_, err := f.nc.Write(b)
 	return err
+}
+
+// count counts these bytes for buf, in place of those before.
+func (f *frames) count(now used) error {
+	if f.keep == nil {
+		return nil
+	}
+	for r := range now {
+		if n := now[r] - f.kept[r]; n != 0 {
+			if err := f.keep(resource(r), n); err != nil {
+				return err
+			}
+			f.kept[r] = now[r]
+		}
+	}
+	return nil
 }
 
 // done ends the use of the current message: its memory is given back, wiped if it may
@@ -272,10 +286,8 @@ func (f *frames) done() {
 	if f.small != nil {
 		buffers.Put(f.small)
 	}
-	if f.isLong {
-		<-long
-	}
-	f.buf, f.hidden, f.small, f.isLong = nil, nil, nil, false
+	_ = f.count(used{}) // fewer are never refused
+	f.buf, f.hidden, f.small = nil, nil, nil
 }
 
 // close gives back the memory of a message that has begun. No method may be called

@@ -118,10 +118,10 @@ var knownTypes = []string{
 
 // parseAnyKey reads a public key to compare others with. It may be of a type that a
 // newer OpenSSH has. Nothing of it lies in blob.
-func parseAnyKey(blob []byte) (ssh.PublicKey, error) {
-	key, err := parseKey(blob)
-	if err == nil {
-		return key, nil
+func parseAnyKey(blob []byte, limit int) (ssh.PublicKey, error) {
+	key, err := parseKey(blob, limit)
+	if err == nil || len(blob) > limit {
+		return key, err
 	}
 	in := reader{rest: blob}
 	kind := in.bytes()

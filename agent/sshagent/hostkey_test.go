@@ -202,7 +202,7 @@ func TestBindCertificate(t *testing.T) {
 // A key of an unknown type proves nothing, and is compared with others by its bytes.
 func TestUnknownKeys(t *testing.T) {
 	blob := mldsa(t)
-	key, err := parseAnyKey(blob)
+	key, err := parseAnyKey(blob, maxHostKey)
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -231,7 +231,7 @@ func TestUnknownKeys(t *testing.T) {
 		"a type cut short":         {0, 0, 0, 9, 'x'},
 		"nothing":                  nil,
 	} {
-		if k, err := parseAnyKey(blob); err == nil {
+		if k, err := parseAnyKey(blob, maxHostKey); err == nil {
 			t.Errorf("%s is read as %+v", name, k)
 		}
 	}
@@ -243,7 +243,7 @@ func FuzzAnyKey(f *testing.F) {
 	f.Add(makeSigners()[0].PublicKey().Marshal())
 	f.Add(encode("x", "y"))
 	f.Fuzz(func(t *testing.T, blob []byte) {
-		key, err := parseAnyKey(blob)
+		key, err := parseAnyKey(blob, maxHostKey)
 		if err != nil {
 			return
 		}

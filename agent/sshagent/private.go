@@ -18,9 +18,9 @@ import (
 	"p11-agent/agent"
 )
 
-// maxRSABits bounds the RSA keys that are taken into memory, as ssh-keygen does.
 const (
-	minRSABits = 1024
+	// maxRSABits bounds the numbers of RSA keys, as ssh-keygen does. The keyring has
+	// narrower bounds.
 	maxRSABits = 16384
 	maxComment = 4096 // bytes
 )
@@ -48,6 +48,12 @@ func (c *conn) add(ctx context.Context, message []byte) {
 		c.reject(agent.RequestAdd, err)
 		return
 	}
+	size := r.Constraints.Size()
+	if err := c.keep(memory, size); err != nil {
+		c.reject(agent.RequestAdd, err)
+		return
+	}
+	defer c.uncount(memory, size)
 	c.status(c.server.Keyring.Add(ctx, c.caller, r))
 }
 
@@ -62,7 +68,7 @@ func parsePrivate(kind string, in *reader) (r agent.KeyRequest, err error) {
 		if in.failed {
 			return r, errMalformed
 		}
-		if cert, err = parseKey(blob); err != nil {
+		if cert, err = parseKey(blob, maxCertificate); err != nil {
 			return r, err
 		}
 		if _, ok := cert.(*ssh.Certificate); !ok || cert.Type() != kind {
@@ -106,6 +112,8 @@ func (r *reader) integer() *big.Int {
 	return new(big.Int).SetBytes(b)
 }
 
+// parseRSA reads an RSA key. The keyring checks whether the numbers belong together: that
+// takes as long as a signature.
 func parseRSA(in *reader, cert ssh.PublicKey) (crypto.Signer, error) {
 	key := new(rsa.PrivateKey)
 	if cert == nil {
@@ -131,13 +139,6 @@ func parseRSA(in *reader, cert ssh.PublicKey) (crypto.Signer, error) {
 	if in.failed {
 		return nil, errPrivate
 	}
-	if bits := key.N.BitLen(); bits < minRSABits || bits > maxRSABits {
-		return nil, fmt.Errorf("an RSA key of %d bits: from %d to %d are taken", bits, minRSABits, maxRSABits)
-	}
-	if key.Validate() != nil {
-		return nil, errPrivate
-	}
-	key.Precompute()
 	return key, nil
 }
 

@@ -248,6 +248,15 @@ func (c *conn) lock(ctx context.Context, request agent.Request, in reader, do fu
 	if !c.wellFormed(request, in) {
 		return
 	}
+	if len(text) > maxPIN {
+		c.reject(request, fmt.Errorf("a passphrase of more than %d bytes", maxPIN))
+		return
+	}
+	if err := c.keep(locked, lockedSize(len(text))); err != nil {
+		c.reject(request, err)
+		return
+	}
+	defer c.uncount(locked, lockedSize(len(text)))
 	phrase, err := secret.From(text)
 	if err != nil {
 		c.reject(request, err)
@@ -262,6 +271,14 @@ func (c *conn) token(ctx context.Context, request agent.Request, in reader, cons
 	do func(context.Context, *agent.Caller, agent.TokenRequest) error,
 ) {
 	provider, pin := in.bytes(), in.bytes()
+	switch {
+	case len(provider) > maxURI:
+		c.reject(request, fmt.Errorf("a URI or path of %d bytes: the limit is %d", len(provider), maxURI))
+		return
+	case len(pin) > maxPIN:
+		c.reject(request, fmt.Errorf("a PIN of more than %d bytes", maxPIN))
+		return
+	}
 	r := agent.TokenRequest{Provider: provider}
 	if constrained {
 		constraints, err := parseConstraints(&in)
@@ -270,6 +287,12 @@ func (c *conn) token(ctx context.Context, request agent.Request, in reader, cons
 			return
 		}
 		r.Constraints = constraints
+		size := constraints.Size()
+		if err := c.keep(memory, size); err != nil {
+			c.reject(request, err)
+			return
+		}
+		defer c.uncount(memory, size)
 	}
 	if !c.wellFormed(request, in) {
 		return
@@ -281,7 +304,12 @@ func (c *conn) token(ctx context.Context, request agent.Request, in reader, cons
 		return
 	}
 	if len(pin) > 0 {
-		var err error
+		err := c.keep(locked, lockedSize(len(pin)))
+		if err != nil {
+			c.reject(request, err)
+			return
+		}
+		defer c.uncount(locked, lockedSize(len(pin)))
 		if r.PIN, err = secret.From(pin); err != nil {
 			c.reject(request, err)
 			return
@@ -334,6 +362,24 @@ func (c *conn) extension(ctx context.Context, message []byte) {
 const (
 	maxBinds     = 16  // for each connection, as ssh-agent
 	maxSessionID = 128 // bytes, as ssh-agent; the longest in use has 64
+
+	// maxBind bounds the message of a bind: a host key, and a signature of the longest
+	// RSA key.
+	maxBind = maxHostKey + 4<<10
+	// maxBound bounds what the binds of one connection keep (agent.Bind.Size). A bind
+	// with a plain host key keeps about 1 KiB. A bind with a certificate of RSA keys of
+	// 4096 bits keeps about 8 KiB.
+	maxBound = 64 << 10
+)
+
+// The longest keys that the door reads, in bytes. A certificate of RSA keys of 4096 bits
+// has 2 KiB. ssh reads lines with public keys of up to 16 KiB (SSH_MAX_PUBKEY_BYTES in
+// OpenSSH's ssh.h).
+const (
+	maxHostKey     = 8 << 10
+	maxCertificate = 16 << 10
+	// maxOptions bounds critical options and extensions. OpenSSH knows a dozen.
+	maxOptions = 256
 )
 
 // bind records that the connection belongs to an SSH session, when the host key
@@ -346,10 +392,19 @@ const (
 //
 // A failure is remembered for the life of the connection.
 func (c *conn) bind(in reader, message []byte) error {
-	bind, err := parseBind(in)
-	bind.Message = bytes.Clone(message)
+	var bind agent.Bind
+	err := fmt.Errorf("a bind of %d bytes: the limit is %d", len(message), maxBind)
+	if len(message) <= maxBind {
+		bind, err = parseBind(in)
+	}
 	if err == nil {
 		err = c.mayBind(bind)
+	}
+	if err == nil {
+		if c.server.KeepBinds {
+			bind.Message = bytes.Clone(message)
+		}
+		err = c.keepBind(bind)
 	}
 	caller := *c.caller
 	switch {
@@ -385,6 +440,19 @@ func (c *conn) mayBind(bind agent.Bind) error {
 	return nil
 }
 
+// keepBind counts what the connection keeps of a bind.
+func (c *conn) keepBind(bind agent.Bind) error {
+	size := bind.Size()
+	if c.bound+size > maxBound {
+		return fmt.Errorf("the binds of the connection would keep %d bytes, and the limit is %d", c.bound+size, maxBound)
+	}
+	if err := c.keep(memory, size); err != nil {
+		return err
+	}
+	c.bound += size
+	return nil
+}
+
 // parseBind reads and verifies a bind. Nothing of it lies in the message.
 func parseBind(in reader) (agent.Bind, error) {
 	blob, id, signature, forwarding := in.bytes(), in.bytes(), in.bytes(), in.bool()
@@ -394,7 +462,7 @@ func parseBind(in reader) (agent.Bind, error) {
 	if len(id) == 0 || len(id) > maxSessionID {
 		return agent.Bind{}, fmt.Errorf("session identifier of %d bytes", len(id))
 	}
-	key, err := parseKey(blob)
+	key, err := parseKey(blob, maxHostKey)
 	if err != nil {
 		return agent.Bind{}, err
 	}
@@ -414,13 +482,23 @@ func parseBind(in reader) (agent.Bind, error) {
 	return agent.Bind{HostKey: key, SessionID: bytes.Clone(id), Forwarding: forwarding}, nil
 }
 
-// parseKey reads a public key. Nothing of it lies in blob, and the error quotes
-// little of it.
-func parseKey(blob []byte) (ssh.PublicKey, error) {
+// parseKey reads a public key of at most limit bytes. Nothing of it lies in blob, and
+// the error quotes little of it.
+func parseKey(blob []byte, limit int) (ssh.PublicKey, error) {
+	if len(blob) > limit {
+		return nil, fmt.Errorf("a key of %d bytes: the limit is %d", len(blob), limit)
+	}
 	key, err := ssh.ParsePublicKey(bytes.Clone(blob))
 	if err != nil {
 		kind := reader{rest: blob}
 		return nil, fmt.Errorf("a key of type %s cannot be read", quote(kind.bytes()))
+	}
+	if cert, ok := key.(*ssh.Certificate); ok {
+		options := len(cert.CriticalOptions) + len(cert.Extensions)
+		if len(cert.ValidPrincipals) > maxPrincipals || options > maxOptions {
+			return nil, fmt.Errorf("a certificate for %d principals with %d options: the limits are %d and %d",
+				len(cert.ValidPrincipals), options, maxPrincipals, maxOptions)
+		}
 	}
 	return key, nil
 }

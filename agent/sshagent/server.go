@@ -16,8 +16,8 @@ import (
 	"p11-agent/agent/peer"
 )
 
-// DefaultMaxConnections is how many clients are served at once unless
-// Server.MaxConnections says otherwise.
+// DefaultMaxConnections is how many connections a Server has at once unless
+// Server.MaxConnections says otherwise, or the process may open few files.
 const DefaultMaxConnections = 1024
 
 // A Server serves the SSH agent protocol. Its fields are set before Serve and
@@ -30,16 +30,20 @@ type Server struct {
 	Log *slog.Logger
 	// Allowed decides by its peer whether a connection is served, as far as the
 	// kernel recorded it when the connection was made (peer.Later): nil means
-	// SameUser. It is called once for each connection, from many goroutines.
+	// SameUser. It is called once for each connection, by each Serve.
 	Allowed func(peer.Peer) error
-	// MaxConnections bounds the connections of each Serve; 0 means
-	// DefaultMaxConnections. Further ones are closed at once.
+	// MaxConnections bounds the connections of all listeners together. 0 means
+	// DefaultMaxConnections, or half of the files that the process may open if that
+	// is less. A further connection takes the place of another one (see clients).
 	MaxConnections int
+	// KeepBinds keeps the messages of binds, so that an Upstream can repeat them.
+	KeepBinds bool
 
 	connections atomic.Uint64 // so far
+	crowded     rarely
 
-	mu   sync.Mutex
-	open map[Listener]chan struct{} // has an element for each connection
+	once    sync.Once
+	clients *clients // after once
 }
 
 // A Listener is where clients come from: a *net.UnixListener or a *Socket.
@@ -72,6 +76,7 @@ func (s *Server) Serve(ctx context.Context, l Listener) error { return s.ServeSo
 
 // ServeSocket is Serve for a socket that has rules of its own.
 func (s *Server) ServeSocket(ctx context.Context, l Listener, rules *agent.Socket) error {
+	s.table()
 	ctx, cancel := context.WithCancel(ctx)
 	defer cancel()
 	w, err := newWatcher()
@@ -113,18 +118,20 @@ const (
 	maxBackOff = time.Second
 )
 
+// table returns the connections of the Server.
+func (s *Server) table() *clients {
+	s.once.Do(func() {
+		limit := s.MaxConnections
+		if limit <= 0 {
+			limit = defaultLimit()
+		}
+		s.clients = newClients(limit)
+	})
+	return s.clients
+}
+
 func (s *Server) accept(ctx context.Context, l Listener, rules *agent.Socket, w *watcher, clients *sync.WaitGroup) error {
-	limit := s.MaxConnections
-	if limit <= 0 {
-		limit = DefaultMaxConnections
-	}
-	free := make(chan struct{}, limit)
-	s.mu.Lock()
-	if s.open == nil {
-		s.open = make(map[Listener]chan struct{})
-	}
-	s.open[l] = free
-	s.mu.Unlock()
+	table := s.table()
 	var pause time.Duration
 	for {
 		nc, err := l.AcceptUnix()
@@ -138,8 +145,12 @@ func (s *Server) accept(ctx context.Context, l Listener, rules *agent.Socket, w 
 			if !passing(err) {
 				return fmt.Errorf("accept agent clients: %w", err)
 			}
-			if pause == 0 {
+			switch {
+			case pause == 0:
 				s.log().Warn("cannot accept agent clients, trying again", "error", err)
+			case errors.Is(err, syscall.EMFILE):
+				// Clients may hold the files for ever.
+				s.end(table.makeRoom())
 			}
 			pause = min(max(2*pause, minBackOff), maxBackOff)
 			select {
@@ -149,28 +160,48 @@ func (s *Server) accept(ctx context.Context, l Listener, rules *agent.Socket, w 
 			continue
 		}
 		pause = 0
-		select {
-		case free <- struct{}{}:
-		default:
-			s.log().Warn("connection refused", "client", peer.Of(nc).String(),
-				"reason", fmt.Sprintf("%d connections are open, which is the limit", limit))
+		p, who := peer.Later(nc)
+		c := newConn(s, nc, p, who, rules)
+		c.listener = l
+		if err := s.allowed(p); err != nil {
+			c.refuse("connection refused", err)
 			_ = nc.Close()
 			continue
 		}
+		var served context.Context
+		served, c.cancel = context.WithCancelCause(ctx)
+		s.end(table.admit(c))
 		clients.Go(func() {
-			defer func() { <-free }()
+			defer table.leave(c)
 			defer nc.Close()
-			s.serve(ctx, nc, rules, w)
+			defer c.cancel(nil)
+			c.serve(served, w)
 		})
 	}
 }
 
-// Connections tells how many clients of a listener are connected now.
-func (s *Server) Connections(l Listener) int {
-	s.mu.Lock()
-	defer s.mu.Unlock()
-	return len(s.open[l])
+// end ends a connection, which may be nil, to make room for others.
+func (s *Server) end(c *conn) {
+	if c == nil {
+		return
+	}
+	if ok, skipped := s.crowded.now(); ok {
+		c.log(slog.LevelWarn, "connection closed to make room for others", slog.Int("connections", s.table().limit),
+			slog.Int("since-the-last-such-line", skipped))
+	}
+	c.cancel(errMadeRoom)
+	c.hangUp()
 }
+
+func (s *Server) allowed(p peer.Peer) error {
+	if s.Allowed != nil {
+		return s.Allowed(p)
+	}
+	return SameUser(p)
+}
+
+// Connections tells how many clients of a listener are connected now.
+func (s *Server) Connections(l Listener) int { return s.table().count(l) }
 
 // passing tells whether an error of accept(2) says nothing about the listener:
 // the shortage will pass, or the one client is gone again.
@@ -191,28 +222,16 @@ var (
 	errStopping = errors.New("the agent is stopping")
 )
 
-// serve decides about one connection and serves it. The caller closes it.
-func (s *Server) serve(ctx context.Context, nc *net.UnixConn, rules *agent.Socket, w *watcher) {
-	p, look := peer.Later(nc)
-	allowed := s.Allowed
-	if allowed == nil {
-		allowed = SameUser
-	}
-	c := newConn(s, nc, p, look, rules)
+// serve serves one connection until it ends. The caller closes it.
+func (c *conn) serve(ctx context.Context, w *watcher) {
 	defer c.looking.Wait()
 	defer c.in.close()
 	defer c.survive()
-	if err := allowed(p); err != nil {
+	if err := w.add(c); err != nil {
 		c.refuse("connection refused", err)
 		return
 	}
-	ctx, cancel := context.WithCancelCause(ctx)
-	defer cancel(nil)
-	if err := w.add(c.caller.Number, nc, &c.answering, cancel); err != nil {
-		c.refuse("connection refused", err)
-		return
-	}
-	defer w.remove(c.caller.Number)
+	defer w.remove(c)
 	c.run(ctx)
 }
 

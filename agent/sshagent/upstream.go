@@ -427,7 +427,7 @@ func parseIdentities(answer []byte) ([]agent.Identity, error) {
 		if in.failed {
 			return nil, errMalformed
 		}
-		key, err := parseKey(blob)
+		key, err := parseKey(blob, maxCertificate)
 		// A key is asked for by its wire form. One that we would write in
 		// another way than the agent does could be shown and not used.
 		if err != nil || !bytes.Equal(key.Marshal(), blob) {

@@ -1,13 +1,10 @@
 package sshagent
 
 import (
-	"context"
 	"errors"
 	"fmt"
-	"net"
 	"os"
 	"sync"
-	"sync/atomic"
 	"syscall"
 
 	"golang.org/x/sys/unix"
@@ -30,14 +27,8 @@ type watcher struct {
 	raw syscall.RawConn
 
 	mu    sync.Mutex
-	conns map[uint64]watched
+	conns map[uint64]*conn
 	ended bool // hangUp was called: nobody is added any more
-}
-
-type watched struct {
-	nc        *net.UnixConn
-	answering *atomic.Bool
-	cancel    context.CancelCauseFunc
 }
 
 func newWatcher() (*watcher, error) {
@@ -56,34 +47,38 @@ func newWatcher() (*watcher, error) {
 		_ = set.Close()
 		return nil, fmt.Errorf("watch for clients that hang up: %w", err)
 	}
-	return &watcher{set: set, raw: raw, conns: make(map[uint64]watched)}, nil
+	return &watcher{set: set, raw: raw, conns: make(map[uint64]*conn)}, nil
 }
 
-// add has cancel called when the client at the other end of nc hangs up, and nc
-// closed by hangUp, until remove. answering is set while the client waits.
-func (w *watcher) add(number uint64, nc *net.UnixConn, answering *atomic.Bool, cancel context.CancelCauseFunc) error {
+// add cancels a connection when its client hangs up, and has hangUp end it, until
+// remove.
+func (w *watcher) add(c *conn) error {
 	w.mu.Lock()
 	if w.ended {
 		w.mu.Unlock()
 		return errStopping
 	}
-	w.conns[number] = watched{nc, answering, cancel}
+	w.conns[c.number] = c
 	w.mu.Unlock()
 
-	if err := w.register(number, nc); err != nil {
-		w.remove(number)
+	if err := w.register(c); err != nil {
+		w.remove(c)
 		return fmt.Errorf("watch for the client to hang up: %w", err)
 	}
 	return nil
 }
 
-func (w *watcher) register(number uint64, nc *net.UnixConn) error {
+func (w *watcher) register(c *conn) error {
+	nc, ok := c.nc.(syscall.Conn)
+	if !ok {
+		return errors.New("it is no socket")
+	}
 	conn, err := nc.SyscallConn()
 	if err != nil {
 		return err
 	}
 	// The event's data is 64 bits wide; x/sys calls the halves Fd and Pad.
-	event := unix.EpollEvent{Events: unix.EPOLLONESHOT, Fd: int32(number), Pad: int32(number >> 32)}
+	event := unix.EpollEvent{Events: unix.EPOLLONESHOT, Fd: int32(c.number), Pad: int32(c.number >> 32)}
 	var ctlErr error
 	err = w.raw.Control(func(set uintptr) {
 		err := conn.Control(func(fd uintptr) {
@@ -95,10 +90,10 @@ func (w *watcher) register(number uint64, nc *net.UnixConn) error {
 }
 
 // remove forgets a connection. The set forgets it when it is closed.
-func (w *watcher) remove(number uint64) {
+func (w *watcher) remove(c *conn) {
 	w.mu.Lock()
 	defer w.mu.Unlock()
-	delete(w.conns, number)
+	delete(w.conns, c.number)
 }
 
 // run tells connections that their client is gone, until close.
@@ -131,19 +126,12 @@ func (w *watcher) run() error {
 
 // hangUp closes every connection and lets no other one in. Whoever serves them
 // notices and removes them. It is called when their context has ended.
-//
-// A client that waits gets its answer first: it goes on when its prompt has gone
-// from the terminal, not before.
 func (w *watcher) hangUp() {
 	w.mu.Lock()
 	defer w.mu.Unlock()
 	w.ended = true
 	for _, c := range w.conns {
-		if c.answering.Load() {
-			_ = c.nc.CloseRead()
-		} else {
-			_ = c.nc.Close()
-		}
+		c.hangUp()
 	}
 }
 

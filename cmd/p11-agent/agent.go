@@ -379,7 +379,7 @@ func (s *service) serve(ctx context.Context, listeners []listener) error {
 	if s.allow != "" {
 		allow = token.ParseAllowList(s.allow)
 	}
-	server := &sshagent.Server{Log: s.log}
+	server := &sshagent.Server{Log: s.log, KeepBinds: len(upstreams) > 0}
 	status := &statusMaker{started: time.Now(), store: b.store, server: server, listeners: listeners, rules: rules}
 	status.configure(c)
 	if ask != nil {
