@@ -108,7 +108,7 @@ const (
 // earlier questions of the same client. Every question that a client causes passes
 // it. It is safe for concurrent use.
 type Questions struct {
-	turns turns
+	turns askingTurns
 
 	mu     sync.Mutex
 	keys   map[aboutKey]*nos
@@ -378,21 +378,21 @@ func (q *Questions) Pauses() (all []PauseStatus) {
 	return all
 }
 
-// turns lets a bounded number of questions be open at a time: of a forwarded host
+// askingTurns lets a bounded number of questions be open at a time: of a forwarded host
 // one, of a group maxOpen. What a no means for the next question shows when it was
 // said. The zero value is ready to use.
-type turns struct {
+type askingTurns struct {
 	mu  sync.Mutex
-	all map[any]*turn // by way, and by group
+	all map[any]*askingTurn // by way, and by group
 }
 
-type turn struct {
+type askingTurn struct {
 	slots chan struct{}
 	users int // that have a slot, or wait for one
 }
 
 // take waits for a turn; give ends it.
-func (t *turns) take(ctx context.Context, w way) (give func(), err error) {
+func (t *askingTurns) take(ctx context.Context, w way) (give func(), err error) {
 	own := maxOpen
 	if w.forwarded {
 		own = 1
@@ -409,13 +409,13 @@ func (t *turns) take(ctx context.Context, w way) (give func(), err error) {
 	return func() { giveGroup(); giveWay() }, nil
 }
 
-func (t *turns) takeOf(ctx context.Context, key any, limit int) (give func(), err error) {
+func (t *askingTurns) takeOf(ctx context.Context, key any, limit int) (give func(), err error) {
 	t.mu.Lock()
 	one := t.all[key]
 	if one == nil {
-		one = &turn{slots: make(chan struct{}, limit)}
+		one = &askingTurn{slots: make(chan struct{}, limit)}
 		if t.all == nil {
-			t.all = make(map[any]*turn)
+			t.all = make(map[any]*askingTurn)
 		}
 		t.all[key] = one
 	}
