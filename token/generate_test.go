@@ -3,6 +3,7 @@ package token_test
 import (
 	"context"
 	"errors"
+	"fmt"
 	"os"
 	"path/filepath"
 	"regexp"
@@ -246,16 +247,27 @@ func TestGenerateFails(t *testing.T) {
 	noError(t, err)
 }
 
-// waitsThrough tells whether a request waits for its end although nobody waits for it.
-func waitsThrough() bool {
+// running tells whether there is a goroutine that is as told, by its state and its stack.
+func running(is func(state, stack string) bool) bool {
 	buf := make([]byte, 4<<20)
 	for g := range strings.SplitSeq(string(buf[:runtime.Stack(buf, true)]), "\n\n") {
-		head, stack, _ := strings.Cut(g, "\n")
-		if strings.Contains(head, "[chan receive") && strings.HasPrefix(stack, "p11-agent/token.(*process).request(") {
+		if state, stack, _ := strings.Cut(g, "\n"); is(state, stack) {
 			return true
 		}
 	}
 	return false
+}
+
+// waitsThrough tells whether a request waits for its end although nobody waits for it.
+func waitsThrough() bool {
+	return running(func(state, stack string) bool {
+		return strings.Contains(state, "[chan receive") && strings.HasPrefix(stack, "p11-agent/token.(*process).request(")
+	})
+}
+
+// looks tells whether a module is being looked at.
+func looks() bool {
+	return running(func(_, stack string) bool { return strings.Contains(stack, "p11-agent/token.(*module).look(") })
 }
 
 // Who stops waiting for a key finds none: what the card had begun is taken away.
@@ -267,15 +279,34 @@ func TestGenerateCancelled(t *testing.T) {
 	s := tokentest.Store(t, token.Options{Modules: []token.ModuleSpec{b.spec}, Command: self, PINs: &tokentest.Person{Always: tokentest.PIN}})
 	old := tokentest.Keys(t, s, 1)[0]
 	noError(t, tokentest.Sign(t.Context(), old)) // which logs in
-	b.command("hang=C_GenerateKeyPair release=" + release)
-	ctx, cancel := context.WithCancel(t.Context())
-	defer cancel()
-	done := make(chan error, 1)
-	go func() {
-		_, err := s.Generate(ctx, uri(t, "pkcs11:token=bad;object=new"), token.ECDSAP256, nil)
-		done <- err
-	}()
-	tokentest.Until(t, "the module is at it", func() bool { return b.calls("C_GenerateKeyPair") > 0 })
+	var cancel context.CancelFunc
+	var done chan error
+	begin := func(label string) {
+		begun := b.calls("C_GenerateKeyPair")
+		b.command("hang=C_GenerateKeyPair release=" + release)
+		var ctx context.Context
+		ctx, cancel = context.WithCancel(t.Context())
+		t.Cleanup(cancel)
+		done = make(chan error, 1)
+		go func() {
+			_, err := s.Generate(ctx, uri(t, "pkcs11:token=bad;object="+label), token.ECDSAP256, nil)
+			done <- err
+		}()
+		tokentest.Until(t, "the module is at it", func() bool { return b.calls("C_GenerateKeyPair") > begun })
+	}
+	// A look that began before waits for the token, and the one below would wait for
+	// that look: then it is tried again.
+	label := "new1"
+	for n := 2; ; n++ {
+		begin(label)
+		if !looks() {
+			break
+		}
+		noError(t, os.WriteFile(release, nil, 0o600))
+		noError(t, <-done)
+		noError(t, os.Remove(release))
+		label = fmt.Sprintf("new%d", n)
+	}
 	cancel()
 	// The module process hears of it before the token is done, or else the key would
 	// stay: it has when it does what comes after.
@@ -296,7 +327,7 @@ func TestGenerateCancelled(t *testing.T) {
 		t.Errorf("got %v", err)
 	}
 	out := hsm.Run("pkcs11-tool", "--module", hsm.Module(), "--token-label", "bad", "--login", "--pin", tokentest.PIN, "-O")
-	if strings.Contains(out, "new") {
+	if strings.Contains(out, label) {
 		t.Errorf("the key is there: %s", out)
 	}
 	b.command("")

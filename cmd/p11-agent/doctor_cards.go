@@ -178,7 +178,9 @@ func (d pcscd) findExclusive(r *report, reader pcsc.Reader) {
 	var who []string
 	gnupg := false
 	for _, c := range slices.Concat(d.clients.Clients, d.clients.Suspects) {
-		if c.PID == os.Getpid() || c.Name == "p11-agent" {
+		// A module process that has just been started is called "exe", and has what the
+		// doctor has open for a moment.
+		if c.PID == os.Getpid() || c.Name == program || c.Name == "exe" {
 			continue
 		}
 		who = append(who, c.String())

@@ -334,7 +334,7 @@ func endLeftovers(work string) error {
 			continue // gone by now
 		}
 		// Module processes may be about to end with their agent.
-		if p.wait(patience) != nil {
+		if p.wait(30*time.Second) != nil {
 			name, _ := os.ReadFile(filepath.Join(filepath.Dir(file), "cmdline"))
 			all = append(all, fmt.Errorf("left a process: %q", name), unix.PidfdSendSignal(p.fd, unix.SIGKILL, nil, 0))
 		}

@@ -117,6 +117,7 @@ func TestReason(t *testing.T) {
 	for output, want := range map[string]string{
 		"=== RUN   TestA\n    a_test.go:7: looked around\n    a_test.go:8: missing: a card: it is out\n--- SKIP: TestA (0.00s)\n": "missing: a card: it is out",
 		"    a_test.go:8: missing: a card\n    script.go:9: # a story\n        > need card\n":                                     "missing: a card",
+		"    cmd.go:8: missing: a card\n    script.go:9: # a story\n":                                                             "missing: a card",
 		"    help.go:8: missing: a card\n":   "missing: a card",
 		"=== RUN   TestA\n--- SKIP: TestA\n": "no reason given",
 	} {

@@ -171,18 +171,19 @@ func (t *tally) endPackage(k key, e event) {
 // logged is a line that a test has logged, with the file that it comes from.
 var logged = regexp.MustCompile(`(?m)^\s+([\w.-]+\.go):\d+: (.*\S)\s*$`)
 
-// reason returns why a test was skipped: what it has logged last. What comes from
-// other files than those of tests is the log of a package for tests, such as
-// testscript.
+// reason returns why a test was skipped: what it has logged last, or the first line of
+// a package for tests, such as testscript, which has its log follow.
 func reason(output string) string {
-	why := "no reason given"
-	ofTest := false
-	for _, m := range logged.FindAllStringSubmatch(output, -1) {
-		if test := strings.HasSuffix(m[1], "_test.go"); test || !ofTest {
-			why, ofTest = m[2], ofTest || test
+	lines := logged.FindAllStringSubmatch(output, -1)
+	for _, m := range slices.Backward(lines) {
+		if strings.HasSuffix(m[1], "_test.go") {
+			return m[2]
 		}
 	}
-	return why
+	if len(lines) > 0 {
+		return lines[0][2]
+	}
+	return "no reason given"
 }
 
 // stillRunning says what is waited for, when nothing has been said for a while.
