@@ -4,9 +4,12 @@ PREFIX     ?= /usr/local
 DESTDIR    ?=
 FUZZTIME   ?= 10s
 STRESSTIME ?= 5m
-TESTFLAGS  ?= -timeout 10m
+RACE       ?= -race
+TESTFLAGS  ?= -timeout 30m
+SKIPS      ?=
 BENCH      ?= .
 BENCHFLAGS ?=
+PROGRAM    ?= build/p11-agent
 
 # What is linked by cgo is the code in token/module, and only there.
 export CGO_ENABLED = 1
@@ -28,27 +31,42 @@ SOURCES     = go.mod go.sum $(shell find agent cmd/p11-agent pinentry systemd to
 # building needs what deps installs, and go spreads its work over the processors
 # by itself.
 .NOTPARALLEL:
-.PHONY: help deps build test stress conformance lint vuln check demo fuzz bench microbench profile install deb rpm packages clean
+.PHONY: help deps deps-demo deps-check build test stress conformance lint vuln check demo fuzz bench microbench profile install deb rpm packages clean
 
 help: ## list the targets
-	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "%-12s%s\n", $$1, $$2 }' Makefile
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "%-12s%s\n", $$1, $$2 }' Makefile
 
-deps: ## install what building and testing needs and the machine lacks
-	@tools/deps.sh
+deps: ## install what build and install need and the machine lacks
+	@tools/deps.sh build
+
+deps-demo: ## install what demo needs besides
+	@tools/deps.sh demo
+
+deps-check: ## install what check needs besides
+	@tools/deps.sh check
 
 # The version is stamped by us: go would ask git itself, and fail where git does
-# not trust the owner of the tree (root installing what a user has built).
-build: ## build build/p11-agent
-	go build -trimpath -buildvcs=false -ldflags "-X main.version=$$(tools/version.sh)" -o build/p11-agent ./cmd/p11-agent
+# not trust the owner of the tree (root installing what a user has built). The first
+# build takes a minute, so go says what it is at (-v).
+#
+# A module process runs vendors' code in this program. So it lies at another address
+# each time (PIE), and nothing that is called through a table can be changed after
+# the start (RELRO with all symbols bound).
+LDFLAGS = -X main.version=$$(tools/version.sh) -bindnow -extldflags=-Wl,-z,relro,-z,noexecstack
 
-# The tests run the seeds of the fuzz targets, too.
+build: ## build build/p11-agent, or PROGRAM
+	go build -v -trimpath -buildvcs=false -buildmode=pie -ldflags "$(LDFLAGS)" -o '$(PROGRAM)' ./cmd/p11-agent
+
+# The tests run the seeds of the fuzz targets, too. Those that the machine cannot run
+# are skipped, and count as failed where SKIPS does not match their reason.
 test: ## run the tests under the race detector
-	go test -race $(TESTFLAGS) ./...
+	@mkdir -p build
+	go run ./cmd/testrun -o build/tests -skips '$(SKIPS)' -- $(RACE) $(TESTFLAGS) ./...
 
 # The test bounds itself by STRESSTIME. What it did is in build/stress.log.
 stress: ## sign with smart cards while they are pulled and their daemons killed, for STRESSTIME
 	@mkdir -p build
-	@go test -race -count 1 -timeout 0 -v -run '^TestPIVStress$$' ./token -stress $(STRESSTIME) >build/stress.log 2>&1 || \
+	@go test $(RACE) -count 1 -timeout 0 -v -run '^TestPIVStress$$' ./token -stress $(STRESSTIME) >build/stress.log 2>&1 || \
 		{ cat build/stress.log; exit 1; }
 	@grep -e '-stress-seed' -e 'signatures,' -e '^--- ' build/stress.log
 
@@ -70,9 +88,10 @@ lint: ## check the form of the code, and that go.mod is tidy
 vuln: ## look for known vulnerabilities in what is called
 	$(TOOL) govulncheck ./...
 
-check: deps build lint test stress conformance packages ## do all that has to pass before a change goes in
+check: deps-check build lint test stress conformance packages ## do all that has to pass before a change goes in: 15 minutes on two processors
+	@cat build/tests
 
-demo: deps build ## show the agent at work with a software token
+demo: deps-demo build ## show the agent at work with a software token
 	build/p11-agent demo
 
 fuzz: ## run each fuzz target for FUZZTIME
@@ -85,7 +104,7 @@ fuzz: ## run each fuzz target for FUZZTIME
 
 # docs/PERFORMANCE.md tells what is measured. BENCHFLAGS are the flags of
 # cmd/bench, such as -only.
-bench: deps build ## compare with ssh-agent and the bare token, which takes ten minutes
+bench: deps-check build ## compare with ssh-agent and the bare token, which takes ten minutes
 	go run ./cmd/bench $(BENCHFLAGS)
 
 microbench: ## run the benchmarks of single stages that match BENCH
@@ -96,8 +115,11 @@ profile: build ## tell with perf where agent and module process spend their time
 
 # It takes what "make build" has left when that is newer than the sources, so
 # that "sudo make install" needs no Go.
+#
+# The kernel lets nobody look into a process, from its first moment on, whose user
+# cannot read the program's file: hence its mode.
 install: build/p11-agent $(MANPAGES) $(COMPLETIONS) ## install under DESTDIR and PREFIX
-	install -D -m 755 build/p11-agent '$(DESTDIR)$(PREFIX)/bin/p11-agent'
+	install -D -m 711 build/p11-agent '$(DESTDIR)$(PREFIX)/bin/p11-agent'
 	for page in $(MANPAGES); do \
 		install -D -m 644 "$$page" "$(DESTDIR)$(PREFIX)/share/man/man$${page##*.}/$${page##*/}"; \
 	done
@@ -135,7 +157,7 @@ packages: deb rpm ## make both packages, install one on a fresh system and use i
 	@tools/packages.sh build/p11-agent.deb build/p11-agent.rpm
 
 build/p11-agent: $(SOURCES)
-	$(MAKE) build
+	$(MAKE) build PROGRAM=$@
 
 build/man/%: docs/%.scd
 	@mkdir -p $(@D)

@@ -6,6 +6,7 @@ import (
 	"context"
 	"crypto/sha256"
 	"encoding/binary"
+	"errors"
 	"fmt"
 	"slices"
 	"strings"
@@ -16,6 +17,7 @@ import (
 
 	"p11-agent/agent/knownhosts"
 	"p11-agent/agent/peer"
+	"p11-agent/pinentry"
 )
 
 // A Confirm says when a person is asked before a key signs. Its texts are what the
@@ -114,9 +116,18 @@ type Answer struct {
 type Confirmer interface {
 	// Confirm returns the answer, which is no when the person takes the question
 	// away. An error is that nobody could be asked or that nobody has answered. It
-	// ends with ctx.
+	// ends with ctx. The Confirmer asks by way of [waiting.Ask], and offers "no to
+	// everything from here" when Again says so. ErrNoToAll is "no to everything from here".
 	Confirm(ctx context.Context, r Question) (Answer, error)
 }
+
+// ErrNoToAll says that a person refuses everything from where a request comes.
+var ErrNoToAll error = declinedAllError{}
+
+type declinedAllError struct{}
+
+func (declinedAllError) Error() string  { return "a person has refused everything from there" }
+func (declinedAllError) Declined() bool { return true }
 
 // A DeniedError says that the configuration refuses a use.
 type DeniedError struct{ Why string }
@@ -315,15 +326,19 @@ func (u *Use) sameness(identity string) (name string, ok bool) {
 		}
 	}
 	add(nil)
-	last := ""
-	for _, link := range who.Chain {
-		// git runs itself now and then.
-		if link.Name != last {
-			last = link.Name
-			add([]byte(last))
-		}
+	for _, name := range programNames(who) {
+		add([]byte(name))
 	}
 	return string(h.Sum(nil)), true
+}
+
+// programNames returns the names of the programs that a client comes from, the
+// nearest first. A program that starts itself, as git does, is there once.
+func programNames(p peer.Peer) (names []string) {
+	for _, link := range p.Chain {
+		names = append(names, link.Name)
+	}
+	return slices.Compact(names)
 }
 
 // maxApprovals bounds what is remembered.
@@ -554,7 +569,7 @@ func (k *Keyring) approve(ctx context.Context, u *Use, id *identity) error {
 		a := k.ask(ctx, r)
 		if a.Allowed && a.For != Once {
 			k.approvals.keep(name, id, u, a.For, generation)
-			k.log.Info("allowed for longer", "key", r.KeyFingerprint, "comment", u.Comment, "what", u.Content.String(),
+			k.log.Info("allowed for longer", "result", string(ResultOK), "key", r.KeyFingerprint, "comment", u.Comment, "what", u.Content.String(),
 				"lasts", a.For.String(), "client", u.Caller.Who().String(), "forwarded", u.Caller.Forwarded)
 		}
 		return a.Answer, a.err
@@ -583,7 +598,11 @@ func (k *Keyring) ask(ctx context.Context, r Question) asked {
 	if k.opts.Confirm == nil {
 		return asked{err: errNobody}
 	}
-	answer, err := k.opts.Confirm.Confirm(ctx, r)
+	var answer Answer
+	err := k.opts.Questions.Ask(ctx, r.KeyFingerprint, true, func(ctx context.Context) (_ Outcome, err error) {
+		answer, err = k.opts.Confirm.Confirm(ctx, r)
+		return outcomeOf(answer.Allowed, err), err
+	})
 	if err != nil {
 		return asked{err: fmt.Errorf("ask for confirmation: %w", err)}
 	}
@@ -591,4 +610,17 @@ func (k *Keyring) ask(ctx context.Context, r Question) asked {
 		answer.For = Once
 	}
 	return asked{Answer: answer}
+}
+
+// outcomeOf returns what came of a question that is answered with yes or no.
+func outcomeOf(yes bool, err error) Outcome {
+	switch {
+	case err == nil && yes:
+		return OutcomeYes
+	case err == nil, errors.Is(err, pinentry.ErrTimeout):
+		return OutcomeNo
+	case errors.Is(err, ErrNoToAll):
+		return OutcomeNoToAll
+	}
+	return Unanswered
 }

@@ -15,6 +15,8 @@ import (
 	"golang.org/x/crypto/ssh"
 
 	"p11-agent/agent/peer"
+
+	"p11-agent/pinentry/waiting"
 )
 
 // hostTable names host keys by their wire form.
@@ -263,13 +265,23 @@ type answers struct {
 	mu    sync.Mutex
 	give  func(ctx context.Context, r Question, n int) (Answer, error)
 	asked []Question
+	again []bool // for each: "no to everything from here" was offered
 	open  int
 	most  int
 }
 
-func (a *answers) Confirm(ctx context.Context, r Question) (Answer, error) {
+func (a *answers) Confirm(ctx context.Context, r Question) (answer Answer, err error) {
+	err = waiting.Ask(ctx, waiting.Question{Ask: func(ctx context.Context) (err error) {
+		answer, err = a.confirm(ctx, r)
+		return err
+	}})
+	return answer, err
+}
+
+func (a *answers) confirm(ctx context.Context, r Question) (Answer, error) {
 	a.mu.Lock()
 	a.asked = append(a.asked, r)
+	a.again = append(a.again, Again(ctx))
 	n := len(a.asked)
 	a.open++
 	a.most = max(a.most, a.open)
@@ -640,6 +652,7 @@ func TestApprovalIsShared(t *testing.T) {
 				answer <- test.answer
 				answer <- test.answer
 				all.Wait()
+				time.Sleep(firstPause) // which follows two of the noes
 				done := make(chan struct{})
 				go func() {
 					f.signs(t, k, w.caller("ssh bash", "good"), w.login("good", true), test.err)
@@ -732,7 +745,7 @@ func TestApprovalPromptEndsWithItsRequests(t *testing.T) {
 		}
 		hangUp()
 		synctest.Wait()
-		if p.open != 1 || p.count() != 1 {
+		if p.open != 1 || p.count() != 2 {
 			t.Fatalf("one of two has hung up: %d prompts open, of %d", p.open, p.count())
 		}
 		hangUpToo()

@@ -69,8 +69,10 @@ const (
 )
 
 const (
-	maxEvents   = 200
-	maxFailures = 50
+	// What is kept of each kind of requests, so that none pushes out another: signatures,
+	// changes, and requests that were not granted. Of the latter two, one way may have a
+	// fifth, and one group three fifths.
+	maxSigned, maxChanged, maxFailures = 200, 100, 50
 	// maxField bounds what is kept of one text that came from outside, in bytes,
 	// and maxReason what is of an error.
 	maxField, maxReason = 256, 1024
@@ -84,6 +86,13 @@ const (
 type Event struct {
 	Time time.Time     // of the answer
 	Took time.Duration // what a person took included
+	// Count is how many requests of one client the event stands for, 1 or more: it is the
+	// last of them. First is when the first was answered.
+	Count int
+	First time.Time
+	// Various says that they were different requests, about different keys, or refused
+	// for different reasons.
+	Various bool
 
 	Request Request
 	Result  Result
@@ -156,8 +165,9 @@ func (r *record) event() *Event {
 // audit is the memory of what was answered. The zero value is empty.
 type audit struct {
 	mu       sync.Mutex
-	events   ring
-	failures ring
+	signed   ring
+	changed  folds
+	failures folds
 	uses     map[string]uses // by the fingerprint of the key
 }
 
@@ -189,10 +199,86 @@ func (r *ring) newest() []*record {
 	return all
 }
 
-func eventsOf(records []*record) (all []Event) {
+// folds keeps the last requests of which one client may have made many: some of
+// those stand for others, too.
+type folds []*fold // the oldest first; none is changed
+
+// fold is requests from one way.
+type fold struct {
+	way     way
+	kind    foldKind
+	last    *record
+	count   int
+	first   time.Time
+	various bool // they are not of one kind
+}
+
+// foldKind is what makes requests the same.
+type foldKind struct {
+	request     Request
+	result      Result
+	key, reason string
+}
+
+// add adds a request, of at most limit. Where same is set, those of one kind are kept
+// once. Of a way, or a group, that has many of different kinds, the last one stands
+// for those that follow.
+func (f *folds) add(r *record, limit int, same bool) {
+	one := &fold{
+		way: r.use.Caller.way(), last: r, count: 1, first: r.Time,
+		kind: foldKind{r.Request, r.Result, r.Key, withoutNumbers(r.Reason)},
+	}
+	into, ofWay, ofGroup, fromWay, fromGroup := -1, -1, -1, 0, 0
+	for i, old := range *f {
+		if old.way.group != one.way.group {
+			continue
+		}
+		ofGroup = i
+		fromGroup++
+		if old.way != one.way {
+			continue
+		}
+		ofWay = i
+		fromWay++
+		if same && old.kind == one.kind {
+			into = i
+		}
+	}
+	switch {
+	case into >= 0:
+	case fromWay >= limit/5:
+		into = ofWay
+	case fromGroup >= limit*3/5:
+		into = ofGroup
+	}
+	if into >= 0 {
+		old := (*f)[into]
+		one.count += old.count
+		one.first, one.various = old.first, old.various || old.kind != one.kind
+		*f = slices.Delete(*f, into, into+1)
+	}
+	if len(*f) >= limit {
+		*f = slices.Delete(*f, 0, 1)
+	}
+	*f = append(*f, one)
+}
+
+// withoutNumbers replaces each number in a text: when a pause ends, for example.
+func withoutNumbers(text string) string {
+	return strings.Join(strings.FieldsFunc(text, func(r rune) bool { return r >= '0' && r <= '9' }), "0")
+}
+
+// eventsOf returns the events of records and of folds, the newest first.
+func eventsOf(records []*record, folded folds) (all []Event) {
 	for _, r := range records {
 		all = append(all, *r.event())
 	}
+	for _, f := range folded {
+		e := *f.last.event()
+		e.Count, e.First, e.Various = f.count, f.first, f.various
+		all = append(all, e)
+	}
+	slices.SortStableFunc(all, func(a, b Event) int { return b.Time.Compare(a.Time) })
 	return all
 }
 
@@ -200,13 +286,15 @@ func (a *audit) add(r *record) {
 	e := &r.Event
 	a.mu.Lock()
 	defer a.mu.Unlock()
-	a.events.add(r, maxEvents)
-	if e.Result == ResultRefused {
-		a.failures.add(r, maxFailures)
-	}
-	if e.Request != RequestSign || e.Result != ResultOK {
+	switch {
+	case e.Result != ResultOK:
+		a.failures.add(r, maxFailures, true)
+		return
+	case e.Request != RequestSign:
+		a.changed.add(r, maxChanged, false)
 		return
 	}
+	a.signed.add(r, maxSigned)
 	if a.uses == nil {
 		a.uses = make(map[string]uses)
 	}
@@ -231,6 +319,7 @@ func (k *Keyring) end(r *record, err error) {
 	e := &r.Event
 	e.Time = time.Now()
 	e.Took = e.Time.Sub(r.start)
+	e.Count, e.First = 1, e.Time
 	switch {
 	case err == nil:
 		e.Result = ResultOK
@@ -413,8 +502,9 @@ type Status struct {
 	Keys      []KeyStatus // in the order of the list
 	Upstreams []UpstreamStatus
 	Approvals []ApprovalStatus // the newest first
-	Events    []Event          // the newest first
-	Failures  []Event          // those that were refused, further back than Events has them
+	Pauses    []PauseStatus    // the longest first
+	Events    []Event          // the newest first, with those that were not granted
+	Failures  []Event          // those of them that were refused
 }
 
 // A KeyStatus tells of an identity.
@@ -444,9 +534,9 @@ func (k *Keyring) Now() Status {
 		return Status{Locked: true}
 	}
 	v := k.now()
-	s := Status{Approvals: k.approvals.list()}
+	s := Status{Approvals: k.approvals.list(), Pauses: k.opts.Questions.Pauses()}
 	k.audit.mu.Lock()
-	events, failures := k.audit.events.newest(), k.audit.failures.newest()
+	signed, folded := k.audit.signed.newest(), slices.Concat(k.audit.changed, k.audit.failures)
 	for _, id := range v.identities {
 		used := k.audit.uses[id.fingerprint]
 		s.Keys = append(s.Keys, KeyStatus{
@@ -456,7 +546,13 @@ func (k *Keyring) Now() Status {
 		})
 	}
 	k.audit.mu.Unlock()
-	s.Events, s.Failures = eventsOf(events), eventsOf(failures)
+	slices.Reverse(folded)
+	s.Events = eventsOf(signed, folded)
+	for _, e := range s.Events {
+		if e.Result == ResultRefused {
+			s.Failures = append(s.Failures, e)
+		}
+	}
 	k.mu.Lock()
 	defer k.mu.Unlock()
 	for _, u := range k.opts.Upstreams {

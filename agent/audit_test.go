@@ -211,31 +211,23 @@ func TestLineNamesTheHome(t *testing.T) {
 	}
 }
 
-// What is kept is bounded, and failures are known for longer.
+// What is kept is bounded, and requests of one kind do not push out those of another.
 func TestAuditIsBounded(t *testing.T) {
 	key := edKey("pkcs11:token=a")
 	f := newFixture(Options{}, key)
 	f.Refuse(local, RequestAdd, errors.New("the first"))
-	for range 3 * maxEvents {
+	sign := func() {
+		t.Helper()
 		if _, err := f.Sign(t.Context(), local, SignRequest{Key: wireOf(key), Data: []byte("d")}); err != nil {
 			t.Fatal(err)
 		}
 	}
+	for range 3 * maxSigned {
+		sign()
+	}
 	s := f.Now()
-	if len(s.Events) != maxEvents || len(s.Failures) != 1 || s.Failures[0].Reason != "the first" || s.Keys[0].Signatures != 3*maxEvents {
+	if len(s.Events) != maxSigned+1 || len(s.Failures) != 1 || s.Failures[0].Reason != "the first" || s.Keys[0].Signatures != 3*maxSigned {
 		t.Errorf("%d events, %d failures, %d signatures", len(s.Events), len(s.Failures), s.Keys[0].Signatures)
-	}
-	for i := range 2 * maxFailures {
-		f.Refuse(local, RequestAdd, fmt.Errorf("number %d", i))
-	}
-	s = f.Now()
-	if len(s.Failures) != maxFailures {
-		t.Fatalf("%d failures", len(s.Failures))
-	}
-	for i, e := range s.Failures {
-		if want := fmt.Sprintf("number %d", 2*maxFailures-1-i); e.Reason != want {
-			t.Errorf("failure %d is %s, want %s", i, e.Reason, want)
-		}
 	}
 	var a audit
 	for i := range 2 * maxUses {
@@ -243,6 +235,66 @@ func TestAuditIsBounded(t *testing.T) {
 	}
 	if len(a.uses) != maxUses {
 		t.Errorf("uses of %d keys are kept", len(a.uses))
+	}
+}
+
+// A client that is refused thousands of times, or changes something as often, pushes out
+// neither what was granted to others nor all that was refused to them.
+func TestAttack11Status(t *testing.T) {
+	w := newWorld(t)
+	for name, attack := range map[string]func(f *fixture, n int){
+		"the same":     func(f *fixture, _ int) { f.Refuse(w.caller("evil", "evil", "-"), RequestSign, errors.New("no")) },
+		"with numbers": func(f *fixture, n int) { f.Refuse(w.caller("evil"), RequestSign, fmt.Errorf("no %d", n)) },
+		"other reasons": func(f *fixture, n int) {
+			f.Refuse(w.caller("evil"), RequestAdd, errors.New(strings.Repeat("x", n%500)))
+		},
+		"other programs": func(f *fixture, n int) {
+			f.Refuse(w.caller(fmt.Sprint("evil", n)), RequestSign, errors.New("no"))
+		},
+		"made up hosts": func(f *fixture, n int) {
+			c := w.caller("evil", "evil", "-")
+			c.Binds[0].HostKey = randomHost(n)
+			f.Refuse(c, RequestSign, errors.New("no"))
+		},
+		"unknown keys": func(f *fixture, n int) {
+			_, _ = f.Sign(t.Context(), w.caller("evil", "evil", "-"), SignRequest{Key: randomHost(n).Marshal()})
+		},
+		"nothing is removed": func(f *fixture, n int) { _ = f.RemoveAll(t.Context(), w.caller("evil", "evil", "-")) },
+	} {
+		t.Run(name, func(t *testing.T) {
+			key := edKey("pkcs11:token=a")
+			f := newFixture(Options{SoftwareKeys: true}, key)
+			if _, err := f.Sign(t.Context(), local, SignRequest{Key: wireOf(key), Data: []byte("d")}); err != nil {
+				t.Fatal(err)
+			}
+			other := &Caller{Peer: peer.Peer{Known: true, UID: 4242}}
+			f.Refuse(other, RequestAdd, errors.New("something else"))
+			const lot = 2000
+			for n := range lot {
+				attack(f, n)
+			}
+			s := f.Now()
+			signed, counted, noted := 0, 0, false
+			for _, e := range s.Events {
+				switch {
+				case e.Result == ResultOK && e.Request == RequestSign:
+					signed++
+				case e.Reason == "something else":
+					noted = true
+				default:
+					counted += e.Count
+					if e.Count < 1 || e.First.After(e.Time) {
+						t.Errorf("%+v", e)
+					}
+				}
+			}
+			if signed != 1 || !noted || len(s.Events) > maxSigned+maxChanged+maxFailures {
+				t.Errorf("of %d events, %d are signatures; the other refusal: %t", len(s.Events), signed, noted)
+			}
+			if counted != lot {
+				t.Errorf("they stand for %d", counted)
+			}
+		})
 	}
 }
 

@@ -14,14 +14,15 @@ var (
 	errNobody     = errors.New("nobody can be asked for confirmation")
 )
 
-// AddToken adds what the request's provider selects. What was added before under
-// the same name is replaced.
+// AddToken adds what the request's provider selects, as far as the connection sees it.
+// The constraints of the request tighten the limits of keys that are there already, and
+// lift none.
 func (k *Keyring) AddToken(ctx context.Context, c *Caller, r TokenRequest) error {
 	rec := k.begin(c, RequestAdd)
 	inside, err := k.lock.enter(ctx, c, nil)
 	if err == nil {
 		defer inside.leave()
-		err = k.addToken(inside, rec, r)
+		err = inside.reason(k.addToken(inside, rec, r))
 	}
 	k.end(rec, err)
 	return err
@@ -117,8 +118,8 @@ func (k *Keyring) keepAddition(rec *record, s Selection, constraints Constraints
 		return err
 	}
 	var removed []known
+	now := a.limits
 	for _, key := range meant {
-		now := a.limits
 		switch {
 		case !shown[key.wire] && k.removedLocked(key):
 			removed = append(removed, key)
@@ -423,8 +424,10 @@ func (k *Keyring) removeSeen(c *Caller) (may func([]Key) bool) {
 	}
 }
 
-// Configure changes the rules. Automatic identities that were removed are back.
+// Configure changes the rules. Automatic identities that were removed are back, and
+// a person may be asked again at once.
 func (k *Keyring) Configure(r Rules) {
+	k.opts.Questions.Reset()
 	k.mu.Lock()
 	defer k.mu.Unlock()
 	k.expireLocked() // under the rules that they were added under

@@ -17,8 +17,6 @@ type LoginRequest struct {
 	// on the reader. It belongs to the door, which wipes it when the request is
 	// answered.
 	PIN *secret.Secret
-	// LastTry says that the person knows that one try may be left, and wants it used.
-	LastTry bool
 }
 
 // A LoginAnswer tells what there is to say of a login, be it one that failed.
@@ -28,9 +26,6 @@ type LoginAnswer struct {
 	Already bool
 	// Tries is what the token says is left of the tries: ok, low, last, locked.
 	Tries string
-	// LastTry says that nothing was tried because one try is left, and
-	// LoginRequest.LastTry was not set.
-	LastTry bool
 }
 
 // ErrNoControl is what MayControl says, with the reason.
@@ -110,8 +105,9 @@ func (k *Keyring) report(c *Caller, provider []byte) ([]byte, error) {
 	return k.opts.Report(k.Now(), s)
 }
 
-// Login logs in to the one token that the request names. Nothing is tried that the
-// request does not give, nor twice. The answer counts when there is an error, too.
+// Login logs in to the one token that the request names. Nothing is tried twice. When
+// one try is left, a person is asked first whether to use it: the request has no say
+// in that. The answer counts when there is an error, too.
 func (k *Keyring) Login(ctx context.Context, c *Caller, r LoginRequest) (LoginAnswer, error) {
 	rec := k.begin(c, RequestLogin)
 	rec.told = true
@@ -139,7 +135,8 @@ func (k *Keyring) login(ctx context.Context, rec *record, r LoginRequest) (Login
 	}
 	rec.URI = s.String()
 	defer k.opts.Tokens.Drop(s)
-	return k.opts.Tokens.Login(inside, s, r.PIN, r.LastTry)
+	answer, err := k.opts.Tokens.Login(inside, s, r.PIN)
+	return answer, inside.reason(err)
 }
 
 // Logout logs out of the tokens that the provider selects, or of all when it is

@@ -94,7 +94,7 @@ func TestControl(t *testing.T) {
 	}
 	defer pin.Wipe()
 	f.tokens.answer = LoginAnswer{Tries: "low"}
-	if a, err := f.Login(t.Context(), c, LoginRequest{Provider: []byte("pkcs11:token=a"), PIN: pin, LastTry: true}); err != nil || a.Tries != "low" {
+	if a, err := f.Login(t.Context(), c, LoginRequest{Provider: []byte("pkcs11:token=a"), PIN: pin}); err != nil || a.Tries != "low" {
 		t.Errorf("login: %+v, %v", a, err)
 	}
 	if err := f.Logout(t.Context(), c, []byte("pkcs11:token=b")); err != nil {
@@ -107,7 +107,7 @@ func TestControl(t *testing.T) {
 	if a, err := f.Login(t.Context(), c, LoginRequest{Provider: []byte("pkcs11:token=a")}); err == nil || a.Tries != "low" {
 		t.Errorf("login: %+v, %v", a, err)
 	}
-	if got, want := fmt.Sprintf("%q", f.tokens.logins), `["pkcs11:token=a 1234 true" "out of pkcs11:token=b" "pkcs11:token=a  false"]`; got != want {
+	if got, want := fmt.Sprintf("%q", f.tokens.logins), `["pkcs11:token=a 1234" "out of pkcs11:token=b" "pkcs11:token=a "]`; got != want {
 		t.Errorf("tokens were asked %s", got)
 	}
 	if n := len(f.tokens.dropped); n != 4 {

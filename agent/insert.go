@@ -25,7 +25,7 @@ var (
 type Inserter interface {
 	// Insert shows what is wanted until ctx ends, which is an error. It reports
 	// true when the person says that the token is in, and false when they decline.
-	// ctx carries a [waiting.List] of the requests that the token is wanted for.
+	// ErrNoToAll is "no to everything from here".
 	Insert(ctx context.Context, w Wanted) (bool, error)
 }
 
@@ -74,8 +74,12 @@ func (k *Keyring) awaitToken(ctx context.Context, id *identity) error {
 	ask := func() {
 		open = true
 		go func() {
-			in, err := k.opts.Insert.Insert(ctx, w)
-			answers <- answer{in, err}
+			var a answer
+			a.err = k.opts.Questions.Ask(ctx, w.Fingerprint, false, func(ctx context.Context) (_ Outcome, err error) {
+				a.in, err = k.opts.Insert.Insert(ctx, w)
+				return outcomeOf(a.in, err), err
+			})
+			answers <- a
 		}()
 	}
 	ask()
@@ -97,6 +101,8 @@ func (k *Keyring) awaitToken(ctx context.Context, id *identity) error {
 			switch {
 			case ctx.Err() != nil:
 				return fmt.Errorf("token %s is needed: %w", tokens, context.Cause(ctx))
+			case isDeclined(a.err):
+				return fmt.Errorf("token %s is needed: %w", tokens, a.err)
 			case a.err != nil:
 				return fmt.Errorf("token %s is not there, and nobody can be asked to insert it: %w", tokens, a.err)
 			case !a.in:

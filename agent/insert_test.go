@@ -10,6 +10,8 @@ import (
 	"testing"
 	"testing/synctest"
 	"time"
+
+	"p11-agent/pinentry/waiting"
 )
 
 // fakeInserter is a person at the place where tokens are inserted.
@@ -22,7 +24,15 @@ type fakeInserter struct {
 	most  int
 }
 
-func (i *fakeInserter) Insert(ctx context.Context, w Wanted) (bool, error) {
+func (i *fakeInserter) Insert(ctx context.Context, w Wanted) (in bool, err error) {
+	err = waiting.Ask(ctx, waiting.Question{Ask: func(ctx context.Context) (err error) {
+		in, err = i.insert(ctx, w)
+		return err
+	}})
+	return in, err
+}
+
+func (i *fakeInserter) insert(ctx context.Context, w Wanted) (bool, error) {
 	i.mu.Lock()
 	i.asked = append(i.asked, w)
 	n := len(i.asked)

@@ -45,9 +45,10 @@ type Key interface {
 	Present() bool
 	// TokenName names that token to a person.
 	TokenName() string
-	// AsksPIN tells whether a signature that begins now would have a person give the
-	// PIN of the token. It does not when somebody is logged in, when the PIN comes from
-	// elsewhere, or when a login is under way, whose prompt may be about another key.
+	// AsksPIN tells whether a signature that begins now would want a PIN from a person, or
+	// one that a client has named when it added the key. It does not when somebody is
+	// logged in, when the PIN comes from elsewhere, or when a login is under way, whose
+	// prompt may be about another key.
 	AsksPIN() bool
 	// SignMessageContext signs as crypto.MessageSigner does: ECDSA in ASN.1.
 	SignMessageContext(ctx context.Context, msg []byte, opts crypto.SignerOpts) ([]byte, error)
@@ -95,9 +96,8 @@ type Tokens interface {
 	// LogoutOf logs out of the tokens that are chosen by all their known keys.
 	LogoutOf(ctx context.Context, chosen func([]Key) bool) error
 	// Login logs in to the one token that is selected. A nil PIN comes from where a
-	// signature would get it, without asking a person to type it anywhere but on the
-	// reader. lastTry as in a LoginRequest.
-	Login(ctx context.Context, s Selection, pin *secret.Secret, lastTry bool) (LoginAnswer, error)
+	// signature would get it. When one try is left, a person is asked first.
+	Login(ctx context.Context, s Selection, pin *secret.Secret) (LoginAnswer, error)
 	// Logout logs out of the tokens that are selected.
 	Logout(ctx context.Context, s Selection) error
 }
@@ -134,6 +134,9 @@ type Options struct {
 	// Confirm asks whether a key may be used; nil: nobody can be asked, what is to
 	// be confirmed is refused, and so is adding an identity for confirmation.
 	Confirm Confirmer
+	// Questions decides whether a person may be asked; nil: one of the Keyring's own.
+	// All that show a question to a person share one.
+	Questions *Questions
 	// SoftwareKeys lets clients add private keys, which are kept in memory.
 	SoftwareKeys bool
 	// RemoteTokens lets clients behind forwarded connections add keys of tokens.
@@ -193,6 +196,9 @@ type Keyring struct {
 
 // NewKeyring makes a Keyring.
 func NewKeyring(opts Options) *Keyring {
+	if opts.Questions == nil {
+		opts.Questions = NewQuestions()
+	}
 	k := &Keyring{
 		opts: opts, log: opts.Log, start: time.Now(), lock: newLock(),
 		hidden: make(map[string]uint64), owed: make(map[string]*limits), troubles: make(map[string]string),
@@ -315,14 +321,12 @@ func (k *Keyring) signFor(ctx context.Context, rec *record, r SignRequest) (*ssh
 	case id == nil:
 		k.opts.Tokens.Poke()
 		rec.Key = k.describe(r.Key)
-		return k.signUpstream(ctx, rec, r)
+		sig, err := k.signUpstream(ctx, rec, r)
+		return sig, inside.reason(err)
 	}
 	rec.about(id)
 	sig, err := k.sign(ctx, rec, id, r)
-	if err != nil && errors.Is(context.Cause(ctx), errLocked) {
-		err = errLocked
-	}
-	return sig, err
+	return sig, inside.reason(err)
 }
 
 func (k *Keyring) sign(ctx context.Context, rec *record, id *identity, r SignRequest) (*ssh.Signature, error) {

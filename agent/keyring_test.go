@@ -24,6 +24,7 @@ import (
 
 	"p11-agent/agent/peer"
 	"p11-agent/pinentry/secret"
+	"p11-agent/pinentry/waiting"
 )
 
 // fakeKey is a key in memory that can be away and counts its signatures.
@@ -246,10 +247,10 @@ func (t *fakeTokens) LogoutOf(_ context.Context, chosen func([]Key) bool) error 
 	return nil
 }
 
-func (t *fakeTokens) Login(_ context.Context, s Selection, pin *secret.Secret, lastTry bool) (LoginAnswer, error) {
+func (t *fakeTokens) Login(_ context.Context, s Selection, pin *secret.Secret) (LoginAnswer, error) {
 	t.mu.Lock()
 	defer t.mu.Unlock()
-	t.logins = append(t.logins, fmt.Sprintf("%s %s %v", s, pin.Bytes(), lastTry))
+	t.logins = append(t.logins, fmt.Sprintf("%s %s", s, pin.Bytes()))
 	return t.answer, t.selectErr
 }
 
@@ -268,7 +269,15 @@ type fakeConfirm struct {
 	caller *Caller
 }
 
-func (c *fakeConfirm) Confirm(ctx context.Context, r Question) (Answer, error) {
+func (c *fakeConfirm) Confirm(ctx context.Context, r Question) (answer Answer, err error) {
+	err = waiting.Ask(ctx, waiting.Question{Ask: func(ctx context.Context) (err error) {
+		answer, err = c.confirm(ctx, r)
+		return err
+	}})
+	return answer, err
+}
+
+func (c *fakeConfirm) confirm(ctx context.Context, r Question) (Answer, error) {
 	c.use, c.caller = UseFromContext(ctx), CallerFromContext(ctx)
 	if c.use != r.Use {
 		panic("the request is about another use")

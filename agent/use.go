@@ -3,6 +3,7 @@ package agent
 import (
 	"bytes"
 	"context"
+	"errors"
 	"fmt"
 	"strconv"
 	"strings"
@@ -248,8 +249,9 @@ func plainly(name string) string {
 }
 
 type (
-	useKey    struct{}
-	callerKey struct{}
+	useKey     struct{}
+	callerKey  struct{}
+	requestKey struct{}
 )
 
 // A request is the context of what is done for a request: one for all that goes
@@ -268,12 +270,33 @@ func (r *request) Value(key any) any {
 	switch key.(type) {
 	case callerKey:
 		return r.caller
+	case requestKey:
+		return r
 	case useKey:
 		if r.use != nil {
 			return r.use
 		}
 	}
 	return r.Context.Value(key)
+}
+
+// requestFrom returns the request that ctx is of, or nil.
+func requestFrom(ctx context.Context) *request {
+	r, _ := ctx.Value(requestKey{}).(*request)
+	return r
+}
+
+// reason returns why the request is refused, which is not err when the agent has
+// ended the request itself.
+func (r *request) reason(err error) error {
+	if err == nil {
+		return nil
+	}
+	cause := context.Cause(r)
+	if _, paused := errors.AsType[*PausedError](cause); paused || errors.Is(cause, errLocked) {
+		return cause
+	}
+	return err
 }
 
 // Context returns a context for what is done for a request of c.

@@ -202,11 +202,11 @@ func TestInsertMoves(t *testing.T) {
 		key := edKey("pkcs11:token=a;id=%01")
 		asked := make(chan *Caller, 10)
 		in := &fakeInserter{answer: func(ctx context.Context, _ int) (bool, error) {
-			err := waiting.Ask(ctx, func(ctx context.Context) error {
+			err := waiting.Ask(ctx, waiting.Question{Ask: func(ctx context.Context) error {
 				asked <- CallerFromContext(ctx)
 				<-ctx.Done()
 				return ctx.Err()
-			})
+			}})
 			return false, err
 		}}
 		f := newFixture(Options{Rules: Rules{OfferAway: always}, Insert: in, RemoteTokens: true})

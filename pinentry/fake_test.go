@@ -19,6 +19,8 @@ import (
 	"time"
 
 	"golang.org/x/sys/unix"
+
+	"p11-agent/agent/peer/terminaltest"
 )
 
 // The fake pinentry (and askpass) is this test program, run with
@@ -39,7 +41,7 @@ func TestMain(m *testing.M) {
 		fmt.Println("ERR 1 a fake without a scenario")
 		exit(1)
 	}
-	os.Exit(m.Run())
+	os.Exit(terminaltest.Without(m).Run())
 }
 
 // fake is what a scenario works with.
@@ -264,7 +266,7 @@ func shortDir(t *testing.T) string {
 // waitFor polls for a condition that another process brings about.
 func waitFor(t *testing.T, what string, condition func() bool) {
 	t.Helper()
-	for deadline := time.Now().Add(20 * time.Second); !condition(); time.Sleep(2 * time.Millisecond) {
+	for deadline := time.Now().Add(3 * time.Minute); !condition(); time.Sleep(2 * time.Millisecond) {
 		if time.Now().After(deadline) {
 			t.Fatalf("no sign of %s", what)
 		}

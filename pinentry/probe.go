@@ -195,3 +195,29 @@ func knownTTYType(name string) bool {
 	}
 	return false
 }
+
+// Say writes a line to the terminal of the place, where a question could be asked now.
+// It never waits: a terminal that takes nothing does not show the line.
+func (p Place) Say(text string) error {
+	if p.TTY == nil {
+		return ErrNoTerminal
+	}
+	if p.Check != nil {
+		if err := p.Check(); err != nil {
+			return err
+		}
+	}
+	if err := inLineMode(p.TTY); err != nil {
+		return err
+	}
+	return control(p.TTY, func(fd int) error {
+		// A file of its own: the other one blocks, and is read from.
+		own, err := unix.Open("/proc/self/fd/"+strconv.Itoa(fd), unix.O_WRONLY|unix.O_NOCTTY|unix.O_NONBLOCK|unix.O_CLOEXEC, 0)
+		if err != nil {
+			return err
+		}
+		defer unix.Close(own) //nolint:errcheck // what was written is with the terminal
+		_, err = unix.Write(own, []byte("\r"+Visible(text, false)+"\n"))
+		return err
+	})
+}

@@ -17,6 +17,8 @@ import (
 	"testing"
 	"time"
 	"unicode/utf8"
+
+	"p11-agent/agent/peer/terminaltest"
 )
 
 // The test program also plays the service, and a child of the service.
@@ -29,7 +31,7 @@ const noRaceSleep = "GORACE=atexit_sleep_ms=0"
 func TestMain(m *testing.M) {
 	switch role := os.Getenv(roleVariable); role {
 	case "":
-		os.Exit(m.Run())
+		os.Exit(terminaltest.Without(m).Run())
 	case "service":
 		serve()
 	case "child":
@@ -347,7 +349,7 @@ func manager(t *testing.T) (read func() string) {
 	return func() string {
 		t.Helper()
 		// What was sent is there already: the deadline is for what was not.
-		if err := c.SetReadDeadline(time.Now().Add(10 * time.Second)); err != nil {
+		if err := c.SetReadDeadline(time.Now().Add(3 * time.Minute)); err != nil {
 			t.Fatal(err)
 		}
 		b := make([]byte, 8192)

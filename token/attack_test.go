@@ -2,6 +2,7 @@ package token_test
 
 import (
 	"bytes"
+	"context"
 	"fmt"
 	"log/slog"
 	"os"
@@ -9,10 +10,12 @@ import (
 	"strings"
 	"sync"
 	"testing"
+	"time"
 
 	"p11-agent/token"
 	"p11-agent/token/pkcs11uri"
 	"p11-agent/token/tokentest"
+	"p11-agent/token/wire"
 )
 
 // A PIN of the configuration that one of two tokens of a label has refused, or taken, is
@@ -192,4 +195,41 @@ func TestAttack14ManyTokens(t *testing.T) {
 	if n := bytes.Count(list, []byte(`"module": "liar"`)); n > token.MaxTokens {
 		t.Errorf("%d tokens of the liar are in the list", n)
 	}
+}
+
+// A module that wants a new process again and again gets one now and then.
+func TestAttack14RenewedWithoutEnd(t *testing.T) {
+	liar := tokentest.NewFake(t)
+	liar.Intercept(func(_ context.Context, p *tokentest.FakeProcess, r wire.Request) bool {
+		if r.Type == wire.TypeSlots {
+			p.Lose(&wire.Error{Reason: wire.ReasonRenew})
+		}
+		return r.Type == wire.TypeSlots
+	})
+	began := time.Now()
+	b := newBench(t, &tokentest.Person{Always: pin}, func(_ *bench, opts *token.Options) {
+		spec := fakeSpec(liar)
+		spec.Name = "liar"
+		opts.Modules = append(opts.Modules, spec)
+	})
+	b.mustSign()
+	tokentest.Until(t, "it has had all that it may have at once", func() bool { return liar.Started() > token.RenewBurst+2 })
+	n := liar.Started()
+	if most := token.RenewBurst + int(time.Since(began)/token.RenewEvery) + 2; n > most {
+		t.Errorf("%d processes were started, and %d are the most for that time", n, most)
+	}
+	b.mustSign()
+}
+
+// A module process that tells of events without end is stopped.
+func TestAttack14EventsWithoutEnd(t *testing.T) {
+	b := newBench(t, &tokentest.Person{Always: pin}, nil)
+	b.key(1)
+	tokentest.Until(t, "the process is replaced", func() bool {
+		for range 200 {
+			b.card.Insert()
+		}
+		return b.store.Modules()[0].Restarts > 0
+	})
+	b.mustSign()
 }

@@ -165,11 +165,11 @@ func (m *module) prune() {
 	s := m.store
 	s.mu.Lock()
 	m.mu.Lock()
-	pruned := m.surplusLocked(func(t *Token) bool { return s.homes[t.ID] == home{m.spec.Name, true} })
+	pruned := m.surplusLocked(func(t *Token) bool { return s.homes[t.ID] == home{m.identity, true} })
 	for _, t := range pruned {
 		delete(m.tokens, t.ID)
 		m.insertions = max(m.insertions, t.inserts())
-		if s.homes[t.ID].module == m.spec.Name {
+		if s.homes[t.ID].module == m.identity {
 			delete(s.homes, t.ID)
 		}
 	}

@@ -15,7 +15,7 @@ func TestStatusChanged(t *testing.T) {
 	// follow waits for the state, and looks only when it is told to.
 	follow := func(what string, is func(token.ModuleStatus) bool) {
 		t.Helper()
-		late := time.After(30 * time.Second)
+		late := time.After(3 * time.Minute)
 		for !is(state()) {
 			select {
 			case <-b.store.StatusChanged():

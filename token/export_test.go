@@ -55,3 +55,9 @@ const (
 	MaxModuleKeys = maxModuleKeys
 	MaxKeyBytes   = maxKeyBytes
 )
+
+// The pace at which a module gets new processes in place of those that are well.
+const (
+	RenewBurst = renewBurst
+	RenewEvery = renewEvery
+)

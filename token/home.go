@@ -3,6 +3,7 @@ package token
 import (
 	"context"
 	"fmt"
+	"path/filepath"
 	"slices"
 	"strings"
 
@@ -22,8 +23,8 @@ import (
 //   - a person who gives the right PIN at a prompt that names the guest, when the home
 //     is no module of the agent any more.
 //
-// The name of a module comes from the configuration of the agent or of p11-kit, or it is
-// that of a file. The module itself has no say in it.
+// A module goes by the name that the configuration of the agent or of p11-kit gives it, or
+// by its path when a client has started it. The module itself has no say in it.
 
 // home is where a token belongs.
 type home struct {
@@ -57,7 +58,8 @@ func homeURIs(uris []*pkcs11uri.URI) []*pkcs11uri.URI {
 
 // namedLocked returns the one module that a URI names, nil when it names none or
 // several. A directory names none, and the name in the configuration counts before that
-// of a file: another module may have a file of the same name.
+// of a file: another module may have a file of the same name. A module that a client has
+// started is named by its path only, as the client has chosen the file.
 func (s *Store) namedLocked(u *pkcs11uri.URI) *module {
 	if u.ModuleName == nil && u.ModulePath == nil {
 		return nil
@@ -69,7 +71,7 @@ func (s *Store) namedLocked(u *pkcs11uri.URI) *module {
 			if file {
 				path = m.spec.Path
 			}
-			if u.MatchModuleName(m.spec.Name, path) && m.at(u) {
+			if m.at(u) && (u.ModuleName == nil || !m.byClient && u.MatchModuleName(m.spec.Name, path)) {
 				found = append(found, m)
 			}
 		}
@@ -101,7 +103,7 @@ func (s *Store) homeLocked(id wire.TokenID) string {
 	for _, u := range s.preferred {
 		if u.MatchToken(id) {
 			if m := s.namedLocked(u); m != nil {
-				return m.spec.Name
+				return m.identity
 			}
 		}
 	}
@@ -111,15 +113,15 @@ func (s *Store) homeLocked(id wire.TokenID) string {
 // claimLocked gives a token that is there a home, and returns through which of the
 // modules that show it the token is used. claims are in the order of the modules.
 func (s *Store) claimLocked(id wire.TokenID, claims []*Token) *Token {
-	first := claims[0].module.spec.Name
+	first := claims[0].module.identity
 	switch h, ok := s.homes[id]; {
 	case !ok:
 		s.homes[id] = home{module: first}
-	case !h.proved && !s.allLooked() && slices.ContainsFunc(claims, func(t *Token) bool { return t.module.spec.Name == h.module }):
+	case !h.proved && !s.allLooked() && slices.ContainsFunc(claims, func(t *Token) bool { return t.module.identity == h.module }):
 		s.homes[id] = home{module: first}
 	}
 	belongs := s.homeLocked(id)
-	if i := slices.IndexFunc(claims, func(t *Token) bool { return t.module.spec.Name == belongs }); i >= 0 {
+	if i := slices.IndexFunc(claims, func(t *Token) bool { return t.module.identity == belongs }); i >= 0 {
 		return claims[i]
 	}
 	return claims[0]
@@ -139,7 +141,7 @@ func (s *Store) allLooked() bool {
 // claims returns the name of the token's home, when that is another module, and the
 // names of the other modules that show the token now.
 func (t *Token) claims() (belongs string, others []string) {
-	s, name := t.module.store, t.module.spec.Name
+	s, name := t.module.store, t.module.identity
 	s.mu.Lock()
 	defer s.mu.Unlock()
 	if belongs = s.homeLocked(t.ID); belongs == "" {
@@ -150,7 +152,7 @@ func (t *Token) claims() (belongs string, others []string) {
 	}
 	for _, m := range s.modules {
 		if m != t.module && slices.ContainsFunc(m.present(), func(o *Token) bool { return o.ID == t.ID }) {
-			others = append(others, m.spec.Name)
+			others = append(others, m.identity)
 		}
 	}
 	return belongs, others
@@ -159,11 +161,11 @@ func (t *Token) claims() (belongs string, others []string) {
 // proved notes that the token took a PIN through its module. byPerson tells that a
 // person gave it at a prompt, which names the module of a guest.
 func (t *Token) proved(byPerson bool) {
-	s, name := t.module.store, t.module.spec.Name
+	s, name := t.module.store, t.module.identity
 	s.mu.Lock()
 	defer s.mu.Unlock()
 	h := s.homes[t.ID]
-	gone := !slices.ContainsFunc(s.modules, func(m *module) bool { return m.spec.Name == h.module })
+	gone := !slices.ContainsFunc(s.modules, func(m *module) bool { return m.identity == h.module })
 	if h.module != name && !(byPerson && gone) || h == (home{name, true}) {
 		return
 	}
@@ -180,8 +182,16 @@ type GuestError struct {
 }
 
 func (e *GuestError) Error() string {
-	return fmt.Sprintf("token %q belongs to module %q, and module %q shows it now: to give the PIN to %q, add module-name=%s to the query of the URI",
-		e.Token, e.Home, e.Module, e.Module, e.Module)
+	return fmt.Sprintf("token %q belongs to module %q, and module %q shows it now: to give the PIN to %q, add %s to the query of the URI",
+		e.Token, e.Home, e.Module, e.Module, naming(e.Module))
+}
+
+// naming is the attribute of a URI that names a module.
+func naming(identity string) string {
+	if filepath.IsAbs(identity) {
+		return "module-path=" + identity
+	}
+	return "module-name=" + identity
 }
 
 type selectorKey struct{}
@@ -205,5 +215,5 @@ func (t *Token) checkHome(ctx context.Context) error {
 	if sel, ok := ctx.Value(selectorKey{}).(*Selector); ok && (sel.path != "" && sel.path == t.module.file || t.module.store.names(sel.uri, t.module)) {
 		return nil
 	}
-	return &GuestError{Token: t.ID.Label, Module: t.module.spec.Name, Home: belongs}
+	return &GuestError{Token: t.ID.Label, Module: t.module.identity, Home: belongs}
 }

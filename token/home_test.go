@@ -123,7 +123,6 @@ func TestAttack05KeptPIN(t *testing.T) {
 	want(t, "home in the prompt", asked[1].Home, "good")
 	for what, err := range map[string]error{
 		"a PIN given in advance":        s.Login(t.Context(), []*token.Key{k}, tokentest.Secret(t, pin)),
-		"a PIN given for the last try":  s.LoginLastTry(t.Context(), []*token.Key{k}, tokentest.Secret(t, pin)),
 		"a URI that a client has added": s.AddSource(parse(t, "pkcs11:token=card?pin-value="+pin), []*token.Key{k}),
 	} {
 		if _, ok := errors.AsType[*token.GuestError](err); !ok {
@@ -204,4 +203,37 @@ func TestKnownVersion1(t *testing.T) {
 	}
 	noError(t, os.WriteFile(file, []byte(old), 0o600))
 	only(t, c.open("bad", "good"), "good")
+}
+
+// A module that a client has started does not take the name of another one whose file is
+// called the same.
+func TestAttack05SameFileName(t *testing.T) {
+	dir := tokentest.TempDir(t)
+	library := tokentest.BuildBadModule(t)
+	opts := token.Options{Command: self, PINs: new(tokentest.Person), StateDir: dir, Known: token.KnownKept}
+	first := opts
+	first.Modules = []token.ModuleSpec{realSpec(filepath.Base(library), library)}
+	s := tokentest.Store(t, first)
+	tokentest.Until(t, "the token is there", func() bool { return has(s, "bad") })
+	untilWritten(t, dir, `"home": true`, true)
+	noError(t, s.Close())
+
+	exe, err := os.Executable()
+	noError(t, err)
+	opts.Command = []string{"/usr/bin/env", realModule + "=1", exe} // no table of the configuration has an environment for it
+	opts.Sources = []*pkcs11uri.URI{parse(t, "pkcs11:token=bad?pin-value=1234")}
+	named := parse(t, "pkcs11:token=bad?module-name="+filepath.Base(library)+"&pin-value=1234")
+	s = tokentest.Store(t, opts)
+	sel, err := token.ParseProvider([]byte(library), token.AllowList{"*"})
+	noError(t, err)
+	keys, err := s.Select(t.Context(), sel)
+	noError(t, err)
+	want(t, "home", s.Modules()[0].Tokens[0].Home, filepath.Base(library))
+	for _, u := range []*pkcs11uri.URI{opts.Sources[0], named} {
+		s.SetSources([]*pkcs11uri.URI{u})
+		s.SetHomes([]*pkcs11uri.URI{u})
+		if err := tokentest.Sign(t.Context(), keys[0]); err == nil || !strings.Contains(err.Error(), "belongs to module") {
+			t.Errorf("%v: got %v", u, err)
+		}
+	}
 }

@@ -234,7 +234,7 @@ func replaceFile(path string, content []byte) error {
 // start of the agent is what was listed at its end.
 func (m *module) restore(k *known) {
 	for _, t := range k.Tokens {
-		if t.Module != m.spec.Name || m.tokens[t.id()] != nil {
+		if t.Module != m.identity || m.tokens[t.id()] != nil {
 			continue
 		}
 		restored := newToken(m, t.id())
@@ -269,7 +269,7 @@ func (s *Store) knownNow() *known {
 		for _, t := range m.known() {
 			entry := t.entry()
 			h := homes[t.ID]
-			entry.Home = h.module == m.spec.Name
+			entry.Home = h.module == m.identity
 			if len(entry.Keys) > 0 || entry.Home && h.proved {
 				k.Tokens = append(k.Tokens, entry)
 			}
@@ -287,7 +287,7 @@ func (s *Store) knownNow() *known {
 // entry is what the list says of a token.
 func (t *Token) entry() knownToken {
 	entry := knownToken{
-		Module: t.module.spec.Name, Label: t.ID.Label, Serial: t.ID.Serial, Manufacturer: t.ID.Manufacturer, Model: t.ID.Model,
+		Module: t.module.identity, Label: t.ID.Label, Serial: t.ID.Serial, Manufacturer: t.ID.Manufacturer, Model: t.ID.Model,
 		There: t.present(), Seen: t.lastSeen().UTC().Truncate(time.Second),
 	}
 	for _, key := range t.keyList() {
@@ -321,6 +321,7 @@ type share struct{ tokens, keys, bytes int }
 func (a share) plus(b share) share {
 	return share{a.tokens + b.tokens, a.keys + b.keys, a.bytes + b.bytes}
 }
+
 func (a share) minus(b share) share {
 	return share{a.tokens - b.tokens, a.keys - b.keys, a.bytes - b.bytes}
 }

@@ -67,9 +67,8 @@ type flight struct {
 // given is a PIN that a person gave for a token in advance, nil for none. It stays the
 // caller's.
 type given struct {
-	pin     *secret.Secret
-	lastTry bool // the person wants it tried also when it is the last try
-	typed   bool // at a prompt for this token and this module
+	pin   *secret.Secret
+	typed bool // at a prompt for this token and this module
 }
 
 // login logs in to the token for the sake of a key, or waits for somebody
@@ -80,8 +79,11 @@ type given struct {
 // signature is not to be asked twice.
 func (t *Token) login(ctx context.Context, k *Key, with given) (*secret.Secret, error) {
 	g := t.gate
+	if with.pin.Len() > 0 {
+		return t.loginGiven(ctx, g, k, with)
+	}
 	for {
-		f, own, err := t.board(ctx, g, k, with)
+		f, own, err := t.board(ctx, g, k)
 		if err != nil {
 			return nil, err
 		}
@@ -92,19 +94,41 @@ func (t *Token) login(ctx context.Context, k *Key, with given) (*secret.Secret, 
 			f.waiting.Leave(ctx)
 			return nil, ctx.Err()
 		}
-		// A PIN given in advance is no part of somebody else's failed login.
-		// Nor is a login that was called off just before this one joined.
 		switch {
 		case own:
 			return f.pin, f.err
-		case f.err == nil || with.pin.Len() == 0 && !f.abandoned:
+		case !f.abandoned: // or it was called off just before this one joined
 			return nil, f.err
 		}
 	}
 }
 
+// loginGiven logs in with a PIN that was given in advance. It shares nothing with other
+// logins but its turn: the PIN is the affair of this request. Nobody else is asked
+// whether to use the last try for it, and it is not tried when this request has gone.
+func (t *Token) loginGiven(ctx context.Context, g *gate, k *Key, with given) (*secret.Secret, error) {
+	g.flights.Add(1)
+	defer g.flights.Add(-1)
+	defer t.module.use()()
+	ctx, cancel := context.WithCancel(context.WithValue(ctx, hasPINKey{}, true))
+	defer cancel()
+	defer context.AfterFunc(t.module.store.ctx, cancel)()
+	typed, err := t.logIn(ctx, g, k, with)
+	err = t.loginFailed(err, false)
+	if err != nil && t.module.store.ctx.Err() != nil {
+		err = ErrClosed
+	}
+	return typed, err
+}
+
+type hasPINKey struct{}
+
+// HasPIN tells whether ctx is of a request that has a PIN already: it waits for its turn
+// to have the PIN tried, and nobody is to be asked for another one.
+func HasPIN(ctx context.Context) bool { return ctx.Value(hasPINKey{}) != nil }
+
 // board joins the login under way, or starts one.
-func (t *Token) board(ctx context.Context, g *gate, k *Key, with given) (f *flight, own bool, err error) {
+func (t *Token) board(ctx context.Context, g *gate, k *Key) (f *flight, own bool, err error) {
 	g.mu.Lock()
 	defer g.mu.Unlock()
 	if g.flight != nil {
@@ -113,12 +137,6 @@ func (t *Token) board(ctx context.Context, g *gate, k *Key, with given) (f *flig
 		return g.flight, false, nil
 	}
 	// The login outlives the request that started it when others wait too.
-	var pin *secret.Secret
-	if with.pin.Len() > 0 {
-		if pin, err = with.pin.Clone(); err != nil {
-			return nil, false, err
-		}
-	}
 	f = &flight{done: make(chan struct{}), waiters: 1}
 	f.waiting.Add(ctx)
 	ctx, cancel := context.WithCancel(waiting.NewContext(context.WithoutCancel(ctx), &f.waiting))
@@ -127,10 +145,9 @@ func (t *Token) board(ctx context.Context, g *gate, k *Key, with given) (f *flig
 	started := t.module.store.goWhileOpen(func() {
 		defer g.flights.Add(-1)
 		defer t.module.use()()
-		defer pin.Wipe()
 		defer cancel()
 		defer context.AfterFunc(t.module.store.ctx, cancel)()
-		typed, err := t.logIn(ctx, g, k, given{pin: pin, lastTry: with.lastTry, typed: with.typed})
+		typed, err := t.logIn(ctx, g, k, given{})
 		err = t.loginFailed(err, false)
 		if err != nil && t.module.store.ctx.Err() != nil {
 			err = ErrClosed
@@ -147,7 +164,6 @@ func (t *Token) board(ctx context.Context, g *gate, k *Key, with given) (f *flig
 	if !started {
 		g.flights.Add(-1)
 		cancel()
-		pin.Wipe()
 		return nil, false, ErrClosed
 	}
 	g.flight = f
@@ -185,10 +201,15 @@ func (s *Store) goWhileOpen(f func()) bool {
 // logIn is the login itself: one goroutine at a time for each token. It returns
 // what a person has typed when the key wants it again for its signature.
 func (t *Token) logIn(ctx context.Context, g *gate, k *Key, with given) (typed *secret.Secret, err error) {
-	if err := g.take(ctx); err != nil {
-		return nil, err
-	}
-	defer g.give()
+	err = g.inTurn(ctx, func(ctx context.Context) error {
+		typed, err = t.logInNow(ctx, g, k, with)
+		return err
+	})
+	return typed, err
+}
+
+// logInNow is logIn in its turn.
+func (t *Token) logInNow(ctx context.Context, g *gate, k *Key, with given) (typed *secret.Secret, err error) {
 	p, err := t.module.running(ctx)
 	if err != nil {
 		return nil, err
@@ -269,20 +290,58 @@ func (t *Token) reveal(ctx context.Context, p *process) {
 	}
 }
 
+// inTurn calls do when it is its turn to ask for a PIN. Where a person was asked in
+// vain and the prompt has moved to a request that waits for its own turn, do is called
+// again after that one.
+func (g *gate) inTurn(ctx context.Context, do func(context.Context) error) error {
+	for {
+		if err := g.take(ctx); err != nil {
+			return err
+		}
+		err := g.during(ctx, do)
+		if !errors.Is(err, waiting.ErrMoved) {
+			return err
+		}
+	}
+}
+
+// during calls do with a list of those who wait in its context, and gives the turn back.
+func (g *gate) during(ctx context.Context, do func(context.Context) error) error {
+	list := waiting.FromContext(ctx)
+	if list == nil { // who asks for itself alone
+		list = new(waiting.List)
+		list.Add(ctx)
+		ctx = waiting.NewContext(ctx, list)
+	}
+	defer g.give()
+	g.physical.asks(list)
+	defer g.physical.asks(nil)
+	return do(ctx)
+}
+
 // take waits for the token's turn to get a PIN and have it tried, give ends that. There
 // is one turn for all modules that show the token.
 func (g *gate) take(ctx context.Context) error {
+	p := g.physical
 	select {
-	case g.physical.turn <- struct{}{}:
-		if g.closed.Load() {
-			<-g.physical.turn
-			return ErrAbsent
+	case p.turn <- struct{}{}:
+	default:
+		p.queues(func() { p.queue = append(p.queue, ctx) })
+		defer p.queues(func() {
+			p.queue = slices.DeleteFunc(p.queue, func(c context.Context) bool { return c == ctx })
+		})
+		select {
+		case p.turn <- struct{}{}:
+		case <-ctx.Done():
+			return ctx.Err()
 		}
-		g.trying.Store(1)
-		return nil
-	case <-ctx.Done():
-		return ctx.Err()
 	}
+	if g.closed.Load() {
+		<-p.turn
+		return ErrAbsent
+	}
+	g.trying.Store(1)
+	return nil
 }
 
 func (g *gate) give() {
@@ -333,11 +392,13 @@ func (t *Token) withPIN(ctx context.Context, g *gate, k *Key, info wire.TokenInf
 			return &PINError{Token: t.ID.Label, Tries: tries, Err: err}
 		}
 	}
-	if with.pin.Len() > 0 && !pad && (tries != TriesLast || with.lastTry) {
-		if g.wasRefused(with.pin, tries) {
+	if with.pin.Len() > 0 && !pad {
+		switch {
+		case g.wasRefused(with.pin, tries):
 			return &PINError{Token: t.ID.Label, Tries: tries, Err: errors.New(refusedBefore)}
+		case tries != TriesLast:
+			return t.judge(use(ctx, with.pin, false, false))
 		}
-		return t.judge(use(ctx, with.pin, tries == TriesLast, false))
 	}
 	problem := ""
 	if with.pin.Len() == 0 && !pad && tries != TriesLast && policy.Remember && (!eachUse || policy.Reuse) {
@@ -369,10 +430,10 @@ func (t *Token) withPIN(ctx context.Context, g *gate, k *Key, info wire.TokenInf
 	defer g.asking.Add(-1)
 	request := PINRequest{
 		Token: t.ID, Key: k.text, Label: k.found.label, ID: k.ID(), EachUse: eachUse, Pad: pad,
-		MinPIN: minPIN, MaxPIN: maxPIN, Tries: tries,
+		MinPIN: minPIN, MaxPIN: maxPIN, Tries: tries, Given: with.pin.Len() > 0,
 	}
 	if request.Home, request.Others = t.claims(); request.Home != "" || len(request.Others) > 0 {
-		request.Module = t.module.spec.Name
+		request.Module = t.module.identity
 	}
 	d, err := ask.Ask(ctx, request)
 	if err != nil {
@@ -387,7 +448,11 @@ func (t *Token) withPIN(ctx context.Context, g *gate, k *Key, info wire.TokenInf
 	switch {
 	case pad:
 		use = t.proving(use, true)
-		return t.judge(typedOnReader(ctx, d, func(ctx context.Context) error { return use(ctx, nil, tries == TriesLast, true) }))
+		err := t.judge(typedOnReader(ctx, d, func(ctx context.Context) error { return use(ctx, nil, tries == TriesLast, true) }))
+		if d, ok := d.(ReaderObserver); ok {
+			d.TypedOnReader(err)
+		}
+		return err
 	case with.pin.Len() > 0:
 		return t.judge(use(ctx, with.pin, true, false))
 	default:
@@ -611,16 +676,24 @@ func isLoginError(err error) bool {
 
 // signWithPIN makes a signature with a key that wants its PIN each time. The
 // requests of such keys queue up: each has its own prompt, one at a time.
-func (t *Token) signWithPIN(ctx context.Context, p *process, k *Key, req *wire.Sign, with prelude) ([]byte, error) {
+func (t *Token) signWithPIN(ctx context.Context, p *process, k *Key, req *wire.Sign, with prelude) (signature []byte, err error) {
 	g := t.gate
-	if err := g.take(ctx); err != nil {
-		return nil, err
-	}
-	defer g.give()
 	// Close waits for no request, but no prompt is to outlive it.
 	ctx, cancel := context.WithCancel(ctx)
 	defer cancel()
 	defer context.AfterFunc(t.module.store.ctx, cancel)()
+	err = g.inTurn(ctx, func(ctx context.Context) error {
+		signature, err = t.signInTurn(ctx, g, p, k, req, with)
+		return err
+	})
+	if err != nil && t.module.store.ctx.Err() != nil {
+		err = ErrClosed
+	}
+	return signature, err
+}
+
+// signInTurn is signWithPIN in its turn.
+func (t *Token) signInTurn(ctx context.Context, g *gate, p *process, k *Key, req *wire.Sign, with prelude) ([]byte, error) {
 	info, err := t.fresh(ctx, p)
 	if err != nil {
 		return nil, err
@@ -647,9 +720,6 @@ func (t *Token) signWithPIN(ctx context.Context, p *process, k *Key, req *wire.S
 		t.reveal(ctx, p)
 		return p.call(ctx, signTimeout, wire.TypeSign, req, &reply)
 	})
-	if err != nil && t.module.store.ctx.Err() != nil {
-		err = ErrClosed
-	}
 	return reply.Signature, err
 }
 

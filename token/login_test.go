@@ -112,7 +112,6 @@ func TestDialogueDoesNotLockTheToken(t *testing.T) {
 }
 
 func TestLastTry(t *testing.T) {
-	const known = "known:" // in front of a PIN whose giver knows
 	tests := []struct {
 		name           string
 		person         *tokentest.Person
@@ -141,12 +140,6 @@ func TestLastTry(t *testing.T) {
 			func(t *testing.T, err error) { pinError(t, err, false, token.TriesLast) },
 		},
 		{"a PIN given in advance, with consent", &tokentest.Person{Consents: true}, pin, 0, 1, 0, 1, noError},
-		{"a PIN given by who knows that it is the last try", &tokentest.Person{}, known + pin, 0, 1, 0, 0, noError},
-		{"the same, with nobody to ask", nil, known + pin, 0, 1, 0, 0, noError},
-		{
-			"a wrong PIN given by who knows that it is the last try", &tokentest.Person{}, known + "wrong", 1, 0, 0, 0,
-			func(t *testing.T, err error) { pinError(t, err, true, token.TriesNone) },
-		},
 		{
 			"a PIN given in advance, with nobody to ask", nil, pin, 0, 0, 0, 0,
 			func(t *testing.T, err error) { pinError(t, err, false, token.TriesLast) },
@@ -156,9 +149,7 @@ func TestLastTry(t *testing.T) {
 		t.Run(tt.name, func(t *testing.T) {
 			b := newBench(t, tt.person, func(b *bench, _ *token.Options) { b.card.SetTries(1, 3) })
 			var err error
-			if given, ok := strings.CutPrefix(tt.given, known); ok {
-				err = b.store.LoginLastTry(t.Context(), b.store.Keys(), tokentest.Secret(t, given))
-			} else if tt.given != "" {
+			if tt.given != "" {
 				err = b.store.Login(t.Context(), b.store.Keys(), tokentest.Secret(t, tt.given))
 			} else {
 				err = b.sign()

@@ -4,6 +4,7 @@ import (
 	"os"
 	"testing"
 
+	"p11-agent/agent/peer/terminaltest"
 	"p11-agent/token"
 	"p11-agent/token/module"
 	"p11-agent/token/tokentest"
@@ -19,7 +20,7 @@ func TestMain(m *testing.M) {
 	if os.Getenv(realModule) != "" {
 		os.Exit(module.Main())
 	}
-	os.Exit(m.Run())
+	os.Exit(terminaltest.Without(m).Run())
 }
 
 var self = []string{"/proc/self/exe"}

@@ -1,11 +1,13 @@
 package token
 
 import (
+	"context"
 	"slices"
 	"sync"
 	"time"
 
 	"p11-agent/pinentry/secret"
+	"p11-agent/pinentry/waiting"
 	"p11-agent/token/wire"
 )
 
@@ -28,6 +30,32 @@ type physical struct {
 	mu      sync.Mutex
 	refused []refusal // the oldest first
 	timer   *time.Timer
+	asked   *waiting.List     // the requests that a person is asked for now; nil: none
+	queue   []context.Context // the requests that wait for the turn meanwhile
+}
+
+// asks notes for which requests the holder of the turn asks a person; nil: for none any
+// more.
+func (p *physical) asks(list *waiting.List) {
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	if p.asked != nil {
+		p.asked.SetBeside(nil)
+	}
+	p.asked = list
+	if list != nil {
+		list.SetBeside(p.queue)
+	}
+}
+
+// queues changes the queue.
+func (p *physical) queues(change func()) {
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	change()
+	if p.asked != nil {
+		p.asked.SetBeside(p.queue)
+	}
 }
 
 // A refusal is a PIN that the token refused, in locked memory.

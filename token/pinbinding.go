@@ -40,7 +40,7 @@ type binding struct {
 }
 
 func bindingOf(uri string, t *Token) binding {
-	return binding{uri, t.module.spec.Name, t.ID.Label, t.ID.Serial, t.ID.Manufacturer, t.ID.Model}
+	return binding{uri, t.module.identity, t.ID.Label, t.ID.Serial, t.ID.Manufacturer, t.ID.Model}
 }
 
 func (b binding) id() wire.TokenID {
@@ -182,9 +182,9 @@ func (t *Token) mayUse(u *pkcs11uri.URI) error {
 	case ok && b.id() != t.ID:
 		return fmt.Errorf("the PIN of %s is for token %q (serial %s) since it was used first: to use it for this one, name this one by its serial attribute (serial %s)",
 			selection(u), b.Label, b.Serial, t.ID.Serial)
-	case ok && b.Module != t.module.spec.Name:
-		return fmt.Errorf("the PIN of %s is for module %q since it was used first, and module %q shows the token now: to give it to %q, add module-name=%s to the query of the URI",
-			selection(u), b.Module, t.module.spec.Name, t.module.spec.Name, t.module.spec.Name)
+	case ok && b.Module != t.module.identity:
+		return fmt.Errorf("the PIN of %s is for module %q since it was used first, and module %q shows the token now: to give it to %q, add %s to the query of the URI",
+			selection(u), b.Module, t.module.identity, t.module.identity, naming(t.module.identity))
 	case ok:
 		return nil
 	}
@@ -192,7 +192,7 @@ func (t *Token) mayUse(u *pkcs11uri.URI) error {
 		return fmt.Errorf("a PIN is for one token, and %s names %d that are there: add the serial attribute (this one has serial %s)", selection(u), len(all), t.ID.Serial)
 	}
 	if belongs, _ := t.claims(); belongs != "" && !s.names(u, t.module) {
-		return &GuestError{Token: t.ID.Label, Module: t.module.spec.Name, Home: belongs}
+		return &GuestError{Token: t.ID.Label, Module: t.module.identity, Home: belongs}
 	}
 	return nil
 }

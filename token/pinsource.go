@@ -58,6 +58,14 @@ func (s *Store) source(k *Key) *pinSource {
 	return nil
 }
 
+// isConfigured tells whether the configuration says where the PIN for a key comes from.
+func (s *Store) isConfigured(k *Key) bool {
+	s.mu.Lock()
+	all := slices.Clone(s.configured)
+	s.mu.Unlock()
+	return slices.ContainsFunc(all, k.Matches)
+}
+
 // AddSource makes the pin-source or pin-value of a URI count for the token of the keys
 // that it selects now, through their module, after those of the configuration. The URI
 // has to name exactly one token. Commands are refused: only the configuration may name
@@ -77,7 +85,7 @@ func (s *Store) AddSource(u *pkcs11uri.URI, keys []*Key) error {
 		return fmt.Errorf("a PIN is for one token, and %s names several: add the serial attribute (token %s is one of them)", selection(u), t.name())
 	}
 	if belongs, _ := t.claims(); belongs != "" && !s.names(u, t.module) {
-		return &GuestError{Token: t.ID.Label, Module: t.module.spec.Name, Home: belongs}
+		return &GuestError{Token: t.ID.Label, Module: t.module.identity, Home: belongs}
 	}
 	s.mu.Lock()
 	defer s.mu.Unlock()

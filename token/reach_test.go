@@ -29,7 +29,7 @@ func TestAttack16RemoteProvider(t *testing.T) {
 		{dir, "relative.so"},
 		{"pkcs11:token=a?module-path=" + there, "pkcs11:token=a?module-path=" + filepath.Join(dir, "missing.so")},
 		{"pkcs11:token=a?pin-source=" + there, "pkcs11:token=a?pin-source=" + filepath.Join(dir, "missing.so")},
-		{"pkcs11:token=a?pin-value=1234", "pkcs11:?pin-value=1"},
+		{"pkcs11:token=a?pin-value=1234", "pkcs11:token=b?pin-value=1"},
 	} {
 		var said []string
 		for _, text := range paths {
@@ -109,6 +109,8 @@ func TestAsksPIN(t *testing.T) {
 	want(t, "asks after the login", k.AsksPIN(), false)
 	noError(t, b.store.LogoutAll(t.Context()))
 	want(t, "asks after the logout", k.AsksPIN(), true)
+	noError(t, b.store.AddSource(uri(t, k.URI()+"?pin-value="+pin), []*token.Key{k}))
+	want(t, "asks with a client's PIN", k.AsksPIN(), true)
 	b.store.SetSources([]*pkcs11uri.URI{uri(t, k.URI()+"?pin-value="+pin)})
 	want(t, "asks with a configured PIN", k.AsksPIN(), false)
 }

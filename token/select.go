@@ -331,7 +331,7 @@ func (s *Store) atHome(meant func(*Token) bool) map[wire.TokenID]*Token {
 			s.mu.Lock()
 			belongs := s.homeLocked(t.ID)
 			s.mu.Unlock()
-			if belongs == m.spec.Name && meant(t) {
+			if belongs == m.identity && meant(t) {
 				found[t.ID] = t
 			}
 		}
@@ -356,5 +356,5 @@ func (s *Store) ensureModule(real string) (*module, error) {
 			name = real
 		}
 	}
-	return s.startLocked(ModuleSpec{Name: name, Path: real}), nil
+	return s.startLocked(ModuleSpec{Name: name, Path: real}, real), nil
 }

@@ -115,6 +115,9 @@ type PINRequest struct {
 	MinPIN  int    // 0: not known
 	MaxPIN  int
 	Tries   Tries
+	// Given says that the request brought the PIN: all that is asked is whether to
+	// use the last try for it.
+	Given bool
 }
 
 // A PINDialogue is one conversation, used by one goroutine.
@@ -131,6 +134,10 @@ type PINDialogue interface {
 	Notice(ctx context.Context) error
 	Close() error
 }
+
+// A ReaderObserver is a PINDialogue that is told, after Notice has ended, what came
+// of a PIN that was to be typed on the reader: nil, or why the login failed.
+type ReaderObserver interface{ TypedOnReader(err error) }
 
 // A Store knows the tokens and keys of all modules. All methods may be called
 // at any time from any goroutine.
@@ -202,7 +209,7 @@ func Open(opts Options) *Store {
 	}
 	s.mu.Lock()
 	for _, spec := range opts.Modules {
-		s.startLocked(spec)
+		s.startLocked(spec, "")
 	}
 	first := slices.Clone(s.modules)
 	s.mu.Unlock()
@@ -220,11 +227,15 @@ func Open(opts Options) *Store {
 	return s
 }
 
-// startLocked adds a module and runs it. The Store is open.
-func (s *Store) startLocked(spec ModuleSpec) *module {
+// startLocked adds a module and runs it. The Store is open. file is the module's file when
+// a client has named it, and empty otherwise.
+func (s *Store) startLocked(spec ModuleSpec, file string) *module {
 	m := newModule(s, spec)
+	if file != "" {
+		m.identity, m.byClient = file, true
+	}
 	m.restore(s.known)
-	s.strangers = slices.DeleteFunc(slices.Clone(s.strangers), func(t knownToken) bool { return t.Module == spec.Name })
+	s.strangers = slices.DeleteFunc(slices.Clone(s.strangers), func(t knownToken) bool { return t.Module == m.identity })
 	s.modules = append(s.modules, m)
 	s.wg.Go(func() { m.run(s.ctx) })
 	return m
@@ -288,7 +299,7 @@ func (s *Store) publish() {
 		t := s.claimLocked(id, claims)
 		used[id] = t
 		belongs := s.homeLocked(id)
-		runs := slices.ContainsFunc(s.modules, func(m *module) bool { return m.spec.Name == belongs && m.failure() == nil })
+		runs := slices.ContainsFunc(s.modules, func(m *module) bool { return m.identity == belongs && m.failure() == nil })
 		t.setUsed("", belongs, runs)
 		for _, o := range claims {
 			if o != t {
@@ -305,7 +316,7 @@ func (s *Store) publish() {
 	for id, claims := range byID(known) {
 		if used[id] == nil {
 			belongs := s.homeLocked(id)
-			i := slices.IndexFunc(claims, func(t *Token) bool { return t.module.spec.Name == belongs })
+			i := slices.IndexFunc(claims, func(t *Token) bool { return t.module.identity == belongs })
 			used[id] = claims[max(i, 0)]
 		}
 	}
@@ -505,17 +516,7 @@ func (s *Store) Logout(ctx context.Context, sel *Selector) error {
 // nothing, as the first signature asks. When one try is left a person is asked
 // whether to go on.
 func (s *Store) Login(ctx context.Context, keys []*Key, pin *secret.Secret) error {
-	return s.logIn(ctx, keys, given{pin: pin})
-}
-
-// LoginLastTry is Login for a caller whose person knows that one try may be left, and
-// wants the PIN tried nevertheless: nobody is asked.
-func (s *Store) LoginLastTry(ctx context.Context, keys []*Key, pin *secret.Secret) error {
-	return s.logIn(ctx, keys, given{pin: pin, lastTry: true})
-}
-
-func (s *Store) logIn(ctx context.Context, keys []*Key, with given) error {
-	if with.pin.Len() == 0 || len(keys) == 0 {
+	if pin.Len() == 0 || len(keys) == 0 {
 		return nil
 	}
 	for _, k := range keys[1:] {
@@ -524,7 +525,7 @@ func (s *Store) logIn(ctx context.Context, keys []*Key, with given) error {
 				keys[0].token.ID.Label, k.token.ID.Label)
 		}
 	}
-	return keys[0].logIn(ctx, with)
+	return keys[0].logIn(ctx, given{pin: pin})
 }
 
 // LoginAsk logs in to the tokens of the keys, one after the other, and asks for each

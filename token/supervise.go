@@ -40,16 +40,21 @@ const (
 //	  │   └ pause ◀┴──────────┘ │ process ended
 //	  └──── let go ◀────────────┘ not used (release.go)
 type module struct {
-	store  *Store
-	spec   ModuleSpec
-	file   string // spec.Path with all links followed, as far as there is such a file
-	log    *slog.Logger
-	lines  *folding      // behind log
-	looks  pace          // of those for events; run's
-	looked chan struct{} // closed after the first look, or the first failure
-	wanted chan *lookup  // looks asked for
-	poked  chan struct{} // one element: somebody looks at the keys
-	needed chan struct{} // one element: somebody needs the process that was let go
+	store *Store
+	spec  ModuleSpec
+	// identity is what PINs and homes know the module by: the name in the configuration, or
+	// the file that a client has named. Otherwise a client could have a module take the name
+	// of another one whose file is called the same.
+	identity string
+	byClient bool
+	file     string // spec.Path with all links followed, as far as there is such a file
+	log      *slog.Logger
+	lines    *folding      // behind log
+	looks    pace          // of those for events; run's
+	looked   chan struct{} // closed after the first look, or the first failure
+	wanted   chan *lookup  // looks asked for
+	poked    chan struct{} // one element: somebody looks at the keys
+	needed   chan struct{} // one element: somebody needs the process that was let go
 
 	mu         sync.Mutex
 	state      chan struct{} // closed and replaced at every change below
@@ -86,18 +91,19 @@ func newModule(s *Store, spec ModuleSpec) *module {
 	}
 	lines := newFolding(s.log.Handler())
 	return &module{
-		store:  s,
-		spec:   spec,
-		file:   file,
-		log:    slog.New(lines).With("module", spec.Name),
-		lines:  lines,
-		looks:  pace{burst: lookBurst, every: lookEvery},
-		looked: make(chan struct{}),
-		wanted: make(chan *lookup),
-		poked:  make(chan struct{}, 1),
-		needed: make(chan struct{}, 1),
-		state:  make(chan struct{}),
-		tokens: make(map[wire.TokenID]*Token),
+		store:    s,
+		spec:     spec,
+		identity: spec.Name,
+		file:     file,
+		log:      slog.New(lines).With("module", spec.Name),
+		lines:    lines,
+		looks:    pace{burst: lookBurst, every: lookEvery},
+		looked:   make(chan struct{}),
+		wanted:   make(chan *lookup),
+		poked:    make(chan struct{}, 1),
+		needed:   make(chan struct{}, 1),
+		state:    make(chan struct{}),
+		tokens:   make(map[wire.TokenID]*Token),
 	}
 }
 
@@ -154,6 +160,7 @@ func (m *module) run(ctx context.Context) {
 			break
 		}
 		if renewed = errors.Is(err, errRenewed); renewed {
+			first() // whoever waits for all modules does not wait for one that wants this at once
 			reserve(ctx, &renewals)
 			continue
 		}

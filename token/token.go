@@ -45,7 +45,7 @@ type Token struct {
 // newToken makes a Token. The module's mu is held, where others may use the module.
 func newToken(m *module, id wire.TokenID) *Token {
 	return &Token{
-		ID: id, module: m, gate: newGate(m.store.physicals.take(id), m.spec.Name), refusesMechanism: make(map[uint64]bool),
+		ID: id, module: m, gate: newGate(m.store.physicals.take(id), m.identity), refusesMechanism: make(map[uint64]bool),
 		insertions: m.insertions,
 	}
 }
@@ -119,7 +119,7 @@ func (t *Token) look(ctx context.Context, p *process, slot *wire.Slot, others []
 // with a warning for one that does not run: a module that runs may see a token later
 // than another.
 func (t *Token) setUsed(through, belongs string, runs bool) {
-	if belongs == t.module.spec.Name {
+	if belongs == t.module.identity {
 		belongs = ""
 	}
 	t.mu.Lock()

@@ -3,6 +3,7 @@ package token_test
 import (
 	"context"
 	"errors"
+	"regexp"
 	"runtime"
 	"testing"
 	"time"
@@ -26,7 +27,7 @@ func (f *follower) Ask(context.Context, token.PINRequest) (token.PINDialogue, er
 func (f *follower) Close() error                                                     { return nil }
 
 func (f *follower) PIN(ctx context.Context, _ string) (typed *secret.Secret, err error) {
-	err = waiting.Ask(ctx, func(ctx context.Context) (err error) {
+	err = waiting.Ask(ctx, waiting.Question{Ask: func(ctx context.Context) (err error) {
 		f.asked <- ctx.Value(nameKey{}).(string)
 		select {
 		case <-ctx.Done():
@@ -35,7 +36,7 @@ func (f *follower) PIN(ctx context.Context, _ string) (typed *secret.Secret, err
 			typed, err = secret.From([]byte(pin))
 			return err
 		}
-	})
+	}})
 	return typed, err
 }
 
@@ -52,7 +53,7 @@ func TestPromptFollowsThoseWhoWait(t *testing.T) {
 	}
 	waiters := func(n int) {
 		t.Helper()
-		for end := time.Now().Add(30 * time.Second); token.LoginWaiters(b.key(1)) != n; runtime.Gosched() {
+		for end := time.Now().Add(3 * time.Minute); token.LoginWaiters(b.key(1)) != n; runtime.Gosched() {
 			if time.Now().After(end) {
 				t.Fatalf("there are never %d who wait", n)
 			}
@@ -73,4 +74,119 @@ func TestPromptFollowsThoseWhoWait(t *testing.T) {
 	noError(t, <-second)
 	noError(t, <-third)
 	want(t, "right PINs", b.card.Right(), 1)
+}
+
+// inLogin is a goroutine that waits for a login, in a stack.
+var inLogin = regexp.MustCompile(`\[select[^\]]*\]:\n[^\n]*token\.\(\*Token\)\.login\(`)
+
+// untilWaiting waits until so many requests wait for the end of a login.
+func untilWaiting(t *testing.T, n int) {
+	t.Helper()
+	stacks := make([]byte, 1<<20)
+	for end := time.Now().Add(30 * time.Second); len(inLogin.FindAll(stacks[:runtime.Stack(stacks, true)], -1)) != n; runtime.Gosched() {
+		if time.Now().After(end) {
+			t.Fatalf("there are never %d who wait", n)
+		}
+	}
+}
+
+// A last try is used for a PIN by the consent of the request that brought the PIN. A
+// person who is asked for another request that waits says nothing about that PIN.
+func TestAttack09LastTryOfSomebodyElsesPIN(t *testing.T) {
+	answer := make(chan struct{})
+	p := &tokentest.Person{Always: pin, Consents: true, Wait: answer}
+	b := newBench(t, p, func(b *bench, _ *token.Options) { b.card.SetTries(1, 3) })
+	ctx, hangUp := context.WithCancel(t.Context())
+	attacker, honest := make(chan error, 1), make(chan error, 1)
+	go func() { attacker <- b.store.Login(ctx, b.store.Keys(), tokentest.Secret(t, "wrong")) }()
+	p.Until(t, func() bool { return p.LastTries() == 1 })
+	go func() { honest <- b.sign() }()
+	untilWaiting(t, 1)
+	hangUp()
+	if err := <-attacker; !errors.Is(err, context.Canceled) {
+		t.Errorf("the attacker: %v", err)
+	}
+	close(answer)
+	noError(t, <-honest)
+	want(t, "wrong PINs", b.card.Wrong(), 0)
+	want(t, "right PINs", b.card.Right(), 1)
+	asked := p.Asked()
+	want(t, "dialogues", len(asked), 2)
+	want(t, "the first was about a PIN that was given", asked[0].Given, true)
+	want(t, "so was the second", asked[1].Given, false)
+}
+
+// holder is a person who answers nothing until the prompt moves on, and one who answers
+// then.
+type holder struct {
+	token.PINDialogue
+	asked chan string
+}
+
+func (h *holder) Ask(context.Context, token.PINRequest) (token.PINDialogue, error) { return h, nil }
+func (h *holder) Close() error                                                     { return nil }
+
+func (h *holder) PIN(ctx context.Context, _ string) (typed *secret.Secret, err error) {
+	err = waiting.Ask(ctx, waiting.Question{
+		Ask: func(ctx context.Context) (err error) {
+			name := ctx.Value(nameKey{}).(string)
+			h.asked <- name
+			if name == "attacker" {
+				<-ctx.Done()
+				return ctx.Err()
+			}
+			typed, err = secret.From([]byte(pin))
+			return err
+		},
+		Turn: time.Millisecond, Takes: func(context.Context) bool { return true },
+	})
+	return typed, err
+}
+
+// A prompt that is left open keeps others from the token for no longer than a turn: a
+// signature with a key that wants its PIN each time, which has a prompt of its own, and
+// a login with a PIN that was given.
+func TestAttack14PromptLeftOpen(t *testing.T) {
+	for name, test := range map[string]struct {
+		in     bool // somebody is logged in before
+		key    byte // the attacker's
+		honest func(ctx context.Context, b *bench) error
+	}{
+		"signature": {true, 2, func(ctx context.Context, b *bench) error { return tokentest.Sign(ctx, b.key(2)) }},
+		"given PIN": {false, 1, func(ctx context.Context, b *bench) error {
+			return b.store.Login(ctx, b.store.Keys()[:1], tokentest.Secret(b.t, pin))
+		}},
+	} {
+		t.Run(name, func(t *testing.T) {
+			h := &holder{asked: make(chan string, 1<<16)}
+			b := newBench(t, nil, func(b *bench, o *token.Options) {
+				o.PINs = h
+				b.card.AddKey(tokentest.P256, 2, "two", func(k *tokentest.FakeKey) { k.Always = true })
+			})
+			if test.in {
+				noError(t, b.store.Login(t.Context(), b.store.Keys()[:1], tokentest.Secret(t, pin)))
+			}
+			ctx, hangUp := context.WithCancel(context.WithValue(t.Context(), nameKey{}, "attacker"))
+			attacker := make(chan error, 1)
+			go func() { attacker <- tokentest.Sign(ctx, b.key(test.key)) }()
+			want(t, "asked", <-h.asked, "attacker")
+			noError(t, test.honest(context.WithValue(t.Context(), nameKey{}, "honest"), b))
+			hangUp()
+			<-attacker // which may have had its turn by now
+			want(t, "wrong PINs", b.card.Wrong(), 0)
+		})
+	}
+}
+
+// A PIN that was refused a moment ago is not tried with the last try either.
+func TestRefusedPINIsNoLastTry(t *testing.T) {
+	p := &tokentest.Person{Consents: true}
+	b := newBench(t, p, func(b *bench, _ *token.Options) { b.card.SetTries(2, 3) })
+	for range 2 {
+		if err := b.store.Login(t.Context(), b.store.Keys(), tokentest.Secret(t, "wrong")); err == nil {
+			t.Error("a wrong PIN was right")
+		}
+	}
+	want(t, "wrong PINs", b.card.Wrong(), 1)
+	want(t, "questions for consent", p.LastTries(), 0)
 }

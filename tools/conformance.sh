@@ -54,7 +54,7 @@ if [ ! -d "$regress" ] && [ "${CI-}" != true ] && ! command -v apt-get >/dev/nul
 fi
 for name in "${scripts[@]}"; do
 	if [ "$name" = key-types ] && [ -z "$control" ]; then continue; fi
-	[ -f "$regress/$name.sh" ] || fail "there is no $regress/$name.sh: make deps installs the scripts (package openssh-tests)"
+	[ -f "$regress/$name.sh" ] || fail "there is no $regress/$name.sh: make deps-check installs the scripts (package openssh-tests)"
 done
 [ -x "$program" ] || fail "there is no $program: make build makes it"
 ssh=$(command -v ssh) || fail "there is no ssh"
@@ -194,7 +194,8 @@ run() {
 		export TEST_SSH_SSH=$ssh REFUSED=$refused
 		if [ -z "$control" ] && [ "$name" != key-types ]; then TEST_SSH_SSH=$scratch/bin/ssh; fi
 		export TEST_SSH_SSHD=$sshd TEST_SSH_SSHAGENT=$obj/ssh-agent
-		as "$name" "$obj" timeout -k 5 $limit sh "$scratch/regress/test-exec.sh" "$obj" "$scratch/regress/$name.sh"
+		# In a session of its own there is no terminal to ask the developer on.
+		as "$name" "$obj" setsid timeout -k 5 $limit sh "$scratch/regress/test-exec.sh" "$obj" "$scratch/regress/$name.sh"
 	) </dev/null >"$log" 2>&1 &
 	child=$!
 	trap 'kill $child; wait $child; exit 143' TERM

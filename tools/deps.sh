@@ -1,10 +1,16 @@
 #!/bin/bash
-# Installs what building and testing needs and this machine lacks, by apt-get on
-# Debian and Ubuntu, by dnf on Fedora. Go is not among it: it is only checked.
+# Installs what the machine lacks, by apt-get on Debian and Ubuntu, by dnf on Fedora:
+#
+#     tools/deps.sh [build|demo|check|ci]
+#
+# Each list has all of those before it: what "make build" and "make install" need,
+# which is the default, what "make demo" needs, what "make check" needs, and what
+# .ci/run needs. Go is on none: the script only checks it.
 #
 # It looks for the programs and files themselves, not for packages, so what was
 # installed in another way counts. When nothing is missing it changes nothing
-# and needs neither network nor root. No service is started.
+# and needs neither network nor root. It starts no service. Where it cannot become
+# root, it prints the line that installs what is missing.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 PATH=$PATH:/usr/local/sbin:/usr/sbin:/sbin # sshd, for those who are not root
@@ -14,70 +20,71 @@ fail() {
 	exit 1
 }
 
-# What is needed, and the packages that bring it: a program, or the file whose
-# name fits one of the patterns (commas between them). Where a distribution has no
-# package (-), the tests do without.
+# What is needed: the first list that has it; a program, or the file whose name fits
+# one of the patterns (commas between them); and the packages that bring it. Where a
+# distribution has no package (-), the tests do without.
 needed() {
 	# OpenSC's module opens libpcsclite when it starts, and fails without it.
-	# What                                          Debian              Fedora
+	# List What                                       Debian              Fedora
 	cat <<-'TABLE'
-	gcc                                             gcc                 gcc
-	/usr/include/stdio.h                            libc6-dev           glibc-devel
-	pkg-config                                      pkg-config          pkgconf-pkg-config
-	/etc/ssl/certs/ca-certificates.crt,/etc/pki/tls/certs/ca-bundle.crt ca-certificates ca-certificates
-	git                                             git                 git
-	ssh                                             openssh-client      openssh-clients
-	ssh-add                                         openssh-client      openssh-clients
-	ssh-keygen                                      openssh-client      openssh
-	sshd                                            openssh-server      openssh-server
-	softhsm2-util                                   softhsm2            softhsm
-	pkcs11-tool                                     opensc              opensc
-	/usr/lib/*/opensc-pkcs11.so,/usr/lib*/opensc-pkcs11.so,/usr/lib*/pkcs11/opensc-pkcs11.so opensc-pkcs11 opensc
-	/usr/lib/*/libpcsclite.so.1,/usr/lib*/libpcsclite.so.1 libpcsclite1 pcsc-lite-libs
-	pcscd                                           pcscd               pcsc-lite
-	/usr/lib/pcsc/drivers/serial/libifdvpcd.so,/usr/lib*/pcsc/drivers/serial/libifdvpcd.so* vsmartcard-vpcd -
-	/usr/lib/*/libykcs11.so.*,/usr/lib*/libykcs11.so.* ykcs11           yubico-piv-tool
-	swtpm                                           swtpm               swtpm
-	tpm2-abrmd                                      tpm2-abrmd          tpm2-abrmd
-	/usr/lib/*/libtss2-tcti-tabrmd.so.0,/usr/lib*/libtss2-tcti-tabrmd.so.0 libtss2-tcti-tabrmd0 tpm2-abrmd
-	tpm2_getcap                                     tpm2-tools          tpm2-tools
-	/usr/lib/*/pkcs11/libtpm2_pkcs11.so,/usr/lib*/pkcs11/libtpm2_pkcs11.so libtpm2-pkcs11-1 tpm2-pkcs11
-	tpm2_ptool                                      libtpm2-pkcs11-tools tpm2-pkcs11-tools
-	dbus-daemon                                     dbus-daemon         dbus-daemon
-	/usr/lib/gnupg/scdaemon,/usr/libexec/scdaemon,/usr/lib/gnupg2/scdaemon scdaemon /usr/libexec/scdaemon
-	gpg-agent                                       gpg-agent           gnupg2
-	gpgconf                                         gpgconf             gnupg2
-	socat                                           socat               socat
-	p11-kit                                         p11-kit             p11-kit
-	/usr/lib/*/pkcs11/p11-kit-client.so,/usr/lib*/pkcs11/p11-kit-client.so p11-kit-modules p11-kit-server
-	/usr/include/p11-kit-1/p11-kit/p11-kit.h        libp11-kit-dev      p11-kit-devel
-	pinentry-curses                                 pinentry-curses     /usr/bin/pinentry-curses
-	pinentry-tty                                    pinentry-tty        /usr/bin/pinentry-tty
-	pinentry-gtk-2                                  pinentry-gtk2       -
-	pinentry-qt                                     pinentry-qt         /usr/bin/pinentry-qt
-	Xvfb                                            xvfb                xorg-x11-server-Xvfb
-	xdotool                                         xdotool             xdotool
-	less                                            less                less
-	setsid                                          util-linux          util-linux
-	tmux                                            tmux                tmux
-	scdoc                                           scdoc               scdoc
-	setpriv                                         util-linux          util-linux
-	unshare                                         util-linux          util-linux
-	setsid                                          util-linux          util-linux
-	python3                                         python3             python3
-	ps                                              procps              procps-ng
-	ip                                              iproute2            iproute
-	/usr/lib/python3/dist-packages/paramiko,/usr/lib/python3*/site-packages/paramiko python3-paramiko python3-paramiko
-	systemd-socket-activate                         systemd             systemd
-	systemd-nspawn                                  systemd-container   systemd-container
-	/usr/lib/*/security/pam_systemd.so,/usr/lib*/security/pam_systemd.so libpam-systemd systemd-pam
-	/usr/lib/systemd/user/dbus.socket               dbus-user-session   dbus-common
-	useradd                                         passwd              shadow-utils
-	rpm                                             rpm                 rpm
-	debootstrap                                     debootstrap         debootstrap
-	dbus-daemon                                     dbus                dbus-daemon
-	/usr/lib/openssh/regress/agent.sh               openssh-tests       -
-	gdb                                             gdb-minimal         -
+	build  gcc                                             gcc                 gcc
+	build  /usr/include/stdio.h                            libc6-dev           glibc-devel
+	build  /etc/ssl/certs/ca-certificates.crt,/etc/pki/tls/certs/ca-bundle.crt ca-certificates     ca-certificates
+	build  scdoc                                           scdoc               scdoc
+	demo   git                                             git                 git
+	demo   ssh                                             openssh-client      openssh-clients
+	demo   ssh-add                                         openssh-client      openssh-clients
+	demo   ssh-keygen                                      openssh-client      openssh
+	demo   sshd                                            openssh-server      openssh-server
+	demo   softhsm2-util                                   softhsm2            softhsm
+	demo   pkcs11-tool                                     opensc              opensc
+	demo   pinentry-curses                                 pinentry-curses     /usr/bin/pinentry-curses
+	demo   tmux                                            tmux                tmux
+	check  pkg-config                                      pkg-config          pkgconf-pkg-config
+	check  /usr/lib/*/opensc-pkcs11.so,/usr/lib*/opensc-pkcs11.so,/usr/lib*/pkcs11/opensc-pkcs11.so opensc-pkcs11       opensc
+	check  /usr/lib/*/libpcsclite.so.1,/usr/lib*/libpcsclite.so.1 libpcsclite1        pcsc-lite-libs
+	check  pcscd                                           pcscd               pcsc-lite
+	check  /usr/lib/pcsc/drivers/serial/libifdvpcd.so,/usr/lib*/pcsc/drivers/serial/libifdvpcd.so* vsmartcard-vpcd     -
+	check  /usr/lib/*/libykcs11.so.*,/usr/lib*/libykcs11.so.* ykcs11              yubico-piv-tool
+	check  swtpm                                           swtpm               swtpm
+	check  tpm2-abrmd                                      tpm2-abrmd          tpm2-abrmd
+	check  /usr/lib/*/libtss2-tcti-tabrmd.so.0,/usr/lib*/libtss2-tcti-tabrmd.so.0 libtss2-tcti-tabrmd0 tpm2-abrmd
+	check  tpm2_getcap                                     tpm2-tools          tpm2-tools
+	check  /usr/lib/*/pkcs11/libtpm2_pkcs11.so,/usr/lib*/pkcs11/libtpm2_pkcs11.so libtpm2-pkcs11-1    tpm2-pkcs11
+	check  tpm2_ptool                                      libtpm2-pkcs11-tools tpm2-pkcs11-tools
+	check  dbus-daemon                                     dbus-daemon         dbus-daemon
+	check  /usr/lib/gnupg/scdaemon,/usr/libexec/scdaemon,/usr/lib/gnupg2/scdaemon scdaemon            /usr/libexec/scdaemon
+	check  gpg-agent                                       gpg-agent           gnupg2
+	check  gpgconf                                         gpgconf             gnupg2
+	check  socat                                           socat               socat
+	check  p11-kit                                         p11-kit             p11-kit
+	check  /usr/lib/*/pkcs11/p11-kit-client.so,/usr/lib*/pkcs11/p11-kit-client.so p11-kit-modules     p11-kit-server
+	check  /usr/include/p11-kit-1/p11-kit/p11-kit.h        libp11-kit-dev      p11-kit-devel
+	check  pinentry-tty                                    pinentry-tty        /usr/bin/pinentry-tty
+	check  pinentry-gtk-2                                  pinentry-gtk2       -
+	check  pinentry-qt                                     pinentry-qt         /usr/bin/pinentry-qt
+	check  Xvfb                                            xvfb                xorg-x11-server-Xvfb
+	check  xdotool                                         xdotool             xdotool
+	check  less                                            less                less
+	check  setsid                                          util-linux          util-linux
+	check  setpriv                                         util-linux          util-linux
+	check  unshare                                         util-linux          util-linux
+	check  python3                                         python3             python3
+	check  ps                                              procps              procps-ng
+	check  ip                                              iproute2            iproute
+	check  /usr/lib/python3/dist-packages/paramiko,/usr/lib/python3*/site-packages/paramiko python3-paramiko    python3-paramiko
+	check  systemd-socket-activate                         systemd             systemd
+	check  systemd-nspawn                                  systemd-container   systemd-container
+	check  /usr/lib/*/security/pam_systemd.so,/usr/lib*/security/pam_systemd.so libpam-systemd      systemd-pam
+	check  /usr/lib/systemd/user/dbus.socket               dbus-user-session   dbus-common
+	check  useradd                                         passwd              shadow-utils
+	check  rpm                                             rpm                 rpm
+	check  debootstrap                                     debootstrap         debootstrap
+	check  dbus-daemon                                     dbus                dbus-daemon
+	check  /usr/lib/openssh/regress/agent.sh               openssh-tests       -
+	check  gdb                                             gdb-minimal         -
+	ci     sudo                                            sudo                sudo
+	ci     script                                          bsdutils            util-linux-script
 	TABLE
 }
 
@@ -96,17 +103,32 @@ present() {
 	esac
 }
 
-# missing prints column $1 (0: what it is, 1: Debian, 2: Fedora) of what is not
+# missing prints column $1 (1: what it is, 2: Debian, 3: Fedora) of what is not
 # there and could be, each once.
 missing() {
 	local row
 	needed | while read -r -a row; do
-		if [ "${row[$column]}" != - ] && ! present "${row[0]}"; then echo "${row[$1]}"; fi
+		if [[ " $lists " = *" ${row[0]} "* ]] && [ "${row[$column]}" != - ] && ! present "${row[1]}"; then echo "${row[$1]}"; fi
 	done | sort -u
 }
 
 as_root() {
 	if [ "$(id -u)" = 0 ]; then "$@"; else sudo "$@"; fi
+}
+
+# can_be_root tells whether as_root works. On a terminal, sudo may ask for a password.
+can_be_root() {
+	if [ "$(id -u)" = 0 ]; then return; fi
+	command -v sudo >/dev/null || return 1
+	if sudo -n true 2>/dev/null; then return; fi
+	[ -t 0 ] && sudo -p "deps: sudo needs the password of %p: " true
+}
+
+# line_to_paste prints the command that installs the packages of its arguments.
+line_to_paste() {
+	local line="apt-get install --no-install-recommends $*"
+	if [ $column = 3 ]; then line="dnf install --setopt=install_weak_deps=False $*"; fi
+	if command -v sudo >/dev/null; then echo "sudo $line"; else echo "su -c '$line'"; fi
 }
 
 check_go() {
@@ -128,26 +150,37 @@ forbid_services() {
 	as_root sh -c 'printf "#!/bin/sh\n# Left behind by an installation that was killed: remove it.\nexit 101\n" >"$1" && chmod 755 "$1"' sh "$policy"
 }
 
-column=0
+list=${1-build} lists=
+for name in build demo check ci; do
+	lists+=" $name"
+	if [ "$name" = "$list" ]; then break; fi
+done
+[ "$name" = "$list" ] || fail "there is no list \"$list\": say build, demo, check or ci"
+
+column=1
 if command -v apt-get >/dev/null; then
-	column=1
-elif command -v dnf >/dev/null; then
 	column=2
+elif command -v dnf >/dev/null; then
+	column=3
 fi
 
 check_go
-what=$(missing 0)
+what=$(missing 1)
 if [ -z "$what" ]; then exit; fi
 echo "deps: missing: ${what//$'\n'/ }"
 
-if [ $column = 0 ]; then
+if [ $column = 1 ]; then
 	fail "neither apt-get nor dnf is here: install what is missing by your own means"
 fi
 mapfile -t packages < <(missing $column)
-if [ "$(id -u)" != 0 ] && ! command -v sudo >/dev/null; then
-	fail "root has to install: ${packages[*]}"
+if ! can_be_root; then
+	case " ${packages[*]} " in
+	*' openssh-server '*) echo "deps: openssh-server starts a server that others can connect to: stop it with \"systemctl disable --now ssh\"" ;;
+	esac
+	printf 'deps: only root can install packages: paste this line, then run make again\n\n    %s\n\n' "$(line_to_paste "${packages[@]}")"
+	exit 1
 fi
-echo "deps: installing: ${packages[*]}"
+echo "deps: installing, which takes a minute or two: ${packages[*]}"
 sshd_was=$(command -v sshd || true)
 pcscd_was=$(command -v pcscd || true)
 abrmd_was=$(command -v tpm2-abrmd || true)
@@ -155,7 +188,7 @@ vpcd=/etc/reader.conf.d/vpcd
 vpcd_was=
 if [ -e $vpcd ]; then vpcd_was=yes; fi
 
-if [ $column = 1 ]; then
+if [ $column = 2 ]; then
 	forbid_services
 	apt=(env DEBIAN_FRONTEND=noninteractive apt-get -q -y -o DPkg::Lock::Timeout=300)
 	# A source that is down must not stop us when the packages are elsewhere.
@@ -166,22 +199,24 @@ else
 fi
 
 # A machine that had no such server is not to get one at its next boot either.
+# switch_off switches off the units of a program that the installation has brought:
+# the program, where it was before, its units.
 switch_off() {
-	local what=$1 unit
-	shift
-	if [ ! -d /run/systemd/system ]; then return; fi
+	local what=$1 was=$2 unit
+	shift 2
+	if [ -n "$was" ] || ! command -v "$what" >/dev/null || [ ! -d /run/systemd/system ]; then return; fi
 	for unit; do
 		as_root systemctl disable --now "$unit" >/dev/null 2>&1 || true # most have but one of them
 	done
-	echo "deps: $what is installed for the tests only: its service is switched off"
+	echo "deps: $what is installed for the demo and the tests only: its service is switched off"
 }
-if [ -z "$sshd_was" ]; then switch_off sshd ssh.service ssh.socket sshd.service; fi
-if [ -z "$pcscd_was" ]; then switch_off pcscd pcscd.socket pcscd.service; fi
-# D-Bus starts it, too, for whoever uses a TPM: that would take the machine's own
-# away from the kernel's resource manager.
-if [ -z "$abrmd_was" ]; then
-	switch_off tpm2-abrmd tpm2-abrmd.service
-	if [ -d /run/systemd/system ]; then as_root systemctl mask tpm2-abrmd.service >/dev/null 2>&1 || true; fi
+switch_off sshd "$sshd_was" ssh.service ssh.socket sshd.service
+switch_off pcscd "$pcscd_was" pcscd.socket pcscd.service
+switch_off tpm2-abrmd "$abrmd_was" tpm2-abrmd.service
+# D-Bus starts tpm2-abrmd, too, for any program that uses a TPM: that would take the
+# machine's own away from the kernel's resource manager.
+if [ -z "$abrmd_was" ] && command -v tpm2-abrmd >/dev/null && [ -d /run/systemd/system ]; then
+	as_root systemctl mask tpm2-abrmd.service >/dev/null 2>&1 || true
 fi
 
 # The virtual readers are for the tests' own pcscd. In the machine's they would
@@ -191,5 +226,5 @@ if [ -z "$vpcd_was" ] && [ -e $vpcd ]; then
 	echo "deps: vpcd is installed for the tests only: its readers in $vpcd are switched off"
 fi
 
-what=$(missing 0)
+what=$(missing 1)
 if [ -n "$what" ]; then fail "still missing after the installation: ${what//$'\n'/ }"; fi

@@ -227,12 +227,13 @@ func alive(pidfd int) bool {
 
 // stat is what is read of /proc/PID/stat.
 type stat struct {
-	comm   []byte // the name the process gave itself, up to 15 bytes of any kind
-	parent int
-	group  int    // process group
-	tty    device // controlling terminal
-	front  int    // the group in the foreground there; -1 without a terminal
-	start  uint64 // clock ticks after boot
+	comm    []byte // the name the process gave itself, up to 15 bytes of any kind
+	parent  int
+	group   int    // process group
+	session int    // the number of the process that leads it
+	tty     device // controlling terminal
+	front   int    // the group in the foreground there; -1 without a terminal
+	start   uint64 // clock ticks after boot
 }
 
 func readStat(pid int) (stat, bool) {
@@ -265,7 +266,7 @@ func parseStat(b []byte) (stat, bool) {
 		var n int64
 		var err error
 		switch number++; number {
-		case 4, 5, 7, 8:
+		case 4, 5, 6, 7, 8:
 			n, err = strconv.ParseInt(string(field), 10, 32)
 		case 22:
 			s.start, err = strconv.ParseUint(string(field), 10, 64)
@@ -278,6 +279,8 @@ func parseStat(b []byte) (stat, bool) {
 			s.parent = int(n)
 		case 5:
 			s.group = int(n)
+		case 6:
+			s.session = int(n)
 		case 7:
 			s.tty = ttyDevice(uint32(n)) // printed as a number with a sign
 		case 8:

@@ -25,7 +25,8 @@ const (
 
 // A Desk is where the person sits who uses a process, as far as the process
 // shows it. All of it is what that process says: paths, names and addresses to
-// be handed to a program that asks the person, and to nothing else.
+// be handed to a program that asks the person, and to nothing else. Of a process
+// in other namespaces than this one, both errors are set and nothing is believed.
 type Desk struct {
 	// Who is the process, for people: "ssh (1234)".
 	Who string
@@ -60,8 +61,8 @@ type Environment struct {
 func (d *Desk) Close() { d.Terminal.Close() }
 
 // Desk looks where the person is now who uses the process that made the
-// connection. It makes some 30 short system calls and waits for nobody. It looks
-// at that very process or at none, whoever has its number by now.
+// connection. It makes some 40 short system calls and waits for nobody. It looks
+// at that very process or at none: another one may have its number by now.
 func (p Peer) Desk() *Desk {
 	d := &Desk{Who: p.first()}
 	pr, err := p.open()
@@ -69,8 +70,12 @@ func (p Peer) Desk() *Desk {
 		d.EnvErr, d.TerminalErr = err, err
 		return d
 	}
-	d.Environment, d.EnvErr = readEnviron(pr.pid)
-	d.Terminal, d.TerminalErr = pr.terminal(d.GPGTTY)
+	if err := pr.sameNamespaces(); err != nil {
+		d.EnvErr, d.TerminalErr = err, err
+	} else {
+		d.Environment, d.EnvErr = readEnviron(pr.pid)
+		d.Terminal, d.TerminalErr = pr.terminal(d.GPGTTY)
+	}
 	if d.Terminal == nil {
 		defer pr.close() // otherwise it is the terminal's
 	}
@@ -341,26 +346,43 @@ func (r *running) openTerminal(path int, s stat) (*Terminal, error) {
 // terminal (setsid(1)) is, when the ancestor that has this terminal is: it waits
 // for the process, or could read itself.
 func (r *running) foreground(s stat, rdev device) error {
-	pid := r.pid
+	_, at, ok := r.member(s, rdev)
+	switch {
+	case !ok:
+		return fmt.Errorf("%s has left the job in the foreground of its terminal", r.who)
+	case at.group != at.front:
+		return fmt.Errorf("%s is in the background of its terminal", r.who)
+	}
+	return nil
+}
+
+// member finds the process whose terminal this is: the process itself, which s is
+// of, or the nearest of its ancestors while none of them has another terminal.
+func (r *running) member(s stat, rdev device) (pid int, at stat, ok bool) {
+	pid = r.pid
 	for range maxChain {
-		switch {
-		case s.tty == rdev && s.group == s.front:
-			return nil
-		case s.tty == rdev:
-			return fmt.Errorf("%s is in the background of its terminal", r.who)
-		case s.tty != device{}, s.parent <= 1:
-			return fmt.Errorf("%s has left the job in the foreground of its terminal", r.who)
+		if s.tty == rdev {
+			return pid, s, true
 		}
-		parent, ok := readStat(s.parent)
-		// It is the parent only if the child, which has not become another, still
-		// names it afterwards.
-		again, still := readStat(pid)
-		if !ok || !still || again.start != s.start || again.parent != s.parent {
+		if s.tty != (device{}) || s.parent <= 1 {
+			break
+		}
+		parent, ok := parentOf(pid, s)
+		if !ok {
 			break
 		}
 		pid, s = s.parent, parent
 	}
-	return fmt.Errorf("%s has left the job in the foreground of its terminal", r.who)
+	return 0, stat{}, false
+}
+
+// parentOf looks at the parent of a process that s is of.
+func parentOf(pid int, s stat) (stat, bool) {
+	parent, ok := readStat(s.parent)
+	// It is the parent only if the child, which has not become another, still
+	// names it afterwards.
+	again, still := readStat(pid)
+	return parent, ok && still && again.start == s.start && again.parent == s.parent
 }
 
 // wanted are the variables that say where a person is, and what is believed of
@@ -433,11 +455,7 @@ func readEnviron(pid int) (Environment, error) {
 }
 
 func unreadable(err error) error {
-	// The path in it tells nobody anything.
-	if e, ok := errors.AsType[*os.PathError](err); ok {
-		err = e.Err
-	}
-	return fmt.Errorf("its environment cannot be read: %w", err)
+	return fmt.Errorf("its environment cannot be read: %w", unpathed(err))
 }
 
 // ParseEnvironment picks out what is wanted of an environment: variables with a

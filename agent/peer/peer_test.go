@@ -16,6 +16,8 @@ import (
 	"unicode/utf8"
 
 	"golang.org/x/sys/unix"
+
+	"p11-agent/agent/peer/terminaltest"
 )
 
 // The test binary plays the clients: P11_PEER_ROLE says which.
@@ -24,7 +26,7 @@ const roleVariable = "P11_PEER_ROLE"
 func TestMain(m *testing.M) {
 	role, ok := os.LookupEnv(roleVariable)
 	if !ok {
-		os.Exit(m.Run())
+		os.Exit(terminaltest.Without(m).Run())
 	}
 	if err := play(strings.Fields(role)); err != nil {
 		fmt.Fprintln(os.Stderr, err)
@@ -43,7 +45,6 @@ func TestMain(m *testing.M) {
 //	apart SOCKET         connect from a child in a session of its own
 //	turn SOCKET          connect from a child in the foreground, and then take its place
 //	alias SOCKET         connect, with /dev/tty in place of the terminal
-//	container SOCKET     connect, on a terminal of a namespace of its own, and print what is shown there
 //	look SOCKET          take a connection, and print what is known of its desk
 //	own                  print what is known of the terminal of this process
 //	hidden SOCKET        connect as a process that keeps its memory to itself
@@ -110,8 +111,6 @@ func play(role []string) error {
 		return play([]string{"connect", role[1]})
 	case "turn":
 		return playTurn(role[1])
-	case "container":
-		return playContainer(role[1])
 	case "look":
 		return playLook(role[1])
 	case "own":

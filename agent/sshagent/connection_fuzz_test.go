@@ -53,11 +53,11 @@ func (*oneToken) LogoutAll(context.Context) error { return nil }
 
 func (*oneToken) LogoutOf(context.Context, func([]agent.Key) bool) error { return nil }
 
-func (t *oneToken) Login(_ context.Context, s agent.Selection, pin *secret.Secret, lastTry bool) (agent.LoginAnswer, error) {
+func (t *oneToken) Login(_ context.Context, s agent.Selection, pin *secret.Secret) (agent.LoginAnswer, error) {
 	if !s.Match(t) {
 		return agent.LoginAnswer{}, errors.New("no match")
 	}
-	return agent.LoginAnswer{Already: pin == nil, LastTry: lastTry}, nil
+	return agent.LoginAnswer{Already: pin == nil}, nil
 }
 
 func (t *oneToken) Logout(_ context.Context, s agent.Selection) error {

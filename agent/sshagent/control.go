@@ -27,7 +27,10 @@ import (
 // and with "login" there follow
 //
 //	string  the PIN; empty: from where a signature would get it
-//	boolean whether it is to be tried although one try is left
+//	boolean reserved
+//
+// The boolean counts for nothing. It once said that the person at the client wants the
+// last try used, which no client can be believed: the agent asks by itself.
 //
 // The answer to what may be asked is
 //
@@ -64,7 +67,6 @@ type ControlAnswer struct {
 type controlRequest struct {
 	what     string
 	uri, pin []byte
-	lastTry  bool
 }
 
 // parseControl reads what follows the extension's name.
@@ -73,7 +75,8 @@ func parseControl(in reader) (controlRequest, error) {
 	switch r.what {
 	case controlStatus, controlLogout:
 	case controlLogin:
-		r.pin, r.lastTry = in.bytes(), in.bool()
+		r.pin = in.bytes()
+		in.bool()
 	default:
 		return controlRequest{}, errors.New("the request is not known: it is of another version")
 	}
@@ -105,7 +108,7 @@ func (c *conn) control(ctx context.Context, in reader) {
 			answer = controlAnswer(agent.LoginAnswer{}, err)
 		}
 	case controlLogin:
-		request := agent.LoginRequest{Provider: r.uri, LastTry: r.lastTry}
+		request := agent.LoginRequest{Provider: r.uri}
 		if len(r.pin) > 0 {
 			if request.PIN, err = secret.From(r.pin); err != nil {
 				c.out = append(c.out, msgExtensionFailure)
@@ -200,16 +203,11 @@ func (c *Control) Status(ctx context.Context, uri string) ([]byte, error) {
 }
 
 // Login logs in to the token that the URI names. An empty PIN is one that is
-// typed on the reader, or comes from the agent's configuration. lastTry says that
-// the person knows that one try may be left, and wants it used. The PIN stays the
-// caller's.
-func (c *Control) Login(ctx context.Context, uri string, pin *secret.Secret, lastTry bool) (ControlAnswer, error) {
-	end := []byte{0}
-	if lastTry {
-		end[0] = 1
-	}
+// typed on the reader, or that the agent gets as for a signature: from its
+// configuration, or from a person with pinentry. The PIN stays the caller's.
+func (c *Control) Login(ctx context.Context, uri string, pin *secret.Secret) (ControlAnswer, error) {
 	head := binary.BigEndian.AppendUint32(controlMessage(controlLogin, uri), uint32(pin.Len()))
-	return c.done(ctx, head, pin, end)
+	return c.done(ctx, head, pin, []byte{0})
 }
 
 // Logout logs out of the tokens that the URI selects, or of all when it is empty.

@@ -46,10 +46,10 @@ func TestControl(t *testing.T) {
 		t.Errorf("status: %s, %v", text, err)
 	}
 	want := ControlAnswer{LoginAnswer: agent.LoginAnswer{Already: true, Tries: "low"}}
-	if a, err := c.Login(t.Context(), "pkcs11:", secretOf(t, "12 34\xff"), true); err != nil || a != want {
+	if a, err := c.Login(t.Context(), "pkcs11:", secretOf(t, "12 34\xff")); err != nil || a != want {
 		t.Errorf("login: %+v, %v", a, err)
 	}
-	if a, err := c.Login(t.Context(), "pkcs11:", nil, false); err != nil || a != want {
+	if a, err := c.Login(t.Context(), "pkcs11:", nil); err != nil || a != want {
 		t.Errorf("login: %+v, %v", a, err)
 	}
 	if a, err := c.Logout(t.Context(), ""); err != nil || a != (ControlAnswer{}) {
@@ -62,11 +62,11 @@ func TestControl(t *testing.T) {
 	}
 	var got []string
 	for _, call := range keyring.noted() {
-		got = append(got, fmt.Sprintf("%s %q %q %v", call.method, call.provider, call.pin, call.lastTry))
+		got = append(got, fmt.Sprintf("%s %q %q", call.method, call.provider, call.pin))
 	}
 	if want := []string{
-		`Status "pkcs11:token=a" "" false`, `Login "pkcs11:" "12 34\xff" true`, `Login "pkcs11:" "" false`,
-		`Logout "" "" false`, `Lock "" "open" false`, `Unlock "" "open" false`,
+		`Status "pkcs11:token=a" ""`, `Login "pkcs11:" "12 34\xff"`, `Login "pkcs11:" ""`,
+		`Logout "" ""`, `Lock "" "open"`, `Unlock "" "open"`,
 	}; !slices.Equal(got, want) {
 		t.Errorf("asked was %q", got)
 	}
@@ -92,7 +92,7 @@ func TestControlOfNamedSocket(t *testing.T) {
 	if _, err := c.Status(t.Context(), ""); !errors.Is(err, ErrControlRefused) {
 		t.Errorf("status: %v", err)
 	}
-	if _, err := c.Login(t.Context(), "pkcs11:", secretOf(t, "1234"), false); !errors.Is(err, ErrControlRefused) {
+	if _, err := c.Login(t.Context(), "pkcs11:", secretOf(t, "1234")); !errors.Is(err, ErrControlRefused) {
 		t.Errorf("login: %v", err)
 	}
 	for _, bad := range [][]byte{message(msgExtension, extensionControl), message(msgExtension, extensionControl, "shutdown", "")} {
@@ -164,7 +164,7 @@ func TestControlHangsUp(t *testing.T) {
 		}
 		ended <- err
 	}()
-	if _, err := dialControl(t, l.Addr().String()).Login(ctx, "pkcs11:", nil, false); !errors.Is(err, context.Canceled) {
+	if _, err := dialControl(t, l.Addr().String()).Login(ctx, "pkcs11:", nil); !errors.Is(err, context.Canceled) {
 		t.Errorf("login: %v", err)
 	}
 	<-ended
@@ -223,10 +223,8 @@ func FuzzControl(f *testing.F) {
 		}
 		again := message(0, r.what, r.uri)
 		if r.what == controlLogin {
-			again = message(0, r.what, r.uri, r.pin, r.lastTry)
-			if b := input[len(input)-1]; b > 1 {
-				again[len(again)-1] = b // any other than 0 is true
-			}
+			again = message(0, r.what, r.uri, r.pin, false)
+			again[len(again)-1] = input[len(input)-1] // which says nothing
 		}
 		if !bytes.Equal(again[1:], input) {
 			t.Errorf("%q is read as %+v", input, r)

@@ -53,7 +53,6 @@ type call struct {
 	provider    string
 	pin         string
 	constraints agent.Constraints
-	lastTry     bool
 	caller      *agent.Caller
 }
 
@@ -162,7 +161,7 @@ func (k *fakeKeyring) Status(_ context.Context, c *agent.Caller, provider []byte
 }
 
 func (k *fakeKeyring) Login(_ context.Context, c *agent.Caller, r agent.LoginRequest) (agent.LoginAnswer, error) {
-	k.note(call{method: "Login", provider: string(r.Provider), pin: string(r.PIN.Bytes()), lastTry: r.LastTry, caller: c})
+	k.note(call{method: "Login", provider: string(r.Provider), pin: string(r.PIN.Bytes()), caller: c})
 	return agent.LoginAnswer{Already: true, Tries: "low"}, c.MayControl()
 }
 

@@ -113,7 +113,7 @@ func (b *bench) find() error {
 		return err
 	}
 	if len(missing) > 0 {
-		return fmt.Errorf("what is not installed here is needed: %s: run \"make deps\", or install it by other means", strings.Join(missing, ", "))
+		return fmt.Errorf("what is not installed here is needed: %s: run \"make deps-check\", or install it by other means", strings.Join(missing, ", "))
 	}
 	if b.programs["p11-agent"], err = filepath.Abs(b.agent); err != nil {
 		return err

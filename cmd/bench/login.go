@@ -104,7 +104,7 @@ func (b *bench) startServer(ctx context.Context, a *agent) (s *server, err error
 	if err != nil {
 		return nil, err
 	}
-	return s, poll(ctx, 10*time.Second, "sshd listens", func() (bool, error) {
+	return s, poll(ctx, patience, "sshd listens", func() (bool, error) {
 		if err := p.failed(); err != nil {
 			return false, err
 		}

@@ -3,6 +3,8 @@ package main
 import (
 	"cmp"
 	"context"
+	"crypto/sha256"
+	"encoding/hex"
 	"errors"
 	"fmt"
 	"io"
@@ -24,9 +26,11 @@ import (
 	"golang.org/x/sys/unix"
 
 	"p11-agent/agent"
+	"p11-agent/agent/logfold"
 	"p11-agent/agent/sshagent"
 	"p11-agent/systemd"
 	"p11-agent/token"
+	"p11-agent/token/module/undumpable"
 )
 
 // agentOptions are the flags of the agent command: ssh-agent's own.
@@ -304,6 +308,9 @@ func (s *service) catchSignals(ctx context.Context, end ...os.Signal) (context.C
 func (s *service) serve(ctx context.Context, listeners []listener) error {
 	ctx, cancel := context.WithCancel(ctx)
 	defer cancel()
+	folded := logfold.New(s.log.Handler())
+	defer folded.Close() // after all that writes into it
+	s.log = slog.New(folded)
 	closeAll := func() {
 		for _, l := range listeners {
 			_ = l.Close()
@@ -319,6 +326,7 @@ func (s *service) serve(ctx context.Context, listeners []listener) error {
 		return err
 	}
 	warnUnlocked(s.log)
+	var ask *asker // nil: nobody is asked
 	// nil as it is, not as a nil *asker in an interface.
 	var pins token.PINAsker
 	var confirm agent.Confirmer
@@ -326,14 +334,16 @@ func (s *service) serve(ctx context.Context, listeners []listener) error {
 	var working func(context.Context, *token.Key) func()
 	var notices *notices // nil: nobody is told
 	var failed func(agent.Event)
+	questions := agent.NewQuestions()
 	state := stateDir()
 	if s.system {
 		state = cmp.Or(os.Getenv("STATE_DIRECTORY"), systemState)
 	} else {
-		ask := newAsker(c, os.Getenv, os.Environ(), s.log)
-		pins, confirm, insert = ask, ask, ask
+		ask = newAsker(c, os.Getenv, os.Environ(), s.log)
+		pins, confirm, insert = &pausingAsker{ask, questions}, ask, ask
 		notices = newNotices(c, s.log)
 		defer notices.Close()
+		ask.notify = notices.elsewhere
 		working, failed = notices.working, notices.failed
 	}
 	if c.knownKeys(token.KnownKept) == token.KnownIgnored {
@@ -372,6 +382,9 @@ func (s *service) serve(ctx context.Context, listeners []listener) error {
 	server := &sshagent.Server{Log: s.log, KeepBinds: len(upstreams) > 0}
 	status := &statusMaker{started: time.Now(), store: b.store, server: server, listeners: listeners, rules: rules}
 	status.configure(c)
+	if ask != nil {
+		status.promptAt = ask.promptAt
+	}
 	keyring := agent.NewKeyring(agent.Options{
 		Tokens:        &tokens{store: b.store, allow: allow},
 		Rules:         s.rules(c),
@@ -379,6 +392,7 @@ func (s *service) serve(ctx context.Context, listeners []listener) error {
 		InsertTimeout: c.InsertTimeout.Duration,
 		Lifetime:      s.lifetime,
 		Confirm:       confirm,
+		Questions:     questions,
 		SoftwareKeys:  !s.system && (c.SoftwareKeys == nil || *c.SoftwareKeys),
 		RemoteTokens:  s.remoteTokens || c.RemoteTokens,
 		Certificates:  certificates,
@@ -405,7 +419,8 @@ func (s *service) serve(ctx context.Context, listeners []listener) error {
 				if c := s.reload(ctx, keyring, b.store, report); c != nil {
 					watch.Delay(c.forgetsAtSleep())
 					status.configure(c)
-					if notices != nil {
+					if ask != nil {
+						ask.configure(c)
 						notices.configure(c)
 					}
 				}
@@ -531,8 +546,8 @@ func harden(log *slog.Logger) error {
 		log.Error("agent ended by a signal", "signal", (<-crashes).String())
 		os.Exit(exitFailure)
 	}()
-	if err := unix.Prctl(unix.PR_SET_DUMPABLE, 0, 0, 0, 0); err != nil {
-		return fmt.Errorf("keep others from tracing the agent: %w", err)
+	if err := undumpable.Enforce(); err != nil {
+		return err
 	}
 	if err := unix.Setrlimit(unix.RLIMIT_CORE, &unix.Rlimit{}); err != nil {
 		return fmt.Errorf("switch core files off: %w", err)
@@ -576,48 +591,119 @@ func parseLifetime(s string) (time.Duration, error) {
 	return total, nil
 }
 
-// socketPath returns where to listen. It makes nothing but a private directory:
-// under the temporary one, as ssh-agent does, where there is no runtime directory,
-// and always for an agent of a command, of which a user may have several at once,
-// beside the one that everything else uses.
+// socketPath returns where to listen. It makes nothing but a private directory: where
+// there is no runtime directory, and always for an agent of a command, of which a user
+// may have several at once, beside the one that everything else uses.
 func socketPath(flag string, command bool) (string, error) {
 	if flag != "" {
 		return filepath.Abs(flag)
 	}
 	dir := os.Getenv("XDG_RUNTIME_DIR")
-	if dir != "" {
-		st, err := os.Stat(dir)
-		if err != nil {
-			return "", fmt.Errorf("XDG_RUNTIME_DIR: %w: log in again to have it made, or name a socket with -a", err)
-		}
-		if sys, ok := st.Sys().(*syscall.Stat_t); !ok || !st.IsDir() || int(sys.Uid) != os.Geteuid() {
-			return "", fmt.Errorf("XDG_RUNTIME_DIR: %s is not a directory of this user: name a socket with -a", dir)
-		}
-		if !command {
-			return filepath.Join(dir, "p11-agent", "agent.sock"), nil
-		}
+	if dir == "" {
+		return privateSocket()
+	}
+	st, err := os.Stat(dir)
+	if err != nil {
+		return "", fmt.Errorf("XDG_RUNTIME_DIR: %w: log in again to have it made, or name a socket with -a", err)
+	}
+	if sys, ok := st.Sys().(*syscall.Stat_t); !ok || !st.IsDir() || int(sys.Uid) != os.Geteuid() {
+		return "", fmt.Errorf("XDG_RUNTIME_DIR: %s is not a directory of this user: name a socket with -a", dir)
+	}
+	if !command {
+		return filepath.Join(dir, "p11-agent", "agent.sock"), nil
 	}
 	own, err := os.MkdirTemp(dir, runtimePrefix)
-	if err != nil {
-		if dir == "" {
-			err = fmt.Errorf("XDG_RUNTIME_DIR is not set, and there is no other place for a socket (-a names one): %w", err)
-		}
-		return "", err
+	return filepath.Join(own, socketName()), err
+}
+
+// privateSocket returns where to listen without a runtime directory: below the state
+// directory. ssh-agent had its socket below /tmp before OpenSSH 10.1, but there a
+// module process may write: it could put a socket of its own in that place.
+func privateSocket() (string, error) {
+	state := stateDir()
+	if state == "" {
+		return "", errors.New("neither XDG_RUNTIME_DIR, XDG_STATE_HOME nor HOME is set, so there is no place for a socket: name one with -a")
 	}
-	return filepath.Join(own, "agent."+strconv.Itoa(os.Getpid())), nil
+	if err := os.MkdirAll(state, 0o700); err != nil {
+		return "", fmt.Errorf("make a directory for the socket (-a names another place): %w", err)
+	}
+	prefix := privatePrefix + hostTag() + "-"
+	removeStale(filepath.Join(state, prefix+"*"), time.Now())
+	own, err := os.MkdirTemp(state, prefix)
+	if err != nil {
+		return "", fmt.Errorf("make a directory for the socket (-a names another place): %w", err)
+	}
+	return filepath.Join(own, socketName()), nil
+}
+
+func socketName() string { return "agent." + strconv.Itoa(os.Getpid()) }
+
+// hostTag stands for this host in the name of a directory: a home directory may be on
+// a network file system, where the sockets of other hosts look like abandoned ones.
+func hostTag() string {
+	name, err := os.Hostname()
+	if err != nil {
+		name = "localhost"
+	}
+	sum := sha256.Sum256([]byte(name))
+	return hex.EncodeToString(sum[:3])
+}
+
+// staleAfter is how old a directory is before it may be called abandoned: an agent that
+// starts has one without a socket that answers.
+const staleAfter = time.Hour
+
+// removeStale removes directories of privateSocket whose agents have been killed. Those
+// in the runtime directory go with that.
+func removeStale(pattern string, now time.Time) {
+	dirs, _ := filepath.Glob(pattern)
+	for _, dir := range dirs {
+		st, err := os.Lstat(dir)
+		if err != nil || !st.IsDir() || now.Sub(st.ModTime()) < staleAfter {
+			continue
+		}
+		sockets, err := os.ReadDir(dir)
+		if err != nil || slices.ContainsFunc(sockets, func(e os.DirEntry) bool { return !abandoned(filepath.Join(dir, e.Name())) }) {
+			continue
+		}
+		for _, e := range sockets {
+			_ = os.Remove(filepath.Join(dir, e.Name())) // what stays keeps the directory
+		}
+		_ = os.Remove(dir)
+	}
+}
+
+// abandoned tells whether a path is a socket that nobody listens on.
+func abandoned(path string) bool {
+	st, err := os.Lstat(path)
+	if err != nil || st.Mode().Type() != os.ModeSocket {
+		return false
+	}
+	c, err := net.Dial("unix", path)
+	if err == nil {
+		_ = c.Close()
+	}
+	return errors.Is(err, syscall.ECONNREFUSED)
 }
 
 // ownRuntimeDir returns the directory that socketPath has made for this socket, or
 // nothing.
 func ownRuntimeDir(path string) string {
-	if dir := filepath.Dir(path); strings.HasPrefix(filepath.Base(dir), runtimePrefix) {
+	dir := filepath.Dir(path)
+	name := filepath.Base(dir)
+	if strings.HasPrefix(name, runtimePrefix) || strings.HasPrefix(name, privatePrefix) && filepath.Dir(dir) == stateDir() {
 		return dir
 	}
 	return ""
 }
 
-// runtimePrefix begins the names of the directories that socketPath makes.
-const runtimePrefix = "p11-agent-"
+// What begins the names of the directories that socketPath makes, in the runtime
+// directory and in the state directory. The latter is short, as the path of a socket has
+// to be.
+const (
+	runtimePrefix = "p11-agent-"
+	privatePrefix = "s-"
+)
 
 // removeRuntimeDir removes the directory that socketPath has made, once the
 // socket in it is gone.

@@ -16,6 +16,15 @@ import (
 // otherwise.
 const confirmTimeout = time.Minute
 
+// confirmPlace says where a person may be asked for a yes.
+type confirmPlace string
+
+// What confirm-place may be.
+const (
+	placeAny     confirmPlace = "any"     // a display, or else a terminal
+	placeDisplay confirmPlace = "display" // no terminal
+)
+
 // ruleConfig is agent.Rule as it is configured.
 type ruleConfig struct {
 	Host      []string        `toml:"host"`
@@ -126,6 +135,9 @@ func quoted[T ~string](values []T) string {
 func (c *config) checkApproval() error {
 	if c.Confirm != "" && !slices.Contains(keyConfirms, c.Confirm) {
 		return unknownValue("confirm", c.Confirm, keyConfirms)
+	}
+	if places := []confirmPlace{placeAny, placeDisplay}; c.ConfirmPlace != "" && !slices.Contains(places, c.ConfirmPlace) {
+		return unknownValue("confirm-place", c.ConfirmPlace, places)
 	}
 	for _, k := range c.KeyTables {
 		if k.Confirm != "" && !slices.Contains(keyConfirms, k.Confirm) {

@@ -8,7 +8,9 @@ import (
 // attacks are what the program "attacker" of the scripts in testdata/attack can do,
 // by the first argument. Each gets the arguments that follow.
 var attacks = map[string]func(args []string) error{
-	"sign": attackSign,
+	"sign":  attackSign,
+	"flood": attackFlood,
+	"log":   attackLog,
 }
 
 // attacker is a program with a socket of the agent, and no good intentions. It

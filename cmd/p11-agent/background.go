@@ -17,6 +17,8 @@ import (
 	"syscall"
 
 	"golang.org/x/sys/unix"
+
+	"p11-agent/agent/logfold"
 )
 
 // shell is how a shell sets variables.
@@ -184,12 +186,17 @@ func (s *service) runInBackground(ctx context.Context, c *child) error {
 		_, werr := fmt.Fprintln(report, strings.ReplaceAll(err.Error(), "\n", "; "))
 		return errors.Join(statusError(exitFailure), werr)
 	}
-	logFile, err := openLogFile(path)
+	logFile, err := openLogFile(path, agentLog)
 	if err != nil {
 		return fail(err)
 	}
 	defer logFile.Close()
-	s.log = newLog(logFile, slog.LevelInfo)
+	grantedFile, err := openLogFile(path, grantedLog)
+	if err != nil {
+		return fail(err)
+	}
+	defer grantedFile.Close()
+	s.log = slog.New(&logs{newLog(logFile, slog.LevelInfo).Handler(), newLog(grantedFile, slog.LevelInfo).Handler()})
 	ctx, cancel := context.WithCancel(ctx)
 	defer cancel()
 	ctx, stop := s.catchSignals(ctx, syscall.SIGTERM)
@@ -255,6 +262,37 @@ func endWith(pid int, end func()) error {
 	return nil
 }
 
+// The logs of an agent in the background. What was granted is in both: no other
+// lines can push it out of the second one.
+const (
+	agentLog   = "agent.log"
+	grantedLog = "granted.log"
+)
+
+// logs writes all lines into one log, and those about what was granted into another
+// one, too.
+type logs struct{ all, granted slog.Handler }
+
+var _ slog.Handler = (*logs)(nil)
+
+func (l *logs) Enabled(ctx context.Context, level slog.Level) bool { return l.all.Enabled(ctx, level) }
+
+func (l *logs) Handle(ctx context.Context, r slog.Record) error {
+	err := l.all.Handle(ctx, r.Clone())
+	if logfold.Granted(r) {
+		err = errors.Join(err, l.granted.Handle(ctx, r))
+	}
+	return err
+}
+
+func (l *logs) WithAttrs(attrs []slog.Attr) slog.Handler {
+	return &logs{l.all.WithAttrs(attrs), l.granted.WithAttrs(attrs)}
+}
+
+func (l *logs) WithGroup(name string) slog.Handler {
+	return &logs{l.all.WithGroup(name), l.granted.WithGroup(name)}
+}
+
 // maxLogFile is the size at which a log file becomes the old one.
 const maxLogFile = 1 << 20
 
@@ -268,9 +306,9 @@ type logFile struct {
 	size int64
 }
 
-// openLogFile opens the log of the agent with this socket: agent.log in the
-// state directory, or next to the socket where there is none.
-func openLogFile(socket string) (*logFile, error) {
+// openLogFile opens a log of the agent with this socket: in the state directory, or
+// next to the socket where there is none.
+func openLogFile(socket, name string) (*logFile, error) {
 	dir := stateDir()
 	if dir == "" {
 		dir = filepath.Dir(socket)
@@ -278,7 +316,7 @@ func openLogFile(socket string) (*logFile, error) {
 	if err := os.MkdirAll(dir, 0o700); err != nil {
 		return nil, fmt.Errorf("make a directory for the log: %w", err)
 	}
-	l := &logFile{path: filepath.Join(dir, "agent.log")}
+	l := &logFile{path: filepath.Join(dir, name)}
 	return l, l.open()
 }
 

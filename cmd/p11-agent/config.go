@@ -55,6 +55,7 @@ type config struct {
 
 	Confirm        agent.Confirm `toml:"confirm"`
 	ConfirmTimeout durationValue `toml:"confirm-timeout"`
+	ConfirmPlace   confirmPlace  `toml:"confirm-place"`
 
 	publicKeys []token.PublicKey // those that KeyTables name
 }
@@ -62,6 +63,8 @@ type config struct {
 type pinentryConfig struct {
 	Program string `toml:"program"`
 	Grab    *bool  `toml:"grab"`
+	// MoveAfter is how long a prompt stays with one client while another one waits.
+	MoveAfter durationValue `toml:"move-after"`
 }
 
 // moduleConfig adds a module, when it has a path, or changes one of the

@@ -161,7 +161,7 @@ func (d *demo) find() error {
 		missing = append(missing, "libsofthsm2.so")
 	}
 	if len(missing) > 0 {
-		return fmt.Errorf("the demo needs what is not installed here: %s: run \"make deps\", or install it by other means", strings.Join(missing, ", "))
+		return fmt.Errorf("the demo needs what is not installed here: %s: run \"make deps-demo\", or install it by other means", strings.Join(missing, ", "))
 	}
 	if d.programs["p11-agent"], err = os.Executable(); err != nil {
 		return fmt.Errorf("find this program's own file: %w", err)
@@ -449,7 +449,7 @@ func (d *demo) otherModules() []string {
 // stands in for a person where there is none.
 func (d *demo) openTerminal(ctx context.Context) bool {
 	if d.programs["tmux"] == "" || d.programs["pinentry-curses"] == "" {
-		d.say("\ntmux or pinentry-curses is not installed (\"make deps\" does that): no prompt is shown,\nand an SSH_ASKPASS program gives the PIN.")
+		d.say("\ntmux or pinentry-curses is not installed (\"make deps-demo\" does that): no prompt is shown,\nand an SSH_ASKPASS program gives the PIN.")
 		return d.write("askpass", "#!/bin/sh\necho "+demoPIN+"\n", 0o700)
 	}
 	d.terminal = true

@@ -344,7 +344,7 @@ func TestDemoMissing(t *testing.T) {
 	w := newDemoWorld(t)
 	w.only(t, nil)
 	out, stderr, status := w.run(t)
-	if status != 1 || out != "" || !strings.Contains(stderr, `run "make deps"`) {
+	if status != 1 || out != "" || !strings.Contains(stderr, `run "make deps-demo"`) {
 		t.Errorf("exit status %d, on stdout: %q, on stderr: %q", status, out, stderr)
 	}
 	for _, name := range demoPrograms {

@@ -114,6 +114,13 @@ func (n *notices) failed(e agent.Event) {
 	n.Tell(strings.Join(lines, "\n"), title, append(lines, requester(e.Client)))
 }
 
+// elsewhere is asker.notify: a client waits for a prompt that another one has.
+func (n *notices) elsewhere(key string, lines []string) {
+	if n.failures.Load() {
+		n.Tell(key, "p11-agent: a program waits for a prompt that is elsewhere", lines)
+	}
+}
+
 // working is token.Options.Working.
 func (n *notices) working(ctx context.Context, k *token.Key) (done func()) {
 	return n.Begin(k.Token(), func() []string {

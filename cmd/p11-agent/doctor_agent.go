@@ -92,6 +92,9 @@ func listenerOf(p peer.Peer, path string) (name string, pid int) {
 		comm := line(filepath.Join(dir, "comm"))
 		files, err := os.ReadDir(filepath.Join(dir, "fd"))
 		if err != nil {
+			if line(filepath.Join(dir, "cmdline")) == "" {
+				continue // it has ended, and its parent does not know yet
+			}
 			if pid == p.PID {
 				return calledAs(pid, comm), pid
 			}

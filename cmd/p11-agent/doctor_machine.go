@@ -3,6 +3,7 @@ package main
 import (
 	"errors"
 	"os"
+	"syscall"
 	"time"
 
 	"golang.org/x/crypto/ssh"
@@ -66,6 +67,10 @@ func findMachine(r *report) {
 		r.warn("PINs may reach the swap space: %v", err).
 			Next("raise the limit of locked memory to 64 KiB at least: ulimit -l says what it is, /etc/security/limits.conf sets it (memlock)")
 	}
+	if err := secret.HideError(); err != nil {
+		r.detail("the kernel does not hide PINs from a program that has opened the agent's memory: %v", err)
+	}
+	findProgramFile(r, "/proc/self/exe", os.Geteuid())
 	if abi, _, errno := unix.Syscall(unix.SYS_LANDLOCK_CREATE_RULESET, 0, 0, unix.LANDLOCK_CREATE_RULESET_VERSION); errno == 0 {
 		r.detail("the kernel has Landlock, version %d", abi)
 	} else {
@@ -81,6 +86,25 @@ func findMachine(r *report) {
 		}
 		_, _ = unix.Close(fds[0]), unix.Close(fds[1])
 	}
+}
+
+// findProgramFile finds a program that its user can read and has not installed: then the
+// kernel lets other processes of the user look into it while it starts.
+func findProgramFile(r *report, file string, uid int) {
+	st, err := os.Stat(file)
+	if err != nil {
+		return
+	}
+	sys, ok := st.Sys().(*syscall.Stat_t)
+	if !ok || int(sys.Uid) == uid || uid == 0 || unix.Access(file, unix.R_OK) != nil {
+		return // an owner can replace it, and root can do everything
+	}
+	path := file
+	if real, err := os.Readlink(file); err == nil {
+		path = real
+	}
+	r.warn("other programs of yours can look into the agent while it starts, as you can read the file %s", path).
+		Next("sudo chmod 711 %s", quote(path))
 }
 
 // earliest is before this program was made.

@@ -258,6 +258,31 @@ func TestDoctorClock(t *testing.T) {
 	}
 }
 
+func TestDoctorProgramFile(t *testing.T) {
+	file := filepath.Join(t.TempDir(), "program")
+	if err := os.WriteFile(file, nil, 0o755); err != nil {
+		t.Fatal(err)
+	}
+	owner := os.Geteuid()
+	for _, tt := range []struct {
+		name string
+		uid  int
+		want string
+	}{
+		{"the owner", owner, ""},
+		{"root", 0, ""},
+		{"somebody else", owner + 1, "warning: other programs of yours can look into the agent while it starts"},
+	} {
+		t.Run(tt.name, func(t *testing.T) {
+			r := new(report)
+			findProgramFile(r, file, tt.uid)
+			if text := printed(t, r); tt.want == "" && text != "" || !strings.HasPrefix(text, tt.want) {
+				t.Errorf("got %q, want %q", text, tt.want)
+			}
+		})
+	}
+}
+
 // A program that does not come back costs its time and no more, and takes what it
 // has started along.
 func TestAskEnds(t *testing.T) {

@@ -15,6 +15,7 @@ import (
 	"p11-agent/agent/sshagent"
 	"p11-agent/pinentry"
 	"p11-agent/pinentry/secret"
+	"p11-agent/token/module/undumpable"
 	"p11-agent/token/pkcs11uri"
 )
 
@@ -31,7 +32,8 @@ func newLoginCommand() *cobra.Command {
 asking. The PIN is asked for at this terminal, which works where no pinentry can
 show anything. The URI can be left out when one token only needs a login.
 
-A wrong PIN is not asked for again, and the last try is used only after a yes.`,
+A wrong PIN is not asked for again. When one try is left, the agent asks whether to
+use it, and for the PIN, with pinentry: on the desktop, or else at this terminal.`,
 		Args:              optionalURI,
 		ValidArgsFunction: completeTokens(func(t statusToken) bool { return t.Present && t.LoginNeeded && !t.LoggedIn }),
 		RunE: func(cmd *cobra.Command, args []string) error {
@@ -228,50 +230,21 @@ func runLogin(ctx context.Context, socket string, stdin bool, uri string, out io
 	if t.PIN == "locked" {
 		return fmt.Errorf("the PIN of %s is locked: unlock it with its PUK or SO PIN", visibleText(t.name()))
 	}
-	ask, err := newQuestion(stdin, t.OnReader)
+	fmt.Fprintln(os.Stderr, loginNotes(t))
+	var answer sshagent.ControlAnswer
+	switch {
+	case t.OnReader:
+		fmt.Fprintln(os.Stderr, "Please enter the PIN on the card reader.")
+		answer, err = loginWithoutPIN(ctx, a, uri)
+	case t.PIN == "last" && !stdin:
+		// The agent does not believe this program that a person wants it.
+		fmt.Fprintln(os.Stderr, "The agent asks whether to use the last try, and then for the PIN, with pinentry.")
+		answer, err = loginWithoutPIN(ctx, a, uri)
+	default:
+		answer, err = loginWithPIN(ctx, a, stdin, uri)
+	}
 	if err != nil {
 		return err
-	}
-	defer ask.Close()
-	about := "Token: " + visibleText(t.name())
-	switch t.PIN {
-	case "low":
-		about += "\nNote: a wrong PIN was given before, and fewer tries are left."
-	case "last":
-		about += "\nNote: ONE TRY IS LEFT. A wrong PIN now locks the token."
-	}
-	if t.PromptOpen || t.LoginGoesOn {
-		about += "\nNote: somebody is being asked for the PIN of this token already: that comes first."
-	}
-	ask.say(about)
-	lastTry := false
-	if t.PIN == "last" {
-		if lastTry, err = ask.lastTry(ctx); err != nil {
-			return err
-		}
-	}
-	var pin *secret.Secret // nil: typed on the reader
-	if !t.OnReader {
-		if pin, err = ask.secret(ctx, "PIN: "); err != nil {
-			return err
-		}
-		defer pin.Wipe()
-		if pin.Len() == 0 {
-			return errors.New("no PIN was given, and none tried")
-		}
-	} else {
-		ask.say("Please enter the PIN on the card reader.")
-	}
-	answer, err := a.Login(ctx, uri, pin, lastTry)
-	if err == nil && answer.LastTry && !lastTry {
-		// It was found out just now.
-		if lastTry, err = ask.lastTry(ctx); err != nil {
-			return err
-		}
-		answer, err = a.Login(ctx, uri, pin, lastTry)
-	}
-	if err != nil {
-		return connectionEnded(ctx, err)
 	}
 	if answer.Error != "" {
 		return loginRefused(answer)
@@ -284,12 +257,66 @@ func runLogin(ctx context.Context, socket string, stdin bool, uri string, out io
 	return err
 }
 
+// loginNotes says what a person should know before the PIN is asked for.
+func loginNotes(t *statusToken) string {
+	about := "Token: " + visibleText(t.name())
+	switch t.PIN {
+	case "low":
+		about += "\nNote: a wrong PIN was given before, and fewer tries are left."
+	case "last":
+		about += "\nNote: ONE TRY IS LEFT. A wrong PIN now locks the token."
+	}
+	if t.PromptOpen || t.LoginGoesOn {
+		about += "\nNote: somebody is being asked for the PIN of this token already, and that comes first, for a while"
+		if t.PromptAt != "" {
+			about += ": " + visibleText(t.PromptAt)
+		}
+		about += "."
+	}
+	return about
+}
+
+// loginWithPIN reads the PIN and has it tried.
+func loginWithPIN(ctx context.Context, a *runningAgent, stdin bool, uri string) (none sshagent.ControlAnswer, err error) {
+	ask, err := newQuestion(stdin)
+	if err != nil {
+		return none, err
+	}
+	defer ask.Close()
+	pin, err := ask.secret(ctx, "PIN: ")
+	if err != nil {
+		return none, err
+	}
+	defer pin.Wipe()
+	if pin.Len() == 0 {
+		return none, errors.New("no PIN was given, and none tried")
+	}
+	return logIn(ctx, a, uri, pin)
+}
+
+// loginWithoutPIN has the agent ask. This process holds no secret, and the agent finds
+// its terminal only while it is dumpable.
+func loginWithoutPIN(ctx context.Context, a *runningAgent, uri string) (sshagent.ControlAnswer, error) {
+	if err := undumpable.Suspend(); err != nil {
+		return sshagent.ControlAnswer{}, err
+	}
+	return logIn(ctx, a, uri, nil)
+}
+
+func logIn(ctx context.Context, a *runningAgent, uri string, pin *secret.Secret) (sshagent.ControlAnswer, error) {
+	answer, err := a.Login(ctx, uri, pin)
+	if err != nil {
+		return sshagent.ControlAnswer{}, connectionEnded(ctx, err)
+	}
+	return answer, nil
+}
+
 // loginRefused says what became of a PIN, and of the tries.
 func loginRefused(a sshagent.ControlAnswer) error {
 	text := visibleText(a.Error)
 	switch a.Tries {
 	case "last":
-		text += "\np11-agent: ONE TRY IS LEFT"
+		text += "\np11-agent: ONE TRY IS LEFT: p11-agent login asks whether to use it"
 	case "low":
 		text += "\np11-agent: fewer tries are left"
 	}
@@ -335,7 +362,7 @@ func runLock(ctx context.Context, socket string, lock bool, out io.Writer) error
 	case !lock && !a.report.Locked:
 		return errors.New("the agent is not locked")
 	}
-	ask, err := newQuestion(false, false)
+	ask, err := newQuestion(false)
 	if err != nil {
 		return err
 	}

@@ -17,6 +17,7 @@ import (
 	"p11-agent/pinentry/secret"
 	"p11-agent/systemd"
 	"p11-agent/token/module"
+	"p11-agent/token/module/undumpable"
 )
 
 // version is set by the linker.
@@ -41,6 +42,10 @@ type statusError int
 func (e statusError) Error() string { return fmt.Sprintf("exit status %d", int(e)) }
 
 func main() {
+	// First of all: see package undumpable.
+	if err := undumpable.Enforce(); err != nil {
+		os.Exit(exitCode(err, os.Stderr))
+	}
 	if len(os.Args) > 1 && os.Args[1] == moduleCommand {
 		// What lives in a module process is a fraction of the 4 MiB that its heap is
 		// let grow to before garbage is collected. Now it is 2 MiB.

@@ -9,6 +9,8 @@ import (
 	"os"
 	"slices"
 	"strings"
+	"sync"
+	"sync/atomic"
 	"time"
 
 	"golang.org/x/sys/unix"
@@ -18,10 +20,14 @@ import (
 	"p11-agent/pinentry"
 	"p11-agent/pinentry/waiting"
 	"p11-agent/systemd/environment"
+	"p11-agent/token"
 )
 
 // An asker asks persons where they are. Where that is, is found out when there
-// is something to ask. These are tried in turn:
+// is something to ask. There are two policies.
+//
+// A PIN cannot be invented, so it is asked for where the person is who uses the
+// client. These places are tried in turn:
 //
 //   - the display of the client that asks, and then its terminal,
 //   - the display that the user's service manager knows now,
@@ -30,6 +36,13 @@ import (
 //   - the terminal that GPG_TTY named when the agent was started, and the one that
 //     the agent itself is in the foreground of,
 //   - SSH_ASKPASS of the agent.
+//
+// A yes can be invented, so consent is asked for where the client has no say: on
+// the displays of the service manager and of the agent; and where they cannot show
+// anything on the client's terminal, if that was there before the client
+// (peer.Terminal.Established), and then at what is left of the list.
+//
+// A client in other namespaces has no display and no terminal at all (peer.Desk).
 //
 // A place that cannot be asked at is followed by the next. What a person answers,
 // no among it, is the answer. The programs are those of the agent's configuration
@@ -44,12 +57,27 @@ type asker struct {
 	log     *slog.Logger
 	// patience is how long a confirmation stays without an answer.
 	patience time.Duration
+	// turn is how long a prompt stays with a client while another one waits.
+	turn time.Duration
+	// displayOnly says that consent is asked for on no terminal.
+	displayOnly atomic.Bool
+	// notify tells the person at the desktop something; nil: nobody is told.
+	notify func(key string, lines []string)
+
+	mu   sync.Mutex
+	open map[*dialogue]struct{}
 }
+
+// promptTurn is asker.turn when the configuration does not say otherwise.
+const promptTurn = time.Minute
+
+// tellAfter is how long a client waits for a prompt elsewhere before it is told.
+const tellAfter = 2 * time.Second
 
 // newAsker makes the asker of an agent with this environment.
 func newAsker(c *config, getenv func(string) string, environ []string, log *slog.Logger) *asker {
 	own := environmentOf(environ)
-	return &asker{
+	a := &asker{
 		pinentry: &pinentry.Pinentry{
 			Program: c.Pinentry.Program,
 			Askpass: getenv("SSH_ASKPASS"),
@@ -66,8 +94,15 @@ func newAsker(c *config, getenv func(string) string, environ []string, log *slog
 		},
 		log:      log,
 		patience: cmp.Or(c.ConfirmTimeout.Duration, confirmTimeout),
+		turn:     cmp.Or(c.Pinentry.MoveAfter.Duration, promptTurn),
+		open:     make(map[*dialogue]struct{}),
 	}
+	a.configure(c)
+	return a
 }
+
+// configure takes over what counts without a restart.
+func (a *asker) configure(c *config) { a.displayOnly.Store(c.ConfirmPlace == placeDisplay) }
 
 func environmentOf(environ []string) peer.Environment {
 	return peer.ParseEnvironment([]byte(strings.Join(environ, "\x00")))
@@ -78,7 +113,10 @@ type place struct {
 	pinentry.Place
 	name string // for people
 	// key is the same for places that are.
-	key   any
+	key any
+	// spot is the same for places that a person cannot look at apart; nil for one
+	// that is at no display or terminal.
+	spot  any
 	close func()
 }
 
@@ -90,54 +128,151 @@ type finder func(context.Context) (*place, error)
 // for one goroutine at a time.
 type conversation struct {
 	*asker
-	hint string // what to do when nobody can be asked
+	what    string // is asked, for clients that wait: "the PIN of the token work"
+	consent bool   // a yes is wanted: the client has no say where
+	hint    string // what to do when nobody can be asked
 
+	shown atomic.Pointer[place]    // while a question is open; read by any goroutine
+	told  map[*agent.Caller]*place // the client was told of; for the goroutine of waiting.Ask
+	seat
+}
+
+// seat is what is known of the client whose person is asked.
+type seat struct {
 	started bool
-	caller  *agent.Caller // whose person is asked
-	desk    *peer.Desk    // the caller's; nil when it was not looked at
-	display *place        // the first that was found
-	finders []finder      // that are left
-	seen    []any         // keys of places that were tried
-	tried   []error       // why each was of no use
-	at      *place        // where it is
+	caller  *agent.Caller
+	desk    *peer.Desk // the caller's; nil when it was not looked at
+	display *place     // the first that was found
+	finders []finder   // that are left
+	seen    []any      // keys of places that were tried
+	tried   []error    // why each was of no use
+	at      *place     // where it is
 	d       *pinentry.Dialogue
 }
 
 // ask has a question asked. Of several who wait for the answer it is the one who
-// has waited longest that is asked; with that one it moves.
+// has waited longest that is asked; it moves to the next when that one leaves, has
+// no place, or does not answer in its turn.
 func (c *conversation) ask(ctx context.Context, question func(context.Context, *pinentry.Dialogue) error) error {
-	return waiting.Ask(ctx, func(ctx context.Context) error {
-		if caller := agent.CallerFromContext(ctx); !c.started || caller != c.caller {
-			c.begin(caller)
-		}
-		for {
-			if err := c.open(ctx); err != nil {
-				return err
+	return c.askFor(ctx, c.turn, question)
+}
+
+// askFor is ask with another turn; 0: the question stays until it is answered.
+func (c *conversation) askFor(ctx context.Context, turn time.Duration, question func(context.Context, *pinentry.Dialogue) error) error {
+	return waiting.Ask(ctx, waiting.Question{
+		Ask: func(ctx context.Context) error {
+			if caller := agent.CallerFromContext(ctx); !c.started || caller != c.caller {
+				c.begin(caller)
 			}
-			err := question(ctx, c.d)
-			if !errors.Is(err, pinentry.ErrNoPrompt) {
-				return err
+			for {
+				if err := c.find(ctx); err != nil {
+					return err
+				}
+				c.shown.Store(c.at)
+				err := question(ctx, c.d)
+				c.shown.Store(nil)
+				if !errors.Is(err, pinentry.ErrNoPrompt) {
+					return err
+				}
+				c.giveUp(c.at.name, err)
+				c.leave()
 			}
-			c.giveUp(c.at.name, err)
-			c.leave()
-		}
+		},
+		Pass: func(err error) bool { return errors.Is(err, pinentry.ErrNoPrompt) },
+		Turn: turn, Takes: c.takes,
+		Patience: tellAfter, Tell: c.tell,
 	})
 }
 
 // begin starts anew, with somebody else.
 func (c *conversation) begin(caller *agent.Caller) {
 	if c.started {
-		c.log.Debug("the prompt moves: the client that it was shown to has gone")
+		c.log.Info("the prompt moves to the next client that waits for it", "prompt", c.what)
 	}
 	c.close()
-	*c = conversation{asker: c.asker, hint: c.hint, started: true, caller: caller}
-	c.finders = []finder{
-		c.clientDisplay, c.clientTerminal, c.managerDisplay, c.ownDisplay, c.ownGPGTTY, c.ownTerminal, c.askpass,
+	c.seat = seat{started: true, caller: caller}
+	switch {
+	case !c.consent:
+		c.finders = []finder{
+			c.clientDisplay, c.clientTerminal, c.managerDisplay, c.ownDisplay, c.ownGPGTTY, c.ownTerminal, c.askpass,
+		}
+	case c.displayOnly.Load():
+		c.finders = []finder{c.managerDisplay, c.ownDisplay, c.askpass}
+	default:
+		c.finders = []finder{c.managerDisplay, c.ownDisplay, c.clientTerminal, c.ownGPGTTY, c.ownTerminal, c.askpass}
 	}
 }
 
-// open makes sure that there is a dialogue.
-func (c *conversation) open(ctx context.Context) error {
+// other returns where another client that waits would be asked first; nil: nowhere
+// that a person could look at. done gives the place back.
+func (c *conversation) other(ctx context.Context) (at *place, done func()) {
+	o := &conversation{asker: c.asker, consent: c.consent}
+	o.begin(agent.CallerFromContext(ctx))
+	for _, find := range o.finders {
+		at, err := find(ctx)
+		if err != nil || at == nil {
+			continue
+		}
+		o.at = at
+		if at.spot != nil && ctx.Err() == nil {
+			return at, o.close
+		}
+		o.leave()
+	}
+	o.close()
+	return nil, func() {}
+}
+
+// takes tells whether the prompt can go to another client that waits: it would be asked
+// at a place of its own, or need not be asked.
+func (c *conversation) takes(ctx context.Context) bool {
+	now := c.shown.Load()
+	if now == nil {
+		return false // it is on its way from one place to the next
+	}
+	if token.HasPIN(ctx) {
+		return true
+	}
+	at, done := c.other(ctx)
+	defer done()
+	return at != nil && at.spot != now.spot
+}
+
+// tell tells another client that waits where the prompt is: in its terminal if it has
+// one, or else at the desktop.
+func (c *conversation) tell(ctx context.Context) {
+	now, caller := c.shown.Load(), agent.CallerFromContext(ctx)
+	if now == nil || caller == nil || c.told[caller] == now {
+		return
+	}
+	at, done := c.other(ctx)
+	defer done()
+	if at == nil && now.spot == nil || at != nil && at.spot == now.spot {
+		return // it would be asked there, too
+	}
+	if c.told == nil {
+		c.told = make(map[*agent.Caller]*place)
+	}
+	c.told[caller] = now
+	c.log.Info("a client waits for a prompt that is elsewhere", "prompt", c.what, "place", now.name, "client", caller.Who().String())
+	if at != nil && at.TTY != nil {
+		then := "it comes here"
+		if token.HasPIN(ctx) {
+			then = "this goes on"
+		}
+		text := fmt.Sprintf("p11-agent: this waits for %s, which is asked for elsewhere: %s. Without an answer there, %s.", c.what, now.name, then)
+		if err := at.Say(text); err != nil {
+			c.log.Debug("the client cannot be told in its terminal", "reason", err)
+		}
+		return
+	}
+	if c.notify != nil {
+		c.notify(c.what+now.name, []string{"It waits for " + c.what + ", which is asked for elsewhere: " + now.name, requester(caller.Who())})
+	}
+}
+
+// find makes sure that there is a dialogue.
+func (c *conversation) find(ctx context.Context) error {
 	for c.d == nil {
 		if len(c.finders) == 0 {
 			return &noPlaceError{c.tried, c.hint}
@@ -229,10 +364,15 @@ func (c *conversation) clientTerminal(context.Context) (*place, error) {
 	case c.caller == nil || c.caller.Forwarded:
 		// ssh reads from its terminal at the same time, in the foreground.
 		return nil, errors.New("the client's terminal: the request was forwarded, and what is typed there goes to the other host")
-	case d.TerminalErr != nil && d.TerminalErr == d.EnvErr: //nolint:errorlint // the very same
+	case !c.consent && d.TerminalErr != nil && d.TerminalErr == d.EnvErr: //nolint:errorlint // the very same
 		return nil, nil //nolint:nilnil // see finder
 	case d.TerminalErr != nil:
 		return nil, fmt.Errorf("the client's terminal: %w", d.TerminalErr)
+	}
+	if c.consent {
+		if err := d.Terminal.Established(); err != nil {
+			return nil, fmt.Errorf("the client's terminal, which must have been there before the client: %w", err)
+		}
 	}
 	return c.onTerminal(d.Terminal.File, d.Terminal.Check, nil, d.Environment, "the terminal of "+d.Who)
 }
@@ -321,7 +461,8 @@ func (c *conversation) onDisplay(e peer.Environment, who string) (*place, error)
 	}
 	at := &place{
 		Place: c.place(e), name: fmt.Sprintf("display %s of %s", name, who),
-		key: [5]string{e.Display, e.WaylandDisplay, e.XAuthority, e.DBusAddress, e.RuntimeDir},
+		key:  [5]string{e.Display, e.WaylandDisplay, e.XAuthority, e.DBusAddress, e.RuntimeDir},
+		spot: [2]string{e.Display, e.WaylandDisplay},
 	}
 	if c.display == nil {
 		c.display = at
@@ -343,7 +484,7 @@ func (c *conversation) onTerminal(tty *os.File, check func() error, closeTTY fun
 			TTY: tty, Check: check, TTYType: e.TTYType,
 			Locale: cmp.Or(e.Locale, c.own.Locale), UserData: c.userData,
 		},
-		name: name, key: key.terminal, close: closeTTY,
+		name: name, key: key.terminal, spot: key.terminal, close: closeTTY,
 	}, nil
 }
 

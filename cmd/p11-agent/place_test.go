@@ -1,13 +1,20 @@
 package main
 
 import (
+	"context"
+	"errors"
 	"fmt"
+	"log/slog"
 	"os"
 	"path/filepath"
 	"strings"
 	"testing"
 
 	"golang.org/x/sys/unix"
+
+	"p11-agent/agent"
+	"p11-agent/agent/peer"
+	"p11-agent/pinentry"
 )
 
 // newTerminal returns the far end of a new terminal, and its name.
@@ -80,5 +87,35 @@ func TestFixedTerminalIsNone(t *testing.T) {
 		if _, err := f.open(); err == nil || !strings.Contains(err.Error(), want) {
 			t.Errorf("%s: %v, want %q", name, err, want)
 		}
+	}
+}
+
+// A prompt goes on to a client only where a person would see it at another place.
+func TestPromptTakes(t *testing.T) {
+	const display = ":5"
+	here, elsewhere := &place{spot: [2]string{display, ""}}, &place{spot: [2]string{":6", ""}}
+	for name, test := range map[string]struct {
+		own   peer.Environment
+		shown *place
+		want  bool
+	}{
+		"another display":         {peer.Environment{Display: display}, elsewhere, true},
+		"the same display":        {peer.Environment{Display: display}, here, false},
+		"nowhere":                 {peer.Environment{}, elsewhere, false},
+		"from no place":           {peer.Environment{Display: display}, &place{}, true},
+		"between places":          {peer.Environment{Display: display}, nil, false},
+		"from no place to no one": {peer.Environment{}, &place{}, false},
+	} {
+		t.Run(name, func(t *testing.T) {
+			c := &conversation{asker: &asker{
+				pinentry: new(pinentry.Pinentry), own: test.own, log: slog.New(slog.DiscardHandler),
+				manager: func(context.Context) ([]string, error) { return nil, errors.New("none") },
+			}}
+			c.shown.Store(test.shown)
+			forwarded := &agent.Caller{Forwarded: true}
+			if got := c.takes(forwarded.Context(t.Context())); got != test.want {
+				t.Errorf("%v, want %v", got, test.want)
+			}
+		})
 	}
 }

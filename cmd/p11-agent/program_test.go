@@ -23,6 +23,7 @@ import (
 func TestProgram(t *testing.T) {
 	program := buildAgent(t)
 	t.Run("linked", func(t *testing.T) { testLinked(t, program) })
+	t.Run("hardened", func(t *testing.T) { testHardened(t, program) })
 	t.Run("flat", func(t *testing.T) { testFlat(t, program) })
 }
 
@@ -51,6 +52,45 @@ func testLinked(t *testing.T, program string) {
 	}
 	if !seen {
 		t.Error("the program has no main.main: these are not its symbols")
+	}
+}
+
+// The program lies at another address each time, the tables that calls go through
+// cannot be written after the start, no stack can be executed, and a function of package
+// undumpable is called before all others.
+func testHardened(t *testing.T, program string) {
+	f, err := elf.Open(program)
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer f.Close()
+	if f.Type != elf.ET_DYN {
+		t.Errorf("it is of type %v: go build -buildmode=pie", f.Type)
+	}
+	flags, err := f.DynValue(elf.DT_FLAGS)
+	if err != nil || len(flags) != 1 || elf.DynFlag(flags[0])&elf.DF_BIND_NOW == 0 {
+		t.Errorf("the loader binds symbols when they are used (flags %v, %v): -ldflags=-bindnow", flags, err)
+	}
+	if text, err := f.DynValue(elf.DT_TEXTREL); err != nil || len(text) != 0 {
+		t.Errorf("code is changed at the start: %v, %v", text, err)
+	}
+	var relro, stack bool
+	for _, p := range f.Progs {
+		switch p.Type {
+		case elf.PT_GNU_RELRO:
+			relro = true
+		case elf.PT_GNU_STACK:
+			stack = p.Flags&elf.PF_X == 0
+		}
+	}
+	if !relro {
+		t.Error("what is relocated stays writable: -extldflags=-Wl,-z,relro")
+	}
+	if !stack {
+		t.Error("the stack can be executed: -extldflags=-Wl,-z,noexecstack")
+	}
+	if s := f.Section(".preinit_array"); s == nil || s.Size == 0 {
+		t.Error("nothing is called before the constructors: package undumpable is not linked")
 	}
 }
 

@@ -1,7 +1,6 @@
 package main
 
 import (
-	"bytes"
 	"context"
 	"errors"
 	"fmt"
@@ -13,6 +12,7 @@ import (
 	"golang.org/x/sys/unix"
 
 	"p11-agent/pinentry/secret"
+	"p11-agent/token/module/undumpable"
 )
 
 // maxTyped is the longest line that is taken for a PIN or a passphrase, its end
@@ -22,36 +22,23 @@ const maxTyped = 1 << 10
 // A question asks the person at the terminal of this process, or takes from standard
 // input what a program gives. It is used by one goroutine at a time.
 type question struct {
-	in, out *os.File // out is nil when nobody is asked
-	tty     bool
+	in  *os.File
+	tty bool // it is a terminal
 }
 
-// newQuestion opens the terminal. Nothing is read where the reader has the keys:
-// then it does without a terminal.
-func newQuestion(stdin, onReader bool) (*question, error) {
-	if err := keepToOurselves(); err != nil {
+// newQuestion opens the terminal, unless standard input is to be read.
+func newQuestion(stdin bool) (*question, error) {
+	if err := undumpable.Enforce(); err != nil {
 		return nil, err
 	}
 	if stdin {
 		return &question{in: os.Stdin}, nil
 	}
 	tty, err := os.OpenFile("/dev/tty", os.O_RDWR|unix.O_NOCTTY, 0)
-	switch {
-	case err != nil && onReader:
-		return &question{out: os.Stderr}, nil
-	case err != nil:
+	if err != nil {
 		return nil, errors.New("there is no terminal to ask at: run it at one, or give the PIN with --stdin")
 	}
-	return &question{in: tty, out: tty, tty: true}, nil
-}
-
-// keepToOurselves keeps other processes of the user, and core files, from what is
-// typed. The agent has looked at this process when it connected.
-func keepToOurselves() error {
-	if err := unix.Prctl(unix.PR_SET_DUMPABLE, 0, 0, 0, 0); err != nil {
-		return fmt.Errorf("keep others from reading what is typed: %w", err)
-	}
-	return nil
+	return &question{in: tty, tty: true}, nil
 }
 
 // Close gives the terminal back.
@@ -61,43 +48,17 @@ func (q *question) Close() {
 	}
 }
 
-// say tells the person something.
-func (q *question) say(text string) {
-	if q.out != nil {
-		fmt.Fprintln(q.out, text)
-	}
-}
-
-// lastTry asks whether the last try is to be used.
-func (q *question) lastTry(ctx context.Context) (bool, error) {
-	if !q.tty {
-		return false, errors.New("one try is left, and a wrong PIN would lock the token: only a person at a terminal can decide to use it")
-	}
-	typed, err := q.line(ctx, "One try is left: a wrong PIN now locks the token. Try all the same? Type yes or no: ", true)
-	if err != nil {
-		return false, err
-	}
-	defer typed.Wipe()
-	if !bytes.EqualFold(bytes.TrimSpace(typed.Bytes()), []byte("yes")) {
-		return false, errors.New("nothing was tried, as one try is left")
-	}
-	return true, nil
-}
-
 // secret asks for something that is not shown while it is typed.
 func (q *question) secret(ctx context.Context, prompt string) (*secret.Secret, error) {
 	if q.tty {
-		return q.line(ctx, prompt, false)
-	}
-	if q.in == nil {
-		return nil, errors.New("there is no terminal to ask at")
+		return q.line(ctx, prompt)
 	}
 	return readLine(q.in)
 }
 
-// line reads one line from the terminal. Until it ends, signals that would end or
+// line reads one line from the terminal, and shows nothing of it. Until it ends, signals that would end or
 // stop the process leave the terminal as it was.
-func (q *question) line(ctx context.Context, prompt string, echo bool) (_ *secret.Secret, err error) {
+func (q *question) line(ctx context.Context, prompt string) (_ *secret.Secret, err error) {
 	fd := int(q.in.Fd()) // from here on it blocks: the reader below is left behind on a signal
 	old, err := unix.IoctlGetTermios(fd, unix.TCGETS)
 	if err != nil {
@@ -112,23 +73,19 @@ func (q *question) line(ctx context.Context, prompt string, echo bool) (_ *secre
 
 	quiet := *old
 	quiet.Lflag |= unix.ICANON | unix.ISIG
-	if !echo {
-		quiet.Lflag &^= unix.ECHO | unix.ECHOE | unix.ECHOK | unix.ECHONL
-	}
+	quiet.Lflag &^= unix.ECHO | unix.ECHOE | unix.ECHOK | unix.ECHONL
 	// What was typed before the question is no answer to it.
 	if err := unix.IoctlSetTermios(fd, unix.TCSETSF, &quiet); err != nil {
 		return nil, fmt.Errorf("ask at the terminal: %w", err)
 	}
 	defer func() {
 		rerr := unix.IoctlSetTermios(fd, unix.TCSETSF, old)
-		if !echo || err != nil {
-			_, _ = io.WriteString(q.out, "\n")
-		}
+		_, _ = io.WriteString(q.in, "\n")
 		if err == nil && rerr != nil {
 			err = fmt.Errorf("give the terminal back: %w", rerr)
 		}
 	}()
-	if _, err := io.WriteString(q.out, prompt); err != nil {
+	if _, err := io.WriteString(q.in, prompt); err != nil {
 		return nil, err
 	}
 	type result struct {

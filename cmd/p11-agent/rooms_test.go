@@ -52,6 +52,7 @@ const (
 var rooms = []room{
 	{"cmd/p11-agent", nil, "it wires every room"},
 	{"cmd/bench", []string{}, "it measures the program from outside"},
+	{"cmd/testrun", []string{}, "it knows tests by their names only"},
 	{
 		"agent",
 		[]string{"agent/knownhosts", "agent/peer", "pinentry", "pinentry/secret", "pinentry/waiting", xssh},
@@ -170,6 +171,17 @@ func forTests(importPath string) bool {
 	return importPath == "testing" || strings.HasPrefix(importPath, modulePath+"/") && strings.HasSuffix(importPath, "test")
 }
 
+// terminaltest is the package that has tests run without a controlling terminal.
+const terminaltest = modulePath + "/agent/peer/terminaltest"
+
+// startsPrograms tells whether the tests of a package start programs, themselves or
+// by way of a package for tests.
+func (p listed) startsPrograms() bool {
+	return slices.ContainsFunc(slices.Concat(p.TestImports, p.XTestImports), func(imported string) bool {
+		return imported == "os/exec" || imported != "testing" && imported != p.ImportPath && forTests(imported)
+	})
+}
+
 // brokenRules returns what packages do against the rules, with the reasons.
 func brokenRules(packages []listed) (broken []string) {
 	all := make(map[string]listed)
@@ -199,6 +211,9 @@ func brokenRules(packages []listed) (broken []string) {
 			if forTests(imported) && !forTests(p.ImportPath) {
 				complain("imports %s: that is for tests", imported)
 			}
+		}
+		if p.startsPrograms() && p.ImportPath != terminaltest && !slices.Contains(slices.Concat(p.TestImports, p.XTestImports), terminaltest) {
+			complain("starts programs in its tests, which may ask on the developer's terminal: TestMain has to run the tests by terminaltest.Without")
 		}
 		if under(r.dir, "token/module") {
 			continue
@@ -268,6 +283,9 @@ func TestRoomsNotice(t *testing.T) {
 			{ImportPath: "p11-agent/agent/peer", Imports: []string{xsys}, Deps: []string{xsys}},
 		}, "needs golang.org/x/sys/unix, which imports C"},
 		{"testing in the program", []listed{{ImportPath: "p11-agent/cmd/p11-agent", Imports: []string{"testing"}}}, "imports testing: that is for tests"},
+		{"tests with a terminal", []listed{{ImportPath: "p11-agent/agent/peer", XTestImports: []string{"os/exec"}}}, "by terminaltest.Without"},
+		{"tests with a terminal and a fake", []listed{{ImportPath: "p11-agent/token", TestImports: []string{"p11-agent/token/tokentest"}}}, "by terminaltest.Without"},
+		{"tests without a terminal", []listed{{ImportPath: "p11-agent/token", TestImports: []string{"os/exec"}, XTestImports: []string{terminaltest}}}, ""},
 		{"fake in the program", []listed{{ImportPath: "p11-agent/cmd/p11-agent", Imports: []string{"p11-agent/token/tokentest"}}}, "imports p11-agent/token/tokentest: that is for tests"},
 	} {
 		t.Run(test.name, func(t *testing.T) {

@@ -18,6 +18,7 @@ import (
 
 	"p11-agent/agent"
 	"p11-agent/agent/sshagent"
+	"p11-agent/token/module/undumpable"
 	"p11-agent/token/pkcs11uri"
 	"p11-agent/token/wire"
 )
@@ -26,8 +27,9 @@ import (
 // nobody itself.
 const statusTimeout = 10 * time.Second
 
-// shownRequests is how many requests, and how many that failed, a person is shown.
-const shownRequests, shownFailures = 20, 5
+// A person is shown so many requests, among them the last ones of each kind, and so many
+// that failed.
+const shownRequests, shownOfKind, shownFailures = 20, 5, 5
 
 type statusOptions struct {
 	json   bool
@@ -167,7 +169,25 @@ func isNotFound(err error) bool {
 	return !answered
 }
 
+// queryAgent asks the agent at a path for its status.
 func queryAgent(ctx context.Context, path, uri string) (*runningAgent, error) {
+	// The agent has to see that its client is this program. It has seen that when it
+	// answers, and no secret is asked for before.
+	if err := undumpable.Suspend(); err != nil {
+		return nil, err
+	}
+	a, err := askStatus(ctx, path, uri)
+	if closed := undumpable.Enforce(); closed != nil {
+		if err == nil {
+			_ = a.Close()
+		}
+		return nil, closed
+	}
+	return a, err
+}
+
+// askStatus connects to the agent at a path and has it tell its status.
+func askStatus(ctx context.Context, path, uri string) (*runningAgent, error) {
 	ctx, cancel := context.WithTimeoutCause(ctx, statusTimeout, fmt.Errorf("it does not answer within %v", statusTimeout))
 	defer cancel()
 	c, err := sshagent.DialControl(ctx, path)
@@ -240,7 +260,16 @@ func (r *statusReport) String() string {
 			row(shortURI(a.Comment), a.What, strings.TrimSpace(a.Forwarding), lasts)
 		}
 	})
-	requests := r.Requests[:min(len(r.Requests), shownRequests)]
+	section("NO QUESTIONS SHOWN", len(r.Pauses), func(row func(...string)) {
+		for _, p := range r.Pauses {
+			refused := "refused " + times(p.Refused)
+			if p.Block {
+				refused = "everything refused"
+			}
+			row("from "+p.From, cmp.Or(shortURI(p.About), "about any key"), refused, "for "+span(p.Until.Sub(r.Time)))
+		}
+	})
+	requests := r.shown()
 	section("LAST REQUESTS", len(requests), func(row func(...string)) {
 		for _, e := range requests {
 			row(ago(r.Time.Sub(e.Time)), string(e.Request), e.subject(), e.purpose(), e.client(), e.result())
@@ -249,13 +278,52 @@ func (r *statusReport) String() string {
 	failures := r.Failures[:min(len(r.Failures), shownFailures)]
 	section("LAST FAILURES", len(failures), func(row func(...string)) {
 		for _, e := range failures {
-			row(ago(r.Time.Sub(e.Time)), string(e.Request), e.subject(), "because "+e.Reason)
+			row(ago(r.Time.Sub(e.Time)), string(e.Request), e.subject(), "because "+e.Reason+e.times())
 		}
 	})
 	if !r.Locked && len(r.Keys) == 0 {
 		b.WriteString("\nThere are no keys: \"p11-agent list\" shows what is there, and why it is not offered.\n")
 	}
 	return b.String()
+}
+
+// shown returns the requests that a person is shown, the newest first: signatures,
+// changes and refusals do not keep each other from being shown.
+func (r *statusReport) shown() (all []statusEvent) {
+	shown, chosen := make([]bool, len(r.Requests)), 0
+	choose := func(may func(e *statusEvent) bool) {
+		for i := range r.Requests {
+			if chosen < shownRequests && !shown[i] && may(&r.Requests[i]) {
+				shown[i] = true
+				chosen++
+			}
+		}
+	}
+	ofKind := make(map[[2]bool]int)
+	choose(func(e *statusEvent) bool {
+		ok := e.Result == agent.ResultOK
+		kind := [2]bool{ok, ok && e.Request == agent.RequestSign}
+		ofKind[kind]++
+		return ofKind[kind] <= shownOfKind
+	})
+	choose(func(*statusEvent) bool { return true })
+	for i, e := range r.Requests {
+		if shown[i] {
+			all = append(all, e)
+		}
+	}
+	return all
+}
+
+// times tells how many requests the event stands for, when it is more than one.
+func (e *statusEvent) times() string {
+	switch {
+	case e.Various:
+		return fmt.Sprintf(" (%s, not always the same)", times(e.Count))
+	case e.Count > 1:
+		return fmt.Sprintf(" (%s)", times(e.Count))
+	}
+	return ""
 }
 
 func (k *statusKey) where() string {
@@ -316,6 +384,9 @@ func (t *statusToken) login(now time.Time) string {
 	case t.Shadowed != "":
 		return "used through module " + t.Shadowed
 	case t.PromptOpen:
+		if t.PromptAt != "" {
+			return "a PIN prompt is open: " + t.PromptAt
+		}
 		return "a PIN prompt is open"
 	case t.LoginGoesOn:
 		return "is being logged in to"
@@ -391,7 +462,7 @@ func (e *statusEvent) client() string {
 }
 
 func (e *statusEvent) result() string {
-	text := string(e.Result)
+	text := string(e.Result) + e.times()
 	if e.Note != "" {
 		text += ": " + e.Note
 	}

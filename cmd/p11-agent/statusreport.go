@@ -30,6 +30,7 @@ type statusReport struct {
 	Modules   []statusModule   `json:"modules"`
 	Upstreams []statusUpstream `json:"upstreams"`
 	Approvals []statusApproval `json:"approvals"`
+	Pauses    []statusPause    `json:"pauses"`
 	Requests  []statusEvent    `json:"requests"` // the newest first
 	Failures  []statusEvent    `json:"failures"` // likewise
 }
@@ -73,6 +74,7 @@ type statusToken struct {
 	PINKept     bool      `json:"pin_kept"`
 	LoginGoesOn bool      `json:"login_under_way"`
 	PromptOpen  bool      `json:"prompt_open"`
+	PromptAt    string    `json:"prompt_at,omitempty"` // where, for people
 	LastUsed    time.Time `json:"last_used,omitzero"`
 	Signatures  uint64    `json:"signatures"`
 	Keys        []string  `json:"keys"` // their URIs
@@ -105,9 +107,21 @@ type statusApproval struct {
 	Ends        time.Time `json:"ends,omitzero"` // left out: when the agent is locked
 }
 
+// statusPause tells of clients that have no questions shown for a time.
+type statusPause struct {
+	From    string    `json:"from"`
+	About   string    `json:"about,omitempty"` // left out: everything
+	Refused int       `json:"refused"`         // times
+	Block   bool      `json:"block"`           // "no to everything from here"
+	Until   time.Time `json:"until"`
+}
+
 type statusEvent struct {
 	Time       time.Time     `json:"time"`
-	Duration   float64       `json:"duration"` // seconds
+	Count      int           `json:"count"`             // requests that it stands for
+	First      time.Time     `json:"first,omitzero"`    // of them; left out: it is one
+	Various    bool          `json:"various,omitempty"` // they differ, and this is the last
+	Duration   float64       `json:"duration"`          // seconds
 	Request    agent.Request `json:"request"`
 	Result     agent.Result  `json:"result"`
 	Reason     string        `json:"reason,omitempty"`
@@ -137,6 +151,7 @@ type statusMaker struct {
 	listeners []listener
 	rules     []*agent.Socket // of the listeners
 	policy    atomic.Pointer[func(*token.Key) token.Policy]
+	promptAt  func(wire.TokenID) string // nil: nobody is asked
 }
 
 // configure notes what the configuration says of the tokens' PINs.
@@ -150,7 +165,7 @@ func (r *statusMaker) report(s agent.Status, sel agent.Selection) ([]byte, error
 	report := statusReport{
 		Version: version, PID: os.Getpid(), Started: r.started, Time: time.Now(), Locked: s.Locked,
 		Sockets: []statusSocket{}, Keys: []statusKey{}, Tokens: []statusToken{}, Modules: []statusModule{},
-		Upstreams: []statusUpstream{}, Approvals: []statusApproval{}, Requests: []statusEvent{}, Failures: []statusEvent{},
+		Upstreams: []statusUpstream{}, Approvals: []statusApproval{}, Pauses: []statusPause{}, Requests: []statusEvent{}, Failures: []statusEvent{},
 	}
 	for i, l := range r.listeners {
 		sock := statusSocket{Path: listenerPath(l), Connections: r.server.Connections(l)}
@@ -180,6 +195,9 @@ func (r *statusMaker) report(s agent.Status, sel agent.Selection) ([]byte, error
 			Comment: a.Comment, Fingerprint: a.Fingerprint, What: a.What, Forwarding: a.Forwarding,
 			Client: a.Client.String(), Since: a.Since, Ends: a.Ends,
 		})
+	}
+	for _, p := range s.Pauses {
+		report.Pauses = append(report.Pauses, statusPause(p))
 	}
 	for _, u := range s.Upstreams {
 		report.Upstreams = append(report.Upstreams, statusUpstream{Path: u.Name, Keys: u.Keys, Trouble: u.Trouble})
@@ -235,6 +253,9 @@ func (r *statusMaker) tokenReport(t token.TokenStatus, present bool) statusToken
 	if !present {
 		st.LastSeen = t.Seen
 	}
+	if st.PromptOpen && r.promptAt != nil {
+		st.PromptAt = r.promptAt(t.ID)
+	}
 	for _, k := range t.Keys {
 		st.Keys = append(st.Keys, k.URI())
 	}
@@ -270,7 +291,10 @@ func eventReport(e *agent.Event) statusEvent {
 		Time: e.Time, Duration: e.Took.Round(time.Millisecond).Seconds(), Request: e.Request, Result: e.Result, Reason: e.Reason, Note: e.Note,
 		Key: e.Key, Comment: e.Comment, URI: e.URI, Kind: e.Kind, Purpose: e.Purpose, Namespace: e.Namespace,
 		User: e.User, Host: e.Host, Upstream: e.Upstream, Forwarded: e.Forwarded, Via: e.Via,
-		Client: e.Client.String(), Connection: e.Connection,
+		Client: e.Client.String(), Connection: e.Connection, Count: e.Count, Various: e.Various,
+	}
+	if e.Count > 1 {
+		event.First = e.First
 	}
 	if e.Client.Known {
 		event.UID = &e.Client.UID

@@ -11,6 +11,7 @@ import (
 	"net"
 	"os"
 	"os/exec"
+	"os/user"
 	"path/filepath"
 	"regexp"
 	"slices"
@@ -25,7 +26,9 @@ import (
 	"golang.org/x/crypto/ssh/agent"
 	"golang.org/x/sys/unix"
 
+	"p11-agent/agent/peer/terminaltest"
 	"p11-agent/systemd/bus/bustest"
+	"p11-agent/token/module/undumpable"
 	"p11-agent/token/registry"
 	"p11-agent/token/tokentest"
 	"p11-agent/token/tokentest/pivcard"
@@ -36,7 +39,12 @@ var update = flag.Bool("update", false, "rewrite the expected texts in testdata/
 func TestMain(m *testing.M) {
 	// Files of the scripts are to have the same modes everywhere.
 	syscall.Umask(0o022)
-	testscript.Main(m, map[string]func(){
+	// The agent is undumpable by what it is linked with, and so is this test. Nothing else
+	// in the scripts is, and main sees to it by itself.
+	if err := undumpable.Suspend(); err != nil {
+		panic(err)
+	}
+	testscript.Main(terminaltest.Without(m), map[string]func(){
 		"p11-agent":    main,
 		"fakepinentry": fakePinentry,
 		"fakeaskpass":  fakeAskpass,
@@ -50,7 +58,7 @@ const storyPIN = "sesame-4711"
 
 // patience is how long a condition may take to come true before a story is
 // given up. Nothing waits for its end that goes well.
-const patience = 30 * time.Second
+const patience = 3 * time.Minute
 
 // TestStories runs the real program with the programs that people use it with.
 // Each script in testdata/script is a story of its own: a HOME, a runtime
@@ -58,11 +66,12 @@ const patience = 30 * time.Second
 //
 // Besides those of testscript, scripts have these commands:
 //
-//	need PROGRAM...     end here if one is missing; in CI, fail. Six are none: p11-kit-client.so, YKCS11
+//	need PROGRAM...     end here if one is missing; in CI, fail. Seven are none: p11-kit-client.so, YKCS11
 //	                    (Yubico's module, which that variable names), scdaemon wherever it is, paramiko
 //	                    for Debian's Python with it, sk-dummy.so for OpenSSH's FIDO device for tests, which
-//	                    SKDUMMY names, and userns for the right to be another user than
-//	                    root in a namespace, without which it ends in CI, too
+//	                    SKDUMMY names, userns for the right to be another user than root in a namespace,
+//	                    and sshd-tty for an sshd that can give out terminals; without one of these two it
+//	                    ends in CI, too
 //	tokens NAME...      put these SoftHSM tokens into the token directory
 //	card [NAME] DO...   do something with a PIV card; see useCard
 //	pcscd DO            do something with the daemon of the readers: stop, start, restart, kill; unplug and
@@ -158,7 +167,7 @@ type stories struct {
 }
 
 // usualModules tells whether the machine has no modules registered but those that
-// make deps installs: check says what is wrong with any other, as it should.
+// make deps-check installs: check says what is wrong with any other, as it should.
 func usualModules() (bool, error) {
 	all, err := filepath.Glob("/usr/share/p11-kit/modules/*.module")
 	usual := []string{"opensc-pkcs11.module", "p11-kit-trust.module", "softhsm2.module", "tpm2_pkcs11.module"}
@@ -302,7 +311,8 @@ func (s *stories) setup(env *testscript.Env) error {
 
 // endLeftovers ends the processes of a story that have outlived it, which none
 // may. They are known by their HOME, which is in every environment that the agent
-// makes, too.
+// makes, too. Only root can read the environment of an agent, so an ordinary user
+// finds the other processes alone.
 func endLeftovers(work string) error {
 	var all []error
 	home := []byte("HOME=" + work + "/home\x00")
@@ -324,7 +334,7 @@ func endLeftovers(work string) error {
 			continue // gone by now
 		}
 		// Module processes may be about to end with their agent.
-		if p.wait(5*time.Second) != nil {
+		if p.wait(patience) != nil {
 			name, _ := os.ReadFile(filepath.Join(filepath.Dir(file), "cmdline"))
 			all = append(all, fmt.Errorf("left a process: %q", name), unix.PidfdSendSignal(p.fd, unix.SIGKILL, nil, 0))
 		}
@@ -390,6 +400,13 @@ func need(ts *testscript.TestScript, neg bool, args []string) {
 				storyOf(ts).skip("root may not be another user in a namespace here")
 			}
 			continue
+		case "sshd-tty":
+			// sshd gives the terminal to the group tty. Where the kernel has not done that
+			// already, sshd has to be root (OpenSSH's sshpty.c, pty_setowner).
+			if !ownsTerminals() {
+				storyOf(ts).skip("only root's sshd can give out terminals here: /dev/pts is not mounted for the group tty")
+			}
+			continue
 		default:
 			_, err = lookPath(name)
 		}
@@ -400,6 +417,29 @@ func need(ts *testscript.TestScript, neg bool, args []string) {
 			storyOf(ts).skip(what)
 		}
 	}
+}
+
+// ownsTerminals tells whether new terminals are as sshd wants them, or this is root,
+// who can change them.
+func ownsTerminals() bool {
+	if os.Geteuid() == 0 {
+		return true
+	}
+	far, err := os.OpenFile("/dev/ptmx", os.O_RDWR|unix.O_NOCTTY, 0)
+	if err != nil {
+		return false
+	}
+	defer far.Close()
+	n, err := unix.IoctlGetInt(int(far.Fd()), unix.TIOCGPTN)
+	if err != nil {
+		return false
+	}
+	var st unix.Stat_t
+	if err := unix.Stat(fmt.Sprintf("/dev/pts/%d", n), &st); err != nil {
+		return false
+	}
+	tty, err := user.LookupGroup("tty")
+	return err == nil && tty.Gid == strconv.Itoa(int(st.Gid))
 }
 
 // lookPath finds programs of the administrator too.
@@ -993,10 +1033,16 @@ func findSecret(ts *testscript.TestScript, neg bool, args []string) {
 	dirs, err := filepath.Glob("/proc/[0-9]*")
 	ts.Check(err)
 	home := []byte("HOME=" + work + "/home\x00")
+	agentPID := ts.Getenv("SSH_AGENT_PID")
 	for _, dir := range dirs {
 		environ, err := os.ReadFile(filepath.Join(dir, "environ"))
-		if err != nil || !bytes.Contains(environ, home) {
-			continue // gone, or not ours to see
+		switch {
+		case err == nil && bytes.Contains(environ, home):
+		case errors.Is(err, fs.ErrPermission) && (filepath.Base(dir) == agentPID || parentOf(dir) == agentPID):
+			// The kernel shows the environments of the agent and of its module processes
+			// to root alone, and their arguments to all.
+		default:
+			continue // gone, or of somebody else
 		}
 		cmdline, _ := os.ReadFile(filepath.Join(dir, "cmdline")) // it may have gone
 		if bytes.Contains(environ, secret) || bytes.Contains(cmdline, secret) {
@@ -1007,6 +1053,17 @@ func findSecret(ts *testscript.TestScript, neg bool, args []string) {
 	if looked == 0 || seen == 0 {
 		ts.Fatalf("looked at %d files and %d processes: that is not where the agent is", looked, seen)
 	}
+}
+
+// parentOf returns the number of the parent of the process that has a directory in
+// /proc, and nothing when it is gone.
+func parentOf(dir string) string {
+	stat, err := os.ReadFile(filepath.Join(dir, "stat"))
+	_, fields, ok := bytes.Cut(stat, []byte(") ")) // the name of the program may have any other character
+	if parts := bytes.Fields(fields); err == nil && ok && len(parts) > 1 {
+		return string(parts[1]) // proc(5), /proc/pid/stat
+	}
+	return ""
 }
 
 func connections(ts *testscript.TestScript, neg bool, args []string) {

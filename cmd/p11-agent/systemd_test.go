@@ -16,7 +16,7 @@ import (
 func buildAgent(t *testing.T) string {
 	t.Helper()
 	program := filepath.Join(t.TempDir(), "p11-agent")
-	out, err := exec.Command("go", "build", "-trimpath", "-buildvcs=false", "-o", program, ".").CombinedOutput()
+	out, err := exec.Command("make", "-s", "-C", "../..", "build", "PROGRAM="+program).CombinedOutput()
 	if err != nil {
 		t.Fatalf("%v\n%s", err, out)
 	}
@@ -65,7 +65,7 @@ func userManagerWith(t *testing.T, files, script string, args ...string) string 
 	t.Helper()
 	needPrivileges(t, "/lib/systemd/systemd", "/lib/systemd/systemd-journald", "systemctl", "unshare", "setpriv", "ip", "sshd", "ssh-keygen")
 	home := tokentest.TempDir(t)
-	copyFile(t, buildAgent(t), filepath.Join(home, "my bin 100%", "p11-agent"), 0o755)
+	copyFile(t, buildAgent(t), filepath.Join(home, "my bin 100%", "p11-agent"), 0o711)
 	for _, name := range []string{"common.sh", "sshd_config", script} {
 		copyFile(t, filepath.Join("testdata", "systemd", name), filepath.Join(home, name), 0o644)
 	}
@@ -126,7 +126,7 @@ func TestDesk(t *testing.T) {
 func TestBoot(t *testing.T) {
 	needPrivileges(t, "systemd-nspawn", "softhsm2-util", "pkcs11-tool", "ssh", "sshd", "ssh-add", "ssh-keygen", "useradd", "runuser", "loginctl")
 	files := t.TempDir()
-	copyFile(t, buildAgent(t), filepath.Join(files, "p11-agent"), 0o755)
+	copyFile(t, buildAgent(t), filepath.Join(files, "p11-agent"), 0o711)
 	for _, script := range []string{"common.sh", "first-boot.sh", "second-boot.sh"} {
 		copyFile(t, filepath.Join("testdata", "systemd", script), filepath.Join(files, script), 0o644)
 	}

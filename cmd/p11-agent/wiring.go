@@ -1,6 +1,7 @@
 package main
 
 import (
+	"cmp"
 	"context"
 	"errors"
 	"fmt"
@@ -229,15 +230,13 @@ func (t *tokens) Select(ctx context.Context, s agent.Selection, reached func(age
 	return agentKeys(keys), nil
 }
 
-// typed is in the context of a login whose person has said all that there is to
-// say, and looks at the terminal where they did.
-type typed struct{ lastTry bool }
-
-type typedKey struct{}
+// tellsItself is in the context of a login whose client tells the person by itself to
+// type the PIN on the reader.
+type tellsItself struct{}
 
 var errOnlyURI = errors.New("a token is named by its URI here")
 
-func (t *tokens) Login(ctx context.Context, s agent.Selection, pin *secret.Secret, lastTry bool) (answer agent.LoginAnswer, err error) {
+func (t *tokens) Login(ctx context.Context, s agent.Selection, pin *secret.Secret) (answer agent.LoginAnswer, err error) {
 	sel, ok := s.(selection)
 	if !ok || sel.URI() == nil {
 		return answer, errOnlyURI
@@ -259,25 +258,21 @@ func (t *tokens) Login(ctx context.Context, s agent.Selection, pin *secret.Secre
 		answer.Already, answer.Tries = true, pinState(st.Tries)
 		return answer, nil
 	}
-	// Nobody is asked, and so nobody is told which module gets the PIN.
+	// A PIN that comes along is for a module that the person was not told of.
 	ctx = token.NewContext(ctx, sel.Selector)
 	if err := token.CheckHome(ctx, keys[0]); err != nil {
 		return answer, err
 	}
-	ctx = context.WithValue(ctx, typedKey{}, typed{lastTry})
-	switch {
-	case pin.Len() == 0:
+	ctx = context.WithValue(ctx, tellsItself{}, true)
+	if pin.Len() == 0 {
 		err = t.store.LoginAsk(ctx, keys[:1])
-	case lastTry:
-		err = t.store.LoginLastTry(ctx, keys[:1], pin)
-	default:
+	} else {
 		err = t.store.Login(ctx, keys[:1], pin)
 	}
 	st, _ = t.status(keys[0])
 	answer.Tries = pinState(st.Tries)
 	if e, ok := errors.AsType[*token.PINError](err); ok {
 		answer.Tries = pinState(e.Tries)
-		answer.LastTry = e.Tries == token.TriesLast && !e.Tried && !lastTry
 	}
 	return answer, err
 }
@@ -343,42 +338,74 @@ func names(c *config) func(agent.Key) string {
 var (
 	_ token.PINAsker = (*asker)(nil)
 
-	_ token.PINDialogue = typed{}
+	_ token.PINDialogue = (*dialogue)(nil)
 	_ agent.Confirmer   = (*asker)(nil)
 	_ agent.Inserter    = (*asker)(nil)
 )
 
 // Ask opens a dialogue about one token.
 func (a *asker) Ask(ctx context.Context, about token.PINRequest) (token.PINDialogue, error) {
-	if said, ok := ctx.Value(typedKey{}).(typed); ok {
-		return said, nil
-	}
+	of := "the token " + cmp.Or(named(about.Token.Label, maxNamed), "without label")
 	d := &dialogue{
-		conversation: &conversation{asker: a, hint: "To give the PIN in a terminal, run: p11-agent login " + quote(about.Key)},
-		about:        about,
+		pins:    &conversation{asker: a, what: "the PIN of " + of, hint: "To give the PIN in a terminal, run: p11-agent login " + quote(about.Key)},
+		consent: &conversation{asker: a, what: "the last try of " + of, consent: true, hint: a.consentHint()},
+		about:   about,
+		quiet:   ctx.Value(tellsItself{}) != nil,
+	}
+	a.note(d, true)
+	first := d.pins
+	switch {
+	case about.Tries == token.TriesLast:
+		first = d.consent
+	case about.Pad && d.quiet:
+		return d, nil
 	}
 	// Without a place there is nothing to begin with.
-	if err := d.ask(ctx, func(context.Context, *pinentry.Dialogue) error { return nil }); err != nil {
-		d.close()
+	if err := first.ask(ctx, func(context.Context, *pinentry.Dialogue) error { return nil }); err != nil {
+		_ = d.Close() // never fails
 		return nil, err
 	}
 	return d, nil
 }
 
-// confirm asks for yes or no. text is the prompt for the one who asks.
-func (a *asker) confirm(ctx context.Context, hint string, text func(context.Context) pinentry.Prompt) (yes bool, err error) {
-	c := &conversation{asker: a, hint: hint}
-	defer c.close()
-	err = c.ask(ctx, func(ctx context.Context, d *pinentry.Dialogue) (err error) {
-		yes, err = d.Confirm(ctx, text(ctx))
-		return err
-	})
-	return yes && err == nil, err
+// note keeps the list of the dialogues that are open.
+func (a *asker) note(d *dialogue, open bool) {
+	a.mu.Lock()
+	defer a.mu.Unlock()
+	if open {
+		a.open[d] = struct{}{}
+	} else {
+		delete(a.open, d)
+	}
+}
+
+// promptAt tells where a person is being asked about a token; empty: nowhere. It may be
+// called from any goroutine.
+func (a *asker) promptAt(t wire.TokenID) string {
+	a.mu.Lock()
+	defer a.mu.Unlock()
+	for d := range a.open {
+		for _, c := range []*conversation{d.pins, d.consent} {
+			if at := c.shown.Load(); at != nil && d.about.Token == t {
+				return at.name
+			}
+		}
+	}
+	return ""
+}
+
+// consentHint says what to do where there is no place for consent.
+func (a *asker) consentHint() string {
+	hint := "To be asked, give the service manager a display (systemctl --user import-environment DISPLAY WAYLAND_DISPLAY)"
+	if !a.displayOnly.Load() {
+		hint += ", or run the client in the foreground of a login shell or of tmux"
+	}
+	return hint
 }
 
 // Confirm asks whether a key may be used, and for how long when that is a question.
 func (a *asker) Confirm(ctx context.Context, r agent.Question) (agent.Answer, error) {
-	c := &conversation{asker: a, hint: "To be asked, run the client in the foreground of a terminal, or with a display"}
+	c := &conversation{asker: a, what: "the use of a key", consent: true, hint: a.consentHint()}
 	defer c.close()
 	var answer agent.Answer
 	err := c.ask(ctx, func(ctx context.Context, d *pinentry.Dialogue) (err error) {
@@ -401,9 +428,10 @@ func confirm(ctx context.Context, d *pinentry.Dialogue, r agent.Question, patien
 		Title: "p11-agent", Description: "Allow the use of this key?\n" + text,
 		OK: allow(r.Plain), Cancel: "_Deny", Timeout: patience,
 	}
-	if !r.Offer {
-		yes, err := d.Confirm(ctx, prompt)
-		return agent.Answer{Allowed: yes}, err
+	if agent.Again(ctx) || !r.Offer {
+		// To be left alone matters more than other lengths do.
+		yes, err := confirmOrBlock(ctx, d, prompt)
+		return agent.Answer{Allowed: yes, For: r.Plain}, err
 	}
 	prompt.Other = "Allow _longer..."
 	if r.Plain != agent.Once {
@@ -433,6 +461,20 @@ func confirm(ctx context.Context, d *pinentry.Dialogue, r agent.Question, patien
 	return agent.Answer{Allowed: true, For: r.Plain}, nil
 }
 
+// confirmOrBlock asks for yes or no. A client that had to wait before may also be refused
+// with "no to everything from here", which is agent.ErrNoToAll.
+func confirmOrBlock(ctx context.Context, d *pinentry.Dialogue, prompt pinentry.Prompt) (bool, error) {
+	if !agent.Again(ctx) {
+		return d.Confirm(ctx, prompt)
+	}
+	prompt.Other = "Deny _all from here"
+	choice, err := d.Choose(ctx, prompt)
+	if choice == pinentry.ChoiceOther {
+		err = agent.ErrNoToAll
+	}
+	return choice == pinentry.ChoiceOK, err
+}
+
 // rememberShort is the length of time that is offered to everybody.
 const rememberShort = agent.Remember(15 * time.Minute)
 
@@ -456,38 +498,30 @@ func confirmText(r agent.Question) string {
 	return about(useLines(r.Use), lines, []string{"Asked because of " + r.Why + ".", requester(r.Caller.Who())})
 }
 
-// Insert asks to insert a token.
-func (a *asker) Insert(ctx context.Context, w agent.Wanted) (bool, error) {
-	const hint = "Insert the token and try again"
-	return a.confirm(ctx, hint, func(ctx context.Context) pinentry.Prompt {
-		return pinentry.Prompt{
+// Insert asks to insert a token. A yes allows nothing: the agent looks at the tokens. So
+// the client's own places will do.
+func (a *asker) Insert(ctx context.Context, w agent.Wanted) (yes bool, err error) {
+	c := &conversation{asker: a, what: "a token that is not inserted", hint: "Insert the token and try again"}
+	defer c.close()
+	err = c.ask(ctx, func(ctx context.Context, d *pinentry.Dialogue) (err error) {
+		yes, err = confirmOrBlock(ctx, d, pinentry.Prompt{
 			Title: "p11-agent",
 			Description: fmt.Sprintf("Please insert the token %s.\n", strings.Join(w.Tokens, " or ")) +
 				about(useLines(agent.UseFromContext(ctx)), []string{commentLine(w.Comment), w.Fingerprint, requester(agent.PeerFromContext(ctx))}),
 			OK:     "_It is in",
 			Cancel: "_Cancel",
-		}
+		})
+		return err
 	})
+	return yes && err == nil, err
 }
 
-// PIN has none but what came with the request.
-func (typed) PIN(context.Context, string) (*secret.Secret, error) { return nil, token.ErrCancelled }
-
-// LastTry tells what the person has said in advance.
-func (t typed) LastTry(context.Context, string) (bool, error) { return t.lastTry, nil }
-
-// Notice is shown by the command that asks for the login.
-func (typed) Notice(ctx context.Context) error {
-	<-ctx.Done()
-	return nil
-}
-
-func (typed) Close() error { return nil }
-
-// dialogue is one conversation about the PIN of a token.
+// dialogue asks about the PIN of a token: for the PIN where the person is, and for
+// consent where the client has no say.
 type dialogue struct {
-	*conversation
-	about token.PINRequest
+	pins, consent *conversation
+	about         token.PINRequest
+	quiet         bool // the client tells by itself what to do at the reader
 }
 
 // description is for the one who is asked.
@@ -505,7 +539,7 @@ func (d *dialogue) description(ctx context.Context) string {
 }
 
 func (d *dialogue) PIN(ctx context.Context, problem string) (pin *secret.Secret, err error) {
-	err = d.ask(ctx, func(ctx context.Context, on *pinentry.Dialogue) (err error) {
+	err = d.pins.ask(ctx, func(ctx context.Context, on *pinentry.Dialogue) (err error) {
 		pin, err = on.PIN(ctx, pinentry.Prompt{
 			Title:       "p11-agent",
 			Description: "Please enter the PIN to use a key on a token.\n" + d.description(ctx),
@@ -524,10 +558,14 @@ func (d *dialogue) LastTry(ctx context.Context, problem string) (yes bool, err e
 	if problem != "" {
 		problem += "\n"
 	}
-	err = d.ask(ctx, func(ctx context.Context, on *pinentry.Dialogue) (err error) {
+	given := ""
+	if d.about.Given {
+		given = "The program that asks has given the PIN.\n"
+	}
+	err = d.consent.ask(ctx, func(ctx context.Context, on *pinentry.Dialogue) (err error) {
 		yes, err = on.Confirm(ctx, pinentry.Prompt{
 			Title: "p11-agent",
-			Description: problem + "One try is left: a wrong PIN now locks the token.\n" +
+			Description: problem + "One try is left: a wrong PIN now locks the token.\n" + given +
 				d.description(ctx) + "\n\nTry all the same?",
 			OK:     "_Try the PIN",
 			Cancel: "_Stop",
@@ -538,7 +576,12 @@ func (d *dialogue) LastTry(ctx context.Context, problem string) (yes bool, err e
 }
 
 func (d *dialogue) Notice(ctx context.Context) error {
-	err := d.ask(ctx, func(ctx context.Context, on *pinentry.Dialogue) error {
+	if d.quiet {
+		<-ctx.Done()
+		return nil
+	}
+	// It does not move: what is typed on the reader would be lost.
+	err := d.pins.askFor(ctx, 0, func(ctx context.Context, on *pinentry.Dialogue) error {
 		return on.Message(ctx, pinentry.Prompt{
 			Title:       "p11-agent",
 			Description: "Please enter the PIN on the card reader.\n" + d.description(ctx),
@@ -551,6 +594,8 @@ func (d *dialogue) Notice(ctx context.Context) error {
 }
 
 func (d *dialogue) Close() error {
-	d.close()
+	d.pins.note(d, false)
+	d.pins.close()
+	d.consent.close()
 	return nil
 }

@@ -14,7 +14,7 @@ import (
 	"p11-agent/systemd/bus/bustest"
 )
 
-const patience = 60 * time.Second
+const patience = 3 * time.Minute
 
 func until(t *testing.T, what string, condition func() bool) {
 	t.Helper()

@@ -17,6 +17,7 @@ import (
 
 	"golang.org/x/sys/unix"
 
+	"p11-agent/agent/peer/terminaltest"
 	"p11-agent/pinentry/secret"
 	"p11-agent/pinentry/secret/secrettest"
 )
@@ -28,7 +29,7 @@ const child = "P11_SECRET_TEST_CHILD"
 func TestMain(m *testing.M) {
 	switch os.Getenv(child) {
 	case "":
-		os.Exit(m.Run())
+		os.Exit(terminaltest.Without(m).Run())
 	case "no-mlock":
 		os.Exit(childWithoutMlock())
 	case "overrun":

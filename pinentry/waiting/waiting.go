@@ -1,6 +1,7 @@
 // Package waiting keeps those together who wait for one answer, of whom one at a
-// time is asked: the prompt is where the one is who has waited longest, and when
-// that one leaves it goes on where the next one is.
+// time is asked: the prompt is where the one is who has waited longest. It goes on
+// where the next one is when that one leaves, cannot be asked, or has not answered
+// in its turn.
 //
 // It promises that nobody who has left is asked any longer: the context of a
 // question ends with that of the one who is asked. Who waits, and for what, is
@@ -10,17 +11,20 @@ package waiting
 import (
 	"context"
 	"errors"
+	"slices"
 	"sync"
+	"time"
 )
 
 // A List has the requests that wait for an answer, as their contexts. The zero
 // value is empty and ready to use. Its methods are safe for concurrent use.
 type List struct {
-	mu    sync.Mutex
-	all   []context.Context // in the order they came
-	added chan struct{}     // closed and replaced when one comes
-	asked context.Context   // the request that is asked, or was asked last
-	ended chan struct{}     // closed when nobody is asked for it any more
+	mu     sync.Mutex
+	all    []context.Context // in the order in which they are asked
+	beside []context.Context // wait for the end of the question
+	added  chan struct{}     // closed and replaced when one comes
+	asked  context.Context   // the request that is asked, or was asked last
+	ended  chan struct{}     // closed when nobody is asked for it any more
 }
 
 // Add adds a request. It is on the list for as long as its context lasts.
@@ -46,6 +50,15 @@ func (l *List) pruneLocked() {
 	l.all = kept
 }
 
+// SetBeside replaces the requests that wait for the end of the question, and not for its
+// answer: they have questions of their own, and are asked later. They are told where the
+// question is, and a turn can go to them (ErrMoved).
+func (l *List) SetBeside(all []context.Context) {
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	l.beside = slices.Clone(all)
+}
+
 // Leave is called by a request whose context has ended. It returns when nobody is
 // asked on its behalf any more, which takes as long as a question takes to notice:
 // who has asked does not go on while the prompt is still in the terminal.
@@ -61,20 +74,46 @@ func (l *List) Leave(ctx context.Context) {
 	}
 }
 
-// first returns the request that has waited longest, which is asked until ended is
-// closed, or a channel that is closed when there is one.
-func (l *List) first() (one context.Context, ended chan<- struct{}, added <-chan struct{}) {
+// first returns the request that is asked next, until ended is closed. Without one
+// it returns a channel that is closed when one comes, and whether all that wait are
+// in passed.
+func (l *List) first(passed map[context.Context]bool) (one context.Context, ended chan<- struct{}, added <-chan struct{}, none bool) {
 	l.mu.Lock()
 	defer l.mu.Unlock()
 	l.pruneLocked()
-	if len(l.all) > 0 {
-		l.asked, l.ended = l.all[0], make(chan struct{})
-		return l.asked, l.ended, nil
+	for _, ctx := range l.all {
+		if !passed[ctx] {
+			l.asked, l.ended = ctx, make(chan struct{})
+			return l.asked, l.ended, nil, false
+		}
 	}
 	if l.added == nil {
 		l.added = make(chan struct{})
 	}
-	return nil, nil, l.added
+	return nil, nil, l.added, len(l.all) > 0
+}
+
+// others returns those who wait while one is asked, as long as their contexts last.
+func (l *List) others(one context.Context, passed map[context.Context]bool) []context.Context {
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	l.pruneLocked()
+	return slices.DeleteFunc(slices.Concat(l.all, l.beside), func(ctx context.Context) bool {
+		return ctx == one || passed[ctx] || ctx.Err() != nil
+	})
+}
+
+// hand has next asked in place of one, whose turn comes again after all others. It
+// reports false when next is not asked this question.
+func (l *List) hand(one, next context.Context) bool {
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	if !slices.Contains(l.all, next) {
+		return false
+	}
+	rest := slices.DeleteFunc(l.all, func(ctx context.Context) bool { return ctx == one || ctx == next })
+	l.all = append(slices.Insert(rest, 0, next), one)
+	return true
 }
 
 type listKey struct{}
@@ -84,20 +123,68 @@ func NewContext(ctx context.Context, l *List) context.Context {
 	return context.WithValue(ctx, listKey{}, l)
 }
 
-// Ask has a question asked until there is an answer, or an error other than that
-// of a context. The context that ask gets has the values of the request that has
-// waited longest, and ends with that request or with ctx, whichever is first.
-// When it was the request, and ask has returned for that reason, ask is called
-// again for the next one; it waits for one if there is none.
-//
-// Without a list in ctx, ask gets ctx itself.
-func Ask(ctx context.Context, ask func(context.Context) error) error {
+// FromContext returns the list that a context carries, or nil.
+func FromContext(ctx context.Context) *List {
 	l, _ := ctx.Value(listKey{}).(*List)
-	if l == nil {
-		return ask(ctx)
+	return l
+}
+
+// ErrMoved says that a request is asked next which only waited for the end of the
+// question. The question may be asked again afterwards.
+var ErrMoved = errors.New("the prompt has moved to a request that waited for its end")
+
+// A Question is what those who wait are asked, one at a time. All functions but Ask
+// may be nil. They are called by one goroutine at a time, beside Ask.
+type Question struct {
+	// Ask asks on behalf of the request that its context is of.
+	Ask func(context.Context) error
+	// Pass tells whether an error of Ask means that this request cannot be asked:
+	// then the next one is. The error stands when none can.
+	Pass func(error) bool
+	// Turn is how long a request is asked while others wait; 0: until the answer.
+	Turn time.Duration
+	// Takes tells whether another request that waits can be asked at a place of its
+	// own. At the end of a turn the first that can is asked.
+	Takes func(context.Context) bool
+	// Tell is called for each other request that has waited for longer than Patience,
+	// once while the same one is asked. 0: nobody is told.
+	Tell     func(context.Context)
+	Patience time.Duration
+}
+
+type aroundKey struct{}
+
+// Around returns a context in which Ask goes through around for each request that it
+// asks: around calls ask with its context, or fails without a question.
+func Around(ctx context.Context, around func(ctx context.Context, ask func(context.Context) error) error) context.Context {
+	return context.WithValue(ctx, aroundKey{}, around)
+}
+
+// Ask has a question asked until there is an answer, or an error other than that
+// of a context. The context that q.Ask gets has the values of the request that is
+// asked, and ends with that request, with its turn or with ctx, whichever is first.
+// When it was not ctx, and q.Ask has returned for that reason, q.Ask is called again
+// for the next request; Ask waits for one if there is none.
+//
+// At the end of a turn that goes to a request of List.SetBeside the error is ErrMoved.
+//
+// Without a list in ctx, q.Ask gets ctx itself.
+func Ask(ctx context.Context, q Question) error {
+	if around, ok := ctx.Value(aroundKey{}).(func(context.Context, func(context.Context) error) error); ok {
+		ask := q.Ask
+		q.Ask = func(ctx context.Context) error { return around(ctx, ask) }
 	}
+	l := FromContext(ctx)
+	if l == nil {
+		return q.Ask(ctx)
+	}
+	var failed error // of the first that was passed over
+	passed := make(map[context.Context]bool)
 	for {
-		one, ended, added := l.first()
+		one, ended, added, none := l.first(passed)
+		if none {
+			return failed
+		}
 		if one == nil {
 			select {
 			case <-added:
@@ -106,19 +193,94 @@ func Ask(ctx context.Context, ask func(context.Context) error) error {
 				return ctx.Err()
 			}
 		}
-		err := during(ctx, one, ended, ask)
-		if ctx.Err() != nil || one.Err() == nil || !errors.Is(err, one.Err()) {
+		turn := &turn{Question: q, list: l, one: one, passed: passed}
+		err := turn.ask(ctx, ended)
+		switch {
+		case ctx.Err() != nil:
+			return err
+		case turn.moved && errors.Is(err, context.Canceled):
+			return ErrMoved
+		case turn.over && errors.Is(err, context.Canceled):
+		case one.Err() != nil && errors.Is(err, one.Err()):
+		case err != nil && q.Pass != nil && q.Pass(err):
+			passed[one] = true
+			if failed == nil {
+				failed = err
+			}
+		default:
 			return err
 		}
 	}
 }
 
-// during calls ask with the values of one, for as long as both contexts last, and
-// closes ended then, also should ask panic.
-func during(ctx, one context.Context, ended chan<- struct{}, ask func(context.Context) error) error {
+// A turn is the time in which one request is asked.
+type turn struct {
+	Question
+	list   *List
+	one    context.Context
+	passed map[context.Context]bool
+	// To be read when ask has returned:
+	over  bool // the next one is asked
+	moved bool // or one that has a question of its own
+}
+
+// ask calls Ask with the values of the request, for as long as both contexts and
+// the turn last, and closes ended then, also should Ask panic.
+func (t *turn) ask(ctx context.Context, ended chan<- struct{}) error {
 	defer close(ended)
-	both, cancel := context.WithCancelCause(one)
+	both, cancel := context.WithCancelCause(t.one)
+	var watch sync.WaitGroup
+	defer watch.Wait()
 	defer cancel(nil)
 	defer context.AfterFunc(ctx, func() { cancel(context.Cause(ctx)) })()
-	return ask(both)
+	if t.Turn > 0 || t.Patience > 0 {
+		watch.Go(func() { t.watch(both, cancel) })
+	}
+	return t.Ask(both)
+}
+
+// watch tells those who wait, and ends the turn when another one can be asked.
+func (t *turn) watch(ctx context.Context, cancel context.CancelCauseFunc) {
+	var turns, looks <-chan time.Time
+	if t.Turn > 0 {
+		ticker := time.NewTicker(t.Turn)
+		defer ticker.Stop()
+		turns = ticker.C
+	}
+	if t.Patience > 0 {
+		ticker := time.NewTicker(t.Patience)
+		defer ticker.Stop()
+		looks = ticker.C
+	}
+	seen := make(map[context.Context]int) // how often each was looked at
+	for ctx.Err() == nil {
+		select {
+		case <-ctx.Done():
+		case <-looks:
+			for _, other := range t.list.others(t.one, t.passed) {
+				if seen[other]++; seen[other] == 2 {
+					during(ctx, other, func(both context.Context) { t.Tell(both) })
+				}
+			}
+		case <-turns:
+			for _, other := range t.list.others(t.one, t.passed) {
+				takes := false
+				during(ctx, other, func(both context.Context) { takes = t.Takes(both) })
+				if takes {
+					t.over = t.list.hand(t.one, other)
+					t.moved = !t.over
+					cancel(context.Canceled)
+					return
+				}
+			}
+		}
+	}
+}
+
+// during calls f with the values of one, for as long as both contexts last.
+func during(ctx, one context.Context, f func(context.Context)) {
+	both, cancel := context.WithCancel(one)
+	defer cancel()
+	defer context.AfterFunc(ctx, cancel)()
+	f(both)
 }

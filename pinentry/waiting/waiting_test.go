@@ -3,6 +3,9 @@ package waiting
 import (
 	"context"
 	"errors"
+	"fmt"
+	"slices"
+	"sync"
 	"testing"
 	"testing/synctest"
 	"time"
@@ -14,6 +17,10 @@ type nameKey struct{}
 func request(ctx context.Context, name string) (context.Context, func()) {
 	ctx, cancel := context.WithCancel(context.WithValue(ctx, nameKey{}, name))
 	return ctx, cancel
+}
+
+func ask(ctx context.Context, f func(context.Context) error) error {
+	return Ask(ctx, Question{Ask: f})
 }
 
 func TestPromptFollowsThoseWhoWait(t *testing.T) {
@@ -32,7 +39,7 @@ func TestPromptFollowsThoseWhoWait(t *testing.T) {
 		answer := make(chan struct{})
 		done := make(chan error, 1)
 		go func() {
-			done <- Ask(shared, func(ctx context.Context) error {
+			done <- ask(shared, func(ctx context.Context) error {
 				asked = append(asked, ctx.Value(nameKey{}).(string))
 				select {
 				case <-ctx.Done():
@@ -72,7 +79,7 @@ func TestAnswersStand(t *testing.T) {
 			l.Add(one)
 			l.Add(t.Context())
 			n := 0
-			err := Ask(NewContext(t.Context(), &l), func(context.Context) error {
+			err := ask(NewContext(t.Context(), &l), func(context.Context) error {
 				n++
 				leave() // the moment it is answered
 				return answer
@@ -90,7 +97,7 @@ func TestEnd(t *testing.T) {
 		errEnough := errors.New("enough")
 		shared, end := context.WithCancelCause(NewContext(t.Context(), &l))
 		done := make(chan error, 2)
-		go func() { done <- Ask(shared, func(context.Context) error { return nil }) }()
+		go func() { done <- ask(shared, func(context.Context) error { return nil }) }()
 		synctest.Wait()
 		end(errEnough)
 		if err := <-done; !errors.Is(err, context.Canceled) {
@@ -100,7 +107,7 @@ func TestEnd(t *testing.T) {
 		l.Add(t.Context())
 		shared, end = context.WithCancelCause(NewContext(t.Context(), &l))
 		go func() {
-			done <- Ask(shared, func(ctx context.Context) error {
+			done <- ask(shared, func(ctx context.Context) error {
 				<-ctx.Done()
 				return context.Cause(ctx)
 			})
@@ -115,7 +122,7 @@ func TestEnd(t *testing.T) {
 
 func TestWithoutList(t *testing.T) {
 	ctx := context.WithValue(t.Context(), nameKey{}, "alone")
-	if err := Ask(ctx, func(got context.Context) error {
+	if err := ask(ctx, func(got context.Context) error {
 		if got != ctx {
 			t.Error("asked with another context")
 		}
@@ -150,7 +157,7 @@ func TestLeave(t *testing.T) {
 		ctx, end := context.WithCancel(NewContext(t.Context(), &l))
 		done := make(chan error)
 		go func() {
-			done <- Ask(ctx, func(ctx context.Context) error {
+			done <- ask(ctx, func(ctx context.Context) error {
 				<-ctx.Done()
 				time.Sleep(time.Second) // the prompt takes its time
 				return ctx.Err()
@@ -170,5 +177,208 @@ func TestLeave(t *testing.T) {
 		}
 		end()
 		<-done
+	})
+}
+
+// table is a question that is open until somebody is told to answer.
+type table struct {
+	mu     sync.Mutex
+	events []string
+	answer chan error
+}
+
+func (q *table) note(what string, ctx context.Context) {
+	q.mu.Lock()
+	defer q.mu.Unlock()
+	q.events = append(q.events, what+ctx.Value(nameKey{}).(string))
+}
+
+func (q *table) ask(ctx context.Context) error {
+	q.note("", ctx)
+	select {
+	case err := <-q.answer:
+		return err
+	case <-ctx.Done():
+		return fmt.Errorf("stopped asking: %w", ctx.Err())
+	}
+}
+
+func (q *table) want(t *testing.T, what string, events ...string) {
+	t.Helper()
+	synctest.Wait()
+	q.mu.Lock()
+	defer q.mu.Unlock()
+	if !slices.Equal(q.events, events) {
+		t.Fatalf("%s: %q, want %q", what, q.events, events)
+	}
+}
+
+// A prompt that is not answered goes on to those who wait, one after the other, and
+// stays where it is when there is nobody, or nowhere, to go on to.
+func TestTurns(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		var l List
+		q := &table{answer: make(chan error)}
+		join := func(name string) { one, _ := request(t.Context(), name); l.Add(one) }
+		join("one")
+		done := make(chan error, 1)
+		go func() {
+			done <- Ask(NewContext(t.Context(), &l), Question{
+				Ask: q.ask, Turn: time.Minute,
+				Takes: func(ctx context.Context) bool { return ctx.Value(nameKey{}) != "homeless" },
+			})
+		}()
+		time.Sleep(time.Hour)
+		q.want(t, "nobody else waits", "one")
+		join("homeless")
+		time.Sleep(time.Hour)
+		q.want(t, "who waits has no place", "one")
+		join("two")
+		join("three")
+		time.Sleep(time.Minute - 1)
+		q.want(t, "before the end of the turn", "one")
+		time.Sleep(time.Nanosecond)
+		q.want(t, "after a turn", "one", "two")
+		time.Sleep(time.Minute)
+		q.want(t, "after two turns", "one", "two", "three")
+		time.Sleep(time.Minute)
+		q.want(t, "after three turns", "one", "two", "three", "one")
+		q.answer <- nil
+		if err := <-done; err != nil {
+			t.Error(err)
+		}
+	})
+}
+
+// Who waits while another one is asked is told, once.
+func TestTell(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		var l List
+		q := &table{answer: make(chan error)}
+		one, _ := request(t.Context(), "one")
+		two, leaveTwo := request(t.Context(), "two")
+		three, _ := request(t.Context(), "three")
+		l.Add(one)
+		done := make(chan error, 1)
+		go func() {
+			done <- Ask(NewContext(t.Context(), &l), Question{
+				Ask: q.ask, Patience: 2 * time.Second,
+				Tell: func(ctx context.Context) { q.note("told ", ctx) },
+			})
+		}()
+		l.Add(two)
+		time.Sleep(time.Second)
+		leaveTwo()
+		l.Add(three)
+		time.Sleep(4 * time.Second)
+		q.want(t, "after the patience", "one", "told three")
+		time.Sleep(time.Hour)
+		q.want(t, "later", "one", "told three")
+		q.answer <- nil
+		if err := <-done; err != nil {
+			t.Error(err)
+		}
+	})
+}
+
+// Who cannot be asked is passed over; when nobody can be asked, the first reason
+// counts.
+func TestPass(t *testing.T) {
+	errNowhere := errors.New("nowhere")
+	for name, test := range map[string]struct {
+		waiting []string
+		want    error
+		asked   []string
+	}{
+		"one of two":    {[]string{"nowhere", "here"}, nil, []string{"nowhere", "here"}},
+		"nobody":        {[]string{"nowhere", "nowhere too"}, errNowhere, []string{"nowhere", "nowhere too"}},
+		"nobody, alone": {[]string{"nowhere"}, errNowhere, []string{"nowhere"}},
+	} {
+		t.Run(name, func(t *testing.T) {
+			var l List
+			for _, name := range test.waiting {
+				one, _ := request(t.Context(), name)
+				l.Add(one)
+			}
+			var asked []string
+			err := Ask(NewContext(t.Context(), &l), Question{
+				Ask: func(ctx context.Context) error {
+					name := ctx.Value(nameKey{}).(string)
+					asked = append(asked, name)
+					switch name {
+					case "here":
+						return nil
+					case "nowhere":
+						return errNowhere
+					}
+					return fmt.Errorf("%w: too", errNowhere)
+				},
+				Pass: func(err error) bool { return errors.Is(err, errNowhere) },
+			})
+			if err != test.want || !slices.Equal(asked, test.asked) { //nolint:errorlint // the very first
+				t.Errorf("asked %q: %v", asked, err)
+			}
+		})
+	}
+}
+
+// An answer that comes with the end of the turn stands.
+func TestAnswerAtTheEndOfATurn(t *testing.T) {
+	errNo := errors.New("no")
+	for name, answer := range map[string]error{"yes": nil, "no": errNo} {
+		t.Run(name, func(t *testing.T) {
+			synctest.Test(t, func(t *testing.T) {
+				var l List
+				l.Add(t.Context())
+				two, _ := request(t.Context(), "two")
+				l.Add(two)
+				n := 0
+				err := Ask(NewContext(t.Context(), &l), Question{
+					Ask: func(ctx context.Context) error {
+						n++
+						<-ctx.Done()
+						return answer
+					},
+					Turn: time.Minute, Takes: func(context.Context) bool { return true },
+				})
+				if n != 1 || !errors.Is(err, answer) {
+					t.Errorf("asked %d times: %v", n, err)
+				}
+			})
+		})
+	}
+}
+
+// Who waits for the end of the question is told of it and gets its turn, but is not
+// asked.
+func TestBeside(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		var l List
+		q := &table{answer: make(chan error)}
+		one, _ := request(t.Context(), "one")
+		beside, leave := request(t.Context(), "beside")
+		gone, leaveNow := request(t.Context(), "gone")
+		l.Add(one)
+		l.SetBeside([]context.Context{gone, beside})
+		leaveNow()
+		ask := func() error {
+			return Ask(NewContext(t.Context(), &l), Question{
+				Ask: q.ask, Turn: time.Minute, Takes: func(context.Context) bool { return true },
+				Patience: time.Second, Tell: func(ctx context.Context) { q.note("told ", ctx) },
+			})
+		}
+		if err := ask(); !errors.Is(err, ErrMoved) {
+			t.Errorf("at the end of the turn: %v", err)
+		}
+		q.want(t, "after a turn", "one", "told beside")
+		leave()
+		done := make(chan error)
+		go func() { done <- ask() }()
+		time.Sleep(time.Hour)
+		q.answer <- nil
+		if err := <-done; err != nil {
+			t.Errorf("when nobody is left: %v", err)
+		}
+		q.want(t, "in the end", "one", "told beside", "one")
 	})
 }

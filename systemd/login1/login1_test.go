@@ -15,7 +15,7 @@ import (
 	"p11-agent/systemd/login1"
 )
 
-const patience = 20 * time.Second
+const patience = 3 * time.Minute
 
 func until(t *testing.T, what string, condition func() bool) {
 	t.Helper()

@@ -2,12 +2,14 @@ package module
 
 import (
 	"debug/elf"
+	"encoding/binary"
 	"errors"
 	"io"
 	"io/fs"
 	"os"
 	"path/filepath"
 	"runtime"
+	"strconv"
 )
 
 // machines are the names that people know processors by.
@@ -20,6 +22,25 @@ var machines = map[elf.Machine]string{
 	elf.EM_PPC64:     "64-bit PowerPC",
 	elf.EM_S390:      "IBM Z",
 	elf.EM_LOONGARCH: "LoongArch",
+}
+
+// architectures are those that Go programs with C in them run on.
+var architectures = map[string]elf.Machine{
+	"386": elf.EM_386, "amd64": elf.EM_X86_64, "arm": elf.EM_ARM, "arm64": elf.EM_AARCH64, "loong64": elf.EM_LOONGARCH,
+	"ppc64le": elf.EM_PPC64, "riscv64": elf.EM_RISCV, "s390x": elf.EM_S390,
+}
+
+// fits tells whether a library is for the processor that this program runs on. The
+// program's own file tells that as well, but may not be one that its user can read.
+func fits(f *elf.File) bool {
+	machine, known := architectures[runtime.GOARCH]
+	class := elf.ELFCLASS64
+	if strconv.IntSize == 32 {
+		class = elf.ELFCLASS32
+	}
+	little := binary.NativeEndian.Uint16([]byte{1, 0}) == 1
+	// Of another processor the loader will tell.
+	return !known || f.Machine == machine && f.Class == class && (f.ByteOrder == binary.LittleEndian) == little
 }
 
 // checkFile finds out what the dynamic loader would put in words that help
@@ -49,13 +70,7 @@ func checkFile(path string) error {
 	if f.Type != elf.ET_DYN {
 		return loadError("%s: it is not a shared library", path)
 	}
-	// This program's own file is of the kind that can be loaded.
-	self, err := elf.Open("/proc/self/exe")
-	if err != nil {
-		return nil // no /proc in a sandbox: the loader will tell
-	}
-	defer self.Close()
-	if f.Machine != self.Machine || f.Class != self.Class || f.Data != self.Data {
+	if !fits(f) {
 		kind, ok := machines[f.Machine]
 		if !ok {
 			kind = f.Machine.String()

@@ -15,6 +15,7 @@ import (
 
 	"golang.org/x/sys/unix"
 
+	"p11-agent/agent/peer/terminaltest"
 	"p11-agent/pinentry/secret"
 	"p11-agent/token/wire"
 )
@@ -30,12 +31,12 @@ func TestMain(m *testing.M) {
 	case "harden":
 		os.Exit(hardenProcess())
 	}
-	os.Exit(m.Run())
+	os.Exit(terminaltest.Without(m).Run())
 }
 
 // patience is how long a test waits for what must happen. No test passes or
 // fails by how long it took.
-const patience = 60 * time.Second
+const patience = 3 * time.Minute
 
 // A process is a module process and the agent's end of its socket.
 type process struct {

@@ -11,12 +11,15 @@ import (
 	"os"
 	"os/exec"
 	"path/filepath"
+	"regexp"
 	"slices"
+	"strconv"
 	"strings"
 	"testing"
 
 	"golang.org/x/sys/unix"
 
+	"p11-agent/agent/peer/terminaltest"
 	"p11-agent/token/pcsc"
 	"p11-agent/token/tokentest"
 	"p11-agent/token/tokentest/pivcard"
@@ -44,7 +47,7 @@ func TestMain(m *testing.M) {
 		c, err := pcsc.Clients(context.Background(), socket)
 		fmt.Println(c.Clients, c.Hidden, c.Suspects, err)
 	default:
-		os.Exit(m.Run())
+		os.Exit(terminaltest.Without(m).Run())
 	}
 }
 
@@ -170,24 +173,35 @@ func TestHiddenClient(t *testing.T) {
 			noError(t, os.Chmod(dir, 0o755))
 		}
 	}
-	look := func(what string) {
+	// look wants so many hidden clients, and returns the suspects. The machine may have
+	// an scdaemon of its own.
+	look := func(hidden int) string {
 		t.Helper()
 		cmd := exec.Command(become[0], append(become[1:], roleVariable+"="+looker, filepath.Join(dir, "other"))...)
 		cmd.Env = append(os.Environ(), p.Env()...)
 		out, err := cmd.CombinedOutput()
 		noError(t, err)
-		want(t, "clients", string(out), what+" <nil>\n")
+		m := regexp.MustCompile(`^\[\] (\d+) (\[.*\]) <nil>\n$`).FindStringSubmatch(string(out))
+		if m == nil {
+			t.Fatalf("clients: %s", out)
+		}
+		want(t, "hidden clients", m[1], strconv.Itoa(hidden))
+		return m[2]
 	}
-	look("[] 0 []")
+	want(t, "suspects of no client", look(0), "[]")
 	start := func(name string) *tokentest.Neighbour {
 		n := p.Neighbour(append(become, roleVariable+"="+secretive, filepath.Join(dir, name))...)
 		want(t, "the program says", n.Line(), "ready <nil>")
 		return n
 	}
-	start("other")
-	look("[] 1 []")
+	other := start("other")
+	if got := look(1); strings.Contains(got, fmt.Sprintf("(%d)", other.PID)) {
+		t.Errorf("%d is suspected: %s", other.PID, got)
+	}
 	n := start("scdaemon")
-	look(fmt.Sprintf("[] 2 [scdaemon (%d)]", n.PID))
+	if got := look(2); !strings.Contains(got, fmt.Sprintf("scdaemon (%d)", n.PID)) || strings.Contains(got, fmt.Sprintf("(%d)", other.PID)) {
+		t.Errorf("%d alone is to be suspected: %s", n.PID, got)
+	}
 }
 
 func copyFile(t *testing.T, from, to string) {

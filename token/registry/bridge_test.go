@@ -39,7 +39,7 @@ func serve(t *testing.T, o BridgeOptions) (b *Bridge, stop func()) {
 		}
 		// Those that have just been waited for may take a moment to be gone;
 		// the limit is for those that never go.
-		for limit := time.Now().Add(20 * time.Second); time.Now().Before(limit); runtime.Gosched() {
+		for limit := time.Now().Add(3 * time.Minute); time.Now().Before(limit); runtime.Gosched() {
 			if runtime.NumGoroutine() <= before {
 				return
 			}

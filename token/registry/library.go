@@ -10,9 +10,10 @@ import (
 	"io"
 	"os"
 	"path/filepath"
+	"runtime"
 	"slices"
+	"strconv"
 	"strings"
-	"sync"
 	"syscall"
 )
 
@@ -135,7 +136,7 @@ func findLibrary(module string, dirs []string) (string, error) {
 }
 
 // elfKind is what two ELF files must have in common to go into one process:
-// class, byte order and machine (elf(5): e_ident and e_machine).
+// class, byte order and machine (elf(5): e_ident and e_machine), as they are in the file.
 type elfKind [4]byte
 
 // String is as in "64-bit x86_64".
@@ -151,8 +152,27 @@ func (k elfKind) String() string {
 	return bits + strings.ToLower(strings.TrimPrefix(machine.String(), "EM_"))
 }
 
-// self is the kind of this program, or an error where it cannot be found out.
-var self = sync.OnceValues(func() (elfKind, error) { return kindOf("/proc/self/exe") })
+// machines are the processors that Go programs with C in them run on.
+var machines = map[string]elf.Machine{
+	"386": elf.EM_386, "amd64": elf.EM_X86_64, "arm": elf.EM_ARM, "arm64": elf.EM_AARCH64, "loong64": elf.EM_LOONGARCH,
+	"ppc64le": elf.EM_PPC64, "riscv64": elf.EM_RISCV, "s390x": elf.EM_S390,
+}
+
+// self returns the kind of this program. Its file tells it as well, but may not be one
+// that its user can read.
+func self() (kind elfKind, known bool) {
+	machine, known := machines[runtime.GOARCH]
+	class, data := elf.ELFCLASS64, elf.ELFDATA2MSB
+	if strconv.IntSize == 32 {
+		class = elf.ELFCLASS32
+	}
+	if binary.NativeEndian.Uint16([]byte{1, 0}) == 1 {
+		data = elf.ELFDATA2LSB
+	}
+	kind[0], kind[1] = byte(class), byte(data)
+	binary.NativeEndian.PutUint16(kind[2:], uint16(machine))
+	return kind, known
+}
 
 // loadable tells why a file cannot be a library for this process.
 func loadable(path string) error {
@@ -160,7 +180,7 @@ func loadable(path string) error {
 	if err != nil {
 		return err
 	}
-	if own, err := self(); err == nil && own != kind {
+	if own, known := self(); known && own != kind {
 		return fmt.Errorf("it is for another architecture (%v; this program is %v)", kind, own)
 	}
 	return nil

@@ -3,6 +3,8 @@ package registry
 import (
 	"os"
 	"testing"
+
+	"p11-agent/agent/peer/terminaltest"
 )
 
 // The test program also plays other parts, in processes of their own.
@@ -11,7 +13,7 @@ const roleVariable = "P11_REGISTRY_TEST_ROLE"
 func TestMain(m *testing.M) {
 	switch role := os.Getenv(roleVariable); role {
 	case "":
-		os.Exit(m.Run())
+		os.Exit(terminaltest.Without(m).Run())
 	case "namespace":
 		os.Exit(namespaceMain())
 	case "load":

@@ -114,7 +114,8 @@ static int64_t since(const struct timespec *from, const struct timespec *to)
 	return (to->tv_sec - from->tv_sec) * 1000000000LL + (to->tv_nsec - from->tv_nsec);
 }
 
-/* next tells whether there is to be another one, and notes how long the last took. */
+/* next tells whether there is to be another one, and notes how long the last took. Each
+ * worker does at least one, however late the machine lets it start. */
 static int next(struct worker *w, struct timespec *last)
 {
 	struct timespec now;
@@ -128,7 +129,7 @@ static int next(struct worker *w, struct timespec *last)
 		w->took[w->count++] = since(last, &now) / 100;
 	}
 	*last = now;
-	if (seconds > 0 && since(&start, &now) >= seconds * 1e9)
+	if (seconds > 0 && w->count > 0 && since(&start, &now) >= seconds * 1e9)
 		return 0;
 	return limit == 0 || atomic_fetch_add(&begun, 1) < limit;
 }

@@ -18,6 +18,7 @@ import (
 	ll "github.com/landlock-lsm/go-landlock/landlock/syscall"
 	"golang.org/x/sys/unix"
 
+	"p11-agent/agent/peer/terminaltest"
 	"p11-agent/token/tokentest"
 	"p11-agent/token/wire"
 )
@@ -44,7 +45,7 @@ type outcome struct {
 func TestMain(m *testing.M) {
 	text := os.Getenv(childVar)
 	if text == "" {
-		os.Exit(m.Run())
+		os.Exit(terminaltest.Without(m).Run())
 	}
 	var t task
 	if err := json.Unmarshal([]byte(text), &t); err != nil {

@@ -47,6 +47,7 @@
  *	                        is a home directory
  *	besiege=FILE            C_Initialize tries to stop, starve and slow the agent, and to
  *	                        open FILE to everybody, and then makes FILE.besieged
+ *	evict=PATTERN           C_Initialize removes what this matches, as a shell has it
  *	write=PATH              C_Initialize writes to this file, and fails when it cannot
  *	extractable             C_GenerateKeyPair makes a private key that can be extracted
  *	undestroyable           C_DestroyObject fails
@@ -58,6 +59,7 @@
 #include <dlfcn.h>
 #include <errno.h>
 #include <fcntl.h>
+#include <glob.h>
 #include <pthread.h>
 #include <linux/fs.h>
 #include <linux/sockios.h>
@@ -516,6 +518,20 @@ static void besiege(void)
 	close(open(path, O_WRONLY | O_CREAT | O_CLOEXEC, 0600));
 }
 
+/* evict removes sockets, so that it could make its own in their place. */
+static void evict(void)
+{
+	char pattern[1024];
+	glob_t found;
+	size_t i;
+
+	if (!command("evict", NULL, pattern, sizeof pattern) || glob(pattern, GLOB_BRACE, NULL, &found) != 0)
+		return;
+	for (i = 0; i < found.gl_pathc; i++)
+		unlink(found.gl_pathv[i]);
+	globfree(&found);
+}
+
 /* Functions */
 
 static rv_t C_Initialize(void *args)
@@ -526,6 +542,7 @@ static rv_t C_Initialize(void *args)
 	CALLED;
 	intrude();
 	besiege();
+	evict();
 	if (command("write", NULL, path, sizeof path) && (error = opened("%s", path, 0, O_WRONLY | O_CREAT)) != 0)
 		return GENERAL_ERROR;
 	WRAPPED(0, (void *), (args));

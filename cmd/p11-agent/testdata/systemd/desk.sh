@@ -102,10 +102,10 @@ fresh
 cat >remote.sh <<'E'
 cd "$HOME"
 (
-	ssh-add -T home.pub
+	echo letter | ssh-keygen -q -Y sign -n file -f home.pub
 	echo "status $?" >asked
 	until [ -e go ]; do sleep .05; done
-	ssh-add -T home.pub
+	echo letter | ssh-keygen -q -Y sign -n file -f home.pub
 	echo "status $?" >again
 ) &
 stty -echo
@@ -116,7 +116,7 @@ types one 'clear; ssh -A -t -i work.pub box bash remote.sh'
 shows one 'PIN: __'
 types one "$work"
 shows one '^listening'
-wrote asked 'status 1'
+wrote asked 'status 255'
 hides one 'PIN|Token: home'
 mux resize-window -t two -x 450 -y 50
 types two "clear; '$agent' status"
@@ -230,8 +230,8 @@ want = [ # key, kind, host, result, reason
 	("home", "login", "box", "ok", None),
 	("work", "login", "box", "ok", None),
 	("work", "login", "box", "ok", None),
-	("home", "test", None, "refused", "there is no way to ask here.*p11-agent login .pkcs11:token=home.*the request was forwarded, and what is typed there goes to the other host"),
-	("home", "test", None, "ok", None),
+	("home", "signature", None, "refused", "there is no way to ask here.*p11-agent login .pkcs11:token=home.*the request was forwarded, and what is typed there goes to the other host"),
+	("home", "signature", None, "ok", None),
 	("work", "test", None, "refused", r"is in the background of its terminal"),
 	("work", "test", None, "cancelled", "the client hung up"),
 	("work", "test", None, "cancelled", "."), # by the restart; a crash says nothing

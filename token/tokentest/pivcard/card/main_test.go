@@ -9,9 +9,12 @@ import (
 	"strings"
 	"testing"
 
+	"p11-agent/agent/peer/terminaltest"
 	"p11-agent/token/tokentest"
 	"p11-agent/token/tokentest/pivcard"
 )
+
+func TestMain(m *testing.M) { os.Exit(terminaltest.Without(m).Run()) }
 
 // A card that is told by hand what to do is one for OpenSC.
 func TestCard(t *testing.T) {

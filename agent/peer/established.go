@@ -1,0 +1,195 @@
+package peer
+
+import (
+	"bytes"
+	"errors"
+	"fmt"
+	"os"
+	"path/filepath"
+	"strconv"
+	"syscall"
+
+	"golang.org/x/sys/unix"
+)
+
+// terminalPrograms are the files of programs that people have terminals from: each
+// starts the leader of the session on a terminal, and types there what a person
+// types into it.
+var terminalPrograms = nameSet(
+	// logins
+	"login", "sshd", "sshd-session", "su", "sudo", "runuser", "mosh-server",
+	// multiplexers
+	"tmux", "screen", "zellij", "dtach", "abduco",
+	// windows
+	"xterm", "urxvt", "rxvt", "st", "alacritty", "kitty", "foot", "wezterm-gui", "ghostty",
+	"gnome-terminal-server", "kgx", "ptyxis-agent", "konsole", "yakuake", "xfce4-terminal", "mate-terminal",
+	"lxterminal", "qterminal", "tilix",
+)
+
+func nameSet(names ...string) map[string]bool {
+	set := make(map[string]bool, len(names))
+	for _, name := range names {
+		set[name] = true
+	}
+	return set
+}
+
+// Established says why the process may have made the terminal itself, and so could
+// press the keys there. nil says that the terminal was there before the process:
+// another process, which is older, leads the session there; and that one was
+// started by root, or by a program that people have terminals from (tmux, sshd, a
+// window), which the administrator has installed. A console, and a serial line,
+// need nobody but the older leader.
+//
+// This is no proof. A program of the same user can start tmux by itself, and can
+// type into the tmux of the person. It does keep out a process that opens a
+// pseudo-terminal for its own children.
+func (t *Terminal) Established() error {
+	s, err := t.of.stat()
+	if err != nil {
+		return err
+	}
+	_, at, ok := t.of.member(s, t.rdev)
+	if !ok {
+		return fmt.Errorf("%s has left its terminal", t.of.who)
+	}
+	leader, ok := readStat(at.session)
+	switch {
+	case !ok || leader.session != at.session || leader.tty != t.rdev:
+		return fmt.Errorf("no process leads the session on the terminal of %s", t.of.who)
+	case at.session == t.of.pid:
+		return fmt.Errorf("%s leads the session on its terminal itself, and so can have made the terminal", t.of.who)
+	case leader.start > s.start:
+		return fmt.Errorf("the session on the terminal of %s is younger than the process", t.of.who)
+	case t.rdev.major < majorPts || t.rdev.major > lastMajorPts:
+		return nil // the kernel's own: no process types into it
+	}
+	maker, ok := parentOf(at.session, leader)
+	if !ok || leader.parent <= 1 {
+		return fmt.Errorf("the program that has made the terminal of %s has ended, or is out of sight", t.of.who)
+	}
+	if err := vouches(leader.parent, maker, os.Geteuid()); err != nil {
+		return fmt.Errorf("the terminal of %s: %w", t.of.who, err)
+	}
+	// What was read by its number is its own only if it is still the same.
+	if again, ok := readStat(leader.parent); !ok || again.start != maker.start {
+		return fmt.Errorf("the program that has made the terminal of %s has ended, or is out of sight", t.of.who)
+	}
+	return nil
+}
+
+// vouches says why a process that has started the leader of a session on a
+// pseudo-terminal may be anybody's. uid is the agent's.
+func vouches(pid int, s stat, uid int) error {
+	ids, err := readIDs(pid)
+	if err != nil {
+		return err
+	}
+	shown := printable(s.comm)
+	if uid != 0 && ids.isRoot() {
+		return nil // the administrator's: sshd, login, su, sudo
+	}
+	if ids.uid[1] != uint32(uid) {
+		return fmt.Errorf("it was made by %s (%d), which is of another user", shown, pid)
+	}
+	path, err := os.Readlink(procFile(pid, "exe"))
+	switch {
+	case errors.Is(err, os.ErrPermission):
+		return vouchesHidden(pid, s, ids, uid)
+	case err != nil:
+		return fmt.Errorf("the program that has made it has ended (%d)", pid)
+	}
+	shown = printable([]byte(filepath.Base(path)))
+	switch {
+	case !terminalPrograms[filepath.Base(path)]:
+		return fmt.Errorf("it was made by %s (%d), which is no program that the agent knows to make terminals for people", shown, pid)
+	case !installed(procFile(pid, "exe")) || !installed(filepath.Dir(path)):
+		return fmt.Errorf("it was made by %s (%d), which is not installed by root", shown, pid)
+	}
+	return nil
+}
+
+// vouchesHidden is vouches for a process that the kernel shows nothing of. Two
+// kinds make terminals: the part of sshd that has become the user, a child of the
+// one that is root; and a program with the set-group-ID bit, as screen may have it.
+func vouchesHidden(pid int, s stat, ids ids, uid int) error {
+	if parent, ok := parentOf(pid, s); ok && s.parent > 1 && uid != 0 {
+		if of, err := readIDs(s.parent); err == nil && of.isRoot() && parent.start <= s.start {
+			return nil
+		}
+	}
+	if ids.gid[1] != ids.gid[0] && terminalPrograms[string(s.comm)] {
+		return nil
+	}
+	return fmt.Errorf("it was made by %s (%d), of which the kernel shows nothing", printable(s.comm), pid)
+}
+
+// installed tells whether a file is root's, and changed by no other.
+func installed(path string) bool {
+	st, err := os.Stat(path)
+	if err != nil {
+		return false
+	}
+	sys, ok := st.Sys().(*syscall.Stat_t)
+	return ok && sys.Uid == 0 && st.Mode().Perm()&0o022 == 0
+}
+
+// ids are the real, effective, saved and filesystem ids of a process.
+type ids struct{ uid, gid [4]uint32 }
+
+// isRoot tells whether all user ids are root's: a program with the set-user-ID bit
+// that a user has started has the user's real id.
+func (i ids) isRoot() bool { return i.uid == [4]uint32{} }
+
+// readIDs reads the ids of a process (proc_pid_status(5)). The owner of its
+// directory in /proc is root where the process is not dumpable.
+func readIDs(pid int) (ids, error) {
+	fd, err := unix.Open(procFile(pid, "status"), unix.O_RDONLY|unix.O_CLOEXEC, 0)
+	if err != nil {
+		return ids{}, fmt.Errorf("the program that has made it has ended (%d)", pid)
+	}
+	defer unix.Close(fd) //nolint:errcheck // nothing was written
+	// The lines wanted are among the first ten, of which the name is the longest.
+	buf := scratch.Get().(*[unix.PathMax]byte)
+	defer scratch.Put(buf)
+	n, err := unix.Read(fd, buf[:])
+	if err != nil {
+		return ids{}, fmt.Errorf("process %d cannot be looked at: %w", pid, err)
+	}
+	i, ok := parseIDs(buf[:n])
+	if !ok {
+		return ids{}, fmt.Errorf("process %d cannot be looked at", pid)
+	}
+	return i, nil
+}
+
+// parseIDs finds the lines Uid and Gid. A name cannot pass for one of them: the
+// kernel writes its line ends as \n, with a backslash.
+func parseIDs(status []byte) (i ids, ok bool) {
+	found := 0
+	for line := range bytes.Lines(status) {
+		name, rest, _ := bytes.Cut(line, []byte(":"))
+		var into *[4]uint32
+		switch string(name) {
+		case "Uid":
+			into = &i.uid
+		case "Gid":
+			into = &i.gid
+		default:
+			continue
+		}
+		fields := bytes.Fields(rest)
+		if len(fields) != len(into) {
+			return ids{}, false
+		}
+		for n, field := range fields {
+			id, err := strconv.ParseUint(string(field), 10, 32)
+			if err != nil {
+				return ids{}, false
+			}
+			into[n] = uint32(id)
+		}
+		found++
+	}
+	return i, found == 2
+}

@@ -1,0 +1,58 @@
+// Package terminaltest runs tests without a controlling terminal. It is for tests.
+//
+// Programs such as ssh-add and pinentry open /dev/tty, whatever their standard
+// input is. From a terminal they would ask the developer, and the test would wait
+// for an answer. In CI they find no terminal and fail at once. Tests have to see
+// the same in both places. A test that needs a terminal makes one.
+package terminaltest
+
+import (
+	"errors"
+	"fmt"
+	"os"
+	"os/signal"
+	"syscall"
+
+	"golang.org/x/sys/unix"
+)
+
+// M is a [testing.M], or what stands for one.
+type M interface{ Run() int }
+
+// Without returns an M that gives up the controlling terminal before it runs the
+// tests of m. Programs that TestMain runs in place of the tests keep theirs.
+func Without(m M) M { return without{m} }
+
+type without struct{ tests M }
+
+func (w without) Run() int {
+	if err := leave(); err != nil {
+		fmt.Fprintln(os.Stderr, err)
+		return 1
+	}
+	return w.tests.Run()
+}
+
+// leave gives up the controlling terminal of this process, and so of every process
+// that it starts later. The process stays in its session and process group: Ctrl-C
+// ends it as before.
+func leave() error {
+	f, err := os.OpenFile("/dev/tty", os.O_RDWR|syscall.O_NOCTTY, 0)
+	if errors.Is(err, unix.ENXIO) || errors.Is(err, os.ErrNotExist) {
+		return nil // there is none
+	}
+	if err != nil {
+		return fmt.Errorf("open the controlling terminal: %w", err)
+	}
+	defer f.Close()
+	// When the leader of a session gives up the terminal, the kernel hangs up the
+	// foreground process group (ioctl_tty(2), TIOCNOTTY). The signal may arrive
+	// later, so this process does not die of SIGHUP from now on.
+	if leader, err := unix.Getsid(0); err == nil && leader == os.Getpid() {
+		signal.Notify(make(chan os.Signal, 1), syscall.SIGHUP)
+	}
+	if err := unix.IoctlSetInt(int(f.Fd()), unix.TIOCNOTTY, 0); err != nil {
+		return fmt.Errorf("give up the controlling terminal: %w", err)
+	}
+	return nil
+}

@@ -1,0 +1,100 @@
+package terminaltest
+
+import (
+	"bytes"
+	"fmt"
+	"os"
+	"os/exec"
+	"strings"
+	"syscall"
+	"testing"
+
+	"golang.org/x/sys/unix"
+)
+
+// roleVariable has this program play a test program that was started in a terminal.
+const roleVariable = "P11_TERMINALTEST_ROLE"
+
+func TestMain(m *testing.M) {
+	switch os.Getenv(roleVariable) {
+	case "":
+		os.Exit(Without(m).Run())
+	case "leader": // of the session
+		os.Exit(Without(tests{}).Run())
+	case "member":
+		os.Exit(start("leader"))
+	}
+}
+
+// start runs this program again in the same session, and returns its status.
+func start(role string) int {
+	cmd := exec.Command("/proc/self/exe")
+	cmd.Env = append(os.Environ(), roleVariable+"="+role)
+	cmd.Stdin, cmd.Stdout, cmd.Stderr = os.Stdin, os.Stdout, os.Stderr
+	if err := cmd.Run(); cmd.ProcessState == nil {
+		fmt.Println(err)
+		return 1
+	}
+	return cmd.ProcessState.ExitCode()
+}
+
+// tests are what a test program would run: they say whether there is a terminal for
+// them and for a program that they start.
+type tests struct{}
+
+func (tests) Run() int {
+	_, err := os.OpenFile("/dev/tty", os.O_RDWR, 0)
+	child := exec.Command("sh", "-c", "exec 2>/dev/null; (: </dev/tty) && echo yes || echo no")
+	out, childErr := child.Output()
+	fmt.Printf("own: %t, child: %s %v\n", err == nil, bytes.TrimSpace(out), childErr)
+	return 7
+}
+
+// newTerminal returns both ends of a new terminal.
+func newTerminal(t *testing.T) (master, terminal *os.File) {
+	t.Helper()
+	fd, err := unix.Open("/dev/ptmx", unix.O_RDWR|unix.O_NOCTTY|unix.O_CLOEXEC, 0)
+	if err != nil {
+		t.Fatal(err)
+	}
+	master = os.NewFile(uintptr(fd), "ptmx")
+	t.Cleanup(func() { master.Close() })
+	if err := unix.IoctlSetPointerInt(fd, unix.TIOCSPTLCK, 0); err != nil {
+		t.Fatal(err)
+	}
+	peer, _, errno := unix.Syscall(unix.SYS_IOCTL, uintptr(fd), unix.TIOCGPTPEER, unix.O_RDWR|unix.O_NOCTTY)
+	if errno != 0 {
+		t.Fatal(errno)
+	}
+	terminal = os.NewFile(peer, "terminal")
+	t.Cleanup(func() { terminal.Close() })
+	return master, terminal
+}
+
+// Tests that a terminal is there for do not see it, nor do their programs, and their
+// status is what the program ends with.
+func TestWithout(t *testing.T) {
+	for _, role := range []string{"leader", "member"} {
+		t.Run(role, func(t *testing.T) {
+			_, terminal := newTerminal(t)
+			cmd := exec.Command("/proc/self/exe")
+			cmd.Env = append(os.Environ(), roleVariable+"="+role)
+			cmd.Stdin = terminal
+			cmd.SysProcAttr = &syscall.SysProcAttr{Setsid: true, Setctty: true}
+			var out bytes.Buffer
+			cmd.Stdout, cmd.Stderr = &out, &out
+			_ = cmd.Run() // its status is looked at
+			if got, want := strings.TrimSpace(out.String()), "own: false, child: no <nil>"; got != want || cmd.ProcessState.ExitCode() != 7 {
+				t.Errorf("got %q and %v, want %q and status 7", got, cmd.ProcessState, want)
+			}
+		})
+	}
+}
+
+// The test program itself has no terminal, wherever it was started.
+func TestNone(t *testing.T) {
+	if f, err := os.OpenFile("/dev/tty", os.O_RDWR, 0); err == nil {
+		f.Close()
+		t.Error("these tests have a controlling terminal")
+	}
+}

@@ -1,0 +1,438 @@
+package agent
+
+import (
+	"cmp"
+	"context"
+	"errors"
+	"fmt"
+	"slices"
+	"strings"
+	"sync"
+	"time"
+
+	"p11-agent/pinentry/waiting"
+)
+
+// Limits of questions. A person who says no by mistake can try again at once, or
+// after a second. A client that asks again and again waits longer and longer.
+const (
+	// firstPause follows a no, and each further no doubles it, up to maxPause.
+	firstPause = time.Second
+	maxPause   = 5 * time.Minute
+	// So many times a no about one key, or about any key, costs a client nothing. Of a
+	// forwarded one the first costs firstPause.
+	freeAboutKey, freeFromWay                   = 1, 5
+	freeAboutKeyForwarded, freeFromWayForwarded = 0, 3
+	// noPeriod is how long it takes until a no is not counted any more by the group of
+	// the client, and maxNos how many may be counted.
+	noPeriod = 30 * time.Second
+	maxNos   = 10
+	// forgetNos is how long after the last no a way, or a key, has a fresh start.
+	forgetNos = 30 * time.Minute
+	// blockTime is how long "no to everything from here" counts.
+	blockTime = time.Hour
+	// maxOpen bounds the questions that a group of clients has open at a time, but for
+	// those about tokens, of which each token has one.
+	maxOpen = 5
+)
+
+// A way is where requests come from, as far as the one who makes them has no say:
+// the host that the agent is forwarded to, or the programs on this machine. A host
+// on the way cannot change the first bind, which is made by the ssh here. The names
+// of programs are of their own choosing, and so are all binds of a connection that
+// a program here makes itself: against both there are limits for the group.
+type way struct {
+	group
+	from string // forwarded: wire form of the first host's key; else names of programs
+}
+
+// A group is all ways that a client may turn one into the other.
+type group struct {
+	forwarded bool
+	socket    string // not forwarded: the name of the [[socket]]
+	uid       int    // not forwarded: of the client; -1: not known
+}
+
+// way returns where the requests of a connection come from.
+func (c *Caller) way() way {
+	if c.Forwarded {
+		w := way{group: group{forwarded: true}}
+		if len(c.Binds) > 0 {
+			w.from = string(c.Binds[0].HostKey.Marshal())
+		}
+		return w
+	}
+	who := c.Who()
+	w := way{group: group{uid: -1}, from: strings.Join(programNames(who), " ")}
+	if who.Known {
+		w.uid = who.UID
+	}
+	if c.Socket != nil {
+		w.socket = c.Socket.Name
+	}
+	return w
+}
+
+// describe names the way to a person. use may be nil.
+func (c *Caller) describe(use *Use) string {
+	if !c.Forwarded {
+		return visible(c.Who().String(), maxField)
+	}
+	if use == nil {
+		use = &Use{}
+	}
+	first := *use
+	first.Caller = c
+	if via := first.Via(); len(via) > 0 {
+		return "the forwarded host " + visible(first.Name(via[0]), maxField)
+	}
+	return "an unknown forwarded host"
+}
+
+// An Outcome is what came of a question.
+type Outcome int
+
+// The Outcomes.
+const (
+	// Unanswered is that of a question that was not shown, or was of no more use. The
+	// zero value: a question that ends with its client is a no all the same.
+	Unanswered Outcome = iota
+	OutcomeYes
+	OutcomeNo // or nobody has answered in time
+	// OutcomeNoToAll is "no to everything from here".
+	OutcomeNoToAll
+	outcomeHungUp // before there was an answer
+)
+
+// Questions decides whether the agent may ask a person something, by the answers to
+// earlier questions of the same client. Every question that a client causes passes
+// it. It is safe for concurrent use.
+type Questions struct {
+	turns askingTurns
+
+	mu     sync.Mutex
+	keys   map[aboutKey]*nos
+	ways   map[way]*nos
+	groups map[group]*nos
+}
+
+type aboutKey struct {
+	way   way
+	about string
+}
+
+// nos counts what was answered no.
+type nos struct {
+	from  string // for people
+	count int    // since the last yes
+	// spent is what a group has used up of maxNos at the time of the last no.
+	spent  time.Duration
+	last   time.Time
+	until  time.Time // no question is shown before
+	paused bool      // at least once since the last yes
+	block  bool      // a person has refused everything
+}
+
+// NewQuestions returns a Questions that knows of no answer.
+func NewQuestions() *Questions {
+	q := new(Questions)
+	q.Reset()
+	return q
+}
+
+// Reset ends all pauses.
+func (q *Questions) Reset() {
+	q.mu.Lock()
+	defer q.mu.Unlock()
+	q.keys, q.ways, q.groups = make(map[aboutKey]*nos), make(map[way]*nos), make(map[group]*nos)
+}
+
+// A PausedError says that a person was not asked, because of what was answered
+// before.
+type PausedError struct {
+	From  string    // whose requests are meant, for people
+	Until time.Time // when a question may be shown again
+	Block bool      // the person has refused everything from there
+}
+
+func (e *PausedError) Error() string {
+	until := e.Until.Format(time.TimeOnly)
+	if e.Block {
+		return fmt.Sprintf("a person has refused everything from %s: no question is shown before %s", e.From, until)
+	}
+	return fmt.Sprintf("a person has refused requests from %s: no question is shown before %s", e.From, until)
+}
+
+// Ask has show ask a person a question, by way of [waiting.Ask], unless the client has
+// to wait until it may ask again: that is a *PausedError. about names the key or the
+// token for people. A question that is asked in turn waits until the questions of the
+// same client are answered. show returns the outcome, and Ask returns its error.
+//
+// Of several requests that wait for the answer (a [waiting.List] in ctx), one at a
+// time is asked. One that has to wait ends with the PausedError as the cause of its
+// context, and the next is asked.
+func (q *Questions) Ask(ctx context.Context, about string, inTurn bool, show func(ctx context.Context) (Outcome, error)) error {
+	answered := func(Outcome) {} // by the request that was asked last
+	outcome, err := show(waiting.Around(ctx, func(ctx context.Context, ask func(context.Context) error) error {
+		answered = func(Outcome) {}
+		c := CallerFromContext(ctx)
+		if c == nil {
+			return ask(ctx)
+		}
+		w := c.way()
+		if inTurn {
+			give, err := q.turns.take(ctx, w)
+			if err != nil {
+				return err
+			}
+			defer give()
+		}
+		from := c.describe(UseFromContext(ctx))
+		again, err := q.begin(w, about)
+		if err != nil {
+			if r := requestFrom(ctx); r != nil {
+				r.cancel(err)
+			}
+			return cmp.Or(ctx.Err(), err)
+		}
+		err = ask(context.WithValue(ctx, againKey{}, again))
+		if err != nil && ctx.Err() != nil {
+			q.end(w, about, from, endedBy(ctx))
+			return err
+		}
+		answered = func(o Outcome) { q.end(w, about, from, o) }
+		return err
+	}))
+	answered(outcome)
+	return err
+}
+
+type againKey struct{}
+
+// Again tells whether the client whose question ctx is of had to wait before, so that
+// "no to everything from here" is offered.
+func Again(ctx context.Context) bool {
+	again, _ := ctx.Value(againKey{}).(bool)
+	return again
+}
+
+// Note notes the outcome of a question that the person of this client has answered
+// elsewhere than where it was asked.
+func (q *Questions) Note(ctx context.Context, about string, outcome Outcome) {
+	if c := CallerFromContext(ctx); c != nil {
+		q.end(c.way(), about, c.describe(UseFromContext(ctx)), outcome)
+	}
+}
+
+// endedBy returns the outcome of a question whose context has ended.
+func endedBy(ctx context.Context) Outcome {
+	switch cause, r := context.Cause(ctx), requestFrom(ctx); {
+	case errors.Is(cause, errNotInserted):
+		return OutcomeNo
+	case r == nil || r.Err() == nil || errors.Is(cause, errLocked):
+		return Unanswered // not for the sake of the client
+	}
+	return outcomeHungUp
+}
+
+// begin tells whether a question may be shown now, and whether the client had to wait
+// for it.
+func (q *Questions) begin(w way, about string) (again bool, err error) {
+	now := time.Now()
+	q.mu.Lock()
+	defer q.mu.Unlock()
+	q.pruneLocked(now)
+	key, all := q.keys[aboutKey{w, about}], q.ways[w]
+	var latest *nos
+	for _, n := range []*nos{key, all, q.groups[w.group]} {
+		if n != nil && now.Before(n.until) && (latest == nil || n.until.After(latest.until)) {
+			latest = n
+		}
+	}
+	if latest != nil {
+		return true, &PausedError{From: latest.from, Until: latest.until, Block: latest.block}
+	}
+	return key != nil && key.paused || all != nil && all.paused, nil
+}
+
+// end notes what was answered.
+func (q *Questions) end(w way, about, from string, outcome Outcome) {
+	now := time.Now()
+	q.mu.Lock()
+	defer q.mu.Unlock()
+	free := 0
+	switch outcome {
+	case Unanswered:
+		return
+	case OutcomeYes:
+		delete(q.keys, aboutKey{w, about})
+		delete(q.ways, w)
+		return
+	case outcomeHungUp:
+		// Several requests may share a question: the first that leaves does not end it.
+		free = 1
+	}
+	freeAbout, freeFrom := freeAboutKey, freeFromWay
+	if w.forwarded {
+		freeAbout, freeFrom = freeAboutKeyForwarded, freeFromWayForwarded
+	}
+	entry(q.keys, aboutKey{w, about}, from).no(now, freeAbout+free)
+	all := entry(q.ways, w, from)
+	all.no(now, freeFrom)
+	if outcome == OutcomeNoToAll {
+		all.block, all.until = true, now.Add(blockTime)
+	}
+	crowd := "all programs here"
+	switch {
+	case w.forwarded:
+		crowd = "all forwarded hosts"
+	case w.socket != "":
+		crowd = "the socket " + w.socket
+	}
+	entry(q.groups, w.group, crowd).spend(now)
+}
+
+func entry[K comparable](m map[K]*nos, key K, from string) *nos {
+	n := m[key]
+	if n == nil {
+		n = new(nos)
+		m[key] = n
+	}
+	n.from = from
+	return n
+}
+
+// no counts one, of which so many are free.
+func (n *nos) no(now time.Time, free int) {
+	n.count++
+	n.last = now
+	if n.block {
+		return
+	}
+	pause := time.Duration(0)
+	if over := n.count - free; over > 0 {
+		pause = maxPause
+		if over < 16 {
+			pause = min(firstPause<<(over-1), maxPause)
+		}
+	}
+	n.until = now.Add(pause)
+	n.paused = n.paused || pause > 0
+}
+
+// spend counts one of a group.
+func (n *nos) spend(now time.Time) {
+	n.spent = max(0, n.spent-now.Sub(n.last)) + noPeriod
+	n.count++
+	n.last = now
+	n.until = now.Add(n.spent - (maxNos-1)*noPeriod) // which is mostly over by now
+}
+
+// pruneLocked forgets what is of no more use. There are never many: each is a
+// question that somebody has answered, and those are limited by group.
+func (q *Questions) pruneLocked(now time.Time) {
+	prune(q.keys, now)
+	prune(q.ways, now)
+	prune(q.groups, now)
+}
+
+func prune[K comparable](m map[K]*nos, now time.Time) {
+	for key, n := range m {
+		if !now.Before(n.until) && (n.block || now.Sub(n.last) >= forgetNos) {
+			delete(m, key)
+		}
+	}
+}
+
+// A PauseStatus tells of clients that have no questions shown for a time.
+type PauseStatus struct {
+	From    string    // whose requests are meant
+	About   string    // the key or the token; empty: all of them
+	Refused int       // how often a person has said no
+	Block   bool      // and then to everything
+	Until   time.Time // when a question may be shown again
+}
+
+// Pauses returns what is in force, the longest first.
+func (q *Questions) Pauses() (all []PauseStatus) {
+	now := time.Now()
+	q.mu.Lock()
+	defer q.mu.Unlock()
+	add := func(n *nos, about string) {
+		if now.Before(n.until) {
+			all = append(all, PauseStatus{From: n.from, About: about, Refused: n.count, Block: n.block, Until: n.until})
+		}
+	}
+	for key, n := range q.keys {
+		add(n, key.about)
+	}
+	for _, n := range q.ways {
+		add(n, "")
+	}
+	for _, n := range q.groups {
+		add(n, "")
+	}
+	slices.SortFunc(all, func(a, b PauseStatus) int {
+		return cmp.Or(b.Until.Compare(a.Until), strings.Compare(a.From, b.From), strings.Compare(a.About, b.About))
+	})
+	return all
+}
+
+// askingTurns lets a bounded number of questions be open at a time: of a forwarded host
+// one, of a group maxOpen. What a no means for the next question shows when it was
+// said. The zero value is ready to use.
+type askingTurns struct {
+	mu  sync.Mutex
+	all map[any]*askingTurn // by way, and by group
+}
+
+type askingTurn struct {
+	slots chan struct{}
+	users int // that have a slot, or wait for one
+}
+
+// take waits for a turn; give ends it.
+func (t *askingTurns) take(ctx context.Context, w way) (give func(), err error) {
+	own := maxOpen
+	if w.forwarded {
+		own = 1
+	}
+	giveWay, err := t.takeOf(ctx, w, own)
+	if err != nil {
+		return nil, err
+	}
+	giveGroup, err := t.takeOf(ctx, w.group, maxOpen)
+	if err != nil {
+		giveWay()
+		return nil, err
+	}
+	return func() { giveGroup(); giveWay() }, nil
+}
+
+func (t *askingTurns) takeOf(ctx context.Context, key any, limit int) (give func(), err error) {
+	t.mu.Lock()
+	one := t.all[key]
+	if one == nil {
+		one = &askingTurn{slots: make(chan struct{}, limit)}
+		if t.all == nil {
+			t.all = make(map[any]*askingTurn)
+		}
+		t.all[key] = one
+	}
+	one.users++
+	t.mu.Unlock()
+	leave := func() {
+		t.mu.Lock()
+		defer t.mu.Unlock()
+		if one.users--; one.users == 0 {
+			delete(t.all, key)
+		}
+	}
+	select {
+	case one.slots <- struct{}{}:
+		return func() { <-one.slots; leave() }, nil
+	case <-ctx.Done():
+		leave()
+		return nil, ctx.Err()
+	}
+}

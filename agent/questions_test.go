@@ -1,0 +1,419 @@
+package agent
+
+import (
+	"context"
+	"crypto/ed25519"
+	"errors"
+	"fmt"
+	"slices"
+	"strings"
+	"sync"
+	"testing"
+	"testing/synctest"
+	"time"
+
+	"golang.org/x/crypto/ssh"
+
+	"p11-agent/agent/peer"
+	"p11-agent/pinentry"
+	"p11-agent/pinentry/secret"
+	"p11-agent/pinentry/waiting"
+)
+
+// flood asks a thousand times within this time, and returns how many questions a
+// person had to answer. attempt says who asks, and for what.
+func flood(t *testing.T, f *fixture, p *answers, lasts time.Duration, attempt func(n int) (*Caller, SignRequest)) int {
+	t.Helper()
+	before := p.count()
+	for n := range 1000 {
+		c, r := attempt(n)
+		if _, err := f.Sign(t.Context(), c, r); err == nil {
+			t.Fatal("it was signed")
+		}
+		time.Sleep(lasts / 1000)
+	}
+	return p.count() - before
+}
+
+func randomHost(n int) ssh.PublicKey {
+	seed := make([]byte, ed25519.SeedSize)
+	copy(seed, fmt.Sprint(n))
+	pub, err := ssh.NewPublicKey(ed25519.NewKeyFromSeed(seed).Public())
+	if err != nil {
+		panic(err)
+	}
+	return pub
+}
+
+// A person who says no is left alone, whatever a client changes between its requests.
+func TestAttack10Flood(t *testing.T) {
+	w := newWorld(t)
+	var keys []Key
+	for i := range 10 {
+		keys = append(keys, edKey(fmt.Sprintf("pkcs11:token=a;id=%%%02d", i)))
+	}
+	request := func(k int) SignRequest {
+		r := sshsigOf("git")
+		r.Key = wireOf(keys[k%len(keys)])
+		return r
+	}
+	for name, test := range map[string]struct {
+		most    int // questions in ten seconds
+		attempt func(n int) (*Caller, SignRequest)
+	}{
+		"one forwarded connection": {4, func(int) (*Caller, SignRequest) { return w.caller("ssh bash", "evil", "-"), request(0) }},
+		"new connections": {4, func(n int) (*Caller, SignRequest) {
+			c := w.caller("ssh bash", "evil", "-")
+			c.Number, c.Peer.PID = uint64(n), n+10
+			return c, request(0)
+		}},
+		"binds behind the first one": {4, func(n int) (*Caller, SignRequest) {
+			c := w.caller("ssh bash", "evil", "-")
+			c.Binds = append(c.Binds, Bind{HostKey: randomHost(n), SessionID: []byte("x"), Forwarding: n%2 == 0})
+			c.BindFailed = n%3 == 0
+			return c, request(0)
+		}},
+		"other data": {4, func(n int) (*Caller, SignRequest) {
+			r := sshsigOf(fmt.Sprint("namespace ", n))
+			if n%2 == 0 {
+				r = w.login("good", true)
+				r.Login.User = fmt.Sprint("user", n)
+			}
+			r.Key = wireOf(keys[0])
+			return w.caller("ssh bash", "evil", "-"), r
+		}},
+		"other keys": {8, func(n int) (*Caller, SignRequest) { return w.caller("ssh bash", "evil", "-"), request(n) }},
+		"another ssh": {4, func(n int) (*Caller, SignRequest) {
+			return w.caller(fmt.Sprintf("ssh%d bash", n), "evil", "-"), request(0)
+		}},
+		"a program": {5, func(int) (*Caller, SignRequest) { return w.caller("evil bash"), request(0) }},
+		"a program with other keys": {10, func(n int) (*Caller, SignRequest) {
+			return w.caller("evil bash"), request(n)
+		}},
+		"a program with other names": {10, func(n int) (*Caller, SignRequest) {
+			return w.caller(fmt.Sprintf("evil%d bash", n)), request(n)
+		}},
+		"a program that binds hosts of its own": {10, func(n int) (*Caller, SignRequest) {
+			c := w.caller("evil bash", "evil", "-")
+			c.Binds[0].HostKey = randomHost(n)
+			return c, request(n)
+		}},
+		"a program that has ended": {5, func(int) (*Caller, SignRequest) { return &Caller{Peer: peer.Peer{Known: true, UID: 1000}}, request(0) }},
+	} {
+		t.Run(name, func(t *testing.T) {
+			synctest.Test(t, func(t *testing.T) {
+				p := says(Answer{})
+				f := newFixture(Options{Rules: everyKey(Approval{Confirm: ConfirmAlways}), Confirm: p, Hosts: w.hosts}, keys...)
+				if n := flood(t, f, p, 10*time.Second, test.attempt); n < 2 || n > test.most {
+					t.Errorf("%d questions in ten seconds, want up to %d", n, test.most)
+				}
+				// It gets no better with patience: one in five minutes is the most, and what is
+				// changed for each costs the group.
+				if n := flood(t, f, p, time.Hour, test.attempt); n > 130 {
+					t.Errorf("%d questions in an hour", n)
+				}
+				if s := f.Now(); len(s.Pauses) == 0 || s.Pauses[0].Refused < 2 || s.Pauses[0].From == "" {
+					t.Errorf("the status has %+v", s.Pauses)
+				}
+				// Others are asked about as ever.
+				other, r := w.caller("ssh bash", "good"), request(0)
+				other.Socket = &Socket{Name: "other"}
+				before := p.count()
+				_, _ = f.Sign(t.Context(), other, r)
+				if p.count() != before+1 {
+					t.Error("nobody was asked about another client")
+				}
+			})
+		})
+	}
+}
+
+// A client that does not wait for the answer, or asks for all at once, gets no more.
+func TestAttack10AtOnce(t *testing.T) {
+	w, k := newWorld(t), edKey("pkcs11:token=a")
+	for name, test := range map[string]struct {
+		most   int
+		caller func(n int) *Caller
+	}{
+		"forwarded": {2, func(int) *Caller { return w.caller("ssh bash", "evil", "-") }},
+		"forwarded, of made up hosts": {maxNos + maxOpen, func(n int) *Caller {
+			c := w.caller("ssh bash", "evil", "-")
+			c.Binds[0].HostKey = randomHost(n)
+			return c
+		}},
+		"programs": {maxNos + maxOpen, func(n int) *Caller { return w.caller(fmt.Sprintf("evil%d", n)) }},
+	} {
+		t.Run(name, func(t *testing.T) {
+			synctest.Test(t, func(t *testing.T) {
+				answer := make(chan struct{})
+				p := &answers{give: func(ctx context.Context, _ Question, _ int) (Answer, error) {
+					select {
+					case <-answer:
+						return Answer{}, nil
+					case <-ctx.Done():
+						return Answer{}, ctx.Err()
+					}
+				}}
+				f := newFixture(Options{Rules: everyKey(Approval{Confirm: ConfirmAlways}), Confirm: p}, k)
+				var all sync.WaitGroup
+				for n := range 100 {
+					all.Go(func() {
+						r := sshsigOf(fmt.Sprint(n))
+						r.Key = wireOf(k)
+						if _, err := f.Sign(t.Context(), test.caller(n), r); err == nil {
+							t.Error("it was signed")
+						}
+					})
+				}
+				synctest.Wait()
+				if p.count() > maxOpen {
+					t.Errorf("%d questions are open", p.count())
+				}
+				close(answer)
+				all.Wait()
+				if p.count() > test.most {
+					t.Errorf("%d questions, want up to %d", p.count(), test.most)
+				}
+			})
+		})
+	}
+	t.Run("hanging up", func(t *testing.T) {
+		synctest.Test(t, func(t *testing.T) {
+			p := &answers{give: func(ctx context.Context, _ Question, _ int) (Answer, error) {
+				<-ctx.Done()
+				return Answer{}, ctx.Err()
+			}}
+			f := newFixture(Options{Rules: everyKey(Approval{Confirm: ConfirmAlways}), Confirm: p}, k)
+			for range 1000 {
+				ctx, cancel := context.WithTimeout(t.Context(), 10*time.Millisecond)
+				r := sshsigOf("git")
+				r.Key = wireOf(k)
+				if _, err := f.Sign(ctx, w.caller("ssh bash", "evil", "-"), r); err == nil {
+					t.Fatal("it was signed")
+				}
+				cancel()
+			}
+			if p.count() > 6 {
+				t.Errorf("%d questions", p.count())
+			}
+		})
+	})
+}
+
+// Every kind of question counts, and every kind of no.
+func TestAttack10EveryKind(t *testing.T) {
+	w := newWorld(t)
+	for name, give := range map[string]func(context.Context) (bool, error){
+		"no":         func(context.Context) (bool, error) { return false, nil },
+		"no answer":  func(context.Context) (bool, error) { return false, pinentry.ErrTimeout },
+		"no, to all": func(context.Context) (bool, error) { return false, ErrNoToAll },
+	} {
+		t.Run(name, func(t *testing.T) {
+			synctest.Test(t, func(t *testing.T) {
+				k, missing := edKey("pkcs11:token=a"), edKey("pkcs11:token=b")
+				in := &fakeInserter{answer: func(ctx context.Context, _ int) (bool, error) { return give(ctx) }}
+				p := &answers{give: func(ctx context.Context, _ Question, _ int) (Answer, error) {
+					yes, err := give(ctx)
+					return Answer{Allowed: yes}, err
+				}}
+				rules := Rules{OfferAway: always, Approval: func(k Key) Approval {
+					if k == Key(missing) {
+						return Approval{}
+					}
+					return Approval{Confirm: ConfirmAlways}
+				}}
+				f := newFixture(Options{Rules: rules, Confirm: p, Insert: in}, k)
+				f.tokens.setAway([]Key{k}, []Key{missing})
+				for range 500 {
+					r := sshsigOf("git")
+					for _, key := range []*fakeKey{k, missing} {
+						r.Key = wireOf(key)
+						if _, err := f.Sign(t.Context(), w.caller("ssh", "evil", "-"), r); err == nil {
+							t.Fatal("it was signed")
+						}
+					}
+					time.Sleep(10 * time.Millisecond)
+				}
+				if n, m := p.count(), len(in.asked); n+m > 7 {
+					t.Errorf("%d questions whether, and %d for the token", n, m)
+				}
+			})
+		})
+	}
+}
+
+// A no by mistake costs a person next to nothing, and a yes ends it.
+func TestNoByMistake(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		w, k := newWorld(t), edKey("pkcs11:token=a")
+		yes := false
+		p := &answers{give: func(context.Context, Question, int) (Answer, error) { return Answer{Allowed: yes}, nil }}
+		f := newFixture(Options{Rules: everyKey(Approval{Confirm: ConfirmAlways}), Confirm: p, Hosts: w.hosts}, k)
+		here, there := w.caller("ssh bash", "good"), w.caller("ssh bash", "evil", "-")
+		git := sshsigOf("git")
+
+		for range 2 {
+			f.signs(t, k, here, git, errDeclined)
+			if p.again[len(p.again)-1] {
+				t.Error("the first and the second no mean everything")
+			}
+		}
+		if _, err := f.Sign(t.Context(), here, withKey(git, k)); !isPaused(err) || !strings.Contains(err.Error(), "00:00:01") {
+			t.Errorf("the third time: %v", err)
+		}
+		time.Sleep(firstPause)
+		yes = true
+		f.signs(t, k, here, git, nil)
+		if !p.again[len(p.again)-1] {
+			t.Error("the third question does not offer no to everything")
+		}
+		yes = false
+		f.signs(t, k, here, git, errDeclined)
+		if p.again[len(p.again)-1] {
+			t.Error("a yes is no fresh start")
+		}
+
+		// From another host it costs a second.
+		f.signs(t, k, there, git, errDeclined)
+		if _, err := f.Sign(t.Context(), there, withKey(git, k)); !isPaused(err) {
+			t.Errorf("the second time: %v", err)
+		}
+		time.Sleep(firstPause)
+		yes = true
+		f.signs(t, k, there, git, nil)
+		f.signs(t, k, there, git, nil)
+		// What needs no question is signed, whatever was refused before.
+		yes = false
+		f.signs(t, k, there, git, errDeclined)
+		f.opts.Approval = func(Key) Approval { return Approval{} }
+		f.signs(t, k, there, git, nil)
+	})
+}
+
+func withKey(r SignRequest, k Key) SignRequest {
+	r.Key = wireOf(k)
+	return r
+}
+
+func isPaused(err error) bool {
+	_, ok := errors.AsType[*PausedError](err)
+	return ok
+}
+
+// "No to everything from here" counts for all keys and connections of the host, and
+// for no other.
+func TestNoToAll(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		w, k, other := newWorld(t), edKey("pkcs11:token=a"), edKey("pkcs11:token=b")
+		p := &answers{give: func(ctx context.Context, _ Question, _ int) (Answer, error) {
+			if Again(ctx) {
+				return Answer{}, ErrNoToAll
+			}
+			return Answer{}, nil
+		}}
+		f := newFixture(Options{Rules: everyKey(Approval{Confirm: ConfirmAlways}), Confirm: p, Hosts: w.hosts}, k, other)
+		git := sshsigOf("git")
+		f.signs(t, k, w.caller("ssh", "evil", "-"), git, errDeclined)
+		time.Sleep(firstPause)
+		f.signs(t, k, w.caller("ssh", "evil", "-"), git, ErrNoToAll)
+		s := f.Now()
+		if len(s.Pauses) != 2 || !s.Pauses[0].Block || s.Pauses[0].From != "the forwarded host evil.example.net" || s.Pauses[0].About != "" {
+			t.Fatalf("%+v", s.Pauses)
+		}
+		for _, c := range []*Caller{w.caller("ssh bash", "evil", "-"), w.caller("ssh", "evil", "good")} {
+			_, err := f.Sign(t.Context(), c, withKey(git, other))
+			if !isPaused(err) || !strings.Contains(err.Error(), "everything from the forwarded host evil.example.net: no question is shown before 01:00:01") {
+				t.Error(err)
+			}
+		}
+		f.signs(t, k, w.caller("ssh", "good", "-"), git, errDeclined)
+		time.Sleep(blockTime)
+		if len(f.Now().Pauses) != 0 {
+			t.Errorf("after an hour: %+v", f.Now().Pauses)
+		}
+		f.signs(t, k, w.caller("ssh", "evil", "-"), git, errDeclined)
+		time.Sleep(firstPause)
+		f.signs(t, k, w.caller("ssh", "evil", "-"), git, ErrNoToAll)
+		// A reload ends it. Such a client can neither lock nor unlock.
+		for _, do := range []func(context.Context, *Caller, *secret.Secret) error{f.Lock, f.Unlock} {
+			phrase, err := secret.From([]byte("x"))
+			if err != nil {
+				t.Fatal(err)
+			}
+			if err := do(t.Context(), forwarded, phrase); !errors.Is(err, errForwarded) {
+				t.Error(err)
+			}
+			phrase.Wipe()
+		}
+		if _, err := f.Sign(t.Context(), w.caller("ssh", "evil", "-"), withKey(git, k)); !isPaused(err) {
+			t.Error(err)
+		}
+		f.Configure(f.opts.Rules)
+		f.signs(t, k, w.caller("ssh", "evil", "-"), git, errDeclined)
+	})
+}
+
+// byAsking has a question asked as a Confirmer does.
+func byAsking(answer func(context.Context) (Outcome, error)) func(context.Context) (Outcome, error) {
+	return func(ctx context.Context) (o Outcome, err error) {
+		err = waiting.Ask(ctx, waiting.Question{Ask: func(ctx context.Context) (err error) {
+			o, err = answer(ctx)
+			return err
+		}})
+		return o, err
+	}
+}
+
+// A client that has to wait does not take the question of others along.
+func TestPausedLeavesOthers(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		w, q := newWorld(t), NewQuestions()
+		no := byAsking(func(context.Context) (Outcome, error) { return OutcomeNo, errDeclined })
+		evil, good := w.caller("ssh", "evil", "-"), w.caller("ssh")
+		_ = q.Ask(evil.Context(t.Context()), "a token", false, no)
+
+		l := newLock()
+		one, err := l.enter(t.Context(), evil, nil)
+		if err != nil {
+			t.Fatal(err)
+		}
+		defer one.leave()
+		two, err := l.enter(t.Context(), good, nil)
+		if err != nil {
+			t.Fatal(err)
+		}
+		defer two.leave()
+		var list waiting.List
+		list.Add(one)
+		list.Add(two)
+		var callers []*Caller
+		err = q.Ask(waiting.NewContext(t.Context(), &list), "a token", false, byAsking(func(ctx context.Context) (Outcome, error) {
+			callers = append(callers, CallerFromContext(ctx))
+			return OutcomeYes, nil
+		}))
+		if err != nil || !slices.Equal(callers, []*Caller{good}) {
+			t.Errorf("%v, asked %v", err, callers)
+		}
+		if !isPaused(one.reason(errors.New("it failed"))) || two.Err() != nil {
+			t.Errorf("%v, %v", context.Cause(one), two.Err())
+		}
+	})
+}
+
+// Nothing is kept for ever.
+func TestQuestionsForget(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		w, q := newWorld(t), NewQuestions()
+		for i := range 1000 {
+			c := w.caller(fmt.Sprint("program", i))
+			_ = q.Ask(c.Context(t.Context()), fmt.Sprint("key ", i), true, byAsking(func(context.Context) (Outcome, error) { return OutcomeNo, nil }))
+		}
+		if n := len(q.keys); n != maxNos {
+			t.Errorf("%d keys", n)
+		}
+		time.Sleep(forgetNos)
+		if again, err := q.begin(w.caller("x").way(), "a key"); again || err != nil || len(q.keys)+len(q.ways)+len(q.groups) != 0 || len(q.turns.all) != 0 {
+			t.Errorf("%t, %v, %+v", again, err, q)
+		}
+	})
+}

@@ -1,0 +1,118 @@
+package main
+
+import (
+	"encoding/binary"
+	"errors"
+	"fmt"
+	"io"
+	"net"
+	"os"
+	"os/exec"
+	"strings"
+	"syscall"
+
+	"golang.org/x/sys/unix"
+)
+
+func init() {
+	attacks["press"] = pressEnter
+	attacks["hold"] = holdPrompt
+	attacks["last-try"] = takeLastTry
+}
+
+// onOwnTerminal runs a program on a terminal of the attacker's own, as the leader of
+// the session there or, with "child" in front, as the child of a shell that leads it.
+// What is shown there goes to keys, which types on the terminal. It prints what was
+// shown and how the program has ended.
+func onOwnTerminal(args []string, keys func(shown string) string) error {
+	if len(args) < 2 {
+		return errors.New("usage: leader|child PROGRAM [ARGUMENT...]")
+	}
+	far, err := os.OpenFile("/dev/ptmx", os.O_RDWR|unix.O_NOCTTY, 0)
+	if err != nil {
+		return err
+	}
+	defer far.Close()
+	fd := int(far.Fd())
+	if err := unix.IoctlSetPointerInt(fd, unix.TIOCSPTLCK, 0); err != nil {
+		return err
+	}
+	size := unix.Winsize{Row: 30, Col: 100}
+	if err := unix.IoctlSetWinsize(fd, unix.TIOCSWINSZ, &size); err != nil {
+		return err
+	}
+	near, err := unix.IoctlRetInt(fd, unix.TIOCGPTPEER)
+	if err != nil {
+		return err
+	}
+	tty := os.NewFile(uintptr(near), "tty")
+	if args[0] == "child" {
+		// The shell is older than the program, and another process.
+		args = append([]string{"", "sh", "-c", `"$0" "$@"; exit $?`}, args[1:]...)
+	}
+	cmd := exec.Command(args[1], args[2:]...)
+	cmd.Stdin, cmd.Stdout, cmd.Stderr = tty, tty, tty
+	cmd.SysProcAttr = &syscall.SysProcAttr{Setsid: true, Setctty: true}
+	cmd.Env = append(os.Environ(), "TERM=xterm")
+	if err := cmd.Start(); err != nil {
+		return err
+	}
+	_ = tty.Close()
+	var shown strings.Builder
+	buf := make([]byte, 4096)
+	for {
+		n, err := far.Read(buf)
+		shown.Write(buf[:n])
+		if err != nil {
+			break // all files of the terminal are closed
+		}
+		if text := keys(string(buf[:n])); text != "" {
+			_, _ = io.WriteString(far, text)
+		}
+	}
+	_ = cmd.Wait()
+	fmt.Println(shown.String())
+	fmt.Println("status", cmd.ProcessState.ExitCode())
+	return nil
+}
+
+// pressEnter presses Enter whenever something is shown.
+func pressEnter(args []string) error {
+	return onOwnTerminal(args, func(string) string { return "\r" })
+}
+
+// holdPrompt answers nothing.
+func holdPrompt(args []string) error {
+	return onOwnTerminal(args, func(string) string { return "" })
+}
+
+// takeLastTry has a wrong PIN tried by the control door, and says that the person wants
+// the last try used for it: URI PIN.
+func takeLastTry(args []string) error {
+	if len(args) != 2 {
+		return errors.New("usage: URI PIN")
+	}
+	conn, err := net.Dial("unix", os.Getenv("SSH_AUTH_SOCK"))
+	if err != nil {
+		return err
+	}
+	defer conn.Close()
+	message := []byte{27} // SSH_AGENTC_EXTENSION
+	for _, s := range []string{"control-v1@p11-agent", "login", args[0], args[1]} {
+		message = append(binary.BigEndian.AppendUint32(message, uint32(len(s))), s...)
+	}
+	message = append(message, 1)
+	if _, err := conn.Write(append(binary.BigEndian.AppendUint32(nil, uint32(len(message))), message...)); err != nil {
+		return err
+	}
+	var size [4]byte
+	if _, err := io.ReadFull(conn, size[:]); err != nil {
+		return err
+	}
+	answer := make([]byte, binary.BigEndian.Uint32(size[:]))
+	if _, err := io.ReadFull(conn, answer); err != nil {
+		return err
+	}
+	fmt.Printf("%q\n", answer)
+	return nil
+}

@@ -1,0 +1,97 @@
+package main
+
+import (
+	"context"
+	"errors"
+
+	"p11-agent/agent"
+	"p11-agent/pinentry"
+	"p11-agent/pinentry/secret"
+	"p11-agent/token"
+)
+
+// A pausingAsker asks for PINs as another PINAsker does, unless the client has to wait
+// because a person has refused its requests.
+type pausingAsker struct {
+	token.PINAsker
+	questions *agent.Questions
+}
+
+// Ask opens the dialogue, which shows nothing yet.
+func (a *pausingAsker) Ask(ctx context.Context, about token.PINRequest) (token.PINDialogue, error) {
+	d := &pausingDialogue{questions: a.questions, about: tokenURI(about.Token)}
+	err := d.ask(ctx, func(ctx context.Context) (_ agent.Outcome, err error) {
+		d.PINDialogue, err = a.PINAsker.Ask(ctx, about)
+		return agent.Unanswered, err
+	})
+	if err != nil {
+		return nil, err
+	}
+	return d, nil
+}
+
+var _ token.ReaderObserver = (*pausingDialogue)(nil)
+
+// pausingDialogue is a dialogue of a pausingAsker.
+type pausingDialogue struct {
+	token.PINDialogue
+	questions *agent.Questions
+	about     string              // the token, for people
+	note      func(agent.Outcome) // of the PIN that is typed on the reader; nil: there is an answer
+}
+
+func (d *pausingDialogue) ask(ctx context.Context, show func(context.Context) (agent.Outcome, error)) error {
+	return d.questions.Ask(ctx, d.about, false, show)
+}
+
+func (d *pausingDialogue) PIN(ctx context.Context, problem string) (pin *secret.Secret, err error) {
+	err = d.ask(ctx, func(ctx context.Context) (_ agent.Outcome, err error) {
+		pin, err = d.PINDialogue.PIN(ctx, problem)
+		return outcome(err), err
+	})
+	return pin, err
+}
+
+func (d *pausingDialogue) LastTry(ctx context.Context, problem string) (yes bool, err error) {
+	err = d.ask(ctx, func(ctx context.Context) (agent.Outcome, error) {
+		yes, err = d.PINDialogue.LastTry(ctx, problem)
+		if err == nil && !yes {
+			return agent.OutcomeNo, nil
+		}
+		return outcome(err), err
+	})
+	return yes && err == nil, err
+}
+
+func (d *pausingDialogue) Notice(ctx context.Context) error {
+	return d.ask(ctx, func(ctx context.Context) (agent.Outcome, error) {
+		d.note = func(o agent.Outcome) { d.questions.Note(ctx, d.about, o) }
+		err := d.PINDialogue.Notice(ctx)
+		if err == nil {
+			return agent.Unanswered, nil // the answer is given on the reader
+		}
+		if errors.Is(err, token.ErrCancelled) {
+			d.note = nil
+		}
+		return outcome(err), err
+	})
+}
+
+// TypedOnReader implements token.ReaderObserver.
+func (d *pausingDialogue) TypedOnReader(err error) {
+	if d.note != nil {
+		d.note(outcome(err))
+	}
+}
+
+// outcome returns what came of a question that a person answers with something else
+// than yes.
+func outcome(err error) agent.Outcome {
+	switch {
+	case err == nil:
+		return agent.OutcomeYes
+	case errors.Is(err, token.ErrCancelled), errors.Is(err, pinentry.ErrTimeout):
+		return agent.OutcomeNo
+	}
+	return agent.Unanswered
+}

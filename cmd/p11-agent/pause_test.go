@@ -1,0 +1,140 @@
+package main
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"log/slog"
+	"os"
+	"path/filepath"
+	"strings"
+	"testing"
+	"testing/synctest"
+	"time"
+
+	"p11-agent/agent"
+	"p11-agent/agent/peer"
+	"p11-agent/pinentry"
+	"p11-agent/pinentry/secret"
+	"p11-agent/pinentry/waiting"
+	"p11-agent/token"
+	"p11-agent/token/wire"
+)
+
+// fakeAsker is a person who gives no PIN.
+type fakeAsker struct {
+	asked int
+	err   error // what the person does
+}
+
+func (f *fakeAsker) Ask(ctx context.Context, _ token.PINRequest) (token.PINDialogue, error) {
+	return f, waiting.Ask(ctx, waiting.Question{Ask: func(context.Context) error { return nil }})
+}
+
+func (f *fakeAsker) ask(ctx context.Context, answer func(context.Context) error) error {
+	return waiting.Ask(ctx, waiting.Question{Ask: func(ctx context.Context) error {
+		f.asked++
+		return answer(ctx)
+	}})
+}
+
+func (f *fakeAsker) PIN(ctx context.Context, _ string) (*secret.Secret, error) {
+	return nil, f.ask(ctx, func(context.Context) error { return f.err })
+}
+
+func (f *fakeAsker) LastTry(ctx context.Context, _ string) (bool, error) {
+	return false, f.ask(ctx, func(context.Context) error { return nil })
+}
+
+func (f *fakeAsker) Notice(ctx context.Context) error {
+	return f.ask(ctx, func(ctx context.Context) error {
+		<-ctx.Done()
+		return ctx.Err()
+	})
+}
+
+func (f *fakeAsker) Close() error { return nil }
+
+// Whatever a person does with a PIN prompt but to give the PIN, the next one waits.
+func TestAttack10PINPrompts(t *testing.T) {
+	errCancelled := token.ErrCancelled
+	for name, test := range map[string]struct {
+		err error
+		ask func(ctx context.Context, d token.PINDialogue) error
+	}{
+		"cancelled": {errCancelled, func(ctx context.Context, d token.PINDialogue) error { _, err := d.PIN(ctx, ""); return err }},
+		"no answer": {pinentry.ErrTimeout, func(ctx context.Context, d token.PINDialogue) error { _, err := d.PIN(ctx, ""); return err }},
+		"last try": {nil, func(ctx context.Context, d token.PINDialogue) error {
+			if yes, err := d.LastTry(ctx, ""); yes || err != nil {
+				return err
+			}
+			return errCancelled
+		}},
+		"cancelled on the reader": {nil, func(ctx context.Context, d token.PINDialogue) error {
+			notice, done := context.WithCancel(ctx)
+			done() // the login is over
+			if err := d.Notice(notice); !errors.Is(err, context.Canceled) {
+				return err
+			}
+			d.(token.ReaderObserver).TypedOnReader(errCancelled)
+			return errCancelled
+		}},
+	} {
+		t.Run(name, func(t *testing.T) {
+			synctest.Test(t, func(t *testing.T) {
+				person := &fakeAsker{err: test.err}
+				a := &pausingAsker{person, agent.NewQuestions()}
+				c := &agent.Caller{Peer: peer.Peer{Known: true, UID: 1000}, Forwarded: true}
+				paused := 0
+				for i := range 700 {
+					// Another key of the token each time.
+					d, err := a.Ask(c.Context(t.Context()), token.PINRequest{Token: wire.TokenID{Label: "work"}, Key: fmt.Sprint(i)})
+					if err == nil {
+						err = test.ask(c.Context(t.Context()), d)
+					}
+					if _, ok := errors.AsType[*agent.PausedError](err); ok {
+						paused++
+					} else if err == nil {
+						t.Fatal("there was no error")
+					}
+					time.Sleep(10 * time.Millisecond)
+				}
+				if person.asked > 3 || paused != 700-person.asked {
+					t.Errorf("asked %d times, and paused %d times", person.asked, paused)
+				}
+			})
+		})
+	}
+}
+
+// What was granted stays, whatever else fills the log.
+func TestGrantedHasItsFile(t *testing.T) {
+	t.Setenv("XDG_STATE_HOME", t.TempDir())
+	open := func(name string) *logFile {
+		l, err := openLogFile("/nowhere/agent.sock", name)
+		if err != nil {
+			t.Fatal(err)
+		}
+		t.Cleanup(func() { _ = l.Close() })
+		return l
+	}
+	all, granted := open(agentLog), open(grantedLog)
+	log := slog.New(&logs{slog.NewTextHandler(all, nil), slog.NewTextHandler(granted, nil)})
+	log.With("request", "sign").Info("signed", "result", "ok", "client", "ssh (1)")
+	for range 3 * maxLogFile / 1000 {
+		log.Warn("request refused", "result", "refused", "client", "ssh (1)", "reason", strings.Repeat("x", 1000))
+	}
+	text := func(path string) string {
+		b, err := os.ReadFile(path)
+		if err != nil {
+			t.Fatal(err)
+		}
+		return string(b)
+	}
+	if strings.Contains(text(all.path)+text(all.path+".old"), "signed") {
+		t.Error("the log is not full")
+	}
+	if got := text(granted.path); filepath.Base(granted.path) != "granted.log" || strings.Count(got, "\n") != 1 || !strings.Contains(got, `msg=signed request=sign result=ok client="ssh (1)"`) {
+		t.Errorf("%s has %q", granted.path, got)
+	}
+}
