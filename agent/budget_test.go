@@ -301,6 +301,8 @@ func TestAttack13Turns(t *testing.T) {
 			t.Errorf("%v after %v", err, time.Since(began))
 		}
 		time.Sleep(second)
+		turns.mu.Lock()
+		defer turns.mu.Unlock()
 		if n := len(turns.processes); n > 0 {
 			t.Errorf("%d processes are remembered", n)
 		}

@@ -111,10 +111,10 @@ func compute(ctx context.Context, t *turns, c *Caller, f func() ([]byte, error))
 	}
 	done := make(chan outcome, 1)
 	go func() {
-		defer release()
 		var o outcome
 		defer func() {
 			o.panicked = recover()
+			release()
 			done <- o
 		}()
 		o.value, o.err = f()
