@@ -424,6 +424,10 @@ func isSocketAddress(s string) bool {
 // readEnviron reads what is wanted of a process's environment. What else is in
 // there may be a secret, and is wiped.
 func readEnviron(pid int) (Environment, error) {
+	if pid == os.Getpid() {
+		// The kernel keeps the file of an undumpable process from that process itself.
+		return ParseEnvironment([]byte(strings.Join(os.Environ(), "\x00"))), nil
+	}
 	f, err := os.Open(procFile(pid, "environ"))
 	if err != nil {
 		return Environment{}, unreadable(err)
