@@ -547,7 +547,7 @@ func (k *Keyring) approve(ctx context.Context, u *Use, id *identity) error {
 		why = "ssh-add -c, with which the key was added"
 	case socket != nil && socket.Confirm:
 		why = "confirm = true of the socket " + socket.Name
-	case u.Unlimited && !id.asksPIN():
+	case u.Unlimited:
 		why = "the limits that the key had before it was removed"
 	case d.confirm == ConfirmNever:
 		return nil

@@ -54,8 +54,7 @@ func (k *Keyring) addToken(ctx context.Context, rec *record, r TokenRequest) err
 		plain := k.plainLocked(key)
 		return plain != nil && k.reachesLocked(v, c, known{key, plain.wire})
 	}
-	asks := k.wouldAsk(s)
-	keys, err := k.opts.Tokens.Select(ctx, s, reached, r.PIN)
+	keys, taken, err := k.opts.Tokens.Select(ctx, s, reached, r.PIN)
 	if err == nil {
 		err = k.keepAddition(rec, s, r.Constraints)
 	}
@@ -63,22 +62,12 @@ func (k *Keyring) addToken(ctx context.Context, rec *record, r TokenRequest) err
 		k.opts.Tokens.Drop(s)
 		return err
 	}
-	if r.PIN.Len() > 0 {
-		// The token has taken it just now, so it is the price of what the keys have lost.
-		k.paidFor(slices.DeleteFunc(keys, func(key Key) bool { return !asks[key] }))
+	if taken {
+		// It is the price of what the keys have lost. A PIN that a person gives for something
+		// else is not: a client could wait for that.
+		k.paidFor(keys)
 	}
 	return nil
-}
-
-// wouldAsk returns the keys that are selected and would have a person give a PIN now.
-func (k *Keyring) wouldAsk(s Selection) map[Key]bool {
-	asks := make(map[Key]bool)
-	for _, key := range k.opts.Tokens.Keys() {
-		if s.Match(key) && key.AsksPIN() {
-			asks[key] = true
-		}
-	}
-	return asks
 }
 
 // noteKept is what the log says when a key is to be used more freely, and is not.
@@ -128,7 +117,7 @@ func (k *Keyring) keepAddition(rec *record, s Selection, constraints Constraints
 				had = had.and(*owed)
 			}
 			if now.looser(&had) {
-				rec.Note = "constraints loosened: it was removed, and is added without those it had; its next use costs a PIN or an approval"
+				rec.Note = "constraints loosened: it was removed, and is added without those it had; its next use costs an approval"
 			}
 		case v.limits[key.wire].and(now).indeterminate:
 			return errTooMany

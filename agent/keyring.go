@@ -45,11 +45,6 @@ type Key interface {
 	Present() bool
 	// TokenName names that token to a person.
 	TokenName() string
-	// AsksPIN tells whether a signature that begins now would want a PIN from a person, or
-	// one that a client has named when it added the key. It does not when somebody is
-	// logged in, when the PIN comes from elsewhere, or when a login is under way, whose
-	// prompt may be about another key.
-	AsksPIN() bool
 	// SignMessageContext signs as crypto.MessageSigner does: ECDSA in ASN.1.
 	SignMessageContext(ctx context.Context, msg []byte, opts crypto.SignerOpts) ([]byte, error)
 }
@@ -87,8 +82,9 @@ type Tokens interface {
 	Parse(provider []byte, remote bool) (Selection, error)
 	// Select returns the keys that are selected now and may be reached, of which there
 	// is at least one, and logs in to their token when a PIN is given. Other keys count
-	// as not there.
-	Select(ctx context.Context, s Selection, reached func(Key) bool, pin *secret.Secret) ([]Key, error)
+	// as not there. taken tells that the token took this PIN just now. It tries none where
+	// somebody is logged in.
+	Select(ctx context.Context, s Selection, reached func(Key) bool, pin *secret.Secret) (keys []Key, taken bool, err error)
 	// Drop is told when a Selection that Parse made is of no more use.
 	Drop(s Selection)
 	// LogoutAll logs out of all tokens.
@@ -183,7 +179,7 @@ type Keyring struct {
 	hidden   map[string]uint64 // wire form of removed identities to the insertions there were
 	// owed are the limits that keys of tokens had, by their wire form, and have not any
 	// more because they were removed or their time was over. A key that is back with less
-	// than that costs a PIN or an approval when it is used first.
+	// than that costs the PIN when it is added, or an approval when it is used first.
 	owed     map[string]*limits
 	empty    time.Time           // when an empty list was looked at again
 	origins  map[string]Upstream // wire form of the keys of upstream agents, as listed last

@@ -35,7 +35,7 @@ type fakeKey struct {
 	unfit      string
 	insertions uint64
 	absent     bool
-	asks       bool // for a PIN
+	takes      bool // a PIN that is given
 	err        error
 	signed     int
 	use        *Use // of the last signature
@@ -51,12 +51,6 @@ func (k *fakeKey) URI() string        { return k.uri }
 func (k *fakeKey) Unfit() string      { return k.unfit }
 func (k *fakeKey) Insertions() uint64 { return k.insertions }
 func (k *fakeKey) TokenName() string  { return "the token of " + k.uri }
-
-func (k *fakeKey) AsksPIN() bool {
-	k.mu.Lock()
-	defer k.mu.Unlock()
-	return k.asks
-}
 
 func (k *fakeKey) Present() bool {
 	k.mu.Lock()
@@ -191,27 +185,29 @@ func (t *fakeTokens) Parse(provider []byte, remote bool) (Selection, error) {
 	return prefix(provider), nil
 }
 
-func (t *fakeTokens) Select(ctx context.Context, s Selection, reached func(Key) bool, pin *secret.Secret) ([]Key, error) {
+func (t *fakeTokens) Select(ctx context.Context, s Selection, reached func(Key) bool, pin *secret.Secret) (all []Key, taken bool, err error) {
 	t.mu.Lock()
 	t.caller = CallerFromContext(ctx)
 	keys, err := t.keys, t.selectErr
 	t.mu.Unlock()
 	if err != nil {
-		return nil, err
+		return nil, false, err
 	}
-	var all []Key
 	for _, k := range keys {
 		if s.Match(k) && reached(k) {
 			all = append(all, k)
+			if k, ok := k.(*fakeKey); ok && pin.Len() > 0 {
+				taken = taken || k.takes
+			}
 		}
 	}
 	if len(all) == 0 {
-		return nil, errors.New("no match")
+		return nil, false, errors.New("no match")
 	}
 	t.mu.Lock()
 	defer t.mu.Unlock()
 	t.pins = append(t.pins, string(pin.Bytes()))
-	return all, nil
+	return all, taken, nil
 }
 
 func (t *fakeTokens) Drop(s Selection) {

@@ -118,8 +118,6 @@ type propertyKey struct {
 	trial *trial
 }
 
-func (k *propertyKey) AsksPIN() bool { return k.of.needsPIN && !k.of.loggedIn }
-
 func (k *propertyKey) SignMessageContext(context.Context, []byte, crypto.SignerOpts) ([]byte, error) {
 	if k.of.needsPIN && !k.of.loggedIn {
 		if !k.trial.yes {
@@ -175,30 +173,30 @@ func (x *things) newTrial(caller string) *trial {
 // Select logs in with a PIN, which is tried where nobody is logged in. It refuses a wrong
 // PIN also where none is wanted, so that what a request comes to does not depend on tokens
 // that it names besides.
-func (w *trial) Select(_ context.Context, s Selection, reached func(Key) bool, pin *secret.Secret) ([]Key, error) {
-	var all []Key
+func (w *trial) Select(_ context.Context, s Selection, reached func(Key) bool, pin *secret.Secret) (all []Key, taken bool, err error) {
 	for _, k := range w.Keys() {
 		if s.Match(k) && reached(k) {
 			all = append(all, k)
 		}
 	}
 	if len(all) == 0 {
-		return nil, errors.New("no match")
+		return nil, false, errors.New("no match")
 	}
 	if pin.Len() == 0 {
-		return all, nil
+		return all, false, nil
 	}
 	right := string(pin.Bytes()) == "right"
 	for _, k := range all {
 		if of := k.(*propertyKey).of; of.needsPIN && !of.loggedIn {
 			of.tries++
 			of.loggedIn = right
+			taken = right
 		}
 	}
 	if !right {
-		return nil, errors.New("wrong PIN")
+		return nil, false, errors.New("wrong PIN")
 	}
-	return all, nil
+	return all, taken, nil
 }
 
 func (w *trial) LogoutAll(ctx context.Context) error {

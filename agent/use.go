@@ -133,7 +133,7 @@ func (u *Use) Lines() []string {
 		lines = append(lines, "FORWARDED "+via)
 	}
 	if u.Unlimited {
-		lines = append(lines, "NOTE: the key had limits (ssh-add -c, -t or -h) until it was removed. A yes or a PIN lifts them.")
+		lines = append(lines, "NOTE: the key had limits (ssh-add -c, -t or -h) until it was removed. A yes lifts them.")
 	}
 	return lines
 }

@@ -69,6 +69,8 @@ type flight struct {
 type given struct {
 	pin   *secret.Secret
 	typed bool // at a prompt for this token and this module
+	// taken is set when the token takes the PIN, and may be nil.
+	taken *bool
 }
 
 // login logs in to the token for the sake of a key, or waits for somebody
@@ -237,6 +239,9 @@ func (t *Token) logInNow(ctx context.Context, g *gate, k *Key, with given) (type
 	if err != nil {
 		typed.Wipe()
 		return nil, err
+	}
+	if with.taken != nil {
+		*with.taken = true
 	}
 	t.reveal(ctx, p)
 	if !t.current(k).found.always {

@@ -58,14 +58,6 @@ func (s *Store) source(k *Key) *pinSource {
 	return nil
 }
 
-// isConfigured tells whether the configuration says where the PIN for a key comes from.
-func (s *Store) isConfigured(k *Key) bool {
-	s.mu.Lock()
-	all := slices.Clone(s.configured)
-	s.mu.Unlock()
-	return slices.ContainsFunc(all, k.Matches)
-}
-
 // AddSource makes the pin-source or pin-value of a URI count for the token of the keys
 // that it selects now, through their module, after those of the configuration. The URI
 // has to name exactly one token. Commands are refused: only the configuration may name

@@ -115,7 +115,7 @@ func TestRefusedPINIsNotTriedAgain(t *testing.T) {
 	given, err := secret.From([]byte("wrong-1")) // as ssh-add -s gives one
 	noError(t, err)
 	defer given.Wipe()
-	err = b.store.Login(t.Context(), []*token.Key{b.key(1)}, given)
+	_, err = b.store.Login(t.Context(), []*token.Key{b.key(1)}, given)
 	pinError(t, err, false, token.TriesLow)
 	want(t, "wrong PINs", b.card.Wrong(), 1)
 

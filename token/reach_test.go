@@ -8,9 +8,7 @@ import (
 	"strings"
 	"testing"
 
-	"p11-agent/pinentry/secret"
 	"p11-agent/token"
-	"p11-agent/token/pkcs11uri"
 	"p11-agent/token/tokentest"
 )
 
@@ -92,25 +90,16 @@ func TestLogoutOf(t *testing.T) {
 	want(t, "logged in", [2]bool{one.LoggedIn(), two.LoggedIn()}, [2]bool{false, true})
 }
 
-// Whether a signature would have a person give the PIN is known beforehand.
-func TestAsksPIN(t *testing.T) {
-	p := &tokentest.Person{Always: pin}
-	b := newBench(t, p, nil)
-	k := b.key(1)
-	want(t, "asks before the login", k.AsksPIN(), true)
-	wrong, err := secret.From([]byte("0000"))
-	noError(t, err)
-	defer wrong.Wipe()
-	if err := b.store.Login(t.Context(), []*token.Key{k}, wrong); err == nil {
-		t.Error("a wrong PIN logs in")
+// A PIN counts as taken when the token has looked at it, and not when somebody is logged in.
+func TestLoginTellsWhatTheTokenTook(t *testing.T) {
+	b := newBench(t, nil, nil)
+	for _, tt := range []struct {
+		pin   string
+		taken bool
+	}{{"0000", false}, {pin, true}, {"0000", false}} {
+		loggedIn := b.card.LoggedIn()
+		taken, err := b.store.Login(t.Context(), []*token.Key{b.key(1)}, tokentest.Secret(t, tt.pin))
+		want(t, "taken "+tt.pin, taken, tt.taken)
+		want(t, "refused", err != nil, !tt.taken && !loggedIn)
 	}
-	want(t, "asks after a wrong PIN", k.AsksPIN(), true)
-	b.mustSign()
-	want(t, "asks after the login", k.AsksPIN(), false)
-	noError(t, b.store.LogoutAll(t.Context()))
-	want(t, "asks after the logout", k.AsksPIN(), true)
-	noError(t, b.store.AddSource(uri(t, k.URI()+"?pin-value="+pin), []*token.Key{k}))
-	want(t, "asks with a client's PIN", k.AsksPIN(), true)
-	b.store.SetSources([]*pkcs11uri.URI{uri(t, k.URI()+"?pin-value="+pin)})
-	want(t, "asks with a configured PIN", k.AsksPIN(), false)
 }

@@ -514,18 +514,20 @@ func (s *Store) Logout(ctx context.Context, sel *Selector) error {
 // Login logs in to the token of the keys with a PIN that a person gave. The
 // keys have to be of one token: a PIN is for one token. An empty PIN does
 // nothing, as the first signature asks. When one try is left a person is asked
-// whether to go on.
-func (s *Store) Login(ctx context.Context, keys []*Key, pin *secret.Secret) error {
+// whether to go on. taken tells that the token took this PIN: where somebody is logged
+// in, no PIN is tried.
+func (s *Store) Login(ctx context.Context, keys []*Key, pin *secret.Secret) (taken bool, err error) {
 	if pin.Len() == 0 || len(keys) == 0 {
-		return nil
+		return false, nil
 	}
 	for _, k := range keys[1:] {
 		if k.token != keys[0].token {
-			return fmt.Errorf("a PIN is for one token, but %q and %q are meant: name one of them by its URI, or give no PIN and be asked",
+			return false, fmt.Errorf("a PIN is for one token, but %q and %q are meant: name one of them by its URI, or give no PIN and be asked",
 				keys[0].token.ID.Label, k.token.ID.Label)
 		}
 	}
-	return keys[0].logIn(ctx, given{pin: pin})
+	err = keys[0].logIn(ctx, given{pin: pin, taken: &taken})
+	return taken, err
 }
 
 // LoginAsk logs in to the tokens of the keys, one after the other, and asks for each

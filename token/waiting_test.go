@@ -98,7 +98,10 @@ func TestAttack09LastTryOfSomebodyElsesPIN(t *testing.T) {
 	b := newBench(t, p, func(b *bench, _ *token.Options) { b.card.SetTries(1, 3) })
 	ctx, hangUp := context.WithCancel(t.Context())
 	attacker, honest := make(chan error, 1), make(chan error, 1)
-	go func() { attacker <- b.store.Login(ctx, b.store.Keys(), tokentest.Secret(t, "wrong")) }()
+	go func() {
+		_, err := b.store.Login(ctx, b.store.Keys(), tokentest.Secret(t, "wrong"))
+		attacker <- err
+	}()
 	p.Until(t, func() bool { return p.LastTries() == 1 })
 	go func() { honest <- b.sign() }()
 	untilWaiting(t, 1)
@@ -154,7 +157,8 @@ func TestAttack14PromptLeftOpen(t *testing.T) {
 	}{
 		"signature": {true, 2, func(ctx context.Context, b *bench) error { return tokentest.Sign(ctx, b.key(2)) }},
 		"given PIN": {false, 1, func(ctx context.Context, b *bench) error {
-			return b.store.Login(ctx, b.store.Keys()[:1], tokentest.Secret(b.t, pin))
+			_, err := b.store.Login(ctx, b.store.Keys()[:1], tokentest.Secret(b.t, pin))
+			return err
 		}},
 	} {
 		t.Run(name, func(t *testing.T) {
@@ -164,7 +168,8 @@ func TestAttack14PromptLeftOpen(t *testing.T) {
 				b.card.AddKey(tokentest.P256, 2, "two", func(k *tokentest.FakeKey) { k.Always = true })
 			})
 			if test.in {
-				noError(t, b.store.Login(t.Context(), b.store.Keys()[:1], tokentest.Secret(t, pin)))
+				_, err := b.store.Login(t.Context(), b.store.Keys()[:1], tokentest.Secret(t, pin))
+				noError(t, err)
 			}
 			ctx, hangUp := context.WithCancel(context.WithValue(t.Context(), nameKey{}, "attacker"))
 			attacker := make(chan error, 1)
@@ -183,7 +188,7 @@ func TestRefusedPINIsNoLastTry(t *testing.T) {
 	p := &tokentest.Person{Consents: true}
 	b := newBench(t, p, func(b *bench, _ *token.Options) { b.card.SetTries(2, 3) })
 	for range 2 {
-		if err := b.store.Login(t.Context(), b.store.Keys(), tokentest.Secret(t, "wrong")); err == nil {
+		if _, err := b.store.Login(t.Context(), b.store.Keys(), tokentest.Secret(t, "wrong")); err == nil {
 			t.Error("a wrong PIN was right")
 		}
 	}

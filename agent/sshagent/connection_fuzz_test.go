@@ -29,7 +29,6 @@ func (*oneToken) Unfit() string              { return "" }
 func (*oneToken) Insertions() uint64         { return 1 }
 func (*oneToken) Present() bool              { return true }
 func (*oneToken) TokenName() string          { return "one" }
-func (*oneToken) AsksPIN() bool              { return false }
 func (*oneToken) Away() []agent.Key          { return nil }
 func (*oneToken) Changed() <-chan struct{}   { return nil }
 
@@ -82,11 +81,11 @@ func (*oneToken) Parse(provider []byte, _ bool) (agent.Selection, error) {
 	return selected(provider), nil
 }
 
-func (t *oneToken) Select(_ context.Context, s agent.Selection, _ func(agent.Key) bool, _ *secret.Secret) ([]agent.Key, error) {
+func (t *oneToken) Select(_ context.Context, s agent.Selection, _ func(agent.Key) bool, _ *secret.Secret) (keys []agent.Key, taken bool, err error) {
 	if !s.Match(t) {
-		return nil, errors.New("no match")
+		return nil, false, errors.New("no match")
 	}
-	return t.Keys(), nil
+	return t.Keys(), false, nil
 }
 
 // agrees says yes to every second question.

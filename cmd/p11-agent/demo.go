@@ -733,7 +733,7 @@ func (d *demo) fromFile(ctx context.Context) bool {
 	d.run(ctx, step{argv: []string{"ssh-add", "-D"}, show: true})
 	d.run(ctx, step{argv: []string{"ssh-add", "-l"}, status: 1, show: true})
 	if !d.write("pin", demoPIN+"\n", 0o600) ||
-		!d.run(ctx, step{argv: []string{"ssh-add", "-s", demoURI + "?pin-source=file:" + d.path("pin")}, show: true}) {
+		!d.run(ctx, step{argv: []string{"ssh-add", "-t", "1h", "-s", demoURI + "?pin-source=file:" + d.path("pin")}, show: true}) {
 		return false
 	}
 	for _, key := range []string{"rsa", "p256"} {

@@ -212,22 +212,22 @@ func (t *tokens) Parse(provider []byte, remote bool) (agent.Selection, error) {
 	return selection{s}, nil
 }
 
-func (t *tokens) Select(ctx context.Context, s agent.Selection, reached func(agent.Key) bool, pin *secret.Secret) ([]agent.Key, error) {
+func (t *tokens) Select(ctx context.Context, s agent.Selection, reached func(agent.Key) bool, pin *secret.Secret) (all []agent.Key, taken bool, err error) {
 	sel := s.(selection) //nolint:forcetypeassert // Parse makes no other
 	keys, err := t.store.SelectOf(ctx, sel.Selector, func(k *token.Key) bool { return reached(k) })
 	if err != nil {
-		return nil, err
+		return nil, false, err
 	}
 	if u := sel.URI(); u != nil {
 		if err := t.store.AddSource(u, keys); err != nil {
-			return nil, err
+			return nil, false, err
 		}
 	}
 	ctx = token.NewContext(ctx, sel.Selector)
-	if err := t.store.Login(ctx, keys, pin); err != nil {
-		return nil, err
+	if taken, err = t.store.Login(ctx, keys, pin); err != nil {
+		return nil, false, err
 	}
-	return agentKeys(keys), nil
+	return agentKeys(keys), taken, nil
 }
 
 // tellsItself is in the context of a login whose client tells the person by itself to
@@ -267,7 +267,7 @@ func (t *tokens) Login(ctx context.Context, s agent.Selection, pin *secret.Secre
 	if pin.Len() == 0 {
 		err = t.store.LoginAsk(ctx, keys[:1])
 	} else {
-		err = t.store.Login(ctx, keys[:1], pin)
+		_, err = t.store.Login(ctx, keys[:1], pin)
 	}
 	st, _ = t.status(keys[0])
 	answer.Tries = pinState(st.Tries)
