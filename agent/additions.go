@@ -100,8 +100,8 @@ func (k *Keyring) automaticLocked(key Key) bool {
 // not known any more are forgotten first.
 const maxOwed = 4096
 
-// oweLocked notes that a key of a token loses limits. Whoever uses it without them
-// afterwards pays for that first: see Keyring.owed.
+// oweLocked notes that a key of a token loses limits. The first use without them has a
+// price: see Keyring.owed.
 func (k *Keyring) oweLocked(wire string, l limits) {
 	if !l.any() {
 		return

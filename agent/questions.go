@@ -46,30 +46,41 @@ type way struct {
 	from string // forwarded: wire form of the first host's key; else names of programs
 }
 
-// A group is all ways that a client may turn one into the other.
+// A group is all ways that a client may turn one into the other. A client that has nothing
+// but a socket uses up no questions of the person's own programs and hosts.
 type group struct {
 	forwarded bool
-	socket    string // not forwarded: the name of the [[socket]]
-	uid       int    // not forwarded: of the client; -1: not known
+	socket    string // the name of the [[socket]]
+	uid       int    // of the client; -1: not known
+	// apart says that the client lives in namespaces of its own, or has ended. A program
+	// in a sandbox cannot leave it.
+	apart bool
 }
 
-// way returns where the requests of a connection come from.
+// way returns where the requests of a connection come from. It does not look at the
+// client's namespaces, which takes a dozen system calls: see askingWay.
 func (c *Caller) way() way {
-	if c.Forwarded {
-		w := way{group: group{forwarded: true}}
-		if len(c.Binds) > 0 {
-			w.from = string(c.Binds[0].HostKey.Marshal())
-		}
-		return w
-	}
 	who := c.Who()
-	w := way{group: group{uid: -1}, from: strings.Join(programNames(who), " ")}
+	w := way{group: group{forwarded: c.Forwarded, uid: -1}}
 	if who.Known {
 		w.uid = who.UID
 	}
 	if c.Socket != nil {
 		w.socket = c.Socket.Name
 	}
+	switch {
+	case !c.Forwarded:
+		w.from = strings.Join(programNames(who), " ")
+	case len(c.Binds) > 0:
+		w.from = string(c.Binds[0].HostKey.Marshal())
+	}
+	return w
+}
+
+// askingWay is way for a client whose person is to be asked.
+func (c *Caller) askingWay() way {
+	w := c.way()
+	w.apart = c.Who().Apart() != nil
 	return w
 }
 
@@ -179,7 +190,7 @@ func (q *Questions) Ask(ctx context.Context, about string, inTurn bool, show fun
 		if c == nil {
 			return ask(ctx)
 		}
-		w := c.way()
+		w := c.askingWay()
 		if inTurn {
 			give, err := q.turns.take(ctx, w)
 			if err != nil {
@@ -220,7 +231,7 @@ func Again(ctx context.Context) bool {
 // elsewhere than where it was asked.
 func (q *Questions) Note(ctx context.Context, about string, outcome Outcome) {
 	if c := CallerFromContext(ctx); c != nil {
-		q.end(c.way(), about, c.describe(UseFromContext(ctx)), outcome)
+		q.end(c.askingWay(), about, c.describe(UseFromContext(ctx)), outcome)
 	}
 }
 
@@ -284,10 +295,13 @@ func (q *Questions) end(w way, about, from string, outcome Outcome) {
 	}
 	crowd := "all programs here"
 	switch {
-	case w.forwarded:
-		crowd = "all forwarded hosts"
 	case w.socket != "":
 		crowd = "the socket " + w.socket
+	case w.forwarded:
+		crowd = "all forwarded hosts"
+	}
+	if w.apart {
+		crowd += " in sandboxes and containers"
 	}
 	entry(q.groups, w.group, crowd).spend(now)
 }

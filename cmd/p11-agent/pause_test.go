@@ -107,6 +107,37 @@ func TestAttack10PINPrompts(t *testing.T) {
 	}
 }
 
+// A program that says that it tells the person by itself to use the reader is paused as
+// others are, also when it hangs up each time.
+func TestAttack10Reader(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		a := &pausingAsker{&asker{open: make(map[*dialogue]struct{}), log: slog.New(slog.DiscardHandler)}, agent.NewQuestions()}
+		c := &agent.Caller{Peer: peer.Peer{Known: true, UID: 1000}}
+		asked := 0
+		for range 100 {
+			ctx := context.WithValue(c.Context(t.Context()), tellsItself{}, true)
+			d, err := a.Ask(ctx, token.PINRequest{Token: wire.TokenID{Label: "work"}, Pad: true})
+			if err != nil {
+				if _, ok := errors.AsType[*agent.PausedError](err); !ok {
+					t.Fatal(err)
+				}
+				continue
+			}
+			asked++
+			during, end := context.WithCancel(ctx)
+			time.AfterFunc(time.Millisecond, end)
+			if err := d.Notice(during); !errors.Is(err, context.Canceled) {
+				t.Fatal(err)
+			}
+			d.(token.ReaderObserver).TypedOnReader(token.ErrCancelled)
+			_ = d.Close() // never fails
+		}
+		if asked > 3 {
+			t.Errorf("the reader asked %d times", asked)
+		}
+	})
+}
+
 // What was granted stays, whatever else fills the log.
 func TestGrantedHasItsFile(t *testing.T) {
 	t.Setenv("XDG_STATE_HOME", t.TempDir())

@@ -15,6 +15,7 @@ import (
 	"p11-agent/agent"
 	"p11-agent/pinentry"
 	"p11-agent/pinentry/secret"
+	"p11-agent/pinentry/waiting"
 	"p11-agent/token"
 	"p11-agent/token/registry"
 	"p11-agent/token/wire"
@@ -354,14 +355,18 @@ func (a *asker) Ask(ctx context.Context, about token.PINRequest) (token.PINDialo
 	}
 	a.note(d, true)
 	first := d.pins
-	switch {
-	case about.Tries == token.TriesLast:
+	if about.Tries == token.TriesLast {
 		first = d.consent
-	case about.Pad && d.quiet:
-		return d, nil
 	}
-	// Without a place there is nothing to begin with.
-	if err := first.ask(ctx, func(context.Context, *pinentry.Dialogue) error { return nil }); err != nil {
+	var err error
+	if first == d.pins && about.Pad && d.quiet {
+		// The reader asks, but not for a client in a pause.
+		err = waiting.Ask(ctx, waiting.Question{Ask: func(context.Context) error { return nil }})
+	} else {
+		// Without a place there is nothing to begin with.
+		err = first.ask(ctx, func(context.Context, *pinentry.Dialogue) error { return nil })
+	}
+	if err != nil {
 		_ = d.Close() // never fails
 		return nil, err
 	}
@@ -577,8 +582,10 @@ func (d *dialogue) LastTry(ctx context.Context, problem string) (yes bool, err e
 
 func (d *dialogue) Notice(ctx context.Context) error {
 	if d.quiet {
-		<-ctx.Done()
-		return nil
+		return waiting.Ask(ctx, waiting.Question{Ask: func(ctx context.Context) error {
+			<-ctx.Done()
+			return ctx.Err()
+		}})
 	}
 	// It does not move: what is typed on the reader would be lost.
 	err := d.pins.askFor(ctx, 0, func(ctx context.Context, on *pinentry.Dialogue) error {

@@ -1,0 +1,46 @@
+package agent
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"testing"
+	"testing/synctest"
+
+	"p11-agent/agent/peer"
+	"p11-agent/pinentry/waiting"
+)
+
+// What clients of a [[socket]] are refused costs those of the agent's own socket nothing,
+// whether or not they play hosts that the agent is forwarded to.
+func TestAttack10GroupOfASocket(t *testing.T) {
+	for _, forwarded := range []bool{false, true} {
+		synctest.Test(t, func(t *testing.T) {
+			q, shown := NewQuestions(), 0
+			// Each time it is another program or host.
+			refused := func(n int, socket *Socket) (paused bool) {
+				c := &Caller{Peer: peer.Peer{Known: true, UID: 1000}, Socket: socket}
+				if forwarded {
+					c = boundTo(true, newTestKey(t).public)
+					c.Socket = socket
+				} else {
+					c.Peer.Chain = []peer.Process{{Name: fmt.Sprint(n)}}
+				}
+				err := q.Ask(c.Context(t.Context()), "a key", false, func(ctx context.Context) (Outcome, error) {
+					return OutcomeNo, waiting.Ask(ctx, waiting.Question{Ask: func(context.Context) error { shown++; return nil }})
+				})
+				_, paused = errors.AsType[*PausedError](err)
+				return paused
+			}
+			for n := range 30 {
+				refused(n, &Socket{Name: "box"})
+			}
+			if shown != maxNos {
+				t.Errorf("forwarded %v: %d questions for the socket", forwarded, shown)
+			}
+			if refused(30, nil) {
+				t.Errorf("forwarded %v: the agent's own socket is paused, too", forwarded)
+			}
+		})
+	}
+}
