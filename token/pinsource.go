@@ -30,7 +30,8 @@ const commandTimeout = time.Minute
 // A pinSource says where the PIN for a key comes from.
 type pinSource struct {
 	uri   *pkcs11uri.URI
-	added bool // a client has named it
+	says  *pkcs11uri.URI // a copy: the PIN of uri may be wiped at any time
+	added bool           // a client has named it
 }
 
 // An addedSource is a URI with a PIN that a client has named. It is for the one token and
@@ -47,15 +48,23 @@ func (s *Store) source(k *Key) *pinSource {
 	s.mu.Unlock()
 	for _, u := range configured {
 		if k.Matches(u) {
-			return &pinSource{uri: u}
+			return s.newSource(u, false)
 		}
 	}
 	for _, a := range added {
 		if a.token.ID == k.token.ID && a.token.module == k.token.module && k.Matches(a.uri) {
-			return &pinSource{uri: a.uri, added: true}
+			return s.newSource(a.uri, true)
 		}
 	}
 	return nil
+}
+
+// newSource makes a pinSource. SetSources and RemoveSource wipe URIs under the same lock.
+func (s *Store) newSource(u *pkcs11uri.URI, added bool) *pinSource {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	says := *u
+	return &pinSource{uri: u, says: &says, added: added}
 }
 
 // AddSource makes the pin-source or pin-value of a URI count for the token of the keys
@@ -126,7 +135,7 @@ func (t *Token) fromSource(ctx context.Context, src *pinSource, tries Tries, use
 			"one try is left, and a configured PIN must not use it up: log in to the token by hand with another program once")}
 	}
 	if !src.added {
-		if err := t.mayUse(src.uri); err != nil {
+		if err := t.mayUse(src.says); err != nil {
 			return &PINError{Token: t.ID.Label, Tries: tries, Err: err}
 		}
 	}
@@ -142,8 +151,8 @@ func (t *Token) fromSource(ctx context.Context, src *pinSource, tries Tries, use
 			"%s was refused before, and is not tried again until %s", mark.what, mark.until)}
 	}
 	if !src.added {
-		if err := t.module.store.bindings.add(bindingOf(selection(src.uri), t)); err != nil {
-			return &PINError{Token: t.ID.Label, Tries: tries, Err: fmt.Errorf("the PIN of %v: %w", src.uri, err)}
+		if err := t.module.store.bindings.add(bindingOf(selection(src.says), t)); err != nil {
+			return &PINError{Token: t.ID.Label, Tries: tries, Err: fmt.Errorf("the PIN of %v: %w", src.says, err)}
 		}
 	}
 	err = t.judge(use(ctx, pin, false, false))
