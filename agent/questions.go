@@ -183,35 +183,41 @@ func (e *PausedError) Error() string {
 // time is asked. One that has to wait ends with the PausedError as the cause of its
 // context, and the next is asked.
 func (q *Questions) Ask(ctx context.Context, about string, inTurn bool, show func(ctx context.Context) (Outcome, error)) error {
-	answered := func(Outcome) {} // by the request that was asked last
+	answered := func(Outcome) {} // by the request that was asked last, which ends its turn
 	outcome, err := show(waiting.Around(ctx, func(ctx context.Context, ask func(context.Context) error) error {
+		answered(Unanswered)
 		answered = func(Outcome) {}
 		c := CallerFromContext(ctx)
 		if c == nil {
 			return ask(ctx)
 		}
 		w := c.askingWay()
+		give := func() {}
 		if inTurn {
-			give, err := q.turns.take(ctx, w)
-			if err != nil {
+			var err error
+			if give, err = q.turns.take(ctx, w); err != nil {
 				return err
 			}
-			defer give()
 		}
 		from := c.describe(UseFromContext(ctx))
 		again, err := q.begin(w, about)
 		if err != nil {
+			give()
 			if r := requestFrom(ctx); r != nil {
 				r.cancel(err)
 			}
 			return cmp.Or(ctx.Err(), err)
 		}
 		err = ask(context.WithValue(ctx, againKey{}, again))
-		if err != nil && ctx.Err() != nil {
-			q.end(w, about, from, endedBy(ctx))
-			return err
+		// The next question of the same client waits until this answer is noted.
+		answered = func(o Outcome) {
+			q.end(w, about, from, o)
+			give()
 		}
-		answered = func(o Outcome) { q.end(w, about, from, o) }
+		if err != nil && ctx.Err() != nil {
+			answered(endedBy(ctx))
+			answered = func(Outcome) {}
+		}
 		return err
 	}))
 	answered(outcome)

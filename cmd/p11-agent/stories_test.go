@@ -125,6 +125,8 @@ func runScripts(t *testing.T, dir string) {
 			switch cond {
 			case "root":
 				return os.Geteuid() == 0, nil
+			case "four":
+				return len(strings.TrimSpace(currentUser())) == 4, nil
 			case "usual":
 				return usualModules()
 			}
