@@ -119,8 +119,8 @@ func (k *Keyring) oweLocked(wire string, l limits) {
 	k.change.Add(1)
 }
 
-// paid notes that a person has approved the use of an identity that has lost limits: it is
-// used without them from now on.
+// paid notes that a person has given a PIN or an approval for an identity that has
+// lost limits: it is used without them from now on.
 func (k *Keyring) paid(id *identity) {
 	k.mu.Lock()
 	defer k.mu.Unlock()
@@ -141,6 +141,13 @@ func (k *Keyring) paidFor(keys []Key) {
 			k.change.Add(1)
 		}
 	}
+}
+
+// asksPIN tells whether a signature that begins now would have a person give a PIN,
+// wherever it is made.
+func (id *identity) asksPIN() bool {
+	return len(id.homes) > 0 && id.software == nil &&
+		!slices.ContainsFunc(id.homes, func(key Key) bool { return !key.AsksPIN() })
 }
 
 // liftLocked has the addition cover a key no more. The addition goes when it covers

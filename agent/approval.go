@@ -547,8 +547,8 @@ func (k *Keyring) approve(ctx context.Context, u *Use, id *identity) error {
 		why = "ssh-add -c, with which the key was added"
 	case socket != nil && socket.Confirm:
 		why = "confirm = true of the socket " + socket.Name
-	case u.Unlimited:
-		why = "the limits that the key had before it was removed"
+	case u.Unlimited && !u.pinPays:
+		return k.approveLoss(ctx, u)
 	case d.confirm == ConfirmNever:
 		return nil
 	}
@@ -575,6 +575,12 @@ func (k *Keyring) approve(ctx context.Context, u *Use, id *identity) error {
 		return a.Answer, a.err
 	})
 	return asked{answer, err}.error()
+}
+
+// approveLoss has a person asked whether a key may be used without limits that it had.
+func (k *Keyring) approveLoss(ctx context.Context, u *Use) error {
+	const why = "the limits that the key had before it was removed"
+	return k.ask(ctx, Question{Use: u, KeyFingerprint: k.fingerprint(u.Key), Why: why}).error()
 }
 
 // asked is what came of a question.

@@ -118,8 +118,8 @@ func TestAttack02Away(t *testing.T) {
 	}
 }
 
-// What a key was limited to is lifted by removing it and adding it again, which costs an
-// approval, whichever way it goes and comes back.
+// What a key was limited to is lifted by removing it and adding it again, which costs a
+// PIN or an approval, whichever way it goes and comes back.
 func TestAttack02RemoveAndReturn(t *testing.T) {
 	const uri = "pkcs11:token=a;id=1"
 	host := newTestKey(t).public
@@ -152,45 +152,56 @@ func TestAttack02RemoveAndReturn(t *testing.T) {
 	for what, constraints := range had {
 		for goes, remove := range removed {
 			for comes, back := range returns {
-				t.Run(fmt.Sprintf("%s, removed by %s, %s", what, goes, comes), func(t *testing.T) {
-					synctest.Test(t, func(t *testing.T) {
-						k := edKey(uri)
-						f := newFixture(Options{}, k)
-						f.add(t, uri, constraints)
-						if err := remove(f, k); err != nil {
-							t.Fatal(err)
-						}
-						f.wantList(t)
-						back(f, k)
-						f.wantList(t, k.uri)
-						sign := func() error {
-							c := boundTo(false, newTestKey(t).public)
-							_, err := f.Sign(t.Context(), c, SignRequest{Key: wireOf(k), Login: login("me", c)})
-							return err
-						}
-						id, old := f.now().identities[0], limitsOf(&constraints, 0)
-						if id.owed == nil {
-							// It is back with its limits, as what has set them is still there.
-							byItself := comes == "is inserted" || comes == "is configured"
-							if named := goes == "-e" || goes == "-D"; id.limits.looser(&old) || named || !byItself {
-								t.Errorf("it has %+v, and nothing is due for that", id.limits)
+				for _, asks := range []bool{true, false} {
+					t.Run(fmt.Sprintf("%s, removed by %s, %s, PIN %v", what, goes, comes, asks), func(t *testing.T) {
+						synctest.Test(t, func(t *testing.T) {
+							k := edKey(uri)
+							f := newFixture(Options{}, k)
+							f.add(t, uri, constraints)
+							if err := remove(f, k); err != nil {
+								t.Fatal(err)
 							}
-							return
-						}
-						if err := sign(); !errors.Is(err, errDeclined) || k.signed > 0 {
-							t.Errorf("without anything: %v", err)
-						}
-						f.confirm.answer = true
-						if err := sign(); err != nil || !f.confirm.use.Unlimited {
-							t.Errorf("with an approval: %v", err)
-						}
-						// It is paid once.
-						n := len(f.confirm.asked)
-						if err := sign(); err != nil || len(f.confirm.asked) != n || k.use.Unlimited {
-							t.Errorf("afterwards: %v, asked %q", err, f.confirm.asked)
-						}
+							f.wantList(t)
+							back(f, k)
+							f.wantList(t, k.uri)
+							k.asks = asks
+							sign := func() error {
+								c := boundTo(false, newTestKey(t).public)
+								_, err := f.Sign(t.Context(), c, SignRequest{Key: wireOf(k), Login: login("me", c)})
+								return err
+							}
+							id, old := f.now().identities[0], limitsOf(&constraints, 0)
+							if id.owed == nil {
+								// It is back with its limits, as what has set them is still there.
+								byItself := comes == "is inserted" || comes == "is configured"
+								if named := goes == "-e" || goes == "-D"; id.limits.looser(&old) || named || !byItself {
+									t.Errorf("it has %+v, and nothing is due for that", id.limits)
+								}
+								return
+							}
+							if asks {
+								// The prompt for the PIN tells what it is about.
+								if err := sign(); err != nil || len(f.confirm.asked) > 0 || !k.use.Unlimited {
+									t.Errorf("with a PIN: %v, asked %q, %+v", err, f.confirm.asked, k.use)
+								}
+							} else {
+								if err := sign(); !errors.Is(err, errDeclined) || k.signed > 0 {
+									t.Errorf("without anything: %v", err)
+								}
+								f.confirm.answer = true
+								if err := sign(); err != nil || !f.confirm.use.Unlimited {
+									t.Errorf("with an approval: %v", err)
+								}
+							}
+							// It is paid once.
+							n := len(f.confirm.asked)
+							k.asks = false
+							if err := sign(); err != nil || len(f.confirm.asked) != n || k.use.Unlimited {
+								t.Errorf("afterwards: %v, asked %q", err, f.confirm.asked)
+							}
+						})
 					})
-				})
+				}
 			}
 		}
 	}
@@ -207,19 +218,39 @@ func (f *fixture) addAt(lifetime time.Duration, provider string) {
 // Who removes a key and adds it again with its PIN has paid, and who gives one to a token
 // that is logged in has not: nobody has looked at that PIN.
 func TestAttack02PIN(t *testing.T) {
-	for _, takes := range []bool{true, false} {
+	for _, asks := range []bool{true, false} {
 		k := edKey("pkcs11:token=a;id=1")
 		f := newFixture(Options{}, k)
 		f.add(t, k.uri, Constraints{Confirm: true})
 		if err := f.Remove(t.Context(), local, wireOf(k)); err != nil {
 			t.Fatal(err)
 		}
-		k.takes = takes
+		k.asks = asks
 		if err := f.AddToken(t.Context(), local, TokenRequest{Provider: []byte(k.uri), PIN: phrase(t, "1234")}); err != nil {
 			t.Fatal(err)
 		}
-		if _, err := f.Sign(t.Context(), local, SignRequest{Key: wireOf(k)}); (err == nil) != takes {
-			t.Errorf("the token took the PIN %v: %v", takes, err)
+		k.asks = false
+		if _, err := f.Sign(t.Context(), local, SignRequest{Key: wireOf(k)}); (err == nil) != asks {
+			t.Errorf("the token wanted a PIN %v: %v", asks, err)
+		}
+	}
+}
+
+// The PIN that a person gives for something else, while this request waits, pays nothing.
+func TestAttack02PINOfOthers(t *testing.T) {
+	k := edKey("pkcs11:token=a;id=1")
+	f := newFixture(Options{}, k)
+	f.add(t, k.uri, Constraints{Confirm: true})
+	if err := f.Remove(t.Context(), local, wireOf(k)); err != nil {
+		t.Fatal(err)
+	}
+	f.addAt(0, k.uri)
+	k.asks, k.another = true, true
+	for _, yes := range []bool{false, true} {
+		f.confirm.answer = yes
+		sig, err := f.Sign(t.Context(), local, SignRequest{Key: wireOf(k)})
+		if (err == nil) != yes || (sig != nil) != yes || f.confirm.use == nil || !f.confirm.use.Unlimited {
+			t.Errorf("a person says %v: %v, asked %q", yes, err, f.confirm.asked)
 		}
 	}
 }

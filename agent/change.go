@@ -117,7 +117,7 @@ func (k *Keyring) keepAddition(rec *record, s Selection, constraints Constraints
 				had = had.and(*owed)
 			}
 			if now.looser(&had) {
-				rec.Note = "constraints loosened: it was removed, and is added without those it had; its next use costs an approval"
+				rec.Note = "constraints loosened: it was removed, and is added without those it had; its next use costs a PIN or an approval"
 			}
 		case v.limits[key.wire].and(now).indeterminate:
 			return errTooMany

@@ -12,6 +12,7 @@ import (
 	"golang.org/x/crypto/ssh"
 
 	"p11-agent/pinentry/secret"
+	"p11-agent/pinentry/waiting"
 )
 
 const (
@@ -45,6 +46,11 @@ type Key interface {
 	Present() bool
 	// TokenName names that token to a person.
 	TokenName() string
+	// AsksPIN tells whether a signature that begins now would have a person give the PIN,
+	// as far as is known. It does not when somebody is logged in, when the PIN comes from
+	// elsewhere, or when a login is under way, whose prompt may be about another key. The
+	// request whose person gave the PIN is told (waiting.Accepted).
+	AsksPIN() bool
 	// SignMessageContext signs as crypto.MessageSigner does: ECDSA in ASN.1.
 	SignMessageContext(ctx context.Context, msg []byte, opts crypto.SignerOpts) ([]byte, error)
 }
@@ -179,7 +185,7 @@ type Keyring struct {
 	hidden   map[string]uint64 // wire form of removed identities to the insertions there were
 	// owed are the limits that keys of tokens had, by their wire form, and have not any
 	// more because they were removed or their time was over. A key that is back with less
-	// than that costs the PIN when it is added, or an approval when it is used first.
+	// than that costs a PIN or an approval when it is used first.
 	owed     map[string]*limits
 	empty    time.Time           // when an empty list was looked at again
 	origins  map[string]Upstream // wire form of the keys of upstream agents, as listed last
@@ -343,8 +349,14 @@ func (k *Keyring) sign(ctx context.Context, rec *record, id *identity, r SignReq
 		return nil, err
 	}
 	rec.use.Comment, rec.use.Key, rec.use.Unlimited = id.comment, id.plain, id.owed != nil
+	// Whether a PIN is asked for may change until it is. Then it is not the price.
+	rec.use.pinPays = rec.use.Unlimited && id.asksPIN()
 	if err := k.approve(ctx, rec.use, id); err != nil {
 		return nil, err
+	}
+	var paid atomic.Bool // by a PIN that was given for this very request
+	if rec.use.pinPays {
+		ctx = waiting.OnAccepted(ctx, func() { paid.Store(true) })
 	}
 	raw, err := k.signAtHome(ctx, rec, id, r.Data, hash)
 	if err != nil && isAbsent(err) && !isBusy(err) && id.software == nil && id.awaited && k.opts.Insert != nil {
@@ -358,6 +370,12 @@ func (k *Keyring) sign(ctx context.Context, rec *record, id *identity, r SignReq
 	}
 	if err != nil {
 		return nil, err
+	}
+	if rec.use.pinPays && !paid.Load() {
+		// Somebody gave the PIN for something else, perhaps without a look at this request.
+		if err := k.approveLoss(ctx, rec.use); err != nil {
+			return nil, err
+		}
 	}
 	if id.owed != nil {
 		k.paid(id)

@@ -35,7 +35,8 @@ type fakeKey struct {
 	unfit      string
 	insertions uint64
 	absent     bool
-	takes      bool // a PIN that is given
+	asks       bool // for a PIN
+	another    bool // gives the PIN, and not the person who is asked for this request
 	err        error
 	signed     int
 	use        *Use // of the last signature
@@ -52,6 +53,12 @@ func (k *fakeKey) Unfit() string      { return k.unfit }
 func (k *fakeKey) Insertions() uint64 { return k.insertions }
 func (k *fakeKey) TokenName() string  { return "the token of " + k.uri }
 
+func (k *fakeKey) AsksPIN() bool {
+	k.mu.Lock()
+	defer k.mu.Unlock()
+	return k.asks
+}
+
 func (k *fakeKey) Present() bool {
 	k.mu.Lock()
 	defer k.mu.Unlock()
@@ -67,6 +74,9 @@ func (k *fakeKey) setAbsent(absent bool) {
 func (k *fakeKey) SignMessageContext(ctx context.Context, msg []byte, opts crypto.SignerOpts) ([]byte, error) {
 	k.mu.Lock()
 	defer k.mu.Unlock()
+	if k.asks && !k.another {
+		waiting.Accepted(ctx)
+	}
 	k.use, k.caller = UseFromContext(ctx), CallerFromContext(ctx)
 	switch {
 	case k.absent:
@@ -197,7 +207,7 @@ func (t *fakeTokens) Select(ctx context.Context, s Selection, reached func(Key) 
 		if s.Match(k) && reached(k) {
 			all = append(all, k)
 			if k, ok := k.(*fakeKey); ok && pin.Len() > 0 {
-				taken = taken || k.takes
+				taken = taken || k.asks
 			}
 		}
 	}

@@ -19,6 +19,7 @@ import (
 
 	"p11-agent/agent/peer"
 	"p11-agent/pinentry/secret"
+	"p11-agent/pinentry/waiting"
 )
 
 // TestSeen asks random sequences of requests from connections of all kinds, and holds two
@@ -118,13 +119,16 @@ type propertyKey struct {
 	trial *trial
 }
 
-func (k *propertyKey) SignMessageContext(context.Context, []byte, crypto.SignerOpts) ([]byte, error) {
+func (k *propertyKey) AsksPIN() bool { return k.of.needsPIN && !k.of.loggedIn }
+
+func (k *propertyKey) SignMessageContext(ctx context.Context, _ []byte, _ crypto.SignerOpts) ([]byte, error) {
 	if k.of.needsPIN && !k.of.loggedIn {
 		if !k.trial.yes {
 			return nil, errors.New("nobody gives a PIN")
 		}
 		k.of.tries++
 		k.of.loggedIn = true
+		waiting.Accepted(ctx)
 	}
 	return make([]byte, ed25519.SignatureSize), nil
 }

@@ -26,6 +26,7 @@ type Use struct {
 	// Unlimited says that the key was limited before it was removed, is not so any more,
 	// and is used for the first time since.
 	Unlimited bool
+	pinPays   bool // for that: a person is about to be asked for a PIN
 
 	// Hosts gives names to host keys; nil: they have none.
 	Hosts HostNamer
@@ -133,7 +134,7 @@ func (u *Use) Lines() []string {
 		lines = append(lines, "FORWARDED "+via)
 	}
 	if u.Unlimited {
-		lines = append(lines, "NOTE: the key had limits (ssh-add -c, -t or -h) until it was removed. A yes lifts them.")
+		lines = append(lines, "NOTE: the key had limits (ssh-add -c, -t or -h) until it was removed. A yes or a PIN lifts them.")
 	}
 	return lines
 }

@@ -147,6 +147,26 @@ func (k *Key) Present() bool { return k.token.present() }
 // TokenName names the key's token to a person.
 func (k *Key) TokenName() string { return k.token.name() }
 
+// AsksPIN tells whether a signature that begins now would have a person give the PIN, as far
+// as is known without asking the token. It would not when somebody is logged in, unless the
+// key wants the PIN for each signature; when a source or the PIN that is kept logs in; or
+// when a login is under way, whose prompt may be about another key.
+func (k *Key) AsksPIN() bool {
+	t, s := k.token, k.token.module.store
+	each := t.current(k).found.always
+	t.mu.Lock()
+	wanted := t.slot.Info.Flags&wire.CKFLoginRequired != 0
+	open := t.session != nil || t.attempted != nil
+	t.mu.Unlock()
+	if !wanted || open && !each || s.source(k) != nil {
+		return false
+	}
+	g := t.gate
+	g.mu.Lock()
+	defer g.mu.Unlock()
+	return g.flight == nil && g.kept == nil
+}
+
 // Signatures returns how many signatures the key has made since the start, and when
 // the last one was, zero for never.
 func (k *Key) Signatures() (n uint64, last time.Time) { return k.use.count.Load(), k.use.lastTime() }

@@ -58,10 +58,10 @@ type flight struct {
 	cancel    context.CancelFunc
 	waiting   waiting.List // the waiters, for whoever asks: one of them is asked
 
-	// pin is what a person gave for a key that wants it for each signature, too:
-	// whoever started the login takes it for that one signature.
-	pin       *secret.Secret
-	ownerLeft bool // nobody will take it
+	// pin is what a person gave for a key that wants it for each signature, too. typist,
+	// the request whose person gave it, takes it for that one signature.
+	pin    *secret.Secret
+	typist context.Context
 }
 
 // given is a PIN that a person gave for a token in advance, nil for none. It stays the
@@ -85,19 +85,19 @@ func (t *Token) login(ctx context.Context, k *Key, with given) (*secret.Secret, 
 		return t.loginGiven(ctx, g, k, with)
 	}
 	for {
-		f, own, err := t.board(ctx, g, k)
+		f, err := t.board(ctx, g, k)
 		if err != nil {
 			return nil, err
 		}
 		select {
 		case <-f.done:
 		case <-ctx.Done():
-			g.leave(f, own)
+			g.leave(ctx, f)
 			f.waiting.Leave(ctx)
 			return nil, ctx.Err()
 		}
 		switch {
-		case own:
+		case f.typist == ctx:
 			return f.pin, f.err
 		case !f.abandoned: // or it was called off just before this one joined
 			return nil, f.err
@@ -130,17 +130,18 @@ type hasPINKey struct{}
 func HasPIN(ctx context.Context) bool { return ctx.Value(hasPINKey{}) != nil }
 
 // board joins the login under way, or starts one.
-func (t *Token) board(ctx context.Context, g *gate, k *Key) (f *flight, own bool, err error) {
+func (t *Token) board(ctx context.Context, g *gate, k *Key) (f *flight, err error) {
 	g.mu.Lock()
 	defer g.mu.Unlock()
 	if g.flight != nil {
 		g.flight.waiters++
 		g.flight.waiting.Add(ctx)
-		return g.flight, false, nil
+		return g.flight, nil
 	}
 	// The login outlives the request that started it when others wait too.
 	f = &flight{done: make(chan struct{}), waiters: 1}
 	f.waiting.Add(ctx)
+	starter := ctx
 	ctx, cancel := context.WithCancel(waiting.NewContext(context.WithoutCancel(ctx), &f.waiting))
 	f.cancel = cancel
 	g.flights.Add(1)
@@ -156,8 +157,11 @@ func (t *Token) board(ctx context.Context, g *gate, k *Key) (f *flight, own bool
 		}
 		g.mu.Lock()
 		f.err, f.pin = err, typed
-		if f.ownerLeft {
-			f.pin.Wipe()
+		if f.typist = waiting.Asked(ctx); f.typist == nil {
+			f.typist = starter // the PIN was kept
+		}
+		if f.typist.Err() != nil {
+			f.pin.Wipe() // nobody will take it
 		}
 		g.flight = nil
 		g.mu.Unlock()
@@ -166,19 +170,17 @@ func (t *Token) board(ctx context.Context, g *gate, k *Key) (f *flight, own bool
 	if !started {
 		g.flights.Add(-1)
 		cancel()
-		return nil, false, ErrClosed
+		return nil, ErrClosed
 	}
 	g.flight = f
-	return f, true, nil
+	return f, nil
 }
 
-// leave is for those who do not wait any more. own tells that the flight is the
-// caller's.
-func (g *gate) leave(f *flight, own bool) {
+// leave is for requests that do not wait any more.
+func (g *gate) leave(ctx context.Context, f *flight) {
 	g.mu.Lock()
 	defer g.mu.Unlock()
-	if own {
-		f.ownerLeft = true
+	if f.typist == ctx {
 		f.pin.Wipe()
 	}
 	f.waiters--
@@ -471,6 +473,9 @@ func (t *Token) proving(use usePIN, byPerson bool) usePIN {
 		err := use(ctx, pin, lastTry, pad)
 		if err == nil {
 			t.proved(byPerson)
+		}
+		if err == nil && byPerson {
+			waiting.Accepted(ctx)
 		}
 		return err
 	}

@@ -8,7 +8,9 @@ import (
 	"strings"
 	"testing"
 
+	"p11-agent/pinentry/secret"
 	"p11-agent/token"
+	"p11-agent/token/pkcs11uri"
 	"p11-agent/token/tokentest"
 )
 
@@ -88,6 +90,29 @@ func TestLogoutOf(t *testing.T) {
 		return slices.ContainsFunc(keys, func(k *token.Key) bool { return k.Token().Label == "one" })
 	}))
 	want(t, "logged in", [2]bool{one.LoggedIn(), two.LoggedIn()}, [2]bool{false, true})
+}
+
+// Whether a signature would have a person give the PIN is known beforehand.
+func TestAsksPIN(t *testing.T) {
+	p := &tokentest.Person{Always: pin}
+	b := newBench(t, p, nil)
+	k := b.key(1)
+	want(t, "asks before the login", k.AsksPIN(), true)
+	wrong, err := secret.From([]byte("0000"))
+	noError(t, err)
+	defer wrong.Wipe()
+	if _, err := b.store.Login(t.Context(), []*token.Key{k}, wrong); err == nil {
+		t.Error("a wrong PIN logs in")
+	}
+	want(t, "asks after a wrong PIN", k.AsksPIN(), true)
+	b.mustSign()
+	want(t, "asks after the login", k.AsksPIN(), false)
+	noError(t, b.store.LogoutAll(t.Context()))
+	want(t, "asks after the logout", k.AsksPIN(), true)
+	noError(t, b.store.AddSource(uri(t, k.URI()+"?pin-value="+pin), []*token.Key{k}))
+	want(t, "asks with a client's PIN", k.AsksPIN(), false)
+	b.store.SetSources([]*pkcs11uri.URI{uri(t, k.URI()+"?pin-value="+pin)})
+	want(t, "asks with a configured PIN", k.AsksPIN(), false)
 }
 
 // A PIN counts as taken when the token has looked at it, and not when somebody is logged in.

@@ -21,13 +21,15 @@ type follower struct {
 	token.PINDialogue
 	asked  chan string
 	answer chan struct{}
+	turn   time.Duration
 }
 
 func (f *follower) Ask(context.Context, token.PINRequest) (token.PINDialogue, error) { return f, nil }
 func (f *follower) Close() error                                                     { return nil }
 
 func (f *follower) PIN(ctx context.Context, _ string) (typed *secret.Secret, err error) {
-	err = waiting.Ask(ctx, waiting.Question{Ask: func(ctx context.Context) (err error) {
+	takes := func(context.Context) bool { return true }
+	err = waiting.Ask(ctx, waiting.Question{Turn: f.turn, Takes: takes, Ask: func(ctx context.Context) (err error) {
 		f.asked <- ctx.Value(nameKey{}).(string)
 		select {
 		case <-ctx.Done():
@@ -74,6 +76,41 @@ func TestPromptFollowsThoseWhoWait(t *testing.T) {
 	noError(t, <-second)
 	noError(t, <-third)
 	want(t, "right PINs", b.card.Right(), 1)
+}
+
+// A PIN that a person gave for one signature of a key that wants it each time makes that
+// signature, and not the one of the client that asked first and left its prompt open.
+func TestAttack14PINForOneSignature(t *testing.T) {
+	f := &follower{asked: make(chan string), answer: make(chan struct{}), turn: time.Second}
+	b := newBench(t, nil, func(b *bench, o *token.Options) {
+		b.card.AddKey(tokentest.P256, 2, "each", func(k *tokentest.FakeKey) { k.Always = true })
+		o.PINs = f
+	})
+	sign := func(name string) (done chan error) {
+		done = make(chan error, 1)
+		go func() { done <- tokentest.Sign(context.WithValue(t.Context(), nameKey{}, name), b.key(2)) }()
+		return done
+	}
+	attacker := sign("attacker")
+	want(t, "asked", <-f.asked, "attacker")
+	person := sign("person")
+	want(t, "asked after a turn", <-f.asked, "person")
+	f.answer <- struct{}{}
+	want(t, "asked then", <-f.asked, "attacker")
+	noError(t, <-person)
+	select {
+	case err := <-attacker:
+		t.Errorf("the attacker has its signature: %v", err)
+	default:
+	}
+	for answered := false; !answered; {
+		select {
+		case <-f.asked: // once more, after the person had its turn
+		case f.answer <- struct{}{}:
+			answered = true
+		}
+	}
+	noError(t, <-attacker)
 }
 
 // inLogin is a goroutine that waits for a login, in a stack.

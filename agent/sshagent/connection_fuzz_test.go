@@ -27,6 +27,7 @@ func (t *oneToken) Public() crypto.PublicKey { return t.key.Public() }
 func (*oneToken) URI() string                { return "pkcs11:token=one;id=%01" }
 func (*oneToken) Unfit() string              { return "" }
 func (*oneToken) Insertions() uint64         { return 1 }
+func (*oneToken) AsksPIN() bool              { return false }
 func (*oneToken) Present() bool              { return true }
 func (*oneToken) TokenName() string          { return "one" }
 func (*oneToken) Away() []agent.Key          { return nil }

@@ -129,6 +129,37 @@ func FromContext(ctx context.Context) *List {
 	return l
 }
 
+type acceptedKey struct{}
+
+// OnAccepted returns a context for a request that is told when the answer that its own
+// person gave has proved right. f may be called from any goroutine.
+func OnAccepted(ctx context.Context, f func()) context.Context {
+	return context.WithValue(ctx, acceptedKey{}, f)
+}
+
+// Accepted tells the request that was asked last that its answer has proved right, such as
+// a PIN that a token took. Those that waited with it are not told.
+func Accepted(ctx context.Context) {
+	if one := Asked(ctx); one != nil {
+		ctx = one
+	}
+	if f, ok := ctx.Value(acceptedKey{}).(func()); ok {
+		f()
+	}
+}
+
+// Asked returns the request of the list in ctx that is asked, or was asked last; nil: none
+// was, or there is no list.
+func Asked(ctx context.Context) context.Context {
+	l := FromContext(ctx)
+	if l == nil {
+		return nil
+	}
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	return l.asked
+}
+
 // ErrMoved says that a request is asked next which only waited for the end of the
 // question. The question may be asked again afterwards.
 var ErrMoved = errors.New("the prompt has moved to a request that waited for its end")
