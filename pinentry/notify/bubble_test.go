@@ -228,6 +228,7 @@ func TestDismissedByPerson(t *testing.T) {
 	two := d.use("b")
 	d.shown(t, "a\n2 signatures are waiting.")
 	d.n.Dismiss()
+	until(t, "it is heard", func() bool { return strings.Contains(d.log.String(), "a person has closed the notification") })
 	two()
 	one()
 	three := d.use("c")

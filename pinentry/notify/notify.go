@@ -379,6 +379,7 @@ func (n *Notifier) show() {
 		select {
 		case <-n.kick:
 		case <-dismissed:
+			n.opts.Log.Debug("a person has closed the notification")
 			quiet = true
 		case <-gone:
 			drop()
