@@ -301,6 +301,7 @@ func TestAttack13Turns(t *testing.T) {
 			t.Errorf("%v after %v", err, time.Since(began))
 		}
 		time.Sleep(second)
+		synctest.Wait()
 		turns.mu.Lock()
 		defer turns.mu.Unlock()
 		if n := len(turns.processes); n > 0 {
