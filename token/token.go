@@ -50,6 +50,14 @@ func newToken(m *module, id wire.TokenID) *Token {
 	}
 }
 
+// removable tells whether the token is in a slot that it can be taken out of, as a card
+// is.
+func (t *Token) removable() bool {
+	t.mu.Lock()
+	defer t.mu.Unlock()
+	return t.slot.Flags&wire.CKFRemovableDevice != 0
+}
+
 // lookAgain reads the objects of a token that is where it was.
 func (t *Token) lookAgain(ctx context.Context, p *process) error {
 	_, err := t.look(ctx, p, nil, t.module.present())
