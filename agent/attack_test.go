@@ -215,8 +215,8 @@ func (f *fixture) addAt(lifetime time.Duration, provider string) {
 	}
 }
 
-// Who removes a key and adds it again with its PIN has paid, and who gives one to a token
-// that is logged in has not: nobody has looked at that PIN.
+// A client that removes a key and adds it again has paid if the token took the PIN that
+// came with the addition. A token that is logged in tries no PIN, so that pays nothing.
 func TestAttack02PIN(t *testing.T) {
 	for _, asks := range []bool{true, false} {
 		k := edKey("pkcs11:token=a;id=1")

@@ -13,7 +13,7 @@ import (
 func TestRunsSystemProgram(t *testing.T) {
 	path, err := exec.LookPath("ssh-add")
 	if err != nil || os.Getenv("PATH") == "" {
-		t.Skip("there is no ssh-add")
+		missing(t, "ssh-add")
 	}
 	if path, err = filepath.EvalSymlinks(path); err != nil {
 		t.Fatal(err)
@@ -49,7 +49,7 @@ func TestRunsSystemProgram(t *testing.T) {
 			cmd := exec.Command(test.command[0], append(test.command[1:], "-l")...)
 			cmd.Env = []string{"SSH_AUTH_SOCK=" + socket}
 			if test.command[0] == "unshare" && exec.Command(unshare[0], append(unshare[1:], "true")...).Run() != nil {
-				t.Skip("no user namespace can be made here")
+				missing(t, "user namespaces, which root can make")
 			}
 			if err := cmd.Start(); err != nil {
 				t.Fatal(err)
