@@ -122,7 +122,9 @@ type listener struct {
 	conn  *bus.Conn
 	owner string   // logind's unique name; empty: it is not there
 	hold  *os.File // what sleep waits for; nil: it does not wait
-	dozes bool     // from the word that sleep begins to that of its end
+	fails int      // how often in a row logind refused to hold sleep
+	retry <-chan time.Time
+	dozes bool // from the word that sleep begins to that of its end
 }
 
 // listen listens on one connection, and tells whether it came to that.
@@ -154,6 +156,8 @@ func (w *Watch) listen(ctx context.Context) (listened bool, err error) {
 			}
 			l.hear(ctx, s)
 		case <-w.change:
+			l.prepare(ctx)
+		case <-l.retry:
 			l.prepare(ctx)
 		case <-ctx.Done():
 			return true, ctx.Err()
@@ -187,7 +191,7 @@ func (l *listener) subscribe(ctx context.Context) error {
 
 // meet begins with a logind that is there, or not.
 func (l *listener) meet(ctx context.Context, owner string) {
-	l.owner, l.dozes = owner, false
+	l.owner, l.dozes, l.fails = owner, false, 0
 	if owner == "" {
 		l.opts.Log.Debug("logind is not there: sleep and screen lock are not heard of")
 		return
@@ -228,18 +232,28 @@ func (l *listener) run(ctx context.Context, f func(context.Context)) {
 	l.wg.Go(func() { f(ctx) })
 }
 
-// prepare has sleep wait for us, where it is to, and no longer where it is not.
+// prepare makes sleep wait for the agent where it is to, and ends the wait where it
+// is not. When logind refuses, prepare tries again: a logind that has just started,
+// or a busy machine, refuses once. A warning comes with the second refusal.
 func (l *listener) prepare(ctx context.Context) {
+	l.retry = nil
 	switch want := l.delays(); {
 	case !want:
 		l.release()
 	case l.hold == nil && l.owner != "" && !l.dozes:
 		hold, err := inhibit(ctx, l.opts.Bus)
 		if err != nil {
-			l.opts.Log.Warn("sleep cannot be made to wait until tokens are logged out", "reason", err)
+			level := slog.LevelDebug
+			if l.fails == 1 {
+				level = slog.LevelWarn
+			}
+			l.opts.Log.Log(ctx, level, "sleep cannot be made to wait until tokens are logged out", "reason", err)
+			l.retry = time.After(min(retryMin<<min(l.fails, 20), retryMax))
+			l.fails++
 			return
 		}
-		l.hold = hold
+		l.hold, l.fails = hold, 0
+		l.opts.Log.Debug("sleep waits until tokens are logged out")
 	}
 }
 
@@ -261,10 +275,18 @@ func inhibit(ctx context.Context, address string) (*os.File, error) {
 		return nil, err
 	}
 	defer conn.Close()
+	// A call with a context would drop an answer that comes late, and leave the file
+	// in it open. This call ends when the connection does.
+	call := conn.Object(service, servicePath).Go(manager+".Inhibit", dbus.FlagNoAutoStart, make(chan *dbus.Call, 1),
+		"sleep", "p11-agent", "log out of tokens", "delay")
+	select {
+	case <-call.Done:
+	case <-ctx.Done():
+		conn.Close()
+		<-call.Done
+	}
 	var fd dbus.UnixFD
-	err = conn.Object(service, servicePath).CallWithContext(ctx, manager+".Inhibit", dbus.FlagNoAutoStart,
-		"sleep", "p11-agent", "log out of tokens", "delay").Store(&fd)
-	if err != nil {
+	if err := call.Store(&fd); err != nil {
 		return nil, fmt.Errorf("inhibit sleep: %w", err)
 	}
 	return os.NewFile(uintptr(fd), "inhibitor"), nil
@@ -275,7 +297,7 @@ func (l *listener) hear(ctx context.Context, s *dbus.Signal) {
 	switch {
 	case s.Sender == "org.freedesktop.DBus" && s.Name == "org.freedesktop.DBus.NameOwnerChanged":
 		var name, old, owner string
-		if dbus.Store(s.Body, &name, &old, &owner) == nil && name == service {
+		if dbus.Store(s.Body, &name, &old, &owner) == nil && name == service && owner != l.owner {
 			l.meet(ctx, owner)
 		}
 	case l.owner == "" || s.Sender != l.owner:

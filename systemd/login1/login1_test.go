@@ -100,8 +100,8 @@ func newWatched(t *testing.T, delay bool) *watched {
 	w.run(t)
 	w.Delay(delay)
 	until(t, "it listens", func() bool { return w.said("listening to logind") })
-	if delay {
-		until(t, "sleep is delayed", func() bool { return w.logind.Held() == 1 })
+	if delay { // logind holds before the watch does, and a test that ends in between leaves a file
+		until(t, "sleep is delayed", func() bool { return w.said("sleep waits") })
 	}
 	return w
 }
@@ -124,6 +124,23 @@ func TestSleep(t *testing.T) {
 	}
 	if got := w.logind.Asked()[0]; got != `["sleep" "p11-agent" "log out of tokens" "delay"]` {
 		t.Errorf("it asked for %s", got)
+	}
+}
+
+// A logind that refuses to delay sleep is asked again. A warning comes with the
+// second refusal.
+func TestDelayRefused(t *testing.T) {
+	bustest.NoLeaks(t)
+	w := &watched{bus: bustest.Start(t)}
+	w.logind = w.bus.Login1()
+	w.logind.Refuse(true)
+	w.run(t)
+	w.Delay(true)
+	until(t, "a warning is logged", func() bool { return w.said("level=WARN") })
+	w.logind.Refuse(false)
+	until(t, "sleep is delayed", func() bool { return w.said("sleep waits") })
+	if n := w.logind.Refused(); n < 2 {
+		t.Errorf("the warning came with refusal %d", n)
 	}
 }
 
@@ -242,11 +259,12 @@ func TestComesAndGoes(t *testing.T) {
 	w.bus.Restart()
 	until(t, "logind is missed", func() bool { return w.said("logind is not there") })
 	w.logind = w.bus.Login1()
-	w.logind.AddSession("mine", me, true)
+	w.logind.AddSession("mine", me, false)
 	w.logind.AddSession("other", me+1, true)
 	until(t, "sleep is delayed", func() bool { return w.logind.Held() == 1 })
-	// A logind that begins anew.
+	// The screen is locked while no logind runs.
 	w.logind.Stop()
+	w.logind.AddSession("mine", me, true)
 	w.logind.Start()
 	w.want(t, "lock")
 	until(t, "sleep is delayed again", func() bool { return len(w.logind.Asked()) == 2 && w.logind.Held() == 1 })

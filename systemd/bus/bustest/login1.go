@@ -5,6 +5,7 @@ import (
 	"os"
 	"slices"
 	"sync"
+	"time"
 
 	"github.com/godbus/dbus/v5"
 )
@@ -24,6 +25,8 @@ type Login1 struct {
 	mu        sync.Mutex
 	sessions  map[dbus.ObjectPath]*session
 	asked     []string
+	refuse    bool
+	refused   int
 	held      map[*os.File]bool // the other ends of what inhibits
 	onRelease func()
 }
@@ -45,27 +48,52 @@ func (b *Bus) Login1() *Login1 {
 func (l *Login1) Start() {
 	l.bus.t.Helper()
 	c := l.bus.Connect()
-	l.bus.own(c, login1)
 	l.mu.Lock()
 	l.conn = c
 	l.mu.Unlock()
-	// By hand, as a file can be closed only when the answer that it is in was
-	// sent.
+	// The service answers by hand, because it may close a file only after it has sent
+	// the answer with the file. It listens before it takes the name: the first calls
+	// come as soon as it has the name.
 	messages := make(chan *dbus.Message, 100)
 	c.Eavesdrop(messages)
 	l.bus.t.Cleanup(func() { c.Eavesdrop(nil) })
+	request := &dbus.Message{
+		Type: dbus.TypeMethodCall,
+		Headers: map[dbus.HeaderField]dbus.Variant{
+			dbus.FieldDestination: dbus.MakeVariant("org.freedesktop.DBus"),
+			dbus.FieldPath:        dbus.MakeVariant(dbus.ObjectPath("/org/freedesktop/DBus")),
+			dbus.FieldInterface:   dbus.MakeVariant("org.freedesktop.DBus"),
+			dbus.FieldMember:      dbus.MakeVariant("RequestName"),
+			dbus.FieldSignature:   dbus.MakeVariant(dbus.SignatureOf("", uint32(0))),
+		},
+		Body: []any{login1, uint32(dbus.NameFlagDoNotQueue)},
+	}
+	named := make(chan []any, 1)
 	go func() {
 		for {
 			select {
 			case m := <-messages:
-				if m != nil && m.Type == dbus.TypeMethodCall {
+				switch {
+				case m == nil:
+				case m.Type == dbus.TypeMethodCall:
 					l.answer(c, m)
+				case m.Type == dbus.TypeMethodReply || m.Type == dbus.TypeError:
+					named <- m.Body // the only call of this connection
 				}
 			case <-c.Context().Done():
 				return
 			}
 		}
 	}()
+	c.Send(request, nil)
+	select {
+	case got := <-named:
+		if len(got) != 1 || got[0] != uint32(dbus.RequestNameReplyPrimaryOwner) {
+			l.bus.t.Fatalf("take the name %s: %v", login1, got)
+		}
+	case <-time.After(patience):
+		l.bus.t.Fatalf("take the name %s: the bus does not answer", login1)
+	}
 }
 
 // Stop ends the service.
@@ -95,6 +123,9 @@ func (l *Login1) answer(c *dbus.Conn, m *dbus.Message) {
 	var give *os.File
 	switch member := header(dbus.FieldMember); member {
 	case "Inhibit":
+		if l.refuses() {
+			break
+		}
 		hold, file, err := os.Pipe()
 		if err != nil {
 			l.bus.t.Error(err)
@@ -162,6 +193,29 @@ func (l *Login1) OnRelease(f func()) {
 	l.mu.Lock()
 	defer l.mu.Unlock()
 	l.onRelease = f
+}
+
+// Refuse makes the service refuse to inhibit anything, or ends that.
+func (l *Login1) Refuse(yes bool) {
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	l.refuse = yes
+}
+
+// Refused returns how often the service has refused to inhibit something.
+func (l *Login1) Refused() int {
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	return l.refused
+}
+
+func (l *Login1) refuses() bool {
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	if l.refuse {
+		l.refused++
+	}
+	return l.refuse
 }
 
 // Held returns how many inhibit sleep now.
