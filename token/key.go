@@ -144,6 +144,10 @@ func (k *Key) Unfit() string { return k.found.unfit }
 // the start that is what was known before.
 func (k *Key) Present() bool { return k.token.present() }
 
+// TokenReader returns the reader that the key's token is in, when another token of the
+// same name is there as well; empty otherwise.
+func (k *Key) TokenReader() string { return k.token.reader() }
+
 // TokenName names the key's token to a person.
 func (k *Key) TokenName() string { return k.token.name() }
 

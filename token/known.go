@@ -56,7 +56,8 @@ type knownToken struct {
 	Serial       string     `json:"serial"`
 	Manufacturer string     `json:"manufacturer"`
 	Model        string     `json:"model"`
-	There        bool       `json:"there"` // when the list was written
+	Twin         uint32     `json:"twin,omitempty"` // see wire.TokenID
+	There        bool       `json:"there"`          // when the list was written
 	Seen         time.Time  `json:"seen"`
 	Home         bool       `json:"home,omitempty"` // it belongs to this module
 	Keys         []knownKey `json:"keys"`
@@ -72,7 +73,7 @@ type knownKey struct {
 }
 
 func (t *knownToken) id() wire.TokenID {
-	return wire.TokenID{Label: t.Label, Serial: t.Serial, Manufacturer: t.Manufacturer, Model: t.Model}
+	return wire.TokenID{Label: t.Label, Serial: t.Serial, Manufacturer: t.Manufacturer, Model: t.Model, Twin: t.Twin}
 }
 
 // parseKnown reads the list. What does not make sense makes it an error as a
@@ -99,6 +100,9 @@ func parseKnown(b []byte) (*known, error) {
 	}
 	keys := 0
 	for _, t := range k.Tokens {
+		if t.Twin > maxTwins {
+			return nil, errors.New("a token in it has a number that is too large")
+		}
 		for _, text := range []string{t.Module, t.Label, t.Serial, t.Manufacturer, t.Model} {
 			if len(text) > maxKnownText {
 				return nil, errors.New("a name in it is too long")
@@ -287,7 +291,7 @@ func (s *Store) knownNow() *known {
 // entry is what the list says of a token.
 func (t *Token) entry() knownToken {
 	entry := knownToken{
-		Module: t.module.identity, Label: t.ID.Label, Serial: t.ID.Serial, Manufacturer: t.ID.Manufacturer, Model: t.ID.Model,
+		Module: t.module.identity, Label: t.ID.Label, Serial: t.ID.Serial, Manufacturer: t.ID.Manufacturer, Model: t.ID.Model, Twin: t.ID.Twin,
 		There: t.present(), Seen: t.lastSeen().UTC().Truncate(time.Second),
 	}
 	for _, key := range t.keyList() {
@@ -434,5 +438,5 @@ func ForgetKnownKeys(dir string) error {
 // compareIDs puts tokens into an order of their own.
 func compareIDs(a, b wire.TokenID) int {
 	return cmp.Or(cmp.Compare(a.Label, b.Label), cmp.Compare(a.Serial, b.Serial),
-		cmp.Compare(a.Manufacturer, b.Manufacturer), cmp.Compare(a.Model, b.Model))
+		cmp.Compare(a.Manufacturer, b.Manufacturer), cmp.Compare(a.Model, b.Model), cmp.Compare(a.Twin, b.Twin))
 }

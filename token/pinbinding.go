@@ -37,14 +37,15 @@ type binding struct {
 	Serial       string `json:"serial"`
 	Manufacturer string `json:"manufacturer"`
 	Model        string `json:"model"`
+	Twin         uint32 `json:"twin,omitempty"` // see wire.TokenID
 }
 
 func bindingOf(uri string, t *Token) binding {
-	return binding{uri, t.module.identity, t.ID.Label, t.ID.Serial, t.ID.Manufacturer, t.ID.Model}
+	return binding{uri, t.module.identity, t.ID.Label, t.ID.Serial, t.ID.Manufacturer, t.ID.Model, t.ID.Twin}
 }
 
 func (b binding) id() wire.TokenID {
-	return wire.TokenID{Label: b.Label, Serial: b.Serial, Manufacturer: b.Manufacturer, Model: b.Model}
+	return wire.TokenID{Label: b.Label, Serial: b.Serial, Manufacturer: b.Manufacturer, Model: b.Model, Twin: b.Twin}
 }
 
 // bindings are those that there are. Other processes of the program may add to the file.
@@ -179,6 +180,8 @@ func (t *Token) mayUse(u *pkcs11uri.URI) error {
 	switch {
 	case err != nil:
 		return err
+	case ok && b.id() != t.ID && b.id().Texts() == t.ID.Texts():
+		return fmt.Errorf("the PIN of %s is for another token of the same label and serial number, which it was used for first: name this one by the id of its key", selection(u))
 	case ok && b.id() != t.ID:
 		return fmt.Errorf("the PIN of %s is for token %q (serial %s) since it was used first: to use it for this one, name this one by its serial attribute (serial %s)",
 			selection(u), b.Label, b.Serial, t.ID.Serial)

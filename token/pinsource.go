@@ -200,7 +200,12 @@ type sourceMark struct {
 }
 
 func (m sourceMark) key() string {
-	sum := sha256.Sum256(fmt.Appendf(nil, "%q %q %q", m.token, m.what, m.state))
+	t := m.token
+	text := fmt.Appendf(nil, "{%q %q %q %q} %q %q", t.Label, t.Manufacturer, t.Model, t.Serial, m.what, m.state)
+	if t.Twin != 0 {
+		text = fmt.Appendf(text, " %d", t.Twin)
+	}
+	sum := sha256.Sum256(text)
 	return hex.EncodeToString(sum[:])
 }
 

@@ -294,7 +294,7 @@ func (s *Store) whyNone(ctx context.Context, sel *Selector, named *module) error
 // selects a token through several others, as it is not clear which of them gets the PIN.
 func (s *Store) selected(sel *Selector, reached func(*Key) bool) ([]*Key, error) {
 	var keys []*Key
-	through := make(map[string][]string)
+	through := make(map[wire.TokenID][]string)
 	home := make(map[wire.TokenID]*Token)
 	if sel.uri != nil {
 		home = s.atHome(func(t *Token) bool { return slices.ContainsFunc(t.keyList(), sel.Match) })
@@ -311,10 +311,9 @@ func (s *Store) selected(sel *Selector, reached func(*Key) bool) ([]*Key, error)
 				}
 			}
 			if len(keys) > n && sel.uri != nil {
-				id := fmt.Sprintf("%q", t.ID)
-				through[id] = append(through[id], m.spec.Name)
-				if len(through[id]) > 1 {
-					return nil, &AmbiguousError{Token: t.ID.Label, Modules: through[id]}
+				through[t.ID] = append(through[t.ID], m.spec.Name)
+				if len(through[t.ID]) > 1 {
+					return nil, &AmbiguousError{Token: t.ID.Label, Modules: through[t.ID]}
 				}
 			}
 		}

@@ -10,9 +10,11 @@ import (
 	"log/slog"
 	"slices"
 	"strconv"
+	"strings"
 	"sync"
 	"time"
 
+	"p11-agent/token/pcsc"
 	"p11-agent/token/pkcs11uri"
 	"p11-agent/token/wire"
 )
@@ -40,6 +42,7 @@ type Token struct {
 	attempted        *process  // one that a login was begun in, and may have had success
 	refusesMechanism map[uint64]bool
 	retained         retained
+	card             card // that was looked at last
 }
 
 // newToken makes a Token. The module's mu is held, where others may use the module.
@@ -60,19 +63,23 @@ func (t *Token) removable() bool {
 
 // lookAgain reads the objects of a token that is where it was.
 func (t *Token) lookAgain(ctx context.Context, p *process) error {
-	_, err := t.look(ctx, p, nil, t.module.present())
+	_, err := t.look(ctx, p, nil, t.module.present(), t.module.readers(ctx))
 	return err
 }
 
 // look reads the objects of the token. slot is where it is; nil: where it was. Others are
-// tokens of the module that its keys share the room with. It returns the size of what was
-// read, in bytes.
-func (t *Token) look(ctx context.Context, p *process, slot *wire.Slot, others []*Token) (int, error) {
+// tokens of the module that its keys share the room with. readers is what pcscd has said
+// just before. It returns the size of what was read, in bytes.
+func (t *Token) look(ctx context.Context, p *process, slot *wire.Slot, others []*Token, readers []pcsc.Reader) (int, error) {
 	t.mu.Lock()
 	changes := t.changes
 	t.mu.Unlock()
+	request := wire.Objects{Token: t.ID}
+	if slot != nil {
+		request.Slot, request.Placed = slot.ID, true
+	}
 	var reply wire.ObjectsReply
-	if err := p.call(ctx, listTimeout, wire.TypeObjects, &wire.Objects{Token: t.ID}, &reply); err != nil {
+	if err := p.call(ctx, listTimeout, wire.TypeObjects, &request, &reply); err != nil {
 		return 0, err
 	}
 	size := bulk(reply.Objects)
@@ -83,6 +90,7 @@ func (t *Token) look(ctx context.Context, p *process, slot *wire.Slot, others []
 		t.slot = *slot
 		t.mu.Unlock()
 	}
+	t.see(ctx, p, &reply, readers)
 	pairs := t.pair(reply.Objects, hidden, func(o wire.Object, reason error) {
 		log.Debug("object is not used", "token", t.ID.Label, "label", o.Label, "id", hex.EncodeToString(o.ID), "reason", reason)
 	})
@@ -92,7 +100,7 @@ func (t *Token) look(ctx context.Context, p *process, slot *wire.Slot, others []
 	t.slot.Info = reply.Info
 	t.weight = weight(pairs)
 	switch {
-	case t.changes != changes: // what was read may be of before
+	case t.changes != changes: // what was read may be of before, or of another card
 	case reply.Info.LoggedIn:
 		t.enterLocked(p)
 	case t.session == p:
@@ -167,10 +175,17 @@ func (t *Token) current(k *Key) *Key {
 
 // name names the token to a person, who may have several with one label.
 func (t *Token) name() string {
-	if t.ID.Serial == "" {
+	var more []string
+	if t.ID.Serial != "" {
+		more = append(more, "serial "+t.ID.Serial)
+	}
+	if reader := t.reader(); reader != "" {
+		more = append(more, "in reader "+strconv.Quote(reader))
+	}
+	if len(more) == 0 {
 		return strconv.Quote(t.ID.Label)
 	}
-	return fmt.Sprintf("%q (serial %s)", t.ID.Label, t.ID.Serial)
+	return fmt.Sprintf("%q (%s)", t.ID.Label, strings.Join(more, ", "))
 }
 
 // present tells whether the token was there at the last look.

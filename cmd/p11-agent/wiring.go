@@ -532,7 +532,7 @@ type dialogue struct {
 // description is for the one who is asked.
 func (d *dialogue) description(ctx context.Context) string {
 	use, t := agent.UseFromContext(ctx), d.about.Token
-	lines := []string{keyLine(t, d.about.Label, d.about.Key, d.about.ID, use), tokenLine(t)}
+	lines := []string{keyLine(t, d.about.Label, d.about.Key, d.about.ID, use), tokenLine(t, d.about.Reader)}
 	lines = append(lines, moduleLines(d.about)...)
 	if d.about.EachUse {
 		lines = append(lines, "This key asks for the PIN each time it is used.")

@@ -20,7 +20,14 @@ const (
 const replyRoom = 4 << 10
 
 // listObjects lists the keys and X.509 certificates that are visible.
-func (s *server) listObjects(ctx context.Context, lib *library, t *token) (wire.Message, error) {
+func (s *server) listObjects(ctx context.Context, lib *library, m *wire.Objects) (wire.Message, error) {
+	if m.Peek {
+		return s.peek(ctx, lib, m)
+	}
+	t := s.token(m.Token)
+	if m.Placed {
+		s.place(t, uint(m.Slot))
+	}
 	if err := t.gate.enter(ctx, false); err != nil {
 		return nil, err
 	}

@@ -64,6 +64,9 @@ func (s *server) login(ctx context.Context, lib *library, t *token, m *wire.Logi
 	if err != nil {
 		return nil, err
 	}
+	if err := p.stays(m.Stay); err != nil {
+		return nil, err
+	}
 	info, err := p.identify()
 	if err != nil {
 		t.failed(p, 0, err)
@@ -131,6 +134,9 @@ func (s *server) sign(ctx context.Context, lib *library, t *token, m *wire.Sign,
 		return nil, err
 	}
 	if m.ContextLogin {
+		if err := p.stays(m.Stay); err != nil {
+			return nil, err
+		}
 		// Not between C_SignInit and C_Sign, where nothing else has a place.
 		info, err := p.identify()
 		if err != nil {

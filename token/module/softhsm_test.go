@@ -608,7 +608,7 @@ func BenchmarkSign(b *testing.B) {
 				b.Error(err)
 			}
 		}()
-		live, err := newToken(id).find(b.Context(), lib, func() (uint, bool) { return 0, false })
+		live, err := newToken(id).find(b.Context(), lib, func() place { return place{} })
 		if err != nil {
 			b.Fatal(err)
 		}

@@ -1,0 +1,181 @@
+package token
+
+import (
+	"bytes"
+	"context"
+	"crypto/sha256"
+	"slices"
+
+	"p11-agent/token/pcsc"
+	"p11-agent/token/wire"
+)
+
+// A login, a PIN that is kept and the PINs that were refused belong to the card in the
+// slot, not to the texts that the card shows: PIV cards without CHUID all have one serial
+// number. So each look notes what tells the card from the next one. When another card may
+// be in the slot, the agent forgets the login and the PINs.
+
+// card is what tells one stay of a card in a slot from the next stay.
+type card struct {
+	process *process // that has seen it; nil: none has
+	stay    uint64   // wire.TokenInfo.Stay, of that process
+	// What pcscd says of the reader. It is the same for all processes of the module.
+	// reader is empty where pcscd does not tell.
+	reader string
+	events uint32
+	shown  shown
+}
+
+// shown is what a token shows of its keys, as sorted digests.
+type shown struct {
+	keys  [][sha256.Size]byte // of public halves
+	certs [][sha256.Size]byte // of certificates, where there is no public half
+}
+
+// shownBy returns what objects show. Certificates of authorities tell nothing: all cards
+// of a company have them.
+func shownBy(objects []wire.Object) (s shown) {
+	for i := range objects {
+		o := &objects[i]
+		switch {
+		case len(o.Modulus) > 0:
+			s.keys = append(s.keys, sha256.Sum256(bytes.TrimLeft(o.Modulus, "\x00")))
+		case len(o.ECPoint) > 0:
+			s.keys = append(s.keys, sha256.Sum256(points(o.ECPoint)[0]))
+		}
+	}
+	for _, o := range objects {
+		if len(s.keys) == 0 && o.Class == wire.CKOCertificate && len(o.Value) > 0 && !isAuthority(o) {
+			s.certs = append(s.certs, sha256.Sum256(o.Value))
+		}
+	}
+	s.keys, s.certs = sorted(s.keys), sorted(s.certs)
+	return s
+}
+
+// shownBefore returns what keys of the list of known keys have shown.
+func shownBefore(keys []*Key) (s shown) {
+	for _, k := range keys {
+		s.keys = append(s.keys, sha256.Sum256(slices.Concat(k.found.modulus, k.found.point)))
+	}
+	s.keys = sorted(s.keys)
+	return s
+}
+
+func sorted(all [][sha256.Size]byte) [][sha256.Size]byte {
+	slices.SortFunc(all, compareDigests)
+	return slices.Clip(all)
+}
+
+func compareDigests(a, b [sha256.Size]byte) int { return bytes.Compare(a[:], b[:]) }
+
+// comparable tells whether both show something of the same kind.
+func (s shown) comparable(o shown) bool {
+	return len(s.keys) > 0 && len(o.keys) > 0 || len(s.certs) > 0 && len(o.certs) > 0
+}
+
+// overlaps tells whether both show the same key, or the same certificate.
+func (s shown) overlaps(o shown) bool {
+	return overlap(s.keys, o.keys) || overlap(s.certs, o.certs)
+}
+
+func overlap(a, b [][sha256.Size]byte) bool {
+	return slices.ContainsFunc(a, func(d [sha256.Size]byte) bool {
+		_, found := slices.BinarySearchFunc(b, d, compareDigests)
+		return found
+	})
+}
+
+// readerOf returns the reader that is a slot, as pcscd sees it. It is ok when there is one
+// such reader and a card is in.
+func readerOf(readers []pcsc.Reader, slot wire.Slot) (r pcsc.Reader, ok bool) {
+	for _, o := range readers {
+		if inReader(slot, o) {
+			if r.Name != "" {
+				return r, false // names that differ behind the 64 bytes of a slot
+			}
+			r = o
+		}
+	}
+	return r, r.Name != "" && r.Card
+}
+
+// see notes which card a look has found, and forgets what belongs to another one. before is
+// what pcscd said just before the objects were read.
+func (t *Token) see(ctx context.Context, p *process, reply *wire.ObjectsReply, before []pcsc.Reader) {
+	now := card{process: p, stay: reply.Info.Stay, shown: shownBy(reply.Objects)}
+	t.mu.Lock()
+	slot := t.slot
+	t.mu.Unlock()
+	if r, ok := readerOf(before, slot); ok {
+		after, ok := readerOf(t.module.readers(ctx), slot)
+		if ok && after.Events == r.Events { // else nobody knows which card was read
+			now.reader, now.events = r.Name, r.Events
+		}
+	}
+	t.mu.Lock()
+	same := t.card.mayBe(now, slot.Flags&wire.CKFRemovableDevice != 0, t.module.usesReaders())
+	if was := t.card; same && now.reader == "" && was.process == p && was.stay == now.stay {
+		now.reader, now.events = was.reader, was.events
+	}
+	if !now.shown.comparable(t.card.shown) && same && len(now.shown.keys)+len(now.shown.certs) == 0 {
+		now.shown = t.card.shown
+	}
+	t.card = now
+	t.mu.Unlock()
+	if !same {
+		t.replaced(ctx)
+	}
+}
+
+// mayBe tells whether what was seen before is still there.
+func (c card) mayBe(now card, removable, byPCSC bool) bool {
+	known := c.shown.comparable(now.shown)
+	switch {
+	case known && !c.shown.overlaps(now.shown):
+		return false // all keys have changed
+	case c.process == nil:
+		return true // nothing is known that could be another card's
+	case c.reader != "" && now.reader != "":
+		return c.reader == now.reader && c.events == now.events
+	case c.process == now.process && c.stay == now.stay:
+		return true
+	case byPCSC:
+		return false // pcscd could have told
+	}
+	return known || !removable
+}
+
+// replaced forgets what belongs to the card that was in the slot.
+func (t *Token) replaced(ctx context.Context) {
+	t.gate.wipe()
+	t.mu.Lock()
+	t.retained.forget()
+	t.session, t.attempted = nil, nil
+	t.changes++
+	t.insertions++
+	t.mu.Unlock()
+	t.module.store.stir()
+	t.module.log.DebugContext(ctx, "another card is in the slot, or a card was put in again", "token", t.ID.Label, "serial", t.ID.Serial)
+}
+
+// settle makes sure that the card in the slot is the one that was looked at last, before
+// it gets a PIN. It returns the number of its stay.
+func (t *Token) settle(ctx context.Context, p *process, info wire.TokenInfo) (stay uint64, err error) {
+	t.mu.Lock()
+	was, slot := t.card, t.slot
+	t.mu.Unlock()
+	same := was.process == p && was.stay == info.Stay
+	if r, ok := readerOf(t.module.readers(ctx), slot); ok && was.reader != "" {
+		same = same && was.reader == r.Name && was.events == r.Events
+	}
+	if same {
+		return info.Stay, nil
+	}
+	if err := t.lookAgain(ctx, p); err != nil {
+		return 0, err
+	}
+	t.mu.Lock()
+	defer t.mu.Unlock()
+	return t.card.stay, nil
+}
