@@ -113,8 +113,9 @@ func (t *Token) see(ctx context.Context, p *process, reply *wire.ObjectsReply, b
 			now.reader, now.events = r.Name, r.Events
 		}
 	}
+	byPCSC := t.module.usesReaders()
 	t.mu.Lock()
-	same := t.card.mayBe(now, slot.Flags&wire.CKFRemovableDevice != 0, t.module.usesReaders())
+	same := t.card.mayBe(now, slot.Flags&wire.CKFRemovableDevice != 0, byPCSC)
 	if was := t.card; same && now.reader == "" && was.process == p && was.stay == now.stay {
 		now.reader, now.events = was.reader, was.events
 	}
@@ -159,9 +160,19 @@ func (t *Token) replaced(ctx context.Context) {
 	t.module.log.DebugContext(ctx, "another card is in the slot, or a card was put in again", "token", t.ID.Label, "serial", t.ID.Serial)
 }
 
+// target is the card that a PIN is for.
+type target struct {
+	stay uint64 // see wire.TokenInfo
+	card uint64 // how many cards had gone before, see gate.cards
+}
+
+// maxTargets is how often a login goes on with a new stay of the same card.
+const maxTargets = 5
+
 // settle makes sure that the card in the slot is the one that was looked at last, before
-// it gets a PIN. It returns the number of its stay.
-func (t *Token) settle(ctx context.Context, p *process, info wire.TokenInfo) (stay uint64, err error) {
+// it gets a PIN.
+func (t *Token) settle(ctx context.Context, p *process, info wire.TokenInfo) (at target, err error) {
+	at.card = t.gate.cards.Load()
 	t.mu.Lock()
 	was, slot := t.card, t.slot
 	t.mu.Unlock()
@@ -170,12 +181,27 @@ func (t *Token) settle(ctx context.Context, p *process, info wire.TokenInfo) (st
 		same = same && was.reader == r.Name && was.events == r.Events
 	}
 	if same {
-		return info.Stay, nil
+		at.stay = info.Stay
+		return at, nil
 	}
 	if err := t.lookAgain(ctx, p); err != nil {
-		return 0, err
+		return at, err
+	}
+	at.card = t.gate.cards.Load()
+	t.mu.Lock()
+	at.stay = t.card.stay
+	t.mu.Unlock()
+	return at, nil
+}
+
+// again returns where to try a PIN that the module process has refused to try, as another
+// stay has begun: a look for new tokens begins one, too. It is ok for the same card only.
+func (t *Token) again(ctx context.Context, p *process, was target) (at target, ok bool) {
+	if t.lookAgain(ctx, p) != nil || t.gate.cards.Load() != was.card {
+		return was, false
 	}
 	t.mu.Lock()
-	defer t.mu.Unlock()
-	return t.card.stay, nil
+	was.stay = t.card.stay
+	t.mu.Unlock()
+	return was, t.gate.cards.Load() == was.card
 }

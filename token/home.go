@@ -37,7 +37,7 @@ type home struct {
 
 // NamesToken tells whether a URI names one token, by label or serial number.
 func NamesToken(u *pkcs11uri.URI) bool {
-	given := func(s *string) bool { return s != nil && strings.TrimSpace(*s) != "" }
+	given := func(s *string) bool { return s != nil && strings.Trim(*s, pkcs11uri.Padding) != "" }
 	return given(u.Token) || given(u.Serial)
 }
 

@@ -190,15 +190,17 @@ func (k *Key) matches(u *pkcs11uri.URI, byPath bool) bool {
 	// A URI may name the key by any of the objects that belong to it; private
 	// keys that show only after a login count as being there.
 	classes := slices.Concat(k.found.classes, []uint64{wire.CKOPrivateKey})
-	labels := k.found.labels
-	for _, c := range classes {
-		for _, l := range labels {
-			if u.MatchObject(pkcs11uri.ObjectInfo{Class: className(c), ID: k.found.id, Label: l}) {
-				return true
-			}
-		}
+	label := u.Object == nil || slices.Contains(k.found.labels, *u.Object)
+	return label && (u.ID == nil || k.found.hasID(u.ID)) && slices.ContainsFunc(classes, func(c uint64) bool {
+		return u.MatchObject(pkcs11uri.ObjectInfo{Class: className(c), ID: u.ID, Label: text(u.Object)})
+	})
+}
+
+func text(s *string) string {
+	if s == nil {
+		return ""
 	}
-	return false
+	return *s
 }
 
 func className(cko uint64) pkcs11uri.Class {

@@ -70,6 +70,8 @@ type knownKey struct {
 	Public []byte `json:"public"` // SubjectPublicKeyInfo, RFC 5280 section 4.1
 	Always bool   `json:"pin_each_use,omitempty"`
 	Unfit  string `json:"unfit,omitempty"`
+	// Private tells that the token has shown the private key: ID and Label are its own.
+	Private bool `json:"private,omitempty"`
 }
 
 func (t *knownToken) id() wire.TokenID {
@@ -160,10 +162,13 @@ func (k *knownKey) found() (*found, error) {
 		return nil, err
 	}
 	f := &found{
-		id: k.ID, label: k.Label, labels: []string{k.Label}, classes: []uint64{wire.CKOPublicKey},
+		id: k.ID, label: k.Label, labels: []string{k.Label}, classes: []uint64{wire.CKOPublicKey}, ids: [][]byte{k.ID},
 		keyType: keyType, public: pub, sum: digest(pub), always: k.Always, unfit: k.Unfit,
 	}
 	f.modulus, f.point = halves(pub)
+	if k.Private {
+		f.private = &privateName{k.ID, k.Label}
+	}
 	return f, nil
 }
 
@@ -252,6 +257,7 @@ func (m *module) restore(k *known) {
 		for _, f := range all {
 			restored.keys = append(restored.keys, newKey(restored, f, all))
 		}
+		restored.names = indexNames(restored.keys)
 		restored.weight = weight(all)
 		m.tokens[restored.ID] = restored
 		if t.There {
@@ -301,6 +307,7 @@ func (t *Token) entry() knownToken {
 		}
 		e := knownKey{
 			ID: key.found.id, Label: key.found.label, Public: der, Always: key.found.always, Unfit: key.found.unfit,
+			Private: key.found.private != nil,
 		}
 		if _, err := e.found(); err == nil {
 			entry.Keys = append(entry.Keys, e)

@@ -232,12 +232,12 @@ func (t *Token) logInNow(ctx context.Context, g *gate, k *Key, with given) (type
 	now := t.current(k)
 	always := now.found.always
 	wanted := (always || !now.found.visible) && t.module.store.source(k) == nil
-	stay, err := t.settle(ctx, p, info)
+	at, err := t.settle(ctx, p, info)
 	if err != nil {
 		return nil, err
 	}
 	err = t.withPIN(ctx, g, k, info, with, always, func(ctx context.Context, pin *secret.Secret, lastTry, pad bool) error {
-		err := t.tryLogin(ctx, p, pin, stay, lastTry, pad)
+		err := t.tryLogin(ctx, p, pin, at, lastTry, pad)
 		if err == nil && wanted && !pad {
 			typed, err = pin.Clone()
 		}
@@ -258,8 +258,22 @@ func (t *Token) logInNow(ctx context.Context, g *gate, k *Key, with given) (type
 	return typed, nil
 }
 
-// tryLogin has a PIN tried on the card of a stay.
-func (t *Token) tryLogin(ctx context.Context, p *process, pin *secret.Secret, stay uint64, lastTry, pad bool) error {
+// tryLogin has a PIN tried on a card.
+func (t *Token) tryLogin(ctx context.Context, p *process, pin *secret.Secret, at target, lastTry, pad bool) error {
+	for n := 0; ; n++ {
+		err := t.tryStay(ctx, p, pin, at.stay, lastTry, pad)
+		if n == maxTargets || !isReason(err, wire.ReasonOtherToken) {
+			return err
+		}
+		ok := false
+		if at, ok = t.again(ctx, p, at); !ok {
+			return err
+		}
+	}
+}
+
+// tryStay has a PIN tried on the card of one stay.
+func (t *Token) tryStay(ctx context.Context, p *process, pin *secret.Secret, stay uint64, lastTry, pad bool) error {
 	// From here on it may be logged in, whether or not the answer is waited for.
 	t.mu.Lock()
 	t.attempted = p
@@ -295,6 +309,7 @@ func (t *Token) reveal(ctx context.Context, p *process) {
 		if err := t.lookAgain(ctx, p); err != nil && ctx.Err() == nil {
 			t.module.log.Debug("token cannot be read after the login", "token", t.ID.Label, "reason", err)
 		}
+		t.module.store.publish()
 	}
 	select { // keys that were not known at all
 	case p.events <- struct{}{}:
@@ -719,11 +734,11 @@ func (t *Token) signInTurn(ctx context.Context, g *gate, p *process, k *Key, req
 		// It would refuse after the person has typed the PIN.
 		return nil, &wire.Error{Function: "C_GetSessionInfo", RV: wire.CKRUserNotLoggedIn}
 	}
-	stay, err := t.settle(ctx, p, info)
+	at, err := t.settle(ctx, p, info)
 	if err != nil {
 		return nil, err
 	}
-	req.Stay = stay
+	req.Stay = at.stay
 	var reply wire.SignReply
 	err = t.withPIN(ctx, g, k, info, given{pin: with.typed, typed: true}, true, func(ctx context.Context, pin *secret.Secret, lastTry, pad bool) error {
 		req.ContextLogin, req.LastTry, req.Pad, req.PIN = true, lastTry, pad, pin
@@ -736,7 +751,7 @@ func (t *Token) signInTurn(ctx context.Context, g *gate, p *process, k *Key, req
 		}
 		// The key shows only after a login, which another program may have ended, or
 		// the wrong PIN before this one: a PIV card forgets by it who was verified.
-		if err := t.tryLogin(ctx, p, pin, stay, lastTry, pad); err != nil {
+		if err := t.tryLogin(ctx, p, pin, at, lastTry, pad); err != nil {
 			return err
 		}
 		t.reveal(ctx, p)

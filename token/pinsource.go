@@ -47,12 +47,12 @@ func (s *Store) source(k *Key) *pinSource {
 	configured, added := s.configured, s.added
 	s.mu.Unlock()
 	for _, u := range configured {
-		if k.Matches(u) {
+		if k.MayMatch(u) {
 			return s.newSource(u, false)
 		}
 	}
 	for _, a := range added {
-		if a.token.ID == k.token.ID && a.token.module == k.token.module && k.Matches(a.uri) {
+		if a.token.ID == k.token.ID && a.token.module == k.token.module && k.MayMatch(a.uri) {
 			return s.newSource(a.uri, true)
 		}
 	}

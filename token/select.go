@@ -99,7 +99,7 @@ func (s *Selector) Match(k *Key) bool {
 	if s.path != "" && k.token.module.file != s.path {
 		return false
 	}
-	return s.uri == nil || k.matches(s.uri, s.path == "")
+	return s.uri == nil || k.matches(s.uri, s.path == "") || k.Unfit() == "" && k.mayMatch(s.uri, s.path == "")
 }
 
 // selects tells whether a token is selected: one of its keys is, or the token itself

@@ -32,7 +32,8 @@ type Token struct {
 	shadow           string    // the module that the token is used through instead of this one
 	belongs          string    // the module that it belongs to, when it is used through this one instead
 	keys             []*Key
-	weight           int // of the keys, in bytes
+	names            *nameIndex // of keys
+	weight           int        // of the keys, in bytes
 	insertions       uint64
 	seen             time.Time // when it was there last, if it is not
 	session          *process  // the process that is logged in, nil when none is
@@ -106,6 +107,7 @@ func (t *Token) look(ctx context.Context, p *process, slot *wire.Slot, others []
 	case t.session == p:
 		t.session = nil
 	}
+	recall(pairs, t.keys)
 	// Some modules list their objects in another order each time.
 	slices.SortStableFunc(pairs, func(a, b *found) int {
 		return cmp.Or(bytes.Compare(a.id, b.id), cmp.Compare(a.label, b.label))
@@ -113,13 +115,9 @@ func (t *Token) look(ctx context.Context, p *process, slot *wire.Slot, others []
 	old := t.keys
 	t.keys = nil
 	for _, f := range pairs {
-		if i := slices.IndexFunc(old, func(o *Key) bool { return !f.visible && f.sameAs(o.found) }); i >= 0 {
-			// What a login has shown of the private key is true without one.
-			f.always, f.unfit = old[i].found.always, old[i].found.unfit
-		}
 		k := newKey(t, f, pairs)
-		if i := slices.IndexFunc(old, func(o *Key) bool { return f.sameAs(o.found) }); i >= 0 {
-			k.use = old[i].use
+		if o := sameKey(old, f); o != nil {
+			k.use = o.use
 		}
 		// The same key stays the same object, for those who compare.
 		if i := slices.IndexFunc(old, func(o *Key) bool { return o.same(k) }); i >= 0 {
@@ -127,6 +125,7 @@ func (t *Token) look(ctx context.Context, p *process, slot *wire.Slot, others []
 		}
 		t.keys = append(t.keys, k)
 	}
+	t.names = indexNames(t.keys)
 	return size, nil
 }
 
@@ -165,10 +164,8 @@ func (t *Token) keyList() []*Key {
 func (t *Token) current(k *Key) *Key {
 	t.mu.Lock()
 	defer t.mu.Unlock()
-	for _, o := range t.keys {
-		if (len(k.found.id) == 0 || bytes.Equal(o.found.id, k.found.id)) && equalKeys(o.found.public, k.found.public) {
-			return o
-		}
+	if o := sameKey(t.keys, k.found); o != nil {
+		return o
 	}
 	return k
 }
@@ -329,7 +326,7 @@ func (t *Token) matches(u *pkcs11uri.URI, byPath bool) bool {
 // same tells whether two keys are the same in all that can be seen of them.
 func (k *Key) same(o *Key) bool {
 	return k.token == o.token && bytes.Equal(k.found.id, o.found.id) && k.found.label == o.found.label &&
-		slices.Equal(k.found.labels, o.found.labels) && slices.Equal(k.found.classes, o.found.classes) &&
+		slices.Equal(k.found.labels, o.found.labels) && slices.EqualFunc(k.found.ids, o.found.ids, bytes.Equal) && slices.Equal(k.found.classes, o.found.classes) &&
 		k.found.visible == o.found.visible && k.found.open == o.found.open && k.found.always == o.found.always && k.found.unfit == o.found.unfit &&
 		k.text == o.text && slices.EqualFunc(k.found.certs, o.found.certs, bytes.Equal) && equalKeys(k.found.public, o.found.public)
 }

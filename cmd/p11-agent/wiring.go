@@ -228,6 +228,12 @@ func (t *tokens) Select(ctx context.Context, s agent.Selection, reached func(age
 	if taken, err = t.store.Login(ctx, keys, pin); err != nil {
 		return nil, false, err
 	}
+	if slices.ContainsFunc(keys, (*token.Key).Hidden) {
+		// The login may have shown that some of them are not meant.
+		if keys, err = t.store.SelectOf(ctx, sel.Selector, func(k *token.Key) bool { return reached(k) }); err != nil {
+			return nil, false, err
+		}
+	}
 	return agentKeys(keys), taken, nil
 }
 

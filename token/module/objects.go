@@ -126,7 +126,7 @@ func readKey(lib *library, session pkcs11.SessionHandle, h pkcs11.ObjectHandle, 
 	o := &wire.Object{
 		Class:   uint64(class),
 		ID:      v[0],
-		Label:   text(string(v[1]), roomText),
+		Label:   label(v[1]),
 		KeyType: keyType,
 		Private: tri(v[3]),
 		Sign:    tri(v[4]),
@@ -180,7 +180,7 @@ func readCertificate(lib *library, session pkcs11.SessionHandle, h pkcs11.Object
 	o := &wire.Object{
 		Class:   wire.CKOCertificate,
 		ID:      v[1],
-		Label:   text(string(v[2]), roomText),
+		Label:   label(v[2]),
 		Private: tri(v[3]),
 		Trusted: tri(v[4]),
 		Value:   v[6],
