@@ -4,7 +4,9 @@ import (
 	"bytes"
 	"context"
 	"crypto/sha256"
+	"encoding/hex"
 	"slices"
+	"strings"
 
 	"p11-agent/token/pcsc"
 	"p11-agent/token/wire"
@@ -84,6 +86,44 @@ func overlap(a, b [][sha256.Size]byte) bool {
 		_, found := slices.BinarySearchFunc(b, d, compareDigests)
 		return found
 	})
+}
+
+// maxShown bounds what is remembered of a token's keys on disk.
+const maxShown = 32
+
+// text returns the first keys as text.
+func (s shown) text() string {
+	var all []string
+	for _, d := range s.keys[:min(len(s.keys), maxShown)] {
+		all = append(all, hex.EncodeToString(d[:]))
+	}
+	return strings.Join(all, " ")
+}
+
+// parseShown reads the text. What makes no sense is left out.
+func parseShown(text string) (s shown) {
+	for word := range strings.FieldsSeq(text) {
+		var d [sha256.Size]byte
+		if n, err := hex.Decode(d[:], []byte(word[:min(len(word), 2*sha256.Size)])); err == nil && n == len(d) {
+			s.keys = append(s.keys, d)
+		}
+	}
+	s.keys = sorted(s.keys)
+	return s
+}
+
+// shows returns what the token shows of its keys.
+func (t *Token) shows() shown {
+	t.mu.Lock()
+	defer t.mu.Unlock()
+	return t.card.shown
+}
+
+// isOther tells whether the token is another card than one that showed something. Only
+// cards are told apart so: of a token that stays where it is all keys may be replaced.
+func (t *Token) isOther(was shown) bool {
+	now := t.shows()
+	return t.removable() && was.comparable(now) && !was.overlaps(now)
 }
 
 // readerOf returns the reader that is a slot, as pcscd sees it. It is ok when there is one

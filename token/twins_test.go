@@ -8,6 +8,7 @@ import (
 	"golang.org/x/sys/unix"
 
 	"p11-agent/token"
+	"p11-agent/token/pkcs11uri"
 	"p11-agent/token/tokentest"
 	"p11-agent/token/tokentest/pivcard"
 )
@@ -156,4 +157,32 @@ func TestTwinCards(t *testing.T) {
 	want(t, "questions", person.Prompts(), 3)
 	want(t, "wrong PINs", a.Counts().Wrong+b.Counts().Wrong, 0)
 	p.Remove(1) // files that are open now would count as left open
+}
+
+// A PIN of the configuration is for the card that it was used for first.
+func TestConfiguredPINIsOfTheCard(t *testing.T) {
+	path := tokentest.Module(t, "opensc-pkcs11.so")
+	p := tokentest.StartPCSCD(t)
+	a, b := twinCards(t)
+	p.Insert(0, a)
+	source, err := pkcs11uri.Parse("pkcs11:token=piv?pin-value=" + pivPIN)
+	noError(t, err)
+	s := tokentest.Store(t, token.Options{
+		Modules: []token.ModuleSpec{realSpec("piv", path, p.Env()...)}, Command: self, StateDir: tokentest.TempDir(t),
+		Sources: []*pkcs11uri.URI{source},
+	}, pivPIN)
+	noError(t, tokentest.Sign(t.Context(), firstFit(t, s)))
+	idle(t, s)
+	p.Remove(0)
+	p.Insert(0, b)
+	noError(t, s.Rescan(t.Context()))
+	if err := tokentest.Sign(t.Context(), firstFit(t, s)); err == nil {
+		t.Error("the other card signs")
+	}
+	want(t, "wrong PINs", b.Counts().Wrong, 0)
+	p.Remove(0)
+	p.Insert(0, a)
+	noError(t, s.Rescan(t.Context()))
+	noError(t, tokentest.Sign(t.Context(), firstFit(t, s)))
+	want(t, "right PINs", a.Counts().Right, 2)
 }
