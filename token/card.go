@@ -153,7 +153,7 @@ func (t *Token) see(ctx context.Context, p *process, reply *wire.ObjectsReply, b
 			now.reader, now.events = r.Name, r.Events
 		}
 	}
-	byPCSC := t.module.usesReaders()
+	byPCSC, wasThere := t.module.usesReaders(), t.module.hadAtLastLook(t)
 	t.mu.Lock()
 	same := t.card.mayBe(now, slot.Flags&wire.CKFRemovableDevice != 0, byPCSC)
 	if was := t.card; same && now.reader == "" && was.process == p && was.stay == now.stay {
@@ -165,7 +165,7 @@ func (t *Token) see(ctx context.Context, p *process, reply *wire.ObjectsReply, b
 	t.card = now
 	t.mu.Unlock()
 	if !same {
-		t.replaced(ctx)
+		t.replaced(ctx, wasThere)
 	}
 }
 
@@ -187,14 +187,24 @@ func (c card) mayBe(now card, removable, byPCSC bool) bool {
 	return known || !removable
 }
 
-// replaced forgets what belongs to the card that was in the slot.
-func (t *Token) replaced(ctx context.Context) {
+// hadAtLastLook tells whether a token was there at the last look.
+func (m *module) hadAtLastLook(t *Token) bool {
+	m.mu.Lock()
+	defer m.mu.Unlock()
+	return slices.Contains(m.last, t)
+}
+
+// replaced forgets what belongs to the card that was in the slot. wasThere tells that the
+// agent has not seen the slot without it.
+func (t *Token) replaced(ctx context.Context, wasThere bool) {
 	t.gate.wipe()
 	t.mu.Lock()
 	t.retained.forget()
 	t.session, t.attempted = nil, nil
 	t.changes++
-	t.insertions++
+	if wasThere {
+		t.insertions++ // else the look counts it
+	}
 	t.mu.Unlock()
 	t.module.store.stir()
 	t.module.log.DebugContext(ctx, "another card is in the slot, or a card was put in again", "token", t.ID.Label, "serial", t.ID.Serial)
@@ -202,8 +212,9 @@ func (t *Token) replaced(ctx context.Context) {
 
 // target is the card that a PIN is for.
 type target struct {
-	stay uint64 // see wire.TokenInfo
-	card uint64 // how many cards had gone before, see gate.cards
+	stay  uint64 // see wire.TokenInfo
+	card  uint64 // how many cards had gone before, see gate.cards
+	shown shown
 }
 
 // maxTargets is how often a login goes on with a new stay of the same card.
@@ -221,7 +232,7 @@ func (t *Token) settle(ctx context.Context, p *process, info wire.TokenInfo) (at
 		same = same && was.reader == r.Name && was.events == r.Events
 	}
 	if same {
-		at.stay = info.Stay
+		at.stay, at.shown = info.Stay, was.shown
 		return at, nil
 	}
 	if err := t.lookAgain(ctx, p); err != nil {
@@ -229,19 +240,31 @@ func (t *Token) settle(ctx context.Context, p *process, info wire.TokenInfo) (at
 	}
 	at.card = t.gate.cards.Load()
 	t.mu.Lock()
-	at.stay = t.card.stay
+	at.stay, at.shown = t.card.stay, t.card.shown
 	t.mu.Unlock()
 	return at, nil
 }
 
+// keptKey is in the context of a login with a PIN that was kept.
+type keptKey struct{}
+
 // again returns where to try a PIN that the module process has refused to try, as another
-// stay has begun: a look for new tokens begins one, too. It is ok for the same card only.
+// stay has begun. It is ok for the same card only: a look for new tokens begins another stay,
+// too, and a person who has put the card in again means that card by the PIN. A PIN that was
+// kept is gone by then.
 func (t *Token) again(ctx context.Context, p *process, was target) (at target, ok bool) {
-	if t.lookAgain(ctx, p) != nil || t.gate.cards.Load() != was.card {
+	if t.lookAgain(ctx, p) != nil {
 		return was, false
 	}
 	t.mu.Lock()
-	was.stay = t.card.stay
+	now := t.card
 	t.mu.Unlock()
-	return was, t.gate.cards.Load() == was.card
+	if cards := t.gate.cards.Load(); cards != was.card {
+		if ctx.Value(keptKey{}) != nil || !was.shown.overlaps(now.shown) {
+			return was, false
+		}
+		was.card = cards
+	}
+	was.stay = now.stay
+	return was, true
 }

@@ -514,8 +514,9 @@ func (k *Key) signHealing(ctx context.Context, ways []way) (made, error) {
 			if lost := t.doubtLogin(ctx, p, k, login); !lost && loggedInAgain > 1 {
 				return made{}, k.explain(err)
 			}
-		case replaced < maxReplaced && mayHeal && errors.Is(err, errRenewed):
-			// It never reached the module: somebody else had looked for tokens.
+		case replaced < maxReplaced && mayHeal && (errors.Is(err, errRenewed) || failed != nil && isReason(err, wire.ReasonOtherToken)):
+			// It never reached the module: somebody else had looked for tokens, or the card
+			// has gone and come back.
 			replaced++
 		case !healed && mayHeal:
 			healed = true

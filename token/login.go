@@ -434,7 +434,7 @@ func (t *Token) withPIN(ctx context.Context, g *gate, k *Key, info wire.TokenInf
 			return err
 		}
 		if kept != nil {
-			err := t.judge(use(ctx, kept, false, false))
+			err := t.judge(use(context.WithValue(ctx, keptKey{}, true), kept, false, false))
 			kept.Wipe()
 			if mayBeTried(err) {
 				// Nobody knows whether it was right: a person is to say so.

@@ -77,7 +77,7 @@ func pair(objects []wire.Object, token wire.TokenID, hidden bool, skip func(o wi
 					n = 4
 				case len(f.id) == 0 || len(o.ID) == 0:
 					n = 3
-				case o.Class == wire.CKOCertificate || o.Class == wire.CKOPrivateKey && !f.visible:
+				case o.Class == wire.CKOCertificate:
 					n = 1 // a certificate may have another ID than its key
 				}
 			case sameID && (o.Class != wire.CKOPrivateKey || !f.visible):

@@ -86,10 +86,20 @@ type Selector struct {
 	uri  *pkcs11uri.URI // nil: all keys
 	path string         // the module's resolved file, empty: any
 	text string
+	// certain tells that a key that a login may show to be another one is not selected.
+	certain bool
 }
 
 // NewSelector returns the Selector of a URI that needs no module of its own.
 func NewSelector(u *pkcs11uri.URI) *Selector { return &Selector{uri: u, text: u.String()} }
+
+// Certain returns a Selector of the same that selects no key whose names are not known yet:
+// for what restricts others to the keys that are named.
+func (s *Selector) Certain() *Selector {
+	c := *s
+	c.certain = true
+	return &c
+}
 
 // URI returns the URI, nil for that of a module file.
 func (s *Selector) URI() *pkcs11uri.URI { return s.uri }
@@ -99,7 +109,7 @@ func (s *Selector) Match(k *Key) bool {
 	if s.path != "" && k.token.module.file != s.path {
 		return false
 	}
-	return s.uri == nil || k.matches(s.uri, s.path == "") || k.Unfit() == "" && k.mayMatch(s.uri, s.path == "")
+	return s.uri == nil || k.matches(s.uri, s.path == "") || !s.certain && k.Unfit() == "" && k.mayMatch(s.uri, s.path == "")
 }
 
 // selects tells whether a token is selected: one of its keys is, or the token itself

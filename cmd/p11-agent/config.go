@@ -270,7 +270,7 @@ func (s socketConfig) readOnly() bool {
 
 // rules returns what the keyring is to keep.
 func (s socketConfig) rules() *agent.Socket {
-	return &agent.Socket{Name: s.Name, Only: selections(s.Keys), Confirm: s.Confirm, ReadOnly: s.readOnly()}
+	return &agent.Socket{Name: s.Name, Only: certainly(s.Keys), Confirm: s.Confirm, ReadOnly: s.readOnly()}
 }
 
 // uriValue is a PKCS#11 URI in the configuration.

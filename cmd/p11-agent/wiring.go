@@ -326,6 +326,15 @@ func selections(list *[]uriValue) []agent.Selection {
 	return all
 }
 
+// certainly returns what a list of URIs selects for sure; nil stays nil.
+func certainly(list *[]uriValue) []agent.Selection {
+	all := selections(list)
+	for i, s := range all {
+		all[i] = selection{s.(selection).Certain()} //nolint:forcetypeassert // selections makes no other
+	}
+	return all
+}
+
 // names returns the function that tells the configured name of a key.
 func names(c *config) func(agent.Key) string {
 	return func(k agent.Key) string {
