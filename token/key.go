@@ -681,7 +681,7 @@ func (k *Key) signOnce(ctx context.Context, p *process, w way, with prelude) (ma
 func (k *Key) describe(req *wire.Sign, w way) {
 	req.Key = wire.KeyID{
 		Token: k.token.ID, ID: k.found.id, Label: k.found.label, KeyType: k.found.keyType,
-		Modulus: k.found.modulus, ECPoint: k.found.point,
+		Modulus: k.found.modulus, ECPoint: k.found.point, Any: k.found.loose,
 	}
 	req.Mechanism, req.PSSHash, req.PSSMGF, req.PSSSalt = w.mechanism, w.hash, w.mgf, w.salt
 	req.SignatureLen = signatureLen(k.found.public)

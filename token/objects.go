@@ -48,6 +48,7 @@ type found struct {
 	private *privateName // nil: the token has never shown it
 	params  []byte       // CKA_EC_PARAMS of the private key
 	foreign bool         // it is nothing but the certificate of an authority
+	loose   bool         // its private key is one of several: a signature tells which
 }
 
 // pair puts the objects of a token together to key pairs, in the order of the

@@ -31,7 +31,7 @@ func recall(pairs []*found, old []*Key) {
 		if o == nil {
 			continue
 		}
-		f.always, f.unfit = o.found.always, o.found.unfit
+		f.always, f.unfit, f.loose = o.found.always, o.found.unfit, o.found.loose
 		if o.found.private != nil {
 			f.isCalled(*o.found.private)
 		}
@@ -126,8 +126,30 @@ func adopt(all []*found, hidden bool) []*found {
 	})
 	if !hidden {
 		join(func(*found, *found) bool { return true })
+		for _, p := range private {
+			if gone[p] {
+				continue
+			}
+			mates := alike(private, gone, p)
+			for _, f := range public {
+				if n := len(alike(public, gone, f)); !gone[f] && f.keyType == p.keyType && p.onCurveOf(f) && n <= len(mates) {
+					f.visible, f.loose, f.always = true, true, f.always || p.always
+					f.private = &privateName{f.id, f.label}
+				}
+			}
+		}
 	}
 	return slices.DeleteFunc(all, func(f *found) bool { return gone[f] })
+}
+
+// alike returns the pairs that are left of the type of one of them.
+func alike(all []*found, gone map[*found]bool, of *found) (same []*found) {
+	for _, f := range all {
+		if !gone[f] && f.keyType == of.keyType {
+			same = append(same, f)
+		}
+	}
+	return same
 }
 
 func firstText(a, b string) string {

@@ -99,6 +99,28 @@ func TestLoginShowsOtherID(t *testing.T) {
 	}
 }
 
+// Nothing tells which EC key is whose, and the certificates have other IDs and labels.
+func TestCertificatesOfOtherIDs(t *testing.T) {
+	hsm := tokentest.NewSoftHSM(t)
+	hsm.AddToken("work", tokentest.PIN)
+	ca, _ := newPair(t, tokentest.P256)
+	for i := range 3 {
+		key, pkcs8 := newPair(t, tokentest.P256)
+		id := fmt.Sprintf("0%d", i+1)
+		hsm.ImportKey("work", id, "key "+id, pkcs8)
+		hsm.DeletePublic("work", id)
+		hsm.ImportCertificate("work", fmt.Sprintf("1%d", 3-i), "certificate", certify(t, "me", key, ca, false))
+	}
+	s, person := hsmStore(t, hsm)
+	for range 2 {
+		for _, k := range tokentest.Keys(t, s, 3) {
+			noError(t, tokentest.Sign(t.Context(), k))
+		}
+	}
+	tokentest.Keys(t, s, 3)
+	want(t, "prompts", person.Prompts(), 1)
+}
+
 // Whether a key is fit does not depend on a login.
 func TestFitBeforeAndAfter(t *testing.T) {
 	ca, _ := newPair(t, tokentest.P256)

@@ -327,7 +327,7 @@ func (t *Token) matches(u *pkcs11uri.URI, byPath bool) bool {
 func (k *Key) same(o *Key) bool {
 	return k.token == o.token && bytes.Equal(k.found.id, o.found.id) && k.found.label == o.found.label &&
 		slices.Equal(k.found.labels, o.found.labels) && slices.EqualFunc(k.found.ids, o.found.ids, bytes.Equal) && slices.Equal(k.found.classes, o.found.classes) &&
-		k.found.visible == o.found.visible && k.found.open == o.found.open && k.found.always == o.found.always && k.found.unfit == o.found.unfit &&
+		k.found.visible == o.found.visible && k.found.open == o.found.open && k.found.always == o.found.always && k.found.loose == o.found.loose && k.found.unfit == o.found.unfit &&
 		k.text == o.text && slices.EqualFunc(k.found.certs, o.found.certs, bytes.Equal) && equalKeys(k.found.public, o.found.public)
 }
 

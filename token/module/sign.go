@@ -278,7 +278,7 @@ func (p *presence) searchFor(session pkcs11.SessionHandle, id *wire.KeyID) (h pk
 		pkcs11.NewAttribute(pkcs11.CKA_CLASS, pkcs11.CKO_PRIVATE_KEY),
 		pkcs11.NewAttribute(pkcs11.CKA_KEY_TYPE, uint(id.KeyType)),
 	}
-	if len(id.ID) > 0 {
+	if len(id.ID) > 0 && !id.Any {
 		template = append(template, pkcs11.NewAttribute(pkcs11.CKA_ID, id.ID))
 	}
 	handles, err := p.lib.find(session, template...)
@@ -300,7 +300,7 @@ func (p *presence) searchFor(session pkcs11.SessionHandle, id *wire.KeyID) (h pk
 			if isPublic(v[0], id) {
 				proven = append(proven, h)
 			}
-		case label(v[1]) == id.Label:
+		case label(v[1]) == id.Label && !id.Any:
 			labelled = append(labelled, h)
 			possible = append(possible, h)
 		default:
@@ -312,9 +312,9 @@ func (p *presence) searchFor(session pkcs11.SessionHandle, id *wire.KeyID) (h pk
 		return proven[0], nil, nil // the same key, however often it is there
 	case len(labelled) == 1 && (len(possible) == 1 || id.Label != ""):
 		return labelled[0], nil, nil
-	case len(possible) == 1 && len(id.ID) > 0:
+	case len(possible) == 1 && (len(id.ID) > 0 || id.Any):
 		return possible[0], nil, nil
-	case len(possible) == 0, len(id.ID) == 0 && len(labelled) == 0:
+	case len(possible) == 0, len(id.ID) == 0 && len(labelled) == 0 && !id.Any:
 		e := &wire.Error{Reason: wire.ReasonNoKey}
 		return 0, nil, withInfo(e, p) // not logged in: that may be why
 	case len(labelled) > 1:

@@ -158,6 +158,7 @@ func (m *KeyID) fields(c *codec) {
 	c.uint64(&m.KeyType)
 	c.bytes(&m.Modulus)
 	c.bytes(&m.ECPoint)
+	c.bool(&m.Any)
 }
 
 func (m *SignReply) fields(c *codec) {

@@ -287,6 +287,9 @@ type KeyID struct {
 	KeyType uint64 // CKK
 	Modulus []byte // RSA
 	ECPoint []byte // EC and Edwards: the point itself, without an OCTET STRING around it
+	// Any tells that ID and Label are not those of the private key: any private key counts
+	// that does not show another public half. A signature tells which one it is.
+	Any bool
 }
 
 // SignReply holds the signature as the token gave it: RSA as it is, ECDSA as r
