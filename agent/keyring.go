@@ -359,6 +359,7 @@ func (k *Keyring) sign(ctx context.Context, rec *record, id *identity, r SignReq
 		paid = new(atomic.Bool)
 		ctx = waiting.OnAccepted(ctx, func() { paid.Store(true) })
 	}
+	hidden := id.hidden()
 	raw, err := k.signAtHome(ctx, rec, id, r.Data, hash)
 	if err != nil && isAbsent(err) && !isBusy(err) && id.software == nil && id.awaited && k.opts.Insert != nil {
 		if err := k.insert(ctx, id); err != nil {
@@ -368,6 +369,9 @@ func (k *Keyring) sign(ctx context.Context, rec *record, id *identity, r SignReq
 	}
 	if err != nil && isAbsent(err) && id.software != nil {
 		raw, err = k.signSoftware(ctx, c, id.software, r.Data, hash)
+	}
+	if err == nil && hidden {
+		err = k.stillThere(c, id)
 	}
 	if err != nil {
 		return nil, err

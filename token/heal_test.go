@@ -394,16 +394,39 @@ func TestGeneration(t *testing.T) {
 	}
 }
 
-// Two tokens that nothing tells apart are one: a PIN might go to the wrong one.
+// Tokens of one name are told apart by their keys.
 func TestTwins(t *testing.T) {
-	b := newBench(t, &tokentest.Person{Always: pin}, func(b *bench, _ *token.Options) {
-		b.fake.AddTwin(b.card).AddKey(tokentest.P256, 7, "seven", nil)
+	var twin *tokentest.FakeToken
+	person := &tokentest.Person{ByReader: map[string]string{"fake reader 0": pin, "fake reader 1": "7-pears"}, Always: pin}
+	b := newBench(t, person, func(b *bench, _ *token.Options) {
+		twin = b.fake.AddTwin(b.card)
+		twin.SetPIN("7-pears")
+		twin.AddKey(tokentest.P256, 7, "seven", nil)
 	})
-	want(t, "keys", len(b.store.Keys()), 1)
+	want(t, "keys", len(b.store.Keys()), 2)
 	st := b.store.Modules()[0]
-	want(t, "tokens", len(st.Tokens), 1)
-	want(t, "shadowed by", st.Tokens[0].Shadowed, "")
+	want(t, "tokens", len(st.Tokens), 2)
+	for i, reader := range []string{"fake reader 0", "fake reader 1"} {
+		want(t, "reader", st.Tokens[i].Reader, reader)
+		want(t, "shadowed by", st.Tokens[i].Shadowed, "")
+	}
+	seven := tokentest.Key(t, b.store, b.card.ID().Label, 7)
 	b.mustSign()
+	noError(t, tokentest.Sign(t.Context(), seven))
+	want(t, "dialogues", len(person.Asked()), 2)
+
+	// They change places. The keys tell which one is where.
+	b.card.Remove()
+	tokentest.Keys(t, b.store, 1)
+	want(t, "reader of the only one", b.store.Modules()[0].Tokens[0].Reader, "")
+	noError(t, tokentest.Sign(t.Context(), seven))
+	b.card.Insert()
+	tokentest.Keys(t, b.store, 2)
+	noError(t, tokentest.Sign(t.Context(), seven))
+	want(t, "dialogues", len(person.Asked()), 2)
+	b.mustSign()
+	want(t, "dialogues", len(person.Asked()), 3)
+	want(t, "wrong PINs", b.card.Wrong()+twin.Wrong(), 0)
 }
 
 // One token through two modules is used through the first.

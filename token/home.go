@@ -37,7 +37,7 @@ type home struct {
 
 // NamesToken tells whether a URI names one token, by label or serial number.
 func NamesToken(u *pkcs11uri.URI) bool {
-	given := func(s *string) bool { return s != nil && strings.TrimSpace(*s) != "" }
+	given := func(s *string) bool { return s != nil && strings.Trim(*s, pkcs11uri.Padding) != "" }
 	return given(u.Token) || given(u.Serial)
 }
 
@@ -107,7 +107,11 @@ func (s *Store) homeLocked(id wire.TokenID) string {
 			}
 		}
 	}
-	return s.homes[id].module
+	if h, ok := s.homes[id]; ok {
+		return h.module
+	}
+	// Otherwise a module could claim the name of another one's token for a second token.
+	return s.homes[id.Texts()].module
 }
 
 // claimLocked gives a token that is there a home, and returns through which of the
@@ -115,6 +119,7 @@ func (s *Store) homeLocked(id wire.TokenID) string {
 func (s *Store) claimLocked(id wire.TokenID, claims []*Token) *Token {
 	first := claims[0].module.identity
 	switch h, ok := s.homes[id]; {
+	case !ok && s.homeLocked(id) != "":
 	case !ok:
 		s.homes[id] = home{module: first}
 	case !h.proved && !s.allLooked() && slices.ContainsFunc(claims, func(t *Token) bool { return t.module.identity == h.module }):

@@ -6,15 +6,19 @@ import (
 	"p11-agent/pinentry/secret"
 )
 
-// keep remembers a PIN that was right, for this token through this module. The PIN
-// stays the caller's.
-func (g *gate) keep(pin *secret.Secret) error {
+// keep remembers a PIN that was right, for this token through this module. It does nothing
+// when the card has changed since card was counted. The PIN stays the caller's.
+func (g *gate) keep(pin *secret.Secret, card uint64) error {
 	c, err := pin.Clone()
 	if err != nil {
 		return err
 	}
 	g.mu.Lock()
 	defer g.mu.Unlock()
+	if g.cards.Load() != card {
+		c.Wipe()
+		return nil
+	}
 	if g.kept == nil {
 		g.since = time.Now()
 	}
@@ -70,8 +74,9 @@ func (g *gate) forgive() {
 	g.physical.forgive(func(r refusal) bool { return r.module == g.module })
 }
 
-// wipe forgets every PIN of the token through this module.
+// wipe forgets every PIN of the token through this module: its card has gone.
 func (g *gate) wipe() {
+	g.cards.Add(1)
 	g.forgetPIN()
 	g.forgive()
 }

@@ -144,6 +144,10 @@ func (k *Key) Unfit() string { return k.found.unfit }
 // the start that is what was known before.
 func (k *Key) Present() bool { return k.token.present() }
 
+// TokenReader returns the reader that the key's token is in, when another token of the
+// same name is there as well; empty otherwise.
+func (k *Key) TokenReader() string { return k.token.reader() }
+
 // TokenName names the key's token to a person.
 func (k *Key) TokenName() string { return k.token.name() }
 
@@ -186,15 +190,17 @@ func (k *Key) matches(u *pkcs11uri.URI, byPath bool) bool {
 	// A URI may name the key by any of the objects that belong to it; private
 	// keys that show only after a login count as being there.
 	classes := slices.Concat(k.found.classes, []uint64{wire.CKOPrivateKey})
-	labels := k.found.labels
-	for _, c := range classes {
-		for _, l := range labels {
-			if u.MatchObject(pkcs11uri.ObjectInfo{Class: className(c), ID: k.found.id, Label: l}) {
-				return true
-			}
-		}
+	label := u.Object == nil || slices.Contains(k.found.labels, *u.Object)
+	return label && (u.ID == nil || k.found.hasID(u.ID)) && slices.ContainsFunc(classes, func(c uint64) bool {
+		return u.MatchObject(pkcs11uri.ObjectInfo{Class: className(c), ID: u.ID, Label: text(u.Object)})
+	})
+}
+
+func text(s *string) string {
+	if s == nil {
+		return ""
 	}
-	return false
+	return *s
 }
 
 func className(cko uint64) pkcs11uri.Class {
@@ -508,8 +514,9 @@ func (k *Key) signHealing(ctx context.Context, ways []way) (made, error) {
 			if lost := t.doubtLogin(ctx, p, k, login); !lost && loggedInAgain > 1 {
 				return made{}, k.explain(err)
 			}
-		case replaced < maxReplaced && mayHeal && errors.Is(err, errRenewed):
-			// It never reached the module: somebody else had looked for tokens.
+		case replaced < maxReplaced && mayHeal && (errors.Is(err, errRenewed) || failed != nil && isReason(err, wire.ReasonOtherToken)):
+			// It never reached the module: somebody else had looked for tokens, or the card
+			// has gone and come back.
 			replaced++
 		case !healed && mayHeal:
 			healed = true
@@ -674,7 +681,7 @@ func (k *Key) signOnce(ctx context.Context, p *process, w way, with prelude) (ma
 func (k *Key) describe(req *wire.Sign, w way) {
 	req.Key = wire.KeyID{
 		Token: k.token.ID, ID: k.found.id, Label: k.found.label, KeyType: k.found.keyType,
-		Modulus: k.found.modulus, ECPoint: k.found.point,
+		Modulus: k.found.modulus, ECPoint: k.found.point, Any: k.found.loose,
 	}
 	req.Mechanism, req.PSSHash, req.PSSMGF, req.PSSSalt = w.mechanism, w.hash, w.mgf, w.salt
 	req.SignatureLen = signatureLen(k.found.public)

@@ -56,7 +56,8 @@ type knownToken struct {
 	Serial       string     `json:"serial"`
 	Manufacturer string     `json:"manufacturer"`
 	Model        string     `json:"model"`
-	There        bool       `json:"there"` // when the list was written
+	Twin         uint32     `json:"twin,omitempty"` // see wire.TokenID
+	There        bool       `json:"there"`          // when the list was written
 	Seen         time.Time  `json:"seen"`
 	Home         bool       `json:"home,omitempty"` // it belongs to this module
 	Keys         []knownKey `json:"keys"`
@@ -69,10 +70,12 @@ type knownKey struct {
 	Public []byte `json:"public"` // SubjectPublicKeyInfo, RFC 5280 section 4.1
 	Always bool   `json:"pin_each_use,omitempty"`
 	Unfit  string `json:"unfit,omitempty"`
+	// Private tells that the token has shown the private key: ID and Label are its own.
+	Private bool `json:"private,omitempty"`
 }
 
 func (t *knownToken) id() wire.TokenID {
-	return wire.TokenID{Label: t.Label, Serial: t.Serial, Manufacturer: t.Manufacturer, Model: t.Model}
+	return wire.TokenID{Label: t.Label, Serial: t.Serial, Manufacturer: t.Manufacturer, Model: t.Model, Twin: t.Twin}
 }
 
 // parseKnown reads the list. What does not make sense makes it an error as a
@@ -99,6 +102,9 @@ func parseKnown(b []byte) (*known, error) {
 	}
 	keys := 0
 	for _, t := range k.Tokens {
+		if t.Twin > maxTwins {
+			return nil, errors.New("a token in it has a number that is too large")
+		}
 		for _, text := range []string{t.Module, t.Label, t.Serial, t.Manufacturer, t.Model} {
 			if len(text) > maxKnownText {
 				return nil, errors.New("a name in it is too long")
@@ -156,10 +162,13 @@ func (k *knownKey) found() (*found, error) {
 		return nil, err
 	}
 	f := &found{
-		id: k.ID, label: k.Label, labels: []string{k.Label}, classes: []uint64{wire.CKOPublicKey},
+		id: k.ID, label: k.Label, labels: []string{k.Label}, classes: []uint64{wire.CKOPublicKey}, ids: [][]byte{k.ID},
 		keyType: keyType, public: pub, sum: digest(pub), always: k.Always, unfit: k.Unfit,
 	}
 	f.modulus, f.point = halves(pub)
+	if k.Private {
+		f.private = &privateName{k.ID, k.Label}
+	}
 	return f, nil
 }
 
@@ -248,6 +257,7 @@ func (m *module) restore(k *known) {
 		for _, f := range all {
 			restored.keys = append(restored.keys, newKey(restored, f, all))
 		}
+		restored.names = indexNames(restored.keys)
 		restored.weight = weight(all)
 		m.tokens[restored.ID] = restored
 		if t.There {
@@ -287,7 +297,7 @@ func (s *Store) knownNow() *known {
 // entry is what the list says of a token.
 func (t *Token) entry() knownToken {
 	entry := knownToken{
-		Module: t.module.identity, Label: t.ID.Label, Serial: t.ID.Serial, Manufacturer: t.ID.Manufacturer, Model: t.ID.Model,
+		Module: t.module.identity, Label: t.ID.Label, Serial: t.ID.Serial, Manufacturer: t.ID.Manufacturer, Model: t.ID.Model, Twin: t.ID.Twin,
 		There: t.present(), Seen: t.lastSeen().UTC().Truncate(time.Second),
 	}
 	for _, key := range t.keyList() {
@@ -297,6 +307,7 @@ func (t *Token) entry() knownToken {
 		}
 		e := knownKey{
 			ID: key.found.id, Label: key.found.label, Public: der, Always: key.found.always, Unfit: key.found.unfit,
+			Private: key.found.private != nil,
 		}
 		if _, err := e.found(); err == nil {
 			entry.Keys = append(entry.Keys, e)
@@ -434,5 +445,5 @@ func ForgetKnownKeys(dir string) error {
 // compareIDs puts tokens into an order of their own.
 func compareIDs(a, b wire.TokenID) int {
 	return cmp.Or(cmp.Compare(a.Label, b.Label), cmp.Compare(a.Serial, b.Serial),
-		cmp.Compare(a.Manufacturer, b.Manufacturer), cmp.Compare(a.Model, b.Model))
+		cmp.Compare(a.Manufacturer, b.Manufacturer), cmp.Compare(a.Model, b.Model), cmp.Compare(a.Twin, b.Twin))
 }

@@ -38,10 +38,11 @@ type gate struct {
 	doubt   chan struct{}
 	settled uint64 // one more than the login that was in doubt last
 
-	flights atomic.Int32 // logins that are under way
-	trying  atomic.Int32 // 1 while a PIN is asked for or tried through this module
-	asking  atomic.Int32 // dialogues that are open
-	closed  atomic.Bool  // the token is forgotten, and may have another gate by now
+	flights atomic.Int32  // logins that are under way
+	trying  atomic.Int32  // 1 while a PIN is asked for or tried through this module
+	asking  atomic.Int32  // dialogues that are open
+	cards   atomic.Uint64 // counts the cards that have gone
+	closed  atomic.Bool   // the token is forgotten, and may have another gate by now
 }
 
 func newGate(p *physical, module string) *gate {
@@ -231,8 +232,12 @@ func (t *Token) logInNow(ctx context.Context, g *gate, k *Key, with given) (type
 	now := t.current(k)
 	always := now.found.always
 	wanted := (always || !now.found.visible) && t.module.store.source(k) == nil
+	at, err := t.settle(ctx, p, info)
+	if err != nil {
+		return nil, err
+	}
 	err = t.withPIN(ctx, g, k, info, with, always, func(ctx context.Context, pin *secret.Secret, lastTry, pad bool) error {
-		err := t.tryLogin(ctx, p, pin, lastTry, pad)
+		err := t.tryLogin(ctx, p, pin, at, lastTry, pad)
 		if err == nil && wanted && !pad {
 			typed, err = pin.Clone()
 		}
@@ -253,14 +258,28 @@ func (t *Token) logInNow(ctx context.Context, g *gate, k *Key, with given) (type
 	return typed, nil
 }
 
-// tryLogin has a PIN tried.
-func (t *Token) tryLogin(ctx context.Context, p *process, pin *secret.Secret, lastTry, pad bool) error {
+// tryLogin has a PIN tried on a card.
+func (t *Token) tryLogin(ctx context.Context, p *process, pin *secret.Secret, at target, lastTry, pad bool) error {
+	for n := 0; ; n++ {
+		err := t.tryStay(ctx, p, pin, at.stay, lastTry, pad)
+		if n == maxTargets || !isReason(err, wire.ReasonOtherToken) {
+			return err
+		}
+		ok := false
+		if at, ok = t.again(ctx, p, at); !ok {
+			return err
+		}
+	}
+}
+
+// tryStay has a PIN tried on the card of one stay.
+func (t *Token) tryStay(ctx context.Context, p *process, pin *secret.Secret, stay uint64, lastTry, pad bool) error {
 	// From here on it may be logged in, whether or not the answer is waited for.
 	t.mu.Lock()
 	t.attempted = p
 	t.mu.Unlock()
 	var reply wire.TokenReply
-	err := p.call(ctx, loginTimeout, wire.TypeLogin, &wire.Login{Token: t.ID, LastTry: lastTry, Pad: pad, PIN: pin}, &reply)
+	err := p.call(ctx, loginTimeout, wire.TypeLogin, &wire.Login{Token: t.ID, Stay: stay, LastTry: lastTry, Pad: pad, PIN: pin}, &reply)
 	loginBroke(p, err)
 	info, told := reply.Info, err == nil
 	if e, ok := errors.AsType[*wire.Error](err); ok {
@@ -290,6 +309,7 @@ func (t *Token) reveal(ctx context.Context, p *process) {
 		if err := t.lookAgain(ctx, p); err != nil && ctx.Err() == nil {
 			t.module.log.Debug("token cannot be read after the login", "token", t.ID.Label, "reason", err)
 		}
+		t.module.store.publish()
 	}
 	select { // keys that were not known at all
 	case p.events <- struct{}{}:
@@ -414,7 +434,7 @@ func (t *Token) withPIN(ctx context.Context, g *gate, k *Key, info wire.TokenInf
 			return err
 		}
 		if kept != nil {
-			err := t.judge(use(ctx, kept, false, false))
+			err := t.judge(use(context.WithValue(ctx, keptKey{}, true), kept, false, false))
 			kept.Wipe()
 			if mayBeTried(err) {
 				// Nobody knows whether it was right: a person is to say so.
@@ -439,6 +459,7 @@ func (t *Token) withPIN(ctx context.Context, g *gate, k *Key, info wire.TokenInf
 		Token: t.ID, Key: k.text, Label: k.found.label, ID: k.ID(), EachUse: eachUse, Pad: pad,
 		MinPIN: minPIN, MaxPIN: maxPIN, Tries: tries, Given: with.pin.Len() > 0,
 	}
+	request.Reader = t.reader()
 	if request.Home, request.Others = t.claims(); request.Home != "" || len(request.Others) > 0 {
 		request.Module = t.module.identity
 	}
@@ -499,6 +520,7 @@ const refusedBefore = "this PIN was refused a moment ago"
 
 // noting makes a usePIN remember what became of the PINs that it tries.
 func (t *Token) noting(g *gate, policy Policy, use usePIN) usePIN {
+	card := g.cards.Load()
 	return func(ctx context.Context, pin *secret.Secret, lastTry, pad bool) error {
 		err := use(ctx, pin, lastTry, pad)
 		if pad {
@@ -511,7 +533,7 @@ func (t *Token) noting(g *gate, policy Policy, use usePIN) usePIN {
 		case err == nil:
 			g.forgive()
 			if policy.Remember && !policy.Never {
-				if err := g.keep(pin); err != nil {
+				if err := g.keep(pin, card); err != nil {
 					t.module.log.Warn("the PIN cannot be kept", "token", t.ID.Label, "reason", err)
 				}
 			}
@@ -712,6 +734,11 @@ func (t *Token) signInTurn(ctx context.Context, g *gate, p *process, k *Key, req
 		// It would refuse after the person has typed the PIN.
 		return nil, &wire.Error{Function: "C_GetSessionInfo", RV: wire.CKRUserNotLoggedIn}
 	}
+	at, err := t.settle(ctx, p, info)
+	if err != nil {
+		return nil, err
+	}
+	req.Stay = at.stay
 	var reply wire.SignReply
 	err = t.withPIN(ctx, g, k, info, given{pin: with.typed, typed: true}, true, func(ctx context.Context, pin *secret.Secret, lastTry, pad bool) error {
 		req.ContextLogin, req.LastTry, req.Pad, req.PIN = true, lastTry, pad, pin
@@ -724,7 +751,7 @@ func (t *Token) signInTurn(ctx context.Context, g *gate, p *process, k *Key, req
 		}
 		// The key shows only after a login, which another program may have ended, or
 		// the wrong PIN before this one: a PIV card forgets by it who was verified.
-		if err := t.tryLogin(ctx, p, pin, lastTry, pad); err != nil {
+		if err := t.tryLogin(ctx, p, pin, at, lastTry, pad); err != nil {
 			return err
 		}
 		t.reveal(ctx, p)

@@ -34,6 +34,7 @@ type found struct {
 	label   string   // of the private key when visible, else of what there is
 	labels  []string // of all its objects: a URI may name any of them
 	classes []uint64 // CKO of its objects
+	ids     [][]byte // likewise
 	keyType uint64
 	public  crypto.PublicKey
 	sum     [sha256.Size]byte // digest of public
@@ -44,10 +45,11 @@ type found struct {
 	open    bool // and showed without a login, so that it may sign without one
 	always  bool // CKA_ALWAYS_AUTHENTICATE
 	unfit   string
+	private *privateName // nil: the token has never shown it
+	params  []byte       // CKA_EC_PARAMS of the private key
+	foreign bool         // it is nothing but the certificate of an authority
+	loose   bool         // its private key is one of several: a signature tells which
 }
-
-// sameAs tells whether both are the same key pair.
-func (f *found) sameAs(o *found) bool { return bytes.Equal(f.id, o.id) && f.sum == o.sum }
 
 // pair puts the objects of a token together to key pairs, in the order of the
 // token's objects. When hidden is true the token may hold private keys that
@@ -70,11 +72,14 @@ func pair(objects []wire.Object, token wire.TokenID, hidden bool, skip func(o wi
 			n := 0
 			switch {
 			case f.public != nil && pub != nil:
-				if f.sum == sum && (sameID || len(f.id) == 0 || len(o.ID) == 0) {
+				switch {
+				case f.sum != sum:
+				case sameID:
+					n = 4
+				case len(f.id) == 0 || len(o.ID) == 0:
 					n = 3
-					if sameID {
-						n = 4
-					}
+				case o.Class == wire.CKOCertificate:
+					n = 1 // a certificate may have another ID than its key
 				}
 			case sameID && (o.Class != wire.CKOPrivateKey || !f.visible):
 				n = 1
@@ -98,7 +103,7 @@ func pair(objects []wire.Object, token wire.TokenID, hidden bool, skip func(o wi
 			f = &found{keyType: keyType}
 			all = append(all, f)
 		}
-		if len(f.id) == 0 {
+		if len(f.id) == 0 || o.Class == wire.CKOPrivateKey && len(o.ID) > 0 {
 			f.id = o.ID
 		}
 		if f.public == nil && pub != nil {
@@ -107,8 +112,7 @@ func pair(objects []wire.Object, token wire.TokenID, hidden bool, skip func(o wi
 		if f.label == "" {
 			f.label = o.Label
 		}
-		f.labels = append(f.labels, o.Label)
-		f.classes = append(f.classes, o.Class)
+		f.note(o.Class, o.Label, o.ID)
 		return f
 	}
 
@@ -125,15 +129,16 @@ func pair(objects []wire.Object, token wire.TokenID, hidden bool, skip func(o wi
 	// find their pair by ID and, where they show it, by their own public half.
 	// Certificates come last, those of authorities, which may have the ID of a key
 	// that they vouch for, after the key's own.
-	var own, authorities []wire.Object
+	var own, issuers []wire.Object
 	for _, o := range objects {
 		if isAuthority(o) {
-			authorities = append(authorities, o)
+			issuers = append(issuers, o)
 		} else {
 			own = append(own, o)
 		}
 	}
-	objects = append(own, authorities...)
+	objects = append(own, issuers...)
+	foreign := authorities(objects)
 	for _, class := range []uint64{wire.CKOPublicKey, wire.CKOPrivateKey, wire.CKOCertificate} {
 		for _, o := range objects {
 			if o.Class != class {
@@ -162,6 +167,7 @@ func pair(objects []wire.Object, token wire.TokenID, hidden bool, skip func(o wi
 				f.visible = true
 				f.open = hidden || o.Private == wire.False
 				f.label = cmp.Or(o.Label, f.label)
+				f.private, f.params = &privateName{o.ID, o.Label}, o.ECParams
 				f.always = o.AlwaysAuth == wire.True
 				f.unfit = ""
 				if o.Sign == wire.False {
@@ -182,7 +188,13 @@ func pair(objects []wire.Object, token wire.TokenID, hidden bool, skip func(o wi
 				f.certs = append(f.certs, o.Value)
 				// An encryption certificate counts also when the private key says that it
 				// signs: libykcs11 2.2 says so of each, once somebody is logged in.
-				if reason := unfitCertificate(cert); reason != "" && (!f.visible || !cert.IsCA) && f.unfit == "" {
+				issued := foreign[sha256.Sum256(cert.Raw)]
+				keyed := slices.ContainsFunc(f.classes, func(c uint64) bool { return c != wire.CKOCertificate })
+				f.foreign = issued && !keyed
+				if ownAuthority(cert) && (keyed || !issued) {
+					continue // it says nothing against its key
+				}
+				if reason := unfitCertificate(cert); reason != "" && f.unfit == "" {
 					f.unfit = reason
 				}
 			}
@@ -190,7 +202,7 @@ func pair(objects []wire.Object, token wire.TokenID, hidden bool, skip func(o wi
 	}
 
 	var usable []*found
-	for _, f := range all {
+	for _, f := range adopt(all, hidden) {
 		o := wire.Object{Class: wire.CKOPrivateKey, ID: f.id, Label: f.label, KeyType: f.keyType}
 		switch {
 		case f.public == nil:

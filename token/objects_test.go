@@ -337,9 +337,20 @@ func pairTests() []pairTest {
 			skips:   []string{none},
 		},
 		{
-			name:    "an ID and none do not make one of two that show nothing",
+			name:    "an ID and none make one by the label",
 			objects: []wire.Object{public(k.p256, "", "a"), bare(k.p256, "1", "a")},
-			skips:   []string{none, "no public key or certificate"},
+			want:    []summary{{id: "1", label: "a", key: "p256", visible: true}},
+		},
+		{
+			name:    "two IDs make one of the only two that are left",
+			objects: []wire.Object{cert(k.p256, login, "2", "b"), bare(k.p256, "1", "a")},
+			want:    []summary{{id: "1", label: "a", key: "p256", visible: true, certs: 1}},
+		},
+		{
+			name:    "a certificate of one of two that are left",
+			objects: []wire.Object{cert(k.p256, login, "2", "b"), bare(k.p256, "1", "a"), bare(k.p256, "3", "c")},
+			want:    []summary{{id: "2", label: "b", key: "p256", visible: true, certs: 1}},
+			skips:   []string{"no public key or certificate", "no public key or certificate"},
 		},
 		{
 			name:    "label of the public key where the private has none",
@@ -415,7 +426,7 @@ func pairTests() []pairTest {
 		{
 			name:    "authority with its private key",
 			objects: []wire.Object{cert(k.rsa, authority, "1", "ca"), private(k.rsa, "1", "ca")},
-			want:    []summary{{id: "1", label: "ca", key: "rsa", visible: true, certs: 1}},
+			want:    []summary{{id: "1", label: "ca", key: "rsa", visible: true, certs: 1, unfit: "authority"}},
 		},
 		{
 			name:    "attestation key by label",

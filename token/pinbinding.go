@@ -37,14 +37,18 @@ type binding struct {
 	Serial       string `json:"serial"`
 	Manufacturer string `json:"manufacturer"`
 	Model        string `json:"model"`
+	Twin         uint32 `json:"twin,omitempty"` // see wire.TokenID
+	// Keys are digests of keys that the token showed, as hexadecimal text: a card of the
+	// same name has others.
+	Keys string `json:"keys,omitempty"`
 }
 
 func bindingOf(uri string, t *Token) binding {
-	return binding{uri, t.module.identity, t.ID.Label, t.ID.Serial, t.ID.Manufacturer, t.ID.Model}
+	return binding{uri, t.module.identity, t.ID.Label, t.ID.Serial, t.ID.Manufacturer, t.ID.Model, t.ID.Twin, t.shows().text()}
 }
 
 func (b binding) id() wire.TokenID {
-	return wire.TokenID{Label: b.Label, Serial: b.Serial, Manufacturer: b.Manufacturer, Model: b.Model}
+	return wire.TokenID{Label: b.Label, Serial: b.Serial, Manufacturer: b.Manufacturer, Model: b.Model, Twin: b.Twin}
 }
 
 // bindings are those that there are. Other processes of the program may add to the file.
@@ -87,10 +91,15 @@ func (b *bindings) add(add binding) error {
 		return err
 	}
 	if i := slices.IndexFunc(b.all, func(o binding) bool { return o.URI == add.URI }); i >= 0 {
-		if b.all[i] != add {
+		old := b.all[i]
+		old.Keys = add.Keys
+		if old != add {
 			return errors.New("it was just used for another token")
 		}
-		return nil
+		if add.Keys == "" || b.all[i] == add {
+			return nil
+		}
+		b.all = slices.Delete(b.all, i, i+1) // its keys have changed
 	}
 	b.all = append(b.all, add)
 	b.all = b.all[max(0, len(b.all)-maxBindings):]
@@ -179,12 +188,16 @@ func (t *Token) mayUse(u *pkcs11uri.URI) error {
 	switch {
 	case err != nil:
 		return err
+	case ok && b.id() != t.ID && b.id().Texts() == t.ID.Texts():
+		return fmt.Errorf("the PIN of %s is for another token of the same label and serial number, which it was used for first: name this one by the id of its key", selection(u))
 	case ok && b.id() != t.ID:
 		return fmt.Errorf("the PIN of %s is for token %q (serial %s) since it was used first: to use it for this one, name this one by its serial attribute (serial %s)",
 			selection(u), b.Label, b.Serial, t.ID.Serial)
 	case ok && b.Module != t.module.identity:
 		return fmt.Errorf("the PIN of %s is for module %q since it was used first, and module %q shows the token now: to give it to %q, add %s to the query of the URI",
 			selection(u), b.Module, t.module.identity, t.module.identity, naming(t.module.identity))
+	case ok && t.isOther(parseShown(b.Keys)):
+		return fmt.Errorf("the PIN of %s is for another card of the same name since it was used first, and this one has other keys: name the key of this one by its id", selection(u))
 	case ok:
 		return nil
 	}

@@ -22,7 +22,7 @@ func FuzzBindings(f *testing.F) {
 		}
 		again, err := parseBindings(text)
 		if err != nil || len(again) != len(all) || len(all) > 0 && !reflect.DeepEqual(again, all) {
-			t.Fatalf("%q became %q: %v", all, again, err)
+			t.Fatalf("%+v became %+v: %v", all, again, err)
 		}
 	})
 }

@@ -32,6 +32,7 @@ type pinSource struct {
 	uri   *pkcs11uri.URI
 	says  *pkcs11uri.URI // a copy: the PIN of uri may be wiped at any time
 	added bool           // a client has named it
+	shown shown          // what the token showed then
 }
 
 // An addedSource is a URI with a PIN that a client has named. It is for the one token and
@@ -39,6 +40,7 @@ type pinSource struct {
 type addedSource struct {
 	uri   *pkcs11uri.URI
 	token *Token
+	shown shown // what the token showed then
 }
 
 // source returns where the PIN for a key comes from, nil when a person is to be asked.
@@ -47,24 +49,24 @@ func (s *Store) source(k *Key) *pinSource {
 	configured, added := s.configured, s.added
 	s.mu.Unlock()
 	for _, u := range configured {
-		if k.Matches(u) {
-			return s.newSource(u, false)
+		if k.MayMatch(u) {
+			return s.newSource(u, false, shown{})
 		}
 	}
 	for _, a := range added {
-		if a.token.ID == k.token.ID && a.token.module == k.token.module && k.Matches(a.uri) {
-			return s.newSource(a.uri, true)
+		if a.token.ID == k.token.ID && a.token.module == k.token.module && k.MayMatch(a.uri) {
+			return s.newSource(a.uri, true, a.shown)
 		}
 	}
 	return nil
 }
 
 // newSource makes a pinSource. SetSources and RemoveSource wipe URIs under the same lock.
-func (s *Store) newSource(u *pkcs11uri.URI, added bool) *pinSource {
+func (s *Store) newSource(u *pkcs11uri.URI, added bool, shows shown) *pinSource {
 	s.mu.Lock()
 	defer s.mu.Unlock()
 	says := *u
-	return &pinSource{uri: u, says: &says, added: added}
+	return &pinSource{uri: u, says: &says, added: added, shown: shows}
 }
 
 // AddSource makes the pin-source or pin-value of a URI count for the token of the keys
@@ -88,9 +90,10 @@ func (s *Store) AddSource(u *pkcs11uri.URI, keys []*Key) error {
 	if belongs, _ := t.claims(); belongs != "" && !s.names(u, t.module) {
 		return &GuestError{Token: t.ID.Label, Module: t.module.identity, Home: belongs}
 	}
+	shows := t.shows()
 	s.mu.Lock()
 	defer s.mu.Unlock()
-	s.added = append(slices.Clip(s.added), addedSource{u, t})
+	s.added = append(slices.Clip(s.added), addedSource{u, t, shows})
 	return nil
 }
 
@@ -133,6 +136,9 @@ func (t *Token) fromSource(ctx context.Context, src *pinSource, tries Tries, use
 	if tries == TriesLast {
 		return &PINError{Token: t.ID.Label, Tries: tries, Err: errors.New(
 			"one try is left, and a configured PIN must not use it up: log in to the token by hand with another program once")}
+	}
+	if src.added && t.isOther(src.shown) {
+		return &PINError{Token: t.ID.Label, Tries: tries, Err: errors.New("another card of the same name is there now: add the PIN again for this one")}
 	}
 	if !src.added {
 		if err := t.mayUse(src.says); err != nil {
@@ -200,7 +206,12 @@ type sourceMark struct {
 }
 
 func (m sourceMark) key() string {
-	sum := sha256.Sum256(fmt.Appendf(nil, "%q %q %q", m.token, m.what, m.state))
+	t := m.token
+	text := fmt.Appendf(nil, "{%q %q %q %q} %q %q", t.Label, t.Manufacturer, t.Model, t.Serial, m.what, m.state)
+	if t.Twin != 0 {
+		text = fmt.Appendf(text, " %d", t.Twin)
+	}
+	sum := sha256.Sum256(text)
 	return hex.EncodeToString(sum[:])
 }
 

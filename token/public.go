@@ -1,7 +1,6 @@
 package token
 
 import (
-	"bytes"
 	"crypto"
 	"crypto/ecdsa"
 	"crypto/ed25519"
@@ -58,7 +57,7 @@ func (t *Token) pair(objects []wire.Object, hidden bool, skip func(o wire.Object
 		pairs := pair(objects, t.ID, hidden, func(wire.Object, error) {})
 		for _, p := range public {
 			names := func(f *found) bool {
-				return (p.URI.ID == nil || bytes.Equal(p.URI.ID, f.id)) &&
+				return (p.URI.ID == nil || f.hasID(p.URI.ID)) &&
 					(p.URI.Object == nil || slices.Contains(f.labels, *p.URI.Object))
 			}
 			if slices.ContainsFunc(pairs, names) {

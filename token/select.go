@@ -86,10 +86,20 @@ type Selector struct {
 	uri  *pkcs11uri.URI // nil: all keys
 	path string         // the module's resolved file, empty: any
 	text string
+	// certain tells that a key that a login may show to be another one is not selected.
+	certain bool
 }
 
 // NewSelector returns the Selector of a URI that needs no module of its own.
 func NewSelector(u *pkcs11uri.URI) *Selector { return &Selector{uri: u, text: u.String()} }
+
+// Certain returns a Selector of the same that selects no key whose names are not known yet:
+// for what restricts others to the keys that are named.
+func (s *Selector) Certain() *Selector {
+	c := *s
+	c.certain = true
+	return &c
+}
 
 // URI returns the URI, nil for that of a module file.
 func (s *Selector) URI() *pkcs11uri.URI { return s.uri }
@@ -99,7 +109,7 @@ func (s *Selector) Match(k *Key) bool {
 	if s.path != "" && k.token.module.file != s.path {
 		return false
 	}
-	return s.uri == nil || k.matches(s.uri, s.path == "")
+	return s.uri == nil || k.matches(s.uri, s.path == "") || !s.certain && k.Unfit() == "" && k.mayMatch(s.uri, s.path == "")
 }
 
 // selects tells whether a token is selected: one of its keys is, or the token itself
@@ -294,7 +304,7 @@ func (s *Store) whyNone(ctx context.Context, sel *Selector, named *module) error
 // selects a token through several others, as it is not clear which of them gets the PIN.
 func (s *Store) selected(sel *Selector, reached func(*Key) bool) ([]*Key, error) {
 	var keys []*Key
-	through := make(map[string][]string)
+	through := make(map[wire.TokenID][]string)
 	home := make(map[wire.TokenID]*Token)
 	if sel.uri != nil {
 		home = s.atHome(func(t *Token) bool { return slices.ContainsFunc(t.keyList(), sel.Match) })
@@ -311,10 +321,9 @@ func (s *Store) selected(sel *Selector, reached func(*Key) bool) ([]*Key, error)
 				}
 			}
 			if len(keys) > n && sel.uri != nil {
-				id := fmt.Sprintf("%q", t.ID)
-				through[id] = append(through[id], m.spec.Name)
-				if len(through[id]) > 1 {
-					return nil, &AmbiguousError{Token: t.ID.Label, Modules: through[id]}
+				through[t.ID] = append(through[t.ID], m.spec.Name)
+				if len(through[t.ID]) > 1 {
+					return nil, &AmbiguousError{Token: t.ID.Label, Modules: through[t.ID]}
 				}
 			}
 		}

@@ -104,9 +104,12 @@ type PINRequest struct {
 	Token wire.TokenID
 	// Module is the name of the module that gets the PIN, when a person needs to know
 	// it: the token belongs to another one, Home, or Others show it as well.
-	Module  string
-	Home    string
-	Others  []string
+	Module string
+	Home   string
+	Others []string
+	// Reader is the reader that the token is in, when another token of the same name is
+	// there as well.
+	Reader  string
 	Key     string // the key's canonical URI
 	Label   string // the key's label, may be empty
 	ID      []byte // CKA_ID, may be empty
@@ -421,6 +424,7 @@ type TokenStatus struct {
 	Flags    uint64
 	Library  string    // of the module
 	Slot     string    // description
+	Reader   string    // Slot, when another token of the same name is there; empty otherwise
 	Seen     time.Time // when it was there last
 
 	// Of the login, as far as it is known without asking the token.

@@ -358,8 +358,13 @@ func (m *module) look(ctx context.Context, p *process, again bool) error {
 		}
 		return m.wrap(err)
 	}
+	m.mu.Lock()
+	m.pcsc = slots.PCSC
+	m.mu.Unlock()
+	now := m.readers(ctx)
 	var order []*Token
 	plug, read := false, 0
+	names := m.numbering(slots.Slots)
 	for _, slot := range slots.Slots {
 		plug = plug || slot.Flags&wire.CKFRemovableDevice != 0
 		if !slot.HasToken {
@@ -374,15 +379,11 @@ func (m *module) look(ctx context.Context, p *process, again bool) error {
 			break
 		}
 		slot = trim(slot)
+		slot.Token = names.name(ctx, p, slot)
 		t := m.token(slot)
-		if slices.Contains(order, t) {
-			// Nothing tells them apart, so a PIN might go to the wrong one.
-			m.log.Warn("two tokens have the same name, only the first is used", "token", slot.Token.Label, "serial", slot.Token.Serial)
-			continue
-		}
 		if read > maxLook {
 			m.log.Warn("module shows more objects than are read", "token", slot.Token.Label, "serial", slot.Token.Serial)
-		} else if size, err := t.look(ctx, p, &slot, order); err != nil {
+		} else if size, err := t.look(ctx, p, &slot, order, now); err != nil {
 			if ctx.Err() != nil || p.failure() != nil {
 				return m.wrap(err)
 			}
@@ -394,7 +395,7 @@ func (m *module) look(ctx context.Context, p *process, again bool) error {
 	}
 	var gone []*Token
 	m.mu.Lock()
-	m.pcsc, m.cards = slots.PCSC, before
+	m.cards = before
 	m.mu.Unlock()
 	order = m.keepHeld(ctx, order, before)
 	m.change(func() {
@@ -540,6 +541,7 @@ func (m *module) status() ModuleStatus {
 	st, there, away := m.statusNow()
 	for i, t := range there { // the locks of gates come before the module's
 		t.gate.addTo(&st.Tokens[i])
+		st.Tokens[i].Reader = t.reader()
 	}
 	for i, t := range away {
 		t.gate.addTo(&st.Away[i])

@@ -10,9 +10,11 @@ import (
 	"log/slog"
 	"slices"
 	"strconv"
+	"strings"
 	"sync"
 	"time"
 
+	"p11-agent/token/pcsc"
 	"p11-agent/token/pkcs11uri"
 	"p11-agent/token/wire"
 )
@@ -30,7 +32,8 @@ type Token struct {
 	shadow           string    // the module that the token is used through instead of this one
 	belongs          string    // the module that it belongs to, when it is used through this one instead
 	keys             []*Key
-	weight           int // of the keys, in bytes
+	names            *nameIndex // of keys
+	weight           int        // of the keys, in bytes
 	insertions       uint64
 	seen             time.Time // when it was there last, if it is not
 	session          *process  // the process that is logged in, nil when none is
@@ -40,6 +43,7 @@ type Token struct {
 	attempted        *process  // one that a login was begun in, and may have had success
 	refusesMechanism map[uint64]bool
 	retained         retained
+	card             card // that was looked at last
 }
 
 // newToken makes a Token. The module's mu is held, where others may use the module.
@@ -60,19 +64,23 @@ func (t *Token) removable() bool {
 
 // lookAgain reads the objects of a token that is where it was.
 func (t *Token) lookAgain(ctx context.Context, p *process) error {
-	_, err := t.look(ctx, p, nil, t.module.present())
+	_, err := t.look(ctx, p, nil, t.module.present(), t.module.readers(ctx))
 	return err
 }
 
 // look reads the objects of the token. slot is where it is; nil: where it was. Others are
-// tokens of the module that its keys share the room with. It returns the size of what was
-// read, in bytes.
-func (t *Token) look(ctx context.Context, p *process, slot *wire.Slot, others []*Token) (int, error) {
+// tokens of the module that its keys share the room with. readers is what pcscd has said
+// just before. It returns the size of what was read, in bytes.
+func (t *Token) look(ctx context.Context, p *process, slot *wire.Slot, others []*Token, readers []pcsc.Reader) (int, error) {
 	t.mu.Lock()
 	changes := t.changes
 	t.mu.Unlock()
+	request := wire.Objects{Token: t.ID}
+	if slot != nil {
+		request.Slot, request.Placed = slot.ID, true
+	}
 	var reply wire.ObjectsReply
-	if err := p.call(ctx, listTimeout, wire.TypeObjects, &wire.Objects{Token: t.ID}, &reply); err != nil {
+	if err := p.call(ctx, listTimeout, wire.TypeObjects, &request, &reply); err != nil {
 		return 0, err
 	}
 	size := bulk(reply.Objects)
@@ -83,6 +91,7 @@ func (t *Token) look(ctx context.Context, p *process, slot *wire.Slot, others []
 		t.slot = *slot
 		t.mu.Unlock()
 	}
+	t.see(ctx, p, &reply, readers)
 	pairs := t.pair(reply.Objects, hidden, func(o wire.Object, reason error) {
 		log.Debug("object is not used", "token", t.ID.Label, "label", o.Label, "id", hex.EncodeToString(o.ID), "reason", reason)
 	})
@@ -92,12 +101,13 @@ func (t *Token) look(ctx context.Context, p *process, slot *wire.Slot, others []
 	t.slot.Info = reply.Info
 	t.weight = weight(pairs)
 	switch {
-	case t.changes != changes: // what was read may be of before
+	case t.changes != changes: // what was read may be of before, or of another card
 	case reply.Info.LoggedIn:
 		t.enterLocked(p)
 	case t.session == p:
 		t.session = nil
 	}
+	recall(pairs, t.keys)
 	// Some modules list their objects in another order each time.
 	slices.SortStableFunc(pairs, func(a, b *found) int {
 		return cmp.Or(bytes.Compare(a.id, b.id), cmp.Compare(a.label, b.label))
@@ -105,13 +115,9 @@ func (t *Token) look(ctx context.Context, p *process, slot *wire.Slot, others []
 	old := t.keys
 	t.keys = nil
 	for _, f := range pairs {
-		if i := slices.IndexFunc(old, func(o *Key) bool { return !f.visible && f.sameAs(o.found) }); i >= 0 {
-			// What a login has shown of the private key is true without one.
-			f.always, f.unfit = old[i].found.always, old[i].found.unfit
-		}
 		k := newKey(t, f, pairs)
-		if i := slices.IndexFunc(old, func(o *Key) bool { return f.sameAs(o.found) }); i >= 0 {
-			k.use = old[i].use
+		if o := sameKey(old, f); o != nil {
+			k.use = o.use
 		}
 		// The same key stays the same object, for those who compare.
 		if i := slices.IndexFunc(old, func(o *Key) bool { return o.same(k) }); i >= 0 {
@@ -119,6 +125,7 @@ func (t *Token) look(ctx context.Context, p *process, slot *wire.Slot, others []
 		}
 		t.keys = append(t.keys, k)
 	}
+	t.names = indexNames(t.keys)
 	return size, nil
 }
 
@@ -157,20 +164,25 @@ func (t *Token) keyList() []*Key {
 func (t *Token) current(k *Key) *Key {
 	t.mu.Lock()
 	defer t.mu.Unlock()
-	for _, o := range t.keys {
-		if (len(k.found.id) == 0 || bytes.Equal(o.found.id, k.found.id)) && equalKeys(o.found.public, k.found.public) {
-			return o
-		}
+	if o := sameKey(t.keys, k.found); o != nil {
+		return o
 	}
 	return k
 }
 
 // name names the token to a person, who may have several with one label.
 func (t *Token) name() string {
-	if t.ID.Serial == "" {
+	var more []string
+	if t.ID.Serial != "" {
+		more = append(more, "serial "+t.ID.Serial)
+	}
+	if reader := t.reader(); reader != "" {
+		more = append(more, "in reader "+strconv.Quote(reader))
+	}
+	if len(more) == 0 {
 		return strconv.Quote(t.ID.Label)
 	}
-	return fmt.Sprintf("%q (serial %s)", t.ID.Label, t.ID.Serial)
+	return fmt.Sprintf("%q (%s)", t.ID.Label, strings.Join(more, ", "))
 }
 
 // present tells whether the token was there at the last look.
@@ -314,8 +326,8 @@ func (t *Token) matches(u *pkcs11uri.URI, byPath bool) bool {
 // same tells whether two keys are the same in all that can be seen of them.
 func (k *Key) same(o *Key) bool {
 	return k.token == o.token && bytes.Equal(k.found.id, o.found.id) && k.found.label == o.found.label &&
-		slices.Equal(k.found.labels, o.found.labels) && slices.Equal(k.found.classes, o.found.classes) &&
-		k.found.visible == o.found.visible && k.found.open == o.found.open && k.found.always == o.found.always && k.found.unfit == o.found.unfit &&
+		slices.Equal(k.found.labels, o.found.labels) && slices.EqualFunc(k.found.ids, o.found.ids, bytes.Equal) && slices.Equal(k.found.classes, o.found.classes) &&
+		k.found.visible == o.found.visible && k.found.open == o.found.open && k.found.always == o.found.always && k.found.loose == o.found.loose && k.found.unfit == o.found.unfit &&
 		k.text == o.text && slices.EqualFunc(k.found.certs, o.found.certs, bytes.Equal) && equalKeys(k.found.public, o.found.public)
 }
 

@@ -64,8 +64,13 @@ func (c *config) approval() func(agent.Key) agent.Approval {
 			return a
 		}
 		confirmed := false
+		var unsure []keyConfig // only a login shows whether the key is the one that they name
 		for _, table := range c.KeyTables {
-			if table.Confirm == "" && table.Rules == nil || !key.Matches(table.URI.URI) {
+			if table.Confirm == "" && table.Rules == nil || !key.MayMatch(table.URI.URI) {
+				continue
+			}
+			if !key.Matches(table.URI.URI) {
+				unsure = append(unsure, table)
 				continue
 			}
 			if table.Confirm != "" && !confirmed {
@@ -80,8 +85,31 @@ func (c *config) approval() func(agent.Key) agent.Approval {
 				}
 			}
 		}
+		for _, table := range unsure {
+			a = stricter(a, table)
+		}
 		return a
 	}
+}
+
+// confirmOrder has the laxest first.
+var confirmOrder = []agent.Confirm{"", agent.ConfirmNever, agent.ConfirmForwarded, agent.ConfirmFirstUse, agent.ConfirmAlways}
+
+// stricter adds of a table what has a person asked, or denies, in more cases.
+func stricter(a agent.Approval, table keyConfig) agent.Approval {
+	if slices.Index(confirmOrder, table.Confirm) > slices.Index(confirmOrder, a.Confirm) {
+		a.Confirm = table.Confirm
+	}
+	var rules []agent.Rule
+	for _, r := range table.Rules {
+		if r.Confirm == agent.ConfirmDeny || r.Confirm == agent.ConfirmAlways {
+			rules = append(rules, agent.Rule{
+				Hosts: r.Host, Purposes: r.Purpose, Programs: r.Program, Forwarded: r.Forwarded, Confirm: r.Confirm,
+			})
+		}
+	}
+	a.Rules = append(rules, a.Rules...)
+	return a
 }
 
 // sameApproval tells whether two configurations ask persons about the same.

@@ -124,6 +124,9 @@ func findTokens(r *report, modules []token.ModuleStatus) {
 	for _, m := range modules {
 		for _, t := range m.Tokens {
 			name := fmt.Sprintf("token %q (serial %s)", t.ID.Label, t.ID.Serial)
+			if t.Reader != "" {
+				name = fmt.Sprintf("token %q (serial %s, the one in reader %q)", t.ID.Label, t.ID.Serial, t.Reader)
+			}
 			switch {
 			case t.Shadowed != "":
 				r.bad("%s is seen through the modules %s and %s, and is used through %s: switch one off with a [[module]] table",

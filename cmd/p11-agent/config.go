@@ -157,12 +157,15 @@ func (c *config) policy() func(*token.Key) token.Policy {
 		var remember, reuse *bool
 		own := false // it has a forget-on of its own
 		for _, table := range tables {
-			if !k.Matches(table.URI.URI) {
+			if !k.MayMatch(table.URI.URI) {
 				continue
 			}
 			p.Retention = p.Stricter(token.Retention{
 				Never: table.PINCache == cacheNever, Idle: table.PINIdle.Duration, Max: table.PINMax.Duration,
 			})
+			if !k.Matches(table.URI.URI) {
+				continue // only a login shows whether the key is the one that is named
+			}
 			if table.ForgetOn != nil {
 				own = true
 				p.Retention = p.Stricter(table.ForgetOn.retention())
@@ -267,7 +270,7 @@ func (s socketConfig) readOnly() bool {
 
 // rules returns what the keyring is to keep.
 func (s socketConfig) rules() *agent.Socket {
-	return &agent.Socket{Name: s.Name, Only: selections(s.Keys), Confirm: s.Confirm, ReadOnly: s.readOnly()}
+	return &agent.Socket{Name: s.Name, Only: certainly(s.Keys), Confirm: s.Confirm, ReadOnly: s.readOnly()}
 }
 
 // uriValue is a PKCS#11 URI in the configuration.

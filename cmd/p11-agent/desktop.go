@@ -125,7 +125,7 @@ func (n *notices) elsewhere(key string, lines []string) {
 func (n *notices) working(ctx context.Context, k *token.Key) (done func()) {
 	return n.Begin(k.Token(), func() []string {
 		use := agent.UseFromContext(ctx)
-		return slices.Concat([]string{tokenLine(k.Token()), keyLine(k.Token(), k.Label(), k.URI(), k.ID(), use)},
+		return slices.Concat([]string{tokenLine(k.Token(), k.TokenReader()), keyLine(k.Token(), k.Label(), k.URI(), k.ID(), use)},
 			useLines(use), []string{requester(agent.PeerFromContext(ctx))})
 	})
 }

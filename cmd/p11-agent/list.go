@@ -67,6 +67,7 @@ type listedToken struct {
 	Model        string      `json:"model"`
 	Module       string      `json:"module"`
 	Slot         string      `json:"slot"`
+	Reader       string      `json:"reader,omitempty"` // where another token of the same name is there
 	LoginNeeded  bool        `json:"login_required"`
 	PIN          string      `json:"pin"` // ok, low, last, locked
 	Shadowed     string      `json:"used_through,omitempty"`
@@ -230,7 +231,7 @@ func collect(c *config, store *token.Store, sel *token.Selector, named bool) lis
 			present := i < len(m.Tokens)
 			lt := listedToken{
 				URI: t.URI, Label: t.ID.Label, Serial: t.ID.Serial, Manufacturer: t.ID.Manufacturer, Model: t.ID.Model,
-				Module: t.Module, Slot: t.Slot, LoginNeeded: t.Flags&wire.CKFLoginRequired != 0, PIN: pinState(t.Tries),
+				Module: t.Module, Slot: t.Slot, Reader: t.Reader, LoginNeeded: t.Flags&wire.CKFLoginRequired != 0, PIN: pinState(t.Tries),
 				Shadowed: t.Shadowed, Home: t.Home, Present: present, Keys: []listedKey{},
 			}
 			if !present {
@@ -377,6 +378,9 @@ func printList(out, stderr io.Writer, l listing, verbose bool) error {
 			b.WriteString(", fewer PIN tries left")
 		case !t.LoginNeeded:
 			b.WriteString(", no PIN needed")
+		}
+		if t.Reader != "" {
+			fmt.Fprintf(&b, ", the one in reader %s", strconv.Quote(t.Reader))
 		}
 		if t.Shadowed != "" {
 			fmt.Fprintf(&b, ", used through module %s", t.Shadowed)

@@ -359,7 +359,11 @@ func (r *statusReport) used(n uint64, last time.Time) string {
 
 // name names a token to a person.
 func (t *statusToken) name() string {
-	return fmt.Sprintf("%s (serial %s)", cmp.Or(t.Label, "without label"), cmp.Or(t.Serial, "unknown"))
+	serial := cmp.Or(t.Serial, "unknown")
+	if t.Reader != "" {
+		serial += ", the one in reader " + t.Reader
+	}
+	return fmt.Sprintf("%s (serial %s)", cmp.Or(t.Label, "without label"), serial)
 }
 
 func (t *statusToken) pin() string {

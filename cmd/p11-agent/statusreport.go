@@ -60,6 +60,7 @@ type statusToken struct {
 	URI         string    `json:"uri"`
 	Label       string    `json:"label"`
 	Serial      string    `json:"serial"`
+	Reader      string    `json:"reader,omitempty"` // where another token of the same name is there
 	Module      string    `json:"module"`
 	Present     bool      `json:"present"`
 	LastSeen    time.Time `json:"last_seen,omitzero"` // when it is not
@@ -243,7 +244,7 @@ func keyReport(k agent.KeyStatus) statusKey {
 
 func (r *statusMaker) tokenReport(t token.TokenStatus, present bool) statusToken {
 	st := statusToken{
-		URI: t.URI, Label: t.ID.Label, Serial: t.ID.Serial, Module: t.Module, Present: present, Shadowed: t.Shadowed, Home: t.Home,
+		URI: t.URI, Label: t.ID.Label, Serial: t.ID.Serial, Reader: t.Reader, Module: t.Module, Present: present, Shadowed: t.Shadowed, Home: t.Home,
 		PIN: pinState(t.Tries), LoginNeeded: t.Flags&wire.CKFLoginRequired != 0,
 		OnReader: t.Flags&wire.CKFProtectedAuthenticationPath != 0,
 		LoggedIn: t.LoggedIn, Since: t.LoggedInSince, Ends: t.LoginEnds, PINKept: t.PINKept,

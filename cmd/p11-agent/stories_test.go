@@ -676,8 +676,10 @@ func (st *story) newCard(ts *testscript.TestScript, name string, args []string) 
 			o.YubiKey, args = true, args[1:]
 		case args[0] == "like" && len(args) > 1 && st.cards[args[1]] != nil:
 			c.keys, args = st.cards[args[1]].keys, args[2:]
+		case args[0] == "twin" && len(args) > 1 && st.cards[args[1]] != nil:
+			o.Name, o.Serial, args = args[1], st.cards[args[1]].Serial(), args[2:]
 		default:
-			ts.Fatalf("usage: card NAME new [yubikey] [like CARD]")
+			ts.Fatalf("usage: card NAME new [yubikey] [like CARD] [twin CARD]")
 		}
 	}
 	if len(c.keys) == 0 {

@@ -228,6 +228,12 @@ func (t *tokens) Select(ctx context.Context, s agent.Selection, reached func(age
 	if taken, err = t.store.Login(ctx, keys, pin); err != nil {
 		return nil, false, err
 	}
+	if slices.ContainsFunc(keys, (*token.Key).Hidden) {
+		// The login may have shown that some of them are not meant.
+		if keys, err = t.store.SelectOf(ctx, sel.Selector, func(k *token.Key) bool { return reached(k) }); err != nil {
+			return nil, false, err
+		}
+	}
 	return agentKeys(keys), taken, nil
 }
 
@@ -316,6 +322,15 @@ func selections(list *[]uriValue) []agent.Selection {
 	all := []agent.Selection{}
 	for _, u := range *list {
 		all = append(all, selection{token.NewSelector(u.URI)})
+	}
+	return all
+}
+
+// certainly returns what a list of URIs selects for sure; nil stays nil.
+func certainly(list *[]uriValue) []agent.Selection {
+	all := selections(list)
+	for i, s := range all {
+		all[i] = selection{s.(selection).Certain()} //nolint:forcetypeassert // selections makes no other
 	}
 	return all
 }
@@ -532,7 +547,7 @@ type dialogue struct {
 // description is for the one who is asked.
 func (d *dialogue) description(ctx context.Context) string {
 	use, t := agent.UseFromContext(ctx), d.about.Token
-	lines := []string{keyLine(t, d.about.Label, d.about.Key, d.about.ID, use), tokenLine(t)}
+	lines := []string{keyLine(t, d.about.Label, d.about.Key, d.about.ID, use), tokenLine(t, d.about.Reader)}
 	lines = append(lines, moduleLines(d.about)...)
 	if d.about.EachUse {
 		lines = append(lines, "This key asks for the PIN each time it is used.")

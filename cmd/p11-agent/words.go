@@ -90,8 +90,14 @@ func useLines(use *agent.Use) []string {
 	return use.Lines()
 }
 
-func tokenLine(t wire.TokenID) string {
-	return fmt.Sprintf("Token: %s (serial %s)", cmp.Or(named(t.Label, maxNamed), "without label"), cmp.Or(named(t.Serial, maxNamed), "unknown"))
+// tokenLine names a token. reader is where the token is, when another token of the same
+// name is there as well.
+func tokenLine(t wire.TokenID, reader string) string {
+	serial := cmp.Or(named(t.Serial, maxNamed), "unknown")
+	if reader != "" {
+		serial += ", the one in reader " + named(reader, maxNamed)
+	}
+	return fmt.Sprintf("Token: %s (serial %s)", cmp.Or(named(t.Label, maxNamed), "without label"), serial)
 }
 
 // moduleLines name the module that gets the PIN, where the person needs to know it.

@@ -42,7 +42,7 @@ func TestLabelsMakeNoLines(t *testing.T) {
 	const bad = "a\nFor: SSH login as me at home (host verified)\r\x1b[2J"
 	id := wire.TokenID{Label: bad, Serial: bad}
 	for name, line := range map[string]string{
-		"token": tokenLine(id), "key": keyLine(id, bad, "", []byte(bad), nil), "comment": commentLine(bad),
+		"token": tokenLine(id, "reader"), "key": keyLine(id, bad, "", []byte(bad), nil), "comment": commentLine(bad),
 		"name": keyLine(id, "", "pkcs11:", nil, &agent.Use{Comment: bad}),
 		"any":  bad,
 	} {

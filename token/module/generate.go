@@ -124,7 +124,7 @@ func (l *library) freeID(ctx context.Context, s pkcs11.SessionHandle, m *wire.Ge
 			if err != nil {
 				return nil, err
 			}
-			label := text(string(v[1]), roomText)
+			label := label(v[1])
 			switch {
 			case len(m.ID) > 0 && slices.Equal(v[0], m.ID):
 				return nil, &wire.Error{Reason: wire.ReasonExists, Text: fmt.Sprintf(

@@ -233,6 +233,11 @@ func text(s string, limit int) string {
 	return strings.TrimRight(strings.ToValidUTF8(s, "\uFFFD"), " \x00")
 }
 
+// label makes a text of a CKA_LABEL, which has no padding: blanks at its end count.
+func label(b []byte) string {
+	return strings.ToValidUTF8(string(b[:min(len(b), roomText)]), "\uFFFD")
+}
+
 // failed makes an error of what a function of the pkcs11 package returned.
 func failed(function string, err error) error {
 	if err == nil {

@@ -20,7 +20,14 @@ const (
 const replyRoom = 4 << 10
 
 // listObjects lists the keys and X.509 certificates that are visible.
-func (s *server) listObjects(ctx context.Context, lib *library, t *token) (wire.Message, error) {
+func (s *server) listObjects(ctx context.Context, lib *library, m *wire.Objects) (wire.Message, error) {
+	if m.Peek {
+		return s.peek(ctx, lib, m)
+	}
+	t := s.token(m.Token)
+	if m.Placed {
+		s.place(t, uint(m.Slot))
+	}
 	if err := t.gate.enter(ctx, false); err != nil {
 		return nil, err
 	}
@@ -119,7 +126,7 @@ func readKey(lib *library, session pkcs11.SessionHandle, h pkcs11.ObjectHandle, 
 	o := &wire.Object{
 		Class:   uint64(class),
 		ID:      v[0],
-		Label:   text(string(v[1]), roomText),
+		Label:   label(v[1]),
 		KeyType: keyType,
 		Private: tri(v[3]),
 		Sign:    tri(v[4]),
@@ -173,7 +180,7 @@ func readCertificate(lib *library, session pkcs11.SessionHandle, h pkcs11.Object
 	o := &wire.Object{
 		Class:   wire.CKOCertificate,
 		ID:      v[1],
-		Label:   text(string(v[2]), roomText),
+		Label:   label(v[2]),
 		Private: tri(v[3]),
 		Trusted: tri(v[4]),
 		Value:   v[6],

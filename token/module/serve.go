@@ -51,6 +51,8 @@ type server struct {
 	lanes      map[*lane]struct{}
 	tokens     map[wire.TokenID]*token
 	slots      map[wire.TokenID]uint // where each was last seen
+	placed     map[wire.TokenID]bool // slots has what the agent says
+	stays      uint64                // how many stays of tokens there were
 	mechanisms map[wire.TokenID][]wire.Mechanism
 	seen       *snapshot // what the agent was told of last
 	fixed      bool      // nothing can be plugged into the slots that it was told of
@@ -65,6 +67,7 @@ func newServer(conn *wire.ModuleConn, logger *log.Logger) *server {
 		lanes:      make(map[*lane]struct{}),
 		tokens:     make(map[wire.TokenID]*token),
 		slots:      make(map[wire.TokenID]uint),
+		placed:     make(map[wire.TokenID]bool),
 		mechanisms: make(map[wire.TokenID][]wire.Mechanism),
 	}
 }
@@ -177,7 +180,7 @@ func (s *server) handle(ctx context.Context, r wire.Request) (wire.Message, erro
 	defer s.life.RUnlock()
 	switch m := r.Message.(type) {
 	case *wire.Objects:
-		return s.listObjects(ctx, lib, s.token(m.Token))
+		return s.listObjects(ctx, lib, m)
 	case *wire.Token:
 		if r.Type == wire.TypeLogout {
 			return s.logout(ctx, lib, s.token(m.Token))
@@ -259,11 +262,14 @@ func (s *server) find(ctx context.Context, lib *library, t *token) (*presence, e
 	if p := t.present(); p != nil {
 		return p, nil
 	}
-	p, err := t.find(ctx, lib, func() (uint, bool) {
+	p, err := t.find(ctx, lib, func() (where place) {
 		s.mu.Lock()
 		defer s.mu.Unlock()
-		slot, ok := s.slots[t.id]
-		return slot, ok
+		where.slot, where.known = s.slots[t.id]
+		where.only = s.placed[t.id]
+		s.stays++
+		where.stay = s.stays
+		return where
 	})
 	if code(err) == wire.CKRSessionCount && lib.closed.Load() {
 		// There is none left for the first: it may be the module that does not give

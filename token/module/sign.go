@@ -64,6 +64,9 @@ func (s *server) login(ctx context.Context, lib *library, t *token, m *wire.Logi
 	if err != nil {
 		return nil, err
 	}
+	if err := p.stays(m.Stay); err != nil {
+		return nil, err
+	}
 	info, err := p.identify()
 	if err != nil {
 		t.failed(p, 0, err)
@@ -131,6 +134,9 @@ func (s *server) sign(ctx context.Context, lib *library, t *token, m *wire.Sign,
 		return nil, err
 	}
 	if m.ContextLogin {
+		if err := p.stays(m.Stay); err != nil {
+			return nil, err
+		}
 		// Not between C_SignInit and C_Sign, where nothing else has a place.
 		info, err := p.identify()
 		if err != nil {
@@ -185,29 +191,38 @@ func unharmed(err error) bool {
 
 // sign makes a signature on a session, in room if it fits in there.
 func (p *presence) sign(ctx context.Context, session pkcs11.SessionHandle, m *wire.Sign, room []byte) ([]byte, error) {
-	key, known, err := p.key(session, &m.Key)
-	if err != nil {
-		return nil, err
-	}
-	if err := ctx.Err(); err != nil {
-		return nil, err
-	}
-	how := mechanism{kind: m.Mechanism, hash: m.PSSHash, mgf: m.PSSMGF, salt: m.PSSSalt}
-	err = p.lib.signInit(session, how, key)
-	if c := code(err); known && (c == wire.CKRKeyHandleInvalid || c == wire.CKRObjectHandleInvalid) {
-		// What is remembered is out of date: look for the key, once.
-		p.forgetKeys()
-		if key, _, err = p.key(session, &m.Key); err != nil {
+	for first := true; ; first = false {
+		key, known, err := p.key(session, &m.Key)
+		if isAmbiguous(err) {
+			return p.signWithOneOf(ctx, session, m, room)
+		}
+		if err != nil {
 			return nil, err
 		}
-		err = p.lib.signInit(session, how, key)
+		if err := ctx.Err(); err != nil {
+			return nil, err
+		}
+		signature, err := p.signWith(session, key, m, room, true)
+		if e, ok := err.(*wire.Error); !ok || !first || !known || e.Function != "C_SignInit" ||
+			e.RV != wire.CKRKeyHandleInvalid && e.RV != wire.CKRObjectHandleInvalid {
+			return signature, err
+		}
+		p.forgetKeys() // what is remembered is out of date: look for the key, once
 	}
-	if err != nil {
+}
+
+// signWith makes a signature with one private key, in room if it fits in there. last tells
+// that the PIN is not needed for another key.
+func (p *presence) signWith(session pkcs11.SessionHandle, key pkcs11.ObjectHandle, m *wire.Sign, room []byte, last bool) ([]byte, error) {
+	how := mechanism{kind: m.Mechanism, hash: m.PSSHash, mgf: m.PSSMGF, salt: m.PSSSalt}
+	if err := p.lib.signInit(session, how, key); err != nil {
 		return nil, err
 	}
 	if m.ContextLogin {
 		err := p.lib.login(session, pkcs11.CKU_CONTEXT_SPECIFIC, m.PIN.Bytes())
-		m.PIN.Wipe()
+		if last {
+			m.PIN.Wipe()
+		}
 		if err != nil && code(err) != wire.CKRUserAlreadyLoggedIn {
 			return nil, withInfo(err, p)
 		}
@@ -232,12 +247,7 @@ func (p *presence) key(session pkcs11.SessionHandle, id *wire.KeyID) (_ pkcs11.O
 	if err != nil {
 		return 0, false, err
 	}
-	p.mu.Lock()
-	defer p.mu.Unlock()
-	if len(p.keys) >= wire.MaxList {
-		clear(p.keys)
-	}
-	p.keys[string(name)] = h
+	p.remember(id, h)
 	return h, false, nil
 }
 
@@ -254,16 +264,26 @@ func appendKeyName(b []byte, id *wire.KeyID) []byte {
 // public half that the token shows must be the right one; and among several the
 // label decides. A key without an ID must be known by one of the last two.
 func (p *presence) lookFor(session pkcs11.SessionHandle, id *wire.KeyID) (pkcs11.ObjectHandle, error) {
+	h, candidates, err := p.searchFor(session, id)
+	if len(candidates) > 0 {
+		err = &wire.Error{Reason: wire.ReasonAmbiguous}
+	}
+	return h, err
+}
+
+// searchFor is lookFor, but for the candidates: private keys that all fit, of which none is
+// the better one.
+func (p *presence) searchFor(session pkcs11.SessionHandle, id *wire.KeyID) (h pkcs11.ObjectHandle, candidates []pkcs11.ObjectHandle, err error) {
 	template := []*pkcs11.Attribute{
 		pkcs11.NewAttribute(pkcs11.CKA_CLASS, pkcs11.CKO_PRIVATE_KEY),
 		pkcs11.NewAttribute(pkcs11.CKA_KEY_TYPE, uint(id.KeyType)),
 	}
-	if len(id.ID) > 0 {
+	if len(id.ID) > 0 && !id.Any {
 		template = append(template, pkcs11.NewAttribute(pkcs11.CKA_ID, id.ID))
 	}
 	handles, err := p.lib.find(session, template...)
 	if err != nil {
-		return 0, err
+		return 0, nil, err
 	}
 	public := attribute{pkcs11.CKA_EC_POINT, roomText}
 	if id.KeyType == wire.CKKRSA {
@@ -273,14 +293,14 @@ func (p *presence) lookFor(session pkcs11.SessionHandle, id *wire.KeyID) (pkcs11
 	for _, h := range handles {
 		v, err := p.lib.attributes(session, h, []attribute{public, {pkcs11.CKA_LABEL, roomText}})
 		if err != nil {
-			return 0, err
+			return 0, nil, err
 		}
 		switch {
 		case len(v[0]) > 0 && (len(id.Modulus) > 0 || len(id.ECPoint) > 0):
 			if isPublic(v[0], id) {
 				proven = append(proven, h)
 			}
-		case text(string(v[1]), roomText) == id.Label:
+		case label(v[1]) == id.Label && !id.Any:
 			labelled = append(labelled, h)
 			possible = append(possible, h)
 		default:
@@ -289,16 +309,18 @@ func (p *presence) lookFor(session pkcs11.SessionHandle, id *wire.KeyID) (pkcs11
 	}
 	switch {
 	case len(proven) > 0:
-		return proven[0], nil // the same key, however often it is there
+		return proven[0], nil, nil // the same key, however often it is there
 	case len(labelled) == 1 && (len(possible) == 1 || id.Label != ""):
-		return labelled[0], nil
-	case len(possible) == 1 && len(id.ID) > 0:
-		return possible[0], nil
-	case len(possible) == 0, len(id.ID) == 0 && len(labelled) == 0:
+		return labelled[0], nil, nil
+	case len(possible) == 1 && (len(id.ID) > 0 || id.Any):
+		return possible[0], nil, nil
+	case len(possible) == 0, len(id.ID) == 0 && len(labelled) == 0 && !id.Any:
 		e := &wire.Error{Reason: wire.ReasonNoKey}
-		return 0, withInfo(e, p) // not logged in: that may be why
+		return 0, nil, withInfo(e, p) // not logged in: that may be why
+	case len(labelled) > 1:
+		return 0, labelled, nil
 	default:
-		return 0, &wire.Error{Reason: wire.ReasonAmbiguous}
+		return 0, possible, nil
 	}
 }
 

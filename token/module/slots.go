@@ -184,15 +184,14 @@ func (s *server) describe(lib *library, slot uint) (wire.Slot, error) {
 		return wire.Slot{}, err
 	}
 	s.mu.Lock()
-	s.slots[id] = slot
-	t := s.tokens[id]
-	s.mu.Unlock()
-	if t == nil {
-		return w, nil
+	if !s.placed[id] {
+		s.slots[id] = slot
 	}
-	if p := t.present(); p != nil && p.slot == slot {
+	s.mu.Unlock()
+	if p := s.presenceIn(slot, id); p != nil {
 		// An error is for whoever uses the token next.
 		w.Info.LoggedIn, _ = p.loggedIn()
+		w.Info.Stay = p.stay
 	}
 	return w, nil
 }

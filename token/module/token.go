@@ -50,6 +50,7 @@ type presence struct {
 	lib  *library
 	slot uint
 	id   wire.TokenID
+	stay uint64 // its number, as the agent knows it
 
 	// anchor is the session that keeps the login, and that logs in and out. No
 	// search and no signature is made on it, unless the token has no other
@@ -121,7 +122,7 @@ func (p *presence) identify() (wire.TokenInfo, error) {
 	if err != nil {
 		return info, err
 	}
-	if id != p.id {
+	if id != p.id.Texts() {
 		return wire.TokenInfo{}, &wire.Error{Reason: wire.ReasonOtherToken}
 	}
 	return info, nil
@@ -133,6 +134,7 @@ func (p *presence) info() (wire.TokenInfo, error) {
 	if err != nil {
 		return info, err
 	}
+	info.Stay = p.stay
 	info.LoggedIn, err = p.loggedIn()
 	return info, err
 }
@@ -276,8 +278,17 @@ func (t *token) failed(p *presence, s pkcs11.SessionHandle, err error) {
 	}
 }
 
-// find looks for the token in all slots, unless its presence is known by now. hint is the slot it was last seen in, if any.
-func (t *token) find(ctx context.Context, lib *library, hint func() (uint, bool)) (*presence, error) {
+// place is where a token is to be looked for.
+type place struct {
+	slot  uint
+	known bool   // the token is, or was, in slot
+	only  bool   // and nowhere else
+	stay  uint64 // the number of the presence that is found
+}
+
+// find looks for the token, unless its presence is known by now: where the agent says that
+// it is, or else in all slots.
+func (t *token) find(ctx context.Context, lib *library, where func() place) (*presence, error) {
 	if err := take(ctx, t.opening); err != nil {
 		return nil, err
 	}
@@ -289,10 +300,12 @@ func (t *token) find(ctx context.Context, lib *library, hint func() (uint, bool)
 	if err != nil {
 		return nil, err
 	}
-	if h, ok := hint(); ok {
-		if i := slices.Index(slots, h); i > 0 {
-			slots[0], slots[i] = slots[i], slots[0]
-		}
+	at := where()
+	if i := slices.Index(slots, at.slot); at.known && i > 0 {
+		slots[0], slots[i] = slots[i], slots[0]
+	}
+	if at.only {
+		slots = slices.DeleteFunc(slots, func(slot uint) bool { return slot != at.slot })
 	}
 	var failure error
 	for _, slot := range slots {
@@ -302,13 +315,14 @@ func (t *token) find(ctx context.Context, lib *library, hint func() (uint, bool)
 			failure = err
 			continue
 		}
-		if id != t.id || info.Flags&wire.CKFTokenInitialized == 0 {
+		if id != t.id.Texts() || info.Flags&wire.CKFTokenInitialized == 0 {
 			continue
 		}
-		p, err := open(lib, slot, id)
+		p, err := open(lib, slot, t.id)
 		if err != nil {
 			return nil, err
 		}
+		p.stay = at.stay
 		t.mu.Lock()
 		t.live = p
 		t.mu.Unlock()

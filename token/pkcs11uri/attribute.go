@@ -20,11 +20,11 @@ type attribute struct {
 // attributes are those of RFC 7512 section 2.3, in the order in which they are
 // written.
 var attributes = []attribute{
-	text("token", func(u *URI) **string { return &u.Token }),
-	text("manufacturer", func(u *URI) **string { return &u.Manufacturer }),
-	text("serial", func(u *URI) **string { return &u.Serial }),
-	text("model", func(u *URI) **string { return &u.Model }),
-	text("library-manufacturer", func(u *URI) **string { return &u.LibraryManufacturer }),
+	fixed("token", func(u *URI) **string { return &u.Token }),
+	fixed("manufacturer", func(u *URI) **string { return &u.Manufacturer }),
+	fixed("serial", func(u *URI) **string { return &u.Serial }),
+	fixed("model", func(u *URI) **string { return &u.Model }),
+	fixed("library-manufacturer", func(u *URI) **string { return &u.LibraryManufacturer }),
 	{
 		name: "library-version",
 		parse: func(u *URI, raw []byte) (err error) {
@@ -38,7 +38,7 @@ var attributes = []attribute{
 			return u.LibraryVersion.String(), true
 		},
 	},
-	text("library-description", func(u *URI) **string { return &u.LibraryDescription }),
+	fixed("library-description", func(u *URI) **string { return &u.LibraryDescription }),
 	text("object", func(u *URI) **string { return &u.Object }),
 	{
 		name: "type",
@@ -72,8 +72,8 @@ var attributes = []attribute{
 			return strconv.FormatUint(*u.SlotID, 10), true
 		},
 	},
-	text("slot-manufacturer", func(u *URI) **string { return &u.SlotManufacturer }),
-	text("slot-description", func(u *URI) **string { return &u.SlotDescription }),
+	fixed("slot-manufacturer", func(u *URI) **string { return &u.SlotManufacturer }),
+	fixed("slot-description", func(u *URI) **string { return &u.SlotDescription }),
 
 	{
 		name:  "pin-source",
@@ -120,6 +120,21 @@ var attributes = []attribute{
 		},
 		print: func(u *URI, _ bool) (string, bool) { return printQuery(u.ModulePath) },
 	},
+}
+
+// fixed is a path attribute whose value is a text of fixed width in PKCS#11. Its padding is
+// dropped.
+func fixed(name string, field func(*URI) **string) attribute {
+	a := text(name, field)
+	parse := a.parse
+	a.parse = func(u *URI, raw []byte) error {
+		err := parse(u, raw)
+		if value := *field(u); value != nil {
+			*field(u) = new(strings.TrimRight(*value, Padding))
+		}
+		return err
+	}
+	return a
 }
 
 // text is a path attribute whose value is text.

@@ -35,7 +35,8 @@ type ObjectInfo struct {
 
 // The Match methods follow RFC 7512 section 2.5: each looks at its own
 // attributes, those that are absent match everything, the others match the same
-// bytes. All are false when there is an unrecognised path attribute. A key is
+// bytes. In the texts of fixed width, which are those of tokens, slots and modules, blanks
+// and zero bytes at the end are padding and count on neither side: p11tool prints them. All are false when there is an unrecognised path attribute. A key is
 // selected when MatchModule, MatchModuleName, MatchSlot, MatchToken and
 // MatchObject all say so.
 
@@ -43,8 +44,8 @@ type ObjectInfo struct {
 // library-description.
 func (u *URI) MatchModule(m ModuleInfo) bool {
 	return len(u.pathVendor) == 0 &&
-		same(u.LibraryManufacturer, m.Manufacturer) &&
-		same(u.LibraryDescription, m.Description) &&
+		padded(u.LibraryManufacturer, m.Manufacturer) &&
+		padded(u.LibraryDescription, m.Description) &&
 		same(u.LibraryVersion, m.Version)
 }
 
@@ -52,17 +53,17 @@ func (u *URI) MatchModule(m ModuleInfo) bool {
 func (u *URI) MatchSlot(s SlotInfo) bool {
 	return len(u.pathVendor) == 0 &&
 		same(u.SlotID, s.ID) &&
-		same(u.SlotManufacturer, s.Manufacturer) &&
-		same(u.SlotDescription, s.Description)
+		padded(u.SlotManufacturer, s.Manufacturer) &&
+		padded(u.SlotDescription, s.Description)
 }
 
 // MatchToken matches token, manufacturer, serial and model.
 func (u *URI) MatchToken(t wire.TokenID) bool {
 	return len(u.pathVendor) == 0 &&
-		same(u.Token, t.Label) &&
-		same(u.Manufacturer, t.Manufacturer) &&
-		same(u.Serial, t.Serial) &&
-		same(u.Model, t.Model)
+		padded(u.Token, t.Label) &&
+		padded(u.Manufacturer, t.Manufacturer) &&
+		padded(u.Serial, t.Serial) &&
+		padded(u.Model, t.Model)
 }
 
 // MatchObject matches object, type and id. A type matches its own class only:
@@ -113,5 +114,14 @@ func (u *URI) MatchModuleName(registered, file string) bool {
 
 // soSuffix is the end of a shared library's file name, its version included.
 var soSuffix = regexp.MustCompile(`\.so(\.[0-9]+)*$`)
+
+// Padding is what fills the fixed width of a text of CK_INFO, CK_SLOT_INFO or
+// CK_TOKEN_INFO. The standard has blanks; tpm2-pkcs11 1.9 has zero bytes.
+const Padding = " \x00"
+
+// padded is same for a text of fixed width.
+func padded(want *string, have string) bool {
+	return want == nil || strings.TrimRight(*want, Padding) == strings.TrimRight(have, Padding)
+}
 
 func same[T comparable](want *T, have T) bool { return want == nil || *want == have }

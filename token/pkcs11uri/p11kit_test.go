@@ -55,8 +55,8 @@ var (
 	// p11kitMatches are the ways in which both take a text, but match
 	// something else.
 	p11kitMatches = map[string]func(text string) bool{
-		"blanks at the end of a text": func(text string) bool {
-			return strings.Contains(text, "%20;") || strings.HasSuffix(strings.Split(text, "?")[0], "%20")
+		"zero bytes at the end of a text": func(text string) bool {
+			return strings.Contains(text, "%00;") || strings.HasSuffix(strings.Split(text, "?")[0], "%00")
 		},
 		"a zero byte at the start of a text": func(text string) bool { return strings.Contains(text, "=%00") },
 		"old names of type": func(text string) bool {
@@ -80,7 +80,7 @@ var things = []struct {
 	{token: &wire.TokenID{Label: "a", Manufacturer: "a", Serial: "a", Model: "a"}},
 	{token: &wire.TokenID{Label: "A", Manufacturer: "a b", Serial: "a", Model: "ä"}},
 	{token: &wire.TokenID{Label: "a b", Manufacturer: "a", Serial: "A", Model: ""}},
-	{token: &wire.TokenID{Label: "a=b", Manufacturer: "a&b", Serial: "a+b", Model: "a\x00"}},
+	{token: &wire.TokenID{Label: "a=b", Manufacturer: "a&b", Serial: "a+b", Model: "ab"}},
 	{module: &ModuleInfo{}},
 	{module: &ModuleInfo{Manufacturer: "a", Description: "a", Version: Version{2, 1}}},
 	{module: &ModuleInfo{Manufacturer: "a", Description: "a b", Version: Version{2, 0}}},

@@ -29,7 +29,7 @@ func TestCanonical(t *testing.T) {
 		},
 		{"empty values", "pkcs11:id=;token=?module-name=", "pkcs11:token=;id=?module-name=", ""},
 		{"needless escapes", "pkcs11:token=%61%3a%5b%5d%40%21%24%27%28%29%2a%2b%2c%3d%26", "pkcs11:token=a:[]@!$'()*+,=&", ""},
-		{"needful escapes", "pkcs11:token=%2f%3f%7c%3b%25%20%23%c3%a4%00", "pkcs11:token=%2F%3F%7C%3B%25%20%23%C3%A4%00", ""},
+		{"needful escapes", "pkcs11:token=%00%2f%3f%7c%3b%25%20%23%c3%a4", "pkcs11:token=%00%2F%3F%7C%3B%25%20%23%C3%A4", ""},
 		{"escapes in the query", "pkcs11:?module-name=%2f%3f%7c%3b%25%26", "pkcs11:?module-name=/?|%3B%25%26", ""},
 		{"id", "pkcs11:id=a-%0f", "pkcs11:id=%61%2D%0F", ""},
 		{"pin-value", "pkcs11:token=a?pin-value=1234&module-name=b", "pkcs11:token=a?module-name=b", ""},

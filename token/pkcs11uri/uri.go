@@ -8,7 +8,8 @@
 //     attribute that is absent is told from one that is empty;
 //   - matching follows section 2.5: absent matches everything, present matches
 //     the same bytes and nothing else, and a URI with a path attribute nobody
-//     knows matches nothing;
+//     knows matches nothing. Only the padding of PKCS#11's fixed-size texts does
+//     not count;
 //   - there is one text for one URI (URI.Canonical);
 //   - a PIN goes from the caller's bytes straight into a secret.Secret and
 //     comes out of it only through URI.PIN. No text, no error, no verb of fmt,
@@ -17,7 +18,7 @@
 //
 // It leaves to others whether a pin-value, a pin-source or a module-path counts
 // at all (that depends on who says it), to run or read what a pin-source names,
-// to trim the padding of PKCS#11's fixed-size texts, and to resolve links.
+// and to resolve links.
 //
 // # Where RFC 7512 leaves room
 //
@@ -58,10 +59,11 @@
 //     broken escapes in values of unknown attributes; refused here.
 //   - p11-kit has no limits of length and number, as MaxLength and MaxAttributes
 //     are here.
-//   - p11-kit fills short values up with blanks, so that "token=a%20" matches
-//     the label "a"; it matches a value that starts with a zero byte with
-//     anything; and with a value too long for its field it matches nothing, not
-//     even what that value is not about. None of this happens here.
+//   - p11-kit matches zero bytes at the end of a value with nothing but zero
+//     bytes; here they are padding, as blanks are. p11-kit matches a value that
+//     starts with a zero byte with anything, and with a value too long for its
+//     field it matches nothing, not even what that value is not about. Neither
+//     happens here.
 package pkcs11uri
 
 import (

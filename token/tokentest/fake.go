@@ -145,6 +145,7 @@ type Fake struct {
 	removable bool
 	quiet     bool
 	rsa       int // how many RSA keys there are
+	stays     uint64
 }
 
 // An Intercept is shown each request before the Fake answers it, in a goroutine
@@ -243,6 +244,7 @@ type FakeProcess struct {
 	mu      sync.Mutex
 	cancels map[uint32]context.CancelFunc
 	over    bool                        // every request is cancelled
+	placed  map[wire.TokenID]*FakeToken // guarded by Fake.mu
 	asked   map[uint32]*wire.ModuleLane // by the request that came on it, until that is answered
 }
 
@@ -266,6 +268,7 @@ func (f *Fake) newProcess(c *net.UnixConn) (*FakeProcess, error) {
 	p := &FakeProcess{
 		fake: f, pid: int(peer.Pid), c: c, conn: conn, lanes: lanes,
 		cancels: make(map[uint32]context.CancelFunc), asked: make(map[uint32]*wire.ModuleLane),
+		placed: make(map[wire.TokenID]*FakeToken),
 	}
 	f.mu.Lock()
 	defer f.mu.Unlock()
@@ -510,13 +513,13 @@ func (f *Fake) answer(p *FakeProcess, r wire.Request) (wire.Message, *wire.Error
 		}
 		return reply, nil
 	case *wire.Objects:
-		t, e := f.find(m.Token)
+		t, e := f.look(p, m)
 		if e != nil {
 			return nil, e
 		}
 		return &wire.ObjectsReply{Info: t.info(p), Objects: t.objects(p)}, nil
 	case *wire.Token:
-		t, e := f.find(m.Token)
+		t, e := f.find(p, m.Token)
 		if e != nil {
 			return nil, e
 		}
@@ -526,12 +529,15 @@ func (f *Fake) answer(p *FakeProcess, r wire.Request) (wire.Message, *wire.Error
 		}
 		return &wire.TokenReply{Info: t.info(p)}, nil
 	case *wire.Login:
-		t, e := f.find(m.Token)
+		t, e := f.find(p, m.Token)
 		if e != nil {
 			return nil, e
 		}
 		if t.in[p] {
 			return &wire.TokenReply{Info: t.info(p)}, nil
+		}
+		if !t.stays(m.Stay) {
+			return nil, &wire.Error{Reason: wire.ReasonOtherToken}
 		}
 		if e := t.check(p, m.LastTry, m.Pad, m.PIN.Bytes()); e != nil {
 			return nil, e
@@ -539,13 +545,13 @@ func (f *Fake) answer(p *FakeProcess, r wire.Request) (wire.Message, *wire.Error
 		t.in[p] = true
 		return &wire.TokenReply{Info: t.info(p)}, nil
 	case *wire.Generate:
-		t, e := f.find(m.Token)
+		t, e := f.find(p, m.Token)
 		if e != nil {
 			return nil, e
 		}
 		return t.generate(p, m)
 	case *wire.Sign:
-		t, e := f.find(m.Key.Token)
+		t, e := f.find(p, m.Key.Token)
 		if e != nil {
 			return nil, e
 		}
@@ -558,14 +564,32 @@ func (f *Fake) answer(p *FakeProcess, r wire.Request) (wire.Message, *wire.Error
 	return nil, &wire.Error{Reason: wire.ReasonProtocol}
 }
 
-func (f *Fake) find(id wire.TokenID) (*FakeToken, *wire.Error) {
+// look finds the token whose objects are asked for.
+func (f *Fake) look(p *FakeProcess, m *wire.Objects) (*FakeToken, *wire.Error) {
+	if !m.Peek && !m.Placed {
+		return f.find(p, m.Token)
+	}
+	if m.Slot >= uint64(len(f.tokens)) || f.tokens[m.Slot].id != m.Token.Texts() || f.tokens[m.Slot].absent {
+		return nil, &wire.Error{Reason: wire.ReasonNoToken}
+	}
+	if m.Placed {
+		p.placed[m.Token] = f.tokens[m.Slot]
+	}
+	return f.tokens[m.Slot], nil
+}
+
+// find finds a token where the agent has said that it is.
+func (f *Fake) find(p *FakeProcess, id wire.TokenID) (*FakeToken, *wire.Error) {
 	for _, t := range f.tokens {
-		if t.id == id && !t.absent {
+		if placed := p.placed[id]; t.id == id.Texts() && !t.absent && (placed == nil || placed == t) {
 			return t, nil
 		}
 	}
 	return nil, &wire.Error{Reason: wire.ReasonNoToken}
 }
+
+// stays tells whether the token is in its slot since the stay that a PIN is for.
+func (t *FakeToken) stays(wanted uint64) bool { return wanted == 0 || wanted == t.stay }
 
 // Quietly does something that the processes are not told of.
 func (f *Fake) Quietly(do func()) {
@@ -612,7 +636,8 @@ type FakeToken struct {
 	tries  int
 	most   int
 	absent bool
-	stale  bool // logged out by another program, which this module does not notice
+	stay   uint64 // its number
+	stale  bool   // logged out by another program, which this module does not notice
 	in     map[*FakeProcess]bool
 	keys   []*FakeKey
 	wrong  int
@@ -645,6 +670,8 @@ func (f *Fake) AddToken(label, pin string) *FakeToken {
 		pin:        []byte(pin), tries: 3, most: 3,
 		in: make(map[*FakeProcess]bool),
 	}
+	f.stays++
+	t.stay = f.stays
 	f.tokens = append(f.tokens, t)
 	return t
 }
@@ -675,6 +702,8 @@ func (t *FakeToken) Remove() {
 func (t *FakeToken) Insert() {
 	t.fake.mu.Lock()
 	t.absent = false
+	t.fake.stays++
+	t.stay = t.fake.stays
 	t.fake.mu.Unlock()
 	t.fake.tell()
 }
@@ -754,7 +783,7 @@ func (t *FakeToken) info(p *FakeProcess) wire.TokenInfo {
 	case t.tries < t.most:
 		flags |= wire.CKFUserPINCountLow
 	}
-	return wire.TokenInfo{Flags: flags, MinPIN: 4, MaxPIN: 32, LoggedIn: t.in[p]}
+	return wire.TokenInfo{Flags: flags, MinPIN: 4, MaxPIN: 32, LoggedIn: t.in[p], Stay: t.stay}
 }
 
 // check tries a PIN, after what package token/module checks before.
@@ -1034,6 +1063,8 @@ func (t *FakeToken) sign(p *FakeProcess, m *wire.Sign) ([]byte, *wire.Error) {
 	switch {
 	case k.Always && !m.ContextLogin:
 		return nil, &wire.Error{Function: "C_Sign", RV: wire.CKRUserNotLoggedIn}
+	case m.ContextLogin && !t.stays(m.Stay):
+		return nil, &wire.Error{Reason: wire.ReasonOtherToken}
 	case m.ContextLogin:
 		if e := t.check(p, m.LastTry, m.Pad, m.PIN.Bytes()); e != nil {
 			return nil, e

@@ -19,6 +19,8 @@ type Person struct {
 	Always string
 	// ByToken is what is typed for the token of a label, instead of the above.
 	ByToken map[string]string
+	// ByReader is likewise for the reader that a question names, before ByToken.
+	ByReader map[string]string
 	// Consents is the answer for a last try.
 	Consents bool
 	// Declines has a notice declined.
@@ -143,6 +145,8 @@ func (c *conversation) PIN(ctx context.Context, problem string) (*secret.Secret,
 		c.p.prompts++
 		c.p.problems = append(c.p.problems, problem)
 		switch {
+		case c.p.ByReader[c.about.Reader] != "":
+			pin = c.p.ByReader[c.about.Reader]
 		case c.p.ByToken != nil:
 			pin = c.p.ByToken[c.about.Token.Label]
 		case c.p.Always != "":

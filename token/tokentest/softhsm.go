@@ -222,7 +222,7 @@ func (h *SoftHSM) DeletePrivate(token, id string) {
 }
 
 // ImportCertificate puts an X.509 certificate, in DER, on a token. id is in
-// hexadecimal.
+// hexadecimal; empty: it has none.
 func (h *SoftHSM) ImportCertificate(token, id, label string, der []byte) {
 	h.t.Helper()
 	f, err := os.CreateTemp(h.dir, "cert*.der")
@@ -233,7 +233,11 @@ func (h *SoftHSM) ImportCertificate(token, id, label string, der []byte) {
 	if _, err := f.Write(der); err != nil {
 		h.t.Fatal(err)
 	}
-	h.tool(token, h.login(token, "--write-object", f.Name(), "--type", "cert", "--id", id, "--label", label)...)
+	args := h.login(token, "--write-object", f.Name(), "--type", "cert", "--label", label)
+	if id != "" {
+		args = append(args, "--id", id)
+	}
+	h.tool(token, args...)
 }
 
 // ImportKey puts a private key, as PKCS#8 in PEM, on a token, with its public half.

@@ -69,6 +69,7 @@ func (m *TokenID) fields(c *codec) {
 	c.text(&m.Manufacturer)
 	c.text(&m.Model)
 	c.text(&m.Serial)
+	c.uint32(&m.Twin)
 }
 
 func (m *TokenInfo) fields(c *codec) {
@@ -77,6 +78,7 @@ func (m *TokenInfo) fields(c *codec) {
 	c.uint64(&m.MinPIN)
 	c.uint64(&m.MaxPIN)
 	c.bool(&m.LoggedIn)
+	c.uint64(&m.Stay)
 }
 
 func (m *Mechanism) fields(c *codec) {
@@ -87,6 +89,9 @@ func (m *Mechanism) fields(c *codec) {
 
 func (m *Objects) fields(c *codec) {
 	m.Token.fields(c)
+	c.uint64(&m.Slot)
+	c.bool(&m.Placed)
+	c.bool(&m.Peek)
 }
 
 func (m *ObjectsReply) fields(c *codec) {
@@ -121,6 +126,7 @@ func (m *TokenReply) fields(c *codec) {
 
 func (m *Login) fields(c *codec) {
 	m.Token.fields(c)
+	c.uint64(&m.Stay)
 	c.bool(&m.LastTry)
 	c.bool(&m.Pad)
 	c.secret(&m.PIN)
@@ -137,6 +143,7 @@ func (m *Sign) fields(c *codec) {
 	c.uint32(&m.SignatureLen)
 	c.bytes(&m.Data)
 	c.bool(&m.ContextLogin)
+	c.uint64(&m.Stay)
 	c.bool(&m.LastTry)
 	c.bool(&m.Pad)
 	c.secret(&m.PIN)
@@ -151,6 +158,7 @@ func (m *KeyID) fields(c *codec) {
 	c.uint64(&m.KeyType)
 	c.bytes(&m.Modulus)
 	c.bytes(&m.ECPoint)
+	c.bool(&m.Any)
 }
 
 func (m *SignReply) fields(c *codec) {

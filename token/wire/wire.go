@@ -21,7 +21,7 @@ import "p11-agent/pinentry/secret"
 
 // Version is the version of this language. Both sides are the same binary, so a
 // difference means that the binary was replaced while the agent ran.
-const Version = 5
+const Version = 6
 
 // FD is the file descriptor number that a module process finds its socket at.
 const FD = 3
@@ -152,6 +152,15 @@ type TokenID struct {
 	Manufacturer string
 	Model        string
 	Serial       string
+	// Twin tells tokens apart whose four texts are the same. The agent numbers them by
+	// their keys; the first has 0. A module process takes the number as it is.
+	Twin uint32
+}
+
+// Texts returns the name without the number.
+func (t TokenID) Texts() TokenID {
+	t.Twin = 0
+	return t
 }
 
 // TokenInfo is what changes during a token's life.
@@ -162,6 +171,9 @@ type TokenInfo struct {
 	MaxPIN      uint64
 	// LoggedIn tells whether the user is logged in, as far as this process knows.
 	LoggedIn bool
+	// Stay numbers the stays of tokens in slots that this process has seen: a token that
+	// was taken out and put in again has another number. 0: it was not looked for yet.
+	Stay uint64
 }
 
 // A Mechanism is one the token can sign with (CKF_SIGN), with its key sizes.
@@ -170,9 +182,17 @@ type Mechanism struct {
 	MinKey, MaxKey uint64
 }
 
-// Objects asks for the keys and certificates that are visible now.
+// Objects asks for the keys and certificates that are visible now. It also tells in
+// which slot the token is: from then on the process uses the token in that slot alone.
 type Objects struct {
 	Token TokenID
+	// Slot counts when Placed is set. Otherwise the process looks for the token in all
+	// slots.
+	Slot   uint64
+	Placed bool
+	// Peek reads the objects of whatever token of these texts is in the slot, and
+	// remembers nothing of it.
+	Peek bool
 }
 
 // ObjectsReply lists them.
@@ -226,7 +246,10 @@ type TokenReply struct {
 // token, when the PIN is locked, or when this is the last try and LastTry is
 // not set: a PIN is never tried on a token it was not given for.
 type Login struct {
-	Token   TokenID
+	Token TokenID
+	// Stay is the stay that the PIN is for (TokenInfo.Stay). The process refuses the PIN
+	// when another stay has begun. 0: any stay.
+	Stay    uint64
 	LastTry bool
 	// Pad has the person type the PIN on the reader itself: C_Login with a null
 	// PIN, for CKF_PROTECTED_AUTHENTICATION_PATH.
@@ -249,6 +272,7 @@ type Sign struct {
 	// C_SignInit and C_Sign, for CKA_ALWAYS_AUTHENTICATE; LastTry and Pad as in
 	// Login.
 	ContextLogin bool
+	Stay         uint64 // for ContextLogin, as in Login
 	LastTry      bool
 	Pad          bool
 	PIN          *secret.Secret
@@ -263,6 +287,9 @@ type KeyID struct {
 	KeyType uint64 // CKK
 	Modulus []byte // RSA
 	ECPoint []byte // EC and Edwards: the point itself, without an OCTET STRING around it
+	// Any tells that ID and Label are not those of the private key: any private key counts
+	// that does not show another public half. A signature tells which one it is.
+	Any bool
 }
 
 // SignReply holds the signature as the token gave it: RSA as it is, ECDSA as r

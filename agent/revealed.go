@@ -1,0 +1,29 @@
+package agent
+
+import (
+	"errors"
+	"slices"
+)
+
+// hider is a Key whose token may not have shown its private key yet. Until then nobody
+// knows whether a name that the private key alone has is its own.
+type hider interface{ Hidden() bool }
+
+// hidden tells whether nobody knows yet what the private key is called.
+func (id *identity) hidden() bool {
+	return slices.ContainsFunc(id.homes, func(k Key) bool {
+		h, ok := k.(hider)
+		return ok && h.Hidden()
+	})
+}
+
+// errRevealed is why a signature is not handed out.
+var errRevealed = errors.New("the login shows that this is not the key that was named: its label or ID is another one")
+
+// stillThere fails when a login has shown that the identity is not one of the caller's.
+func (k *Keyring) stillThere(c *Caller, id *identity) error {
+	if now, unseen := k.find(c, []byte(id.wire)); unseen != nil || now == nil {
+		return errRevealed
+	}
+	return nil
+}

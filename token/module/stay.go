@@ -1,0 +1,55 @@
+package module
+
+import (
+	"context"
+
+	"p11-agent/token/wire"
+)
+
+// stays fails when the PIN of a request is for another stay of a token than p: another
+// card may have come into the slot since the agent looked at the card.
+func (p *presence) stays(wanted uint64) error {
+	if wanted != 0 && wanted != p.stay {
+		return &wire.Error{Reason: wire.ReasonOtherToken}
+	}
+	return nil
+}
+
+// place notes in which slot a token is. The agent tells tokens of the same texts apart by
+// their keys, and so it says which of them is where.
+func (s *server) place(t *token, slot uint) {
+	s.mu.Lock()
+	s.slots[t.id], s.placed[t.id] = slot, true
+	s.mu.Unlock()
+	if p := t.present(); p != nil && p.slot != slot {
+		t.retire(p)
+	}
+}
+
+// presenceIn returns the presence of a token of these texts in a slot, nil when there is
+// none.
+func (s *server) presenceIn(slot uint, id wire.TokenID) *presence {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	for _, t := range s.tokens {
+		if p := t.present(); t.id.Texts() == id && p != nil && p.slot == slot {
+			return p
+		}
+	}
+	return nil
+}
+
+// peek reads the objects of the token in a slot, for the agent to know which one it is.
+func (s *server) peek(ctx context.Context, lib *library, m *wire.Objects) (wire.Message, error) {
+	p := &presence{lib: lib, slot: uint(m.Slot), id: m.Token.Texts()}
+	session, info, err := p.openSession()
+	if err != nil {
+		return nil, err
+	}
+	defer func() { _ = lib.closeSession(session) }()
+	objects, err := s.readObjects(ctx, lib, session)
+	if err != nil {
+		return nil, err
+	}
+	return &wire.ObjectsReply{Info: info, Objects: objects}, nil
+}
