@@ -54,6 +54,17 @@ func (f *found) sameAs(o *found) bool { return bytes.Equal(f.id, o.id) && f.sum 
 // show only after a login: then a public key or a certificate stands for its
 // private key. Objects that cannot be used are left out; why is told by skip.
 func pair(objects []wire.Object, token wire.TokenID, hidden bool, skip func(o wire.Object, reason error)) []*found {
+	return pairOf(objects, token, hidden, false, skip)
+}
+
+// pairOf is pair for a list that may be cut short. Then the private key of a public key may
+// be among the objects that are not listed, and the public key stands for it.
+func pairOf(objects []wire.Object, token wire.TokenID, hidden, cut bool, skip func(o wire.Object, reason error)) []*found {
+	return pairInto(newPairIndex(), objects, token, hidden, cut, skip)
+}
+
+// pairInto is pairOf with the index to use.
+func pairInto(known *pairIndex, objects []wire.Object, token wire.TokenID, hidden, cut bool, skip func(o wire.Object, reason error)) []*found {
 	var all []*found
 	// find returns the pair that an object belongs to: the one with its public
 	// half, or, when either does not show one, one with its ID, if possible with
@@ -62,7 +73,7 @@ func pair(objects []wire.Object, token wire.TokenID, hidden bool, skip func(o wi
 	find := func(o wire.Object, keyType uint64, pub crypto.PublicKey, sum [sha256.Size]byte) *found {
 		var best *found
 		rank := 0
-		for _, f := range all {
+		for f := range known.candidates(o, keyType, pub, sum) {
 			if f.keyType != keyType {
 				continue
 			}
@@ -107,8 +118,12 @@ func pair(objects []wire.Object, token wire.TokenID, hidden bool, skip func(o wi
 		if f.label == "" {
 			f.label = o.Label
 		}
-		f.labels = append(f.labels, o.Label)
-		f.classes = append(f.classes, o.Class)
+		if len(f.labels) < maxPairObjects {
+			f.labels = append(f.labels, o.Label)
+			f.classes = append(f.classes, o.Class)
+		}
+		f.visible = f.visible || o.Class == wire.CKOPrivateKey
+		known.note(f)
 		return f
 	}
 
@@ -116,7 +131,7 @@ func pair(objects []wire.Object, token wire.TokenID, hidden bool, skip func(o wi
 		long := max(len(o.ID), len(o.Label)) > maxObjectText
 		if long {
 			o.ID, o.Label = nil, ""
-			skip(o, fmt.Errorf("its ID or label has more than %d bytes", maxObjectText))
+			skip(o, errLongText)
 		}
 		return long
 	})
@@ -159,7 +174,6 @@ func pair(objects []wire.Object, token wire.TokenID, hidden bool, skip func(o wi
 				// that is no reason to skip it.
 				pub, _ := publicKey(o)
 				f := add(o, o.KeyType, pub)
-				f.visible = true
 				f.open = hidden || o.Private == wire.False
 				f.label = cmp.Or(o.Label, f.label)
 				f.always = o.AlwaysAuth == wire.True
@@ -179,7 +193,9 @@ func pair(objects []wire.Object, token wire.TokenID, hidden bool, skip func(o wi
 					continue
 				}
 				f := add(o, keyType, cert.PublicKey)
-				f.certs = append(f.certs, o.Value)
+				if len(f.certs) < maxPairObjects {
+					f.certs = append(f.certs, o.Value)
+				}
 				// An encryption certificate counts also when the private key says that it
 				// signs: libykcs11 2.2 says so of each, once somebody is logged in.
 				if reason := unfitCertificate(cert); reason != "" && (!f.visible || !cert.IsCA) && f.unfit == "" {
@@ -196,7 +212,7 @@ func pair(objects []wire.Object, token wire.TokenID, hidden bool, skip func(o wi
 		case f.public == nil:
 			skip(o, errors.New("the token gives no public key or certificate for it"))
 			continue
-		case !f.visible && !hidden:
+		case !f.visible && !hidden && !cut:
 			skip(o, errors.New("there is no private key for it on the token"))
 			continue
 		}

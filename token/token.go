@@ -4,6 +4,7 @@ import (
 	"bytes"
 	"cmp"
 	"context"
+	"crypto/sha256"
 	"encoding/hex"
 	"errors"
 	"fmt"
@@ -30,7 +31,9 @@ type Token struct {
 	shadow           string    // the module that the token is used through instead of this one
 	belongs          string    // the module that it belongs to, when it is used through this one instead
 	keys             []*Key
-	weight           int // of the keys, in bytes
+	bySum            map[[sha256.Size]byte][]*Key // keys, by the digest of their public half
+	weight           int                          // of the keys, in bytes
+	leftOut          []string                     // see TokenStatus.LeftOut
 	insertions       uint64
 	seen             time.Time // when it was there last, if it is not
 	session          *process  // the process that is logged in, nil when none is
@@ -46,6 +49,7 @@ type Token struct {
 func newToken(m *module, id wire.TokenID) *Token {
 	return &Token{
 		ID: id, module: m, gate: newGate(m.store.physicals.take(id), m.identity), refusesMechanism: make(map[uint64]bool),
+		bySum:      make(map[[sha256.Size]byte][]*Key),
 		insertions: m.insertions,
 	}
 }
@@ -71,45 +75,50 @@ func (t *Token) look(ctx context.Context, p *process, slot *wire.Slot, others []
 	t.mu.Lock()
 	changes := t.changes
 	t.mu.Unlock()
-	var reply wire.ObjectsReply
-	if err := p.call(ctx, listTimeout, wire.TypeObjects, &wire.Objects{Token: t.ID}, &reply); err != nil {
+	reply, err := p.objects(ctx, &wire.Objects{Token: t.ID, Named: t.named()})
+	if err != nil {
 		return 0, err
 	}
-	size := bulk(reply.Objects)
-	hidden := reply.Info.Flags&wire.CKFLoginRequired != 0 && !reply.Info.LoggedIn
+	hidden := reply.info.Flags&wire.CKFLoginRequired != 0 && !reply.info.LoggedIn
 	log := t.module.log
+	var left leftOut
+	left.listed(reply)
 	if slot != nil {
 		t.mu.Lock()
 		t.slot = *slot
 		t.mu.Unlock()
 	}
-	pairs := t.pair(reply.Objects, hidden, func(o wire.Object, reason error) {
+	pairs := t.pair(reply.objects, hidden, reply.cut, func(o wire.Object, reason error) {
+		left.skipped(reason)
 		log.Debug("object is not used", "token", t.ID.Label, "label", o.Label, "id", hex.EncodeToString(o.ID), "reason", reason)
 	})
-	pairs = t.fit(pairs, others)
-	t.mu.Lock()
-	defer t.mu.Unlock()
-	t.slot.Info = reply.Info
-	t.weight = weight(pairs)
-	switch {
-	case t.changes != changes: // what was read may be of before
-	case reply.Info.LoggedIn:
-		t.enterLocked(p)
-	case t.session == p:
-		t.session = nil
-	}
 	// Some modules list their objects in another order each time.
 	slices.SortStableFunc(pairs, func(a, b *found) int {
 		return cmp.Or(bytes.Compare(a.id, b.id), cmp.Compare(a.label, b.label))
 	})
-	old := t.keys
-	t.keys = nil
+	pairs = t.fit(pairs, others, &left)
+	t.mu.Lock()
+	defer t.mu.Unlock()
+	t.slot.Info = reply.info
+	t.weight = weight(pairs)
+	t.leftOut = left.reasons()
+	switch {
+	case t.changes != changes: // what was read may be of before
+	case reply.info.LoggedIn:
+		t.enterLocked(p)
+	case t.session == p:
+		t.session = nil
+	}
+	before := t.bySum
+	ids := idsOf(pairs)
+	t.keys, t.bySum = make([]*Key, 0, len(pairs)), make(map[[sha256.Size]byte][]*Key, len(pairs))
 	for _, f := range pairs {
+		old := before[f.sum]
 		if i := slices.IndexFunc(old, func(o *Key) bool { return !f.visible && f.sameAs(o.found) }); i >= 0 {
 			// What a login has shown of the private key is true without one.
 			f.always, f.unfit = old[i].found.always, old[i].found.unfit
 		}
-		k := newKey(t, f, pairs)
+		k := newKey(t, f, ids)
 		if i := slices.IndexFunc(old, func(o *Key) bool { return f.sameAs(o.found) }); i >= 0 {
 			k.use = old[i].use
 		}
@@ -117,9 +126,15 @@ func (t *Token) look(ctx context.Context, p *process, slot *wire.Slot, others []
 		if i := slices.IndexFunc(old, func(o *Key) bool { return o.same(k) }); i >= 0 {
 			k = old[i]
 		}
-		t.keys = append(t.keys, k)
+		t.addLocked(k)
 	}
-	return size, nil
+	return reply.size, nil
+}
+
+// addLocked adds a key to those of the token.
+func (t *Token) addLocked(k *Key) {
+	t.keys = append(t.keys, k)
+	t.bySum[k.found.sum] = append(t.bySum[k.found.sum], k)
 }
 
 // setUsed notes through which module the token is used, empty for this one, and which
@@ -157,7 +172,7 @@ func (t *Token) keyList() []*Key {
 func (t *Token) current(k *Key) *Key {
 	t.mu.Lock()
 	defer t.mu.Unlock()
-	for _, o := range t.keys {
+	for _, o := range t.bySum[k.found.sum] {
 		if (len(k.found.id) == 0 || bytes.Equal(o.found.id, k.found.id)) && equalKeys(o.found.public, k.found.public) {
 			return o
 		}
@@ -274,6 +289,7 @@ func (t *Token) status(present bool) TokenStatus {
 		Seen:       seen,
 		LastUse:    t.use.lastTime(),
 		Signatures: t.use.count.Load(),
+		LeftOut:    t.leftOut,
 	}
 	if t.session != nil {
 		st.LoggedInSince = t.since

@@ -87,11 +87,24 @@ func (m *Mechanism) fields(c *codec) {
 
 func (m *Objects) fields(c *codec) {
 	m.Token.fields(c)
+	list(c, &m.Named, (*ObjectName).fields)
+}
+
+func (m *ObjectName) fields(c *codec) {
+	c.bytes(&m.ID)
+	c.text(&m.Label)
+}
+
+func (m *ObjectsPart) fields(c *codec) {
+	c.bool(&m.First)
+	list(c, &m.Objects, (*Object).fields)
 }
 
 func (m *ObjectsReply) fields(c *codec) {
 	m.Info.fields(c)
 	list(c, &m.Objects, (*Object).fields)
+	c.bool(&m.Cut)
+	c.uint32(&m.Long)
 }
 
 func (m *Object) fields(c *codec) {
