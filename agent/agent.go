@@ -81,6 +81,9 @@ type Bind struct {
 type Identity struct {
 	Key     ssh.PublicKey
 	Comment string
+	// Named tells that somebody has named the key itself, or has added it: it comes first
+	// where clients cannot take all keys.
+	Named bool
 }
 
 // A Listing is the identities that a connection may see. It is not changed.

@@ -519,6 +519,7 @@ type KeyStatus struct {
 	Expires     time.Time // zero: it does not
 	LastUse     time.Time // zero: it was not used since the agent has started
 	Signatures  uint64    // since then; those with a certificate of the key count, too
+	Identity    Identity  // as it is listed
 }
 
 // An UpstreamStatus tells of another agent.
@@ -537,12 +538,12 @@ func (k *Keyring) Now() Status {
 	s := Status{Approvals: k.approvals.list(), Pauses: k.opts.Questions.Pauses()}
 	k.audit.mu.Lock()
 	signed, folded := k.audit.signed.newest(), slices.Concat(k.audit.changed, k.audit.failures)
-	for _, id := range v.identities {
+	for i, id := range v.identities {
 		used := k.audit.uses[id.fingerprint]
 		s.Keys = append(s.Keys, KeyStatus{
 			Key: id.key, Fingerprint: id.fingerprint, Comment: visible(id.comment, maxField), Homes: id.homes,
 			Software: id.software != nil, Confirm: id.limits.confirm, Limited: id.limits.route(),
-			Expires: id.limits.expires, LastUse: used.last, Signatures: used.count,
+			Expires: id.limits.expires, LastUse: used.last, Signatures: used.count, Identity: v.list.Identities[i],
 		})
 	}
 	k.audit.mu.Unlock()

@@ -15,6 +15,7 @@ type identity struct {
 	wire        string // of key
 	comment     string
 	homes       []Key
+	named       bool          // see Identity.Named
 	awaited     bool          // offered while its tokens are away, which are asked for when it is to sign
 	software    crypto.Signer // nil: it is on tokens only
 	limits      limits
@@ -120,7 +121,7 @@ func (k *Keyring) nowLocked(generation, certificates uint64) *view {
 	}
 	v.list.Identities = make([]Identity, len(v.identities))
 	for i, id := range v.identities {
-		v.list.Identities[i] = Identity{Key: id.key, Comment: id.comment}
+		v.list.Identities[i] = Identity{Key: id.key, Comment: id.comment, Named: id.named || len(id.homes) == 0}
 		if owed := k.owed[id.plainWire()]; owed != nil && len(id.homes) > 0 && id.limits.looser(owed) {
 			id.owed = owed
 		}
@@ -160,8 +161,8 @@ func (k *Keyring) tokensLocked(v *view) {
 		return plain
 	}
 	// take shows a key, with a certificate when that is not nil. named tells that the
-	// configuration has it.
-	take := func(i int, cert *ssh.Certificate, named bool) {
+	// configuration has it, and alone that it was named by itself.
+	take := func(i int, cert *ssh.Certificate, named, alone bool) {
 		key := keys[i]
 		awaited := k.opts.OfferAway != nil && k.opts.OfferAway(key, named)
 		if i >= len(present) && !awaited {
@@ -186,10 +187,11 @@ func (k *Keyring) tokensLocked(v *view) {
 			}
 			id = &identity{key: shown, plain: plain.wiredKey, wire: wire, comment: key.URI(), fingerprint: plain.fingerprint}
 			if name := k.opts.Name(key); name != "" {
-				id.comment = name
+				id.comment, id.named = name, true
 			}
 			v.add(id)
 		}
+		id.named = id.named || alone
 		if !slices.Contains(id.homes, key) {
 			id.homes = append(id.homes, key)
 		}
@@ -198,14 +200,14 @@ func (k *Keyring) tokensLocked(v *view) {
 	if k.opts.Automatic == nil {
 		for i, key := range keys {
 			if key.Unfit() == "" {
-				take(i, nil, false)
+				take(i, nil, false, false)
 			}
 		}
 	}
 	for _, s := range k.opts.Automatic {
 		for i, key := range keys {
 			if selects(s, key) {
-				take(i, nil, true)
+				take(i, nil, true, !s.Broad())
 			}
 		}
 	}
@@ -228,10 +230,10 @@ func (k *Keyring) tokensLocked(v *view) {
 	}
 	for _, c := range all {
 		if !v.limits[plains[keys[c.i]].wire].certificates && !c.a.limits.certificates {
-			take(c.i, nil, false)
+			take(c.i, nil, false, !c.a.selection.Broad())
 		}
 		for _, cert := range c.a.certificates {
-			take(c.i, cert, false)
+			take(c.i, cert, false, true)
 		}
 	}
 	for _, id := range v.identities {
@@ -272,7 +274,7 @@ func (v *view) certify(certs []*ssh.Certificate, hidden map[string]uint64) {
 			}
 			v.add(&identity{
 				key: wired(c, wire), plain: id.plain, wire: wire, comment: id.comment, fingerprint: id.fingerprint,
-				homes: id.homes, awaited: id.awaited, limits: limits,
+				homes: id.homes, named: id.named, awaited: id.awaited, limits: limits,
 			})
 		}
 	}

@@ -242,6 +242,7 @@ func (k *Keyring) List(ctx context.Context, c *Caller) (*Listing, error) {
 	}
 	for _, id := range theirs {
 		if v.byKey[string(id.Key.Marshal())] == nil {
+			id.Named = true // so is its agent, by the configuration
 			own.Identities = append(own.Identities, id)
 		}
 	}

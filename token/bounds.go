@@ -33,6 +33,10 @@ const (
 	maxMissing = 64
 	// maxObjectText is the most bytes of an object's label or ID.
 	maxObjectText = maxKnownText
+	// maxPairObjects is how many objects of one key pair are remembered.
+	maxPairObjects = 64
+	// objectRoom is what an object takes besides its texts and numbers, at the most.
+	objectRoom = 256
 
 	// The agent looks at a module for its events so often at once, and then once in each
 	// interval. Each look may be a new list of keys for every client.
@@ -111,13 +115,19 @@ var signsWith = func() map[uint64]bool {
 func weight(keys []*found) int {
 	n := 0
 	for _, f := range keys {
-		n += 1024 + len(f.id) + 2*len(f.modulus) + 2*len(f.point)
-		for _, l := range f.labels {
-			n += len(l)
-		}
+		n += f.weight()
 		for _, c := range f.certs {
 			n += len(c)
 		}
+	}
+	return n
+}
+
+// weight is likewise, without the certificates.
+func (f *found) weight() int {
+	n := 1024 + len(f.id) + 2*len(f.modulus) + 2*len(f.point)
+	for _, l := range f.labels {
+		n += len(l)
 	}
 	return n
 }
@@ -127,14 +137,15 @@ func bulk(objects []wire.Object) int {
 	n := 0
 	for i := range objects {
 		o := &objects[i]
-		n += 256 + len(o.ID) + len(o.Label) + len(o.Modulus) + len(o.Exponent) + len(o.ECParams) + len(o.ECPoint) + len(o.Value)
+		n += objectRoom + len(o.ID) + len(o.Label) + len(o.Modulus) + len(o.Exponent) + len(o.ECParams) + len(o.ECPoint) + len(o.Value)
 	}
 	return n
 }
 
 // fit returns as many of the keys that a token shows as there is room for beside those
-// of others, which are tokens of the same module.
-func (t *Token) fit(pairs []*found, others []*Token) []*found {
+// of others, which are tokens of the same module. Keys that somebody has named come first.
+// Certificates give way to keys: SSH does not need them.
+func (t *Token) fit(pairs []*found, others []*Token, left *leftOut) []*found {
 	keys, bytes := maxModuleKeys, maxKeyBytes
 	for _, o := range others {
 		if o != t {
@@ -142,13 +153,43 @@ func (t *Token) fit(pairs []*found, others []*Token) []*found {
 			keys, bytes = keys-n, bytes-size
 		}
 	}
-	for i := range pairs {
-		if bytes -= weight(pairs[i : i+1]); i >= keys || bytes < 0 {
-			t.module.log.Warn("module shows more keys than are used", "token", t.ID.Label, "shown", len(pairs), "used", i)
-			return pairs[:i]
+	fits := make(map[*found]bool, len(pairs))
+	add := func(f *found) {
+		if fits[f] || len(fits) >= keys || f.weight() > bytes {
+			return
+		}
+		fits[f] = true
+		bytes -= f.weight()
+	}
+	if all := weight(pairs); len(pairs) > keys || all > bytes {
+		for _, f := range pairs {
+			if t.isNamed(f) {
+				add(f)
+			}
 		}
 	}
-	return pairs
+	for _, f := range pairs {
+		add(f)
+	}
+	kept := make([]*found, 0, len(fits))
+	for _, f := range pairs {
+		if !fits[f] {
+			continue
+		}
+		kept = append(kept, f)
+		for i, c := range f.certs {
+			if bytes -= len(c); bytes < 0 {
+				bytes += len(c)
+				left.certificates += len(f.certs) - i
+				f.certs = f.certs[:i]
+				break
+			}
+		}
+	}
+	if left.keys = len(pairs) - len(kept); left.keys > 0 {
+		t.module.log.Warn("module shows more keys than are used", "token", t.ID.Label, "shown", len(pairs), "used", len(kept))
+	}
+	return kept
 }
 
 // holds returns how many keys the token has, and what they take of the memory.

@@ -142,8 +142,8 @@ func readerOf(readers []pcsc.Reader, slot wire.Slot) (r pcsc.Reader, ok bool) {
 
 // see notes which card a look has found, and forgets what belongs to another one. before is
 // what pcscd said just before the objects were read.
-func (t *Token) see(ctx context.Context, p *process, reply *wire.ObjectsReply, before []pcsc.Reader) {
-	now := card{process: p, stay: reply.Info.Stay, shown: shownBy(reply.Objects)}
+func (t *Token) see(ctx context.Context, p *process, reply *listed, before []pcsc.Reader) {
+	now := card{process: p, stay: reply.info.Stay, shown: shownBy(reply.objects)}
 	t.mu.Lock()
 	slot := t.slot
 	t.mu.Unlock()

@@ -176,7 +176,7 @@ func (t *Token) generate(ctx context.Context, req *wire.Generate, kind KeyKind, 
 	if info.Flags&wire.CKFLoginRequired != 0 {
 		// Policies and sources of PINs are those of the key that is to be.
 		f := &found{id: req.ID, label: req.Label, labels: []string{req.Label}, visible: true}
-		typed, err := t.login(ctx, newKey(t, f, []*found{f}), given{pin: pin})
+		typed, err := t.login(ctx, newKey(t, f, nil), given{pin: pin})
 		typed.Wipe()
 		if err != nil {
 			return nil, nil, err

@@ -45,6 +45,8 @@ func NamesToken(u *pkcs11uri.URI) bool {
 func (s *Store) SetHomes(uris []*pkcs11uri.URI) {
 	s.mu.Lock()
 	s.preferred = homeURIs(uris)
+	s.configuredNames = wantedURIs(uris)
+	s.setWantedLocked()
 	s.mu.Unlock()
 	s.publish()
 }

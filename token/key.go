@@ -94,16 +94,11 @@ var (
 
 // newKey makes the key of a pair. Its URI names the token by label and serial
 // and the key by its ID, which stay the same before and after a login; the
-// label only where the ID does not tell it from the others of the token.
-func newKey(t *Token, f *found, all []*found) *Key {
+// label only where the ID does not tell it from the others of the token: ids counts the
+// keys of each ID.
+func newKey(t *Token, f *found, ids map[string]int) *Key {
 	label := ""
-	same := 0
-	for _, o := range all {
-		if bytes.Equal(o.id, f.id) {
-			same++
-		}
-	}
-	if len(f.id) == 0 || same > 1 {
+	if len(f.id) == 0 || ids[string(f.id)] > 1 {
 		label = f.label
 	}
 	u := pkcs11uri.ForKey(t.ID, label, f.id)
@@ -184,6 +179,9 @@ func (k *Key) Insertions() uint64 {
 func (k *Key) Matches(u *pkcs11uri.URI) bool { return k.matches(u, true) }
 
 func (k *Key) matches(u *pkcs11uri.URI, byPath bool) bool {
+	if u.ID != nil && !bytes.Equal(u.ID, k.found.id) { // most of thousands of keys end here
+		return false
+	}
 	if !k.token.matches(u, byPath) {
 		return false
 	}

@@ -254,8 +254,9 @@ func (m *module) restore(k *known) {
 				all = append(all, f)
 			}
 		}
+		ids := idsOf(all)
 		for _, f := range all {
-			restored.keys = append(restored.keys, newKey(restored, f, all))
+			restored.addLocked(newKey(restored, f, ids))
 		}
 		restored.names = indexNames(restored.keys)
 		restored.weight = weight(all)

@@ -56,6 +56,17 @@ type found struct {
 // show only after a login: then a public key or a certificate stands for its
 // private key. Objects that cannot be used are left out; why is told by skip.
 func pair(objects []wire.Object, token wire.TokenID, hidden bool, skip func(o wire.Object, reason error)) []*found {
+	return pairOf(objects, token, hidden, false, skip)
+}
+
+// pairOf is pair for a list that may be cut short. Then the private key of a public key may
+// be among the objects that are not listed, and the public key stands for it.
+func pairOf(objects []wire.Object, token wire.TokenID, hidden, cut bool, skip func(o wire.Object, reason error)) []*found {
+	return pairInto(newPairIndex(), objects, token, hidden, cut, skip)
+}
+
+// pairInto is pairOf with the index to use.
+func pairInto(known *pairIndex, objects []wire.Object, token wire.TokenID, hidden, cut bool, skip func(o wire.Object, reason error)) []*found {
 	var all []*found
 	// find returns the pair that an object belongs to: the one with its public
 	// half, or, when either does not show one, one with its ID, if possible with
@@ -64,7 +75,7 @@ func pair(objects []wire.Object, token wire.TokenID, hidden bool, skip func(o wi
 	find := func(o wire.Object, keyType uint64, pub crypto.PublicKey, sum [sha256.Size]byte) *found {
 		var best *found
 		rank := 0
-		for _, f := range all {
+		for f := range known.candidates(o, keyType, pub, sum) {
 			if f.keyType != keyType {
 				continue
 			}
@@ -112,7 +123,9 @@ func pair(objects []wire.Object, token wire.TokenID, hidden bool, skip func(o wi
 		if f.label == "" {
 			f.label = o.Label
 		}
+		f.visible = f.visible || o.Class == wire.CKOPrivateKey
 		f.note(o.Class, o.Label, o.ID)
+		known.note(f)
 		return f
 	}
 
@@ -120,7 +133,7 @@ func pair(objects []wire.Object, token wire.TokenID, hidden bool, skip func(o wi
 		long := max(len(o.ID), len(o.Label)) > maxObjectText
 		if long {
 			o.ID, o.Label = nil, ""
-			skip(o, fmt.Errorf("its ID or label has more than %d bytes", maxObjectText))
+			skip(o, errLongText)
 		}
 		return long
 	})
@@ -164,7 +177,6 @@ func pair(objects []wire.Object, token wire.TokenID, hidden bool, skip func(o wi
 				// that is no reason to skip it.
 				pub, _ := publicKey(o)
 				f := add(o, o.KeyType, pub)
-				f.visible = true
 				f.open = hidden || o.Private == wire.False
 				f.label = cmp.Or(o.Label, f.label)
 				f.private, f.params = &privateName{o.ID, o.Label}, o.ECParams
@@ -185,7 +197,9 @@ func pair(objects []wire.Object, token wire.TokenID, hidden bool, skip func(o wi
 					continue
 				}
 				f := add(o, keyType, cert.PublicKey)
-				f.certs = append(f.certs, o.Value)
+				if len(f.certs) < maxPairObjects {
+					f.certs = append(f.certs, o.Value)
+				}
 				// An encryption certificate counts also when the private key says that it
 				// signs: libykcs11 2.2 says so of each, once somebody is logged in.
 				issued := foreign[sha256.Sum256(cert.Raw)]
@@ -208,7 +222,7 @@ func pair(objects []wire.Object, token wire.TokenID, hidden bool, skip func(o wi
 		case f.public == nil:
 			skip(o, errors.New("the token gives no public key or certificate for it"))
 			continue
-		case !f.visible && !hidden:
+		case !f.visible && !hidden && !cut:
 			skip(o, errors.New("there is no private key for it on the token"))
 			continue
 		}

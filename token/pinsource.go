@@ -118,10 +118,11 @@ func (s *Store) SetSources(all []*pkcs11uri.URI) {
 	s.configured = slices.Clone(all)
 }
 
-// RemoveSource undoes AddSource and wipes the PIN in the URI.
+// RemoveSource undoes AddSource and Select, and wipes the PIN in the URI.
 func (s *Store) RemoveSource(u *pkcs11uri.URI) {
 	s.mu.Lock()
 	defer s.mu.Unlock()
+	s.unwantLocked(u)
 	s.added = slices.DeleteFunc(slices.Clone(s.added), func(o addedSource) bool { return o.uri == u })
 	u.Wipe()
 }

@@ -105,7 +105,8 @@ type pending struct {
 	queue   *queue          // of the token
 	timeout time.Duration
 	since   time.Time
-	long    bool // a key is made: whoever waits behind that waits for no hang
+	long    bool                   // a key is made: whoever waits behind that waits for no hang
+	part    func(wire.Frame) error // takes a part of the answer; nil: it comes whole
 }
 
 // startProcess starts argv as a module process and has it load the module. The
@@ -352,9 +353,17 @@ func (p *process) read() {
 			p.kill(errors.New("it answered a question that was not asked"))
 			return
 		}
-		delete(p.waiting, f.ID)
 		now := time.Now()
 		w.queue.heard = now
+		if f.Type == wire.TypePart {
+			p.mu.Unlock()
+			if err := w.take(f); err != nil {
+				p.kill(fmt.Errorf("its answer made no sense: %w", err))
+				return
+			}
+			continue
+		}
+		delete(p.waiting, f.ID)
 		if w.long {
 			p.freed = now
 			p.setAlarmLocked(now)
@@ -362,6 +371,14 @@ func (p *process) read() {
 		p.mu.Unlock()
 		w.answer <- f
 	}
+}
+
+// take has somebody take a part of the answer.
+func (w *pending) take(f wire.Frame) error {
+	if w.part == nil {
+		return errors.New("it came in parts")
+	}
+	return w.part(f)
 }
 
 // lost makes a reason of what a process says of its own end.
@@ -385,16 +402,23 @@ func lost(f wire.Frame) error {
 // module process is told that nobody waits any more. A module that has not
 // answered after timeout is killed.
 func (p *process) call(ctx context.Context, timeout time.Duration, t wire.Type, req, reply wire.Message) error {
-	return p.request(ctx, false, timeout, t, req, reply)
+	return p.request(ctx, false, timeout, t, req, reply, nil)
 }
 
 // callThrough is call for what is to be undone by the module process when nobody
 // waits for it any more: it returns when that is over.
 func (p *process) callThrough(ctx context.Context, timeout time.Duration, t wire.Type, req, reply wire.Message) error {
-	return p.request(ctx, true, timeout, t, req, reply)
+	return p.request(ctx, true, timeout, t, req, reply, nil)
 }
 
-func (p *process) request(ctx context.Context, through bool, timeout time.Duration, t wire.Type, req, reply wire.Message) error {
+// callParts is call for an answer that comes in parts. Each of them gives the module as much
+// time as it had at first. part takes them one after the other, and may not wait. It may
+// still be called when callParts has returned, unless that was without an error.
+func (p *process) callParts(ctx context.Context, timeout time.Duration, t wire.Type, req, reply wire.Message, part func(wire.Frame) error) error {
+	return p.request(ctx, false, timeout, t, req, reply, part)
+}
+
+func (p *process) request(ctx context.Context, through bool, timeout time.Duration, t wire.Type, req, reply wire.Message, part func(wire.Frame) error) error {
 	if err := ctx.Err(); err != nil {
 		return err
 	}
@@ -405,7 +429,7 @@ func (p *process) request(ctx context.Context, through bool, timeout time.Durati
 	case p.timeout != 0:
 		timeout = p.timeout
 	}
-	w := &pending{answer: make(chan wire.Frame, 1), timeout: timeout, since: time.Now(), long: long}
+	w := &pending{answer: make(chan wire.Frame, 1), timeout: timeout, since: time.Now(), long: long, part: part}
 	p.mu.Lock()
 	if p.err != nil {
 		p.mu.Unlock()

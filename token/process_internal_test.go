@@ -272,3 +272,72 @@ func TestLogOutput(t *testing.T) {
 		})
 	}
 }
+
+// A list that comes in parts is no hang, however long it takes, and neither is what waits
+// behind it for the same token.
+func TestListInParts(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		const parts, takes = 50, listTimeout - time.Second
+		p := pipeProcess(t, func(conn *wire.ModuleConn, r wire.Request) {
+			if r.Type != wire.TypeObjects {
+				return // after the list
+			}
+			go func() {
+				for i := range parts {
+					time.Sleep(takes)
+					if conn.WritePart(r.ID, &wire.ObjectsPart{First: i == 0 || i == 1, Objects: make([]wire.Object, 2)}) != nil {
+						return
+					}
+				}
+				_ = conn.WriteReply(r.ID+1, new(wire.TokenReply))
+				_ = conn.WriteReply(r.ID, &wire.ObjectsReply{Cut: true, Long: 3, Objects: make([]wire.Object, 1)})
+			}()
+		})
+		var all sync.WaitGroup
+		all.Go(func() {
+			synctest.Wait()
+			if err := p.call(t.Context(), listTimeout, wire.TypeToken, new(wire.Token), new(wire.TokenReply)); err != nil {
+				t.Errorf("what waits behind the list: %v", err)
+			}
+		})
+		list, err := p.objects(t.Context(), new(wire.Objects))
+		if err != nil {
+			t.Fatal(err)
+		}
+		// The first part was forgotten when the list began again.
+		if n := len(list.objects); n != 2*(parts-1)+1 || !list.cut || list.long != 3 {
+			t.Errorf("%d objects, cut: %v, %d long", n, list.cut, list.long)
+		}
+		all.Wait()
+	})
+}
+
+// A process that lists without end is stopped, and one that answers in parts what has none.
+func TestPartsWithoutEnd(t *testing.T) {
+	for name, tt := range map[string]struct {
+		ask  func(t *testing.T, p *process) error
+		want string
+	}{
+		"list": {func(t *testing.T, p *process) error {
+			_, err := p.objects(t.Context(), new(wire.Objects))
+			return err
+		}, errEndless.Error()},
+		"no list": {func(t *testing.T, p *process) error {
+			return p.call(t.Context(), listTimeout, wire.TypeToken, new(wire.Token), new(wire.TokenReply))
+		}, "it came in parts"},
+	} {
+		t.Run(name, func(t *testing.T) {
+			synctest.Test(t, func(t *testing.T) {
+				p := pipeProcess(t, func(conn *wire.ModuleConn, r wire.Request) {
+					go func() {
+						for conn.WritePart(r.ID, &wire.ObjectsPart{Objects: make([]wire.Object, wire.MaxList)}) == nil {
+						}
+					}()
+				})
+				if err := tt.ask(t, p); err == nil || !strings.Contains(err.Error(), tt.want) {
+					t.Errorf("%v, want %q", err, tt.want)
+				}
+			})
+		})
+	}
+}

@@ -44,8 +44,8 @@ func (s *Store) SetPublicKeys(list []PublicKey) {
 }
 
 // pair puts the objects of the token together to key pairs. The token's own
-// public keys and certificates come before what the configuration gives.
-func (t *Token) pair(objects []wire.Object, hidden bool, skip func(o wire.Object, reason error)) []*found {
+// public keys and certificates come before what the configuration gives. See pairOf.
+func (t *Token) pair(objects []wire.Object, hidden, cut bool, skip func(o wire.Object, reason error)) []*found {
 	s := t.module.store
 	s.mu.Lock()
 	public := s.public
@@ -73,7 +73,7 @@ func (t *Token) pair(objects []wire.Object, hidden bool, skip func(o wire.Object
 			objects = append(objects, o)
 		}
 	}
-	return pair(objects, t.ID, hidden, skip)
+	return pairOf(objects, t.ID, hidden, cut, skip)
 }
 
 // object makes the public key object that the token does not have.

@@ -306,7 +306,7 @@ func (p *process) sign(ctx context.Context, s *seat) (signature []byte, fastest 
 		p.mu.Lock()
 		delete(p.waiting, id)
 		p.mu.Unlock()
-		err = p.request(ctx, false, timeout, wire.TypeSign, &s.req, &s.reply)
+		err = p.request(ctx, false, timeout, wire.TypeSign, &s.req, &s.reply, nil)
 		p.mu.Lock()
 		defer p.mu.Unlock()
 		return p.outcomeLocked(s, err)

@@ -21,13 +21,14 @@ type privateName struct {
 	label string
 }
 
-// recall takes over what a login has shown of the private keys.
-func recall(pairs []*found, old []*Key) {
+// recall takes over what a login has shown of the private keys. old are the keys that were
+// known before, by the digests of their public halves.
+func recall(pairs []*found, old map[[sha256.Size]byte][]*Key) {
 	for _, f := range pairs {
 		if f.visible {
 			continue
 		}
-		o := sameKey(old, f)
+		o := sameKey(old[f.sum], f)
 		if o == nil {
 			continue
 		}
@@ -39,23 +40,17 @@ func recall(pairs []*found, old []*Key) {
 }
 
 // sameKey returns the key that is the same as a pair, nil when there is none: the one with
-// its ID, or else the only one with its public half.
+// its ID, or else the only one. old are keys with the public half of the pair.
 func sameKey(old []*Key, f *found) *Key {
-	var only *Key
-	n := 0
 	for _, o := range old {
-		if o.found.sum != f.sum {
-			continue
-		}
 		if bytes.Equal(o.found.id, f.id) {
 			return o
 		}
-		only, n = o, n+1
 	}
-	if n != 1 {
+	if len(old) != 1 {
 		return nil
 	}
-	return only
+	return old[0]
 }
 
 // isCalled notes what the private key of a pair is called.
@@ -72,6 +67,9 @@ func (f *found) isCalled(name privateName) {
 
 // note notes an object of the pair.
 func (f *found) note(class uint64, label string, id []byte) {
+	if len(f.labels) >= maxPairObjects && class != wire.CKOPrivateKey { // a pair has one private key
+		return
+	}
 	f.labels = append(f.labels, label)
 	f.classes = append(f.classes, class)
 	f.ids = append(f.ids, id)
@@ -81,6 +79,10 @@ func (f *found) note(class uint64, label string, id []byte) {
 func (f *found) hasID(id []byte) bool {
 	return bytes.Equal(f.id, id) || slices.ContainsFunc(f.ids, func(o []byte) bool { return bytes.Equal(o, id) })
 }
+
+// maxAdopted bounds the private keys and the public halves that adopt compares, each with
+// each.
+const maxAdopted = 64
 
 // adopt puts private keys without a public half together with public halves that no
 // private key was found for, by what else fits: an EC key seldom shows its point, and its
@@ -97,7 +99,7 @@ func adopt(all []*found, hidden bool) []*found {
 			public = append(public, f)
 		}
 	}
-	if len(private) == 0 || len(public) == 0 {
+	if len(private) == 0 || len(public) == 0 || len(private) > maxAdopted || len(public) > maxAdopted {
 		return all
 	}
 	gone := make(map[*found]bool)

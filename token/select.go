@@ -234,6 +234,7 @@ func (m *module) matches(u *pkcs11uri.URI, byPath bool) bool {
 
 // Select returns the keys that are selected now. When there are none it looks
 // at the modules again first, starting the one that the Selector names by path.
+// What the Selector's URI names is searched for at each look, until RemoveSource.
 // It fails with ErrNoMatch, an *AmbiguousError when one token would be used
 // through several modules, or what went wrong with the modules that were named.
 func (s *Store) Select(ctx context.Context, sel *Selector) ([]*Key, error) {
@@ -255,6 +256,9 @@ func (s *Store) SelectOf(ctx context.Context, sel *Selector, reached func(*Key) 
 			return nil, ctx.Err()
 		}
 	}
+	if sel.uri != nil {
+		s.want(sel.uri)
+	}
 	keys, err := s.selected(sel, reached)
 	if len(keys) > 0 || err != nil {
 		return keys, err
@@ -269,6 +273,11 @@ func (s *Store) SelectOf(ctx context.Context, sel *Selector, reached func(*Key) 
 	keys, err = s.selected(sel, reached)
 	if len(keys) > 0 || err != nil {
 		return keys, err
+	}
+	if sel.uri != nil {
+		s.mu.Lock()
+		s.unwantLocked(sel.uri)
+		s.mu.Unlock()
 	}
 	return nil, s.whyNone(ctx, sel, named)
 }

@@ -67,7 +67,8 @@ type Options struct {
 	// pin-value. The first that matches the key gives the PIN.
 	Sources []*pkcs11uri.URI
 	// Homes are URIs of the configuration. Those that name a token and a module say
-	// which module the token belongs to; the others do not matter.
+	// which module the token belongs to. Those that name an object by its id or label have
+	// the object found on a token that has more objects than are listed.
 	Homes []*pkcs11uri.URI
 	// PublicKeys stand in for public halves that tokens do not show.
 	PublicKeys []PublicKey
@@ -171,11 +172,14 @@ type Store struct {
 	configured []*pkcs11uri.URI // where PINs come from
 	added      []addedSource    // likewise, after those
 	preferred  []*pkcs11uri.URI // those that say which module a token belongs to
-	homes      map[wire.TokenID]home
-	strangers  []knownToken // of the list of known keys, whose modules are not there
-	public     []PublicKey
-	policy     func(*Key) Policy
-	changed    chan struct{} // closed and replaced when keys change
+	// Objects that these URIs name are found on tokens that have more than is listed:
+	// those of the configuration and of clients, and both together.
+	configuredNames, asked, wanted []*pkcs11uri.URI
+	homes                          map[wire.TokenID]home
+	strangers                      []knownToken // of the list of known keys, whose modules are not there
+	public                         []PublicKey
+	policy                         func(*Key) Policy
+	changed                        chan struct{} // closed and replaced when keys change
 }
 
 // Open starts the modules and returns at once; Settled tells when they have
@@ -201,6 +205,8 @@ func Open(opts Options) *Store {
 		policy:     opts.Policy,
 		changed:    make(chan struct{}),
 	}
+	s.configuredNames = wantedURIs(opts.Homes)
+	s.setWantedLocked()
 	s.keys.Store(new(snapshot))
 	if opts.Known != KnownIgnored {
 		s.known = loadKnown(opts.StateDir, opts.Log)
@@ -409,6 +415,7 @@ type ModuleStatus struct {
 	Sandbox  string // what its process may not do, and what of that is not in force; empty while it does not run
 	Tokens   []TokenStatus
 	Away     []TokenStatus // known, with keys, and not present
+	LeftOut  []string      // what was left out at the last look because of a bound, and why
 }
 
 // A TokenStatus tells of a token.
@@ -426,6 +433,7 @@ type TokenStatus struct {
 	Slot     string    // description
 	Reader   string    // Slot, when another token of the same name is there; empty otherwise
 	Seen     time.Time // when it was there last
+	LeftOut  []string  // what was left out at the last look because of a bound, and why
 
 	// Of the login, as far as it is known without asking the token.
 	LoggedInSince time.Time // zero: nobody is logged in

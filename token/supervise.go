@@ -66,6 +66,7 @@ type module struct {
 	lastLook   time.Time               // or when it failed last
 	plug       bool                    // it has slots that tokens are plugged into
 	complain   string                  // why it could not be used, as logged last
+	leftOut    []string                // at the last look
 	tokens     map[wire.TokenID]*Token // the tokens that were ever there, within bounds
 	insertions uint64                  // the most insertions of those that were forgotten
 	order      []*Token                // the present ones, in the order of slots
@@ -365,6 +366,7 @@ func (m *module) look(ctx context.Context, p *process, again bool) error {
 	var order []*Token
 	plug, read := false, 0
 	names := m.numbering(slots.Slots)
+	var left tokensLeftOut
 	for _, slot := range slots.Slots {
 		plug = plug || slot.Flags&wire.CKFRemovableDevice != 0
 		if !slot.HasToken {
@@ -375,14 +377,17 @@ func (m *module) look(ctx context.Context, p *process, again bool) error {
 			continue
 		}
 		if len(order) == maxTokens {
-			m.log.Warn("module shows more tokens than are used", "slots", len(slots.Slots), "used", maxTokens)
-			break
+			if left.tokens++; left.tokens == 1 {
+				m.log.Warn("module shows more tokens than are used", "slots", len(slots.Slots), "used", maxTokens)
+			}
+			continue
 		}
 		slot = trim(slot)
 		slot.Token = names.name(ctx, p, slot)
 		t := m.token(slot)
 		if read > maxLook {
 			m.log.Warn("module shows more objects than are read", "token", slot.Token.Label, "serial", slot.Token.Serial)
+			left.unread++
 		} else if size, err := t.look(ctx, p, &slot, order, now); err != nil {
 			if ctx.Err() != nil || p.failure() != nil {
 				return m.wrap(err)
@@ -406,7 +411,7 @@ func (m *module) look(ctx context.Context, p *process, again bool) error {
 		}
 		gone = slices.DeleteFunc(slices.Clone(m.last), func(t *Token) bool { return slices.Contains(order, t) })
 		m.order, m.last, m.lastLook = order, order, time.Now()
-		m.plug, m.complain = plug, ""
+		m.plug, m.complain, m.leftOut = plug, "", left.reasons()
 	})
 	for _, t := range gone {
 		t.gate.wipe()
@@ -562,6 +567,7 @@ func (m *module) statusNow() (st ModuleStatus, there, away []*Token) {
 		Restarts: max(0, m.starts-1),
 		Waits:    m.proc != nil && m.info.Waits,
 		Library:  m.info.Description,
+		LeftOut:  m.leftOut,
 	}
 	if m.proc != nil {
 		st.PID = m.proc.cmd.Process.Pid

@@ -4,6 +4,7 @@ import (
 	"bytes"
 	"cmp"
 	"context"
+	"crypto/sha256"
 	"encoding/hex"
 	"errors"
 	"fmt"
@@ -32,8 +33,10 @@ type Token struct {
 	shadow           string    // the module that the token is used through instead of this one
 	belongs          string    // the module that it belongs to, when it is used through this one instead
 	keys             []*Key
-	names            *nameIndex // of keys
-	weight           int        // of the keys, in bytes
+	names            *nameIndex                   // of keys
+	bySum            map[[sha256.Size]byte][]*Key // keys, by the digest of their public half
+	weight           int                          // of the keys, in bytes
+	leftOut          []string                     // see TokenStatus.LeftOut
 	insertions       uint64
 	seen             time.Time // when it was there last, if it is not
 	session          *process  // the process that is logged in, nil when none is
@@ -50,6 +53,7 @@ type Token struct {
 func newToken(m *module, id wire.TokenID) *Token {
 	return &Token{
 		ID: id, module: m, gate: newGate(m.store.physicals.take(id), m.identity), refusesMechanism: make(map[uint64]bool),
+		bySum:      make(map[[sha256.Size]byte][]*Key),
 		insertions: m.insertions,
 	}
 }
@@ -75,47 +79,55 @@ func (t *Token) look(ctx context.Context, p *process, slot *wire.Slot, others []
 	t.mu.Lock()
 	changes := t.changes
 	t.mu.Unlock()
-	request := wire.Objects{Token: t.ID}
+	request := wire.Objects{Token: t.ID, Named: t.named()}
 	if slot != nil {
 		request.Slot, request.Placed = slot.ID, true
 	}
-	var reply wire.ObjectsReply
-	if err := p.call(ctx, listTimeout, wire.TypeObjects, &request, &reply); err != nil {
+	reply, err := p.objects(ctx, &request)
+	if err != nil {
 		return 0, err
 	}
-	size := bulk(reply.Objects)
-	hidden := reply.Info.Flags&wire.CKFLoginRequired != 0 && !reply.Info.LoggedIn
+	hidden := reply.info.Flags&wire.CKFLoginRequired != 0 && !reply.info.LoggedIn
 	log := t.module.log
+	var left leftOut
+	left.listed(reply)
 	if slot != nil {
 		t.mu.Lock()
 		t.slot = *slot
 		t.mu.Unlock()
 	}
-	t.see(ctx, p, &reply, readers)
-	pairs := t.pair(reply.Objects, hidden, func(o wire.Object, reason error) {
+	t.see(ctx, p, reply, readers)
+	pairs := t.pair(reply.objects, hidden, reply.cut, func(o wire.Object, reason error) {
+		left.skipped(reason)
 		log.Debug("object is not used", "token", t.ID.Label, "label", o.Label, "id", hex.EncodeToString(o.ID), "reason", reason)
 	})
-	pairs = t.fit(pairs, others)
 	t.mu.Lock()
-	defer t.mu.Unlock()
-	t.slot.Info = reply.Info
-	t.weight = weight(pairs)
-	switch {
-	case t.changes != changes: // what was read may be of before, or of another card
-	case reply.Info.LoggedIn:
-		t.enterLocked(p)
-	case t.session == p:
-		t.session = nil
-	}
-	recall(pairs, t.keys)
+	known := t.bySum
+	t.mu.Unlock()
+	recall(pairs, known)
 	// Some modules list their objects in another order each time.
 	slices.SortStableFunc(pairs, func(a, b *found) int {
 		return cmp.Or(bytes.Compare(a.id, b.id), cmp.Compare(a.label, b.label))
 	})
-	old := t.keys
-	t.keys = nil
+	pairs = t.fit(pairs, others, &left)
+	t.mu.Lock()
+	defer t.mu.Unlock()
+	t.slot.Info = reply.info
+	t.weight = weight(pairs)
+	t.leftOut = left.reasons()
+	switch {
+	case t.changes != changes: // what was read may be of before, or of another card
+	case reply.info.LoggedIn:
+		t.enterLocked(p)
+	case t.session == p:
+		t.session = nil
+	}
+	before := t.bySum
+	ids := idsOf(pairs)
+	t.keys, t.bySum = make([]*Key, 0, len(pairs)), make(map[[sha256.Size]byte][]*Key, len(pairs))
 	for _, f := range pairs {
-		k := newKey(t, f, pairs)
+		k := newKey(t, f, ids)
+		old := before[f.sum]
 		if o := sameKey(old, f); o != nil {
 			k.use = o.use
 		}
@@ -123,10 +135,16 @@ func (t *Token) look(ctx context.Context, p *process, slot *wire.Slot, others []
 		if i := slices.IndexFunc(old, func(o *Key) bool { return o.same(k) }); i >= 0 {
 			k = old[i]
 		}
-		t.keys = append(t.keys, k)
+		t.addLocked(k)
 	}
 	t.names = indexNames(t.keys)
-	return size, nil
+	return reply.size, nil
+}
+
+// addLocked adds a key to those of the token.
+func (t *Token) addLocked(k *Key) {
+	t.keys = append(t.keys, k)
+	t.bySum[k.found.sum] = append(t.bySum[k.found.sum], k)
 }
 
 // setUsed notes through which module the token is used, empty for this one, and which
@@ -164,7 +182,7 @@ func (t *Token) keyList() []*Key {
 func (t *Token) current(k *Key) *Key {
 	t.mu.Lock()
 	defer t.mu.Unlock()
-	if o := sameKey(t.keys, k.found); o != nil {
+	if o := sameKey(t.bySum[k.found.sum], k.found); o != nil {
 		return o
 	}
 	return k
@@ -286,6 +304,7 @@ func (t *Token) status(present bool) TokenStatus {
 		Seen:       seen,
 		LastUse:    t.use.lastTime(),
 		Signatures: t.use.count.Load(),
+		LeftOut:    t.leftOut,
 	}
 	if t.session != nil {
 		st.LoggedInSince = t.since

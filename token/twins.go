@@ -53,9 +53,9 @@ func (n *numbering) number(ctx context.Context, p *process, texts wire.TokenID) 
 	}
 	found := make(map[uint64]shown)
 	for _, slot := range here {
-		var reply wire.ObjectsReply
-		if p.call(ctx, listTimeout, wire.TypeObjects, &wire.Objects{Token: texts, Slot: slot.ID, Peek: true}, &reply) == nil {
-			found[slot.ID] = shownBy(reply.Objects)
+		reply, err := p.objects(ctx, &wire.Objects{Token: texts, Slot: slot.ID, Peek: true})
+		if err == nil {
+			found[slot.ID] = shownBy(reply.objects)
 		} // else the slot decides, and the look says what is wrong
 	}
 	taken := make(map[uint32]bool)

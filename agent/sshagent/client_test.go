@@ -337,7 +337,7 @@ func TestLargestMessage(t *testing.T) {
 	}
 }
 
-// A list that no client would take is cut short.
+// A list that no client would take is cut short. The log tells of it once.
 func TestLongList(t *testing.T) {
 	log, book := newLog()
 	keyring := newKeyring()
@@ -354,7 +354,8 @@ func TestLongList(t *testing.T) {
 			keyring.list = func() []agent.Identity {
 				return slices.Repeat([]agent.Identity{{Key: fixed("KEY"), Comment: strings.Repeat("c", test.comment)}}, test.number)
 			}
-			answer := ask(t, r.dial(), message(11))[0]
+			c := r.dial()
+			answer := ask(t, c, message(11))[0]
 			in := reader{rest: answer[1:]}
 			n := int(in.uint32())
 			for range n {
@@ -364,7 +365,57 @@ func TestLongList(t *testing.T) {
 			if n != test.want || in.end() != nil || len(answer) > maxAnswer {
 				t.Errorf("%d keys in %d bytes, want %d keys", n, len(answer), test.want)
 			}
-			book.wait(t, fmt.Sprintf("clients can take %d of the %d keys", test.want, test.number))
+			text := fmt.Sprintf("keys=%d listed=%d", test.number, test.want)
+			book.wait(t, text)
+			ask(t, c, message(11), message(11))
+			if n := strings.Count(book.String(), text); n != 1 {
+				t.Errorf("the log tells of it %d times", n)
+			}
 		})
+	}
+}
+
+// TestLongListNamed has the keys that somebody has named in front of a list that is cut
+// short, and every list in one order.
+func TestLongListNamed(t *testing.T) {
+	keyring := newKeyring()
+	r := serve(t, &Server{Keyring: keyring})
+	const many = 5000
+	named := map[int]bool{7: true, 4990: true, 4999: true}
+	keyring.list = func() (all []agent.Identity) {
+		for i := range many {
+			all = append(all, agent.Identity{Key: fixed("KEY"), Comment: fmt.Sprint(i), Named: named[i]})
+		}
+		return all
+	}
+	var before []byte
+	for range 2 {
+		answer := ask(t, r.dial(), message(11))[0]
+		in := reader{rest: answer[1:]}
+		var comments []string
+		for range in.uint32() {
+			in.bytes()
+			comments = append(comments, string(in.bytes()))
+		}
+		if len(comments) != maxIdentities {
+			t.Fatalf("%d keys are listed", len(comments))
+		}
+		if got, want := comments[:5], []string{"7", "4990", "4999", "0", "1"}; !slices.Equal(got, want) {
+			t.Errorf("the list begins with %q, want %q", got, want)
+		}
+		if before != nil && !bytes.Equal(before, answer) {
+			t.Error("the order changes")
+		}
+		before = bytes.Clone(answer)
+	}
+}
+
+// TestListedTooLong has one identity that is too long for every list not hide the others.
+func TestListedTooLong(t *testing.T) {
+	all := []agent.Identity{
+		{Key: fixed("KEY"), Comment: "first"}, {Key: fixed("KEY"), Comment: strings.Repeat("c", maxAnswer)}, {Key: fixed("KEY"), Comment: "last"},
+	}
+	if got, want := Listed(all), []bool{true, false, true}; !slices.Equal(got, want) {
+		t.Errorf("%v are listed, want %v", got, want)
 	}
 }

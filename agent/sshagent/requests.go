@@ -6,8 +6,10 @@ import (
 	"encoding/binary"
 	"errors"
 	"fmt"
+	"log/slog"
 	"slices"
 	"strconv"
+	"sync"
 
 	"golang.org/x/crypto/ssh"
 
@@ -45,8 +47,7 @@ const (
 )
 
 const (
-	// maxAnswer bounds a list: clients of OpenSSH take no longer message and no
-	// more identities.
+	// maxAnswer and maxIdentities bound a list: see Listed.
 	maxAnswer     = 256 << 10
 	maxIdentities = 2048
 	// maxQuoted bounds what a log line quotes of a client's message.
@@ -189,26 +190,85 @@ func (c *conn) list(ctx context.Context, in reader) {
 		return
 	}
 	c.whole = list.Encoded(encodeList)
-	if listed := listed(c.whole); listed < len(list.Identities) {
-		c.refuse("list of keys cut short", fmt.Errorf("clients can take %d of the %d keys", listed, len(list.Identities)))
+	if listed := listed(c.whole); listed < len(list.Identities) && c.server.cuts.isNew(listed, len(list.Identities)) {
+		c.log(slog.LevelWarn, "list of keys cut short", slog.Int("keys", len(list.Identities)), slog.Int("listed", listed),
+			slog.String("reason", fmt.Sprintf("OpenSSH takes %d keys and %d KiB at the most", maxIdentities, maxAnswer>>10)),
+			slog.String("next", "name the keys that you use in keys of the configuration"))
 	}
 }
 
-// encodeList returns the answer with the identities, its length in front, as far as
-// clients can take it.
-func encodeList(identities []agent.Identity) []byte {
-	const header = 4 + 1 + 4
-	n, size := 0, header
-	for _, id := range identities {
-		more := 4 + len(id.Key.Marshal()) + 4 + len(id.Comment)
-		if size+more > 4+maxAnswer || n == maxIdentities {
-			break
+// maxCuts bounds the different lists that the log has told of.
+const maxCuts = 64
+
+// cuts remembers which lists were cut short, so that the log tells of each once.
+type cuts struct {
+	mu   sync.Mutex
+	told map[[2]int]bool
+}
+
+// isNew tells whether no list of so many keys, of which so many were listed, was told of.
+func (c *cuts) isNew(listed, keys int) bool {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	if c.told[[2]int{listed, keys}] || len(c.told) == maxCuts {
+		return false
+	}
+	if c.told == nil {
+		c.told = make(map[[2]int]bool)
+	}
+	c.told[[2]int{listed, keys}] = true
+	return true
+}
+
+// Listed tells which of the identities a client is shown. OpenSSH takes no message of more
+// than 256 KiB (MAX_AGENT_REPLY_LEN, authfd.c) and no more than 2,048 identities
+// (MAX_AGENT_IDENTITIES). Where these are too few, those that somebody has named come
+// first, and then the others, in their order.
+func Listed(identities []agent.Identity) []bool {
+	shown := make([]bool, len(identities))
+	n, size := 0, listHeader
+	for _, named := range []bool{true, false} {
+		for i, id := range identities {
+			more := identitySize(id)
+			if id.Named != named || n == maxIdentities || size+more > 4+maxAnswer {
+				continue
+			}
+			shown[i] = true
+			n, size = n+1, size+more
 		}
-		n, size = n+1, size+more
+	}
+	return shown
+}
+
+// listHeader is what an answer has in front of the identities: its length, its type, and
+// their number.
+const listHeader = 4 + 1 + 4
+
+func identitySize(id agent.Identity) int { return 4 + len(id.Key.Marshal()) + 4 + len(id.Comment) }
+
+// encodeList returns the answer with the identities, its length in front, as far as
+// clients can take it. Where they cannot take all, those that are named are in front.
+func encodeList(identities []agent.Identity) []byte {
+	var chosen []agent.Identity
+	shown := Listed(identities)
+	if !slices.Contains(shown, false) {
+		chosen = identities
+	} else {
+		for _, named := range []bool{true, false} {
+			for i, id := range identities {
+				if shown[i] && id.Named == named {
+					chosen = append(chosen, id)
+				}
+			}
+		}
+	}
+	size := listHeader
+	for _, id := range chosen {
+		size += identitySize(id)
 	}
 	b := binary.BigEndian.AppendUint32(make([]byte, 0, size), uint32(size-4))
-	b = binary.BigEndian.AppendUint32(append(b, msgIdentitiesAnswer), uint32(n))
-	for _, id := range identities[:n] {
+	b = binary.BigEndian.AppendUint32(append(b, msgIdentitiesAnswer), uint32(len(chosen)))
+	for _, id := range chosen {
 		b = appendString(appendString(b, id.Key.Marshal()), id.Comment)
 	}
 	return b

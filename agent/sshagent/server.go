@@ -41,6 +41,7 @@ type Server struct {
 
 	connections atomic.Uint64 // so far
 	crowded     rarely
+	cuts        cuts
 
 	once    sync.Once
 	clients *clients // after once

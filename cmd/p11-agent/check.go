@@ -97,6 +97,9 @@ func findModules(r *report, b *backend) {
 				f.Next("%s", firstToken(m))
 			}
 		}
+		for _, reason := range m.LeftOut {
+			r.warn("module %s: left out: %s", m.Name, reason).Next("p11-agent list -v  # shows what is used")
+		}
 	}
 	for _, m := range b.broken {
 		r.bad("module %s is not started: %s", m.Name, m.Skip)
@@ -126,6 +129,9 @@ func findTokens(r *report, modules []token.ModuleStatus) {
 			name := fmt.Sprintf("token %q (serial %s)", t.ID.Label, t.ID.Serial)
 			if t.Reader != "" {
 				name = fmt.Sprintf("token %q (serial %s, the one in reader %q)", t.ID.Label, t.ID.Serial, t.Reader)
+			}
+			for _, reason := range t.LeftOut {
+				r.warn("%s: left out: %s", name, reason).Next("p11-agent list -v %s  # shows what is used", quote(t.URI))
 			}
 			switch {
 			case t.Shadowed != "":
@@ -192,6 +198,10 @@ func findKeys(ctx context.Context, r *report, conf *config, store *token.Store) 
 		default:
 			r.ok("%v, through module %s, is the same key as %v, through module %s, which is used first", k, k.Module(), f, f.Module())
 		}
+	}
+	if hidden, offered := notShown(conf, store); len(hidden) > 0 {
+		r.warn("%s", fewShown(offered-len(hidden), offered)).
+			Next("in the configuration: keys = [\"pkcs11:...\"], with the URIs of the keys that you use")
 	}
 	if n := len(homes); n > maxOffered {
 		r.warn(`%d keys are offered, and many servers hang up after six with "Too many authentication failures": name those you use`, n).

@@ -75,6 +75,7 @@ type listedToken struct {
 	Present      bool        `json:"present"`
 	LastSeen     *time.Time  `json:"last_seen,omitempty"` // when it is not
 	Keys         []listedKey `json:"keys"`
+	LeftOut      []string    `json:"left_out,omitempty"` // because of a bound, and why
 }
 
 type listedKey struct {
@@ -86,7 +87,8 @@ type listedKey struct {
 	Fingerprint string `json:"fingerprint"`
 	PublicKey   string `json:"public_key"`
 	Offered     bool   `json:"offered"`
-	Reason      string `json:"reason,omitempty"` // why it is not
+	Reason      string `json:"reason,omitempty"`    // why it is not
+	NotShown    bool   `json:"not_shown,omitempty"` // it is offered, and clients have no room for it in their list
 	EachUse     bool   `json:"pin_each_use"`
 	// The agent offers the key once, and signs with the first home that is present.
 	Homes []listedHome `json:"same_key,omitempty"` // the others
@@ -104,6 +106,9 @@ type listing struct {
 	Tokens  []listedToken  `json:"tokens"`
 	Modules []listedModule `json:"modules"`
 
+	Offered int `json:"keys_offered"` // by the agent, of all tokens
+	Shown   int `json:"keys_shown"`   // to clients
+
 	named bool // by a URI on the command line
 }
 
@@ -115,6 +120,8 @@ type listedModule struct {
 	Waits    bool   `json:"waits"`             // it tells of cards that come and go; else its slots are polled
 	Sandbox  string `json:"sandbox,omitempty"` // what its process may not do
 	Error    string `json:"error,omitempty"`
+
+	LeftOut []string `json:"left_out,omitempty"` // because of a bound, and why
 }
 
 // state says how a module fares.
@@ -221,8 +228,10 @@ func collect(c *config, store *token.Store, sel *token.Selector, named bool) lis
 	l := listing{named: named, Tokens: []listedToken{}, Modules: []listedModule{}}
 	auto, name := automatic(c), names(c)
 	homes := homesOf(store.Keys(), auto)
+	hidden, all := notShown(c, store)
+	l.Offered, l.Shown = all, all-len(hidden)
 	for _, m := range store.Modules() {
-		lm := listedModule{Name: m.Name, Path: m.Path, Running: m.Running, Restarts: m.Restarts, Waits: m.Waits, Sandbox: m.Sandbox}
+		lm := listedModule{Name: m.Name, Path: m.Path, Running: m.Running, Restarts: m.Restarts, Waits: m.Waits, Sandbox: m.Sandbox, LeftOut: m.LeftOut}
 		if m.Err != nil {
 			lm.Error = m.Err.Error()
 		}
@@ -232,7 +241,7 @@ func collect(c *config, store *token.Store, sel *token.Selector, named bool) lis
 			lt := listedToken{
 				URI: t.URI, Label: t.ID.Label, Serial: t.ID.Serial, Manufacturer: t.ID.Manufacturer, Model: t.ID.Model,
 				Module: t.Module, Slot: t.Slot, Reader: t.Reader, LoginNeeded: t.Flags&wire.CKFLoginRequired != 0, PIN: pinState(t.Tries),
-				Shadowed: t.Shadowed, Home: t.Home, Present: present, Keys: []listedKey{},
+				Shadowed: t.Shadowed, Home: t.Home, Present: present, Keys: []listedKey{}, LeftOut: t.LeftOut,
 			}
 			if !present {
 				lt.LastSeen = &t.Seen
@@ -256,6 +265,7 @@ func collect(c *config, store *token.Store, sel *token.Selector, named bool) lis
 						lk.Reason = "its token is not there"
 					}
 				}
+				lk.NotShown = lk.Offered && hidden[string(pub.Marshal())]
 				if all := homes[string(pub.Marshal())]; slices.Contains(all, k) {
 					for i, h := range all {
 						if h != k {
@@ -389,6 +399,11 @@ func printList(out, stderr io.Writer, l listing, verbose bool) error {
 			fmt.Fprintf(&b, ", BELONGS TO MODULE %s", t.Home)
 		}
 		b.WriteString("\n")
+		if verbose {
+			for _, reason := range t.LeftOut {
+				fmt.Fprintf(&b, "    left out: %s\n", reason)
+			}
+		}
 		for _, k := range t.Keys {
 			kind := k.Type
 			if k.Bits > 0 {
@@ -409,6 +424,9 @@ func printList(out, stderr io.Writer, l listing, verbose bool) error {
 			default:
 				b.WriteString("    can sign\n")
 			}
+			if verbose && k.NotShown {
+				b.WriteString("    clients are not shown it: there are too many keys\n")
+			}
 			if h, behind := k.first(); behind {
 				fmt.Fprintf(&b, "    same key as %s (module %s), which is used first\n", h.URI, h.Module)
 			} else {
@@ -428,6 +446,14 @@ func printList(out, stderr io.Writer, l listing, verbose bool) error {
 		if m.Error != "" || m.Restarts > 0 || verbose {
 			fmt.Fprintf(stderr, "module %s: %s\n", m.Name, m.state())
 		}
+		if verbose {
+			for _, reason := range m.LeftOut {
+				fmt.Fprintf(stderr, "module %s: left out: %s\n", m.Name, reason)
+			}
+		}
+	}
+	if verbose && l.Shown < l.Offered {
+		fmt.Fprintln(stderr, fewShown(l.Shown, l.Offered))
 	}
 	_, err := io.WriteString(out, b.String())
 	return err

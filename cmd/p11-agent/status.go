@@ -236,6 +236,12 @@ func (r *statusReport) String() string {
 			row(shortURI(k.Comment), shortType(k.Type), k.Fingerprint, k.where(), r.used(k.Signatures, k.LastUsed), k.limits(r.Time))
 		}
 	})
+	left := r.leftOut()
+	section("LEFT OUT", len(left), func(row func(...string)) {
+		for _, cells := range left {
+			row(cells...)
+		}
+	})
 	section("TOKENS", len(r.Tokens), func(row func(...string)) {
 		for _, t := range r.Tokens {
 			row(t.name(), t.Module, t.pin(), t.login(r.Time), r.used(t.Signatures, t.LastUsed))
@@ -285,6 +291,30 @@ func (r *statusReport) String() string {
 		b.WriteString("\nThere are no keys: \"p11-agent list\" shows what is there, and why it is not offered.\n")
 	}
 	return b.String()
+}
+
+// leftOut tells what a bound leaves out.
+func (r *statusReport) leftOut() (rows [][]string) {
+	shown := 0
+	for _, k := range r.Keys {
+		if !k.NotShown {
+			shown++
+		}
+	}
+	if shown < len(r.Keys) {
+		rows = append(rows, []string{"keys", fewShown(shown, len(r.Keys))})
+	}
+	for _, m := range r.Modules {
+		for _, reason := range m.LeftOut {
+			rows = append(rows, []string{m.Name, reason})
+		}
+	}
+	for _, t := range r.Tokens {
+		for _, reason := range t.LeftOut {
+			rows = append(rows, []string{t.name(), reason})
+		}
+	}
+	return rows
 }
 
 // shown returns the requests that a person is shown, the newest first: signatures,

@@ -54,6 +54,7 @@ type statusKey struct {
 	Expires     time.Time `json:"expires,omitzero"`
 	LastUsed    time.Time `json:"last_used,omitzero"`
 	Signatures  uint64    `json:"signatures"`
+	NotShown    bool      `json:"not_shown,omitempty"` // clients have no room for it in their list
 }
 
 type statusToken struct {
@@ -78,7 +79,8 @@ type statusToken struct {
 	PromptAt    string    `json:"prompt_at,omitempty"` // where, for people
 	LastUsed    time.Time `json:"last_used,omitzero"`
 	Signatures  uint64    `json:"signatures"`
-	Keys        []string  `json:"keys"` // their URIs
+	Keys        []string  `json:"keys"`               // their URIs
+	LeftOut     []string  `json:"left_out,omitempty"` // because of a bound, and why
 }
 
 type statusModule struct {
@@ -89,6 +91,8 @@ type statusModule struct {
 	Restarts int    `json:"restarts"`
 	Sandbox  string `json:"sandbox,omitempty"`
 	Reason   string `json:"reason,omitempty"` // why it failed
+
+	LeftOut []string `json:"left_out,omitempty"` // because of a bound, and why
 }
 
 type statusUpstream struct {
@@ -175,9 +179,16 @@ func (r *statusMaker) report(s agent.Status, sel agent.Selection) ([]byte, error
 		}
 		report.Sockets = append(report.Sockets, sock)
 	}
-	for _, k := range s.Keys {
+	identities := make([]agent.Identity, len(s.Keys))
+	for i, k := range s.Keys {
+		identities[i] = k.Identity
+	}
+	shown := sshagent.Listed(identities)
+	for i, k := range s.Keys {
 		if sel == nil || slices.ContainsFunc(k.Homes, sel.Match) {
-			report.Keys = append(report.Keys, keyReport(k))
+			key := keyReport(k)
+			key.NotShown = !shown[i]
+			report.Keys = append(report.Keys, key)
 		}
 	}
 	for _, m := range r.store.Modules() {
@@ -249,7 +260,7 @@ func (r *statusMaker) tokenReport(t token.TokenStatus, present bool) statusToken
 		OnReader: t.Flags&wire.CKFProtectedAuthenticationPath != 0,
 		LoggedIn: t.LoggedIn, Since: t.LoggedInSince, Ends: t.LoginEnds, PINKept: t.PINKept,
 		LoginGoesOn: t.LoginUnderWay, PromptOpen: t.PromptOpen, LastUsed: t.LastUse, Signatures: t.Signatures,
-		Keys: []string{},
+		Keys: []string{}, LeftOut: t.LeftOut,
 	}
 	if !present {
 		st.LastSeen = t.Seen
@@ -280,7 +291,7 @@ func moduleReport(m token.ModuleStatus, locked bool) statusModule {
 			}
 		}
 	case m.Running:
-		module.State = "running"
+		module.State, module.LeftOut = "running", m.LeftOut
 	case m.Released:
 		module.State = "released"
 	}

@@ -112,9 +112,13 @@ func (l *library) generate(ctx context.Context, s pkcs11.SessionHandle, m *wire.
 func (l *library) freeID(ctx context.Context, s pkcs11.SessionHandle, m *wire.Generate) ([]byte, error) {
 	taken := make(map[string]bool)
 	for _, class := range []uint{wire.CKOPrivateKey, wire.CKOPublicKey, wire.CKOCertificate} {
-		handles, err := l.find(s, pkcs11.NewAttribute(pkcs11.CKA_CLASS, class))
+		handles, more, err := l.find(s, wire.MaxObjects, pkcs11.NewAttribute(pkcs11.CKA_CLASS, class))
 		if err != nil {
 			return nil, err
+		}
+		if more {
+			return nil, &wire.Error{Reason: wire.ReasonUnsupported, Text: fmt.Sprintf(
+				"the token has more than %d objects of one kind, so that a free id cannot be told: nothing was made", wire.MaxObjects)}
 		}
 		for _, h := range handles {
 			if err := ctx.Err(); err != nil {

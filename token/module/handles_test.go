@@ -89,7 +89,7 @@ func openBad(t *testing.T) (*library, pkcs11.SessionHandle) {
 // once for each object of a list.
 func TestRoomForAttributes(t *testing.T) {
 	lib, session := openBad(t)
-	handles, err := lib.find(session, pkcs11.NewAttribute(pkcs11.CKA_CLASS, pkcs11.CKO_PUBLIC_KEY))
+	handles, _, err := lib.find(session, wire.MaxList, pkcs11.NewAttribute(pkcs11.CKA_CLASS, pkcs11.CKO_PUBLIC_KEY))
 	if err != nil || len(handles) == 0 {
 		t.Fatalf("%d public keys, %v", len(handles), err)
 	}
@@ -118,7 +118,7 @@ func TestSignatureAllocations(t *testing.T) {
 	if err := lib.login(session, pkcs11.CKU_USER, []byte("1234")); err != nil {
 		t.Fatal(err)
 	}
-	handles, err := lib.find(session, pkcs11.NewAttribute(pkcs11.CKA_CLASS, pkcs11.CKO_PRIVATE_KEY))
+	handles, _, err := lib.find(session, wire.MaxList, pkcs11.NewAttribute(pkcs11.CKA_CLASS, pkcs11.CKO_PRIVATE_KEY))
 	if err != nil || len(handles) == 0 {
 		t.Fatalf("%d private keys, %v", len(handles), err)
 	}

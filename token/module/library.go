@@ -417,34 +417,38 @@ func (l *library) logout(s pkcs11.SessionHandle) error {
 	return failed("C_Logout", l.ctx.Logout(s))
 }
 
-// find lists the objects that have all of these attributes, at most
-// wire.MaxList. After an error the session may still be searching: it is to be
+// find lists the objects that have all of these attributes, at most so many. more tells
+// that there are others. After an error the session may still be searching: it is to be
 // closed.
-func (l *library) find(s pkcs11.SessionHandle, template ...*pkcs11.Attribute) ([]pkcs11.ObjectHandle, error) {
+func (l *library) find(s pkcs11.SessionHandle, most int, template ...*pkcs11.Attribute) (found []pkcs11.ObjectHandle, more bool, err error) {
 	if err := l.ctx.FindObjectsInit(s, template); err != nil {
-		return nil, failed("C_FindObjectsInit", err)
+		return nil, false, failed("C_FindObjectsInit", err)
 	}
-	var found []pkcs11.ObjectHandle
 	var batch [256]C.CK_ULONG
-	for {
+	seen := make(map[C.CK_ULONG]bool)
+	for !more {
 		var n C.CK_ULONG
 		if rv := C.find_objects(l.fn, C.CK_ULONG(s), &batch[0], C.CK_ULONG(len(batch)), &n); rv != wire.CKROK {
-			return nil, returned("C_FindObjects", rv)
+			return nil, false, returned("C_FindObjects", rv)
 		}
 		if n > C.CK_ULONG(len(batch)) {
-			return nil, garbage("C_FindObjects", "it finds more than it was asked for")
+			return nil, false, garbage("C_FindObjects", "it finds more than it was asked for")
 		}
 		if n == 0 {
 			break
 		}
 		for _, object := range batch[:n] {
+			if seen[object] {
+				return nil, false, garbage("C_FindObjects", "it finds an object twice")
+			}
+			if more = len(found) == most; more {
+				break
+			}
+			seen[object] = true
 			found = append(found, pkcs11.ObjectHandle(object))
 		}
-		if len(found) > wire.MaxList {
-			return nil, garbage("C_FindObjects", "it finds more than %d objects", wire.MaxList)
-		}
 	}
-	return found, failed("C_FindObjectsFinal", l.ctx.FindObjectsFinal(s))
+	return found, more, failed("C_FindObjectsFinal", l.ctx.FindObjectsFinal(s))
 }
 
 // An attribute names one to ask for, and the most bytes that it may have.

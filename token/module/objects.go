@@ -3,6 +3,8 @@ package module
 import (
 	"context"
 	"encoding/binary"
+	"errors"
+	"log"
 
 	"github.com/miekg/pkcs11"
 
@@ -13,16 +15,31 @@ import (
 const (
 	roomText   = 4 << 10 // IDs, labels, RSA numbers, curves and points
 	roomObject = 64 << 10
+	// roomLong is for the few certificates that are longer than roomObject.
+	roomLong = 1 << 20
 )
 
-// replyRoom is how many bytes of a list of objects are left for what is not
-// counted: the list's head.
-const replyRoom = 4 << 10
+const (
+	// A part of a list is sent when it has partObjects objects or partBytes bytes. A slow
+	// token reads so many objects well within the time that a module has for an answer.
+	partObjects = 128
+	partBytes   = 512 << 10
+	// maxRestarts is how often a list begins again because somebody has logged in or out.
+	// The last time it keeps logins waiting until it has ended.
+	maxRestarts = 3
+	// maxTooBig is how many objects of a class are read in vain when there is no room.
+	maxTooBig = 16
+)
 
-// listObjects lists the keys and X.509 certificates that are visible.
-func (s *server) listObjects(ctx context.Context, lib *library, m *wire.Objects) (wire.Message, error) {
+// errRestart has a list begin again: handles of private keys have become invalid, or
+// private keys have come to be seen.
+var errRestart = errors.New("the login has changed")
+
+// listObjects lists the keys and X.509 certificates that are visible. send sends a part
+// of the list. Between two parts a login may take its turn.
+func (s *server) listObjects(ctx context.Context, lib *library, m *wire.Objects, send func(*wire.ObjectsPart) error) (wire.Message, error) {
 	if m.Peek {
-		return s.peek(ctx, lib, m)
+		return s.peek(ctx, lib, m, send)
 	}
 	t := s.token(m.Token)
 	if m.Placed {
@@ -31,7 +48,12 @@ func (s *server) listObjects(ctx context.Context, lib *library, m *wire.Objects)
 	if err := t.gate.enter(ctx, false); err != nil {
 		return nil, err
 	}
-	defer t.gate.leave(false)
+	inside := true
+	defer func() {
+		if inside {
+			t.gate.leave(false)
+		}
+	}()
 	p, err := s.find(ctx, lib, t)
 	if err != nil {
 		return nil, err
@@ -41,7 +63,29 @@ func (s *server) listObjects(ctx context.Context, lib *library, m *wire.Objects)
 		t.failed(p, 0, err)
 		return nil, err
 	}
-	objects, err := s.readObjects(ctx, lib, session)
+	r := &reading{lib: lib, session: session, log: s.log, send: send}
+	for restarts := 0; ; restarts++ {
+		logins := p.changes()
+		r.begin()
+		r.pause = func() error {
+			if restarts == maxRestarts {
+				return ctx.Err()
+			}
+			t.gate.leave(false)
+			inside = false
+			if err := t.gate.enter(ctx, false); err != nil {
+				return err
+			}
+			inside = true
+			if p.changes() != logins {
+				return errRestart
+			}
+			return nil
+		}
+		if err = r.all(m.Named); !errors.Is(err, errRestart) {
+			break
+		}
+	}
 	if err != nil {
 		t.failed(p, session, err)
 		return nil, err
@@ -52,50 +96,147 @@ func (s *server) listObjects(ctx context.Context, lib *library, m *wire.Objects)
 		t.failed(p, 0, err)
 		return nil, err
 	}
-	return &wire.ObjectsReply{Info: info, Objects: objects}, nil
+	return &wire.ObjectsReply{Info: info, Objects: r.part.Objects, Cut: r.cut, Long: r.long}, nil
 }
 
-// readObjects reads all objects that the agent has a use for. One that cannot be
-// read is left out, and so are those for which the answer has no room.
-func (s *server) readObjects(ctx context.Context, lib *library, session pkcs11.SessionHandle) ([]wire.Object, error) {
-	var objects []wire.Object
-	room := wire.MaxReply - replyRoom
-	for _, class := range []uint{wire.CKOPublicKey, wire.CKOPrivateKey, wire.CKOCertificate} {
-		handles, err := lib.find(session, pkcs11.NewAttribute(pkcs11.CKA_CLASS, class))
+// A reading is a list of objects that is being made.
+type reading struct {
+	lib     *library
+	session pkcs11.SessionHandle
+	log     *log.Logger
+	send    func(*wire.ObjectsPart) error
+	pause   func() error // lets others have their turn
+
+	part  wire.ObjectsPart
+	size  int // of part, in bytes
+	count int // objects that were read
+	room  int // bytes that are left for objects
+	most  int // objects that may be read
+	seen  map[pkcs11.ObjectHandle]bool
+	cut   bool
+	long  uint32
+}
+
+// begin forgets what was read.
+func (r *reading) begin() {
+	r.part, r.size = wire.ObjectsPart{First: true}, 0
+	r.count, r.room, r.most = 0, wire.MaxObjectBytes, wire.MaxObjects
+	r.seen, r.cut, r.long = make(map[pkcs11.ObjectHandle]bool), false, 0
+}
+
+var classes = []uint{wire.CKOPublicKey, wire.CKOPrivateKey, wire.CKOCertificate}
+
+// all reads all objects that the agent has a use for, as many as there is room for. Then
+// it searches for those that are named, if they may be among the others.
+func (r *reading) all(named []wire.ObjectName) error {
+	for _, class := range classes {
+		more, err := r.find(class, r.most-r.count)
 		if err != nil {
-			return nil, err
+			return err
 		}
-		for _, h := range handles {
-			if err := ctx.Err(); err != nil {
-				return nil, err
+		r.cut = r.cut || more
+	}
+	if !r.cut {
+		return nil
+	}
+	r.log.Printf("the token has more than is listed: %d objects are; others are found by their names only", r.count)
+	r.most, r.room = r.count+wire.MaxNamedObjects, wire.MaxNamedBytes
+	for _, name := range named {
+		for _, class := range classes {
+			if _, err := r.find(class, r.most-r.count, template(name)...); err != nil {
+				return err
 			}
-			var o *wire.Object
-			if class == wire.CKOCertificate {
-				o, err = readCertificate(lib, session, h)
-			} else {
-				o, err = readKey(lib, session, h, class)
-			}
-			if err != nil {
-				if _, dead := lib.sessionInfo(session); dead != nil {
-					return nil, err
-				}
-				s.log.Printf("an object of class %d is left out: %v", class, err)
-				continue
-			}
-			if o == nil {
-				continue
-			}
-			const numbers = 96 // more than its numbers, booleans and lengths take
-			room -= numbers + len(o.ID) + len(o.Label) + len(o.Modulus) + len(o.Exponent) +
-				len(o.ECParams) + len(o.ECPoint) + len(o.Value)
-			if room < 0 || len(objects) == wire.MaxList {
-				s.log.Printf("the token has more than can be listed: %d objects are, others are left out", len(objects))
-				return objects, nil
-			}
-			objects = append(objects, *o)
+		}
+		if err := r.flush(); err != nil { // a search takes its time, whatever it finds
+			return err
 		}
 	}
-	return objects, nil
+	return nil
+}
+
+// template is what an object has that is named.
+func template(name wire.ObjectName) (all []*pkcs11.Attribute) {
+	if len(name.ID) > 0 {
+		all = append(all, pkcs11.NewAttribute(pkcs11.CKA_ID, name.ID))
+	}
+	if name.Label != "" {
+		all = append(all, pkcs11.NewAttribute(pkcs11.CKA_LABEL, name.Label))
+	}
+	return all
+}
+
+// find reads the objects of a class that have certain attributes and were not read yet,
+// at most so many. more tells that there are others, or that there is no room for them.
+func (r *reading) find(class uint, most int, with ...*pkcs11.Attribute) (more bool, err error) {
+	handles, more, err := r.lib.find(r.session, most, append([]*pkcs11.Attribute{pkcs11.NewAttribute(pkcs11.CKA_CLASS, class)}, with...)...)
+	if err != nil {
+		return false, err
+	}
+	tooBig := 0
+	for _, h := range handles {
+		if r.seen[h] {
+			continue
+		}
+		o, err := r.object(class, h)
+		if err != nil {
+			return false, err
+		}
+		if o == nil {
+			r.seen[h] = true
+			continue
+		}
+		const numbers = 96 // more than its numbers, booleans and lengths take
+		size := numbers + len(o.ID) + len(o.Label) + len(o.Modulus) + len(o.Exponent) +
+			len(o.ECParams) + len(o.ECPoint) + len(o.Value)
+		if size > r.room {
+			// Smaller ones may fit.
+			more = true
+			if tooBig++; tooBig == maxTooBig {
+				break
+			}
+			continue
+		}
+		r.seen[h] = true
+		r.room -= size
+		r.count++
+		r.part.Objects = append(r.part.Objects, *o)
+		if r.size += size; r.size >= partBytes || len(r.part.Objects) >= partObjects {
+			if err := r.flush(); err != nil {
+				return false, err
+			}
+		}
+	}
+	return more, nil
+}
+
+// flush sends what was read, and lets others have their turn.
+func (r *reading) flush() error {
+	if err := r.send(&r.part); err != nil {
+		return err
+	}
+	r.part, r.size = wire.ObjectsPart{}, 0
+	return r.pause()
+}
+
+// object reads an object, or nothing when the agent has no use for it. One that cannot be
+// read is left out.
+func (r *reading) object(class uint, h pkcs11.ObjectHandle) (o *wire.Object, err error) {
+	if class == wire.CKOCertificate {
+		var long bool
+		if o, long, err = readCertificate(r.lib, r.session, h); long {
+			r.long++
+		}
+	} else {
+		o, err = readKey(r.lib, r.session, h, class)
+	}
+	if err != nil {
+		if _, dead := r.lib.sessionInfo(r.session); dead != nil {
+			return nil, err
+		}
+		r.log.Printf("an object of class %d is left out: %v", class, err)
+		return nil, nil
+	}
+	return o, nil
 }
 
 // readKey reads a key, or nothing when it is of no known type.
@@ -160,8 +301,8 @@ func pair(v [][]byte) (a, b []byte) {
 }
 
 // readCertificate reads an X.509 certificate, or nothing when it is another kind
-// of certificate.
-func readCertificate(lib *library, session pkcs11.SessionHandle, h pkcs11.ObjectHandle) (*wire.Object, error) {
+// of certificate. long tells that its value has more bytes than are read.
+func readCertificate(lib *library, session pkcs11.SessionHandle, h pkcs11.ObjectHandle) (_ *wire.Object, long bool, _ error) {
 	v, err := lib.attributes(session, h, []attribute{
 		{pkcs11.CKA_CERTIFICATE_TYPE, roomULong},
 		{pkcs11.CKA_ID, roomText},
@@ -172,10 +313,18 @@ func readCertificate(lib *library, session pkcs11.SessionHandle, h pkcs11.Object
 		{pkcs11.CKA_VALUE, roomObject},
 	})
 	if err != nil {
-		return nil, err
+		return nil, false, err
 	}
 	if kind, ok := ulong(v[0]); !ok || kind != pkcs11.CKC_X_509 {
-		return nil, nil
+		return nil, false, nil
+	}
+	if v[6] == nil {
+		value, err := lib.attributes(session, h, []attribute{{pkcs11.CKA_VALUE, roomLong}})
+		if err != nil {
+			return nil, false, err
+		}
+		v[6] = value[0]
+		long = v[6] == nil
 	}
 	o := &wire.Object{
 		Class:   wire.CKOCertificate,
@@ -188,7 +337,7 @@ func readCertificate(lib *library, session pkcs11.SessionHandle, h pkcs11.Object
 	if category, ok := ulong(v[5]); ok {
 		o.CertCategory = category
 	}
-	return o, nil
+	return o, long, nil
 }
 
 // tri reads a CK_BBOOL. One that is neither CK_FALSE nor CK_TRUE says nothing.

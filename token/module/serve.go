@@ -180,7 +180,7 @@ func (s *server) handle(ctx context.Context, r wire.Request) (wire.Message, erro
 	defer s.life.RUnlock()
 	switch m := r.Message.(type) {
 	case *wire.Objects:
-		return s.listObjects(ctx, lib, m)
+		return s.listObjects(ctx, lib, m, func(part *wire.ObjectsPart) error { return s.conn.WritePart(r.ID, part) })
 	case *wire.Token:
 		if r.Type == wire.TypeLogout {
 			return s.logout(ctx, lib, s.token(m.Token))

@@ -84,7 +84,7 @@ func (s *server) login(ctx context.Context, lib *library, t *token, m *wire.Logi
 	}
 	err = lib.login(p.anchor, pkcs11.CKU_USER, m.PIN.Bytes())
 	m.PIN.Wipe()
-	p.forgetKeys()
+	p.loginChanged()
 	if err != nil && code(err) != wire.CKRUserAlreadyLoggedIn {
 		err = withInfo(err, p)
 		t.failed(p, 0, err)
@@ -104,7 +104,7 @@ func (s *server) logout(ctx context.Context, lib *library, t *token) (wire.Messa
 		return nil, err
 	}
 	err = lib.logout(p.anchor)
-	p.forgetKeys()
+	p.loginChanged()
 	if err != nil && code(err) != wire.CKRUserNotLoggedIn {
 		t.failed(p, 0, err)
 		return nil, err
@@ -281,7 +281,7 @@ func (p *presence) searchFor(session pkcs11.SessionHandle, id *wire.KeyID) (h pk
 	if len(id.ID) > 0 && !id.Any {
 		template = append(template, pkcs11.NewAttribute(pkcs11.CKA_ID, id.ID))
 	}
-	handles, err := p.lib.find(session, template...)
+	handles, _, err := p.lib.find(session, wire.MaxObjects, template...)
 	if err != nil {
 		return 0, nil, err
 	}

@@ -40,16 +40,17 @@ func (s *server) presenceIn(slot uint, id wire.TokenID) *presence {
 }
 
 // peek reads the objects of the token in a slot, for the agent to know which one it is.
-func (s *server) peek(ctx context.Context, lib *library, m *wire.Objects) (wire.Message, error) {
+func (s *server) peek(ctx context.Context, lib *library, m *wire.Objects, send func(*wire.ObjectsPart) error) (wire.Message, error) {
 	p := &presence{lib: lib, slot: uint(m.Slot), id: m.Token.Texts()}
 	session, info, err := p.openSession()
 	if err != nil {
 		return nil, err
 	}
 	defer func() { _ = lib.closeSession(session) }()
-	objects, err := s.readObjects(ctx, lib, session)
-	if err != nil {
+	r := &reading{lib: lib, session: session, log: s.log, send: send, pause: ctx.Err}
+	r.begin()
+	if err := r.all(nil); err != nil {
 		return nil, err
 	}
-	return &wire.ObjectsReply{Info: info, Objects: objects}, nil
+	return &wire.ObjectsReply{Info: info, Objects: r.part.Objects, Cut: r.cut, Long: r.long}, nil
 }

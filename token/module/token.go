@@ -68,6 +68,7 @@ type presence struct {
 	limit int
 	gone  bool
 	keys  map[string]pkcs11.ObjectHandle // private keys found, until the login changes
+	login uint64                         // counts its changes
 }
 
 // open opens the first session on the token in a slot, and makes sure that it
@@ -239,6 +240,21 @@ func (p *presence) forgetKeys() {
 	p.mu.Lock()
 	defer p.mu.Unlock()
 	clear(p.keys)
+}
+
+// loginChanged is called after each login and logout, also after one that has failed.
+func (p *presence) loginChanged() {
+	p.forgetKeys()
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	p.login++
+}
+
+// changes counts the calls of loginChanged.
+func (p *presence) changes() uint64 {
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	return p.login
 }
 
 // retire forgets p, whose token has gone. The next request looks for it again.

@@ -343,7 +343,20 @@ func (p *FakeProcess) Reply(r wire.Request, m wire.Message) {
 	if p.onLane(r, func(l *wire.ModuleLane) { _ = l.WriteReply(r.ID, m) }) {
 		return
 	}
+	if reply, ok := m.(*wire.ObjectsReply); ok {
+		m = p.parts(r, reply)
+	}
 	_ = p.conn.WriteReply(r.ID, m)
+}
+
+// parts sends what a list has too many of for one frame, and returns the rest.
+func (p *FakeProcess) parts(r wire.Request, reply *wire.ObjectsReply) *wire.ObjectsReply {
+	rest := *reply
+	for first := true; len(rest.Objects) > wire.MaxList; first = false {
+		_ = p.conn.WritePart(r.ID, &wire.ObjectsPart{First: first, Objects: rest.Objects[:wire.MaxList]})
+		rest.Objects = rest.Objects[wire.MaxList:]
+	}
+	return &rest
 }
 
 // onLane answers a request on the lane that it came on, if it did.

@@ -34,11 +34,11 @@ type Frame struct {
 	Body []byte // the receiver's to keep
 }
 
-// Decode reads the answer into reply, which must be of the kind that belongs to
-// the request. When the request failed it returns the *Error that came instead.
+// Decode reads the answer, or a part of it, into reply, which must be of the kind that
+// belongs to the request. When the request failed it returns the *Error that came instead.
 func (f Frame) Decode(reply Message) error {
 	switch f.Type {
-	case TypeReply:
+	case TypeReply, TypePart:
 		return Unmarshal(f.Body, reply)
 	case TypeError, TypeLost:
 		e := new(Error)
@@ -96,7 +96,7 @@ func (c *Conn) ReadFrame() (Frame, error) {
 		return Frame{}, err
 	}
 	switch t {
-	case TypeReply, TypeError:
+	case TypeReply, TypeError, TypePart:
 		if id == 0 {
 			return Frame{}, errors.New("answer to no request")
 		}
@@ -262,6 +262,12 @@ func (c *ModuleConn) wait() error {
 // MaxReply is an error, and is not sent.
 func (c *ModuleConn) WriteReply(id uint32, reply Message) error {
 	return c.w.write(id, TypeReply, reply, MaxReply)
+}
+
+// WritePart sends a part of the answer to a request. A part that is longer than MaxReply
+// is an error, and is not sent.
+func (c *ModuleConn) WritePart(id uint32, part *ObjectsPart) error {
+	return c.w.write(id, TypePart, part, MaxReply)
 }
 
 // WriteError tells that a request has failed.

@@ -92,11 +92,24 @@ func (m *Objects) fields(c *codec) {
 	c.uint64(&m.Slot)
 	c.bool(&m.Placed)
 	c.bool(&m.Peek)
+	list(c, &m.Named, (*ObjectName).fields)
+}
+
+func (m *ObjectName) fields(c *codec) {
+	c.bytes(&m.ID)
+	c.text(&m.Label)
+}
+
+func (m *ObjectsPart) fields(c *codec) {
+	c.bool(&m.First)
+	list(c, &m.Objects, (*Object).fields)
 }
 
 func (m *ObjectsReply) fields(c *codec) {
 	m.Info.fields(c)
 	list(c, &m.Objects, (*Object).fields)
+	c.bool(&m.Cut)
+	c.uint32(&m.Long)
 }
 
 func (m *Object) fields(c *codec) {

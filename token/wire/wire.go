@@ -31,11 +31,19 @@ const (
 	// largest holds the data of one signature, which reached the agent in a
 	// message of 256 KiB at most.
 	MaxRequest = 512 << 10
-	// MaxReply bounds the body of a frame from the module process: the largest
-	// lists the objects of one token.
+	// MaxReply bounds the body of a frame from the module process.
 	MaxReply = 16 << 20
-	// MaxList bounds the elements of each list: slots, mechanisms, objects.
+	// MaxList bounds the elements of each list in a frame: slots, mechanisms, objects.
 	MaxList = 8192
+	// MaxObjects and MaxObjectBytes bound the objects of one token that a module
+	// process lists, in all frames together. Named objects come on top, up to
+	// MaxNamedObjects and MaxNamedBytes.
+	MaxObjects      = 4 * MaxList
+	MaxObjectBytes  = 16 << 20
+	MaxNamedObjects = MaxList
+	MaxNamedBytes   = 2 << 20
+	// MaxNames bounds the names that one request for objects searches for.
+	MaxNames = 1024
 	// MaxText bounds the bytes of a text: a label, a name, what went wrong. A URI, which
 	// may have a label, has as many at the most.
 	MaxText = 8 << 10
@@ -63,6 +71,7 @@ const (
 const (
 	TypeReply Type = 64 // the reply message that belongs to the request
 	TypeError Type = 65 // Error
+	TypePart  Type = 68 // ObjectsPart: a part of the answer to TypeObjects; the reply follows
 	TypeEvent Type = 66 // id 0, empty body: slots or tokens have changed
 	TypeLost  Type = 67 // Error, id 0: the module is of no use any more, and a new process is wanted
 )
@@ -193,12 +202,37 @@ type Objects struct {
 	// Peek reads the objects of whatever token of these texts is in the slot, and
 	// remembers nothing of it.
 	Peek bool
+	// Named are objects that somebody has named. The module process searches for each
+	// of them when the token has more objects than it lists.
+	Named []ObjectName
 }
 
-// ObjectsReply lists them.
+// An ObjectName is what a URI says of an object. An empty field says nothing, and one
+// field at least is not empty.
+type ObjectName struct {
+	ID    []byte
+	Label string
+}
+
+// ObjectsPart lists some of the objects. The module process sends any number of parts
+// before the reply, so that a long list is no hang.
+type ObjectsPart struct {
+	// First has the receiver forget the parts before this one: the login has changed
+	// meanwhile, and the list begins again.
+	First   bool
+	Objects []Object
+}
+
+// ObjectsReply lists the last of the objects.
 type ObjectsReply struct {
 	Info    TokenInfo
 	Objects []Object
+	// Cut tells that the token has more objects than MaxObjects and MaxObjectBytes let
+	// the module process list.
+	Cut bool
+	// Long is how many certificates are listed without their value, because it has more
+	// bytes than the module process reads.
+	Long uint32
 }
 
 // An Object is a public key, a private key or an X.509 certificate. Attributes

@@ -36,7 +36,8 @@ func samples(t testing.TB) []sample {
 	list := []sample{
 		{t: TypeHello, msg: &Hello{Version: Version, Path: "/usr/lib/\xff.so", InitArgs: "configdir='/x'", Poll: true, Unconfined: true, Write: []string{"/srv/\xff", "/x"}}},
 		{t: TypeSlots, msg: &Slots{Reinitialize: true}},
-		{t: TypeObjects, msg: &Objects{Token: testToken}},
+		{t: TypeObjects, msg: &Objects{Token: testToken, Named: []ObjectName{{ID: []byte{7}}, {Label: "door"}}}},
+		{t: TypePart, msg: &ObjectsPart{First: true, Objects: []Object{{Class: CKOPublicKey, ID: []byte{2}, KeyType: CKKRSA}}}},
 		{t: TypeToken, msg: &Token{Token: testToken}},
 		{t: TypeLogin, msg: &Login{Token: testToken, LastTry: true}, pin: "482915"},
 		{t: TypeLogin, msg: &Login{Token: testToken, Pad: true}},
@@ -60,7 +61,7 @@ func samples(t testing.TB) []sample {
 			{Class: CKOPublicKey, ID: []byte{1}, Label: "key", KeyType: CKKRSA, Modulus: []byte{0xc1}, Exponent: []byte{1, 0, 1}},
 			{Class: CKOPrivateKey, KeyType: CKKEC, ECParams: []byte{6}, ECPoint: []byte{4}, Sign: True, Private: True, AlwaysAuth: False},
 			{Class: CKOCertificate, Value: []byte{0x30}, Trusted: True, CertCategory: 1},
-		}}},
+		}, Cut: true, Long: 2}},
 		{t: TypeReply, msg: &TokenReply{Info: testInfo}},
 		{t: TypeReply, msg: &SignReply{Signature: []byte{1, 2, 3}}},
 		{t: TypeReply, msg: &GenerateReply{
@@ -136,7 +137,7 @@ func TestSamplesAreComplete(t *testing.T) {
 		}
 		delete(seen, reflect.TypeOf(make()))
 	}
-	for _, m := range []Message{new(HelloReply), new(SlotsReply), new(ObjectsReply), new(TokenReply), new(SignReply), new(GenerateReply), new(Error)} {
+	for _, m := range []Message{new(HelloReply), new(SlotsReply), new(ObjectsPart), new(ObjectsReply), new(TokenReply), new(SignReply), new(GenerateReply), new(Error)} {
 		if !seen[reflect.TypeOf(m)] {
 			t.Errorf("no sample of %T", m)
 		}
@@ -262,6 +263,8 @@ func TestConn(t *testing.T) {
 				err = module.WriteReply(uint32(i+1), s.msg)
 			case TypeError:
 				err = module.WriteError(uint32(i+1), s.msg.(*Error))
+			case TypePart:
+				err = module.WritePart(uint32(i+1), s.msg.(*ObjectsPart))
 			}
 			if err != nil {
 				t.Error(err)
@@ -590,7 +593,7 @@ func FuzzReadFrame(f *testing.F) {
 			if err != nil {
 				return
 			}
-			for _, msg := range []Message{new(HelloReply), new(SlotsReply), new(ObjectsReply), new(TokenReply), new(SignReply), new(GenerateReply)} {
+			for _, msg := range []Message{new(HelloReply), new(SlotsReply), new(ObjectsPart), new(ObjectsReply), new(TokenReply), new(SignReply), new(GenerateReply)} {
 				_ = fr.Decode(msg) // whatever it says
 			}
 		}

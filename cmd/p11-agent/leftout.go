@@ -1,0 +1,70 @@
+package main
+
+import (
+	"fmt"
+
+	"golang.org/x/crypto/ssh"
+
+	"p11-agent/agent"
+	"p11-agent/agent/sshagent"
+	"p11-agent/token"
+)
+
+// notShown finds the keys that the agent offers and that clients are not shown, because an
+// answer of the agent has no room for all. It returns their public keys in wire form, and
+// how many keys the agent offers.
+func notShown(c *config, store *token.Store) (hidden map[string]bool, offered int) {
+	var identities []agent.Identity
+	var wires []string
+	named := make(map[string]bool)
+	auto, name := automatic(c), names(c)
+	present := store.Keys()
+	all := append(append([]*token.Key{}, present...), store.Away()...)
+	add := func(i int, k *token.Key, alone bool) {
+		if i >= len(present) && !c.offerAway(k, auto != nil) {
+			return
+		}
+		pub, err := ssh.NewPublicKey(k.Public())
+		if err != nil {
+			return // token offers only types that SSH has
+		}
+		wire, comment := string(pub.Marshal()), name(k)
+		if _, ok := named[wire]; !ok {
+			id := agent.Identity{Key: pub, Comment: k.URI()}
+			if comment != "" {
+				id.Comment = comment
+			}
+			identities, wires = append(identities, id), append(wires, wire)
+		}
+		named[wire] = named[wire] || alone || comment != ""
+	}
+	if auto == nil {
+		for i, k := range all {
+			if k.Unfit() == "" {
+				add(i, k, false)
+			}
+		}
+	}
+	for _, s := range auto {
+		for i, k := range all {
+			if s.Match(k) && (k.Unfit() == "" || !s.Broad()) {
+				add(i, k, !s.Broad())
+			}
+		}
+	}
+	for i, wire := range wires {
+		identities[i].Named = named[wire]
+	}
+	hidden = make(map[string]bool)
+	for i, shown := range sshagent.Listed(identities) {
+		if !shown {
+			hidden[wires[i]] = true
+		}
+	}
+	return hidden, len(identities)
+}
+
+// fewShown says that clients are not shown all keys.
+func fewShown(shown, offered int) string {
+	return fmt.Sprintf("clients are shown %d of the %d keys: OpenSSH takes 2048 keys and 256 KiB at the most; those that keys names by id or object come first", shown, offered)
+}
