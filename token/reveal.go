@@ -264,10 +264,10 @@ func (k *Key) mayMatch(u *pkcs11uri.URI, byPath bool) bool {
 		return false
 	}
 	t.mu.Lock()
-	names, private := t.names, t.slot.Info.Flags&wire.CKFLoginRequired != 0
+	names, private, cut := t.names, t.slot.Info.Flags&wire.CKFLoginRequired != 0, t.cut
 	t.mu.Unlock()
-	if names == nil || !private && t.present() {
-		return false
+	if names == nil || cut || !private && t.present() {
+		return false // objects that are not listed may have the name
 	}
 	label := u.Object == nil || slices.Contains(k.found.labels, *u.Object) || !names.labels[*u.Object]
 	id := u.ID == nil || k.found.hasID(u.ID) || !names.ids[string(u.ID)]

@@ -37,6 +37,7 @@ type Token struct {
 	bySum            map[[sha256.Size]byte][]*Key // keys, by the digest of their public half
 	weight           int                          // of the keys, in bytes
 	leftOut          []string                     // see TokenStatus.LeftOut
+	cut              bool                         // the token has more objects than are listed
 	insertions       uint64
 	seen             time.Time // when it was there last, if it is not
 	session          *process  // the process that is logged in, nil when none is
@@ -114,7 +115,7 @@ func (t *Token) look(ctx context.Context, p *process, slot *wire.Slot, others []
 	defer t.mu.Unlock()
 	t.slot.Info = reply.info
 	t.weight = weight(pairs)
-	t.leftOut = left.reasons()
+	t.leftOut, t.cut = left.reasons(), reply.cut
 	switch {
 	case t.changes != changes: // what was read may be of before, or of another card
 	case reply.info.LoggedIn:
