@@ -237,7 +237,7 @@ func (t *Token) logInNow(ctx context.Context, g *gate, k *Key, with given) (type
 		return nil, err
 	}
 	err = t.withPIN(ctx, g, k, info, with, always, func(ctx context.Context, pin *secret.Secret, lastTry, pad bool) error {
-		err := t.tryLogin(ctx, p, pin, at, lastTry, pad)
+		_, err := t.tryLogin(ctx, p, pin, at, lastTry, pad)
 		if err == nil && wanted && !pad {
 			typed, err = pin.Clone()
 		}
@@ -258,16 +258,16 @@ func (t *Token) logInNow(ctx context.Context, g *gate, k *Key, with given) (type
 	return typed, nil
 }
 
-// tryLogin has a PIN tried on a card.
-func (t *Token) tryLogin(ctx context.Context, p *process, pin *secret.Secret, at target, lastTry, pad bool) error {
+// tryLogin has a PIN tried on a card. It returns where the card is now.
+func (t *Token) tryLogin(ctx context.Context, p *process, pin *secret.Secret, at target, lastTry, pad bool) (target, error) {
 	for n := 0; ; n++ {
 		err := t.tryStay(ctx, p, pin, at.stay, lastTry, pad)
 		if n == maxTargets || !isReason(err, wire.ReasonOtherToken) {
-			return err
+			return at, err
 		}
 		ok := false
 		if at, ok = t.again(ctx, p, at); !ok {
-			return err
+			return at, err
 		}
 	}
 }
@@ -738,24 +738,36 @@ func (t *Token) signInTurn(ctx context.Context, g *gate, p *process, k *Key, req
 	if err != nil {
 		return nil, err
 	}
-	req.Stay = at.stay
 	var reply wire.SignReply
+	sign := func(ctx context.Context) error {
+		for n := 0; ; n++ {
+			req.Stay = at.stay
+			err := p.call(ctx, signTimeout, wire.TypeSign, req, &reply)
+			if n == maxTargets || !isReason(err, wire.ReasonOtherToken) {
+				return err
+			}
+			ok := false
+			if at, ok = t.again(ctx, p, at); !ok {
+				return err
+			}
+		}
+	}
 	err = t.withPIN(ctx, g, k, info, given{pin: with.typed, typed: true}, true, func(ctx context.Context, pin *secret.Secret, lastTry, pad bool) error {
 		req.ContextLogin, req.LastTry, req.Pad, req.PIN = true, lastTry, pad, pin
 		if !pad { // there a person is at work first
 			defer k.working(ctx)()
 		}
-		err := p.call(ctx, signTimeout, wire.TypeSign, req, &reply)
+		err := sign(ctx)
 		if pad || !isReason(err, wire.ReasonNoKey) || !t.hidesKey(p, err) {
 			return err
 		}
 		// The key shows only after a login, which another program may have ended, or
 		// the wrong PIN before this one: a PIV card forgets by it who was verified.
-		if err := t.tryLogin(ctx, p, pin, at, lastTry, pad); err != nil {
+		if at, err = t.tryLogin(ctx, p, pin, at, lastTry, pad); err != nil {
 			return err
 		}
 		t.reveal(ctx, p)
-		return p.call(ctx, signTimeout, wire.TypeSign, req, &reply)
+		return sign(ctx)
 	})
 	return reply.Signature, err
 }

@@ -270,6 +270,8 @@ func (k *Key) mayMatch(u *pkcs11uri.URI, byPath bool) bool {
 		return false // objects that are not listed may have the name
 	}
 	label := u.Object == nil || slices.Contains(k.found.labels, *u.Object) || !names.labels[*u.Object]
-	id := u.ID == nil || k.found.hasID(u.ID) || !names.ids[string(u.ID)]
+	// A public key or certificate nearly always has the ID of its private key.
+	noID := len(k.found.id) == 0 || u.Type == pkcs11uri.ClassPrivate
+	id := u.ID == nil || k.found.hasID(u.ID) || noID && !names.ids[string(u.ID)]
 	return label && id
 }

@@ -9,6 +9,7 @@ import (
 	"log/slog"
 	"os"
 	"os/exec"
+	"slices"
 	"strings"
 
 	"github.com/spf13/cobra"
@@ -214,7 +215,13 @@ func findKeys(ctx context.Context, r *report, conf *config, store *token.Store) 
 // where that is nothing.
 func findURI(ctx context.Context, r *report, store *token.Store, where string, u *pkcs11uri.URI) {
 	keys, err := store.Select(ctx, token.NewSelector(u))
+	sure := slices.ContainsFunc(keys, func(k *token.Key) bool { return k.Matches(u) })
+	if err == nil && !sure && u.Object != nil && nearest(*u.Object, labelsOf(keys)) != "" {
+		err = fmt.Errorf("%w: no object has this label before a login", token.ErrNoMatch)
+	}
 	switch {
+	case err == nil && !sure:
+		r.ok("%s: %v may match %s: only a login shows which", where, u, plural(len(keys), "key"))
 	case err != nil:
 		f := r.bad("%s: %v: %v", where, u, err)
 		if errors.Is(err, token.ErrNoMatch) {
@@ -226,6 +233,14 @@ func findURI(ctx context.Context, r *report, store *token.Store, where string, u
 	if names := u.Ignored(); len(names) > 0 {
 		r.bad("%s: %v: the query attributes %q mean nothing here", where, u, names)
 	}
+}
+
+// labelsOf returns the labels of keys.
+func labelsOf(keys []*token.Key) (labels []string) {
+	for _, k := range keys {
+		labels = append(labels, k.Label())
+	}
+	return labels
 }
 
 // adviseURI names the token or key that a URI may have meant.
