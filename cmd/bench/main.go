@@ -90,6 +90,7 @@ func sections() []section {
 	return []section{
 		{"Signatures", signNames, measureSignatures},
 		{"Lists", listNames, measureLists},
+		{"Tokens of different sizes", sizeNames, measureSizes},
 		{"From the start to the first list of keys", startNames, measureStarts},
 		{"Logins with ssh", loginNames, measureLogins},
 		{"Memory", memoryNames, measureMemory},

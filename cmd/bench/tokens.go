@@ -78,6 +78,11 @@ func (b *bench) newTokens(ctx context.Context) (*tokens, error) {
 	if err != nil {
 		return nil, err
 	}
+	return b.newTokensIn(ctx, dir)
+}
+
+// newTokensIn makes an empty token in a directory.
+func (b *bench) newTokensIn(ctx context.Context, dir string) (*tokens, error) {
 	t := &tokens{dir: dir}
 	if err := os.Mkdir(filepath.Join(dir, "tokens"), 0o700); err != nil {
 		return nil, err

@@ -108,6 +108,7 @@ func runScripts(t *testing.T, dir string) {
 	// Scripts that use it say that they need gcc.
 	if _, err := exec.LookPath("gcc"); err == nil {
 		s.badModule = tokentest.BuildBadModule(t)
+		s.bigModule = tokentest.BuildBigModule(t)
 	}
 	for _, pattern := range []string{"/usr/lib/*/libykcs11.so.*", "/usr/lib*/libykcs11.so.*"} {
 		if found, _ := filepath.Glob(pattern); len(found) > 0 {
@@ -164,6 +165,7 @@ type stories struct {
 	tokens    map[string]string // directories to copy, by the label of the token
 	softhsm   string            // SoftHSM's module
 	badModule string            // tokentest's
+	bigModule string            // likewise
 	ykcs11    string            // Yubico's module; empty where it is not installed
 	opensc    string            // OpenSC's module
 }
@@ -277,6 +279,7 @@ func (s *stories) setup(env *testscript.Env) error {
 		"DBUS_SYSTEM_BUS_ADDRESS": "unix:path=" + filepath.Join(work, "no-bus"),
 		"SOFTHSM":                 s.softhsm,
 		"MODULE":                  s.badModule,
+		"BIGMODULE":               s.bigModule,
 		"YKCS11":                  s.ykcs11,
 		"OPENSC":                  s.opensc,
 		"SCDAEMON":                tokentest.FindSCDaemon(),

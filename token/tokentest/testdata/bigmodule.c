@@ -5,7 +5,8 @@
  * more pairs of Ed25519 keys, which cannot sign. Private keys show after a login. A pair
  * has an ID of 4 bytes, and a label of 32 bytes: all byte values come, in turn.
  *
- * While the file BIGMODULE_HOLD exists, C_GetAttributeValue does not return.
+ * While the file BIGMODULE_HOLD exists, C_GetAttributeValue does not return, and makes the
+ * file BIGMODULE_HOLD.held.
  *
  * BIGMODULE_COUNT is a file that has the numbers of calls so far, each of 8 bytes: of
  * C_FindObjects, and of C_GetAttributeValue.
@@ -14,6 +15,7 @@
 #include <dlfcn.h>
 #include <fcntl.h>
 #include <pthread.h>
+#include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
 #include <sys/mman.h>
@@ -68,8 +70,13 @@ static void count(int which)
 static void hold(void)
 {
 	const char *path = getenv("BIGMODULE_HOLD");
+	char held[4096];
 
-	while (path != NULL && *path && access(path, F_OK) == 0)
+	if (path == NULL || *path == 0 || access(path, F_OK) != 0)
+		return;
+	snprintf(held, sizeof held, "%s.held", path);
+	close(open(held, O_WRONLY | O_CREAT | O_CLOEXEC, 0600));
+	while (access(path, F_OK) == 0)
 		usleep(1000);
 }
 
