@@ -94,8 +94,10 @@ func parsePrivate(kind string, in *reader) (r agent.KeyRequest, err error) {
 		return r, errMalformed
 	case len(comment) > maxComment:
 		return r, fmt.Errorf("the comment is longer than %d bytes", maxComment)
+	case !agent.ReadableText(comment):
+		return r, errNUL
 	}
-	r.Comment = string(comment)
+	r.Comment = strings.TrimSuffix(string(comment), "\x00") // a C string to ssh-agent
 	if r.Public = cert; !certified {
 		r.Public, err = ssh.NewPublicKey(r.Private.Public())
 	}
