@@ -355,6 +355,16 @@ func (k *Keyring) removeAll(ctx context.Context, c *Caller) error {
 	if err := c.mayChange(); err != nil {
 		return err
 	}
+	return k.clear(ctx, c)
+}
+
+// Clear removes every identity, as RemoveAll does for a client that sees all of them. It
+// asks no rule, and does the same while the agent is locked: the user of the agent, and
+// no client, has sent a signal for it.
+func (k *Keyring) Clear(ctx context.Context) error { return k.clear(ctx, new(Caller)) }
+
+// clear removes all that the connection sees.
+func (k *Keyring) clear(ctx context.Context, c *Caller) error {
 	defer k.relieve(k.keptBytes())
 	logout := k.opts.Tokens.LogoutAll
 	if may := k.removeSeen(c); c.limited() {
