@@ -34,8 +34,9 @@ const (
 
 // parseConstraints reads constraints until the end of the message. Whatever is
 // not understood to the last byte is an error: a constraint that is overlooked
-// is a key without it. Each may be given once.
-func parseConstraints(in *reader) (agent.Constraints, error) {
+// is a key without it. Each may be given once. Certificates go with the keys of tokens
+// alone.
+func parseConstraints(in *reader, token bool) (agent.Constraints, error) {
 	var c agent.Constraints
 	for len(in.rest) > 0 {
 		switch kind := in.byte(); kind {
@@ -51,7 +52,7 @@ func parseConstraints(in *reader) (agent.Constraints, error) {
 			}
 			c.Confirm = true
 		case constrainExtension:
-			if err := parseExtension(&c, in); err != nil {
+			if err := parseExtension(&c, in, token); err != nil {
 				return agent.Constraints{}, err
 			}
 		default:
@@ -61,7 +62,7 @@ func parseConstraints(in *reader) (agent.Constraints, error) {
 	return c, in.end()
 }
 
-func parseExtension(c *agent.Constraints, in *reader) (err error) {
+func parseExtension(c *agent.Constraints, in *reader, token bool) (err error) {
 	// The data has no length of its own: what follows an unknown name cannot
 	// be told from the next constraint.
 	switch name := in.bytes(); string(name) {
@@ -71,6 +72,9 @@ func parseExtension(c *agent.Constraints, in *reader) (err error) {
 		}
 		c.Destinations, err = parseDestinations(reader{rest: in.bytes(), failed: in.failed})
 	case constrainCerts:
+		if !token {
+			return errors.New("certificates can only be added to the keys of a token")
+		}
 		if c.Certificates != nil {
 			return twice(constrainCerts)
 		}

@@ -133,7 +133,7 @@ func constraintCases(t testing.TB) []constraintCase {
 func TestConstraints(t *testing.T) {
 	for _, test := range constraintCases(t) {
 		t.Run(test.name, func(t *testing.T) {
-			c, err := parseConstraints(&reader{rest: test.in})
+			c, err := parseConstraints(&reader{rest: test.in}, true)
 			if test.fail != "" {
 				if err == nil || !strings.Contains(err.Error(), test.fail) {
 					t.Errorf("%+v, %v; want an error with %q", c, err, test.fail)
@@ -171,7 +171,7 @@ func TestConstraintsCutShort(t *testing.T) {
 		ends[len(whole)] = true
 	}
 	for n := range len(whole) + 1 {
-		if _, err := parseConstraints(&reader{rest: whole[:n]}); (err == nil) != ends[n] {
+		if _, err := parseConstraints(&reader{rest: whole[:n]}, true); (err == nil) != ends[n] {
 			t.Errorf("the first %d of %d bytes: %v", n, len(whole), err)
 		}
 	}
@@ -185,7 +185,7 @@ func TestConstraintDetails(t *testing.T) {
 		encodeDestination(encodeHop("", ""), encodeHop("me", "first", one.Marshal(), false)),
 		encodeDestination(encodeHop("", "first", one.Marshal(), false), encodeHop("", "second", two.Marshal(), true, one.Marshal(), false)),
 	), certsOf(true, cert.Marshal()))
-	c, err := parseConstraints(&reader{rest: in})
+	c, err := parseConstraints(&reader{rest: in}, true)
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -215,7 +215,7 @@ func FuzzConstraints(f *testing.F) {
 		}
 	}
 	f.Fuzz(func(t *testing.T, b []byte) {
-		c, err := parseConstraints(&reader{rest: b})
+		c, err := parseConstraints(&reader{rest: b}, true)
 		if err != nil {
 			if len(err.Error()) > 500 {
 				t.Errorf("error of %d bytes", len(err.Error()))
@@ -244,7 +244,7 @@ func FuzzConstraints(f *testing.F) {
 			}
 			again = append(again, certsOf(c.CertificatesOnly, list...)...)
 		}
-		d, err := parseConstraints(&reader{rest: again})
+		d, err := parseConstraints(&reader{rest: again}, true)
 		if err != nil {
 			t.Fatalf("%x read, but not %x: %v", b, again, err)
 		}

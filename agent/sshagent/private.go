@@ -39,7 +39,7 @@ func (c *conn) add(ctx context.Context, message []byte) {
 	}
 	r, err := parsePrivate(kind, &in)
 	if err == nil && message[0] == msgAddIdentityConstraint {
-		r.Constraints, err = parseConstraints(&in)
+		r.Constraints, err = parseConstraints(&in, false)
 	}
 	if err == nil {
 		err = in.end()

@@ -295,7 +295,7 @@ func (c *conn) token(ctx context.Context, request agent.Request, in reader, cons
 	}
 	r := agent.TokenRequest{Provider: provider}
 	if constrained {
-		constraints, err := parseConstraints(&in)
+		constraints, err := parseConstraints(&in, true)
 		if err != nil {
 			c.reject(request, err)
 			return

@@ -461,7 +461,7 @@ func (s *service) serve(ctx context.Context, listeners []listener) error {
 			case <-ctx.Done():
 				return
 			case <-s.clear:
-				// As ssh-agent does since OpenSSH 10.1.
+				// As ssh-agent does since OpenSSH 10.0.
 				err := keyring.Clear(ctx)
 				s.log.Info("all keys removed, as SIGUSR1 asks", "error", err)
 			case <-s.hangups:

@@ -529,6 +529,41 @@ var behaviours = []struct {
 		r.list()
 		r.sign("sign", k.ed.public, []byte("data"), 0)
 	}},
+	{"certificates beside a key in memory", "", func(r *rig, k behaviourPairs) {
+		const extension = "associated-certs-v00@openssh.com"
+		r.addConstrained("one", k.ed, byte(255), extension, byte(0), sshFields(k.ed.cert.Marshal()))
+		r.addConstrained("none", k.ed, byte(255), extension, byte(0), "")
+		r.addConstrained("none but that", k.ed, byte(255), extension, byte(1), "")
+		r.list()
+	}},
+	{"locked by a forwarded client", "the lock concerns keys that the client does not see", func(r *rig, k behaviourPairs) {
+		r.bind("bind", "one", k.host, k.host, 1)
+		r.status("lock", r.client.Lock([]byte("a")))
+	}},
+	{"all removed by a forwarded client", "a client removes what it sees", func(r *rig, k behaviourPairs) {
+		r.addLimited(k.ed, toHost("", nil, k.other))
+		r.bind("bind", "one", k.host, k.host, 1)
+		r.list()
+		r.status("remove", r.client.Remove(k.ed.public))
+		r.status("remove all", r.client.RemoveAll())
+		r.connect()
+		r.list()
+	}},
+	{"a session without an identifier", "it names no session", func(r *rig, k behaviourPairs) {
+		sig, err := k.host.signer.Sign(rand.Reader, nil)
+		if err != nil {
+			r.t.Fatal(err)
+		}
+		r.ask("bind", 27, "session-bind@openssh.com", k.host.public.Marshal(), "", ssh.Marshal(sig), byte(0))
+	}},
+	{"a long comment", "a list has room for so many bytes only", func(r *rig, k behaviourPairs) {
+		r.addIdentity("4096 bytes", k.ed, string(k.ed.public.Marshal()), strings.Repeat("x", 4096))
+		r.addIdentity("4097 bytes", k.ed, string(k.ed.public.Marshal()), strings.Repeat("x", 4097))
+	}},
+	{"the extension query while locked", "what the agent understands is no secret", func(r *rig, k behaviourPairs) {
+		r.status("lock", r.client.Lock([]byte("a")))
+		r.ask("query", 27, "query")
+	}},
 	{"the extension query", "RFC 9987 has it; OpenSSH since 10.3", func(r *rig, k behaviourPairs) { r.ask("query", 27, "query") }},
 	{"halves of different keys", "ssh-agent believes the public half", func(r *rig, k behaviourPairs) {
 		private := k.rsa.private.(*rsa.PrivateKey)
