@@ -461,9 +461,8 @@ func (s *service) serve(ctx context.Context, listeners []listener) error {
 			case <-ctx.Done():
 				return
 			case <-s.clear:
-				// As ssh-agent does since OpenSSH 10.0.
-				err := keyring.Clear(ctx)
-				s.log.Info("all keys removed, as SIGUSR1 asks", "error", err)
+				// As ssh-agent does since OpenSSH 10.0. A token may take its time.
+				helpers.Go(func() { s.clearAll(ctx, keyring) })
 			case <-s.hangups:
 				if s.terminal.hangup(ctx, cancel) {
 					s.log.Info("the agent ends with its terminal")
@@ -509,6 +508,15 @@ func (s *service) serve(ctx context.Context, listeners []listener) error {
 	cancel()
 	s.notify(systemd.Stopping())
 	return errors.Join(all...)
+}
+
+// clearAll removes all keys.
+func (s *service) clearAll(ctx context.Context, keyring *agent.Keyring) {
+	if err := keyring.Clear(ctx); err != nil {
+		s.log.Warn("SIGUSR1: the keys are removed, but not all tokens are logged out", "reason", err)
+		return
+	}
+	s.log.Info("SIGUSR1: all keys are removed")
 }
 
 // rules is what the configuration tells the keyring, now and when it is read
