@@ -33,6 +33,15 @@ func (a *addition) covers(wire string) bool {
 	})
 }
 
+// certifies tells whether a certificate of the addition is for a key, and is valid now or
+// later. wire is the key's wire form.
+func (a *addition) certifies(wire string) bool {
+	return slices.ContainsFunc(a.certificates, func(c *ssh.Certificate) bool {
+		now, change := valid(c, time.Now())
+		return (now || !change.IsZero()) && string(c.Key.Marshal()) == wire
+	})
+}
+
 // coversAs tells whether two additions of the same selection cover the same keys, but
 // for those that are excepted.
 func (a *addition) coversAs(o *addition) bool {
@@ -180,18 +189,14 @@ func (k *Keyring) replaceLocked(a *addition) {
 }
 
 // expireLocked ends what was added for a time that is over. An automatic identity
-// that was added again for a time goes too: that is what was asked for.
+// that was added again for a time goes too: the client has asked for that.
 func (k *Keyring) expireLocked() {
 	now := time.Now()
-	over := func(t time.Time) bool { return !t.IsZero() && !now.Before(t) }
-	if n := len(k.software); n > 0 {
-		k.software = slices.DeleteFunc(k.software, func(s *softwareKey) bool { return over(s.limits.expires) })
-		if len(k.software) != n {
-			k.change.Add(1)
-		}
+	for _, s := range k.software.expire(now) {
+		k.softwareChangedLocked(s.wire)
 	}
 	for _, a := range slices.Clone(k.added) {
-		if !over(a.limits.expires) {
+		if !over(a.limits.expires, now) {
 			continue
 		}
 		for _, key := range k.coveredLocked(a) {

@@ -159,7 +159,7 @@ type KeyRequest struct {
 // Constraints limit the use of what is added with them (RFC 9987 section 5.2.7
 // and OpenSSH's PROTOCOL.agent).
 type Constraints struct {
-	Lifetime time.Duration // 0: for as long as the agent runs
+	Lifetime time.Duration // 0: for as long as the agent runs; NoTime: none
 	Confirm  bool
 	// Destinations are the hops that are permitted; none: every use is.
 	Destinations []Destination
@@ -168,6 +168,10 @@ type Constraints struct {
 	// CertificatesOnly adds only the Certificates and no key without one.
 	CertificatesOnly bool
 }
+
+// NoTime is the lifetime of what is added and gone at once. A client asks for it with a
+// lifetime of 0 seconds, as ssh-agent has it.
+const NoTime = time.Nanosecond
 
 // A Destination is one hop that a key may be used for: to log in at a host, from
 // another or, when From has no keys, from where the agent runs (OpenSSH's

@@ -100,12 +100,13 @@ func (b *budget) add(k kept) {
 	}
 }
 
-// softwareLocked returns what the keyring keeps of keys in memory.
-func (k *Keyring) softwareLocked() (b budget) {
-	for _, s := range k.software {
-		b.add(s.kept)
+func (b *budget) remove(k kept) {
+	b.count--
+	b.size -= k.size
+	if k.forwarded {
+		b.forwardedCount--
+		b.forwardedSize -= k.size
 	}
-	return b
 }
 
 // addedLocked returns what the keyring keeps of additions, and of limits that keys have
@@ -172,12 +173,7 @@ func mayKeep(k kept, own, other budget, maxCount, maxForwarded int) error {
 // none.
 func (b budget) replaced(old *kept, k kept) budget {
 	if old != nil {
-		b.count--
-		b.size -= old.size
-		if old.forwarded {
-			b.forwardedCount--
-			b.forwardedSize -= old.size
-		}
+		b.remove(*old)
 	}
 	b.add(k)
 	return b
@@ -200,14 +196,14 @@ func (k *Keyring) mayAddLocked(a *addition) error {
 	}
 	added := kept{size: overhead + 2*len(a.selection.String()) + c.Size(), forwarded: a.forwarded}
 	own.add(added)
-	return mayKeep(added, own, k.softwareLocked(), maxAdditions, maxForwardedAdditions)
+	return mayKeep(added, own, k.software.kept, maxAdditions, maxForwardedAdditions)
 }
 
 // keptBytes returns how many bytes the keyring keeps.
 func (k *Keyring) keptBytes() int {
 	k.mu.Lock()
 	defer k.mu.Unlock()
-	return k.softwareLocked().size + k.addedLocked().size
+	return k.software.kept.size + k.addedLocked().size
 }
 
 // relieve gives memory back to the system when the keyring keeps much less than before.

@@ -7,6 +7,7 @@ import (
 	"crypto/rsa"
 	"errors"
 	"fmt"
+	"iter"
 	"log/slog"
 	"math/big"
 	"runtime"
@@ -45,6 +46,13 @@ func fat(c *ssh.Certificate) {
 		c.ValidPrincipals = append(c.ValidPrincipals, "a", "b")
 		c.CriticalOptions[fmt.Sprint("c", i)], c.Extensions[fmt.Sprint("e", i)] = "", ""
 	}
+}
+
+func first[T any](all iter.Seq[T]) T {
+	next, stop := iter.Pull(all)
+	defer stop()
+	v, _ := next()
+	return v
 }
 
 // What is counted of a thing is no less than what it takes.
@@ -159,7 +167,7 @@ func TestAttack08Keys(t *testing.T) {
 	if err := fill(forwarded); !errors.Is(err, errTooMany) || !strings.Contains(err.Error(), "over a forwarded connection") {
 		t.Errorf("forwarded: %v", err)
 	}
-	software := f.softwareLocked()
+	software := f.software.kept
 	if software.size > maxForwardedBytes || software.size < maxForwardedBytes/2 {
 		t.Errorf("%d bytes are kept for forwarded clients, and the limit is %d", software.size, maxForwardedBytes)
 	}
@@ -167,13 +175,13 @@ func TestAttack08Keys(t *testing.T) {
 	if err := add(local); err != nil {
 		t.Fatalf("a local client finds no room: %v", err)
 	}
-	if list, err := f.List(t.Context(), local); err != nil || string(list.Identities[0].Key.Marshal()) != f.software[0].wire || f.software[0].kept.forwarded {
+	if list, err := f.List(t.Context(), local); err != nil || string(list.Identities[0].Key.Marshal()) != first(f.software.all()).wire || first(f.software.all()).kept.forwarded {
 		t.Errorf("the key of the local client is not the first: %v", err)
 	}
 	if err := fill(local); !errors.Is(err, errTooMany) || !strings.Contains(err.Error(), "ssh-add -d") {
 		t.Errorf("local: %v", err)
 	}
-	if software = f.softwareLocked(); software.size > maxKeptBytes {
+	if software = f.software.kept; software.size > maxKeptBytes {
 		t.Errorf("%d bytes are kept, and the limit is %d", software.size, maxKeptBytes)
 	}
 	if err := f.RemoveAll(t.Context(), local); err != nil {

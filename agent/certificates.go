@@ -146,7 +146,13 @@ func readCertificate(path string) (*ssh.Certificate, error) {
 	if err != nil {
 		return nil, errors.New("it is no OpenSSH public key")
 	}
-	cert, _ := key.(*ssh.Certificate)
+	cert, ok := key.(*ssh.Certificate)
+	if !ok {
+		return nil, nil
+	}
+	if err := Readable(cert); err != nil {
+		return nil, err
+	}
 	return cert, nil
 }
 

@@ -12,6 +12,8 @@ var (
 	errReadOnly   = errors.New("the socket it came in at is read-only, as those with keys or confirm are unless read-only = false is in their [[socket]] table")
 	errNoSoftware = errors.New("keys in memory are switched off (software-keys = false)")
 	errNobody     = errors.New("nobody can be asked for confirmation")
+
+	errCertifiesNone = errors.New("only certificates are to be added, and none of them is for a key of the token and still valid")
 )
 
 // AddToken adds what the request's provider selects, as far as the connection sees it.
@@ -38,9 +40,6 @@ func (k *Keyring) addToken(ctx context.Context, rec *record, r TokenRequest) err
 	}
 	if r.Constraints.Confirm && k.opts.Confirm == nil {
 		return errNobody
-	}
-	if r.Constraints.CertificatesOnly && len(r.Constraints.Certificates) == 0 {
-		return errors.New("only certificates are to be added, but there are none")
 	}
 	s, err := k.opts.Tokens.Parse(r.Provider, c.limited())
 	if err != nil {
@@ -102,6 +101,9 @@ func (k *Keyring) keepAddition(rec *record, s Selection, constraints Constraints
 		for _, key := range meant {
 			a.only[key.wire] = true
 		}
+	}
+	if a.limits.certificates && !slices.ContainsFunc(meant, func(key known) bool { return a.certifies(key.wire) }) {
+		return errCertifiesNone
 	}
 	if err := k.mayAddLocked(a); err != nil {
 		return err
@@ -194,10 +196,11 @@ func (k *Keyring) add(ctx context.Context, rec *record, r KeyRequest, wire strin
 	if err != nil {
 		return err
 	}
-	before := k.now()
+	before := k.nowOnTokens()
 	k.mu.Lock()
 	defer k.mu.Unlock()
-	if id := before.byKey[wire]; id != nil {
+	k.expireLocked()
+	if id := k.identityLocked(before, wire); id != nil {
 		if err := id.seenBy(c); err != nil {
 			return err
 		}
@@ -212,21 +215,11 @@ func (k *Keyring) add(ctx context.Context, rec *record, r KeyRequest, wire strin
 			s.limits = s.limits.and(id.limits)
 		}
 	}
-	i := slices.IndexFunc(k.software, func(o *softwareKey) bool { return o.wire == wire })
-	var old *kept
-	if i >= 0 {
-		old = &k.software[i].kept
-	}
-	own := k.softwareLocked().replaced(old, s.kept)
-	if err := mayKeep(s.kept, own, k.addedLocked(), maxSoftwareKeys, maxForwardedSoftwareKeys); err != nil {
+	if err := mayKeep(s.kept, k.software.with(s), k.addedLocked(), maxSoftwareKeys, maxForwardedSoftwareKeys); err != nil {
 		return err
 	}
-	if i >= 0 {
-		k.software[i] = s
-	} else {
-		k.insertSoftwareLocked(s)
-	}
-	k.change.Add(1)
+	k.software.put(s)
+	k.softwareChangedLocked(wire)
 	return nil
 }
 
@@ -332,20 +325,16 @@ func (k *Keyring) remove(ctx context.Context, rec *record, key []byte) error {
 // removeLocked removes an identity: from memory for good, of a token until that is
 // inserted again or the key is added again.
 func (k *Keyring) removeLocked(id *identity) {
-	k.software = slices.DeleteFunc(k.software, func(s *softwareKey) bool {
-		if s.wire != id.wire {
-			return false
-		}
+	if s := k.software.remove(id.wire); s != nil {
 		if len(id.homes) > 0 {
 			k.oweLocked(id.plainWire(), s.limits)
 		}
-		return true
-	})
+		k.softwareChangedLocked(id.wire)
+	}
 	if len(id.homes) > 0 {
 		k.hideLocked(id.wire, id.insertions())
 	}
 	k.approvals.forgetIdentity(id.wire)
-	k.change.Add(1)
 }
 
 // RemoveAll removes every identity that the connection sees, forgets what persons have
@@ -366,6 +355,16 @@ func (k *Keyring) removeAll(ctx context.Context, c *Caller) error {
 	if err := c.mayChange(); err != nil {
 		return err
 	}
+	return k.clear(ctx, c)
+}
+
+// Clear removes every identity, as RemoveAll does for a client that sees all of them. It
+// asks no rule, and does the same while the agent is locked: the user of the agent, and
+// no client, has sent a signal for it.
+func (k *Keyring) Clear(ctx context.Context) error { return k.clear(ctx, new(Caller)) }
+
+// clear removes all that the connection sees.
+func (k *Keyring) clear(ctx context.Context, c *Caller) error {
 	defer k.relieve(k.keptBytes())
 	logout := k.opts.Tokens.LogoutAll
 	if may := k.removeSeen(c); c.limited() {

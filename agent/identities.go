@@ -2,6 +2,7 @@ package agent
 
 import (
 	"crypto"
+	"maps"
 	"slices"
 	"time"
 
@@ -54,91 +55,154 @@ type plainKey struct {
 	fingerprint string
 }
 
-// plainLocked returns that of a key, or nil when it is not of a type that SSH has.
+// plainLocked returns the plainKey of a key, or nil when SSH has no such type of key or
+// OpenSSH does not read the key.
 func (k *Keyring) plainLocked(key Key) *plainKey {
 	if p := k.plain[key]; p != nil {
 		return p
 	}
 	pub, err := ssh.NewPublicKey(key.Public())
-	if err != nil {
+	if err != nil || Readable(pub) != nil {
 		return nil
 	}
 	wire := string(pub.Marshal())
 	return &plainKey{wired(pub, wire), wire, k.fingerprint(pub)}
 }
 
-// view is the list of identities for as long as nothing changes.
-type view struct {
+// tokenView is the list of identities of tokens for as long as nothing changes about
+// them. Those of them that are in memory as well say so.
+type tokenView struct {
 	generation   uint64 // of the tokens
 	certificates uint64 // generation
 	change       uint64 // of the keyring
 	expires      time.Time
 	identities   []*identity
-	list         Listing
 	byKey        map[string]*identity
 	limits       map[string]limits // of the keys of tokens, by their wire form, also of those that are not shown
 	limited      bool              // an identity is limited to destinations
 }
 
+// view is the list of all identities for as long as nothing changes.
+type view struct {
+	tokens     *tokenView
+	software   uint64 // change of the keys in memory
+	expires    time.Time
+	identities []*identity
+	list       Listing
+	byKey      map[string]*identity
+	limits     map[string]limits // as in tokens
+	limited    bool              // an identity is limited to destinations
+}
+
 // now returns the present view, made anew when something has changed.
 func (k *Keyring) now() *view {
-	v := k.view.Load()
 	generation, certificates := k.opts.Tokens.Generation(), k.opts.Certificates.generation()
-	if k.good(v, generation, certificates) {
+	if v := k.view.Load(); v != nil && v.software == k.software.change.Load() && !over(v.expires, time.Now()) && k.good(v.tokens, generation, certificates) {
 		return v
 	}
 	k.mu.Lock()
 	defer k.mu.Unlock()
-	// Somebody else may have made it meanwhile.
-	if v := k.view.Load(); k.good(v, generation, certificates) {
-		return v
-	}
 	return k.nowLocked(generation, certificates)
 }
 
-// good tells whether nothing has changed since the view was made.
-func (k *Keyring) good(v *view, generation, certificates uint64) bool {
-	return v != nil && v.generation == generation && v.certificates == certificates && v.change == k.change.Load() &&
-		(v.expires.IsZero() || time.Now().Before(v.expires))
-}
-
+// nowLocked is now for these generations.
 func (k *Keyring) nowLocked(generation, certificates uint64) *view {
-	k.expireLocked()
-	v := &view{
-		generation: generation, certificates: certificates, change: k.change.Load(),
-		byKey: make(map[string]*identity, len(k.software)), limits: make(map[string]limits),
+	tokens := k.nowOnTokensLocked(generation, certificates)
+	if v := k.view.Load(); v != nil && v.tokens == tokens && v.software == k.software.change.Load() {
+		return v // another goroutine has made it meanwhile
 	}
-	k.tokensLocked(v)
-	v.certify(k.opts.Certificates.certificates(), k.hidden)
-	for _, s := range k.software {
-		v.until(s.limits.expires)
-		if id := v.byKey[s.wire]; id != nil {
-			// The key is on a token as well: whatever limits either limits both.
-			id.software, id.limits = s.software, id.limits.and(s.limits)
-			continue
+	v := &view{
+		tokens: tokens, software: k.software.change.Load(), expires: tokens.expires, identities: slices.Clip(tokens.identities),
+		byKey: maps.Clone(tokens.byKey), limits: tokens.limits, limited: tokens.limited,
+	}
+	for s := range k.software.all() {
+		v.expires = sooner(v.expires, s.limits.expires)
+		if v.byKey[s.wire] == nil {
+			v.byKey[s.wire] = &s.identity
+			v.identities = append(v.identities, &s.identity)
+			v.limited = v.limited || s.limits.route()
 		}
-		v.add(&s.identity)
 	}
 	v.list.Identities = make([]Identity, len(v.identities))
 	for i, id := range v.identities {
 		v.list.Identities[i] = Identity{Key: id.key, Comment: id.comment, Named: id.named || len(id.homes) == 0}
-		if owed := k.owed[id.plainWire()]; owed != nil && len(id.homes) > 0 && id.limits.looser(owed) {
-			id.owed = owed
-		}
-		v.limited = v.limited || id.limits.route() || id.owed != nil && id.owed.route()
 	}
 	k.view.Store(v)
 	return v
 }
 
+// nowOnTokens returns the present identities of tokens, made anew when something has
+// changed about them.
+func (k *Keyring) nowOnTokens() *tokenView {
+	generation, certificates := k.opts.Tokens.Generation(), k.opts.Certificates.generation()
+	if v := k.tokens.Load(); k.good(v, generation, certificates) {
+		return v
+	}
+	k.mu.Lock()
+	defer k.mu.Unlock()
+	return k.nowOnTokensLocked(generation, certificates)
+}
+
+// good tells whether nothing has changed since the view was made.
+func (k *Keyring) good(v *tokenView, generation, certificates uint64) bool {
+	return v != nil && v.generation == generation && v.certificates == certificates && v.change == k.change.Load() &&
+		!over(v.expires, time.Now())
+}
+
+func (k *Keyring) nowOnTokensLocked(generation, certificates uint64) *tokenView {
+	k.expireLocked()
+	// Another goroutine may have made it meanwhile.
+	if v := k.tokens.Load(); k.good(v, generation, certificates) {
+		return v
+	}
+	v := &tokenView{
+		generation: generation, certificates: certificates, change: k.change.Load(),
+		byKey: make(map[string]*identity), limits: make(map[string]limits),
+	}
+	k.tokensLocked(v)
+	v.certify(k.opts.Certificates.certificates(), k.hidden)
+	for _, id := range v.identities {
+		if s := k.software.get(id.wire); s != nil {
+			// The limits of the key on the token and those of the key in memory limit both.
+			v.until(s.limits.expires)
+			id.software, id.limits = s.software, id.limits.and(s.limits)
+		}
+		if owed := k.owed[id.plainWire()]; owed != nil && id.limits.looser(owed) {
+			id.owed = owed
+		}
+		v.limited = v.limited || id.limits.route() || id.owed != nil && id.owed.route()
+	}
+	k.tokens.Store(v)
+	return v
+}
+
+// identityLocked returns the identity with a wire form, or nil. v is present.
+func (k *Keyring) identityLocked(v *tokenView, wire string) *identity {
+	if id := v.byKey[wire]; id != nil {
+		return id
+	}
+	if s := k.software.get(wire); s != nil {
+		return &s.identity
+	}
+	return nil
+}
+
+// softwareChangedLocked notes that a key in memory has come, has changed or has gone.
+// What is on tokens changes with it only when the key is there, too.
+func (k *Keyring) softwareChangedLocked(wire string) {
+	if v := k.tokens.Load(); v != nil && v.byKey[wire] != nil {
+		k.change.Add(1)
+	}
+}
+
 // until notes that the view is good only so long.
-func (v *view) until(t time.Time) {
+func (v *tokenView) until(t time.Time) {
 	if !t.IsZero() && (v.expires.IsZero() || t.Before(v.expires)) {
 		v.expires = t
 	}
 }
 
-func (v *view) add(id *identity) {
+func (v *tokenView) add(id *identity) {
 	v.byKey[id.wire] = id
 	v.identities = append(v.identities, id)
 }
@@ -146,7 +210,7 @@ func (v *view) add(id *identity) {
 // tokensLocked puts the identities of tokens into the view. The limits of a key are
 // those of all additions that cover it, in whatever order and by whatever name they
 // were made: an addition can only tighten what is there.
-func (k *Keyring) tokensLocked(v *view) {
+func (k *Keyring) tokensLocked(v *tokenView) {
 	present := k.opts.Tokens.Keys()
 	keys := slices.Concat(present, k.opts.Tokens.Away())
 	plains := make(map[Key]*plainKey, len(keys))
@@ -243,7 +307,7 @@ func (k *Keyring) tokensLocked(v *view) {
 }
 
 // counts tells whether a certificate is valid now.
-func (v *view) counts(cert *ssh.Certificate) bool {
+func (v *tokenView) counts(cert *ssh.Certificate) bool {
 	ok, change := valid(cert, time.Now())
 	v.until(change)
 	return ok
@@ -251,7 +315,7 @@ func (v *view) counts(cert *ssh.Certificate) bool {
 
 // certify shows the keys of tokens with their certificates, too, each after its
 // key.
-func (v *view) certify(certs []*ssh.Certificate, hidden map[string]uint64) {
+func (v *tokenView) certify(certs []*ssh.Certificate, hidden map[string]uint64) {
 	if len(certs) == 0 {
 		return
 	}

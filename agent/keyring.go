@@ -169,19 +169,21 @@ type Keyring struct {
 	opts  Options // Rules under mu
 	log   *slog.Logger
 	start time.Time
-	view  atomic.Pointer[view]
-	knew  bool // there were keys from before at the start: what is listed need not wait for tokens
+	// Made under mu. tokens goes on while keys in memory come and go, and view does not.
+	tokens atomic.Pointer[tokenView]
+	view   atomic.Pointer[view]
+	knew   bool // there were keys from before at the start: what is listed need not wait for tokens
 
 	lock      *lock
 	audit     audit
 	computing turns
 
-	change atomic.Uint64 // counts the changes of what follows; made under mu
+	change atomic.Uint64 // counts the changes of what follows but software; made under mu
 
 	mu       sync.Mutex
 	plain    map[Key]*plainKey // those of the present view
 	added    []*addition
-	software []*softwareKey
+	software softwareKeys
 	hidden   map[string]uint64 // wire form of removed identities to the insertions there were
 	// owed are the limits that keys of tokens had, by their wire form, and have not any
 	// more because they were removed or their time was over. A key that is back with less

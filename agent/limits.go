@@ -84,6 +84,9 @@ func (l *limits) permitsLogin(who *Caller, login *Login) error {
 	return nil
 }
 
+// over tells whether a time is past. The zero time never is.
+func over(t, now time.Time) bool { return !t.IsZero() && !now.Before(t) }
+
 // looser tells whether l permits what old does not. A lifetime that is given again
 // for the same time is not looser, although it ends later: old may be over.
 func (l *limits) looser(old *limits) bool {

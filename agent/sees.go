@@ -46,13 +46,24 @@ func (id *identity) seenBy(c *Caller) error {
 // find returns the identity with a wire form if the connection sees it. Otherwise it
 // returns none, and unseen says why where there is one.
 func (k *Keyring) find(c *Caller, wire []byte) (id *identity, unseen error) {
-	if id = k.now().byKey[string(wire)]; id == nil {
+	if id = k.identity(wire); id == nil {
 		return nil, nil
 	}
 	if err := id.seenBy(c); err != nil {
 		return nil, err
 	}
 	return id, nil
+}
+
+// identity returns the identity with a wire form, or nil.
+func (k *Keyring) identity(wire []byte) *identity {
+	v := k.nowOnTokens()
+	if id := v.byKey[string(wire)]; id != nil {
+		return id // no signature of a token waits for what changes
+	}
+	k.mu.Lock()
+	defer k.mu.Unlock()
+	return k.identityLocked(v, string(wire))
 }
 
 // reachesLocked tells whether the connection would see a known key if the key were

@@ -8,7 +8,6 @@ import (
 	"errors"
 	"fmt"
 	"runtime"
-	"slices"
 	"sync"
 
 	"golang.org/x/crypto/ssh"
@@ -49,18 +48,6 @@ func (k *Keyring) newSoftwareKey(ctx context.Context, c *Caller, r KeyRequest, w
 		forwarded: c.Forwarded,
 	}
 	return s, nil
-}
-
-// insertSoftwareLocked adds a key in memory. The keys of forwarded clients come last: a
-// list has room for so many bytes only (maxAnswer of the SSH door).
-func (k *Keyring) insertSoftwareLocked(s *softwareKey) {
-	at := len(k.software)
-	if !s.kept.forwarded {
-		if i := slices.IndexFunc(k.software, func(o *softwareKey) bool { return o.kept.forwarded }); i >= 0 {
-			at = i
-		}
-	}
-	k.software = slices.Insert(k.software, at, s)
 }
 
 // prepareRSA checks an RSA key, and computes the values that make its signatures fast.

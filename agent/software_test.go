@@ -4,6 +4,7 @@ import (
 	"context"
 	"crypto/rand"
 	"errors"
+	"fmt"
 	"slices"
 	"strings"
 	"testing"
@@ -82,11 +83,13 @@ func TestSoftwareKeyRefusals(t *testing.T) {
 
 func TestHowMuchCanBeAdded(t *testing.T) {
 	f := newFixture(Options{Rules: Rules{Automatic: []Selection{}}, SoftwareKeys: true}, edKey("pkcs11:token=a"))
-	f.Keyring.software = slices.Repeat([]*softwareKey{{}}, maxSoftwareKeys)
+	for i := range maxSoftwareKeys {
+		f.software.put(&softwareKey{identity: identity{wire: fmt.Sprint(i)}})
+	}
 	if err := f.Add(t.Context(), local, newTestKey(t).request(Constraints{})); !errors.Is(err, errTooMany) {
 		t.Errorf("keys in memory: %v", err)
 	}
-	f.Keyring.software = nil
+	f.software = softwareKeys{}
 	for range maxAdditions + 1 { // under the same name it is no more
 		f.add(t, "pkcs11:token=a", Constraints{})
 	}

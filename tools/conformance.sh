@@ -7,6 +7,8 @@
 # can pass on this machine at all. docs/CONFORMANCE.md has the results and how
 # to read them.
 #
+# Each script runs twice: without XDG_RUNTIME_DIR, and with it.
+#
 # Each script works in a directory of its own under /tmp and opens no port (sshd
 # is started by ssh, and they talk through a pipe), so they run side by side.
 # Nothing is installed, no account is made, and the agents see no token but
@@ -177,16 +179,20 @@ as() {
 
 # run runs one script in a directory and prints how it went. It fails when that is
 # not what was expected. The directory has a number for a name: hostkey-agent
-# drops all lines with "hostkey" from files that are full of its name.
+# drops all lines with "hostkey" from files that are full of its name. With a third
+# argument, XDG_RUNTIME_DIR is set.
 run() {
-	local name=$1 obj=$scratch/$2 log=$logs/$1.log status=0 skipped= part child
+	local name=$1 obj=$scratch/$2 runtime=${3-} status=0 skipped= part child
+	local title=$name${runtime:+ with XDG_RUNTIME_DIR} log=$logs/$name${runtime:+-runtime}.log
 	mkdir -p "$obj/home/.config/p11-agent" "$obj/tmp"
+	if [ -n "$runtime" ]; then mkdir -m 700 "$obj/run"; fi
 	cp "$scratch/config.toml" "$obj/home/.config/p11-agent/"
 	ln -s "$program" "$obj/ssh-agent"
 	cp "$regress"/{mkdtemp,netcat,setuid-allowed} "$obj/"
 	(
 		cd "$obj" # agent-restrict writes to a file there without its directory
 		unset "${!XDG_@}" "${!SSH_@}" "${!TEST_@}" DISPLAY WAYLAND_DISPLAY CDPATH EGREP SUDO SOFTHSM2_CONF
+		if [ -n "$runtime" ]; then export XDG_RUNTIME_DIR=$obj/run; fi
 		export HOME=$obj/home TMPDIR=$obj/tmp PATH=$scratch/bin:$PATH SHELL=/bin/sh
 		export OBJ=$obj BUILDDIR=$scratch/regress TEST_SHELL=sh TEST_SSH_UNSAFE_PERMISSIONS=1
 		TEST_SSH_SSHADD=$(command -v ssh-add) TEST_SSH_SSHKEYGEN=$(command -v ssh-keygen)
@@ -214,28 +220,31 @@ run() {
 	fi
 
 	if [ -n "$skipped" ]; then
-		echo "skip $name: $skipped"
+		echo "skip $title: $skipped"
 		[ "${CI-}" != true ] # there, nothing that it needs may be missing
 	elif [ -n "${differs[$name]-}" ]; then
 		if [ $status != 0 ]; then
-			echo "differs $name: ${differs[$name]}"
+			echo "differs $title: ${differs[$name]}"
 		else
-			echo "FAIL $name: it passes, although it is listed as different"
+			echo "FAIL $title: it passes, although it is listed as different"
 			return 1
 		fi
 	elif [ $status != 0 ]; then
-		echo "FAIL $name: see $log"
+		echo "FAIL $title: see $log"
 		return 1
 	elif [ "$name" = key-types ]; then
-		echo "differs key-types: DSA and FIDO keys are refused, so the other scripts run without them"
+		echo "differs $title: DSA and FIDO keys are refused, so the other scripts run without them"
 	else
-		echo "ok $name"
+		echo "ok $title"
 	fi
 }
 
 for i in "${!scripts[@]}"; do
-	while [ "$(jobs -pr | wc -l)" -ge $jobs ]; do wait -n || true; done
-	{ run "${scripts[i]}" "$i" || touch "$scratch/failed"; } &
+	for runtime in '' yes; do
+		if [ -n "$runtime" ] && [ -n "$control" ]; then continue; fi # it does not look at the variable
+		while [ "$(jobs -pr | wc -l)" -ge $jobs ]; do wait -n || true; done
+		{ run "${scripts[i]}" "$i${runtime:+r}" $runtime || touch "$scratch/failed"; } &
+	done
 done
 wait
 [ ! -e "$scratch/failed" ]

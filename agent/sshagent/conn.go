@@ -42,6 +42,7 @@ type conn struct {
 	used      used         // what it keeps; clients.mu guards it
 	held      *holder      // nil until clients look; clients.mu guards it
 	bound     int          // bytes of used that its binds keep
+	emptied   bool         // the last request has removed all keys
 
 	looked  bool           // at who the client is, or somebody is about it
 	looking sync.WaitGroup // that somebody

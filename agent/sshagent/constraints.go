@@ -34,8 +34,9 @@ const (
 
 // parseConstraints reads constraints until the end of the message. Whatever is
 // not understood to the last byte is an error: a constraint that is overlooked
-// is a key without it. Each may be given once.
-func parseConstraints(in *reader) (agent.Constraints, error) {
+// is a key without it. Each may be given once. Certificates go with the keys of tokens
+// alone.
+func parseConstraints(in *reader, token bool) (agent.Constraints, error) {
 	var c agent.Constraints
 	for len(in.rest) > 0 {
 		switch kind := in.byte(); kind {
@@ -43,20 +44,15 @@ func parseConstraints(in *reader) (agent.Constraints, error) {
 			if c.Lifetime != 0 {
 				return agent.Constraints{}, twice("lifetime")
 			}
-			seconds := in.uint32()
-			if seconds == 0 && !in.failed {
-				// ssh-agent has such a key expire at once; taken for "none
-				// given" it would never.
-				return agent.Constraints{}, errors.New("a lifetime of no time makes no sense")
-			}
-			c.Lifetime = time.Duration(seconds) * time.Second
+			// Without a lifetime, Lifetime is 0 as well.
+			c.Lifetime = max(agent.NoTime, time.Duration(in.uint32())*time.Second)
 		case constrainConfirm:
 			if c.Confirm {
 				return agent.Constraints{}, twice("confirm")
 			}
 			c.Confirm = true
 		case constrainExtension:
-			if err := parseExtension(&c, in); err != nil {
+			if err := parseExtension(&c, in, token); err != nil {
 				return agent.Constraints{}, err
 			}
 		default:
@@ -66,7 +62,7 @@ func parseConstraints(in *reader) (agent.Constraints, error) {
 	return c, in.end()
 }
 
-func parseExtension(c *agent.Constraints, in *reader) (err error) {
+func parseExtension(c *agent.Constraints, in *reader, token bool) (err error) {
 	// The data has no length of its own: what follows an unknown name cannot
 	// be told from the next constraint.
 	switch name := in.bytes(); string(name) {
@@ -76,6 +72,9 @@ func parseExtension(c *agent.Constraints, in *reader) (err error) {
 		}
 		c.Destinations, err = parseDestinations(reader{rest: in.bytes(), failed: in.failed})
 	case constrainCerts:
+		if !token {
+			return errors.New("certificates can only be added to the keys of a token")
+		}
 		if c.Certificates != nil {
 			return twice(constrainCerts)
 		}
@@ -89,7 +88,8 @@ func parseExtension(c *agent.Constraints, in *reader) (err error) {
 
 func twice(name string) error { return fmt.Errorf("constraint %s is given twice", name) }
 
-// parseDestinations reads a list of at least one destination.
+// parseDestinations reads a list of destinations. An empty list limits nothing, as with
+// ssh-agent.
 func parseDestinations(in reader) ([]agent.Destination, error) {
 	var list []agent.Destination
 	for len(in.rest) > 0 {
@@ -102,13 +102,7 @@ func parseDestinations(in reader) ([]agent.Destination, error) {
 		}
 		list = append(list, d)
 	}
-	if err := in.end(); err != nil {
-		return nil, err
-	}
-	if len(list) == 0 {
-		return nil, errors.New("a list of destinations without any")
-	}
-	return list, nil
+	return list, in.end()
 }
 
 func parseDestination(in reader) (d agent.Destination, err error) {
@@ -168,32 +162,26 @@ func parseHop(in reader) (agent.Hop, error) {
 	return h, nil
 }
 
-// parseCerts reads a list of at least one certificate.
+// parseCerts reads a list of certificates. It skips plain keys, and certificates and keys
+// of a type that is unknown here, as ssh-agent of OpenSSH 10.5 does: a person may name
+// all public keys there are.
 func parseCerts(in reader) ([]*ssh.Certificate, error) {
 	var certs []*ssh.Certificate
-	for len(in.rest) > 0 {
-		if len(certs) == maxCerts {
+	for n := 0; len(in.rest) > 0; n++ {
+		if n == maxCerts {
 			return nil, fmt.Errorf("more than %d certificates", maxCerts)
 		}
 		blob := in.bytes()
 		if in.failed {
 			return nil, errMalformed
 		}
-		key, err := parseKey(blob, maxCertificate)
+		key, err := parseAnyKey(blob, maxCertificate)
 		if err != nil {
 			return nil, fmt.Errorf("certificates: %w", err)
 		}
-		cert, ok := key.(*ssh.Certificate)
-		if !ok {
-			return nil, errors.New("a certificate is expected, but there is a plain key")
+		if cert, ok := key.(*ssh.Certificate); ok {
+			certs = append(certs, cert)
 		}
-		certs = append(certs, cert)
 	}
-	if err := in.end(); err != nil {
-		return nil, err
-	}
-	if len(certs) == 0 {
-		return nil, errors.New("a list of certificates without any")
-	}
-	return certs, nil
+	return certs, in.end()
 }

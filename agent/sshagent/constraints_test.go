@@ -56,6 +56,9 @@ type constraintCase struct {
 func constraintCases(t testing.TB) []constraintCase {
 	t.Helper()
 	key, cert := makeSigners()[0].PublicKey().Marshal(), newCert(t).Marshal()
+	lie := newCert(t)
+	lie.Serial++
+	forged := lie.Marshal()
 	origin, somewhere := encodeHop("", ""), encodeHop("me", "host", key, false)
 	destination := destinationsOf(encodeDestination(origin, somewhere))
 	lifetime := raw{1, 0, 0, 0, 60}
@@ -74,7 +77,8 @@ func constraintCases(t testing.TB) []constraintCase {
 		{name: "longest lifetime", in: raw{1, 255, 255, 255, 255}, want: agent.Constraints{Lifetime: (1<<32 - 1) * time.Second}},
 		{name: "confirm", in: raw{2}, want: agent.Constraints{Confirm: true}},
 		{name: "both", in: encode(raw{2}, lifetime), want: agent.Constraints{Lifetime: time.Minute, Confirm: true}},
-		{name: "no lifetime at all", in: raw{1, 0, 0, 0, 0}, fail: "no time"},
+		{name: "no lifetime at all", in: raw{1, 0, 0, 0, 0}, want: agent.Constraints{Lifetime: agent.NoTime}},
+		{name: "no lifetime at all, twice", in: raw{1, 0, 0, 0, 0, 1, 0, 0, 0, 0}, fail: "twice"},
 		{name: "lifetime cut short", in: raw{1, 0, 0, 0}, fail: "cut short"},
 		{name: "lifetime twice", in: encode(lifetime, lifetime), fail: "twice"},
 		{name: "confirm twice", in: raw{2, 2}, fail: "twice"},
@@ -90,7 +94,8 @@ func constraintCases(t testing.TB) []constraintCase {
 		{name: "destination and confirm", in: encode(destination, byte(2)), want: confirmed},
 		{name: "destination of two hops", in: destinationsOf(encodeDestination(origin, somewhere), encodeDestination(encodeHop("", "host", key, false), encodeHop("", "*.example", key, true, key, false))), want: of(2, 0)},
 		{name: "destination twice", in: encode(destination, destination), fail: "twice"},
-		{name: "destination, none listed", in: destinationsOf(), fail: "without any"},
+		{name: "destination, none listed", in: destinationsOf(), want: of(0, 0)},
+		{name: "destination, none listed at first", in: encode(destinationsOf(), destination), want: of(1, 0)},
 		{name: "destination without data", in: encode(byte(255), constrainDestination), fail: "cut short"},
 		{name: "destination from a user", in: destinationsOf(encodeDestination(encodeHop("me", "h", key, false), somewhere)), fail: "starts from"},
 		{name: "destination from a host without keys", in: destinationsOf(encodeDestination(encodeHop("", "h"), somewhere)), fail: "without keys"},
@@ -113,9 +118,12 @@ func constraintCases(t testing.TB) []constraintCase {
 		{name: "certificates only", in: certsOf(true, cert, cert), want: only},
 		{name: "certificates and destinations", in: encode(certsOf(true, cert), destination), want: both},
 		{name: "certificates twice", in: encode(certsOf(true, cert), certsOf(true, cert)), fail: "twice"},
-		{name: "certificates, none listed", in: certsOf(false), fail: "without any"},
+		{name: "certificates, none listed", in: certsOf(false), want: of(0, 0)},
 		{name: "certificates without data", in: encode(byte(255), constrainCerts, false), fail: "cut short"},
-		{name: "plain key as a certificate", in: certsOf(false, key), fail: "plain key"},
+		{name: "plain keys as certificates", in: certsOf(false, key, cert, key, cert), want: of(0, 2)},
+		{name: "keys and certificates of unknown types", in: certsOf(false, mldsa(t), cert, encode("ssh-new-cert-v01@example.com", "x")), want: of(0, 1)},
+		{name: "nothing but plain keys", in: certsOf(true, key), want: agent.Constraints{CertificatesOnly: true}},
+		{name: "certificate with a wrong signature", in: certsOf(false, forged), fail: "not signed by its authority"},
 		{name: "bad certificate", in: certsOf(false, cert[:len(cert)-1]), fail: "cannot be read"},
 		{name: "certificate cut short", in: encode(byte(255), constrainCerts, false, []byte{0, 0, 0, 9, 1}), fail: "cut short"},
 		{name: "too many certificates", in: certsOf(false, slices.Repeat([][]byte{cert}, 1025)...), fail: "more than 1024"},
@@ -125,7 +133,7 @@ func constraintCases(t testing.TB) []constraintCase {
 func TestConstraints(t *testing.T) {
 	for _, test := range constraintCases(t) {
 		t.Run(test.name, func(t *testing.T) {
-			c, err := parseConstraints(&reader{rest: test.in})
+			c, err := parseConstraints(&reader{rest: test.in}, true)
 			if test.fail != "" {
 				if err == nil || !strings.Contains(err.Error(), test.fail) {
 					t.Errorf("%+v, %v; want an error with %q", c, err, test.fail)
@@ -163,7 +171,7 @@ func TestConstraintsCutShort(t *testing.T) {
 		ends[len(whole)] = true
 	}
 	for n := range len(whole) + 1 {
-		if _, err := parseConstraints(&reader{rest: whole[:n]}); (err == nil) != ends[n] {
+		if _, err := parseConstraints(&reader{rest: whole[:n]}, true); (err == nil) != ends[n] {
 			t.Errorf("the first %d of %d bytes: %v", n, len(whole), err)
 		}
 	}
@@ -177,7 +185,7 @@ func TestConstraintDetails(t *testing.T) {
 		encodeDestination(encodeHop("", ""), encodeHop("me", "first", one.Marshal(), false)),
 		encodeDestination(encodeHop("", "first", one.Marshal(), false), encodeHop("", "second", two.Marshal(), true, one.Marshal(), false)),
 	), certsOf(true, cert.Marshal()))
-	c, err := parseConstraints(&reader{rest: in})
+	c, err := parseConstraints(&reader{rest: in}, true)
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -207,7 +215,7 @@ func FuzzConstraints(f *testing.F) {
 		}
 	}
 	f.Fuzz(func(t *testing.T, b []byte) {
-		c, err := parseConstraints(&reader{rest: b})
+		c, err := parseConstraints(&reader{rest: b}, true)
 		if err != nil {
 			if len(err.Error()) > 500 {
 				t.Errorf("error of %d bytes", len(err.Error()))
@@ -229,14 +237,14 @@ func FuzzConstraints(f *testing.F) {
 			}
 			again = append(again, destinationsOf(list...)...)
 		}
-		if len(c.Certificates) > 0 {
+		if len(c.Certificates) > 0 || c.CertificatesOnly {
 			var list [][]byte
 			for _, cert := range c.Certificates {
 				list = append(list, cert.Marshal())
 			}
 			again = append(again, certsOf(c.CertificatesOnly, list...)...)
 		}
-		d, err := parseConstraints(&reader{rest: again})
+		d, err := parseConstraints(&reader{rest: again}, true)
 		if err != nil {
 			t.Fatalf("%x read, but not %x: %v", b, again, err)
 		}

@@ -2,95 +2,11 @@ package sshagent
 
 import (
 	"bytes"
-	"crypto/ecdsa"
-	"crypto/ed25519"
-	"crypto/sha256"
-	"errors"
 	"fmt"
-	"math/big"
 	"slices"
-	"strings"
 
 	"golang.org/x/crypto/ssh"
 )
-
-var errSignature = errors.New("the signature is wrong")
-
-// verify checks the signature of a key, or of the key in a certificate, as ssh-agent
-// does for session-bind: a security key need not have been touched for it. sshd has
-// nobody who could touch its own (OpenSSH's sshd.c clears SSH_SK_USER_PRESENCE_REQD of
-// host keys), and x/crypto/ssh refuses such signatures.
-func verify(key ssh.PublicKey, data []byte, sig *ssh.Signature) error {
-	if cert, ok := key.(*ssh.Certificate); ok {
-		key = cert.Key
-	}
-	switch key.Type() {
-	case ssh.KeyAlgoSKED25519, ssh.KeyAlgoSKECDSA256:
-		return verifySecurityKey(key, data, sig)
-	}
-	return key.Verify(data, sig)
-}
-
-// verifySecurityKey checks a signature of a security key, without a look at its flags
-// (OpenSSH's PROTOCOL.u2f, "SSH U2F Signatures").
-func verifySecurityKey(key ssh.PublicKey, data []byte, sig *ssh.Signature) error {
-	crypto, ok := key.(ssh.CryptoPublicKey)
-	if !ok || sig.Format != key.Type() {
-		return errSignature
-	}
-	const flagsAndCounter = 1 + 4
-	if len(sig.Rest) != flagsAndCounter {
-		return errMalformed
-	}
-	// The application is the last field of the key.
-	in := reader{rest: key.Marshal()}
-	var application []byte
-	for len(in.rest) > 0 {
-		application = in.bytes()
-	}
-	of, message := sha256.Sum256(application), sha256.Sum256(data)
-	signed := slices.Concat(of[:], sig.Rest, message[:])
-	switch public := crypto.CryptoPublicKey().(type) {
-	case ed25519.PublicKey:
-		if len(public) == ed25519.PublicKeySize && ed25519.Verify(public, signed, sig.Blob) {
-			return nil
-		}
-	case *ecdsa.PublicKey:
-		var rs struct{ R, S *big.Int }
-		if err := ssh.Unmarshal(sig.Blob, &rs); err != nil {
-			return errMalformed
-		}
-		digest := sha256.Sum256(signed)
-		if ecdsa.Verify(public, digest[:], rs.R, rs.S) {
-			return nil
-		}
-	}
-	return errSignature
-}
-
-const maxPrincipals = 256 // of a certificate, as OpenSSH (SSHKEY_CERT_MAX_PRINCIPALS)
-
-// checkCertificate tells why OpenSSH reads no such certificate (cert_parse in its
-// sshkey.c): mostly, its authority has not signed it. When the certificate is valid,
-// and for which hosts, matters where its names are used.
-func checkCertificate(cert *ssh.Certificate) error {
-	switch {
-	case cert.CertType != ssh.UserCert && cert.CertType != ssh.HostCert:
-		return fmt.Errorf("a certificate of type %d is for neither users nor hosts", cert.CertType)
-	case len(cert.ValidPrincipals) > maxPrincipals:
-		return fmt.Errorf("a certificate has more than %d principals", maxPrincipals)
-	case strings.Contains(cert.KeyId, "\x00"),
-		slices.ContainsFunc(cert.ValidPrincipals, func(p string) bool { return strings.Contains(p, "\x00") }):
-		return errNUL
-	}
-	unsigned := *cert
-	unsigned.Signature = nil
-	data, ok := bytes.CutSuffix(unsigned.Marshal(), make([]byte, 4)) // the length of the signature
-	if !ok || cert.Signature == nil || verify(cert.SignatureKey, data, cert.Signature) != nil {
-		return fmt.Errorf("the certificate of the key %s is not signed by its authority", ssh.FingerprintSHA256(cert.Key))
-	}
-	return nil
-}
 
 // An unknownKey is a public key of a type that is not known here: its wire form. It is
 // equal to itself and has signed nothing.

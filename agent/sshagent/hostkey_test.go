@@ -212,7 +212,7 @@ func TestUnknownKeys(t *testing.T) {
 	checkBind(t, bindMessage(blob, "session", encode("ssh-mldsa44-ed25519@openssh.com", "signature"), false), false)
 
 	known := makeSigners()[0].PublicKey().Marshal()
-	c, err := parseConstraints(&reader{rest: destinationsOf(encodeDestination(encodeHop("", ""), encodeHop("", "h", blob, false, known, false, blob, true)))})
+	c, err := parseConstraints(&reader{rest: destinationsOf(encodeDestination(encodeHop("", ""), encodeHop("", "h", blob, false, known, false, blob, true)))}, true)
 	if err != nil {
 		t.Fatal(err)
 	}

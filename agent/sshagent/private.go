@@ -39,7 +39,7 @@ func (c *conn) add(ctx context.Context, message []byte) {
 	}
 	r, err := parsePrivate(kind, &in)
 	if err == nil && message[0] == msgAddIdentityConstraint {
-		r.Constraints, err = parseConstraints(&in)
+		r.Constraints, err = parseConstraints(&in, false)
 	}
 	if err == nil {
 		err = in.end()
@@ -94,8 +94,10 @@ func parsePrivate(kind string, in *reader) (r agent.KeyRequest, err error) {
 		return r, errMalformed
 	case len(comment) > maxComment:
 		return r, fmt.Errorf("the comment is longer than %d bytes", maxComment)
+	case !agent.ReadableText(comment):
+		return r, errNUL
 	}
-	r.Comment = string(comment)
+	r.Comment = strings.TrimSuffix(string(comment), "\x00") // a C string to ssh-agent
 	if r.Public = cert; !certified {
 		r.Public, err = ssh.NewPublicKey(r.Private.Public())
 	}

@@ -9,6 +9,7 @@ import (
 	"log/slog"
 	"slices"
 	"strconv"
+	"strings"
 	"sync"
 
 	"golang.org/x/crypto/ssh"
@@ -69,7 +70,7 @@ const maxHead = 1 + 4 + len(extensionSessionBind)
 // What an unknown message brings is unknown, so that may be a secret.
 func mayHoldSecret(head []byte) (secret bool, more int) {
 	switch head[0] {
-	case msgRequestIdentities, msgSignRequest, msgRemoveIdentity, msgRemoveAllIdentities:
+	case msgRequestIdentities, msgSignRequest, msgRemoveIdentity, msgRemoveAllIdentities, msgRemoveAllRSA1:
 		return false, 0
 	case msgExtension:
 		if len(head) < 1+4 {
@@ -99,6 +100,8 @@ func (c *conn) answer(ctx context.Context, message []byte) {
 	if message[0] != msgRequestIdentities {
 		c.look()
 	}
+	emptied := c.emptied
+	c.emptied = false
 	switch message[0] {
 	case msgRequestIdentities:
 		c.list(ctx, in)
@@ -109,9 +112,16 @@ func (c *conn) answer(ctx context.Context, message []byte) {
 		if c.wellFormed(agent.RequestRemove, in) {
 			c.status(c.server.Keyring.Remove(ctx, c.caller, key))
 		}
-	case msgRemoveAllIdentities:
-		if c.wellFormed(agent.RequestRemoveAll, in) {
-			c.status(c.server.Keyring.RemoveAll(ctx, c.caller))
+	case msgRemoveAllIdentities, msgRemoveAllRSA1:
+		// ssh-agent does the same for both, and ssh-add -D sends one after the other.
+		switch {
+		case !c.wellFormed(agent.RequestRemoveAll, in):
+		case emptied && message[0] == msgRemoveAllRSA1:
+			c.status(nil)
+		default:
+			err := c.server.Keyring.RemoveAll(ctx, c.caller)
+			c.emptied = err == nil
+			c.status(err)
 		}
 	case msgAddSmartcardKey, msgAddSmartcardKeyConstraint:
 		c.token(ctx, agent.RequestAdd, in, message[0] == msgAddSmartcardKeyConstraint, c.server.Keyring.AddToken)
@@ -125,9 +135,6 @@ func (c *conn) answer(ctx context.Context, message []byte) {
 		c.lock(ctx, agent.RequestUnlock, in, c.server.Keyring.Unlock)
 	case msgExtension:
 		c.extension(ctx, message)
-	case msgRemoveAllRSA1:
-		// ssh-add -D sends it too, and expects nothing of it.
-		c.out = append(c.out, msgFailure)
 	default:
 		c.pass(ctx, message, fmt.Sprintf("message %d", message[0]))
 	}
@@ -244,7 +251,7 @@ func Listed(identities []agent.Identity) []bool {
 // their number.
 const listHeader = 4 + 1 + 4
 
-func identitySize(id agent.Identity) int { return 4 + len(id.Key.Marshal()) + 4 + len(id.Comment) }
+func identitySize(id agent.Identity) int { return 4 + len(id.Key.Marshal()) + 4 + len(listedComment(id)) }
 
 // encodeList returns the answer with the identities, its length in front, as far as
 // clients can take it. Where they cannot take all, those that are named are in front.
@@ -269,9 +276,16 @@ func encodeList(identities []agent.Identity) []byte {
 	b := binary.BigEndian.AppendUint32(make([]byte, 0, size), uint32(size-4))
 	b = binary.BigEndian.AppendUint32(append(b, msgIdentitiesAnswer), uint32(len(chosen)))
 	for _, id := range chosen {
-		b = appendString(appendString(b, id.Key.Marshal()), id.Comment)
+		b = appendString(appendString(b, id.Key.Marshal()), listedComment(id))
 	}
 	return b
+}
+
+// listedComment returns the comment up to its first NUL: with one in a comment, OpenSSH
+// reads nothing of the list. The door and the configuration take no such comment.
+func listedComment(id agent.Identity) string {
+	comment, _, _ := strings.Cut(id.Comment, "\x00")
+	return comment
 }
 
 // listed tells how many identities there are in what encodeList has made.
@@ -341,7 +355,7 @@ func (c *conn) token(ctx context.Context, request agent.Request, in reader, cons
 	}
 	r := agent.TokenRequest{Provider: provider}
 	if constrained {
-		constraints, err := parseConstraints(&in)
+		constraints, err := parseConstraints(&in, true)
 		if err != nil {
 			c.reject(request, err)
 			return
@@ -531,19 +545,14 @@ func parseBind(in reader) (agent.Bind, error) {
 	if sig.failed {
 		return agent.Bind{}, errMalformed
 	}
-	if err := verify(key, id, &ssh.Signature{Format: string(format), Blob: value, Rest: sig.rest}); err != nil {
+	if err := agent.VerifySignature(key, id, &ssh.Signature{Format: string(format), Blob: value, Rest: sig.rest}); err != nil {
 		return agent.Bind{}, fmt.Errorf("the host key %s has not signed the session", ssh.FingerprintSHA256(key))
-	}
-	if cert, ok := key.(*ssh.Certificate); ok {
-		if err := checkCertificate(cert); err != nil {
-			return agent.Bind{}, err
-		}
 	}
 	return agent.Bind{HostKey: key, SessionID: bytes.Clone(id), Forwarding: forwarding}, nil
 }
 
-// parseKey reads a public key of at most limit bytes. Nothing of it lies in blob, and
-// the error quotes little of it.
+// parseKey reads a public key of at most limit bytes, if OpenSSH reads it as well.
+// Nothing of the key lies in blob, and the error quotes little of it.
 func parseKey(blob []byte, limit int) (ssh.PublicKey, error) {
 	if len(blob) > limit {
 		return nil, fmt.Errorf("a key of %d bytes: the limit is %d", len(blob), limit)
@@ -554,11 +563,12 @@ func parseKey(blob []byte, limit int) (ssh.PublicKey, error) {
 		return nil, fmt.Errorf("a key of type %s cannot be read", quote(kind.bytes()))
 	}
 	if cert, ok := key.(*ssh.Certificate); ok {
-		options := len(cert.CriticalOptions) + len(cert.Extensions)
-		if len(cert.ValidPrincipals) > maxPrincipals || options > maxOptions {
-			return nil, fmt.Errorf("a certificate for %d principals with %d options: the limits are %d and %d",
-				len(cert.ValidPrincipals), options, maxPrincipals, maxOptions)
+		if options := len(cert.CriticalOptions) + len(cert.Extensions); options > maxOptions {
+			return nil, fmt.Errorf("a certificate with %d options: the limit is %d", options, maxOptions)
 		}
+	}
+	if err := agent.Readable(key); err != nil {
+		return nil, err
 	}
 	return key, nil
 }

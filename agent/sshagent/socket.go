@@ -25,11 +25,12 @@ var ErrInUse = errors.New("an agent is already listening there")
 
 // A Socket is a listening socket that Listen made, with its file.
 type Socket struct {
-	l    *net.UnixListener
-	dir  *os.File // the directory the file is in, whatever its path is by now
-	path string
-	name string // in dir
-	id   fileID
+	l      *net.UnixListener
+	dir    *os.File // the directory the file is in, whatever its path is by now
+	shared bool     // others may write to dir, and it is sticky
+	path   string
+	name   string // in dir
+	id     fileID
 
 	once sync.Once
 	err  error
@@ -40,11 +41,11 @@ type fileID struct{ dev, ino uint64 }
 // Listen makes a socket that only this process's user can connect to, at an
 // absolute path of at most 107 bytes.
 //
-// The directory has to be the user's own and writable for nobody else. When it
-// is missing it is made, and so is its parent when that is directly in
-// XDG_RUNTIME_DIR. A socket that nobody listens on any more is replaced. One that
-// somebody does is left alone, and so is everything that is no socket: the error
-// is ErrInUse, or says what is there. Of several agents that start at once one
+// The directory has to be the user's own and writable for nobody else, or sticky, as
+// /tmp is (Shared). When it is missing, Listen makes it, and its parent when that is
+// directly in XDG_RUNTIME_DIR. Listen replaces a socket that no process listens on any
+// more. It leaves alone a socket in use, a socket of another user, and what is no
+// socket: the error is ErrInUse, or says what is there. Of several agents that start at once one
 // gets the socket and the others ErrInUse.
 func Listen(path string) (*Socket, error) {
 	s, err := listen(path)
@@ -68,7 +69,11 @@ func listen(path string) (*Socket, error) {
 		return nil, err
 	}
 	s := &Socket{dir: dir, path: path, name: filepath.Base(path)}
-	if err := s.bind(); err != nil {
+	s.shared, err = checkDirectory(dir)
+	if err == nil {
+		err = s.bind()
+	}
+	if err != nil {
 		return nil, errors.Join(err, dir.Close())
 	}
 	return s, nil
@@ -92,24 +97,26 @@ func openDirectory(path string) (*os.File, error) {
 	case err != nil:
 		return nil, err
 	}
-	if err := checkDirectory(dir); err != nil {
-		return nil, errors.Join(err, dir.Close())
-	}
 	return dir, nil
 }
 
-func checkDirectory(dir *os.File) error {
+// checkDirectory tells why a directory is no place for a socket, and whether users share
+// it: in a sticky directory, only its owner and that of a file can remove the file.
+func checkDirectory(dir *os.File) (shared bool, err error) {
 	var st unix.Stat_t
 	if err := unix.Fstat(int(dir.Fd()), &st); err != nil {
-		return fmt.Errorf("look at %s: %w", dir.Name(), err)
+		return false, fmt.Errorf("look at %s: %w", dir.Name(), err)
 	}
+	own, writable := int(st.Uid) == os.Geteuid(), st.Mode&0o022 != 0
 	switch {
-	case int(st.Uid) != os.Geteuid():
-		return fmt.Errorf("the directory %s belongs to another user (uid %d)", dir.Name(), st.Uid)
-	case st.Mode&0o022 != 0:
-		return fmt.Errorf("others can write to the directory %s: take the permission away (chmod go-w)", dir.Name())
+	case writable && st.Mode&unix.S_ISVTX != 0 && (own || st.Uid == 0):
+		return true, nil
+	case !own:
+		return false, fmt.Errorf("the directory %s belongs to another user (uid %d)", dir.Name(), st.Uid)
+	case writable:
+		return false, fmt.Errorf("others can write to the directory %s: take the permission away (chmod go-w)", dir.Name())
 	}
-	return nil
+	return false, nil
 }
 
 // bind makes the socket. While it is at it, it holds a lock on the directory, so
@@ -159,6 +166,8 @@ func (s *Socket) clear() error {
 		return err
 	case st.Mode&unix.S_IFMT != unix.S_IFSOCK:
 		return errors.New("there is a file of that name that is no socket: move it away or use another path")
+	case int(st.Uid) != os.Geteuid():
+		return fmt.Errorf("the socket that is there belongs to another user (uid %d): use another path", st.Uid)
 	}
 	conn, err := net.Dial("unix", s.path)
 	switch {
@@ -185,9 +194,13 @@ func (s *Socket) stat() (st unix.Stat_t, err error) {
 
 // lock keeps other agents from making or removing a socket in the directory. It
 // is held for moments only, so waiting for long means that something else holds
-// it.
+// it. In a shared directory that may be another user: then lock goes on without it.
 func (s *Socket) lock() (unlock func(), err error) {
-	const pause, tries = 10 * time.Millisecond, 500
+	const pause = 10 * time.Millisecond
+	tries := 500
+	if s.shared {
+		tries = 50
+	}
 	for range tries {
 		err = unix.Flock(int(s.dir.Fd()), unix.LOCK_EX|unix.LOCK_NB)
 		switch {
@@ -198,8 +211,15 @@ func (s *Socket) lock() (unlock func(), err error) {
 		}
 		time.Sleep(pause)
 	}
+	if s.shared {
+		return func() {}, nil
+	}
 	return nil, fmt.Errorf("another program keeps the directory %s locked", s.dir.Name())
 }
+
+// Shared tells whether the socket is in a sticky directory that others may write to. There
+// a module process of the agent could remove the socket and make its own in that place.
+func (s *Socket) Shared() bool { return s.shared }
 
 // Path returns the path that clients connect to (SSH_AUTH_SOCK).
 func (s *Socket) Path() string { return s.path }

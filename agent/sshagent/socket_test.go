@@ -128,6 +128,68 @@ func TestListenRefuses(t *testing.T) {
 	}
 }
 
+// Users may share a sticky directory of root's or of one's own. What others have there is
+// left alone, and a lock of theirs keeps nobody from making a socket.
+func TestSharedDirectory(t *testing.T) {
+	dir := shortDir(t)
+	if err := os.Chmod(dir, 0o777|os.ModeSticky); err != nil {
+		t.Fatal(err)
+	}
+	holder, err := os.Open(dir)
+	if err == nil {
+		err = unix.Flock(int(holder.Fd()), unix.LOCK_EX)
+	}
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer holder.Close()
+	path := filepath.Join(dir, "s")
+	s, err := Listen(path)
+	if err != nil {
+		t.Fatal(err)
+	}
+	if info, err := os.Lstat(path); err != nil || info.Mode() != os.ModeSocket|0o600 || !s.Shared() {
+		t.Errorf("%v, %v, shared: %v", info, err, s.Shared())
+	}
+	if _, err := Listen(path); !errors.Is(err, ErrInUse) {
+		t.Errorf("a second agent: %v, want %v", err, ErrInUse)
+	}
+	if err := s.Close(); err != nil {
+		t.Error(err)
+	}
+	if _, err := os.Lstat(path); !errors.Is(err, os.ErrNotExist) {
+		t.Errorf("the socket is left: %v", err)
+	}
+	if os.Getuid() != 0 {
+		return
+	}
+	// One of another user is not to be used, be it in use or not.
+	l, err := net.ListenUnix("unix", &net.UnixAddr{Name: path, Net: "unix"})
+	if err != nil {
+		t.Fatal(err)
+	}
+	l.SetUnlinkOnClose(false)
+	if err := os.Chown(path, 65534, 65534); err != nil {
+		t.Fatal(err)
+	}
+	for range 2 {
+		if _, err := Listen(path); err == nil || errors.Is(err, ErrInUse) || !strings.Contains(err.Error(), "belongs to another user (uid 65534)") {
+			t.Errorf("a socket of another user: %v", err)
+		}
+		_ = l.Close()
+	}
+	if _, err := os.Lstat(path); err != nil {
+		t.Error(err)
+	}
+	// The owner of a directory can remove what is in it.
+	if err := os.Chown(dir, 65534, 65534); err != nil {
+		t.Fatal(err)
+	}
+	if _, err := Listen(filepath.Join(dir, "t")); err == nil || !strings.Contains(err.Error(), "another user") {
+		t.Errorf("a sticky directory of another user: %v", err)
+	}
+}
+
 func TestLongestPath(t *testing.T) {
 	dir := shortDir(t)
 	s, err := Listen(filepath.Join(dir, strings.Repeat("x", 107-len(dir)-1)))

@@ -64,6 +64,7 @@ type Upstream struct {
 	checks sync.WaitGroup
 
 	mu     sync.Mutex
+	keys   map[string]ssh.PublicKey // of the last list, by their wire form
 	slow   bool
 	stop   context.CancelFunc // ends the check that is under way; nil: none is
 	closed bool
@@ -111,10 +112,20 @@ func (u *Upstream) List(ctx context.Context, c *agent.Caller) ([]agent.Identity,
 	if err != nil {
 		return nil, err
 	}
-	identities, err := parseIdentities(answer)
+	u.mu.Lock()
+	old := u.keys
+	u.mu.Unlock()
+	identities, err := parseIdentities(answer, old)
 	if err != nil {
 		return nil, u.wrap(unusable(err))
 	}
+	keys := make(map[string]ssh.PublicKey, len(identities))
+	for _, id := range identities {
+		keys[string(id.Key.Marshal())] = id.Key
+	}
+	u.mu.Lock()
+	u.keys = keys
+	u.mu.Unlock()
 	return identities, nil
 }
 
@@ -411,8 +422,9 @@ func expect(answer []byte, kind byte) (reader, error) {
 
 // parseIdentities reads SSH_AGENT_IDENTITIES_ANSWER (RFC 9987 section 5.5). Its
 // memory grows with the identities that are there, not with their number as it
-// is announced.
-func parseIdentities(answer []byte) ([]agent.Identity, error) {
+// is announced. old are keys that were read before, by their wire form: the signature of
+// a certificate is verified once.
+func parseIdentities(answer []byte, old map[string]ssh.PublicKey) ([]agent.Identity, error) {
 	in, err := expect(answer, msgIdentitiesAnswer)
 	if err != nil {
 		return nil, err
@@ -427,11 +439,15 @@ func parseIdentities(answer []byte) ([]agent.Identity, error) {
 		if in.failed {
 			return nil, errMalformed
 		}
-		key, err := parseKey(blob, maxCertificate)
-		// A key is asked for by its wire form. One that we would write in
-		// another way than the agent does could be shown and not used.
-		if err != nil || !bytes.Equal(key.Marshal(), blob) {
-			continue
+		key := old[string(blob)]
+		if key == nil {
+			var err error
+			key, err = parseKey(blob, maxCertificate)
+			// A client asks for a key by its wire form. A key that is written in
+			// another way here could be shown and not used.
+			if err != nil || !bytes.Equal(key.Marshal(), blob) {
+				continue
+			}
 		}
 		identities = append(identities, agent.Identity{Key: key, Comment: presentable(comment)})
 	}

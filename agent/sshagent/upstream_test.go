@@ -694,7 +694,7 @@ func TestUpstreamList(t *testing.T) {
 		{"one more", identitiesAnswer(many(2049)...), nil, true},
 	} {
 		t.Run(test.name, func(t *testing.T) {
-			ids, err := parseIdentities(test.answer)
+			ids, err := parseIdentities(test.answer, nil)
 			if (err != nil) != test.err {
 				t.Error(err)
 			}
@@ -1183,7 +1183,7 @@ func FuzzUpstreamAnswer(f *testing.F) {
 	}
 	f.Fuzz(func(t *testing.T, answer []byte) {
 		before := bytes.Clone(answer)
-		ids, listErr := parseIdentities(answer)
+		ids, listErr := parseIdentities(answer, nil)
 		sig, signErr := parseSignature(answer)
 		if listErr == nil && signErr == nil || listErr != nil && ids != nil || (signErr == nil) != (sig != nil) {
 			t.Fatalf("identities %v, %v; signature %v, %v", ids, listErr, sig, signErr)
@@ -1223,7 +1223,7 @@ func checkIdentities(t *testing.T, answer []byte, ids []agent.Identity) {
 		}
 		fields = append(fields, wire, id.Comment)
 	}
-	again, err := parseIdentities(identitiesAnswer(fields...))
+	again, err := parseIdentities(identitiesAnswer(fields...), nil)
 	same := func(a, b agent.Identity) bool {
 		return a.Comment == b.Comment && bytes.Equal(a.Key.Marshal(), b.Key.Marshal())
 	}

@@ -41,8 +41,8 @@ type agentOptions struct {
 	csh        bool
 	sh         bool
 	socket     string
-	lifetime   string
-	allow      string
+	lifetime   lifetimeValue
+	allow      patternsValue
 	hash       string
 	options    []string
 	system     bool
@@ -73,8 +73,8 @@ configuration again and looks at the tokens again.`,
 	f.BoolVarP(&o.csh, "csh", "c", false, "print commands for csh")
 	f.BoolVarP(&o.sh, "sh", "s", false, "print commands for sh")
 	f.StringVarP(&o.socket, "socket", "a", "", "listen on the socket `PATH` (default $XDG_RUNTIME_DIR/p11-agent/agent.sock)")
-	f.StringVarP(&o.lifetime, "lifetime", "t", "", "keep added keys for `TIME`: seconds, or as 1h30m (default for ever)")
-	f.StringVarP(&o.allow, "allow", "P", "", "modules that ssh-add -s may name: comma-separated `PATTERNS` (default allow-modules, or /usr/lib*/*,/usr/local/lib*/*)")
+	f.VarP(&o.lifetime, "lifetime", "t", "keep added keys for `TIME`: seconds, or as 1h30m (default for ever)")
+	f.VarP(&o.allow, "allow", "P", "modules that ssh-add -s may name: comma-separated `PATTERNS` (default allow-modules, or /usr/lib*/*,/usr/local/lib*/*)")
 	f.StringVarP(&o.hash, "fingerprint", "E", "sha256", "name keys by this `HASH` of them: sha256 or md5")
 	f.StringArrayVarP(&o.options, "option", "O", nil, "one of ssh-agent's `OPTIONS`: allow-remote-pkcs11 or no-restrict-websafe; may be repeated")
 	f.BoolVar(&o.system, "system", false, "serve the system, such as sshd's host keys: "+systemConfig+", "+systemSocket+", no prompts, no keys in memory")
@@ -126,11 +126,13 @@ func runAgent(ctx context.Context, g *globals, o *agentOptions, command []string
 	case len(command) > 0 && (foreground || o.csh || o.sh):
 		return &usageError{errors.New("-c, -D, -d and -s take no command")}
 	}
-	lifetime, err := parseLifetime(o.lifetime)
-	if err != nil {
-		return &usageError{err}
+	s := &service{globals: g, lifetime: o.lifetime.Duration, system: o.system, warn: warn}
+	if o.allow.given {
+		allow := token.ParseAllowList(o.allow.patterns)
+		s.allow = &allow
 	}
-	s := &service{globals: g, lifetime: lifetime, allow: o.allow, system: o.system}
+	// Scripts start ssh-agent where another one runs, and expect it to have a socket.
+	s.elsewhere = calledSSHAgent() && o.socket == "" && !o.system
 	if s.fingerprint, err = fingerprints(o.hash); err != nil {
 		return &usageError{err}
 	}
@@ -141,6 +143,9 @@ func runAgent(ctx context.Context, g *globals, o *agentOptions, command []string
 		case "no-restrict-websafe":
 			// It is about keys of FIDO devices, of which there are none here.
 		default:
+			if strings.HasPrefix(option, "websafe-allow=") {
+				continue // of OpenSSH 10.5, about the same keys
+			}
 			return &usageError{fmt.Errorf("-O %s: there is no such option", option)}
 		}
 	}
@@ -167,14 +172,22 @@ func runAgent(ctx context.Context, g *globals, o *agentOptions, command []string
 	if err != nil {
 		return err
 	}
-	if child := backgroundChild(); child != nil {
+	child := backgroundChild()
+	if child != nil || foreground || len(inherited) > 0 {
+		// It is the agent.
+		nameProcess(filepath.Base(os.Args[0]))
+		if err := closeInherited(child.reportFD()); err != nil {
+			return err
+		}
+	}
+	if child != nil {
 		return s.runInBackground(ctx, child)
 	}
 	if len(inherited) > 0 {
 		s.log = newLog(os.Stderr, level)
 		return s.runInherited(ctx, inherited)
 	}
-	path, err := socketPath(o.socket, len(command) > 0)
+	path, err := socketPath(o.socket, len(command) > 0, warn)
 	if err != nil {
 		return err
 	}
@@ -198,11 +211,15 @@ func runAgent(ctx context.Context, g *globals, o *agentOptions, command []string
 type service struct {
 	globals  *globals
 	lifetime time.Duration
-	allow    string // of -P; empty: what the configuration says
+	allow    *token.AllowList // of -P; nil: what the configuration says
 	log      *slog.Logger
+	warn     func(error) // tells who starts the agent
 	hangups  chan os.Signal
+	clear    chan os.Signal         // asks for all keys to be removed
+	terminal *terminal              // with which the agent ends; nil: with none
 	config   atomic.Pointer[config] // the one in use
 
+	elsewhere    bool // the agent takes another socket when its own is in use
 	system       bool // nobody is asked, and nothing is kept in memory
 	remoteTokens bool
 	fingerprint  func(ssh.PublicKey) string
@@ -215,14 +232,15 @@ type listener interface {
 }
 
 func (s *service) runInForeground(ctx context.Context, path string, shell shell, out io.Writer) error {
+	s.terminal = controllingTerminal()
 	ctx, stop := s.catchSignals(ctx, os.Interrupt, syscall.SIGTERM)
 	defer stop()
-	l, err := listen(path)
+	l, err := s.listen(path)
 	if err != nil {
 		return err
 	}
-	defer removeRuntimeDir(path)
-	if _, err := io.WriteString(out, shell.foreground(path, os.Getpid())); err != nil {
+	defer removeRuntimeDir(l.Path())
+	if _, err := io.WriteString(out, shell.foreground(l.Path(), os.Getpid())); err != nil {
 		return errors.Join(err, l.Close())
 	}
 	return s.serve(ctx, []listener{l})
@@ -247,15 +265,36 @@ func listen(path string) (*sshagent.Socket, error) {
 	return l, err
 }
 
-// listenNamed makes the sockets that the configuration names, and their rules.
-// Those without a path are in dir.
-func listenNamed(c *config, dir string) (all []listener, rules []*agent.Socket, err error) {
+// listen is listen for the first socket. Where another agent has it, the agent may take a
+// private one.
+func (s *service) listen(path string) (*sshagent.Socket, error) {
+	l, err := listen(path)
+	if err != nil && errors.Is(err, sshagent.ErrInUse) && s.elsewhere {
+		if path, err = privateSocket(s.warn); err == nil {
+			if l, err = listen(path); err != nil {
+				removeRuntimeDir(path)
+			}
+		}
+	}
+	if err == nil && l.Shared() {
+		s.warn(fmt.Errorf("%s is in a directory that others may write to: a module could put a socket of its own in that place", l.Path()))
+	}
+	return l, err
+}
+
+// listenNamed makes the sockets that the configuration names, and their rules. Those
+// without a path are in dir, which is empty for the agent that all know. Another agent
+// leaves out those that are in use.
+func (s *service) listenNamed(c *config, dir string) (all []listener, rules []*agent.Socket, err error) {
 	for _, sc := range c.Sockets {
 		path, err := sc.path(dir)
 		if err == nil {
 			var l *sshagent.Socket
 			if l, err = listen(path); err == nil {
 				all, rules = append(all, l), append(rules, sc.rules())
+			} else if dir != "" && errors.Is(err, sshagent.ErrInUse) {
+				s.log.Warn("a [[socket]] is left out", "name", sc.Name, "reason", err)
+				err = nil
 			}
 		}
 		if err != nil {
@@ -291,16 +330,22 @@ func isOwn(path string, listeners []listener) bool {
 	})
 }
 
-// catchSignals makes ctx end with one of these signals, and keeps SIGHUP for
-// serve. It is called before anybody learns where the agent is: from then on a
+// catchSignals makes ctx end with one of these signals, and keeps SIGHUP and SIGUSR1
+// for serve. It is called before anybody learns where the agent is: from then on a
 // signal may come at any time, and must not end the agent with its socket left.
 func (s *service) catchSignals(ctx context.Context, end ...os.Signal) (context.Context, func()) {
-	s.hangups = make(chan os.Signal, 1)
+	s.hangups, s.clear = make(chan os.Signal, 1), make(chan os.Signal, 1)
 	signal.Notify(s.hangups, syscall.SIGHUP)
+	signal.Notify(s.clear, syscall.SIGUSR1)
+	// Nothing reads these. Otherwise a log whose reader has gone would end the agent.
+	pipes := make(chan os.Signal, 1)
+	signal.Notify(pipes, syscall.SIGPIPE)
 	ctx, cancel := signal.NotifyContext(ctx, end...)
 	return ctx, func() {
 		cancel()
-		signal.Stop(s.hangups)
+		for _, c := range []chan os.Signal{s.hangups, s.clear, pipes} {
+			signal.Stop(c)
+		}
 	}
 }
 
@@ -351,7 +396,7 @@ func (s *service) serve(ctx context.Context, listeners []listener) error {
 			s.log.Warn("the keys that were remembered cannot be forgotten", "reason", err)
 		}
 	}
-	named, rules, err := listenNamed(c, ownRuntimeDir(pathOf(listeners[0])))
+	named, rules, err := s.listenNamed(c, ownRuntimeDir(pathOf(listeners[0])))
 	if err != nil {
 		closeAll()
 		return err
@@ -376,8 +421,8 @@ func (s *service) serve(ctx context.Context, listeners []listener) error {
 	}
 
 	allow := token.AllowList(c.AllowModules)
-	if s.allow != "" {
-		allow = token.ParseAllowList(s.allow)
+	if s.allow != nil {
+		allow = *s.allow
 	}
 	server := &sshagent.Server{Log: s.log, KeepBinds: len(upstreams) > 0}
 	status := &statusMaker{started: time.Now(), store: b.store, server: server, listeners: listeners, rules: rules}
@@ -415,7 +460,15 @@ func (s *service) serve(ctx context.Context, listeners []listener) error {
 			select {
 			case <-ctx.Done():
 				return
+			case <-s.clear:
+				// As ssh-agent does since OpenSSH 10.0. A token may take its time.
+				helpers.Go(func() { s.clearAll(ctx, keyring) })
 			case <-s.hangups:
+				if s.terminal.hangup(ctx, cancel) {
+					s.log.Info("the agent ends with its terminal")
+					cancel()
+					return
+				}
 				if c := s.reload(ctx, keyring, b.store, report); c != nil {
 					watch.Delay(c.forgetsAtSleep())
 					status.configure(c)
@@ -455,6 +508,15 @@ func (s *service) serve(ctx context.Context, listeners []listener) error {
 	cancel()
 	s.notify(systemd.Stopping())
 	return errors.Join(all...)
+}
+
+// clearAll removes all keys.
+func (s *service) clearAll(ctx context.Context, keyring *agent.Keyring) {
+	if err := keyring.Clear(ctx); err != nil {
+		s.log.Warn("SIGUSR1: the keys are removed, but not all tokens are logged out", "reason", err)
+		return
+	}
+	s.log.Info("SIGUSR1: all keys are removed")
 }
 
 // rules is what the configuration tells the keyring, now and when it is read
@@ -555,17 +617,18 @@ func harden(log *slog.Logger) error {
 	return nil
 }
 
-// parseLifetime reads a time as ssh-agent does (sshd_config(5), TIME FORMATS):
-// seconds, or numbers with units as in 1h30m.
+// parseLifetime reads a time as ssh-agent does (sshd_config(5), TIME FORMATS; convtime in
+// OpenSSH 10.5's misc.c): numbers with units as in 1h30m, of which one at most is seconds.
+// A number without a unit is seconds.
 func parseLifetime(s string) (time.Duration, error) {
-	if s == "" {
-		return 0, nil
-	}
 	units := map[byte]time.Duration{
 		's': time.Second, 'm': time.Minute, 'h': time.Hour, 'd': 24 * time.Hour, 'w': 7 * 24 * time.Hour,
 	}
 	bad := fmt.Errorf("%q is no length of time: write seconds, or 1h30m", s)
-	total := time.Duration(0)
+	if s == "" {
+		return 0, bad
+	}
+	total, seconds := time.Duration(0), false
 	for rest := s; rest != ""; {
 		n := strings.IndexFunc(rest, func(r rune) bool { return r < '0' || r > '9' })
 		digits, unit := rest, time.Second
@@ -580,9 +643,10 @@ func parseLifetime(s string) (time.Duration, error) {
 			rest = ""
 		}
 		v, err := strconv.ParseUint(digits, 10, 31)
-		if err != nil {
+		if err != nil || unit == time.Second && seconds {
 			return 0, bad
 		}
+		seconds = seconds || unit == time.Second
 		total += time.Duration(v) * unit
 		if total < 0 || total > 1<<31*time.Second {
 			return 0, bad
@@ -593,48 +657,78 @@ func parseLifetime(s string) (time.Duration, error) {
 
 // socketPath returns where to listen. It makes nothing but a private directory: where
 // there is no runtime directory, and always for an agent of a command, of which a user
-// may have several at once, beside the one that everything else uses.
-func socketPath(flag string, command bool) (string, error) {
+// may have several at once, beside the one that everything else uses. warn is told why
+// the agent is in another place than expected.
+func socketPath(flag string, command bool, warn func(error)) (string, error) {
 	if flag != "" {
 		return filepath.Abs(flag)
 	}
 	dir := os.Getenv("XDG_RUNTIME_DIR")
-	if dir == "" {
-		return privateSocket()
+	if dir == "" || command {
+		return privateSocket(warn)
 	}
+	if err := usableRuntimeDir(dir); err != nil {
+		return privateSocket(warn)
+	}
+	return filepath.Join(dir, "p11-agent", "agent.sock"), nil
+}
+
+// usableRuntimeDir tells why the agent cannot use a runtime directory. That of another
+// user is what su and sudo leave in the environment.
+func usableRuntimeDir(dir string) error {
 	st, err := os.Stat(dir)
 	if err != nil {
-		return "", fmt.Errorf("XDG_RUNTIME_DIR: %w: log in again to have it made, or name a socket with -a", err)
+		return fmt.Errorf("XDG_RUNTIME_DIR: %w", err)
 	}
-	if sys, ok := st.Sys().(*syscall.Stat_t); !ok || !st.IsDir() || int(sys.Uid) != os.Geteuid() {
-		return "", fmt.Errorf("XDG_RUNTIME_DIR: %s is not a directory of this user: name a socket with -a", dir)
+	if sys, ok := st.Sys().(*syscall.Stat_t); !ok || !st.IsDir() || int(sys.Uid) != os.Geteuid() || !filepath.IsAbs(dir) {
+		return fmt.Errorf("XDG_RUNTIME_DIR: %s is not a directory of this user", dir)
 	}
-	if !command {
-		return filepath.Join(dir, "p11-agent", "agent.sock"), nil
+	if err := unix.Access(dir, unix.W_OK|unix.X_OK); err != nil {
+		return fmt.Errorf("XDG_RUNTIME_DIR: write to %s: %w", dir, err)
 	}
-	own, err := os.MkdirTemp(dir, runtimePrefix)
+	return nil
+}
+
+// privateSocket returns where to listen in a new directory: in the runtime directory, or
+// below the state directory, or else below that for temporary files. ssh-agent had its
+// socket in the last before OpenSSH 10.1, but there a module process may write: it could
+// put a socket of its own in that place.
+func privateSocket(warn func(error)) (string, error) {
+	if dir := os.Getenv("XDG_RUNTIME_DIR"); dir != "" {
+		err := usableRuntimeDir(dir)
+		if err == nil {
+			return newSocketDir(dir, runtimePrefix)
+		}
+		warn(fmt.Errorf("%w: the agent takes another directory for its socket", err))
+	}
+	state := stateDir()
+	err := errors.New("neither XDG_STATE_HOME nor HOME is set")
+	if state != "" {
+		if err = os.MkdirAll(state, 0o700); err == nil {
+			prefix := privatePrefix + hostTag() + "-"
+			removeStale(filepath.Join(state, prefix+"*"), time.Now())
+			var path string
+			if path, err = newSocketDir(state, prefix); err == nil {
+				return path, nil
+			}
+		}
+	}
+	path, tempErr := newSocketDir(os.TempDir(), runtimePrefix)
+	if tempErr != nil {
+		return "", fmt.Errorf("make a directory for the socket: %w: name another place with -a", errors.Join(err, tempErr))
+	}
+	warn(fmt.Errorf("make a directory for the socket: %w: it is in %s now, where a module could put a socket of its own in that place", err, filepath.Dir(path)))
+	return path, nil
+}
+
+// newSocketDir makes a private directory for a socket, and returns the path of that.
+func newSocketDir(in, prefix string) (string, error) {
+	own, err := os.MkdirTemp(in, prefix)
 	return filepath.Join(own, socketName()), err
 }
 
-// privateSocket returns where to listen without a runtime directory: below the state
-// directory. ssh-agent had its socket below /tmp before OpenSSH 10.1, but there a
-// module process may write: it could put a socket of its own in that place.
-func privateSocket() (string, error) {
-	state := stateDir()
-	if state == "" {
-		return "", errors.New("neither XDG_RUNTIME_DIR, XDG_STATE_HOME nor HOME is set, so there is no place for a socket: name one with -a")
-	}
-	if err := os.MkdirAll(state, 0o700); err != nil {
-		return "", fmt.Errorf("make a directory for the socket (-a names another place): %w", err)
-	}
-	prefix := privatePrefix + hostTag() + "-"
-	removeStale(filepath.Join(state, prefix+"*"), time.Now())
-	own, err := os.MkdirTemp(state, prefix)
-	if err != nil {
-		return "", fmt.Errorf("make a directory for the socket (-a names another place): %w", err)
-	}
-	return filepath.Join(own, socketName()), nil
-}
+// warn tells a person of what is not as it should be and ends nothing.
+func warn(err error) { fmt.Fprintf(os.Stderr, "p11-agent: warning: %v\n", err) }
 
 func socketName() string { return "agent." + strconv.Itoa(os.Getpid()) }
 

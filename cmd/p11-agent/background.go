@@ -19,6 +19,7 @@ import (
 	"golang.org/x/sys/unix"
 
 	"p11-agent/agent/logfold"
+	"p11-agent/agent/sshagent"
 )
 
 // shell is how a shell sets variables.
@@ -107,6 +108,14 @@ func backgroundChild() *child {
 	return c
 }
 
+// reportFD returns the descriptor that it reports on; -1 for every other process.
+func (c *child) reportFD() int {
+	if c == nil {
+		return -1
+	}
+	return childReportFD
+}
+
 // startInBackground starts the agent as a process of its own and waits until it
 // listens. Then it prints the commands for a shell or becomes the command.
 func startInBackground(path string, s shell, command []string, out io.Writer) error {
@@ -137,13 +146,12 @@ func startInBackground(path string, s shell, command []string, out io.Writer) er
 	if err != nil {
 		return fmt.Errorf("start the agent in the background: %w", err)
 	}
-	answer, err := bufio.NewReader(report).ReadString('\n')
-	if err != nil || answer != "ok\n" {
-		werr := cmd.Wait()
-		if answer = strings.TrimSpace(answer); answer != "" {
-			return errors.New(answer)
+	path, err = readReport(report)
+	if err != nil {
+		if werr := cmd.Wait(); errors.Is(err, io.EOF) {
+			err = fmt.Errorf("the agent ended before it was listening: %w", werr)
 		}
-		return fmt.Errorf("the agent ended before it was listening: %w", werr)
+		return err
 	}
 	pid := cmd.Process.Pid
 	if len(command) == 0 {
@@ -154,6 +162,34 @@ func startInBackground(path string, s shell, command []string, out io.Writer) er
 	err = syscall.Exec(program, command, dedupe(env))
 	// The agent ends with this process, as it would with the command.
 	return fmt.Errorf("run %s: %w", program, err)
+}
+
+// What the child reports, a line each: warnings, and at last the path of its socket, or
+// its error.
+const (
+	reportWarning = "warning "
+	reportOK      = "ok "
+)
+
+// readReport prints the warnings of a report and returns the path in it. The error is
+// that of the child, or io.EOF.
+func readReport(r io.Reader) (path string, err error) {
+	lines := bufio.NewReader(r)
+	for {
+		line, err := lines.ReadString('\n')
+		if err != nil {
+			return "", err
+		}
+		line = strings.TrimSuffix(line, "\n")
+		if text, ok := strings.CutPrefix(line, reportWarning); ok {
+			warn(errors.New(text))
+			continue
+		}
+		if path, ok := strings.CutPrefix(line, reportOK); ok {
+			return path, nil
+		}
+		return "", errors.New(line)
+	}
 }
 
 // childSocketVariable tells the child where to listen.
@@ -182,21 +218,12 @@ func (s *service) runInBackground(ctx context.Context, c *child) error {
 	_ = os.Unsetenv(childSocketVariable)
 	report := os.NewFile(childReportFD, "report")
 	unix.CloseOnExec(childReportFD)
-	fail := func(err error) error {
-		_, werr := fmt.Fprintln(report, strings.ReplaceAll(err.Error(), "\n", "; "))
-		return errors.Join(statusError(exitFailure), werr)
+	tell := func(kind string, err error) error {
+		_, werr := fmt.Fprintln(report, kind+strings.ReplaceAll(err.Error(), "\n", "; "))
+		return werr
 	}
-	logFile, err := openLogFile(path, agentLog)
-	if err != nil {
-		return fail(err)
-	}
-	defer logFile.Close()
-	grantedFile, err := openLogFile(path, grantedLog)
-	if err != nil {
-		return fail(err)
-	}
-	defer grantedFile.Close()
-	s.log = slog.New(&logs{newLog(logFile, slog.LevelInfo).Handler(), newLog(grantedFile, slog.LevelInfo).Handler()})
+	fail := func(err error) error { return errors.Join(statusError(exitFailure), tell("", err)) }
+	s.warn = func(err error) { _ = tell(reportWarning, err) } // nobody is left to hear it
 	ctx, cancel := context.WithCancel(ctx)
 	defer cancel()
 	ctx, stop := s.catchSignals(ctx, syscall.SIGTERM)
@@ -206,17 +233,21 @@ func (s *service) runInBackground(ctx context.Context, c *child) error {
 			return fail(err)
 		}
 	}
-	l, err := listen(path)
+	l, err := s.listen(path)
 	if err != nil {
 		return fail(err)
 	}
-	defer removeRuntimeDir(path)
+	defer removeRuntimeDir(l.Path())
+	all, granted := s.openLogs(l)
+	defer all.Close()
+	defer granted.Close()
+	s.log = slog.New(&logs{newLog(all, slog.LevelInfo).Handler(), newLog(granted, slog.LevelInfo).Handler()})
 	// From here on the terminal belongs to others.
 	signal.Ignore(os.Interrupt)
 	if err := leaveTerminal(); err != nil {
 		return fail(errors.Join(err, l.Close()))
 	}
-	if _, err := io.WriteString(report, "ok\n"); err != nil {
+	if _, err := io.WriteString(report, reportOK+l.Path()+"\n"); err != nil {
 		return errors.Join(err, l.Close())
 	}
 	_ = report.Close()
@@ -299,22 +330,58 @@ const maxLogFile = 1 << 20
 // logFile is the log of an agent that has neither terminal nor journal. Two
 // files of 1 MiB at most are kept.
 type logFile struct {
-	path string
+	path    string
+	passing bool // it goes when it is closed
 
 	mu   sync.Mutex
 	file *os.File
 	size int64
 }
 
-// openLogFile opens a log of the agent with this socket: in the state directory, or
-// next to the socket where there is none.
-func openLogFile(socket, name string) (*logFile, error) {
-	dir := stateDir()
-	if dir == "" {
-		dir = filepath.Dir(socket)
+// openLogs opens the logs of the agent with this socket: in the state directory, or next
+// to the socket where the state directory cannot be written. A directory that others may
+// write to is no place for them. Without a place, nothing is logged.
+func (s *service) openLogs(socket *sshagent.Socket) (all, granted io.WriteCloser) {
+	var errs []error
+	dirs := []string{stateDir()}
+	if !socket.Shared() {
+		dirs = append(dirs, filepath.Dir(socket.Path()))
 	}
+	for _, dir := range dirs {
+		if dir == "" {
+			continue
+		}
+		all, err := openLogFile(dir, agentLog)
+		if err == nil {
+			var granted *logFile
+			if granted, err = openLogFile(dir, grantedLog); err == nil {
+				// A directory that ends with the agent is removed, if it is empty.
+				all.passing = ownRuntimeDir(socket.Path()) == dir
+				granted.passing = all.passing
+				if len(errs) > 0 {
+					s.warn(fmt.Errorf("open the log: %w: it is %s now", errors.Join(errs...), all.path))
+				}
+				return all, granted
+			}
+			_ = all.Close()
+		}
+		errs = append(errs, err)
+	}
+	if len(errs) > 0 {
+		s.warn(fmt.Errorf("open the log: %w: the agent writes none", errors.Join(errs...)))
+	}
+	return noLog{io.Discard}, noLog{io.Discard}
+}
+
+// noLog is where nothing is kept.
+type noLog struct{ io.Writer }
+
+func (noLog) Close() error { return nil }
+
+// openLogFile opens a log in a directory, which it makes.
+func openLogFile(dir, name string) (*logFile, error) {
 	if err := os.MkdirAll(dir, 0o700); err != nil {
-		return nil, fmt.Errorf("make a directory for the log: %w", err)
+		return nil, err
 	}
 	l := &logFile{path: filepath.Join(dir, name)}
 	return l, l.open()
@@ -323,11 +390,11 @@ func openLogFile(socket, name string) (*logFile, error) {
 func (l *logFile) open() error {
 	f, err := os.OpenFile(l.path, os.O_WRONLY|os.O_CREATE|os.O_APPEND|syscall.O_NOFOLLOW, 0o600)
 	if err != nil {
-		return fmt.Errorf("open the log: %w", err)
+		return err
 	}
 	st, err := f.Stat()
 	if err != nil {
-		return errors.Join(fmt.Errorf("open the log: %w", err), f.Close())
+		return errors.Join(err, f.Close())
 	}
 	l.file, l.size = f, st.Size()
 	return nil
@@ -350,9 +417,13 @@ func (l *logFile) Write(b []byte) (int, error) {
 	return n, err
 }
 
-// Close closes the file.
+// Close closes the file, and removes it when it is one in passing.
 func (l *logFile) Close() error {
 	l.mu.Lock()
 	defer l.mu.Unlock()
+	if l.passing {
+		_ = os.Remove(l.path)          // what stays keeps its directory
+		_ = os.Remove(l.path + ".old") // mostly, it is not there
+	}
 	return l.file.Close()
 }

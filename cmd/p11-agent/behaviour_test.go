@@ -274,6 +274,13 @@ func toHost(user string, from *pair, host pair) []byte {
 	return sshFields(origin, sshFields(user, "host", "", host.public.Marshal(), byte(0)), "")
 }
 
+// addConstrained asks for a key of type Ed25519 with constraints.
+func (r *rig) addConstrained(what string, k pair, constraints ...any) {
+	r.t.Helper()
+	private := k.private.(ed25519.PrivateKey)
+	r.ask(what, 25, append([]any{ssh.KeyAlgoED25519, []byte(private[32:]), []byte(private), "c"}, constraints...)...)
+}
+
 func (r *rig) addLimited(p pair, destinations ...[]byte) {
 	r.t.Helper()
 	var list []byte
@@ -362,9 +369,7 @@ var behaviours = []struct {
 		r.bind("bind", "session", k.host, k.host, 0)
 	}},
 	{"constraints", "", func(r *rig, k behaviourPairs) {
-		add := func(what string, constraints ...any) {
-			r.ask(what, 25, append([]any{"ssh-ed25519", []byte(k.ed.private.(ed25519.PrivateKey)[32:]), []byte(k.ed.private.(ed25519.PrivateKey)), "c"}, constraints...)...)
-		}
+		add := func(what string, constraints ...any) { r.addConstrained(what, k.ed, constraints...) }
 		add("none")
 		add("lifetime", byte(1), uint32(60))
 		add("confirm", byte(2))
@@ -376,9 +381,33 @@ var behaviours = []struct {
 		add("cut short", byte(1), rawBytes{0, 0})
 		r.list()
 	}},
-	{"destinations without any", "a limit that permits nothing or everything is a mistake; ssh-agent takes it for none", func(r *rig, k behaviourPairs) {
-		r.ask("add", 25, "ssh-ed25519", []byte(k.ed.private.(ed25519.PrivateKey)[32:]), []byte(k.ed.private.(ed25519.PrivateKey)), "c",
-			byte(255), "restrict-destination-v00@openssh.com", "")
+	{"destinations without any", "", func(r *rig, k behaviourPairs) {
+		r.addConstrained("add", k.ed, byte(255), "restrict-destination-v00@openssh.com", "")
+		r.sign("sign", k.ed.public, []byte("data"), 0)
+		r.bind("bind", "one", k.host, k.host, 1)
+		r.list()
+	}},
+	{"messages of SSH protocol 1", "", func(r *rig, k behaviourPairs) {
+		r.status("add", r.client.Add(k.ed.added("ed")))
+		r.ask("list", 1)
+		r.list()
+		r.ask("remove all", 9)
+		r.list()
+		r.status("add", r.client.Add(k.ed.added("ed")))
+		r.status("remove all", r.client.RemoveAll())
+		r.ask("remove all again", 9)
+		r.list()
+		r.status("add", r.client.Add(k.ed.added("ed")))
+		r.status("lock", r.client.Lock([]byte("a")))
+		r.ask("remove all while locked", 9)
+		r.status("unlock", r.client.Unlock([]byte("a")))
+		r.list()
+	}},
+	{"comments", "", func(r *rig, k behaviourPairs) {
+		for _, comment := range []string{"", "a\x00b", "end\x00", "\x00", "\x00\x00", "\x1b[1m", "\xff"} {
+			r.addIdentity(fmt.Sprintf("add %q", comment), k.ed, string(k.ed.public.Marshal()), comment)
+			r.list()
+		}
 	}},
 	{"confirmed, with nobody to ask", "", func(r *rig, k behaviourPairs) {
 		key := k.ed.added("c")
@@ -490,8 +519,50 @@ var behaviours = []struct {
 		r.ask("list", 11, byte(0))
 		r.ask("remove all", 19, byte(0))
 	}},
-	{"lifetime of no time", "no time is a mistake; ssh-agent adds the key and drops it at once", func(r *rig, k behaviourPairs) {
-		r.ask("add", 25, "ssh-ed25519", []byte(k.ed.private.(ed25519.PrivateKey)[32:]), []byte(k.ed.private.(ed25519.PrivateKey)), "c", byte(1), uint32(0))
+	{"lifetime of no time", "", func(r *rig, k behaviourPairs) {
+		r.addConstrained("add", k.ed, byte(1), uint32(0))
+		r.list()
+		r.addConstrained("twice", k.ed, byte(1), uint32(0), byte(1), uint32(0))
+		r.status("for ever", r.client.Add(k.ed.added("ed")))
+		r.list()
+		r.addConstrained("no time again", k.ed, byte(1), uint32(0))
+		r.list()
+		r.sign("sign", k.ed.public, []byte("data"), 0)
+	}},
+	{"certificates beside a key in memory", "", func(r *rig, k behaviourPairs) {
+		const extension = "associated-certs-v00@openssh.com"
+		r.addConstrained("one", k.ed, byte(255), extension, byte(0), sshFields(k.ed.cert.Marshal()))
+		r.addConstrained("none", k.ed, byte(255), extension, byte(0), "")
+		r.addConstrained("none but that", k.ed, byte(255), extension, byte(1), "")
+		r.list()
+	}},
+	{"locked by a forwarded client", "the lock concerns keys that the client does not see", func(r *rig, k behaviourPairs) {
+		r.bind("bind", "one", k.host, k.host, 1)
+		r.status("lock", r.client.Lock([]byte("a")))
+	}},
+	{"all removed by a forwarded client", "a client removes what it sees", func(r *rig, k behaviourPairs) {
+		r.addLimited(k.ed, toHost("", nil, k.other))
+		r.bind("bind", "one", k.host, k.host, 1)
+		r.list()
+		r.status("remove", r.client.Remove(k.ed.public))
+		r.status("remove all", r.client.RemoveAll())
+		r.connect()
+		r.list()
+	}},
+	{"a session without an identifier", "it names no session", func(r *rig, k behaviourPairs) {
+		sig, err := k.host.signer.Sign(rand.Reader, nil)
+		if err != nil {
+			r.t.Fatal(err)
+		}
+		r.ask("bind", 27, "session-bind@openssh.com", k.host.public.Marshal(), "", ssh.Marshal(sig), byte(0))
+	}},
+	{"a long comment", "a list has room for so many bytes only", func(r *rig, k behaviourPairs) {
+		r.addIdentity("4096 bytes", k.ed, string(k.ed.public.Marshal()), strings.Repeat("x", 4096))
+		r.addIdentity("4097 bytes", k.ed, string(k.ed.public.Marshal()), strings.Repeat("x", 4097))
+	}},
+	{"the extension query while locked", "what the agent understands is no secret", func(r *rig, k behaviourPairs) {
+		r.status("lock", r.client.Lock([]byte("a")))
+		r.ask("query", 27, "query")
 	}},
 	{"the extension query", "RFC 9987 has it; OpenSSH since 10.3", func(r *rig, k behaviourPairs) { r.ask("query", 27, "query") }},
 	{"halves of different keys", "ssh-agent believes the public half", func(r *rig, k behaviourPairs) {
@@ -531,8 +602,9 @@ func TestBehaviour(t *testing.T) {
 	}
 }
 
-// startOne starts an agent that has no keys and can ask nobody.
-func startOne(t *testing.T, program string) (socket string) {
+// startOne starts an agent that has no keys and can ask nobody. The configuration of ours
+// begins with these lines.
+func startOne(t *testing.T, program string, lines ...string) (socket string) {
 	t.Helper()
 	dir := tokentest.TempDir(t)
 	socket = filepath.Join(dir, "s")
@@ -543,7 +615,7 @@ func startOne(t *testing.T, program string) (socket string) {
 	}
 	if program == "p11-agent" {
 		args = append([]string{"--config", filepath.Join(dir, "config.toml"), "agent"}, args...)
-		if err := os.WriteFile(filepath.Join(dir, "config.toml"), []byte("keys = []\n[pinentry]\nprogram = \"/nonexistent/pinentry\"\n"), 0o600); err != nil {
+		if err := os.WriteFile(filepath.Join(dir, "config.toml"), []byte(strings.Join(lines, "")+"keys = []\n[pinentry]\nprogram = \"/nonexistent/pinentry\"\n"), 0o600); err != nil {
 			t.Fatal(err)
 		}
 	}

@@ -147,8 +147,8 @@ func listeningInode(path string) string {
 }
 
 // calledAs returns the name of a process's program, given the one that it gave
-// itself. An agent of ours in the background has run itself by /proc/self/exe, and
-// is "exe" by that; a long name is cut.
+// itself. An older agent of ours in the background is called "exe", as it has run itself
+// by /proc/self/exe. A long name is cut.
 func calledAs(pid int, name string) string {
 	const maxComm = 15 // TASK_COMM_LEN, without the zero
 	if file, err := os.Readlink(fmt.Sprintf("/proc/%d/exe", pid)); err == nil {

@@ -50,13 +50,14 @@ func main() {
 		// What lives in a module process is a fraction of the 4 MiB that its heap is
 		// let grow to before garbage is collected. Now it is 2 MiB.
 		debug.SetGCPercent(50)
+		nameProcess("p11-module")
 		os.Exit(module.Main())
 	}
 	// Half a MiB lives in an agent. Less than 3 MiB would have garbage collected so
 	// often that signatures take longer.
 	debug.SetGCPercent(75)
 	args := os.Args[1:]
-	if filepath.Base(os.Args[0]) == "ssh-agent" {
+	if calledSSHAgent() {
 		// Called as the program that it stands in for.
 		args = append([]string{"agent"}, args...)
 	}
@@ -69,6 +70,10 @@ func main() {
 	}
 	os.Exit(code)
 }
+
+// calledSSHAgent tells whether the program is called by the name of the one that it
+// stands in for.
+func calledSSHAgent() bool { return filepath.Base(os.Args[0]) == "ssh-agent" }
 
 // exitCode prints what went wrong and returns how the program is to end.
 func exitCode(err error, stderr io.Writer) int {

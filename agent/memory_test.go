@@ -1,0 +1,94 @@
+package agent
+
+import (
+	"fmt"
+	"runtime"
+	"testing"
+	"testing/synctest"
+	"time"
+)
+
+// allocated returns how many bytes f allocates.
+func allocated(f func()) int {
+	var before, after runtime.MemStats
+	runtime.ReadMemStats(&before)
+	f()
+	runtime.ReadMemStats(&after)
+	return int(after.TotalAlloc - before.TotalAlloc)
+}
+
+// What a key in memory costs when it is added, looked for and removed does not depend on
+// how many others there are. Eight times as many keys cost some eight times as much.
+func TestManySoftwareKeys(t *testing.T) {
+	const few, many = 100, 800
+	measure := func(n int) (add, remove int) {
+		keys := make([]testKey, n)
+		for i := range keys {
+			keys[i] = newTestKey(t)
+		}
+		f := newFixture(Options{SoftwareKeys: true}, edKey("pkcs11:token=a"))
+		add = allocated(func() {
+			for _, k := range keys {
+				if err := f.Add(t.Context(), local, k.request(Constraints{Lifetime: time.Hour})); err != nil {
+					t.Fatal(err)
+				}
+			}
+		})
+		if list, err := f.List(t.Context(), local); err != nil || len(list.Identities) != n+1 {
+			t.Fatalf("%d keys, %v", len(list.Identities), err)
+		}
+		remove = allocated(func() {
+			for _, k := range keys {
+				if err := f.Remove(t.Context(), local, k.public.Marshal()); err != nil {
+					t.Fatal(err)
+				}
+			}
+		})
+		f.wantList(t, "pkcs11:token=a")
+		return add, remove
+	}
+	add, remove := measure(few)
+	addMany, removeMany := measure(many)
+	const ratio = 2 * many / few
+	if addMany > ratio*add || removeMany > ratio*remove {
+		t.Errorf("%d bytes for %d additions, and %d for %d; %d bytes for %d removals, and %d for %d",
+			add, few, addMany, many, remove, few, removeMany, many)
+	}
+}
+
+// Keys in memory go when their time is over, each at its own, and those without a time
+// stay.
+func TestSoftwareKeysExpire(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		f := newFixture(Options{SoftwareKeys: true})
+		var keys []testKey
+		for i, d := range []time.Duration{0, time.Minute, 3 * time.Minute, 2 * time.Minute, NoTime} {
+			k := newTestKey(t)
+			r := k.request(Constraints{Lifetime: d})
+			r.Comment = fmt.Sprint(i)
+			if err := f.Add(t.Context(), local, r); err != nil {
+				t.Fatal(err)
+			}
+			keys = append(keys, k)
+		}
+		synctest.Wait()
+		time.Sleep(NoTime)
+		f.wantList(t, "0", "1", "2", "3")
+		time.Sleep(time.Minute)
+		if _, err := f.Sign(t.Context(), local, SignRequest{Key: keys[1].public.Marshal()}); err == nil {
+			t.Error("a key signs after its time")
+		}
+		f.wantList(t, "0", "2", "3")
+		time.Sleep(time.Minute)
+		f.wantList(t, "0", "2")
+		// One that is added again without a time stays.
+		if err := f.Add(t.Context(), local, keys[2].request(Constraints{})); err != nil {
+			t.Fatal(err)
+		}
+		time.Sleep(time.Hour)
+		f.wantList(t, "0", "file")
+		if f.software.kept.count != 2 {
+			t.Errorf("%d keys are counted", f.software.kept.count)
+		}
+	})
+}
