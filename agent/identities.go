@@ -120,7 +120,7 @@ func (k *Keyring) nowLocked(generation, certificates uint64) *view {
 	}
 	v.list.Identities = make([]Identity, len(v.identities))
 	for i, id := range v.identities {
-		v.list.Identities[i] = Identity{Key: id.key, Comment: id.comment}
+		v.list.Identities[i] = Identity{Key: id.key, Comment: k.listedAs(id)}
 		if owed := k.owed[id.plainWire()]; owed != nil && len(id.homes) > 0 && id.limits.looser(owed) {
 			id.owed = owed
 		}
@@ -128,6 +128,14 @@ func (k *Keyring) nowLocked(generation, certificates uint64) *view {
 	}
 	k.view.Store(v)
 	return v
+}
+
+// listedAs returns the comment of an identity in the list that clients get.
+func (k *Keyring) listedAs(id *identity) string {
+	if k.opts.Listed != nil && len(id.homes) > 0 && id.comment == id.homes[0].URI() {
+		return k.opts.Listed(id.homes[0])
+	}
+	return id.comment
 }
 
 // until notes that the view is good only so long.

@@ -461,7 +461,7 @@ func (s *service) serve(ctx context.Context, listeners []listener) error {
 // again.
 func (s *service) rules(c *config) agent.Rules {
 	return agent.Rules{
-		Automatic: automatic(c), Name: names(c), OfferAway: c.offerAway, Allow: c.allows(s.system), Approval: c.approval(),
+		Automatic: automatic(c), Name: names(c), Listed: listedAs, OfferAway: c.offerAway, Allow: c.allows(s.system), Approval: c.approval(),
 	}
 }
 

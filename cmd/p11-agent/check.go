@@ -217,36 +217,14 @@ func findURI(ctx context.Context, r *report, store *token.Store, where string, u
 
 // adviseURI names the token or key that a URI may have meant.
 func adviseURI(f *finding, store *token.Store, u *pkcs11uri.URI) {
-	var tokens, objects []string
-	for _, m := range store.Modules() {
-		for _, t := range m.Tokens {
-			tokens = append(tokens, t.ID.Label)
-			for _, k := range t.Keys {
-				objects = append(objects, k.Label())
-			}
-		}
+	meant, there := suggest(store, u)
+	for _, m := range meant {
+		f.Next("%s", m)
 	}
-	for _, a := range []struct {
-		what  string
-		given *string
-		there []string
-	}{{"token", u.Token, tokens}, {"object", u.Object, objects}} {
-		if a.given == nil {
-			continue
-		}
-		if s := nearest(*a.given, a.there); s != "" && s != *a.given {
-			near := &pkcs11uri.URI{Token: &s}
-			if a.what == "object" {
-				near = &pkcs11uri.URI{Object: &s}
-			}
-			f.Next("did you mean %s?", strings.TrimPrefix(near.String(), "pkcs11:"))
-		}
+	f.Next("%s", there)
+	if len(store.Keys()) > 0 {
+		f.Next("p11-agent list  # shows the URIs of what is there")
 	}
-	if len(tokens) == 0 {
-		f.Next("insert the token: none is there now")
-		return
-	}
-	f.Next("p11-agent list  # shows the URIs of what is there")
 }
 
 // findSources says whether the files that PINs come from can be used.

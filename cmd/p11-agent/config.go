@@ -521,8 +521,14 @@ func (c *config) check(mode fs.FileMode) error {
 			return e
 		}
 	}
-	if err := errors.Join(c.TouchNotice.check(), c.ForgetOn.check()); err != nil {
-		return bad("%v", err)
+	var wrong []error
+	for _, err := range []error{c.TouchNotice.check(), c.ForgetOn.check()} {
+		if err != nil {
+			wrong = append(wrong, bad("%v", err))
+		}
+	}
+	if len(wrong) > 0 {
+		return errors.Join(wrong...)
 	}
 	for i, k := range c.KeyTables {
 		if k.URI == nil {

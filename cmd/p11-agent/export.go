@@ -40,9 +40,10 @@ func newExportCommand(g *globals) *cobra.Command {
 		Use:   "export [flags] [URI...] [HOST...]",
 		Short: "Write public keys into files, and say what ssh and git need to use them",
 		Long: `Write the public halves of keys into files, NAME.pub in ~/.ssh, by which ssh and
-git know which key of the agent is meant. Keys are those that pkcs11: URIs match,
-or all that the agent offers, be their token there or only remembered. With
-neither URIs nor flags it says what there is, and writes nothing.
+git know which key of the agent is meant. Keys are those that pkcs11: URIs or the
+labels of tokens name, or all that the agent offers, be their token there or only
+remembered. With neither URIs nor flags it says what there is, and writes nothing.
+With --ssh-config a word that is no URI is a HOST.
 
     p11-agent export pkcs11:                         write a file for each key
     p11-agent export --ssh-config bastion 'pkcs11:token=Work' >>~/.ssh/config
@@ -80,6 +81,9 @@ func runExport(ctx context.Context, g *globals, o *exportOptions, args []string,
 	if err != nil {
 		return err
 	}
+	if len(args) > 0 {
+		noteUnquoted(stderr, args[len(args)-1])
+	}
 	defer func() {
 		for _, u := range uris {
 			u.Wipe()
@@ -99,7 +103,7 @@ func runExport(ctx context.Context, g *globals, o *exportOptions, args []string,
 	}
 	keys, err := exportable(c, b.store, uris)
 	if err != nil {
-		return err
+		return aboutHosts(err, args)
 	}
 	dir := cmp.Or(expandHome(o.dir), filepath.Join(os.Getenv("HOME"), ".ssh"))
 	if dir, err = filepath.Abs(dir); err != nil {
@@ -111,7 +115,7 @@ func runExport(ctx context.Context, g *globals, o *exportOptions, args []string,
 	case o.signers:
 		return printSigners(out, keys, o)
 	case o.git && len(keys) > 1:
-		return &usageError{fmt.Errorf("git signs with one key, and these are %d: name it by its URI, such as '%s'", len(keys), keys[0].key.URI())}
+		return &usageError{fmt.Errorf("git signs with one key, and these are %d: name it by its URI, such as %s", len(keys), quote(keys[0].key.URI()))}
 	case strings.ContainsAny(dir, "\"'\n$"):
 		return &usageError{fmt.Errorf("the name of the directory %q has characters that ssh's and git's configuration cannot have", dir)}
 	}
@@ -125,6 +129,18 @@ func runExport(ctx context.Context, g *globals, o *exportOptions, args []string,
 		return printGit(out, keys[0], dir)
 	}
 	return nil
+}
+
+// aboutHosts adds to the error for a label that no token has that it may be a host.
+func aboutHosts(err error, args []string) error {
+	advice, ok := errors.AsType[*advisedError](err)
+	i := slices.IndexFunc(args, func(a string) bool { return strings.HasPrefix(err.Error(), "pkcs11:token="+a+":") })
+	if !ok || i < 0 {
+		return err
+	}
+	return &usageError{&advisedError{
+		fmt.Errorf("no token with a key has the label %[1]q; %[1]q is no pkcs11: URI, and hosts go with --ssh-config", args[i]), advice.advice,
+	}}
 }
 
 // overview tells whether nothing was said of what is to be done.
@@ -162,22 +178,16 @@ func (o *exportOptions) arguments(args []string) (uris []*pkcs11uri.URI, hosts [
 		return nil, nil, &usageError{errors.New("--allowed-signers writes no files: --dir and --force mean nothing")}
 	}
 	for _, a := range args {
-		if !strings.HasPrefix(a, "pkcs11:") {
-			if !o.sshConfig {
-				return nil, nil, &usageError{fmt.Errorf("%q is no pkcs11: URI, and hosts go with --ssh-config", a)}
-			}
+		if o.sshConfig && !pkcs11uri.IsURI([]byte(a)) {
 			if !hostPattern.MatchString(a) {
 				return nil, nil, &usageError{fmt.Errorf("%q is no name of a host", a)}
 			}
 			hosts = append(hosts, a)
 			continue
 		}
-		u, err := pkcs11uri.Parse(a)
+		u, err := parseNamed(a)
 		if err != nil {
-			return nil, nil, &usageError{err}
-		}
-		if names := u.Unrecognized(); len(names) > 0 {
-			return nil, nil, &usageError{fmt.Errorf("the URI has attributes %q that are not known, so it matches nothing", names)}
+			return nil, nil, err
 		}
 		uris = append(uris, u)
 	}
@@ -208,7 +218,7 @@ func exportable(c *config, store *token.Store, uris []*pkcs11uri.URI) ([]exporte
 			}
 		}
 		if len(keys) == n {
-			return nil, fmt.Errorf("%v: %w", u, token.ErrNoMatch)
+			return nil, adviseNoMatch(fmt.Errorf("%v: %w", u, token.ErrNoMatch), store, u)
 		}
 	}
 	certificates, err := certificatesOf(c)
@@ -226,7 +236,7 @@ func exportable(c *config, store *token.Store, uris []*pkcs11uri.URI) ([]exporte
 		seen[string(pub.Marshal())] = true
 		list = append(list, exported{
 			key: k, pub: pub, name: fileName(cmp.Or(name(k), k.Label())),
-			line:         strings.TrimSpace(string(ssh.MarshalAuthorizedKey(pub))) + " " + cmp.Or(name(k), k.URI()) + "\n",
+			line:         strings.TrimSpace(string(ssh.MarshalAuthorizedKey(pub))) + " " + cmp.Or(name(k), listedAs(k)) + "\n",
 			certificates: certificates[string(pub.Marshal())],
 		})
 	}

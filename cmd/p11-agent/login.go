@@ -16,7 +16,6 @@ import (
 	"p11-agent/pinentry"
 	"p11-agent/pinentry/secret"
 	"p11-agent/token/module/undumpable"
-	"p11-agent/token/pkcs11uri"
 )
 
 // visibleText makes fit for a terminal what an agent, a token or an environment says.
@@ -28,9 +27,9 @@ func newLoginCommand() *cobra.Command {
 	cmd := &cobra.Command{
 		Use:   "login [flags] [URI]",
 		Short: "Log in to a token, at this terminal",
-		Long: `Log in to the token that a pkcs11: URI names, so that its keys sign without
-asking. The PIN is asked for at this terminal, which works where no pinentry can
-show anything. The URI can be left out when one token only needs a login.
+		Long: `Log in to the token that a pkcs11: URI or its label names, so that its keys sign
+without asking. The PIN is asked for at this terminal, which works where no pinentry
+can show anything. The URI can be left out when one token only needs a login.
 
 A wrong PIN is not asked for again. When one try is left, the agent asks whether to
 use it, and for the PIN, with pinentry: on the desktop, or else at this terminal.`,
@@ -50,7 +49,7 @@ func newLogoutCommand() *cobra.Command {
 	cmd := &cobra.Command{
 		Use:   "logout [flags] [URI]",
 		Short: "Log out of a token, or of all",
-		Long: `Log out of the token that a pkcs11: URI names, or of all, and forget the PIN if it
+		Long: `Log out of the token that a pkcs11: URI or its label names, or of all, and forget the PIN if it
 is kept: the next signature asks for it.`,
 		Args:              optionalURI,
 		ValidArgsFunction: completeTokens(func(t statusToken) bool { return t.LoggedIn || t.PINKept }),
@@ -113,9 +112,9 @@ func checkURI(text string) error {
 	if text == "" {
 		return nil
 	}
-	u, err := pkcs11uri.Parse(text)
+	u, err := parseNamed(text)
 	if err != nil {
-		return &usageError{err}
+		return err
 	}
 	defer u.Wipe()
 	if u.PIN() != nil || u.PINSource != nil {
@@ -183,7 +182,7 @@ func pickToken(a *runningAgent, uri string, out io.Writer) (*statusToken, error)
 	names := func(tokens []statusToken) string {
 		var all []string
 		for _, t := range tokens {
-			all = append(all, visibleText(t.URI))
+			all = append(all, quote(visibleText(t.URI)))
 		}
 		return strings.Join(all, ", ")
 	}

@@ -11,6 +11,8 @@ import (
 	"os"
 	"path/filepath"
 	"runtime/debug"
+	"slices"
+	"strings"
 
 	"github.com/spf13/cobra"
 
@@ -96,11 +98,23 @@ func exitCode(err error, stderr io.Writer) int {
 	return exitFailure
 }
 
-// unjoin takes errors.Join apart.
+// unjoin takes apart what is nothing but several errors. The advice is for the last.
 func unjoin(err error) []error {
 	//nolint:errorlint // only the outermost is meant
-	if j, ok := err.(interface{ Unwrap() []error }); ok {
-		return j.Unwrap()
+	switch e := err.(type) {
+	case *advisedError:
+		all := unjoin(e.err)
+		all[len(all)-1] = &advisedError{all[len(all)-1], e.advice}
+		return all
+	case interface{ Unwrap() []error }:
+		var texts []string
+		all := slices.Clone(e.Unwrap())
+		for _, one := range all {
+			texts = append(texts, one.Error())
+		}
+		if strings.Join(texts, "\n") == err.Error() || strings.Join(texts, "; ") == err.Error() {
+			return all
+		}
 	}
 	return []error{err}
 }

@@ -8,6 +8,7 @@ import (
 	"log/slog"
 	"os"
 	"slices"
+	"strconv"
 	"strings"
 	"sync/atomic"
 	"time"
@@ -334,6 +335,26 @@ func names(c *config) func(agent.Key) string {
 		}
 		return ""
 	}
+}
+
+// listedAs returns the comment that ssh-add -l shows for a key without a configured name:
+// its URI, which has no blanks, and the label after it.
+func listedAs(k agent.Key) string {
+	key, ok := k.(*token.Key)
+	if !ok || key.PublicLabel() == "" {
+		return k.URI()
+	}
+	return key.URI() + " " + listedLabel(key.PublicLabel())
+}
+
+// listedLabel shows the label of a key in the comment of an identity. A label that could
+// pass for another URI is quoted.
+func listedLabel(label string) string {
+	shown := named(label, maxNamed)
+	if strings.Contains(strings.ToLower(shown), "pkcs11:") && shown[0] != '"' {
+		return strconv.Quote(shown)
+	}
+	return shown
 }
 
 var (
