@@ -67,7 +67,7 @@ type knownKey struct {
 	ID     []byte `json:"id"`
 	Label  string `json:"label"`
 	Shown  string `json:"public_label,omitempty"` // Key.PublicLabel, where it is another one
-	Public []byte `json:"public"` // SubjectPublicKeyInfo, RFC 5280 section 4.1
+	Public []byte `json:"public"`                 // SubjectPublicKeyInfo, RFC 5280 section 4.1
 	Always bool   `json:"pin_each_use,omitempty"`
 	Unfit  string `json:"unfit,omitempty"`
 }

@@ -193,6 +193,9 @@ func ParseRemoteProvider(provider []byte) (*Selector, error) {
 func parseURI(text []byte) (*Selector, error) {
 	u, err := pkcs11uri.ParseNamed(text)
 	if err != nil {
+		if !pkcs11uri.IsURI(text) {
+			err = fmt.Errorf("%w; a module is named by an absolute path", err)
+		}
 		return nil, err
 	}
 	if err := cmp.Or(u.CheckNames(), checkAdded(u)); err != nil {
@@ -210,13 +213,17 @@ func isDir(path string) bool {
 // libraryName is the name of a module's file.
 var libraryName = regexp.MustCompile(`\.so(\.[0-9]+)*$`)
 
+// skInternal is what OpenSSH calls its own support of FIDO devices (sk-api.h), which
+// clients give as a provider. It is no label.
+const skInternal = "internal"
+
 // isPath tells whether a client names a file, and neither keys nor a token. A name that
 // only files have counts as a path, so that the error speaks of modules.
 func isPath(provider []byte) bool {
 	if pkcs11uri.IsURI(provider) {
 		return false
 	}
-	return len(provider) == 0 || provider[0] == '.' || provider[0] == '~' || bytes.IndexByte(provider, '/') >= 0 || libraryName.Match(provider)
+	return len(provider) == 0 || string(provider) == skInternal || provider[0] == '.' || provider[0] == '~' || bytes.IndexByte(provider, '/') >= 0 || libraryName.Match(provider)
 }
 
 // matches tells whether the module is the one a URI names, if it names one. A
