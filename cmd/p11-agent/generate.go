@@ -55,6 +55,7 @@ pin-source of the configuration.`,
 			}
 			return nil
 		},
+		ValidArgsFunction: completeURIs(g, false, 1),
 		RunE: func(cmd *cobra.Command, args []string) error {
 			return runGenerate(cmd.Context(), g, o, args[0], cmd.OutOrStdout(), cmd.ErrOrStderr())
 		},

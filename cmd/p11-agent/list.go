@@ -46,7 +46,7 @@ key or a certificate.`,
 			}
 			return nil
 		},
-		ValidArgsFunction: completeKeys,
+		ValidArgsFunction: completeURIs(g, true, 1),
 		RunE: func(cmd *cobra.Command, args []string) error {
 			return runList(cmd.Context(), g, o, args, cmd.OutOrStdout(), cmd.ErrOrStderr())
 		},

@@ -8,7 +8,6 @@ import (
 	"os"
 	"slices"
 	"strings"
-	"time"
 
 	"github.com/spf13/cobra"
 
@@ -121,43 +120,6 @@ func checkURI(text string) error {
 		return &usageError{errors.New("the URI says where the PIN comes from: here it is asked for, or read with --stdin")}
 	}
 	return nil
-}
-
-// completeTokens completes the URIs of the running agent's tokens. A shell waits for
-// it, so that it does not for long.
-func completeTokens(fits func(statusToken) bool) cobra.CompletionFunc {
-	return func(cmd *cobra.Command, args []string, _ string) ([]cobra.Completion, cobra.ShellCompDirective) {
-		if len(args) > 0 {
-			return nil, cobra.ShellCompDirectiveNoFileComp
-		}
-		ctx, cancel := context.WithTimeout(cmd.Context(), time.Second)
-		defer cancel()
-		socket, _ := cmd.Flags().GetString("socket") // empty for a command without it
-		a, err := dialAgent(ctx, socket, "")
-		if err != nil {
-			return nil, cobra.ShellCompDirectiveNoFileComp
-		}
-		defer a.Close()
-		var all []cobra.Completion
-		for _, t := range a.report.Tokens {
-			if fits(t) {
-				all = append(all, cobra.CompletionWithDesc(t.URI, visibleText(t.name())))
-			}
-		}
-		return all, cobra.ShellCompDirectiveNoFileComp
-	}
-}
-
-// completeKeys completes the URIs of the running agent's tokens and their keys.
-func completeKeys(cmd *cobra.Command, args []string, _ string) ([]cobra.Completion, cobra.ShellCompDirective) {
-	var keys []cobra.Completion
-	all, directive := completeTokens(func(t statusToken) bool {
-		for _, uri := range t.Keys {
-			keys = append(keys, cobra.CompletionWithDesc(uri, visibleText("key on "+t.name())))
-		}
-		return true
-	})(cmd, args, "")
-	return append(all, keys...), directive
 }
 
 // pickToken returns the token to log in to; nil: nothing is to be done.
