@@ -71,7 +71,7 @@ func printCompletion(out io.Writer, shell string, plain bool) error {
 }
 
 // completionTime is how long a shell waits for completions.
-const completionTime = 2 * time.Second
+const completionTime = 5 * time.Second
 
 // completeTokens completes the URIs of the running agent's tokens.
 func completeTokens(fits func(statusToken) bool) cobra.CompletionFunc {
@@ -125,7 +125,7 @@ func describe(tokens []statusToken, keys bool, given []string, typed string) (al
 
 // tokensOfAgent returns the tokens of the running agent, or nothing.
 func tokensOfAgent(cmd *cobra.Command) []statusToken {
-	ctx, cancel := context.WithTimeout(cmd.Context(), time.Second)
+	ctx, cancel := context.WithTimeout(cmd.Context(), completionTime)
 	defer cancel()
 	socket, _ := cmd.Flags().GetString("socket") // empty for a command without it
 	a, err := dialAgent(ctx, socket, "")
