@@ -499,7 +499,8 @@ func (s *service) reload(ctx context.Context, k *agent.Keyring, store *token.Sto
 	store.SetPublicKeys(c.publicKeys)
 	store.SetPolicy(c.policy())
 	k.Configure(s.rules(c))
-	if old := s.config.Swap(c); !c.sameApproval(old) {
+	old := s.config.Swap(c)
+	if !c.sameApproval(old) {
 		k.ForgetApprovals(func(agent.Key) bool { return true })
 	}
 	ctx, cancel := context.WithTimeout(ctx, 10*time.Second)
@@ -508,6 +509,9 @@ func (s *service) reload(ctx context.Context, k *agent.Keyring, store *token.Sto
 		s.log.Warn("cannot look at all tokens", "reason", err)
 	}
 	s.log.Info("configuration read again")
+	if changed := c.needRestart(old); len(changed) > 0 {
+		s.log.Warn("these changes count after a restart of the agent", "keys", strings.Join(changed, ", "))
+	}
 	return c
 }
 

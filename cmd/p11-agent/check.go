@@ -41,7 +41,7 @@ func runCheck(ctx context.Context, g *globals, out, stderr io.Writer) error {
 	}
 	r := new(report)
 	r.ok("configuration: %s", cmp.Or(c.file, "none, so everything is as usual"))
-	findRegistry(r)
+	findRegistry(r, c)
 	b := openBackend(c, nil, nil, stateDir(), token.KnownRead, newLog(stderr, slog.LevelError))
 	defer b.stop()
 	ctx, cancel := context.WithTimeout(ctx, lookTimeout)
@@ -62,10 +62,13 @@ func runCheck(ctx context.Context, g *globals, out, stderr io.Writer) error {
 }
 
 // findRegistry says what is wrong with p11-kit's configuration.
-func findRegistry(r *report) {
+func findRegistry(r *report, c *config) {
 	reg := registry.Load(registry.Options{Dirs: registry.DefaultDirs(os.LookupEnv, os.Geteuid()), Program: registry.Program})
 	for _, w := range reg.Warnings {
 		r.bad("module configuration: %v", w)
+	}
+	for _, m := range c.unregistered(reg) {
+		r.warn("%s: [[module]] name = %q: there is no such module, so the table does nothing", c.file, m.name).Next("%s", m.hint)
 	}
 }
 

@@ -19,6 +19,7 @@ import (
 
 	"github.com/spf13/cobra"
 	"golang.org/x/crypto/ssh"
+	"golang.org/x/sys/unix"
 
 	"p11-agent/agent"
 	"p11-agent/token"
@@ -380,17 +381,25 @@ func sshPath(path string) string {
 	return path
 }
 
+// printGit prints commands that change nothing unless all of them can work, and that may
+// run again. A shell reads all of them before it runs
+// any, as they are in parentheses.
 func printGit(out io.Writer, e exported, dir string) error {
-	const signers = "~/.config/git/allowed_signers"
-	_, err := fmt.Fprintf(out, `git config --global gpg.format ssh
+	_, err := fmt.Fprintf(out, `(
+set -eu
+# Your address names you in signatures:
+email=$(git config user.email) || { echo 'git does not know your address. First: git config --global user.email YOU@EXAMPLE.ORG' >&2; exit 1; }
+# Whose signatures are believed when git verifies, beginning with this one:
+signer=$(p11-agent export --allowed-signers "$email" --namespace git %[2]s)
+signers=$(git config --global --type=path gpg.ssh.allowedSignersFile) || { signers=$HOME/.config/git/allowed_signers; git config --global gpg.ssh.allowedSignersFile '~/.config/git/allowed_signers'; }
+mkdir -p "$(dirname "$signers")"
+grep -qxF -e "$signer" "$signers" 2>/dev/null || printf '%%s\n' "$signer" >>"$signers"
+git config --global gpg.format ssh
 git config --global user.signingkey %[1]s
 # Sign without being told to each time:
 git config --global commit.gpgsign true
-# Whose signatures are believed when git verifies, beginning with this one:
-mkdir -p ~/.config/git
-p11-agent export --allowed-signers "$(git config user.email)" --namespace git %[2]s >>%[3]s
-git config --global gpg.ssh.allowedSignersFile %[3]s
-`, quote(filepath.Join(dir, e.name+".pub")), quote(e.key.URI()), signers)
+)
+`, quote(filepath.Join(dir, e.name+".pub")), quote(e.key.URI()))
 	return err
 }
 
@@ -398,13 +407,16 @@ git config --global gpg.ssh.allowedSignersFile %[3]s
 // written.
 func writeKeys(stderr io.Writer, keys []exported, dir string, force bool) error {
 	if err := os.MkdirAll(dir, 0o700); err != nil {
-		return err
+		return cannotWrite(dir, err)
+	}
+	if err := unix.Access(dir, unix.W_OK|unix.X_OK); err != nil {
+		return cannotWrite(dir, err)
 	}
 	var wrong []error
 	for _, e := range keys {
 		file := filepath.Join(dir, e.name+".pub")
-		if same, err := sameKey(file, e.pub); !force && !same && !errors.Is(err, fs.ErrNotExist) {
-			wrong = append(wrong, &existsError{file: file, uri: e.key.URI()})
+		if err := mayWrite(file, e, force); err != nil {
+			wrong = append(wrong, err)
 		}
 	}
 	if len(wrong) > 0 {
@@ -420,11 +432,39 @@ func writeKeys(stderr io.Writer, keys []exported, dir string, force bool) error 
 			if errors.Is(err, fs.ErrExist) {
 				return &existsError{file: file, uri: e.key.URI()}
 			}
-			return err
+			return cannotWrite(file, err)
 		}
 		fmt.Fprintf(stderr, "wrote %s\n", short(file))
 	}
 	return nil
+}
+
+// mayWrite tells what is wrong with a file that is there.
+func mayWrite(file string, e exported, force bool) error {
+	same, err := sameKey(file, e.pub)
+	switch st, serr := os.Stat(file); {
+	case errors.Is(err, fs.ErrNotExist), err == nil && (same || force):
+		return nil
+	case err == nil:
+		return &existsError{file: file, uri: e.key.URI()}
+	case serr == nil && st.IsDir():
+		return cannotWrite(file, errors.New("it is a directory"))
+	case force && errors.Is(err, fs.ErrPermission) && serr == nil:
+		return nil // it is replaced, not read
+	default:
+		return cannotWrite(file, err)
+	}
+}
+
+// cannotWrite says why a file or directory cannot be written, and what else can be done.
+func cannotWrite(path string, err error) error {
+	if p, ok := errors.AsType[*fs.PathError](err); ok {
+		path, err = p.Path, p.Err
+	}
+	if l, ok := errors.AsType[*os.LinkError](err); ok {
+		err = l.Err
+	}
+	return &advisedError{fmt.Errorf("cannot write %s: %w", path, err), "--dir names another directory"}
 }
 
 // existsError says that a file has something else in it.
@@ -438,15 +478,15 @@ func (e *existsError) hint() string {
 	return fmt.Sprintf("--force replaces it; or give the key another name in the configuration:\n[[key]]\nuri = %q\nname = \"...\"", e.uri)
 }
 
-// sameKey tells whether a file has this public key. The error is that of reading
-// the file; one that is no public key has another.
+// sameKey tells whether a file has this public key. The error is that of reading the
+// file.
 func sameKey(file string, pub ssh.PublicKey) (bool, error) {
 	b, err := readSmall(file)
 	if err != nil {
 		return false, err
 	}
-	there, _, _, _, err := ssh.ParseAuthorizedKey(b)
-	return err == nil && bytes.Equal(there.Marshal(), pub.Marshal()), nil
+	there, _, _, _, perr := ssh.ParseAuthorizedKey(b)
+	return perr == nil && bytes.Equal(there.Marshal(), pub.Marshal()), nil
 }
 
 // readSmall reads the beginning of a regular file.

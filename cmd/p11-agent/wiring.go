@@ -92,13 +92,34 @@ func modules(c *config, log *slog.Logger) (specs []token.ModuleSpec, bridges []*
 		}
 		specs = append(specs, spec)
 	}
-	for name, set := range settings {
-		if set.Path == "" {
-			log.Warn("the configuration changes a module that is not registered", "module", name)
-		}
+	for _, m := range c.unregistered(reg) {
+		log.Warn("the configuration changes a module that is not registered", "module", m.name, "hint", m.hint)
 	}
 	return specs, bridges, skipped, broken
 }
+
+// unregistered returns the modules of the configuration that have no path, and are not in
+// p11-kit's registry either.
+func (c *config) unregistered(reg registry.Result) (all []unregistered) {
+	var names []string
+	for _, m := range reg.Modules {
+		names = append(names, m.Name)
+	}
+	for _, m := range c.Modules {
+		if m.Path != "" || slices.Contains(names, m.name()) {
+			continue
+		}
+		hint := "the registered modules are " + strings.Join(names, ", ")
+		if s := nearest(m.name(), names); s != "" {
+			hint = fmt.Sprintf("did you mean %q?", s)
+		}
+		all = append(all, unregistered{m.name(), hint})
+	}
+	return all
+}
+
+// unregistered is the name of a module that is not there, and what may have been meant.
+type unregistered struct{ name, hint string }
 
 // backend is what stands behind the keyring: the tokens and what they need.
 type backend struct {
@@ -438,7 +459,7 @@ func (a *asker) Confirm(ctx context.Context, r agent.Question) (agent.Answer, er
 		if use := agent.UseFromContext(ctx); use != nil {
 			r.Use = use // of the one who is asked
 		}
-		answer, err = confirm(ctx, d, r, a.patience)
+		answer, err = confirm(ctx, d, r, a.patience.get())
 		return err
 	})
 	if err != nil {
