@@ -141,7 +141,7 @@ func runGenerate(ctx context.Context, g *globals, o *generateOptions, text strin
 
 	log := newLog(stderr, slog.LevelError)
 	show := &progress{ctx: ctx, w: stderr, terminal: isTerminal(stderr), kind: kind}
-	b := openBackend(c, newAsker(c, os.Getenv, os.Environ(), log), nil, stateDir(), token.KnownRead, log,
+	b := openBackend(c, terminalAsker{newAsker(c, os.Getenv, os.Environ(), log)}, nil, stateDir(), token.KnownRead, log,
 		func(opts *token.Options) { opts.Generating = show.begin })
 	defer b.stop()
 	settled, cancel := context.WithTimeout(ctx, lookTimeout)

@@ -21,7 +21,7 @@ import "p11-agent/pinentry/secret"
 
 // Version is the version of this language. Both sides are the same binary, so a
 // difference means that the binary was replaced while the agent ran.
-const Version = 5
+const Version = 6
 
 // FD is the file descriptor number that a module process finds its socket at.
 const FD = 3
@@ -284,6 +284,9 @@ type Generate struct {
 	ECParams []Value
 	ID       []byte // empty: one that is free
 	Label    string
+	// Check makes no pair. It finds out, without a login, whether the ID or the label is
+	// taken by what is visible, and whether the token makes such pairs. The reply is empty.
+	Check bool
 }
 
 // Value is the value of an attribute.
