@@ -114,9 +114,10 @@ func noCommand(name string, err error) error {
 		err = e.Err
 	}
 	if errors.Is(err, exec.ErrNotFound) {
-		err = errors.New("there is no such program in PATH")
+		err = errors.New("it was not found in PATH")
 	}
 	failed := fmt.Errorf("the command %q of the agent cannot be run: %w", name, err)
+	what := "to " + name + ", type: "
 	does := map[string]string{
 		"start": `eval "$(p11-agent agent -s)"`, "run": `eval "$(p11-agent agent -s)"`, "stop": "p11-agent agent -k", "kill": "p11-agent agent -k",
 		"end": "p11-agent agent -k", "restart": `p11-agent agent -k; eval "$(p11-agent agent -s)"`, "reload": `kill -HUP "$SSH_AGENT_PID"`,
@@ -124,14 +125,14 @@ func noCommand(name string, err error) error {
 	if does == "" {
 		for _, c := range newRootCommand().Commands() {
 			if c.Name() == name {
-				does = "p11-agent " + name
+				what, does = "did you mean: ", "p11-agent "+name
 			}
 		}
 	}
 	if does == "" {
 		return failed
 	}
-	return &advisedError{failed, "to " + name + ", type: " + does}
+	return &advisedError{failed, what + does}
 }
 
 // startInBackground starts the agent as a process of its own and waits until it

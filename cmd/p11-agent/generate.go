@@ -159,7 +159,15 @@ func runGenerate(ctx context.Context, g *globals, o *generateOptions, text strin
 	if err != nil {
 		return adviseNoMatch(err, b.store, u)
 	}
+	tellAgent(ctx, k.URI())
 	return printGenerated(out, stderr, k)
+}
+
+// tellAgent has the running agent, if there is one, look for a key that is new.
+func tellAgent(ctx context.Context, uri string) {
+	if a, err := dialAgent(ctx, "", uri); err == nil {
+		_ = a.Close() // never matters: the key is there
+	}
 }
 
 // printGenerated prints what others need of a new key, and what the token does not

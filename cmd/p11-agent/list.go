@@ -162,10 +162,14 @@ func runList(ctx context.Context, g *globals, o *listOptions, args []string, out
 		noteUnquoted(stderr, args[0])
 	}
 	level := slog.LevelError
+	log := &laterWriter{out: stderr}
 	if o.verbose {
 		level = slog.LevelDebug
+	} else {
+		log.flush()
 	}
-	b := openBackend(c, nil, nil, stateDir(), token.KnownRead, newLog(stderr, level))
+	defer log.flush() // the list comes before what was looked at for it
+	b := openBackend(c, nil, nil, stateDir(), token.KnownRead, newLog(log, level))
 	defer b.stop()
 	ctx, cancel := context.WithTimeout(ctx, lookTimeout)
 	defer cancel()
