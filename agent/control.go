@@ -5,6 +5,8 @@ import (
 	"errors"
 	"fmt"
 	"os"
+	"slices"
+	"time"
 
 	"p11-agent/pinentry/secret"
 )
@@ -75,19 +77,23 @@ func (c *Caller) MayControl() error {
 	return nil
 }
 
+// lookTime bounds how long a status waits for tokens that are looked at again.
+const lookTime = 5 * time.Second
+
 // Status returns the status as Options.Report has it, of the tokens that the
-// provider selects; empty: of everything. It waits for nobody.
-func (k *Keyring) Status(_ context.Context, c *Caller, provider []byte) ([]byte, error) {
+// provider selects; empty: of everything. It waits for nobody, unless the provider
+// selects no key that is known: then it looks at the tokens again, for the key may be new.
+func (k *Keyring) Status(ctx context.Context, c *Caller, provider []byte) ([]byte, error) {
 	rec := k.begin(c, RequestStatus)
 	rec.told = true
-	report, err := k.report(c, provider)
+	report, err := k.report(ctx, c, provider)
 	if err != nil {
 		k.end(rec, err)
 	}
 	return report, err
 }
 
-func (k *Keyring) report(c *Caller, provider []byte) ([]byte, error) {
+func (k *Keyring) report(ctx context.Context, c *Caller, provider []byte) ([]byte, error) {
 	if err := c.MayControl(); err != nil {
 		return nil, err
 	}
@@ -101,6 +107,13 @@ func (k *Keyring) report(c *Caller, provider []byte) ([]byte, error) {
 			return nil, err
 		}
 		defer k.opts.Tokens.Drop(s)
+		if !slices.ContainsFunc(k.opts.Tokens.Keys(), s.Match) {
+			ctx, cancel := context.WithTimeout(ctx, lookTime)
+			defer cancel()
+			if err := k.opts.Tokens.Rescan(ctx); err != nil {
+				k.log.Debug("cannot look at all tokens", "reason", err)
+			}
+		}
 	}
 	return k.opts.Report(k.Now(), s)
 }

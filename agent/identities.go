@@ -125,7 +125,7 @@ func (k *Keyring) nowLocked(generation, certificates uint64) *view {
 	}
 	v.list.Identities = make([]Identity, len(v.identities))
 	for i, id := range v.identities {
-		v.list.Identities[i] = Identity{Key: id.key, Comment: id.comment, Named: id.named || len(id.homes) == 0}
+		v.list.Identities[i] = Identity{Key: id.key, Comment: k.listedAs(id), Named: id.named || len(id.homes) == 0}
 	}
 	k.view.Store(v)
 	return v
@@ -193,6 +193,14 @@ func (k *Keyring) softwareChangedLocked(wire string) {
 	if v := k.tokens.Load(); v != nil && v.byKey[wire] != nil {
 		k.change.Add(1)
 	}
+}
+
+// listedAs returns the comment of an identity in the list that clients get.
+func (k *Keyring) listedAs(id *identity) string {
+	if k.opts.Listed != nil && len(id.homes) > 0 && id.comment == id.homes[0].URI() {
+		return k.opts.Listed(id.homes[0])
+	}
+	return id.comment
 }
 
 // until notes that the view is good only so long.

@@ -111,6 +111,9 @@ type Rules struct {
 	Automatic []Selection
 	// Name returns the configured name of a key, or nothing.
 	Name func(Key) string
+	// Listed returns the comment that the list of identities has for a key of a token
+	// without a configured name; nil: its URI. Everything else has the URI.
+	Listed func(Key) string
 	// OfferAway tells whether a key is offered while its token is away; named says
 	// that Automatic selects it. nil: none is.
 	OfferAway func(k Key, named bool) bool
@@ -439,13 +442,13 @@ func (k *Keyring) signAtHome(ctx context.Context, rec *record, id *identity, dat
 		}
 		all = append(all, err)
 		if ctx.Err() != nil || !isAbsent(err) {
-			return nil, errors.Join(all...)
+			return nil, joinErrors(all...)
 		}
 	}
 	if len(all) == 0 {
 		return nil, errNowhere
 	}
-	return nil, errors.Join(all...)
+	return nil, joinErrors(all...)
 }
 
 // errNowhere is what is wrong with a token's key that is on no token.

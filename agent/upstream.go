@@ -146,5 +146,5 @@ func (k *Keyring) Pass(ctx context.Context, c *Caller, message []byte) ([]byte, 
 	if len(all) == 0 {
 		return nil, ErrNotPassed
 	}
-	return nil, errors.Join(all...)
+	return nil, joinErrors(all...)
 }

@@ -249,7 +249,7 @@ func (c *conn) hello() error {
 		return err
 	}
 	grab := "grab"
-	if c.p.NoGrab {
+	if c.p.settings().noGrab {
 		grab = "no-grab"
 	}
 	for _, o := range []struct{ name, value string }{

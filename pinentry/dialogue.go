@@ -103,7 +103,7 @@ func (d *Dialogue) first() way {
 // start starts the program of the present way.
 func (d *Dialogue) start(ctx context.Context) (asker, error) {
 	p := d.p
-	program, called := cmp.Or(p.Program, "pinentry"), "pinentry"
+	program, called := cmp.Or(p.settings().program, "pinentry"), "pinentry"
 	switch d.way {
 	case wayPlain:
 		program, called = "pinentry-tty", "pinentry-tty"

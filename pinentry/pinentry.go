@@ -34,6 +34,7 @@ import (
 	"slices"
 	"strings"
 	"sync"
+	"sync/atomic"
 	"syscall"
 	"time"
 
@@ -87,6 +88,24 @@ type Pinentry struct {
 	Trace bool
 
 	turns turns
+	later atomic.Pointer[settings] // of Configure
+}
+
+// settings are what may change while the program runs.
+type settings struct {
+	program string
+	noGrab  bool
+}
+
+// Configure sets Program and NoGrab for the dialogues that are opened from now on. It may
+// be called from any goroutine.
+func (p *Pinentry) Configure(program string, noGrab bool) { p.later.Store(&settings{program, noGrab}) }
+
+func (p *Pinentry) settings() settings {
+	if s := p.later.Load(); s != nil {
+		return *s
+	}
+	return settings{p.Program, p.NoGrab}
 }
 
 // A Place is where a person is asked. What is empty is unknown or does not

@@ -37,7 +37,7 @@ func (p Probed) Terminal() bool {
 // it is, and ends it. Nothing is shown and nobody is asked. The error says what
 // keeps it from asking; Probed.File is set if there is such a program.
 func (p *Pinentry) Probe(ctx context.Context, place Place) (Probed, error) {
-	program := p.Program
+	program := p.settings().program
 	if program == "" {
 		program = "pinentry"
 	}

@@ -173,6 +173,9 @@ func (t *Token) generate(ctx context.Context, req *wire.Generate, kind KeyKind, 
 	if info.Flags&wire.CKFWriteProtected != 0 {
 		return nil, nil, fmt.Errorf("token %q is write-protected: no key can be made on it", t.ID.Label)
 	}
+	if err := t.checkGenerate(ctx, p, req, kind); err != nil {
+		return nil, nil, err
+	}
 	if info.Flags&wire.CKFLoginRequired != 0 {
 		// Policies and sources of PINs are those of the key that is to be.
 		f := &found{id: req.ID, label: req.Label, labels: []string{req.Label}, visible: true}
@@ -196,6 +199,18 @@ func (t *Token) generate(ctx context.Context, req *wire.Generate, kind KeyKind, 
 		return nil, nil, fmt.Errorf("a key with the id %x was made on token %q, but cannot be used: %w", reply.Private.ID, t.ID.Label, err)
 	}
 	return k, reply, nil
+}
+
+// checkGenerate finds what is known before a login and stands against a new key, so that
+// nobody types a PIN in vain. What goes wrong otherwise is found when the key is made.
+func (t *Token) checkGenerate(ctx context.Context, p *process, req *wire.Generate, kind KeyKind) error {
+	check := *req
+	check.Check = true
+	err := p.call(ctx, listTimeout, wire.TypeGenerate, &check, new(wire.GenerateReply))
+	if isReason(err, wire.ReasonExists, wire.ReasonUnsupported) {
+		return t.explainGenerate(err, kind)
+	}
+	return ctx.Err()
 }
 
 // ask has the module make a pair.

@@ -182,7 +182,7 @@ func TestGeneratePIN(t *testing.T) {
 	if e, ok := errors.AsType[*token.PINError](err); !ok || !e.Tried {
 		t.Errorf("with a wrong PIN: %v", err)
 	}
-	want(t, "requests to make a key", f.Requests(wire.TypeGenerate), 0)
+	want(t, "requests, which were checks before the logins", f.Requests(wire.TypeGenerate), 2)
 	want(t, "prompts", person.Prompts(), 2)
 	card.SetPIN(newPIN)
 	right, err := secret.From([]byte(newPIN))

@@ -115,6 +115,18 @@ func (k *Key) URI() string { return k.text }
 // Label returns the object's label on the token, which may be empty.
 func (k *Key) Label() string { return k.found.label }
 
+// PublicLabel returns the label of the object that shows the key without a login: its
+// public key or certificate. It is the same before and after a login; Label may change. It
+// is Label where no such object has a label.
+func (k *Key) PublicLabel() string {
+	for i, label := range k.found.labels {
+		if label != "" && i < len(k.found.classes) && k.found.classes[i] != wire.CKOPrivateKey {
+			return label
+		}
+	}
+	return k.found.label
+}
+
 // ID returns CKA_ID, which may be empty.
 func (k *Key) ID() []byte { return bytes.Clone(k.found.id) }
 

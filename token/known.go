@@ -67,7 +67,8 @@ type knownToken struct {
 type knownKey struct {
 	ID     []byte `json:"id"`
 	Label  string `json:"label"`
-	Public []byte `json:"public"` // SubjectPublicKeyInfo, RFC 5280 section 4.1
+	Shown  string `json:"public_label,omitempty"` // Key.PublicLabel, where it is another one
+	Public []byte `json:"public"`                 // SubjectPublicKeyInfo, RFC 5280 section 4.1
 	Always bool   `json:"pin_each_use,omitempty"`
 	Unfit  string `json:"unfit,omitempty"`
 	// Private tells that the token has shown the private key: ID and Label are its own.
@@ -147,7 +148,7 @@ func (k *known) homes() map[wire.TokenID]home {
 
 // found is the key pair as far as the list tells it.
 func (k *knownKey) found() (*found, error) {
-	if max(len(k.ID), len(k.Label), len(k.Unfit), len(k.Public)) > maxKnownText {
+	if max(len(k.ID), len(k.Label), len(k.Shown), len(k.Unfit), len(k.Public)) > maxKnownText {
 		return nil, errors.New("a key in it is too long")
 	}
 	pub, err := x509.ParsePKIXPublicKey(k.Public)
@@ -164,6 +165,9 @@ func (k *knownKey) found() (*found, error) {
 	f := &found{
 		id: k.ID, label: k.Label, labels: []string{k.Label}, classes: []uint64{wire.CKOPublicKey}, ids: [][]byte{k.ID},
 		keyType: keyType, public: pub, sum: digest(pub), always: k.Always, unfit: k.Unfit,
+	}
+	if k.Shown != "" {
+		f.labels, f.classes = []string{k.Shown, k.Label}, []uint64{wire.CKOPublicKey, wire.CKOPublicKey}
 	}
 	f.modulus, f.point = halves(pub)
 	if k.Private {
@@ -310,6 +314,9 @@ func (t *Token) entry() knownToken {
 			ID: key.found.id, Label: key.found.label, Public: der, Always: key.found.always, Unfit: key.found.unfit,
 			Private: key.found.private != nil,
 		}
+		if shown := key.PublicLabel(); shown != e.Label {
+			e.Shown = shown
+		}
 		if _, err := e.found(); err == nil {
 			entry.Keys = append(entry.Keys, e)
 		}
@@ -322,7 +329,7 @@ func (t *Token) entry() knownToken {
 func (t *knownToken) size() int {
 	n := 256 + 6*(len(t.Module)+len(t.Label)+len(t.Serial)+len(t.Manufacturer)+len(t.Model))
 	for _, key := range t.Keys {
-		n += 128 + 6*(len(key.Label)+len(key.Unfit)) + 2*(len(key.ID)+len(key.Public))
+		n += 128 + 6*(len(key.Label)+len(key.Shown)+len(key.Unfit)) + 2*(len(key.ID)+len(key.Public))
 	}
 	return n
 }

@@ -1,12 +1,15 @@
 package token
 
 import (
+	"bytes"
+	"cmp"
 	"context"
 	"errors"
 	"fmt"
 	"io/fs"
 	"os"
 	"path/filepath"
+	"regexp"
 	"slices"
 	"strings"
 
@@ -136,10 +139,11 @@ func (s *Selector) All() bool { return s.path == "" && s.text == "pkcs11:" }
 // String returns the URI in its redacted form, or the module's path.
 func (s *Selector) String() string { return s.text }
 
-// ParseProvider reads what a client names as its provider: a URI, or the path
-// of a module, which allow has to allow. It does not start anything.
+// ParseProvider reads what a client names as its provider: a URI, the label of a token
+// (pkcs11uri.ParseNamed), or the path of a module, which allow has to allow. It does not
+// start anything.
 func ParseProvider(provider []byte, allow AllowList) (*Selector, error) {
-	if !isURI(provider) {
+	if isPath(provider) {
 		path := string(provider)
 		real, err := allow.Resolve(path)
 		if err != nil {
@@ -171,8 +175,11 @@ func ParseProvider(provider []byte, allow AllowList) (*Selector, error) {
 // there are, nor to have the agent wait for a file system. So a module is not named by
 // its path, and a PIN not by a file. Nor is a PIN taken from the URI, which would count
 // for every key that the URI matches.
+//
+// The label of a token is read as its URI is, "pkcs11:token=LABEL", and is good for no
+// more.
 func ParseRemoteProvider(provider []byte) (*Selector, error) {
-	if !isURI(provider) {
+	if isPath(provider) {
 		return nil, errors.New("a module is named by its path, which counts on this machine only: name keys by their pkcs11: URI")
 	}
 	sel, err := parseURI(provider)
@@ -192,17 +199,16 @@ func ParseRemoteProvider(provider []byte) (*Selector, error) {
 	return nil, err
 }
 
-// parseURI reads a URI that a client names.
+// parseURI reads a URI that a client names, or the label of a token.
 func parseURI(text []byte) (*Selector, error) {
-	u, err := pkcs11uri.ParseBytes(text)
+	u, err := pkcs11uri.ParseNamed(text)
 	if err != nil {
+		if !pkcs11uri.IsURI(text) {
+			err = fmt.Errorf("%w; a module is named by an absolute path", err)
+		}
 		return nil, err
 	}
-	if names := u.Unrecognized(); len(names) > 0 {
-		u.Wipe()
-		return nil, fmt.Errorf("the URI has attributes %q that are not known, so it matches nothing", names)
-	}
-	if err := checkAdded(u); err != nil {
+	if err := cmp.Or(u.CheckNames(), checkAdded(u)); err != nil {
 		u.Wipe()
 		return nil, err
 	}
@@ -214,8 +220,20 @@ func isDir(path string) bool {
 	return err == nil && st.IsDir()
 }
 
-func isURI(b []byte) bool {
-	return len(b) >= 7 && strings.EqualFold(string(b[:7]), "pkcs11:")
+// libraryName is the name of a module's file.
+var libraryName = regexp.MustCompile(`\.so(\.[0-9]+)*$`)
+
+// skInternal is what OpenSSH calls its own support of FIDO devices (sk-api.h), which
+// clients give as a provider. It is no label.
+const skInternal = "internal"
+
+// isPath tells whether a client names a file, and neither keys nor a token. A name that
+// only files have counts as a path, so that the error speaks of modules.
+func isPath(provider []byte) bool {
+	if pkcs11uri.IsURI(provider) {
+		return false
+	}
+	return len(provider) == 0 || string(provider) == skInternal || provider[0] == '.' || provider[0] == '~' || bytes.IndexByte(provider, '/') >= 0 || libraryName.Match(provider)
 }
 
 // matches tells whether the module is the one a URI names, if it names one. A
@@ -305,7 +323,7 @@ func (s *Store) whyNone(ctx context.Context, sel *Selector, named *module) error
 		}
 	}
 	failed = append(failed, s.inUse(ctx, named)...)
-	return errors.Join(append([]error{fmt.Errorf("%w: no such token is present", ErrNoMatch)}, failed...)...)
+	return joinErrors(append([]error{fmt.Errorf("%w: no such token is present", ErrNoMatch)}, failed...)...)
 }
 
 // selected returns what is selected out of what is known and reached. Of the modules

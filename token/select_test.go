@@ -306,6 +306,21 @@ func TestParseProvider(t *testing.T) {
 		{name: "path like a URI with a PIN", provider: "/pkcs11:?pin-value=" + pin, err: "no such file"},
 		{name: "scheme misspelled", provider: "pkcs11;token=card?pin-value=" + pin, err: "absolute path"},
 
+		{name: "label of a token", provider: "card", text: "pkcs11:token=card", broad: true},
+		{name: "label with blanks", provider: "PIV Card II", text: "pkcs11:token=PIV%20Card%20II", broad: true},
+		{name: "label with a letter that is encoded", provider: "a;b", text: "pkcs11:token=a%3Bb", broad: true},
+		{name: "label of 32 bytes", provider: strings.Repeat("x", 32), text: "pkcs11:token=" + strings.Repeat("x", 32), broad: true},
+		{name: "label of 33 bytes", provider: strings.Repeat("x", 33), err: "32 bytes"},
+		{name: "label with a line break", provider: "card\nother", err: "percent-encode"},
+		{name: "attribute without a scheme", provider: "token=" + pin, err: "start with"},
+		{name: "mistyped attribute without a scheme", provider: "tokn=" + pin, err: "start with"},
+		{name: "label with a PIN", provider: "card?pin-value=" + pin, err: "start with"},
+		{name: "label with a mistyped PIN", provider: "card?pin-vlaue=" + pin, err: "start with"},
+		{name: "URI after something", provider: " pkcs11:token=card?pin-value=" + pin, err: "start with"},
+		{name: "file of a module", provider: "opensc-pkcs11.so", err: "absolute path"},
+		{name: "file of a module with a version", provider: "libykcs11.so.2", err: "absolute path"},
+		{name: "directory of a client", provider: "~card", err: "absolute path"},
+
 		{name: "scheme alone", provider: "pkcs11:", text: "pkcs11:", broad: true},
 		{name: "scheme in capitals", provider: "PKCS11:token=card", text: "pkcs11:token=card", broad: true},
 		{name: "token", provider: "pkcs11:token=card", text: "pkcs11:token=card", broad: true},
@@ -370,6 +385,29 @@ func TestParseProvider(t *testing.T) {
 				sel.URI().Wipe()
 			}
 		})
+	}
+}
+
+// The label of a token gives a client that may be elsewhere what its URI gives, and no
+// more.
+func TestParseRemoteProviderLabel(t *testing.T) {
+	for _, label := range []string{"card", "PIV Card II", "internal", "x/p11.so", "p11.so", "card?pin-source=/etc/passwd", "card?pin-value=1234", ""} {
+		uri := (&pkcs11uri.URI{Token: &label}).String()
+		sel, err := ParseRemoteProvider([]byte(label))
+		if err != nil {
+			if strings.Contains(err.Error(), "1234") {
+				t.Errorf("%q: %v", label, err)
+			}
+			continue
+		}
+		want, err := ParseRemoteProvider([]byte(uri))
+		if err != nil {
+			t.Errorf("%q is %v, and its URI is refused: %v", label, sel, err)
+			continue
+		}
+		if sel.String() != want.String() || sel.path != "" || sel.URI().PIN() != nil || sel.URI().PINSource != nil || sel.All() {
+			t.Errorf("%q selects %v, and its URI %v", label, sel, want)
+		}
 	}
 }
 

@@ -13,7 +13,6 @@ package token
 
 import (
 	"context"
-	"errors"
 	"fmt"
 	"log/slog"
 	"slices"
@@ -500,7 +499,7 @@ func (s *Store) logoutOf(ctx context.Context, chosen func(*Token) bool) error {
 		}
 	}
 	wg.Wait()
-	return errors.Join(all...)
+	return joinErrors(all...)
 }
 
 // Logout logs out of the tokens that are selected, by themselves or by a key, as far
@@ -520,7 +519,7 @@ func (s *Store) Logout(ctx context.Context, sel *Selector) error {
 	if !found {
 		return fmt.Errorf("%w: no such token is known", ErrNoMatch)
 	}
-	return errors.Join(all...)
+	return joinErrors(all...)
 }
 
 // Login logs in to the token of the keys with a PIN that a person gave. The

@@ -251,7 +251,9 @@ func Listed(identities []agent.Identity) []bool {
 // their number.
 const listHeader = 4 + 1 + 4
 
-func identitySize(id agent.Identity) int { return 4 + len(id.Key.Marshal()) + 4 + len(listedComment(id)) }
+func identitySize(id agent.Identity) int {
+	return 4 + len(id.Key.Marshal()) + 4 + len(listedComment(id))
+}
 
 // encodeList returns the answer with the identities, its length in front, as far as
 // clients can take it. Where they cannot take all, those that are named are in front.

@@ -523,7 +523,7 @@ func (s *service) clearAll(ctx context.Context, keyring *agent.Keyring) {
 // again.
 func (s *service) rules(c *config) agent.Rules {
 	return agent.Rules{
-		Automatic: automatic(c), Name: names(c), OfferAway: c.offerAway, Allow: c.allows(s.system), Approval: c.approval(),
+		Automatic: automatic(c), Name: names(c), Listed: listedAs, OfferAway: c.offerAway, Allow: c.allows(s.system), Approval: c.approval(),
 	}
 }
 
@@ -561,7 +561,8 @@ func (s *service) reload(ctx context.Context, k *agent.Keyring, store *token.Sto
 	store.SetPublicKeys(c.publicKeys)
 	store.SetPolicy(c.policy())
 	k.Configure(s.rules(c))
-	if old := s.config.Swap(c); !c.sameApproval(old) {
+	old := s.config.Swap(c)
+	if !c.sameApproval(old) {
 		k.ForgetApprovals(func(agent.Key) bool { return true })
 	}
 	ctx, cancel := context.WithTimeout(ctx, 10*time.Second)
@@ -570,6 +571,9 @@ func (s *service) reload(ctx context.Context, k *agent.Keyring, store *token.Sto
 		s.log.Warn("cannot look at all tokens", "reason", err)
 	}
 	s.log.Info("configuration read again")
+	if changed := c.needRestart(old); len(changed) > 0 {
+		s.log.Warn("these changes count after a restart of the agent", "keys", strings.Join(changed, ", "))
+	}
 	return c
 }
 

@@ -116,6 +116,34 @@ func (c *child) reportFD() int {
 	return childReportFD
 }
 
+// noCommand says that the command of an agent cannot be run. A word that asks the agent
+// to start, or to do something else, gets the command that does it.
+func noCommand(name string, err error) error {
+	if e, ok := errors.AsType[*exec.Error](err); ok {
+		err = e.Err
+	}
+	if errors.Is(err, exec.ErrNotFound) {
+		err = errors.New("it was not found in PATH")
+	}
+	failed := fmt.Errorf("the command %q of the agent cannot be run: %w", name, err)
+	what := "to " + name + ", type: "
+	does := map[string]string{
+		"start": `eval "$(p11-agent agent -s)"`, "run": `eval "$(p11-agent agent -s)"`, "stop": "p11-agent agent -k", "kill": "p11-agent agent -k",
+		"end": "p11-agent agent -k", "restart": `p11-agent agent -k; eval "$(p11-agent agent -s)"`, "reload": `kill -HUP "$SSH_AGENT_PID"`,
+	}[name]
+	if does == "" {
+		for _, c := range newRootCommand().Commands() {
+			if c.Name() == name {
+				what, does = "did you mean: ", "p11-agent "+name
+			}
+		}
+	}
+	if does == "" {
+		return failed
+	}
+	return &advisedError{failed, what + does}
+}
+
 // startInBackground starts the agent as a process of its own and waits until it
 // listens. Then it prints the commands for a shell or becomes the command.
 func startInBackground(path string, s shell, command []string, out io.Writer) error {
@@ -124,7 +152,7 @@ func startInBackground(path string, s shell, command []string, out io.Writer) er
 		// Found before the agent runs, which would be left over.
 		var err error
 		if program, err = exec.LookPath(command[0]); err != nil {
-			return err
+			return noCommand(command[0], err)
 		}
 	}
 	report, theirs, err := os.Pipe()

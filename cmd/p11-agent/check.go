@@ -42,7 +42,7 @@ func runCheck(ctx context.Context, g *globals, out, stderr io.Writer) error {
 	}
 	r := new(report)
 	r.ok("configuration: %s", cmp.Or(c.file, "none, so everything is as usual"))
-	findRegistry(r)
+	findRegistry(r, c)
 	b := openBackend(c, nil, nil, stateDir(), token.KnownRead, newLog(stderr, slog.LevelError))
 	defer b.stop()
 	ctx, cancel := context.WithTimeout(ctx, lookTimeout)
@@ -63,10 +63,13 @@ func runCheck(ctx context.Context, g *globals, out, stderr io.Writer) error {
 }
 
 // findRegistry says what is wrong with p11-kit's configuration.
-func findRegistry(r *report) {
+func findRegistry(r *report, c *config) {
 	reg := registry.Load(registry.Options{Dirs: registry.DefaultDirs(os.LookupEnv, os.Geteuid()), Program: registry.Program})
 	for _, w := range reg.Warnings {
 		r.bad("module configuration: %v", w)
+	}
+	for _, m := range c.unregistered(reg) {
+		r.warn("%s: [[module]] name = %q: there is no such module, so the table does nothing", c.file, m.name).Next("%s", m.hint)
 	}
 }
 
@@ -245,36 +248,14 @@ func labelsOf(keys []*token.Key) (labels []string) {
 
 // adviseURI names the token or key that a URI may have meant.
 func adviseURI(f *finding, store *token.Store, u *pkcs11uri.URI) {
-	var tokens, objects []string
-	for _, m := range store.Modules() {
-		for _, t := range m.Tokens {
-			tokens = append(tokens, t.ID.Label)
-			for _, k := range t.Keys {
-				objects = append(objects, k.Label())
-			}
-		}
+	meant, there := suggest(store, u)
+	for _, m := range meant {
+		f.Next("%s", m)
 	}
-	for _, a := range []struct {
-		what  string
-		given *string
-		there []string
-	}{{"token", u.Token, tokens}, {"object", u.Object, objects}} {
-		if a.given == nil {
-			continue
-		}
-		if s := nearest(*a.given, a.there); s != "" && s != *a.given {
-			near := &pkcs11uri.URI{Token: &s}
-			if a.what == "object" {
-				near = &pkcs11uri.URI{Object: &s}
-			}
-			f.Next("did you mean %s?", strings.TrimPrefix(near.String(), "pkcs11:"))
-		}
+	f.Next("%s", there)
+	if len(store.Keys()) > 0 {
+		f.Next("p11-agent list  # shows the URIs of what is there")
 	}
-	if len(tokens) == 0 {
-		f.Next("insert the token: none is there now")
-		return
-	}
-	f.Next("p11-agent list  # shows the URIs of what is there")
 }
 
 // findSources says whether the files that PINs come from can be used.

@@ -331,6 +331,21 @@ type configError struct {
 	Line, Col int // counted from 1; 0: the whole file
 	Text      string
 	Advice    string
+	Err       error // of the file itself
+}
+
+func (e *configError) Unwrap() error { return e.Err }
+
+// unreadable is the error for a configuration file that cannot be read.
+func unreadable(file string, err error) error {
+	e := &configError{File: file, Text: err.Error(), Err: err}
+	if p, ok := errors.AsType[*fs.PathError](err); ok {
+		e.Text = p.Err.Error()
+	}
+	if errors.Is(err, fs.ErrNotExist) {
+		e.Advice = "without --config the agent reads ~/.config/p11-agent/config.toml, if it is there"
+	}
+	return e
 }
 
 func (e *configError) Error() string {
@@ -388,7 +403,7 @@ func loadConfig(file string) (*config, error) {
 	c.file = file
 	d := toml.NewDecoder(bytes.NewReader(b)).DisallowUnknownFields()
 	if err := d.Decode(c); err != nil {
-		return nil, explainTOML(file, err)
+		return nil, explainTOML(file, b, err)
 	}
 	return c, c.check(mode)
 }
@@ -398,12 +413,12 @@ func loadConfig(file string) (*config, error) {
 func readConfig(file string) ([]byte, fs.FileMode, error) {
 	f, err := os.OpenFile(file, os.O_RDONLY|syscall.O_NONBLOCK, 0)
 	if err != nil {
-		return nil, 0, fmt.Errorf("configuration: %w", err)
+		return nil, 0, unreadable(file, err)
 	}
 	defer f.Close()
 	st, err := f.Stat()
 	if err != nil {
-		return nil, 0, fmt.Errorf("configuration: %w", err)
+		return nil, 0, unreadable(file, err)
 	}
 	sys, ok := st.Sys().(*syscall.Stat_t)
 	switch {
@@ -425,33 +440,28 @@ func readConfig(file string) ([]byte, fs.FileMode, error) {
 	b := make([]byte, st.Size())
 	n, err := f.ReadAt(b, 0)
 	if n < len(b) {
-		return nil, 0, fmt.Errorf("configuration: read %s: %w", file, err)
+		return nil, 0, unreadable(file, err)
 	}
 	return b, st.Mode(), nil
 }
 
-// explainTOML turns the decoder's errors into ours, which quote no value of the
-// file.
-func explainTOML(file string, err error) error {
+// explainTOML turns the decoder's errors into ours, which quote no value of the file.
+// text is the file.
+func explainTOML(file string, text []byte, err error) error {
 	if strict, ok := errors.AsType[*toml.StrictMissingError](err); ok {
 		var all []error
 		for _, e := range strict.Errors {
-			line, col := e.Position()
-			key := e.Key()
-			ce := &configError{File: file, Line: line, Col: col, Text: fmt.Sprintf("unknown key %q", strings.Join(key, "."))}
-			if len(key) > 0 {
-				ce.Text = fmt.Sprintf("unknown key %q", key[len(key)-1])
-				if s := nearest(key[len(key)-1], knownKeys(reflect.TypeFor[config](), key[:len(key)-1])); s != "" {
-					ce.Advice = fmt.Sprintf("did you mean %q?", s)
-				}
-			}
-			all = append(all, ce)
+			all = append(all, explainUnknown(file, text, &e))
 		}
 		return errors.Join(all...)
 	}
 	if e, ok := errors.AsType[*toml.DecodeError](err); ok {
 		line, col := e.Position()
-		return &configError{File: file, Line: line, Col: col, Text: strings.TrimPrefix(e.Error(), "toml: ")}
+		ce := &configError{File: file, Line: line, Col: col, Text: strings.TrimPrefix(e.Error(), "toml: ")}
+		if key := e.Key(); len(key) > 0 && speaksOfGo(ce.Text) {
+			ce.Text = fmt.Sprintf("%s has to be %s", strings.Join(key, "."), wanted(key))
+		}
+		return ce
 	}
 	return &configError{File: file, Text: err.Error()}
 }
@@ -524,8 +534,14 @@ func (c *config) check(mode fs.FileMode) error {
 			return e
 		}
 	}
-	if err := errors.Join(c.TouchNotice.check(), c.ForgetOn.check()); err != nil {
-		return bad("%v", err)
+	var wrong []error
+	for _, err := range []error{c.TouchNotice.check(), c.ForgetOn.check()} {
+		if err != nil {
+			wrong = append(wrong, bad("%v", err))
+		}
+	}
+	if len(wrong) > 0 {
+		return errors.Join(wrong...)
 	}
 	for i, k := range c.KeyTables {
 		if k.URI == nil {

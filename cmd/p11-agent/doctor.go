@@ -124,7 +124,7 @@ func findConfiguration(r *report, file string) *config {
 }
 
 func findTokensAndCards(ctx context.Context, c *config, cards, mods, toks *report) {
-	findRegistry(mods)
+	findRegistry(mods, c)
 	b := openBackend(c, nil, nil, stateDir(), token.KnownRead, slog.New(slog.DiscardHandler))
 	defer b.stop()
 	daemon := askPCSCD(ctx)

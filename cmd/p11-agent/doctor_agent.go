@@ -70,6 +70,16 @@ func askAgent(ctx context.Context, path string) answering {
 // program is what this one is called.
 const program = "p11-agent"
 
+// includeLine is the line for ~/.ssh/config that leads to the file which install has
+// written; empty: it has written none.
+func includeLine() string {
+	file := filepath.Join(filepath.Dir(defaultConfig()), "ssh_config")
+	if _, err := os.Stat(file); err != nil || !filepath.IsAbs(file) {
+		return ""
+	}
+	return "Include " + homeRelative(file)
+}
+
 func isTokenKey(k *sshagent.Key) bool { return strings.HasPrefix(k.Comment, "pkcs11:") }
 
 // listenerOf finds the program that listens on a socket: the one that has it open.
@@ -433,14 +443,14 @@ func judgeAgent(add func(string, ...any) *finding, r *report, a answering, from 
 		lead(add("%s names %s, where %s answers, and not as an agent does (%v)", from, a.path, a.who(), a.err), a)
 	case a.err != nil:
 		add("%s names %s, and the agent there does not list its keys: %v", from, a.path, a.err).
-			Next("tail ~/.local/state/p11-agent/agent.log; journalctl --user -u p11-agent -n 20")
+			Next("%s", strings.TrimSuffix("tail ~/.local/state/p11-agent/agent.log; "+ifBooted("journalctl --user -u p11-agent -n 20"), "; "))
 	case a.own && len(a.keys) == 0:
 		r.warn("p11-agent answers at %s and lists no key: it is locked, or there is none to be used", a.path).
 			Next("ssh-add -X  # unlocks it, if somebody has locked it with ssh-add -x").
 			Next("p11-agent list -v  # which keys there are, and why some are left out")
 	case a.own && a.old:
 		r.warn("p11-agent (process %d) answers at %s and is older than the program that is installed now", a.pid, a.path).
-			Next("start it anew: systemctl --user restart p11-agent.service, or p11-agent agent -k and start it as before")
+			Next("start it anew: %sp11-agent agent -k and start it as before", ifBooted("systemctl --user restart p11-agent.service, or "))
 	case a.own:
 		r.ok("p11-agent answers at %s and lists %s", a.path, plural(len(a.keys), "key"))
 	case slices.ContainsFunc(a.keys, isTokenKey):
@@ -458,21 +468,29 @@ func leadToOwn(ctx context.Context, f *finding, a answering, own, asked string) 
 		running = ours.err == nil && ours.own
 	}
 	if running {
-		f.Next("p11-agent listens at another place. In ~/.ssh/config, above everything else:\nHost *\n    %s", identityAgent(own)).
+		lines := "Host *\n    " + identityAgent(own)
+		if include := includeLine(); include != "" {
+			lines = include
+		}
+		f.Next("p11-agent listens at another place. In ~/.ssh/config, above everything else:\n%s", lines).
 			Next("export SSH_AUTH_SOCK=%s  # in this shell, and in its startup file", quote(own))
 	} else {
 		f.Next(`eval "$(p11-agent agent -s)"  # starts it for this shell`)
 		if booted() {
 			f.Next("%s", installUnits)
 		}
-		if own != "" {
+		if include := includeLine(); include != "" {
+			f.Next("in ~/.ssh/config, above everything else, so that ssh finds the agent whatever SSH_AUTH_SOCK says:\n%s", include)
+		} else if own != "" {
 			f.Next("in ~/.ssh/config, above everything else, so that ssh finds it whatever SSH_AUTH_SOCK says:\nHost *\n    %s", identityAgent(own))
 		}
 	}
 	for _, v := range rivals {
 		if slices.Contains(v.names, a.name) {
 			for _, step := range v.steps {
-				f.Next("%s", step)
+				if !strings.HasPrefix(step, "systemctl ") || booted() {
+					f.Next("%s", step)
+				}
 			}
 		}
 	}

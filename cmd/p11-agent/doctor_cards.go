@@ -85,7 +85,7 @@ func findCards(ctx context.Context, r *report, d pcscd, modules []token.ModuleSt
 	case len(d.readers) == 0 && len(d.usb) > 0:
 		r.bad("%s is plugged in, and pcscd has no reader: the driver is missing", strings.Join(d.usb, " and ")).
 			Next("%s", installStep("libccid", "pcsc-lite-ccid")).
-			Next("sudo systemctl restart pcscd.socket pcscd.service")
+			Next("%s", restartStep("pcscd", "pcscd.socket pcscd.service", ""))
 		return
 	case len(d.readers) == 0:
 		anyToken := slices.ContainsFunc(modules, func(m token.ModuleStatus) bool { return len(m.Tokens) > 0 })
@@ -131,13 +131,13 @@ func (d pcscd) findDown(r *report, wanted bool) {
 	case errors.Is(d.err, pcsc.ErrRefused) && d.uid != 0:
 		r.bad("pcscd refuses to let you at the readers (polkit: only who sits at the machine is let in, and sessions of ssh, tmux, cron and lingering services do not count as that)").
 			Next("%s", polkitRule()).
-			Next("sudo systemctl restart polkit pcscd.socket")
+			Next("%s", restartStep("polkit and pcscd", "polkit pcscd.socket", ""))
 	case errors.Is(d.err, pcsc.ErrRefused):
 		r.bad("pcscd hangs up before it has said a word").
-			Next("sudo systemctl restart pcscd.socket pcscd.service; journalctl -u pcscd -n 20")
+			Next("%s", restartStep("pcscd", "pcscd.socket pcscd.service", "; journalctl -u pcscd -n 20"))
 	case errors.Is(d.err, pcsc.ErrLanguage):
 		r.bad("%v: pcscd and the libraries are of different versions", d.err).
-			Next("sudo systemctl restart pcscd.socket pcscd.service  # an upgrade has left the old one running").
+			Next("%s  # an upgrade has left the old one running", restartStep("pcscd", "pcscd.socket pcscd.service", "")).
 			Next("in a container, use the same version of pcsc-lite as outside")
 	case errors.Is(d.err, os.ErrPermission):
 		r.bad("pcscd's socket %s may not be used by you", d.socket).
@@ -151,13 +151,17 @@ func (d pcscd) findDown(r *report, wanted bool) {
 		if _, err := os.Stat("/usr/sbin/pcscd"); err != nil {
 			f.Next("%s", installStep("pcscd", "pcsc-lite"))
 		}
-		f.Next("sudo systemctl enable --now pcscd.socket")
+		if booted() {
+			f.Next("sudo systemctl enable --now pcscd.socket")
+		} else {
+			f.Next("sudo pcscd  # systemd does not run here: have your system start pcscd")
+		}
 	case errors.As(d.err, &timeout) && timeout.Timeout():
 		r.bad("pcscd does not answer: it hangs, perhaps with a reader").
-			Next("pull the reader out and put it in again, then: sudo systemctl restart pcscd.socket pcscd.service")
+			Next("pull the reader out and put it in again, then: %s", restartStep("pcscd", "pcscd.socket pcscd.service", ""))
 	default:
 		r.bad("pcscd cannot be asked: %v", d.err).
-			Next("sudo systemctl restart pcscd.socket pcscd.service; journalctl -u pcscd -n 20")
+			Next("%s", restartStep("pcscd", "pcscd.socket pcscd.service", "; journalctl -u pcscd -n 20"))
 	}
 }
 
@@ -242,7 +246,7 @@ func (d pcscd) findUnknownCard(ctx context.Context, r *report, reader pcsc.Reade
 	if refused(ctx, "org.debian.pcsc-lite.access_card") {
 		r.bad("pcscd shows the card in reader %q and does not let you use it (polkit)", reader.Name).
 			Next("%s", polkitRule()).
-			Next("sudo systemctl restart polkit pcscd.socket")
+			Next("%s", restartStep("polkit and pcscd", "polkit pcscd.socket", ""))
 		return
 	}
 	r.warn("the card in reader %q is recognised by no module: it is empty, of a kind that needs a module of its maker, or its chip is not touched (turn it round)", reader.Name).

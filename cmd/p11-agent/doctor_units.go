@@ -18,6 +18,22 @@ func booted() bool {
 	return err == nil && st.IsDir()
 }
 
+// ifBooted returns a step that needs systemd, and nothing where systemd does not run.
+func ifBooted(step string) string {
+	if booted() {
+		return step
+	}
+	return ""
+}
+
+// restartStep says how services are started anew. more is what systemd can do besides.
+func restartStep(what, units, more string) string {
+	if booted() {
+		return "sudo systemctl restart " + units + more
+	}
+	return "start " + what + " anew, as your system starts services: systemd does not run here"
+}
+
 // findUnits looks at the user's systemd.
 func findUnits(ctx context.Context, r *report) {
 	s, err := ask(ctx, "systemctl", "--user", "show", "--property=Id,LoadState,ActiveState,SubState,UnitFileState,FragmentPath,DropInPaths,Result", socketUnit, serviceUnit)

@@ -19,6 +19,7 @@ import (
 
 	"github.com/spf13/cobra"
 	"golang.org/x/crypto/ssh"
+	"golang.org/x/sys/unix"
 
 	"p11-agent/agent"
 	"p11-agent/token"
@@ -40,9 +41,10 @@ func newExportCommand(g *globals) *cobra.Command {
 		Use:   "export [flags] [URI...] [HOST...]",
 		Short: "Write public keys into files, and say what ssh and git need to use them",
 		Long: `Write the public halves of keys into files, NAME.pub in ~/.ssh, by which ssh and
-git know which key of the agent is meant. Keys are those that pkcs11: URIs match,
-or all that the agent offers, be their token there or only remembered. With
-neither URIs nor flags it says what there is, and writes nothing.
+git know which key of the agent is meant. Keys are those that pkcs11: URIs or the
+labels of tokens name, or all that the agent offers, be their token there or only
+remembered. With neither URIs nor flags it says what there is, and writes nothing.
+With --ssh-config a word that is no URI is a HOST.
 
     p11-agent export pkcs11:                         write a file for each key
     p11-agent export --ssh-config bastion 'pkcs11:token=Work' >>~/.ssh/config
@@ -50,6 +52,7 @@ neither URIs nor flags it says what there is, and writes nothing.
     p11-agent export --allowed-signers me@example.org --namespace git
 
 It needs no running agent, and never asks for a PIN.`,
+		ValidArgsFunction: completeURIs(g, true, 0),
 		RunE: func(cmd *cobra.Command, args []string) error {
 			o.signers = cmd.Flags().Changed("allowed-signers")
 			return runExport(cmd.Context(), g, o, args, cmd.OutOrStdout(), cmd.ErrOrStderr())
@@ -80,6 +83,9 @@ func runExport(ctx context.Context, g *globals, o *exportOptions, args []string,
 	if err != nil {
 		return err
 	}
+	if len(args) > 0 {
+		noteUnquoted(stderr, args[len(args)-1])
+	}
 	defer func() {
 		for _, u := range uris {
 			u.Wipe()
@@ -99,7 +105,7 @@ func runExport(ctx context.Context, g *globals, o *exportOptions, args []string,
 	}
 	keys, err := exportable(c, b.store, uris)
 	if err != nil {
-		return err
+		return aboutHosts(err, args)
 	}
 	dir := cmp.Or(expandHome(o.dir), filepath.Join(os.Getenv("HOME"), ".ssh"))
 	if dir, err = filepath.Abs(dir); err != nil {
@@ -111,7 +117,7 @@ func runExport(ctx context.Context, g *globals, o *exportOptions, args []string,
 	case o.signers:
 		return printSigners(out, keys, o)
 	case o.git && len(keys) > 1:
-		return &usageError{fmt.Errorf("git signs with one key, and these are %d: name it by its URI, such as '%s'", len(keys), keys[0].key.URI())}
+		return &usageError{fmt.Errorf("git signs with one key, and these are %d: name it by its URI, such as %s", len(keys), quote(keys[0].key.URI()))}
 	case strings.ContainsAny(dir, "\"'\n$"):
 		return &usageError{fmt.Errorf("the name of the directory %q has characters that ssh's and git's configuration cannot have", dir)}
 	}
@@ -125,6 +131,18 @@ func runExport(ctx context.Context, g *globals, o *exportOptions, args []string,
 		return printGit(out, keys[0], dir)
 	}
 	return nil
+}
+
+// aboutHosts adds to the error for a label that no token has that it may be a host.
+func aboutHosts(err error, args []string) error {
+	advice, ok := errors.AsType[*advisedError](err)
+	i := slices.IndexFunc(args, func(a string) bool { return strings.HasPrefix(err.Error(), "pkcs11:token="+a+":") })
+	if !ok || i < 0 {
+		return err
+	}
+	return &usageError{&advisedError{
+		fmt.Errorf("no token with a key has the label %[1]q; %[1]q is no pkcs11: URI, and hosts go with --ssh-config", args[i]), advice.advice,
+	}}
 }
 
 // overview tells whether nothing was said of what is to be done.
@@ -162,22 +180,16 @@ func (o *exportOptions) arguments(args []string) (uris []*pkcs11uri.URI, hosts [
 		return nil, nil, &usageError{errors.New("--allowed-signers writes no files: --dir and --force mean nothing")}
 	}
 	for _, a := range args {
-		if !strings.HasPrefix(a, "pkcs11:") {
-			if !o.sshConfig {
-				return nil, nil, &usageError{fmt.Errorf("%q is no pkcs11: URI, and hosts go with --ssh-config", a)}
-			}
+		if o.sshConfig && !pkcs11uri.IsURI([]byte(a)) {
 			if !hostPattern.MatchString(a) {
 				return nil, nil, &usageError{fmt.Errorf("%q is no name of a host", a)}
 			}
 			hosts = append(hosts, a)
 			continue
 		}
-		u, err := pkcs11uri.Parse(a)
+		u, err := parseNamed(a)
 		if err != nil {
-			return nil, nil, &usageError{err}
-		}
-		if names := u.Unrecognized(); len(names) > 0 {
-			return nil, nil, &usageError{fmt.Errorf("the URI has attributes %q that are not known, so it matches nothing", names)}
+			return nil, nil, err
 		}
 		uris = append(uris, u)
 	}
@@ -208,7 +220,7 @@ func exportable(c *config, store *token.Store, uris []*pkcs11uri.URI) ([]exporte
 			}
 		}
 		if len(keys) == n {
-			return nil, fmt.Errorf("%v: %w", u, token.ErrNoMatch)
+			return nil, adviseNoMatch(fmt.Errorf("%v: %w", u, token.ErrNoMatch), store, u)
 		}
 	}
 	certificates, err := certificatesOf(c)
@@ -226,7 +238,7 @@ func exportable(c *config, store *token.Store, uris []*pkcs11uri.URI) ([]exporte
 		seen[string(pub.Marshal())] = true
 		list = append(list, exported{
 			key: k, pub: pub, name: fileName(cmp.Or(name(k), k.Label())),
-			line:         strings.TrimSpace(string(ssh.MarshalAuthorizedKey(pub))) + " " + cmp.Or(name(k), k.URI()) + "\n",
+			line:         strings.TrimSpace(string(ssh.MarshalAuthorizedKey(pub))) + " " + cmp.Or(name(k), listedAs(k)) + "\n",
 			certificates: certificates[string(pub.Marshal())],
 		})
 	}
@@ -369,17 +381,25 @@ func sshPath(path string) string {
 	return path
 }
 
+// printGit prints commands that change nothing unless all of them can work, and that may
+// run again. A shell reads all of them before it runs
+// any, as they are in parentheses.
 func printGit(out io.Writer, e exported, dir string) error {
-	const signers = "~/.config/git/allowed_signers"
-	_, err := fmt.Fprintf(out, `git config --global gpg.format ssh
+	_, err := fmt.Fprintf(out, `(
+set -eu
+# Your address names you in signatures:
+email=$(git config user.email) || { echo 'git does not know your address. First: git config --global user.email YOU@EXAMPLE.ORG' >&2; exit 1; }
+# Whose signatures are believed when git verifies, beginning with this one:
+signer=$(p11-agent export --allowed-signers "$email" --namespace git %[2]s)
+signers=$(git config --global --type=path gpg.ssh.allowedSignersFile) || { signers=$HOME/.config/git/allowed_signers; git config --global gpg.ssh.allowedSignersFile '~/.config/git/allowed_signers'; }
+mkdir -p "$(dirname "$signers")"
+grep -qxF -e "$signer" "$signers" 2>/dev/null || printf '%%s\n' "$signer" >>"$signers"
+git config --global gpg.format ssh
 git config --global user.signingkey %[1]s
 # Sign without being told to each time:
 git config --global commit.gpgsign true
-# Whose signatures are believed when git verifies, beginning with this one:
-mkdir -p ~/.config/git
-p11-agent export --allowed-signers "$(git config user.email)" --namespace git %[2]s >>%[3]s
-git config --global gpg.ssh.allowedSignersFile %[3]s
-`, quote(filepath.Join(dir, e.name+".pub")), quote(e.key.URI()), signers)
+)
+`, quote(filepath.Join(dir, e.name+".pub")), quote(e.key.URI()))
 	return err
 }
 
@@ -387,13 +407,16 @@ git config --global gpg.ssh.allowedSignersFile %[3]s
 // written.
 func writeKeys(stderr io.Writer, keys []exported, dir string, force bool) error {
 	if err := os.MkdirAll(dir, 0o700); err != nil {
-		return err
+		return cannotWrite(dir, err)
+	}
+	if err := unix.Access(dir, unix.W_OK|unix.X_OK); err != nil {
+		return cannotWrite(dir, err)
 	}
 	var wrong []error
 	for _, e := range keys {
 		file := filepath.Join(dir, e.name+".pub")
-		if same, err := sameKey(file, e.pub); !force && !same && !errors.Is(err, fs.ErrNotExist) {
-			wrong = append(wrong, &existsError{file: file, uri: e.key.URI()})
+		if err := mayWrite(file, e, force); err != nil {
+			wrong = append(wrong, err)
 		}
 	}
 	if len(wrong) > 0 {
@@ -409,11 +432,39 @@ func writeKeys(stderr io.Writer, keys []exported, dir string, force bool) error 
 			if errors.Is(err, fs.ErrExist) {
 				return &existsError{file: file, uri: e.key.URI()}
 			}
-			return err
+			return cannotWrite(file, err)
 		}
 		fmt.Fprintf(stderr, "wrote %s\n", short(file))
 	}
 	return nil
+}
+
+// mayWrite tells what is wrong with a file that is there.
+func mayWrite(file string, e exported, force bool) error {
+	same, err := sameKey(file, e.pub)
+	switch st, serr := os.Stat(file); {
+	case errors.Is(err, fs.ErrNotExist), err == nil && (same || force):
+		return nil
+	case err == nil:
+		return &existsError{file: file, uri: e.key.URI()}
+	case serr == nil && st.IsDir():
+		return cannotWrite(file, errors.New("it is a directory"))
+	case force && errors.Is(err, fs.ErrPermission) && serr == nil:
+		return nil // it is replaced, not read
+	default:
+		return cannotWrite(file, err)
+	}
+}
+
+// cannotWrite says why a file or directory cannot be written, and what else can be done.
+func cannotWrite(path string, err error) error {
+	if p, ok := errors.AsType[*fs.PathError](err); ok {
+		path, err = p.Path, p.Err
+	}
+	if l, ok := errors.AsType[*os.LinkError](err); ok {
+		err = l.Err
+	}
+	return &advisedError{fmt.Errorf("cannot write %s: %w", path, err), "--dir names another directory"}
 }
 
 // existsError says that a file has something else in it.
@@ -427,15 +478,15 @@ func (e *existsError) hint() string {
 	return fmt.Sprintf("--force replaces it; or give the key another name in the configuration:\n[[key]]\nuri = %q\nname = \"...\"", e.uri)
 }
 
-// sameKey tells whether a file has this public key. The error is that of reading
-// the file; one that is no public key has another.
+// sameKey tells whether a file has this public key. The error is that of reading the
+// file.
 func sameKey(file string, pub ssh.PublicKey) (bool, error) {
 	b, err := readSmall(file)
 	if err != nil {
 		return false, err
 	}
-	there, _, _, _, err := ssh.ParseAuthorizedKey(b)
-	return err == nil && bytes.Equal(there.Marshal(), pub.Marshal()), nil
+	there, _, _, _, perr := ssh.ParseAuthorizedKey(b)
+	return perr == nil && bytes.Equal(there.Marshal(), pub.Marshal()), nil
 }
 
 // readSmall reads the beginning of a regular file.

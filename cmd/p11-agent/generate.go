@@ -43,18 +43,19 @@ func newGenerateCommand(g *globals) *cobra.Command {
 	cmd := &cobra.Command{
 		Use:   "generate [flags] URI",
 		Short: "Make a new key on a token",
-		Long: `Make a new key pair on the token that a pkcs11: URI names, and print its URI and its
-public key as a line for authorized_keys. The private key can neither be read nor
+		Long: `Make a new key pair on the token that a pkcs11: URI or a label names, and print its URI
+and its public key as a line for authorized_keys. The private key can neither be read nor
 leave the token. Nothing on the token is ever replaced.
 
 It needs no running agent. The PIN is asked for with pinentry, or comes from a
 pin-source of the configuration.`,
 		Args: func(_ *cobra.Command, args []string) error {
 			if len(args) != 1 {
-				return &usageError{errors.New("one URI has to be given, which names the token, such as pkcs11:token=Work")}
+				return &usageError{errors.New("one URI has to be given, which names the token, such as pkcs11:token=Work, or the label of the token")}
 			}
 			return nil
 		},
+		ValidArgsFunction: completeURIs(g, false, 1),
 		RunE: func(cmd *cobra.Command, args []string) error {
 			return runGenerate(cmd.Context(), g, o, args[0], cmd.OutOrStdout(), cmd.ErrOrStderr())
 		},
@@ -79,13 +80,16 @@ func kindNames() string { return strings.Join(kindList(), ", ") }
 
 // uri puts the URI and the flags together.
 func (o *generateOptions) uri(text string) (*pkcs11uri.URI, error) {
-	u, err := pkcs11uri.Parse(text)
+	u, err := parseNamed(text)
 	if err != nil {
 		return nil, err
 	}
 	defer u.Wipe() // there is to be none
-	if names := u.Unrecognized(); len(names) > 0 {
-		return nil, fmt.Errorf("the URI has attributes %q that are not known, so it matches nothing", names)
+	if id := pkcs11uri.MeantID(u.ID); id != nil && !pkcs11uri.SpellsID(text, u.ID) {
+		return nil, &advisedError{
+			fmt.Errorf("the id of the URI has digits without percent signs, and means the bytes %x", u.ID),
+			fmt.Sprintf("did you mean id=%s? To have those bytes, write id=%s", pkcs11uri.FormatID(id), pkcs11uri.FormatID(u.ID)),
+		}
 	}
 	if u.PIN() != nil || u.PINSource != nil {
 		return nil, errors.New("the PIN is asked for, or comes from a pin-source in the configuration, and cannot be in this URI")
@@ -128,6 +132,7 @@ func runGenerate(ctx context.Context, g *globals, o *generateOptions, text strin
 	if err != nil {
 		return err
 	}
+	noteUnquoted(stderr, text)
 	// Whoever interrupts this is to find no half-made key, and who does so twice does
 	// not want to wait for that.
 	ctx, stop := signal.NotifyContext(ctx, os.Interrupt, syscall.SIGTERM)
@@ -136,7 +141,7 @@ func runGenerate(ctx context.Context, g *globals, o *generateOptions, text strin
 
 	log := newLog(stderr, slog.LevelError)
 	show := &progress{ctx: ctx, w: stderr, terminal: isTerminal(stderr), kind: kind}
-	b := openBackend(c, newAsker(c, os.Getenv, os.Environ(), log), nil, stateDir(), token.KnownRead, log,
+	b := openBackend(c, terminalAsker{newAsker(c, os.Getenv, os.Environ(), log)}, nil, stateDir(), token.KnownRead, log,
 		func(opts *token.Options) { opts.Generating = show.begin })
 	defer b.stop()
 	settled, cancel := context.WithTimeout(ctx, lookTimeout)
@@ -152,9 +157,17 @@ func runGenerate(ctx context.Context, g *globals, o *generateOptions, text strin
 		err = errors.New("interrupted: no key was made")
 	}
 	if err != nil {
-		return err
+		return adviseNoMatch(err, b.store, u)
 	}
+	tellAgent(ctx, k.URI())
 	return printGenerated(out, stderr, k)
+}
+
+// tellAgent has the running agent, if there is one, look for a key that is new.
+func tellAgent(ctx context.Context, uri string) {
+	if a, err := dialAgent(ctx, "", uri); err == nil {
+		_ = a.Close() // never matters: the key is there
+	}
 }
 
 // printGenerated prints what others need of a new key, and what the token does not

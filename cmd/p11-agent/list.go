@@ -36,8 +36,8 @@ func newListCommand(g *globals) *cobra.Command {
 	cmd := &cobra.Command{
 		Use:   "list [flags] [URI]",
 		Short: "List tokens and keys",
-		Long: `List the tokens that are present and their keys, or those that a pkcs11: URI
-matches. It looks at the tokens itself, needs no running agent, and never asks for
+		Long: `List the tokens that are present and their keys, or those that a pkcs11: URI or the
+label of a token names. It looks at the tokens itself, needs no running agent, and never asks for
 a PIN: keys that a token shows only after a login appear when they have a public
 key or a certificate.`,
 		Args: func(_ *cobra.Command, args []string) error {
@@ -46,7 +46,7 @@ key or a certificate.`,
 			}
 			return nil
 		},
-		ValidArgsFunction: completeKeys,
+		ValidArgsFunction: completeURIs(g, true, 1),
 		RunE: func(cmd *cobra.Command, args []string) error {
 			return runList(cmd.Context(), g, o, args, cmd.OutOrStdout(), cmd.ErrOrStderr())
 		},
@@ -92,6 +92,8 @@ type listedKey struct {
 	EachUse     bool   `json:"pin_each_use"`
 	// The agent offers the key once, and signs with the first home that is present.
 	Homes []listedHome `json:"same_key,omitempty"` // the others
+
+	comment string // of a line for authorized_keys, unless it has a name
 }
 
 // listedHome is where else a key is: on another token, or on the same one through
@@ -161,19 +163,21 @@ func runList(ctx context.Context, g *globals, o *listOptions, args []string, out
 	// Without an argument the configuration says what is offered.
 	uri := new(pkcs11uri.URI)
 	if len(args) > 0 {
-		if uri, err = pkcs11uri.Parse(args[0]); err != nil {
-			return &usageError{err}
+		if uri, err = parseNamed(args[0]); err != nil {
+			return err
 		}
 		defer uri.Wipe()
-		if names := uri.Unrecognized(); len(names) > 0 {
-			return &usageError{fmt.Errorf("the URI has attributes %q that are not known, so it matches nothing", names)}
-		}
+		noteUnquoted(stderr, args[0])
 	}
 	level := slog.LevelError
+	log := &laterWriter{out: stderr}
 	if o.verbose {
 		level = slog.LevelDebug
+	} else {
+		log.flush()
 	}
-	b := openBackend(c, nil, nil, stateDir(), token.KnownRead, newLog(stderr, level))
+	defer log.flush() // the list comes before what was looked at for it
+	b := openBackend(c, nil, nil, stateDir(), token.KnownRead, newLog(log, level))
 	defer b.stop()
 	ctx, cancel := context.WithTimeout(ctx, lookTimeout)
 	defer cancel()
@@ -188,7 +192,7 @@ func runList(ctx context.Context, g *globals, o *listOptions, args []string, out
 	if len(args) > 0 && settled {
 		if _, err := b.store.Select(ctx, sel); err != nil {
 			if _, ok := errors.AsType[*token.AmbiguousError](err); ok || !matchesToken(b.store, uri) && !slices.ContainsFunc(b.store.Away(), sel.Match) {
-				return err
+				return adviseNoMatch(err, b.store, uri)
 			}
 		}
 	}
@@ -257,7 +261,7 @@ func collect(c *config, store *token.Store, sel *token.Selector, named bool) lis
 				lk := listedKey{
 					URI: k.URI(), Name: name(k), Label: k.Label(), Type: pub.Type(), Bits: bits(k),
 					Fingerprint: ssh.FingerprintSHA256(pub), EachUse: k.AlwaysAuthenticate(),
-					PublicKey: strings.TrimSpace(string(ssh.MarshalAuthorizedKey(pub))),
+					PublicKey: strings.TrimSpace(string(ssh.MarshalAuthorizedKey(pub))), comment: listedAs(k),
 				}
 				lk.Offered, lk.Reason = offered(k, auto, t.Shadowed)
 				if lk.Offered && !present {
@@ -364,7 +368,7 @@ func printPublic(out io.Writer, l listing) error {
 			if _, behind := k.first(); behind && !l.named {
 				continue
 			}
-			if _, err := fmt.Fprintf(out, "%s %s\n", k.PublicKey, cmp.Or(k.Name, k.URI)); err != nil {
+			if _, err := fmt.Fprintf(out, "%s %s\n", k.PublicKey, cmp.Or(k.Name, k.comment)); err != nil {
 				return err
 			}
 		}

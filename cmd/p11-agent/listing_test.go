@@ -21,7 +21,7 @@ import (
 
 // unreadable are identities that make OpenSSH's clients give up a list that they are in:
 // the wire forms of their keys and their comments.
-func unreadable(t *testing.T, k behaviourPairs) map[string][2]string {
+func unreadableKeys(t *testing.T, k behaviourPairs) map[string][2]string {
 	t.Helper()
 	forged := *k.ed.cert
 	forged.Serial++
@@ -70,7 +70,7 @@ func TestListIsReadable(t *testing.T) {
 	k := newBehaviourPairs(t)
 	upstream := filepath.Join(tokentest.TempDir(t), "u")
 	list := sshFields(byte(12), uint32(5), k.rsa.public.Marshal(), "of the upstream agent")
-	all := unreadable(t, k)
+	all := unreadableKeys(t, k)
 	for _, bad := range all {
 		list = append(list, sshFields(bad[0], bad[1])...)
 	}

@@ -8,7 +8,6 @@ import (
 	"os"
 	"slices"
 	"strings"
-	"time"
 
 	"github.com/spf13/cobra"
 
@@ -16,7 +15,6 @@ import (
 	"p11-agent/pinentry"
 	"p11-agent/pinentry/secret"
 	"p11-agent/token/module/undumpable"
-	"p11-agent/token/pkcs11uri"
 )
 
 // visibleText makes fit for a terminal what an agent, a token or an environment says.
@@ -28,9 +26,9 @@ func newLoginCommand() *cobra.Command {
 	cmd := &cobra.Command{
 		Use:   "login [flags] [URI]",
 		Short: "Log in to a token, at this terminal",
-		Long: `Log in to the token that a pkcs11: URI names, so that its keys sign without
-asking. The PIN is asked for at this terminal, which works where no pinentry can
-show anything. The URI can be left out when one token only needs a login.
+		Long: `Log in to the token that a pkcs11: URI or its label names, so that its keys sign
+without asking. The PIN is asked for at this terminal, which works where no pinentry
+can show anything. The URI can be left out when one token only needs a login.
 
 A wrong PIN is not asked for again. When one try is left, the agent asks whether to
 use it, and for the PIN, with pinentry: on the desktop, or else at this terminal.`,
@@ -50,7 +48,7 @@ func newLogoutCommand() *cobra.Command {
 	cmd := &cobra.Command{
 		Use:   "logout [flags] [URI]",
 		Short: "Log out of a token, or of all",
-		Long: `Log out of the token that a pkcs11: URI names, or of all, and forget the PIN if it
+		Long: `Log out of the token that a pkcs11: URI or its label names, or of all, and forget the PIN if it
 is kept: the next signature asks for it.`,
 		Args:              optionalURI,
 		ValidArgsFunction: completeTokens(func(t statusToken) bool { return t.LoggedIn || t.PINKept }),
@@ -113,52 +111,15 @@ func checkURI(text string) error {
 	if text == "" {
 		return nil
 	}
-	u, err := pkcs11uri.Parse(text)
+	u, err := parseNamed(text)
 	if err != nil {
-		return &usageError{err}
+		return err
 	}
 	defer u.Wipe()
 	if u.PIN() != nil || u.PINSource != nil {
 		return &usageError{errors.New("the URI says where the PIN comes from: here it is asked for, or read with --stdin")}
 	}
 	return nil
-}
-
-// completeTokens completes the URIs of the running agent's tokens. A shell waits for
-// it, so that it does not for long.
-func completeTokens(fits func(statusToken) bool) cobra.CompletionFunc {
-	return func(cmd *cobra.Command, args []string, _ string) ([]cobra.Completion, cobra.ShellCompDirective) {
-		if len(args) > 0 {
-			return nil, cobra.ShellCompDirectiveNoFileComp
-		}
-		ctx, cancel := context.WithTimeout(cmd.Context(), time.Second)
-		defer cancel()
-		socket, _ := cmd.Flags().GetString("socket") // empty for a command without it
-		a, err := dialAgent(ctx, socket, "")
-		if err != nil {
-			return nil, cobra.ShellCompDirectiveNoFileComp
-		}
-		defer a.Close()
-		var all []cobra.Completion
-		for _, t := range a.report.Tokens {
-			if fits(t) {
-				all = append(all, cobra.CompletionWithDesc(t.URI, visibleText(t.name())))
-			}
-		}
-		return all, cobra.ShellCompDirectiveNoFileComp
-	}
-}
-
-// completeKeys completes the URIs of the running agent's tokens and their keys.
-func completeKeys(cmd *cobra.Command, args []string, _ string) ([]cobra.Completion, cobra.ShellCompDirective) {
-	var keys []cobra.Completion
-	all, directive := completeTokens(func(t statusToken) bool {
-		for _, uri := range t.Keys {
-			keys = append(keys, cobra.CompletionWithDesc(uri, visibleText("key on "+t.name())))
-		}
-		return true
-	})(cmd, args, "")
-	return append(all, keys...), directive
 }
 
 // pickToken returns the token to log in to; nil: nothing is to be done.
@@ -183,7 +144,7 @@ func pickToken(a *runningAgent, uri string, out io.Writer) (*statusToken, error)
 	names := func(tokens []statusToken) string {
 		var all []string
 		for _, t := range tokens {
-			all = append(all, visibleText(t.URI))
+			all = append(all, quote(visibleText(t.URI)))
 		}
 		return strings.Join(all, ", ")
 	}

@@ -11,6 +11,8 @@ import (
 	"os"
 	"path/filepath"
 	"runtime/debug"
+	"slices"
+	"strings"
 
 	"github.com/spf13/cobra"
 
@@ -101,11 +103,23 @@ func exitCode(err error, stderr io.Writer) int {
 	return exitFailure
 }
 
-// unjoin takes errors.Join apart.
+// unjoin takes apart what is nothing but several errors. The advice is for the last.
 func unjoin(err error) []error {
 	//nolint:errorlint // only the outermost is meant
-	if j, ok := err.(interface{ Unwrap() []error }); ok {
-		return j.Unwrap()
+	switch e := err.(type) {
+	case *advisedError:
+		all := unjoin(e.err)
+		all[len(all)-1] = &advisedError{all[len(all)-1], e.advice}
+		return all
+	case interface{ Unwrap() []error }:
+		var texts []string
+		all := slices.Clone(e.Unwrap())
+		for _, one := range all {
+			texts = append(texts, one.Error())
+		}
+		if strings.Join(texts, "\n") == err.Error() || strings.Join(texts, "; ") == err.Error() {
+			return all
+		}
 	}
 	return []error{err}
 }
@@ -154,19 +168,11 @@ Exit status: 0 it worked; 1 it did not, or "check" or "doctor" found a problem;
 	addCommands(root, "wrong", "When it does not work:",
 		newDoctorCommand(g), newCheckCommand(g))
 	addCommands(root, "other", "Others:",
-		newDemoCommand(), newVersionCommand())
+		newDemoCommand(), newVersionCommand(), newCompletionCommand())
+	root.SetHelpCommand(newHelpCommand())
 	root.SetHelpCommandGroupID("other")
-	root.SetCompletionCommandGroupID("other")
 	root.InitDefaultHelpCmd()
-	root.InitDefaultCompletionCmd()
-	for _, c := range root.Commands() {
-		switch c.Name() {
-		case "help":
-			c.Short = "Print help for a command"
-		case "completion":
-			c.Short = "Print a completion script for a shell"
-		}
-	}
+	root.CompletionOptions.DisableDefaultCmd = true
 	return root
 }
 
@@ -189,6 +195,35 @@ func knownCommand(root *cobra.Command, args []string) error {
 		text += fmt.Sprintf(": did you mean %q?", near[0])
 	}
 	return &usageError{errors.New(text)}
+}
+
+// newHelpCommand returns a help command that refuses commands that there are not.
+func newHelpCommand() *cobra.Command {
+	return &cobra.Command{
+		Use:   "help [COMMAND]",
+		Short: "Print help for a command",
+		ValidArgsFunction: func(cmd *cobra.Command, args []string, typed string) (names []cobra.Completion, _ cobra.ShellCompDirective) {
+			for _, c := range cmd.Root().Commands() {
+				if len(args) == 0 && c.IsAvailableCommand() && strings.HasPrefix(c.Name(), typed) {
+					names = append(names, cobra.CompletionWithDesc(c.Name(), c.Short))
+				}
+			}
+			return names, cobra.ShellCompDirectiveNoFileComp
+		},
+		RunE: func(cmd *cobra.Command, args []string) error {
+			about, rest, err := cmd.Root().Find(args)
+			switch {
+			case err != nil:
+				return &usageError{err}
+			case about == cmd.Root() && len(args) > 0:
+				return knownCommand(about, args)
+			case len(rest) > 0:
+				return noArgs(about, rest)
+			}
+			about.InitDefaultHelpFlag()
+			return about.Help()
+		},
+	}
 }
 
 // noArgs makes an argument too many a usage error.

@@ -56,9 +56,9 @@ type asker struct {
 	manager func(context.Context) ([]string, error)
 	log     *slog.Logger
 	// patience is how long a confirmation stays without an answer.
-	patience time.Duration
+	patience duration
 	// turn is how long a prompt stays with a client while another one waits.
-	turn time.Duration
+	turn duration
 	// displayOnly says that consent is asked for on no terminal.
 	displayOnly atomic.Bool
 	// notify tells the person at the desktop something; nil: nobody is told.
@@ -79,11 +79,9 @@ func newAsker(c *config, getenv func(string) string, environ []string, log *slog
 	own := environmentOf(environ)
 	a := &asker{
 		pinentry: &pinentry.Pinentry{
-			Program: c.Pinentry.Program,
 			Askpass: getenv("SSH_ASKPASS"),
 			Path:    getenv("PATH"),
 			Home:    getenv("HOME"),
-			NoGrab:  c.Pinentry.Grab != nil && !*c.Pinentry.Grab,
 			Log:     log,
 		},
 		own:      own,
@@ -92,17 +90,26 @@ func newAsker(c *config, getenv func(string) string, environ []string, log *slog
 		manager: func(ctx context.Context) ([]string, error) {
 			return environment.Read(ctx, own.RuntimeDir)
 		},
-		log:      log,
-		patience: cmp.Or(c.ConfirmTimeout.Duration, confirmTimeout),
-		turn:     cmp.Or(c.Pinentry.MoveAfter.Duration, promptTurn),
-		open:     make(map[*dialogue]struct{}),
+		log:  log,
+		open: make(map[*dialogue]struct{}),
 	}
 	a.configure(c)
 	return a
 }
 
-// configure takes over what counts without a restart.
-func (a *asker) configure(c *config) { a.displayOnly.Store(c.ConfirmPlace == placeDisplay) }
+// configure takes over what the configuration says, for the prompts from now on.
+func (a *asker) configure(c *config) {
+	a.displayOnly.Store(c.ConfirmPlace == placeDisplay)
+	a.pinentry.Configure(c.Pinentry.Program, c.Pinentry.Grab != nil && !*c.Pinentry.Grab)
+	a.patience.set(cmp.Or(c.ConfirmTimeout.Duration, confirmTimeout))
+	a.turn.set(cmp.Or(c.Pinentry.MoveAfter.Duration, promptTurn))
+}
+
+// A duration may be read and set by any goroutine.
+type duration struct{ nanoseconds atomic.Int64 }
+
+func (d *duration) set(to time.Duration) { d.nanoseconds.Store(int64(to)) }
+func (d *duration) get() time.Duration   { return time.Duration(d.nanoseconds.Load()) }
 
 func environmentOf(environ []string) peer.Environment {
 	return peer.ParseEnvironment([]byte(strings.Join(environ, "\x00")))
@@ -154,7 +161,7 @@ type seat struct {
 // has waited longest that is asked; it moves to the next when that one leaves, has
 // no place, or does not answer in its turn.
 func (c *conversation) ask(ctx context.Context, question func(context.Context, *pinentry.Dialogue) error) error {
-	return c.askFor(ctx, c.turn, question)
+	return c.askFor(ctx, c.turn.get(), question)
 }
 
 // askFor is ask with another turn; 0: the question stays until it is answered.

@@ -61,6 +61,12 @@ type report struct {
 }
 
 func (r *report) add(l level, format string, args ...any) *finding {
+	for i, a := range args {
+		if err, ok := a.(error); ok {
+			// Several errors, a line for each, are to be told from each other in one line.
+			args[i] = strings.ReplaceAll(err.Error(), "\n", "; ")
+		}
+	}
 	// What comes from a token, a file or another program must not forge a line.
 	f := &finding{level: l, text: pinentry.Visible(fmt.Sprintf(format, args...), false)}
 	r.findings = append(r.findings, f)

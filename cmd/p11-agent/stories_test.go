@@ -133,6 +133,8 @@ func runScripts(t *testing.T, dir string) {
 				return os.Geteuid() == 0, nil
 			case "four":
 				return len(strings.TrimSpace(currentUser())) == 4, nil
+			case "systemd":
+				return booted(), nil
 			case "usual":
 				return usualModules()
 			}

@@ -8,6 +8,7 @@ import (
 	"log/slog"
 	"os"
 	"slices"
+	"strconv"
 	"strings"
 	"sync/atomic"
 	"time"
@@ -91,13 +92,34 @@ func modules(c *config, log *slog.Logger) (specs []token.ModuleSpec, bridges []*
 		}
 		specs = append(specs, spec)
 	}
-	for name, set := range settings {
-		if set.Path == "" {
-			log.Warn("the configuration changes a module that is not registered", "module", name)
-		}
+	for _, m := range c.unregistered(reg) {
+		log.Warn("the configuration changes a module that is not registered", "module", m.name, "hint", m.hint)
 	}
 	return specs, bridges, skipped, broken
 }
+
+// unregistered returns the modules of the configuration that have no path, and are not in
+// p11-kit's registry either.
+func (c *config) unregistered(reg registry.Result) (all []unregistered) {
+	var names []string
+	for _, m := range reg.Modules {
+		names = append(names, m.Name)
+	}
+	for _, m := range c.Modules {
+		if m.Path != "" || slices.Contains(names, m.name()) {
+			continue
+		}
+		hint := "the registered modules are " + strings.Join(names, ", ")
+		if s := nearest(m.name(), names); s != "" {
+			hint = fmt.Sprintf("did you mean %q?", s)
+		}
+		all = append(all, unregistered{m.name(), hint})
+	}
+	return all
+}
+
+// unregistered is the name of a module that is not there, and what may have been meant.
+type unregistered struct{ name, hint string }
 
 // backend is what stands behind the keyring: the tokens and what they need.
 type backend struct {
@@ -351,6 +373,26 @@ func names(c *config) func(agent.Key) string {
 	}
 }
 
+// listedAs returns the comment that ssh-add -l shows for a key without a configured name:
+// its URI, which has no blanks, and the label after it.
+func listedAs(k agent.Key) string {
+	key, ok := k.(*token.Key)
+	if !ok || key.PublicLabel() == "" {
+		return k.URI()
+	}
+	return key.URI() + " " + listedLabel(key.PublicLabel())
+}
+
+// listedLabel shows the label of a key in the comment of an identity. A label that could
+// pass for another URI is quoted.
+func listedLabel(label string) string {
+	shown := named(label, maxNamed)
+	if strings.Contains(strings.ToLower(shown), "pkcs11:") && shown[0] != '"' {
+		return strconv.Quote(shown)
+	}
+	return shown
+}
+
 var (
 	_ token.PINAsker = (*asker)(nil)
 
@@ -432,7 +474,7 @@ func (a *asker) Confirm(ctx context.Context, r agent.Question) (agent.Answer, er
 		if use := agent.UseFromContext(ctx); use != nil {
 			r.Use = use // of the one who is asked
 		}
-		answer, err = confirm(ctx, d, r, a.patience)
+		answer, err = confirm(ctx, d, r, a.patience.get())
 		return err
 	})
 	if err != nil {

@@ -15,7 +15,7 @@ import (
 // maxBits bounds the RSA keys that are made.
 const maxBits = 16384
 
-// generate makes a key pair. The agent has logged in before; how long the token
+// generate makes a key pair, or checks whether it can. To make one the agent has logged in before; how long the token
 // takes for it is for the agent to judge, too.
 //
 // Nothing else is done on the token meanwhile: a card does one thing at a time, and
@@ -44,6 +44,10 @@ func (s *server) generate(ctx context.Context, lib *library, t *token, m *wire.G
 	if _, err := p.identify(); err != nil {          // since the session is there
 		t.failed(p, 0, err)
 		return nil, err
+	}
+	if m.Check {
+		_, err := lib.freeID(ctx, session, m)
+		return new(wire.GenerateReply), err
 	}
 	reply, err := lib.generate(ctx, session, m)
 	p.forgetKeys()

@@ -56,7 +56,7 @@ var attributes = []attribute{
 		},
 		print: func(u *URI, _ bool) (string, bool) {
 			// Section 2.3: encoded as a whole, since it is not text.
-			return escape(string(u.ID), func(byte) bool { return false }), u.ID != nil
+			return FormatID(u.ID), u.ID != nil
 		},
 	},
 	{

@@ -185,6 +185,7 @@ func (m *Generate) fields(c *codec) {
 	list(c, &m.ECParams, func(v *Value, c *codec) { c.bytes(&v.Bytes) })
 	c.bytes(&m.ID)
 	c.text(&m.Label)
+	c.bool(&m.Check)
 }
 
 func (m *GenerateReply) fields(c *codec) {

@@ -345,6 +345,9 @@ type Generate struct {
 	ECParams []Value
 	ID       []byte // empty: one that is free
 	Label    string
+	// Check makes no pair. It finds out, without a login, whether the ID or the label is
+	// taken by what is visible, and whether the token makes such pairs. The reply is empty.
+	Check bool
 }
 
 // Value is the value of an attribute.

@@ -1,0 +1,107 @@
+package main
+
+import (
+	"bytes"
+	"cmp"
+	"context"
+	"errors"
+	"fmt"
+	"io"
+	"strings"
+
+	"p11-agent/pinentry"
+	"p11-agent/pinentry/secret"
+	"p11-agent/token"
+)
+
+// terminalAsker asks where asker asks, and at the terminal of this process where asker has
+// no place. It is for commands that a person runs. The PIN goes from the terminal into
+// locked memory, and the terminal does not show it.
+type terminalAsker struct{ asker token.PINAsker }
+
+var (
+	_ token.PINAsker    = terminalAsker{}
+	_ token.PINDialogue = (*terminalDialogue)(nil)
+)
+
+// Ask opens a dialogue. It fails when there is neither a pinentry nor a terminal.
+func (a terminalAsker) Ask(ctx context.Context, about token.PINRequest) (token.PINDialogue, error) {
+	d, err := a.asker.Ask(ctx, about)
+	if !errors.Is(err, pinentry.ErrNoPrompt) {
+		return d, err
+	}
+	q, terr := newQuestion(false)
+	if terr != nil {
+		return nil, &advisedError{
+			errors.New("the PIN cannot be asked for: no pinentry program can show a prompt, and this command has no terminal"),
+			fmt.Sprintf("run it at a terminal, or install a pinentry program: %s", installStep("pinentry-curses", "pinentry")),
+		}
+	}
+	return &terminalDialogue{q, about}, nil
+}
+
+// terminalDialogue asks at a terminal.
+type terminalDialogue struct {
+	ask   *question
+	about token.PINRequest
+}
+
+func (d *terminalDialogue) say(lines ...string) error {
+	_, err := io.WriteString(d.ask.in, strings.Join(lines, "\n")+"\n")
+	return err
+}
+
+// PIN asks for the PIN. An empty line declines.
+func (d *terminalDialogue) PIN(ctx context.Context, problem string) (*secret.Secret, error) {
+	var lines []string
+	if problem != "" {
+		lines = append(lines, visibleText(problem))
+	}
+	lines = append(lines, fmt.Sprintf("Enter the PIN of token %s (serial %s).",
+		cmp.Or(named(d.about.Token.Label, maxNamed), "without label"), cmp.Or(named(d.about.Token.Serial, maxNamed), "unknown")))
+	lines = append(lines, moduleLines(d.about)...)
+	if d.about.Tries != token.TriesUnknown {
+		lines = append(lines, "Note: "+d.about.Tries.String()+".")
+	}
+	if err := d.say(lines...); err != nil {
+		return nil, err
+	}
+	pin, err := d.ask.secret(ctx, "PIN: ")
+	if err == nil && pin.Len() == 0 {
+		pin.Wipe()
+		return nil, token.ErrCancelled
+	}
+	return pin, err
+}
+
+// LastTry asks whether to use the last try. The word has to be typed in full.
+func (d *terminalDialogue) LastTry(ctx context.Context, problem string) (bool, error) {
+	lines := []string{"One try is left: a wrong PIN now locks the token.", `To use the last try, type "yes".`}
+	if problem != "" {
+		lines = append([]string{visibleText(problem)}, lines...)
+	}
+	if err := d.say(lines...); err != nil {
+		return false, err
+	}
+	answer, err := d.ask.secret(ctx, "Use the last try? ")
+	if err != nil {
+		return false, err
+	}
+	defer answer.Wipe()
+	return bytes.Equal(answer.Bytes(), []byte("yes")), nil
+}
+
+// Notice says that the reader asks, and stays until ctx ends.
+func (d *terminalDialogue) Notice(ctx context.Context) error {
+	if err := d.say("Please enter the PIN on the card reader."); err != nil {
+		return err
+	}
+	<-ctx.Done()
+	return nil
+}
+
+// Close gives the terminal back.
+func (d *terminalDialogue) Close() error {
+	d.ask.Close()
+	return nil
+}
