@@ -27,7 +27,7 @@ type askpass struct {
 // ask runs the program and reads what it prints, its final newline dropped.
 func (a *askpass) ask(ctx context.Context, prompt Prompt, kind string) (answer *secret.Secret, err error) {
 	var texts []string
-	for _, text := range []string{prompt.Title, prompt.Error, prompt.Description, prompt.Label} {
+	for _, text := range []string{prompt.Title, prompt.withError(), prompt.Label} {
 		if text != "" {
 			texts = append(texts, text)
 		}

@@ -209,8 +209,9 @@ func (d *Dialogue) ask(ctx context.Context, timeout time.Duration, question func
 		defer stop()
 	}
 	for {
+		var first error
 		if d.by != nil && d.used {
-			if err := d.by.again(ctx); err != nil {
+			if first = d.by.again(ctx); first != nil {
 				// It died of boredom, or cannot be asked twice: another of its
 				// kind can.
 				d.drop()
@@ -220,6 +221,9 @@ func (d *Dialogue) ask(ctx context.Context, timeout time.Duration, question func
 			}
 		}
 		if err := d.open(ctx); err != nil {
+			if none, ok := errors.AsType[*noPromptError](err); ok && first != nil {
+				none.tried = append([]error{first}, none.tried...)
+			}
 			return err
 		}
 		d.used = true

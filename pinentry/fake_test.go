@@ -49,7 +49,8 @@ type fake struct {
 	in   *bufio.Reader
 	log  *os.File
 	dir  string
-	asks int // how many questions there were, this one included
+	asks int  // how many questions there were, this one included
+	one  bool // the question has one button
 }
 
 func (f *fake) say(format string, args ...any) { fmt.Printf(format, args...) }
@@ -119,6 +120,7 @@ func runFake(name, dir string) {
 			return
 		case "GETPIN", "CONFIRM", "MESSAGE":
 			f.asks++
+			f.one = rest == "--one-button"
 			if s.ask != nil {
 				s.ask(f)
 			} else {

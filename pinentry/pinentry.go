@@ -136,6 +136,21 @@ type Prompt struct {
 	Timeout time.Duration
 }
 
+// withError is the description with the error in it, for programs that have no place
+// for an error. The first line stays the first: it says what is asked for. A text
+// that is too long loses its end, so the error comes right below.
+func (p *Prompt) withError() string {
+	if p.Error == "" {
+		return p.Description
+	}
+	first, rest, more := strings.Cut(p.Description, "\n")
+	text := strings.TrimPrefix(first+"\n"+p.Error, "\n")
+	if more {
+		text += "\n" + rest
+	}
+	return text
+}
+
 // Open gets a program ready to ask at place. The error is ErrNoPrompt when none
 // can be started, or that of ctx. The dialogue outlives ctx; it is to be closed.
 func (p *Pinentry) Open(ctx context.Context, place Place) (*Dialogue, error) {
