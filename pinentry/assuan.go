@@ -147,9 +147,11 @@ type conn struct {
 	place Place
 	title string // what the process is called in errors
 	ctype string // as the process knows it
-	three bool   // it shows a third button, and says when that is pressed
-	asked bool   // whether it does
-	word  string // the command that it was sent last
+	// flavour is what it asks with, "curses" for one; empty: it does not say. Known once
+	// asked is set.
+	flavour string
+	asked   bool
+	word    string // the command that it was sent last
 
 	lines lineReader
 }
@@ -505,7 +507,7 @@ func (c *conn) pin(ctx context.Context, prompt Prompt) (*secret.Secret, error) {
 // these say of the third, and then no would be taken for something else.
 var threeButtons = []string{"curses", "tty", "gtk2", "qt", "qt5"}
 
-// learnFlavour asks once whether there is a third button.
+// learnFlavour asks once what pinentry asks with.
 func (c *conn) learnFlavour(ctx context.Context) error {
 	if c.asked {
 		return nil
@@ -524,8 +526,7 @@ func (c *conn) learnFlavour(ctx context.Context) error {
 		c.asked = err == nil
 		// What it does in fact comes last, as in "gtk2:curses".
 		flavour := name.Bytes()
-		flavour = flavour[bytes.LastIndexByte(flavour, ':')+1:]
-		c.three = slices.Contains(threeButtons, string(flavour))
+		c.flavour = string(flavour[bytes.LastIndexByte(flavour, ':')+1:])
 		return err
 	})
 }
@@ -536,7 +537,7 @@ func (c *conn) confirm(ctx context.Context, prompt Prompt) error {
 		if err := c.learnFlavour(ctx); err != nil {
 			return err
 		}
-		if !c.three {
+		if !slices.Contains(threeButtons, c.flavour) {
 			prompt.Other = ""
 		}
 	}

@@ -75,7 +75,7 @@ const (
 	// wayPlace is the program with all that is known of the place.
 	wayPlace way = iota
 	// wayPlain is pinentry-tty, for when the terminal is too small or of a kind
-	// that curses does not know.
+	// that curses does not know, or cannot draw on.
 	wayPlain
 	// wayAskpass is the SSH_ASKPASS program.
 	wayAskpass
@@ -86,7 +86,8 @@ const (
 // after returns what is worth trying next once w has failed with err.
 func (d *Dialogue) after(w way, err error) way {
 	perr, isERR := errors.AsType[*pinentryError](err)
-	if w == wayPlace && d.place.TTY != nil && isERR && perr.code() == codeWindowTooSmall {
+	small := isERR && perr.code() == codeWindowTooSmall
+	if w == wayPlace && d.place.TTY != nil && (small || errors.Is(err, errCannotDraw)) {
 		return wayPlain
 	}
 	return wayNone
@@ -120,8 +121,25 @@ func (d *Dialogue) start(ctx context.Context) (asker, error) {
 	if d.way == wayAskpass {
 		return &askpass{file: file, env: p.environment(d.place)}, nil
 	}
-	return dial(ctx, p, called, file, d.place)
+	by, err := dial(ctx, p, called, file, d.place)
+	if err != nil || d.way != wayPlace || d.place.TTY == nil || canDraw(d.place.TTYType) {
+		return by, err
+	}
+	// Curses would draw all the same.
+	if c, ok := by.(*conn); ok {
+		if err = c.learnFlavour(ctx); err == nil && c.flavour == "curses" {
+			err = &cannotAskError{fmt.Errorf("%s: %w (TERM=%s)", called, errCannotDraw, Visible(d.place.TTYType, false))}
+		}
+	}
+	if err != nil {
+		by.close()
+		return nil, err
+	}
+	return by, nil
 }
+
+// errCannotDraw says that a program would draw on a terminal that cannot be drawn on.
+var errCannotDraw = errors.New("nothing can be drawn on this terminal")
 
 // open makes sure that a program runs. Where one cannot be started, the next
 // way is taken.
