@@ -48,7 +48,7 @@ func (a *askpass) ask(ctx context.Context, prompt Prompt, kind string) (answer *
 		}
 	}()
 
-	child, err := run(a.file, []string{cutText(text)}, env, nil)
+	child, err := run(a.file, []string{a.file, cutText(text)}, env, nil)
 	if err != nil {
 		return nil, &cannotAskError{fmt.Errorf("SSH_ASKPASS: %w", err)}
 	}

@@ -207,15 +207,16 @@ func (l *lineReader) forget() { secret.Wipe(l.buf.Buffer()[:l.start]) }
 // ahead tells whether something was read that is not used.
 func (l *lineReader) ahead() bool { return l.start != l.end }
 
-// dial starts a pinentry and tells it about the place.
-func dial(ctx context.Context, p *Pinentry, title, file string, place Place) (asker, error) {
+// dial starts a pinentry and tells it about the place. argv is empty, or has its name
+// and its arguments.
+func dial(ctx context.Context, p *Pinentry, title, file string, argv []string, place Place) (asker, error) {
 	env := p.environment(place)
 	for _, v := range env {
 		if strings.ContainsRune(v, 0) {
 			return nil, &cannotAskError{fmt.Errorf("%s: the place to ask at has a zero byte in its description", title)}
 		}
 	}
-	child, err := run(file, nil, env, place.TTY)
+	child, err := run(file, argv, env, place.TTY)
 	if err != nil {
 		return nil, &cannotAskError{fmt.Errorf("%s: %w", title, err)}
 	}

@@ -74,8 +74,9 @@ type way int
 const (
 	// wayPlace is the program with all that is known of the place.
 	wayPlace way = iota
-	// wayPlain is pinentry-tty, for when the terminal is too small or of a kind
-	// that curses does not know, or cannot draw on.
+	// wayPlain is pinentry-tty, for when the terminal is too small or of a kind that
+	// curses does not know, or cannot draw on. Of these kinds, Plain asks in its place
+	// where it is not installed.
 	wayPlain
 	// wayAskpass is the SSH_ASKPASS program.
 	wayAskpass
@@ -115,13 +116,16 @@ func (d *Dialogue) start(ctx context.Context) (asker, error) {
 		}
 	}
 	file, err := p.find(program)
+	if kind, ok := lookUpTerminal(d.place.TTYType); err != nil && d.way == wayPlain && len(p.Plain) > 0 && !(ok && kind.cursor) {
+		return dial(ctx, p, "the plain question", "/proc/self/exe", p.Plain, d.place)
+	}
 	if err != nil {
 		return nil, &cannotAskError{fmt.Errorf("%s: %w", called, err)}
 	}
 	if d.way == wayAskpass {
 		return &askpass{file: file, env: p.environment(d.place)}, nil
 	}
-	by, err := dial(ctx, p, called, file, d.place)
+	by, err := dial(ctx, p, called, file, nil, d.place)
 	if err != nil || d.way != wayPlace || d.place.TTY == nil || canDraw(d.place.TTYType) {
 		return by, err
 	}

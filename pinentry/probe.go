@@ -45,7 +45,7 @@ func (p *Pinentry) Probe(ctx context.Context, place Place) (Probed, error) {
 		return Probed{}, err
 	}
 	probed := Probed{File: file}
-	by, err := dial(ctx, p, filepath.Base(file), file, place)
+	by, err := dial(ctx, p, filepath.Base(file), file, nil, place)
 	if err != nil {
 		return probed, err
 	}
@@ -163,12 +163,8 @@ func (p Place) CheckTerminal() error {
 		return ErrNoTerminal
 	}
 	size, err := unix.IoctlGetWinsize(int(p.TTY.Fd()), unix.TIOCGWINSZ)
-	switch {
-	case err != nil:
+	if err != nil {
 		return fmt.Errorf("it is no terminal: %w", err)
-	case size.Col == 0 || size.Row == 0: // it does not say; TERM does
-	case size.Col < MinColumns || size.Row < MinRows:
-		return fmt.Errorf("%w: it has %d columns and %d rows, and %d and %d are needed", ErrTooSmall, size.Col, size.Row, MinColumns, MinRows)
 	}
 	kind, ok := lookUpTerminal(p.TTYType)
 	switch {
@@ -176,6 +172,9 @@ func (p Place) CheckTerminal() error {
 		return fmt.Errorf("%w (TERM=%s)", ErrTTYType, Visible(p.TTYType, false))
 	case !kind.cursor:
 		return fmt.Errorf("%w how to draw on (TERM=%s)", ErrTTYType, Visible(p.TTYType, false))
+	case size.Col == 0 || size.Row == 0: // it does not say; TERM does
+	case size.Col < MinColumns || size.Row < MinRows:
+		return fmt.Errorf("%w: it has %d columns and %d rows, and %d and %d are needed", ErrTooSmall, size.Col, size.Row, MinColumns, MinRows)
 	}
 	return nil
 }

@@ -14,6 +14,7 @@ import (
 
 	"github.com/spf13/cobra"
 
+	"p11-agent/pinentry"
 	"p11-agent/pinentry/secret"
 	"p11-agent/systemd"
 	"p11-agent/token/module"
@@ -51,6 +52,9 @@ func main() {
 		// let grow to before garbage is collected. Now it is 2 MiB.
 		debug.SetGCPercent(50)
 		os.Exit(module.Main())
+	}
+	if len(os.Args) > 1 && os.Args[1] == plainCommand {
+		os.Exit(pinentry.Plain())
 	}
 	// Half a MiB lives in an agent. Less than 3 MiB would have garbage collected so
 	// often that signatures take longer.
