@@ -98,6 +98,7 @@ type Rule struct {
 // A Question is what a person is asked to confirm.
 type Question struct {
 	*Use
+	Key            Key    // on a token, that would sign; nil: it is on none
 	KeyFingerprint string // as keys are named to people
 	Why            string // somebody is asked at all
 	// Plain is what a yes means when nothing else is chosen.
@@ -548,11 +549,11 @@ func (k *Keyring) approve(ctx context.Context, u *Use, id *identity) error {
 	case socket != nil && socket.Confirm:
 		why = "confirm = true of the socket " + socket.Name
 	case u.Unlimited && !u.pinPays:
-		return k.approveLoss(ctx, u)
+		return k.approveLoss(ctx, u, id)
 	case d.confirm == ConfirmNever:
 		return nil
 	}
-	r := Question{Use: u, KeyFingerprint: k.fingerprint(id.plain), Why: cmp.Or(why, d.why())}
+	r := Question{Use: u, Key: id.home(), KeyFingerprint: k.fingerprint(id.plain), Why: cmp.Or(why, d.why())}
 	name, ok := u.sameness(id.wire)
 	if why != "" || !ok {
 		return k.ask(ctx, r).error()
@@ -578,9 +579,9 @@ func (k *Keyring) approve(ctx context.Context, u *Use, id *identity) error {
 }
 
 // approveLoss has a person asked whether a key may be used without limits that it had.
-func (k *Keyring) approveLoss(ctx context.Context, u *Use) error {
+func (k *Keyring) approveLoss(ctx context.Context, u *Use, id *identity) error {
 	const why = "the limits that the key had before it was removed"
-	return k.ask(ctx, Question{Use: u, KeyFingerprint: k.fingerprint(u.Key), Why: why}).error()
+	return k.ask(ctx, Question{Use: u, Key: id.home(), KeyFingerprint: k.fingerprint(u.Key), Why: why}).error()
 }
 
 // asked is what came of a question.

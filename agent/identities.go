@@ -26,6 +26,20 @@ type identity struct {
 	beginning beginning // of its lines in the log
 }
 
+// home returns the key that is tried first to sign: the first one whose token is there,
+// or else the first one. nil: the identity is on no token.
+func (id *identity) home() Key {
+	for _, key := range id.homes {
+		if key.Present() {
+			return key
+		}
+	}
+	if len(id.homes) > 0 {
+		return id.homes[0]
+	}
+	return nil
+}
+
 // softwareKey is a private key in memory: an identity that is listed when the key is
 // on no token, and is not changed once it is.
 type softwareKey struct {

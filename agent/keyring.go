@@ -384,7 +384,7 @@ func (k *Keyring) sign(ctx context.Context, rec *record, id *identity, r SignReq
 	}
 	if paid != nil && !paid.Load() {
 		// Somebody gave the PIN for something else, perhaps without a look at this request.
-		if err := k.approveLoss(ctx, rec.use); err != nil {
+		if err := k.approveLoss(ctx, rec.use, id); err != nil {
 			return nil, err
 		}
 	}

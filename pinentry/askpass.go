@@ -27,7 +27,7 @@ type askpass struct {
 // ask runs the program and reads what it prints, its final newline dropped.
 func (a *askpass) ask(ctx context.Context, prompt Prompt, kind string) (answer *secret.Secret, err error) {
 	var texts []string
-	for _, text := range []string{prompt.Title, prompt.Error, prompt.Description, prompt.Label} {
+	for _, text := range []string{prompt.Title, prompt.withError(), prompt.Label} {
 		if text != "" {
 			texts = append(texts, text)
 		}
@@ -48,7 +48,7 @@ func (a *askpass) ask(ctx context.Context, prompt Prompt, kind string) (answer *
 		}
 	}()
 
-	child, err := run(a.file, []string{cutText(text)}, env, nil)
+	child, err := run(a.file, []string{a.file, cutText(text)}, env, nil)
 	if err != nil {
 		return nil, &cannotAskError{fmt.Errorf("SSH_ASKPASS: %w", err)}
 	}

@@ -25,10 +25,20 @@ const (
 	maxLines = 200
 	// maxErrorText is how much of an error's text is kept.
 	maxErrorText = 200
-	// patience is how long pinentry may take to say what it says without a
-	// person: a program that is no pinentry at all would never say anything.
-	patience = 20 * time.Second
+	// defaultPatience is how long pinentry may take for all that it does without a
+	// person between two questions.
+	defaultPatience = 20 * time.Second
 )
+
+// testOnlyPatience replaces defaultPatience in tests of programs that do not answer.
+var testOnlyPatience time.Duration
+
+func patience() time.Duration {
+	if testOnlyPatience > 0 {
+		return testOnlyPatience
+	}
+	return defaultPatience
+}
 
 // Error codes of libgpg-error (err-codes.h).
 const (
@@ -37,6 +47,7 @@ const (
 	codeNotConfirmed   = 114
 	codeLocaleProblem  = 166
 	codeFullyCanceled  = 198
+	codeUnknownCommand = 275
 	codeWindowTooSmall = 301
 )
 
@@ -48,7 +59,8 @@ var (
 	errAhead     = errors.New("it answered before it was asked")
 	errInquiry   = errors.New("it asked back")
 	errData      = errors.New("it sent data that was not asked for")
-	errSilent    = fmt.Errorf("it has not spoken for %v", patience)
+	errSilent    = errors.New("it does not answer")
+	errNeeded    = errors.New("there is no question without it")
 	errTooLong   = fmt.Errorf("the answer has more than %d bytes", MaxPIN)
 )
 
@@ -135,8 +147,11 @@ type conn struct {
 	place Place
 	title string // what the process is called in errors
 	ctype string // as the process knows it
-	three bool   // it shows a third button, and says when that is pressed
-	asked bool   // whether it does
+	// flavour is what it asks with, "curses" for one; empty: it does not say. Known once
+	// asked is set.
+	flavour string
+	asked   bool
+	word    string // the command that it was sent last
 
 	lines lineReader
 }
@@ -192,15 +207,16 @@ func (l *lineReader) forget() { secret.Wipe(l.buf.Buffer()[:l.start]) }
 // ahead tells whether something was read that is not used.
 func (l *lineReader) ahead() bool { return l.start != l.end }
 
-// dial starts a pinentry and tells it about the place.
-func dial(ctx context.Context, p *Pinentry, title, file string, place Place) (asker, error) {
+// dial starts a pinentry and tells it about the place. argv is empty, or has its name
+// and its arguments.
+func dial(ctx context.Context, p *Pinentry, title, file string, argv []string, place Place) (asker, error) {
 	env := p.environment(place)
 	for _, v := range env {
 		if strings.ContainsRune(v, 0) {
 			return nil, &cannotAskError{fmt.Errorf("%s: the place to ask at has a zero byte in its description", title)}
 		}
 	}
-	child, err := run(file, nil, env, place.TTY)
+	child, err := run(file, argv, env, place.TTY)
 	if err != nil {
 		return nil, &cannotAskError{fmt.Errorf("%s: %w", title, err)}
 	}
@@ -219,7 +235,7 @@ func dial(ctx context.Context, p *Pinentry, title, file string, place Place) (as
 // promptly does what needs no person within ctx, and within the time pinentry
 // has for it.
 func (c *conn) promptly(ctx context.Context, do func() error) error {
-	limited, cancel := context.WithTimeout(ctx, patience)
+	limited, cancel := context.WithTimeout(ctx, patience())
 	defer cancel()
 	release := c.guard(limited)
 	err := do()
@@ -229,7 +245,10 @@ func (c *conn) promptly(ctx context.Context, do func() error) error {
 		c.end()
 		return ended(ctx)
 	case late:
-		err = errSilent
+		err = fmt.Errorf("%w within %v", errSilent, patience())
+		if c.word != "" {
+			err = fmt.Errorf("%w (to %s)", err, c.word)
+		}
 	}
 	if err != nil {
 		return &cannotAskError{c.explain(err)}
@@ -292,6 +311,7 @@ func (c *conn) command(line string, pin *secret.Secret) error {
 	if len(line) >= maxLine {
 		return fmt.Errorf("a line of %d bytes is too long for it", len(line)+1)
 	}
+	c.word, _, _ = strings.Cut(line, " ")
 	c.trace("> ", line)
 	if c.lines.ahead() {
 		return errAhead // an old answer would pass for that to this question
@@ -354,61 +374,85 @@ func (c *conn) trace(direction, line string) {
 	}
 }
 
-// set sends a text to be shown, cut to what fits. A text that the dialogue can
-// do without (optional) may be refused.
-func (c *conn) set(command, text string, lines, optional bool) error {
+// set sends a text to be shown, cut to what fits. refused says that pinentry does not
+// take it.
+func (c *conn) set(command, text string, lines bool) (refused bool, err error) {
 	if text == "" {
-		return nil
+		return false, nil
 	}
 	line := appendEscaped([]byte(command+" "), Visible(text, lines), maxLine-1)
-	err := c.command(string(line), nil)
-	if _, ok := errors.AsType[*pinentryError](err); ok && optional {
-		return nil
+	err = c.command(string(line), nil)
+	if _, ok := errors.AsType[*pinentryError](err); ok {
+		return true, fmt.Errorf("%s: %w", command, err)
 	}
-	return err
+	return false, err
 }
 
-// show sends a prompt and the command that shows it.
-func (c *conn) show(prompt Prompt, command string, pin *secret.Secret) error {
+// prepare sends a prompt. The dialogue can do without what pinentry refuses, but for
+// the description. A refused error goes into that. A refused third button is taken
+// out of the prompt, or no would be taken for it.
+func (c *conn) prepare(prompt *Prompt) error {
 	for _, s := range []struct {
-		command, text   string
-		lines, optional bool
+		command, text string
+		lines         bool
+		without       func() error // how to go on when it is refused; nil: nothing is lost
 	}{
-		{command: "SETTITLE", text: prompt.Title, optional: true},
-		{command: "SETDESC", text: prompt.Description, lines: true},
+		{command: "SETTITLE", text: prompt.Title},
+		{command: "SETDESC", text: prompt.Description, lines: true, without: func() error { return errNeeded }},
 		{command: "SETPROMPT", text: prompt.Label},
-		{command: "SETERROR", text: prompt.Error, lines: true},
-		{command: "SETOK", text: prompt.OK, optional: true},
-		{command: "SETCANCEL", text: prompt.Cancel, optional: true},
-		{command: "SETNOTOK", text: prompt.Other},
-		{command: "SETTIMEOUT", text: strconv.FormatInt(seconds(prompt.Timeout), 10), optional: true},
+		{command: "SETERROR", text: prompt.Error, lines: true, without: func() error {
+			_, err := c.set("SETDESC", prompt.withError(), true)
+			return err
+		}},
+		{command: "SETOK", text: prompt.OK},
+		{command: "SETCANCEL", text: prompt.Cancel},
+		{command: "SETNOTOK", text: prompt.Other, without: func() error { prompt.Other = ""; return nil }},
+		{command: "SETTIMEOUT", text: strconv.FormatInt(seconds(prompt.Timeout), 10)},
 	} {
-		if err := c.set(s.command, s.text, s.lines, s.optional); err != nil {
+		refused, err := c.set(s.command, s.text, s.lines)
+		if refused && s.without != nil {
+			if more := s.without(); more != nil {
+				return fmt.Errorf("%w: %w", err, more)
+			}
+		} else if err != nil && !refused {
 			return err
 		}
 	}
-	return c.command(command, pin)
+	return nil
 }
 
-// ask shows a prompt within ctx.
+// put sends the command that shows the prompt, and waits for the person. over is the
+// error of ctx when that has ended, and then the program has ended too.
+func (c *conn) put(ctx context.Context, command string, pin *secret.Secret) (answer, over error) {
+	release := c.guard(ctx)
+	answer = c.command(command, pin)
+	if perr, ok := errors.AsType[*pinentryError](answer); ok && command == "MESSAGE" && perr.code() == codeUnknownCommand {
+		answer = c.command("CONFIRM --one-button", pin) // the same, for a program without MESSAGE
+	}
+	return answer, release()
+}
+
+// ask shows a prompt within ctx. Only the answer to the command that shows it is an
+// answer of the person.
 func (c *conn) ask(ctx context.Context, prompt Prompt, command string, pin *secret.Secret) error {
 	c.tty.remember()
-	release := c.guard(ctx)
-	err := c.show(prompt, command, pin)
-	if perr, ok := errors.AsType[*pinentryError](err); ok && perr.code() == codeLocaleProblem && c.ctype != fallbackCtype {
-		// The locale of the place is not installed here. Nothing was shown yet.
-		c.ctype = fallbackCtype
-		if err = c.command("RESET", nil); err == nil {
-			err = c.option("lc-ctype", c.ctype)
-		}
-		if err == nil {
-			err = c.show(prompt, command, pin)
-		}
+	if err := c.promptly(ctx, func() error { return c.prepare(&prompt) }); err != nil {
+		return err
 	}
-	if ctxErr := release(); ctxErr != nil {
-		return ctxErr
+	err, over := c.put(ctx, command, pin)
+	if perr, ok := errors.AsType[*pinentryError](err); ok && over == nil && perr.code() == codeLocaleProblem && c.ctype != fallbackCtype {
+		if again := c.withFallback(ctx, &prompt); again != nil {
+			if _, ok := errors.AsType[*cannotAskError](again); !ok {
+				return again
+			}
+			return &cannotAskError{fmt.Errorf("%s: %w; then %w", c.title, err, again)}
+		}
+		err, over = c.put(ctx, command, pin)
 	}
-	if err == nil {
+	switch {
+	case over != nil:
+		return over
+	case err == nil:
 		return nil
 	}
 	if perr, ok := errors.AsType[*pinentryError](err); ok {
@@ -431,6 +475,21 @@ func (c *conn) ask(ctx context.Context, prompt Prompt, command string, pin *secr
 	return &cannotAskError{err}
 }
 
+// withFallback sends the prompt again, with a locale that is installed here: that of
+// the place is not. Nothing was shown yet.
+func (c *conn) withFallback(ctx context.Context, prompt *Prompt) error {
+	c.ctype = fallbackCtype
+	return c.promptly(ctx, func() error {
+		if err := c.command("RESET", nil); err != nil {
+			return err
+		}
+		if err := c.option("lc-ctype", c.ctype); err != nil {
+			return err
+		}
+		return c.prepare(prompt)
+	})
+}
+
 func (c *conn) pin(ctx context.Context, prompt Prompt) (*secret.Secret, error) {
 	pin, err := secret.New(MaxPIN)
 	if err != nil {
@@ -449,7 +508,7 @@ func (c *conn) pin(ctx context.Context, prompt Prompt) (*secret.Secret, error) {
 // these say of the third, and then no would be taken for something else.
 var threeButtons = []string{"curses", "tty", "gtk2", "qt", "qt5"}
 
-// learnFlavour asks once whether there is a third button.
+// learnFlavour asks once what pinentry asks with.
 func (c *conn) learnFlavour(ctx context.Context) error {
 	if c.asked {
 		return nil
@@ -468,8 +527,7 @@ func (c *conn) learnFlavour(ctx context.Context) error {
 		c.asked = err == nil
 		// What it does in fact comes last, as in "gtk2:curses".
 		flavour := name.Bytes()
-		flavour = flavour[bytes.LastIndexByte(flavour, ':')+1:]
-		c.three = slices.Contains(threeButtons, string(flavour))
+		c.flavour = string(flavour[bytes.LastIndexByte(flavour, ':')+1:])
 		return err
 	})
 }
@@ -480,7 +538,7 @@ func (c *conn) confirm(ctx context.Context, prompt Prompt) error {
 		if err := c.learnFlavour(ctx); err != nil {
 			return err
 		}
-		if !c.three {
+		if !slices.Contains(threeButtons, c.flavour) {
 			prompt.Other = ""
 		}
 	}

@@ -57,14 +57,17 @@ type child struct {
 	reaped   bool
 }
 
-// run starts file. It inherits the terminal tty, unless that is nil, which gets
+// run starts file with the arguments argv, its name first; empty: it has none. It inherits the terminal tty, unless that is nil, which gets
 // its modes back should the program be ended by a signal.
-func run(file string, args, env []string, tty *os.File) (_ *child, err error) {
+func run(file string, argv, env []string, tty *os.File) (_ *child, err error) {
 	c := &child{
-		cmd:        exec.Command(file, args...),
+		cmd:        exec.Command(file),
 		errorsDone: make(chan struct{}),
 		done:       make(chan struct{}),
 		killed:     make(chan struct{}),
+	}
+	if len(argv) > 0 {
+		c.cmd.Args = argv
 	}
 	c.cmd.Env = env
 	c.cmd.Dir = "/"

@@ -74,8 +74,9 @@ type way int
 const (
 	// wayPlace is the program with all that is known of the place.
 	wayPlace way = iota
-	// wayPlain is pinentry-tty, for when the terminal is too small or of a kind
-	// that curses does not know.
+	// wayPlain is pinentry-tty, for when the terminal is too small or of a kind that
+	// curses does not know, or cannot draw on. Of these kinds, Plain asks in its place
+	// where it is not installed.
 	wayPlain
 	// wayAskpass is the SSH_ASKPASS program.
 	wayAskpass
@@ -86,7 +87,8 @@ const (
 // after returns what is worth trying next once w has failed with err.
 func (d *Dialogue) after(w way, err error) way {
 	perr, isERR := errors.AsType[*pinentryError](err)
-	if w == wayPlace && d.place.TTY != nil && isERR && perr.code() == codeWindowTooSmall {
+	small := isERR && perr.code() == codeWindowTooSmall
+	if w == wayPlace && d.place.TTY != nil && (small || errors.Is(err, errCannotDraw)) {
 		return wayPlain
 	}
 	return wayNone
@@ -114,14 +116,34 @@ func (d *Dialogue) start(ctx context.Context) (asker, error) {
 		}
 	}
 	file, err := p.find(program)
+	if kind, ok := lookUpTerminal(d.place.TTYType); err != nil && d.way == wayPlain && len(p.Plain) > 0 && !(ok && kind.cursor) {
+		return dial(ctx, p, "the plain question", "/proc/self/exe", p.Plain, d.place)
+	}
 	if err != nil {
 		return nil, &cannotAskError{fmt.Errorf("%s: %w", called, err)}
 	}
 	if d.way == wayAskpass {
 		return &askpass{file: file, env: p.environment(d.place)}, nil
 	}
-	return dial(ctx, p, called, file, d.place)
+	by, err := dial(ctx, p, called, file, nil, d.place)
+	if err != nil || d.way != wayPlace || d.place.TTY == nil || canDraw(d.place.TTYType) {
+		return by, err
+	}
+	// Curses would draw all the same.
+	if c, ok := by.(*conn); ok {
+		if err = c.learnFlavour(ctx); err == nil && c.flavour == "curses" {
+			err = &cannotAskError{fmt.Errorf("%s: %w (TERM=%s)", called, errCannotDraw, Visible(d.place.TTYType, false))}
+		}
+	}
+	if err != nil {
+		by.close()
+		return nil, err
+	}
+	return by, nil
 }
+
+// errCannotDraw says that a program would draw on a terminal that cannot be drawn on.
+var errCannotDraw = errors.New("nothing can be drawn on this terminal")
 
 // open makes sure that a program runs. Where one cannot be started, the next
 // way is taken.
@@ -209,8 +231,9 @@ func (d *Dialogue) ask(ctx context.Context, timeout time.Duration, question func
 		defer stop()
 	}
 	for {
+		var first error
 		if d.by != nil && d.used {
-			if err := d.by.again(ctx); err != nil {
+			if first = d.by.again(ctx); first != nil {
 				// It died of boredom, or cannot be asked twice: another of its
 				// kind can.
 				d.drop()
@@ -220,6 +243,9 @@ func (d *Dialogue) ask(ctx context.Context, timeout time.Duration, question func
 			}
 		}
 		if err := d.open(ctx); err != nil {
+			if none, ok := errors.AsType[*noPromptError](err); ok && first != nil {
+				none.tried = append([]error{first}, none.tried...)
+			}
 			return err
 		}
 		d.used = true

@@ -31,6 +31,9 @@ import (
 const fakeMark = "p11-fake"
 
 func TestMain(m *testing.M) {
+	if len(os.Args) == 2 && os.Args[1] == plainTest {
+		exit(Plain())
+	}
 	if words := strings.Fields(os.Getenv("PINENTRY_USER_DATA")); len(words) == 3 && words[0] == fakeMark {
 		runFake(words[1], words[2])
 		exit(0)
@@ -49,7 +52,8 @@ type fake struct {
 	in   *bufio.Reader
 	log  *os.File
 	dir  string
-	asks int // how many questions there were, this one included
+	asks int  // how many questions there were, this one included
+	one  bool // the question has one button
 }
 
 func (f *fake) say(format string, args ...any) { fmt.Printf(format, args...) }
@@ -119,6 +123,7 @@ func runFake(name, dir string) {
 			return
 		case "GETPIN", "CONFIRM", "MESSAGE":
 			f.asks++
+			f.one = rest == "--one-button"
 			if s.ask != nil {
 				s.ask(f)
 			} else {

@@ -78,6 +78,10 @@ type Pinentry struct {
 	Path string
 	// Home is the HOME the programs get.
 	Home string
+	// Plain has the arguments with which this very program runs [Plain], its name
+	// first. Empty means that it does not; then pinentry-tty alone asks where nothing
+	// can be drawn.
+	Plain []string
 	// NoGrab leaves keyboard and mouse to other windows while the dialogue is
 	// open. Otherwise a graphical pinentry keeps them to itself.
 	NoGrab bool
@@ -153,6 +157,21 @@ type Prompt struct {
 	// Timeout is how long the dialogue stays without an answer, rounded up to
 	// seconds. 0 means for as long as the context lasts.
 	Timeout time.Duration
+}
+
+// withError is the description with the error in it, for programs that have no place
+// for an error. The first line stays the first: it says what is asked for. A text
+// that is too long loses its end, so the error comes right below.
+func (p *Prompt) withError() string {
+	if p.Error == "" {
+		return p.Description
+	}
+	first, rest, more := strings.Cut(p.Description, "\n")
+	text := strings.TrimPrefix(first+"\n"+p.Error, "\n")
+	if more {
+		text += "\n" + rest
+	}
+	return text
 }
 
 // Open gets a program ready to ask at place. The error is ErrNoPrompt when none

@@ -24,6 +24,7 @@ import (
 var scenarios map[string]scenario
 
 func init() {
+	defer commandScenarios()
 	scenarios = map[string]scenario{
 		"ok": {},
 
@@ -116,7 +117,7 @@ func init() {
 
 		// What may be refused.
 		"minimal": {other: func(f *fake, word, _ string) bool {
-			return word != "SETDESC" && word != "SETPROMPT" && word != "SETERROR" && word != "RESET" &&
+			return word != "SETDESC" && word != "RESET" &&
 				f.sayOK("ERR 83886355 Unknown command\n")
 		}, ask: func(f *fake) { f.say("D 123456\nOK\n") }},
 
@@ -347,7 +348,7 @@ func TestProgramsThatCannotAsk(t *testing.T) {
 		"inquire":        errInquiry.Error(),
 		"ahead":          errAhead.Error(),
 		"data-unasked":   errData.Error(),
-		"no-description": "Unknown command (error 83886355)",
+		"no-description": "SETDESC: Unknown command (error 83886355)",
 	} {
 		t.Run(scenario, func(t *testing.T) {
 			s := newStage(t, scenario)
@@ -828,7 +829,7 @@ func TestAskpassArguments(t *testing.T) {
 			t.Fatalf("%q: %v", kind, err)
 		}
 		args := s.files("args-")[0]
-		if !strings.HasPrefix(args, "title\nwrong\n-x\n\\x1b%\nüü") || len(args) > maxAskpassText || !strings.HasSuffix(args, "ü…") {
+		if !strings.HasPrefix(args, "title\n-x\nwrong\n\\x1b%\nüü") || len(args) > maxAskpassText || !strings.HasSuffix(args, "ü…") {
 			t.Errorf("%q: arguments %q", kind, args)
 		}
 		env := strings.Split(s.files("env-")[0], "\n")

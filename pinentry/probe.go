@@ -5,7 +5,6 @@ import (
 	"errors"
 	"fmt"
 	"net"
-	"os"
 	"path/filepath"
 	"strconv"
 	"strings"
@@ -46,7 +45,7 @@ func (p *Pinentry) Probe(ctx context.Context, place Place) (Probed, error) {
 		return Probed{}, err
 	}
 	probed := Probed{File: file}
-	by, err := dial(ctx, p, filepath.Base(file), file, place)
+	by, err := dial(ctx, p, filepath.Base(file), file, nil, place)
 	if err != nil {
 		return probed, err
 	}
@@ -152,7 +151,8 @@ var (
 	ErrNoTerminal = errors.New("there is no terminal")
 	// ErrTooSmall says that pinentry-curses has too little room.
 	ErrTooSmall = errors.New("it is too small for pinentry-curses")
-	// ErrTTYType says that pinentry-curses does not know what kind it is.
+	// ErrTTYType says that pinentry-curses does not know what kind it is, or how to draw
+	// on that kind.
 	ErrTTYType = errors.New("it is of a kind that pinentry-curses does not know")
 )
 
@@ -163,37 +163,20 @@ func (p Place) CheckTerminal() error {
 		return ErrNoTerminal
 	}
 	size, err := unix.IoctlGetWinsize(int(p.TTY.Fd()), unix.TIOCGWINSZ)
-	switch {
-	case err != nil:
+	if err != nil {
 		return fmt.Errorf("it is no terminal: %w", err)
+	}
+	kind, ok := lookUpTerminal(p.TTYType)
+	switch {
+	case !ok:
+		return fmt.Errorf("%w (TERM=%s)", ErrTTYType, Visible(p.TTYType, false))
+	case !kind.cursor:
+		return fmt.Errorf("%w how to draw on (TERM=%s)", ErrTTYType, Visible(p.TTYType, false))
 	case size.Col == 0 || size.Row == 0: // it does not say; TERM does
 	case size.Col < MinColumns || size.Row < MinRows:
 		return fmt.Errorf("%w: it has %d columns and %d rows, and %d and %d are needed", ErrTooSmall, size.Col, size.Row, MinColumns, MinRows)
 	}
-	if !knownTTYType(p.TTYType) {
-		return fmt.Errorf("%w (TERM=%s)", ErrTTYType, Visible(p.TTYType, false))
-	}
 	return nil
-}
-
-// knownTTYType looks for a description of the terminal where terminfo(5) has them:
-// in a directory by the first letter, or by its number.
-func knownTTYType(name string) bool {
-	if name == "" || strings.ContainsRune(name, '/') {
-		return false
-	}
-	dirs := []string{os.Getenv("TERMINFO"), filepath.Join(os.Getenv("HOME"), ".terminfo"), "/etc/terminfo", "/lib/terminfo", "/usr/share/terminfo"}
-	for _, dir := range dirs {
-		if !filepath.IsAbs(dir) {
-			continue
-		}
-		for _, letter := range []string{name[:1], fmt.Sprintf("%x", name[0])} {
-			if _, err := os.Stat(filepath.Join(dir, letter, name)); err == nil {
-				return true
-			}
-		}
-	}
-	return false
 }
 
 // Say writes a line to the terminal of the place, where a question could be asked now.

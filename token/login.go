@@ -427,7 +427,7 @@ func (t *Token) withPIN(ctx context.Context, g *gate, k *Key, info wire.TokenInf
 			return t.judge(use(ctx, with.pin, false, false))
 		}
 	}
-	problem := ""
+	problem, first := "", error(nil)
 	if with.pin.Len() == 0 && !pad && tries != TriesLast && policy.Remember && (!eachUse || policy.Reuse) {
 		kept, err := g.keptPIN()
 		if err != nil {
@@ -444,7 +444,7 @@ func (t *Token) withPIN(ctx context.Context, g *gate, k *Key, info wire.TokenInf
 			if !refused || e.Tries == TriesNone {
 				return err
 			}
-			tries, problem = e.Tries, "The PIN that was kept is not right any more."
+			tries, problem, first = e.Tries, "The PIN that was kept is not right any more.", e
 		}
 	}
 
@@ -465,7 +465,7 @@ func (t *Token) withPIN(ctx context.Context, g *gate, k *Key, info wire.TokenInf
 	}
 	d, err := ask.Ask(ctx, request)
 	if err != nil {
-		return err
+		return withFirst(first, err)
 	}
 	defer d.Close() //nolint:errcheck // nothing more is wanted of the dialogue
 	if tries == TriesLast && (pad || with.pin.Len() > 0) {
@@ -484,8 +484,19 @@ func (t *Token) withPIN(ctx context.Context, g *gate, k *Key, info wire.TokenInf
 	case with.pin.Len() > 0:
 		return t.judge(use(ctx, with.pin, true, false))
 	default:
-		return t.fromPerson(ctx, g, d, tries, minPIN, maxPIN, problem, t.proving(use, true))
+		return t.fromPerson(ctx, g, d, tries, minPIN, maxPIN, problem, first, t.proving(use, true))
 	}
+}
+
+// withFirst puts the reason before err for which a person was asked, as the two have
+// one cause often. A person who cancels, or a request that ends, needs no reason. What
+// became of the PIN that was refused first has been dealt with: err alone is wrapped.
+func withFirst(first, err error) error {
+	switch {
+	case first == nil, errors.Is(err, ErrCancelled), errors.Is(err, context.Canceled), errors.Is(err, context.DeadlineExceeded):
+		return err
+	}
+	return fmt.Errorf("%v; then: %w", first, err) //nolint:errorlint // see above
 }
 
 // proving makes a usePIN note that the token took a PIN through its module.
@@ -552,11 +563,11 @@ func (t *Token) lastTry(ctx context.Context, d PINDialogue, problem string) erro
 }
 
 // fromPerson has a person give PINs until one is right, or they decline. problem
-// is what there is to say before the first. A PIN that was refused is not tried
+// is what there is to say before the first, and first is the error that says so. A PIN that was refused is not tried
 // again in the same dialogue, nor for a while in the next, and nor is any more
 // after maxAttempts: a person stops, a program that answers for one would lock the
 // token.
-func (t *Token) fromPerson(ctx context.Context, g *gate, d PINDialogue, tries Tries, minPIN, maxPIN int, problem string, use usePIN) error {
+func (t *Token) fromPerson(ctx context.Context, g *gate, d PINDialogue, tries Tries, minPIN, maxPIN int, problem string, first error, use usePIN) error {
 	var given []*secret.Secret // in this dialogue, and not right
 	defer func() {
 		for _, pin := range given {
@@ -568,14 +579,14 @@ func (t *Token) fromPerson(ctx context.Context, g *gate, d PINDialogue, tries Tr
 		last := tries == TriesLast
 		if last {
 			if err := t.lastTry(ctx, d, problem); err != nil {
-				return err
+				return withFirst(first, err)
 			}
 			problem = strings.TrimSpace(problem + " This is the last try.")
 		}
 		pin, err := d.PIN(ctx, problem)
 		if err != nil {
 			pin.Wipe()
-			return err
+			return withFirst(first, err)
 		}
 		if problem = badLength(pin.Len(), minPIN, maxPIN); problem != "" {
 			pin.Wipe()
@@ -597,7 +608,7 @@ func (t *Token) fromPerson(ctx context.Context, g *gate, d PINDialogue, tries Tr
 			pin.Wipe()
 			return err
 		}
-		wrong, tries = e, e.Tries
+		wrong, tries, first = e, e.Tries, e
 		if !e.Tried { // the flags changed since they were read
 			pin.Wipe()
 			problem = "The PIN was not tried yet."

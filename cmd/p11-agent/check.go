@@ -20,8 +20,14 @@ import (
 	"p11-agent/token/wire"
 )
 
+type checkOptions struct {
+	json  bool
+	color colorMode
+}
+
 func newCheckCommand(g *globals) *cobra.Command {
-	return &cobra.Command{
+	o := new(checkOptions)
+	cmd := &cobra.Command{
 		Use:   "check",
 		Short: "Read the configuration, and say what the agent would do",
 		Long: `Read the configuration as the agent would, start the modules, look at the tokens,
@@ -30,19 +36,30 @@ for. The exit status is 1 when something is wrong. "doctor" looks at the rest of
 the machine as well.`,
 		Args: noArgs,
 		RunE: func(cmd *cobra.Command, _ []string) error {
-			return runCheck(cmd.Context(), g, cmd.OutOrStdout(), cmd.ErrOrStderr())
+			return runCheck(cmd.Context(), g, o, cmd.OutOrStdout(), cmd.ErrOrStderr())
 		},
 	}
+	cmd.Flags().BoolVar(&o.json, "json", false, "print JSON")
+	addColorFlag(cmd, &o.color)
+	return cmd
 }
 
-func runCheck(ctx context.Context, g *globals, out, stderr io.Writer) error {
+func runCheck(ctx context.Context, g *globals, o *checkOptions, out, stderr io.Writer) error {
+	conf := &report{group: "configuration"}
+	if o.json {
+		if _, err := loadConfig(g.config); err != nil {
+			findConfiguration(conf, g.config)
+			return cmp.Or(printReportsJSON(out, []*report{conf}), error(statusError(exitUsage)))
+		}
+	}
 	c, err := loadConfig(g.config)
 	if err != nil {
 		return err
 	}
-	r := new(report)
-	r.ok("configuration: %s", cmp.Or(c.file, "none, so everything is as usual"))
-	findRegistry(r, c)
+	conf.ok("configuration: %s", cmp.Or(c.file, "none, so everything is as usual"))
+	mods, toks, asks := &report{group: "modules"}, &report{group: "tokens and keys"}, &report{group: "asking for the PIN"}
+	reports := []*report{conf, mods, toks, asks}
+	findRegistry(mods, c)
 	b := openBackend(c, nil, nil, stateDir(), token.KnownRead, newLog(stderr, slog.LevelError))
 	defer b.stop()
 	ctx, cancel := context.WithTimeout(ctx, lookTimeout)
@@ -51,15 +68,26 @@ func runCheck(ctx context.Context, g *globals, out, stderr io.Writer) error {
 	case <-b.store.Settled():
 	case <-ctx.Done():
 	}
-	findModules(r, b)
-	findTokens(r, b.store.Modules())
-	findKeys(ctx, r, c, b.store)
-	findSources(r, c)
-	findPinentry(r, c)
-	if err := r.print(out, true); err != nil {
-		return err
+	findModules(mods, b)
+	findTokens(toks, b.store.Modules())
+	findKeys(ctx, toks, c, b.store)
+	findSources(toks, c)
+	findPinentry(asks, c)
+	if o.json {
+		if err := printReportsJSON(out, reports); err != nil {
+			return err
+		}
+		if verdict(reports...) != nil {
+			return statusError(exitFailure)
+		}
+		return nil
 	}
-	return verdict(r)
+	for _, r := range reports {
+		if err := r.print(o.color.writer(out), true); err != nil {
+			return err
+		}
+	}
+	return verdict(reports...)
 }
 
 // findRegistry says what is wrong with p11-kit's configuration.

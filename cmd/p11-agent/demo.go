@@ -198,7 +198,7 @@ func (d *demo) prepare() (err error) {
 			return err
 		}
 	}
-	for _, dir := range []string{"home/.config/p11-agent", "tokens", "bin"} {
+	for _, dir := range []string{"home/.config/p11-agent", "home/.ssh", "tokens", "bin"} {
 		if err := os.MkdirAll(d.path(dir), 0o700); err != nil {
 			return err
 		}
@@ -577,9 +577,12 @@ ForceCommand echo "logged in"
 	if err != nil {
 		return d.result(err)
 	}
-	ok = d.write("known_hosts", fmt.Sprintf("[127.0.0.1]:%d %s\n", port, bytes.TrimSpace(host)), 0o600) &&
+	// The agent reads the file of its HOME, as it does anywhere: its prompts name the host.
+	known := filepath.Join("home", ".ssh", "known_hosts")
+	ok = d.write(known, fmt.Sprintf("demo %s\n", bytes.TrimSpace(host)), 0o600) &&
 		d.write("ssh_config", fmt.Sprintf(`Host demo
     HostName 127.0.0.1
+    HostKeyAlias demo
     Port %d
     User %s
     IdentityAgent %s
@@ -587,7 +590,7 @@ ForceCommand echo "logged in"
     UserKnownHostsFile %s
     StrictHostKeyChecking yes
     BatchMode yes
-`, port, d.user, d.path("agent.sock"), d.path("known_hosts")), 0o600)
+`, port, d.user, d.path("agent.sock"), d.path(known)), 0o600)
 	return ok && d.background(ctx, nil, []string{d.programs["sshd"], "-D", "-e", "-f", d.path("sshd_config")}, "sshd.log",
 		func(ctx context.Context) error { return dial(ctx, "tcp", fmt.Sprintf("127.0.0.1:%d", port)) })
 }

@@ -201,7 +201,7 @@ func TestDemo(t *testing.T) {
 	if _, failed := summary(t, out); failed != "0" || status != 0 || stderr != "" {
 		t.Errorf("%s failed, exit status %d, on stderr: %q\n%s", failed, status, stderr, out)
 	}
-	for _, part := range []string{"Please enter the PIN", "Token: " + demoToken} {
+	for _, part := range []string{`Enter the PIN of token "` + demoToken + `"`, "Token: " + demoToken, " at demo (host verified)"} {
 		if strings.Count(out, part) != 1 {
 			t.Errorf("the prompt is to show %q, once:\n%s", part, out)
 		}

@@ -29,6 +29,7 @@ const (
 
 type doctorOptions struct {
 	json, verbose bool
+	color         colorMode
 }
 
 func newDoctorCommand(g *globals) *cobra.Command {
@@ -51,6 +52,7 @@ nothing. The exit status is 1 when there is a problem.`,
 	f := cmd.Flags()
 	f.BoolVar(&o.json, "json", false, "print JSON")
 	f.BoolVarP(&o.verbose, "verbose", "v", false, "tell what was looked at and is well, too")
+	addColorFlag(cmd, &o.color)
 	return cmd
 }
 
@@ -93,7 +95,7 @@ func runDoctor(ctx context.Context, g *globals, o *doctorOptions, out io.Writer)
 		}
 		return nil
 	}
-	if err := printReports(out, reports, o.verbose); err != nil {
+	if err := printReports(o.color.writer(out), reports, o.verbose); err != nil {
 		return err
 	}
 	return verdict(reports...)

@@ -98,14 +98,12 @@ func findTerminal(r *report, place pinentry.Place, ttyErr error, with, askpass s
 		r.ok("a PIN can be asked for here with %s, on %s", with, name)
 	case cannotDraw && lerr == nil:
 		r.ok("a PIN can be asked for here with %s, on %s: %s cannot draw there, as %v", plain, name, with, err)
+	case errors.Is(err, pinentry.ErrTTYType):
+		r.ok("a PIN can be asked for here by the agent itself, on %s: %s cannot draw there, as %v", name, with, err)
 	case cannotDraw:
-		f := r.bad("no PIN can be asked for on this terminal (%s): %v", name, err)
-		if errors.Is(err, pinentry.ErrTooSmall) {
-			f.Next("make the window or pane larger, to %d columns and %d rows at least", pinentry.MinColumns, pinentry.MinRows)
-		} else {
-			f.Next("export TERM=xterm  # or the name of your terminal")
-		}
-		f.Next("%s  # asks in one line", installStep("pinentry-tty", "pinentry"))
+		r.bad("no PIN can be asked for on this terminal (%s): %v", name, err).
+			Next("make the window or pane larger, to %d columns and %d rows at least", pinentry.MinColumns, pinentry.MinRows).
+			Next("%s  # asks in one line", installStep("pinentry-tty", "pinentry"))
 	case askpass != "":
 		r.ok("a PIN can be asked for here with SSH_ASKPASS, %s: there is no terminal for %s", askpass, with)
 	case errors.Is(err, pinentry.ErrNoTerminal):

@@ -8,6 +8,7 @@ import (
 	"io"
 	"os"
 	"path/filepath"
+	"slices"
 	"strings"
 	"syscall"
 	"time"
@@ -18,6 +19,7 @@ import (
 //
 //	pin TEXT      this PIN
 //	always TEXT   this PIN, and for every question that follows
+//	last TEXT     this PIN, and then the program is of no use any more
 //	later TEXT    this PIN, once there is a file "release" in the directory
 //	stay          nothing, until the question is taken back
 //	for W TEXT    this PIN, for every question with the word W in its description, whatever the line
@@ -30,7 +32,8 @@ import (
 // gets what they were told, the file "asked" a line for each question, and the
 // file "env" the environment of the last one. The directory is "pinentry" or
 // "askpass" in HOME, which is all that they share with the agent. A file "flavour"
-// has what the fake pinentry says that it is.
+// has what the fake pinentry says that it is, and a file "refused" the commands that it
+// does not know.
 type fake struct {
 	dir   string
 	in    *bufio.Reader
@@ -124,6 +127,11 @@ func (f *fake) keepEnvironment() {
 func fakePinentry() {
 	f := newFake("pinentry")
 	f.keepEnvironment()
+	if _, err := os.Stat(filepath.Join(f.dir, "dead")); err == nil {
+		fmt.Fprintln(os.Stderr, "the display is gone")
+		exit(1)
+	}
+	refused, _ := os.ReadFile(filepath.Join(f.dir, "refused"))
 	fmt.Println("OK Pleased to meet you")
 	for {
 		line, err := f.in.ReadString('\n')
@@ -133,6 +141,10 @@ func fakePinentry() {
 		line = strings.TrimSuffix(line, "\n")
 		f.add("log", line)
 		word, _, _ := strings.Cut(line, " ")
+		if slices.Contains(strings.Fields(string(refused)), word) {
+			fmt.Println("ERR 536871187 Unknown IPC command <User defined source 1>")
+			continue
+		}
 		switch word {
 		case "SETDESC":
 			f.about = line
@@ -141,6 +153,10 @@ func fakePinentry() {
 			switch kind, text := f.answer(word); kind {
 			case "pin", "always":
 				fmt.Printf("D %s\nOK\n", text)
+			case "last":
+				fmt.Printf("D %s\nOK\n", text)
+				f.add("dead", "")
+				exit(0)
 			case "later":
 				f.wait()
 				fmt.Printf("D %s\nOK\n", text)

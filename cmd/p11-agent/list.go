@@ -29,6 +29,7 @@ const lookTimeout = 30 * time.Second
 
 type listOptions struct {
 	public, json, verbose bool
+	color                 colorMode
 }
 
 func newListCommand(g *globals) *cobra.Command {
@@ -55,6 +56,7 @@ key or a certificate.`,
 	f.BoolVar(&o.public, "public", false, "print public keys as lines for authorized_keys")
 	f.BoolVar(&o.json, "json", false, "print JSON")
 	f.BoolVarP(&o.verbose, "verbose", "v", false, "tell what is looked at, and what is left out and why")
+	addColorFlag(cmd, &o.color)
 	return cmd
 }
 
@@ -210,7 +212,7 @@ func runList(ctx context.Context, g *globals, o *listOptions, args []string, out
 	case o.public:
 		return printPublic(out, l)
 	default:
-		return printList(out, stderr, l, o.verbose)
+		return printList(o.color.writer(out), stderr, l, o.verbose)
 	}
 }
 
@@ -379,17 +381,17 @@ func printPublic(out io.Writer, l listing) error {
 func printList(out, stderr io.Writer, l listing, verbose bool) error {
 	var b strings.Builder
 	for _, t := range l.Tokens {
-		fmt.Fprintf(&b, "%s\n", t.URI)
-		fmt.Fprintf(&b, "    token %s, %s %s, module %s", strconv.Quote(t.Label), t.Manufacturer, t.Model, t.Module)
+		fmt.Fprintf(&b, "%s\n", paint(out, styleStrong, t.URI))
+		fmt.Fprintf(&b, "    token %s, %s %s, module %s", strconv.Quote(t.Label), visibleText(t.Manufacturer), visibleText(t.Model), t.Module)
 		switch {
 		case !t.Present:
-			fmt.Fprintf(&b, ", NOT THERE, last seen %s", t.LastSeen.Local().Format("2006-01-02 15:04"))
+			fmt.Fprintf(&b, ", %s, last seen %s", paint(out, styleCaution, "NOT THERE"), t.LastSeen.Local().Format("2006-01-02 15:04"))
 		case t.PIN == "locked":
-			b.WriteString(", PIN LOCKED")
+			b.WriteString(", " + paint(out, styleBad, "PIN LOCKED"))
 		case t.PIN == "last":
-			b.WriteString(", ONE PIN TRY LEFT")
+			b.WriteString(", " + paint(out, styleBad, "ONE PIN TRY LEFT"))
 		case t.PIN == "low":
-			b.WriteString(", fewer PIN tries left")
+			b.WriteString(", " + paint(out, styleCaution, "fewer PIN tries left"))
 		case !t.LoginNeeded:
 			b.WriteString(", no PIN needed")
 		}
@@ -400,7 +402,7 @@ func printList(out, stderr io.Writer, l listing, verbose bool) error {
 			fmt.Fprintf(&b, ", used through module %s", t.Shadowed)
 		}
 		if t.Home != "" {
-			fmt.Fprintf(&b, ", BELONGS TO MODULE %s", t.Home)
+			b.WriteString(", " + paint(out, styleCaution, "BELONGS TO MODULE "+t.Home))
 		}
 		b.WriteString("\n")
 		if verbose {
@@ -420,13 +422,13 @@ func printList(out, stderr io.Writer, l listing, verbose bool) error {
 			b.WriteString("\n")
 			switch {
 			case !k.Offered:
-				fmt.Fprintf(&b, "    not offered: %s\n", k.Reason)
+				fmt.Fprintf(&b, "    %s: %s\n", paint(out, styleCaution, "not offered"), visibleText(k.Reason))
 			case !t.Present:
 				b.WriteString("    can sign once its token is inserted\n")
 			case k.EachUse:
-				b.WriteString("    can sign, and asks for the PIN each time\n")
+				b.WriteString("    " + paint(out, styleGood, "can sign") + ", and asks for the PIN each time\n")
 			default:
-				b.WriteString("    can sign\n")
+				b.WriteString("    " + paint(out, styleGood, "can sign") + "\n")
 			}
 			if verbose && k.NotShown {
 				b.WriteString("    clients are not shown it: there are too many keys\n")
@@ -448,7 +450,7 @@ func printList(out, stderr io.Writer, l listing, verbose bool) error {
 	}
 	for _, m := range l.Modules {
 		if m.Error != "" || m.Restarts > 0 || verbose {
-			fmt.Fprintf(stderr, "module %s: %s\n", m.Name, m.state())
+			fmt.Fprintf(stderr, "module %s: %s\n", m.Name, visibleText(m.state()))
 		}
 		if verbose {
 			for _, reason := range m.LeftOut {

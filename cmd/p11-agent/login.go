@@ -15,6 +15,7 @@ import (
 	"p11-agent/pinentry"
 	"p11-agent/pinentry/secret"
 	"p11-agent/token/module/undumpable"
+	"p11-agent/token/wire"
 )
 
 // visibleText makes fit for a terminal what an agent, a token or an environment says.
@@ -191,11 +192,17 @@ func runLogin(ctx context.Context, socket string, stdin bool, uri string, out io
 	if t.PIN == "locked" {
 		return fmt.Errorf("the PIN of %s is locked: unlock it with its PUK or SO PIN", visibleText(t.name()))
 	}
-	fmt.Fprintln(os.Stderr, loginNotes(t))
+	wanted := ""
+	switch {
+	case t.OnReader:
+		wanted = "Enter " + pinOf(wire.TokenID{Label: t.Label}) + " on the card reader\n"
+	case !stdin && t.PIN != "last":
+		wanted = "Enter " + pinOf(wire.TokenID{Label: t.Label}) + "\n"
+	}
+	fmt.Fprintln(os.Stderr, wanted+loginNotes(t))
 	var answer sshagent.ControlAnswer
 	switch {
 	case t.OnReader:
-		fmt.Fprintln(os.Stderr, "Please enter the PIN on the card reader.")
 		answer, err = loginWithoutPIN(ctx, a, uri)
 	case t.PIN == "last" && !stdin:
 		// The agent does not believe this program that a person wants it.
@@ -223,7 +230,7 @@ func loginNotes(t *statusToken) string {
 	about := "Token: " + visibleText(t.name())
 	switch t.PIN {
 	case "low":
-		about += "\nNote: a wrong PIN was given before, and fewer tries are left."
+		about += "\n" + fewerTries
 	case "last":
 		about += "\nNote: ONE TRY IS LEFT. A wrong PIN now locks the token."
 	}

@@ -16,6 +16,7 @@ import (
 
 	"github.com/spf13/cobra"
 
+	"p11-agent/pinentry"
 	"p11-agent/pinentry/secret"
 	"p11-agent/systemd"
 	"p11-agent/token/module"
@@ -54,6 +55,9 @@ func main() {
 		debug.SetGCPercent(50)
 		nameProcess("p11-module")
 		os.Exit(module.Main())
+	}
+	if len(os.Args) > 1 && os.Args[1] == plainCommand {
+		os.Exit(pinentry.Plain())
 	}
 	// Half a MiB lives in an agent. Less than 3 MiB would have garbage collected so
 	// often that signatures take longer.

@@ -68,6 +68,9 @@ type asker struct {
 	open map[*dialogue]struct{}
 }
 
+// plainCommand is the hidden subcommand that asks in lines on a terminal.
+const plainCommand = "plain-prompt"
+
 // promptTurn is asker.turn when the configuration does not say otherwise.
 const promptTurn = time.Minute
 
@@ -82,6 +85,7 @@ func newAsker(c *config, getenv func(string) string, environ []string, log *slog
 			Askpass: getenv("SSH_ASKPASS"),
 			Path:    getenv("PATH"),
 			Home:    getenv("HOME"),
+			Plain:   []string{"p11-agent", plainCommand},
 			Log:     log,
 		},
 		own:      own,

@@ -104,10 +104,10 @@ func (r *report) print(out io.Writer, details bool) error {
 		if f.level == levelDetail && !details {
 			continue
 		}
-		fmt.Fprintf(&b, "%s: %s\n", f.level, f.text)
+		fmt.Fprintf(&b, "%s: %s\n", paint(out, f.level.style(), f.level.String()), f.text)
 		for _, step := range f.next {
 			for i, line := range strings.Split(strings.TrimSuffix(pinentry.Visible(step, true), "\n"), "\n") {
-				b.WriteString([]string{"  next: ", "        "}[min(i, 1)] + line + "\n")
+				b.WriteString([]string{"  " + paint(out, styleStrong, "next") + ": ", "        "}[min(i, 1)] + line + "\n")
 			}
 		}
 	}
@@ -128,7 +128,7 @@ func printReports(out io.Writer, reports []*report, details bool) error {
 			gap = ""
 		}
 		first = false
-		if _, err := fmt.Fprintf(out, "%s%s\n", gap, r.group); err != nil {
+		if _, err := fmt.Fprintf(out, "%s%s\n", gap, paint(out, styleStrong, r.group)); err != nil {
 			return err
 		}
 		if err := r.print(out, details); err != nil {

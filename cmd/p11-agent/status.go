@@ -33,6 +33,7 @@ const shownRequests, shownOfKind, shownFailures = 20, 5, 5
 
 type statusOptions struct {
 	json   bool
+	color  colorMode
 	socket string
 }
 
@@ -51,6 +52,7 @@ $XDG_RUNTIME_DIR/p11-agent/agent.sock when that is another one.`,
 	}
 	f := cmd.Flags()
 	f.BoolVar(&o.json, "json", false, "print JSON")
+	addColorFlag(cmd, &o.color)
 	addSocketFlag(cmd, &o.socket)
 	return cmd
 }
@@ -77,8 +79,7 @@ func runStatus(ctx context.Context, o *statusOptions, out, stderr io.Writer) err
 	if a.note != "" {
 		fmt.Fprintln(stderr, a.note)
 	}
-	_, err = io.WriteString(out, a.report.String())
-	return err
+	return a.report.print(o.color.writer(out))
 }
 
 // runningAgent is an agent that was found.
@@ -207,24 +208,35 @@ func askStatus(ctx context.Context, path, uri string) (*runningAgent, error) {
 	return a, nil
 }
 
-// String makes one screen of the report.
-func (r *statusReport) String() string {
+// print writes one screen of the report.
+func (r *statusReport) print(out io.Writer) error {
 	var b strings.Builder
-	fmt.Fprintf(&b, "p11-agent %s, process %d, up for %s%s\n", visibleText(r.Version), r.PID, span(r.Time.Sub(r.Started)),
-		map[bool]string{true: ", LOCKED (ssh-add -X or p11-agent unlock opens it)"}[r.Locked])
+	locked := ""
+	if r.Locked {
+		locked = ", " + paint(out, styleCaution, "LOCKED") + " (ssh-add -X or p11-agent unlock opens it)"
+	}
+	fmt.Fprintf(&b, "p11-agent %s, process %d, up for %s%s\n", visibleText(r.Version), r.PID, span(r.Time.Sub(r.Started)), locked)
+	var next style // of the row that comes next
+	mark := func(s style) { next = s }
 	section := func(title string, lines int, print func(row func(cells ...string))) {
 		if lines == 0 {
 			return
 		}
-		fmt.Fprintf(&b, "\n%s\n", title)
-		w := tabwriter.NewWriter(&b, 0, 0, 2, ' ', 0)
+		fmt.Fprintf(&b, "\n%s\n", paint(out, styleStrong, title))
+		var table strings.Builder
+		var styles []style // of its rows: a colour would count as text in the columns
+		w := tabwriter.NewWriter(&table, 0, 0, 2, ' ', 0)
 		print(func(cells ...string) {
 			for i, cell := range cells {
 				cells[i] = visibleText(cell)
 			}
 			fmt.Fprintln(w, strings.TrimRight("  "+strings.Join(cells, "\t"), "\t"))
+			styles, next = append(styles, next), styleNone
 		})
 		_ = w.Flush() // to memory
+		for i, row := range strings.Split(strings.TrimSuffix(table.String(), "\n"), "\n") {
+			b.WriteString(paint(out, styles[i], row) + "\n")
+		}
 	}
 	section("SOCKETS", len(r.Sockets), func(row func(...string)) {
 		for _, s := range r.Sockets {
@@ -233,6 +245,7 @@ func (r *statusReport) String() string {
 	})
 	section("KEYS", len(r.Keys), func(row func(...string)) {
 		for _, k := range r.Keys {
+			mark(k.style())
 			row(shortURI(k.Comment), shortType(k.Type), k.Fingerprint, k.where(), r.used(k.Signatures, k.LastUsed), k.limits(r.Time))
 		}
 	})
@@ -244,16 +257,19 @@ func (r *statusReport) String() string {
 	})
 	section("TOKENS", len(r.Tokens), func(row func(...string)) {
 		for _, t := range r.Tokens {
+			mark(t.style())
 			row(t.name(), t.Module, t.pin(), t.login(r.Time), r.used(t.Signatures, t.LastUsed))
 		}
 	})
 	section("MODULES", len(r.Modules), func(row func(...string)) {
 		for _, m := range r.Modules {
+			mark(map[string]style{"failed": styleBad}[m.State])
 			row(m.Name, m.state(), cmp.Or(m.Reason, m.sandbox()))
 		}
 	})
 	section("UPSTREAM AGENTS", len(r.Upstreams), func(row func(...string)) {
 		for _, u := range r.Upstreams {
+			mark(map[bool]style{true: styleBad}[u.Trouble != ""])
 			row(u.Path, plural(u.Keys, "key"), u.Trouble)
 		}
 	})
@@ -278,6 +294,7 @@ func (r *statusReport) String() string {
 	requests := r.shown()
 	section("LAST REQUESTS", len(requests), func(row func(...string)) {
 		for _, e := range requests {
+			mark(map[bool]style{true: styleCaution}[e.Result != agent.ResultOK])
 			row(ago(r.Time.Sub(e.Time)), string(e.Request), e.subject(), e.purpose(), e.client(), e.result())
 		}
 	})
@@ -290,7 +307,29 @@ func (r *statusReport) String() string {
 	if !r.Locked && len(r.Keys) == 0 {
 		b.WriteString("\nThere are no keys: \"p11-agent list\" shows what is there, and why it is not offered.\n")
 	}
-	return b.String()
+	_, err := io.WriteString(out, b.String())
+	return err
+}
+
+// style is the one of a key's row.
+func (k *statusKey) style() style {
+	if k.Present || k.InMemory {
+		return styleGood
+	}
+	return styleCaution
+}
+
+// style is the one of a token's row.
+func (t *statusToken) style() style {
+	switch s := pinStyle(t.PIN); {
+	case s != styleNone:
+		return s
+	case !t.Present:
+		return styleCaution
+	case t.LoggedIn:
+		return styleGood
+	}
+	return styleNone
 }
 
 // leftOut tells what a bound leaves out.

@@ -487,7 +487,7 @@ func (a *asker) Confirm(ctx context.Context, r agent.Question) (agent.Answer, er
 func confirm(ctx context.Context, d *pinentry.Dialogue, r agent.Question, patience time.Duration) (agent.Answer, error) {
 	text := confirmText(r)
 	prompt := pinentry.Prompt{
-		Title: "p11-agent", Description: "Allow the use of this key?\n" + text,
+		Title: "p11-agent", Description: "Allow " + useOf(r.Key) + "?\n" + text,
 		OK: allow(r.Plain), Cancel: "_Deny", Timeout: patience,
 	}
 	if agent.Again(ctx) || !r.Offer {
@@ -509,7 +509,7 @@ func confirm(ctx context.Context, d *pinentry.Dialogue, r agent.Question, patien
 	choice, err := d.Choose(ctx, prompt)
 	if err == nil && choice == pinentry.ChoiceOther {
 		// Who closes this one has not said yes: once is to be had before.
-		prompt.Description = "Allow the use of this key for how long?\n" + text
+		prompt.Description = "Allow " + useOf(r.Key) + " for how long?\n" + text
 		prompt.OK, prompt.Other = allow(lengths[0]), allow(lengths[1])
 		choice, err = d.Choose(ctx, prompt)
 		r.Plain = lengths[0]
@@ -553,7 +553,7 @@ func allow(lasts agent.Remember) string {
 
 // confirmText says what is asked about.
 func confirmText(r agent.Question) string {
-	lines := []string{commentLine(r.Comment), r.KeyFingerprint}
+	lines := []string{labelledLine(r.Key, r.Comment), r.KeyFingerprint}
 	if r.Plain != agent.Once {
 		lines = append(lines, "Yes counts "+r.Plain.String()+".")
 	}
@@ -586,7 +586,7 @@ type dialogue struct {
 	quiet         bool // the client tells by itself what to do at the reader
 }
 
-// description is for the one who is asked.
+// description is for the one who is asked, below the first line.
 func (d *dialogue) description(ctx context.Context) string {
 	use, t := agent.UseFromContext(ctx), d.about.Token
 	lines := []string{keyLine(t, d.about.Label, d.about.Key, d.about.ID, use), tokenLine(t, d.about.Reader)}
@@ -594,8 +594,8 @@ func (d *dialogue) description(ctx context.Context) string {
 	if d.about.EachUse {
 		lines = append(lines, "This key asks for the PIN each time it is used.")
 	}
-	if d.about.Tries != token.TriesUnknown {
-		lines = append(lines, "Note: "+d.about.Tries.String()+".")
+	if d.about.Tries == token.TriesLow {
+		lines = append(lines, fewerTries)
 	}
 	return about(useLines(use), lines, []string{requester(agent.PeerFromContext(ctx))})
 }
@@ -604,7 +604,7 @@ func (d *dialogue) PIN(ctx context.Context, problem string) (pin *secret.Secret,
 	err = d.pins.ask(ctx, func(ctx context.Context, on *pinentry.Dialogue) (err error) {
 		pin, err = on.PIN(ctx, pinentry.Prompt{
 			Title:       "p11-agent",
-			Description: "Please enter the PIN to use a key on a token.\n" + d.description(ctx),
+			Description: "Enter " + pinOf(d.about.Token) + "\n" + d.description(ctx),
 			Label:       "PIN:",
 			Error:       problem,
 		})
@@ -627,8 +627,8 @@ func (d *dialogue) LastTry(ctx context.Context, problem string) (yes bool, err e
 	err = d.consent.ask(ctx, func(ctx context.Context, on *pinentry.Dialogue) (err error) {
 		yes, err = on.Confirm(ctx, pinentry.Prompt{
 			Title: "p11-agent",
-			Description: problem + "One try is left: a wrong PIN now locks the token.\n" + given +
-				d.description(ctx) + "\n\nTry all the same?",
+			Description: "Use the last try for " + pinOf(d.about.Token) + "?\n" + problem +
+				"One try is left: a wrong PIN now locks the token.\n" + given + d.description(ctx),
 			OK:     "_Try the PIN",
 			Cancel: "_Stop",
 		})
@@ -648,7 +648,7 @@ func (d *dialogue) Notice(ctx context.Context) error {
 	err := d.pins.askFor(ctx, 0, func(ctx context.Context, on *pinentry.Dialogue) error {
 		return on.Message(ctx, pinentry.Prompt{
 			Title:       "p11-agent",
-			Description: "Please enter the PIN on the card reader.\n" + d.description(ctx),
+			Description: "Enter " + pinOf(d.about.Token) + " on the card reader\n" + d.description(ctx),
 		})
 	})
 	if errors.Is(err, pinentry.ErrCancelled) {

@@ -123,7 +123,66 @@ func moduleLines(about token.PINRequest) (lines []string) {
 	return lines
 }
 
-func requester(p peer.Peer) string { return "Asked by (says it is): " + p.String() }
+// requester says which programs a request comes from, nearest first. They say of
+// themselves what they are called, so a name that could pass for two is quoted.
+func requester(p peer.Peer) string {
+	text := p.String() // where nothing is known of programs
+	if p.Known && len(p.Chain) > 0 {
+		var programs []string
+		for _, link := range p.Chain {
+			name := link.Name
+			if strings.ContainsAny(name, " ,\"") {
+				name = inQuotes(name)
+			}
+			if len(programs) == 0 || programs[len(programs)-1] != name { // a shell that started a shell
+				programs = append(programs, name)
+			}
+		}
+		text = strings.Join(programs, ", started by ")
+	}
+	return "Requested by (unverified): " + text
+}
+
+// inQuotes shows a label in quotes, and cut to maxNamed bytes, escapes among them. What
+// is in it cannot end the quotes.
+func inQuotes(label string) string {
+	if q := strconv.Quote(label); len(q) <= maxNamed+2 {
+		return q
+	}
+	cut := label[:min(len(label), maxNamed)]
+	for {
+		_, size := utf8.DecodeLastRuneInString(cut)
+		cut = cut[:len(cut)-size]
+		if q := strconv.Quote(cut + "…"); len(q) <= maxNamed+2 {
+			return q
+		}
+	}
+}
+
+// pinOf names the PIN that is asked for, in the first line of a prompt.
+func pinOf(t wire.TokenID) string {
+	if t.Label == "" {
+		return "the PIN of a token without label"
+	}
+	return "the PIN of token " + inQuotes(t.Label)
+}
+
+// useOf says what a confirmation is about, in the first line of a prompt. A line of its
+// own names the key.
+func useOf(k agent.Key) string {
+	key, ok := k.(*token.Key)
+	switch {
+	case !ok:
+		return "the use of this key"
+	case key.Token().Label == "":
+		return "the use of this key of a token without label"
+	}
+	return "the use of this key of token " + inQuotes(key.Token().Label)
+}
+
+// fewerTries is said where a token tells that the last PIN it was given was wrong. The
+// question about the last try has words of its own.
+const fewerTries = "A wrong PIN was entered earlier; fewer attempts remain."
 
 // keyLine names the key of a request to a person who sees the token as well: by
 // its configured name, or by what is on the token. The serial number is with the
@@ -139,8 +198,18 @@ func keyLine(t wire.TokenID, label, uri string, id []byte, use *agent.Use) strin
 	return "Key: " + key
 }
 
-// commentLine names a key by its comment, which who has added it has chosen.
+// commentLine names a key by its comment, which the client that has added the key has
+// chosen.
 func commentLine(comment string) string { return "Key: " + named(comment, maxWords) }
+
+// labelledLine is commentLine for a key that may be on a token. A comment that is the URI
+// does not have the label of the key.
+func labelledLine(k agent.Key, comment string) string {
+	if key, ok := k.(*token.Key); ok && key.Label() != "" && comment == key.URI() {
+		return "Key: " + named(key.Label(), maxNamed) + ", " + comment
+	}
+	return commentLine(comment)
+}
 
 // hosts gives names to host keys by ssh's known_hosts files.
 type hosts struct {

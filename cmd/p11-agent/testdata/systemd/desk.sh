@@ -211,13 +211,13 @@ eventually keys
 printf 'confirm = "always"\n[pinentry]\nprogram = "pinentry-curses"\n[[key]]\nuri = "pkcs11:token=work"\nconfirm = "never"\n' >$config
 reload
 types one "clear; ssh-add -T work.pub; echo status \$?"
-shows one 'Please enter the PIN'
+shows one 'Enter the PIN of token'
 types one "$work"
 shows one '^status 0$'
 printf 'confirm = "never"\n[pinentry]\nprogram = "pinentry-curses"\n[[key]]\nuri = "pkcs11:token=work"\nconfirm = "always"\n' >$config
 reload
 types one "clear; ssh-add -T work.pub; echo status \$?"
-shows one 'Allow the use of this key\?'
+shows one 'Allow the use of this key of token'
 mux send-keys -t one Tab Tab Enter
 shows one '^status 1$'
 
