@@ -190,6 +190,12 @@ func findKeys(ctx context.Context, r *report, conf *config, store *token.Store) 
 			r.ok("%v, through module %s, is the same key as %v, through module %s, which is used first", k, k.Module(), f, f.Module())
 		}
 	}
+	if len(homes) == 0 && len(store.Away()) == 0 {
+		f := r.warn("there is no key that the agent could offer")
+		for _, step := range firstSteps(store.Modules()) {
+			f.Next("%s", step)
+		}
+	}
 	if n := len(homes); n > maxOffered {
 		r.warn(`%d keys are offered, and many servers hang up after six with "Too many authentication failures": name those you use`, n).
 			Next("in the configuration: keys = [\"pkcs11:...\"], with URIs of p11-agent list").

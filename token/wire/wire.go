@@ -48,15 +48,15 @@ type Type byte
 
 // The requests. Each is answered by one frame: its reply type or TypeError.
 const (
-	TypeHello    Type = 1 // Hello -> HelloReply
-	TypeSlots    Type = 2 // Slots -> SlotsReply
-	TypeObjects  Type = 3 // Objects -> ObjectsReply
-	TypeToken    Type = 4 // Token -> TokenReply
-	TypeLogin    Type = 5 // Login -> TokenReply; the body may only lie in locked memory
-	TypeLogout   Type = 6 // Token -> TokenReply
-	TypeSign     Type = 7 // Sign -> SignReply; the body may only lie in locked memory when it holds a PIN
-	TypeCancel   Type = 8 // Cancel; no reply of its own
-	TypeGenerate Type = 9 // Generate -> GenerateReply
+	TypeHello    Type = 1  // Hello -> HelloReply
+	TypeSlots    Type = 2  // Slots -> SlotsReply
+	TypeObjects  Type = 3  // Objects -> ObjectsReply
+	TypeToken    Type = 4  // Token -> TokenReply
+	TypeLogin    Type = 5  // Login -> TokenReply; the body may only lie in locked memory
+	TypeLogout   Type = 6  // Token -> TokenReply
+	TypeSign     Type = 7  // Sign -> SignReply; the body may only lie in locked memory when it holds a PIN
+	TypeCancel   Type = 8  // Cancel; no reply of its own
+	TypeGenerate Type = 9  // Generate -> GenerateReply
 	TypeNewToken Type = 10 // NewToken -> NewTokenReply; the body may only lie in locked memory
 )
 
