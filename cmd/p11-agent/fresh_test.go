@@ -185,6 +185,13 @@ func (f *freshSystem) answer(question, line string) {
 func (f *freshSystem) hidden(question, line string) {
 	f.t.Helper()
 	f.see(question + `\n*\z`)
+	f.quiet()
+	f.keys(line)
+}
+
+// quiet waits until the terminal shows nothing of what is typed.
+func (f *freshSystem) quiet() {
+	f.t.Helper()
 	tty, err := f.tmux("display-message", "-p", "#{pane_tty}")
 	if err != nil {
 		f.t.Fatal(err)
@@ -197,9 +204,8 @@ func (f *freshSystem) hidden(question, line string) {
 		}
 		return err
 	}); err != nil {
-		f.t.Fatalf("the terminal never hides the answer to %q: %v", question, err)
+		f.t.Fatalf("the terminal shows what is typed: %v", err)
 	}
-	f.keys(line)
 }
 
 // number returns that of a choice that the terminal shows last.
@@ -222,13 +228,21 @@ func (f *freshSystem) logins() (all []string) {
 	return all
 }
 
+// notTold are directories of the home directory that files leaves out: the sources, and
+// what modules make when they are looked at.
+var notTold = []string{"p11-agent", ".cache", ".tpm2_pkcs11"}
+
 // files lists the home directory, with what is in its files.
 func (f *freshSystem) files() map[string]string {
 	f.t.Helper()
 	all := make(map[string]string)
 	err := filepath.WalkDir(f.home, func(path string, d fs.DirEntry, err error) error {
-		if err != nil || d.IsDir() && d.Name() == "p11-agent" && filepath.Dir(path) == f.home {
-			return errors.Join(err, skipIf(err == nil))
+		name, _ := filepath.Rel(f.home, path)
+		if err != nil {
+			return err
+		}
+		if d.IsDir() && slices.Contains(notTold, name) {
+			return fs.SkipDir
 		}
 		if !d.Type().IsRegular() {
 			all[path] = d.Type().String()
@@ -242,13 +256,6 @@ func (f *freshSystem) files() map[string]string {
 		f.t.Fatal(err)
 	}
 	return all
-}
-
-func skipIf(yes bool) error {
-	if yes {
-		return fs.SkipDir
-	}
-	return nil
 }
 
 // source is this tree, without what git and make put there.

@@ -4,7 +4,7 @@
 #     fresh.sh DIR
 #
 # It needs no root: the user, "person", and the system are in namespaces of their own.
-# DIR/home is the home directory, DIR/tmux the socket of the terminal, DIR/rc what its
+# DIR/home is the home directory, DIR/bin is in PATH, DIR/tmux the socket of the terminal, DIR/rc what its
 # shell reads. GOROOT, GOCACHE and GOMODCACHE are Go's. Nothing is in the environment,
 # in /etc/pkcs11, /etc/softhsm and /run/user; /usr/local has Go alone, and a sudo, as a real one
 # does not work here. An sshd serves the host "host" for the user, whose password there is
@@ -66,7 +66,7 @@ case ${STAGE:-} in
 	sshd=$(PATH=$PATH:/usr/sbin:/sbin command -v sshd)
 	"$sshd" -D -e -f "$dir/host/sshd_config" 2>"$dir/host/log" &
 	env -i -C "$dir/home" HOME="$dir/home" USER=$user LOGNAME=$user SHELL=/bin/bash LANG=C.UTF-8 TERM=xterm-256color \
-		PATH="/usr/local/bin:/usr/bin:/bin:$GOROOT/bin" \
+		PATH="$dir/bin:/usr/local/bin:/usr/bin:/bin:$GOROOT/bin" \
 		GOCACHE="$GOCACHE" GOMODCACHE="$GOMODCACHE" GOPROXY=off GOFLAGS=-mod=mod GOTOOLCHAIN=local \
 		tmux -S "$dir/tmux" -f /dev/null new-session -d -x 200 -y 60 bash --rcfile "$dir/rc"
 	wait
