@@ -190,7 +190,7 @@ func findKeys(ctx context.Context, r *report, conf *config, store *token.Store) 
 			r.ok("%v, through module %s, is the same key as %v, through module %s, which is used first", k, k.Module(), f, f.Module())
 		}
 	}
-	if len(homes) == 0 && len(store.Away()) == 0 {
+	if conf.Keys == nil && len(homes) == 0 && len(store.Away()) == 0 {
 		f := r.warn("there is no key that the agent could offer")
 		for _, step := range firstSteps(store.Modules()) {
 			f.Next("%s", step)

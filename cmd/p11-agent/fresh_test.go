@@ -67,7 +67,8 @@ func startFresh(t *testing.T, files fs.FS) *freshSystem {
 		_ = cmd.Wait()
 		if t.Failed() {
 			log, _ := os.ReadFile(filepath.Join(f.dir, "host", "log"))
-			t.Logf("the system says: %s\nsshd says: %s", &said, log)
+			agent, _ := os.ReadFile(filepath.Join(f.home, ".local/state/p11-agent/agent.log"))
+			t.Logf("the system says: %s\nsshd says: %s\nthe agent says: %s", &said, log, agent)
 		}
 	})
 	f.see(`^ready 1 after 0> $`)

@@ -433,4 +433,3 @@ func (s *setup) logIn(ctx context.Context, pin *secret.Secret) {
 	}
 	s.say("  logged the agent in: it asks for no PIN until the token is removed or the agent ends")
 }
-

@@ -69,7 +69,7 @@ const (
 	askHost  = `copy it with ssh-copy-id to this host \(Enter: neither\):`
 	askStart = `^The agent\n.*\n.*\n` + askDo
 	askLead  = `^ssh\n.*\n.*\n` + askDo
-	askSign   = `^git\n(  .*\n)*` + askDo
+	askSign  = `^git\n(  .*\n)*` + askDo
 	askKey   = `  Which one\? \[1\]`
 	askFresh = `  New PIN:`
 )
