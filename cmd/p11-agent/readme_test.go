@@ -185,7 +185,8 @@ func (r *reader) setup(l readmeLine) {
 func (r *reader) login(l readmeLine) {
 	before := len(r.logins())
 	r.begin(l.text)
-	r.answer(`^ready [0-9]+ after 0> ssh host\n(.*\n)*`, "echo $((40 + 2)) is at the host; exit")
+	// The session has begun when it has got no terminal.
+	r.answer(fmt.Sprintf(`^ready %d after .*\n(.*\n)*PTY allocation request failed.*`, r.commands), "echo $((40 + 2)) is at the host; exit")
 	out, status := r.end()
 	if status != 0 || !strings.Contains(out, "\n42 is at the host\n") || strings.Contains(out, "PIN") {
 		r.t.Fatalf("the login ended with %d:\n%s", status, out)
