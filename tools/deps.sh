@@ -65,6 +65,7 @@ needed() {
 	check  pinentry-qt                                     pinentry-qt         /usr/bin/pinentry-qt
 	check  Xvfb                                            xvfb                xorg-x11-server-Xvfb
 	check  xdotool                                         xdotool             xdotool
+	check  openssl                                         openssl             openssl
 	check  less                                            less                less
 	check  setsid                                          util-linux          util-linux
 	check  setpriv                                         util-linux          util-linux

@@ -5,7 +5,6 @@ import (
 	"errors"
 	"fmt"
 	"io/fs"
-	"net"
 	"os"
 	"os/exec"
 	"path/filepath"
@@ -30,19 +29,14 @@ type freshSystem struct {
 // startFresh opens the terminal. What is in files is in the home directory.
 func startFresh(t *testing.T, files fs.FS) *freshSystem {
 	t.Helper()
-	needFresh(t, "unshare", "tmux", "sshd", "ssh", "ssh-keygen", "ssh-copy-id", "ssh-add", "git", "openssl", "softhsm2-util", "make", "scdoc")
+	needFresh(t, "unshare", "ip", "tmux", "sshd", "ssh", "ssh-keygen", "ssh-copy-id", "ssh-add", "git", "openssl", "softhsm2-util", "make", "scdoc")
 	f := &freshSystem{t: t, dir: tokentest.TempDir(t), host: "swordfish-7"}
 	f.home = filepath.Join(f.dir, "home")
-	l, err := net.Listen("tcp4", "127.0.0.1:0")
-	if err != nil {
-		t.Fatal(err)
-	}
-	port := l.Addr().(*net.TCPAddr).Port //nolint:forcetypeassert // that of a TCP listener
-	if err := errors.Join(l.Close(), os.Mkdir(f.home, 0o700), os.CopyFS(f.home, files)); err != nil {
+	if err := errors.Join(os.Mkdir(f.home, 0o700), os.CopyFS(f.home, files)); err != nil {
 		t.Fatal(err)
 	}
 	for name, text := range map[string]string{
-		"port": strconv.Itoa(port), "password": f.host + "\n", "rc": `PS1='ready \# after $?> '` + "\n",
+		"password": f.host + "\n", "rc": `PS1='ready \# after $?> '` + "\n",
 	} {
 		if err := os.WriteFile(filepath.Join(f.dir, name), []byte(text), 0o600); err != nil {
 			t.Fatal(err)
@@ -80,7 +74,7 @@ func startFresh(t *testing.T, files fs.FS) *freshSystem {
 func needFresh(t *testing.T, programs ...string) {
 	t.Helper()
 	missing := ""
-	if out, err := exec.Command("unshare", "--user", "--map-root-user", "--mount", "--pid", "--fork", "--mount-proc",
+	if out, err := exec.Command("unshare", "--user", "--map-root-user", "--mount", "--net", "--pid", "--fork", "--mount-proc",
 		"unshare", "--user", "--map-user=1000", "--map-group=1000", "true").CombinedOutput(); err != nil {
 		missing = "namespaces cannot be made here: " + strings.TrimSpace(string(out))
 	}

@@ -17,6 +17,7 @@ import (
 	"p11-agent/pinentry/secret"
 	"p11-agent/token"
 	"p11-agent/token/pkcs11uri"
+	"p11-agent/token/registry"
 	"p11-agent/token/wire"
 )
 
@@ -108,9 +109,19 @@ func (s *setup) use(e exported) {
 	s.key, s.uri = e, pkcs11uri.ForKey(e.key.Token(), "", nil).String()
 }
 
-// troubles tells of tokens and modules that cannot be used, which is why there may be no
-// key.
+// troubles tells of tokens that cannot be used, or whose keys other programs make: this is
+// why there may be no key.
 func (s *setup) troubles() {
+	for _, m := range s.b.store.Modules() {
+		for _, t := range m.Away {
+			s.say("  token %q has %s, and is not there: insert it", visibleText(t.ID.Label), plural(len(t.Keys), "key"))
+		}
+		for _, t := range m.Tokens {
+			if isPIV(t) && t.Shadowed == "" && len(t.Keys) == 0 {
+				s.say("  token %q has no key, and its own program makes one: %s", visibleText(t.ID.Label), firstKey(m, t))
+			}
+		}
+	}
 	r := new(report)
 	findTokens(r, s.b.store.Modules())
 	for _, f := range r.findings {
@@ -152,7 +163,10 @@ func (s *setup) newKeyChoices() (all []choice) {
 	if tpm != nil {
 		all = append(all, choice{text: "make a token and a key in the TPM of this machine", module: tpm.Name})
 	}
-	if c, ok := softHSMChoice(soft); ok {
+	off := slices.ContainsFunc(slices.Concat(s.b.skipped, s.b.broken), func(m registry.Module) bool {
+		return kindOfModule(m.Settings["module"].Value) == kindSoftHSM
+	})
+	if c, ok := softHSMChoice(soft); ok && (soft != nil || !off) {
 		all = append(all, c)
 	}
 	return all
@@ -163,7 +177,12 @@ func (s *setup) newKeyChoices() (all []choice) {
 func takesKeys(t token.TokenStatus) bool {
 	pinless := t.Flags&wire.CKFLoginRequired != 0 && t.Flags&wire.CKFUserPINInitialized == 0
 	return t.Shadowed == "" && t.Home == "" && !pinless && t.Tries != token.TriesNone && t.Tries != token.TriesLast &&
-		t.Flags&wire.CKFWriteProtected == 0 && t.ID.Manufacturer != "piv_II" && !strings.Contains(t.ID.Manufacturer, "Yubico")
+		t.Flags&wire.CKFWriteProtected == 0 && !isPIV(t)
+}
+
+// isPIV tells whether a token is a PIV card, as OpenSC and Yubico's module show it.
+func isPIV(t token.TokenStatus) bool {
+	return t.ID.Manufacturer == "piv_II" || strings.Contains(t.ID.Manufacturer, "Yubico")
 }
 
 // softHSMChoice is a token of SoftHSM. m is nil where its module is not registered.

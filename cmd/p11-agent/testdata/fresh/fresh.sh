@@ -3,7 +3,8 @@
 #
 #     fresh.sh DIR
 #
-# It needs no root: the user, "person", and the system are in namespaces of their own.
+# It needs neither root nor a network: the user, "person", and the system are in namespaces
+# of their own.
 # DIR/home is the home directory, DIR/bin is in PATH, DIR/tmux the socket of the terminal, DIR/rc what its
 # shell reads. GOROOT, GOCACHE and GOMODCACHE are Go's. Nothing is in the environment,
 # in /etc/pkcs11, /etc/softhsm and /run/user; /usr/local has Go alone, and a sudo, as a real one
@@ -14,9 +15,10 @@ dir=$1 user=person uid=1000
 
 case ${STAGE:-} in
 '')
-	STAGE=1 exec unshare --user --map-root-user --mount --pid --fork --kill-child --mount-proc bash "$0" "$dir"
+	STAGE=1 exec unshare --user --map-root-user --mount --net --pid --fork --kill-child --mount-proc bash "$0" "$dir"
 	;;
 1)
+	PATH=$PATH:/usr/sbin:/sbin ip link set lo up
 	mkdir -p "$dir/etc" "$dir/go" "$dir/host"
 	mount --bind "$GOROOT" "$dir/go"
 	mount -t tmpfs tmpfs /usr/local
@@ -36,10 +38,9 @@ case ${STAGE:-} in
 
 	ssh-keygen -q -t ed25519 -N '' -f "$dir/host/key"
 	printf 'host %s\n' "$(cut -d' ' -f1,2 "$dir/host/key.pub")" >"$dir/host/known_hosts"
-	port=$(cat "$dir/port")
 	# An sshd that is not root's gives nobody a terminal.
 	cat >"$dir/host/sshd_config" <<-END
-		ListenAddress 127.0.0.1:$port
+		ListenAddress 127.0.0.1:2222
 		HostKey $dir/host/key
 		PidFile none
 		StrictModes no
@@ -55,7 +56,7 @@ case ${STAGE:-} in
 		Host host
 		    HostName 127.0.0.1
 		    HostKeyAlias host
-		    Port $port
+		    Port 2222
 		    GlobalKnownHostsFile $dir/host/known_hosts
 		    StrictHostKeyChecking yes
 	END
