@@ -17,7 +17,7 @@ func pinOf(t *testing.T, text string) *secret.Secret {
 	return s
 }
 
-// A module makes a token: nobody is asked, the PIN that was given is the user's, and the
+// A module makes a token: no PIN is asked for, the given PIN is the user's, and the
 // tokens that are there stay as they are.
 func TestNewToken(t *testing.T) {
 	type maker struct {

@@ -192,7 +192,7 @@ func (f *freshSystem) quiet() {
 		f.t.Fatal(err)
 	}
 	if err := eventually(func() error {
-		// The terminal is one of this machine's, whoever has it.
+		// Terminals are the machine's: the namespaces of the user do not hide them.
 		out, err := exec.Command("stty", "-a", "-F", strings.TrimSpace(string(tty))).Output()
 		if err == nil && !strings.Contains(string(out), " -echo ") {
 			err = errors.New("it echoes")

@@ -83,7 +83,7 @@ func TestReadme(t *testing.T) {
 	t.Logf("up to the first login: %d commands, %d questions of which %d ask for a PIN", r.loggedIn, r.questions, r.pinsThen)
 }
 
-// reader is a person who reads the README, and types.
+// reader reads the README, and types its lines.
 type reader struct {
 	*freshSystem
 	first     int // commands of the section that leads to the first login

@@ -85,8 +85,8 @@ func (s *setup) startAgent(ctx context.Context) error {
 	return nil
 }
 
-// startUnits does what install does. systemctl gets no Ctrl-C, so that the units are
-// enabled when they are written.
+// startUnits does what install does. Ctrl-C does not reach systemctl, so units that are
+// written are enabled as well.
 func (s *setup) startUnits(ctx context.Context, _ string) error {
 	var said bytes.Buffer
 	if err := runInstall(context.WithoutCancel(ctx), new(globals), &installOptions{user: true, now: true}, &said, s.stderr); err != nil {

@@ -397,7 +397,7 @@ func (s *setup) askPIN(ctx context.Context) (*secret.Secret, error) {
 	defer ask.Close()
 	prompt := ""
 	if fresh {
-		s.say("\n  A new token gets a PIN, which you choose. Nobody can set another one without it.")
+		s.say("\n  Choose a PIN for the new token. Without it no other PIN can be set.")
 		prompt = "  New PIN: "
 	} else {
 		s.say("\n  The key is made on token %q (serial %s).", visibleText(s.plan.on.ID.Label), visibleText(cmp.Or(s.plan.on.ID.Serial, "unknown")))

@@ -6,7 +6,7 @@ import (
 	"p11-agent/token"
 )
 
-// firstSteps are what a person does next for whom there is no key. list, doctor
+// firstSteps are what a person without a key does next. list, doctor
 // and setup say the same.
 func firstSteps(modules []token.ModuleStatus) []string {
 	plug := "plug in a smart card or a security key"

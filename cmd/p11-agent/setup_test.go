@@ -82,7 +82,7 @@ func TestSetup(t *testing.T) {
 	f.program()
 	was := f.files()
 
-	// There is nothing yet, and nobody to ask.
+	// There is no key yet, and no terminal.
 	plan := []string{"A key", "The agent", "ssh", "The other side", "make a token and a key in files", "~/.config/softhsm2/softhsm2.conf", "Include ~/.config/p11-agent/ssh_config"}
 	mustHave(t, f.run("p11-agent setup --print"), plan...)
 	for _, line := range []string{"p11-agent setup </dev/null", "yes | p11-agent setup", "p11-agent setup | cat; (exit ${PIPESTATUS[0]})"} {
@@ -97,7 +97,7 @@ func TestSetup(t *testing.T) {
 	mustHave(t, f.run("p11-agent list"), "next: "+steps[0], "next: plug in a smart card or a security key")
 	mustHave(t, f.fails("p11-agent doctor", 1), "next: "+steps[0], "next: plug in a smart card or a security key")
 
-	// Who declines at the first question, and who interrupts it, has changed nothing.
+	// A person declines the first question, and then interrupts it: nothing changes.
 	f.begin("p11-agent setup")
 	f.answer(askKey, "7")
 	f.see(`^Please type a number from 0 to [0-9]\.$`)

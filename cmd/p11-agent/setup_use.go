@@ -77,7 +77,7 @@ const gitSigners = "~/.config/git/allowed_signers"
 func (s *setup) signWithGit(ctx context.Context) error {
 	const title = "git"
 	if _, err := exec.LookPath("git"); err != nil {
-		return nil // nobody misses it
+		return nil // without git there is nothing to set up
 	}
 	set := func(name string) string { return gitSetting(ctx, name) }
 	email, signing := set("user.email"), set("user.signingkey")

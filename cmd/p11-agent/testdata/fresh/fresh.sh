@@ -38,7 +38,7 @@ case ${STAGE:-} in
 
 	ssh-keygen -q -t ed25519 -N '' -f "$dir/host/key"
 	printf 'host %s\n' "$(cut -d' ' -f1,2 "$dir/host/key.pub")" >"$dir/host/known_hosts"
-	# An sshd that is not root's gives nobody a terminal.
+	# An sshd that is not root's cannot give out terminals.
 	cat >"$dir/host/sshd_config" <<-END
 		ListenAddress 127.0.0.1:2222
 		HostKey $dir/host/key
@@ -51,7 +51,7 @@ case ${STAGE:-} in
 		PermitUserRC no
 		LogLevel VERBOSE
 	END
-	# What a new user has who can reach the host by its name.
+	# The name of the host leads to it.
 	cat >"$dir/etc/ssh_config" <<-END
 		Host host
 		    HostName 127.0.0.1
