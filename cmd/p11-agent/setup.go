@@ -90,6 +90,8 @@ func runSetup(ctx context.Context, g *globals, o *setupOptions, in io.Reader, ou
 	s.making = &progress{ctx: ctx, w: stderr, terminal: isTerminal(stderr), kind: setupKind}
 	err = s.run(ctx)
 	switch {
+	case errors.Is(err, context.Canceled) && ctx.Err() != nil:
+		return errInterrupted // between two questions
 	case err != nil:
 		return err
 	case s.failed:

@@ -127,6 +127,7 @@ func TestSetup(t *testing.T) {
 	f.hidden(`The same again, .*:`, "another one")
 	f.see(`^  The two are not the same\.$`)
 	f.hidden(askFresh, storyPIN)
+	f.see(`The same again, .*:\n*\z`)
 	f.quiet()
 	f.interrupted()
 	if out := f.run("p11-agent list"); strings.Contains(out, "pkcs11:token=") {
