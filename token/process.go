@@ -422,7 +422,7 @@ func (p *process) request(ctx context.Context, through bool, timeout time.Durati
 	if err := ctx.Err(); err != nil {
 		return err
 	}
-	long := t == wire.TypeGenerate
+	long := t == wire.TypeGenerate || t == wire.TypeNewToken
 	switch {
 	case long:
 		timeout = max(timeout, p.timeout)

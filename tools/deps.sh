@@ -67,6 +67,7 @@ needed() {
 	check  xdotool                                         xdotool             xdotool
 	check  zsh                                             zsh                 zsh
 	check  fish                                            fish                fish
+	check  openssl                                         openssl             openssl
 	check  less                                            less                less
 	check  setsid                                          util-linux          util-linux
 	check  setpriv                                         util-linux          util-linux

@@ -235,6 +235,12 @@ func findKeys(ctx context.Context, r *report, conf *config, store *token.Store) 
 		r.warn("%s", fewShown(offered-len(hidden), offered)).
 			Next("in the configuration: keys = [\"pkcs11:...\"], with the URIs of the keys that you use")
 	}
+	if conf.Keys == nil && len(homes) == 0 && len(store.Away()) == 0 {
+		f := r.warn("there is no key that the agent could offer")
+		for _, step := range firstSteps(store.Modules()) {
+			f.Next("%s", step)
+		}
+	}
 	if n := len(homes); n > maxOffered {
 		r.warn(`%d keys are offered, and many servers hang up after six with "Too many authentication failures": name those you use`, n).
 			Next("in the configuration: keys = [\"pkcs11:...\"], with URIs of p11-agent list").

@@ -347,7 +347,7 @@ func TestCommandLinesAreRight(t *testing.T) {
 			}
 		}
 	}
-	if got, want := slices.Sorted(maps.Keys(seen)), []string{"agent", "check", "demo", "doctor", "export", "generate", "install", "list", "login", "logout", "status", "uninstall"}; !slices.Equal(got, want) {
+	if got, want := slices.Sorted(maps.Keys(seen)), []string{"agent", "check", "demo", "doctor", "export", "generate", "install", "list", "login", "logout", "setup", "status", "uninstall"}; !slices.Equal(got, want) {
 		t.Errorf("command lines show %q, want %q", got, want)
 	}
 }

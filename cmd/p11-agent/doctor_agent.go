@@ -361,13 +361,14 @@ func askSSH(ctx context.Context) sshSettings {
 	return s
 }
 
-// ownSocket is where p11-agent listens when nobody says otherwise; empty: nowhere.
+// ownSocket is where p11-agent listens when nobody says otherwise, setup included;
+// empty: nowhere.
 func ownSocket() string {
 	dir := os.Getenv("XDG_RUNTIME_DIR")
 	if dir == "" {
 		dir = fmt.Sprintf("/run/user/%d", os.Geteuid())
 		if _, err := os.Stat(dir); err != nil {
-			return ""
+			return stateSocket()
 		}
 	}
 	return filepath.Join(dir, program, "agent.sock")

@@ -14,6 +14,7 @@ import (
 	"regexp"
 	"slices"
 	"strings"
+	"syscall"
 	"time"
 
 	"github.com/spf13/cobra"
@@ -498,6 +499,8 @@ func runUninstall(ctx context.Context, g *globals, o *installOptions, out, stder
 func systemctl(ctx context.Context, stderr io.Writer, args ...string) error {
 	cmd := exec.CommandContext(ctx, "systemctl", args...)
 	cmd.Stderr = stderr
+	// Ctrl-C is for this program: what systemctl has begun, it ends.
+	cmd.SysProcAttr = &syscall.SysProcAttr{Setpgid: true}
 	if err := cmd.Run(); err != nil {
 		return fmt.Errorf("systemctl %s: %w", strings.Join(args, " "), err)
 	}

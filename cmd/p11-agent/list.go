@@ -211,9 +211,16 @@ func runList(ctx context.Context, g *globals, o *listOptions, args []string, out
 		return e.Encode(l)
 	case o.public:
 		return printPublic(out, l)
-	default:
-		return printList(o.color.writer(out), stderr, l, o.verbose)
 	}
+	if err := printList(o.color.writer(out), stderr, l, o.verbose); err != nil {
+		return err
+	}
+	if !slices.ContainsFunc(l.Tokens, func(t listedToken) bool { return t.Present }) {
+		for _, step := range firstSteps(b.store.Modules()) {
+			fmt.Fprintf(stderr, "next: %s\n", step)
+		}
+	}
+	return nil
 }
 
 // matchesToken tells whether a URI selects a token that is present, be it one

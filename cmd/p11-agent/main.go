@@ -164,7 +164,7 @@ Exit status: 0 it worked; 1 it did not, or "check" or "doctor" found a problem;
 	root.SetFlagErrorFunc(func(_ *cobra.Command, err error) error { return &usageError{err} })
 	cobra.EnableCommandSorting = false // for all commands of the process: they are in the order of this list
 	addCommands(root, "run", "Starting it:",
-		newAgentCommand(g), newInstallCommand(g), newUninstallCommand(g))
+		newSetupCommand(g), newAgentCommand(g), newInstallCommand(g), newUninstallCommand(g))
 	addCommands(root, "keys", "Keys:",
 		newListCommand(g), newGenerateCommand(g), newExportCommand(g))
 	addCommands(root, "running", "The running agent:",

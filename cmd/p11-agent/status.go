@@ -121,6 +121,10 @@ func dialAgent(ctx context.Context, path, uri string) (*runningAgent, error) {
 	own := ""
 	if dir := os.Getenv("XDG_RUNTIME_DIR"); dir != "" {
 		own = filepath.Join(dir, "p11-agent", "agent.sock")
+	} else if path := stateSocket(); path != "" {
+		if _, err := os.Lstat(path); err == nil {
+			own = path
+		}
 	}
 	named := os.Getenv(socketVariable)
 	if named == "" {

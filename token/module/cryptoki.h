@@ -35,7 +35,10 @@ struct functions { /* CK_FUNCTION_LIST */
 	CK_RV (*get_slot_list)(CK_BYTE present, CK_ULONG *list, CK_ULONG *count);
 	void *get_slot_info, *get_token_info;
 	CK_RV (*get_mechanism_list)(CK_ULONG slot, CK_ULONG *list, CK_ULONG *count);
-	void *get_mechanism_info, *init_token, *init_pin, *set_pin;
+	void *get_mechanism_info;
+	CK_RV (*init_token)(CK_ULONG slot, CK_BYTE *pin, CK_ULONG length, CK_BYTE *label);
+	CK_RV (*init_pin)(CK_ULONG session, CK_BYTE *pin, CK_ULONG length);
+	void *set_pin;
 	void *open_session, *close_session, *close_all_sessions, *get_session_info;
 	void *get_operation_state, *set_operation_state;
 	CK_RV (*login)(CK_ULONG session, CK_ULONG user, CK_BYTE *pin, CK_ULONG length);

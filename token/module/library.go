@@ -69,6 +69,16 @@ static CK_RV login(struct functions *f, CK_ULONG session, CK_ULONG user, CK_BYTE
 	return f->login ? f->login(session, user, pin, length) : CKR_FUNCTION_NOT_SUPPORTED;
 }
 
+static CK_RV init_token(struct functions *f, CK_ULONG slot, CK_BYTE *pin, CK_ULONG length, CK_BYTE *label)
+{
+	return f->init_token ? f->init_token(slot, pin, length, label) : CKR_FUNCTION_NOT_SUPPORTED;
+}
+
+static CK_RV init_pin(struct functions *f, CK_ULONG session, CK_BYTE *pin, CK_ULONG length)
+{
+	return f->init_pin ? f->init_pin(session, pin, length) : CKR_FUNCTION_NOT_SUPPORTED;
+}
+
 // get_attributes reads n attributes. lengths holds the room for each of them in
 // arena, one after the other, and what C_GetAttributeValue made of it afterwards.
 static CK_RV get_attributes(struct functions *f, CK_ULONG session, CK_ULONG object, CK_ULONG n,
@@ -411,6 +421,17 @@ func (l *library) sessionInfo(s pkcs11.SessionHandle) (pkcs11.SessionInfo, error
 // typed on the reader.
 func (l *library) login(s pkcs11.SessionHandle, user uint, pin []byte) error {
 	return returned("C_Login", C.login(l.fn, C.CK_ULONG(s), C.CK_ULONG(user), first(pin), C.CK_ULONG(len(pin))))
+}
+
+// initToken calls C_InitToken (PKCS#11 v2.40 section 5.5) without a copy of the PIN.
+func (l *library) initToken(slot uint, pin []byte, label string) error {
+	padded := []byte(fmt.Sprintf("%-32s", label)) // blanks, and no NUL at the end
+	return returned("C_InitToken", C.init_token(l.fn, C.CK_ULONG(slot), first(pin), C.CK_ULONG(len(pin)), first(padded)))
+}
+
+// initPIN calls C_InitPIN (PKCS#11 v2.40 section 5.5) without a copy of the PIN.
+func (l *library) initPIN(s pkcs11.SessionHandle, pin []byte) error {
+	return returned("C_InitPIN", C.init_pin(l.fn, C.CK_ULONG(s), first(pin), C.CK_ULONG(len(pin))))
 }
 
 func (l *library) logout(s pkcs11.SessionHandle) error {

@@ -130,6 +130,8 @@ func wipe(m wire.Message) {
 		m.PIN.Wipe()
 	case *wire.Sign:
 		m.PIN.Wipe()
+	case *wire.NewToken:
+		m.PIN.Wipe()
 	}
 }
 
@@ -179,6 +181,8 @@ func (s *server) handle(ctx context.Context, r wire.Request) (wire.Message, erro
 	s.life.RLock()
 	defer s.life.RUnlock()
 	switch m := r.Message.(type) {
+	case *wire.NewToken:
+		return s.newToken(ctx, lib, m)
 	case *wire.Objects:
 		return s.listObjects(ctx, lib, m, func(part *wire.ObjectsPart) error { return s.conn.WritePart(r.ID, part) })
 	case *wire.Token:

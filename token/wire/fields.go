@@ -13,6 +13,7 @@ var requests = map[Type]func() Message{
 	TypeSign:     func() Message { return new(Sign) },
 	TypeCancel:   func() Message { return new(Cancel) },
 	TypeGenerate: func() Message { return new(Generate) },
+	TypeNewToken: func() Message { return new(NewToken) },
 }
 
 func (m *Hello) fields(c *codec) {
@@ -194,6 +195,17 @@ func (m *GenerateReply) fields(c *codec) {
 	c.tri(&m.AlwaysSensitive)
 	c.tri(&m.NeverExtractable)
 	c.tri(&m.Local)
+}
+
+func (m *NewToken) fields(c *codec) {
+	c.text(&m.Label)
+	c.secret(&m.PIN)
+}
+
+func (m *NewToken) pin() *secret.Secret { return m.PIN }
+
+func (m *NewTokenReply) fields(c *codec) {
+	m.Token.fields(c)
 }
 
 func (m *Cancel) fields(c *codec) {

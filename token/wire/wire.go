@@ -56,15 +56,16 @@ type Type byte
 
 // The requests. Each is answered by one frame: its reply type or TypeError.
 const (
-	TypeHello    Type = 1 // Hello -> HelloReply
-	TypeSlots    Type = 2 // Slots -> SlotsReply
-	TypeObjects  Type = 3 // Objects -> ObjectsReply
-	TypeToken    Type = 4 // Token -> TokenReply
-	TypeLogin    Type = 5 // Login -> TokenReply; the body may only lie in locked memory
-	TypeLogout   Type = 6 // Token -> TokenReply
-	TypeSign     Type = 7 // Sign -> SignReply; the body may only lie in locked memory when it holds a PIN
-	TypeCancel   Type = 8 // Cancel; no reply of its own
-	TypeGenerate Type = 9 // Generate -> GenerateReply
+	TypeHello    Type = 1  // Hello -> HelloReply
+	TypeSlots    Type = 2  // Slots -> SlotsReply
+	TypeObjects  Type = 3  // Objects -> ObjectsReply
+	TypeToken    Type = 4  // Token -> TokenReply
+	TypeLogin    Type = 5  // Login -> TokenReply; the body may only lie in locked memory
+	TypeLogout   Type = 6  // Token -> TokenReply
+	TypeSign     Type = 7  // Sign -> SignReply; the body may only lie in locked memory when it holds a PIN
+	TypeCancel   Type = 8  // Cancel; no reply of its own
+	TypeGenerate Type = 9  // Generate -> GenerateReply
+	TypeNewToken Type = 10 // NewToken -> NewTokenReply; the body may only lie in locked memory
 )
 
 // The answers.
@@ -360,6 +361,21 @@ type GenerateReply struct {
 	// What the token says of the private key's life so far (CKA_ALWAYS_SENSITIVE,
 	// CKA_NEVER_EXTRACTABLE, CKA_LOCAL).
 	AlwaysSensitive, NeverExtractable, Local Tri
+}
+
+// NewToken asks the module to make a token in a slot whose token has none yet. A token
+// that is initialised is never touched. The module process makes up the PIN of the
+// security officer and forgets it.
+type NewToken struct {
+	Label string // 32 bytes at the most
+	// PIN is the user's. It is sent right out of its locked memory, and never copied
+	// anywhere else.
+	PIN *secret.Secret
+}
+
+// NewTokenReply names the token that was made.
+type NewTokenReply struct {
+	Token TokenID
 }
 
 // Cancel says that nobody waits for the request with this number any more. One

@@ -50,6 +50,8 @@ func samples(t testing.TB) []sample {
 		{t: TypeCancel, msg: &Cancel{Request: 7}},
 		{t: TypeGenerate, msg: &Generate{Token: testToken, Mechanism: CKMRSAPKCSKeyPairGen, Bits: 3072, ID: []byte{7}, Label: "new"}},
 		{t: TypeGenerate, msg: &Generate{Token: testToken, Mechanism: CKMECEdwardsKeyPairGen, ECParams: []Value{{[]byte{19, 1, 'x'}}, {[]byte{6, 1, 9}}}}},
+		{t: TypeNewToken, msg: &NewToken{Label: "new"}, pin: "482915"},
+		{t: TypeReply, msg: &NewTokenReply{Token: testToken}},
 		{t: TypeReply, msg: &HelloReply{Version: Version, Manufacturer: "ACME", Description: "cards", Library: 0x102, Cryptoki: 0x228, Waits: true, Sandbox: Sandbox{
 			Files: 7, Scoped: true, CallsError: "refused (EPERM)", Missing: []string{"/srv"},
 		}}},
@@ -92,6 +94,8 @@ func setPIN(t testing.TB, msg Message, pin string) {
 	case *Login:
 		m.PIN = s
 	case *Sign:
+		m.PIN = s
+	case *NewToken:
 		m.PIN = s
 	default:
 		t.Fatalf("%T has no PIN", msg)

@@ -1,0 +1,224 @@
+package main
+
+import (
+	"bytes"
+	"cmp"
+	"context"
+	"errors"
+	"fmt"
+	"io"
+	"io/fs"
+	"os"
+	"os/exec"
+	"path/filepath"
+	"strings"
+	"syscall"
+)
+
+// stateSocket is where setup has an agent listen that has no runtime directory. Other
+// commands look for it there.
+func stateSocket() string {
+	if dir := stateDir(); dir != "" {
+		return filepath.Join(dir, "agent.sock")
+	}
+	return ""
+}
+
+// setupSocket is where the agent of this user listens.
+func setupSocket() string {
+	if os.Getenv("XDG_RUNTIME_DIR") != "" {
+		if path, err := socketPath("", false); err == nil {
+			return path
+		}
+	}
+	return cmp.Or(stateSocket(), ownSocket())
+}
+
+// userManagerRuns tells whether systemd runs for this user, and can be reached.
+func userManagerRuns() bool {
+	dir := os.Getenv("XDG_RUNTIME_DIR")
+	if _, err := exec.LookPath("systemctl"); err != nil || dir == "" || !booted() {
+		return false
+	}
+	st, err := os.Stat(filepath.Join(dir, "systemd", "private"))
+	return err == nil && st.Mode().Type() == fs.ModeSocket
+}
+
+// startAgent has systemd start the agent, or starts it in the background. It connects to
+// the agent before there is a PIN: see queryAgent.
+func (s *setup) startAgent(ctx context.Context) error {
+	const title = "The agent"
+	socket := setupSocket()
+	done := ""
+	a, err := queryAgent(ctx, socket, "")
+	switch {
+	case err == nil:
+		s.agent = a
+		done = "it answers at " + short(socket)
+	case !isNotFound(err):
+		return err
+	}
+	what := []string{
+		"start it in the background, as systemd does not run for you here:",
+		fmt.Sprintf("p11-agent agent -a %s", short(socket)),
+	}
+	start := s.startBackground
+	if userManagerRuns() {
+		what = []string{
+			"have systemd start it with the first use, after every login:",
+			"p11-agent install --user --now  (p11-agent uninstall --user takes it back)",
+		}
+		start = s.startUnits
+	}
+	yes, err := s.offer(ctx, title, done, what...)
+	if err != nil || !yes {
+		return err
+	}
+	if err := start(ctx, socket); err != nil {
+		return err
+	}
+	s.changed = true
+	if s.agent, err = queryAgent(ctx, socket, ""); err != nil {
+		return fmt.Errorf("the agent was started, and does not answer at %s: %w", socket, err)
+	}
+	s.say("  it answers at %s", short(socket))
+	return nil
+}
+
+// startUnits does what install does. Ctrl-C does not reach systemctl, so units that are
+// written are enabled as well.
+func (s *setup) startUnits(ctx context.Context, _ string) error {
+	var said bytes.Buffer
+	if err := runInstall(context.WithoutCancel(ctx), new(globals), &installOptions{user: true, now: true}, &said, s.stderr); err != nil {
+		return err
+	}
+	for line := range strings.Lines(said.String()) {
+		if strings.HasPrefix(line, "wrote ") {
+			s.say("  %s", strings.TrimSpace(line))
+		}
+	}
+	if others := rivalUnits(filepath.Join(filepath.Dir(filepath.Dir(defaultConfig())), "systemd", "user")); len(others) > 0 {
+		s.say("  note: other agents are enabled, too. To switch them off: systemctl --user mask --now %s", strings.Join(others, " "))
+	}
+	return nil
+}
+
+// startBackground starts the agent at a socket of its own.
+func (s *setup) startBackground(ctx context.Context, socket string) error {
+	self, err := os.Executable()
+	if err != nil {
+		return fmt.Errorf("find this program's own file: %w", err)
+	}
+	cmd := exec.CommandContext(context.WithoutCancel(ctx), self, "agent", "-s", "-a", socket)
+	cmd.Stderr = s.stderr
+	// Ctrl-C is for this program: the agent starts as a whole.
+	cmd.SysProcAttr = &syscall.SysProcAttr{Setpgid: true}
+	if err := os.MkdirAll(filepath.Dir(socket), 0o700); err != nil {
+		return err
+	}
+	if _, err := cmd.Output(); err != nil {
+		return fmt.Errorf("start the agent: %w", err)
+	}
+	return nil
+}
+
+// leadSSH has ssh ask the agent, whatever SSH_AUTH_SOCK says.
+func (s *setup) leadSSH(ctx context.Context) error {
+	socket := setupSocket()
+	done := ""
+	settings := askSSH(ctx)
+	if settings.agent == socket {
+		done = "its configuration names " + short(socket)
+	}
+	own := filepath.Join(filepath.Dir(defaultConfig()), "ssh_config")
+	file := filepath.Join(os.Getenv("HOME"), ".ssh", "config")
+	line := "Include " + homeRelative(own)
+	yes, err := s.offer(ctx, "ssh", done,
+		fmt.Sprintf("have it ask this agent, by this line at the top of %s:", short(file)), line)
+	if err != nil || !yes {
+		return err
+	}
+	if settings.err != nil {
+		s.trouble(settings.err)
+		return nil
+	}
+	if err := writeInclude(own, file, line, socket); err != nil {
+		s.trouble(err)
+		return nil
+	}
+	s.changed = true
+	if now := askSSH(ctx); now.agent != socket {
+		s.trouble(fmt.Errorf("the line is in %s, and ssh does not heed it: %w", file,
+			cmp.Or(now.err, fmt.Errorf("it asks %q; p11-agent doctor tells more", now.agent))))
+		return nil
+	}
+	s.say("  wrote %s", short(file))
+	return nil
+}
+
+// writeInclude writes the piece of configuration that names the socket, unless install
+// has, and then the line that includes it.
+func writeInclude(own, file, line, socket string) error {
+	if _, err := os.Lstat(own); errors.Is(err, fs.ErrNotExist) {
+		if err := os.MkdirAll(filepath.Dir(own), 0o700); err != nil {
+			return err
+		}
+		text := installMarker + "Host *\n    " + identityAgent(socket) + "\n"
+		if err := writeFile(own, []byte(text), false); err != nil {
+			return err
+		}
+	}
+	if err := os.MkdirAll(filepath.Dir(file), 0o700); err != nil {
+		return err
+	}
+	return prepend(file, line+"\n\n")
+}
+
+// maxSSHConfig bounds the configuration that a line is put before, in bytes.
+const maxSSHConfig = 1 << 20
+
+// prepend puts text before what is in a file, which keeps its mode.
+func prepend(file, text string) error {
+	f, err := os.OpenFile(file, os.O_RDONLY|syscall.O_NONBLOCK, 0)
+	if errors.Is(err, fs.ErrNotExist) {
+		return replaceFile(file, []byte(text), 0o600)
+	}
+	if err != nil {
+		return err
+	}
+	defer f.Close()
+	st, err := f.Stat()
+	switch {
+	case err != nil:
+		return err
+	case !st.Mode().IsRegular() || st.Size() > maxSSHConfig:
+		return fmt.Errorf("%s is no usual file of at most %d bytes, and is left as it is", file, maxSSHConfig)
+	}
+	was, err := io.ReadAll(io.LimitReader(f, maxSSHConfig))
+	if err != nil {
+		return err
+	}
+	return replaceFile(file, append([]byte(text), was...), st.Mode().Perm())
+}
+
+// replaceFile replaces a file as a whole or not at all. Where the file is a link, the link
+// stays, and what it leads to is replaced.
+func replaceFile(file string, b []byte, mode fs.FileMode) error {
+	if to, err := filepath.EvalSymlinks(file); err == nil {
+		file = to
+	} else if _, lerr := os.Lstat(file); lerr == nil {
+		return err // a link to nothing
+	}
+	f, err := os.CreateTemp(filepath.Dir(file), ".p11-agent-*")
+	if err != nil {
+		return err
+	}
+	_, err = f.Write(b)
+	if err = errors.Join(err, f.Chmod(mode), f.Sync(), f.Close()); err == nil {
+		err = os.Rename(f.Name(), file)
+	}
+	if err != nil {
+		_ = os.Remove(f.Name())
+	}
+	return err
+}

@@ -1,0 +1,121 @@
+package main
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"io"
+	"os"
+	"strconv"
+	"strings"
+	"syscall"
+)
+
+// A dialog asks a person at a terminal what is no secret. It is used by one goroutine
+// at a time.
+type dialog struct {
+	in  io.Reader // one line at a time
+	out io.Writer
+}
+
+// errInterrupted ends the program as Ctrl-C does in a shell.
+const errInterrupted = statusError(128 + int(syscall.SIGINT))
+
+// maxAnswer bounds an answer, in bytes.
+const maxAnswer = 512
+
+// line asks for one line. Ctrl-C ends it with errInterrupted, by way of ctx.
+func (d *dialog) line(ctx context.Context, prompt string) (string, error) {
+	if ctx.Err() != nil {
+		return "", errInterrupted
+	}
+	fmt.Fprint(d.out, prompt+" ")
+	type answer struct {
+		text string
+		err  error
+	}
+	read := make(chan answer, 1)
+	go func() {
+		text, err := d.read()
+		read <- answer{text, err}
+	}()
+	select {
+	case a := <-read:
+		return a.text, a.err
+	case <-ctx.Done():
+		// The program ends, and the read with it.
+		fmt.Fprintln(d.out)
+		return "", errInterrupted
+	}
+}
+
+// read reads a line byte by byte, so that nothing of the next answer is taken.
+func (d *dialog) read() (string, error) {
+	var text []byte
+	for b := make([]byte, 1); ; {
+		n, err := d.in.Read(b)
+		switch {
+		case n == 1 && b[0] == '\n':
+			return strings.TrimSpace(string(text)), nil
+		case n == 1 && len(text) == maxAnswer:
+			return "", fmt.Errorf("the answer is longer than %d bytes", maxAnswer)
+		case n == 1:
+			text = append(text, b[0])
+		case errors.Is(err, io.EOF):
+			return "", errors.New("the terminal was closed")
+		case err != nil:
+			return "", fmt.Errorf("read the answer: %w", err)
+		}
+	}
+}
+
+// yes asks a question. Enter alone is the usual answer.
+func (d *dialog) yes(ctx context.Context, prompt string, usual bool) (bool, error) {
+	keys := map[bool]string{true: "[Y/n]", false: "[y/N]"}[usual]
+	for {
+		text, err := d.line(ctx, prompt+" "+keys)
+		if err != nil {
+			return false, err
+		}
+		switch strings.ToLower(text) {
+		case "":
+			return usual, nil
+		case "y", "yes":
+			return true, nil
+		case "n", "no":
+			return false, nil
+		}
+		fmt.Fprintln(d.out, "Please type y or n.")
+	}
+}
+
+// choose has one of the choices chosen, which begin with 1. Enter alone is the first
+// one, and 0 is none of them: it returns -1.
+func (d *dialog) choose(ctx context.Context, prompt string, choices []string) (int, error) {
+	for i, c := range choices {
+		fmt.Fprintf(d.out, "  %d  %s\n", i+1, c)
+	}
+	fmt.Fprintln(d.out, "  0  none of these: end here")
+	for {
+		text, err := d.line(ctx, prompt+" [1]")
+		if err != nil {
+			return 0, err
+		}
+		if text == "" {
+			return 0, nil
+		}
+		if n, err := strconv.Atoi(text); err == nil && n >= 0 && n <= len(choices) {
+			return n - 1, nil
+		}
+		fmt.Fprintf(d.out, "Please type a number from 0 to %d.\n", len(choices))
+	}
+}
+
+// newDialog returns nil where there is no terminal to ask at.
+func newDialog(in io.Reader, out io.Writer) *dialog {
+	f, ok := in.(*os.File)
+	if !ok || !isTerminal(f) || !isTerminal(out) {
+		return nil
+	}
+	return &dialog{in: in, out: out}
+}

@@ -1,0 +1,454 @@
+package main
+
+import (
+	"bytes"
+	"cmp"
+	"context"
+	"errors"
+	"fmt"
+	"io"
+	"os"
+	"path/filepath"
+	"slices"
+	"strings"
+
+	"p11-agent/agent"
+	"p11-agent/agent/peer"
+	"p11-agent/pinentry/secret"
+	"p11-agent/token"
+	"p11-agent/token/pkcs11uri"
+	"p11-agent/token/registry"
+	"p11-agent/token/wire"
+)
+
+const (
+	// setupKind is what a new key is: each token and each server has it.
+	setupKind = token.ECDSAP256
+	// setupLabel is what a new key and a new token are called.
+	setupLabel = "login"
+	// softHSMPackage is what Debian calls it, and softHSMFedora Fedora.
+	softHSMPackage, softHSMFedora = "softhsm2", "softhsm"
+)
+
+// A choice is one way to a key.
+type choice struct {
+	text   string
+	key    *exported          // it is there
+	on     *token.TokenStatus // a new key on this token
+	module string             // a new key on a new token of this module; empty: SoftHSM's, which is not there yet
+	first  string             // a command for root that has to be run before
+	files  []string           // that have to be written before; see ownTokens
+}
+
+// chooseKey looks for keys and tokens, and decides on the key. It changes nothing but
+// what a new token of SoftHSM needs beforehand.
+func (s *setup) chooseKey(ctx context.Context) error {
+	const title = "A key"
+	for {
+		s.look(ctx)
+		keys := s.keysNow()
+		if e, ok := marked(keys); ok || len(keys) == 1 {
+			if !ok {
+				e = keys[0]
+			}
+			s.use(e)
+			_, err := s.offer(ctx, title, describe(e))
+			return err
+		}
+		s.say("\n%s", title)
+		s.troubles()
+		choices := keyChoices(keys)
+		if len(keys) == 0 {
+			s.say("  No key is there yet.")
+			choices = s.newKeyChoices()
+		}
+		var texts []string
+		for _, c := range choices {
+			texts = append(texts, c.text)
+		}
+		if s.ask == nil {
+			if len(keys) == 0 {
+				texts = append(texts, firstSteps(s.b.store.Modules())[0])
+			}
+			s.toDo(title, "one of these:")
+			for _, text := range texts {
+				s.say("         - %s", text)
+			}
+			return nil
+		}
+		if len(keys) == 0 {
+			texts = append(texts, "look again: "+firstSteps(s.b.store.Modules())[0]+" before you choose this")
+		}
+		n, err := s.ask.choose(ctx, "  Which one?", texts)
+		switch {
+		case err != nil:
+			return err
+		case n < 0:
+			return errors.New("no key was chosen, and nothing was changed")
+		case n == len(choices):
+			continue
+		}
+		c := choices[n]
+		if c.key != nil {
+			s.use(*c.key)
+			return nil
+		}
+		if ok, err := s.prepare(ctx, &c); err != nil || !ok {
+			if err != nil {
+				s.trouble(err)
+			}
+			continue
+		}
+		s.plan = &c
+		return nil
+	}
+}
+
+// use takes a key that is there.
+func (s *setup) use(e exported) {
+	s.key, s.uri = e, pkcs11uri.ForKey(e.key.Token(), "", nil).String()
+}
+
+// troubles tells of tokens that cannot be used, or whose keys other programs make: this is
+// why there may be no key.
+func (s *setup) troubles() {
+	for _, m := range s.b.store.Modules() {
+		for _, t := range m.Away {
+			s.say("  token %q has %s, and is not there: insert it", visibleText(t.ID.Label), plural(len(t.Keys), "key"))
+		}
+		for _, t := range m.Tokens {
+			if isPIV(t) && t.Shadowed == "" && len(t.Keys) == 0 {
+				s.say("  token %q has no key, and its own program makes one: %s", visibleText(t.ID.Label), firstKey(m, t))
+			}
+		}
+	}
+	r := new(report)
+	findTokens(r, s.b.store.Modules())
+	for _, f := range r.findings {
+		if f.level == levelProblem {
+			s.say("  %s: %s", f.level, f.text)
+			for _, step := range f.next {
+				s.say("    next: %s", step)
+			}
+		}
+	}
+}
+
+func keyChoices(keys []exported) (all []choice) {
+	for _, e := range keys {
+		all = append(all, choice{text: describe(e) + ", " + e.key.URI(), key: &e})
+	}
+	return all
+}
+
+// newKeyChoices are the ways to a new key.
+func (s *setup) newKeyChoices() (all []choice) {
+	var soft, tpm *token.ModuleStatus
+	for _, m := range s.b.store.Modules() {
+		switch kindOfModule(m.Path) {
+		case kindSoftHSM:
+			soft = &m
+		case kindTPM:
+			if m.Err == nil && !noTPM() {
+				tpm = &m
+			}
+		}
+		for _, t := range m.Tokens {
+			if takesKeys(t) {
+				all = append(all, choice{text: fmt.Sprintf("make a key on token %q (%s %s)",
+					visibleText(t.ID.Label), visibleText(t.ID.Manufacturer), visibleText(t.ID.Model)), on: &t})
+			}
+		}
+	}
+	if tpm != nil {
+		all = append(all, choice{text: "make a token and a key in the TPM of this machine", module: tpm.Name})
+	}
+	off := slices.ContainsFunc(slices.Concat(s.b.skipped, s.b.broken), func(m registry.Module) bool {
+		return kindOfModule(m.Settings["module"].Value) == kindSoftHSM
+	})
+	if c, ok := softHSMChoice(soft); ok && (soft != nil || !off) {
+		all = append(all, c)
+	}
+	return all
+}
+
+// takesKeys tells whether a key can be made on a token. Those of PIV cards are made by
+// other programs.
+func takesKeys(t token.TokenStatus) bool {
+	pinless := t.Flags&wire.CKFLoginRequired != 0 && t.Flags&wire.CKFUserPINInitialized == 0
+	return t.Shadowed == "" && t.Home == "" && !pinless && t.Tries != token.TriesNone && t.Tries != token.TriesLast &&
+		t.Flags&wire.CKFWriteProtected == 0 && !isPIV(t)
+}
+
+// isPIV tells whether a token is a PIV card, as OpenSC and Yubico's module show it.
+func isPIV(t token.TokenStatus) bool {
+	return t.ID.Manufacturer == "piv_II" || strings.Contains(t.ID.Manufacturer, "Yubico")
+}
+
+// softHSMChoice is a token of SoftHSM. m is nil where its module is not registered.
+func softHSMChoice(m *token.ModuleStatus) (choice, bool) {
+	c := choice{text: "make a token and a key in files, with SoftHSM: to try things, as files can be copied"}
+	switch {
+	case m == nil:
+		c.first = installStep(softHSMPackage, softHSMFedora)
+		c.text += fmt.Sprintf(" (this runs %q first)", c.first)
+		if !strings.HasPrefix(c.first, "sudo ") {
+			return c, false // nothing that could be run
+		}
+	case m.Err == nil:
+		c.module = m.Name
+		return c, true
+	default:
+		c.module = m.Name
+	}
+	if os.Getenv("SOFTHSM2_CONF") != "" {
+		return c, m == nil // it is broken by what that names
+	}
+	conf := filepath.Join(os.Getenv("HOME"), ".config", "softhsm2", "softhsm2.conf")
+	if _, err := os.Lstat(conf); err == nil {
+		return c, m == nil
+	}
+	dir := filepath.Join(os.Getenv("HOME"), ".local", "share", "softhsm2")
+	c.files = []string{conf, dir}
+	c.text += fmt.Sprintf(" (this writes %s and makes %s)", short(conf), short(dir))
+	return c, true
+}
+
+// prepare does what a new token of SoftHSM needs beforehand. Otherwise there is nothing
+// to do.
+func (s *setup) prepare(ctx context.Context, c *choice) (bool, error) {
+	if c.first != "" {
+		if err := s.attached(ctx, strings.Fields(c.first)...); err != nil {
+			return false, err
+		}
+		s.changed = true
+	}
+	if c.files != nil && (c.first == "" || !systemSoftHSM()) {
+		if err := ownTokens(c.files[0], c.files[1]); err != nil {
+			return false, err
+		}
+		s.changed = true
+		s.say("  wrote %s", short(c.files[0]))
+	}
+	if c.first == "" && c.files == nil {
+		return true, nil
+	}
+	s.look(ctx)
+	for _, m := range s.b.store.Modules() {
+		if kindOfModule(m.Path) == kindSoftHSM {
+			c.module = m.Name
+			return m.Err == nil, m.Err
+		}
+	}
+	return false, errors.New("SoftHSM's module is not registered with p11-kit: name it with a [[module]] table in the configuration")
+}
+
+// systemSoftHSM tells whether this user may use the machine's directory of tokens.
+func systemSoftHSM() bool {
+	dir, err := tokenDir("/etc/softhsm/softhsm2.conf")
+	if err != nil || dir == "" {
+		return false
+	}
+	probe, err := os.CreateTemp(dir, ".p11-agent-*")
+	if err != nil {
+		return false
+	}
+	_ = probe.Close()
+	return os.Remove(probe.Name()) == nil
+}
+
+// ownTokens gives this user a directory of tokens of SoftHSM's. The configuration, which
+// comes last, is written as a whole.
+func ownTokens(conf, dir string) error {
+	for _, d := range []string{dir, filepath.Dir(conf)} {
+		if err := os.MkdirAll(d, 0o700); err != nil {
+			return err
+		}
+	}
+	return writeFile(conf, []byte("directories.tokendir = "+dir+"\n"), false)
+}
+
+// makeKey makes the key that was chosen, and the token if need be. The PIN is typed for
+// all of it, the agent's login included.
+func (s *setup) makeKey(ctx context.Context) error {
+	if s.plan == nil {
+		return nil
+	}
+	for {
+		err := s.makeWithPIN(ctx)
+		refused, wrong := errors.AsType[*token.PINError](err)
+		if !wrong || refused.Tries == token.TriesNone || refused.Tries == token.TriesLast {
+			return err
+		}
+		fmt.Fprintf(s.stderr, "  p11-agent: error: %v\n", err)
+		again, err := s.ask.yes(ctx, "  Type the PIN again?", false)
+		if err != nil {
+			return err
+		}
+		if !again {
+			return errors.New("no key was made")
+		}
+	}
+}
+
+func (s *setup) makeWithPIN(ctx context.Context) error {
+	pin, err := s.askPIN(ctx)
+	if err != nil {
+		return err
+	}
+	defer pin.Wipe()
+	uri := ""
+	if s.plan.on != nil {
+		uri = s.plan.on.URI
+	} else {
+		label := s.freeLabel()
+		if uri, err = s.b.store.NewToken(ctx, s.plan.module, label, pin); err != nil {
+			return err
+		}
+		s.changed = true
+		s.say("  made the token %q", label)
+		// A second try is about this one.
+		for _, m := range s.b.store.Modules() {
+			for _, t := range m.Tokens {
+				if t.URI == uri {
+					s.plan.on = &t
+				}
+			}
+		}
+	}
+	u, err := pkcs11uri.Parse(uri)
+	if err != nil {
+		return err
+	}
+	label := setupLabel
+	u.Object = &label
+	k, err := s.b.store.Generate((&agent.Caller{Peer: peer.Self()}).Context(ctx), u, setupKind, pin)
+	//nolint:errorlint // wrapped, it says what became of the key
+	if err == context.Canceled {
+		return errInterrupted
+	}
+	if err != nil {
+		return err
+	}
+	s.changed = true
+	if err := printGenerated(io.Discard, s.stderr, k); err != nil {
+		return err
+	}
+	if err := s.take(k.Key); err != nil {
+		return err
+	}
+	s.say("  made %s", describe(s.key))
+	// The card is the agent's from here on.
+	s.b.stop()
+	s.b = nil
+	s.logIn(ctx, pin)
+	return nil
+}
+
+// take finds what others need to know of a new key, whether the configuration has it
+// offered or not.
+func (s *setup) take(k *token.Key) error {
+	u, err := pkcs11uri.Parse(k.URI())
+	if err != nil {
+		return err
+	}
+	keys, err := exportable(s.config, s.b.store, []*pkcs11uri.URI{u})
+	if err != nil {
+		return err
+	}
+	for _, e := range keys {
+		if bytes.Equal(e.key.ID(), k.ID()) {
+			s.use(e)
+			if ok, reason := offered(e.key, automatic(s.config), ""); !ok {
+				s.say("  note: the agent does not offer it: %s. Add %q to keys in %s", reason, e.key.URI(), short(s.config.file))
+			}
+			return nil
+		}
+	}
+	return fmt.Errorf("the key %v was made, and is not listed", k)
+}
+
+// freeLabel returns a label that no token has which is there.
+func (s *setup) freeLabel() string {
+	var taken []string
+	for _, m := range s.b.store.Modules() {
+		for _, t := range m.Tokens {
+			taken = append(taken, t.ID.Label)
+		}
+	}
+	label := setupLabel
+	for n := 2; slices.Contains(taken, label); n++ {
+		label = fmt.Sprintf("%s-%d", setupLabel, n)
+	}
+	return label
+}
+
+// askPIN asks for the PIN of the token, or for one for a new token; nil where none is
+// typed here.
+func (s *setup) askPIN(ctx context.Context) (*secret.Secret, error) {
+	fresh := s.plan.on == nil
+	if !fresh && (s.plan.on.Flags&wire.CKFLoginRequired == 0 || s.plan.on.Flags&wire.CKFProtectedAuthenticationPath != 0) {
+		return nil, nil //nolint:nilnil // no PIN is an answer
+	}
+	ask, err := newQuestion(false)
+	if err != nil {
+		return nil, err
+	}
+	defer ask.Close()
+	prompt := ""
+	if fresh {
+		s.say("\n  Choose a PIN for the new token. Without it no other PIN can be set.")
+		prompt = "  New PIN: "
+	} else {
+		s.say("\n  The key is made on token %q (serial %s).", visibleText(s.plan.on.ID.Label), visibleText(cmp.Or(s.plan.on.ID.Serial, "unknown")))
+		prompt = "  PIN: "
+	}
+	for {
+		pin, err := ask.secret(ctx, prompt)
+		if err != nil {
+			return nil, err
+		}
+		same := true
+		if pin.Len() > 0 && fresh {
+			same, err = typedAgain(ctx, ask, pin)
+		}
+		if err == nil && pin.Len() == 0 {
+			err = errors.New("no PIN was given: no key was made")
+		}
+		if err == nil && same {
+			return pin, nil
+		}
+		pin.Wipe()
+		if err != nil {
+			return nil, err
+		}
+		s.say("  The two are not the same.")
+	}
+}
+
+// typedAgain lets the person make sure of a new PIN, which the terminal has not shown.
+func typedAgain(ctx context.Context, ask *question, pin *secret.Secret) (same bool, err error) {
+	again, err := ask.secret(ctx, "  The same again, or Enter if you are sure of it: ")
+	if err != nil {
+		return false, err
+	}
+	defer again.Wipe()
+	return again.Len() == 0 || pin.Equal(again), nil
+}
+
+// logIn has the agent log in with the PIN. Should that fail, the agent asks for the PIN
+// when it needs it.
+func (s *setup) logIn(ctx context.Context, pin *secret.Secret) {
+	if s.agent == nil || pin.Len() == 0 {
+		return
+	}
+	answer, err := logIn(ctx, s.agent, s.uri, pin)
+	if err == nil && answer.Error != "" {
+		err = loginRefused(answer)
+	}
+	if err != nil {
+		s.trouble(fmt.Errorf("the agent is not logged in, and asks for the PIN at the first use: %w", err))
+		return
+	}
+	s.say("  logged the agent in: it asks for no PIN until the token is removed or the agent ends")
+}

@@ -1,0 +1,197 @@
+package main
+
+import (
+	"bytes"
+	"context"
+	"errors"
+	"fmt"
+	"io"
+	"os"
+	"os/exec"
+	"path/filepath"
+	"regexp"
+	"strings"
+
+	"golang.org/x/crypto/ssh"
+)
+
+// hostName is what ssh-copy-id is given: it begins with no "-", and has nothing that a
+// shell takes for more than a word.
+var hostName = regexp.MustCompile(`^[A-Za-z0-9._][A-Za-z0-9._@:%\[\]-]*$`)
+
+// authorize shows the line that lets the key in, and copies it to a host.
+func (s *setup) authorize(ctx context.Context) error {
+	const title = "The other side"
+	s.say("\n%s", title)
+	if s.key.key == nil {
+		s.toDo(title, "show the line for ~/.ssh/authorized_keys, and copy it to a host with ssh-copy-id")
+		return nil
+	}
+	s.say("  This line in ~/.ssh/authorized_keys on a host lets the key in:\n\n%s\n", strings.TrimSpace(s.key.line))
+	file := publicFile(s.key)
+	cp := []string{"ssh-copy-id", "-f", "-i", file}
+	if same, err := sameKey(file, s.key.pub); err == nil && same {
+		s.say("  done: it is in %s. To copy it to another host: ssh-copy-id -f -i %s HOST", short(file), short(file))
+		return nil
+	}
+	if s.ask == nil {
+		s.toDo(title, fmt.Sprintf("write %s, and copy it to a host: ssh-copy-id -f -i %s HOST", short(file), short(file)))
+		return nil
+	}
+	if _, err := exec.LookPath(cp[0]); err != nil {
+		return nil // the line is all that there is to do
+	}
+	for {
+		host, err := s.ask.line(ctx, fmt.Sprintf("  Write it to %s, and copy it with ssh-copy-id to this host (Enter: neither):", short(file)))
+		if err != nil || host == "" {
+			return err
+		}
+		if !hostName.MatchString(host) {
+			s.say("  %q is no name of a host, such as host.example.org or user@host.", visibleText(host))
+			continue
+		}
+		if err := s.writeKey(); err != nil {
+			s.trouble(err)
+			return nil
+		}
+		if err := s.attached(ctx, append(cp, host)...); err != nil {
+			s.trouble(err)
+		}
+		return nil
+	}
+}
+
+// writeKey writes the public half of the key.
+func (s *setup) writeKey() error {
+	if err := writeKeys(io.Discard, []exported{s.key}, filepath.Dir(publicFile(s.key)), false); err != nil {
+		return err
+	}
+	s.changed = true
+	return nil
+}
+
+// gitSigners is git's file of allowed signers, where git does not name one.
+const gitSigners = "~/.config/git/allowed_signers"
+
+// signWithGit has git sign with the key, and believe its signatures.
+func (s *setup) signWithGit(ctx context.Context) error {
+	const title = "git"
+	if _, err := exec.LookPath("git"); err != nil {
+		return nil // without git there is nothing to set up
+	}
+	set := func(name string) string { return gitSetting(ctx, name) }
+	email, signing := set("user.email"), set("user.signingkey")
+	if email == "" {
+		s.say("\n%s", title)
+		s.say("  not done: git does not know your e-mail address, which its signatures go by. To have it sign, type this and setup again:\n")
+		s.say("    git config --global user.email you@example.org")
+		return nil
+	}
+	if !principalPattern.MatchString(email) {
+		s.say("\n%s", title)
+		s.say("  not done: git's user.email, %q, is no name that signatures can go by", visibleText(email))
+		return nil
+	}
+	if s.key.key == nil {
+		_, err := s.offer(ctx, title, "", "have it sign commits with the key")
+		return err
+	}
+	signers := expandHome(set("gpg.ssh.allowedsignersfile"))
+	if signers == "" {
+		signers = expandHome(gitSigners)
+	}
+	file := publicFile(s.key)
+	line := fmt.Sprintf("%s namespaces=\"git\" %s", email, s.key.line)
+	known := hasSigner(signers, email, s.key.pub)
+	done := ""
+	if signing != "" && expandHome(signing) == file && set("gpg.format") == "ssh" && known && set("gpg.ssh.allowedsignersfile") != "" {
+		done = "it signs with " + short(file)
+	}
+	what := []string{
+		fmt.Sprintf("have it sign each commit with %s, and believe signatures of %s:", short(file), email),
+		"git config --global: gpg.format, user.signingkey, commit.gpgsign, gpg.ssh.allowedSignersFile",
+		"a line in " + short(signers),
+	}
+	if signing != "" {
+		what = append(what, fmt.Sprintf("git signs with another key so far: %s", visibleText(signing)))
+	}
+	yes, err := s.offer(ctx, title, done, what...)
+	if err != nil || !yes {
+		return err
+	}
+	if err := s.setGit(ctx, file, signers, line, known); err != nil {
+		s.trouble(err)
+		return nil
+	}
+	s.changed = true
+	s.say("  git signs with %s", short(file))
+	return nil
+}
+
+// setGit changes git's configuration. Each command gets no Ctrl-C; commit.gpgsign comes
+// last, so that git never wants to sign without knowing how.
+func (s *setup) setGit(ctx context.Context, file, signers, line string, known bool) error {
+	if err := s.writeKey(); err != nil {
+		return err
+	}
+	if !known {
+		if err := addLine(signers, line); err != nil {
+			return err
+		}
+	}
+	for _, kv := range [][2]string{
+		{"gpg.format", "ssh"}, {"gpg.ssh.allowedSignersFile", short(signers)}, {"user.signingkey", file}, {"commit.gpgsign", "true"},
+	} {
+		said, err := ask(context.WithoutCancel(ctx), "git", "config", "--global", kv[0], kv[1])
+		if err == nil && said.status != nil {
+			err = fmt.Errorf("git config %s: %s", kv[0], said.err)
+		}
+		if err != nil {
+			return err
+		}
+	}
+	return nil
+}
+
+// gitSetting returns a setting of git's for all repositories, or nothing.
+func gitSetting(ctx context.Context, name string) string {
+	said, err := ask(ctx, "git", "config", "--global", "--get", name)
+	if err != nil || said.status != nil {
+		return ""
+	}
+	return strings.TrimSpace(said.out)
+}
+
+// hasSigner tells whether a file of allowed signers has this one with this key.
+func hasSigner(file, email string, pub ssh.PublicKey) bool {
+	b, err := readSmall(file)
+	if err != nil {
+		return false
+	}
+	blob := strings.Fields(string(ssh.MarshalAuthorizedKey(pub)))[1]
+	for line := range strings.Lines(string(b)) {
+		words := strings.Fields(line)
+		if len(words) > 2 && words[0] == email && strings.Contains(line, blob) {
+			return true
+		}
+	}
+	return false
+}
+
+// addLine adds a line to a file, which is there as a whole at any time.
+func addLine(file, line string) error {
+	if err := os.MkdirAll(filepath.Dir(file), 0o700); err != nil {
+		return err
+	}
+	was, err := readSmall(file)
+	if err != nil && !errors.Is(err, os.ErrNotExist) {
+		return err
+	}
+	if len(was) == 64<<10 {
+		return fmt.Errorf("%s is too large to be added to: add this line yourself: %s", file, line)
+	}
+	if len(was) > 0 && !bytes.HasSuffix(was, []byte("\n")) {
+		was = append(was, '\n')
+	}
+	return replaceFile(file, append(was, line...), 0o644)
+}

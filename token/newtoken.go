@@ -1,0 +1,49 @@
+package token
+
+import (
+	"context"
+	"errors"
+	"fmt"
+
+	"p11-agent/pinentry/secret"
+	"p11-agent/token/pkcs11uri"
+	"p11-agent/token/wire"
+)
+
+// NewToken has a module make a token with this label and PIN, such as SoftHSM's or that
+// of TPMs, which offer slots for new ones. It returns the URI of the token, which is
+// listed then. No token that is there is changed.
+//
+// The PIN stays the caller's. The PIN of the security officer is made up and kept
+// nowhere. The module is not interrupted when ctx ends: a token is made as a whole.
+func (s *Store) NewToken(ctx context.Context, module, label string, pin *secret.Secret) (string, error) {
+	for _, m := range s.modulesNow() {
+		if m.spec.Name == module {
+			return m.newToken(ctx, label, pin)
+		}
+	}
+	return "", fmt.Errorf("there is no module %q", module)
+}
+
+func (m *module) newToken(ctx context.Context, label string, pin *secret.Secret) (string, error) {
+	defer m.use()()
+	p, err := m.running(ctx)
+	if err != nil {
+		return "", err
+	}
+	if err := ctx.Err(); err != nil {
+		return "", err
+	}
+	ctx = context.WithoutCancel(ctx)
+	reply := new(wire.NewTokenReply)
+	if err := p.call(ctx, generateTimeout, wire.TypeNewToken, &wire.NewToken{Label: label, PIN: pin}, reply); err != nil {
+		if e, ok := errors.AsType[*wire.Error](err); ok && e.Reason == wire.ReasonUnsupported {
+			return "", fmt.Errorf("module %s: %s", m.spec.Name, e.Text)
+		}
+		return "", fmt.Errorf("make a token: %w", m.wrap(err))
+	}
+	if err := m.rescan(ctx); err != nil {
+		return "", fmt.Errorf("the token %q was made, and cannot be looked at: %w", label, err)
+	}
+	return pkcs11uri.ForKey(reply.Token, "", nil).String(), nil
+}

@@ -1,0 +1,86 @@
+package token_test
+
+import (
+	"strings"
+	"testing"
+
+	"p11-agent/pinentry/secret"
+	"p11-agent/token"
+	"p11-agent/token/tokentest"
+)
+
+func pinOf(t *testing.T, text string) *secret.Secret {
+	t.Helper()
+	s, err := secret.From([]byte(text))
+	mustNot(t, err)
+	t.Cleanup(s.Wipe)
+	return s
+}
+
+// A module makes a token: no PIN is asked for, the given PIN is the user's, and the
+// tokens that are there stay as they are.
+func TestNewToken(t *testing.T) {
+	type maker struct {
+		module string
+		env    []string
+		old    func(label string) // makes a token by other means
+		// short is a PIN that the module does not take; empty: it takes every length.
+		short string
+	}
+	for name, prepare := range map[string]func(t *testing.T) maker{
+		"SoftHSM": func(t *testing.T) maker {
+			h := tokentest.NewSoftHSM(t)
+			return maker{h.Module(), h.Env(), func(label string) { h.AddToken(label, newPIN) }, "123"}
+		},
+		"TPM": func(t *testing.T) maker {
+			m := tokentest.NewTPM(t)
+			return maker{m.Module(), m.Env(), func(label string) { m.AddToken(label, newPIN) }, ""}
+		},
+	} {
+		t.Run(name, func(t *testing.T) {
+			m := prepare(t)
+			m.old("old")
+			person := &tokentest.Person{}
+			s := tokentest.Store(t, token.Options{
+				Modules: []token.ModuleSpec{realSpec("maker", m.module, m.env...)}, Command: self, PINs: person,
+			}, newPIN)
+			<-s.Settled()
+			old := s.Modules()[0].Tokens[0].URI
+			if m.short != "" {
+				_, err := s.NewToken(t.Context(), "maker", "new", pinOf(t, m.short))
+				if err == nil || !strings.Contains(err.Error(), "a PIN has ") {
+					t.Errorf("a PIN that is too short: %v", err)
+				}
+				want(t, "tokens after a PIN that is too short", len(s.Modules()[0].Tokens), 1)
+			}
+			name, err := s.NewToken(t.Context(), "maker", "new", pinOf(t, newPIN))
+			mustNot(t, err)
+			if name == old || !strings.Contains(name, "token=new") {
+				t.Errorf("the new token is %s, and the old one %s", name, old)
+			}
+			k, err := s.Generate(t.Context(), uri(t, name+";object=login"), token.ECDSAP256, pinOf(t, newPIN))
+			mustNot(t, err)
+			noError(t, tokentest.Sign(t.Context(), k.Key))
+			_, err = s.Generate(t.Context(), uri(t, old+";object=login"), token.ECDSAP256, pinOf(t, newPIN))
+			noError(t, err)
+			want(t, "prompts", person.Prompts(), 0)
+			_, err = s.NewToken(t.Context(), "nothing", "new", pinOf(t, newPIN))
+			if err == nil || !strings.Contains(err.Error(), `no module "nothing"`) {
+				t.Errorf("of a module that is not there: %v", err)
+			}
+		})
+	}
+}
+
+// A card has no room for another token.
+func TestNewTokenOnACard(t *testing.T) {
+	module := tokentest.Module(t, "opensc-pkcs11.so")
+	p := tokentest.StartPCSCD(t, "Virtual")
+	s := tokentest.Store(t, token.Options{
+		Modules: []token.ModuleSpec{realSpec("opensc", module, p.Env()...)}, Command: self, PINs: &tokentest.Person{},
+	}, newPIN)
+	_, err := s.NewToken(t.Context(), "opensc", "new", pinOf(t, newPIN))
+	if err == nil || !strings.Contains(err.Error(), "no room for a new token") {
+		t.Errorf("got %v", err)
+	}
+}
