@@ -514,8 +514,9 @@ func (s *Store) Logout(ctx context.Context, sel *Selector) error {
 // Login logs in to the token of the keys with a PIN that a person gave. The
 // keys have to be of one token: a PIN is for one token. An empty PIN does
 // nothing, as the first signature asks. When one try is left a person is asked
-// whether to go on. taken tells that the token took this PIN: where somebody is logged
-// in, no PIN is tried.
+// whether to go on. Where somebody is logged in, the token is logged out first, so that
+// it tries the PIN. taken tells that the token took this PIN: a token that wants no
+// login tries none.
 func (s *Store) Login(ctx context.Context, keys []*Key, pin *secret.Secret) (taken bool, err error) {
 	if pin.Len() == 0 || len(keys) == 0 {
 		return false, nil
