@@ -107,9 +107,14 @@ func findModules(r *report, b *backend) {
 			continue
 		}
 		f := r.warn("module %s, of %s, is not started: %s", m.Name, strings.Join(m.Files, " and "), m.Skip)
-		if install := moduleInstall(m.Settings["module"].Value); install != "" {
+		switch install := moduleInstall(m.Settings["module"].Value); {
+		case m.Advice != "":
+			f.Next("%s", m.Advice).Next("%s", switchOff(m.Name))
+		case install != "":
 			f.Next("%s", install)
-		} else {
+		case m.Path != "":
+			f.Next("%s", switchOff(m.Name))
+		default:
 			f.Next("install the package that brings %s, or remove %s", cmp.Or(m.Settings["module"].Value, m.Name), strings.Join(m.Files, " and "))
 		}
 	}

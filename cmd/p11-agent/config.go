@@ -23,6 +23,7 @@ import (
 	"p11-agent/agent"
 	"p11-agent/token"
 	"p11-agent/token/pkcs11uri"
+	"p11-agent/token/registry"
 )
 
 // maxConfig is the most bytes that a configuration file may have.
@@ -672,6 +673,16 @@ func (m moduleConfig) environ() []string {
 		env = append(env, name+"="+m.Env[name])
 	}
 	return env
+}
+
+// serverAddresses returns where p11-kit-client.so is to connect to, by the name of the
+// module, as far as the environments of modules say so.
+func (c *config) serverAddresses() map[string]string {
+	all := make(map[string]string)
+	for _, m := range c.Modules {
+		all[m.name()] = m.Env[registry.ServerVariable]
+	}
+	return all
 }
 
 // uris returns every URI of the configuration.

@@ -29,6 +29,7 @@ const moduleCommand = "module-process"
 func modules(c *config, log *slog.Logger) (specs []token.ModuleSpec, bridges []*registry.Bridge, skipped, broken []registry.Module) {
 	reg := registry.Load(registry.Options{
 		Dirs: registry.DefaultDirs(os.LookupEnv, os.Geteuid()), Program: registry.Program, Log: log,
+		ServerAddresses: c.serverAddresses(),
 	})
 	for _, w := range reg.Warnings {
 		log.Warn("module configuration", "problem", w.String())
