@@ -235,7 +235,7 @@ func (m *module) stopped(err error, wait time.Duration) {
 	m.change(func() {
 		m.proc, m.err, m.retry, m.pid, m.released = nil, err, time.Time{}, 0, false
 		m.lastLook = time.Now()
-		old, m.complain = m.complain == err.Error(), err.Error()
+		old, m.complain = m.complain == withoutWords(err), withoutWords(err)
 		if wait > 0 {
 			m.retry = time.Now().Add(wait)
 		}
@@ -488,14 +488,14 @@ func (m *module) failureLocked() error {
 	if m.err == nil || errors.Is(m.err, ErrClosed) {
 		return m.err
 	}
-	return &ModuleError{Module: m.spec.Name, Err: m.err, Retry: m.retry}
+	return &ModuleError{Module: m.spec.Name, Path: m.spec.Path, Err: m.err, Retry: m.retry}
 }
 
 func (m *module) wrap(err error) error {
 	if err == nil || errors.Is(err, context.Canceled) || errors.Is(err, context.DeadlineExceeded) {
 		return err
 	}
-	return &ModuleError{Module: m.spec.Name, Err: err}
+	return &ModuleError{Module: m.spec.Name, Path: m.spec.Path, Err: err}
 }
 
 // rescan has the module looked at again and waits for it.

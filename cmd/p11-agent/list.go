@@ -107,13 +107,14 @@ type listing struct {
 }
 
 type listedModule struct {
-	Name     string `json:"name"`
-	Path     string `json:"path"`
-	Running  bool   `json:"running"`
-	Restarts int    `json:"restarts"`          // since it was started for this list
-	Waits    bool   `json:"waits"`             // it tells of cards that come and go; else its slots are polled
-	Sandbox  string `json:"sandbox,omitempty"` // what its process may not do
-	Error    string `json:"error,omitempty"`
+	Name     string   `json:"name"`
+	Path     string   `json:"path"`
+	Running  bool     `json:"running"`
+	Restarts int      `json:"restarts"`          // since it was started for this list
+	Waits    bool     `json:"waits"`             // it tells of cards that come and go; else its slots are polled
+	Sandbox  string   `json:"sandbox,omitempty"` // what its process may not do
+	Error    string   `json:"error,omitempty"`
+	Next     []string `json:"next,omitempty"` // what helps against the error
 }
 
 // state says how a module fares.
@@ -222,9 +223,7 @@ func collect(c *config, store *token.Store, sel *token.Selector, named bool) lis
 	homes := homesOf(store.Keys(), auto)
 	for _, m := range store.Modules() {
 		lm := listedModule{Name: m.Name, Path: m.Path, Running: m.Running, Restarts: m.Restarts, Waits: m.Waits, Sandbox: m.Sandbox}
-		if m.Err != nil {
-			lm.Error = m.Err.Error()
-		}
+		lm.Error, lm.Next = trouble(m)
 		l.Modules = append(l.Modules, lm)
 		for i, t := range slices.Concat(m.Tokens, m.Away) {
 			present := i < len(m.Tokens)
@@ -423,6 +422,7 @@ func printList(out, stderr io.Writer, l listing, verbose bool) error {
 	for _, m := range l.Modules {
 		if m.Error != "" || m.Restarts > 0 || verbose {
 			fmt.Fprintf(stderr, "module %s: %s\n", m.Name, m.state())
+			printSteps(stderr, "  next: ", m.Next)
 		}
 	}
 	_, err := io.WriteString(out, b.String())

@@ -81,13 +81,14 @@ type statusToken struct {
 }
 
 type statusModule struct {
-	Name     string `json:"name"`
-	Path     string `json:"path"`
-	State    string `json:"state"` // starting, running, released, failed
-	PID      int    `json:"pid,omitempty"`
-	Restarts int    `json:"restarts"`
-	Sandbox  string `json:"sandbox,omitempty"`
-	Reason   string `json:"reason,omitempty"` // why it failed
+	Name     string   `json:"name"`
+	Path     string   `json:"path"`
+	State    string   `json:"state"` // starting, running, released, failed
+	PID      int      `json:"pid,omitempty"`
+	Restarts int      `json:"restarts"`
+	Sandbox  string   `json:"sandbox,omitempty"`
+	Reason   string   `json:"reason,omitempty"` // why it failed
+	Next     []string `json:"next,omitempty"`   // what helps
 }
 
 type statusUpstream struct {
@@ -273,10 +274,7 @@ func moduleReport(m token.ModuleStatus, locked bool) statusModule {
 	case m.Err != nil:
 		module.State = "failed"
 		if !locked { // it may name a token
-			module.Reason = m.Err.Error()
-			if kindOfModule(m.Path) == kindTPM && noTPM() {
-				module.Reason = "there is no TPM on this machine"
-			}
+			module.Reason, module.Next = trouble(m)
 		}
 	case m.Running:
 		module.State = "running"

@@ -8,6 +8,7 @@ package module
 #include <stdlib.h>
 
 #include "cryptoki.h"
+#include "words.h"
 
 // open_library loads a module. It returns NULL and what dlerror says, or NULL and
 // nothing when the file is no module.
@@ -193,6 +194,7 @@ const maxAsked = 4
 func load(path string) (*library, error) {
 	name := C.CString(path)
 	defer C.free(unsafe.Pointer(name))
+	C.quote_syslog()
 	var reason *C.char
 	handle := C.open_library(name, &reason)
 	noModule := loadError("%s: it is no PKCS#11 module: C_GetFunctionList is missing or fails", path)
