@@ -175,7 +175,7 @@ func startProcess(ctx context.Context, spec ModuleSpec, argv []string, log *slog
 	if err := p.call(ctx, startTimeout, wire.TypeHello, hello, &p.info); err != nil {
 		p.kill(errors.New("it did not start"))
 		<-p.done
-		err = p.words.explain(err, 0)
+		err = quoting(err, p.words.since(0))
 		if !spec.Unconfined && !fitsSandbox(spec.Path) && maybeSandbox(err) {
 			err = fmt.Errorf("%w; %s", err, sandboxHint)
 		}
@@ -208,7 +208,9 @@ const sandboxHint = "if it needs to write elsewhere: write = [...] or sandbox = 
 // a module lacks is something else.
 func fitsSandbox(path string) bool {
 	name := filepath.Base(path)
-	return slices.ContainsFunc([]string{"libsofthsm2", "opensc-pkcs11", "libykcs11", "libtpm2_pkcs11"}, func(known string) bool {
+	return slices.ContainsFunc([]string{
+		"libsofthsm2", "opensc-pkcs11", "libykcs11", "libtpm2_pkcs11", "opencryptoki", "libsoftokn", "libcoolkeypk11", "gnome-keyring-pkcs11", "p11-kit",
+	}, func(known string) bool {
 		return strings.Contains(name, known)
 	})
 }

@@ -31,7 +31,11 @@ type ModuleSpec struct {
 	Name     string // in the registry or the configuration; unique
 	Path     string // absolute
 	InitArgs string // for C_Initialize, usually empty
-	Env      []string
+	// Cause tells why the module may have failed that has just failed, where somebody
+	// else knows more of that than the module says. It may wait for a few seconds. nil,
+	// or empty: nobody does.
+	Cause func(context.Context) string
+	Env   []string
 	// Timeout is how long the module may take for any one request before its
 	// process is killed; 0 stands for a time by kind of request, two minutes at
 	// most. To make a key it always has a quarter of an hour.

@@ -170,6 +170,11 @@ func (m *module) run(ctx context.Context) {
 			renewed, poll, spec.Poll = p != nil, true, true
 			continue
 		}
+		if spec.Cause != nil {
+			if cause := spec.Cause(ctx); cause != "" {
+				err = fmt.Errorf("%w; %s", err, cause)
+			}
+		}
 		if p != nil && p.signed.Load() {
 			again = backoff{} // it was of use
 		}
@@ -247,11 +252,15 @@ func (m *module) stopped(err error, wait time.Duration) {
 		t.left()
 	}
 	m.store.publish()
+	reason := err.Error()
+	if old {
+		reason = withoutWords(err) // its words are in the log already
+	}
 	switch {
 	case wait > 0:
-		m.log.Warn("module stopped", "reason", err, "starts again in", wait)
+		m.log.Warn("module stopped", "reason", reason, "starts again in", wait)
 	case !old: // not each time that somebody looks at the keys
-		m.log.Warn("module cannot be used", "reason", err)
+		m.log.Warn("module cannot be used", "reason", reason)
 	}
 }
 

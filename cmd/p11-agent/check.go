@@ -96,6 +96,10 @@ func findModules(r *report, b *backend) {
 			if len(m.Tokens) == 0 {
 				f.Next("%s", firstToken(m))
 			}
+			if kindOfModule(m.Path) == kindSpy {
+				r.warn("module %s prints each PIN that it is given, for whoever looks for a fault: the agent keeps that out of its log, and PKCS11SPY_OUTPUT writes it into a file", m.Name).
+					Next("%s", switchOff(m.Name))
+			}
 		}
 	}
 	for _, m := range b.broken {

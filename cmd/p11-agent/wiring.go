@@ -71,7 +71,9 @@ func modules(c *config, log *slog.Logger) (specs []token.ModuleSpec, bridges []*
 		spec.Poll = m.Remote.Address != "" || len(m.Remote.Command) > 0
 		switch {
 		case m.Remote.Address != "":
-			spec.Env = append(spec.Env, "P11_KIT_SERVER_ADDRESS="+m.Remote.Address)
+			address := m.Remote.Address
+			spec.Env = append(spec.Env, registry.ServerVariable+"="+address)
+			spec.Cause = func(ctx context.Context) string { return registry.ServerCause(ctx, address) }
 		case len(m.Remote.Command) > 0:
 			b, err := registry.NewBridge(registry.BridgeOptions{
 				Command: m.Remote.Command,
@@ -88,7 +90,8 @@ func modules(c *config, log *slog.Logger) (specs []token.ModuleSpec, bridges []*
 				continue
 			}
 			bridges = append(bridges, b)
-			spec.Env = append(spec.Env, "P11_KIT_SERVER_ADDRESS="+b.Address())
+			spec.Env = append(spec.Env, registry.ServerVariable+"="+b.Address())
+			spec.Cause = b.Cause
 		}
 		specs = append(specs, spec)
 	}

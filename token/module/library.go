@@ -197,7 +197,7 @@ func load(path string) (*library, error) {
 	C.quote_syslog()
 	var reason *C.char
 	handle := C.open_library(name, &reason)
-	noModule := loadError("%s: it is no PKCS#11 module: C_GetFunctionList is missing or fails", path)
+	noModule := loadError("%s: it is no PKCS#11 module: it has no function C_GetFunctionList", path)
 	switch {
 	case reason != nil:
 		// It begins with the file that fails, which may be one that this one needs.
@@ -218,7 +218,7 @@ func load(path string) (*library, error) {
 	}
 	switch {
 	case known && fn == nil:
-		return nil, noModule
+		return nil, loadError("%s: its function C_GetFunctionList fails, so it is no PKCS#11 module that can be used", path)
 	case !known:
 		return nil, loadError("%s: its functions are not found: this p11-agent was built with another version of its PKCS#11 library", path)
 	case fn.major != 2 && fn.major != 3:

@@ -751,7 +751,7 @@ func TestLoadErrors(t *testing.T) {
 		{"missing dependency", dependent, filepath.Base(needed)},
 		{"no module", good, "no PKCS#11 module"},
 		{"version 1", old, "version 1"},
-		{"failing function list", failing, "no PKCS#11 module"},
+		{"failing function list", failing, "its function C_GetFunctionList fails"},
 		{"no function list", empty, "no PKCS#11 module"},
 	} {
 		t.Run(tt.name, func(t *testing.T) {
