@@ -35,6 +35,8 @@ type ModuleSpec struct {
 	// else knows more of that than the module says. It may wait for a few seconds. nil,
 	// or empty: nobody does.
 	Cause func(context.Context) string
+	// Empty tells at once why the module may show no token, likewise.
+	Empty func(context.Context) string
 	Env   []string
 	// Timeout is how long the module may take for any one request before its
 	// process is killed; 0 stands for a time by kind of request, two minutes at
@@ -410,6 +412,9 @@ type ModuleStatus struct {
 	Sandbox  string // what its process may not do, and what of that is not in force; empty while it does not run
 	Tokens   []TokenStatus
 	Away     []TokenStatus // known, with keys, and not present
+	// Empty says why the module shows no token, where somebody else than the module
+	// knows: see ModuleSpec.
+	Empty string
 }
 
 // A TokenStatus tells of a token.

@@ -72,6 +72,7 @@ type module struct {
 	last       []*Token                // likewise at the last look, whatever came after
 	pid        int                     // of the process, from before proc is set; 0: there is none
 	pcsc       bool                    // it sees smart cards by pcscd
+	empty      string                  // why it shows no token, if somebody knows
 	cards      []pcsc.Reader           // the readers just before the last look
 	held       []string                // those that others kept to themselves then
 	users      int                     // requests that need the process
@@ -402,8 +403,12 @@ func (m *module) look(ctx context.Context, p *process, again bool) error {
 		order = append(order, t)
 	}
 	var gone []*Token
+	empty := ""
+	if len(order) == 0 && m.spec.Empty != nil {
+		empty = m.spec.Empty(ctx)
+	}
 	m.mu.Lock()
-	m.pcsc, m.cards = slots.PCSC, before
+	m.pcsc, m.cards, m.empty = slots.PCSC, before, empty
 	m.mu.Unlock()
 	order = m.keepHeld(ctx, order, before)
 	m.change(func() {
@@ -569,6 +574,7 @@ func (m *module) statusNow() (st ModuleStatus, there, away []*Token) {
 		Restarts: max(0, m.starts-1),
 		Waits:    m.proc != nil && m.info.Waits,
 		Library:  m.info.Description,
+		Empty:    m.empty,
 	}
 	if m.proc != nil {
 		st.PID = m.proc.cmd.Process.Pid

@@ -102,6 +102,9 @@ func switchOff(module string) string {
 // another one needs.
 var missingLibrary = regexp.MustCompile(`(?:^|: )([^ :/]+\.so[^ :/]*): cannot open shared object file|Error loading shared library ([^ :]+\.so[^ :]*):`)
 
+// startServer is how p11-kit-client.so gets a server.
+const startServer = "start its server: p11-kit server --provider MODULE 'pkcs11:token=NAME'"
+
 // adviseModule adds what helps against what a module says. A return value alone
 // says little: what the module needs is looked at here.
 func adviseModule(f *finding, m token.ModuleStatus) {
@@ -127,7 +130,7 @@ func adviseModule(f *finding, m token.ModuleStatus) {
 	case strings.Contains(text, "; its command \""):
 		f.Next("try the command of remote: in the module's file by itself, with </dev/null behind it").Next("%s", switchOff(m.Name))
 	case strings.Contains(text, "; its server cannot be reached"):
-		f.Next("start its server: p11-kit server --provider MODULE 'pkcs11:token=NAME'").Next("%s", switchOff(m.Name))
+		f.Next("%s", startServer).Next("%s", switchOff(m.Name))
 	case strings.Contains(text, "did not answer"):
 		f.Next("if its token is slow, give it more time in the configuration:\n[[module]]\nname = %q\ntimeout = \"2m\"", m.Name).
 			Next("%s", switchOff(m.Name))

@@ -91,6 +91,9 @@ func findModules(r *report, b *backend) {
 		case !settled && m.Library == "":
 			r.bad("module %s (%s): it does not answer", m.Name, m.Path).
 				Next("%s", switchOff(m.Name))
+		case m.Empty != "":
+			r.warn("module %s (%s) shows no token; %s", m.Name, m.Path, m.Empty).
+				Next("%s", startServer).Next("%s", switchOff(m.Name))
 		default:
 			f := r.ok("module %s (%s): %s, %s", m.Name, m.Path, cmp.Or(m.Library, "works"), plural(len(m.Tokens), "token"))
 			if len(m.Tokens) == 0 {

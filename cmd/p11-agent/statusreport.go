@@ -277,7 +277,7 @@ func moduleReport(m token.ModuleStatus, locked bool) statusModule {
 			module.Reason, module.Next = trouble(m)
 		}
 	case m.Running:
-		module.State = "running"
+		module.State, module.Reason = "running", m.Empty
 	case m.Released:
 		module.State = "released"
 	}

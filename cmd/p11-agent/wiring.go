@@ -7,6 +7,7 @@ import (
 	"fmt"
 	"log/slog"
 	"os"
+	"path/filepath"
 	"slices"
 	"strings"
 	"sync/atomic"
@@ -45,6 +46,10 @@ func modules(c *config, log *slog.Logger) (specs []token.ModuleSpec, bridges []*
 			spec := token.ModuleSpec{Name: m.name(), Path: m.Path, Env: m.environ(), Timeout: m.Timeout.Duration}
 			m.Release.apply(&spec)
 			m.confine(&spec)
+			if address := cmp.Or(m.Env[registry.ServerVariable], os.Getenv(registry.ServerVariable)); strings.HasPrefix(filepath.Base(m.Path), "p11-kit-client") {
+				spec.Cause = func(ctx context.Context) string { return registry.ServerCause(ctx, address) }
+				spec.Empty = spec.Cause
+			}
 			specs = append(specs, spec)
 		}
 	}
@@ -74,6 +79,7 @@ func modules(c *config, log *slog.Logger) (specs []token.ModuleSpec, bridges []*
 			address := m.Remote.Address
 			spec.Env = append(spec.Env, registry.ServerVariable+"="+address)
 			spec.Cause = func(ctx context.Context) string { return registry.ServerCause(ctx, address) }
+			spec.Empty = spec.Cause // p11-kit-client.so says that it works, and shows nothing
 		case len(m.Remote.Command) > 0:
 			b, err := registry.NewBridge(registry.BridgeOptions{
 				Command: m.Remote.Command,
