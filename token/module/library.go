@@ -595,10 +595,11 @@ func (l *library) signInit(s pkcs11.SessionHandle, m mechanism, key pkcs11.Objec
 		C.CK_ULONG(m.hash), C.CK_ULONG(m.mgf), C.CK_ULONG(m.salt)))
 }
 
-// sign calls C_Sign, for a signature that room is enough for. A module that wants
+// sign calls C_Sign, for a signature that is not longer than room. A module that wants
 // more room gets what it asks for, up to maxSignature: the operation is still active
 // then (PKCS#11 v2.40 section 5.2), so nothing is begun anew and no PIN is needed.
 func (l *library) sign(s pkcs11.SessionHandle, data, room []byte) (signature []byte, err error) {
+	most := C.CK_ULONG(len(room))
 	for range maxAsked {
 		made := C.sign(l.fn, C.CK_ULONG(s), first(data), C.CK_ULONG(len(data)), first(room), C.CK_ULONG(len(room)))
 		switch n := made.length; {
@@ -609,8 +610,8 @@ func (l *library) sign(s pkcs11.SessionHandle, data, room []byte) (signature []b
 			room = make([]byte, n)
 		case made.rv != wire.CKROK:
 			return nil, returned("C_Sign", made.rv)
-		case n == 0 || n > C.CK_ULONG(len(room)):
-			return nil, garbage("C_Sign", "the signature has %d bytes; there is room for %d", n, len(room))
+		case n == 0 || n > most:
+			return nil, garbage("C_Sign", "the signature has %d bytes; there is room for %d", n, most)
 		default:
 			return room[:n], nil
 		}
