@@ -224,15 +224,16 @@ func (k *Keyring) add(ctx context.Context, rec *record, r KeyRequest, wire strin
 }
 
 // RemoveToken removes what AddToken has added for the same provider, and what
-// it selects of the automatic identities.
-func (k *Keyring) RemoveToken(_ context.Context, c *Caller, r TokenRequest) error {
+// it selects of the automatic identities. It logs out of the tokens that lose their
+// last identity by that.
+func (k *Keyring) RemoveToken(ctx context.Context, c *Caller, r TokenRequest) error {
 	rec := k.begin(c, RequestRemove)
-	err := k.removeToken(rec, r)
+	err := k.removeToken(ctx, rec, r)
 	k.end(rec, err)
 	return err
 }
 
-func (k *Keyring) removeToken(rec *record, r TokenRequest) error {
+func (k *Keyring) removeToken(ctx context.Context, rec *record, r TokenRequest) error {
 	c := rec.use.Caller
 	if k.lock.locked() {
 		return errLocked
@@ -246,10 +247,30 @@ func (k *Keyring) removeToken(rec *record, r TokenRequest) error {
 	}
 	rec.URI = s.String()
 	defer k.opts.Tokens.Drop(s)
+	unused, err := k.removeSelected(c, s)
+	if err != nil {
+		return err
+	}
+	return k.logOutOf(ctx, unused)
+}
+
+// removeSelected removes what a selection selects, as far as the connection reaches it,
+// and returns a function that tells whether the removal concerned a token with these
+// keys, and nothing uses the token any more.
+func (k *Keyring) removeSelected(c *Caller, s Selection) (unused func([]Key) bool, err error) {
 	generation, certificates := k.opts.Tokens.Generation(), k.opts.Certificates.generation()
 	k.mu.Lock()
 	defer k.mu.Unlock()
 	v := k.nowLocked(generation, certificates)
+	removed, used := make(map[Key]bool), make(map[Key]bool)
+	for _, key := range k.knownLocked() {
+		switch reached := k.reachesLocked(v, c, key); {
+		case reached && k.selectsLocked(s, key.Key):
+			removed[key.Key] = true
+		case !reached && c.limited() && key.Unfit() == "":
+			used[key.Key] = true // as for RemoveAll: others may count on the login
+		}
+	}
 	n := k.removeAdditionsLocked(v, c, func(a *addition) bool { return a.selection.String() == s.String() })
 	for _, id := range v.identities {
 		if slices.ContainsFunc(id.homes, s.Match) && id.seenBy(c) == nil {
@@ -259,7 +280,23 @@ func (k *Keyring) removeToken(rec *record, r TokenRequest) error {
 		}
 	}
 	if n == 0 {
-		return errUnknownKey
+		return nil, errUnknownKey
+	}
+	for _, id := range k.nowLocked(generation, certificates).identities {
+		for _, key := range id.homes {
+			used[key] = true
+		}
+	}
+	return func(keys []Key) bool {
+		return slices.ContainsFunc(keys, func(key Key) bool { return removed[key] }) &&
+			!slices.ContainsFunc(keys, func(key Key) bool { return used[key] })
+	}, nil
+}
+
+// logOutOf logs out of the tokens that are chosen by their keys, after a removal.
+func (k *Keyring) logOutOf(ctx context.Context, chosen func([]Key) bool) error {
+	if err := k.opts.Tokens.LogoutOf(ctx, chosen); err != nil {
+		return fmt.Errorf("the keys are removed, but: %w", err)
 	}
 	return nil
 }

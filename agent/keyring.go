@@ -88,8 +88,8 @@ type Tokens interface {
 	Parse(provider []byte, remote bool) (Selection, error)
 	// Select returns the keys that are selected now and may be reached, of which there
 	// is at least one, and logs in to their token when a PIN is given. Other keys count
-	// as not there. taken tells that the token took this PIN just now. It tries none where
-	// somebody is logged in.
+	// as not there. taken tells that the token took this PIN just now. A token that wants
+	// no login tries none.
 	Select(ctx context.Context, s Selection, reached func(Key) bool, pin *secret.Secret) (keys []Key, taken bool, err error)
 	// Drop is told when a Selection that Parse made is of no more use.
 	Drop(s Selection)

@@ -218,6 +218,7 @@ func TestBadModules(t *testing.T) {
 			noError(t, err)
 			want(t, "calls of C_SignInit", b.calls("C_SignInit"), 2) // what is listed, and what works
 		}},
+		{"sign-room=72", signsOnce}, // for the 64 bytes of a key of P-256
 		{"spam", signsOnce},
 		{"fork", signsOnce},
 		{"flip=C_Sign", signsOnce},

@@ -98,6 +98,7 @@ func (e *loginError) Unwrap() error { return e.err }
 // A ModuleError says what is wrong with a PKCS#11 module or its process.
 type ModuleError struct {
 	Module string // its name in the registry or the configuration
+	Path   string // its file
 	Err    error
 	Retry  time.Time // when its process is started again; zero when not by itself
 }

@@ -225,7 +225,9 @@ func (t *Token) logInNow(ctx context.Context, g *gate, k *Key, with given) (type
 	}
 	if info.LoggedIn {
 		t.setLoggedIn(p, true)
-		return nil, nil
+		if with.pin.Len() == 0 {
+			return nil, nil
+		}
 	}
 	// Whether a key wants its PIN each time may show only after the login. What a
 	// configured source gives, it gives again.
@@ -237,6 +239,12 @@ func (t *Token) logInNow(ctx context.Context, g *gate, k *Key, with given) (type
 		return nil, err
 	}
 	err = t.withPIN(ctx, g, k, info, with, always, func(ctx context.Context, pin *secret.Secret, lastTry, pad bool) error {
+		if info.LoggedIn { // the module would look at no PIN
+			if err := t.logOutFirst(ctx); err != nil {
+				return err
+			}
+			info.LoggedIn = false
+		}
 		_, err := t.tryLogin(ctx, p, pin, at, lastTry, pad)
 		if err == nil && wanted && !pad {
 			typed, err = pin.Clone()
@@ -256,6 +264,14 @@ func (t *Token) logInNow(ctx context.Context, g *gate, k *Key, with given) (type
 		typed = nil
 	}
 	return typed, nil
+}
+
+// logOutFirst ends a login, for a PIN that a person gave to be tried.
+func (t *Token) logOutFirst(ctx context.Context) error {
+	t.mu.Lock()
+	t.retained.forget()
+	t.mu.Unlock()
+	return t.logout(ctx)
 }
 
 // tryLogin has a PIN tried on a card. It returns where the card is now.
@@ -784,7 +800,8 @@ func (t *Token) signInTurn(ctx context.Context, g *gate, p *process, k *Key, req
 }
 
 // logIn logs in to the token of the key with a PIN that a person gave for it, or with
-// one from where a signature would get it.
+// one from where a signature would get it. A PIN that a person gave is tried also
+// where somebody is logged in, after a logout: a PIN that was not tried is not right.
 func (k *Key) logIn(ctx context.Context, with given) error {
 	t := k.token
 	defer t.module.use()()
@@ -795,7 +812,7 @@ func (k *Key) logIn(ctx context.Context, with given) error {
 	t.mu.Lock()
 	wanted := t.slot.Info.Flags&wire.CKFLoginRequired != 0
 	t.mu.Unlock()
-	if !wanted || t.loggedIn(p) {
+	if !wanted || t.loggedIn(p) && with.pin.Len() == 0 {
 		return nil
 	}
 	typed, err := t.login(ctx, k, with)

@@ -1,8 +1,6 @@
 package token
 
 import (
-	"bufio"
-	"bytes"
 	"context"
 	"errors"
 	"fmt"
@@ -18,7 +16,6 @@ import (
 	"sync/atomic"
 	"syscall"
 	"time"
-	"unicode"
 
 	"golang.org/x/sys/unix"
 
@@ -38,12 +35,6 @@ const (
 	signTimeout  = 2 * time.Minute
 	// A card may look for the primes of a long RSA key for minutes.
 	generateTimeout = 15 * time.Minute
-	stderrLine      = 512 // bytes kept of one line a module prints
-	stderrPerProc   = 200 // lines logged of one process
-	// A module may print so much in so much time: who prints more waits for us, and
-	// not the other way round.
-	stderrBurst = 1 << 20
-	stderrSpan  = 100 * time.Millisecond
 )
 
 // errGone is why the requests of a process that ended fail.
@@ -82,6 +73,7 @@ type process struct {
 	events  chan struct{} // one element: slots or tokens have changed
 	done    chan struct{}
 	signed  atomic.Bool // it has made a signature
+	words   *words      // nil in tests
 
 	// sending is those who tell that nobody waits any more. It is added to under
 	// mu while err is nil, and waited for when err is set.
@@ -105,6 +97,7 @@ type pending struct {
 	queue   *queue          // of the token
 	timeout time.Duration
 	since   time.Time
+	secret  bool                   // the request has a PIN: see words
 	long    bool                   // a key is made: whoever waits behind that waits for no hang
 	part    func(wire.Frame) error // takes a part of the answer; nil: it comes whole
 }
@@ -155,9 +148,11 @@ func startProcess(ctx context.Context, spec ModuleSpec, argv []string, log *slog
 		waiting: make(map[uint32]*pending),
 		queues:  make(map[wire.TokenID]*queue),
 	}
-	last := new(lastLine)
+	if p.words, err = newWords(said, log); err != nil {
+		return nil, errors.Join(fmt.Errorf("start a module process: %w", err), closeAll(), said.Close(), cmd.Process.Kill(), cmd.Wait())
+	}
 	var reading sync.WaitGroup
-	reading.Go(func() { logOutput(&throttle{r: said}, last, log) })
+	reading.Go(func() { p.words.listen(p.words.read) })
 	reading.Go(p.read)
 	go func() {
 		killRest(cmd.Process.Pid)
@@ -168,11 +163,9 @@ func startProcess(ctx context.Context, spec ModuleSpec, argv []string, log *slog
 		reading.Wait()
 		p.sending.Wait()
 		_ = said.Close()
-		if line := last.String(); line != "" {
-			p.mu.Lock()
-			p.err = fmt.Errorf("%w; it said: %s", p.err, line)
-			p.mu.Unlock()
-		}
+		p.mu.Lock()
+		p.err = quoting(p.err, p.words.since(0))
+		p.mu.Unlock()
 		close(p.done)
 	}()
 
@@ -183,6 +176,7 @@ func startProcess(ctx context.Context, spec ModuleSpec, argv []string, log *slog
 	if err := p.call(ctx, startTimeout, wire.TypeHello, hello, &p.info); err != nil {
 		p.kill(errors.New("it did not start"))
 		<-p.done
+		err = quoting(err, p.words.since(0))
 		if !spec.Unconfined && !fitsSandbox(spec.Path) && maybeSandbox(err) {
 			err = fmt.Errorf("%w; %s", err, sandboxHint)
 		}
@@ -215,7 +209,9 @@ const sandboxHint = "if it needs to write elsewhere: write = [...] or sandbox = 
 // a module lacks is something else.
 func fitsSandbox(path string) bool {
 	name := filepath.Base(path)
-	return slices.ContainsFunc([]string{"libsofthsm2", "opensc-pkcs11", "libykcs11", "libtpm2_pkcs11"}, func(known string) bool {
+	return slices.ContainsFunc([]string{
+		"libsofthsm2", "opensc-pkcs11", "libykcs11", "libtpm2_pkcs11", "opencryptoki", "libsoftokn", "libcoolkeypk11", "gnome-keyring-pkcs11", "p11-kit",
+	}, func(known string) bool {
 		return strings.Contains(name, known)
 	})
 }
@@ -369,6 +365,9 @@ func (p *process) read() {
 			p.setAlarmLocked(now)
 		}
 		p.mu.Unlock()
+		if w.secret {
+			p.words.hush(false)
+		}
 		w.answer <- f
 	}
 }
@@ -429,7 +428,11 @@ func (p *process) request(ctx context.Context, through bool, timeout time.Durati
 	case p.timeout != 0:
 		timeout = p.timeout
 	}
-	w := &pending{answer: make(chan wire.Frame, 1), timeout: timeout, since: time.Now(), long: long, part: part}
+	w := &pending{
+		answer: make(chan wire.Frame, 1), timeout: timeout, since: time.Now(), long: long, part: part,
+		secret: p.words != nil && hasPIN(req),
+	}
+	mark := p.words.mark()
 	p.mu.Lock()
 	if p.err != nil {
 		p.mu.Unlock()
@@ -439,11 +442,17 @@ func (p *process) request(ctx context.Context, through bool, timeout time.Durati
 	id := p.numberLocked()
 	p.waitLocked(id, w)
 	p.mu.Unlock()
+	if w.secret {
+		p.words.hush(true) // read, or the end of the process, undoes it
+	}
 
 	if err := p.conn.WriteRequest(id, t, req); err != nil {
 		p.mu.Lock()
 		if p.waiting[id] == w {
 			delete(p.waiting, id)
+			if w.secret {
+				defer p.words.hush(false)
+			}
 		}
 		p.mu.Unlock()
 		if _, ok := errors.AsType[*net.OpError](err); !ok {
@@ -459,7 +468,7 @@ func (p *process) request(ctx context.Context, through bool, timeout time.Durati
 		if !ok {
 			return p.ended(ctx)
 		}
-		return f.Decode(reply)
+		return p.words.explain(f.Decode(reply), mark)
 	case <-ctx.Done():
 		// The number is spent: an answer still finds its entry and is dropped
 		// there. Should the connection fail now, its reader notices as well.
@@ -483,7 +492,7 @@ func (p *process) request(ctx context.Context, through bool, timeout time.Durati
 		if !ok {
 			return p.ended(context.WithoutCancel(ctx))
 		}
-		return f.Decode(reply)
+		return p.words.explain(f.Decode(reply), mark)
 	}
 }
 
@@ -576,6 +585,19 @@ func tokenOf(req wire.Message) wire.TokenID {
 	return wire.TokenID{}
 }
 
+// hasPIN tells whether a request brings a PIN.
+func hasPIN(req wire.Message) bool {
+	switch r := req.(type) {
+	case *wire.Login:
+		return r.PIN.Len() > 0
+	case *wire.Sign:
+		return r.PIN.Len() > 0
+	case *wire.NewToken:
+		return r.PIN.Len() > 0
+	}
+	return false
+}
+
 // numberLocked returns the next request number.
 func (p *process) numberLocked() uint32 {
 	p.next++
@@ -598,87 +620,4 @@ func (p *process) ended(ctx context.Context) error {
 		err = fmt.Errorf("%w: %w", errGone, err)
 	}
 	return err
-}
-
-// lastLine remembers the last line that a process printed.
-type lastLine struct {
-	mu   sync.Mutex
-	line []byte
-}
-
-func (l *lastLine) set(line []byte) {
-	l.mu.Lock()
-	defer l.mu.Unlock()
-	l.line = append(l.line[:0], line...)
-}
-
-func (l *lastLine) String() string {
-	l.mu.Lock()
-	defer l.mu.Unlock()
-	return printable(string(l.line))
-}
-
-// A throttle reads no more than stderrBurst in each stderrSpan.
-type throttle struct {
-	r    io.Reader
-	left int
-	end  time.Time // of the span
-}
-
-func (t *throttle) Read(b []byte) (int, error) {
-	now := time.Now()
-	if t.left <= 0 {
-		time.Sleep(t.end.Sub(now))
-		now = time.Now()
-	}
-	if !now.Before(t.end) {
-		t.left, t.end = stderrBurst, now.Add(stderrSpan)
-	}
-	n, err := t.r.Read(b[:min(len(b), t.left)])
-	t.left -= n
-	return n, err
-}
-
-// logOutput logs what a module prints, line by line and within bounds, until
-// the pipe ends. It reads on when it does not log any more: a module that cannot
-// print would hang.
-func logOutput(r io.Reader, last *lastLine, log *slog.Logger) {
-	in := bufio.NewReader(r)
-	logged, dropped := 0, 0
-	for {
-		line, more, err := in.ReadLine()
-		if err != nil {
-			break
-		}
-		line = line[:min(len(line), stderrLine)]
-		if len(bytes.TrimSpace(line)) == 0 {
-			line = nil
-		} else {
-			last.set(line)
-		}
-		switch {
-		case line == nil:
-		case logged < stderrPerProc:
-			logged++
-			log.Debug("module printed", "line", printable(string(line)))
-		default:
-			dropped++
-		}
-		for more && err == nil {
-			_, more, err = in.ReadLine()
-		}
-	}
-	if dropped > 0 {
-		log.Warn("module printed too much", "lines not shown", dropped)
-	}
-}
-
-// printable replaces what could fool a terminal or a log.
-func printable(s string) string {
-	return strings.TrimSpace(strings.Map(func(r rune) rune {
-		if !unicode.IsPrint(r) || r == unicode.ReplacementChar {
-			return '?'
-		}
-		return r
-	}, s))
 }

@@ -237,14 +237,21 @@ func (e *endless) Read(b []byte) (int, error) {
 }
 
 // What a module prints is read, at a bounded speed and with a bounded log.
-func TestLogOutput(t *testing.T) {
+func TestWords(t *testing.T) {
+	listen := func(w *words, r io.Reader) {
+		b := make([]byte, 8<<10)
+		w.listen(func(limit int) (int, error) {
+			n, err := r.Read(b[:min(limit, len(b))])
+			w.add(b[:n])
+			return n, err
+		})
+	}
 	synctest.Test(t, func(t *testing.T) {
 		const megabytes = 50
 		var log bytes.Buffer
-		last := new(lastLine)
+		w := &words{log: slog.New(slog.NewTextHandler(&log, &slog.HandlerOptions{Level: slog.LevelDebug}))}
 		start := time.Now()
-		logOutput(&throttle{r: &endless{line: strings.Repeat("x", 99) + "\n", left: megabytes << 20}}, last,
-			slog.New(slog.NewTextHandler(&log, &slog.HandlerOptions{Level: slog.LevelDebug})))
+		listen(w, &endless{line: strings.Repeat("x", 99) + "\n", left: megabytes << 20})
 		if took, least := time.Since(start), (megabytes-1)*stderrSpan; took < least || took > least+2*stderrSpan {
 			t.Errorf("%d MiB took %v", megabytes, took)
 		}
@@ -255,19 +262,27 @@ func TestLogOutput(t *testing.T) {
 			t.Errorf("the log has %d bytes", log.Len())
 		}
 	})
-	for _, tt := range []struct{ name, printed, last string }{
-		{"nothing", "", ""},
-		{"lines", "one\ntwo\n\n  \n", "two"},
-		{"no end of line", "one\ntwo", "two"},
-		{"an escape", "\x1b[2Jred", "?[2Jred"},
-		{"a long line", strings.Repeat("y", 1<<20), strings.Repeat("y", stderrLine)},
-		{"many lines", strings.Repeat("one\n", 1000) + "two\n", "two"},
+	const because = "the module failed (C_Initialize: CKR_GENERAL_ERROR); it said: "
+	for _, tt := range []struct{ name, printed, want string }{
+		{"nothing", "", "the module failed and does not say why (C_Initialize: CKR_GENERAL_ERROR)"},
+		{"lines", "one\ntwo\n\n  \n", because + "one | two"},
+		{"no end of line", "one\ntwo", because + "one | two"},
+		{"an escape", "\x1b[2Jred", because + "?[2Jred"},
+		{"a long line", strings.Repeat("y", 1<<20), because + strings.Repeat("y", quotedLine)},
+		{"many lines", strings.Repeat("one\n", 1000) + "two\n", because + "one | one | two"},
 	} {
 		t.Run(tt.name, func(t *testing.T) {
-			last := new(lastLine)
-			logOutput(strings.NewReader(tt.printed), last, slog.New(slog.DiscardHandler))
-			if got := last.String(); got != tt.last {
-				t.Errorf("the last line is %q", got)
+			w := &words{log: slog.New(slog.DiscardHandler)}
+			listen(w, strings.NewReader(tt.printed))
+			err := w.explain(&wire.Error{Function: "C_Initialize", RV: wire.CKRGeneralError}, 0)
+			if got := err.Error(); got != tt.want {
+				t.Errorf("%q", got)
+			}
+			if again := quoting(err, []string{"more"}); again.Error() != tt.want && tt.printed != "" {
+				t.Errorf("quoted twice: %q", again)
+			}
+			if !isRV(err, wire.CKRGeneralError) {
+				t.Error("the return value is lost")
 			}
 		})
 	}
@@ -339,5 +354,44 @@ func TestPartsWithoutEnd(t *testing.T) {
 				}
 			})
 		})
+	}
+}
+
+// What a module prints while it has a PIN is neither logged nor quoted.
+func TestWordsHushed(t *testing.T) {
+	r, printed, err := os.Pipe()
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer r.Close()
+	var log bytes.Buffer
+	w, err := newWords(r, slog.New(slog.NewTextHandler(&log, &slog.HandlerOptions{Level: slog.LevelDebug})))
+	if err != nil {
+		t.Fatal(err)
+	}
+	say := func(text string) {
+		if _, err := printed.WriteString(text); err != nil {
+			t.Fatal(err)
+		}
+	}
+	// Nobody listens yet: what is in the pipe is taken in at the right moment nevertheless.
+	say("before\n")
+	w.hush(true)
+	say("pin 4711\n")
+	w.hush(true)
+	w.hush(false)
+	say("pin 4712\nand 47")
+	w.hush(false)
+	say("13\nafter\n")
+	if got := w.since(0); len(got) != 2 || got[0] != "before" || got[1] != "after" {
+		t.Errorf("%q", got)
+	}
+	if got := w.since(w.mark()); len(got) > 0 {
+		t.Errorf("after the mark: %q", got)
+	}
+	_ = printed.Close()
+	w.listen(w.read)
+	if s := log.String(); strings.Contains(s, "47") || !strings.Contains(s, "line=before") || !strings.Contains(s, "line=after") || !strings.Contains(s, "lines not shown\"=3") {
+		t.Errorf("the log: %s", s)
 	}
 }

@@ -82,7 +82,8 @@ type seat struct {
 	req     wire.Sign
 	reply   wire.SignReply
 	pending pending
-	beside  bool // another signature was under way at some time
+	mark    uint64 // see words
+	beside  bool   // another signature was under way at some time
 }
 
 func newQueue() *queue { return &queue{most: 1, fastest: make(map[kind]time.Duration)} }
@@ -292,6 +293,7 @@ func (p *process) sign(ctx context.Context, s *seat) (signature []byte, fastest 
 	}
 	id := p.numberLocked()
 	s.pending = pending{queue: s.queue, timeout: timeout, since: time.Now()}
+	s.mark = p.words.mark()
 	p.waitLocked(id, &s.pending)
 	fastest, known := s.queue.fastest[s.kind()]
 	here := known && fastest < instant && s.queue.alone > aloneFor
@@ -377,7 +379,7 @@ func (p *process) answered(id uint32, s *seat, f wire.Frame, err error) ([]byte,
 		_ = p.cmd.Process.Kill()
 		return nil, 0, errGone
 	}
-	err = f.Decode(&s.reply)
+	err = p.words.explain(f.Decode(&s.reply), s.mark)
 	p.mu.Lock()
 	defer p.mu.Unlock()
 	delete(p.waiting, id)

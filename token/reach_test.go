@@ -115,16 +115,17 @@ func TestAsksPIN(t *testing.T) {
 	want(t, "asks with a configured PIN", k.AsksPIN(), false)
 }
 
-// A PIN counts as taken when the token has looked at it, and not when somebody is logged in.
+// A PIN counts as taken when the token has taken it, also where somebody is logged in: the
+// token is logged out first, and the PIN is tried.
 func TestLoginTellsWhatTheTokenTook(t *testing.T) {
 	b := newBench(t, nil, nil)
 	for _, tt := range []struct {
 		pin   string
 		taken bool
-	}{{"0000", false}, {pin, true}, {"0000", false}} {
-		loggedIn := b.card.LoggedIn()
+	}{{"0000", false}, {pin, true}, {pin, true}, {"0000", false}, {pin, true}} {
 		taken, err := b.store.Login(t.Context(), []*token.Key{b.key(1)}, tokentest.Secret(t, tt.pin))
 		want(t, "taken "+tt.pin, taken, tt.taken)
-		want(t, "refused", err != nil, !tt.taken && !loggedIn)
+		want(t, "refused", err != nil, !tt.taken)
+		want(t, "logged in", b.card.LoggedIn(), tt.taken)
 	}
 }

@@ -30,7 +30,13 @@ type ModuleSpec struct {
 	Name     string // in the registry or the configuration; unique
 	Path     string // absolute
 	InitArgs string // for C_Initialize, usually empty
-	Env      []string
+	// Cause tells why the module may have failed that has just failed, where somebody
+	// else knows more of that than the module says. It may wait for a few seconds. nil,
+	// or empty: nobody does.
+	Cause func(context.Context) string
+	// Empty tells at once why the module may show no token, likewise.
+	Empty func(context.Context) string
+	Env   []string
 	// Timeout is how long the module may take for any one request before its
 	// process is killed; 0 stands for a time by kind of request, two minutes at
 	// most. To make a key it always has a quarter of an hour.
@@ -415,6 +421,9 @@ type ModuleStatus struct {
 	Tokens   []TokenStatus
 	Away     []TokenStatus // known, with keys, and not present
 	LeftOut  []string      // what was left out at the last look because of a bound, and why
+	// Empty says why the module shows no token, where somebody else than the module
+	// knows: see ModuleSpec.
+	Empty string
 }
 
 // A TokenStatus tells of a token.
@@ -525,8 +534,9 @@ func (s *Store) Logout(ctx context.Context, sel *Selector) error {
 // Login logs in to the token of the keys with a PIN that a person gave. The
 // keys have to be of one token: a PIN is for one token. An empty PIN does
 // nothing, as the first signature asks. When one try is left a person is asked
-// whether to go on. taken tells that the token took this PIN: where somebody is logged
-// in, no PIN is tried.
+// whether to go on. Where somebody is logged in, the token is logged out first, so that
+// it tries the PIN. taken tells that the token took this PIN: a token that wants no
+// login tries none.
 func (s *Store) Login(ctx context.Context, keys []*Key, pin *secret.Secret) (taken bool, err error) {
 	if pin.Len() == 0 || len(keys) == 0 {
 		return false, nil

@@ -73,6 +73,7 @@ type module struct {
 	last       []*Token                // likewise at the last look, whatever came after
 	pid        int                     // of the process, from before proc is set; 0: there is none
 	pcsc       bool                    // it sees smart cards by pcscd
+	empty      string                  // why it shows no token, if somebody knows
 	cards      []pcsc.Reader           // the readers just before the last look
 	held       []string                // those that others kept to themselves then
 	users      int                     // requests that need the process
@@ -171,6 +172,11 @@ func (m *module) run(ctx context.Context) {
 			renewed, poll, spec.Poll = p != nil, true, true
 			continue
 		}
+		if spec.Cause != nil {
+			if cause := spec.Cause(ctx); cause != "" {
+				err = fmt.Errorf("%w; %s", err, cause)
+			}
+		}
 		if p != nil && p.signed.Load() {
 			again = backoff{} // it was of use
 		}
@@ -236,7 +242,7 @@ func (m *module) stopped(err error, wait time.Duration) {
 	m.change(func() {
 		m.proc, m.err, m.retry, m.pid, m.released = nil, err, time.Time{}, 0, false
 		m.lastLook = time.Now()
-		old, m.complain = m.complain == err.Error(), err.Error()
+		old, m.complain = m.complain == withoutWords(err), withoutWords(err)
 		if wait > 0 {
 			m.retry = time.Now().Add(wait)
 		}
@@ -248,11 +254,15 @@ func (m *module) stopped(err error, wait time.Duration) {
 		t.left()
 	}
 	m.store.publish()
+	reason := err.Error()
+	if old {
+		reason = withoutWords(err) // its words are in the log already
+	}
 	switch {
 	case wait > 0:
-		m.log.Warn("module stopped", "reason", err, "starts again in", wait)
+		m.log.Warn("module stopped", "reason", reason, "starts again in", wait)
 	case !old: // not each time that somebody looks at the keys
-		m.log.Warn("module cannot be used", "reason", err)
+		m.log.Warn("module cannot be used", "reason", reason)
 	}
 }
 
@@ -399,8 +409,12 @@ func (m *module) look(ctx context.Context, p *process, again bool) error {
 		order = append(order, t)
 	}
 	var gone []*Token
+	empty := ""
+	if len(order) == 0 && m.spec.Empty != nil {
+		empty = m.spec.Empty(ctx)
+	}
 	m.mu.Lock()
-	m.cards = before
+	m.cards, m.empty = before, empty
 	m.mu.Unlock()
 	order = m.keepHeld(ctx, order, before)
 	m.change(func() {
@@ -494,14 +508,14 @@ func (m *module) failureLocked() error {
 	if m.err == nil || errors.Is(m.err, ErrClosed) {
 		return m.err
 	}
-	return &ModuleError{Module: m.spec.Name, Err: m.err, Retry: m.retry}
+	return &ModuleError{Module: m.spec.Name, Path: m.spec.Path, Err: m.err, Retry: m.retry}
 }
 
 func (m *module) wrap(err error) error {
 	if err == nil || errors.Is(err, context.Canceled) || errors.Is(err, context.DeadlineExceeded) {
 		return err
 	}
-	return &ModuleError{Module: m.spec.Name, Err: err}
+	return &ModuleError{Module: m.spec.Name, Path: m.spec.Path, Err: err}
 }
 
 // rescan has the module looked at again and waits for it.
@@ -568,6 +582,7 @@ func (m *module) statusNow() (st ModuleStatus, there, away []*Token) {
 		Waits:    m.proc != nil && m.info.Waits,
 		Library:  m.info.Description,
 		LeftOut:  m.leftOut,
+		Empty:    m.empty,
 	}
 	if m.proc != nil {
 		st.PID = m.proc.cmd.Process.Pid

@@ -60,6 +60,11 @@ needed() {
 	check  p11-kit                                         p11-kit             p11-kit
 	check  /usr/lib/*/pkcs11/p11-kit-client.so,/usr/lib*/pkcs11/p11-kit-client.so p11-kit-modules     p11-kit-server
 	check  /usr/include/p11-kit-1/p11-kit/p11-kit.h        libp11-kit-dev      p11-kit-devel
+	check  /usr/lib/*/pkcs11/libopencryptoki.so,/usr/lib64/pkcs11/libopencryptoki.so libopencryptoki0    opencryptoki-libs
+	check  pkcsslotd                                       opencryptoki        opencryptoki
+	check  /usr/lib/*/libsoftokn3.so,/usr/lib64/libsoftokn3.so libnss3             nss-softokn
+	check  certutil                                        libnss3-tools       nss-tools
+	check  /usr/lib/pkcs11/libcoolkeypk11.so               coolkey             -
 	check  pinentry-tty                                    pinentry-tty        /usr/bin/pinentry-tty
 	check  pinentry-gtk-2                                  pinentry-gtk2       -
 	check  pinentry-qt                                     pinentry-qt         /usr/bin/pinentry-qt
@@ -187,6 +192,7 @@ echo "deps: installing, which takes a minute or two: ${packages[*]}"
 sshd_was=$(command -v sshd || true)
 pcscd_was=$(command -v pcscd || true)
 abrmd_was=$(command -v tpm2-abrmd || true)
+pkcsslotd_was=$(command -v pkcsslotd || true)
 vpcd=/etc/reader.conf.d/vpcd
 vpcd_was=
 if [ -e $vpcd ]; then vpcd_was=yes; fi
@@ -216,6 +222,7 @@ switch_off() {
 switch_off sshd "$sshd_was" ssh.service ssh.socket sshd.service
 switch_off pcscd "$pcscd_was" pcscd.socket pcscd.service
 switch_off tpm2-abrmd "$abrmd_was" tpm2-abrmd.service
+switch_off pkcsslotd "$pkcsslotd_was" pkcsslotd.service
 # D-Bus starts tpm2-abrmd, too, for any program that uses a TPM: that would take the
 # machine's own away from the kernel's resource manager.
 if [ -z "$abrmd_was" ] && command -v tpm2-abrmd >/dev/null && [ -d /run/systemd/system ]; then

@@ -5,6 +5,7 @@ import (
 	"cmp"
 	"errors"
 	"fmt"
+	"net"
 	"os"
 	"os/exec"
 	"os/user"
@@ -13,6 +14,7 @@ import (
 	"slices"
 	"strconv"
 	"strings"
+	"time"
 
 	"golang.org/x/sys/unix"
 
@@ -44,6 +46,10 @@ const (
 	kindYKCS11
 	kindSoftHSM
 	kindTPM
+	kindCoolKey
+	kindOpenCryptoki
+	kindNSS
+	kindSpy
 )
 
 // kindOfModule knows a module by the name of its file.
@@ -51,7 +57,8 @@ func kindOfModule(path string) moduleKind {
 	name := filepath.Base(path)
 	for prefix, kind := range map[string]moduleKind{
 		"opensc-pkcs11": kindOpenSC, "onepin-opensc-pkcs11": kindOpenSC, "libykcs11": kindYKCS11,
-		"libsofthsm2": kindSoftHSM, "libtpm2_pkcs11": kindTPM,
+		"libsofthsm2": kindSoftHSM, "libtpm2_pkcs11": kindTPM, "libcoolkeypk11": kindCoolKey,
+		"libopencryptoki": kindOpenCryptoki, "PKCS11_API": kindOpenCryptoki, "libsoftokn": kindNSS, "pkcs11-spy": kindSpy,
 	} {
 		if strings.HasPrefix(name, prefix) {
 			return kind
@@ -61,7 +68,7 @@ func kindOfModule(path string) moduleKind {
 }
 
 // smartCards tells whether modules of this kind use pcscd.
-func (k moduleKind) smartCards() bool { return k == kindOpenSC || k == kindYKCS11 }
+func (k moduleKind) smartCards() bool { return k == kindOpenSC || k == kindYKCS11 || k == kindCoolKey }
 
 // moduleInstall is how to get the file of a module that many have, or nothing.
 func moduleInstall(path string) string {
@@ -74,6 +81,14 @@ func moduleInstall(path string) string {
 		return installStep("softhsm2", "softhsm")
 	case kindTPM:
 		return installStep("libtpm2-pkcs11-1", "tpm2-pkcs11")
+	case kindCoolKey:
+		return installStep("coolkey", "coolkey")
+	case kindOpenCryptoki:
+		return installStep("opencryptoki", "opencryptoki")
+	case kindNSS:
+		return installStep("libnss3", "nss-softokn")
+	case kindSpy:
+		return installStep("opensc-pkcs11", "opensc")
 	}
 	return ""
 }
@@ -86,6 +101,9 @@ func switchOff(module string) string {
 // missingLibrary is what dlerror(3) of glibc and musl says of a library that
 // another one needs.
 var missingLibrary = regexp.MustCompile(`(?:^|: )([^ :/]+\.so[^ :/]*): cannot open shared object file|Error loading shared library ([^ :]+\.so[^ :]*):`)
+
+// startServer is how p11-kit-client.so gets a server.
+const startServer = "start its server: p11-kit server --provider MODULE 'pkcs11:token=NAME'"
 
 // adviseModule adds what helps against what a module says. A return value alone
 // says little: what the module needs is looked at here.
@@ -109,6 +127,10 @@ func adviseModule(f *finding, m token.ModuleStatus) {
 		f.Next("ldd %s | grep 'not found'  # install the packages that bring these libraries", quote(m.Path))
 	case strings.Contains(text, "wrong ELF class"), strings.Contains(text, "cannot open shared object file: No such file"):
 		f.Next("install the module for this program's architecture")
+	case strings.Contains(text, "; its command \""):
+		f.Next("try the command of remote: in the module's file by itself, with </dev/null behind it").Next("%s", switchOff(m.Name))
+	case strings.Contains(text, "; its server cannot be reached"):
+		f.Next("%s", startServer).Next("%s", switchOff(m.Name))
 	case strings.Contains(text, "did not answer"):
 		f.Next("if its token is slow, give it more time in the configuration:\n[[module]]\nname = %q\ntimeout = \"2m\"", m.Name).
 			Next("%s", switchOff(m.Name))
@@ -118,10 +140,41 @@ func adviseModule(f *finding, m token.ModuleStatus) {
 		adviseTPM(f)
 	case kind == kindOpenSC && we != nil && we.Function == "C_Initialize":
 		f.Next("%s", installStep("libpcsclite1", "pcsc-lite-libs"))
+	case kind == kindCoolKey && we != nil && we.Function == "C_Initialize":
+		f.Next("systemctl status pcscd.socket  # the module starts only where pcscd answers")
+	case kind == kindOpenCryptoki && we != nil:
+		adviseOpenCryptoki(f)
+	case kind == kindNSS && we != nil:
+		f.Next("tell the module where its database is, in the configuration:\n[[module]]\nname = %q\ninit-args = \"configdir='sql:%s/.pki/nssdb'\"", m.Name, os.Getenv("HOME"))
+	case kind == kindSpy && strings.Contains(text, "PKCS11SPY"):
+		f.Next("tell it which module it is to watch, in the configuration:\n[[module]]\nname = %q\nenv = { PKCS11SPY = \"/path/to/module.so\" }", m.Name)
+	case strings.Contains(text, "no function C_GetFunctionList"):
+		f.Next("name a PKCS#11 module in path: this file is another library").Next("%s", switchOff(m.Name))
 	case we != nil && we.RV == wire.CKRGeneralError:
 		f.Next("look whether the module finds its own configuration and may read it, and which variable names that: set it with env in its [[module]] table")
 	default:
 		f.Next("%s", switchOff(m.Name))
+	}
+}
+
+// adviseOpenCryptoki finds out why openCryptoki does not start: its daemon does not run,
+// or the user is not in its group. /etc/group counts, not what the process has (openCryptoki,
+// usr/lib/api/shrd_mem.c).
+func adviseOpenCryptoki(f *finding) {
+	locks := "/var/lock/opencryptoki"
+	socket := "/run/pkcsslotd.socket"
+	if other := "/run/opencryptoki/pkcsslotd.socket"; unix.Access(other, unix.F_OK) == nil {
+		socket = other // of newer versions
+	}
+	c, err := net.DialTimeout("unix", socket, time.Second)
+	switch {
+	case err == nil:
+		_ = c.Close()
+		f.Next("%s", joinGroup("pkcs11", locks))
+	case errors.Is(err, unix.EACCES), unix.Access(locks, unix.F_OK) == nil && unix.Access(locks, unix.R_OK|unix.X_OK) != nil:
+		f.Next("%s", joinGroup("pkcs11", locks))
+	default:
+		f.Next("sudo systemctl enable --now pkcsslotd  # openCryptoki's daemon does not run")
 	}
 }
 

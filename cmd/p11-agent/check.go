@@ -123,10 +123,17 @@ func findModules(r *report, b *backend) {
 		case !settled && m.Library == "":
 			r.bad("module %s (%s): it does not answer", m.Name, m.Path).
 				Next("%s", switchOff(m.Name))
+		case m.Empty != "":
+			r.warn("module %s (%s) shows no token; %s", m.Name, m.Path, m.Empty).
+				Next("%s", startServer).Next("%s", switchOff(m.Name))
 		default:
 			f := r.ok("module %s (%s): %s, %s", m.Name, m.Path, cmp.Or(m.Library, "works"), plural(len(m.Tokens), "token"))
 			if len(m.Tokens) == 0 {
 				f.Next("%s", firstToken(m))
+			}
+			if kindOfModule(m.Path) == kindSpy {
+				r.warn("module %s prints each PIN that it is given, for whoever looks for a fault: the agent keeps that out of its log, and PKCS11SPY_OUTPUT writes it into a file", m.Name).
+					Next("%s", switchOff(m.Name))
 			}
 		}
 		for _, reason := range m.LeftOut {
@@ -142,9 +149,14 @@ func findModules(r *report, b *backend) {
 			continue
 		}
 		f := r.warn("module %s, of %s, is not started: %s", m.Name, strings.Join(m.Files, " and "), m.Skip)
-		if install := moduleInstall(m.Settings["module"].Value); install != "" {
+		switch install := moduleInstall(m.Settings["module"].Value); {
+		case m.Advice != "":
+			f.Next("%s", m.Advice).Next("%s", switchOff(m.Name))
+		case install != "":
 			f.Next("%s", install)
-		} else {
+		case m.Path != "":
+			f.Next("%s", switchOff(m.Name))
+		default:
 			f.Next("install the package that brings %s, or remove %s", cmp.Or(m.Settings["module"].Value, m.Name), strings.Join(m.Files, " and "))
 		}
 	}

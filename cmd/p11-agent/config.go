@@ -23,6 +23,7 @@ import (
 	"p11-agent/agent"
 	"p11-agent/token"
 	"p11-agent/token/pkcs11uri"
+	"p11-agent/token/registry"
 )
 
 // maxConfig is the most bytes that a configuration file may have.
@@ -78,6 +79,8 @@ type moduleConfig struct {
 	Env     map[string]string `toml:"env"`
 	Sandbox *bool             `toml:"sandbox"`
 	Write   []string          `toml:"write"`
+	// InitArgs is handed to C_Initialize: x-init-reserved of pkcs11.conf(5).
+	InitArgs string `toml:"init-args"`
 }
 
 // keyConfig attaches a name to the keys that a URI matches, and a public half
@@ -609,6 +612,9 @@ func (c *config) check(mode fs.FileMode) error {
 		if len(m.Write) > 0 && m.Sandbox != nil && !*m.Sandbox {
 			return bad("module %q: without a sandbox everything can be written: one of write and sandbox = false has to go", m.name())
 		}
+		if strings.Contains(m.InitArgs, "\x00") {
+			return bad("module %q: init-args has a NUL", m.name())
+		}
 		for name := range m.Env {
 			if name == "" || strings.ContainsAny(name, "=\x00") {
 				return bad("module %q: %q cannot be the name of an environment variable", m.name(), name)
@@ -679,8 +685,9 @@ func readPublicKey(file string) (crypto.PublicKey, error) {
 
 func (m moduleConfig) name() string { return cmp.Or(m.Name, filepath.Base(m.Path)) }
 
-// confine tells a module's process what the module may do.
+// confine tells a module's process what the module may do, and the module how to start.
 func (m moduleConfig) confine(spec *token.ModuleSpec) {
+	spec.InitArgs = cmp.Or(m.InitArgs, spec.InitArgs)
 	spec.Unconfined = m.Sandbox != nil && !*m.Sandbox
 	spec.Write = m.Write
 }
@@ -691,6 +698,16 @@ func (m moduleConfig) environ() []string {
 		env = append(env, name+"="+m.Env[name])
 	}
 	return env
+}
+
+// serverAddresses returns where p11-kit-client.so is to connect to, by the name of the
+// module, as far as the environments of modules say so.
+func (c *config) serverAddresses() map[string]string {
+	all := make(map[string]string)
+	for _, m := range c.Modules {
+		all[m.name()] = m.Env[registry.ServerVariable]
+	}
+	return all
 }
 
 // uris returns every URI of the configuration.

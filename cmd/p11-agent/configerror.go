@@ -146,11 +146,16 @@ func (c *config) needRestart(old *config) (changed []string) {
 		name     string
 		now, was any
 	}{
-		{"[[module]]", c.Modules, old.Modules}, {"[[socket]]", c.Sockets, old.Sockets},
-		{"allow-modules", c.AllowModules, old.AllowModules}, {"certificates", c.Certificates, old.Certificates},
-		{"insert-timeout", c.InsertTimeout, old.InsertTimeout}, {"known-hosts", c.KnownHosts, old.KnownHosts},
-		{"remember-keys", c.RememberKeys, old.RememberKeys}, {"remote-tokens", c.RemoteTokens, old.RemoteTokens},
-		{"software-keys", c.SoftwareKeys, old.SoftwareKeys}, {"upstream", c.Upstream, old.Upstream},
+		{"[[module]]", c.Modules, old.Modules},
+		{"[[socket]]", c.Sockets, old.Sockets},
+		{"allow-modules", c.AllowModules, old.AllowModules},
+		{"certificates", c.Certificates, old.Certificates},
+		{"insert-timeout", c.InsertTimeout, old.InsertTimeout},
+		{"known-hosts", c.KnownHosts, old.KnownHosts},
+		{"remember-keys", c.RememberKeys, old.RememberKeys},
+		{"remote-tokens", c.RemoteTokens, old.RemoteTokens},
+		{"software-keys", c.SoftwareKeys, old.SoftwareKeys},
+		{"upstream", c.Upstream, old.Upstream},
 	} {
 		if !reflect.DeepEqual(k.now, k.was) {
 			changed = append(changed, k.name)

@@ -117,20 +117,24 @@ type listing struct {
 }
 
 type listedModule struct {
-	Name     string `json:"name"`
-	Path     string `json:"path"`
-	Running  bool   `json:"running"`
-	Restarts int    `json:"restarts"`          // since it was started for this list
-	Waits    bool   `json:"waits"`             // it tells of cards that come and go; else its slots are polled
-	Sandbox  string `json:"sandbox,omitempty"` // what its process may not do
-	Error    string `json:"error,omitempty"`
-
-	LeftOut []string `json:"left_out,omitempty"` // because of a bound, and why
+	Name     string   `json:"name"`
+	Path     string   `json:"path"`
+	Running  bool     `json:"running"`
+	Restarts int      `json:"restarts"`          // since it was started for this list
+	Waits    bool     `json:"waits"`             // it tells of cards that come and go; else its slots are polled
+	Sandbox  string   `json:"sandbox,omitempty"` // what its process may not do
+	Error    string   `json:"error,omitempty"`
+	Empty    string   `json:"empty,omitempty"`    // why it shows no token
+	Next     []string `json:"next,omitempty"`     // what helps against the error
+	LeftOut  []string `json:"left_out,omitempty"` // because of a bound, and why
 }
 
 // state says how a module fares.
 func (m listedModule) state() string {
 	text := cmp.Or(m.Error, "it works")
+	if m.Error == "" && m.Empty != "" {
+		text += ", and shows no token; " + m.Empty
+	}
 	if m.Restarts > 0 {
 		text += fmt.Sprintf("; it was started again %s", times(m.Restarts))
 	}
@@ -245,9 +249,8 @@ func collect(c *config, store *token.Store, sel *token.Selector, named bool) lis
 	l.Offered, l.Shown = all, all-len(hidden)
 	for _, m := range store.Modules() {
 		lm := listedModule{Name: m.Name, Path: m.Path, Running: m.Running, Restarts: m.Restarts, Waits: m.Waits, Sandbox: m.Sandbox, LeftOut: m.LeftOut}
-		if m.Err != nil {
-			lm.Error = m.Err.Error()
-		}
+		lm.Error, lm.Next = trouble(m)
+		lm.Empty = m.Empty
 		l.Modules = append(l.Modules, lm)
 		for i, t := range slices.Concat(m.Tokens, m.Away) {
 			present := i < len(m.Tokens)
@@ -456,8 +459,9 @@ func printList(out, stderr io.Writer, l listing, verbose bool) error {
 		fmt.Fprintln(stderr, "no token is present")
 	}
 	for _, m := range l.Modules {
-		if m.Error != "" || m.Restarts > 0 || verbose {
+		if m.Error != "" || m.Empty != "" || m.Restarts > 0 || verbose {
 			fmt.Fprintf(stderr, "module %s: %s\n", m.Name, visibleText(m.state()))
+			printSteps(stderr, "  next: ", m.Next)
 		}
 		if verbose {
 			for _, reason := range m.LeftOut {

@@ -19,6 +19,7 @@ import (
 	"p11-agent/pinentry"
 	"p11-agent/pinentry/secret"
 	"p11-agent/systemd"
+	"p11-agent/token"
 	"p11-agent/token/module"
 	"p11-agent/token/module/undumpable"
 )
@@ -96,6 +97,8 @@ func exitCode(err error, stderr io.Writer) int {
 			hint() string
 		}](e); ok && h.hint() != "" {
 			fmt.Fprintf(stderr, "p11-agent: hint: %s\n", h.hint())
+		} else if m, ok := errors.AsType[*token.ModuleError](e); ok {
+			printSteps(stderr, "p11-agent: hint: ", adviseFailure(m))
 		}
 	}
 	if _, ok := errors.AsType[*usageError](err); ok {

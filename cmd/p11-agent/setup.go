@@ -236,7 +236,7 @@ func publicFile(e exported) string {
 }
 
 // describe names a key to a person.
-func describe(e exported) string {
+func describeKey(e exported) string {
 	return fmt.Sprintf("key %q on token %q (%s)", visibleText(cmp.Or(e.key.Label(), "without label")), visibleText(e.key.Token().Label), e.pub.Type())
 }
 

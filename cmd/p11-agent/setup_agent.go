@@ -27,7 +27,7 @@ func stateSocket() string {
 // setupSocket is where the agent of this user listens.
 func setupSocket() string {
 	if os.Getenv("XDG_RUNTIME_DIR") != "" {
-		if path, err := socketPath("", false); err == nil {
+		if path, err := socketPath("", false, func(error) {}); err == nil {
 			return path
 		}
 	}

@@ -52,7 +52,7 @@ func (s *setup) chooseKey(ctx context.Context) error {
 				e = keys[0]
 			}
 			s.use(e)
-			_, err := s.offer(ctx, title, describe(e))
+			_, err := s.offer(ctx, title, describeKey(e))
 			return err
 		}
 		s.say("\n%s", title)
@@ -136,7 +136,7 @@ func (s *setup) troubles() {
 
 func keyChoices(keys []exported) (all []choice) {
 	for _, e := range keys {
-		all = append(all, choice{text: describe(e) + ", " + e.key.URI(), key: &e})
+		all = append(all, choice{text: describeKey(e) + ", " + e.key.URI(), key: &e})
 	}
 	return all
 }
@@ -337,7 +337,7 @@ func (s *setup) makeWithPIN(ctx context.Context) error {
 	if err := s.take(k.Key); err != nil {
 		return err
 	}
-	s.say("  made %s", describe(s.key))
+	s.say("  made %s", describeKey(s.key))
 	// The card is the agent's from here on.
 	s.b.stop()
 	s.b = nil

@@ -271,6 +271,9 @@ func (r *statusReport) print(out io.Writer) error {
 			row(m.Name, m.state(), cmp.Or(m.Reason, m.sandbox()))
 		}
 	})
+	for _, m := range r.Modules {
+		printSteps(&b, fmt.Sprintf("  next for %s: ", visibleText(m.Name)), m.Next)
+	}
 	section("UPSTREAM AGENTS", len(r.Upstreams), func(row func(...string)) {
 		for _, u := range r.Upstreams {
 			mark(map[bool]style{true: styleBad}[u.Trouble != ""])

@@ -84,15 +84,15 @@ type statusToken struct {
 }
 
 type statusModule struct {
-	Name     string `json:"name"`
-	Path     string `json:"path"`
-	State    string `json:"state"` // starting, running, released, failed
-	PID      int    `json:"pid,omitempty"`
-	Restarts int    `json:"restarts"`
-	Sandbox  string `json:"sandbox,omitempty"`
-	Reason   string `json:"reason,omitempty"` // why it failed
-
-	LeftOut []string `json:"left_out,omitempty"` // because of a bound, and why
+	Name     string   `json:"name"`
+	Path     string   `json:"path"`
+	State    string   `json:"state"` // starting, running, released, failed
+	PID      int      `json:"pid,omitempty"`
+	Restarts int      `json:"restarts"`
+	Sandbox  string   `json:"sandbox,omitempty"`
+	Reason   string   `json:"reason,omitempty"`   // why it failed
+	Next     []string `json:"next,omitempty"`     // what helps
+	LeftOut  []string `json:"left_out,omitempty"` // because of a bound, and why
 }
 
 type statusUpstream struct {
@@ -285,13 +285,10 @@ func moduleReport(m token.ModuleStatus, locked bool) statusModule {
 	case m.Err != nil:
 		module.State = "failed"
 		if !locked { // it may name a token
-			module.Reason = m.Err.Error()
-			if kindOfModule(m.Path) == kindTPM && noTPM() {
-				module.Reason = "there is no TPM on this machine"
-			}
+			module.Reason, module.Next = trouble(m)
 		}
 	case m.Running:
-		module.State, module.LeftOut = "running", m.LeftOut
+		module.State, module.Reason, module.LeftOut = "running", m.Empty, m.LeftOut
 	case m.Released:
 		module.State = "released"
 	}

@@ -7,6 +7,7 @@ import (
 	"fmt"
 	"log/slog"
 	"os"
+	"path/filepath"
 	"slices"
 	"strconv"
 	"strings"
@@ -30,6 +31,7 @@ const moduleCommand = "module-process"
 func modules(c *config, log *slog.Logger) (specs []token.ModuleSpec, bridges []*registry.Bridge, skipped, broken []registry.Module) {
 	reg := registry.Load(registry.Options{
 		Dirs: registry.DefaultDirs(os.LookupEnv, os.Geteuid()), Program: registry.Program, Log: log,
+		ServerAddresses: c.serverAddresses(),
 	})
 	for _, w := range reg.Warnings {
 		log.Warn("module configuration", "problem", w.String())
@@ -45,6 +47,10 @@ func modules(c *config, log *slog.Logger) (specs []token.ModuleSpec, bridges []*
 			spec := token.ModuleSpec{Name: m.name(), Path: m.Path, Env: m.environ(), Timeout: m.Timeout.Duration}
 			m.Release.apply(&spec)
 			m.confine(&spec)
+			if address := cmp.Or(m.Env[registry.ServerVariable], os.Getenv(registry.ServerVariable)); strings.HasPrefix(filepath.Base(m.Path), "p11-kit-client") {
+				spec.Cause = func(ctx context.Context) string { return registry.ServerCause(ctx, address) }
+				spec.Empty = spec.Cause
+			}
 			specs = append(specs, spec)
 		}
 	}
@@ -71,7 +77,10 @@ func modules(c *config, log *slog.Logger) (specs []token.ModuleSpec, bridges []*
 		spec.Poll = m.Remote.Address != "" || len(m.Remote.Command) > 0
 		switch {
 		case m.Remote.Address != "":
-			spec.Env = append(spec.Env, "P11_KIT_SERVER_ADDRESS="+m.Remote.Address)
+			address := m.Remote.Address
+			spec.Env = append(spec.Env, registry.ServerVariable+"="+address)
+			spec.Cause = func(ctx context.Context) string { return registry.ServerCause(ctx, address) }
+			spec.Empty = spec.Cause // p11-kit-client.so says that it works, and shows nothing
 		case len(m.Remote.Command) > 0:
 			b, err := registry.NewBridge(registry.BridgeOptions{
 				Command: m.Remote.Command,
@@ -88,7 +97,8 @@ func modules(c *config, log *slog.Logger) (specs []token.ModuleSpec, bridges []*
 				continue
 			}
 			bridges = append(bridges, b)
-			spec.Env = append(spec.Env, "P11_KIT_SERVER_ADDRESS="+b.Address())
+			spec.Env = append(spec.Env, registry.ServerVariable+"="+b.Address())
+			spec.Cause = b.Cause
 		}
 		specs = append(specs, spec)
 	}

@@ -8,6 +8,7 @@ package module
 #include <stdlib.h>
 
 #include "cryptoki.h"
+#include "words.h"
 
 // open_library loads a module. It returns NULL and what dlerror says, or NULL and
 // nothing when the file is no module.
@@ -104,6 +105,19 @@ static CK_RV get_attributes(struct functions *f, CK_ULONG session, CK_ULONG obje
 	return rv;
 }
 
+// attribute_length asks how many bytes C_GetAttributeValue wants for an attribute.
+static CK_RV attribute_length(struct functions *f, CK_ULONG session, CK_ULONG object, CK_ULONG type, CK_ULONG *length)
+{
+	struct attribute one = { type, NULL, 0 };
+	CK_RV rv;
+
+	if (f->get_attribute_value == NULL)
+		return CKR_FUNCTION_NOT_SUPPORTED;
+	rv = f->get_attribute_value(session, object, &one, 1);
+	*length = one.length;
+	return rv;
+}
+
 static CK_RV sign_init(struct functions *f, CK_ULONG session, CK_ULONG type, CK_ULONG key,
 	CK_ULONG hash, CK_ULONG mgf, CK_ULONG salt)
 {
@@ -183,13 +197,17 @@ type library struct {
 	closed atomic.Bool // a session was closed
 }
 
+// maxAsked bounds how often a module may ask for more room.
+const maxAsked = 4
+
 // load opens the module's file. Code of the module runs from here on.
 func load(path string) (*library, error) {
 	name := C.CString(path)
 	defer C.free(unsafe.Pointer(name))
+	C.quote_syslog()
 	var reason *C.char
 	handle := C.open_library(name, &reason)
-	noModule := loadError("%s: it is no PKCS#11 module: C_GetFunctionList is missing or fails", path)
+	noModule := loadError("%s: it is no PKCS#11 module: it has no function C_GetFunctionList", path)
 	switch {
 	case reason != nil:
 		// It begins with the file that fails, which may be one that this one needs.
@@ -210,7 +228,7 @@ func load(path string) (*library, error) {
 	}
 	switch {
 	case known && fn == nil:
-		return nil, noModule
+		return nil, loadError("%s: its function C_GetFunctionList fails, so it is no PKCS#11 module that can be used", path)
 	case !known:
 		return nil, loadError("%s: its functions are not found: this p11-agent was built with another version of its PKCS#11 library", path)
 	case fn.major != 2 && fn.major != 3:
@@ -333,15 +351,18 @@ func (l *library) mechanisms(slot uint) ([]uint, error) {
 }
 
 // ulongs asks for the length of a list and then for the list. A list may grow
-// between the two calls.
+// between the two calls, and a module may want more room than it has said. Then the
+// module says how much (PKCS#11 v2.40 section 5.2), and gets it, within bounds.
 func ulongs(function string, call func(list, n *C.CK_ULONG) C.CK_RV) ([]uint, error) {
-	for range 4 {
+	var asked C.CK_ULONG
+	for range maxAsked {
 		var n C.CK_ULONG
 		// Some modules answer the question for the length with
 		// CKR_BUFFER_TOO_SMALL (Gemalto's, according to miekg/pkcs11).
 		if rv := call(nil, &n); rv != wire.CKROK && rv != wire.CKRBufferTooSmall {
 			return nil, returned(function, rv)
 		}
+		n = max(n, asked)
 		if n > wire.MaxList {
 			return nil, garbage(function, "it lists %d of them; the limit is %d", n, wire.MaxList)
 		}
@@ -351,6 +372,7 @@ func ulongs(function string, call func(list, n *C.CK_ULONG) C.CK_RV) ([]uint, er
 		list := make([]uint, n)
 		rv := call((*C.CK_ULONG)(unsafe.Pointer(&list[0])), &n)
 		if rv == wire.CKRBufferTooSmall {
+			asked = n
 			continue
 		}
 		if rv != wire.CKROK {
@@ -493,21 +515,29 @@ const poison = 0xa5
 //
 // By the standard one call tells all of that (PKCS#11 v2.40 section 5.7,
 // C_GetAttributeValue). Modules that stop at the first attribute they do not
-// have are asked for those after it one by one.
+// have are asked for those after it one by one, and so are modules that want more
+// room.
 func (l *library) attributes(s pkcs11.SessionHandle, object pkcs11.ObjectHandle, wanted []attribute) ([][]byte, error) {
 	values := make([][]byte, len(wanted))
-	rv := l.attributesOnce(s, object, wanted, values)
-	if rv == wire.CKROK {
+	all := l.attributesOnce(s, object, wanted, values)
+	if all == wire.CKROK {
 		return values, nil
 	}
-	if !partial(rv) {
-		return nil, returned("C_GetAttributeValue", rv)
+	if !partial(all) {
+		return nil, returned("C_GetAttributeValue", all)
 	}
 	for i, v := range values {
-		if v == nil || slices.ContainsFunc(v, func(b byte) bool { return b != poison }) {
-			continue
+		var rv C.CK_RV
+		switch untouched := v != nil && !slices.ContainsFunc(v, func(b byte) bool { return b != poison }); {
+		case untouched:
+			rv = l.attributesOnce(s, object, wanted[i:i+1], values[i:i+1])
+			if rv == wire.CKRBufferTooSmall {
+				values[i], rv = l.longAttribute(s, object, wanted[i])
+			}
+		case v == nil && all == wire.CKRBufferTooSmall:
+			values[i], rv = l.longAttribute(s, object, wanted[i])
 		}
-		switch rv := l.attributesOnce(s, object, wanted[i:i+1], values[i:i+1]); {
+		switch {
 		case partial(rv):
 			values[i] = nil
 		case rv != wire.CKROK:
@@ -515,6 +545,28 @@ func (l *library) attributes(s pkcs11.SessionHandle, object pkcs11.ObjectHandle,
 		}
 	}
 	return values, nil
+}
+
+// longAttribute reads one attribute with the room that the module asks for, up to
+// roomObject. The attribute counts as missing when the module asks for more, or when
+// the value itself is longer than it may be.
+func (l *library) longAttribute(s pkcs11.SessionHandle, object pkcs11.ObjectHandle, wanted attribute) ([]byte, C.CK_RV) {
+	asked := C.CK_ULONG(0)
+	rv := C.attribute_length(l.fn, C.CK_ULONG(s), C.CK_ULONG(object), C.CK_ULONG(wanted.kind), &asked)
+	switch {
+	case rv != wire.CKROK && rv != wire.CKRBufferTooSmall:
+		return nil, rv
+	case asked <= C.CK_ULONG(wanted.room): // it does not say how much it wants
+		asked = roomObject
+	case asked > roomObject:
+		return nil, wire.CKRBufferTooSmall
+	}
+	var value [1][]byte
+	rv = l.attributesOnce(s, object, []attribute{{wanted.kind, int(asked)}}, value[:])
+	if len(value[0]) > wanted.room {
+		return nil, wire.CKRBufferTooSmall
+	}
+	return value[0], rv
 }
 
 // partial tells whether C_GetAttributeValue has done what it could.
@@ -573,16 +625,28 @@ func (l *library) signInit(s pkcs11.SessionHandle, m mechanism, key pkcs11.Objec
 		C.CK_ULONG(m.hash), C.CK_ULONG(m.mgf), C.CK_ULONG(m.salt)))
 }
 
-// sign calls C_Sign, once, for a signature that fits into room.
+// sign calls C_Sign, for a signature that is not longer than room. A module that wants
+// more room gets what it asks for, up to maxSignature: the operation is still active
+// then (PKCS#11 v2.40 section 5.2), so nothing is begun anew and no PIN is needed.
 func (l *library) sign(s pkcs11.SessionHandle, data, room []byte) (signature []byte, err error) {
-	made := C.sign(l.fn, C.CK_ULONG(s), first(data), C.CK_ULONG(len(data)), first(room), C.CK_ULONG(len(room)))
-	if made.rv != wire.CKROK {
-		return nil, returned("C_Sign", made.rv)
+	most := C.CK_ULONG(len(room))
+	for range maxAsked {
+		made := C.sign(l.fn, C.CK_ULONG(s), first(data), C.CK_ULONG(len(data)), first(room), C.CK_ULONG(len(room)))
+		switch n := made.length; {
+		case made.rv == wire.CKRBufferTooSmall && n <= maxSignature && len(room) < maxSignature:
+			if n <= C.CK_ULONG(len(room)) { // it does not say how much it wants
+				n = maxSignature
+			}
+			room = make([]byte, n)
+		case made.rv != wire.CKROK:
+			return nil, returned("C_Sign", made.rv)
+		case n == 0 || n > most:
+			return nil, garbage("C_Sign", "the signature has %d bytes; there is room for %d", n, most)
+		default:
+			return room[:n], nil
+		}
 	}
-	if n := made.length; n == 0 || n > C.CK_ULONG(len(room)) {
-		return nil, garbage("C_Sign", "the signature has %d bytes; there is room for %d", n, len(room))
-	}
-	return room[:made.length], nil
+	return nil, garbage("C_Sign", "it keeps asking for more room than the %d bytes that it was given", len(room))
 }
 
 // first is the address of b for C, which gets NULL for nothing.

@@ -10,6 +10,7 @@ import (
 	"os"
 	"os/exec"
 	"path/filepath"
+	"reflect"
 	"strconv"
 	"strings"
 	"sync"
@@ -184,6 +185,94 @@ func TestMisbehaviour(t *testing.T) {
 			}
 			if err := lists(b); err != nil {
 				t.Errorf("a list afterwards: %v", err)
+			}
+		})
+	}
+}
+
+// A module that wants more room than its answer takes gets the room, and the answer is
+// what it is with enough room. One that never has enough fails, and goes on working.
+func TestRoomAskedFor(t *testing.T) {
+	module := tokentest.BuildBadModule(t)
+	for _, tt := range []struct {
+		commands string
+		calls    int // of C_Sign
+		fails    bool
+	}{
+		{"sign-room=72", 1, false}, // there is room for 256 bytes
+		{"sign-room=264", 2, false},
+		{"sign-room=8192", 2, false},
+		{"sign-room=mute", 2, false},
+		{"sign-room=8193", 1, true},
+		{"sign-room=1000000000000", 1, true},
+		{"sign-room=more", 4, true},
+	} {
+		t.Run(tt.commands, func(t *testing.T) {
+			b := startBad(t, "")
+			b.ready(module)
+			if _, err := b.sign(badSign()); err != nil {
+				t.Fatal(err)
+			}
+			for _, alone := range []bool{false, true} { // with a PIN for each use, too
+				b.command(tt.commands)
+				inits, signs := b.calls("C_SignInit"), b.calls("C_Sign")
+				m := badSign()
+				if alone {
+					b.command(tt.commands + " always")
+					m.ContextLogin, m.PIN = true, pinOf(t, "1234")
+				}
+				got, err := b.sign(m)
+				switch {
+				case tt.fails && err == nil:
+					t.Errorf("there is a signature: %x", got)
+				case !tt.fails && (err != nil || !bytes.Equal(got, bytes.Repeat([]byte{0x5a}, 256))):
+					t.Errorf("%x, %v", got, err)
+				}
+				if n := b.calls("C_Sign") - signs; n != tt.calls {
+					t.Errorf("%d calls of C_Sign, want %d", n, tt.calls)
+				}
+				if n := b.calls("C_SignInit") - inits; n != 1 {
+					t.Errorf("%d calls of C_SignInit", n)
+				}
+			}
+			b.command("")
+			for range maxSessions + 1 { // one that was not given back would be missed
+				if _, err := b.sign(badSign()); err != nil {
+					t.Fatalf("a signature afterwards: %v", err)
+				}
+			}
+		})
+	}
+	for _, tt := range []struct {
+		commands string
+		slots    int
+		objects  int
+	}{
+		{"list-room=16", 1, 2},
+		{"list-room=1000000000", -1, 2},
+		{"attribute-room=8", 1, 2},
+		{"attribute-room=5000", 1, 2},
+		{"attribute-room=65537", 1, 0},
+		{"attribute-room=1000000000000", 1, 0},
+	} {
+		t.Run(tt.commands, func(t *testing.T) {
+			b := startBad(t, "")
+			b.ready(module)
+			whole := b.objects(badToken(0))
+			b.command(tt.commands)
+			r := new(wire.SlotsReply)
+			if err := b.do(wire.TypeSlots, &wire.Slots{}, r); (err != nil) != (tt.slots < 0) || err == nil && len(r.Slots) != tt.slots {
+				t.Errorf("%d slots, %v", len(r.Slots), err)
+			} else if err == nil && len(r.Slots[0].Mechanisms) != 2 {
+				t.Errorf("mechanisms: %+v", r.Slots[0].Mechanisms)
+			}
+			got := b.objects(badToken(0))
+			if tt.objects == 0 && len(got) > 0 || tt.objects > 0 && !reflect.DeepEqual(got, whole) {
+				t.Errorf("objects: %+v\nwant: %+v", got, whole)
+			}
+			b.command("")
+			if got := b.objects(badToken(0)); !reflect.DeepEqual(got, whole) {
+				t.Errorf("objects afterwards: %+v", got)
 			}
 		})
 	}
@@ -662,7 +751,7 @@ func TestLoadErrors(t *testing.T) {
 		{"missing dependency", dependent, filepath.Base(needed)},
 		{"no module", good, "no PKCS#11 module"},
 		{"version 1", old, "version 1"},
-		{"failing function list", failing, "no PKCS#11 module"},
+		{"failing function list", failing, "its function C_GetFunctionList fails"},
 		{"no function list", empty, "no PKCS#11 module"},
 	} {
 		t.Run(tt.name, func(t *testing.T) {

@@ -219,7 +219,7 @@ func (s *server) hello(m *wire.Hello) (wire.Message, error) {
 	confined := wire.Sandbox{Off: true}
 	if !m.Unconfined {
 		// From here on for every thread that there is and will be.
-		confined = sandbox.Enter(sandbox.Options{Module: m.Path, Write: m.Write, Getenv: os.Getenv})
+		confined = sandbox.Enter(sandbox.Options{Module: m.Path, InitArgs: m.InitArgs, Write: m.Write, Getenv: os.Getenv})
 	}
 	lib, err := load(m.Path)
 	if err != nil {

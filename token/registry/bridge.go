@@ -35,11 +35,11 @@ type BridgeOptions struct {
 	// Dir is where the socket's directory is made; empty is for os.TempDir. It
 	// has to be short: the path of a socket has 107 bytes.
 	Dir string
-	// Stderr takes what the command writes there, as exec.Cmd.Stderr does. nil
-	// is for nothing.
+	// Stderr takes what the command writes to standard error as well. nil is for
+	// nothing.
 	Stderr io.Writer
-	// Log takes one line for each command that cannot be started or fails. nil
-	// is for none.
+	// Log takes one line for each command that cannot be started or fails, and what
+	// commands write to standard error, as debug lines. nil is for none.
 	Log *slog.Logger
 }
 
@@ -59,6 +59,9 @@ type Bridge struct {
 	dir      string
 	listener *net.UnixListener
 	close    func() error
+
+	mu   sync.Mutex
+	last *attempt // nil: no command was started yet
 }
 
 // NewBridge makes the socket. Clients may connect from now on; they are served
@@ -184,13 +187,16 @@ func scarce(err error) bool {
 // returns what ends it and waits for its end.
 func (b *Bridge) run(conn *net.UnixConn) (end func()) {
 	ctx, cancel := context.WithCancel(context.Background())
+	a := b.started()
 	var done sync.WaitGroup
 	done.Go(func() {
 		defer cancel()
-		if err := b.command(ctx, conn); err != nil && ctx.Err() == nil {
+		err := b.command(ctx, conn, &a.said)
+		if err != nil && ctx.Err() == nil {
 			// Not its arguments, which may hold a PIN.
-			b.o.Log.Warn("command of a remote module failed", "program", b.o.Command[0], "err", err)
+			b.o.Log.Warn("command of a remote module failed", "program", b.o.Command[0], "err", err, "said", a.said.String())
 		}
+		a.ended(err)
 	})
 	return func() {
 		cancel()
@@ -200,7 +206,7 @@ func (b *Bridge) run(conn *net.UnixConn) (end func()) {
 
 // command runs the command until it ends by itself, which it does when the
 // client hangs up, or until ctx ends.
-func (b *Bridge) command(ctx context.Context, conn *net.UnixConn) error {
+func (b *Bridge) command(ctx context.Context, conn *net.UnixConn, said io.Writer) error {
 	// os/exec puts a file that it hands over into blocking mode, and p11-kit
 	// needs its input to be in that mode: it would spin otherwise.
 	file, err := conn.File()
@@ -212,7 +218,10 @@ func (b *Bridge) command(ctx context.Context, conn *net.UnixConn) error {
 
 	cmd := exec.CommandContext(ctx, b.o.Command[0], b.o.Command[1:]...)
 	cmd.Env = b.o.Env
-	cmd.Stdin, cmd.Stdout, cmd.Stderr = file, file, b.o.Stderr
+	cmd.Stdin, cmd.Stdout, cmd.Stderr = file, file, said
+	if b.o.Stderr != nil {
+		cmd.Stderr = io.MultiWriter(said, b.o.Stderr)
+	}
 	// An agent that is killed ends nothing itself, and a command may be deaf to
 	// its client's end. The kernel's signal comes with the end of the thread that
 	// has started the command (prctl(2)), so this one has to stay until then.

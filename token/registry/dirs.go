@@ -9,7 +9,11 @@ import (
 	"golang.org/x/sys/unix"
 )
 
-// Dirs tells where the configuration is.
+// ServerVariable is the environment variable that tells p11-kit-client.so where its
+// server is.
+const ServerVariable = "P11_KIT_SERVER_ADDRESS"
+
+// Dirs tells where the configuration is, and what the environment adds to it.
 type Dirs struct {
 	System     string // modules as distributions ship them: /usr/share/p11-kit/modules
 	Admin      string // modules of this machine: /etc/pkcs11/modules
@@ -22,14 +26,17 @@ type Dirs struct {
 	NoUserMistake bool
 	// ModuleDirs are searched, in this order, for modules without an absolute path.
 	ModuleDirs []string
+	// ServerAddress is what p11-kit-client.so connects to when its module file says
+	// nothing: P11_KIT_SERVER_ADDRESS.
+	ServerAddress string
 	// UID is the user who reads: root and this user may own configuration
 	// files, anybody else's cost a warning.
 	UID int
 }
 
 // DefaultDirs returns the places that p11-kit uses, for user uid. lookup reads
-// the environment (os.LookupEnv): XDG_CONFIG_HOME, HOME and
-// P11_KIT_NO_USER_CONFIG count.
+// the environment (os.LookupEnv): XDG_CONFIG_HOME, HOME, P11_KIT_NO_USER_CONFIG and
+// P11_KIT_SERVER_ADDRESS count.
 //
 // As with p11-kit (0.24.1, p11-kit/conf.c), root has no user configuration, and
 // neither has a program that runs with privileges its caller does not have.
@@ -41,6 +48,7 @@ func DefaultDirs(lookup func(string) (string, bool), uid int) Dirs {
 		ModuleDirs: moduleDirs(),
 		UID:        uid,
 	}
+	d.ServerAddress, _ = lookup(ServerVariable)
 	// Set but empty counts, too.
 	_, forbidden := lookup("P11_KIT_NO_USER_CONFIG")
 	switch {

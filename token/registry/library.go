@@ -21,14 +21,20 @@ import (
 // (p11-kit/client.c).
 const client = "p11-kit-client.so"
 
-// useless are libraries that are never started, and why not.
-var useless = []struct{ prefix, reason string }{
-	{"p11-kit-trust.so", "it holds trusted certificates, no private keys"},
-	{"libnssckbi", "it holds trusted certificates, no private keys"},
-	{"p11-kit-proxy.so", "it offers the modules that are configured anyway"},
-	{"libp11-kit.so", "it offers the modules that are configured anyway"}, // p11-kit-proxy.so is a link to it
-	{client, "the server it connects to is unknown and may be this very agent: add server-address:, or write remote: unix:path=/... instead of module:"},
+// useless are libraries that are never started, why not, and what to do where somebody
+// expects them to be.
+var useless = []struct{ prefix, reason, advice string }{
+	{"p11-kit-trust.so", "it holds trusted certificates, no private keys", ""},
+	{"libnssckbi", "it holds trusted certificates, no private keys", ""},
+	{"p11-kit-proxy.so", proxied, ""},
+	{"libp11-kit.so", proxied, ""}, // p11-kit-proxy.so is a link to it
+	{
+		client, "the server that it connects to is not named",
+		"set P11_KIT_SERVER_ADDRESS, which \"p11-kit server\" prints, in the environment of the agent; or write into its file: server-address: unix:path=/...",
+	},
 }
+
+const proxied = "it offers the modules that are configured anyway"
 
 // locate finds the library of a module and sets Path and Remote, or Skip.
 func (l *loader) locate(m *Module) {
@@ -39,7 +45,8 @@ func (l *loader) locate(m *Module) {
 	}
 	switch {
 	case !local:
-		m.Skip = "its configuration has neither module: nor remote:"
+		m.Skip, m.Broken = "its configuration has neither module: nor remote:", true
+		m.Advice = "write module: or remote: into its file"
 		return
 	case module.Value == "":
 		m.Skip = "module: is blank, which switches it off"
@@ -57,13 +64,23 @@ func (l *loader) locate(m *Module) {
 		m.Skip, m.Broken = fmt.Sprintf("%s: %v", path, bare(err)), true
 		return
 	}
-	if address, ok := m.Settings["server-address"]; ok && name == client {
+	isClient := name == client || filepath.Base(target) == client
+	if address, ok := m.Settings["server-address"]; ok && isClient {
 		l.locateRemote(m, address)
+		return
+	}
+	if address := cmp.Or(l.ServerAddresses[m.Name], l.ServerAddress); address != "" && isClient {
+		if m.Remote, err = parseRemote(address); err != nil || m.Remote.Address == "" {
+			m.Skip, m.Broken = ServerVariable+" must be \"unix:path=/...\" or \"vsock:...\"", true
+			m.Advice = "set it to what \"p11-kit server\" prints"
+			m.Remote = Remote{}
+		}
 		return
 	}
 	for _, u := range useless {
 		if strings.HasPrefix(name, u.prefix) || strings.HasPrefix(filepath.Base(target), u.prefix) {
-			m.Skip = u.reason
+			m.Skip, m.Advice = u.reason, u.advice
+			m.Broken = u.reason == proxied || u.advice != ""
 			return
 		}
 	}
@@ -79,7 +96,7 @@ func (l *loader) locateRemote(m *Module, s Setting) {
 	remote, err := parseRemote(s.Value)
 	if err != nil {
 		l.warnAt(s, "%v", err)
-		m.Skip = err.Error()
+		m.Skip, m.Broken, m.Advice = err.Error(), true, "put it right in its file"
 		return
 	}
 	m.Remote = remote

@@ -26,7 +26,9 @@
 //     with bad file names), the alphabetically first comes first; in p11-kit it
 //     is any.
 //   - Modules without private keys, and p11-kit's own modules that would lead
-//     back to modules we have already, are listed but marked to be skipped.
+//     back to modules we have already, are listed but marked to be skipped. So is
+//     p11-kit-client.so, unless server-address or P11_KIT_SERVER_ADDRESS names its
+//     server.
 //   - Files with a zero byte, files above 64 KiB and special files are refused.
 //   - Relative paths in XDG_CONFIG_HOME or HOME switch the user's configuration
 //     off instead of depending on the current directory.
@@ -68,6 +70,9 @@ type Options struct {
 	Dirs
 	// Program is looked for in enable-in and disable-in.
 	Program string
+	// ServerAddresses are those of single modules, by name, instead of
+	// Dirs.ServerAddress.
+	ServerAddresses map[string]string
 	// SocketDir is where bridges are to make their sockets, as BridgeOptions.Dir:
 	// there is a warning for each remote command that can have none.
 	SocketDir string
@@ -107,9 +112,11 @@ type Module struct {
 	InitArgs string
 	// Skip says why the module is not to be started, or is empty when it is.
 	Skip string
-	// Broken is set where nobody can have meant it to be skipped: the library is
-	// missing, or none that this program can load.
+	// Broken is set where nobody can have meant it to be skipped, and its tokens are
+	// not there through another module: its configuration has to be put right.
 	Broken bool
+	// Advice says how, where it is not to install the library.
+	Advice string
 	// Settings are all of the module's, known and unknown.
 	Settings map[string]Setting
 }
@@ -397,10 +404,10 @@ func (l *loader) module(name string, d *draft) Module {
 	l.locate(&m)
 	switch {
 	case !enabled:
-		m.Broken = false
+		m.Broken, m.Advice = false, ""
 		m.Skip = fmt.Sprintf("enable-in or disable-in keeps it from %s", l.Program)
 	case trust && m.Skip != "":
-		m.Broken = false // nobody misses it here
+		m.Broken, m.Advice = false, "" // nobody misses it here
 	case trust:
 		m.Skip = "it is a source of trust (trust-policy: yes), not of private keys"
 	}

@@ -99,7 +99,7 @@ func TestSkipped(t *testing.T) {
 		{"NSS roots", "module: libnssckbi.so", "no private keys"},
 		{"proxy", "module: p11-kit-proxy.so", "configured anyway"},
 		{"proxy by another name", "module: harmless.so", "configured anyway"},
-		{"client of any server", "module: p11-kit-client.so", "server-address"},
+		{"client of any server", "module: p11-kit-client.so", "not named"},
 		{"client of a bad server", "module: p11-kit-client.so\nserver-address: here", "unix:path=/"},
 		{"remote nonsense", "remote: tcp:x", "unix:path=/"},
 		{"remote without command", "remote: |", "no command"},
@@ -115,12 +115,49 @@ func TestSkipped(t *testing.T) {
 				t.Errorf("Path = %q", m.Path)
 			}
 			// Somebody meant the others to be as they are.
-			missing := []string{"no such file", "not a regular file", "another architecture", "not a shared library"}
-			want := slices.ContainsFunc(missing, func(s string) bool { return strings.Contains(m.Skip, s) })
+			meant := []string{"keeps it from", "switches it off", "source of trust", "no private keys"}
+			want := m.Skip != "" && !slices.ContainsFunc(meant, func(s string) bool { return strings.Contains(m.Skip, s) })
 			if m.Broken != (want && !strings.Contains(tt.text, "trust-policy")) {
 				t.Errorf("Broken = %v, and Skip = %q", m.Broken, m.Skip)
 			}
 		})
+	}
+}
+
+// p11-kit-client.so is started where something names its server.
+func TestServerAddress(t *testing.T) {
+	const bad, unnamed = `P11_KIT_SERVER_ADDRESS must be`, "not named"
+	for _, tt := range []struct {
+		name, text       string
+		everywhere, here string // addresses of the environment, and of the module
+		address, skip    string
+	}{
+		{"of the environment", "module: p11-kit-client.so", "unix:path=/e", "", "unix:path=/e", ""},
+		{"of the module", "module: p11-kit-client.so", "unix:path=/e", "unix:path=/m", "unix:path=/m", ""},
+		{"of the file", "module: p11-kit-client.so\nserver-address: unix:path=/f", "unix:path=/e", "unix:path=/m", "unix:path=/f", ""},
+		{"of a link", "module: client-link.so", "vsock:cid=2;port=1", "", "vsock:cid=2;port=1", ""},
+		{"of none", "module: p11-kit-client.so", "", "", "", unnamed},
+		{"nonsense", "module: p11-kit-client.so", "here", "", "", bad},
+		{"a command", "module: p11-kit-client.so", "|true", "", "", bad},
+		{"of others", "module: a.so", "unix:path=/e", "unix:path=/m", "", ""},
+		{"of a proxy", "module: p11-kit-proxy.so", "unix:path=/e", "", "", "configured anyway"},
+	} {
+		t.Run(tt.name, func(t *testing.T) {
+			o, _ := tree(t, map[string]string{"system/m.module": tt.text})
+			must(t, os.Symlink("p11-kit-client.so", filepath.Join(o.ModuleDirs[1], "client-link.so")))
+			o.ServerAddress, o.ServerAddresses = tt.everywhere, map[string]string{"m": tt.here}
+			m := module(t, Load(o), "m")
+			if m.Remote.Address != tt.address || m.Remote.Command != nil || (m.Skip == "") != (tt.skip == "") || !strings.Contains(m.Skip, tt.skip) {
+				t.Errorf("%+v", m)
+			}
+			if m.Broken != (m.Skip != "") {
+				t.Errorf("Broken = %v", m.Broken)
+			}
+		})
+	}
+	d := DefaultDirs(func(name string) (string, bool) { return "unix:path=/x", name == ServerVariable }, 0)
+	if d.ServerAddress != "unix:path=/x" {
+		t.Errorf("%+v", d)
 	}
 }
 

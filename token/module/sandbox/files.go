@@ -127,6 +127,9 @@ func known(o Options) []string {
 	// p11-kit's proxy loads the others into this process. What a variable names
 	// counts for every module, as one may be wrapped in another.
 	name := filepath.Base(o.Module)
+	if strings.HasPrefix(name, "pkcs11-spy") {
+		name = filepath.Base(o.Getenv("PKCS11SPY")) // the module that it hands all calls to
+	}
 	is := func(part string) bool {
 		return strings.Contains(name, part) || strings.Contains(name, "p11-kit-proxy")
 	}
@@ -151,7 +154,29 @@ func known(o Options) []string {
 	if is("opencryptoki") || strings.HasPrefix(name, "PKCS11_API") {
 		own("/var/lib/opencryptoki")
 	}
+	if is("libsoftokn") {
+		own(nssDatabase(o.InitArgs))
+	}
 	return all
+}
+
+// nssDatabase returns the directory of the database that NSS's softokn is told to use:
+// configdir='sql:/home/me/.pki/nssdb' (NSS, doc/rst/legacy/pkcs11/module_specs). NSS
+// locks the files of a database with a file beside them, also to read.
+func nssDatabase(args string) string {
+	_, value, found := strings.Cut(args, "configdir=")
+	if !found || value == "" {
+		return ""
+	}
+	quote, value := value[:1], value[1:]
+	dir, _, _ := strings.Cut(value, quote)
+	if quote != "'" && quote != `"` {
+		dir, _, _ = strings.Cut(quote+value, " ")
+	}
+	for _, kind := range []string{"sql:", "dbm:"} {
+		dir = strings.TrimPrefix(dir, kind)
+	}
+	return dir
 }
 
 // acceptable tells whether a path may be written that nobody has named for this

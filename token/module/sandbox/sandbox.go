@@ -30,6 +30,8 @@ type Options struct {
 	// Module is the path of the module's file. Of what modules are known to write,
 	// each gets its own.
 	Module string
+	// InitArgs are what the module is started with.
+	InitArgs string
 	// Write are more files and directories, absolute.
 	Write []string
 	// Getenv is os.Getenv, or what tests put in its place.

@@ -30,6 +30,12 @@
  *	attributes=stop         CKA_PRIVATE is missing, and reading stops where one is
  *	attributes=wild         booleans are 0x77, types of keys one byte, labels no text
  *	signature=wrong signature=long signature=empty
+ *	sign-room=N             C_Sign wants room for N bytes, whatever the signature has
+ *	sign-room=more          it wants one byte more than it has, each time
+ *	sign-room=mute          it wants 300 bytes, and does not say so
+ *	list-room=N             lists of slots and mechanisms want room for N of them, which
+ *	                        they say when there is less, and not before
+ *	attribute-room=N        each attribute wants room for N bytes
  *	flags=N                 more flags of the token
  *	label=TEXT              the label of the tokens (bad)
  *	epoch=N                 the tokens have labels and serial numbers of their own for each N
@@ -583,6 +589,10 @@ static rv_t C_GetSlotList(byte with_token, ulong *list, ulong *count)
 		*count = 0;
 		return OK;
 	}
+	if (list && *count < number("list-room", 0)) {
+		*count = number("list-room", 0);
+		return BUFFER_TOO_SMALL;
+	}
 	WRAPPED(4, (byte, ulong *, ulong *), (with_token, list, count));
 	n = with_token ? present() : number("slots", 1);
 	if (list) {
@@ -671,6 +681,10 @@ static rv_t C_GetMechanismList(ulong slot, ulong *list, ulong *count)
 			list[0] = 0x1044;
 		*count = 1;
 		return OK;
+	}
+	if (list && *count < number("list-room", 0)) {
+		*count = number("list-room", 0);
+		return BUFFER_TOO_SMALL;
 	}
 	WRAPPED(7, (ulong, ulong *, ulong *), (slot, list, count));
 	if (list) {
@@ -875,6 +889,23 @@ static rv_t C_FindObjectsFinal(ulong h)
 	return OK;
 }
 
+/* short_of_room answers a caller that has less room than is wanted for an attribute,
+ * or asks how much that is. */
+static int short_of_room(struct attribute *list, ulong n, ulong wanted, rv_t *rv)
+{
+	ulong i;
+
+	*rv = OK;
+	for (i = 0; i < n; i++)
+		if (list[i].value != NULL && list[i].length < wanted)
+			*rv = BUFFER_TOO_SMALL;
+	if (wanted == 0 || (*rv == OK && list[0].value != NULL))
+		return 0;
+	for (i = 0; i < n; i++)
+		list[i].length = list[i].value == NULL ? wanted : ~0UL;
+	return 1;
+}
+
 static rv_t C_GetAttributeValue(ulong h, ulong object, struct attribute *list, ulong n)
 {
 	static byte modulus[256], point[67] = { 0x04, 65, 0x04 };
@@ -886,6 +917,8 @@ static rv_t C_GetAttributeValue(ulong h, ulong object, struct attribute *list, u
 	int rsa, private;
 
 	CALLED;
+	if (short_of_room(list, n, number("attribute-room", 0), &rv))
+		return rv;
 	WRAPPED(24, (ulong, ulong, struct attribute *, ulong), (h, object, list, n));
 	if (session(h) == NULL)
 		return SESSION_HANDLE_INVALID;
@@ -963,8 +996,14 @@ static rv_t C_SignInit(ulong h, struct mechanism *mechanism, ulong key)
 static rv_t C_Sign(ulong h, byte *data, ulong length, byte *signature, ulong *room)
 {
 	struct session *s = session(h);
+	ulong wants = is("sign-room", "more") ? *room + 1 : is("sign-room", "mute") ? 300 : number("sign-room", 0);
 
 	CALLED;
+	if (wants > *room) {
+		if (!is("sign-room", "mute"))
+			*room = wants;
+		return BUFFER_TOO_SMALL;
+	}
 	if (wrapped) {
 		rv_t rv = ((rv_t (*)(ulong, byte *, ulong, byte *, ulong *))wrapped[43])(h, data, length, signature, room);
 
@@ -987,6 +1026,8 @@ static rv_t C_Sign(ulong h, byte *data, ulong length, byte *signature, ulong *ro
 		*room = 0;
 		return OK;
 	}
+	if (!wrapped && *room > 256)
+		*room = 256;
 	if (!wrapped || is("signature", "wrong"))
 		memset(signature, is("signature", "wrong") ? 0xa7 : 0x5a, *room);
 	return OK;

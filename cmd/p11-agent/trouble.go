@@ -1,0 +1,45 @@
+package main
+
+import (
+	"fmt"
+	"io"
+	"strings"
+
+	"p11-agent/pinentry"
+	"p11-agent/token"
+)
+
+// trouble says why a module does not work, in its own words where it has any, and what
+// helps: what doctor says of it. A module that works has none.
+func trouble(m token.ModuleStatus) (reason string, next []string) {
+	switch {
+	case m.Err == nil:
+		return "", nil
+	case kindOfModule(m.Path) == kindTPM && noTPM():
+		// It comes with a package that many have for another reason.
+		return "there is no TPM on this machine", nil
+	}
+	f := new(finding)
+	adviseModule(f, m)
+	return m.Err.Error(), f.next
+}
+
+// adviseFailure returns what helps against an error of a module.
+func adviseFailure(e *token.ModuleError) []string {
+	_, next := trouble(token.ModuleStatus{Name: e.Module, Path: e.Path, Err: e.Err})
+	return next
+}
+
+// printSteps writes steps, each behind a word. The lines of a step are one below the
+// other.
+func printSteps(w io.Writer, word string, steps []string) {
+	for _, step := range steps {
+		before := word
+		for i, line := range strings.Split(strings.TrimSuffix(pinentry.Visible(step, true), "\n"), "\n") {
+			if i > 0 {
+				before = strings.Repeat(" ", len(word))
+			}
+			fmt.Fprintf(w, "%s%s\n", before, line)
+		}
+	}
+}

@@ -1,0 +1,155 @@
+package registry
+
+import (
+	"bytes"
+	"context"
+	"fmt"
+	"log/slog"
+	"net"
+	"net/url"
+	"strings"
+	"sync"
+	"unicode"
+)
+
+// An attempt is one start of the command of a Bridge.
+type attempt struct {
+	done chan struct{} // closed when the command has ended
+	err  error         // why; nil: it has ended well
+	said tail
+}
+
+// Cause tells what became of the command that was started last, for an error of the module
+// that it serves: such an error only tells that the connection broke. The command may be
+// about to end: Cause waits for that, for as long as a command may take to end. It is empty
+// where no command was started, or where the command has ended well and has said nothing.
+func (b *Bridge) Cause(ctx context.Context) string {
+	b.mu.Lock()
+	a := b.last
+	b.mu.Unlock()
+	if a == nil {
+		return ""
+	}
+	ctx, cancel := context.WithTimeout(ctx, grace)
+	defer cancel()
+	// Not its arguments, which may hold a PIN.
+	text := fmt.Sprintf("its command %q ", b.o.Command[0])
+	said := a.said.String()
+	select {
+	case <-a.done:
+		said = a.said.String()
+		switch {
+		case a.err != nil:
+			text += fmt.Sprintf("failed: %v", a.err)
+		case said == "":
+			return ""
+		default:
+			text += "ended"
+		}
+	case <-ctx.Done():
+		text += "still runs"
+	}
+	if said != "" {
+		text += "; it said: " + said
+	}
+	return text
+}
+
+// ServerCause tells why the server at an address for p11-kit-client.so cannot be
+// reached. It is empty where the server can be reached, or where that cannot be told.
+func ServerCause(ctx context.Context, address string) string {
+	path, ok := strings.CutPrefix(address, "unix:path=")
+	if !ok {
+		return ""
+	}
+	if plain, err := url.PathUnescape(path); err == nil {
+		path = plain
+	}
+	ctx, cancel := context.WithTimeout(ctx, grace)
+	defer cancel()
+	c, err := new(net.Dialer).DialContext(ctx, "unix", path)
+	if err != nil {
+		return fmt.Sprintf("its server cannot be reached: %v", err)
+	}
+	_ = c.Close()
+	return ""
+}
+
+const (
+	tailLines = 3   // of what a command prints are kept
+	tailLine  = 200 // bytes of each
+	tailLog   = 200 // lines of one command are logged
+)
+
+// tail keeps the last lines that are written to it.
+type tail struct {
+	log *slog.Logger
+
+	mu     sync.Mutex
+	line   []byte
+	last   []string
+	logged int
+}
+
+func (t *tail) Write(b []byte) (int, error) {
+	t.mu.Lock()
+	defer t.mu.Unlock()
+	for rest := b; len(rest) > 0; {
+		part, after, whole := bytes.Cut(rest, []byte("\n"))
+		t.line = append(t.line, part[:min(len(part), tailLine-len(t.line))]...)
+		rest = after
+		if whole {
+			t.endLocked()
+		}
+	}
+	return len(b), nil
+}
+
+// endLocked keeps the line that has ended.
+func (t *tail) endLocked() {
+	line := printable(t.line)
+	t.line = t.line[:0]
+	if line == "" {
+		return
+	}
+	t.last = append(t.last, line)
+	t.last = t.last[max(0, len(t.last)-tailLines):]
+	if t.logged++; t.log != nil && t.logged <= tailLog {
+		t.log.Debug("command of a remote module printed", "line", line)
+	}
+}
+
+func (t *tail) String() string {
+	t.mu.Lock()
+	defer t.mu.Unlock()
+	all := t.last
+	if line := printable(t.line); line != "" {
+		all = append(all[:len(all):len(all)], line)
+	}
+	return strings.Join(all[max(0, len(all)-tailLines):], " | ")
+}
+
+// printable replaces what could fool a terminal or a log.
+func printable(line []byte) string {
+	return strings.TrimSpace(strings.Map(func(r rune) rune {
+		if !unicode.IsPrint(r) || r == unicode.ReplacementChar {
+			return '?'
+		}
+		return r
+	}, string(line)))
+}
+
+// started notes that the command is about to be started.
+func (b *Bridge) started() *attempt {
+	a := &attempt{done: make(chan struct{}), said: tail{log: b.o.Log}}
+	b.mu.Lock()
+	defer b.mu.Unlock()
+	b.last = a
+	return a
+}
+
+// ended notes how the command has ended, once.
+func (a *attempt) ended(err error) {
+	a.err = err
+	close(a.done)
+}
