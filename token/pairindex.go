@@ -74,8 +74,10 @@ func (x *pairIndex) candidates(o wire.Object, keyType uint64, pub crypto.PublicK
 	keys := []pairKey{{keyType: keyType, kind: noPrivateLabel, id: id, label: o.Label}, {keyType: keyType, kind: noPrivate, id: id}}
 	if pub != nil {
 		keys = []pairKey{
-			{keyType: keyType, kind: withSumAndID, sum: sum, id: id}, {keyType: keyType, kind: withSumAndID, sum: sum},
-			{keyType: keyType, kind: noPublicLabel, id: id, label: o.Label}, {keyType: keyType, kind: noPublic, id: id},
+			{keyType: keyType, kind: withSumAndID, sum: sum, id: id},
+			{keyType: keyType, kind: withSumAndID, sum: sum},
+			{keyType: keyType, kind: noPublicLabel, id: id, label: o.Label},
+			{keyType: keyType, kind: noPublic, id: id},
 		}
 		if id == "" {
 			keys = append(keys, pairKey{keyType: keyType, kind: withSum, sum: sum})
