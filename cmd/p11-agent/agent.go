@@ -513,7 +513,7 @@ func (s *service) serve(ctx context.Context, listeners []listener) error {
 // clearAll removes all keys.
 func (s *service) clearAll(ctx context.Context, keyring *agent.Keyring) {
 	if err := keyring.Clear(ctx); err != nil {
-		s.log.Warn("SIGUSR1: the keys are removed, but not all tokens are logged out", "reason", err)
+		s.log.Warn("SIGUSR1 asks for all keys to be removed", "reason", err)
 		return
 	}
 	s.log.Info("SIGUSR1: all keys are removed")
