@@ -421,6 +421,7 @@ func printList(out, stderr io.Writer, l listing, verbose bool) error {
 			b.WriteString("    no key that can be used with SSH\n")
 		}
 	}
+	_, err := io.WriteString(out, b.String())
 	if !slices.ContainsFunc(l.Tokens, func(t listedToken) bool { return t.Present }) {
 		fmt.Fprintln(stderr, "no token is present")
 	}
@@ -429,6 +430,5 @@ func printList(out, stderr io.Writer, l listing, verbose bool) error {
 			fmt.Fprintf(stderr, "module %s: %s\n", m.Name, m.state())
 		}
 	}
-	_, err := io.WriteString(out, b.String())
 	return err
 }
