@@ -455,6 +455,7 @@ func printList(out, stderr io.Writer, l listing, verbose bool) error {
 			b.WriteString("    no key that can be used with SSH\n")
 		}
 	}
+	_, err := io.WriteString(out, b.String())
 	if !slices.ContainsFunc(l.Tokens, func(t listedToken) bool { return t.Present }) {
 		fmt.Fprintln(stderr, "no token is present")
 	}
@@ -472,6 +473,5 @@ func printList(out, stderr io.Writer, l listing, verbose bool) error {
 	if verbose && l.Shown < l.Offered {
 		fmt.Fprintln(stderr, fewShown(l.Shown, l.Offered))
 	}
-	_, err := io.WriteString(out, b.String())
 	return err
 }
