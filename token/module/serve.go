@@ -53,6 +53,8 @@ type server struct {
 	slots      map[wire.TokenID]uint // where each was last seen
 	mechanisms map[wire.TokenID][]wire.Mechanism
 	seen       *snapshot // what the agent was told of last
+	leaving    []stay    // tokens that have gone, and are yet to be forgotten
+	gone       []uint    // the slots that have lost their token since, and the agent is to hear of
 	fixed      bool      // nothing can be plugged into the slots that it was told of
 }
 
