@@ -28,10 +28,12 @@ type gate struct {
 	physical *physical // shared with the gates of other modules that show the token
 	module   string
 
-	mu     sync.Mutex
-	flight *flight
-	kept   *secret.Secret // the PIN that is right, where a Policy has it kept; nil: none
-	since  time.Time      // when it was given
+	mu      sync.Mutex
+	flight  *flight
+	kept    *secret.Secret // the PIN that is right, where a Policy has it kept; nil: none
+	since   time.Time      // when it was given
+	doubted bool           // see doubtPIN
+	stays   uint64         // counts how often the card has gone
 
 	// doubt is held, by the one element it has room for, by the request that finds out
 	// whether there is a login still.
@@ -260,8 +262,9 @@ func (t *Token) tryLogin(ctx context.Context, p *process, pin *secret.Secret, la
 	t.attempted = p
 	t.mu.Unlock()
 	var reply wire.TokenReply
+	moves := t.module.moves()
 	err := p.call(ctx, loginTimeout, wire.TypeLogin, &wire.Login{Token: t.ID, LastTry: lastTry, Pad: pad, PIN: pin}, &reply)
-	loginBroke(p, err)
+	t.module.loginBroke(ctx, p, moves, err)
 	info, told := reply.Info, err == nil
 	if e, ok := errors.AsType[*wire.Error](err); ok {
 		info, told = e.Info, e.HasInfo
@@ -409,14 +412,17 @@ func (t *Token) withPIN(ctx context.Context, g *gate, k *Key, info wire.TokenInf
 	}
 	problem := ""
 	if with.pin.Len() == 0 && !pad && tries != TriesLast && policy.Remember && (!eachUse || policy.Reuse) {
-		kept, err := g.keptPIN()
+		kept, err := g.keptPIN(tries)
 		if err != nil {
 			return err
 		}
 		if kept != nil {
 			err := t.judge(use(ctx, kept, false, false))
 			kept.Wipe()
-			if mayBeTried(err) {
+			switch {
+			case pulled(err) && g.doubtPIN():
+				return &loginError{token: t.ID.Label, err: err} // it may be tried once more
+			case mayBeTried(err):
 				// Nobody knows whether it was right: a person is to say so.
 				g.forgetPIN()
 			}
@@ -500,6 +506,7 @@ const refusedBefore = "this PIN was refused a moment ago"
 // noting makes a usePIN remember what became of the PINs that it tries.
 func (t *Token) noting(g *gate, policy Policy, use usePIN) usePIN {
 	return func(ctx context.Context, pin *secret.Secret, lastTry, pad bool) error {
+		stay := g.stay()
 		err := use(ctx, pin, lastTry, pad)
 		if pad {
 			return err
@@ -511,7 +518,7 @@ func (t *Token) noting(g *gate, policy Policy, use usePIN) usePIN {
 		case err == nil:
 			g.forgive()
 			if policy.Remember && !policy.Never {
-				if err := g.keep(pin); err != nil {
+				if err := g.keep(pin, stay); err != nil {
 					t.module.log.Warn("the PIN cannot be kept", "token", t.ID.Label, "reason", err)
 				}
 			}
