@@ -213,7 +213,7 @@ func (t *Token) replaced(ctx context.Context, wasThere bool) {
 // target is the card that a PIN is for.
 type target struct {
 	stay  uint64 // see wire.TokenInfo
-	card  uint64 // how many cards had gone before, see gate.cards
+	card  uint64 // how many cards had gone before, see gate.stay
 	shown shown
 }
 
@@ -223,7 +223,7 @@ const maxTargets = 5
 // settle makes sure that the card in the slot is the one that was looked at last, before
 // it gets a PIN.
 func (t *Token) settle(ctx context.Context, p *process, info wire.TokenInfo) (at target, err error) {
-	at.card = t.gate.cards.Load()
+	at.card = t.gate.stay()
 	t.mu.Lock()
 	was, slot := t.card, t.slot
 	t.mu.Unlock()
@@ -238,7 +238,7 @@ func (t *Token) settle(ctx context.Context, p *process, info wire.TokenInfo) (at
 	if err := t.lookAgain(ctx, p); err != nil {
 		return at, err
 	}
-	at.card = t.gate.cards.Load()
+	at.card = t.gate.stay()
 	t.mu.Lock()
 	at.stay, at.shown = t.card.stay, t.card.shown
 	t.mu.Unlock()
@@ -259,7 +259,7 @@ func (t *Token) again(ctx context.Context, p *process, was target) (at target, o
 	t.mu.Lock()
 	now := t.card
 	t.mu.Unlock()
-	if cards := t.gate.cards.Load(); cards != was.card {
+	if cards := t.gate.stay(); cards != was.card {
 		if ctx.Value(keptKey{}) != nil || !was.shown.overlaps(now.shown) {
 			return was, false
 		}

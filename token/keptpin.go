@@ -6,16 +6,23 @@ import (
 	"p11-agent/pinentry/secret"
 )
 
-// keep remembers a PIN that was right, for this token through this module. It does nothing
-// when the card has changed since card was counted. The PIN stays the caller's.
-func (g *gate) keep(pin *secret.Secret, card uint64) error {
+// stay numbers the stays of the token's card.
+func (g *gate) stay() uint64 {
+	g.mu.Lock()
+	defer g.mu.Unlock()
+	return g.stays
+}
+
+// keep remembers a PIN that was right, for this token through this module, unless its card
+// has gone since that stay. The PIN stays the caller's.
+func (g *gate) keep(pin *secret.Secret, stay uint64) error {
 	c, err := pin.Clone()
 	if err != nil {
 		return err
 	}
 	g.mu.Lock()
 	defer g.mu.Unlock()
-	if g.cards.Load() != card {
+	if g.stays != stay {
 		c.Wipe()
 		return nil
 	}
@@ -23,19 +30,30 @@ func (g *gate) keep(pin *secret.Secret, card uint64) error {
 		g.since = time.Now()
 	}
 	g.kept.Wipe()
-	g.kept = c
+	g.kept, g.doubted = c, false
 	return nil
 }
 
 // keptPIN returns a copy of the PIN that is kept, which the caller wipes; nil
-// when there is none.
-func (g *gate) keptPIN() (*secret.Secret, error) {
+// when there is none, or when it is in doubt and the token tells of a wrong try.
+func (g *gate) keptPIN(tries Tries) (*secret.Secret, error) {
 	g.mu.Lock()
 	defer g.mu.Unlock()
-	if g.kept == nil {
+	if g.kept == nil || g.doubted && tries != TriesUnknown {
 		return nil, nil
 	}
 	return g.kept.Clone()
+}
+
+// doubtPIN takes note that the PIN that is kept was sent to a module that hung, as a card
+// was pulled that is not the token's: the token may have got the PIN. It tells whether the
+// PIN may be tried once more, which is so once until it is right again.
+func (g *gate) doubtPIN() bool {
+	g.mu.Lock()
+	defer g.mu.Unlock()
+	first := g.kept != nil && !g.doubted
+	g.doubted = true
+	return first
 }
 
 // keptSince tells when the PIN that is kept was given; zero when there is none.
@@ -74,9 +92,11 @@ func (g *gate) forgive() {
 	g.physical.forgive(func(r refusal) bool { return r.module == g.module })
 }
 
-// wipe forgets every PIN of the token through this module: its card has gone.
+// wipe forgets every PIN of the token through this module, as its card has gone.
 func (g *gate) wipe() {
-	g.cards.Add(1)
+	g.mu.Lock()
+	g.stays++
+	g.mu.Unlock()
 	g.forgetPIN()
 	g.forgive()
 }

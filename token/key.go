@@ -487,7 +487,13 @@ func (k *Key) signHealing(ctx context.Context, ways []way) (made, error) {
 	loggedInAgain, replaced := 0, 0
 	var turn turn
 	for {
-		p, err := t.module.running(ctx)
+		moves := t.module.moves()
+		patience, done := t.whileBack(ctx)
+		p, err := t.module.running(patience)
+		done()
+		if err != nil && ctx.Err() == nil && errors.Is(err, context.DeadlineExceeded) {
+			err = k.explain(ErrAbsent)
+		}
 		if err != nil {
 			return made{}, err
 		}
@@ -504,8 +510,8 @@ func (k *Key) signHealing(ctx context.Context, ways []way) (made, error) {
 				return made{}, inUse
 			}
 			if again {
-				if err := t.module.rescan(ctx); err != nil && ctx.Err() != nil {
-					return made{}, ctx.Err()
+				if err := t.rescanWhileBack(ctx); err != nil {
+					return made{}, err
 				}
 				continue
 			}
@@ -524,29 +530,33 @@ func (k *Key) signHealing(ctx context.Context, ways []way) (made, error) {
 			if lost := t.doubtLogin(ctx, p, k, login); !lost && loggedInAgain > 1 {
 				return made{}, k.explain(err)
 			}
-		case replaced < maxReplaced && mayHeal && (errors.Is(err, errRenewed) || failed != nil && isReason(err, wire.ReasonOtherToken)):
-			// It never reached the module: somebody else had looked for tokens, or the card
-			// has gone and come back.
+		case replaced < maxReplaced && mayHeal && (errors.Is(err, errRenewed) || pulled(err) || failed != nil && isReason(err, wire.ReasonOtherToken)):
+			// Another request had looked for tokens before the module got this one; or the
+			// card has gone and come back; or the module hung when a card was pulled.
 			replaced++
 		case !healed && mayHeal:
 			healed = true
 			if isRV(err, wire.CKRDeviceRemoved, wire.CKRTokenNotPresent, wire.CKRTokenNotRecognized) {
 				t.gate.wipe() // it was taken out
 			}
-			if isRV(err, wire.CKRGeneralError) {
+			if isRV(err, wire.CKRGeneralError) && !t.module.awaitMove(ctx, moves) {
 				// Nothing but a new start helps a module that lost its reader
 				// service.
 				p.kill(fmt.Errorf("it failed and is started anew: %w", err))
 				continue
 			}
-			if err := t.module.rescan(ctx); err != nil && ctx.Err() != nil {
-				return made{}, ctx.Err()
+			if err := t.rescanWhileBack(ctx); err != nil {
+				return made{}, err
 			}
 		case !renewed && mayHeal && isRV(err, wire.CKRDeviceError):
 			// Nor does a look help libykcs11 2.2 when another program has selected
 			// another application of the card.
 			renewed = true
-			p.kill(fmt.Errorf("it failed and is started anew: %w", err))
+			if !t.module.awaitMove(ctx, moves) {
+				p.kill(fmt.Errorf("it failed and is started anew: %w", err))
+			} else if err := t.rescanWhileBack(ctx); err != nil {
+				return made{}, err
+			}
 		default:
 			return made{}, k.explain(err)
 		}

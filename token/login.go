@@ -28,21 +28,22 @@ type gate struct {
 	physical *physical // shared with the gates of other modules that show the token
 	module   string
 
-	mu     sync.Mutex
-	flight *flight
-	kept   *secret.Secret // the PIN that is right, where a Policy has it kept; nil: none
-	since  time.Time      // when it was given
+	mu      sync.Mutex
+	flight  *flight
+	kept    *secret.Secret // the PIN that is right, where a Policy has it kept; nil: none
+	since   time.Time      // when it was given
+	doubted bool           // see doubtPIN
+	stays   uint64         // counts how often the card has gone
 
 	// doubt is held, by the one element it has room for, by the request that finds out
 	// whether there is a login still.
 	doubt   chan struct{}
 	settled uint64 // one more than the login that was in doubt last
 
-	flights atomic.Int32  // logins that are under way
-	trying  atomic.Int32  // 1 while a PIN is asked for or tried through this module
-	asking  atomic.Int32  // dialogues that are open
-	cards   atomic.Uint64 // counts the cards that have gone
-	closed  atomic.Bool   // the token is forgotten, and may have another gate by now
+	flights atomic.Int32 // logins that are under way
+	trying  atomic.Int32 // 1 while a PIN is asked for or tried through this module
+	asking  atomic.Int32 // dialogues that are open
+	closed  atomic.Bool  // the token is forgotten, and may have another gate by now
 }
 
 func newGate(p *physical, module string) *gate {
@@ -295,8 +296,9 @@ func (t *Token) tryStay(ctx context.Context, p *process, pin *secret.Secret, sta
 	t.attempted = p
 	t.mu.Unlock()
 	var reply wire.TokenReply
+	moves := t.module.moves()
 	err := p.call(ctx, loginTimeout, wire.TypeLogin, &wire.Login{Token: t.ID, Stay: stay, LastTry: lastTry, Pad: pad, PIN: pin}, &reply)
-	loginBroke(p, err)
+	t.module.loginBroke(ctx, p, moves, err)
 	info, told := reply.Info, err == nil
 	if e, ok := errors.AsType[*wire.Error](err); ok {
 		info, told = e.Info, e.HasInfo
@@ -445,14 +447,17 @@ func (t *Token) withPIN(ctx context.Context, g *gate, k *Key, info wire.TokenInf
 	}
 	problem, first := "", error(nil)
 	if with.pin.Len() == 0 && !pad && tries != TriesLast && policy.Remember && (!eachUse || policy.Reuse) {
-		kept, err := g.keptPIN()
+		kept, err := g.keptPIN(tries)
 		if err != nil {
 			return err
 		}
 		if kept != nil {
 			err := t.judge(use(context.WithValue(ctx, keptKey{}, true), kept, false, false))
 			kept.Wipe()
-			if mayBeTried(err) {
+			switch {
+			case pulled(err) && g.doubtPIN():
+				return &loginError{token: t.ID.Label, err: err} // it may be tried once more
+			case mayBeTried(err):
 				// Nobody knows whether it was right: a person is to say so.
 				g.forgetPIN()
 			}
@@ -547,8 +552,8 @@ const refusedBefore = "this PIN was refused a moment ago"
 
 // noting makes a usePIN remember what became of the PINs that it tries.
 func (t *Token) noting(g *gate, policy Policy, use usePIN) usePIN {
-	card := g.cards.Load()
 	return func(ctx context.Context, pin *secret.Secret, lastTry, pad bool) error {
+		stay := g.stay()
 		err := use(ctx, pin, lastTry, pad)
 		if pad {
 			return err
@@ -560,7 +565,7 @@ func (t *Token) noting(g *gate, policy Policy, use usePIN) usePIN {
 		case err == nil:
 			g.forgive()
 			if policy.Remember && !policy.Never {
-				if err := g.keep(pin, card); err != nil {
+				if err := g.keep(pin, stay); err != nil {
 					t.module.log.Warn("the PIN cannot be kept", "token", t.ID.Label, "reason", err)
 				}
 			}

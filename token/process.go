@@ -70,7 +70,8 @@ type process struct {
 	lanes   *wire.Lanes // nil: signatures take the way that other requests take
 	log     *slog.Logger
 	info    wire.HelloReply
-	events  chan struct{} // one element: slots or tokens have changed
+	events  chan struct{}       // one element: slots or tokens have changed
+	left    func([]wire.SlotID) // is told of slots that have lost their token, without any: it may be each; nil: nobody is
 	done    chan struct{}
 	signed  atomic.Bool // it has made a signature
 	words   *words      // nil in tests
@@ -87,6 +88,8 @@ type process struct {
 	alarm   *time.Timer             // when the next of waiting has waited for too long, at alarmAt
 	alarmAt time.Time               // zero: it is not set
 	err     error                   // why it ends; set once
+	gone    time.Time               // when a card of its has gone last
+	hurried time.Duration           // how long it may take for its slots, as cards have come or gone; 0: none has
 }
 
 // pending is a request under way. Its time goes on when the caller has left:
@@ -100,11 +103,13 @@ type pending struct {
 	secret  bool                   // the request has a PIN: see words
 	long    bool                   // a key is made: whoever waits behind that waits for no hang
 	part    func(wire.Frame) error // takes a part of the answer; nil: it comes whole
+	soon    time.Time              // when it is to be answered as its card has gone; zero: that is still there
 }
 
 // startProcess starts argv as a module process and has it load the module. The
-// process lives until it is killed; ctx only bounds the start.
-func startProcess(ctx context.Context, spec ModuleSpec, argv []string, log *slog.Logger) (*process, error) {
+// process lives until it is killed; ctx only bounds the start. prepare is called before
+// anything is read from it.
+func startProcess(ctx context.Context, spec ModuleSpec, argv []string, log *slog.Logger, prepare func(*process)) (*process, error) {
 	asks, theirs, err := connectProcess(unix.SOCK_STREAM)
 	if err != nil {
 		return nil, err
@@ -150,6 +155,9 @@ func startProcess(ctx context.Context, spec ModuleSpec, argv []string, log *slog
 	}
 	if p.words, err = newWords(said, log); err != nil {
 		return nil, errors.Join(fmt.Errorf("start a module process: %w", err), closeAll(), said.Close(), cmd.Process.Kill(), cmd.Wait())
+	}
+	if prepare != nil {
+		prepare(p)
 	}
 	var reading sync.WaitGroup
 	reading.Go(func() { p.words.listen(p.words.read) })
@@ -332,6 +340,9 @@ func (p *process) read() {
 				p.kill(errors.New("it tells of events without end"))
 				return
 			}
+			if e, err := f.Event(); err == nil && len(e.Gone) > 0 && p.left != nil {
+				p.left(e.Gone)
+			}
 			select {
 			case p.events <- struct{}{}:
 			default:
@@ -339,7 +350,11 @@ func (p *process) read() {
 			continue
 		}
 		if f.Type == wire.TypeLost {
-			p.kill(lost(f))
+			why := lost(f)
+			if pulled(why) && p.left != nil {
+				p.left(nil)
+			}
+			p.kill(why)
 			return
 		}
 		p.mu.Lock()
@@ -390,6 +405,8 @@ func lost(f wire.Frame) error {
 		return errOneAtATime
 	case e.Reason == wire.ReasonRenew:
 		return errRenewed
+	case e.Reason == wire.ReasonPulled:
+		return errPulled
 	case e.Function == "C_WaitForSlotEvent":
 		return fmt.Errorf("it lost its readers and is started anew: %v", err)
 	default:
@@ -498,6 +515,12 @@ func (p *process) request(ctx context.Context, through bool, timeout time.Durati
 
 // waitLocked notes that a request is under way.
 func (p *process) waitLocked(id uint32, w *pending) {
+	switch {
+	case w.queue.gone:
+		w.soon = w.since.Add(goneTimeout)
+	case p.hurried > 0 && w.queue == p.queues[wire.TokenID{}]:
+		w.soon = w.since.Add(p.hurried)
+	}
 	p.waiting[id] = w
 	if p.alarmAt.IsZero() || p.deadlineLocked(w).Before(p.alarmAt) {
 		p.setAlarmLocked(w.since)
@@ -512,7 +535,71 @@ func (p *process) deadlineLocked(w *pending) time.Time {
 			from = later
 		}
 	}
-	return from.Add(w.timeout)
+	by := from.Add(w.timeout)
+	if soon := p.soonLocked(w); !soon.IsZero() && soon.Before(by) {
+		by = soon
+	}
+	return by
+}
+
+// soonLocked is when a request has waited for too long as its card has gone; zero: the
+// card is there.
+func (p *process) soonLocked(w *pending) time.Time {
+	if w.soon.IsZero() {
+		return w.soon
+	}
+	for _, o := range p.waiting {
+		// What was under way before the card was pulled may be work for a card that is
+		// there. What has come since may wait for the same that w waits for.
+		if o.soon.IsZero() && o.since.Before(p.gone.Add(-noticeTime)) {
+			return w.soon.Add(othersTimeout)
+		}
+	}
+	return w.soon
+}
+
+// hurry has all that is under way with cards that have gone, or with the module, answered
+// soon. listing is how long the module may take from now on to list its slots, until calm; 0:
+// as long as before.
+func (p *process) hurry(gone []wire.TokenID, listing time.Duration) {
+	now := time.Now()
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	p.gone = now
+	if listing > 0 {
+		p.hurried = listing
+	}
+	if p.err != nil {
+		return
+	}
+	for _, id := range gone {
+		if q := p.queues[id]; q != nil {
+			q.gone = true
+		}
+	}
+	for _, w := range p.waiting {
+		if (w.queue.gone || w.queue == p.queues[wire.TokenID{}]) && w.soon.IsZero() {
+			w.soon = now.Add(goneTimeout)
+		}
+	}
+	p.setAlarmLocked(now)
+}
+
+// expect bounds how long the process may take from now on to list its slots, until calm,
+// unless that is bounded already.
+func (p *process) expect(listing time.Duration) {
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	if p.hurried == 0 {
+		p.hurried = listing
+	}
+}
+
+// calm takes note that the process has answered since a card has gone.
+func (p *process) calm() {
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	p.hurried = 0
 }
 
 // setAlarmLocked sets the alarm to the first deadline there is. It is not put off
@@ -555,9 +642,12 @@ func (p *process) hung() {
 	making := p.makingLocked()
 	for _, w := range p.waiting {
 		if (w.long || !making) && !p.deadlineLocked(w).After(now) {
-			timeout := w.timeout
+			why := error(&hungError{w.timeout})
+			if soon := p.soonLocked(w); !soon.IsZero() && !soon.After(now) {
+				why = errPulled
+			}
 			p.mu.Unlock()
-			p.kill(fmt.Errorf("%w: %w", errGone, &hungError{timeout}))
+			p.kill(fmt.Errorf("%w: %w", errGone, why))
 			return
 		}
 	}

@@ -57,6 +57,7 @@ type queue struct {
 	beside  bool // it makes signatures side by side
 	waited  int  // how often one has waited for another since that was tried
 	alone   int  // signatures since there was another one under way
+	gone    bool // the token was taken out, and was not seen since
 }
 
 // kind is what signatures take the same time for.
@@ -218,12 +219,15 @@ func (p *process) queueLocked(token wire.TokenID) *queue {
 	return q
 }
 
-// forgetQueues forgets those of tokens that are not there, where nothing is under way.
+// forgetQueues forgets those of tokens that are not there, where nothing is under way, and
+// takes note of those that are.
 func (p *process) forgetQueues(there []*Token) {
 	p.mu.Lock()
 	defer p.mu.Unlock()
 	for id, q := range p.queues {
-		if id == (wire.TokenID{}) || q.running > 0 || len(q.waiting) > 0 || slices.ContainsFunc(there, func(t *Token) bool { return t.ID == id }) {
+		present := slices.ContainsFunc(there, func(t *Token) bool { return t.ID == id })
+		q.gone = q.gone && !present
+		if id == (wire.TokenID{}) || q.running > 0 || len(q.waiting) > 0 || present {
 			continue
 		}
 		delete(p.queues, id)

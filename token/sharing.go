@@ -255,8 +255,11 @@ func (m *module) keepHeld(ctx context.Context, order []*Token, before []pcsc.Rea
 //
 // libykcs11 2.2 does not select its application again when another program has
 // selected one: C_Login says CKR_DEVICE_ERROR until C_Finalize.
-func loginBroke(p *process, err error) {
-	if e, ok := errors.AsType[*wire.Error](err); ok && e.Function == "C_Login" && isRV(err, wire.CKRDeviceError, wire.CKRGeneralError) {
+//
+// One that failed as the card was pulled needs no new process. moves is how many cards had
+// come and gone before.
+func (m *module) loginBroke(ctx context.Context, p *process, moves uint64, err error) {
+	if e, ok := errors.AsType[*wire.Error](err); ok && e.Function == "C_Login" && isRV(err, wire.CKRDeviceError, wire.CKRGeneralError) && !m.awaitMove(ctx, moves) {
 		p.kill(fmt.Errorf("it failed and is started anew: %w", err))
 	}
 }

@@ -55,6 +55,7 @@ type module struct {
 	wanted   chan *lookup  // looks asked for
 	poked    chan struct{} // one element: somebody looks at the keys
 	needed   chan struct{} // one element: somebody needs the process that was let go
+	moved    chan struct{} // one element: cards have come or gone, as pcscd tells
 
 	mu         sync.Mutex
 	state      chan struct{} // closed and replaced at every change below
@@ -72,11 +73,13 @@ type module struct {
 	order      []*Token                // the present ones, in the order of slots
 	last       []*Token                // likewise at the last look, whatever came after
 	pid        int                     // of the process, from before proc is set; 0: there is none
-	pcsc       bool                    // it sees smart cards by pcscd
-	empty      string                  // why it shows no token, if somebody knows
-	cards      []pcsc.Reader           // the readers just before the last look
-	held       []string                // those that others kept to themselves then
-	users      int                     // requests that need the process
+	current    *process                // likewise, from before the module is loaded
+	watch      cardWatch
+	pcsc       bool          // it sees smart cards by pcscd
+	empty      string        // why it shows no token, if somebody knows
+	cards      []pcsc.Reader // the readers just before the last look
+	held       []string      // those that others kept to themselves then
+	users      int           // requests that need the process
 	lastUse    time.Time
 	released   bool // the process was ended as nobody needed it
 }
@@ -104,6 +107,7 @@ func newModule(s *Store, spec ModuleSpec) *module {
 		wanted:   make(chan *lookup),
 		poked:    make(chan struct{}, 1),
 		needed:   make(chan struct{}, 1),
+		moved:    make(chan struct{}, 1),
 		state:    make(chan struct{}),
 		tokens:   make(map[wire.TokenID]*Token),
 	}
@@ -130,8 +134,11 @@ func (m *module) run(ctx context.Context) {
 	var again backoff
 	renewals := pace{burst: renewBurst, every: renewEvery}
 	for ctx.Err() == nil {
-		began := time.Now()
-		p, err := startProcess(ctx, spec, m.store.opts.Command, m.log)
+		began, moves := time.Now(), m.moves()
+		p, err := startProcess(ctx, spec, m.store.opts.Command, m.log, func(p *process) {
+			p.left = func(slots []wire.SlotID) { m.slotsLeft(p, slots) }
+			m.change(func() { m.current, m.watch.doubt = p, false })
+		})
 		if err == nil {
 			m.tellSandbox(p.info.Sandbox)
 			m.change(func() {
@@ -166,6 +173,13 @@ func (m *module) run(ctx context.Context) {
 			reserve(ctx, &renewals)
 			continue
 		}
+		if pulled(err) || oneAtATime(err) && m.moves() != moves {
+			// The card is to blame, and there may be others.
+			m.log.Info("module is started anew", "reason", err)
+			first()
+			reserve(ctx, &renewals)
+			continue
+		}
 		if oneAtATime(err) && !poll {
 			// Found out before somebody had to wait for it.
 			m.log.Info("module does one thing at a time: its slots are looked at again and again")
@@ -177,8 +191,8 @@ func (m *module) run(ctx context.Context) {
 				err = fmt.Errorf("%w; %s", err, cause)
 			}
 		}
-		if p != nil && p.signed.Load() {
-			again = backoff{} // it was of use
+		if p != nil && p.signed.Load() || m.moves() != moves {
+			again = backoff{} // it was of use, or had a card pulled
 		}
 		// A wait for events may be what it hung for.
 		_, hung := errors.AsType[*hungError](err)
@@ -327,6 +341,8 @@ func (m *module) attend(ctx context.Context, p *process) (*readerWatch, []*looku
 		case <-later:
 			later = nil
 			err = m.look(ctx, p, false)
+		case <-m.moved:
+			err = m.look(ctx, p, false)
 		case <-m.poked:
 			if m.mute() {
 				err = m.look(ctx, p, true)
@@ -335,7 +351,7 @@ func (m *module) attend(ctx context.Context, p *process) (*readerWatch, []*looku
 			err = m.look(ctx, p, true)
 			due = append(due, l)
 		}
-		if errors.Is(err, errRenewed) {
+		if errors.Is(err, errRenewed) || pulled(err) {
 			return nil, due
 		}
 		answer(due, err)
@@ -356,11 +372,14 @@ func (m *module) mute() bool {
 // look asks the module for its tokens and keys and publishes them. A token that
 // fails keeps what was known of it.
 func (m *module) look(ctx context.Context, p *process, again bool) error {
-	before := m.readers(ctx)
+	before, moves := m.readers(ctx), m.moves()
 	var slots wire.SlotsReply
 	// A process is not replaced while a person types a PIN for it.
 	again = again && !(p.info.Waits && m.asking())
 	err := p.call(ctx, listTimeout, wire.TypeSlots, &wire.Slots{Reinitialize: again}, &slots)
+	if p.failure() == nil {
+		m.answeredSince(p, moves)
+	}
 	if err != nil {
 		if isRV(err, wire.CKRGeneralError, wire.CKRDeviceError, wire.CKRCryptokiNotInitialized) {
 			// Some modules never recover from the loss of their reader service;
@@ -416,6 +435,7 @@ func (m *module) look(ctx context.Context, p *process, again bool) error {
 	m.mu.Lock()
 	m.cards, m.empty = before, empty
 	m.mu.Unlock()
+	m.watchCards()
 	order = m.keepHeld(ctx, order, before)
 	m.change(func() {
 		for _, t := range order {
@@ -427,9 +447,8 @@ func (m *module) look(ctx context.Context, p *process, again bool) error {
 		m.order, m.last, m.lastLook = order, order, time.Now()
 		m.plug, m.complain, m.leftOut = plug, "", left.reasons()
 	})
-	for _, t := range gone {
-		t.gate.wipe()
-		t.left()
+	if len(gone) > 0 {
+		m.cardsLeft(gone, 0)
 	}
 	m.prune()
 	p.forgetQueues(order)
@@ -472,7 +491,7 @@ func (m *module) known() []*Token {
 func (m *module) running(ctx context.Context) (*process, error) {
 	for {
 		m.mu.Lock()
-		p, state := m.proc, m.state
+		p, state, doubt := m.proc, m.state, m.watch.doubt
 		soon := m.err == nil || !m.retry.IsZero() && time.Until(m.retry) < startPatience
 		failure := m.failureLocked() // of this moment: the next may have a process
 		if m.released {
@@ -483,7 +502,7 @@ func (m *module) running(ctx context.Context) (*process, error) {
 		}
 		m.mu.Unlock()
 		switch {
-		case p != nil && p.failure() == nil:
+		case p != nil && p.failure() == nil && !doubt:
 			return p, nil
 		case p == nil && !soon:
 			return nil, failure

@@ -44,6 +44,7 @@ type Token struct {
 	since            time.Time // when that was noticed first
 	logins           uint64    // numbers the logins
 	changes          uint64    // counts what is done to the login, for those who read it meanwhile
+	stale            *process  // the one that was logged in when the card was taken out, until it was looked at since
 	attempted        *process  // one that a login was begun in, and may have had success
 	refusesMechanism map[uint64]bool
 	retained         retained
@@ -77,6 +78,7 @@ func (t *Token) lookAgain(ctx context.Context, p *process) error {
 // tokens of the module that its keys share the room with. readers is what pcscd has said
 // just before. It returns the size of what was read, in bytes.
 func (t *Token) look(ctx context.Context, p *process, slot *wire.Slot, others []*Token, readers []pcsc.Reader) (int, error) {
+	t.endStale(ctx, p)
 	t.mu.Lock()
 	changes := t.changes
 	t.mu.Unlock()

@@ -55,6 +55,8 @@ type server struct {
 	stays      uint64                // how many stays of tokens there were
 	mechanisms map[wire.TokenID][]wire.Mechanism
 	seen       *snapshot // what the agent was told of last
+	leaving    []stay    // tokens that have gone, and are yet to be forgotten
+	gone       []uint    // the slots that have lost their token since, and the agent is to hear of
 	fixed      bool      // nothing can be plugged into the slots that it was told of
 }
 

@@ -32,7 +32,7 @@ func (s *snapshot) equal(o *snapshot) bool {
 }
 
 // changed compares what there is with what the agent was told of, and forgets
-// the tokens that have gone.
+// the tokens that have gone. When there is a change, tell does that.
 func (s *server) changed(lib *library) bool {
 	s.polling.Lock()
 	defer s.polling.Unlock()
@@ -43,19 +43,49 @@ func (s *server) changed(lib *library) bool {
 	s.mu.Lock()
 	changed := s.seen != nil && !s.seen.equal(now)
 	if changed {
+		for _, slot := range s.seen.present {
+			if !slices.Contains(now.present, slot) && !slices.Contains(s.gone, slot) {
+				s.gone = append(s.gone, slot)
+			}
+		}
 		s.seen = now
 	}
-	var tokens []*token
 	for _, t := range s.tokens {
-		tokens = append(tokens, t)
-	}
-	s.mu.Unlock()
-	for _, t := range tokens {
 		if p := t.present(); p != nil && !slices.Contains(now.present, p.slot) {
-			t.retire(p)
+			s.leaving = append(s.leaving, stay{t, p})
 		}
 	}
+	s.mu.Unlock()
+	if !changed {
+		s.retireLeaving()
+	}
 	return changed
+}
+
+// A stay is a token in its slot.
+type stay struct {
+	t *token
+	p *presence
+}
+
+// retireLeaving forgets the tokens that have gone. The module is asked to close their
+// sessions, and may hang in that.
+func (s *server) retireLeaving() {
+	s.mu.Lock()
+	none := len(s.leaving) == 0
+	s.mu.Unlock()
+	if none {
+		return
+	}
+	s.life.RLock() // C_Finalize is not to meet it
+	defer s.life.RUnlock()
+	s.mu.Lock()
+	leaving := s.leaving
+	s.leaving = nil
+	s.mu.Unlock()
+	for _, l := range leaving {
+		l.t.retire(l.p)
+	}
 }
 
 // listSlots lists the slots and tokens. A slot that fails is left out.
@@ -76,7 +106,7 @@ func (s *server) listSlots(ctx context.Context, lib *library, m *wire.Slots) (wi
 		return nil, err
 	}
 	s.mu.Lock()
-	s.seen = now
+	s.seen, s.gone = now, nil
 	s.mu.Unlock()
 	fixed := len(now.all) > 0
 	reply := &wire.SlotsReply{PCSC: pcsc.Loaded()}

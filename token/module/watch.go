@@ -11,6 +11,7 @@ import (
 
 	"golang.org/x/sys/unix"
 
+	"p11-agent/token/pcsc"
 	"p11-agent/token/wire"
 )
 
@@ -32,6 +33,10 @@ const (
 	// hungAfter is how long a module may take to list its slots while nobody else
 	// has asked it for anything.
 	hungAfter = 20 * time.Second
+	// eventTimeout is how long it may take for that after one of its own events, while
+	// somebody waits for an answer. Whoever sees cards by pcscd is not held to it: the
+	// agent hears of their cards from pcscd, and knows whether there is a new one to read.
+	eventTimeout = 2 * time.Second
 	// probeTimeout is how long it may take beside a thread that waits for events.
 	probeTimeout = 3 * time.Second
 )
@@ -48,7 +53,7 @@ const (
 func (s *server) watch(lib *library, poll bool) error {
 	w := newWaiter()
 	w.wait = lib.waitForSlotEvent
-	w.changed = func() bool { return s.changed(lib) }
+	w.changed = func() bool { return s.changedSoon(lib) }
 	w.tell = s.tell
 	w.lost = s.lose
 	w.probe = func() {
@@ -65,9 +70,19 @@ func (s *server) watch(lib *library, poll bool) error {
 	return nil
 }
 
-// tell says that slots or tokens have changed. When that fails the reader sees
-// the end, too.
-func (s *server) tell() { _ = s.conn.WriteEvent() }
+// tell says that slots or tokens have changed, and forgets the tokens that have gone after
+// that. When it fails the reader sees the end, too.
+func (s *server) tell() {
+	var gone []wire.SlotID
+	s.mu.Lock()
+	for _, slot := range s.gone {
+		gone = append(gone, wire.SlotID{ID: uint64(slot)})
+	}
+	s.gone = nil
+	s.mu.Unlock()
+	_ = s.conn.WriteEvent(gone...)
+	s.retireLeaving()
+}
 
 // lose tells the agent that this process is of no use any more.
 func (s *server) lose(err error) {
@@ -89,6 +104,26 @@ func (s *server) busy() bool {
 		}
 	}
 	return len(s.requests) > 0
+}
+
+// changedSoon is changed after an event of the module. A module may hang when a token is
+// taken out, and so may all that is asked of it: the agent is told.
+func (s *server) changedSoon(lib *library) bool {
+	done := make(chan bool, 1)
+	go func() { done <- s.changed(lib) }()
+	tick := time.NewTicker(eventTimeout)
+	defer tick.Stop()
+	for {
+		select {
+		case changed := <-done:
+			return changed
+		case <-tick.C:
+			if !pcsc.Loaded() && s.busy() {
+				s.lose(&wire.Error{Function: "C_GetSlotList", Reason: wire.ReasonPulled})
+				return <-done
+			}
+		}
+	}
 }
 
 // poll looks at the slots again and again.

@@ -51,10 +51,12 @@ const (
 
 	cmdVersion      = 0x11
 	cmdReadersState = 0x12
+	cmdWaitChange   = 0x13 // answered with the readers' state, and once more by a wait_reader_state_change
 
-	maxReaders   = 16  // PCSCLITE_MAX_READERS_CONTEXTS of 4:4
-	nameSize     = 128 // MAX_READERNAME
-	atrSize      = 33  // MAX_ATR_SIZE, before padding
+	maxReaders   = 16    // PCSCLITE_MAX_READERS_CONTEXTS of 4:4
+	nameSize     = 128   // MAX_READERNAME
+	atrSize      = 33    // MAX_ATR_SIZE, before padding
+	changeSize   = 2 * 4 // struct wait_reader_state_change: timeOut and rv
 	stateSize    = nameSize + 3*4 + atrSize + 3 + 2*4
 	statePresent = 0x0004 // SCARD_PRESENT
 )
@@ -125,11 +127,16 @@ func (s *Service) greet(ctx context.Context) error {
 	return ErrLanguage
 }
 
-// ask sends a command and reads an answer of n bytes.
+// ask sends a command and reads an answer of n bytes, which have to come soon.
 func (s *Service) ask(ctx context.Context, command uint32, body []byte, n int) ([]byte, error) {
 	ctx, cancel := context.WithTimeout(ctx, askTimeout)
 	defer cancel()
-	deadline, _ := ctx.Deadline()
+	return s.exchange(ctx, command, body, n)
+}
+
+// exchange is ask for as long as ctx lasts.
+func (s *Service) exchange(ctx context.Context, command uint32, body []byte, n int) ([]byte, error) {
+	deadline, _ := ctx.Deadline() // zero: there is none
 	if err := s.conn.SetDeadline(deadline); err != nil {
 		return nil, fmt.Errorf("ask pcscd: %w", err)
 	}
@@ -157,6 +164,31 @@ func (s *Service) Readers(ctx context.Context) ([]Reader, error) {
 		return nil, err
 	}
 	return parseReaders(b)
+}
+
+// Watch returns the readers, and has pcscd tell when something about one of them changes.
+// Changed waits for that. Nothing else may be asked in between. Watch waits for as long as
+// ctx lasts: pcscd may be busy with a card.
+func (s *Service) Watch(ctx context.Context) ([]Reader, error) {
+	b, err := s.exchange(ctx, cmdWaitChange, nil, maxReaders*stateSize)
+	if err != nil {
+		return nil, err
+	}
+	return parseReaders(b)
+}
+
+// Changed returns nil when something has changed since Watch, which is to be called
+// again then. It waits without a limit. After an error, such as that ctx has ended, the
+// connection is of no use any more.
+func (s *Service) Changed(ctx context.Context) error {
+	if err := s.conn.SetDeadline(time.Time{}); err != nil {
+		return fmt.Errorf("wait for pcscd: %w", err)
+	}
+	defer context.AfterFunc(ctx, func() { _ = s.conn.SetDeadline(time.Unix(1, 0)) })()
+	if _, err := io.ReadFull(s.conn, make([]byte, changeSize)); err != nil {
+		return fmt.Errorf("wait for pcscd: %w", err)
+	}
+	return nil
 }
 
 // parseReaders reads the array of READER_STATE, eventhandler.h of pcsc-lite. Of

@@ -323,3 +323,54 @@ func TestSilentService(t *testing.T) {
 		t.Errorf("got %v", err)
 	}
 }
+
+// TestWatch has a real pcscd tell of what changes.
+func TestWatch(t *testing.T) {
+	p := tokentest.StartPCSCD(t)
+	s, err := pcsc.Dial(t.Context(), pcsc.Socket(p.Env()))
+	noError(t, err)
+	defer s.Close()
+	card := func(in bool) {
+		t.Helper()
+		for {
+			readers, err := s.Watch(t.Context())
+			noError(t, err)
+			if len(readers) > 0 && readers[0].Card == in { // pcscd answers before it has its readers
+				return
+			}
+			noError(t, s.Changed(t.Context()))
+		}
+	}
+	card(false)
+	c := tokentest.NewCard(t, pivcard.Options{})
+	for range 3 {
+		p.Insert(0, c)
+		card(true)
+		p.Pull(0)
+		card(false)
+	}
+	untilItFails := func(ctx context.Context, s *pcsc.Service) <-chan error {
+		ended := make(chan error, 1)
+		go func() {
+			_, err := s.Watch(ctx)
+			for err == nil { // something may change still
+				if err = s.Changed(ctx); err == nil {
+					_, err = s.Watch(ctx)
+				}
+			}
+			ended <- err
+		}()
+		return ended
+	}
+	ctx, cancel := context.WithCancel(t.Context())
+	ended := untilItFails(ctx, s)
+	cancel()
+	<-ended
+
+	s, err = pcsc.Dial(t.Context(), pcsc.Socket(p.Env()))
+	noError(t, err)
+	defer s.Close()
+	ended = untilItFails(t.Context(), s)
+	p.Stop()
+	<-ended
+}

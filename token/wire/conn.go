@@ -101,8 +101,8 @@ func (c *Conn) ReadFrame() (Frame, error) {
 			return Frame{}, errors.New("answer to no request")
 		}
 	case TypeEvent:
-		if id != 0 || n != 0 {
-			return Frame{}, errors.New("event with a number or a body")
+		if id != 0 {
+			return Frame{}, errors.New("event with a number")
 		}
 	case TypeLost:
 		if id != 0 {
@@ -115,7 +115,20 @@ func (c *Conn) ReadFrame() (Frame, error) {
 	if _, err := io.ReadFull(c.r, f.Body); err != nil {
 		return Frame{}, gone(err)
 	}
+	if t == TypeEvent {
+		if _, err := f.Event(); err != nil {
+			return Frame{}, err
+		}
+	}
 	return f, nil
+}
+
+// Event reads what a frame of TypeEvent tells.
+func (f Frame) Event() (e Event, err error) {
+	if len(f.Body) > 0 {
+		err = Unmarshal(f.Body, &e)
+	}
+	return e, err
 }
 
 // Close closes the connection; reads and writes under way end with an error. It
@@ -275,9 +288,13 @@ func (c *ModuleConn) WriteError(id uint32, e *Error) error {
 	return c.w.write(id, TypeError, e, MaxReply)
 }
 
-// WriteEvent tells that slots or tokens have changed.
-func (c *ModuleConn) WriteEvent() error {
-	return c.w.write(0, TypeEvent, nil, 0)
+// WriteEvent tells that slots or tokens have changed, and which slots have lost their
+// token.
+func (c *ModuleConn) WriteEvent(gone ...SlotID) error {
+	if len(gone) == 0 {
+		return c.w.write(0, TypeEvent, nil, 0)
+	}
+	return c.w.write(0, TypeEvent, &Event{Gone: gone}, MaxReply)
 }
 
 // WriteLost tells that the module is of no use any more, and why.

@@ -51,6 +51,8 @@ func (r Reason) String() string {
 		return "a new process is wanted"
 	case ReasonExists:
 		return "a key of that id or label is on the token"
+	case ReasonPulled:
+		return "the module has not answered since a token was put in or taken out"
 	case ReasonExtractable:
 		return "the token made a key that could leave it"
 	default:

@@ -49,6 +49,14 @@ func (m *Slots) fields(c *codec) {
 	c.bool(&m.Reinitialize)
 }
 
+func (m *Event) fields(c *codec) {
+	list(c, &m.Gone, (*SlotID).fields)
+}
+
+func (m *SlotID) fields(c *codec) {
+	c.uint64(&m.ID)
+}
+
 func (m *SlotsReply) fields(c *codec) {
 	list(c, &m.Slots, (*Slot).fields)
 	c.bool(&m.PCSC)

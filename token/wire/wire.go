@@ -73,7 +73,7 @@ const (
 	TypeReply Type = 64 // the reply message that belongs to the request
 	TypeError Type = 65 // Error
 	TypePart  Type = 68 // ObjectsPart: a part of the answer to TypeObjects; the reply follows
-	TypeEvent Type = 66 // id 0, empty body: slots or tokens have changed
+	TypeEvent Type = 66 // Event or an empty body, id 0: slots or tokens have changed
 	TypeLost  Type = 67 // Error, id 0: the module is of no use any more, and a new process is wanted
 )
 
@@ -134,6 +134,14 @@ type Slots struct {
 	// thread of this process wait for events, ReasonRenew comes instead.
 	Reinitialize bool
 }
+
+// Event tells that slots or tokens have changed. An empty one has no body.
+type Event struct {
+	Gone []SlotID // the slots that have lost their token since the last Event or SlotsReply
+}
+
+// SlotID names a slot.
+type SlotID struct{ ID uint64 }
 
 // SlotsReply lists the slots, those without a token too.
 type SlotsReply struct {
@@ -424,7 +432,10 @@ const (
 	// ReasonExtractable: the token made a key that could leave it, or does not say
 	// that it cannot. Text tells what became of the pair.
 	ReasonExtractable Reason = 13
+	// ReasonPulled: a token was put in or taken out, and the module has answered nothing
+	// since, though somebody waits for it. This process is lost.
+	ReasonPulled Reason = 14
 )
 
 // lastReason is the last that is known.
-const lastReason = ReasonExtractable
+const lastReason = ReasonPulled

@@ -1,6 +1,7 @@
 package pivcard
 
 import (
+	"bytes"
 	"context"
 	"encoding/binary"
 	"errors"
@@ -228,7 +229,13 @@ func (s *Slot) connect(ctx context.Context, c *Card) {
 	_ = conn.Close()
 }
 
-// showEmpty is a card that does not answer, once.
+// errNotLooked is why an empty slot was shown in vain.
+var errNotLooked = errors.New("pcscd has not looked whether there is a card")
+
+// showEmpty is a card that does not answer, once. It fails when pcscd has asked for
+// something else than the ATR: then a client of pcscd has met the empty slot, and pcscd
+// itself has not noticed. pcscd 1.9.9 takes a card whose reset fails for gone, and does
+// not see it again before it has looked at the empty slot.
 func (s *Slot) showEmpty(ctx context.Context) error {
 	conn, err := s.dial(ctx)
 	if err != nil {
@@ -238,8 +245,12 @@ func (s *Slot) showEmpty(ctx context.Context) error {
 	if err := conn.(*net.TCPConn).CloseWrite(); err != nil {
 		return err
 	}
-	if _, err := io.Copy(io.Discard, conn); err != nil { // until vpcd hangs up
+	asked, err := io.ReadAll(io.LimitReader(conn, maxMessage)) // until vpcd hangs up
+	switch {
+	case err != nil:
 		return err
+	case !bytes.HasPrefix(asked, []byte{0, 1, controlATR}):
+		return errNotLooked
 	}
 	return ctx.Err()
 }

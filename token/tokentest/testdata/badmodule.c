@@ -551,17 +551,17 @@ static rv_t C_Initialize(void *args)
 	evict();
 	if (command("write", NULL, path, sizeof path) && (error = opened("%s", path, 0, O_WRONLY | O_CREAT)) != 0)
 		return GENERAL_ERROR;
-	WRAPPED(0, (void *), (args));
 	initialized = 1;
 	told = 0;
+	WRAPPED(0, (void *), (args));
 	return OK;
 }
 
 static rv_t C_Finalize(void *reserved)
 {
 	CALLED;
-	WRAPPED(1, (void *), (reserved));
 	initialized = 0;
+	WRAPPED(1, (void *), (reserved));
 	memset(sessions, 0, sizeof sessions);
 	open_sessions = 0;
 	logged_in = 0;
@@ -1067,7 +1067,7 @@ static rv_t C_WaitForSlotEvent(ulong flags, ulong *slot, void *reserved)
 	*slot = 0;
 	for (;;) {
 		char start[] = "C_WaitForSlotEvent:", value[64];
-		ulong now = present();
+		ulong now = command("hide", NULL, NULL, 0) ? 0 : present();
 
 		if (!initialized)
 			return NOT_INITIALIZED;
