@@ -12,15 +12,23 @@ import (
 func TestArguments(t *testing.T) {
 	cut := strings.Repeat("x", maxArguments)
 	for _, test := range []struct{ arguments, want []string }{
-		{[]string{"-c", "read x", "ssh", "-l", "", "web1"}, nil},
-		{[]string{"-c", "read x", "ssh", "web1", cut, "more"}, []string{"sh", "-c", "read x", "ssh", "web1"}},
+		{[]string{"-c", "echo; read x", "ssh", "-l", "", "web1"}, nil},
+		{[]string{"-c", "echo; read x", "ssh", "web1", cut, "more"}, []string{"sh", "-c", "echo; read x", "ssh", "web1"}},
 	} {
 		cmd := exec.Command("sh", test.arguments...)
 		in, err := cmd.StdinPipe()
 		if err != nil {
 			t.Fatal(err)
 		}
+		out, err := cmd.StdoutPipe()
+		if err != nil {
+			t.Fatal(err)
+		}
 		if err := cmd.Start(); err != nil {
+			t.Fatal(err)
+		}
+		// Start returns before the kernel shows the arguments.
+		if _, err := out.Read(make([]byte, 1)); err != nil {
 			t.Fatal(err)
 		}
 		want := test.want
