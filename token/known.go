@@ -167,7 +167,9 @@ func (k *knownKey) found() (*found, error) {
 		keyType: keyType, public: pub, sum: digest(pub), always: k.Always, unfit: k.Unfit,
 	}
 	if k.Shown != "" {
-		f.labels, f.classes = []string{k.Shown, k.Label}, []uint64{wire.CKOPublicKey, wire.CKOPublicKey}
+		f.labels, f.classes, f.ids = nil, nil, nil
+		f.note(wire.CKOPublicKey, k.Shown, k.ID)
+		f.note(wire.CKOPublicKey, k.Label, k.ID)
 	}
 	f.modulus, f.point = halves(pub)
 	if k.Private {
