@@ -115,7 +115,7 @@ func TestDoctorCards(t *testing.T) {
 		}},
 		{"no reader", pcscd{}, []token.ModuleStatus{openSC}, []string{"warning: pcscd runs, and no reader or security key is plugged in\n", "  next: plug it in"}},
 		{"no reader, other tokens", pcscd{}, []token.ModuleStatus{openSC, soft}, []string{"ok: pcscd runs, and no reader"}},
-		{"other language", pcscd{err: pcsc.ErrLanguage}, nil, []string{"problem: pcscd and this program do not agree", "  next: "+restartStep("pcscd", "pcscd.socket pcscd.service", "")+"  # an upgrade"}},
+		{"other language", pcscd{err: pcsc.ErrLanguage}, nil, []string{"problem: pcscd and this program do not agree", "  next: " + restartStep("pcscd", "pcscd.socket pcscd.service", "") + "  # an upgrade"}},
 		{"not for us", pcscd{err: os.ErrPermission, socket: "/run/x"}, nil, []string{"problem: pcscd's socket /run/x may not be used by you\n", "  next: ls -l /run/x"}},
 		{"a card", pcscd{readers: []pcsc.Reader{{Name: "Some Reader 00 00", Card: true}, {Name: "Other 00 00"}}}, []token.ModuleStatus{card}, []string{
 			`ok: reader "Some Reader 00 00" has a card`, `ok: reader "Other 00 00" is empty`,
