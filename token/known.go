@@ -59,7 +59,8 @@ type knownToken struct {
 	Twin         uint32     `json:"twin,omitempty"` // see wire.TokenID
 	There        bool       `json:"there"`          // when the list was written
 	Seen         time.Time  `json:"seen"`
-	Home         bool       `json:"home,omitempty"` // it belongs to this module
+	Home         bool       `json:"home,omitempty"`  // it belongs to this module
+	Login        bool       `json:"login,omitempty"` // CKF_LOGIN_REQUIRED
 	Keys         []knownKey `json:"keys"`
 }
 
@@ -254,6 +255,9 @@ func (m *module) restore(k *known) {
 		}
 		restored := newToken(m, t.id())
 		restored.seen = t.Seen
+		if t.Login {
+			restored.slot.Info.Flags = wire.CKFLoginRequired
+		}
 		var all []*found
 		for _, key := range t.Keys {
 			if f, err := key.found(); err == nil { // parseKnown has seen to that
@@ -306,6 +310,7 @@ func (t *Token) entry() knownToken {
 	entry := knownToken{
 		Module: t.module.identity, Label: t.ID.Label, Serial: t.ID.Serial, Manufacturer: t.ID.Manufacturer, Model: t.ID.Model, Twin: t.ID.Twin,
 		There: t.present(), Seen: t.lastSeen().UTC().Truncate(time.Second),
+		Login: t.info().Flags&wire.CKFLoginRequired != 0,
 	}
 	for _, key := range t.keyList() {
 		der, err := x509.MarshalPKIXPublicKey(key.found.public)

@@ -83,6 +83,7 @@ func TestKnownKeysAreListedAtOnce(t *testing.T) {
 		t.Error("the module was looked at already")
 	default:
 	}
+	want(t, "the token needs a login", s.Modules()[0].Tokens[0].Flags&wire.CKFLoginRequired != 0, true)
 	keys := s.Keys()
 	want(t, "asks each time", keys[1].AlwaysAuthenticate(), true)
 	if keys[2].Unfit() == "" {
