@@ -75,7 +75,8 @@ func has(s *token.Store, label string) bool {
 	return slices.ContainsFunc(s.Keys(), func(k *token.Key) bool { return k.Token().Label == label })
 }
 
-// calledHere returns the functions of PKCS#11 that the module process calls.
+// calledHere returns the functions of PKCS#11 that the module process calls in the use of
+// keys. TestNewTokenFails has the two that make tokens.
 func calledHere(t *testing.T) []string {
 	t.Helper()
 	source, err := os.ReadFile("module/library.go")
@@ -85,6 +86,7 @@ func calledHere(t *testing.T) []string {
 	for _, m := range all {
 		functions = append(functions, m[1])
 	}
+	functions = slices.DeleteFunc(functions, func(f string) bool { return f == "C_InitToken" || f == "C_InitPIN" })
 	slices.Sort(functions)
 	return slices.Compact(functions)
 }

@@ -72,6 +72,31 @@ func TestNewToken(t *testing.T) {
 	}
 }
 
+// A module that fails or crashes while it makes a token costs the request alone. A token
+// without a PIN is of no use, and the next token takes another slot.
+func TestNewTokenFails(t *testing.T) {
+	library := tokentest.BuildBadModule(t)
+	b := newBad(t, library, newHSM(t, "bad"), "bad")
+	s := tokentest.Store(t, token.Options{Modules: []token.ModuleSpec{b.spec}, Command: self, PINs: &tokentest.Person{}}, newPIN)
+	<-s.Settled()
+	for _, command := range []string{"rv=C_InitToken:0x30", "crash=C_InitToken", "rv=C_InitPIN:0x30", "crash=C_InitPIN"} {
+		b.command(command)
+		if _, err := s.NewToken(t.Context(), "bad", "new", pinOf(t, newPIN)); err == nil {
+			t.Errorf("%s: a token was made", command)
+		}
+	}
+	b.command("")
+	tokentest.Until(t, "the module is well again", func() bool {
+		_ = s.Rescan(t.Context()) // ends the pause
+		return status(s, "bad").Err == nil
+	})
+	name, err := s.NewToken(t.Context(), "bad", "sound", pinOf(t, newPIN))
+	mustNot(t, err)
+	k, err := s.Generate(t.Context(), uri(t, name), token.ECDSAP256, pinOf(t, newPIN))
+	mustNot(t, err)
+	noError(t, tokentest.Sign(t.Context(), k.Key))
+}
+
 // A card has no room for another token.
 func TestNewTokenOnACard(t *testing.T) {
 	module := tokentest.Module(t, "opensc-pkcs11.so")

@@ -203,6 +203,9 @@ func runList(ctx context.Context, g *globals, o *listOptions, args []string, out
 		}
 	}
 	l := collect(c, b.store, sel, len(args) > 0)
+	if len(args) > 0 {
+		noteUncertain(stderr, b.store, sel)
+	}
 	for i, m := range l.Modules {
 		if !settled && !m.Running && m.Error == "" {
 			l.Modules[i].Error = fmt.Sprintf("it has not answered within %v", lookTimeout)
@@ -225,6 +228,28 @@ func runList(ctx context.Context, g *globals, o *listOptions, args []string, out
 		}
 	}
 	return nil
+}
+
+// noteUncertain says that a URI selects keys only because their tokens hide the private
+// halves, and so their names, before a login.
+func noteUncertain(stderr io.Writer, store *token.Store, sel *token.Selector) {
+	u, maybe := sel.URI(), false
+	for _, k := range slices.Concat(store.Keys(), store.Away()) {
+		if k.Matches(u) {
+			return
+		}
+		maybe = maybe || sel.Match(k)
+	}
+	if !maybe {
+		return
+	}
+	fmt.Fprintln(stderr, "note: before a login no key is known to be this one: the login shows whether one of those listed is")
+	meant, there := suggest(store, u)
+	for _, line := range append(meant, there) {
+		if line != "" {
+			fmt.Fprintf(stderr, "note: %s\n", line)
+		}
+	}
 }
 
 // matchesToken tells whether a URI selects a token that is present, be it one

@@ -90,7 +90,7 @@ func exitCode(err error, stderr io.Writer) int {
 	if status, ok := errors.AsType[statusError](err); ok {
 		return int(status)
 	}
-	for _, e := range unjoin(err) {
+	for _, e := range withoutTPM(unjoin(err)) {
 		fmt.Fprintf(stderr, "p11-agent: error: %v\n", e)
 		if h, ok := errors.AsType[interface {
 			error
@@ -108,6 +108,19 @@ func exitCode(err error, stderr io.Writer) int {
 		return exitUsage
 	}
 	return exitFailure
+}
+
+// withoutTPM leaves out of several errors that the machine has no TPM: the TPM's module
+// comes with a package that many have for another reason.
+func withoutTPM(all []error) []error {
+	some := slices.DeleteFunc(slices.Clone(all), func(err error) bool {
+		m, ok := errors.AsType[*token.ModuleError](err)
+		return ok && kindOfModule(m.Path) == kindTPM && noTPM()
+	})
+	if len(some) == 0 {
+		return all
+	}
+	return some
 }
 
 // unjoin takes apart what is nothing but several errors. The advice is for the last.

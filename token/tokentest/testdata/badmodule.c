@@ -1033,6 +1033,20 @@ static rv_t C_Sign(ulong h, byte *data, ulong length, byte *signature, ulong *ro
 	return OK;
 }
 
+static rv_t C_InitToken(ulong slot, byte *pin, ulong length, byte *label)
+{
+	CALLED;
+	WRAPPED(9, (ulong, byte *, ulong, byte *), (slot, pin, length, label));
+	return NOT_SUPPORTED;
+}
+
+static rv_t C_InitPIN(ulong h, byte *pin, ulong length)
+{
+	CALLED;
+	WRAPPED(10, (ulong, byte *, ulong), (h, pin, length));
+	return NOT_SUPPORTED;
+}
+
 static rv_t C_DestroyObject(ulong h, ulong object)
 {
 	CALLED;
@@ -1102,7 +1116,7 @@ static struct {
 		[0 ... 67] = unsupported,
 		[0] = C_Initialize, [1] = C_Finalize, [2] = C_GetInfo, [3] = C_GetFunctionList,
 		[4] = C_GetSlotList, [5] = C_GetSlotInfo, [6] = C_GetTokenInfo,
-		[7] = C_GetMechanismList, [8] = C_GetMechanismInfo,
+		[7] = C_GetMechanismList, [8] = C_GetMechanismInfo, [9] = C_InitToken, [10] = C_InitPIN,
 		[12] = C_OpenSession, [13] = C_CloseSession, [15] = C_GetSessionInfo,
 		[18] = C_Login, [19] = C_Logout, [24] = C_GetAttributeValue,
 		[26] = C_FindObjectsInit, [27] = C_FindObjects, [28] = C_FindObjectsFinal,
