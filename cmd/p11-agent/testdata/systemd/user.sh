@@ -102,8 +102,9 @@ systemctl --user daemon-reload
 systemctl --user restart p11-agent.service
 lists renamed
 pid=$(show MainPID)
-modules=$(pgrep -P "$pid" -f module-process | tr '\n' ' ')
-if [ -z "$modules" ]; then fail "there are no module processes"; fi
+# The agent lists the keys that it remembers before its modules have started.
+started() { modules=$(pgrep -P "$pid" -f module-process | tr '\n' ' ') && [ -n "$modules" ]; }
+eventually started
 # shellcheck disable=SC2086
 kill -STOP $modules
 sign 2>/dev/null &
