@@ -191,7 +191,7 @@ func (k *Key) Insertions() uint64 {
 func (k *Key) Matches(u *pkcs11uri.URI) bool { return k.matches(u, true) }
 
 func (k *Key) matches(u *pkcs11uri.URI, byPath bool) bool {
-	if u.ID != nil && !bytes.Equal(u.ID, k.found.id) { // most of thousands of keys end here
+	if u.ID != nil && !k.found.hasID(u.ID) { // most of thousands of keys end here
 		return false
 	}
 	if !k.token.matches(u, byPath) {
@@ -201,7 +201,7 @@ func (k *Key) matches(u *pkcs11uri.URI, byPath bool) bool {
 	// keys that show only after a login count as being there.
 	classes := slices.Concat(k.found.classes, []uint64{wire.CKOPrivateKey})
 	label := u.Object == nil || slices.Contains(k.found.labels, *u.Object)
-	return label && (u.ID == nil || k.found.hasID(u.ID)) && slices.ContainsFunc(classes, func(c uint64) bool {
+	return label && slices.ContainsFunc(classes, func(c uint64) bool {
 		return u.MatchObject(pkcs11uri.ObjectInfo{Class: className(c), ID: u.ID, Label: text(u.Object)})
 	})
 }
