@@ -646,6 +646,24 @@ func (s *Slot) stays() bool {
 	return !s.out
 }
 
+// untilCard looks until there is a card. The reader has to be empty at the first look, and
+// a look that asks for something else than the ATR counts for nothing.
+func (r *fakeReader) untilCard() net.Conn {
+	r.Helper()
+	conn := r.accept()
+	r.write(conn, controlReset)
+	_ = conn.Close()
+	conn = r.accept()
+	if r.present(conn) {
+		r.Error("there was no moment without a card")
+	}
+	for !r.present(conn) {
+		_ = conn.Close()
+		conn = r.accept()
+	}
+	return conn
+}
+
 func TestSlot(t *testing.T) {
 	r := newFakeReader(t)
 	s := NewSlot(r.listener.Addr().String())
@@ -679,12 +697,7 @@ func TestSlot(t *testing.T) {
 		t.Error("the first card is there still")
 	}
 	_ = conn.Close()
-	conn = r.accept()
-	if r.present(conn) {
-		t.Error("there was no moment without a card")
-	}
-	_ = conn.Close()
-	conn = r.accept()
+	conn = r.untilCard()
 	r.write(conn, controlATR)
 	if got := r.read(conn); !bytes.Equal(got, two.ATR()) {
 		t.Errorf("the ATR is %x", got)
@@ -698,25 +711,13 @@ func TestSlot(t *testing.T) {
 	}
 	for range 2 {
 		_ = conn.Close()
-		conn = r.accept()
-		if r.present(conn) {
-			t.Error("there was no moment without a card")
-		}
-		_ = conn.Close()
-		conn = r.accept()
-		if !r.present(conn) {
-			t.Error("the card is not there again")
-		}
+		conn = r.untilCard()
 		r.write(conn, 99)
 	}
 	_ = conn.Close()
-	_ = r.accept().Close()
 
 	// Taken out when the reader looks: until then it answers.
-	conn = r.accept()
-	if !r.present(conn) {
-		t.Error("the card is not there again")
-	}
+	conn = r.untilCard()
 	ejected := make(chan struct{})
 	go func() {
 		s.Eject(t.Context())

@@ -218,7 +218,7 @@ func (s *Slot) connect(ctx context.Context, c *Card) {
 	s.mu.Lock()
 	used := s.used
 	s.mu.Unlock()
-	if used && s.showEmpty(ctx) != nil {
+	if used && !s.seenEmpty(ctx) {
 		return
 	}
 	conn, err := s.dial(ctx)
@@ -227,6 +227,26 @@ func (s *Slot) connect(ctx context.Context, c *Card) {
 	}
 	_ = c.serve(ctx, conn, s.leaves) // it ends in many ways, and each is a card that is gone
 	_ = conn.Close()
+}
+
+// seenEmpty shows the empty slot until pcscd has looked twice, with more than the time
+// between two looks in between. One look may be that of a client: then pcscd itself has
+// not noticed, and takes the next card for the one before.
+func (s *Slot) seenEmpty(ctx context.Context) bool {
+	const betweenLooks = 450 * time.Millisecond // pcscd looks each 0.4 s
+	var first time.Time
+	for {
+		err := s.showEmpty(ctx)
+		switch {
+		case ctx.Err() != nil:
+			return false
+		case err != nil:
+		case first.IsZero():
+			first = time.Now()
+		case time.Since(first) >= betweenLooks:
+			return true
+		}
+	}
 }
 
 // errNotLooked is why an empty slot was shown in vain.
