@@ -47,8 +47,15 @@ var errPulled = errors.New("it did not answer after a card was put in or taken o
 // errNoService is why a process ends whose pcscd has gone.
 var errNoService = errors.New("it lost its readers and is started anew: pcscd has gone")
 
+// errAnew is why the agent ends a process that has failed for one request.
+var errAnew = errors.New("it failed and is started anew")
+
 // pulled tells whether a request failed, or a process ended, for that.
 func pulled(err error) bool { return errors.Is(err, errPulled) }
+
+// lostByOthers tells whether a request was lost with a process that ended for another card
+// or for another request.
+func lostByOthers(err error) bool { return pulled(err) || errors.Is(err, errAnew) }
 
 // A cardWatch is what pcscd has told of the readers that a module uses.
 type cardWatch struct {

@@ -30,7 +30,7 @@ func (g *gate) keep(pin *secret.Secret, stay uint64) error {
 		g.since = time.Now()
 	}
 	g.kept.Wipe()
-	g.kept, g.doubted = c, false
+	g.kept, g.doubted = c, 0
 	return nil
 }
 
@@ -39,21 +39,24 @@ func (g *gate) keep(pin *secret.Secret, stay uint64) error {
 func (g *gate) keptPIN(tries Tries) (*secret.Secret, error) {
 	g.mu.Lock()
 	defer g.mu.Unlock()
-	if g.kept == nil || g.doubted && tries != TriesUnknown {
+	if g.kept == nil || g.doubted > 0 && tries != TriesUnknown {
 		return nil, nil
 	}
 	return g.kept.Clone()
 }
 
-// doubtPIN takes note that the PIN that is kept was sent to a module that hung, as a card
-// was pulled that is not the token's: the token may have got the PIN. It tells whether the
-// PIN may be tried once more, which is so once until it is right again.
+// maxDoubts is how often a kept PIN is tried again of which nobody knows whether the token
+// got it. A pull and the return of that card may each cost a login of another card.
+const maxDoubts = 2
+
+// doubtPIN takes note that the PIN that is kept was sent to a module process that ended for
+// another card or request: the token may have got the PIN. It tells whether the PIN may be
+// tried again, which is so a few times until it is right again.
 func (g *gate) doubtPIN() bool {
 	g.mu.Lock()
 	defer g.mu.Unlock()
-	first := g.kept != nil && !g.doubted
-	g.doubted = true
-	return first
+	g.doubted++
+	return g.kept != nil && g.doubted <= maxDoubts
 }
 
 // keptSince tells when the PIN that is kept was given; zero when there is none.

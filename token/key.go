@@ -530,9 +530,10 @@ func (k *Key) signHealing(ctx context.Context, ways []way) (made, error) {
 			if lost := t.doubtLogin(ctx, p, k, login); !lost && loggedInAgain > 1 {
 				return made{}, k.explain(err)
 			}
-		case replaced < maxReplaced && mayHeal && (errors.Is(err, errRenewed) || pulled(err) || failed != nil && isReason(err, wire.ReasonOtherToken)):
+		case replaced < maxReplaced && mayHeal && (errors.Is(err, errRenewed) || lostByOthers(err) || failed != nil && isReason(err, wire.ReasonOtherToken)):
 			// Another request had looked for tokens before the module got this one; or the
-			// card has gone and come back; or the module hung when a card was pulled.
+			// card has gone and come back; or the module hung when a card was pulled, or
+			// failed for another request.
 			replaced++
 		case !healed && mayHeal:
 			healed = true
@@ -542,7 +543,7 @@ func (k *Key) signHealing(ctx context.Context, ways []way) (made, error) {
 			if isRV(err, wire.CKRGeneralError) && !t.module.awaitMove(ctx, moves) {
 				// Nothing but a new start helps a module that lost its reader
 				// service.
-				p.kill(fmt.Errorf("it failed and is started anew: %w", err))
+				p.kill(fmt.Errorf("%w: %w", errAnew, err))
 				continue
 			}
 			if err := t.rescanWhileBack(ctx); err != nil {
@@ -553,7 +554,7 @@ func (k *Key) signHealing(ctx context.Context, ways []way) (made, error) {
 			// another application of the card.
 			renewed = true
 			if !t.module.awaitMove(ctx, moves) {
-				p.kill(fmt.Errorf("it failed and is started anew: %w", err))
+				p.kill(fmt.Errorf("%w: %w", errAnew, err))
 			} else if err := t.rescanWhileBack(ctx); err != nil {
 				return made{}, err
 			}

@@ -32,7 +32,7 @@ type gate struct {
 	flight  *flight
 	kept    *secret.Secret // the PIN that is right, where a Policy has it kept; nil: none
 	since   time.Time      // when it was given
-	doubted bool           // see doubtPIN
+	doubted int            // see doubtPIN
 	stays   uint64         // counts how often the card has gone
 
 	// doubt is held, by the one element it has room for, by the request that finds out
@@ -455,8 +455,8 @@ func (t *Token) withPIN(ctx context.Context, g *gate, k *Key, info wire.TokenInf
 			err := t.judge(use(context.WithValue(ctx, keptKey{}, true), kept, false, false))
 			kept.Wipe()
 			switch {
-			case pulled(err) && g.doubtPIN():
-				return &loginError{token: t.ID.Label, err: err} // it may be tried once more
+			case lostByOthers(err) && g.doubtPIN():
+				return &loginError{token: t.ID.Label, err: err} // it may be tried again
 			case mayBeTried(err):
 				// Nobody knows whether it was right: a person is to say so.
 				g.forgetPIN()

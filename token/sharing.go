@@ -260,6 +260,6 @@ func (m *module) keepHeld(ctx context.Context, order []*Token, before []pcsc.Rea
 // come and gone before.
 func (m *module) loginBroke(ctx context.Context, p *process, moves uint64, err error) {
 	if e, ok := errors.AsType[*wire.Error](err); ok && e.Function == "C_Login" && isRV(err, wire.CKRDeviceError, wire.CKRGeneralError) && !m.awaitMove(ctx, moves) {
-		p.kill(fmt.Errorf("it failed and is started anew: %w", err))
+		p.kill(fmt.Errorf("%w: %w", errAnew, err))
 	}
 }
