@@ -153,7 +153,7 @@ func (t *Token) see(ctx context.Context, p *process, reply *listed, before []pcs
 			now.reader, now.events = r.Name, r.Events
 		}
 	}
-	byPCSC, wasThere := t.module.usesReaders(), t.module.hadAtLastLook(t)
+	byPCSC := t.module.usesReaders()
 	t.mu.Lock()
 	same := t.card.mayBe(now, slot.Flags&wire.CKFRemovableDevice != 0, byPCSC)
 	if was := t.card; same && now.reader == "" && was.process == p && was.stay == now.stay {
@@ -162,10 +162,12 @@ func (t *Token) see(ctx context.Context, p *process, reply *listed, before []pcs
 	if !now.shown.comparable(t.card.shown) && same && len(now.shown.keys)+len(now.shown.certs) == 0 {
 		now.shown = t.card.shown
 	}
+	// What only may be another card is forgotten, and does not count as put in again.
+	certain := t.card.reader != "" && now.reader != "" || now.shown.comparable(t.card.shown) && !now.shown.overlaps(t.card.shown)
 	t.card = now
 	t.mu.Unlock()
 	if !same {
-		t.replaced(ctx, wasThere)
+		t.replaced(ctx, certain && t.module.hadAtLastLook(t))
 	}
 }
 
@@ -194,15 +196,15 @@ func (m *module) hadAtLastLook(t *Token) bool {
 	return slices.Contains(m.last, t)
 }
 
-// replaced forgets what belongs to the card that was in the slot. wasThere tells that the
-// agent has not seen the slot without it.
-func (t *Token) replaced(ctx context.Context, wasThere bool) {
+// replaced forgets what belongs to the card that was in the slot. unseen tells that a card
+// was put in for certain, and that the agent has not seen the slot without one.
+func (t *Token) replaced(ctx context.Context, unseen bool) {
 	t.gate.wipe()
 	t.mu.Lock()
 	t.retained.forget()
 	t.session, t.attempted = nil, nil
 	t.changes++
-	if wasThere {
+	if unseen {
 		t.insertions++ // else the look counts it
 	}
 	t.mu.Unlock()

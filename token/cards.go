@@ -198,9 +198,13 @@ func anyLeft(before, now []pcsc.Reader) bool {
 // two answers of pcscd of which the second is short of a card.
 func (t *Token) mayHaveLeft(before, now []pcsc.Reader) bool {
 	t.mu.Lock()
-	slot := t.slot
+	slot, seen := t.slot, t.card
 	t.mu.Unlock()
 	if slot.Flags&wire.CKFRemovableDevice == 0 {
+		return false
+	}
+	// A look may have met the card that has come back before pcscd tells of it here.
+	if seen.reader != "" && slices.ContainsFunc(now, func(n pcsc.Reader) bool { return n.Card && n.Name == seen.reader && n.Events == seen.events }) {
 		return false
 	}
 	return !slices.ContainsFunc(now, func(n pcsc.Reader) bool {
