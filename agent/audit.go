@@ -393,7 +393,7 @@ func (k *Keyring) logEvent(r *record) {
 	text("via", strings.Join(e.Via, " "))
 	attrs = append(attrs, slog.Uint64("connection", e.Connection), slog.Duration("duration", e.Took.Round(time.Millisecond)))
 	line.AddAttrs(attrs...)
-	_ = handler.Handle(ctx, line) // as of slog.Logger: there is nobody to tell
+	_ = handler.Handle(ctx, line) // slog.Logger drops this error, too
 }
 
 // appendBeginning adds what is said of a request first: what it is about.

@@ -81,8 +81,8 @@ func (c *Caller) MayControl() error {
 const lookTime = 5 * time.Second
 
 // Status returns the status as Options.Report has it, of the tokens that the
-// provider selects; empty: of everything. It waits for nobody, unless the provider
-// selects no key that is known: then it looks at the tokens again, for the key may be new.
+// provider selects; empty: of everything. It returns at once when the provider selects a
+// known key. Otherwise the key may be new: it looks at the tokens again, for 5 s at the most.
 func (k *Keyring) Status(ctx context.Context, c *Caller, provider []byte) ([]byte, error) {
 	rec := k.begin(c, RequestStatus)
 	rec.told = true

@@ -374,6 +374,6 @@ func write(groups []*group) {
 			}
 			line.AddAttrs(slog.Int("times", g.count), slog.Time("first", g.first), slog.Time("last", g.last))
 		}
-		_ = g.next.Handle(context.Background(), line) // as of slog.Logger: there is nobody to tell
+		_ = g.next.Handle(context.Background(), line) // slog.Logger drops this error, too
 	}
 }

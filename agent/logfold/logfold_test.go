@@ -145,7 +145,7 @@ func TestFoldedLine(t *testing.T) {
 		if last := lines[len(lines)-1]; len(lines) != 21 || !strings.HasSuffix(last, want) {
 			t.Errorf("%d lines, the last is %s", len(lines), last)
 		}
-		// Another client is none the worse for it, nor is the same one after a while.
+		// The fold changes nothing for another client, or for the same client a while later.
 		log.Warn("request refused", "client", "scp (7)", "reason", "other")
 		time.Sleep(forgetAfter)
 		log.Warn("request refused", "client", "ssh (7)", "reason", "again")

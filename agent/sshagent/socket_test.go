@@ -128,8 +128,8 @@ func TestListenRefuses(t *testing.T) {
 	}
 }
 
-// Users may share a sticky directory of root's or of one's own. What others have there is
-// left alone, and a lock of theirs keeps nobody from making a socket.
+// Users may share a sticky directory that belongs to root or to one of them. The agent
+// leaves the files of others alone. A lock of another user does not stop it.
 func TestSharedDirectory(t *testing.T) {
 	dir := shortDir(t)
 	if err := os.Chmod(dir, 0o777|os.ModeSticky); err != nil {

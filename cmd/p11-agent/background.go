@@ -251,7 +251,7 @@ func (s *service) runInBackground(ctx context.Context, c *child) error {
 		return werr
 	}
 	fail := func(err error) error { return errors.Join(statusError(exitFailure), tell("", err)) }
-	s.warn = func(err error) { _ = tell(reportWarning, err) } // nobody is left to hear it
+	s.warn = func(err error) { _ = tell(reportWarning, err) } // the starter may have gone
 	ctx, cancel := context.WithCancel(ctx)
 	defer cancel()
 	ctx, stop := s.catchSignals(ctx, syscall.SIGTERM)
