@@ -132,7 +132,7 @@ func findModules(r *report, b *backend) {
 				f.Next("%s", firstToken(m))
 			}
 			if kindOfModule(m.Path) == kindSpy {
-				r.warn("module %s prints each PIN that it is given, for whoever looks for a fault: the agent keeps that out of its log, and PKCS11SPY_OUTPUT writes it into a file", m.Name).
+				r.warn("module %s prints each PIN that it is given: the agent keeps the PIN out of its log, but PKCS11SPY_OUTPUT writes it into a file", m.Name).
 					Next("%s", switchOff(m.Name))
 			}
 		}
