@@ -170,8 +170,15 @@ func TestSharing(t *testing.T) {
 				use := n.start(s)
 				const rounds = 5
 				for range rounds {
-					idle(t, s.store) // its looks may come between two commands of scdaemon, which does not notice
-					noError(t, use(t.Context()))
+					idle(t, s.store)
+					err := use(t.Context())
+					if err != nil && n.fragile {
+						// A look that an event caused came between two commands of this program.
+						t.Log(err)
+						tokentest.Until(t, "the other program succeeds", func() bool { return use(t.Context()) == nil })
+						err = nil
+					}
+					noError(t, err)
 					before := s.person.Prompts()
 					noError(t, tokentest.Sign(t.Context(), k))
 					if more := s.person.Prompts() - before; more > 1 {
