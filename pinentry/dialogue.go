@@ -74,10 +74,10 @@ type way int
 const (
 	// wayPlace is the program with all that is known of the place.
 	wayPlace way = iota
-	// wayPlain is pinentry-tty, for when the terminal is too small or of a kind that
-	// curses does not know, or cannot draw on. Of these kinds, Plain asks in its place
+	// wayLines is pinentry-tty, for when the terminal is too small or of a kind that
+	// curses does not know, or cannot draw on. Of these kinds, LinePrompt asks in its place
 	// where it is not installed.
-	wayPlain
+	wayLines
 	// wayAskpass is the SSH_ASKPASS program.
 	wayAskpass
 	// wayNone: there is nothing else.
@@ -89,7 +89,7 @@ func (d *Dialogue) after(w way, err error) way {
 	perr, isERR := errors.AsType[*pinentryError](err)
 	small := isERR && perr.code() == codeWindowTooSmall
 	if w == wayPlace && d.place.TTY != nil && (small || errors.Is(err, errCannotDraw)) {
-		return wayPlain
+		return wayLines
 	}
 	return wayNone
 }
@@ -107,7 +107,7 @@ func (d *Dialogue) start(ctx context.Context) (asker, error) {
 	p := d.p
 	program, called := cmp.Or(p.settings().program, "pinentry"), "pinentry"
 	switch d.way {
-	case wayPlain:
+	case wayLines:
 		program, called = "pinentry-tty", "pinentry-tty"
 	case wayAskpass:
 		program, called = p.Askpass, "SSH_ASKPASS"
@@ -116,8 +116,8 @@ func (d *Dialogue) start(ctx context.Context) (asker, error) {
 		}
 	}
 	file, err := p.find(program)
-	if kind, ok := lookUpTerminal(d.place.TTYType); err != nil && d.way == wayPlain && len(p.Plain) > 0 && !(ok && kind.cursor) {
-		return dial(ctx, p, "the plain question", "/proc/self/exe", p.Plain, d.place)
+	if kind, ok := lookUpTerminal(d.place.TTYType); err != nil && d.way == wayLines && len(p.LinePrompt) > 0 && !(ok && kind.cursor) {
+		return dial(ctx, p, "the line prompt", "/proc/self/exe", p.LinePrompt, d.place)
 	}
 	if err != nil {
 		return nil, &cannotAskError{fmt.Errorf("%s: %w", called, err)}

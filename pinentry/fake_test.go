@@ -31,8 +31,8 @@ import (
 const fakeMark = "p11-fake"
 
 func TestMain(m *testing.M) {
-	if len(os.Args) == 2 && os.Args[1] == plainTest {
-		exit(Plain())
+	if len(os.Args) == 2 && os.Args[1] == linePromptTest {
+		exit(LinePrompt())
 	}
 	if words := strings.Fields(os.Getenv("PINENTRY_USER_DATA")); len(words) == 3 && words[0] == fakeMark {
 		runFake(words[1], words[2])

@@ -78,10 +78,10 @@ type Pinentry struct {
 	Path string
 	// Home is the HOME the programs get.
 	Home string
-	// Plain has the arguments with which this very program runs [Plain], its name
+	// LinePrompt has the arguments with which this very program runs [LinePrompt], its name
 	// first. Empty means that it does not; then pinentry-tty alone asks where nothing
 	// can be drawn.
-	Plain []string
+	LinePrompt []string
 	// NoGrab leaves keyboard and mouse to other windows while the dialogue is
 	// open. Otherwise a graphical pinentry keeps them to itself.
 	NoGrab bool

@@ -57,8 +57,8 @@ func main() {
 		nameProcess("p11-module")
 		os.Exit(module.Main())
 	}
-	if len(os.Args) > 1 && os.Args[1] == plainCommand {
-		os.Exit(pinentry.Plain())
+	if len(os.Args) > 1 && os.Args[1] == linePromptCommand {
+		os.Exit(pinentry.LinePrompt())
 	}
 	// Half a MiB lives in an agent. Less than 3 MiB would have garbage collected so
 	// often that signatures take longer.

@@ -68,8 +68,8 @@ type asker struct {
 	open map[*dialogue]struct{}
 }
 
-// plainCommand is the hidden subcommand that asks in lines on a terminal.
-const plainCommand = "plain-prompt"
+// linePromptCommand is the hidden subcommand that asks in lines on a terminal.
+const linePromptCommand = "plain-prompt"
 
 // promptTurn is asker.turn when the configuration does not say otherwise.
 const promptTurn = time.Minute
@@ -82,11 +82,11 @@ func newAsker(c *config, getenv func(string) string, environ []string, log *slog
 	own := environmentOf(environ)
 	a := &asker{
 		pinentry: &pinentry.Pinentry{
-			Askpass: getenv("SSH_ASKPASS"),
-			Path:    getenv("PATH"),
-			Home:    getenv("HOME"),
-			Plain:   []string{"p11-agent", plainCommand},
-			Log:     log,
+			Askpass:    getenv("SSH_ASKPASS"),
+			Path:       getenv("PATH"),
+			Home:       getenv("HOME"),
+			LinePrompt: []string{"p11-agent", linePromptCommand},
+			Log:        log,
 		},
 		own:      own,
 		userData: getenv("PINENTRY_USER_DATA"),

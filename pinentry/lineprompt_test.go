@@ -15,8 +15,8 @@ import (
 	"golang.org/x/sys/unix"
 )
 
-// plainTest is the argument that makes this test the program of Plain.
-const plainTest = "plain-test"
+// linePromptTest is the argument that makes this test the program of LinePrompt.
+const linePromptTest = "plain-test"
 
 // A person sees what is written to the terminal, and types.
 type person struct {
@@ -73,7 +73,7 @@ func plainStage(t *testing.T) (*stage, *person) {
 	if err := os.Remove(filepath.Join(s.dir, "pinentry-tty")); err != nil {
 		t.Fatal(err)
 	}
-	s.Plain = []string{"pinentry.test", plainTest}
+	s.LinePrompt = []string{"pinentry.test", linePromptTest}
 	far, _ := pty(t)
 	tty, err := os.OpenFile(fmt.Sprintf("/dev/pts/%d", must(unix.IoctlGetInt(int(far.Fd()), unix.TIOCGPTN))), os.O_RDWR|unix.O_NOCTTY, 0)
 	if err != nil {
@@ -96,7 +96,7 @@ func must[T any](v T, err error) T {
 	return v
 }
 
-func TestPlainPIN(t *testing.T) {
+func TestLinePromptPIN(t *testing.T) {
 	s, person := plainStage(t)
 	before := must(unix.IoctlGetTermios(int(s.place.TTY.Fd()), unix.TCGETS))
 	d := s.open(t.Context())
@@ -144,7 +144,7 @@ func answered(p *person, after, text string, ask func() (bool, error)) (bool, er
 	return yes, err
 }
 
-func TestPlainConfirm(t *testing.T) {
+func TestLinePromptConfirm(t *testing.T) {
 	s, person := plainStage(t)
 	d := s.open(t.Context())
 	prompt := Prompt{Description: "Allow it?", OK: "Allow _once", Cancel: "_Deny__", Other: "_Other"}
@@ -167,7 +167,7 @@ func TestPlainConfirm(t *testing.T) {
 }
 
 // A question that is taken back leaves the terminal as it was.
-func TestPlainTakenBack(t *testing.T) {
+func TestLinePromptTakenBack(t *testing.T) {
 	s, person := plainStage(t)
 	before := must(unix.IoctlGetTermios(int(s.place.TTY.Fd()), unix.TCGETS))
 	ctx, cancel := context.WithCancel(t.Context())

@@ -16,18 +16,18 @@ import (
 	"p11-agent/pinentry/secret"
 )
 
-// Plain is the main function of a pinentry program that asks in lines, on a terminal
+// LinePrompt is the main function of a pinentry program that asks in lines, on a terminal
 // that nothing can be drawn on. It speaks pinentry's side of the Assuan protocol on
 // standard input and output, asks on the terminal that it inherits as file 3
 // (Place.TTY), and returns the exit status. It is a process of its own, in a session of
 // its own, as the kernel stops a process that reads from its terminal in the background.
-func Plain() int {
+func LinePrompt() int {
 	tty := os.NewFile(3, "terminal")
 	if tty == nil || !isTerminal(tty) {
 		fmt.Fprintln(os.Stderr, "file 3 is no terminal")
 		return 1
 	}
-	p := &plain{in: os.Stdin, out: os.Stdout, tty: tty}
+	p := &linePrompt{in: os.Stdin, out: os.Stdout, tty: tty}
 	if err := p.serve(); err != nil {
 		fmt.Fprintln(os.Stderr, err)
 		return 1
@@ -35,23 +35,23 @@ func Plain() int {
 	return 0
 }
 
-// plain is such a program. The texts are those of the next question.
-type plain struct {
+// linePrompt is such a program. The texts are those of the next question.
+type linePrompt struct {
 	in, out, tty *os.File
 	text         map[string]string
 }
 
-// What plain answers (libgpg-error, source 5: pinentry).
+// What a linePrompt answers (libgpg-error, source 5: pinentry).
 const (
-	plainCancelled = 5<<24 | codeCanceled
-	plainTimeout   = 5<<24 | codeTimeout
-	plainUnknown   = 5<<24 | codeUnknownCommand
+	linePromptCancelled = 5<<24 | codeCanceled
+	linePromptTimeout   = 5<<24 | codeTimeout
+	linePromptUnknown   = 5<<24 | codeUnknownCommand
 )
 
-// plainWrong is how often something that is neither yes nor no is asked again.
-const plainWrong = 3
+// linePromptWrong is how often something that is neither yes nor no is asked again.
+const linePromptWrong = 3
 
-func (p *plain) serve() error {
+func (p *linePrompt) serve() error {
 	p.text = make(map[string]string)
 	lines := bufio.NewReaderSize(p.in, maxLine) // the agent's: nothing in there is secret
 	if err := p.say("OK Pleased to meet you"); err != nil {
@@ -87,7 +87,7 @@ func (p *plain) serve() error {
 		case "BYE":
 			return p.say("OK closing connection")
 		default:
-			err = &pinentryError{plainUnknown, "Unknown command"}
+			err = &pinentryError{linePromptUnknown, "Unknown command"}
 		}
 		if perr, ok := errors.AsType[*pinentryError](err); ok {
 			err = p.say(fmt.Sprintf("ERR %d %s", perr.number, perr.text))
@@ -100,13 +100,13 @@ func (p *plain) serve() error {
 	}
 }
 
-func (p *plain) say(line string) error {
+func (p *linePrompt) say(line string) error {
 	_, err := p.out.WriteString(line + "\n")
 	return err
 }
 
 // pin asks for a PIN, which is not shown, and sends it.
-func (p *plain) pin() error {
+func (p *linePrompt) pin() error {
 	before, err := unix.IoctlGetTermios(int(p.tty.Fd()), unix.TCGETS)
 	if err != nil {
 		return err
@@ -147,7 +147,7 @@ func unjoined(err error) error {
 }
 
 // send writes a PIN as data, each byte escaped. The bytes stay in locked memory.
-func (p *plain) send(pin *secret.Secret) error {
+func (p *linePrompt) send(pin *secret.Secret) error {
 	const hex = "0123456789ABCDEF"
 	line, err := secret.New(2 + 3*(MaxPIN+2) + 1)
 	if err != nil {
@@ -167,7 +167,7 @@ func (p *plain) send(pin *secret.Secret) error {
 }
 
 // confirm asks for yes or no, or for Enter.
-func (p *plain) confirm(one bool) error {
+func (p *linePrompt) confirm(one bool) error {
 	ok, cancel := button(p.text["SETOK"], "Yes"), button(p.text["SETCANCEL"], "No")
 	question := fmt.Sprintf("%s (y), %s (n)? ", ok, cancel)
 	if one {
@@ -181,7 +181,7 @@ func (p *plain) confirm(one bool) error {
 	if err := unix.IoctlSetInt(int(p.tty.Fd()), unix.TCFLSH, unix.TCIFLUSH); err != nil {
 		return err
 	}
-	for range plainWrong {
+	for range linePromptWrong {
 		if err := p.show(question); err != nil {
 			return err
 		}
@@ -194,10 +194,10 @@ func (p *plain) confirm(one bool) error {
 		case one, bytes.EqualFold(given, []byte("y")), bytes.EqualFold(given, []byte("yes")):
 			return nil
 		case bytes.EqualFold(given, []byte("n")), bytes.EqualFold(given, []byte("no")):
-			return &pinentryError{plainCancelled, "Operation cancelled"}
+			return &pinentryError{linePromptCancelled, "Operation cancelled"}
 		}
 	}
-	return &pinentryError{plainCancelled, "Operation cancelled"}
+	return &pinentryError{linePromptCancelled, "Operation cancelled"}
 }
 
 // button is the text of a button without its marks.
@@ -211,7 +211,7 @@ func button(text, usual string) string {
 }
 
 // show writes the texts of the question, and the line that is answered.
-func (p *plain) show(question string) error {
+func (p *linePrompt) show(question string) error {
 	prompt := Prompt{Description: p.text["SETDESC"], Error: p.text["SETERROR"]}
 	// The cursor may be anywhere in a line.
 	_, err := p.tty.WriteString("\r\n" + strings.ReplaceAll(prompt.withError(), "\n", "\r\n") + "\r\n" + question)
@@ -220,7 +220,7 @@ func (p *plain) show(question string) error {
 
 // line reads what is typed, without the end of the line. The error is a
 // *pinentryError when that is the end of the file or takes longer than SETTIMEOUT says.
-func (p *plain) line(to *secret.Secret) error {
+func (p *linePrompt) line(to *secret.Secret) error {
 	wait := -1
 	if s, err := strconv.Atoi(p.text["SETTIMEOUT"]); err == nil && s > 0 && s <= maxSeconds {
 		wait = s
@@ -240,7 +240,7 @@ func (p *plain) line(to *secret.Secret) error {
 		case err != nil:
 			return err
 		case ready == 0:
-			return &pinentryError{plainTimeout, "Timeout"}
+			return &pinentryError{linePromptTimeout, "Timeout"}
 		case fds[1].Revents != 0:
 			return errors.New("the agent is gone")
 		}
@@ -251,7 +251,7 @@ func (p *plain) line(to *secret.Secret) error {
 		case err != nil:
 			return err
 		case got == 0: // Ctrl-D
-			return &pinentryError{plainCancelled, "Operation cancelled"}
+			return &pinentryError{linePromptCancelled, "Operation cancelled"}
 		case b[n] == '\n' || b[n] == '\r':
 			to.SetLen(n)
 			return nil
