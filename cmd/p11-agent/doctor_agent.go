@@ -22,6 +22,7 @@ import (
 	"golang.org/x/sys/unix"
 
 	"p11-agent/agent/peer"
+	"p11-agent/systemd/install"
 )
 
 // An answering is what is found at the socket of an agent.
@@ -77,7 +78,7 @@ func includeLine() string {
 	if _, err := os.Stat(file); err != nil || !filepath.IsAbs(file) {
 		return ""
 	}
-	return "Include " + homeRelative(file)
+	return install.Include(file)
 }
 
 func isTokenKey(k *sshagent.Key) bool { return strings.HasPrefix(k.Comment, "pkcs11:") }

@@ -8,6 +8,8 @@ import (
 	"os/user"
 	"path/filepath"
 	"strings"
+
+	"p11-agent/systemd/install"
 )
 
 const installUnits = "p11-agent install --user --now  # starts it with the first use, after every login"
@@ -36,7 +38,7 @@ func restartStep(what, units, more string) string {
 
 // findUnits looks at the user's systemd.
 func findUnits(ctx context.Context, r *report) {
-	s, err := ask(ctx, "systemctl", "--user", "show", "--property=Id,LoadState,ActiveState,SubState,UnitFileState,FragmentPath,DropInPaths,Result", socketUnit, serviceUnit)
+	s, err := ask(ctx, "systemctl", "--user", "show", "--property=Id,LoadState,ActiveState,SubState,UnitFileState,FragmentPath,DropInPaths,Result", install.SocketUnit, install.ServiceUnit)
 	switch {
 	case errors.Is(err, exec.ErrNotFound), s.status != nil && !booted():
 		r.ok("systemd does not run here, so the agent is started by hand")
@@ -51,7 +53,7 @@ func findUnits(ctx context.Context, r *report) {
 		return
 	}
 	units := parseUnits(s.out)
-	socket, service := units[socketUnit], units[serviceUnit]
+	socket, service := units[install.SocketUnit], units[install.ServiceUnit]
 	findUnit := func(name string, u map[string]string) {
 		where := u["FragmentPath"]
 		if u["DropInPaths"] != "" {
@@ -69,24 +71,24 @@ func findUnits(ctx context.Context, r *report) {
 				why = "it ended again and again, and is not started any more: " + why
 			}
 			r.bad("%s has failed (%s; %s)", name, why, where).
-				Next("journalctl --user -u %s -n 20  # says why", serviceUnit).
-				Next("systemctl --user reset-failed %s %s && systemctl --user start %s", socketUnit, serviceUnit, socketUnit)
+				Next("journalctl --user -u %s -n 20  # says why", install.ServiceUnit).
+				Next("systemctl --user reset-failed %s %s && systemctl --user start %s", install.SocketUnit, install.ServiceUnit, install.SocketUnit)
 		default:
 			r.detail("%s is %s (%s; %s)", name, u["ActiveState"], u["UnitFileState"], where)
 		}
 	}
-	findUnit(socketUnit, socket)
-	findUnit(serviceUnit, service)
+	findUnit(install.SocketUnit, socket)
+	findUnit(install.ServiceUnit, service)
 	installed := socket["LoadState"] == "loaded"
 	switch {
 	case !installed && service["LoadState"] != "loaded":
 		r.ok("the agent is no unit of the user's service manager").Next("%s", installUnits)
 	case installed && socket["ActiveState"] == "inactive":
-		r.warn("%s is installed and does not listen", socketUnit).Next("systemctl --user enable --now %s", socketUnit)
+		r.warn("%s is installed and does not listen", install.SocketUnit).Next("systemctl --user enable --now %s", install.SocketUnit)
 	case installed && socket["UnitFileState"] == "disabled":
-		r.warn("%s listens now, and will not after the next login", socketUnit).Next("systemctl --user enable %s", socketUnit)
+		r.warn("%s listens now, and will not after the next login", install.SocketUnit).Next("systemctl --user enable %s", install.SocketUnit)
 	case installed && socket["ActiveState"] == "active":
-		r.ok("%s listens", socketUnit)
+		r.ok("%s listens", install.SocketUnit)
 	}
 	findManagerEnvironment(ctx, r, installed || service["LoadState"] == "loaded")
 	if _, err := os.Stat(filepath.Join("/var/lib/systemd/linger", userName())); err == nil {
@@ -117,7 +119,7 @@ func findManagerEnvironment(ctx context.Context, r *report, installed bool) {
 	}
 	if len(missing) > 0 {
 		r.warn("the service manager does not know %s, so an agent that it starts finds no desktop to ask on", strings.Join(missing, " and ")).
-			Next("systemctl --user import-environment DISPLAY WAYLAND_DISPLAY XAUTHORITY; systemctl --user restart %s", serviceUnit)
+			Next("systemctl --user import-environment DISPLAY WAYLAND_DISPLAY XAUTHORITY; systemctl --user restart %s", install.ServiceUnit)
 	}
 	if there[socketVariable] == "" {
 		r.warn("what the service manager starts (editors, desktops) does not know SSH_AUTH_SOCK").

@@ -13,6 +13,8 @@ import (
 	"path/filepath"
 	"strings"
 	"syscall"
+
+	"p11-agent/systemd/install"
 )
 
 // stateSocket is where setup has an agent listen that has no runtime directory. Other
@@ -89,7 +91,12 @@ func (s *setup) startAgent(ctx context.Context) error {
 // written are enabled as well.
 func (s *setup) startUnits(ctx context.Context, _ string) error {
 	var said bytes.Buffer
-	if err := runInstall(context.WithoutCancel(ctx), new(globals), &installOptions{user: true, now: true}, &said, s.stderr); err != nil {
+	ctx = context.WithoutCancel(ctx)
+	in, err := install.New(ctx, installTarget(""), &said, s.stderr)
+	if err != nil {
+		return err
+	}
+	if err := in.Install(ctx, install.Options{Start: true}); err != nil {
 		return err
 	}
 	for line := range strings.Lines(said.String()) {
@@ -97,7 +104,7 @@ func (s *setup) startUnits(ctx context.Context, _ string) error {
 			s.say("  %s", strings.TrimSpace(line))
 		}
 	}
-	if others := rivalUnits(filepath.Join(filepath.Dir(filepath.Dir(defaultConfig())), "systemd", "user")); len(others) > 0 {
+	if others := install.OtherAgents(configHome()); len(others) > 0 {
 		s.say("  note: other agents are enabled, too. To switch them off: systemctl --user mask --now %s", strings.Join(others, " "))
 	}
 	return nil
@@ -132,7 +139,7 @@ func (s *setup) leadSSH(ctx context.Context) error {
 	}
 	own := filepath.Join(filepath.Dir(defaultConfig()), "ssh_config")
 	file := filepath.Join(os.Getenv("HOME"), ".ssh", "config")
-	line := "Include " + homeRelative(own)
+	line := install.Include(own)
 	yes, err := s.offer(ctx, "ssh", done,
 		fmt.Sprintf("have it ask this agent, by this line at the top of %s:", short(file)), line)
 	if err != nil || !yes {
@@ -163,7 +170,7 @@ func writeInclude(own, file, line, socket string) error {
 		if err := os.MkdirAll(filepath.Dir(own), 0o700); err != nil {
 			return err
 		}
-		text := installMarker + "Host *\n    " + identityAgent(socket) + "\n"
+		text := install.Marker + "Host *\n    " + identityAgent(socket) + "\n"
 		if err := writeFile(own, []byte(text), false); err != nil {
 			return err
 		}

@@ -1,0 +1,525 @@
+// Package install writes the units with which systemd starts the agent, and takes them
+// back.
+//
+// It promises that it replaces or removes no file without Marker as its first line,
+// unless it is told to. Each file is replaced as a whole or not at all. What the units
+// say is the business of package systemd; the flags and the places of the user's files
+// are the business of the command.
+package install
+
+import (
+	"bytes"
+	"cmp"
+	"context"
+	"errors"
+	"fmt"
+	"io"
+	"io/fs"
+	"os"
+	"os/exec"
+	"path/filepath"
+	"regexp"
+	"slices"
+	"strings"
+	"syscall"
+	"time"
+
+	"p11-agent/systemd"
+)
+
+// Marker is the first line of every file that install writes. By this line it
+// recognizes its files.
+const Marker = `# Written by "p11-agent install", which "p11-agent uninstall" undoes. Without this line the file is yours.` + "\n"
+
+// The names of the units of a user's agent.
+const (
+	SocketUnit  = "p11-agent.socket"
+	ServiceUnit = "p11-agent.service"
+)
+
+// sshConfig is where the piece of ssh_config(5) goes, in the directory of the user's
+// configuration.
+const sshConfig = "p11-agent/ssh_config"
+
+// systemName matches the names that an agent of the system can have: systemd writes
+// them as they are, and none is a path.
+var systemName = regexp.MustCompile(`^[A-Za-z0-9_][A-Za-z0-9_.]{0,63}$`)
+
+// ValidName tells whether an agent of the system can have this name.
+func ValidName(name string) bool { return systemName.MatchString(name) }
+
+// A file is one file of an installation.
+type file struct {
+	path string
+	from string // for systemd.Shipped
+	text []byte // with the marker
+	mode fs.FileMode
+}
+
+// A Target is the agent that systemd is to start, and where its files go.
+type Target struct {
+	// System is the name of an agent of the system; empty: the agent of this user.
+	System string
+	// ConfigHome is the directory of the user's configuration, an absolute path. Empty:
+	// there is none. An agent of the system does not need it.
+	ConfigHome string
+	// Socket is where the user's agent listens. Empty: this is no session of systemd's.
+	Socket string
+	// Answers tells whether an agent answers at a socket.
+	Answers func(ctx context.Context, socket string) bool
+}
+
+// An Installation is the files that belong to one agent, and the systemctl of its
+// service manager. One goroutine uses it.
+type Installation struct {
+	target  Target
+	ctl     func(args ...string) error
+	program string
+
+	unit    string // to be enabled
+	units   []file
+	others  []file
+	foreign []string // units of a package or of the administrator, which are used in place of units
+
+	out io.Writer
+}
+
+// New finds the files of an agent. It changes nothing. What is done is told on out, and
+// what systemctl says on stderr.
+func New(ctx context.Context, target Target, out, stderr io.Writer) (*Installation, error) {
+	program, err := os.Executable()
+	if err == nil {
+		program, err = filepath.EvalSymlinks(program)
+	}
+	if err != nil {
+		return nil, fmt.Errorf("find this program's own file: %w", err)
+	}
+	in := &Installation{target: target, program: program, out: out}
+	in.ctl = func(args ...string) error {
+		if target.System == "" {
+			args = append([]string{"--user"}, args...)
+		}
+		return systemctl(ctx, stderr, args...)
+	}
+	if target.System == "" {
+		return in, in.forUser()
+	}
+	return in, in.forSystem()
+}
+
+// forUser fills in what belongs to the agent of this user.
+func (in *Installation) forUser() error {
+	config := in.target.ConfigHome
+	if !filepath.IsAbs(config) {
+		return errors.New("neither XDG_CONFIG_HOME nor HOME says where your configuration is")
+	}
+	in.unit = SocketUnit
+	return in.add(filepath.Join(config, "systemd", "user"), "user", []string{systemd.UserSocket, systemd.UserService},
+		map[string]string{
+			filepath.Join(config, "environment.d", "50-p11-agent.conf"): systemd.Environment,
+			filepath.Join(config, sshConfig):                            systemd.SSHConfig,
+		}, 0o700)
+}
+
+// forSystem fills in what belongs to an agent of the system.
+func (in *Installation) forSystem() error {
+	if os.Geteuid() != 0 {
+		return errors.New("only root can do that: --system changes /etc/systemd/system")
+	}
+	for _, dir := range []string{"/home/", "/root/", "/run/", "/tmp/", "/var/tmp/"} {
+		if strings.HasPrefix(in.program, dir) {
+			return fmt.Errorf("the agent of the system cannot be started from %s, as its unit hides that: install the program first (make install)", in.program)
+		}
+	}
+	in.unit = "p11-agent@" + in.target.System + ".socket"
+	sysusers := map[string]string{"/etc/sysusers.d/p11-agent.conf": systemd.Sysusers}
+	if slices.ContainsFunc([]string{"/usr/lib/sysusers.d", "/usr/local/lib/sysusers.d"}, func(dir string) bool {
+		_, err := os.Stat(filepath.Join(dir, "p11-agent.conf"))
+		return err == nil
+	}) {
+		sysusers = nil
+	}
+	return in.add("/etc/systemd/system", "system", []string{systemd.SystemSocket, systemd.SystemService}, sysusers, 0o755)
+}
+
+// add fills in the units, which go to dir, and the other files.
+func (in *Installation) add(dir, manager string, units []string, others map[string]string, mode fs.FileMode) error {
+	read := func(path, from string) (file, error) {
+		text, err := systemd.Shipped(from, in.program)
+		if err != nil {
+			return file{}, fmt.Errorf("have systemd start this program: %w", err)
+		}
+		return file{path: path, from: from, text: append([]byte(Marker), text...), mode: mode}, nil
+	}
+	for _, from := range units {
+		f, err := read(filepath.Join(dir, filepath.Base(from)), from)
+		if err != nil {
+			return err
+		}
+		in.units = append(in.units, f)
+	}
+	for path, from := range others {
+		f, err := read(path, from)
+		if err != nil {
+			return err
+		}
+		in.others = append(in.others, f)
+	}
+	slices.SortFunc(in.others, func(a, b file) int { return cmp.Compare(a.path, b.path) })
+	for _, prefix := range []string{"/etc", "/run", "/usr/local/lib", "/usr/lib"} {
+		other := filepath.Join(prefix, "systemd", manager)
+		if other == dir {
+			continue
+		}
+		var found []string
+		for _, f := range in.units {
+			path := filepath.Join(other, filepath.Base(f.path))
+			if _, err := os.Stat(path); err == nil {
+				found = append(found, path)
+			}
+		}
+		if len(found) == len(in.units) {
+			in.foreign = found
+			break
+		}
+	}
+	return nil
+}
+
+// files returns the files to write.
+func (in *Installation) files() []file {
+	if len(in.foreign) > 0 {
+		return in.others
+	}
+	return slices.Concat(in.units, in.others)
+}
+
+// Print shows the files that Install would write.
+func (in *Installation) Print() {
+	for _, f := range in.files() {
+		fmt.Fprintf(in.out, "# %s\n%s\n", f.path, f.text)
+	}
+	in.sayForeign()
+}
+
+// Options are what Install does beside writing files that are missing or its own.
+type Options struct {
+	Start bool // has systemd read, enable and start the units
+	Force bool // replaces files that install has not written, too
+}
+
+// Install writes the files, and has systemd start the agent or tells how to do that.
+// It writes nothing when one of the files may not be replaced, or the agent is to be
+// started and cannot be.
+func (in *Installation) Install(ctx context.Context, o Options) error {
+	if o.Start {
+		if err := in.mayStart(ctx); err != nil {
+			return err
+		}
+	}
+	changed, err := in.write(in.files(), o.Force)
+	if err != nil {
+		return err
+	}
+	in.sayForeign()
+	if len(in.foreign) > 0 {
+		// Those of an earlier installation would hide the others.
+		for _, f := range in.units {
+			if ours, err := isOurs(f.path); err == nil && ours {
+				if err := os.Remove(f.path); err != nil {
+					return err
+				}
+				changed = true
+				fmt.Fprintf(in.out, "removed %s, which was written before\n", f.path)
+			}
+		}
+	}
+	if in.target.System != "" {
+		return in.finishSystem(o.Start, changed)
+	}
+	return in.finishUser(o.Start, changed)
+}
+
+// sayForeign names the units that are used in place of ones of our own.
+func (in *Installation) sayForeign() {
+	if len(in.foreign) == 0 {
+		return
+	}
+	fmt.Fprintf(in.out, "the units are there already: %s\n", strings.Join(in.foreign, ", "))
+	for _, path := range in.foreign {
+		text, err := os.ReadFile(path)
+		if err != nil {
+			continue
+		}
+		if m := regexp.MustCompile(`(?m)^ExecStart=(\S+)`).FindSubmatch(text); m != nil && string(m[1]) != in.program {
+			fmt.Fprintf(in.out, "note: they start %s, and this program is %s\n", m[1], in.program)
+		}
+	}
+}
+
+// mayStart tells why the agent should not be started now.
+func (in *Installation) mayStart(ctx context.Context) error {
+	if name := in.target.System; name != "" {
+		for _, file := range []string{"/etc/p11-agent/" + name + ".toml", "/etc/p11-agent/" + name + ".pin"} {
+			if _, err := os.Stat(file); err != nil {
+				return fmt.Errorf("%w: the agent needs it, see HOST KEYS in p11-agent(1); without --now the units can be written before it is there", err)
+			}
+		}
+		return nil
+	}
+	if in.target.Socket == "" {
+		return errors.New("XDG_RUNTIME_DIR is not set, so this is no session that systemd knows of: log in anew (not by su or sudo), or leave --now out")
+	}
+	if in.ctl("is-active", "--quiet", SocketUnit) == nil {
+		return nil // it is what answers
+	}
+	// systemd would take the socket from under another agent without asking.
+	ctx, cancel := context.WithTimeout(ctx, 2*time.Second)
+	defer cancel()
+	if in.target.Answers(ctx, in.target.Socket) {
+		return fmt.Errorf("an agent that systemd has not started answers at %s: end it first (p11-agent agent -k)", in.target.Socket)
+	}
+	return nil
+}
+
+// write writes the files, all or, where one may not be replaced, none.
+func (in *Installation) write(files []file, force bool) (changed bool, err error) {
+	for _, f := range files {
+		switch ours, err := isOurs(f.path); {
+		case errors.Is(err, fs.ErrNotExist):
+		case err != nil:
+			return false, err
+		case !ours && !force:
+			return false, fmt.Errorf("%s is there and was not written by this command: move it away, or replace it with --force", f.path)
+		}
+	}
+	for _, f := range files {
+		was, err := os.ReadFile(f.path)
+		if ours, _ := isOurs(f.path); err == nil && ours && bytes.Equal(was, f.text) {
+			fmt.Fprintf(in.out, "unchanged: %s\n", f.path)
+			continue
+		}
+		if err := f.write(); err != nil {
+			return changed, err
+		}
+		changed = true
+		fmt.Fprintf(in.out, "wrote %s\n", f.path)
+	}
+	return changed, nil
+}
+
+// isOurs tells whether install has written a file. A link is none, wherever it
+// leads.
+func isOurs(path string) (bool, error) {
+	st, err := os.Lstat(path)
+	if err != nil {
+		return false, err
+	}
+	if !st.Mode().IsRegular() {
+		return false, nil
+	}
+	f, err := os.Open(path)
+	if err != nil {
+		return false, err
+	}
+	defer f.Close()
+	first := make([]byte, len(Marker))
+	if _, err := io.ReadFull(f, first); err != nil && !errors.Is(err, io.EOF) && !errors.Is(err, io.ErrUnexpectedEOF) {
+		return false, err
+	}
+	return string(first) == Marker, nil
+}
+
+// write replaces the file as a whole or not at all.
+func (f file) write() (err error) {
+	dir := filepath.Dir(f.path)
+	if err := os.MkdirAll(dir, f.mode); err != nil {
+		return err
+	}
+	tmp, err := os.CreateTemp(dir, ".p11-agent-*")
+	if err != nil {
+		return err
+	}
+	defer func() {
+		if err != nil {
+			_ = os.Remove(tmp.Name())
+		}
+	}()
+	_, err = tmp.Write(f.text)
+	err = errors.Join(err, tmp.Chmod(0o644), tmp.Sync(), tmp.Close())
+	if err != nil {
+		return fmt.Errorf("write %s: %w", f.path, err)
+	}
+	return os.Rename(tmp.Name(), f.path)
+}
+
+// finishUser starts the agent, or says how, and how ssh finds it.
+func (in *Installation) finishUser(start, changed bool) error {
+	if start {
+		if err := in.start(changed, ServiceUnit); err != nil {
+			return err
+		}
+	} else {
+		fmt.Fprintf(in.out, "\nTo have systemd use them:\n\n    systemctl --user daemon-reload\n    systemctl --user enable --now %s\n", in.unit)
+	}
+	fmt.Fprintf(in.out, `
+From the next login on, SSH_AUTH_SOCK leads to the agent in what systemd starts for you, as
+desktops do. For shells of the console and of ssh this line belongs into ~/.profile:
+
+    export SSH_AUTH_SOCK="$XDG_RUNTIME_DIR/p11-agent/agent.sock"
+
+Whatever that variable says, this line at the top of ~/.ssh/config makes ssh ask this agent:
+
+    %s
+`, Include(filepath.Join(in.target.ConfigHome, sshConfig)))
+	if others := OtherAgents(in.target.ConfigHome); len(others) > 0 {
+		all := strings.Join(others, " ")
+		fmt.Fprintf(in.out, "\nnote: other agents are enabled, too, and may set SSH_AUTH_SOCK: %s. To switch them off:\n\n    systemctl --user mask --now %s\n", all, all)
+	}
+	return nil
+}
+
+// finishSystem starts the agent, or says how.
+func (in *Installation) finishSystem(start, changed bool) error {
+	if start {
+		if err := run(in.out, "systemd-sysusers"); err != nil {
+			return err
+		}
+		return in.start(changed, strings.TrimSuffix(in.unit, "socket")+"service")
+	}
+	fmt.Fprintf(in.out, `
+The agent reads /etc/p11-agent/%[1]s.toml, and the PIN from /etc/p11-agent/%[1]s.pin, which root
+alone should be able to read; HOST KEYS in p11-agent(1) has an example. Then:
+
+    systemd-sysusers
+    systemctl daemon-reload
+    systemctl enable --now %[2]s
+`, in.target.System, in.unit)
+	return nil
+}
+
+// start has systemd read, enable and start the units. changed: a service that
+// runs is started anew.
+func (in *Installation) start(changed bool, service string) error {
+	if err := in.ctl("daemon-reload"); err != nil {
+		return err
+	}
+	if err := in.ctl("enable", "--now", in.unit); err != nil {
+		return err
+	}
+	if changed {
+		if err := in.ctl("try-restart", service); err != nil {
+			return err
+		}
+	}
+	fmt.Fprintf(in.out, "%s is enabled and listens\n", in.unit)
+	return nil
+}
+
+// Remove stops and disables the agent, and removes the files that Install has written.
+func (in *Installation) Remove() error {
+	// Where systemd is not there, or does not know the unit, nothing has to be
+	// stopped; what is left of it is removed below.
+	stopped := in.ctl("disable", "--now", in.unit) == nil
+	files := append(slices.Clone(in.units), in.others...)
+	if in.target.System != "" {
+		// The template, and its user, may serve others.
+		links, err := filepath.Glob("/etc/systemd/system/sockets.target.wants/p11-agent@*.socket")
+		if err != nil {
+			return err
+		}
+		links = slices.DeleteFunc(links, func(link string) bool { return filepath.Base(link) == in.unit })
+		if len(links) > 0 {
+			fmt.Fprintf(in.out, "the units stay, for %s\n", filepath.Base(links[0]))
+			files = nil
+		}
+	}
+	if !stopped {
+		link := filepath.Join(filepath.Dir(in.units[0].path), "sockets.target.wants", in.unit)
+		if to, err := os.Readlink(link); err == nil && filepath.Base(to) == filepath.Base(in.units[0].path) {
+			if err := os.Remove(link); err != nil {
+				return err
+			}
+			fmt.Fprintf(in.out, "removed %s\n", link)
+		}
+	}
+	var kept []error
+	for _, f := range files {
+		switch ours, err := isOurs(f.path); {
+		case errors.Is(err, fs.ErrNotExist):
+		case err != nil:
+			kept = append(kept, err)
+		case !ours:
+			fmt.Fprintf(in.out, "left %s, which install has not written\n", f.path)
+		default:
+			if err := os.Remove(f.path); err != nil {
+				kept = append(kept, err)
+				continue
+			}
+			fmt.Fprintf(in.out, "removed %s\n", f.path)
+		}
+	}
+	if stopped {
+		if err := in.ctl("daemon-reload"); err != nil {
+			kept = append(kept, err)
+		}
+	}
+	return errors.Join(kept...)
+}
+
+// systemctl runs systemctl. What it says goes to the person.
+func systemctl(ctx context.Context, stderr io.Writer, args ...string) error {
+	cmd := exec.CommandContext(ctx, "systemctl", args...)
+	cmd.Stderr = stderr
+	// Ctrl-C is for this program: what systemctl has begun, it ends.
+	cmd.SysProcAttr = &syscall.SysProcAttr{Setpgid: true}
+	if err := cmd.Run(); err != nil {
+		return fmt.Errorf("systemctl %s: %w", strings.Join(args, " "), err)
+	}
+	return nil
+}
+
+// run runs a program of systemd's.
+func run(out io.Writer, name string) error {
+	cmd := exec.Command(name)
+	cmd.Stdout, cmd.Stderr = out, out
+	if err := cmd.Run(); err != nil {
+		return fmt.Errorf("%s: %w", name, err)
+	}
+	return nil
+}
+
+// OtherAgents returns the units of other agents that are enabled for this user.
+// configHome is the directory of the user's configuration.
+func OtherAgents(configHome string) (found []string) {
+	own := filepath.Join(configHome, "systemd", "user")
+	dirs := []string{own, "/etc/systemd/user", "/run/systemd/user", "/usr/local/lib/systemd/user", "/usr/lib/systemd/user"}
+	for _, unit := range []string{
+		"gcr-ssh-agent.socket", "gcr-ssh-agent.service", "gpg-agent-ssh.socket", "ssh-agent.socket", "ssh-agent.service",
+		"ssh-tpm-agent.socket", "yubikey-agent.service",
+	} {
+		if to, err := os.Readlink(filepath.Join(own, unit)); err == nil && to == os.DevNull {
+			continue // masked
+		}
+		if slices.ContainsFunc(dirs, func(dir string) bool {
+			links, err := filepath.Glob(filepath.Join(dir, "*.wants", unit))
+			return err == nil && len(links) > 0
+		}) {
+			found = append(found, unit)
+		}
+	}
+	return found
+}
+
+// Include returns the line that has ssh_config(5) include a file.
+func Include(file string) string {
+	if home := os.Getenv("HOME"); home != "" {
+		if rest, ok := strings.CutPrefix(file, filepath.Clean(home)+"/"); ok {
+			file = "~/" + rest
+		}
+	}
+	if strings.ContainsAny(file, " \t") {
+		file = `"` + file + `"`
+	}
+	return "Include " + file
+}
