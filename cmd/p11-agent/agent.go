@@ -28,6 +28,7 @@ import (
 	"p11-agent/agent"
 	"p11-agent/agent/logfold"
 	"p11-agent/agent/sshagent"
+	"p11-agent/cmd/p11-agent/exit"
 	"p11-agent/systemd"
 	"p11-agent/token"
 	"p11-agent/token/module/undumpable"
@@ -101,7 +102,7 @@ func fingerprints(hash string) (func(ssh.PublicKey) string, error) {
 
 func runAgent(ctx context.Context, g *globals, o *agentOptions, command []string, out io.Writer) (err error) {
 	if o.csh && o.sh {
-		return &usageError{errors.New("-c and -s exclude each other")}
+		return exit.Usage(errors.New("-c and -s exclude each other"))
 	}
 	shell := bourne
 	if o.csh || !o.sh && strings.HasSuffix(os.Getenv("SHELL"), "csh") {
@@ -109,7 +110,7 @@ func runAgent(ctx context.Context, g *globals, o *agentOptions, command []string
 	}
 	if o.kill {
 		if len(command) > 0 {
-			return &usageError{errors.New("-k takes no command")}
+			return exit.Usage(errors.New("-k takes no command"))
 		}
 		return killAgent(shell, out)
 	}
@@ -122,9 +123,9 @@ func runAgent(ctx context.Context, g *globals, o *agentOptions, command []string
 	foreground := o.foreground || o.debug
 	switch {
 	case o.foreground && o.debug:
-		return &usageError{errors.New("-D and -d exclude each other")}
+		return exit.Usage(errors.New("-D and -d exclude each other"))
 	case len(command) > 0 && (foreground || o.csh || o.sh):
-		return &usageError{errors.New("-c, -D, -d and -s take no command")}
+		return exit.Usage(errors.New("-c, -D, -d and -s take no command"))
 	}
 	s := &service{globals: g, lifetime: o.lifetime.Duration, system: o.system, warn: warn}
 	if o.allow.given {
@@ -134,7 +135,7 @@ func runAgent(ctx context.Context, g *globals, o *agentOptions, command []string
 	// Scripts start ssh-agent where another one runs, and expect it to have a socket.
 	s.elsewhere = calledSSHAgent() && o.socket == "" && !o.system
 	if s.fingerprint, err = fingerprints(o.hash); err != nil {
-		return &usageError{err}
+		return exit.Usage(err)
 	}
 	for _, option := range o.options {
 		switch option {
@@ -146,7 +147,7 @@ func runAgent(ctx context.Context, g *globals, o *agentOptions, command []string
 			if strings.HasPrefix(option, "websafe-allow=") {
 				continue // of OpenSSH 10.5, about the same keys
 			}
-			return &usageError{fmt.Errorf("-O %s: there is no such option", option)}
+			return exit.Usage(fmt.Errorf("-O %s: there is no such option", option))
 		}
 	}
 	if o.system {
@@ -610,7 +611,7 @@ func harden(log *slog.Logger) error {
 	signal.Notify(crashes, crashSignals...)
 	go func() { // until the process ends
 		log.Error("agent ended by a signal", "signal", (<-crashes).String())
-		os.Exit(exitFailure)
+		os.Exit(exit.CodeFailure)
 	}()
 	if err := undumpable.Enforce(); err != nil {
 		return err

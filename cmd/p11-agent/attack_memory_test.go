@@ -15,6 +15,8 @@ import (
 	"testing"
 
 	"golang.org/x/sys/unix"
+
+	"p11-agent/cmd/p11-agent/exit"
 )
 
 func init() {
@@ -231,7 +233,7 @@ func TestAttack12Tracer(t *testing.T) {
 			if err != nil {
 				t.Fatal(err)
 			}
-			if !status.Exited() || status.ExitStatus() != exitFailure || !bytes.Contains(b, []byte(" traces this one")) {
+			if !status.Exited() || status.ExitStatus() != exit.CodeFailure || !bytes.Contains(b, []byte(" traces this one")) {
 				t.Errorf("it ends with %#x and says %q", status, b)
 			}
 		})

@@ -20,6 +20,7 @@ import (
 
 	"p11-agent/agent/logfold"
 	"p11-agent/agent/sshagent"
+	"p11-agent/cmd/p11-agent/exit"
 )
 
 // shell is how a shell sets variables.
@@ -141,7 +142,7 @@ func noCommand(name string, err error) error {
 	if does == "" {
 		return failed
 	}
-	return &advisedError{failed, what + does}
+	return exit.WithHint(failed, what + does)
 }
 
 // startInBackground starts the agent as a process of its own and waits until it
@@ -250,7 +251,7 @@ func (s *service) runInBackground(ctx context.Context, c *child) error {
 		_, werr := fmt.Fprintln(report, kind+strings.ReplaceAll(err.Error(), "\n", "; "))
 		return werr
 	}
-	fail := func(err error) error { return errors.Join(statusError(exitFailure), tell("", err)) }
+	fail := func(err error) error { return errors.Join(exit.Status(exit.CodeFailure), tell("", err)) }
 	s.warn = func(err error) { _ = tell(reportWarning, err) } // the starter may have gone
 	ctx, cancel := context.WithCancel(ctx)
 	defer cancel()
@@ -281,7 +282,7 @@ func (s *service) runInBackground(ctx context.Context, c *child) error {
 	_ = report.Close()
 	if err := s.serve(ctx, []listener{l}); err != nil {
 		s.log.Error("agent ended", "reason", err)
-		return statusError(exitFailure)
+		return exit.Status(exit.CodeFailure)
 	}
 	return nil
 }

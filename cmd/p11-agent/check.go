@@ -14,6 +14,7 @@ import (
 
 	"github.com/spf13/cobra"
 
+	"p11-agent/cmd/p11-agent/exit"
 	"p11-agent/token"
 	"p11-agent/token/pkcs11uri"
 	"p11-agent/token/registry"
@@ -49,7 +50,7 @@ func runCheck(ctx context.Context, g *globals, o *checkOptions, out, stderr io.W
 	if o.json {
 		if _, err := loadConfig(g.config); err != nil {
 			findConfiguration(conf, g.config)
-			return cmp.Or(printReportsJSON(out, []*report{conf}), error(statusError(exitUsage)))
+			return cmp.Or(printReportsJSON(out, []*report{conf}), error(exit.Status(exit.CodeUsage)))
 		}
 	}
 	c, err := loadConfig(g.config)
@@ -78,7 +79,7 @@ func runCheck(ctx context.Context, g *globals, o *checkOptions, out, stderr io.W
 			return err
 		}
 		if verdict(reports...) != nil {
-			return statusError(exitFailure)
+			return exit.Status(exit.CodeFailure)
 		}
 		return nil
 	}

@@ -13,6 +13,7 @@ import (
 
 	"github.com/spf13/cobra"
 
+	"p11-agent/cmd/p11-agent/exit"
 	"p11-agent/token"
 	"p11-agent/token/pkcs11uri"
 	"p11-agent/token/wire"
@@ -42,10 +43,10 @@ Packages and "make install" install the scripts.`,
 		ValidArgs: shells,
 		Args: func(_ *cobra.Command, args []string) error {
 			if len(args) != 1 {
-				return &usageError{errors.New("one shell has to be given: bash, zsh or fish")}
+				return exit.Usage(errors.New("one shell has to be given: bash, zsh or fish"))
 			}
 			if !slices.Contains(shells, args[0]) {
-				return &usageError{fmt.Errorf("there is no completion for the shell %q: name bash, zsh or fish", args[0])}
+				return exit.Usage(fmt.Errorf("there is no completion for the shell %q: name bash, zsh or fish", args[0]))
 			}
 			return nil
 		},

@@ -21,6 +21,7 @@ import (
 	"golang.org/x/crypto/ssh"
 
 	"p11-agent/agent"
+	"p11-agent/cmd/p11-agent/exit"
 	"p11-agent/token"
 	"p11-agent/token/pkcs11uri"
 	"p11-agent/token/registry"
@@ -358,8 +359,11 @@ func (e *configError) Error() string {
 	return fmt.Sprintf("%s:%d:%d: %s", e.File, e.Line, e.Col, e.Text)
 }
 
-// hint says what to do about it.
-func (e *configError) hint() string { return e.Advice }
+// Hint says what to do about it.
+func (e *configError) Hint() string { return e.Advice }
+
+// ExitCode tells that the configuration is wrong.
+func (e *configError) ExitCode() int { return exit.CodeUsage }
 
 // defaultConfig is where the configuration file is when nobody says otherwise,
 // or nothing when there is no home directory.

@@ -21,6 +21,7 @@ import (
 
 	"github.com/spf13/cobra"
 
+	"p11-agent/cmd/p11-agent/exit"
 	"p11-agent/token/registry"
 )
 
@@ -127,7 +128,7 @@ func runDemo(ctx context.Context, o *demoOptions, out io.Writer) (err error) {
 	}
 	d.say("\n%d passed, %d failed", d.passed, d.failed)
 	if d.failed > 0 {
-		return statusError(exitFailure)
+		return exit.Status(exit.CodeFailure)
 	}
 	return nil
 }

@@ -17,6 +17,7 @@ import (
 
 	"github.com/spf13/cobra"
 
+	"p11-agent/cmd/p11-agent/exit"
 	"p11-agent/token"
 )
 
@@ -91,7 +92,7 @@ func runDoctor(ctx context.Context, g *globals, o *doctorOptions, out io.Writer)
 			return err
 		}
 		if verdict(reports...) != nil {
-			return statusError(exitFailure)
+			return exit.Status(exit.CodeFailure)
 		}
 		return nil
 	}
@@ -110,13 +111,10 @@ func findConfiguration(r *report, file string) *config {
 		findSources(r, c)
 		return c
 	}
-	for _, e := range unjoin(err) {
+	for _, e := range exit.Each(err) {
 		f := r.bad("%v", e)
-		if h, ok := errors.AsType[interface {
-			error
-			hint() string
-		}](e); ok {
-			f.Next("%s", h.hint())
+		if hint := exit.Hint(e); hint != "" {
+			f.Next("%s", hint)
 		}
 		if len(f.next) == 0 {
 			f.Next("put it right: p11-agent.toml(5) says what can be there; the agent does not start like this")

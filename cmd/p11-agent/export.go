@@ -22,6 +22,7 @@ import (
 	"golang.org/x/sys/unix"
 
 	"p11-agent/agent"
+	"p11-agent/cmd/p11-agent/exit"
 	"p11-agent/token"
 	"p11-agent/token/pkcs11uri"
 )
@@ -117,9 +118,9 @@ func runExport(ctx context.Context, g *globals, o *exportOptions, args []string,
 	case o.signers:
 		return printSigners(out, keys, o)
 	case o.git && len(keys) > 1:
-		return &usageError{fmt.Errorf("git signs with one key, and these are %d: name it by its URI, such as %s", len(keys), quote(keys[0].key.URI()))}
+		return exit.Usage(fmt.Errorf("git signs with one key, and these are %d: name it by its URI, such as %s", len(keys), quote(keys[0].key.URI())))
 	case strings.ContainsAny(dir, "\"'\n$"):
-		return &usageError{fmt.Errorf("the name of the directory %q has characters that ssh's and git's configuration cannot have", dir)}
+		return exit.Usage(fmt.Errorf("the name of the directory %q has characters that ssh's and git's configuration cannot have", dir))
 	}
 	if err := writeKeys(stderr, keys, dir, o.force); err != nil {
 		return err
@@ -135,14 +136,14 @@ func runExport(ctx context.Context, g *globals, o *exportOptions, args []string,
 
 // aboutHosts adds to the error for a label that no token has that it may be a host.
 func aboutHosts(err error, args []string) error {
-	advice, ok := errors.AsType[*advisedError](err)
+	hint := exit.Hint(err)
 	i := slices.IndexFunc(args, func(a string) bool { return strings.HasPrefix(err.Error(), "pkcs11:token="+a+":") })
-	if !ok || i < 0 {
+	if hint == "" || i < 0 {
 		return err
 	}
-	return &usageError{&advisedError{
-		fmt.Errorf("no token with a key has the label %[1]q; %[1]q is no pkcs11: URI, and hosts go with --ssh-config", args[i]), advice.advice,
-	}}
+	return exit.Usage(exit.WithHint(
+		fmt.Errorf("no token with a key has the label %[1]q; %[1]q is no pkcs11: URI, and hosts go with --ssh-config", args[i]), hint,
+	))
 }
 
 // overview tells whether nothing was said of what is to be done.
@@ -167,22 +168,22 @@ func (o *exportOptions) arguments(args []string) (uris []*pkcs11uri.URI, hosts [
 	}
 	switch {
 	case modes > 1:
-		return nil, nil, &usageError{errors.New("--ssh-config, --git and --allowed-signers exclude each other")}
+		return nil, nil, exit.Usage(errors.New("--ssh-config, --git and --allowed-signers exclude each other"))
 	case o.namespace != "" && !o.signers:
-		return nil, nil, &usageError{errors.New("--namespace goes with --allowed-signers")}
+		return nil, nil, exit.Usage(errors.New("--namespace goes with --allowed-signers"))
 	case o.namespace != "" && !namespacePattern.MatchString(o.namespace):
-		return nil, nil, &usageError{fmt.Errorf("%q is no namespace", o.namespace)}
+		return nil, nil, exit.Usage(fmt.Errorf("%q is no namespace", o.namespace))
 	case o.signers && o.principal == "":
-		return nil, nil, &usageError{errors.New("--allowed-signers wants the name of the signer: an e-mail address, as \"git config user.email\" prints it once it is set")}
+		return nil, nil, exit.Usage(errors.New("--allowed-signers wants the name of the signer: an e-mail address, as \"git config user.email\" prints it once it is set"))
 	case o.signers && !principalPattern.MatchString(o.principal):
-		return nil, nil, &usageError{fmt.Errorf("%q is no principal: it is a name without blanks, such as an e-mail address", o.principal)}
+		return nil, nil, exit.Usage(fmt.Errorf("%q is no principal: it is a name without blanks, such as an e-mail address", o.principal))
 	case o.signers && (o.dir != "" || o.force):
-		return nil, nil, &usageError{errors.New("--allowed-signers writes no files: --dir and --force mean nothing")}
+		return nil, nil, exit.Usage(errors.New("--allowed-signers writes no files: --dir and --force mean nothing"))
 	}
 	for _, a := range args {
 		if o.sshConfig && !pkcs11uri.IsURI([]byte(a)) {
 			if !hostPattern.MatchString(a) {
-				return nil, nil, &usageError{fmt.Errorf("%q is no name of a host", a)}
+				return nil, nil, exit.Usage(fmt.Errorf("%q is no name of a host", a))
 			}
 			hosts = append(hosts, a)
 			continue
@@ -464,7 +465,7 @@ func cannotWrite(path string, err error) error {
 	if l, ok := errors.AsType[*os.LinkError](err); ok {
 		err = l.Err
 	}
-	return &advisedError{fmt.Errorf("cannot write %s: %w", path, err), "--dir names another directory"}
+	return exit.WithHint(fmt.Errorf("cannot write %s: %w", path, err), "--dir names another directory")
 }
 
 // existsError says that a file has something else in it.
@@ -474,7 +475,7 @@ func (e *existsError) Error() string {
 	return fmt.Sprintf("%s has something else in it, and is left as it is", e.file)
 }
 
-func (e *existsError) hint() string {
+func (e *existsError) Hint() string {
 	return fmt.Sprintf("--force replaces it; or give the key another name in the configuration:\n[[key]]\nuri = %q\nname = \"...\"", e.uri)
 }
 

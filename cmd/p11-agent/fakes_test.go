@@ -44,15 +44,15 @@ func newFake(name string) *fake {
 	return &fake{dir: filepath.Join(os.Getenv("HOME"), name), in: bufio.NewReader(os.Stdin)}
 }
 
-// exit leaves at once: os.Exit takes a second under the race detector.
-func exit(status int) {
+// leave ends the process at once: os.Exit takes a second under the race detector.
+func leave(status int) {
 	_, _, _ = syscall.RawSyscall(syscall.SYS_EXIT_GROUP, uintptr(status), 0, 0)
 }
 
 // die ends a fake that does not work, so that the story fails.
 func die(err error) {
 	fmt.Fprintln(os.Stderr, "fake:", err)
-	exit(3)
+	leave(3)
 }
 
 func (f *fake) add(file, line string) {
@@ -112,7 +112,7 @@ func (f *fake) wait() {
 			return
 		}
 	}
-	exit(0)
+	leave(0)
 }
 
 // keepEnvironment notes what the program was started with.
@@ -129,14 +129,14 @@ func fakePinentry() {
 	f.keepEnvironment()
 	if _, err := os.Stat(filepath.Join(f.dir, "dead")); err == nil {
 		fmt.Fprintln(os.Stderr, "the display is gone")
-		exit(1)
+		leave(1)
 	}
 	refused, _ := os.ReadFile(filepath.Join(f.dir, "refused"))
 	fmt.Println("OK Pleased to meet you")
 	for {
 		line, err := f.in.ReadString('\n')
 		if err != nil {
-			exit(0)
+			leave(0)
 		}
 		line = strings.TrimSuffix(line, "\n")
 		f.add("log", line)
@@ -156,13 +156,13 @@ func fakePinentry() {
 			case "last":
 				fmt.Printf("D %s\nOK\n", text)
 				f.add("dead", "")
-				exit(0)
+				leave(0)
 			case "later":
 				f.wait()
 				fmt.Printf("D %s\nOK\n", text)
 			case "stay":
 				_, _ = io.Copy(io.Discard, f.in) // until the agent hangs up
-				exit(0)
+				leave(0)
 			case "ok":
 				fmt.Println("OK")
 			case "ok-later":
@@ -182,7 +182,7 @@ func fakePinentry() {
 			fmt.Println("OK")
 		case "BYE":
 			fmt.Println("OK closing connection")
-			exit(0)
+			leave(0)
 		default:
 			fmt.Println("OK")
 		}
@@ -203,11 +203,11 @@ func fakeAskpass() {
 		fmt.Println(text)
 	case "ok":
 	case "cancel":
-		exit(1)
+		leave(1)
 	default:
 		die(fmt.Errorf("no such answer: %s", kind))
 	}
-	exit(0)
+	leave(0)
 }
 
 // fakePanic is an agent that panics.

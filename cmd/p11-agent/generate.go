@@ -23,6 +23,7 @@ import (
 
 	"p11-agent/agent"
 	"p11-agent/agent/peer"
+	"p11-agent/cmd/p11-agent/exit"
 	"p11-agent/token"
 	"p11-agent/token/pkcs11uri"
 	"p11-agent/token/wire"
@@ -51,7 +52,7 @@ It needs no running agent. The PIN is asked for with pinentry, or comes from a
 pin-source of the configuration.`,
 		Args: func(_ *cobra.Command, args []string) error {
 			if len(args) != 1 {
-				return &usageError{errors.New("one URI has to be given, which names the token, such as pkcs11:token=Work, or the label of the token")}
+				return exit.Usage(errors.New("one URI has to be given, which names the token, such as pkcs11:token=Work, or the label of the token"))
 			}
 			return nil
 		},
@@ -86,10 +87,10 @@ func (o *generateOptions) uri(text string) (*pkcs11uri.URI, error) {
 	}
 	defer u.Wipe() // there is to be none
 	if id := pkcs11uri.MeantID(u.ID); id != nil && !pkcs11uri.SpellsID(text, u.ID) {
-		return nil, &advisedError{
+		return nil, exit.WithHint(
 			fmt.Errorf("the id of the URI has digits without percent signs, and means the bytes %x", u.ID),
 			fmt.Sprintf("did you mean id=%s? To have those bytes, write id=%s", pkcs11uri.FormatID(id), pkcs11uri.FormatID(u.ID)),
-		}
+		)
 	}
 	if u.PIN() != nil || u.PINSource != nil {
 		return nil, errors.New("the PIN is asked for, or comes from a pin-source in the configuration, and cannot be in this URI")
@@ -122,11 +123,11 @@ func (o *generateOptions) uri(text string) (*pkcs11uri.URI, error) {
 func runGenerate(ctx context.Context, g *globals, o *generateOptions, text string, out, stderr io.Writer) error {
 	kind := token.KeyKind(o.kind)
 	if !slices.Contains(token.KeyKinds, kind) {
-		return &usageError{fmt.Errorf("there is no type %q: it can be %s", o.kind, kindNames())}
+		return exit.Usage(fmt.Errorf("there is no type %q: it can be %s", o.kind, kindNames()))
 	}
 	u, err := o.uri(text)
 	if err != nil {
-		return &usageError{err}
+		return exit.Usage(err)
 	}
 	c, err := loadConfig(g.config)
 	if err != nil {

@@ -11,6 +11,7 @@ import (
 	"github.com/spf13/cobra"
 
 	"p11-agent/agent/sshagent"
+	"p11-agent/cmd/p11-agent/exit"
 	"p11-agent/systemd/install"
 )
 
@@ -76,11 +77,11 @@ others. The configuration of the agent stays.`,
 func (o *installOptions) open(ctx context.Context, g *globals, out, stderr io.Writer) (*install.Installation, error) {
 	switch {
 	case g.config != "":
-		return nil, &usageError{errors.New("--config means nothing here: to have the agent use another file, give it to the agent in a drop-in of its unit")}
+		return nil, exit.Usage(errors.New("--config means nothing here: to have the agent use another file, give it to the agent in a drop-in of its unit"))
 	case o.user == (o.system != ""):
-		return nil, &usageError{errors.New("say which agent: --user for yours, --system NAME for one that serves the system, such as sshd's host keys")}
+		return nil, exit.Usage(errors.New("say which agent: --user for yours, --system NAME for one that serves the system, such as sshd's host keys"))
 	case o.system != "" && !install.ValidName(o.system):
-		return nil, &usageError{fmt.Errorf("%q is no name for an agent: letters, digits, dots and underscores make one", o.system)}
+		return nil, exit.Usage(fmt.Errorf("%q is no name for an agent: letters, digits, dots and underscores make one", o.system))
 	}
 	return install.New(ctx, installTarget(o.system), out, stderr)
 }

@@ -18,6 +18,7 @@ import (
 	"golang.org/x/crypto/ssh"
 
 	"p11-agent/agent"
+	"p11-agent/cmd/p11-agent/exit"
 
 	"p11-agent/token"
 	"p11-agent/token/pkcs11uri"
@@ -43,7 +44,7 @@ a PIN: keys that a token shows only after a login appear when they have a public
 key or a certificate.`,
 		Args: func(_ *cobra.Command, args []string) error {
 			if len(args) > 1 {
-				return &usageError{errors.New("only one URI can be given")}
+				return exit.Usage(errors.New("only one URI can be given"))
 			}
 			return nil
 		},
@@ -160,7 +161,7 @@ func times(n int) string {
 
 func runList(ctx context.Context, g *globals, o *listOptions, args []string, out, stderr io.Writer) error {
 	if o.public && o.json {
-		return &usageError{errors.New("--public and --json exclude each other")}
+		return exit.Usage(errors.New("--public and --json exclude each other"))
 	}
 	c, err := loadConfig(g.config)
 	if err != nil {

@@ -12,6 +12,7 @@ import (
 	"github.com/spf13/cobra"
 
 	"p11-agent/agent/sshagent"
+	"p11-agent/cmd/p11-agent/exit"
 	"p11-agent/pinentry"
 	"p11-agent/pinentry/secret"
 	"p11-agent/token/module/undumpable"
@@ -94,7 +95,7 @@ func newUnlockCommand() *cobra.Command {
 
 func optionalURI(_ *cobra.Command, args []string) error {
 	if len(args) > 1 {
-		return &usageError{errors.New("only one URI can be given")}
+		return exit.Usage(errors.New("only one URI can be given"))
 	}
 	return checkURI(argument(args))
 }
@@ -118,7 +119,7 @@ func checkURI(text string) error {
 	}
 	defer u.Wipe()
 	if u.PIN() != nil || u.PINSource != nil {
-		return &usageError{errors.New("the URI says where the PIN comes from: here it is asked for, or read with --stdin")}
+		return exit.Usage(errors.New("the URI says where the PIN comes from: here it is asked for, or read with --stdin"))
 	}
 	return nil
 }
@@ -153,7 +154,7 @@ func pickToken(a *runningAgent, uri string, out io.Writer) (*statusToken, error)
 	case len(waiting) == 1 && (uri == "" || len(done) == 0):
 		return &waiting[0], nil
 	case len(waiting) > 0 && uri == "":
-		return nil, &usageError{fmt.Errorf("several tokens need a login, so name one: %s", names(waiting))}
+		return nil, exit.Usage(fmt.Errorf("several tokens need a login, so name one: %s", names(waiting)))
 	case len(waiting) > 0 || len(done) > 1 && uri != "":
 		return nil, fmt.Errorf("%s selects several tokens, and a PIN is for one: %s", visibleText(uri), names(append(waiting, done...)))
 	case len(done) == 0 && uri != "":

@@ -16,6 +16,7 @@ import (
 
 	"github.com/spf13/cobra"
 
+	"p11-agent/cmd/p11-agent/exit"
 	"p11-agent/pinentry"
 	"p11-agent/pinentry/secret"
 	"p11-agent/systemd"
@@ -26,24 +27,6 @@ import (
 
 // version is set by the linker.
 var version = "development"
-
-// The exit codes.
-const (
-	exitOK      = 0
-	exitFailure = 1 // it did not work, or check or doctor found a problem
-	exitUsage   = 2 // the command line or the configuration is wrong
-)
-
-// usageError is a mistake on the command line.
-type usageError struct{ err error }
-
-func (e *usageError) Error() string { return e.err.Error() }
-func (e *usageError) Unwrap() error { return e.err }
-
-// statusError ends the program with the status of another one.
-type statusError int
-
-func (e statusError) Error() string { return fmt.Sprintf("exit status %d", int(e)) }
 
 func main() {
 	// First of all: see package undumpable.
@@ -72,8 +55,8 @@ func main() {
 	root.SetArgs(args)
 	cmd, err := root.ExecuteContextC(context.Background())
 	code := exitCode(err, os.Stderr)
-	if code == exitUsage && cmd.Name() == "agent" {
-		code = exitFailure // as ssh-agent, whose flags these are
+	if code == exit.CodeUsage && cmd.Name() == "agent" {
+		code = exit.CodeFailure // as ssh-agent, whose flags these are
 	}
 	os.Exit(code)
 }
@@ -82,32 +65,21 @@ func main() {
 // stands in for.
 func calledSSHAgent() bool { return filepath.Base(os.Args[0]) == "ssh-agent" }
 
-// exitCode prints what went wrong and returns how the program is to end.
+// exitCode prints the error of a command, with its next steps, and returns how the
+// program ends.
 func exitCode(err error, stderr io.Writer) int {
-	if err == nil {
-		return exitOK
+	if _, ok := errors.AsType[exit.Status](err); err == nil || ok {
+		return exit.Code(err)
 	}
-	if status, ok := errors.AsType[statusError](err); ok {
-		return int(status)
-	}
-	for _, e := range withoutTPM(unjoin(err)) {
+	for _, e := range withoutTPM(exit.Each(err)) {
 		fmt.Fprintf(stderr, "p11-agent: error: %v\n", e)
-		if h, ok := errors.AsType[interface {
-			error
-			hint() string
-		}](e); ok && h.hint() != "" {
-			fmt.Fprintf(stderr, "p11-agent: hint: %s\n", h.hint())
+		if hint := exit.Hint(e); hint != "" {
+			fmt.Fprintf(stderr, "p11-agent: hint: %s\n", hint)
 		} else if m, ok := errors.AsType[*token.ModuleError](e); ok {
 			printSteps(stderr, "p11-agent: hint: ", adviseFailure(m))
 		}
 	}
-	if _, ok := errors.AsType[*usageError](err); ok {
-		return exitUsage
-	}
-	if _, ok := errors.AsType[*configError](err); ok {
-		return exitUsage
-	}
-	return exitFailure
+	return exit.Code(err)
 }
 
 // withoutTPM leaves out of several errors that the machine has no TPM: the TPM's module
@@ -121,27 +93,6 @@ func withoutTPM(all []error) []error {
 		return all
 	}
 	return some
-}
-
-// unjoin takes apart what is nothing but several errors. The advice is for the last.
-func unjoin(err error) []error {
-	//nolint:errorlint // only the outermost is meant
-	switch e := err.(type) {
-	case *advisedError:
-		all := unjoin(e.err)
-		all[len(all)-1] = &advisedError{all[len(all)-1], e.advice}
-		return all
-	case interface{ Unwrap() []error }:
-		var texts []string
-		all := slices.Clone(e.Unwrap())
-		for _, one := range all {
-			texts = append(texts, one.Error())
-		}
-		if strings.Join(texts, "\n") == err.Error() || strings.Join(texts, "; ") == err.Error() {
-			return all
-		}
-	}
-	return []error{err}
 }
 
 // globals are the flags that every command has.
@@ -177,7 +128,7 @@ Exit status: 0 it worked; 1 it did not, or "check" or "doctor" found a problem;
 	// Not cobra's: its words can only be changed by a template, and a program with
 	// text/template in it keeps every method that there is, called or not. TestProgram.
 	root.Flags().BoolVarP(&showVersion, "version", "v", false, "print the version")
-	root.SetFlagErrorFunc(func(_ *cobra.Command, err error) error { return &usageError{err} })
+	root.SetFlagErrorFunc(func(_ *cobra.Command, err error) error { return exit.Usage(err) })
 	cobra.EnableCommandSorting = false // for all commands of the process: they are in the order of this list
 	addCommands(root, "run", "Starting it:",
 		newSetupCommand(g), newAgentCommand(g), newInstallCommand(g), newUninstallCommand(g))
@@ -214,7 +165,7 @@ func knownCommand(root *cobra.Command, args []string) error {
 	if near := root.SuggestionsFor(args[0]); len(near) > 0 {
 		text += fmt.Sprintf(": did you mean %q?", near[0])
 	}
-	return &usageError{errors.New(text)}
+	return exit.Usage(errors.New(text))
 }
 
 // newHelpCommand returns a help command that refuses commands that there are not.
@@ -234,7 +185,7 @@ func newHelpCommand() *cobra.Command {
 			about, rest, err := cmd.Root().Find(args)
 			switch {
 			case err != nil:
-				return &usageError{err}
+				return exit.Usage(err)
 			case about == cmd.Root() && len(args) > 0:
 				return knownCommand(about, args)
 			case len(rest) > 0:
@@ -249,7 +200,7 @@ func newHelpCommand() *cobra.Command {
 // noArgs makes an argument too many a usage error.
 func noArgs(_ *cobra.Command, args []string) error {
 	if len(args) > 0 {
-		return &usageError{fmt.Errorf("unexpected argument %q", args[0])}
+		return exit.Usage(fmt.Errorf("unexpected argument %q", args[0]))
 	}
 	return nil
 }

@@ -8,19 +8,10 @@ import (
 	"slices"
 	"strings"
 
+	"p11-agent/cmd/p11-agent/exit"
 	"p11-agent/token"
 	"p11-agent/token/pkcs11uri"
 )
-
-// An advisedError is an error with the next step.
-type advisedError struct {
-	err    error
-	advice string
-}
-
-func (e *advisedError) Error() string { return e.err.Error() }
-func (e *advisedError) Unwrap() error { return e.err }
-func (e *advisedError) hint() string  { return e.advice }
 
 // parseNamed reads the argument of a command: a URI, or the label of a token. Its errors
 // are mistakes on the command line. The URI is the caller's to wipe.
@@ -32,7 +23,7 @@ func parseNamed(text string) (*pkcs11uri.URI, error) {
 		}
 		u.Wipe()
 	}
-	return nil, &usageError{&advisedError{err, meantText(text)}}
+	return nil, exit.Usage(exit.WithHint(err, meantText(text)))
 }
 
 // meantText returns what a text that is no URI was probably meant to be, and nothing for
@@ -76,7 +67,7 @@ func adviseNoMatch(err error, store *token.Store, u *pkcs11uri.URI) error {
 		return err
 	}
 	meant, there := suggest(store, u)
-	return &advisedError{err, strings.Join(append(meant, there), "\n")}
+	return exit.WithHint(err, strings.Join(append(meant, there), "\n"))
 }
 
 // suggest returns what a URI that matches nothing may have meant, and a sentence about

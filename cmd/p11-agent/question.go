@@ -11,6 +11,7 @@ import (
 
 	"golang.org/x/sys/unix"
 
+	"p11-agent/cmd/p11-agent/exit"
 	"p11-agent/pinentry/secret"
 	"p11-agent/token/module/undumpable"
 )
@@ -111,9 +112,9 @@ func (q *question) line(ctx context.Context, prompt string) (_ *secret.Secret, e
 // interrupted ends the program as the signal would have.
 func interrupted(s os.Signal) error {
 	if number, ok := s.(syscall.Signal); ok {
-		return statusError(128 + int(number))
+		return exit.Status(128 + int(number))
 	}
-	return statusError(exitFailure)
+	return exit.Status(exit.CodeFailure)
 }
 
 // readLine reads one line, without its end, and no byte after it. Of a terminal a

@@ -51,6 +51,7 @@ const (
 // rooms is the import table of docs/ARCHITECTURE.md.
 var rooms = []room{
 	{"cmd/p11-agent", nil, "it wires every room"},
+	{"cmd/p11-agent/exit", []string{}, "a leaf: an exit code is decided without knowing the command"},
 	{"cmd/bench", []string{}, "it measures the program from outside"},
 	{"cmd/testrun", []string{}, "it knows tests by their names only"},
 	{

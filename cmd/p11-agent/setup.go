@@ -17,6 +17,7 @@ import (
 
 	"github.com/spf13/cobra"
 
+	"p11-agent/cmd/p11-agent/exit"
 	"p11-agent/token"
 )
 
@@ -70,7 +71,7 @@ type setup struct {
 
 func runSetup(ctx context.Context, g *globals, o *setupOptions, in io.Reader, out, stderr io.Writer) error {
 	if g.config != "" {
-		return &usageError{errors.New("--config means nothing here: setup is about the agent that reads the usual file")}
+		return exit.Usage(errors.New("--config means nothing here: setup is about the agent that reads the usual file"))
 	}
 	if !filepath.IsAbs(os.Getenv("HOME")) {
 		return errors.New("HOME does not name a directory, so there is no place for ssh's configuration")
@@ -95,7 +96,7 @@ func runSetup(ctx context.Context, g *globals, o *setupOptions, in io.Reader, ou
 	case err != nil:
 		return err
 	case s.failed:
-		return statusError(exitFailure)
+		return exit.Status(exit.CodeFailure)
 	case len(s.left) == 0 || o.print:
 		return nil
 	}

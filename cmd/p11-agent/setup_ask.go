@@ -9,6 +9,8 @@ import (
 	"strconv"
 	"strings"
 	"syscall"
+
+	"p11-agent/cmd/p11-agent/exit"
 )
 
 // A dialog asks a person at a terminal what is no secret. It is used by one goroutine
@@ -19,7 +21,7 @@ type dialog struct {
 }
 
 // errInterrupted ends the program as Ctrl-C does in a shell.
-const errInterrupted = statusError(128 + int(syscall.SIGINT))
+const errInterrupted = exit.Status(128 + int(syscall.SIGINT))
 
 // maxAnswer bounds an answer, in bytes.
 const maxAnswer = 512

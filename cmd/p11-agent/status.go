@@ -98,7 +98,7 @@ func (e *noAgentError) Error() string {
 	return "no p11-agent answers: " + strings.Join(e.tried, "; ")
 }
 
-func (*noAgentError) hint() string {
+func (*noAgentError) Hint() string {
 	return `"p11-agent doctor" finds out why; eval "$(p11-agent agent -s)" starts one for this shell`
 }
 

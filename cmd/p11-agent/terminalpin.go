@@ -9,6 +9,7 @@ import (
 	"io"
 	"strings"
 
+	"p11-agent/cmd/p11-agent/exit"
 	"p11-agent/pinentry"
 	"p11-agent/pinentry/secret"
 	"p11-agent/token"
@@ -32,10 +33,10 @@ func (a terminalAsker) Ask(ctx context.Context, about token.PINRequest) (token.P
 	}
 	q, terr := newQuestion(false)
 	if terr != nil {
-		return nil, &advisedError{
+		return nil, exit.WithHint(
 			errors.New("the PIN cannot be asked for: no pinentry program can show a prompt, and this command has no terminal"),
 			fmt.Sprintf("run it at a terminal, or install a pinentry program: %s", installStep("pinentry-curses", "pinentry")),
-		}
+		)
 	}
 	return &terminalDialogue{q, about}, nil
 }
