@@ -31,7 +31,7 @@ SOURCES     = go.mod go.sum $(shell find agent cmd/p11-agent pinentry systemd to
 # building needs what deps installs, and go spreads its work over the processors
 # by itself.
 .NOTPARALLEL:
-.PHONY: help deps deps-demo deps-check build test stress conformance lint vuln check demo fuzz bench microbench profile install deb rpm packages clean
+.PHONY: help deps deps-demo deps-check build test stress conformance lint sizes vuln check demo fuzz bench microbench profile install deb rpm packages clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "%-12s%s\n", $$1, $$2 }' Makefile
@@ -79,9 +79,15 @@ lint: ## check the form of the code, and that go.mod is tidy
 	if [ -n "$$unformatted" ]; then echo "not as gofumpt writes it:"; echo "$$unformatted"; exit 1; fi
 	go vet ./...
 	$(TOOL) staticcheck ./...
+	@dead=$$($(TOOL) deadcode ./cmd/... && $(TOOL) deadcode -test ./...); \
+	if [ -n "$$dead" ]; then echo "not called by the programs, or by no test either:"; echo "$$dead"; exit 1; fi
+	go -C tools test ./...
 	go mod verify
 	go mod tidy -diff
 	go -C tools mod tidy -diff
+
+sizes: ## print what each package holds, and how its files lean on each other
+	@go -C tools run ./sizes ..
 
 # Not a part of lint or check: it asks a database on the network, which machines
 # that only build may not reach, and its answer changes without a change here.
