@@ -351,7 +351,7 @@ func parse(t *testing.T) (*token.FileSet, []source) {
 		case e.IsDir() || !strings.HasSuffix(name, ".go"):
 			return nil
 		}
-		file, err := parser.ParseFile(fset, name, nil, parser.SkipObjectResolution)
+		file, err := parser.ParseFile(fset, name, nil, parser.SkipObjectResolution|parser.ParseComments)
 		if err != nil {
 			return err
 		}
