@@ -277,7 +277,7 @@ func TestManualsAreBuilt(t *testing.T) {
 	}
 }
 
-// What README and manual give as a whole configuration is one.
+// What guide and manual give as a whole configuration is one.
 func TestExamplesAreConfigurations(t *testing.T) {
 	blocks := regexp.MustCompile("(?s)\n```\n(.*?)\n```").FindAllStringSubmatch(readDoc(t, "docs/p11-agent.toml.5.scd"), -1)
 	if len(blocks) != 2 {
@@ -287,20 +287,20 @@ func TestExamplesAreConfigurations(t *testing.T) {
 		parses(t, b[1])
 	}
 	n := 0
-	for block := range strings.SplitSeq(readDoc(t, "README.md"), "\n\n") {
+	for block := range strings.SplitSeq(readDoc(t, "docs/GUIDE.md"), "\n\n") {
 		if strings.HasPrefix(block, "    keys = ") || strings.HasPrefix(block, "    confirm = ") || strings.HasPrefix(block, "    [") {
 			n++
 			parses(t, regexp.MustCompile(`(?m)^ {4}`).ReplaceAllString(block, ""))
 		}
 	}
 	if n < 3 {
-		t.Errorf("only %d examples in the README", n)
+		t.Errorf("only %d examples in the guide", n)
 	}
 }
 
 // pagesForPeople are the documents besides the manuals that name commands, flags and
 // keys of the configuration.
-var pagesForPeople = []string{"README.md", "CHANGELOG.md", "docs/RECIPES.md", "docs/SECURITY.md", "docs/CARDS.md"}
+var pagesForPeople = []string{"README.md", "CHANGELOG.md", "docs/GUIDE.md", "docs/RECIPES.md", "docs/SECURITY.md", "docs/CARDS.md"}
 
 // findCommand finds the command of a command line, or complains.
 func findCommand(line string) (c *cobra.Command, args []string, err error) {
@@ -356,7 +356,7 @@ func TestCommandLinesAreRight(t *testing.T) {
 // belong to others.
 var notOurs = []string{
 	"pcsc-shared", "known-keys", "pin-source", "pin-value", "go-seccomp-bpf", "opensc-pkcs11", "host-key", "ssh-agent", "ssh-add", "sc-hsm-tool",
-	"pkcs11-tool", "tpm2-abrmd", "tpm2-pkcs11", "ssh-keygen", "--protect", "git-config",
+	"pkcs11-tool", "tpm2-abrmd", "tpm2-pkcs11", "ssh-keygen", "--protect", "git-config", "ssh-tpm-keygen",
 }
 
 // What documents call a flag, a key or a table of the configuration is one, and what

@@ -9,14 +9,14 @@ import (
 	"testing"
 )
 
-// A readmeLine is a line of the README that is indented: most are to be typed.
+// A readmeLine is an indented line of README.md or docs/GUIDE.md. Most are commands to type.
 type readmeLine struct{ section, text string }
 
-// readmeLines returns them in order, without their comments.
+// readmeLines returns the lines of both files in order, without their comments.
 func readmeLines(t *testing.T) (all []readmeLine) {
 	t.Helper()
 	section := ""
-	for line := range strings.Lines(readDoc(t, "README.md")) {
+	for line := range strings.Lines(readDoc(t, "README.md") + readDoc(t, "docs/GUIDE.md")) {
 		line = strings.TrimRight(line, "\n")
 		if text, ok := strings.CutPrefix(line, "## "); ok {
 			section = text
@@ -31,7 +31,7 @@ func readmeLines(t *testing.T) (all []readmeLine) {
 }
 
 // firstLogin is the section of the README that leads there.
-const firstLogin = "From nothing to the first login"
+const firstLogin = "Install and log in"
 
 // typedElsewhere are the lines that TestReadme does not type, and what does. No line is on
 // it that a new user needs for the first login.
@@ -51,8 +51,8 @@ var typedElsewhere = regexp.MustCompile(strings.Join([]string{
 	`^ *\[`, `^ *[a-z-]+ = `,
 }, "|"))
 
-// A new user types the README, on a fresh system, in a terminal. From zero to the first
-// login that is four commands and one PIN.
+// A new user types the README and then the guide, on a fresh system, in a terminal. From
+// zero to the first login that is four commands and one PIN.
 func TestReadme(t *testing.T) {
 	buildAgent(t) // so that the user's build has little to do
 	f := startFresh(t, os.DirFS(source(t, "p11-agent")))
@@ -75,7 +75,7 @@ func TestReadme(t *testing.T) {
 		}
 	}
 	if seen < 25 {
-		t.Errorf("only %d lines of the README were typed", seen)
+		t.Errorf("only %d lines of the README and the guide were typed", seen)
 	}
 	if r.loggedIn == 0 || r.loggedIn > 4 || r.pinsThen > 1 {
 		t.Errorf("the first login comes with command %d, after %d PINs: want 4 and 1 at the most", r.loggedIn, r.pinsThen)
