@@ -1,6 +1,7 @@
 package bustest
 
 import (
+	"maps"
 	"slices"
 	"sync"
 
@@ -113,13 +114,13 @@ func (n *Notifications) emitClosed(c *dbus.Conn, id, reason uint32) {
 	_ = c.Emit(notificationsPath, notifications+".NotificationClosed", id, reason) // it may have lost its bus
 }
 
-// Open returns the notifications that are shown.
+// Open returns the notifications that are shown, the oldest first.
 func (n *Notifications) Open() []Bubble {
 	n.mu.Lock()
 	defer n.mu.Unlock()
 	var all []Bubble
-	for _, b := range n.open {
-		all = append(all, b)
+	for _, id := range slices.Sorted(maps.Keys(n.open)) {
+		all = append(all, n.open[id])
 	}
 	return all
 }
