@@ -119,12 +119,21 @@ func TestAttack06OthersFile(t *testing.T) {
 type records struct {
 	mu    sync.Mutex
 	lines int
+	text  []byte
+}
+
+// String returns the last lines.
+func (r *records) String() string {
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	return string(r.text[max(0, len(r.text)-4000):])
 }
 
 func (r *records) Write(b []byte) (int, error) {
 	r.mu.Lock()
 	defer r.mu.Unlock()
 	r.lines += bytes.Count(b, []byte("\n"))
+	r.text = append(r.text, b...)
 	return len(b), nil
 }
 
@@ -162,7 +171,7 @@ func TestAttack14ManyTokens(t *testing.T) {
 		epoch(n)
 		noError(t, s.Rescan(t.Context()))
 		if !has(s, fmt.Sprintf("lie %d 0", n)) {
-			t.Fatalf("the tokens of epoch %d are not there", n)
+			t.Fatalf("the tokens of epoch %d are not there; the log:\n%s", n, log.String())
 		}
 	}
 	tokens, keys, size := token.Remembered(s, "liar")
