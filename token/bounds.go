@@ -6,6 +6,7 @@ import (
 	"slices"
 	"time"
 
+	"p11-agent/token/signing"
 	"p11-agent/token/wire"
 )
 
@@ -83,7 +84,7 @@ func cut(text string, limit int) string {
 func trim(slot wire.Slot) wire.Slot {
 	slot.Description, slot.Manufacturer = cut(slot.Description, maxDescription), cut(slot.Manufacturer, maxDescription)
 	slot.Mechanisms = slices.Clip(slices.DeleteFunc(slices.Clone(slot.Mechanisms), func(m wire.Mechanism) bool {
-		return !signsWith[m.Type]
+		return !signing.Uses(m.Type)
 	}))
 	return slot
 }
@@ -97,19 +98,6 @@ func trimHello(h *wire.HelloReply) {
 		h.Sandbox.Missing = append(h.Sandbox.Missing, cut(path, maxKnownText))
 	}
 }
-
-// signsWith are the mechanisms that a signature may use.
-var signsWith = func() map[uint64]bool {
-	all := map[uint64]bool{wire.CKMRSAPKCS: true, wire.CKMRSAPKCSPSS: true, wire.CKMECDSA: true, wire.CKMEdDSA: true}
-	for _, h := range hashes {
-		for _, m := range []uint64{h.rsa, h.pss, h.ecdsaID} {
-			if m != 0 {
-				all[m] = true
-			}
-		}
-	}
-	return all
-}()
 
 // weight is what keys take of the memory, about and in bytes.
 func weight(keys []*found) int {

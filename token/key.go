@@ -4,16 +4,11 @@ import (
 	"bytes"
 	"context"
 	"crypto"
-	"crypto/ecdsa"
-	"crypto/ed25519"
 	"crypto/rsa"
-	"crypto/x509"
-	"encoding/asn1"
 	"encoding/hex"
 	"errors"
 	"fmt"
 	"io"
-	"math/big"
 	"slices"
 	"sync"
 	"sync/atomic"
@@ -21,6 +16,7 @@ import (
 
 	"p11-agent/pinentry/secret"
 	"p11-agent/token/pkcs11uri"
+	"p11-agent/token/signing"
 	"p11-agent/token/wire"
 )
 
@@ -249,176 +245,22 @@ func (k *Key) SignMessage(_ io.Reader, msg []byte, opts crypto.SignerOpts) ([]by
 // that each module process makes, and then those that a twentieth of the time for making
 // them is enough for.
 func (k *Key) SignContext(ctx context.Context, digest []byte, opts crypto.SignerOpts) ([]byte, error) {
-	h := opts.HashFunc()
-	if _, known := hashes[h]; known && len(digest) != h.Size() {
-		return nil, fmt.Errorf("sign: %d bytes are no %v digest", len(digest), h)
+	r, err := signing.ForDigest(digest, opts)
+	if err != nil {
+		return nil, err
 	}
-	return k.sign(ctx, signing{digest: digest, opts: opts})
+	return k.sign(ctx, r)
 }
 
 // SignMessageContext is SignContext for the message itself, which is hashed
 // with opts.HashFunc here or, where the token insists, by the token.
 func (k *Key) SignMessageContext(ctx context.Context, msg []byte, opts crypto.SignerOpts) ([]byte, error) {
-	h := opts.HashFunc()
-	if h == 0 {
-		return k.sign(ctx, signing{digest: msg, opts: opts})
+	r, err := signing.ForMessage(msg, opts)
+	if err != nil {
+		return nil, err
 	}
-	if !h.Available() {
-		return nil, fmt.Errorf("sign: hash %v is not available", h)
-	}
-	w := h.New()
-	_, _ = w.Write(msg) // hash.Hash never fails
-	return k.sign(ctx, signing{digest: w.Sum(nil), message: msg, opts: opts})
+	return k.sign(ctx, r)
 }
-
-// signing is what is to be signed.
-type signing struct {
-	digest  []byte
-	message []byte // nil when only the digest is known
-	opts    crypto.SignerOpts
-}
-
-// way is one way to have a token make a signature.
-type way struct {
-	mechanism       uint64
-	data            []byte
-	hash, mgf, salt uint64
-}
-
-var hashes = map[crypto.Hash]struct {
-	prefix                            []byte // of DigestInfo, RFC 8017 section 9.2
-	mechanism, mgf, rsa, pss, ecdsaID uint64
-}{
-	crypto.SHA1: {
-		[]byte{0x30, 0x21, 0x30, 0x09, 0x06, 0x05, 0x2b, 0x0e, 0x03, 0x02, 0x1a, 0x05, 0x00, 0x04, 0x14},
-		wire.CKMSHA1, wire.CKGMGF1SHA1, wire.CKMSHA1RSAPKCS, 0, wire.CKMECDSASHA1,
-	},
-	crypto.SHA256: {
-		[]byte{0x30, 0x31, 0x30, 0x0d, 0x06, 0x09, 0x60, 0x86, 0x48, 0x01, 0x65, 0x03, 0x04, 0x02, 0x01, 0x05, 0x00, 0x04, 0x20},
-		wire.CKMSHA256, wire.CKGMGF1SHA256, wire.CKMSHA256RSAPKCS, wire.CKMSHA256RSAPSS, wire.CKMECDSASHA256,
-	},
-	crypto.SHA384: {
-		[]byte{0x30, 0x41, 0x30, 0x0d, 0x06, 0x09, 0x60, 0x86, 0x48, 0x01, 0x65, 0x03, 0x04, 0x02, 0x02, 0x05, 0x00, 0x04, 0x30},
-		wire.CKMSHA384, wire.CKGMGF1SHA384, wire.CKMSHA384RSAPKCS, wire.CKMSHA384RSAPSS, wire.CKMECDSASHA384,
-	},
-	crypto.SHA512: {
-		[]byte{0x30, 0x51, 0x30, 0x0d, 0x06, 0x09, 0x60, 0x86, 0x48, 0x01, 0x65, 0x03, 0x04, 0x02, 0x03, 0x05, 0x00, 0x04, 0x40},
-		wire.CKMSHA512, wire.CKGMGF1SHA512, wire.CKMSHA512RSAPKCS, wire.CKMSHA512RSAPSS, wire.CKMECDSASHA512,
-	},
-}
-
-// ways returns how the signature can be made, best first: with the digest made
-// here, as that keeps messages small, then with the message hashed by the token.
-func (s signing) ways(pub crypto.PublicKey) ([]way, error) {
-	h := s.opts.HashFunc()
-	if _, ok := pub.(ed25519.PublicKey); ok {
-		if h != 0 {
-			return nil, errors.New("sign: Ed25519 signs messages, not digests")
-		}
-		if o, ok := s.opts.(*ed25519.Options); ok && o.Context != "" {
-			return nil, errors.New("sign: Ed25519 with a context is not supported")
-		}
-		return []way{{mechanism: wire.CKMEdDSA, data: s.digest}}, nil
-	}
-	info, ok := hashes[h]
-	if !ok {
-		return nil, fmt.Errorf("sign: hash %v cannot be used", h)
-	}
-	var all []way
-	switch key := pub.(type) {
-	case *rsa.PublicKey:
-		if pss, ok := s.opts.(*rsa.PSSOptions); ok {
-			salt, err := saltLength(pss, key, h)
-			if err != nil {
-				return nil, err
-			}
-			all = append(all, way{wire.CKMRSAPKCSPSS, s.digest, info.mechanism, info.mgf, salt})
-			if s.message != nil && info.pss != 0 {
-				all = append(all, way{info.pss, s.message, info.mechanism, info.mgf, salt})
-			}
-			return all, nil
-		}
-		all = append(all, way{mechanism: wire.CKMRSAPKCS, data: slices.Concat(info.prefix, s.digest)})
-		if s.message != nil {
-			all = append(all, way{mechanism: info.rsa, data: s.message})
-		}
-	case *ecdsa.PublicKey:
-		// Of a longer digest only the first bits count, as many as the curve has
-		// (FIPS 186-5 section 6.4.1). libykcs11 2.2 refuses to be given more.
-		digest := s.digest[:min(len(s.digest), (key.Params().BitSize+7)/8)]
-		all = append(all, way{mechanism: wire.CKMECDSA, data: digest})
-		if s.message != nil {
-			all = append(all, way{mechanism: info.ecdsaID, data: s.message})
-		}
-	}
-	return all, nil
-}
-
-// saltLength returns the length of the salt in bytes. A token cannot be asked
-// for "as much as fits", so that is worked out here (RFC 8017 section 9.1.1).
-func saltLength(o *rsa.PSSOptions, key *rsa.PublicKey, h crypto.Hash) (uint64, error) {
-	switch n := o.SaltLength; {
-	case n == rsa.PSSSaltLengthEqualsHash:
-		return uint64(h.Size()), nil
-	case n == rsa.PSSSaltLengthAuto:
-		return uint64((key.N.BitLen()-1+7)/8 - 2 - h.Size()), nil
-	case n > 0:
-		return uint64(n), nil
-	default:
-		return 0, fmt.Errorf("sign: salt length %d", n)
-	}
-}
-
-// encode turns what the token gave into what Go and SSH expect. It must have the form
-// of a signature of this key.
-func (s signing) encode(pub crypto.PublicKey, sig []byte) ([]byte, error) {
-	switch key := pub.(type) {
-	case *rsa.PublicKey:
-		// Some tokens drop leading zeros.
-		if n := key.Size() - len(sig); n > 0 && len(sig) > 0 {
-			sig = append(make([]byte, n), sig...)
-		}
-		if len(sig) == key.Size() {
-			return sig, nil
-		}
-	case *ecdsa.PublicKey:
-		order := key.Params().N
-		r, ss := new(big.Int).SetBytes(sig[:len(sig)/2]), new(big.Int).SetBytes(sig[len(sig)/2:])
-		if len(sig)%2 == 0 && r.Sign() > 0 && ss.Sign() > 0 && r.Cmp(order) < 0 && ss.Cmp(order) < 0 {
-			return asn1.Marshal(struct{ R, S *big.Int }{r, ss})
-		}
-	case ed25519.PublicKey:
-		if len(sig) == ed25519.SignatureSize {
-			return sig, nil
-		}
-	}
-	return nil, errWrong
-}
-
-// verify makes sure that it is a signature of this key, as encode has returned it.
-func (s signing) verify(pub crypto.PublicKey, sig []byte) error {
-	ok := false
-	switch key := pub.(type) {
-	case *rsa.PublicKey:
-		if pss, isPSS := s.opts.(*rsa.PSSOptions); isPSS {
-			ok = rsa.VerifyPSS(key, s.opts.HashFunc(), s.digest, sig, &rsa.PSSOptions{SaltLength: pss.SaltLength}) == nil
-		} else {
-			ok = rsa.VerifyPKCS1v15(key, s.opts.HashFunc(), s.digest, sig) == nil
-		}
-	case *ecdsa.PublicKey:
-		ok = ecdsa.VerifyASN1(key, s.digest, sig)
-	case ed25519.PublicKey:
-		ok = ed25519.Verify(key, s.digest, sig)
-	}
-	if !ok {
-		return errWrong
-	}
-	return nil
-}
-
-// errWrong is that of a module that is wrong or lies: nothing else than the
-// signature asked for is to leave the agent.
-var errWrong = errors.New("the token gave a wrong signature")
 
 // check verifies a signature, if it is its turn. It verifies each one of RSA: that is
 // cheap, and a wrong one may tell the private key (Boneh, DeMillo and Lipton). It verifies
@@ -426,13 +268,13 @@ var errWrong = errors.New("the token gave a wrong signature")
 // and tokens it takes as long as a fast token takes to sign, and the server verifies the
 // signature anyway. So check verifies each one of a slow token, and of a fast token the
 // first and some.
-func (k *Key) check(s signing, m made, sig []byte) error {
+func (k *Key) check(r signing.Request, m made, sig []byte) error {
 	_, always := k.found.public.(*rsa.PublicKey)
 	if !k.use.proof.due(m.by, m.took) && !always && !k.token.removable() {
 		return nil
 	}
 	start := time.Now()
-	if err := s.verify(k.found.public, sig); err != nil {
+	if err := r.Verify(k.found.public, sig); err != nil {
 		return err
 	}
 	k.use.proof.given(m.by, time.Since(start))
@@ -448,27 +290,27 @@ type made struct {
 
 // sign has the token sign, and puts right once each what may have broken since
 // the last time: the module process, the session, the login.
-func (k *Key) sign(ctx context.Context, s signing) ([]byte, error) {
-	ways, err := s.ways(k.found.public)
+func (k *Key) sign(ctx context.Context, r signing.Request) ([]byte, error) {
+	methods, err := r.Methods(k.found.public)
 	if err != nil {
 		return nil, err
 	}
-	ways = k.token.choose(ways)
-	m, err := k.signHealing(ctx, ways)
+	methods = k.token.prefer(methods)
+	m, err := k.signHealing(ctx, methods)
 	if err == nil {
 		now := time.Now()
 		k.use.note(now)
 		k.token.use.note(now)
 		k.token.used(ctx, k)
 	} else {
-		if s.message == nil && refusesMechanism(err) {
+		if r.Message == nil && refusesMechanism(err) {
 			err = fmt.Errorf("token %q does not sign digests with this key, and the message is not known here: %w", k.token.ID.Label, err)
 		}
 		return nil, err
 	}
-	sig, err := s.encode(k.found.public, m.signature)
+	sig, err := signing.Encode(k.found.public, m.signature)
 	if err == nil {
-		err = k.check(s, m, sig)
+		err = k.check(r, m, sig)
 	}
 	if err != nil {
 		return nil, fmt.Errorf("token %q, through module %q: %w", k.token.ID.Label, k.Module(), err)
@@ -480,7 +322,7 @@ func (k *Key) sign(ctx context.Context, s signing) ([]byte, error) {
 // was replaced, with nothing under way in it.
 const maxReplaced = 5
 
-func (k *Key) signHealing(ctx context.Context, ways []way) (made, error) {
+func (k *Key) signHealing(ctx context.Context, methods []signing.Method) (made, error) {
 	t := k.token
 	defer t.module.use()()
 	var healed, renewed, mustLogin bool
@@ -497,7 +339,7 @@ func (k *Key) signHealing(ctx context.Context, ways []way) (made, error) {
 		if err != nil {
 			return made{}, err
 		}
-		m, login, err := k.attempt(ctx, p, ways[0], mustLogin)
+		m, login, err := k.attempt(ctx, p, methods[0], mustLogin)
 		if err == nil {
 			p.signed.Store(true)
 			return m, nil
@@ -519,9 +361,9 @@ func (k *Key) signHealing(ctx context.Context, ways []way) (made, error) {
 		switch {
 		case ctx.Err() != nil:
 			return made{}, ctx.Err()
-		case len(ways) > 1 && refusesMechanism(err):
-			t.refuse(ways[0].mechanism)
-			ways = ways[1:]
+		case len(methods) > 1 && refusesMechanism(err):
+			t.refuse(methods[0].Mechanism)
+			methods = methods[1:]
 		case loggedInAgain < maxLogins && (isRV(err, wire.CKRUserNotLoggedIn) || t.hidesKey(p, err)):
 			// Logged out by another program, or a key that showed without a
 			// login and does not sign without one, or one that wants its PIN for
@@ -566,7 +408,7 @@ func (k *Key) signHealing(ctx context.Context, ways []way) (made, error) {
 
 // attempt logs in, where that is expected to be needed, and signs, once. login is
 // the number of the login that it signed with.
-func (k *Key) attempt(ctx context.Context, p *process, w way, mustLogin bool) (m made, login uint64, err error) {
+func (k *Key) attempt(ctx context.Context, p *process, method signing.Method, mustLogin bool) (m made, login uint64, err error) {
 	t := k.token
 	if !t.present() {
 		return made{}, 0, ErrAbsent
@@ -582,7 +424,7 @@ func (k *Key) attempt(ctx context.Context, p *process, w way, mustLogin bool) (m
 		now = t.current(k)
 	}
 	login = t.lastLogin()
-	m, err = now.signOnce(ctx, p, w, with)
+	m, err = now.signOnce(ctx, p, method, with)
 	return m, login, err
 }
 
@@ -680,10 +522,10 @@ func (k *Key) needsLogin() bool {
 }
 
 // signOnce has the token sign.
-func (k *Key) signOnce(ctx context.Context, p *process, w way, with prelude) (made, error) {
+func (k *Key) signOnce(ctx context.Context, p *process, m signing.Method, with prelude) (made, error) {
 	if k.found.always {
 		req := new(wire.Sign)
-		k.describe(req, w)
+		k.describe(req, m)
 		start := time.Now()
 		sig, err := k.token.signWithPIN(ctx, p, k, req, with)
 		return made{sig, p, time.Since(start)}, err
@@ -693,20 +535,19 @@ func (k *Key) signOnce(ctx context.Context, p *process, w way, with prelude) (ma
 		return made{}, err
 	}
 	defer k.working(ctx)()
-	k.describe(&s.req, w)
+	k.describe(&s.req, m)
 	sig, took, err := p.sign(ctx, s)
 	return made{sig, p, took}, err
 }
 
 // describe makes the request for a signature.
-func (k *Key) describe(req *wire.Sign, w way) {
+func (k *Key) describe(req *wire.Sign, m signing.Method) {
 	req.Key = wire.KeyID{
 		Token: k.token.ID, ID: k.found.id, Label: k.found.label, KeyType: k.found.keyType,
 		Modulus: k.found.modulus, ECPoint: k.found.point, Any: k.found.loose,
 	}
-	req.Mechanism, req.PSSHash, req.PSSMGF, req.PSSSalt = w.mechanism, w.hash, w.mgf, w.salt
-	req.SignatureLen = signatureLen(k.found.public)
-	req.Data = w.data
+	req.SignatureLen = signing.Length(k.found.public)
+	m.Describe(req)
 }
 
 // working tells that the token begins to work on a signature. The function it
@@ -718,55 +559,15 @@ func (k *Key) working(ctx context.Context) (done func()) {
 	return func() {}
 }
 
-// signatureLen is how long a signature gets, so that the module need not be
-// asked.
-func signatureLen(pub crypto.PublicKey) uint32 {
-	switch key := pub.(type) {
-	case *rsa.PublicKey:
-		return uint32(key.Size())
-	case *ecdsa.PublicKey:
-		return uint32(2 * ((key.Params().BitSize + 7) / 8))
-	default:
-		return ed25519.SignatureSize
-	}
-}
-
-// X509 returns the certificates of the key, parsed, for those that can be.
-func (k *Key) X509() []*x509.Certificate {
-	var all []*x509.Certificate
-	for _, der := range k.found.certs {
-		if c, err := x509.ParseCertificate(der); err == nil {
-			all = append(all, c)
-		}
-	}
-	return all
-}
-
-// choose puts the ways that the token does not take behind the others. What it
-// takes is what its list of mechanisms says, when it has one, less what it has
-// refused.
-func (t *Token) choose(ways []way) []way {
+// prefer puts the methods last that the token does not support: those whose mechanism it
+// has refused, or does not list.
+func (t *Token) prefer(methods []signing.Method) []signing.Method {
 	t.mu.Lock()
 	defer t.mu.Unlock()
-	bad := func(w way) bool {
-		if t.refusesMechanism[w.mechanism] {
-			return true
-		}
-		listed := slices.ContainsFunc(t.slot.Mechanisms, func(m wire.Mechanism) bool { return m.Type == w.mechanism })
-		return len(t.slot.Mechanisms) > 0 && !listed
-	}
-	ways = slices.Clone(ways)
-	slices.SortStableFunc(ways, func(a, b way) int {
-		switch {
-		case bad(a) == bad(b):
-			return 0
-		case bad(b):
-			return -1
-		default:
-			return 1
-		}
+	return signing.Prefer(methods, func(mechanism uint64) bool {
+		listed := slices.ContainsFunc(t.slot.Mechanisms, func(m wire.Mechanism) bool { return m.Type == mechanism })
+		return t.refusesMechanism[mechanism] || len(t.slot.Mechanisms) > 0 && !listed
 	})
-	return ways
 }
 
 // refuse remembers that the token does not take a mechanism.

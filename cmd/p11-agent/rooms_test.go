@@ -77,7 +77,7 @@ var rooms = []room{
 	{"systemd/login1", []string{"systemd/bus", dbus}, "what logind says is acted on elsewhere"},
 	{
 		"token",
-		[]string{"token/pcsc", "token/pkcs11uri", "token/registry", "token/wire", "pinentry/secret", "pinentry/waiting", xsys},
+		[]string{"token/pcsc", "token/pkcs11uri", "token/registry", "token/signing", "token/wire", "pinentry/secret", "pinentry/waiting", xsys},
 		"tokens know neither the SSH protocol nor prompts, and modules run in another process",
 	},
 	{
@@ -93,6 +93,7 @@ var rooms = []room{
 	{"token/pcsc", []string{xsys}, "who uses a reader is found out without a module, and without touching a card"},
 	{"token/pkcs11uri", []string{"token/wire", "pinentry/secret"}, "a URI is read and matched without a token at hand"},
 	{"token/registry", []string{"token/pkcs11uri", xsys}, "which modules there are is found out without loading one"},
+	{"token/signing", []string{"token/wire"}, "a signature is described without a token at hand"},
 	{
 		"token/tokentest",
 		[]string{"token", "token/pkcs11uri", "token/registry", "token/wire", "pinentry/secret", xsys},
