@@ -18,6 +18,7 @@ import (
 
 	"golang.org/x/sys/unix"
 
+	"p11-agent/cmd/p11-agent/output"
 	"p11-agent/token"
 	"p11-agent/token/wire"
 )
@@ -117,14 +118,14 @@ func adviseModule(f *finding, m token.ModuleStatus) {
 	case errors.Is(statErr, os.ErrNotExist):
 		f.Next("%s", cmp.Or(moduleInstall(m.Path), "set the right path in the [[module]] table, or install what brings the file"))
 	case unix.Access(m.Path, unix.R_OK) != nil:
-		f.Next("sudo chmod a+r %s", quote(m.Path))
+		f.Next("sudo chmod a+r %s", output.ShellWord(m.Path))
 	case lib != nil:
 		name := cmp.Or(lib[1], lib[2])
 		if strings.HasPrefix(name, "libpcsclite") {
 			f.Next("%s", installStep("libpcsclite1", "pcsc-lite-libs"))
 			return
 		}
-		f.Next("ldd %s | grep 'not found'  # install the packages that bring these libraries", quote(m.Path))
+		f.Next("ldd %s | grep 'not found'  # install the packages that bring these libraries", output.ShellWord(m.Path))
 	case strings.Contains(text, "wrong ELF class"), strings.Contains(text, "cannot open shared object file: No such file"):
 		f.Next("install the module for this program's architecture")
 	case strings.Contains(text, "; its command \""):
@@ -200,7 +201,7 @@ func adviseSoftHSM(f *finding) {
 		dir != "" && unix.Access(dir, unix.F_OK) == nil && unix.Access(dir, unix.R_OK|unix.X_OK) != nil:
 		f.Next("%s", joinGroup("softhsm", dir)).Next("or use tokens of your own:\n%s", own)
 	case dir != "" && unix.Access(dir, unix.F_OK) != nil:
-		f.Next("mkdir -p -m 700 %s", quote(dir))
+		f.Next("mkdir -p -m 700 %s", output.ShellWord(dir))
 	default:
 		f.Next("softhsm2-util --show-slots  # says more")
 	}
@@ -251,7 +252,7 @@ func adviseTPM(f *finding) {
 func joinGroup(group, what string) string {
 	g, err := user.LookupGroup(group)
 	if err != nil {
-		return fmt.Sprintf("ls -ld %s  # and have root let you in", quote(what))
+		return fmt.Sprintf("ls -ld %s  # and have root let you in", output.ShellWord(what))
 	}
 	if u, err := user.Current(); err == nil {
 		ids, _ := u.GroupIds()
@@ -266,7 +267,7 @@ func joinGroup(group, what string) string {
 
 // unlockStep is how to get a locked PIN back.
 func unlockStep(m token.ModuleStatus, t token.TokenStatus) string {
-	so := fmt.Sprintf("pkcs11-tool --module %s --token-label %s --login --login-type so --init-pin", quote(m.Path), quote(t.ID.Label))
+	so := fmt.Sprintf("pkcs11-tool --module %s --token-label %s --login --login-type so --init-pin", output.ShellWord(m.Path), output.ShellWord(t.ID.Label))
 	switch kind := kindOfModule(m.Path); {
 	case kind == kindYKCS11, kind == kindOpenSC && strings.Contains(t.Slot, "Yubi") && t.ID.Manufacturer == "piv_II":
 		return "ykman piv access unblock-pin  # asks for the PUK and for a new PIN"
@@ -286,7 +287,7 @@ func firstToken(m token.ModuleStatus) string {
 	case kindSoftHSM:
 		return "softhsm2-util --init-token --free --label NAME"
 	case kindTPM:
-		return fmt.Sprintf("pkcs11-tool --module %s --init-token --slot-index 0 --label NAME", quote(m.Path))
+		return fmt.Sprintf("pkcs11-tool --module %s --init-token --slot-index 0 --label NAME", output.ShellWord(m.Path))
 	}
 	return ""
 }
@@ -296,5 +297,5 @@ func firstKey(m token.ModuleStatus, t token.TokenStatus) string {
 	if t.ID.Manufacturer == "piv_II" {
 		return "ykman piv keys generate 9a pub.pem  # on a YubiKey; it needs a certificate as well, see ykman piv certificates generate"
 	}
-	return fmt.Sprintf("pkcs11-tool --module %s --token-label %s --login --keypairgen --key-type EC:prime256v1 --id 01 --label login --usage-sign", quote(m.Path), quote(t.ID.Label))
+	return fmt.Sprintf("pkcs11-tool --module %s --token-label %s --login --keypairgen --key-type EC:prime256v1 --id 01 --label login --usage-sign", output.ShellWord(m.Path), output.ShellWord(t.ID.Label))
 }

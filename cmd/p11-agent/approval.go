@@ -9,6 +9,7 @@ import (
 	"time"
 
 	"p11-agent/agent"
+	"p11-agent/cmd/p11-agent/output"
 	"p11-agent/token"
 )
 
@@ -132,7 +133,7 @@ type valueError struct {
 func (e *valueError) Error() string { return e.text }
 
 func unknownValue[T ~string](what string, value T, known []T) error {
-	e := &valueError{text: fmt.Sprintf("%s is %q, and can be %s", what, value, quoted(known))}
+	e := &valueError{text: fmt.Sprintf("%s is %q, and can be %s", what, value, output.OneOf(known))}
 	names := make([]string, len(known))
 	for i, k := range known {
 		names[i] = string(k)
@@ -141,22 +142,6 @@ func unknownValue[T ~string](what string, value T, known []T) error {
 		e.advice = fmt.Sprintf("did you mean %q?", s)
 	}
 	return e
-}
-
-// quoted lists values: "a", "b" or "c".
-func quoted[T ~string](values []T) string {
-	var b strings.Builder
-	for i, v := range values {
-		switch {
-		case i == 0:
-		case i == len(values)-1:
-			b.WriteString(" or ")
-		default:
-			b.WriteString(", ")
-		}
-		fmt.Fprintf(&b, "%q", string(v))
-	}
-	return b.String()
 }
 
 // checkApproval finds mistakes in what is said about confirmation.
@@ -183,7 +168,7 @@ func (c *config) checkApproval() error {
 func (r *ruleConfig) check(what string) error {
 	switch {
 	case r.Confirm == "":
-		return &valueError{text: what + " has no confirm, so it would say nothing", advice: "it can be " + quoted(ruleConfirms)}
+		return &valueError{text: what + " has no confirm, so it would say nothing", advice: "it can be " + output.OneOf(ruleConfirms)}
 	case !slices.Contains(ruleConfirms, r.Confirm):
 		return unknownValue("confirm of "+what, r.Confirm, ruleConfirms)
 	case r.Remember.Remember != agent.Once && (r.Confirm == agent.ConfirmNever || r.Confirm == agent.ConfirmDeny):

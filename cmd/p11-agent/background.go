@@ -21,6 +21,7 @@ import (
 	"p11-agent/agent/logfold"
 	"p11-agent/agent/sshagent"
 	"p11-agent/cmd/p11-agent/exit"
+	"p11-agent/cmd/p11-agent/output"
 )
 
 // shell is how a shell sets variables.
@@ -38,30 +39,18 @@ const (
 
 // background is what ssh-agent prints when it goes into the background.
 func (s shell) background(path string, pid int) string {
-	return fmt.Sprintf(s.set, socketVariable, quote(path)) + fmt.Sprintf(s.set, pidVariable, strconv.Itoa(pid)) +
+	return fmt.Sprintf(s.set, socketVariable, output.ShellWord(path)) + fmt.Sprintf(s.set, pidVariable, strconv.Itoa(pid)) +
 		fmt.Sprintf("echo Agent pid %d;\n", pid)
 }
 
 // foreground is what it prints when it stays.
 func (s shell) foreground(path string, pid int) string {
-	return fmt.Sprintf(s.set, socketVariable, quote(path)) + fmt.Sprintf("echo Agent pid %d;\n", pid)
+	return fmt.Sprintf(s.set, socketVariable, output.ShellWord(path)) + fmt.Sprintf("echo Agent pid %d;\n", pid)
 }
 
 // killed is what it prints when it has ended another one.
 func (s shell) killed(pid int) string {
 	return fmt.Sprintf(s.unset, socketVariable) + fmt.Sprintf(s.unset, pidVariable) + fmt.Sprintf("echo Agent pid %d killed;\n", pid)
-}
-
-// quote makes one word of s for sh and csh; a path without anything special in
-// it stays as it is.
-func quote(s string) string {
-	plain := func(r rune) bool {
-		return r >= 'a' && r <= 'z' || r >= 'A' && r <= 'Z' || r >= '0' && r <= '9' || strings.ContainsRune("/._-+:@,", r)
-	}
-	if strings.IndexFunc(s, func(r rune) bool { return !plain(r) }) < 0 {
-		return s
-	}
-	return "'" + strings.ReplaceAll(s, "'", `'\''`) + "'"
 }
 
 // killAgent ends the agent of the environment, as ssh-agent -k does.
@@ -142,7 +131,7 @@ func noCommand(name string, err error) error {
 	if does == "" {
 		return failed
 	}
-	return exit.WithHint(failed, what + does)
+	return exit.WithHint(failed, what+does)
 }
 
 // startInBackground starts the agent as a process of its own and waits until it

@@ -15,6 +15,7 @@ import (
 	"github.com/spf13/cobra"
 
 	"p11-agent/cmd/p11-agent/exit"
+	"p11-agent/cmd/p11-agent/output"
 	"p11-agent/token"
 	"p11-agent/token/pkcs11uri"
 	"p11-agent/token/registry"
@@ -23,7 +24,7 @@ import (
 
 type checkOptions struct {
 	json  bool
-	color colorMode
+	color output.Color
 }
 
 func newCheckCommand(g *globals) *cobra.Command {
@@ -41,7 +42,7 @@ the machine as well.`,
 		},
 	}
 	cmd.Flags().BoolVar(&o.json, "json", false, "print JSON")
-	addColorFlag(cmd, &o.color)
+	output.AddColorFlag(cmd, &o.color)
 	return cmd
 }
 
@@ -84,7 +85,7 @@ func runCheck(ctx context.Context, g *globals, o *checkOptions, out, stderr io.W
 		return nil
 	}
 	for _, r := range reports {
-		if err := r.print(o.color.writer(out), true); err != nil {
+		if err := r.print(o.color.Writer(out), true); err != nil {
 			return err
 		}
 	}
@@ -128,7 +129,7 @@ func findModules(r *report, b *backend) {
 			r.warn("module %s (%s) shows no token; %s", m.Name, m.Path, m.Empty).
 				Next("%s", startServer).Next("%s", switchOff(m.Name))
 		default:
-			f := r.ok("module %s (%s): %s, %s", m.Name, m.Path, cmp.Or(m.Library, "works"), plural(len(m.Tokens), "token"))
+			f := r.ok("module %s (%s): %s, %s", m.Name, m.Path, cmp.Or(m.Library, "works"), output.Count(len(m.Tokens), "token"))
 			if len(m.Tokens) == 0 {
 				f.Next("%s", firstToken(m))
 			}
@@ -176,7 +177,7 @@ func findTokens(r *report, modules []token.ModuleStatus) {
 				name = fmt.Sprintf("token %q (serial %s, the one in reader %q)", t.ID.Label, t.ID.Serial, t.Reader)
 			}
 			for _, reason := range t.LeftOut {
-				r.warn("%s: left out: %s", name, reason).Next("p11-agent list -v %s  # shows what is used", quote(t.URI))
+				r.warn("%s: left out: %s", name, reason).Next("p11-agent list -v %s  # shows what is used", output.ShellWord(t.URI))
 			}
 			switch {
 			case t.Shadowed != "":
@@ -196,12 +197,12 @@ func findTokens(r *report, modules []token.ModuleStatus) {
 					Next("sign in with the right PIN once, which brings all tries back: ssh-add -T ~/.ssh/NAME.pub")
 			case t.Flags&wire.CKFLoginRequired != 0 && t.Flags&wire.CKFUserPINInitialized == 0:
 				r.bad("no PIN was ever set for %s", name).
-					Next("pkcs11-tool --module %s --token-label %s --login --login-type so --init-pin", quote(m.Path), quote(t.ID.Label))
+					Next("pkcs11-tool --module %s --token-label %s --login --login-type so --init-pin", output.ShellWord(m.Path), output.ShellWord(t.ID.Label))
 			case t.Flags&wire.CKFUserPINToBeChanged != 0:
 				r.warn("%s wants another PIN: the present one is that of its maker, or has expired", name).
-					Next("pkcs11-tool --module %s --token-label %s --login --change-pin", quote(m.Path), quote(t.ID.Label))
+					Next("pkcs11-tool --module %s --token-label %s --login --change-pin", output.ShellWord(m.Path), output.ShellWord(t.ID.Label))
 			default:
-				f := r.ok("%s: %s", name, plural(len(t.Keys), "key"))
+				f := r.ok("%s: %s", name, output.Count(len(t.Keys), "key"))
 				if len(t.Keys) == 0 {
 					f.Next("%s", firstKey(m, t))
 				}
@@ -271,14 +272,14 @@ func findURI(ctx context.Context, r *report, store *token.Store, where string, u
 	}
 	switch {
 	case err == nil && !sure:
-		r.ok("%s: %v may match %s: only a login shows which", where, u, plural(len(keys), "key"))
+		r.ok("%s: %v may match %s: only a login shows which", where, u, output.Count(len(keys), "key"))
 	case err != nil:
 		f := r.bad("%s: %v: %v", where, u, err)
 		if errors.Is(err, token.ErrNoMatch) {
 			adviseURI(f, store, u)
 		}
 	default:
-		r.ok("%s: %v matches %s", where, u, plural(len(keys), "key"))
+		r.ok("%s: %v matches %s", where, u, output.Count(len(keys), "key"))
 	}
 	if names := u.Ignored(); len(names) > 0 {
 		r.bad("%s: %v: the query attributes %q mean nothing here", where, u, names)
@@ -321,10 +322,10 @@ func findSources(r *report, conf *config) {
 		st, serr := os.Stat(file)
 		switch {
 		case serr == nil && st.Mode().Perm()&0o077 != 0:
-			f.Next("chmod 600 %s", quote(file))
+			f.Next("chmod 600 %s", output.ShellWord(file))
 		case serr == nil && st.Size() > 0:
 		default:
-			f.Next("(umask 077; read -rs PIN; printf '%%s\\n' \"$PIN\" >%s)  # then type the PIN and Enter", quote(file))
+			f.Next("(umask 077; read -rs PIN; printf '%%s\\n' \"$PIN\" >%s)  # then type the PIN and Enter", output.ShellWord(file))
 		}
 	}
 }

@@ -22,6 +22,7 @@ import (
 	"github.com/spf13/cobra"
 
 	"p11-agent/cmd/p11-agent/exit"
+	"p11-agent/cmd/p11-agent/output"
 	"p11-agent/token/registry"
 )
 
@@ -223,9 +224,9 @@ func (d *demo) path(name string) string { return filepath.Join(d.dir, name) }
 
 // write makes a file and shows it. Nothing of it is for others to read.
 func (d *demo) write(name, content string, perm os.FileMode) bool {
-	d.say("\n$ cat >%s <<'EOF'\n%s\nEOF", quote(name), strings.TrimSuffix(content, "\n"))
+	d.say("\n$ cat >%s <<'EOF'\n%s\nEOF", output.ShellWord(name), strings.TrimSuffix(content, "\n"))
 	if perm != 0o600 {
-		d.say("$ chmod %#o %s", perm, quote(name))
+		d.say("$ chmod %#o %s", perm, output.ShellWord(name))
 	}
 	return d.result(os.WriteFile(d.path(name), []byte(content), perm))
 }
@@ -261,9 +262,9 @@ func (d *demo) run(ctx context.Context, s step) bool {
 	if ctx.Err() != nil {
 		return false
 	}
-	line := commandLine(s.argv)
+	line := output.CommandLine(s.argv)
 	if s.to != "" {
-		line += " >" + quote(s.to)
+		line += " >" + output.ShellWord(s.to)
 	}
 	d.say("\n$ %s", line)
 	ctx, cancel := context.WithTimeout(ctx, demoPatience)
@@ -331,17 +332,6 @@ func (d *demo) command(ctx context.Context, argv []string) *exec.Cmd {
 	return cmd
 }
 
-func commandLine(argv []string) string {
-	words := make([]string, len(argv))
-	for i, a := range argv {
-		words[i] = quote(a)
-		if a == "" {
-			words[i] = "''"
-		}
-	}
-	return strings.Join(words, " ")
-}
-
 // indent prints what a program has printed.
 func (d *demo) indent(text string) {
 	for line := range strings.Lines(text) {
@@ -354,7 +344,7 @@ func (d *demo) indent(text string) {
 func (d *demo) play(ctx context.Context) bool {
 	d.say("An agent, a software token, sshd and git, all in %s.", d.dir)
 	d.say("Every command below runs there, with this environment:\n")
-	d.say("cd %s", quote(d.dir))
+	d.say("cd %s", output.ShellWord(d.dir))
 	for _, line := range d.exports() {
 		d.say("%s", line)
 	}
@@ -373,10 +363,10 @@ func (d *demo) exports() []string {
 	for _, kv := range d.env {
 		name, value, _ := strings.Cut(kv, "=")
 		if name == "PATH" {
-			lines = append(lines, "export PATH="+quote(d.path("bin"))+`:"$PATH"`)
+			lines = append(lines, "export PATH="+output.ShellWord(d.path("bin"))+`:"$PATH"`)
 			continue
 		}
-		lines = append(lines, "export "+name+"="+quote(value))
+		lines = append(lines, "export "+name+"="+output.ShellWord(value))
 	}
 	return lines
 }
@@ -475,9 +465,9 @@ func (d *demo) background(ctx context.Context, env, argv []string, logName strin
 	assignments := ""
 	for _, kv := range env {
 		name, value, _ := strings.Cut(kv, "=")
-		assignments += name + "=" + quote(value) + " "
+		assignments += name + "=" + output.ShellWord(value) + " "
 	}
-	d.say("\n$ %s%s >%s 2>&1 &", assignments, commandLine(argv), quote(logName))
+	d.say("\n$ %s%s >%s 2>&1 &", assignments, output.CommandLine(argv), output.ShellWord(logName))
 	f, err := os.OpenFile(d.path(logName), os.O_WRONLY|os.O_CREATE|os.O_TRUNC, 0o600)
 	if err != nil {
 		return d.result(err)
@@ -712,7 +702,7 @@ func (d *demo) typePIN(ctx context.Context) error {
 	defer cancel()
 	for _, keys := range [][]string{{"-l", demoPIN}, {"Enter"}} {
 		argv := d.tmux(append([]string{"send-keys"}, keys...)...)
-		d.say("$ %s", commandLine(argv))
+		d.say("$ %s", output.CommandLine(argv))
 		if err := d.command(ctx, argv).Run(); err != nil {
 			return fmt.Errorf("type the PIN: %w", err)
 		}
@@ -762,9 +752,9 @@ func (d *demo) showLogs() {
 
 // explainKept says how the directory is used by hand.
 func (d *demo) explainKept() {
-	text := strings.Join(append(d.exports(), "cd "+quote(d.dir)), "\n") + "\n"
+	text := strings.Join(append(d.exports(), "cd "+output.ShellWord(d.dir)), "\n") + "\n"
 	if d.tty == "" {
-		text = "export SSH_ASKPASS=" + quote(d.path("askpass")) + "\n" + text
+		text = "export SSH_ASKPASS=" + output.ShellWord(d.path("askpass")) + "\n" + text
 	}
 	if err := os.WriteFile(d.path("env.sh"), []byte(text), 0o600); err != nil {
 		d.result(err)
@@ -784,5 +774,5 @@ you do not need for anything else (the PIN is %s):
 
 When it is of no more use:
 
-    rm -r %s`, demoPIN, quote(d.path("env.sh")), d.programs["sshd"], quote(d.dir))
+    rm -r %s`, demoPIN, output.ShellWord(d.path("env.sh")), d.programs["sshd"], output.ShellWord(d.dir))
 }

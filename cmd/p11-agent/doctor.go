@@ -18,6 +18,7 @@ import (
 	"github.com/spf13/cobra"
 
 	"p11-agent/cmd/p11-agent/exit"
+	"p11-agent/cmd/p11-agent/output"
 	"p11-agent/token"
 )
 
@@ -30,7 +31,7 @@ const (
 
 type doctorOptions struct {
 	json, verbose bool
-	color         colorMode
+	color         output.Color
 }
 
 func newDoctorCommand(g *globals) *cobra.Command {
@@ -53,7 +54,7 @@ nothing. The exit status is 1 when there is a problem.`,
 	f := cmd.Flags()
 	f.BoolVar(&o.json, "json", false, "print JSON")
 	f.BoolVarP(&o.verbose, "verbose", "v", false, "tell what was looked at and is well, too")
-	addColorFlag(cmd, &o.color)
+	output.AddColorFlag(cmd, &o.color)
 	return cmd
 }
 
@@ -96,7 +97,7 @@ func runDoctor(ctx context.Context, g *globals, o *doctorOptions, out io.Writer)
 		}
 		return nil
 	}
-	if err := printReports(o.color.writer(out), reports, o.verbose); err != nil {
+	if err := printReports(o.color.Writer(out), reports, o.verbose); err != nil {
 		return err
 	}
 	return verdict(reports...)

@@ -22,6 +22,7 @@ import (
 	"golang.org/x/sys/unix"
 
 	"p11-agent/agent/peer"
+	"p11-agent/cmd/p11-agent/output"
 	"p11-agent/systemd/install"
 )
 
@@ -419,10 +420,10 @@ func findAgent(ctx context.Context, r *report, s sshSettings) []*sshagent.Key {
 	if env != asked {
 		if env == "" {
 			r.warn("ssh finds its agent by %s; ssh-add and git's signatures do not, as SSH_AUTH_SOCK is not set", from).
-				Next("export SSH_AUTH_SOCK=%s", quote(asked))
+				Next("export SSH_AUTH_SOCK=%s", output.ShellWord(asked))
 		} else if b := askAgent(ctx, env); b.err != nil || !b.own {
 			judgeAgent(r.warn, r, b, "SSH_AUTH_SOCK, which ssh-add and git's signatures use", func(f *finding, _ answering) {
-				f.Next("export SSH_AUTH_SOCK=%s", quote(asked))
+				f.Next("export SSH_AUTH_SOCK=%s", output.ShellWord(asked))
 			})
 		}
 	}
@@ -454,9 +455,9 @@ func judgeAgent(add func(string, ...any) *finding, r *report, a answering, from 
 		r.warn("p11-agent (process %d) answers at %s and is older than the program that is installed now", a.pid, a.path).
 			Next("start it anew: %sp11-agent agent -k and start it as before", ifBooted("systemctl --user restart p11-agent.service, or "))
 	case a.own:
-		r.ok("p11-agent answers at %s and lists %s", a.path, plural(len(a.keys), "key"))
+		r.ok("p11-agent answers at %s and lists %s", a.path, output.Count(len(a.keys), "key"))
 	case slices.ContainsFunc(a.keys, isTokenKey):
-		r.ok("%s answers at %s, and has keys of tokens among its %s", a.who(), a.path, plural(len(a.keys), "key"))
+		r.ok("%s answers at %s, and has keys of tokens among its %s", a.who(), a.path, output.Count(len(a.keys), "key"))
 	default:
 		lead(add("ssh does not ask p11-agent but %s: %s names its socket, %s", a.who(), from, a.path), a)
 	}
@@ -475,7 +476,7 @@ func leadToOwn(ctx context.Context, f *finding, a answering, own, asked string) 
 			lines = include
 		}
 		f.Next("p11-agent listens at another place. In ~/.ssh/config, above everything else:\n%s", lines).
-			Next("export SSH_AUTH_SOCK=%s  # in this shell, and in its startup file", quote(own))
+			Next("export SSH_AUTH_SOCK=%s  # in this shell, and in its startup file", output.ShellWord(own))
 	} else {
 		f.Next(`eval "$(p11-agent agent -s)"  # starts it for this shell`)
 		if booted() {

@@ -13,6 +13,7 @@ import (
 
 	"golang.org/x/sys/unix"
 
+	"p11-agent/cmd/p11-agent/output"
 	"p11-agent/token"
 	"p11-agent/token/pcsc"
 )
@@ -141,7 +142,7 @@ func (d pcscd) findDown(r *report, wanted bool) {
 			Next("in a container, use the same version of pcsc-lite as outside")
 	case errors.Is(d.err, os.ErrPermission):
 		r.bad("pcscd's socket %s may not be used by you", d.socket).
-			Next("ls -l %s  # it is to be open to all; in a sandbox (snap, flatpak), allow access to pcscd", quote(d.socket))
+			Next("ls -l %s  # it is to be open to all; in a sandbox (snap, flatpak), allow access to pcscd", output.ShellWord(d.socket))
 	case errors.Is(d.err, os.ErrNotExist), errors.Is(d.err, unix.ECONNREFUSED), errors.Is(d.err, unix.ENOTSOCK):
 		if !wanted && len(d.usb) == 0 {
 			r.ok("pcscd does not run, and no module needs it")
@@ -201,13 +202,13 @@ func (d pcscd) findExclusive(r *report, reader pcsc.Reader) {
 	case len(who) > 0:
 		f.Next("end that program, or have it share the card")
 	default:
-		f.Next("sudo fuser -v %s  # shows who is connected with pcscd", quote(d.socket))
+		f.Next("sudo fuser -v %s  # shows who is connected with pcscd", output.ShellWord(d.socket))
 	}
 }
 
 // shareStep has scdaemon share cards.
 func shareStep() string {
-	return fmt.Sprintf("echo pcsc-shared >>%s; gpgconf --kill scdaemon", quote(gnupgFile("scdaemon.conf")))
+	return fmt.Sprintf("echo pcsc-shared >>%s; gpgconf --kill scdaemon", output.ShellWord(gnupgFile("scdaemon.conf")))
 }
 
 func gnupgFile(name string) string {
@@ -250,7 +251,7 @@ func (d pcscd) findUnknownCard(ctx context.Context, r *report, reader pcsc.Reade
 		return
 	}
 	r.warn("the card in reader %q is recognised by no module: it is empty, of a kind that needs a module of its maker, or its chip is not touched (turn it round)", reader.Name).
-		Next("opensc-tool --reader %s --name  # what OpenSC makes of it", quote(reader.Name))
+		Next("opensc-tool --reader %s --name  # what OpenSC makes of it", output.ShellWord(reader.Name))
 }
 
 // refused tells whether polkit says no to this process, as far as it can be asked.

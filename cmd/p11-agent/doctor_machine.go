@@ -10,6 +10,7 @@ import (
 	"golang.org/x/sys/unix"
 
 	"p11-agent/agent"
+	"p11-agent/cmd/p11-agent/output"
 	"p11-agent/pinentry/secret"
 )
 
@@ -21,12 +22,12 @@ func findCertificates(r *report, c *config, now time.Time) {
 	files, err := agent.ReadCertificates(c.Certificates)
 	if err != nil {
 		r.warn("the directory of certificates cannot be read: %v", err).
-			Next("mkdir -p %s  # and put certificates there, or take certificates out of the configuration", quote(c.Certificates))
+			Next("mkdir -p %s  # and put certificates there, or take certificates out of the configuration", output.ShellWord(c.Certificates))
 		return
 	}
 	for _, f := range files {
 		if f.Err != nil {
-			r.warn("%s cannot be used as a certificate: %v", f.Path, f.Err).Next("ssh-keygen -L -f %s  # says more", quote(f.Path))
+			r.warn("%s cannot be used as a certificate: %v", f.Path, f.Err).Next("ssh-keygen -L -f %s  # says more", output.ShellWord(f.Path))
 			continue
 		}
 		findCertificate(r, f, now)
@@ -104,7 +105,7 @@ func findProgramFile(r *report, file string, uid int) {
 		path = real
 	}
 	r.warn("other programs of yours can look into the agent while it starts, as you can read the file %s", path).
-		Next("sudo chmod 711 %s", quote(path))
+		Next("sudo chmod 711 %s", output.ShellWord(path))
 }
 
 // earliest is before this program was made.

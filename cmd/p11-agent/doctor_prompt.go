@@ -12,6 +12,7 @@ import (
 	"strings"
 
 	"p11-agent/agent/peer"
+	"p11-agent/cmd/p11-agent/output"
 	"p11-agent/pinentry"
 )
 
@@ -63,7 +64,7 @@ func findPrompt(ctx context.Context, r *report, c *config) {
 			r.ok("a PIN can be asked for here with SSH_ASKPASS, %s", askpass)
 		}
 		f.Next("%s", pinentryInstall(desktop)).
-			Next("%s </dev/null  # says more", quote(probed.File))
+			Next("%s </dev/null  # says more", output.ShellWord(probed.File))
 		return
 	}
 	with := probed.File
@@ -165,7 +166,7 @@ func findAskpass(r *report) string {
 	path, err := exec.LookPath(name)
 	if err != nil {
 		r.warn("SSH_ASKPASS is %s, which cannot be run (%v)", name, errors.Unwrap(err)).
-			Next("unset SSH_ASKPASS  # or: chmod +x %s", quote(name))
+			Next("unset SSH_ASKPASS  # or: chmod +x %s", output.ShellWord(name))
 		return ""
 	}
 	return path

@@ -23,6 +23,7 @@ import (
 
 	"p11-agent/agent"
 	"p11-agent/cmd/p11-agent/exit"
+	"p11-agent/cmd/p11-agent/output"
 	"p11-agent/token"
 	"p11-agent/token/pkcs11uri"
 )
@@ -118,7 +119,7 @@ func runExport(ctx context.Context, g *globals, o *exportOptions, args []string,
 	case o.signers:
 		return printSigners(out, keys, o)
 	case o.git && len(keys) > 1:
-		return exit.Usage(fmt.Errorf("git signs with one key, and these are %d: name it by its URI, such as %s", len(keys), quote(keys[0].key.URI())))
+		return exit.Usage(fmt.Errorf("git signs with one key, and these are %d: name it by its URI, such as %s", len(keys), output.ShellWord(keys[0].key.URI())))
 	case strings.ContainsAny(dir, "\"'\n$"):
 		return exit.Usage(fmt.Errorf("the name of the directory %q has characters that ssh's and git's configuration cannot have", dir))
 	}
@@ -307,13 +308,13 @@ func certificatesOf(c *config) (map[string][]string, error) {
 func printExportable(out io.Writer, keys []exported, dir string) error {
 	var b strings.Builder
 	for _, e := range keys {
-		fmt.Fprintf(&b, "%s\n    %s %s\n    would be written to %s", e.key.URI(), e.pub.Type(), ssh.FingerprintSHA256(e.pub), short(filepath.Join(dir, e.name+".pub")))
+		fmt.Fprintf(&b, "%s\n    %s %s\n    would be written to %s", e.key.URI(), e.pub.Type(), ssh.FingerprintSHA256(e.pub), output.HomePath(filepath.Join(dir, e.name+".pub")))
 		if same, err := sameKey(filepath.Join(dir, e.name+".pub"), e.pub); err == nil {
 			b.WriteString(map[bool]string{true: ", where it is already", false: ", where another key is (--force replaces it)"}[same])
 		}
 		b.WriteString("\n")
 		for _, file := range e.certificates {
-			fmt.Fprintf(&b, "    has the certificate %s\n", short(file))
+			fmt.Fprintf(&b, "    has the certificate %s\n", output.HomePath(file))
 		}
 	}
 	b.WriteString(`
@@ -325,14 +326,6 @@ Nothing was written. What can be done, for the keys that URIs name or for all:
 `)
 	_, err := io.WriteString(out, b.String())
 	return err
-}
-
-// short writes a path as people do.
-func short(path string) string {
-	if rest, ok := strings.CutPrefix(path, os.Getenv("HOME")+"/"); ok && os.Getenv("HOME") != "" {
-		return "~/" + rest
-	}
-	return path
 }
 
 func printSigners(out io.Writer, keys []exported, o *exportOptions) error {
@@ -375,7 +368,7 @@ func printSSHConfig(ctx context.Context, out io.Writer, keys []exported, dir str
 
 // sshPath writes a path for ssh_config(5): percent signs begin tokens.
 func sshPath(path string) string {
-	path = strings.ReplaceAll(short(path), "%", "%%")
+	path = strings.ReplaceAll(output.HomePath(path), "%", "%%")
 	if strings.ContainsAny(path, " \t") {
 		return `"` + path + `"`
 	}
@@ -400,7 +393,7 @@ git config --global user.signingkey %[1]s
 # Sign without being told to each time:
 git config --global commit.gpgsign true
 )
-`, quote(filepath.Join(dir, e.name+".pub")), quote(e.key.URI()))
+`, output.ShellWord(filepath.Join(dir, e.name+".pub")), output.ShellWord(e.key.URI()))
 	return err
 }
 
@@ -426,7 +419,7 @@ func writeKeys(stderr io.Writer, keys []exported, dir string, force bool) error 
 	for _, e := range keys {
 		file := filepath.Join(dir, e.name+".pub")
 		if same, _ := sameKey(file, e.pub); same {
-			fmt.Fprintf(stderr, "%s is there already\n", short(file))
+			fmt.Fprintf(stderr, "%s is there already\n", output.HomePath(file))
 			continue
 		}
 		if err := writeFile(file, []byte(e.line), force); err != nil {
@@ -435,7 +428,7 @@ func writeKeys(stderr io.Writer, keys []exported, dir string, force bool) error 
 			}
 			return cannotWrite(file, err)
 		}
-		fmt.Fprintf(stderr, "wrote %s\n", short(file))
+		fmt.Fprintf(stderr, "wrote %s\n", output.HomePath(file))
 	}
 	return nil
 }

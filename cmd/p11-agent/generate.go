@@ -19,11 +19,11 @@ import (
 
 	"github.com/spf13/cobra"
 	"golang.org/x/crypto/ssh"
-	"golang.org/x/sys/unix"
 
 	"p11-agent/agent"
 	"p11-agent/agent/peer"
 	"p11-agent/cmd/p11-agent/exit"
+	"p11-agent/cmd/p11-agent/output"
 	"p11-agent/token"
 	"p11-agent/token/pkcs11uri"
 	"p11-agent/token/wire"
@@ -141,7 +141,7 @@ func runGenerate(ctx context.Context, g *globals, o *generateOptions, text strin
 	defer context.AfterFunc(ctx, stop)()
 
 	log := newLog(stderr, slog.LevelError)
-	show := &progress{ctx: ctx, w: stderr, terminal: isTerminal(stderr), kind: kind}
+	show := &progress{ctx: ctx, w: stderr, terminal: output.IsTerminal(stderr), kind: kind}
 	b := openBackend(c, terminalAsker{newAsker(c, os.Getenv, os.Environ(), log)}, nil, stateDir(), token.KnownRead, log,
 		func(opts *token.Options) { opts.Generating = show.begin })
 	defer b.stop()
@@ -193,16 +193,6 @@ func printGenerated(out, stderr io.Writer, k *token.NewKey) error {
 	line := strings.TrimSpace(string(ssh.MarshalAuthorizedKey(pub)))
 	_, err = fmt.Fprintf(out, "%s\n%s %s\n", k.URI(), line, cmp.Or(k.Label(), k.URI()))
 	return err
-}
-
-// isTerminal tells whether a person reads what is written.
-func isTerminal(w io.Writer) bool {
-	f, ok := w.(*os.File)
-	if !ok {
-		return false
-	}
-	_, err := unix.IoctlGetTermios(int(f.Fd()), unix.TCGETS)
-	return err == nil
 }
 
 // progress tells a person that a token takes its time: one line, and on a terminal

@@ -19,6 +19,7 @@ import (
 
 	"p11-agent/agent"
 	"p11-agent/cmd/p11-agent/exit"
+	"p11-agent/cmd/p11-agent/output"
 
 	"p11-agent/token"
 	"p11-agent/token/pkcs11uri"
@@ -30,7 +31,7 @@ const lookTimeout = 30 * time.Second
 
 type listOptions struct {
 	public, json, verbose bool
-	color                 colorMode
+	color                 output.Color
 }
 
 func newListCommand(g *globals) *cobra.Command {
@@ -57,7 +58,7 @@ key or a certificate.`,
 	f.BoolVar(&o.public, "public", false, "print public keys as lines for authorized_keys")
 	f.BoolVar(&o.json, "json", false, "print JSON")
 	f.BoolVarP(&o.verbose, "verbose", "v", false, "tell what is looked at, and what is left out and why")
-	addColorFlag(cmd, &o.color)
+	output.AddColorFlag(cmd, &o.color)
 	return cmd
 }
 
@@ -156,7 +157,7 @@ func times(n int) string {
 	if n == 1 {
 		return "once"
 	}
-	return plural(n, "time")
+	return output.Count(n, "time")
 }
 
 func runList(ctx context.Context, g *globals, o *listOptions, args []string, out, stderr io.Writer) error {
@@ -220,7 +221,7 @@ func runList(ctx context.Context, g *globals, o *listOptions, args []string, out
 	case o.public:
 		return printPublic(out, l)
 	}
-	if err := printList(o.color.writer(out), stderr, l, o.verbose); err != nil {
+	if err := printList(o.color.Writer(out), stderr, l, o.verbose); err != nil {
 		return err
 	}
 	if !slices.ContainsFunc(l.Tokens, func(t listedToken) bool { return t.Present }) {
@@ -417,17 +418,17 @@ func printPublic(out io.Writer, l listing) error {
 func printList(out, stderr io.Writer, l listing, verbose bool) error {
 	var b strings.Builder
 	for _, t := range l.Tokens {
-		fmt.Fprintf(&b, "%s\n", paint(out, styleStrong, t.URI))
+		fmt.Fprintf(&b, "%s\n", output.Paint(out, output.Strong, t.URI))
 		fmt.Fprintf(&b, "    token %s, %s %s, module %s", strconv.Quote(t.Label), visibleText(t.Manufacturer), visibleText(t.Model), t.Module)
 		switch {
 		case !t.Present:
-			fmt.Fprintf(&b, ", %s, last seen %s", paint(out, styleCaution, "NOT THERE"), t.LastSeen.Local().Format("2006-01-02 15:04"))
+			fmt.Fprintf(&b, ", %s, last seen %s", output.Paint(out, output.Caution, "NOT THERE"), t.LastSeen.Local().Format("2006-01-02 15:04"))
 		case t.PIN == "locked":
-			b.WriteString(", " + paint(out, styleBad, "PIN LOCKED"))
+			b.WriteString(", " + output.Paint(out, output.Bad, "PIN LOCKED"))
 		case t.PIN == "last":
-			b.WriteString(", " + paint(out, styleBad, "ONE PIN TRY LEFT"))
+			b.WriteString(", " + output.Paint(out, output.Bad, "ONE PIN TRY LEFT"))
 		case t.PIN == "low":
-			b.WriteString(", " + paint(out, styleCaution, "fewer PIN tries left"))
+			b.WriteString(", " + output.Paint(out, output.Caution, "fewer PIN tries left"))
 		case !t.LoginNeeded:
 			b.WriteString(", no PIN needed")
 		}
@@ -438,7 +439,7 @@ func printList(out, stderr io.Writer, l listing, verbose bool) error {
 			fmt.Fprintf(&b, ", used through module %s", t.Shadowed)
 		}
 		if t.Home != "" {
-			b.WriteString(", " + paint(out, styleCaution, "BELONGS TO MODULE "+t.Home))
+			b.WriteString(", " + output.Paint(out, output.Caution, "BELONGS TO MODULE "+t.Home))
 		}
 		b.WriteString("\n")
 		if verbose {
@@ -458,13 +459,13 @@ func printList(out, stderr io.Writer, l listing, verbose bool) error {
 			b.WriteString("\n")
 			switch {
 			case !k.Offered:
-				fmt.Fprintf(&b, "    %s: %s\n", paint(out, styleCaution, "not offered"), visibleText(k.Reason))
+				fmt.Fprintf(&b, "    %s: %s\n", output.Paint(out, output.Caution, "not offered"), visibleText(k.Reason))
 			case !t.Present:
 				b.WriteString("    can sign once its token is inserted\n")
 			case k.EachUse:
-				b.WriteString("    " + paint(out, styleGood, "can sign") + ", and asks for the PIN each time\n")
+				b.WriteString("    " + output.Paint(out, output.Good, "can sign") + ", and asks for the PIN each time\n")
 			default:
-				b.WriteString("    " + paint(out, styleGood, "can sign") + "\n")
+				b.WriteString("    " + output.Paint(out, output.Good, "can sign") + "\n")
 			}
 			if verbose && k.NotShown {
 				b.WriteString("    clients are not shown it: there are too many keys\n")

@@ -13,6 +13,7 @@ import (
 
 	"p11-agent/agent/sshagent"
 	"p11-agent/cmd/p11-agent/exit"
+	"p11-agent/cmd/p11-agent/output"
 	"p11-agent/pinentry"
 	"p11-agent/pinentry/secret"
 	"p11-agent/token/module/undumpable"
@@ -146,7 +147,7 @@ func pickToken(a *runningAgent, uri string, out io.Writer) (*statusToken, error)
 	names := func(tokens []statusToken) string {
 		var all []string
 		for _, t := range tokens {
-			all = append(all, quote(visibleText(t.URI)))
+			all = append(all, output.ShellWord(visibleText(t.URI)))
 		}
 		return strings.Join(all, ", ")
 	}

@@ -9,6 +9,7 @@ import (
 	"time"
 
 	"p11-agent/agent/sshagent"
+	"p11-agent/cmd/p11-agent/output"
 	"p11-agent/systemd"
 	"p11-agent/token"
 )
@@ -32,11 +33,11 @@ func statusText(modules []token.ModuleStatus) string {
 			}
 		}
 	}
-	text := plural(keys, "key") + " on " + plural(tokens, "token")
+	text := output.Count(keys, "key") + " on " + output.Count(tokens, "token")
 	if in > 0 {
 		text += fmt.Sprintf(", logged in to %d", in)
 	}
-	text += "; " + plural(len(modules), "module")
+	text += "; " + output.Count(len(modules), "module")
 	if failed > 0 {
 		text += fmt.Sprintf(", %d not working", failed)
 	}

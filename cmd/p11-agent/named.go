@@ -9,6 +9,7 @@ import (
 	"strings"
 
 	"p11-agent/cmd/p11-agent/exit"
+	"p11-agent/cmd/p11-agent/output"
 	"p11-agent/token"
 	"p11-agent/token/pkcs11uri"
 )
@@ -39,14 +40,14 @@ func meantText(text string) string {
 	// A line of ssh-add -l or list --public has the URI as a word.
 	for _, word := range strings.Fields(text) {
 		if word != text && pkcs11uri.IsURI([]byte(word)) && fits(word) {
-			return fmt.Sprintf("did you mean %s?", quote(word))
+			return fmt.Sprintf("did you mean %s?", output.ShellWord(word))
 		}
 	}
 	rest := text
 	if pkcs11uri.IsURI([]byte(text)) {
 		rest = text[len("pkcs11:"):]
 		if meant := "pkcs11:token=" + rest; !strings.Contains(rest, "=") && fits(meant) {
-			return fmt.Sprintf("did you mean %s?", quote(meant))
+			return fmt.Sprintf("did you mean %s?", output.ShellWord(meant))
 		}
 		return ""
 	}
@@ -55,7 +56,7 @@ func meantText(text string) string {
 		rest = after
 	}
 	if meant := "pkcs11:" + strings.TrimLeft(rest, "/"); fits(meant) {
-		return fmt.Sprintf("did you mean %s?", quote(meant))
+		return fmt.Sprintf("did you mean %s?", output.ShellWord(meant))
 	}
 	return ""
 }
@@ -97,14 +98,14 @@ func suggest(store *token.Store, u *pkcs11uri.URI) (meant []string, there string
 		if s := nearest(*u.Token, labels); s != "" {
 			add("%s", attribute(&pkcs11uri.URI{Token: &s}))
 		} else if slices.Contains(objects, *u.Token) {
-			add("%s, as the label of a key", quote((&pkcs11uri.URI{Object: u.Token}).String()))
+			add("%s, as the label of a key", output.ShellWord((&pkcs11uri.URI{Object: u.Token}).String()))
 		}
 	}
 	if u.Object != nil && !slices.Contains(objects, *u.Object) {
 		if s := nearest(*u.Object, objects); s != "" {
 			add("%s", attribute(&pkcs11uri.URI{Object: &s}))
 		} else if slices.Contains(labels, *u.Object) {
-			add("%s, as the label of a token", quote((&pkcs11uri.URI{Token: u.Object}).String()))
+			add("%s, as the label of a token", output.ShellWord((&pkcs11uri.URI{Token: u.Object}).String()))
 		}
 	}
 	if id := pkcs11uri.MeantID(u.ID); id != nil && !slices.ContainsFunc(ids, func(there []byte) bool { return slices.Equal(there, u.ID) }) {

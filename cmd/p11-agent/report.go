@@ -8,6 +8,7 @@ import (
 	"slices"
 	"strings"
 
+	"p11-agent/cmd/p11-agent/output"
 	"p11-agent/pinentry"
 )
 
@@ -104,10 +105,10 @@ func (r *report) print(out io.Writer, details bool) error {
 		if f.level == levelDetail && !details {
 			continue
 		}
-		fmt.Fprintf(&b, "%s: %s\n", paint(out, f.level.style(), f.level.String()), f.text)
+		fmt.Fprintf(&b, "%s: %s\n", output.Paint(out, f.level.style(), f.level.String()), f.text)
 		for _, step := range f.next {
 			for i, line := range strings.Split(strings.TrimSuffix(pinentry.Visible(step, true), "\n"), "\n") {
-				b.WriteString([]string{"  " + paint(out, styleStrong, "next") + ": ", "        "}[min(i, 1)] + line + "\n")
+				b.WriteString([]string{"  " + output.Paint(out, output.Strong, "next") + ": ", "        "}[min(i, 1)] + line + "\n")
 			}
 		}
 	}
@@ -128,7 +129,7 @@ func printReports(out io.Writer, reports []*report, details bool) error {
 			gap = ""
 		}
 		first = false
-		if _, err := fmt.Fprintf(out, "%s%s\n", gap, paint(out, styleStrong, r.group)); err != nil {
+		if _, err := fmt.Fprintf(out, "%s%s\n", gap, output.Paint(out, output.Strong, r.group)); err != nil {
 			return err
 		}
 		if err := r.print(out, details); err != nil {
@@ -176,18 +177,10 @@ func verdict(reports ...*report) error {
 	case problems == 0:
 		return nil
 	case warnings > 0:
-		return fmt.Errorf("%s and %s found", plural(problems, "problem"), plural(warnings, "warning"))
+		return fmt.Errorf("%s and %s found", output.Count(problems, "problem"), output.Count(warnings, "warning"))
 	default:
-		return fmt.Errorf("%s found", plural(problems, "problem"))
+		return fmt.Errorf("%s found", output.Count(problems, "problem"))
 	}
-}
-
-// plural counts things.
-func plural(n int, thing string) string {
-	if n == 1 {
-		return "1 " + thing
-	}
-	return fmt.Sprintf("%d %ss", n, thing)
 }
 
 // nearest returns the one of the names that a mistyped one is nearest to, or
@@ -209,4 +202,16 @@ func nearest(name string, names []string) string {
 		return ""
 	}
 	return best.name
+}
+
+// style is the one of findings of a level.
+func (l level) style() output.Style {
+	switch l {
+	case levelProblem:
+		return output.Bad
+	case levelWarning:
+		return output.Caution
+	default:
+		return output.Good
+	}
 }

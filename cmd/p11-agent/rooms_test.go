@@ -46,12 +46,14 @@ const (
 	systemd  = "github.com/coreos/go-systemd/v22/"
 	landlock = "github.com/landlock-lsm/go-landlock/landlock"
 	dbus     = "github.com/godbus/dbus/v5"
+	cobra    = "github.com/spf13/cobra"
 )
 
 // rooms is the import table of docs/ARCHITECTURE.md.
 var rooms = []room{
 	{"cmd/p11-agent", nil, "it wires every room"},
 	{"cmd/p11-agent/exit", []string{}, "a leaf: an exit code is decided without knowing the command"},
+	{"cmd/p11-agent/output", []string{"pinentry", cobra, xsys}, "it prints for every command, and knows none of them"},
 	{"cmd/bench", []string{}, "it measures the program from outside"},
 	{"cmd/testrun", []string{}, "it knows tests by their names only"},
 	{

@@ -18,6 +18,7 @@ import (
 	"github.com/spf13/cobra"
 
 	"p11-agent/cmd/p11-agent/exit"
+	"p11-agent/cmd/p11-agent/output"
 	"p11-agent/token"
 )
 
@@ -88,7 +89,7 @@ func runSetup(ctx context.Context, g *globals, o *setupOptions, in io.Reader, ou
 	if !o.print {
 		s.ask = newDialog(in, out)
 	}
-	s.making = &progress{ctx: ctx, w: stderr, terminal: isTerminal(stderr), kind: setupKind}
+	s.making = &progress{ctx: ctx, w: stderr, terminal: output.IsTerminal(stderr), kind: setupKind}
 	err = s.run(ctx)
 	switch {
 	case errors.Is(err, context.Canceled) && ctx.Err() != nil:
@@ -198,7 +199,7 @@ func (s *setup) finish() {
 	}
 	s.say("\nLog in, where the line above is in ~/.ssh/authorized_keys:\n\n    ssh host")
 	if socket := setupSocket(); os.Getenv(socketVariable) != socket && s.agent != nil {
-		s.say("\nssh finds the agent by its configuration. ssh-add and git need this line, in this shell and in ~/.profile:\n\n    export SSH_AUTH_SOCK=%s", quote(socket))
+		s.say("\nssh finds the agent by its configuration. ssh-add and git need this line, in this shell and in ~/.profile:\n\n    export SSH_AUTH_SOCK=%s", output.ShellWord(socket))
 		if !userManagerRuns() {
 			s.say("    p11-agent agent -s -a \"$SSH_AUTH_SOCK\" >/dev/null 2>&1 || :   # starts it after a restart of the machine")
 		}
@@ -208,7 +209,7 @@ func (s *setup) finish() {
 
 // attached runs a program at the terminal of this one.
 func (s *setup) attached(ctx context.Context, argv ...string) error {
-	s.say("  $ %s", commandLine(argv))
+	s.say("  $ %s", output.CommandLine(argv))
 	cmd := exec.CommandContext(context.WithoutCancel(ctx), argv[0], argv[1:]...)
 	cmd.Stdin, cmd.Stdout, cmd.Stderr = os.Stdin, s.out, s.stderr
 	if err := cmd.Run(); err != nil {

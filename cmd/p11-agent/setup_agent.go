@@ -14,6 +14,7 @@ import (
 	"strings"
 	"syscall"
 
+	"p11-agent/cmd/p11-agent/output"
 	"p11-agent/systemd/install"
 )
 
@@ -56,13 +57,13 @@ func (s *setup) startAgent(ctx context.Context) error {
 	switch {
 	case err == nil:
 		s.agent = a
-		done = "it answers at " + short(socket)
+		done = "it answers at " + output.HomePath(socket)
 	case !isNotFound(err):
 		return err
 	}
 	what := []string{
 		"start it in the background, as systemd does not run for you here:",
-		fmt.Sprintf("p11-agent agent -a %s", short(socket)),
+		fmt.Sprintf("p11-agent agent -a %s", output.HomePath(socket)),
 	}
 	start := s.startBackground
 	if userManagerRuns() {
@@ -83,7 +84,7 @@ func (s *setup) startAgent(ctx context.Context) error {
 	if s.agent, err = queryAgent(ctx, socket, ""); err != nil {
 		return fmt.Errorf("the agent was started, and does not answer at %s: %w", socket, err)
 	}
-	s.say("  it answers at %s", short(socket))
+	s.say("  it answers at %s", output.HomePath(socket))
 	return nil
 }
 
@@ -135,13 +136,13 @@ func (s *setup) leadSSH(ctx context.Context) error {
 	done := ""
 	settings := askSSH(ctx)
 	if settings.agent == socket {
-		done = "its configuration names " + short(socket)
+		done = "its configuration names " + output.HomePath(socket)
 	}
 	own := filepath.Join(filepath.Dir(defaultConfig()), "ssh_config")
 	file := filepath.Join(os.Getenv("HOME"), ".ssh", "config")
 	line := install.Include(own)
 	yes, err := s.offer(ctx, "ssh", done,
-		fmt.Sprintf("have it ask this agent, by this line at the top of %s:", short(file)), line)
+		fmt.Sprintf("have it ask this agent, by this line at the top of %s:", output.HomePath(file)), line)
 	if err != nil || !yes {
 		return err
 	}
@@ -159,7 +160,7 @@ func (s *setup) leadSSH(ctx context.Context) error {
 			cmp.Or(now.err, fmt.Errorf("it asks %q; p11-agent doctor tells more", now.agent))))
 		return nil
 	}
-	s.say("  wrote %s", short(file))
+	s.say("  wrote %s", output.HomePath(file))
 	return nil
 }
 

@@ -11,6 +11,7 @@ import (
 	"syscall"
 
 	"p11-agent/cmd/p11-agent/exit"
+	"p11-agent/cmd/p11-agent/output"
 )
 
 // A dialog asks a person at a terminal what is no secret. It is used by one goroutine
@@ -116,7 +117,7 @@ func (d *dialog) choose(ctx context.Context, prompt string, choices []string) (i
 // newDialog returns nil where there is no terminal to ask at.
 func newDialog(in io.Reader, out io.Writer) *dialog {
 	f, ok := in.(*os.File)
-	if !ok || !isTerminal(f) || !isTerminal(out) {
+	if !ok || !output.IsTerminal(f) || !output.IsTerminal(out) {
 		return nil
 	}
 	return &dialog{in: in, out: out}

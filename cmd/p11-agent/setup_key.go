@@ -14,6 +14,7 @@ import (
 
 	"p11-agent/agent"
 	"p11-agent/agent/peer"
+	"p11-agent/cmd/p11-agent/output"
 	"p11-agent/pinentry/secret"
 	"p11-agent/token"
 	"p11-agent/token/pkcs11uri"
@@ -114,7 +115,7 @@ func (s *setup) use(e exported) {
 func (s *setup) troubles() {
 	for _, m := range s.b.store.Modules() {
 		for _, t := range m.Away {
-			s.say("  token %q has %s, and is not there: insert it", visibleText(t.ID.Label), plural(len(t.Keys), "key"))
+			s.say("  token %q has %s, and is not there: insert it", visibleText(t.ID.Label), output.Count(len(t.Keys), "key"))
 		}
 		for _, t := range m.Tokens {
 			if isPIV(t) && t.Shadowed == "" && len(t.Keys) == 0 {
@@ -210,7 +211,7 @@ func softHSMChoice(m *token.ModuleStatus) (choice, bool) {
 	}
 	dir := filepath.Join(os.Getenv("HOME"), ".local", "share", "softhsm2")
 	c.files = []string{conf, dir}
-	c.text += fmt.Sprintf(" (this writes %s and makes %s)", short(conf), short(dir))
+	c.text += fmt.Sprintf(" (this writes %s and makes %s)", output.HomePath(conf), output.HomePath(dir))
 	return c, true
 }
 
@@ -228,7 +229,7 @@ func (s *setup) prepare(ctx context.Context, c *choice) (bool, error) {
 			return false, err
 		}
 		s.changed = true
-		s.say("  wrote %s", short(c.files[0]))
+		s.say("  wrote %s", output.HomePath(c.files[0]))
 	}
 	if c.first == "" && c.files == nil {
 		return true, nil
@@ -360,7 +361,7 @@ func (s *setup) take(k *token.Key) error {
 		if bytes.Equal(e.key.ID(), k.ID()) {
 			s.use(e)
 			if ok, reason := offered(e.key, automatic(s.config), ""); !ok {
-				s.say("  note: the agent does not offer it: %s. Add %q to keys in %s", reason, e.key.URI(), short(s.config.file))
+				s.say("  note: the agent does not offer it: %s. Add %q to keys in %s", reason, e.key.URI(), output.HomePath(s.config.file))
 			}
 			return nil
 		}

@@ -13,6 +13,8 @@ import (
 	"strings"
 
 	"golang.org/x/crypto/ssh"
+
+	"p11-agent/cmd/p11-agent/output"
 )
 
 // hostName is what ssh-copy-id is given: it begins with no "-", and has nothing that a
@@ -31,18 +33,18 @@ func (s *setup) authorize(ctx context.Context) error {
 	file := publicFile(s.key)
 	cp := []string{"ssh-copy-id", "-f", "-i", file}
 	if same, err := sameKey(file, s.key.pub); err == nil && same {
-		s.say("  done: it is in %s. To copy it to another host: ssh-copy-id -f -i %s HOST", short(file), short(file))
+		s.say("  done: it is in %s. To copy it to another host: ssh-copy-id -f -i %s HOST", output.HomePath(file), output.HomePath(file))
 		return nil
 	}
 	if s.ask == nil {
-		s.toDo(title, fmt.Sprintf("write %s, and copy it to a host: ssh-copy-id -f -i %s HOST", short(file), short(file)))
+		s.toDo(title, fmt.Sprintf("write %s, and copy it to a host: ssh-copy-id -f -i %s HOST", output.HomePath(file), output.HomePath(file)))
 		return nil
 	}
 	if _, err := exec.LookPath(cp[0]); err != nil {
 		return nil // the line is all that there is to do
 	}
 	for {
-		host, err := s.ask.line(ctx, fmt.Sprintf("  Write it to %s, and copy it with ssh-copy-id to this host (Enter: neither):", short(file)))
+		host, err := s.ask.line(ctx, fmt.Sprintf("  Write it to %s, and copy it with ssh-copy-id to this host (Enter: neither):", output.HomePath(file)))
 		if err != nil || host == "" {
 			return err
 		}
@@ -105,12 +107,12 @@ func (s *setup) signWithGit(ctx context.Context) error {
 	known := hasSigner(signers, email, s.key.pub)
 	done := ""
 	if signing != "" && expandHome(signing) == file && set("gpg.format") == "ssh" && known && set("gpg.ssh.allowedsignersfile") != "" {
-		done = "it signs with " + short(file)
+		done = "it signs with " + output.HomePath(file)
 	}
 	what := []string{
-		fmt.Sprintf("have it sign each commit with %s, and believe signatures of %s:", short(file), email),
+		fmt.Sprintf("have it sign each commit with %s, and believe signatures of %s:", output.HomePath(file), email),
 		"git config --global: gpg.format, user.signingkey, commit.gpgsign, gpg.ssh.allowedSignersFile",
-		"a line in " + short(signers),
+		"a line in " + output.HomePath(signers),
 	}
 	if signing != "" {
 		what = append(what, fmt.Sprintf("git signs with another key so far: %s", visibleText(signing)))
@@ -124,7 +126,7 @@ func (s *setup) signWithGit(ctx context.Context) error {
 		return nil
 	}
 	s.changed = true
-	s.say("  git signs with %s", short(file))
+	s.say("  git signs with %s", output.HomePath(file))
 	return nil
 }
 
@@ -140,7 +142,7 @@ func (s *setup) setGit(ctx context.Context, file, signers, line string, known bo
 		}
 	}
 	for _, kv := range [][2]string{
-		{"gpg.format", "ssh"}, {"gpg.ssh.allowedSignersFile", short(signers)}, {"user.signingkey", file}, {"commit.gpgsign", "true"},
+		{"gpg.format", "ssh"}, {"gpg.ssh.allowedSignersFile", output.HomePath(signers)}, {"user.signingkey", file}, {"commit.gpgsign", "true"},
 	} {
 		said, err := ask(context.WithoutCancel(ctx), "git", "config", "--global", kv[0], kv[1])
 		if err == nil && said.status != nil {

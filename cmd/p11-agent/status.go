@@ -18,6 +18,7 @@ import (
 
 	"p11-agent/agent"
 	"p11-agent/agent/sshagent"
+	"p11-agent/cmd/p11-agent/output"
 	"p11-agent/token/module/undumpable"
 	"p11-agent/token/pkcs11uri"
 	"p11-agent/token/wire"
@@ -33,7 +34,7 @@ const shownRequests, shownOfKind, shownFailures = 20, 5, 5
 
 type statusOptions struct {
 	json   bool
-	color  colorMode
+	color  output.Color
 	socket string
 }
 
@@ -52,7 +53,7 @@ $XDG_RUNTIME_DIR/p11-agent/agent.sock when that is another one.`,
 	}
 	f := cmd.Flags()
 	f.BoolVar(&o.json, "json", false, "print JSON")
-	addColorFlag(cmd, &o.color)
+	output.AddColorFlag(cmd, &o.color)
 	addSocketFlag(cmd, &o.socket)
 	return cmd
 }
@@ -79,7 +80,7 @@ func runStatus(ctx context.Context, o *statusOptions, out, stderr io.Writer) err
 	if a.note != "" {
 		fmt.Fprintln(stderr, a.note)
 	}
-	return a.report.print(o.color.writer(out))
+	return a.report.print(o.color.Writer(out))
 }
 
 // runningAgent is an agent that was found.
@@ -217,34 +218,34 @@ func (r *statusReport) print(out io.Writer) error {
 	var b strings.Builder
 	locked := ""
 	if r.Locked {
-		locked = ", " + paint(out, styleCaution, "LOCKED") + " (ssh-add -X or p11-agent unlock opens it)"
+		locked = ", " + output.Paint(out, output.Caution, "LOCKED") + " (ssh-add -X or p11-agent unlock opens it)"
 	}
 	fmt.Fprintf(&b, "p11-agent %s, process %d, up for %s%s\n", visibleText(r.Version), r.PID, span(r.Time.Sub(r.Started)), locked)
-	var next style // of the row that comes next
-	mark := func(s style) { next = s }
+	var next output.Style // of the row that comes next
+	mark := func(s output.Style) { next = s }
 	section := func(title string, lines int, print func(row func(cells ...string))) {
 		if lines == 0 {
 			return
 		}
-		fmt.Fprintf(&b, "\n%s\n", paint(out, styleStrong, title))
+		fmt.Fprintf(&b, "\n%s\n", output.Paint(out, output.Strong, title))
 		var table strings.Builder
-		var styles []style // of its rows: a colour would count as text in the columns
+		var styles []output.Style // of its rows: a colour would count as text in the columns
 		w := tabwriter.NewWriter(&table, 0, 0, 2, ' ', 0)
 		print(func(cells ...string) {
 			for i, cell := range cells {
 				cells[i] = visibleText(cell)
 			}
 			fmt.Fprintln(w, strings.TrimRight("  "+strings.Join(cells, "\t"), "\t"))
-			styles, next = append(styles, next), styleNone
+			styles, next = append(styles, next), output.None
 		})
 		_ = w.Flush() // to memory
 		for i, row := range strings.Split(strings.TrimSuffix(table.String(), "\n"), "\n") {
-			b.WriteString(paint(out, styles[i], row) + "\n")
+			b.WriteString(output.Paint(out, styles[i], row) + "\n")
 		}
 	}
 	section("SOCKETS", len(r.Sockets), func(row func(...string)) {
 		for _, s := range r.Sockets {
-			row(s.Path, plural(s.Connections, "connection"), s.Name)
+			row(s.Path, output.Count(s.Connections, "connection"), s.Name)
 		}
 	})
 	section("KEYS", len(r.Keys), func(row func(...string)) {
@@ -267,7 +268,7 @@ func (r *statusReport) print(out io.Writer) error {
 	})
 	section("MODULES", len(r.Modules), func(row func(...string)) {
 		for _, m := range r.Modules {
-			mark(map[string]style{"failed": styleBad}[m.State])
+			mark(map[string]output.Style{"failed": output.Bad}[m.State])
 			row(m.Name, m.state(), cmp.Or(m.Reason, m.sandbox()))
 		}
 	})
@@ -276,8 +277,8 @@ func (r *statusReport) print(out io.Writer) error {
 	}
 	section("UPSTREAM AGENTS", len(r.Upstreams), func(row func(...string)) {
 		for _, u := range r.Upstreams {
-			mark(map[bool]style{true: styleBad}[u.Trouble != ""])
-			row(u.Path, plural(u.Keys, "key"), u.Trouble)
+			mark(map[bool]output.Style{true: output.Bad}[u.Trouble != ""])
+			row(u.Path, output.Count(u.Keys, "key"), u.Trouble)
 		}
 	})
 	section("ALLOWED FOR LONGER", len(r.Approvals), func(row func(...string)) {
@@ -301,7 +302,7 @@ func (r *statusReport) print(out io.Writer) error {
 	requests := r.shown()
 	section("LAST REQUESTS", len(requests), func(row func(...string)) {
 		for _, e := range requests {
-			mark(map[bool]style{true: styleCaution}[e.Result != agent.ResultOK])
+			mark(map[bool]output.Style{true: output.Caution}[e.Result != agent.ResultOK])
 			row(ago(r.Time.Sub(e.Time)), string(e.Request), e.subject(), e.purpose(), e.client(), e.result())
 		}
 	})
@@ -319,24 +320,24 @@ func (r *statusReport) print(out io.Writer) error {
 }
 
 // style is the one of a key's row.
-func (k *statusKey) style() style {
+func (k *statusKey) style() output.Style {
 	if k.Present || k.InMemory {
-		return styleGood
+		return output.Good
 	}
-	return styleCaution
+	return output.Caution
 }
 
 // style is the one of a token's row.
-func (t *statusToken) style() style {
+func (t *statusToken) style() output.Style {
 	switch s := pinStyle(t.PIN); {
-	case s != styleNone:
+	case s != output.None:
 		return s
 	case !t.Present:
-		return styleCaution
+		return output.Caution
 	case t.LoggedIn:
-		return styleGood
+		return output.Good
 	}
-	return styleNone
+	return output.None
 }
 
 // leftOut tells what a bound leaves out.
@@ -430,7 +431,7 @@ func (r *statusReport) used(n uint64, last time.Time) string {
 	if n == 0 {
 		return "not used"
 	}
-	return plural(int(n), "signature") + ", last " + ago(r.Time.Sub(last))
+	return output.Count(int(n), "signature") + ", last " + ago(r.Time.Sub(last))
 }
 
 // name names a token to a person.
@@ -607,3 +608,14 @@ func shortType(kind string) string {
 }
 
 func tokenURI(id wire.TokenID) string { return pkcs11uri.ForKey(id, "", nil).String() }
+
+// pinStyle is the style of what is said of the tries for a PIN (pinState).
+func pinStyle(pin string) output.Style {
+	switch pin {
+	case "locked", "last":
+		return output.Bad
+	case "low":
+		return output.Caution
+	}
+	return output.None
+}

@@ -15,6 +15,7 @@ import (
 	"time"
 
 	"p11-agent/agent"
+	"p11-agent/cmd/p11-agent/output"
 	"p11-agent/pinentry"
 	"p11-agent/pinentry/secret"
 	"p11-agent/pinentry/waiting"
@@ -415,7 +416,7 @@ var (
 func (a *asker) Ask(ctx context.Context, about token.PINRequest) (token.PINDialogue, error) {
 	of := "the token " + cmp.Or(named(about.Token.Label, maxNamed), "without label")
 	d := &dialogue{
-		pins:    &conversation{asker: a, what: "the PIN of " + of, hint: "To give the PIN in a terminal, run: p11-agent login " + quote(about.Key)},
+		pins:    &conversation{asker: a, what: "the PIN of " + of, hint: "To give the PIN in a terminal, run: p11-agent login " + output.ShellWord(about.Key)},
 		consent: &conversation{asker: a, what: "the last try of " + of, consent: true, hint: a.consentHint()},
 		about:   about,
 		quiet:   ctx.Value(tellsItself{}) != nil,
