@@ -142,7 +142,6 @@ type Fake struct {
 	started   int
 	intercept Intercept
 	requests  map[wire.Type]int
-	removable bool
 	quiet     bool
 	rsa       int // how many RSA keys there are
 	stays     uint64
@@ -161,7 +160,7 @@ func NewFake(t testing.TB) *Fake {
 	if err != nil {
 		t.Fatal(err)
 	}
-	f := &Fake{t: t, path: path, listener: l, requests: make(map[wire.Type]int), removable: true}
+	f := &Fake{t: t, path: path, listener: l, requests: make(map[wire.Type]int)}
 	f.wg.Go(f.accept)
 	t.Cleanup(func() {
 		f.mu.Lock()
@@ -185,13 +184,6 @@ func (f *Fake) Intercept(i Intercept) {
 	f.mu.Lock()
 	defer f.mu.Unlock()
 	f.intercept = i
-}
-
-// Soldered makes the slots such that no token can be plugged into.
-func (f *Fake) Soldered() {
-	f.mu.Lock()
-	defer f.mu.Unlock()
-	f.removable = false
 }
 
 // Started returns how many processes were this module so far.
@@ -511,9 +503,9 @@ func (f *Fake) answer(p *FakeProcess, r wire.Request) (wire.Message, *wire.Error
 	case *wire.Slots:
 		reply := new(wire.SlotsReply)
 		for i, t := range f.tokens {
-			s := wire.Slot{ID: uint64(i), Description: fmt.Sprintf("fake reader %d", i), Manufacturer: "p11-agent"}
-			if f.removable {
-				s.Flags |= wire.CKFRemovableDevice
+			s := wire.Slot{
+				ID: uint64(i), Description: fmt.Sprintf("fake reader %d", i), Manufacturer: "p11-agent",
+				Flags: wire.CKFRemovableDevice,
 			}
 			if !t.absent {
 				s.Flags |= wire.CKFTokenPresent
@@ -745,13 +737,6 @@ func (t *FakeToken) SetTries(left, most int) {
 	t.fake.mu.Lock()
 	defer t.fake.mu.Unlock()
 	t.tries, t.most = left, most
-}
-
-// Tries returns how many tries are left.
-func (t *FakeToken) Tries() int {
-	t.fake.mu.Lock()
-	defer t.fake.mu.Unlock()
-	return t.tries
 }
 
 // Wrong returns how many wrong PINs have reached the token.

@@ -192,13 +192,6 @@ func (h *SoftHSM) AddToken(label, pin string) {
 	h.pins[label] = pin
 }
 
-// DeleteToken destroys a token.
-func (h *SoftHSM) DeleteToken(label string) {
-	h.t.Helper()
-	h.Run("softhsm2-util", "--delete-token", "--token", label)
-	delete(h.pins, label)
-}
-
 // GenerateKey makes a key pair of a kind, such as P256, on a token. id is in
 // hexadecimal. Extra arguments go to pkcs11-tool.
 func (h *SoftHSM) GenerateKey(token, kind, id, label string, extra ...string) {
@@ -253,11 +246,4 @@ func (h *SoftHSM) ImportKey(token, id, label string, pkcs8PEM []byte) {
 		h.t.Fatal(err)
 	}
 	h.Run("softhsm2-util", "--import", f.Name(), "--token", token, "--pin", h.pins[token], "--id", id, "--label", label)
-}
-
-// ChangePIN gives a token another PIN.
-func (h *SoftHSM) ChangePIN(token, pin string) {
-	h.t.Helper()
-	h.tool(token, h.login(token, "--change-pin", "--new-pin", pin)...)
-	h.pins[token] = pin
 }
