@@ -13,6 +13,7 @@ import (
 	"time"
 
 	"p11-agent/token"
+	"p11-agent/token/known"
 	"p11-agent/token/pkcs11uri"
 	"p11-agent/token/tokentest"
 	"p11-agent/token/wire"
@@ -194,7 +195,7 @@ func TestAttack14ManyTokens(t *testing.T) {
 	noError(t, tokentest.Sign(t.Context(), k))
 	want(t, "keys away of the other module", len(status(s, "fake").Away), 1)
 	noError(t, s.Close())
-	list, err := os.ReadFile(filepath.Join(dir, token.KnownFile))
+	list, err := os.ReadFile(filepath.Join(dir, known.File))
 	noError(t, err)
 	for _, label := range []string{`"there"`, `"away"`} {
 		if !bytes.Contains(list, []byte(`"label": `+label)) {

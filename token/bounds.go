@@ -6,6 +6,7 @@ import (
 	"slices"
 	"time"
 
+	"p11-agent/token/known"
 	"p11-agent/token/signing"
 	"p11-agent/token/wire"
 )
@@ -33,7 +34,7 @@ const (
 	// maxMissing is how many paths the agent takes that a module cannot write.
 	maxMissing = 64
 	// maxObjectText is the most bytes of an object's label or ID.
-	maxObjectText = maxKnownText
+	maxObjectText = known.MaxText
 	// maxPairObjects is how many objects of one key pair are remembered.
 	maxPairObjects = 64
 	// objectRoom is what an object takes besides its texts and numbers, at the most.
@@ -95,7 +96,7 @@ func trimHello(h *wire.HelloReply) {
 	missing := h.Sandbox.Missing[:min(len(h.Sandbox.Missing), maxMissing)]
 	h.Sandbox.Missing = nil
 	for _, path := range missing {
-		h.Sandbox.Missing = append(h.Sandbox.Missing, cut(path, maxKnownText))
+		h.Sandbox.Missing = append(h.Sandbox.Missing, cut(path, known.MaxText))
 	}
 }
 

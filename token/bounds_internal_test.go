@@ -91,50 +91,6 @@ func TestFolding(t *testing.T) {
 	})
 }
 
-// A module does not take the room of others in the list.
-func TestShortenIsFair(t *testing.T) {
-	seen := time.Unix(1_800_000_000, 0)
-	k := &known{}
-	add := func(module string, tokens, keys int, there bool, text string) {
-		for i := range tokens {
-			entry := knownToken{Module: module, Label: fmt.Sprint(module, i), There: there, Seen: seen.Add(time.Duration(i))}
-			for range keys {
-				entry.Keys = append(entry.Keys, knownKey{Label: text})
-			}
-			k.Tokens = append(k.Tokens, entry)
-		}
-	}
-	add("few", 3, 2, false, "one")
-	add("many tokens", 1000, 1, true, "one")
-	add("many keys", 4, 3000, true, "one")
-	add("long keys", 10, 100, true, strings.Repeat("\x01", maxObjectText))
-	k.shorten()
-	counts := make(map[string]share)
-	var all share
-	for _, e := range k.Tokens {
-		counts[e.Module] = counts[e.Module].plus(e.share())
-		all = all.plus(e.share())
-	}
-	if !all.within(share{maxKnownTokens, maxKnownKeys, maxKnownFile}) {
-		t.Errorf("the list has %+v", all)
-	}
-	if counts["few"].tokens != 3 {
-		t.Errorf("of the module with few tokens %+v is left", counts["few"])
-	}
-	for name, c := range counts {
-		if c.tokens == 0 {
-			t.Errorf("nothing of module %q is left", name)
-		}
-	}
-	if c := counts["many tokens"]; c.tokens < 200 {
-		t.Errorf("room is left that nobody uses: %+v", c)
-	}
-	last := k.Tokens[3]
-	if last.Module != "many tokens" || last.Label == "many tokens0" {
-		t.Errorf("the oldest is kept: %+v", last)
-	}
-}
-
 // What is refused through one module is known through all, and each forgets its own.
 func TestPhysical(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {

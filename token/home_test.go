@@ -9,6 +9,7 @@ import (
 	"testing"
 
 	"p11-agent/token"
+	"p11-agent/token/known"
 	"p11-agent/token/pkcs11uri"
 	"p11-agent/token/tokentest"
 	"p11-agent/token/wire"
@@ -178,7 +179,7 @@ func TestHomeMoves(t *testing.T) {
 	noError(t, tokentest.Sign(t.Context(), only(t, s, "bad")))
 	want(t, "home in the prompt", p.Asked()[0].Home, "good")
 	tokentest.Until(t, "the list tells of the new home", func() bool {
-		b, err := os.ReadFile(filepath.Join(c.dir, token.KnownFile))
+		b, err := os.ReadFile(filepath.Join(c.dir, known.File))
 		return err == nil && strings.Count(string(b), `"home": true`) == 1 && strings.Count(string(b), `"module":`) == 2 &&
 			strings.Index(string(b), `"home": true`) < strings.Index(string(b), `"module": "good"`)
 	})
@@ -196,7 +197,7 @@ func TestHomeMoves(t *testing.T) {
 // A list of before there were homes says through which module a token was used.
 func TestKnownVersion1(t *testing.T) {
 	c := newClaim(t, &tokentest.Person{Always: pin})
-	file := filepath.Join(c.dir, token.KnownFile)
+	file := filepath.Join(c.dir, known.File)
 	b, err := os.ReadFile(file)
 	noError(t, err)
 	old := strings.NewReplacer(`"version": 2`, `"version": 1`, "   \"home\": true,\n", "").Replace(string(b))

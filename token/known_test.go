@@ -12,6 +12,7 @@ import (
 	"time"
 
 	"p11-agent/token"
+	"p11-agent/token/known"
 	"p11-agent/token/tokentest"
 	"p11-agent/token/wire"
 )
@@ -28,7 +29,7 @@ func knownStore(t *testing.T, f *tokentest.Fake, p *tokentest.Person, dir string
 func untilWritten(t *testing.T, dir, text string, has bool) {
 	t.Helper()
 	tokentest.Until(t, "the list of known keys is written", func() bool {
-		b, err := os.ReadFile(filepath.Join(dir, token.KnownFile))
+		b, err := os.ReadFile(filepath.Join(dir, known.File))
 		return err == nil && strings.Contains(string(b), text) == has
 	})
 }
@@ -59,7 +60,7 @@ func TestKnownKeysAreListedAtOnce(t *testing.T) {
 	before := uris(s.Keys())
 	untilWritten(t, dir, "pin_each_use", true)
 	noError(t, s.Close())
-	st, err := os.Stat(filepath.Join(dir, token.KnownFile))
+	st, err := os.Stat(filepath.Join(dir, known.File))
 	noError(t, err)
 	want(t, "mode of the list", st.Mode().Perm(), 0o600)
 
@@ -147,7 +148,7 @@ func TestKnownKeysOfAbsentTokens(t *testing.T) {
 	tokentest.Keys(t, s, 1)
 	want(t, "keys away", len(s.Away()), 0)
 	tokentest.Until(t, "the list has one key", func() bool {
-		b, err := os.ReadFile(filepath.Join(dir, token.KnownFile))
+		b, err := os.ReadFile(filepath.Join(dir, known.File))
 		return err == nil && strings.Count(string(b), `"public"`) == 1
 	})
 	// The module that the token belongs to is, as the token took a PIN through it.
@@ -179,8 +180,8 @@ func TestKnownTokenIsGone(t *testing.T) {
 	s = tokentest.Store(t, token.Options{Modules: []token.ModuleSpec{fakeSpec(f)}, Command: self, StateDir: dir})
 	want(t, "keys away for those who ignore them", len(s.Away()), 0)
 	noError(t, s.Close())
-	noError(t, token.ForgetKnownKeys(dir))
-	noError(t, token.ForgetKnownKeys(dir))
+	noError(t, known.Remove(dir))
+	noError(t, known.Remove(dir))
 	s = knownStore(t, f, nil, dir)
 	want(t, "keys away after they were forgotten", len(s.Away()), 0)
 }
@@ -195,7 +196,7 @@ func TestKnownKeysBadFile(t *testing.T) {
 		tokentest.Keys(t, s, 1)
 		untilWritten(t, dir, `"card"`, true)
 		noError(t, s.Close())
-		return filepath.Join(dir, token.KnownFile)
+		return filepath.Join(dir, known.File)
 	}
 	rewrite := func(from, to string) func(t *testing.T, path string) {
 		return func(t *testing.T, path string) {

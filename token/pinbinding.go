@@ -13,6 +13,7 @@ import (
 	"sync"
 
 	"p11-agent/token/pkcs11uri"
+	"p11-agent/token/statefile"
 	"p11-agent/token/wire"
 )
 
@@ -108,7 +109,7 @@ func (b *bindings) add(add binding) error {
 	}
 	text, err := json.MarshalIndent(bindingsText{bindingsVersion, b.all}, "", " ")
 	if err == nil {
-		err = replaceFile(b.path, append(text, '\n'))
+		err = statefile.Write(b.path, append(text, '\n'))
 	}
 	if err != nil {
 		b.log.Warn("cannot remember which token a configured PIN is for", "file", b.path, "reason", err)
@@ -127,7 +128,7 @@ func (b *bindings) readLocked() error {
 	if b.path == "" {
 		return nil
 	}
-	text, err := readOwnFile(b.path, maxBindingsFile)
+	text, err := statefile.Read(b.path, maxBindingsFile)
 	if errors.Is(err, fs.ErrNotExist) {
 		return nil
 	}

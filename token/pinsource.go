@@ -21,6 +21,7 @@ import (
 
 	"p11-agent/pinentry/secret"
 	"p11-agent/token/pkcs11uri"
+	"p11-agent/token/statefile"
 	"p11-agent/token/wire"
 )
 
@@ -483,5 +484,5 @@ func (r *refusedSources) save(key string) error {
 	lines := strings.Fields(string(b))
 	lines = append(lines, key)
 	lines = lines[max(0, len(lines)-maxRefused):]
-	return replaceFile(r.path, []byte(strings.Join(lines, "\n")+"\n"))
+	return statefile.Write(r.path, []byte(strings.Join(lines, "\n")+"\n"))
 }

@@ -21,6 +21,7 @@ import (
 	"time"
 
 	"p11-agent/pinentry/secret"
+	"p11-agent/token/known"
 	"p11-agent/token/pkcs11uri"
 	"p11-agent/token/wire"
 )
@@ -167,7 +168,7 @@ type Store struct {
 	settled  chan struct{} // closed when every module was looked at once
 	refused  *refusedSources
 	bindings *bindings
-	known    *known        // as it was at the start
+	known    *known.List   // as it was at the start
 	dirty    chan struct{} // one element: the list of known keys is to be written
 	stirred  chan struct{} // one element: see StatusChanged
 
@@ -181,7 +182,7 @@ type Store struct {
 	// those of the configuration and of clients, and both together.
 	configuredNames, asked, wanted []*pkcs11uri.URI
 	homes                          map[wire.TokenID]home
-	strangers                      []knownToken // of the list of known keys, whose modules are not there
+	strangers                      []known.Token // of the list of known keys, whose modules are not there
 	public                         []PublicKey
 	policy                         func(*Key) Policy
 	changed                        chan struct{} // closed and replaced when keys change
@@ -198,7 +199,7 @@ func Open(opts Options) *Store {
 		ctx:        ctx,
 		cancel:     cancel,
 		settled:    make(chan struct{}),
-		known:      new(known),
+		known:      new(known.List),
 		dirty:      make(chan struct{}, 1),
 		stirred:    make(chan struct{}, 1),
 		refused:    loadRefused(opts.StateDir, opts.Log),
@@ -215,7 +216,7 @@ func Open(opts Options) *Store {
 	s.keys.Store(new(snapshot))
 	if opts.Known != KnownIgnored {
 		s.known = loadKnown(opts.StateDir, opts.Log)
-		s.homes = s.known.homes()
+		s.homes = homesOf(s.known)
 		s.strangers = s.known.Tokens
 	}
 	if opts.Known == KnownKept && opts.StateDir != "" {
@@ -249,7 +250,7 @@ func (s *Store) startLocked(spec ModuleSpec, file string) *module {
 		m.identity, m.byClient = file, true
 	}
 	m.restore(s.known)
-	s.strangers = slices.DeleteFunc(slices.Clone(s.strangers), func(t knownToken) bool { return t.Module == m.identity })
+	s.strangers = slices.DeleteFunc(slices.Clone(s.strangers), func(t known.Token) bool { return t.Module == m.identity })
 	s.modules = append(s.modules, m)
 	s.wg.Go(func() { m.run(s.ctx) })
 	return m

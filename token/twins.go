@@ -4,6 +4,7 @@ import (
 	"context"
 	"slices"
 
+	"p11-agent/token/known"
 	"p11-agent/token/wire"
 )
 
@@ -13,7 +14,7 @@ import (
 // long as the agent remembers the token. To persons the agent names the reader.
 
 // maxTwins bounds the numbers.
-const maxTwins = maxTokens
+const maxTwins = known.MaxTwins
 
 // numbering numbers the tokens of one look.
 type numbering struct {

@@ -31,6 +31,7 @@ import (
 	"p11-agent/cmd/p11-agent/exit"
 	"p11-agent/systemd"
 	"p11-agent/token"
+	"p11-agent/token/known"
 	"p11-agent/token/module/undumpable"
 )
 
@@ -393,7 +394,7 @@ func (s *service) serve(ctx context.Context, listeners []listener) error {
 		working, failed = notices.working, notices.failed
 	}
 	if c.knownKeys(token.KnownKept) == token.KnownIgnored {
-		if err := token.ForgetKnownKeys(state); err != nil {
+		if err := known.Remove(state); err != nil {
 			s.log.Warn("the keys that were remembered cannot be forgotten", "reason", err)
 		}
 	}

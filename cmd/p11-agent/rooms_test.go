@@ -47,6 +47,7 @@ const (
 	landlock = "github.com/landlock-lsm/go-landlock/landlock"
 	dbus     = "github.com/godbus/dbus/v5"
 	cobra    = "github.com/spf13/cobra"
+	renameio = "github.com/google/renameio/v2"
 )
 
 // rooms is the import table of docs/ARCHITECTURE.md.
@@ -79,7 +80,10 @@ var rooms = []room{
 	{"systemd/login1", []string{"systemd/bus", dbus}, "what logind says is acted on elsewhere"},
 	{
 		"token",
-		[]string{"token/pcsc", "token/pkcs11uri", "token/registry", "token/signing", "token/wire", "pinentry/secret", "pinentry/waiting", xsys},
+		[]string{
+			"token/known", "token/pcsc", "token/pkcs11uri", "token/registry", "token/signing", "token/statefile", "token/wire",
+			"pinentry/secret", "pinentry/waiting", xsys,
+		},
 		"tokens know neither the SSH protocol nor prompts, and modules run in another process",
 	},
 	{
@@ -92,6 +96,8 @@ var rooms = []room{
 		[]string{"token/wire", xsys, landlock, landlock + "/syscall"},
 		"it is in force before there is a module, and knows none of its calls",
 	},
+	{"token/known", []string{"token/statefile", "token/wire"}, "the list of seen keys is a file: what becomes of its entries is decided elsewhere"},
+	{"token/statefile", []string{renameio}, "a leaf: what the files hold is decided elsewhere"},
 	{"token/pcsc", []string{xsys}, "who uses a reader is found out without a module, and without touching a card"},
 	{"token/pkcs11uri", []string{"token/wire", "pinentry/secret"}, "a URI is read and matched without a token at hand"},
 	{"token/registry", []string{"token/pkcs11uri", xsys}, "which modules there are is found out without loading one"},

@@ -1,0 +1,100 @@
+package known
+
+import (
+	"crypto/ed25519"
+	"crypto/x509"
+	"encoding/json"
+	"fmt"
+	"reflect"
+	"strings"
+	"testing"
+	"time"
+)
+
+func usable(k *Key) error {
+	_, err := k.PublicKey()
+	return err
+}
+
+// FuzzKnown reads lists. parse reads what was written in the same way again.
+func FuzzKnown(f *testing.F) {
+	der, err := x509.MarshalPKIXPublicKey(ed25519.PublicKey(make([]byte, ed25519.PublicKeySize)))
+	if err != nil {
+		f.Fatal(err)
+	}
+	for _, l := range []List{
+		{Version: 1},
+		{Version: 1, Tokens: []Token{{Module: "m", Label: "card", Serial: "1", There: true, Keys: []Key{
+			{ID: []byte{1}, Label: "one", Public: der, Always: true, Unfit: "not for signing"},
+		}}}},
+		{Version: 2, Tokens: []Token{{Module: "m", Label: "card", Serial: "1", Home: true}}},
+	} {
+		b, err := json.Marshal(l)
+		if err != nil {
+			f.Fatal(err)
+		}
+		f.Add(b)
+	}
+	f.Add([]byte(`{"version":1,"tokens":[{"keys":[{"public":"AAAA"}]}]}`))
+	f.Add([]byte(`{"version":1,"tokens":null}{`))
+	f.Fuzz(func(t *testing.T, b []byte) {
+		l, err := parse(b, usable)
+		if err != nil {
+			return
+		}
+		again, err := json.Marshal(l)
+		if err != nil {
+			t.Fatal(err)
+		}
+		l2, err := parse(again, usable)
+		if err != nil {
+			t.Fatalf("the written list cannot be read: %v", err)
+		}
+		if third, err := json.Marshal(l2); err != nil || !reflect.DeepEqual(third, again) {
+			t.Fatalf("%s became %s (%v)", again, third, err)
+		}
+	})
+}
+
+func TestBoundedIsFair(t *testing.T) {
+	seen := time.Unix(1_800_000_000, 0)
+	var tokens []Token
+	add := func(module string, n, keys int, there bool, text string) {
+		for i := range n {
+			entry := Token{Module: module, Label: fmt.Sprint(module, i), There: there, Seen: seen.Add(time.Duration(i))}
+			for range keys {
+				entry.Keys = append(entry.Keys, Key{Label: text})
+			}
+			tokens = append(tokens, entry)
+		}
+	}
+	add("few", 3, 2, false, "one")
+	add("many tokens", 1000, 1, true, "one")
+	add("many keys", 4, 3000, true, "one")
+	add("long keys", 10, 100, true, strings.Repeat("\x01", MaxText))
+	kept := bounded(tokens)
+	counts := make(map[string]share)
+	var all share
+	for _, e := range kept {
+		counts[e.Module] = counts[e.Module].plus(e.share())
+		all = all.plus(e.share())
+	}
+	if !all.within(share{maxTokens, maxKeys, maxFile}) {
+		t.Errorf("the list has %+v", all)
+	}
+	if counts["few"].tokens != 3 {
+		t.Errorf("of the module with few tokens %+v is left", counts["few"])
+	}
+	for name, c := range counts {
+		if c.tokens == 0 {
+			t.Errorf("nothing of module %q is left", name)
+		}
+	}
+	if c := counts["many tokens"]; c.tokens < 200 {
+		t.Errorf("unused room is left: %+v", c)
+	}
+	last := kept[3]
+	if last.Module != "many tokens" || last.Label == "many tokens0" {
+		t.Errorf("the oldest is kept: %+v", last)
+	}
+}
