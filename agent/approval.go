@@ -1,7 +1,6 @@
 package agent
 
 import (
-	"bytes"
 	"cmp"
 	"context"
 	"crypto/sha256"
@@ -232,23 +231,25 @@ func (r *Rule) matchesHosts(u *Use) knownhosts.Fit {
 		return knownhosts.No
 	}
 	host, _ := u.provenHost()
-	fit := u.fit(r.Hosts, host)
-	if claimed := u.where().Key; host == nil && claimed != nil {
-		fit = max(fit, min(u.fit(r.Hosts, claimed), knownhosts.Maybe))
+	all := fit(u, r.Hosts, host)
+	if host == nil {
+		if claimed := u.Where().Key; claimed != nil {
+			all = max(all, min(fit(u, r.Hosts, claimed), knownhosts.Maybe))
+		}
 	}
 	if r.Confirm == ConfirmNever {
 		for _, b := range u.Caller.Binds {
 			if b.Forwarding {
-				fit = min(fit, u.fit(r.Hosts, b.HostKey))
+				all = min(all, fit(u, r.Hosts, b.HostKey))
 			}
 		}
 	}
-	return fit
+	return all
 }
 
 // fit tells whether patterns mean the host with this key, which may be nil: then only
 // a lone "*" does. A revoked key proves nothing.
-func (u *Use) fit(patterns []string, key ssh.PublicKey) knownhosts.Fit {
+func fit(u *Use, patterns []string, key ssh.PublicKey) knownhosts.Fit {
 	var known HostName
 	if key != nil && u.Hosts != nil {
 		known = u.Hosts.HostName(key, u.Caller.Who())
@@ -259,41 +260,11 @@ func (u *Use) fit(patterns []string, key ssh.PublicKey) knownhosts.Fit {
 	return known.Fit(patterns)
 }
 
-// provenHost returns the key of the host that the login's signature is good for,
-// or nil when that is not proved. consistent is false when the connection says
-// something else than the data.
-//
-// A host that the data names is proved by the very signature: no other server
-// takes it (publickey-hostbound-v00, OpenSSH's PROTOCOL section 3.1). That the
-// client has a connection to it is not, and does not matter. Where the data names
-// none, the host is the one that has signed the session's identifier when the
-// connection was bound. It is believed, as ssh-agent does, on a connection with no
-// other bind: behind a forwarded one, a host on the way could sign the identifier
-// of a session that it has with somebody else.
-func (u *Use) provenHost() (key ssh.PublicKey, consistent bool) {
-	c, h := u.Caller, u.where()
-	if u.Login == nil {
-		return nil, true
-	}
-	elsewhere := false // the connection is bound, and to no session that this is for
-	if n := len(c.Binds); n > 0 {
-		last := c.Binds[n-1]
-		elsewhere = last.Forwarding || !bytes.Equal(last.SessionID, u.Login.SessionID)
-	}
-	switch said := u.Login.HostKey != nil; {
-	case c.BindFailed, elsewhere, h.Conflict, said && h.Key == nil:
-		return nil, false
-	case said, h.Verified:
-		return h.Key, true
-	}
-	return nil, true
-}
-
 // sameness names what a yes to a use is good for: the identity, what is signed, at
 // which host and for which user, asked by programs of the same names over the same
 // way. ok is false when that is not known well enough for it to be good for
 // anything but the request itself.
-func (u *Use) sameness(identity string) (name string, ok bool) {
+func sameness(u *Use, identity string) (name string, ok bool) {
 	c, who := u.Caller, u.Caller.Who()
 	host, consistent := u.provenHost()
 	switch {
@@ -331,15 +302,6 @@ func (u *Use) sameness(identity string) (name string, ok bool) {
 		add([]byte(name))
 	}
 	return string(h.Sum(nil)), true
-}
-
-// programNames returns the names of the programs that a client comes from, the
-// nearest first. A program that starts itself, as git does, is there once.
-func programNames(p peer.Peer) (names []string) {
-	for _, link := range p.Chain {
-		names = append(names, link.Name)
-	}
-	return slices.Compact(names)
 }
 
 // maxApprovals bounds what is remembered.
@@ -554,7 +516,7 @@ func (k *Keyring) approve(ctx context.Context, u *Use, id *identity) error {
 		return nil
 	}
 	r := Question{Use: u, Key: id.home(), KeyFingerprint: k.fingerprint(id.plain), Why: cmp.Or(why, d.why())}
-	name, ok := u.sameness(id.wire)
+	name, ok := sameness(u, id.wire)
 	if why != "" || !ok {
 		return k.ask(ctx, r).error()
 	}

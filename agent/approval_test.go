@@ -15,7 +15,6 @@ import (
 	"golang.org/x/crypto/ssh"
 
 	"p11-agent/agent/peer"
-
 	"p11-agent/pinentry/waiting"
 )
 
@@ -505,15 +504,15 @@ func TestApprovalIsForTheSame(t *testing.T) {
 		})
 	}
 	same := func(a, b SignRequest) bool {
-		x, _ := w.use(root, a).sameness("id")
-		y, _ := w.use(root, b).sameness("id")
+		x, _ := sameness(w.use(root, a), "id")
+		y, _ := sameness(w.use(root, b), "id")
 		return x == y
 	}
 	if same(sshsigOf("git"), sshsigOf("file")) || !same(sshsigOf("git"), sshsigOf("git")) {
 		t.Error("namespaces are not told apart")
 	}
 	via := func(hosts ...string) string {
-		name, _ := w.use(w.caller("ssh", hosts...), sshsigOf("git")).sameness("id")
+		name, _ := sameness(w.use(w.caller("ssh", hosts...), sshsigOf("git")), "id")
 		return name
 	}
 	if via("evil", "-") == via("other", "-") || via("evil", "other", "-") == via("other", "evil", "-") || via("evil", "-") == via("-") {

@@ -563,7 +563,7 @@ func TestAttack04Walk(t *testing.T) {
 						t.Errorf("%d logouts: %q", logouts, w.tokens.logins)
 					}
 				}
-				if c.limited() && slices.Contains(w.tokens.remote, false) {
+				if confined(c) && slices.Contains(w.tokens.remote, false) {
 					t.Error("a name that it gave was looked up as one of this machine")
 				}
 			})

@@ -9,53 +9,11 @@ import (
 	"strings"
 	"sync"
 	"time"
-	"unicode/utf8"
 
 	"golang.org/x/crypto/ssh"
 
 	"p11-agent/agent/peer"
-	"p11-agent/pinentry"
 )
-
-// A Request is what a client asks for, as far as it uses or changes keys.
-type Request string
-
-// The requests.
-const (
-	RequestSign      Request = "sign"
-	RequestAdd       Request = "add"
-	RequestRemove    Request = "remove"
-	RequestRemoveAll Request = "remove-all"
-	RequestLock      Request = "lock"
-	RequestUnlock    Request = "unlock"
-	RequestLogin     Request = "login"
-	RequestLogout    Request = "logout"
-	// RequestStatus is noted when it is refused only.
-	RequestStatus Request = "status"
-)
-
-// done is what the log says of a request that was granted.
-func (r Request) done() string {
-	switch r {
-	case RequestSign:
-		return "signed"
-	case RequestAdd:
-		return "key added"
-	case RequestRemove:
-		return "key removed"
-	case RequestRemoveAll:
-		return "all keys removed"
-	case RequestLock:
-		return "agent locked"
-	case RequestUnlock:
-		return "agent unlocked"
-	case RequestLogin:
-		return "logged in"
-	case RequestLogout:
-		return "logged out"
-	}
-	return string(r)
-}
 
 // A Result is what became of a request.
 type Result string
@@ -73,9 +31,6 @@ const (
 	// changes, and requests that were not granted. Of the latter two, one way may have a
 	// fifth, and one group three fifths.
 	maxSigned, maxChanged, maxFailures = 200, 100, 50
-	// maxField bounds what is kept of one text that came from outside, in bytes,
-	// and maxReason what is of an error.
-	maxField, maxReason = 256, 1024
 	// maxUses bounds of how many keys it is known when they were used.
 	maxUses = 4096
 )
@@ -472,27 +427,6 @@ func isDeclined(err error) bool {
 		Declined() bool
 	}](err)
 	return ok && e.Declined()
-}
-
-// visible makes a text fit for the log and for lists: printable, and of so many
-// bytes at the most.
-func visible(s string, limit int) string {
-	const more = "…"
-	plain := len(s) <= limit
-	for i := 0; plain && i < len(s); i++ {
-		plain = s[i] >= ' ' && s[i] < 0x7f
-	}
-	if plain {
-		return s
-	}
-	if s = pinentry.Visible(s, false); len(s) <= limit {
-		return s
-	}
-	end := limit - len(more)
-	for !utf8.RuneStart(s[end]) {
-		end--
-	}
-	return s[:end] + more
 }
 
 // A Status is what the keyring knows of itself.

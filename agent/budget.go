@@ -6,8 +6,6 @@ import (
 	"errors"
 	"fmt"
 	"runtime/debug"
-
-	"golang.org/x/crypto/ssh"
 )
 
 // What clients may have an agent keep beyond their connections: keys in memory and
@@ -31,45 +29,9 @@ var errTooMany = errors.New("no more can be added")
 // The sizes below estimate the memory that Go keeps. TestSizes holds them against the
 // heap: they are never too small.
 
-// overhead is that of a structure with its place in lists and maps.
-const overhead = 512
-
-// keySize is that of a public key that was read.
-func keySize(key ssh.PublicKey) int {
-	cert, ok := key.(*ssh.Certificate)
-	if !ok {
-		return overhead + 2*len(key.Marshal())
-	}
-	size := overhead + 2*len(cert.Marshal()) + keySize(cert.Key) + keySize(cert.SignatureKey)
-	size += 48 * len(cert.ValidPrincipals)
-	return size + 128*(len(cert.CriticalOptions)+len(cert.Extensions))
-}
-
-// Size estimates the bytes of memory that the bind keeps.
-func (b *Bind) Size() int {
-	return overhead + keySize(b.HostKey) + len(b.SessionID) + len(b.Message)
-}
-
-// Size estimates the bytes of memory that the constraints keep.
-func (c *Constraints) Size() int {
-	size := overhead + route(c.Destinations).size()
-	for _, cert := range c.Certificates {
-		size += keySize(cert)
-	}
-	return size
-}
-
 func (c route) size() (size int) {
 	for _, d := range c {
-		size += d.From.size() + d.To.size()
-	}
-	return size
-}
-
-func (h *Hop) size() int {
-	size := 128 + len(h.User) + len(h.Host)
-	for _, key := range h.Keys {
-		size += keySize(key.Key)
+		size += d.Size()
 	}
 	return size
 }

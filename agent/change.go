@@ -32,7 +32,7 @@ func (k *Keyring) AddToken(ctx context.Context, c *Caller, r TokenRequest) error
 
 func (k *Keyring) addToken(ctx context.Context, rec *record, r TokenRequest) error {
 	c := rec.use.Caller
-	if err := c.mayChange(); err != nil {
+	if err := mayChange(c); err != nil {
 		return err
 	}
 	if c.Forwarded && !k.opts.RemoteTokens {
@@ -41,7 +41,7 @@ func (k *Keyring) addToken(ctx context.Context, rec *record, r TokenRequest) err
 	if r.Constraints.Confirm && k.opts.Confirm == nil {
 		return errNobody
 	}
-	s, err := k.opts.Tokens.Parse(r.Provider, c.limited())
+	s, err := k.opts.Tokens.Parse(r.Provider, confined(c))
 	if err != nil {
 		return err
 	}
@@ -95,7 +95,7 @@ func (k *Keyring) keepAddition(rec *record, s Selection, constraints Constraints
 			meant = append(meant, key)
 		}
 	}
-	if c.limited() {
+	if confined(c) {
 		// It gets no say about keys that come later.
 		a.only = make(map[string]bool)
 		for _, key := range meant {
@@ -177,13 +177,13 @@ func (k *Keyring) Add(ctx context.Context, c *Caller, r KeyRequest) error {
 func (k *Keyring) add(ctx context.Context, rec *record, r KeyRequest, wire string) error {
 	c := rec.use.Caller
 	if k.lock.locked() {
-		return errLocked
+		return ErrLocked
 	}
-	if err := c.mayChange(); err != nil {
+	if err := mayChange(c); err != nil {
 		return err
 	}
 	switch {
-	case c.Socket.some():
+	case restricted(c.Socket):
 		return errSomeKeys // keys in memory are not among them
 	case !k.opts.SoftwareKeys:
 		return errNoSoftware
@@ -236,12 +236,12 @@ func (k *Keyring) RemoveToken(ctx context.Context, c *Caller, r TokenRequest) er
 func (k *Keyring) removeToken(ctx context.Context, rec *record, r TokenRequest) error {
 	c := rec.use.Caller
 	if k.lock.locked() {
-		return errLocked
+		return ErrLocked
 	}
-	if err := c.mayChange(); err != nil {
+	if err := mayChange(c); err != nil {
 		return err
 	}
-	s, err := k.opts.Tokens.Parse(r.Provider, c.limited())
+	s, err := k.opts.Tokens.Parse(r.Provider, confined(c))
 	if err != nil {
 		return err
 	}
@@ -267,7 +267,7 @@ func (k *Keyring) removeSelected(c *Caller, s Selection) (unused func([]Key) boo
 		switch reached := k.reachesLocked(v, c, key); {
 		case reached && k.selectsLocked(s, key.Key):
 			removed[key.Key] = true
-		case !reached && c.limited() && key.Unfit() == "":
+		case !reached && confined(c) && key.Unfit() == "":
 			used[key.Key] = true // as for RemoveAll: others may count on the login
 		}
 	}
@@ -308,7 +308,7 @@ func (k *Keyring) removeAdditionsLocked(v *view, c *Caller, meant func(*addition
 		if !meant(a) {
 			continue
 		}
-		if !c.limited() {
+		if !confined(c) {
 			k.dropLocked(a)
 			n++
 			continue
@@ -336,9 +336,9 @@ func (k *Keyring) Remove(ctx context.Context, c *Caller, key []byte) error {
 func (k *Keyring) remove(ctx context.Context, rec *record, key []byte) error {
 	c := rec.use.Caller
 	if k.lock.locked() {
-		return errLocked
+		return ErrLocked
 	}
-	if err := c.mayChange(); err != nil {
+	if err := mayChange(c); err != nil {
 		return err
 	}
 	id, unseen := k.find(c, key)
@@ -387,9 +387,9 @@ func (k *Keyring) RemoveAll(ctx context.Context, c *Caller) error {
 
 func (k *Keyring) removeAll(ctx context.Context, c *Caller) error {
 	if k.lock.locked() {
-		return errLocked
+		return ErrLocked
 	}
-	if err := c.mayChange(); err != nil {
+	if err := mayChange(c); err != nil {
 		return err
 	}
 	return k.clear(ctx, c)
@@ -404,7 +404,7 @@ func (k *Keyring) Clear(ctx context.Context) error { return k.clear(ctx, new(Cal
 func (k *Keyring) clear(ctx context.Context, c *Caller) error {
 	defer k.relieve(k.keptBytes())
 	logout := k.opts.Tokens.LogoutAll
-	if may := k.removeSeen(c); c.limited() {
+	if may := k.removeSeen(c); confined(c) {
 		logout = func(ctx context.Context) error { return k.opts.Tokens.LogoutOf(ctx, may) }
 	} else {
 		k.approvals.forgetAll()

@@ -7,28 +7,7 @@ import (
 	"os"
 	"slices"
 	"time"
-
-	"p11-agent/pinentry/secret"
 )
-
-// A LoginRequest asks to log in to one token.
-type LoginRequest struct {
-	// Provider names the token, as in a TokenRequest. It is the door's own memory.
-	Provider []byte
-	// PIN is nil when it is to come from where a signature would get it, or is typed
-	// on the reader. It belongs to the door, which wipes it when the request is
-	// answered.
-	PIN *secret.Secret
-}
-
-// A LoginAnswer tells what there is to say of a login, be it one that failed.
-type LoginAnswer struct {
-	// Already says that somebody was logged in, or that no login is needed: nothing
-	// was tried.
-	Already bool
-	// Tries is what the token says is left of the tries: ok, low, last, locked.
-	Tries string
-}
 
 // ErrNoControl is what MayControl says, with the reason.
 var ErrNoControl = errors.New("the agent may not be controlled like this")
@@ -54,7 +33,7 @@ var (
 // signatures that they can have anyway.
 //
 // The error is ErrNoControl.
-func (c *Caller) MayControl() error {
+func MayControl(c *Caller) error {
 	reason := func() error {
 		switch {
 		case c.Socket != nil:
@@ -94,7 +73,7 @@ func (k *Keyring) Status(ctx context.Context, c *Caller, provider []byte) ([]byt
 }
 
 func (k *Keyring) report(ctx context.Context, c *Caller, provider []byte) ([]byte, error) {
-	if err := c.MayControl(); err != nil {
+	if err := MayControl(c); err != nil {
 		return nil, err
 	}
 	if k.opts.Report == nil {
@@ -134,7 +113,7 @@ func (k *Keyring) Login(ctx context.Context, c *Caller, r LoginRequest) (LoginAn
 
 func (k *Keyring) login(ctx context.Context, rec *record, r LoginRequest) (LoginAnswer, error) {
 	c := rec.use.Caller
-	if err := c.MayControl(); err != nil {
+	if err := MayControl(c); err != nil {
 		return LoginAnswer{}, err
 	}
 	inside, err := k.lock.enter(ctx, c, nil)
@@ -163,7 +142,7 @@ func (k *Keyring) Logout(ctx context.Context, c *Caller, provider []byte) error 
 }
 
 func (k *Keyring) logout(ctx context.Context, rec *record, provider []byte) error {
-	if err := rec.use.Caller.MayControl(); err != nil {
+	if err := MayControl(rec.use.Caller); err != nil {
 		return err
 	}
 	if len(provider) == 0 {

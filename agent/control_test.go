@@ -129,7 +129,7 @@ func TestControl(t *testing.T) {
 	if s := f.Now(); !s.Locked || s.Keys != nil || s.Events != nil || s.Failures != nil {
 		t.Errorf("a locked agent tells %+v", s)
 	}
-	if _, err := f.Login(t.Context(), c, LoginRequest{Provider: []byte("pkcs11:token=a")}); !errors.Is(err, errLocked) {
+	if _, err := f.Login(t.Context(), c, LoginRequest{Provider: []byte("pkcs11:token=a")}); !errors.Is(err, ErrLocked) {
 		t.Errorf("a login to a locked agent: %v", err)
 	}
 }

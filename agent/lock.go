@@ -12,7 +12,6 @@ import (
 )
 
 var (
-	errLocked      = errors.New("the agent is locked (ssh-add -X unlocks it)")
 	errNotLocked   = errors.New("the agent is not locked")
 	errNoPhrase    = errors.New("a lock needs a passphrase")
 	errWrongPhrase = errors.New("the passphrase is wrong")
@@ -41,7 +40,7 @@ type lock struct {
 type period struct {
 	mu     sync.Mutex
 	over   bool
-	inside map[*request]struct{} // those that end with it
+	inside map[*inside]struct{} // the requests that end with it
 }
 
 func newLock() *lock {
@@ -50,35 +49,54 @@ func newLock() *lock {
 	return l
 }
 
-func (l *lock) opened() { l.open.Store(&period{inside: make(map[*request]struct{})}) }
+func (l *lock) opened() { l.open.Store(&period{inside: make(map[*inside]struct{})}) }
 
 func (l *lock) locked() bool { return l.open.Load() == nil }
 
+// inside is a request that the lock has let in.
+type inside struct {
+	Served
+	period *period
+}
+
+// reason returns why the request is refused, which is not err when the agent has
+// ended the request itself.
+func (r *inside) reason(err error) error {
+	if err == nil {
+		return nil
+	}
+	cause := context.Cause(r)
+	if _, paused := errors.AsType[*PausedError](cause); paused || errors.Is(cause, ErrLocked) {
+		return cause
+	}
+	return err
+}
+
 // enter returns a context for what is done for a request of c, which ends with ctx
 // and with the next locking, and carries use, which may be nil. It has to be left.
-func (l *lock) enter(ctx context.Context, c *Caller, use *Use) (*request, error) {
+func (l *lock) enter(ctx context.Context, c *Caller, use *Use) (*inside, error) {
 	p := l.open.Load()
 	if p == nil {
-		return nil, errLocked
+		return nil, ErrLocked
 	}
-	r := &request{caller: c, use: use, period: p}
-	r.Context, r.cancel = context.WithCancelCause(ctx)
+	r := &inside{period: p}
+	r.Begin(ctx, c, use)
 	p.mu.Lock()
 	defer p.mu.Unlock()
 	if p.over {
-		r.cancel(errLocked)
-		return nil, errLocked
+		r.End(ErrLocked)
+		return nil, ErrLocked
 	}
 	p.inside[r] = struct{}{}
 	return r, nil
 }
 
 // leave ends the context.
-func (r *request) leave() {
+func (r *inside) leave() {
 	r.period.mu.Lock()
 	delete(r.period.inside, r)
 	r.period.mu.Unlock()
-	r.cancel(nil)
+	r.End(nil)
 }
 
 // end ends everything that is under way.
@@ -87,7 +105,7 @@ func (p *period) end() {
 	defer p.mu.Unlock()
 	p.over = true
 	for r := range p.inside {
-		r.cancel(errLocked)
+		r.End(ErrLocked)
 	}
 }
 
@@ -105,7 +123,7 @@ func (l *lock) close(phrase *secret.Secret) error {
 	p := l.open.Swap(nil)
 	if p == nil {
 		own.Wipe()
-		return errLocked
+		return ErrLocked
 	}
 	l.phrase = own
 	p.end()
@@ -153,7 +171,7 @@ func (l *lock) unlock(ctx context.Context, phrase *secret.Secret) error {
 // and forgets the PINs that came with added URIs, and what persons have allowed. Signatures under way fail.
 func (k *Keyring) Lock(ctx context.Context, c *Caller, phrase *secret.Secret) error {
 	rec := k.begin(c, RequestLock)
-	err := c.mayLock()
+	err := mayLock(c)
 	if err == nil {
 		err = k.lock.close(phrase)
 	}
@@ -176,7 +194,7 @@ func (k *Keyring) Lock(ctx context.Context, c *Caller, phrase *secret.Secret) er
 // Unlock ends what Lock has begun, when the passphrase is the same.
 func (k *Keyring) Unlock(ctx context.Context, c *Caller, phrase *secret.Secret) error {
 	rec := k.begin(c, RequestUnlock)
-	err := c.mayLock()
+	err := mayLock(c)
 	if err == nil {
 		err = k.lock.unlock(ctx, phrase)
 	}

@@ -59,7 +59,7 @@ func TestLock(t *testing.T) {
 			return err
 		},
 	} {
-		if err := do(); !errors.Is(err, errLocked) {
+		if err := do(); !errors.Is(err, ErrLocked) {
 			t.Errorf("%s while locked: %v", what, err)
 		}
 	}
@@ -149,7 +149,7 @@ func TestLockEndsSignatures(t *testing.T) {
 	if err := f.Lock(t.Context(), local, phrase(t, "sesame")); err != nil {
 		t.Fatal(err)
 	}
-	if err := <-end; !errors.Is(err, errLocked) {
+	if err := <-end; !errors.Is(err, ErrLocked) {
 		t.Errorf("got %v", err)
 	}
 }

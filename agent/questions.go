@@ -36,56 +36,8 @@ const (
 	maxOpen = 5
 )
 
-// A way is where requests come from, as far as the one who makes them has no say:
-// the host that the agent is forwarded to, or the programs on this machine. A host
-// on the way cannot change the first bind, which is made by the ssh here. The names
-// of programs are of their own choosing, and so are all binds of a connection that
-// a program here makes itself: against both there are limits for the group.
-type way struct {
-	group
-	from string // forwarded: wire form of the first host's key; else names of programs
-}
-
-// A group is all ways that a client may turn one into the other. A client that has nothing
-// but a socket uses up no questions of the person's own programs and hosts.
-type group struct {
-	forwarded bool
-	socket    string // the name of the [[socket]]
-	uid       int    // of the client; -1: not known
-	// apart says that the client lives in namespaces of its own, or has ended. A program
-	// in a sandbox cannot leave it.
-	apart bool
-}
-
-// way returns where the requests of a connection come from. It does not look at the
-// client's namespaces, which takes a dozen system calls: see askingWay.
-func (c *Caller) way() way {
-	who := c.Who()
-	w := way{group: group{forwarded: c.Forwarded, uid: -1}}
-	if who.Known {
-		w.uid = who.UID
-	}
-	if c.Socket != nil {
-		w.socket = c.Socket.Name
-	}
-	switch {
-	case !c.Forwarded:
-		w.from = strings.Join(programNames(who), " ")
-	case len(c.Binds) > 0:
-		w.from = string(c.Binds[0].HostKey.Marshal())
-	}
-	return w
-}
-
-// askingWay is way for a client whose person is to be asked.
-func (c *Caller) askingWay() way {
-	w := c.way()
-	w.apart = c.Who().Apart() != nil
-	return w
-}
-
 // describe names the way to a person. use may be nil.
-func (c *Caller) describe(use *Use) string {
+func describe(c *Caller, use *Use) string {
 	if !c.Forwarded {
 		return visible(c.Who().String(), maxField)
 	}
@@ -199,12 +151,12 @@ func (q *Questions) Ask(ctx context.Context, about string, inTurn bool, show fun
 				return err
 			}
 		}
-		from := c.describe(UseFromContext(ctx))
+		from := describe(c, UseFromContext(ctx))
 		again, err := q.begin(w, about)
 		if err != nil {
 			give()
-			if r := requestFrom(ctx); r != nil {
-				r.cancel(err)
+			if r := ServedFrom(ctx); r != nil {
+				r.End(err)
 			}
 			return cmp.Or(ctx.Err(), err)
 		}
@@ -237,16 +189,16 @@ func Again(ctx context.Context) bool {
 // elsewhere than where it was asked.
 func (q *Questions) Note(ctx context.Context, about string, outcome Outcome) {
 	if c := CallerFromContext(ctx); c != nil {
-		q.end(c.askingWay(), about, c.describe(UseFromContext(ctx)), outcome)
+		q.end(c.askingWay(), about, describe(c, UseFromContext(ctx)), outcome)
 	}
 }
 
 // endedBy returns the outcome of a question whose context has ended.
 func endedBy(ctx context.Context) Outcome {
-	switch cause, r := context.Cause(ctx), requestFrom(ctx); {
+	switch cause, r := context.Cause(ctx), ServedFrom(ctx); {
 	case errors.Is(cause, errNotInserted):
 		return OutcomeNo
-	case r == nil || r.Err() == nil || errors.Is(cause, errLocked):
+	case r == nil || r.Err() == nil || errors.Is(cause, ErrLocked):
 		return Unanswered // not for the sake of the client
 	}
 	return outcomeHungUp

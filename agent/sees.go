@@ -11,18 +11,18 @@ import (
 
 var errSomeKeys = errors.New("the socket it came in at shows some keys only")
 
-// limited tells whether there may be keys that the connection does not see: it came in
+// confined tells whether there may be keys that the connection does not see: it came in
 // at a socket for some keys, or it belongs to an SSH session.
-func (c *Caller) limited() bool {
-	return c.Socket.some() || c.Forwarded || c.BindFailed || len(c.Binds) > 0
+func confined(c *Caller) bool {
+	return restricted(c.Socket) || c.Forwarded || c.BindFailed || len(c.Binds) > 0
 }
 
 // some tells whether the socket shows some keys only. A nil Socket shows all.
-func (s *Socket) some() bool { return s != nil && s.Only != nil }
+func restricted(s *Socket) bool { return s != nil && s.Only != nil }
 
 // shows tells whether the socket shows a key of a token.
-func (s *Socket) shows(key Key) bool {
-	return !s.some() || slices.ContainsFunc(s.Only, func(sel Selection) bool { return selects(sel, key) })
+func shows(s *Socket, key Key) bool {
+	return !restricted(s) || slices.ContainsFunc(s.Only, func(sel Selection) bool { return selects(sel, key) })
 }
 
 // seenBy returns nil if the connection sees the identity, and otherwise why not. The
@@ -31,7 +31,7 @@ func (s *Socket) shows(key Key) bool {
 // A key that has lost its destinations has them for forwarded connections until a
 // person has agreed to the loss.
 func (id *identity) seenBy(c *Caller) error {
-	if c.Socket.some() && !slices.ContainsFunc(id.homes, c.Socket.shows) {
+	if restricted(c.Socket) && !slices.ContainsFunc(id.homes, func(key Key) bool { return shows(c.Socket, key) }) {
 		return errUnknownKey
 	}
 	if err := id.limits.permits(c); err != nil {
@@ -69,7 +69,7 @@ func (k *Keyring) identity(wire []byte) *identity {
 // reachesLocked tells whether the connection would see a known key if the key were
 // added now: what it may add and remove by a URI.
 func (k *Keyring) reachesLocked(v *view, c *Caller, key known) bool {
-	if !c.Socket.shows(key.Key) {
+	if !shows(c.Socket, key.Key) {
 		return false
 	}
 	in, owed := v.limits[key.wire], k.owed[key.wire]
@@ -77,7 +77,7 @@ func (k *Keyring) reachesLocked(v *view, c *Caller, key known) bool {
 }
 
 // mayChange tells whether a connection may change what the agent holds.
-func (c *Caller) mayChange() error {
+func mayChange(c *Caller) error {
 	if c.Socket != nil && c.Socket.ReadOnly {
 		return errReadOnly
 	}
@@ -86,14 +86,14 @@ func (c *Caller) mayChange() error {
 
 // mayLock tells whether a connection may lock and unlock the agent, which concerns
 // all of its keys.
-func (c *Caller) mayLock() error {
-	if err := c.mayChange(); err != nil {
+func mayLock(c *Caller) error {
+	if err := mayChange(c); err != nil {
 		return err
 	}
-	if c.Socket.some() {
+	if restricted(c.Socket) {
 		return errSomeKeys
 	}
-	if c.limited() {
+	if confined(c) {
 		return errForwarded
 	}
 	return nil

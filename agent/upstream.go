@@ -13,7 +13,7 @@ var errUnconfirmed = errors.New("the socket it came in at has signatures confirm
 
 // upstreams returns those that a connection may reach.
 func (k *Keyring) upstreams(c *Caller) []Upstream {
-	if c.Socket.some() {
+	if restricted(c.Socket) {
 		return nil
 	}
 	return k.opts.Upstreams
@@ -117,7 +117,7 @@ func (k *Keyring) approveUpstream(ctx context.Context, c *Caller, u Upstream, r 
 		id.plain = cert.Key
 	}
 	use := k.use(id.comment, id.plain, c, r)
-	return k.approve(context.WithValue(ctx, useKey{}, use), use, id)
+	return k.approve(WithUse(ctx, use), use, id)
 }
 
 // Pass hands a message that the door does not know on to the upstream agents and
@@ -128,7 +128,7 @@ func (k *Keyring) Pass(ctx context.Context, c *Caller, message []byte) ([]byte, 
 		return nil, err
 	}
 	defer inside.leave()
-	if err := c.mayChange(); err != nil {
+	if err := mayChange(c); err != nil {
 		return nil, err
 	}
 	if c.Socket != nil && c.Socket.Confirm {

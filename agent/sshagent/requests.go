@@ -418,7 +418,7 @@ func (c *conn) extension(ctx context.Context, message []byte) {
 		for _, text := range [...]string{extensionQuery, extensionQuery, extensionSessionBind} {
 			c.out = appendString(c.out, text)
 		}
-		if c.caller.MayControl() == nil {
+		if agent.MayControl(c.caller) == nil {
 			c.out = appendString(c.out, extensionControl)
 		}
 	case extensionSessionBind:

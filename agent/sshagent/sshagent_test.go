@@ -157,17 +157,17 @@ func (k *fakeKeyring) RemoveAll(_ context.Context, c *agent.Caller) error {
 
 func (k *fakeKeyring) Status(_ context.Context, c *agent.Caller, provider []byte) ([]byte, error) {
 	k.note(call{method: "Status", provider: string(provider), caller: c})
-	return []byte(`{"version":"1"}`), c.MayControl()
+	return []byte(`{"version":"1"}`), agent.MayControl(c)
 }
 
 func (k *fakeKeyring) Login(_ context.Context, c *agent.Caller, r agent.LoginRequest) (agent.LoginAnswer, error) {
 	k.note(call{method: "Login", provider: string(r.Provider), pin: string(r.PIN.Bytes()), caller: c})
-	return agent.LoginAnswer{Already: true, Tries: "low"}, c.MayControl()
+	return agent.LoginAnswer{Already: true, Tries: "low"}, agent.MayControl(c)
 }
 
 func (k *fakeKeyring) Logout(_ context.Context, c *agent.Caller, provider []byte) error {
 	k.note(call{method: "Logout", provider: string(provider), caller: c})
-	return c.MayControl()
+	return agent.MayControl(c)
 }
 
 func (k *fakeKeyring) Refuse(_ *agent.Caller, request agent.Request, reason error) {

@@ -2,8 +2,6 @@ package agent
 
 import (
 	"bytes"
-	"context"
-	"errors"
 	"fmt"
 	"strconv"
 	"strings"
@@ -249,79 +247,32 @@ func plainly(name string) string {
 	return name
 }
 
-type (
-	useKey     struct{}
-	callerKey  struct{}
-	requestKey struct{}
-)
-
-// A request is the context of what is done for a request: one for all that goes
-// along, as each signature has one.
-type request struct {
-	context.Context
-	caller *Caller
-	use    *Use // nil: nothing is to be signed
-
-	cancel context.CancelCauseFunc
-	period *period
-}
-
-// Value has who asks, and what for.
-func (r *request) Value(key any) any {
-	switch key.(type) {
-	case callerKey:
-		return r.caller
-	case requestKey:
-		return r
-	case useKey:
-		if r.use != nil {
-			return r.use
-		}
+// provenHost returns the key of the host that the login's signature is good for,
+// or nil when that is not proved. consistent is false when the connection says
+// something else than the data.
+//
+// A host that the data names is proved by the very signature: no other server
+// takes it (publickey-hostbound-v00, OpenSSH's PROTOCOL section 3.1). That the
+// client has a connection to it is not, and does not matter. Where the data names
+// none, the host is the one that has signed the session's identifier when the
+// connection was bound. It is believed, as ssh-agent does, on a connection with no
+// other bind: behind a forwarded one, a host on the way could sign the identifier
+// of a session that it has with somebody else.
+func (u *Use) provenHost() (key ssh.PublicKey, consistent bool) {
+	c, h := u.Caller, u.where()
+	if u.Login == nil {
+		return nil, true
 	}
-	return r.Context.Value(key)
-}
-
-// requestFrom returns the request that ctx is of, or nil.
-func requestFrom(ctx context.Context) *request {
-	r, _ := ctx.Value(requestKey{}).(*request)
-	return r
-}
-
-// reason returns why the request is refused, which is not err when the agent has
-// ended the request itself.
-func (r *request) reason(err error) error {
-	if err == nil {
-		return nil
+	elsewhere := false // the connection is bound, and to no session that this is for
+	if n := len(c.Binds); n > 0 {
+		last := c.Binds[n-1]
+		elsewhere = last.Forwarding || !bytes.Equal(last.SessionID, u.Login.SessionID)
 	}
-	cause := context.Cause(r)
-	if _, paused := errors.AsType[*PausedError](cause); paused || errors.Is(cause, errLocked) {
-		return cause
+	switch said := u.Login.HostKey != nil; {
+	case c.BindFailed, elsewhere, h.Conflict, said && h.Key == nil:
+		return nil, false
+	case said, h.Verified:
+		return h.Key, true
 	}
-	return err
-}
-
-// Context returns a context for what is done for a request of c.
-func (c *Caller) Context(ctx context.Context) context.Context {
-	return context.WithValue(ctx, callerKey{}, c)
-}
-
-// CallerFromContext returns the Caller whose request ctx is of, or nil. Like a
-// Use it goes along with what is done for a request.
-func CallerFromContext(ctx context.Context) *Caller {
-	c, _ := ctx.Value(callerKey{}).(*Caller)
-	return c
-}
-
-// PeerFromContext returns who that Caller is, or one that is not Known.
-func PeerFromContext(ctx context.Context) peer.Peer {
-	if c := CallerFromContext(ctx); c != nil {
-		return c.Who()
-	}
-	return peer.Peer{}
-}
-
-// UseFromContext returns the Use that ctx carries, or nil.
-func UseFromContext(ctx context.Context) *Use {
-	u, _ := ctx.Value(useKey{}).(*Use)
-	return u
+	return nil, true
 }

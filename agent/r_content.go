@@ -1,10 +1,6 @@
 package agent
 
-import (
-	"fmt"
-	"slices"
-	"strconv"
-)
+import "strconv"
 
 // A Kind is what the data of a sign request says of itself. The door tells it
 // from the data's form alone, which is domain separation by accident for some
@@ -124,66 +120,4 @@ func shortQuote(s string) string {
 		return strconv.QuoteToGraphic(s[:limit]) + "..."
 	}
 	return strconv.QuoteToGraphic(s)
-}
-
-// A KindError says that a key is not for this kind of data.
-type KindError struct {
-	Content Content
-	Key     string // the comment
-}
-
-func (e *KindError) Error() string {
-	what := e.Content.String()
-	if e.Content.Kind == KindUnknown && e.Content.Detail != "" {
-		what += " (" + e.Content.Detail + ")"
-	}
-	return fmt.Sprintf("%s is not signed with this key: if it is meant for that, its [[key]] table has to say allow = [%q]", what, e.Content.Kind)
-}
-
-// testProgram is the program that data of KindTest is signed for.
-const testProgram = "ssh-add"
-
-// mayTest tells whether a connection may have data of KindTest signed: it comes from
-// the ssh-add of this machine, and belongs to no SSH session.
-func (c *Caller) mayTest() error {
-	if c.Forwarded || c.BindFailed || len(c.Binds) > 0 {
-		return errBound
-	}
-	return c.Who().RunsSystemProgram(testProgram)
-}
-
-// judged returns what the content counts for when this connection has it signed. The
-// data of KindTest says nothing of itself: it may be the attributes of a CMS signature,
-// filled up to that length. So it is unknown unless ssh-add sends it.
-func (c *Caller) judged(content Content) Content {
-	if content.Kind != KindTest {
-		return content
-	}
-	if err := c.mayTest(); err != nil {
-		return Content{Kind: KindUnknown, Detail: "1,024 bytes, which are signed for ssh-add -T of this machine, but " + err.Error()}
-	}
-	return content
-}
-
-// allowed tells whether data of this kind may be signed with an identity. Logins, SSH
-// signatures and the tests of ssh-add -T always may be. Keys in memory sign what they
-// are given, as those of ssh-agent do.
-func (k *Keyring) allowed(id *identity, content Content) error {
-	switch content.Kind {
-	case KindLogin, KindSignature, KindTest:
-		return nil
-	}
-	if len(id.homes) == 0 {
-		return nil
-	}
-	k.mu.Lock()
-	allow := k.opts.Allow
-	k.mu.Unlock()
-	if allow != nil && slices.ContainsFunc(id.homes, func(key Key) bool {
-		kinds := allow(key)
-		return slices.Contains(kinds, content.Kind) || slices.Contains(kinds, KindUnknown)
-	}) {
-		return nil
-	}
-	return &KindError{Content: content, Key: id.comment}
 }

@@ -1,0 +1,86 @@
+package agent
+
+import (
+	"crypto"
+	"time"
+
+	"golang.org/x/crypto/ssh"
+
+	"p11-agent/pinentry/secret"
+)
+
+// A TokenRequest asks for the keys of a token to be added or removed (RFC 9987
+// sections 5.2.6 and 5.4).
+type TokenRequest struct {
+	// Provider is what the client named: a pkcs11: URI or the path of a module.
+	// It may hold a PIN, so it is the door's own memory and wiped afterwards.
+	Provider []byte
+	// PIN is empty when none was given. It belongs to the door, which wipes it
+	// when the request is answered.
+	PIN         *secret.Secret
+	Constraints Constraints
+}
+
+// A KeyRequest asks for a private key to be kept in memory (RFC 9987 section
+// 5.2).
+type KeyRequest struct {
+	Private crypto.Signer // *rsa.PrivateKey, *ecdsa.PrivateKey or ed25519.PrivateKey
+	// Public is its public half, or a certificate of it.
+	Public      ssh.PublicKey
+	Comment     string
+	Constraints Constraints
+}
+
+// Constraints limit the use of what is added with them (RFC 9987 section 5.2.7
+// and OpenSSH's PROTOCOL.agent).
+type Constraints struct {
+	Lifetime time.Duration // 0: for as long as the agent runs; NoTime: none
+	Confirm  bool
+	// Destinations are the hops that are permitted; none: every use is.
+	Destinations []Destination
+	// Certificates go with the keys of a token that they certify.
+	Certificates []*ssh.Certificate
+	// CertificatesOnly adds only the Certificates and no key without one.
+	CertificatesOnly bool
+}
+
+// NoTime is the lifetime of what is added and gone at once. A client asks for it with a
+// lifetime of 0 seconds, as ssh-agent has it.
+const NoTime = time.Nanosecond
+
+// A Destination is one hop that a key may be used for: to log in at a host, from
+// another or, when From has no keys, from where the agent runs (OpenSSH's
+// PROTOCOL.agent section 2).
+type Destination struct{ From, To Hop }
+
+// A Hop is a host as a Destination has it.
+type Hop struct {
+	User string // a pattern, only of To; empty: any
+	Host string // for people, and the name that a certificate must have
+	Keys []HostKey
+}
+
+// A HostKey is a key that a host may have.
+type HostKey struct {
+	Key ssh.PublicKey
+	CA  bool // Key certifies the host's key
+}
+
+// A LoginRequest asks to log in to one token.
+type LoginRequest struct {
+	// Provider names the token, as in a TokenRequest. It is the door's own memory.
+	Provider []byte
+	// PIN is nil when it is to come from where a signature would get it, or is typed
+	// on the reader. It belongs to the door, which wipes it when the request is
+	// answered.
+	PIN *secret.Secret
+}
+
+// A LoginAnswer tells what there is to say of a login, be it one that failed.
+type LoginAnswer struct {
+	// Already says that somebody was logged in, or that no login is needed: nothing
+	// was tried.
+	Already bool
+	// Tries is what the token says is left of the tries: ok, low, last, locked.
+	Tries string
+}

@@ -1,0 +1,41 @@
+package agent
+
+import (
+	"context"
+	"crypto"
+)
+
+// A Key is a private key on a token. Two of them are compared with ==.
+type Key interface {
+	// Public is comparable by its Equal method, as keys of the standard library
+	// are.
+	Public() crypto.PublicKey
+	// URI names the key, and is its comment.
+	URI() string
+	// Unfit says why the key is not offered unless it is named; empty: it is.
+	Unfit() string
+	// Insertions counts how often the token of the key has appeared.
+	Insertions() uint64
+	// Present tells whether the token of the key is there.
+	Present() bool
+	// TokenName names that token to a person.
+	TokenName() string
+	// AsksPIN tells whether a signature that begins now would have a person give the PIN,
+	// as far as is known. It does not when somebody is logged in, when the PIN comes from
+	// elsewhere, or when a login is under way, whose prompt may be about another key. The
+	// request whose person gave the PIN is told (waiting.Accepted).
+	AsksPIN() bool
+	// SignMessageContext signs as crypto.MessageSigner does: ECDSA in ASN.1.
+	SignMessageContext(ctx context.Context, msg []byte, opts crypto.SignerOpts) ([]byte, error)
+}
+
+// A Selection is what a client or the configuration names: it selects keys,
+// also those that come later.
+type Selection interface {
+	String() string // for the log, and to know it again
+	Match(Key) bool
+	// Broad tells whether it selects keys without naming them one by one.
+	Broad() bool
+	// All tells whether it selects every key there is.
+	All() bool
+}
