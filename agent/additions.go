@@ -6,11 +6,13 @@ import (
 	"time"
 
 	"golang.org/x/crypto/ssh"
+
+	"p11-agent/agent/request"
 )
 
 // An addition is what one ssh-add -s has added.
 type addition struct {
-	selection    Selection
+	selection    request.Selection
 	limits       limits
 	certificates []*ssh.Certificate
 	// only are the keys that the addition covers, by their wire form; nil: all that the
@@ -67,7 +69,7 @@ func certified(certs []*ssh.Certificate) map[string]bool {
 
 // known is a key on a token, and its wire form.
 type known struct {
-	Key
+	request.Key
 	wire string
 }
 
@@ -91,18 +93,18 @@ func (k *Keyring) coveredLocked(a *addition) []known {
 
 // limitsForLocked returns the limits that the addition sets to a key. What the
 // configuration offers is offered without a certificate, too.
-func (k *Keyring) limitsForLocked(a *addition, key Key) limits {
+func (k *Keyring) limitsForLocked(a *addition, key request.Key) limits {
 	l := a.limits
 	l.certificates = l.certificates && !k.automaticLocked(key)
 	return l
 }
 
 // automaticLocked tells whether a key is offered without being added.
-func (k *Keyring) automaticLocked(key Key) bool {
+func (k *Keyring) automaticLocked(key request.Key) bool {
 	if k.opts.Automatic == nil {
 		return key.Unfit() == ""
 	}
-	return slices.ContainsFunc(k.opts.Automatic, func(s Selection) bool { return selects(s, key) })
+	return slices.ContainsFunc(k.opts.Automatic, func(s request.Selection) bool { return selects(s, key) })
 }
 
 // maxOwed bounds of how many keys it is known which limits they had. Keys that are
@@ -141,7 +143,7 @@ func (k *Keyring) paid(id *identity) {
 }
 
 // paidFor is paid for keys of tokens.
-func (k *Keyring) paidFor(keys []Key) {
+func (k *Keyring) paidFor(keys []request.Key) {
 	k.mu.Lock()
 	defer k.mu.Unlock()
 	for _, key := range keys {
@@ -156,7 +158,7 @@ func (k *Keyring) paidFor(keys []Key) {
 // wherever it is made.
 func (id *identity) asksPIN() bool {
 	return len(id.homes) > 0 && id.software == nil &&
-		!slices.ContainsFunc(id.homes, func(key Key) bool { return !key.AsksPIN() })
+		!slices.ContainsFunc(id.homes, func(key request.Key) bool { return !key.AsksPIN() })
 }
 
 // liftLocked has the addition cover a key no more. The addition goes when it covers

@@ -8,6 +8,8 @@ import (
 	"sync"
 
 	"golang.org/x/crypto/ssh"
+
+	"p11-agent/agent/request"
 )
 
 // An Identity is a key as it is listed.
@@ -43,14 +45,14 @@ type Upstream interface {
 	// Name is for people.
 	Name() string
 	// List returns the identities. One that does not answer at once is an error.
-	List(ctx context.Context, c *Caller) ([]Identity, error)
+	List(ctx context.Context, c *request.Caller) ([]Identity, error)
 	// Sign waits for the other agent as long as ctx does: a person may be asked.
-	Sign(ctx context.Context, c *Caller, r SignRequest) (*ssh.Signature, error)
+	Sign(ctx context.Context, c *request.Caller, r request.Sign) (*ssh.Signature, error)
 	// Remove takes the wire form of a public key.
-	Remove(ctx context.Context, c *Caller, key []byte) error
+	Remove(ctx context.Context, c *request.Caller, key []byte) error
 	// Pass hands a message on as it came and returns the answer as it came. An
 	// answer that means no is an error.
-	Pass(ctx context.Context, c *Caller, message []byte) (answer []byte, err error)
+	Pass(ctx context.Context, c *request.Caller, message []byte) (answer []byte, err error)
 }
 
 // ErrNotPassed is the error of a message that no Upstream could be asked about.

@@ -8,18 +8,20 @@ import (
 	"fmt"
 
 	"golang.org/x/crypto/ssh"
+
+	"p11-agent/agent/request"
 )
 
 // algorithmFor returns the signature algorithm and hash that a request for a
 // key means (RFC 9987 section 5.6.1). OpenSSH prefers SHA-256 when both are
 // asked for (ssh-agent.c, agent_decode_alg).
-func algorithmFor(key ssh.PublicKey, flags SignatureFlags) (string, crypto.Hash, error) {
+func algorithmFor(key ssh.PublicKey, flags request.SignatureFlags) (string, crypto.Hash, error) {
 	switch t := key.Type(); t {
 	case ssh.KeyAlgoRSA:
 		switch {
-		case flags&SignatureRSASHA2256 != 0:
+		case flags&request.SignatureRSASHA2256 != 0:
 			return ssh.KeyAlgoRSASHA256, crypto.SHA256, nil
-		case flags&SignatureRSASHA2512 != 0:
+		case flags&request.SignatureRSASHA2512 != 0:
 			return ssh.KeyAlgoRSASHA512, crypto.SHA512, nil
 		default:
 			return ssh.KeyAlgoRSA, crypto.SHA1, nil

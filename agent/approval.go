@@ -16,6 +16,7 @@ import (
 
 	"p11-agent/agent/knownhosts"
 	"p11-agent/agent/peer"
+	"p11-agent/agent/request"
 	"p11-agent/pinentry"
 )
 
@@ -87,19 +88,19 @@ type Rule struct {
 	// mean the host, the rule counts only if it is stricter than what counts without
 	// it. nil: any use.
 	Hosts     []string
-	Purposes  []Purpose // nil: any
-	Programs  []string  // one of them is in the chain of the client's; nil: any
-	Forwarded *bool     // nil: both
+	Purposes  []request.Purpose // nil: any
+	Programs  []string          // one of them is in the chain of the client's; nil: any
+	Forwarded *bool             // nil: both
 	Confirm   Confirm
 	Remember  Remember // what a plain yes is good for; for ConfirmFirstUse, Once means UntilLock
 }
 
 // A Question is what a person is asked to confirm.
 type Question struct {
-	*Use
-	Key            Key    // on a token, that would sign; nil: it is on none
-	KeyFingerprint string // as keys are named to people
-	Why            string // somebody is asked at all
+	*request.Use
+	Key            request.Key // on a token, that would sign; nil: it is on none
+	KeyFingerprint string      // as keys are named to people
+	Why            string      // somebody is asked at all
 	// Plain is what a yes means when nothing else is chosen.
 	Plain Remember
 	// Offer says that other lengths may be offered. What is chosen counts only then.
@@ -151,7 +152,7 @@ func (d *decision) why() string {
 }
 
 // decide applies the rules to a use.
-func (a *Approval) decide(u *Use) decision {
+func (a *Approval) decide(u *request.Use) decision {
 	confirm := cmp.Or(a.Confirm, ConfirmNever)
 	d := decision{word: confirm}
 	d.set(confirm, Once, u)
@@ -177,7 +178,7 @@ rules:
 }
 
 // set has a word of the configuration decide about a use.
-func (d *decision) set(confirm Confirm, plain Remember, u *Use) {
+func (d *decision) set(confirm Confirm, plain Remember, u *request.Use) {
 	switch confirm {
 	case ConfirmNever, ConfirmDeny:
 	case ConfirmForwarded:
@@ -204,7 +205,7 @@ func (d decision) stricter(o decision) decision {
 }
 
 // matches tells whether a use fulfils all conditions.
-func (r *Rule) matches(u *Use) knownhosts.Fit {
+func (r *Rule) matches(u *request.Use) knownhosts.Fit {
 	switch {
 	case r.Purposes != nil && !slices.Contains(r.Purposes, u.Content.Purpose()),
 		r.Forwarded != nil && *r.Forwarded != u.Caller.Forwarded,
@@ -223,14 +224,14 @@ func (r *Rule) matches(u *Use) knownhosts.Fit {
 	return r.matchesHosts(u)
 }
 
-func (r *Rule) matchesHosts(u *Use) knownhosts.Fit {
+func (r *Rule) matchesHosts(u *request.Use) knownhosts.Fit {
 	if r.Hosts == nil {
 		return knownhosts.Yes
 	}
 	if u.Login == nil {
 		return knownhosts.No
 	}
-	host, _ := u.provenHost()
+	host, _ := u.ProvenHost()
 	all := fit(u, r.Hosts, host)
 	if host == nil {
 		if claimed := u.Where().Key; claimed != nil {
@@ -249,13 +250,13 @@ func (r *Rule) matchesHosts(u *Use) knownhosts.Fit {
 
 // fit tells whether patterns mean the host with this key, which may be nil: then only
 // a lone "*" does. A revoked key proves nothing.
-func fit(u *Use, patterns []string, key ssh.PublicKey) knownhosts.Fit {
-	var known HostName
+func fit(u *request.Use, patterns []string, key ssh.PublicKey) knownhosts.Fit {
+	var known request.HostName
 	if key != nil && u.Hosts != nil {
 		known = u.Hosts.HostName(key, u.Caller.Who())
 	}
 	if known.Revoked {
-		return max(min(known.Fit(patterns), knownhosts.Maybe), HostName{}.Fit(patterns))
+		return max(min(known.Fit(patterns), knownhosts.Maybe), request.HostName{}.Fit(patterns))
 	}
 	return known.Fit(patterns)
 }
@@ -264,11 +265,11 @@ func fit(u *Use, patterns []string, key ssh.PublicKey) knownhosts.Fit {
 // which host and for which user, asked by programs of the same names over the same
 // way. ok is false when that is not known well enough for it to be good for
 // anything but the request itself.
-func sameness(u *Use, identity string) (name string, ok bool) {
+func sameness(u *request.Use, identity string) (name string, ok bool) {
 	c, who := u.Caller, u.Caller.Who()
-	host, consistent := u.provenHost()
+	host, consistent := u.ProvenHost()
 	switch {
-	case u.Content.Kind == KindUnknown || u.Content.Kind == "", !consistent, c.BindFailed,
+	case u.Content.Kind == request.KindUnknown || u.Content.Kind == "", !consistent, c.BindFailed,
 		!who.Known || len(who.Chain) == 0,
 		u.Login != nil && host == nil && c.Forwarded:
 		return "", false
@@ -298,7 +299,7 @@ func sameness(u *Use, identity string) (name string, ok bool) {
 		}
 	}
 	add(nil)
-	for _, name := range programNames(who) {
+	for _, name := range request.ProgramNames(who) {
 		add([]byte(name))
 	}
 	return string(h.Sum(nil)), true
@@ -322,7 +323,7 @@ type approvals struct {
 // keptApproval is one of them.
 type keptApproval struct {
 	wire  string // of the identity
-	homes []Key
+	homes []request.Key
 	// insertions there were of all its tokens. away says that none of them was there,
 	// so that one more is what the signature waits for.
 	insertions uint64
@@ -381,7 +382,7 @@ func (a *approvals) now() (generation uint64) {
 }
 
 // keep remembers a yes that was asked for in a generation.
-func (a *approvals) keep(name string, id *identity, u *Use, lasts Remember, generation uint64) {
+func (a *approvals) keep(name string, id *identity, u *request.Use, lasts Remember, generation uint64) {
 	a.mu.Lock()
 	defer a.mu.Unlock()
 	if generation != a.generation {
@@ -406,10 +407,10 @@ func (a *approvals) keep(name string, id *identity, u *Use, lasts Remember, gene
 	}
 	a.kept[name] = keptApproval{
 		wire: id.wire, homes: id.homes, insertions: insertionsOf(id), since: now, lasts: lasts,
-		away: len(id.homes) > 0 && !slices.ContainsFunc(id.homes, Key.Present),
+		away: len(id.homes) > 0 && !slices.ContainsFunc(id.homes, request.Key.Present),
 		status: ApprovalStatus{
-			Fingerprint: id.fingerprint, Comment: visible(id.comment, maxField), What: visible(u.What(), maxReason),
-			Forwarding: visible(u.Forwarding(), maxField), Client: u.Caller.Who(), Since: now,
+			Fingerprint: id.fingerprint, Comment: request.Visible(id.comment, request.MaxField), What: request.Visible(u.What(), request.MaxReason),
+			Forwarding: request.Visible(u.Forwarding(), request.MaxField), Client: u.Caller.Who(), Since: now,
 		},
 	}
 }
@@ -464,7 +465,7 @@ func (a *approvals) forgetIdentity(wire string) {
 
 // ForgetApprovals makes a person be asked again about the keys that of says, and
 // about those on no token if it says so of nil.
-func (k *Keyring) ForgetApprovals(of func(Key) bool) {
+func (k *Keyring) ForgetApprovals(of func(request.Key) bool) {
 	k.approvals.forget(func(kept keptApproval) bool {
 		if len(kept.homes) == 0 {
 			return of(nil)
@@ -475,14 +476,14 @@ func (k *Keyring) ForgetApprovals(of func(Key) bool) {
 
 // decide applies the configuration to a use: for a key on several tokens the
 // strictest word counts.
-func (k *Keyring) decide(u *Use, id *identity) decision {
+func (k *Keyring) decide(u *request.Use, id *identity) decision {
 	k.mu.Lock()
 	approval := k.opts.Approval
 	k.mu.Unlock()
 	if approval == nil {
 		return decision{confirm: ConfirmNever}
 	}
-	of := func(key Key) decision {
+	of := func(key request.Key) decision {
 		a := approval(key)
 		return a.decide(u)
 	}
@@ -498,7 +499,7 @@ func (k *Keyring) decide(u *Use, id *identity) decision {
 
 // approve has a person asked where the constraints, the socket or the
 // configuration want it. The error says why the use is refused.
-func (k *Keyring) approve(ctx context.Context, u *Use, id *identity) error {
+func (k *Keyring) approve(ctx context.Context, u *request.Use, id *identity) error {
 	d := k.decide(u, id)
 	if d.confirm == ConfirmDeny {
 		return &DeniedError{Why: d.why()}
@@ -510,7 +511,7 @@ func (k *Keyring) approve(ctx context.Context, u *Use, id *identity) error {
 		why = "ssh-add -c, with which the key was added"
 	case socket != nil && socket.Confirm:
 		why = "confirm = true of the socket " + socket.Name
-	case u.Unlimited && !u.pinPays:
+	case u.Unlimited && !u.PINPays:
 		return k.approveLoss(ctx, u, id)
 	case d.confirm == ConfirmNever:
 		return nil
@@ -541,7 +542,7 @@ func (k *Keyring) approve(ctx context.Context, u *Use, id *identity) error {
 }
 
 // approveLoss has a person asked whether a key may be used without limits that it had.
-func (k *Keyring) approveLoss(ctx context.Context, u *Use, id *identity) error {
+func (k *Keyring) approveLoss(ctx context.Context, u *request.Use, id *identity) error {
 	const why = "the limits that the key had before it was removed"
 	return k.ask(ctx, Question{Use: u, Key: id.home(), KeyFingerprint: k.fingerprint(u.Key), Why: why}).error()
 }

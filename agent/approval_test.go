@@ -15,13 +15,16 @@ import (
 	"golang.org/x/crypto/ssh"
 
 	"p11-agent/agent/peer"
+	"p11-agent/agent/request"
 	"p11-agent/pinentry/waiting"
 )
 
 // hostTable names host keys by their wire form.
-type hostTable map[string]HostName
+type hostTable map[string]request.HostName
 
-func (h hostTable) HostName(key ssh.PublicKey, _ peer.Peer) HostName { return h[string(key.Marshal())] }
+func (h hostTable) HostName(key ssh.PublicKey, _ peer.Peer) request.HostName {
+	return h[string(key.Marshal())]
+}
 
 // world is a few hosts, and ways to come from them.
 type world struct {
@@ -31,7 +34,7 @@ type world struct {
 
 func newWorld(t testing.TB) *world {
 	w := &world{keys: make(map[string]ssh.PublicKey), hosts: make(hostTable)}
-	for name, known := range map[string]HostName{
+	for name, known := range map[string]request.HostName{
 		"good":    {Names: []string{"good.example.org", "192.0.2.1"}},
 		"other":   {Names: []string{"Other.Example.org"}},
 		"evil":    {Names: []string{"evil.example.net"}},
@@ -54,8 +57,8 @@ func newWorld(t testing.TB) *world {
 
 // caller is a client whose connection came over these hosts; the last one is
 // logged in to unless it is "-".
-func (w *world) caller(chain string, hosts ...string) *Caller {
-	c := &Caller{Number: 7, Peer: peer.Peer{Known: true, PID: 10, UID: 1000}}
+func (w *world) caller(chain string, hosts ...string) *request.Caller {
+	c := &request.Caller{Number: 7, Peer: peer.Peer{Known: true, PID: 10, UID: 1000}}
 	for name := range strings.SplitSeq(chain, " ") {
 		c.Peer.Chain = append(c.Peer.Chain, peer.Process{PID: 10 + len(c.Peer.Chain), Name: name})
 	}
@@ -64,27 +67,27 @@ func (w *world) caller(chain string, hosts ...string) *Caller {
 		if last && name == "-" {
 			continue
 		}
-		c.Binds = append(c.Binds, Bind{HostKey: w.keys[name], SessionID: []byte("session " + name), Forwarding: !last})
+		c.Binds = append(c.Binds, request.Bind{HostKey: w.keys[name], SessionID: []byte("session " + name), Forwarding: !last})
 	}
 	c.Forwarded = len(hosts) > 1
 	return c
 }
 
 // login is one at a host that the data names, or does not.
-func (w *world) login(host string, named bool) SignRequest {
-	l := &Login{User: "me", SessionID: []byte("session " + host)}
+func (w *world) login(host string, named bool) request.Sign {
+	l := &request.Login{User: "me", SessionID: []byte("session " + host)}
 	if named {
 		l.HostKey = w.keys[host].Marshal()
 	}
-	return SignRequest{Data: []byte("data"), Content: Content{Kind: KindLogin}, Login: l}
+	return request.Sign{Data: []byte("data"), Content: request.Content{Kind: request.KindLogin}, Login: l}
 }
 
-func sshsigOf(namespace string) SignRequest {
-	return SignRequest{Data: []byte("data"), Content: Content{Kind: KindSignature, Namespace: namespace}}
+func sshsigOf(namespace string) request.Sign {
+	return request.Sign{Data: []byte("data"), Content: request.Content{Kind: request.KindSignature, Namespace: namespace}}
 }
 
-func (w *world) use(c *Caller, r SignRequest) *Use {
-	return &Use{Caller: c, Content: r.Content, Login: r.Login, Hosts: w.hosts}
+func (w *world) use(c *request.Caller, r request.Sign) *request.Use {
+	return &request.Use{Caller: c, Content: r.Content, Login: r.Login, Hosts: w.hosts}
 }
 
 func TestDecide(t *testing.T) {
@@ -106,8 +109,8 @@ func TestDecide(t *testing.T) {
 	never, deny := ConfirmNever, ConfirmDeny
 	for name, test := range map[string]struct {
 		a    Approval
-		c    *Caller
-		r    SignRequest
+		c    *request.Caller
+		r    request.Sign
 		want Confirm
 	}{
 		"nothing is said":                  {Approval{}, local, goodLogin, never},
@@ -118,26 +121,26 @@ func TestDecide(t *testing.T) {
 		"first use":                        {Approval{Confirm: ConfirmFirstUse}, local, goodLogin, ConfirmAlways},
 		"what nobody knows":                {Approval{Confirm: "sometimes"}, local, goodLogin, ConfirmAlways},
 		"the first rule that matches": {
-			Approval{Rules: []Rule{{Purposes: []Purpose{PurposeGit}, Confirm: never}, {Confirm: deny}, {Confirm: never}}}, local, goodLogin, deny,
+			Approval{Rules: []Rule{{Purposes: []request.Purpose{request.PurposeGit}, Confirm: never}, {Confirm: deny}, {Confirm: never}}}, local, goodLogin, deny,
 		},
-		"no rule that matches": {Approval{Confirm: ConfirmAlways, Rules: []Rule{{Purposes: []Purpose{PurposeGit}, Confirm: never}}}, local, goodLogin, ConfirmAlways},
+		"no rule that matches": {Approval{Confirm: ConfirmAlways, Rules: []Rule{{Purposes: []request.Purpose{request.PurposeGit}, Confirm: never}}}, local, goodLogin, ConfirmAlways},
 
-		"purpose git":                 {one(Rule{Purposes: []Purpose{PurposeGit}, Confirm: never}), local, git, never},
-		"purpose file, for git":       {one(Rule{Purposes: []Purpose{PurposeFile}, Confirm: never}), local, git, ConfirmAlways},
-		"purpose other, for unknown":  {one(Rule{Purposes: []Purpose{PurposeOther}, Confirm: deny}), local, SignRequest{Content: Content{Kind: KindUnknown}}, deny},
-		"purpose login, for unknown":  {one(Rule{Purposes: []Purpose{PurposeLogin}, Confirm: never}), local, SignRequest{Content: Content{Kind: KindUnknown}}, ConfirmAlways},
+		"purpose git":                 {one(Rule{Purposes: []request.Purpose{request.PurposeGit}, Confirm: never}), local, git, never},
+		"purpose file, for git":       {one(Rule{Purposes: []request.Purpose{request.PurposeFile}, Confirm: never}), local, git, ConfirmAlways},
+		"purpose other, for unknown":  {one(Rule{Purposes: []request.Purpose{request.PurposeOther}, Confirm: deny}), local, request.Sign{Content: request.Content{Kind: request.KindUnknown}}, deny},
+		"purpose login, for unknown":  {one(Rule{Purposes: []request.Purpose{request.PurposeLogin}, Confirm: never}), local, request.Sign{Content: request.Content{Kind: request.KindUnknown}}, ConfirmAlways},
 		"program, the first":          {one(Rule{Programs: []string{"ssh"}, Confirm: deny}), local, git, deny},
 		"program, any link":           {one(Rule{Programs: []string{"x", "bash"}, Confirm: deny}), local, git, deny},
 		"program, not part of a name": {one(Rule{Programs: []string{"bas", "ssh*"}, Confirm: deny}), local, git, ConfirmAlways},
-		"program, nobody known":       {one(Rule{Programs: []string{""}, Confirm: never}), &Caller{}, git, ConfirmAlways},
-		"all conditions, one not met": {one(Rule{Programs: []string{"ssh"}, Purposes: []Purpose{PurposeGit}, Confirm: deny}), local, goodLogin, ConfirmAlways},
+		"program, nobody known":       {one(Rule{Programs: []string{""}, Confirm: never}), &request.Caller{}, git, ConfirmAlways},
+		"all conditions, one not met": {one(Rule{Programs: []string{"ssh"}, Purposes: []request.Purpose{request.PurposeGit}, Confirm: deny}), local, goodLogin, ConfirmAlways},
 
 		"forwarded = true":                   {one(Rule{Forwarded: &yes, Confirm: never}), fwd, git, never},
 		"forwarded = true, for a local one":  {one(Rule{Forwarded: &yes, Confirm: never}), local, git, ConfirmAlways},
 		"forwarded = false":                  {one(Rule{Forwarded: &no, Confirm: never}), local, git, never},
 		"forwarded = false, for a forwarded": {one(Rule{Forwarded: &no, Confirm: never}), fwd, git, ConfirmAlways},
-		"never does not mean forwarded ones": {one(Rule{Purposes: []Purpose{PurposeGit}, Confirm: never}), fwd, git, ConfirmAlways},
-		"deny does":                          {one(Rule{Purposes: []Purpose{PurposeGit}, Confirm: deny}), fwd, git, deny},
+		"never does not mean forwarded ones": {one(Rule{Purposes: []request.Purpose{request.PurposeGit}, Confirm: never}), fwd, git, ConfirmAlways},
+		"deny does":                          {one(Rule{Purposes: []request.Purpose{request.PurposeGit}, Confirm: deny}), fwd, git, deny},
 		"nor does program with never":        {one(Rule{Programs: []string{"bash"}, Confirm: never}), fwd, git, ConfirmAlways},
 
 		"host, named by the data":               {one(Rule{Hosts: org, Confirm: never}), local, goodLogin, never},
@@ -185,7 +188,7 @@ func TestDecide(t *testing.T) {
 			Approval{Rules: []Rule{{Hosts: []string{"Other.*"}, Confirm: deny}}}, stale, w.login("other", true), deny,
 		},
 		"denied host, a bind has failed":         {Approval{Rules: []Rule{{Hosts: []string{"good.*"}, Confirm: deny}}}, failed, goodLogin, deny},
-		"a key that cannot be read":              {one(Rule{Hosts: []string{"g*"}, Confirm: never}), unbound, SignRequest{Content: Content{Kind: KindLogin}, Login: &Login{HostKey: []byte("x")}}, ConfirmAlways},
+		"a key that cannot be read":              {one(Rule{Hosts: []string{"g*"}, Confirm: never}), unbound, request.Sign{Content: request.Content{Kind: request.KindLogin}, Login: &request.Login{HostKey: []byte("x")}}, ConfirmAlways},
 		"forwarded via an evil host":             {one(Rule{Hosts: org, Forwarded: &yes, Confirm: never}), fwd, goodLogin, ConfirmAlways},
 		"forwarded via an unknown host":          {one(Rule{Hosts: org, Forwarded: &yes, Confirm: never}), w.caller("ssh", "new", "good"), goodLogin, ConfirmAlways},
 		"forwarded via good hosts":               {one(Rule{Hosts: org, Forwarded: &yes, Confirm: never}), w.caller("ssh", "other", "good"), goodLogin, never},
@@ -245,9 +248,9 @@ func TestStrictestHomeCounts(t *testing.T) {
 		"first use and always": {ConfirmFirstUse, ConfirmAlways, ConfirmAlways, Once},
 		"always and first use": {ConfirmAlways, ConfirmFirstUse, ConfirmAlways, Once},
 	} {
-		f := newFixture(Options{Rules: Rules{Approval: func(k Key) Approval {
+		f := newFixture(Options{Rules: Rules{Approval: func(k request.Key) Approval {
 			c := test.one
-			if k == Key(two) {
+			if k == request.Key(two) {
 				c = test.two
 			}
 			return Approval{Rules: []Rule{{Confirm: c}}}
@@ -305,12 +308,12 @@ func says(a Answer) *answers {
 }
 
 // approvals of every key.
-func everyKey(a Approval) Rules { return Rules{Approval: func(Key) Approval { return a }} }
+func everyKey(a Approval) Rules { return Rules{Approval: func(request.Key) Approval { return a }} }
 
 const quarter = Remember(15 * time.Minute)
 
 // signs makes a request in a world, and fails the test unless it goes as wanted.
-func (f *fixture) signs(t *testing.T, k Key, c *Caller, r SignRequest, want error) {
+func (f *fixture) signs(t *testing.T, k request.Key, c *request.Caller, r request.Sign, want error) {
 	t.Helper()
 	r.Key = wireOf(k)
 	if _, err := f.Sign(t.Context(), c, r); !errors.Is(err, want) {
@@ -375,26 +378,30 @@ func TestApprovalForgotten(t *testing.T) {
 			if err := f.RemoveAll(t.Context(), local); err != nil {
 				t.Fatal(err)
 			}
-			f.add(t, "pkcs11:", Constraints{})
+			f.add(t, "pkcs11:", request.Constraints{})
 		}, false},
 		"remove it": {func(t *testing.T, f *fixture, k *fakeKey) {
 			if err := f.Remove(t.Context(), local, wireOf(k)); err != nil {
 				t.Fatal(err)
 			}
-			f.add(t, "pkcs11:", Constraints{})
+			f.add(t, "pkcs11:", request.Constraints{})
 		}, false},
 		"remove its token": {func(t *testing.T, f *fixture, _ *fakeKey) {
-			if err := f.RemoveToken(t.Context(), local, TokenRequest{Provider: []byte("pkcs11:token=a")}); err != nil {
+			if err := f.RemoveToken(t.Context(), local, request.Token{Provider: []byte("pkcs11:token=a")}); err != nil {
 				t.Fatal(err)
 			}
-			f.add(t, "pkcs11:", Constraints{})
+			f.add(t, "pkcs11:", request.Constraints{})
 		}, false},
 		"its token comes back": {func(_ *testing.T, f *fixture, k *fakeKey) {
 			k.insertions++
 			f.tokens.set(k)
 		}, false},
-		"an event for its token":   {func(_ *testing.T, f *fixture, k *fakeKey) { f.ForgetApprovals(func(o Key) bool { return o == Key(k) }) }, false},
-		"an event for another one": {func(_ *testing.T, f *fixture, k *fakeKey) { f.ForgetApprovals(func(o Key) bool { return o != Key(k) }) }, true},
+		"an event for its token": {func(_ *testing.T, f *fixture, k *fakeKey) {
+			f.ForgetApprovals(func(o request.Key) bool { return o == request.Key(k) })
+		}, false},
+		"an event for another one": {func(_ *testing.T, f *fixture, k *fakeKey) {
+			f.ForgetApprovals(func(o request.Key) bool { return o != request.Key(k) })
+		}, true},
 	} {
 		t.Run(name, func(t *testing.T) {
 			k, p := edKey("pkcs11:token=a;id=1"), says(Answer{true, UntilLock})
@@ -419,20 +426,20 @@ func TestApprovalBeforeInsertion(t *testing.T) {
 	var f *fixture
 	in := &fakeInserter{answer: func(context.Context, int) (bool, error) {
 		backup.insertions++
-		f.tokens.setAway([]Key{backup}, []Key{k})
+		f.tokens.setAway([]request.Key{backup}, []request.Key{k})
 		return true, nil
 	}}
 	rules := everyKey(Approval{Confirm: ConfirmFirstUse})
 	rules.OfferAway = always
 	f = newFixture(Options{Rules: rules, Confirm: p, Insert: in}, k)
-	f.tokens.setAway(nil, []Key{k, backup})
+	f.tokens.setAway(nil, []request.Key{k, backup})
 	for range 3 {
 		f.signs(t, k, w.caller("ssh"), sshsigOf("git"), nil)
 	}
 	if p.count() != 1 || len(in.asked) != 1 {
 		t.Errorf("asked %d times, and %d times to insert it", p.count(), len(in.asked))
 	}
-	f.tokens.setAway(nil, []Key{k, backup})
+	f.tokens.setAway(nil, []request.Key{k, backup})
 	for range 2 {
 		f.signs(t, k, w.caller("ssh"), sshsigOf("git"), nil)
 	}
@@ -446,7 +453,7 @@ func TestApprovalThatComesLate(t *testing.T) {
 	w, k := newWorld(t), edKey("pkcs11:token=a")
 	var f *fixture
 	p := &answers{give: func(context.Context, Question, int) (Answer, error) {
-		f.ForgetApprovals(func(Key) bool { return false })
+		f.ForgetApprovals(func(request.Key) bool { return false })
 		return Answer{true, UntilLock}, nil
 	}}
 	f = newFixture(Options{Rules: everyKey(Approval{Confirm: ConfirmAlways}), Confirm: p}, k)
@@ -464,16 +471,16 @@ func TestApprovalIsForTheSame(t *testing.T) {
 	root := w.caller("ssh git bash", "good")
 	root.Peer.UID = 0
 	socket := w.caller("ssh git bash", "good")
-	socket.Socket = &Socket{Name: "forward"}
+	socket.Socket = &request.Socket{Name: "forward"}
 	asUser := w.login("good", true)
 	asUser.Login.User = "root"
 	for name, test := range map[string]struct {
-		c    *Caller
-		r    SignRequest
+		c    *request.Caller
+		r    request.Sign
 		same bool
 	}{
 		"the same":                   {w.caller("ssh git bash", "good"), w.login("good", true), true},
-		"another process":            {&Caller{Peer: peer.Peer{Known: true, UID: 1000, Chain: []peer.Process{{PID: 1, Name: "ssh"}, {PID: 2, Name: "git"}, {PID: 3, Name: "bash"}}}}, w.login("good", true), true},
+		"another process":            {&request.Caller{Peer: peer.Peer{Known: true, UID: 1000, Chain: []peer.Process{{PID: 1, Name: "ssh"}, {PID: 2, Name: "git"}, {PID: 3, Name: "bash"}}}}, w.login("good", true), true},
 		"git that has called itself": {w.caller("ssh git git git bash", "good"), w.login("good", true), true},
 		"another program":            {w.caller("ssh code bash", "good"), w.login("good", true), false},
 		"a longer chain":             {w.caller("ssh git bash tmux", "good"), w.login("good", true), false},
@@ -503,7 +510,7 @@ func TestApprovalIsForTheSame(t *testing.T) {
 			}
 		})
 	}
-	same := func(a, b SignRequest) bool {
+	same := func(a, b request.Sign) bool {
 		x, _ := sameness(w.use(root, a), "id")
 		y, _ := sameness(w.use(root, b), "id")
 		return x == y
@@ -531,16 +538,16 @@ func TestApprovalThatCannotLast(t *testing.T) {
 	failed := w.caller("ssh", "good")
 	failed.BindFailed, failed.Forwarded = true, true
 	added, socket := edKey("pkcs11:token=added"), w.caller("ssh")
-	socket.Socket = &Socket{Name: "ask", Confirm: true}
+	socket.Socket = &request.Socket{Name: "ask", Confirm: true}
 	for name, test := range map[string]struct {
 		k *fakeKey
-		c *Caller
-		r SignRequest
+		c *request.Caller
+		r request.Sign
 	}{
-		"unknown data":                {edKey("pkcs11:token=a"), w.caller("ssh"), SignRequest{Content: Content{Kind: KindUnknown}}},
-		"data of no kind":             {edKey("pkcs11:token=a"), w.caller("ssh"), SignRequest{}},
-		"an unknown client":           {edKey("pkcs11:token=a"), &Caller{}, sshsigOf("git")},
-		"a client that has gone":      {edKey("pkcs11:token=a"), &Caller{Peer: peer.Peer{Known: true, PID: 1}}, sshsigOf("git")},
+		"unknown data":                {edKey("pkcs11:token=a"), w.caller("ssh"), request.Sign{Content: request.Content{Kind: request.KindUnknown}}},
+		"data of no kind":             {edKey("pkcs11:token=a"), w.caller("ssh"), request.Sign{}},
+		"an unknown client":           {edKey("pkcs11:token=a"), &request.Caller{}, sshsigOf("git")},
+		"a client that has gone":      {edKey("pkcs11:token=a"), &request.Caller{Peer: peer.Peer{Known: true, PID: 1}}, sshsigOf("git")},
 		"a failed bind":               {edKey("pkcs11:token=a"), failed, sshsigOf("git")},
 		"another host than bound to":  {edKey("pkcs11:token=a"), w.caller("ssh", "good"), w.login("other", true)},
 		"forwarded, for unknown host": {edKey("pkcs11:token=a"), w.caller("ssh", "evil", "good"), w.login("good", false)},
@@ -551,7 +558,7 @@ func TestApprovalThatCannotLast(t *testing.T) {
 			p := says(Answer{true, UntilLock})
 			f := newFixture(Options{Rules: everyKey(Approval{Confirm: ConfirmFirstUse}), Confirm: p, Hosts: w.hosts}, test.k)
 			if test.k == added {
-				f.add(t, added.uri, Constraints{Confirm: true})
+				f.add(t, added.uri, request.Constraints{Confirm: true})
 			}
 			for range 2 {
 				f.signs(t, test.k, test.c, test.r, nil)
@@ -571,7 +578,7 @@ func TestConstraintAsksInSpiteOfApproval(t *testing.T) {
 	w, k, p := newWorld(t), edKey("pkcs11:token=a;id=1"), says(Answer{true, UntilLock})
 	f := newFixture(Options{Rules: everyKey(Approval{Confirm: ConfirmFirstUse}), Confirm: p}, k)
 	f.signs(t, k, w.caller("ssh"), sshsigOf("git"), nil)
-	f.add(t, k.uri, Constraints{Confirm: true})
+	f.add(t, k.uri, request.Constraints{Confirm: true})
 	f.signs(t, k, w.caller("ssh"), sshsigOf("git"), nil)
 	if p.count() != 2 {
 		t.Errorf("asked %d times", p.count())
@@ -593,7 +600,7 @@ func TestDenied(t *testing.T) {
 	}
 	f.signs(t, k, w.caller("ssh git bash"), sshsigOf("git"), nil)
 	// Not even with a constraint that asks.
-	f.add(t, "pkcs11:", Constraints{Confirm: true})
+	f.add(t, "pkcs11:", request.Constraints{Confirm: true})
 	if _, err := f.Sign(t.Context(), w.caller("ssh git ide"), r); err == nil || p.count() != 0 {
 		t.Errorf("%v, %d questions", err, p.count())
 	}
@@ -632,7 +639,7 @@ func TestApprovalIsShared(t *testing.T) {
 				w, k := newWorld(t), edKey("pkcs11:token=a")
 				answer := make(chan Answer)
 				p := &answers{give: func(ctx context.Context, r Question, _ int) (Answer, error) {
-					if UseFromContext(ctx) != r.Use || PeerFromContext(ctx).PID != 10 {
+					if request.UseFrom(ctx) != r.Use || request.PeerFrom(ctx).PID != 10 {
 						t.Error("who is asked does not know what for")
 					}
 					return <-answer, nil
@@ -689,7 +696,7 @@ func TestApprovalIsSharedByMany(t *testing.T) {
 				t.Error(err)
 			}
 			if i%10 == 0 {
-				f.ForgetApprovals(func(Key) bool { return true })
+				f.ForgetApprovals(func(request.Key) bool { return true })
 			}
 		})
 	}
@@ -706,7 +713,7 @@ func TestConstraintIsNotShared(t *testing.T) {
 		answer := make(chan Answer)
 		p := &answers{give: func(context.Context, Question, int) (Answer, error) { return <-answer, nil }}
 		f := newFixture(Options{Confirm: p}, k)
-		f.add(t, "pkcs11:", Constraints{Confirm: true})
+		f.add(t, "pkcs11:", request.Constraints{Confirm: true})
 		var all sync.WaitGroup
 		for range 3 {
 			all.Go(func() { f.signs(t, k, w.caller("ssh"), sshsigOf("git"), nil) })
@@ -758,7 +765,7 @@ func TestApprovalPromptEndsWithItsRequests(t *testing.T) {
 // Keys in memory, and those of upstream agents, have the rules of all keys.
 func TestApprovalOfOtherKeys(t *testing.T) {
 	w, k, p := newWorld(t), edKey("soft"), says(Answer{true, UntilLock})
-	rules := Rules{Approval: func(k Key) Approval {
+	rules := Rules{Approval: func(k request.Key) Approval {
 		if k != nil {
 			t.Errorf("asked about %v", k)
 		}
@@ -766,7 +773,7 @@ func TestApprovalOfOtherKeys(t *testing.T) {
 	}}
 	f := newFixture(Options{Rules: rules, Confirm: p, SoftwareKeys: true})
 	pub := publicOf(t, k)
-	if err := f.Add(t.Context(), local, KeyRequest{Private: k.Signer, Public: pub}); err != nil {
+	if err := f.Add(t.Context(), local, request.AddKey{Private: k.Signer, Public: pub}); err != nil {
 		t.Fatal(err)
 	}
 	for range 2 {
@@ -775,7 +782,7 @@ func TestApprovalOfOtherKeys(t *testing.T) {
 	if p.count() != 1 {
 		t.Errorf("asked %d times", p.count())
 	}
-	f.ForgetApprovals(func(k Key) bool { return k == nil })
+	f.ForgetApprovals(func(k request.Key) bool { return k == nil })
 	f.signs(t, k, w.caller("ssh"), sshsigOf("git"), nil)
 	if p.count() != 2 {
 		t.Errorf("asked %d times after all was forgotten", p.count())
@@ -785,7 +792,7 @@ func TestApprovalOfOtherKeys(t *testing.T) {
 func TestApprovalOfUpstreamKeys(t *testing.T) {
 	w, p, deny := newWorld(t), says(Answer{true, UntilLock}), false
 	up := newTestKey(t)
-	rules := Rules{Approval: func(k Key) Approval {
+	rules := Rules{Approval: func(k request.Key) Approval {
 		if deny {
 			return Approval{Rules: []Rule{{Confirm: ConfirmDeny}}}
 		}
@@ -813,10 +820,10 @@ func TestApprovalsAreBounded(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		var a approvals
 		id := &identity{wire: "id"}
-		a.keep("short", id, &Use{Caller: local}, quarter, 0)
+		a.keep("short", id, &request.Use{Caller: local}, quarter, 0)
 		for i := range maxApprovals + 10 {
 			time.Sleep(time.Second)
-			a.keep(fmt.Sprint(i), id, &Use{Caller: local}, UntilLock, 0)
+			a.keep(fmt.Sprint(i), id, &request.Use{Caller: local}, UntilLock, 0)
 		}
 		if len(a.kept) != maxApprovals {
 			t.Errorf("%d are remembered", len(a.kept))

@@ -14,6 +14,7 @@ import (
 	"golang.org/x/crypto/ssh"
 
 	"p11-agent/agent/peer"
+	"p11-agent/agent/request"
 )
 
 // The attacks on the keyring that an agent has withstood. Those of whole programs are in
@@ -26,22 +27,22 @@ var spellings = []string{"pkcs11:token=a;id=1", "pkcs11:token=a", "pkcs11:token"
 // by whatever name and in whatever order.
 func TestAttack02AddAgain(t *testing.T) {
 	host, other := newTestKey(t).public, newTestKey(t).public
-	sign := func(t *testing.T, f *fixture, key []byte, c *Caller) error {
+	sign := func(t *testing.T, f *fixture, key []byte, c *request.Caller) error {
 		t.Helper()
-		_, err := f.Sign(t.Context(), c, SignRequest{Key: key, Data: []byte("data"), Login: login("me", c)})
+		_, err := f.Sign(t.Context(), c, request.Sign{Key: key, Data: []byte("data"), Login: login("me", c)})
 		return err
 	}
-	for name, automatic := range map[string][]Selection{"automatic": nil, "added": {}} {
+	for name, automatic := range map[string][]request.Selection{"automatic": nil, "added": {}} {
 		for _, first := range spellings {
 			for _, second := range spellings {
 				t.Run(fmt.Sprintf("%s, %s and then %s", name, first, second), func(t *testing.T) {
 					synctest.Test(t, func(t *testing.T) {
 						k := edKey("pkcs11:token=a;id=1")
 						f := newFixture(Options{Rules: Rules{Automatic: automatic}}, k)
-						f.add(t, first, Constraints{Confirm: true, Lifetime: time.Minute, Destinations: []Destination{to("", nil, host)}})
+						f.add(t, first, request.Constraints{Confirm: true, Lifetime: time.Minute, Destinations: []request.Destination{to("", nil, host)}})
 						time.Sleep(30 * time.Second)
-						f.add(t, second, Constraints{})
-						f.add(t, second, Constraints{Lifetime: time.Hour, Destinations: []Destination{to("", nil, host), to("", nil, other)}})
+						f.add(t, second, request.Constraints{})
+						f.add(t, second, request.Constraints{Lifetime: time.Hour, Destinations: []request.Destination{to("", nil, host), to("", nil, other)}})
 						if err := sign(t, f, wireOf(k), boundTo(false, host)); !errors.Is(err, errDeclined) {
 							t.Errorf("nobody was asked: %v", err)
 						}
@@ -68,10 +69,10 @@ func TestAttack02Tighten(t *testing.T) {
 	k := edKey("pkcs11:token=a;id=1")
 	f := newFixture(Options{}, k)
 	for range 2 {
-		f.add(t, "pkcs11:token=a;id=1", Constraints{})
-		f.add(t, "pkcs11:token=a", Constraints{Confirm: true})
+		f.add(t, "pkcs11:token=a;id=1", request.Constraints{})
+		f.add(t, "pkcs11:token=a", request.Constraints{Confirm: true})
 	}
-	if _, err := f.Sign(t.Context(), local, SignRequest{Key: wireOf(k)}); !errors.Is(err, errDeclined) {
+	if _, err := f.Sign(t.Context(), local, request.Sign{Key: wireOf(k)}); !errors.Is(err, errDeclined) {
 		t.Errorf("nobody was asked: %v", err)
 	}
 }
@@ -81,18 +82,18 @@ func TestAttack02Tighten(t *testing.T) {
 func TestAttack02CertificatesOnly(t *testing.T) {
 	k, ca := newTestKey(t), newTestKey(t)
 	cert := k.certificate(t, ca, ssh.UserCert, serial(1))
-	only := Constraints{Certificates: []*ssh.Certificate{cert}, CertificatesOnly: true}
+	only := request.Constraints{Certificates: []*ssh.Certificate{cert}, CertificatesOnly: true}
 	for name, test := range map[string]struct {
-		automatic []Selection
+		automatic []request.Selection
 		want      []string
 	}{
-		"added":     {[]Selection{}, []string{"cert 1"}},
+		"added":     {[]request.Selection{}, []string{"cert 1"}},
 		"automatic": {nil, []string{"key", "cert 1"}},
 	} {
 		t.Run(name, func(t *testing.T) {
 			f := newFixture(Options{Rules: Rules{Automatic: test.automatic}}, &fakeKey{Signer: k.private, uri: "pkcs11:token=a;id=1", insertions: 1})
 			f.add(t, "pkcs11:token=a", only)
-			f.add(t, "pkcs11:token=a;id=1", Constraints{})
+			f.add(t, "pkcs11:token=a;id=1", request.Constraints{})
 			f.wantTypes(t, test.want...)
 		})
 	}
@@ -102,18 +103,18 @@ func TestAttack02CertificatesOnly(t *testing.T) {
 func TestAttack02Away(t *testing.T) {
 	a, b := edKey("pkcs11:token=a;id=1"), edKey("pkcs11:token=b;id=1")
 	f := newFixture(Options{}, a, b)
-	f.add(t, "pkcs11:token=a", Constraints{Confirm: true})
+	f.add(t, "pkcs11:token=a", request.Constraints{Confirm: true})
 	f.tokens.mu.Lock()
-	f.tokens.away = []Key{a}
+	f.tokens.away = []request.Key{a}
 	f.tokens.mu.Unlock()
 	f.tokens.set(b)
-	f.add(t, "pkcs11:", Constraints{})
+	f.add(t, "pkcs11:", request.Constraints{})
 	a.insertions++
 	f.tokens.mu.Lock()
 	f.tokens.away = nil
 	f.tokens.mu.Unlock()
 	f.tokens.set(a, b)
-	if _, err := f.Sign(t.Context(), local, SignRequest{Key: wireOf(a)}); !errors.Is(err, errDeclined) {
+	if _, err := f.Sign(t.Context(), local, request.Sign{Key: wireOf(a)}); !errors.Is(err, errDeclined) {
 		t.Errorf("nobody was asked: %v", err)
 	}
 }
@@ -123,18 +124,18 @@ func TestAttack02Away(t *testing.T) {
 func TestAttack02RemoveAndReturn(t *testing.T) {
 	const uri = "pkcs11:token=a;id=1"
 	host := newTestKey(t).public
-	had := map[string]Constraints{
+	had := map[string]request.Constraints{
 		"confirm":      {Confirm: true},
-		"destinations": {Destinations: []Destination{to("", nil, host)}},
+		"destinations": {Destinations: []request.Destination{to("", nil, host)}},
 		"lifetime":     {Lifetime: time.Minute},
 	}
 	removed := map[string]func(f *fixture, k *fakeKey) error{
 		"-d": func(f *fixture, k *fakeKey) error { return f.Remove(context.Background(), local, wireOf(k)) },
 		"-e": func(f *fixture, _ *fakeKey) error {
-			return f.RemoveToken(context.Background(), local, TokenRequest{Provider: []byte(uri)})
+			return f.RemoveToken(context.Background(), local, request.Token{Provider: []byte(uri)})
 		},
 		"-e of the token": func(f *fixture, _ *fakeKey) error {
-			return f.RemoveToken(context.Background(), local, TokenRequest{Provider: []byte("pkcs11:token=a")})
+			return f.RemoveToken(context.Background(), local, request.Token{Provider: []byte("pkcs11:token=a")})
 		},
 		"-D": func(f *fixture, _ *fakeKey) error { return f.RemoveAll(context.Background(), local) },
 		"its time is over": func(f *fixture, k *fakeKey) error {
@@ -167,7 +168,7 @@ func TestAttack02RemoveAndReturn(t *testing.T) {
 							k.asks = asks
 							sign := func() error {
 								c := boundTo(false, newTestKey(t).public)
-								_, err := f.Sign(t.Context(), c, SignRequest{Key: wireOf(k), Login: login("me", c)})
+								_, err := f.Sign(t.Context(), c, request.Sign{Key: wireOf(k), Login: login("me", c)})
 								return err
 							}
 							id, old := f.now().identities[0], limitsOf(&constraints, 0)
@@ -209,7 +210,7 @@ func TestAttack02RemoveAndReturn(t *testing.T) {
 
 // addAt adds without limits but a lifetime, and panics when that fails.
 func (f *fixture) addAt(lifetime time.Duration, provider string) {
-	r := TokenRequest{Provider: []byte(provider), Constraints: Constraints{Lifetime: lifetime}}
+	r := request.Token{Provider: []byte(provider), Constraints: request.Constraints{Lifetime: lifetime}}
 	if err := f.AddToken(context.Background(), local, r); err != nil {
 		panic(err)
 	}
@@ -221,16 +222,16 @@ func TestAttack02PIN(t *testing.T) {
 	for _, asks := range []bool{true, false} {
 		k := edKey("pkcs11:token=a;id=1")
 		f := newFixture(Options{}, k)
-		f.add(t, k.uri, Constraints{Confirm: true})
+		f.add(t, k.uri, request.Constraints{Confirm: true})
 		if err := f.Remove(t.Context(), local, wireOf(k)); err != nil {
 			t.Fatal(err)
 		}
 		k.asks = asks
-		if err := f.AddToken(t.Context(), local, TokenRequest{Provider: []byte(k.uri), PIN: phrase(t, "1234")}); err != nil {
+		if err := f.AddToken(t.Context(), local, request.Token{Provider: []byte(k.uri), PIN: phrase(t, "1234")}); err != nil {
 			t.Fatal(err)
 		}
 		k.asks = false
-		if _, err := f.Sign(t.Context(), local, SignRequest{Key: wireOf(k)}); (err == nil) != asks {
+		if _, err := f.Sign(t.Context(), local, request.Sign{Key: wireOf(k)}); (err == nil) != asks {
 			t.Errorf("the token wanted a PIN %v: %v", asks, err)
 		}
 	}
@@ -240,7 +241,7 @@ func TestAttack02PIN(t *testing.T) {
 func TestAttack02PINOfOthers(t *testing.T) {
 	k := edKey("pkcs11:token=a;id=1")
 	f := newFixture(Options{}, k)
-	f.add(t, k.uri, Constraints{Confirm: true})
+	f.add(t, k.uri, request.Constraints{Confirm: true})
 	if err := f.Remove(t.Context(), local, wireOf(k)); err != nil {
 		t.Fatal(err)
 	}
@@ -248,7 +249,7 @@ func TestAttack02PINOfOthers(t *testing.T) {
 	k.asks, k.another = true, true
 	for _, yes := range []bool{false, true} {
 		f.confirm.answer = yes
-		sig, err := f.Sign(t.Context(), local, SignRequest{Key: wireOf(k)})
+		sig, err := f.Sign(t.Context(), local, request.Sign{Key: wireOf(k)})
 		if (err == nil) != yes || (sig != nil) != yes || f.confirm.use == nil || !f.confirm.use.Unlimited {
 			t.Errorf("a person says %v: %v, asked %q", yes, err, f.confirm.asked)
 		}
@@ -260,7 +261,7 @@ func TestAttack02Forwarded(t *testing.T) {
 	host, bad := newTestKey(t).public, newTestKey(t).public
 	k := edKey("pkcs11:token=a;id=1")
 	f := newFixture(Options{RemoteTokens: true}, k)
-	f.add(t, k.uri, Constraints{Destinations: []Destination{to("", nil, host)}})
+	f.add(t, k.uri, request.Constraints{Destinations: []request.Destination{to("", nil, host)}})
 	from := boundTo(true, bad)
 	sees := func() bool {
 		list, err := f.List(t.Context(), from)
@@ -271,8 +272,8 @@ func TestAttack02Forwarded(t *testing.T) {
 	}
 	for what, do := range map[string]func() error{
 		"-d": func() error { return f.Remove(t.Context(), from, wireOf(k)) },
-		"-e": func() error { return f.RemoveToken(t.Context(), from, TokenRequest{Provider: []byte(k.uri)}) },
-		"-s": func() error { return f.AddToken(t.Context(), from, TokenRequest{Provider: []byte(k.uri)}) },
+		"-e": func() error { return f.RemoveToken(t.Context(), from, request.Token{Provider: []byte(k.uri)}) },
+		"-s": func() error { return f.AddToken(t.Context(), from, request.Token{Provider: []byte(k.uri)}) },
 	} {
 		if err := do(); err == nil {
 			t.Errorf("%s of a key that it does not see", what)
@@ -293,11 +294,11 @@ func TestAttack02Forwarded(t *testing.T) {
 		t.Error("the host sees the key once it is back")
 	}
 	f.confirm.answer = true
-	if _, err := f.Sign(t.Context(), from, SignRequest{Key: wireOf(k), Login: login("me", from)}); err == nil {
+	if _, err := f.Sign(t.Context(), from, request.Sign{Key: wireOf(k), Login: login("me", from)}); err == nil {
 		t.Error("the host uses the key once it is back")
 	}
 	// Once the person has agreed to the loss, it is like any other key.
-	if _, err := f.Sign(t.Context(), local, SignRequest{Key: wireOf(k)}); err != nil {
+	if _, err := f.Sign(t.Context(), local, request.Sign{Key: wireOf(k)}); err != nil {
 		t.Fatal(err)
 	}
 	if !sees() {
@@ -311,8 +312,8 @@ func TestAttack02ManyRoutes(t *testing.T) {
 	k := edKey("pkcs11:token=a;id=1")
 	f := newFixture(Options{}, k)
 	for i := range maxRoutes + 2 {
-		err := f.AddToken(t.Context(), local, TokenRequest{
-			Provider: []byte(k.uri), Constraints: Constraints{Destinations: []Destination{to("", nil, newTestKey(t).public)}},
+		err := f.AddToken(t.Context(), local, request.Token{
+			Provider: []byte(k.uri), Constraints: request.Constraints{Destinations: []request.Destination{to("", nil, newTestKey(t).public)}},
 		})
 		if full := i >= maxRoutes; (err != nil) != full {
 			t.Fatalf("destination %d: %v", i+1, err)
@@ -330,18 +331,18 @@ func TestAttack02ManyRoutes(t *testing.T) {
 // 1,024 bytes are signed for ssh-add alone: see TestRunsSystemProgram for which that is.
 func TestAttack03(t *testing.T) {
 	k := edKey("pkcs11:token=a;id=1")
-	f := newFixture(Options{Rules: Rules{Allow: func(Key) []Kind { return nil }}}, k)
+	f := newFixture(Options{Rules: Rules{Allow: func(request.Key) []request.Kind { return nil }}}, k)
 	f.confirm.answer = true
 	sshAdd := peer.Peer{Known: true, PID: 4711, Program: peer.Program{Path: "/usr/bin/ssh-add", Dev: 1, Ino: 1}}
-	for name, c := range map[string]*Caller{
+	for name, c := range map[string]*request.Caller{
 		"forwarded":        {Peer: sshAdd, Forwarded: true},
 		"bound":            {Peer: sshAdd, Binds: boundTo(false, newTestKey(t).public).Binds},
 		"a failed bind":    {Peer: sshAdd, BindFailed: true},
 		"by its name only": {Peer: sshAdd},
 		"nobody known":     {},
 	} {
-		_, err := f.Sign(t.Context(), c, SignRequest{Key: wireOf(k), Data: make([]byte, 1024), Content: Content{Kind: KindTest}})
-		if kind, ok := errors.AsType[*KindError](err); !ok || kind.Content.Kind != KindUnknown || !strings.Contains(err.Error(), "ssh-add -T") {
+		_, err := f.Sign(t.Context(), c, request.Sign{Key: wireOf(k), Data: make([]byte, 1024), Content: request.Content{Kind: request.KindTest}})
+		if kind, ok := errors.AsType[*KindError](err); !ok || kind.Content.Kind != request.KindUnknown || !strings.Contains(err.Error(), "ssh-add -T") {
 			t.Errorf("%s: %v", name, err)
 		}
 	}
@@ -352,10 +353,10 @@ func TestAttack03(t *testing.T) {
 	soft := newTestKey(t)
 	f = newFixture(Options{SoftwareKeys: true})
 	f.confirm.answer = true
-	if err := f.Add(t.Context(), local, soft.request(Constraints{Confirm: true})); err != nil {
+	if err := f.Add(t.Context(), local, soft.request(request.Constraints{Confirm: true})); err != nil {
 		t.Fatal(err)
 	}
-	if _, err := f.Sign(t.Context(), forwarded, SignRequest{Key: soft.public.Marshal(), Content: Content{Kind: KindTest}}); err != nil {
+	if _, err := f.Sign(t.Context(), forwarded, request.Sign{Key: soft.public.Marshal(), Content: request.Content{Kind: request.KindTest}}); err != nil {
 		t.Error(err)
 	}
 	if what := f.confirm.use.What(); what != "UNKNOWN DATA" {
@@ -382,12 +383,12 @@ func newWalls(t *testing.T) *walls {
 	w.upstream = &fakeUpstream{name: "upstream", keys: []testKey{w.theirs}}
 	w.fixture = newFixture(Options{
 		SoftwareKeys: true, RemoteTokens: true, Upstreams: []Upstream{w.upstream},
-		Report: func(Status, Selection) ([]byte, error) { return []byte("{}"), nil },
+		Report: func(Status, request.Selection) ([]byte, error) { return []byte("{}"), nil },
 	}, w.shown, w.sibling, w.other, w.limited)
 	w.confirm.answer = true
-	w.add(t, "pkcs11:token=d", Constraints{Destinations: []Destination{to("", nil, w.host)}})
-	w.add(t, "pkcs11:token=a", Constraints{Confirm: true})
-	if err := w.Add(t.Context(), local, w.soft.request(Constraints{})); err != nil {
+	w.add(t, "pkcs11:token=d", request.Constraints{Destinations: []request.Destination{to("", nil, w.host)}})
+	w.add(t, "pkcs11:token=a", request.Constraints{Confirm: true})
+	if err := w.Add(t.Context(), local, w.soft.request(request.Constraints{})); err != nil {
 		t.Fatal(err)
 	}
 	w.wantList(t, w.shown.uri, w.sibling.uri, w.other.uri, w.limited.uri, "file", "upstream")
@@ -416,25 +417,25 @@ func (w *walls) state(t *testing.T) map[string]string {
 // TestAttack04Walk has every request asked for every key from every kind of connection.
 // What a connection does not see, it neither uses nor changes.
 func TestAttack04Walk(t *testing.T) {
-	type do func(w *walls, c *Caller) error
+	type do func(w *walls, c *request.Caller) error
 	ctx := context.Background()
 	sign := func(key func(*walls) []byte) do {
-		return func(w *walls, c *Caller) error {
-			_, err := w.Sign(ctx, c, SignRequest{Key: key(w), Data: []byte("data"), Login: login("me", c)})
+		return func(w *walls, c *request.Caller) error {
+			_, err := w.Sign(ctx, c, request.Sign{Key: key(w), Data: []byte("data"), Login: login("me", c)})
 			return err
 		}
 	}
 	remove := func(key func(*walls) []byte) do {
-		return func(w *walls, c *Caller) error { return w.Remove(ctx, c, key(w)) }
+		return func(w *walls, c *request.Caller) error { return w.Remove(ctx, c, key(w)) }
 	}
 	add := func(provider string) do {
-		return func(w *walls, c *Caller) error {
-			return w.AddToken(ctx, c, TokenRequest{Provider: []byte(provider), PIN: phrase(t, "0000"), Constraints: Constraints{Lifetime: time.Hour}})
+		return func(w *walls, c *request.Caller) error {
+			return w.AddToken(ctx, c, request.Token{Provider: []byte(provider), PIN: phrase(t, "0000"), Constraints: request.Constraints{Lifetime: time.Hour}})
 		}
 	}
 	removeToken := func(provider string) do {
-		return func(w *walls, c *Caller) error {
-			return w.RemoveToken(ctx, c, TokenRequest{Provider: []byte(provider)})
+		return func(w *walls, c *request.Caller) error {
+			return w.RemoveToken(ctx, c, request.Token{Provider: []byte(provider)})
 		}
 	}
 	var (
@@ -450,24 +451,24 @@ func TestAttack04Walk(t *testing.T) {
 	// confirms and may change; forwarded; forwarded to a socket for one key; bound for
 	// logging in where the limited key may be used; and while the agent is locked.
 	columns := []string{"main", "some", "some-ro", "read-only", "confirm", "forwarded", "some-fwd", "login", "locked"}
-	caller := map[string]func(*walls) *Caller{
-		"main": func(*walls) *Caller { return ourselves(t) },
-		"some": func(*walls) *Caller {
-			return &Caller{Socket: &Socket{Only: []Selection{prefix("pkcs11:token=b;id=1")}}}
+	caller := map[string]func(*walls) *request.Caller{
+		"main": func(*walls) *request.Caller { return ourselves(t) },
+		"some": func(*walls) *request.Caller {
+			return &request.Caller{Socket: &request.Socket{Only: []request.Selection{prefix("pkcs11:token=b;id=1")}}}
 		},
-		"some-ro": func(*walls) *Caller {
-			return &Caller{Socket: &Socket{Only: []Selection{prefix("pkcs11:token=b;id=1")}, ReadOnly: true}}
+		"some-ro": func(*walls) *request.Caller {
+			return &request.Caller{Socket: &request.Socket{Only: []request.Selection{prefix("pkcs11:token=b;id=1")}, ReadOnly: true}}
 		},
-		"read-only": func(*walls) *Caller { return &Caller{Socket: &Socket{ReadOnly: true}} },
-		"confirm":   func(*walls) *Caller { return &Caller{Socket: &Socket{Confirm: true}} },
-		"forwarded": func(w *walls) *Caller { return boundTo(true, w.bad) },
-		"some-fwd": func(w *walls) *Caller {
+		"read-only": func(*walls) *request.Caller { return &request.Caller{Socket: &request.Socket{ReadOnly: true}} },
+		"confirm":   func(*walls) *request.Caller { return &request.Caller{Socket: &request.Socket{Confirm: true}} },
+		"forwarded": func(w *walls) *request.Caller { return boundTo(true, w.bad) },
+		"some-fwd": func(w *walls) *request.Caller {
 			c := boundTo(true, w.bad)
-			c.Socket = &Socket{Only: []Selection{prefix("pkcs11:token=b;id=1")}}
+			c.Socket = &request.Socket{Only: []request.Selection{prefix("pkcs11:token=b;id=1")}}
 			return c
 		},
-		"login":  func(w *walls) *Caller { return boundTo(false, w.host) },
-		"locked": func(*walls) *Caller { return ourselves(t) },
+		"login":  func(w *walls) *request.Caller { return boundTo(false, w.host) },
+		"locked": func(*walls) *request.Caller { return ourselves(t) },
 	}
 	// What each of them sees.
 	all := []string{"pkcs11:token=b;id=1", "pkcs11:token=b;id=2", "pkcs11:token=a;id=1", "pkcs11:token=d;id=1", "file", "agent", "upstream"}
@@ -493,8 +494,8 @@ func TestAttack04Walk(t *testing.T) {
 		{"AddToken", "another key", add("pkcs11:token=a"), "main confirm forwarded login"},
 		{"AddToken", "the limited key", add("pkcs11:token=d"), "main confirm login"},
 		{"AddToken", "everything", add("pkcs11:"), "main some confirm forwarded some-fwd login"},
-		{"Add", "one in memory", func(w *walls, c *Caller) error {
-			return w.Add(ctx, c, w.soft.request(Constraints{Lifetime: time.Hour}))
+		{"Add", "one in memory", func(w *walls, c *request.Caller) error {
+			return w.Add(ctx, c, w.soft.request(request.Constraints{Lifetime: time.Hour}))
 		}, "main confirm forwarded login"},
 		{"RemoveToken", "the shown key", removeToken("pkcs11:token=b;id=1"), "main some confirm forwarded some-fwd login"},
 		{"RemoveToken", "its token", removeToken("pkcs11:token=b"), "main some confirm forwarded some-fwd login"},
@@ -507,16 +508,16 @@ func TestAttack04Walk(t *testing.T) {
 		{"Remove", "the limited key", remove(limited), "main confirm login"},
 		{"Remove", "one in memory", remove(soft), "main confirm forwarded login"},
 		{"Remove", "one of the other agent", remove(theirs), "main confirm forwarded login"},
-		{"RemoveAll", "", func(w *walls, c *Caller) error { return w.RemoveAll(ctx, c) }, "main some confirm forwarded some-fwd login"},
-		{"Lock", "", func(w *walls, c *Caller) error { return w.Lock(ctx, c, phrase(t, "x")) }, "main confirm"},
-		{"Unlock", "", func(w *walls, c *Caller) error { return w.Unlock(ctx, c, phrase(t, "sesame")) }, "locked"},
-		{"Pass", "", func(w *walls, c *Caller) error { _, err := w.Pass(ctx, c, []byte{1}); return err }, "main forwarded login"},
-		{"Status", "", func(w *walls, c *Caller) error { _, err := w.Status(ctx, c, nil); return err }, "main locked"},
-		{"Login", "", func(w *walls, c *Caller) error {
-			_, err := w.Login(ctx, c, LoginRequest{Provider: []byte("pkcs11:token=a"), PIN: phrase(t, "1234")})
+		{"RemoveAll", "", func(w *walls, c *request.Caller) error { return w.RemoveAll(ctx, c) }, "main some confirm forwarded some-fwd login"},
+		{"Lock", "", func(w *walls, c *request.Caller) error { return w.Lock(ctx, c, phrase(t, "x")) }, "main confirm"},
+		{"Unlock", "", func(w *walls, c *request.Caller) error { return w.Unlock(ctx, c, phrase(t, "sesame")) }, "locked"},
+		{"Pass", "", func(w *walls, c *request.Caller) error { _, err := w.Pass(ctx, c, []byte{1}); return err }, "main forwarded login"},
+		{"Status", "", func(w *walls, c *request.Caller) error { _, err := w.Status(ctx, c, nil); return err }, "main locked"},
+		{"Login", "", func(w *walls, c *request.Caller) error {
+			_, err := w.Login(ctx, c, request.TokenLogin{Provider: []byte("pkcs11:token=a"), PIN: phrase(t, "1234")})
 			return err
 		}, "main"},
-		{"Logout", "", func(w *walls, c *Caller) error { return w.Logout(ctx, c, nil) }, "main locked"},
+		{"Logout", "", func(w *walls, c *request.Caller) error { return w.Logout(ctx, c, nil) }, "main locked"},
 		{"List", "", nil, ""},
 	}
 	methods := map[string]bool{"Refuse": true} // it notes what the door has refused
@@ -572,7 +573,7 @@ func TestAttack04Walk(t *testing.T) {
 	for method := range reflect.TypeFor[*Keyring]().Methods() {
 		takes := false
 		for i := range method.Type.NumIn() {
-			takes = takes || method.Type.In(i) == reflect.TypeFor[*Caller]()
+			takes = takes || method.Type.In(i) == reflect.TypeFor[*request.Caller]()
 		}
 		if takes != methods[method.Name] {
 			t.Errorf("%s takes a Caller: %v, is in the table: %v", method.Name, takes, methods[method.Name])
@@ -583,9 +584,9 @@ func TestAttack04Walk(t *testing.T) {
 // A PIN that comes in at a socket for some keys is tried on their tokens alone.
 func TestAttack04PIN(t *testing.T) {
 	w := newWalls(t)
-	some := &Caller{Socket: &Socket{Only: []Selection{prefix("pkcs11:token=b;id=1")}}}
+	some := &request.Caller{Socket: &request.Socket{Only: []request.Selection{prefix("pkcs11:token=b;id=1")}}}
 	for _, provider := range []string{"pkcs11:token=a", "pkcs11:token=d", "pkcs11:token=b;id=2", "pkcs11:token=none"} {
-		err := w.AddToken(t.Context(), some, TokenRequest{Provider: []byte(provider), PIN: phrase(t, "0000")})
+		err := w.AddToken(t.Context(), some, request.Token{Provider: []byte(provider), PIN: phrase(t, "0000")})
 		if err == nil || err.Error() != "no match" {
 			t.Errorf("%s: %v", provider, err)
 		}
@@ -594,7 +595,7 @@ func TestAttack04PIN(t *testing.T) {
 		t.Errorf("PINs were tried: %q", w.tokens.pins)
 	}
 	// What it adds is what it sees, also later.
-	if err := w.AddToken(t.Context(), some, TokenRequest{Provider: []byte("pkcs11:token"), Constraints: Constraints{Confirm: true}}); err != nil {
+	if err := w.AddToken(t.Context(), some, request.Token{Provider: []byte("pkcs11:token"), Constraints: request.Constraints{Confirm: true}}); err != nil {
 		t.Fatal(err)
 	}
 	late := edKey("pkcs11:token=e;id=1")
@@ -605,8 +606,8 @@ func TestAttack04PIN(t *testing.T) {
 		}
 	}
 	// Nor does it end what the owner has added for all of them.
-	w.add(t, "pkcs11:token", Constraints{Lifetime: time.Hour})
-	if err := w.RemoveToken(t.Context(), some, TokenRequest{Provider: []byte("pkcs11:token")}); err != nil {
+	w.add(t, "pkcs11:token", request.Constraints{Lifetime: time.Hour})
+	if err := w.RemoveToken(t.Context(), some, request.Token{Provider: []byte("pkcs11:token")}); err != nil {
 		t.Fatal(err)
 	}
 	for _, id := range w.now().identities {

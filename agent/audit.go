@@ -13,6 +13,7 @@ import (
 	"golang.org/x/crypto/ssh"
 
 	"p11-agent/agent/peer"
+	"p11-agent/agent/request"
 )
 
 // A Result is what became of a request.
@@ -49,7 +50,7 @@ type Event struct {
 	// for different reasons.
 	Various bool
 
-	Request Request
+	Request request.Action
 	Result  Result
 	Reason  string // why it was not granted
 	Note    string // what else there is to say of it
@@ -59,8 +60,8 @@ type Event struct {
 	// URI is that of the key on the token that signed or was to, or what the client
 	// named: a URI without its secrets, or the path of a module.
 	URI       string
-	Kind      Kind // empty: nothing was to be signed
-	Purpose   Purpose
+	Kind      request.Kind // empty: nothing was to be signed
+	Purpose   request.Purpose
 	Namespace string
 	User      string // who was to be logged in
 	Host      string // where, by its name, or its key's fingerprint
@@ -76,22 +77,22 @@ type Event struct {
 type record struct {
 	Event
 	start time.Time
-	use   *Use      // nil once the event has the names of hosts
-	id    *identity // that the request is about, until it is logged; nil: none
-	told  bool      // the client shows the reason to whoever waits
+	use   *request.Use // nil once the event has the names of hosts
+	id    *identity    // that the request is about, until it is logged; nil: none
+	told  bool         // the client shows the reason to whoever waits
 
 	naming sync.Once
 }
 
 // begin makes the record of a request, of which there is nothing to sign.
-func (k *Keyring) begin(c *Caller, request Request) *record {
-	return k.beginUse(request, k.use("", nil, c, SignRequest{}))
+func (k *Keyring) begin(c *request.Caller, action request.Action) *record {
+	return k.beginUse(action, k.use("", nil, c, request.Sign{}))
 }
 
-func (k *Keyring) beginUse(request Request, use *Use) *record {
+func (k *Keyring) beginUse(action request.Action, use *request.Use) *record {
 	c := use.Caller
 	return &record{
-		Event: Event{Request: request, Forwarded: c.Forwarded, Connection: c.Number},
+		Event: Event{Request: action, Forwarded: c.Forwarded, Connection: c.Number},
 		start: time.Now(), use: use,
 	}
 }
@@ -160,7 +161,7 @@ type folds []*fold // the oldest first; none is changed
 
 // fold is requests from one way.
 type fold struct {
-	way     way
+	way     request.Origin
 	kind    foldKind
 	last    *record
 	count   int
@@ -170,7 +171,7 @@ type fold struct {
 
 // foldKind is what makes requests the same.
 type foldKind struct {
-	request     Request
+	request     request.Action
 	result      Result
 	key, reason string
 }
@@ -180,12 +181,12 @@ type foldKind struct {
 // for those that follow.
 func (f *folds) add(r *record, limit int, same bool) {
 	one := &fold{
-		way: r.use.Caller.way(), last: r, count: 1, first: r.Time,
+		way: r.use.Caller.Origin(), last: r, count: 1, first: r.Time,
 		kind: foldKind{r.Request, r.Result, r.Key, withoutNumbers(r.Reason)},
 	}
 	into, ofWay, ofGroup, fromWay, fromGroup := -1, -1, -1, 0, 0
 	for i, old := range *f {
-		if old.way.group != one.way.group {
+		if old.way.Group != one.way.Group {
 			continue
 		}
 		ofGroup = i
@@ -245,7 +246,7 @@ func (a *audit) add(r *record) {
 	case e.Result != ResultOK:
 		a.failures.add(r, maxFailures, true)
 		return
-	case e.Request != RequestSign:
+	case e.Request != request.ActionSign:
 		a.changed.add(r, maxChanged, false)
 		return
 	}
@@ -281,19 +282,19 @@ func (k *Keyring) end(r *record, err error) {
 	case errors.Is(err, context.Canceled):
 		e.Result, e.Reason = ResultCancelled, errHungUp.Error()
 	default:
-		e.Result, e.Reason = ResultRefused, visible(strings.ReplaceAll(err.Error(), "\n", "; "), maxReason)
+		e.Result, e.Reason = ResultRefused, request.Visible(strings.ReplaceAll(err.Error(), "\n", "; "), request.MaxReason)
 	}
 	if content := r.use.Content; content.Kind != "" {
-		e.Kind, e.Purpose, e.Namespace = content.Kind, content.Purpose(), visible(content.Namespace, maxField)
+		e.Kind, e.Purpose, e.Namespace = content.Kind, content.Purpose(), request.Visible(content.Namespace, request.MaxField)
 		if r.use.Login != nil {
-			e.User = visible(r.use.Login.User, maxField)
+			e.User = request.Visible(r.use.Login.User, request.MaxField)
 		}
 	}
-	e.Comment, e.URI = visible(e.Comment, maxField), visible(e.URI, maxField)
+	e.Comment, e.URI = request.Visible(e.Comment, request.MaxField), request.Visible(e.URI, request.MaxField)
 	c := r.use.Caller
 	e.Client = c.Who() // who may have gone once there is an answer
 	k.audit.add(r)
-	if err == nil && e.Request == RequestSign && c.Later != nil {
+	if err == nil && e.Request == request.ActionSign && c.Later != nil {
 		c.Later(func() { k.logEvent(r) })
 		return
 	}
@@ -307,7 +308,7 @@ func (k *Keyring) end(r *record, err error) {
 func (k *Keyring) logEvent(r *record) {
 	e, id := r.event(), r.id
 	r.id = nil
-	level, message := slog.LevelInfo, e.Request.done()
+	level, message := slog.LevelInfo, e.Request.Done()
 	switch {
 	case e.Result == ResultRefused:
 		level, message = slog.LevelWarn, "request refused"
@@ -378,7 +379,7 @@ type beginning struct {
 // begun returns the handler for a line about an identity, which may be nil, and
 // whether it has the beginning already.
 func (k *Keyring) begun(id *identity, e *Event) (handler slog.Handler, begun bool) {
-	if id == nil || e.Request != RequestSign {
+	if id == nil || e.Request != request.ActionSign {
 		return k.log.Handler(), false
 	}
 	b := &id.beginning
@@ -391,12 +392,12 @@ func (k *Keyring) begun(id *identity, e *Event) (handler slog.Handler, begun boo
 
 // Refuse notes that the door has refused a request of its own accord, as one that
 // cannot be read. The reason quotes nothing that may be a secret.
-func (k *Keyring) Refuse(c *Caller, request Request, reason error) {
+func (k *Keyring) Refuse(c *request.Caller, request request.Action, reason error) {
 	k.end(k.begin(c, request), reason)
 }
 
 // hosts names the host that a use is at, and those that it came by.
-func hosts(u *Use) (host string, via []string) {
+func hosts(u *request.Use) (host string, via []string) {
 	if h := u.Where(); h.Key != nil {
 		host = u.Name(h)
 		if !h.Verified {
@@ -446,8 +447,8 @@ type KeyStatus struct {
 	Key         ssh.PublicKey // may be a certificate
 	Fingerprint string        // of the key, or of what it certifies
 	Comment     string
-	Homes       []Key // on tokens, the one that is used first in front
-	Software    bool  // it is in memory
+	Homes       []request.Key // on tokens, the one that is used first in front
+	Software    bool          // it is in memory
 	Confirm     bool
 	Limited     bool      // to destinations
 	Expires     time.Time // zero: it does not
@@ -475,7 +476,7 @@ func (k *Keyring) Now() Status {
 	for i, id := range v.identities {
 		used := k.audit.uses[id.fingerprint]
 		s.Keys = append(s.Keys, KeyStatus{
-			Key: id.key, Fingerprint: id.fingerprint, Comment: visible(id.comment, maxField), Homes: id.homes,
+			Key: id.key, Fingerprint: id.fingerprint, Comment: request.Visible(id.comment, request.MaxField), Homes: id.homes,
 			Software: id.software != nil, Confirm: id.limits.confirm, Limited: id.limits.route(),
 			Expires: id.limits.expires, LastUse: used.last, Signatures: used.count, Identity: v.list.Identities[i],
 		})
@@ -491,7 +492,7 @@ func (k *Keyring) Now() Status {
 	k.mu.Lock()
 	defer k.mu.Unlock()
 	for _, u := range k.opts.Upstreams {
-		up := UpstreamStatus{Name: u.Name(), Trouble: visible(k.troubles[u.Name()], maxReason)}
+		up := UpstreamStatus{Name: u.Name(), Trouble: request.Visible(k.troubles[u.Name()], request.MaxReason)}
 		for _, origin := range k.origins {
 			if origin == u {
 				up.Keys++

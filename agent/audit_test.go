@@ -11,6 +11,7 @@ import (
 	"golang.org/x/crypto/ssh"
 
 	"p11-agent/agent/peer"
+	"p11-agent/agent/request"
 	"p11-agent/pinentry/secret"
 )
 
@@ -34,11 +35,11 @@ func TestOneLineEach(t *testing.T) {
 	defer pin.Wipe()
 	gone, cancel := context.WithCancel(t.Context())
 	cancel()
-	away := &Caller{
+	away := &request.Caller{
 		Number: 9, Peer: peer.Peer{Known: true, PID: 7, UID: 1000, Chain: []peer.Process{{PID: 7, Name: "ssh"}}},
-		Binds: []Bind{{HostKey: hopKey, SessionID: []byte("s"), Forwarding: true}}, Forwarded: true,
+		Binds: []request.Bind{{HostKey: hopKey, SessionID: []byte("s"), Forwarding: true}}, Forwarded: true,
 	}
-	login := &Login{User: "joe\x1b[2J" + strings.Repeat("u", 1000), SessionID: []byte("x"), HostKey: hostKey.Marshal()}
+	login := &request.Login{User: "joe\x1b[2J" + strings.Repeat("u", 1000), SessionID: []byte("x"), HostKey: hostKey.Marshal()}
 	fingerprint := " key=" + ssh.FingerprintSHA256(publicOf(t, key)) + " "
 
 	f := newFixture(Options{SoftwareKeys: true}, key)
@@ -50,7 +51,7 @@ func TestOneLineEach(t *testing.T) {
 		want  []string
 	}{
 		{"login", func() error {
-			_, err := f.Sign(t.Context(), away, SignRequest{Key: wireOf(key), Data: []byte("d"), Content: Content{Kind: KindLogin}, Login: login})
+			_, err := f.Sign(t.Context(), away, request.Sign{Key: wireOf(key), Data: []byte("d"), Content: request.Content{Kind: request.KindLogin}, Login: login})
 			return err
 		}, "INFO", "signed", []string{
 			"request=sign", fingerprint, `uri="pkcs11:token=a;id=1"`, "kind=login", "purpose=login", `user=joe\x1b[2Juuu`,
@@ -58,39 +59,39 @@ func TestOneLineEach(t *testing.T) {
 			"via=" + ssh.FingerprintSHA256(hopKey), "connection=9", "duration=",
 		}},
 		{"signature", func() error {
-			_, err := f.Sign(t.Context(), local, SignRequest{Key: wireOf(key), Data: []byte("d"), Content: Content{Kind: KindSignature, Namespace: "odd\n\u202e"}})
+			_, err := f.Sign(t.Context(), local, request.Sign{Key: wireOf(key), Data: []byte("d"), Content: request.Content{Kind: request.KindSignature, Namespace: "odd\n\u202e"}})
 			return err
 		}, "INFO", "signed", []string{"kind=signature", "purpose=other", `namespace="odd \\u202e"`, "forwarded=false"}},
 		{"unknown key", func() error {
-			_, err := f.Sign(t.Context(), local, SignRequest{Key: wireOf(host), Data: []byte("d")})
+			_, err := f.Sign(t.Context(), local, request.Sign{Key: wireOf(host), Data: []byte("d")})
 			return err
 		}, "WARN", "request refused", []string{"request=sign", "key=" + ssh.FingerprintSHA256(hostKey), "result=refused", `reason="the agent has no such key"`}},
 		{"hung up", func() error {
 			f.tokens.keys[0].(*fakeKey).err = fmt.Errorf("wait: %w", context.Canceled)
 			defer func() { f.tokens.keys[0].(*fakeKey).err = nil }()
-			_, err := f.Sign(gone, local, SignRequest{Key: wireOf(key), Data: []byte("d")})
+			_, err := f.Sign(gone, local, request.Sign{Key: wireOf(key), Data: []byte("d")})
 			return err
 		}, "INFO", "request refused", []string{"result=cancelled", `reason="the client hung up"`}},
 		{"many reasons", func() error {
 			f.tokens.keys[0].(*fakeKey).err = errors.Join(errors.New("one"), errors.New("two\x1b"+strings.Repeat("z", 5000)))
 			defer func() { f.tokens.keys[0].(*fakeKey).err = nil }()
-			_, err := f.Sign(t.Context(), local, SignRequest{Key: wireOf(key), Data: []byte("d")})
+			_, err := f.Sign(t.Context(), local, request.Sign{Key: wireOf(key), Data: []byte("d")})
 			return err
 		}, "WARN", "request refused", []string{`reason="one; two\\x1bzzz`}},
 		{"add a token", func() error {
-			return f.AddToken(t.Context(), local, TokenRequest{Provider: []byte("pkcs11:token=a"), PIN: pin})
+			return f.AddToken(t.Context(), local, request.Token{Provider: []byte("pkcs11:token=a"), PIN: pin})
 		}, "INFO", "key added", []string{"request=add", `uri="pkcs11:token=a"`}},
 		{"add what is not there", func() error {
-			return f.AddToken(t.Context(), local, TokenRequest{Provider: []byte("pkcs11:token=z"), PIN: pin})
+			return f.AddToken(t.Context(), local, request.Token{Provider: []byte("pkcs11:token=z"), PIN: pin})
 		}, "WARN", "request refused", []string{"request=add", `uri="pkcs11:token=z"`, `reason="no match"`}},
 		{"add a key", func() error {
-			return f.Add(t.Context(), local, soft.request(Constraints{Confirm: true}))
+			return f.Add(t.Context(), local, soft.request(request.Constraints{Confirm: true}))
 		}, "INFO", "key added", []string{"request=add", "key=SHA256:", "comment="}},
 		{"add it again", func() error {
-			return f.Add(t.Context(), local, soft.request(Constraints{}))
+			return f.Add(t.Context(), local, soft.request(request.Constraints{}))
 		}, "WARN", "key added", []string{`note="constraints loosened`}},
 		{"remove a token", func() error {
-			return f.RemoveToken(t.Context(), local, TokenRequest{Provider: []byte("pkcs11:token=a")})
+			return f.RemoveToken(t.Context(), local, request.Token{Provider: []byte("pkcs11:token=a")})
 		}, "INFO", "key removed", []string{"request=remove", `uri="pkcs11:token=a"`}},
 		{
 			"remove what is gone", func() error { return f.Remove(t.Context(), local, wireOf(key)) },
@@ -105,12 +106,12 @@ func TestOneLineEach(t *testing.T) {
 		{"remove all", func() error { return f.RemoveAll(t.Context(), local) }, "INFO", "all keys removed", []string{"request=remove-all"}},
 		{"by the door", func() error {
 			err := errors.New("the message is cut short")
-			f.Refuse(local, RequestSign, err)
+			f.Refuse(local, request.ActionSign, err)
 			return err
 		}, "WARN", "request refused", []string{"request=sign", "cut short"}},
 		{"lock", func() error { return f.Lock(t.Context(), local, phrase()) }, "INFO", "agent locked", []string{"request=lock"}},
 		{"locked", func() error {
-			_, err := f.Sign(t.Context(), local, SignRequest{Key: wireOf(key), Data: []byte("d")})
+			_, err := f.Sign(t.Context(), local, request.Sign{Key: wireOf(key), Data: []byte("d")})
 			return err
 		}, "WARN", "request refused", []string{"the agent is locked", strings.TrimSpace(fingerprint)}},
 		{"unlock", func() error { return f.Unlock(t.Context(), local, phrase()) }, "INFO", "agent unlocked", []string{"request=unlock"}},
@@ -148,10 +149,10 @@ func TestLater(t *testing.T) {
 		t.Run(name, func(t *testing.T) {
 			f := newFixture(Options{Hosts: named}, key)
 			var rest []func()
-			c := &Caller{Number: 4, Later: func(do func()) { rest = append(rest, do) }}
-			r := SignRequest{
-				Key: wireOf(key), Data: []byte("d"), Content: Content{Kind: KindLogin},
-				Login: &Login{User: "joe", SessionID: []byte("x"), HostKey: wireOf(host)},
+			c := &request.Caller{Number: 4, Later: func(do func()) { rest = append(rest, do) }}
+			r := request.Sign{
+				Key: wireOf(key), Data: []byte("d"), Content: request.Content{Kind: request.KindLogin},
+				Login: &request.Login{User: "joe", SessionID: []byte("x"), HostKey: wireOf(host)},
 			}
 			if _, err := f.Sign(t.Context(), c, r); err != nil {
 				t.Fatal(err)
@@ -175,7 +176,7 @@ func TestLater(t *testing.T) {
 			f.log.Reset()
 			for _, do := range []func() error{
 				func() error {
-					_, err := f.Sign(t.Context(), c, SignRequest{Key: []byte("no key")})
+					_, err := f.Sign(t.Context(), c, request.Sign{Key: []byte("no key")})
 					return err
 				},
 				func() error { return f.Remove(t.Context(), c, wireOf(key)) },
@@ -198,7 +199,7 @@ func TestLineNamesTheHome(t *testing.T) {
 	for _, away := range []bool{false, true, false} {
 		one.setAbsent(away)
 		f.log.Reset()
-		if _, err := f.Sign(t.Context(), local, SignRequest{Key: wireOf(one), Data: []byte("d")}); err != nil {
+		if _, err := f.Sign(t.Context(), local, request.Sign{Key: wireOf(one), Data: []byte("d")}); err != nil {
 			t.Fatal(err)
 		}
 		want := ` uri="pkcs11:token=a" `
@@ -215,10 +216,10 @@ func TestLineNamesTheHome(t *testing.T) {
 func TestAuditIsBounded(t *testing.T) {
 	key := edKey("pkcs11:token=a")
 	f := newFixture(Options{}, key)
-	f.Refuse(local, RequestAdd, errors.New("the first"))
+	f.Refuse(local, request.ActionAdd, errors.New("the first"))
 	sign := func() {
 		t.Helper()
-		if _, err := f.Sign(t.Context(), local, SignRequest{Key: wireOf(key), Data: []byte("d")}); err != nil {
+		if _, err := f.Sign(t.Context(), local, request.Sign{Key: wireOf(key), Data: []byte("d")}); err != nil {
 			t.Fatal(err)
 		}
 	}
@@ -231,7 +232,7 @@ func TestAuditIsBounded(t *testing.T) {
 	}
 	var a audit
 	for i := range 2 * maxUses {
-		a.add(&record{Event: Event{Request: RequestSign, Result: ResultOK, Key: fmt.Sprint(i)}})
+		a.add(&record{Event: Event{Request: request.ActionSign, Result: ResultOK, Key: fmt.Sprint(i)}})
 	}
 	if len(a.uses) != maxUses {
 		t.Errorf("uses of %d keys are kept", len(a.uses))
@@ -243,32 +244,32 @@ func TestAuditIsBounded(t *testing.T) {
 func TestAttack11Status(t *testing.T) {
 	w := newWorld(t)
 	for name, attack := range map[string]func(f *fixture, n int){
-		"the same":     func(f *fixture, _ int) { f.Refuse(w.caller("evil", "evil", "-"), RequestSign, errors.New("no")) },
-		"with numbers": func(f *fixture, n int) { f.Refuse(w.caller("evil"), RequestSign, fmt.Errorf("no %d", n)) },
+		"the same":     func(f *fixture, _ int) { f.Refuse(w.caller("evil", "evil", "-"), request.ActionSign, errors.New("no")) },
+		"with numbers": func(f *fixture, n int) { f.Refuse(w.caller("evil"), request.ActionSign, fmt.Errorf("no %d", n)) },
 		"other reasons": func(f *fixture, n int) {
-			f.Refuse(w.caller("evil"), RequestAdd, errors.New(strings.Repeat("x", n%500)))
+			f.Refuse(w.caller("evil"), request.ActionAdd, errors.New(strings.Repeat("x", n%500)))
 		},
 		"other programs": func(f *fixture, n int) {
-			f.Refuse(w.caller(fmt.Sprint("evil", n)), RequestSign, errors.New("no"))
+			f.Refuse(w.caller(fmt.Sprint("evil", n)), request.ActionSign, errors.New("no"))
 		},
 		"made up hosts": func(f *fixture, n int) {
 			c := w.caller("evil", "evil", "-")
 			c.Binds[0].HostKey = randomHost(n)
-			f.Refuse(c, RequestSign, errors.New("no"))
+			f.Refuse(c, request.ActionSign, errors.New("no"))
 		},
 		"unknown keys": func(f *fixture, n int) {
-			_, _ = f.Sign(t.Context(), w.caller("evil", "evil", "-"), SignRequest{Key: randomHost(n).Marshal()})
+			_, _ = f.Sign(t.Context(), w.caller("evil", "evil", "-"), request.Sign{Key: randomHost(n).Marshal()})
 		},
 		"nothing is removed": func(f *fixture, n int) { _ = f.RemoveAll(t.Context(), w.caller("evil", "evil", "-")) },
 	} {
 		t.Run(name, func(t *testing.T) {
 			key := edKey("pkcs11:token=a")
 			f := newFixture(Options{SoftwareKeys: true}, key)
-			if _, err := f.Sign(t.Context(), local, SignRequest{Key: wireOf(key), Data: []byte("d")}); err != nil {
+			if _, err := f.Sign(t.Context(), local, request.Sign{Key: wireOf(key), Data: []byte("d")}); err != nil {
 				t.Fatal(err)
 			}
-			other := &Caller{Peer: peer.Peer{Known: true, UID: 4242}}
-			f.Refuse(other, RequestAdd, errors.New("something else"))
+			other := &request.Caller{Peer: peer.Peer{Known: true, UID: 4242}}
+			f.Refuse(other, request.ActionAdd, errors.New("something else"))
 			const lot = 2000
 			for n := range lot {
 				attack(f, n)
@@ -277,7 +278,7 @@ func TestAttack11Status(t *testing.T) {
 			signed, counted, noted := 0, 0, false
 			for _, e := range s.Events {
 				switch {
-				case e.Result == ResultOK && e.Request == RequestSign:
+				case e.Result == ResultOK && e.Request == request.ActionSign:
 					signed++
 				case e.Reason == "something else":
 					noted = true
@@ -309,7 +310,7 @@ func TestFailed(t *testing.T) {
 	key := edKey("pkcs11:token=a")
 	f := newFixture(Options{Failed: func(e Event) { told = append(told, e) }}, key)
 	for _, test := range []struct {
-		caller *Caller
+		caller *request.Caller
 		err    error
 		want   bool
 	}{
@@ -320,7 +321,7 @@ func TestFailed(t *testing.T) {
 		{forwarded, errors.New("the PIN is locked"), false},
 	} {
 		told, key.err = nil, test.err
-		_, _ = f.Sign(t.Context(), test.caller, SignRequest{Key: wireOf(key), Data: []byte("d")})
+		_, _ = f.Sign(t.Context(), test.caller, request.Sign{Key: wireOf(key), Data: []byte("d")})
 		if (len(told) == 1) != test.want {
 			t.Errorf("%v by %v: %+v", test.err, test.caller.Peer, told)
 		}

@@ -15,6 +15,7 @@ import (
 	"golang.org/x/crypto/ssh"
 
 	"p11-agent/agent/peer"
+	"p11-agent/agent/request"
 )
 
 // stillKey is a key whose signatures cost nothing: what is left is the keyring's.
@@ -45,35 +46,35 @@ func newStillKey(tb testing.TB, number int) *stillKey {
 }
 
 // stillKeyring is a keyring with keys that cost nothing, as it is every day.
-func stillKeyring(tb testing.TB, log slog.Handler, number int) (*Keyring, []Key) {
+func stillKeyring(tb testing.TB, log slog.Handler, number int) (*Keyring, []request.Key) {
 	tb.Helper()
-	var keys []Key
+	var keys []request.Key
 	for i := range number {
 		keys = append(keys, newStillKey(tb, i))
 	}
 	return NewKeyring(Options{
 		Tokens: newFakeTokens(keys...),
 		Rules: Rules{
-			Name:     func(Key) string { return "" },
-			Approval: func(Key) Approval { return Approval{} },
+			Name:     func(request.Key) string { return "" },
+			Approval: func(request.Key) Approval { return Approval{} },
 		},
 		Log: slog.New(log),
 	}), keys
 }
 
-var everyday = &Caller{Number: 1, Peer: peer.Peer{Known: true, PID: 4711, UID: 1000, Chain: []peer.Process{
+var everyday = &request.Caller{Number: 1, Peer: peer.Peer{Known: true, PID: 4711, UID: 1000, Chain: []peer.Process{
 	{PID: 4711, Name: "ssh"}, {PID: 4710, Name: "git"}, {PID: 4709, Name: "bash"}, {PID: 4708, Name: "tmux: server"},
 }}}
 
 // gitRequest and loginRequest are what is signed most often.
-func gitRequest(key Key) SignRequest {
-	return SignRequest{Key: wireOf(key), Data: make([]byte, 100), Content: Content{Kind: KindSignature, Namespace: "git"}}
+func gitRequest(key request.Key) request.Sign {
+	return request.Sign{Key: wireOf(key), Data: make([]byte, 100), Content: request.Content{Kind: request.KindSignature, Namespace: "git"}}
 }
 
-func loginRequest(key Key) SignRequest {
-	return SignRequest{
-		Key: wireOf(key), Data: make([]byte, 500), Content: Content{Kind: KindLogin},
-		Login: &Login{User: "me", SessionID: make([]byte, 32), HostKey: wireOf(edKey("host"))},
+func loginRequest(key request.Key) request.Sign {
+	return request.Sign{
+		Key: wireOf(key), Data: make([]byte, 500), Content: request.Content{Kind: request.KindLogin},
+		Login: &request.Login{User: "me", SessionID: make([]byte, 32), HostKey: wireOf(edKey("host"))},
 	}
 }
 
@@ -98,14 +99,14 @@ func BenchmarkSign(b *testing.B) {
 		k, keys := stillKeyring(b, log.handler, 2)
 		for _, r := range []struct {
 			name string
-			SignRequest
+			request.Sign
 		}{{"git", gitRequest(keys[1])}, {"login", loginRequest(keys[1])}} {
 			b.Run(log.name+"/"+r.name, func(b *testing.B) {
 				ctx, cancel := context.WithCancel(b.Context())
 				defer cancel()
 				b.ReportAllocs()
 				for b.Loop() {
-					if _, err := k.Sign(ctx, everyday, r.SignRequest); err != nil {
+					if _, err := k.Sign(ctx, everyday, r.Sign); err != nil {
 						b.Fatal(err)
 					}
 				}
@@ -157,8 +158,8 @@ func BenchmarkEvent(b *testing.B) {
 			id := k.now().identities[0]
 			b.ReportAllocs()
 			for b.Loop() {
-				rec := k.begin(everyday, RequestSign)
-				rec.use.Content = Content{Kind: KindSignature, Namespace: "git"}
+				rec := k.begin(everyday, request.ActionSign)
+				rec.use.Content = request.Content{Kind: request.KindSignature, Namespace: "git"}
 				rec.about(id)
 				k.end(rec, nil)
 			}

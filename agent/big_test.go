@@ -6,10 +6,12 @@ import (
 	"fmt"
 	"log/slog"
 	"testing"
+
+	"p11-agent/agent/request"
 )
 
 // bigKeys makes so many keys of one token.
-func bigKeys(n int) (keys []Key) {
+func bigKeys(n int) (keys []request.Key) {
 	for i := range n {
 		seed := make([]byte, ed25519.SeedSize)
 		binary.BigEndian.PutUint64(seed, uint64(i))
@@ -25,11 +27,11 @@ func TestListGrowsLinearly(t *testing.T) {
 	allocs := func(n int) float64 {
 		tokens := newFakeTokens(bigKeys(n)...)
 		k := NewKeyring(Options{
-			Tokens: tokens, Rules: Rules{Name: func(Key) string { return "" }}, Log: slog.New(slog.DiscardHandler),
+			Tokens: tokens, Rules: Rules{Name: func(request.Key) string { return "" }}, Log: slog.New(slog.DiscardHandler),
 		})
 		return testing.AllocsPerRun(5, func() {
 			k.change.Add(1)
-			list, err := k.List(t.Context(), new(Caller))
+			list, err := k.List(t.Context(), new(request.Caller))
 			if err != nil || len(list.Identities) != n {
 				t.Fatalf("%d keys are listed, %v", len(list.Identities), err)
 			}

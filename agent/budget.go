@@ -6,6 +6,8 @@ import (
 	"errors"
 	"fmt"
 	"runtime/debug"
+
+	"p11-agent/agent/request"
 )
 
 // What clients may have an agent keep beyond their connections: keys in memory and
@@ -39,9 +41,9 @@ func (c route) size() (size int) {
 // privateSize is that of a private key.
 func privateSize(key crypto.Signer) int {
 	if key, ok := key.(*rsa.PrivateKey); ok {
-		return overhead + 3*key.N.BitLen() // 24 times the modulus: the parts of it, and what was computed before
+		return request.Overhead + 3*key.N.BitLen() // 24 times the modulus: the parts of it, and what was computed before
 	}
-	return 2 * overhead
+	return 2 * request.Overhead
 }
 
 // kept is what counts of a thing that a client has added.
@@ -97,14 +99,14 @@ func (k *Keyring) addedLocked() (b budget) {
 		return size
 	}
 	for _, a := range k.added {
-		size := overhead + 2*len(a.selection.String()) + routes(&a.limits)
+		size := request.Overhead + 2*len(a.selection.String()) + routes(&a.limits)
 		for _, cert := range a.certificates {
-			size += once(cert, func() int { return keySize(cert) })
+			size += once(cert, func() int { return request.KeySize(cert) })
 		}
 		b.add(kept{size, a.forwarded})
 	}
 	for wire, l := range k.owed {
-		size := overhead + len(wire) + routes(l)
+		size := request.Overhead + len(wire) + routes(l)
 		b.size += size
 		b.forwardedSize += size
 	}
@@ -143,7 +145,7 @@ func (b budget) replaced(old *kept, k kept) budget {
 
 // mayAddLocked returns nil when there is room for one more addition.
 func (k *Keyring) mayAddLocked(a *addition) error {
-	c := Constraints{Certificates: a.certificates}
+	c := request.Constraints{Certificates: a.certificates}
 	for _, r := range a.limits.routes {
 		c.Destinations = r // a new addition has one route at the most
 	}
@@ -156,7 +158,7 @@ func (k *Keyring) mayAddLocked(a *addition) error {
 			}
 		}
 	}
-	added := kept{size: overhead + 2*len(a.selection.String()) + c.Size(), forwarded: a.forwarded}
+	added := kept{size: request.Overhead + 2*len(a.selection.String()) + c.Size(), forwarded: a.forwarded}
 	own.add(added)
 	return mayKeep(added, own, k.software.kept, maxAdditions, maxForwardedAdditions)
 }

@@ -17,6 +17,8 @@ import (
 	"time"
 
 	"golang.org/x/crypto/ssh"
+
+	"p11-agent/agent/request"
 )
 
 // heap returns the bytes that live.
@@ -73,19 +75,19 @@ func TestSizes(t *testing.T) {
 		make func() (thing any, size int)
 	}{
 		{"bind", func() (any, int) {
-			b := &Bind{HostKey: reread(t, k.public), SessionID: make([]byte, 64), Message: make([]byte, 300)}
+			b := &request.Bind{HostKey: reread(t, k.public), SessionID: make([]byte, 64), Message: make([]byte, 300)}
 			return b, b.Size()
 		}},
 		{"bind with RSA", func() (any, int) {
-			b := &Bind{HostKey: reread(t, rsaPublic), SessionID: make([]byte, 64)}
+			b := &request.Bind{HostKey: reread(t, rsaPublic), SessionID: make([]byte, 64)}
 			return b, b.Size()
 		}},
 		{"bind with a certificate", func() (any, int) {
-			b := &Bind{HostKey: reread(t, cert), SessionID: make([]byte, 64), Message: make([]byte, 10000)}
+			b := &request.Bind{HostKey: reread(t, cert), SessionID: make([]byte, 64), Message: make([]byte, 10000)}
 			return b, b.Size()
 		}},
 		{"destinations", func() (any, int) {
-			c := &Constraints{}
+			c := &request.Constraints{}
 			for range 50 {
 				d := to(strings.Clone("user"), reread(t, k.public), reread(t, rsaPublic))
 				c.Destinations = append(c.Destinations, d)
@@ -93,7 +95,7 @@ func TestSizes(t *testing.T) {
 			return c, c.Size()
 		}},
 		{"certificates", func() (any, int) {
-			c := &Constraints{}
+			c := &request.Constraints{}
 			for range 5 {
 				c.Certificates = append(c.Certificates, reread(t, cert).(*ssh.Certificate))
 			}
@@ -102,7 +104,7 @@ func TestSizes(t *testing.T) {
 		{"key in memory", func() (any, int) {
 			f := newFixture(Options{SoftwareKeys: true})
 			own := newTestKey(t)
-			r := KeyRequest{Private: own.private, Public: reread(t, own.public), Comment: strings.Repeat("c", 4096)}
+			r := request.AddKey{Private: own.private, Public: reread(t, own.public), Comment: strings.Repeat("c", 4096)}
 			s, err := f.newSoftwareKey(t.Context(), local, r, string(own.public.Marshal()))
 			if err != nil {
 				t.Fatal(err)
@@ -112,7 +114,7 @@ func TestSizes(t *testing.T) {
 		{"certified key in memory", func() (any, int) {
 			f := newFixture(Options{SoftwareKeys: true})
 			own := reread(t, cert)
-			s, err := f.newSoftwareKey(t.Context(), local, KeyRequest{Private: k.private, Public: own}, string(own.Marshal()))
+			s, err := f.newSoftwareKey(t.Context(), local, request.AddKey{Private: k.private, Public: own}, string(own.Marshal()))
 			if err != nil {
 				t.Fatal(err)
 			}
@@ -124,7 +126,7 @@ func TestSizes(t *testing.T) {
 			for _, p := range rsaKey.Primes {
 				own.Primes = append(own.Primes, new(big.Int).Set(p))
 			}
-			s, err := f.newSoftwareKey(t.Context(), local, KeyRequest{Private: own, Public: reread(t, rsaPublic)}, string(rsaPublic.Marshal()))
+			s, err := f.newSoftwareKey(t.Context(), local, request.AddKey{Private: own, Public: reread(t, rsaPublic)}, string(rsaPublic.Marshal()))
 			if err != nil {
 				t.Fatal(err)
 			}
@@ -152,12 +154,12 @@ func TestSizes(t *testing.T) {
 func TestAttack08Keys(t *testing.T) {
 	ca := newTestKey(t)
 	f := newFixture(Options{SoftwareKeys: true})
-	add := func(c *Caller) error {
+	add := func(c *request.Caller) error {
 		k := newTestKey(t)
 		cert := k.certificate(t, ca, ssh.UserCert, fat)
-		return f.Add(t.Context(), c, KeyRequest{Private: k.private, Public: cert, Comment: "file"})
+		return f.Add(t.Context(), c, request.AddKey{Private: k.private, Public: cert, Comment: "file"})
 	}
-	fill := func(c *Caller) error {
+	fill := func(c *request.Caller) error {
 		for {
 			if err := add(c); err != nil {
 				return err
@@ -231,7 +233,7 @@ func TestAttack08Removed(t *testing.T) {
 		old.Serial = serial + 2
 		f.hidden[string(old.Marshal())] = 1
 	}
-	f.add(t, token.uri, Constraints{Certificates: []*ssh.Certificate{cert}})
+	f.add(t, token.uri, request.Constraints{Certificates: []*ssh.Certificate{cert}})
 	f.hidden[string(cert.Marshal())] = 1 // that of an addition that is there
 	if err := f.Remove(t.Context(), local, k.public.Marshal()); err != nil {
 		t.Fatal(err)
@@ -247,7 +249,7 @@ func TestRSASizes(t *testing.T) {
 	f := newFixture(Options{SoftwareKeys: true})
 	for _, test := range []struct {
 		bits   uint
-		caller *Caller
+		caller *request.Caller
 		fail   string
 	}{
 		{1023, local, "bits"},
@@ -262,7 +264,7 @@ func TestRSASizes(t *testing.T) {
 		if err != nil {
 			t.Fatal(err)
 		}
-		if err := f.Add(t.Context(), test.caller, KeyRequest{Private: key, Public: pub}); err == nil || !strings.Contains(err.Error(), test.fail) {
+		if err := f.Add(t.Context(), test.caller, request.AddKey{Private: key, Public: pub}); err == nil || !strings.Contains(err.Error(), test.fail) {
 			t.Errorf("%d bits: %v, want %q", test.bits, err, test.fail)
 		}
 	}
@@ -274,7 +276,7 @@ func TestAttack13Turns(t *testing.T) {
 		const second = time.Second // of one computation
 		defer func(n int) { runtime.GOMAXPROCS(n) }(runtime.GOMAXPROCS(2))
 		var turns turns
-		work := func(ctx context.Context, c *Caller) error {
+		work := func(ctx context.Context, c *request.Caller) error {
 			_, err := compute(ctx, &turns, c, func() ([]byte, error) { time.Sleep(second); return nil, nil })
 			return err
 		}
@@ -348,9 +350,9 @@ func TestSignatureOfClientThatIsGone(t *testing.T) {
 func BenchmarkAdd(b *testing.B) {
 	for _, n := range []int{500, 1000, 2000} {
 		b.Run(fmt.Sprint(n), func(b *testing.B) {
-			requests := make([]KeyRequest, n)
+			requests := make([]request.AddKey, n)
 			for i := range requests {
-				requests[i] = newTestKey(b).request(Constraints{})
+				requests[i] = newTestKey(b).request(request.Constraints{})
 			}
 			for b.Loop() {
 				f := newFixture(Options{SoftwareKeys: true})

@@ -12,6 +12,8 @@ import (
 	"time"
 
 	"golang.org/x/crypto/ssh"
+
+	"p11-agent/agent/request"
 )
 
 // types lists the types of keys that are listed, and their serial numbers.
@@ -50,15 +52,15 @@ func TestAssociatedCertificates(t *testing.T) {
 	foreign := other.certificate(t, ca, ssh.UserCert, serial(3))
 	expired := k.certificate(t, ca, ssh.UserCert, func(c *ssh.Certificate) { c.Serial, c.ValidBefore = 4, 1 })
 	newF := func() *fixture {
-		return newFixture(Options{Rules: Rules{Automatic: []Selection{}}}, &fakeKey{Signer: k.private, uri: "pkcs11:token=a", insertions: 1})
+		return newFixture(Options{Rules: Rules{Automatic: []request.Selection{}}}, &fakeKey{Signer: k.private, uri: "pkcs11:token=a", insertions: 1})
 	}
 	all := []*ssh.Certificate{one, foreign, two, expired}
 
 	f := newF()
-	f.add(t, "pkcs11:token=a", Constraints{Certificates: all})
+	f.add(t, "pkcs11:token=a", request.Constraints{Certificates: all})
 	f.wantTypes(t, "key", "cert 1", "cert 2")
 	for _, key := range []ssh.PublicKey{k.public, one, two} {
-		sig, err := f.Sign(t.Context(), local, SignRequest{Key: key.Marshal(), Data: []byte("data")})
+		sig, err := f.Sign(t.Context(), local, request.Sign{Key: key.Marshal(), Data: []byte("data")})
 		if err != nil {
 			t.Fatal(err)
 		}
@@ -70,18 +72,18 @@ func TestAssociatedCertificates(t *testing.T) {
 		t.Fatal(err)
 	}
 	f.wantTypes(t, "key", "cert 2")
-	f.add(t, "pkcs11:token=a", Constraints{Certificates: all, CertificatesOnly: true})
+	f.add(t, "pkcs11:token=a", request.Constraints{Certificates: all, CertificatesOnly: true})
 	f.wantTypes(t, "cert 1", "cert 2")
-	if _, err := f.Sign(t.Context(), local, SignRequest{Key: k.public.Marshal()}); err == nil {
+	if _, err := f.Sign(t.Context(), local, request.Sign{Key: k.public.Marshal()}); err == nil {
 		t.Error("the plain key signs")
 	}
-	if err := f.RemoveToken(t.Context(), local, TokenRequest{Provider: []byte("pkcs11:token=a")}); err != nil {
+	if err := f.RemoveToken(t.Context(), local, request.Token{Provider: []byte("pkcs11:token=a")}); err != nil {
 		t.Fatal(err)
 	}
 	f.wantTypes(t)
 
 	f = newF()
-	if err := f.AddToken(t.Context(), local, TokenRequest{Provider: []byte("pkcs11:"), Constraints: Constraints{CertificatesOnly: true}}); err == nil {
+	if err := f.AddToken(t.Context(), local, request.Token{Provider: []byte("pkcs11:"), Constraints: request.Constraints{CertificatesOnly: true}}); err == nil {
 		t.Error("only certificates, of which there are none")
 	}
 	f.wantTypes(t)
@@ -93,7 +95,7 @@ func TestCertificateDir(t *testing.T) {
 	log := slog.New(slog.DiscardHandler)
 	token := &fakeKey{Signer: k.private, uri: "pkcs11:token=a", insertions: 1}
 	f := newFixture(Options{SoftwareKeys: true, Certificates: NewCertificateDir(dir, log)}, token)
-	if err := f.Add(t.Context(), local, soft.request(Constraints{})); err != nil {
+	if err := f.Add(t.Context(), local, soft.request(request.Constraints{})); err != nil {
 		t.Fatal(err)
 	}
 	f.wantTypes(t, "key", "key") // the directory is not there
@@ -133,7 +135,7 @@ func TestCertificateDir(t *testing.T) {
 	// One that came after the last list signs, too.
 	late := cert(4)
 	put("a-cert.pub", late)
-	if _, err := f.Sign(t.Context(), local, SignRequest{Key: late.Marshal()}); err != nil {
+	if _, err := f.Sign(t.Context(), local, request.Sign{Key: late.Marshal()}); err != nil {
 		t.Error(err)
 	}
 	if err := os.Remove(filepath.Join(dir, "b-cert.pub")); err != nil {
@@ -144,9 +146,9 @@ func TestCertificateDir(t *testing.T) {
 		t.Fatal(err)
 	}
 	f.wantTypes(t, "key", "key")
-	f.add(t, "pkcs11:token=a", Constraints{Confirm: true}) // brings it back, limited as the key is
+	f.add(t, "pkcs11:token=a", request.Constraints{Confirm: true}) // brings it back, limited as the key is
 	f.wantTypes(t, "key", "cert 4", "key")
-	if _, err := f.Sign(t.Context(), local, SignRequest{Key: late.Marshal()}); err == nil || len(f.confirm.asked) != 1 {
+	if _, err := f.Sign(t.Context(), local, request.Sign{Key: late.Marshal()}); err == nil || len(f.confirm.asked) != 1 {
 		t.Errorf("not asked for: %v", err)
 	}
 	if err := os.RemoveAll(dir); err != nil {

@@ -5,6 +5,8 @@ import (
 	"errors"
 	"fmt"
 	"slices"
+
+	"p11-agent/agent/request"
 )
 
 var (
@@ -19,8 +21,8 @@ var (
 // AddToken adds what the request's provider selects, as far as the connection sees it.
 // The constraints of the request tighten the limits of keys that are there already, and
 // lift none.
-func (k *Keyring) AddToken(ctx context.Context, c *Caller, r TokenRequest) error {
-	rec := k.begin(c, RequestAdd)
+func (k *Keyring) AddToken(ctx context.Context, c *request.Caller, r request.Token) error {
+	rec := k.begin(c, request.ActionAdd)
 	inside, err := k.lock.enter(ctx, c, nil)
 	if err == nil {
 		defer inside.leave()
@@ -30,7 +32,7 @@ func (k *Keyring) AddToken(ctx context.Context, c *Caller, r TokenRequest) error
 	return err
 }
 
-func (k *Keyring) addToken(ctx context.Context, rec *record, r TokenRequest) error {
+func (k *Keyring) addToken(ctx context.Context, rec *record, r request.Token) error {
 	c := rec.use.Caller
 	if err := mayChange(c); err != nil {
 		return err
@@ -46,7 +48,7 @@ func (k *Keyring) addToken(ctx context.Context, rec *record, r TokenRequest) err
 		return err
 	}
 	rec.URI = s.String()
-	reached := func(key Key) bool {
+	reached := func(key request.Key) bool {
 		v := k.now() // new tokens may be found meanwhile
 		k.mu.Lock()
 		defer k.mu.Unlock()
@@ -75,7 +77,7 @@ const noteKept = "constraints kept: a key keeps what it was added with until it 
 // keepAddition adds what a selection selects, as far as the connection reaches it. Keys
 // that are there keep the limits that they have, and get the new ones besides. Keys
 // that were removed get the new ones alone, and owe for what they had before.
-func (k *Keyring) keepAddition(rec *record, s Selection, constraints Constraints) error {
+func (k *Keyring) keepAddition(rec *record, s request.Selection, constraints request.Constraints) error {
 	c := rec.use.Caller
 	a := &addition{
 		selection: s, limits: limitsOf(&constraints, k.opts.Lifetime), certificates: constraints.Certificates,
@@ -166,18 +168,18 @@ func (k *Keyring) mergeLocked(a *addition) {
 
 // Add keeps a private key in memory. One that is there already gets the new
 // comment and constraints.
-func (k *Keyring) Add(ctx context.Context, c *Caller, r KeyRequest) error {
-	rec := k.begin(c, RequestAdd)
+func (k *Keyring) Add(ctx context.Context, c *request.Caller, r request.AddKey) error {
+	rec := k.begin(c, request.ActionAdd)
 	rec.Key, rec.Comment = k.fingerprint(plainOf(r.Public)), r.Comment
 	err := k.add(ctx, rec, r, string(r.Public.Marshal()))
 	k.end(rec, err)
 	return err
 }
 
-func (k *Keyring) add(ctx context.Context, rec *record, r KeyRequest, wire string) error {
+func (k *Keyring) add(ctx context.Context, rec *record, r request.AddKey, wire string) error {
 	c := rec.use.Caller
 	if k.lock.locked() {
-		return ErrLocked
+		return request.ErrLocked
 	}
 	if err := mayChange(c); err != nil {
 		return err
@@ -226,17 +228,17 @@ func (k *Keyring) add(ctx context.Context, rec *record, r KeyRequest, wire strin
 // RemoveToken removes what AddToken has added for the same provider, and what
 // it selects of the automatic identities. It logs out of the tokens that lose their
 // last identity by that.
-func (k *Keyring) RemoveToken(ctx context.Context, c *Caller, r TokenRequest) error {
-	rec := k.begin(c, RequestRemove)
+func (k *Keyring) RemoveToken(ctx context.Context, c *request.Caller, r request.Token) error {
+	rec := k.begin(c, request.ActionRemove)
 	err := k.removeToken(ctx, rec, r)
 	k.end(rec, err)
 	return err
 }
 
-func (k *Keyring) removeToken(ctx context.Context, rec *record, r TokenRequest) error {
+func (k *Keyring) removeToken(ctx context.Context, rec *record, r request.Token) error {
 	c := rec.use.Caller
 	if k.lock.locked() {
-		return ErrLocked
+		return request.ErrLocked
 	}
 	if err := mayChange(c); err != nil {
 		return err
@@ -257,12 +259,12 @@ func (k *Keyring) removeToken(ctx context.Context, rec *record, r TokenRequest) 
 // removeSelected removes what a selection selects, as far as the connection reaches it,
 // and returns a function that tells whether the removal concerned a token with these
 // keys, and nothing uses the token any more.
-func (k *Keyring) removeSelected(c *Caller, s Selection) (unused func([]Key) bool, err error) {
+func (k *Keyring) removeSelected(c *request.Caller, s request.Selection) (unused func([]request.Key) bool, err error) {
 	generation, certificates := k.opts.Tokens.Generation(), k.opts.Certificates.generation()
 	k.mu.Lock()
 	defer k.mu.Unlock()
 	v := k.nowLocked(generation, certificates)
-	removed, used := make(map[Key]bool), make(map[Key]bool)
+	removed, used := make(map[request.Key]bool), make(map[request.Key]bool)
 	for _, key := range k.knownLocked() {
 		switch reached := k.reachesLocked(v, c, key); {
 		case reached && k.selectsLocked(s, key.Key):
@@ -287,14 +289,14 @@ func (k *Keyring) removeSelected(c *Caller, s Selection) (unused func([]Key) boo
 			used[key] = true
 		}
 	}
-	return func(keys []Key) bool {
-		return slices.ContainsFunc(keys, func(key Key) bool { return removed[key] }) &&
-			!slices.ContainsFunc(keys, func(key Key) bool { return used[key] })
+	return func(keys []request.Key) bool {
+		return slices.ContainsFunc(keys, func(key request.Key) bool { return removed[key] }) &&
+			!slices.ContainsFunc(keys, func(key request.Key) bool { return used[key] })
 	}, nil
 }
 
 // logOutOf logs out of the tokens that are chosen by their keys, after a removal.
-func (k *Keyring) logOutOf(ctx context.Context, chosen func([]Key) bool) error {
+func (k *Keyring) logOutOf(ctx context.Context, chosen func([]request.Key) bool) error {
 	if err := k.opts.Tokens.LogoutOf(ctx, chosen); err != nil {
 		return fmt.Errorf("the keys are removed, but: %w", err)
 	}
@@ -303,7 +305,7 @@ func (k *Keyring) logOutOf(ctx context.Context, chosen func([]Key) bool) error {
 
 // removeAdditionsLocked ends the additions that are meant, as far as the connection
 // reaches the keys that they cover, and returns of how many there was something to end.
-func (k *Keyring) removeAdditionsLocked(v *view, c *Caller, meant func(*addition) bool) (n int) {
+func (k *Keyring) removeAdditionsLocked(v *view, c *request.Caller, meant func(*addition) bool) (n int) {
 	for _, a := range slices.Clone(k.added) {
 		if !meant(a) {
 			continue
@@ -325,8 +327,8 @@ func (k *Keyring) removeAdditionsLocked(v *view, c *Caller, meant func(*addition
 // Remove removes one identity: from memory for good, of a token until that is
 // inserted again or the key is added again. One of an upstream agent is removed
 // there.
-func (k *Keyring) Remove(ctx context.Context, c *Caller, key []byte) error {
-	rec := k.begin(c, RequestRemove)
+func (k *Keyring) Remove(ctx context.Context, c *request.Caller, key []byte) error {
+	rec := k.begin(c, request.ActionRemove)
 	rec.Key = k.describe(key)
 	err := k.remove(ctx, rec, key)
 	k.end(rec, err)
@@ -336,7 +338,7 @@ func (k *Keyring) Remove(ctx context.Context, c *Caller, key []byte) error {
 func (k *Keyring) remove(ctx context.Context, rec *record, key []byte) error {
 	c := rec.use.Caller
 	if k.lock.locked() {
-		return ErrLocked
+		return request.ErrLocked
 	}
 	if err := mayChange(c); err != nil {
 		return err
@@ -378,16 +380,16 @@ func (k *Keyring) removeLocked(id *identity) {
 // allowed for them, and logs out of the tokens that they are on. Where the connection
 // sees all that there is, it logs out of every token. Identities of upstream agents
 // stay.
-func (k *Keyring) RemoveAll(ctx context.Context, c *Caller) error {
-	rec := k.begin(c, RequestRemoveAll)
+func (k *Keyring) RemoveAll(ctx context.Context, c *request.Caller) error {
+	rec := k.begin(c, request.ActionRemoveAll)
 	err := k.removeAll(ctx, c)
 	k.end(rec, err)
 	return err
 }
 
-func (k *Keyring) removeAll(ctx context.Context, c *Caller) error {
+func (k *Keyring) removeAll(ctx context.Context, c *request.Caller) error {
 	if k.lock.locked() {
-		return ErrLocked
+		return request.ErrLocked
 	}
 	if err := mayChange(c); err != nil {
 		return err
@@ -398,10 +400,10 @@ func (k *Keyring) removeAll(ctx context.Context, c *Caller) error {
 // Clear removes every identity, as RemoveAll does for a client that sees all of them. It
 // asks no rule, and does the same while the agent is locked: the user of the agent, and
 // no client, has sent a signal for it.
-func (k *Keyring) Clear(ctx context.Context) error { return k.clear(ctx, new(Caller)) }
+func (k *Keyring) Clear(ctx context.Context) error { return k.clear(ctx, new(request.Caller)) }
 
 // clear removes all that the connection sees.
-func (k *Keyring) clear(ctx context.Context, c *Caller) error {
+func (k *Keyring) clear(ctx context.Context, c *request.Caller) error {
 	defer k.relieve(k.keptBytes())
 	logout := k.opts.Tokens.LogoutAll
 	if may := k.removeSeen(c); confined(c) {
@@ -418,12 +420,12 @@ func (k *Keyring) clear(ctx context.Context, c *Caller) error {
 // removeSeen removes every identity that the connection sees, and returns whether the
 // connection may log out of a token with these keys: it sees one of them, and all that
 // the agent uses.
-func (k *Keyring) removeSeen(c *Caller) (may func([]Key) bool) {
+func (k *Keyring) removeSeen(c *request.Caller) (may func([]request.Key) bool) {
 	generation, certificates := k.opts.Tokens.Generation(), k.opts.Certificates.generation()
 	k.mu.Lock()
 	defer k.mu.Unlock()
 	v := k.nowLocked(generation, certificates)
-	seen, unseen := make(map[Key]bool), make(map[Key]bool)
+	seen, unseen := make(map[request.Key]bool), make(map[request.Key]bool)
 	for _, key := range k.knownLocked() {
 		switch {
 		case k.reachesLocked(v, c, key):
@@ -443,9 +445,9 @@ func (k *Keyring) removeSeen(c *Caller) (may func([]Key) bool) {
 		}
 	}
 	k.removeAdditionsLocked(v, c, func(*addition) bool { return true })
-	return func(keys []Key) bool {
-		return slices.ContainsFunc(keys, func(key Key) bool { return seen[key] }) &&
-			!slices.ContainsFunc(keys, func(key Key) bool { return unseen[key] })
+	return func(keys []request.Key) bool {
+		return slices.ContainsFunc(keys, func(key request.Key) bool { return seen[key] }) &&
+			!slices.ContainsFunc(keys, func(key request.Key) bool { return unseen[key] })
 	}
 }
 

@@ -4,6 +4,8 @@ import (
 	"errors"
 	"slices"
 	"testing"
+
+	"p11-agent/agent/request"
 )
 
 // A token signs logins and SSH signatures, and anything else only with a key that
@@ -11,34 +13,34 @@ import (
 func TestAllow(t *testing.T) {
 	const uri = "pkcs11:token=a;id=1"
 	for name, test := range map[string]struct {
-		allow   []Kind
-		content Content
+		allow   []request.Kind
+		content request.Content
 		ok      bool
 	}{
-		"login":                     {nil, Content{Kind: KindLogin}, true},
-		"signature":                 {nil, Content{Kind: KindSignature, Namespace: "odd"}, true},
-		"test, allowed":             {[]Kind{KindUnknown}, Content{Kind: KindTest}, true},
-		"unknown":                   {nil, Content{Kind: KindUnknown}, false},
-		"nothing said":              {nil, Content{}, false},
-		"host key":                  {nil, Content{Kind: KindHostKey}, false},
-		"another kind":              {[]Kind{KindTLS}, Content{Kind: KindHostKey}, false},
-		"allowed kind":              {[]Kind{KindTLS, KindHostKey}, Content{Kind: KindHostKey}, true},
-		"everything":                {[]Kind{KindUnknown}, Content{Kind: KindX509}, true},
-		"unknown, others allowed":   {[]Kind{KindTLS}, Content{Kind: KindUnknown}, false},
-		"unknown, all are allowed":  {[]Kind{KindUnknown}, Content{Kind: KindUnknown}, true},
-		"a kind that there is not":  {[]Kind{KindTLS}, Content{Kind: "other"}, false},
-		"certificate, not allowed":  {[]Kind{}, Content{Kind: KindSSHCertificate}, false},
-		"certificate, just allowed": {[]Kind{KindSSHCertificate}, Content{Kind: KindSSHCertificate}, true},
+		"login":                     {nil, request.Content{Kind: request.KindLogin}, true},
+		"signature":                 {nil, request.Content{Kind: request.KindSignature, Namespace: "odd"}, true},
+		"test, allowed":             {[]request.Kind{request.KindUnknown}, request.Content{Kind: request.KindTest}, true},
+		"unknown":                   {nil, request.Content{Kind: request.KindUnknown}, false},
+		"nothing said":              {nil, request.Content{}, false},
+		"host key":                  {nil, request.Content{Kind: request.KindHostKey}, false},
+		"another kind":              {[]request.Kind{request.KindTLS}, request.Content{Kind: request.KindHostKey}, false},
+		"allowed kind":              {[]request.Kind{request.KindTLS, request.KindHostKey}, request.Content{Kind: request.KindHostKey}, true},
+		"everything":                {[]request.Kind{request.KindUnknown}, request.Content{Kind: request.KindX509}, true},
+		"unknown, others allowed":   {[]request.Kind{request.KindTLS}, request.Content{Kind: request.KindUnknown}, false},
+		"unknown, all are allowed":  {[]request.Kind{request.KindUnknown}, request.Content{Kind: request.KindUnknown}, true},
+		"a kind that there is not":  {[]request.Kind{request.KindTLS}, request.Content{Kind: "other"}, false},
+		"certificate, not allowed":  {[]request.Kind{}, request.Content{Kind: request.KindSSHCertificate}, false},
+		"certificate, just allowed": {[]request.Kind{request.KindSSHCertificate}, request.Content{Kind: request.KindSSHCertificate}, true},
 	} {
 		t.Run(name, func(t *testing.T) {
 			key := edKey(uri)
-			f := newFixture(Options{Rules: Rules{Allow: func(k Key) []Kind {
-				if k != Key(key) {
+			f := newFixture(Options{Rules: Rules{Allow: func(k request.Key) []request.Kind {
+				if k != request.Key(key) {
 					t.Errorf("asked about %v", k)
 				}
 				return test.allow
 			}}}, key)
-			_, err := f.Sign(t.Context(), local, SignRequest{Key: wireOf(key), Data: []byte("data"), Content: test.content})
+			_, err := f.Sign(t.Context(), local, request.Sign{Key: wireOf(key), Data: []byte("data"), Content: test.content})
 			kind, refused := errors.AsType[*KindError](err)
 			if refused == test.ok || test.ok && err != nil {
 				t.Fatalf("error %v", err)
@@ -55,17 +57,17 @@ func TestAllow(t *testing.T) {
 
 func TestContentPurpose(t *testing.T) {
 	for _, test := range []struct {
-		content Content
-		want    Purpose
+		content request.Content
+		want    request.Purpose
 	}{
-		{Content{Kind: KindLogin}, PurposeLogin},
-		{Content{Kind: KindSignature, Namespace: "git"}, PurposeGit},
-		{Content{Kind: KindSignature, Namespace: "file"}, PurposeFile},
-		{Content{Kind: KindSignature, Namespace: "gít"}, PurposeOther},
-		{Content{Kind: KindUnknown, Namespace: "git"}, PurposeOther},
-		{Content{}, PurposeOther},
+		{request.Content{Kind: request.KindLogin}, request.PurposeLogin},
+		{request.Content{Kind: request.KindSignature, Namespace: "git"}, request.PurposeGit},
+		{request.Content{Kind: request.KindSignature, Namespace: "file"}, request.PurposeFile},
+		{request.Content{Kind: request.KindSignature, Namespace: "gít"}, request.PurposeOther},
+		{request.Content{Kind: request.KindUnknown, Namespace: "git"}, request.PurposeOther},
+		{request.Content{}, request.PurposeOther},
 	} {
-		if got := test.content.Purpose(); got != test.want || !slices.Contains(Purposes(), got) {
+		if got := test.content.Purpose(); got != test.want || !slices.Contains(request.Purposes(), got) {
 			t.Errorf("%+v is for %q, want %q", test.content, got, test.want)
 		}
 	}

@@ -7,6 +7,8 @@ import (
 	"os"
 	"slices"
 	"time"
+
+	"p11-agent/agent/request"
 )
 
 // ErrNoControl is what MayControl says, with the reason.
@@ -33,7 +35,7 @@ var (
 // signatures that they can have anyway.
 //
 // The error is ErrNoControl.
-func MayControl(c *Caller) error {
+func MayControl(c *request.Caller) error {
 	reason := func() error {
 		switch {
 		case c.Socket != nil:
@@ -62,8 +64,8 @@ const lookTime = 5 * time.Second
 // Status returns the status as Options.Report has it, of the tokens that the
 // provider selects; empty: of everything. It returns at once when the provider selects a
 // known key. Otherwise the key may be new: it looks at the tokens again, for 5 s at the most.
-func (k *Keyring) Status(ctx context.Context, c *Caller, provider []byte) ([]byte, error) {
-	rec := k.begin(c, RequestStatus)
+func (k *Keyring) Status(ctx context.Context, c *request.Caller, provider []byte) ([]byte, error) {
+	rec := k.begin(c, request.ActionStatus)
 	rec.told = true
 	report, err := k.report(ctx, c, provider)
 	if err != nil {
@@ -72,14 +74,14 @@ func (k *Keyring) Status(ctx context.Context, c *Caller, provider []byte) ([]byt
 	return report, err
 }
 
-func (k *Keyring) report(ctx context.Context, c *Caller, provider []byte) ([]byte, error) {
+func (k *Keyring) report(ctx context.Context, c *request.Caller, provider []byte) ([]byte, error) {
 	if err := MayControl(c); err != nil {
 		return nil, err
 	}
 	if k.opts.Report == nil {
 		return nil, errors.New("there is no status")
 	}
-	var s Selection
+	var s request.Selection
 	if len(provider) > 0 {
 		var err error
 		if s, err = k.opts.Tokens.Parse(provider, false); err != nil {
@@ -100,8 +102,8 @@ func (k *Keyring) report(ctx context.Context, c *Caller, provider []byte) ([]byt
 // Login logs in to the one token that the request names. Nothing is tried twice. When
 // one try is left, a person is asked first whether to use it: the request has no say
 // in that. The answer counts when there is an error, too.
-func (k *Keyring) Login(ctx context.Context, c *Caller, r LoginRequest) (LoginAnswer, error) {
-	rec := k.begin(c, RequestLogin)
+func (k *Keyring) Login(ctx context.Context, c *request.Caller, r request.TokenLogin) (request.LoginAnswer, error) {
+	rec := k.begin(c, request.ActionLogin)
 	rec.told = true
 	answer, err := k.login(ctx, rec, r)
 	if answer.Already {
@@ -111,19 +113,19 @@ func (k *Keyring) Login(ctx context.Context, c *Caller, r LoginRequest) (LoginAn
 	return answer, err
 }
 
-func (k *Keyring) login(ctx context.Context, rec *record, r LoginRequest) (LoginAnswer, error) {
+func (k *Keyring) login(ctx context.Context, rec *record, r request.TokenLogin) (request.LoginAnswer, error) {
 	c := rec.use.Caller
 	if err := MayControl(c); err != nil {
-		return LoginAnswer{}, err
+		return request.LoginAnswer{}, err
 	}
 	inside, err := k.lock.enter(ctx, c, nil)
 	if err != nil {
-		return LoginAnswer{}, err
+		return request.LoginAnswer{}, err
 	}
 	defer inside.leave()
 	s, err := k.opts.Tokens.Parse(r.Provider, false)
 	if err != nil {
-		return LoginAnswer{}, err
+		return request.LoginAnswer{}, err
 	}
 	rec.URI = s.String()
 	defer k.opts.Tokens.Drop(s)
@@ -133,8 +135,8 @@ func (k *Keyring) login(ctx context.Context, rec *record, r LoginRequest) (Login
 
 // Logout logs out of the tokens that the provider selects, or of all when it is
 // empty, and forgets their PINs.
-func (k *Keyring) Logout(ctx context.Context, c *Caller, provider []byte) error {
-	rec := k.begin(c, RequestLogout)
+func (k *Keyring) Logout(ctx context.Context, c *request.Caller, provider []byte) error {
+	rec := k.begin(c, request.ActionLogout)
 	rec.told = true
 	err := k.logout(ctx, rec, provider)
 	k.end(rec, err)

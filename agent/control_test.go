@@ -10,17 +10,18 @@ import (
 	"golang.org/x/crypto/ssh"
 
 	"p11-agent/agent/peer"
+	"p11-agent/agent/request"
 	"p11-agent/pinentry/secret"
 )
 
 // ourselves is a client that is this very program.
-func ourselves(t testing.TB) *Caller {
+func ourselves(t testing.TB) *request.Caller {
 	t.Helper()
 	path, err := os.Executable()
 	if err != nil {
 		t.Fatal(err)
 	}
-	return &Caller{Number: 3, Peer: peer.Peer{
+	return &request.Caller{Number: 3, Peer: peer.Peer{
 		Known: true, PID: os.Getpid(), UID: os.Geteuid(),
 		Chain: []peer.Process{{PID: os.Getpid(), Name: "p11-agent"}}, Program: peer.Program{Path: path},
 	}}
@@ -28,21 +29,21 @@ func ourselves(t testing.TB) *Caller {
 
 func TestWhoMayControl(t *testing.T) {
 	host := publicOf(t, edKey("host"))
-	for name, change := range map[string]func(*Caller){
-		"forwarded":                 func(c *Caller) { c.Forwarded = true },
-		"bound for logging in":      func(c *Caller) { c.Binds = []Bind{{HostKey: host}} },
-		"bound for forwarding":      func(c *Caller) { c.Binds = []Bind{{HostKey: host, Forwarding: true}} },
-		"a bind that failed":        func(c *Caller) { c.BindFailed = true },
-		"a socket for others":       func(c *Caller) { c.Socket = &Socket{Name: "forward"} },
-		"another user":              func(c *Caller) { c.Peer.UID = os.Geteuid() + 1 },
-		"root for another, or back": func(c *Caller) { c.Peer.UID = 1 - min(1, os.Geteuid()) },
-		"nobody known":              func(c *Caller) { c.Peer = peer.Peer{} },
-		"a process that has ended":  func(c *Caller) { c.Peer.Chain = nil },
-		"one that cannot be seen":   func(c *Caller) { c.Peer.Program = peer.Program{} },
-		"ssh":                       func(c *Caller) { c.Peer.Program.Path = "/usr/bin/ssh" },
+	for name, change := range map[string]func(*request.Caller){
+		"forwarded":                 func(c *request.Caller) { c.Forwarded = true },
+		"bound for logging in":      func(c *request.Caller) { c.Binds = []request.Bind{{HostKey: host}} },
+		"bound for forwarding":      func(c *request.Caller) { c.Binds = []request.Bind{{HostKey: host, Forwarding: true}} },
+		"a bind that failed":        func(c *request.Caller) { c.BindFailed = true },
+		"a socket for others":       func(c *request.Caller) { c.Socket = &request.Socket{Name: "forward"} },
+		"another user":              func(c *request.Caller) { c.Peer.UID = os.Geteuid() + 1 },
+		"root for another, or back": func(c *request.Caller) { c.Peer.UID = 1 - min(1, os.Geteuid()) },
+		"nobody known":              func(c *request.Caller) { c.Peer = peer.Peer{} },
+		"a process that has ended":  func(c *request.Caller) { c.Peer.Chain = nil },
+		"one that cannot be seen":   func(c *request.Caller) { c.Peer.Program = peer.Program{} },
+		"ssh":                       func(c *request.Caller) { c.Peer.Program.Path = "/usr/bin/ssh" },
 	} {
 		t.Run(name, func(t *testing.T) {
-			f := newFixture(Options{Report: func(Status, Selection) ([]byte, error) { return []byte("{}"), nil }}, edKey("pkcs11:token=a"))
+			f := newFixture(Options{Report: func(Status, request.Selection) ([]byte, error) { return []byte("{}"), nil }}, edKey("pkcs11:token=a"))
 			c := ourselves(t)
 			change(c)
 			pin, err := secret.From([]byte("1234"))
@@ -51,7 +52,7 @@ func TestWhoMayControl(t *testing.T) {
 			}
 			defer pin.Wipe()
 			_, status := f.Status(t.Context(), c, nil)
-			_, login := f.Login(t.Context(), c, LoginRequest{Provider: []byte("pkcs11:"), PIN: pin})
+			_, login := f.Login(t.Context(), c, request.TokenLogin{Provider: []byte("pkcs11:"), PIN: pin})
 			logout := f.Logout(t.Context(), c, nil)
 			for _, err := range []error{status, login, logout} {
 				if !errors.Is(err, ErrNoControl) {
@@ -72,7 +73,7 @@ func TestWhoMayControl(t *testing.T) {
 
 func TestControl(t *testing.T) {
 	var told []string
-	f := newFixture(Options{Report: func(s Status, sel Selection) ([]byte, error) {
+	f := newFixture(Options{Report: func(s Status, sel request.Selection) ([]byte, error) {
 		told = append(told, fmt.Sprintf("%d keys %v", len(s.Keys), sel))
 		return []byte("{}"), nil
 	}}, edKey("pkcs11:token=a"), edKey("pkcs11:token=b"))
@@ -93,8 +94,8 @@ func TestControl(t *testing.T) {
 		t.Fatal(err)
 	}
 	defer pin.Wipe()
-	f.tokens.answer = LoginAnswer{Tries: "low"}
-	if a, err := f.Login(t.Context(), c, LoginRequest{Provider: []byte("pkcs11:token=a"), PIN: pin}); err != nil || a.Tries != "low" {
+	f.tokens.answer = request.LoginAnswer{Tries: "low"}
+	if a, err := f.Login(t.Context(), c, request.TokenLogin{Provider: []byte("pkcs11:token=a"), PIN: pin}); err != nil || a.Tries != "low" {
 		t.Errorf("login: %+v, %v", a, err)
 	}
 	if err := f.Logout(t.Context(), c, []byte("pkcs11:token=b")); err != nil {
@@ -104,7 +105,7 @@ func TestControl(t *testing.T) {
 		t.Errorf("logout: %v", err)
 	}
 	f.tokens.selectErr = errors.New("wrong PIN")
-	if a, err := f.Login(t.Context(), c, LoginRequest{Provider: []byte("pkcs11:token=a")}); err == nil || a.Tries != "low" {
+	if a, err := f.Login(t.Context(), c, request.TokenLogin{Provider: []byte("pkcs11:token=a")}); err == nil || a.Tries != "low" {
 		t.Errorf("login: %+v, %v", a, err)
 	}
 	if got, want := fmt.Sprintf("%q", f.tokens.logins), `["pkcs11:token=a 1234" "out of pkcs11:token=b" "pkcs11:token=a "]`; got != want {
@@ -129,7 +130,7 @@ func TestControl(t *testing.T) {
 	if s := f.Now(); !s.Locked || s.Keys != nil || s.Events != nil || s.Failures != nil {
 		t.Errorf("a locked agent tells %+v", s)
 	}
-	if _, err := f.Login(t.Context(), c, LoginRequest{Provider: []byte("pkcs11:token=a")}); !errors.Is(err, ErrLocked) {
+	if _, err := f.Login(t.Context(), c, request.TokenLogin{Provider: []byte("pkcs11:token=a")}); !errors.Is(err, request.ErrLocked) {
 		t.Errorf("a login to a locked agent: %v", err)
 	}
 }
@@ -138,12 +139,12 @@ func TestStatusOfKeys(t *testing.T) {
 	token, other := edKey("pkcs11:token=a;id=1"), edKey("pkcs11:token=a;id=2")
 	f := newFixture(Options{SoftwareKeys: true, Upstreams: []Upstream{&fakeUpstream{name: "gone", err: errors.New("it is gone")}}}, token, other)
 	soft := newTestKey(t)
-	if err := f.Add(t.Context(), local, soft.request(Constraints{Confirm: true, Lifetime: 1e12})); err != nil {
+	if err := f.Add(t.Context(), local, soft.request(request.Constraints{Confirm: true, Lifetime: 1e12})); err != nil {
 		t.Fatal(err)
 	}
 	f.list(t)
 	for range 3 {
-		if _, err := f.Sign(t.Context(), local, SignRequest{Key: wireOf(token), Data: []byte("x"), Content: Content{Kind: KindSignature, Namespace: "git"}}); err != nil {
+		if _, err := f.Sign(t.Context(), local, request.Sign{Key: wireOf(token), Data: []byte("x"), Content: request.Content{Kind: request.KindSignature, Namespace: "git"}}); err != nil {
 			t.Fatal(err)
 		}
 	}
@@ -160,10 +161,10 @@ func TestStatusOfKeys(t *testing.T) {
 	if k := s.Keys[2]; !k.Software || !k.Confirm || k.Expires.IsZero() {
 		t.Errorf("%+v", k)
 	}
-	if e := s.Events[0]; e.Request != RequestSign || e.Purpose != PurposeGit || e.Namespace != "git" || e.URI != token.uri || e.Result != ResultOK || e.Client.PID != 4711 {
+	if e := s.Events[0]; e.Request != request.ActionSign || e.Purpose != request.PurposeGit || e.Namespace != "git" || e.URI != token.uri || e.Result != ResultOK || e.Client.PID != 4711 {
 		t.Errorf("%+v", e)
 	}
-	if e := s.Events[3]; e.Request != RequestAdd || e.Key == "" {
+	if e := s.Events[3]; e.Request != request.ActionAdd || e.Key == "" {
 		t.Errorf("%+v", e)
 	}
 	if u := s.Upstreams[0]; u.Name != "gone" || u.Trouble != "it is gone" {

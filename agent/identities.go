@@ -7,6 +7,8 @@ import (
 	"time"
 
 	"golang.org/x/crypto/ssh"
+
+	"p11-agent/agent/request"
 )
 
 // identity is a key as clients see it, with every place it can be used at.
@@ -15,7 +17,7 @@ type identity struct {
 	plain       ssh.PublicKey
 	wire        string // of key
 	comment     string
-	homes       []Key
+	homes       []request.Key
 	named       bool          // see Identity.Named
 	awaited     bool          // offered while its tokens are away, which are asked for when it is to sign
 	software    crypto.Signer // nil: it is on tokens only
@@ -28,7 +30,7 @@ type identity struct {
 
 // home returns the key that is tried first to sign: the first one whose token is there,
 // or else the first one. nil: the identity is on no token.
-func (id *identity) home() Key {
+func (id *identity) home() request.Key {
 	for _, key := range id.homes {
 		if key.Present() {
 			return key
@@ -71,7 +73,7 @@ type plainKey struct {
 
 // plainLocked returns the plainKey of a key, or nil when SSH has no such type of key or
 // OpenSSH does not read the key.
-func (k *Keyring) plainLocked(key Key) *plainKey {
+func (k *Keyring) plainLocked(key request.Key) *plainKey {
 	if p := k.plain[key]; p != nil {
 		return p
 	}
@@ -235,9 +237,9 @@ func (v *tokenView) add(id *identity) {
 func (k *Keyring) tokensLocked(v *tokenView) {
 	present := k.opts.Tokens.Keys()
 	keys := slices.Concat(present, k.opts.Tokens.Away())
-	plains := make(map[Key]*plainKey, len(keys))
+	plains := make(map[request.Key]*plainKey, len(keys))
 	defer func() { k.plain = plains }()
-	plainOf := func(key Key) *plainKey {
+	plainOf := func(key request.Key) *plainKey {
 		plain := plains[key]
 		if plain == nil {
 			if plain = k.plainLocked(key); plain != nil {
@@ -378,15 +380,15 @@ func (id *identity) insertions() (n uint64) {
 // plainWire returns the wire form of the key without a certificate.
 func (id *identity) plainWire() string { return string(id.plain.Marshal()) }
 
-func selects(s Selection, k Key) bool {
+func selects(s request.Selection, k request.Key) bool {
 	return s.Match(k) && (k.Unfit() == "" || !s.Broad())
 }
 
 // selectsLocked is selects for what a client named. Who names every key where
 // the configuration lists some means those: this is how they are brought back.
-func (k *Keyring) selectsLocked(s Selection, key Key) bool {
+func (k *Keyring) selectsLocked(s request.Selection, key request.Key) bool {
 	if s.All() && len(k.opts.Automatic) > 0 {
-		return slices.ContainsFunc(k.opts.Automatic, func(s Selection) bool { return selects(s, key) })
+		return slices.ContainsFunc(k.opts.Automatic, func(s request.Selection) bool { return selects(s, key) })
 	}
 	return selects(s, key)
 }

@@ -7,6 +7,8 @@ import (
 	"slices"
 	"strings"
 	"time"
+
+	"p11-agent/agent/request"
 )
 
 const (
@@ -87,7 +89,7 @@ func (k *Keyring) awaitToken(ctx context.Context, id *identity) error {
 	defer poke.Stop()
 	for {
 		changed := k.opts.Tokens.Changed()
-		if slices.ContainsFunc(id.homes, Key.Present) {
+		if slices.ContainsFunc(id.homes, request.Key.Present) {
 			return nil
 		}
 		select {
@@ -111,7 +113,7 @@ func (k *Keyring) awaitToken(ctx context.Context, id *identity) error {
 			if err := k.opts.Tokens.Rescan(ctx); err != nil && ctx.Err() == nil {
 				return err
 			}
-			if !slices.ContainsFunc(id.homes, Key.Present) {
+			if !slices.ContainsFunc(id.homes, request.Key.Present) {
 				ask()
 			}
 		}

@@ -11,6 +11,7 @@ import (
 	"testing/synctest"
 	"time"
 
+	"p11-agent/agent/request"
 	"p11-agent/pinentry/waiting"
 )
 
@@ -54,7 +55,7 @@ func waits(ctx context.Context, _ int) (bool, error) {
 }
 
 // setAway moves keys between those that are there and those that are away.
-func (t *fakeTokens) setAway(there, away []Key) {
+func (t *fakeTokens) setAway(there, away []request.Key) {
 	t.mu.Lock()
 	defer t.mu.Unlock()
 	for _, k := range there {
@@ -67,32 +68,32 @@ func (t *fakeTokens) setAway(there, away []Key) {
 	t.changeLocked()
 }
 
-func named(_ Key, named bool) bool  { return named }
-func always(_ Key, named bool) bool { return true }
+func named(_ request.Key, named bool) bool  { return named }
+func always(_ request.Key, named bool) bool { return true }
 
 func TestOfferAway(t *testing.T) {
 	one, two, three := edKey("pkcs11:token=a;id=%01"), edKey("pkcs11:token=b;id=%01"), edKey("pkcs11:token=c;id=%01")
 	three.unfit = "an attestation key"
-	sel := []Selection{prefix("pkcs11:token=b"), prefix("pkcs11:token=a"), prefix("pkcs11:token=c")}
+	sel := []request.Selection{prefix("pkcs11:token=b"), prefix("pkcs11:token=a"), prefix("pkcs11:token=c")}
 	tests := []struct {
 		name      string
-		automatic []Selection
-		offer     func(Key, bool) bool
-		away      []Key
+		automatic []request.Selection
+		offer     func(request.Key, bool) bool
+		away      []request.Key
 		want      []string
 	}{
-		{"never", nil, nil, []Key{one, two, three}, []string{}},
-		{"those that are named, of none", nil, named, []Key{one, two, three}, []string{}},
-		{"those that are named", sel, named, []Key{one, two, three}, []string{two.uri, one.uri}},
-		{"every one", nil, always, []Key{one, two, three}, []string{one.uri, two.uri}},
-		{"in the order of the configuration", sel, named, []Key{two, three}, []string{two.uri, one.uri}},
-		{"by its own id", []Selection{prefix(three.uri)}, named, []Key{one, two, three}, []string{three.uri}},
+		{"never", nil, nil, []request.Key{one, two, three}, []string{}},
+		{"those that are named, of none", nil, named, []request.Key{one, two, three}, []string{}},
+		{"those that are named", sel, named, []request.Key{one, two, three}, []string{two.uri, one.uri}},
+		{"every one", nil, always, []request.Key{one, two, three}, []string{one.uri, two.uri}},
+		{"in the order of the configuration", sel, named, []request.Key{two, three}, []string{two.uri, one.uri}},
+		{"by its own id", []request.Selection{prefix(three.uri)}, named, []request.Key{one, two, three}, []string{three.uri}},
 	}
 	for _, tt := range tests {
 		t.Run(tt.name, func(t *testing.T) {
 			f := newFixture(Options{Rules: Rules{Automatic: tt.automatic, OfferAway: tt.offer}, Insert: &fakeInserter{answer: waits}})
-			var there []Key
-			for _, k := range []Key{one, two, three} {
+			var there []request.Key
+			for _, k := range []request.Key{one, two, three} {
 				if !slices.Contains(tt.away, k) {
 					there = append(there, k)
 				}
@@ -112,11 +113,11 @@ func TestInsert(t *testing.T) {
 		backup.Signer = key.Signer // the same key on two cards
 		in := &fakeInserter{answer: waits}
 		f := newFixture(Options{Rules: Rules{OfferAway: always}, Insert: in})
-		f.tokens.setAway(nil, []Key{key, backup})
+		f.tokens.setAway(nil, []request.Key{key, backup})
 		var all sync.WaitGroup
 		for range 50 {
 			all.Go(func() {
-				if _, err := f.Sign(t.Context(), local, SignRequest{Key: wireOf(key), Data: []byte("data")}); err != nil {
+				if _, err := f.Sign(t.Context(), local, request.Sign{Key: wireOf(key), Data: []byte("data")}); err != nil {
 					t.Error(err)
 				}
 			})
@@ -129,7 +130,7 @@ func TestInsert(t *testing.T) {
 			t.Errorf("asked for %+v", w)
 		}
 		f.list(t) // nothing waits for it
-		f.tokens.setAway([]Key{backup}, []Key{key})
+		f.tokens.setAway([]request.Key{backup}, []request.Key{key})
 		all.Wait()
 		synctest.Wait()
 		if in.open != 0 {
@@ -166,9 +167,9 @@ func TestInsertFails(t *testing.T) {
 				key := edKey("pkcs11:token=a;id=%01")
 				in := &fakeInserter{answer: tt.answer}
 				f := newFixture(Options{Rules: Rules{OfferAway: always}, Insert: in})
-				f.tokens.setAway(nil, []Key{key})
+				f.tokens.setAway(nil, []request.Key{key})
 				start := time.Now()
-				_, err := f.Sign(t.Context(), local, SignRequest{Key: wireOf(key), Data: []byte("data")})
+				_, err := f.Sign(t.Context(), local, request.Sign{Key: wireOf(key), Data: []byte("data")})
 				if err == nil || !strings.Contains(err.Error(), tt.err) || !strings.Contains(err.Error(), key.TokenName()) {
 					t.Errorf("got %v", err)
 				}
@@ -193,14 +194,14 @@ func TestInsertHangUp(t *testing.T) {
 		key := edKey("pkcs11:token=a;id=%01")
 		in := &fakeInserter{answer: waits}
 		f := newFixture(Options{Rules: Rules{OfferAway: always}, Insert: in})
-		f.tokens.setAway(nil, []Key{key})
+		f.tokens.setAway(nil, []request.Key{key})
 		var cancels []context.CancelFunc
 		var all sync.WaitGroup
 		for range 2 {
 			ctx, cancel := context.WithCancel(t.Context())
 			cancels = append(cancels, cancel)
 			all.Go(func() {
-				if _, err := f.Sign(ctx, local, SignRequest{Key: wireOf(key), Data: []byte("data")}); !errors.Is(err, context.Canceled) {
+				if _, err := f.Sign(ctx, local, request.Sign{Key: wireOf(key), Data: []byte("data")}); !errors.Is(err, context.Canceled) {
 					t.Errorf("got %v", err)
 				}
 			})
@@ -225,17 +226,17 @@ func TestInsertHangUp(t *testing.T) {
 func TestInsertNobody(t *testing.T) {
 	key := edKey("pkcs11:token=a;id=%01")
 	f := newFixture(Options{Rules: Rules{OfferAway: always}})
-	f.tokens.setAway(nil, []Key{key})
-	_, err := f.Sign(t.Context(), local, SignRequest{Key: wireOf(key), Data: []byte("data")})
+	f.tokens.setAway(nil, []request.Key{key})
+	_, err := f.Sign(t.Context(), local, request.Sign{Key: wireOf(key), Data: []byte("data")})
 	if !isAbsent(err) {
 		t.Errorf("got %v", err)
 	}
 	in := &fakeInserter{answer: waits}
 	f = newFixture(Options{Insert: in})
-	f.tokens.setAway([]Key{key}, nil)
+	f.tokens.setAway([]request.Key{key}, nil)
 	f.list(t)
 	key.setAbsent(true) // pulled while it is listed
-	if _, err := f.Sign(t.Context(), local, SignRequest{Key: wireOf(key), Data: []byte("data")}); !isAbsent(err) {
+	if _, err := f.Sign(t.Context(), local, request.Sign{Key: wireOf(key), Data: []byte("data")}); !isAbsent(err) {
 		t.Errorf("got %v", err)
 	}
 	if len(in.asked) != 0 {
@@ -253,7 +254,7 @@ func TestInsertNotWhenBusy(t *testing.T) {
 	in := &fakeInserter{answer: waits}
 	f := newFixture(Options{Rules: Rules{OfferAway: always}, Insert: in}, key)
 	key.err = fmt.Errorf("sign: %w", busyError{})
-	if _, err := f.Sign(t.Context(), local, SignRequest{Key: wireOf(key), Data: []byte("data")}); !isBusy(err) {
+	if _, err := f.Sign(t.Context(), local, request.Sign{Key: wireOf(key), Data: []byte("data")}); !isBusy(err) {
 		t.Errorf("got %v", err)
 	}
 	if len(in.asked) != 0 {
@@ -265,7 +266,7 @@ func TestInsertNotWhenBusy(t *testing.T) {
 func TestRemovedAndAway(t *testing.T) {
 	key := edKey("pkcs11:token=a;id=%01")
 	f := newFixture(Options{Rules: Rules{OfferAway: always}, Insert: &fakeInserter{answer: waits}})
-	f.tokens.setAway(nil, []Key{key})
+	f.tokens.setAway(nil, []request.Key{key})
 	if err := f.Remove(t.Context(), local, wireOf(key)); err != nil {
 		t.Fatal(err)
 	}
@@ -273,14 +274,14 @@ func TestRemovedAndAway(t *testing.T) {
 		t.Errorf("listed %q", got)
 	}
 	key.insertions++
-	f.tokens.setAway([]Key{key}, nil)
+	f.tokens.setAway([]request.Key{key}, nil)
 	if got := f.list(t); len(got) != 1 {
 		t.Errorf("after it was inserted: %q", got)
 	}
 	if err := f.RemoveAll(t.Context(), local); err != nil {
 		t.Fatal(err)
 	}
-	f.tokens.setAway(nil, []Key{key})
+	f.tokens.setAway(nil, []request.Key{key})
 	if got := f.list(t); len(got) != 0 {
 		t.Errorf("after all were removed: %q", got)
 	}

@@ -11,6 +11,7 @@ import (
 
 	"golang.org/x/crypto/ssh"
 
+	"p11-agent/agent/request"
 	"p11-agent/pinentry/secret"
 	"p11-agent/pinentry/waiting"
 )
@@ -35,9 +36,9 @@ var (
 // LogoutOf and LogoutAll return at once.
 type Tokens interface {
 	// Keys returns the keys that are there, in their order.
-	Keys() []Key
+	Keys() []request.Key
 	// Away returns the keys that are known and not there.
-	Away() []Key
+	Away() []request.Key
 	// Generation changes whenever Keys or Away does.
 	Generation() uint64
 	// Changed returns a channel that is closed at the next such change.
@@ -50,44 +51,44 @@ type Tokens interface {
 	Rescan(ctx context.Context) error
 	// Parse reads what a client named. For a remote one it looks at no file, and takes
 	// nothing but a URI that names no module file and brings no PIN.
-	Parse(provider []byte, remote bool) (Selection, error)
+	Parse(provider []byte, remote bool) (request.Selection, error)
 	// Select returns the keys that are selected now and may be reached, of which there
 	// is at least one, and logs in to their token when a PIN is given. Other keys count
 	// as not there. taken tells that the token took this PIN just now. A token that wants
 	// no login tries none.
-	Select(ctx context.Context, s Selection, reached func(Key) bool, pin *secret.Secret) (keys []Key, taken bool, err error)
+	Select(ctx context.Context, s request.Selection, reached func(request.Key) bool, pin *secret.Secret) (keys []request.Key, taken bool, err error)
 	// Drop is told when a Selection that Parse made is of no more use.
-	Drop(s Selection)
+	Drop(s request.Selection)
 	// LogoutAll logs out of all tokens.
 	LogoutAll(ctx context.Context) error
 	// LogoutOf logs out of the tokens that are chosen by all their known keys.
-	LogoutOf(ctx context.Context, chosen func([]Key) bool) error
+	LogoutOf(ctx context.Context, chosen func([]request.Key) bool) error
 	// Login logs in to the one token that is selected. A nil PIN comes from where a
 	// signature would get it. When one try is left, a person is asked first.
-	Login(ctx context.Context, s Selection, pin *secret.Secret) (LoginAnswer, error)
+	Login(ctx context.Context, s request.Selection, pin *secret.Secret) (request.LoginAnswer, error)
 	// Logout logs out of the tokens that are selected.
-	Logout(ctx context.Context, s Selection) error
+	Logout(ctx context.Context, s request.Selection) error
 }
 
 // Rules are what Configure changes.
 type Rules struct {
 	// Automatic selects the identities that are there without being added, in
 	// this order. nil: every key that is fit to log in with.
-	Automatic []Selection
+	Automatic []request.Selection
 	// Name returns the configured name of a key, or nothing.
-	Name func(Key) string
+	Name func(request.Key) string
 	// Listed returns the comment that the list of identities has for a key of a token
 	// without a configured name; nil: its URI. Everything else has the URI.
-	Listed func(Key) string
+	Listed func(request.Key) string
 	// OfferAway tells whether a key is offered while its token is away; named says
 	// that Automatic selects it. nil: none is.
-	OfferAway func(k Key, named bool) bool
+	OfferAway func(k request.Key, named bool) bool
 	// Allow returns what kinds of data a key of a token signs besides logins and
 	// SSH signatures, and the tests of ssh-add -T; KindUnknown stands for all. nil: no other.
-	Allow func(Key) []Kind
+	Allow func(request.Key) []request.Kind
 	// Approval returns when a person is asked before a key of a token signs; for
 	// nil, every key that is on none. nil: never.
-	Approval func(Key) Approval
+	Approval func(request.Key) Approval
 }
 
 // Options make a Keyring.
@@ -116,7 +117,7 @@ type Options struct {
 	// Upstreams are asked for what the Keyring does not have, in this order.
 	Upstreams []Upstream
 	// Hosts gives names to host keys; nil: they have none.
-	Hosts HostNamer
+	Hosts request.HostNamer
 	// Fingerprint is how keys are named to people; nil: ssh.FingerprintSHA256.
 	Fingerprint func(ssh.PublicKey) string
 	// Failed is told of requests of this machine that were refused, unless that is
@@ -125,7 +126,7 @@ type Options struct {
 	// Report makes the answer to a question for the status out of what the keyring
 	// knows, of the tokens that are selected; nil: of all. It must not wait. nil: there
 	// is no status.
-	Report func(Status, Selection) ([]byte, error)
+	Report func(Status, request.Selection) ([]byte, error)
 	// Log gets one line for each request that uses or changes keys.
 	Log *slog.Logger
 }
@@ -149,7 +150,7 @@ type Keyring struct {
 	change atomic.Uint64 // counts the changes of what follows but software; made under mu
 
 	mu       sync.Mutex
-	plain    map[Key]*plainKey // those of the present view
+	plain    map[request.Key]*plainKey // those of the present view
 	added    []*addition
 	software softwareKeys
 	hidden   map[string]uint64 // wire form of removed identities to the insertions there were
@@ -183,7 +184,7 @@ func NewKeyring(opts Options) *Keyring {
 // after them those of upstream agents. It waits for tokens only just after the
 // start, and when there would be nothing to show. While the agent is locked it is
 // empty.
-func (k *Keyring) List(ctx context.Context, c *Caller) (*Listing, error) {
+func (k *Keyring) List(ctx context.Context, c *request.Caller) (*Listing, error) {
 	if k.lock.locked() {
 		return new(Listing), nil
 	}
@@ -260,15 +261,15 @@ func (k *Keyring) lookAgain() bool {
 // Sign makes a signature. It asks for confirmation where the limits of the identity, the
 // socket or the rules want it, and for a PIN where the token does. For a key that only an
 // upstream agent has, that agent makes it.
-func (k *Keyring) Sign(ctx context.Context, c *Caller, r SignRequest) (*ssh.Signature, error) {
+func (k *Keyring) Sign(ctx context.Context, c *request.Caller, r request.Sign) (*ssh.Signature, error) {
 	r.Content = judged(c, r.Content)
-	rec := k.beginUse(RequestSign, k.use("", nil, c, r))
+	rec := k.beginUse(request.ActionSign, k.use("", nil, c, r))
 	sig, err := k.signFor(ctx, rec, r)
 	k.end(rec, err)
 	return sig, err
 }
 
-func (k *Keyring) signFor(ctx context.Context, rec *record, r SignRequest) (*ssh.Signature, error) {
+func (k *Keyring) signFor(ctx context.Context, rec *record, r request.Sign) (*ssh.Signature, error) {
 	c := rec.use.Caller
 	inside, err := k.lock.enter(ctx, c, rec.use)
 	if err != nil {
@@ -302,7 +303,7 @@ func (k *Keyring) signFor(ctx context.Context, rec *record, r SignRequest) (*ssh
 	return sig, inside.reason(err)
 }
 
-func (k *Keyring) sign(ctx context.Context, rec *record, id *identity, r SignRequest) (*ssh.Signature, error) {
+func (k *Keyring) sign(ctx context.Context, rec *record, id *identity, r request.Sign) (*ssh.Signature, error) {
 	c := rec.use.Caller
 	algorithm, hash, err := algorithmFor(id.plain, r.Flags)
 	if err != nil {
@@ -321,12 +322,12 @@ func (k *Keyring) sign(ctx context.Context, rec *record, id *identity, r SignReq
 	}
 	rec.use.Comment, rec.use.Key, rec.use.Unlimited = id.comment, id.plain, id.owed != nil
 	// Whether a PIN is asked for may change until it is. Then it is not the price.
-	rec.use.pinPays = rec.use.Unlimited && id.asksPIN()
+	rec.use.PINPays = rec.use.Unlimited && id.asksPIN()
 	if err := k.approve(ctx, rec.use, id); err != nil {
 		return nil, err
 	}
 	var paid *atomic.Bool // by a PIN that was given for this very request; nil: it need not be
-	if rec.use.pinPays {
+	if rec.use.PINPays {
 		paid = new(atomic.Bool)
 		ctx = waiting.OnAccepted(ctx, func() { paid.Store(true) })
 	}
@@ -360,11 +361,11 @@ func (k *Keyring) sign(ctx context.Context, rec *record, id *identity, r SignReq
 }
 
 // use is what a request is for.
-func (k *Keyring) use(comment string, key ssh.PublicKey, c *Caller, r SignRequest) *Use {
+func (k *Keyring) use(comment string, key ssh.PublicKey, c *request.Caller, r request.Sign) *request.Use {
 	u := &struct {
-		Use
-		login Login
-	}{Use: Use{
+		request.Use
+		login request.Login
+	}{Use: request.Use{
 		Comment: comment, Key: key, Caller: c, Content: r.Content,
 		Hosts: k.opts.Hosts, Fingerprint: k.opts.Fingerprint,
 	}}
@@ -373,7 +374,7 @@ func (k *Keyring) use(comment string, key ssh.PublicKey, c *Caller, r SignReques
 		// others share it.
 		n := len(l.SessionID)
 		own := append(append(make([]byte, 0, n+len(l.HostKey)), l.SessionID...), l.HostKey...)
-		u.login = Login{User: l.User, SessionID: own[:n:n]}
+		u.login = request.Login{User: l.User, SessionID: own[:n:n]}
 		if l.HostKey != nil {
 			u.login.HostKey = own[n:]
 		}
@@ -388,7 +389,7 @@ func (k *Keyring) use(comment string, key ssh.PublicKey, c *Caller, r SignReques
 func (k *Keyring) signAtHome(ctx context.Context, rec *record, id *identity, data []byte, hash crypto.SignerOpts) ([]byte, error) {
 	homes := id.homes
 	if len(homes) > 1 {
-		var there, away []Key
+		var there, away []request.Key
 		for _, home := range homes {
 			if home.Present() {
 				there = append(there, home)

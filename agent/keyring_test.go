@@ -23,6 +23,7 @@ import (
 	"golang.org/x/crypto/ssh"
 
 	"p11-agent/agent/peer"
+	"p11-agent/agent/request"
 	"p11-agent/pinentry/secret"
 	"p11-agent/pinentry/waiting"
 )
@@ -39,8 +40,8 @@ type fakeKey struct {
 	another    bool // gives the PIN, and not the person who is asked for this request
 	err        error
 	signed     int
-	use        *Use // of the last signature
-	caller     *Caller
+	use        *request.Use // of the last signature
+	caller     *request.Caller
 }
 
 type absentError struct{}
@@ -77,7 +78,7 @@ func (k *fakeKey) SignMessageContext(ctx context.Context, msg []byte, opts crypt
 	if k.asks && !k.another {
 		waiting.Accepted(ctx)
 	}
-	k.use, k.caller = UseFromContext(ctx), CallerFromContext(ctx)
+	k.use, k.caller = request.UseFrom(ctx), request.CallerFrom(ctx)
 	switch {
 	case k.absent:
 		return nil, fmt.Errorf("sign: %w", absentError{})
@@ -95,11 +96,11 @@ func (k *fakeKey) SignMessageContext(ctx context.Context, msg []byte, opts crypt
 
 // fakeTokens is a list of keys.
 type fakeTokens struct {
-	caller *Caller // of the last Select
+	caller *request.Caller // of the last Select
 
 	mu         sync.Mutex
-	keys       []Key
-	away       []Key
+	keys       []request.Key
+	away       []request.Key
 	generation uint64
 	changed    chan struct{}
 	settled    chan struct{}
@@ -112,16 +113,16 @@ type fakeTokens struct {
 	selectErr  error
 	remote     []bool   // what Parse was told
 	logins     []string // what Login, Logout and LogoutOf were asked
-	answer     LoginAnswer
+	answer     request.LoginAnswer
 }
 
-func newFakeTokens(keys ...Key) *fakeTokens {
+func newFakeTokens(keys ...request.Key) *fakeTokens {
 	t := &fakeTokens{keys: keys, settled: make(chan struct{}), changed: make(chan struct{})}
 	close(t.settled)
 	return t
 }
 
-func (t *fakeTokens) set(keys ...Key) {
+func (t *fakeTokens) set(keys ...request.Key) {
 	t.mu.Lock()
 	defer t.mu.Unlock()
 	t.keys = keys
@@ -134,7 +135,7 @@ func (t *fakeTokens) changeLocked() {
 	t.changed = make(chan struct{})
 }
 
-func (t *fakeTokens) Away() []Key {
+func (t *fakeTokens) Away() []request.Key {
 	t.mu.Lock()
 	defer t.mu.Unlock()
 	return t.away
@@ -146,7 +147,7 @@ func (t *fakeTokens) Changed() <-chan struct{} {
 	return t.changed
 }
 
-func (t *fakeTokens) Keys() []Key {
+func (t *fakeTokens) Keys() []request.Key {
 	t.mu.Lock()
 	defer t.mu.Unlock()
 	return t.keys
@@ -180,12 +181,12 @@ func (t *fakeTokens) Rescan(context.Context) error {
 // prefix selects the keys whose URI begins so.
 type prefix string
 
-func (p prefix) String() string   { return string(p) }
-func (p prefix) Match(k Key) bool { return strings.HasPrefix(k.URI(), string(p)) }
-func (p prefix) Broad() bool      { return !strings.Contains(string(p), "id=") }
-func (p prefix) All() bool        { return p == "pkcs11:" }
+func (p prefix) String() string           { return string(p) }
+func (p prefix) Match(k request.Key) bool { return strings.HasPrefix(k.URI(), string(p)) }
+func (p prefix) Broad() bool              { return !strings.Contains(string(p), "id=") }
+func (p prefix) All() bool                { return p == "pkcs11:" }
 
-func (t *fakeTokens) Parse(provider []byte, remote bool) (Selection, error) {
+func (t *fakeTokens) Parse(provider []byte, remote bool) (request.Selection, error) {
 	t.mu.Lock()
 	defer t.mu.Unlock()
 	t.remote = append(t.remote, remote)
@@ -195,9 +196,9 @@ func (t *fakeTokens) Parse(provider []byte, remote bool) (Selection, error) {
 	return prefix(provider), nil
 }
 
-func (t *fakeTokens) Select(ctx context.Context, s Selection, reached func(Key) bool, pin *secret.Secret) (all []Key, taken bool, err error) {
+func (t *fakeTokens) Select(ctx context.Context, s request.Selection, reached func(request.Key) bool, pin *secret.Secret) (all []request.Key, taken bool, err error) {
 	t.mu.Lock()
-	t.caller = CallerFromContext(ctx)
+	t.caller = request.CallerFrom(ctx)
 	keys, err := t.keys, t.selectErr
 	t.mu.Unlock()
 	if err != nil {
@@ -220,7 +221,7 @@ func (t *fakeTokens) Select(ctx context.Context, s Selection, reached func(Key) 
 	return all, taken, nil
 }
 
-func (t *fakeTokens) Drop(s Selection) {
+func (t *fakeTokens) Drop(s request.Selection) {
 	t.mu.Lock()
 	defer t.mu.Unlock()
 	t.dropped = append(t.dropped, s.String())
@@ -233,11 +234,11 @@ func (t *fakeTokens) LogoutAll(context.Context) error {
 	return nil
 }
 
-func (t *fakeTokens) LogoutOf(_ context.Context, chosen func([]Key) bool) error {
+func (t *fakeTokens) LogoutOf(_ context.Context, chosen func([]request.Key) bool) error {
 	t.mu.Lock()
 	keys := t.keys
 	t.mu.Unlock()
-	tokens := make(map[string][]Key)
+	tokens := make(map[string][]request.Key)
 	for _, k := range keys {
 		token, _, _ := strings.Cut(k.URI(), ";")
 		tokens[token] = append(tokens[token], k)
@@ -253,14 +254,14 @@ func (t *fakeTokens) LogoutOf(_ context.Context, chosen func([]Key) bool) error 
 	return nil
 }
 
-func (t *fakeTokens) Login(_ context.Context, s Selection, pin *secret.Secret) (LoginAnswer, error) {
+func (t *fakeTokens) Login(_ context.Context, s request.Selection, pin *secret.Secret) (request.LoginAnswer, error) {
 	t.mu.Lock()
 	defer t.mu.Unlock()
 	t.logins = append(t.logins, fmt.Sprintf("%s %s", s, pin.Bytes()))
 	return t.answer, t.selectErr
 }
 
-func (t *fakeTokens) Logout(_ context.Context, s Selection) error {
+func (t *fakeTokens) Logout(_ context.Context, s request.Selection) error {
 	t.mu.Lock()
 	defer t.mu.Unlock()
 	t.logins = append(t.logins, "out of "+s.String())
@@ -271,8 +272,8 @@ type fakeConfirm struct {
 	answer bool
 	err    error
 	asked  []string
-	use    *Use // of the last question
-	caller *Caller
+	use    *request.Use // of the last question
+	caller *request.Caller
 }
 
 func (c *fakeConfirm) Confirm(ctx context.Context, r Question) (answer Answer, err error) {
@@ -284,7 +285,7 @@ func (c *fakeConfirm) Confirm(ctx context.Context, r Question) (answer Answer, e
 }
 
 func (c *fakeConfirm) confirm(ctx context.Context, r Question) (Answer, error) {
-	c.use, c.caller = UseFromContext(ctx), CallerFromContext(ctx)
+	c.use, c.caller = request.UseFrom(ctx), request.CallerFrom(ctx)
 	if c.use != r.Use {
 		panic("the request is about another use")
 	}
@@ -300,7 +301,7 @@ func edKey(uri string) *fakeKey {
 	return &fakeKey{Signer: priv, uri: uri, insertions: 1}
 }
 
-func wireOf(k Key) []byte {
+func wireOf(k request.Key) []byte {
 	pub, err := ssh.NewPublicKey(k.Public())
 	if err != nil {
 		panic(err)
@@ -315,18 +316,18 @@ type fixture struct {
 	log     *bytes.Buffer
 }
 
-func newFixture(o Options, keys ...Key) *fixture {
+func newFixture(o Options, keys ...request.Key) *fixture {
 	f := &fixture{tokens: newFakeTokens(keys...), confirm: new(fakeConfirm), log: new(bytes.Buffer)}
 	o.Tokens = f.tokens
 	if o.Confirm == nil {
 		o.Confirm = f.confirm
 	}
 	if o.Name == nil {
-		o.Name = func(Key) string { return "" }
+		o.Name = func(request.Key) string { return "" }
 	}
 	if o.Allow == nil {
 		// Most tests sign no more than a word.
-		o.Allow = func(Key) []Kind { return []Kind{KindUnknown} }
+		o.Allow = func(request.Key) []request.Kind { return []request.Kind{request.KindUnknown} }
 	}
 	o.Log = slog.New(slog.NewTextHandler(f.log, nil))
 	f.Keyring = NewKeyring(o)
@@ -334,8 +335,8 @@ func newFixture(o Options, keys ...Key) *fixture {
 }
 
 var (
-	local     = &Caller{Number: 1, Peer: peer.Peer{Known: true, PID: 4711}}
-	forwarded = &Caller{Number: 2, Peer: peer.Peer{Known: true, PID: 4712}, Forwarded: true}
+	local     = &request.Caller{Number: 1, Peer: peer.Peer{Known: true, PID: 4711}}
+	forwarded = &request.Caller{Number: 2, Peer: peer.Peer{Known: true, PID: 4712}, Forwarded: true}
 )
 
 func (f *fixture) list(t *testing.T) []string {
@@ -358,9 +359,9 @@ func (f *fixture) wantList(t *testing.T, want ...string) {
 	}
 }
 
-func (f *fixture) add(t *testing.T, provider string, c Constraints) {
+func (f *fixture) add(t *testing.T, provider string, c request.Constraints) {
 	t.Helper()
-	if err := f.AddToken(t.Context(), local, TokenRequest{Provider: []byte(provider), Constraints: c}); err != nil {
+	if err := f.AddToken(t.Context(), local, request.Token{Provider: []byte(provider), Constraints: c}); err != nil {
 		t.Fatalf("add %s: %v", provider, err)
 	}
 }
@@ -368,23 +369,23 @@ func (f *fixture) add(t *testing.T, provider string, c Constraints) {
 func TestListSelection(t *testing.T) {
 	a, b, c := edKey("pkcs11:token=a;id=1"), edKey("pkcs11:token=b;id=1"), edKey("pkcs11:token=b;id=2")
 	c.unfit = "attestation"
-	all := []Key{a, b, c}
-	names := func(k Key) string {
-		if k == Key(a) {
+	all := []request.Key{a, b, c}
+	names := func(k request.Key) string {
+		if k == request.Key(a) {
 			return "laptop"
 		}
 		return ""
 	}
 	for name, test := range map[string]struct {
-		automatic []Selection
+		automatic []request.Selection
 		want      []string
 	}{
 		"absent: all that are fit":         {nil, []string{"laptop", b.uri}},
-		"empty: none":                      {[]Selection{}, nil},
-		"in the order of the selections":   {[]Selection{prefix("pkcs11:token=b"), prefix("pkcs11:token=a")}, []string{b.uri, "laptop"}},
-		"unfit only when named":            {[]Selection{prefix("pkcs11:token=b;id=2")}, []string{c.uri}},
-		"selected twice is one":            {[]Selection{prefix("pkcs11:token=a"), prefix("pkcs11:")}, []string{"laptop", b.uri}},
-		"what is not there shows up later": {[]Selection{prefix("pkcs11:token=z")}, nil},
+		"empty: none":                      {[]request.Selection{}, nil},
+		"in the order of the selections":   {[]request.Selection{prefix("pkcs11:token=b"), prefix("pkcs11:token=a")}, []string{b.uri, "laptop"}},
+		"unfit only when named":            {[]request.Selection{prefix("pkcs11:token=b;id=2")}, []string{c.uri}},
+		"selected twice is one":            {[]request.Selection{prefix("pkcs11:token=a"), prefix("pkcs11:")}, []string{"laptop", b.uri}},
+		"what is not there shows up later": {[]request.Selection{prefix("pkcs11:token=z")}, nil},
 	} {
 		t.Run(name, func(t *testing.T) {
 			f := newFixture(Options{Rules: Rules{Automatic: test.automatic, Name: names}}, all...)
@@ -400,19 +401,19 @@ func TestListSelection(t *testing.T) {
 // "ssh-add -s pkcs11:" brings back what the configuration lists, and no more.
 func TestAddEveryKey(t *testing.T) {
 	a, b := edKey("pkcs11:token=a;id=1"), edKey("pkcs11:token=b;id=1")
-	f := newFixture(Options{Rules: Rules{Automatic: []Selection{prefix("pkcs11:token=a")}}}, a, b)
+	f := newFixture(Options{Rules: Rules{Automatic: []request.Selection{prefix("pkcs11:token=a")}}}, a, b)
 	if err := f.RemoveAll(t.Context(), local); err != nil {
 		t.Fatal(err)
 	}
 	f.wantList(t)
-	f.add(t, "pkcs11:", Constraints{})
+	f.add(t, "pkcs11:", request.Constraints{})
 	f.wantList(t, a.uri)
-	f.Configure(Rules{Name: func(Key) string { return "" }})
+	f.Configure(Rules{Name: func(request.Key) string { return "" }})
 	f.wantList(t, a.uri, b.uri)
 	// Where nothing is listed they are all that there are.
-	f = newFixture(Options{Rules: Rules{Automatic: []Selection{}}}, a, b)
+	f = newFixture(Options{Rules: Rules{Automatic: []request.Selection{}}}, a, b)
 	f.wantList(t)
-	f.add(t, "pkcs11:", Constraints{})
+	f.add(t, "pkcs11:", request.Constraints{})
 	f.wantList(t, a.uri, b.uri)
 }
 
@@ -432,15 +433,15 @@ func TestSignEveryType(t *testing.T) {
 	keys["ed25519"] = edKey("").Signer
 	for _, test := range []struct {
 		key    string
-		flags  SignatureFlags
+		flags  request.SignatureFlags
 		format string
 	}{
 		{"rsa", 0, ssh.KeyAlgoRSA},
-		{"rsa", SignatureRSASHA2256, ssh.KeyAlgoRSASHA256},
-		{"rsa", SignatureRSASHA2512, ssh.KeyAlgoRSASHA512},
-		{"rsa", SignatureRSASHA2256 | SignatureRSASHA2512, ssh.KeyAlgoRSASHA256},
+		{"rsa", request.SignatureRSASHA2256, ssh.KeyAlgoRSASHA256},
+		{"rsa", request.SignatureRSASHA2512, ssh.KeyAlgoRSASHA512},
+		{"rsa", request.SignatureRSASHA2256 | request.SignatureRSASHA2512, ssh.KeyAlgoRSASHA256},
 		{"P-256", 0, ssh.KeyAlgoECDSA256},
-		{"P-256", SignatureRSASHA2512, ssh.KeyAlgoECDSA256},
+		{"P-256", request.SignatureRSASHA2512, ssh.KeyAlgoECDSA256},
 		{"P-384", 0, ssh.KeyAlgoECDSA384},
 		{"P-521", 0, ssh.KeyAlgoECDSA521},
 		{"ed25519", 0, ssh.KeyAlgoED25519},
@@ -449,7 +450,7 @@ func TestSignEveryType(t *testing.T) {
 			k := &fakeKey{Signer: keys[test.key], uri: "pkcs11:" + test.key}
 			f := newFixture(Options{}, k)
 			data := []byte("what is signed")
-			sig, err := f.Sign(t.Context(), local, SignRequest{Key: wireOf(k), Data: data, Flags: test.flags})
+			sig, err := f.Sign(t.Context(), local, request.Sign{Key: wireOf(k), Data: data, Flags: test.flags})
 			if err != nil {
 				t.Fatal(err)
 			}
@@ -471,14 +472,14 @@ func TestSignRefusals(t *testing.T) {
 	k := edKey("pkcs11:token=a")
 	f := newFixture(Options{}, k)
 	other := wireOf(edKey("pkcs11:token=other"))
-	if _, err := f.Sign(t.Context(), local, SignRequest{Key: other}); !errors.Is(err, errUnknownKey) {
+	if _, err := f.Sign(t.Context(), local, request.Sign{Key: other}); !errors.Is(err, errUnknownKey) {
 		t.Errorf("unknown key: %v", err)
 	}
-	if _, err := f.Sign(t.Context(), local, SignRequest{Key: []byte("garbage")}); !errors.Is(err, errUnknownKey) {
+	if _, err := f.Sign(t.Context(), local, request.Sign{Key: []byte("garbage")}); !errors.Is(err, errUnknownKey) {
 		t.Errorf("garbage: %v", err)
 	}
 	k.err = errors.New("the PIN is locked")
-	if _, err := f.Sign(t.Context(), local, SignRequest{Key: wireOf(k)}); !errors.Is(err, k.err) {
+	if _, err := f.Sign(t.Context(), local, request.Sign{Key: wireOf(k)}); !errors.Is(err, k.err) {
 		t.Errorf("failing key: %v", err)
 	}
 	log := f.log.String()
@@ -502,7 +503,7 @@ func TestOneKeyOnTwoTokens(t *testing.T) {
 	f := newFixture(Options{}, first, second)
 	f.wantList(t, first.uri)
 	sign := func() error {
-		_, err := f.Sign(t.Context(), local, SignRequest{Key: wireOf(first)})
+		_, err := f.Sign(t.Context(), local, request.Sign{Key: wireOf(first)})
 		return err
 	}
 	if err := sign(); err != nil || first.signed != 1 {
@@ -520,14 +521,14 @@ func TestOneKeyOnTwoTokens(t *testing.T) {
 
 func TestAddAndRemove(t *testing.T) {
 	a, b := edKey("pkcs11:token=a;id=1"), edKey("pkcs11:token=b;id=1")
-	f := newFixture(Options{Rules: Rules{Automatic: []Selection{}}}, a, b)
+	f := newFixture(Options{Rules: Rules{Automatic: []request.Selection{}}}, a, b)
 	f.wantList(t)
-	f.add(t, "pkcs11:token=b", Constraints{})
+	f.add(t, "pkcs11:token=b", request.Constraints{})
 	f.wantList(t, b.uri)
-	f.add(t, "pkcs11:", Constraints{})
+	f.add(t, "pkcs11:", request.Constraints{})
 	f.wantList(t, b.uri, a.uri)
 
-	remove := func(p string) error { return f.RemoveToken(t.Context(), local, TokenRequest{Provider: []byte(p)}) }
+	remove := func(p string) error { return f.RemoveToken(t.Context(), local, request.Token{Provider: []byte(p)}) }
 	if err := remove("pkcs11:"); err != nil {
 		t.Fatal(err)
 	}
@@ -536,7 +537,7 @@ func TestAddAndRemove(t *testing.T) {
 	if err := remove("pkcs11:"); err == nil {
 		t.Error("removed what was not there")
 	}
-	f.add(t, "pkcs11:token=b", Constraints{})
+	f.add(t, "pkcs11:token=b", request.Constraints{})
 	f.wantList(t, b.uri)
 	if err := f.Remove(t.Context(), local, wireOf(b)); err != nil {
 		t.Fatal(err)
@@ -545,7 +546,7 @@ func TestAddAndRemove(t *testing.T) {
 	if err := f.Remove(t.Context(), local, wireOf(b)); err == nil {
 		t.Error("removed a key twice")
 	}
-	f.add(t, "pkcs11:", Constraints{})
+	f.add(t, "pkcs11:", request.Constraints{})
 	if err := f.RemoveAll(t.Context(), local); err != nil {
 		t.Fatal(err)
 	}
@@ -562,9 +563,9 @@ func TestAddAndRemove(t *testing.T) {
 func TestAutomaticReturn(t *testing.T) {
 	back := map[string]func(f *fixture, k *fakeKey){
 		"with the next insertion": func(f *fixture, k *fakeKey) { k.insertions++; f.tokens.set(k) },
-		"with the configuration":  func(f *fixture, _ *fakeKey) { f.Configure(Rules{Name: func(Key) string { return "" }}) },
+		"with the configuration":  func(f *fixture, _ *fakeKey) { f.Configure(Rules{Name: func(request.Key) string { return "" }}) },
 		"when added again": func(f *fixture, _ *fakeKey) {
-			if err := f.AddToken(context.Background(), local, TokenRequest{Provider: []byte("pkcs11:")}); err != nil {
+			if err := f.AddToken(context.Background(), local, request.Token{Provider: []byte("pkcs11:")}); err != nil {
 				panic(err)
 			}
 		},
@@ -579,7 +580,7 @@ func TestAutomaticReturn(t *testing.T) {
 			}
 			f.tokens.set(k) // looked at again, but not inserted again
 			f.wantList(t)
-			if _, err := f.Sign(t.Context(), local, SignRequest{Key: wireOf(k)}); err == nil {
+			if _, err := f.Sign(t.Context(), local, request.Sign{Key: wireOf(k)}); err == nil {
 				t.Error("a removed key signed")
 			}
 			how(f, k)
@@ -590,17 +591,17 @@ func TestAutomaticReturn(t *testing.T) {
 
 func TestAddRefusals(t *testing.T) {
 	for name, test := range map[string]struct {
-		caller  *Caller
-		request TokenRequest
+		caller  *request.Caller
+		request request.Token
 		fail    error
 	}{
-		"over a forwarded connection":  {forwarded, TokenRequest{Provider: []byte("pkcs11:")}, nil},
-		"a path that is not allowed":   {local, TokenRequest{Provider: []byte("/tmp/evil.so")}, nil},
-		"what matches nothing":         {local, TokenRequest{Provider: []byte("pkcs11:token=none")}, nil},
-		"a PIN that the token refuses": {local, TokenRequest{Provider: []byte("pkcs11:")}, errors.New("wrong PIN")},
+		"over a forwarded connection":  {forwarded, request.Token{Provider: []byte("pkcs11:")}, nil},
+		"a path that is not allowed":   {local, request.Token{Provider: []byte("/tmp/evil.so")}, nil},
+		"what matches nothing":         {local, request.Token{Provider: []byte("pkcs11:token=none")}, nil},
+		"a PIN that the token refuses": {local, request.Token{Provider: []byte("pkcs11:")}, errors.New("wrong PIN")},
 	} {
 		t.Run(name, func(t *testing.T) {
-			f := newFixture(Options{Rules: Rules{Automatic: []Selection{}}}, edKey("pkcs11:token=a"))
+			f := newFixture(Options{Rules: Rules{Automatic: []request.Selection{}}}, edKey("pkcs11:token=a"))
 			f.tokens.selectErr = test.fail
 			if err := f.AddToken(t.Context(), test.caller, test.request); err == nil {
 				t.Error("it was added")
@@ -615,10 +616,10 @@ func TestAddRefusals(t *testing.T) {
 
 func TestConfirm(t *testing.T) {
 	k := edKey("pkcs11:token=a")
-	f := newFixture(Options{Rules: Rules{Automatic: []Selection{}}}, k)
-	f.add(t, "pkcs11:", Constraints{Confirm: true})
+	f := newFixture(Options{Rules: Rules{Automatic: []request.Selection{}}}, k)
+	f.add(t, "pkcs11:", request.Constraints{Confirm: true})
 	sign := func() error {
-		_, err := f.Sign(t.Context(), local, SignRequest{Key: wireOf(k)})
+		_, err := f.Sign(t.Context(), local, request.Sign{Key: wireOf(k)})
 		return err
 	}
 	if err := sign(); !errors.Is(err, errDeclined) || k.signed != 0 {
@@ -650,12 +651,12 @@ func TestLifetime(t *testing.T) {
 			synctest.Test(t, func(t *testing.T) {
 				k := edKey("pkcs11:token=a")
 				f := newFixture(Options{Lifetime: test.agent}, k) // automatic, and added as well
-				f.add(t, "pkcs11:", Constraints{Lifetime: test.request})
+				f.add(t, "pkcs11:", request.Constraints{Lifetime: test.request})
 				time.Sleep(test.want - time.Nanosecond)
 				f.wantList(t, k.uri)
 				time.Sleep(time.Nanosecond)
 				f.wantList(t)
-				if _, err := f.Sign(t.Context(), local, SignRequest{Key: wireOf(k)}); err == nil {
+				if _, err := f.Sign(t.Context(), local, request.Sign{Key: wireOf(k)}); err == nil {
 					t.Error("a key signed after its time")
 				}
 				k.insertions++
@@ -728,7 +729,7 @@ func TestPINReachesTokens(t *testing.T) {
 		t.Fatal(err)
 	}
 	defer pin.Wipe()
-	if err := f.AddToken(t.Context(), local, TokenRequest{Provider: []byte("pkcs11:"), PIN: pin}); err != nil {
+	if err := f.AddToken(t.Context(), local, request.Token{Provider: []byte("pkcs11:"), PIN: pin}); err != nil {
 		t.Fatal(err)
 	}
 	if !slices.Equal(f.tokens.pins, []string{"1234"}) {
@@ -740,7 +741,7 @@ func TestPINReachesTokens(t *testing.T) {
 }
 
 func TestConcurrentUse(t *testing.T) {
-	keys := []Key{edKey("pkcs11:token=a"), edKey("pkcs11:token=b")}
+	keys := []request.Key{edKey("pkcs11:token=a"), edKey("pkcs11:token=b")}
 	f := newFixture(Options{}, keys...)
 	f.Keyring.log = slog.New(slog.DiscardHandler)
 	var wg sync.WaitGroup
@@ -748,16 +749,16 @@ func TestConcurrentUse(t *testing.T) {
 		wg.Go(func() {
 			for range 200 {
 				_, _ = f.List(context.Background(), local)
-				_ = f.AddToken(context.Background(), local, TokenRequest{Provider: []byte("pkcs11:token=a"), Constraints: Constraints{Lifetime: time.Nanosecond}})
+				_ = f.AddToken(context.Background(), local, request.Token{Provider: []byte("pkcs11:token=a"), Constraints: request.Constraints{Lifetime: time.Nanosecond}})
 				_ = f.Remove(context.Background(), local, wireOf(keys[1]))
 				f.tokens.set(keys...)
-				f.Configure(Rules{Name: func(Key) string { return "n" }})
+				f.Configure(Rules{Name: func(request.Key) string { return "n" }})
 				_ = f.RemoveAll(context.Background(), local)
 			}
 		})
 	}
 	wg.Wait()
-	f.Configure(Rules{Name: func(Key) string { return "n" }})
+	f.Configure(Rules{Name: func(request.Key) string { return "n" }})
 	if got := f.list(t); len(got) != 2 {
 		t.Errorf("list is %q", got)
 	}
@@ -768,17 +769,17 @@ func TestConcurrentUse(t *testing.T) {
 func TestSignAllocations(t *testing.T) {
 	k, keys := stillKeyring(t, slog.NewTextHandler(io.Discard, nil), 2)
 	var rest func()
-	c := &Caller{Number: 1, Peer: peer.Self(), Later: func(f func()) { rest = f }}
+	c := &request.Caller{Number: 1, Peer: peer.Self(), Later: func(f func()) { rest = f }}
 	for _, test := range []struct {
 		name string
-		SignRequest
+		request.Sign
 		// What is kept of the request, and what it is for; its context, which can be
 		// cancelled (4); the signature (2); the line that is to be written. A login is
 		// kept in memory of its own.
 		want float64
 	}{{"git", gitRequest(keys[1]), 9}, {"login", loginRequest(keys[1]), 10}} {
 		if n := testing.AllocsPerRun(100, func() {
-			if _, err := k.Sign(t.Context(), c, test.SignRequest); err != nil {
+			if _, err := k.Sign(t.Context(), c, test.Sign); err != nil {
 				t.Fatal(err)
 			}
 		}); n > test.want {
@@ -797,7 +798,7 @@ func TestSignAllocations(t *testing.T) {
 
 // Listing costs nothing but a look at what was put together before.
 func TestListAllocations(t *testing.T) {
-	var keys []Key
+	var keys []request.Key
 	for i := range 1000 {
 		keys = append(keys, edKey(fmt.Sprintf("pkcs11:id=%d", i)))
 	}

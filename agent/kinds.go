@@ -3,17 +3,19 @@ package agent
 import (
 	"fmt"
 	"slices"
+
+	"p11-agent/agent/request"
 )
 
 // A KindError says that a key is not for this kind of data.
 type KindError struct {
-	Content Content
+	Content request.Content
 	Key     string // the comment
 }
 
 func (e *KindError) Error() string {
 	what := e.Content.String()
-	if e.Content.Kind == KindUnknown && e.Content.Detail != "" {
+	if e.Content.Kind == request.KindUnknown && e.Content.Detail != "" {
 		what += " (" + e.Content.Detail + ")"
 	}
 	return fmt.Sprintf("%s is not signed with this key: if it is meant for that, its [[key]] table has to say allow = [%q]", what, e.Content.Kind)
@@ -24,7 +26,7 @@ const testProgram = "ssh-add"
 
 // mayTest tells whether a connection may have data of KindTest signed: it comes from
 // the ssh-add of this machine, and belongs to no SSH session.
-func mayTest(c *Caller) error {
+func mayTest(c *request.Caller) error {
 	if c.Forwarded || c.BindFailed || len(c.Binds) > 0 {
 		return errBound
 	}
@@ -34,12 +36,12 @@ func mayTest(c *Caller) error {
 // judged returns what the content counts for when this connection has it signed. The
 // data of KindTest says nothing of itself: it may be the attributes of a CMS signature,
 // filled up to that length. So it is unknown unless ssh-add sends it.
-func judged(c *Caller, content Content) Content {
-	if content.Kind != KindTest {
+func judged(c *request.Caller, content request.Content) request.Content {
+	if content.Kind != request.KindTest {
 		return content
 	}
 	if err := mayTest(c); err != nil {
-		return Content{Kind: KindUnknown, Detail: "1,024 bytes, which are signed for ssh-add -T of this machine, but " + err.Error()}
+		return request.Content{Kind: request.KindUnknown, Detail: "1,024 bytes, which are signed for ssh-add -T of this machine, but " + err.Error()}
 	}
 	return content
 }
@@ -47,9 +49,9 @@ func judged(c *Caller, content Content) Content {
 // allowed tells whether data of this kind may be signed with an identity. Logins, SSH
 // signatures and the tests of ssh-add -T always may be. Keys in memory sign what they
 // are given, as those of ssh-agent do.
-func (k *Keyring) allowed(id *identity, content Content) error {
+func (k *Keyring) allowed(id *identity, content request.Content) error {
 	switch content.Kind {
-	case KindLogin, KindSignature, KindTest:
+	case request.KindLogin, request.KindSignature, request.KindTest:
 		return nil
 	}
 	if len(id.homes) == 0 {
@@ -58,9 +60,9 @@ func (k *Keyring) allowed(id *identity, content Content) error {
 	k.mu.Lock()
 	allow := k.opts.Allow
 	k.mu.Unlock()
-	if allow != nil && slices.ContainsFunc(id.homes, func(key Key) bool {
+	if allow != nil && slices.ContainsFunc(id.homes, func(key request.Key) bool {
 		kinds := allow(key)
-		return slices.Contains(kinds, content.Kind) || slices.Contains(kinds, KindUnknown)
+		return slices.Contains(kinds, content.Kind) || slices.Contains(kinds, request.KindUnknown)
 	}) {
 		return nil
 	}

@@ -3,6 +3,8 @@ package agent
 import (
 	"slices"
 	"time"
+
+	"p11-agent/agent/request"
 )
 
 // maxRoutes bounds how many different lists of destinations one key may have: those
@@ -22,7 +24,7 @@ type limits struct {
 
 // limitsOf returns the limits of one addition that is made now. otherwise is the
 // lifetime of an addition that comes with none; 0: for ever.
-func limitsOf(c *Constraints, otherwise time.Duration) limits {
+func limitsOf(c *request.Constraints, otherwise time.Duration) limits {
 	l := limits{confirm: c.Confirm, certificates: c.CertificatesOnly, lifetime: c.Lifetime}
 	if l.lifetime == 0 {
 		l.lifetime = otherwise
@@ -58,7 +60,7 @@ func (l limits) and(o limits) limits {
 }
 
 // permits tells whether the limits let a connection see and change the key.
-func (l *limits) permits(who *Caller) error {
+func (l *limits) permits(who *request.Caller) error {
 	if l.indeterminate && (len(who.Binds) > 0 || who.BindFailed) {
 		return errElsewhere
 	}
@@ -72,7 +74,7 @@ func (l *limits) permits(who *Caller) error {
 
 // permitsLogin tells whether the limits let a connection sign. login is nil when the
 // data is no request to log in with this key.
-func (l *limits) permitsLogin(who *Caller, login *Login) error {
+func (l *limits) permitsLogin(who *request.Caller, login *request.Login) error {
 	if l.indeterminate {
 		return errElsewhere
 	}

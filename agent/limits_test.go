@@ -13,6 +13,8 @@ import (
 	"time"
 
 	"golang.org/x/crypto/ssh"
+
+	"p11-agent/agent/request"
 )
 
 // testKey is a key with everything that a test may want of it.
@@ -48,34 +50,34 @@ func (k testKey) certificate(t testing.TB, ca testKey, kind uint32, change func(
 	return c
 }
 
-func (k testKey) request(c Constraints) KeyRequest {
-	return KeyRequest{Private: k.private, Public: k.public, Comment: "file", Constraints: c}
+func (k testKey) request(c request.Constraints) request.AddKey {
+	return request.AddKey{Private: k.private, Public: k.public, Comment: "file", Constraints: c}
 }
 
 // boundTo returns a caller that is bound to sessions with hosts, one after the
 // other; all but the last are for forwarding, and the last is when forwarding is
 // true.
-func boundTo(forwarding bool, hosts ...ssh.PublicKey) *Caller {
-	c := &Caller{Number: 7}
+func boundTo(forwarding bool, hosts ...ssh.PublicKey) *request.Caller {
+	c := &request.Caller{Number: 7}
 	for i, h := range hosts {
 		last := i == len(hosts)-1
-		c.Binds = append(c.Binds, Bind{HostKey: h, SessionID: []byte{byte(i + 1)}, Forwarding: !last || forwarding})
+		c.Binds = append(c.Binds, request.Bind{HostKey: h, SessionID: []byte{byte(i + 1)}, Forwarding: !last || forwarding})
 		c.Forwarded = c.Forwarded || !last || forwarding
 	}
 	return c
 }
 
 // to makes a destination from a host (nil: where the agent runs) to another one.
-func to(user string, from, host ssh.PublicKey) Destination {
-	d := Destination{To: Hop{User: user, Host: "host", Keys: []HostKey{{Key: host}}}}
+func to(user string, from, host ssh.PublicKey) request.Destination {
+	d := request.Destination{To: request.Hop{User: user, Host: "host", Keys: []request.HostKey{{Key: host}}}}
 	if from != nil {
-		d.From = Hop{Host: "from", Keys: []HostKey{{Key: from}}}
+		d.From = request.Hop{Host: "from", Keys: []request.HostKey{{Key: from}}}
 	}
 	return d
 }
 
-func login(user string, c *Caller) *Login {
-	l := &Login{User: user}
+func login(user string, c *request.Caller) *request.Login {
+	l := &request.Login{User: user}
 	if n := len(c.Binds); n > 0 {
 		l.SessionID, l.HostKey = c.Binds[n-1].SessionID, c.Binds[n-1].HostKey.Marshal()
 	}
@@ -92,8 +94,8 @@ func TestDestinations(t *testing.T) {
 			}
 		})
 	}
-	byCA := func(host string) []Destination {
-		return []Destination{{To: Hop{Host: host, Keys: []HostKey{{Key: ca.public, CA: true}}}}}
+	byCA := func(host string) []request.Destination {
+		return []request.Destination{{To: request.Hop{Host: host, Keys: []request.HostKey{{Key: ca.public, CA: true}}}}}
 	}
 	private, err := rsa.GenerateKey(rand.Reader, 2048)
 	if err != nil {
@@ -103,8 +105,8 @@ func TestDestinations(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	byRSA := func(host string) []Destination {
-		return []Destination{{To: Hop{Host: host, Keys: []HostKey{{Key: rsaCA.PublicKey(), CA: true}}}}}
+	byRSA := func(host string) []request.Destination {
+		return []request.Destination{{To: request.Hop{Host: host, Keys: []request.HostKey{{Key: rsaCA.PublicKey(), CA: true}}}}}
 	}
 	rsaCert := func(algorithm string) ssh.PublicKey {
 		s, err := ssh.NewSignerWithAlgorithms(rsaCA.(ssh.AlgorithmSigner), []string{algorithm})
@@ -114,17 +116,17 @@ func TestDestinations(t *testing.T) {
 		return a.certificate(t, testKey{signer: s}, ssh.HostCert, func(c *ssh.Certificate) { c.ValidPrincipals = []string{"host"} })
 	}
 	sha1Cert, sha2Cert := rsaCert(ssh.KeyAlgoRSA), rsaCert(ssh.KeyAlgoRSASHA256)
-	local := &Caller{}
-	toA := []Destination{to("", nil, a.public)}
+	local := &request.Caller{}
+	toA := []request.Destination{to("", nil, a.public)}
 	chain := append(slices.Clone(toA), to("", a.public, b.public))
 	for _, test := range []struct {
 		name     string
-		dest     []Destination
-		caller   *Caller
+		dest     []request.Destination
+		caller   *request.Caller
 		shown    bool
 		user     string
 		noLogin  bool
-		change   func(*Login)
+		change   func(*request.Login)
 		may      bool
 		errorHas string
 	}{
@@ -133,21 +135,21 @@ func TestDestinations(t *testing.T) {
 		{name: "to the host", dest: toA, caller: boundTo(false, a.public), shown: true, may: true},
 		{name: "to another host", dest: toA, caller: boundTo(false, b.public)},
 		{name: "signs something else", dest: toA, caller: boundTo(false, a.public), shown: true, noLogin: true, errorHas: "no request to log in"},
-		{name: "another session", dest: toA, caller: boundTo(false, a.public), shown: true, change: func(l *Login) { l.SessionID = []byte("x") }, errorHas: "another session"},
-		{name: "names another host", dest: toA, caller: boundTo(false, a.public), shown: true, change: func(l *Login) { l.HostKey = b.public.Marshal() }, errorHas: "another session or host"},
-		{name: "names no host, first hop", dest: toA, caller: boundTo(false, a.public), shown: true, change: func(l *Login) { l.HostKey = nil }, may: true},
+		{name: "another session", dest: toA, caller: boundTo(false, a.public), shown: true, change: func(l *request.Login) { l.SessionID = []byte("x") }, errorHas: "another session"},
+		{name: "names another host", dest: toA, caller: boundTo(false, a.public), shown: true, change: func(l *request.Login) { l.HostKey = b.public.Marshal() }, errorHas: "another session or host"},
+		{name: "names no host, first hop", dest: toA, caller: boundTo(false, a.public), shown: true, change: func(l *request.Login) { l.HostKey = nil }, may: true},
 		{name: "forwarded to the host, not from there", dest: toA, caller: boundTo(true, a.public)},
 		{name: "forwarded to the host and on", dest: chain, caller: boundTo(true, a.public), shown: true, errorHas: "for forwarding"},
 		{name: "two hops", dest: chain, caller: boundTo(false, a.public, b.public), shown: true, may: true},
-		{name: "two hops, names no host", dest: chain, caller: boundTo(false, a.public, b.public), shown: true, change: func(l *Login) { l.HostKey = nil }, errorHas: "does not name the host"},
+		{name: "two hops, names no host", dest: chain, caller: boundTo(false, a.public, b.public), shown: true, change: func(l *request.Login) { l.HostKey = nil }, errorHas: "does not name the host"},
 		{name: "two hops, the second elsewhere", dest: chain, caller: boundTo(false, a.public, other.public)},
 		{name: "two hops, the first elsewhere", dest: chain, caller: boundTo(false, other.public, b.public)},
 		{name: "straight to the second", dest: chain, caller: boundTo(false, b.public)},
-		{name: "bind failed", dest: toA, caller: &Caller{BindFailed: true, Forwarded: true}, errorHas: "could not be bound"},
-		{name: "a bind failed after one that did not", dest: toA, caller: func() *Caller { c := boundTo(false, a.public); c.BindFailed = true; return c }(), shown: true, may: true},
-		{name: "the user", dest: []Destination{to("root", nil, a.public)}, caller: boundTo(false, a.public), shown: true, user: "root", may: true},
-		{name: "another user", dest: []Destination{to("root", nil, a.public)}, caller: boundTo(false, a.public), shown: true, user: "me"},
-		{name: "a pattern for the user", dest: []Destination{to("m?-*", nil, a.public)}, caller: boundTo(false, a.public), shown: true, user: "me-too", may: true},
+		{name: "bind failed", dest: toA, caller: &request.Caller{BindFailed: true, Forwarded: true}, errorHas: "could not be bound"},
+		{name: "a bind failed after one that did not", dest: toA, caller: func() *request.Caller { c := boundTo(false, a.public); c.BindFailed = true; return c }(), shown: true, may: true},
+		{name: "the user", dest: []request.Destination{to("root", nil, a.public)}, caller: boundTo(false, a.public), shown: true, user: "root", may: true},
+		{name: "another user", dest: []request.Destination{to("root", nil, a.public)}, caller: boundTo(false, a.public), shown: true, user: "me"},
+		{name: "a pattern for the user", dest: []request.Destination{to("m?-*", nil, a.public)}, caller: boundTo(false, a.public), shown: true, user: "me-too", may: true},
 		{name: "certified host", dest: byCA("host"), caller: boundTo(false, hostCert(nil)), shown: true, may: true},
 		{name: "certified host, plain key expected", dest: toA, caller: boundTo(false, hostCert(nil))},
 		{name: "plain key, certified host expected", dest: byCA("host"), caller: boundTo(false, a.public)},
@@ -161,7 +163,7 @@ func TestDestinations(t *testing.T) {
 		{name: "certificate of a user", dest: byCA("host"), caller: boundTo(false, hostCert(func(c *ssh.Certificate) { c.CertType = ssh.UserCert }))},
 		{name: "certificate with a critical option", dest: byCA("host"), caller: boundTo(false, hostCert(func(c *ssh.Certificate) { c.CriticalOptions = map[string]string{"x": ""} }))},
 		{name: "expired certificate", dest: byCA("host"), caller: boundTo(false, hostCert(func(c *ssh.Certificate) { c.ValidBefore = 1 }))},
-		{name: "certificate with a wrong signature", dest: byCA("host"), caller: func() *Caller {
+		{name: "certificate with a wrong signature", dest: byCA("host"), caller: func() *request.Caller {
 			c := hostCert(nil).(*ssh.Certificate)
 			c.KeyId = "changed"
 			return boundTo(false, c)
@@ -170,14 +172,14 @@ func TestDestinations(t *testing.T) {
 		t.Run(test.name, func(t *testing.T) {
 			k := newTestKey(t)
 			f := newFixture(Options{SoftwareKeys: true})
-			if err := f.Add(t.Context(), local, k.request(Constraints{Destinations: test.dest})); err != nil {
+			if err := f.Add(t.Context(), local, k.request(request.Constraints{Destinations: test.dest})); err != nil {
 				t.Fatal(err)
 			}
 			list, err := f.List(t.Context(), test.caller)
 			if shown := len(list.Identities) == 1; err != nil || shown != test.shown {
 				t.Errorf("shown: %v, %v", shown, err)
 			}
-			r := SignRequest{Key: k.public.Marshal(), Data: []byte("data")}
+			r := request.Sign{Key: k.public.Marshal(), Data: []byte("data")}
 			if !test.noLogin {
 				user := test.user
 				if user == "" {
@@ -192,7 +194,7 @@ func TestDestinations(t *testing.T) {
 				t.Errorf("sign: %v", err)
 			}
 			// Who may not see a key may neither change nor remove it.
-			err = f.Add(t.Context(), test.caller, k.request(Constraints{Destinations: test.dest}))
+			err = f.Add(t.Context(), test.caller, k.request(request.Constraints{Destinations: test.dest}))
 			if (err == nil) != test.shown {
 				t.Errorf("add again: %v", err)
 			}
@@ -216,26 +218,26 @@ func TestConstraintMatrix(t *testing.T) {
 				host, ca, k := newTestKey(t), newTestKey(t), newTestKey(t)
 				away := newTestKey(t)
 				caller := boundTo(false, host.public)
-				path := []Destination{to("", nil, host.public)}
+				path := []request.Destination{to("", nil, host.public)}
 				if remote {
 					caller = boundTo(false, away.public, host.public)
-					path = []Destination{to("", nil, away.public), to("", away.public, host.public)}
+					path = []request.Destination{to("", nil, away.public), to("", away.public, host.public)}
 				}
 				cert := k.certificate(t, ca, ssh.UserCert, nil)
-				c := Constraints{Confirm: confirm}
+				c := request.Constraints{Confirm: confirm}
 				if lifetime {
 					c.Lifetime = time.Minute
 				}
 				if destination {
 					c.Destinations = path
 				}
-				f := newFixture(Options{Rules: Rules{Automatic: []Selection{}}, SoftwareKeys: true}, &fakeKey{Signer: k.private, uri: "pkcs11:token=a;id=1", insertions: 1})
+				f := newFixture(Options{Rules: Rules{Automatic: []request.Selection{}}, SoftwareKeys: true}, &fakeKey{Signer: k.private, uri: "pkcs11:token=a;id=1", insertions: 1})
 				used := k.public
 				var err error
 				switch {
 				case software && certified:
 					used = cert
-					err = f.Add(t.Context(), local, KeyRequest{Private: k.private, Public: cert, Constraints: c})
+					err = f.Add(t.Context(), local, request.AddKey{Private: k.private, Public: cert, Constraints: c})
 				case software:
 					err = f.Add(t.Context(), local, k.request(c))
 				default:
@@ -243,20 +245,20 @@ func TestConstraintMatrix(t *testing.T) {
 						c.Certificates, c.CertificatesOnly = []*ssh.Certificate{cert}, true
 						used = cert
 					}
-					err = f.AddToken(t.Context(), local, TokenRequest{Provider: []byte("pkcs11:token=a"), Constraints: c})
+					err = f.AddToken(t.Context(), local, request.Token{Provider: []byte("pkcs11:token=a"), Constraints: c})
 				}
 				if err != nil {
 					t.Fatal(err)
 				}
-				list := func(c *Caller) int {
+				list := func(c *request.Caller) int {
 					list, err := f.List(t.Context(), c)
 					if err != nil {
 						t.Error(err)
 					}
 					return len(list.Identities)
 				}
-				sign := func(c *Caller) error {
-					sig, err := f.Sign(t.Context(), c, SignRequest{Key: used.Marshal(), Data: []byte("data"), Login: login("me", c)})
+				sign := func(c *request.Caller) error {
+					sig, err := f.Sign(t.Context(), c, request.Sign{Key: used.Marshal(), Data: []byte("data"), Login: login("me", c)})
 					if err == nil {
 						err = k.public.Verify([]byte("data"), sig)
 					}
@@ -300,24 +302,24 @@ func TestConstraintMatrix(t *testing.T) {
 }
 
 func TestLooser(t *testing.T) {
-	d := []Destination{to("", nil, newTestKey(t).public)}
+	d := []request.Destination{to("", nil, newTestKey(t).public)}
 	for _, test := range []struct {
-		old, now Constraints
+		old, now request.Constraints
 		looser   bool
 	}{
-		{Constraints{}, Constraints{}, false},
-		{Constraints{}, Constraints{Confirm: true, Lifetime: time.Minute, Destinations: d}, false},
-		{Constraints{Confirm: true}, Constraints{}, true},
-		{Constraints{Lifetime: 2 * time.Minute}, Constraints{Lifetime: time.Minute}, false},
-		{Constraints{Lifetime: 2 * time.Minute}, Constraints{Lifetime: 3 * time.Minute}, true},
-		{Constraints{Lifetime: 2 * time.Minute}, Constraints{}, true},
-		{Constraints{Destinations: d}, Constraints{Destinations: d}, false},
-		{Constraints{Destinations: d}, Constraints{}, true},
-		{Constraints{Destinations: d}, Constraints{Destinations: append(slices.Clone(d), d...)}, true},
+		{request.Constraints{}, request.Constraints{}, false},
+		{request.Constraints{}, request.Constraints{Confirm: true, Lifetime: time.Minute, Destinations: d}, false},
+		{request.Constraints{Confirm: true}, request.Constraints{}, true},
+		{request.Constraints{Lifetime: 2 * time.Minute}, request.Constraints{Lifetime: time.Minute}, false},
+		{request.Constraints{Lifetime: 2 * time.Minute}, request.Constraints{Lifetime: 3 * time.Minute}, true},
+		{request.Constraints{Lifetime: 2 * time.Minute}, request.Constraints{}, true},
+		{request.Constraints{Destinations: d}, request.Constraints{Destinations: d}, false},
+		{request.Constraints{Destinations: d}, request.Constraints{}, true},
+		{request.Constraints{Destinations: d}, request.Constraints{Destinations: append(slices.Clone(d), d...)}, true},
 	} {
 		k := newTestKey(t)
 		f := newFixture(Options{SoftwareKeys: true})
-		for _, c := range []Constraints{test.old, test.now} {
+		for _, c := range []request.Constraints{test.old, test.now} {
 			if err := f.Add(t.Context(), local, k.request(c)); err != nil {
 				t.Fatal(err)
 			}
@@ -327,7 +329,7 @@ func TestLooser(t *testing.T) {
 		}
 		// A key of a token keeps what it has, by whatever name it is added again.
 		for _, name := range []string{"pkcs11:token=a;id=1", "pkcs11:token=a"} {
-			f = newFixture(Options{Rules: Rules{Automatic: []Selection{}}}, edKey("pkcs11:token=a;id=1"))
+			f = newFixture(Options{Rules: Rules{Automatic: []request.Selection{}}}, edKey("pkcs11:token=a;id=1"))
 			f.add(t, "pkcs11:token=a;id=1", test.old)
 			f.add(t, name, test.now)
 			if said := strings.Contains(f.log.String(), "constraints kept"); said != test.looser {
@@ -345,11 +347,11 @@ func TestSocketRules(t *testing.T) {
 	a, b := edKey("pkcs11:token=a;id=1"), edKey("pkcs11:token=b;id=1")
 	f := newFixture(Options{SoftwareKeys: true}, a, b)
 	k := newTestKey(t)
-	if err := f.Add(t.Context(), local, k.request(Constraints{})); err != nil {
+	if err := f.Add(t.Context(), local, k.request(request.Constraints{})); err != nil {
 		t.Fatal(err)
 	}
-	at := func(s Socket) *Caller { return &Caller{Socket: &s} }
-	comments := func(c *Caller) (all []string) {
+	at := func(s request.Socket) *request.Caller { return &request.Caller{Socket: &s} }
+	comments := func(c *request.Caller) (all []string) {
 		list, err := f.List(t.Context(), c)
 		if err != nil {
 			t.Fatal(err)
@@ -359,18 +361,18 @@ func TestSocketRules(t *testing.T) {
 		}
 		return all
 	}
-	only := at(Socket{Only: []Selection{prefix("pkcs11:token=b")}})
+	only := at(request.Socket{Only: []request.Selection{prefix("pkcs11:token=b")}})
 	if got := comments(only); !slices.Equal(got, []string{b.uri}) {
 		t.Errorf("listed: %q", got)
 	}
-	if got := comments(at(Socket{})); !slices.Equal(got, []string{a.uri, b.uri, "file"}) {
+	if got := comments(at(request.Socket{})); !slices.Equal(got, []string{a.uri, b.uri, "file"}) {
 		t.Errorf("without a list of keys: %q", got)
 	}
-	if got := comments(at(Socket{Only: []Selection{}})); len(got) > 0 {
+	if got := comments(at(request.Socket{Only: []request.Selection{}})); len(got) > 0 {
 		t.Errorf("with an empty one: %q", got)
 	}
-	sign := func(c *Caller, key []byte) error {
-		_, err := f.Sign(t.Context(), c, SignRequest{Key: key})
+	sign := func(c *request.Caller, key []byte) error {
+		_, err := f.Sign(t.Context(), c, request.Sign{Key: key})
 		return err
 	}
 	if err := sign(only, wireOf(b)); err != nil {
@@ -382,19 +384,19 @@ func TestSocketRules(t *testing.T) {
 	if err := f.Remove(t.Context(), only, wireOf(a)); !errors.Is(err, errUnknownKey) {
 		t.Errorf("remove a key that is not shown: %v", err)
 	}
-	if err := sign(at(Socket{Confirm: true}), wireOf(a)); !errors.Is(err, errDeclined) || len(f.confirm.asked) != 1 {
+	if err := sign(at(request.Socket{Confirm: true}), wireOf(a)); !errors.Is(err, errDeclined) || len(f.confirm.asked) != 1 {
 		t.Errorf("to be confirmed: %v", err)
 	}
-	readOnly := at(Socket{ReadOnly: true})
+	readOnly := at(request.Socket{ReadOnly: true})
 	if err := sign(readOnly, wireOf(a)); err != nil {
 		t.Error(err)
 	}
 	ctx := t.Context()
 	for what, do := range map[string]func() error{
-		"add":           func() error { return f.Add(ctx, readOnly, newTestKey(t).request(Constraints{})) },
-		"add tokens":    func() error { return f.AddToken(ctx, readOnly, TokenRequest{Provider: []byte("pkcs11:")}) },
+		"add":           func() error { return f.Add(ctx, readOnly, newTestKey(t).request(request.Constraints{})) },
+		"add tokens":    func() error { return f.AddToken(ctx, readOnly, request.Token{Provider: []byte("pkcs11:")}) },
 		"remove":        func() error { return f.Remove(ctx, readOnly, wireOf(a)) },
-		"remove tokens": func() error { return f.RemoveToken(ctx, readOnly, TokenRequest{Provider: []byte("pkcs11:")}) },
+		"remove tokens": func() error { return f.RemoveToken(ctx, readOnly, request.Token{Provider: []byte("pkcs11:")}) },
 		"remove all":    func() error { return f.RemoveAll(ctx, readOnly) },
 		"lock":          func() error { return f.Lock(ctx, readOnly, phrase(t, "x")) },
 		"unlock":        func() error { return f.Unlock(ctx, readOnly, phrase(t, "x")) },

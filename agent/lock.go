@@ -8,6 +8,7 @@ import (
 	"sync/atomic"
 	"time"
 
+	"p11-agent/agent/request"
 	"p11-agent/pinentry/secret"
 )
 
@@ -55,7 +56,7 @@ func (l *lock) locked() bool { return l.open.Load() == nil }
 
 // inside is a request that the lock has let in.
 type inside struct {
-	Served
+	request.Served
 	period *period
 }
 
@@ -66,7 +67,7 @@ func (r *inside) reason(err error) error {
 		return nil
 	}
 	cause := context.Cause(r)
-	if _, paused := errors.AsType[*PausedError](cause); paused || errors.Is(cause, ErrLocked) {
+	if _, paused := errors.AsType[*PausedError](cause); paused || errors.Is(cause, request.ErrLocked) {
 		return cause
 	}
 	return err
@@ -74,18 +75,18 @@ func (r *inside) reason(err error) error {
 
 // enter returns a context for what is done for a request of c, which ends with ctx
 // and with the next locking, and carries use, which may be nil. It has to be left.
-func (l *lock) enter(ctx context.Context, c *Caller, use *Use) (*inside, error) {
+func (l *lock) enter(ctx context.Context, c *request.Caller, use *request.Use) (*inside, error) {
 	p := l.open.Load()
 	if p == nil {
-		return nil, ErrLocked
+		return nil, request.ErrLocked
 	}
 	r := &inside{period: p}
 	r.Begin(ctx, c, use)
 	p.mu.Lock()
 	defer p.mu.Unlock()
 	if p.over {
-		r.End(ErrLocked)
-		return nil, ErrLocked
+		r.End(request.ErrLocked)
+		return nil, request.ErrLocked
 	}
 	p.inside[r] = struct{}{}
 	return r, nil
@@ -105,7 +106,7 @@ func (p *period) end() {
 	defer p.mu.Unlock()
 	p.over = true
 	for r := range p.inside {
-		r.End(ErrLocked)
+		r.End(request.ErrLocked)
 	}
 }
 
@@ -123,7 +124,7 @@ func (l *lock) close(phrase *secret.Secret) error {
 	p := l.open.Swap(nil)
 	if p == nil {
 		own.Wipe()
-		return ErrLocked
+		return request.ErrLocked
 	}
 	l.phrase = own
 	p.end()
@@ -169,8 +170,8 @@ func (l *lock) unlock(ctx context.Context, phrase *secret.Secret) error {
 
 // Lock refuses everything until Unlock, lists nothing, logs out of every token
 // and forgets the PINs that came with added URIs, and what persons have allowed. Signatures under way fail.
-func (k *Keyring) Lock(ctx context.Context, c *Caller, phrase *secret.Secret) error {
-	rec := k.begin(c, RequestLock)
+func (k *Keyring) Lock(ctx context.Context, c *request.Caller, phrase *secret.Secret) error {
+	rec := k.begin(c, request.ActionLock)
 	err := mayLock(c)
 	if err == nil {
 		err = k.lock.close(phrase)
@@ -184,7 +185,7 @@ func (k *Keyring) Lock(ctx context.Context, c *Caller, phrase *secret.Secret) er
 		k.mu.Unlock()
 		// Whoever locks need not wait for a token that hangs, nor be told.
 		if err := k.opts.Tokens.LogoutAll(ctx); err != nil {
-			rec.Note = "not logged out of every token: " + visible(err.Error(), maxReason)
+			rec.Note = "not logged out of every token: " + request.Visible(err.Error(), request.MaxReason)
 		}
 	}
 	k.end(rec, err)
@@ -192,8 +193,8 @@ func (k *Keyring) Lock(ctx context.Context, c *Caller, phrase *secret.Secret) er
 }
 
 // Unlock ends what Lock has begun, when the passphrase is the same.
-func (k *Keyring) Unlock(ctx context.Context, c *Caller, phrase *secret.Secret) error {
-	rec := k.begin(c, RequestUnlock)
+func (k *Keyring) Unlock(ctx context.Context, c *request.Caller, phrase *secret.Secret) error {
+	rec := k.begin(c, request.ActionUnlock)
 	err := mayLock(c)
 	if err == nil {
 		err = k.lock.unlock(ctx, phrase)

@@ -8,6 +8,7 @@ import (
 	"testing/synctest"
 	"time"
 
+	"p11-agent/agent/request"
 	"p11-agent/pinentry/secret"
 )
 
@@ -24,9 +25,9 @@ func phrase(t testing.TB, text string) *secret.Secret {
 func TestLock(t *testing.T) {
 	k, soft := edKey("pkcs11:token=a"), newTestKey(t)
 	f := newFixture(Options{SoftwareKeys: true}, k)
-	f.add(t, "pkcs11:token=a", Constraints{})
+	f.add(t, "pkcs11:token=a", request.Constraints{})
 	ctx := t.Context()
-	if err := f.Add(ctx, local, soft.request(Constraints{})); err != nil {
+	if err := f.Add(ctx, local, soft.request(request.Constraints{})); err != nil {
 		t.Fatal(err)
 	}
 	if err := f.Unlock(ctx, local, phrase(t, "sesame")); !errors.Is(err, errNotLocked) {
@@ -45,13 +46,13 @@ func TestLock(t *testing.T) {
 	}
 	for what, do := range map[string]func() error{
 		"sign": func() error {
-			_, err := f.Sign(ctx, local, SignRequest{Key: wireOf(k)})
+			_, err := f.Sign(ctx, local, request.Sign{Key: wireOf(k)})
 			return err
 		},
-		"add":           func() error { return f.Add(ctx, local, newTestKey(t).request(Constraints{})) },
-		"add tokens":    func() error { return f.AddToken(ctx, local, TokenRequest{Provider: []byte("pkcs11:")}) },
+		"add":           func() error { return f.Add(ctx, local, newTestKey(t).request(request.Constraints{})) },
+		"add tokens":    func() error { return f.AddToken(ctx, local, request.Token{Provider: []byte("pkcs11:")}) },
 		"remove":        func() error { return f.Remove(ctx, local, wireOf(k)) },
-		"remove tokens": func() error { return f.RemoveToken(ctx, local, TokenRequest{Provider: []byte("pkcs11:")}) },
+		"remove tokens": func() error { return f.RemoveToken(ctx, local, request.Token{Provider: []byte("pkcs11:")}) },
 		"remove all":    func() error { return f.RemoveAll(ctx, local) },
 		"lock":          func() error { return f.Lock(ctx, local, phrase(t, "other")) },
 		"pass": func() error {
@@ -59,7 +60,7 @@ func TestLock(t *testing.T) {
 			return err
 		},
 	} {
-		if err := do(); !errors.Is(err, ErrLocked) {
+		if err := do(); !errors.Is(err, request.ErrLocked) {
 			t.Errorf("%s while locked: %v", what, err)
 		}
 	}
@@ -71,7 +72,7 @@ func TestLock(t *testing.T) {
 		t.Fatal(err)
 	}
 	f.wantList(t, k.uri, "file")
-	if _, err := f.Sign(ctx, local, SignRequest{Key: wireOf(k)}); err != nil {
+	if _, err := f.Sign(ctx, local, request.Sign{Key: wireOf(k)}); err != nil {
 		t.Error(err)
 	}
 }
@@ -139,17 +140,17 @@ func TestLockEndsSignatures(t *testing.T) {
 		<-ctx.Done()
 		return Answer{}, ctx.Err()
 	})}, k)
-	f.add(t, "pkcs11:token=a", Constraints{Confirm: true})
+	f.add(t, "pkcs11:token=a", request.Constraints{Confirm: true})
 	end := make(chan error, 1)
 	go func() {
-		_, err := f.Sign(t.Context(), local, SignRequest{Key: wireOf(k)})
+		_, err := f.Sign(t.Context(), local, request.Sign{Key: wireOf(k)})
 		end <- err
 	}()
 	<-waits
 	if err := f.Lock(t.Context(), local, phrase(t, "sesame")); err != nil {
 		t.Fatal(err)
 	}
-	if err := <-end; !errors.Is(err, ErrLocked) {
+	if err := <-end; !errors.Is(err, request.ErrLocked) {
 		t.Errorf("got %v", err)
 	}
 }

@@ -6,6 +6,8 @@ import (
 	"testing"
 	"testing/synctest"
 	"time"
+
+	"p11-agent/agent/request"
 )
 
 // allocated returns how many bytes f allocates.
@@ -29,7 +31,7 @@ func TestManySoftwareKeys(t *testing.T) {
 		f := newFixture(Options{SoftwareKeys: true}, edKey("pkcs11:token=a"))
 		add = allocated(func() {
 			for _, k := range keys {
-				if err := f.Add(t.Context(), local, k.request(Constraints{Lifetime: time.Hour})); err != nil {
+				if err := f.Add(t.Context(), local, k.request(request.Constraints{Lifetime: time.Hour})); err != nil {
 					t.Fatal(err)
 				}
 			}
@@ -62,9 +64,9 @@ func TestSoftwareKeysExpire(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		f := newFixture(Options{SoftwareKeys: true})
 		var keys []testKey
-		for i, d := range []time.Duration{0, time.Minute, 3 * time.Minute, 2 * time.Minute, NoTime} {
+		for i, d := range []time.Duration{0, time.Minute, 3 * time.Minute, 2 * time.Minute, request.NoTime} {
 			k := newTestKey(t)
-			r := k.request(Constraints{Lifetime: d})
+			r := k.request(request.Constraints{Lifetime: d})
 			r.Comment = fmt.Sprint(i)
 			if err := f.Add(t.Context(), local, r); err != nil {
 				t.Fatal(err)
@@ -72,17 +74,17 @@ func TestSoftwareKeysExpire(t *testing.T) {
 			keys = append(keys, k)
 		}
 		synctest.Wait()
-		time.Sleep(NoTime)
+		time.Sleep(request.NoTime)
 		f.wantList(t, "0", "1", "2", "3")
 		time.Sleep(time.Minute)
-		if _, err := f.Sign(t.Context(), local, SignRequest{Key: keys[1].public.Marshal()}); err == nil {
+		if _, err := f.Sign(t.Context(), local, request.Sign{Key: keys[1].public.Marshal()}); err == nil {
 			t.Error("a key signs after its time")
 		}
 		f.wantList(t, "0", "2", "3")
 		time.Sleep(time.Minute)
 		f.wantList(t, "0", "2")
 		// One that is added again without a time stays.
-		if err := f.Add(t.Context(), local, keys[2].request(Constraints{})); err != nil {
+		if err := f.Add(t.Context(), local, keys[2].request(request.Constraints{})); err != nil {
 			t.Fatal(err)
 		}
 		time.Sleep(time.Hour)

@@ -3,12 +3,12 @@ package agent
 import (
 	"bytes"
 	"errors"
-	"fmt"
 	"slices"
 
 	"golang.org/x/crypto/ssh"
 
 	"p11-agent/agent/knownhosts"
+	"p11-agent/agent/request"
 )
 
 var (
@@ -23,11 +23,11 @@ var (
 
 // A route is a list of destinations, of which one has to permit each hop. An empty
 // route permits everything.
-type route []Destination
+type route []request.Destination
 
 // permits tells whether the route lets a connection see and change the key
 // (identity_permitted in OpenSSH's ssh-agent.c, without a user).
-func (c route) permits(who *Caller) error {
+func (c route) permits(who *request.Caller) error {
 	if len(c) == 0 {
 		return nil
 	}
@@ -45,7 +45,7 @@ func (c route) permits(who *Caller) error {
 // permitsLogin tells whether the route lets a connection sign
 // (process_sign_request2 in OpenSSH's ssh-agent.c). login is nil when the data is
 // no request to log in with this key.
-func (c route) permitsLogin(who *Caller, login *Login) error {
+func (c route) permitsLogin(who *request.Caller, login *request.Login) error {
 	n := len(who.Binds)
 	switch {
 	case len(c) == 0:
@@ -72,7 +72,7 @@ func (c route) permitsLogin(who *Caller, login *Login) error {
 
 // walk follows the sessions from hop to hop. user is that of the last one; nil:
 // nobody logs in.
-func (c route) walk(who *Caller, user *string) error {
+func (c route) walk(who *request.Caller, user *string) error {
 	if len(who.Binds) == 0 {
 		if who.BindFailed {
 			return errBindFailed
@@ -99,11 +99,11 @@ func (c route) walk(who *Caller, user *string) error {
 // leads tells whether a destination goes from one host to another. from is nil
 // where the agent runs; to is nil for any host, user for any user.
 func (c route) leads(from, to ssh.PublicKey, user *string) bool {
-	return slices.ContainsFunc(c, func(d Destination) bool {
+	return slices.ContainsFunc(c, func(d request.Destination) bool {
 		switch {
 		case from == nil && (d.From.Host != "" || len(d.From.Keys) > 0):
-		case from != nil && !d.From.is(from):
-		case to != nil && !d.To.is(to):
+		case from != nil && !d.From.Is(from):
+		case to != nil && !d.To.Is(to):
 		case user != nil && d.To.User != "" && !knownhosts.MatchPattern(d.To.User, *user):
 		default:
 			return true
@@ -112,34 +112,4 @@ func (c route) leads(from, to ssh.PublicKey, user *string) bool {
 	})
 }
 
-// is tells whether a host with this key is meant.
-func (h *Hop) is(key ssh.PublicKey) bool {
-	cert, certified := key.(*ssh.Certificate)
-	wire := key.Marshal()
-	return slices.ContainsFunc(h.Keys, func(k HostKey) bool {
-		if !certified || !k.CA {
-			return !certified && !k.CA && bytes.Equal(wire, k.Key.Marshal())
-		}
-		return bytes.Equal(cert.SignatureKey.Marshal(), k.Key.Marshal()) && certifies(cert, h.Host) == nil
-	})
-}
-
-// certifies tells why a certificate does not prove that a host has a name
-// (sshkey_cert_check_host in OpenSSH 10.5's sshkey.c). Its principals may be patterns,
-// and the case of letters matters.
-func certifies(cert *ssh.Certificate, host string) error {
-	if !slices.ContainsFunc(cert.ValidPrincipals, func(p string) bool { return knownhosts.MatchPattern(p, host) }) {
-		return fmt.Errorf("the certificate is not for %q", host)
-	}
-	return knownhosts.CheckHostCertificate(cert)
-}
-
-func (c route) equal(o route) bool { return slices.EqualFunc(c, o, Destination.equal) }
-
-func (d Destination) equal(o Destination) bool { return d.From.equal(o.From) && d.To.equal(o.To) }
-
-func (h Hop) equal(o Hop) bool {
-	return h.User == o.User && h.Host == o.Host && slices.EqualFunc(h.Keys, o.Keys, func(a, b HostKey) bool {
-		return a.CA == b.CA && bytes.Equal(a.Key.Marshal(), b.Key.Marshal())
-	})
-}
+func (c route) equal(o route) bool { return slices.EqualFunc(c, o, request.Destination.Equal) }

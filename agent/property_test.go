@@ -18,6 +18,7 @@ import (
 	"golang.org/x/crypto/ssh"
 
 	"p11-agent/agent/peer"
+	"p11-agent/agent/request"
 	"p11-agent/pinentry/secret"
 	"p11-agent/pinentry/waiting"
 )
@@ -55,7 +56,7 @@ type things struct {
 	host    ssh.PublicKey // where the key of token d may be used
 	bad     ssh.PublicKey // where it may not
 	cert    *ssh.Certificate
-	callers map[string]*Caller
+	callers map[string]*request.Caller
 }
 
 // propertyKeys are the keys of tokens. Those of c can be used without a login.
@@ -79,14 +80,14 @@ func newThings(t *testing.T) *things {
 			x.cert = k.certificate(t, newTestKey(t), ssh.UserCert, nil)
 		}
 	}
-	only := []Selection{prefix(propertyShown)}
+	only := []request.Selection{prefix(propertyShown)}
 	forwarded := boundTo(true, x.bad)
 	some := *forwarded
-	some.Socket = &Socket{Name: "some-forwarded", Only: only}
-	x.callers = map[string]*Caller{
+	some.Socket = &request.Socket{Name: "some-forwarded", Only: only}
+	x.callers = map[string]*request.Caller{
 		"main":           {Number: 1, Peer: peer.Peer{Known: true, PID: 4711}},
-		"some":           {Number: 2, Socket: &Socket{Name: "some", Only: only}},
-		"read-only":      {Number: 3, Socket: &Socket{Name: "read-only", Only: only, ReadOnly: true}},
+		"some":           {Number: 2, Socket: &request.Socket{Name: "some", Only: only}},
+		"read-only":      {Number: 3, Socket: &request.Socket{Name: "read-only", Only: only, ReadOnly: true}},
 		"forwarded":      forwarded,
 		"some-forwarded": &some,
 		"login":          boundTo(false, x.host),
@@ -150,7 +151,7 @@ func tokenName(uri string) string { name, _, _ := strings.Cut(uri, ";"); return 
 // newTrial makes an agent with the keys that the connection sees; empty: with all.
 func (x *things) newTrial(caller string) *trial {
 	w := &trial{tokens: make(map[string]*propertyToken)}
-	var keys []Key
+	var keys []request.Key
 	for _, uri := range propertyKeys {
 		if caller != "" && !sees(caller, uri) {
 			continue
@@ -164,11 +165,11 @@ func (x *things) newTrial(caller string) *trial {
 	w.fakeTokens = newFakeTokens(keys...)
 	w.keyring = NewKeyring(Options{
 		Tokens: w, Confirm: w, SoftwareKeys: true, RemoteTokens: true, Log: slog.New(slog.NewTextHandler(io.Discard, nil)),
-		Rules: Rules{Name: func(Key) string { return "" }, Allow: func(Key) []Kind { return []Kind{KindUnknown} }},
+		Rules: Rules{Name: func(request.Key) string { return "" }, Allow: func(request.Key) []request.Kind { return []request.Kind{request.KindUnknown} }},
 	})
 	if caller == "" || sees(caller, propertyLimited) {
-		_ = w.keyring.AddToken(context.Background(), x.callers["main"], TokenRequest{
-			Provider: []byte(propertyLimited), Constraints: Constraints{Destinations: []Destination{to("", nil, x.host)}},
+		_ = w.keyring.AddToken(context.Background(), x.callers["main"], request.Token{
+			Provider: []byte(propertyLimited), Constraints: request.Constraints{Destinations: []request.Destination{to("", nil, x.host)}},
 		})
 	}
 	return w
@@ -177,7 +178,7 @@ func (x *things) newTrial(caller string) *trial {
 // Select logs in with a PIN, which is tried where nobody is logged in. It refuses a wrong
 // PIN also where none is wanted, so that what a request comes to does not depend on tokens
 // that it names besides.
-func (w *trial) Select(_ context.Context, s Selection, reached func(Key) bool, pin *secret.Secret) (all []Key, taken bool, err error) {
+func (w *trial) Select(_ context.Context, s request.Selection, reached func(request.Key) bool, pin *secret.Secret) (all []request.Key, taken bool, err error) {
 	for _, k := range w.Keys() {
 		if s.Match(k) && reached(k) {
 			all = append(all, k)
@@ -204,12 +205,12 @@ func (w *trial) Select(_ context.Context, s Selection, reached func(Key) bool, p
 }
 
 func (w *trial) LogoutAll(ctx context.Context) error {
-	return w.LogoutOf(ctx, func([]Key) bool { return true })
+	return w.LogoutOf(ctx, func([]request.Key) bool { return true })
 }
 
-func (w *trial) LogoutOf(_ context.Context, chosen func([]Key) bool) error {
+func (w *trial) LogoutOf(_ context.Context, chosen func([]request.Key) bool) error {
 	for name, token := range w.tokens {
-		of := slices.DeleteFunc(slices.Clone(w.Keys()), func(k Key) bool { return tokenName(k.URI()) != name })
+		of := slices.DeleteFunc(slices.Clone(w.Keys()), func(k request.Key) bool { return tokenName(k.URI()) != name })
 		if chosen(of) {
 			token.loggedIn = false
 		}
@@ -241,13 +242,13 @@ func (s step) String() string {
 }
 
 // constraints are what a step may add with.
-func (x *things) constraints(i int) Constraints {
-	return []Constraints{
+func (x *things) constraints(i int) request.Constraints {
+	return []request.Constraints{
 		{},
 		{Confirm: true},
 		{Lifetime: 10 * time.Second},
 		{Lifetime: time.Minute},
-		{Destinations: []Destination{to("", nil, x.host)}},
+		{Destinations: []request.Destination{to("", nil, x.host)}},
 		{Certificates: []*ssh.Certificate{x.cert}, CertificatesOnly: true},
 		{Confirm: true, Lifetime: time.Minute, Certificates: []*ssh.Certificate{x.cert}},
 	}[i]
@@ -315,19 +316,19 @@ func (x *things) ask(w *trial, s step) string {
 		}
 		return strings.Join(all, ", ")
 	case "sign":
-		_, err = k.Sign(ctx, c, SignRequest{Key: x.wire[s.what], Data: []byte("data"), Login: login("me", c)})
+		_, err = k.Sign(ctx, c, request.Sign{Key: x.wire[s.what], Data: []byte("data"), Login: login("me", c)})
 	case "add":
 		pin := secretOf(s.pin)
-		err = k.AddToken(ctx, c, TokenRequest{Provider: []byte(s.what), PIN: pin, Constraints: x.constraints(s.limits)})
+		err = k.AddToken(ctx, c, request.Token{Provider: []byte(s.what), PIN: pin, Constraints: x.constraints(s.limits)})
 		pin.Wipe()
 	case "add-file":
 		private := x.private[propertySoft]
 		public, _ := ssh.NewPublicKey(private.Public())
-		err = k.Add(ctx, c, KeyRequest{Private: private, Public: public, Comment: propertySoft, Constraints: x.constraints(s.limits)})
+		err = k.Add(ctx, c, request.AddKey{Private: private, Public: public, Comment: propertySoft, Constraints: x.constraints(s.limits)})
 	case "remove":
 		err = k.Remove(ctx, c, x.wire[s.what])
 	case "remove-token":
-		err = k.RemoveToken(ctx, c, TokenRequest{Provider: []byte(s.what)})
+		err = k.RemoveToken(ctx, c, request.Token{Provider: []byte(s.what)})
 	case "remove-all":
 		err = k.RemoveAll(ctx, c)
 	case "lock", "unlock":

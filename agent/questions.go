@@ -10,6 +10,7 @@ import (
 	"sync"
 	"time"
 
+	"p11-agent/agent/request"
 	"p11-agent/pinentry/waiting"
 )
 
@@ -37,17 +38,17 @@ const (
 )
 
 // describe names the way to a person. use may be nil.
-func describe(c *Caller, use *Use) string {
+func describe(c *request.Caller, use *request.Use) string {
 	if !c.Forwarded {
-		return visible(c.Who().String(), maxField)
+		return request.Visible(c.Who().String(), request.MaxField)
 	}
 	if use == nil {
-		use = &Use{}
+		use = &request.Use{}
 	}
 	first := *use
 	first.Caller = c
 	if via := first.Via(); len(via) > 0 {
-		return "the forwarded host " + visible(first.Name(via[0]), maxField)
+		return "the forwarded host " + request.Visible(first.Name(via[0]), request.MaxField)
 	}
 	return "an unknown forwarded host"
 }
@@ -75,12 +76,12 @@ type Questions struct {
 
 	mu     sync.Mutex
 	keys   map[aboutKey]*nos
-	ways   map[way]*nos
-	groups map[group]*nos
+	ways   map[request.Origin]*nos
+	groups map[request.Group]*nos
 }
 
 type aboutKey struct {
-	way   way
+	way   request.Origin
 	about string
 }
 
@@ -107,7 +108,7 @@ func NewQuestions() *Questions {
 func (q *Questions) Reset() {
 	q.mu.Lock()
 	defer q.mu.Unlock()
-	q.keys, q.ways, q.groups = make(map[aboutKey]*nos), make(map[way]*nos), make(map[group]*nos)
+	q.keys, q.ways, q.groups = make(map[aboutKey]*nos), make(map[request.Origin]*nos), make(map[request.Group]*nos)
 }
 
 // A PausedError says that a person was not asked, because of what was answered
@@ -139,11 +140,11 @@ func (q *Questions) Ask(ctx context.Context, about string, inTurn bool, show fun
 	outcome, err := show(waiting.Around(ctx, func(ctx context.Context, ask func(context.Context) error) error {
 		answered(Unanswered)
 		answered = func(Outcome) {}
-		c := CallerFromContext(ctx)
+		c := request.CallerFrom(ctx)
 		if c == nil {
 			return ask(ctx)
 		}
-		w := c.askingWay()
+		w := c.OriginApart()
 		give := func() {}
 		if inTurn {
 			var err error
@@ -151,11 +152,11 @@ func (q *Questions) Ask(ctx context.Context, about string, inTurn bool, show fun
 				return err
 			}
 		}
-		from := describe(c, UseFromContext(ctx))
+		from := describe(c, request.UseFrom(ctx))
 		again, err := q.begin(w, about)
 		if err != nil {
 			give()
-			if r := ServedFrom(ctx); r != nil {
+			if r := request.ServedFrom(ctx); r != nil {
 				r.End(err)
 			}
 			return cmp.Or(ctx.Err(), err)
@@ -188,17 +189,17 @@ func Again(ctx context.Context) bool {
 // Note notes the outcome of a question that the person of this client has answered
 // elsewhere than where it was asked.
 func (q *Questions) Note(ctx context.Context, about string, outcome Outcome) {
-	if c := CallerFromContext(ctx); c != nil {
-		q.end(c.askingWay(), about, describe(c, UseFromContext(ctx)), outcome)
+	if c := request.CallerFrom(ctx); c != nil {
+		q.end(c.OriginApart(), about, describe(c, request.UseFrom(ctx)), outcome)
 	}
 }
 
 // endedBy returns the outcome of a question whose context has ended.
 func endedBy(ctx context.Context) Outcome {
-	switch cause, r := context.Cause(ctx), ServedFrom(ctx); {
+	switch cause, r := context.Cause(ctx), request.ServedFrom(ctx); {
 	case errors.Is(cause, errNotInserted):
 		return OutcomeNo
-	case r == nil || r.Err() == nil || errors.Is(cause, ErrLocked):
+	case r == nil || r.Err() == nil || errors.Is(cause, request.ErrLocked):
 		return Unanswered // not for the sake of the client
 	}
 	return outcomeHungUp
@@ -206,14 +207,14 @@ func endedBy(ctx context.Context) Outcome {
 
 // begin tells whether a question may be shown now, and whether the client had to wait
 // for it.
-func (q *Questions) begin(w way, about string) (again bool, err error) {
+func (q *Questions) begin(w request.Origin, about string) (again bool, err error) {
 	now := time.Now()
 	q.mu.Lock()
 	defer q.mu.Unlock()
 	q.pruneLocked(now)
 	key, all := q.keys[aboutKey{w, about}], q.ways[w]
 	var latest *nos
-	for _, n := range []*nos{key, all, q.groups[w.group]} {
+	for _, n := range []*nos{key, all, q.groups[w.Group]} {
 		if n != nil && now.Before(n.until) && (latest == nil || n.until.After(latest.until)) {
 			latest = n
 		}
@@ -225,7 +226,7 @@ func (q *Questions) begin(w way, about string) (again bool, err error) {
 }
 
 // end notes what was answered.
-func (q *Questions) end(w way, about, from string, outcome Outcome) {
+func (q *Questions) end(w request.Origin, about, from string, outcome Outcome) {
 	now := time.Now()
 	q.mu.Lock()
 	defer q.mu.Unlock()
@@ -242,7 +243,7 @@ func (q *Questions) end(w way, about, from string, outcome Outcome) {
 		free = 1
 	}
 	freeAbout, freeFrom := freeAboutKey, freeFromWay
-	if w.forwarded {
+	if w.Forwarded {
 		freeAbout, freeFrom = freeAboutKeyForwarded, freeFromWayForwarded
 	}
 	entry(q.keys, aboutKey{w, about}, from).no(now, freeAbout+free)
@@ -253,15 +254,15 @@ func (q *Questions) end(w way, about, from string, outcome Outcome) {
 	}
 	crowd := "all programs here"
 	switch {
-	case w.socket != "":
-		crowd = "the socket " + w.socket
-	case w.forwarded:
+	case w.Socket != "":
+		crowd = "the socket " + w.Socket
+	case w.Forwarded:
 		crowd = "all forwarded hosts"
 	}
-	if w.apart {
+	if w.Apart {
 		crowd += " in sandboxes and containers"
 	}
-	entry(q.groups, w.group, crowd).spend(now)
+	entry(q.groups, w.Group, crowd).spend(now)
 }
 
 func entry[K comparable](m map[K]*nos, key K, from string) *nos {
@@ -364,16 +365,16 @@ type askingTurn struct {
 }
 
 // take waits for a turn; give ends it.
-func (t *askingTurns) take(ctx context.Context, w way) (give func(), err error) {
+func (t *askingTurns) take(ctx context.Context, w request.Origin) (give func(), err error) {
 	own := maxOpen
-	if w.forwarded {
+	if w.Forwarded {
 		own = 1
 	}
 	giveWay, err := t.takeOf(ctx, w, own)
 	if err != nil {
 		return nil, err
 	}
-	giveGroup, err := t.takeOf(ctx, w.group, maxOpen)
+	giveGroup, err := t.takeOf(ctx, w.Group, maxOpen)
 	if err != nil {
 		giveWay()
 		return nil, err

@@ -8,6 +8,7 @@ import (
 	"testing/synctest"
 
 	"p11-agent/agent/peer"
+	"p11-agent/agent/request"
 	"p11-agent/pinentry/waiting"
 )
 
@@ -18,8 +19,8 @@ func TestAttack10GroupOfASocket(t *testing.T) {
 		synctest.Test(t, func(t *testing.T) {
 			q, shown := NewQuestions(), 0
 			// Each time it is another program or host.
-			refused := func(n int, socket *Socket) (paused bool) {
-				c := &Caller{Peer: peer.Peer{Known: true, UID: 1000}, Socket: socket}
+			refused := func(n int, socket *request.Socket) (paused bool) {
+				c := &request.Caller{Peer: peer.Peer{Known: true, UID: 1000}, Socket: socket}
 				if forwarded {
 					c = boundTo(true, newTestKey(t).public)
 					c.Socket = socket
@@ -33,7 +34,7 @@ func TestAttack10GroupOfASocket(t *testing.T) {
 				return paused
 			}
 			for n := range 30 {
-				refused(n, &Socket{Name: "box"})
+				refused(n, &request.Socket{Name: "box"})
 			}
 			if shown != maxNos {
 				t.Errorf("forwarded %v: %d questions for the socket", forwarded, shown)

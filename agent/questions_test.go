@@ -15,6 +15,7 @@ import (
 	"golang.org/x/crypto/ssh"
 
 	"p11-agent/agent/peer"
+	"p11-agent/agent/request"
 	"p11-agent/pinentry"
 	"p11-agent/pinentry/secret"
 	"p11-agent/pinentry/waiting"
@@ -22,7 +23,7 @@ import (
 
 // flood asks a thousand times within this time, and returns how many questions a
 // person had to answer. attempt says who asks, and for what.
-func flood(t *testing.T, f *fixture, p *answers, lasts time.Duration, attempt func(n int) (*Caller, SignRequest)) int {
+func flood(t *testing.T, f *fixture, p *answers, lasts time.Duration, attempt func(n int) (*request.Caller, request.Sign)) int {
 	t.Helper()
 	before := p.count()
 	for n := range 1000 {
@@ -48,32 +49,32 @@ func randomHost(n int) ssh.PublicKey {
 // A person who says no is left alone, whatever a client changes between its requests.
 func TestAttack10Flood(t *testing.T) {
 	w := newWorld(t)
-	var keys []Key
+	var keys []request.Key
 	for i := range 10 {
 		keys = append(keys, edKey(fmt.Sprintf("pkcs11:token=a;id=%%%02d", i)))
 	}
-	request := func(k int) SignRequest {
+	ask := func(k int) request.Sign {
 		r := sshsigOf("git")
 		r.Key = wireOf(keys[k%len(keys)])
 		return r
 	}
 	for name, test := range map[string]struct {
 		most    int // questions in ten seconds
-		attempt func(n int) (*Caller, SignRequest)
+		attempt func(n int) (*request.Caller, request.Sign)
 	}{
-		"one forwarded connection": {4, func(int) (*Caller, SignRequest) { return w.caller("ssh bash", "evil", "-"), request(0) }},
-		"new connections": {4, func(n int) (*Caller, SignRequest) {
+		"one forwarded connection": {4, func(int) (*request.Caller, request.Sign) { return w.caller("ssh bash", "evil", "-"), ask(0) }},
+		"new connections": {4, func(n int) (*request.Caller, request.Sign) {
 			c := w.caller("ssh bash", "evil", "-")
 			c.Number, c.Peer.PID = uint64(n), n+10
-			return c, request(0)
+			return c, ask(0)
 		}},
-		"binds behind the first one": {4, func(n int) (*Caller, SignRequest) {
+		"binds behind the first one": {4, func(n int) (*request.Caller, request.Sign) {
 			c := w.caller("ssh bash", "evil", "-")
-			c.Binds = append(c.Binds, Bind{HostKey: randomHost(n), SessionID: []byte("x"), Forwarding: n%2 == 0})
+			c.Binds = append(c.Binds, request.Bind{HostKey: randomHost(n), SessionID: []byte("x"), Forwarding: n%2 == 0})
 			c.BindFailed = n%3 == 0
-			return c, request(0)
+			return c, ask(0)
 		}},
-		"other data": {4, func(n int) (*Caller, SignRequest) {
+		"other data": {4, func(n int) (*request.Caller, request.Sign) {
 			r := sshsigOf(fmt.Sprint("namespace ", n))
 			if n%2 == 0 {
 				r = w.login("good", true)
@@ -82,23 +83,25 @@ func TestAttack10Flood(t *testing.T) {
 			r.Key = wireOf(keys[0])
 			return w.caller("ssh bash", "evil", "-"), r
 		}},
-		"other keys": {8, func(n int) (*Caller, SignRequest) { return w.caller("ssh bash", "evil", "-"), request(n) }},
-		"another ssh": {4, func(n int) (*Caller, SignRequest) {
-			return w.caller(fmt.Sprintf("ssh%d bash", n), "evil", "-"), request(0)
+		"other keys": {8, func(n int) (*request.Caller, request.Sign) { return w.caller("ssh bash", "evil", "-"), ask(n) }},
+		"another ssh": {4, func(n int) (*request.Caller, request.Sign) {
+			return w.caller(fmt.Sprintf("ssh%d bash", n), "evil", "-"), ask(0)
 		}},
-		"a program": {5, func(int) (*Caller, SignRequest) { return w.caller("evil bash"), request(0) }},
-		"a program with other keys": {10, func(n int) (*Caller, SignRequest) {
-			return w.caller("evil bash"), request(n)
+		"a program": {5, func(int) (*request.Caller, request.Sign) { return w.caller("evil bash"), ask(0) }},
+		"a program with other keys": {10, func(n int) (*request.Caller, request.Sign) {
+			return w.caller("evil bash"), ask(n)
 		}},
-		"a program with other names": {10, func(n int) (*Caller, SignRequest) {
-			return w.caller(fmt.Sprintf("evil%d bash", n)), request(n)
+		"a program with other names": {10, func(n int) (*request.Caller, request.Sign) {
+			return w.caller(fmt.Sprintf("evil%d bash", n)), ask(n)
 		}},
-		"a program that binds hosts of its own": {10, func(n int) (*Caller, SignRequest) {
+		"a program that binds hosts of its own": {10, func(n int) (*request.Caller, request.Sign) {
 			c := w.caller("evil bash", "evil", "-")
 			c.Binds[0].HostKey = randomHost(n)
-			return c, request(n)
+			return c, ask(n)
 		}},
-		"a program that has ended": {5, func(int) (*Caller, SignRequest) { return &Caller{Peer: peer.Peer{Known: true, UID: 1000}}, request(0) }},
+		"a program that has ended": {5, func(int) (*request.Caller, request.Sign) {
+			return &request.Caller{Peer: peer.Peer{Known: true, UID: 1000}}, ask(0)
+		}},
 	} {
 		t.Run(name, func(t *testing.T) {
 			synctest.Test(t, func(t *testing.T) {
@@ -116,8 +119,8 @@ func TestAttack10Flood(t *testing.T) {
 					t.Errorf("the status has %+v", s.Pauses)
 				}
 				// Others are asked about as ever.
-				other, r := w.caller("ssh bash", "good"), request(0)
-				other.Socket = &Socket{Name: "other"}
+				other, r := w.caller("ssh bash", "good"), ask(0)
+				other.Socket = &request.Socket{Name: "other"}
 				before := p.count()
 				_, _ = f.Sign(t.Context(), other, r)
 				if p.count() != before+1 {
@@ -133,15 +136,15 @@ func TestAttack10AtOnce(t *testing.T) {
 	w, k := newWorld(t), edKey("pkcs11:token=a")
 	for name, test := range map[string]struct {
 		most   int
-		caller func(n int) *Caller
+		caller func(n int) *request.Caller
 	}{
-		"forwarded": {2, func(int) *Caller { return w.caller("ssh bash", "evil", "-") }},
-		"forwarded, of made up hosts": {maxNos + maxOpen, func(n int) *Caller {
+		"forwarded": {2, func(int) *request.Caller { return w.caller("ssh bash", "evil", "-") }},
+		"forwarded, of made up hosts": {maxNos + maxOpen, func(n int) *request.Caller {
 			c := w.caller("ssh bash", "evil", "-")
 			c.Binds[0].HostKey = randomHost(n)
 			return c
 		}},
-		"programs": {maxNos + maxOpen, func(n int) *Caller { return w.caller(fmt.Sprintf("evil%d", n)) }},
+		"programs": {maxNos + maxOpen, func(n int) *request.Caller { return w.caller(fmt.Sprintf("evil%d", n)) }},
 	} {
 		t.Run(name, func(t *testing.T) {
 			synctest.Test(t, func(t *testing.T) {
@@ -216,14 +219,14 @@ func TestAttack10EveryKind(t *testing.T) {
 					yes, err := give(ctx)
 					return Answer{Allowed: yes}, err
 				}}
-				rules := Rules{OfferAway: always, Approval: func(k Key) Approval {
-					if k == Key(missing) {
+				rules := Rules{OfferAway: always, Approval: func(k request.Key) Approval {
+					if k == request.Key(missing) {
 						return Approval{}
 					}
 					return Approval{Confirm: ConfirmAlways}
 				}}
 				f := newFixture(Options{Rules: rules, Confirm: p, Insert: in}, k)
-				f.tokens.setAway([]Key{k}, []Key{missing})
+				f.tokens.setAway([]request.Key{k}, []request.Key{missing})
 				for range 500 {
 					r := sshsigOf("git")
 					for _, key := range []*fakeKey{k, missing} {
@@ -285,12 +288,12 @@ func TestNoByMistake(t *testing.T) {
 		// What needs no question is signed, whatever was refused before.
 		yes = false
 		f.signs(t, k, there, git, errDeclined)
-		f.opts.Approval = func(Key) Approval { return Approval{} }
+		f.opts.Approval = func(request.Key) Approval { return Approval{} }
 		f.signs(t, k, there, git, nil)
 	})
 }
 
-func withKey(r SignRequest, k Key) SignRequest {
+func withKey(r request.Sign, k request.Key) request.Sign {
 	r.Key = wireOf(k)
 	return r
 }
@@ -320,7 +323,7 @@ func TestNoToAll(t *testing.T) {
 		if len(s.Pauses) != 2 || !s.Pauses[0].Block || s.Pauses[0].From != "the forwarded host evil.example.net" || s.Pauses[0].About != "" {
 			t.Fatalf("%+v", s.Pauses)
 		}
-		for _, c := range []*Caller{w.caller("ssh bash", "evil", "-"), w.caller("ssh", "evil", "good")} {
+		for _, c := range []*request.Caller{w.caller("ssh bash", "evil", "-"), w.caller("ssh", "evil", "good")} {
 			_, err := f.Sign(t.Context(), c, withKey(git, other))
 			if !isPaused(err) || !strings.Contains(err.Error(), "everything from the forwarded host evil.example.net: no question is shown before 01:00:01") {
 				t.Error(err)
@@ -335,7 +338,7 @@ func TestNoToAll(t *testing.T) {
 		time.Sleep(firstPause)
 		f.signs(t, k, w.caller("ssh", "evil", "-"), git, ErrNoToAll)
 		// A reload ends it. Such a client can neither lock nor unlock.
-		for _, do := range []func(context.Context, *Caller, *secret.Secret) error{f.Lock, f.Unlock} {
+		for _, do := range []func(context.Context, *request.Caller, *secret.Secret) error{f.Lock, f.Unlock} {
 			phrase, err := secret.From([]byte("x"))
 			if err != nil {
 				t.Fatal(err)
@@ -386,12 +389,12 @@ func TestPausedLeavesOthers(t *testing.T) {
 		var list waiting.List
 		list.Add(one)
 		list.Add(two)
-		var callers []*Caller
+		var callers []*request.Caller
 		err = q.Ask(waiting.NewContext(t.Context(), &list), "a token", false, byAsking(func(ctx context.Context) (Outcome, error) {
-			callers = append(callers, CallerFromContext(ctx))
+			callers = append(callers, request.CallerFrom(ctx))
 			return OutcomeYes, nil
 		}))
-		if err != nil || !slices.Equal(callers, []*Caller{good}) {
+		if err != nil || !slices.Equal(callers, []*request.Caller{good}) {
 			t.Errorf("%v, asked %v", err, callers)
 		}
 		if !isPaused(one.reason(errors.New("it failed"))) || two.Err() != nil {
@@ -412,7 +415,7 @@ func TestQuestionsForget(t *testing.T) {
 			t.Errorf("%d keys", n)
 		}
 		time.Sleep(forgetNos)
-		if again, err := q.begin(w.caller("x").way(), "a key"); again || err != nil || len(q.keys)+len(q.ways)+len(q.groups) != 0 || len(q.turns.all) != 0 {
+		if again, err := q.begin(w.caller("x").Origin(), "a key"); again || err != nil || len(q.keys)+len(q.ways)+len(q.groups) != 0 || len(q.turns.all) != 0 {
 			t.Errorf("%t, %v, %+v", again, err, q)
 		}
 	})

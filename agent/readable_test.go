@@ -18,6 +18,8 @@ import (
 	"testing"
 
 	"golang.org/x/crypto/ssh"
+
+	"p11-agent/agent/request"
 )
 
 // rsaOf is a public RSA key of a size. It has no private half.
@@ -190,9 +192,9 @@ func TestForeignCertificatesOnly(t *testing.T) {
 		{"foreign ones and the keys", []*ssh.Certificate{foreign}, false, []string{ssh.KeyAlgoED25519}},
 	} {
 		t.Run(test.name, func(t *testing.T) {
-			f := newFixture(Options{Rules: Rules{Automatic: []Selection{}}}, key)
-			err := f.AddToken(t.Context(), local, TokenRequest{
-				Provider: []byte(key.uri), Constraints: Constraints{Certificates: test.certs, CertificatesOnly: test.only},
+			f := newFixture(Options{Rules: Rules{Automatic: []request.Selection{}}}, key)
+			err := f.AddToken(t.Context(), local, request.Token{
+				Provider: []byte(key.uri), Constraints: request.Constraints{Certificates: test.certs, CertificatesOnly: test.only},
 			})
 			if (err != nil) != (test.list == nil) || err != nil && !errors.Is(err, errCertifiesNone) {
 				t.Errorf("%v", err)

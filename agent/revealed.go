@@ -3,6 +3,8 @@ package agent
 import (
 	"errors"
 	"slices"
+
+	"p11-agent/agent/request"
 )
 
 // hider is a Key whose token may not have shown its private key yet. Until then nobody
@@ -11,7 +13,7 @@ type hider interface{ Hidden() bool }
 
 // hidden tells whether nobody knows yet what the private key is called.
 func (id *identity) hidden() bool {
-	return slices.ContainsFunc(id.homes, func(k Key) bool {
+	return slices.ContainsFunc(id.homes, func(k request.Key) bool {
 		h, ok := k.(hider)
 		return ok && h.Hidden()
 	})
@@ -21,7 +23,7 @@ func (id *identity) hidden() bool {
 var errRevealed = errors.New("the login shows that this is not the key that was named: its label or ID is another one")
 
 // stillThere fails when a login has shown that the identity is not one of the caller's.
-func (k *Keyring) stillThere(c *Caller, id *identity) error {
+func (k *Keyring) stillThere(c *request.Caller, id *identity) error {
 	if now, unseen := k.find(c, []byte(id.wire)); unseen != nil || now == nil {
 		return errRevealed
 	}

@@ -1,21 +1,25 @@
 package agent
 
-import "testing"
+import (
+	"testing"
+
+	"p11-agent/agent/request"
+)
 
 // hiddenKey is a Key whose token has not shown its private key yet.
-type hiddenKey struct{ Key }
+type hiddenKey struct{ request.Key }
 
 func (hiddenKey) Hidden() bool { return true }
 
 func TestHidden(t *testing.T) {
 	for _, tt := range []struct {
-		homes []Key
+		homes []request.Key
 		want  bool
 	}{
 		{nil, false},
-		{[]Key{nil}, false},
-		{[]Key{hiddenKey{}}, true},
-		{[]Key{nil, hiddenKey{}}, true},
+		{[]request.Key{nil}, false},
+		{[]request.Key{hiddenKey{}}, true},
+		{[]request.Key{nil, hiddenKey{}}, true},
 	} {
 		if got := (&identity{homes: tt.homes}).hidden(); got != tt.want {
 			t.Errorf("%v are hidden: %v", tt.homes, got)

@@ -3,6 +3,8 @@ package agent
 import (
 	"errors"
 	"slices"
+
+	"p11-agent/agent/request"
 )
 
 // What a connection may see decides what it may use and change: nothing that it does
@@ -13,16 +15,16 @@ var errSomeKeys = errors.New("the socket it came in at shows some keys only")
 
 // confined tells whether there may be keys that the connection does not see: it came in
 // at a socket for some keys, or it belongs to an SSH session.
-func confined(c *Caller) bool {
+func confined(c *request.Caller) bool {
 	return restricted(c.Socket) || c.Forwarded || c.BindFailed || len(c.Binds) > 0
 }
 
 // some tells whether the socket shows some keys only. A nil Socket shows all.
-func restricted(s *Socket) bool { return s != nil && s.Only != nil }
+func restricted(s *request.Socket) bool { return s != nil && s.Only != nil }
 
 // shows tells whether the socket shows a key of a token.
-func shows(s *Socket, key Key) bool {
-	return !restricted(s) || slices.ContainsFunc(s.Only, func(sel Selection) bool { return selects(sel, key) })
+func shows(s *request.Socket, key request.Key) bool {
+	return !restricted(s) || slices.ContainsFunc(s.Only, func(sel request.Selection) bool { return selects(sel, key) })
 }
 
 // seenBy returns nil if the connection sees the identity, and otherwise why not. The
@@ -30,8 +32,8 @@ func shows(s *Socket, key Key) bool {
 //
 // A key that has lost its destinations has them for forwarded connections until a
 // person has agreed to the loss.
-func (id *identity) seenBy(c *Caller) error {
-	if restricted(c.Socket) && !slices.ContainsFunc(id.homes, func(key Key) bool { return shows(c.Socket, key) }) {
+func (id *identity) seenBy(c *request.Caller) error {
+	if restricted(c.Socket) && !slices.ContainsFunc(id.homes, func(key request.Key) bool { return shows(c.Socket, key) }) {
 		return errUnknownKey
 	}
 	if err := id.limits.permits(c); err != nil {
@@ -45,7 +47,7 @@ func (id *identity) seenBy(c *Caller) error {
 
 // find returns the identity with a wire form if the connection sees it. Otherwise it
 // returns none, and unseen says why where there is one.
-func (k *Keyring) find(c *Caller, wire []byte) (id *identity, unseen error) {
+func (k *Keyring) find(c *request.Caller, wire []byte) (id *identity, unseen error) {
 	if id = k.identity(wire); id == nil {
 		return nil, nil
 	}
@@ -68,7 +70,7 @@ func (k *Keyring) identity(wire []byte) *identity {
 
 // reachesLocked tells whether the connection would see a known key if the key were
 // added now: what it may add and remove by a URI.
-func (k *Keyring) reachesLocked(v *view, c *Caller, key known) bool {
+func (k *Keyring) reachesLocked(v *view, c *request.Caller, key known) bool {
 	if !shows(c.Socket, key.Key) {
 		return false
 	}
@@ -77,7 +79,7 @@ func (k *Keyring) reachesLocked(v *view, c *Caller, key known) bool {
 }
 
 // mayChange tells whether a connection may change what the agent holds.
-func mayChange(c *Caller) error {
+func mayChange(c *request.Caller) error {
 	if c.Socket != nil && c.Socket.ReadOnly {
 		return errReadOnly
 	}
@@ -86,7 +88,7 @@ func mayChange(c *Caller) error {
 
 // mayLock tells whether a connection may lock and unlock the agent, which concerns
 // all of its keys.
-func mayLock(c *Caller) error {
+func mayLock(c *request.Caller) error {
 	if err := mayChange(c); err != nil {
 		return err
 	}

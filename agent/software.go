@@ -11,6 +11,8 @@ import (
 	"sync"
 
 	"golang.org/x/crypto/ssh"
+
+	"p11-agent/agent/request"
 )
 
 // The sizes of the RSA keys that the keyring takes into memory, in bits. A key of twice
@@ -27,7 +29,7 @@ var errPrivate = errors.New("the private key is incomplete or wrong")
 
 // newSoftwareKey checks a request and makes a key in memory of it. With an RSA key, that
 // takes as long as a signature, and waits for a turn.
-func (k *Keyring) newSoftwareKey(ctx context.Context, c *Caller, r KeyRequest, wire string) (*softwareKey, error) {
+func (k *Keyring) newSoftwareKey(ctx context.Context, c *request.Caller, r request.AddKey, wire string) (*softwareKey, error) {
 	if key, ok := r.Private.(*rsa.PrivateKey); ok {
 		if err := k.prepareRSA(ctx, c, key); err != nil {
 			return nil, err
@@ -44,14 +46,14 @@ func (k *Keyring) newSoftwareKey(ctx context.Context, c *Caller, r KeyRequest, w
 	s.comment, s.fingerprint = r.Comment, k.fingerprint(pub)
 	s.software, s.limits = r.Private, limitsOf(&r.Constraints, k.opts.Lifetime)
 	s.kept = kept{
-		size:      3*overhead + 3*len(wire) + 2*len(r.Comment) + keySize(pub) + privateSize(r.Private) + r.Constraints.Size(),
+		size:      3*request.Overhead + 3*len(wire) + 2*len(r.Comment) + request.KeySize(pub) + privateSize(r.Private) + r.Constraints.Size(),
 		forwarded: c.Forwarded,
 	}
 	return s, nil
 }
 
 // prepareRSA checks an RSA key, and computes the values that make its signatures fast.
-func (k *Keyring) prepareRSA(ctx context.Context, c *Caller, key *rsa.PrivateKey) error {
+func (k *Keyring) prepareRSA(ctx context.Context, c *request.Caller, key *rsa.PrivateKey) error {
 	limit := maxRSABits
 	if c.Forwarded {
 		limit = maxForwardedRSABits
@@ -70,7 +72,7 @@ func (k *Keyring) prepareRSA(ctx context.Context, c *Caller, key *rsa.PrivateKey
 }
 
 // signSoftware signs with a key in memory.
-func (k *Keyring) signSoftware(ctx context.Context, c *Caller, key crypto.Signer, data []byte, hash crypto.SignerOpts) ([]byte, error) {
+func (k *Keyring) signSoftware(ctx context.Context, c *request.Caller, key crypto.Signer, data []byte, hash crypto.SignerOpts) ([]byte, error) {
 	if err := ctx.Err(); err != nil {
 		return nil, err
 	}
@@ -86,7 +88,7 @@ func (k *Keyring) signSoftware(ctx context.Context, c *Caller, key crypto.Signer
 
 // compute calls f when it is the turn of the caller's process. Nothing can interrupt f.
 // When ctx ends, compute returns at once, and the turn lasts until f returns.
-func compute(ctx context.Context, t *turns, c *Caller, f func() ([]byte, error)) ([]byte, error) {
+func compute(ctx context.Context, t *turns, c *request.Caller, f func() ([]byte, error)) ([]byte, error) {
 	release, err := t.take(ctx, c)
 	if err != nil {
 		return nil, err
@@ -140,7 +142,7 @@ type turn struct {
 }
 
 // take waits for a turn, which lasts until release. The error is that of ctx.
-func (t *turns) take(ctx context.Context, c *Caller) (release func(), err error) {
+func (t *turns) take(ctx context.Context, c *request.Caller) (release func(), err error) {
 	key := turnKey{uid: c.Peer.UID, pid: c.Peer.PID}
 	if key.pid == 0 {
 		key.number = c.Number

@@ -10,6 +10,8 @@ import (
 	"testing"
 
 	"golang.org/x/crypto/ssh"
+
+	"p11-agent/agent/request"
 )
 
 func TestSoftwareKeys(t *testing.T) {
@@ -17,14 +19,14 @@ func TestSoftwareKeys(t *testing.T) {
 	cert := k.certificate(t, ca, ssh.UserCert, nil)
 	f := newFixture(Options{SoftwareKeys: true}, edKey("pkcs11:token=a"))
 	ctx := t.Context()
-	for _, r := range []KeyRequest{k.request(Constraints{}), {Private: k.private, Public: cert, Comment: "certified"}, other.request(Constraints{})} {
+	for _, r := range []request.AddKey{k.request(request.Constraints{}), {Private: k.private, Public: cert, Comment: "certified"}, other.request(request.Constraints{})} {
 		if err := f.Add(ctx, forwarded, r); err != nil { // as ssh-agent lets
 			t.Fatal(err)
 		}
 	}
 	f.wantList(t, "pkcs11:token=a", "file", "certified", "file")
 	for _, key := range []ssh.PublicKey{k.public, cert} {
-		sig, err := f.Sign(ctx, local, SignRequest{Key: key.Marshal(), Data: []byte("data")})
+		sig, err := f.Sign(ctx, local, request.Sign{Key: key.Marshal(), Data: []byte("data")})
 		if err != nil {
 			t.Fatal(err)
 		}
@@ -33,7 +35,7 @@ func TestSoftwareKeys(t *testing.T) {
 		}
 	}
 	// Again: in its place, with another name.
-	again := k.request(Constraints{})
+	again := k.request(request.Constraints{})
 	again.Comment = "again"
 	if err := f.Add(ctx, local, again); err != nil {
 		t.Fatal(err)
@@ -47,24 +49,24 @@ func TestSoftwareKeys(t *testing.T) {
 		t.Fatal(err)
 	}
 	f.wantList(t)
-	if _, err := f.Sign(ctx, local, SignRequest{Key: cert.Marshal()}); !errors.Is(err, errUnknownKey) {
+	if _, err := f.Sign(ctx, local, request.Sign{Key: cert.Marshal()}); !errors.Is(err, errUnknownKey) {
 		t.Errorf("a removed key: %v", err)
 	}
 }
 
 func TestSoftwareKeyRefusals(t *testing.T) {
 	k, other, ca := newTestKey(t), newTestKey(t), newTestKey(t)
-	mixed := k.request(Constraints{})
+	mixed := k.request(request.Constraints{})
 	mixed.Public = other.public
 	for name, test := range map[string]struct {
 		off     bool
-		request KeyRequest
+		request request.AddKey
 	}{
-		"switched off":                {true, k.request(Constraints{})},
+		"switched off":                {true, k.request(request.Constraints{})},
 		"halves of different keys":    {false, mixed},
-		"certificate of another key":  {false, KeyRequest{Private: k.private, Public: other.certificate(t, ca, ssh.UserCert, nil)}},
-		"with certificates":           {false, k.request(Constraints{Certificates: []*ssh.Certificate{k.certificate(t, ca, ssh.UserCert, nil)}})},
-		"with certificates, and only": {false, k.request(Constraints{CertificatesOnly: true})},
+		"certificate of another key":  {false, request.AddKey{Private: k.private, Public: other.certificate(t, ca, ssh.UserCert, nil)}},
+		"with certificates":           {false, k.request(request.Constraints{Certificates: []*ssh.Certificate{k.certificate(t, ca, ssh.UserCert, nil)}})},
+		"with certificates, and only": {false, k.request(request.Constraints{CertificatesOnly: true})},
 	} {
 		t.Run(name, func(t *testing.T) {
 			f := newFixture(Options{SoftwareKeys: !test.off})
@@ -76,25 +78,25 @@ func TestSoftwareKeyRefusals(t *testing.T) {
 	}
 	f := newFixture(Options{SoftwareKeys: true})
 	f.Keyring.opts.Confirm = nil
-	if err := f.Add(t.Context(), local, k.request(Constraints{Confirm: true})); !errors.Is(err, errNobody) {
+	if err := f.Add(t.Context(), local, k.request(request.Constraints{Confirm: true})); !errors.Is(err, errNobody) {
 		t.Errorf("nobody to ask: %v", err)
 	}
 }
 
 func TestHowMuchCanBeAdded(t *testing.T) {
-	f := newFixture(Options{Rules: Rules{Automatic: []Selection{}}, SoftwareKeys: true}, edKey("pkcs11:token=a"))
+	f := newFixture(Options{Rules: Rules{Automatic: []request.Selection{}}, SoftwareKeys: true}, edKey("pkcs11:token=a"))
 	for i := range maxSoftwareKeys {
 		f.software.put(&softwareKey{identity: identity{wire: fmt.Sprint(i)}})
 	}
-	if err := f.Add(t.Context(), local, newTestKey(t).request(Constraints{})); !errors.Is(err, errTooMany) {
+	if err := f.Add(t.Context(), local, newTestKey(t).request(request.Constraints{})); !errors.Is(err, errTooMany) {
 		t.Errorf("keys in memory: %v", err)
 	}
 	f.software = softwareKeys{}
 	for range maxAdditions + 1 { // under the same name it is no more
-		f.add(t, "pkcs11:token=a", Constraints{})
+		f.add(t, "pkcs11:token=a", request.Constraints{})
 	}
 	f.Keyring.added = slices.Repeat([]*addition{{selection: prefix("other")}}, maxAdditions)
-	if err := f.AddToken(t.Context(), local, TokenRequest{Provider: []byte("pkcs11:token=a")}); !errors.Is(err, errTooMany) {
+	if err := f.AddToken(t.Context(), local, request.Token{Provider: []byte("pkcs11:token=a")}); !errors.Is(err, errTooMany) {
 		t.Errorf("tokens: %v", err)
 	}
 }
@@ -105,12 +107,12 @@ func TestSoftwareKeyOfToken(t *testing.T) {
 	k := newTestKey(t)
 	token := &fakeKey{Signer: k.private, uri: "pkcs11:token=a", insertions: 1}
 	f := newFixture(Options{SoftwareKeys: true}, token)
-	if err := f.Add(t.Context(), local, k.request(Constraints{Confirm: true})); err != nil {
+	if err := f.Add(t.Context(), local, k.request(request.Constraints{Confirm: true})); err != nil {
 		t.Fatal(err)
 	}
 	f.wantList(t, token.uri)
 	sign := func() error {
-		_, err := f.Sign(t.Context(), local, SignRequest{Key: k.public.Marshal()})
+		_, err := f.Sign(t.Context(), local, request.Sign{Key: k.public.Marshal()})
 		return err
 	}
 	if err := sign(); !errors.Is(err, errDeclined) {
@@ -142,14 +144,14 @@ type fakeUpstream struct {
 
 func (u *fakeUpstream) Name() string { return u.name }
 
-func (u *fakeUpstream) List(context.Context, *Caller) (all []Identity, err error) {
+func (u *fakeUpstream) List(context.Context, *request.Caller) (all []Identity, err error) {
 	for _, k := range u.keys {
 		all = append(all, Identity{Key: k.public, Comment: u.name})
 	}
 	return all, u.err
 }
 
-func (u *fakeUpstream) Sign(_ context.Context, _ *Caller, r SignRequest) (*ssh.Signature, error) {
+func (u *fakeUpstream) Sign(_ context.Context, _ *request.Caller, r request.Sign) (*ssh.Signature, error) {
 	for _, k := range u.keys {
 		if string(k.public.Marshal()) == string(r.Key) {
 			return k.signer.Sign(rand.Reader, r.Data)
@@ -158,12 +160,12 @@ func (u *fakeUpstream) Sign(_ context.Context, _ *Caller, r SignRequest) (*ssh.S
 	return nil, errors.New("refused")
 }
 
-func (u *fakeUpstream) Remove(_ context.Context, _ *Caller, key []byte) error {
+func (u *fakeUpstream) Remove(_ context.Context, _ *request.Caller, key []byte) error {
 	u.removed = append(u.removed, key)
 	return nil
 }
 
-func (u *fakeUpstream) Pass(_ context.Context, _ *Caller, message []byte) ([]byte, error) {
+func (u *fakeUpstream) Pass(_ context.Context, _ *request.Caller, message []byte) ([]byte, error) {
 	if u.refuse {
 		return nil, errors.New("refused")
 	}
@@ -191,7 +193,7 @@ func TestUpstream(t *testing.T) {
 	}
 	for _, k := range []testKey{own, a, b} {
 		f.Keyring.origins = nil // without a list before
-		sig, err := f.Sign(t.Context(), local, SignRequest{Key: k.public.Marshal(), Data: []byte("data")})
+		sig, err := f.Sign(t.Context(), local, request.Sign{Key: k.public.Marshal(), Data: []byte("data")})
 		if err != nil {
 			t.Fatal(err)
 		}
@@ -202,7 +204,7 @@ func TestUpstream(t *testing.T) {
 	if token.signed != 1 {
 		t.Errorf("%d signatures of the token", token.signed)
 	}
-	if _, err := f.Sign(t.Context(), local, SignRequest{Key: newTestKey(t).public.Marshal()}); !errors.Is(err, errUnknownKey) {
+	if _, err := f.Sign(t.Context(), local, request.Sign{Key: newTestKey(t).public.Marshal()}); !errors.Is(err, errUnknownKey) {
 		t.Errorf("a key nobody has: %v", err)
 	}
 	if err := f.Remove(t.Context(), local, b.public.Marshal()); err != nil || len(two.removed) != 1 {
@@ -222,15 +224,15 @@ func TestUpstream(t *testing.T) {
 	}
 
 	// A socket for some keys shows none of theirs; one that asks, asks for theirs.
-	some := &Caller{Socket: &Socket{Only: []Selection{prefix("pkcs11:")}}}
+	some := &request.Caller{Socket: &request.Socket{Only: []request.Selection{prefix("pkcs11:")}}}
 	if list, err := f.List(t.Context(), some); err != nil || len(list.Identities) != 1 {
 		t.Errorf("%d keys, %v", len(list.Identities), err)
 	}
-	if _, err := f.Sign(t.Context(), some, SignRequest{Key: a.public.Marshal()}); !errors.Is(err, errUnknownKey) {
+	if _, err := f.Sign(t.Context(), some, request.Sign{Key: a.public.Marshal()}); !errors.Is(err, errUnknownKey) {
 		t.Errorf("got %v", err)
 	}
-	asks := &Caller{Socket: &Socket{Confirm: true}}
-	if _, err := f.Sign(t.Context(), asks, SignRequest{Key: a.public.Marshal()}); !errors.Is(err, errDeclined) {
+	asks := &request.Caller{Socket: &request.Socket{Confirm: true}}
+	if _, err := f.Sign(t.Context(), asks, request.Sign{Key: a.public.Marshal()}); !errors.Is(err, errDeclined) {
 		t.Errorf("got %v", err)
 	}
 	// While locked, there is nobody.

@@ -7,12 +7,14 @@ import (
 	"sync"
 
 	"golang.org/x/crypto/ssh"
+
+	"p11-agent/agent/request"
 )
 
 var errUnconfirmed = errors.New("the socket it came in at has signatures confirmed, and nobody can tell what the message does")
 
 // upstreams returns those that a connection may reach.
-func (k *Keyring) upstreams(c *Caller) []Upstream {
+func (k *Keyring) upstreams(c *request.Caller) []Upstream {
 	if restricted(c.Socket) {
 		return nil
 	}
@@ -21,7 +23,7 @@ func (k *Keyring) upstreams(c *Caller) []Upstream {
 
 // listUpstreams lists the identities of upstream agents, of each that answers at
 // once.
-func (k *Keyring) listUpstreams(ctx context.Context, c *Caller) []Identity {
+func (k *Keyring) listUpstreams(ctx context.Context, c *request.Caller) []Identity {
 	ups := k.upstreams(c)
 	if len(ups) == 0 {
 		return nil
@@ -74,7 +76,7 @@ func (k *Keyring) trouble(ctx context.Context, u Upstream, err error) {
 }
 
 // upstreamOf returns the upstream agent that has a key, or nil.
-func (k *Keyring) upstreamOf(ctx context.Context, c *Caller, key []byte) Upstream {
+func (k *Keyring) upstreamOf(ctx context.Context, c *request.Caller, key []byte) Upstream {
 	ups := k.upstreams(c)
 	if len(ups) == 0 {
 		return nil
@@ -92,7 +94,7 @@ func (k *Keyring) upstreamOf(ctx context.Context, c *Caller, key []byte) Upstrea
 }
 
 // signUpstream has an upstream agent sign.
-func (k *Keyring) signUpstream(ctx context.Context, rec *record, r SignRequest) (*ssh.Signature, error) {
+func (k *Keyring) signUpstream(ctx context.Context, rec *record, r request.Sign) (*ssh.Signature, error) {
 	c := rec.use.Caller
 	u := k.upstreamOf(ctx, c, r.Key)
 	if u == nil {
@@ -107,7 +109,7 @@ func (k *Keyring) signUpstream(ctx context.Context, rec *record, r SignRequest) 
 
 // approveUpstream has a person asked where that is to be: no key of an upstream
 // agent has constraints here, nor a table in the configuration.
-func (k *Keyring) approveUpstream(ctx context.Context, c *Caller, u Upstream, r SignRequest) error {
+func (k *Keyring) approveUpstream(ctx context.Context, c *request.Caller, u Upstream, r request.Sign) error {
 	pub, err := ssh.ParsePublicKey(r.Key)
 	if err != nil {
 		return err
@@ -117,12 +119,12 @@ func (k *Keyring) approveUpstream(ctx context.Context, c *Caller, u Upstream, r 
 		id.plain = cert.Key
 	}
 	use := k.use(id.comment, id.plain, c, r)
-	return k.approve(WithUse(ctx, use), use, id)
+	return k.approve(request.WithUse(ctx, use), use, id)
 }
 
 // Pass hands a message that the door does not know on to the upstream agents and
 // returns the first answer that is no refusal.
-func (k *Keyring) Pass(ctx context.Context, c *Caller, message []byte) ([]byte, error) {
+func (k *Keyring) Pass(ctx context.Context, c *request.Caller, message []byte) ([]byte, error) {
 	inside, err := k.lock.enter(ctx, c, nil)
 	if err != nil {
 		return nil, err

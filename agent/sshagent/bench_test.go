@@ -19,15 +19,16 @@ import (
 
 	"p11-agent/agent"
 	"p11-agent/agent/peer"
+	"p11-agent/agent/request"
 )
 
 // manyTokens has any number of keys whose signatures cost nothing.
 type manyTokens struct {
 	oneToken
-	keys []agent.Key
+	keys []request.Key
 }
 
-func (t *manyTokens) Keys() []agent.Key { return t.keys }
+func (t *manyTokens) Keys() []request.Key { return t.keys }
 
 // stillKey is one of them.
 type stillKey struct {
@@ -64,8 +65,8 @@ func stillKeyring(tb testing.TB, log slog.Handler, number int) (*agent.Keyring, 
 	return agent.NewKeyring(agent.Options{
 		Tokens: tokens, Log: slog.New(log),
 		Rules: agent.Rules{
-			Name:     func(agent.Key) string { return "" },
-			Approval: func(agent.Key) agent.Approval { return agent.Approval{} },
+			Name:     func(request.Key) string { return "" },
+			Approval: func(request.Key) agent.Approval { return agent.Approval{} },
 		},
 	}), pub.Marshal()
 }
@@ -168,12 +169,12 @@ func BenchmarkFrame(b *testing.B) {
 func BenchmarkContent(b *testing.B) {
 	_, key := stillKeyring(b, slog.DiscardHandler, 1)
 	for _, test := range []struct {
-		kind agent.Kind
+		kind request.Kind
 		data []byte
 	}{
-		{agent.KindLogin, loginData(key)},
-		{agent.KindSignature, gitData()},
-		{agent.KindUnknown, bytes.Repeat([]byte("text "), 20)},
+		{request.KindLogin, loginData(key)},
+		{request.KindSignature, gitData()},
+		{request.KindUnknown, bytes.Repeat([]byte("text "), 20)},
 	} {
 		b.Run(string(test.kind), func(b *testing.B) {
 			b.ReportAllocs()

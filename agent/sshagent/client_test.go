@@ -19,6 +19,7 @@ import (
 	sshclient "golang.org/x/crypto/ssh/agent"
 
 	"p11-agent/agent"
+	"p11-agent/agent/request"
 )
 
 func TestGoClient(t *testing.T) {
@@ -123,7 +124,7 @@ func TestSSHAdd(t *testing.T) {
 		{name: "add a token", args: []string{"-s", token}, calls: []call{{method: "AddToken", provider: token, pin: "12 34"}}, out: "Card added"},
 		{
 			name: "add a token with lifetime and confirmation", args: []string{"-t", "90", "-c", "-s", token},
-			calls: []call{{method: "AddToken", provider: token, pin: "12 34", constraints: agent.Constraints{Lifetime: 90 * time.Second, Confirm: true}}}, out: "Card added",
+			calls: []call{{method: "AddToken", provider: token, pin: "12 34", constraints: request.Constraints{Lifetime: 90 * time.Second, Confirm: true}}}, out: "Card added",
 		},
 		{name: "remove a token", args: []string{"-e", token}, calls: []call{{method: "RemoveToken", provider: token}}, out: "Card removed"},
 		{name: "lock", args: []string{"-x"}, calls: []call{{method: "Lock", pin: "12 34"}}, out: "Agent locked"},
@@ -238,8 +239,8 @@ func TestBytes(t *testing.T) {
 			keyring := &fakeKeyring{
 				signers: []ssh.Signer{fixedSigner{}},
 				list:    func() []agent.Identity { return []agent.Identity{{Key: fixed("KEY"), Comment: "name"}} },
-				sign: func(_ context.Context, _ *agent.Caller, r agent.SignRequest) (*ssh.Signature, error) {
-					if string(r.Key) != "KEY" || string(r.Data) != "abc" || r.Flags != agent.SignatureRSASHA2256 {
+				sign: func(_ context.Context, _ *request.Caller, r request.Sign) (*ssh.Signature, error) {
+					if string(r.Key) != "KEY" || string(r.Data) != "abc" || r.Flags != request.SignatureRSASHA2256 {
 						t.Errorf("sign request %+v", r)
 					}
 					return &ssh.Signature{Format: "alg", Blob: []byte("sig"), Rest: []byte("ZZ")}, nil
@@ -321,7 +322,7 @@ func TestPipelinedRequests(t *testing.T) {
 
 func TestLargestMessage(t *testing.T) {
 	keyring := newKeyring()
-	keyring.sign = func(_ context.Context, _ *agent.Caller, r agent.SignRequest) (*ssh.Signature, error) {
+	keyring.sign = func(_ context.Context, _ *request.Caller, r request.Sign) (*ssh.Signature, error) {
 		if len(r.Data) < maxFrame/2 || len(bytes.TrimLeft(r.Data, "d")) > 0 {
 			return nil, fmt.Errorf("%d bytes arrived", len(r.Data))
 		}

@@ -19,8 +19,8 @@ import (
 	"golang.org/x/crypto/ssh"
 	"golang.org/x/sys/unix"
 
-	"p11-agent/agent"
 	"p11-agent/agent/peer"
+	"p11-agent/agent/request"
 )
 
 // member makes a connection for a table, of a process that runs a program, which has
@@ -322,7 +322,7 @@ func TestRequestsCount(t *testing.T) {
 	s := &Server{Keyring: keyring}
 	r := serve(t, s)
 	var during used
-	keyring.add = func(agent.KeyRequest) {
+	keyring.add = func(request.AddKey) {
 		s.clients.mu.Lock()
 		defer s.clients.mu.Unlock()
 		during = s.clients.used
@@ -363,7 +363,7 @@ func TestLongTexts(t *testing.T) {
 func TestAttack13Stop(t *testing.T) {
 	keyring := newKeyring()
 	r := serve(t, &Server{Keyring: keyring})
-	keyring.sign = func(context.Context, *agent.Caller, agent.SignRequest) (*ssh.Signature, error) {
+	keyring.sign = func(context.Context, *request.Caller, request.Sign) (*ssh.Signature, error) {
 		return &ssh.Signature{Format: "alg", Blob: make([]byte, 4<<20)}, nil
 	}
 	half, deaf, silent := r.dial(), r.dial(), r.dial()

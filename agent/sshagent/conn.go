@@ -16,8 +16,8 @@ import (
 	"syscall"
 	"time"
 
-	"p11-agent/agent"
 	"p11-agent/agent/peer"
+	"p11-agent/agent/request"
 )
 
 // A conn is one client. One goroutine reads a message, has it answered, writes
@@ -30,7 +30,7 @@ type conn struct {
 	recorded peer.Peer               // who made it, without the process
 	who      func() peer.Peer        // with the process; may be nil
 	cancel   context.CancelCauseFunc // ends its requests
-	caller   *agent.Caller           // replaced, never changed: the keyring may hold on to it
+	caller   *request.Caller         // replaced, never changed: the keyring may hold on to it
 	in       frames
 	out      []byte   // the answer under construction, length first
 	whole    []byte   // the answer in place of out, when others have it, too; nil: out is it
@@ -50,10 +50,10 @@ type conn struct {
 
 // newConn makes a conn. look returns more than p when there is more to know, and may
 // be nil.
-func newConn(s *Server, nc net.Conn, p peer.Peer, look func() peer.Peer, rules *agent.Socket) *conn {
+func newConn(s *Server, nc net.Conn, p peer.Peer, look func() peer.Peer, rules *request.Socket) *conn {
 	c := &conn{server: s, nc: nc, number: s.connections.Add(1), recorded: p, who: look, in: newFrames(nc, mayHoldSecret)}
 	c.in.keep = c.keep
-	c.caller = &agent.Caller{Number: c.number, Peer: p, Look: look, Socket: rules, Later: c.later}
+	c.caller = &request.Caller{Number: c.number, Peer: p, Look: look, Socket: rules, Later: c.later}
 	c.active.Store(int64(time.Since(started)))
 	return c
 }

@@ -17,6 +17,7 @@ import (
 
 	"p11-agent/agent"
 	"p11-agent/agent/peer"
+	"p11-agent/agent/request"
 	"p11-agent/pinentry/secret"
 )
 
@@ -30,15 +31,15 @@ func (*oneToken) Insertions() uint64         { return 1 }
 func (*oneToken) AsksPIN() bool              { return false }
 func (*oneToken) Present() bool              { return true }
 func (*oneToken) TokenName() string          { return "one" }
-func (*oneToken) Away() []agent.Key          { return nil }
+func (*oneToken) Away() []request.Key        { return nil }
 func (*oneToken) Changed() <-chan struct{}   { return nil }
 
 func (t *oneToken) SignMessageContext(_ context.Context, msg []byte, opts crypto.SignerOpts) ([]byte, error) {
 	return t.key.Sign(nil, msg, opts)
 }
 
-func (t *oneToken) Keys() []agent.Key { return []agent.Key{t} }
-func (*oneToken) Generation() uint64  { return 1 }
+func (t *oneToken) Keys() []request.Key { return []request.Key{t} }
+func (*oneToken) Generation() uint64    { return 1 }
 
 func (*oneToken) Settled() <-chan struct{} {
 	c := make(chan struct{})
@@ -48,19 +49,19 @@ func (*oneToken) Settled() <-chan struct{} {
 
 func (*oneToken) Poke()                           {}
 func (*oneToken) Rescan(context.Context) error    { return nil }
-func (*oneToken) Drop(agent.Selection)            {}
+func (*oneToken) Drop(request.Selection)          {}
 func (*oneToken) LogoutAll(context.Context) error { return nil }
 
-func (*oneToken) LogoutOf(context.Context, func([]agent.Key) bool) error { return nil }
+func (*oneToken) LogoutOf(context.Context, func([]request.Key) bool) error { return nil }
 
-func (t *oneToken) Login(_ context.Context, s agent.Selection, pin *secret.Secret) (agent.LoginAnswer, error) {
+func (t *oneToken) Login(_ context.Context, s request.Selection, pin *secret.Secret) (request.LoginAnswer, error) {
 	if !s.Match(t) {
-		return agent.LoginAnswer{}, errors.New("no match")
+		return request.LoginAnswer{}, errors.New("no match")
 	}
-	return agent.LoginAnswer{Already: pin == nil}, nil
+	return request.LoginAnswer{Already: pin == nil}, nil
 }
 
-func (t *oneToken) Logout(_ context.Context, s agent.Selection) error {
+func (t *oneToken) Logout(_ context.Context, s request.Selection) error {
 	if !s.Match(t) {
 		return errors.New("no match")
 	}
@@ -70,19 +71,19 @@ func (t *oneToken) Logout(_ context.Context, s agent.Selection) error {
 // selected is what clients name, a beginning of the key's URI.
 type selected string
 
-func (s selected) String() string         { return string(s) }
-func (s selected) Match(k agent.Key) bool { return strings.HasPrefix(k.URI(), string(s)) }
-func (s selected) Broad() bool            { return true }
-func (s selected) All() bool              { return s == "pkcs11:" }
+func (s selected) String() string           { return string(s) }
+func (s selected) Match(k request.Key) bool { return strings.HasPrefix(k.URI(), string(s)) }
+func (s selected) Broad() bool              { return true }
+func (s selected) All() bool                { return s == "pkcs11:" }
 
-func (*oneToken) Parse(provider []byte, _ bool) (agent.Selection, error) {
+func (*oneToken) Parse(provider []byte, _ bool) (request.Selection, error) {
 	if !bytes.HasPrefix(provider, []byte("pkcs11:")) {
 		return nil, errors.New("not allowed")
 	}
 	return selected(provider), nil
 }
 
-func (t *oneToken) Select(_ context.Context, s agent.Selection, _ func(agent.Key) bool, _ *secret.Secret) (keys []agent.Key, taken bool, err error) {
+func (t *oneToken) Select(_ context.Context, s request.Selection, _ func(request.Key) bool, _ *secret.Secret) (keys []request.Key, taken bool, err error) {
 	if !s.Match(t) {
 		return nil, false, errors.New("no match")
 	}
@@ -169,9 +170,9 @@ func FuzzConnection(f *testing.F) {
 		runtime.ReadMemStats(&before)
 		keyring := agent.NewKeyring(agent.Options{
 			Tokens:  &oneToken{ed25519.NewKeyFromSeed(make([]byte, 32))},
-			Rules:   agent.Rules{Name: func(agent.Key) string { return "" }},
+			Rules:   agent.Rules{Name: func(request.Key) string { return "" }},
 			Confirm: new(agrees), SoftwareKeys: true, RemoteTokens: true, Log: slog.New(slog.DiscardHandler),
-			Report: func(s agent.Status, _ agent.Selection) ([]byte, error) { return []byte(fmt.Sprint(s)), nil },
+			Report: func(s agent.Status, _ request.Selection) ([]byte, error) { return []byte(fmt.Sprint(s)), nil },
 		})
 		nc := &peeking{input: bytes.Clone(input), chunk: 1 << 15, looks: func(_, _ []byte) {}}
 		c := newConn(&Server{Keyring: keyring}, nc, ourselves(t), nil, nil)

@@ -8,7 +8,7 @@ import (
 
 	"golang.org/x/crypto/ssh"
 
-	"p11-agent/agent"
+	"p11-agent/agent/request"
 )
 
 // Constraint types (RFC 9987 section 5.2.7 and 8.2). Type 3, the number of
@@ -36,33 +36,33 @@ const (
 // not understood to the last byte is an error: a constraint that is overlooked
 // is a key without it. Each may be given once. Certificates go with the keys of tokens
 // alone.
-func parseConstraints(in *reader, token bool) (agent.Constraints, error) {
-	var c agent.Constraints
+func parseConstraints(in *reader, token bool) (request.Constraints, error) {
+	var c request.Constraints
 	for len(in.rest) > 0 {
 		switch kind := in.byte(); kind {
 		case constrainLifetime:
 			if c.Lifetime != 0 {
-				return agent.Constraints{}, twice("lifetime")
+				return request.Constraints{}, twice("lifetime")
 			}
 			// Without a lifetime, Lifetime is 0 as well.
-			c.Lifetime = max(agent.NoTime, time.Duration(in.uint32())*time.Second)
+			c.Lifetime = max(request.NoTime, time.Duration(in.uint32())*time.Second)
 		case constrainConfirm:
 			if c.Confirm {
-				return agent.Constraints{}, twice("confirm")
+				return request.Constraints{}, twice("confirm")
 			}
 			c.Confirm = true
 		case constrainExtension:
 			if err := parseExtension(&c, in, token); err != nil {
-				return agent.Constraints{}, err
+				return request.Constraints{}, err
 			}
 		default:
-			return agent.Constraints{}, fmt.Errorf("constraint %d is not supported", kind)
+			return request.Constraints{}, fmt.Errorf("constraint %d is not supported", kind)
 		}
 	}
 	return c, in.end()
 }
 
-func parseExtension(c *agent.Constraints, in *reader, token bool) (err error) {
+func parseExtension(c *request.Constraints, in *reader, token bool) (err error) {
 	// The data has no length of its own: what follows an unknown name cannot
 	// be told from the next constraint.
 	switch name := in.bytes(); string(name) {
@@ -90,8 +90,8 @@ func twice(name string) error { return fmt.Errorf("constraint %s is given twice"
 
 // parseDestinations reads a list of destinations. An empty list limits nothing, as with
 // ssh-agent.
-func parseDestinations(in reader) ([]agent.Destination, error) {
-	var list []agent.Destination
+func parseDestinations(in reader) ([]request.Destination, error) {
+	var list []request.Destination
 	for len(in.rest) > 0 {
 		if len(list) == maxDestinations {
 			return nil, fmt.Errorf("more than %d destinations", maxDestinations)
@@ -105,7 +105,7 @@ func parseDestinations(in reader) ([]agent.Destination, error) {
 	return list, in.end()
 }
 
-func parseDestination(in reader) (d agent.Destination, err error) {
+func parseDestination(in reader) (d request.Destination, err error) {
 	from, to, reserved := in.bytes(), in.bytes(), in.bytes()
 	if err := in.end(); err != nil {
 		return d, err
@@ -132,32 +132,32 @@ func parseDestination(in reader) (d agent.Destination, err error) {
 
 var errReserved = errors.New("a destination uses fields that are reserved")
 
-func parseHop(in reader) (agent.Hop, error) {
+func parseHop(in reader) (request.Hop, error) {
 	user, host, reserved := in.bytes(), in.bytes(), in.bytes()
 	switch {
 	case in.failed:
-		return agent.Hop{}, errMalformed
+		return request.Hop{}, errMalformed
 	case len(reserved) > 0:
-		return agent.Hop{}, errReserved
+		return request.Hop{}, errReserved
 	case len(user) > maxUser:
-		return agent.Hop{}, fmt.Errorf("a destination's user name is longer than %d bytes", maxUser)
+		return request.Hop{}, fmt.Errorf("a destination's user name is longer than %d bytes", maxUser)
 	case bytes.IndexByte(user, 0) >= 0 || bytes.IndexByte(host, 0) >= 0:
-		return agent.Hop{}, errNUL
+		return request.Hop{}, errNUL
 	}
-	h := agent.Hop{User: string(user), Host: string(host)}
+	h := request.Hop{User: string(user), Host: string(host)}
 	for len(in.rest) > 0 {
 		if len(h.Keys) == maxHostKeys {
-			return agent.Hop{}, fmt.Errorf("a destination has more than %d host keys", maxHostKeys)
+			return request.Hop{}, fmt.Errorf("a destination has more than %d host keys", maxHostKeys)
 		}
 		blob, ca := in.bytes(), in.bool()
 		if in.failed {
-			return agent.Hop{}, errMalformed
+			return request.Hop{}, errMalformed
 		}
 		key, err := parseAnyKey(blob, maxHostKey)
 		if err != nil {
-			return agent.Hop{}, fmt.Errorf("a destination's host keys: %w", err)
+			return request.Hop{}, fmt.Errorf("a destination's host keys: %w", err)
 		}
-		h.Keys = append(h.Keys, agent.HostKey{Key: key, CA: ca})
+		h.Keys = append(h.Keys, request.HostKey{Key: key, CA: ca})
 	}
 	return h, nil
 }

@@ -10,7 +10,7 @@ import (
 
 	"golang.org/x/crypto/ssh"
 
-	"p11-agent/agent"
+	"p11-agent/agent/request"
 )
 
 // Pieces of constraints, as ssh-add writes them.
@@ -49,7 +49,7 @@ func newCert(t testing.TB) *ssh.Certificate {
 type constraintCase struct {
 	name string
 	in   []byte
-	want agent.Constraints
+	want request.Constraints
 	fail string // part of the error; empty: none
 }
 
@@ -62,8 +62,8 @@ func constraintCases(t testing.TB) []constraintCase {
 	origin, somewhere := encodeHop("", ""), encodeHop("me", "host", key, false)
 	destination := destinationsOf(encodeDestination(origin, somewhere))
 	lifetime := raw{1, 0, 0, 0, 60}
-	of := func(destinations, certs int) agent.Constraints {
-		return agent.Constraints{Destinations: make([]agent.Destination, destinations), Certificates: make([]*ssh.Certificate, certs)}
+	of := func(destinations, certs int) request.Constraints {
+		return request.Constraints{Destinations: make([]request.Destination, destinations), Certificates: make([]*ssh.Certificate, certs)}
 	}
 	only := of(0, 2)
 	only.CertificatesOnly = true
@@ -73,11 +73,11 @@ func constraintCases(t testing.TB) []constraintCase {
 	confirmed.Confirm = true
 	return []constraintCase{
 		{name: "none"},
-		{name: "lifetime", in: lifetime, want: agent.Constraints{Lifetime: time.Minute}},
-		{name: "longest lifetime", in: raw{1, 255, 255, 255, 255}, want: agent.Constraints{Lifetime: (1<<32 - 1) * time.Second}},
-		{name: "confirm", in: raw{2}, want: agent.Constraints{Confirm: true}},
-		{name: "both", in: encode(raw{2}, lifetime), want: agent.Constraints{Lifetime: time.Minute, Confirm: true}},
-		{name: "no lifetime at all", in: raw{1, 0, 0, 0, 0}, want: agent.Constraints{Lifetime: agent.NoTime}},
+		{name: "lifetime", in: lifetime, want: request.Constraints{Lifetime: time.Minute}},
+		{name: "longest lifetime", in: raw{1, 255, 255, 255, 255}, want: request.Constraints{Lifetime: (1<<32 - 1) * time.Second}},
+		{name: "confirm", in: raw{2}, want: request.Constraints{Confirm: true}},
+		{name: "both", in: encode(raw{2}, lifetime), want: request.Constraints{Lifetime: time.Minute, Confirm: true}},
+		{name: "no lifetime at all", in: raw{1, 0, 0, 0, 0}, want: request.Constraints{Lifetime: request.NoTime}},
 		{name: "no lifetime at all, twice", in: raw{1, 0, 0, 0, 0, 1, 0, 0, 0, 0}, fail: "twice"},
 		{name: "lifetime cut short", in: raw{1, 0, 0, 0}, fail: "cut short"},
 		{name: "lifetime twice", in: encode(lifetime, lifetime), fail: "twice"},
@@ -122,7 +122,7 @@ func constraintCases(t testing.TB) []constraintCase {
 		{name: "certificates without data", in: encode(byte(255), constrainCerts, false), fail: "cut short"},
 		{name: "plain keys as certificates", in: certsOf(false, key, cert, key, cert), want: of(0, 2)},
 		{name: "keys and certificates of unknown types", in: certsOf(false, mldsa(t), cert, encode("ssh-new-cert-v01@example.com", "x")), want: of(0, 1)},
-		{name: "nothing but plain keys", in: certsOf(true, key), want: agent.Constraints{CertificatesOnly: true}},
+		{name: "nothing but plain keys", in: certsOf(true, key), want: request.Constraints{CertificatesOnly: true}},
 		{name: "certificate with a wrong signature", in: certsOf(false, forged), fail: "not signed by its authority"},
 		{name: "bad certificate", in: certsOf(false, cert[:len(cert)-1]), fail: "cannot be read"},
 		{name: "certificate cut short", in: encode(byte(255), constrainCerts, false, []byte{0, 0, 0, 9, 1}), fail: "cut short"},
@@ -193,8 +193,8 @@ func TestConstraintDetails(t *testing.T) {
 	if len(c.Destinations) != 2 || len(c.Certificates) != 1 || !c.CertificatesOnly || !bytes.Equal(c.Certificates[0].Marshal(), cert.Marshal()) {
 		t.Fatalf("%+v", c)
 	}
-	same := func(h agent.Hop, user, host string, keys ...ssh.PublicKey) bool {
-		return h.User == user && h.Host == host && slices.EqualFunc(h.Keys, keys, func(k agent.HostKey, want ssh.PublicKey) bool {
+	same := func(h request.Hop, user, host string, keys ...ssh.PublicKey) bool {
+		return h.User == user && h.Host == host && slices.EqualFunc(h.Keys, keys, func(k request.HostKey, want ssh.PublicKey) bool {
 			return bytes.Equal(k.Key.Marshal(), want.Marshal()) && k.CA == (want == two)
 		})
 	}
@@ -254,7 +254,7 @@ func FuzzConstraints(f *testing.F) {
 	})
 }
 
-func encodeAgain(h agent.Hop) []byte {
+func encodeAgain(h request.Hop) []byte {
 	var keys []any
 	for _, k := range h.Keys {
 		keys = append(keys, k.Key.Marshal(), k.CA)

@@ -7,7 +7,7 @@ import (
 	"encoding/asn1"
 	"strings"
 
-	"p11-agent/agent"
+	"p11-agent/agent/request"
 )
 
 const (
@@ -31,32 +31,32 @@ const (
 // parseContent tells what data says of itself. Each kind is whole and has
 // nothing after it; whatever is not is unknown. key is the wire form of the key
 // that is to sign.
-func parseContent(data, key []byte) (agent.Content, *agent.Login) {
+func parseContent(data, key []byte) (request.Content, *request.Login) {
 	if login := parseLogin(data, key); login != nil {
-		return agent.Content{Kind: agent.KindLogin}, login
+		return request.Content{Kind: request.KindLogin}, login
 	}
-	content := agent.Content{Kind: agent.KindUnknown}
+	content := request.Content{Kind: request.KindUnknown}
 	if namespace, ok := parseSSHSIG(data); ok {
-		content.Kind, content.Namespace = agent.KindSignature, namespace
+		content.Kind, content.Namespace = request.KindSignature, namespace
 		return content, nil
 	}
 	id, certificate := parseCertificate(data)
 	sudo, isSudo := parseSudo(data, key)
 	switch {
 	case isHostKeyProof(data, key), isDigest(data):
-		content.Kind = agent.KindHostKey
+		content.Kind = request.KindHostKey
 	case certificate:
-		content.Kind, content.Detail = agent.KindSSHCertificate, id
+		content.Kind, content.Detail = request.KindSSHCertificate, id
 	case isSudo:
-		content.Kind, content.Detail = agent.KindSudo, sudo
+		content.Kind, content.Detail = request.KindSudo, sudo
 	case bytes.HasPrefix(data, []byte(magicKRL)):
-		content.Kind = agent.KindKRL
+		content.Kind = request.KindKRL
 	case isTLS(data):
-		content.Kind = agent.KindTLS
+		content.Kind = request.KindTLS
 	case isX509(data):
-		content.Kind = agent.KindX509
+		content.Kind = request.KindX509
 	case len(data) == testSize:
-		content.Kind = agent.KindTest
+		content.Kind = request.KindTest
 	}
 	return content, nil
 }

@@ -19,7 +19,7 @@ import (
 
 	"golang.org/x/crypto/ssh"
 
-	"p11-agent/agent"
+	"p11-agent/agent/request"
 )
 
 // A dataRecorder notes what a key has to sign, before any hash.
@@ -193,21 +193,21 @@ func contentSamples(t testing.TB) (samples map[string][]byte, key []byte) {
 
 func TestContent(t *testing.T) {
 	samples, key := contentSamples(t)
-	for name, want := range map[string]agent.Content{
-		"TLS 1.3, client":     {Kind: agent.KindTLS},
-		"TLS 1.3, server":     {Kind: agent.KindTLS},
-		"TLS 1.2, client":     {Kind: agent.KindTLS},
-		"TLS 1.2, server":     {Kind: agent.KindTLS},
-		"exchange hash":       {Kind: agent.KindHostKey},
-		"host key proof":      {Kind: agent.KindHostKey},
-		"OpenSSH certificate": {Kind: agent.KindSSHCertificate, Detail: "joe"},
-		"X.509 certificate":   {Kind: agent.KindX509},
-		"X.509 request":       {Kind: agent.KindX509},
-		"git":                 {Kind: agent.KindSignature, Namespace: "git"},
-		"file":                {Kind: agent.KindSignature, Namespace: "file"},
-		"another namespace":   {Kind: agent.KindSignature, Namespace: "mail@example.org"},
-		"sudo":                {Kind: agent.KindSudo, Detail: "user joe"},
-		"revoked keys":        {Kind: agent.KindKRL},
+	for name, want := range map[string]request.Content{
+		"TLS 1.3, client":     {Kind: request.KindTLS},
+		"TLS 1.3, server":     {Kind: request.KindTLS},
+		"TLS 1.2, client":     {Kind: request.KindTLS},
+		"TLS 1.2, server":     {Kind: request.KindTLS},
+		"exchange hash":       {Kind: request.KindHostKey},
+		"host key proof":      {Kind: request.KindHostKey},
+		"OpenSSH certificate": {Kind: request.KindSSHCertificate, Detail: "joe"},
+		"X.509 certificate":   {Kind: request.KindX509},
+		"X.509 request":       {Kind: request.KindX509},
+		"git":                 {Kind: request.KindSignature, Namespace: "git"},
+		"file":                {Kind: request.KindSignature, Namespace: "file"},
+		"another namespace":   {Kind: request.KindSignature, Namespace: "mail@example.org"},
+		"sudo":                {Kind: request.KindSudo, Detail: "user joe"},
+		"revoked keys":        {Kind: request.KindKRL},
 	} {
 		t.Run(name, func(t *testing.T) {
 			got, login := parseContent(samples[name], key)
@@ -217,14 +217,14 @@ func TestContent(t *testing.T) {
 			// What is cut short or goes on is something else; those without a length
 			// of their own are left out.
 			switch want.Kind {
-			case agent.KindHostKey, agent.KindKRL:
+			case request.KindHostKey, request.KindKRL:
 				return
 			}
 			for what, data := range map[string][]byte{
 				"one byte less": samples[name][:len(samples[name])-1],
 				"one byte more": append(bytes.Clone(samples[name]), 0),
 			} {
-				if got, _ := parseContent(data, key); got.Kind != agent.KindUnknown {
+				if got, _ := parseContent(data, key); got.Kind != request.KindUnknown {
 					t.Errorf("%s: %+v, want unknown data", what, got)
 				}
 			}
@@ -249,7 +249,7 @@ func TestUnknownContent(t *testing.T) {
 		"signature, NUL inside":     sshsig("git\x00", "sha512", digest),
 		"signature, long namespace": sshsig(strings.Repeat("n", maxNamespace+1), "sha512", digest),
 	} {
-		if got, login := parseContent(data, key); got.Kind != agent.KindUnknown || login != nil {
+		if got, login := parseContent(data, key); got.Kind != request.KindUnknown || login != nil {
 			t.Errorf("%s: %+v", name, got)
 		}
 	}
@@ -263,15 +263,15 @@ func TestTestContent(t *testing.T) {
 	rand.Read(random)
 	for name, test := range map[string]struct {
 		data []byte
-		want agent.Kind
+		want request.Kind
 	}{
-		"random":    {random, agent.KindTest},
-		"zeros":     {make([]byte, testSize), agent.KindTest},
-		"too short": {random[1:], agent.KindUnknown},
-		"too long":  {append(bytes.Clone(random), 0), agent.KindUnknown},
+		"random":    {random, request.KindTest},
+		"zeros":     {make([]byte, testSize), request.KindTest},
+		"too short": {random[1:], request.KindUnknown},
+		"too long":  {append(bytes.Clone(random), 0), request.KindUnknown},
 		// What is something else is that.
-		"X.509":        {append([]byte{0x30, 0x82, 0x03, 0xfc, 2, 1, 0, 2, 1, 0, 4, 0x82, 0x03, 0xf2}, make([]byte, 1010)...), agent.KindX509},
-		"revoked keys": {append(bytes.Clone(samples["revoked keys"]), make([]byte, testSize-len(samples["revoked keys"]))...), agent.KindKRL},
+		"X.509":        {append([]byte{0x30, 0x82, 0x03, 0xfc, 2, 1, 0, 2, 1, 0, 4, 0x82, 0x03, 0xf2}, make([]byte, 1010)...), request.KindX509},
+		"revoked keys": {append(bytes.Clone(samples["revoked keys"]), make([]byte, testSize-len(samples["revoked keys"]))...), request.KindKRL},
 	} {
 		if got, _ := parseContent(test.data, key); got.Kind != test.want {
 			t.Errorf("%s, %d bytes: %q, want %q", name, len(test.data), got.Kind, test.want)
@@ -291,7 +291,7 @@ func FuzzContent(f *testing.F) {
 	}
 	f.Fuzz(func(t *testing.T, data, key []byte) {
 		content, login := parseContent(data, key)
-		if (content.Kind == agent.KindLogin) != (login != nil) {
+		if (content.Kind == request.KindLogin) != (login != nil) {
 			t.Errorf("%+v with login %v", content, login)
 		}
 		if again, _ := parseContent(bytes.Clone(data), key); again != content {

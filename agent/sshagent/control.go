@@ -13,6 +13,7 @@ import (
 	"syscall"
 
 	"p11-agent/agent"
+	"p11-agent/agent/request"
 	"p11-agent/pinentry/secret"
 )
 
@@ -59,7 +60,7 @@ const (
 
 // A ControlAnswer tells what came of a login or logout.
 type ControlAnswer struct {
-	agent.LoginAnswer
+	request.LoginAnswer
 	Error string // empty: it was done
 }
 
@@ -78,7 +79,7 @@ func parseControl(in reader) (controlRequest, error) {
 		r.pin = in.bytes()
 		in.bool()
 	default:
-		return controlRequest{}, errors.New("the request is not known: it is of another version")
+		return controlRequest{}, errors.New("the login is not known: it is of another version")
 	}
 	switch {
 	case in.end() != nil:
@@ -98,31 +99,31 @@ func (c *conn) control(ctx context.Context, in reader) {
 	r, err := parseControl(in)
 	if err != nil {
 		c.out = append(c.out, msgExtensionFailure)
-		c.server.Keyring.Refuse(c.caller, agent.RequestStatus, err)
+		c.server.Keyring.Refuse(c.caller, request.ActionStatus, err)
 		return
 	}
 	var answer []byte
 	switch r.what {
 	case controlStatus:
 		if answer, err = c.server.Keyring.Status(ctx, c.caller, r.uri); err != nil {
-			answer = controlAnswer(agent.LoginAnswer{}, err)
+			answer = controlAnswer(request.LoginAnswer{}, err)
 		}
 	case controlLogin:
-		request := agent.LoginRequest{Provider: r.uri}
+		login := request.TokenLogin{Provider: r.uri}
 		if len(r.pin) > 0 {
-			if request.PIN, err = secret.From(r.pin); err != nil {
+			if login.PIN, err = secret.From(r.pin); err != nil {
 				c.out = append(c.out, msgExtensionFailure)
-				c.server.Keyring.Refuse(c.caller, agent.RequestLogin, err)
+				c.server.Keyring.Refuse(c.caller, request.ActionLogin, err)
 				return
 			}
-			defer request.PIN.Wipe()
+			defer login.PIN.Wipe()
 		}
-		var said agent.LoginAnswer
-		said, err = c.server.Keyring.Login(ctx, c.caller, request)
+		var said request.LoginAnswer
+		said, err = c.server.Keyring.Login(ctx, c.caller, login)
 		answer = controlAnswer(said, err)
 	case controlLogout:
 		err = c.server.Keyring.Logout(ctx, c.caller, r.uri)
-		answer = controlAnswer(agent.LoginAnswer{}, err)
+		answer = controlAnswer(request.LoginAnswer{}, err)
 	}
 	if errors.Is(err, agent.ErrNoControl) {
 		c.out = append(c.out, msgExtensionFailure)
@@ -133,7 +134,7 @@ func (c *conn) control(ctx context.Context, in reader) {
 	c.out = appendString(c.out, answer)
 }
 
-func controlAnswer(said agent.LoginAnswer, err error) []byte {
+func controlAnswer(said request.LoginAnswer, err error) []byte {
 	a := ControlAnswer{LoginAnswer: said}
 	if err != nil {
 		a.Error = err.Error()

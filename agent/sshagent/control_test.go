@@ -14,7 +14,7 @@ import (
 	"syscall"
 	"testing"
 
-	"p11-agent/agent"
+	"p11-agent/agent/request"
 	"p11-agent/pinentry/secret"
 )
 
@@ -45,7 +45,7 @@ func TestControl(t *testing.T) {
 	if text, err := c.Status(t.Context(), "pkcs11:token=a"); err != nil || string(text) != `{"version":"1"}` {
 		t.Errorf("status: %s, %v", text, err)
 	}
-	want := ControlAnswer{LoginAnswer: agent.LoginAnswer{Already: true, Tries: "low"}}
+	want := ControlAnswer{LoginAnswer: request.LoginAnswer{Already: true, Tries: "low"}}
 	if a, err := c.Login(t.Context(), "pkcs11:", secretOf(t, "12 34\xff")); err != nil || a != want {
 		t.Errorf("login: %+v, %v", a, err)
 	}
@@ -86,7 +86,7 @@ func TestControlOfNamedSocket(t *testing.T) {
 	}
 	ctx, stop := context.WithCancel(t.Context())
 	done := make(chan error)
-	go func() { done <- (&Server{Keyring: keyring}).ServeSocket(ctx, l, &agent.Socket{Name: "others"}) }()
+	go func() { done <- (&Server{Keyring: keyring}).ServeSocket(ctx, l, &request.Socket{Name: "others"}) }()
 	defer func() { stop(); <-done }()
 	c := dialControl(t, l.Path())
 	if _, err := c.Status(t.Context(), ""); !errors.Is(err, ErrControlRefused) {

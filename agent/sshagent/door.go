@@ -27,6 +27,7 @@ import (
 	"golang.org/x/crypto/ssh"
 
 	"p11-agent/agent"
+	"p11-agent/agent/request"
 	"p11-agent/pinentry/secret"
 )
 
@@ -34,26 +35,26 @@ import (
 // goroutines at once; ctx ends when the client hangs up. Any error becomes
 // SSH_AGENT_FAILURE: the keyring has logged the reason.
 type Keyring interface {
-	List(ctx context.Context, c *agent.Caller) (*agent.Listing, error)
-	Sign(ctx context.Context, c *agent.Caller, r agent.SignRequest) (*ssh.Signature, error)
-	AddToken(ctx context.Context, c *agent.Caller, r agent.TokenRequest) error
-	RemoveToken(ctx context.Context, c *agent.Caller, r agent.TokenRequest) error
-	Add(ctx context.Context, c *agent.Caller, r agent.KeyRequest) error
+	List(ctx context.Context, c *request.Caller) (*agent.Listing, error)
+	Sign(ctx context.Context, c *request.Caller, r request.Sign) (*ssh.Signature, error)
+	AddToken(ctx context.Context, c *request.Caller, r request.Token) error
+	RemoveToken(ctx context.Context, c *request.Caller, r request.Token) error
+	Add(ctx context.Context, c *request.Caller, r request.AddKey) error
 	// Remove takes the wire form of a public key.
-	Remove(ctx context.Context, c *agent.Caller, key []byte) error
-	RemoveAll(ctx context.Context, c *agent.Caller) error
+	Remove(ctx context.Context, c *request.Caller, key []byte) error
+	RemoveAll(ctx context.Context, c *request.Caller) error
 	// Lock and Unlock get a passphrase that the door wipes afterwards.
-	Lock(ctx context.Context, c *agent.Caller, phrase *secret.Secret) error
-	Unlock(ctx context.Context, c *agent.Caller, phrase *secret.Secret) error
+	Lock(ctx context.Context, c *request.Caller, phrase *secret.Secret) error
+	Unlock(ctx context.Context, c *request.Caller, phrase *secret.Secret) error
 	// Status answers with JSON, of the tokens that the provider names, or of all when
 	// that is empty. Its error is agent.ErrNoControl when the connection may not ask.
-	Status(ctx context.Context, c *agent.Caller, provider []byte) ([]byte, error)
+	Status(ctx context.Context, c *request.Caller, provider []byte) ([]byte, error)
 	// Login and Logout have such errors, too.
-	Login(ctx context.Context, c *agent.Caller, r agent.LoginRequest) (agent.LoginAnswer, error)
-	Logout(ctx context.Context, c *agent.Caller, provider []byte) error
+	Login(ctx context.Context, c *request.Caller, r request.TokenLogin) (request.LoginAnswer, error)
+	Logout(ctx context.Context, c *request.Caller, provider []byte) error
 	// Refuse is told of a request that the door refuses of its own accord.
-	Refuse(c *agent.Caller, request agent.Request, reason error)
+	Refuse(c *request.Caller, action request.Action, reason error)
 	// Pass answers a message that the door does not know, or says that nobody
 	// does. Its error is logged by the door.
-	Pass(ctx context.Context, c *agent.Caller, message []byte) (answer []byte, err error)
+	Pass(ctx context.Context, c *request.Caller, message []byte) (answer []byte, err error)
 }

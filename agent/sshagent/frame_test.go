@@ -18,6 +18,7 @@ import (
 
 	"p11-agent/agent"
 	"p11-agent/agent/peer"
+	"p11-agent/agent/request"
 	"p11-agent/pinentry/secret"
 )
 
@@ -277,7 +278,7 @@ type wary struct {
 	pin *secret.Secret
 }
 
-func (k *wary) AddToken(_ context.Context, _ *agent.Caller, r agent.TokenRequest) error {
+func (k *wary) AddToken(_ context.Context, _ *request.Caller, r request.Token) error {
 	k.pin = r.PIN
 	if string(r.Provider) == "panic" {
 		panic(string(r.PIN.Bytes()))
@@ -285,8 +286,8 @@ func (k *wary) AddToken(_ context.Context, _ *agent.Caller, r agent.TokenRequest
 	return nil
 }
 
-func (k *wary) Login(_ context.Context, _ *agent.Caller, r agent.LoginRequest) (agent.LoginAnswer, error) {
-	return agent.LoginAnswer{}, k.AddToken(context.Background(), nil, agent.TokenRequest{Provider: r.Provider, PIN: r.PIN})
+func (k *wary) Login(_ context.Context, _ *request.Caller, r request.TokenLogin) (request.LoginAnswer, error) {
+	return request.LoginAnswer{}, k.AddToken(context.Background(), nil, request.Token{Provider: r.Provider, PIN: r.PIN})
 }
 
 // Announcing much costs nothing; only sending does.
@@ -323,7 +324,7 @@ func TestReads(t *testing.T) {
 	reads, c := 0, (*conn)(nil)
 	one := framed(signRequest)
 	nc := &peeking{input: bytes.Repeat(one, 10), chunk: len(one), looks: func(_, _ []byte) { reads++ }}
-	c = newConn(&Server{Keyring: &fakeKeyring{sign: func(context.Context, *agent.Caller, agent.SignRequest) (*ssh.Signature, error) {
+	c = newConn(&Server{Keyring: &fakeKeyring{sign: func(context.Context, *request.Caller, request.Sign) (*ssh.Signature, error) {
 		return &ssh.Signature{Format: "x"}, nil
 	}}}, nc, peer.Peer{}, nil, nil)
 	c.run(t.Context())
@@ -340,9 +341,9 @@ type still struct {
 	sig  ssh.Signature
 }
 
-func (k *still) List(context.Context, *agent.Caller) (*agent.Listing, error) { return &k.list, nil }
+func (k *still) List(context.Context, *request.Caller) (*agent.Listing, error) { return &k.list, nil }
 
-func (k *still) Sign(context.Context, *agent.Caller, agent.SignRequest) (*ssh.Signature, error) {
+func (k *still) Sign(context.Context, *request.Caller, request.Sign) (*ssh.Signature, error) {
 	return &k.sig, nil
 }
 

@@ -12,6 +12,7 @@ import (
 
 	"p11-agent/agent"
 	"p11-agent/agent/peer"
+	"p11-agent/agent/request"
 	"p11-agent/pinentry/secret"
 )
 
@@ -46,7 +47,7 @@ type checking struct {
 	err error
 }
 
-func (k *checking) called(c *agent.Caller) error {
+func (k *checking) called(c *request.Caller) error {
 	if c == nil || len(c.Binds) > maxBinds {
 		k.t.Errorf("caller %+v", c)
 	}
@@ -59,81 +60,82 @@ func (k *checking) called(c *agent.Caller) error {
 	return nil
 }
 
-func (k *checking) List(_ context.Context, c *agent.Caller) (*agent.Listing, error) {
+func (k *checking) List(_ context.Context, c *request.Caller) (*agent.Listing, error) {
 	return &agent.Listing{Identities: []agent.Identity{{Key: fixed("KEY"), Comment: "name"}}}, k.called(c)
 }
 
-func (k *checking) Sign(_ context.Context, c *agent.Caller, r agent.SignRequest) (*ssh.Signature, error) {
+func (k *checking) Sign(_ context.Context, c *request.Caller, r request.Sign) (*ssh.Signature, error) {
 	if r.Flags > 6 || r.Flags&1 != 0 {
 		k.t.Errorf("flags %x", r.Flags)
 	}
 	return &ssh.Signature{Format: "alg", Blob: []byte("sig")}, k.called(c)
 }
 
-func (k *checking) AddToken(_ context.Context, c *agent.Caller, r agent.TokenRequest) error {
+func (k *checking) AddToken(_ context.Context, c *request.Caller, r request.Token) error {
 	if bytes.IndexByte(r.Provider, 0) >= 0 || bytes.IndexByte(r.PIN.Bytes(), 0) >= 0 {
 		k.t.Error("NUL in a text")
 	}
 	return k.called(c)
 }
 
-func (k *checking) RemoveToken(ctx context.Context, c *agent.Caller, r agent.TokenRequest) error {
+func (k *checking) RemoveToken(ctx context.Context, c *request.Caller, r request.Token) error {
 	if r.Constraints.Lifetime != 0 || r.Constraints.Confirm || r.Constraints.Destinations != nil || r.Constraints.Certificates != nil {
 		k.t.Errorf("constraints %+v", r.Constraints)
 	}
 	return k.AddToken(ctx, c, r)
 }
 
-func (k *checking) Add(_ context.Context, c *agent.Caller, r agent.KeyRequest) error {
+func (k *checking) Add(_ context.Context, c *request.Caller, r request.AddKey) error {
 	if r.Private == nil || r.Public == nil || len(r.Comment) > maxComment {
 		k.t.Errorf("half a key: %+v", r.Public)
 	}
 	return k.called(c)
 }
 
-func (k *checking) Lock(_ context.Context, c *agent.Caller, _ *secret.Secret) error {
+func (k *checking) Lock(_ context.Context, c *request.Caller, _ *secret.Secret) error {
 	return k.called(c)
 }
 
-func (k *checking) Unlock(_ context.Context, c *agent.Caller, _ *secret.Secret) error {
+func (k *checking) Unlock(_ context.Context, c *request.Caller, _ *secret.Secret) error {
 	return k.called(c)
 }
 
-func (k *checking) Pass(_ context.Context, c *agent.Caller, _ []byte) ([]byte, error) {
+func (k *checking) Pass(_ context.Context, c *request.Caller, _ []byte) ([]byte, error) {
 	if err := k.called(c); err != nil {
 		return nil, err
 	}
 	return []byte{msgSuccess}, nil
 }
 
-func (k *checking) Status(_ context.Context, c *agent.Caller, provider []byte) ([]byte, error) {
+func (k *checking) Status(_ context.Context, c *request.Caller, provider []byte) ([]byte, error) {
 	if bytes.IndexByte(provider, 0) >= 0 || len(provider) > maxURI {
 		k.t.Errorf("URI %q", provider)
 	}
 	return []byte("{}"), k.called(c)
 }
 
-func (k *checking) Login(ctx context.Context, c *agent.Caller, r agent.LoginRequest) (agent.LoginAnswer, error) {
+func (k *checking) Login(ctx context.Context, c *request.Caller, r request.TokenLogin) (request.LoginAnswer, error) {
 	if bytes.IndexByte(r.PIN.Bytes(), 0) >= 0 || r.PIN.Len() > maxPIN || r.PIN != nil && r.PIN.Len() == 0 {
 		k.t.Error("a PIN that can be none")
 	}
 	_, err := k.Status(ctx, c, r.Provider)
-	return agent.LoginAnswer{}, err
+	return request.LoginAnswer{}, err
 }
 
-func (k *checking) Logout(ctx context.Context, c *agent.Caller, provider []byte) error {
+func (k *checking) Logout(ctx context.Context, c *request.Caller, provider []byte) error {
 	_, err := k.Status(ctx, c, provider)
 	return err
 }
 
-func (k *checking) Refuse(_ *agent.Caller, request agent.Request, reason error) {
+func (k *checking) Refuse(_ *request.Caller, request request.Action, reason error) {
 	if request == "" || reason == nil {
 		k.t.Errorf("refused %q for %v", request, reason)
 	}
 }
 
-func (k *checking) Remove(_ context.Context, c *agent.Caller, _ []byte) error { return k.called(c) }
-func (k *checking) RemoveAll(_ context.Context, c *agent.Caller) error        { return k.called(c) }
+func (k *checking) Remove(_ context.Context, c *request.Caller, _ []byte) error { return k.called(c) }
+
+func (k *checking) RemoveAll(_ context.Context, c *request.Caller) error { return k.called(c) }
 
 // FuzzFrames plays whole connections: every whole message is answered by one
 // well-formed message, in order, until the first that cannot be one; the memory

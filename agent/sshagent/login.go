@@ -6,7 +6,7 @@ import (
 
 	"golang.org/x/crypto/ssh"
 
-	"p11-agent/agent"
+	"p11-agent/agent/request"
 )
 
 const (
@@ -30,7 +30,7 @@ const maxPeerKey = 8 << 10
 // an archive that hides in a field. Each field is as protocol and practice have it: the
 // session identifier is a digest, the user is a short text, and keys and certificates
 // are whole, bounded, and signed by their authorities.
-func parseLogin(data, key []byte) *agent.Login {
+func parseLogin(data, key []byte) *request.Login {
 	in := reader{rest: data}
 	session := in.bytes()
 	if in.byte() != msgUserauthRequest {
@@ -54,7 +54,7 @@ func parseLogin(data, key []byte) *agent.Login {
 		!isOwnKey(blob, key), !algorithmFits(string(algorithm), string(kind.bytes())):
 		return nil
 	}
-	return &agent.Login{User: string(user), SessionID: session, HostKey: host}
+	return &request.Login{User: string(user), SessionID: session, HostKey: host}
 }
 
 // isOwnKey tells whether blob is the key or a certificate of it. ssh has the plain key

@@ -16,6 +16,7 @@ import (
 	"golang.org/x/crypto/ssh"
 
 	"p11-agent/agent"
+	"p11-agent/agent/request"
 )
 
 const (
@@ -45,12 +46,12 @@ func (c *conn) add(ctx context.Context, message []byte) {
 		err = in.end()
 	}
 	if err != nil {
-		c.reject(agent.RequestAdd, err)
+		c.reject(request.ActionAdd, err)
 		return
 	}
 	size := r.Constraints.Size()
 	if err := c.keep(memory, size); err != nil {
-		c.reject(agent.RequestAdd, err)
+		c.reject(request.ActionAdd, err)
 		return
 	}
 	defer c.uncount(memory, size)
@@ -60,7 +61,7 @@ func (c *conn) add(ctx context.Context, message []byte) {
 // parsePrivate reads a private key of a type and its comment (RFC 9987 sections
 // 5.2.1 to 5.2.4, and OpenSSH's PROTOCOL.certkeys for those with a certificate).
 // Nothing of it lies in the message.
-func parsePrivate(kind string, in *reader) (r agent.KeyRequest, err error) {
+func parsePrivate(kind string, in *reader) (r request.AddKey, err error) {
 	plain, certified := strings.CutSuffix(kind, "-cert-v01@openssh.com")
 	var cert ssh.PublicKey
 	if certified {

@@ -16,7 +16,7 @@ import (
 	"golang.org/x/crypto/ssh"
 	sshclient "golang.org/x/crypto/ssh/agent"
 
-	"p11-agent/agent"
+	"p11-agent/agent/request"
 )
 
 // keygen makes a key of a type, and a certificate of it when certified is true.
@@ -51,8 +51,8 @@ func TestSSHAddFile(t *testing.T) {
 	for name, args := range keyTypes {
 		t.Run(name, func(t *testing.T) {
 			keyring := newKeyring()
-			var got []agent.KeyRequest
-			keyring.add = func(r agent.KeyRequest) { got = append(got, r) }
+			var got []request.AddKey
+			keyring.add = func(r request.AddKey) { got = append(got, r) }
 			r := serve(t, &Server{Keyring: keyring})
 			file := keygen(t, true, args...)
 			if out, err := r.sshAdd(t, "", "-t", "90", "-c", file); err != nil {
@@ -140,7 +140,7 @@ func (r *recorder) Write(b []byte) (int, error) {
 
 func (r *recorder) Read([]byte) (int, error) { return 0, os.ErrClosed }
 
-func readPrivate(message []byte) (agent.KeyRequest, error) {
+func readPrivate(message []byte) (request.AddKey, error) {
 	in := reader{rest: message[1:]}
 	r, err := parsePrivate(string(in.bytes()), &in)
 	if err == nil {

@@ -15,6 +15,7 @@ import (
 	"golang.org/x/crypto/ssh"
 
 	"p11-agent/agent"
+	"p11-agent/agent/request"
 	"p11-agent/pinentry/secret"
 )
 
@@ -109,13 +110,13 @@ func (c *conn) answer(ctx context.Context, message []byte) {
 		c.sign(ctx, in)
 	case msgRemoveIdentity:
 		key := in.bytes()
-		if c.wellFormed(agent.RequestRemove, in) {
+		if c.wellFormed(request.ActionRemove, in) {
 			c.status(c.server.Keyring.Remove(ctx, c.caller, key))
 		}
 	case msgRemoveAllIdentities, msgRemoveAllRSA1:
 		// ssh-agent does the same for both, and ssh-add -D sends one after the other.
 		switch {
-		case !c.wellFormed(agent.RequestRemoveAll, in):
+		case !c.wellFormed(request.ActionRemoveAll, in):
 		case emptied && message[0] == msgRemoveAllRSA1:
 			c.status(nil)
 		default:
@@ -124,15 +125,15 @@ func (c *conn) answer(ctx context.Context, message []byte) {
 			c.status(err)
 		}
 	case msgAddSmartcardKey, msgAddSmartcardKeyConstraint:
-		c.token(ctx, agent.RequestAdd, in, message[0] == msgAddSmartcardKeyConstraint, c.server.Keyring.AddToken)
+		c.token(ctx, request.ActionAdd, in, message[0] == msgAddSmartcardKeyConstraint, c.server.Keyring.AddToken)
 	case msgRemoveSmartcardKey:
-		c.token(ctx, agent.RequestRemove, in, false, c.server.Keyring.RemoveToken)
+		c.token(ctx, request.ActionRemove, in, false, c.server.Keyring.RemoveToken)
 	case msgAddIdentity, msgAddIdentityConstraint:
 		c.add(ctx, message)
 	case msgLock:
-		c.lock(ctx, agent.RequestLock, in, c.server.Keyring.Lock)
+		c.lock(ctx, request.ActionLock, in, c.server.Keyring.Lock)
 	case msgUnlock:
-		c.lock(ctx, agent.RequestUnlock, in, c.server.Keyring.Unlock)
+		c.lock(ctx, request.ActionUnlock, in, c.server.Keyring.Unlock)
 	case msgExtension:
 		c.extension(ctx, message)
 	default:
@@ -161,15 +162,15 @@ func (c *conn) fail(what string, reason error) {
 
 // reject refuses a request that the keyring does not get to see, but in what it
 // notes of requests.
-func (c *conn) reject(request agent.Request, reason error) {
+func (c *conn) reject(action request.Action, reason error) {
 	c.out = append(c.out, msgFailure)
-	c.server.Keyring.Refuse(c.caller, request, reason)
+	c.server.Keyring.Refuse(c.caller, action, reason)
 }
 
 // wellFormed refuses a request that does not end with its last field.
-func (c *conn) wellFormed(request agent.Request, in reader) bool {
+func (c *conn) wellFormed(action request.Action, in reader) bool {
 	if err := in.end(); err != nil {
-		c.reject(request, err)
+		c.reject(action, err)
 		return false
 	}
 	return true
@@ -295,12 +296,12 @@ func listed(list []byte) int { return int(binary.BigEndian.Uint32(list[5:])) }
 
 // sign answers SSH_AGENTC_SIGN_REQUEST (RFC 9987 section 5.6).
 func (c *conn) sign(ctx context.Context, in reader) {
-	r := agent.SignRequest{Key: in.bytes(), Data: in.bytes(), Flags: agent.SignatureFlags(in.uint32())}
-	if !c.wellFormed(agent.RequestSign, in) {
+	r := request.Sign{Key: in.bytes(), Data: in.bytes(), Flags: request.SignatureFlags(in.uint32())}
+	if !c.wellFormed(request.ActionSign, in) {
 		return
 	}
-	if unknown := r.Flags &^ (agent.SignatureRSASHA2256 | agent.SignatureRSASHA2512); unknown != 0 {
-		c.reject(agent.RequestSign, fmt.Errorf("unknown signature flags %#x", uint32(unknown)))
+	if unknown := r.Flags &^ (request.SignatureRSASHA2256 | request.SignatureRSASHA2512); unknown != 0 {
+		c.reject(request.ActionSign, fmt.Errorf("unknown signature flags %#x", uint32(unknown)))
 		return
 	}
 	r.Content, r.Login = parseContent(r.Data, r.Key)
@@ -319,23 +320,23 @@ func (c *conn) sign(ctx context.Context, in reader) {
 }
 
 // lock answers SSH_AGENTC_LOCK and SSH_AGENTC_UNLOCK (RFC 9987 section 5.7).
-func (c *conn) lock(ctx context.Context, request agent.Request, in reader, do func(context.Context, *agent.Caller, *secret.Secret) error) {
+func (c *conn) lock(ctx context.Context, action request.Action, in reader, do func(context.Context, *request.Caller, *secret.Secret) error) {
 	text := in.bytes()
-	if !c.wellFormed(request, in) {
+	if !c.wellFormed(action, in) {
 		return
 	}
 	if len(text) > maxPIN {
-		c.reject(request, fmt.Errorf("a passphrase of more than %d bytes", maxPIN))
+		c.reject(action, fmt.Errorf("a passphrase of more than %d bytes", maxPIN))
 		return
 	}
 	if err := c.keep(locked, lockedSize(len(text))); err != nil {
-		c.reject(request, err)
+		c.reject(action, err)
 		return
 	}
 	defer c.uncount(locked, lockedSize(len(text)))
 	phrase, err := secret.From(text)
 	if err != nil {
-		c.reject(request, err)
+		c.reject(action, err)
 		return
 	}
 	defer phrase.Wipe()
@@ -343,51 +344,51 @@ func (c *conn) lock(ctx context.Context, request agent.Request, in reader, do fu
 }
 
 // token answers the smart card requests (RFC 9987 sections 5.2.6 and 5.4).
-func (c *conn) token(ctx context.Context, request agent.Request, in reader, constrained bool,
-	do func(context.Context, *agent.Caller, agent.TokenRequest) error,
+func (c *conn) token(ctx context.Context, action request.Action, in reader, constrained bool,
+	do func(context.Context, *request.Caller, request.Token) error,
 ) {
 	provider, pin := in.bytes(), in.bytes()
 	switch {
 	case len(provider) > maxURI:
-		c.reject(request, fmt.Errorf("a URI or path of %d bytes: the limit is %d", len(provider), maxURI))
+		c.reject(action, fmt.Errorf("a URI or path of %d bytes: the limit is %d", len(provider), maxURI))
 		return
 	case len(pin) > maxPIN:
-		c.reject(request, fmt.Errorf("a PIN of more than %d bytes", maxPIN))
+		c.reject(action, fmt.Errorf("a PIN of more than %d bytes", maxPIN))
 		return
 	}
-	r := agent.TokenRequest{Provider: provider}
+	r := request.Token{Provider: provider}
 	if constrained {
 		constraints, err := parseConstraints(&in, true)
 		if err != nil {
-			c.reject(request, err)
+			c.reject(action, err)
 			return
 		}
 		r.Constraints = constraints
 		size := constraints.Size()
 		if err := c.keep(memory, size); err != nil {
-			c.reject(request, err)
+			c.reject(action, err)
 			return
 		}
 		defer c.uncount(memory, size)
 	}
-	if !c.wellFormed(request, in) {
+	if !c.wellFormed(action, in) {
 		return
 	}
 	// Both are C strings to every other agent, which would go by what comes
 	// before the NUL.
 	if bytes.IndexByte(provider, 0) >= 0 || bytes.IndexByte(pin, 0) >= 0 {
-		c.reject(request, errNUL)
+		c.reject(action, errNUL)
 		return
 	}
 	if len(pin) > 0 {
 		err := c.keep(locked, lockedSize(len(pin)))
 		if err != nil {
-			c.reject(request, err)
+			c.reject(action, err)
 			return
 		}
 		defer c.uncount(locked, lockedSize(len(pin)))
 		if r.PIN, err = secret.From(pin); err != nil {
-			c.reject(request, err)
+			c.reject(action, err)
 			return
 		}
 		defer r.PIN.Wipe()
@@ -468,7 +469,7 @@ const (
 //
 // A failure is remembered for the life of the connection.
 func (c *conn) bind(in reader, message []byte) error {
-	var bind agent.Bind
+	var bind request.Bind
 	err := fmt.Errorf("a bind of %d bytes: the limit is %d", len(message), maxBind)
 	if len(message) <= maxBind {
 		bind, err = parseBind(in)
@@ -498,7 +499,7 @@ func (c *conn) bind(in reader, message []byte) error {
 
 var errAlreadyBound = errors.New("the session is bound already")
 
-func (c *conn) mayBind(bind agent.Bind) error {
+func (c *conn) mayBind(bind request.Bind) error {
 	for _, b := range c.caller.Binds {
 		switch {
 		case !b.Forwarding:
@@ -517,7 +518,7 @@ func (c *conn) mayBind(bind agent.Bind) error {
 }
 
 // keepBind counts what the connection keeps of a bind.
-func (c *conn) keepBind(bind agent.Bind) error {
+func (c *conn) keepBind(bind request.Bind) error {
 	size := bind.Size()
 	if c.bound+size > maxBound {
 		return fmt.Errorf("the binds of the connection would keep %d bytes, and the limit is %d", c.bound+size, maxBound)
@@ -530,27 +531,27 @@ func (c *conn) keepBind(bind agent.Bind) error {
 }
 
 // parseBind reads and verifies a bind. Nothing of it lies in the message.
-func parseBind(in reader) (agent.Bind, error) {
+func parseBind(in reader) (request.Bind, error) {
 	blob, id, signature, forwarding := in.bytes(), in.bytes(), in.bytes(), in.bool()
 	if err := in.end(); err != nil {
-		return agent.Bind{}, err
+		return request.Bind{}, err
 	}
 	if len(id) == 0 || len(id) > maxSessionID {
-		return agent.Bind{}, fmt.Errorf("session identifier of %d bytes", len(id))
+		return request.Bind{}, fmt.Errorf("session identifier of %d bytes", len(id))
 	}
 	key, err := parseKey(blob, maxHostKey)
 	if err != nil {
-		return agent.Bind{}, err
+		return request.Bind{}, err
 	}
 	sig := reader{rest: signature}
 	format, value := sig.bytes(), sig.bytes()
 	if sig.failed {
-		return agent.Bind{}, errMalformed
+		return request.Bind{}, errMalformed
 	}
 	if err := agent.VerifySignature(key, id, &ssh.Signature{Format: string(format), Blob: value, Rest: sig.rest}); err != nil {
-		return agent.Bind{}, fmt.Errorf("the host key %s has not signed the session", ssh.FingerprintSHA256(key))
+		return request.Bind{}, fmt.Errorf("the host key %s has not signed the session", ssh.FingerprintSHA256(key))
 	}
-	return agent.Bind{HostKey: key, SessionID: bytes.Clone(id), Forwarding: forwarding}, nil
+	return request.Bind{HostKey: key, SessionID: bytes.Clone(id), Forwarding: forwarding}, nil
 }
 
 // parseKey reads a public key of at most limit bytes, if OpenSSH reads it as well.

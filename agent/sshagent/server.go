@@ -12,8 +12,8 @@ import (
 	"syscall"
 	"time"
 
-	"p11-agent/agent"
 	"p11-agent/agent/peer"
+	"p11-agent/agent/request"
 )
 
 // DefaultMaxConnections is how many connections a Server has at once unless
@@ -76,7 +76,7 @@ func SameUser(p peer.Peer) error {
 func (s *Server) Serve(ctx context.Context, l Listener) error { return s.ServeSocket(ctx, l, nil) }
 
 // ServeSocket is Serve for a socket that has rules of its own.
-func (s *Server) ServeSocket(ctx context.Context, l Listener, rules *agent.Socket) error {
+func (s *Server) ServeSocket(ctx context.Context, l Listener, rules *request.Socket) error {
 	s.table()
 	ctx, cancel := context.WithCancel(ctx)
 	defer cancel()
@@ -131,7 +131,7 @@ func (s *Server) table() *clients {
 	return s.clients
 }
 
-func (s *Server) accept(ctx context.Context, l Listener, rules *agent.Socket, w *watcher, clients *sync.WaitGroup) error {
+func (s *Server) accept(ctx context.Context, l Listener, rules *request.Socket, w *watcher, clients *sync.WaitGroup) error {
 	table := s.table()
 	var pause time.Duration
 	for {

@@ -23,8 +23,8 @@ import (
 	"golang.org/x/crypto/ssh"
 	"golang.org/x/sys/unix"
 
-	"p11-agent/agent"
 	"p11-agent/agent/peer"
+	"p11-agent/agent/request"
 )
 
 // waiting is a keyring whose signatures take until their context ends, as one
@@ -32,7 +32,7 @@ import (
 func waiting() (keyring *fakeKeyring, begun chan struct{}, ended chan error) {
 	begun, ended = make(chan struct{}, 1000), make(chan error, 1000)
 	keyring = newKeyring()
-	keyring.sign = func(ctx context.Context, _ *agent.Caller, _ agent.SignRequest) (*ssh.Signature, error) {
+	keyring.sign = func(ctx context.Context, _ *request.Caller, _ request.Sign) (*ssh.Signature, error) {
 		begun <- struct{}{}
 		<-ctx.Done()
 		ended <- context.Cause(ctx)
@@ -107,7 +107,7 @@ func TestKilledClientEndsTheRequest(t *testing.T) {
 func TestHalfClosedClientIsAnswered(t *testing.T) {
 	keyring := newKeyring()
 	begun, proceed := make(chan struct{}), make(chan struct{})
-	keyring.sign = func(ctx context.Context, _ *agent.Caller, _ agent.SignRequest) (*ssh.Signature, error) {
+	keyring.sign = func(ctx context.Context, _ *request.Caller, _ request.Sign) (*ssh.Signature, error) {
 		begun <- struct{}{}
 		<-proceed
 		return &ssh.Signature{Format: "alg"}, ctx.Err()
@@ -235,7 +235,7 @@ func TestStopWithClients(t *testing.T) {
 func TestStopAnswersLast(t *testing.T) {
 	keyring := newKeyring()
 	begun, proceed := make(chan struct{}), make(chan struct{})
-	keyring.sign = func(ctx context.Context, _ *agent.Caller, _ agent.SignRequest) (*ssh.Signature, error) {
+	keyring.sign = func(ctx context.Context, _ *request.Caller, _ request.Sign) (*ssh.Signature, error) {
 		begun <- struct{}{}
 		<-ctx.Done()
 		<-proceed
@@ -280,7 +280,7 @@ func TestStopAnswersLast(t *testing.T) {
 func TestStopWithStuckClient(t *testing.T) {
 	keyring := newKeyring()
 	begun := make(chan struct{})
-	keyring.sign = func(ctx context.Context, _ *agent.Caller, _ agent.SignRequest) (*ssh.Signature, error) {
+	keyring.sign = func(ctx context.Context, _ *request.Caller, _ request.Sign) (*ssh.Signature, error) {
 		begun <- struct{}{}
 		<-ctx.Done()
 		return &ssh.Signature{Format: "alg", Blob: make([]byte, 4<<20)}, nil
@@ -458,7 +458,7 @@ func TestTooManyConnections(t *testing.T) {
 func TestPanicCostsOneConnection(t *testing.T) {
 	log, book := newLog()
 	keyring := newKeyring()
-	keyring.sign = func(context.Context, *agent.Caller, agent.SignRequest) (*ssh.Signature, error) {
+	keyring.sign = func(context.Context, *request.Caller, request.Sign) (*ssh.Signature, error) {
 		panic("confidential")
 	}
 	r := serve(t, &Server{Keyring: keyring, Log: log})

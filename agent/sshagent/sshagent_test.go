@@ -26,6 +26,7 @@ import (
 	"golang.org/x/crypto/ssh"
 
 	"p11-agent/agent"
+	"p11-agent/agent/request"
 	"p11-agent/pinentry/secret"
 )
 
@@ -33,13 +34,13 @@ import (
 type fakeKeyring struct {
 	signers []ssh.Signer
 	// sign replaces Sign when it is set.
-	sign func(context.Context, *agent.Caller, agent.SignRequest) (*ssh.Signature, error)
+	sign func(context.Context, *request.Caller, request.Sign) (*ssh.Signature, error)
 	// list replaces List when it is set.
 	list func() []agent.Identity
 	// pass answers what is passed on; nil: nobody does.
 	pass func(message []byte) ([]byte, error)
 	// add is told of keys that are added.
-	add func(agent.KeyRequest)
+	add func(request.AddKey)
 
 	mu      sync.Mutex
 	calls   []call
@@ -52,8 +53,8 @@ type call struct {
 	key         string
 	provider    string
 	pin         string
-	constraints agent.Constraints
-	caller      *agent.Caller
+	constraints request.Constraints
+	caller      *request.Caller
 }
 
 var errNoKey = errors.New("no such key")
@@ -70,7 +71,7 @@ func (k *fakeKeyring) noted() []call {
 	return slices.Clone(k.calls)
 }
 
-func (k *fakeKeyring) List(_ context.Context, c *agent.Caller) (*agent.Listing, error) {
+func (k *fakeKeyring) List(_ context.Context, c *request.Caller) (*agent.Listing, error) {
 	k.note(call{method: "List", caller: c})
 	if k.list != nil {
 		return &agent.Listing{Identities: k.list()}, nil
@@ -82,7 +83,7 @@ func (k *fakeKeyring) List(_ context.Context, c *agent.Caller) (*agent.Listing, 
 	return &agent.Listing{Identities: ids}, nil
 }
 
-func (k *fakeKeyring) Sign(ctx context.Context, c *agent.Caller, r agent.SignRequest) (*ssh.Signature, error) {
+func (k *fakeKeyring) Sign(ctx context.Context, c *request.Caller, r request.Sign) (*ssh.Signature, error) {
 	k.note(call{method: "Sign", key: string(r.Key), caller: c})
 	if k.sign != nil {
 		return k.sign(ctx, c, r)
@@ -94,9 +95,9 @@ func (k *fakeKeyring) Sign(ctx context.Context, c *agent.Caller, r agent.SignReq
 		algorithm := s.PublicKey().Type()
 		switch {
 		case algorithm != ssh.KeyAlgoRSA:
-		case r.Flags&agent.SignatureRSASHA2512 != 0:
+		case r.Flags&request.SignatureRSASHA2512 != 0:
 			algorithm = ssh.KeyAlgoRSASHA512
-		case r.Flags&agent.SignatureRSASHA2256 != 0:
+		case r.Flags&request.SignatureRSASHA2256 != 0:
 			algorithm = ssh.KeyAlgoRSASHA256
 		}
 		return s.(ssh.AlgorithmSigner).SignWithAlgorithm(rand.Reader, r.Data, algorithm)
@@ -104,12 +105,12 @@ func (k *fakeKeyring) Sign(ctx context.Context, c *agent.Caller, r agent.SignReq
 	return nil, errNoKey
 }
 
-func (k *fakeKeyring) AddToken(_ context.Context, c *agent.Caller, r agent.TokenRequest) error {
+func (k *fakeKeyring) AddToken(_ context.Context, c *request.Caller, r request.Token) error {
 	k.note(call{method: "AddToken", provider: string(r.Provider), pin: string(r.PIN.Bytes()), constraints: r.Constraints, caller: c})
 	return nil
 }
 
-func (k *fakeKeyring) Add(_ context.Context, c *agent.Caller, r agent.KeyRequest) error {
+func (k *fakeKeyring) Add(_ context.Context, c *request.Caller, r request.AddKey) error {
 	k.note(call{method: "Add", key: string(r.Public.Marshal()), provider: r.Comment, constraints: r.Constraints, caller: c})
 	if k.add != nil {
 		k.add(r)
@@ -117,17 +118,17 @@ func (k *fakeKeyring) Add(_ context.Context, c *agent.Caller, r agent.KeyRequest
 	return nil
 }
 
-func (k *fakeKeyring) Lock(_ context.Context, c *agent.Caller, phrase *secret.Secret) error {
+func (k *fakeKeyring) Lock(_ context.Context, c *request.Caller, phrase *secret.Secret) error {
 	k.note(call{method: "Lock", pin: string(phrase.Bytes()), caller: c})
 	return nil
 }
 
-func (k *fakeKeyring) Unlock(_ context.Context, c *agent.Caller, phrase *secret.Secret) error {
+func (k *fakeKeyring) Unlock(_ context.Context, c *request.Caller, phrase *secret.Secret) error {
 	k.note(call{method: "Unlock", pin: string(phrase.Bytes()), caller: c})
 	return nil
 }
 
-func (k *fakeKeyring) Pass(_ context.Context, c *agent.Caller, message []byte) ([]byte, error) {
+func (k *fakeKeyring) Pass(_ context.Context, c *request.Caller, message []byte) ([]byte, error) {
 	if k.pass == nil {
 		return nil, agent.ErrNotPassed
 	}
@@ -135,12 +136,12 @@ func (k *fakeKeyring) Pass(_ context.Context, c *agent.Caller, message []byte) (
 	return k.pass(message)
 }
 
-func (k *fakeKeyring) RemoveToken(_ context.Context, c *agent.Caller, r agent.TokenRequest) error {
+func (k *fakeKeyring) RemoveToken(_ context.Context, c *request.Caller, r request.Token) error {
 	k.note(call{method: "RemoveToken", provider: string(r.Provider), pin: string(r.PIN.Bytes()), caller: c})
 	return nil
 }
 
-func (k *fakeKeyring) Remove(_ context.Context, c *agent.Caller, key []byte) error {
+func (k *fakeKeyring) Remove(_ context.Context, c *request.Caller, key []byte) error {
 	k.note(call{method: "Remove", key: string(key), caller: c})
 	for _, s := range k.signers {
 		if bytes.Equal(s.PublicKey().Marshal(), key) {
@@ -150,27 +151,27 @@ func (k *fakeKeyring) Remove(_ context.Context, c *agent.Caller, key []byte) err
 	return errNoKey
 }
 
-func (k *fakeKeyring) RemoveAll(_ context.Context, c *agent.Caller) error {
+func (k *fakeKeyring) RemoveAll(_ context.Context, c *request.Caller) error {
 	k.note(call{method: "RemoveAll", caller: c})
 	return nil
 }
 
-func (k *fakeKeyring) Status(_ context.Context, c *agent.Caller, provider []byte) ([]byte, error) {
+func (k *fakeKeyring) Status(_ context.Context, c *request.Caller, provider []byte) ([]byte, error) {
 	k.note(call{method: "Status", provider: string(provider), caller: c})
 	return []byte(`{"version":"1"}`), agent.MayControl(c)
 }
 
-func (k *fakeKeyring) Login(_ context.Context, c *agent.Caller, r agent.LoginRequest) (agent.LoginAnswer, error) {
+func (k *fakeKeyring) Login(_ context.Context, c *request.Caller, r request.TokenLogin) (request.LoginAnswer, error) {
 	k.note(call{method: "Login", provider: string(r.Provider), pin: string(r.PIN.Bytes()), caller: c})
-	return agent.LoginAnswer{Already: true, Tries: "low"}, agent.MayControl(c)
+	return request.LoginAnswer{Already: true, Tries: "low"}, agent.MayControl(c)
 }
 
-func (k *fakeKeyring) Logout(_ context.Context, c *agent.Caller, provider []byte) error {
+func (k *fakeKeyring) Logout(_ context.Context, c *request.Caller, provider []byte) error {
 	k.note(call{method: "Logout", provider: string(provider), caller: c})
 	return agent.MayControl(c)
 }
 
-func (k *fakeKeyring) Refuse(_ *agent.Caller, request agent.Request, reason error) {
+func (k *fakeKeyring) Refuse(_ *request.Caller, request request.Action, reason error) {
 	k.mu.Lock()
 	defer k.mu.Unlock()
 	k.refused = append(k.refused, fmt.Sprintf("%s: %v", request, reason))

@@ -20,6 +20,7 @@ import (
 	"golang.org/x/sys/unix"
 
 	"p11-agent/agent"
+	"p11-agent/agent/request"
 )
 
 const (
@@ -101,7 +102,7 @@ func (u *Upstream) Close() error {
 
 // List returns the identities of the agent. Keys that cannot be read are left
 // out, and comments are made fit to be shown.
-func (u *Upstream) List(ctx context.Context, c *agent.Caller) ([]agent.Identity, error) {
+func (u *Upstream) List(ctx context.Context, c *request.Caller) ([]agent.Identity, error) {
 	if u.isSlow() {
 		return nil, u.wrap(silent(listPatience))
 	}
@@ -131,7 +132,7 @@ func (u *Upstream) List(ctx context.Context, c *agent.Caller) ([]agent.Identity,
 
 // Sign waits as long as ctx does: a person may be asked. It leaves to clients to
 // verify the signature.
-func (u *Upstream) Sign(ctx context.Context, c *agent.Caller, r agent.SignRequest) (*ssh.Signature, error) {
+func (u *Upstream) Sign(ctx context.Context, c *request.Caller, r request.Sign) (*ssh.Signature, error) {
 	request := appendString([]byte{msgSignRequest}, r.Key)
 	request = appendString(request, r.Data)
 	request = binary.BigEndian.AppendUint32(request, uint32(r.Flags))
@@ -147,7 +148,7 @@ func (u *Upstream) Sign(ctx context.Context, c *agent.Caller, r agent.SignReques
 }
 
 // Remove removes a key from the agent.
-func (u *Upstream) Remove(ctx context.Context, c *agent.Caller, key []byte) error {
+func (u *Upstream) Remove(ctx context.Context, c *request.Caller, key []byte) error {
 	answer, err := u.ask(ctx, c, removePatience, appendString([]byte{msgRemoveIdentity}, key))
 	if err != nil {
 		return err
@@ -164,7 +165,7 @@ func (u *Upstream) Remove(ctx context.Context, c *agent.Caller, key []byte) erro
 
 // Pass sends a message as it is and returns the answer as it is, its type
 // first. A refusal is an error.
-func (u *Upstream) Pass(ctx context.Context, c *agent.Caller, message []byte) ([]byte, error) {
+func (u *Upstream) Pass(ctx context.Context, c *request.Caller, message []byte) ([]byte, error) {
 	answer, err := u.ask(ctx, c, passPatience, message)
 	if err != nil {
 		return nil, err
@@ -215,7 +216,7 @@ func (u *Upstream) checkLocked() {
 // ask sends a request and returns the answer, of at least one byte, in memory of
 // its own. A limit of 0 is none. Every error names the agent, and is errSilent
 // only when it was the limit that ran out.
-func (u *Upstream) ask(ctx context.Context, c *agent.Caller, limit time.Duration, request []byte) ([]byte, error) {
+func (u *Upstream) ask(ctx context.Context, c *request.Caller, limit time.Duration, request []byte) ([]byte, error) {
 	u.mu.Lock()
 	closed := u.closed
 	u.mu.Unlock()
@@ -243,7 +244,7 @@ func (u *Upstream) ask(ctx context.Context, c *agent.Caller, limit time.Duration
 }
 
 // exchange makes a connection, binds it as the Caller's is, and asks.
-func (u *Upstream) exchange(ctx context.Context, c *agent.Caller, request []byte) ([]byte, error) {
+func (u *Upstream) exchange(ctx context.Context, c *request.Caller, request []byte) ([]byte, error) {
 	dial := u.connect
 	if u.testOnlyDial != nil {
 		dial = u.testOnlyDial
@@ -292,7 +293,7 @@ var failingBind = append(appendString([]byte{msgExtension}, extensionSessionBind
 // that failed is not kept, but the other agent has to know of it: to ssh-agent a
 // connection that nobody has tried to bind is a local one, which may do more
 // (socket_is_remote in OpenSSH's ssh-agent.c).
-func bindsOf(c *agent.Caller) [][]byte {
+func bindsOf(c *request.Caller) [][]byte {
 	if c == nil {
 		return nil
 	}

@@ -28,6 +28,7 @@ import (
 	"golang.org/x/crypto/ssh"
 
 	"p11-agent/agent"
+	"p11-agent/agent/request"
 )
 
 var upstreams = regexp.MustCompile(`sshagent\.\(\*(Upstream|fakeAgent)\)`)
@@ -135,25 +136,25 @@ func identitiesAnswer(fields ...any) []byte {
 }
 
 // requests are the requests of an Upstream, each of which fails in its own way.
-var requests = map[string]func(context.Context, *Upstream, *agent.Caller) error{
-	"list": func(ctx context.Context, u *Upstream, c *agent.Caller) error {
+var requests = map[string]func(context.Context, *Upstream, *request.Caller) error{
+	"list": func(ctx context.Context, u *Upstream, c *request.Caller) error {
 		ids, err := u.List(ctx, c)
 		if err != nil && ids != nil {
 			return errors.New("an error and identities")
 		}
 		return err
 	},
-	"sign": func(ctx context.Context, u *Upstream, c *agent.Caller) error {
-		sig, err := u.Sign(ctx, c, agent.SignRequest{Key: []byte("confidential key"), Data: []byte("confidential data")})
+	"sign": func(ctx context.Context, u *Upstream, c *request.Caller) error {
+		sig, err := u.Sign(ctx, c, request.Sign{Key: []byte("confidential key"), Data: []byte("confidential data")})
 		if err != nil && sig != nil {
 			return errors.New("an error and a signature")
 		}
 		return err
 	},
-	"remove": func(ctx context.Context, u *Upstream, c *agent.Caller) error {
+	"remove": func(ctx context.Context, u *Upstream, c *request.Caller) error {
 		return u.Remove(ctx, c, []byte("confidential key"))
 	},
-	"pass": func(ctx context.Context, u *Upstream, c *agent.Caller) error {
+	"pass": func(ctx context.Context, u *Upstream, c *request.Caller) error {
 		answer, err := u.Pass(ctx, c, message(200, "confidential"))
 		if err != nil && answer != nil {
 			return errors.New("an error and an answer")
@@ -226,7 +227,7 @@ func add(t *testing.T, socket string, args ...string) {
 func TestUpstreamSSHAgent(t *testing.T) {
 	socket := realAgent(t, 0)
 	u := checkUpstreamLeaks(t, socket)
-	c := &agent.Caller{}
+	c := &request.Caller{}
 	if u.Name() != socket {
 		t.Errorf("name %s", u.Name())
 	}
@@ -257,18 +258,18 @@ func TestUpstreamSSHAgent(t *testing.T) {
 	}
 	for _, test := range []struct {
 		kind   string
-		flags  agent.SignatureFlags
+		flags  request.SignatureFlags
 		format string
 	}{
 		{"ed25519", 0, ssh.KeyAlgoED25519},
 		{"ecdsa", 0, ssh.KeyAlgoECDSA256},
 		{"rsa", 0, ssh.KeyAlgoRSA},
-		{"rsa", agent.SignatureRSASHA2256, ssh.KeyAlgoRSASHA256},
-		{"rsa", agent.SignatureRSASHA2512, ssh.KeyAlgoRSASHA512},
+		{"rsa", request.SignatureRSASHA2256, ssh.KeyAlgoRSASHA256},
+		{"rsa", request.SignatureRSASHA2512, ssh.KeyAlgoRSASHA512},
 	} {
 		t.Run("sign "+test.format, func(t *testing.T) {
 			data := bytes.Repeat([]byte("data"), 1000)
-			sig, err := u.Sign(t.Context(), c, agent.SignRequest{Key: pubs[test.kind].Marshal(), Data: data, Flags: test.flags})
+			sig, err := u.Sign(t.Context(), c, request.Sign{Key: pubs[test.kind].Marshal(), Data: data, Flags: test.flags})
 			if err != nil {
 				t.Fatal(err)
 			}
@@ -282,7 +283,7 @@ func TestUpstreamSSHAgent(t *testing.T) {
 		for i := range 32 {
 			group.Go(func() {
 				data := fmt.Append(nil, i)
-				sig, err := u.Sign(t.Context(), c, agent.SignRequest{Key: pubs["ed25519"].Marshal(), Data: data})
+				sig, err := u.Sign(t.Context(), c, request.Sign{Key: pubs["ed25519"].Marshal(), Data: data})
 				if err == nil {
 					err = pubs["ed25519"].Verify(data, sig)
 				}
@@ -295,7 +296,7 @@ func TestUpstreamSSHAgent(t *testing.T) {
 	})
 	t.Run("refused", func(t *testing.T) {
 		unknown := makeSigners()[0].PublicKey().Marshal()
-		_, signErr := u.Sign(t.Context(), c, agent.SignRequest{Key: unknown})
+		_, signErr := u.Sign(t.Context(), c, request.Sign{Key: unknown})
 		_, passErr := u.Pass(t.Context(), c, message(200))
 		_, extensionErr := u.Pass(t.Context(), c, message(27, "no-such@example.com"))
 		for _, err := range []error{signErr, passErr, extensionErr, u.Remove(t.Context(), c, unknown)} {
@@ -343,16 +344,16 @@ func TestUpstreamDestinations(t *testing.T) {
 	}
 	add(t, socket, "-H", known, "-h", "right.example", file)
 
-	bound := func(messages ...[]byte) *agent.Caller {
-		c := &agent.Caller{}
+	bound := func(messages ...[]byte) *request.Caller {
+		c := &request.Caller{}
 		for _, m := range messages {
-			c.Binds = append(c.Binds, agent.Bind{Message: m})
+			c.Binds = append(c.Binds, request.Bind{Message: m})
 		}
 		return c
 	}
 	for _, test := range []struct {
 		name           string
-		caller         *agent.Caller
+		caller         *request.Caller
 		listed, signed bool
 	}{
 		// Without a session, nothing says which host it would be for.
@@ -367,7 +368,7 @@ func TestUpstreamDestinations(t *testing.T) {
 			if err != nil || (len(ids) == 1) != test.listed {
 				t.Errorf("%d identities, %v", len(ids), err)
 			}
-			_, err = u.Sign(t.Context(), test.caller, agent.SignRequest{Key: pub.Marshal(), Data: loginTo(pub, "session", right)})
+			_, err = u.Sign(t.Context(), test.caller, request.Sign{Key: pub.Marshal(), Data: loginTo(pub, "session", right)})
 			if (err == nil) != test.signed {
 				t.Errorf("sign: %v", err)
 			}
@@ -383,12 +384,12 @@ func TestUpstreamCaller(t *testing.T) {
 	h := newHost(t)
 	for _, test := range []struct {
 		name   string
-		caller agent.Caller
+		caller request.Caller
 	}{
-		{"not bound", agent.Caller{}},
-		{"forwarded and bound", agent.Caller{Binds: []agent.Bind{{Message: h.bind(t, "1", true)}, {Message: h.bind(t, "2", false)}}, Forwarded: true}},
-		{"failed", agent.Caller{BindFailed: true, Forwarded: true}},
-		{"bound and failed", agent.Caller{Binds: []agent.Bind{{Message: h.bind(t, "1", false)}}, BindFailed: true, Forwarded: true}},
+		{"not bound", request.Caller{}},
+		{"forwarded and bound", request.Caller{Binds: []request.Bind{{Message: h.bind(t, "1", true)}, {Message: h.bind(t, "2", false)}}, Forwarded: true}},
+		{"failed", request.Caller{BindFailed: true, Forwarded: true}},
+		{"bound and failed", request.Caller{Binds: []request.Bind{{Message: h.bind(t, "1", false)}}, BindFailed: true, Forwarded: true}},
 	} {
 		t.Run(test.name, func(t *testing.T) {
 			before := len(keyring.noted())
@@ -419,8 +420,8 @@ func TestUpstreamOfAnotherUser(t *testing.T) {
 		t.Skip("this needs root, to become another user")
 	}
 	u := checkUpstreamLeaks(t, realAgent(t, nobody))
-	for name, request := range requests {
-		err := request(t.Context(), u, nil)
+	for name, call := range requests {
+		err := call(t.Context(), u, nil)
 		if err == nil || !strings.Contains(err.Error(), u.path) || !strings.Contains(err.Error(), "another user (uid 65534)") {
 			t.Errorf("%s: %v", name, err)
 		}
@@ -458,9 +459,9 @@ func TestUpstreamDead(t *testing.T) {
 	for path, want := range map[string]error{filepath.Join(dir, "none"): syscall.ENOENT, dead: syscall.ECONNREFUSED} {
 		t.Run(want.Error(), func(t *testing.T) {
 			u := checkUpstreamLeaks(t, path)
-			for name, request := range requests {
+			for name, call := range requests {
 				for range 2 {
-					err := request(t.Context(), u, nil)
+					err := call(t.Context(), u, nil)
 					if !errors.Is(err, want) || !strings.HasPrefix(err.Error(), "the agent at "+path+" ") || strings.Count(err.Error(), path) != 1 {
 						t.Errorf("%s: %v, want %v", name, err, want)
 					}
@@ -490,8 +491,8 @@ func TestUpstreamQueueFull(t *testing.T) {
 	}
 	defer conn.Close()
 	u := checkUpstreamLeaks(t, path)
-	for name, request := range requests {
-		if err := request(t.Context(), u, nil); !errors.Is(err, syscall.EAGAIN) || !strings.Contains(err.Error(), path) {
+	for name, call := range requests {
+		if err := call(t.Context(), u, nil); !errors.Is(err, syscall.EAGAIN) || !strings.Contains(err.Error(), path) {
 			t.Errorf("%s: %v", name, err)
 		}
 	}
@@ -500,9 +501,9 @@ func TestUpstreamQueueFull(t *testing.T) {
 func TestUpstreamBinds(t *testing.T) {
 	h := newHost(t)
 	binds := [][]byte{h.bind(t, "1", true), h.bind(t, "2", true), h.bind(t, "3", false)}
-	caller := &agent.Caller{}
+	caller := &request.Caller{}
 	for _, b := range binds {
-		caller.Binds = append(caller.Binds, agent.Bind{Message: b})
+		caller.Binds = append(caller.Binds, request.Bind{Message: b})
 	}
 	failed := *caller
 	failed.BindFailed = true
@@ -521,18 +522,18 @@ func TestUpstreamBinds(t *testing.T) {
 	}
 	for _, test := range []struct {
 		name   string
-		caller *agent.Caller
+		caller *request.Caller
 		answer byte // to binds
 		want   [][]byte
 	}{
 		{"nobody's", nil, 6, nil},
-		{"not bound", &agent.Caller{}, 6, nil},
+		{"not bound", &request.Caller{}, 6, nil},
 		{"bound", caller, 6, binds},
 		{"refused", caller, 5, binds},
 		{"refused as an extension", caller, 28, binds},
 		{"failed here", &failed, 28, append(slices.Clone(binds), message(27, "session-bind@openssh.com", "", "", "", false))},
 	} {
-		for name, request := range requests {
+		for name, call := range requests {
 			t.Run(test.name+" "+name, func(t *testing.T) {
 				got := make(chan [][]byte, 2)
 				u := serveUpstream(t, func(_ int, conn net.Conn) {
@@ -552,7 +553,7 @@ func TestUpstreamBinds(t *testing.T) {
 					}
 				})
 				for range 2 { // each on a connection of its own
-					if err := request(t.Context(), u, test.caller); err != nil {
+					if err := call(t.Context(), u, test.caller); err != nil {
 						t.Fatal(err)
 					}
 					want := append(slices.Clone(test.want), last[name])
@@ -566,7 +567,7 @@ func TestUpstreamBinds(t *testing.T) {
 }
 
 func TestUpstreamBadBinds(t *testing.T) {
-	caller := &agent.Caller{Binds: []agent.Bind{{Message: newHost(t).bind(t, "s", false)}}}
+	caller := &request.Caller{Binds: []request.Bind{{Message: newHost(t).bind(t, "s", false)}}}
 	for name, answer := range map[string][]byte{
 		"list":          framed(identitiesAnswer()),
 		"signature":     framed(message(14, encode("alg", "blob"))),
@@ -581,8 +582,8 @@ func TestUpstreamBadBinds(t *testing.T) {
 				readAnswer(conn)
 				conn.Write(answer)
 			})
-			for name, request := range requests {
-				if err := request(t.Context(), u, caller); err == nil || !strings.Contains(err.Error(), u.path) {
+			for name, call := range requests {
+				if err := call(t.Context(), u, caller); err == nil || !strings.Contains(err.Error(), u.path) {
 					t.Errorf("%s: %v", name, err)
 				}
 			}
@@ -590,8 +591,8 @@ func TestUpstreamBadBinds(t *testing.T) {
 	}
 	t.Run("cannot be repeated", func(t *testing.T) {
 		u := serveUpstream(t, answering(framed([]byte{6})))
-		for name, request := range requests {
-			if err := request(t.Context(), u, &agent.Caller{Binds: []agent.Bind{{}}}); err == nil {
+		for name, call := range requests {
+			if err := call(t.Context(), u, &request.Caller{Binds: []request.Bind{{}}}); err == nil {
 				t.Errorf("%s without the bind", name)
 			}
 		}
@@ -645,8 +646,8 @@ func TestUpstreamBadAnswers(t *testing.T) {
 				readAnswer(conn)
 				conn.Write(test.answer)
 			})
-			for name, request := range requests {
-				err := request(t.Context(), u, nil)
+			for name, call := range requests {
+				err := call(t.Context(), u, nil)
 				switch {
 				case (err != nil) != slices.Contains(test.bad, name):
 					t.Errorf("%s: %v", name, err)
@@ -711,7 +712,7 @@ func TestUpstreamList(t *testing.T) {
 
 func TestUpstreamSignature(t *testing.T) {
 	u := serveUpstream(t, answering(framed(message(14, encode("sk-ssh-ed25519@openssh.com", "blob", byte(5), uint32(7))))))
-	sig, err := u.Sign(t.Context(), nil, agent.SignRequest{Key: []byte("key"), Data: []byte("data")})
+	sig, err := u.Sign(t.Context(), nil, request.Sign{Key: []byte("key"), Data: []byte("data")})
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -763,7 +764,7 @@ func TestPresentable(t *testing.T) {
 // A request that is given up takes its connection with it, whatever it waits
 // for.
 func TestUpstreamCancel(t *testing.T) {
-	caller := &agent.Caller{Binds: []agent.Bind{{Message: newHost(t).bind(t, "s", false)}}}
+	caller := &request.Caller{Binds: []request.Bind{{Message: newHost(t).bind(t, "s", false)}}}
 	for _, stage := range []string{"bind", "answer", "rest of the answer"} {
 		for name, request := range requests {
 			t.Run(name+" waiting for the "+stage, func(t *testing.T) {
@@ -961,8 +962,8 @@ func TestUpstreamClose(t *testing.T) {
 	}
 	group.Wait()
 	<-ended
-	for name, request := range requests {
-		if err := request(t.Context(), u, nil); !errors.Is(err, errClosed) {
+	for name, call := range requests {
+		if err := call(t.Context(), u, nil); !errors.Is(err, errClosed) {
 			t.Errorf("%s: %v, want %v", name, err, errClosed)
 		}
 	}

@@ -27,6 +27,7 @@ import (
 
 	"p11-agent/agent"
 	"p11-agent/agent/logfold"
+	"p11-agent/agent/request"
 	"p11-agent/agent/sshagent"
 	"p11-agent/cmd/p11-agent/exit"
 	"p11-agent/systemd"
@@ -287,7 +288,7 @@ func (s *service) listen(path string) (*sshagent.Socket, error) {
 // listenNamed makes the sockets that the configuration names, and their rules. Those
 // without a path are in dir, which is empty for the agent that all know. Another agent
 // leaves out those that are in use.
-func (s *service) listenNamed(c *config, dir string) (all []listener, rules []*agent.Socket, err error) {
+func (s *service) listenNamed(c *config, dir string) (all []listener, rules []*request.Socket, err error) {
 	for _, sc := range c.Sockets {
 		path, err := sc.path(dir)
 		if err == nil {
@@ -403,7 +404,7 @@ func (s *service) serve(ctx context.Context, listeners []listener) error {
 		closeAll()
 		return err
 	}
-	rules = append(make([]*agent.Socket, len(listeners)), rules...)
+	rules = append(make([]*request.Socket, len(listeners)), rules...)
 	listeners = append(listeners, named...)
 	b := openBackend(c, pins, working, state, token.KnownKept, s.log)
 	defer b.stop()
@@ -533,7 +534,7 @@ func (s *service) rules(c *config) agent.Rules {
 // event.
 func (s *service) forgetApprovals(keyring *agent.Keyring, store *token.Store, e token.Event) {
 	inMemory := s.config.Load().ForgetOn.retention().EndsAt(e)
-	keyring.ForgetApprovals(func(k agent.Key) bool {
+	keyring.ForgetApprovals(func(k request.Key) bool {
 		if key, ok := k.(*token.Key); ok {
 			return store.Forgets(key, e)
 		}
@@ -565,7 +566,7 @@ func (s *service) reload(ctx context.Context, k *agent.Keyring, store *token.Sto
 	k.Configure(s.rules(c))
 	old := s.config.Swap(c)
 	if !c.sameApproval(old) {
-		k.ForgetApprovals(func(agent.Key) bool { return true })
+		k.ForgetApprovals(func(request.Key) bool { return true })
 	}
 	ctx, cancel := context.WithTimeout(ctx, 10*time.Second)
 	defer cancel()

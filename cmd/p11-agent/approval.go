@@ -9,6 +9,7 @@ import (
 	"time"
 
 	"p11-agent/agent"
+	"p11-agent/agent/request"
 	"p11-agent/cmd/p11-agent/output"
 	"p11-agent/token"
 )
@@ -28,12 +29,12 @@ const (
 
 // ruleConfig is agent.Rule as it is configured.
 type ruleConfig struct {
-	Host      []string        `toml:"host"`
-	Purpose   []agent.Purpose `toml:"purpose"`
-	Program   []string        `toml:"program"`
-	Forwarded *bool           `toml:"forwarded"`
-	Confirm   agent.Confirm   `toml:"confirm"`
-	Remember  rememberValue   `toml:"remember"`
+	Host      []string          `toml:"host"`
+	Purpose   []request.Purpose `toml:"purpose"`
+	Program   []string          `toml:"program"`
+	Forwarded *bool             `toml:"forwarded"`
+	Confirm   agent.Confirm     `toml:"confirm"`
+	Remember  rememberValue     `toml:"remember"`
 }
 
 // rememberUntilLock is what remember may be besides a length of time.
@@ -57,8 +58,8 @@ func (v *rememberValue) UnmarshalText(b []byte) error {
 
 // approval returns when a person is asked before a key signs: what the first table
 // says that says anything, or else the whole configuration.
-func (c *config) approval() func(agent.Key) agent.Approval {
-	return func(k agent.Key) agent.Approval {
+func (c *config) approval() func(request.Key) agent.Approval {
+	return func(k request.Key) agent.Approval {
 		a := agent.Approval{Confirm: c.Confirm}
 		key, ok := k.(*token.Key)
 		if !ok {
@@ -177,8 +178,8 @@ func (r *ruleConfig) check(what string) error {
 		return &valueError{text: what + " has an empty list, so it would match nothing", advice: "leave the condition out to match everything"}
 	}
 	for _, p := range r.Purpose {
-		if !slices.Contains(agent.Purposes(), p) {
-			return unknownValue("purpose of "+what, p, agent.Purposes())
+		if !slices.Contains(request.Purposes(), p) {
+			return unknownValue("purpose of "+what, p, request.Purposes())
 		}
 	}
 	for _, p := range r.Program {

@@ -21,6 +21,7 @@ import (
 	"golang.org/x/crypto/ssh"
 
 	"p11-agent/agent"
+	"p11-agent/agent/request"
 	"p11-agent/cmd/p11-agent/exit"
 	"p11-agent/token"
 	"p11-agent/token/pkcs11uri"
@@ -87,11 +88,11 @@ type moduleConfig struct {
 // keyConfig attaches a name to the keys that a URI matches, and a public half
 // to one whose token shows none.
 type keyConfig struct {
-	URI    *uriValue     `toml:"uri"`
-	Name   string        `toml:"name"`
-	Public string        `toml:"public-key"` // a file
-	Absent string        `toml:"absent"`
-	Allow  *[]agent.Kind `toml:"allow"` // nil: the usual
+	URI    *uriValue       `toml:"uri"`
+	Name   string          `toml:"name"`
+	Public string          `toml:"public-key"` // a file
+	Absent string          `toml:"absent"`
+	Allow  *[]request.Kind `toml:"allow"` // nil: the usual
 
 	PINCache    string        `toml:"pin-cache"`
 	PINIdle     durationValue `toml:"pin-idle"`
@@ -127,7 +128,7 @@ func checkAbsent(value string) error {
 
 // offerAway tells whether a key is offered while its token is away: what its table
 // says, or the whole configuration, or else whether keys names it.
-func (c *config) offerAway(k agent.Key, named bool) bool {
+func (c *config) offerAway(k request.Key, named bool) bool {
 	if key, ok := k.(*token.Key); ok {
 		for _, table := range c.KeyTables {
 			if table.Absent != "" && key.Matches(table.URI.URI) {
@@ -187,8 +188,8 @@ func (c *config) policy() func(*token.Key) token.Policy {
 
 // allows returns what keys sign besides logins and SSH signatures: what the first
 // table says that says anything, or else, for the system, the exchanges of sshd.
-func (c *config) allows(system bool) func(agent.Key) []agent.Kind {
-	return func(k agent.Key) []agent.Kind {
+func (c *config) allows(system bool) func(request.Key) []request.Kind {
+	return func(k request.Key) []request.Kind {
 		if key, ok := k.(*token.Key); ok {
 			for _, table := range c.KeyTables {
 				if table.Allow != nil && key.Matches(table.URI.URI) {
@@ -197,7 +198,7 @@ func (c *config) allows(system bool) func(agent.Key) []agent.Kind {
 			}
 		}
 		if system {
-			return []agent.Kind{agent.KindHostKey}
+			return []request.Kind{request.KindHostKey}
 		}
 		return nil
 	}
@@ -209,8 +210,8 @@ func (k keyConfig) checkAllow() error {
 		return nil
 	}
 	for _, kind := range *k.Allow {
-		if !slices.Contains(agent.Kinds(), kind) {
-			return fmt.Errorf("allow of %v has %q, and can have %q (logins and SSH signatures are always allowed)", k.URI, kind, agent.Kinds())
+		if !slices.Contains(request.Kinds(), kind) {
+			return fmt.Errorf("allow of %v has %q, and can have %q (logins and SSH signatures are always allowed)", k.URI, kind, request.Kinds())
 		}
 	}
 	return nil
@@ -273,8 +274,8 @@ func (s socketConfig) readOnly() bool {
 }
 
 // rules returns what the keyring is to keep.
-func (s socketConfig) rules() *agent.Socket {
-	return &agent.Socket{Name: s.Name, Only: certainly(s.Keys), Confirm: s.Confirm, ReadOnly: s.readOnly()}
+func (s socketConfig) rules() *request.Socket {
+	return &request.Socket{Name: s.Name, Only: certainly(s.Keys), Confirm: s.Confirm, ReadOnly: s.readOnly()}
 }
 
 // uriValue is a PKCS#11 URI in the configuration.

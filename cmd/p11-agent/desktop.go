@@ -12,6 +12,7 @@ import (
 	"time"
 
 	"p11-agent/agent"
+	"p11-agent/agent/request"
 	"p11-agent/pinentry/notify"
 	"p11-agent/systemd/bus"
 	"p11-agent/systemd/login1"
@@ -100,8 +101,8 @@ func (n *notices) configure(c *config) {
 // failed is agent.Options.Failed: whoever waits hears no more from ssh than "agent
 // refused operation".
 func (n *notices) failed(e agent.Event) {
-	title := map[agent.Request]string{
-		agent.RequestSign: "p11-agent: refused to sign", agent.RequestAdd: "p11-agent: refused to add a key",
+	title := map[request.Action]string{
+		request.ActionSign: "p11-agent: refused to sign", request.ActionAdd: "p11-agent: refused to add a key",
 	}[e.Request]
 	if title == "" || !n.failures.Load() {
 		return
@@ -124,9 +125,9 @@ func (n *notices) elsewhere(key string, lines []string) {
 // working is token.Options.Working.
 func (n *notices) working(ctx context.Context, k *token.Key) (done func()) {
 	return n.Begin(k.Token(), func() []string {
-		use := agent.UseFromContext(ctx)
+		use := request.UseFrom(ctx)
 		return slices.Concat([]string{tokenLine(k.Token(), k.TokenReader()), keyLine(k.Token(), k.Label(), k.URI(), k.ID(), use)},
-			useLines(use), []string{requester(agent.PeerFromContext(ctx))})
+			useLines(use), []string{requester(request.PeerFrom(ctx))})
 	})
 }
 

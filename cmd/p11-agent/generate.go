@@ -20,8 +20,8 @@ import (
 	"github.com/spf13/cobra"
 	"golang.org/x/crypto/ssh"
 
-	"p11-agent/agent"
 	"p11-agent/agent/peer"
+	"p11-agent/agent/request"
 	"p11-agent/cmd/p11-agent/exit"
 	"p11-agent/cmd/p11-agent/output"
 	"p11-agent/token"
@@ -152,7 +152,7 @@ func runGenerate(ctx context.Context, g *globals, o *generateOptions, text strin
 	case <-settled.Done(): // the module that does not answer may be another one
 	}
 	// The PIN is asked for as for a client, which this is.
-	k, err := b.store.Generate((&agent.Caller{Peer: peer.Self()}).Context(ctx), u, kind, nil)
+	k, err := b.store.Generate((&request.Caller{Peer: peer.Self()}).Context(ctx), u, kind, nil)
 	//nolint:errorlint // wrapped, it says what became of the key
 	if err == context.Canceled {
 		err = errors.New("interrupted: no key was made")

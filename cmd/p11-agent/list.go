@@ -17,10 +17,9 @@ import (
 	"github.com/spf13/cobra"
 	"golang.org/x/crypto/ssh"
 
-	"p11-agent/agent"
+	"p11-agent/agent/request"
 	"p11-agent/cmd/p11-agent/exit"
 	"p11-agent/cmd/p11-agent/output"
-
 	"p11-agent/token"
 	"p11-agent/token/pkcs11uri"
 	"p11-agent/token/wire"
@@ -328,7 +327,7 @@ func collect(c *config, store *token.Store, sel *token.Selector, named bool) lis
 
 // offered tells whether the agent offers a key without being told to, or why
 // not.
-func offered(k *token.Key, auto []agent.Selection, shadowed string) (bool, string) {
+func offered(k *token.Key, auto []request.Selection, shadowed string) (bool, string) {
 	if shadowed != "" {
 		return false, "it is used through the module " + shadowed
 	}
@@ -345,7 +344,7 @@ func offered(k *token.Key, auto []agent.Selection, shadowed string) (bool, strin
 
 // homesOf returns the keys that the agent offers, by public key: those of one are
 // one identity. They are in the order in which the keyring tries them.
-func homesOf(keys []*token.Key, auto []agent.Selection) map[string][]*token.Key {
+func homesOf(keys []*token.Key, auto []request.Selection) map[string][]*token.Key {
 	homes := make(map[string][]*token.Key)
 	add := func(fits func(*token.Key) bool) {
 		for _, k := range keys {
@@ -363,7 +362,7 @@ func homesOf(keys []*token.Key, auto []agent.Selection) map[string][]*token.Key 
 		add(func(k *token.Key) bool { return k.Unfit() == "" })
 	}
 	for _, s := range auto {
-		add(func(k *token.Key) bool { ok, _ := offered(k, []agent.Selection{s}, ""); return ok })
+		add(func(k *token.Key) bool { ok, _ := offered(k, []request.Selection{s}, ""); return ok })
 	}
 	return homes
 }

@@ -14,6 +14,7 @@ import (
 
 	"p11-agent/agent"
 	"p11-agent/agent/peer"
+	"p11-agent/agent/request"
 	"p11-agent/pinentry"
 	"p11-agent/pinentry/secret"
 	"p11-agent/pinentry/waiting"
@@ -84,7 +85,7 @@ func TestAttack10PINPrompts(t *testing.T) {
 			synctest.Test(t, func(t *testing.T) {
 				person := &fakeAsker{err: test.err}
 				a := &pausingAsker{person, agent.NewQuestions()}
-				c := &agent.Caller{Peer: peer.Peer{Known: true, UID: 1000}, Forwarded: true}
+				c := &request.Caller{Peer: peer.Peer{Known: true, UID: 1000}, Forwarded: true}
 				paused := 0
 				for i := range 700 {
 					// Another key of the token each time.
@@ -112,7 +113,7 @@ func TestAttack10PINPrompts(t *testing.T) {
 func TestAttack10Reader(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		a := &pausingAsker{&asker{open: make(map[*dialogue]struct{}), log: slog.New(slog.DiscardHandler)}, agent.NewQuestions()}
-		c := &agent.Caller{Peer: peer.Peer{Known: true, UID: 1000}}
+		c := &request.Caller{Peer: peer.Peer{Known: true, UID: 1000}}
 		asked := 0
 		for range 100 {
 			ctx := context.WithValue(c.Context(t.Context()), tellsItself{}, true)

@@ -15,8 +15,8 @@ import (
 
 	"golang.org/x/sys/unix"
 
-	"p11-agent/agent"
 	"p11-agent/agent/peer"
+	"p11-agent/agent/request"
 	"p11-agent/pinentry"
 	"p11-agent/pinentry/waiting"
 	"p11-agent/systemd/environment"
@@ -143,15 +143,15 @@ type conversation struct {
 	consent bool   // a yes is wanted: the client has no say where
 	hint    string // what to do when nobody can be asked
 
-	shown atomic.Pointer[place]    // while a question is open; read by any goroutine
-	told  map[*agent.Caller]*place // the client was told of; for the goroutine of waiting.Ask
+	shown atomic.Pointer[place]      // while a question is open; read by any goroutine
+	told  map[*request.Caller]*place // the client was told of; for the goroutine of waiting.Ask
 	seat
 }
 
 // seat is what is known of the client whose person is asked.
 type seat struct {
 	started bool
-	caller  *agent.Caller
+	caller  *request.Caller
 	desk    *peer.Desk // the caller's; nil when it was not looked at
 	display *place     // the first that was found
 	finders []finder   // that are left
@@ -172,7 +172,7 @@ func (c *conversation) ask(ctx context.Context, question func(context.Context, *
 func (c *conversation) askFor(ctx context.Context, turn time.Duration, question func(context.Context, *pinentry.Dialogue) error) error {
 	return waiting.Ask(ctx, waiting.Question{
 		Ask: func(ctx context.Context) error {
-			if caller := agent.CallerFromContext(ctx); !c.started || caller != c.caller {
+			if caller := request.CallerFrom(ctx); !c.started || caller != c.caller {
 				c.begin(caller)
 			}
 			for {
@@ -196,7 +196,7 @@ func (c *conversation) askFor(ctx context.Context, turn time.Duration, question 
 }
 
 // begin starts anew, with somebody else.
-func (c *conversation) begin(caller *agent.Caller) {
+func (c *conversation) begin(caller *request.Caller) {
 	if c.started {
 		c.log.Info("the prompt moves to the next client that waits for it", "prompt", c.what)
 	}
@@ -218,7 +218,7 @@ func (c *conversation) begin(caller *agent.Caller) {
 // that a person could look at. done gives the place back.
 func (c *conversation) other(ctx context.Context) (at *place, done func()) {
 	o := &conversation{asker: c.asker, consent: c.consent}
-	o.begin(agent.CallerFromContext(ctx))
+	o.begin(request.CallerFrom(ctx))
 	for _, find := range o.finders {
 		at, err := find(ctx)
 		if err != nil || at == nil {
@@ -252,7 +252,7 @@ func (c *conversation) takes(ctx context.Context) bool {
 // tell tells another client that waits where the prompt is: in its terminal if it has
 // one, or else at the desktop.
 func (c *conversation) tell(ctx context.Context) {
-	now, caller := c.shown.Load(), agent.CallerFromContext(ctx)
+	now, caller := c.shown.Load(), request.CallerFrom(ctx)
 	if now == nil || caller == nil || c.told[caller] == now {
 		return
 	}
@@ -262,7 +262,7 @@ func (c *conversation) tell(ctx context.Context) {
 		return // it would be asked there, too
 	}
 	if c.told == nil {
-		c.told = make(map[*agent.Caller]*place)
+		c.told = make(map[*request.Caller]*place)
 	}
 	c.told[caller] = now
 	c.log.Info("a client waits for a prompt that is elsewhere", "prompt", c.what, "place", now.name, "client", caller.Who().String())

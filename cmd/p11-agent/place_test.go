@@ -12,8 +12,8 @@ import (
 
 	"golang.org/x/sys/unix"
 
-	"p11-agent/agent"
 	"p11-agent/agent/peer"
+	"p11-agent/agent/request"
 	"p11-agent/pinentry"
 )
 
@@ -112,7 +112,7 @@ func TestPromptTakes(t *testing.T) {
 				manager: func(context.Context) ([]string, error) { return nil, errors.New("none") },
 			}}
 			c.shown.Store(test.shown)
-			forwarded := &agent.Caller{Forwarded: true}
+			forwarded := &request.Caller{Forwarded: true}
 			if got := c.takes(forwarded.Context(t.Context())); got != test.want {
 				t.Errorf("%v, want %v", got, test.want)
 			}

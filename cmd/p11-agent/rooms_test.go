@@ -59,14 +59,19 @@ var rooms = []room{
 	{"cmd/testrun", []string{}, "it knows tests by their names only"},
 	{
 		"agent",
-		[]string{"agent/knownhosts", "agent/peer", "pinentry", "pinentry/secret", "pinentry/waiting", xssh},
+		[]string{"agent/knownhosts", "agent/peer", "agent/request", "pinentry", "pinentry/secret", "pinentry/waiting", xssh},
 		"the keyring knows neither PKCS#11 nor a wire format",
 	},
 	{"agent/knownhosts", []string{xssh}, "a leaf: it reads files"},
 	{"agent/peer", []string{xsys}, "who is at the other end of a socket is found out without the agent"},
 	{
+		"agent/request",
+		[]string{"agent/knownhosts", "agent/peer", "pinentry", "pinentry/secret", xssh},
+		"who asks for what is said in the same words at every door",
+	},
+	{
 		"agent/sshagent",
-		[]string{"agent", "agent/peer", "pinentry/secret", xssh, xsys},
+		[]string{"agent", "agent/peer", "agent/request", "pinentry/secret", xssh, xsys},
 		"a door decodes and encodes: it knows neither tokens nor prompts",
 	},
 	{"pinentry", []string{"pinentry/secret", xsys}, "asking a person knows neither tokens nor SSH"},

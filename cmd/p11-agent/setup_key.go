@@ -12,8 +12,8 @@ import (
 	"slices"
 	"strings"
 
-	"p11-agent/agent"
 	"p11-agent/agent/peer"
+	"p11-agent/agent/request"
 	"p11-agent/cmd/p11-agent/output"
 	"p11-agent/pinentry/secret"
 	"p11-agent/token"
@@ -323,7 +323,7 @@ func (s *setup) makeWithPIN(ctx context.Context) error {
 	}
 	label := setupLabel
 	u.Object = &label
-	k, err := s.b.store.Generate((&agent.Caller{Peer: peer.Self()}).Context(ctx), u, setupKind, pin)
+	k, err := s.b.store.Generate((&request.Caller{Peer: peer.Self()}).Context(ctx), u, setupKind, pin)
 	//nolint:errorlint // wrapped, it says what became of the key
 	if err == context.Canceled {
 		return errInterrupted

@@ -17,6 +17,7 @@ import (
 	"github.com/spf13/cobra"
 
 	"p11-agent/agent"
+	"p11-agent/agent/request"
 	"p11-agent/agent/sshagent"
 	"p11-agent/cmd/p11-agent/output"
 	"p11-agent/token/module/undumpable"
@@ -379,7 +380,7 @@ func (r *statusReport) shown() (all []statusEvent) {
 	ofKind := make(map[[2]bool]int)
 	choose(func(e *statusEvent) bool {
 		ok := e.Result == agent.ResultOK
-		kind := [2]bool{ok, ok && e.Request == agent.RequestSign}
+		kind := [2]bool{ok, ok && e.Request == request.ActionSign}
 		ofKind[kind]++
 		return ofKind[kind] <= shownOfKind
 	})
@@ -516,15 +517,15 @@ func (e *statusEvent) subject() string {
 func (e *statusEvent) purpose() string {
 	text := string(e.Purpose)
 	switch {
-	case e.Request != agent.RequestSign:
+	case e.Request != request.ActionSign:
 		return "-"
 	case e.User != "" && e.Host != "":
 		text = fmt.Sprintf("%s as %s at %s", text, e.User, e.Host)
 	case e.User != "":
 		text = fmt.Sprintf("%s as %s", text, e.User)
-	case e.Purpose == agent.PurposeOther && e.Namespace != "":
+	case e.Purpose == request.PurposeOther && e.Namespace != "":
 		text = "namespace " + e.Namespace
-	case e.Purpose == agent.PurposeOther:
+	case e.Purpose == request.PurposeOther:
 		text = cmp.Or(string(e.Kind), "-")
 	}
 	if e.Forwarded {

@@ -10,6 +10,7 @@ import (
 	"time"
 
 	"p11-agent/agent"
+	"p11-agent/agent/request"
 	"p11-agent/agent/sshagent"
 	"p11-agent/token"
 	"p11-agent/token/wire"
@@ -122,29 +123,29 @@ type statusPause struct {
 }
 
 type statusEvent struct {
-	Time       time.Time     `json:"time"`
-	Count      int           `json:"count"`             // requests that it stands for
-	First      time.Time     `json:"first,omitzero"`    // of them; left out: it is one
-	Various    bool          `json:"various,omitempty"` // they differ, and this is the last
-	Duration   float64       `json:"duration"`          // seconds
-	Request    agent.Request `json:"request"`
-	Result     agent.Result  `json:"result"`
-	Reason     string        `json:"reason,omitempty"`
-	Note       string        `json:"note,omitempty"`
-	Key        string        `json:"key,omitempty"`
-	Comment    string        `json:"comment,omitempty"`
-	URI        string        `json:"uri,omitempty"`
-	Kind       agent.Kind    `json:"kind,omitempty"`
-	Purpose    agent.Purpose `json:"purpose,omitempty"`
-	Namespace  string        `json:"namespace,omitempty"`
-	User       string        `json:"user,omitempty"`
-	Host       string        `json:"host,omitempty"`
-	Upstream   string        `json:"upstream,omitempty"`
-	Forwarded  bool          `json:"forwarded"`
-	Via        []string      `json:"via,omitempty"`
-	Client     string        `json:"client"`
-	UID        *int          `json:"uid,omitempty"`
-	Connection uint64        `json:"connection"`
+	Time       time.Time       `json:"time"`
+	Count      int             `json:"count"`             // requests that it stands for
+	First      time.Time       `json:"first,omitzero"`    // of them; left out: it is one
+	Various    bool            `json:"various,omitempty"` // they differ, and this is the last
+	Duration   float64         `json:"duration"`          // seconds
+	Request    request.Action  `json:"request"`
+	Result     agent.Result    `json:"result"`
+	Reason     string          `json:"reason,omitempty"`
+	Note       string          `json:"note,omitempty"`
+	Key        string          `json:"key,omitempty"`
+	Comment    string          `json:"comment,omitempty"`
+	URI        string          `json:"uri,omitempty"`
+	Kind       request.Kind    `json:"kind,omitempty"`
+	Purpose    request.Purpose `json:"purpose,omitempty"`
+	Namespace  string          `json:"namespace,omitempty"`
+	User       string          `json:"user,omitempty"`
+	Host       string          `json:"host,omitempty"`
+	Upstream   string          `json:"upstream,omitempty"`
+	Forwarded  bool            `json:"forwarded"`
+	Via        []string        `json:"via,omitempty"`
+	Client     string          `json:"client"`
+	UID        *int            `json:"uid,omitempty"`
+	Connection uint64          `json:"connection"`
 }
 
 // statusMaker puts the report together, out of what the keyring knows and what it must
@@ -154,7 +155,7 @@ type statusMaker struct {
 	store     *token.Store
 	server    *sshagent.Server
 	listeners []listener
-	rules     []*agent.Socket // of the listeners
+	rules     []*request.Socket // of the listeners
 	policy    atomic.Pointer[func(*token.Key) token.Policy]
 	promptAt  func(wire.TokenID) string // nil: nobody is asked
 }
@@ -166,7 +167,7 @@ func (r *statusMaker) configure(c *config) {
 }
 
 // report is agent.Options.Report.
-func (r *statusMaker) report(s agent.Status, sel agent.Selection) ([]byte, error) {
+func (r *statusMaker) report(s agent.Status, sel request.Selection) ([]byte, error) {
 	report := statusReport{
 		Version: version, PID: os.Getpid(), Started: r.started, Time: time.Now(), Locked: s.Locked,
 		Sockets: []statusSocket{}, Keys: []statusKey{}, Tokens: []statusToken{}, Modules: []statusModule{},

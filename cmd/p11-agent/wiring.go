@@ -15,6 +15,7 @@ import (
 	"time"
 
 	"p11-agent/agent"
+	"p11-agent/agent/request"
 	"p11-agent/cmd/p11-agent/output"
 	"p11-agent/pinentry"
 	"p11-agent/pinentry/secret"
@@ -190,7 +191,7 @@ type tokens struct {
 // keyList is the keys of one generation.
 type keyList struct {
 	generation uint64
-	keys, away []agent.Key
+	keys, away []request.Key
 }
 
 var _ agent.Tokens = (*tokens)(nil)
@@ -205,16 +206,16 @@ func (t *tokens) list() *keyList {
 	return l
 }
 
-func agentKeys(keys []*token.Key) []agent.Key {
-	all := make([]agent.Key, len(keys))
+func agentKeys(keys []*token.Key) []request.Key {
+	all := make([]request.Key, len(keys))
 	for i, k := range keys {
 		all[i] = k
 	}
 	return all
 }
 
-func (t *tokens) Keys() []agent.Key                   { return t.list().keys }
-func (t *tokens) Away() []agent.Key                   { return t.list().away }
+func (t *tokens) Keys() []request.Key                 { return t.list().keys }
+func (t *tokens) Away() []request.Key                 { return t.list().away }
 func (t *tokens) Generation() uint64                  { return t.store.Generation() }
 func (t *tokens) Changed() <-chan struct{}            { return t.store.Changed() }
 func (t *tokens) Settled() <-chan struct{}            { return t.store.Settled() }
@@ -222,19 +223,19 @@ func (t *tokens) Poke()                               { t.store.Poke() }
 func (t *tokens) Rescan(ctx context.Context) error    { return t.store.Rescan(ctx) }
 func (t *tokens) LogoutAll(ctx context.Context) error { return t.store.LogoutAll(ctx) }
 
-func (t *tokens) LogoutOf(ctx context.Context, chosen func([]agent.Key) bool) error {
+func (t *tokens) LogoutOf(ctx context.Context, chosen func([]request.Key) bool) error {
 	return t.store.LogoutOf(ctx, func(keys []*token.Key) bool { return chosen(agentKeys(keys)) })
 }
 
 // selection is a token.Selector as the keyring sees it.
 type selection struct{ *token.Selector }
 
-func (s selection) Match(k agent.Key) bool {
+func (s selection) Match(k request.Key) bool {
 	key, ok := k.(*token.Key)
 	return ok && s.Selector.Match(key)
 }
 
-func (t *tokens) Parse(provider []byte, remote bool) (agent.Selection, error) {
+func (t *tokens) Parse(provider []byte, remote bool) (request.Selection, error) {
 	parse := func() (*token.Selector, error) { return token.ParseProvider(provider, t.allow) }
 	if remote {
 		parse = func() (*token.Selector, error) { return token.ParseRemoteProvider(provider) }
@@ -246,7 +247,7 @@ func (t *tokens) Parse(provider []byte, remote bool) (agent.Selection, error) {
 	return selection{s}, nil
 }
 
-func (t *tokens) Select(ctx context.Context, s agent.Selection, reached func(agent.Key) bool, pin *secret.Secret) (all []agent.Key, taken bool, err error) {
+func (t *tokens) Select(ctx context.Context, s request.Selection, reached func(request.Key) bool, pin *secret.Secret) (all []request.Key, taken bool, err error) {
 	sel := s.(selection) //nolint:forcetypeassert // Parse makes no other
 	keys, err := t.store.SelectOf(ctx, sel.Selector, func(k *token.Key) bool { return reached(k) })
 	if err != nil {
@@ -276,7 +277,7 @@ type tellsItself struct{}
 
 var errOnlyURI = errors.New("a token is named by its URI here")
 
-func (t *tokens) Login(ctx context.Context, s agent.Selection, pin *secret.Secret) (answer agent.LoginAnswer, err error) {
+func (t *tokens) Login(ctx context.Context, s request.Selection, pin *secret.Secret) (answer request.LoginAnswer, err error) {
 	sel, ok := s.(selection)
 	if !ok || sel.URI() == nil {
 		return answer, errOnlyURI
@@ -329,7 +330,7 @@ func (t *tokens) status(k *token.Key) (token.TokenStatus, bool) {
 	return token.TokenStatus{}, false
 }
 
-func (t *tokens) Logout(ctx context.Context, s agent.Selection) error {
+func (t *tokens) Logout(ctx context.Context, s request.Selection) error {
 	sel, ok := s.(selection)
 	if !ok || sel.URI() == nil {
 		return errOnlyURI
@@ -337,7 +338,7 @@ func (t *tokens) Logout(ctx context.Context, s agent.Selection) error {
 	return t.store.Logout(ctx, sel.Selector)
 }
 
-func (t *tokens) Drop(s agent.Selection) {
+func (t *tokens) Drop(s request.Selection) {
 	if sel, ok := s.(selection); ok && sel.URI() != nil {
 		t.store.RemoveSource(sel.URI())
 	}
@@ -345,14 +346,14 @@ func (t *tokens) Drop(s agent.Selection) {
 
 // automatic returns what the configuration offers without being asked: nil for
 // every key.
-func automatic(c *config) []agent.Selection { return selections(c.Keys) }
+func automatic(c *config) []request.Selection { return selections(c.Keys) }
 
 // selections returns what a list of URIs selects; nil stays nil.
-func selections(list *[]uriValue) []agent.Selection {
+func selections(list *[]uriValue) []request.Selection {
 	if list == nil {
 		return nil
 	}
-	all := []agent.Selection{}
+	all := []request.Selection{}
 	for _, u := range *list {
 		all = append(all, selection{token.NewSelector(u.URI)})
 	}
@@ -360,7 +361,7 @@ func selections(list *[]uriValue) []agent.Selection {
 }
 
 // certainly returns what a list of URIs selects for sure; nil stays nil.
-func certainly(list *[]uriValue) []agent.Selection {
+func certainly(list *[]uriValue) []request.Selection {
 	all := selections(list)
 	for i, s := range all {
 		all[i] = selection{s.(selection).Certain()} //nolint:forcetypeassert // selections makes no other
@@ -369,8 +370,8 @@ func certainly(list *[]uriValue) []agent.Selection {
 }
 
 // names returns the function that tells the configured name of a key.
-func names(c *config) func(agent.Key) string {
-	return func(k agent.Key) string {
+func names(c *config) func(request.Key) string {
+	return func(k request.Key) string {
 		key, ok := k.(*token.Key)
 		if !ok {
 			return ""
@@ -386,7 +387,7 @@ func names(c *config) func(agent.Key) string {
 
 // listedAs returns the comment that ssh-add -l shows for a key without a configured name:
 // its URI, which has no blanks, and the label after it.
-func listedAs(k agent.Key) string {
+func listedAs(k request.Key) string {
 	key, ok := k.(*token.Key)
 	if !ok || key.PublicLabel() == "" {
 		return k.URI()
@@ -482,7 +483,7 @@ func (a *asker) Confirm(ctx context.Context, r agent.Question) (agent.Answer, er
 	defer c.close()
 	var answer agent.Answer
 	err := c.ask(ctx, func(ctx context.Context, d *pinentry.Dialogue) (err error) {
-		if use := agent.UseFromContext(ctx); use != nil {
+		if use := request.UseFrom(ctx); use != nil {
 			r.Use = use // of the one who is asked
 		}
 		answer, err = confirm(ctx, d, r, a.patience.get())
@@ -580,7 +581,7 @@ func (a *asker) Insert(ctx context.Context, w agent.Wanted) (yes bool, err error
 		yes, err = confirmOrBlock(ctx, d, pinentry.Prompt{
 			Title: "p11-agent",
 			Description: fmt.Sprintf("Please insert the token %s.\n", strings.Join(w.Tokens, " or ")) +
-				about(useLines(agent.UseFromContext(ctx)), []string{commentLine(w.Comment), w.Fingerprint, requester(agent.PeerFromContext(ctx))}),
+				about(useLines(request.UseFrom(ctx)), []string{commentLine(w.Comment), w.Fingerprint, requester(request.PeerFrom(ctx))}),
 			OK:     "_It is in",
 			Cancel: "_Cancel",
 		})
@@ -599,7 +600,7 @@ type dialogue struct {
 
 // description is for the one who is asked, below the first line.
 func (d *dialogue) description(ctx context.Context) string {
-	use, t := agent.UseFromContext(ctx), d.about.Token
+	use, t := request.UseFrom(ctx), d.about.Token
 	lines := []string{keyLine(t, d.about.Label, d.about.Key, d.about.ID, use), tokenLine(t, d.about.Reader)}
 	lines = append(lines, moduleLines(d.about)...)
 	if d.about.EachUse {
@@ -608,7 +609,7 @@ func (d *dialogue) description(ctx context.Context) string {
 	if d.about.Tries == token.TriesLow {
 		lines = append(lines, fewerTries)
 	}
-	return about(useLines(use), lines, []string{requester(agent.PeerFromContext(ctx))})
+	return about(useLines(use), lines, []string{requester(request.PeerFrom(ctx))})
 }
 
 func (d *dialogue) PIN(ctx context.Context, problem string) (pin *secret.Secret, err error) {

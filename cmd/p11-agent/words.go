@@ -13,9 +13,9 @@ import (
 
 	"golang.org/x/crypto/ssh"
 
-	"p11-agent/agent"
 	"p11-agent/agent/knownhosts"
 	"p11-agent/agent/peer"
+	"p11-agent/agent/request"
 	"p11-agent/pinentry"
 	"p11-agent/token"
 	"p11-agent/token/pkcs11uri"
@@ -83,7 +83,7 @@ func named(text string, limit int) string {
 }
 
 // useLines says what the key is used for; nothing where that is not known.
-func useLines(use *agent.Use) []string {
+func useLines(use *request.Use) []string {
 	if use == nil {
 		return nil
 	}
@@ -169,7 +169,7 @@ func pinOf(t wire.TokenID) string {
 
 // useOf says what a confirmation is about, in the first line of a prompt. A line of its
 // own names the key.
-func useOf(k agent.Key) string {
+func useOf(k request.Key) string {
 	key, ok := k.(*token.Key)
 	switch {
 	case !ok:
@@ -187,7 +187,7 @@ const fewerTries = "A wrong PIN was entered earlier; fewer attempts remain."
 // keyLine names the key of a request to a person who sees the token as well: by
 // its configured name, or by what is on the token. The serial number is with the
 // token, and so left out of the URI.
-func keyLine(t wire.TokenID, label, uri string, id []byte, use *agent.Use) string {
+func keyLine(t wire.TokenID, label, uri string, id []byte, use *request.Use) string {
 	if use != nil && use.Comment != uri {
 		return commentLine(use.Comment)
 	}
@@ -204,7 +204,7 @@ func commentLine(comment string) string { return "Key: " + named(comment, maxWor
 
 // labelledLine is commentLine for a key that may be on a token. A comment that is the URI
 // does not have the label of the key.
-func labelledLine(k agent.Key, comment string) string {
+func labelledLine(k request.Key, comment string) string {
 	if key, ok := k.(*token.Key); ok && key.Label() != "" && comment == key.URI() {
 		return "Key: " + named(key.Label(), maxNamed) + ", " + comment
 	}
@@ -217,7 +217,7 @@ type hosts struct {
 	config string // of the ssh client, whose words are guesses at names
 }
 
-var _ agent.HostNamer = (*hosts)(nil)
+var _ request.HostNamer = (*hosts)(nil)
 
 // newHosts takes the files that the configuration names, or those that ssh does.
 func newHosts(c *config) *hosts {
@@ -239,7 +239,7 @@ func newHosts(c *config) *hosts {
 
 // HostName is what the files say. Where ssh asks, the destination among its arguments
 // is the first guess at the name, and the words of its configuration are the others.
-func (h *hosts) HostName(key ssh.PublicKey, p peer.Peer) agent.HostName {
+func (h *hosts) HostName(key ssh.PublicKey, p peer.Peer) request.HostName {
 	return h.files.Lookup(key, func() []string {
 		var guesses []string
 		if len(p.Chain) > 0 && p.Chain[0].Name == "ssh" {

@@ -4,8 +4,8 @@ import (
 	"strings"
 	"testing"
 
-	"p11-agent/agent"
 	"p11-agent/agent/peer"
+	"p11-agent/agent/request"
 	"p11-agent/token/wire"
 )
 
@@ -44,7 +44,7 @@ func TestLabelsMakeNoLines(t *testing.T) {
 	id := wire.TokenID{Label: bad, Serial: bad}
 	for name, line := range map[string]string{
 		"token": tokenLine(id, "reader"), "key": keyLine(id, bad, "", []byte(bad), nil), "comment": commentLine(bad),
-		"name": keyLine(id, "", "pkcs11:", nil, &agent.Use{Comment: bad}),
+		"name": keyLine(id, "", "pkcs11:", nil, &request.Use{Comment: bad}),
 		"any":  bad,
 	} {
 		if got := about([]string{line}); strings.ContainsAny(got, "\n\r\x1b") {

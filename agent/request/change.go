@@ -1,17 +1,21 @@
-package agent
+package request
 
 import (
+	"bytes"
 	"crypto"
+	"fmt"
+	"slices"
 	"time"
 
 	"golang.org/x/crypto/ssh"
 
+	"p11-agent/agent/knownhosts"
 	"p11-agent/pinentry/secret"
 )
 
-// A TokenRequest asks for the keys of a token to be added or removed (RFC 9987
+// A Token asks for the keys of a token to be added or removed (RFC 9987
 // sections 5.2.6 and 5.4).
-type TokenRequest struct {
+type Token struct {
 	// Provider is what the client named: a pkcs11: URI or the path of a module.
 	// It may hold a PIN, so it is the door's own memory and wiped afterwards.
 	Provider []byte
@@ -21,9 +25,9 @@ type TokenRequest struct {
 	Constraints Constraints
 }
 
-// A KeyRequest asks for a private key to be kept in memory (RFC 9987 section
+// An AddKey asks for a private key to be kept in memory (RFC 9987 section
 // 5.2).
-type KeyRequest struct {
+type AddKey struct {
 	Private crypto.Signer // *rsa.PrivateKey, *ecdsa.PrivateKey or ed25519.PrivateKey
 	// Public is its public half, or a certificate of it.
 	Public      ssh.PublicKey
@@ -66,9 +70,9 @@ type HostKey struct {
 	CA  bool // Key certifies the host's key
 }
 
-// A LoginRequest asks to log in to one token.
-type LoginRequest struct {
-	// Provider names the token, as in a TokenRequest. It is the door's own memory.
+// A TokenLogin asks to log in to one token.
+type TokenLogin struct {
+	// Provider names the token, as in a Token. It is the door's own memory.
 	Provider []byte
 	// PIN is nil when it is to come from where a signature would get it, or is typed
 	// on the reader. It belongs to the door, which wipes it when the request is
@@ -83,4 +87,37 @@ type LoginAnswer struct {
 	Already bool
 	// Tries is what the token says is left of the tries: ok, low, last, locked.
 	Tries string
+}
+
+// Is tells whether the hop means a host with this key, which may be a certificate.
+func (h *Hop) Is(key ssh.PublicKey) bool {
+	cert, certified := key.(*ssh.Certificate)
+	wire := key.Marshal()
+	return slices.ContainsFunc(h.Keys, func(k HostKey) bool {
+		if !certified || !k.CA {
+			return !certified && !k.CA && bytes.Equal(wire, k.Key.Marshal())
+		}
+		return bytes.Equal(cert.SignatureKey.Marshal(), k.Key.Marshal()) && certifies(cert, h.Host) == nil
+	})
+}
+
+// certifies tells why a certificate does not prove that a host has a name
+// (sshkey_cert_check_host in OpenSSH 10.5's sshkey.c). Its principals may be patterns,
+// and the case of letters matters.
+func certifies(cert *ssh.Certificate, host string) error {
+	if !slices.ContainsFunc(cert.ValidPrincipals, func(p string) bool { return knownhosts.MatchPattern(p, host) }) {
+		return fmt.Errorf("the certificate is not for %q", host)
+	}
+	return knownhosts.CheckHostCertificate(cert)
+}
+
+// Equal tells whether both destinations permit the same hop.
+func (d Destination) Equal(o Destination) bool {
+	return d.From.equal(o.From) && d.To.equal(o.To)
+}
+
+func (h Hop) equal(o Hop) bool {
+	return h.User == o.User && h.Host == o.Host && slices.EqualFunc(h.Keys, o.Keys, func(a, b HostKey) bool {
+		return a.CA == b.CA && bytes.Equal(a.Key.Marshal(), b.Key.Marshal())
+	})
 }

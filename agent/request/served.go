@@ -1,4 +1,4 @@
-package agent
+package request
 
 import (
 	"context"
@@ -66,23 +66,23 @@ func (c *Caller) Context(ctx context.Context) context.Context {
 	return context.WithValue(ctx, callerKey{}, c)
 }
 
-// CallerFromContext returns the Caller whose request ctx is of, or nil. Like a
+// CallerFrom returns the Caller whose request ctx is of, or nil. Like a
 // Use it goes along with what is done for a request.
-func CallerFromContext(ctx context.Context) *Caller {
+func CallerFrom(ctx context.Context) *Caller {
 	c, _ := ctx.Value(callerKey{}).(*Caller)
 	return c
 }
 
-// PeerFromContext returns who that Caller is, or one that is not Known.
-func PeerFromContext(ctx context.Context) peer.Peer {
-	if c := CallerFromContext(ctx); c != nil {
+// PeerFrom returns who that Caller is, or one that is not Known.
+func PeerFrom(ctx context.Context) peer.Peer {
+	if c := CallerFrom(ctx); c != nil {
 		return c.Who()
 	}
 	return peer.Peer{}
 }
 
-// UseFromContext returns the Use that ctx carries, or nil.
-func UseFromContext(ctx context.Context) *Use {
+// UseFrom returns the Use that ctx carries, or nil.
+func UseFrom(ctx context.Context) *Use {
 	u, _ := ctx.Value(useKey{}).(*Use)
 	return u
 }

@@ -1,4 +1,4 @@
-package agent
+package request
 
 import (
 	"slices"
@@ -71,57 +71,57 @@ type Bind struct {
 	Message []byte
 }
 
-// A way is where requests come from, as far as the one who makes them has no say:
+// An Origin is where requests come from, as far as the one who makes them has no say:
 // the host that the agent is forwarded to, or the programs on this machine. A host
 // on the way cannot change the first bind, which is made by the ssh here. The names
 // of programs are of their own choosing, and so are all binds of a connection that
 // a program here makes itself: against both there are limits for the group.
-type way struct {
-	group
-	from string // forwarded: wire form of the first host's key; else names of programs
+type Origin struct {
+	Group
+	From string // forwarded: wire form of the first host's key; else names of programs
 }
 
-// A group is all ways that a client may turn one into the other. A client that has nothing
+// A Group is all Origins that a client may turn one into the other. A client that has nothing
 // but a socket uses up no questions of the person's own programs and hosts.
-type group struct {
-	forwarded bool
-	socket    string // the name of the [[socket]]
-	uid       int    // of the client; -1: not known
-	// apart says that the client lives in namespaces of its own, or has ended. A program
+type Group struct {
+	Forwarded bool
+	Socket    string // the name of the [[socket]]
+	UID       int    // of the client; -1: not known
+	// Apart says that the client lives in namespaces of its own, or has ended. A program
 	// in a sandbox cannot leave it.
-	apart bool
+	Apart bool
 }
 
-// way returns where the requests of a connection come from. It does not look at the
-// client's namespaces, which takes a dozen system calls: see askingWay.
-func (c *Caller) way() way {
+// Origin returns where the requests of a connection come from. It does not look at the
+// client's namespaces, which takes a dozen system calls: see OriginApart.
+func (c *Caller) Origin() Origin {
 	who := c.Who()
-	w := way{group: group{forwarded: c.Forwarded, uid: -1}}
+	w := Origin{Group: Group{Forwarded: c.Forwarded, UID: -1}}
 	if who.Known {
-		w.uid = who.UID
+		w.UID = who.UID
 	}
 	if c.Socket != nil {
-		w.socket = c.Socket.Name
+		w.Socket = c.Socket.Name
 	}
 	switch {
 	case !c.Forwarded:
-		w.from = strings.Join(programNames(who), " ")
+		w.From = strings.Join(ProgramNames(who), " ")
 	case len(c.Binds) > 0:
-		w.from = string(c.Binds[0].HostKey.Marshal())
+		w.From = string(c.Binds[0].HostKey.Marshal())
 	}
 	return w
 }
 
-// askingWay is way for a client whose person is to be asked.
-func (c *Caller) askingWay() way {
-	w := c.way()
-	w.apart = c.Who().Apart() != nil
+// OriginApart is Origin with Apart, for a client whose person is to be asked.
+func (c *Caller) OriginApart() Origin {
+	w := c.Origin()
+	w.Apart = c.Who().Apart() != nil
 	return w
 }
 
-// programNames returns the names of the programs that a client comes from, the
+// ProgramNames returns the names of the programs that a client comes from, the
 // nearest first. A program that starts itself, as git does, is there once.
-func programNames(p peer.Peer) (names []string) {
+func ProgramNames(p peer.Peer) (names []string) {
 	for _, link := range p.Chain {
 		names = append(names, link.Name)
 	}

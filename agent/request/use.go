@@ -1,4 +1,4 @@
-package agent
+package request
 
 import (
 	"bytes"
@@ -24,7 +24,7 @@ type Use struct {
 	// Unlimited says that the key was limited before it was removed, is not so any more,
 	// and is used for the first time since.
 	Unlimited bool
-	pinPays   bool // for that: a person is about to be asked for a PIN
+	PINPays   bool // for that: a person is about to be asked for a PIN
 
 	// Hosts gives names to host keys; nil: they have none.
 	Hosts HostNamer
@@ -247,7 +247,7 @@ func plainly(name string) string {
 	return name
 }
 
-// provenHost returns the key of the host that the login's signature is good for,
+// ProvenHost returns the key of the host that the login's signature is good for,
 // or nil when that is not proved. consistent is false when the connection says
 // something else than the data.
 //
@@ -258,7 +258,7 @@ func plainly(name string) string {
 // connection was bound. It is believed, as ssh-agent does, on a connection with no
 // other bind: behind a forwarded one, a host on the way could sign the identifier
 // of a session that it has with somebody else.
-func (u *Use) provenHost() (key ssh.PublicKey, consistent bool) {
+func (u *Use) ProvenHost() (key ssh.PublicKey, consistent bool) {
 	c, h := u.Caller, u.where()
 	if u.Login == nil {
 		return nil, true

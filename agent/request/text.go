@@ -1,4 +1,4 @@
-package agent
+package request
 
 import (
 	"unicode/utf8"
@@ -7,14 +7,14 @@ import (
 )
 
 const (
-	// maxField bounds what is kept of one text that came from outside, in bytes,
-	// and maxReason what is of an error.
-	maxField, maxReason = 256, 1024
+	// MaxField bounds what is kept of one text that came from outside, in bytes,
+	// and MaxReason what is of an error.
+	MaxField, MaxReason = 256, 1024
 )
 
-// visible makes a text fit for the log and for lists: printable, and of so many
+// Visible makes a text fit for the log and for lists: printable, and of so many
 // bytes at the most.
-func visible(s string, limit int) string {
+func Visible(s string, limit int) string {
 	const more = "…"
 	plain := len(s) <= limit
 	for i := 0; plain && i < len(s); i++ {

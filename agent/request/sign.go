@@ -1,4 +1,4 @@
-package agent
+package request
 
 // SignatureFlags are the flags of a sign request (RFC 9987 section 5.6.1).
 type SignatureFlags uint32
@@ -9,10 +9,10 @@ const (
 	SignatureRSASHA2512 SignatureFlags = 4
 )
 
-// A SignRequest asks for a signature of Data with the key whose wire form is
+// A Sign asks for a signature of Data with the key whose wire form is
 // Key. All of it is the door's memory: not to be kept once the request is
 // answered.
-type SignRequest struct {
+type Sign struct {
 	Key   []byte
 	Data  []byte
 	Flags SignatureFlags

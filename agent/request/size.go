@@ -1,34 +1,34 @@
-package agent
+package request
 
 import "golang.org/x/crypto/ssh"
 
-// overhead is that of a structure with its place in lists and maps.
-const overhead = 512
+// Overhead is that of a structure with its place in lists and maps.
+const Overhead = 512
 
-// keySize is that of a public key that was read.
-func keySize(key ssh.PublicKey) int {
+// KeySize is that of a public key that was read.
+func KeySize(key ssh.PublicKey) int {
 	cert, ok := key.(*ssh.Certificate)
 	if !ok {
-		return overhead + 2*len(key.Marshal())
+		return Overhead + 2*len(key.Marshal())
 	}
-	size := overhead + 2*len(cert.Marshal()) + keySize(cert.Key) + keySize(cert.SignatureKey)
+	size := Overhead + 2*len(cert.Marshal()) + KeySize(cert.Key) + KeySize(cert.SignatureKey)
 	size += 48 * len(cert.ValidPrincipals)
 	return size + 128*(len(cert.CriticalOptions)+len(cert.Extensions))
 }
 
 // Size estimates the bytes of memory that the bind keeps.
 func (b *Bind) Size() int {
-	return overhead + keySize(b.HostKey) + len(b.SessionID) + len(b.Message)
+	return Overhead + KeySize(b.HostKey) + len(b.SessionID) + len(b.Message)
 }
 
 // Size estimates the bytes of memory that the constraints keep.
 func (c *Constraints) Size() int {
-	size := overhead
+	size := Overhead
 	for i := range c.Destinations {
 		size += c.Destinations[i].Size()
 	}
 	for _, cert := range c.Certificates {
-		size += keySize(cert)
+		size += KeySize(cert)
 	}
 	return size
 }
@@ -39,7 +39,7 @@ func (d *Destination) Size() int { return d.From.size() + d.To.size() }
 func (h *Hop) size() int {
 	size := 128 + len(h.User) + len(h.Host)
 	for _, key := range h.Keys {
-		size += keySize(key.Key)
+		size += KeySize(key.Key)
 	}
 	return size
 }
