@@ -3,8 +3,6 @@ package main
 import (
 	"cmp"
 	"context"
-	"crypto/sha256"
-	"encoding/hex"
 	"errors"
 	"fmt"
 	"io"
@@ -30,6 +28,7 @@ import (
 	"p11-agent/agent/request"
 	"p11-agent/agent/sshagent"
 	"p11-agent/cmd/p11-agent/exit"
+	"p11-agent/cmd/p11-agent/paths"
 	"p11-agent/systemd"
 	"p11-agent/token"
 	"p11-agent/token/known"
@@ -80,16 +79,9 @@ configuration again and looks at the tokens again.`,
 	f.VarP(&o.allow, "allow", "P", "modules that ssh-add -s may name: comma-separated `PATTERNS` (default allow-modules, or /usr/lib*/*,/usr/local/lib*/*)")
 	f.StringVarP(&o.hash, "fingerprint", "E", "sha256", "name keys by this `HASH` of them: sha256 or md5")
 	f.StringArrayVarP(&o.options, "option", "O", nil, "one of ssh-agent's `OPTIONS`: allow-remote-pkcs11 or no-restrict-websafe; may be repeated")
-	f.BoolVar(&o.system, "system", false, "serve the system, such as sshd's host keys: "+systemConfig+", "+systemSocket+", no prompts, no keys in memory")
+	f.BoolVar(&o.system, "system", false, "serve the system, such as sshd's host keys: "+paths.SystemConfig+", "+paths.SystemSocket+", no prompts, no keys in memory")
 	return cmd
 }
-
-// What an agent for the system uses unless it is told otherwise.
-const (
-	systemConfig = "/etc/p11-agent/config.toml"
-	systemSocket = "/run/p11-agent/agent.sock"
-	systemState  = "/var/lib/p11-agent"
-)
 
 // fingerprints returns how keys are named to people, as ssh-agent's -E says.
 func fingerprints(hash string) (func(ssh.PublicKey) string, error) {
@@ -154,10 +146,10 @@ func runAgent(ctx context.Context, g *globals, o *agentOptions, command []string
 	}
 	if o.system {
 		if g.config == "" {
-			g.config = systemConfig
+			g.config = paths.SystemConfig
 		}
 		if o.socket == "" {
-			o.socket = systemSocket
+			o.socket = paths.SystemSocket
 		}
 	}
 	level := slog.LevelInfo
@@ -190,13 +182,13 @@ func runAgent(ctx context.Context, g *globals, o *agentOptions, command []string
 		s.log = newLog(os.Stderr, level)
 		return s.runInherited(ctx, inherited)
 	}
-	path, err := socketPath(o.socket, len(command) > 0, warn)
+	path, err := paths.AgentSocket(o.socket, len(command) > 0, warn)
 	if err != nil {
 		return err
 	}
 	defer func() {
 		if err != nil {
-			removeRuntimeDir(path)
+			paths.RemovePrivateDir(path)
 		}
 	}()
 	// Found here, mistakes of the configuration reach the person who starts it.
@@ -242,7 +234,7 @@ func (s *service) runInForeground(ctx context.Context, path string, shell shell,
 	if err != nil {
 		return err
 	}
-	defer removeRuntimeDir(l.Path())
+	defer paths.RemovePrivateDir(l.Path())
 	if _, err := io.WriteString(out, shell.foreground(l.Path(), os.Getpid())); err != nil {
 		return errors.Join(err, l.Close())
 	}
@@ -273,9 +265,9 @@ func listen(path string) (*sshagent.Socket, error) {
 func (s *service) listen(path string) (*sshagent.Socket, error) {
 	l, err := listen(path)
 	if err != nil && errors.Is(err, sshagent.ErrInUse) && s.elsewhere {
-		if path, err = privateSocket(s.warn); err == nil {
+		if path, err = paths.PrivateSocket(s.warn); err == nil {
 			if l, err = listen(path); err != nil {
-				removeRuntimeDir(path)
+				paths.RemovePrivateDir(path)
 			}
 		}
 	}
@@ -383,9 +375,9 @@ func (s *service) serve(ctx context.Context, listeners []listener) error {
 	var notices *notices // nil: nobody is told
 	var failed func(agent.Event)
 	questions := agent.NewQuestions()
-	state := stateDir()
+	state := paths.StateDir()
 	if s.system {
-		state = cmp.Or(os.Getenv("STATE_DIRECTORY"), systemState)
+		state = cmp.Or(os.Getenv("STATE_DIRECTORY"), paths.SystemState)
 	} else {
 		ask = newAsker(c, os.Getenv, os.Environ(), s.log)
 		pins, confirm, insert = &pausingAsker{ask, questions}, ask, ask
@@ -399,7 +391,7 @@ func (s *service) serve(ctx context.Context, listeners []listener) error {
 			s.log.Warn("the keys that were remembered cannot be forgotten", "reason", err)
 		}
 	}
-	named, rules, err := s.listenNamed(c, ownRuntimeDir(pathOf(listeners[0])))
+	named, rules, err := s.listenNamed(c, paths.PrivateDir(pathOf(listeners[0])))
 	if err != nil {
 		closeAll()
 		return err
@@ -662,155 +654,6 @@ func parseLifetime(s string) (time.Duration, error) {
 	return total, nil
 }
 
-// socketPath returns where to listen. It makes nothing but a private directory: where
-// there is no runtime directory, and always for an agent of a command, of which a user
-// may have several at once, beside the one that everything else uses. warn is told why
-// the agent is in another place than expected.
-func socketPath(flag string, command bool, warn func(error)) (string, error) {
-	if flag != "" {
-		return filepath.Abs(flag)
-	}
-	dir := os.Getenv("XDG_RUNTIME_DIR")
-	if dir == "" || command {
-		return privateSocket(warn)
-	}
-	if err := usableRuntimeDir(dir); err != nil {
-		return privateSocket(warn)
-	}
-	return filepath.Join(dir, "p11-agent", "agent.sock"), nil
-}
-
-// usableRuntimeDir tells why the agent cannot use a runtime directory. That of another
-// user is what su and sudo leave in the environment.
-func usableRuntimeDir(dir string) error {
-	st, err := os.Stat(dir)
-	if err != nil {
-		return fmt.Errorf("XDG_RUNTIME_DIR: %w", err)
-	}
-	if sys, ok := st.Sys().(*syscall.Stat_t); !ok || !st.IsDir() || int(sys.Uid) != os.Geteuid() || !filepath.IsAbs(dir) {
-		return fmt.Errorf("XDG_RUNTIME_DIR: %s is not a directory of this user", dir)
-	}
-	if err := unix.Access(dir, unix.W_OK|unix.X_OK); err != nil {
-		return fmt.Errorf("XDG_RUNTIME_DIR: write to %s: %w", dir, err)
-	}
-	return nil
-}
-
-// privateSocket returns where to listen in a new directory: in the runtime directory, or
-// below the state directory, or else below that for temporary files. ssh-agent had its
-// socket in the last before OpenSSH 10.1, but there a module process may write: it could
-// put a socket of its own in that place.
-func privateSocket(warn func(error)) (string, error) {
-	if dir := os.Getenv("XDG_RUNTIME_DIR"); dir != "" {
-		err := usableRuntimeDir(dir)
-		if err == nil {
-			return newSocketDir(dir, runtimePrefix)
-		}
-		warn(fmt.Errorf("%w: the agent takes another directory for its socket", err))
-	}
-	state := stateDir()
-	err := errors.New("neither XDG_STATE_HOME nor HOME is set")
-	if state != "" {
-		if err = os.MkdirAll(state, 0o700); err == nil {
-			prefix := privatePrefix + hostTag() + "-"
-			removeStale(filepath.Join(state, prefix+"*"), time.Now())
-			var path string
-			if path, err = newSocketDir(state, prefix); err == nil {
-				return path, nil
-			}
-		}
-	}
-	path, tempErr := newSocketDir(os.TempDir(), runtimePrefix)
-	if tempErr != nil {
-		return "", fmt.Errorf("make a directory for the socket: %w: name another place with -a", errors.Join(err, tempErr))
-	}
-	warn(fmt.Errorf("make a directory for the socket: %w: it is in %s now, where a module could put a socket of its own in that place", err, filepath.Dir(path)))
-	return path, nil
-}
-
-// newSocketDir makes a private directory for a socket, and returns the path of that.
-func newSocketDir(in, prefix string) (string, error) {
-	own, err := os.MkdirTemp(in, prefix)
-	return filepath.Join(own, socketName()), err
-}
-
 // warn tells a person of what is not as it should be and ends nothing.
 func warn(err error) { fmt.Fprintf(os.Stderr, "p11-agent: warning: %v\n", err) }
 
-func socketName() string { return "agent." + strconv.Itoa(os.Getpid()) }
-
-// hostTag stands for this host in the name of a directory: a home directory may be on
-// a network file system, where the sockets of other hosts look like abandoned ones.
-func hostTag() string {
-	name, err := os.Hostname()
-	if err != nil {
-		name = "localhost"
-	}
-	sum := sha256.Sum256([]byte(name))
-	return hex.EncodeToString(sum[:3])
-}
-
-// staleAfter is how old a directory is before it may be called abandoned: an agent that
-// starts has one without a socket that answers.
-const staleAfter = time.Hour
-
-// removeStale removes directories of privateSocket whose agents have been killed. Those
-// in the runtime directory go with that.
-func removeStale(pattern string, now time.Time) {
-	dirs, _ := filepath.Glob(pattern)
-	for _, dir := range dirs {
-		st, err := os.Lstat(dir)
-		if err != nil || !st.IsDir() || now.Sub(st.ModTime()) < staleAfter {
-			continue
-		}
-		sockets, err := os.ReadDir(dir)
-		if err != nil || slices.ContainsFunc(sockets, func(e os.DirEntry) bool { return !abandoned(filepath.Join(dir, e.Name())) }) {
-			continue
-		}
-		for _, e := range sockets {
-			_ = os.Remove(filepath.Join(dir, e.Name())) // what stays keeps the directory
-		}
-		_ = os.Remove(dir)
-	}
-}
-
-// abandoned tells whether a path is a socket that nobody listens on.
-func abandoned(path string) bool {
-	st, err := os.Lstat(path)
-	if err != nil || st.Mode().Type() != os.ModeSocket {
-		return false
-	}
-	c, err := net.Dial("unix", path)
-	if err == nil {
-		_ = c.Close()
-	}
-	return errors.Is(err, syscall.ECONNREFUSED)
-}
-
-// ownRuntimeDir returns the directory that socketPath has made for this socket, or
-// nothing.
-func ownRuntimeDir(path string) string {
-	dir := filepath.Dir(path)
-	name := filepath.Base(dir)
-	if strings.HasPrefix(name, runtimePrefix) || strings.HasPrefix(name, privatePrefix) && filepath.Dir(dir) == stateDir() {
-		return dir
-	}
-	return ""
-}
-
-// What begins the names of the directories that socketPath makes, in the runtime
-// directory and in the state directory. The latter is short, as the path of a socket has
-// to be.
-const (
-	runtimePrefix = "p11-agent-"
-	privatePrefix = "s-"
-)
-
-// removeRuntimeDir removes the directory that socketPath has made, once the
-// socket in it is gone.
-func removeRuntimeDir(path string) {
-	if dir := ownRuntimeDir(path); dir != "" {
-		// Only if it is empty; somebody's own directory of that name stays.
-		_ = os.Remove(dir)
-	}
-}

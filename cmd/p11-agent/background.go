@@ -22,6 +22,7 @@ import (
 	"p11-agent/agent/sshagent"
 	"p11-agent/cmd/p11-agent/exit"
 	"p11-agent/cmd/p11-agent/output"
+	"p11-agent/cmd/p11-agent/paths"
 )
 
 // shell is how a shell sets variables.
@@ -255,7 +256,7 @@ func (s *service) runInBackground(ctx context.Context, c *child) error {
 	if err != nil {
 		return fail(err)
 	}
-	defer removeRuntimeDir(l.Path())
+	defer paths.RemovePrivateDir(l.Path())
 	all, granted := s.openLogs(l)
 	defer all.Close()
 	defer granted.Close()
@@ -311,13 +312,6 @@ func endWith(pid int, end func()) error {
 	return nil
 }
 
-// The logs of an agent in the background. What was granted is in both: no other
-// lines can push it out of the second one.
-const (
-	agentLog   = "agent.log"
-	grantedLog = "granted.log"
-)
-
 // logs writes all lines into one log, and those about what was granted into another
 // one, too.
 type logs struct{ all, granted slog.Handler }
@@ -361,7 +355,7 @@ type logFile struct {
 // write to is no place for them. Without a place, nothing is logged.
 func (s *service) openLogs(socket *sshagent.Socket) (all, granted io.WriteCloser) {
 	var errs []error
-	dirs := []string{stateDir()}
+	dirs := []string{paths.StateDir()}
 	if !socket.Shared() {
 		dirs = append(dirs, filepath.Dir(socket.Path()))
 	}
@@ -369,12 +363,12 @@ func (s *service) openLogs(socket *sshagent.Socket) (all, granted io.WriteCloser
 		if dir == "" {
 			continue
 		}
-		all, err := openLogFile(dir, agentLog)
+		all, err := openLogFile(dir, paths.AgentLog)
 		if err == nil {
 			var granted *logFile
-			if granted, err = openLogFile(dir, grantedLog); err == nil {
+			if granted, err = openLogFile(dir, paths.GrantedLog); err == nil {
 				// A directory that ends with the agent is removed, if it is empty.
-				all.passing = ownRuntimeDir(socket.Path()) == dir
+				all.passing = paths.PrivateDir(socket.Path()) == dir
 				granted.passing = all.passing
 				if len(errs) > 0 {
 					s.warn(fmt.Errorf("open the log: %w: it is %s now", errors.Join(errs...), all.path))

@@ -14,6 +14,7 @@ import (
 	"github.com/spf13/cobra"
 
 	"p11-agent/cmd/p11-agent/exit"
+	"p11-agent/cmd/p11-agent/paths"
 	"p11-agent/token"
 	"p11-agent/token/pkcs11uri"
 	"p11-agent/token/wire"
@@ -143,7 +144,7 @@ func tokensThere(ctx context.Context, g *globals) (all []statusToken) {
 	if err != nil {
 		return nil
 	}
-	b := openBackend(c, nil, nil, stateDir(), token.KnownRead, slog.New(slog.DiscardHandler))
+	b := openBackend(c, nil, nil, paths.StateDir(), token.KnownRead, slog.New(slog.DiscardHandler))
 	defer b.stop()
 	ctx, cancel := context.WithTimeout(ctx, completionTime)
 	defer cancel()

@@ -23,6 +23,7 @@ import (
 	"p11-agent/agent"
 	"p11-agent/agent/request"
 	"p11-agent/cmd/p11-agent/exit"
+	"p11-agent/cmd/p11-agent/paths"
 	"p11-agent/token"
 	"p11-agent/token/pkcs11uri"
 	"p11-agent/token/registry"
@@ -252,16 +253,16 @@ type socketConfig struct {
 // path returns where the socket is: beside that of an agent which has a directory
 // of its own, own, or else in the one that all know.
 func (s socketConfig) path(own string) (string, error) {
-	dir := os.Getenv("XDG_RUNTIME_DIR")
-	switch {
-	case s.Path != "":
+	if s.Path != "" {
 		return s.Path, nil
-	case own != "":
-		return filepath.Join(own, s.Name+".sock"), nil
-	case dir == "":
-		return "", errors.New("XDG_RUNTIME_DIR is not set: give the socket a path")
 	}
-	return filepath.Join(dir, "p11-agent", s.Name+".sock"), nil
+	if own != "" {
+		return filepath.Join(own, s.Name+".sock"), nil
+	}
+	if path := paths.RuntimeSocket(s.Name); path != "" {
+		return path, nil
+	}
+	return "", errors.New("XDG_RUNTIME_DIR is not set: give the socket a path")
 }
 
 // readOnly tells whether keys can only be used there. A socket that shows some keys, or
@@ -366,35 +367,12 @@ func (e *configError) Hint() string { return e.Advice }
 // ExitCode tells that the configuration is wrong.
 func (e *configError) ExitCode() int { return exit.CodeUsage }
 
-// defaultConfig is where the configuration file is when nobody says otherwise,
-// or nothing when there is no home directory.
-func defaultConfig() string {
-	if dir := os.Getenv("XDG_CONFIG_HOME"); filepath.IsAbs(dir) {
-		return filepath.Join(dir, "p11-agent", "config.toml")
-	}
-	if home := os.Getenv("HOME"); filepath.IsAbs(home) {
-		return filepath.Join(home, ".config", "p11-agent", "config.toml")
-	}
-	return ""
-}
-
-// stateDir is where the agent remembers things, or nothing.
-func stateDir() string {
-	if dir := os.Getenv("XDG_STATE_HOME"); filepath.IsAbs(dir) {
-		return filepath.Join(dir, "p11-agent")
-	}
-	if home := os.Getenv("HOME"); filepath.IsAbs(home) {
-		return filepath.Join(home, ".local", "state", "p11-agent")
-	}
-	return ""
-}
-
 // loadConfig reads the configuration. file is what --config says; empty: the
 // file at its usual place, if there is one.
 func loadConfig(file string) (*config, error) {
 	optional := file == ""
 	if optional {
-		file = defaultConfig()
+		file = paths.ConfigFile()
 	}
 	c := &config{AllowModules: token.DefaultAllowList}
 	if file == "" {
@@ -576,16 +554,16 @@ func (c *config) check(mode fs.FileMode) error {
 		}
 		c.publicKeys = append(c.publicKeys, p)
 	}
-	if c.Certificates = expandHome(c.Certificates); c.Certificates != "" && !filepath.IsAbs(c.Certificates) {
+	if c.Certificates = paths.ExpandHome(c.Certificates); c.Certificates != "" && !filepath.IsAbs(c.Certificates) {
 		return bad("certificates: %q is not an absolute path", c.Certificates)
 	}
 	for i, path := range c.KnownHosts {
-		if c.KnownHosts[i] = expandHome(path); !filepath.IsAbs(c.KnownHosts[i]) {
+		if c.KnownHosts[i] = paths.ExpandHome(path); !filepath.IsAbs(c.KnownHosts[i]) {
 			return bad("known-hosts: %q is not an absolute path", path)
 		}
 	}
 	for i, path := range c.Upstream {
-		if c.Upstream[i] = expandHome(path); !filepath.IsAbs(c.Upstream[i]) {
+		if c.Upstream[i] = paths.ExpandHome(path); !filepath.IsAbs(c.Upstream[i]) {
 			return bad("upstream: %q is not an absolute path", path)
 		}
 	}
@@ -610,7 +588,7 @@ func (c *config) check(mode fs.FileMode) error {
 		}
 		seen[m.name()] = true
 		for j, path := range m.Write {
-			if m.Write[j] = expandHome(path); !filepath.IsAbs(m.Write[j]) || strings.Contains(path, "\x00") {
+			if m.Write[j] = paths.ExpandHome(path); !filepath.IsAbs(m.Write[j]) || strings.Contains(path, "\x00") {
 				return bad("module %q: write has %q, which is no absolute path", m.name(), path)
 			}
 		}
@@ -631,37 +609,29 @@ func (c *config) check(mode fs.FileMode) error {
 
 // checkSockets finds mistakes in the tables of sockets.
 func (c *config) checkSockets() error {
-	names, paths := make(map[string]bool), make(map[string]bool)
+	names, taken := make(map[string]bool), make(map[string]bool)
 	for i := range c.Sockets {
 		s := &c.Sockets[i]
-		s.Path = expandHome(s.Path)
+		s.Path = paths.ExpandHome(s.Path)
 		switch {
 		case s.Name == "":
 			return fmt.Errorf("[[socket]] table %d has no name", i+1)
 		case strings.ContainsAny(s.Name, "/\x00") || s.Name[0] == '.' || s.Name == "agent":
 			return fmt.Errorf("[[socket]]: %q cannot be the name of a socket", s.Name)
-		case names[s.Name] || s.Path != "" && paths[s.Path]:
+		case names[s.Name] || s.Path != "" && taken[s.Path]:
 			return fmt.Errorf("[[socket]]: %q is there twice", s.Name)
 		case s.Path != "" && !filepath.IsAbs(s.Path):
 			return fmt.Errorf("[[socket]]: the path %q is not absolute", s.Path)
 		}
-		names[s.Name], paths[s.Path] = true, true
+		names[s.Name], taken[s.Path] = true, true
 	}
 	return nil
-}
-
-// expandHome replaces a leading "~/".
-func expandHome(path string) string {
-	if rest, ok := strings.CutPrefix(path, "~/"); ok {
-		return filepath.Join(os.Getenv("HOME"), rest)
-	}
-	return path
 }
 
 // readPublicKey reads a file such as ssh-keygen writes: one line, of type, base64
 // and comment.
 func readPublicKey(file string) (crypto.PublicKey, error) {
-	file = expandHome(file)
+	file = paths.ExpandHome(file)
 	if !filepath.IsAbs(file) {
 		return nil, fmt.Errorf("%q is not an absolute path", file)
 	}

@@ -19,6 +19,7 @@ import (
 
 	"p11-agent/cmd/p11-agent/exit"
 	"p11-agent/cmd/p11-agent/output"
+	"p11-agent/cmd/p11-agent/paths"
 	"p11-agent/token"
 )
 
@@ -126,7 +127,7 @@ func findConfiguration(r *report, file string) *config {
 
 func findTokensAndCards(ctx context.Context, c *config, cards, mods, toks *report) {
 	findRegistry(mods, c)
-	b := openBackend(c, nil, nil, stateDir(), token.KnownRead, slog.New(slog.DiscardHandler))
+	b := openBackend(c, nil, nil, paths.StateDir(), token.KnownRead, slog.New(slog.DiscardHandler))
 	defer b.stop()
 	daemon := askPCSCD(ctx)
 	ctx, cancel := context.WithTimeout(ctx, doctorTimeout)

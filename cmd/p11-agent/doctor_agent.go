@@ -23,6 +23,7 @@ import (
 
 	"p11-agent/agent/peer"
 	"p11-agent/cmd/p11-agent/output"
+	"p11-agent/cmd/p11-agent/paths"
 	"p11-agent/systemd/install"
 )
 
@@ -75,7 +76,7 @@ const program = "p11-agent"
 // includeLine is the line for ~/.ssh/config that leads to the file which install has
 // written; empty: it has written none.
 func includeLine() string {
-	file := filepath.Join(filepath.Dir(defaultConfig()), "ssh_config")
+	file := filepath.Join(filepath.Dir(paths.ConfigFile()), "ssh_config")
 	if _, err := os.Stat(file); err != nil || !filepath.IsAbs(file) {
 		return ""
 	}
@@ -363,19 +364,6 @@ func askSSH(ctx context.Context) sshSettings {
 	return s
 }
 
-// ownSocket is where p11-agent listens when nobody says otherwise, setup included;
-// empty: nowhere.
-func ownSocket() string {
-	dir := os.Getenv("XDG_RUNTIME_DIR")
-	if dir == "" {
-		dir = fmt.Sprintf("/run/user/%d", os.Geteuid())
-		if _, err := os.Stat(dir); err != nil {
-			return stateSocket()
-		}
-	}
-	return filepath.Join(dir, program, "agent.sock")
-}
-
 // identityAgent is the line that leads ssh to a socket, whatever the environment
 // says. %i is the user's number: a variable that is not set would make ssh refuse
 // its whole configuration.
@@ -399,14 +387,14 @@ func findAgent(ctx context.Context, r *report, s sshSettings) []*sshagent.Key {
 	switch {
 	case s.agent == "none":
 		r.bad("ssh asks no agent at all: its configuration has IdentityAgent none").
-			Next("take that line out of ~/.ssh/config or /etc/ssh/ssh_config, or have this one come before it:\nHost *\n    %s", identityAgent(cmp.Or(ownSocket(), env)))
+			Next("take that line out of ~/.ssh/config or /etc/ssh/ssh_config, or have this one come before it:\nHost *\n    %s", identityAgent(cmp.Or(paths.UserSocket(), env)))
 		return nil
 	case strings.HasPrefix(s.agent, "$"):
 		asked, from = os.Getenv(strings.Trim(s.agent, "${}")), "IdentityAgent "+s.agent
 	case s.agent != "" && s.agent != socketVariable:
-		asked, from = expandHome(s.agent), "IdentityAgent in ssh's configuration"
+		asked, from = paths.ExpandHome(s.agent), "IdentityAgent in ssh's configuration"
 	}
-	own := ownSocket()
+	own := paths.UserSocket()
 	lead := func(f *finding, a answering) {
 		leadToOwn(ctx, f, a, own, asked)
 	}
@@ -542,7 +530,7 @@ func findSSH(r *report, s sshSettings, keys []*sshagent.Key) {
 	if s.err != nil {
 		f := r.bad("%v", s.err)
 		if strings.Contains(s.err.Error(), "environment expansion") {
-			f.Next("in ~/.ssh/config, write %s: a variable that is not set makes ssh refuse the whole file", identityAgent(ownSocket()))
+			f.Next("in ~/.ssh/config, write %s: a variable that is not set makes ssh refuse the whole file", identityAgent(paths.UserSocket()))
 		} else {
 			f.Next("ssh -G %s  # says the same, with file and line, or waits for what holds it up", anyHost)
 		}
@@ -561,7 +549,7 @@ func findSSH(r *report, s sshSettings, keys []*sshagent.Key) {
 // anyOfFiles tells whether the public half of one of the files is one of the keys.
 func anyOfFiles(keys []*sshagent.Key, files []string) bool {
 	for _, file := range files {
-		file = expandHome(file)
+		file = paths.ExpandHome(file)
 		for _, name := range []string{file, file + ".pub"} {
 			b, err := readSmall(name)
 			if err != nil {

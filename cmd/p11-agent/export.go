@@ -24,6 +24,7 @@ import (
 	"p11-agent/agent"
 	"p11-agent/cmd/p11-agent/exit"
 	"p11-agent/cmd/p11-agent/output"
+	"p11-agent/cmd/p11-agent/paths"
 	"p11-agent/token"
 	"p11-agent/token/pkcs11uri"
 )
@@ -97,7 +98,7 @@ func runExport(ctx context.Context, g *globals, o *exportOptions, args []string,
 	if err != nil {
 		return err
 	}
-	b := openBackend(c, nil, nil, stateDir(), token.KnownRead, newLog(stderr, slog.LevelError))
+	b := openBackend(c, nil, nil, paths.StateDir(), token.KnownRead, newLog(stderr, slog.LevelError))
 	defer b.stop()
 	ctx, cancel := context.WithTimeout(ctx, lookTimeout)
 	defer cancel()
@@ -109,7 +110,7 @@ func runExport(ctx context.Context, g *globals, o *exportOptions, args []string,
 	if err != nil {
 		return aboutHosts(err, args)
 	}
-	dir := cmp.Or(expandHome(o.dir), filepath.Join(os.Getenv("HOME"), ".ssh"))
+	dir := cmp.Or(paths.ExpandHome(o.dir), filepath.Join(os.Getenv("HOME"), ".ssh"))
 	if dir, err = filepath.Abs(dir); err != nil {
 		return err
 	}
@@ -352,7 +353,7 @@ func printSSHConfig(ctx context.Context, out io.Writer, keys []exported, dir str
 		}
 	}
 	b.WriteString("    IdentitiesOnly yes\n")
-	socket := ownSocket()
+	socket := paths.UserSocket()
 	// An agent elsewhere is meant when it is the one that is used here.
 	if path := os.Getenv(socketVariable); path != "" && path != socket {
 		if a := askAgent(ctx, path); a.err == nil && a.own {

@@ -24,6 +24,7 @@ import (
 	"p11-agent/agent/request"
 	"p11-agent/cmd/p11-agent/exit"
 	"p11-agent/cmd/p11-agent/output"
+	"p11-agent/cmd/p11-agent/paths"
 	"p11-agent/token"
 	"p11-agent/token/pkcs11uri"
 	"p11-agent/token/wire"
@@ -142,7 +143,7 @@ func runGenerate(ctx context.Context, g *globals, o *generateOptions, text strin
 
 	log := newLog(stderr, slog.LevelError)
 	show := &progress{ctx: ctx, w: stderr, terminal: output.IsTerminal(stderr), kind: kind}
-	b := openBackend(c, terminalAsker{newAsker(c, os.Getenv, os.Environ(), log)}, nil, stateDir(), token.KnownRead, log,
+	b := openBackend(c, terminalAsker{newAsker(c, os.Getenv, os.Environ(), log)}, nil, paths.StateDir(), token.KnownRead, log,
 		func(opts *token.Options) { opts.Generating = show.begin })
 	defer b.stop()
 	settled, cancel := context.WithTimeout(ctx, lookTimeout)

@@ -5,13 +5,13 @@ import (
 	"errors"
 	"fmt"
 	"io"
-	"os"
 	"path/filepath"
 
 	"github.com/spf13/cobra"
 
 	"p11-agent/agent/sshagent"
 	"p11-agent/cmd/p11-agent/exit"
+	"p11-agent/cmd/p11-agent/paths"
 	"p11-agent/systemd/install"
 )
 
@@ -91,17 +91,15 @@ func installTarget(system string) install.Target {
 	t := install.Target{
 		System:     system,
 		ConfigHome: configHome(),
+		Socket:     paths.RuntimeSocket(paths.AgentName),
 		Answers:    func(ctx context.Context, socket string) bool { return sshagent.Ping(ctx, socket) == nil },
-	}
-	if dir := os.Getenv("XDG_RUNTIME_DIR"); dir != "" {
-		t.Socket = filepath.Join(dir, "p11-agent", "agent.sock")
 	}
 	return t
 }
 
 // configHome is the directory of the user's configuration, or empty.
 func configHome() string {
-	if file := defaultConfig(); file != "" {
+	if file := paths.ConfigFile(); file != "" {
 		return filepath.Dir(filepath.Dir(file))
 	}
 	return ""

@@ -20,6 +20,8 @@ import (
 	"p11-agent/agent/request"
 	"p11-agent/cmd/p11-agent/exit"
 	"p11-agent/cmd/p11-agent/output"
+	"p11-agent/cmd/p11-agent/paths"
+
 	"p11-agent/token"
 	"p11-agent/token/pkcs11uri"
 	"p11-agent/token/wire"
@@ -184,7 +186,7 @@ func runList(ctx context.Context, g *globals, o *listOptions, args []string, out
 		log.flush()
 	}
 	defer log.flush() // the list comes before what was looked at for it
-	b := openBackend(c, nil, nil, stateDir(), token.KnownRead, newLog(log, level))
+	b := openBackend(c, nil, nil, paths.StateDir(), token.KnownRead, newLog(log, level))
 	defer b.stop()
 	ctx, cancel := context.WithTimeout(ctx, lookTimeout)
 	defer cancel()

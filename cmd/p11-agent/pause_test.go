@@ -15,6 +15,7 @@ import (
 	"p11-agent/agent"
 	"p11-agent/agent/peer"
 	"p11-agent/agent/request"
+	"p11-agent/cmd/p11-agent/paths"
 	"p11-agent/pinentry"
 	"p11-agent/pinentry/secret"
 	"p11-agent/pinentry/waiting"
@@ -150,7 +151,7 @@ func TestGrantedHasItsFile(t *testing.T) {
 		t.Cleanup(func() { _ = l.Close() })
 		return l
 	}
-	all, granted := open(agentLog), open(grantedLog)
+	all, granted := open(paths.AgentLog), open(paths.GrantedLog)
 	log := slog.New(&logs{slog.NewTextHandler(all, nil), slog.NewTextHandler(granted, nil)})
 	log.With("request", "sign").Info("signed", "result", "ok", "client", "ssh (1)")
 	for range 3 * maxLogFile / 1000 {

@@ -55,6 +55,7 @@ var rooms = []room{
 	{"cmd/p11-agent", nil, "it wires every room"},
 	{"cmd/p11-agent/exit", []string{}, "a leaf: an exit code is decided without knowing the command"},
 	{"cmd/p11-agent/output", []string{"pinentry", cobra, xsys}, "it prints for every command, and knows none of them"},
+	{"cmd/p11-agent/paths", []string{xsys}, "a leaf: where files are is decided without reading them"},
 	{"cmd/bench", []string{}, "it measures the program from outside"},
 	{"cmd/testrun", []string{}, "it knows tests by their names only"},
 	{

@@ -19,6 +19,7 @@ import (
 
 	"p11-agent/cmd/p11-agent/exit"
 	"p11-agent/cmd/p11-agent/output"
+	"p11-agent/cmd/p11-agent/paths"
 	"p11-agent/token"
 )
 
@@ -179,7 +180,7 @@ func (s *setup) look(ctx context.Context) {
 	if s.b != nil {
 		s.b.stop()
 	}
-	s.b = openBackend(s.config, newAsker(s.config, os.Getenv, os.Environ(), s.log), nil, stateDir(), token.KnownRead, s.log,
+	s.b = openBackend(s.config, newAsker(s.config, os.Getenv, os.Environ(), s.log), nil, paths.StateDir(), token.KnownRead, s.log,
 		func(opts *token.Options) { opts.Generating = s.making.begin })
 	ctx, cancel := context.WithTimeout(ctx, lookTimeout)
 	defer cancel()
@@ -198,7 +199,7 @@ func (s *setup) finish() {
 		s.say("\nEverything is done.")
 	}
 	s.say("\nLog in, where the line above is in ~/.ssh/authorized_keys:\n\n    ssh host")
-	if socket := setupSocket(); os.Getenv(socketVariable) != socket && s.agent != nil {
+	if socket := paths.SetupSocket(); os.Getenv(socketVariable) != socket && s.agent != nil {
 		s.say("\nssh finds the agent by its configuration. ssh-add and git need this line, in this shell and in ~/.profile:\n\n    export SSH_AUTH_SOCK=%s", output.ShellWord(socket))
 		if !userManagerRuns() {
 			s.say("    p11-agent agent -s -a \"$SSH_AUTH_SOCK\" >/dev/null 2>&1 || :   # starts it after a restart of the machine")

@@ -15,27 +15,9 @@ import (
 	"syscall"
 
 	"p11-agent/cmd/p11-agent/output"
+	"p11-agent/cmd/p11-agent/paths"
 	"p11-agent/systemd/install"
 )
-
-// stateSocket is where setup has an agent listen that has no runtime directory. Other
-// commands look for it there.
-func stateSocket() string {
-	if dir := stateDir(); dir != "" {
-		return filepath.Join(dir, "agent.sock")
-	}
-	return ""
-}
-
-// setupSocket is where the agent of this user listens.
-func setupSocket() string {
-	if os.Getenv("XDG_RUNTIME_DIR") != "" {
-		if path, err := socketPath("", false, func(error) {}); err == nil {
-			return path
-		}
-	}
-	return cmp.Or(stateSocket(), ownSocket())
-}
 
 // userManagerRuns tells whether systemd runs for this user, and can be reached.
 func userManagerRuns() bool {
@@ -51,7 +33,7 @@ func userManagerRuns() bool {
 // the agent before there is a PIN: see queryAgent.
 func (s *setup) startAgent(ctx context.Context) error {
 	const title = "The agent"
-	socket := setupSocket()
+	socket := paths.SetupSocket()
 	done := ""
 	a, err := queryAgent(ctx, socket, "")
 	switch {
@@ -132,13 +114,13 @@ func (s *setup) startBackground(ctx context.Context, socket string) error {
 
 // leadSSH has ssh ask the agent, whatever SSH_AUTH_SOCK says.
 func (s *setup) leadSSH(ctx context.Context) error {
-	socket := setupSocket()
+	socket := paths.SetupSocket()
 	done := ""
 	settings := askSSH(ctx)
 	if settings.agent == socket {
 		done = "its configuration names " + output.HomePath(socket)
 	}
-	own := filepath.Join(filepath.Dir(defaultConfig()), "ssh_config")
+	own := filepath.Join(filepath.Dir(paths.ConfigFile()), "ssh_config")
 	file := filepath.Join(os.Getenv("HOME"), ".ssh", "config")
 	line := install.Include(own)
 	yes, err := s.offer(ctx, "ssh", done,

@@ -15,6 +15,7 @@ import (
 	"golang.org/x/crypto/ssh"
 
 	"p11-agent/cmd/p11-agent/output"
+	"p11-agent/cmd/p11-agent/paths"
 )
 
 // hostName is what ssh-copy-id is given: it begins with no "-", and has nothing that a
@@ -98,15 +99,15 @@ func (s *setup) signWithGit(ctx context.Context) error {
 		_, err := s.offer(ctx, title, "", "have it sign commits with the key")
 		return err
 	}
-	signers := expandHome(set("gpg.ssh.allowedsignersfile"))
+	signers := paths.ExpandHome(set("gpg.ssh.allowedsignersfile"))
 	if signers == "" {
-		signers = expandHome(gitSigners)
+		signers = paths.ExpandHome(gitSigners)
 	}
 	file := publicFile(s.key)
 	line := fmt.Sprintf("%s namespaces=\"git\" %s", email, s.key.line)
 	known := hasSigner(signers, email, s.key.pub)
 	done := ""
-	if signing != "" && expandHome(signing) == file && set("gpg.format") == "ssh" && known && set("gpg.ssh.allowedsignersfile") != "" {
+	if signing != "" && paths.ExpandHome(signing) == file && set("gpg.format") == "ssh" && known && set("gpg.ssh.allowedsignersfile") != "" {
 		done = "it signs with " + output.HomePath(file)
 	}
 	what := []string{

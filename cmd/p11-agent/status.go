@@ -20,6 +20,7 @@ import (
 	"p11-agent/agent/request"
 	"p11-agent/agent/sshagent"
 	"p11-agent/cmd/p11-agent/output"
+	"p11-agent/cmd/p11-agent/paths"
 	"p11-agent/token/module/undumpable"
 	"p11-agent/token/pkcs11uri"
 	"p11-agent/token/wire"
@@ -121,9 +122,9 @@ func dialAgent(ctx context.Context, path, uri string) (*runningAgent, error) {
 	var tried []string
 	var failed error // of an agent that does answer
 	own := ""
-	if dir := os.Getenv("XDG_RUNTIME_DIR"); dir != "" {
-		own = filepath.Join(dir, "p11-agent", "agent.sock")
-	} else if path := stateSocket(); path != "" {
+	if path := paths.RuntimeSocket(paths.AgentName); path != "" {
+		own = path
+	} else if path := paths.StateSocket(); path != "" {
 		if _, err := os.Lstat(path); err == nil {
 			own = path
 		}
