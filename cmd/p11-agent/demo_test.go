@@ -16,6 +16,12 @@ import (
 	"p11-agent/token/tokentest"
 )
 
+// The token of the demo, and the address in its commits.
+const (
+	demoToken = "p11-agent-demo"
+	demoEmail = "demo@example.org"
+)
+
 // demoPrograms are those that the demo cannot do without.
 var demoPrograms = []string{"softhsm2-util", "pkcs11-tool", "ssh", "ssh-add", "ssh-keygen", "sshd", "git"}
 

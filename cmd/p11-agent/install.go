@@ -27,7 +27,7 @@ type installOptions struct {
 func (o *installOptions) addFlags(cmd *cobra.Command, what string) {
 	f := cmd.Flags()
 	f.BoolVar(&o.user, "user", false, what+" the units of this user's agent")
-	f.StringVar(&o.system, "system", "", what+" those of an agent for the system, which serves /etc/p11-agent/`NAME`.toml")
+	f.StringVar(&o.system, "system", "", what+" the units of an agent for the system, which reads /etc/p11-agent/`NAME`.toml")
 }
 
 func newInstallCommand(g *globals) *cobra.Command {
@@ -35,10 +35,11 @@ func newInstallCommand(g *globals) *cobra.Command {
 	cmd := &cobra.Command{
 		Use:   "install --user|--system NAME",
 		Short: "Have systemd start the agent",
-		Long: `Write the units with which systemd starts this program as the agent, when the
-first client connects, and a setting of SSH_AUTH_SOCK and a piece of ssh_config
-that lead to it. Then say what to type, or do it with --now. Nothing else is
-changed: files that were not written by this command are left alone, and so is
+		Long: `Write units with which systemd starts this program as the agent when the first
+client connects. Also write a setting of SSH_AUTH_SOCK and a piece of ssh_config
+that name the agent. Then print what to type next; --now does that instead.
+
+The command changes no file that it has not written. It does not change
 ~/.ssh/config.`,
 		Args: noArgs,
 		RunE: func(cmd *cobra.Command, _ []string) error {
@@ -47,9 +48,9 @@ changed: files that were not written by this command are left alone, and so is
 	}
 	o.addFlags(cmd, "write")
 	f := cmd.Flags()
-	f.BoolVar(&o.now, "now", false, "have systemd read, enable and start them, too")
-	f.BoolVar(&o.print, "print", false, "only show what would be written")
-	f.BoolVar(&o.force, "force", false, "replace files that this command has not written, too")
+	f.BoolVar(&o.now, "now", false, "have systemd read, enable and start the units, too")
+	f.BoolVar(&o.print, "print", false, "show the files, and write nothing")
+	f.BoolVar(&o.force, "force", false, "replace files that install has not written, too")
 	return cmd
 }
 
@@ -58,8 +59,8 @@ func newUninstallCommand(g *globals) *cobra.Command {
 	cmd := &cobra.Command{
 		Use:   "uninstall --user|--system NAME",
 		Short: "Take back what install has done",
-		Long: `Stop and disable the agent, and remove the files that install has written, and no
-others. The configuration of the agent stays.`,
+		Long: `Stop and disable the agent, and remove the files that install has written. The
+configuration of the agent stays.`,
 		Args: noArgs,
 		RunE: func(cmd *cobra.Command, _ []string) error {
 			in, err := o.open(cmd.Context(), g, cmd.OutOrStdout(), cmd.ErrOrStderr())
@@ -77,11 +78,11 @@ others. The configuration of the agent stays.`,
 func (o *installOptions) open(ctx context.Context, g *globals, out, stderr io.Writer) (*install.Installation, error) {
 	switch {
 	case g.config != "":
-		return nil, exit.Usage(errors.New("--config means nothing here: to have the agent use another file, give it to the agent in a drop-in of its unit"))
+		return nil, exit.Usage(errors.New("--config does nothing here: to have the agent read another file, write a drop-in for its unit"))
 	case o.user == (o.system != ""):
-		return nil, exit.Usage(errors.New("say which agent: --user for yours, --system NAME for one that serves the system, such as sshd's host keys"))
+		return nil, exit.Usage(errors.New("say which agent: --user for yours, --system NAME for an agent of the system, such as one with the host keys of sshd"))
 	case o.system != "" && !install.ValidName(o.system):
-		return nil, exit.Usage(fmt.Errorf("%q is no name for an agent: letters, digits, dots and underscores make one", o.system))
+		return nil, exit.Usage(fmt.Errorf("%q cannot be the name of an agent: use letters, digits, dots and underscores", o.system))
 	}
 	return install.New(ctx, installTarget(o.system), out, stderr)
 }

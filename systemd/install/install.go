@@ -28,7 +28,7 @@ import (
 )
 
 // Marker is the first line of every file that install writes. By this line it
-// recognizes its files.
+// recognizes them.
 const Marker = `# Written by "p11-agent install", which "p11-agent uninstall" undoes. Without this line the file is yours.` + "\n"
 
 // The names of the units of a user's agent.
@@ -51,9 +51,8 @@ func ValidName(name string) bool { return systemName.MatchString(name) }
 // A file is one file of an installation.
 type file struct {
 	path string
-	from string // for systemd.Shipped
-	text []byte // with the marker
-	mode fs.FileMode
+	text []byte      // with the marker
+	mode fs.FileMode // of directories that are made for the file
 }
 
 // A Target is the agent that systemd is to start, and where its files go.
@@ -63,14 +62,15 @@ type Target struct {
 	// ConfigHome is the directory of the user's configuration, an absolute path. Empty:
 	// there is none. An agent of the system does not need it.
 	ConfigHome string
-	// Socket is where the user's agent listens. Empty: this is no session of systemd's.
+	// Socket is the path of the socket of the user's agent. Empty: systemd does not know
+	// this session.
 	Socket string
 	// Answers tells whether an agent answers at a socket.
 	Answers func(ctx context.Context, socket string) bool
 }
 
-// An Installation is the files that belong to one agent, and the systemctl of its
-// service manager. One goroutine uses it.
+// An Installation is the set of files that belong to one agent. Only one goroutine may
+// use it.
 type Installation struct {
 	target  Target
 	ctl     func(args ...string) error
@@ -84,8 +84,8 @@ type Installation struct {
 	out io.Writer
 }
 
-// New finds the files of an agent. It changes nothing. What is done is told on out, and
-// what systemctl says on stderr.
+// New finds the files of an agent. It changes nothing. The methods of the Installation
+// report on out; systemctl writes its messages to stderr.
 func New(ctx context.Context, target Target, out, stderr io.Writer) (*Installation, error) {
 	program, err := os.Executable()
 	if err == nil {
@@ -107,11 +107,11 @@ func New(ctx context.Context, target Target, out, stderr io.Writer) (*Installati
 	return in, in.forSystem()
 }
 
-// forUser fills in what belongs to the agent of this user.
+// forUser adds the files of the agent of this user.
 func (in *Installation) forUser() error {
 	config := in.target.ConfigHome
 	if !filepath.IsAbs(config) {
-		return errors.New("neither XDG_CONFIG_HOME nor HOME says where your configuration is")
+		return errors.New("cannot find the directory of your configuration: set HOME")
 	}
 	in.unit = SocketUnit
 	return in.add(filepath.Join(config, "systemd", "user"), "user", []string{systemd.UserSocket, systemd.UserService},
@@ -121,14 +121,14 @@ func (in *Installation) forUser() error {
 		}, 0o700)
 }
 
-// forSystem fills in what belongs to an agent of the system.
+// forSystem adds the files of an agent of the system.
 func (in *Installation) forSystem() error {
 	if os.Geteuid() != 0 {
-		return errors.New("only root can do that: --system changes /etc/systemd/system")
+		return errors.New("only root can use --system: it changes /etc/systemd/system")
 	}
 	for _, dir := range []string{"/home/", "/root/", "/run/", "/tmp/", "/var/tmp/"} {
 		if strings.HasPrefix(in.program, dir) {
-			return fmt.Errorf("the agent of the system cannot be started from %s, as its unit hides that: install the program first (make install)", in.program)
+			return fmt.Errorf("systemd cannot start the agent of the system from %s, because the unit hides that directory: install the program first (make install)", in.program)
 		}
 	}
 	in.unit = "p11-agent@" + in.target.System + ".socket"
@@ -142,14 +142,15 @@ func (in *Installation) forSystem() error {
 	return in.add("/etc/systemd/system", "system", []string{systemd.SystemSocket, systemd.SystemService}, sysusers, 0o755)
 }
 
-// add fills in the units, which go to dir, and the other files.
+// add adds the units, which go to dir, and the other files. It also looks for units that
+// a package or the administrator has put elsewhere.
 func (in *Installation) add(dir, manager string, units []string, others map[string]string, mode fs.FileMode) error {
 	read := func(path, from string) (file, error) {
 		text, err := systemd.Shipped(from, in.program)
 		if err != nil {
 			return file{}, fmt.Errorf("have systemd start this program: %w", err)
 		}
-		return file{path: path, from: from, text: append([]byte(Marker), text...), mode: mode}, nil
+		return file{path: path, text: append([]byte(Marker), text...), mode: mode}, nil
 	}
 	for _, from := range units {
 		f, err := read(filepath.Join(dir, filepath.Base(from)), from)
@@ -208,9 +209,9 @@ type Options struct {
 	Force bool // replaces files that install has not written, too
 }
 
-// Install writes the files, and has systemd start the agent or tells how to do that.
-// It writes nothing when one of the files may not be replaced, or the agent is to be
-// started and cannot be.
+// Install writes the files. Then it has systemd start the agent, or prints how to do
+// that. When Install may not replace one of the files, or cannot start the agent as
+// asked, it writes nothing.
 func (in *Installation) Install(ctx context.Context, o Options) error {
 	if o.Start {
 		if err := in.mayStart(ctx); err != nil {
@@ -223,14 +224,14 @@ func (in *Installation) Install(ctx context.Context, o Options) error {
 	}
 	in.sayForeign()
 	if len(in.foreign) > 0 {
-		// Those of an earlier installation would hide the others.
+		// Units of an earlier installation would hide the foreign ones.
 		for _, f := range in.units {
 			if ours, err := isOurs(f.path); err == nil && ours {
 				if err := os.Remove(f.path); err != nil {
 					return err
 				}
 				changed = true
-				fmt.Fprintf(in.out, "removed %s, which was written before\n", f.path)
+				fmt.Fprintf(in.out, "removed %s, which an earlier install has written\n", f.path)
 			}
 		}
 	}
@@ -240,7 +241,7 @@ func (in *Installation) Install(ctx context.Context, o Options) error {
 	return in.finishUser(o.Start, changed)
 }
 
-// sayForeign names the units that are used in place of ones of our own.
+// sayForeign names the units that systemd uses in place of those of this room.
 func (in *Installation) sayForeign() {
 	if len(in.foreign) == 0 {
 		return
@@ -252,28 +253,28 @@ func (in *Installation) sayForeign() {
 			continue
 		}
 		if m := regexp.MustCompile(`(?m)^ExecStart=(\S+)`).FindSubmatch(text); m != nil && string(m[1]) != in.program {
-			fmt.Fprintf(in.out, "note: they start %s, and this program is %s\n", m[1], in.program)
+			fmt.Fprintf(in.out, "note: these units start %s, and this program is %s\n", m[1], in.program)
 		}
 	}
 }
 
-// mayStart tells why the agent should not be started now.
+// mayStart returns an error when the agent cannot be started now.
 func (in *Installation) mayStart(ctx context.Context) error {
 	if name := in.target.System; name != "" {
 		for _, file := range []string{"/etc/p11-agent/" + name + ".toml", "/etc/p11-agent/" + name + ".pin"} {
 			if _, err := os.Stat(file); err != nil {
-				return fmt.Errorf("%w: the agent needs it, see HOST KEYS in p11-agent(1); without --now the units can be written before it is there", err)
+				return fmt.Errorf("%w: the agent needs this file: see HOST KEYS in p11-agent(1), or leave --now out to write the units only", err)
 			}
 		}
 		return nil
 	}
 	if in.target.Socket == "" {
-		return errors.New("XDG_RUNTIME_DIR is not set, so this is no session that systemd knows of: log in anew (not by su or sudo), or leave --now out")
+		return errors.New("XDG_RUNTIME_DIR is not set, so systemd does not know this session: log in without su or sudo, or leave --now out")
 	}
 	if in.ctl("is-active", "--quiet", SocketUnit) == nil {
-		return nil // it is what answers
+		return nil // systemd has started the agent that answers
 	}
-	// systemd would take the socket from under another agent without asking.
+	// systemd would take the socket away from an agent that listens there.
 	ctx, cancel := context.WithTimeout(ctx, 2*time.Second)
 	defer cancel()
 	if in.target.Answers(ctx, in.target.Socket) {
@@ -282,7 +283,7 @@ func (in *Installation) mayStart(ctx context.Context) error {
 	return nil
 }
 
-// write writes the files, all or, where one may not be replaced, none.
+// write writes all files, or none when it may not replace one of them.
 func (in *Installation) write(files []file, force bool) (changed bool, err error) {
 	for _, f := range files {
 		switch ours, err := isOurs(f.path); {
@@ -290,7 +291,7 @@ func (in *Installation) write(files []file, force bool) (changed bool, err error
 		case err != nil:
 			return false, err
 		case !ours && !force:
-			return false, fmt.Errorf("%s is there and was not written by this command: move it away, or replace it with --force", f.path)
+			return false, fmt.Errorf("%s exists, and install has not written it: move the file away, or replace it with --force", f.path)
 		}
 	}
 	for _, f := range files {
@@ -308,8 +309,7 @@ func (in *Installation) write(files []file, force bool) (changed bool, err error
 	return changed, nil
 }
 
-// isOurs tells whether install has written a file. A link is none, wherever it
-// leads.
+// isOurs tells whether install has written a file. It has not written a link.
 func isOurs(path string) (bool, error) {
 	st, err := os.Lstat(path)
 	if err != nil {
@@ -353,33 +353,35 @@ func (f file) write() (err error) {
 	return os.Rename(tmp.Name(), f.path)
 }
 
-// finishUser starts the agent, or says how, and how ssh finds it.
+// finishUser starts the agent, or prints how to do that. Then it prints how ssh finds
+// the agent.
 func (in *Installation) finishUser(start, changed bool) error {
 	if start {
 		if err := in.start(changed, ServiceUnit); err != nil {
 			return err
 		}
 	} else {
-		fmt.Fprintf(in.out, "\nTo have systemd use them:\n\n    systemctl --user daemon-reload\n    systemctl --user enable --now %s\n", in.unit)
+		fmt.Fprintf(in.out, "\nTo have systemd use these files, run:\n\n    systemctl --user daemon-reload\n    systemctl --user enable --now %s\n", in.unit)
 	}
 	fmt.Fprintf(in.out, `
-From the next login on, SSH_AUTH_SOCK leads to the agent in what systemd starts for you, as
-desktops do. For shells of the console and of ssh this line belongs into ~/.profile:
+From your next login on, SSH_AUTH_SOCK names the agent in programs that systemd starts for you,
+such as a desktop. For shells of the console and of ssh, add this line to ~/.profile:
 
     export SSH_AUTH_SOCK="$XDG_RUNTIME_DIR/p11-agent/agent.sock"
 
-Whatever that variable says, this line at the top of ~/.ssh/config makes ssh ask this agent:
+To have ssh ask this agent even where SSH_AUTH_SOCK names another one, put this line at the top of
+~/.ssh/config:
 
     %s
 `, Include(filepath.Join(in.target.ConfigHome, sshConfig)))
 	if others := OtherAgents(in.target.ConfigHome); len(others) > 0 {
 		all := strings.Join(others, " ")
-		fmt.Fprintf(in.out, "\nnote: other agents are enabled, too, and may set SSH_AUTH_SOCK: %s. To switch them off:\n\n    systemctl --user mask --now %s\n", all, all)
+		fmt.Fprintf(in.out, "\nnote: systemd starts these agents, too, and they may set SSH_AUTH_SOCK: %s. To switch them off:\n\n    systemctl --user mask --now %s\n", all, all)
 	}
 	return nil
 }
 
-// finishSystem starts the agent, or says how.
+// finishSystem starts the agent, or prints how to do that.
 func (in *Installation) finishSystem(start, changed bool) error {
 	if start {
 		if err := run(in.out, "systemd-sysusers"); err != nil {
@@ -388,8 +390,9 @@ func (in *Installation) finishSystem(start, changed bool) error {
 		return in.start(changed, strings.TrimSuffix(in.unit, "socket")+"service")
 	}
 	fmt.Fprintf(in.out, `
-The agent reads /etc/p11-agent/%[1]s.toml, and the PIN from /etc/p11-agent/%[1]s.pin, which root
-alone should be able to read; HOST KEYS in p11-agent(1) has an example. Then:
+The agent reads its configuration from /etc/p11-agent/%[1]s.toml, and the PIN from
+/etc/p11-agent/%[1]s.pin. Make sure that only root can read the PIN. HOST KEYS in p11-agent(1) has
+an example. Then run:
 
     systemd-sysusers
     systemctl daemon-reload
@@ -398,8 +401,8 @@ alone should be able to read; HOST KEYS in p11-agent(1) has an example. Then:
 	return nil
 }
 
-// start has systemd read, enable and start the units. changed: a service that
-// runs is started anew.
+// start has systemd read, enable and start the units. When files have changed, it
+// restarts a service that runs.
 func (in *Installation) start(changed bool, service string) error {
 	if err := in.ctl("daemon-reload"); err != nil {
 		return err
@@ -418,19 +421,19 @@ func (in *Installation) start(changed bool, service string) error {
 
 // Remove stops and disables the agent, and removes the files that Install has written.
 func (in *Installation) Remove() error {
-	// Where systemd is not there, or does not know the unit, nothing has to be
-	// stopped; what is left of it is removed below.
+	// Without systemd, or when systemd does not know the unit, nothing runs. The code
+	// below then removes the link that enables the unit.
 	stopped := in.ctl("disable", "--now", in.unit) == nil
 	files := append(slices.Clone(in.units), in.others...)
 	if in.target.System != "" {
-		// The template, and its user, may serve others.
+		// Other agents may need the template and its user.
 		links, err := filepath.Glob("/etc/systemd/system/sockets.target.wants/p11-agent@*.socket")
 		if err != nil {
 			return err
 		}
 		links = slices.DeleteFunc(links, func(link string) bool { return filepath.Base(link) == in.unit })
 		if len(links) > 0 {
-			fmt.Fprintf(in.out, "the units stay, for %s\n", filepath.Base(links[0]))
+			fmt.Fprintf(in.out, "kept the units: %s uses them\n", filepath.Base(links[0]))
 			files = nil
 		}
 	}
@@ -450,7 +453,7 @@ func (in *Installation) Remove() error {
 		case err != nil:
 			kept = append(kept, err)
 		case !ours:
-			fmt.Fprintf(in.out, "left %s, which install has not written\n", f.path)
+			fmt.Fprintf(in.out, "kept %s: install has not written it\n", f.path)
 		default:
 			if err := os.Remove(f.path); err != nil {
 				kept = append(kept, err)
@@ -467,11 +470,11 @@ func (in *Installation) Remove() error {
 	return errors.Join(kept...)
 }
 
-// systemctl runs systemctl. What it says goes to the person.
+// systemctl runs systemctl.
 func systemctl(ctx context.Context, stderr io.Writer, args ...string) error {
 	cmd := exec.CommandContext(ctx, "systemctl", args...)
 	cmd.Stderr = stderr
-	// Ctrl-C is for this program: what systemctl has begun, it ends.
+	// Ctrl-C interrupts this program, and does not interrupt systemctl half-way.
 	cmd.SysProcAttr = &syscall.SysProcAttr{Setpgid: true}
 	if err := cmd.Run(); err != nil {
 		return fmt.Errorf("systemctl %s: %w", strings.Join(args, " "), err)
@@ -479,7 +482,7 @@ func systemctl(ctx context.Context, stderr io.Writer, args ...string) error {
 	return nil
 }
 
-// run runs a program of systemd's.
+// run runs a program of systemd.
 func run(out io.Writer, name string) error {
 	cmd := exec.Command(name)
 	cmd.Stdout, cmd.Stderr = out, out
