@@ -18,6 +18,7 @@ import (
 	"p11-agent/agent/peer"
 	"p11-agent/agent/request"
 	"p11-agent/pinentry"
+	"p11-agent/pinentry/plain"
 )
 
 // A Confirm says when a person is asked before a key signs. Its texts are what the
@@ -409,8 +410,8 @@ func (a *approvals) keep(name string, id *identity, u *request.Use, lasts Rememb
 		wire: id.wire, homes: id.homes, insertions: insertionsOf(id), since: now, lasts: lasts,
 		away: len(id.homes) > 0 && !slices.ContainsFunc(id.homes, request.Key.Present),
 		status: ApprovalStatus{
-			Fingerprint: id.fingerprint, Comment: request.Visible(id.comment, request.MaxField), What: request.Visible(u.What(), request.MaxReason),
-			Forwarding: request.Visible(u.Forwarding(), request.MaxField), Client: u.Caller.Who(), Since: now,
+			Fingerprint: id.fingerprint, Comment: plain.LineWithin(id.comment, request.MaxField), What: plain.LineWithin(u.What(), request.MaxReason),
+			Forwarding: plain.LineWithin(u.Forwarding(), request.MaxField), Client: u.Caller.Who(), Since: now,
 		},
 	}
 }

@@ -14,6 +14,7 @@ import (
 
 	"p11-agent/agent/peer"
 	"p11-agent/agent/request"
+	"p11-agent/pinentry/plain"
 )
 
 // A Result is what became of a request.
@@ -282,15 +283,15 @@ func (k *Keyring) end(r *record, err error) {
 	case errors.Is(err, context.Canceled):
 		e.Result, e.Reason = ResultCancelled, errHungUp.Error()
 	default:
-		e.Result, e.Reason = ResultRefused, request.Visible(strings.ReplaceAll(err.Error(), "\n", "; "), request.MaxReason)
+		e.Result, e.Reason = ResultRefused, plain.LineWithin(strings.ReplaceAll(err.Error(), "\n", "; "), request.MaxReason)
 	}
 	if content := r.use.Content; content.Kind != "" {
-		e.Kind, e.Purpose, e.Namespace = content.Kind, content.Purpose(), request.Visible(content.Namespace, request.MaxField)
+		e.Kind, e.Purpose, e.Namespace = content.Kind, content.Purpose(), plain.LineWithin(content.Namespace, request.MaxField)
 		if r.use.Login != nil {
-			e.User = request.Visible(r.use.Login.User, request.MaxField)
+			e.User = plain.LineWithin(r.use.Login.User, request.MaxField)
 		}
 	}
-	e.Comment, e.URI = request.Visible(e.Comment, request.MaxField), request.Visible(e.URI, request.MaxField)
+	e.Comment, e.URI = plain.LineWithin(e.Comment, request.MaxField), plain.LineWithin(e.URI, request.MaxField)
 	c := r.use.Caller
 	e.Client = c.Who() // who may have gone once there is an answer
 	k.audit.add(r)
@@ -476,7 +477,7 @@ func (k *Keyring) Now() Status {
 	for i, id := range v.identities {
 		used := k.audit.uses[id.fingerprint]
 		s.Keys = append(s.Keys, KeyStatus{
-			Key: id.key, Fingerprint: id.fingerprint, Comment: request.Visible(id.comment, request.MaxField), Homes: id.homes,
+			Key: id.key, Fingerprint: id.fingerprint, Comment: plain.LineWithin(id.comment, request.MaxField), Homes: id.homes,
 			Software: id.software != nil, Confirm: id.limits.confirm, Limited: id.limits.route(),
 			Expires: id.limits.expires, LastUse: used.last, Signatures: used.count, Identity: v.list.Identities[i],
 		})
@@ -492,7 +493,7 @@ func (k *Keyring) Now() Status {
 	k.mu.Lock()
 	defer k.mu.Unlock()
 	for _, u := range k.opts.Upstreams {
-		up := UpstreamStatus{Name: u.Name(), Trouble: request.Visible(k.troubles[u.Name()], request.MaxReason)}
+		up := UpstreamStatus{Name: u.Name(), Trouble: plain.LineWithin(k.troubles[u.Name()], request.MaxReason)}
 		for _, origin := range k.origins {
 			if origin == u {
 				up.Keys++

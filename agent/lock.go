@@ -9,6 +9,7 @@ import (
 	"time"
 
 	"p11-agent/agent/request"
+	"p11-agent/pinentry/plain"
 	"p11-agent/pinentry/secret"
 )
 
@@ -185,7 +186,7 @@ func (k *Keyring) Lock(ctx context.Context, c *request.Caller, phrase *secret.Se
 		k.mu.Unlock()
 		// Whoever locks need not wait for a token that hangs, nor be told.
 		if err := k.opts.Tokens.LogoutAll(ctx); err != nil {
-			rec.Note = "not logged out of every token: " + request.Visible(err.Error(), request.MaxReason)
+			rec.Note = "not logged out of every token: " + plain.LineWithin(err.Error(), request.MaxReason)
 		}
 	}
 	k.end(rec, err)

@@ -11,6 +11,7 @@ import (
 	"time"
 
 	"p11-agent/agent/request"
+	"p11-agent/pinentry/plain"
 	"p11-agent/pinentry/waiting"
 )
 
@@ -40,7 +41,7 @@ const (
 // describe names the way to a person. use may be nil.
 func describe(c *request.Caller, use *request.Use) string {
 	if !c.Forwarded {
-		return request.Visible(c.Who().String(), request.MaxField)
+		return plain.LineWithin(c.Who().String(), request.MaxField)
 	}
 	if use == nil {
 		use = &request.Use{}
@@ -48,7 +49,7 @@ func describe(c *request.Caller, use *request.Use) string {
 	first := *use
 	first.Caller = c
 	if via := first.Via(); len(via) > 0 {
-		return "the forwarded host " + request.Visible(first.Name(via[0]), request.MaxField)
+		return "the forwarded host " + plain.LineWithin(first.Name(via[0]), request.MaxField)
 	}
 	return "an unknown forwarded host"
 }

@@ -7,8 +7,8 @@ import (
 	"fmt"
 	"io"
 	"strings"
-	"unicode/utf8"
 
+	"p11-agent/pinentry/plain"
 	"p11-agent/pinentry/secret"
 )
 
@@ -32,7 +32,7 @@ func (a *askpass) ask(ctx context.Context, prompt Prompt, kind string) (answer *
 			texts = append(texts, text)
 		}
 	}
-	text := Visible(strings.Join(texts, "\n"), true)
+	text := plain.Lines(strings.Join(texts, "\n"))
 	env := a.env
 	if kind != "" {
 		env = append(env[:len(env):len(env)], "SSH_ASKPASS_PROMPT="+kind)
@@ -48,7 +48,7 @@ func (a *askpass) ask(ctx context.Context, prompt Prompt, kind string) (answer *
 		}
 	}()
 
-	child, err := run(a.file, []string{a.file, cutText(text)}, env, nil)
+	child, err := run(a.file, []string{a.file, plain.Shorten(text, maxAskpassText)}, env, nil)
 	if err != nil {
 		return nil, &cannotAskError{fmt.Errorf("SSH_ASKPASS: %w", err)}
 	}
@@ -119,15 +119,3 @@ func (a *askpass) message(ctx context.Context, prompt Prompt) error {
 
 func (a *askpass) again(context.Context) error { return nil }
 func (a *askpass) close()                      {}
-
-// cutText shortens a text to what an askpass program gets.
-func cutText(text string) string {
-	if len(text) <= maxAskpassText {
-		return text
-	}
-	cut := maxAskpassText - len(ellipsis)
-	for !utf8.RuneStart(text[cut]) {
-		cut--
-	}
-	return text[:cut] + ellipsis
-}

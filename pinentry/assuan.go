@@ -12,6 +12,7 @@ import (
 	"strings"
 	"time"
 
+	"p11-agent/pinentry/plain"
 	"p11-agent/pinentry/secret"
 )
 
@@ -111,7 +112,7 @@ func parseReply(line []byte) (reply, error) {
 			return reply{}, errMalformed
 		}
 		text = text[:min(len(text), maxErrorText)]
-		return reply{kind: kindERR, err: pinentryError{n, Visible(string(text), false)}}, nil
+		return reply{kind: kindERR, err: pinentryError{n, plain.Line(string(text))}}, nil
 	case bytes.Equal(word, []byte("D")):
 		data, err := unescape(rest)
 		return reply{kind: kindData, data: data}, err
@@ -296,7 +297,7 @@ func (c *conn) option(name, value string) error {
 		line += "=" + value
 	}
 	// Pinentry takes values as they are, so there is no way to escape a newline.
-	if len(line) < maxLine && Visible(value, false) != value {
+	if len(line) < maxLine && plain.Line(value) != value {
 		return fmt.Errorf("%s %q of the place to ask at does not print", name, value)
 	}
 	err := c.command(line, nil)
@@ -370,7 +371,7 @@ func (c *conn) answer(pin *secret.Secret) error {
 
 func (c *conn) trace(direction, line string) {
 	if c.p.Trace && c.p.Log != nil {
-		c.p.Log.Debug(c.name()+" "+direction+Visible(line, false), slog.Int("pid", c.cmd.Process.Pid))
+		c.p.Log.Debug(c.name()+" "+direction+plain.Line(line), slog.Int("pid", c.cmd.Process.Pid))
 	}
 }
 
@@ -380,7 +381,11 @@ func (c *conn) set(command, text string, lines bool) (refused bool, err error) {
 	if text == "" {
 		return false, nil
 	}
-	line := appendEscaped([]byte(command+" "), Visible(text, lines), maxLine-1)
+	shown := plain.Line(text)
+	if lines {
+		shown = plain.Lines(text)
+	}
+	line := appendEscaped([]byte(command+" "), shown, maxLine-1)
 	err = c.command(string(line), nil)
 	if _, ok := errors.AsType[*pinentryError](err); ok {
 		return true, fmt.Errorf("%s: %w", command, err)

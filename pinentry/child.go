@@ -13,6 +13,8 @@ import (
 	"time"
 
 	"golang.org/x/sys/unix"
+
+	"p11-agent/pinentry/plain"
 )
 
 // defaultGrace is what a program gets for leaving by itself before it is killed.
@@ -281,5 +283,5 @@ func (t *tail) write(b []byte) {
 
 // String returns one printable line.
 func (t *tail) String() string {
-	return strings.Join(strings.Fields(Visible(string(t.b), true)), " ")
+	return strings.Join(strings.Fields(plain.Lines(string(t.b))), " ")
 }

@@ -9,6 +9,7 @@ import (
 	"sync"
 	"time"
 
+	"p11-agent/pinentry/plain"
 	"p11-agent/pinentry/secret"
 )
 
@@ -132,7 +133,7 @@ func (d *Dialogue) start(ctx context.Context) (asker, error) {
 	// Curses would draw all the same.
 	if c, ok := by.(*conn); ok {
 		if err = c.learnFlavour(ctx); err == nil && c.flavour == "curses" {
-			err = &cannotAskError{fmt.Errorf("%s: %w (TERM=%s)", called, errCannotDraw, Visible(d.place.TTYType, false))}
+			err = &cannotAskError{fmt.Errorf("%s: %w (TERM=%s)", called, errCannotDraw, plain.Line(d.place.TTYType))}
 		}
 	}
 	if err != nil {

@@ -8,6 +8,8 @@ import (
 	"testing"
 	"testing/iotest"
 	"unicode/utf8"
+
+	"p11-agent/pinentry/plain"
 )
 
 var replySeeds = []string{
@@ -46,7 +48,7 @@ func FuzzReply(f *testing.F) {
 				t.Fatalf("%q was %q, and then %q, %v", before, data, again.data, err)
 			}
 		case kindERR:
-			if text := r.err.Error(); text != Visible(text, false) || len(text) > 10*maxErrorText {
+			if text := r.err.Error(); text != plain.Line(text) || len(text) > 10*maxErrorText {
 				t.Fatalf("%q gives the error %q", before, text)
 			}
 			if code := r.err.code(); code < 0 || code > 0xffff {
@@ -61,8 +63,8 @@ var textSeeds = []string{
 	strings.Repeat("x", 990), strings.Repeat("x", 991), strings.Repeat("x", 992), strings.Repeat("ü", 495), strings.Repeat("%", 331),
 }
 
-// FuzzText: whatever the text, it becomes one line of valid UTF-8 that keeps to
-// the limit and reads as what was to be shown, or as the beginning of it.
+// FuzzText writes any text as one line of Assuan. The line is valid UTF-8, keeps to the
+// limit, and reads as the text or as the beginning of it.
 func FuzzText(f *testing.F) {
 	if len(textSeeds) < 10 {
 		f.Fatal("the seeds are gone")
@@ -72,12 +74,9 @@ func FuzzText(f *testing.F) {
 		f.Add(s, false)
 	}
 	f.Fuzz(func(t *testing.T, text string, lines bool) {
-		shown := Visible(text, lines)
-		if !utf8.ValidString(shown) || !lines && strings.Contains(shown, "\n") {
-			t.Fatalf("%q is shown as %q", text, shown)
-		}
-		if len(text) <= maxText && Visible(shown, lines) != shown {
-			t.Fatalf("%q is shown as %q, which is not shown as it is", text, shown)
+		shown := plain.Line(text)
+		if lines {
+			shown = plain.Lines(text)
 		}
 		const command = "SETDESC "
 		line := appendEscaped([]byte(command), shown, maxLine-1)
@@ -96,7 +95,7 @@ func FuzzText(f *testing.F) {
 		if got := string(read); got != shown && (!strings.HasSuffix(got, ellipsis) || !strings.HasPrefix(shown, strings.TrimSuffix(got, ellipsis))) {
 			t.Fatalf("%q is read as %q", shown, got)
 		}
-		if cut := cutText(shown); len(cut) > maxAskpassText || !utf8.ValidString(cut) {
+		if cut := plain.Shorten(shown, maxAskpassText); len(cut) > maxAskpassText || !utf8.ValidString(cut) {
 			t.Fatalf("%q is cut to %q", shown, cut)
 		}
 	})

@@ -13,6 +13,7 @@ import (
 
 	"golang.org/x/sys/unix"
 
+	"p11-agent/pinentry/plain"
 	"p11-agent/pinentry/secret"
 )
 
@@ -72,7 +73,7 @@ func (p *linePrompt) serve() error {
 			if err != nil {
 				return err
 			}
-			p.text[string(command)] = Visible(string(decoded), true)
+			p.text[string(command)] = plain.Lines(string(decoded))
 		case "RESET":
 			clear(p.text)
 		case "OPTION", "SETTITLE":

@@ -11,6 +11,7 @@ import (
 
 	"golang.org/x/sys/unix"
 
+	"p11-agent/pinentry/plain"
 	"p11-agent/pinentry/secret"
 )
 
@@ -64,7 +65,7 @@ func (p *Pinentry) Probe(ctx context.Context, place Place) (Probed, error) {
 	if _, ok := errors.AsType[*pinentryError](err); ok {
 		return probed, nil // an old one does not know the question
 	}
-	probed.Flavor = Visible(string(answer.Bytes()), false)
+	probed.Flavor = plain.Line(string(answer.Bytes()))
 	return probed, err
 }
 
@@ -169,9 +170,9 @@ func (p Place) CheckTerminal() error {
 	kind, ok := lookUpTerminal(p.TTYType)
 	switch {
 	case !ok:
-		return fmt.Errorf("%w (TERM=%s)", ErrTTYType, Visible(p.TTYType, false))
+		return fmt.Errorf("%w (TERM=%s)", ErrTTYType, plain.Line(p.TTYType))
 	case !kind.cursor:
-		return fmt.Errorf("%w how to draw on (TERM=%s)", ErrTTYType, Visible(p.TTYType, false))
+		return fmt.Errorf("%w how to draw on (TERM=%s)", ErrTTYType, plain.Line(p.TTYType))
 	case size.Col == 0 || size.Row == 0: // it does not say; TERM does
 	case size.Col < MinColumns || size.Row < MinRows:
 		return fmt.Errorf("%w: it has %d columns and %d rows, and %d and %d are needed", ErrTooSmall, size.Col, size.Row, MinColumns, MinRows)
@@ -200,7 +201,7 @@ func (p Place) Say(text string) error {
 			return err
 		}
 		defer unix.Close(own) //nolint:errcheck // what was written is with the terminal
-		_, err = unix.Write(own, []byte("\r"+Visible(text, false)+"\n"))
+		_, err = unix.Write(own, []byte("\r"+plain.Line(text)+"\n"))
 		return err
 	})
 }

@@ -2,40 +2,8 @@ package pinentry
 
 import (
 	"fmt"
-	"strings"
-	"unicode"
 	"unicode/utf8"
 )
-
-// maxText bounds what one text of a Prompt costs to process; far less is shown.
-const maxText = 4096
-
-// Visible makes text fit to be shown: what does not print is shown as an escape
-// (this includes what reverses the direction of writing or has no width),
-// invalid UTF-8 as U+FFFD, and newlines as blanks unless lines is true.
-func Visible(text string, lines bool) string {
-	if len(text) > maxText {
-		text = text[:maxText] // a rune cut in two shows as U+FFFD, and is cut later on
-	}
-	var b strings.Builder
-	for _, r := range text {
-		switch {
-		case r == '\n' && lines:
-			b.WriteByte('\n')
-		case r == '\n' || r == '\t':
-			b.WriteByte(' ')
-		case unicode.IsGraphic(r):
-			b.WriteRune(r)
-		case r < 0x100:
-			fmt.Fprintf(&b, `\x%02x`, r)
-		case r < 0x10000:
-			fmt.Fprintf(&b, `\u%04x`, r)
-		default:
-			fmt.Fprintf(&b, `\U%08x`, r)
-		}
-	}
-	return b.String()
-}
 
 const ellipsis = "…"
 

@@ -7,14 +7,13 @@ import (
 	"fmt"
 	"log/slog"
 	"slices"
-	"strings"
 	"sync"
 	"sync/atomic"
 	"time"
-	"unicode"
-	"unicode/utf8"
 
 	"github.com/coreos/go-systemd/v22/journal"
+
+	"p11-agent/pinentry/plain"
 )
 
 const (
@@ -103,7 +102,7 @@ func (h *JournalHandler) Handle(ctx context.Context, r slog.Record) error {
 		appendFields(h.prefix, a, put)
 		return true
 	})
-	message := printable(r.Message+h.attributes(ctx, r), maxMessage)
+	message := plain.LineWithin(r.Message+h.attributes(ctx, r), maxMessage)
 	if err := h.send(message, priority(r.Level), fields); err != nil {
 		if !h.lost.Swap(true) {
 			lost := slog.NewRecord(r.Time, slog.LevelWarn, "the journal does not take entries with fields", 0)
@@ -186,7 +185,7 @@ func appendFields(prefix string, a slog.Attr, put func(field)) {
 	if a.Key == "" {
 		return
 	}
-	put(field{fieldName(prefix + a.Key), printable(valueText(v), maxFieldValue)})
+	put(field{fieldName(prefix + a.Key), plain.LineWithin(valueText(v), maxFieldValue)})
 }
 
 // fieldName makes a name that journald takes: of upper case letters, digits and
@@ -231,30 +230,4 @@ func valueText(v slog.Value) (text string) {
 	default:
 		return fmt.Sprintf("%+v", v)
 	}
-}
-
-// printable puts a text on one line of most bytes at the most.
-func printable(text string, most int) string {
-	plain := len(text) <= most // as most are
-	for i := 0; plain && i < len(text); i++ {
-		plain = text[i] >= ' ' && text[i] < 0x7f
-	}
-	if plain {
-		return text
-	}
-	line := strings.Map(func(r rune) rune {
-		if unicode.IsControl(r) {
-			return ' '
-		}
-		return r // a byte that is not UTF-8 comes as U+FFFD
-	}, text)
-	if len(line) > most {
-		const more = "…"
-		end := most - len(more)
-		for !utf8.RuneStart(line[end]) {
-			end--
-		}
-		line = line[:end] + more
-	}
-	return line
 }

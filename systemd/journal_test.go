@@ -11,6 +11,8 @@ import (
 	"unicode/utf8"
 
 	"github.com/coreos/go-systemd/v22/journal"
+
+	"p11-agent/pinentry/plain"
 )
 
 // entry is what a handler has sent.
@@ -90,8 +92,8 @@ func TestJournalEntries(t *testing.T) {
 		},
 		{
 			"control characters", func(l *slog.Logger) { l.Info("one\nMESSAGE=two\x1b[1m", "card", "a\nPRIORITY=0\x00b\xff") },
-			`one MESSAGE=two [1m card="a\nPRIORITY=0\x00b\xff"`, journal.PriInfo,
-			map[string]string{"P11_CARD": "a PRIORITY=0 b\uFFFD"},
+			`one MESSAGE=two\x1b[1m card="a\nPRIORITY=0\x00b\xff"`, journal.PriInfo,
+			map[string]string{"P11_CARD": "a PRIORITY=0\\x00b\uFFFD"},
 		},
 		{"a secret", func(l *slog.Logger) { l.Info("m", "pin", hidden("1234")) }, "m pin=[secret]", journal.PriInfo, map[string]string{"P11_PIN": "[secret]"}},
 	} {
@@ -185,11 +187,11 @@ func FuzzJournal(f *testing.F) {
 			if strings.Trim(name, "ABCDEFGHIJKLMNOPQRSTUVWXYZ0123456789_") != "" || name[0] == '_' {
 				t.Errorf("the name %q", name)
 			}
-			if printable(value, maxFieldValue) != value || strings.Contains(value, "\n") {
+			if plain.LineWithin(value, maxFieldValue) != value || strings.Contains(value, "\n") {
 				t.Errorf("the value %q", value)
 			}
 		}
-		if printable(e.message, maxMessage) != e.message {
+		if plain.LineWithin(e.message, maxMessage) != e.message {
 			t.Errorf("the message %q", e.message)
 		}
 	})

@@ -25,6 +25,8 @@ import (
 	"github.com/coreos/go-systemd/v22/activation"
 	"github.com/coreos/go-systemd/v22/daemon"
 	"github.com/coreos/go-systemd/v22/journal"
+
+	"p11-agent/pinentry/plain"
 )
 
 // Listeners returns the sockets of the socket unit that started this process
@@ -193,7 +195,7 @@ const maxStatus = 1024
 // statusLine returns the assignment of a status. The text may hold what is
 // written on a card, so it could bring assignments of its own behind a line
 // break, and systemd refuses what is not UTF-8.
-func statusLine(text string) string { return "STATUS=" + printable(text, maxStatus) }
+func statusLine(text string) string { return "STATUS=" + plain.LineWithin(text, maxStatus) }
 
 // StderrIsJournal tells whether what is written to stderr goes to the journal,
 // which adds the time itself (systemd.exec(5), JOURNAL_STREAM).

@@ -434,7 +434,7 @@ func TestStatusIsOneLine(t *testing.T) {
 		"not ASCII":       {"Köln ✓", "Köln ✓"},
 		"empty":           {"", ""},
 		"line break":      {"card\nMAINPID=1", "card MAINPID=1"},
-		"other controls":  {"a\r\x00\x1b[1m\u0085b", "a   [1m b"},
+		"other controls":  {"a\r\x00\x1b[1m\u0085b", `a\x0d\x00\x1b[1m\x85b`},
 		"not UTF-8":       {"a\xffb", "a\uFFFDb"},
 		"as long as goes": {strings.Repeat("x", maxStatus), strings.Repeat("x", maxStatus)},
 		"too long":        {strings.Repeat("x", maxStatus+1), strings.Repeat("x", maxStatus-3) + "…"},

@@ -6,6 +6,7 @@ import (
 	"slices"
 	"time"
 
+	"p11-agent/pinentry/plain"
 	"p11-agent/token/known"
 	"p11-agent/token/signing"
 	"p11-agent/token/wire"
@@ -73,17 +74,9 @@ func believable(id wire.TokenID) bool {
 	return max(len(id.Label), len(id.Manufacturer), len(id.Model), len(id.Serial)) <= maxName
 }
 
-// cut makes a text short enough.
-func cut(text string, limit int) string {
-	if len(text) > limit {
-		text = text[:limit]
-	}
-	return text
-}
-
 // trim leaves of a slot what is of use.
 func trim(slot wire.Slot) wire.Slot {
-	slot.Description, slot.Manufacturer = cut(slot.Description, maxDescription), cut(slot.Manufacturer, maxDescription)
+	slot.Description, slot.Manufacturer = plain.Cut(slot.Description, maxDescription), plain.Cut(slot.Manufacturer, maxDescription)
 	slot.Mechanisms = slices.Clip(slices.DeleteFunc(slices.Clone(slot.Mechanisms), func(m wire.Mechanism) bool {
 		return !signing.Uses(m.Type)
 	}))
@@ -92,11 +85,11 @@ func trim(slot wire.Slot) wire.Slot {
 
 // trimHello does so with what a module process says of the module and of itself.
 func trimHello(h *wire.HelloReply) {
-	h.Manufacturer, h.Description = cut(h.Manufacturer, maxDescription), cut(h.Description, maxDescription)
+	h.Manufacturer, h.Description = plain.Cut(h.Manufacturer, maxDescription), plain.Cut(h.Description, maxDescription)
 	missing := h.Sandbox.Missing[:min(len(h.Sandbox.Missing), maxMissing)]
 	h.Sandbox.Missing = nil
 	for _, path := range missing {
-		h.Sandbox.Missing = append(h.Sandbox.Missing, cut(path, known.MaxText))
+		h.Sandbox.Missing = append(h.Sandbox.Missing, plain.Cut(path, known.MaxText))
 	}
 }
 

@@ -115,7 +115,7 @@ func with(o wire.Object, set func(o *wire.Object)) wire.Object {
 
 // A kind of certificate.
 const (
-	plain = iota
+	noUsage = iota
 	login
 	encryption
 	authority
@@ -164,7 +164,7 @@ func pairTests() []pairTest {
 	const none = "no private key"
 	// The OIDs of these curves differ from Ed25519's in the last byte.
 	curve := func(last byte) wire.Object {
-		return with(cert(k.ed, plain, "1", "curve"), func(o *wire.Object) {
+		return with(cert(k.ed, noUsage, "1", "curve"), func(o *wire.Object) {
 			o.Value = bytes.ReplaceAll(o.Value, []byte{0x2b, 0x65, 0x70}, []byte{0x2b, 0x65, last})
 		})
 	}
@@ -317,7 +317,7 @@ func pairTests() []pairTest {
 		},
 		{
 			name:    "two certificates of one key",
-			objects: []wire.Object{private(k.p256, "1", "a"), cert(k.p256, login, "1", "a"), cert(k.p256, plain, "1", "b")},
+			objects: []wire.Object{private(k.p256, "1", "a"), cert(k.p256, login, "1", "a"), cert(k.p256, noUsage, "1", "b")},
 			want:    []summary{{id: "1", label: "a", key: "p256", visible: true, certs: 2}},
 		},
 		{

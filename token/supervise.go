@@ -11,6 +11,7 @@ import (
 	"sync"
 	"time"
 
+	"p11-agent/pinentry/plain"
 	"p11-agent/token/pcsc"
 	"p11-agent/token/wire"
 )
@@ -217,7 +218,7 @@ func (m *module) tellSandbox(s wire.Sandbox) {
 	first := m.starts == 0
 	m.mu.Unlock()
 	if first && !s.Off && !s.Whole() {
-		m.log.Warn("module is not in a whole sandbox", "sandbox", printable(s.String()))
+		m.log.Warn("module is not in a whole sandbox", "sandbox", plain.Output(s.String()))
 	}
 }
 
@@ -605,7 +606,7 @@ func (m *module) statusNow() (st ModuleStatus, there, away []*Token) {
 	}
 	if m.proc != nil {
 		st.PID = m.proc.cmd.Process.Pid
-		st.Sandbox = printable(m.info.Sandbox.String())
+		st.Sandbox = plain.Output(m.info.Sandbox.String())
 	}
 	for _, t := range m.order {
 		st.Tokens, there = append(st.Tokens, t.status(true)), append(there, t)

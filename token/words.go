@@ -12,10 +12,10 @@ import (
 	"sync"
 	"syscall"
 	"time"
-	"unicode"
 
 	"golang.org/x/sys/unix"
 
+	"p11-agent/pinentry/plain"
 	"p11-agent/token/wire"
 )
 
@@ -159,7 +159,7 @@ func (w *words) endLineLocked() {
 	case secret:
 		w.dropped++
 	default:
-		text := printable(string(line))
+		text := plain.Output(line)
 		w.lines++
 		w.last = append(w.last, text)
 		w.last = w.last[max(0, len(w.last)-quotedLines):]
@@ -247,19 +247,9 @@ func quoting(err error, said []string) error {
 func (e *quotedError) Error() string {
 	text := strings.Replace(e.err.Error(), " and does not say why", "", 1)
 	for i, line := range e.said {
-		text += [...]string{itSaid, " | "}[min(i, 1)] + strings.ToValidUTF8(line[:min(len(line), quotedLine)], "")
+		text += [...]string{itSaid, " | "}[min(i, 1)] + plain.Cut(line, quotedLine)
 	}
 	return text
 }
 
 func (e *quotedError) Unwrap() error { return e.err }
-
-// printable replaces what could fool a terminal or a log.
-func printable(s string) string {
-	return strings.TrimSpace(strings.Map(func(r rune) rune {
-		if !unicode.IsPrint(r) || r == unicode.ReplacementChar {
-			return '?'
-		}
-		return r
-	}, s))
-}

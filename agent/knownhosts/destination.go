@@ -3,6 +3,8 @@ package knownhosts
 import (
 	"slices"
 	"strings"
+
+	"p11-agent/pinentry/plain"
 )
 
 // The options of ssh, those without an argument and those with one (OpenSSH 10.5's
@@ -23,7 +25,7 @@ func Destination(arguments []string) []string {
 	}
 	var names []string
 	add := func(name string) {
-		if name != "" && len(name) <= 255 && printable(name) && !slices.Contains(names, name) {
+		if name != "" && len(name) <= 255 && plain.PrintsASCII(name) && !slices.Contains(names, name) {
 			names = append(names, name)
 		}
 	}

@@ -6,6 +6,8 @@ import (
 	"slices"
 	"strings"
 	"testing"
+
+	"p11-agent/pinentry/plain"
 )
 
 var destinations = []struct {
@@ -119,7 +121,7 @@ func FuzzDestination(f *testing.F) {
 			t.Errorf("%d names", len(names))
 		}
 		for _, n := range names {
-			if !printable(n) || n == "" {
+			if !plain.PrintsASCII(n) || n == "" {
 				t.Errorf("name %q", n)
 			}
 		}

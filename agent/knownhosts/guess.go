@@ -7,6 +7,8 @@ import (
 	"slices"
 	"strings"
 	"syscall"
+
+	"p11-agent/pinentry/plain"
 )
 
 const (
@@ -21,7 +23,7 @@ const (
 func Guesses(words []string) []string {
 	var hosts, ports []string
 	add := func(list *[]string, s string) {
-		if s != "" && printable(s) && len(s) <= 255 && !slices.Contains(*list, s) {
+		if s != "" && plain.PrintsASCII(s) && len(s) <= 255 && !slices.Contains(*list, s) {
 			*list = append(*list, s)
 		}
 	}

@@ -25,6 +25,8 @@ import (
 	"time"
 
 	"golang.org/x/crypto/ssh"
+
+	"p11-agent/pinentry/plain"
 )
 
 const (
@@ -67,7 +69,7 @@ type entry struct {
 // match_maybe_hashed, and match.c, match_pattern_list).
 func newEntry(names []string) (e entry, ok bool) {
 	if strings.HasPrefix(names[0], "|") {
-		return entry{hash: names[0]}, len(names) == 1 && printable(names[0])
+		return entry{hash: names[0]}, len(names) == 1 && plain.PrintsASCII(names[0])
 	}
 	for _, n := range names {
 		n, negated := strings.CutPrefix(n, "!")
@@ -77,7 +79,7 @@ func newEntry(names []string) (e entry, ok bool) {
 		case n == "":
 		case negated:
 			e.negative = append(e.negative, n)
-		case printable(n):
+		case plain.PrintsASCII(n):
 			e.positive = append(e.positive, n)
 		default:
 			e.odd = true
@@ -158,7 +160,7 @@ func (f *Files) Lookup(key ssh.PublicKey, guesses func() []string) Known {
 			return nil
 		}
 		all := guesses()
-		return slices.DeleteFunc(all[:min(len(all), maxGuesses)], func(g string) bool { return !printable(g) })
+		return slices.DeleteFunc(all[:min(len(all), maxGuesses)], func(g string) bool { return !plain.PrintsASCII(g) })
 	})
 	var k Known
 	cert, certified := key.(*ssh.Certificate)
@@ -267,7 +269,7 @@ func (f *Files) unhash(hashed string, guess func() []string) (name string, found
 func (k *Known) certify(e entry, cert *ssh.Certificate) {
 	for _, principal := range cert.ValidPrincipals {
 		// ssh asks for names in small letters, and principals are compared as they are.
-		if principal == "" || !printable(principal) || principal != strings.ToLower(principal) {
+		if principal == "" || !plain.PrintsASCII(principal) || principal != strings.ToLower(principal) {
 			continue
 		}
 		if e.hash != "" {
@@ -476,14 +478,4 @@ func parse(file []byte, entries map[string][]entry) {
 		wire := string(key.Marshal())
 		entries[wire] = append(entries[wire], e)
 	}
-}
-
-// printable tells whether a name can be put before a person.
-func printable(name string) bool {
-	for _, r := range name {
-		if r <= ' ' || r >= 0x7f { // names of hosts are ASCII
-			return false
-		}
-	}
-	return true
 }

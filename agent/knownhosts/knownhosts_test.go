@@ -15,6 +15,8 @@ import (
 	"time"
 
 	"golang.org/x/crypto/ssh"
+
+	"p11-agent/pinentry/plain"
 )
 
 func newSigner(t testing.TB) ssh.Signer {
@@ -291,7 +293,7 @@ func FuzzParse(f *testing.F) {
 			t.Errorf("%d names", len(got.Names))
 		}
 		for _, n := range got.Names {
-			if !printable(n) || n != guess && !strings.Contains(string(file), n) {
+			if !plain.PrintsASCII(n) || n != guess && !strings.Contains(string(file), n) {
 				t.Errorf("name %q", n)
 			}
 		}

@@ -9,10 +9,10 @@ import (
 	"strconv"
 	"strings"
 	"sync"
-	"unicode"
-	"unicode/utf8"
 
 	"golang.org/x/sys/unix"
+
+	"p11-agent/pinentry/plain"
 )
 
 const (
@@ -297,42 +297,9 @@ func parseStat(b []byte) (stat, bool) {
 // keeps its memory to itself, cannot be read.
 func name(path string, named bool, s stat) string {
 	if !named {
-		return printable(s.comm)
+		return plain.Program(s.comm, maxName)
 	}
-	return printable([]byte(filepath.Base(path)))
-}
-
-// printable makes a name fit to be shown: at most maxName bytes of printable
-// characters. Whatever else there is becomes an escape sequence, and so does
-// what could be taken for one or for the arrow between two links.
-func printable(name []byte) string {
-	const more = "…"
-	var b strings.Builder
-	cut := 0 // where it can be cut with room for the mark
-	for len(name) > 0 && b.Len() <= maxName {
-		if b.Len() <= maxName-len(more) {
-			cut = b.Len()
-		}
-		r, size := utf8.DecodeRune(name)
-		switch {
-		case r == utf8.RuneError && size == 1:
-			fmt.Fprintf(&b, `\x%02x`, name[0])
-		case r == '\\':
-			b.WriteString(`\\`)
-		case !unicode.IsPrint(r) || r == '←':
-			b.WriteString(strings.Trim(strconv.QuoteRuneToASCII(r), "'"))
-		default:
-			b.WriteRune(r)
-		}
-		name = name[size:]
-	}
-	switch {
-	case b.Len() == 0:
-		return "?"
-	case b.Len() > maxName || len(name) > 0:
-		return b.String()[:cut] + more
-	}
-	return b.String()
+	return plain.Program(filepath.Base(path), maxName)
 }
 
 func procFile(pid int, file string) string {

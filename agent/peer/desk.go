@@ -10,10 +10,10 @@ import (
 	"path/filepath"
 	"strconv"
 	"strings"
-	"unicode"
-	"unicode/utf8"
 
 	"golang.org/x/sys/unix"
+
+	"p11-agent/pinentry/plain"
 )
 
 // What is read of an environment. ARG_MAX lets it be as long as 6 MiB; nobody's
@@ -475,7 +475,7 @@ func ParseEnvironment(b []byte) Environment {
 			continue
 		}
 		env[string(name)] = ""
-		if len(value) <= maxVariable && prints(value) && good(string(value)) {
+		if len(value) <= maxVariable && plain.Prints(value) && good(string(value)) {
 			env[string(name)] = string(value)
 		}
 	}
@@ -485,8 +485,4 @@ func ParseEnvironment(b []byte) Environment {
 		GPGTTY: env["GPG_TTY"], TTYType: env["TERM"],
 		Locale: cmp.Or(env["LC_ALL"], env["LC_MESSAGES"], env["LANG"], env["LC_CTYPE"]),
 	}
-}
-
-func prints(b []byte) bool {
-	return utf8.Valid(b) && bytes.IndexFunc(b, func(r rune) bool { return !unicode.IsPrint(r) }) < 0
 }

@@ -10,6 +10,8 @@ import (
 	"syscall"
 
 	"golang.org/x/sys/unix"
+
+	"p11-agent/pinentry/plain"
 )
 
 // terminalPrograms are the files of programs that people have terminals from: each
@@ -85,7 +87,7 @@ func vouches(pid int, s stat, uid int) error {
 	if err != nil {
 		return err
 	}
-	shown := printable(s.comm)
+	shown := plain.Program(s.comm, maxName)
 	if uid != 0 && ids.isRoot() {
 		return nil // the administrator's: sshd, login, su, sudo
 	}
@@ -99,7 +101,7 @@ func vouches(pid int, s stat, uid int) error {
 	case err != nil:
 		return fmt.Errorf("the program that has made it has ended (%d)", pid)
 	}
-	shown = printable([]byte(filepath.Base(path)))
+	shown = plain.Program(filepath.Base(path), maxName)
 	switch {
 	case !terminalPrograms[filepath.Base(path)]:
 		return fmt.Errorf("it was made by %s (%d), which is no program that the agent knows to make terminals for people", shown, pid)
@@ -121,7 +123,7 @@ func vouchesHidden(pid int, s stat, ids ids, uid int) error {
 	if ids.gid[1] != ids.gid[0] && terminalPrograms[string(s.comm)] {
 		return nil
 	}
-	return fmt.Errorf("it was made by %s (%d), of which the kernel shows nothing", printable(s.comm), pid)
+	return fmt.Errorf("it was made by %s (%d), of which the kernel shows nothing", plain.Program(s.comm, maxName), pid)
 }
 
 // installed tells whether a file is root's, and changed by no other.

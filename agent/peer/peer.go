@@ -26,6 +26,8 @@ import (
 	"path/filepath"
 	"strings"
 	"sync"
+
+	"p11-agent/pinentry/plain"
 )
 
 // A Peer is the process that opened a connection, as the kernel knows it. What
@@ -98,7 +100,7 @@ func (p Peer) SameProgram() error {
 	case p.Program.Dev == own.Dev && p.Program.Ino == own.Ino, filepath.Base(p.Program.Path) == filepath.Base(own.Path):
 		return nil
 	}
-	return fmt.Errorf("it comes from %s, and only %s may ask for that", printable([]byte(filepath.Base(p.Program.Path))), filepath.Base(own.Path))
+	return fmt.Errorf("it comes from %s, and only %s may ask for that", plain.Program(filepath.Base(p.Program.Path), maxName), filepath.Base(own.Path))
 }
 
 var ownProgram = sync.OnceValue(func() Program { return programOf(os.Getpid()) })

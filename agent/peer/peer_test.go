@@ -18,6 +18,7 @@ import (
 	"golang.org/x/sys/unix"
 
 	"p11-agent/agent/peer/terminaltest"
+	"p11-agent/pinentry/plain"
 )
 
 // The test binary plays the clients: P11_PEER_ROLE says which.
@@ -506,30 +507,6 @@ func TestString(t *testing.T) {
 	}
 }
 
-func TestPrintable(t *testing.T) {
-	for _, test := range []struct{ name, in, want string }{
-		{"plain", "ssh", "ssh"},
-		{"empty", "", "?"},
-		{"terminal escape", "a\x1b[2Jb", `a\x1b[2Jb`},
-		{"line end", "a\nb", `a\nb`},
-		{"backslash", `a\nb`, `a\\nb`},
-		{"not UTF-8", "a\xffb", `a\xffb`},
-		{"right to left", "a\u202eb", `a\u202eb`},
-		{"no-break space", "a\u00a0b", `a\u00a0b`},
-		{"arrow", "ssh (1) ← git", `ssh (1) \u2190 git`},
-		{"umlaut", "schlüssel", "schlüssel"},
-		{"as long as can be", strings.Repeat("x", 64), strings.Repeat("x", 64)},
-		{"longer", strings.Repeat("x", 65), strings.Repeat("x", 61) + "…"},
-		{"cut before an escape", strings.Repeat("x", 60) + "\x01\x01", strings.Repeat("x", 60) + "…"},
-	} {
-		t.Run(test.name, func(t *testing.T) {
-			if got := printable([]byte(test.in)); got != test.want {
-				t.Errorf("%q, want %q", got, test.want)
-			}
-		})
-	}
-}
-
 // statSeeds are contents of /proc/PID/stat; the names in them are what makes
 // reading it hard.
 var statSeeds = []string{
@@ -581,7 +558,7 @@ func FuzzStat(f *testing.F) {
 		if s.parent < 0 {
 			t.Errorf("parent %d", s.parent)
 		}
-		name := printable(s.comm)
+		name := plain.Program(s.comm, maxName)
 		if len(name) == 0 || len(name) > maxName || !utf8.ValidString(name) || strings.Contains(name, "←") {
 			t.Errorf("name %q", name)
 		}

@@ -6,6 +6,8 @@ import (
 	"path/filepath"
 
 	"golang.org/x/sys/unix"
+
+	"p11-agent/pinentry/plain"
 )
 
 // systemDirs are where systems have their programs: those of the file system
@@ -25,7 +27,7 @@ func (p Peer) RunsSystemProgram(name string) error {
 		return errors.New("the program of the process that asks cannot be seen")
 	}
 	if !isSystemProgram(name, p.Program) {
-		return fmt.Errorf("it comes from %s, which is not the %s of the system", printable([]byte(filepath.Base(p.Program.Path))), name)
+		return fmt.Errorf("it comes from %s, which is not the %s of the system", plain.Program(filepath.Base(p.Program.Path), maxName), name)
 	}
 	pr, err := p.open()
 	if err != nil {

@@ -1,6 +1,6 @@
 package request
 
-import "strconv"
+import "p11-agent/pinentry/plain"
 
 // A Kind is what the data of a sign request says of itself. The door tells it
 // from the data's form alone, which is domain separation by accident for some
@@ -94,30 +94,24 @@ func (c Content) String() string {
 		case "file":
 			return "signature of a file"
 		}
-		return "SSH signature, namespace " + shortQuote(c.Namespace)
+		return "SSH signature, namespace " + plain.Quoted(c.Namespace, maxDetail)
 	case KindHostKey:
 		return "host key of an SSH server"
 	case KindTLS:
 		return "TLS handshake"
 	case KindSSHCertificate:
-		return "OpenSSH certificate to be issued, key ID " + shortQuote(c.Detail)
+		return "OpenSSH certificate to be issued, key ID " + plain.Quoted(c.Detail, maxDetail)
 	case KindKRL:
 		return "list of revoked SSH keys"
 	case KindX509:
 		return "X.509 certificate or request"
 	case KindSudo:
-		return "sudo or the like by pam_ssh_agent_auth, " + shortQuote(c.Detail)
+		return "sudo or the like by pam_ssh_agent_auth, " + plain.Quoted(c.Detail, maxDetail)
 	case KindTest:
 		return "test of the key with random data (ssh-add -T)"
 	}
 	return "UNKNOWN DATA"
 }
 
-// shortQuote makes a text of others fit to be shown.
-func shortQuote(s string) string {
-	const limit = 64
-	if len(s) > limit {
-		return strconv.QuoteToGraphic(s[:limit]) + "..."
-	}
-	return strconv.QuoteToGraphic(s)
-}
+// maxDetail is the most bytes of a detail that are shown.
+const maxDetail = 64

@@ -3,13 +3,13 @@ package request
 import (
 	"bytes"
 	"fmt"
-	"strconv"
 	"strings"
 
 	"golang.org/x/crypto/ssh"
 
 	"p11-agent/agent/knownhosts"
 	"p11-agent/agent/peer"
+	"p11-agent/pinentry/plain"
 )
 
 // A Use is what a key is about to be used for. It goes along in the context of
@@ -143,7 +143,7 @@ func (u *Use) What() string {
 	if u.Login == nil {
 		return u.Content.String()
 	}
-	return fmt.Sprintf("SSH login as %s at %s", plainly(u.Login.User), u.describe(u.Where()))
+	return fmt.Sprintf("SSH login as %s at %s", plain.HostName(u.Login.User, maxHostName), u.describe(u.Where()))
 }
 
 // Forwarding tells the way that a forwarded request came; empty: it was not.
@@ -184,12 +184,12 @@ func hostText(h HostName) string {
 	case len(h.Names) == 0:
 		return ""
 	case !h.Shared():
-		return plainly(h.Names[0])
+		return plain.HostName(h.Names[0], maxHostName)
 	}
 	const shown = 3
 	var all []string
 	for _, n := range h.Names {
-		all = append(all, plainly(n))
+		all = append(all, plain.HostName(n, maxHostName))
 	}
 	text := "a host of " + strings.Join(all[:min(len(all), shown)], ", ")
 	if more := len(all) - shown; more > 0 {
@@ -229,23 +229,8 @@ func (u *Use) fingerprint(key ssh.PublicKey) string {
 	return ssh.FingerprintSHA256(key)
 }
 
-// plainly shows a name as it is when it can pass for nothing else, and quoted
-// otherwise.
-func plainly(name string) string {
-	const limit = 128
-	odd := func(r rune) bool {
-		return (r < '0' || r > '9') && (r < 'A' || r > 'Z') && (r < 'a' || r > 'z') && !strings.ContainsRune("._-@+:[]$\\*?", r)
-	}
-	switch {
-	case name == "":
-		return `""`
-	case len(name) > limit:
-		return strconv.QuoteToASCII(name[:limit]) + "..."
-	case strings.IndexFunc(name, odd) >= 0:
-		return strconv.QuoteToASCII(name)
-	}
-	return name
-}
+// maxHostName is the most bytes of the name of a host or a user that are shown.
+const maxHostName = 128
 
 // ProvenHost returns the key of the host that the login's signature is good for,
 // or nil when that is not proved. consistent is false when the connection says

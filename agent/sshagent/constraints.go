@@ -9,6 +9,7 @@ import (
 	"golang.org/x/crypto/ssh"
 
 	"p11-agent/agent/request"
+	"p11-agent/pinentry/plain"
 )
 
 // Constraint types (RFC 9987 section 5.2.7 and 8.2). Type 3, the number of
@@ -81,7 +82,7 @@ func parseExtension(c *request.Constraints, in *reader, token bool) (err error) 
 		c.CertificatesOnly = in.bool()
 		c.Certificates, err = parseCerts(reader{rest: in.bytes(), failed: in.failed})
 	default:
-		return fmt.Errorf("constraint extension %s is not supported", quote(name))
+		return fmt.Errorf("constraint extension %s is not supported", plain.Quoted(name, maxQuoted))
 	}
 	return err
 }

@@ -17,6 +17,7 @@ import (
 
 	"p11-agent/agent"
 	"p11-agent/agent/request"
+	"p11-agent/pinentry/plain"
 )
 
 const (
@@ -35,7 +36,7 @@ func (c *conn) add(ctx context.Context, message []byte) {
 	in := reader{rest: message[1:]}
 	kind := string(in.bytes())
 	if strings.HasPrefix(kind, "sk-") {
-		c.pass(ctx, message, "a key of a FIDO device ("+quote([]byte(kind))+")")
+		c.pass(ctx, message, "a key of a FIDO device ("+plain.Quoted(kind, maxQuoted)+")")
 		return
 	}
 	r, err := parsePrivate(kind, &in)
@@ -62,7 +63,7 @@ func (c *conn) add(ctx context.Context, message []byte) {
 // 5.2.1 to 5.2.4, and OpenSSH's PROTOCOL.certkeys for those with a certificate).
 // Nothing of it lies in the message.
 func parsePrivate(kind string, in *reader) (r request.AddKey, err error) {
-	plain, certified := strings.CutSuffix(kind, "-cert-v01@openssh.com")
+	keyType, certified := strings.CutSuffix(kind, "-cert-v01@openssh.com")
 	var cert ssh.PublicKey
 	if certified {
 		blob := in.bytes()
@@ -76,15 +77,15 @@ func parsePrivate(kind string, in *reader) (r request.AddKey, err error) {
 			return r, errors.New("a certificate is expected, but there is a key of another type")
 		}
 	}
-	switch plain {
+	switch keyType {
 	case ssh.KeyAlgoRSA:
 		r.Private, err = parseRSA(in, cert)
 	case ssh.KeyAlgoECDSA256, ssh.KeyAlgoECDSA384, ssh.KeyAlgoECDSA521:
-		r.Private, err = parseECDSA(plain, in, certified)
+		r.Private, err = parseECDSA(keyType, in, certified)
 	case ssh.KeyAlgoED25519:
 		r.Private, err = parseEd25519(in)
 	default:
-		return r, fmt.Errorf("a key of type %s cannot be used", quote([]byte(kind)))
+		return r, fmt.Errorf("a key of type %s cannot be used", plain.Quoted(kind, maxQuoted))
 	}
 	if err != nil {
 		return r, err

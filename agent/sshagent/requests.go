@@ -8,7 +8,6 @@ import (
 	"fmt"
 	"log/slog"
 	"slices"
-	"strconv"
 	"strings"
 	"sync"
 
@@ -16,6 +15,7 @@ import (
 
 	"p11-agent/agent"
 	"p11-agent/agent/request"
+	"p11-agent/pinentry/plain"
 	"p11-agent/pinentry/secret"
 )
 
@@ -432,7 +432,7 @@ func (c *conn) extension(ctx context.Context, message []byte) {
 	case extensionControl:
 		c.control(ctx, in)
 	default:
-		c.pass(ctx, message, "extension "+quote(name))
+		c.pass(ctx, message, "extension "+plain.Quoted(name, maxQuoted))
 	}
 }
 
@@ -563,7 +563,7 @@ func parseKey(blob []byte, limit int) (ssh.PublicKey, error) {
 	key, err := ssh.ParsePublicKey(bytes.Clone(blob))
 	if err != nil {
 		kind := reader{rest: blob}
-		return nil, fmt.Errorf("a key of type %s cannot be read", quote(kind.bytes()))
+		return nil, fmt.Errorf("a key of type %s cannot be read", plain.Quoted(kind.bytes(), maxQuoted))
 	}
 	if cert, ok := key.(*ssh.Certificate); ok {
 		if options := len(cert.CriticalOptions) + len(cert.Extensions); options > maxOptions {
@@ -623,12 +623,4 @@ func (r *reader) end() error {
 func appendString[T string | []byte](b []byte, s T) []byte {
 	b = binary.BigEndian.AppendUint32(b, uint32(len(s)))
 	return append(b, s...)
-}
-
-// quote makes a client's text fit for a log line.
-func quote(text []byte) string {
-	if len(text) > maxQuoted {
-		return strconv.Quote(string(text[:maxQuoted])) + "..."
-	}
-	return strconv.Quote(string(text))
 }

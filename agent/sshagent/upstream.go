@@ -9,18 +9,16 @@ import (
 	"io"
 	"net"
 	"os"
-	"strings"
 	"sync"
 	"syscall"
 	"time"
-	"unicode"
-	"unicode/utf8"
 
 	"golang.org/x/crypto/ssh"
 	"golang.org/x/sys/unix"
 
 	"p11-agent/agent"
 	"p11-agent/agent/request"
+	"p11-agent/pinentry/plain"
 )
 
 const (
@@ -450,7 +448,7 @@ func parseIdentities(answer []byte, old map[string]ssh.PublicKey) ([]agent.Ident
 				continue
 			}
 		}
-		identities = append(identities, agent.Identity{Key: key, Comment: presentable(comment)})
+		identities = append(identities, agent.Identity{Key: key, Comment: plain.Comment(comment, maxUpstreamComment)})
 	}
 	if err := in.end(); err != nil {
 		return nil, err
@@ -475,23 +473,4 @@ func parseSignature(answer []byte) (*ssh.Signature, error) {
 		return nil, errMalformed
 	}
 	return &ssh.Signature{Format: string(format), Blob: bytes.Clone(blob), Rest: bytes.Clone(sig.rest)}, nil
-}
-
-// presentable makes another agent's comment fit for lists, logs and prompts:
-// valid UTF-8 of printable characters only, of at most maxUpstreamComment bytes.
-func presentable(comment []byte) string {
-	text := strings.Map(func(r rune) rune {
-		if !unicode.IsPrint(r) {
-			return utf8.RuneError
-		}
-		return r
-	}, string(comment)) // which has no invalid bytes any more, either
-	if len(text) <= maxUpstreamComment {
-		return text
-	}
-	end := maxUpstreamComment
-	for !utf8.RuneStart(text[end]) {
-		end--
-	}
-	return text[:end]
 }

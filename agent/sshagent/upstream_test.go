@@ -741,26 +741,6 @@ func TestUpstreamLargestAnswer(t *testing.T) {
 	}
 }
 
-func TestPresentable(t *testing.T) {
-	for _, test := range []struct{ name, comment, want string }{
-		{"empty", "", ""},
-		{"plain", "me@host ~ Schlüssel 鍵", "me@host ~ Schlüssel 鍵"},
-		{"control characters", "a\x1b[31m\x00\n\t\x7fb\u0085", "a�[31m����b�"},
-		{"another direction", "a\u202eb\u2028", "a�b�"},
-		{"invalid", "a\xff\xc3b\xe2\x82", "a��b��"},
-		{"as long as can be", strings.Repeat("x", 1024), strings.Repeat("x", 1024)},
-		{"longer", strings.Repeat("x", 1025), strings.Repeat("x", 1024)},
-		{"cut within a character", strings.Repeat("x", 1023) + "é", strings.Repeat("x", 1023)},
-		{"long and invalid", strings.Repeat("\xff", 1024), strings.Repeat("�", 341)},
-	} {
-		t.Run(test.name, func(t *testing.T) {
-			if got := presentable([]byte(test.comment)); got != test.want {
-				t.Errorf("%q, want %q", got, test.want)
-			}
-		})
-	}
-}
-
 // A request that is given up takes its connection with it, whatever it waits
 // for.
 func TestUpstreamCancel(t *testing.T) {

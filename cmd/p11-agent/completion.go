@@ -15,6 +15,7 @@ import (
 
 	"p11-agent/cmd/p11-agent/exit"
 	"p11-agent/cmd/p11-agent/paths"
+	"p11-agent/pinentry/plain"
 	"p11-agent/token"
 	"p11-agent/token/pkcs11uri"
 	"p11-agent/token/wire"
@@ -106,7 +107,7 @@ func completeURIs(g *globals, keys bool, most int) cobra.CompletionFunc {
 func describe(tokens []statusToken, keys bool, given []string, typed string) (all []cobra.Completion) {
 	add := func(text, about string) {
 		if strings.HasPrefix(text, typed) && !slices.Contains(given, text) {
-			all = append(all, cobra.CompletionWithDesc(text, visibleText(about)))
+			all = append(all, cobra.CompletionWithDesc(text, plain.Line(about)))
 		}
 	}
 	for _, t := range tokens {

@@ -15,7 +15,6 @@ import (
 	"sync"
 	"syscall"
 	"time"
-	"unicode"
 
 	"github.com/spf13/cobra"
 	"golang.org/x/crypto/ssh"
@@ -25,6 +24,7 @@ import (
 	"p11-agent/cmd/p11-agent/exit"
 	"p11-agent/cmd/p11-agent/output"
 	"p11-agent/cmd/p11-agent/paths"
+	"p11-agent/pinentry/plain"
 	"p11-agent/token"
 	"p11-agent/token/pkcs11uri"
 	"p11-agent/token/wire"
@@ -112,7 +112,7 @@ func (o *generateOptions) uri(text string) (*pkcs11uri.URI, error) {
 		}
 		u.ID = id
 	}
-	if u.Object != nil && (len(*u.Object) > maxLabel || strings.ContainsFunc(*u.Object, func(r rune) bool { return !unicode.IsPrint(r) })) {
+	if u.Object != nil && (len(*u.Object) > maxLabel || !plain.Prints(*u.Object)) {
 		return nil, fmt.Errorf("a label has %d bytes at the most, all of them printable", maxLabel)
 	}
 	if len(u.ID) > maxKeyID {

@@ -21,6 +21,7 @@ import (
 	"p11-agent/cmd/p11-agent/exit"
 	"p11-agent/cmd/p11-agent/output"
 	"p11-agent/cmd/p11-agent/paths"
+	"p11-agent/pinentry/plain"
 
 	"p11-agent/token"
 	"p11-agent/token/pkcs11uri"
@@ -420,7 +421,7 @@ func printList(out, stderr io.Writer, l listing, verbose bool) error {
 	var b strings.Builder
 	for _, t := range l.Tokens {
 		fmt.Fprintf(&b, "%s\n", output.Paint(out, output.Strong, t.URI))
-		fmt.Fprintf(&b, "    token %s, %s %s, module %s", strconv.Quote(t.Label), visibleText(t.Manufacturer), visibleText(t.Model), t.Module)
+		fmt.Fprintf(&b, "    token %s, %s %s, module %s", strconv.Quote(t.Label), plain.Line(t.Manufacturer), plain.Line(t.Model), t.Module)
 		switch {
 		case !t.Present:
 			fmt.Fprintf(&b, ", %s, last seen %s", output.Paint(out, output.Caution, "NOT THERE"), t.LastSeen.Local().Format("2006-01-02 15:04"))
@@ -460,7 +461,7 @@ func printList(out, stderr io.Writer, l listing, verbose bool) error {
 			b.WriteString("\n")
 			switch {
 			case !k.Offered:
-				fmt.Fprintf(&b, "    %s: %s\n", output.Paint(out, output.Caution, "not offered"), visibleText(k.Reason))
+				fmt.Fprintf(&b, "    %s: %s\n", output.Paint(out, output.Caution, "not offered"), plain.Line(k.Reason))
 			case !t.Present:
 				b.WriteString("    can sign once its token is inserted\n")
 			case k.EachUse:
@@ -489,7 +490,7 @@ func printList(out, stderr io.Writer, l listing, verbose bool) error {
 	}
 	for _, m := range l.Modules {
 		if m.Error != "" || m.Empty != "" || m.Restarts > 0 || verbose {
-			fmt.Fprintf(stderr, "module %s: %s\n", m.Name, visibleText(m.state()))
+			fmt.Fprintf(stderr, "module %s: %s\n", m.Name, plain.Line(m.state()))
 			printSteps(stderr, "  next: ", m.Next)
 		}
 		if verbose {

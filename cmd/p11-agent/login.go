@@ -14,14 +14,11 @@ import (
 	"p11-agent/agent/sshagent"
 	"p11-agent/cmd/p11-agent/exit"
 	"p11-agent/cmd/p11-agent/output"
-	"p11-agent/pinentry"
+	"p11-agent/pinentry/plain"
 	"p11-agent/pinentry/secret"
 	"p11-agent/token/module/undumpable"
 	"p11-agent/token/wire"
 )
-
-// visibleText makes fit for a terminal what an agent, a token or an environment says.
-func visibleText(s string) string { return pinentry.Visible(s, false) }
 
 func newLoginCommand() *cobra.Command {
 	var stdin bool
@@ -147,7 +144,7 @@ func pickToken(a *runningAgent, uri string, out io.Writer) (*statusToken, error)
 	names := func(tokens []statusToken) string {
 		var all []string
 		for _, t := range tokens {
-			all = append(all, output.ShellWord(visibleText(t.URI)))
+			all = append(all, output.ShellWord(plain.Line(t.URI)))
 		}
 		return strings.Join(all, ", ")
 	}
@@ -157,9 +154,9 @@ func pickToken(a *runningAgent, uri string, out io.Writer) (*statusToken, error)
 	case len(waiting) > 0 && uri == "":
 		return nil, exit.Usage(fmt.Errorf("several tokens need a login, so name one: %s", names(waiting)))
 	case len(waiting) > 0 || len(done) > 1 && uri != "":
-		return nil, fmt.Errorf("%s selects several tokens, and a PIN is for one: %s", visibleText(uri), names(append(waiting, done...)))
+		return nil, fmt.Errorf("%s selects several tokens, and a PIN is for one: %s", plain.Line(uri), names(append(waiting, done...)))
 	case len(done) == 0 && uri != "":
-		return nil, fmt.Errorf("no token that is present has a key that %s selects: see p11-agent list", visibleText(uri))
+		return nil, fmt.Errorf("no token that is present has a key that %s selects: see p11-agent list", plain.Line(uri))
 	case len(done) == 0:
 		return nil, errors.New("no token with a key is present: see p11-agent list")
 	}
@@ -168,7 +165,7 @@ func pickToken(a *runningAgent, uri string, out io.Writer) (*statusToken, error)
 		if !t.LoginNeeded {
 			what = t.name() + " needs no login"
 		}
-		if _, err := fmt.Fprintln(out, visibleText(what)); err != nil {
+		if _, err := fmt.Fprintln(out, plain.Line(what)); err != nil {
 			return nil, err
 		}
 	}
@@ -192,7 +189,7 @@ func runLogin(ctx context.Context, socket string, stdin bool, uri string, out io
 		uri = t.URI
 	}
 	if t.PIN == "locked" {
-		return fmt.Errorf("the PIN of %s is locked: unlock it with its PUK or SO PIN", visibleText(t.name()))
+		return fmt.Errorf("the PIN of %s is locked: unlock it with its PUK or SO PIN", plain.Line(t.name()))
 	}
 	wanted := ""
 	switch {
@@ -223,13 +220,13 @@ func runLogin(ctx context.Context, socket string, stdin bool, uri string, out io
 	if answer.Already {
 		what = "already logged in to "
 	}
-	_, err = fmt.Fprintln(out, what+visibleText(t.name()))
+	_, err = fmt.Fprintln(out, what+plain.Line(t.name()))
 	return err
 }
 
 // loginNotes says what a person should know before the PIN is asked for.
 func loginNotes(t *statusToken) string {
-	about := "Token: " + visibleText(t.name())
+	about := "Token: " + plain.Line(t.name())
 	switch t.PIN {
 	case "low":
 		about += "\n" + fewerTries
@@ -239,7 +236,7 @@ func loginNotes(t *statusToken) string {
 	if t.PromptOpen || t.LoginGoesOn {
 		about += "\nNote: somebody is being asked for the PIN of this token already, and that comes first, for a while"
 		if t.PromptAt != "" {
-			about += ": " + visibleText(t.PromptAt)
+			about += ": " + plain.Line(t.PromptAt)
 		}
 		about += "."
 	}
@@ -283,7 +280,7 @@ func logIn(ctx context.Context, a *runningAgent, uri string, pin *secret.Secret)
 
 // loginRefused says what became of a PIN, and of the tries.
 func loginRefused(a sshagent.ControlAnswer) error {
-	text := visibleText(a.Error)
+	text := plain.Line(a.Error)
 	switch a.Tries {
 	case "last":
 		text += "\np11-agent: ONE TRY IS LEFT: p11-agent login asks whether to use it"
@@ -312,11 +309,11 @@ func runLogout(ctx context.Context, socket, uri string, out io.Writer) error {
 	case err != nil:
 		return connectionEnded(ctx, err)
 	case answer.Error != "":
-		return errors.New(visibleText(answer.Error))
+		return errors.New(plain.Line(answer.Error))
 	case uri == "":
 		uri = "every token"
 	}
-	_, err = fmt.Fprintln(out, "logged out of "+visibleText(uri))
+	_, err = fmt.Fprintln(out, "logged out of "+plain.Line(uri))
 	return err
 }
 

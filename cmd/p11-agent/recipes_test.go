@@ -134,6 +134,6 @@ func TestEveryRecipeIsRun(t *testing.T) {
 // writeRecipeForStory is the command recipe: it writes the blocks of a section into
 // files below a directory, as writeRecipe does.
 func writeRecipeForStory(ts *testscript.TestScript, neg bool, args []string) {
-	plain(ts, neg, len(args) == 2, "recipe SECTION DIR")
+	noNegation(ts, neg, len(args) == 2, "recipe SECTION DIR")
 	writeRecipe(storyOf(ts).t, args[0], ts.MkAbs(args[1]))
 }

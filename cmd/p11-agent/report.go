@@ -9,7 +9,7 @@ import (
 	"strings"
 
 	"p11-agent/cmd/p11-agent/output"
-	"p11-agent/pinentry"
+	"p11-agent/pinentry/plain"
 )
 
 // A level says how bad a finding is.
@@ -69,7 +69,7 @@ func (r *report) add(l level, format string, args ...any) *finding {
 		}
 	}
 	// What comes from a token, a file or another program must not forge a line.
-	f := &finding{level: l, text: pinentry.Visible(fmt.Sprintf(format, args...), false)}
+	f := &finding{level: l, text: plain.Line(fmt.Sprintf(format, args...))}
 	r.findings = append(r.findings, f)
 	return f
 }
@@ -107,7 +107,7 @@ func (r *report) print(out io.Writer, details bool) error {
 		}
 		fmt.Fprintf(&b, "%s: %s\n", output.Paint(out, f.level.style(), f.level.String()), f.text)
 		for _, step := range f.next {
-			for i, line := range strings.Split(strings.TrimSuffix(pinentry.Visible(step, true), "\n"), "\n") {
+			for i, line := range strings.Split(strings.TrimSuffix(plain.Lines(step), "\n"), "\n") {
 				b.WriteString([]string{"  " + output.Paint(out, output.Strong, "next") + ": ", "        "}[min(i, 1)] + line + "\n")
 			}
 		}

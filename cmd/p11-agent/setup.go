@@ -20,6 +20,7 @@ import (
 	"p11-agent/cmd/p11-agent/exit"
 	"p11-agent/cmd/p11-agent/output"
 	"p11-agent/cmd/p11-agent/paths"
+	"p11-agent/pinentry/plain"
 	"p11-agent/token"
 )
 
@@ -240,7 +241,7 @@ func publicFile(e exported) string {
 
 // describe names a key to a person.
 func describeKey(e exported) string {
-	return fmt.Sprintf("key %q on token %q (%s)", visibleText(cmp.Or(e.key.Label(), "without label")), visibleText(e.key.Token().Label), e.pub.Type())
+	return fmt.Sprintf("key %q on token %q (%s)", plain.Line(cmp.Or(e.key.Label(), "without label")), plain.Line(e.key.Token().Label), e.pub.Type())
 }
 
 // keysNow returns the keys that the agent offers, as they are exported.

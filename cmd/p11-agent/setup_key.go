@@ -15,6 +15,7 @@ import (
 	"p11-agent/agent/peer"
 	"p11-agent/agent/request"
 	"p11-agent/cmd/p11-agent/output"
+	"p11-agent/pinentry/plain"
 	"p11-agent/pinentry/secret"
 	"p11-agent/token"
 	"p11-agent/token/pkcs11uri"
@@ -115,11 +116,11 @@ func (s *setup) use(e exported) {
 func (s *setup) troubles() {
 	for _, m := range s.b.store.Modules() {
 		for _, t := range m.Away {
-			s.say("  token %q has %s, and is not there: insert it", visibleText(t.ID.Label), output.Count(len(t.Keys), "key"))
+			s.say("  token %q has %s, and is not there: insert it", plain.Line(t.ID.Label), output.Count(len(t.Keys), "key"))
 		}
 		for _, t := range m.Tokens {
 			if isPIV(t) && t.Shadowed == "" && len(t.Keys) == 0 {
-				s.say("  token %q has no key, and its own program makes one: %s", visibleText(t.ID.Label), firstKey(m, t))
+				s.say("  token %q has no key, and its own program makes one: %s", plain.Line(t.ID.Label), firstKey(m, t))
 			}
 		}
 	}
@@ -157,7 +158,7 @@ func (s *setup) newKeyChoices() (all []choice) {
 		for _, t := range m.Tokens {
 			if takesKeys(t) {
 				all = append(all, choice{text: fmt.Sprintf("make a key on token %q (%s %s)",
-					visibleText(t.ID.Label), visibleText(t.ID.Manufacturer), visibleText(t.ID.Model)), on: &t})
+					plain.Line(t.ID.Label), plain.Line(t.ID.Manufacturer), plain.Line(t.ID.Model)), on: &t})
 			}
 		}
 	}
@@ -401,7 +402,7 @@ func (s *setup) askPIN(ctx context.Context) (*secret.Secret, error) {
 		s.say("\n  Choose a PIN for the new token. Without it no other PIN can be set.")
 		prompt = "  New PIN: "
 	} else {
-		s.say("\n  The key is made on token %q (serial %s).", visibleText(s.plan.on.ID.Label), visibleText(cmp.Or(s.plan.on.ID.Serial, "unknown")))
+		s.say("\n  The key is made on token %q (serial %s).", plain.Line(s.plan.on.ID.Label), plain.Line(cmp.Or(s.plan.on.ID.Serial, "unknown")))
 		prompt = "  PIN: "
 	}
 	for {

@@ -16,6 +16,7 @@ import (
 
 	"p11-agent/cmd/p11-agent/output"
 	"p11-agent/cmd/p11-agent/paths"
+	"p11-agent/pinentry/plain"
 )
 
 // hostName is what ssh-copy-id is given: it begins with no "-", and has nothing that a
@@ -50,7 +51,7 @@ func (s *setup) authorize(ctx context.Context) error {
 			return err
 		}
 		if !hostName.MatchString(host) {
-			s.say("  %q is no name of a host, such as host.example.org or user@host.", visibleText(host))
+			s.say("  %q is no name of a host, such as host.example.org or user@host.", plain.Line(host))
 			continue
 		}
 		if err := s.writeKey(); err != nil {
@@ -92,7 +93,7 @@ func (s *setup) signWithGit(ctx context.Context) error {
 	}
 	if !principalPattern.MatchString(email) {
 		s.say("\n%s", title)
-		s.say("  not done: git's user.email, %q, is no name that signatures can go by", visibleText(email))
+		s.say("  not done: git's user.email, %q, is no name that signatures can go by", plain.Line(email))
 		return nil
 	}
 	if s.key.key == nil {
@@ -116,7 +117,7 @@ func (s *setup) signWithGit(ctx context.Context) error {
 		"a line in " + output.HomePath(signers),
 	}
 	if signing != "" {
-		what = append(what, fmt.Sprintf("git signs with another key so far: %s", visibleText(signing)))
+		what = append(what, fmt.Sprintf("git signs with another key so far: %s", plain.Line(signing)))
 	}
 	yes, err := s.offer(ctx, title, done, what...)
 	if err != nil || !yes {

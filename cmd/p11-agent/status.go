@@ -21,6 +21,7 @@ import (
 	"p11-agent/agent/sshagent"
 	"p11-agent/cmd/p11-agent/output"
 	"p11-agent/cmd/p11-agent/paths"
+	"p11-agent/pinentry/plain"
 	"p11-agent/token/module/undumpable"
 	"p11-agent/token/pkcs11uri"
 	"p11-agent/token/wire"
@@ -140,7 +141,7 @@ func dialAgent(ctx context.Context, path, uri string) (*runningAgent, error) {
 		if !isNotFound(err) {
 			failed = err
 		}
-		tried = append(tried, fmt.Sprintf("%s is %s: %v", socketVariable, visibleText(named), err))
+		tried = append(tried, fmt.Sprintf("%s is %s: %v", socketVariable, plain.Line(named), err))
 	}
 	switch {
 	case own == "":
@@ -222,7 +223,7 @@ func (r *statusReport) print(out io.Writer) error {
 	if r.Locked {
 		locked = ", " + output.Paint(out, output.Caution, "LOCKED") + " (ssh-add -X or p11-agent unlock opens it)"
 	}
-	fmt.Fprintf(&b, "p11-agent %s, process %d, up for %s%s\n", visibleText(r.Version), r.PID, span(r.Time.Sub(r.Started)), locked)
+	fmt.Fprintf(&b, "p11-agent %s, process %d, up for %s%s\n", plain.Line(r.Version), r.PID, span(r.Time.Sub(r.Started)), locked)
 	var next output.Style // of the row that comes next
 	mark := func(s output.Style) { next = s }
 	section := func(title string, lines int, print func(row func(cells ...string))) {
@@ -235,7 +236,7 @@ func (r *statusReport) print(out io.Writer) error {
 		w := tabwriter.NewWriter(&table, 0, 0, 2, ' ', 0)
 		print(func(cells ...string) {
 			for i, cell := range cells {
-				cells[i] = visibleText(cell)
+				cells[i] = plain.Line(cell)
 			}
 			fmt.Fprintln(w, strings.TrimRight("  "+strings.Join(cells, "\t"), "\t"))
 			styles, next = append(styles, next), output.None
@@ -275,7 +276,7 @@ func (r *statusReport) print(out io.Writer) error {
 		}
 	})
 	for _, m := range r.Modules {
-		printSteps(&b, fmt.Sprintf("  next for %s: ", visibleText(m.Name)), m.Next)
+		printSteps(&b, fmt.Sprintf("  next for %s: ", plain.Line(m.Name)), m.Next)
 	}
 	section("UPSTREAM AGENTS", len(r.Upstreams), func(row func(...string)) {
 		for _, u := range r.Upstreams {

@@ -379,15 +379,15 @@ func writeNew(path, text string) error {
 	return errors.Join(err, f.Close())
 }
 
-// plain refuses the negation of a command that has none.
-func plain(ts *testscript.TestScript, neg, ok bool, usage string) {
+// noNegation refuses the negation of a command that has none.
+func noNegation(ts *testscript.TestScript, neg, ok bool, usage string) {
 	if neg || !ok {
 		ts.Fatalf("usage: %s", usage)
 	}
 }
 
 func need(ts *testscript.TestScript, neg bool, args []string) {
-	plain(ts, neg, len(args) > 0, "need PROGRAM...")
+	noNegation(ts, neg, len(args) > 0, "need PROGRAM...")
 	for _, name := range args {
 		what, err := name+" is not installed", error(nil)
 		switch name {
@@ -463,7 +463,7 @@ func lookPath(name string) (string, error) {
 }
 
 func (s *stories) addTokens(ts *testscript.TestScript, neg bool, args []string) {
-	plain(ts, neg, len(args) > 0, "tokens NAME...")
+	noNegation(ts, neg, len(args) > 0, "tokens NAME...")
 	for _, name := range args {
 		dir, ok := s.tokens[name]
 		if !ok {
@@ -529,7 +529,7 @@ var (
 )
 
 func adopt(ts *testscript.TestScript, neg bool, args []string) {
-	plain(ts, neg, len(args) <= 1, "adopt [FILE]")
+	noNegation(ts, neg, len(args) <= 1, "adopt [FILE]")
 	text := ts.ReadFile(append(args, "stdout")[0])
 	socket, number := socketLine.FindStringSubmatch(text), pidLine.FindStringSubmatch(text)
 	if socket == nil || number == nil {
@@ -555,7 +555,7 @@ func adopt(ts *testscript.TestScript, neg bool, args []string) {
 }
 
 func gone(ts *testscript.TestScript, neg bool, args []string) {
-	plain(ts, neg, len(args) == 0, "gone")
+	noNegation(ts, neg, len(args) == 0, "gone")
 	if p := storyOf(ts).agent; p != nil {
 		ts.Check(p.wait(patience))
 	}
@@ -575,14 +575,14 @@ func eventually(try func() error) error {
 }
 
 func until(ts *testscript.TestScript, neg bool, args []string) {
-	plain(ts, neg, len(args) > 0, "until PROGRAM...")
+	noNegation(ts, neg, len(args) > 0, "until PROGRAM...")
 	if err := eventually(func() error { return ts.Exec(args[0], args[1:]...) }); err != nil {
 		ts.Fatalf("%q does not come true: %v", args, err)
 	}
 }
 
 func screen(ts *testscript.TestScript, neg bool, args []string) {
-	plain(ts, neg, len(args) == 1 || len(args) == 2, "screen [SESSION] REGEXP")
+	noNegation(ts, neg, len(args) == 1 || len(args) == 2, "screen [SESSION] REGEXP")
 	capture := []string{"-S", filepath.Join(ts.Getenv("WORK"), "tmux"), "capture-pane", "-p"}
 	if len(args) == 2 {
 		capture, args = append(capture, "-t", args[0]), args[1:]
@@ -628,14 +628,14 @@ func useCard(ts *testscript.TestScript, neg bool, args []string) {
 	if len(args) > 0 && !slices.Contains(cardCommands, args[0]) {
 		name, args = args[0], args[1:]
 	}
-	plain(ts, neg, len(args) > 0 && slices.Contains(cardCommands, args[0]), "card [NAME] "+strings.Join(cardCommands, "|"))
+	noNegation(ts, neg, len(args) > 0 && slices.Contains(cardCommands, args[0]), "card [NAME] "+strings.Join(cardCommands, "|"))
 	do, args := args[0], args[1:]
 	argument := func() string {
-		plain(ts, neg, len(args) == 1, "card [NAME] "+do+" ARGUMENT")
+		noNegation(ts, neg, len(args) == 1, "card [NAME] "+do+" ARGUMENT")
 		return args[0]
 	}
 	if do == "new" {
-		plain(ts, neg, st.cards[name] == nil, "card NAME new, once")
+		noNegation(ts, neg, st.cards[name] == nil, "card NAME new, once")
 		st.newCard(ts, name, args)
 		return
 	}
@@ -741,14 +741,14 @@ func usePCSCD(ts *testscript.TestScript, neg bool, args []string) {
 		"stop": p.Stop, "start": p.Start, "restart": p.Restart, "kill": p.Kill,
 		"unplug": p.Unplug, "plug": p.Plug, "freeze": p.Freeze, "thaw": p.Thaw,
 	}
-	plain(ts, neg, len(args) == 1 && do[args[0]] != nil, "pcscd stop|start|restart|kill|unplug|plug|freeze|thaw")
+	noNegation(ts, neg, len(args) == 1 && do[args[0]] != nil, "pcscd stop|start|restart|kill|unplug|plug|freeze|thaw")
 	do[args[0]]()
 }
 
 // useTPM is the command tpm. The TPM goes at the end of all stories.
 func (s *stories) useTPM(ts *testscript.TestScript, neg bool, args []string) {
 	st := storyOf(ts)
-	plain(ts, neg, len(args) == 0 && st.tpm == nil || len(args) == 1 && args[0] == "reset" && st.tpm != nil, "tpm, then tpm reset")
+	noNegation(ts, neg, len(args) == 0 && st.tpm == nil || len(args) == 1 && args[0] == "reset" && st.tpm != nil, "tpm, then tpm reset")
 	if st.tpm != nil {
 		st.tpm.Reset()
 		return
@@ -761,7 +761,7 @@ func (s *stories) useTPM(ts *testscript.TestScript, neg bool, args []string) {
 }
 
 func (s *stories) startDesktop(ts *testscript.TestScript, neg bool, args []string) {
-	plain(ts, neg, len(args) == 0, "desktop")
+	noNegation(ts, neg, len(args) == 0, "desktop")
 	b := bustest.Start(s.t)
 	st := storyOf(ts)
 	st.notifications = b.Notifications("body", "body-markup")
@@ -774,7 +774,7 @@ func (s *stories) startDesktop(ts *testscript.TestScript, neg bool, args []strin
 // startDisplay starts an X server. Numbers that are low are taken by those who
 // choose none.
 func startDisplay(ts *testscript.TestScript, neg bool, args []string) {
-	plain(ts, neg, len(args) == 0, "display")
+	noNegation(ts, neg, len(args) == 0, "display")
 	for range 5 {
 		display := fmt.Sprintf(":%d", 1000+rand.IntN(50000))
 		if runDisplay(ts, display) {
@@ -804,7 +804,7 @@ func runDisplay(ts *testscript.TestScript, display string) bool {
 }
 
 func startManager(ts *testscript.TestScript, neg bool, args []string) {
-	plain(ts, neg, true, "manager [VARIABLE=VALUE...]")
+	noNegation(ts, neg, true, "manager [VARIABLE=VALUE...]")
 	s := storyOf(ts)
 	if s.manager == nil {
 		s.manager = bustest.Start(s.t)
@@ -814,7 +814,7 @@ func startManager(ts *testscript.TestScript, neg bool, args []string) {
 }
 
 func bubble(ts *testscript.TestScript, neg bool, args []string) {
-	plain(ts, neg, len(args) == 1, "bubble REGEXP|none")
+	noNegation(ts, neg, len(args) == 1, "bubble REGEXP|none")
 	want, err := regexp.Compile("(?s)^" + args[0] + "$")
 	ts.Check(err)
 	ts.Check(eventually(func() error {
@@ -830,14 +830,14 @@ func bubble(ts *testscript.TestScript, neg bool, args []string) {
 }
 
 func bubbles(ts *testscript.TestScript, neg bool, args []string) {
-	plain(ts, neg, len(args) == 1, "bubbles N")
+	noNegation(ts, neg, len(args) == 1, "bubbles N")
 	if all := storyOf(ts).notifications.All(); strconv.Itoa(len(all)) != args[0] {
 		ts.Fatalf("%d notifications were asked for: %+v", len(all), all)
 	}
 }
 
 func logind(ts *testscript.TestScript, neg bool, args []string) {
-	plain(ts, neg, len(args) == 1, "logind lock|sleep|wake")
+	noNegation(ts, neg, len(args) == 1, "logind lock|sleep|wake")
 	st := storyOf(ts)
 	switch args[0] {
 	case "lock":
@@ -880,7 +880,7 @@ func logind(ts *testscript.TestScript, neg bool, args []string) {
 // startSSHD starts a server on a port of its own. The port is free when it is
 // chosen, and may have been taken when it is used: then another one is tried.
 func startSSHD(ts *testscript.TestScript, neg bool, args []string) {
-	plain(ts, neg, len(args) == 0, "sshd")
+	noNegation(ts, neg, len(args) == 0, "sshd")
 	program, err := lookPath("sshd")
 	ts.Check(err)
 	if os.Geteuid() == 0 {
@@ -1016,7 +1016,7 @@ var masks = []struct {
 }
 
 func mask(ts *testscript.TestScript, neg bool, args []string) {
-	plain(ts, neg, len(args) == 1, "mask FILE")
+	noNegation(ts, neg, len(args) == 1, "mask FILE")
 	text := strings.ReplaceAll(ts.ReadFile("stdout"), ts.Getenv("WORK"), "WORK")
 	for _, m := range masks {
 		text = m.what.ReplaceAllString(text, m.by)
@@ -1027,7 +1027,7 @@ func mask(ts *testscript.TestScript, neg bool, args []string) {
 // findSecret looks where secrets must not be: in logs and outputs, and in what
 // the kernel shows of processes.
 func findSecret(ts *testscript.TestScript, neg bool, args []string) {
-	plain(ts, neg, len(args) == 1, "secret TEXT")
+	noNegation(ts, neg, len(args) == 1, "secret TEXT")
 	secret := []byte(args[0])
 	work := ts.Getenv("WORK")
 	looked := 0
@@ -1081,7 +1081,7 @@ func parentOf(dir string) string {
 }
 
 func connections(ts *testscript.TestScript, neg bool, args []string) {
-	plain(ts, neg, len(args) == 2, "connections IN-TURN AT-ONCE")
+	noNegation(ts, neg, len(args) == 2, "connections IN-TURN AT-ONCE")
 	inTurn, err := strconv.Atoi(args[0])
 	ts.Check(err)
 	atOnce, err := strconv.Atoi(args[1])

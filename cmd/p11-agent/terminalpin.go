@@ -11,6 +11,7 @@ import (
 
 	"p11-agent/cmd/p11-agent/exit"
 	"p11-agent/pinentry"
+	"p11-agent/pinentry/plain"
 	"p11-agent/pinentry/secret"
 	"p11-agent/token"
 )
@@ -56,10 +57,10 @@ func (d *terminalDialogue) say(lines ...string) error {
 func (d *terminalDialogue) PIN(ctx context.Context, problem string) (*secret.Secret, error) {
 	var lines []string
 	if problem != "" {
-		lines = append(lines, visibleText(problem))
+		lines = append(lines, plain.Line(problem))
 	}
 	lines = append(lines, fmt.Sprintf("Enter the PIN of token %s (serial %s).",
-		cmp.Or(named(d.about.Token.Label, maxNamed), "without label"), cmp.Or(named(d.about.Token.Serial, maxNamed), "unknown")))
+		cmp.Or(plain.Name(d.about.Token.Label, maxNamed), "without label"), cmp.Or(plain.Name(d.about.Token.Serial, maxNamed), "unknown")))
 	lines = append(lines, moduleLines(d.about)...)
 	if d.about.Tries != token.TriesUnknown {
 		lines = append(lines, "Note: "+d.about.Tries.String()+".")
@@ -79,7 +80,7 @@ func (d *terminalDialogue) PIN(ctx context.Context, problem string) (*secret.Sec
 func (d *terminalDialogue) LastTry(ctx context.Context, problem string) (bool, error) {
 	lines := []string{"One try is left: a wrong PIN now locks the token.", `To use the last try, type "yes".`}
 	if problem != "" {
-		lines = append([]string{visibleText(problem)}, lines...)
+		lines = append([]string{plain.Line(problem)}, lines...)
 	}
 	if err := d.say(lines...); err != nil {
 		return false, err

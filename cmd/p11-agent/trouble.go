@@ -5,7 +5,7 @@ import (
 	"io"
 	"strings"
 
-	"p11-agent/pinentry"
+	"p11-agent/pinentry/plain"
 	"p11-agent/token"
 )
 
@@ -35,7 +35,7 @@ func adviseFailure(e *token.ModuleError) []string {
 func printSteps(w io.Writer, word string, steps []string) {
 	for _, step := range steps {
 		before := word
-		for i, line := range strings.Split(strings.TrimSuffix(pinentry.Visible(step, true), "\n"), "\n") {
+		for i, line := range strings.Split(strings.TrimSuffix(plain.Lines(step), "\n"), "\n") {
 			if i > 0 {
 				before = strings.Repeat(" ", len(word))
 			}

@@ -18,6 +18,7 @@ import (
 	"p11-agent/agent/request"
 	"p11-agent/cmd/p11-agent/output"
 	"p11-agent/pinentry"
+	"p11-agent/pinentry/plain"
 	"p11-agent/pinentry/secret"
 	"p11-agent/pinentry/waiting"
 	"p11-agent/token"
@@ -398,7 +399,7 @@ func listedAs(k request.Key) string {
 // listedLabel shows the label of a key in the comment of an identity. A label that could
 // pass for another URI is quoted.
 func listedLabel(label string) string {
-	shown := named(label, maxNamed)
+	shown := plain.Name(label, maxNamed)
 	if strings.Contains(strings.ToLower(shown), "pkcs11:") && shown[0] != '"' {
 		return strconv.Quote(shown)
 	}
@@ -415,7 +416,7 @@ var (
 
 // Ask opens a dialogue about one token.
 func (a *asker) Ask(ctx context.Context, about token.PINRequest) (token.PINDialogue, error) {
-	of := "the token " + cmp.Or(named(about.Token.Label, maxNamed), "without label")
+	of := "the token " + cmp.Or(plain.Name(about.Token.Label, maxNamed), "without label")
 	d := &dialogue{
 		pins:    &conversation{asker: a, what: "the PIN of " + of, hint: "To give the PIN in a terminal, run: p11-agent login " + output.ShellWord(about.Key)},
 		consent: &conversation{asker: a, what: "the last try of " + of, consent: true, hint: a.consentHint()},

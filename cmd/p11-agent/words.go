@@ -6,17 +6,14 @@ import (
 	"os"
 	"path/filepath"
 	"slices"
-	"strconv"
 	"strings"
-	"unicode"
-	"unicode/utf8"
 
 	"golang.org/x/crypto/ssh"
 
 	"p11-agent/agent/knownhosts"
 	"p11-agent/agent/peer"
 	"p11-agent/agent/request"
-	"p11-agent/pinentry"
+	"p11-agent/pinentry/plain"
 	"p11-agent/token"
 	"p11-agent/token/pkcs11uri"
 	"p11-agent/token/wire"
@@ -29,19 +26,6 @@ import (
 // maxWords bounds a line of them, in bytes.
 const maxWords = 200
 
-// clip makes a line short enough.
-func clip(line string) string {
-	if len(line) <= maxWords {
-		return line
-	}
-	const more = "…"
-	end := maxWords - len(more)
-	for !utf8.RuneStart(line[end]) {
-		end--
-	}
-	return line[:end] + more
-}
-
 // about joins lines. Each stays one, whatever is in it: a label must not make
 // another that says what the key is for.
 func about(lines ...[]string) string {
@@ -50,7 +34,7 @@ func about(lines ...[]string) string {
 		if i > 0 {
 			b.WriteByte('\n')
 		}
-		b.WriteString(clip(pinentry.Visible(line, false)))
+		b.WriteString(plain.LineWithin(line, maxWords))
 	}
 	return b.String()
 }
@@ -58,29 +42,6 @@ func about(lines ...[]string) string {
 // maxNamed bounds what is shown of a label, in bytes, so that it begins and ends
 // in one line of a terminal of the usual width.
 const maxNamed = 48
-
-// named shows a label, a name or a comment as it is when it can pass for nothing
-// else, and quoted otherwise: a terminal breaks lines, so that what follows enough
-// blanks, or words, looks like a line of its own.
-func named(text string, limit int) string {
-	const more = "…"
-	cut := text
-	if len(text) > limit {
-		end := limit
-		for end > 0 && !utf8.RuneStart(text[end]) {
-			end--
-		}
-		cut = text[:end] + more
-	}
-	words := strings.Fields(cut)
-	odd := func(r rune) bool {
-		return !unicode.IsGraphic(r) || strings.ContainsRune(`"\\←`, r) || len(words) > 1 && strings.ContainsRune(":(),", r)
-	}
-	if cut != strings.Join(words, " ") || !utf8.ValidString(cut) || strings.ContainsFunc(cut, odd) {
-		return strconv.Quote(cut)
-	}
-	return cut
-}
 
 // useLines says what the key is used for; nothing where that is not known.
 func useLines(use *request.Use) []string {
@@ -93,11 +54,11 @@ func useLines(use *request.Use) []string {
 // tokenLine names a token. reader is where the token is, when another token of the same
 // name is there as well.
 func tokenLine(t wire.TokenID, reader string) string {
-	serial := cmp.Or(named(t.Serial, maxNamed), "unknown")
+	serial := cmp.Or(plain.Name(t.Serial, maxNamed), "unknown")
 	if reader != "" {
-		serial += ", the one in reader " + named(reader, maxNamed)
+		serial += ", the one in reader " + plain.Name(reader, maxNamed)
 	}
-	return fmt.Sprintf("Token: %s (serial %s)", cmp.Or(named(t.Label, maxNamed), "without label"), serial)
+	return fmt.Sprintf("Token: %s (serial %s)", cmp.Or(plain.Name(t.Label, maxNamed), "without label"), serial)
 }
 
 // moduleLines name the module that gets the PIN, where the person needs to know it.
@@ -107,14 +68,14 @@ func moduleLines(about token.PINRequest) (lines []string) {
 	}
 	if about.Home != "" {
 		lines = append(lines, "WARNING: another module shows this token than so far.",
-			fmt.Sprintf("Module: %s (so far: %s)", named(about.Module, maxNamed), named(about.Home, maxNamed)))
+			fmt.Sprintf("Module: %s (so far: %s)", plain.Name(about.Module, maxNamed), plain.Name(about.Home, maxNamed)))
 	} else {
-		lines = append(lines, "Module: "+named(about.Module, maxNamed))
+		lines = append(lines, "Module: "+plain.Name(about.Module, maxNamed))
 	}
 	var others []string
 	for _, name := range about.Others {
 		if name != about.Home {
-			others = append(others, named(name, maxNamed))
+			others = append(others, plain.Name(name, maxNamed))
 		}
 	}
 	if len(others) > 0 {
@@ -132,7 +93,7 @@ func requester(p peer.Peer) string {
 		for _, link := range p.Chain {
 			name := link.Name
 			if strings.ContainsAny(name, " ,\"") {
-				name = inQuotes(name)
+				name = plain.QuotedName(name, maxNamed)
 			}
 			if len(programs) == 0 || programs[len(programs)-1] != name { // a shell that started a shell
 				programs = append(programs, name)
@@ -143,28 +104,12 @@ func requester(p peer.Peer) string {
 	return "Requested by (unverified): " + text
 }
 
-// inQuotes shows a label in quotes, and cut to maxNamed bytes, escapes among them. What
-// is in it cannot end the quotes.
-func inQuotes(label string) string {
-	if q := strconv.Quote(label); len(q) <= maxNamed+2 {
-		return q
-	}
-	cut := label[:min(len(label), maxNamed)]
-	for {
-		_, size := utf8.DecodeLastRuneInString(cut)
-		cut = cut[:len(cut)-size]
-		if q := strconv.Quote(cut + "…"); len(q) <= maxNamed+2 {
-			return q
-		}
-	}
-}
-
 // pinOf names the PIN that is asked for, in the first line of a prompt.
 func pinOf(t wire.TokenID) string {
 	if t.Label == "" {
 		return "the PIN of a token without label"
 	}
-	return "the PIN of token " + inQuotes(t.Label)
+	return "the PIN of token " + plain.QuotedName(t.Label, maxNamed)
 }
 
 // useOf says what a confirmation is about, in the first line of a prompt. A line of its
@@ -177,7 +122,7 @@ func useOf(k request.Key) string {
 	case key.Token().Label == "":
 		return "the use of this key of a token without label"
 	}
-	return "the use of this key of token " + inQuotes(key.Token().Label)
+	return "the use of this key of token " + plain.QuotedName(key.Token().Label, maxNamed)
 }
 
 // fewerTries is said where a token tells that the last PIN it was given was wrong. The
@@ -193,20 +138,20 @@ func keyLine(t wire.TokenID, label, uri string, id []byte, use *request.Use) str
 	}
 	key := pkcs11uri.ForKey(wire.TokenID{Label: t.Label}, "", id).String()
 	if label != "" {
-		key = named(label, maxNamed) + ", " + key
+		key = plain.Name(label, maxNamed) + ", " + key
 	}
 	return "Key: " + key
 }
 
 // commentLine names a key by its comment, which the client that has added the key has
 // chosen.
-func commentLine(comment string) string { return "Key: " + named(comment, maxWords) }
+func commentLine(comment string) string { return "Key: " + plain.Name(comment, maxWords) }
 
 // labelledLine is commentLine for a key that may be on a token. A comment that is the URI
 // does not have the label of the key.
 func labelledLine(k request.Key, comment string) string {
 	if key, ok := k.(*token.Key); ok && key.Label() != "" && comment == key.URI() {
-		return "Key: " + named(key.Label(), maxNamed) + ", " + comment
+		return "Key: " + plain.Name(key.Label(), maxNamed) + ", " + comment
 	}
 	return commentLine(comment)
 }

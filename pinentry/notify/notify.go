@@ -20,9 +20,8 @@ import (
 	"strings"
 	"sync"
 	"time"
-	"unicode/utf8"
 
-	"p11-agent/pinentry"
+	"p11-agent/pinentry/plain"
 )
 
 const (
@@ -220,21 +219,6 @@ func (n *Notifier) finished() bool {
 	return true
 }
 
-// shorten cuts a line that is too long.
-func shorten(line string) string {
-	if utf8.RuneCountInString(line) <= maxLine {
-		return line
-	}
-	n := 0
-	for i := range line {
-		if n == maxLine-1 {
-			return line[:i] + ellipsis
-		}
-		n++
-	}
-	return line
-}
-
 const (
 	// tellAgain is how long the same is not told again.
 	tellAgain = 5 * time.Second
@@ -273,7 +257,7 @@ func (n *Notifier) Tell(key, title string, lines []string) {
 // what is left by those that have gone.
 func (n *Notifier) tell(title string, lines []string) {
 	var d display
-	if err := n.display(&d, shorten(pinentry.Visible(title, false)), lines); err != nil {
+	if err := n.display(&d, plain.LineWithinRunes(title, maxLine), lines); err != nil {
 		n.opts.Log.Debug("no notification is shown", "reason", err)
 	} else {
 		over := time.NewTimer(tellTime)
@@ -295,7 +279,7 @@ func (n *Notifier) tell(title string, lines []string) {
 func presentable(lines []string) []string {
 	shown := []string{}
 	for _, line := range lines[:min(len(lines), maxLines)] {
-		shown = append(shown, shorten(pinentry.Visible(line, false)))
+		shown = append(shown, plain.LineWithinRunes(line, maxLine))
 	}
 	return shown
 }

@@ -11,9 +11,10 @@ import (
 	"slices"
 	"strconv"
 	"strings"
-	"unicode"
 
 	"golang.org/x/sys/unix"
+
+	"p11-agent/pinentry/plain"
 )
 
 // A Client is a process that is connected to pcscd. Whether it uses a reader,
@@ -258,12 +259,7 @@ func programName(pid int) string {
 	if err != nil || len(b) == 0 {
 		return "a process"
 	}
-	return strings.Map(func(r rune) rune {
-		if !unicode.IsPrint(r) || r == unicode.ReplacementChar {
-			return '?'
-		}
-		return r
-	}, string(b))
+	return plain.Output(b)
 }
 
 // Loaded tells whether this process has the client library of PC/SC: whoever has

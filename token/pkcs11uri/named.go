@@ -6,9 +6,8 @@ import (
 	"fmt"
 	"slices"
 	"strings"
-	"unicode"
-	"unicode/utf8"
 
+	"p11-agent/pinentry/plain"
 	"p11-agent/pinentry/secret"
 )
 
@@ -35,7 +34,7 @@ func ParseNamed(text []byte) (*URI, error) {
 		return no(`it has to start with "pkcs11:", as in "pkcs11:token=LABEL"`)
 	case len(text) > maxTokenLabel:
 		return no(fmt.Sprintf(`it starts with no "pkcs11:", and the label of a token has %d bytes at the most`, maxTokenLabel))
-	case !utf8.Valid(text), bytes.ContainsFunc(text, func(r rune) bool { return !unicode.IsPrint(r) }):
+	case !plain.Prints(text):
 		return no(`it starts with no "pkcs11:", and cannot be typed as the label of a token: percent-encode the label in "pkcs11:token="`)
 	}
 	return &URI{Token: new(string(text))}, nil

@@ -9,7 +9,8 @@ import (
 	"net/url"
 	"strings"
 	"sync"
-	"unicode"
+
+	"p11-agent/pinentry/plain"
 )
 
 // An attempt is one start of the command of a Bridge.
@@ -107,7 +108,7 @@ func (t *tail) Write(b []byte) (int, error) {
 
 // endLocked keeps the line that has ended.
 func (t *tail) endLocked() {
-	line := printable(t.line)
+	line := plain.Output(t.line)
 	t.line = t.line[:0]
 	if line == "" {
 		return
@@ -123,20 +124,10 @@ func (t *tail) String() string {
 	t.mu.Lock()
 	defer t.mu.Unlock()
 	all := t.last
-	if line := printable(t.line); line != "" {
+	if line := plain.Output(t.line); line != "" {
 		all = append(all[:len(all):len(all)], line)
 	}
 	return strings.Join(all[max(0, len(all)-tailLines):], " | ")
-}
-
-// printable replaces what could fool a terminal or a log.
-func printable(line []byte) string {
-	return strings.TrimSpace(strings.Map(func(r rune) rune {
-		if !unicode.IsPrint(r) || r == unicode.ReplacementChar {
-			return '?'
-		}
-		return r
-	}, string(line)))
 }
 
 // started notes that the command is about to be started.
