@@ -8,6 +8,7 @@ import (
 
 	"p11-agent/pinentry/plain"
 	"p11-agent/token/known"
+	"p11-agent/token/pairs"
 	"p11-agent/token/signing"
 	"p11-agent/token/wire"
 )
@@ -34,10 +35,6 @@ const (
 	maxDescription = 3 * 64
 	// maxMissing is how many paths the agent takes that a module cannot write.
 	maxMissing = 64
-	// maxObjectText is the most bytes of an object's label or ID.
-	maxObjectText = known.MaxText
-	// maxPairObjects is how many objects of one key pair are remembered.
-	maxPairObjects = 64
 	// objectRoom is what an object takes besides its texts and numbers, at the most.
 	objectRoom = 256
 
@@ -51,6 +48,9 @@ const (
 	// The list of known keys is written so often.
 	knownBurst, knownEvery = 20, 10 * time.Second
 )
+
+// The list of known keys has room for every label and ID that package pairs accepts.
+var _ [known.MaxText - pairs.MaxText]struct{}
 
 // pace lets something happen burst times at once, and then once in each interval. It is
 // used by one goroutine.
@@ -94,22 +94,13 @@ func trimHello(h *wire.HelloReply) {
 }
 
 // weight is what keys take of the memory, about and in bytes.
-func weight(keys []*found) int {
+func weight(all []*pairs.Pair) int {
 	n := 0
-	for _, f := range keys {
-		n += f.weight()
-		for _, c := range f.certs {
+	for _, p := range all {
+		n += p.Weight()
+		for _, c := range p.Certificates {
 			n += len(c)
 		}
-	}
-	return n
-}
-
-// weight is likewise, without the certificates.
-func (f *found) weight() int {
-	n := 1024 + len(f.id) + 2*len(f.modulus) + 2*len(f.point)
-	for _, l := range f.labels {
-		n += len(l)
 	}
 	return n
 }
@@ -127,7 +118,7 @@ func bulk(objects []wire.Object) int {
 // fit returns as many of the keys that a token shows as there is room for beside those
 // of others, which are tokens of the same module. Keys that somebody has named come first.
 // Certificates give way to keys: SSH does not need them.
-func (t *Token) fit(pairs []*found, others []*Token, left *leftOut) []*found {
+func (t *Token) fit(all []*pairs.Pair, others []*Token, left *leftOut) []*pairs.Pair {
 	keys, bytes := maxModuleKeys, maxKeyBytes
 	for _, o := range others {
 		if o != t {
@@ -135,41 +126,41 @@ func (t *Token) fit(pairs []*found, others []*Token, left *leftOut) []*found {
 			keys, bytes = keys-n, bytes-size
 		}
 	}
-	fits := make(map[*found]bool, len(pairs))
-	add := func(f *found) {
-		if fits[f] || len(fits) >= keys || f.weight() > bytes {
+	fits := make(map[*pairs.Pair]bool, len(all))
+	add := func(p *pairs.Pair) {
+		if fits[p] || len(fits) >= keys || p.Weight() > bytes {
 			return
 		}
-		fits[f] = true
-		bytes -= f.weight()
+		fits[p] = true
+		bytes -= p.Weight()
 	}
-	if all := weight(pairs); len(pairs) > keys || all > bytes {
-		for _, f := range pairs {
-			if t.isNamed(f) {
-				add(f)
+	if len(all) > keys || weight(all) > bytes {
+		for _, p := range all {
+			if t.isNamed(p) {
+				add(p)
 			}
 		}
 	}
-	for _, f := range pairs {
-		add(f)
+	for _, p := range all {
+		add(p)
 	}
-	kept := make([]*found, 0, len(fits))
-	for _, f := range pairs {
-		if !fits[f] {
+	kept := make([]*pairs.Pair, 0, len(fits))
+	for _, p := range all {
+		if !fits[p] {
 			continue
 		}
-		kept = append(kept, f)
-		for i, c := range f.certs {
+		kept = append(kept, p)
+		for i, c := range p.Certificates {
 			if bytes -= len(c); bytes < 0 {
 				bytes += len(c)
-				left.certificates += len(f.certs) - i
-				f.certs = f.certs[:i]
+				left.certificates += len(p.Certificates) - i
+				p.Certificates = p.Certificates[:i]
 				break
 			}
 		}
 	}
-	if left.keys = len(pairs) - len(kept); left.keys > 0 {
-		t.module.log.Warn("module shows more keys than are used", "token", t.ID.Label, "shown", len(pairs), "used", len(kept))
+	if left.keys = len(all) - len(kept); left.keys > 0 {
+		t.module.log.Warn("module shows more keys than are used", "token", t.ID.Label, "shown", len(all), "used", len(kept))
 	}
 	return kept
 }

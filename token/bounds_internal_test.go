@@ -151,18 +151,3 @@ func TestPhysical(t *testing.T) {
 		}
 	})
 }
-
-// Objects with a label or ID without end are left out.
-func TestPairBoundsTexts(t *testing.T) {
-	long := strings.Repeat("x", maxObjectText+1)
-	skipped := 0
-	all := pair([]wire.Object{{Class: wire.CKOPublicKey, Label: long}, {Class: wire.CKOPrivateKey, ID: []byte(long)}}, wire.TokenID{}, true,
-		func(o wire.Object, _ error) {
-			if skipped++; len(o.Label)+len(o.ID) > 0 {
-				t.Error("what is told of it is as long")
-			}
-		})
-	if len(all) != 0 || skipped != 2 {
-		t.Errorf("%d are used, %d left out", len(all), skipped)
-	}
-}

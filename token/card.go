@@ -8,6 +8,7 @@ import (
 	"slices"
 	"strings"
 
+	"p11-agent/token/pairs"
 	"p11-agent/token/pcsc"
 	"p11-agent/token/wire"
 )
@@ -43,11 +44,11 @@ func shownBy(objects []wire.Object) (s shown) {
 		case len(o.Modulus) > 0:
 			s.keys = append(s.keys, sha256.Sum256(bytes.TrimLeft(o.Modulus, "\x00")))
 		case len(o.ECPoint) > 0:
-			s.keys = append(s.keys, sha256.Sum256(points(o.ECPoint)[0]))
+			s.keys = append(s.keys, sha256.Sum256(pairs.Points(o.ECPoint)[0]))
 		}
 	}
 	for _, o := range objects {
-		if len(s.keys) == 0 && o.Class == wire.CKOCertificate && len(o.Value) > 0 && !isAuthority(o) {
+		if len(s.keys) == 0 && o.Class == wire.CKOCertificate && len(o.Value) > 0 && !pairs.IsAuthority(o) {
 			s.certs = append(s.certs, sha256.Sum256(o.Value))
 		}
 	}
@@ -58,7 +59,7 @@ func shownBy(objects []wire.Object) (s shown) {
 // shownBefore returns what keys of the list of known keys have shown.
 func shownBefore(keys []*Key) (s shown) {
 	for _, k := range keys {
-		s.keys = append(s.keys, sha256.Sum256(slices.Concat(k.found.modulus, k.found.point)))
+		s.keys = append(s.keys, sha256.Sum256(slices.Concat(k.pair.Modulus, k.pair.Point)))
 	}
 	s.keys = sorted(s.keys)
 	return s

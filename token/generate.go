@@ -12,6 +12,7 @@ import (
 	"strings"
 
 	"p11-agent/pinentry/secret"
+	"p11-agent/token/pairs"
 	"p11-agent/token/pkcs11uri"
 	"p11-agent/token/wire"
 )
@@ -55,14 +56,14 @@ func (k KeyKind) request() (*wire.Generate, error) {
 	case RSA4096:
 		return &wire.Generate{Mechanism: wire.CKMRSAPKCSKeyPairGen, Bits: 4096}, nil
 	case ECDSAP256:
-		return curve(wire.CKMECKeyPairGen, oidP256)
+		return curve(wire.CKMECKeyPairGen, pairs.OIDP256)
 	case ECDSAP384:
-		return curve(wire.CKMECKeyPairGen, oidP384)
+		return curve(wire.CKMECKeyPairGen, pairs.OIDP384)
 	case ECDSAP521:
-		return curve(wire.CKMECKeyPairGen, oidP521)
+		return curve(wire.CKMECKeyPairGen, pairs.OIDP521)
 	case Ed25519:
-		name := asn1.RawValue{Tag: asn1.TagPrintableString, Bytes: []byte(curveNameEd25519)}
-		return curve(wire.CKMECEdwardsKeyPairGen, name, oidEd25519, oidEdwards25519)
+		name := asn1.RawValue{Tag: asn1.TagPrintableString, Bytes: []byte(pairs.NameEd25519)}
+		return curve(wire.CKMECEdwardsKeyPairGen, name, pairs.OIDEd25519, pairs.OIDEdwards25519)
 	}
 	return nil, fmt.Errorf("there is no kind of key %q", string(k))
 }
@@ -178,7 +179,7 @@ func (t *Token) generate(ctx context.Context, req *wire.Generate, kind KeyKind, 
 	}
 	if info.Flags&wire.CKFLoginRequired != 0 {
 		// Policies and sources of PINs are those of the key that is to be.
-		f := &found{id: req.ID, label: req.Label, labels: []string{req.Label}, visible: true}
+		f := &pairs.Pair{ID: req.ID, Label: req.Label, Members: []pairs.Member{{Class: wire.CKOPrivateKey, Name: pairs.Name{ID: req.ID, Label: req.Label}}}, Visible: true}
 		typed, err := t.login(ctx, newKey(t, f, nil), given{pin: pin})
 		typed.Wipe()
 		if err != nil {
@@ -223,7 +224,7 @@ func (t *Token) ask(ctx context.Context, p *process, req *wire.Generate, reply *
 
 // made returns the key that was just made.
 func (t *Token) made(ctx context.Context, p *process, reply *wire.GenerateReply) (*Key, error) {
-	pub, err := publicKey(reply.Public)
+	pub, err := pairs.PublicKey(reply.Public)
 	if err != nil {
 		return nil, err
 	}
@@ -232,7 +233,7 @@ func (t *Token) made(ctx context.Context, p *process, reply *wire.GenerateReply)
 	}
 	t.module.store.publish()
 	for _, k := range t.keyList() {
-		if equalKeys(k.found.public, pub) {
+		if pairs.Equal(k.pair.Public, pub) {
 			return k, nil
 		}
 	}

@@ -15,6 +15,7 @@ import (
 	"time"
 
 	"p11-agent/pinentry/secret"
+	"p11-agent/token/pairs"
 	"p11-agent/token/pkcs11uri"
 	"p11-agent/token/signing"
 	"p11-agent/token/wire"
@@ -26,7 +27,7 @@ import (
 // and while others log the token out. Methods may be called from any goroutine.
 type Key struct {
 	token *Token
-	found *found
+	pair  *pairs.Pair
 	uri   *pkcs11uri.URI
 	text  string // the URI in its canonical form
 	use   *usage // that of every Key of the same pair
@@ -92,39 +93,32 @@ var (
 // and the key by its ID, which stay the same before and after a login; the
 // label only where the ID does not tell it from the others of the token: ids counts the
 // keys of each ID.
-func newKey(t *Token, f *found, ids map[string]int) *Key {
+func newKey(t *Token, p *pairs.Pair, ids map[string]int) *Key {
 	label := ""
-	if len(f.id) == 0 || ids[string(f.id)] > 1 {
-		label = f.label
+	if len(p.ID) == 0 || ids[string(p.ID)] > 1 {
+		label = p.Label
 	}
-	u := pkcs11uri.ForKey(t.ID, label, f.id)
-	return &Key{token: t, found: f, uri: u, text: u.String(), use: new(usage)}
+	u := pkcs11uri.ForKey(t.ID, label, p.ID)
+	return &Key{token: t, pair: p, uri: u, text: u.String(), use: new(usage)}
 }
 
 // Public returns the public half: *rsa.PublicKey, *ecdsa.PublicKey or
 // ed25519.PublicKey.
-func (k *Key) Public() crypto.PublicKey { return k.found.public }
+func (k *Key) Public() crypto.PublicKey { return k.pair.Public }
 
 // URI returns the canonical PKCS#11 URI of the key.
 func (k *Key) URI() string { return k.text }
 
 // Label returns the object's label on the token, which may be empty.
-func (k *Key) Label() string { return k.found.label }
+func (k *Key) Label() string { return k.pair.Label }
 
 // PublicLabel returns the label of the object that shows the key without a login: its
 // public key or certificate. It is the same before and after a login; Label may change. It
 // is Label where no such object has a label.
-func (k *Key) PublicLabel() string {
-	for i, label := range k.found.labels {
-		if label != "" && i < len(k.found.classes) && k.found.classes[i] != wire.CKOPrivateKey {
-			return label
-		}
-	}
-	return k.found.label
-}
+func (k *Key) PublicLabel() string { return k.pair.PublicLabel() }
 
 // ID returns CKA_ID, which may be empty.
-func (k *Key) ID() []byte { return bytes.Clone(k.found.id) }
+func (k *Key) ID() []byte { return bytes.Clone(k.pair.ID) }
 
 // Token returns the token the key is on.
 func (k *Key) Token() wire.TokenID { return k.token.ID }
@@ -133,15 +127,15 @@ func (k *Key) Token() wire.TokenID { return k.token.ID }
 func (k *Key) Module() string { return k.token.module.spec.Name }
 
 // Certificates returns the X.509 certificates of the key on the token, in DER.
-func (k *Key) Certificates() [][]byte { return slices.Clone(k.found.certs) }
+func (k *Key) Certificates() [][]byte { return slices.Clone(k.pair.Certificates) }
 
 // AlwaysAuthenticate tells whether the key wants the PIN for each signature, as
 // far as that is known: some tokens say it only after a login.
-func (k *Key) AlwaysAuthenticate() bool { return k.found.always }
+func (k *Key) AlwaysAuthenticate() bool { return k.pair.Always }
 
 // Unfit says why the key is not one to offer unless it is named, or is empty:
 // keys that are not for signing, attestation keys, encryption certificates.
-func (k *Key) Unfit() string { return k.found.unfit }
+func (k *Key) Unfit() string { return k.pair.Unfit }
 
 // Present tells whether the key's token is there, as far as is known: just after
 // the start that is what was known before.
@@ -160,7 +154,7 @@ func (k *Key) TokenName() string { return k.token.name() }
 // when a login is under way, whose prompt may be about another key.
 func (k *Key) AsksPIN() bool {
 	t, s := k.token, k.token.module.store
-	each := t.current(k).found.always
+	each := t.current(k).pair.Always
 	t.mu.Lock()
 	wanted := t.slot.Info.Flags&wire.CKFLoginRequired != 0
 	open := t.session != nil || t.attempted != nil
@@ -187,7 +181,7 @@ func (k *Key) Insertions() uint64 {
 func (k *Key) Matches(u *pkcs11uri.URI) bool { return k.matches(u, true) }
 
 func (k *Key) matches(u *pkcs11uri.URI, byPath bool) bool {
-	if u.ID != nil && !k.found.hasID(u.ID) { // most of thousands of keys end here
+	if u.ID != nil && !k.pair.HasID(u.ID) { // most of thousands of keys end here
 		return false
 	}
 	if !k.token.matches(u, byPath) {
@@ -195,11 +189,11 @@ func (k *Key) matches(u *pkcs11uri.URI, byPath bool) bool {
 	}
 	// A URI may name the key by any of the objects that belong to it; private
 	// keys that show only after a login count as being there.
-	classes := slices.Concat(k.found.classes, []uint64{wire.CKOPrivateKey})
-	label := u.Object == nil || slices.Contains(k.found.labels, *u.Object)
-	return label && slices.ContainsFunc(classes, func(c uint64) bool {
-		return u.MatchObject(pkcs11uri.ObjectInfo{Class: className(c), ID: u.ID, Label: text(u.Object)})
-	})
+	fits := func(class uint64) bool {
+		return u.MatchObject(pkcs11uri.ObjectInfo{Class: className(class), ID: u.ID, Label: text(u.Object)})
+	}
+	label := u.Object == nil || k.pair.HasLabel(*u.Object)
+	return label && (fits(wire.CKOPrivateKey) || slices.ContainsFunc(k.pair.Members, func(m pairs.Member) bool { return fits(m.Class) }))
 }
 
 func text(s *string) string {
@@ -269,12 +263,12 @@ func (k *Key) SignMessageContext(ctx context.Context, msg []byte, opts crypto.Si
 // signature anyway. So check verifies each one of a slow token, and of a fast token the
 // first and some.
 func (k *Key) check(r signing.Request, m made, sig []byte) error {
-	_, always := k.found.public.(*rsa.PublicKey)
+	_, always := k.pair.Public.(*rsa.PublicKey)
 	if !k.use.proof.due(m.by, m.took) && !always && !k.token.removable() {
 		return nil
 	}
 	start := time.Now()
-	if err := r.Verify(k.found.public, sig); err != nil {
+	if err := r.Verify(k.pair.Public, sig); err != nil {
 		return err
 	}
 	k.use.proof.given(m.by, time.Since(start))
@@ -291,7 +285,7 @@ type made struct {
 // sign has the token sign, and puts right once each what may have broken since
 // the last time: the module process, the session, the login.
 func (k *Key) sign(ctx context.Context, r signing.Request) ([]byte, error) {
-	methods, err := r.Methods(k.found.public)
+	methods, err := r.Methods(k.pair.Public)
 	if err != nil {
 		return nil, err
 	}
@@ -308,7 +302,7 @@ func (k *Key) sign(ctx context.Context, r signing.Request) ([]byte, error) {
 		}
 		return nil, err
 	}
-	sig, err := signing.Encode(k.found.public, m.signature)
+	sig, err := signing.Encode(k.pair.Public, m.signature)
 	if err == nil {
 		err = k.check(r, m, sig)
 	}
@@ -472,7 +466,7 @@ func (t *Token) doubtLogin(ctx context.Context, p *process, k *Key, login uint64
 		t.setLoggedIn(p, false)
 		return false // the next attempt meets the same, and says so
 	}
-	if was && t.loggedIn(p) && t.lastLogin() == login && !t.current(k).found.always {
+	if was && t.loggedIn(p) && t.lastLogin() == login && !t.current(k).pair.Always {
 		_ = t.logout(ctx) // likewise
 	} else {
 		lost = !t.loggedIn(p)
@@ -503,7 +497,7 @@ func (k *Key) explain(err error) error {
 	case errors.Is(err, ErrAbsent) || isReason(err, wire.ReasonNoToken, wire.ReasonOtherToken):
 		return fmt.Errorf("%w: insert token %s", ErrAbsent, k.token.name())
 	case isReason(err, wire.ReasonNoKey):
-		return fmt.Errorf("token %q holds a public key or certificate for ID %s, but no private key", t.Label, hex.EncodeToString(k.found.id))
+		return fmt.Errorf("token %q holds a public key or certificate for ID %s, but no private key", t.Label, hex.EncodeToString(k.pair.ID))
 	case isRV(err, wire.CKRKeyTypeInconsistent, wire.CKRKeyFunctionNotPermitted):
 		return fmt.Errorf("the token does not let this key sign: %w", err)
 	}
@@ -515,7 +509,7 @@ func (k *Key) explain(err error) error {
 // signature, which comes on top of a login (PKCS#11 v2.40 section 4.9,
 // CKA_ALWAYS_AUTHENTICATE).
 func (k *Key) needsLogin() bool {
-	if k.found.open && !k.found.always {
+	if k.pair.Open && !k.pair.Always {
 		return false
 	}
 	return k.token.info().Flags&wire.CKFLoginRequired != 0
@@ -523,7 +517,7 @@ func (k *Key) needsLogin() bool {
 
 // signOnce has the token sign.
 func (k *Key) signOnce(ctx context.Context, p *process, m signing.Method, with prelude) (made, error) {
-	if k.found.always {
+	if k.pair.Always {
 		req := new(wire.Sign)
 		k.describe(req, m)
 		start := time.Now()
@@ -543,10 +537,10 @@ func (k *Key) signOnce(ctx context.Context, p *process, m signing.Method, with p
 // describe makes the request for a signature.
 func (k *Key) describe(req *wire.Sign, m signing.Method) {
 	req.Key = wire.KeyID{
-		Token: k.token.ID, ID: k.found.id, Label: k.found.label, KeyType: k.found.keyType,
-		Modulus: k.found.modulus, ECPoint: k.found.point, Any: k.found.loose,
+		Token: k.token.ID, ID: k.pair.ID, Label: k.pair.Label, KeyType: k.pair.KeyType,
+		Modulus: k.pair.Modulus, ECPoint: k.pair.Point, Any: k.pair.Loose,
 	}
-	req.SignatureLen = signing.Length(k.found.public)
+	req.SignatureLen = signing.Length(k.pair.Public)
 	m.Describe(req)
 }
 

@@ -11,6 +11,7 @@ import (
 	"time"
 
 	"p11-agent/token/known"
+	"p11-agent/token/pairs"
 	"p11-agent/token/wire"
 )
 
@@ -25,32 +26,30 @@ const (
 )
 
 // knownPair returns the key pair of an entry of the list.
-func knownPair(k *known.Key) (*found, error) {
+func knownPair(k *known.Key) (*pairs.Pair, error) {
 	pub, err := k.PublicKey()
 	if err != nil {
 		return nil, err
 	}
-	keyType, ok := keyTypeOf(pub)
+	keyType, ok := pairs.KeyType(pub)
 	if !ok {
 		return nil, errors.New("SSH has no public keys of the type of an entry")
 	}
-	if err := usableKey(pub); err != nil {
+	if err := pairs.Usable(pub); err != nil {
 		return nil, err
 	}
-	f := &found{
-		id: k.ID, label: k.Label, labels: []string{k.Label}, classes: []uint64{wire.CKOPublicKey}, ids: [][]byte{k.ID},
-		keyType: keyType, public: pub, sum: digest(pub), always: k.Always, unfit: k.Unfit,
+	p := &pairs.Pair{
+		ID: k.ID, Label: k.Label, KeyType: keyType, Public: pub, Sum: pairs.Digest(pub), Always: k.Always, Unfit: k.Unfit,
 	}
 	if k.Shown != "" {
-		f.labels, f.classes, f.ids = nil, nil, nil
-		f.note(wire.CKOPublicKey, k.Shown, k.ID)
-		f.note(wire.CKOPublicKey, k.Label, k.ID)
+		p.AddMember(pairs.Member{Class: wire.CKOPublicKey, Name: pairs.Name{ID: k.ID, Label: k.Shown}})
 	}
-	f.modulus, f.point = halves(pub)
+	p.AddMember(pairs.Member{Class: wire.CKOPublicKey, Name: pairs.Name{ID: k.ID, Label: k.Label}})
+	p.Modulus, p.Point = pairs.Attributes(pub)
 	if k.Private {
-		f.private = &privateName{k.ID, k.Label}
+		p.Private = &pairs.Name{ID: k.ID, Label: k.Label}
 	}
-	return f, nil
+	return p, nil
 }
 
 func checkKnown(k *known.Key) error {
@@ -95,7 +94,7 @@ func (m *module) restore(l *known.List) {
 		if t.Login {
 			restored.slot.Info.Flags = wire.CKFLoginRequired
 		}
-		var all []*found
+		var all []*pairs.Pair
 		for j := range t.Keys {
 			if f, err := knownPair(&t.Keys[j]); err == nil { // known.Load has checked the key
 				all = append(all, f)
@@ -149,13 +148,13 @@ func (t *Token) entry() known.Token {
 		Login: t.info().Flags&wire.CKFLoginRequired != 0,
 	}
 	for _, key := range t.keyList() {
-		der, err := x509.MarshalPKIXPublicKey(key.found.public)
+		der, err := x509.MarshalPKIXPublicKey(key.pair.Public)
 		if err != nil {
 			continue // the agent parses no such key
 		}
 		e := known.Key{
-			ID: key.found.id, Label: key.found.label, Public: der, Always: key.found.always, Unfit: key.found.unfit,
-			Private: key.found.private != nil,
+			ID: key.pair.ID, Label: key.pair.Label, Public: der, Always: key.pair.Always, Unfit: key.pair.Unfit,
+			Private: key.pair.Private != nil,
 		}
 		if shown := key.PublicLabel(); shown != e.Label {
 			e.Shown = shown

@@ -4,11 +4,9 @@ import (
 	"errors"
 	"fmt"
 
+	"p11-agent/token/pairs"
 	"p11-agent/token/wire"
 )
-
-// errLongText is why an object is not used.
-var errLongText = fmt.Errorf("its ID or label has more than %d bytes", maxObjectText)
 
 // leftOut counts what a look at a token leaves out because of a bound.
 type leftOut struct {
@@ -24,7 +22,7 @@ func (l *leftOut) listed(all *listed) { l.objects, l.long = all.cut, all.long }
 
 // skipped notes that an object is not used.
 func (l *leftOut) skipped(reason error) {
-	if errors.Is(reason, errLongText) {
+	if errors.Is(reason, pairs.ErrLongText) {
 		l.texts++
 	}
 }
@@ -41,7 +39,7 @@ func (l *leftOut) reasons() (all []string) {
 	note(l.keys > 0, "%s: of one module %d keys and %d MiB are used at the most; to have a key used, name it by its id or object in keys",
 		count(l.keys, "key"), maxModuleKeys, maxKeyBytes>>20)
 	note(l.long > 0, "%s: 1 MiB of each is read at the most", count(l.long, "certificate"))
-	note(l.texts > 0, "%s: an ID or a label has %d bytes at the most", count(l.texts, "object"), maxObjectText)
+	note(l.texts > 0, "%s: an ID or a label has %d bytes at the most", count(l.texts, "object"), pairs.MaxText)
 	note(l.certificates > 0, "%s of keys: there is room for %d MiB; the keys are used without them", count(l.certificates, "certificate"), maxKeyBytes>>20)
 	return all
 }

@@ -7,6 +7,7 @@ import (
 	"slices"
 	"strings"
 
+	"p11-agent/token/pairs"
 	"p11-agent/token/pkcs11uri"
 	"p11-agent/token/wire"
 )
@@ -92,17 +93,17 @@ func (t *Token) named() (all []wire.ObjectName) {
 }
 
 // isNamed tells whether somebody has named a key of the token.
-func (t *Token) isNamed(f *found) bool {
+func (t *Token) isNamed(p *pairs.Pair) bool {
 	s := t.module.store
 	s.mu.Lock()
 	uris := s.wanted
 	s.mu.Unlock()
-	return slices.ContainsFunc(uris, func(u *pkcs11uri.URI) bool { return f.namedBy(u) && t.matches(u, true) })
+	return slices.ContainsFunc(uris, func(u *pkcs11uri.URI) bool { return namedBy(p, u) && t.matches(u, true) })
 }
 
-// namedBy tells whether the part of a URI that is about objects names the key.
-func (f *found) namedBy(u *pkcs11uri.URI) bool {
-	return (u.ID == nil || f.hasID(u.ID)) && (u.Object == nil || slices.Contains(f.labels, *u.Object))
+// namedBy reports whether the object attributes of a URI name the key.
+func namedBy(p *pairs.Pair, u *pkcs11uri.URI) bool {
+	return (u.ID == nil || p.HasID(u.ID)) && (u.Object == nil || p.HasLabel(*u.Object))
 }
 
 // wantedURIs returns the URIs that name an object.
@@ -134,10 +135,10 @@ func (s *Store) unwantLocked(u *pkcs11uri.URI) {
 func (s *Store) setWantedLocked() { s.wanted = slices.Concat(s.configuredNames, s.asked) }
 
 // idsOf counts the keys of each ID.
-func idsOf(all []*found) map[string]int {
+func idsOf(all []*pairs.Pair) map[string]int {
 	ids := make(map[string]int, len(all))
-	for _, f := range all {
-		ids[string(f.id)]++
+	for _, p := range all {
+		ids[string(p.ID)]++
 	}
 	return ids
 }

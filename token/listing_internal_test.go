@@ -7,28 +7,10 @@ import (
 	"strings"
 	"testing"
 
+	"p11-agent/token/pairs"
 	"p11-agent/token/pkcs11uri"
 	"p11-agent/token/wire"
 )
-
-// A public key stands for its private key when a list is cut short, also after a login.
-func TestPairOfCutList(t *testing.T) {
-	objects := crowd(2, false, nil)
-	for _, tt := range []struct {
-		hidden, cut bool
-		want        int
-	}{{true, false, 2}, {false, true, 2}, {false, false, 0}} {
-		got := pairOf(objects, wire.TokenID{}, tt.hidden, tt.cut, func(wire.Object, error) {})
-		if len(got) != tt.want {
-			t.Errorf("hidden: %v, cut: %v: %d keys, want %d", tt.hidden, tt.cut, len(got), tt.want)
-		}
-		for _, f := range got {
-			if f.visible || f.open {
-				t.Errorf("hidden: %v, cut: %v: a private key that nobody has seen counts as seen", tt.hidden, tt.cut)
-			}
-		}
-	}
-}
 
 // bareToken is a token of a Store that runs nothing.
 func bareToken(uris ...*pkcs11uri.URI) *Token {
@@ -43,18 +25,18 @@ func TestFit(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	pairs := func(n, certificate int) (all []*found) {
+	some := func(n, certificate int) (all []*pairs.Pair) {
 		for i := range n {
-			all = append(all, &found{
-				id: fmt.Append(nil, i), labels: []string{fmt.Sprint(i)}, public: ed25519.PublicKey{}, certs: [][]byte{make([]byte, certificate)},
+			all = append(all, &pairs.Pair{
+				ID: fmt.Append(nil, i), Members: []pairs.Member{{Name: pairs.Name{Label: fmt.Sprint(i)}}}, Public: ed25519.PublicKey{}, Certificates: [][]byte{make([]byte, certificate)},
 			})
 		}
-		all[n-1].labels = []string{"other", "named"}
+		all[n-1].Members = []pairs.Member{{Name: pairs.Name{Label: "other"}}, {Name: pairs.Name{Label: "named"}}}
 		return all
 	}
 	t.Run("keys", func(t *testing.T) {
 		var left leftOut
-		all := pairs(maxModuleKeys+10, 0)
+		all := some(maxModuleKeys+10, 0)
 		got := bareToken(named).fit(all, nil, &left)
 		if len(got) != maxModuleKeys || left.keys != 10 || got[len(got)-1] != all[len(all)-1] {
 			t.Errorf("%d keys are used, %d are left out", len(got), left.keys)
@@ -62,7 +44,7 @@ func TestFit(t *testing.T) {
 	})
 	t.Run("certificates", func(t *testing.T) {
 		var left leftOut
-		got := bareToken().fit(pairs(100, 400<<10), nil, &left)
+		got := bareToken().fit(some(100, 400<<10), nil, &left)
 		if len(got) != 100 || left.keys != 0 || left.certificates != 60 || weight(got) > maxKeyBytes {
 			t.Errorf("%d keys are used, %d and %d certificates are left out, %d bytes", len(got), left.keys, left.certificates, weight(got))
 		}
@@ -75,7 +57,7 @@ func TestLeftOut(t *testing.T) {
 		t.Errorf("nothing is left out, and told is %q", got)
 	}
 	left := leftOut{objects: true, long: 1, keys: 2, certificates: 3}
-	left.skipped(fmt.Errorf("token: %w", errLongText))
+	left.skipped(fmt.Errorf("token: %w", pairs.ErrLongText))
 	left.skipped(fmt.Errorf("another reason"))
 	all := strings.Join(append(left.reasons(), (&tokensLeftOut{tokens: 2, unread: 1}).reasons()...), "\n")
 	for _, want := range []string{

@@ -233,8 +233,8 @@ func (t *Token) logInNow(ctx context.Context, g *gate, k *Key, with given) (type
 	// Whether a key wants its PIN each time may show only after the login. What a
 	// configured source gives, it gives again.
 	now := t.current(k)
-	always := now.found.always
-	wanted := (always || !now.found.visible) && t.module.store.source(k) == nil
+	always := now.pair.Always
+	wanted := (always || !now.pair.Visible) && t.module.store.source(k) == nil
 	at, err := t.settle(ctx, p, info)
 	if err != nil {
 		return nil, err
@@ -260,7 +260,7 @@ func (t *Token) logInNow(ctx context.Context, g *gate, k *Key, with given) (type
 		*with.taken = true
 	}
 	t.reveal(ctx, p)
-	if !t.current(k).found.always {
+	if !t.current(k).pair.Always {
 		typed.Wipe()
 		typed = nil
 	}
@@ -321,7 +321,7 @@ func (t *Token) tryStay(ctx context.Context, p *process, pin *secret.Secret, sta
 // that it was for knows what its key wants. Without hidden ones it does nothing.
 func (t *Token) reveal(ctx context.Context, p *process) {
 	t.mu.Lock()
-	hidden := slices.ContainsFunc(t.keys, func(k *Key) bool { return !k.found.visible })
+	hidden := slices.ContainsFunc(t.keys, func(k *Key) bool { return !k.pair.Visible })
 	t.mu.Unlock()
 	if hidden {
 		if err := t.lookAgain(ctx, p); err != nil && ctx.Err() == nil {
@@ -477,7 +477,7 @@ func (t *Token) withPIN(ctx context.Context, g *gate, k *Key, info wire.TokenInf
 	g.asking.Add(1)
 	defer g.asking.Add(-1)
 	request := PINRequest{
-		Token: t.ID, Key: k.text, Label: k.found.label, ID: k.ID(), EachUse: eachUse, Pad: pad,
+		Token: t.ID, Key: k.text, Label: k.pair.Label, ID: k.ID(), EachUse: eachUse, Pad: pad,
 		MinPIN: minPIN, MaxPIN: maxPIN, Tries: tries, Given: with.pin.Len() > 0,
 	}
 	request.Reader = t.reader()

@@ -15,6 +15,7 @@ import (
 	"sync"
 	"time"
 
+	"p11-agent/token/pairs"
 	"p11-agent/token/pcsc"
 	"p11-agent/token/pkcs11uri"
 	"p11-agent/token/wire"
@@ -100,23 +101,23 @@ func (t *Token) look(ctx context.Context, p *process, slot *wire.Slot, others []
 		t.mu.Unlock()
 	}
 	t.see(ctx, p, reply, readers)
-	pairs := t.pair(reply.objects, hidden, reply.cut, func(o wire.Object, reason error) {
+	all := t.pairs(reply.objects, hidden, reply.cut, func(o wire.Object, reason error) {
 		left.skipped(reason)
 		log.Debug("object is not used", "token", t.ID.Label, "label", o.Label, "id", hex.EncodeToString(o.ID), "reason", reason)
 	})
 	t.mu.Lock()
 	known := t.bySum
 	t.mu.Unlock()
-	recall(pairs, known)
+	recall(all, known)
 	// Some modules list their objects in another order each time.
-	slices.SortStableFunc(pairs, func(a, b *found) int {
-		return cmp.Or(bytes.Compare(a.id, b.id), cmp.Compare(a.label, b.label))
+	slices.SortStableFunc(all, func(a, b *pairs.Pair) int {
+		return cmp.Or(bytes.Compare(a.ID, b.ID), cmp.Compare(a.Label, b.Label))
 	})
-	pairs = t.fit(pairs, others, &left)
+	all = t.fit(all, others, &left)
 	t.mu.Lock()
 	defer t.mu.Unlock()
 	t.slot.Info = reply.info
-	t.weight = weight(pairs)
+	t.weight = weight(all)
 	t.leftOut, t.cut = left.reasons(), reply.cut
 	switch {
 	case t.changes != changes: // what was read may be of before, or of another card
@@ -126,12 +127,12 @@ func (t *Token) look(ctx context.Context, p *process, slot *wire.Slot, others []
 		t.session = nil
 	}
 	before := t.bySum
-	ids := idsOf(pairs)
-	t.keys, t.bySum = make([]*Key, 0, len(pairs)), make(map[[sha256.Size]byte][]*Key, len(pairs))
-	for _, f := range pairs {
-		k := newKey(t, f, ids)
-		old := before[f.sum]
-		if o := sameKey(old, f); o != nil {
+	ids := idsOf(all)
+	t.keys, t.bySum = make([]*Key, 0, len(all)), make(map[[sha256.Size]byte][]*Key, len(all))
+	for _, p := range all {
+		k := newKey(t, p, ids)
+		old := before[p.Sum]
+		if o := sameKey(old, p); o != nil {
 			k.use = o.use
 		}
 		// The same key stays the same object, for those who compare.
@@ -147,7 +148,7 @@ func (t *Token) look(ctx context.Context, p *process, slot *wire.Slot, others []
 // addLocked adds a key to those of the token.
 func (t *Token) addLocked(k *Key) {
 	t.keys = append(t.keys, k)
-	t.bySum[k.found.sum] = append(t.bySum[k.found.sum], k)
+	t.bySum[k.pair.Sum] = append(t.bySum[k.pair.Sum], k)
 }
 
 // setUsed notes through which module the token is used, empty for this one, and which
@@ -185,7 +186,7 @@ func (t *Token) keyList() []*Key {
 func (t *Token) current(k *Key) *Key {
 	t.mu.Lock()
 	defer t.mu.Unlock()
-	if o := sameKey(t.bySum[k.found.sum], k.found); o != nil {
+	if o := sameKey(t.bySum[k.pair.Sum], k.pair); o != nil {
 		return o
 	}
 	return k
@@ -347,10 +348,7 @@ func (t *Token) matches(u *pkcs11uri.URI, byPath bool) bool {
 
 // same tells whether two keys are the same in all that can be seen of them.
 func (k *Key) same(o *Key) bool {
-	return k.token == o.token && bytes.Equal(k.found.id, o.found.id) && k.found.label == o.found.label &&
-		slices.Equal(k.found.labels, o.found.labels) && slices.EqualFunc(k.found.ids, o.found.ids, bytes.Equal) && slices.Equal(k.found.classes, o.found.classes) &&
-		k.found.visible == o.found.visible && k.found.open == o.found.open && k.found.always == o.found.always && k.found.loose == o.found.loose && k.found.unfit == o.found.unfit &&
-		k.text == o.text && slices.EqualFunc(k.found.certs, o.found.certs, bytes.Equal) && equalKeys(k.found.public, o.found.public)
+	return k.token == o.token && k.text == o.text && k.pair.Same(o.pair)
 }
 
 // lastSeen tells when the token was there last.

@@ -1,4 +1,4 @@
-package token
+package pairs
 
 import (
 	"bytes"
@@ -20,6 +20,7 @@ import (
 	"sync"
 	"testing"
 
+	"github.com/google/go-cmp/cmp"
 	"golang.org/x/crypto/ssh"
 
 	"p11-agent/token/wire"
@@ -47,7 +48,7 @@ func (r ring) name(pub crypto.PublicKey) string {
 	for name, k := range map[string]crypto.Signer{
 		"rsa": r.rsa, "p256": r.p256, "other": r.other, "p384": r.p384, "p521": r.p521, "ed": r.ed,
 	} {
-		if equalKeys(pub, k.Public()) {
+		if Equal(pub, k.Public()) {
 			return name
 		}
 	}
@@ -81,11 +82,11 @@ func half(class uint64, k crypto.Signer, id, label string) wire.Object {
 		o.KeyType, o.Modulus, o.Exponent = wire.CKKRSA, pub.N.Bytes(), big.NewInt(int64(pub.E)).Bytes()
 	case *ecdsa.PublicKey:
 		oid := map[elliptic.Curve]asn1.ObjectIdentifier{
-			elliptic.P224(): oidP224, elliptic.P256(): oidP256, elliptic.P384(): oidP384, elliptic.P521(): oidP521,
+			elliptic.P224(): oidP224, elliptic.P256(): OIDP256, elliptic.P384(): OIDP384, elliptic.P521(): OIDP521,
 		}[pub.Curve]
 		o.KeyType, o.ECParams, o.ECPoint = wire.CKKEC, der(oid), der(must(pub.Bytes()))
 	case ed25519.PublicKey:
-		o.KeyType, o.ECParams, o.ECPoint = wire.CKKECEdwards, der(oidEd25519), der([]byte(pub))
+		o.KeyType, o.ECParams, o.ECPoint = wire.CKKECEdwards, der(OIDEd25519), der([]byte(pub))
 	}
 	return o
 }
@@ -142,7 +143,7 @@ func cert(k crypto.Signer, kind int, id, label string) wire.Object {
 	return o
 }
 
-// A summary is what a table says of a found. unfit is a piece of why it is.
+// A summary is what a table says of a Pair. unfit is a part of the reason.
 type summary struct {
 	id, label, key        string
 	visible, open, always bool
@@ -502,14 +503,14 @@ func TestPair(t *testing.T) {
 	for _, tt := range pairTests() {
 		t.Run(tt.name, func(t *testing.T) {
 			var skips []string
-			got := pair(tt.objects, tt.token, tt.hidden, func(_ wire.Object, reason error) { skips = append(skips, reason.Error()) })
+			got := Find(tt.objects, Options{Token: tt.token, Hidden: tt.hidden, Skip: func(_ wire.Object, reason error) { skips = append(skips, reason.Error()) }})
 			if len(got) != len(tt.want) {
 				t.Fatalf("%d keys, want %d; skipped: %q", len(got), len(tt.want), skips)
 			}
-			for i, f := range got {
+			for i, p := range got {
 				s := summary{
-					id: string(f.id), label: f.label, key: testRing().name(f.public),
-					visible: f.visible, open: f.open, always: f.always, certs: len(f.certs), unfit: f.unfit,
+					id: string(p.ID), label: p.Label, key: testRing().name(p.Public),
+					visible: p.Visible, open: p.Open, always: p.Always, certs: len(p.Certificates), unfit: p.Unfit,
 				}
 				if w := tt.want[i].unfit; w != "" && strings.Contains(s.unfit, w) {
 					s.unfit = w
@@ -517,7 +518,7 @@ func TestPair(t *testing.T) {
 				if s != tt.want[i] {
 					t.Errorf("key %d: got %+v, want %+v", i, s, tt.want[i])
 				}
-				checkFound(t, f, tt.objects, tt.hidden)
+				checkPair(t, p, tt.objects, tt.hidden)
 			}
 			if len(skips) != len(tt.skips) {
 				t.Fatalf("skipped %q, want %q", skips, tt.skips)
@@ -534,34 +535,35 @@ func TestPair(t *testing.T) {
 // A URI may name any label and any class of a key's objects.
 func TestPairKeepsLabelsAndClasses(t *testing.T) {
 	k := testRing()
-	got := pair([]wire.Object{
+	got := Find([]wire.Object{
 		cert(k.p256, login, "1", "cert"), private(k.p256, "1", "private"), public(k.p256, "1", "public"),
-	}, wire.TokenID{}, false, func(_ wire.Object, reason error) { t.Error(reason) })
+	}, Options{Skip: func(_ wire.Object, reason error) { t.Error(reason) }})
 	if len(got) != 1 {
 		t.Fatalf("%d keys, want 1", len(got))
 	}
-	if want := []string{"public", "private", "cert"}; !slices.Equal(got[0].labels, want) {
-		t.Errorf("labels %q, want %q", got[0].labels, want)
+	id := []byte("1")
+	want := []Member{
+		{wire.CKOPublicKey, Name{id, "public"}}, {wire.CKOPrivateKey, Name{id, "private"}}, {wire.CKOCertificate, Name{id, "cert"}},
 	}
-	if want := []uint64{wire.CKOPublicKey, wire.CKOPrivateKey, wire.CKOCertificate}; !slices.Equal(got[0].classes, want) {
-		t.Errorf("classes %v, want %v", got[0].classes, want)
+	if diff := cmp.Diff(want, got[0].Members); diff != "" {
+		t.Errorf("members:\n%s", diff)
 	}
 }
 
-// checkFound checks what is so of each key, whatever it was made of.
-func checkFound(t *testing.T, f *found, objects []wire.Object, hidden bool) {
+// checkPair checks what holds for each pair.
+func checkPair(t *testing.T, p *Pair, objects []wire.Object, hidden bool) {
 	t.Helper()
-	if err := usableKey(f.public); err != nil {
+	if err := Usable(p.Public); err != nil {
 		t.Errorf("unusable: %v", err)
 	}
-	if _, err := ssh.NewPublicKey(f.public); err != nil {
+	if _, err := ssh.NewPublicKey(p.Public); err != nil {
 		t.Errorf("no key of SSH: %v", err)
 	}
-	if kind, ok := keyTypeOf(f.public); !ok || kind != f.keyType {
-		t.Errorf("a %T of type %#x", f.public, f.keyType)
+	if kind, ok := KeyType(p.Public); !ok || kind != p.KeyType {
+		t.Errorf("a %T of type %#x", p.Public, p.KeyType)
 	}
-	if (len(f.modulus) > 0) == (len(f.point) > 0) {
-		t.Errorf("modulus %x and point %x, want one of them", f.modulus, f.point)
+	if (len(p.Modulus) > 0) == (len(p.Point) > 0) {
+		t.Errorf("modulus %x and point %x, want one of them", p.Modulus, p.Point)
 	}
 	some := func(what string, fits func(o wire.Object) bool) {
 		t.Helper()
@@ -569,28 +571,25 @@ func checkFound(t *testing.T, f *found, objects []wire.Object, hidden bool) {
 			t.Errorf("no object on the token is %s", what)
 		}
 	}
-	if f.visible {
-		some("its private key", func(o wire.Object) bool { return o.Class == wire.CKOPrivateKey && o.KeyType == f.keyType })
+	if p.Visible {
+		some("its private key", func(o wire.Object) bool { return o.Class == wire.CKOPrivateKey && o.KeyType == p.KeyType })
 	} else if !hidden {
 		t.Error("a key without its private key")
 	}
-	if f.open {
+	if p.Open {
 		some("private and open", func(o wire.Object) bool {
 			return o.Class == wire.CKOPrivateKey && (hidden || o.Private == wire.False)
 		})
 	}
-	if f.always {
+	if p.Always {
 		some("private and always to authenticate", func(o wire.Object) bool {
 			return o.Class == wire.CKOPrivateKey && o.AlwaysAuth == wire.True
 		})
 	}
-	for _, c := range f.certs {
-		if c, err := x509.ParseCertificate(c); err != nil || !equalKeys(c.PublicKey, f.public) {
+	for _, c := range p.Certificates {
+		if c, err := x509.ParseCertificate(c); err != nil || !Equal(c.PublicKey, p.Public) {
 			t.Errorf("a certificate of another key (%v)", err)
 		}
-	}
-	if len(f.labels) != len(f.classes) {
-		t.Errorf("labels %q of classes %v", f.labels, f.classes)
 	}
 }
 
@@ -623,9 +622,9 @@ func TestPairManyObjects(t *testing.T) {
 		t.Fatalf("%d objects", len(objects))
 	}
 
-	var got []*found
+	var got []*Pair
 	allocs := testing.AllocsPerRun(1, func() {
-		got = pair(objects, wire.TokenID{}, false, func(_ wire.Object, reason error) { t.Error(reason) })
+		got = Find(objects, Options{Skip: func(_ wire.Object, reason error) { t.Error(reason) }})
 	})
 	if most := 100 * len(objects); allocs > float64(most) {
 		t.Errorf("%.0f allocations, want %d at most", allocs, most)
@@ -633,22 +632,22 @@ func TestPairManyObjects(t *testing.T) {
 	if len(got) != pairs+same {
 		t.Fatalf("%d keys, want %d", len(got), pairs+same)
 	}
-	for i, f := range got {
-		if !f.visible || len(f.classes) != 2 {
-			t.Fatalf("key %d: visible %v, of classes %v", i, f.visible, f.classes)
+	for i, p := range got {
+		if !p.Visible || len(p.Members) != 2 {
+			t.Fatalf("key %d: visible %v, %d members", i, p.Visible, len(p.Members))
 		}
-		if i < pairs && (!bytes.Equal(f.id, id(i)) || !bytes.Equal(f.modulus, modulus(i))) {
-			t.Fatalf("key %d has ID %x and modulus …%x", i, f.id, f.modulus[len(f.modulus)-4:])
+		if i < pairs && (!bytes.Equal(p.ID, id(i)) || !bytes.Equal(p.Modulus, modulus(i))) {
+			t.Fatalf("key %d has ID %x and modulus …%x", i, p.ID, p.Modulus[len(p.Modulus)-4:])
 		}
-		if i >= pairs && !bytes.Equal(f.point, point(i-pairs)) {
-			t.Fatalf("key %d has point %x", i, f.point)
+		if i >= pairs && !bytes.Equal(p.Point, point(i-pairs)) {
+			t.Fatalf("key %d has point %x", i, p.Point)
 		}
 	}
 }
 
 func TestPublicKey(t *testing.T) {
 	k := testRing()
-	const read, use = "read", "use" // who refuses
+	const read, use = "read", "use" // the function that refuses the key
 	rsaKey := func(modulus, exponent []byte) wire.Object {
 		return wire.Object{KeyType: wire.CKKRSA, Modulus: modulus, Exponent: exponent}
 	}
@@ -664,21 +663,21 @@ func TestPublicKey(t *testing.T) {
 	}
 	n, e := k.rsa.N.Bytes(), []byte{1, 0, 1}
 	p := must(k.p256.PublicKey.Bytes())
-	p256 := der(oidP256)
+	p256 := der(OIDP256)
 	compressed := elliptic.MarshalCompressed(elliptic.P256(), k.p256.X, k.p256.Y) //nolint:staticcheck // there is no other way to make one
 	off := slices.Clone(p)
 	off[len(off)-1] ^= 1
 	hybrid := slices.Clone(p)
 	hybrid[0] = 6 + p[len(p)-1]&1
 	q := k.ed.Public().(ed25519.PublicKey)
-	params := der(oidEd25519)
+	params := der(OIDEd25519)
 	// A raw point that has the form of an OCTET STRING is still a raw point.
 	likeDER := append([]byte{4, 30}, make([]byte, 30)...)
 
 	tests := []struct {
 		name    string
 		object  wire.Object
-		want    crypto.PublicKey // nil: whatever it is
+		want    crypto.PublicKey // nil: any key
 		refused string
 	}{
 		{"RSA", rsaKey(n, e), k.rsa.Public(), ""},
@@ -702,8 +701,8 @@ func TestPublicKey(t *testing.T) {
 		{"RSA exponent 2^64+3", rsaKey(n, []byte{1, 0, 0, 0, 0, 0, 0, 0, 3}), nil, read},
 
 		{"P-256", ec(p256, der(p)), k.p256.Public(), ""},
-		{"P-384", ec(der(oidP384), der(must(k.p384.PublicKey.Bytes()))), k.p384.Public(), ""},
-		{"P-521", ec(der(oidP521), der(must(k.p521.PublicKey.Bytes()))), k.p521.Public(), ""},
+		{"P-384", ec(der(OIDP384), der(must(k.p384.PublicKey.Bytes()))), k.p384.Public(), ""},
+		{"P-521", ec(der(OIDP521), der(must(k.p521.PublicKey.Bytes()))), k.p521.Public(), ""},
 		{"EC point as it is", ec(p256, p), k.p256.Public(), ""},
 		{"EC point in a BIT STRING", ec(p256, der(asn1.BitString{Bytes: p, BitLength: 8 * len(p)})), k.p256.Public(), ""},
 		{"EC point in a BIT STRING with bits to spare", ec(p256, der(asn1.BitString{Bytes: p, BitLength: 8*len(p) - 1})), nil, read},
@@ -732,7 +731,7 @@ func TestPublicKey(t *testing.T) {
 		{"Ed25519 by its name in capitals", ed(der("EDWARDS25519", "printable"), der([]byte(q))), q, ""},
 		{"Ed25519 by its other name", ed(der("Ed25519", "printable"), der([]byte(q))), q, ""},
 		{"Ed25519 by its name in UTF-8", ed(der("edwards25519", "utf8"), der([]byte(q))), q, ""}, // encoding/asn1 takes it for a PrintableString
-		{"Ed25519 by the OID of GnuPG", ed(der(oidEdwards25519), der([]byte(q))), q, ""},
+		{"Ed25519 by the OID of GnuPG", ed(der(OIDEdwards25519), der([]byte(q))), q, ""},
 		{"Ed25519 point as it is", ed(params, q), q, ""},
 		{"Ed25519 point in a BIT STRING", ed(params, der(asn1.BitString{Bytes: q, BitLength: 256})), q, ""},
 		{"Ed25519 point that looks like an OCTET STRING", ed(params, likeDER), ed25519.PublicKey(likeDER), ""},
@@ -750,17 +749,17 @@ func TestPublicKey(t *testing.T) {
 	}
 	for _, tt := range tests {
 		t.Run(tt.name, func(t *testing.T) {
-			got, err := publicKey(tt.object)
+			got, err := PublicKey(tt.object)
 			if (err != nil) != (tt.refused == read) {
 				t.Fatalf("read: %v", err)
 			}
 			if err != nil {
 				return
 			}
-			if err := usableKey(got); (err != nil) != (tt.refused == use) {
+			if err := Usable(got); (err != nil) != (tt.refused == use) {
 				t.Errorf("use: %v", err)
 			}
-			if tt.want != nil && !equalKeys(got, tt.want) {
+			if tt.want != nil && !Equal(got, tt.want) {
 				t.Errorf("got %v, want %v", got, tt.want)
 			}
 		})
@@ -776,11 +775,11 @@ func TestPublicKeyIsACopy(t *testing.T) {
 			if pub, ok := s.Public().(ed25519.PublicKey); ok && raw {
 				o.ECPoint = slices.Clone(pub)
 			}
-			got := must(publicKey(o))
+			got := must(PublicKey(o))
 			clear(o.Modulus)
 			clear(o.Exponent)
 			clear(o.ECPoint)
-			if !equalKeys(got, s.Public()) {
+			if !Equal(got, s.Public()) {
 				t.Errorf("%T changed with its object", got)
 			}
 		}
@@ -804,7 +803,7 @@ func TestPoints(t *testing.T) {
 	}
 	for _, tt := range tests {
 		t.Run(tt.name, func(t *testing.T) {
-			if got := points(tt.give); !slices.EqualFunc(got, tt.want, bytes.Equal) {
+			if got := Points(tt.give); !slices.EqualFunc(got, tt.want, bytes.Equal) {
 				t.Errorf("got %x, want %x", got, tt.want)
 			}
 		})
@@ -815,7 +814,7 @@ func TestObjectsNamedCurve(t *testing.T) {
 	for _, c := range []struct {
 		oid  asn1.ObjectIdentifier
 		want elliptic.Curve
-	}{{oidP256, elliptic.P256()}, {oidP384, elliptic.P384()}, {oidP521, elliptic.P521()}, {oidP224, nil}, {oidEd25519, nil}} {
+	}{{OIDP256, elliptic.P256()}, {OIDP384, elliptic.P384()}, {OIDP521, elliptic.P521()}, {oidP224, nil}, {OIDEd25519, nil}} {
 		got, err := namedCurve(der(c.oid))
 		if got != c.want || (err == nil) != (c.want != nil) {
 			t.Errorf("%v: got %v, %v; want %v", c.oid, got, err, c.want)
@@ -854,7 +853,7 @@ func TestObjectsExplicitCurve(t *testing.T) {
 		}
 		for name, change := range map[string]func(e *explicitCurve){
 			"prime":     func(e *explicitCurve) { e.Field.Prime.Add(e.Field.Prime, big.NewInt(2)) },
-			"field":     func(e *explicitCurve) { e.Field.Type = oidP256 },
+			"field":     func(e *explicitCurve) { e.Field.Type = OIDP256 },
 			"a":         func(e *explicitCurve) { e.Curve.A[0] ^= 1 },
 			"b":         func(e *explicitCurve) { e.Curve.B[0] ^= 1 },
 			"base":      func(e *explicitCurve) { e.Base[len(e.Base)-1] ^= 1 },
@@ -895,11 +894,11 @@ func TestObjectsExplicitCurve(t *testing.T) {
 func TestObjectsUsableKey(t *testing.T) {
 	k := testRing()
 	for _, s := range []crypto.Signer{k.rsa, k.p256, k.p384, k.p521, k.ed} {
-		if err := usableKey(s.Public()); err != nil {
+		if err := Usable(s.Public()); err != nil {
 			t.Errorf("%T: %v", s.Public(), err)
 		}
 	}
-	if err := usableKey(k.p224.Public()); err == nil {
+	if err := Usable(k.p224.Public()); err == nil {
 		t.Error("a key of P-224 is usable")
 	}
 }
@@ -913,12 +912,12 @@ func TestObjectsDigest(t *testing.T) {
 	}
 	for i, a := range keys {
 		for j, b := range keys {
-			if (digest(a) == digest(b)) != (i == j) {
+			if (Digest(a) == Digest(b)) != (i == j) {
 				t.Errorf("keys %d and %d: same digest is %v", i, j, i != j)
 			}
 		}
 	}
-	if digest(&rsa.PublicKey{N: new(big.Int).Set(n), E: k.rsa.E}) != digest(k.rsa.Public()) {
+	if Digest(&rsa.PublicKey{N: new(big.Int).Set(n), E: k.rsa.E}) != Digest(k.rsa.Public()) {
 		t.Error("a copy has another digest")
 	}
 }
@@ -939,7 +938,7 @@ func TestObjectsAuthority(t *testing.T) {
 	}
 	for _, tt := range tests {
 		t.Run(tt.name, func(t *testing.T) {
-			if got := isAuthority(tt.object); got != tt.want {
+			if got := IsAuthority(tt.object); got != tt.want {
 				t.Errorf("got %v, want %v", got, tt.want)
 			}
 		})
@@ -975,36 +974,35 @@ func TestObjectsAttestation(t *testing.T) {
 	yubico := "Yubico (www.yubico.com)"
 	tests := []struct {
 		name         string
-		found        found
+		pair         Pair
 		manufacturer string
 		want         bool
 	}{
-		{"slot of a YubiKey", found{id: []byte{0x19}}, yubico, true},
-		{"another slot", found{id: []byte{0x01}}, yubico, false},
-		{"longer ID", found{id: []byte{0x19, 0}}, yubico, false},
-		{"no ID", found{}, yubico, false},
-		{"slot of another maker", found{id: []byte{0x19}}, "piv_II", false},
-		{"label", found{labels: []string{"", "PIV ATTESTATION"}, classes: []uint64{wire.CKOPublicKey, wire.CKOPrivateKey}}, "piv_II", true},
-		{"label of a lone certificate", found{labels: []string{"PIV Attestation"}, classes: []uint64{wire.CKOCertificate}}, "piv_II", true},
-		{"label of a certificate beside a key", found{labels: []string{"PIV Attestation", "x"}, classes: []uint64{wire.CKOCertificate, wire.CKOPublicKey}}, "piv_II", false},
-		{"other labels", found{labels: []string{"test", "attest"}, classes: []uint64{wire.CKOPublicKey, wire.CKOPrivateKey}}, "piv_II", false},
+		{"slot of a YubiKey", Pair{ID: []byte{0x19}}, yubico, true},
+		{"another slot", Pair{ID: []byte{0x01}}, yubico, false},
+		{"longer ID", Pair{ID: []byte{0x19, 0}}, yubico, false},
+		{"no ID", Pair{}, yubico, false},
+		{"slot of another maker", Pair{ID: []byte{0x19}}, "piv_II", false},
+		{"label", Pair{Members: []Member{{wire.CKOPublicKey, Name{Label: ""}}, {wire.CKOPrivateKey, Name{Label: "PIV ATTESTATION"}}}}, "piv_II", true},
+		{"label of a lone certificate", Pair{Members: []Member{{wire.CKOCertificate, Name{Label: "PIV Attestation"}}}}, "piv_II", true},
+		{"label of a certificate beside a key", Pair{Members: []Member{{wire.CKOCertificate, Name{Label: "PIV Attestation"}}, {wire.CKOPublicKey, Name{Label: "x"}}}}, "piv_II", false},
+		{"other labels", Pair{Members: []Member{{wire.CKOPublicKey, Name{Label: "test"}}, {wire.CKOPrivateKey, Name{Label: "attest"}}}}, "piv_II", false},
 	}
 	for _, tt := range tests {
 		t.Run(tt.name, func(t *testing.T) {
-			if got := isAttestation(&tt.found, wire.TokenID{Manufacturer: tt.manufacturer}); got != tt.want {
+			if got := tt.pair.isAttestation(wire.TokenID{Manufacturer: tt.manufacturer}); got != tt.want {
 				t.Errorf("got %v, want %v", got, tt.want)
 			}
 		})
 	}
 }
 
-// maxFuzzObjects is the most that split makes, since pair compares each with
-// each.
+// maxFuzzObjects is the most that split makes, to keep the fuzzer fast.
 const maxFuzzObjects = 64
 
-// join writes objects as split reads them: class, type and flags in a byte each,
+// encode writes objects as split reads them: class, type and flags in a byte each,
 // and the rest with its length in two.
-func join(objects []wire.Object) []byte {
+func encode(objects []wire.Object) []byte {
 	var b []byte
 	for _, o := range objects {
 		b = append(b, byte(o.Class), byte(o.KeyType), byte(o.Sign)|byte(o.Private)<<2|byte(o.AlwaysAuth)<<4)
@@ -1042,40 +1040,40 @@ func split(b []byte) []wire.Object {
 	return objects
 }
 
-// FuzzObjects has a token tell whatever it likes.
+// FuzzObjects lets a token show any objects.
 func FuzzObjects(f *testing.F) {
 	seeds := 0
 	for _, tt := range pairTests() {
 		objects := tt.objects
-		b := join(objects)
-		if got := split(b); !bytes.Equal(join(got), b) || len(got) != len(objects) {
+		b := encode(objects)
+		if got := split(b); !bytes.Equal(encode(got), b) || len(got) != len(objects) {
 			f.Fatalf("%s: the seed is not what it was made of", tt.name)
 		}
 		f.Add(b, tt.token.Manufacturer, tt.hidden)
-		seeds += len(pair(split(b), tt.token, tt.hidden, func(wire.Object, error) {}))
+		seeds += len(Find(split(b), Options{Token: tt.token, Hidden: tt.hidden}))
 	}
 	if seeds == 0 {
 		f.Fatal("no seed with a key")
 	}
 	f.Fuzz(func(t *testing.T, b []byte, manufacturer string, hidden bool) {
 		objects := split(b)
-		before := join(objects)
-		got := pair(objects, wire.TokenID{Manufacturer: manufacturer}, hidden, func(_ wire.Object, reason error) {
+		before := encode(objects)
+		got := Find(objects, Options{Token: wire.TokenID{Manufacturer: manufacturer}, Hidden: hidden, Skip: func(_ wire.Object, reason error) {
 			if reason == nil {
-				t.Error("skipped for nothing")
+				t.Error("Skip gets no reason")
 			}
-		})
-		if !bytes.Equal(join(objects), before) {
+		}})
+		if !bytes.Equal(encode(objects), before) {
 			t.Error("the objects were changed")
 		}
 		seen := make(map[string]bool)
 		visible := 0
 		for _, k := range got {
-			checkFound(t, k, objects, hidden)
-			if k.visible {
+			checkPair(t, k, objects, hidden)
+			if k.Visible {
 				visible++
 			}
-			name := fmt.Sprintf("%x %#x %x", k.id, k.keyType, digest(k.public))
+			name := fmt.Sprintf("%x %#x %x", k.ID, k.KeyType, Digest(k.Public))
 			if seen[name] {
 				t.Errorf("two keys %s", name)
 			}
