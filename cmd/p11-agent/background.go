@@ -10,16 +10,12 @@ import (
 	"os"
 	"os/exec"
 	"os/signal"
-	"path/filepath"
 	"strconv"
 	"strings"
-	"sync"
 	"syscall"
 
 	"golang.org/x/sys/unix"
 
-	"p11-agent/agent/logfold"
-	"p11-agent/agent/sshagent"
 	"p11-agent/cmd/p11-agent/exit"
 	"p11-agent/cmd/p11-agent/output"
 	"p11-agent/cmd/p11-agent/paths"
@@ -231,50 +227,69 @@ func dedupe(env []string) []string {
 	return kept
 }
 
-// runInBackground is the life of the process that startInBackground starts.
-func (s *service) runInBackground(ctx context.Context, c *child) error {
+// inBackground is the life of the process that startInBackground starts.
+func (l *launch) inBackground(ctx context.Context, c *child) error {
 	path := os.Getenv(childSocketVariable)
 	_ = os.Unsetenv(childSocketVariable)
-	report := os.NewFile(childReportFD, "report")
+	starter := &reportWriter{os.NewFile(childReportFD, "report")}
 	unix.CloseOnExec(childReportFD)
-	tell := func(kind string, err error) error {
-		_, werr := fmt.Fprintln(report, kind+strings.ReplaceAll(err.Error(), "\n", "; "))
-		return werr
-	}
-	fail := func(err error) error { return errors.Join(exit.Status(exit.CodeFailure), tell("", err)) }
-	s.warn = func(err error) { _ = tell(reportWarning, err) } // the starter may have gone
+	l.warn = starter.warn
 	ctx, cancel := context.WithCancel(ctx)
 	defer cancel()
-	ctx, stop := s.catchSignals(ctx, syscall.SIGTERM)
+	ctx, signals, stop := catchSignals(ctx, syscall.SIGTERM)
 	defer stop()
 	if c.bound {
 		if err := endWith(c.parent, cancel); err != nil {
-			return fail(err)
+			return starter.fail(err)
 		}
 	}
-	l, err := s.listen(path)
+	socket, err := l.listen(path)
 	if err != nil {
-		return fail(err)
+		return starter.fail(err)
 	}
-	defer paths.RemovePrivateDir(l.Path())
-	all, granted := s.openLogs(l)
+	defer paths.RemovePrivateDir(socket.Path())
+	all, granted := openLogs(socket, l.warn)
 	defer all.Close()
 	defer granted.Close()
-	s.log = slog.New(&logs{newLog(all, slog.LevelInfo).Handler(), newLog(granted, slog.LevelInfo).Handler()})
+	log := slog.New(&logs{output.NewLog(all, slog.LevelInfo).Handler(), output.NewLog(granted, slog.LevelInfo).Handler()})
 	// From here on the terminal belongs to others.
 	signal.Ignore(os.Interrupt)
 	if err := leaveTerminal(); err != nil {
-		return fail(errors.Join(err, l.Close()))
+		return starter.fail(errors.Join(err, socket.Close()))
 	}
-	if _, err := io.WriteString(report, reportOK+l.Path()+"\n"); err != nil {
-		return errors.Join(err, l.Close())
+	if err := starter.listening(socket.Path()); err != nil {
+		return errors.Join(err, socket.Close())
 	}
-	_ = report.Close()
-	if err := s.serve(ctx, []listener{l}); err != nil {
-		s.log.Error("agent ended", "reason", err)
+	if err := l.run(ctx, []listener{socket}, log, signals, nil); err != nil {
+		log.Error("agent ended", "reason", err)
 		return exit.Status(exit.CodeFailure)
 	}
 	return nil
+}
+
+// A reportWriter tells the starter how the start goes. readReport reads it.
+type reportWriter struct{ pipe *os.File }
+
+// warn ignores that the starter may have gone.
+func (w *reportWriter) warn(err error) { _ = w.line(reportWarning, err.Error()) }
+
+// fail reports why the agent cannot start, and returns the error that ends the process.
+func (w *reportWriter) fail(err error) error {
+	return errors.Join(exit.Status(exit.CodeFailure), w.line("", err.Error()))
+}
+
+// listening reports the path of the socket, which ends the report.
+func (w *reportWriter) listening(path string) error {
+	if _, err := io.WriteString(w.pipe, reportOK+path+"\n"); err != nil {
+		return err
+	}
+	_ = w.pipe.Close()
+	return nil
+}
+
+func (w *reportWriter) line(kind, text string) error {
+	_, err := fmt.Fprintln(w.pipe, kind+strings.ReplaceAll(text, "\n", "; "))
+	return err
 }
 
 // leaveTerminal points the standard files away from where the agent was
@@ -310,132 +325,4 @@ func endWith(pid int, end func()) error {
 		end()
 	}()
 	return nil
-}
-
-// logs writes all lines into one log, and those about what was granted into another
-// one, too.
-type logs struct{ all, granted slog.Handler }
-
-var _ slog.Handler = (*logs)(nil)
-
-func (l *logs) Enabled(ctx context.Context, level slog.Level) bool { return l.all.Enabled(ctx, level) }
-
-func (l *logs) Handle(ctx context.Context, r slog.Record) error {
-	err := l.all.Handle(ctx, r.Clone())
-	if logfold.Granted(r) {
-		err = errors.Join(err, l.granted.Handle(ctx, r))
-	}
-	return err
-}
-
-func (l *logs) WithAttrs(attrs []slog.Attr) slog.Handler {
-	return &logs{l.all.WithAttrs(attrs), l.granted.WithAttrs(attrs)}
-}
-
-func (l *logs) WithGroup(name string) slog.Handler {
-	return &logs{l.all.WithGroup(name), l.granted.WithGroup(name)}
-}
-
-// maxLogFile is the size at which a log file becomes the old one.
-const maxLogFile = 1 << 20
-
-// logFile is the log of an agent that has neither terminal nor journal. Two
-// files of 1 MiB at most are kept.
-type logFile struct {
-	path    string
-	passing bool // it goes when it is closed
-
-	mu   sync.Mutex
-	file *os.File
-	size int64
-}
-
-// openLogs opens the logs of the agent with this socket: in the state directory, or next
-// to the socket where the state directory cannot be written. A directory that others may
-// write to is no place for them. Without a place, nothing is logged.
-func (s *service) openLogs(socket *sshagent.Socket) (all, granted io.WriteCloser) {
-	var errs []error
-	dirs := []string{paths.StateDir()}
-	if !socket.Shared() {
-		dirs = append(dirs, filepath.Dir(socket.Path()))
-	}
-	for _, dir := range dirs {
-		if dir == "" {
-			continue
-		}
-		all, err := openLogFile(dir, paths.AgentLog)
-		if err == nil {
-			var granted *logFile
-			if granted, err = openLogFile(dir, paths.GrantedLog); err == nil {
-				// A directory that ends with the agent is removed, if it is empty.
-				all.passing = paths.PrivateDir(socket.Path()) == dir
-				granted.passing = all.passing
-				if len(errs) > 0 {
-					s.warn(fmt.Errorf("open the log: %w: it is %s now", errors.Join(errs...), all.path))
-				}
-				return all, granted
-			}
-			_ = all.Close()
-		}
-		errs = append(errs, err)
-	}
-	if len(errs) > 0 {
-		s.warn(fmt.Errorf("open the log: %w: the agent writes none", errors.Join(errs...)))
-	}
-	return noLog{io.Discard}, noLog{io.Discard}
-}
-
-// noLog is where nothing is kept.
-type noLog struct{ io.Writer }
-
-func (noLog) Close() error { return nil }
-
-// openLogFile opens a log in a directory, which it makes.
-func openLogFile(dir, name string) (*logFile, error) {
-	if err := os.MkdirAll(dir, 0o700); err != nil {
-		return nil, err
-	}
-	l := &logFile{path: filepath.Join(dir, name)}
-	return l, l.open()
-}
-
-func (l *logFile) open() error {
-	f, err := os.OpenFile(l.path, os.O_WRONLY|os.O_CREATE|os.O_APPEND|syscall.O_NOFOLLOW, 0o600)
-	if err != nil {
-		return err
-	}
-	st, err := f.Stat()
-	if err != nil {
-		return errors.Join(err, f.Close())
-	}
-	l.file, l.size = f, st.Size()
-	return nil
-}
-
-func (l *logFile) Write(b []byte) (int, error) {
-	l.mu.Lock()
-	defer l.mu.Unlock()
-	if l.size > maxLogFile {
-		// Should the file not be renamed, it grows on: better than no log.
-		if err := os.Rename(l.path, l.path+".old"); err == nil {
-			old := l.file
-			if err := l.open(); err == nil {
-				_ = old.Close()
-			}
-		}
-	}
-	n, err := l.file.Write(b)
-	l.size += int64(n)
-	return n, err
-}
-
-// Close closes the file, and removes it when it is one in passing.
-func (l *logFile) Close() error {
-	l.mu.Lock()
-	defer l.mu.Unlock()
-	if l.passing {
-		_ = os.Remove(l.path)          // what stays keeps its directory
-		_ = os.Remove(l.path + ".old") // mostly, it is not there
-	}
-	return l.file.Close()
 }

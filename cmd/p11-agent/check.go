@@ -63,7 +63,7 @@ func runCheck(ctx context.Context, g *globals, o *checkOptions, out, stderr io.W
 	mods, toks, asks := &report{group: "modules"}, &report{group: "tokens and keys"}, &report{group: "asking for the PIN"}
 	reports := []*report{conf, mods, toks, asks}
 	findRegistry(mods, c)
-	b := openBackend(c, nil, nil, paths.StateDir(), token.KnownRead, newLog(stderr, slog.LevelError))
+	b := openBackend(c, nil, nil, paths.StateDir(), token.KnownRead, output.NewLog(stderr, slog.LevelError))
 	defer b.stop()
 	ctx, cancel := context.WithTimeout(ctx, lookTimeout)
 	defer cancel()

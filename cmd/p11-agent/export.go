@@ -98,7 +98,7 @@ func runExport(ctx context.Context, g *globals, o *exportOptions, args []string,
 	if err != nil {
 		return err
 	}
-	b := openBackend(c, nil, nil, paths.StateDir(), token.KnownRead, newLog(stderr, slog.LevelError))
+	b := openBackend(c, nil, nil, paths.StateDir(), token.KnownRead, output.NewLog(stderr, slog.LevelError))
 	defer b.stop()
 	ctx, cancel := context.WithTimeout(ctx, lookTimeout)
 	defer cancel()

@@ -141,7 +141,7 @@ func runGenerate(ctx context.Context, g *globals, o *generateOptions, text strin
 	defer stop()
 	defer context.AfterFunc(ctx, stop)()
 
-	log := newLog(stderr, slog.LevelError)
+	log := output.NewLog(stderr, slog.LevelError)
 	show := &progress{ctx: ctx, w: stderr, terminal: output.IsTerminal(stderr), kind: kind}
 	b := openBackend(c, terminalAsker{newAsker(c, os.Getenv, os.Environ(), log)}, nil, paths.StateDir(), token.KnownRead, log,
 		func(opts *token.Options) { opts.Generating = show.begin })

@@ -180,14 +180,14 @@ func runList(ctx context.Context, g *globals, o *listOptions, args []string, out
 		noteUnquoted(stderr, args[0])
 	}
 	level := slog.LevelError
-	log := &laterWriter{out: stderr}
+	log := output.NewLater(stderr)
 	if o.verbose {
 		level = slog.LevelDebug
 	} else {
-		log.flush()
+		log.Flush()
 	}
-	defer log.flush() // the list comes before what was looked at for it
-	b := openBackend(c, nil, nil, paths.StateDir(), token.KnownRead, newLog(log, level))
+	defer log.Flush() // the list comes before what was looked at for it
+	b := openBackend(c, nil, nil, paths.StateDir(), token.KnownRead, output.NewLog(log, level))
 	defer b.stop()
 	ctx, cancel := context.WithTimeout(ctx, lookTimeout)
 	defer cancel()

@@ -7,7 +7,6 @@ import (
 	"errors"
 	"fmt"
 	"io"
-	"log/slog"
 	"os"
 	"path/filepath"
 	"runtime/debug"
@@ -18,8 +17,6 @@ import (
 
 	"p11-agent/cmd/p11-agent/exit"
 	"p11-agent/pinentry"
-	"p11-agent/pinentry/secret"
-	"p11-agent/systemd"
 	"p11-agent/token"
 	"p11-agent/token/module"
 	"p11-agent/token/module/undumpable"
@@ -219,30 +216,4 @@ func newVersionCommand() *cobra.Command {
 func printVersion(w io.Writer) error {
 	_, err := fmt.Fprintf(w, "p11-agent %s\n", version)
 	return err
-}
-
-// newLog makes a log for people on w. On stderr, where that is the journal, each
-// entry has its attributes as fields.
-func newLog(w io.Writer, level slog.Level) *slog.Logger {
-	opts := &slog.HandlerOptions{Level: level}
-	if w != os.Stderr || !systemd.StderrIsJournal() {
-		return slog.New(slog.NewTextHandler(w, opts))
-	}
-	opts.ReplaceAttr = func(groups []string, a slog.Attr) slog.Attr {
-		if len(groups) == 0 && a.Key == slog.TimeKey {
-			return slog.Attr{} // the journal adds its own
-		}
-		return a
-	}
-	return slog.New(systemd.NewJournalHandler(level, slog.NewTextHandler(w, opts)))
-}
-
-// warnUnlocked says once that secrets may reach the swap space.
-func warnUnlocked(log *slog.Logger) {
-	if s, err := secret.New(1); err == nil {
-		s.Wipe()
-	}
-	if err := secret.LockError(); err != nil {
-		log.Warn("PINs may reach the swap space: raise the limit of locked memory (ulimit -l)", "reason", err)
-	}
 }

@@ -4,6 +4,7 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"log/slog"
 	"os"
 	"sync"
 	"time"
@@ -44,49 +45,53 @@ func statusText(modules []token.ModuleStatus) string {
 	return text
 }
 
-// reporter keeps the service manager told. Its methods may be called from any
-// goroutine.
-type reporter struct {
-	service *service
+// A manager tells the service manager about the agent. Its methods may be called from any goroutine.
+type manager struct {
+	log     *slog.Logger
 	modules func() []token.ModuleStatus
 
-	// mu is held while the service manager is told, so that the last that it
-	// hears is the newest.
+	// A message is sent with mu held, so that the last message is the newest.
 	mu   sync.Mutex
 	last string
 }
 
-// ready tells that the agent is ready, again after reloading.
-func (r *reporter) ready() {
-	r.mu.Lock()
-	defer r.mu.Unlock()
-	r.last = statusText(r.modules())
-	r.service.notify(systemd.Ready(r.last))
+// tell logs that a message to the service manager failed.
+func (m *manager) tell(err error) {
+	if err != nil {
+		m.log.Warn("cannot tell the service manager", "reason", err)
+	}
+}
+
+// ready tells that the agent is ready, at the start and after reading the configuration again.
+func (m *manager) ready() {
+	m.mu.Lock()
+	defer m.mu.Unlock()
+	m.last = statusText(m.modules())
+	m.tell(systemd.Ready(m.last))
 }
 
 // follow tells of each change until ctx ends.
-func (r *reporter) follow(ctx context.Context, changed <-chan struct{}) {
+func (m *manager) follow(ctx context.Context, changed <-chan struct{}) {
 	for {
 		select {
 		case <-ctx.Done():
 			return
 		case <-changed:
 		}
-		r.mu.Lock()
-		if now := statusText(r.modules()); now != r.last {
-			r.last = now
-			r.service.notify(systemd.Status(now))
+		m.mu.Lock()
+		if now := statusText(m.modules()); now != m.last {
+			m.last = now
+			m.tell(systemd.Status(now))
 		}
-		r.mu.Unlock()
+		m.mu.Unlock()
 	}
 }
 
-// A watchdog tells the service manager that the agent is alive, for as long as it
-// is: it answers on its sockets, and its keyring can make a list. Tokens, modules,
-// prompts and other agents have no part in that: one that hangs is no reason to
-// end the agent with all its logins.
+// A watchdog tells the service manager that the agent is alive, as long as the agent answers on its sockets and
+// its keyring can make a list. Tokens, modules, prompts and other agents do not count: if one of them hangs, the
+// agent keeps running with its logins.
 type watchdog struct {
-	service *service
+	manager *manager
 	every   time.Duration // the service manager's patience
 	alive   func()        // returns unless the keyring is stuck
 	doors   []door
@@ -99,10 +104,10 @@ type door struct {
 	file os.FileInfo
 }
 
-// doorsOf returns those that can be found by their path.
-func doorsOf(listeners []listener) (all []door) {
-	for _, l := range listeners {
-		path := pathOf(l)
+// doorsOf returns the sockets that have a file.
+func doorsOf(sockets []socket) (all []door) {
+	for _, s := range sockets {
+		path := pathOf(s.listener)
 		if file, err := os.Stat(path); err == nil {
 			all = append(all, door{path, file})
 		}
@@ -116,16 +121,16 @@ func (w *watchdog) run(ctx context.Context) {
 	defer beat.Stop()
 	silent := false
 	for {
-		// One that is stuck here tells nothing either.
+		// A keyring that is stuck stops the watchdog here: it tells nothing more.
 		w.alive()
 		err := w.ping(ctx)
 		switch {
 		case ctx.Err() != nil:
 			return
 		case err == nil:
-			w.service.notify(w.tell())
+			w.manager.tell(w.tell())
 		case !silent:
-			w.service.log.Error("the agent does not answer itself, and leaves it to the service manager to start it again", "reason", err)
+			w.manager.log.Error("the agent does not answer on its own sockets: the service manager starts it again", "reason", err)
 		}
 		silent = err != nil
 		select {
@@ -136,10 +141,8 @@ func (w *watchdog) run(ctx context.Context) {
 	}
 }
 
-// ping asks at every door that is still the agent's: nobody comes in at one whose
-// file was removed or replaced, and starting again would not bring it back. A
-// door that is open to root alone, as that of the system, is left out where the
-// agent is somebody else.
+// ping connects to every socket that is still the agent's. A socket whose file was removed or replaced is left
+// out: a restart would not bring it back. A socket for root alone is left out too, if the agent is another user.
 func (w *watchdog) ping(ctx context.Context) error {
 	ctx, cancel := context.WithTimeout(ctx, w.every/3)
 	defer cancel()

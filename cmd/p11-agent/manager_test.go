@@ -3,14 +3,12 @@ package main
 import (
 	"context"
 	"errors"
-	"fmt"
 	"log/slog"
 	"net"
 	"os"
 	"path/filepath"
 	"strings"
 	"sync/atomic"
-	"syscall"
 	"testing"
 	"time"
 
@@ -66,10 +64,10 @@ func serviceManager(t *testing.T) <-chan string {
 	return messages
 }
 
-func TestReporter(t *testing.T) {
+func TestManager(t *testing.T) {
 	messages := serviceManager(t)
 	var keys atomic.Int64
-	r := &reporter{service: &service{log: slog.New(slog.DiscardHandler)}, modules: func() []token.ModuleStatus {
+	r := &manager{log: slog.New(slog.DiscardHandler), modules: func() []token.ModuleStatus {
 		return []token.ModuleStatus{{Running: true, Tokens: []token.TokenStatus{{Keys: make([]*token.Key, keys.Load())}}}}
 	}}
 	changed := make(chan struct{})
@@ -99,7 +97,7 @@ func TestReporter(t *testing.T) {
 
 // The watchdog speaks for as long as the agent answers, and not a moment longer.
 func TestWatchdog(t *testing.T) {
-	socket := func() *net.UnixListener {
+	unixSocket := func() *net.UnixListener {
 		t.Helper()
 		l, err := net.ListenUnix("unix", &net.UnixAddr{Name: filepath.Join(tokentest.TempDir(t), "s"), Net: "unix"})
 		if err != nil {
@@ -110,7 +108,7 @@ func TestWatchdog(t *testing.T) {
 	}
 	// answering accepts everybody, which is all that is asked of it.
 	answering := func() *net.UnixListener {
-		l := socket()
+		l := unixSocket()
 		go func() {
 			for {
 				c, err := l.Accept()
@@ -124,20 +122,20 @@ func TestWatchdog(t *testing.T) {
 	}
 	stuck := make(chan struct{})
 	t.Cleanup(func() { close(stuck) })
-	removed := socket()
-	replaced := socket()
+	removed := unixSocket()
+	replaced := unixSocket()
 	for _, test := range []struct {
-		name      string
-		listeners []listener
-		alive     func()
-		before    func() // the watch begins
-		want      bool
+		name    string
+		sockets []socket
+		alive   func()
+		before  func() // the watch begins
+		want    bool
 	}{
-		{"all is well", []listener{answering(), answering()}, func() {}, nil, true},
-		{"a socket that accepts nobody", []listener{answering(), socket()}, func() {}, nil, false},
-		{"a keyring that is stuck", []listener{answering()}, func() { <-stuck }, nil, false},
-		{"a socket whose file is gone", []listener{removed}, func() {}, func() { os.Remove(removed.Addr().String()) }, true},
-		{"a socket whose file is another's", []listener{replaced}, func() {}, func() {
+		{"all is well", []socket{{listener: answering()}, {listener: answering()}}, func() {}, nil, true},
+		{"a socket that accepts nobody", []socket{{listener: answering()}, {listener: unixSocket()}}, func() {}, nil, false},
+		{"a keyring that is stuck", []socket{{listener: answering()}}, func() { <-stuck }, nil, false},
+		{"a socket whose file is gone", []socket{{listener: removed}}, func() {}, func() { os.Remove(removed.Addr().String()) }, true},
+		{"a socket whose file is another's", []socket{{listener: replaced}}, func() {}, func() {
 			path := replaced.Addr().String()
 			os.Remove(path)
 			l, err := net.Listen("unix", path)
@@ -151,8 +149,8 @@ func TestWatchdog(t *testing.T) {
 			told := make(chan struct{}, 100)
 			var log strings.Builder
 			w := &watchdog{
-				service: &service{log: slog.New(slog.NewTextHandler(&log, nil))},
-				every:   300 * time.Millisecond, alive: test.alive, doors: doorsOf(test.listeners),
+				manager: &manager{log: slog.New(slog.NewTextHandler(&log, nil))},
+				every:   300 * time.Millisecond, alive: test.alive, doors: doorsOf(test.sockets),
 				tell: func() error { told <- struct{}{}; return nil },
 			}
 			if test.before != nil {
@@ -180,25 +178,9 @@ func TestWatchdog(t *testing.T) {
 				return // until the end of the test
 			}
 			<-ended
-			if said := strings.Count(log.String(), "does not answer itself"); (said == 0) != test.want || said > 1 {
+			if said := strings.Count(log.String(), "does not answer on its own"); (said == 0) != test.want || said > 1 {
 				t.Errorf("the log has\n%s", &log)
 			}
 		})
-	}
-}
-
-// Only stderr is the journal: the log file of an agent in the background keeps its
-// times.
-func TestLogIsForItsReader(t *testing.T) {
-	st, err := os.Stderr.Stat()
-	if err != nil {
-		t.Fatal(err)
-	}
-	file := st.Sys().(*syscall.Stat_t)
-	t.Setenv("JOURNAL_STREAM", fmt.Sprintf("%d:%d", file.Dev, file.Ino)) // stderr is the journal
-	var b strings.Builder
-	newLog(&b, slog.LevelInfo).Info("m")
-	if !strings.HasPrefix(b.String(), "time=") {
-		t.Errorf("the log has %q", &b)
 	}
 }

@@ -4,11 +4,17 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"log/slog"
 	"os"
 	"os/signal"
 	"strconv"
+	"strings"
 	"sync/atomic"
 	"syscall"
+
+	"p11-agent/cmd/p11-agent/exit"
+	"p11-agent/pinentry/secret"
+	"p11-agent/token/module/undumpable"
 
 	"golang.org/x/sys/unix"
 )
@@ -96,4 +102,58 @@ func (t *terminal) hangup(ctx context.Context, end func()) (gone bool) {
 		}
 	}()
 	return false
+}
+
+// noTraces keeps the stack of a panic out of the log. debug.SetTraceback cannot do
+// that: it takes nothing away from what the environment says, or does not say, at
+// the start.
+const noTraces = "GOTRACEBACK=none"
+
+// withoutTraces starts the program anew with noTraces, in the same process, unless
+// that is there. It returns when it cannot, or need not.
+func withoutTraces() error {
+	name, value, _ := strings.Cut(noTraces, "=")
+	if os.Getenv(name) == value {
+		return nil
+	}
+	program, err := os.Executable()
+	if err != nil {
+		return err
+	}
+	return fmt.Errorf("start again: %w", syscall.Exec(program, os.Args, dedupe(append(os.Environ(), noTraces))))
+}
+
+// crashSignals have Go print all stacks and registers whatever GOTRACEBACK says,
+// when they are sent to the process. Where its own code causes one it becomes a
+// panic.
+var crashSignals = []os.Signal{
+	syscall.SIGQUIT, syscall.SIGABRT, syscall.SIGSEGV, syscall.SIGBUS, syscall.SIGFPE, syscall.SIGILL, syscall.SIGTRAP, syscall.SIGSYS,
+}
+
+// harden keeps others of the same user from looking into the process, and its
+// memory out of core files and out of the log.
+func harden(log *slog.Logger) error {
+	crashes := make(chan os.Signal, 1)
+	signal.Notify(crashes, crashSignals...)
+	go func() { // until the process ends
+		log.Error("agent ended by a signal", "signal", (<-crashes).String())
+		os.Exit(exit.CodeFailure)
+	}()
+	if err := undumpable.Enforce(); err != nil {
+		return err
+	}
+	if err := unix.Setrlimit(unix.RLIMIT_CORE, &unix.Rlimit{}); err != nil {
+		return fmt.Errorf("switch core files off: %w", err)
+	}
+	return nil
+}
+
+// warnUnlocked says once that secrets may reach the swap space.
+func warnUnlocked(log *slog.Logger) {
+	if s, err := secret.New(1); err == nil {
+		s.Wipe()
+	}
+	if err := secret.LockError(); err != nil {
+		log.Warn("PINs may reach the swap space: raise the limit of locked memory (ulimit -l)", "reason", err)
+	}
 }

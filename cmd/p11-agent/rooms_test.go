@@ -60,6 +60,7 @@ var rooms = []room{
 	{"cmd/p11-agent/output", []string{"pinentry", cobra, xsys}, "it prints for every command, and knows none of them"},
 	{"cmd/p11-agent/paths", []string{xsys}, "a leaf: where files are is decided without reading them"},
 	{"cmd/p11-agent/demo", []string{"cmd/p11-agent/output", "token/registry"}, "it runs the program as a user would, by its command line"},
+	{"cmd/p11-agent/output", []string{"pinentry", "systemd", cobra, xsys}, "it prints for every command, and knows none of them"},
 	{"cmd/bench", []string{}, "it measures the program from outside"},
 	{"cmd/testrun", []string{}, "it knows tests by their names only"},
 	{

@@ -86,7 +86,7 @@ func runSetup(ctx context.Context, g *globals, o *setupOptions, in io.Reader, ou
 	// Whatever is under way is done as a whole: see each step.
 	ctx, stop := signal.NotifyContext(ctx, os.Interrupt, syscall.SIGTERM, syscall.SIGHUP)
 	defer stop()
-	s := &setup{config: c, out: out, stderr: stderr, log: newLog(stderr, slog.LevelError)}
+	s := &setup{config: c, out: out, stderr: stderr, log: output.NewLog(stderr, slog.LevelError)}
 	defer s.close()
 	if !o.print {
 		s.ask = newDialog(in, out)

@@ -1,0 +1,387 @@
+package main
+
+import (
+	"cmp"
+	"context"
+	"errors"
+	"fmt"
+	"log/slog"
+	"os"
+	"slices"
+	"strings"
+	"sync"
+	"sync/atomic"
+	"time"
+
+	"golang.org/x/crypto/ssh"
+
+	"p11-agent/agent"
+	"p11-agent/agent/logfold"
+	"p11-agent/agent/request"
+	"p11-agent/agent/sshagent"
+	"p11-agent/cmd/p11-agent/paths"
+	"p11-agent/systemd"
+	"p11-agent/systemd/login1"
+	"p11-agent/token"
+	"p11-agent/token/known"
+)
+
+// daemonOptions say how a daemon runs. They stay for its life, unlike the configuration.
+type daemonOptions struct {
+	configFile string                     // "": the usual place
+	lifetime   time.Duration              // of the keys that clients add without one; 0: no end
+	allow      *token.AllowList           // modules that clients may name; nil: the configuration lists them
+	version    string                     // of the program
+	nameKey    func(ssh.PublicKey) string // the fingerprint of a key
+
+	remoteTokens bool // forwarded clients may add tokens
+	system       bool // the agent serves the system: it asks nobody, and keeps no keys in memory
+}
+
+// A daemon is the running agent: its sockets, the keyring behind them, and the tokens behind that.
+//
+// The parts are opened in this order, and closed in the opposite one: log, prompts, sockets, tokens, upstream
+// agents, keyring, logind. Only reload changes the configuration that they use.
+type daemon struct {
+	options daemonOptions
+	config  atomic.Pointer[config]
+	log     *slog.Logger
+	closers []func() // of the parts that are open, in the order of their opening
+
+	signals  *signals
+	terminal *terminal // the agent ends with it; nil: it has none
+
+	sockets   []socket
+	prompts   *prompts // nil: nobody is asked
+	questions *agent.Questions
+	backend   *backend
+	keyring   *agent.Keyring
+	server    *sshagent.Server
+
+	status  *statusMaker
+	manager *manager
+	logind  *login1.Watch
+}
+
+// prompts are the ways to a person.
+type prompts struct {
+	asker   *asker
+	notices *notices
+}
+
+// openDaemon opens the agent behind the sockets. The daemon owns them and closes them, also when openDaemon
+// fails. serve then answers clients, and close gives everything back.
+func openDaemon(options daemonOptions, listeners []listener, log *slog.Logger) (_ *daemon, err error) {
+	d := &daemon{options: options, signals: new(signals), questions: agent.NewQuestions()}
+	defer func() {
+		if err != nil {
+			d.close()
+		}
+	}()
+	d.openLog(log)
+	for _, l := range listeners {
+		d.addSocket(l, nil)
+	}
+	if err := harden(d.log); err != nil {
+		return nil, err
+	}
+	warnUnlocked(d.log)
+	c, err := loadConfig(options.configFile)
+	if err != nil {
+		return nil, err
+	}
+	d.config.Store(c)
+	d.openPrompts(c)
+	if err := d.openNamedSockets(c); err != nil {
+		return nil, err
+	}
+	d.openTokens(c)
+	upstreams, err := d.openUpstreams(c)
+	if err != nil {
+		return nil, err
+	}
+	d.openKeyring(c, upstreams)
+	d.manager = &manager{log: d.log, modules: d.backend.store.Modules}
+	d.logind = watchLogin1(c, d.backend.store, d.forgetApprovals, d.log)
+	return d, nil
+}
+
+// close gives back all that was opened. It is called once, after serve has returned.
+func (d *daemon) close() {
+	for _, c := range slices.Backward(d.closers) {
+		c()
+	}
+}
+
+// onClose has close call f before all that was opened earlier.
+func (d *daemon) onClose(f func()) { d.closers = append(d.closers, f) }
+
+// openLog folds lines that many requests repeat.
+func (d *daemon) openLog(log *slog.Logger) {
+	folded := logfold.New(log.Handler())
+	d.onClose(func() { folded.Close() })
+	d.log = slog.New(folded)
+}
+
+func (d *daemon) addSocket(l listener, rules *request.Socket) {
+	d.sockets = append(d.sockets, socket{l, rules})
+	d.onClose(func() { _ = l.Close() }) // serve has closed it, and told of errors
+}
+
+// openPrompts opens the ways to a person. An agent for the system has none.
+func (d *daemon) openPrompts(c *config) {
+	if d.options.system {
+		return
+	}
+	p := &prompts{asker: newAsker(c, os.Getenv, os.Environ(), d.log), notices: newNotices(c, d.log)}
+	p.asker.notify = p.notices.elsewhere
+	d.onClose(p.notices.Close)
+	d.prompts = p
+}
+
+// openNamedSockets makes the sockets of the configuration. An agent with a private socket has these beside it.
+func (d *daemon) openNamedSockets(c *config) error {
+	named, err := listenNamed(c, paths.PrivateDir(pathOf(d.sockets[0].listener)), d.log)
+	for _, s := range named {
+		d.addSocket(s.listener, s.rules)
+	}
+	return err
+}
+
+// openTokens starts the modules.
+func (d *daemon) openTokens(c *config) {
+	state := paths.StateDir()
+	if d.options.system {
+		state = cmp.Or(os.Getenv("STATE_DIRECTORY"), paths.SystemState)
+	}
+	if c.knownKeys(token.KnownKept) == token.KnownIgnored {
+		if err := known.Remove(state); err != nil {
+			d.log.Warn("cannot forget the keys that were remembered", "reason", err)
+		}
+	}
+	// Without prompts these are nil as they are, not a nil *asker in an interface.
+	var pins token.PINAsker
+	var working func(context.Context, *token.Key) func()
+	if p := d.prompts; p != nil {
+		pins, working = &pausingAsker{p.asker, d.questions}, p.notices.working
+	}
+	d.backend = openBackend(c, pins, working, state, token.KnownKept, d.log)
+	d.onClose(d.backend.stop)
+}
+
+// openUpstreams prepares the connections to other agents.
+func (d *daemon) openUpstreams(c *config) (all []agent.Upstream, err error) {
+	for _, path := range c.Upstream {
+		if d.owns(path) {
+			return nil, fmt.Errorf("upstream: %s is a socket of this agent: name the socket of another agent", path)
+		}
+		u := sshagent.NewUpstream(path)
+		d.onClose(func() { u.Close() })
+		all = append(all, u)
+	}
+	return all, nil
+}
+
+// owns tells whether a path leads to a socket of this agent.
+func (d *daemon) owns(path string) bool {
+	st, err := os.Stat(path)
+	if err != nil {
+		return false // no agent is there now
+	}
+	return slices.ContainsFunc(d.sockets, func(s socket) bool {
+		own, err := os.Stat(pathOf(s.listener))
+		return err == nil && os.SameFile(st, own)
+	})
+}
+
+// openKeyring puts the keyring before the tokens, and the SSH door before the keyring.
+func (d *daemon) openKeyring(c *config, upstreams []agent.Upstream) {
+	o := d.options
+	allow := token.AllowList(c.AllowModules)
+	if o.allow != nil {
+		allow = *o.allow
+	}
+	d.server = &sshagent.Server{Log: d.log, KeepBinds: len(upstreams) > 0}
+	d.status = &statusMaker{started: time.Now(), store: d.backend.store, server: d.server}
+	for _, s := range d.sockets {
+		d.status.listeners, d.status.rules = append(d.status.listeners, s.listener), append(d.status.rules, s.rules)
+	}
+	d.status.configure(c)
+	options := agent.Options{
+		Tokens:        &tokens{store: d.backend.store, allow: allow},
+		Rules:         d.rules(c),
+		InsertTimeout: c.InsertTimeout.Duration,
+		Lifetime:      o.lifetime,
+		Questions:     d.questions,
+		SoftwareKeys:  !o.system && (c.SoftwareKeys == nil || *c.SoftwareKeys),
+		RemoteTokens:  o.remoteTokens || c.RemoteTokens,
+		Upstreams:     upstreams,
+		Hosts:         newHosts(c),
+		Fingerprint:   o.nameKey,
+		Report:        d.status.report,
+		Log:           d.log,
+	}
+	if p := d.prompts; p != nil {
+		d.status.promptAt = p.asker.promptAt
+		options.Confirm, options.Insert, options.Failed = p.asker, p.asker, p.notices.failed
+	}
+	if c.Certificates != "" {
+		options.Certificates = agent.NewCertificateDir(c.Certificates, d.log)
+	}
+	d.keyring = agent.NewKeyring(options)
+	d.server.Keyring = d.keyring
+}
+
+// rules returns what the configuration tells the keyring.
+func (d *daemon) rules(c *config) agent.Rules {
+	return agent.Rules{
+		Automatic: automatic(c), Name: names(c), Listed: listedAs, OfferAway: c.offerAway, Allow: c.allows(d.options.system), Approval: c.approval(),
+	}
+}
+
+// serve answers clients until ctx ends or a socket breaks. It tells the service manager of its state.
+// When it returns, all sockets are closed and no goroutine of its making is left.
+func (d *daemon) serve(ctx context.Context) error {
+	ctx, cancel := context.WithCancel(ctx)
+	var helpers sync.WaitGroup
+	defer helpers.Wait()
+	defer cancel() // first: the helpers end with ctx
+	helpers.Go(func() { d.logind.Run(ctx) })
+	helpers.Go(func() { d.heedSignals(ctx, cancel) })
+	watchdog := d.newWatchdog()
+	ended := d.serveSockets(ctx)
+	d.log.Info("agent is listening", "pid", os.Getpid(), "version", d.options.version)
+	d.manager.ready()
+	helpers.Go(func() { d.manager.follow(ctx, d.backend.store.StatusChanged()) })
+	if watchdog != nil {
+		helpers.Go(func() { watchdog.run(ctx) })
+	}
+	err := d.waitForSockets(ended, cancel)
+	d.manager.tell(systemd.Stopping())
+	return err
+}
+
+// serveSockets serves each socket in a goroutine, which sends one result.
+func (d *daemon) serveSockets(ctx context.Context) (ended <-chan error) {
+	results := make(chan error, len(d.sockets))
+	for _, s := range d.sockets {
+		go func() { results <- d.server.ServeSocket(ctx, s.listener, s.rules) }()
+	}
+	return results
+}
+
+// waitForSockets returns when all sockets have ended. A socket that breaks ends the others: an agent with a
+// socket less is not the agent that was asked for.
+func (d *daemon) waitForSockets(ended <-chan error, cancel func()) error {
+	var all []error
+	for range d.sockets {
+		if err := <-ended; err != nil {
+			all = append(all, err)
+			cancel()
+		}
+	}
+	return errors.Join(all...)
+}
+
+// newWatchdog returns nil when the service manager watches no agent. It reads the variables of the watchdog
+// in any case, so that no child sees them. It is called before the sockets are served, while they have their files.
+func (d *daemon) newWatchdog() *watchdog {
+	patience, err := systemd.Watchdog()
+	if err != nil {
+		d.log.Warn("the agent is not watched", "reason", err)
+	}
+	if patience <= 0 {
+		return nil
+	}
+	return &watchdog{manager: d.manager, every: patience, alive: d.keyring.Alive, doors: doorsOf(d.sockets), tell: systemd.Alive}
+}
+
+// heedSignals does what signals ask for, until ctx ends. end ends the agent.
+func (d *daemon) heedSignals(ctx context.Context, end func()) {
+	var clears sync.WaitGroup
+	defer clears.Wait()
+	for {
+		select {
+		case <-ctx.Done():
+			return
+		case <-d.signals.clear:
+			// As ssh-agent does since OpenSSH 10.0. A token may take its time.
+			clears.Go(func() { d.clear(ctx) })
+		case <-d.signals.hangup:
+			if d.terminal.hangup(ctx, end) {
+				d.log.Info("the agent ends with its terminal")
+				end()
+				return
+			}
+			d.reload(ctx)
+		}
+	}
+}
+
+// clear removes all keys.
+func (d *daemon) clear(ctx context.Context) {
+	if err := d.keyring.Clear(ctx); err != nil {
+		d.log.Warn("cannot remove all keys, as SIGUSR1 asks", "reason", err)
+		return
+	}
+	d.log.Info("SIGUSR1: all keys are removed")
+}
+
+// reload reads the configuration again and uses it, and looks at the tokens again. A mistake in the file
+// leaves the old configuration in use. Modules stay as they are: a change of those needs a restart.
+func (d *daemon) reload(ctx context.Context) {
+	d.manager.tell(systemd.Reloading())
+	defer d.manager.ready()
+	c, err := loadConfig(d.options.configFile)
+	if err != nil {
+		d.log.Error("the configuration is not used, the old one stays", "reason", err)
+		return
+	}
+	old := d.config.Swap(c)
+	d.configure(c)
+	if !c.sameApproval(old) {
+		d.keyring.ForgetApprovals(func(request.Key) bool { return true })
+	}
+	d.rescan(ctx)
+	d.log.Info("configuration read again")
+	if changed := c.needRestart(old); len(changed) > 0 {
+		d.log.Warn("these changes count after a restart of the agent", "keys", strings.Join(changed, ", "))
+	}
+}
+
+// configure tells each part what the configuration says.
+func (d *daemon) configure(c *config) {
+	store := d.backend.store
+	store.SetSources(c.sources())
+	store.SetHomes(c.uris())
+	store.SetPublicKeys(c.publicKeys)
+	store.SetPolicy(c.policy())
+	d.keyring.Configure(d.rules(c))
+	d.logind.Delay(c.forgetsAtSleep())
+	d.status.configure(c)
+	if p := d.prompts; p != nil {
+		p.asker.configure(c)
+		p.notices.configure(c)
+	}
+}
+
+// rescan looks at all tokens.
+func (d *daemon) rescan(ctx context.Context) {
+	const patience = 10 * time.Second
+	ctx, cancel := context.WithTimeout(ctx, patience)
+	defer cancel()
+	if err := d.backend.store.Rescan(ctx); err != nil && ctx.Err() == nil {
+		d.log.Warn("cannot look at all tokens", "reason", err)
+	}
+}
+
+// forgetApprovals ends the remembered approvals of the keys whose logins end at an event.
+func (d *daemon) forgetApprovals(e token.Event) {
+	inMemory := d.config.Load().ForgetOn.retention().EndsAt(e)
+	d.keyring.ForgetApprovals(func(k request.Key) bool {
+		if key, ok := k.(*token.Key); ok {
+			return d.backend.store.Forgets(key, e)
+		}
+		return inMemory
+	})
+}
