@@ -131,6 +131,9 @@ func paragraphs(file, text string) (all []words) {
 		if code {
 			continue
 		}
+		if strings.HasSuffix(file, ".md") && now.text == "" && strings.HasPrefix(line, "    ") {
+			continue // a block of code
+		}
 		item := listItem.MatchString(line)
 		if item || otherLine.MatchString(line) {
 			end()
