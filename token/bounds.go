@@ -2,7 +2,6 @@ package token
 
 import (
 	"cmp"
-	"context"
 	"slices"
 	"time"
 
@@ -51,23 +50,6 @@ const (
 
 // The list of known keys has room for every label and ID that package pairs accepts.
 var _ [known.MaxText - pairs.MaxText]struct{}
-
-// pace lets something happen burst times at once, and then once in each interval. It is
-// used by one goroutine.
-type pace struct {
-	burst int
-	every time.Duration
-	spent time.Time // when all that has happened is paid off
-}
-
-// take counts once more, and returns how long to wait before it is to happen.
-func (p *pace) take(now time.Time) time.Duration {
-	if p.spent.Before(now) {
-		p.spent = now
-	}
-	p.spent = p.spent.Add(p.every)
-	return max(0, p.spent.Sub(now)-time.Duration(p.burst)*p.every)
-}
 
 // believable tells whether a token's names are such as PKCS#11 has room for.
 func believable(id wire.TokenID) bool {
@@ -236,15 +218,3 @@ func (g *gate) close() {
 
 // inUse tells whether a login through the gate is under way.
 func (g *gate) inUse() bool { return g.flights.Load() > 0 || g.trying.Load() > 0 }
-
-// reserve waits for the turn of what a pace bounds. It tells whether ctx still lasts.
-func reserve(ctx context.Context, p *pace) bool {
-	wait := time.NewTimer(p.take(time.Now()))
-	defer wait.Stop()
-	select {
-	case <-wait.C:
-		return true
-	case <-ctx.Done():
-		return false
-	}
-}

@@ -15,19 +15,6 @@ import (
 	"p11-agent/token/wire"
 )
 
-func TestPace(t *testing.T) {
-	p := pace{burst: 3, every: time.Second}
-	now := time.Unix(1000, 0)
-	for i, want := range []time.Duration{0, 0, 0, time.Second, 2 * time.Second} {
-		if got := p.take(now); got != want {
-			t.Errorf("number %d waits %v, want %v", i, got, want)
-		}
-	}
-	if got := p.take(now.Add(10 * time.Second)); got != 0 {
-		t.Errorf("after a pause: %v", got)
-	}
-}
-
 // A lockedBuffer is read while a timer may write to it.
 type lockedBuffer struct {
 	mu  sync.Mutex

@@ -121,34 +121,6 @@ func (e *AmbiguousError) Error() string {
 		e.Token, e.Modules)
 }
 
-// isRV tells whether err is a failed call of the module that returned one of
-// the values.
-func isRV(err error, rvs ...uint64) bool {
-	e, ok := errors.AsType[*wire.Error](err)
-	if !ok || e.Reason != wire.ReasonModule {
-		return false
-	}
-	for _, rv := range rvs {
-		if e.RV == rv {
-			return true
-		}
-	}
-	return false
-}
-
-func isReason(err error, reasons ...wire.Reason) bool {
-	e, ok := errors.AsType[*wire.Error](err)
-	if !ok {
-		return false
-	}
-	for _, r := range reasons {
-		if e.Reason == r {
-			return true
-		}
-	}
-	return false
-}
-
 type absentError struct{}
 
 func (absentError) Error() string { return "the token is not present" }

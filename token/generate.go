@@ -208,7 +208,7 @@ func (t *Token) checkGenerate(ctx context.Context, p *process, req *wire.Generat
 	check := *req
 	check.Check = true
 	err := p.call(ctx, listTimeout, wire.TypeGenerate, &check, new(wire.GenerateReply))
-	if isReason(err, wire.ReasonExists, wire.ReasonUnsupported) {
+	if wire.IsReason(err, wire.ReasonExists, wire.ReasonUnsupported) {
 		return t.explainGenerate(err, kind)
 	}
 	return ctx.Err()

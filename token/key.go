@@ -358,7 +358,7 @@ func (k *Key) signHealing(ctx context.Context, methods []signing.Method) (made, 
 		case len(methods) > 1 && refusesMechanism(err):
 			t.refuse(methods[0].Mechanism)
 			methods = methods[1:]
-		case loggedInAgain < maxLogins && (isRV(err, wire.CKRUserNotLoggedIn) || t.hidesKey(p, err)):
+		case loggedInAgain < maxLogins && (wire.IsRV(err, wire.CKRUserNotLoggedIn) || t.hidesKey(p, err)):
 			// Logged out by another program, or a key that showed without a
 			// login and does not sign without one, or one that wants its PIN for
 			// each signature and did not say so.
@@ -366,17 +366,17 @@ func (k *Key) signHealing(ctx context.Context, methods []signing.Method) (made, 
 			if lost := t.doubtLogin(ctx, p, k, login); !lost && loggedInAgain > 1 {
 				return made{}, k.explain(err)
 			}
-		case replaced < maxReplaced && mayHeal && (errors.Is(err, errRenewed) || lostByOthers(err) || failed != nil && isReason(err, wire.ReasonOtherToken)):
+		case replaced < maxReplaced && mayHeal && (errors.Is(err, errRenewed) || lostByOthers(err) || failed != nil && wire.IsReason(err, wire.ReasonOtherToken)):
 			// Another request had looked for tokens before the module got this one; or the
 			// card has gone and come back; or the module hung when a card was pulled, or
 			// failed for another request.
 			replaced++
 		case !healed && mayHeal:
 			healed = true
-			if isRV(err, wire.CKRDeviceRemoved, wire.CKRTokenNotPresent, wire.CKRTokenNotRecognized) {
+			if wire.IsRV(err, wire.CKRDeviceRemoved, wire.CKRTokenNotPresent, wire.CKRTokenNotRecognized) {
 				t.gate.wipe() // it was taken out
 			}
-			if isRV(err, wire.CKRGeneralError) && !t.module.awaitMove(ctx, moves) {
+			if wire.IsRV(err, wire.CKRGeneralError) && !t.module.awaitMove(ctx, moves) {
 				// Nothing but a new start helps a module that lost its reader
 				// service.
 				p.kill(fmt.Errorf("%w: %w", errAnew, err))
@@ -385,7 +385,7 @@ func (k *Key) signHealing(ctx context.Context, methods []signing.Method) (made, 
 			if err := t.rescanWhileBack(ctx); err != nil {
 				return made{}, err
 			}
-		case !renewed && mayHeal && isRV(err, wire.CKRDeviceError):
+		case !renewed && mayHeal && wire.IsRV(err, wire.CKRDeviceError):
 			// Nor does a look help libykcs11 2.2 when another program has selected
 			// another application of the card.
 			renewed = true
@@ -433,7 +433,7 @@ type prelude struct {
 func refusesMechanism(err error) bool {
 	e, ok := errors.AsType[*wire.Error](err)
 	return ok && (e.Function == "C_SignInit" || e.Function == "C_Sign") &&
-		isRV(err, wire.CKRMechanismInvalid, wire.CKRMechanismParamInvalid, wire.CKRFunctionNotSupported,
+		wire.IsRV(err, wire.CKRMechanismInvalid, wire.CKRMechanismParamInvalid, wire.CKRFunctionNotSupported,
 			wire.CKRDataLenRange, wire.CKRDataInvalid)
 }
 
@@ -481,8 +481,8 @@ func (t *Token) doubtLogin(ctx context.Context, p *process, k *Key, login uint64
 // its module since the last use, rather than from the request.
 func broken(err error) bool {
 	return errors.Is(err, ErrAbsent) || errors.Is(err, errGone) ||
-		isReason(err, wire.ReasonNoToken, wire.ReasonOtherToken, wire.ReasonNoKey) ||
-		isRV(err, wire.CKRDeviceRemoved, wire.CKRDeviceError, wire.CKRGeneralError, wire.CKRTokenNotPresent,
+		wire.IsReason(err, wire.ReasonNoToken, wire.ReasonOtherToken, wire.ReasonNoKey) ||
+		wire.IsRV(err, wire.CKRDeviceRemoved, wire.CKRDeviceError, wire.CKRGeneralError, wire.CKRTokenNotPresent,
 			wire.CKRTokenNotRecognized, wire.CKRSessionHandleInvalid, wire.CKRSessionClosed, wire.CKRSlotIDInvalid,
 			wire.CKRObjectHandleInvalid, wire.CKRKeyHandleInvalid, wire.CKRCryptokiNotInitialized,
 			wire.CKROperationActive, wire.CKROperationNotInitialized) // of a session whose handle was given away
@@ -494,11 +494,11 @@ func (k *Key) explain(err error) error {
 	switch {
 	case isLoginError(err):
 		return err
-	case errors.Is(err, ErrAbsent) || isReason(err, wire.ReasonNoToken, wire.ReasonOtherToken):
+	case errors.Is(err, ErrAbsent) || wire.IsReason(err, wire.ReasonNoToken, wire.ReasonOtherToken):
 		return fmt.Errorf("%w: insert token %s", ErrAbsent, k.token.name())
-	case isReason(err, wire.ReasonNoKey):
+	case wire.IsReason(err, wire.ReasonNoKey):
 		return fmt.Errorf("token %q holds a public key or certificate for ID %s, but no private key", t.Label, hex.EncodeToString(k.pair.ID))
-	case isRV(err, wire.CKRKeyTypeInconsistent, wire.CKRKeyFunctionNotPermitted):
+	case wire.IsRV(err, wire.CKRKeyTypeInconsistent, wire.CKRKeyFunctionNotPermitted):
 		return fmt.Errorf("the token does not let this key sign: %w", err)
 	}
 	return fmt.Errorf("sign with token %q: %w", t.Label, k.token.module.wrap(err))

@@ -11,6 +11,7 @@ import (
 	"time"
 
 	"p11-agent/token/known"
+	"p11-agent/token/pace"
 	"p11-agent/token/pairs"
 	"p11-agent/token/wire"
 )
@@ -169,7 +170,7 @@ func (t *Token) entry() known.Token {
 // keepKnown writes the list whenever it has changed, and once more when the Store closes.
 func (s *Store) keepKnown() {
 	w := known.NewWriter(s.opts.StateDir)
-	rate := pace{burst: knownBurst, every: knownEvery}
+	rate := pace.Limit{Burst: knownBurst, Every: knownEvery}
 	save := func() {
 		if err := w.Write(s.knownNow()); err != nil {
 			s.log.Warn("cannot write the list of known keys", "file", w.Path(), "reason", err)
@@ -178,7 +179,7 @@ func (s *Store) keepKnown() {
 	for {
 		select {
 		case <-s.dirty:
-			if !reserve(s.ctx, &rate) {
+			if !rate.Wait(s.ctx) {
 				s.rewrite() // the Store closes: the case below writes the list
 				continue
 			}

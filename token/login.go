@@ -279,7 +279,7 @@ func (t *Token) logOutFirst(ctx context.Context) error {
 func (t *Token) tryLogin(ctx context.Context, p *process, pin *secret.Secret, at target, lastTry, pad bool) (target, error) {
 	for n := 0; ; n++ {
 		err := t.tryStay(ctx, p, pin, at.stay, lastTry, pad)
-		if n == maxTargets || !isReason(err, wire.ReasonOtherToken) {
+		if n == maxTargets || !wire.IsReason(err, wire.ReasonOtherToken) {
 			return at, err
 		}
 		ok := false
@@ -698,17 +698,17 @@ func (t *Token) judge(err error) error {
 	}
 	tried := e.Function == "C_Login"
 	switch {
-	case e.Reason == wire.ReasonPINLocked || tried && isRV(err, wire.CKRPINLocked):
+	case e.Reason == wire.ReasonPINLocked || tried && wire.IsRV(err, wire.CKRPINLocked):
 		return &PINError{Token: t.ID.Label, Tries: TriesNone, Tried: tried, Err: err}
 	case e.Reason == wire.ReasonLastTry:
 		return &PINError{Token: t.ID.Label, Tries: TriesLast, Err: errors.New("one try is left")}
-	case tried && isRV(err, wire.CKRPINIncorrect, wire.CKRPINInvalid, wire.CKRPINLenRange):
+	case tried && wire.IsRV(err, wire.CKRPINIncorrect, wire.CKRPINInvalid, wire.CKRPINLenRange):
 		return &PINError{Token: t.ID.Label, Tries: tries, Tried: true, Err: err}
-	case isRV(err, wire.CKRPINExpired):
+	case wire.IsRV(err, wire.CKRPINExpired):
 		return fmt.Errorf("the PIN of token %q has expired and must be changed: %w", t.ID.Label, err)
-	case isRV(err, wire.CKRUserPINNotInitialized):
+	case wire.IsRV(err, wire.CKRUserPINNotInitialized):
 		return fmt.Errorf("token %q has no PIN yet: set one first (pkcs11-tool --init-pin): %w", t.ID.Label, err)
-	case isRV(err, wire.CKRFunctionCanceled):
+	case wire.IsRV(err, wire.CKRFunctionCanceled):
 		return ErrCancelled
 	case e.Function == "C_Sign" || e.Function == "C_SignInit":
 		return err // no failure of the PIN
@@ -775,7 +775,7 @@ func (t *Token) signInTurn(ctx context.Context, g *gate, p *process, k *Key, req
 		for n := 0; ; n++ {
 			req.Stay = at.stay
 			err := p.call(ctx, signTimeout, wire.TypeSign, req, &reply)
-			if n == maxTargets || !isReason(err, wire.ReasonOtherToken) {
+			if n == maxTargets || !wire.IsReason(err, wire.ReasonOtherToken) {
 				return err
 			}
 			ok := false
@@ -790,7 +790,7 @@ func (t *Token) signInTurn(ctx context.Context, g *gate, p *process, k *Key, req
 			defer k.working(ctx)()
 		}
 		err := sign(ctx)
-		if pad || !isReason(err, wire.ReasonNoKey) || !t.hidesKey(p, err) {
+		if pad || !wire.IsReason(err, wire.ReasonNoKey) || !t.hidesKey(p, err) {
 			return err
 		}
 		// The key shows only after a login, which another program may have ended, or

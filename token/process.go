@@ -19,6 +19,7 @@ import (
 
 	"golang.org/x/sys/unix"
 
+	"p11-agent/token/pace"
 	"p11-agent/token/registry"
 	"p11-agent/token/wire"
 )
@@ -49,7 +50,7 @@ var errRenewed = errors.New("it is started anew to look for tokens")
 
 // oneAtATime tells whether a process failed for that.
 func oneAtATime(err error) bool {
-	return errors.Is(err, errOneAtATime) || isReason(err, wire.ReasonOneAtATime)
+	return errors.Is(err, errOneAtATime) || wire.IsReason(err, wire.ReasonOneAtATime)
 }
 
 // hungError is why a process is killed that did not answer.
@@ -321,7 +322,7 @@ func (p *process) failure() error {
 
 // read hands answers to those who wait, until the connection ends.
 func (p *process) read() {
-	events := pace{burst: eventBurst, every: eventEvery}
+	events := pace.Limit{Burst: eventBurst, Every: eventEvery}
 	for {
 		f, err := p.conn.ReadFrame()
 		if err != nil {
@@ -336,7 +337,7 @@ func (p *process) read() {
 			return
 		}
 		if f.Type == wire.TypeEvent {
-			if events.take(time.Now()) > 0 {
+			if events.Take(time.Now()) > 0 {
 				p.kill(errors.New("it tells of events without end"))
 				return
 			}

@@ -281,7 +281,7 @@ func TestWords(t *testing.T) {
 			if again := quoting(err, []string{"more"}); again.Error() != tt.want && tt.printed != "" {
 				t.Errorf("quoted twice: %q", again)
 			}
-			if !isRV(err, wire.CKRGeneralError) {
+			if !wire.IsRV(err, wire.CKRGeneralError) {
 				t.Error("the return value is lost")
 			}
 		})

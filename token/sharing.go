@@ -259,7 +259,7 @@ func (m *module) keepHeld(ctx context.Context, order []*Token, before []pcsc.Rea
 // One that failed as the card was pulled needs no new process. moves is how many cards had
 // come and gone before.
 func (m *module) loginBroke(ctx context.Context, p *process, moves uint64, err error) {
-	if e, ok := errors.AsType[*wire.Error](err); ok && e.Function == "C_Login" && isRV(err, wire.CKRDeviceError, wire.CKRGeneralError) && !m.awaitMove(ctx, moves) {
+	if e, ok := errors.AsType[*wire.Error](err); ok && e.Function == "C_Login" && wire.IsRV(err, wire.CKRDeviceError, wire.CKRGeneralError) && !m.awaitMove(ctx, moves) {
 		p.kill(fmt.Errorf("%w: %w", errAnew, err))
 	}
 }

@@ -12,6 +12,7 @@ import (
 	"time"
 
 	"p11-agent/pinentry/plain"
+	"p11-agent/token/pace"
 	"p11-agent/token/pcsc"
 	"p11-agent/token/wire"
 )
@@ -51,7 +52,7 @@ type module struct {
 	file     string // spec.Path with all links followed, as far as there is such a file
 	log      *slog.Logger
 	lines    *folding      // behind log
-	looks    pace          // of those for events; run's
+	looks    pace.Limit          // of those for events; run's
 	looked   chan struct{} // closed after the first look, or the first failure
 	wanted   chan *lookup  // looks asked for
 	poked    chan struct{} // one element: somebody looks at the keys
@@ -103,7 +104,7 @@ func newModule(s *Store, spec ModuleSpec) *module {
 		file:     file,
 		log:      slog.New(lines).With("module", spec.Name),
 		lines:    lines,
-		looks:    pace{burst: lookBurst, every: lookEvery},
+		looks:    pace.Limit{Burst: lookBurst, Every: lookEvery},
 		looked:   make(chan struct{}),
 		wanted:   make(chan *lookup),
 		poked:    make(chan struct{}, 1),
@@ -133,7 +134,7 @@ func (m *module) run(ctx context.Context) {
 	spec, poll := m.spec, m.spec.Poll
 	renewed := false // the next process is no sign of trouble
 	var again backoff
-	renewals := pace{burst: renewBurst, every: renewEvery}
+	renewals := pace.Limit{Burst: renewBurst, Every: renewEvery}
 	for ctx.Err() == nil {
 		began, moves := time.Now(), m.moves()
 		p, err := startProcess(ctx, spec, m.store.opts.Command, m.log, func(p *process) {
@@ -171,14 +172,14 @@ func (m *module) run(ctx context.Context) {
 		}
 		if renewed = errors.Is(err, errRenewed); renewed {
 			first() // whoever waits for all modules does not wait for one that wants this at once
-			reserve(ctx, &renewals)
+			renewals.Wait(ctx)
 			continue
 		}
 		if pulled(err) || oneAtATime(err) && m.moves() != moves {
 			// The card is to blame, and there may be others.
 			m.log.Info("module is started anew", "reason", err)
 			first()
-			reserve(ctx, &renewals)
+			renewals.Wait(ctx)
 			continue
 		}
 		if oneAtATime(err) && !poll {
@@ -199,7 +200,7 @@ func (m *module) run(ctx context.Context) {
 		_, hung := errors.AsType[*hungError](err)
 		spec.Poll = poll || hung
 		wait := again.next(time.Since(began))
-		if isReason(err, wire.ReasonLoad) || wait >= restartMax && !m.everRan() {
+		if wire.IsReason(err, wire.ReasonLoad) || wait >= restartMax && !m.everRan() {
 			// The file will not get better by itself, and nor will what a module is
 			// for that is not there, such as a TPM.
 			wait = 0
@@ -334,7 +335,7 @@ func (m *module) attend(ctx context.Context, p *process) (*readerWatch, []*looku
 			}
 			idle.Reset(again)
 		case <-events:
-			if wait := m.looks.take(time.Now()); wait > 0 {
+			if wait := m.looks.Take(time.Now()); wait > 0 {
 				later = time.After(wait)
 				continue
 			}
@@ -382,7 +383,7 @@ func (m *module) look(ctx context.Context, p *process, again bool) error {
 		m.answeredSince(p, moves)
 	}
 	if err != nil {
-		if isRV(err, wire.CKRGeneralError, wire.CKRDeviceError, wire.CKRCryptokiNotInitialized) {
+		if wire.IsRV(err, wire.CKRGeneralError, wire.CKRDeviceError, wire.CKRCryptokiNotInitialized) {
 			// Some modules never recover from the loss of their reader service;
 			// a new process does.
 			p.kill(fmt.Errorf("its tokens cannot be listed: %w", err))

@@ -279,8 +279,8 @@ func (t *Token) logout(ctx context.Context) error {
 		t.session = nil // and may have been noted already
 	}
 	t.mu.Unlock()
-	if err != nil && !isRV(err, wire.CKRUserNotLoggedIn, wire.CKRDeviceRemoved, wire.CKRTokenNotPresent) &&
-		!isReason(err, wire.ReasonNoToken) && !errors.Is(err, errGone) {
+	if err != nil && !wire.IsRV(err, wire.CKRUserNotLoggedIn, wire.CKRDeviceRemoved, wire.CKRTokenNotPresent) &&
+		!wire.IsReason(err, wire.ReasonNoToken) && !errors.Is(err, errGone) {
 		return fmt.Errorf("log out of token %q: %w", t.ID.Label, t.module.wrap(err))
 	}
 	return nil

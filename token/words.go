@@ -216,7 +216,7 @@ func (w *words) explain(err error, mark uint64) error {
 // saysNothing tells whether an error of a module is one of those that modules return
 // for anything.
 func saysNothing(err error) bool {
-	return isRV(err, wire.CKRGeneralError, wire.CKRFunctionFailed, wire.CKRDeviceError, wire.CKRDeviceMemory, wire.CKRHostMemory,
+	return wire.IsRV(err, wire.CKRGeneralError, wire.CKRFunctionFailed, wire.CKRDeviceError, wire.CKRDeviceMemory, wire.CKRHostMemory,
 		wire.CKRArgumentsBad)
 }
 

@@ -93,7 +93,7 @@ var rooms = []room{
 	{
 		"token",
 		[]string{
-			"token/known", "token/pairs", "token/pcsc", "token/pkcs11uri", "token/registry", "token/signing", "token/statefile", "token/wire",
+			"token/known", "token/pace", "token/pairs", "token/pcsc", "token/pkcs11uri", "token/registry", "token/signing", "token/statefile", "token/wire",
 			"pinentry/secret", "pinentry/waiting", xsys,
 		},
 		"tokens know neither the SSH protocol nor prompts, and modules run in another process",
@@ -110,6 +110,7 @@ var rooms = []room{
 	},
 	{"token/known", []string{"token/statefile", "token/wire"}, "the list of seen keys is a file: what becomes of its entries is decided elsewhere"},
 	{"token/statefile", []string{renameio}, "a leaf: what the files hold is decided elsewhere"},
+	{"token/pace", []string{}, "a leaf: it counts, and knows nothing of what happens"},
 	{"token/pairs", []string{"token/wire"}, "key pairs are made of objects without a token at hand"},
 	{"token/pcsc", []string{xsys}, "who uses a reader is found out without a module, and without touching a card"},
 	{"token/pkcs11uri", []string{"token/wire", "pinentry/secret"}, "a URI is read and matched without a token at hand"},

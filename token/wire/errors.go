@@ -1,6 +1,10 @@
 package wire
 
-import "fmt"
+import (
+	"errors"
+	"fmt"
+	"slices"
+)
 
 // Error says what happened in a person's words, and names the function and the
 // return value for whoever looks them up.
@@ -252,4 +256,16 @@ var rvNames = map[uint64]string{
 	0x201: "TOKEN_RESOURCE_EXCEEDED",
 	0x202: "OPERATION_CANCEL_FAILED",
 	0x203: "KEY_EXHAUSTED",
+}
+
+// IsRV reports whether err is a failed call of the module that returned one of the values (CKR).
+func IsRV(err error, rvs ...uint64) bool {
+	e, ok := errors.AsType[*Error](err)
+	return ok && e.Reason == ReasonModule && slices.Contains(rvs, e.RV)
+}
+
+// IsReason reports whether err is an Error with one of the reasons.
+func IsReason(err error, reasons ...Reason) bool {
+	e, ok := errors.AsType[*Error](err)
+	return ok && slices.Contains(reasons, e.Reason)
 }
