@@ -8,6 +8,7 @@ import (
 	"golang.org/x/crypto/ssh"
 
 	"p11-agent/agent/request"
+	"p11-agent/agent/sshkey"
 )
 
 // An addition is what one ssh-add -s has added.
@@ -39,7 +40,7 @@ func (a *addition) covers(wire string) bool {
 // later. wire is the key's wire form.
 func (a *addition) certifies(wire string) bool {
 	return slices.ContainsFunc(a.certificates, func(c *ssh.Certificate) bool {
-		now, change := valid(c, time.Now())
+		now, change := sshkey.Valid(c, time.Now())
 		return (now || !change.IsZero()) && string(c.Key.Marshal()) == wire
 	})
 }
@@ -243,7 +244,7 @@ func (k *Keyring) pruneHiddenLocked() {
 			shown[string(cert.Marshal())] = true
 		}
 	}
-	for _, cert := range k.opts.Certificates.certificates() {
+	for _, cert := range k.opts.Certificates.Certificates() {
 		shown[string(cert.Marshal())] = true
 	}
 	for wire := range k.hidden {

@@ -16,6 +16,7 @@ import (
 
 	"p11-agent/agent/peer"
 	"p11-agent/agent/request"
+	"p11-agent/agent/sshkey/keytest"
 	"p11-agent/pinentry/waiting"
 )
 
@@ -791,16 +792,16 @@ func TestApprovalOfOtherKeys(t *testing.T) {
 
 func TestApprovalOfUpstreamKeys(t *testing.T) {
 	w, p, deny := newWorld(t), says(Answer{true, UntilLock}), false
-	up := newTestKey(t)
+	up := keytest.New(t)
 	rules := Rules{Approval: func(k request.Key) Approval {
 		if deny {
 			return Approval{Rules: []Rule{{Confirm: ConfirmDeny}}}
 		}
 		return Approval{Confirm: ConfirmFirstUse}
 	}}
-	f := newFixture(Options{Rules: rules, Confirm: p, Upstreams: []Upstream{&fakeUpstream{name: "gcr", keys: []testKey{up}}}})
+	f := newFixture(Options{Rules: rules, Confirm: p, Upstreams: []Upstream{&fakeUpstream{name: "gcr", keys: []keytest.Key{up}}}})
 	r := sshsigOf("git")
-	r.Key = up.public.Marshal()
+	r.Key = up.Public.Marshal()
 	for range 2 {
 		if _, err := f.Sign(t.Context(), w.caller("ssh"), r); err != nil {
 			t.Error(err)

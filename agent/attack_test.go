@@ -15,6 +15,7 @@ import (
 
 	"p11-agent/agent/peer"
 	"p11-agent/agent/request"
+	"p11-agent/agent/sshkey/keytest"
 )
 
 // The attacks on the keyring that an agent has withstood. Those of whole programs are in
@@ -26,7 +27,7 @@ var spellings = []string{"pkcs11:token=a;id=1", "pkcs11:token=a", "pkcs11:token"
 // A key of a token that was added with limits keeps them when it is added again without,
 // by whatever name and in whatever order.
 func TestAttack02AddAgain(t *testing.T) {
-	host, other := newTestKey(t).public, newTestKey(t).public
+	host, other := keytest.New(t).Public, keytest.New(t).Public
 	sign := func(t *testing.T, f *fixture, key []byte, c *request.Caller) error {
 		t.Helper()
 		_, err := f.Sign(t.Context(), c, request.Sign{Key: key, Data: []byte("data"), Login: login("me", c)})
@@ -80,8 +81,8 @@ func TestAttack02Tighten(t *testing.T) {
 // A key that was added with certificates only is not shown without one by adding it
 // again, unless the configuration offers it.
 func TestAttack02CertificatesOnly(t *testing.T) {
-	k, ca := newTestKey(t), newTestKey(t)
-	cert := k.certificate(t, ca, ssh.UserCert, serial(1))
+	k, ca := keytest.New(t), keytest.New(t)
+	cert := k.Certificate(t, ca, ssh.UserCert, serial(1))
 	only := request.Constraints{Certificates: []*ssh.Certificate{cert}, CertificatesOnly: true}
 	for name, test := range map[string]struct {
 		automatic []request.Selection
@@ -91,7 +92,7 @@ func TestAttack02CertificatesOnly(t *testing.T) {
 		"automatic": {nil, []string{"key", "cert 1"}},
 	} {
 		t.Run(name, func(t *testing.T) {
-			f := newFixture(Options{Rules: Rules{Automatic: test.automatic}}, &fakeKey{Signer: k.private, uri: "pkcs11:token=a;id=1", insertions: 1})
+			f := newFixture(Options{Rules: Rules{Automatic: test.automatic}}, &fakeKey{Signer: k.Private, uri: "pkcs11:token=a;id=1", insertions: 1})
 			f.add(t, "pkcs11:token=a", only)
 			f.add(t, "pkcs11:token=a;id=1", request.Constraints{})
 			f.wantTypes(t, test.want...)
@@ -123,7 +124,7 @@ func TestAttack02Away(t *testing.T) {
 // PIN or an approval, whichever way it goes and comes back.
 func TestAttack02RemoveAndReturn(t *testing.T) {
 	const uri = "pkcs11:token=a;id=1"
-	host := newTestKey(t).public
+	host := keytest.New(t).Public
 	had := map[string]request.Constraints{
 		"confirm":      {Confirm: true},
 		"destinations": {Destinations: []request.Destination{to("", nil, host)}},
@@ -167,7 +168,7 @@ func TestAttack02RemoveAndReturn(t *testing.T) {
 							f.wantList(t, k.uri)
 							k.asks = asks
 							sign := func() error {
-								c := boundTo(false, newTestKey(t).public)
+								c := boundTo(false, keytest.New(t).Public)
 								_, err := f.Sign(t.Context(), c, request.Sign{Key: wireOf(k), Login: login("me", c)})
 								return err
 							}
@@ -258,7 +259,7 @@ func TestAttack02PINOfOthers(t *testing.T) {
 
 // A host that the agent is forwarded to neither lifts limits nor profits from a loss.
 func TestAttack02Forwarded(t *testing.T) {
-	host, bad := newTestKey(t).public, newTestKey(t).public
+	host, bad := keytest.New(t).Public, keytest.New(t).Public
 	k := edKey("pkcs11:token=a;id=1")
 	f := newFixture(Options{RemoteTokens: true}, k)
 	f.add(t, k.uri, request.Constraints{Destinations: []request.Destination{to("", nil, host)}})
@@ -313,7 +314,7 @@ func TestAttack02ManyRoutes(t *testing.T) {
 	f := newFixture(Options{}, k)
 	for i := range maxRoutes + 2 {
 		err := f.AddToken(t.Context(), local, request.Token{
-			Provider: []byte(k.uri), Constraints: request.Constraints{Destinations: []request.Destination{to("", nil, newTestKey(t).public)}},
+			Provider: []byte(k.uri), Constraints: request.Constraints{Destinations: []request.Destination{to("", nil, keytest.New(t).Public)}},
 		})
 		if full := i >= maxRoutes; (err != nil) != full {
 			t.Fatalf("destination %d: %v", i+1, err)
@@ -321,9 +322,9 @@ func TestAttack02ManyRoutes(t *testing.T) {
 	}
 	all := limits{}
 	for range maxRoutes + 1 {
-		all = all.and(limits{routes: []route{{to("", nil, newTestKey(t).public)}}})
+		all = all.and(limits{routes: []route{{to("", nil, keytest.New(t).Public)}}})
 	}
-	if !all.indeterminate || !new(limits).looser(&all) || all.permits(boundTo(false, newTestKey(t).public)) == nil {
+	if !all.indeterminate || !new(limits).looser(&all) || all.permits(boundTo(false, keytest.New(t).Public)) == nil {
 		t.Errorf("%+v", all)
 	}
 }
@@ -336,7 +337,7 @@ func TestAttack03(t *testing.T) {
 	sshAdd := peer.Peer{Known: true, PID: 4711, Program: peer.Program{Path: "/usr/bin/ssh-add", Dev: 1, Ino: 1}}
 	for name, c := range map[string]*request.Caller{
 		"forwarded":        {Peer: sshAdd, Forwarded: true},
-		"bound":            {Peer: sshAdd, Binds: boundTo(false, newTestKey(t).public).Binds},
+		"bound":            {Peer: sshAdd, Binds: boundTo(false, keytest.New(t).Public).Binds},
 		"a failed bind":    {Peer: sshAdd, BindFailed: true},
 		"by its name only": {Peer: sshAdd},
 		"nobody known":     {},
@@ -350,13 +351,13 @@ func TestAttack03(t *testing.T) {
 		t.Errorf("%d signatures, asked %q", k.signed, f.confirm.asked)
 	}
 	// A key in memory signs everything, and a prompt does not call it a test.
-	soft := newTestKey(t)
+	soft := keytest.New(t)
 	f = newFixture(Options{SoftwareKeys: true})
 	f.confirm.answer = true
-	if err := f.Add(t.Context(), local, soft.request(request.Constraints{Confirm: true})); err != nil {
+	if err := f.Add(t.Context(), local, addKey(soft, request.Constraints{Confirm: true})); err != nil {
 		t.Fatal(err)
 	}
-	if _, err := f.Sign(t.Context(), forwarded, request.Sign{Key: soft.public.Marshal(), Content: request.Content{Kind: request.KindTest}}); err != nil {
+	if _, err := f.Sign(t.Context(), forwarded, request.Sign{Key: soft.Public.Marshal(), Content: request.Content{Kind: request.KindTest}}); err != nil {
 		t.Error(err)
 	}
 	if what := f.confirm.use.What(); what != "UNKNOWN DATA" {
@@ -368,7 +369,7 @@ func TestAttack03(t *testing.T) {
 type walls struct {
 	*fixture
 	shown, sibling, other, limited *fakeKey // of the tokens b, b, a and d
-	soft, theirs                   testKey
+	soft, theirs                   keytest.Key
 	upstream                       *fakeUpstream
 	host                           ssh.PublicKey // where the limited key may be used
 	bad                            ssh.PublicKey // where it may not
@@ -378,9 +379,9 @@ func newWalls(t *testing.T) *walls {
 	w := &walls{
 		shown: edKey("pkcs11:token=b;id=1"), sibling: edKey("pkcs11:token=b;id=2"),
 		other: edKey("pkcs11:token=a;id=1"), limited: edKey("pkcs11:token=d;id=1"),
-		soft: newTestKey(t), theirs: newTestKey(t), host: newTestKey(t).public, bad: newTestKey(t).public,
+		soft: keytest.New(t), theirs: keytest.New(t), host: keytest.New(t).Public, bad: keytest.New(t).Public,
 	}
-	w.upstream = &fakeUpstream{name: "upstream", keys: []testKey{w.theirs}}
+	w.upstream = &fakeUpstream{name: "upstream", keys: []keytest.Key{w.theirs}}
 	w.fixture = newFixture(Options{
 		SoftwareKeys: true, RemoteTokens: true, Upstreams: []Upstream{w.upstream},
 		Report: func(Status, request.Selection) ([]byte, error) { return []byte("{}"), nil },
@@ -388,7 +389,7 @@ func newWalls(t *testing.T) *walls {
 	w.confirm.answer = true
 	w.add(t, "pkcs11:token=d", request.Constraints{Destinations: []request.Destination{to("", nil, w.host)}})
 	w.add(t, "pkcs11:token=a", request.Constraints{Confirm: true})
-	if err := w.Add(t.Context(), local, w.soft.request(request.Constraints{})); err != nil {
+	if err := w.Add(t.Context(), local, addKey(w.soft, request.Constraints{})); err != nil {
 		t.Fatal(err)
 	}
 	w.wantList(t, w.shown.uri, w.sibling.uri, w.other.uri, w.limited.uri, "file", "upstream")
@@ -443,8 +444,8 @@ func TestAttack04Walk(t *testing.T) {
 		sibling = func(w *walls) []byte { return wireOf(w.sibling) }
 		other   = func(w *walls) []byte { return wireOf(w.other) }
 		limited = func(w *walls) []byte { return wireOf(w.limited) }
-		soft    = func(w *walls) []byte { return w.soft.public.Marshal() }
-		theirs  = func(w *walls) []byte { return w.theirs.public.Marshal() }
+		soft    = func(w *walls) []byte { return w.soft.Public.Marshal() }
+		theirs  = func(w *walls) []byte { return w.theirs.Public.Marshal() }
 	)
 	// The columns: on the main socket; at a socket for one key that may change it; at one
 	// that is read-only, as is the default; at a read-only one for all keys; at one that
@@ -495,7 +496,7 @@ func TestAttack04Walk(t *testing.T) {
 		{"AddToken", "the limited key", add("pkcs11:token=d"), "main confirm login"},
 		{"AddToken", "everything", add("pkcs11:"), "main some confirm forwarded some-fwd login"},
 		{"Add", "one in memory", func(w *walls, c *request.Caller) error {
-			return w.Add(ctx, c, w.soft.request(request.Constraints{Lifetime: time.Hour}))
+			return w.Add(ctx, c, addKey(w.soft, request.Constraints{Lifetime: time.Hour}))
 		}, "main confirm forwarded login"},
 		{"RemoveToken", "the shown key", removeToken("pkcs11:token=b;id=1"), "main some confirm forwarded some-fwd login"},
 		{"RemoveToken", "its token", removeToken("pkcs11:token=b"), "main some confirm forwarded some-fwd login"},

@@ -411,14 +411,6 @@ func hosts(u *request.Use) (host string, via []string) {
 	return host, via
 }
 
-// plainOf returns what a certificate certifies, or the key itself.
-func plainOf(key ssh.PublicKey) ssh.PublicKey {
-	if cert, ok := key.(*ssh.Certificate); ok {
-		return cert.Key
-	}
-	return key
-}
-
 // isDeclined tells whether a person has said no, who knows why it failed.
 func isDeclined(err error) bool {
 	if errors.Is(err, errDeclined) || errors.Is(err, errDeclinedToken) {

@@ -12,6 +12,7 @@ import (
 
 	"p11-agent/agent/peer"
 	"p11-agent/agent/request"
+	"p11-agent/agent/sshkey/keytest"
 	"p11-agent/pinentry/secret"
 )
 
@@ -19,7 +20,7 @@ import (
 func TestOneLineEach(t *testing.T) {
 	key, host, hop := edKey("pkcs11:token=a;id=1"), edKey("host"), edKey("hop")
 	hostKey, hopKey := publicOf(t, host), publicOf(t, hop)
-	soft := newTestKey(t)
+	soft := keytest.New(t)
 	phrase := func() *secret.Secret { // which the lock takes
 		s, err := secret.From([]byte("open-sesame"))
 		if err != nil {
@@ -85,10 +86,10 @@ func TestOneLineEach(t *testing.T) {
 			return f.AddToken(t.Context(), local, request.Token{Provider: []byte("pkcs11:token=z"), PIN: pin})
 		}, "WARN", "request refused", []string{"request=add", `uri="pkcs11:token=z"`, `reason="no match"`}},
 		{"add a key", func() error {
-			return f.Add(t.Context(), local, soft.request(request.Constraints{Confirm: true}))
+			return f.Add(t.Context(), local, addKey(soft, request.Constraints{Confirm: true}))
 		}, "INFO", "key added", []string{"request=add", "key=SHA256:", "comment="}},
 		{"add it again", func() error {
-			return f.Add(t.Context(), local, soft.request(request.Constraints{}))
+			return f.Add(t.Context(), local, addKey(soft, request.Constraints{}))
 		}, "WARN", "key added", []string{`note="constraints loosened`}},
 		{"remove a token", func() error {
 			return f.RemoveToken(t.Context(), local, request.Token{Provider: []byte("pkcs11:token=a")})

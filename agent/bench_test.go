@@ -14,8 +14,10 @@ import (
 
 	"golang.org/x/crypto/ssh"
 
+	"p11-agent/agent/certdir"
 	"p11-agent/agent/peer"
 	"p11-agent/agent/request"
+	"p11-agent/agent/sshkey/keytest"
 )
 
 // stillKey is a key whose signatures cost nothing: what is left is the keyring's.
@@ -200,19 +202,19 @@ func BenchmarkView(b *testing.B) {
 // BenchmarkCertificates is what it costs a list to look for renewed certificates.
 func BenchmarkCertificates(b *testing.B) {
 	dir := b.TempDir()
-	ca := newTestKey(b)
+	ca := keytest.New(b)
 	for i := range 10 {
-		text := ssh.MarshalAuthorizedKey(newTestKey(b).certificate(b, ca, ssh.UserCert, nil))
+		text := ssh.MarshalAuthorizedKey(keytest.New(b).Certificate(b, ca, ssh.UserCert, nil))
 		if err := os.WriteFile(filepath.Join(dir, fmt.Sprintf("%d-cert.pub", i)), text, 0o600); err != nil {
 			b.Fatal(err)
 		}
 	}
-	d := NewCertificateDir(dir, slog.New(slog.DiscardHandler))
+	d := certdir.New(dir, slog.New(slog.DiscardHandler))
 	b.ReportAllocs()
 	for b.Loop() {
-		d.look()
+		d.Look()
 	}
-	if n := len(d.certificates()); n != 10 {
+	if n := len(d.Certificates()); n != 10 {
 		b.Fatalf("%d certificates", n)
 	}
 }

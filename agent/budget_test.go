@@ -19,6 +19,7 @@ import (
 	"golang.org/x/crypto/ssh"
 
 	"p11-agent/agent/request"
+	"p11-agent/agent/sshkey/keytest"
 )
 
 // heap returns the bytes that live.
@@ -60,7 +61,7 @@ func first[T any](all iter.Seq[T]) T {
 // What is counted of a thing is no less than what it takes.
 func TestSizes(t *testing.T) {
 	const many = 50
-	k, ca := newTestKey(t), newTestKey(t)
+	k, ca := keytest.New(t), keytest.New(t)
 	rsaKey, err := rsa.GenerateKey(rand.Reader, 2048)
 	if err != nil {
 		t.Fatal(err)
@@ -69,13 +70,13 @@ func TestSizes(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	cert := k.certificate(t, ca, ssh.HostCert, fat)
+	cert := k.Certificate(t, ca, ssh.HostCert, fat)
 	for _, test := range []struct {
 		name string
 		make func() (thing any, size int)
 	}{
 		{"bind", func() (any, int) {
-			b := &request.Bind{HostKey: reread(t, k.public), SessionID: make([]byte, 64), Message: make([]byte, 300)}
+			b := &request.Bind{HostKey: reread(t, k.Public), SessionID: make([]byte, 64), Message: make([]byte, 300)}
 			return b, b.Size()
 		}},
 		{"bind with RSA", func() (any, int) {
@@ -89,7 +90,7 @@ func TestSizes(t *testing.T) {
 		{"destinations", func() (any, int) {
 			c := &request.Constraints{}
 			for range 50 {
-				d := to(strings.Clone("user"), reread(t, k.public), reread(t, rsaPublic))
+				d := to(strings.Clone("user"), reread(t, k.Public), reread(t, rsaPublic))
 				c.Destinations = append(c.Destinations, d)
 			}
 			return c, c.Size()
@@ -103,9 +104,9 @@ func TestSizes(t *testing.T) {
 		}},
 		{"key in memory", func() (any, int) {
 			f := newFixture(Options{SoftwareKeys: true})
-			own := newTestKey(t)
-			r := request.AddKey{Private: own.private, Public: reread(t, own.public), Comment: strings.Repeat("c", 4096)}
-			s, err := f.newSoftwareKey(t.Context(), local, r, string(own.public.Marshal()))
+			own := keytest.New(t)
+			r := request.AddKey{Private: own.Private, Public: reread(t, own.Public), Comment: strings.Repeat("c", 4096)}
+			s, err := f.newSoftwareKey(t.Context(), local, r, string(own.Public.Marshal()))
 			if err != nil {
 				t.Fatal(err)
 			}
@@ -114,7 +115,7 @@ func TestSizes(t *testing.T) {
 		{"certified key in memory", func() (any, int) {
 			f := newFixture(Options{SoftwareKeys: true})
 			own := reread(t, cert)
-			s, err := f.newSoftwareKey(t.Context(), local, request.AddKey{Private: k.private, Public: own}, string(own.Marshal()))
+			s, err := f.newSoftwareKey(t.Context(), local, request.AddKey{Private: k.Private, Public: own}, string(own.Marshal()))
 			if err != nil {
 				t.Fatal(err)
 			}
@@ -152,12 +153,12 @@ func TestSizes(t *testing.T) {
 
 // A client adds keys with large certificates for as long as it can.
 func TestAttack08Keys(t *testing.T) {
-	ca := newTestKey(t)
+	ca := keytest.New(t)
 	f := newFixture(Options{SoftwareKeys: true})
 	add := func(c *request.Caller) error {
-		k := newTestKey(t)
-		cert := k.certificate(t, ca, ssh.UserCert, fat)
-		return f.Add(t.Context(), c, request.AddKey{Private: k.private, Public: cert, Comment: "file"})
+		k := keytest.New(t)
+		cert := k.Certificate(t, ca, ssh.UserCert, fat)
+		return f.Add(t.Context(), c, request.AddKey{Private: k.Private, Public: cert, Comment: "file"})
 	}
 	fill := func(c *request.Caller) error {
 		for {
@@ -224,10 +225,10 @@ func TestMayKeep(t *testing.T) {
 
 // A client adds a key of a token with ever new certificates and removes them.
 func TestAttack08Removed(t *testing.T) {
-	k, ca := newTestKey(t), newTestKey(t)
-	token := &fakeKey{Signer: k.private, uri: "pkcs11:token=a", insertions: 1}
+	k, ca := keytest.New(t), keytest.New(t)
+	token := &fakeKey{Signer: k.Private, uri: "pkcs11:token=a", insertions: 1}
 	f := newFixture(Options{}, token)
-	cert := k.certificate(t, ca, ssh.UserCert, nil)
+	cert := k.Certificate(t, ca, ssh.UserCert, nil)
 	for serial := range uint64(maxHidden) {
 		old := *cert
 		old.Serial = serial + 2
@@ -235,7 +236,7 @@ func TestAttack08Removed(t *testing.T) {
 	}
 	f.add(t, token.uri, request.Constraints{Certificates: []*ssh.Certificate{cert}})
 	f.hidden[string(cert.Marshal())] = 1 // that of an addition that is there
-	if err := f.Remove(t.Context(), local, k.public.Marshal()); err != nil {
+	if err := f.Remove(t.Context(), local, k.Public.Marshal()); err != nil {
 		t.Fatal(err)
 	}
 	f.wantList(t) // neither comes back
@@ -352,7 +353,7 @@ func BenchmarkAdd(b *testing.B) {
 		b.Run(fmt.Sprint(n), func(b *testing.B) {
 			requests := make([]request.AddKey, n)
 			for i := range requests {
-				requests[i] = newTestKey(b).request(request.Constraints{})
+				requests[i] = addKey(keytest.New(b), request.Constraints{})
 			}
 			for b.Loop() {
 				f := newFixture(Options{SoftwareKeys: true})

@@ -6,14 +6,15 @@ import (
 	"os"
 	"path/filepath"
 	"slices"
-	"strings"
 	"testing"
 	"testing/synctest"
 	"time"
 
 	"golang.org/x/crypto/ssh"
 
+	"p11-agent/agent/certdir"
 	"p11-agent/agent/request"
+	"p11-agent/agent/sshkey/keytest"
 )
 
 // types lists the types of keys that are listed, and their serial numbers.
@@ -47,24 +48,24 @@ func (f *fixture) wantTypes(t *testing.T, want ...string) {
 func serial(n uint64) func(*ssh.Certificate) { return func(c *ssh.Certificate) { c.Serial = n } }
 
 func TestAssociatedCertificates(t *testing.T) {
-	k, other, ca := newTestKey(t), newTestKey(t), newTestKey(t)
-	one, two := k.certificate(t, ca, ssh.UserCert, serial(1)), k.certificate(t, ca, ssh.UserCert, serial(2))
-	foreign := other.certificate(t, ca, ssh.UserCert, serial(3))
-	expired := k.certificate(t, ca, ssh.UserCert, func(c *ssh.Certificate) { c.Serial, c.ValidBefore = 4, 1 })
+	k, other, ca := keytest.New(t), keytest.New(t), keytest.New(t)
+	one, two := k.Certificate(t, ca, ssh.UserCert, serial(1)), k.Certificate(t, ca, ssh.UserCert, serial(2))
+	foreign := other.Certificate(t, ca, ssh.UserCert, serial(3))
+	expired := k.Certificate(t, ca, ssh.UserCert, func(c *ssh.Certificate) { c.Serial, c.ValidBefore = 4, 1 })
 	newF := func() *fixture {
-		return newFixture(Options{Rules: Rules{Automatic: []request.Selection{}}}, &fakeKey{Signer: k.private, uri: "pkcs11:token=a", insertions: 1})
+		return newFixture(Options{Rules: Rules{Automatic: []request.Selection{}}}, &fakeKey{Signer: k.Private, uri: "pkcs11:token=a", insertions: 1})
 	}
 	all := []*ssh.Certificate{one, foreign, two, expired}
 
 	f := newF()
 	f.add(t, "pkcs11:token=a", request.Constraints{Certificates: all})
 	f.wantTypes(t, "key", "cert 1", "cert 2")
-	for _, key := range []ssh.PublicKey{k.public, one, two} {
+	for _, key := range []ssh.PublicKey{k.Public, one, two} {
 		sig, err := f.Sign(t.Context(), local, request.Sign{Key: key.Marshal(), Data: []byte("data")})
 		if err != nil {
 			t.Fatal(err)
 		}
-		if err := k.public.Verify([]byte("data"), sig); err != nil {
+		if err := k.Public.Verify([]byte("data"), sig); err != nil {
 			t.Error(err)
 		}
 	}
@@ -74,7 +75,7 @@ func TestAssociatedCertificates(t *testing.T) {
 	f.wantTypes(t, "key", "cert 2")
 	f.add(t, "pkcs11:token=a", request.Constraints{Certificates: all, CertificatesOnly: true})
 	f.wantTypes(t, "cert 1", "cert 2")
-	if _, err := f.Sign(t.Context(), local, request.Sign{Key: k.public.Marshal()}); err == nil {
+	if _, err := f.Sign(t.Context(), local, request.Sign{Key: k.Public.Marshal()}); err == nil {
 		t.Error("the plain key signs")
 	}
 	if err := f.RemoveToken(t.Context(), local, request.Token{Provider: []byte("pkcs11:token=a")}); err != nil {
@@ -90,12 +91,12 @@ func TestAssociatedCertificates(t *testing.T) {
 }
 
 func TestCertificateDir(t *testing.T) {
-	k, soft, ca := newTestKey(t), newTestKey(t), newTestKey(t)
+	k, soft, ca := keytest.New(t), keytest.New(t), keytest.New(t)
 	dir := filepath.Join(t.TempDir(), "certs")
 	log := slog.New(slog.DiscardHandler)
-	token := &fakeKey{Signer: k.private, uri: "pkcs11:token=a", insertions: 1}
-	f := newFixture(Options{SoftwareKeys: true, Certificates: NewCertificateDir(dir, log)}, token)
-	if err := f.Add(t.Context(), local, soft.request(request.Constraints{})); err != nil {
+	token := &fakeKey{Signer: k.Private, uri: "pkcs11:token=a", insertions: 1}
+	f := newFixture(Options{SoftwareKeys: true, Certificates: certdir.New(dir, log)}, token)
+	if err := f.Add(t.Context(), local, addKey(soft, request.Constraints{})); err != nil {
 		t.Fatal(err)
 	}
 	f.wantTypes(t, "key", "key") // the directory is not there
@@ -111,16 +112,16 @@ func TestCertificateDir(t *testing.T) {
 			t.Fatal(err)
 		}
 	}
-	cert := func(n uint64) *ssh.Certificate { return k.certificate(t, ca, ssh.UserCert, serial(n)) }
+	cert := func(n uint64) *ssh.Certificate { return k.Certificate(t, ca, ssh.UserCert, serial(n)) }
 	put("b-cert.pub", cert(1))
-	put("plain.pub", k.public)
-	put("other-cert.pub", newTestKey(t).certificate(t, ca, ssh.UserCert, nil))
-	put("soft-cert.pub", soft.certificate(t, ca, ssh.UserCert, nil)) // for keys of tokens only
+	put("plain.pub", k.Public)
+	put("other-cert.pub", keytest.New(t).Certificate(t, ca, ssh.UserCert, nil))
+	put("soft-cert.pub", soft.Certificate(t, ca, ssh.UserCert, nil)) // for keys of tokens only
 	put("ignored", cert(9))
 	if err := os.WriteFile(filepath.Join(dir, "garbage.pub"), []byte("garbage"), 0o600); err != nil {
 		t.Fatal(err)
 	}
-	if err := os.WriteFile(filepath.Join(dir, "huge.pub"), make([]byte, maxCertificateSize+1), 0o600); err != nil {
+	if err := os.WriteFile(filepath.Join(dir, "huge.pub"), make([]byte, 64<<10+1), 0o600); err != nil {
 		t.Fatal(err)
 	}
 	if err := os.Mkdir(filepath.Join(dir, "directory.pub"), 0o700); err != nil {
@@ -165,16 +166,16 @@ func TestCertificateDir(t *testing.T) {
 func TestCertificateValidity(t *testing.T) {
 	dir := t.TempDir()
 	synctest.Test(t, func(t *testing.T) {
-		k, ca := newTestKey(t), newTestKey(t)
+		k, ca := keytest.New(t), keytest.New(t)
 		start := time.Now().Truncate(time.Second)
-		cert := k.certificate(t, ca, ssh.UserCert, func(c *ssh.Certificate) {
+		cert := k.Certificate(t, ca, ssh.UserCert, func(c *ssh.Certificate) {
 			c.ValidAfter, c.ValidBefore = uint64(start.Unix()+10), uint64(start.Unix()+20)
 		})
 		if err := os.WriteFile(filepath.Join(dir, "cert.pub"), ssh.MarshalAuthorizedKey(cert), 0o600); err != nil {
 			t.Fatal(err)
 		}
-		f := newFixture(Options{Certificates: NewCertificateDir(dir, slog.New(slog.DiscardHandler))},
-			&fakeKey{Signer: k.private, uri: "pkcs11:token=a", insertions: 1})
+		f := newFixture(Options{Certificates: certdir.New(dir, slog.New(slog.DiscardHandler))},
+			&fakeKey{Signer: k.Private, uri: "pkcs11:token=a", insertions: 1})
 		for _, test := range []struct {
 			at    time.Duration
 			shown bool
@@ -185,21 +186,4 @@ func TestCertificateValidity(t *testing.T) {
 			}
 		}
 	})
-}
-
-// A directory that grows without end costs no more than its limit.
-func TestCertificateDirLimit(t *testing.T) {
-	k, ca := newTestKey(t), newTestKey(t)
-	dir := t.TempDir()
-	text := ssh.MarshalAuthorizedKey(k.certificate(t, ca, ssh.UserCert, nil))
-	for i := range maxCertificateFiles + 5 {
-		if err := os.WriteFile(filepath.Join(dir, fmt.Sprintf("%d.pub", i)), text, 0o600); err != nil {
-			t.Fatal(err)
-		}
-	}
-	log := new(strings.Builder)
-	d := NewCertificateDir(dir, slog.New(slog.NewTextHandler(log, nil)))
-	if n := len(d.certificates()); n != maxCertificateFiles || !strings.Contains(log.String(), "not all certificates") {
-		t.Errorf("%d certificates, the log has %s", n, log)
-	}
 }

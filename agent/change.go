@@ -7,6 +7,7 @@ import (
 	"slices"
 
 	"p11-agent/agent/request"
+	"p11-agent/agent/sshkey"
 )
 
 var (
@@ -83,7 +84,7 @@ func (k *Keyring) keepAddition(rec *record, s request.Selection, constraints req
 		selection: s, limits: limitsOf(&constraints, k.opts.Lifetime), certificates: constraints.Certificates,
 		forwarded: c.Forwarded,
 	}
-	generation, certificates := k.opts.Tokens.Generation(), k.opts.Certificates.generation()
+	generation, certificates := k.opts.Tokens.Generation(), k.opts.Certificates.Generation()
 	k.mu.Lock()
 	defer k.mu.Unlock()
 	v := k.nowLocked(generation, certificates)
@@ -170,7 +171,7 @@ func (k *Keyring) mergeLocked(a *addition) {
 // comment and constraints.
 func (k *Keyring) Add(ctx context.Context, c *request.Caller, r request.AddKey) error {
 	rec := k.begin(c, request.ActionAdd)
-	rec.Key, rec.Comment = k.fingerprint(plainOf(r.Public)), r.Comment
+	rec.Key, rec.Comment = k.fingerprint(sshkey.Plain(r.Public)), r.Comment
 	err := k.add(ctx, rec, r, string(r.Public.Marshal()))
 	k.end(rec, err)
 	return err
@@ -260,7 +261,7 @@ func (k *Keyring) removeToken(ctx context.Context, rec *record, r request.Token)
 // and returns a function that tells whether the removal concerned a token with these
 // keys, and nothing uses the token any more.
 func (k *Keyring) removeSelected(c *request.Caller, s request.Selection) (unused func([]request.Key) bool, err error) {
-	generation, certificates := k.opts.Tokens.Generation(), k.opts.Certificates.generation()
+	generation, certificates := k.opts.Tokens.Generation(), k.opts.Certificates.Generation()
 	k.mu.Lock()
 	defer k.mu.Unlock()
 	v := k.nowLocked(generation, certificates)
@@ -421,7 +422,7 @@ func (k *Keyring) clear(ctx context.Context, c *request.Caller) error {
 // connection may log out of a token with these keys: it sees one of them, and all that
 // the agent uses.
 func (k *Keyring) removeSeen(c *request.Caller) (may func([]request.Key) bool) {
-	generation, certificates := k.opts.Tokens.Generation(), k.opts.Certificates.generation()
+	generation, certificates := k.opts.Tokens.Generation(), k.opts.Certificates.Generation()
 	k.mu.Lock()
 	defer k.mu.Unlock()
 	v := k.nowLocked(generation, certificates)

@@ -11,6 +11,7 @@ import (
 
 	"p11-agent/agent/peer"
 	"p11-agent/agent/request"
+	"p11-agent/agent/sshkey/keytest"
 	"p11-agent/pinentry/secret"
 )
 
@@ -138,8 +139,8 @@ func TestControl(t *testing.T) {
 func TestStatusOfKeys(t *testing.T) {
 	token, other := edKey("pkcs11:token=a;id=1"), edKey("pkcs11:token=a;id=2")
 	f := newFixture(Options{SoftwareKeys: true, Upstreams: []Upstream{&fakeUpstream{name: "gone", err: errors.New("it is gone")}}}, token, other)
-	soft := newTestKey(t)
-	if err := f.Add(t.Context(), local, soft.request(request.Constraints{Confirm: true, Lifetime: 1e12})); err != nil {
+	soft := keytest.New(t)
+	if err := f.Add(t.Context(), local, addKey(soft, request.Constraints{Confirm: true, Lifetime: 1e12})); err != nil {
 		t.Fatal(err)
 	}
 	f.list(t)

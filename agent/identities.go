@@ -9,6 +9,7 @@ import (
 	"golang.org/x/crypto/ssh"
 
 	"p11-agent/agent/request"
+	"p11-agent/agent/sshkey"
 )
 
 // identity is a key as clients see it, with every place it can be used at.
@@ -78,7 +79,7 @@ func (k *Keyring) plainLocked(key request.Key) *plainKey {
 		return p
 	}
 	pub, err := ssh.NewPublicKey(key.Public())
-	if err != nil || Readable(pub) != nil {
+	if err != nil || sshkey.Readable(pub) != nil {
 		return nil
 	}
 	wire := string(pub.Marshal())
@@ -112,7 +113,7 @@ type view struct {
 
 // now returns the present view, made anew when something has changed.
 func (k *Keyring) now() *view {
-	generation, certificates := k.opts.Tokens.Generation(), k.opts.Certificates.generation()
+	generation, certificates := k.opts.Tokens.Generation(), k.opts.Certificates.Generation()
 	if v := k.view.Load(); v != nil && v.software == k.software.change.Load() && !over(v.expires, time.Now()) && k.good(v.tokens, generation, certificates) {
 		return v
 	}
@@ -150,7 +151,7 @@ func (k *Keyring) nowLocked(generation, certificates uint64) *view {
 // nowOnTokens returns the present identities of tokens, made anew when something has
 // changed about them.
 func (k *Keyring) nowOnTokens() *tokenView {
-	generation, certificates := k.opts.Tokens.Generation(), k.opts.Certificates.generation()
+	generation, certificates := k.opts.Tokens.Generation(), k.opts.Certificates.Generation()
 	if v := k.tokens.Load(); k.good(v, generation, certificates) {
 		return v
 	}
@@ -176,7 +177,7 @@ func (k *Keyring) nowOnTokensLocked(generation, certificates uint64) *tokenView 
 		byKey: make(map[string]*identity), limits: make(map[string]limits),
 	}
 	k.tokensLocked(v)
-	v.certify(k.opts.Certificates.certificates(), k.hidden)
+	v.certify(k.opts.Certificates.Certificates(), k.hidden)
 	for _, id := range v.identities {
 		if s := k.software.get(id.wire); s != nil {
 			// The limits of the key on the token and those of the key in memory limit both.
@@ -332,7 +333,7 @@ func (k *Keyring) tokensLocked(v *tokenView) {
 
 // counts tells whether a certificate is valid now.
 func (v *tokenView) counts(cert *ssh.Certificate) bool {
-	ok, change := valid(cert, time.Now())
+	ok, change := sshkey.Valid(cert, time.Now())
 	v.until(change)
 	return ok
 }

@@ -11,7 +11,9 @@ import (
 
 	"golang.org/x/crypto/ssh"
 
+	"p11-agent/agent/certdir"
 	"p11-agent/agent/request"
+	"p11-agent/agent/sshkey"
 	"p11-agent/pinentry/secret"
 	"p11-agent/pinentry/waiting"
 )
@@ -113,7 +115,7 @@ type Options struct {
 	// RemoteTokens lets clients behind forwarded connections add keys of tokens.
 	RemoteTokens bool
 	// Certificates are shown with the keys of tokens that they certify; nil: none.
-	Certificates *CertificateDir
+	Certificates *certdir.Dir
 	// Upstreams are asked for what the Keyring does not have, in this order.
 	Upstreams []Upstream
 	// Hosts gives names to host keys; nil: they have none.
@@ -191,7 +193,7 @@ func (k *Keyring) List(ctx context.Context, c *request.Caller) (*Listing, error)
 	if !k.knew {
 		k.settle(ctx)
 	}
-	k.opts.Certificates.look()
+	k.opts.Certificates.Look()
 	v := k.now()
 	k.opts.Tokens.Poke()
 	if len(v.identities) == 0 && k.lookAgain() {
@@ -282,7 +284,7 @@ func (k *Keyring) signFor(ctx context.Context, rec *record, r request.Sign) (*ss
 	if id == nil {
 		// It may have come a moment ago.
 		k.settle(ctx)
-		k.opts.Certificates.look()
+		k.opts.Certificates.Look()
 		id, unseen = k.find(c, r.Key)
 	}
 	switch {
@@ -458,5 +460,5 @@ func (k *Keyring) describe(key []byte) string {
 	if err != nil {
 		return "a key of unknown kind"
 	}
-	return k.fingerprint(plainOf(pub))
+	return k.fingerprint(sshkey.Plain(pub))
 }

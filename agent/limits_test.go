@@ -1,7 +1,6 @@
 package agent
 
 import (
-	"crypto/ed25519"
 	"crypto/rand"
 	"crypto/rsa"
 	"errors"
@@ -15,43 +14,11 @@ import (
 	"golang.org/x/crypto/ssh"
 
 	"p11-agent/agent/request"
+	"p11-agent/agent/sshkey/keytest"
 )
 
-// testKey is a key with everything that a test may want of it.
-type testKey struct {
-	private ed25519.PrivateKey
-	public  ssh.PublicKey
-	signer  ssh.Signer
-}
-
-func newTestKey(t testing.TB) testKey {
-	t.Helper()
-	_, priv, err := ed25519.GenerateKey(rand.Reader)
-	if err != nil {
-		t.Fatal(err)
-	}
-	signer, err := ssh.NewSignerFromKey(priv)
-	if err != nil {
-		t.Fatal(err)
-	}
-	return testKey{priv, signer.PublicKey(), signer}
-}
-
-// certificate certifies the key. change may be nil.
-func (k testKey) certificate(t testing.TB, ca testKey, kind uint32, change func(*ssh.Certificate)) *ssh.Certificate {
-	t.Helper()
-	c := &ssh.Certificate{Key: k.public, CertType: kind, ValidBefore: ssh.CertTimeInfinity, Serial: 1}
-	if change != nil {
-		change(c)
-	}
-	if err := c.SignCert(rand.Reader, ca.signer); err != nil {
-		t.Fatal(err)
-	}
-	return c
-}
-
-func (k testKey) request(c request.Constraints) request.AddKey {
-	return request.AddKey{Private: k.private, Public: k.public, Comment: "file", Constraints: c}
+func addKey(k keytest.Key, c request.Constraints) request.AddKey {
+	return request.AddKey{Private: k.Private, Public: k.Public, Comment: "file", Constraints: c}
 }
 
 // boundTo returns a caller that is bound to sessions with hosts, one after the
@@ -85,9 +52,9 @@ func login(user string, c *request.Caller) *request.Login {
 }
 
 func TestDestinations(t *testing.T) {
-	a, b, other, ca := newTestKey(t), newTestKey(t), newTestKey(t), newTestKey(t)
+	a, b, other, ca := keytest.New(t), keytest.New(t), keytest.New(t), keytest.New(t)
 	hostCert := func(change func(*ssh.Certificate)) ssh.PublicKey {
-		return a.certificate(t, ca, ssh.HostCert, func(c *ssh.Certificate) {
+		return a.Certificate(t, ca, ssh.HostCert, func(c *ssh.Certificate) {
 			c.ValidPrincipals = []string{"host"}
 			if change != nil {
 				change(c)
@@ -95,7 +62,7 @@ func TestDestinations(t *testing.T) {
 		})
 	}
 	byCA := func(host string) []request.Destination {
-		return []request.Destination{{To: request.Hop{Host: host, Keys: []request.HostKey{{Key: ca.public, CA: true}}}}}
+		return []request.Destination{{To: request.Hop{Host: host, Keys: []request.HostKey{{Key: ca.Public, CA: true}}}}}
 	}
 	private, err := rsa.GenerateKey(rand.Reader, 2048)
 	if err != nil {
@@ -113,12 +80,12 @@ func TestDestinations(t *testing.T) {
 		if err != nil {
 			t.Fatal(err)
 		}
-		return a.certificate(t, testKey{signer: s}, ssh.HostCert, func(c *ssh.Certificate) { c.ValidPrincipals = []string{"host"} })
+		return a.Certificate(t, keytest.Key{Signer: s}, ssh.HostCert, func(c *ssh.Certificate) { c.ValidPrincipals = []string{"host"} })
 	}
 	sha1Cert, sha2Cert := rsaCert(ssh.KeyAlgoRSA), rsaCert(ssh.KeyAlgoRSASHA256)
 	local := &request.Caller{}
-	toA := []request.Destination{to("", nil, a.public)}
-	chain := append(slices.Clone(toA), to("", a.public, b.public))
+	toA := []request.Destination{to("", nil, a.Public)}
+	chain := append(slices.Clone(toA), to("", a.Public, b.Public))
 	for _, test := range []struct {
 		name     string
 		dest     []request.Destination
@@ -132,28 +99,28 @@ func TestDestinations(t *testing.T) {
 	}{
 		{name: "not limited", caller: local, shown: true, may: true},
 		{name: "local and unbound", dest: toA, caller: local, shown: true, errorHas: "bound to no session"},
-		{name: "to the host", dest: toA, caller: boundTo(false, a.public), shown: true, may: true},
-		{name: "to another host", dest: toA, caller: boundTo(false, b.public)},
-		{name: "signs something else", dest: toA, caller: boundTo(false, a.public), shown: true, noLogin: true, errorHas: "no request to log in"},
-		{name: "another session", dest: toA, caller: boundTo(false, a.public), shown: true, change: func(l *request.Login) { l.SessionID = []byte("x") }, errorHas: "another session"},
-		{name: "names another host", dest: toA, caller: boundTo(false, a.public), shown: true, change: func(l *request.Login) { l.HostKey = b.public.Marshal() }, errorHas: "another session or host"},
-		{name: "names no host, first hop", dest: toA, caller: boundTo(false, a.public), shown: true, change: func(l *request.Login) { l.HostKey = nil }, may: true},
-		{name: "forwarded to the host, not from there", dest: toA, caller: boundTo(true, a.public)},
-		{name: "forwarded to the host and on", dest: chain, caller: boundTo(true, a.public), shown: true, errorHas: "for forwarding"},
-		{name: "two hops", dest: chain, caller: boundTo(false, a.public, b.public), shown: true, may: true},
-		{name: "two hops, names no host", dest: chain, caller: boundTo(false, a.public, b.public), shown: true, change: func(l *request.Login) { l.HostKey = nil }, errorHas: "does not name the host"},
-		{name: "two hops, the second elsewhere", dest: chain, caller: boundTo(false, a.public, other.public)},
-		{name: "two hops, the first elsewhere", dest: chain, caller: boundTo(false, other.public, b.public)},
-		{name: "straight to the second", dest: chain, caller: boundTo(false, b.public)},
+		{name: "to the host", dest: toA, caller: boundTo(false, a.Public), shown: true, may: true},
+		{name: "to another host", dest: toA, caller: boundTo(false, b.Public)},
+		{name: "signs something else", dest: toA, caller: boundTo(false, a.Public), shown: true, noLogin: true, errorHas: "no request to log in"},
+		{name: "another session", dest: toA, caller: boundTo(false, a.Public), shown: true, change: func(l *request.Login) { l.SessionID = []byte("x") }, errorHas: "another session"},
+		{name: "names another host", dest: toA, caller: boundTo(false, a.Public), shown: true, change: func(l *request.Login) { l.HostKey = b.Public.Marshal() }, errorHas: "another session or host"},
+		{name: "names no host, first hop", dest: toA, caller: boundTo(false, a.Public), shown: true, change: func(l *request.Login) { l.HostKey = nil }, may: true},
+		{name: "forwarded to the host, not from there", dest: toA, caller: boundTo(true, a.Public)},
+		{name: "forwarded to the host and on", dest: chain, caller: boundTo(true, a.Public), shown: true, errorHas: "for forwarding"},
+		{name: "two hops", dest: chain, caller: boundTo(false, a.Public, b.Public), shown: true, may: true},
+		{name: "two hops, names no host", dest: chain, caller: boundTo(false, a.Public, b.Public), shown: true, change: func(l *request.Login) { l.HostKey = nil }, errorHas: "does not name the host"},
+		{name: "two hops, the second elsewhere", dest: chain, caller: boundTo(false, a.Public, other.Public)},
+		{name: "two hops, the first elsewhere", dest: chain, caller: boundTo(false, other.Public, b.Public)},
+		{name: "straight to the second", dest: chain, caller: boundTo(false, b.Public)},
 		{name: "bind failed", dest: toA, caller: &request.Caller{BindFailed: true, Forwarded: true}, errorHas: "could not be bound"},
-		{name: "a bind failed after one that did not", dest: toA, caller: func() *request.Caller { c := boundTo(false, a.public); c.BindFailed = true; return c }(), shown: true, may: true},
-		{name: "the user", dest: []request.Destination{to("root", nil, a.public)}, caller: boundTo(false, a.public), shown: true, user: "root", may: true},
-		{name: "another user", dest: []request.Destination{to("root", nil, a.public)}, caller: boundTo(false, a.public), shown: true, user: "me"},
-		{name: "a pattern for the user", dest: []request.Destination{to("m?-*", nil, a.public)}, caller: boundTo(false, a.public), shown: true, user: "me-too", may: true},
+		{name: "a bind failed after one that did not", dest: toA, caller: func() *request.Caller { c := boundTo(false, a.Public); c.BindFailed = true; return c }(), shown: true, may: true},
+		{name: "the user", dest: []request.Destination{to("root", nil, a.Public)}, caller: boundTo(false, a.Public), shown: true, user: "root", may: true},
+		{name: "another user", dest: []request.Destination{to("root", nil, a.Public)}, caller: boundTo(false, a.Public), shown: true, user: "me"},
+		{name: "a pattern for the user", dest: []request.Destination{to("m?-*", nil, a.Public)}, caller: boundTo(false, a.Public), shown: true, user: "me-too", may: true},
 		{name: "certified host", dest: byCA("host"), caller: boundTo(false, hostCert(nil)), shown: true, may: true},
 		{name: "certified host, plain key expected", dest: toA, caller: boundTo(false, hostCert(nil))},
-		{name: "plain key, certified host expected", dest: byCA("host"), caller: boundTo(false, a.public)},
-		{name: "the authority itself", dest: byCA("host"), caller: boundTo(false, ca.public)},
+		{name: "plain key, certified host expected", dest: byCA("host"), caller: boundTo(false, a.Public)},
+		{name: "the authority itself", dest: byCA("host"), caller: boundTo(false, ca.Public)},
 		{name: "certified for another name", dest: byCA("other"), caller: boundTo(false, hostCert(nil))},
 		{name: "certified for a pattern", dest: byCA("a.example"), caller: boundTo(false, hostCert(func(c *ssh.Certificate) { c.ValidPrincipals = []string{"x", "*.example"} })), shown: true, may: true},
 		{name: "certified for any name", dest: byCA("a.example"), caller: boundTo(false, hostCert(func(c *ssh.Certificate) { c.ValidPrincipals = nil }))},
@@ -170,16 +137,16 @@ func TestDestinations(t *testing.T) {
 		}()},
 	} {
 		t.Run(test.name, func(t *testing.T) {
-			k := newTestKey(t)
+			k := keytest.New(t)
 			f := newFixture(Options{SoftwareKeys: true})
-			if err := f.Add(t.Context(), local, k.request(request.Constraints{Destinations: test.dest})); err != nil {
+			if err := f.Add(t.Context(), local, addKey(k, request.Constraints{Destinations: test.dest})); err != nil {
 				t.Fatal(err)
 			}
 			list, err := f.List(t.Context(), test.caller)
 			if shown := len(list.Identities) == 1; err != nil || shown != test.shown {
 				t.Errorf("shown: %v, %v", shown, err)
 			}
-			r := request.Sign{Key: k.public.Marshal(), Data: []byte("data")}
+			r := request.Sign{Key: k.Public.Marshal(), Data: []byte("data")}
 			if !test.noLogin {
 				user := test.user
 				if user == "" {
@@ -194,11 +161,11 @@ func TestDestinations(t *testing.T) {
 				t.Errorf("sign: %v", err)
 			}
 			// Who may not see a key may neither change nor remove it.
-			err = f.Add(t.Context(), test.caller, k.request(request.Constraints{Destinations: test.dest}))
+			err = f.Add(t.Context(), test.caller, addKey(k, request.Constraints{Destinations: test.dest}))
 			if (err == nil) != test.shown {
 				t.Errorf("add again: %v", err)
 			}
-			err = f.Remove(t.Context(), test.caller, k.public.Marshal())
+			err = f.Remove(t.Context(), test.caller, k.Public.Marshal())
 			if (err == nil) != test.shown {
 				t.Errorf("remove: %v", err)
 			}
@@ -215,15 +182,15 @@ func TestConstraintMatrix(t *testing.T) {
 		t.Run(fmt.Sprintf("confirm %v, lifetime %v, destination %v, certificate %v, software %v, forwarded %v",
 			confirm, lifetime, destination, certified, software, remote), func(t *testing.T) {
 			synctest.Test(t, func(t *testing.T) {
-				host, ca, k := newTestKey(t), newTestKey(t), newTestKey(t)
-				away := newTestKey(t)
-				caller := boundTo(false, host.public)
-				path := []request.Destination{to("", nil, host.public)}
+				host, ca, k := keytest.New(t), keytest.New(t), keytest.New(t)
+				away := keytest.New(t)
+				caller := boundTo(false, host.Public)
+				path := []request.Destination{to("", nil, host.Public)}
 				if remote {
-					caller = boundTo(false, away.public, host.public)
-					path = []request.Destination{to("", nil, away.public), to("", away.public, host.public)}
+					caller = boundTo(false, away.Public, host.Public)
+					path = []request.Destination{to("", nil, away.Public), to("", away.Public, host.Public)}
 				}
-				cert := k.certificate(t, ca, ssh.UserCert, nil)
+				cert := k.Certificate(t, ca, ssh.UserCert, nil)
 				c := request.Constraints{Confirm: confirm}
 				if lifetime {
 					c.Lifetime = time.Minute
@@ -231,15 +198,15 @@ func TestConstraintMatrix(t *testing.T) {
 				if destination {
 					c.Destinations = path
 				}
-				f := newFixture(Options{Rules: Rules{Automatic: []request.Selection{}}, SoftwareKeys: true}, &fakeKey{Signer: k.private, uri: "pkcs11:token=a;id=1", insertions: 1})
-				used := k.public
+				f := newFixture(Options{Rules: Rules{Automatic: []request.Selection{}}, SoftwareKeys: true}, &fakeKey{Signer: k.Private, uri: "pkcs11:token=a;id=1", insertions: 1})
+				used := k.Public
 				var err error
 				switch {
 				case software && certified:
 					used = cert
-					err = f.Add(t.Context(), local, request.AddKey{Private: k.private, Public: cert, Constraints: c})
+					err = f.Add(t.Context(), local, request.AddKey{Private: k.Private, Public: cert, Constraints: c})
 				case software:
-					err = f.Add(t.Context(), local, k.request(c))
+					err = f.Add(t.Context(), local, addKey(k, c))
 				default:
 					if certified {
 						c.Certificates, c.CertificatesOnly = []*ssh.Certificate{cert}, true
@@ -260,7 +227,7 @@ func TestConstraintMatrix(t *testing.T) {
 				sign := func(c *request.Caller) error {
 					sig, err := f.Sign(t.Context(), c, request.Sign{Key: used.Marshal(), Data: []byte("data"), Login: login("me", c)})
 					if err == nil {
-						err = k.public.Verify([]byte("data"), sig)
+						err = k.Public.Verify([]byte("data"), sig)
 					}
 					return err
 				}
@@ -282,7 +249,7 @@ func TestConstraintMatrix(t *testing.T) {
 				if n := len(f.confirm.asked); confirm && n != 2 || !confirm && n != 0 {
 					t.Errorf("%d questions", n)
 				}
-				elsewhere := boundTo(false, newTestKey(t).public)
+				elsewhere := boundTo(false, keytest.New(t).Public)
 				if err := sign(elsewhere); (err != nil) != destination {
 					t.Errorf("elsewhere: %v", err)
 				}
@@ -302,7 +269,7 @@ func TestConstraintMatrix(t *testing.T) {
 }
 
 func TestLooser(t *testing.T) {
-	d := []request.Destination{to("", nil, newTestKey(t).public)}
+	d := []request.Destination{to("", nil, keytest.New(t).Public)}
 	for _, test := range []struct {
 		old, now request.Constraints
 		looser   bool
@@ -317,10 +284,10 @@ func TestLooser(t *testing.T) {
 		{request.Constraints{Destinations: d}, request.Constraints{}, true},
 		{request.Constraints{Destinations: d}, request.Constraints{Destinations: append(slices.Clone(d), d...)}, true},
 	} {
-		k := newTestKey(t)
+		k := keytest.New(t)
 		f := newFixture(Options{SoftwareKeys: true})
 		for _, c := range []request.Constraints{test.old, test.now} {
-			if err := f.Add(t.Context(), local, k.request(c)); err != nil {
+			if err := f.Add(t.Context(), local, addKey(k, c)); err != nil {
 				t.Fatal(err)
 			}
 		}
@@ -346,8 +313,8 @@ func TestLooser(t *testing.T) {
 func TestSocketRules(t *testing.T) {
 	a, b := edKey("pkcs11:token=a;id=1"), edKey("pkcs11:token=b;id=1")
 	f := newFixture(Options{SoftwareKeys: true}, a, b)
-	k := newTestKey(t)
-	if err := f.Add(t.Context(), local, k.request(request.Constraints{})); err != nil {
+	k := keytest.New(t)
+	if err := f.Add(t.Context(), local, addKey(k, request.Constraints{})); err != nil {
 		t.Fatal(err)
 	}
 	at := func(s request.Socket) *request.Caller { return &request.Caller{Socket: &s} }
@@ -393,7 +360,7 @@ func TestSocketRules(t *testing.T) {
 	}
 	ctx := t.Context()
 	for what, do := range map[string]func() error{
-		"add":           func() error { return f.Add(ctx, readOnly, newTestKey(t).request(request.Constraints{})) },
+		"add":           func() error { return f.Add(ctx, readOnly, addKey(keytest.New(t), request.Constraints{})) },
 		"add tokens":    func() error { return f.AddToken(ctx, readOnly, request.Token{Provider: []byte("pkcs11:")}) },
 		"remove":        func() error { return f.Remove(ctx, readOnly, wireOf(a)) },
 		"remove tokens": func() error { return f.RemoveToken(ctx, readOnly, request.Token{Provider: []byte("pkcs11:")}) },

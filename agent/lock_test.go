@@ -9,6 +9,7 @@ import (
 	"time"
 
 	"p11-agent/agent/request"
+	"p11-agent/agent/sshkey/keytest"
 	"p11-agent/pinentry/secret"
 )
 
@@ -23,11 +24,11 @@ func phrase(t testing.TB, text string) *secret.Secret {
 }
 
 func TestLock(t *testing.T) {
-	k, soft := edKey("pkcs11:token=a"), newTestKey(t)
+	k, soft := edKey("pkcs11:token=a"), keytest.New(t)
 	f := newFixture(Options{SoftwareKeys: true}, k)
 	f.add(t, "pkcs11:token=a", request.Constraints{})
 	ctx := t.Context()
-	if err := f.Add(ctx, local, soft.request(request.Constraints{})); err != nil {
+	if err := f.Add(ctx, local, addKey(soft, request.Constraints{})); err != nil {
 		t.Fatal(err)
 	}
 	if err := f.Unlock(ctx, local, phrase(t, "sesame")); !errors.Is(err, errNotLocked) {
@@ -49,7 +50,7 @@ func TestLock(t *testing.T) {
 			_, err := f.Sign(ctx, local, request.Sign{Key: wireOf(k)})
 			return err
 		},
-		"add":           func() error { return f.Add(ctx, local, newTestKey(t).request(request.Constraints{})) },
+		"add":           func() error { return f.Add(ctx, local, addKey(keytest.New(t), request.Constraints{})) },
 		"add tokens":    func() error { return f.AddToken(ctx, local, request.Token{Provider: []byte("pkcs11:")}) },
 		"remove":        func() error { return f.Remove(ctx, local, wireOf(k)) },
 		"remove tokens": func() error { return f.RemoveToken(ctx, local, request.Token{Provider: []byte("pkcs11:")}) },

@@ -8,6 +8,7 @@ import (
 	"time"
 
 	"p11-agent/agent/request"
+	"p11-agent/agent/sshkey/keytest"
 )
 
 // allocated returns how many bytes f allocates.
@@ -24,14 +25,14 @@ func allocated(f func()) int {
 func TestManySoftwareKeys(t *testing.T) {
 	const few, many = 100, 800
 	measure := func(n int) (add, remove int) {
-		keys := make([]testKey, n)
+		keys := make([]keytest.Key, n)
 		for i := range keys {
-			keys[i] = newTestKey(t)
+			keys[i] = keytest.New(t)
 		}
 		f := newFixture(Options{SoftwareKeys: true}, edKey("pkcs11:token=a"))
 		add = allocated(func() {
 			for _, k := range keys {
-				if err := f.Add(t.Context(), local, k.request(request.Constraints{Lifetime: time.Hour})); err != nil {
+				if err := f.Add(t.Context(), local, addKey(k, request.Constraints{Lifetime: time.Hour})); err != nil {
 					t.Fatal(err)
 				}
 			}
@@ -41,7 +42,7 @@ func TestManySoftwareKeys(t *testing.T) {
 		}
 		remove = allocated(func() {
 			for _, k := range keys {
-				if err := f.Remove(t.Context(), local, k.public.Marshal()); err != nil {
+				if err := f.Remove(t.Context(), local, k.Public.Marshal()); err != nil {
 					t.Fatal(err)
 				}
 			}
@@ -63,10 +64,10 @@ func TestManySoftwareKeys(t *testing.T) {
 func TestSoftwareKeysExpire(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		f := newFixture(Options{SoftwareKeys: true})
-		var keys []testKey
+		var keys []keytest.Key
 		for i, d := range []time.Duration{0, time.Minute, 3 * time.Minute, 2 * time.Minute, request.NoTime} {
-			k := newTestKey(t)
-			r := k.request(request.Constraints{Lifetime: d})
+			k := keytest.New(t)
+			r := addKey(k, request.Constraints{Lifetime: d})
 			r.Comment = fmt.Sprint(i)
 			if err := f.Add(t.Context(), local, r); err != nil {
 				t.Fatal(err)
@@ -77,14 +78,14 @@ func TestSoftwareKeysExpire(t *testing.T) {
 		time.Sleep(request.NoTime)
 		f.wantList(t, "0", "1", "2", "3")
 		time.Sleep(time.Minute)
-		if _, err := f.Sign(t.Context(), local, request.Sign{Key: keys[1].public.Marshal()}); err == nil {
+		if _, err := f.Sign(t.Context(), local, request.Sign{Key: keys[1].Public.Marshal()}); err == nil {
 			t.Error("a key signs after its time")
 		}
 		f.wantList(t, "0", "2", "3")
 		time.Sleep(time.Minute)
 		f.wantList(t, "0", "2")
 		// One that is added again without a time stays.
-		if err := f.Add(t.Context(), local, keys[2].request(request.Constraints{})); err != nil {
+		if err := f.Add(t.Context(), local, addKey(keys[2], request.Constraints{})); err != nil {
 			t.Fatal(err)
 		}
 		time.Sleep(time.Hour)

@@ -19,6 +19,7 @@ import (
 
 	"p11-agent/agent/peer"
 	"p11-agent/agent/request"
+	"p11-agent/agent/sshkey/keytest"
 	"p11-agent/pinentry/secret"
 	"p11-agent/pinentry/waiting"
 )
@@ -72,12 +73,12 @@ const propertyLimited = "pkcs11:token=d;id=1"
 const propertySoft = "file"
 
 func newThings(t *testing.T) *things {
-	x := &things{private: make(map[string]ed25519.PrivateKey), wire: make(map[string][]byte), host: newTestKey(t).public, bad: newTestKey(t).public}
+	x := &things{private: make(map[string]ed25519.PrivateKey), wire: make(map[string][]byte), host: keytest.New(t).Public, bad: keytest.New(t).Public}
 	for _, name := range append(slices.Clone(propertyKeys), propertySoft) {
-		k := newTestKey(t)
-		x.private[name], x.wire[name] = k.private, k.public.Marshal()
+		k := keytest.New(t)
+		x.private[name], x.wire[name] = k.Private, k.Public.Marshal()
 		if name == propertyShown {
-			x.cert = k.certificate(t, newTestKey(t), ssh.UserCert, nil)
+			x.cert = k.Certificate(t, keytest.New(t), ssh.UserCert, nil)
 		}
 	}
 	only := []request.Selection{prefix(propertyShown)}

@@ -9,6 +9,7 @@ import (
 
 	"p11-agent/agent/peer"
 	"p11-agent/agent/request"
+	"p11-agent/agent/sshkey/keytest"
 	"p11-agent/pinentry/waiting"
 )
 
@@ -22,7 +23,7 @@ func TestAttack10GroupOfASocket(t *testing.T) {
 			refused := func(n int, socket *request.Socket) (paused bool) {
 				c := &request.Caller{Peer: peer.Peer{Known: true, UID: 1000}, Socket: socket}
 				if forwarded {
-					c = boundTo(true, newTestKey(t).public)
+					c = boundTo(true, keytest.New(t).Public)
 					c.Socket = socket
 				} else {
 					c.Peer.Chain = []peer.Process{{Name: fmt.Sprint(n)}}

@@ -13,17 +13,14 @@ import (
 	"golang.org/x/crypto/ssh"
 
 	"p11-agent/agent/request"
+	"p11-agent/agent/sshkey"
 )
 
-// The sizes of the RSA keys that the keyring takes into memory, in bits. A key of twice
-// the size takes eight times as long to sign: a tenth of a second with 8192 bits, and a
-// second with 16384. ssh-keygen makes keys of up to 16384 bits, and a person may have
-// one. A forwarded host has no need of one.
-const (
-	minRSABits          = 1024
-	maxRSABits          = 16384
-	maxForwardedRSABits = 8192
-)
+// maxForwardedRSABits bounds the RSA keys that the keyring takes into memory from a
+// forwarded client. A key of twice the size takes eight times as long to sign: a tenth of
+// a second with 8192 bits, and a second with 16384. ssh-keygen makes keys of up to 16384
+// bits, and a person may have one. A forwarded host needs none.
+const maxForwardedRSABits = 8192
 
 var errPrivate = errors.New("the private key is incomplete or wrong")
 
@@ -35,7 +32,7 @@ func (k *Keyring) newSoftwareKey(ctx context.Context, c *request.Caller, r reque
 			return nil, err
 		}
 	}
-	plain := plainOf(r.Public)
+	plain := sshkey.Plain(r.Public)
 	pub, err := ssh.NewPublicKey(r.Private.Public())
 	if err != nil || string(pub.Marshal()) != string(plain.Marshal()) {
 		return nil, errors.New("its private and public halves do not belong together")
@@ -54,12 +51,12 @@ func (k *Keyring) newSoftwareKey(ctx context.Context, c *request.Caller, r reque
 
 // prepareRSA checks an RSA key, and computes the values that make its signatures fast.
 func (k *Keyring) prepareRSA(ctx context.Context, c *request.Caller, key *rsa.PrivateKey) error {
-	limit := maxRSABits
+	limit := sshkey.MaxRSABits
 	if c.Forwarded {
 		limit = maxForwardedRSABits
 	}
-	if bits := key.N.BitLen(); bits < minRSABits || bits > limit {
-		return fmt.Errorf("an RSA key of %d bits: from %d to %d are taken here", bits, minRSABits, limit)
+	if bits := key.N.BitLen(); bits < sshkey.MinRSABits || bits > limit {
+		return fmt.Errorf("an RSA key of %d bits: from %d to %d are taken here", bits, sshkey.MinRSABits, limit)
 	}
 	_, err := compute(ctx, &k.computing, c, func() ([]byte, error) {
 		key.Precompute() // Validate does not do it again

@@ -12,36 +12,37 @@ import (
 	"golang.org/x/crypto/ssh"
 
 	"p11-agent/agent/request"
+	"p11-agent/agent/sshkey/keytest"
 )
 
 func TestSoftwareKeys(t *testing.T) {
-	k, other, ca := newTestKey(t), newTestKey(t), newTestKey(t)
-	cert := k.certificate(t, ca, ssh.UserCert, nil)
+	k, other, ca := keytest.New(t), keytest.New(t), keytest.New(t)
+	cert := k.Certificate(t, ca, ssh.UserCert, nil)
 	f := newFixture(Options{SoftwareKeys: true}, edKey("pkcs11:token=a"))
 	ctx := t.Context()
-	for _, r := range []request.AddKey{k.request(request.Constraints{}), {Private: k.private, Public: cert, Comment: "certified"}, other.request(request.Constraints{})} {
+	for _, r := range []request.AddKey{addKey(k, request.Constraints{}), {Private: k.Private, Public: cert, Comment: "certified"}, addKey(other, request.Constraints{})} {
 		if err := f.Add(ctx, forwarded, r); err != nil { // as ssh-agent lets
 			t.Fatal(err)
 		}
 	}
 	f.wantList(t, "pkcs11:token=a", "file", "certified", "file")
-	for _, key := range []ssh.PublicKey{k.public, cert} {
+	for _, key := range []ssh.PublicKey{k.Public, cert} {
 		sig, err := f.Sign(ctx, local, request.Sign{Key: key.Marshal(), Data: []byte("data")})
 		if err != nil {
 			t.Fatal(err)
 		}
-		if err := k.public.Verify([]byte("data"), sig); err != nil || sig.Format != ssh.KeyAlgoED25519 {
+		if err := k.Public.Verify([]byte("data"), sig); err != nil || sig.Format != ssh.KeyAlgoED25519 {
 			t.Errorf("%s, %v", sig.Format, err)
 		}
 	}
 	// Again: in its place, with another name.
-	again := k.request(request.Constraints{})
+	again := addKey(k, request.Constraints{})
 	again.Comment = "again"
 	if err := f.Add(ctx, local, again); err != nil {
 		t.Fatal(err)
 	}
 	f.wantList(t, "pkcs11:token=a", "again", "certified", "file")
-	if err := f.Remove(ctx, local, k.public.Marshal()); err != nil {
+	if err := f.Remove(ctx, local, k.Public.Marshal()); err != nil {
 		t.Fatal(err)
 	}
 	f.wantList(t, "pkcs11:token=a", "certified", "file")
@@ -55,18 +56,18 @@ func TestSoftwareKeys(t *testing.T) {
 }
 
 func TestSoftwareKeyRefusals(t *testing.T) {
-	k, other, ca := newTestKey(t), newTestKey(t), newTestKey(t)
-	mixed := k.request(request.Constraints{})
-	mixed.Public = other.public
+	k, other, ca := keytest.New(t), keytest.New(t), keytest.New(t)
+	mixed := addKey(k, request.Constraints{})
+	mixed.Public = other.Public
 	for name, test := range map[string]struct {
 		off     bool
 		request request.AddKey
 	}{
-		"switched off":                {true, k.request(request.Constraints{})},
+		"switched off":                {true, addKey(k, request.Constraints{})},
 		"halves of different keys":    {false, mixed},
-		"certificate of another key":  {false, request.AddKey{Private: k.private, Public: other.certificate(t, ca, ssh.UserCert, nil)}},
-		"with certificates":           {false, k.request(request.Constraints{Certificates: []*ssh.Certificate{k.certificate(t, ca, ssh.UserCert, nil)}})},
-		"with certificates, and only": {false, k.request(request.Constraints{CertificatesOnly: true})},
+		"certificate of another key":  {false, request.AddKey{Private: k.Private, Public: other.Certificate(t, ca, ssh.UserCert, nil)}},
+		"with certificates":           {false, addKey(k, request.Constraints{Certificates: []*ssh.Certificate{k.Certificate(t, ca, ssh.UserCert, nil)}})},
+		"with certificates, and only": {false, addKey(k, request.Constraints{CertificatesOnly: true})},
 	} {
 		t.Run(name, func(t *testing.T) {
 			f := newFixture(Options{SoftwareKeys: !test.off})
@@ -78,7 +79,7 @@ func TestSoftwareKeyRefusals(t *testing.T) {
 	}
 	f := newFixture(Options{SoftwareKeys: true})
 	f.Keyring.opts.Confirm = nil
-	if err := f.Add(t.Context(), local, k.request(request.Constraints{Confirm: true})); !errors.Is(err, errNobody) {
+	if err := f.Add(t.Context(), local, addKey(k, request.Constraints{Confirm: true})); !errors.Is(err, errNobody) {
 		t.Errorf("nobody to ask: %v", err)
 	}
 }
@@ -88,7 +89,7 @@ func TestHowMuchCanBeAdded(t *testing.T) {
 	for i := range maxSoftwareKeys {
 		f.software.put(&softwareKey{identity: identity{wire: fmt.Sprint(i)}})
 	}
-	if err := f.Add(t.Context(), local, newTestKey(t).request(request.Constraints{})); !errors.Is(err, errTooMany) {
+	if err := f.Add(t.Context(), local, addKey(keytest.New(t), request.Constraints{})); !errors.Is(err, errTooMany) {
 		t.Errorf("keys in memory: %v", err)
 	}
 	f.software = softwareKeys{}
@@ -104,15 +105,15 @@ func TestHowMuchCanBeAdded(t *testing.T) {
 // The same key on a token and in memory: one identity, which signs while the
 // token is away, and keeps whatever limits either.
 func TestSoftwareKeyOfToken(t *testing.T) {
-	k := newTestKey(t)
-	token := &fakeKey{Signer: k.private, uri: "pkcs11:token=a", insertions: 1}
+	k := keytest.New(t)
+	token := &fakeKey{Signer: k.Private, uri: "pkcs11:token=a", insertions: 1}
 	f := newFixture(Options{SoftwareKeys: true}, token)
-	if err := f.Add(t.Context(), local, k.request(request.Constraints{Confirm: true})); err != nil {
+	if err := f.Add(t.Context(), local, addKey(k, request.Constraints{Confirm: true})); err != nil {
 		t.Fatal(err)
 	}
 	f.wantList(t, token.uri)
 	sign := func() error {
-		_, err := f.Sign(t.Context(), local, request.Sign{Key: k.public.Marshal()})
+		_, err := f.Sign(t.Context(), local, request.Sign{Key: k.Public.Marshal()})
 		return err
 	}
 	if err := sign(); !errors.Is(err, errDeclined) {
@@ -135,7 +136,7 @@ func TestSoftwareKeyOfToken(t *testing.T) {
 // fakeUpstream is another agent.
 type fakeUpstream struct {
 	name    string
-	keys    []testKey
+	keys    []keytest.Key
 	err     error
 	removed [][]byte
 	passed  [][]byte
@@ -146,15 +147,15 @@ func (u *fakeUpstream) Name() string { return u.name }
 
 func (u *fakeUpstream) List(context.Context, *request.Caller) (all []Identity, err error) {
 	for _, k := range u.keys {
-		all = append(all, Identity{Key: k.public, Comment: u.name})
+		all = append(all, Identity{Key: k.Public, Comment: u.name})
 	}
 	return all, u.err
 }
 
 func (u *fakeUpstream) Sign(_ context.Context, _ *request.Caller, r request.Sign) (*ssh.Signature, error) {
 	for _, k := range u.keys {
-		if string(k.public.Marshal()) == string(r.Key) {
-			return k.signer.Sign(rand.Reader, r.Data)
+		if string(k.Public.Marshal()) == string(r.Key) {
+			return k.Signer.Sign(rand.Reader, r.Data)
 		}
 	}
 	return nil, errors.New("refused")
@@ -174,11 +175,11 @@ func (u *fakeUpstream) Pass(_ context.Context, _ *request.Caller, message []byte
 }
 
 func TestUpstream(t *testing.T) {
-	own, a, b := newTestKey(t), newTestKey(t), newTestKey(t)
-	token := &fakeKey{Signer: own.private, uri: "pkcs11:token=a", insertions: 1}
+	own, a, b := keytest.New(t), keytest.New(t), keytest.New(t)
+	token := &fakeKey{Signer: own.Private, uri: "pkcs11:token=a", insertions: 1}
 	dead := &fakeUpstream{name: "dead", err: errors.New("connection refused")}
-	one := &fakeUpstream{name: "one", keys: []testKey{own, a}, refuse: true}
-	two := &fakeUpstream{name: "two", keys: []testKey{a, b}}
+	one := &fakeUpstream{name: "one", keys: []keytest.Key{own, a}, refuse: true}
+	two := &fakeUpstream{name: "two", keys: []keytest.Key{a, b}}
 	f := newFixture(Options{Upstreams: []Upstream{dead, one, two}}, token)
 	for range 3 {
 		f.wantList(t, token.uri, "one", "two")
@@ -191,23 +192,23 @@ func TestUpstream(t *testing.T) {
 	if !strings.Contains(f.log.String(), "can be used again") {
 		t.Errorf("the log has %s", f.log)
 	}
-	for _, k := range []testKey{own, a, b} {
+	for _, k := range []keytest.Key{own, a, b} {
 		f.Keyring.origins = nil // without a list before
-		sig, err := f.Sign(t.Context(), local, request.Sign{Key: k.public.Marshal(), Data: []byte("data")})
+		sig, err := f.Sign(t.Context(), local, request.Sign{Key: k.Public.Marshal(), Data: []byte("data")})
 		if err != nil {
 			t.Fatal(err)
 		}
-		if err := k.public.Verify([]byte("data"), sig); err != nil {
+		if err := k.Public.Verify([]byte("data"), sig); err != nil {
 			t.Error(err)
 		}
 	}
 	if token.signed != 1 {
 		t.Errorf("%d signatures of the token", token.signed)
 	}
-	if _, err := f.Sign(t.Context(), local, request.Sign{Key: newTestKey(t).public.Marshal()}); !errors.Is(err, errUnknownKey) {
+	if _, err := f.Sign(t.Context(), local, request.Sign{Key: keytest.New(t).Public.Marshal()}); !errors.Is(err, errUnknownKey) {
 		t.Errorf("a key nobody has: %v", err)
 	}
-	if err := f.Remove(t.Context(), local, b.public.Marshal()); err != nil || len(two.removed) != 1 {
+	if err := f.Remove(t.Context(), local, b.Public.Marshal()); err != nil || len(two.removed) != 1 {
 		t.Errorf("remove: %v, %d", err, len(two.removed))
 	}
 	answer, err := f.Pass(t.Context(), local, []byte("message"))
@@ -228,11 +229,11 @@ func TestUpstream(t *testing.T) {
 	if list, err := f.List(t.Context(), some); err != nil || len(list.Identities) != 1 {
 		t.Errorf("%d keys, %v", len(list.Identities), err)
 	}
-	if _, err := f.Sign(t.Context(), some, request.Sign{Key: a.public.Marshal()}); !errors.Is(err, errUnknownKey) {
+	if _, err := f.Sign(t.Context(), some, request.Sign{Key: a.Public.Marshal()}); !errors.Is(err, errUnknownKey) {
 		t.Errorf("got %v", err)
 	}
 	asks := &request.Caller{Socket: &request.Socket{Confirm: true}}
-	if _, err := f.Sign(t.Context(), asks, request.Sign{Key: a.public.Marshal()}); !errors.Is(err, errDeclined) {
+	if _, err := f.Sign(t.Context(), asks, request.Sign{Key: a.Public.Marshal()}); !errors.Is(err, errDeclined) {
 		t.Errorf("got %v", err)
 	}
 	// While locked, there is nobody.

@@ -15,8 +15,8 @@ import (
 
 	"golang.org/x/crypto/ssh"
 
-	"p11-agent/agent"
 	"p11-agent/agent/request"
+	"p11-agent/agent/sshkey"
 	"p11-agent/pinentry/plain"
 )
 
@@ -96,7 +96,7 @@ func parsePrivate(kind string, in *reader) (r request.AddKey, err error) {
 		return r, errMalformed
 	case len(comment) > maxComment:
 		return r, fmt.Errorf("the comment is longer than %d bytes", maxComment)
-	case !agent.ReadableText(comment):
+	case !sshkey.ReadableText(comment):
 		return r, errNUL
 	}
 	r.Comment = strings.TrimSuffix(string(comment), "\x00") // a C string to ssh-agent

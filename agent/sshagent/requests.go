@@ -15,6 +15,7 @@ import (
 
 	"p11-agent/agent"
 	"p11-agent/agent/request"
+	"p11-agent/agent/sshkey"
 	"p11-agent/pinentry/plain"
 	"p11-agent/pinentry/secret"
 )
@@ -548,7 +549,7 @@ func parseBind(in reader) (request.Bind, error) {
 	if sig.failed {
 		return request.Bind{}, errMalformed
 	}
-	if err := agent.VerifySignature(key, id, &ssh.Signature{Format: string(format), Blob: value, Rest: sig.rest}); err != nil {
+	if err := sshkey.Verify(key, id, &ssh.Signature{Format: string(format), Blob: value, Rest: sig.rest}); err != nil {
 		return request.Bind{}, fmt.Errorf("the host key %s has not signed the session", ssh.FingerprintSHA256(key))
 	}
 	return request.Bind{HostKey: key, SessionID: bytes.Clone(id), Forwarding: forwarding}, nil
@@ -570,7 +571,7 @@ func parseKey(blob []byte, limit int) (ssh.PublicKey, error) {
 			return nil, fmt.Errorf("a certificate with %d options: the limit is %d", options, maxOptions)
 		}
 	}
-	if err := agent.Readable(key); err != nil {
+	if err := sshkey.Readable(key); err != nil {
 		return nil, err
 	}
 	return key, nil

@@ -16,6 +16,7 @@ import (
 	"golang.org/x/crypto/ssh"
 
 	"p11-agent/agent"
+	"p11-agent/agent/certdir"
 	"p11-agent/agent/logfold"
 	"p11-agent/agent/request"
 	"p11-agent/agent/sshagent"
@@ -226,7 +227,7 @@ func (d *daemon) openKeyring(c *config, upstreams []agent.Upstream) {
 		options.Confirm, options.Insert, options.Failed = p.asker, p.asker, p.notices.failed
 	}
 	if c.Certificates != "" {
-		options.Certificates = agent.NewCertificateDir(c.Certificates, d.log)
+		options.Certificates = certdir.New(c.Certificates, d.log)
 	}
 	d.keyring = agent.NewKeyring(options)
 	d.server.Keyring = d.keyring

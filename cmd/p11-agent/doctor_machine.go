@@ -9,7 +9,7 @@ import (
 	"golang.org/x/crypto/ssh"
 	"golang.org/x/sys/unix"
 
-	"p11-agent/agent"
+	"p11-agent/agent/certdir"
 	"p11-agent/cmd/p11-agent/output"
 	"p11-agent/pinentry/secret"
 )
@@ -19,7 +19,7 @@ func findCertificates(r *report, c *config, now time.Time) {
 	if c.Certificates == "" {
 		return
 	}
-	files, err := agent.ReadCertificates(c.Certificates)
+	files, err := certdir.Read(c.Certificates)
 	if err != nil {
 		r.warn("the directory of certificates cannot be read: %v", err).
 			Next("mkdir -p %s  # and put certificates there, or take certificates out of the configuration", output.ShellWord(c.Certificates))
@@ -37,7 +37,7 @@ func findCertificates(r *report, c *config, now time.Time) {
 	}
 }
 
-func findCertificate(r *report, f agent.CertificateFile, now time.Time) {
+func findCertificate(r *report, f certdir.File, now time.Time) {
 	const layout = "2006-01-02 15:04"
 	cert := f.Certificate
 	from, to := certificateTime(cert.ValidAfter), certificateTime(cert.ValidBefore)

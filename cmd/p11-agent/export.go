@@ -21,7 +21,7 @@ import (
 	"golang.org/x/crypto/ssh"
 	"golang.org/x/sys/unix"
 
-	"p11-agent/agent"
+	"p11-agent/agent/certdir"
 	"p11-agent/cmd/p11-agent/exit"
 	"p11-agent/cmd/p11-agent/output"
 	"p11-agent/cmd/p11-agent/paths"
@@ -291,7 +291,7 @@ func certificatesOf(c *config) (map[string][]string, error) {
 	if c.Certificates == "" {
 		return nil, nil
 	}
-	files, err := agent.ReadCertificates(c.Certificates)
+	files, err := certdir.Read(c.Certificates)
 	if err != nil && !errors.Is(err, fs.ErrNotExist) {
 		return nil, err
 	}

@@ -65,9 +65,10 @@ var rooms = []room{
 	{"cmd/testrun", []string{}, "it knows tests by their names only"},
 	{
 		"agent",
-		[]string{"agent/knownhosts", "agent/peer", "agent/request", "pinentry", "pinentry/secret", "pinentry/waiting", xssh},
+		[]string{"agent/certdir", "agent/knownhosts", "agent/peer", "agent/request", "agent/sshkey", "pinentry", "pinentry/secret", "pinentry/waiting", xssh},
 		"the keyring knows neither PKCS#11 nor a wire format",
 	},
+	{"agent/certdir", []string{"agent/sshkey", xssh}, "it reads files: which certificates count is decided by the keyring"},
 	{"agent/knownhosts", []string{xssh}, "a leaf: it reads files"},
 	{"agent/peer", []string{xsys}, "who is at the other end of a socket is found out without the agent"},
 	{
@@ -77,9 +78,10 @@ var rooms = []room{
 	},
 	{
 		"agent/sshagent",
-		[]string{"agent", "agent/peer", "agent/request", "pinentry/secret", xssh, xsys},
+		[]string{"agent", "agent/peer", "agent/request", "agent/sshkey", "pinentry/secret", xssh, xsys},
 		"a door decodes and encodes: it knows neither tokens nor prompts",
 	},
+	{"agent/sshkey", []string{xssh}, "a leaf: which keys OpenSSH reads"},
 	{"pinentry", []string{"pinentry/secret", xsys}, "asking a person knows neither tokens nor SSH"},
 	{"pinentry/notify", []string{"pinentry", "systemd/bus", dbus}, "telling a person knows neither tokens nor SSH"},
 	{leaf, []string{}, "a leaf: text is made safe to show without knowing where it comes from"},

@@ -1,4 +1,10 @@
-package agent
+// Package sshkey knows which SSH public keys and certificates OpenSSH reads, and verifies
+// their signatures.
+//
+// An OpenSSH client gives up a whole list of keys when it cannot read one of them
+// (ssh_fetch_identitylist in OpenSSH's authfd.c). So the agent takes and lists no key
+// that OpenSSH does not read. The rules are those of OpenSSH 9.2 and of 10.5.
+package sshkey
 
 import (
 	"bytes"
@@ -15,23 +21,26 @@ import (
 	"golang.org/x/crypto/ssh"
 )
 
-// A client of OpenSSH gives up a whole list of keys when it cannot read one of them
-// (ssh_fetch_identitylist in OpenSSH's authfd.c). So the agent takes and lists no key
-// that OpenSSH does not read. The rules are those of OpenSSH 9.2 and of 10.5.
-
 // maxPrincipals bounds the principals of a certificate (SSHKEY_CERT_MAX_PRINCIPALS in
 // OpenSSH's sshkey.h).
 const maxPrincipals = 256
+
+// The sizes of the RSA keys that OpenSSH reads, in bits (SSH_RSA_MINIMUM_MODULUS_SIZE in
+// OpenSSH's sshkey.h, and OPENSSL_RSA_MAX_MODULUS_BITS).
+const (
+	MinRSABits = 1024
+	MaxRSABits = 16384
+)
 
 var (
 	errSignature = errors.New("the signature is wrong")
 	errNUL       = errors.New("a text in it has a NUL byte")
 )
 
-// Readable tells why OpenSSH does not read a public key that was parsed here
-// (sshkey_from_blob in OpenSSH's sshkey.c). nil: OpenSSH reads it. Readable verifies
-// the signature of a certificate. It does not look at the time in which a certificate
-// is valid.
+// Readable returns an error that says why OpenSSH does not read a parsed public key
+// (sshkey_from_blob in OpenSSH's sshkey.c). nil means that OpenSSH reads the key.
+// Readable verifies the signature of a certificate. It ignores the time in which a
+// certificate is valid.
 func Readable(key ssh.PublicKey) error {
 	if cert, ok := key.(*ssh.Certificate); ok {
 		return readableCertificate(cert)
@@ -42,8 +51,8 @@ func Readable(key ssh.PublicKey) error {
 	}
 	if pub, ok := crypto.CryptoPublicKey().(*rsa.PublicKey); ok {
 		// sshkey_check_rsa_length, and sshbuf_get_bignum2, which reads no negative number.
-		if bits := pub.N.BitLen(); pub.N.Sign() <= 0 || bits < minRSABits || bits > maxRSABits {
-			return fmt.Errorf("an RSA key of %d bits: OpenSSH reads keys of %d to %d bits", bits, minRSABits, maxRSABits)
+		if bits := pub.N.BitLen(); pub.N.Sign() <= 0 || bits < MinRSABits || bits > MaxRSABits {
+			return fmt.Errorf("an RSA key of %d bits: OpenSSH reads keys of %d to %d bits", bits, MinRSABits, MaxRSABits)
 		}
 	}
 	if isSecurityKey(key) {
@@ -87,17 +96,17 @@ func readableCertificate(cert *ssh.Certificate) error {
 	unsigned := *cert
 	unsigned.Signature = nil
 	data, ok := bytes.CutSuffix(unsigned.Marshal(), make([]byte, 4)) // the length of the signature
-	if !ok || VerifySignature(cert.SignatureKey, data, cert.Signature) != nil {
+	if !ok || Verify(cert.SignatureKey, data, cert.Signature) != nil {
 		return fmt.Errorf("the certificate of the key %s is not signed by its authority", ssh.FingerprintSHA256(cert.Key))
 	}
 	return nil
 }
 
-// VerifySignature checks the signature of a key, or of the key in a certificate, as
+// Verify checks the signature of a key, or of the key in a certificate, as
 // OpenSSH does for session-bind and for certificates: a security key need not have been
 // touched for it. sshd has nobody to touch its own key (OpenSSH's sshd.c clears
 // SSH_SK_USER_PRESENCE_REQD of host keys), and x/crypto/ssh refuses such signatures.
-func VerifySignature(key ssh.PublicKey, data []byte, sig *ssh.Signature) error {
+func Verify(key ssh.PublicKey, data []byte, sig *ssh.Signature) error {
 	if cert, ok := key.(*ssh.Certificate); ok {
 		key = cert.Key
 	}
