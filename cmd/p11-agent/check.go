@@ -59,7 +59,7 @@ func runCheck(ctx context.Context, g *globals, o *checkOptions, out, stderr io.W
 	if err != nil {
 		return err
 	}
-	conf.ok("configuration: %s", cmp.Or(c.file, "none, so everything is as usual"))
+	conf.ok("configuration: %s", cmp.Or(c.Path(), "none, so everything is as usual"))
 	mods, toks, asks := &report{group: "modules"}, &report{group: "tokens and keys"}, &report{group: "asking for the PIN"}
 	reports := []*report{conf, mods, toks, asks}
 	findRegistry(mods, c)
@@ -100,7 +100,7 @@ func findRegistry(r *report, c *config) {
 		r.bad("module configuration: %v", w)
 	}
 	for _, m := range c.unregistered(reg) {
-		r.warn("%s: [[module]] name = %q: there is no such module, so the table does nothing", c.file, m.name).Next("%s", m.hint)
+		r.warn("%s: [[module]] name = %q: there is no such module, so the table does nothing", c.Path(), m.name).Next("%s", m.hint)
 	}
 }
 
@@ -217,7 +217,7 @@ func findTokens(r *report, modules []token.ModuleStatus) {
 const maxOffered = 5
 
 func findKeys(ctx context.Context, r *report, conf *config, store *token.Store) {
-	auto := automatic(conf)
+	auto := conf.Automatic()
 	if conf.Keys != nil {
 		for _, u := range *conf.Keys {
 			findURI(ctx, r, store, "keys", u.URI)
@@ -268,7 +268,7 @@ func findKeys(ctx context.Context, r *report, conf *config, store *token.Store) 
 func findURI(ctx context.Context, r *report, store *token.Store, where string, u *pkcs11uri.URI) {
 	keys, err := store.Select(ctx, token.NewSelector(u))
 	sure := slices.ContainsFunc(keys, func(k *token.Key) bool { return k.Matches(u) })
-	if err == nil && !sure && u.Object != nil && nearest(*u.Object, labelsOf(keys)) != "" {
+	if err == nil && !sure && u.Object != nil && pkcs11uri.Nearest(*u.Object, labelsOf(keys)) != "" {
 		err = fmt.Errorf("%w: no object has this label before a login", token.ErrNoMatch)
 	}
 	switch {

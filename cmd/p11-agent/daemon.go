@@ -236,7 +236,7 @@ func (d *daemon) openKeyring(c *config, upstreams []agent.Upstream) {
 // rules returns what the configuration tells the keyring.
 func (d *daemon) rules(c *config) agent.Rules {
 	return agent.Rules{
-		Automatic: automatic(c), Name: names(c), Listed: listedAs, OfferAway: c.offerAway, Allow: c.allows(d.options.system), Approval: c.approval(),
+		Automatic: c.Automatic(), Name: c.KeyName, Listed: listedAs, OfferAway: c.offerAway, Allow: c.allows(d.options.system), Approval: c.approval(),
 	}
 }
 
@@ -355,7 +355,7 @@ func (d *daemon) configure(c *config) {
 	store := d.backend.store
 	store.SetSources(c.sources())
 	store.SetHomes(c.uris())
-	store.SetPublicKeys(c.publicKeys)
+	store.SetPublicKeys(c.PublicKeys())
 	store.SetPolicy(c.policy())
 	d.keyring.Configure(d.rules(c))
 	d.logind.Delay(c.forgetsAtSleep())

@@ -3,7 +3,6 @@ package main
 import (
 	"cmp"
 	"context"
-	"fmt"
 	"log/slog"
 	"os"
 	"slices"
@@ -18,64 +17,6 @@ import (
 	"p11-agent/systemd/login1"
 	"p11-agent/token"
 )
-
-// touchNotice is how long a token works before a notification is shown, when
-// nobody says otherwise.
-const touchNotice = time.Second
-
-// noticeValue is a length of time, or "off". It is a string, so that a number
-// without a unit is none.
-type noticeValue string
-
-const noticeOff = "off"
-
-func (v noticeValue) check() error {
-	if v != "" && v != noticeOff && new(durationValue).UnmarshalText([]byte(v)) != nil {
-		return fmt.Errorf("touch-notice is %q: a length of time is written as \"1s\", and \"off\" is none", string(v))
-	}
-	return nil
-}
-
-// after returns what a notify.Notifier takes.
-func (v noticeValue) after() time.Duration {
-	var d durationValue
-	switch {
-	case v == "":
-		return touchNotice
-	case v == noticeOff || d.UnmarshalText([]byte(v)) != nil: // which check has seen
-		return 0
-	}
-	return d.Duration
-}
-
-// What forget-on may have.
-const (
-	forgetSleep = "sleep"
-	forgetLock  = "screen-lock"
-)
-
-// forgetValue says when logins end.
-type forgetValue []string
-
-func (v forgetValue) check() error {
-	for _, s := range v {
-		if s != forgetSleep && s != forgetLock {
-			return fmt.Errorf("forget-on has %q, and can have %q and %q", s, forgetSleep, forgetLock)
-		}
-	}
-	return nil
-}
-
-func (v forgetValue) retention() token.Retention {
-	return token.Retention{Sleep: slices.Contains(v, forgetSleep), ScreenLock: slices.Contains(v, forgetLock)}
-}
-
-// forgetsAtSleep tells whether anything is to be done before the machine sleeps.
-func (c *config) forgetsAtSleep() bool {
-	return c.ForgetOn.retention().Sleep || slices.ContainsFunc(c.KeyTables, func(k keyConfig) bool {
-		return k.ForgetOn != nil && k.ForgetOn.retention().Sleep
-	})
-}
 
 // notices tells of tokens that work for long, in the words of the agent.
 type notices struct {

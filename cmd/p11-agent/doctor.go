@@ -109,7 +109,7 @@ func runDoctor(ctx context.Context, g *globals, o *doctorOptions, out io.Writer)
 func findConfiguration(r *report, file string) *config {
 	c, err := loadConfig(file)
 	if err == nil {
-		r.ok("%s", cmp.Or(c.file, "there is no configuration file, so everything is as usual"))
+		r.ok("%s", cmp.Or(c.Path(), "there is no configuration file, so everything is as usual"))
 		findSources(r, c)
 		return c
 	}

@@ -327,23 +327,6 @@ func TestAskEnds(t *testing.T) {
 	}
 }
 
-func TestNearest(t *testing.T) {
-	for _, tt := range []struct {
-		name string
-		all  []string
-		want string
-	}{
-		{"wrok", []string{"home", "work"}, "work"},
-		{"WORK", []string{"work"}, "work"},
-		{"bank", []string{"work", "home"}, ""},
-		{"work", nil, ""},
-	} {
-		if got := nearest(tt.name, tt.all); got != tt.want {
-			t.Errorf("%q of %q: got %q, want %q", tt.name, tt.all, got, tt.want)
-		}
-	}
-}
-
 // The names of files are safe wherever they are written, and no two keys get one.
 func TestFileName(t *testing.T) {
 	for in, want := range map[string]string{

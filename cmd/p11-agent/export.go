@@ -205,7 +205,7 @@ func exportable(c *config, store *token.Store, uris []*pkcs11uri.URI) ([]exporte
 	all := slices.Concat(store.Keys(), store.Away())
 	var keys []*token.Key
 	if len(uris) == 0 {
-		auto := automatic(c)
+		auto := c.Automatic()
 		for _, k := range all {
 			if ok, _ := offered(k, auto, ""); ok {
 				keys = append(keys, k)
@@ -218,7 +218,7 @@ func exportable(c *config, store *token.Store, uris []*pkcs11uri.URI) ([]exporte
 	for _, u := range uris {
 		sel, n := token.NewSelector(u), len(keys)
 		for _, k := range all {
-			if sel.Match(k) && (k.Unfit() == "" || !selection{sel}.Broad()) {
+			if sel.Match(k) && (k.Unfit() == "" || !selection{Selector: sel}.Broad()) {
 				keys = append(keys, k)
 			}
 		}
@@ -230,7 +230,7 @@ func exportable(c *config, store *token.Store, uris []*pkcs11uri.URI) ([]exporte
 	if err != nil {
 		return nil, err
 	}
-	name := names(c)
+	name := c.KeyName
 	var list []exported
 	seen := make(map[string]bool)
 	for _, k := range keys {

@@ -17,7 +17,7 @@ func notShown(c *config, store *token.Store) (hidden map[string]bool, offered in
 	var identities []agent.Identity
 	var wires []string
 	named := make(map[string]bool)
-	auto, name := automatic(c), names(c)
+	auto, name := c.Automatic(), c.KeyName
 	present := store.Keys()
 	all := append(append([]*token.Key{}, present...), store.Away()...)
 	add := func(i int, k *token.Key, alone bool) {

@@ -272,7 +272,7 @@ func matchesToken(store *token.Store, u *pkcs11uri.URI) bool {
 // collect puts together what is to be printed of the keys that sel selects.
 func collect(c *config, store *token.Store, sel *token.Selector, named bool) listing {
 	l := listing{named: named, Tokens: []listedToken{}, Modules: []listedModule{}}
-	auto, name := automatic(c), names(c)
+	auto, name := c.Automatic(), c.KeyName
 	homes := homesOf(store.Keys(), auto)
 	hidden, all := notShown(c, store)
 	l.Offered, l.Shown = all, all-len(hidden)

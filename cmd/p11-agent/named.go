@@ -95,14 +95,14 @@ func suggest(store *token.Store, u *pkcs11uri.URI) (meant []string, there string
 	}
 	attribute := func(near *pkcs11uri.URI) string { return strings.TrimPrefix(near.String(), "pkcs11:") }
 	if u.Token != nil && !slices.Contains(labels, *u.Token) {
-		if s := nearest(*u.Token, labels); s != "" {
+		if s := pkcs11uri.Nearest(*u.Token, labels); s != "" {
 			add("%s", attribute(&pkcs11uri.URI{Token: &s}))
 		} else if slices.Contains(objects, *u.Token) {
 			add("%s, as the label of a key", output.ShellWord((&pkcs11uri.URI{Object: u.Token}).String()))
 		}
 	}
 	if u.Object != nil && !slices.Contains(objects, *u.Object) {
-		if s := nearest(*u.Object, objects); s != "" {
+		if s := pkcs11uri.Nearest(*u.Object, objects); s != "" {
 			add("%s", attribute(&pkcs11uri.URI{Object: &s}))
 		} else if slices.Contains(labels, *u.Object) {
 			add("%s, as the label of a token", output.ShellWord((&pkcs11uri.URI{Token: u.Object}).String()))

@@ -1,7 +1,6 @@
 package main
 
 import (
-	"cmp"
 	"encoding/json"
 	"fmt"
 	"io"
@@ -181,27 +180,6 @@ func verdict(reports ...*report) error {
 	default:
 		return fmt.Errorf("%s found", output.Count(problems, "problem"))
 	}
-}
-
-// nearest returns the one of the names that a mistyped one is nearest to, or
-// nothing when none is near.
-func nearest(name string, names []string) string {
-	type candidate struct {
-		name string
-		far  int
-	}
-	var all []candidate
-	for _, n := range names {
-		all = append(all, candidate{n, distance(strings.ToLower(name), strings.ToLower(n))})
-	}
-	if len(all) == 0 {
-		return ""
-	}
-	best := slices.MinFunc(all, func(a, b candidate) int { return cmp.Compare(a.far, b.far) })
-	if best.far > max(2, len(name)/3) {
-		return ""
-	}
-	return best.name
 }
 
 // style is the one of findings of a level.

@@ -361,8 +361,8 @@ func (s *setup) take(k *token.Key) error {
 	for _, e := range keys {
 		if bytes.Equal(e.key.ID(), k.ID()) {
 			s.use(e)
-			if ok, reason := offered(e.key, automatic(s.config), ""); !ok {
-				s.say("  note: the agent does not offer it: %s. Add %q to keys in %s", reason, e.key.URI(), output.HomePath(s.config.file))
+			if ok, reason := offered(e.key, s.config.Automatic(), ""); !ok {
+				s.say("  note: the agent does not offer it: %s. Add %q to keys in %s", reason, e.key.URI(), output.HomePath(s.config.Path()))
 			}
 			return nil
 		}

@@ -47,9 +47,8 @@ func modules(c *config, log *slog.Logger) (specs []token.ModuleSpec, bridges []*
 	for _, m := range c.Modules {
 		settings[m.name()] = m
 		if m.Path != "" && (m.Enabled == nil || *m.Enabled) {
-			spec := token.ModuleSpec{Name: m.name(), Path: m.Path, Env: m.environ(), Timeout: m.Timeout.Duration}
-			m.Release.apply(&spec)
-			m.confine(&spec)
+			spec := token.ModuleSpec{Name: m.name(), Path: m.Path}
+			m.configure(&spec)
 			if address := cmp.Or(m.Env[registry.ServerVariable], os.Getenv(registry.ServerVariable)); strings.HasPrefix(filepath.Base(m.Path), "p11-kit-client") {
 				spec.Cause = func(ctx context.Context) string { return registry.ServerCause(ctx, address) }
 				spec.Empty = spec.Cause
@@ -64,18 +63,15 @@ func modules(c *config, log *slog.Logger) (specs []token.ModuleSpec, bridges []*
 		case named && set.Path != "":
 			continue // the configuration's own module of this name
 		case named && set.Enabled != nil && !*set.Enabled:
-			m.Skip = "it is switched off in " + c.file
+			m.Skip = "it is switched off in " + c.Path()
 		}
 		if m.Skip != "" {
 			log.Debug("module is not started", "module", m.Name, "reason", m.Skip)
 			skipped = append(skipped, m)
 			continue
 		}
-		spec := token.ModuleSpec{
-			Name: m.Name, Path: m.Path, InitArgs: m.InitArgs, Env: set.environ(), Timeout: set.Timeout.Duration,
-		}
-		set.Release.apply(&spec)
-		set.confine(&spec)
+		spec := token.ModuleSpec{Name: m.Name, Path: m.Path, InitArgs: m.InitArgs}
+		set.configure(&spec)
 		// p11-kit's remoting serves one call after the other.
 		spec.Poll = m.Remote.Address != "" || len(m.Remote.Command) > 0
 		switch {
@@ -111,29 +107,6 @@ func modules(c *config, log *slog.Logger) (specs []token.ModuleSpec, bridges []*
 	return specs, bridges, skipped, broken
 }
 
-// unregistered returns the modules of the configuration that have no path, and are not in
-// p11-kit's registry either.
-func (c *config) unregistered(reg registry.Result) (all []unregistered) {
-	var names []string
-	for _, m := range reg.Modules {
-		names = append(names, m.Name)
-	}
-	for _, m := range c.Modules {
-		if m.Path != "" || slices.Contains(names, m.name()) {
-			continue
-		}
-		hint := "the registered modules are " + strings.Join(names, ", ")
-		if s := nearest(m.name(), names); s != "" {
-			hint = fmt.Sprintf("did you mean %q?", s)
-		}
-		all = append(all, unregistered{m.name(), hint})
-	}
-	return all
-}
-
-// unregistered is the name of a module that is not there, and what may have been meant.
-type unregistered struct{ name, hint string }
-
 // backend is what stands behind the keyring: the tokens and what they need.
 type backend struct {
 	store   *token.Store
@@ -162,7 +135,7 @@ func openBackend(c *config, asker token.PINAsker, working func(context.Context, 
 		PINs:       asker,
 		Sources:    c.sources(),
 		Homes:      c.uris(),
-		PublicKeys: c.publicKeys,
+		PublicKeys: c.PublicKeys(),
 		Policy:     c.policy(),
 		Working:    working,
 		StateDir:   state,
@@ -228,14 +201,6 @@ func (t *tokens) LogoutOf(ctx context.Context, chosen func([]request.Key) bool) 
 	return t.store.LogoutOf(ctx, func(keys []*token.Key) bool { return chosen(agentKeys(keys)) })
 }
 
-// selection is a token.Selector as the keyring sees it.
-type selection struct{ *token.Selector }
-
-func (s selection) Match(k request.Key) bool {
-	key, ok := k.(*token.Key)
-	return ok && s.Selector.Match(key)
-}
-
 func (t *tokens) Parse(provider []byte, remote bool) (request.Selection, error) {
 	parse := func() (*token.Selector, error) { return token.ParseProvider(provider, t.allow) }
 	if remote {
@@ -245,7 +210,7 @@ func (t *tokens) Parse(provider []byte, remote bool) (request.Selection, error) 
 	if err != nil {
 		return nil, err
 	}
-	return selection{s}, nil
+	return selection{Selector: s}, nil
 }
 
 func (t *tokens) Select(ctx context.Context, s request.Selection, reached func(request.Key) bool, pin *secret.Secret) (all []request.Key, taken bool, err error) {
@@ -342,47 +307,6 @@ func (t *tokens) Logout(ctx context.Context, s request.Selection) error {
 func (t *tokens) Drop(s request.Selection) {
 	if sel, ok := s.(selection); ok && sel.URI() != nil {
 		t.store.RemoveSource(sel.URI())
-	}
-}
-
-// automatic returns what the configuration offers without being asked: nil for
-// every key.
-func automatic(c *config) []request.Selection { return selections(c.Keys) }
-
-// selections returns what a list of URIs selects; nil stays nil.
-func selections(list *[]uriValue) []request.Selection {
-	if list == nil {
-		return nil
-	}
-	all := []request.Selection{}
-	for _, u := range *list {
-		all = append(all, selection{token.NewSelector(u.URI)})
-	}
-	return all
-}
-
-// certainly returns what a list of URIs selects for sure; nil stays nil.
-func certainly(list *[]uriValue) []request.Selection {
-	all := selections(list)
-	for i, s := range all {
-		all[i] = selection{s.(selection).Certain()} //nolint:forcetypeassert // selections makes no other
-	}
-	return all
-}
-
-// names returns the function that tells the configured name of a key.
-func names(c *config) func(request.Key) string {
-	return func(k request.Key) string {
-		key, ok := k.(*token.Key)
-		if !ok {
-			return ""
-		}
-		for _, table := range c.KeyTables {
-			if table.Name != "" && key.Matches(table.URI.URI) {
-				return table.Name
-			}
-		}
-		return ""
 	}
 }
 

@@ -31,6 +31,20 @@ func Suggest(name string) string {
 	return best
 }
 
+// Nearest returns the name that a mistyped name is nearest to. It returns "" when no name
+// is near: more than two edits away, and more than a third of the length. Letters of either
+// case are the same.
+func Nearest(name string, names []string) string {
+	name = strings.ToLower(name)
+	best, least := "", max(2, len(name)/3)+1
+	for _, n := range names {
+		if d := distance(name, strings.ToLower(n), least); d < least {
+			best, least = n, d
+		}
+	}
+	return best
+}
+
 // distance returns how many insertions, deletions, replacements and swaps of
 // neighbours turn a into b, or limit when the lengths alone ask for that many.
 func distance(a, b string, limit int) int {

@@ -1,17 +1,14 @@
 package main
 
 import (
-	"errors"
 	"fmt"
-	"reflect"
-	"slices"
-	"strings"
-	"time"
-
 	"p11-agent/agent"
 	"p11-agent/agent/request"
 	"p11-agent/cmd/p11-agent/output"
 	"p11-agent/token"
+	"slices"
+	"strings"
+	"time"
 )
 
 // confirmTimeout is how long a question stays without an answer when nobody says
@@ -35,6 +32,41 @@ type ruleConfig struct {
 	Forwarded *bool             `toml:"forwarded"`
 	Confirm   agent.Confirm     `toml:"confirm"`
 	Remember  rememberValue     `toml:"remember"`
+}
+
+func (r *ruleConfig) check(what string) error {
+	switch {
+	case r.Confirm == "":
+		return &valueError{text: what + " has no confirm, so it would say nothing", advice: "it can be " + output.OneOf(ruleConfirms)}
+	case !slices.Contains(ruleConfirms, r.Confirm):
+		return unknownValue("confirm of "+what, r.Confirm, ruleConfirms)
+	case r.Remember.Remember != agent.Once && (r.Confirm == agent.ConfirmNever || r.Confirm == agent.ConfirmDeny):
+		return &valueError{text: fmt.Sprintf("%s asks nobody (confirm = %q), so there is nothing to remember", what, r.Confirm), advice: "leave remember out"}
+	case r.Host != nil && len(r.Host) == 0, r.Purpose != nil && len(r.Purpose) == 0, r.Program != nil && len(r.Program) == 0:
+		return &valueError{text: what + " has an empty list, so it would match nothing", advice: "leave the condition out to match everything"}
+	}
+	for _, p := range r.Purpose {
+		if !slices.Contains(request.Purposes(), p) {
+			return unknownValue("purpose of "+what, p, request.Purposes())
+		}
+	}
+	for _, p := range r.Program {
+		if p == "" || strings.ContainsRune(p, '/') {
+			return &valueError{text: fmt.Sprintf("program of %s has %q: a program is named as in the log, without its directory", what, p)}
+		}
+	}
+	positive := false
+	for _, p := range r.Host {
+		name, negated := strings.CutPrefix(p, "!")
+		if name == "" || strings.ContainsAny(name, "! ,\t\n") {
+			return &valueError{text: fmt.Sprintf("host of %s has %q, which is no pattern", what, p), advice: `patterns are separate strings, as in ["*.example.org", "!test.example.org"]`}
+		}
+		positive = positive || !negated
+	}
+	if len(r.Host) > 0 && !positive {
+		return &valueError{text: fmt.Sprintf("host of %s says only which hosts are not meant, so it would match nothing", what), advice: `add "*"`}
+	}
+	return nil
 }
 
 // rememberUntilLock is what remember may be besides a length of time.
@@ -114,36 +146,11 @@ func stricter(a agent.Approval, table keyConfig) agent.Approval {
 	return a
 }
 
-// sameApproval tells whether two configurations ask persons about the same.
-func (c *config) sameApproval(o *config) bool {
-	return c.Confirm == o.Confirm && reflect.DeepEqual(c.KeyTables, o.KeyTables)
-}
-
 // keyConfirms is what confirm may be for whole keys, ruleConfirms for rules.
 var (
 	keyConfirms  = []agent.Confirm{agent.ConfirmNever, agent.ConfirmForwarded, agent.ConfirmAlways, agent.ConfirmFirstUse}
 	ruleConfirms = append(slices.Clone(keyConfirms), agent.ConfirmDeny)
 )
-
-// valueError says that a value is none of those that it can be.
-type valueError struct {
-	text   string
-	advice string
-}
-
-func (e *valueError) Error() string { return e.text }
-
-func unknownValue[T ~string](what string, value T, known []T) error {
-	e := &valueError{text: fmt.Sprintf("%s is %q, and can be %s", what, value, output.OneOf(known))}
-	names := make([]string, len(known))
-	for i, k := range known {
-		names[i] = string(k)
-	}
-	if s := nearest(string(value), names); s != "" {
-		e.advice = fmt.Sprintf("did you mean %q?", s)
-	}
-	return e
-}
 
 // checkApproval finds mistakes in what is said about confirmation.
 func (c *config) checkApproval() error {
@@ -164,48 +171,4 @@ func (c *config) checkApproval() error {
 		}
 	}
 	return nil
-}
-
-func (r *ruleConfig) check(what string) error {
-	switch {
-	case r.Confirm == "":
-		return &valueError{text: what + " has no confirm, so it would say nothing", advice: "it can be " + output.OneOf(ruleConfirms)}
-	case !slices.Contains(ruleConfirms, r.Confirm):
-		return unknownValue("confirm of "+what, r.Confirm, ruleConfirms)
-	case r.Remember.Remember != agent.Once && (r.Confirm == agent.ConfirmNever || r.Confirm == agent.ConfirmDeny):
-		return &valueError{text: fmt.Sprintf("%s asks nobody (confirm = %q), so there is nothing to remember", what, r.Confirm), advice: "leave remember out"}
-	case r.Host != nil && len(r.Host) == 0, r.Purpose != nil && len(r.Purpose) == 0, r.Program != nil && len(r.Program) == 0:
-		return &valueError{text: what + " has an empty list, so it would match nothing", advice: "leave the condition out to match everything"}
-	}
-	for _, p := range r.Purpose {
-		if !slices.Contains(request.Purposes(), p) {
-			return unknownValue("purpose of "+what, p, request.Purposes())
-		}
-	}
-	for _, p := range r.Program {
-		if p == "" || strings.ContainsRune(p, '/') {
-			return &valueError{text: fmt.Sprintf("program of %s has %q: a program is named as in the log, without its directory", what, p)}
-		}
-	}
-	positive := false
-	for _, p := range r.Host {
-		name, negated := strings.CutPrefix(p, "!")
-		if name == "" || strings.ContainsAny(name, "! ,\t\n") {
-			return &valueError{text: fmt.Sprintf("host of %s has %q, which is no pattern", what, p), advice: `patterns are separate strings, as in ["*.example.org", "!test.example.org"]`}
-		}
-		positive = positive || !negated
-	}
-	if len(r.Host) > 0 && !positive {
-		return &valueError{text: fmt.Sprintf("host of %s says only which hosts are not meant, so it would match nothing", what), advice: `add "*"`}
-	}
-	return nil
-}
-
-// asConfigError turns an error of a check into one of the file.
-func asConfigError(file string, err error) error {
-	ce := &configError{File: file, Text: err.Error()}
-	if v, ok := errors.AsType[*valueError](err); ok {
-		ce.Advice = v.advice
-	}
-	return ce
 }

@@ -1,48 +1,32 @@
 package main
 
 import (
-	"bytes"
 	"fmt"
 	"reflect"
-	"regexp"
 	"slices"
 	"strings"
-
-	"github.com/pelletier/go-toml/v2"
 )
 
-// explainUnknown makes an error of a key that its table does not have. text is the file.
-func explainUnknown(file string, text []byte, e *toml.DecodeError) *configError {
-	line, col := e.Position()
-	key := e.Key()
-	ce := &configError{File: file, Line: line, Col: col, Text: fmt.Sprintf("unknown key %q", strings.Join(key, "."))}
-	if len(key) == 0 {
-		return ce
+// knownKeys returns the keys that the table at path may have.
+func knownKeys(t reflect.Type, path []string) []string {
+	for t.Kind() == reflect.Pointer || t.Kind() == reflect.Slice {
+		t = t.Elem()
 	}
-	name, table := key[len(key)-1], key[:len(key)-1]
-	ce.Text = fmt.Sprintf("unknown key %q", name)
-	root := reflect.TypeFor[config]()
-	elsewhere := tablesWith(root, nil, name)
-	switch near := nearest(name, knownKeys(root, table)); {
-	case len(table) > 0 && slices.Contains(knownKeys(root, nil), name):
-		ce.Advice = fmt.Sprintf("%q belongs above the first table%s: what stands below %s belongs to that table", name, firstTable(text), tableHead(root, table))
-	case len(elsewhere) > 0:
-		ce.Advice = fmt.Sprintf("%q belongs into a table %s", name, strings.Join(elsewhere, " or "))
-	case near != "":
-		ce.Advice = fmt.Sprintf("did you mean %q?", near)
+	if t.Kind() != reflect.Struct {
+		return nil
 	}
-	return ce
-}
-
-var tableLine = regexp.MustCompile(`(?m)^[ \t]*(\[{1,2}[A-Za-z"'].*)$`)
-
-// firstTable says where the first table of a file begins.
-func firstTable(text []byte) string {
-	at := tableLine.FindIndex(text)
-	if at == nil {
-		return ""
+	var names []string
+	for f := range t.Fields() {
+		name := f.Tag.Get("toml")
+		if name == "" {
+			continue
+		}
+		names = append(names, name)
+		if len(path) > 0 && path[0] == name {
+			return knownKeys(f.Type, path[1:])
+		}
 	}
-	return fmt.Sprintf(", which begins in line %d", 1+bytes.Count(text[:at[0]], []byte("\n")))
+	return names
 }
 
 // tableHead writes the head of a table.
@@ -134,42 +118,4 @@ func wanted(path []string) string {
 		return fmt.Sprintf(`a list of texts, such as %s = ["..."]`, name)
 	}
 	return "another kind of value"
-}
-
-// needRestart returns the keys and tables that differ from those of an old configuration
-// and count when the agent starts.
-func (c *config) needRestart(old *config) (changed []string) {
-	if old == nil {
-		return nil
-	}
-	for _, k := range []struct {
-		name     string
-		now, was any
-	}{
-		{"[[module]]", c.Modules, old.Modules},
-		{"[[socket]]", c.Sockets, old.Sockets},
-		{"allow-modules", c.AllowModules, old.AllowModules},
-		{"certificates", c.Certificates, old.Certificates},
-		{"insert-timeout", c.InsertTimeout, old.InsertTimeout},
-		{"known-hosts", c.KnownHosts, old.KnownHosts},
-		{"remember-keys", c.RememberKeys, old.RememberKeys},
-		{"remote-tokens", c.RemoteTokens, old.RemoteTokens},
-		{"software-keys", c.SoftwareKeys, old.SoftwareKeys},
-		{"upstream", c.Upstream, old.Upstream},
-	} {
-		if !reflect.DeepEqual(k.now, k.was) {
-			changed = append(changed, k.name)
-		}
-	}
-	return changed
-}
-
-// speaksOfGo tells whether an error of the decoder is about the program's types.
-func speaksOfGo(text string) bool {
-	for _, word := range []string{"struct", "main.", "agent.", "cannot store", "cannot decode"} {
-		if strings.Contains(text, word) {
-			return true
-		}
-	}
-	return false
 }

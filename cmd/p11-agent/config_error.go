@@ -1,0 +1,147 @@
+package main
+
+import (
+	"bytes"
+	"errors"
+	"fmt"
+	"io/fs"
+	"p11-agent/cmd/p11-agent/exit"
+	"p11-agent/cmd/p11-agent/output"
+	"p11-agent/token/pkcs11uri"
+	"reflect"
+	"regexp"
+	"slices"
+	"strings"
+
+	"github.com/pelletier/go-toml/v2"
+)
+
+// configError is a mistake in the configuration file, at a place in it.
+type configError struct {
+	File      string
+	Line, Col int // counted from 1; 0: the whole file
+	Text      string
+	Advice    string
+	Err       error // of the file itself
+}
+
+func (e *configError) Unwrap() error { return e.Err }
+
+func (e *configError) Error() string {
+	if e.Line == 0 {
+		return fmt.Sprintf("%s: %s", e.File, e.Text)
+	}
+	return fmt.Sprintf("%s:%d:%d: %s", e.File, e.Line, e.Col, e.Text)
+}
+
+// Hint says what to do about it.
+func (e *configError) Hint() string { return e.Advice }
+
+// ExitCode tells that the configuration is wrong.
+func (e *configError) ExitCode() int { return exit.CodeUsage }
+
+// unreadable is the error for a configuration file that cannot be read.
+func unreadable(file string, err error) error {
+	e := &configError{File: file, Text: err.Error(), Err: err}
+	if p, ok := errors.AsType[*fs.PathError](err); ok {
+		e.Text = p.Err.Error()
+	}
+	if errors.Is(err, fs.ErrNotExist) {
+		e.Advice = "without --config the agent reads ~/.config/p11-agent/config.toml, if it is there"
+	}
+	return e
+}
+
+// explainTOML turns the decoder's errors into ours, which quote no value of the file.
+// text is the file.
+func explainTOML(file string, text []byte, err error) error {
+	if strict, ok := errors.AsType[*toml.StrictMissingError](err); ok {
+		var all []error
+		for _, e := range strict.Errors {
+			all = append(all, explainUnknown(file, text, &e))
+		}
+		return errors.Join(all...)
+	}
+	if e, ok := errors.AsType[*toml.DecodeError](err); ok {
+		line, col := e.Position()
+		ce := &configError{File: file, Line: line, Col: col, Text: strings.TrimPrefix(e.Error(), "toml: ")}
+		if key := e.Key(); len(key) > 0 && speaksOfGo(ce.Text) {
+			ce.Text = fmt.Sprintf("%s has to be %s", strings.Join(key, "."), wanted(key))
+		}
+		return ce
+	}
+	return &configError{File: file, Text: err.Error()}
+}
+
+// explainUnknown makes an error of a key that its table does not have. text is the file.
+func explainUnknown(file string, text []byte, e *toml.DecodeError) *configError {
+	line, col := e.Position()
+	key := e.Key()
+	ce := &configError{File: file, Line: line, Col: col, Text: fmt.Sprintf("unknown key %q", strings.Join(key, "."))}
+	if len(key) == 0 {
+		return ce
+	}
+	name, table := key[len(key)-1], key[:len(key)-1]
+	ce.Text = fmt.Sprintf("unknown key %q", name)
+	root := reflect.TypeFor[config]()
+	elsewhere := tablesWith(root, nil, name)
+	switch near := pkcs11uri.Nearest(name, knownKeys(root, table)); {
+	case len(table) > 0 && slices.Contains(knownKeys(root, nil), name):
+		ce.Advice = fmt.Sprintf("%q belongs above the first table%s: what stands below %s belongs to that table", name, firstTable(text), tableHead(root, table))
+	case len(elsewhere) > 0:
+		ce.Advice = fmt.Sprintf("%q belongs into a table %s", name, strings.Join(elsewhere, " or "))
+	case near != "":
+		ce.Advice = fmt.Sprintf("did you mean %q?", near)
+	}
+	return ce
+}
+
+var tableLine = regexp.MustCompile(`(?m)^[ \t]*(\[{1,2}[A-Za-z"'].*)$`)
+
+// firstTable says where the first table of a file begins.
+func firstTable(text []byte) string {
+	at := tableLine.FindIndex(text)
+	if at == nil {
+		return ""
+	}
+	return fmt.Sprintf(", which begins in line %d", 1+bytes.Count(text[:at[0]], []byte("\n")))
+}
+
+// speaksOfGo tells whether an error of the decoder is about the program's types.
+func speaksOfGo(text string) bool {
+	for _, word := range []string{"struct", "main.", "agent.", "cannot store", "cannot decode"} {
+		if strings.Contains(text, word) {
+			return true
+		}
+	}
+	return false
+}
+
+// valueError says that a value is none of those that it can be.
+type valueError struct {
+	text   string
+	advice string
+}
+
+func (e *valueError) Error() string { return e.text }
+
+func unknownValue[T ~string](what string, value T, known []T) error {
+	e := &valueError{text: fmt.Sprintf("%s is %q, and can be %s", what, value, output.OneOf(known))}
+	names := make([]string, len(known))
+	for i, k := range known {
+		names[i] = string(k)
+	}
+	if s := pkcs11uri.Nearest(string(value), names); s != "" {
+		e.advice = fmt.Sprintf("did you mean %q?", s)
+	}
+	return e
+}
+
+// asConfigError turns an error of a check into one of the file.
+func asConfigError(file string, err error) error {
+	ce := &configError{File: file, Text: err.Error()}
+	if v, ok := errors.AsType[*valueError](err); ok {
+		ce.Advice = v.advice
+	}
+	return ce
+}

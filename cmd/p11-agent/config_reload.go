@@ -1,0 +1,36 @@
+package main
+
+import "reflect"
+
+// needRestart returns the keys and tables that differ from those of an old configuration
+// and count when the agent starts.
+func (c *config) needRestart(old *config) (changed []string) {
+	if old == nil {
+		return nil
+	}
+	for _, k := range []struct {
+		name     string
+		now, was any
+	}{
+		{"[[module]]", c.Modules, old.Modules},
+		{"[[socket]]", c.Sockets, old.Sockets},
+		{"allow-modules", c.AllowModules, old.AllowModules},
+		{"certificates", c.Certificates, old.Certificates},
+		{"insert-timeout", c.InsertTimeout, old.InsertTimeout},
+		{"known-hosts", c.KnownHosts, old.KnownHosts},
+		{"remember-keys", c.RememberKeys, old.RememberKeys},
+		{"remote-tokens", c.RemoteTokens, old.RemoteTokens},
+		{"software-keys", c.SoftwareKeys, old.SoftwareKeys},
+		{"upstream", c.Upstream, old.Upstream},
+	} {
+		if !reflect.DeepEqual(k.now, k.was) {
+			changed = append(changed, k.name)
+		}
+	}
+	return changed
+}
+
+// sameApproval tells whether two configurations ask persons about the same.
+func (c *config) sameApproval(o *config) bool {
+	return c.Confirm == o.Confirm && reflect.DeepEqual(c.KeyTables, o.KeyTables)
+}
