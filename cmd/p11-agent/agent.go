@@ -14,6 +14,7 @@ import (
 	"github.com/spf13/cobra"
 	"golang.org/x/crypto/ssh"
 
+	"p11-agent/cmd/p11-agent/config"
 	"p11-agent/cmd/p11-agent/exit"
 	"p11-agent/cmd/p11-agent/output"
 	"p11-agent/cmd/p11-agent/paths"
@@ -178,7 +179,7 @@ func runAgent(ctx context.Context, g *globals, o *agentOptions, command []string
 		}
 	}()
 	// Found here, mistakes of the configuration reach the person who starts it.
-	if _, err := loadConfig(g.config); err != nil {
+	if _, err := config.Load(g.config); err != nil {
 		return err
 	}
 	if foreground {

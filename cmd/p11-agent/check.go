@@ -14,6 +14,7 @@ import (
 
 	"github.com/spf13/cobra"
 
+	"p11-agent/cmd/p11-agent/config"
 	"p11-agent/cmd/p11-agent/exit"
 	"p11-agent/cmd/p11-agent/output"
 	"p11-agent/cmd/p11-agent/paths"
@@ -50,12 +51,12 @@ the machine as well.`,
 func runCheck(ctx context.Context, g *globals, o *checkOptions, out, stderr io.Writer) error {
 	conf := &report{group: "configuration"}
 	if o.json {
-		if _, err := loadConfig(g.config); err != nil {
+		if _, err := config.Load(g.config); err != nil {
 			findConfiguration(conf, g.config)
 			return cmp.Or(printReportsJSON(out, []*report{conf}), error(exit.Status(exit.CodeUsage)))
 		}
 	}
-	c, err := loadConfig(g.config)
+	c, err := config.Load(g.config)
 	if err != nil {
 		return err
 	}
@@ -94,13 +95,13 @@ func runCheck(ctx context.Context, g *globals, o *checkOptions, out, stderr io.W
 }
 
 // findRegistry says what is wrong with p11-kit's configuration.
-func findRegistry(r *report, c *config) {
+func findRegistry(r *report, c *config.File) {
 	reg := registry.Load(registry.Options{Dirs: registry.DefaultDirs(os.LookupEnv, os.Geteuid()), Program: registry.Program})
 	for _, w := range reg.Warnings {
 		r.bad("module configuration: %v", w)
 	}
-	for _, m := range c.unregistered(reg) {
-		r.warn("%s: [[module]] name = %q: there is no such module, so the table does nothing", c.Path(), m.name).Next("%s", m.hint)
+	for _, m := range c.UnknownModules(reg) {
+		r.warn("%s: [[module]] name = %q: there is no such module, so the table does nothing", c.Path(), m.Name).Next("%s", m.Hint)
 	}
 }
 
@@ -216,7 +217,7 @@ func findTokens(r *report, modules []token.ModuleStatus) {
 // (MaxAuthTries of sshd_config(5)), the last of which may be a password.
 const maxOffered = 5
 
-func findKeys(ctx context.Context, r *report, conf *config, store *token.Store) {
+func findKeys(ctx context.Context, r *report, conf *config.File, store *token.Store) {
 	auto := conf.Automatic()
 	if conf.Keys != nil {
 		for _, u := range *conf.Keys {
@@ -308,8 +309,8 @@ func adviseURI(f *finding, store *token.Store, u *pkcs11uri.URI) {
 }
 
 // findSources says whether the files that PINs come from can be used.
-func findSources(r *report, conf *config) {
-	for _, u := range conf.sources() {
+func findSources(r *report, conf *config.File) {
+	for _, u := range conf.PINSources() {
 		err := token.CheckSource(u)
 		if err == nil {
 			r.detail("the PIN of %v comes from the configuration", u)
@@ -332,7 +333,7 @@ func findSources(r *report, conf *config) {
 }
 
 // findPinentry says which program asks for PINs.
-func findPinentry(r *report, conf *config) {
+func findPinentry(r *report, conf *config.File) {
 	name := cmp.Or(conf.Pinentry.Program, "pinentry")
 	path, err := exec.LookPath(name)
 	askpass := os.Getenv("SSH_ASKPASS")

@@ -13,6 +13,7 @@ import (
 
 	"github.com/spf13/cobra"
 
+	"p11-agent/cmd/p11-agent/config"
 	"p11-agent/cmd/p11-agent/exit"
 	"p11-agent/cmd/p11-agent/paths"
 	"p11-agent/pinentry/plain"
@@ -141,7 +142,7 @@ func tokensOfAgent(cmd *cobra.Command) []statusToken {
 
 // tokensThere returns the tokens that modules show.
 func tokensThere(ctx context.Context, g *globals) (all []statusToken) {
-	c, err := loadConfig(g.config)
+	c, err := config.Load(g.config)
 	if err != nil {
 		return nil
 	}

@@ -20,6 +20,7 @@ import (
 	"p11-agent/agent/logfold"
 	"p11-agent/agent/request"
 	"p11-agent/agent/sshagent"
+	"p11-agent/cmd/p11-agent/config"
 	"p11-agent/cmd/p11-agent/paths"
 	"p11-agent/systemd"
 	"p11-agent/systemd/login1"
@@ -45,7 +46,7 @@ type daemonOptions struct {
 // agents, keyring, logind. Only reload changes the configuration that they use.
 type daemon struct {
 	options daemonOptions
-	config  atomic.Pointer[config]
+	config  atomic.Pointer[config.File]
 	log     *slog.Logger
 	closers []func() // of the parts that are open, in the order of their opening
 
@@ -87,7 +88,7 @@ func openDaemon(options daemonOptions, listeners []listener, log *slog.Logger) (
 		return nil, err
 	}
 	warnUnlocked(d.log)
-	c, err := loadConfig(options.configFile)
+	c, err := config.Load(options.configFile)
 	if err != nil {
 		return nil, err
 	}
@@ -130,7 +131,7 @@ func (d *daemon) addSocket(l listener, rules *request.Socket) {
 }
 
 // openPrompts opens the ways to a person. An agent for the system has none.
-func (d *daemon) openPrompts(c *config) {
+func (d *daemon) openPrompts(c *config.File) {
 	if d.options.system {
 		return
 	}
@@ -141,7 +142,7 @@ func (d *daemon) openPrompts(c *config) {
 }
 
 // openNamedSockets makes the sockets of the configuration. An agent with a private socket has these beside it.
-func (d *daemon) openNamedSockets(c *config) error {
+func (d *daemon) openNamedSockets(c *config.File) error {
 	named, err := listenNamed(c, paths.PrivateDir(pathOf(d.sockets[0].listener)), d.log)
 	for _, s := range named {
 		d.addSocket(s.listener, s.rules)
@@ -150,12 +151,12 @@ func (d *daemon) openNamedSockets(c *config) error {
 }
 
 // openTokens starts the modules.
-func (d *daemon) openTokens(c *config) {
+func (d *daemon) openTokens(c *config.File) {
 	state := paths.StateDir()
 	if d.options.system {
 		state = cmp.Or(os.Getenv("STATE_DIRECTORY"), paths.SystemState)
 	}
-	if c.knownKeys(token.KnownKept) == token.KnownIgnored {
+	if c.KnownKeys(token.KnownKept) == token.KnownIgnored {
 		if err := known.Remove(state); err != nil {
 			d.log.Warn("cannot forget the keys that were remembered", "reason", err)
 		}
@@ -171,7 +172,7 @@ func (d *daemon) openTokens(c *config) {
 }
 
 // openUpstreams prepares the connections to other agents.
-func (d *daemon) openUpstreams(c *config) (all []agent.Upstream, err error) {
+func (d *daemon) openUpstreams(c *config.File) (all []agent.Upstream, err error) {
 	for _, path := range c.Upstream {
 		if d.owns(path) {
 			return nil, fmt.Errorf("upstream: %s is a socket of this agent: name the socket of another agent", path)
@@ -196,7 +197,7 @@ func (d *daemon) owns(path string) bool {
 }
 
 // openKeyring puts the keyring before the tokens, and the SSH door before the keyring.
-func (d *daemon) openKeyring(c *config, upstreams []agent.Upstream) {
+func (d *daemon) openKeyring(c *config.File, upstreams []agent.Upstream) {
 	o := d.options
 	allow := token.AllowList(c.AllowModules)
 	if o.allow != nil {
@@ -234,9 +235,9 @@ func (d *daemon) openKeyring(c *config, upstreams []agent.Upstream) {
 }
 
 // rules returns what the configuration tells the keyring.
-func (d *daemon) rules(c *config) agent.Rules {
+func (d *daemon) rules(c *config.File) agent.Rules {
 	return agent.Rules{
-		Automatic: c.Automatic(), Name: c.KeyName, Listed: listedAs, OfferAway: c.offerAway, Allow: c.allows(d.options.system), Approval: c.approval(),
+		Automatic: c.Automatic(), Name: c.KeyName, Listed: listedAs, OfferAway: c.OfferAway, Allow: c.Allows(d.options.system), Approval: c.Approval(),
 	}
 }
 
@@ -333,32 +334,32 @@ func (d *daemon) clear(ctx context.Context) {
 func (d *daemon) reload(ctx context.Context) {
 	d.manager.tell(systemd.Reloading())
 	defer d.manager.ready()
-	c, err := loadConfig(d.options.configFile)
+	c, err := config.Load(d.options.configFile)
 	if err != nil {
 		d.log.Error("the configuration is not used, the old one stays", "reason", err)
 		return
 	}
 	old := d.config.Swap(c)
 	d.configure(c)
-	if !c.sameApproval(old) {
+	if !c.SameApproval(old) {
 		d.keyring.ForgetApprovals(func(request.Key) bool { return true })
 	}
 	d.rescan(ctx)
 	d.log.Info("configuration read again")
-	if changed := c.needRestart(old); len(changed) > 0 {
+	if changed := c.NeedRestart(old); len(changed) > 0 {
 		d.log.Warn("these changes count after a restart of the agent", "keys", strings.Join(changed, ", "))
 	}
 }
 
 // configure tells each part what the configuration says.
-func (d *daemon) configure(c *config) {
+func (d *daemon) configure(c *config.File) {
 	store := d.backend.store
-	store.SetSources(c.sources())
-	store.SetHomes(c.uris())
+	store.SetSources(c.PINSources())
+	store.SetHomes(c.URIs())
 	store.SetPublicKeys(c.PublicKeys())
-	store.SetPolicy(c.policy())
+	store.SetPolicy(c.Policy())
 	d.keyring.Configure(d.rules(c))
-	d.logind.Delay(c.forgetsAtSleep())
+	d.logind.Delay(c.ForgetsAtSleep())
 	d.status.configure(c)
 	if p := d.prompts; p != nil {
 		p.asker.configure(c)
@@ -378,7 +379,7 @@ func (d *daemon) rescan(ctx context.Context) {
 
 // forgetApprovals ends the remembered approvals of the keys whose logins end at an event.
 func (d *daemon) forgetApprovals(e token.Event) {
-	inMemory := d.config.Load().ForgetOn.retention().EndsAt(e)
+	inMemory := d.config.Load().ForgetOn.Retention().EndsAt(e)
 	d.keyring.ForgetApprovals(func(k request.Key) bool {
 		if key, ok := k.(*token.Key); ok {
 			return d.backend.store.Forgets(key, e)

@@ -12,6 +12,7 @@ import (
 
 	"p11-agent/agent"
 	"p11-agent/agent/request"
+	"p11-agent/cmd/p11-agent/config"
 	"p11-agent/pinentry/notify"
 	"p11-agent/systemd/bus"
 	"p11-agent/systemd/login1"
@@ -24,18 +25,18 @@ type notices struct {
 	failures atomic.Bool // failure-notice
 }
 
-func newNotices(c *config, log *slog.Logger) *notices {
+func newNotices(c *config.File, log *slog.Logger) *notices {
 	n := &notices{Notifier: notify.New(notify.Options{
 		Title: "Waiting for the token: touch it if it blinks",
-		After: c.TouchNotice.after(), Bus: bus.Session, Log: log,
+		After: c.TouchNotice.After(), Bus: bus.Session, Log: log,
 	})}
 	n.configure(c)
 	return n
 }
 
 // configure takes over what the configuration says.
-func (n *notices) configure(c *config) {
-	n.SetAfter(c.TouchNotice.after())
+func (n *notices) configure(c *config.File) {
+	n.SetAfter(c.TouchNotice.After())
 	n.failures.Store(c.FailureNotice == nil || *c.FailureNotice)
 }
 
@@ -73,7 +74,7 @@ func (n *notices) working(ctx context.Context, k *token.Key) (done func()) {
 }
 
 // watchLogin1 makes the watch over sleep and the screen lock. forget is told of both.
-func watchLogin1(c *config, store *token.Store, forget func(token.Event), log *slog.Logger) *login1.Watch {
+func watchLogin1(c *config.File, store *token.Store, forget func(token.Event), log *slog.Logger) *login1.Watch {
 	// A module that has not logged out by then is stopped. Sleep waits for less.
 	const lockTimeout, wakeTimeout = 10 * time.Second, 30 * time.Second
 	within := func(d time.Duration, f func(context.Context)) func(context.Context) {
@@ -100,6 +101,6 @@ func watchLogin1(c *config, store *token.Store, forget func(token.Event), log *s
 		}),
 		Log: log,
 	})
-	w.Delay(c.forgetsAtSleep())
+	w.Delay(c.ForgetsAtSleep())
 	return w
 }

@@ -15,6 +15,8 @@ import (
 	"testing"
 
 	"github.com/spf13/cobra"
+
+	"p11-agent/cmd/p11-agent/config"
 )
 
 func readDoc(t *testing.T, name string) string {
@@ -164,7 +166,7 @@ func TestManualHasEveryKey(t *testing.T) {
 			}
 			explained[text[m[2]:m[3]]] = text[m[0]:end]
 		}
-		for _, key := range knownKeys(r, nil) {
+		for _, key := range config.KnownKeys(r, nil) {
 			about, ok := explained[key]
 			delete(explained, key)
 			if isTable(r, key) {
@@ -198,16 +200,16 @@ func TestManualHasEveryKey(t *testing.T) {
 			t.Errorf("the manual has the key %q under %q, which is none", key, section)
 		}
 	}
-	check("SELECTION", "", reflect.TypeFor[config]())
+	check("SELECTION", "", reflect.TypeFor[config.File]())
 	tables := map[string]reflect.Type{
-		"pinentry": reflect.TypeFor[pinentryConfig](),
-		"module":   reflect.TypeFor[moduleConfig](),
-		"key":      reflect.TypeFor[keyConfig](),
-		"socket":   reflect.TypeFor[socketConfig](),
+		"pinentry": reflect.TypeFor[config.PinentryTable](),
+		"module":   reflect.TypeFor[config.ModuleTable](),
+		"key":      reflect.TypeFor[config.KeyTable](),
+		"socket":   reflect.TypeFor[config.SocketTable](),
 	}
-	for _, name := range knownKeys(reflect.TypeFor[config](), nil) {
+	for _, name := range config.KnownKeys(reflect.TypeFor[config.File](), nil) {
 		switch {
-		case !isTable(reflect.TypeFor[config](), name):
+		case !isTable(reflect.TypeFor[config.File](), name):
 		case name == "pinentry":
 			check("[pinentry]", "[pinentry]", tables[name])
 		case tables[name] != nil:
@@ -216,7 +218,7 @@ func TestManualHasEveryKey(t *testing.T) {
 			t.Errorf("nobody looks whether the manual has the keys of %q", name)
 		}
 	}
-	check("[[key.rule]]", ruleTable, reflect.TypeFor[ruleConfig]())
+	check("[[key.rule]]", ruleTable, reflect.TypeFor[config.RuleTable]())
 	if keys < 10 {
 		t.Errorf("only %d keys were looked at", keys)
 	}
@@ -244,7 +246,7 @@ func parses(t *testing.T, text string) {
 	if err := os.WriteFile(file, []byte(text), 0o600); err != nil {
 		t.Fatal(err)
 	}
-	if _, err := loadConfig(file); err != nil {
+	if _, err := config.Load(file); err != nil {
 		t.Errorf("%v, in:\n%s", err, text)
 	}
 }
@@ -364,11 +366,11 @@ var notOurs = []string{
 func TestWordsOfDocumentsAreRight(t *testing.T) {
 	keys, tables := make(map[string]bool), make(map[string]bool)
 	for table, r := range map[string]reflect.Type{
-		"": reflect.TypeFor[config](), "[[module]]": reflect.TypeFor[moduleConfig](), "[[key]]": reflect.TypeFor[keyConfig](),
-		"[[key.rule]]": reflect.TypeFor[ruleConfig](), "[[socket]]": reflect.TypeFor[socketConfig](), "[pinentry]": reflect.TypeFor[pinentryConfig](),
+		"": reflect.TypeFor[config.File](), "[[module]]": reflect.TypeFor[config.ModuleTable](), "[[key]]": reflect.TypeFor[config.KeyTable](),
+		"[[key.rule]]": reflect.TypeFor[config.RuleTable](), "[[socket]]": reflect.TypeFor[config.SocketTable](), "[pinentry]": reflect.TypeFor[config.PinentryTable](),
 	} {
 		tables[table] = true
-		for _, key := range knownKeys(r, nil) {
+		for _, key := range config.KnownKeys(r, nil) {
 			keys[key] = true
 		}
 	}
@@ -400,7 +402,7 @@ func TestWordsOfDocumentsAreRight(t *testing.T) {
 					if err := os.WriteFile(file, []byte(start+word+"\n"), 0o600); err != nil {
 						t.Fatal(err)
 					}
-					_, err := loadConfig(file)
+					_, err := config.Load(file)
 					ok = ok || err == nil
 				}
 				if !ok {

@@ -17,6 +17,7 @@ import (
 
 	"github.com/spf13/cobra"
 
+	"p11-agent/cmd/p11-agent/config"
 	"p11-agent/cmd/p11-agent/exit"
 	"p11-agent/cmd/p11-agent/output"
 	"p11-agent/cmd/p11-agent/paths"
@@ -106,8 +107,8 @@ func runDoctor(ctx context.Context, g *globals, o *doctorOptions, out io.Writer)
 
 // findConfiguration reads the configuration. Where it is broken the others go on
 // with what there is without one.
-func findConfiguration(r *report, file string) *config {
-	c, err := loadConfig(file)
+func findConfiguration(r *report, file string) *config.File {
+	c, err := config.Load(file)
 	if err == nil {
 		r.ok("%s", cmp.Or(c.Path(), "there is no configuration file, so everything is as usual"))
 		findSources(r, c)
@@ -122,10 +123,10 @@ func findConfiguration(r *report, file string) *config {
 			f.Next("put it right: p11-agent.toml(5) says what can be there; the agent does not start like this")
 		}
 	}
-	return &config{AllowModules: token.DefaultAllowList}
+	return &config.File{AllowModules: token.DefaultAllowList}
 }
 
-func findTokensAndCards(ctx context.Context, c *config, cards, mods, toks *report) {
+func findTokensAndCards(ctx context.Context, c *config.File, cards, mods, toks *report) {
 	findRegistry(mods, c)
 	b := openBackend(c, nil, nil, paths.StateDir(), token.KnownRead, slog.New(slog.DiscardHandler))
 	defer b.stop()

@@ -10,12 +10,13 @@ import (
 	"golang.org/x/sys/unix"
 
 	"p11-agent/agent/certdir"
+	"p11-agent/cmd/p11-agent/config"
 	"p11-agent/cmd/p11-agent/output"
 	"p11-agent/pinentry/secret"
 )
 
 // findCertificates looks at the directory of certificates.
-func findCertificates(r *report, c *config, now time.Time) {
+func findCertificates(r *report, c *config.File, now time.Time) {
 	if c.Certificates == "" {
 		return
 	}

@@ -12,13 +12,14 @@ import (
 	"strings"
 
 	"p11-agent/agent/peer"
+	"p11-agent/cmd/p11-agent/config"
 	"p11-agent/cmd/p11-agent/output"
 	"p11-agent/pinentry"
 )
 
 // findPrompt says with what a PIN can be asked for at this place, and what keeps
 // it from that. Nothing is shown.
-func findPrompt(ctx context.Context, r *report, c *config) {
+func findPrompt(ctx context.Context, r *report, c *config.File) {
 	ctx, cancel := context.WithTimeout(ctx, 2*probeTimeout)
 	defer cancel()
 	a := newAsker(c, os.Getenv, os.Environ(), slog.New(slog.DiscardHandler))

@@ -22,6 +22,7 @@ import (
 	"golang.org/x/sys/unix"
 
 	"p11-agent/agent/certdir"
+	"p11-agent/cmd/p11-agent/config"
 	"p11-agent/cmd/p11-agent/exit"
 	"p11-agent/cmd/p11-agent/output"
 	"p11-agent/cmd/p11-agent/paths"
@@ -94,7 +95,7 @@ func runExport(ctx context.Context, g *globals, o *exportOptions, args []string,
 			u.Wipe()
 		}
 	}()
-	c, err := loadConfig(g.config)
+	c, err := config.Load(g.config)
 	if err != nil {
 		return err
 	}
@@ -201,7 +202,7 @@ func (o *exportOptions) arguments(args []string) (uris []*pkcs11uri.URI, hosts [
 
 // exportable returns the keys that the URIs match, or those that the agent offers;
 // each once, however many tokens it is on.
-func exportable(c *config, store *token.Store, uris []*pkcs11uri.URI) ([]exported, error) {
+func exportable(c *config.File, store *token.Store, uris []*pkcs11uri.URI) ([]exported, error) {
 	all := slices.Concat(store.Keys(), store.Away())
 	var keys []*token.Key
 	if len(uris) == 0 {
@@ -218,7 +219,7 @@ func exportable(c *config, store *token.Store, uris []*pkcs11uri.URI) ([]exporte
 	for _, u := range uris {
 		sel, n := token.NewSelector(u), len(keys)
 		for _, k := range all {
-			if sel.Match(k) && (k.Unfit() == "" || !selection{Selector: sel}.Broad()) {
+			if sel.Match(k) && (k.Unfit() == "" || !config.KeySelection{Selector: sel}.Broad()) {
 				keys = append(keys, k)
 			}
 		}
@@ -287,7 +288,7 @@ func fileName(s string) string {
 }
 
 // certificatesOf returns the files of certificates by the key that they certify.
-func certificatesOf(c *config) (map[string][]string, error) {
+func certificatesOf(c *config.File) (map[string][]string, error) {
 	if c.Certificates == "" {
 		return nil, nil
 	}

@@ -21,6 +21,7 @@ import (
 
 	"p11-agent/agent/peer"
 	"p11-agent/agent/request"
+	"p11-agent/cmd/p11-agent/config"
 	"p11-agent/cmd/p11-agent/exit"
 	"p11-agent/cmd/p11-agent/output"
 	"p11-agent/cmd/p11-agent/paths"
@@ -130,7 +131,7 @@ func runGenerate(ctx context.Context, g *globals, o *generateOptions, text strin
 	if err != nil {
 		return exit.Usage(err)
 	}
-	c, err := loadConfig(g.config)
+	c, err := config.Load(g.config)
 	if err != nil {
 		return err
 	}

@@ -7,13 +7,14 @@ import (
 
 	"p11-agent/agent"
 	"p11-agent/agent/sshagent"
+	"p11-agent/cmd/p11-agent/config"
 	"p11-agent/token"
 )
 
 // notShown finds the keys that the agent offers and that clients are not shown, because an
 // answer of the agent has no room for all. It returns their public keys in wire form, and
 // how many keys the agent offers.
-func notShown(c *config, store *token.Store) (hidden map[string]bool, offered int) {
+func notShown(c *config.File, store *token.Store) (hidden map[string]bool, offered int) {
 	var identities []agent.Identity
 	var wires []string
 	named := make(map[string]bool)
@@ -21,7 +22,7 @@ func notShown(c *config, store *token.Store) (hidden map[string]bool, offered in
 	present := store.Keys()
 	all := append(append([]*token.Key{}, present...), store.Away()...)
 	add := func(i int, k *token.Key, alone bool) {
-		if i >= len(present) && !c.offerAway(k, auto != nil) {
+		if i >= len(present) && !c.OfferAway(k, auto != nil) {
 			return
 		}
 		pub, err := ssh.NewPublicKey(k.Public())

@@ -18,6 +18,7 @@ import (
 	"golang.org/x/crypto/ssh"
 
 	"p11-agent/agent/request"
+	"p11-agent/cmd/p11-agent/config"
 	"p11-agent/cmd/p11-agent/exit"
 	"p11-agent/cmd/p11-agent/output"
 	"p11-agent/cmd/p11-agent/paths"
@@ -166,7 +167,7 @@ func runList(ctx context.Context, g *globals, o *listOptions, args []string, out
 	if o.public && o.json {
 		return exit.Usage(errors.New("--public and --json exclude each other"))
 	}
-	c, err := loadConfig(g.config)
+	c, err := config.Load(g.config)
 	if err != nil {
 		return err
 	}
@@ -270,7 +271,7 @@ func matchesToken(store *token.Store, u *pkcs11uri.URI) bool {
 }
 
 // collect puts together what is to be printed of the keys that sel selects.
-func collect(c *config, store *token.Store, sel *token.Selector, named bool) listing {
+func collect(c *config.File, store *token.Store, sel *token.Selector, named bool) listing {
 	l := listing{named: named, Tokens: []listedToken{}, Modules: []listedModule{}}
 	auto, name := c.Automatic(), c.KeyName
 	homes := homesOf(store.Keys(), auto)
@@ -306,7 +307,7 @@ func collect(c *config, store *token.Store, sel *token.Selector, named bool) lis
 				}
 				lk.Offered, lk.Reason = offered(k, auto, t.Shadowed)
 				if lk.Offered && !present {
-					if lk.Offered = c.offerAway(k, auto != nil); !lk.Offered {
+					if lk.Offered = c.OfferAway(k, auto != nil); !lk.Offered {
 						lk.Reason = "its token is not there"
 					}
 				}

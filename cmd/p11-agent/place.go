@@ -17,6 +17,7 @@ import (
 
 	"p11-agent/agent/peer"
 	"p11-agent/agent/request"
+	"p11-agent/cmd/p11-agent/config"
 	"p11-agent/pinentry"
 	"p11-agent/pinentry/waiting"
 	"p11-agent/systemd/environment"
@@ -78,7 +79,7 @@ const promptTurn = time.Minute
 const tellAfter = 2 * time.Second
 
 // newAsker makes the asker of an agent with this environment.
-func newAsker(c *config, getenv func(string) string, environ []string, log *slog.Logger) *asker {
+func newAsker(c *config.File, getenv func(string) string, environ []string, log *slog.Logger) *asker {
 	own := environmentOf(environ)
 	a := &asker{
 		pinentry: &pinentry.Pinentry{
@@ -102,10 +103,10 @@ func newAsker(c *config, getenv func(string) string, environ []string, log *slog
 }
 
 // configure takes over what the configuration says, for the prompts from now on.
-func (a *asker) configure(c *config) {
-	a.displayOnly.Store(c.ConfirmPlace == placeDisplay)
+func (a *asker) configure(c *config.File) {
+	a.displayOnly.Store(c.ConfirmPlace == config.PlaceDisplay)
 	a.pinentry.Configure(c.Pinentry.Program, c.Pinentry.Grab != nil && !*c.Pinentry.Grab)
-	a.patience.set(cmp.Or(c.ConfirmTimeout.Duration, confirmTimeout))
+	a.patience.set(cmp.Or(c.ConfirmTimeout.Duration, config.DefaultConfirmTimeout))
 	a.turn.set(cmp.Or(c.Pinentry.MoveAfter.Duration, promptTurn))
 }
 

@@ -45,6 +45,7 @@ const (
 	pkcs11   = "github.com/miekg/pkcs11"
 	systemd  = "github.com/coreos/go-systemd/v22/"
 	landlock = "github.com/landlock-lsm/go-landlock/landlock"
+	toml     = "github.com/pelletier/go-toml/v2"
 	dbus     = "github.com/godbus/dbus/v5"
 	cobra    = "github.com/spf13/cobra"
 	renameio = "github.com/google/renameio/v2"
@@ -57,8 +58,15 @@ const leaf = "pinentry/plain"
 var rooms = []room{
 	{"cmd/p11-agent", nil, "it wires every room"},
 	{"cmd/p11-agent/exit", []string{}, "a leaf: an exit code is decided without knowing the command"},
-	{"cmd/p11-agent/output", []string{"pinentry", cobra, xsys}, "it prints for every command, and knows none of them"},
 	{"cmd/p11-agent/paths", []string{xsys}, "a leaf: where files are is decided without reading them"},
+	{
+		"cmd/p11-agent/config",
+		[]string{
+			"agent", "agent/request", "cmd/p11-agent/exit", "cmd/p11-agent/output", "cmd/p11-agent/paths",
+			"token", "token/pkcs11uri", "token/registry", xssh, toml,
+		},
+		"it says what the file means, and does nothing of it",
+	},
 	{"cmd/p11-agent/demo", []string{"cmd/p11-agent/output", "token/registry"}, "it runs the program as a user would, by its command line"},
 	{"cmd/p11-agent/output", []string{"pinentry", "systemd", cobra, xsys}, "it prints for every command, and knows none of them"},
 	{"cmd/bench", []string{}, "it measures the program from outside"},

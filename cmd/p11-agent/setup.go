@@ -17,6 +17,7 @@ import (
 
 	"github.com/spf13/cobra"
 
+	"p11-agent/cmd/p11-agent/config"
 	"p11-agent/cmd/p11-agent/exit"
 	"p11-agent/cmd/p11-agent/output"
 	"p11-agent/cmd/p11-agent/paths"
@@ -55,7 +56,7 @@ is 1 then, unless all is done.`,
 
 // A setup is a conversation under way. One goroutine uses it.
 type setup struct {
-	config      *config
+	config      *config.File
 	out, stderr io.Writer
 	log         *slog.Logger
 	ask         *dialog // nil: it only tells
@@ -79,7 +80,7 @@ func runSetup(ctx context.Context, g *globals, o *setupOptions, in io.Reader, ou
 	if !filepath.IsAbs(os.Getenv("HOME")) {
 		return errors.New("HOME does not name a directory, so there is no place for ssh's configuration")
 	}
-	c, err := loadConfig("")
+	c, err := config.Load("")
 	if err != nil {
 		return err
 	}

@@ -8,6 +8,7 @@ import (
 
 	"p11-agent/agent/request"
 	"p11-agent/agent/sshagent"
+	"p11-agent/cmd/p11-agent/config"
 )
 
 // listener is where clients connect: a socket of the agent's own, or one of a service manager.
@@ -34,7 +35,7 @@ func listen(path string) (*sshagent.Socket, error) {
 // listenNamed makes the sockets that the configuration names. Those without a path are in dir, which is empty
 // for the agent at the usual socket. An agent elsewhere leaves out sockets that are in use. The sockets are the
 // caller's to close, also after an error.
-func listenNamed(c *config, dir string, log *slog.Logger) (all []socket, err error) {
+func listenNamed(c *config.File, dir string, log *slog.Logger) (all []socket, err error) {
 	for _, sc := range c.Sockets {
 		l, err := listenAt(sc, dir)
 		if dir != "" && errors.Is(err, sshagent.ErrInUse) {
@@ -44,13 +45,13 @@ func listenNamed(c *config, dir string, log *slog.Logger) (all []socket, err err
 		if err != nil {
 			return all, fmt.Errorf("socket %q: %w", sc.Name, err)
 		}
-		all = append(all, socket{l, sc.rules()})
+		all = append(all, socket{l, sc.Rules()})
 	}
 	return all, nil
 }
 
-func listenAt(sc socketConfig, dir string) (*sshagent.Socket, error) {
-	path, err := sc.path(dir)
+func listenAt(sc config.SocketTable, dir string) (*sshagent.Socket, error) {
+	path, err := sc.SocketPath(dir)
 	if err != nil {
 		return nil, err
 	}

@@ -12,6 +12,7 @@ import (
 	"p11-agent/agent"
 	"p11-agent/agent/request"
 	"p11-agent/agent/sshagent"
+	"p11-agent/cmd/p11-agent/config"
 	"p11-agent/token"
 	"p11-agent/token/wire"
 )
@@ -161,8 +162,8 @@ type statusMaker struct {
 }
 
 // configure notes what the configuration says of the tokens' PINs.
-func (r *statusMaker) configure(c *config) {
-	policy := c.policy()
+func (r *statusMaker) configure(c *config.File) {
+	policy := c.Policy()
 	r.policy.Store(&policy)
 }
 

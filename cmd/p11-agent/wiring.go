@@ -16,6 +16,7 @@ import (
 
 	"p11-agent/agent"
 	"p11-agent/agent/request"
+	"p11-agent/cmd/p11-agent/config"
 	"p11-agent/cmd/p11-agent/output"
 	"p11-agent/pinentry"
 	"p11-agent/pinentry/plain"
@@ -31,10 +32,10 @@ const moduleCommand = "module-process"
 
 // modules returns the modules to run: those of the configuration first, then
 // those of p11-kit's registry in its order.
-func modules(c *config, log *slog.Logger) (specs []token.ModuleSpec, bridges []*registry.Bridge, skipped, broken []registry.Module) {
+func modules(c *config.File, log *slog.Logger) (specs []token.ModuleSpec, bridges []*registry.Bridge, skipped, broken []registry.Module) {
 	reg := registry.Load(registry.Options{
 		Dirs: registry.DefaultDirs(os.LookupEnv, os.Geteuid()), Program: registry.Program, Log: log,
-		ServerAddresses: c.serverAddresses(),
+		ServerAddresses: c.ServerAddresses(),
 	})
 	for _, w := range reg.Warnings {
 		log.Warn("module configuration", "problem", w.String())
@@ -43,12 +44,12 @@ func modules(c *config, log *slog.Logger) (specs []token.ModuleSpec, bridges []*
 		// Where it is a mistake there was a warning.
 		log.Debug("the user's own module configuration is not used", "reason", reg.NoUser)
 	}
-	settings := make(map[string]moduleConfig)
+	settings := make(map[string]config.ModuleTable)
 	for _, m := range c.Modules {
-		settings[m.name()] = m
+		settings[m.ModuleName()] = m
 		if m.Path != "" && (m.Enabled == nil || *m.Enabled) {
-			spec := token.ModuleSpec{Name: m.name(), Path: m.Path}
-			m.configure(&spec)
+			spec := token.ModuleSpec{Name: m.ModuleName(), Path: m.Path}
+			m.Configure(&spec)
 			if address := cmp.Or(m.Env[registry.ServerVariable], os.Getenv(registry.ServerVariable)); strings.HasPrefix(filepath.Base(m.Path), "p11-kit-client") {
 				spec.Cause = func(ctx context.Context) string { return registry.ServerCause(ctx, address) }
 				spec.Empty = spec.Cause
@@ -71,7 +72,7 @@ func modules(c *config, log *slog.Logger) (specs []token.ModuleSpec, bridges []*
 			continue
 		}
 		spec := token.ModuleSpec{Name: m.Name, Path: m.Path, InitArgs: m.InitArgs}
-		set.configure(&spec)
+		set.Configure(&spec)
 		// p11-kit's remoting serves one call after the other.
 		spec.Poll = m.Remote.Address != "" || len(m.Remote.Command) > 0
 		switch {
@@ -83,7 +84,7 @@ func modules(c *config, log *slog.Logger) (specs []token.ModuleSpec, bridges []*
 		case len(m.Remote.Command) > 0:
 			b, err := registry.NewBridge(registry.BridgeOptions{
 				Command: m.Remote.Command,
-				Env:     registry.Environment(os.Environ(), set.environ()),
+				Env:     registry.Environment(os.Environ(), set.Environ()),
 				Log:     log.With("module", m.Name),
 			})
 			if err != nil {
@@ -101,8 +102,8 @@ func modules(c *config, log *slog.Logger) (specs []token.ModuleSpec, bridges []*
 		}
 		specs = append(specs, spec)
 	}
-	for _, m := range c.unregistered(reg) {
-		log.Warn("the configuration changes a module that is not registered", "module", m.name, "hint", m.hint)
+	for _, m := range c.UnknownModules(reg) {
+		log.Warn("the configuration changes a module that is not registered", "module", m.Name, "hint", m.Hint)
 	}
 	return specs, bridges, skipped, broken
 }
@@ -117,7 +118,7 @@ type backend struct {
 
 // openBackend starts the modules. It is ended by stop. What goes wrong with one
 // module costs that module only. more changes the options of the Store.
-func openBackend(c *config, asker token.PINAsker, working func(context.Context, *token.Key) func(), state string, known token.KnownKeys, log *slog.Logger, more ...func(*token.Options)) *backend {
+func openBackend(c *config.File, asker token.PINAsker, working func(context.Context, *token.Key) func(), state string, known token.KnownKeys, log *slog.Logger, more ...func(*token.Options)) *backend {
 	specs, bridges, skipped, broken := modules(c, log)
 	ctx, cancel := context.WithCancel(context.Background())
 	served := make(chan struct{}, len(bridges))
@@ -133,13 +134,13 @@ func openBackend(c *config, asker token.PINAsker, working func(context.Context, 
 		Modules:    specs,
 		Command:    []string{"/proc/self/exe", moduleCommand},
 		PINs:       asker,
-		Sources:    c.sources(),
-		Homes:      c.uris(),
+		Sources:    c.PINSources(),
+		Homes:      c.URIs(),
 		PublicKeys: c.PublicKeys(),
-		Policy:     c.policy(),
+		Policy:     c.Policy(),
 		Working:    working,
 		StateDir:   state,
-		Known:      c.knownKeys(known),
+		Known:      c.KnownKeys(known),
 		Log:        log,
 	}
 	for _, change := range more {
@@ -210,11 +211,11 @@ func (t *tokens) Parse(provider []byte, remote bool) (request.Selection, error) 
 	if err != nil {
 		return nil, err
 	}
-	return selection{Selector: s}, nil
+	return config.KeySelection{Selector: s}, nil
 }
 
 func (t *tokens) Select(ctx context.Context, s request.Selection, reached func(request.Key) bool, pin *secret.Secret) (all []request.Key, taken bool, err error) {
-	sel := s.(selection) //nolint:forcetypeassert // Parse makes no other
+	sel := s.(config.KeySelection) //nolint:forcetypeassert // Parse makes no other
 	keys, err := t.store.SelectOf(ctx, sel.Selector, func(k *token.Key) bool { return reached(k) })
 	if err != nil {
 		return nil, false, err
@@ -244,7 +245,7 @@ type tellsItself struct{}
 var errOnlyURI = errors.New("a token is named by its URI here")
 
 func (t *tokens) Login(ctx context.Context, s request.Selection, pin *secret.Secret) (answer request.LoginAnswer, err error) {
-	sel, ok := s.(selection)
+	sel, ok := s.(config.KeySelection)
 	if !ok || sel.URI() == nil {
 		return answer, errOnlyURI
 	}
@@ -297,7 +298,7 @@ func (t *tokens) status(k *token.Key) (token.TokenStatus, bool) {
 }
 
 func (t *tokens) Logout(ctx context.Context, s request.Selection) error {
-	sel, ok := s.(selection)
+	sel, ok := s.(config.KeySelection)
 	if !ok || sel.URI() == nil {
 		return errOnlyURI
 	}
@@ -305,7 +306,7 @@ func (t *tokens) Logout(ctx context.Context, s request.Selection) error {
 }
 
 func (t *tokens) Drop(s request.Selection) {
-	if sel, ok := s.(selection); ok && sel.URI() != nil {
+	if sel, ok := s.(config.KeySelection); ok && sel.URI() != nil {
 		t.store.RemoveSource(sel.URI())
 	}
 }

@@ -13,6 +13,7 @@ import (
 	"p11-agent/agent/knownhosts"
 	"p11-agent/agent/peer"
 	"p11-agent/agent/request"
+	"p11-agent/cmd/p11-agent/config"
 	"p11-agent/pinentry/plain"
 	"p11-agent/token"
 	"p11-agent/token/pkcs11uri"
@@ -165,7 +166,7 @@ type hosts struct {
 var _ request.HostNamer = (*hosts)(nil)
 
 // newHosts takes the files that the configuration names, or those that ssh does.
-func newHosts(c *config) *hosts {
+func newHosts(c *config.File) *hosts {
 	home := os.Getenv("HOME")
 	own := func(name string) string { return filepath.Join(home, ".ssh", name) }
 	paths := c.KnownHosts

@@ -1,10 +1,10 @@
-package main
+package config
 
 import "reflect"
 
-// needRestart returns the keys and tables that differ from those of an old configuration
+// NeedRestart returns the keys and tables that differ from those of an old configuration
 // and count when the agent starts.
-func (c *config) needRestart(old *config) (changed []string) {
+func (c *File) NeedRestart(old *File) (changed []string) {
 	if old == nil {
 		return nil
 	}
@@ -30,7 +30,7 @@ func (c *config) needRestart(old *config) (changed []string) {
 	return changed
 }
 
-// sameApproval tells whether two configurations ask persons about the same.
-func (c *config) sameApproval(o *config) bool {
+// SameApproval tells whether two configurations ask persons about the same.
+func (c *File) SameApproval(o *File) bool {
 	return c.Confirm == o.Confirm && reflect.DeepEqual(c.KeyTables, o.KeyTables)
 }

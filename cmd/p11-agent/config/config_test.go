@@ -1,11 +1,12 @@
-package main
+package config
 
 import (
 	"os"
-	"p11-agent/token"
 	"path/filepath"
 	"testing"
 	"time"
+
+	"p11-agent/token"
 )
 
 // TestReleaseSetting has each value of release mean what its description says.
@@ -18,7 +19,7 @@ func TestReleaseSetting(t *testing.T) {
 		{"5s", 5 * time.Second, 5 * time.Second},
 		{"1h", time.Hour, token.ReleaseIdle}, // as without it when nobody is logged in
 	} {
-		var v releaseValue
+		var v ReleaseAfter
 		if err := v.UnmarshalText([]byte(tt.text)); err != nil {
 			t.Errorf("%s: %v", tt.text, err)
 		}
@@ -29,7 +30,7 @@ func TestReleaseSetting(t *testing.T) {
 		}
 	}
 	for _, text := range []string{"", "often", "0s", "-1s", "Never"} {
-		if err := new(releaseValue).UnmarshalText([]byte(text)); err == nil {
+		if err := new(ReleaseAfter).UnmarshalText([]byte(text)); err == nil {
 			t.Errorf("%q is taken", text)
 		}
 	}
@@ -52,23 +53,23 @@ func TestSocketReadOnly(t *testing.T) {
 		if err := os.WriteFile(file, []byte("[[socket]]\nname = \"s\"\n"+text), 0o600); err != nil {
 			t.Fatal(err)
 		}
-		c, err := loadConfig(file)
+		c, err := Load(file)
 		if err != nil {
 			t.Fatal(err)
 		}
-		if got := c.Sockets[0].rules().ReadOnly; got != want {
+		if got := c.Sockets[0].Rules().ReadOnly; got != want {
 			t.Errorf("%q: read-only %v, want %v", text, got, want)
 		}
 	}
 }
 
-func configOf(t *testing.T, text string) (*config, error) {
+func configOf(t *testing.T, text string) (*File, error) {
 	t.Helper()
 	file := filepath.Join(t.TempDir(), "config.toml")
 	if err := os.WriteFile(file, []byte(text), 0o600); err != nil {
 		t.Fatal(err)
 	}
-	return loadConfig(file)
+	return Load(file)
 }
 
 func TestTouchNotice(t *testing.T) {
@@ -81,7 +82,7 @@ func TestTouchNotice(t *testing.T) {
 		if err != nil {
 			t.Fatal(err)
 		}
-		if got := c.TouchNotice.after(); got != want {
+		if got := c.TouchNotice.After(); got != want {
 			t.Errorf("%s: %v, want %v", text, got, want)
 		}
 	}
@@ -106,7 +107,7 @@ func TestForgetsAtSleep(t *testing.T) {
 		if err != nil {
 			t.Fatal(err)
 		}
-		if got := c.forgetsAtSleep(); got != want {
+		if got := c.ForgetsAtSleep(); got != want {
 			t.Errorf("%s: %v, want %v", text, got, want)
 		}
 	}

@@ -1,40 +1,41 @@
-package main
+package config
 
 import (
 	"fmt"
+	"slices"
+	"strings"
+	"time"
+
 	"p11-agent/agent"
 	"p11-agent/agent/request"
 	"p11-agent/cmd/p11-agent/output"
 	"p11-agent/token"
-	"slices"
-	"strings"
-	"time"
 )
 
-// confirmTimeout is how long a question stays without an answer when nobody says
+// DefaultConfirmTimeout is how long a question stays without an answer when nobody says
 // otherwise.
-const confirmTimeout = time.Minute
+const DefaultConfirmTimeout = time.Minute
 
-// confirmPlace says where a person may be asked for a yes.
-type confirmPlace string
+// ConfirmPlace says where a person may be asked for a yes.
+type ConfirmPlace string
 
 // What confirm-place may be.
 const (
-	placeAny     confirmPlace = "any"     // a display, or else a terminal
-	placeDisplay confirmPlace = "display" // no terminal
+	PlaceAny     ConfirmPlace = "any"     // a display, or else a terminal
+	PlaceDisplay ConfirmPlace = "display" // no terminal
 )
 
-// ruleConfig is agent.Rule as it is configured.
-type ruleConfig struct {
+// RuleTable is agent.Rule as it is configured.
+type RuleTable struct {
 	Host      []string          `toml:"host"`
 	Purpose   []request.Purpose `toml:"purpose"`
 	Program   []string          `toml:"program"`
 	Forwarded *bool             `toml:"forwarded"`
 	Confirm   agent.Confirm     `toml:"confirm"`
-	Remember  rememberValue     `toml:"remember"`
+	Remember  RememberFor       `toml:"remember"`
 }
 
-func (r *ruleConfig) check(what string) error {
+func (r *RuleTable) check(what string) error {
 	switch {
 	case r.Confirm == "":
 		return &valueError{text: what + " has no confirm, so it would say nothing", advice: "it can be " + output.OneOf(ruleConfirms)}
@@ -72,15 +73,15 @@ func (r *ruleConfig) check(what string) error {
 // rememberUntilLock is what remember may be besides a length of time.
 const rememberUntilLock = "until-lock"
 
-// rememberValue is how long a yes is good for.
-type rememberValue struct{ agent.Remember }
+// RememberFor is how long a yes is good for.
+type RememberFor struct{ agent.Remember }
 
-func (v *rememberValue) UnmarshalText(b []byte) error {
+func (v *RememberFor) UnmarshalText(b []byte) error {
 	if string(b) == rememberUntilLock {
 		v.Remember = agent.UntilLock
 		return nil
 	}
-	var d durationValue
+	var d Duration
 	if err := d.UnmarshalText(b); err != nil {
 		return fmt.Errorf("%w; this one can also be %q", err, rememberUntilLock)
 	}
@@ -88,9 +89,9 @@ func (v *rememberValue) UnmarshalText(b []byte) error {
 	return nil
 }
 
-// approval returns when a person is asked before a key signs: what the first table
+// Approval returns when a person is asked before a key signs: what the first table
 // says that says anything, or else the whole configuration.
-func (c *config) approval() func(request.Key) agent.Approval {
+func (c *File) Approval() func(request.Key) agent.Approval {
 	return func(k request.Key) agent.Approval {
 		a := agent.Approval{Confirm: c.Confirm}
 		key, ok := k.(*token.Key)
@@ -98,7 +99,7 @@ func (c *config) approval() func(request.Key) agent.Approval {
 			return a
 		}
 		confirmed := false
-		var unsure []keyConfig // only a login shows whether the key is the one that they name
+		var unsure []KeyTable // only a login shows whether the key is the one that they name
 		for _, table := range c.KeyTables {
 			if table.Confirm == "" && table.Rules == nil || !key.MayMatch(table.URI.URI) {
 				continue
@@ -130,7 +131,7 @@ func (c *config) approval() func(request.Key) agent.Approval {
 var confirmOrder = []agent.Confirm{"", agent.ConfirmNever, agent.ConfirmForwarded, agent.ConfirmFirstUse, agent.ConfirmAlways}
 
 // stricter adds of a table what has a person asked, or denies, in more cases.
-func stricter(a agent.Approval, table keyConfig) agent.Approval {
+func stricter(a agent.Approval, table KeyTable) agent.Approval {
 	if slices.Index(confirmOrder, table.Confirm) > slices.Index(confirmOrder, a.Confirm) {
 		a.Confirm = table.Confirm
 	}
@@ -153,11 +154,11 @@ var (
 )
 
 // checkApproval finds mistakes in what is said about confirmation.
-func (c *config) checkApproval() error {
+func (c *File) checkApproval() error {
 	if c.Confirm != "" && !slices.Contains(keyConfirms, c.Confirm) {
 		return unknownValue("confirm", c.Confirm, keyConfirms)
 	}
-	if places := []confirmPlace{placeAny, placeDisplay}; c.ConfirmPlace != "" && !slices.Contains(places, c.ConfirmPlace) {
+	if places := []ConfirmPlace{PlaceAny, PlaceDisplay}; c.ConfirmPlace != "" && !slices.Contains(places, c.ConfirmPlace) {
 		return unknownValue("confirm-place", c.ConfirmPlace, places)
 	}
 	for _, k := range c.KeyTables {

@@ -1,26 +1,27 @@
-package main
+package config
 
 import (
 	"errors"
 	"fmt"
-	"p11-agent/agent/request"
-	"p11-agent/cmd/p11-agent/paths"
 	"path/filepath"
 	"strings"
+
+	"p11-agent/agent/request"
+	"p11-agent/cmd/p11-agent/paths"
 )
 
-// socketConfig adds a socket with rules of its own.
-type socketConfig struct {
-	Name     string      `toml:"name"`
-	Path     string      `toml:"path"`
-	Keys     *[]uriValue `toml:"keys"`
-	Confirm  bool        `toml:"confirm"`
-	ReadOnly *bool       `toml:"read-only"` // nil: if it limits something
+// SocketTable adds a socket with rules of its own.
+type SocketTable struct {
+	Name     string    `toml:"name"`
+	Path     string    `toml:"path"`
+	Keys     *[]KeyURI `toml:"keys"`
+	Confirm  bool      `toml:"confirm"`
+	ReadOnly *bool     `toml:"read-only"` // nil: if it limits something
 }
 
-// path returns where the socket is: beside that of an agent which has a directory
+// SocketPath returns where the socket is: beside that of an agent which has a directory
 // of its own, own, or else in the one that all know.
-func (s socketConfig) path(own string) (string, error) {
+func (s SocketTable) SocketPath(own string) (string, error) {
 	if s.Path != "" {
 		return s.Path, nil
 	}
@@ -35,20 +36,20 @@ func (s socketConfig) path(own string) (string, error) {
 
 // readOnly tells whether keys can only be used there. A socket that shows some keys, or
 // has their use confirmed, is for others, who are to change nothing.
-func (s socketConfig) readOnly() bool {
+func (s SocketTable) readOnly() bool {
 	if s.ReadOnly != nil {
 		return *s.ReadOnly
 	}
 	return s.Keys != nil || s.Confirm
 }
 
-// rules returns what the keyring is to keep.
-func (s socketConfig) rules() *request.Socket {
+// Rules returns what the keyring is to keep.
+func (s SocketTable) Rules() *request.Socket {
 	return &request.Socket{Name: s.Name, Only: certainly(s.Keys), Confirm: s.Confirm, ReadOnly: s.readOnly()}
 }
 
 // checkSockets finds mistakes in the tables of sockets.
-func (c *config) checkSockets() error {
+func (c *File) checkSockets() error {
 	names, taken := make(map[string]bool), make(map[string]bool)
 	for i := range c.Sockets {
 		s := &c.Sockets[i]

@@ -1,37 +1,38 @@
-package main
+package config
 
 import (
 	"cmp"
 	"errors"
 	"fmt"
 	"io/fs"
+	"path/filepath"
+	"strings"
+
 	"p11-agent/cmd/p11-agent/paths"
 	"p11-agent/token"
 	"p11-agent/token/pkcs11uri"
-	"path/filepath"
-	"strings"
 )
 
 // check finds what the syntax does not show.
-func (c *config) check(mode fs.FileMode) error {
+func (c *File) check(mode fs.FileMode) error {
 	bad := func(format string, args ...any) error {
-		return &configError{File: c.path, Text: fmt.Sprintf(format, args...)}
+		return &Error{File: c.path, Text: fmt.Sprintf(format, args...)}
 	}
-	for _, u := range c.uris() {
+	for _, u := range c.URIs() {
 		if err := token.CheckPIN(u); err != nil {
-			return &configError{
+			return &Error{
 				File: c.path, Text: fmt.Sprintf("the PIN of %v would be tried on any token", u),
 				Advice: "add the token attribute to the URI, and the serial attribute where several tokens have one label",
 			}
 		}
 		if u.PIN() != nil && mode.Perm()&0o077 != 0 {
-			return &configError{
+			return &Error{
 				File: c.path, Text: fmt.Sprintf("it holds a pin-value and can be read by others (mode %#o)", mode.Perm()),
 				Advice: "run: chmod 600 " + c.path + ", or better name a file with pin-source",
 			}
 		}
 		if names := u.Unrecognized(); len(names) > 0 {
-			e := &configError{File: c.path, Text: fmt.Sprintf("%v has the unknown attribute %q, so it would match nothing", u, names[0])}
+			e := &Error{File: c.path, Text: fmt.Sprintf("%v has the unknown attribute %q, so it would match nothing", u, names[0])}
 			if s := pkcs11uri.Suggest(names[0]); s != "" {
 				e.Advice = fmt.Sprintf("did you mean %q?", s)
 			}
@@ -101,24 +102,24 @@ func (c *config) check(mode fs.FileMode) error {
 			return bad("[[module]] table %d has neither path nor name", i+1)
 		case m.Path != "" && !filepath.IsAbs(m.Path):
 			return bad("module path %q is not absolute", m.Path)
-		case seen[m.name()]:
-			return bad("module %q is configured twice", m.name())
+		case seen[m.ModuleName()]:
+			return bad("module %q is configured twice", m.ModuleName())
 		}
-		seen[m.name()] = true
+		seen[m.ModuleName()] = true
 		for j, path := range m.Write {
 			if m.Write[j] = paths.ExpandHome(path); !filepath.IsAbs(m.Write[j]) || strings.Contains(path, "\x00") {
-				return bad("module %q: write has %q, which is no absolute path", m.name(), path)
+				return bad("module %q: write has %q, which is no absolute path", m.ModuleName(), path)
 			}
 		}
 		if len(m.Write) > 0 && m.Sandbox != nil && !*m.Sandbox {
-			return bad("module %q: without a sandbox everything can be written: one of write and sandbox = false has to go", m.name())
+			return bad("module %q: without a sandbox everything can be written: one of write and sandbox = false has to go", m.ModuleName())
 		}
 		if strings.Contains(m.InitArgs, "\x00") {
-			return bad("module %q: init-args has a NUL", m.name())
+			return bad("module %q: init-args has a NUL", m.ModuleName())
 		}
 		for name := range m.Env {
 			if name == "" || strings.ContainsAny(name, "=\x00") {
-				return bad("module %q: %q cannot be the name of an environment variable", m.name(), name)
+				return bad("module %q: %q cannot be the name of an environment variable", m.ModuleName(), name)
 			}
 		}
 	}

@@ -1,23 +1,24 @@
-package main
+package config
 
 import (
 	"bytes"
 	"errors"
 	"fmt"
 	"io/fs"
-	"p11-agent/cmd/p11-agent/exit"
-	"p11-agent/cmd/p11-agent/output"
-	"p11-agent/token/pkcs11uri"
 	"reflect"
 	"regexp"
 	"slices"
 	"strings"
 
+	"p11-agent/cmd/p11-agent/exit"
+	"p11-agent/cmd/p11-agent/output"
+	"p11-agent/token/pkcs11uri"
+
 	"github.com/pelletier/go-toml/v2"
 )
 
-// configError is a mistake in the configuration file, at a place in it.
-type configError struct {
+// Error is a mistake in the configuration file, at a place in it.
+type Error struct {
 	File      string
 	Line, Col int // counted from 1; 0: the whole file
 	Text      string
@@ -25,9 +26,9 @@ type configError struct {
 	Err       error // of the file itself
 }
 
-func (e *configError) Unwrap() error { return e.Err }
+func (e *Error) Unwrap() error { return e.Err }
 
-func (e *configError) Error() string {
+func (e *Error) Error() string {
 	if e.Line == 0 {
 		return fmt.Sprintf("%s: %s", e.File, e.Text)
 	}
@@ -35,14 +36,14 @@ func (e *configError) Error() string {
 }
 
 // Hint says what to do about it.
-func (e *configError) Hint() string { return e.Advice }
+func (e *Error) Hint() string { return e.Advice }
 
 // ExitCode tells that the configuration is wrong.
-func (e *configError) ExitCode() int { return exit.CodeUsage }
+func (e *Error) ExitCode() int { return exit.CodeUsage }
 
 // unreadable is the error for a configuration file that cannot be read.
 func unreadable(file string, err error) error {
-	e := &configError{File: file, Text: err.Error(), Err: err}
+	e := &Error{File: file, Text: err.Error(), Err: err}
 	if p, ok := errors.AsType[*fs.PathError](err); ok {
 		e.Text = p.Err.Error()
 	}
@@ -64,29 +65,29 @@ func explainTOML(file string, text []byte, err error) error {
 	}
 	if e, ok := errors.AsType[*toml.DecodeError](err); ok {
 		line, col := e.Position()
-		ce := &configError{File: file, Line: line, Col: col, Text: strings.TrimPrefix(e.Error(), "toml: ")}
+		ce := &Error{File: file, Line: line, Col: col, Text: strings.TrimPrefix(e.Error(), "toml: ")}
 		if key := e.Key(); len(key) > 0 && speaksOfGo(ce.Text) {
 			ce.Text = fmt.Sprintf("%s has to be %s", strings.Join(key, "."), wanted(key))
 		}
 		return ce
 	}
-	return &configError{File: file, Text: err.Error()}
+	return &Error{File: file, Text: err.Error()}
 }
 
 // explainUnknown makes an error of a key that its table does not have. text is the file.
-func explainUnknown(file string, text []byte, e *toml.DecodeError) *configError {
+func explainUnknown(file string, text []byte, e *toml.DecodeError) *Error {
 	line, col := e.Position()
 	key := e.Key()
-	ce := &configError{File: file, Line: line, Col: col, Text: fmt.Sprintf("unknown key %q", strings.Join(key, "."))}
+	ce := &Error{File: file, Line: line, Col: col, Text: fmt.Sprintf("unknown key %q", strings.Join(key, "."))}
 	if len(key) == 0 {
 		return ce
 	}
 	name, table := key[len(key)-1], key[:len(key)-1]
 	ce.Text = fmt.Sprintf("unknown key %q", name)
-	root := reflect.TypeFor[config]()
+	root := reflect.TypeFor[File]()
 	elsewhere := tablesWith(root, nil, name)
-	switch near := pkcs11uri.Nearest(name, knownKeys(root, table)); {
-	case len(table) > 0 && slices.Contains(knownKeys(root, nil), name):
+	switch near := pkcs11uri.Nearest(name, KnownKeys(root, table)); {
+	case len(table) > 0 && slices.Contains(KnownKeys(root, nil), name):
 		ce.Advice = fmt.Sprintf("%q belongs above the first table%s: what stands below %s belongs to that table", name, firstTable(text), tableHead(root, table))
 	case len(elsewhere) > 0:
 		ce.Advice = fmt.Sprintf("%q belongs into a table %s", name, strings.Join(elsewhere, " or "))
@@ -109,7 +110,7 @@ func firstTable(text []byte) string {
 
 // speaksOfGo tells whether an error of the decoder is about the program's types.
 func speaksOfGo(text string) bool {
-	for _, word := range []string{"struct", "main.", "agent.", "cannot store", "cannot decode"} {
+	for _, word := range []string{"struct", "config.", "agent.", "cannot store", "cannot decode"} {
 		if strings.Contains(text, word) {
 			return true
 		}
@@ -139,7 +140,7 @@ func unknownValue[T ~string](what string, value T, known []T) error {
 
 // asConfigError turns an error of a check into one of the file.
 func asConfigError(file string, err error) error {
-	ce := &configError{File: file, Text: err.Error()}
+	ce := &Error{File: file, Text: err.Error()}
 	if v, ok := errors.AsType[*valueError](err); ok {
 		ce.Advice = v.advice
 	}

@@ -1,4 +1,4 @@
-package main
+package config
 
 import (
 	"cmp"
@@ -6,40 +6,41 @@ import (
 	"fmt"
 	"io"
 	"os"
-	"p11-agent/agent"
-	"p11-agent/agent/request"
-	"p11-agent/cmd/p11-agent/paths"
-	"p11-agent/token"
 	"path/filepath"
 	"slices"
 	"syscall"
 
+	"p11-agent/agent"
+	"p11-agent/agent/request"
+	"p11-agent/cmd/p11-agent/paths"
+	"p11-agent/token"
+
 	"golang.org/x/crypto/ssh"
 )
 
-// keyConfig attaches a name to the keys that a URI matches, and a public half
+// KeyTable attaches a name to the keys that a URI matches, and a public half
 // to one whose token shows none.
-type keyConfig struct {
-	URI    *uriValue       `toml:"uri"`
+type KeyTable struct {
+	URI    *KeyURI         `toml:"uri"`
 	Name   string          `toml:"name"`
 	Public string          `toml:"public-key"` // a file
 	Absent string          `toml:"absent"`
 	Allow  *[]request.Kind `toml:"allow"` // nil: the usual
 
-	PINCache    string        `toml:"pin-cache"`
-	PINIdle     durationValue `toml:"pin-idle"`
-	PINMax      durationValue `toml:"pin-max"`
-	PINRemember *bool         `toml:"pin-remember"`
-	PINReuse    *bool         `toml:"pin-reuse"`
-	PINPad      *bool         `toml:"pin-pad"`
-	ForgetOn    *forgetValue  `toml:"forget-on"` // nil: what there is for all keys
+	PINCache    string    `toml:"pin-cache"`
+	PINIdle     Duration  `toml:"pin-idle"`
+	PINMax      Duration  `toml:"pin-max"`
+	PINRemember *bool     `toml:"pin-remember"`
+	PINReuse    *bool     `toml:"pin-reuse"`
+	PINPad      *bool     `toml:"pin-pad"`
+	ForgetOn    *ForgetOn `toml:"forget-on"` // nil: what there is for all keys
 
 	Confirm agent.Confirm `toml:"confirm"`
-	Rules   []ruleConfig  `toml:"rule"`
+	Rules   []RuleTable   `toml:"rule"`
 }
 
 // checkAllow finds kinds that there are not.
-func (k keyConfig) checkAllow() error {
+func (k KeyTable) checkAllow() error {
 	if k.Allow == nil {
 		return nil
 	}
@@ -52,13 +53,13 @@ func (k keyConfig) checkAllow() error {
 }
 
 // aboutPIN tells whether the table has any word about the PIN.
-func (k keyConfig) aboutPIN() bool {
+func (k KeyTable) aboutPIN() bool {
 	return k.PINCache == cacheNever || k.PINIdle.Duration != 0 || k.PINMax.Duration != 0 ||
 		k.PINRemember != nil || k.PINReuse != nil || k.PINPad != nil || k.ForgetOn != nil
 }
 
 // checkPIN finds words about the PIN that do not go together.
-func (k keyConfig) checkPIN() error {
+func (k KeyTable) checkPIN() error {
 	yes := func(b *bool) bool { return b != nil && *b }
 	switch k.PINCache {
 	case "", cacheNever, cacheUntilRemoval:
@@ -94,9 +95,9 @@ func checkAbsent(value string) error {
 	return fmt.Errorf("absent is %q, and can be %q or %q", value, absentOffer, absentHide)
 }
 
-// offerAway tells whether a key is offered while its token is away: what its table
+// OfferAway tells whether a key is offered while its token is away: what its table
 // says, or the whole configuration, or else whether keys names it.
-func (c *config) offerAway(k request.Key, named bool) bool {
+func (c *File) OfferAway(k request.Key, named bool) bool {
 	if key, ok := k.(*token.Key); ok {
 		for _, table := range c.KeyTables {
 			if table.Absent != "" && key.Matches(table.URI.URI) {
@@ -110,11 +111,11 @@ func (c *config) offerAway(k request.Key, named bool) bool {
 	return named
 }
 
-// policy returns what the tables of keys say about PINs, or nil when none says
+// Policy returns what the tables of keys say about PINs, or nil when none says
 // anything. Of how long a login lasts the strictest word counts, of everything
 // else the first.
-func (c *config) policy() func(*token.Key) token.Policy {
-	tables := slices.DeleteFunc(slices.Clone(c.KeyTables), func(k keyConfig) bool { return !k.aboutPIN() })
+func (c *File) Policy() func(*token.Key) token.Policy {
+	tables := slices.DeleteFunc(slices.Clone(c.KeyTables), func(k KeyTable) bool { return !k.aboutPIN() })
 	if len(tables) == 0 && len(c.ForgetOn) == 0 {
 		return nil
 	}
@@ -133,12 +134,12 @@ func (c *config) policy() func(*token.Key) token.Policy {
 			}
 			if table.ForgetOn != nil {
 				own = true
-				p.Retention = p.Stricter(table.ForgetOn.retention())
+				p.Retention = p.Stricter(table.ForgetOn.Retention())
 			}
 			remember, reuse, p.Pad = cmp.Or(remember, table.PINRemember), cmp.Or(reuse, table.PINReuse), cmp.Or(p.Pad, table.PINPad)
 		}
 		if !own {
-			p.Retention = p.Stricter(c.ForgetOn.retention())
+			p.Retention = p.Stricter(c.ForgetOn.Retention())
 		}
 		p.Reuse = reuse != nil && *reuse
 		p.Remember = p.Reuse || remember != nil && *remember
@@ -146,9 +147,9 @@ func (c *config) policy() func(*token.Key) token.Policy {
 	}
 }
 
-// allows returns what keys sign besides logins and SSH signatures: what the first
+// Allows returns what keys sign besides logins and SSH signatures: what the first
 // table says that says anything, or else, for the system, the exchanges of sshd.
-func (c *config) allows(system bool) func(request.Key) []request.Kind {
+func (c *File) Allows(system bool) func(request.Key) []request.Kind {
 	return func(k request.Key) []request.Kind {
 		if key, ok := k.(*token.Key); ok {
 			for _, table := range c.KeyTables {
@@ -165,7 +166,7 @@ func (c *config) allows(system bool) func(request.Key) []request.Kind {
 }
 
 // KeyName returns the configured name of a key, or "" when the key has none.
-func (c *config) KeyName(k request.Key) string {
+func (c *File) KeyName(k request.Key) string {
 	key, ok := k.(*token.Key)
 	if !ok {
 		return ""

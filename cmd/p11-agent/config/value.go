@@ -1,27 +1,28 @@
-package main
+package config
 
 import (
 	"errors"
 	"fmt"
-	"p11-agent/token"
-	"p11-agent/token/pkcs11uri"
 	"slices"
 	"time"
+
+	"p11-agent/token"
+	"p11-agent/token/pkcs11uri"
 )
 
-// uriValue is a PKCS#11 URI in the configuration.
-type uriValue struct{ *pkcs11uri.URI }
+// KeyURI is a PKCS#11 URI in the configuration.
+type KeyURI struct{ *pkcs11uri.URI }
 
-func (v *uriValue) UnmarshalText(b []byte) (err error) {
+func (v *KeyURI) UnmarshalText(b []byte) (err error) {
 	v.URI, err = pkcs11uri.ParseBytes(b)
 	return err
 }
 
-// durationValue is a length of time, as "30s" or "2m". It is a struct so that a
+// Duration is a length of time, as "30s" or "2m". It is a struct so that a
 // number without a unit is an error: TOML would make nanoseconds of it.
-type durationValue struct{ time.Duration }
+type Duration struct{ time.Duration }
 
-func (v *durationValue) UnmarshalText(b []byte) error {
+func (v *Duration) UnmarshalText(b []byte) error {
 	d, err := time.ParseDuration(string(b))
 	if err != nil || d <= 0 {
 		return errors.New(`a length of time is written as "30s" or "2m"`)
@@ -33,14 +34,14 @@ func (v *durationValue) UnmarshalText(b []byte) error {
 // releaseNever is what release may be besides a length of time.
 const releaseNever = "never"
 
-// releaseValue is when a module lets go of its cards: after a length of time, or
+// ReleaseAfter is when a module lets go of its cards: after a length of time, or
 // never.
-type releaseValue struct {
-	after durationValue
+type ReleaseAfter struct {
+	after Duration
 	never bool
 }
 
-func (v *releaseValue) UnmarshalText(b []byte) error {
+func (v *ReleaseAfter) UnmarshalText(b []byte) error {
 	if v.never = string(b) == releaseNever; v.never {
 		return nil
 	}
@@ -51,7 +52,7 @@ func (v *releaseValue) UnmarshalText(b []byte) error {
 }
 
 // apply tells a module.
-func (v releaseValue) apply(spec *token.ModuleSpec) {
+func (v ReleaseAfter) apply(spec *token.ModuleSpec) {
 	switch {
 	case v.never:
 		spec.Idle = token.ReleaseNever
@@ -61,29 +62,29 @@ func (v releaseValue) apply(spec *token.ModuleSpec) {
 	}
 }
 
-// touchNotice is how long a token works before a notification is shown, when
+// defaultTouchNotice is how long a token works before a notification is shown, when
 // nobody says otherwise.
-const touchNotice = time.Second
+const defaultTouchNotice = time.Second
 
 const noticeOff = "off"
 
-// noticeValue is a length of time, or "off". It is a string, so that a number
+// NoticeAfter is a length of time, or "off". It is a string, so that a number
 // without a unit is none.
-type noticeValue string
+type NoticeAfter string
 
-func (v noticeValue) check() error {
-	if v != "" && v != noticeOff && new(durationValue).UnmarshalText([]byte(v)) != nil {
+func (v NoticeAfter) check() error {
+	if v != "" && v != noticeOff && new(Duration).UnmarshalText([]byte(v)) != nil {
 		return fmt.Errorf("touch-notice is %q: a length of time is written as \"1s\", and \"off\" is none", string(v))
 	}
 	return nil
 }
 
-// after returns what a notify.Notifier takes.
-func (v noticeValue) after() time.Duration {
-	var d durationValue
+// After returns what a notify.Notifier takes.
+func (v NoticeAfter) After() time.Duration {
+	var d Duration
 	switch {
 	case v == "":
-		return touchNotice
+		return defaultTouchNotice
 	case v == noticeOff || d.UnmarshalText([]byte(v)) != nil: // which check has seen
 		return 0
 	}
@@ -96,10 +97,10 @@ const (
 	forgetLock  = "screen-lock"
 )
 
-// forgetValue says when logins end.
-type forgetValue []string
+// ForgetOn says when logins end.
+type ForgetOn []string
 
-func (v forgetValue) check() error {
+func (v ForgetOn) check() error {
 	for _, s := range v {
 		if s != forgetSleep && s != forgetLock {
 			return fmt.Errorf("forget-on has %q, and can have %q and %q", s, forgetSleep, forgetLock)
@@ -108,13 +109,13 @@ func (v forgetValue) check() error {
 	return nil
 }
 
-func (v forgetValue) retention() token.Retention {
+func (v ForgetOn) Retention() token.Retention {
 	return token.Retention{Sleep: slices.Contains(v, forgetSleep), ScreenLock: slices.Contains(v, forgetLock)}
 }
 
-// forgetsAtSleep tells whether anything is to be done before the machine sleeps.
-func (c *config) forgetsAtSleep() bool {
-	return c.ForgetOn.retention().Sleep || slices.ContainsFunc(c.KeyTables, func(k keyConfig) bool {
-		return k.ForgetOn != nil && k.ForgetOn.retention().Sleep
+// ForgetsAtSleep tells whether anything is to be done before the machine sleeps.
+func (c *File) ForgetsAtSleep() bool {
+	return c.ForgetOn.Retention().Sleep || slices.ContainsFunc(c.KeyTables, func(k KeyTable) bool {
+		return k.ForgetOn != nil && k.ForgetOn.Retention().Sleep
 	})
 }

@@ -1,39 +1,39 @@
-package main
+package config
 
 import (
 	"p11-agent/agent/request"
 	"p11-agent/token"
 )
 
-// selection is a token.Selector as the keyring sees it.
-type selection struct{ *token.Selector }
+// KeySelection is a token.Selector as the keyring sees it.
+type KeySelection struct{ *token.Selector }
 
-func (s selection) Match(k request.Key) bool {
+func (s KeySelection) Match(k request.Key) bool {
 	key, ok := k.(*token.Key)
 	return ok && s.Selector.Match(key)
 }
 
 // Automatic returns the selections of the keys that the agent offers by itself. Nil
 // selects every key.
-func (c *config) Automatic() []request.Selection { return selections(c.Keys) }
+func (c *File) Automatic() []request.Selection { return selections(c.Keys) }
 
 // selections returns what a list of URIs selects; nil stays nil.
-func selections(list *[]uriValue) []request.Selection {
+func selections(list *[]KeyURI) []request.Selection {
 	if list == nil {
 		return nil
 	}
 	all := []request.Selection{}
 	for _, u := range *list {
-		all = append(all, selection{Selector: token.NewSelector(u.URI)})
+		all = append(all, KeySelection{Selector: token.NewSelector(u.URI)})
 	}
 	return all
 }
 
 // certainly returns what a list of URIs selects for sure; nil stays nil.
-func certainly(list *[]uriValue) []request.Selection {
+func certainly(list *[]KeyURI) []request.Selection {
 	all := selections(list)
 	for i, s := range all {
-		all[i] = selection{Selector: s.(selection).Certain()} //nolint:forcetypeassert // selections makes no other
+		all[i] = KeySelection{Selector: s.(KeySelection).Certain()} //nolint:forcetypeassert // selections makes no other
 	}
 	return all
 }

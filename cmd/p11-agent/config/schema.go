@@ -1,4 +1,4 @@
-package main
+package config
 
 import (
 	"fmt"
@@ -7,8 +7,8 @@ import (
 	"strings"
 )
 
-// knownKeys returns the keys that the table at path may have.
-func knownKeys(t reflect.Type, path []string) []string {
+// KnownKeys returns the keys that the table at path may have.
+func KnownKeys(t reflect.Type, path []string) []string {
 	for t.Kind() == reflect.Pointer || t.Kind() == reflect.Slice {
 		t = t.Elem()
 	}
@@ -23,7 +23,7 @@ func knownKeys(t reflect.Type, path []string) []string {
 		}
 		names = append(names, name)
 		if len(path) > 0 && path[0] == name {
-			return knownKeys(f.Type, path[1:])
+			return KnownKeys(f.Type, path[1:])
 		}
 	}
 	return names
@@ -94,17 +94,17 @@ func typeOf(t reflect.Type, path []string) reflect.Type {
 
 // wanted says how the value of a key is written.
 func wanted(path []string) string {
-	t := typeOf(reflect.TypeFor[config](), path)
+	t := typeOf(reflect.TypeFor[File](), path)
 	if t == nil || len(path) == 0 {
 		return "another kind of value"
 	}
 	name := path[len(path)-1]
 	switch {
-	case t == reflect.TypeFor[uriValue]():
+	case t == reflect.TypeFor[KeyURI]():
 		return `a pkcs11: URI in quotes, such as "pkcs11:token=Work"`
-	case t == reflect.TypeFor[[]uriValue]():
+	case t == reflect.TypeFor[[]KeyURI]():
 		return fmt.Sprintf(`a list of pkcs11: URIs, such as %s = ["pkcs11:token=Work"]`, name)
-	case t == reflect.TypeFor[durationValue](), t == reflect.TypeFor[releaseValue](), t == reflect.TypeFor[noticeValue]():
+	case t == reflect.TypeFor[Duration](), t == reflect.TypeFor[ReleaseAfter](), t == reflect.TypeFor[NoticeAfter]():
 		return fmt.Sprintf(`a length of time in quotes, such as %s = "30s"`, name)
 	case isText(t):
 		return fmt.Sprintf(`a text in quotes, such as %s = "..."`, name)
@@ -113,7 +113,7 @@ func wanted(path []string) string {
 	case t.Kind() == reflect.Map:
 		return fmt.Sprintf(`a table of texts, such as %s = { NAME = "value" }`, name)
 	case holdsTables(t):
-		return "a table, which begins with the line " + tableHead(reflect.TypeFor[config](), path)
+		return "a table, which begins with the line " + tableHead(reflect.TypeFor[File](), path)
 	case t.Kind() == reflect.Slice && isText(t.Elem()):
 		return fmt.Sprintf(`a list of texts, such as %s = ["..."]`, name)
 	}

@@ -1,0 +1,169 @@
+// Package config reads the configuration file, p11-agent.toml(5), and says what it means
+// for each other room: which keys the agent offers, what it asks about, how long it keeps
+// PINs, which modules it starts. An unknown key, an unknown value and a value that another
+// value contradicts are errors with their place and the next step. No error quotes a value
+// that may hold a PIN. The package starts nothing and asks nobody.
+package config
+
+import (
+	"bytes"
+	"errors"
+	"fmt"
+	"io/fs"
+	"os"
+	"slices"
+	"syscall"
+
+	"p11-agent/agent"
+	"p11-agent/cmd/p11-agent/paths"
+	"p11-agent/token"
+	"p11-agent/token/pkcs11uri"
+
+	"github.com/pelletier/go-toml/v2"
+)
+
+// File is the configuration file, p11-agent.toml.
+type File struct {
+	// Keys is nil when absent, which is not the same as empty.
+	Keys         *[]KeyURI     `toml:"keys"`
+	AllowModules []string      `toml:"allow-modules"`
+	Pinentry     PinentryTable `toml:"pinentry"`
+	Modules      []ModuleTable `toml:"module"`
+	KeyTables    []KeyTable    `toml:"key"`
+	SoftwareKeys *bool         `toml:"software-keys"`
+	RemoteTokens bool          `toml:"remote-tokens"`
+	Certificates string        `toml:"certificates"`
+	Upstream     []string      `toml:"upstream"`
+	KnownHosts   []string      `toml:"known-hosts"` // nil: ssh's own
+	Sockets      []SocketTable `toml:"socket"`
+	TouchNotice  NoticeAfter   `toml:"touch-notice"`
+	ForgetOn     ForgetOn      `toml:"forget-on"`
+
+	FailureNotice *bool `toml:"failure-notice"`
+
+	RememberKeys  *bool    `toml:"remember-keys"`
+	Absent        string   `toml:"absent"`
+	InsertTimeout Duration `toml:"insert-timeout"`
+
+	Confirm        agent.Confirm `toml:"confirm"`
+	ConfirmTimeout Duration      `toml:"confirm-timeout"`
+	ConfirmPlace   ConfirmPlace  `toml:"confirm-place"`
+
+	path       string            // "": there is no file
+	publicKeys []token.PublicKey // those that KeyTables name
+}
+
+// Path returns the path of the file, or "" when there is none.
+func (c *File) Path() string { return c.path }
+
+// PublicKeys returns the public keys that [[key]] tables give to keys.
+func (c *File) PublicKeys() []token.PublicKey { return c.publicKeys }
+
+// KnownKeys is what the agent does with the list of keys that it has seen.
+func (c *File) KnownKeys(otherwise token.KnownKeys) token.KnownKeys {
+	if c.RememberKeys != nil && !*c.RememberKeys {
+		return token.KnownIgnored
+	}
+	return otherwise
+}
+
+// URIs returns every URI of the configuration.
+func (c *File) URIs() []*pkcs11uri.URI {
+	var all []*pkcs11uri.URI
+	lists := []*[]KeyURI{c.Keys}
+	for _, s := range c.Sockets {
+		lists = append(lists, s.Keys)
+	}
+	for _, list := range lists {
+		if list != nil {
+			for _, u := range *list {
+				all = append(all, u.URI)
+			}
+		}
+	}
+	for _, k := range c.KeyTables {
+		if k.URI != nil {
+			all = append(all, k.URI.URI)
+		}
+	}
+	return all
+}
+
+// PINSources returns the URIs that say where a PIN comes from.
+func (c *File) PINSources() []*pkcs11uri.URI {
+	return slices.DeleteFunc(c.URIs(), func(u *pkcs11uri.URI) bool { return u.PIN() == nil && u.PINSource == nil })
+}
+
+type PinentryTable struct {
+	Program string `toml:"program"`
+	Grab    *bool  `toml:"grab"`
+	// MoveAfter is how long a prompt stays with one client while another one waits.
+	MoveAfter Duration `toml:"move-after"`
+}
+
+// maxSize is the most bytes that a configuration file may have.
+const maxSize = 1 << 20
+
+// Load reads the configuration. file is what --config says; empty: the
+// file at its usual place, if there is one.
+func Load(file string) (*File, error) {
+	optional := file == ""
+	if optional {
+		file = paths.ConfigFile()
+	}
+	c := &File{AllowModules: token.DefaultAllowList}
+	if file == "" {
+		return c, nil
+	}
+	b, mode, err := readFile(file)
+	if optional && errors.Is(err, fs.ErrNotExist) {
+		return c, nil
+	}
+	if err != nil {
+		return nil, err
+	}
+	defer clear(b) // it may hold a PIN
+	c.path = file
+	d := toml.NewDecoder(bytes.NewReader(b)).DisallowUnknownFields()
+	if err := d.Decode(c); err != nil {
+		return nil, explainTOML(file, b, err)
+	}
+	return c, c.check(mode)
+}
+
+// readFile reads a file that may name programs and libraries to run: nobody
+// else may be able to change it.
+func readFile(file string) ([]byte, fs.FileMode, error) {
+	f, err := os.OpenFile(file, os.O_RDONLY|syscall.O_NONBLOCK, 0)
+	if err != nil {
+		return nil, 0, unreadable(file, err)
+	}
+	defer f.Close()
+	st, err := f.Stat()
+	if err != nil {
+		return nil, 0, unreadable(file, err)
+	}
+	sys, ok := st.Sys().(*syscall.Stat_t)
+	switch {
+	case !ok || !st.Mode().IsRegular():
+		return nil, 0, &Error{File: file, Text: "the configuration is not a regular file"}
+	case sys.Uid != 0 && int(sys.Uid) != os.Geteuid():
+		return nil, 0, &Error{
+			File: file, Text: fmt.Sprintf("the configuration belongs to user %d", sys.Uid),
+			Advice: "only your own files and root's are believed",
+		}
+	case st.Mode().Perm()&0o022 != 0:
+		return nil, 0, &Error{
+			File: file, Text: fmt.Sprintf("the configuration can be changed by others (mode %#o)", st.Mode().Perm()),
+			Advice: "run: chmod go-w " + file,
+		}
+	case st.Size() > maxSize:
+		return nil, 0, &Error{File: file, Text: "the configuration is larger than 1 MiB"}
+	}
+	b := make([]byte, st.Size())
+	n, err := f.ReadAt(b, 0)
+	if n < len(b) {
+		return nil, 0, unreadable(file, err)
+	}
+	return b, st.Mode(), nil
+}
