@@ -28,7 +28,7 @@ type patternsValue struct {
 func (v *patternsValue) Set(s string) error {
 	if v.given {
 		// Which of the two counts is unknown, and one may allow less than the other.
-		return errors.New("it is given twice")
+		return errors.New("only one list of patterns can be given")
 	}
 	v.patterns, v.given = s, true
 	return nil

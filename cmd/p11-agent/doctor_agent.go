@@ -22,6 +22,7 @@ import (
 	"golang.org/x/sys/unix"
 
 	"p11-agent/agent/peer"
+	"p11-agent/cmd/p11-agent/files"
 	"p11-agent/cmd/p11-agent/output"
 	"p11-agent/cmd/p11-agent/paths"
 	"p11-agent/systemd/install"
@@ -547,11 +548,11 @@ func findSSH(r *report, s sshSettings, keys []*sshagent.Key) {
 }
 
 // anyOfFiles tells whether the public half of one of the files is one of the keys.
-func anyOfFiles(keys []*sshagent.Key, files []string) bool {
-	for _, file := range files {
+func anyOfFiles(keys []*sshagent.Key, names []string) bool {
+	for _, file := range names {
 		file = paths.ExpandHome(file)
 		for _, name := range []string{file, file + ".pub"} {
-			b, err := readSmall(name)
+			b, err := files.ReadSmall(name)
 			if err != nil {
 				continue
 			}

@@ -327,40 +327,6 @@ func TestAskEnds(t *testing.T) {
 	}
 }
 
-// The names of files are safe wherever they are written, and no two keys get one.
-func TestFileName(t *testing.T) {
-	for in, want := range map[string]string{
-		"login": "login", "PIV AUTH key": "PIV-AUTH-key", "../../etc/passwd": "etc-passwd", "": "token-key", "…": "token-key",
-		"-rf": "rf", ".ssh": "ssh", "a.pub": "a", "$(id) `x` \"y\"": "id-x-y", strings.Repeat("x", 300): strings.Repeat("x", maxFileName),
-	} {
-		if got := fileName(in); got != want {
-			t.Errorf("%q: got %q, want %q", in, got, want)
-		}
-	}
-}
-
-// A file that comes in the meantime is not replaced either.
-func TestWriteFile(t *testing.T) {
-	file := filepath.Join(t.TempDir(), "x.pub")
-	for _, tt := range []struct {
-		text  string
-		force bool
-		want  error
-		left  string
-	}{{"one", false, nil, "one"}, {"two", false, os.ErrExist, "one"}, {"three", true, nil, "three"}} {
-		if err := writeFile(file, []byte(tt.text), tt.force); !errors.Is(err, tt.want) {
-			t.Errorf("%s: got %v, want %v", tt.text, err, tt.want)
-		}
-		b, err := os.ReadFile(file)
-		if err != nil || string(b) != tt.left {
-			t.Errorf("%s: the file has %q, %v", tt.text, b, err)
-		}
-	}
-	if left, err := filepath.Glob(filepath.Join(filepath.Dir(file), ".*")); err != nil || len(left) > 0 {
-		t.Errorf("left: %q, %v", left, err)
-	}
-}
-
 // An agent is called old when the program was installed after its start.
 func TestStartedBefore(t *testing.T) {
 	started, ok := startOf(os.Getpid())
@@ -391,4 +357,16 @@ func FuzzUnits(f *testing.F) {
 			}
 		}
 	})
+}
+
+// The names of files are safe wherever they are written, and no two keys get one.
+func TestFileName(t *testing.T) {
+	for in, want := range map[string]string{
+		"login": "login", "PIV AUTH key": "PIV-AUTH-key", "../../etc/passwd": "etc-passwd", "": "token-key", "…": "token-key",
+		"-rf": "rf", ".ssh": "ssh", "a.pub": "a", "$(id) `x` \"y\"": "id-x-y", strings.Repeat("x", 300): strings.Repeat("x", maxFileName),
+	} {
+		if got := fileName(in); got != want {
+			t.Errorf("%q: got %q, want %q", in, got, want)
+		}
+	}
 }

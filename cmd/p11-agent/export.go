@@ -15,7 +15,6 @@ import (
 	"regexp"
 	"slices"
 	"strings"
-	"syscall"
 
 	"github.com/spf13/cobra"
 	"golang.org/x/crypto/ssh"
@@ -24,6 +23,7 @@ import (
 	"p11-agent/agent/certdir"
 	"p11-agent/cmd/p11-agent/config"
 	"p11-agent/cmd/p11-agent/exit"
+	"p11-agent/cmd/p11-agent/files"
 	"p11-agent/cmd/p11-agent/output"
 	"p11-agent/cmd/p11-agent/paths"
 	"p11-agent/token"
@@ -424,7 +424,11 @@ func writeKeys(stderr io.Writer, keys []exported, dir string, force bool) error 
 			fmt.Fprintf(stderr, "%s is there already\n", output.HomePath(file))
 			continue
 		}
-		if err := writeFile(file, []byte(e.line), force); err != nil {
+		write := files.Create
+		if force {
+			write = files.Overwrite
+		}
+		if err := write(file, []byte(e.line), 0o644); err != nil {
 			if errors.Is(err, fs.ErrExist) {
 				return &existsError{file: file, uri: e.key.URI()}
 			}
@@ -477,43 +481,10 @@ func (e *existsError) Hint() string {
 // sameKey tells whether a file has this public key. The error is that of reading the
 // file.
 func sameKey(file string, pub ssh.PublicKey) (bool, error) {
-	b, err := readSmall(file)
+	b, err := files.ReadSmall(file)
 	if err != nil {
 		return false, err
 	}
 	there, _, _, _, perr := ssh.ParseAuthorizedKey(b)
 	return perr == nil && bytes.Equal(there.Marshal(), pub.Marshal()), nil
-}
-
-// readSmall reads the beginning of a regular file.
-func readSmall(file string) ([]byte, error) {
-	f, err := os.OpenFile(file, os.O_RDONLY|syscall.O_NONBLOCK, 0)
-	if err != nil {
-		return nil, err
-	}
-	defer f.Close()
-	if st, err := f.Stat(); err != nil || !st.Mode().IsRegular() {
-		return nil, errors.Join(fmt.Errorf("%s is not a regular file", file), err)
-	}
-	return io.ReadAll(io.LimitReader(f, 64<<10))
-}
-
-// writeFile writes a file that is there as a whole or not at all. One that has come
-// in the meantime is replaced only by force.
-func writeFile(file string, b []byte, force bool) (err error) {
-	f, err := os.CreateTemp(filepath.Dir(file), ".p11-agent-*")
-	if err != nil {
-		return err
-	}
-	defer os.Remove(f.Name()) //nolint:errcheck // it is gone when all went well
-	_, err = f.Write(b)
-	err = errors.Join(err, f.Chmod(0o644), f.Sync(), f.Close())
-	switch {
-	case err != nil:
-		return err
-	case force:
-		return os.Rename(f.Name(), file)
-	default:
-		return os.Link(f.Name(), file)
-	}
 }

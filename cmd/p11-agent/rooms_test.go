@@ -68,6 +68,7 @@ var rooms = []room{
 		"it says what the file means, and does nothing of it",
 	},
 	{"cmd/p11-agent/demo", []string{"cmd/p11-agent/output", "token/registry"}, "it runs the program as a user would, by its command line"},
+	{"cmd/p11-agent/files", []string{renameio}, "a leaf: what the files hold is decided elsewhere"},
 	{"cmd/p11-agent/output", []string{"pinentry", "systemd", cobra, xsys}, "it prints for every command, and knows none of them"},
 	{"cmd/bench", []string{}, "it measures the program from outside"},
 	{"cmd/testrun", []string{}, "it knows tests by their names only"},

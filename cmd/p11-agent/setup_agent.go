@@ -6,7 +6,6 @@ import (
 	"context"
 	"errors"
 	"fmt"
-	"io"
 	"io/fs"
 	"os"
 	"os/exec"
@@ -14,6 +13,7 @@ import (
 	"strings"
 	"syscall"
 
+	"p11-agent/cmd/p11-agent/files"
 	"p11-agent/cmd/p11-agent/output"
 	"p11-agent/cmd/p11-agent/paths"
 	"p11-agent/systemd/install"
@@ -154,61 +154,12 @@ func writeInclude(own, file, line, socket string) error {
 			return err
 		}
 		text := install.Marker + "Host *\n    " + identityAgent(socket) + "\n"
-		if err := writeFile(own, []byte(text), false); err != nil {
+		if err := files.Create(own, []byte(text), 0o644); err != nil {
 			return err
 		}
 	}
 	if err := os.MkdirAll(filepath.Dir(file), 0o700); err != nil {
 		return err
 	}
-	return prepend(file, line+"\n\n")
-}
-
-// maxSSHConfig bounds the configuration that a line is put before, in bytes.
-const maxSSHConfig = 1 << 20
-
-// prepend puts text before what is in a file, which keeps its mode.
-func prepend(file, text string) error {
-	f, err := os.OpenFile(file, os.O_RDONLY|syscall.O_NONBLOCK, 0)
-	if errors.Is(err, fs.ErrNotExist) {
-		return replaceFile(file, []byte(text), 0o600)
-	}
-	if err != nil {
-		return err
-	}
-	defer f.Close()
-	st, err := f.Stat()
-	switch {
-	case err != nil:
-		return err
-	case !st.Mode().IsRegular() || st.Size() > maxSSHConfig:
-		return fmt.Errorf("%s is no usual file of at most %d bytes, and is left as it is", file, maxSSHConfig)
-	}
-	was, err := io.ReadAll(io.LimitReader(f, maxSSHConfig))
-	if err != nil {
-		return err
-	}
-	return replaceFile(file, append([]byte(text), was...), st.Mode().Perm())
-}
-
-// replaceFile replaces a file as a whole or not at all. Where the file is a link, the link
-// stays, and what it leads to is replaced.
-func replaceFile(file string, b []byte, mode fs.FileMode) error {
-	if to, err := filepath.EvalSymlinks(file); err == nil {
-		file = to
-	} else if _, lerr := os.Lstat(file); lerr == nil {
-		return err // a link to nothing
-	}
-	f, err := os.CreateTemp(filepath.Dir(file), ".p11-agent-*")
-	if err != nil {
-		return err
-	}
-	_, err = f.Write(b)
-	if err = errors.Join(err, f.Chmod(mode), f.Sync(), f.Close()); err == nil {
-		err = os.Rename(f.Name(), file)
-	}
-	if err != nil {
-		_ = os.Remove(f.Name())
-	}
-	return err
+	return files.Prepend(file, line+"\n\n")
 }

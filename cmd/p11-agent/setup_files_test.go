@@ -10,64 +10,9 @@ import (
 
 	"golang.org/x/crypto/ssh"
 
+	"p11-agent/cmd/p11-agent/files"
 	"p11-agent/token"
 )
-
-// A line is put before what is there; the mode of the file and a link to it stay.
-func TestPrepend(t *testing.T) {
-	dir := t.TempDir()
-	file, link := filepath.Join(dir, "real"), filepath.Join(dir, "config")
-	read := func() string {
-		t.Helper()
-		b, err := os.ReadFile(file)
-		if err != nil {
-			t.Fatal(err)
-		}
-		return string(b)
-	}
-	if err := prepend(file, "Include a\n\n"); err != nil || read() != "Include a\n\n" {
-		t.Errorf("a new file: %v, %q", err, read())
-	}
-	if st, err := os.Stat(file); err != nil || st.Mode() != 0o600 {
-		t.Errorf("the mode of a new file: %v, %v", st.Mode(), err)
-	}
-	if err := os.WriteFile(file, []byte("Host x"), 0o600); err != nil {
-		t.Fatal(err)
-	}
-	if err := os.Chmod(file, 0o640); err != nil {
-		t.Fatal(err)
-	}
-	if err := os.Symlink("real", link); err != nil {
-		t.Fatal(err)
-	}
-	if err := prepend(link, "Include a\n\n"); err != nil || read() != "Include a\n\nHost x" {
-		t.Errorf("by a link: %v, %q", err, read())
-	}
-	if st, err := os.Lstat(link); err != nil || st.Mode().Type() != os.ModeSymlink {
-		t.Errorf("the link is gone: %v, %v", st, err)
-	}
-	if st, err := os.Stat(file); err != nil || st.Mode() != 0o640 {
-		t.Errorf("the mode is %v now, %v", st.Mode(), err)
-	}
-	// Nothing is made of what is no file.
-	if err := os.Symlink("nowhere", filepath.Join(dir, "broken")); err != nil {
-		t.Fatal(err)
-	}
-	for name, file := range map[string]string{"a directory": dir, "a link to nothing": filepath.Join(dir, "broken")} {
-		if err := prepend(file, "Include a\n"); err == nil {
-			t.Errorf("%s was replaced", name)
-		}
-	}
-	if err := os.Truncate(file, maxSSHConfig+1); err != nil {
-		t.Fatal(err)
-	}
-	if err := prepend(file, "Include a\n"); err == nil || !strings.Contains(err.Error(), "left as it is") {
-		t.Errorf("a large file: %v", err)
-	}
-	if left, _ := filepath.Glob(filepath.Join(dir, ".p11-agent-*")); left != nil {
-		t.Errorf("left behind: %q", left)
-	}
-}
 
 // A signer is known by address and key.
 func TestSigners(t *testing.T) {
@@ -80,13 +25,13 @@ func TestSigners(t *testing.T) {
 	if hasSigner(file, "me@example.org", pub) {
 		t.Error("known without a file")
 	}
-	if err := addLine(file, "you@example.org "+line); err != nil {
+	if err := files.AppendLine(file, "you@example.org "+line); err != nil {
 		t.Fatal(err)
 	}
 	if hasSigner(file, "me@example.org", pub) {
 		t.Error("known by another's address")
 	}
-	if err := addLine(file, "\nme@example.org namespaces=\"git\" "+line+"\n"); err != nil {
+	if err := files.AppendLine(file, "\nme@example.org namespaces=\"git\" "+line+"\n"); err != nil {
 		t.Fatal(err)
 	}
 	if !hasSigner(file, "me@example.org", pub) {

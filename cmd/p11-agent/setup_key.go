@@ -14,6 +14,7 @@ import (
 
 	"p11-agent/agent/peer"
 	"p11-agent/agent/request"
+	"p11-agent/cmd/p11-agent/files"
 	"p11-agent/cmd/p11-agent/output"
 	"p11-agent/pinentry/plain"
 	"p11-agent/pinentry/secret"
@@ -267,7 +268,7 @@ func ownTokens(conf, dir string) error {
 			return err
 		}
 	}
-	return writeFile(conf, []byte("directories.tokendir = "+dir+"\n"), false)
+	return files.Create(conf, []byte("directories.tokendir = "+dir+"\n"), 0o644)
 }
 
 // makeKey makes the key that was chosen, and the token if need be. The PIN is typed for

@@ -1,12 +1,9 @@
 package main
 
 import (
-	"bytes"
 	"context"
-	"errors"
 	"fmt"
 	"io"
-	"os"
 	"os/exec"
 	"path/filepath"
 	"regexp"
@@ -14,6 +11,7 @@ import (
 
 	"golang.org/x/crypto/ssh"
 
+	"p11-agent/cmd/p11-agent/files"
 	"p11-agent/cmd/p11-agent/output"
 	"p11-agent/cmd/p11-agent/paths"
 	"p11-agent/pinentry/plain"
@@ -139,7 +137,7 @@ func (s *setup) setGit(ctx context.Context, file, signers, line string, known bo
 		return err
 	}
 	if !known {
-		if err := addLine(signers, line); err != nil {
+		if err := files.AppendLine(signers, line); err != nil {
 			return err
 		}
 	}
@@ -168,7 +166,7 @@ func gitSetting(ctx context.Context, name string) string {
 
 // hasSigner tells whether a file of allowed signers has this one with this key.
 func hasSigner(file, email string, pub ssh.PublicKey) bool {
-	b, err := readSmall(file)
+	b, err := files.Read(file)
 	if err != nil {
 		return false
 	}
@@ -180,22 +178,4 @@ func hasSigner(file, email string, pub ssh.PublicKey) bool {
 		}
 	}
 	return false
-}
-
-// addLine adds a line to a file, which is there as a whole at any time.
-func addLine(file, line string) error {
-	if err := os.MkdirAll(filepath.Dir(file), 0o700); err != nil {
-		return err
-	}
-	was, err := readSmall(file)
-	if err != nil && !errors.Is(err, os.ErrNotExist) {
-		return err
-	}
-	if len(was) == 64<<10 {
-		return fmt.Errorf("%s is too large to be added to: add this line yourself: %s", file, line)
-	}
-	if len(was) > 0 && !bytes.HasSuffix(was, []byte("\n")) {
-		was = append(was, '\n')
-	}
-	return replaceFile(file, append(was, line...), 0o644)
 }
