@@ -18,6 +18,7 @@ import (
 	"p11-agent/cmd/p11-agent/exit"
 	"p11-agent/cmd/p11-agent/output"
 	"p11-agent/cmd/p11-agent/paths"
+	"p11-agent/cmd/p11-agent/status"
 	"p11-agent/token"
 	"p11-agent/token/pkcs11uri"
 	"p11-agent/token/registry"
@@ -247,8 +248,8 @@ func findKeys(ctx context.Context, r *report, conf *config.File, store *token.St
 			r.ok("%v, through module %s, is the same key as %v, through module %s, which is used first", k, k.Module(), f, f.Module())
 		}
 	}
-	if hidden, offered := notShown(conf, store); len(hidden) > 0 {
-		r.warn("%s", fewShown(offered-len(hidden), offered)).
+	if hidden, offered := status.NotShown(conf, store); len(hidden) > 0 {
+		r.warn("%s", status.FewShown(offered-len(hidden), offered)).
 			Next("in the configuration: keys = [\"pkcs11:...\"], with the URIs of the keys that you use")
 	}
 	if conf.Keys == nil && len(homes) == 0 && len(store.Away()) == 0 {

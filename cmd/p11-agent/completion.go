@@ -16,6 +16,7 @@ import (
 	"p11-agent/cmd/p11-agent/config"
 	"p11-agent/cmd/p11-agent/exit"
 	"p11-agent/cmd/p11-agent/paths"
+	"p11-agent/cmd/p11-agent/status"
 	"p11-agent/pinentry/plain"
 	"p11-agent/token"
 	"p11-agent/token/pkcs11uri"
@@ -78,12 +79,12 @@ func printCompletion(out io.Writer, shell string, plain bool) error {
 const completionTime = 5 * time.Second
 
 // completeTokens completes the URIs of the running agent's tokens.
-func completeTokens(fits func(statusToken) bool) cobra.CompletionFunc {
+func completeTokens(fits func(status.Token) bool) cobra.CompletionFunc {
 	return func(cmd *cobra.Command, args []string, typed string) ([]cobra.Completion, cobra.ShellCompDirective) {
 		if len(args) > 0 {
 			return nil, cobra.ShellCompDirectiveNoFileComp
 		}
-		return describe(slices.DeleteFunc(tokensOfAgent(cmd), func(t statusToken) bool { return !fits(t) }), false, args, typed),
+		return describe(slices.DeleteFunc(tokensOfAgent(cmd), func(t status.Token) bool { return !fits(t) }), false, args, typed),
 			cobra.ShellCompDirectiveNoFileComp
 	}
 }
@@ -105,14 +106,14 @@ func completeURIs(g *globals, keys bool, most int) cobra.CompletionFunc {
 
 // describe makes completions of tokens and their keys, but for those that are given
 // already. A label is completed when one is being typed.
-func describe(tokens []statusToken, keys bool, given []string, typed string) (all []cobra.Completion) {
+func describe(tokens []status.Token, keys bool, given []string, typed string) (all []cobra.Completion) {
 	add := func(text, about string) {
 		if strings.HasPrefix(text, typed) && !slices.Contains(given, text) {
 			all = append(all, cobra.CompletionWithDesc(text, plain.Line(about)))
 		}
 	}
 	for _, t := range tokens {
-		add(t.URI, t.name())
+		add(t.URI, t.Name())
 		if _, err := pkcs11uri.ParseNamed([]byte(t.Label)); err == nil && !strings.HasPrefix("pkcs11:", typed) {
 			add(t.Label, "the token")
 		}
@@ -120,7 +121,7 @@ func describe(tokens []statusToken, keys bool, given []string, typed string) (al
 	if keys {
 		for _, t := range tokens {
 			for _, uri := range t.Keys {
-				add(uri, "key on "+t.name())
+				add(uri, "key on "+t.Name())
 			}
 		}
 	}
@@ -128,20 +129,20 @@ func describe(tokens []statusToken, keys bool, given []string, typed string) (al
 }
 
 // tokensOfAgent returns the tokens of the running agent, or nothing.
-func tokensOfAgent(cmd *cobra.Command) []statusToken {
+func tokensOfAgent(cmd *cobra.Command) []status.Token {
 	ctx, cancel := context.WithTimeout(cmd.Context(), completionTime)
 	defer cancel()
 	socket, _ := cmd.Flags().GetString("socket") // empty for a command without it
-	a, err := dialAgent(ctx, socket, "")
+	a, err := status.Find(ctx, socket, "")
 	if err != nil {
 		return nil
 	}
 	defer a.Close()
-	return a.report.Tokens
+	return a.Report.Tokens
 }
 
 // tokensThere returns the tokens that modules show.
-func tokensThere(ctx context.Context, g *globals) (all []statusToken) {
+func tokensThere(ctx context.Context, g *globals) (all []status.Token) {
 	c, err := config.Load(g.config)
 	if err != nil {
 		return nil
@@ -156,7 +157,7 @@ func tokensThere(ctx context.Context, g *globals) (all []statusToken) {
 	}
 	for _, m := range b.store.Modules() {
 		for _, t := range slices.Concat(m.Tokens, m.Away) {
-			st := statusToken{URI: t.URI, Label: t.ID.Label, Serial: t.ID.Serial, Module: m.Name, LoginNeeded: t.Flags&wire.CKFLoginRequired != 0}
+			st := status.Token{URI: t.URI, Label: t.ID.Label, Serial: t.ID.Serial, Module: m.Name, LoginNeeded: t.Flags&wire.CKFLoginRequired != 0}
 			for _, k := range t.Keys {
 				st.Keys = append(st.Keys, k.URI())
 			}

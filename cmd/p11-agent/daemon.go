@@ -22,6 +22,7 @@ import (
 	"p11-agent/agent/sshagent"
 	"p11-agent/cmd/p11-agent/config"
 	"p11-agent/cmd/p11-agent/paths"
+	"p11-agent/cmd/p11-agent/status"
 	"p11-agent/systemd"
 	"p11-agent/systemd/login1"
 	"p11-agent/token"
@@ -60,7 +61,7 @@ type daemon struct {
 	keyring   *agent.Keyring
 	server    *sshagent.Server
 
-	status  *statusMaker
+	status  *status.Maker
 	manager *manager
 	logind  *login1.Watch
 }
@@ -204,11 +205,10 @@ func (d *daemon) openKeyring(c *config.File, upstreams []agent.Upstream) {
 		allow = *o.allow
 	}
 	d.server = &sshagent.Server{Log: d.log, KeepBinds: len(upstreams) > 0}
-	d.status = &statusMaker{started: time.Now(), store: d.backend.store, server: d.server}
-	for _, s := range d.sockets {
-		d.status.listeners, d.status.rules = append(d.status.listeners, s.listener), append(d.status.rules, s.rules)
+	d.status = &status.Maker{
+		Version: version, Started: time.Now(), Store: d.backend.store, Sockets: d.statusOfSockets, Trouble: trouble,
 	}
-	d.status.configure(c)
+	d.status.SetPolicy(c.Policy())
 	options := agent.Options{
 		Tokens:        &tokens{store: d.backend.store, allow: allow},
 		Rules:         d.rules(c),
@@ -220,11 +220,11 @@ func (d *daemon) openKeyring(c *config.File, upstreams []agent.Upstream) {
 		Upstreams:     upstreams,
 		Hosts:         newHosts(c),
 		Fingerprint:   o.nameKey,
-		Report:        d.status.report,
+		Report:        d.status.Report,
 		Log:           d.log,
 	}
 	if p := d.prompts; p != nil {
-		d.status.promptAt = p.asker.promptAt
+		d.status.PromptAt = p.asker.promptAt
 		options.Confirm, options.Insert, options.Failed = p.asker, p.asker, p.notices.failed
 	}
 	if c.Certificates != "" {
@@ -351,6 +351,18 @@ func (d *daemon) reload(ctx context.Context) {
 	}
 }
 
+// statusOfSockets returns the sockets for the report.
+func (d *daemon) statusOfSockets() (all []status.Socket) {
+	for _, s := range d.sockets {
+		sock := status.Socket{Path: pathOf(s.listener), Connections: d.server.Connections(s.listener)}
+		if s.rules != nil {
+			sock.Name = s.rules.Name
+		}
+		all = append(all, sock)
+	}
+	return all
+}
+
 // configure tells each part what the configuration says.
 func (d *daemon) configure(c *config.File) {
 	store := d.backend.store
@@ -360,7 +372,7 @@ func (d *daemon) configure(c *config.File) {
 	store.SetPolicy(c.Policy())
 	d.keyring.Configure(d.rules(c))
 	d.logind.Delay(c.ForgetsAtSleep())
-	d.status.configure(c)
+	d.status.SetPolicy(c.Policy())
 	if p := d.prompts; p != nil {
 		p.asker.configure(c)
 		p.notices.configure(c)

@@ -13,6 +13,7 @@ import (
 	"p11-agent/agent"
 	"p11-agent/agent/request"
 	"p11-agent/cmd/p11-agent/config"
+	"p11-agent/cmd/p11-agent/status"
 	"p11-agent/pinentry/notify"
 	"p11-agent/systemd/bus"
 	"p11-agent/systemd/login1"
@@ -51,7 +52,7 @@ func (n *notices) failed(e agent.Event) {
 	}
 	lines := []string{e.Reason}
 	if key := cmp.Or(e.Comment, e.URI, e.Key); key != "" {
-		lines = append(lines, "Key: "+shortURI(key))
+		lines = append(lines, "Key: "+status.ShortURI(key))
 	}
 	// Who asks differs from one try to the next.
 	n.Tell(strings.Join(lines, "\n"), title, append(lines, requester(e.Client)))

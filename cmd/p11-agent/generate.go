@@ -25,6 +25,7 @@ import (
 	"p11-agent/cmd/p11-agent/exit"
 	"p11-agent/cmd/p11-agent/output"
 	"p11-agent/cmd/p11-agent/paths"
+	"p11-agent/cmd/p11-agent/status"
 	"p11-agent/pinentry/plain"
 	"p11-agent/token"
 	"p11-agent/token/pkcs11uri"
@@ -168,7 +169,7 @@ func runGenerate(ctx context.Context, g *globals, o *generateOptions, text strin
 
 // tellAgent has the running agent, if there is one, look for a key that is new.
 func tellAgent(ctx context.Context, uri string) {
-	if a, err := dialAgent(ctx, "", uri); err == nil {
+	if a, err := status.Find(ctx, "", uri); err == nil {
 		_ = a.Close() // never matters: the key is there
 	}
 }

@@ -22,8 +22,8 @@ import (
 	"p11-agent/cmd/p11-agent/exit"
 	"p11-agent/cmd/p11-agent/output"
 	"p11-agent/cmd/p11-agent/paths"
+	"p11-agent/cmd/p11-agent/status"
 	"p11-agent/pinentry/plain"
-
 	"p11-agent/token"
 	"p11-agent/token/pkcs11uri"
 	"p11-agent/token/wire"
@@ -76,7 +76,7 @@ type listedToken struct {
 	Slot         string      `json:"slot"`
 	Reader       string      `json:"reader,omitempty"` // where another token of the same name is there
 	LoginNeeded  bool        `json:"login_required"`
-	PIN          string      `json:"pin"` // ok, low, last, locked
+	PIN          status.PIN  `json:"pin"`
 	Shadowed     string      `json:"used_through,omitempty"`
 	Home         string      `json:"belongs_to,omitempty"`
 	Present      bool        `json:"present"`
@@ -141,7 +141,7 @@ func (m listedModule) state() string {
 		text += ", and shows no token; " + m.Empty
 	}
 	if m.Restarts > 0 {
-		text += fmt.Sprintf("; it was started again %s", times(m.Restarts))
+		text += fmt.Sprintf("; it was started again %s", output.Times(m.Restarts))
 	}
 	switch {
 	case m.Error != "":
@@ -154,13 +154,6 @@ func (m listedModule) state() string {
 		text += "; sandbox: " + m.Sandbox
 	}
 	return text
-}
-
-func times(n int) string {
-	if n == 1 {
-		return "once"
-	}
-	return output.Count(n, "time")
 }
 
 func runList(ctx context.Context, g *globals, o *listOptions, args []string, out, stderr io.Writer) error {
@@ -275,7 +268,7 @@ func collect(c *config.File, store *token.Store, sel *token.Selector, named bool
 	l := listing{named: named, Tokens: []listedToken{}, Modules: []listedModule{}}
 	auto, name := c.Automatic(), c.KeyName
 	homes := homesOf(store.Keys(), auto)
-	hidden, all := notShown(c, store)
+	hidden, all := status.NotShown(c, store)
 	l.Offered, l.Shown = all, all-len(hidden)
 	for _, m := range store.Modules() {
 		lm := listedModule{Name: m.Name, Path: m.Path, Running: m.Running, Restarts: m.Restarts, Waits: m.Waits, Sandbox: m.Sandbox, LeftOut: m.LeftOut}
@@ -286,7 +279,7 @@ func collect(c *config.File, store *token.Store, sel *token.Selector, named bool
 			present := i < len(m.Tokens)
 			lt := listedToken{
 				URI: t.URI, Label: t.ID.Label, Serial: t.ID.Serial, Manufacturer: t.ID.Manufacturer, Model: t.ID.Model,
-				Module: t.Module, Slot: t.Slot, Reader: t.Reader, LoginNeeded: t.Flags&wire.CKFLoginRequired != 0, PIN: pinState(t.Tries),
+				Module: t.Module, Slot: t.Slot, Reader: t.Reader, LoginNeeded: t.Flags&wire.CKFLoginRequired != 0, PIN: status.PINOf(t.Tries),
 				Shadowed: t.Shadowed, Home: t.Home, Present: present, Keys: []listedKey{}, LeftOut: t.LeftOut,
 			}
 			if !present {
@@ -380,19 +373,6 @@ func (k listedKey) first() (listedHome, bool) {
 	return k.Homes[i], true
 }
 
-func pinState(t token.Tries) string {
-	switch t {
-	case token.TriesLow:
-		return "low"
-	case token.TriesLast:
-		return "last"
-	case token.TriesNone:
-		return "locked"
-	default:
-		return "ok"
-	}
-}
-
 func bits(k *token.Key) int {
 	if r, ok := k.Public().(*rsa.PublicKey); ok {
 		return r.N.BitLen()
@@ -426,11 +406,11 @@ func printList(out, stderr io.Writer, l listing, verbose bool) error {
 		switch {
 		case !t.Present:
 			fmt.Fprintf(&b, ", %s, last seen %s", output.Paint(out, output.Caution, "NOT THERE"), t.LastSeen.Local().Format("2006-01-02 15:04"))
-		case t.PIN == "locked":
+		case t.PIN == status.PINLocked:
 			b.WriteString(", " + output.Paint(out, output.Bad, "PIN LOCKED"))
-		case t.PIN == "last":
+		case t.PIN == status.PINLast:
 			b.WriteString(", " + output.Paint(out, output.Bad, "ONE PIN TRY LEFT"))
-		case t.PIN == "low":
+		case t.PIN == status.PINLow:
 			b.WriteString(", " + output.Paint(out, output.Caution, "fewer PIN tries left"))
 		case !t.LoginNeeded:
 			b.WriteString(", no PIN needed")
@@ -492,7 +472,7 @@ func printList(out, stderr io.Writer, l listing, verbose bool) error {
 	for _, m := range l.Modules {
 		if m.Error != "" || m.Empty != "" || m.Restarts > 0 || verbose {
 			fmt.Fprintf(stderr, "module %s: %s\n", m.Name, plain.Line(m.state()))
-			printSteps(stderr, "  next: ", m.Next)
+			output.Steps(stderr, "  next: ", m.Next)
 		}
 		if verbose {
 			for _, reason := range m.LeftOut {
@@ -501,7 +481,7 @@ func printList(out, stderr io.Writer, l listing, verbose bool) error {
 		}
 	}
 	if verbose && l.Shown < l.Offered {
-		fmt.Fprintln(stderr, fewShown(l.Shown, l.Offered))
+		fmt.Fprintln(stderr, status.FewShown(l.Shown, l.Offered))
 	}
 	return err
 }

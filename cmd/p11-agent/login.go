@@ -14,6 +14,7 @@ import (
 	"p11-agent/agent/sshagent"
 	"p11-agent/cmd/p11-agent/exit"
 	"p11-agent/cmd/p11-agent/output"
+	"p11-agent/cmd/p11-agent/status"
 	"p11-agent/pinentry/plain"
 	"p11-agent/pinentry/secret"
 	"p11-agent/token/module/undumpable"
@@ -33,7 +34,7 @@ can show anything. The URI can be left out when one token only needs a login.
 A wrong PIN is not asked for again. When one try is left, the agent asks whether to
 use it, and for the PIN, with pinentry: on the desktop, or else at this terminal.`,
 		Args:              optionalURI,
-		ValidArgsFunction: completeTokens(func(t statusToken) bool { return t.Present && t.LoginNeeded && !t.LoggedIn }),
+		ValidArgsFunction: completeTokens(func(t status.Token) bool { return t.Present && t.LoginNeeded && !t.LoggedIn }),
 		RunE: func(cmd *cobra.Command, args []string) error {
 			return runLogin(cmd.Context(), socket, stdin, argument(args), cmd.OutOrStdout())
 		},
@@ -51,7 +52,7 @@ func newLogoutCommand() *cobra.Command {
 		Long: `Log out of the token that a pkcs11: URI or its label names, or of all, and forget the PIN if it
 is kept: the next signature asks for it.`,
 		Args:              optionalURI,
-		ValidArgsFunction: completeTokens(func(t statusToken) bool { return t.LoggedIn || t.PINKept }),
+		ValidArgsFunction: completeTokens(func(t status.Token) bool { return t.LoggedIn || t.PINKept }),
 		RunE: func(cmd *cobra.Command, args []string) error {
 			return runLogout(cmd.Context(), socket, argument(args), cmd.OutOrStdout())
 		},
@@ -123,12 +124,12 @@ func checkURI(text string) error {
 }
 
 // pickToken returns the token to log in to; nil: nothing is to be done.
-func pickToken(a *runningAgent, uri string, out io.Writer) (*statusToken, error) {
-	if a.report.Locked {
+func pickToken(a *status.Agent, uri string, out io.Writer) (*status.Token, error) {
+	if a.Report.Locked {
 		return nil, errors.New("the agent is locked: p11-agent unlock opens it")
 	}
-	var waiting, done []statusToken
-	for _, t := range a.report.Tokens {
+	var waiting, done []status.Token
+	for _, t := range a.Report.Tokens {
 		switch {
 		case !t.Present || t.Shadowed != "":
 		case t.LoginNeeded && !t.LoggedIn:
@@ -139,9 +140,9 @@ func pickToken(a *runningAgent, uri string, out io.Writer) (*statusToken, error)
 	}
 	if uri == "" {
 		// None is chosen that has no keys.
-		waiting = slices.DeleteFunc(waiting, func(t statusToken) bool { return len(t.Keys) == 0 })
+		waiting = slices.DeleteFunc(waiting, func(t status.Token) bool { return len(t.Keys) == 0 })
 	}
-	names := func(tokens []statusToken) string {
+	names := func(tokens []status.Token) string {
 		var all []string
 		for _, t := range tokens {
 			all = append(all, output.ShellWord(plain.Line(t.URI)))
@@ -161,9 +162,9 @@ func pickToken(a *runningAgent, uri string, out io.Writer) (*statusToken, error)
 		return nil, errors.New("no token with a key is present: see p11-agent list")
 	}
 	for _, t := range done {
-		what := "already logged in to " + t.name()
+		what := "already logged in to " + t.Name()
 		if !t.LoginNeeded {
-			what = t.name() + " needs no login"
+			what = t.Name() + " needs no login"
 		}
 		if _, err := fmt.Fprintln(out, plain.Line(what)); err != nil {
 			return nil, err
@@ -173,13 +174,13 @@ func pickToken(a *runningAgent, uri string, out io.Writer) (*statusToken, error)
 }
 
 func runLogin(ctx context.Context, socket string, stdin bool, uri string, out io.Writer) error {
-	a, err := dialAgent(ctx, socket, uri)
+	a, err := status.Find(ctx, socket, uri)
 	if err != nil {
 		return err
 	}
 	defer a.Close()
-	if a.note != "" {
-		fmt.Fprintln(os.Stderr, a.note)
+	if a.Note != "" {
+		fmt.Fprintln(os.Stderr, a.Note)
 	}
 	t, err := pickToken(a, uri, out)
 	if err != nil || t == nil {
@@ -188,14 +189,14 @@ func runLogin(ctx context.Context, socket string, stdin bool, uri string, out io
 	if uri == "" {
 		uri = t.URI
 	}
-	if t.PIN == "locked" {
-		return fmt.Errorf("the PIN of %s is locked: unlock it with its PUK or SO PIN", plain.Line(t.name()))
+	if t.PIN == status.PINLocked {
+		return fmt.Errorf("the PIN of %s is locked: unlock it with its PUK or SO PIN", plain.Line(t.Name()))
 	}
 	wanted := ""
 	switch {
 	case t.OnReader:
 		wanted = "Enter " + pinOf(wire.TokenID{Label: t.Label}) + " on the card reader\n"
-	case !stdin && t.PIN != "last":
+	case !stdin && t.PIN != status.PINLast:
 		wanted = "Enter " + pinOf(wire.TokenID{Label: t.Label}) + "\n"
 	}
 	fmt.Fprintln(os.Stderr, wanted+loginNotes(t))
@@ -203,7 +204,7 @@ func runLogin(ctx context.Context, socket string, stdin bool, uri string, out io
 	switch {
 	case t.OnReader:
 		answer, err = loginWithoutPIN(ctx, a, uri)
-	case t.PIN == "last" && !stdin:
+	case t.PIN == status.PINLast && !stdin:
 		// The agent does not believe this program that a person wants it.
 		fmt.Fprintln(os.Stderr, "The agent asks whether to use the last try, and then for the PIN, with pinentry.")
 		answer, err = loginWithoutPIN(ctx, a, uri)
@@ -220,17 +221,17 @@ func runLogin(ctx context.Context, socket string, stdin bool, uri string, out io
 	if answer.Already {
 		what = "already logged in to "
 	}
-	_, err = fmt.Fprintln(out, what+plain.Line(t.name()))
+	_, err = fmt.Fprintln(out, what+plain.Line(t.Name()))
 	return err
 }
 
 // loginNotes says what a person should know before the PIN is asked for.
-func loginNotes(t *statusToken) string {
-	about := "Token: " + plain.Line(t.name())
+func loginNotes(t *status.Token) string {
+	about := "Token: " + plain.Line(t.Name())
 	switch t.PIN {
-	case "low":
+	case status.PINLow:
 		about += "\n" + fewerTries
-	case "last":
+	case status.PINLast:
 		about += "\nNote: ONE TRY IS LEFT. A wrong PIN now locks the token."
 	}
 	if t.PromptOpen || t.LoginGoesOn {
@@ -244,7 +245,7 @@ func loginNotes(t *statusToken) string {
 }
 
 // loginWithPIN reads the PIN and has it tried.
-func loginWithPIN(ctx context.Context, a *runningAgent, stdin bool, uri string) (none sshagent.ControlAnswer, err error) {
+func loginWithPIN(ctx context.Context, a *status.Agent, stdin bool, uri string) (none sshagent.ControlAnswer, err error) {
 	ask, err := newQuestion(stdin)
 	if err != nil {
 		return none, err
@@ -263,14 +264,14 @@ func loginWithPIN(ctx context.Context, a *runningAgent, stdin bool, uri string) 
 
 // loginWithoutPIN has the agent ask. This process holds no secret, and the agent finds
 // its terminal only while it is dumpable.
-func loginWithoutPIN(ctx context.Context, a *runningAgent, uri string) (sshagent.ControlAnswer, error) {
+func loginWithoutPIN(ctx context.Context, a *status.Agent, uri string) (sshagent.ControlAnswer, error) {
 	if err := undumpable.Suspend(); err != nil {
 		return sshagent.ControlAnswer{}, err
 	}
 	return logIn(ctx, a, uri, nil)
 }
 
-func logIn(ctx context.Context, a *runningAgent, uri string, pin *secret.Secret) (sshagent.ControlAnswer, error) {
+func logIn(ctx context.Context, a *status.Agent, uri string, pin *secret.Secret) (sshagent.ControlAnswer, error) {
 	answer, err := a.Login(ctx, uri, pin)
 	if err != nil {
 		return sshagent.ControlAnswer{}, connectionEnded(ctx, err)
@@ -281,10 +282,10 @@ func logIn(ctx context.Context, a *runningAgent, uri string, pin *secret.Secret)
 // loginRefused says what became of a PIN, and of the tries.
 func loginRefused(a sshagent.ControlAnswer) error {
 	text := plain.Line(a.Error)
-	switch a.Tries {
-	case "last":
+	switch status.PIN(a.Tries) {
+	case status.PINLast:
 		text += "\np11-agent: ONE TRY IS LEFT: p11-agent login asks whether to use it"
-	case "low":
+	case status.PINLow:
 		text += "\np11-agent: fewer tries are left"
 	}
 	return errors.New(text)
@@ -299,7 +300,7 @@ func connectionEnded(ctx context.Context, err error) error {
 }
 
 func runLogout(ctx context.Context, socket, uri string, out io.Writer) error {
-	a, err := dialAgent(ctx, socket, "")
+	a, err := status.Find(ctx, socket, "")
 	if err != nil {
 		return err
 	}
@@ -318,15 +319,15 @@ func runLogout(ctx context.Context, socket, uri string, out io.Writer) error {
 }
 
 func runLock(ctx context.Context, socket string, lock bool, out io.Writer) error {
-	a, err := dialAgent(ctx, socket, "")
+	a, err := status.Find(ctx, socket, "")
 	if err != nil {
 		return err
 	}
 	defer a.Close()
 	switch {
-	case lock && a.report.Locked:
+	case lock && a.Report.Locked:
 		return errors.New("the agent is locked already")
-	case !lock && !a.report.Locked:
+	case !lock && !a.Report.Locked:
 		return errors.New("the agent is not locked")
 	}
 	ask, err := newQuestion(false)

@@ -16,6 +16,7 @@ import (
 	"github.com/spf13/cobra"
 
 	"p11-agent/cmd/p11-agent/exit"
+	"p11-agent/cmd/p11-agent/output"
 	"p11-agent/pinentry"
 	"p11-agent/token"
 	"p11-agent/token/module"
@@ -73,7 +74,7 @@ func exitCode(err error, stderr io.Writer) int {
 		if hint := exit.Hint(e); hint != "" {
 			fmt.Fprintf(stderr, "p11-agent: hint: %s\n", hint)
 		} else if m, ok := errors.AsType[*token.ModuleError](e); ok {
-			printSteps(stderr, "p11-agent: hint: ", adviseFailure(m))
+			output.Steps(stderr, "p11-agent: hint: ", adviseFailure(m))
 		}
 	}
 	return exit.Code(err)

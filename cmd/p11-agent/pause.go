@@ -8,6 +8,8 @@ import (
 	"p11-agent/pinentry"
 	"p11-agent/pinentry/secret"
 	"p11-agent/token"
+	"p11-agent/token/pkcs11uri"
+	"p11-agent/token/wire"
 )
 
 // A pausingAsker asks for PINs as another PINAsker does, unless the client has to wait
@@ -95,3 +97,5 @@ func outcome(err error) agent.Outcome {
 	}
 	return agent.Unanswered
 }
+
+func tokenURI(id wire.TokenID) string { return pkcs11uri.ForKey(id, "", nil).String() }

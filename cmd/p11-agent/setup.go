@@ -21,6 +21,7 @@ import (
 	"p11-agent/cmd/p11-agent/exit"
 	"p11-agent/cmd/p11-agent/output"
 	"p11-agent/cmd/p11-agent/paths"
+	"p11-agent/cmd/p11-agent/status"
 	"p11-agent/pinentry/plain"
 	"p11-agent/token"
 )
@@ -66,7 +67,7 @@ type setup struct {
 	plan  *choice  // the key to use
 	key   exported // once it is there
 	uri   string   // of its token
-	agent *runningAgent
+	agent *status.Agent
 
 	left    []string // steps that are left, when it only tells
 	changed bool

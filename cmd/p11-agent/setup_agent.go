@@ -16,6 +16,7 @@ import (
 	"p11-agent/cmd/p11-agent/files"
 	"p11-agent/cmd/p11-agent/output"
 	"p11-agent/cmd/p11-agent/paths"
+	"p11-agent/cmd/p11-agent/status"
 	"p11-agent/systemd/install"
 )
 
@@ -30,17 +31,17 @@ func userManagerRuns() bool {
 }
 
 // startAgent has systemd start the agent, or starts it in the background. It connects to
-// the agent before there is a PIN: see queryAgent.
+// the agent before there is a PIN: see status.Query.
 func (s *setup) startAgent(ctx context.Context) error {
 	const title = "The agent"
 	socket := paths.SetupSocket()
 	done := ""
-	a, err := queryAgent(ctx, socket, "")
+	a, err := status.Query(ctx, socket, "")
 	switch {
 	case err == nil:
 		s.agent = a
 		done = "it answers at " + output.HomePath(socket)
-	case !isNotFound(err):
+	case !status.IsNotFound(err):
 		return err
 	}
 	what := []string{
@@ -63,7 +64,7 @@ func (s *setup) startAgent(ctx context.Context) error {
 		return err
 	}
 	s.changed = true
-	if s.agent, err = queryAgent(ctx, socket, ""); err != nil {
+	if s.agent, err = status.Query(ctx, socket, ""); err != nil {
 		return fmt.Errorf("the agent was started, and does not answer at %s: %w", socket, err)
 	}
 	s.say("  it answers at %s", output.HomePath(socket))

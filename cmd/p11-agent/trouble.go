@@ -1,11 +1,6 @@
 package main
 
 import (
-	"fmt"
-	"io"
-	"strings"
-
-	"p11-agent/pinentry/plain"
 	"p11-agent/token"
 )
 
@@ -28,18 +23,4 @@ func trouble(m token.ModuleStatus) (reason string, next []string) {
 func adviseFailure(e *token.ModuleError) []string {
 	_, next := trouble(token.ModuleStatus{Name: e.Module, Path: e.Path, Err: e.Err})
 	return next
-}
-
-// printSteps writes steps, each behind a word. The lines of a step are one below the
-// other.
-func printSteps(w io.Writer, word string, steps []string) {
-	for _, step := range steps {
-		before := word
-		for i, line := range strings.Split(strings.TrimSuffix(plain.Lines(step), "\n"), "\n") {
-			if i > 0 {
-				before = strings.Repeat(" ", len(word))
-			}
-			fmt.Fprintf(w, "%s%s\n", before, line)
-		}
-	}
 }

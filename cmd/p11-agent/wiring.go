@@ -18,6 +18,7 @@ import (
 	"p11-agent/agent/request"
 	"p11-agent/cmd/p11-agent/config"
 	"p11-agent/cmd/p11-agent/output"
+	"p11-agent/cmd/p11-agent/status"
 	"p11-agent/pinentry"
 	"p11-agent/pinentry/plain"
 	"p11-agent/pinentry/secret"
@@ -263,7 +264,7 @@ func (t *tokens) Login(ctx context.Context, s request.Selection, pin *secret.Sec
 	}
 	st, _ := t.status(keys[0])
 	if st.LoggedIn || st.Flags&wire.CKFLoginRequired == 0 {
-		answer.Already, answer.Tries = true, pinState(st.Tries)
+		answer.Already, answer.Tries = true, string(status.PINOf(st.Tries))
 		return answer, nil
 	}
 	// A PIN that comes along is for a module that the person was not told of.
@@ -278,9 +279,9 @@ func (t *tokens) Login(ctx context.Context, s request.Selection, pin *secret.Sec
 		_, err = t.store.Login(ctx, keys[:1], pin)
 	}
 	st, _ = t.status(keys[0])
-	answer.Tries = pinState(st.Tries)
+	answer.Tries = string(status.PINOf(st.Tries))
 	if e, ok := errors.AsType[*token.PINError](err); ok {
-		answer.Tries = pinState(e.Tries)
+		answer.Tries = string(status.PINOf(e.Tries))
 	}
 	return answer, err
 }

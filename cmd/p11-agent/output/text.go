@@ -50,6 +50,14 @@ func Count(n int, thing string) string {
 	return fmt.Sprintf("%d %ss", n, thing)
 }
 
+// Times returns a number of times: "once", "2 times".
+func Times(n int) string {
+	if n == 1 {
+		return "once"
+	}
+	return Count(n, "time")
+}
+
 // OneOf lists values: "a", "b" or "c".
 func OneOf[T ~string](values []T) string {
 	var b strings.Builder

@@ -1,4 +1,4 @@
-package main
+package status
 
 import (
 	"fmt"
@@ -11,10 +11,10 @@ import (
 	"p11-agent/token"
 )
 
-// notShown finds the keys that the agent offers and that clients are not shown, because an
-// answer of the agent has no room for all. It returns their public keys in wire form, and
-// how many keys the agent offers.
-func notShown(c *config.File, store *token.Store) (hidden map[string]bool, offered int) {
+// NotShown finds keys that the agent offers, and that clients do not see because the list
+// of keys has no room for all. It returns their public keys in wire form, and the number
+// of keys that the agent offers.
+func NotShown(c *config.File, store *token.Store) (hidden map[string]bool, offered int) {
 	var identities []agent.Identity
 	var wires []string
 	named := make(map[string]bool)
@@ -65,7 +65,7 @@ func notShown(c *config.File, store *token.Store) (hidden map[string]bool, offer
 	return hidden, len(identities)
 }
 
-// fewShown says that clients are not shown all keys.
-func fewShown(shown, offered int) string {
+// FewShown says that clients do not see all keys.
+func FewShown(shown, offered int) string {
 	return fmt.Sprintf("clients are shown %d of the %d keys: OpenSSH takes 2048 keys and 256 KiB at the most; those that keys names by id or object come first", shown, offered)
 }

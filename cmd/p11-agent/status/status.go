@@ -1,0 +1,189 @@
+// Package status tells how a running agent fares: it makes the report, finds an agent that
+// gives one, and prints the report for a person.
+//
+// It promises that status --json keeps the names and meanings of its members. A report of a
+// locked agent names no tokens. Which keys the agent offers is the business of package
+// agent; what helps against the failure of a module is the business of package doctor.
+package status
+
+import (
+	"time"
+
+	"p11-agent/agent"
+	"p11-agent/agent/request"
+	"p11-agent/token"
+)
+
+// A Report is the status of a running agent, and the output of status --json. New members
+// may come; the present ones keep their names and meaning. No member may have the name
+// "error", which is that of a refusal.
+type Report struct {
+	Version   string     `json:"version"`
+	PID       int        `json:"pid"`
+	Started   time.Time  `json:"started"`
+	Time      time.Time  `json:"time"` // of the report
+	Locked    bool       `json:"locked"`
+	Sockets   []Socket   `json:"sockets"`
+	Keys      []Key      `json:"keys"`
+	Tokens    []Token    `json:"tokens"`
+	Modules   []Module   `json:"modules"`
+	Upstreams []Upstream `json:"upstreams"`
+	Approvals []Approval `json:"approvals"`
+	Pauses    []Pause    `json:"pauses"`
+	Requests  []Event    `json:"requests"` // the newest first
+	Failures  []Event    `json:"failures"` // likewise
+}
+
+// A Socket is one socket of the agent.
+type Socket struct {
+	Path        string `json:"path"`
+	Name        string `json:"name,omitempty"` // that of the [[socket]] table
+	Connections int    `json:"connections"`
+}
+
+// A Key is one identity that the agent offers.
+type Key struct {
+	Comment     string    `json:"comment"`
+	URI         string    `json:"uri,omitempty"` // where it is used first
+	Fingerprint string    `json:"fingerprint"`
+	Type        string    `json:"type"`
+	Tokens      []string  `json:"tokens,omitempty"` // their URIs
+	Present     bool      `json:"present"`
+	InMemory    bool      `json:"in_memory"`
+	Confirm     bool      `json:"confirm"`
+	Limited     bool      `json:"destinations"`
+	Expires     time.Time `json:"expires,omitzero"`
+	LastUsed    time.Time `json:"last_used,omitzero"`
+	Signatures  uint64    `json:"signatures"`
+	NotShown    bool      `json:"not_shown,omitempty"` // clients have no room for it in their list
+}
+
+// A Token is one token of a module, present or away.
+type Token struct {
+	URI         string    `json:"uri"`
+	Label       string    `json:"label"`
+	Serial      string    `json:"serial"`
+	Reader      string    `json:"reader,omitempty"` // where another token of the same name is there
+	Module      string    `json:"module"`
+	Present     bool      `json:"present"`
+	LastSeen    time.Time `json:"last_seen,omitzero"` // when it is not
+	Shadowed    string    `json:"used_through,omitempty"`
+	Home        string    `json:"belongs_to,omitempty"`
+	PIN         PIN       `json:"pin"`
+	LoginNeeded bool      `json:"login_required"`
+	OnReader    bool      `json:"pin_on_reader"`
+	LoggedIn    bool      `json:"logged_in"`
+	Since       time.Time `json:"logged_in_since,omitzero"`
+	Ends        time.Time `json:"login_ends,omitzero"`
+	PINKept     bool      `json:"pin_kept"`
+	LoginGoesOn bool      `json:"login_under_way"`
+	PromptOpen  bool      `json:"prompt_open"`
+	PromptAt    string    `json:"prompt_at,omitempty"` // where, for people
+	LastUsed    time.Time `json:"last_used,omitzero"`
+	Signatures  uint64    `json:"signatures"`
+	Keys        []string  `json:"keys"`               // their URIs
+	LeftOut     []string  `json:"left_out,omitempty"` // because of a bound, and why
+}
+
+// A Module is one PKCS#11 module.
+type Module struct {
+	Name     string      `json:"name"`
+	Path     string      `json:"path"`
+	State    ModuleState `json:"state"`
+	PID      int         `json:"pid,omitempty"`
+	Restarts int         `json:"restarts"`
+	Sandbox  string      `json:"sandbox,omitempty"`
+	Reason   string      `json:"reason,omitempty"`   // why it failed
+	Next     []string    `json:"next,omitempty"`     // what helps
+	LeftOut  []string    `json:"left_out,omitempty"` // because of a bound, and why
+}
+
+// An Upstream is another agent whose keys this agent offers as well.
+type Upstream struct {
+	Path    string `json:"path"`
+	Keys    int    `json:"keys"`
+	Trouble string `json:"trouble,omitempty"`
+}
+
+// An Approval is an answer of a person that counts for later requests, too.
+type Approval struct {
+	Comment     string    `json:"comment"`
+	Fingerprint string    `json:"fingerprint"`
+	What        string    `json:"what"`
+	Forwarding  string    `json:"forwarding,omitempty"`
+	Client      string    `json:"client"`
+	Since       time.Time `json:"since"`
+	Ends        time.Time `json:"ends,omitzero"` // left out: when the agent is locked
+}
+
+// A Pause is a time in which the agent shows no questions of some clients.
+type Pause struct {
+	From    string    `json:"from"`
+	About   string    `json:"about,omitempty"` // left out: everything
+	Refused int       `json:"refused"`         // times
+	Block   bool      `json:"block"`           // "no to everything from here"
+	Until   time.Time `json:"until"`
+}
+
+// An Event is a request, or several of one kind.
+type Event struct {
+	Time       time.Time       `json:"time"`
+	Count      int             `json:"count"`             // requests that it stands for
+	First      time.Time       `json:"first,omitzero"`    // of them; left out: it is one
+	Various    bool            `json:"various,omitempty"` // they differ, and this is the last
+	Duration   float64         `json:"duration"`          // seconds
+	Request    request.Action  `json:"request"`
+	Result     agent.Result    `json:"result"`
+	Reason     string          `json:"reason,omitempty"`
+	Note       string          `json:"note,omitempty"`
+	Key        string          `json:"key,omitempty"`
+	Comment    string          `json:"comment,omitempty"`
+	URI        string          `json:"uri,omitempty"`
+	Kind       request.Kind    `json:"kind,omitempty"`
+	Purpose    request.Purpose `json:"purpose,omitempty"`
+	Namespace  string          `json:"namespace,omitempty"`
+	User       string          `json:"user,omitempty"`
+	Host       string          `json:"host,omitempty"`
+	Upstream   string          `json:"upstream,omitempty"`
+	Forwarded  bool            `json:"forwarded"`
+	Via        []string        `json:"via,omitempty"`
+	Client     string          `json:"client"`
+	UID        *int            `json:"uid,omitempty"`
+	Connection uint64          `json:"connection"`
+}
+
+// A PIN tells how many tries for the PIN of a token are left.
+type PIN string
+
+// The values of PIN.
+const (
+	PINOK     PIN = "ok" // or the token does not tell
+	PINLow    PIN = "low"
+	PINLast   PIN = "last"
+	PINLocked PIN = "locked"
+)
+
+// PINOf returns the PIN for what a token tells.
+func PINOf(t token.Tries) PIN {
+	switch t {
+	case token.TriesLow:
+		return PINLow
+	case token.TriesLast:
+		return PINLast
+	case token.TriesNone:
+		return PINLocked
+	default:
+		return PINOK
+	}
+}
+
+// A ModuleState tells whether the process of a module runs.
+type ModuleState string
+
+// The values of ModuleState.
+const (
+	Starting ModuleState = "starting"
+	Running  ModuleState = "running"
+	Released ModuleState = "released" // the agent has ended the process, and starts it again when needed
+	Failed   ModuleState = "failed"
+)
