@@ -159,7 +159,6 @@ func paragraphs(file, text string) (all []words) {
 // unwritten is how many findings are left in a directory whose words were written
 // before these rules. The numbers only fall.
 var unwritten = map[string]int{
-	".":                       20,
 	"agent":                   94,
 	"agent/knownhosts":        10,
 	"agent/logfold":           4,
@@ -168,7 +167,6 @@ var unwritten = map[string]int{
 	"agent/sshagent":          66,
 	"cmd/bench":               18,
 	"cmd/p11-agent":           115,
-	"docs":                    125,
 	"pinentry":                22,
 	"pinentry/notify":         10,
 	"pinentry/secret":         4,
