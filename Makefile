@@ -31,7 +31,7 @@ SOURCES     = go.mod go.sum $(shell find agent cmd/p11-agent pinentry systemd to
 # building needs what deps installs, and go spreads its work over the processors
 # by itself.
 .NOTPARALLEL:
-.PHONY: help deps deps-demo deps-check build test stress conformance lint sizes vuln check demo fuzz bench microbench profile install deb rpm packages clean
+.PHONY: help deps deps-demo deps-check build test stress conformance lint sizes vuln check demo fuzz bench microbench profile pictures install deb rpm packages clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "%-12s%s\n", $$1, $$2 }' Makefile
@@ -118,6 +118,10 @@ microbench: ## run the benchmarks of single stages that match BENCH
 
 profile: build ## tell with perf where agent and module process spend their time while they sign
 	go run ./cmd/bench -profile build/perf.data
+
+# The README shows them. Make them again when the words of prompts change.
+pictures: deps-check build ## make the pictures in docs/pictures with the built program
+	tools/pictures.sh
 
 # It takes what "make build" has left when that is newer than the sources, so
 # that "sudo make install" needs no Go.

@@ -1,11 +1,11 @@
 #!/bin/bash
 # Makes the pictures of the prompts in docs/pictures from the real program:
 #
-#     make build && tools/pictures.sh
+#     make pictures
 #
 # The script runs the demo and keeps its directory. It makes a token there, and lets ssh ask
 # for the PIN: in a terminal (tmux and pinentry-curses) and on a display (Xvfb and pinentry-gtk-2).
-# "tools/deps.sh check" installs all that it needs.
+# "tools/deps.sh check" installs the programs that it needs.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 root=$PWD
