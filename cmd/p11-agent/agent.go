@@ -1,15 +1,18 @@
 package main
 
 import (
+	"cmp"
 	"context"
 	"errors"
 	"fmt"
 	"io"
 	"log/slog"
 	"os"
+	"os/exec"
 	"path/filepath"
 	"strconv"
 	"strings"
+	"syscall"
 
 	"github.com/spf13/cobra"
 	"golang.org/x/crypto/ssh"
@@ -70,7 +73,7 @@ configuration again and looks at the tokens again.`,
 	return cmd
 }
 
-// fingerprints returns how keys are named to people, as ssh-agent's -E says.
+// fingerprints returns the function that names a key, as ssh-agent's -E does.
 func fingerprints(hash string) (func(ssh.PublicKey) string, error) {
 	switch strings.ToLower(hash) {
 	case "sha256":
@@ -78,75 +81,31 @@ func fingerprints(hash string) (func(ssh.PublicKey) string, error) {
 	case "md5":
 		return func(k ssh.PublicKey) string { return "MD5:" + ssh.FingerprintLegacyMD5(k) }, nil
 	}
-	return nil, fmt.Errorf("%q is no fingerprint hash: sha256 and md5 are", hash)
+	return nil, fmt.Errorf("unknown fingerprint hash %q: use sha256 or md5", hash)
 }
 
 func runAgent(ctx context.Context, g *globals, o *agentOptions, command []string, out io.Writer) (err error) {
-	if o.csh && o.sh {
-		return exit.Usage(errors.New("-c and -s exclude each other"))
-	}
-	shell := bourne
-	if o.csh || !o.sh && strings.HasSuffix(os.Getenv("SHELL"), "csh") {
-		shell = cshell
+	if err := o.check(command); err != nil {
+		return exit.Usage(err)
 	}
 	if o.kill {
-		if len(command) > 0 {
-			return exit.Usage(errors.New("-k takes no command"))
-		}
-		return killAgent(shell, out)
+		return killAgent(o.shell(), out)
 	}
 	if g.config != "" {
-		// The agent leaves the directory it was started in, and reads it again.
+		// The agent leaves the directory it was started in, and reads the file again.
 		if g.config, err = filepath.Abs(g.config); err != nil {
 			return err
 		}
 	}
-	foreground := o.foreground || o.debug
-	switch {
-	case o.foreground && o.debug:
-		return exit.Usage(errors.New("-D and -d exclude each other"))
-	case len(command) > 0 && (foreground || o.csh || o.sh):
-		return exit.Usage(errors.New("-c, -D, -d and -s take no command"))
+	if o.system {
+		g.config, o.socket = cmp.Or(g.config, paths.SystemConfig), cmp.Or(o.socket, paths.SystemSocket)
 	}
-	l := &launch{options: daemonOptions{lifetime: o.lifetime.Duration, system: o.system, version: version}, warn: warn}
-	if o.allow.given {
-		allow := token.ParseAllowList(o.allow.patterns)
-		l.options.allow = &allow
-	}
-	// Scripts start ssh-agent where another one runs, and expect it to have a socket.
-	l.elsewhere = calledSSHAgent() && o.socket == "" && !o.system
-	if l.options.nameKey, err = fingerprints(o.hash); err != nil {
+	l, err := o.launch(g)
+	if err != nil {
 		return exit.Usage(err)
 	}
-	for _, option := range o.options {
-		switch option {
-		case "allow-remote-pkcs11":
-			l.options.remoteTokens = true
-		case "no-restrict-websafe":
-			// It is about keys of FIDO devices, of which there are none here.
-		default:
-			if strings.HasPrefix(option, "websafe-allow=") {
-				continue // of OpenSSH 10.5, about the same keys
-			}
-			return exit.Usage(fmt.Errorf("-O %s: there is no such option", option))
-		}
-	}
-	if o.system {
-		if g.config == "" {
-			g.config = paths.SystemConfig
-		}
-		if o.socket == "" {
-			o.socket = paths.SystemSocket
-		}
-	}
-	l.options.configFile = g.config
-	level := slog.LevelInfo
-	if o.debug {
-		level = slog.LevelDebug
-	}
-
-	if foreground || os.Getenv("LISTEN_PID") == strconv.Itoa(os.Getpid()) {
-		// One in the background is started so.
+	if o.foreground || o.debug || os.Getenv("LISTEN_PID") == strconv.Itoa(os.Getpid()) {
+		// An agent in the background is started without traces.
 		if err := withoutTraces(); err != nil {
 			return err
 		}
@@ -156,18 +115,18 @@ func runAgent(ctx context.Context, g *globals, o *agentOptions, command []string
 		return err
 	}
 	child := backgroundChild()
-	if child != nil || foreground || len(inherited) > 0 {
-		// It is the agent.
+	if child != nil || o.foreground || o.debug || len(inherited) > 0 {
+		// This process is the agent.
 		nameProcess(filepath.Base(os.Args[0]))
 		if err := closeInherited(child.reportFD()); err != nil {
 			return err
 		}
 	}
-	if child != nil {
+	switch {
+	case child != nil:
 		return l.inBackground(ctx, child)
-	}
-	if len(inherited) > 0 {
-		return l.onInherited(ctx, inherited, output.NewLog(os.Stderr, level))
+	case len(inherited) > 0:
+		return l.onInherited(ctx, inherited, o.log())
 	}
 	path, err := paths.AgentSocket(o.socket, len(command) > 0, warn)
 	if err != nil {
@@ -178,18 +137,142 @@ func runAgent(ctx context.Context, g *globals, o *agentOptions, command []string
 			paths.RemovePrivateDir(path)
 		}
 	}()
-	// Found here, mistakes of the configuration reach the person who starts it.
+	// Mistakes of the configuration reach the person who starts the agent.
 	if _, err := config.Load(g.config); err != nil {
 		return err
 	}
-	if foreground {
-		return l.inForeground(ctx, path, output.NewLog(os.Stderr, level), func(path string) error {
-			_, err := io.WriteString(out, shell.foreground(path, os.Getpid()))
+	if o.foreground || o.debug {
+		return l.inForeground(ctx, path, o.log(), func(path string) error {
+			_, err := io.WriteString(out, o.shell().Export(paths.SocketVariable, path)+fmt.Sprintf("echo Agent pid %d;\n", os.Getpid()))
 			return err
 		})
 	}
-	return startInBackground(path, shell, command, out)
+	if len(command) > 0 {
+		return runWithAgent(path, command)
+	}
+	b, err := startInBackground(path, false, warn)
+	if err != nil {
+		return err
+	}
+	_, err = io.WriteString(out, o.shell().Export(paths.SocketVariable, b.socket)+o.shell().Export(paths.PIDVariable, strconv.Itoa(b.pid))+
+		fmt.Sprintf("echo Agent pid %d;\n", b.pid))
+	return err
 }
 
-// warn tells a person of what is not as it should be and ends nothing.
+// check finds flags that exclude each other.
+func (o *agentOptions) check(command []string) error {
+	switch {
+	case o.csh && o.sh:
+		return errors.New("-c and -s exclude each other")
+	case o.kill && len(command) > 0:
+		return errors.New("-k takes no command")
+	case o.kill:
+		return nil
+	case o.foreground && o.debug:
+		return errors.New("-D and -d exclude each other")
+	case len(command) > 0 && (o.foreground || o.debug || o.csh || o.sh):
+		return errors.New("-c, -D, -d and -s take no command")
+	}
+	return nil
+}
+
+// shell returns the syntax of the commands that are printed.
+func (o *agentOptions) shell() output.Shell {
+	if o.csh || !o.sh && strings.HasSuffix(os.Getenv("SHELL"), "csh") {
+		return output.CShell
+	}
+	return output.Bourne
+}
+
+// log returns the log of an agent that stays in the foreground.
+func (o *agentOptions) log() *slog.Logger {
+	if o.debug {
+		return output.NewLog(os.Stderr, slog.LevelDebug)
+	}
+	return output.NewLog(os.Stderr, slog.LevelInfo)
+}
+
+// launch returns how the agent is to run. The error is a mistake of the command line.
+func (o *agentOptions) launch(g *globals) (l *launch, err error) {
+	l = &launch{
+		options: daemonOptions{configFile: g.config, lifetime: o.lifetime.Duration, system: o.system, version: version},
+		// Scripts start ssh-agent where another agent runs, and expect it to have a socket.
+		elsewhere: calledSSHAgent() && o.socket == "" && !o.system,
+		warn:      warn,
+	}
+	if o.allow.given {
+		allow := token.ParseAllowList(o.allow.patterns)
+		l.options.allow = &allow
+	}
+	if l.options.nameKey, err = fingerprints(o.hash); err != nil {
+		return nil, err
+	}
+	for _, option := range o.options {
+		switch {
+		case option == "allow-remote-pkcs11":
+			l.options.remoteTokens = true
+		case option == "no-restrict-websafe", strings.HasPrefix(option, "websafe-allow="):
+			// These are about keys of FIDO devices, which p11-agent does not have.
+		default:
+			return nil, fmt.Errorf("unknown option -O %s: use allow-remote-pkcs11 or no-restrict-websafe", option)
+		}
+	}
+	return l, nil
+}
+
+// runWithAgent starts an agent that ends with the command, and becomes the command.
+func runWithAgent(path string, command []string) error {
+	program, err := exec.LookPath(command[0])
+	if err != nil {
+		return noCommand(command[0], err)
+	}
+	b, err := startInBackground(path, true, warn)
+	if err != nil {
+		return err
+	}
+	return b.become(program, command)
+}
+
+// noCommand says that the command of an agent cannot be run. The hint is for people who mean a command of
+// p11-agent, such as "p11-agent agent stop".
+func noCommand(name string, err error) error {
+	if e, ok := errors.AsType[*exec.Error](err); ok {
+		err = e.Err
+	}
+	if errors.Is(err, exec.ErrNotFound) {
+		err = errors.New("no such program in PATH")
+	}
+	failed := fmt.Errorf("the agent cannot run the command %q: %w", name, err)
+	if meant := map[string]string{
+		"start": `eval "$(p11-agent agent -s)"`, "run": `eval "$(p11-agent agent -s)"`, "stop": "p11-agent agent -k", "kill": "p11-agent agent -k",
+		"end": "p11-agent agent -k", "restart": `p11-agent agent -k; eval "$(p11-agent agent -s)"`, "reload": `kill -HUP "$SSH_AGENT_PID"`,
+	}[name]; meant != "" {
+		return exit.WithHint(failed, "to "+name+", type: "+meant)
+	}
+	for _, c := range newRootCommand().Commands() {
+		if c.Name() == name {
+			return exit.WithHint(failed, "did you mean: p11-agent "+name)
+		}
+	}
+	return failed
+}
+
+// killAgent ends the agent of the environment, as ssh-agent -k does.
+func killAgent(s output.Shell, out io.Writer) error {
+	text := os.Getenv(paths.PIDVariable)
+	if text == "" {
+		return fmt.Errorf("no agent to end: %s is not set", paths.PIDVariable)
+	}
+	pid, err := strconv.Atoi(text)
+	if err != nil || pid <= 1 {
+		return fmt.Errorf("no agent to end: %s is %q, not the ID of a process", paths.PIDVariable, text)
+	}
+	if err := syscall.Kill(pid, syscall.SIGTERM); err != nil {
+		return fmt.Errorf("end the agent with process ID %d: %w", pid, err)
+	}
+	_, err = io.WriteString(out, s.Unset(paths.SocketVariable)+s.Unset(paths.PIDVariable)+fmt.Sprintf("echo Agent pid %d killed;\n", pid))
+	return err
+}
+
+// warn tells a person of a problem that ends nothing.
 func warn(err error) { fmt.Fprintf(os.Stderr, "p11-agent: warning: %v\n", err) }

@@ -21,81 +21,36 @@ import (
 	"p11-agent/cmd/p11-agent/paths"
 )
 
-// shell is how a shell sets variables.
-type shell struct{ set, unset string }
-
-var (
-	bourne = shell{set: "%[1]s=%[2]s; export %[1]s;\n", unset: "unset %s;\n"}
-	cshell = shell{set: "setenv %s %s;\n", unset: "unsetenv %s;\n"}
-)
-
+// An agent in the background is a new process of the same program: a Go program cannot fork. Besides its flags,
+// the starter tells it these things.
 const (
-	socketVariable = "SSH_AUTH_SOCK"
-	pidVariable    = "SSH_AGENT_PID"
+	childVariable       = "P11_AGENT_BACKGROUND"        // the starter's process
+	childEndVariable    = "P11_AGENT_BACKGROUND_END"    // set: the agent ends with the starter
+	childSocketVariable = "P11_AGENT_BACKGROUND_SOCKET" // where the agent listens
+	childReportFD       = 3                             // where the agent reports how its start goes
 )
 
-// background is what ssh-agent prints when it goes into the background.
-func (s shell) background(path string, pid int) string {
-	return fmt.Sprintf(s.set, socketVariable, output.ShellWord(path)) + fmt.Sprintf(s.set, pidVariable, strconv.Itoa(pid)) +
-		fmt.Sprintf("echo Agent pid %d;\n", pid)
-}
-
-// foreground is what it prints when it stays.
-func (s shell) foreground(path string, pid int) string {
-	return fmt.Sprintf(s.set, socketVariable, output.ShellWord(path)) + fmt.Sprintf("echo Agent pid %d;\n", pid)
-}
-
-// killed is what it prints when it has ended another one.
-func (s shell) killed(pid int) string {
-	return fmt.Sprintf(s.unset, socketVariable) + fmt.Sprintf(s.unset, pidVariable) + fmt.Sprintf("echo Agent pid %d killed;\n", pid)
-}
-
-// killAgent ends the agent of the environment, as ssh-agent -k does.
-func killAgent(s shell, out io.Writer) error {
-	text := os.Getenv(pidVariable)
-	if text == "" {
-		return fmt.Errorf("%s is not set, so there is no agent to end", pidVariable)
-	}
-	pid, err := strconv.Atoi(text)
-	if err != nil || pid <= 1 {
-		return fmt.Errorf("%s is %q, which is no process", pidVariable, text)
-	}
-	if err := syscall.Kill(pid, syscall.SIGTERM); err != nil {
-		return fmt.Errorf("end the agent with process ID %d: %w", pid, err)
-	}
-	_, err = io.WriteString(out, s.killed(pid))
-	return err
-}
-
-// The agent in the background is a new process of the same program: a Go
-// program cannot go on in a fork. What it needs to know besides its flags is in
-// these variables, which it removes.
-const (
-	childVariable    = "P11_AGENT_BACKGROUND"     // the process that started it
-	childEndVariable = "P11_AGENT_BACKGROUND_END" // set: it ends with that process
-	childReportFD    = 3                          // it says here how it went
-)
-
-// child describes this process when it is the one in the background.
+// A child is an agent in the background, seen from inside.
 type child struct {
 	parent int
-	bound  bool // ends when the parent does
+	bound  bool // it ends with the parent
+	socket string
 }
 
-// backgroundChild returns nil in every other process.
+// backgroundChild returns nil unless this process is an agent in the background. It removes the variables.
 func backgroundChild() *child {
 	parent, err := strconv.Atoi(os.Getenv(childVariable))
 	if err != nil || parent != os.Getppid() {
 		return nil
 	}
-	c := &child{parent: parent, bound: os.Getenv(childEndVariable) != ""}
-	for _, v := range []string{childVariable, childEndVariable} {
+	c := &child{parent: parent, bound: os.Getenv(childEndVariable) != "", socket: os.Getenv(childSocketVariable)}
+	for _, v := range []string{childVariable, childEndVariable, childSocketVariable} {
 		_ = os.Unsetenv(v) // fails for names that cannot be
 	}
 	return c
 }
 
-// reportFD returns the descriptor that it reports on; -1 for every other process.
+// reportFD returns the descriptor of the report. It is -1 in a process that is not in the background.
 func (c *child) reportFD() int {
 	if c == nil {
 		return -1
@@ -103,55 +58,24 @@ func (c *child) reportFD() int {
 	return childReportFD
 }
 
-// noCommand says that the command of an agent cannot be run. A word that asks the agent
-// to start, or to do something else, gets the command that does it.
-func noCommand(name string, err error) error {
-	if e, ok := errors.AsType[*exec.Error](err); ok {
-		err = e.Err
-	}
-	if errors.Is(err, exec.ErrNotFound) {
-		err = errors.New("it was not found in PATH")
-	}
-	failed := fmt.Errorf("the command %q of the agent cannot be run: %w", name, err)
-	what := "to " + name + ", type: "
-	does := map[string]string{
-		"start": `eval "$(p11-agent agent -s)"`, "run": `eval "$(p11-agent agent -s)"`, "stop": "p11-agent agent -k", "kill": "p11-agent agent -k",
-		"end": "p11-agent agent -k", "restart": `p11-agent agent -k; eval "$(p11-agent agent -s)"`, "reload": `kill -HUP "$SSH_AGENT_PID"`,
-	}[name]
-	if does == "" {
-		for _, c := range newRootCommand().Commands() {
-			if c.Name() == name {
-				what, does = "did you mean: ", "p11-agent "+name
-			}
-		}
-	}
-	if does == "" {
-		return failed
-	}
-	return exit.WithHint(failed, what+does)
+// A background is an agent in the background, as its starter sees it.
+type background struct {
+	socket string // where it listens
+	pid    int
 }
 
-// startInBackground starts the agent as a process of its own and waits until it
-// listens. Then it prints the commands for a shell or becomes the command.
-func startInBackground(path string, s shell, command []string, out io.Writer) error {
-	var program string
-	if len(command) > 0 {
-		// Found before the agent runs, which would be left over.
-		var err error
-		if program, err = exec.LookPath(command[0]); err != nil {
-			return noCommand(command[0], err)
-		}
-	}
+// startInBackground starts this program again as an agent in the background, with the same arguments, and waits
+// until it listens at the path. bound makes it end with this process. warn is told the agent's warnings.
+func startInBackground(path string, bound bool, warn func(error)) (*background, error) {
 	report, theirs, err := os.Pipe()
 	if err != nil {
-		return err
+		return nil, err
 	}
 	defer report.Close()
 	cmd := exec.Command("/proc/self/exe", os.Args[1:]...)
-	// The socket is named by the environment, as the flag may not be there.
 	cmd.Args[0] = os.Args[0]
 	cmd.Env = append(os.Environ(), noTraces, childVariable+"="+strconv.Itoa(os.Getpid()), childSocketVariable+"="+path)
-	if len(command) > 0 {
+	if bound {
 		cmd.Env = append(cmd.Env, childEndVariable+"=1")
 	}
 	cmd.ExtraFiles = []*os.File{theirs} // becomes childReportFD
@@ -159,36 +83,33 @@ func startInBackground(path string, s shell, command []string, out io.Writer) er
 	err = cmd.Start()
 	_ = theirs.Close()
 	if err != nil {
-		return fmt.Errorf("start the agent in the background: %w", err)
+		return nil, fmt.Errorf("start the agent in the background: %w", err)
 	}
-	path, err = readReport(report)
+	path, err = readReport(report, warn)
 	if err != nil {
 		if werr := cmd.Wait(); errors.Is(err, io.EOF) {
 			err = fmt.Errorf("the agent ended before it was listening: %w", werr)
 		}
-		return err
+		return nil, err
 	}
-	pid := cmd.Process.Pid
-	if len(command) == 0 {
-		_, err := io.WriteString(out, s.background(path, pid))
-		return err
-	}
-	env := append(os.Environ(), socketVariable+"="+path, pidVariable+"="+strconv.Itoa(pid))
-	err = syscall.Exec(program, command, dedupe(env))
-	// The agent ends with this process, as it would with the command.
-	return fmt.Errorf("run %s: %w", program, err)
+	return &background{path, cmd.Process.Pid}, nil
 }
 
-// What the child reports, a line each: warnings, and at last the path of its socket, or
-// its error.
+// become makes this process a program that uses the agent. A bound agent ends with the program, and with this
+// process if that fails.
+func (b *background) become(program string, argv []string) error {
+	env := append(os.Environ(), paths.SocketVariable+"="+b.socket, paths.PIDVariable+"="+strconv.Itoa(b.pid))
+	return fmt.Errorf("run %s: %w", program, syscall.Exec(program, argv, lastOfEach(env)))
+}
+
+// The lines of a report: warnings, and at last the path of the socket. A line with neither word is an error.
 const (
 	reportWarning = "warning "
 	reportOK      = "ok "
 )
 
-// readReport prints the warnings of a report and returns the path in it. The error is
-// that of the child, or io.EOF.
-func readReport(r io.Reader) (path string, err error) {
+// readReport reads a report to its end, and returns the path of the socket. The error is the agent's, or io.EOF.
+func readReport(r io.Reader, warn func(error)) (path string, err error) {
 	lines := bufio.NewReader(r)
 	for {
 		line, err := lines.ReadString('\n')
@@ -207,11 +128,8 @@ func readReport(r io.Reader) (path string, err error) {
 	}
 }
 
-// childSocketVariable tells the child where to listen.
-const childSocketVariable = "P11_AGENT_BACKGROUND_SOCKET"
-
-// dedupe keeps the last setting of each variable.
-func dedupe(env []string) []string {
+// lastOfEach keeps the last setting of each variable.
+func lastOfEach(env []string) []string {
 	last := make(map[string]int)
 	for i, kv := range env {
 		name, _, _ := strings.Cut(kv, "=")
@@ -227,10 +145,8 @@ func dedupe(env []string) []string {
 	return kept
 }
 
-// inBackground is the life of the process that startInBackground starts.
+// inBackground runs the agent in the process that startInBackground starts.
 func (l *launch) inBackground(ctx context.Context, c *child) error {
-	path := os.Getenv(childSocketVariable)
-	_ = os.Unsetenv(childSocketVariable)
 	starter := &reportWriter{os.NewFile(childReportFD, "report")}
 	unix.CloseOnExec(childReportFD)
 	l.warn = starter.warn
@@ -243,7 +159,7 @@ func (l *launch) inBackground(ctx context.Context, c *child) error {
 			return starter.fail(err)
 		}
 	}
-	socket, err := l.listen(path)
+	socket, err := l.listen(c.socket)
 	if err != nil {
 		return starter.fail(err)
 	}
@@ -292,8 +208,8 @@ func (w *reportWriter) line(kind, text string) error {
 	return err
 }
 
-// leaveTerminal points the standard files away from where the agent was
-// started, so that whoever reads from there sees its end.
+// leaveTerminal points the standard files to /dev/null, so that a program that reads the starter's output sees
+// its end.
 func leaveTerminal() error {
 	null, err := os.OpenFile(os.DevNull, os.O_RDWR, 0)
 	if err != nil {
@@ -308,11 +224,11 @@ func leaveTerminal() error {
 	return os.Chdir("/")
 }
 
-// endWith calls end when the process ends. It has to be the parent.
+// endWith calls end when the parent process ends.
 func endWith(pid int, end func()) error {
 	fd, err := unix.PidfdOpen(pid, 0)
 	if err != nil || os.Getppid() != pid {
-		return errors.Join(errors.New("the command's process has ended"), err)
+		return errors.Join(errors.New("the process of the command has ended"), err)
 	}
 	go func() {
 		for {

@@ -132,7 +132,7 @@ func listenerOf(p peer.Peer, path string) (name string, pid int) {
 		return "systemd", manager
 	}
 	for _, pid := range closed {
-		if strconv.Itoa(pid) == os.Getenv(pidVariable) || len(closed) == 1 {
+		if strconv.Itoa(pid) == os.Getenv(paths.PIDVariable) || len(closed) == 1 {
 			return calledAs(pid, line(fmt.Sprintf("/proc/%d/comm", pid))), pid
 		}
 	}
@@ -383,8 +383,8 @@ func identityAgent(path string) string {
 // findAgent looks at the agent that ssh asks, and at SSH_AUTH_SOCK, which ssh-add
 // and git's signatures use in any case. It returns the keys that the first lists.
 func findAgent(ctx context.Context, r *report, s sshSettings) []*sshagent.Key {
-	env := os.Getenv(socketVariable)
-	asked, from := env, socketVariable
+	env := os.Getenv(paths.SocketVariable)
+	asked, from := env, paths.SocketVariable
 	switch {
 	case s.agent == "none":
 		r.bad("ssh asks no agent at all: its configuration has IdentityAgent none").
@@ -392,7 +392,7 @@ func findAgent(ctx context.Context, r *report, s sshSettings) []*sshagent.Key {
 		return nil
 	case strings.HasPrefix(s.agent, "$"):
 		asked, from = os.Getenv(strings.Trim(s.agent, "${}")), "IdentityAgent "+s.agent
-	case s.agent != "" && s.agent != socketVariable:
+	case s.agent != "" && s.agent != paths.SocketVariable:
 		asked, from = paths.ExpandHome(s.agent), "IdentityAgent in ssh's configuration"
 	}
 	own := paths.UserSocket()

@@ -9,6 +9,7 @@ import (
 	"path/filepath"
 	"strings"
 
+	"p11-agent/cmd/p11-agent/paths"
 	"p11-agent/systemd/install"
 )
 
@@ -121,11 +122,11 @@ func findManagerEnvironment(ctx context.Context, r *report, installed bool) {
 		r.warn("the service manager does not know %s, so an agent that it starts finds no desktop to ask on", strings.Join(missing, " and ")).
 			Next("systemctl --user import-environment DISPLAY WAYLAND_DISPLAY XAUTHORITY; systemctl --user restart %s", install.ServiceUnit)
 	}
-	if there[socketVariable] == "" {
+	if there[paths.SocketVariable] == "" {
 		r.warn("what the service manager starts (editors, desktops) does not know SSH_AUTH_SOCK").
 			Next("mkdir -p ~/.config/environment.d\necho 'SSH_AUTH_SOCK=${XDG_RUNTIME_DIR}/p11-agent/agent.sock' >~/.config/environment.d/50-p11-agent.conf\nsystemctl --user daemon-reload")
 	} else {
-		r.detail("the service manager has SSH_AUTH_SOCK=%s", there[socketVariable])
+		r.detail("the service manager has SSH_AUTH_SOCK=%s", there[paths.SocketVariable])
 	}
 }
 

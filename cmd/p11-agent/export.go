@@ -356,7 +356,7 @@ func printSSHConfig(ctx context.Context, out io.Writer, keys []exported, dir str
 	b.WriteString("    IdentitiesOnly yes\n")
 	socket := paths.UserSocket()
 	// An agent elsewhere is meant when it is the one that is used here.
-	if path := os.Getenv(socketVariable); path != "" && path != socket {
+	if path := os.Getenv(paths.SocketVariable); path != "" && path != socket {
 		if a := askAgent(ctx, path); a.err == nil && a.own {
 			socket = path
 		}

@@ -19,25 +19,24 @@ import (
 	"golang.org/x/sys/unix"
 )
 
-// nameProcess gives the process a name, which ps and pgrep show. A process that has run
-// itself by /proc/self/exe is called "exe" before. The kernel keeps 15 bytes.
+// nameProcess gives the process a name, which ps and pgrep show. Without it, a process of
+// /proc/self/exe has the name "exe". The kernel keeps 15 bytes.
 //
 // A thread may write the names of its own process, also when the process is undumpable
-// (proc_tid_comm_permission in Linux's fs/proc/base.c). The name of the first thread is
-// that of the process.
+// (proc_tid_comm_permission in Linux's fs/proc/base.c). The process has the name of its first thread.
 func nameProcess(name string) {
 	pid := strconv.Itoa(os.Getpid())
-	// The name is for people: without /proc it stays as it is.
+	// Only people read the name: without /proc it stays as it is.
 	_ = os.WriteFile("/proc/self/task/"+pid+"/comm", []byte(name), 0)
 }
 
-// closeInherited closes the descriptors from 3 on that the starter of this process has
-// left open, but for keep. ssh-agent does so, too: it would hold the locks of the
-// starter, and keep pipes open. The process has opened its own with close-on-exec.
+// closeInherited closes the descriptors from 3 on that the starter of this process left open, except keep.
+// ssh-agent does so too: otherwise the agent holds the locks of the starter, and keeps pipes open. Descriptors of
+// the process itself have close-on-exec, and stay.
 func closeInherited(keep int) error {
 	entries, err := os.ReadDir("/proc/self/fd")
 	if err != nil {
-		return fmt.Errorf("close what was inherited: %w", err)
+		return fmt.Errorf("close inherited files: %w", err)
 	}
 	for _, e := range entries {
 		fd, err := strconv.Atoi(e.Name())
@@ -51,13 +50,12 @@ func closeInherited(keep int) error {
 	return nil
 }
 
-// A terminal is the controlling terminal that an agent in the foreground was started
-// in. ssh-agent ends with SIGHUP. p11-agent reads its configuration again then, and ends
-// when the terminal has gone, too.
+// A terminal is the controlling terminal of an agent in the foreground. SIGHUP ends ssh-agent. It makes p11-agent
+// read its configuration again, or end if the terminal has gone.
 type terminal struct{ hungUp atomic.Bool }
 
-// controllingTerminal returns nil when there is none, or when the agent is to outlive
-// it (nohup). It is called before SIGHUP is caught.
+// controllingTerminal returns nil without a controlling terminal, and under nohup. It is called before SIGHUP is
+// caught.
 func controllingTerminal() *terminal {
 	if signal.Ignored(syscall.SIGHUP) {
 		return nil
@@ -74,9 +72,8 @@ func openTTY() (int, error) {
 	return unix.Open("/dev/tty", unix.O_RDONLY|unix.O_NOCTTY|unix.O_NONBLOCK|unix.O_CLOEXEC, 0)
 }
 
-// hangup is called for each SIGHUP. It tells whether the terminal has gone. Some shells
-// send SIGHUP before the terminal goes: then end is called when it goes, unless ctx has
-// ended. t may be nil.
+// hangup is called for each SIGHUP. It tells whether the terminal has gone. Some shells send SIGHUP before the
+// terminal goes: then hangup calls end when the terminal goes, unless ctx has ended. t may be nil.
 func (t *terminal) hangup(ctx context.Context, end func()) (gone bool) {
 	if t == nil {
 		return false
@@ -86,12 +83,12 @@ func (t *terminal) hangup(ctx context.Context, end func()) (gone bool) {
 		return true
 	}
 	if !t.hungUp.CompareAndSwap(false, true) {
-		_ = unix.Close(fd) // the first SIGHUP has somebody wait
+		_ = unix.Close(fd) // a goroutine of the first SIGHUP waits
 		return false
 	}
 	go func() {
 		defer unix.Close(fd)
-		const pause = 1000 // milliseconds, after which ctx is looked at
+		const pause = 1000 // milliseconds until the next look at ctx
 		for ctx.Err() == nil {
 			fds := []unix.PollFd{{Fd: int32(fd)}}
 			n, err := unix.Poll(fds, pause)
@@ -104,13 +101,12 @@ func (t *terminal) hangup(ctx context.Context, end func()) (gone bool) {
 	return false
 }
 
-// noTraces keeps the stack of a panic out of the log. debug.SetTraceback cannot do
-// that: it takes nothing away from what the environment says, or does not say, at
-// the start.
+// noTraces keeps the stack of a panic out of the log. debug.SetTraceback cannot do that: it can only add to
+// what the environment says at the start.
 const noTraces = "GOTRACEBACK=none"
 
-// withoutTraces starts the program anew with noTraces, in the same process, unless
-// that is there. It returns when it cannot, or need not.
+// withoutTraces starts the program again with noTraces, in the same process. It returns nil if noTraces is in force
+// already, and an error if the start fails.
 func withoutTraces() error {
 	name, value, _ := strings.Cut(noTraces, "=")
 	if os.Getenv(name) == value {
@@ -120,18 +116,17 @@ func withoutTraces() error {
 	if err != nil {
 		return err
 	}
-	return fmt.Errorf("start again: %w", syscall.Exec(program, os.Args, dedupe(append(os.Environ(), noTraces))))
+	return fmt.Errorf("start again: %w", syscall.Exec(program, os.Args, lastOfEach(append(os.Environ(), noTraces))))
 }
 
-// crashSignals have Go print all stacks and registers whatever GOTRACEBACK says,
-// when they are sent to the process. Where its own code causes one it becomes a
-// panic.
+// crashSignals make Go print all stacks and registers, also with noTraces, when another process sends them. A fault
+// of the program's own code is a panic instead.
 var crashSignals = []os.Signal{
 	syscall.SIGQUIT, syscall.SIGABRT, syscall.SIGSEGV, syscall.SIGBUS, syscall.SIGFPE, syscall.SIGILL, syscall.SIGTRAP, syscall.SIGSYS,
 }
 
-// harden keeps others of the same user from looking into the process, and its
-// memory out of core files and out of the log.
+// harden keeps other processes of the user from reading this process, and keeps its memory out of core files and
+// out of the log.
 func harden(log *slog.Logger) error {
 	crashes := make(chan os.Signal, 1)
 	signal.Notify(crashes, crashSignals...)
@@ -148,7 +143,7 @@ func harden(log *slog.Logger) error {
 	return nil
 }
 
-// warnUnlocked says once that secrets may reach the swap space.
+// warnUnlocked logs that secrets may reach the swap space, if memory cannot be locked.
 func warnUnlocked(log *slog.Logger) {
 	if s, err := secret.New(1); err == nil {
 		s.Wipe()

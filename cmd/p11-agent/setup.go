@@ -202,7 +202,7 @@ func (s *setup) finish() {
 		s.say("\nEverything is done.")
 	}
 	s.say("\nLog in, where the line above is in ~/.ssh/authorized_keys:\n\n    ssh host")
-	if socket := paths.SetupSocket(); os.Getenv(socketVariable) != socket && s.agent != nil {
+	if socket := paths.SetupSocket(); os.Getenv(paths.SocketVariable) != socket && s.agent != nil {
 		s.say("\nssh finds the agent by its configuration. ssh-add and git need this line, in this shell and in ~/.profile:\n\n    export SSH_AUTH_SOCK=%s", output.ShellWord(socket))
 		if !userManagerRuns() {
 			s.say("    p11-agent agent -s -a \"$SSH_AUTH_SOCK\" >/dev/null 2>&1 || :   # starts it after a restart of the machine")

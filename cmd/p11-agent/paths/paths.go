@@ -24,6 +24,12 @@ const (
 	GrantedLog = "granted.log"
 )
 
+// The variables of the environment that name a running agent (ssh-agent(1)).
+const (
+	SocketVariable = "SSH_AUTH_SOCK"
+	PIDVariable    = "SSH_AGENT_PID"
+)
+
 // directory is the name of p11-agent's own directory in those of the user.
 const directory = "p11-agent"
 
