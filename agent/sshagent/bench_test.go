@@ -18,6 +18,7 @@ import (
 	"golang.org/x/sys/unix"
 
 	"p11-agent/agent"
+	"p11-agent/agent/door"
 	"p11-agent/agent/peer"
 	"p11-agent/agent/request"
 )
@@ -110,12 +111,12 @@ func connected(tb testing.TB, s *Server, p peer.Peer) net.Conn {
 	ended := make(chan struct{})
 	go func() {
 		defer close(ended)
-		c := newConn(s, ends[1], p, nil, nil)
+		c := testConn(s, ends[1], p, nil)
 		defer ends[1].Close()
 		defer c.in.close()
 		ctx, cancel := context.WithCancel(context.Background())
 		defer cancel()
-		c.run(ctx)
+		c.Serve(ctx)
 	}()
 	tb.Cleanup(func() {
 		ends[0].Close()
@@ -238,13 +239,13 @@ func BenchmarkList(b *testing.B) {
 // BenchmarkConnect is what clients cost that connect for one request.
 func BenchmarkConnect(b *testing.B) {
 	keyring, key := stillKeyring(b, slog.DiscardHandler, 2)
-	l, err := Listen(filepath.Join(shortDir(b), "s"))
+	l, err := door.Listen(filepath.Join(shortDir(b), "s"))
 	if err != nil {
 		b.Fatal(err)
 	}
 	ctx, stop := context.WithCancel(context.Background())
 	ended := make(chan error, 1)
-	go func() { ended <- (&Server{Keyring: keyring}).Serve(ctx, l) }()
+	go func() { ended <- (&Server{Keyring: keyring}).Serve(ctx, l, nil) }()
 	defer func() {
 		stop()
 		if err := <-ended; err != nil {

@@ -175,8 +175,8 @@ func FuzzConnection(f *testing.F) {
 			Report: func(s agent.Status, _ request.Selection) ([]byte, error) { return []byte(fmt.Sprint(s)), nil },
 		})
 		nc := &peeking{input: bytes.Clone(input), chunk: 1 << 15, looks: func(_, _ []byte) {}}
-		c := newConn(&Server{Keyring: keyring}, nc, ourselves(t), nil, nil)
-		c.run(t.Context())
+		c := testConn(&Server{Keyring: keyring}, nc, ourselves(t), nil)
+		c.Serve(t.Context())
 		c.in.close()
 		runtime.ReadMemStats(&after)
 		if used := after.TotalAlloc - before.TotalAlloc; used > 64<<20 {

@@ -14,6 +14,7 @@ import (
 	"syscall"
 	"testing"
 
+	"p11-agent/agent/door"
 	"p11-agent/agent/request"
 	"p11-agent/pinentry/secret"
 )
@@ -80,13 +81,13 @@ func TestControlOfNamedSocket(t *testing.T) {
 		t.Errorf("passed on: %q", message)
 		return []byte{msgSuccess}, nil
 	}
-	l, err := Listen(filepath.Join(shortDir(t), "s"))
+	l, err := door.Listen(filepath.Join(shortDir(t), "s"))
 	if err != nil {
 		t.Fatal(err)
 	}
 	ctx, stop := context.WithCancel(t.Context())
 	done := make(chan error)
-	go func() { done <- (&Server{Keyring: keyring}).ServeSocket(ctx, l, &request.Socket{Name: "others"}) }()
+	go func() { done <- (&Server{Keyring: keyring}).Serve(ctx, l, &request.Socket{Name: "others"}) }()
 	defer func() { stop(); <-done }()
 	c := dialControl(t, l.Path())
 	if _, err := c.Status(t.Context(), ""); !errors.Is(err, ErrControlRefused) {

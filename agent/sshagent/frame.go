@@ -10,6 +10,7 @@ import (
 	"syscall"
 	"time"
 
+	"p11-agent/agent/door"
 	"p11-agent/pinentry/secret"
 )
 
@@ -48,8 +49,8 @@ type frames struct {
 	small  *[bufferSize]byte
 	hidden *secret.Secret
 
-	keep func(r resource, n int) error // counts n more bytes, or fewer; nil: nobody does
-	kept used                          // of buf
+	keep func(r door.Resource, n int) error // counts n more bytes, or fewer; nil: nobody does
+	kept door.Usage                         // of buf
 
 	raw     syscall.RawConn // nil: nc is no socket
 	attempt func(uintptr) bool
@@ -145,12 +146,12 @@ func (f *frames) body(have, n int, hides bool) error {
 
 // grow gives buf a size. What was in it stays.
 func (f *frames) grow(size int, hides bool) error {
-	var kept used
+	var kept door.Usage
 	switch {
 	case hides:
-		kept[locked] = lockedSize(size)
+		kept[door.Locked] = door.LockedSize(size)
 	case size > bufferSize:
-		kept[memory] = size
+		kept[door.Memory] = size
 	}
 	if err := f.count(kept); err != nil {
 		return err
@@ -254,23 +255,23 @@ func (f *frames) write(b []byte, patience time.Duration) error {
 		return err
 	}
 	if f.keep != nil && size > bufferSize {
-		if err := f.keep(memory, size); err != nil {
+		if err := f.keep(door.Memory, size); err != nil {
 			return err
 		}
-		defer func() { _ = f.keep(memory, -size) }()
+		defer func() { _ = f.keep(door.Memory, -size) }()
 	}
 	_, err := f.nc.Write(b)
 	return err
 }
 
 // count counts these bytes for buf, in place of those before.
-func (f *frames) count(now used) error {
+func (f *frames) count(now door.Usage) error {
 	if f.keep == nil {
 		return nil
 	}
 	for r := range now {
 		if n := now[r] - f.kept[r]; n != 0 {
-			if err := f.keep(resource(r), n); err != nil {
+			if err := f.keep(door.Resource(r), n); err != nil {
 				return err
 			}
 			f.kept[r] = now[r]
@@ -286,7 +287,7 @@ func (f *frames) done() {
 	if f.small != nil {
 		buffers.Put(f.small)
 	}
-	_ = f.count(used{}) // fewer are never refused
+	_ = f.count(door.Usage{}) // fewer are never refused
 	f.buf, f.hidden, f.small = nil, nil, nil
 }
 

@@ -17,6 +17,7 @@ import (
 	"golang.org/x/crypto/ssh"
 
 	"p11-agent/agent"
+	"p11-agent/agent/door"
 	"p11-agent/agent/peer"
 	"p11-agent/agent/request"
 	"p11-agent/pinentry/secret"
@@ -28,11 +29,11 @@ func pipe(t *testing.T, s *Server) (client net.Conn, ended chan time.Time) {
 	t.Helper()
 	client, nc := net.Pipe()
 	ended = make(chan time.Time, 1)
-	c := newConn(s, nc, peer.Peer{Known: true, PID: 4711}, nil, nil)
+	c := testConn(s, nc, peer.Peer{Known: true, PID: 4711}, nil)
 	go func() {
 		defer nc.Close()
 		defer c.in.close()
-		c.run(t.Context())
+		c.Serve(t.Context())
 		ended <- time.Now()
 	}()
 	t.Cleanup(func() { client.Close() })
@@ -216,11 +217,11 @@ func TestSecretsAreHidden(t *testing.T) {
 			}
 			log, book := newLog()
 			keyring := &wary{fakeKeyring: newKeyring()}
-			c = newConn(&Server{Keyring: keyring, Log: log}, nc, peer.Peer{}, nil, nil)
+			c = testConn(&Server{Keyring: keyring, Log: log}, nc, peer.Peer{}, nil)
 			func() {
 				defer c.in.close()
-				defer c.survive()
-				c.run(t.Context())
+				defer c.Survive()
+				c.Serve(t.Context())
 			}()
 			if c.in.hidden != nil {
 				t.Error("the message was not wiped")
@@ -252,7 +253,7 @@ func TestLongSecrets(t *testing.T) {
 	r := serve(t, s)
 	begun := framed(message(26, "pkcs11:", pin, raw(strings.Repeat("l", maxFrame/2))))
 	held := make(map[net.Conn]bool)
-	for range 2 * maxProcess[locked] / (maxFrame / 2) {
+	for range 2 * door.MaxProcess[door.Locked] / (maxFrame / 2) {
 		conn := r.dial()
 		if _, err := conn.Write(begun[:len(begun)-1]); err != nil && !errors.Is(err, syscall.EPIPE) && !errors.Is(err, syscall.ECONNRESET) {
 			t.Fatal(err)
@@ -260,11 +261,8 @@ func TestLongSecrets(t *testing.T) {
 		held[conn] = true
 	}
 	book.wait(t, "its process would keep")
-	s.clients.mu.Lock()
-	kept := s.clients.used[locked]
-	s.clients.mu.Unlock()
-	if kept > maxProcess[locked] {
-		t.Errorf("%d bytes are locked", kept)
+	if kept, _ := s.door.Kept(); kept[door.Locked] > door.MaxProcess[door.Locked] {
+		t.Errorf("%d bytes are locked", kept[door.Locked])
 	}
 	for conn := range held { // each of them is done, and makes room
 		conn.Close()
@@ -309,8 +307,8 @@ func TestBufferGrowsWithWhatArrives(t *testing.T) {
 			copy(input, []byte{0, 4, 0, 0, 13})
 			nc := &peeking{input: input, chunk: 1 << 20}
 			nc.looks = func(_, _ []byte) { largest = max(largest, len(c.in.buf)) }
-			c = newConn(&Server{Keyring: newKeyring()}, nc, peer.Peer{}, nil, nil)
-			c.run(t.Context())
+			c = testConn(&Server{Keyring: newKeyring()}, nc, peer.Peer{}, nil)
+			c.Serve(t.Context())
 			if largest != test.want {
 				t.Errorf("buffer of %d bytes for %d of %d, want %d", largest, test.sent, maxFrame, test.want)
 			}
@@ -324,10 +322,10 @@ func TestReads(t *testing.T) {
 	reads, c := 0, (*conn)(nil)
 	one := framed(signRequest)
 	nc := &peeking{input: bytes.Repeat(one, 10), chunk: len(one), looks: func(_, _ []byte) { reads++ }}
-	c = newConn(&Server{Keyring: &fakeKeyring{sign: func(context.Context, *request.Caller, request.Sign) (*ssh.Signature, error) {
+	c = testConn(&Server{Keyring: &fakeKeyring{sign: func(context.Context, *request.Caller, request.Sign) (*ssh.Signature, error) {
 		return &ssh.Signature{Format: "x"}, nil
-	}}}, nc, peer.Peer{}, nil, nil)
-	c.run(t.Context())
+	}}}, nc, peer.Peer{}, nil)
+	c.Serve(t.Context())
 	c.in.close()
 	if reads != 21 { // the last one finds the end
 		t.Errorf("%d reads for 10 messages", reads)
@@ -418,10 +416,10 @@ func TestAnswerBeforeLine(t *testing.T) {
 			ended := make(chan struct{})
 			go func() {
 				defer close(ended)
-				c := newConn(s, g, everyday, nil, nil)
+				c := testConn(s, g, everyday, nil)
 				defer nc.Close()
 				defer c.in.close()
-				c.run(t.Context())
+				c.Serve(t.Context())
 			}()
 			if _, err := client.Write(framed(message(msgSignRequest, test.key, gitData(), uint32(0)))); err != nil {
 				t.Fatal(err)

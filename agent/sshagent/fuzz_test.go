@@ -166,8 +166,8 @@ func FuzzFrames(f *testing.F) {
 			}
 		}
 		log, book := newLog()
-		c = newConn(&Server{Keyring: &checking{t: t, err: errors.New("no")}, Log: log}, nc, peer.Peer{}, nil, nil)
-		c.run(t.Context())
+		c = testConn(&Server{Keyring: &checking{t: t, err: errors.New("no")}, Log: log}, nc, peer.Peer{}, nil)
+		c.Serve(t.Context())
 		c.in.close()
 		for i := range want {
 			answer, err := readAnswer(&nc.out)

@@ -10,7 +10,7 @@ import (
 )
 
 func TestPing(t *testing.T) {
-	r := serve(t, &Server{Keyring: newKeyring(), MaxConnections: 1})
+	r := serve(t, &Server{Keyring: newKeyring(), limit: 1})
 	for range 3 {
 		// One that came too soon after the one before is closed, which counts.
 		if err := Ping(t.Context(), r.socket); err != nil {

@@ -15,6 +15,7 @@ import (
 
 	"golang.org/x/crypto/ssh"
 
+	"p11-agent/agent/door"
 	"p11-agent/agent/request"
 	"p11-agent/agent/sshkey"
 	"p11-agent/pinentry/plain"
@@ -51,11 +52,11 @@ func (c *conn) add(ctx context.Context, message []byte) {
 		return
 	}
 	size := r.Constraints.Size()
-	if err := c.keep(memory, size); err != nil {
+	if err := c.Keep(door.Memory, size); err != nil {
 		c.reject(request.ActionAdd, err)
 		return
 	}
-	defer c.uncount(memory, size)
+	defer c.Release(door.Memory, size)
 	c.status(c.server.Keyring.Add(ctx, c.caller, r))
 }
 

@@ -14,6 +14,7 @@ import (
 	"golang.org/x/crypto/ssh"
 
 	"p11-agent/agent"
+	"p11-agent/agent/door"
 	"p11-agent/agent/request"
 	"p11-agent/agent/sshkey"
 	"p11-agent/pinentry/plain"
@@ -158,7 +159,7 @@ func (c *conn) pass(ctx context.Context, message []byte, what string) {
 // fail answers that a request is refused, and logs why.
 func (c *conn) fail(what string, reason error) {
 	c.out = append(c.out, msgFailure)
-	c.refuse(what, reason)
+	c.Refuse(what, reason)
 }
 
 // reject refuses a request that the keyring does not get to see, but in what it
@@ -200,7 +201,7 @@ func (c *conn) list(ctx context.Context, in reader) {
 	}
 	c.whole = list.Encoded(encodeList)
 	if listed := listed(c.whole); listed < len(list.Identities) && c.server.cuts.isNew(listed, len(list.Identities)) {
-		c.log(slog.LevelWarn, "list of keys cut short", slog.Int("keys", len(list.Identities)), slog.Int("listed", listed),
+		c.Log(slog.LevelWarn, "list of keys cut short", slog.Int("keys", len(list.Identities)), slog.Int("listed", listed),
 			slog.String("reason", fmt.Sprintf("OpenSSH takes %d keys and %d KiB at the most", maxIdentities, maxAnswer>>10)),
 			slog.String("next", "name the keys that you use in keys of the configuration"))
 	}
@@ -330,11 +331,11 @@ func (c *conn) lock(ctx context.Context, action request.Action, in reader, do fu
 		c.reject(action, fmt.Errorf("a passphrase of more than %d bytes", maxPIN))
 		return
 	}
-	if err := c.keep(locked, lockedSize(len(text))); err != nil {
+	if err := c.Keep(door.Locked, door.LockedSize(len(text))); err != nil {
 		c.reject(action, err)
 		return
 	}
-	defer c.uncount(locked, lockedSize(len(text)))
+	defer c.Release(door.Locked, door.LockedSize(len(text)))
 	phrase, err := secret.From(text)
 	if err != nil {
 		c.reject(action, err)
@@ -366,11 +367,11 @@ func (c *conn) token(ctx context.Context, action request.Action, in reader, cons
 		}
 		r.Constraints = constraints
 		size := constraints.Size()
-		if err := c.keep(memory, size); err != nil {
+		if err := c.Keep(door.Memory, size); err != nil {
 			c.reject(action, err)
 			return
 		}
-		defer c.uncount(memory, size)
+		defer c.Release(door.Memory, size)
 	}
 	if !c.wellFormed(action, in) {
 		return
@@ -382,12 +383,12 @@ func (c *conn) token(ctx context.Context, action request.Action, in reader, cons
 		return
 	}
 	if len(pin) > 0 {
-		err := c.keep(locked, lockedSize(len(pin)))
+		err := c.Keep(door.Locked, door.LockedSize(len(pin)))
 		if err != nil {
 			c.reject(action, err)
 			return
 		}
-		defer c.uncount(locked, lockedSize(len(pin)))
+		defer c.Release(door.Locked, door.LockedSize(len(pin)))
 		if r.PIN, err = secret.From(pin); err != nil {
 			c.reject(action, err)
 			return
@@ -411,7 +412,7 @@ func (c *conn) extension(ctx context.Context, message []byte) {
 	case extensionQuery:
 		if err := in.end(); err != nil {
 			c.out = append(c.out, msgExtensionFailure)
-			c.refuse("extension query refused", err)
+			c.Refuse("extension query refused", err)
 			return
 		}
 		// RFC 9987 section 5.8.1 and ssh-agent since OpenSSH 10.3: the answer
@@ -426,7 +427,7 @@ func (c *conn) extension(ctx context.Context, message []byte) {
 	case extensionSessionBind:
 		if err := c.bind(in, message); err != nil {
 			c.out = append(c.out, msgExtensionFailure)
-			c.refuse("session not bound", err)
+			c.Refuse("session not bound", err)
 			return
 		}
 		c.out = append(c.out, msgSuccess)
@@ -524,7 +525,7 @@ func (c *conn) keepBind(bind request.Bind) error {
 	if c.bound+size > maxBound {
 		return fmt.Errorf("the binds of the connection would keep %d bytes, and the limit is %d", c.bound+size, maxBound)
 	}
-	if err := c.keep(memory, size); err != nil {
+	if err := c.Keep(door.Memory, size); err != nil {
 		return err
 	}
 	c.bound += size

@@ -17,12 +17,12 @@ import (
 	"sync/atomic"
 	"syscall"
 	"testing"
-	"testing/synctest"
 	"time"
 
 	"golang.org/x/crypto/ssh"
 	"golang.org/x/sys/unix"
 
+	"p11-agent/agent/door"
 	"p11-agent/agent/peer"
 	"p11-agent/agent/request"
 )
@@ -69,8 +69,8 @@ func TestHangUpEndsTheRequest(t *testing.T) {
 			if err := test.end(conn); err != nil {
 				t.Fatal(err)
 			}
-			if err := <-ended; !errors.Is(err, errHungUp) {
-				t.Errorf("the request ended because of %v, want %v", err, errHungUp)
+			if err := <-ended; !errors.Is(err, door.ErrHungUp) {
+				t.Errorf("the request ended because of %v, want %v", err, door.ErrHungUp)
 			}
 			// Nobody else is affected.
 			if answer := ask(t, r.dial(), message(11))[0]; answer[0] != 12 {
@@ -97,8 +97,8 @@ func TestKilledClientEndsTheRequest(t *testing.T) {
 	if err := cmd.Process.Kill(); err != nil {
 		t.Fatal(err)
 	}
-	if err := <-ended; !errors.Is(err, errHungUp) {
-		t.Errorf("the request ended because of %v, want %v", err, errHungUp)
+	if err := <-ended; !errors.Is(err, door.ErrHungUp) {
+		t.Errorf("the request ended because of %v, want %v", err, door.ErrHungUp)
 	}
 	cmd.Wait()
 }
@@ -151,49 +151,13 @@ func TestHangUpReachesNobodyElse(t *testing.T) {
 		if answer := ask(t, stays, message(11))[0]; answer[0] != 12 {
 			t.Fatalf("answer %x", answer)
 		}
-		if err := <-ended; !errors.Is(err, errHungUp) {
+		if err := <-ended; !errors.Is(err, door.ErrHungUp) {
 			t.Fatal(err)
 		}
 		if answer := ask(t, stays, message(11))[0]; answer[0] != 12 {
 			t.Fatalf("answer %x", answer)
 		}
 		stays.Close()
-	}
-}
-
-// Connections that are over leave nothing behind in the watcher.
-func TestWatcherForgets(t *testing.T) {
-	checkLeaks(t)
-	w, err := newWatcher()
-	if err != nil {
-		t.Fatal(err)
-	}
-	defer w.close()
-	l, err := net.ListenUnix("unix", &net.UnixAddr{Name: filepath.Join(shortDir(t), "s"), Net: "unix"})
-	if err != nil {
-		t.Fatal(err)
-	}
-	defer l.Close()
-	client, err := net.Dial("unix", l.Addr().String())
-	if err != nil {
-		t.Fatal(err)
-	}
-	send(t, client, message(11))
-	nc, err := l.AcceptUnix()
-	if err != nil {
-		t.Fatal(err)
-	}
-	defer nc.Close()
-	client.Close()
-	c := newConn(&Server{Keyring: newKeyring()}, nc, peer.Peer{}, nil, nil)
-	_, c.cancel = context.WithCancelCause(t.Context())
-	c.serve(t.Context(), w)
-	if len(w.conns) > 0 {
-		t.Errorf("%d connections are still watched", len(w.conns))
-	}
-	w.hangUp()
-	if err := w.add(c); !errors.Is(err, errStopping) {
-		t.Errorf("%v, want %v", err, errStopping)
 	}
 }
 
@@ -298,13 +262,13 @@ func TestStopWithStuckClient(t *testing.T) {
 
 func TestStopBeforeServe(t *testing.T) {
 	checkLeaks(t)
-	l, err := Listen(filepath.Join(shortDir(t), "s"))
+	l, err := door.Listen(filepath.Join(shortDir(t), "s"))
 	if err != nil {
 		t.Fatal(err)
 	}
 	ctx, cancel := context.WithCancelCause(context.Background())
 	cancel(errors.New("the program was told to stop"))
-	if err := (&Server{Keyring: newKeyring()}).Serve(ctx, l); err != nil {
+	if err := (&Server{Keyring: newKeyring()}).Serve(ctx, l, nil); err != nil {
 		t.Error(err)
 	}
 }
@@ -312,14 +276,14 @@ func TestStopBeforeServe(t *testing.T) {
 // Somebody else closing the listener is no way to stop.
 func TestListenerClosed(t *testing.T) {
 	checkLeaks(t)
-	l, err := Listen(filepath.Join(shortDir(t), "s"))
+	l, err := door.Listen(filepath.Join(shortDir(t), "s"))
 	if err != nil {
 		t.Fatal(err)
 	}
 	if err := l.Close(); err != nil {
 		t.Fatal(err)
 	}
-	if err := (&Server{Keyring: newKeyring()}).Serve(t.Context(), l); !errors.Is(err, net.ErrClosed) {
+	if err := (&Server{Keyring: newKeyring()}).Serve(t.Context(), l, nil); !errors.Is(err, net.ErrClosed) {
 		t.Errorf("%v, want %v", err, net.ErrClosed)
 	}
 }
@@ -340,28 +304,6 @@ func TestTwoListeners(t *testing.T) {
 	}
 }
 
-func TestAllowed(t *testing.T) {
-	log, book := newLog()
-	var asked peer.Peer
-	r := serve(t, &Server{Keyring: newKeyring(), Log: log, Allowed: func(p peer.Peer) error {
-		asked = p
-		return errors.New("not on a Sunday")
-	}})
-	conn := r.dial()
-	if b, err := io.ReadAll(conn); len(b) > 0 || err != nil {
-		t.Errorf("read %x, %v, want the end", b, err)
-	}
-	r.stop()
-	<-r.stopped
-	if asked.PID != os.Getpid() {
-		t.Errorf("asked about %v, want this process", asked)
-	}
-	got := book.String()
-	if strings.Count(got, "\n") != 1 || !strings.Contains(got, "not on a Sunday") || !strings.Contains(got, fmt.Sprintf("(%d)", os.Getpid())) {
-		t.Errorf("log:\n%swant one line with peer and reason", got)
-	}
-}
-
 // Who lists keys is not looked at; who asks for anything else is.
 func TestLooksWhenNeeded(t *testing.T) {
 	log, book := newLog()
@@ -372,14 +314,14 @@ func TestLooksWhenNeeded(t *testing.T) {
 	keyring, key := stillKeyring(t, log.Handler(), 1)
 	go func() {
 		defer close(ended)
-		c := newConn(&Server{Keyring: keyring, Log: log}, nc, peer.Peer{Known: true, PID: 4711}, func() peer.Peer {
+		c := testConn(&Server{Keyring: keyring, Log: log}, nc, peer.Peer{Known: true, PID: 4711}, func() peer.Peer {
 			looks.Add(1)
 			return everyday
-		}, nil)
+		})
 		defer nc.Close()
 		defer c.in.close()
 		defer c.looking.Wait()
-		c.run(t.Context())
+		c.Serve(t.Context())
 	}()
 	for range 2 {
 		ask(t, client, message(msgRequestIdentities))
@@ -393,26 +335,6 @@ func TestLooksWhenNeeded(t *testing.T) {
 	}
 	client.Close()
 	<-ended
-}
-
-func TestSameUser(t *testing.T) {
-	me := os.Geteuid()
-	for _, test := range []struct {
-		name string
-		peer peer.Peer
-		want bool
-	}{
-		{"the same user", peer.Peer{Known: true, UID: me}, true},
-		{"root", peer.Peer{Known: true, UID: 0}, true},
-		{"somebody else", peer.Peer{Known: true, UID: me + 1}, false},
-		{"nobody knows", peer.Peer{UID: me}, false},
-	} {
-		t.Run(test.name, func(t *testing.T) {
-			if err := SameUser(test.peer); (err == nil) != test.want {
-				t.Errorf("%v", err)
-			}
-		})
-	}
 }
 
 // The real kernel, a real other user: the test program connects as nobody.
@@ -442,7 +364,7 @@ func TestOtherUserIsRefused(t *testing.T) {
 // time is not any more.
 func TestTooManyConnections(t *testing.T) {
 	log, book := newLog()
-	r := serve(t, &Server{Keyring: newKeyring(), Log: log, MaxConnections: 2})
+	r := serve(t, &Server{Keyring: newKeyring(), Log: log, limit: 2})
 	one, two := r.dial(), r.dial()
 	for _, conn := range []*net.UnixConn{one, two, one} {
 		ask(t, conn, message(11))
@@ -523,7 +445,7 @@ func TestMany(t *testing.T) {
 
 // brokenListener fails to accept some times before it works.
 type brokenListener struct {
-	*Socket
+	*door.Socket
 	errs []error
 }
 
@@ -539,7 +461,7 @@ func (l *brokenListener) AcceptUnix() (*net.UnixConn, error) {
 func TestAcceptErrors(t *testing.T) {
 	checkLeaks(t)
 	log, book := newLog()
-	l, err := Listen(filepath.Join(shortDir(t), "s"))
+	l, err := door.Listen(filepath.Join(shortDir(t), "s"))
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -552,39 +474,6 @@ func TestAcceptErrors(t *testing.T) {
 		t.Errorf("%d lines about one shortage:\n%s", n, book)
 	}
 }
-
-// Waiting for the shortage to pass does not keep the server from stopping.
-func TestStopDuringShortage(t *testing.T) {
-	synctest.Test(t, func(t *testing.T) {
-		l := &exhausted{closed: make(chan struct{})}
-		ctx, cancel := context.WithTimeout(t.Context(), time.Hour)
-		defer cancel()
-		began := time.Now()
-		s := &Server{Keyring: newKeyring()}
-		var clients sync.WaitGroup
-		if err := s.accept(ctx, l, nil, nil, &clients); err != nil {
-			t.Error(err)
-		}
-		if took := time.Since(began); took != time.Hour {
-			t.Errorf("stopped after %v", took)
-		}
-		// 5 ms, 10 ms, ... 1 s, and then once each second.
-		if n := l.calls.Load(); n < 3600 || n > 3620 {
-			t.Errorf("%d tries within the hour", n)
-		}
-	})
-}
-
-type exhausted struct {
-	calls  atomic.Int64
-	closed chan struct{}
-}
-
-func (l *exhausted) AcceptUnix() (*net.UnixConn, error) {
-	l.calls.Add(1)
-	return nil, syscall.EMFILE
-}
-func (l *exhausted) Close() error { return nil }
 
 const starvedVariable = "P11_STARVED_AGENT"
 
@@ -647,7 +536,7 @@ func TestStarvedAgent(t *testing.T) {
 	if !ok {
 		return // it is only for TestOutOfDescriptors
 	}
-	l, err := Listen(path)
+	l, err := door.Listen(path)
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -661,8 +550,8 @@ func TestStarvedAgent(t *testing.T) {
 	}()
 	fmt.Fprintln(os.Stderr, "serving")
 	// More connections than there are files, as when other things hold them.
-	s := &Server{Keyring: newKeyring(), Log: slog.New(slog.NewTextHandler(os.Stderr, nil)), MaxConnections: DefaultMaxConnections}
-	if err := s.Serve(ctx, l); err != nil {
+	s := &Server{Keyring: newKeyring(), Log: slog.New(slog.NewTextHandler(os.Stderr, nil)), limit: door.MaxConnections}
+	if err := s.Serve(ctx, l, nil); err != nil {
 		t.Fatal(err)
 	}
 }

@@ -26,6 +26,8 @@ import (
 	"golang.org/x/crypto/ssh"
 
 	"p11-agent/agent"
+	"p11-agent/agent/door"
+	"p11-agent/agent/peer"
 	"p11-agent/agent/request"
 	"p11-agent/pinentry/secret"
 )
@@ -246,6 +248,11 @@ func (b *logBook) wait(t *testing.T, what string) string {
 	return b.String()
 }
 
+// testConn makes what speaks with a client that no server has accepted.
+func testConn(s *Server, nc net.Conn, p peer.Peer, look func() peer.Peer) *conn {
+	return newConn(s, door.NewConn(s.connections(), nc, p, look), nil)
+}
+
 // running is a server under test.
 type running struct {
 	t       *testing.T
@@ -261,20 +268,20 @@ type running struct {
 func serve(t *testing.T, s *Server) *running {
 	t.Helper()
 	checkLeaks(t)
-	l, err := Listen(filepath.Join(shortDir(t), "s"))
+	l, err := door.Listen(filepath.Join(shortDir(t), "s"))
 	if err != nil {
 		t.Fatal(err)
 	}
 	return serveOn(t, s, l, l.Path())
 }
 
-func serveOn(t *testing.T, s *Server, l Listener, path string) *running {
+func serveOn(t *testing.T, s *Server, l door.Listener, path string) *running {
 	t.Helper()
 	ctx, stop := context.WithCancel(context.Background())
 	r := &running{t: t, server: s, socket: path, stop: stop, stopped: make(chan struct{})}
 	go func() {
 		defer close(r.stopped)
-		r.err = s.Serve(ctx, l)
+		r.err = s.Serve(ctx, l, nil)
 	}()
 	t.Cleanup(func() {
 		stop()
@@ -296,7 +303,7 @@ func (r *running) dial() *net.UnixConn {
 	return conn.(*net.UnixConn)
 }
 
-var ours = regexp.MustCompile(`sshagent\.\(\*(Server|watcher|conn|frames|Socket)\)`)
+var ours = regexp.MustCompile(`(sshagent|door)\.\(\*(Server|watcher|conn|Conn|frames|Socket)\)`)
 
 // checkLeaks fails the test when it ends with more goroutines or file
 // descriptors than it has now.

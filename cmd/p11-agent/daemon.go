@@ -267,7 +267,7 @@ func (d *daemon) serve(ctx context.Context) error {
 func (d *daemon) serveSockets(ctx context.Context) (ended <-chan error) {
 	results := make(chan error, len(d.sockets))
 	for _, s := range d.sockets {
-		go func() { results <- d.server.ServeSocket(ctx, s.listener, s.rules) }()
+		go func() { results <- d.server.Serve(ctx, s.listener, s.rules) }()
 	}
 	return results
 }
@@ -295,7 +295,7 @@ func (d *daemon) newWatchdog() *watchdog {
 	if patience <= 0 {
 		return nil
 	}
-	return &watchdog{manager: d.manager, every: patience, alive: d.keyring.Alive, doors: doorsOf(d.sockets), tell: systemd.Alive}
+	return &watchdog{manager: d.manager, every: patience, alive: d.keyring.Alive, files: socketFiles(d.sockets), tell: systemd.Alive}
 }
 
 // heedSignals does what signals ask for, until ctx ends. end ends the agent.

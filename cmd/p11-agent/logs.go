@@ -11,8 +11,8 @@ import (
 	"sync"
 	"syscall"
 
+	"p11-agent/agent/door"
 	"p11-agent/agent/logfold"
-	"p11-agent/agent/sshagent"
 	"p11-agent/cmd/p11-agent/paths"
 )
 
@@ -57,7 +57,7 @@ type logFile struct {
 // openLogs opens the logs of the agent with this socket: in the state directory, or next
 // to the socket where the state directory cannot be written. A directory that others may
 // write to is no place for them. Without a place, nothing is logged.
-func openLogs(socket *sshagent.Socket, warn func(error)) (all, granted io.WriteCloser) {
+func openLogs(socket *door.Socket, warn func(error)) (all, granted io.WriteCloser) {
 	var errs []error
 	dirs := []string{paths.StateDir()}
 	if !socket.Shared() {

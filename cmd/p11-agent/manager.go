@@ -94,22 +94,22 @@ type watchdog struct {
 	manager *manager
 	every   time.Duration // the service manager's patience
 	alive   func()        // returns unless the keyring is stuck
-	doors   []door
+	files   []socketFile
 	tell    func() error // systemd.Alive
 }
 
-// door is a socket of the agent's, with the file it had at the start.
-type door struct {
+// A socketFile is a socket of the agent's, with the file it had at the start.
+type socketFile struct {
 	path string
 	file os.FileInfo
 }
 
-// doorsOf returns the sockets that have a file.
-func doorsOf(sockets []socket) (all []door) {
+// socketFiles returns the sockets that have a file.
+func socketFiles(sockets []socket) (all []socketFile) {
 	for _, s := range sockets {
 		path := pathOf(s.listener)
 		if file, err := os.Stat(path); err == nil {
-			all = append(all, door{path, file})
+			all = append(all, socketFile{path, file})
 		}
 	}
 	return all
@@ -146,7 +146,7 @@ func (w *watchdog) run(ctx context.Context) {
 func (w *watchdog) ping(ctx context.Context) error {
 	ctx, cancel := context.WithTimeout(ctx, w.every/3)
 	defer cancel()
-	for _, d := range w.doors {
+	for _, d := range w.files {
 		if file, err := os.Stat(d.path); err != nil || !os.SameFile(file, d.file) {
 			continue
 		}

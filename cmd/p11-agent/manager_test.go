@@ -150,7 +150,7 @@ func TestWatchdog(t *testing.T) {
 			var log strings.Builder
 			w := &watchdog{
 				manager: &manager{log: slog.New(slog.NewTextHandler(&log, nil))},
-				every:   300 * time.Millisecond, alive: test.alive, doors: doorsOf(test.sockets),
+				every:   300 * time.Millisecond, alive: test.alive, files: socketFiles(test.sockets),
 				tell: func() error { told <- struct{}{}; return nil },
 			}
 			if test.before != nil {

@@ -90,9 +90,10 @@ var rooms = []room{
 		[]string{"agent/knownhosts", "agent/peer", "pinentry", "pinentry/secret", xssh},
 		"who asks for what is said in the same words at every door",
 	},
+	{"agent/door", []string{"agent/peer", xsys}, "connections are accepted without a protocol in mind"},
 	{
 		"agent/sshagent",
-		[]string{"agent", "agent/peer", "agent/request", "agent/sshkey", "pinentry/secret", xssh, xsys},
+		[]string{"agent", "agent/door", "agent/request", "agent/sshkey", "pinentry/secret", xssh, xsys},
 		"a door decodes and encodes: it knows neither tokens nor prompts",
 	},
 	{"agent/sshkey", []string{xssh}, "a leaf: which keys OpenSSH reads"},

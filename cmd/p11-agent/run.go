@@ -10,7 +10,7 @@ import (
 	"os/signal"
 	"syscall"
 
-	"p11-agent/agent/sshagent"
+	"p11-agent/agent/door"
 	"p11-agent/cmd/p11-agent/paths"
 )
 
@@ -85,9 +85,9 @@ func (l *launch) run(ctx context.Context, listeners []listener, log *slog.Logger
 }
 
 // listen makes the first socket. Where another agent listens, the agent may take a private socket.
-func (l *launch) listen(path string) (*sshagent.Socket, error) {
+func (l *launch) listen(path string) (*door.Socket, error) {
 	s, err := listen(path)
-	if err != nil && errors.Is(err, sshagent.ErrInUse) && l.elsewhere {
+	if err != nil && errors.Is(err, door.ErrInUse) && l.elsewhere {
 		if path, err = paths.PrivateSocket(l.warn); err == nil {
 			if s, err = listen(path); err != nil {
 				paths.RemovePrivateDir(path)

@@ -6,8 +6,8 @@ import (
 	"log/slog"
 	"net"
 
+	"p11-agent/agent/door"
 	"p11-agent/agent/request"
-	"p11-agent/agent/sshagent"
 	"p11-agent/cmd/p11-agent/config"
 )
 
@@ -24,9 +24,9 @@ type socket struct {
 }
 
 // listen makes the socket, and its directory when that is the agent's own.
-func listen(path string) (*sshagent.Socket, error) {
-	l, err := sshagent.Listen(path)
-	if errors.Is(err, sshagent.ErrInUse) {
+func listen(path string) (*door.Socket, error) {
+	l, err := door.Listen(path)
+	if errors.Is(err, door.ErrInUse) {
 		return nil, fmt.Errorf("%w: use it with SSH_AUTH_SOCK=%s, or end it first", err, path)
 	}
 	return l, err
@@ -38,7 +38,7 @@ func listen(path string) (*sshagent.Socket, error) {
 func listenNamed(c *config.File, dir string, log *slog.Logger) (all []socket, err error) {
 	for _, sc := range c.Sockets {
 		l, err := listenAt(sc, dir)
-		if dir != "" && errors.Is(err, sshagent.ErrInUse) {
+		if dir != "" && errors.Is(err, door.ErrInUse) {
 			log.Warn("a [[socket]] is left out", "name", sc.Name, "reason", err)
 			continue
 		}
@@ -50,7 +50,7 @@ func listenNamed(c *config.File, dir string, log *slog.Logger) (all []socket, er
 	return all, nil
 }
 
-func listenAt(sc config.SocketTable, dir string) (*sshagent.Socket, error) {
+func listenAt(sc config.SocketTable, dir string) (*door.Socket, error) {
 	path, err := sc.SocketPath(dir)
 	if err != nil {
 		return nil, err
@@ -61,7 +61,7 @@ func listenAt(sc config.SocketTable, dir string) (*sshagent.Socket, error) {
 // pathOf returns the path of a listener's socket.
 func pathOf(l listener) string {
 	switch l := l.(type) {
-	case *sshagent.Socket:
+	case *door.Socket:
 		return l.Path()
 	case *net.UnixListener:
 		return l.Addr().String()

@@ -5,20 +5,15 @@
 // It promises:
 //
 //   - Requests of one connection are answered one after the other, in the order
-//     they came; connections do not wait for each other.
-//   - The context of a request ends when its client hangs up, even while the
-//     request waits for a person or a card. A client that has only finished
-//     sending still gets its answers.
+//     they came. Connections do not wait for each other.
 //   - Nothing that a client sends costs more than its own connection, and memory
-//     in proportion to what it has really sent, within bounds for each connection,
-//     each process and all clients together.
-//   - A new connection is always served. When there are too many, the process with the
-//     most connections loses one.
+//     in proportion to what it has really sent. That memory is counted (agent/door).
 //   - A PIN is moved into locked memory, and the bytes it came in are overwritten
 //     before they are used again.
 //   - What is unknown, incomplete or followed by something else is refused.
 //
-// Which keys there are, who may use them and for what is the keyring's business.
+// The keyring decides which keys there are, who may use them and for what. Package agent/door
+// has the sockets and connections.
 package sshagent
 
 import (

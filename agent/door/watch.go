@@ -1,4 +1,4 @@
-package sshagent
+package door
 
 import (
 	"errors"
@@ -27,7 +27,7 @@ type watcher struct {
 	raw syscall.RawConn
 
 	mu    sync.Mutex
-	conns map[uint64]*conn
+	conns map[uint64]*Conn
 	ended bool // hangUp was called: nobody is added any more
 }
 
@@ -47,12 +47,12 @@ func newWatcher() (*watcher, error) {
 		_ = set.Close()
 		return nil, fmt.Errorf("watch for clients that hang up: %w", err)
 	}
-	return &watcher{set: set, raw: raw, conns: make(map[uint64]*conn)}, nil
+	return &watcher{set: set, raw: raw, conns: make(map[uint64]*Conn)}, nil
 }
 
 // add cancels a connection when its client hangs up, and has hangUp end it, until
 // remove.
-func (w *watcher) add(c *conn) error {
+func (w *watcher) add(c *Conn) error {
 	w.mu.Lock()
 	if w.ended {
 		w.mu.Unlock()
@@ -68,8 +68,8 @@ func (w *watcher) add(c *conn) error {
 	return nil
 }
 
-func (w *watcher) register(c *conn) error {
-	nc, ok := c.nc.(syscall.Conn)
+func (w *watcher) register(c *Conn) error {
+	nc, ok := c.net.(syscall.Conn)
 	if !ok {
 		return errors.New("it is no socket")
 	}
@@ -90,7 +90,7 @@ func (w *watcher) register(c *conn) error {
 }
 
 // remove forgets a connection. The set forgets it when it is closed.
-func (w *watcher) remove(c *conn) {
+func (w *watcher) remove(c *Conn) {
 	w.mu.Lock()
 	defer w.mu.Unlock()
 	delete(w.conns, c.number)
@@ -117,7 +117,7 @@ func (w *watcher) run() error {
 		w.mu.Lock()
 		for _, e := range events[:n] {
 			if c, ok := w.conns[uint64(uint32(e.Fd))|uint64(uint32(e.Pad))<<32]; ok {
-				c.cancel(errHungUp)
+				c.cancel(ErrHungUp)
 			}
 		}
 		w.mu.Unlock()

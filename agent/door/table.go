@@ -1,10 +1,8 @@
-package sshagent
+package door
 
 import (
 	"cmp"
-	"errors"
 	"fmt"
-	"net"
 	"os"
 	"runtime/debug"
 	"sync"
@@ -28,39 +26,40 @@ const (
 	relieveTo   = 1 << 20
 )
 
-// A resource is something that connections keep for their clients.
-type resource int
+// A Resource is something that connections keep for their clients.
+type Resource int
 
+// The resources.
 const (
-	// memory holds binds, messages until they are answered, constraints of requests
+	// Memory holds binds, messages until they are answered, constraints of requests
 	// under way, and answers until the client takes them.
-	memory resource = iota
-	// locked holds messages with secrets, and the secrets. The kernel bounds the memory
+	Memory Resource = iota
+	// Locked holds messages with secrets, and the secrets. The kernel bounds the memory
 	// that the agent may lock (RLIMIT_MEMLOCK, mostly 8 MiB). Prompts need some of it.
-	locked
+	Locked
 
 	resources
 )
 
-// used is how many bytes are kept.
-type used [resources]int
+// A Usage is how many bytes of each Resource are kept.
+type Usage [resources]int
 
-// maxUsed bounds what the connections of a Server keep, and maxProcess what those of
-// one process do, such as the ssh that forwards the agent.
 var (
-	maxUsed    = used{memory: 16 << 20, locked: 4 << 20}
-	maxProcess = used{memory: 4 << 20, locked: 1 << 20}
+	// MaxProcess bounds what the connections of one process keep, in bytes. Such a process
+	// is the ssh that forwards the agent.
+	MaxProcess = Usage{Memory: 4 << 20, Locked: 1 << 20}
+
+	// maxUsed bounds what all connections of a Server keep.
+	maxUsed = Usage{Memory: 16 << 20, Locked: 4 << 20}
 )
 
-// lockedSize is how much memory is locked for so many bytes: whole pages.
-func lockedSize(n int) int {
+// LockedSize returns how much memory is locked for n bytes: whole pages.
+func LockedSize(n int) int {
 	page := os.Getpagesize()
 	return max(1, (n+page-1)/page) * page
 }
 
-var errMadeRoom = errors.New("the connection was closed to make room for another client")
-
-// clients are the connections of a Server. When the table is full, the Server serves
+// A table has the connections of a Server. When the table is full, the Server serves
 // a new connection all the same, and closes another one. A fixed quota would shut the
 // person's own tools out once other clients have used it up.
 //
@@ -70,26 +69,26 @@ var errMadeRoom = errors.New("the connection was closed to make room for another
 // before the client that has filled the table.
 //
 // Any goroutine may call the methods. None of them waits for a client.
-type clients struct {
+type table struct {
 	limit int
-	max   used // maxUsed, or less in tests
+	max   Usage // maxUsed, or less in tests
 
 	mu        sync.Mutex
-	all       map[*conn]struct{}
-	processes map[process]map[*conn]struct{} // the same, by who made them
-	used      used                           // by all
+	all       map[*Conn]struct{}
+	processes map[process]map[*Conn]struct{} // the same, by who made them
+	used      Usage                          // by all
 	peak      int                            // the most memory that was used since some went back
 }
 
 // process is one of a user, by its number. That is 0 where the kernel shows none.
 type process struct{ uid, pid int }
 
-func (c *conn) process() process { return process{c.recorded.UID, c.recorded.PID} }
+func (c *Conn) process() process { return process{c.recorded.UID, c.recorded.PID} }
 
-func newClients(limit int) *clients {
-	return &clients{
+func newTable(limit int) *table {
+	return &table{
 		limit: limit, max: maxUsed,
-		all: make(map[*conn]struct{}), processes: make(map[process]map[*conn]struct{}),
+		all: make(map[*Conn]struct{}), processes: make(map[process]map[*Conn]struct{}),
 	}
 }
 
@@ -99,14 +98,14 @@ func newClients(limit int) *clients {
 func defaultLimit() int {
 	var files syscall.Rlimit
 	if err := syscall.Getrlimit(syscall.RLIMIT_NOFILE, &files); err != nil {
-		return DefaultMaxConnections
+		return MaxConnections
 	}
-	return int(max(1, min(DefaultMaxConnections, files.Cur/2)))
+	return int(max(1, min(MaxConnections, files.Cur/2)))
 }
 
 // admit counts a connection. It returns the connection that has to make room for it,
 // or nil. The caller ends that one with Server.end.
-func (t *clients) admit(c *conn) (victim *conn) {
+func (t *table) admit(c *Conn) (victim *Conn) {
 	t.mu.Lock()
 	defer t.mu.Unlock()
 	if len(t.all) >= t.limit {
@@ -116,7 +115,7 @@ func (t *clients) admit(c *conn) (victim *conn) {
 	t.all[c] = struct{}{}
 	own := t.processes[c.process()]
 	if own == nil {
-		own = make(map[*conn]struct{})
+		own = make(map[*Conn]struct{})
 		t.processes[c.process()] = own
 	}
 	own[c] = struct{}{}
@@ -125,7 +124,7 @@ func (t *clients) admit(c *conn) (victim *conn) {
 
 // makeRoom returns a connection that the caller ends with Server.end, or nil when
 // there is none.
-func (t *clients) makeRoom() (victim *conn) {
+func (t *table) makeRoom() (victim *Conn) {
 	t.mu.Lock()
 	defer t.mu.Unlock()
 	victim = t.chooseOneLocked()
@@ -134,12 +133,12 @@ func (t *clients) makeRoom() (victim *conn) {
 }
 
 // leave forgets a connection and what it keeps.
-func (t *clients) leave(c *conn) {
+func (t *table) leave(c *Conn) {
 	t.mu.Lock()
 	t.removeLocked(c)
-	relieve := t.peak >= relieveFrom && t.used[memory] <= relieveTo
+	relieve := t.peak >= relieveFrom && t.used[Memory] <= relieveTo
 	if relieve {
-		t.peak = t.used[memory]
+		t.peak = t.used[Memory]
 	}
 	t.mu.Unlock()
 	if relieve {
@@ -149,7 +148,7 @@ func (t *clients) leave(c *conn) {
 	}
 }
 
-func (t *clients) removeLocked(c *conn) {
+func (t *table) removeLocked(c *Conn) {
 	if c == nil {
 		return
 	}
@@ -168,19 +167,19 @@ func (t *clients) removeLocked(c *conn) {
 // charge counts n more bytes that a connection keeps, or fewer when n is negative. It
 // returns the connections that have to make room: the caller ends them with
 // Server.end. The error says why the connection cannot keep the bytes.
-func (t *clients) charge(c *conn, r resource, n int) (victims []*conn, err error) {
+func (t *table) charge(c *Conn, r Resource, n int) (victims []*Conn, err error) {
 	t.mu.Lock()
 	defer t.mu.Unlock()
 	_, counted := t.all[c]
 	if n > 0 {
 		if !counted {
-			return nil, errMadeRoom
+			return nil, ErrMadeRoom
 		}
-		if sum := n + t.processLocked(c, r); sum > maxProcess[r] {
-			return nil, fmt.Errorf("the connections of its process would keep %d KiB, and the limit is %d KiB: close some of them", sum>>10, maxProcess[r]>>10)
+		if sum := n + t.processLocked(c, r); sum > MaxProcess[r] {
+			return nil, fmt.Errorf("the connections of its process would keep %d KiB, and the limit is %d KiB: close some of them", sum>>10, MaxProcess[r]>>10)
 		}
 		for t.used[r]+n > t.max[r] {
-			victim := choose(t.all, c, func(c *conn) int { return c.used[r] })
+			victim := choose(t.all, c, func(c *Conn) int { return c.used[r] })
 			if victim == nil {
 				return victims, fmt.Errorf("all connections would keep %d KiB, and the limit is %d KiB", (t.used[r]+n)>>10, t.max[r]>>10)
 			}
@@ -191,13 +190,13 @@ func (t *clients) charge(c *conn, r resource, n int) (victims []*conn, err error
 	c.used[r] += n
 	if counted {
 		t.used[r] += n
-		t.peak = max(t.peak, t.used[memory])
+		t.peak = max(t.peak, t.used[Memory])
 	}
 	return victims, nil
 }
 
 // processLocked returns how much the process of a connection keeps.
-func (t *clients) processLocked(c *conn, r resource) (sum int) {
+func (t *table) processLocked(c *Conn, r Resource) (sum int) {
 	if c.recorded.PID == 0 {
 		return c.used[r] // the kernel does not show which process it is
 	}
@@ -210,8 +209,8 @@ func (t *clients) processLocked(c *conn, r resource) (sum int) {
 // chooseOneLocked returns the connection that ends when the table is full, or nil when
 // there is none. It looks at programs only when many processes have a few connections
 // each: that takes 20 system calls for each process.
-func (t *clients) chooseOneLocked() *conn {
-	var most map[*conn]struct{}
+func (t *table) chooseOneLocked() *Conn {
+	var most map[*Conn]struct{}
 	for p, own := range t.processes {
 		if p.pid != 0 && len(own) > len(most) {
 			most = own
@@ -220,11 +219,11 @@ func (t *clients) chooseOneLocked() *conn {
 	if len(most) > max(1, t.limit/manyOf) {
 		return choose(most, nil, nil)
 	}
-	return choose(t.all, nil, func(*conn) int { return 1 })
+	return choose(t.all, nil, func(*Conn) int { return 1 })
 }
 
 // count returns how many connections there are of a listener.
-func (t *clients) count(l Listener) (n int) {
+func (t *table) count(l Listener) (n int) {
 	t.mu.Lock()
 	defer t.mu.Unlock()
 	for c := range t.all {
@@ -244,7 +243,7 @@ const (
 )
 
 // state tells what a connection does, and since when.
-func (c *conn) state(now time.Duration) (state int, since time.Duration) {
+func (c *Conn) state(now time.Duration) (state int, since time.Duration) {
 	since = time.Duration(c.active.Load())
 	switch {
 	case c.answering.Load():
@@ -255,6 +254,13 @@ func (c *conn) state(now time.Duration) (state int, since time.Duration) {
 		return pausing, since
 	}
 	return fresh, since
+}
+
+// kept returns what the connections keep, and how many there are.
+func (t *table) kept() (Usage, int) {
+	t.mu.Lock()
+	defer t.mu.Unlock()
+	return t.used, len(t.all)
 }
 
 // started is what times of connections are counted from.
@@ -268,12 +274,9 @@ type holder struct {
 }
 
 // holder looks at the process once. Only the clients call it, under their mutex.
-func (c *conn) holder() holder {
+func (c *Conn) holder() holder {
 	if c.held == nil {
-		p := c.recorded
-		if c.who != nil {
-			p = c.who()
-		}
+		p := c.who()
 		c.held = &holder{process{uid: p.UID}, p.Program}
 		if len(p.Chain) > 0 {
 			c.held.pid = p.PID
@@ -284,7 +287,7 @@ func (c *conn) holder() holder {
 
 // A candidate is a connection that may end.
 type candidate struct {
-	*conn
+	*Conn
 	process, program int // what its process and its program have
 	state            int
 	since            time.Duration
@@ -309,7 +312,7 @@ func (a candidate) compare(b candidate) int {
 // choose returns the connection that ends to make room for c, which may be nil. It
 // returns nil when no other connection weighs anything. weigh is nil when all are of
 // one process, and weigh the same.
-func choose(all map[*conn]struct{}, c *conn, weigh func(*conn) int) *conn {
+func choose(all map[*Conn]struct{}, c *Conn, weigh func(*Conn) int) *Conn {
 	type program struct {
 		uid int
 		peer.Program
@@ -328,29 +331,17 @@ func choose(all map[*conn]struct{}, c *conn, weigh func(*conn) int) *conn {
 		if other == c || weigh != nil && weigh(other) == 0 {
 			continue
 		}
-		next := candidate{conn: other}
+		next := candidate{Conn: other}
 		next.state, next.since = other.state(now)
 		if weigh != nil {
 			o := other.holder()
 			next.process, next.program = processes[o.process], programs[program{o.uid, o.program}]
 		}
-		if first.conn == nil || next.compare(first) < 0 {
+		if first.Conn == nil || next.compare(first) < 0 {
 			first = next
 		}
 	}
-	return first.conn
-}
-
-// hangUp ends a connection from another goroutine. A client that waits gets its answer
-// first: it goes on when its prompt has gone from the terminal, not before.
-func (c *conn) hangUp() {
-	if c.answering.Load() {
-		if nc, ok := c.nc.(*net.UnixConn); ok {
-			_ = nc.CloseRead()
-			return
-		}
-	}
-	_ = c.nc.Close()
+	return first.Conn
 }
 
 // rarely lets one line a minute into the log about something that clients can cause at
