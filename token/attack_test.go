@@ -48,7 +48,7 @@ func TestAttack06OtherToken(t *testing.T) {
 			other.Insert()
 			tokentest.Until(t, "the other is there", func() bool { return len(b.store.Keys()) == 1 && b.store.Keys()[0].ID()[0] == 2 })
 			for range 2 {
-				if err := tokentest.Sign(t.Context(), b.key(2)); err == nil || !strings.Contains(err.Error(), "since it was used first") {
+				if err := tokentest.Sign(t.Context(), b.key(2)); err == nil || !strings.Contains(err.Error(), "since its first use") {
 					t.Errorf("got %v", err)
 				}
 			}
@@ -57,7 +57,7 @@ func TestAttack06OtherToken(t *testing.T) {
 			b.store = tokentest.Store(t, token.Options{
 				Modules: []token.ModuleSpec{fakeSpec(b.fake)}, Command: self, StateDir: state, Sources: []*pkcs11uri.URI{parse(t, uri)},
 			})
-			if err := tokentest.Sign(t.Context(), b.key(2)); err == nil || !strings.Contains(err.Error(), "since it was used first") {
+			if err := tokentest.Sign(t.Context(), b.key(2)); err == nil || !strings.Contains(err.Error(), "since its first use") {
 				t.Errorf("after a restart: got %v", err)
 			}
 			want(t, "PINs tried on the other", tried(other), 0)
@@ -179,9 +179,9 @@ func TestAttack14ManyTokens(t *testing.T) {
 	if tokens > token.MaxTokens || keys > token.MaxModuleKeys || size > token.MaxKeyBytes {
 		t.Errorf("%d tokens, %d keys and %d bytes are remembered", tokens, keys, size)
 	}
-	physicals, homes, queues := token.Shared(s, "liar")
-	if most := token.MaxTokens + 2; physicals > most || homes > most || queues > slots+1 {
-		t.Errorf("%d gates, %d homes and %d queues are remembered", physicals, homes, queues)
+	devices, homes, queues := token.Shared(s, "liar")
+	if most := token.MaxTokens + 2; devices > most || homes > most || queues > slots+1 {
+		t.Errorf("%d devices, %d homes and %d queues are remembered", devices, homes, queues)
 	}
 	if st := status(s, "liar"); len(st.Tokens)+len(st.Away) > token.MaxTokens {
 		t.Errorf("the status has %d tokens", len(st.Tokens)+len(st.Away))

@@ -175,8 +175,7 @@ func (m *module) prune() {
 		t.mu.Lock()
 		t.retained.forget()
 		t.mu.Unlock()
-		t.gate.close()
-		s.physicals.drop(t.ID)
+		t.pins.Close()
 	}
 }
 
@@ -186,7 +185,7 @@ func (m *module) surplusLocked(belongs func(*Token) bool) (surplus []*Token) {
 	var away []*Token
 	keys, bytes := 0, 0 // of those that are not there
 	for _, t := range m.tokens {
-		if !slices.Contains(m.order, t) && !slices.Contains(m.last, t) && !t.gate.inUse() {
+		if !slices.Contains(m.order, t) && !slices.Contains(m.last, t) && !t.pins.InUse() {
 			n, size := t.holds()
 			keys, bytes, away = keys+n, bytes+size, append(away, t)
 		}
@@ -209,12 +208,3 @@ func (m *module) surplusLocked(belongs func(*Token) bool) (surplus []*Token) {
 	}
 	return surplus
 }
-
-// close ends the way in for good. A login that has just begun finds it closed.
-func (g *gate) close() {
-	g.closed.Store(true)
-	g.wipe()
-}
-
-// inUse tells whether a login through the gate is under way.
-func (g *gate) inUse() bool { return g.flights.Load() > 0 || g.trying.Load() > 0 }

@@ -200,7 +200,7 @@ func (m *module) hadAtLastLook(t *Token) bool {
 // replaced forgets what belongs to the card that was in the slot. unseen tells that a card
 // was put in for certain, and that the agent has not seen the slot without one.
 func (t *Token) replaced(ctx context.Context, unseen bool) {
-	t.gate.wipe()
+	t.pins.Wipe()
 	t.mu.Lock()
 	t.retained.forget()
 	t.session, t.attempted = nil, nil
@@ -216,7 +216,7 @@ func (t *Token) replaced(ctx context.Context, unseen bool) {
 // target is the card that a PIN is for.
 type target struct {
 	stay  uint64 // see wire.TokenInfo
-	card  uint64 // how many cards had gone before, see gate.stay
+	card  uint64 // how many cards had gone before, see pin.State.Removals
 	shown shown
 }
 
@@ -226,7 +226,7 @@ const maxTargets = 5
 // settle makes sure that the card in the slot is the one that was looked at last, before
 // it gets a PIN.
 func (t *Token) settle(ctx context.Context, p *process, info wire.TokenInfo) (at target, err error) {
-	at.card = t.gate.stay()
+	at.card = t.pins.Removals()
 	t.mu.Lock()
 	was, slot := t.card, t.slot
 	t.mu.Unlock()
@@ -241,29 +241,26 @@ func (t *Token) settle(ctx context.Context, p *process, info wire.TokenInfo) (at
 	if err := t.lookAgain(ctx, p); err != nil {
 		return at, err
 	}
-	at.card = t.gate.stay()
+	at.card = t.pins.Removals()
 	t.mu.Lock()
 	at.stay, at.shown = t.card.stay, t.card.shown
 	t.mu.Unlock()
 	return at, nil
 }
 
-// keptKey is in the context of a login with a PIN that was kept.
-type keptKey struct{}
-
 // again returns where to try a PIN that the module process has refused to try, as another
 // stay has begun. It is ok for the same card only: a look for new tokens begins another stay,
 // too, and a person who has put the card in again means that card by the PIN. A PIN that was
 // kept is gone by then.
-func (t *Token) again(ctx context.Context, p *process, was target) (at target, ok bool) {
+func (t *Token) again(ctx context.Context, p *process, was target, kept bool) (at target, ok bool) {
 	if t.lookAgain(ctx, p) != nil {
 		return was, false
 	}
 	t.mu.Lock()
 	now := t.card
 	t.mu.Unlock()
-	if cards := t.gate.stay(); cards != was.card {
-		if ctx.Value(keptKey{}) != nil || !was.shown.overlaps(now.shown) {
+	if cards := t.pins.Removals(); cards != was.card {
+		if kept || !was.shown.overlaps(now.shown) {
 			return was, false
 		}
 		was.card = cards

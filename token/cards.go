@@ -79,7 +79,7 @@ func (m *module) watchCards() {
 		return
 	}
 	ctx := m.store.ctx
-	m.store.goWhileOpen(func() {
+	_ = m.store.start(func() {
 		told, wait := "", cardsRedialMin
 		for ctx.Err() == nil {
 			err := m.hearOfCards(ctx)
@@ -174,7 +174,7 @@ func (m *module) cardsUnknown() (news bool) {
 		p = m.current
 	})
 	for _, t := range left {
-		t.gate.wipe()
+		t.pins.Wipe()
 	}
 	if p != nil {
 		p.kill(errNoService)
@@ -226,7 +226,7 @@ func (m *module) cardsLeft(left []*Token, listing time.Duration) {
 	})
 	var ids []wire.TokenID
 	for _, t := range left {
-		t.gate.wipe()
+		t.pins.Wipe()
 		t.logoutLost()
 		t.left()
 		ids = append(ids, t.ID)

@@ -3,13 +3,7 @@ package token
 // LoginWaiters returns how many wait for the login under way to the token of
 // a key.
 func LoginWaiters(k *Key) int {
-	g := k.token.gate
-	g.mu.Lock()
-	defer g.mu.Unlock()
-	if g.flight == nil {
-		return 0
-	}
-	return g.flight.waiters
+	return k.token.pins.Status().Waiters
 }
 
 // Remembered returns how much of a module the Store remembers: tokens, keys of them, and
@@ -29,10 +23,8 @@ func Remembered(s *Store, module string) (tokens, keys, bytes int) {
 
 // Shared returns how many tokens the Store remembers refused PINs and homes for, and how
 // many queues the module's process has.
-func Shared(s *Store, module string) (physicals, homes, queues int) {
-	s.physicals.mu.Lock()
-	physicals = len(s.physicals.all)
-	s.physicals.mu.Unlock()
+func Shared(s *Store, module string) (devices, homes, queues int) {
+	devices = s.devices.Len()
 	s.mu.Lock()
 	homes = len(s.homes)
 	s.mu.Unlock()
@@ -46,7 +38,7 @@ func Shared(s *Store, module string) (physicals, homes, queues int) {
 			p.mu.Unlock()
 		}
 	}
-	return physicals, homes, queues
+	return devices, homes, queues
 }
 
 // The bounds of what is remembered of one module.

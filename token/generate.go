@@ -180,7 +180,7 @@ func (t *Token) generate(ctx context.Context, req *wire.Generate, kind KeyKind, 
 	if info.Flags&wire.CKFLoginRequired != 0 {
 		// Policies and sources of PINs are those of the key that is to be.
 		f := &pairs.Pair{ID: req.ID, Label: req.Label, Members: []pairs.Member{{Class: wire.CKOPrivateKey, Name: pairs.Name{ID: req.ID, Label: req.Label}}}, Visible: true}
-		typed, err := t.login(ctx, newKey(t, f, nil), given{pin: pin})
+		typed, err := t.login(ctx, newKey(t, f, nil), supply(pin))
 		typed.Wipe()
 		if err != nil {
 			return nil, nil, err

@@ -1,7 +1,6 @@
 package token
 
 import (
-	"context"
 	"fmt"
 	"path/filepath"
 	"slices"
@@ -201,25 +200,16 @@ func naming(identity string) string {
 	return "module-name=" + identity
 }
 
-type selectorKey struct{}
+// CheckHome fails with a *GuestError when a PIN that was supplied in advance, for what sel
+// selects, is not for the module of a key.
+func CheckHome(sel *Selector, k *Key) error { return k.token.checkHome(sel) }
 
-// NewContext returns a context for a login with a PIN that was given in advance for what
-// a Selector selects. A module that is not the token's home gets such a PIN only when
-// the Selector names the module.
-func NewContext(ctx context.Context, sel *Selector) context.Context {
-	return context.WithValue(ctx, selectorKey{}, sel)
-}
-
-// CheckHome fails with a *GuestError when a PIN that was given in advance, for what ctx
-// says (see NewContext), is not for the module of a key.
-func CheckHome(ctx context.Context, k *Key) error { return k.token.checkHome(ctx) }
-
-func (t *Token) checkHome(ctx context.Context) error {
+func (t *Token) checkHome(sel *Selector) error {
 	belongs, _ := t.claims()
 	if belongs == "" {
 		return nil
 	}
-	if sel, ok := ctx.Value(selectorKey{}).(*Selector); ok && (sel.path != "" && sel.path == t.module.file || t.module.store.names(sel.uri, t.module)) {
+	if sel != nil && (sel.path != "" && sel.path == t.module.file || t.module.store.names(sel.uri, t.module)) {
 		return nil
 	}
 	return &GuestError{Token: t.ID.Label, Module: t.module.identity, Home: belongs}

@@ -122,7 +122,7 @@ func TestAttack05KeptPIN(t *testing.T) {
 	want(t, "prompts", len(asked), 2)
 	want(t, "module in the prompt", asked[1].Module, "bad")
 	want(t, "home in the prompt", asked[1].Home, "good")
-	_, given := s.Login(t.Context(), []*token.Key{k}, tokentest.Secret(t, pin))
+	_, given := s.Login(t.Context(), nil, []*token.Key{k}, tokentest.Secret(t, pin))
 	for what, err := range map[string]error{
 		"a PIN given in advance":        given,
 		"a URI that a client has added": s.AddSource(parse(t, "pkcs11:token=card?pin-value="+pin), []*token.Key{k}),
@@ -136,7 +136,7 @@ func TestAttack05KeptPIN(t *testing.T) {
 	// With the module named, it may have the PIN.
 	sel, err := token.ParseProvider([]byte("pkcs11:token=card?module-name=bad"), nil)
 	noError(t, err)
-	_, err = s.Login(token.NewContext(t.Context(), sel), []*token.Key{k}, tokentest.Secret(t, pin))
+	_, err = s.Login(t.Context(), sel, []*token.Key{k}, tokentest.Secret(t, pin))
 	noError(t, err)
 	want(t, "PINs that the named module got", tried(c.imposter), 1)
 	want(t, "home", s.Modules()[1].Tokens[0].Home, "good")

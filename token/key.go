@@ -16,6 +16,7 @@ import (
 
 	"p11-agent/pinentry/secret"
 	"p11-agent/token/pairs"
+	"p11-agent/token/pin"
 	"p11-agent/token/pkcs11uri"
 	"p11-agent/token/signing"
 	"p11-agent/token/wire"
@@ -162,10 +163,7 @@ func (k *Key) AsksPIN() bool {
 	if !wanted || open && !each || s.source(k) != nil {
 		return false
 	}
-	g := t.gate
-	g.mu.Lock()
-	defer g.mu.Unlock()
-	return g.flight == nil && g.kept == nil
+	return t.pins.Asks()
 }
 
 // Signatures returns how many signatures the key has made since the start, and when
@@ -338,8 +336,8 @@ func (k *Key) signHealing(ctx context.Context, methods []signing.Method) (made, 
 			p.signed.Store(true)
 			return m, nil
 		}
-		failed, _ := errors.AsType[*loginError](err)
-		mayHeal := broken(err) && (failed == nil || !failed.attempted)
+		failed, _ := errors.AsType[*pin.LoginError](err)
+		mayHeal := broken(err) && (failed == nil || !failed.Attempted)
 		if mayHeal && ctx.Err() == nil {
 			again, inUse := t.awaitReader(ctx, &turn)
 			if inUse != nil {
@@ -374,7 +372,7 @@ func (k *Key) signHealing(ctx context.Context, methods []signing.Method) (made, 
 		case !healed && mayHeal:
 			healed = true
 			if wire.IsRV(err, wire.CKRDeviceRemoved, wire.CKRTokenNotPresent, wire.CKRTokenNotRecognized) {
-				t.gate.wipe() // it was taken out
+				t.pins.Wipe() // it was taken out
 			}
 			if wire.IsRV(err, wire.CKRGeneralError) && !t.module.awaitMove(ctx, moves) {
 				// Nothing but a new start helps a module that lost its reader
@@ -411,7 +409,7 @@ func (k *Key) attempt(ctx context.Context, p *process, method signing.Method, mu
 	var with prelude
 	defer func() { with.typed.Wipe() }()
 	if (mustLogin || now.needsLogin()) && !t.loggedIn(p) {
-		if with.typed, err = t.login(ctx, k, given{}); err != nil {
+		if with.typed, err = t.login(ctx, k, supplied{}); err != nil {
 			return made{}, 0, err
 		}
 		with.fresh = true
@@ -451,14 +449,13 @@ func (t *Token) hidesKey(p *process, err error) bool {
 // one that somebody else, who met the same, has made since is let alone. It tells
 // whether the token says, and its module knows, that the login has been lost.
 func (t *Token) doubtLogin(ctx context.Context, p *process, k *Key, login uint64) (lost bool) {
-	g := t.gate
 	select {
-	case g.doubt <- struct{}{}:
-		defer func() { <-g.doubt }()
+	case t.check.turn <- struct{}{}:
+		defer func() { <-t.check.turn }()
 	case <-ctx.Done():
 		return false
 	}
-	if t.lastLogin() != login || g.settled == login+1 && !t.loggedIn(p) {
+	if t.lastLogin() != login || t.check.lost == login+1 && !t.loggedIn(p) {
 		return true
 	}
 	was := t.loggedIn(p)
@@ -472,7 +469,7 @@ func (t *Token) doubtLogin(ctx context.Context, p *process, k *Key, login uint64
 		lost = !t.loggedIn(p)
 	}
 	if !t.loggedIn(p) {
-		g.settled = login + 1 // for the others, who have no need to look
+		t.check.lost = login + 1 // for the others, who have no need to look
 	}
 	return lost
 }

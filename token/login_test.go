@@ -150,7 +150,7 @@ func TestLastTry(t *testing.T) {
 			b := newBench(t, tt.person, func(b *bench, _ *token.Options) { b.card.SetTries(1, 3) })
 			var err error
 			if tt.given != "" {
-				_, err = b.store.Login(t.Context(), b.store.Keys(), tokentest.Secret(t, tt.given))
+				_, err = b.store.Login(t.Context(), nil, b.store.Keys(), tokentest.Secret(t, tt.given))
 			} else {
 				err = b.sign()
 			}
@@ -181,7 +181,7 @@ func TestLockedIsNeverTried(t *testing.T) {
 	p := &tokentest.Person{Always: pin, Consents: true}
 	b := newBench(t, p, func(b *bench, _ *token.Options) { b.card.SetTries(0, 3) })
 	pinError(t, b.sign(), false, token.TriesNone)
-	_, err := b.store.Login(t.Context(), b.store.Keys(), tokentest.Secret(t, pin))
+	_, err := b.store.Login(t.Context(), nil, b.store.Keys(), tokentest.Secret(t, pin))
 	pinError(t, err, false, token.TriesNone)
 	want(t, "dialogues", len(p.Asked()), 0)
 	want(t, "requests to log in", b.fake.Requests(wire.TypeLogin), 0)
@@ -210,7 +210,7 @@ func TestPINIsForOneToken(t *testing.T) {
 	}
 	t.Run("given in advance for keys of two", func(t *testing.T) {
 		b := newBench(t, nil, second)
-		if _, err := b.store.Login(t.Context(), b.store.Keys(), tokentest.Secret(t, pin)); err == nil {
+		if _, err := b.store.Login(t.Context(), nil, b.store.Keys(), tokentest.Secret(t, pin)); err == nil {
 			t.Error("no error")
 		}
 		want(t, "requests to log in", b.fake.Requests(wire.TypeLogin), 0)
@@ -392,7 +392,7 @@ func TestOnePromptAtATime(t *testing.T) {
 func TestTokenWithoutLogin(t *testing.T) {
 	b := newBench(t, nil, func(b *bench, _ *token.Options) { b.card.NoLogin = true })
 	b.mustSign()
-	if _, err := b.store.Login(t.Context(), b.store.Keys(), tokentest.Secret(t, "anything")); err != nil {
+	if _, err := b.store.Login(t.Context(), nil, b.store.Keys(), tokentest.Secret(t, "anything")); err != nil {
 		t.Error(err)
 	}
 	want(t, "requests to log in", b.fake.Requests(wire.TypeLogin), 0)

@@ -142,7 +142,7 @@ func TestOtherSources(t *testing.T) {
 		err  string
 	}{
 		{"value", "pkcs11:token=card?pin-value=" + pin, ""},
-		{"value for another token", "pkcs11:token=other?pin-value=wrong", "nobody can be asked"},
+		{"value for another token", "pkcs11:token=other?pin-value=wrong", "no way to ask a person"},
 		{"empty value", "pkcs11:token=card?pin-value=", "pin-value is empty"},
 		{"command", "pkcs11:token=card?pin-source=" + escape("|/bin/echo "+pin), ""},
 		{"credential", "pkcs11:token=card?pin-source=credential:card", ""},

@@ -99,7 +99,7 @@ func TestRememberedPINIsOutOfDate(t *testing.T) {
 	want(t, "right PINs", b.card.Right(), 2)
 	want(t, "prompts", p.Prompts(), 3) // one before, the old one again, the new one
 	problems := p.Problems()
-	want(t, "said of the one that was kept", problems[1], "The PIN that was kept is not right any more.")
+	want(t, "said of the one that was kept", problems[1], "The token refused the kept PIN.")
 	want(t, "said of the old one", problems[2], "This PIN was refused a moment ago: it was not tried again.")
 }
 
@@ -115,7 +115,7 @@ func TestRefusedPINIsNotTriedAgain(t *testing.T) {
 	given, err := secret.From([]byte("wrong-1")) // as ssh-add -s gives one
 	noError(t, err)
 	defer given.Wipe()
-	_, err = b.store.Login(t.Context(), []*token.Key{b.key(1)}, given)
+	_, err = b.store.Login(t.Context(), nil, []*token.Key{b.key(1)}, given)
 	pinError(t, err, false, token.TriesLow)
 	want(t, "wrong PINs", b.card.Wrong(), 1)
 

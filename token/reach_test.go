@@ -101,7 +101,7 @@ func TestAsksPIN(t *testing.T) {
 	wrong, err := secret.From([]byte("0000"))
 	noError(t, err)
 	defer wrong.Wipe()
-	if _, err := b.store.Login(t.Context(), []*token.Key{k}, wrong); err == nil {
+	if _, err := b.store.Login(t.Context(), nil, []*token.Key{k}, wrong); err == nil {
 		t.Error("a wrong PIN logs in")
 	}
 	want(t, "asks after a wrong PIN", k.AsksPIN(), true)
@@ -123,7 +123,7 @@ func TestLoginTellsWhatTheTokenTook(t *testing.T) {
 		pin   string
 		taken bool
 	}{{"0000", false}, {pin, true}, {pin, true}, {"0000", false}, {pin, true}} {
-		taken, err := b.store.Login(t.Context(), []*token.Key{b.key(1)}, tokentest.Secret(t, tt.pin))
+		taken, err := b.store.Login(t.Context(), nil, []*token.Key{b.key(1)}, tokentest.Secret(t, tt.pin))
 		want(t, "taken "+tt.pin, taken, tt.taken)
 		want(t, "refused", err != nil, !tt.taken)
 		want(t, "logged in", b.card.LoggedIn(), tt.taken)

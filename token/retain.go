@@ -92,7 +92,7 @@ func (t *Token) used(ctx context.Context, k *Key) {
 func (t *Token) retain(k *Key) {
 	s := t.module.store
 	r := s.policyOf(k).Retention
-	kept := t.gate.keptSince()
+	kept := t.pins.KeptSince()
 	t.mu.Lock()
 	defer t.mu.Unlock()
 	if t.session == nil {
@@ -116,7 +116,7 @@ func (t *Token) retain(k *Key) {
 	switch {
 	case was.end.IsZero():
 	case was.timer == nil:
-		was.timer = time.AfterFunc(was.end.Sub(now), func() { s.goWhileOpen(t.expire) })
+		was.timer = time.AfterFunc(was.end.Sub(now), func() { _ = s.start(t.expire) })
 	default:
 		was.timer.Reset(was.end.Sub(now))
 	}
@@ -132,7 +132,7 @@ func (r *retained) forget() {
 
 // expire logs out, unless a signature has put that off just now.
 func (t *Token) expire() {
-	kept := t.gate.keptSince()
+	kept := t.pins.KeptSince()
 	t.mu.Lock()
 	wait := time.Until(t.retained.end)
 	if t.retained.timer == nil {
@@ -193,7 +193,7 @@ func (t *Token) endsAt(e Event) bool {
 }
 
 func (t *Token) forgetAt(ctx context.Context, e Event) {
-	t.gate.forgetPIN()
+	t.pins.ForgetKept()
 	t.mu.Lock()
 	p, in := cmp.Or(t.session, t.attempted), t.session != nil
 	t.mu.Unlock()

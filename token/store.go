@@ -22,6 +22,7 @@ import (
 
 	"p11-agent/pinentry/secret"
 	"p11-agent/token/known"
+	"p11-agent/token/pin"
 	"p11-agent/token/pkcs11uri"
 	"p11-agent/token/wire"
 )
@@ -68,7 +69,7 @@ type Options struct {
 	// module's name is added, for whoever looks at the process list.
 	Command []string
 	// PINs asks a person. nil: nobody can be asked.
-	PINs PINAsker
+	PINs pin.Asker
 	// Sources are URIs of the configuration that carry a pin-source or a
 	// pin-value. The first that matches the key gives the PIN.
 	Sources []*pkcs11uri.URI
@@ -97,62 +98,10 @@ type Options struct {
 	Log   *slog.Logger
 }
 
-// A PINAsker asks persons for PINs. Its methods are called from several
-// goroutines, once at a time for each token. ctx carries the values of the
-// request's context and ends when nobody waits for the answer any more. When
-// several requests may wait for it, ctx carries a [waiting.List] of them, too.
-type PINAsker interface {
-	// Ask opens a dialogue with a person about one token.
-	Ask(ctx context.Context, about PINRequest) (PINDialogue, error)
-}
-
-// A PINRequest says what a PIN is wanted for.
-type PINRequest struct {
-	Token wire.TokenID
-	// Module is the name of the module that gets the PIN, when a person needs to know
-	// it: the token belongs to another one, Home, or Others show it as well.
-	Module string
-	Home   string
-	Others []string
-	// Reader is the reader that the token is in, when another token of the same name is
-	// there as well.
-	Reader  string
-	Key     string // the key's canonical URI
-	Label   string // the key's label, may be empty
-	ID      []byte // CKA_ID, may be empty
-	EachUse bool   // this key wants its PIN for each signature
-	Pad     bool   // the PIN is typed on the reader
-	MinPIN  int    // 0: not known
-	MaxPIN  int
-	Tries   Tries
-	// Given says that the request brought the PIN: all that is asked is whether to
-	// use the last try for it.
-	Given bool
-}
-
-// A PINDialogue is one conversation, used by one goroutine.
-type PINDialogue interface {
-	// PIN returns what the person typed, which the caller wipes. problem says
-	// what was wrong with the last one, and is empty the first time. Whoever
-	// declines makes it return ErrCancelled.
-	PIN(ctx context.Context, problem string) (*secret.Secret, error)
-	// LastTry asks whether to go on although a wrong PIN would lock the token;
-	// problem as for PIN.
-	LastTry(ctx context.Context, problem string) (bool, error)
-	// Notice asks to type the PIN on the reader and stays until ctx ends, which
-	// is no error; ErrCancelled when the person declines.
-	Notice(ctx context.Context) error
-	Close() error
-}
-
-// A ReaderObserver is a PINDialogue that is told, after Notice has ended, what came
-// of a PIN that was to be typed on the reader: nil, or why the login failed.
-type ReaderObserver interface{ TypedOnReader(err error) }
-
 // A Store knows the tokens and keys of all modules. All methods may be called
 // at any time from any goroutine.
 type Store struct {
-	// lock order: gate.mu, then mu, then module.mu, then Token.mu. None is held
+	// lock order: the lock of a pin.State, then mu, then module.mu, then Token.mu. None is held
 	// while a person, a process or a file other than the Store's own is waited
 	// for.
 
@@ -162,12 +111,12 @@ type Store struct {
 	cancel context.CancelFunc
 	wg     sync.WaitGroup
 
-	physicals physicals
+	devices *pin.Devices
 
 	keys     atomic.Pointer[snapshot]
 	settled  chan struct{} // closed when every module was looked at once
-	refused  *refusedSources
-	bindings *bindings
+	refusals *pin.Refusals
+	bindings *pin.Bindings
 	known    *known.List   // as it was at the start
 	dirty    chan struct{} // one element: the list of known keys is to be written
 	stirred  chan struct{} // one element: see StatusChanged
@@ -194,7 +143,7 @@ func Open(opts Options) *Store {
 	ctx, cancel := context.WithCancel(context.Background())
 	s := &Store{
 		opts:       opts,
-		physicals:  physicals{all: make(map[wire.TokenID]*physical)},
+		devices:    pin.NewDevices(),
 		log:        opts.Log,
 		ctx:        ctx,
 		cancel:     cancel,
@@ -202,8 +151,8 @@ func Open(opts Options) *Store {
 		known:      new(known.List),
 		dirty:      make(chan struct{}, 1),
 		stirred:    make(chan struct{}, 1),
-		refused:    loadRefused(opts.StateDir, opts.Log),
-		bindings:   loadBindings(opts.StateDir, opts.Log),
+		refusals:   pin.LoadRefusals(opts.StateDir, opts.Log),
+		bindings:   pin.LoadBindings(opts.StateDir, opts.Log),
 		configured: slices.Clone(opts.Sources),
 		preferred:  homeURIs(opts.Homes),
 		homes:      make(map[wire.TokenID]home),
@@ -265,10 +214,10 @@ func (s *Store) Close() error {
 	s.wg.Wait()
 	for _, m := range s.modulesNow() {
 		for _, t := range m.known() {
-			t.gate.wipe()
+			t.pins.Wipe()
 		}
 	}
-	s.physicals.wipe()
+	s.devices.Wipe()
 	return nil
 }
 
@@ -532,14 +481,14 @@ func (s *Store) Logout(ctx context.Context, sel *Selector) error {
 	return joinErrors(all...)
 }
 
-// Login logs in to the token of the keys with a PIN that a person gave. The
-// keys have to be of one token: a PIN is for one token. An empty PIN does
-// nothing, as the first signature asks. When one try is left a person is asked
-// whether to go on. Where somebody is logged in, the token is logged out first, so that
-// it tries the PIN. taken tells that the token took this PIN: a token that wants no
-// login tries none.
-func (s *Store) Login(ctx context.Context, keys []*Key, pin *secret.Secret) (taken bool, err error) {
-	if pin.Len() == 0 || len(keys) == 0 {
+// Login logs in to the token of the keys with a PIN that a person gave for what sel selects. The
+// keys have to be of one token, as a PIN is for one token. A module that is not the token's home
+// gets the PIN only when sel names the module; sel may be nil. Login does nothing with an empty
+// PIN: the first signature asks. When one try is left, a person is asked whether to go on. When
+// a login lasts already, Login logs out first, so that the token tries the PIN. taken tells that
+// the token took this PIN: a token that needs no login tries none.
+func (s *Store) Login(ctx context.Context, sel *Selector, keys []*Key, given *secret.Secret) (taken bool, err error) {
+	if given.Len() == 0 || len(keys) == 0 {
 		return false, nil
 	}
 	for _, k := range keys[1:] {
@@ -548,7 +497,7 @@ func (s *Store) Login(ctx context.Context, keys []*Key, pin *secret.Secret) (tak
 				keys[0].token.ID.Label, k.token.ID.Label)
 		}
 	}
-	err = keys[0].logIn(ctx, given{pin: pin, taken: &taken})
+	err = keys[0].logIn(ctx, supplied{Supplied: pin.Supplied{PIN: given}, selector: sel, taken: &taken})
 	return taken, err
 }
 
@@ -562,7 +511,7 @@ func (s *Store) LoginAsk(ctx context.Context, keys []*Key) error {
 			continue
 		}
 		done[k.token] = true
-		if err := k.logIn(ctx, given{}); err != nil {
+		if err := k.logIn(ctx, supplied{}); err != nil {
 			return err
 		}
 	}

@@ -460,7 +460,7 @@ func (m *module) look(ctx context.Context, p *process, again bool) error {
 
 // asking tells whether somebody is asked for the PIN of one of the tokens.
 func (m *module) asking() bool {
-	return slices.ContainsFunc(m.known(), func(t *Token) bool { return t.gate.trying.Load() > 0 })
+	return slices.ContainsFunc(m.known(), func(t *Token) bool { return t.pins.Trying() })
 }
 
 // token returns what is kept of the token in a slot.
@@ -579,17 +579,17 @@ func (m *module) poke() {
 // status tells how the module fares, and of its tokens.
 func (m *module) status() ModuleStatus {
 	st, there, away := m.statusNow()
-	for i, t := range there { // the locks of gates come before the module's
-		t.gate.addTo(&st.Tokens[i])
+	for i, t := range there { // the locks of pin.States come before the module's
+		t.addPINs(&st.Tokens[i])
 		st.Tokens[i].Reader = t.reader()
 	}
 	for i, t := range away {
-		t.gate.addTo(&st.Away[i])
+		t.addPINs(&st.Away[i])
 	}
 	return st
 }
 
-// statusNow is the status without what gates tell, and the tokens that its lists are of.
+// statusNow is the status without what pin.States tell, and the tokens that its lists are of.
 func (m *module) statusNow() (st ModuleStatus, there, away []*Token) {
 	m.mu.Lock()
 	defer m.mu.Unlock()

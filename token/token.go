@@ -17,6 +17,7 @@ import (
 
 	"p11-agent/token/pairs"
 	"p11-agent/token/pcsc"
+	"p11-agent/token/pin"
 	"p11-agent/token/pkcs11uri"
 	"p11-agent/token/wire"
 )
@@ -27,7 +28,8 @@ type Token struct {
 	ID     wire.TokenID
 	module *module
 	use    usage
-	gate   *gate
+	pins   *pin.State
+	check  loginCheck
 
 	mu               sync.Mutex
 	slot             wire.Slot // where it was seen last
@@ -55,7 +57,7 @@ type Token struct {
 // newToken makes a Token. The module's mu is held, where others may use the module.
 func newToken(m *module, id wire.TokenID) *Token {
 	return &Token{
-		ID: id, module: m, gate: newGate(m.store.physicals.take(id), m.identity), refusesMechanism: make(map[uint64]bool),
+		ID: id, module: m, pins: m.store.devices.Open(id, m.identity), check: newLoginCheck(), refusesMechanism: make(map[uint64]bool),
 		bySum:      make(map[[sha256.Size]byte][]*Key),
 		insertions: m.insertions,
 	}
@@ -253,7 +255,7 @@ func (t *Token) enterLocked(p *process) {
 
 // forget ends the login and everything that is known of the PIN.
 func (t *Token) forget(ctx context.Context) error {
-	t.gate.forgetPIN()
+	t.pins.ForgetKept()
 	t.mu.Lock()
 	t.retained.forget()
 	t.mu.Unlock()
@@ -297,7 +299,7 @@ func (t *Token) status(present bool) TokenStatus {
 		ID:         t.ID,
 		URI:        pkcs11uri.ForKey(t.ID, "", nil).String(),
 		Module:     t.module.spec.Name,
-		Tries:      triesOf(t.slot.Info.Flags),
+		Tries:      pin.TriesOf(t.slot.Info.Flags),
 		LoggedIn:   t.session != nil,
 		Shadowed:   t.shadow,
 		Home:       t.belongs,
@@ -319,13 +321,10 @@ func (t *Token) status(present bool) TokenStatus {
 	return st
 }
 
-// addTo adds to a status what is known of logins and PINs.
-func (g *gate) addTo(st *TokenStatus) {
-	g.mu.Lock()
-	defer g.mu.Unlock()
-	st.PINKept = g.kept != nil
-	st.LoginUnderWay = g.flight != nil || g.trying.Load() > 0
-	st.PromptOpen = g.asking.Load() > 0
+// addPINs adds to a status what is known of logins and PINs.
+func (t *Token) addPINs(st *TokenStatus) {
+	now := t.pins.Status()
+	st.PINKept, st.LoginUnderWay, st.PromptOpen = now.Kept, now.UnderWay, now.Prompt
 }
 
 // matches tells whether a URI selects this token where it is now. Its

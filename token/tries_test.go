@@ -12,11 +12,11 @@ func TestTriesAfterLogin(t *testing.T) {
 	b := newBench(t, new(tokentest.Person), nil)
 	tries := func() token.Tries { return tokenStatus(t, b.store, b.card.ID().Label).Tries }
 	want(t, "at first", tries(), token.TriesUnknown)
-	if _, err := b.store.Login(t.Context(), b.store.Keys()[:1], tokentest.Secret(t, "wrong-1")); err == nil {
+	if _, err := b.store.Login(t.Context(), nil, b.store.Keys()[:1], tokentest.Secret(t, "wrong-1")); err == nil {
 		t.Fatal("logged in with a wrong PIN")
 	}
 	want(t, "after a wrong PIN", tries(), token.TriesLow)
-	_, err := b.store.Login(t.Context(), b.store.Keys()[:1], tokentest.Secret(t, pin))
+	_, err := b.store.Login(t.Context(), nil, b.store.Keys()[:1], tokentest.Secret(t, pin))
 	noError(t, err)
 	want(t, "after the right one", tries(), token.TriesUnknown)
 }

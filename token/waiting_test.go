@@ -115,7 +115,7 @@ func TestAttack14PINForOneSignature(t *testing.T) {
 }
 
 // inLogin is a goroutine that waits for a login, in a stack.
-var inLogin = regexp.MustCompile(`\[select[^\]]*\]:\n[^\n]*token\.\(\*Token\)\.login\(`)
+var inLogin = regexp.MustCompile(`\[select[^\]]*\]:\n[^\n]*pin\.\(\*State\)\.Share\(`)
 
 // untilWaiting waits until so many requests wait for the end of a login.
 func untilWaiting(t *testing.T, n int) {
@@ -137,7 +137,7 @@ func TestAttack09LastTryOfSomebodyElsesPIN(t *testing.T) {
 	ctx, hangUp := context.WithCancel(t.Context())
 	attacker, honest := make(chan error, 1), make(chan error, 1)
 	go func() {
-		_, err := b.store.Login(ctx, b.store.Keys(), tokentest.Secret(t, "wrong"))
+		_, err := b.store.Login(ctx, nil, b.store.Keys(), tokentest.Secret(t, "wrong"))
 		attacker <- err
 	}()
 	p.Until(t, func() bool { return p.LastTries() == 1 })
@@ -153,8 +153,8 @@ func TestAttack09LastTryOfSomebodyElsesPIN(t *testing.T) {
 	want(t, "right PINs", b.card.Right(), 1)
 	asked := p.Asked()
 	want(t, "dialogues", len(asked), 2)
-	want(t, "the first was about a PIN that was given", asked[0].Given, true)
-	want(t, "so was the second", asked[1].Given, false)
+	want(t, "the first was about a PIN that was given", asked[0].Supplied, true)
+	want(t, "so was the second", asked[1].Supplied, false)
 }
 
 // holder is a person who answers nothing until the prompt moves on, and one who answers
@@ -195,7 +195,7 @@ func TestAttack14PromptLeftOpen(t *testing.T) {
 	}{
 		"signature": {true, 2, func(ctx context.Context, b *bench) error { return tokentest.Sign(ctx, b.key(2)) }},
 		"given PIN": {false, 1, func(ctx context.Context, b *bench) error {
-			_, err := b.store.Login(ctx, b.store.Keys()[:1], tokentest.Secret(b.t, pin))
+			_, err := b.store.Login(ctx, nil, b.store.Keys()[:1], tokentest.Secret(b.t, pin))
 			return err
 		}},
 	} {
@@ -206,7 +206,7 @@ func TestAttack14PromptLeftOpen(t *testing.T) {
 				b.card.AddKey(tokentest.P256, 2, "two", func(k *tokentest.FakeKey) { k.Always = true })
 			})
 			if test.in {
-				_, err := b.store.Login(t.Context(), b.store.Keys()[:1], tokentest.Secret(t, pin))
+				_, err := b.store.Login(t.Context(), nil, b.store.Keys()[:1], tokentest.Secret(t, pin))
 				noError(t, err)
 			}
 			ctx, hangUp := context.WithCancel(context.WithValue(t.Context(), nameKey{}, "attacker"))
@@ -226,7 +226,7 @@ func TestRefusedPINIsNoLastTry(t *testing.T) {
 	p := &tokentest.Person{Consents: true}
 	b := newBench(t, p, func(b *bench, _ *token.Options) { b.card.SetTries(2, 3) })
 	for range 2 {
-		if _, err := b.store.Login(t.Context(), b.store.Keys(), tokentest.Secret(t, "wrong")); err == nil {
+		if _, err := b.store.Login(t.Context(), nil, b.store.Keys(), tokentest.Secret(t, "wrong")); err == nil {
 			t.Error("a wrong PIN was right")
 		}
 	}

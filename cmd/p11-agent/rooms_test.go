@@ -110,7 +110,7 @@ var rooms = []room{
 	{
 		"token",
 		[]string{
-			"token/known", "token/pace", "token/pairs", "token/pcsc", "token/pkcs11uri", "token/registry", "token/signing", "token/statefile", "token/wire",
+			"token/known", "token/pace", "token/pairs", "token/pcsc", "token/pin", "token/pkcs11uri", "token/registry", "token/signing", "token/statefile", "token/wire",
 			"pinentry/secret", "pinentry/waiting", xsys,
 		},
 		"tokens know neither the SSH protocol nor prompts, and modules run in another process",
@@ -126,6 +126,11 @@ var rooms = []room{
 		"it is in force before there is a module, and knows none of its calls",
 	},
 	{"token/known", []string{"token/statefile", "token/wire"}, "the list of seen keys is a file: what becomes of its entries is decided elsewhere"},
+	{
+		"token/pin",
+		[]string{"token/pkcs11uri", "token/statefile", "token/wire", "pinentry/secret", "pinentry/waiting"},
+		"a PIN is got and tried without knowing keys or module processes",
+	},
 	{"token/statefile", []string{renameio}, "a leaf: what the files hold is decided elsewhere"},
 	{"token/pace", []string{}, "a leaf: it counts, and knows nothing of what happens"},
 	{"token/pairs", []string{"token/wire"}, "key pairs are made of objects without a token at hand"},

@@ -226,8 +226,7 @@ func (t *tokens) Select(ctx context.Context, s request.Selection, reached func(r
 			return nil, false, err
 		}
 	}
-	ctx = token.NewContext(ctx, sel.Selector)
-	if taken, err = t.store.Login(ctx, keys, pin); err != nil {
+	if taken, err = t.store.Login(ctx, sel.Selector, keys, pin); err != nil {
 		return nil, false, err
 	}
 	if slices.ContainsFunc(keys, (*token.Key).Hidden) {
@@ -268,15 +267,14 @@ func (t *tokens) Login(ctx context.Context, s request.Selection, pin *secret.Sec
 		return answer, nil
 	}
 	// A PIN that comes along is for a module that the person was not told of.
-	ctx = token.NewContext(ctx, sel.Selector)
-	if err := token.CheckHome(ctx, keys[0]); err != nil {
+	if err := token.CheckHome(sel.Selector, keys[0]); err != nil {
 		return answer, err
 	}
 	ctx = context.WithValue(ctx, tellsItself{}, true)
 	if pin.Len() == 0 {
 		err = t.store.LoginAsk(ctx, keys[:1])
 	} else {
-		_, err = t.store.Login(ctx, keys[:1], pin)
+		_, err = t.store.Login(ctx, sel.Selector, keys[:1], pin)
 	}
 	st, _ = t.status(keys[0])
 	answer.Tries = string(status.PINOf(st.Tries))
@@ -560,7 +558,7 @@ func (d *dialogue) LastTry(ctx context.Context, problem string) (yes bool, err e
 		problem += "\n"
 	}
 	given := ""
-	if d.about.Given {
+	if d.about.Supplied {
 		given = "The program that asks has given the PIN.\n"
 	}
 	err = d.consent.ask(ctx, func(ctx context.Context, on *pinentry.Dialogue) (err error) {

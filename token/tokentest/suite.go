@@ -528,12 +528,12 @@ func testWrongPIN(t *testing.T, s Subject) {
 func testGivenPIN(t *testing.T, s Subject) {
 	st := s.store(t, nil)
 	keys := st.Keys()
-	if _, err := st.Login(t.Context(), keys, Secret(t, s.wrongPIN())); err == nil {
+	if _, err := st.Login(t.Context(), nil, keys, Secret(t, s.wrongPIN())); err == nil {
 		t.Error("a wrong PIN logs in")
 	} else if e, ok := errors.AsType[*token.PINError](err); !ok || !e.Tried {
 		t.Errorf("a wrong PIN: %v", err)
 	}
-	if _, err := st.Login(t.Context(), keys, Secret(t, s.PIN)); err != nil {
+	if _, err := st.Login(t.Context(), nil, keys, Secret(t, s.PIN)); err != nil {
 		t.Fatal(err)
 	}
 	if err := Sign(t.Context(), s.key(t, st)); err != nil {

@@ -1,4 +1,4 @@
-package token
+package pin
 
 import (
 	"encoding/json"
