@@ -14,6 +14,7 @@ import (
 
 	"github.com/spf13/cobra"
 
+	"p11-agent/cmd/p11-agent/named"
 	"p11-agent/cmd/p11-agent/config"
 	"p11-agent/cmd/p11-agent/exit"
 	"p11-agent/cmd/p11-agent/output"
@@ -299,7 +300,7 @@ func labelsOf(keys []*token.Key) (labels []string) {
 
 // adviseURI names the token or key that a URI may have meant.
 func adviseURI(f *finding, store *token.Store, u *pkcs11uri.URI) {
-	meant, there := suggest(store, u)
+	meant, there := named.Suggest(store, u)
 	for _, m := range meant {
 		f.Next("%s", m)
 	}

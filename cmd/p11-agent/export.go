@@ -20,6 +20,7 @@ import (
 	"golang.org/x/crypto/ssh"
 	"golang.org/x/sys/unix"
 
+	"p11-agent/cmd/p11-agent/named"
 	"p11-agent/agent/certdir"
 	"p11-agent/cmd/p11-agent/config"
 	"p11-agent/cmd/p11-agent/exit"
@@ -88,7 +89,7 @@ func runExport(ctx context.Context, g *globals, o *exportOptions, args []string,
 		return err
 	}
 	if len(args) > 0 {
-		noteUnquoted(stderr, args[len(args)-1])
+		named.NoteUnquoted(stderr, args[len(args)-1])
 	}
 	defer func() {
 		for _, u := range uris {
@@ -191,7 +192,7 @@ func (o *exportOptions) arguments(args []string) (uris []*pkcs11uri.URI, hosts [
 			hosts = append(hosts, a)
 			continue
 		}
-		u, err := parseNamed(a)
+		u, err := named.Parse(a)
 		if err != nil {
 			return nil, nil, err
 		}
@@ -224,7 +225,7 @@ func exportable(c *config.File, store *token.Store, uris []*pkcs11uri.URI) ([]ex
 			}
 		}
 		if len(keys) == n {
-			return nil, adviseNoMatch(fmt.Errorf("%v: %w", u, token.ErrNoMatch), store, u)
+			return nil, named.WithSuggestions(fmt.Errorf("%v: %w", u, token.ErrNoMatch), store, u)
 		}
 	}
 	certificates, err := certificatesOf(c)

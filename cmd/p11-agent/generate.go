@@ -19,6 +19,7 @@ import (
 	"github.com/spf13/cobra"
 	"golang.org/x/crypto/ssh"
 
+	"p11-agent/cmd/p11-agent/named"
 	"p11-agent/agent/peer"
 	"p11-agent/agent/request"
 	"p11-agent/cmd/p11-agent/config"
@@ -84,7 +85,7 @@ func kindNames() string { return strings.Join(kindList(), ", ") }
 
 // uri puts the URI and the flags together.
 func (o *generateOptions) uri(text string) (*pkcs11uri.URI, error) {
-	u, err := parseNamed(text)
+	u, err := named.Parse(text)
 	if err != nil {
 		return nil, err
 	}
@@ -136,7 +137,7 @@ func runGenerate(ctx context.Context, g *globals, o *generateOptions, text strin
 	if err != nil {
 		return err
 	}
-	noteUnquoted(stderr, text)
+	named.NoteUnquoted(stderr, text)
 	// Whoever interrupts this is to find no half-made key, and who does so twice does
 	// not want to wait for that.
 	ctx, stop := signal.NotifyContext(ctx, os.Interrupt, syscall.SIGTERM)
@@ -161,7 +162,7 @@ func runGenerate(ctx context.Context, g *globals, o *generateOptions, text strin
 		err = errors.New("interrupted: no key was made")
 	}
 	if err != nil {
-		return adviseNoMatch(err, b.store, u)
+		return named.WithSuggestions(err, b.store, u)
 	}
 	tellAgent(ctx, k.URI())
 	return printGenerated(out, stderr, k)

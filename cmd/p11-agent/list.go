@@ -17,6 +17,7 @@ import (
 	"github.com/spf13/cobra"
 	"golang.org/x/crypto/ssh"
 
+	"p11-agent/cmd/p11-agent/named"
 	"p11-agent/agent/request"
 	"p11-agent/cmd/p11-agent/config"
 	"p11-agent/cmd/p11-agent/exit"
@@ -167,11 +168,11 @@ func runList(ctx context.Context, g *globals, o *listOptions, args []string, out
 	// Without an argument the configuration says what is offered.
 	uri := new(pkcs11uri.URI)
 	if len(args) > 0 {
-		if uri, err = parseNamed(args[0]); err != nil {
+		if uri, err = named.Parse(args[0]); err != nil {
 			return err
 		}
 		defer uri.Wipe()
-		noteUnquoted(stderr, args[0])
+		named.NoteUnquoted(stderr, args[0])
 	}
 	level := slog.LevelError
 	log := output.NewLater(stderr)
@@ -196,7 +197,7 @@ func runList(ctx context.Context, g *globals, o *listOptions, args []string, out
 	if len(args) > 0 && settled {
 		if _, err := b.store.Select(ctx, sel); err != nil {
 			if _, ok := errors.AsType[*token.AmbiguousError](err); ok || !matchesToken(b.store, uri) && !slices.ContainsFunc(b.store.Away(), sel.Match) {
-				return adviseNoMatch(err, b.store, uri)
+				return named.WithSuggestions(err, b.store, uri)
 			}
 		}
 	}
@@ -242,7 +243,7 @@ func noteUncertain(stderr io.Writer, store *token.Store, sel *token.Selector) {
 		return
 	}
 	fmt.Fprintln(stderr, "note: before a login no key is known to be this one: the login shows whether one of those listed is")
-	meant, there := suggest(store, u)
+	meant, there := named.Suggest(store, u)
 	for _, line := range append(meant, there) {
 		if line != "" {
 			fmt.Fprintf(stderr, "note: %s\n", line)
@@ -264,8 +265,8 @@ func matchesToken(store *token.Store, u *pkcs11uri.URI) bool {
 }
 
 // collect puts together what is to be printed of the keys that sel selects.
-func collect(c *config.File, store *token.Store, sel *token.Selector, named bool) listing {
-	l := listing{named: named, Tokens: []listedToken{}, Modules: []listedModule{}}
+func collect(c *config.File, store *token.Store, sel *token.Selector, onlyNamed bool) listing {
+	l := listing{named: onlyNamed, Tokens: []listedToken{}, Modules: []listedModule{}}
 	auto, name := c.Automatic(), c.KeyName
 	homes := homesOf(store.Keys(), auto)
 	hidden, all := status.NotShown(c, store)
@@ -314,7 +315,7 @@ func collect(c *config.File, store *token.Store, sel *token.Selector, named bool
 				}
 				lt.Keys = append(lt.Keys, lk)
 			}
-			if len(lt.Keys) > 0 || present && (!named || sel.URI().MatchToken(t.ID)) {
+			if len(lt.Keys) > 0 || present && (!onlyNamed || sel.URI().MatchToken(t.ID)) {
 				l.Tokens = append(l.Tokens, lt)
 			}
 		}

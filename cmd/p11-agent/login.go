@@ -11,6 +11,7 @@ import (
 
 	"github.com/spf13/cobra"
 
+	"p11-agent/cmd/p11-agent/named"
 	"p11-agent/agent/sshagent"
 	"p11-agent/cmd/p11-agent/exit"
 	"p11-agent/cmd/p11-agent/output"
@@ -112,7 +113,7 @@ func checkURI(text string) error {
 	if text == "" {
 		return nil
 	}
-	u, err := parseNamed(text)
+	u, err := named.Parse(text)
 	if err != nil {
 		return err
 	}

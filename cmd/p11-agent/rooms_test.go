@@ -69,6 +69,7 @@ var rooms = []room{
 	},
 	{"cmd/p11-agent/demo", []string{"cmd/p11-agent/output", "token/registry"}, "it runs the program as a user would, by its command line"},
 	{"cmd/p11-agent/files", []string{renameio}, "a leaf: what the files hold is decided elsewhere"},
+	{"cmd/p11-agent/named", []string{"cmd/p11-agent/exit", "cmd/p11-agent/output", "token", "token/pkcs11uri"}, "it reads names, and knows no command"},
 	{"cmd/p11-agent/output", []string{"pinentry", "systemd", cobra, xsys}, "it prints for every command, and knows none of them"},
 	{
 		"cmd/p11-agent/status",

@@ -1,4 +1,7 @@
-package main
+// Package named reads what a person types for a token or a key: a pkcs11: URI, or the label of a token. For a name
+// that is wrong or selects nothing, it suggests what was meant and says what is there. It never repeats a text that
+// may hold a PIN.
+package named
 
 import (
 	"errors"
@@ -14,9 +17,9 @@ import (
 	"p11-agent/token/pkcs11uri"
 )
 
-// parseNamed reads the argument of a command: a URI, or the label of a token. Its errors
-// are mistakes on the command line. The URI is the caller's to wipe.
-func parseNamed(text string) (*pkcs11uri.URI, error) {
+// Parse reads the argument of a command: a URI, or the label of a token. Its errors are mistakes on the command line.
+// The caller wipes the URI.
+func Parse(text string) (*pkcs11uri.URI, error) {
 	u, err := pkcs11uri.ParseNamed([]byte(text))
 	if err == nil {
 		if err = u.CheckNames(); err == nil {
@@ -27,8 +30,7 @@ func parseNamed(text string) (*pkcs11uri.URI, error) {
 	return nil, exit.Usage(exit.WithHint(err, meantText(text)))
 }
 
-// meantText returns what a text that is no URI was probably meant to be, and nothing for
-// one that may hold a PIN.
+// meantText suggests the URI that a wrong text probably means. It suggests nothing for a text that may hold a PIN.
 func meantText(text string) string {
 	if text == "" || strings.Contains(strings.ToLower(text), "pin") {
 		return ""
@@ -61,19 +63,18 @@ func meantText(text string) string {
 	return ""
 }
 
-// adviseNoMatch adds to an error that says that a URI matches nothing what was probably
-// meant, and what is there.
-func adviseNoMatch(err error, store *token.Store, u *pkcs11uri.URI) error {
+// WithSuggestions adds a hint to an error that wraps [token.ErrNoMatch]: what the URI probably means, and what the
+// tokens have. It returns other errors as they are.
+func WithSuggestions(err error, store *token.Store, u *pkcs11uri.URI) error {
 	if !errors.Is(err, token.ErrNoMatch) {
 		return err
 	}
-	meant, there := suggest(store, u)
+	meant, there := Suggest(store, u)
 	return exit.WithHint(err, strings.Join(append(meant, there), "\n"))
 }
 
-// suggest returns what a URI that matches nothing may have meant, and a sentence about
-// what is there.
-func suggest(store *token.Store, u *pkcs11uri.URI) (meant []string, there string) {
+// Suggest returns what a URI that matches nothing may mean, and a sentence about the keys or tokens that are present.
+func Suggest(store *token.Store, u *pkcs11uri.URI) (meant []string, there string) {
 	var labels, objects, keys, matched []string
 	var ids [][]byte
 	for _, m := range store.Modules() {
@@ -137,9 +138,9 @@ func some(names []string) string {
 	return strings.Join(names, ", ")
 }
 
-// noteUnquoted says how to quote a URI, when a shell may have cut this one off at its
-// first ";". Such a URI is the last word of the command line, and has one attribute.
-func noteUnquoted(stderr io.Writer, text string) {
+// NoteUnquoted says how to quote a URI, if a shell may have cut this one off at its first ";". Such a URI is the last
+// word of the command line, and has one attribute.
+func NoteUnquoted(stderr io.Writer, text string) {
 	if text != os.Args[len(os.Args)-1] || !pkcs11uri.IsURI([]byte(text)) || strings.Count(text, "=") != 1 || strings.ContainsAny(text, ";?") {
 		return
 	}
