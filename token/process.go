@@ -9,8 +9,6 @@ import (
 	"net"
 	"os"
 	"os/exec"
-	"path/filepath"
-	"slices"
 	"strings"
 	"sync"
 	"sync/atomic"
@@ -21,6 +19,7 @@ import (
 
 	"p11-agent/token/pace"
 	"p11-agent/token/registry"
+	"p11-agent/token/wellknown"
 	"p11-agent/token/wire"
 )
 
@@ -217,12 +216,7 @@ const sandboxHint = "if it needs to write elsewhere: write = [...] or sandbox = 
 // fitsSandbox tells whether a module is one that the sandbox is made for: what such
 // a module lacks is something else.
 func fitsSandbox(path string) bool {
-	name := filepath.Base(path)
-	return slices.ContainsFunc([]string{
-		"libsofthsm2", "opensc-pkcs11", "libykcs11", "libtpm2_pkcs11", "opencryptoki", "libsoftokn", "libcoolkeypk11", "gnome-keyring-pkcs11", "p11-kit",
-	}, func(known string) bool {
-		return strings.Contains(name, known)
-	})
+	return wellknown.KindOf(path).Sandboxed()
 }
 
 // maybeSandbox tells whether a module may have failed to start because of what its

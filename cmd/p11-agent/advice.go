@@ -1,7 +1,6 @@
 package main
 
 import (
-	"bufio"
 	"cmp"
 	"errors"
 	"fmt"
@@ -20,6 +19,7 @@ import (
 
 	"p11-agent/cmd/p11-agent/output"
 	"p11-agent/token"
+	"p11-agent/token/wellknown"
 	"p11-agent/token/wire"
 )
 
@@ -38,58 +38,10 @@ func installStep(debian, fedora string) string {
 	return fmt.Sprintf("install the package %s (Debian's name; Fedora's is %s)", debian, fedora)
 }
 
-// A moduleKind is what is known of a module that many have.
-type moduleKind int
-
-const (
-	kindOther moduleKind = iota
-	kindOpenSC
-	kindYKCS11
-	kindSoftHSM
-	kindTPM
-	kindCoolKey
-	kindOpenCryptoki
-	kindNSS
-	kindSpy
-)
-
-// kindOfModule knows a module by the name of its file.
-func kindOfModule(path string) moduleKind {
-	name := filepath.Base(path)
-	for prefix, kind := range map[string]moduleKind{
-		"opensc-pkcs11": kindOpenSC, "onepin-opensc-pkcs11": kindOpenSC, "libykcs11": kindYKCS11,
-		"libsofthsm2": kindSoftHSM, "libtpm2_pkcs11": kindTPM, "libcoolkeypk11": kindCoolKey,
-		"libopencryptoki": kindOpenCryptoki, "PKCS11_API": kindOpenCryptoki, "libsoftokn": kindNSS, "pkcs11-spy": kindSpy,
-	} {
-		if strings.HasPrefix(name, prefix) {
-			return kind
-		}
-	}
-	return kindOther
-}
-
-// smartCards tells whether modules of this kind use pcscd.
-func (k moduleKind) smartCards() bool { return k == kindOpenSC || k == kindYKCS11 || k == kindCoolKey }
-
 // moduleInstall is how to get the file of a module that many have, or nothing.
 func moduleInstall(path string) string {
-	switch kindOfModule(path) {
-	case kindOpenSC:
-		return installStep("opensc-pkcs11", "opensc")
-	case kindYKCS11:
-		return installStep("ykcs11", "yubico-piv-tool")
-	case kindSoftHSM:
-		return installStep("softhsm2", "softhsm")
-	case kindTPM:
-		return installStep("libtpm2-pkcs11-1", "tpm2-pkcs11")
-	case kindCoolKey:
-		return installStep("coolkey", "coolkey")
-	case kindOpenCryptoki:
-		return installStep("opencryptoki", "opencryptoki")
-	case kindNSS:
-		return installStep("libnss3", "nss-softokn")
-	case kindSpy:
-		return installStep("opensc-pkcs11", "opensc")
+	if debian, fedora := wellknown.KindOf(path).Packages(); debian != "" {
+		return installStep(debian, fedora)
 	}
 	return ""
 }
@@ -111,7 +63,7 @@ const startServer = "start its server: p11-kit server --provider MODULE 'pkcs11:
 func adviseModule(f *finding, m token.ModuleStatus) {
 	text := m.Err.Error()
 	we, _ := errors.AsType[*wire.Error](m.Err)
-	kind := kindOfModule(m.Path)
+	kind := wellknown.KindOf(m.Path)
 	lib := missingLibrary.FindStringSubmatch(text)
 	_, statErr := os.Stat(m.Path)
 	switch {
@@ -135,19 +87,19 @@ func adviseModule(f *finding, m token.ModuleStatus) {
 	case strings.Contains(text, "did not answer"):
 		f.Next("if its token is slow, give it more time in the configuration:\n[[module]]\nname = %q\ntimeout = \"2m\"", m.Name).
 			Next("%s", switchOff(m.Name))
-	case kind == kindSoftHSM && we != nil:
+	case kind == wellknown.SoftHSM && we != nil:
 		adviseSoftHSM(f)
-	case kind == kindTPM && we != nil:
+	case kind == wellknown.TPM2 && we != nil:
 		adviseTPM(f)
-	case kind == kindOpenSC && we != nil && we.Function == "C_Initialize":
+	case kind == wellknown.OpenSC && we != nil && we.Function == "C_Initialize":
 		f.Next("%s", installStep("libpcsclite1", "pcsc-lite-libs"))
-	case kind == kindCoolKey && we != nil && we.Function == "C_Initialize":
+	case kind == wellknown.CoolKey && we != nil && we.Function == "C_Initialize":
 		f.Next("systemctl status pcscd.socket  # the module starts only where pcscd answers")
-	case kind == kindOpenCryptoki && we != nil:
+	case kind == wellknown.OpenCryptoki && we != nil:
 		adviseOpenCryptoki(f)
-	case kind == kindNSS && we != nil:
+	case kind == wellknown.NSS && we != nil:
 		f.Next("tell the module where its database is, in the configuration:\n[[module]]\nname = %q\ninit-args = \"configdir='sql:%s/.pki/nssdb'\"", m.Name, os.Getenv("HOME"))
-	case kind == kindSpy && strings.Contains(text, "PKCS11SPY"):
+	case kind == wellknown.Spy && strings.Contains(text, "PKCS11SPY"):
 		f.Next("tell it which module it is to watch, in the configuration:\n[[module]]\nname = %q\nenv = { PKCS11SPY = \"/path/to/module.so\" }", m.Name)
 	case strings.Contains(text, "no function C_GetFunctionList"):
 		f.Next("name a PKCS#11 module in path: this file is another library").Next("%s", switchOff(m.Name))
@@ -182,16 +134,11 @@ func adviseOpenCryptoki(f *finding) {
 // adviseSoftHSM finds out why SoftHSM does not start: it cannot read its
 // configuration or its directory of tokens.
 func adviseSoftHSM(f *finding) {
-	file, named := os.LookupEnv("SOFTHSM2_CONF")
-	if !named {
-		own := filepath.Join(os.Getenv("HOME"), ".config/softhsm2/softhsm2.conf")
-		if file = "/etc/softhsm/softhsm2.conf"; unix.Access(own, unix.F_OK) == nil {
-			file = own
-		}
-	}
+	variable, named := os.LookupEnv("SOFTHSM2_CONF")
+	file := wellknown.SoftHSMConfig(variable, os.Getenv("HOME"))
 	own := "mkdir -p ~/.config/softhsm2 ~/.local/share/softhsm2\n" +
 		`echo "directories.tokendir = $HOME/.local/share/softhsm2" >~/.config/softhsm2/softhsm2.conf`
-	dir, err := tokenDir(file)
+	dir, err := wellknown.SoftHSMTokens(file)
 	switch {
 	case err != nil && named:
 		f.Next("SOFTHSM2_CONF names %s, which cannot be read (%v): set it right, or unset it", file, errors.Unwrap(err))
@@ -205,23 +152,6 @@ func adviseSoftHSM(f *finding) {
 	default:
 		f.Next("softhsm2-util --show-slots  # says more")
 	}
-}
-
-// tokenDir reads directories.tokendir of a configuration of SoftHSM.
-func tokenDir(file string) (string, error) {
-	in, err := os.Open(file)
-	if err != nil {
-		return "", err
-	}
-	defer in.Close()
-	lines := bufio.NewScanner(in)
-	for n := 0; n < 1000 && lines.Scan(); n++ {
-		key, value, _ := strings.Cut(lines.Text(), "=")
-		if strings.TrimSpace(key) == "directories.tokendir" {
-			return strings.TrimSpace(value), nil
-		}
-	}
-	return "", nil
 }
 
 // tpmDevice is how programs share a TPM.
@@ -268,12 +198,12 @@ func joinGroup(group, what string) string {
 // unlockStep is how to get a locked PIN back.
 func unlockStep(m token.ModuleStatus, t token.TokenStatus) string {
 	so := fmt.Sprintf("pkcs11-tool --module %s --token-label %s --login --login-type so --init-pin", output.ShellWord(m.Path), output.ShellWord(t.ID.Label))
-	switch kind := kindOfModule(m.Path); {
-	case kind == kindYKCS11, kind == kindOpenSC && strings.Contains(t.Slot, "Yubi") && t.ID.Manufacturer == "piv_II":
+	switch kind := wellknown.KindOf(m.Path); {
+	case kind == wellknown.YKCS11, kind == wellknown.OpenSC && strings.Contains(t.Slot, "Yubi") && t.ID.Manufacturer == "piv_II":
 		return "ykman piv access unblock-pin  # asks for the PUK and for a new PIN"
-	case kind == kindOpenSC:
+	case kind == wellknown.OpenSC:
 		return "pkcs15-tool --unblock-pin  # asks for the PUK and for a new PIN"
-	case kind == kindTPM:
+	case kind == wellknown.TPM2:
 		return "wait, as a TPM forgets wrong PINs with time, or: tpm2_dictionarylockout --clear-lockout"
 	default:
 		return so + "  # asks for the SO PIN and for a new PIN"
@@ -283,10 +213,10 @@ func unlockStep(m token.ModuleStatus, t token.TokenStatus) string {
 // firstToken is how to get a token where a module that works has none. Smart cards
 // are looked at elsewhere.
 func firstToken(m token.ModuleStatus) string {
-	switch kindOfModule(m.Path) {
-	case kindSoftHSM:
+	switch wellknown.KindOf(m.Path) {
+	case wellknown.SoftHSM:
 		return "softhsm2-util --init-token --free --label NAME"
-	case kindTPM:
+	case wellknown.TPM2:
 		return fmt.Sprintf("pkcs11-tool --module %s --init-token --slot-index 0 --label NAME", output.ShellWord(m.Path))
 	}
 	return ""

@@ -23,6 +23,7 @@ import (
 	"p11-agent/token"
 	"p11-agent/token/pkcs11uri"
 	"p11-agent/token/registry"
+	"p11-agent/token/wellknown"
 	"p11-agent/token/wire"
 )
 
@@ -119,7 +120,7 @@ func findModules(r *report, b *backend) {
 	all := b.store.Modules()
 	for _, m := range all {
 		switch {
-		case m.Err != nil && kindOfModule(m.Path) == kindTPM && noTPM():
+		case m.Err != nil && wellknown.KindOf(m.Path) == wellknown.TPM2 && noTPM():
 			// It comes with a package that many have for another reason.
 			r.warn("module %s (%s) finds no TPM on this machine", m.Name, m.Path).
 				Next("switch the TPM on in the firmware, if there is one").
@@ -137,7 +138,7 @@ func findModules(r *report, b *backend) {
 			if len(m.Tokens) == 0 {
 				f.Next("%s", firstToken(m))
 			}
-			if kindOfModule(m.Path) == kindSpy {
+			if wellknown.KindOf(m.Path) == wellknown.Spy {
 				r.warn("module %s prints each PIN that it is given: the agent keeps the PIN out of its log, but PKCS11SPY_OUTPUT writes it into a file", m.Name).
 					Next("%s", switchOff(m.Name))
 			}

@@ -16,6 +16,7 @@ import (
 	"p11-agent/cmd/p11-agent/output"
 	"p11-agent/token"
 	"p11-agent/token/pcsc"
+	"p11-agent/token/wellknown"
 )
 
 // sysUSB is where the kernel lists what is plugged in.
@@ -78,7 +79,7 @@ func askPCSCD(ctx context.Context) pcscd {
 }
 
 func findCards(ctx context.Context, r *report, d pcscd, modules []token.ModuleStatus) {
-	wanted := slices.ContainsFunc(modules, func(m token.ModuleStatus) bool { return kindOfModule(m.Path).smartCards() })
+	wanted := slices.ContainsFunc(modules, func(m token.ModuleStatus) bool { return wellknown.KindOf(m.Path).SmartCards() })
 	switch {
 	case d.err != nil:
 		d.findDown(r, wanted)

@@ -21,6 +21,7 @@ import (
 	"p11-agent/token"
 	"p11-agent/token/module"
 	"p11-agent/token/module/undumpable"
+	"p11-agent/token/wellknown"
 )
 
 // version is set by the linker.
@@ -85,7 +86,7 @@ func exitCode(err error, stderr io.Writer) int {
 func withoutTPM(all []error) []error {
 	some := slices.DeleteFunc(slices.Clone(all), func(err error) bool {
 		m, ok := errors.AsType[*token.ModuleError](err)
-		return ok && kindOfModule(m.Path) == kindTPM && noTPM()
+		return ok && wellknown.KindOf(m.Path) == wellknown.TPM2 && noTPM()
 	})
 	if len(some) == 0 {
 		return all

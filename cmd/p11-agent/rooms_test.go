@@ -67,7 +67,7 @@ var rooms = []room{
 		},
 		"it says what the file means, and does nothing of it",
 	},
-	{"cmd/p11-agent/demo", []string{"cmd/p11-agent/output", "token/registry"}, "it runs the program as a user would, by its command line"},
+	{"cmd/p11-agent/demo", []string{"cmd/p11-agent/output", "token/registry", "token/wellknown"}, "it runs the program as a user would, by its command line"},
 	{"cmd/p11-agent/files", []string{renameio}, "a leaf: what the files hold is decided elsewhere"},
 	{"cmd/p11-agent/named", []string{"cmd/p11-agent/exit", "cmd/p11-agent/output", "token", "token/pkcs11uri"}, "it reads names, and knows no command"},
 	{"cmd/p11-agent/output", []string{"pinentry", "systemd", cobra, xsys}, "it prints for every command, and knows none of them"},
@@ -112,6 +112,7 @@ var rooms = []room{
 		"token",
 		[]string{
 			"token/known", "token/pace", "token/pairs", "token/pcsc", "token/pin", "token/pkcs11uri", "token/registry", "token/signing", "token/statefile", "token/wire",
+			"token/known", "token/pace", "token/pairs", "token/pcsc", "token/pkcs11uri", "token/registry", "token/signing", "token/statefile", "token/wellknown", "token/wire",
 			"pinentry/secret", "pinentry/waiting", xsys,
 		},
 		"tokens know neither the SSH protocol nor prompts, and modules run in another process",
@@ -123,7 +124,7 @@ var rooms = []room{
 	},
 	{
 		"token/module/sandbox",
-		[]string{"token/wire", xsys, landlock, landlock + "/syscall"},
+		[]string{"token/wellknown", "token/wire", xsys, landlock, landlock + "/syscall"},
 		"it is in force before there is a module, and knows none of its calls",
 	},
 	{"token/known", []string{"token/statefile", "token/wire"}, "the list of seen keys is a file: what becomes of its entries is decided elsewhere"},
@@ -144,6 +145,7 @@ var rooms = []room{
 		[]string{"token", "token/pkcs11uri", "token/registry", "token/wire", "pinentry/secret", xsys},
 		"a fake stands where a token stands, and knows no more than one",
 	},
+	{"token/wellknown", []string{}, "a module is recognized by its file: it is loaded elsewhere"},
 	{"token/wire", []string{"pinentry/secret", xsys}, "a leaf: both ends of the connection with a module process share it"},
 }
 

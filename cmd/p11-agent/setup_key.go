@@ -21,6 +21,7 @@ import (
 	"p11-agent/token"
 	"p11-agent/token/pkcs11uri"
 	"p11-agent/token/registry"
+	"p11-agent/token/wellknown"
 	"p11-agent/token/wire"
 )
 
@@ -148,10 +149,10 @@ func keyChoices(keys []exported) (all []choice) {
 func (s *setup) newKeyChoices() (all []choice) {
 	var soft, tpm *token.ModuleStatus
 	for _, m := range s.b.store.Modules() {
-		switch kindOfModule(m.Path) {
-		case kindSoftHSM:
+		switch wellknown.KindOf(m.Path) {
+		case wellknown.SoftHSM:
 			soft = &m
-		case kindTPM:
+		case wellknown.TPM2:
 			if m.Err == nil && !noTPM() {
 				tpm = &m
 			}
@@ -167,7 +168,7 @@ func (s *setup) newKeyChoices() (all []choice) {
 		all = append(all, choice{text: "make a token and a key in the TPM of this machine", module: tpm.Name})
 	}
 	off := slices.ContainsFunc(slices.Concat(s.b.skipped, s.b.broken), func(m registry.Module) bool {
-		return kindOfModule(m.Settings["module"].Value) == kindSoftHSM
+		return wellknown.KindOf(m.Settings["module"].Value) == wellknown.SoftHSM
 	})
 	if c, ok := softHSMChoice(soft); ok && (soft != nil || !off) {
 		all = append(all, c)
@@ -207,7 +208,7 @@ func softHSMChoice(m *token.ModuleStatus) (choice, bool) {
 	if os.Getenv("SOFTHSM2_CONF") != "" {
 		return c, m == nil // it is broken by what that names
 	}
-	conf := filepath.Join(os.Getenv("HOME"), ".config", "softhsm2", "softhsm2.conf")
+	conf := wellknown.SoftHSMUserConfig(os.Getenv("HOME"))
 	if _, err := os.Lstat(conf); err == nil {
 		return c, m == nil
 	}
@@ -238,7 +239,7 @@ func (s *setup) prepare(ctx context.Context, c *choice) (bool, error) {
 	}
 	s.look(ctx)
 	for _, m := range s.b.store.Modules() {
-		if kindOfModule(m.Path) == kindSoftHSM {
+		if wellknown.KindOf(m.Path) == wellknown.SoftHSM {
 			c.module = m.Name
 			return m.Err == nil, m.Err
 		}
@@ -248,7 +249,7 @@ func (s *setup) prepare(ctx context.Context, c *choice) (bool, error) {
 
 // systemSoftHSM tells whether this user may use the machine's directory of tokens.
 func systemSoftHSM() bool {
-	dir, err := tokenDir("/etc/softhsm/softhsm2.conf")
+	dir, err := wellknown.SoftHSMTokens(wellknown.SoftHSMSystemConfig)
 	if err != nil || dir == "" {
 		return false
 	}

@@ -2,6 +2,7 @@ package main
 
 import (
 	"p11-agent/token"
+	"p11-agent/token/wellknown"
 )
 
 // trouble says why a module does not work, in its own words where it has any, and what
@@ -10,7 +11,7 @@ func trouble(m token.ModuleStatus) (reason string, next []string) {
 	switch {
 	case m.Err == nil:
 		return "", nil
-	case kindOfModule(m.Path) == kindTPM && noTPM():
+	case wellknown.KindOf(m.Path) == wellknown.TPM2 && noTPM():
 		// It comes with a package that many have for another reason.
 		return "there is no TPM on this machine", nil
 	}

@@ -22,6 +22,7 @@ import (
 	"time"
 
 	"p11-agent/cmd/p11-agent/output"
+	"p11-agent/token/wellknown"
 )
 
 // The token of the demo. Its PIN is not a secret: only this user can read the directory
@@ -127,9 +128,7 @@ func (d *demo) find() error {
 		}
 	}
 	var err error
-	if d.module, err = firstFile("/usr/lib/softhsm/libsofthsm2.so", "/usr/lib/*/softhsm/libsofthsm2.so",
-		"/usr/lib64/softhsm/libsofthsm2.so", "/usr/lib*/pkcs11/libsofthsm2.so", "/usr/lib/*/pkcs11/libsofthsm2.so",
-		"/usr/lib*/libsofthsm2.so", "/usr/local/lib/softhsm/libsofthsm2.so"); err != nil {
+	if d.module, err = wellknown.SoftHSMModule(); err != nil {
 		missing = append(missing, "libsofthsm2.so")
 	}
 	if len(missing) > 0 {

@@ -1,18 +1,17 @@
 package sandbox
 
 import (
-	"bufio"
 	"cmp"
 	"fmt"
-	"io"
 	"os"
 	"path/filepath"
 	"strings"
-	"syscall"
 
 	"github.com/landlock-lsm/go-landlock/landlock"
 	ll "github.com/landlock-lsm/go-landlock/landlock/syscall"
 	"golang.org/x/sys/unix"
+
+	"p11-agent/token/wellknown"
 )
 
 // What is forbidden, but for the paths that are writable. Devices are made
@@ -126,19 +125,20 @@ func known(o Options) []string {
 
 	// p11-kit's proxy loads the others into this process. What a variable names
 	// counts for every module, as one may be wrapped in another.
-	name := filepath.Base(o.Module)
-	if strings.HasPrefix(name, "pkcs11-spy") {
-		name = filepath.Base(o.Getenv("PKCS11SPY")) // the module that it hands all calls to
+	file := o.Module
+	if wellknown.KindOf(file) == wellknown.Spy {
+		file = o.Getenv("PKCS11SPY") // the module that it hands all calls to
 	}
-	is := func(part string) bool {
-		return strings.Contains(name, part) || strings.Contains(name, "p11-kit-proxy")
-	}
-	if conf := o.Getenv("SOFTHSM2_CONF"); conf != "" || is("softhsm") {
-		own(softHSM(conf, home))
+	proxy := strings.Contains(filepath.Base(file), "p11-kit-proxy")
+	is := func(kind wellknown.Kind) bool { return proxy || wellknown.KindOf(file) == kind }
+	if conf := o.Getenv("SOFTHSM2_CONF"); conf != "" || is(wellknown.SoftHSM) {
+		if dir, err := wellknown.SoftHSMTokens(wellknown.SoftHSMConfig(conf, home)); err == nil {
+			own(dir)
+		}
 	}
 	if store := o.Getenv("TPM2_PKCS11_STORE"); store != "" {
 		own(store)
-	} else if is("tpm2_pkcs11") {
+	} else if is(wellknown.TPM2) {
 		const system = "/etc/tpm2_pkcs11"
 		own(system)
 		mine := filepath.Join(home, ".tpm2_pkcs11")
@@ -147,14 +147,14 @@ func known(o Options) []string {
 		}
 		own(mine)
 	}
-	if is("opensc") {
+	if is(wellknown.OpenSC) {
 		cache := cmp.Or(o.Getenv("XDG_CACHE_HOME"), filepath.Join(home, ".cache"))
 		own(makeOne(filepath.Join(cache, "opensc")))
 	}
-	if is("opencryptoki") || strings.HasPrefix(name, "PKCS11_API") {
+	if is(wellknown.OpenCryptoki) {
 		own("/var/lib/opencryptoki")
 	}
-	if is("libsoftokn") {
+	if is(wellknown.NSS) {
 		own(nssDatabase(o.InitArgs))
 	}
 	return all
@@ -203,43 +203,4 @@ func makeOne(path string) string {
 		_ = os.Mkdir(path, 0o700) // it may be there, or not be wanted: as without a sandbox
 	}
 	return path
-}
-
-// The places of SoftHSM's configuration when no variable names it: the user's,
-// Debian's, and that of others (its configure script: --sysconfdir).
-var softHSMFiles = []string{"/etc/softhsm/softhsm2.conf", "/etc/softhsm2.conf"}
-
-// maxConf bounds what is read of SoftHSM's configuration, in bytes.
-const maxConf = 64 << 10
-
-// softHSM returns SoftHSM's directory of tokens, or nothing. conf is its
-// configuration file, where a variable names it.
-func softHSM(conf, home string) string {
-	files := []string{conf}
-	if conf == "" {
-		files = append([]string{filepath.Join(home, ".config/softhsm2/softhsm2.conf")}, softHSMFiles...)
-	}
-	for _, file := range files {
-		f, err := os.OpenFile(file, os.O_RDONLY|syscall.O_NONBLOCK, 0)
-		if err != nil {
-			continue
-		}
-		defer f.Close()
-		return tokenDir(f)
-	}
-	return ""
-}
-
-// tokenDir reads directories.tokendir out of SoftHSM's configuration, the last
-// if there are several, as SimpleConfigLoader.cpp does.
-func tokenDir(r io.Reader) (dir string) {
-	lines := bufio.NewScanner(io.LimitReader(r, maxConf))
-	for lines.Scan() {
-		line, _, _ := strings.Cut(lines.Text(), "#")
-		name, value, _ := strings.Cut(line, "=")
-		if strings.TrimSpace(name) == "directories.tokendir" {
-			dir = strings.TrimSpace(value)
-		}
-	}
-	return dir
 }

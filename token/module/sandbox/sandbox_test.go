@@ -449,30 +449,3 @@ func TestProgramArguments(t *testing.T) {
 		}
 	}
 }
-
-func TestTokenDir(t *testing.T) {
-	for text, want := range map[string]string{
-		"":                                 "",
-		"directories.tokendir = /a/b\n":    "/a/b",
-		"directories.tokendir=/a b  # c\n": "/a b",
-		"# directories.tokendir = /a\n":    "",
-		"directories.tokendir = /a\nlog.level = ERROR\ndirectories.tokendir = /b": "/b",
-		"directories.tokendir\n": "",
-		strings.Repeat("x", 2*maxConf) + "\ndirectories.tokendir = /a\n": "",
-	} {
-		if got := tokenDir(strings.NewReader(text)); got != want {
-			t.Errorf("%.60q: got %q, want %q", text, got, want)
-		}
-	}
-}
-
-func FuzzTokenDir(f *testing.F) {
-	f.Add("directories.tokendir = /var/lib/softhsm/tokens/\nobjectstore.backend = file\n")
-	f.Add("directories.tokendir=/a#b=c\n=\n")
-	f.Fuzz(func(t *testing.T, text string) {
-		dir := tokenDir(strings.NewReader(text))
-		if strings.ContainsAny(dir, "#\n") || !strings.Contains(text, dir) {
-			t.Errorf("got %q", dir)
-		}
-	})
-}
