@@ -111,8 +111,8 @@ var rooms = []room{
 	{
 		"token",
 		[]string{
-			"token/known", "token/pace", "token/pairs", "token/pcsc", "token/pin", "token/pkcs11uri", "token/registry", "token/signing", "token/statefile", "token/wire",
-			"token/known", "token/pace", "token/pairs", "token/pcsc", "token/pkcs11uri", "token/registry", "token/signing", "token/statefile", "token/wellknown", "token/wire",
+			"token/known", "token/pace", "token/pairs", "token/pcsc", "token/pin", "token/pkcs11uri", "token/registry", "token/signing", "token/statefile",
+			"token/wellknown", "token/wire",
 			"pinentry/secret", "pinentry/waiting", xsys,
 		},
 		"tokens know neither the SSH protocol nor prompts, and modules run in another process",
