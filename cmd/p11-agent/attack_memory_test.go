@@ -16,6 +16,7 @@ import (
 
 	"golang.org/x/sys/unix"
 
+	"p11-agent/cmd/p11-agent/backend"
 	"p11-agent/cmd/p11-agent/exit"
 )
 
@@ -210,7 +211,7 @@ func TestAttack12Start(t *testing.T) {
 
 // A process that another one traces holds no secret: it refuses to start.
 func TestAttack12Tracer(t *testing.T) {
-	for _, command := range []string{"agent", moduleCommand, "login"} {
+	for _, command := range []string{"agent", backend.ModuleCommand, "login"} {
 		t.Run(command, func(t *testing.T) {
 			// The thread that starts it is the one that traces it.
 			runtime.LockOSThread()

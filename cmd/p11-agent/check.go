@@ -14,11 +14,11 @@ import (
 
 	"github.com/spf13/cobra"
 
+	"p11-agent/cmd/p11-agent/backend"
 	"p11-agent/cmd/p11-agent/named"
 	"p11-agent/cmd/p11-agent/config"
 	"p11-agent/cmd/p11-agent/exit"
 	"p11-agent/cmd/p11-agent/output"
-	"p11-agent/cmd/p11-agent/paths"
 	"p11-agent/cmd/p11-agent/status"
 	"p11-agent/token"
 	"p11-agent/token/pkcs11uri"
@@ -67,17 +67,13 @@ func runCheck(ctx context.Context, g *globals, o *checkOptions, out, stderr io.W
 	mods, toks, asks := &report{group: "modules"}, &report{group: "tokens and keys"}, &report{group: "asking for the PIN"}
 	reports := []*report{conf, mods, toks, asks}
 	findRegistry(mods, c)
-	b := openBackend(c, nil, nil, paths.StateDir(), token.KnownRead, output.NewLog(stderr, slog.LevelError))
-	defer b.stop()
-	ctx, cancel := context.WithTimeout(ctx, lookTimeout)
+	ctx, cancel := context.WithTimeout(ctx, backend.LookTimeout)
 	defer cancel()
-	select {
-	case <-b.store.Settled():
-	case <-ctx.Done():
-	}
+	b := backend.Look(ctx, c, backend.Options{Log: output.NewLog(stderr, slog.LevelError)})
+	defer b.Close()
 	findModules(mods, b)
-	findTokens(toks, b.store.Modules())
-	findKeys(ctx, toks, c, b.store)
+	findTokens(toks, b.Store.Modules())
+	findKeys(ctx, toks, c, b.Store)
 	findSources(toks, c)
 	findPinentry(asks, c)
 	if o.json {
@@ -110,14 +106,14 @@ func findRegistry(r *report, c *config.File) {
 
 // findModules says how each module fares. Those that have not been looked at by
 // now do not answer.
-func findModules(r *report, b *backend) {
+func findModules(r *report, b *backend.Modules) {
 	settled := false
 	select {
-	case <-b.store.Settled():
+	case <-b.Store.Settled():
 		settled = true
 	default:
 	}
-	all := b.store.Modules()
+	all := b.Store.Modules()
 	for _, m := range all {
 		switch {
 		case m.Err != nil && wellknown.KindOf(m.Path) == wellknown.TPM2 && noTPM():
@@ -147,10 +143,10 @@ func findModules(r *report, b *backend) {
 			r.warn("module %s: left out: %s", m.Name, reason).Next("p11-agent list -v  # shows what is used")
 		}
 	}
-	for _, m := range b.broken {
+	for _, m := range b.Broken {
 		r.bad("module %s is not started: %s", m.Name, m.Skip)
 	}
-	for _, m := range b.skipped {
+	for _, m := range b.Skipped {
 		if !m.Broken {
 			r.detail("module %s is not started: %s", m.Name, m.Skip)
 			continue

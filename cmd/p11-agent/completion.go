@@ -13,12 +13,11 @@ import (
 
 	"github.com/spf13/cobra"
 
+	"p11-agent/cmd/p11-agent/backend"
 	"p11-agent/cmd/p11-agent/config"
 	"p11-agent/cmd/p11-agent/exit"
-	"p11-agent/cmd/p11-agent/paths"
 	"p11-agent/cmd/p11-agent/status"
 	"p11-agent/pinentry/plain"
-	"p11-agent/token"
 	"p11-agent/token/pkcs11uri"
 	"p11-agent/token/wire"
 )
@@ -147,15 +146,9 @@ func tokensThere(ctx context.Context, g *globals) (all []status.Token) {
 	if err != nil {
 		return nil
 	}
-	b := openBackend(c, nil, nil, paths.StateDir(), token.KnownRead, slog.New(slog.DiscardHandler))
-	defer b.stop()
-	ctx, cancel := context.WithTimeout(ctx, completionTime)
-	defer cancel()
-	select {
-	case <-b.store.Settled():
-	case <-ctx.Done():
-	}
-	for _, m := range b.store.Modules() {
+	b := backend.Look(ctx, c, backend.Options{Log: slog.New(slog.DiscardHandler), Timeout: completionTime})
+	defer b.Close()
+	for _, m := range b.Store.Modules() {
 		for _, t := range slices.Concat(m.Tokens, m.Away) {
 			st := status.Token{URI: t.URI, Label: t.ID.Label, Serial: t.ID.Serial, Module: m.Name, LoginNeeded: t.Flags&wire.CKFLoginRequired != 0}
 			for _, k := range t.Keys {

@@ -20,6 +20,7 @@ import (
 	"p11-agent/agent/logfold"
 	"p11-agent/agent/request"
 	"p11-agent/agent/sshagent"
+	"p11-agent/cmd/p11-agent/backend"
 	"p11-agent/cmd/p11-agent/config"
 	"p11-agent/cmd/p11-agent/paths"
 	"p11-agent/cmd/p11-agent/status"
@@ -57,7 +58,7 @@ type daemon struct {
 	sockets   []socket
 	prompts   *prompts // nil: nobody is asked
 	questions *agent.Questions
-	backend   *backend
+	backend   *backend.Modules
 	keyring   *agent.Keyring
 	server    *sshagent.Server
 
@@ -104,8 +105,8 @@ func openDaemon(options daemonOptions, listeners []listener, log *slog.Logger) (
 		return nil, err
 	}
 	d.openKeyring(c, upstreams)
-	d.manager = &manager{log: d.log, modules: d.backend.store.Modules}
-	d.logind = watchLogin1(c, d.backend.store, d.forgetApprovals, d.log)
+	d.manager = &manager{log: d.log, modules: d.backend.Store.Modules}
+	d.logind = watchLogin1(c, d.backend.Store, d.forgetApprovals, d.log)
 	return d, nil
 }
 
@@ -168,8 +169,8 @@ func (d *daemon) openTokens(c *config.File) {
 	if p := d.prompts; p != nil {
 		pins, working = &pausingAsker{p.asker, d.questions}, p.notices.working
 	}
-	d.backend = openBackend(c, pins, working, state, token.KnownKept, d.log)
-	d.onClose(d.backend.stop)
+	d.backend = backend.Open(c, backend.Options{Log: d.log, PINs: pins, Working: working, StateDir: state, Known: token.KnownKept})
+	d.onClose(d.backend.Close)
 }
 
 // openUpstreams prepares the connections to other agents.
@@ -206,11 +207,11 @@ func (d *daemon) openKeyring(c *config.File, upstreams []agent.Upstream) {
 	}
 	d.server = &sshagent.Server{Log: d.log, KeepBinds: len(upstreams) > 0}
 	d.status = &status.Maker{
-		Version: version, Started: time.Now(), Store: d.backend.store, Sockets: d.statusOfSockets, Trouble: trouble,
+		Version: version, Started: time.Now(), Store: d.backend.Store, Sockets: d.statusOfSockets, Trouble: trouble,
 	}
 	d.status.SetPolicy(c.Policy())
 	options := agent.Options{
-		Tokens:        &tokens{store: d.backend.store, allow: allow},
+		Tokens:        d.backend.Tokens(allow, clientTells),
 		Rules:         d.rules(c),
 		InsertTimeout: c.InsertTimeout.Duration,
 		Lifetime:      o.lifetime,
@@ -237,7 +238,7 @@ func (d *daemon) openKeyring(c *config.File, upstreams []agent.Upstream) {
 // rules returns what the configuration tells the keyring.
 func (d *daemon) rules(c *config.File) agent.Rules {
 	return agent.Rules{
-		Automatic: c.Automatic(), Name: c.KeyName, Listed: listedAs, OfferAway: c.OfferAway, Allow: c.Allows(d.options.system), Approval: c.Approval(),
+		Automatic: c.Automatic(), Name: c.KeyName, Listed: backend.Comment, OfferAway: c.OfferAway, Allow: c.Allows(d.options.system), Approval: c.Approval(),
 	}
 }
 
@@ -254,7 +255,7 @@ func (d *daemon) serve(ctx context.Context) error {
 	ended := d.serveSockets(ctx)
 	d.log.Info("agent is listening", "pid", os.Getpid(), "version", d.options.version)
 	d.manager.ready()
-	helpers.Go(func() { d.manager.follow(ctx, d.backend.store.StatusChanged()) })
+	helpers.Go(func() { d.manager.follow(ctx, d.backend.Store.StatusChanged()) })
 	if watchdog != nil {
 		helpers.Go(func() { watchdog.run(ctx) })
 	}
@@ -365,7 +366,7 @@ func (d *daemon) statusOfSockets() (all []status.Socket) {
 
 // configure tells each part what the configuration says.
 func (d *daemon) configure(c *config.File) {
-	store := d.backend.store
+	store := d.backend.Store
 	store.SetSources(c.PINSources())
 	store.SetHomes(c.URIs())
 	store.SetPublicKeys(c.PublicKeys())
@@ -384,7 +385,7 @@ func (d *daemon) rescan(ctx context.Context) {
 	const patience = 10 * time.Second
 	ctx, cancel := context.WithTimeout(ctx, patience)
 	defer cancel()
-	if err := d.backend.store.Rescan(ctx); err != nil && ctx.Err() == nil {
+	if err := d.backend.Store.Rescan(ctx); err != nil && ctx.Err() == nil {
 		d.log.Warn("cannot look at all tokens", "reason", err)
 	}
 }
@@ -394,7 +395,7 @@ func (d *daemon) forgetApprovals(e token.Event) {
 	inMemory := d.config.Load().ForgetOn.Retention().EndsAt(e)
 	d.keyring.ForgetApprovals(func(k request.Key) bool {
 		if key, ok := k.(*token.Key); ok {
-			return d.backend.store.Forgets(key, e)
+			return d.backend.Store.Forgets(key, e)
 		}
 		return inMemory
 	})

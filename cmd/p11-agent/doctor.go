@@ -17,6 +17,7 @@ import (
 
 	"github.com/spf13/cobra"
 
+	"p11-agent/cmd/p11-agent/backend"
 	"p11-agent/cmd/p11-agent/config"
 	"p11-agent/cmd/p11-agent/exit"
 	"p11-agent/cmd/p11-agent/output"
@@ -128,22 +129,19 @@ func findConfiguration(r *report, file string) *config.File {
 
 func findTokensAndCards(ctx context.Context, c *config.File, cards, mods, toks *report) {
 	findRegistry(mods, c)
-	b := openBackend(c, nil, nil, paths.StateDir(), token.KnownRead, slog.New(slog.DiscardHandler))
-	defer b.stop()
+	b := backend.Open(c, backend.Options{Log: slog.New(slog.DiscardHandler), StateDir: paths.StateDir(), Known: token.KnownRead})
+	defer b.Close()
 	daemon := askPCSCD(ctx)
 	ctx, cancel := context.WithTimeout(ctx, doctorTimeout)
 	defer cancel()
-	select {
-	case <-b.store.Settled():
-	case <-ctx.Done():
-	}
-	findCards(ctx, cards, daemon, b.store.Modules())
+	b.Wait(ctx)
+	findCards(ctx, cards, daemon, b.Store.Modules())
 	findModules(mods, b)
-	findTokens(toks, b.store.Modules())
+	findTokens(toks, b.Store.Modules())
 	// What hangs has had its time; what is there is selected at once.
 	ctx, cancel = context.WithTimeout(context.WithoutCancel(ctx), time.Second)
 	defer cancel()
-	findKeys(ctx, toks, c, b.store)
+	findKeys(ctx, toks, c, b.Store)
 }
 
 // A said is what a program that was run has said.

@@ -22,6 +22,7 @@ import (
 
 	"p11-agent/cmd/p11-agent/named"
 	"p11-agent/agent/certdir"
+	"p11-agent/cmd/p11-agent/backend"
 	"p11-agent/cmd/p11-agent/config"
 	"p11-agent/cmd/p11-agent/exit"
 	"p11-agent/cmd/p11-agent/files"
@@ -100,15 +101,9 @@ func runExport(ctx context.Context, g *globals, o *exportOptions, args []string,
 	if err != nil {
 		return err
 	}
-	b := openBackend(c, nil, nil, paths.StateDir(), token.KnownRead, output.NewLog(stderr, slog.LevelError))
-	defer b.stop()
-	ctx, cancel := context.WithTimeout(ctx, lookTimeout)
-	defer cancel()
-	select {
-	case <-b.store.Settled():
-	case <-ctx.Done(): // what the others have is exported
-	}
-	keys, err := exportable(c, b.store, uris)
+	b := backend.Look(ctx, c, backend.Options{Log: output.NewLog(stderr, slog.LevelError)})
+	defer b.Close()
+	keys, err := exportable(c, b.Store, uris)
 	if err != nil {
 		return aboutHosts(err, args)
 	}
@@ -243,7 +238,7 @@ func exportable(c *config.File, store *token.Store, uris []*pkcs11uri.URI) ([]ex
 		seen[string(pub.Marshal())] = true
 		list = append(list, exported{
 			key: k, pub: pub, name: fileName(cmp.Or(name(k), k.Label())),
-			line:         strings.TrimSpace(string(ssh.MarshalAuthorizedKey(pub))) + " " + cmp.Or(name(k), listedAs(k)) + "\n",
+			line:         strings.TrimSpace(string(ssh.MarshalAuthorizedKey(pub))) + " " + cmp.Or(name(k), backend.Comment(k)) + "\n",
 			certificates: certificates[string(pub.Marshal())],
 		})
 	}

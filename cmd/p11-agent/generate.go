@@ -19,13 +19,13 @@ import (
 	"github.com/spf13/cobra"
 	"golang.org/x/crypto/ssh"
 
-	"p11-agent/cmd/p11-agent/named"
 	"p11-agent/agent/peer"
 	"p11-agent/agent/request"
+	"p11-agent/cmd/p11-agent/backend"
 	"p11-agent/cmd/p11-agent/config"
 	"p11-agent/cmd/p11-agent/exit"
+	"p11-agent/cmd/p11-agent/named"
 	"p11-agent/cmd/p11-agent/output"
-	"p11-agent/cmd/p11-agent/paths"
 	"p11-agent/cmd/p11-agent/status"
 	"p11-agent/pinentry/plain"
 	"p11-agent/token"
@@ -146,23 +146,19 @@ func runGenerate(ctx context.Context, g *globals, o *generateOptions, text strin
 
 	log := output.NewLog(stderr, slog.LevelError)
 	show := &progress{ctx: ctx, w: stderr, terminal: output.IsTerminal(stderr), kind: kind}
-	b := openBackend(c, terminalAsker{newAsker(c, os.Getenv, os.Environ(), log)}, nil, paths.StateDir(), token.KnownRead, log,
-		func(opts *token.Options) { opts.Generating = show.begin })
-	defer b.stop()
-	settled, cancel := context.WithTimeout(ctx, lookTimeout)
-	defer cancel()
-	select {
-	case <-b.store.Settled():
-	case <-settled.Done(): // the module that does not answer may be another one
-	}
+	// A module that does not answer may be another one than that of the token.
+	b := backend.Look(ctx, c, backend.Options{
+		Log: log, PINs: terminalAsker{newAsker(c, os.Getenv, os.Environ(), log)}, Generating: show.begin,
+	})
+	defer b.Close()
 	// The PIN is asked for as for a client, which this is.
-	k, err := b.store.Generate((&request.Caller{Peer: peer.Self()}).Context(ctx), u, kind, nil)
+	k, err := b.Store.Generate((&request.Caller{Peer: peer.Self()}).Context(ctx), u, kind, nil)
 	//nolint:errorlint // wrapped, it says what became of the key
 	if err == context.Canceled {
 		err = errors.New("interrupted: no key was made")
 	}
 	if err != nil {
-		return named.WithSuggestions(err, b.store, u)
+		return named.WithSuggestions(err, b.Store, u)
 	}
 	tellAgent(ctx, k.URI())
 	return printGenerated(out, stderr, k)

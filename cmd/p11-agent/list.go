@@ -17,21 +17,18 @@ import (
 	"github.com/spf13/cobra"
 	"golang.org/x/crypto/ssh"
 
-	"p11-agent/cmd/p11-agent/named"
 	"p11-agent/agent/request"
+	"p11-agent/cmd/p11-agent/backend"
 	"p11-agent/cmd/p11-agent/config"
 	"p11-agent/cmd/p11-agent/exit"
+	"p11-agent/cmd/p11-agent/named"
 	"p11-agent/cmd/p11-agent/output"
-	"p11-agent/cmd/p11-agent/paths"
 	"p11-agent/cmd/p11-agent/status"
 	"p11-agent/pinentry/plain"
 	"p11-agent/token"
 	"p11-agent/token/pkcs11uri"
 	"p11-agent/token/wire"
 )
-
-// lookTimeout is how long commands wait for modules that are not the agent's.
-const lookTimeout = 30 * time.Second
 
 type listOptions struct {
 	public, json, verbose bool
@@ -182,32 +179,27 @@ func runList(ctx context.Context, g *globals, o *listOptions, args []string, out
 		log.Flush()
 	}
 	defer log.Flush() // the list comes before what was looked at for it
-	b := openBackend(c, nil, nil, paths.StateDir(), token.KnownRead, output.NewLog(log, level))
-	defer b.stop()
-	ctx, cancel := context.WithTimeout(ctx, lookTimeout)
+	ctx, cancel := context.WithTimeout(ctx, backend.LookTimeout)
 	defer cancel()
-	settled := true
-	select {
-	case <-b.store.Settled():
-	case <-ctx.Done():
-		settled = false // the others are none the worse for it
-	}
+	b := backend.Look(ctx, c, backend.Options{Log: output.NewLog(log, level)})
+	defer b.Close()
+	settled := b.Settled()
 
 	sel := token.NewSelector(uri)
 	if len(args) > 0 && settled {
-		if _, err := b.store.Select(ctx, sel); err != nil {
-			if _, ok := errors.AsType[*token.AmbiguousError](err); ok || !matchesToken(b.store, uri) && !slices.ContainsFunc(b.store.Away(), sel.Match) {
-				return named.WithSuggestions(err, b.store, uri)
+		if _, err := b.Store.Select(ctx, sel); err != nil {
+			if _, ok := errors.AsType[*token.AmbiguousError](err); ok || !matchesToken(b.Store, uri) && !slices.ContainsFunc(b.Store.Away(), sel.Match) {
+				return named.WithSuggestions(err, b.Store, uri)
 			}
 		}
 	}
-	l := collect(c, b.store, sel, len(args) > 0)
+	l := collect(c, b.Store, sel, len(args) > 0)
 	if len(args) > 0 {
-		noteUncertain(stderr, b.store, sel)
+		noteUncertain(stderr, b.Store, sel)
 	}
 	for i, m := range l.Modules {
 		if !settled && !m.Running && m.Error == "" {
-			l.Modules[i].Error = fmt.Sprintf("it has not answered within %v", lookTimeout)
+			l.Modules[i].Error = fmt.Sprintf("it has not answered within %v", backend.LookTimeout)
 		}
 	}
 	switch {
@@ -222,7 +214,7 @@ func runList(ctx context.Context, g *globals, o *listOptions, args []string, out
 		return err
 	}
 	if !slices.ContainsFunc(l.Tokens, func(t listedToken) bool { return t.Present }) {
-		for _, step := range firstSteps(b.store.Modules()) {
+		for _, step := range firstSteps(b.Store.Modules()) {
 			fmt.Fprintf(stderr, "next: %s\n", step)
 		}
 	}
@@ -297,7 +289,7 @@ func collect(c *config.File, store *token.Store, sel *token.Selector, onlyNamed 
 				lk := listedKey{
 					URI: k.URI(), Name: name(k), Label: k.Label(), Type: pub.Type(), Bits: bits(k),
 					Fingerprint: ssh.FingerprintSHA256(pub), EachUse: k.AlwaysAuthenticate(),
-					PublicKey: strings.TrimSpace(string(ssh.MarshalAuthorizedKey(pub))), comment: listedAs(k),
+					PublicKey: strings.TrimSpace(string(ssh.MarshalAuthorizedKey(pub))), comment: backend.Comment(k),
 				}
 				lk.Offered, lk.Reason = offered(k, auto, t.Shadowed)
 				if lk.Offered && !present {

@@ -15,6 +15,7 @@ import (
 
 	"github.com/spf13/cobra"
 
+	"p11-agent/cmd/p11-agent/backend"
 	"p11-agent/cmd/p11-agent/exit"
 	"p11-agent/cmd/p11-agent/output"
 	"p11-agent/pinentry"
@@ -32,7 +33,7 @@ func main() {
 	if err := undumpable.Enforce(); err != nil {
 		os.Exit(exitCode(err, os.Stderr))
 	}
-	if len(os.Args) > 1 && os.Args[1] == moduleCommand {
+	if len(os.Args) > 1 && os.Args[1] == backend.ModuleCommand {
 		// What lives in a module process is a fraction of the 4 MiB that its heap is
 		// let grow to before garbage is collected. Now it is 2 MiB.
 		debug.SetGCPercent(50)

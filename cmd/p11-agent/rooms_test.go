@@ -57,6 +57,14 @@ const leaf = "pinentry/plain"
 // rooms is the import table of docs/ARCHITECTURE.md.
 var rooms = []room{
 	{"cmd/p11-agent", nil, "it wires every room"},
+	{
+		"cmd/p11-agent/backend",
+		[]string{
+			"agent", "agent/request", "cmd/p11-agent/config", "cmd/p11-agent/paths", "cmd/p11-agent/status",
+			"pinentry/plain", "pinentry/secret", "token", "token/registry", "token/wire",
+		},
+		"modules run without prompts, and without the SSH protocol",
+	},
 	{"cmd/p11-agent/exit", []string{}, "a leaf: an exit code is decided without knowing the command"},
 	{"cmd/p11-agent/paths", []string{xsys}, "a leaf: where files are is decided without reading them"},
 	{

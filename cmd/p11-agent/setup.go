@@ -17,13 +17,13 @@ import (
 
 	"github.com/spf13/cobra"
 
+	"p11-agent/cmd/p11-agent/backend"
 	"p11-agent/cmd/p11-agent/config"
 	"p11-agent/cmd/p11-agent/exit"
 	"p11-agent/cmd/p11-agent/output"
 	"p11-agent/cmd/p11-agent/paths"
 	"p11-agent/cmd/p11-agent/status"
 	"p11-agent/pinentry/plain"
-	"p11-agent/token"
 )
 
 type setupOptions struct {
@@ -61,7 +61,7 @@ type setup struct {
 	out, stderr io.Writer
 	log         *slog.Logger
 	ask         *dialog // nil: it only tells
-	b           *backend
+	b           *backend.Modules
 	making      *progress // of a key
 
 	plan  *choice  // the key to use
@@ -115,7 +115,7 @@ func (s *setup) close() {
 		_ = s.agent.Close()
 	}
 	if s.b != nil {
-		s.b.stop()
+		s.b.Close()
 	}
 }
 
@@ -181,16 +181,12 @@ func (s *setup) trouble(err error) {
 // look looks at all modules, those too that have just been installed.
 func (s *setup) look(ctx context.Context) {
 	if s.b != nil {
-		s.b.stop()
+		s.b.Close()
 	}
-	s.b = openBackend(s.config, newAsker(s.config, os.Getenv, os.Environ(), s.log), nil, paths.StateDir(), token.KnownRead, s.log,
-		func(opts *token.Options) { opts.Generating = s.making.begin })
-	ctx, cancel := context.WithTimeout(ctx, lookTimeout)
-	defer cancel()
-	select {
-	case <-s.b.store.Settled():
-	case <-ctx.Done(): // the module that does not answer may be another one
-	}
+	// A module that does not answer may be another one than that of the token.
+	s.b = backend.Look(ctx, s.config, backend.Options{
+		Log: s.log, PINs: newAsker(s.config, os.Getenv, os.Environ(), s.log), Generating: s.making.begin,
+	})
 }
 
 // finish says what comes next.
@@ -248,10 +244,10 @@ func describeKey(e exported) string {
 
 // keysNow returns the keys that the agent offers, as they are exported.
 func (s *setup) keysNow() []exported {
-	keys, err := exportable(s.config, s.b.store, nil)
+	keys, err := exportable(s.config, s.b.Store, nil)
 	if err != nil {
 		return nil // there is none
 	}
 	// One that is remembered only can be used once its token is back.
-	return slices.DeleteFunc(keys, func(e exported) bool { return !slices.Contains(s.b.store.Keys(), e.key) })
+	return slices.DeleteFunc(keys, func(e exported) bool { return !slices.Contains(s.b.Store.Keys(), e.key) })
 }

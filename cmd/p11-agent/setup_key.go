@@ -72,7 +72,7 @@ func (s *setup) chooseKey(ctx context.Context) error {
 		}
 		if s.ask == nil {
 			if len(keys) == 0 {
-				texts = append(texts, firstSteps(s.b.store.Modules())[0])
+				texts = append(texts, firstSteps(s.b.Store.Modules())[0])
 			}
 			s.toDo(title, "one of these:")
 			for _, text := range texts {
@@ -81,7 +81,7 @@ func (s *setup) chooseKey(ctx context.Context) error {
 			return nil
 		}
 		if len(keys) == 0 {
-			texts = append(texts, "look again: "+firstSteps(s.b.store.Modules())[0]+" before you choose this")
+			texts = append(texts, "look again: "+firstSteps(s.b.Store.Modules())[0]+" before you choose this")
 		}
 		n, err := s.ask.choose(ctx, "  Which one?", texts)
 		switch {
@@ -116,7 +116,7 @@ func (s *setup) use(e exported) {
 // troubles tells of tokens that cannot be used, or whose keys other programs make: this is
 // why there may be no key.
 func (s *setup) troubles() {
-	for _, m := range s.b.store.Modules() {
+	for _, m := range s.b.Store.Modules() {
 		for _, t := range m.Away {
 			s.say("  token %q has %s, and is not there: insert it", plain.Line(t.ID.Label), output.Count(len(t.Keys), "key"))
 		}
@@ -127,7 +127,7 @@ func (s *setup) troubles() {
 		}
 	}
 	r := new(report)
-	findTokens(r, s.b.store.Modules())
+	findTokens(r, s.b.Store.Modules())
 	for _, f := range r.findings {
 		if f.level == levelProblem {
 			s.say("  %s: %s", f.level, f.text)
@@ -148,7 +148,7 @@ func keyChoices(keys []exported) (all []choice) {
 // newKeyChoices are the ways to a new key.
 func (s *setup) newKeyChoices() (all []choice) {
 	var soft, tpm *token.ModuleStatus
-	for _, m := range s.b.store.Modules() {
+	for _, m := range s.b.Store.Modules() {
 		switch wellknown.KindOf(m.Path) {
 		case wellknown.SoftHSM:
 			soft = &m
@@ -167,7 +167,7 @@ func (s *setup) newKeyChoices() (all []choice) {
 	if tpm != nil {
 		all = append(all, choice{text: "make a token and a key in the TPM of this machine", module: tpm.Name})
 	}
-	off := slices.ContainsFunc(slices.Concat(s.b.skipped, s.b.broken), func(m registry.Module) bool {
+	off := slices.ContainsFunc(slices.Concat(s.b.Skipped, s.b.Broken), func(m registry.Module) bool {
 		return wellknown.KindOf(m.Settings["module"].Value) == wellknown.SoftHSM
 	})
 	if c, ok := softHSMChoice(soft); ok && (soft != nil || !off) {
@@ -238,7 +238,7 @@ func (s *setup) prepare(ctx context.Context, c *choice) (bool, error) {
 		return true, nil
 	}
 	s.look(ctx)
-	for _, m := range s.b.store.Modules() {
+	for _, m := range s.b.Store.Modules() {
 		if wellknown.KindOf(m.Path) == wellknown.SoftHSM {
 			c.module = m.Name
 			return m.Err == nil, m.Err
@@ -306,13 +306,13 @@ func (s *setup) makeWithPIN(ctx context.Context) error {
 		uri = s.plan.on.URI
 	} else {
 		label := s.freeLabel()
-		if uri, err = s.b.store.NewToken(ctx, s.plan.module, label, pin); err != nil {
+		if uri, err = s.b.Store.NewToken(ctx, s.plan.module, label, pin); err != nil {
 			return err
 		}
 		s.changed = true
 		s.say("  made the token %q", label)
 		// A second try is about this one.
-		for _, m := range s.b.store.Modules() {
+		for _, m := range s.b.Store.Modules() {
 			for _, t := range m.Tokens {
 				if t.URI == uri {
 					s.plan.on = &t
@@ -326,7 +326,7 @@ func (s *setup) makeWithPIN(ctx context.Context) error {
 	}
 	label := setupLabel
 	u.Object = &label
-	k, err := s.b.store.Generate((&request.Caller{Peer: peer.Self()}).Context(ctx), u, setupKind, pin)
+	k, err := s.b.Store.Generate((&request.Caller{Peer: peer.Self()}).Context(ctx), u, setupKind, pin)
 	//nolint:errorlint // wrapped, it says what became of the key
 	if err == context.Canceled {
 		return errInterrupted
@@ -343,7 +343,7 @@ func (s *setup) makeWithPIN(ctx context.Context) error {
 	}
 	s.say("  made %s", describeKey(s.key))
 	// The card is the agent's from here on.
-	s.b.stop()
+	s.b.Close()
 	s.b = nil
 	s.logIn(ctx, pin)
 	return nil
@@ -356,7 +356,7 @@ func (s *setup) take(k *token.Key) error {
 	if err != nil {
 		return err
 	}
-	keys, err := exportable(s.config, s.b.store, []*pkcs11uri.URI{u})
+	keys, err := exportable(s.config, s.b.Store, []*pkcs11uri.URI{u})
 	if err != nil {
 		return err
 	}
@@ -375,7 +375,7 @@ func (s *setup) take(k *token.Key) error {
 // freeLabel returns a label that no token has which is there.
 func (s *setup) freeLabel() string {
 	var taken []string
-	for _, m := range s.b.store.Modules() {
+	for _, m := range s.b.Store.Modules() {
 		for _, t := range m.Tokens {
 			taken = append(taken, t.ID.Label)
 		}

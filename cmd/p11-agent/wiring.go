@@ -5,330 +5,19 @@ import (
 	"context"
 	"errors"
 	"fmt"
-	"log/slog"
-	"os"
-	"path/filepath"
-	"slices"
-	"strconv"
 	"strings"
-	"sync/atomic"
 	"time"
 
 	"p11-agent/agent"
 	"p11-agent/agent/request"
-	"p11-agent/cmd/p11-agent/config"
 	"p11-agent/cmd/p11-agent/output"
-	"p11-agent/cmd/p11-agent/status"
 	"p11-agent/pinentry"
 	"p11-agent/pinentry/plain"
 	"p11-agent/pinentry/secret"
 	"p11-agent/pinentry/waiting"
 	"p11-agent/token"
-	"p11-agent/token/registry"
 	"p11-agent/token/wire"
 )
-
-// moduleCommand is the hidden subcommand that becomes a module process.
-const moduleCommand = "module-process"
-
-// modules returns the modules to run: those of the configuration first, then
-// those of p11-kit's registry in its order.
-func modules(c *config.File, log *slog.Logger) (specs []token.ModuleSpec, bridges []*registry.Bridge, skipped, broken []registry.Module) {
-	reg := registry.Load(registry.Options{
-		Dirs: registry.DefaultDirs(os.LookupEnv, os.Geteuid()), Program: registry.Program, Log: log,
-		ServerAddresses: c.ServerAddresses(),
-	})
-	for _, w := range reg.Warnings {
-		log.Warn("module configuration", "problem", w.String())
-	}
-	if reg.NoUser != "" {
-		// Where it is a mistake there was a warning.
-		log.Debug("the user's own module configuration is not used", "reason", reg.NoUser)
-	}
-	settings := make(map[string]config.ModuleTable)
-	for _, m := range c.Modules {
-		settings[m.ModuleName()] = m
-		if m.Path != "" && (m.Enabled == nil || *m.Enabled) {
-			spec := token.ModuleSpec{Name: m.ModuleName(), Path: m.Path}
-			m.Configure(&spec)
-			if address := cmp.Or(m.Env[registry.ServerVariable], os.Getenv(registry.ServerVariable)); strings.HasPrefix(filepath.Base(m.Path), "p11-kit-client") {
-				spec.Cause = func(ctx context.Context) string { return registry.ServerCause(ctx, address) }
-				spec.Empty = spec.Cause
-			}
-			specs = append(specs, spec)
-		}
-	}
-	for _, m := range reg.Modules {
-		set, named := settings[m.Name]
-		delete(settings, m.Name)
-		switch {
-		case named && set.Path != "":
-			continue // the configuration's own module of this name
-		case named && set.Enabled != nil && !*set.Enabled:
-			m.Skip = "it is switched off in " + c.Path()
-		}
-		if m.Skip != "" {
-			log.Debug("module is not started", "module", m.Name, "reason", m.Skip)
-			skipped = append(skipped, m)
-			continue
-		}
-		spec := token.ModuleSpec{Name: m.Name, Path: m.Path, InitArgs: m.InitArgs}
-		set.Configure(&spec)
-		// p11-kit's remoting serves one call after the other.
-		spec.Poll = m.Remote.Address != "" || len(m.Remote.Command) > 0
-		switch {
-		case m.Remote.Address != "":
-			address := m.Remote.Address
-			spec.Env = append(spec.Env, registry.ServerVariable+"="+address)
-			spec.Cause = func(ctx context.Context) string { return registry.ServerCause(ctx, address) }
-			spec.Empty = spec.Cause // p11-kit-client.so says that it works, and shows nothing
-		case len(m.Remote.Command) > 0:
-			b, err := registry.NewBridge(registry.BridgeOptions{
-				Command: m.Remote.Command,
-				Env:     registry.Environment(os.Environ(), set.Environ()),
-				Log:     log.With("module", m.Name),
-			})
-			if err != nil {
-				// As with every module, the others are none the worse for it. It
-				// is not started: without an address it would connect to whatever
-				// server this user has.
-				log.Warn("remote module cannot be used", "module", m.Name, "reason", err)
-				m.Skip = err.Error()
-				broken = append(broken, m)
-				continue
-			}
-			bridges = append(bridges, b)
-			spec.Env = append(spec.Env, registry.ServerVariable+"="+b.Address())
-			spec.Cause = b.Cause
-		}
-		specs = append(specs, spec)
-	}
-	for _, m := range c.UnknownModules(reg) {
-		log.Warn("the configuration changes a module that is not registered", "module", m.Name, "hint", m.Hint)
-	}
-	return specs, bridges, skipped, broken
-}
-
-// backend is what stands behind the keyring: the tokens and what they need.
-type backend struct {
-	store   *token.Store
-	skipped []registry.Module // on purpose
-	broken  []registry.Module // could not be started
-	stop    func()
-}
-
-// openBackend starts the modules. It is ended by stop. What goes wrong with one
-// module costs that module only. more changes the options of the Store.
-func openBackend(c *config.File, asker token.PINAsker, working func(context.Context, *token.Key) func(), state string, known token.KnownKeys, log *slog.Logger, more ...func(*token.Options)) *backend {
-	specs, bridges, skipped, broken := modules(c, log)
-	ctx, cancel := context.WithCancel(context.Background())
-	served := make(chan struct{}, len(bridges))
-	for _, b := range bridges {
-		go func() {
-			if err := b.Serve(ctx); err != nil {
-				log.Error("remote module", "reason", err)
-			}
-			served <- struct{}{}
-		}()
-	}
-	opts := token.Options{
-		Modules:    specs,
-		Command:    []string{"/proc/self/exe", moduleCommand},
-		PINs:       asker,
-		Sources:    c.PINSources(),
-		Homes:      c.URIs(),
-		PublicKeys: c.PublicKeys(),
-		Policy:     c.Policy(),
-		Working:    working,
-		StateDir:   state,
-		Known:      c.KnownKeys(known),
-		Log:        log,
-	}
-	for _, change := range more {
-		change(&opts)
-	}
-	store := token.Open(opts)
-	return &backend{store: store, skipped: skipped, broken: broken, stop: func() {
-		_ = store.Close() // never fails
-		cancel()
-		for range bridges {
-			<-served
-		}
-	}}
-}
-
-// tokens shows a token.Store to the keyring, which knows nothing of PKCS#11.
-type tokens struct {
-	store *token.Store
-	allow token.AllowList
-	seen  atomic.Pointer[keyList]
-}
-
-// keyList is the keys of one generation.
-type keyList struct {
-	generation uint64
-	keys, away []request.Key
-}
-
-var _ agent.Tokens = (*tokens)(nil)
-
-func (t *tokens) list() *keyList {
-	generation := t.store.Generation()
-	if l := t.seen.Load(); l != nil && l.generation == generation {
-		return l
-	}
-	l := &keyList{generation: generation, keys: agentKeys(t.store.Keys()), away: agentKeys(t.store.Away())}
-	t.seen.Store(l)
-	return l
-}
-
-func agentKeys(keys []*token.Key) []request.Key {
-	all := make([]request.Key, len(keys))
-	for i, k := range keys {
-		all[i] = k
-	}
-	return all
-}
-
-func (t *tokens) Keys() []request.Key                 { return t.list().keys }
-func (t *tokens) Away() []request.Key                 { return t.list().away }
-func (t *tokens) Generation() uint64                  { return t.store.Generation() }
-func (t *tokens) Changed() <-chan struct{}            { return t.store.Changed() }
-func (t *tokens) Settled() <-chan struct{}            { return t.store.Settled() }
-func (t *tokens) Poke()                               { t.store.Poke() }
-func (t *tokens) Rescan(ctx context.Context) error    { return t.store.Rescan(ctx) }
-func (t *tokens) LogoutAll(ctx context.Context) error { return t.store.LogoutAll(ctx) }
-
-func (t *tokens) LogoutOf(ctx context.Context, chosen func([]request.Key) bool) error {
-	return t.store.LogoutOf(ctx, func(keys []*token.Key) bool { return chosen(agentKeys(keys)) })
-}
-
-func (t *tokens) Parse(provider []byte, remote bool) (request.Selection, error) {
-	parse := func() (*token.Selector, error) { return token.ParseProvider(provider, t.allow) }
-	if remote {
-		parse = func() (*token.Selector, error) { return token.ParseRemoteProvider(provider) }
-	}
-	s, err := parse()
-	if err != nil {
-		return nil, err
-	}
-	return config.KeySelection{Selector: s}, nil
-}
-
-func (t *tokens) Select(ctx context.Context, s request.Selection, reached func(request.Key) bool, pin *secret.Secret) (all []request.Key, taken bool, err error) {
-	sel := s.(config.KeySelection) //nolint:forcetypeassert // Parse makes no other
-	keys, err := t.store.SelectOf(ctx, sel.Selector, func(k *token.Key) bool { return reached(k) })
-	if err != nil {
-		return nil, false, err
-	}
-	if u := sel.URI(); u != nil {
-		if err := t.store.AddSource(u, keys); err != nil {
-			return nil, false, err
-		}
-	}
-	if taken, err = t.store.Login(ctx, sel.Selector, keys, pin); err != nil {
-		return nil, false, err
-	}
-	if slices.ContainsFunc(keys, (*token.Key).Hidden) {
-		// The login may have shown that some of them are not meant.
-		if keys, err = t.store.SelectOf(ctx, sel.Selector, func(k *token.Key) bool { return reached(k) }); err != nil {
-			return nil, false, err
-		}
-	}
-	return agentKeys(keys), taken, nil
-}
-
-// tellsItself is in the context of a login whose client tells the person by itself to
-// type the PIN on the reader.
-type tellsItself struct{}
-
-var errOnlyURI = errors.New("a token is named by its URI here")
-
-func (t *tokens) Login(ctx context.Context, s request.Selection, pin *secret.Secret) (answer request.LoginAnswer, err error) {
-	sel, ok := s.(config.KeySelection)
-	if !ok || sel.URI() == nil {
-		return answer, errOnlyURI
-	}
-	// Those that are used, of tokens that are seen through several modules.
-	keys := slices.DeleteFunc(slices.Clone(t.store.Keys()), func(k *token.Key) bool { return !sel.Selector.Match(k) })
-	if len(keys) == 0 {
-		if keys, err = t.store.Select(ctx, sel.Selector); err != nil {
-			return answer, err
-		}
-	}
-	for _, k := range keys[1:] {
-		if k.Token() != keys[0].Token() {
-			return answer, fmt.Errorf("a PIN is for one token, and %s and %s are meant: name one of them by its URI", keys[0].TokenName(), k.TokenName())
-		}
-	}
-	st, _ := t.status(keys[0])
-	if st.LoggedIn || st.Flags&wire.CKFLoginRequired == 0 {
-		answer.Already, answer.Tries = true, string(status.PINOf(st.Tries))
-		return answer, nil
-	}
-	// A PIN that comes along is for a module that the person was not told of.
-	if err := token.CheckHome(sel.Selector, keys[0]); err != nil {
-		return answer, err
-	}
-	ctx = context.WithValue(ctx, tellsItself{}, true)
-	if pin.Len() == 0 {
-		err = t.store.LoginAsk(ctx, keys[:1])
-	} else {
-		_, err = t.store.Login(ctx, sel.Selector, keys[:1], pin)
-	}
-	st, _ = t.status(keys[0])
-	answer.Tries = string(status.PINOf(st.Tries))
-	if e, ok := errors.AsType[*token.PINError](err); ok {
-		answer.Tries = string(status.PINOf(e.Tries))
-	}
-	return answer, err
-}
-
-// status returns that of the token of a key.
-func (t *tokens) status(k *token.Key) (token.TokenStatus, bool) {
-	for _, m := range t.store.Modules() {
-		for _, st := range slices.Concat(m.Tokens, m.Away) {
-			if m.Name == k.Module() && st.ID == k.Token() {
-				return st, true
-			}
-		}
-	}
-	return token.TokenStatus{}, false
-}
-
-func (t *tokens) Logout(ctx context.Context, s request.Selection) error {
-	sel, ok := s.(config.KeySelection)
-	if !ok || sel.URI() == nil {
-		return errOnlyURI
-	}
-	return t.store.Logout(ctx, sel.Selector)
-}
-
-func (t *tokens) Drop(s request.Selection) {
-	if sel, ok := s.(config.KeySelection); ok && sel.URI() != nil {
-		t.store.RemoveSource(sel.URI())
-	}
-}
-
-// listedAs returns the comment that ssh-add -l shows for a key without a configured name:
-// its URI, which has no blanks, and the label after it.
-func listedAs(k request.Key) string {
-	key, ok := k.(*token.Key)
-	if !ok || key.PublicLabel() == "" {
-		return k.URI()
-	}
-	return key.URI() + " " + listedLabel(key.PublicLabel())
-}
-
-// listedLabel shows the label of a key in the comment of an identity. A label that could
-// pass for another URI is quoted.
-func listedLabel(label string) string {
-	shown := plain.Name(label, maxNamed)
-	if strings.Contains(strings.ToLower(shown), "pkcs11:") && shown[0] != '"' {
-		return strconv.Quote(shown)
-	}
-	return shown
-}
 
 var (
 	_ token.PINAsker = (*asker)(nil)
@@ -337,6 +26,16 @@ var (
 	_ agent.Confirmer   = (*asker)(nil)
 	_ agent.Inserter    = (*asker)(nil)
 )
+
+// tellsItself is in the context of a login whose client tells the person to type the PIN
+// on the reader.
+type tellsItself struct{}
+
+// clientTells marks the context of a login whose client tells the person to type the PIN
+// on the reader: the agent shows no notice.
+func clientTells(ctx context.Context) context.Context {
+	return context.WithValue(ctx, tellsItself{}, true)
+}
 
 // Ask opens a dialogue about one token.
 func (a *asker) Ask(ctx context.Context, about token.PINRequest) (token.PINDialogue, error) {
