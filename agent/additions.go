@@ -158,8 +158,8 @@ func (k *Keyring) paidFor(keys []request.Key) {
 // asksPIN tells whether a signature that begins now would have a person give a PIN,
 // wherever it is made.
 func (id *identity) asksPIN() bool {
-	return len(id.homes) > 0 && id.software == nil &&
-		!slices.ContainsFunc(id.homes, func(key request.Key) bool { return !key.AsksPIN() })
+	return len(id.Homes) > 0 && id.software == nil &&
+		!slices.ContainsFunc(id.Homes, func(key request.Key) bool { return !key.AsksPIN() })
 }
 
 // liftLocked has the addition cover a key no more. The addition goes when it covers
@@ -196,7 +196,7 @@ func (k *Keyring) replaceLocked(a *addition) {
 func (k *Keyring) expireLocked() {
 	now := time.Now()
 	for _, s := range k.software.expire(now) {
-		k.softwareChangedLocked(s.wire)
+		k.softwareChangedLocked(s.ID)
 	}
 	for _, a := range slices.Clone(k.added) {
 		if !over(a.limits.expires, now) {

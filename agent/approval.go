@@ -7,6 +7,7 @@ import (
 	"encoding/binary"
 	"errors"
 	"fmt"
+	"log/slog"
 	"slices"
 	"strings"
 	"sync"
@@ -19,6 +20,7 @@ import (
 	"p11-agent/agent/request"
 	"p11-agent/pinentry"
 	"p11-agent/pinentry/plain"
+	"p11-agent/pinentry/waiting"
 )
 
 // A Confirm says when a person is asked before a key signs. Its texts are what the
@@ -312,7 +314,7 @@ const maxApprovals = 1024
 // approvals are what persons have allowed for longer than once. The zero value is
 // ready to use.
 type approvals struct {
-	asking shared[Answer] // by sameness
+	asking waiting.Group[Answer] // by sameness
 
 	mu sync.Mutex
 	// generation counts how often some were forgotten: a yes to a question from
@@ -336,8 +338,8 @@ type keptApproval struct {
 
 // insertionsOf counts how often the tokens of an identity have appeared, all
 // together.
-func insertionsOf(id *identity) (n uint64) {
-	for _, key := range id.homes {
+func insertionsOf(t *request.Target) (n uint64) {
+	for _, key := range t.Homes {
 		n += key.Insertions()
 	}
 	return n
@@ -357,14 +359,14 @@ func (r Remember) over(running, wall time.Duration) bool {
 
 // has tells whether there is a yes. It ends when a token of the identity is put
 // in again.
-func (a *approvals) has(name string, id *identity) bool {
+func (a *approvals) has(name string, t *request.Target) bool {
 	a.mu.Lock()
 	defer a.mu.Unlock()
 	kept, ok := a.kept[name]
 	if !ok {
 		return false
 	}
-	insertions := insertionsOf(id)
+	insertions := insertionsOf(t)
 	if kept.away && insertions == kept.insertions+1 {
 		kept.away, kept.insertions = false, insertions
 		a.kept[name] = kept
@@ -383,7 +385,7 @@ func (a *approvals) now() (generation uint64) {
 }
 
 // keep remembers a yes that was asked for in a generation.
-func (a *approvals) keep(name string, id *identity, u *request.Use, lasts Remember, generation uint64) {
+func (a *approvals) keep(name string, t *request.Target, u *request.Use, lasts Remember, generation uint64) {
 	a.mu.Lock()
 	defer a.mu.Unlock()
 	if generation != a.generation {
@@ -407,10 +409,10 @@ func (a *approvals) keep(name string, id *identity, u *request.Use, lasts Rememb
 		}
 	}
 	a.kept[name] = keptApproval{
-		wire: id.wire, homes: id.homes, insertions: insertionsOf(id), since: now, lasts: lasts,
-		away: len(id.homes) > 0 && !slices.ContainsFunc(id.homes, request.Key.Present),
+		wire: t.ID, homes: t.Homes, insertions: insertionsOf(t), since: now, lasts: lasts,
+		away: len(t.Homes) > 0 && !slices.ContainsFunc(t.Homes, request.Key.Present),
 		status: ApprovalStatus{
-			Fingerprint: id.fingerprint, Comment: plain.LineWithin(id.comment, request.MaxField), What: plain.LineWithin(u.What(), request.MaxReason),
+			Fingerprint: t.Fingerprint, Comment: plain.LineWithin(t.Comment, request.MaxField), What: plain.LineWithin(u.What(), request.MaxReason),
 			Forwarding: plain.LineWithin(u.Forwarding(), request.MaxField), Client: u.Caller.Who(), Since: now,
 		},
 	}
@@ -464,89 +466,108 @@ func (a *approvals) forgetIdentity(wire string) {
 	a.forget(func(kept keptApproval) bool { return kept.wire == wire })
 }
 
-// ForgetApprovals makes a person be asked again about the keys that of says, and
-// about those on no token if it says so of nil.
-func (k *Keyring) ForgetApprovals(of func(request.Key) bool) {
-	k.approvals.forget(func(kept keptApproval) bool {
-		if len(kept.homes) == 0 {
-			return of(nil)
-		}
-		return slices.ContainsFunc(kept.homes, of)
-	})
-}
-
-// decide applies the configuration to a use: for a key on several tokens the
-// strictest word counts.
-func (k *Keyring) decide(u *request.Use, id *identity) decision {
-	k.mu.Lock()
-	approval := k.opts.Approval
-	k.mu.Unlock()
-	if approval == nil {
+// decide applies the configuration to a use. For a key on several tokens the strictest
+// policy counts.
+func decide(u *request.Use, t *request.Target, policy func(request.Key) Approval) decision {
+	if policy == nil {
 		return decision{confirm: ConfirmNever}
 	}
 	of := func(key request.Key) decision {
-		a := approval(key)
-		return a.decide(u)
+		p := policy(key)
+		return p.decide(u)
 	}
-	if len(id.homes) == 0 {
+	if len(t.Homes) == 0 {
 		return of(nil)
 	}
-	d := of(id.homes[0])
-	for _, home := range id.homes[1:] {
+	d := of(t.Homes[0])
+	for _, home := range t.Homes[1:] {
 		d = d.stricter(of(home))
 	}
 	return d
 }
 
-// approve has a person asked where the constraints, the socket or the
-// configuration want it. The error says why the use is refused.
-func (k *Keyring) approve(ctx context.Context, u *request.Use, id *identity) error {
-	d := k.decide(u, id)
+// An Approver decides whether a key may be used. It asks a person where a policy, a
+// socket or a constraint says so, and remembers the answers. All methods may be called
+// from any goroutine.
+type Approver struct {
+	// Confirm asks a person; nil: there is no way to ask.
+	Confirm Confirmer
+	// Questions decides whether a person may be asked.
+	Questions *Questions
+	// Log gets a line for each answer that lasts.
+	Log *slog.Logger
+
+	kept approvals
+}
+
+// Approve returns nil if the key may be used. Otherwise the error says why not. policy
+// returns the policy of each key of a token, and for nil that of a key on no token; nil
+// never asks. each says why a person is asked for each use; empty: only if the socket or
+// the policy wants that. Approve waits for the person as long as ctx lasts.
+func (a *Approver) Approve(ctx context.Context, u *request.Use, t *request.Target, policy func(request.Key) Approval, each string) error {
+	d := decide(u, t, policy)
 	if d.confirm == ConfirmDeny {
 		return &DeniedError{Why: d.why()}
 	}
-	// These mean each use.
-	why := ""
+	why := each
 	switch socket := u.Caller.Socket; {
-	case id.limits.confirm:
-		why = "ssh-add -c, with which the key was added"
+	case why != "":
 	case socket != nil && socket.Confirm:
 		why = "confirm = true of the socket " + socket.Name
 	case u.Unlimited && !u.PINPays:
-		return k.approveLoss(ctx, u, id)
+		return a.ApproveLoss(ctx, u, t)
 	case d.confirm == ConfirmNever:
 		return nil
 	}
-	r := Question{Use: u, Key: id.home(), KeyFingerprint: k.fingerprint(id.plain), Why: cmp.Or(why, d.why())}
-	name, ok := sameness(u, id.wire)
+	name, ok := sameness(u, t.ID)
 	if why != "" || !ok {
-		return k.ask(ctx, r).error()
+		return a.ask(ctx, Question{Use: u, Key: t.Home(), KeyFingerprint: t.Fingerprint, Why: cmp.Or(why, d.why())}).error()
 	}
-	if k.approvals.has(name, id) {
+	return a.askOnce(ctx, u, t, d, name)
+}
+
+// askOnce asks a person unless an earlier answer counts. Requests of the same name share
+// one question.
+func (a *Approver) askOnce(ctx context.Context, u *request.Use, t *request.Target, d decision, name string) error {
+	if a.kept.has(name, t) {
 		return nil
 	}
-	r.Plain, r.Offer = d.plain, true
-	answer, err := k.approvals.asking.do(ctx, name, func(ctx context.Context) (Answer, error) {
-		if k.approvals.has(name, id) {
+	answer, err := a.kept.asking.Do(ctx, name, func(ctx context.Context) (Answer, error) {
+		if a.kept.has(name, t) {
 			return Answer{Allowed: true}, nil
 		}
-		generation := k.approvals.now()
-		a := k.ask(ctx, r)
-		if a.Allowed && a.For != Once {
-			k.approvals.keep(name, id, u, a.For, generation)
-			k.log.Info("allowed for longer", "result", string(ResultOK), "key", r.KeyFingerprint, "comment", u.Comment, "what", u.Content.String(),
-				"lasts", a.For.String(), "client", u.Caller.Who().String(), "forwarded", u.Caller.Forwarded)
+		generation := a.kept.now()
+		said := a.ask(ctx, Question{Use: u, Key: t.Home(), KeyFingerprint: t.Fingerprint, Why: d.why(), Plain: d.plain, Offer: true})
+		if said.Allowed && said.For != Once {
+			a.kept.keep(name, t, u, said.For, generation)
+			a.Log.Info("allowed for longer", "result", "ok", "key", t.Fingerprint, "comment", u.Comment, "what", u.Content.String(),
+				"lasts", said.For.String(), "client", u.Caller.Who().String(), "forwarded", u.Caller.Forwarded)
 		}
-		return a.Answer, a.err
+		return said.Answer, said.err
 	})
 	return asked{answer, err}.error()
 }
 
-// approveLoss has a person asked whether a key may be used without limits that it had.
-func (k *Keyring) approveLoss(ctx context.Context, u *request.Use, id *identity) error {
+// ApproveLoss asks a person whether a key may be used without the limits that it had
+// before it was removed.
+func (a *Approver) ApproveLoss(ctx context.Context, u *request.Use, t *request.Target) error {
 	const why = "the limits that the key had before it was removed"
-	return k.ask(ctx, Question{Use: u, Key: id.home(), KeyFingerprint: k.fingerprint(u.Key), Why: why}).error()
+	return a.ask(ctx, Question{Use: u, Key: t.Home(), KeyFingerprint: t.Fingerprint, Why: why}).error()
 }
+
+// Remembered returns the answers that still count, the newest first.
+func (a *Approver) Remembered() []ApprovalStatus { return a.kept.list() }
+
+// Forget forgets the answers about keys with these homes, if of returns true for them.
+func (a *Approver) Forget(of func(homes []request.Key) bool) {
+	a.kept.forget(func(kept keptApproval) bool { return of(kept.homes) })
+}
+
+// ForgetKey forgets the answers about the key with this Target.ID.
+func (a *Approver) ForgetKey(id string) { a.kept.forgetIdentity(id) }
+
+// ForgetAll forgets all answers.
+func (a *Approver) ForgetAll() { a.kept.forgetAll() }
 
 // asked is what came of a question.
 type asked struct {
@@ -565,13 +586,13 @@ func (a asked) error() error {
 }
 
 // ask asks a person.
-func (k *Keyring) ask(ctx context.Context, r Question) asked {
-	if k.opts.Confirm == nil {
+func (a *Approver) ask(ctx context.Context, q Question) asked {
+	if a.Confirm == nil {
 		return asked{err: errNobody}
 	}
 	var answer Answer
-	err := k.opts.Questions.Ask(ctx, r.KeyFingerprint, true, func(ctx context.Context) (_ Outcome, err error) {
-		answer, err = k.opts.Confirm.Confirm(ctx, r)
+	err := a.Questions.Ask(ctx, q.KeyFingerprint, true, func(ctx context.Context) (_ Outcome, err error) {
+		answer, err = a.Confirm.Confirm(ctx, q)
 		return outcomeOf(answer.Allowed, err), err
 	})
 	if err != nil {

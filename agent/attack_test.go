@@ -409,7 +409,7 @@ func (w *walls) state(t *testing.T) map[string]string {
 		all["agent"] = "locked"
 	}
 	for _, id := range w.now().identities {
-		all[id.comment] += fmt.Sprintf(", listed with %+v", id.limits)
+		all[id.Comment] += fmt.Sprintf(", listed with %+v", id.limits)
 	}
 	all["upstream"] = fmt.Sprint(len(w.upstream.removed), len(w.upstream.passed))
 	return all
@@ -602,8 +602,8 @@ func TestAttack04PIN(t *testing.T) {
 	late := edKey("pkcs11:token=e;id=1")
 	w.tokens.set(w.shown, w.sibling, w.other, w.limited, late)
 	for _, id := range w.now().identities {
-		if want := id.comment == w.shown.uri || id.comment == w.other.uri; id.limits.confirm != want {
-			t.Errorf("%s is confirmed: %v", id.comment, id.limits.confirm)
+		if want := id.Comment == w.shown.uri || id.Comment == w.other.uri; id.limits.confirm != want {
+			t.Errorf("%s is confirmed: %v", id.Comment, id.limits.confirm)
 		}
 	}
 	// Nor does it end what the owner has added for all of them.
@@ -612,8 +612,8 @@ func TestAttack04PIN(t *testing.T) {
 		t.Fatal(err)
 	}
 	for _, id := range w.now().identities {
-		if len(id.homes) > 0 && id.limits.lifetime != time.Hour {
-			t.Errorf("%s has %+v", id.comment, id.limits)
+		if len(id.Homes) > 0 && id.limits.lifetime != time.Hour {
+			t.Errorf("%s has %+v", id.Comment, id.limits)
 		}
 	}
 	if got := w.list(t); slices.Contains(got, w.shown.uri) || !slices.Contains(got, w.sibling.uri) {

@@ -100,9 +100,9 @@ func (k *Keyring) beginUse(action request.Action, use *request.Use) *record {
 
 // about notes which identity the request is about.
 func (r *record) about(id *identity) {
-	r.id, r.Key, r.Comment = id, id.fingerprint, id.comment
-	if len(id.homes) > 0 {
-		r.URI = id.homes[0].URI()
+	r.id, r.Key, r.Comment = id, id.Fingerprint, id.Comment
+	if len(id.Homes) > 0 {
+		r.URI = id.Homes[0].URI()
 	}
 }
 
@@ -411,18 +411,6 @@ func hosts(u *request.Use) (host string, via []string) {
 	return host, via
 }
 
-// isDeclined tells whether a person has said no, who knows why it failed.
-func isDeclined(err error) bool {
-	if errors.Is(err, errDeclined) || errors.Is(err, errDeclinedToken) {
-		return true
-	}
-	e, ok := errors.AsType[interface {
-		error
-		Declined() bool
-	}](err)
-	return ok && e.Declined()
-}
-
 // A Status is what the keyring knows of itself.
 type Status struct {
 	// Locked tells that the agent is locked; then nothing else is told.
@@ -463,13 +451,13 @@ func (k *Keyring) Now() Status {
 		return Status{Locked: true}
 	}
 	v := k.now()
-	s := Status{Approvals: k.approvals.list(), Pauses: k.opts.Questions.Pauses()}
+	s := Status{Approvals: k.approver.Remembered(), Pauses: k.opts.Questions.Pauses()}
 	k.audit.mu.Lock()
 	signed, folded := k.audit.signed.newest(), slices.Concat(k.audit.changed, k.audit.failures)
 	for i, id := range v.identities {
-		used := k.audit.uses[id.fingerprint]
+		used := k.audit.uses[id.Fingerprint]
 		s.Keys = append(s.Keys, KeyStatus{
-			Key: id.key, Fingerprint: id.fingerprint, Comment: plain.LineWithin(id.comment, request.MaxField), Homes: id.homes,
+			Key: id.key, Fingerprint: id.Fingerprint, Comment: plain.LineWithin(id.Comment, request.MaxField), Homes: id.Homes,
 			Software: id.software != nil, Confirm: id.limits.confirm, Limited: id.limits.route(),
 			Expires: id.limits.expires, LastUse: used.last, Signatures: used.count, Identity: v.list.Identities[i],
 		})

@@ -12,6 +12,7 @@ import (
 
 	"p11-agent/agent/peer"
 	"p11-agent/agent/request"
+	"p11-agent/agent/request/requesttest"
 	"p11-agent/agent/sshkey/keytest"
 	"p11-agent/pinentry/secret"
 )
@@ -243,25 +244,25 @@ func TestAuditIsBounded(t *testing.T) {
 // A client that is refused thousands of times, or changes something as often, pushes out
 // neither what was granted to others nor all that was refused to them.
 func TestAttack11Status(t *testing.T) {
-	w := newWorld(t)
+	w := requesttest.New(t)
 	for name, attack := range map[string]func(f *fixture, n int){
-		"the same":     func(f *fixture, _ int) { f.Refuse(w.caller("evil", "evil", "-"), request.ActionSign, errors.New("no")) },
-		"with numbers": func(f *fixture, n int) { f.Refuse(w.caller("evil"), request.ActionSign, fmt.Errorf("no %d", n)) },
+		"the same":     func(f *fixture, _ int) { f.Refuse(w.Caller("evil", "evil", "-"), request.ActionSign, errors.New("no")) },
+		"with numbers": func(f *fixture, n int) { f.Refuse(w.Caller("evil"), request.ActionSign, fmt.Errorf("no %d", n)) },
 		"other reasons": func(f *fixture, n int) {
-			f.Refuse(w.caller("evil"), request.ActionAdd, errors.New(strings.Repeat("x", n%500)))
+			f.Refuse(w.Caller("evil"), request.ActionAdd, errors.New(strings.Repeat("x", n%500)))
 		},
 		"other programs": func(f *fixture, n int) {
-			f.Refuse(w.caller(fmt.Sprint("evil", n)), request.ActionSign, errors.New("no"))
+			f.Refuse(w.Caller(fmt.Sprint("evil", n)), request.ActionSign, errors.New("no"))
 		},
 		"made up hosts": func(f *fixture, n int) {
-			c := w.caller("evil", "evil", "-")
+			c := w.Caller("evil", "evil", "-")
 			c.Binds[0].HostKey = randomHost(n)
 			f.Refuse(c, request.ActionSign, errors.New("no"))
 		},
 		"unknown keys": func(f *fixture, n int) {
-			_, _ = f.Sign(t.Context(), w.caller("evil", "evil", "-"), request.Sign{Key: randomHost(n).Marshal()})
+			_, _ = f.Sign(t.Context(), w.Caller("evil", "evil", "-"), request.Sign{Key: randomHost(n).Marshal()})
 		},
-		"nothing is removed": func(f *fixture, n int) { _ = f.RemoveAll(t.Context(), w.caller("evil", "evil", "-")) },
+		"nothing is removed": func(f *fixture, n int) { _ = f.RemoveAll(t.Context(), w.Caller("evil", "evil", "-")) },
 	} {
 		t.Run(name, func(t *testing.T) {
 			key := edKey("pkcs11:token=a")

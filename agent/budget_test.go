@@ -178,7 +178,7 @@ func TestAttack08Keys(t *testing.T) {
 	if err := add(local); err != nil {
 		t.Fatalf("a local client finds no room: %v", err)
 	}
-	if list, err := f.List(t.Context(), local); err != nil || string(list.Identities[0].Key.Marshal()) != first(f.software.all()).wire || first(f.software.all()).kept.forwarded {
+	if list, err := f.List(t.Context(), local); err != nil || string(list.Identities[0].Key.Marshal()) != first(f.software.all()).ID || first(f.software.all()).kept.forwarded {
 		t.Errorf("the key of the local client is not the first: %v", err)
 	}
 	if err := fill(local); !errors.Is(err, errTooMany) || !strings.Contains(err.Error(), "ssh-add -d") {

@@ -14,7 +14,6 @@ var (
 	errForwarded  = errors.New("it came over a forwarded connection")
 	errReadOnly   = errors.New("the socket it came in at is read-only, as those with keys or confirm are unless read-only = false is in their [[socket]] table")
 	errNoSoftware = errors.New("keys in memory are switched off (software-keys = false)")
-	errNobody     = errors.New("nobody can be asked for confirmation")
 
 	errCertifiesNone = errors.New("only certificates are to be added, and none of them is for a key of the token and still valid")
 )
@@ -208,12 +207,12 @@ func (k *Keyring) add(ctx context.Context, rec *record, r request.AddKey, wire s
 			return err
 		}
 		switch looser := s.limits.looser(&id.limits); {
-		case looser && len(id.homes) > 0:
+		case looser && len(id.Homes) > 0:
 			rec.Note = noteKept
 		case looser:
 			rec.Note = "constraints loosened: it was added again without those it had"
 		}
-		if len(id.homes) > 0 {
+		if len(id.Homes) > 0 {
 			// Whatever limits the key in memory limits the one on the token, too.
 			s.limits = s.limits.and(id.limits)
 		}
@@ -276,9 +275,9 @@ func (k *Keyring) removeSelected(c *request.Caller, s request.Selection) (unused
 	}
 	n := k.removeAdditionsLocked(v, c, func(a *addition) bool { return a.selection.String() == s.String() })
 	for _, id := range v.identities {
-		if slices.ContainsFunc(id.homes, s.Match) && id.seenBy(c) == nil {
-			k.hideLocked(id.wire, id.insertions())
-			k.approvals.forgetIdentity(id.wire)
+		if slices.ContainsFunc(id.Homes, s.Match) && id.seenBy(c) == nil {
+			k.hideLocked(id.ID, id.insertions())
+			k.approver.ForgetKey(id.ID)
 			n++
 		}
 	}
@@ -286,7 +285,7 @@ func (k *Keyring) removeSelected(c *request.Caller, s request.Selection) (unused
 		return nil, errUnknownKey
 	}
 	for _, id := range k.nowLocked(generation, certificates).identities {
-		for _, key := range id.homes {
+		for _, key := range id.Homes {
 			used[key] = true
 		}
 	}
@@ -365,16 +364,16 @@ func (k *Keyring) remove(ctx context.Context, rec *record, key []byte) error {
 // removeLocked removes an identity: from memory for good, of a token until that is
 // inserted again or the key is added again.
 func (k *Keyring) removeLocked(id *identity) {
-	if s := k.software.remove(id.wire); s != nil {
-		if len(id.homes) > 0 {
+	if s := k.software.remove(id.ID); s != nil {
+		if len(id.Homes) > 0 {
 			k.oweLocked(id.plainWire(), s.limits)
 		}
-		k.softwareChangedLocked(id.wire)
+		k.softwareChangedLocked(id.ID)
 	}
-	if len(id.homes) > 0 {
-		k.hideLocked(id.wire, id.insertions())
+	if len(id.Homes) > 0 {
+		k.hideLocked(id.ID, id.insertions())
 	}
-	k.approvals.forgetIdentity(id.wire)
+	k.approver.ForgetKey(id.ID)
 }
 
 // RemoveAll removes every identity that the connection sees, forgets what persons have
@@ -410,7 +409,7 @@ func (k *Keyring) clear(ctx context.Context, c *request.Caller) error {
 	if may := k.removeSeen(c); confined(c) {
 		logout = func(ctx context.Context) error { return k.opts.Tokens.LogoutOf(ctx, may) }
 	} else {
-		k.approvals.forgetAll()
+		k.approver.ForgetAll()
 	}
 	if err := logout(ctx); err != nil {
 		return fmt.Errorf("the keys are removed, but: %w", err)
@@ -441,7 +440,7 @@ func (k *Keyring) removeSeen(c *request.Caller) (may func([]request.Key) bool) {
 			k.removeLocked(id)
 			continue
 		}
-		for _, key := range id.homes {
+		for _, key := range id.Homes {
 			unseen[key] = true
 		}
 	}

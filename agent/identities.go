@@ -14,33 +14,17 @@ import (
 
 // identity is a key as clients see it, with every place it can be used at.
 type identity struct {
-	key         ssh.PublicKey // plain, or a certificate of plain
-	plain       ssh.PublicKey
-	wire        string // of key
-	comment     string
-	homes       []request.Key
-	named       bool          // see Identity.Named
-	awaited     bool          // offered while its tokens are away, which are asked for when it is to sign
-	software    crypto.Signer // nil: it is on tokens only
-	limits      limits
-	owed        *limits // see Keyring.owed; nil: none are, or the identity has them still
-	fingerprint string  // of plain
+	request.Target // ID is the wire form of key, Fingerprint and PublicKey are those of plain
+
+	key      ssh.PublicKey // plain, or a certificate of plain
+	plain    ssh.PublicKey
+	named    bool          // see Identity.Named
+	awaited  bool          // listed while its tokens are absent; a person is asked to insert one
+	software crypto.Signer // nil: the identity is on tokens only
+	limits   limits
+	owed     *limits // see Keyring.owed; nil: none are, or the identity has them still
 
 	beginning beginning // of its lines in the log
-}
-
-// home returns the key that is tried first to sign: the first one whose token is there,
-// or else the first one. nil: the identity is on no token.
-func (id *identity) home() request.Key {
-	for _, key := range id.homes {
-		if key.Present() {
-			return key
-		}
-	}
-	if len(id.homes) > 0 {
-		return id.homes[0]
-	}
-	return nil
 }
 
 // softwareKey is a private key in memory: an identity that is listed when the key is
@@ -134,15 +118,15 @@ func (k *Keyring) nowLocked(generation, certificates uint64) *view {
 	}
 	for s := range k.software.all() {
 		v.expires = sooner(v.expires, s.limits.expires)
-		if v.byKey[s.wire] == nil {
-			v.byKey[s.wire] = &s.identity
+		if v.byKey[s.ID] == nil {
+			v.byKey[s.ID] = &s.identity
 			v.identities = append(v.identities, &s.identity)
 			v.limited = v.limited || s.limits.route()
 		}
 	}
 	v.list.Identities = make([]Identity, len(v.identities))
 	for i, id := range v.identities {
-		v.list.Identities[i] = Identity{Key: id.key, Comment: k.listedAs(id), Named: id.named || len(id.homes) == 0}
+		v.list.Identities[i] = Identity{Key: id.key, Comment: k.listedAs(id), Named: id.named || len(id.Homes) == 0}
 	}
 	k.view.Store(v)
 	return v
@@ -179,7 +163,7 @@ func (k *Keyring) nowOnTokensLocked(generation, certificates uint64) *tokenView 
 	k.tokensLocked(v)
 	v.certify(k.opts.Certificates.Certificates(), k.hidden)
 	for _, id := range v.identities {
-		if s := k.software.get(id.wire); s != nil {
+		if s := k.software.get(id.ID); s != nil {
 			// The limits of the key on the token and those of the key in memory limit both.
 			v.until(s.limits.expires)
 			id.software, id.limits = s.software, id.limits.and(s.limits)
@@ -214,10 +198,10 @@ func (k *Keyring) softwareChangedLocked(wire string) {
 
 // listedAs returns the comment of an identity in the list that clients get.
 func (k *Keyring) listedAs(id *identity) string {
-	if k.opts.Listed != nil && len(id.homes) > 0 && id.comment == id.homes[0].URI() {
-		return k.opts.Listed(id.homes[0])
+	if k.opts.Listed != nil && len(id.Homes) > 0 && id.Comment == id.Homes[0].URI() {
+		return k.opts.Listed(id.Homes[0])
 	}
-	return id.comment
+	return id.Comment
 }
 
 // until notes that the view is good only so long.
@@ -228,7 +212,7 @@ func (v *tokenView) until(t time.Time) {
 }
 
 func (v *tokenView) add(id *identity) {
-	v.byKey[id.wire] = id
+	v.byKey[id.ID] = id
 	v.identities = append(v.identities, id)
 }
 
@@ -274,15 +258,18 @@ func (k *Keyring) tokensLocked(v *tokenView) {
 			if n, ok := k.hidden[wire]; ok && key.Insertions() <= n {
 				return
 			}
-			id = &identity{key: shown, plain: plain.wiredKey, wire: wire, comment: key.URI(), fingerprint: plain.fingerprint}
+			id = &identity{
+				Target: request.Target{ID: wire, Comment: key.URI(), Fingerprint: plain.fingerprint, PublicKey: key.Public()},
+				key:    shown, plain: plain.wiredKey,
+			}
 			if name := k.opts.Name(key); name != "" {
-				id.comment, id.named = name, true
+				id.Comment, id.named = name, true
 			}
 			v.add(id)
 		}
 		id.named = id.named || alone
-		if !slices.Contains(id.homes, key) {
-			id.homes = append(id.homes, key)
+		if !slices.Contains(id.Homes, key) {
+			id.Homes = append(id.Homes, key)
 		}
 		id.awaited = id.awaited || awaited
 	}
@@ -327,7 +314,7 @@ func (k *Keyring) tokensLocked(v *tokenView) {
 	}
 	for _, id := range v.identities {
 		id.limits = v.limits[id.plainWire()]
-		id.limits.certificates = id.limits.certificates || id.wire != id.plainWire()
+		id.limits.certificates = id.limits.certificates || id.ID != id.plainWire()
 	}
 }
 
@@ -355,15 +342,15 @@ func (v *tokenView) certify(certs []*ssh.Certificate, hidden map[string]uint64) 
 		v.identities = append(v.identities, id)
 		limits := id.limits
 		limits.certificates = true
-		for _, c := range of[id.wire] {
+		for _, c := range of[id.ID] {
 			wire := string(c.Marshal())
 			n, removed := hidden[wire]
 			if v.byKey[wire] != nil || removed && id.insertions() <= n || !v.counts(c) {
 				continue
 			}
 			v.add(&identity{
-				key: wired(c, wire), plain: id.plain, wire: wire, comment: id.comment, fingerprint: id.fingerprint,
-				homes: id.homes, named: id.named, awaited: id.awaited, limits: limits,
+				Target: request.Target{ID: wire, Comment: id.Comment, Fingerprint: id.Fingerprint, PublicKey: id.PublicKey, Homes: id.Homes},
+				key:    wired(c, wire), plain: id.plain, named: id.named, awaited: id.awaited, limits: limits,
 			})
 		}
 	}
@@ -372,7 +359,7 @@ func (v *tokenView) certify(certs []*ssh.Certificate, hidden map[string]uint64) 
 // insertions counts how often a token of the identity has appeared, for the one
 // that has most often.
 func (id *identity) insertions() (n uint64) {
-	for _, key := range id.homes {
+	for _, key := range id.Homes {
 		n = max(n, key.Insertions())
 	}
 	return n

@@ -2,7 +2,6 @@ package agent
 
 import (
 	"context"
-	"errors"
 	"fmt"
 	"slices"
 	"strings"
@@ -18,30 +17,10 @@ const (
 	insertPoke = 2 * time.Second
 )
 
-var (
-	errNotInserted   = errors.New("nobody inserted it in time")
-	errDeclinedToken = errors.New("the person asked has declined to insert it")
-)
-
-// An Inserter asks a person to insert a token.
-type Inserter interface {
-	// Insert shows what is wanted until ctx ends, which is an error. It reports
-	// true when the person says that the token is in, and false when they decline.
-	// ErrNoToAll is "no to everything from here".
-	Insert(ctx context.Context, w Wanted) (bool, error)
-}
-
-// Wanted is what a person is to insert, and what for.
-type Wanted struct {
-	Tokens      []string // names; any one of them will do
-	Comment     string   // of the identity
-	Fingerprint string
-}
-
 // insert waits until a token that has the identity is there, or a person has
 // declined to insert it. Everybody who wants the same identity shares the wait.
 func (k *Keyring) insert(ctx context.Context, id *identity) error {
-	_, err := k.insertions.do(ctx, id.wire, func(ctx context.Context) (struct{}, error) {
+	_, err := k.insertions.Do(ctx, id.ID, func(ctx context.Context) (struct{}, error) {
 		return struct{}{}, k.awaitToken(ctx, id)
 	})
 	return err
@@ -49,8 +28,8 @@ func (k *Keyring) insert(ctx context.Context, id *identity) error {
 
 // awaitToken has a person asked for a token until it is there.
 func (k *Keyring) awaitToken(ctx context.Context, id *identity) error {
-	w := Wanted{Comment: id.comment, Fingerprint: k.fingerprint(id.plain)}
-	for _, home := range id.homes {
+	w := Wanted{Comment: id.Comment, Fingerprint: k.fingerprint(id.plain)}
+	for _, home := range id.Homes {
 		if name := home.TokenName(); !slices.Contains(w.Tokens, name) {
 			w.Tokens = append(w.Tokens, name)
 		}
@@ -89,7 +68,7 @@ func (k *Keyring) awaitToken(ctx context.Context, id *identity) error {
 	defer poke.Stop()
 	for {
 		changed := k.opts.Tokens.Changed()
-		if slices.ContainsFunc(id.homes, request.Key.Present) {
+		if slices.ContainsFunc(id.Homes, request.Key.Present) {
 			return nil
 		}
 		select {
@@ -113,7 +92,7 @@ func (k *Keyring) awaitToken(ctx context.Context, id *identity) error {
 			if err := k.opts.Tokens.Rescan(ctx); err != nil && ctx.Err() == nil {
 				return err
 			}
-			if !slices.ContainsFunc(id.homes, request.Key.Present) {
+			if !slices.ContainsFunc(id.Homes, request.Key.Present) {
 				ask()
 			}
 		}

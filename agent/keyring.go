@@ -30,7 +30,6 @@ const (
 
 var (
 	errUnknownKey = errors.New("the agent has no such key")
-	errDeclined   = errors.New("it was not confirmed")
 	errHungUp     = errors.New("the client hung up")
 )
 
@@ -146,6 +145,7 @@ type Keyring struct {
 	knew   bool // there were keys from before at the start: what is listed need not wait for tokens
 
 	lock      *lock
+	approver  *Approver
 	audit     audit
 	computing turns
 
@@ -165,8 +165,7 @@ type Keyring struct {
 	sizes    map[any]int         // of what additions share; see addedLocked
 	troubles map[string]string   // what was logged last about an upstream agent, by its name
 
-	insertions shared[struct{}] // under way, by the wire form of the identity
-	approvals  approvals
+	insertions waiting.Group[struct{}] // under way, by the wire form of the identity
 }
 
 // NewKeyring makes a Keyring.
@@ -175,7 +174,8 @@ func NewKeyring(opts Options) *Keyring {
 		opts.Questions = NewQuestions()
 	}
 	k := &Keyring{
-		opts: opts, log: opts.Log, start: time.Now(), lock: newLock(),
+		approver: &Approver{Confirm: opts.Confirm, Questions: opts.Questions, Log: opts.Log},
+		opts:     opts, log: opts.Log, start: time.Now(), lock: newLock(),
 		hidden: make(map[string]uint64), owed: make(map[string]*limits), troubles: make(map[string]string),
 	}
 	k.knew = len(k.now().identities) > 0
@@ -322,10 +322,14 @@ func (k *Keyring) sign(ctx context.Context, rec *record, id *identity, r request
 	if err := k.allowed(id, r.Content); err != nil {
 		return nil, err
 	}
-	rec.use.Comment, rec.use.Key, rec.use.Unlimited = id.comment, id.plain, id.owed != nil
+	rec.use.Comment, rec.use.Key, rec.use.Unlimited = id.Comment, id.plain, id.owed != nil
 	// Whether a PIN is asked for may change until it is. Then it is not the price.
 	rec.use.PINPays = rec.use.Unlimited && id.asksPIN()
-	if err := k.approve(ctx, rec.use, id); err != nil {
+	each := ""
+	if id.limits.confirm {
+		each = "ssh-add -c, with which the key was added"
+	}
+	if err := k.approve(ctx, rec.use, &id.Target, each); err != nil {
 		return nil, err
 	}
 	var paid *atomic.Bool // by a PIN that was given for this very request; nil: it need not be
@@ -352,7 +356,7 @@ func (k *Keyring) sign(ctx context.Context, rec *record, id *identity, r request
 	}
 	if paid != nil && !paid.Load() {
 		// Somebody gave the PIN for something else, perhaps without a look at this request.
-		if err := k.approveLoss(ctx, rec.use, id); err != nil {
+		if err := k.approver.ApproveLoss(ctx, rec.use, &id.Target); err != nil {
 			return nil, err
 		}
 	}
@@ -389,7 +393,7 @@ func (k *Keyring) use(comment string, key ssh.PublicKey, c *request.Caller, r re
 // possible. Only when one is away another is tried: what a person declined on one
 // is not asked for again on the next.
 func (k *Keyring) signAtHome(ctx context.Context, rec *record, id *identity, data []byte, hash crypto.SignerOpts) ([]byte, error) {
-	homes := id.homes
+	homes := id.Homes
 	if len(homes) > 1 {
 		var there, away []request.Key
 		for _, home := range homes {

@@ -54,17 +54,17 @@ func (k *Keyring) allowed(id *identity, content request.Content) error {
 	case request.KindLogin, request.KindSignature, request.KindTest:
 		return nil
 	}
-	if len(id.homes) == 0 {
+	if len(id.Homes) == 0 {
 		return nil
 	}
 	k.mu.Lock()
 	allow := k.opts.Allow
 	k.mu.Unlock()
-	if allow != nil && slices.ContainsFunc(id.homes, func(key request.Key) bool {
+	if allow != nil && slices.ContainsFunc(id.Homes, func(key request.Key) bool {
 		kinds := allow(key)
 		return slices.Contains(kinds, content.Kind) || slices.Contains(kinds, request.KindUnknown)
 	}) {
 		return nil
 	}
-	return &KindError{Content: content, Key: id.comment}
+	return &KindError{Content: content, Key: id.Comment}
 }

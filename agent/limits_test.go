@@ -240,7 +240,7 @@ func TestConstraintMatrix(t *testing.T) {
 						t.Errorf("declined: %v", err)
 					}
 					f.confirm.answer = true
-					time.Sleep(firstPause) // that a forwarded request has to wait
+					time.Sleep(xfirstPause) // that a forwarded request has to wait
 					err = sign(caller)
 				}
 				if err != nil {

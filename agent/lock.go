@@ -178,7 +178,7 @@ func (k *Keyring) Lock(ctx context.Context, c *request.Caller, phrase *secret.Se
 		err = k.lock.close(phrase)
 	}
 	if err == nil {
-		k.approvals.forgetAll()
+		k.approver.ForgetAll()
 		k.mu.Lock()
 		for _, a := range k.added {
 			k.opts.Tokens.Drop(a.selection)

@@ -49,7 +49,7 @@ func (m *softwareKeys) all() iter.Seq[*softwareKey] {
 // with returns what the keyring would keep with a key, in the place of the one with the
 // same wire form.
 func (m *softwareKeys) with(s *softwareKey) budget {
-	if e := m.byWire[s.wire]; e != nil {
+	if e := m.byWire[s.ID]; e != nil {
 		old := e.Value.(*softwareKey).kept
 		return m.kept.replaced(&old, s.kept)
 	}
@@ -61,7 +61,7 @@ func (m *softwareKeys) put(s *softwareKey) {
 	m.kept = m.with(s)
 	m.change.Add(1)
 	m.expires = sooner(m.expires, s.limits.expires)
-	if e := m.byWire[s.wire]; e != nil {
+	if e := m.byWire[s.ID]; e != nil {
 		e.Value = s
 		return
 	}
@@ -72,7 +72,7 @@ func (m *softwareKeys) put(s *softwareKey) {
 	if s.kept.forwarded {
 		l = &m.forwarded
 	}
-	m.byWire[s.wire] = l.PushBack(s)
+	m.byWire[s.ID] = l.PushBack(s)
 }
 
 // remove removes the key with a wire form and returns it, or nil.
@@ -104,7 +104,7 @@ func (m *softwareKeys) expire(now time.Time) (gone []*softwareKey) {
 		}
 	}
 	for _, s := range gone {
-		m.remove(s.wire)
+		m.remove(s.ID)
 	}
 	m.expires = next
 	return gone

@@ -375,7 +375,7 @@ func (w *trial) snapshot() snapshot {
 	}
 	k.mu.Unlock()
 	for _, id := range v.identities {
-		s.keys[id.comment] += fmt.Sprintf(", %s with %+v", id.key.Type(), id.limits)
+		s.keys[id.Comment] += fmt.Sprintf(", %s with %+v", id.key.Type(), id.limits)
 	}
 	for name, token := range w.tokens {
 		s.tokens[name] = *token

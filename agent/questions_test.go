@@ -5,7 +5,6 @@ import (
 	"crypto/ed25519"
 	"errors"
 	"fmt"
-	"slices"
 	"strings"
 	"sync"
 	"testing"
@@ -16,9 +15,9 @@ import (
 
 	"p11-agent/agent/peer"
 	"p11-agent/agent/request"
+	"p11-agent/agent/request/requesttest"
 	"p11-agent/pinentry"
 	"p11-agent/pinentry/secret"
-	"p11-agent/pinentry/waiting"
 )
 
 // flood asks a thousand times within this time, and returns how many questions a
@@ -48,13 +47,13 @@ func randomHost(n int) ssh.PublicKey {
 
 // A person who says no is left alone, whatever a client changes between its requests.
 func TestAttack10Flood(t *testing.T) {
-	w := newWorld(t)
+	w := requesttest.New(t)
 	var keys []request.Key
 	for i := range 10 {
 		keys = append(keys, edKey(fmt.Sprintf("pkcs11:token=a;id=%%%02d", i)))
 	}
 	ask := func(k int) request.Sign {
-		r := sshsigOf("git")
+		r := requesttest.Signature("git")
 		r.Key = wireOf(keys[k%len(keys)])
 		return r
 	}
@@ -62,40 +61,40 @@ func TestAttack10Flood(t *testing.T) {
 		most    int // questions in ten seconds
 		attempt func(n int) (*request.Caller, request.Sign)
 	}{
-		"one forwarded connection": {4, func(int) (*request.Caller, request.Sign) { return w.caller("ssh bash", "evil", "-"), ask(0) }},
+		"one forwarded connection": {4, func(int) (*request.Caller, request.Sign) { return w.Caller("ssh bash", "evil", "-"), ask(0) }},
 		"new connections": {4, func(n int) (*request.Caller, request.Sign) {
-			c := w.caller("ssh bash", "evil", "-")
+			c := w.Caller("ssh bash", "evil", "-")
 			c.Number, c.Peer.PID = uint64(n), n+10
 			return c, ask(0)
 		}},
 		"binds behind the first one": {4, func(n int) (*request.Caller, request.Sign) {
-			c := w.caller("ssh bash", "evil", "-")
+			c := w.Caller("ssh bash", "evil", "-")
 			c.Binds = append(c.Binds, request.Bind{HostKey: randomHost(n), SessionID: []byte("x"), Forwarding: n%2 == 0})
 			c.BindFailed = n%3 == 0
 			return c, ask(0)
 		}},
 		"other data": {4, func(n int) (*request.Caller, request.Sign) {
-			r := sshsigOf(fmt.Sprint("namespace ", n))
+			r := requesttest.Signature(fmt.Sprint("namespace ", n))
 			if n%2 == 0 {
-				r = w.login("good", true)
+				r = w.Login("good", true)
 				r.Login.User = fmt.Sprint("user", n)
 			}
 			r.Key = wireOf(keys[0])
-			return w.caller("ssh bash", "evil", "-"), r
+			return w.Caller("ssh bash", "evil", "-"), r
 		}},
-		"other keys": {8, func(n int) (*request.Caller, request.Sign) { return w.caller("ssh bash", "evil", "-"), ask(n) }},
+		"other keys": {8, func(n int) (*request.Caller, request.Sign) { return w.Caller("ssh bash", "evil", "-"), ask(n) }},
 		"another ssh": {4, func(n int) (*request.Caller, request.Sign) {
-			return w.caller(fmt.Sprintf("ssh%d bash", n), "evil", "-"), ask(0)
+			return w.Caller(fmt.Sprintf("ssh%d bash", n), "evil", "-"), ask(0)
 		}},
-		"a program": {5, func(int) (*request.Caller, request.Sign) { return w.caller("evil bash"), ask(0) }},
+		"a program": {5, func(int) (*request.Caller, request.Sign) { return w.Caller("evil bash"), ask(0) }},
 		"a program with other keys": {10, func(n int) (*request.Caller, request.Sign) {
-			return w.caller("evil bash"), ask(n)
+			return w.Caller("evil bash"), ask(n)
 		}},
 		"a program with other names": {10, func(n int) (*request.Caller, request.Sign) {
-			return w.caller(fmt.Sprintf("evil%d bash", n)), ask(n)
+			return w.Caller(fmt.Sprintf("evil%d bash", n)), ask(n)
 		}},
 		"a program that binds hosts of its own": {10, func(n int) (*request.Caller, request.Sign) {
-			c := w.caller("evil bash", "evil", "-")
+			c := w.Caller("evil bash", "evil", "-")
 			c.Binds[0].HostKey = randomHost(n)
 			return c, ask(n)
 		}},
@@ -106,7 +105,7 @@ func TestAttack10Flood(t *testing.T) {
 		t.Run(name, func(t *testing.T) {
 			synctest.Test(t, func(t *testing.T) {
 				p := says(Answer{})
-				f := newFixture(Options{Rules: everyKey(Approval{Confirm: ConfirmAlways}), Confirm: p, Hosts: w.hosts}, keys...)
+				f := newFixture(Options{Rules: everyKey(Approval{Confirm: ConfirmAlways}), Confirm: p, Hosts: w.Hosts}, keys...)
 				if n := flood(t, f, p, 10*time.Second, test.attempt); n < 2 || n > test.most {
 					t.Errorf("%d questions in ten seconds, want up to %d", n, test.most)
 				}
@@ -119,7 +118,7 @@ func TestAttack10Flood(t *testing.T) {
 					t.Errorf("the status has %+v", s.Pauses)
 				}
 				// Others are asked about as ever.
-				other, r := w.caller("ssh bash", "good"), ask(0)
+				other, r := w.Caller("ssh bash", "good"), ask(0)
 				other.Socket = &request.Socket{Name: "other"}
 				before := p.count()
 				_, _ = f.Sign(t.Context(), other, r)
@@ -133,18 +132,18 @@ func TestAttack10Flood(t *testing.T) {
 
 // A client that does not wait for the answer, or asks for all at once, gets no more.
 func TestAttack10AtOnce(t *testing.T) {
-	w, k := newWorld(t), edKey("pkcs11:token=a")
+	w, k := requesttest.New(t), edKey("pkcs11:token=a")
 	for name, test := range map[string]struct {
 		most   int
 		caller func(n int) *request.Caller
 	}{
-		"forwarded": {2, func(int) *request.Caller { return w.caller("ssh bash", "evil", "-") }},
-		"forwarded, of made up hosts": {maxNos + maxOpen, func(n int) *request.Caller {
-			c := w.caller("ssh bash", "evil", "-")
+		"forwarded": {2, func(int) *request.Caller { return w.Caller("ssh bash", "evil", "-") }},
+		"forwarded, of made up hosts": {xmaxNos + xmaxOpen, func(n int) *request.Caller {
+			c := w.Caller("ssh bash", "evil", "-")
 			c.Binds[0].HostKey = randomHost(n)
 			return c
 		}},
-		"programs": {maxNos + maxOpen, func(n int) *request.Caller { return w.caller(fmt.Sprintf("evil%d", n)) }},
+		"programs": {xmaxNos + xmaxOpen, func(n int) *request.Caller { return w.Caller(fmt.Sprintf("evil%d", n)) }},
 	} {
 		t.Run(name, func(t *testing.T) {
 			synctest.Test(t, func(t *testing.T) {
@@ -161,7 +160,7 @@ func TestAttack10AtOnce(t *testing.T) {
 				var all sync.WaitGroup
 				for n := range 100 {
 					all.Go(func() {
-						r := sshsigOf(fmt.Sprint(n))
+						r := requesttest.Signature(fmt.Sprint(n))
 						r.Key = wireOf(k)
 						if _, err := f.Sign(t.Context(), test.caller(n), r); err == nil {
 							t.Error("it was signed")
@@ -169,7 +168,7 @@ func TestAttack10AtOnce(t *testing.T) {
 					})
 				}
 				synctest.Wait()
-				if p.count() > maxOpen {
+				if p.count() > xmaxOpen {
 					t.Errorf("%d questions are open", p.count())
 				}
 				close(answer)
@@ -189,9 +188,9 @@ func TestAttack10AtOnce(t *testing.T) {
 			f := newFixture(Options{Rules: everyKey(Approval{Confirm: ConfirmAlways}), Confirm: p}, k)
 			for range 1000 {
 				ctx, cancel := context.WithTimeout(t.Context(), 10*time.Millisecond)
-				r := sshsigOf("git")
+				r := requesttest.Signature("git")
 				r.Key = wireOf(k)
-				if _, err := f.Sign(ctx, w.caller("ssh bash", "evil", "-"), r); err == nil {
+				if _, err := f.Sign(ctx, w.Caller("ssh bash", "evil", "-"), r); err == nil {
 					t.Fatal("it was signed")
 				}
 				cancel()
@@ -205,7 +204,7 @@ func TestAttack10AtOnce(t *testing.T) {
 
 // Every kind of question counts, and every kind of no.
 func TestAttack10EveryKind(t *testing.T) {
-	w := newWorld(t)
+	w := requesttest.New(t)
 	for name, give := range map[string]func(context.Context) (bool, error){
 		"no":         func(context.Context) (bool, error) { return false, nil },
 		"no answer":  func(context.Context) (bool, error) { return false, pinentry.ErrTimeout },
@@ -228,10 +227,10 @@ func TestAttack10EveryKind(t *testing.T) {
 				f := newFixture(Options{Rules: rules, Confirm: p, Insert: in}, k)
 				f.tokens.setAway([]request.Key{k}, []request.Key{missing})
 				for range 500 {
-					r := sshsigOf("git")
+					r := requesttest.Signature("git")
 					for _, key := range []*fakeKey{k, missing} {
 						r.Key = wireOf(key)
-						if _, err := f.Sign(t.Context(), w.caller("ssh", "evil", "-"), r); err == nil {
+						if _, err := f.Sign(t.Context(), w.Caller("ssh", "evil", "-"), r); err == nil {
 							t.Fatal("it was signed")
 						}
 					}
@@ -248,12 +247,12 @@ func TestAttack10EveryKind(t *testing.T) {
 // A no by mistake costs a person next to nothing, and a yes ends it.
 func TestNoByMistake(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
-		w, k := newWorld(t), edKey("pkcs11:token=a")
+		w, k := requesttest.New(t), edKey("pkcs11:token=a")
 		yes := false
 		p := &answers{give: func(context.Context, Question, int) (Answer, error) { return Answer{Allowed: yes}, nil }}
-		f := newFixture(Options{Rules: everyKey(Approval{Confirm: ConfirmAlways}), Confirm: p, Hosts: w.hosts}, k)
-		here, there := w.caller("ssh bash", "good"), w.caller("ssh bash", "evil", "-")
-		git := sshsigOf("git")
+		f := newFixture(Options{Rules: everyKey(Approval{Confirm: ConfirmAlways}), Confirm: p, Hosts: w.Hosts}, k)
+		here, there := w.Caller("ssh bash", "good"), w.Caller("ssh bash", "evil", "-")
+		git := requesttest.Signature("git")
 
 		for range 2 {
 			f.signs(t, k, here, git, errDeclined)
@@ -264,7 +263,7 @@ func TestNoByMistake(t *testing.T) {
 		if _, err := f.Sign(t.Context(), here, withKey(git, k)); !isPaused(err) || !strings.Contains(err.Error(), "00:00:01") {
 			t.Errorf("the third time: %v", err)
 		}
-		time.Sleep(firstPause)
+		time.Sleep(xfirstPause)
 		yes = true
 		f.signs(t, k, here, git, nil)
 		if !p.again[len(p.again)-1] {
@@ -281,7 +280,7 @@ func TestNoByMistake(t *testing.T) {
 		if _, err := f.Sign(t.Context(), there, withKey(git, k)); !isPaused(err) {
 			t.Errorf("the second time: %v", err)
 		}
-		time.Sleep(firstPause)
+		time.Sleep(xfirstPause)
 		yes = true
 		f.signs(t, k, there, git, nil)
 		f.signs(t, k, there, git, nil)
@@ -307,36 +306,36 @@ func isPaused(err error) bool {
 // for no other.
 func TestNoToAll(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
-		w, k, other := newWorld(t), edKey("pkcs11:token=a"), edKey("pkcs11:token=b")
+		w, k, other := requesttest.New(t), edKey("pkcs11:token=a"), edKey("pkcs11:token=b")
 		p := &answers{give: func(ctx context.Context, _ Question, _ int) (Answer, error) {
 			if Again(ctx) {
 				return Answer{}, ErrNoToAll
 			}
 			return Answer{}, nil
 		}}
-		f := newFixture(Options{Rules: everyKey(Approval{Confirm: ConfirmAlways}), Confirm: p, Hosts: w.hosts}, k, other)
-		git := sshsigOf("git")
-		f.signs(t, k, w.caller("ssh", "evil", "-"), git, errDeclined)
-		time.Sleep(firstPause)
-		f.signs(t, k, w.caller("ssh", "evil", "-"), git, ErrNoToAll)
+		f := newFixture(Options{Rules: everyKey(Approval{Confirm: ConfirmAlways}), Confirm: p, Hosts: w.Hosts}, k, other)
+		git := requesttest.Signature("git")
+		f.signs(t, k, w.Caller("ssh", "evil", "-"), git, errDeclined)
+		time.Sleep(xfirstPause)
+		f.signs(t, k, w.Caller("ssh", "evil", "-"), git, ErrNoToAll)
 		s := f.Now()
 		if len(s.Pauses) != 2 || !s.Pauses[0].Block || s.Pauses[0].From != "the forwarded host evil.example.net" || s.Pauses[0].About != "" {
 			t.Fatalf("%+v", s.Pauses)
 		}
-		for _, c := range []*request.Caller{w.caller("ssh bash", "evil", "-"), w.caller("ssh", "evil", "good")} {
+		for _, c := range []*request.Caller{w.Caller("ssh bash", "evil", "-"), w.Caller("ssh", "evil", "good")} {
 			_, err := f.Sign(t.Context(), c, withKey(git, other))
 			if !isPaused(err) || !strings.Contains(err.Error(), "everything from the forwarded host evil.example.net: no question is shown before 01:00:01") {
 				t.Error(err)
 			}
 		}
-		f.signs(t, k, w.caller("ssh", "good", "-"), git, errDeclined)
-		time.Sleep(blockTime)
+		f.signs(t, k, w.Caller("ssh", "good", "-"), git, errDeclined)
+		time.Sleep(xblockTime)
 		if len(f.Now().Pauses) != 0 {
 			t.Errorf("after an hour: %+v", f.Now().Pauses)
 		}
-		f.signs(t, k, w.caller("ssh", "evil", "-"), git, errDeclined)
-		time.Sleep(firstPause)
-		f.signs(t, k, w.caller("ssh", "evil", "-"), git, ErrNoToAll)
+		f.signs(t, k, w.Caller("ssh", "evil", "-"), git, errDeclined)
+		time.Sleep(xfirstPause)
+		f.signs(t, k, w.Caller("ssh", "evil", "-"), git, ErrNoToAll)
 		// A reload ends it. Such a client can neither lock nor unlock.
 		for _, do := range []func(context.Context, *request.Caller, *secret.Secret) error{f.Lock, f.Unlock} {
 			phrase, err := secret.From([]byte("x"))
@@ -348,75 +347,18 @@ func TestNoToAll(t *testing.T) {
 			}
 			phrase.Wipe()
 		}
-		if _, err := f.Sign(t.Context(), w.caller("ssh", "evil", "-"), withKey(git, k)); !isPaused(err) {
+		if _, err := f.Sign(t.Context(), w.Caller("ssh", "evil", "-"), withKey(git, k)); !isPaused(err) {
 			t.Error(err)
 		}
 		f.Configure(f.opts.Rules)
-		f.signs(t, k, w.caller("ssh", "evil", "-"), git, errDeclined)
+		f.signs(t, k, w.Caller("ssh", "evil", "-"), git, errDeclined)
 	})
 }
 
-// byAsking has a question asked as a Confirmer does.
-func byAsking(answer func(context.Context) (Outcome, error)) func(context.Context) (Outcome, error) {
-	return func(ctx context.Context) (o Outcome, err error) {
-		err = waiting.Ask(ctx, waiting.Question{Ask: func(ctx context.Context) (err error) {
-			o, err = answer(ctx)
-			return err
-		}})
-		return o, err
-	}
-}
-
-// A client that has to wait does not take the question of others along.
-func TestPausedLeavesOthers(t *testing.T) {
-	synctest.Test(t, func(t *testing.T) {
-		w, q := newWorld(t), NewQuestions()
-		no := byAsking(func(context.Context) (Outcome, error) { return OutcomeNo, errDeclined })
-		evil, good := w.caller("ssh", "evil", "-"), w.caller("ssh")
-		_ = q.Ask(evil.Context(t.Context()), "a token", false, no)
-
-		l := newLock()
-		one, err := l.enter(t.Context(), evil, nil)
-		if err != nil {
-			t.Fatal(err)
-		}
-		defer one.leave()
-		two, err := l.enter(t.Context(), good, nil)
-		if err != nil {
-			t.Fatal(err)
-		}
-		defer two.leave()
-		var list waiting.List
-		list.Add(one)
-		list.Add(two)
-		var callers []*request.Caller
-		err = q.Ask(waiting.NewContext(t.Context(), &list), "a token", false, byAsking(func(ctx context.Context) (Outcome, error) {
-			callers = append(callers, request.CallerFrom(ctx))
-			return OutcomeYes, nil
-		}))
-		if err != nil || !slices.Equal(callers, []*request.Caller{good}) {
-			t.Errorf("%v, asked %v", err, callers)
-		}
-		if !isPaused(one.reason(errors.New("it failed"))) || two.Err() != nil {
-			t.Errorf("%v, %v", context.Cause(one), two.Err())
-		}
-	})
-}
-
-// Nothing is kept for ever.
-func TestQuestionsForget(t *testing.T) {
-	synctest.Test(t, func(t *testing.T) {
-		w, q := newWorld(t), NewQuestions()
-		for i := range 1000 {
-			c := w.caller(fmt.Sprint("program", i))
-			_ = q.Ask(c.Context(t.Context()), fmt.Sprint("key ", i), true, byAsking(func(context.Context) (Outcome, error) { return OutcomeNo, nil }))
-		}
-		if n := len(q.keys); n != maxNos {
-			t.Errorf("%d keys", n)
-		}
-		time.Sleep(forgetNos)
-		if again, err := q.begin(w.caller("x").Origin(), "a key"); again || err != nil || len(q.keys)+len(q.ways)+len(q.groups) != 0 || len(q.turns.all) != 0 {
-			t.Errorf("%t, %v, %+v", again, err, q)
-		}
-	})
-}
+// Limits of package approval.
+const (
+	xfirstPause = time.Second
+	xblockTime  = time.Hour
+	xmaxNos     = 10
+	xmaxOpen    = 5
+)

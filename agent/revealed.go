@@ -13,7 +13,7 @@ type hider interface{ Hidden() bool }
 
 // hidden tells whether nobody knows yet what the private key is called.
 func (id *identity) hidden() bool {
-	return slices.ContainsFunc(id.homes, func(k request.Key) bool {
+	return slices.ContainsFunc(id.Homes, func(k request.Key) bool {
 		h, ok := k.(hider)
 		return ok && h.Hidden()
 	})
@@ -24,7 +24,7 @@ var errRevealed = errors.New("the login shows that this is not the key that was 
 
 // stillThere fails when a login has shown that the identity is not one of the caller's.
 func (k *Keyring) stillThere(c *request.Caller, id *identity) error {
-	if now, unseen := k.find(c, []byte(id.wire)); unseen != nil || now == nil {
+	if now, unseen := k.find(c, []byte(id.ID)); unseen != nil || now == nil {
 		return errRevealed
 	}
 	return nil

@@ -21,7 +21,7 @@ func TestHidden(t *testing.T) {
 		{[]request.Key{hiddenKey{}}, true},
 		{[]request.Key{nil, hiddenKey{}}, true},
 	} {
-		if got := (&identity{homes: tt.homes}).hidden(); got != tt.want {
+		if got := (&identity{Target: request.Target{Homes: tt.homes}}).hidden(); got != tt.want {
 			t.Errorf("%v are hidden: %v", tt.homes, got)
 		}
 	}

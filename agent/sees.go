@@ -33,7 +33,7 @@ func shows(s *request.Socket, key request.Key) bool {
 // A key that has lost its destinations has them for forwarded connections until a
 // person has agreed to the loss.
 func (id *identity) seenBy(c *request.Caller) error {
-	if restricted(c.Socket) && !slices.ContainsFunc(id.homes, func(key request.Key) bool { return shows(c.Socket, key) }) {
+	if restricted(c.Socket) && !slices.ContainsFunc(id.Homes, func(key request.Key) bool { return shows(c.Socket, key) }) {
 		return errUnknownKey
 	}
 	if err := id.limits.permits(c); err != nil {

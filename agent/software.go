@@ -39,8 +39,8 @@ func (k *Keyring) newSoftwareKey(ctx context.Context, c *request.Caller, r reque
 	}
 	s := new(softwareKey)
 	// A certificate is kept in its wire form alone: the parsed one is much larger.
-	s.key, s.plain, s.wire = &wiredKey{pub, []byte(wire), r.Public.Type()}, pub, wire
-	s.comment, s.fingerprint = r.Comment, k.fingerprint(pub)
+	s.key, s.plain, s.ID = &wiredKey{pub, []byte(wire), r.Public.Type()}, pub, wire
+	s.Comment, s.Fingerprint, s.PublicKey = r.Comment, k.fingerprint(pub), r.Private.Public()
 	s.software, s.limits = r.Private, limitsOf(&r.Constraints, k.opts.Lifetime)
 	s.kept = kept{
 		size:      3*request.Overhead + 3*len(wire) + 2*len(r.Comment) + request.KeySize(pub) + privateSize(r.Private) + r.Constraints.Size(),

@@ -87,7 +87,7 @@ func TestSoftwareKeyRefusals(t *testing.T) {
 func TestHowMuchCanBeAdded(t *testing.T) {
 	f := newFixture(Options{Rules: Rules{Automatic: []request.Selection{}}, SoftwareKeys: true}, edKey("pkcs11:token=a"))
 	for i := range maxSoftwareKeys {
-		f.software.put(&softwareKey{identity: identity{wire: fmt.Sprint(i)}})
+		f.software.put(&softwareKey{identity: identity{Target: request.Target{ID: fmt.Sprint(i)}}})
 	}
 	if err := f.Add(t.Context(), local, addKey(keytest.New(t), request.Constraints{})); !errors.Is(err, errTooMany) {
 		t.Errorf("keys in memory: %v", err)

@@ -9,6 +9,7 @@ import (
 	"golang.org/x/crypto/ssh"
 
 	"p11-agent/agent/request"
+	"p11-agent/agent/sshkey"
 )
 
 var errUnconfirmed = errors.New("the socket it came in at has signatures confirmed, and nobody can tell what the message does")
@@ -114,12 +115,10 @@ func (k *Keyring) approveUpstream(ctx context.Context, c *request.Caller, u Upst
 	if err != nil {
 		return err
 	}
-	id := &identity{key: pub, plain: pub, wire: string(r.Key), comment: "a key of the agent at " + u.Name()}
-	if cert, ok := pub.(*ssh.Certificate); ok {
-		id.plain = cert.Key
-	}
-	use := k.use(id.comment, id.plain, c, r)
-	return k.approve(request.WithUse(ctx, use), use, id)
+	plain := sshkey.Plain(pub)
+	t := &request.Target{ID: string(r.Key), Comment: "a key of the agent at " + u.Name(), Fingerprint: k.fingerprint(plain)}
+	use := k.use(t.Comment, plain, c, r)
+	return k.approve(request.WithUse(ctx, use), use, t, "")
 }
 
 // Pass hands a message that the door does not know on to the upstream agents and

@@ -39,3 +39,26 @@ type Selection interface {
 	// All tells whether it selects every key there is.
 	All() bool
 }
+
+// A Target is the key that a request is about, with every token that has it.
+type Target struct {
+	ID          string // tells keys apart. Of an SSH identity: the wire form of its public key
+	Comment     string // names the key to people, as the configuration or a client has named it
+	Fingerprint string // names the public key
+	PublicKey   crypto.PublicKey
+	Homes       []Key // the key on each token that has it; none: it is elsewhere
+}
+
+// Home returns the key that signs first: the first one whose token is present, or else the
+// first one. nil: no token has the key.
+func (t *Target) Home() Key {
+	for _, key := range t.Homes {
+		if key.Present() {
+			return key
+		}
+	}
+	if len(t.Homes) > 0 {
+		return t.Homes[0]
+	}
+	return nil
+}

@@ -23,8 +23,8 @@ func TestAttack10GroupOfASocket(t *testing.T) {
 			refused := func(n int, socket *request.Socket) (paused bool) {
 				c := &request.Caller{Peer: peer.Peer{Known: true, UID: 1000}, Socket: socket}
 				if forwarded {
-					c = boundTo(true, keytest.New(t).Public)
-					c.Socket = socket
+					c.Binds = []request.Bind{{HostKey: keytest.New(t).Public, Forwarding: true}}
+					c.Forwarded, c.Peer = true, peer.Peer{}
 				} else {
 					c.Peer.Chain = []peer.Process{{Name: fmt.Sprint(n)}}
 				}
