@@ -9,6 +9,7 @@ import (
 	"testing/synctest"
 	"time"
 
+	"p11-agent/agent/approval"
 	"p11-agent/agent/peer"
 	"p11-agent/agent/request"
 	"p11-agent/agent/request/requesttest"
@@ -19,14 +20,14 @@ import (
 // answers is a person with an answer for each question.
 type answers struct {
 	mu    sync.Mutex
-	give  func(ctx context.Context, r Question, n int) (Answer, error)
-	asked []Question
+	give  func(ctx context.Context, r approval.Question, n int) (approval.Answer, error)
+	asked []approval.Question
 	again []bool // for each: "no to everything from here" was offered
 	open  int
 	most  int
 }
 
-func (a *answers) Confirm(ctx context.Context, r Question) (answer Answer, err error) {
+func (a *answers) Confirm(ctx context.Context, r approval.Question) (answer approval.Answer, err error) {
 	err = waiting.Ask(ctx, waiting.Question{Ask: func(ctx context.Context) (err error) {
 		answer, err = a.confirm(ctx, r)
 		return err
@@ -34,10 +35,10 @@ func (a *answers) Confirm(ctx context.Context, r Question) (answer Answer, err e
 	return answer, err
 }
 
-func (a *answers) confirm(ctx context.Context, r Question) (Answer, error) {
+func (a *answers) confirm(ctx context.Context, r approval.Question) (approval.Answer, error) {
 	a.mu.Lock()
 	a.asked = append(a.asked, r)
-	a.again = append(a.again, Again(ctx))
+	a.again = append(a.again, approval.Again(ctx))
 	n := len(a.asked)
 	a.open++
 	a.most = max(a.most, a.open)
@@ -57,14 +58,16 @@ func (a *answers) count() int {
 }
 
 // says is a person with one answer to all.
-func says(a Answer) *answers {
-	return &answers{give: func(context.Context, Question, int) (Answer, error) { return a, nil }}
+func says(a approval.Answer) *answers {
+	return &answers{give: func(context.Context, approval.Question, int) (approval.Answer, error) { return a, nil }}
 }
 
 // approvals of every key.
-func everyKey(a Approval) Rules { return Rules{Approval: func(request.Key) Approval { return a }} }
+func everyKey(a approval.Policy) Rules {
+	return Rules{Approval: func(request.Key) approval.Policy { return a }}
+}
 
-const quarter = Remember(15 * time.Minute)
+const quarter = approval.Remember(15 * time.Minute)
 
 // signs makes a request in a world, and fails the test unless it goes as wanted.
 func (f *fixture) signs(t *testing.T, k request.Key, c *request.Caller, r request.Sign, want error) {
@@ -78,22 +81,22 @@ func (f *fixture) signs(t *testing.T, k request.Key, c *request.Caller, r reques
 // A yes is good for as long as it was given, and no longer.
 func TestApprovalLasts(t *testing.T) {
 	for name, test := range map[string]struct {
-		lasts  Remember
+		lasts  approval.Remember
 		before time.Duration // nobody is asked
 		after  time.Duration // somebody is; 0: never
 	}{
-		"once":          {Once, -1, time.Nanosecond},
+		"once":          {approval.Once, -1, time.Nanosecond},
 		"for a quarter": {quarter, 15*time.Minute - 1, 15 * time.Minute},
-		"until lock":    {UntilLock, 1000 * time.Hour, 0},
+		"until lock":    {approval.UntilLock, 1000 * time.Hour, 0},
 		"nonsense":      {-7, -1, time.Nanosecond},
 	} {
 		t.Run(name, func(t *testing.T) {
 			synctest.Test(t, func(t *testing.T) {
-				w, k, p := requesttest.New(t), edKey("pkcs11:token=a"), says(Answer{true, test.lasts})
-				f := newFixture(Options{Rules: everyKey(Approval{Confirm: ConfirmAlways}), Confirm: p, Hosts: w.Hosts}, k)
+				w, k, p := requesttest.New(t), edKey("pkcs11:token=a"), says(approval.Answer{Allowed: true, For: test.lasts})
+				f := newFixture(Options{Rules: everyKey(approval.Policy{Confirm: approval.ConfirmAlways}), Confirm: p, Hosts: w.Hosts}, k)
 				c := w.Caller("ssh bash", "good")
 				f.signs(t, k, c, w.Login("good", true), nil)
-				if p.count() != 1 || !p.asked[0].Offer || p.asked[0].Plain != Once {
+				if p.count() != 1 || !p.asked[0].Offer || p.asked[0].Plain != approval.Once {
 					t.Fatalf("asked %+v", p.asked)
 				}
 				if test.before >= 0 {
@@ -158,8 +161,8 @@ func TestApprovalForgotten(t *testing.T) {
 		}, true},
 	} {
 		t.Run(name, func(t *testing.T) {
-			k, p := edKey("pkcs11:token=a;id=1"), says(Answer{true, UntilLock})
-			f := newFixture(Options{Rules: everyKey(Approval{Confirm: ConfirmFirstUse}), Confirm: p, Hosts: w.Hosts}, k)
+			k, p := edKey("pkcs11:token=a;id=1"), says(approval.Answer{Allowed: true, For: approval.UntilLock})
+			f := newFixture(Options{Rules: everyKey(approval.Policy{Confirm: approval.ConfirmFirstUse}), Confirm: p, Hosts: w.Hosts}, k)
 			for range 2 {
 				f.signs(t, k, w.Caller("ssh bash"), requesttest.Signature("git"), nil)
 			}
@@ -175,7 +178,7 @@ func TestApprovalForgotten(t *testing.T) {
 
 // A yes that was given before the token was put in lasts until it is taken out.
 func TestApprovalBeforeInsertion(t *testing.T) {
-	w, k, backup, p := requesttest.New(t), edKey("pkcs11:token=a;id=1"), edKey("pkcs11:token=b;id=1"), says(Answer{true, UntilLock})
+	w, k, backup, p := requesttest.New(t), edKey("pkcs11:token=a;id=1"), edKey("pkcs11:token=b;id=1"), says(approval.Answer{Allowed: true, For: approval.UntilLock})
 	backup.Signer, k.insertions = k.Signer, 3
 	var f *fixture
 	in := &fakeInserter{answer: func(context.Context, int) (bool, error) {
@@ -183,7 +186,7 @@ func TestApprovalBeforeInsertion(t *testing.T) {
 		f.tokens.setAway([]request.Key{backup}, []request.Key{k})
 		return true, nil
 	}}
-	rules := everyKey(Approval{Confirm: ConfirmFirstUse})
+	rules := everyKey(approval.Policy{Confirm: approval.ConfirmFirstUse})
 	rules.OfferAway = always
 	f = newFixture(Options{Rules: rules, Confirm: p, Insert: in}, k)
 	f.tokens.setAway(nil, []request.Key{k, backup})
@@ -206,11 +209,11 @@ func TestApprovalBeforeInsertion(t *testing.T) {
 func TestApprovalThatComesLate(t *testing.T) {
 	w, k := requesttest.New(t), edKey("pkcs11:token=a")
 	var f *fixture
-	p := &answers{give: func(context.Context, Question, int) (Answer, error) {
+	p := &answers{give: func(context.Context, approval.Question, int) (approval.Answer, error) {
 		f.ForgetApprovals(func(request.Key) bool { return false })
-		return Answer{true, UntilLock}, nil
+		return approval.Answer{Allowed: true, For: approval.UntilLock}, nil
 	}}
-	f = newFixture(Options{Rules: everyKey(Approval{Confirm: ConfirmAlways}), Confirm: p}, k)
+	f = newFixture(Options{Rules: everyKey(approval.Policy{Confirm: approval.ConfirmAlways}), Confirm: p}, k)
 	for range 2 {
 		f.signs(t, k, w.Caller("ssh"), requesttest.Signature("git"), nil)
 	}
@@ -247,8 +250,8 @@ func TestApprovalIsForTheSame(t *testing.T) {
 		"at another socket":          {socket, w.Login("good", true), false},
 	} {
 		t.Run(name, func(t *testing.T) {
-			k, p := edKey("pkcs11:token=a"), says(Answer{true, UntilLock})
-			f := newFixture(Options{Rules: everyKey(Approval{Confirm: ConfirmAlways}), Confirm: p, Hosts: w.Hosts}, k)
+			k, p := edKey("pkcs11:token=a"), says(approval.Answer{Allowed: true, For: approval.UntilLock})
+			f := newFixture(Options{Rules: everyKey(approval.Policy{Confirm: approval.ConfirmAlways}), Confirm: p, Hosts: w.Hosts}, k)
 			f.signs(t, k, w.Caller("ssh git bash", "good"), w.Login("good", true), nil)
 			f.signs(t, k, test.c, test.r, nil)
 			if same := p.count() == 1; same != test.same {
@@ -289,8 +292,8 @@ func TestApprovalThatCannotLast(t *testing.T) {
 		"a socket that asks":          {edKey("pkcs11:token=a"), socket, requesttest.Signature("git")},
 	} {
 		t.Run(name, func(t *testing.T) {
-			p := says(Answer{true, UntilLock})
-			f := newFixture(Options{Rules: everyKey(Approval{Confirm: ConfirmFirstUse}), Confirm: p, Hosts: w.Hosts}, test.k)
+			p := says(approval.Answer{Allowed: true, For: approval.UntilLock})
+			f := newFixture(Options{Rules: everyKey(approval.Policy{Confirm: approval.ConfirmFirstUse}), Confirm: p, Hosts: w.Hosts}, test.k)
 			if test.k == added {
 				f.add(t, added.uri, request.Constraints{Confirm: true})
 			}
@@ -300,7 +303,7 @@ func TestApprovalThatCannotLast(t *testing.T) {
 			if p.count() != 2 {
 				t.Fatalf("asked %d times", p.count())
 			}
-			if r := p.asked[0]; r.Offer || r.Plain != Once {
+			if r := p.asked[0]; r.Offer || r.Plain != approval.Once {
 				t.Errorf("offers to remember it: %+v", r)
 			}
 		})
@@ -309,8 +312,8 @@ func TestApprovalThatCannotLast(t *testing.T) {
 
 // An earlier yes does not stand in for the one that ssh-add -c wants.
 func TestConstraintAsksInSpiteOfApproval(t *testing.T) {
-	w, k, p := requesttest.New(t), edKey("pkcs11:token=a;id=1"), says(Answer{true, UntilLock})
-	f := newFixture(Options{Rules: everyKey(Approval{Confirm: ConfirmFirstUse}), Confirm: p}, k)
+	w, k, p := requesttest.New(t), edKey("pkcs11:token=a;id=1"), says(approval.Answer{Allowed: true, For: approval.UntilLock})
+	f := newFixture(Options{Rules: everyKey(approval.Policy{Confirm: approval.ConfirmFirstUse}), Confirm: p}, k)
 	f.signs(t, k, w.Caller("ssh"), requesttest.Signature("git"), nil)
 	f.add(t, k.uri, request.Constraints{Confirm: true})
 	f.signs(t, k, w.Caller("ssh"), requesttest.Signature("git"), nil)
@@ -320,13 +323,13 @@ func TestConstraintAsksInSpiteOfApproval(t *testing.T) {
 }
 
 func TestDenied(t *testing.T) {
-	w, k, p := requesttest.New(t), edKey("pkcs11:token=a"), says(Answer{true, UntilLock})
-	rules := everyKey(Approval{Rules: []Rule{{Programs: []string{"ide"}, Confirm: ConfirmDeny}}})
+	w, k, p := requesttest.New(t), edKey("pkcs11:token=a"), says(approval.Answer{Allowed: true, For: approval.UntilLock})
+	rules := everyKey(approval.Policy{Rules: []approval.Rule{{Programs: []string{"ide"}, Confirm: approval.ConfirmDeny}}})
 	f := newFixture(Options{Rules: rules, Confirm: p}, k)
 	r := requesttest.Signature("git")
 	r.Key = wireOf(k)
 	_, err := f.Sign(t.Context(), w.Caller("ssh git ide"), r)
-	if _, ok := errors.AsType[*DeniedError](err); !ok || p.count() != 0 || k.signed != 0 {
+	if _, ok := errors.AsType[*approval.DeniedError](err); !ok || p.count() != 0 || k.signed != 0 {
 		t.Errorf("%v, %d questions, %d signatures", err, p.count(), k.signed)
 	}
 	if !strings.Contains(f.log.String(), "rule 1 of the key in the configuration refuses it") {
@@ -343,11 +346,13 @@ func TestDenied(t *testing.T) {
 // What is to be confirmed and cannot be is refused.
 func TestNobodyToAsk(t *testing.T) {
 	w, k := requesttest.New(t), edKey("pkcs11:token=a")
-	f := newFixture(Options{Rules: everyKey(Approval{Confirm: ConfirmAlways})}, k)
+	f := newFixture(Options{Rules: everyKey(approval.Policy{Confirm: approval.ConfirmAlways})}, k)
 	f.approver.Confirm = nil
-	f.signs(t, k, w.Caller("ssh"), requesttest.Signature("git"), errNobody)
+	f.signs(t, k, w.Caller("ssh"), requesttest.Signature("git"), approval.ErrNobody)
 	errNoPrompt := errors.New("no display")
-	f.approver.Confirm = &answers{give: func(context.Context, Question, int) (Answer, error) { return Answer{true, UntilLock}, errNoPrompt }}
+	f.approver.Confirm = &answers{give: func(context.Context, approval.Question, int) (approval.Answer, error) {
+		return approval.Answer{Allowed: true, For: approval.UntilLock}, errNoPrompt
+	}}
 	for range 2 {
 		f.signs(t, k, w.Caller("ssh"), requesttest.Signature("git"), errNoPrompt)
 	}
@@ -359,26 +364,26 @@ func TestNobodyToAsk(t *testing.T) {
 // Fifty requests of one kind are one prompt, and have one outcome.
 func TestApprovalIsShared(t *testing.T) {
 	for name, test := range map[string]struct {
-		answer Answer
+		answer approval.Answer
 		err    error
 		next   int // questions after one more request
 	}{
-		"once":        {Answer{true, Once}, nil, 2},
-		"for longer":  {Answer{true, quarter}, nil, 1},
-		"no":          {Answer{}, errDeclined, 2},
-		"no for ever": {Answer{false, UntilLock}, errDeclined, 2},
+		"once":        {approval.Answer{Allowed: true, For: approval.Once}, nil, 2},
+		"for longer":  {approval.Answer{Allowed: true, For: quarter}, nil, 1},
+		"no":          {approval.Answer{}, approval.ErrDeclined, 2},
+		"no for ever": {approval.Answer{Allowed: false, For: approval.UntilLock}, approval.ErrDeclined, 2},
 	} {
 		t.Run(name, func(t *testing.T) {
 			synctest.Test(t, func(t *testing.T) {
 				w, k := requesttest.New(t), edKey("pkcs11:token=a")
-				answer := make(chan Answer)
-				p := &answers{give: func(ctx context.Context, r Question, _ int) (Answer, error) {
+				answer := make(chan approval.Answer)
+				p := &answers{give: func(ctx context.Context, r approval.Question, _ int) (approval.Answer, error) {
 					if request.UseFrom(ctx) != r.Use || request.PeerFrom(ctx).PID != 10 {
 						t.Error("who is asked does not know what for")
 					}
 					return <-answer, nil
 				}}
-				f := newFixture(Options{Rules: everyKey(Approval{Confirm: ConfirmAlways}), Confirm: p, Hosts: w.Hosts}, k)
+				f := newFixture(Options{Rules: everyKey(approval.Policy{Confirm: approval.ConfirmAlways}), Confirm: p, Hosts: w.Hosts}, k)
 				var all sync.WaitGroup
 				for range 50 {
 					all.Go(func() { f.signs(t, k, w.Caller("ssh bash", "good"), w.Login("good", true), test.err) })
@@ -392,7 +397,7 @@ func TestApprovalIsShared(t *testing.T) {
 				answer <- test.answer
 				answer <- test.answer
 				all.Wait()
-				time.Sleep(xfirstPause) // which follows two of the noes
+				time.Sleep(firstPause) // which follows two of the noes
 				done := make(chan struct{})
 				go func() {
 					f.signs(t, k, w.Caller("ssh bash", "good"), w.Login("good", true), test.err)
@@ -414,8 +419,10 @@ func TestApprovalIsShared(t *testing.T) {
 // The same with real goroutines, for the race detector; some hang up.
 func TestApprovalIsSharedByMany(t *testing.T) {
 	w, k := requesttest.New(t), edKey("pkcs11:token=a")
-	p := &answers{give: func(context.Context, Question, int) (Answer, error) { return Answer{true, UntilLock}, nil }}
-	f := newFixture(Options{Rules: everyKey(Approval{Confirm: ConfirmAlways}), Confirm: p, Hosts: w.Hosts}, k)
+	p := &answers{give: func(context.Context, approval.Question, int) (approval.Answer, error) {
+		return approval.Answer{Allowed: true, For: approval.UntilLock}, nil
+	}}
+	f := newFixture(Options{Rules: everyKey(approval.Policy{Confirm: approval.ConfirmAlways}), Confirm: p, Hosts: w.Hosts}, k)
 	var all sync.WaitGroup
 	for i := range 100 {
 		all.Go(func() {
@@ -444,8 +451,8 @@ func TestApprovalIsSharedByMany(t *testing.T) {
 func TestConstraintIsNotShared(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		w, k := requesttest.New(t), edKey("pkcs11:token=a")
-		answer := make(chan Answer)
-		p := &answers{give: func(context.Context, Question, int) (Answer, error) { return <-answer, nil }}
+		answer := make(chan approval.Answer)
+		p := &answers{give: func(context.Context, approval.Question, int) (approval.Answer, error) { return <-answer, nil }}
 		f := newFixture(Options{Confirm: p}, k)
 		f.add(t, "pkcs11:", request.Constraints{Confirm: true})
 		var all sync.WaitGroup
@@ -457,7 +464,7 @@ func TestConstraintIsNotShared(t *testing.T) {
 			t.Errorf("%d prompts", p.count())
 		}
 		for range 3 {
-			answer <- Answer{Allowed: true}
+			answer <- approval.Answer{Allowed: true}
 		}
 		all.Wait()
 	})
@@ -468,11 +475,11 @@ func TestConstraintIsNotShared(t *testing.T) {
 func TestApprovalPromptEndsWithItsRequests(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		w, k := requesttest.New(t), edKey("pkcs11:token=a")
-		p := &answers{give: func(ctx context.Context, _ Question, _ int) (Answer, error) {
+		p := &answers{give: func(ctx context.Context, _ approval.Question, _ int) (approval.Answer, error) {
 			<-ctx.Done()
-			return Answer{}, ctx.Err()
+			return approval.Answer{}, ctx.Err()
 		}}
-		f := newFixture(Options{Rules: everyKey(Approval{Confirm: ConfirmAlways}), Confirm: p}, k)
+		f := newFixture(Options{Rules: everyKey(approval.Policy{Confirm: approval.ConfirmAlways}), Confirm: p}, k)
 		first, hangUp := context.WithCancel(t.Context())
 		second, hangUpToo := context.WithCancel(t.Context())
 		for _, ctx := range []context.Context{first, second} {
@@ -498,12 +505,12 @@ func TestApprovalPromptEndsWithItsRequests(t *testing.T) {
 
 // Keys in memory, and those of upstream agents, have the rules of all keys.
 func TestApprovalOfOtherKeys(t *testing.T) {
-	w, k, p := requesttest.New(t), edKey("soft"), says(Answer{true, UntilLock})
-	rules := Rules{Approval: func(k request.Key) Approval {
+	w, k, p := requesttest.New(t), edKey("soft"), says(approval.Answer{Allowed: true, For: approval.UntilLock})
+	rules := Rules{Approval: func(k request.Key) approval.Policy {
 		if k != nil {
 			t.Errorf("asked about %v", k)
 		}
-		return Approval{Confirm: ConfirmFirstUse}
+		return approval.Policy{Confirm: approval.ConfirmFirstUse}
 	}}
 	f := newFixture(Options{Rules: rules, Confirm: p, SoftwareKeys: true})
 	pub := publicOf(t, k)
@@ -524,13 +531,13 @@ func TestApprovalOfOtherKeys(t *testing.T) {
 }
 
 func TestApprovalOfUpstreamKeys(t *testing.T) {
-	w, p, deny := requesttest.New(t), says(Answer{true, UntilLock}), false
+	w, p, deny := requesttest.New(t), says(approval.Answer{Allowed: true, For: approval.UntilLock}), false
 	up := keytest.New(t)
-	rules := Rules{Approval: func(k request.Key) Approval {
+	rules := Rules{Approval: func(k request.Key) approval.Policy {
 		if deny {
-			return Approval{Rules: []Rule{{Confirm: ConfirmDeny}}}
+			return approval.Policy{Rules: []approval.Rule{{Confirm: approval.ConfirmDeny}}}
 		}
-		return Approval{Confirm: ConfirmFirstUse}
+		return approval.Policy{Confirm: approval.ConfirmFirstUse}
 	}}
 	f := newFixture(Options{Rules: rules, Confirm: p, Upstreams: []Upstream{&fakeUpstream{name: "gcr", keys: []keytest.Key{up}}}})
 	r := requesttest.Signature("git")

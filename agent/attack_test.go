@@ -13,6 +13,7 @@ import (
 
 	"golang.org/x/crypto/ssh"
 
+	"p11-agent/agent/approval"
 	"p11-agent/agent/peer"
 	"p11-agent/agent/request"
 	"p11-agent/agent/sshkey/keytest"
@@ -44,7 +45,7 @@ func TestAttack02AddAgain(t *testing.T) {
 						time.Sleep(30 * time.Second)
 						f.add(t, second, request.Constraints{})
 						f.add(t, second, request.Constraints{Lifetime: time.Hour, Destinations: []request.Destination{to("", nil, host), to("", nil, other)}})
-						if err := sign(t, f, wireOf(k), boundTo(false, host)); !errors.Is(err, errDeclined) {
+						if err := sign(t, f, wireOf(k), boundTo(false, host)); !errors.Is(err, approval.ErrDeclined) {
 							t.Errorf("nobody was asked: %v", err)
 						}
 						f.confirm.answer = true
@@ -73,7 +74,7 @@ func TestAttack02Tighten(t *testing.T) {
 		f.add(t, "pkcs11:token=a;id=1", request.Constraints{})
 		f.add(t, "pkcs11:token=a", request.Constraints{Confirm: true})
 	}
-	if _, err := f.Sign(t.Context(), local, request.Sign{Key: wireOf(k)}); !errors.Is(err, errDeclined) {
+	if _, err := f.Sign(t.Context(), local, request.Sign{Key: wireOf(k)}); !errors.Is(err, approval.ErrDeclined) {
 		t.Errorf("nobody was asked: %v", err)
 	}
 }
@@ -115,7 +116,7 @@ func TestAttack02Away(t *testing.T) {
 	f.tokens.away = nil
 	f.tokens.mu.Unlock()
 	f.tokens.set(a, b)
-	if _, err := f.Sign(t.Context(), local, request.Sign{Key: wireOf(a)}); !errors.Is(err, errDeclined) {
+	if _, err := f.Sign(t.Context(), local, request.Sign{Key: wireOf(a)}); !errors.Is(err, approval.ErrDeclined) {
 		t.Errorf("nobody was asked: %v", err)
 	}
 }
@@ -187,7 +188,7 @@ func TestAttack02RemoveAndReturn(t *testing.T) {
 									t.Errorf("with a PIN: %v, asked %q, %+v", err, f.confirm.asked, k.use)
 								}
 							} else {
-								if err := sign(); !errors.Is(err, errDeclined) || k.signed > 0 {
+								if err := sign(); !errors.Is(err, approval.ErrDeclined) || k.signed > 0 {
 									t.Errorf("without anything: %v", err)
 								}
 								f.confirm.answer = true

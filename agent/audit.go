@@ -12,6 +12,7 @@ import (
 
 	"golang.org/x/crypto/ssh"
 
+	"p11-agent/agent/approval"
 	"p11-agent/agent/peer"
 	"p11-agent/agent/request"
 	"p11-agent/pinentry/plain"
@@ -300,7 +301,7 @@ func (k *Keyring) end(r *record, err error) {
 		return
 	}
 	k.logEvent(r)
-	if k.opts.Failed != nil && e.Result == ResultRefused && !r.told && !e.Forwarded && !isDeclined(err) {
+	if k.opts.Failed != nil && e.Result == ResultRefused && !r.told && !e.Forwarded && !approval.Declined(err) {
 		k.opts.Failed(*r.event())
 	}
 }
@@ -417,10 +418,10 @@ type Status struct {
 	Locked    bool
 	Keys      []KeyStatus // in the order of the list
 	Upstreams []UpstreamStatus
-	Approvals []ApprovalStatus // the newest first
-	Pauses    []PauseStatus    // the longest first
-	Events    []Event          // the newest first, with those that were not granted
-	Failures  []Event          // those of them that were refused
+	Approvals []approval.Status // the newest first
+	Pauses    []approval.Pause  // the longest first
+	Events    []Event           // the newest first, with those that were not granted
+	Failures  []Event           // those of them that were refused
 }
 
 // A KeyStatus tells of an identity.

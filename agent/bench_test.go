@@ -14,6 +14,7 @@ import (
 
 	"golang.org/x/crypto/ssh"
 
+	"p11-agent/agent/approval"
 	"p11-agent/agent/certdir"
 	"p11-agent/agent/peer"
 	"p11-agent/agent/request"
@@ -58,7 +59,7 @@ func stillKeyring(tb testing.TB, log slog.Handler, number int) (*Keyring, []requ
 		Tokens: newFakeTokens(keys...),
 		Rules: Rules{
 			Name:     func(request.Key) string { return "" },
-			Approval: func(request.Key) Approval { return Approval{} },
+			Approval: func(request.Key) approval.Policy { return approval.Policy{} },
 		},
 		Log: slog.New(log),
 	}), keys

@@ -6,6 +6,7 @@ import (
 	"fmt"
 	"slices"
 
+	"p11-agent/agent/approval"
 	"p11-agent/agent/request"
 	"p11-agent/agent/sshkey"
 )
@@ -41,7 +42,7 @@ func (k *Keyring) addToken(ctx context.Context, rec *record, r request.Token) er
 		return errForwarded
 	}
 	if r.Constraints.Confirm && k.opts.Confirm == nil {
-		return errNobody
+		return approval.ErrNobody
 	}
 	s, err := k.opts.Tokens.Parse(r.Provider, confined(c))
 	if err != nil {
@@ -190,7 +191,7 @@ func (k *Keyring) add(ctx context.Context, rec *record, r request.AddKey, wire s
 	case !k.opts.SoftwareKeys:
 		return errNoSoftware
 	case r.Constraints.Confirm && k.opts.Confirm == nil:
-		return errNobody
+		return approval.ErrNobody
 	case len(r.Constraints.Certificates) > 0 || r.Constraints.CertificatesOnly:
 		return errors.New("certificates can only be added to the keys of a token")
 	}

@@ -7,6 +7,7 @@ import (
 	"strings"
 	"time"
 
+	"p11-agent/agent/approval"
 	"p11-agent/agent/request"
 )
 
@@ -28,7 +29,7 @@ func (k *Keyring) insert(ctx context.Context, id *identity) error {
 
 // awaitToken has a person asked for a token until it is there.
 func (k *Keyring) awaitToken(ctx context.Context, id *identity) error {
-	w := Wanted{Comment: id.Comment, Fingerprint: k.fingerprint(id.plain)}
+	w := approval.Wanted{Comment: id.Comment, Fingerprint: k.fingerprint(id.plain)}
 	for _, home := range id.Homes {
 		if name := home.TokenName(); !slices.Contains(w.Tokens, name) {
 			w.Tokens = append(w.Tokens, name)
@@ -39,7 +40,7 @@ func (k *Keyring) awaitToken(ctx context.Context, id *identity) error {
 	if timeout == 0 {
 		timeout = insertPatience
 	}
-	ctx, cancel := context.WithTimeoutCause(ctx, timeout, errNotInserted)
+	ctx, cancel := context.WithTimeoutCause(ctx, timeout, approval.ErrNotInserted)
 	type answer struct {
 		in  bool
 		err error
@@ -56,9 +57,9 @@ func (k *Keyring) awaitToken(ctx context.Context, id *identity) error {
 		open = true
 		go func() {
 			var a answer
-			a.err = k.opts.Questions.Ask(ctx, w.Fingerprint, false, func(ctx context.Context) (_ Outcome, err error) {
+			a.err = k.opts.Questions.Ask(ctx, w.Fingerprint, false, func(ctx context.Context) (_ approval.Outcome, err error) {
 				a.in, err = k.opts.Insert.Insert(ctx, w)
-				return outcomeOf(a.in, err), err
+				return approval.OutcomeOf(a.in, err), err
 			})
 			answers <- a
 		}()
@@ -82,12 +83,12 @@ func (k *Keyring) awaitToken(ctx context.Context, id *identity) error {
 			switch {
 			case ctx.Err() != nil:
 				return fmt.Errorf("token %s is needed: %w", tokens, context.Cause(ctx))
-			case isDeclined(a.err):
+			case approval.Declined(a.err):
 				return fmt.Errorf("token %s is needed: %w", tokens, a.err)
 			case a.err != nil:
 				return fmt.Errorf("token %s is not there, and nobody can be asked to insert it: %w", tokens, a.err)
 			case !a.in:
-				return fmt.Errorf("token %s is needed: %w", tokens, errDeclinedToken)
+				return fmt.Errorf("token %s is needed: %w", tokens, approval.ErrTokenDeclined)
 			}
 			if err := k.opts.Tokens.Rescan(ctx); err != nil && ctx.Err() == nil {
 				return err

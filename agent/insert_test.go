@@ -11,6 +11,7 @@ import (
 	"testing/synctest"
 	"time"
 
+	"p11-agent/agent/approval"
 	"p11-agent/agent/request"
 	"p11-agent/pinentry/waiting"
 )
@@ -20,12 +21,12 @@ type fakeInserter struct {
 	answer func(ctx context.Context, n int) (bool, error) // of the nth prompt
 
 	mu    sync.Mutex
-	asked []Wanted
+	asked []approval.Wanted
 	open  int
 	most  int
 }
 
-func (i *fakeInserter) Insert(ctx context.Context, w Wanted) (in bool, err error) {
+func (i *fakeInserter) Insert(ctx context.Context, w approval.Wanted) (in bool, err error) {
 	err = waiting.Ask(ctx, waiting.Question{Ask: func(ctx context.Context) (err error) {
 		in, err = i.insert(ctx, w)
 		return err
@@ -33,7 +34,7 @@ func (i *fakeInserter) Insert(ctx context.Context, w Wanted) (in bool, err error
 	return in, err
 }
 
-func (i *fakeInserter) insert(ctx context.Context, w Wanted) (bool, error) {
+func (i *fakeInserter) insert(ctx context.Context, w approval.Wanted) (bool, error) {
 	i.mu.Lock()
 	i.asked = append(i.asked, w)
 	n := len(i.asked)

@@ -11,6 +11,7 @@ import (
 
 	"golang.org/x/crypto/ssh"
 
+	"p11-agent/agent/approval"
 	"p11-agent/agent/certdir"
 	"p11-agent/agent/request"
 	"p11-agent/agent/sshkey"
@@ -89,7 +90,7 @@ type Rules struct {
 	Allow func(request.Key) []request.Kind
 	// Approval returns when a person is asked before a key of a token signs; for
 	// nil, every key that is on none. nil: never.
-	Approval func(request.Key) Approval
+	Approval func(request.Key) approval.Policy
 }
 
 // Options make a Keyring.
@@ -98,17 +99,17 @@ type Options struct {
 	Rules
 	// Insert asks for the token of such a key when it is to sign; nil: nobody can
 	// be asked.
-	Insert Inserter
+	Insert approval.Inserter
 	// InsertTimeout is how long that is waited for; 0: a minute.
 	InsertTimeout time.Duration
 	// Lifetime is that of added identities which come with none; 0: for ever.
 	Lifetime time.Duration
 	// Confirm asks whether a key may be used; nil: nobody can be asked, what is to
 	// be confirmed is refused, and so is adding an identity for confirmation.
-	Confirm Confirmer
+	Confirm approval.Confirmer
 	// Questions decides whether a person may be asked; nil: one of the Keyring's own.
 	// All that show a question to a person share one.
-	Questions *Questions
+	Questions *approval.Questions
 	// SoftwareKeys lets clients add private keys, which are kept in memory.
 	SoftwareKeys bool
 	// RemoteTokens lets clients behind forwarded connections add keys of tokens.
@@ -145,7 +146,7 @@ type Keyring struct {
 	knew   bool // there were keys from before at the start: what is listed need not wait for tokens
 
 	lock      *lock
-	approver  *Approver
+	approver  *approval.Approver
 	audit     audit
 	computing turns
 
@@ -171,10 +172,10 @@ type Keyring struct {
 // NewKeyring makes a Keyring.
 func NewKeyring(opts Options) *Keyring {
 	if opts.Questions == nil {
-		opts.Questions = NewQuestions()
+		opts.Questions = approval.NewQuestions()
 	}
 	k := &Keyring{
-		approver: &Approver{Confirm: opts.Confirm, Questions: opts.Questions, Log: opts.Log},
+		approver: &approval.Approver{Confirm: opts.Confirm, Questions: opts.Questions, Log: opts.Log},
 		opts:     opts, log: opts.Log, start: time.Now(), lock: newLock(),
 		hidden: make(map[string]uint64), owed: make(map[string]*limits), troubles: make(map[string]string),
 	}

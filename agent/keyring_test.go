@@ -22,6 +22,7 @@ import (
 
 	"golang.org/x/crypto/ssh"
 
+	"p11-agent/agent/approval"
 	"p11-agent/agent/peer"
 	"p11-agent/agent/request"
 	"p11-agent/pinentry/secret"
@@ -276,7 +277,7 @@ type fakeConfirm struct {
 	caller *request.Caller
 }
 
-func (c *fakeConfirm) Confirm(ctx context.Context, r Question) (answer Answer, err error) {
+func (c *fakeConfirm) Confirm(ctx context.Context, r approval.Question) (answer approval.Answer, err error) {
 	err = waiting.Ask(ctx, waiting.Question{Ask: func(ctx context.Context) (err error) {
 		answer, err = c.confirm(ctx, r)
 		return err
@@ -284,13 +285,13 @@ func (c *fakeConfirm) Confirm(ctx context.Context, r Question) (answer Answer, e
 	return answer, err
 }
 
-func (c *fakeConfirm) confirm(ctx context.Context, r Question) (Answer, error) {
+func (c *fakeConfirm) confirm(ctx context.Context, r approval.Question) (approval.Answer, error) {
 	c.use, c.caller = request.UseFrom(ctx), request.CallerFrom(ctx)
 	if c.use != r.Use {
 		panic("the request is about another use")
 	}
 	c.asked = append(c.asked, r.Comment+" "+r.KeyFingerprint)
-	return Answer{Allowed: c.answer}, c.err
+	return approval.Answer{Allowed: c.answer}, c.err
 }
 
 func edKey(uri string) *fakeKey {
@@ -622,7 +623,7 @@ func TestConfirm(t *testing.T) {
 		_, err := f.Sign(t.Context(), local, request.Sign{Key: wireOf(k)})
 		return err
 	}
-	if err := sign(); !errors.Is(err, errDeclined) || k.signed != 0 {
+	if err := sign(); !errors.Is(err, approval.ErrDeclined) || k.signed != 0 {
 		t.Errorf("declined: %v, %d signatures", err, k.signed)
 	}
 	f.confirm.answer = true

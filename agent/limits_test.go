@@ -13,6 +13,7 @@ import (
 
 	"golang.org/x/crypto/ssh"
 
+	"p11-agent/agent/approval"
 	"p11-agent/agent/request"
 	"p11-agent/agent/sshkey/keytest"
 )
@@ -236,11 +237,11 @@ func TestConstraintMatrix(t *testing.T) {
 				}
 				err = sign(caller)
 				if confirm {
-					if !errors.Is(err, errDeclined) {
+					if !errors.Is(err, approval.ErrDeclined) {
 						t.Errorf("declined: %v", err)
 					}
 					f.confirm.answer = true
-					time.Sleep(xfirstPause) // that a forwarded request has to wait
+					time.Sleep(firstPause) // that a forwarded request has to wait
 					err = sign(caller)
 				}
 				if err != nil {
@@ -351,7 +352,7 @@ func TestSocketRules(t *testing.T) {
 	if err := f.Remove(t.Context(), only, wireOf(a)); !errors.Is(err, errUnknownKey) {
 		t.Errorf("remove a key that is not shown: %v", err)
 	}
-	if err := sign(at(request.Socket{Confirm: true}), wireOf(a)); !errors.Is(err, errDeclined) || len(f.confirm.asked) != 1 {
+	if err := sign(at(request.Socket{Confirm: true}), wireOf(a)); !errors.Is(err, approval.ErrDeclined) || len(f.confirm.asked) != 1 {
 		t.Errorf("to be confirmed: %v", err)
 	}
 	readOnly := at(request.Socket{ReadOnly: true})

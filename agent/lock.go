@@ -8,6 +8,7 @@ import (
 	"sync/atomic"
 	"time"
 
+	"p11-agent/agent/approval"
 	"p11-agent/agent/request"
 	"p11-agent/pinentry/plain"
 	"p11-agent/pinentry/secret"
@@ -68,7 +69,7 @@ func (r *inside) reason(err error) error {
 		return nil
 	}
 	cause := context.Cause(r)
-	if _, paused := errors.AsType[*PausedError](cause); paused || errors.Is(cause, request.ErrLocked) {
+	if _, paused := errors.AsType[*approval.PausedError](cause); paused || errors.Is(cause, request.ErrLocked) {
 		return cause
 	}
 	return err

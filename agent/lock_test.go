@@ -8,6 +8,7 @@ import (
 	"testing/synctest"
 	"time"
 
+	"p11-agent/agent/approval"
 	"p11-agent/agent/request"
 	"p11-agent/agent/sshkey/keytest"
 	"p11-agent/pinentry/secret"
@@ -136,10 +137,10 @@ func TestUnlockDelay(t *testing.T) {
 func TestLockEndsSignatures(t *testing.T) {
 	k := edKey("pkcs11:token=a")
 	waits := make(chan struct{})
-	f := newFixture(Options{Confirm: confirmFunc(func(ctx context.Context, _ Question) (Answer, error) {
+	f := newFixture(Options{Confirm: confirmFunc(func(ctx context.Context, _ approval.Question) (approval.Answer, error) {
 		close(waits)
 		<-ctx.Done()
-		return Answer{}, ctx.Err()
+		return approval.Answer{}, ctx.Err()
 	})}, k)
 	f.add(t, "pkcs11:token=a", request.Constraints{Confirm: true})
 	end := make(chan error, 1)
@@ -156,6 +157,8 @@ func TestLockEndsSignatures(t *testing.T) {
 	}
 }
 
-type confirmFunc func(context.Context, Question) (Answer, error)
+type confirmFunc func(context.Context, approval.Question) (approval.Answer, error)
 
-func (f confirmFunc) Confirm(ctx context.Context, r Question) (Answer, error) { return f(ctx, r) }
+func (f confirmFunc) Confirm(ctx context.Context, r approval.Question) (approval.Answer, error) {
+	return f(ctx, r)
+}

@@ -17,6 +17,7 @@ import (
 
 	"golang.org/x/crypto/ssh"
 
+	"p11-agent/agent/approval"
 	"p11-agent/agent/peer"
 	"p11-agent/agent/request"
 	"p11-agent/agent/sshkey/keytest"
@@ -143,8 +144,8 @@ type trial struct {
 	yes     bool // what a person says
 }
 
-func (w *trial) Confirm(context.Context, Question) (Answer, error) {
-	return Answer{Allowed: w.yes}, nil
+func (w *trial) Confirm(context.Context, approval.Question) (approval.Answer, error) {
+	return approval.Answer{Allowed: w.yes}, nil
 }
 
 func tokenName(uri string) string { name, _, _ := strings.Cut(uri, ";"); return name }

@@ -13,6 +13,7 @@ import (
 
 	"golang.org/x/crypto/ssh"
 
+	"p11-agent/agent/approval"
 	"p11-agent/agent/peer"
 	"p11-agent/agent/request"
 	"p11-agent/agent/request/requesttest"
@@ -104,8 +105,8 @@ func TestAttack10Flood(t *testing.T) {
 	} {
 		t.Run(name, func(t *testing.T) {
 			synctest.Test(t, func(t *testing.T) {
-				p := says(Answer{})
-				f := newFixture(Options{Rules: everyKey(Approval{Confirm: ConfirmAlways}), Confirm: p, Hosts: w.Hosts}, keys...)
+				p := says(approval.Answer{})
+				f := newFixture(Options{Rules: everyKey(approval.Policy{Confirm: approval.ConfirmAlways}), Confirm: p, Hosts: w.Hosts}, keys...)
 				if n := flood(t, f, p, 10*time.Second, test.attempt); n < 2 || n > test.most {
 					t.Errorf("%d questions in ten seconds, want up to %d", n, test.most)
 				}
@@ -138,25 +139,25 @@ func TestAttack10AtOnce(t *testing.T) {
 		caller func(n int) *request.Caller
 	}{
 		"forwarded": {2, func(int) *request.Caller { return w.Caller("ssh bash", "evil", "-") }},
-		"forwarded, of made up hosts": {xmaxNos + xmaxOpen, func(n int) *request.Caller {
+		"forwarded, of made up hosts": {maxNos + maxOpen, func(n int) *request.Caller {
 			c := w.Caller("ssh bash", "evil", "-")
 			c.Binds[0].HostKey = randomHost(n)
 			return c
 		}},
-		"programs": {xmaxNos + xmaxOpen, func(n int) *request.Caller { return w.Caller(fmt.Sprintf("evil%d", n)) }},
+		"programs": {maxNos + maxOpen, func(n int) *request.Caller { return w.Caller(fmt.Sprintf("evil%d", n)) }},
 	} {
 		t.Run(name, func(t *testing.T) {
 			synctest.Test(t, func(t *testing.T) {
 				answer := make(chan struct{})
-				p := &answers{give: func(ctx context.Context, _ Question, _ int) (Answer, error) {
+				p := &answers{give: func(ctx context.Context, _ approval.Question, _ int) (approval.Answer, error) {
 					select {
 					case <-answer:
-						return Answer{}, nil
+						return approval.Answer{}, nil
 					case <-ctx.Done():
-						return Answer{}, ctx.Err()
+						return approval.Answer{}, ctx.Err()
 					}
 				}}
-				f := newFixture(Options{Rules: everyKey(Approval{Confirm: ConfirmAlways}), Confirm: p}, k)
+				f := newFixture(Options{Rules: everyKey(approval.Policy{Confirm: approval.ConfirmAlways}), Confirm: p}, k)
 				var all sync.WaitGroup
 				for n := range 100 {
 					all.Go(func() {
@@ -168,7 +169,7 @@ func TestAttack10AtOnce(t *testing.T) {
 					})
 				}
 				synctest.Wait()
-				if p.count() > xmaxOpen {
+				if p.count() > maxOpen {
 					t.Errorf("%d questions are open", p.count())
 				}
 				close(answer)
@@ -181,11 +182,11 @@ func TestAttack10AtOnce(t *testing.T) {
 	}
 	t.Run("hanging up", func(t *testing.T) {
 		synctest.Test(t, func(t *testing.T) {
-			p := &answers{give: func(ctx context.Context, _ Question, _ int) (Answer, error) {
+			p := &answers{give: func(ctx context.Context, _ approval.Question, _ int) (approval.Answer, error) {
 				<-ctx.Done()
-				return Answer{}, ctx.Err()
+				return approval.Answer{}, ctx.Err()
 			}}
-			f := newFixture(Options{Rules: everyKey(Approval{Confirm: ConfirmAlways}), Confirm: p}, k)
+			f := newFixture(Options{Rules: everyKey(approval.Policy{Confirm: approval.ConfirmAlways}), Confirm: p}, k)
 			for range 1000 {
 				ctx, cancel := context.WithTimeout(t.Context(), 10*time.Millisecond)
 				r := requesttest.Signature("git")
@@ -208,21 +209,21 @@ func TestAttack10EveryKind(t *testing.T) {
 	for name, give := range map[string]func(context.Context) (bool, error){
 		"no":         func(context.Context) (bool, error) { return false, nil },
 		"no answer":  func(context.Context) (bool, error) { return false, pinentry.ErrTimeout },
-		"no, to all": func(context.Context) (bool, error) { return false, ErrNoToAll },
+		"no, to all": func(context.Context) (bool, error) { return false, approval.ErrNoToAll },
 	} {
 		t.Run(name, func(t *testing.T) {
 			synctest.Test(t, func(t *testing.T) {
 				k, missing := edKey("pkcs11:token=a"), edKey("pkcs11:token=b")
 				in := &fakeInserter{answer: func(ctx context.Context, _ int) (bool, error) { return give(ctx) }}
-				p := &answers{give: func(ctx context.Context, _ Question, _ int) (Answer, error) {
+				p := &answers{give: func(ctx context.Context, _ approval.Question, _ int) (approval.Answer, error) {
 					yes, err := give(ctx)
-					return Answer{Allowed: yes}, err
+					return approval.Answer{Allowed: yes}, err
 				}}
-				rules := Rules{OfferAway: always, Approval: func(k request.Key) Approval {
+				rules := Rules{OfferAway: always, Approval: func(k request.Key) approval.Policy {
 					if k == request.Key(missing) {
-						return Approval{}
+						return approval.Policy{}
 					}
-					return Approval{Confirm: ConfirmAlways}
+					return approval.Policy{Confirm: approval.ConfirmAlways}
 				}}
 				f := newFixture(Options{Rules: rules, Confirm: p, Insert: in}, k)
 				f.tokens.setAway([]request.Key{k}, []request.Key{missing})
@@ -249,13 +250,15 @@ func TestNoByMistake(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		w, k := requesttest.New(t), edKey("pkcs11:token=a")
 		yes := false
-		p := &answers{give: func(context.Context, Question, int) (Answer, error) { return Answer{Allowed: yes}, nil }}
-		f := newFixture(Options{Rules: everyKey(Approval{Confirm: ConfirmAlways}), Confirm: p, Hosts: w.Hosts}, k)
+		p := &answers{give: func(context.Context, approval.Question, int) (approval.Answer, error) {
+			return approval.Answer{Allowed: yes}, nil
+		}}
+		f := newFixture(Options{Rules: everyKey(approval.Policy{Confirm: approval.ConfirmAlways}), Confirm: p, Hosts: w.Hosts}, k)
 		here, there := w.Caller("ssh bash", "good"), w.Caller("ssh bash", "evil", "-")
 		git := requesttest.Signature("git")
 
 		for range 2 {
-			f.signs(t, k, here, git, errDeclined)
+			f.signs(t, k, here, git, approval.ErrDeclined)
 			if p.again[len(p.again)-1] {
 				t.Error("the first and the second no mean everything")
 			}
@@ -263,31 +266,31 @@ func TestNoByMistake(t *testing.T) {
 		if _, err := f.Sign(t.Context(), here, withKey(git, k)); !isPaused(err) || !strings.Contains(err.Error(), "00:00:01") {
 			t.Errorf("the third time: %v", err)
 		}
-		time.Sleep(xfirstPause)
+		time.Sleep(firstPause)
 		yes = true
 		f.signs(t, k, here, git, nil)
 		if !p.again[len(p.again)-1] {
 			t.Error("the third question does not offer no to everything")
 		}
 		yes = false
-		f.signs(t, k, here, git, errDeclined)
+		f.signs(t, k, here, git, approval.ErrDeclined)
 		if p.again[len(p.again)-1] {
 			t.Error("a yes is no fresh start")
 		}
 
 		// From another host it costs a second.
-		f.signs(t, k, there, git, errDeclined)
+		f.signs(t, k, there, git, approval.ErrDeclined)
 		if _, err := f.Sign(t.Context(), there, withKey(git, k)); !isPaused(err) {
 			t.Errorf("the second time: %v", err)
 		}
-		time.Sleep(xfirstPause)
+		time.Sleep(firstPause)
 		yes = true
 		f.signs(t, k, there, git, nil)
 		f.signs(t, k, there, git, nil)
 		// What needs no question is signed, whatever was refused before.
 		yes = false
-		f.signs(t, k, there, git, errDeclined)
-		f.opts.Approval = func(request.Key) Approval { return Approval{} }
+		f.signs(t, k, there, git, approval.ErrDeclined)
+		f.opts.Approval = func(request.Key) approval.Policy { return approval.Policy{} }
 		f.signs(t, k, there, git, nil)
 	})
 }
@@ -298,7 +301,7 @@ func withKey(r request.Sign, k request.Key) request.Sign {
 }
 
 func isPaused(err error) bool {
-	_, ok := errors.AsType[*PausedError](err)
+	_, ok := errors.AsType[*approval.PausedError](err)
 	return ok
 }
 
@@ -307,17 +310,17 @@ func isPaused(err error) bool {
 func TestNoToAll(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		w, k, other := requesttest.New(t), edKey("pkcs11:token=a"), edKey("pkcs11:token=b")
-		p := &answers{give: func(ctx context.Context, _ Question, _ int) (Answer, error) {
-			if Again(ctx) {
-				return Answer{}, ErrNoToAll
+		p := &answers{give: func(ctx context.Context, _ approval.Question, _ int) (approval.Answer, error) {
+			if approval.Again(ctx) {
+				return approval.Answer{}, approval.ErrNoToAll
 			}
-			return Answer{}, nil
+			return approval.Answer{}, nil
 		}}
-		f := newFixture(Options{Rules: everyKey(Approval{Confirm: ConfirmAlways}), Confirm: p, Hosts: w.Hosts}, k, other)
+		f := newFixture(Options{Rules: everyKey(approval.Policy{Confirm: approval.ConfirmAlways}), Confirm: p, Hosts: w.Hosts}, k, other)
 		git := requesttest.Signature("git")
-		f.signs(t, k, w.Caller("ssh", "evil", "-"), git, errDeclined)
-		time.Sleep(xfirstPause)
-		f.signs(t, k, w.Caller("ssh", "evil", "-"), git, ErrNoToAll)
+		f.signs(t, k, w.Caller("ssh", "evil", "-"), git, approval.ErrDeclined)
+		time.Sleep(firstPause)
+		f.signs(t, k, w.Caller("ssh", "evil", "-"), git, approval.ErrNoToAll)
 		s := f.Now()
 		if len(s.Pauses) != 2 || !s.Pauses[0].Block || s.Pauses[0].From != "the forwarded host evil.example.net" || s.Pauses[0].About != "" {
 			t.Fatalf("%+v", s.Pauses)
@@ -328,14 +331,14 @@ func TestNoToAll(t *testing.T) {
 				t.Error(err)
 			}
 		}
-		f.signs(t, k, w.Caller("ssh", "good", "-"), git, errDeclined)
-		time.Sleep(xblockTime)
+		f.signs(t, k, w.Caller("ssh", "good", "-"), git, approval.ErrDeclined)
+		time.Sleep(blockTime)
 		if len(f.Now().Pauses) != 0 {
 			t.Errorf("after an hour: %+v", f.Now().Pauses)
 		}
-		f.signs(t, k, w.Caller("ssh", "evil", "-"), git, errDeclined)
-		time.Sleep(xfirstPause)
-		f.signs(t, k, w.Caller("ssh", "evil", "-"), git, ErrNoToAll)
+		f.signs(t, k, w.Caller("ssh", "evil", "-"), git, approval.ErrDeclined)
+		time.Sleep(firstPause)
+		f.signs(t, k, w.Caller("ssh", "evil", "-"), git, approval.ErrNoToAll)
 		// A reload ends it. Such a client can neither lock nor unlock.
 		for _, do := range []func(context.Context, *request.Caller, *secret.Secret) error{f.Lock, f.Unlock} {
 			phrase, err := secret.From([]byte("x"))
@@ -351,14 +354,14 @@ func TestNoToAll(t *testing.T) {
 			t.Error(err)
 		}
 		f.Configure(f.opts.Rules)
-		f.signs(t, k, w.Caller("ssh", "evil", "-"), git, errDeclined)
+		f.signs(t, k, w.Caller("ssh", "evil", "-"), git, approval.ErrDeclined)
 	})
 }
 
 // Limits of package approval.
 const (
-	xfirstPause = time.Second
-	xblockTime  = time.Hour
-	xmaxNos     = 10
-	xmaxOpen    = 5
+	firstPause = time.Second
+	blockTime  = time.Hour
+	maxNos     = 10
+	maxOpen    = 5
 )

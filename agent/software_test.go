@@ -11,6 +11,7 @@ import (
 
 	"golang.org/x/crypto/ssh"
 
+	"p11-agent/agent/approval"
 	"p11-agent/agent/request"
 	"p11-agent/agent/sshkey/keytest"
 )
@@ -79,7 +80,7 @@ func TestSoftwareKeyRefusals(t *testing.T) {
 	}
 	f := newFixture(Options{SoftwareKeys: true})
 	f.Keyring.opts.Confirm = nil
-	if err := f.Add(t.Context(), local, addKey(k, request.Constraints{Confirm: true})); !errors.Is(err, errNobody) {
+	if err := f.Add(t.Context(), local, addKey(k, request.Constraints{Confirm: true})); !errors.Is(err, approval.ErrNobody) {
 		t.Errorf("nobody to ask: %v", err)
 	}
 }
@@ -116,7 +117,7 @@ func TestSoftwareKeyOfToken(t *testing.T) {
 		_, err := f.Sign(t.Context(), local, request.Sign{Key: k.Public.Marshal()})
 		return err
 	}
-	if err := sign(); !errors.Is(err, errDeclined) {
+	if err := sign(); !errors.Is(err, approval.ErrDeclined) {
 		t.Errorf("got %v", err)
 	}
 	f.confirm.answer = true
@@ -233,7 +234,7 @@ func TestUpstream(t *testing.T) {
 		t.Errorf("got %v", err)
 	}
 	asks := &request.Caller{Socket: &request.Socket{Confirm: true}}
-	if _, err := f.Sign(t.Context(), asks, request.Sign{Key: a.Public.Marshal()}); !errors.Is(err, errDeclined) {
+	if _, err := f.Sign(t.Context(), asks, request.Sign{Key: a.Public.Marshal()}); !errors.Is(err, approval.ErrDeclined) {
 		t.Errorf("got %v", err)
 	}
 	// While locked, there is nobody.

@@ -18,6 +18,7 @@ import (
 	"golang.org/x/sys/unix"
 
 	"p11-agent/agent"
+	"p11-agent/agent/approval"
 	"p11-agent/agent/door"
 	"p11-agent/agent/peer"
 	"p11-agent/agent/request"
@@ -67,7 +68,7 @@ func stillKeyring(tb testing.TB, log slog.Handler, number int) (*agent.Keyring, 
 		Tokens: tokens, Log: slog.New(log),
 		Rules: agent.Rules{
 			Name:     func(request.Key) string { return "" },
-			Approval: func(request.Key) agent.Approval { return agent.Approval{} },
+			Approval: func(request.Key) approval.Policy { return approval.Policy{} },
 		},
 	}), pub.Marshal()
 }

@@ -16,6 +16,7 @@ import (
 	"testing"
 
 	"p11-agent/agent"
+	"p11-agent/agent/approval"
 	"p11-agent/agent/peer"
 	"p11-agent/agent/request"
 	"p11-agent/pinentry/secret"
@@ -93,9 +94,9 @@ func (t *oneToken) Select(_ context.Context, s request.Selection, _ func(request
 // agrees says yes to every second question.
 type agrees struct{ n int }
 
-func (a *agrees) Confirm(context.Context, agent.Question) (agent.Answer, error) {
+func (a *agrees) Confirm(context.Context, approval.Question) (approval.Answer, error) {
 	a.n++
-	return agent.Answer{Allowed: a.n%2 == 0}, nil
+	return approval.Answer{Allowed: a.n%2 == 0}, nil
 }
 
 // connectionSeeds are whole connections.

@@ -16,6 +16,7 @@ import (
 	"golang.org/x/crypto/ssh"
 
 	"p11-agent/agent"
+	"p11-agent/agent/approval"
 	"p11-agent/agent/certdir"
 	"p11-agent/agent/logfold"
 	"p11-agent/agent/request"
@@ -57,7 +58,7 @@ type daemon struct {
 
 	sockets   []socket
 	prompts   *prompts // nil: nobody is asked
-	questions *agent.Questions
+	questions *approval.Questions
 	backend   *backend.Modules
 	keyring   *agent.Keyring
 	server    *sshagent.Server
@@ -76,7 +77,7 @@ type prompts struct {
 // openDaemon opens the agent behind the sockets. The daemon owns them and closes them, also when openDaemon
 // fails. serve then answers clients, and close gives everything back.
 func openDaemon(options daemonOptions, listeners []listener, log *slog.Logger) (_ *daemon, err error) {
-	d := &daemon{options: options, signals: new(signals), questions: agent.NewQuestions()}
+	d := &daemon{options: options, signals: new(signals), questions: approval.NewQuestions()}
 	defer func() {
 		if err != nil {
 			d.close()

@@ -4,7 +4,7 @@ import (
 	"context"
 	"errors"
 
-	"p11-agent/agent"
+	"p11-agent/agent/approval"
 	"p11-agent/pinentry"
 	"p11-agent/pinentry/secret"
 	"p11-agent/token"
@@ -16,15 +16,15 @@ import (
 // because a person has refused its requests.
 type pausingAsker struct {
 	token.PINAsker
-	questions *agent.Questions
+	questions *approval.Questions
 }
 
 // Ask opens the dialogue, which shows nothing yet.
 func (a *pausingAsker) Ask(ctx context.Context, about token.PINRequest) (token.PINDialogue, error) {
 	d := &pausingDialogue{questions: a.questions, about: tokenURI(about.Token)}
-	err := d.ask(ctx, func(ctx context.Context) (_ agent.Outcome, err error) {
+	err := d.ask(ctx, func(ctx context.Context) (_ approval.Outcome, err error) {
 		d.PINDialogue, err = a.PINAsker.Ask(ctx, about)
-		return agent.Unanswered, err
+		return approval.Unanswered, err
 	})
 	if err != nil {
 		return nil, err
@@ -37,17 +37,17 @@ var _ token.ReaderObserver = (*pausingDialogue)(nil)
 // pausingDialogue is a dialogue of a pausingAsker.
 type pausingDialogue struct {
 	token.PINDialogue
-	questions *agent.Questions
-	about     string              // the token, for people
-	note      func(agent.Outcome) // of the PIN that is typed on the reader; nil: there is an answer
+	questions *approval.Questions
+	about     string                 // the token, for people
+	note      func(approval.Outcome) // of the PIN that is typed on the reader; nil: there is an answer
 }
 
-func (d *pausingDialogue) ask(ctx context.Context, show func(context.Context) (agent.Outcome, error)) error {
+func (d *pausingDialogue) ask(ctx context.Context, show func(context.Context) (approval.Outcome, error)) error {
 	return d.questions.Ask(ctx, d.about, false, show)
 }
 
 func (d *pausingDialogue) PIN(ctx context.Context, problem string) (pin *secret.Secret, err error) {
-	err = d.ask(ctx, func(ctx context.Context) (_ agent.Outcome, err error) {
+	err = d.ask(ctx, func(ctx context.Context) (_ approval.Outcome, err error) {
 		pin, err = d.PINDialogue.PIN(ctx, problem)
 		return outcome(err), err
 	})
@@ -55,10 +55,10 @@ func (d *pausingDialogue) PIN(ctx context.Context, problem string) (pin *secret.
 }
 
 func (d *pausingDialogue) LastTry(ctx context.Context, problem string) (yes bool, err error) {
-	err = d.ask(ctx, func(ctx context.Context) (agent.Outcome, error) {
+	err = d.ask(ctx, func(ctx context.Context) (approval.Outcome, error) {
 		yes, err = d.PINDialogue.LastTry(ctx, problem)
 		if err == nil && !yes {
-			return agent.OutcomeNo, nil
+			return approval.OutcomeNo, nil
 		}
 		return outcome(err), err
 	})
@@ -66,11 +66,11 @@ func (d *pausingDialogue) LastTry(ctx context.Context, problem string) (yes bool
 }
 
 func (d *pausingDialogue) Notice(ctx context.Context) error {
-	return d.ask(ctx, func(ctx context.Context) (agent.Outcome, error) {
-		d.note = func(o agent.Outcome) { d.questions.Note(ctx, d.about, o) }
+	return d.ask(ctx, func(ctx context.Context) (approval.Outcome, error) {
+		d.note = func(o approval.Outcome) { d.questions.Note(ctx, d.about, o) }
 		err := d.PINDialogue.Notice(ctx)
 		if err == nil {
-			return agent.Unanswered, nil // the answer is given on the reader
+			return approval.Unanswered, nil // the answer is given on the reader
 		}
 		if errors.Is(err, token.ErrCancelled) {
 			d.note = nil
@@ -88,14 +88,14 @@ func (d *pausingDialogue) TypedOnReader(err error) {
 
 // outcome returns what came of a question that a person answers with something else
 // than yes.
-func outcome(err error) agent.Outcome {
+func outcome(err error) approval.Outcome {
 	switch {
 	case err == nil:
-		return agent.OutcomeYes
+		return approval.OutcomeYes
 	case errors.Is(err, token.ErrCancelled), errors.Is(err, pinentry.ErrTimeout):
-		return agent.OutcomeNo
+		return approval.OutcomeNo
 	}
-	return agent.Unanswered
+	return approval.Unanswered
 }
 
 func tokenURI(id wire.TokenID) string { return pkcs11uri.ForKey(id, "", nil).String() }

@@ -12,7 +12,7 @@ import (
 	"testing/synctest"
 	"time"
 
-	"p11-agent/agent"
+	"p11-agent/agent/approval"
 	"p11-agent/agent/peer"
 	"p11-agent/agent/request"
 	"p11-agent/cmd/p11-agent/paths"
@@ -85,7 +85,7 @@ func TestAttack10PINPrompts(t *testing.T) {
 		t.Run(name, func(t *testing.T) {
 			synctest.Test(t, func(t *testing.T) {
 				person := &fakeAsker{err: test.err}
-				a := &pausingAsker{person, agent.NewQuestions()}
+				a := &pausingAsker{person, approval.NewQuestions()}
 				c := &request.Caller{Peer: peer.Peer{Known: true, UID: 1000}, Forwarded: true}
 				paused := 0
 				for i := range 700 {
@@ -94,7 +94,7 @@ func TestAttack10PINPrompts(t *testing.T) {
 					if err == nil {
 						err = test.ask(c.Context(t.Context()), d)
 					}
-					if _, ok := errors.AsType[*agent.PausedError](err); ok {
+					if _, ok := errors.AsType[*approval.PausedError](err); ok {
 						paused++
 					} else if err == nil {
 						t.Fatal("there was no error")
@@ -113,14 +113,14 @@ func TestAttack10PINPrompts(t *testing.T) {
 // others are, also when it hangs up each time.
 func TestAttack10Reader(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
-		a := &pausingAsker{&asker{open: make(map[*dialogue]struct{}), log: slog.New(slog.DiscardHandler)}, agent.NewQuestions()}
+		a := &pausingAsker{&asker{open: make(map[*dialogue]struct{}), log: slog.New(slog.DiscardHandler)}, approval.NewQuestions()}
 		c := &request.Caller{Peer: peer.Peer{Known: true, UID: 1000}}
 		asked := 0
 		for range 100 {
 			ctx := context.WithValue(c.Context(t.Context()), tellsItself{}, true)
 			d, err := a.Ask(ctx, token.PINRequest{Token: wire.TokenID{Label: "work"}, Pad: true})
 			if err != nil {
-				if _, ok := errors.AsType[*agent.PausedError](err); !ok {
+				if _, ok := errors.AsType[*approval.PausedError](err); !ok {
 					t.Fatal(err)
 				}
 				continue

@@ -70,7 +70,7 @@ var rooms = []room{
 	{
 		"cmd/p11-agent/config",
 		[]string{
-			"agent", "agent/request", "cmd/p11-agent/exit", "cmd/p11-agent/output", "cmd/p11-agent/paths",
+			"agent/approval", "agent/request", "cmd/p11-agent/exit", "cmd/p11-agent/output", "cmd/p11-agent/paths",
 			"token", "token/pkcs11uri", "token/registry", xssh, toml,
 		},
 		"it says what the file means, and does nothing of it",
@@ -88,15 +88,20 @@ var rooms = []room{
 	{"cmd/testrun", []string{}, "it knows tests by their names only"},
 	{
 		"agent",
-		[]string{"agent/certdir", "agent/knownhosts", "agent/peer", "agent/request", "agent/sshkey", "pinentry", "pinentry/secret", "pinentry/waiting", xssh},
+		[]string{"agent/approval", "agent/certdir", "agent/knownhosts", "agent/peer", "agent/request", "agent/sshkey", "pinentry/secret", "pinentry/waiting", xssh},
 		"the keyring knows neither PKCS#11 nor a wire format",
+	},
+	{
+		"agent/approval",
+		[]string{"agent/knownhosts", "agent/peer", "agent/request", "agent/sshkey", "pinentry", "pinentry/waiting", xssh},
+		"whether a key may be used is decided without the key",
 	},
 	{"agent/certdir", []string{"agent/sshkey", xssh}, "it reads files: which certificates count is decided by the keyring"},
 	{"agent/knownhosts", []string{xssh}, "a leaf: it reads files"},
 	{"agent/peer", []string{xsys}, "who is at the other end of a socket is found out without the agent"},
 	{
 		"agent/request",
-		[]string{"agent/knownhosts", "agent/peer", "pinentry", "pinentry/secret", xssh},
+		[]string{"agent/knownhosts", "agent/peer", "agent/sshkey", "pinentry/secret", xssh},
 		"who asks for what is said in the same words at every door",
 	},
 	{"agent/door", []string{"agent/peer", xsys}, "connections are accepted without a protocol in mind"},

@@ -8,7 +8,7 @@ import (
 	"strings"
 	"time"
 
-	"p11-agent/agent"
+	"p11-agent/agent/approval"
 	"p11-agent/agent/request"
 	"p11-agent/cmd/p11-agent/output"
 	"p11-agent/pinentry"
@@ -22,9 +22,9 @@ import (
 var (
 	_ token.PINAsker = (*asker)(nil)
 
-	_ token.PINDialogue = (*dialogue)(nil)
-	_ agent.Confirmer   = (*asker)(nil)
-	_ agent.Inserter    = (*asker)(nil)
+	_ token.PINDialogue  = (*dialogue)(nil)
+	_ approval.Confirmer = (*asker)(nil)
+	_ approval.Inserter  = (*asker)(nil)
 )
 
 // tellsItself is in the context of a login whose client tells the person to type the PIN
@@ -102,10 +102,10 @@ func (a *asker) consentHint() string {
 }
 
 // Confirm asks whether a key may be used, and for how long when that is a question.
-func (a *asker) Confirm(ctx context.Context, r agent.Question) (agent.Answer, error) {
+func (a *asker) Confirm(ctx context.Context, r approval.Question) (approval.Answer, error) {
 	c := &conversation{asker: a, what: "the use of a key", consent: true, hint: a.consentHint()}
 	defer c.close()
-	var answer agent.Answer
+	var answer approval.Answer
 	err := c.ask(ctx, func(ctx context.Context, d *pinentry.Dialogue) (err error) {
 		if use := request.UseFrom(ctx); use != nil {
 			r.Use = use // of the one who is asked
@@ -114,32 +114,32 @@ func (a *asker) Confirm(ctx context.Context, r agent.Question) (agent.Answer, er
 		return err
 	})
 	if err != nil {
-		return agent.Answer{}, err
+		return approval.Answer{}, err
 	}
 	return answer, nil
 }
 
 // confirm asks on one dialogue.
-func confirm(ctx context.Context, d *pinentry.Dialogue, r agent.Question, patience time.Duration) (agent.Answer, error) {
+func confirm(ctx context.Context, d *pinentry.Dialogue, r approval.Question, patience time.Duration) (approval.Answer, error) {
 	text := confirmText(r)
 	prompt := pinentry.Prompt{
 		Title: "p11-agent", Description: "Allow " + useOf(r.Key) + "?\n" + text,
 		OK: allow(r.Plain), Cancel: "_Deny", Timeout: patience,
 	}
-	if agent.Again(ctx) || !r.Offer {
+	if approval.Again(ctx) || !r.Offer {
 		// To be left alone matters more than other lengths do.
 		yes, err := confirmOrBlock(ctx, d, prompt)
-		return agent.Answer{Allowed: yes, For: r.Plain}, err
+		return approval.Answer{Allowed: yes, For: r.Plain}, err
 	}
 	prompt.Other = "Allow _longer..."
-	if r.Plain != agent.Once {
+	if r.Plain != approval.Once {
 		prompt.Other = "Allow _otherwise..."
 	}
-	lengths := [2]agent.Remember{agent.Once, agent.UntilLock}
+	lengths := [2]approval.Remember{approval.Once, approval.UntilLock}
 	switch r.Plain {
-	case agent.Once:
+	case approval.Once:
 		lengths[0] = rememberShort
-	case agent.UntilLock:
+	case approval.UntilLock:
 		lengths[1] = rememberShort
 	}
 	choice, err := d.Choose(ctx, prompt)
@@ -154,43 +154,43 @@ func confirm(ctx context.Context, d *pinentry.Dialogue, r agent.Question, patien
 		}
 	}
 	if err != nil || choice == pinentry.ChoiceCancel {
-		return agent.Answer{}, err
+		return approval.Answer{}, err
 	}
-	return agent.Answer{Allowed: true, For: r.Plain}, nil
+	return approval.Answer{Allowed: true, For: r.Plain}, nil
 }
 
 // confirmOrBlock asks for yes or no. A client that had to wait before may also be refused
-// with "no to everything from here", which is agent.ErrNoToAll.
+// with "no to everything from here", which is approval.ErrNoToAll.
 func confirmOrBlock(ctx context.Context, d *pinentry.Dialogue, prompt pinentry.Prompt) (bool, error) {
-	if !agent.Again(ctx) {
+	if !approval.Again(ctx) {
 		return d.Confirm(ctx, prompt)
 	}
 	prompt.Other = "Deny _all from here"
 	choice, err := d.Choose(ctx, prompt)
 	if choice == pinentry.ChoiceOther {
-		err = agent.ErrNoToAll
+		err = approval.ErrNoToAll
 	}
 	return choice == pinentry.ChoiceOK, err
 }
 
 // rememberShort is the length of time that is offered to everybody.
-const rememberShort = agent.Remember(15 * time.Minute)
+const rememberShort = approval.Remember(15 * time.Minute)
 
 // allow is the text of a button.
-func allow(lasts agent.Remember) string {
+func allow(lasts approval.Remember) string {
 	switch lasts {
-	case agent.Once:
+	case approval.Once:
 		return "Allow _once"
-	case agent.UntilLock:
+	case approval.UntilLock:
 		return "Allow _until lock"
 	}
 	return "Allow _" + lasts.String()
 }
 
 // confirmText says what is asked about.
-func confirmText(r agent.Question) string {
+func confirmText(r approval.Question) string {
 	lines := []string{labelledLine(r.Key, r.Comment), r.KeyFingerprint}
-	if r.Plain != agent.Once {
+	if r.Plain != approval.Once {
 		lines = append(lines, "Yes counts "+r.Plain.String()+".")
 	}
 	return about(useLines(r.Use), lines, []string{"Asked because of " + r.Why + ".", requester(r.Caller.Who())})
@@ -198,7 +198,7 @@ func confirmText(r agent.Question) string {
 
 // Insert asks to insert a token. A yes allows nothing: the agent looks at the tokens. So
 // the client's own places will do.
-func (a *asker) Insert(ctx context.Context, w agent.Wanted) (yes bool, err error) {
+func (a *asker) Insert(ctx context.Context, w approval.Wanted) (yes bool, err error) {
 	c := &conversation{asker: a, what: "a token that is not inserted", hint: "Insert the token and try again"}
 	defer c.close()
 	err = c.ask(ctx, func(ctx context.Context, d *pinentry.Dialogue) (err error) {

@@ -2,11 +2,12 @@
 package requesttest
 
 import (
+	"strings"
+	"testing"
+
 	"p11-agent/agent/peer"
 	"p11-agent/agent/request"
 	"p11-agent/agent/sshkey/keytest"
-	"strings"
-	"testing"
 
 	"golang.org/x/crypto/ssh"
 )

@@ -6,7 +6,7 @@ import (
 	"strings"
 	"time"
 
-	"p11-agent/agent"
+	"p11-agent/agent/approval"
 	"p11-agent/agent/request"
 	"p11-agent/cmd/p11-agent/output"
 	"p11-agent/token"
@@ -25,13 +25,13 @@ const (
 	PlaceDisplay ConfirmPlace = "display" // no terminal
 )
 
-// RuleTable is agent.Rule as it is configured.
+// RuleTable is approval.Rule as it is configured.
 type RuleTable struct {
 	Host      []string          `toml:"host"`
 	Purpose   []request.Purpose `toml:"purpose"`
 	Program   []string          `toml:"program"`
 	Forwarded *bool             `toml:"forwarded"`
-	Confirm   agent.Confirm     `toml:"confirm"`
+	Confirm   approval.Confirm  `toml:"confirm"`
 	Remember  RememberFor       `toml:"remember"`
 }
 
@@ -41,7 +41,7 @@ func (r *RuleTable) check(what string) error {
 		return &valueError{text: what + " has no confirm, so it would say nothing", advice: "it can be " + output.OneOf(ruleConfirms)}
 	case !slices.Contains(ruleConfirms, r.Confirm):
 		return unknownValue("confirm of "+what, r.Confirm, ruleConfirms)
-	case r.Remember.Remember != agent.Once && (r.Confirm == agent.ConfirmNever || r.Confirm == agent.ConfirmDeny):
+	case r.Remember.Remember != approval.Once && (r.Confirm == approval.ConfirmNever || r.Confirm == approval.ConfirmDeny):
 		return &valueError{text: fmt.Sprintf("%s asks nobody (confirm = %q), so there is nothing to remember", what, r.Confirm), advice: "leave remember out"}
 	case r.Host != nil && len(r.Host) == 0, r.Purpose != nil && len(r.Purpose) == 0, r.Program != nil && len(r.Program) == 0:
 		return &valueError{text: what + " has an empty list, so it would match nothing", advice: "leave the condition out to match everything"}
@@ -74,26 +74,26 @@ func (r *RuleTable) check(what string) error {
 const rememberUntilLock = "until-lock"
 
 // RememberFor is how long a yes is good for.
-type RememberFor struct{ agent.Remember }
+type RememberFor struct{ approval.Remember }
 
 func (v *RememberFor) UnmarshalText(b []byte) error {
 	if string(b) == rememberUntilLock {
-		v.Remember = agent.UntilLock
+		v.Remember = approval.UntilLock
 		return nil
 	}
 	var d Duration
 	if err := d.UnmarshalText(b); err != nil {
 		return fmt.Errorf("%w; this one can also be %q", err, rememberUntilLock)
 	}
-	v.Remember = agent.Remember(d.Duration)
+	v.Remember = approval.Remember(d.Duration)
 	return nil
 }
 
 // Approval returns when a person is asked before a key signs: what the first table
 // says that says anything, or else the whole configuration.
-func (c *File) Approval() func(request.Key) agent.Approval {
-	return func(k request.Key) agent.Approval {
-		a := agent.Approval{Confirm: c.Confirm}
+func (c *File) Approval() func(request.Key) approval.Policy {
+	return func(k request.Key) approval.Policy {
+		a := approval.Policy{Confirm: c.Confirm}
 		key, ok := k.(*token.Key)
 		if !ok {
 			return a
@@ -113,7 +113,7 @@ func (c *File) Approval() func(request.Key) agent.Approval {
 			}
 			if a.Rules == nil {
 				for _, r := range table.Rules {
-					a.Rules = append(a.Rules, agent.Rule{
+					a.Rules = append(a.Rules, approval.Rule{
 						Hosts: r.Host, Purposes: r.Purpose, Programs: r.Program, Forwarded: r.Forwarded,
 						Confirm: r.Confirm, Remember: r.Remember.Remember,
 					})
@@ -128,17 +128,17 @@ func (c *File) Approval() func(request.Key) agent.Approval {
 }
 
 // confirmOrder has the laxest first.
-var confirmOrder = []agent.Confirm{"", agent.ConfirmNever, agent.ConfirmForwarded, agent.ConfirmFirstUse, agent.ConfirmAlways}
+var confirmOrder = []approval.Confirm{"", approval.ConfirmNever, approval.ConfirmForwarded, approval.ConfirmFirstUse, approval.ConfirmAlways}
 
 // stricter adds of a table what has a person asked, or denies, in more cases.
-func stricter(a agent.Approval, table KeyTable) agent.Approval {
+func stricter(a approval.Policy, table KeyTable) approval.Policy {
 	if slices.Index(confirmOrder, table.Confirm) > slices.Index(confirmOrder, a.Confirm) {
 		a.Confirm = table.Confirm
 	}
-	var rules []agent.Rule
+	var rules []approval.Rule
 	for _, r := range table.Rules {
-		if r.Confirm == agent.ConfirmDeny || r.Confirm == agent.ConfirmAlways {
-			rules = append(rules, agent.Rule{
+		if r.Confirm == approval.ConfirmDeny || r.Confirm == approval.ConfirmAlways {
+			rules = append(rules, approval.Rule{
 				Hosts: r.Host, Purposes: r.Purpose, Programs: r.Program, Forwarded: r.Forwarded, Confirm: r.Confirm,
 			})
 		}
@@ -149,8 +149,8 @@ func stricter(a agent.Approval, table KeyTable) agent.Approval {
 
 // keyConfirms is what confirm may be for whole keys, ruleConfirms for rules.
 var (
-	keyConfirms  = []agent.Confirm{agent.ConfirmNever, agent.ConfirmForwarded, agent.ConfirmAlways, agent.ConfirmFirstUse}
-	ruleConfirms = append(slices.Clone(keyConfirms), agent.ConfirmDeny)
+	keyConfirms  = []approval.Confirm{approval.ConfirmNever, approval.ConfirmForwarded, approval.ConfirmAlways, approval.ConfirmFirstUse}
+	ruleConfirms = append(slices.Clone(keyConfirms), approval.ConfirmDeny)
 )
 
 // checkApproval finds mistakes in what is said about confirmation.

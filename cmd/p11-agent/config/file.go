@@ -14,12 +14,12 @@ import (
 	"slices"
 	"syscall"
 
-	"p11-agent/agent"
+	"github.com/pelletier/go-toml/v2"
+
+	"p11-agent/agent/approval"
 	"p11-agent/cmd/p11-agent/paths"
 	"p11-agent/token"
 	"p11-agent/token/pkcs11uri"
-
-	"github.com/pelletier/go-toml/v2"
 )
 
 // File is the configuration file, p11-agent.toml.
@@ -45,9 +45,9 @@ type File struct {
 	Absent        string   `toml:"absent"`
 	InsertTimeout Duration `toml:"insert-timeout"`
 
-	Confirm        agent.Confirm `toml:"confirm"`
-	ConfirmTimeout Duration      `toml:"confirm-timeout"`
-	ConfirmPlace   ConfirmPlace  `toml:"confirm-place"`
+	Confirm        approval.Confirm `toml:"confirm"`
+	ConfirmTimeout Duration         `toml:"confirm-timeout"`
+	ConfirmPlace   ConfirmPlace     `toml:"confirm-place"`
 
 	path       string            // "": there is no file
 	publicKeys []token.PublicKey // those that KeyTables name

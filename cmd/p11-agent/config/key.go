@@ -10,12 +10,12 @@ import (
 	"slices"
 	"syscall"
 
-	"p11-agent/agent"
+	"golang.org/x/crypto/ssh"
+
+	"p11-agent/agent/approval"
 	"p11-agent/agent/request"
 	"p11-agent/cmd/p11-agent/paths"
 	"p11-agent/token"
-
-	"golang.org/x/crypto/ssh"
 )
 
 // KeyTable attaches a name to the keys that a URI matches, and a public half
@@ -35,8 +35,8 @@ type KeyTable struct {
 	PINPad      *bool     `toml:"pin-pad"`
 	ForgetOn    *ForgetOn `toml:"forget-on"` // nil: what there is for all keys
 
-	Confirm agent.Confirm `toml:"confirm"`
-	Rules   []RuleTable   `toml:"rule"`
+	Confirm approval.Confirm `toml:"confirm"`
+	Rules   []RuleTable      `toml:"rule"`
 }
 
 // checkAllow finds kinds that there are not.

@@ -1,4 +1,11 @@
-package agent
+// Package approval decides whether a key may be used: by the rules of the configuration,
+// and by what a person answers. It remembers answers for as long as the person says, and
+// pauses the questions of clients whose requests a person has refused.
+//
+// It promises that no answer counts for another use than the one that the person saw:
+// another key, host, user, program or way. How a person is asked is left to the
+// Confirmer.
+package approval
 
 import (
 	"cmp"
@@ -23,8 +30,8 @@ import (
 	"p11-agent/pinentry/waiting"
 )
 
-// A Confirm says when a person is asked before a key signs. Its texts are what the
-// configuration has.
+// A Confirm says when the agent asks a person before a key signs. The configuration uses
+// the same texts.
 type Confirm string
 
 // When a person is asked.
@@ -33,20 +40,19 @@ const (
 	ConfirmForwarded Confirm = "forwarded" // for requests that may come from another host
 	ConfirmAlways    Confirm = "always"
 	ConfirmFirstUse  Confirm = "first-use" // until that is forgotten
-	// ConfirmDeny asks nobody and refuses. Only a Rule has it.
+	// ConfirmDeny refuses without a question. Only a Rule has it.
 	ConfirmDeny Confirm = "deny"
 )
 
-// A Remember is how long a yes is good for further signatures of the same kind: a
-// length of time, or one of the constants.
+// A Remember is how long a yes counts for further signatures of the same kind: a length
+// of time, or one of the constants.
 type Remember time.Duration
 
 // The constants.
 const (
-	// Once is for the one that was asked about, and for those that wait with it.
+	// Once is for the one signature, and for those that wait with it.
 	Once Remember = 0
-	// UntilLock is until ssh-add -x or -D, and whatever else makes approvals be
-	// forgotten.
+	// UntilLock is until ssh-add -x or -D, or until the Approver forgets the answer.
 	UntilLock Remember = -1
 )
 
@@ -71,8 +77,9 @@ func (r Remember) String() string {
 	return "for " + text
 }
 
-// An Approval says of a key when a person is asked. The zero value never asks.
-type Approval struct {
+// A Policy says when the agent asks a person before it uses a key. The zero value never
+// asks.
+type Policy struct {
 	Confirm Confirm // empty: never
 	Rules   []Rule  // the first that matches counts in place of Confirm
 }
@@ -118,10 +125,10 @@ type Answer struct {
 
 // A Confirmer asks a person whether a key may be used.
 type Confirmer interface {
-	// Confirm returns the answer, which is no when the person takes the question
-	// away. An error is that nobody could be asked or that nobody has answered. It
-	// ends with ctx. The Confirmer asks by way of [waiting.Ask], and offers "no to
-	// everything from here" when Again says so. ErrNoToAll is "no to everything from here".
+	// Confirm returns the answer, which is no if the person closes the question. The
+	// error says that the question could not be shown, or had no answer in time. Confirm
+	// ends with ctx. The Confirmer asks through [waiting.Ask]. If Again returns true, it
+	// offers "no to everything from here", for which it returns ErrNoToAll.
 	Confirm(ctx context.Context, r Question) (Answer, error)
 }
 
@@ -155,7 +162,7 @@ func (d *decision) why() string {
 }
 
 // decide applies the rules to a use.
-func (a *Approval) decide(u *request.Use) decision {
+func (a *Policy) decide(u *request.Use) decision {
 	confirm := cmp.Or(a.Confirm, ConfirmNever)
 	d := decision{word: confirm}
 	d.set(confirm, Once, u)
@@ -309,22 +316,22 @@ func sameness(u *request.Use, identity string) (name string, ok bool) {
 }
 
 // maxApprovals bounds what is remembered.
-const maxApprovals = 1024
+const maxRemembered = 1024
 
-// approvals are what persons have allowed for longer than once. The zero value is
+// remembered are the answers that count for longer than once. The zero value is
 // ready to use.
-type approvals struct {
+type remembered struct {
 	asking waiting.Group[Answer] // by sameness
 
 	mu sync.Mutex
 	// generation counts how often some were forgotten: a yes to a question from
 	// before that is not remembered.
 	generation uint64
-	kept       map[string]keptApproval // by sameness
+	kept       map[string]answer // by sameness
 }
 
-// keptApproval is one of them.
-type keptApproval struct {
+// An answer is one of them.
+type answer struct {
 	wire  string // of the identity
 	homes []request.Key
 	// insertions there were of all its tokens. away says that none of them was there,
@@ -333,7 +340,7 @@ type keptApproval struct {
 	away       bool
 	since      time.Time
 	lasts      Remember
-	status     ApprovalStatus // for people
+	status     Status // for people
 }
 
 // insertionsOf counts how often the tokens of an identity have appeared, all
@@ -346,7 +353,7 @@ func insertionsOf(t *request.Target) (n uint64) {
 }
 
 // over tells whether it has ended.
-func (a *keptApproval) over(now time.Time) bool {
+func (a *answer) over(now time.Time) bool {
 	return a.lasts.over(now.Sub(a.since), now.Round(0).Sub(a.since.Round(0)))
 }
 
@@ -359,7 +366,7 @@ func (r Remember) over(running, wall time.Duration) bool {
 
 // has tells whether there is a yes. It ends when a token of the identity is put
 // in again.
-func (a *approvals) has(name string, t *request.Target) bool {
+func (a *remembered) has(name string, t *request.Target) bool {
 	a.mu.Lock()
 	defer a.mu.Unlock()
 	kept, ok := a.kept[name]
@@ -378,14 +385,14 @@ func (a *approvals) has(name string, t *request.Target) bool {
 	return true
 }
 
-func (a *approvals) now() (generation uint64) {
+func (a *remembered) now() (generation uint64) {
 	a.mu.Lock()
 	defer a.mu.Unlock()
 	return a.generation
 }
 
 // keep remembers a yes that was asked for in a generation.
-func (a *approvals) keep(name string, t *request.Target, u *request.Use, lasts Remember, generation uint64) {
+func (a *remembered) keep(name string, t *request.Target, u *request.Use, lasts Remember, generation uint64) {
 	a.mu.Lock()
 	defer a.mu.Unlock()
 	if generation != a.generation {
@@ -393,9 +400,9 @@ func (a *approvals) keep(name string, t *request.Target, u *request.Use, lasts R
 	}
 	now := time.Now()
 	if a.kept == nil {
-		a.kept = make(map[string]keptApproval)
+		a.kept = make(map[string]answer)
 	}
-	if len(a.kept) >= maxApprovals {
+	if len(a.kept) >= maxRemembered {
 		oldest := ""
 		for name, kept := range a.kept {
 			if kept.over(now) {
@@ -404,22 +411,22 @@ func (a *approvals) keep(name string, t *request.Target, u *request.Use, lasts R
 				oldest = name
 			}
 		}
-		if len(a.kept) >= maxApprovals {
+		if len(a.kept) >= maxRemembered {
 			delete(a.kept, oldest)
 		}
 	}
-	a.kept[name] = keptApproval{
+	a.kept[name] = answer{
 		wire: t.ID, homes: t.Homes, insertions: insertionsOf(t), since: now, lasts: lasts,
 		away: len(t.Homes) > 0 && !slices.ContainsFunc(t.Homes, request.Key.Present),
-		status: ApprovalStatus{
+		status: Status{
 			Fingerprint: t.Fingerprint, Comment: plain.LineWithin(t.Comment, request.MaxField), What: plain.LineWithin(u.What(), request.MaxReason),
 			Forwarding: plain.LineWithin(u.Forwarding(), request.MaxField), Client: u.Caller.Who(), Since: now,
 		},
 	}
 }
 
-// An ApprovalStatus tells of what a person has allowed for more than once.
-type ApprovalStatus struct {
+// A Status describes an answer that counts for more than once.
+type Status struct {
 	Fingerprint string // of the key
 	Comment     string // of the identity
 	What        string // it is allowed for
@@ -430,7 +437,7 @@ type ApprovalStatus struct {
 }
 
 // list returns those that last, the newest first.
-func (a *approvals) list() (all []ApprovalStatus) {
+func (a *remembered) list() (all []Status) {
 	a.mu.Lock()
 	defer a.mu.Unlock()
 	now := time.Now()
@@ -443,12 +450,12 @@ func (a *approvals) list() (all []ApprovalStatus) {
 		}
 		all = append(all, kept.status)
 	}
-	slices.SortFunc(all, func(x, y ApprovalStatus) int { return y.Since.Compare(x.Since) })
+	slices.SortFunc(all, func(x, y Status) int { return y.Since.Compare(x.Since) })
 	return all
 }
 
 // forget forgets some.
-func (a *approvals) forget(which func(keptApproval) bool) {
+func (a *remembered) forget(which func(answer) bool) {
 	a.mu.Lock()
 	defer a.mu.Unlock()
 	a.generation++
@@ -459,16 +466,16 @@ func (a *approvals) forget(which func(keptApproval) bool) {
 	}
 }
 
-func (a *approvals) forgetAll() { a.forget(func(keptApproval) bool { return true }) }
+func (a *remembered) forgetAll() { a.forget(func(answer) bool { return true }) }
 
 // forgetIdentity forgets those for an identity, by its wire form.
-func (a *approvals) forgetIdentity(wire string) {
-	a.forget(func(kept keptApproval) bool { return kept.wire == wire })
+func (a *remembered) forgetIdentity(wire string) {
+	a.forget(func(kept answer) bool { return kept.wire == wire })
 }
 
 // decide applies the configuration to a use. For a key on several tokens the strictest
 // policy counts.
-func decide(u *request.Use, t *request.Target, policy func(request.Key) Approval) decision {
+func decide(u *request.Use, t *request.Target, policy func(request.Key) Policy) decision {
 	if policy == nil {
 		return decision{confirm: ConfirmNever}
 	}
@@ -497,14 +504,14 @@ type Approver struct {
 	// Log gets a line for each answer that lasts.
 	Log *slog.Logger
 
-	kept approvals
+	kept remembered
 }
 
 // Approve returns nil if the key may be used. Otherwise the error says why not. policy
 // returns the policy of each key of a token, and for nil that of a key on no token; nil
 // never asks. each says why a person is asked for each use; empty: only if the socket or
 // the policy wants that. Approve waits for the person as long as ctx lasts.
-func (a *Approver) Approve(ctx context.Context, u *request.Use, t *request.Target, policy func(request.Key) Approval, each string) error {
+func (a *Approver) Approve(ctx context.Context, u *request.Use, t *request.Target, policy func(request.Key) Policy, each string) error {
 	d := decide(u, t, policy)
 	if d.confirm == ConfirmDeny {
 		return &DeniedError{Why: d.why()}
@@ -556,11 +563,11 @@ func (a *Approver) ApproveLoss(ctx context.Context, u *request.Use, t *request.T
 }
 
 // Remembered returns the answers that still count, the newest first.
-func (a *Approver) Remembered() []ApprovalStatus { return a.kept.list() }
+func (a *Approver) Remembered() []Status { return a.kept.list() }
 
 // Forget forgets the answers about keys with these homes, if of returns true for them.
 func (a *Approver) Forget(of func(homes []request.Key) bool) {
-	a.kept.forget(func(kept keptApproval) bool { return of(kept.homes) })
+	a.kept.forget(func(kept answer) bool { return of(kept.homes) })
 }
 
 // ForgetKey forgets the answers about the key with this Target.ID.
@@ -580,7 +587,7 @@ func (a asked) error() error {
 	case a.err != nil:
 		return a.err
 	case !a.Allowed:
-		return errDeclined
+		return ErrDeclined
 	}
 	return nil
 }
@@ -588,12 +595,12 @@ func (a asked) error() error {
 // ask asks a person.
 func (a *Approver) ask(ctx context.Context, q Question) asked {
 	if a.Confirm == nil {
-		return asked{err: errNobody}
+		return asked{err: ErrNobody}
 	}
 	var answer Answer
 	err := a.Questions.Ask(ctx, q.KeyFingerprint, true, func(ctx context.Context) (_ Outcome, err error) {
 		answer, err = a.Confirm.Confirm(ctx, q)
-		return outcomeOf(answer.Allowed, err), err
+		return OutcomeOf(answer.Allowed, err), err
 	})
 	if err != nil {
 		return asked{err: fmt.Errorf("ask for confirmation: %w", err)}
@@ -605,7 +612,7 @@ func (a *Approver) ask(ctx context.Context, q Question) asked {
 }
 
 // outcomeOf returns what came of a question that is answered with yes or no.
-func outcomeOf(yes bool, err error) Outcome {
+func OutcomeOf(yes bool, err error) Outcome {
 	switch {
 	case err == nil && yes:
 		return OutcomeYes

@@ -1,23 +1,24 @@
-package agent
+package approval
 
 import (
 	"context"
 	"errors"
 	"fmt"
-	"p11-agent/agent/request"
-	"p11-agent/agent/request/requesttest"
-	"p11-agent/pinentry/waiting"
 	"slices"
 	"testing"
 	"testing/synctest"
 	"time"
+
+	"p11-agent/agent/request"
+	"p11-agent/agent/request/requesttest"
+	"p11-agent/pinentry/waiting"
 )
 
 // A client that has to wait does not take the question of others along.
 func TestPausedLeavesOthers(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		w, q := requesttest.New(t), NewQuestions()
-		no := byAsking(func(context.Context) (Outcome, error) { return OutcomeNo, errDeclined })
+		no := byAsking(func(context.Context) (Outcome, error) { return OutcomeNo, ErrDeclined })
 		evil, good := w.Caller("ssh", "evil", "-"), w.Caller("ssh")
 		_ = q.Ask(evil.Context(t.Context()), "a token", false, no)
 

@@ -1,4 +1,4 @@
-package agent
+package approval
 
 import (
 	"cmp"
@@ -198,7 +198,7 @@ func (q *Questions) Note(ctx context.Context, about string, outcome Outcome) {
 // endedBy returns the outcome of a question whose context has ended.
 func endedBy(ctx context.Context) Outcome {
 	switch cause, r := context.Cause(ctx), request.ServedFrom(ctx); {
-	case errors.Is(cause, errNotInserted):
+	case errors.Is(cause, ErrNotInserted):
 		return OutcomeNo
 	case r == nil || r.Err() == nil || errors.Is(cause, request.ErrLocked):
 		return Unanswered // not for the sake of the client
@@ -318,8 +318,8 @@ func prune[K comparable](m map[K]*nos, now time.Time) {
 	}
 }
 
-// A PauseStatus tells of clients that have no questions shown for a time.
-type PauseStatus struct {
+// A Pause says that questions of some clients are not shown for a time.
+type Pause struct {
 	From    string    // whose requests are meant
 	About   string    // the key or the token; empty: all of them
 	Refused int       // how often a person has said no
@@ -328,13 +328,13 @@ type PauseStatus struct {
 }
 
 // Pauses returns what is in force, the longest first.
-func (q *Questions) Pauses() (all []PauseStatus) {
+func (q *Questions) Pauses() (all []Pause) {
 	now := time.Now()
 	q.mu.Lock()
 	defer q.mu.Unlock()
 	add := func(n *nos, about string) {
 		if now.Before(n.until) {
-			all = append(all, PauseStatus{From: n.from, About: about, Refused: n.count, Block: n.block, Until: n.until})
+			all = append(all, Pause{From: n.from, About: about, Refused: n.count, Block: n.block, Until: n.until})
 		}
 	}
 	for key, n := range q.keys {
@@ -346,7 +346,7 @@ func (q *Questions) Pauses() (all []PauseStatus) {
 	for _, n := range q.groups {
 		add(n, "")
 	}
-	slices.SortFunc(all, func(a, b PauseStatus) int {
+	slices.SortFunc(all, func(a, b Pause) int {
 		return cmp.Or(b.Until.Compare(a.Until), strings.Compare(a.From, b.From), strings.Compare(a.About, b.About))
 	})
 	return all

@@ -1,14 +1,15 @@
-package agent
+package approval
 
 import (
 	"fmt"
 	"maps"
-	"p11-agent/agent/request"
-	"p11-agent/agent/request/requesttest"
 	"slices"
 	"testing"
 	"testing/synctest"
 	"time"
+
+	"p11-agent/agent/request"
+	"p11-agent/agent/request/requesttest"
 )
 
 func TestDecide(t *testing.T) {
@@ -25,26 +26,26 @@ func TestDecide(t *testing.T) {
 	// A forwarded connection that says it is the good host's, for another session.
 	stale := w.Caller("ssh bash", "good")
 
-	one := func(r Rule) Approval { return Approval{Confirm: ConfirmAlways, Rules: []Rule{r}} }
+	one := func(r Rule) Policy { return Policy{Confirm: ConfirmAlways, Rules: []Rule{r}} }
 	org := []string{"*.example.org", "!test.*"}
 	never, deny := ConfirmNever, ConfirmDeny
 	for name, test := range map[string]struct {
-		a    Approval
+		a    Policy
 		c    *request.Caller
 		r    request.Sign
 		want Confirm
 	}{
-		"nothing is said":                  {Approval{}, local, goodLogin, never},
-		"nothing is said, forwarded":       {Approval{}, fwd, goodLogin, never},
-		"forwarded, and it is":             {Approval{Confirm: ConfirmForwarded}, fwd, goodLogin, ConfirmAlways},
-		"forwarded, and it is not":         {Approval{Confirm: ConfirmForwarded}, local, goodLogin, never},
-		"forwarded, and a bind has failed": {Approval{Confirm: ConfirmForwarded}, failed, goodLogin, ConfirmAlways},
-		"first use":                        {Approval{Confirm: ConfirmFirstUse}, local, goodLogin, ConfirmAlways},
-		"what nobody knows":                {Approval{Confirm: "sometimes"}, local, goodLogin, ConfirmAlways},
+		"nothing is said":                  {Policy{}, local, goodLogin, never},
+		"nothing is said, forwarded":       {Policy{}, fwd, goodLogin, never},
+		"forwarded, and it is":             {Policy{Confirm: ConfirmForwarded}, fwd, goodLogin, ConfirmAlways},
+		"forwarded, and it is not":         {Policy{Confirm: ConfirmForwarded}, local, goodLogin, never},
+		"forwarded, and a bind has failed": {Policy{Confirm: ConfirmForwarded}, failed, goodLogin, ConfirmAlways},
+		"first use":                        {Policy{Confirm: ConfirmFirstUse}, local, goodLogin, ConfirmAlways},
+		"what nobody knows":                {Policy{Confirm: "sometimes"}, local, goodLogin, ConfirmAlways},
 		"the first rule that matches": {
-			Approval{Rules: []Rule{{Purposes: []request.Purpose{request.PurposeGit}, Confirm: never}, {Confirm: deny}, {Confirm: never}}}, local, goodLogin, deny,
+			Policy{Rules: []Rule{{Purposes: []request.Purpose{request.PurposeGit}, Confirm: never}, {Confirm: deny}, {Confirm: never}}}, local, goodLogin, deny,
 		},
-		"no rule that matches": {Approval{Confirm: ConfirmAlways, Rules: []Rule{{Purposes: []request.Purpose{request.PurposeGit}, Confirm: never}}}, local, goodLogin, ConfirmAlways},
+		"no rule that matches": {Policy{Confirm: ConfirmAlways, Rules: []Rule{{Purposes: []request.Purpose{request.PurposeGit}, Confirm: never}}}, local, goodLogin, ConfirmAlways},
 
 		"purpose git":                 {one(Rule{Purposes: []request.Purpose{request.PurposeGit}, Confirm: never}), local, git, never},
 		"purpose file, for git":       {one(Rule{Purposes: []request.Purpose{request.PurposeFile}, Confirm: never}), local, git, ConfirmAlways},
@@ -93,22 +94,22 @@ func TestDecide(t *testing.T) {
 		"a wildcard, one of its hosts denied":   {one(Rule{Hosts: []string{"db.example.org"}, Confirm: deny}), w.Caller("ssh", "shared"), w.Login("shared", true), deny},
 		"a wildcard, another host denied":       {one(Rule{Hosts: []string{"db.example.net"}, Confirm: deny}), w.Caller("ssh", "shared"), w.Login("shared", true), ConfirmAlways},
 		"a wildcard, denied before all is permitted": {
-			Approval{Rules: []Rule{{Hosts: []string{"db.example.org"}, Confirm: deny}, {Hosts: []string{"*.example.org"}, Confirm: never}}}, w.Caller("ssh", "shared"), w.Login("shared", true), deny,
+			Policy{Rules: []Rule{{Hosts: []string{"db.example.org"}, Confirm: deny}, {Hosts: []string{"*.example.org"}, Confirm: never}}}, w.Caller("ssh", "shared"), w.Login("shared", true), deny,
 		},
 		"a wildcard, asked about before all is permitted": {
-			Approval{Rules: []Rule{{Hosts: []string{"db.example.org"}, Confirm: ConfirmAlways}, {Hosts: []string{"*.example.org"}, Confirm: never}}}, w.Caller("ssh", "shared"), w.Login("shared", true), ConfirmAlways,
+			Policy{Rules: []Rule{{Hosts: []string{"db.example.org"}, Confirm: ConfirmAlways}, {Hosts: []string{"*.example.org"}, Confirm: never}}}, w.Caller("ssh", "shared"), w.Login("shared", true), ConfirmAlways,
 		},
 		"a wildcard, one is permitted before all is denied": {
-			Approval{Rules: []Rule{{Hosts: []string{"db.example.org"}, Confirm: never}, {Confirm: deny}}}, w.Caller("ssh", "shared"), w.Login("shared", true), deny,
+			Policy{Rules: []Rule{{Hosts: []string{"db.example.org"}, Confirm: never}, {Confirm: deny}}}, w.Caller("ssh", "shared"), w.Login("shared", true), deny,
 		},
-		"a wildcard, nothing but a denial": {Approval{Rules: []Rule{{Hosts: []string{"db.example.org"}, Confirm: deny}}}, w.Caller("ssh", "shared"), w.Login("shared", true), deny},
+		"a wildcard, nothing but a denial": {Policy{Rules: []Rule{{Hosts: []string{"db.example.org"}, Confirm: deny}}}, w.Caller("ssh", "shared"), w.Login("shared", true), deny},
 		"forwarded via a wildcard":         {one(Rule{Hosts: []string{"good.*", "hub.example.org"}, Forwarded: &yes, Confirm: never}), w.Caller("ssh", "shared", "good"), goodLogin, ConfirmAlways},
 		"forwarded via a wildcard, inside": {one(Rule{Hosts: org[:1], Forwarded: &yes, Confirm: never}), w.Caller("ssh", "shared", "good"), goodLogin, never},
-		"denied host, revoked":             {Approval{Rules: []Rule{{Hosts: []string{"gone.*"}, Confirm: deny}}}, w.Caller("ssh", "revoked"), w.Login("revoked", true), deny},
+		"denied host, revoked":             {Policy{Rules: []Rule{{Hosts: []string{"gone.*"}, Confirm: deny}}}, w.Caller("ssh", "revoked"), w.Login("revoked", true), deny},
 		"denied host, data and bind differ": {
-			Approval{Rules: []Rule{{Hosts: []string{"Other.*"}, Confirm: deny}}}, stale, w.Login("other", true), deny,
+			Policy{Rules: []Rule{{Hosts: []string{"Other.*"}, Confirm: deny}}}, stale, w.Login("other", true), deny,
 		},
-		"denied host, a bind has failed":         {Approval{Rules: []Rule{{Hosts: []string{"good.*"}, Confirm: deny}}}, failed, goodLogin, deny},
+		"denied host, a bind has failed":         {Policy{Rules: []Rule{{Hosts: []string{"good.*"}, Confirm: deny}}}, failed, goodLogin, deny},
 		"a key that cannot be read":              {one(Rule{Hosts: []string{"g*"}, Confirm: never}), unbound, request.Sign{Content: request.Content{Kind: request.KindLogin}, Login: &request.Login{HostKey: []byte("x")}}, ConfirmAlways},
 		"forwarded via an evil host":             {one(Rule{Hosts: org, Forwarded: &yes, Confirm: never}), fwd, goodLogin, ConfirmAlways},
 		"forwarded via an unknown host":          {one(Rule{Hosts: org, Forwarded: &yes, Confirm: never}), w.Caller("ssh", "new", "good"), goodLogin, ConfirmAlways},
@@ -133,14 +134,14 @@ func TestDecideRemember(t *testing.T) {
 	w := requesttest.New(t)
 	u := w.Use(w.Caller("ssh"), requesttest.Signature("git"))
 	for name, test := range map[string]struct {
-		a    Approval
+		a    Policy
 		want Remember
 	}{
-		"always":                    {Approval{Confirm: ConfirmAlways}, Once},
-		"first use":                 {Approval{Confirm: ConfirmFirstUse}, UntilLock},
-		"a rule":                    {Approval{Rules: []Rule{{Confirm: ConfirmAlways, Remember: 5}}}, 5},
-		"a rule for the first use":  {Approval{Rules: []Rule{{Confirm: ConfirmFirstUse}}}, UntilLock},
-		"a rule with both of these": {Approval{Rules: []Rule{{Confirm: ConfirmFirstUse, Remember: 5}}}, 5},
+		"always":                    {Policy{Confirm: ConfirmAlways}, Once},
+		"first use":                 {Policy{Confirm: ConfirmFirstUse}, UntilLock},
+		"a rule":                    {Policy{Rules: []Rule{{Confirm: ConfirmAlways, Remember: 5}}}, 5},
+		"a rule for the first use":  {Policy{Rules: []Rule{{Confirm: ConfirmFirstUse}}}, UntilLock},
+		"a rule with both of these": {Policy{Rules: []Rule{{Confirm: ConfirmFirstUse, Remember: 5}}}, 5},
 	} {
 		if got := test.a.decide(u); got.plain != test.want || got.confirm != ConfirmAlways {
 			t.Errorf("%s: %+v, want %v", name, got, test.want)
@@ -174,12 +175,12 @@ func TestStrictestHomeCounts(t *testing.T) {
 		"first use and always": {ConfirmFirstUse, ConfirmAlways, ConfirmAlways, Once},
 		"always and first use": {ConfirmAlways, ConfirmFirstUse, ConfirmAlways, Once},
 	} {
-		policy := func(k request.Key) Approval {
+		policy := func(k request.Key) Policy {
 			c := test.one
 			if k == request.Key(two) {
 				c = test.two
 			}
-			return Approval{Rules: []Rule{{Confirm: c}}}
+			return Policy{Rules: []Rule{{Confirm: c}}}
 		}
 		d := decide(w.Use(w.Caller("ssh"), requesttest.Signature("git")), &request.Target{Homes: []request.Key{one, two}}, policy)
 		if d.confirm != test.want || d.plain != test.remember {
@@ -217,18 +218,18 @@ func TestSameness(t *testing.T) {
 // What is remembered is bounded, and the oldest goes first.
 func TestApprovalsAreBounded(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
-		var a approvals
+		var a remembered
 		local := new(request.Caller)
 		id := &request.Target{ID: "id"}
 		a.keep("short", id, &request.Use{Caller: local}, Remember(15*time.Minute), 0)
-		for i := range maxApprovals + 10 {
+		for i := range maxRemembered + 10 {
 			time.Sleep(time.Second)
 			a.keep(fmt.Sprint(i), id, &request.Use{Caller: local}, UntilLock, 0)
 		}
-		if len(a.kept) != maxApprovals {
+		if len(a.kept) != maxRemembered {
 			t.Errorf("%d are remembered", len(a.kept))
 		}
-		if a.has("short", id) || a.has("0", id) || !a.has(fmt.Sprint(maxApprovals+9), id) || !a.has("500", id) {
+		if a.has("short", id) || a.has("0", id) || !a.has(fmt.Sprint(maxRemembered+9), id) || !a.has("500", id) {
 			t.Errorf("the wrong ones were forgotten: %v", slices.Sorted(maps.Keys(a.kept))[:10])
 		}
 	})

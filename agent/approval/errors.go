@@ -1,0 +1,24 @@
+package approval
+
+import "errors"
+
+// The reasons why a use is refused.
+var (
+	ErrDeclined      = errors.New("it was not confirmed")
+	ErrNobody        = errors.New("nobody can be asked for confirmation")
+	ErrNotInserted   = errors.New("nobody inserted it in time")
+	ErrTokenDeclined = errors.New("the person asked has declined to insert it")
+)
+
+// Declined tells whether err says that a person has said no. Then that person knows why
+// the request failed.
+func Declined(err error) bool {
+	if errors.Is(err, ErrDeclined) || errors.Is(err, ErrTokenDeclined) {
+		return true
+	}
+	e, ok := errors.AsType[interface {
+		error
+		Declined() bool
+	}](err)
+	return ok && e.Declined()
+}
