@@ -14,10 +14,11 @@ import (
 
 	"github.com/spf13/cobra"
 
+	"p11-agent/cmd/p11-agent/advice"
 	"p11-agent/cmd/p11-agent/backend"
-	"p11-agent/cmd/p11-agent/named"
 	"p11-agent/cmd/p11-agent/config"
 	"p11-agent/cmd/p11-agent/exit"
+	"p11-agent/cmd/p11-agent/named"
 	"p11-agent/cmd/p11-agent/output"
 	"p11-agent/cmd/p11-agent/status"
 	"p11-agent/token"
@@ -116,27 +117,27 @@ func findModules(r *report, b *backend.Modules) {
 	all := b.Store.Modules()
 	for _, m := range all {
 		switch {
-		case m.Err != nil && wellknown.KindOf(m.Path) == wellknown.TPM2 && noTPM():
+		case m.Err != nil && advice.LacksTPM(m.Path):
 			// It comes with a package that many have for another reason.
 			r.warn("module %s (%s) finds no TPM on this machine", m.Name, m.Path).
 				Next("switch the TPM on in the firmware, if there is one").
-				Next("%s", switchOff(m.Name))
+				Next("%s", advice.SwitchOff(m.Name))
 		case m.Err != nil:
-			adviseModule(r.bad("module %s (%s): %v", m.Name, m.Path, m.Err), m)
+			r.bad("module %s (%s): %v", m.Name, m.Path, m.Err).Steps(advice.Module(m))
 		case !settled && m.Library == "":
 			r.bad("module %s (%s): it does not answer", m.Name, m.Path).
-				Next("%s", switchOff(m.Name))
+				Next("%s", advice.SwitchOff(m.Name))
 		case m.Empty != "":
 			r.warn("module %s (%s) shows no token; %s", m.Name, m.Path, m.Empty).
-				Next("%s", startServer).Next("%s", switchOff(m.Name))
+				Next("%s", advice.StartServer).Next("%s", advice.SwitchOff(m.Name))
 		default:
 			f := r.ok("module %s (%s): %s, %s", m.Name, m.Path, cmp.Or(m.Library, "works"), output.Count(len(m.Tokens), "token"))
 			if len(m.Tokens) == 0 {
-				f.Next("%s", firstToken(m))
+				f.Next("%s", advice.FirstToken(m))
 			}
 			if wellknown.KindOf(m.Path) == wellknown.Spy {
 				r.warn("module %s prints each PIN that it is given: the agent keeps the PIN out of its log, but PKCS11SPY_OUTPUT writes it into a file", m.Name).
-					Next("%s", switchOff(m.Name))
+					Next("%s", advice.SwitchOff(m.Name))
 			}
 		}
 		for _, reason := range m.LeftOut {
@@ -152,20 +153,20 @@ func findModules(r *report, b *backend.Modules) {
 			continue
 		}
 		f := r.warn("module %s, of %s, is not started: %s", m.Name, strings.Join(m.Files, " and "), m.Skip)
-		switch install := moduleInstall(m.Settings["module"].Value); {
+		switch install := advice.InstallModule(m.Settings["module"].Value); {
 		case m.Advice != "":
-			f.Next("%s", m.Advice).Next("%s", switchOff(m.Name))
+			f.Next("%s", m.Advice).Next("%s", advice.SwitchOff(m.Name))
 		case install != "":
 			f.Next("%s", install)
 		case m.Path != "":
-			f.Next("%s", switchOff(m.Name))
+			f.Next("%s", advice.SwitchOff(m.Name))
 		default:
 			f.Next("install the package that brings %s, or remove %s", cmp.Or(m.Settings["module"].Value, m.Name), strings.Join(m.Files, " and "))
 		}
 	}
 	if len(all) == 0 {
 		r.bad("no PKCS#11 module is registered, so there is nothing that could find a key").
-			Next("for smart cards and security keys: %s", installStep("opensc-pkcs11", "opensc")).
+			Next("for smart cards and security keys: %s", advice.Install("opensc-pkcs11", "opensc")).
 			Next("for a module of your own, write into the configuration:\n[[module]]\npath = \"/path/to/module.so\"")
 	}
 }
@@ -183,13 +184,13 @@ func findTokens(r *report, modules []token.ModuleStatus) {
 			switch {
 			case t.Shadowed != "":
 				r.bad("%s is seen through the modules %s and %s, and is used through %s: switch one off with a [[module]] table",
-					name, t.Shadowed, t.Module, t.Shadowed).Next("%s", switchOff(t.Module))
+					name, t.Shadowed, t.Module, t.Shadowed).Next("%s", advice.SwitchOff(t.Module))
 			case t.Home != "":
 				r.bad("%s belongs to module %s, and module %s shows it now: PINs of the configuration are not given to %s", name, t.Home, t.Module, t.Module).
 					Next("see why module %s does not show it: p11-agent list -v", t.Home).
 					Next("or say that it belongs to module %s, with a [[key]] table in the configuration:\n[[key]]\nuri = \"%s?module-name=%s\"", t.Module, t.URI, t.Module)
 			case t.Tries == token.TriesNone:
-				r.bad("the PIN of %s is locked: unlock it with its PUK or SO PIN", name).Next("%s", unlockStep(m, t))
+				r.bad("the PIN of %s is locked: unlock it with its PUK or SO PIN", name).Next("%s", advice.Unlock(m, t))
 			case t.Tries == token.TriesLast:
 				r.bad("%s has one try left for its PIN: a wrong one locks it", name).
 					Next("make sure which PIN it is before you give it; the right one brings all tries back")
@@ -205,7 +206,7 @@ func findTokens(r *report, modules []token.ModuleStatus) {
 			default:
 				f := r.ok("%s: %s", name, output.Count(len(t.Keys), "key"))
 				if len(t.Keys) == 0 {
-					f.Next("%s", firstKey(m, t))
+					f.Next("%s", advice.FirstKey(m, t))
 				}
 			}
 		}
@@ -252,7 +253,7 @@ func findKeys(ctx context.Context, r *report, conf *config.File, store *token.St
 	}
 	if conf.Keys == nil && len(homes) == 0 && len(store.Away()) == 0 {
 		f := r.warn("there is no key that the agent could offer")
-		for _, step := range firstSteps(store.Modules()) {
+		for _, step := range advice.FirstSteps(store.Modules()) {
 			f.Next("%s", step)
 		}
 	}
@@ -343,6 +344,6 @@ func findPinentry(r *report, conf *config.File) {
 		r.ok("PINs are asked for by SSH_ASKPASS, %s: there is no %s", askpass, name)
 	default:
 		r.bad("no PIN can be asked for: there is no %s: install one (pinentry-curses, pinentry-gnome3), or set pinentry.program", strings.TrimSpace(name)).
-			Next("%s", installStep("pinentry-curses", "pinentry"))
+			Next("%s", advice.Install("pinentry-curses", "pinentry"))
 	}
 }

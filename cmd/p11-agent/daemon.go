@@ -21,6 +21,7 @@ import (
 	"p11-agent/agent/logfold"
 	"p11-agent/agent/request"
 	"p11-agent/agent/sshagent"
+	"p11-agent/cmd/p11-agent/advice"
 	"p11-agent/cmd/p11-agent/backend"
 	"p11-agent/cmd/p11-agent/config"
 	"p11-agent/cmd/p11-agent/paths"
@@ -208,7 +209,7 @@ func (d *daemon) openKeyring(c *config.File, upstreams []agent.Upstream) {
 	}
 	d.server = &sshagent.Server{Log: d.log, KeepBinds: len(upstreams) > 0}
 	d.status = &status.Maker{
-		Version: version, Started: time.Now(), Store: d.backend.Store, Sockets: d.statusOfSockets, Trouble: trouble,
+		Version: version, Started: time.Now(), Store: d.backend.Store, Sockets: d.statusOfSockets, Trouble: advice.Trouble,
 	}
 	d.status.SetPolicy(c.Policy())
 	options := agent.Options{

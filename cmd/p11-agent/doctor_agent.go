@@ -22,6 +22,7 @@ import (
 	"golang.org/x/sys/unix"
 
 	"p11-agent/agent/peer"
+	"p11-agent/cmd/p11-agent/advice"
 	"p11-agent/cmd/p11-agent/files"
 	"p11-agent/cmd/p11-agent/output"
 	"p11-agent/cmd/p11-agent/paths"
@@ -503,7 +504,7 @@ var (
 func findSSH(r *report, s sshSettings, keys []*sshagent.Key) {
 	if s.version == "" {
 		if errors.Is(s.err, exec.ErrNotFound) {
-			r.warn("there is no ssh here").Next("%s", installStep("openssh-client", "openssh-clients"))
+			r.warn("there is no ssh here").Next("%s", advice.Install("openssh-client", "openssh-clients"))
 		} else {
 			r.bad("ssh -V: %v", s.err)
 		}

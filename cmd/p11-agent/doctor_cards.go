@@ -13,6 +13,7 @@ import (
 
 	"golang.org/x/sys/unix"
 
+	"p11-agent/cmd/p11-agent/advice"
 	"p11-agent/cmd/p11-agent/output"
 	"p11-agent/token"
 	"p11-agent/token/pcsc"
@@ -86,7 +87,7 @@ func findCards(ctx context.Context, r *report, d pcscd, modules []token.ModuleSt
 		return
 	case len(d.readers) == 0 && len(d.usb) > 0:
 		r.bad("%s is plugged in, and pcscd has no reader: the driver is missing", strings.Join(d.usb, " and ")).
-			Next("%s", installStep("libccid", "pcsc-lite-ccid")).
+			Next("%s", advice.Install("libccid", "pcsc-lite-ccid")).
 			Next("%s", restartStep("pcscd", "pcscd.socket pcscd.service", ""))
 		return
 	case len(d.readers) == 0:
@@ -151,7 +152,7 @@ func (d pcscd) findDown(r *report, wanted bool) {
 		}
 		f := bad("pcscd does not run (nobody listens at %s), so no smart card and no security key can be seen%s", d.socket, plugged)
 		if _, err := os.Stat("/usr/sbin/pcscd"); err != nil {
-			f.Next("%s", installStep("pcscd", "pcsc-lite"))
+			f.Next("%s", advice.Install("pcscd", "pcsc-lite"))
 		}
 		if booted() {
 			f.Next("sudo systemctl enable --now pcscd.socket")
@@ -242,7 +243,7 @@ func recognised(modules []token.ModuleStatus, reader string) bool {
 func (d pcscd) findUnknownCard(ctx context.Context, r *report, reader pcsc.Reader, wanted bool) {
 	if !wanted {
 		r.bad("the card in reader %q is seen by no module: none for smart cards is installed", reader.Name).
-			Next("%s", installStep("opensc-pkcs11", "opensc"))
+			Next("%s", advice.Install("opensc-pkcs11", "opensc"))
 		return
 	}
 	if refused(ctx, "org.debian.pcsc-lite.access_card") {

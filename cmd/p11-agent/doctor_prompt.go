@@ -12,6 +12,7 @@ import (
 	"strings"
 
 	"p11-agent/agent/peer"
+	"p11-agent/cmd/p11-agent/advice"
 	"p11-agent/cmd/p11-agent/config"
 	"p11-agent/cmd/p11-agent/output"
 	"p11-agent/pinentry"
@@ -81,7 +82,7 @@ func findPrompt(ctx context.Context, r *report, c *config.File) {
 		if flavor == "gnome3" {
 			f.Next("it needs the bus of your session and gcr: set DBUS_SESSION_BUS_ADDRESS as the desktop has it, or have it started by dbus-run-session")
 		}
-		f.Next("another one may: %s", installStep("pinentry-gtk2", "pinentry-gtk"))
+		f.Next("another one may: %s", advice.Install("pinentry-gtk2", "pinentry-gtk"))
 	}
 	findTerminal(r, place, ttyErr, with, askpass)
 	if desktop && !strings.Contains(probed.Flavor, ":") {
@@ -105,7 +106,7 @@ func findTerminal(r *report, place pinentry.Place, ttyErr error, with, askpass s
 	case cannotDraw:
 		r.bad("no PIN can be asked for on this terminal (%s): %v", name, err).
 			Next("make the window or pane larger, to %d columns and %d rows at least", pinentry.MinColumns, pinentry.MinRows).
-			Next("%s  # asks in one line", installStep("pinentry-tty", "pinentry"))
+			Next("%s  # asks in one line", advice.Install("pinentry-tty", "pinentry"))
 	case askpass != "":
 		r.ok("a PIN can be asked for here with SSH_ASKPASS, %s: there is no terminal for %s", askpass, with)
 	case errors.Is(err, pinentry.ErrNoTerminal):
@@ -194,10 +195,10 @@ func findFlavors(r *report) {
 // pinentryInstall is how to get one that fits.
 func pinentryInstall(desktop bool) string {
 	if !desktop {
-		return installStep("pinentry-curses", "pinentry")
+		return advice.Install("pinentry-curses", "pinentry")
 	}
 	if strings.Contains(os.Getenv("XDG_CURRENT_DESKTOP"), "KDE") {
-		return installStep("pinentry-qt", "pinentry-qt")
+		return advice.Install("pinentry-qt", "pinentry-qt")
 	}
-	return installStep("pinentry-gnome3", "pinentry-gnome3")
+	return advice.Install("pinentry-gnome3", "pinentry-gnome3")
 }

@@ -18,6 +18,7 @@ import (
 	"golang.org/x/crypto/ssh"
 
 	"p11-agent/agent/request"
+	"p11-agent/cmd/p11-agent/advice"
 	"p11-agent/cmd/p11-agent/backend"
 	"p11-agent/cmd/p11-agent/config"
 	"p11-agent/cmd/p11-agent/exit"
@@ -214,7 +215,7 @@ func runList(ctx context.Context, g *globals, o *listOptions, args []string, out
 		return err
 	}
 	if !slices.ContainsFunc(l.Tokens, func(t listedToken) bool { return t.Present }) {
-		for _, step := range firstSteps(b.Store.Modules()) {
+		for _, step := range advice.FirstSteps(b.Store.Modules()) {
 			fmt.Fprintf(stderr, "next: %s\n", step)
 		}
 	}
@@ -265,7 +266,7 @@ func collect(c *config.File, store *token.Store, sel *token.Selector, onlyNamed 
 	l.Offered, l.Shown = all, all-len(hidden)
 	for _, m := range store.Modules() {
 		lm := listedModule{Name: m.Name, Path: m.Path, Running: m.Running, Restarts: m.Restarts, Waits: m.Waits, Sandbox: m.Sandbox, LeftOut: m.LeftOut}
-		lm.Error, lm.Next = trouble(m)
+		lm.Error, lm.Next = advice.Trouble(m)
 		lm.Empty = m.Empty
 		l.Modules = append(l.Modules, lm)
 		for i, t := range slices.Concat(m.Tokens, m.Away) {

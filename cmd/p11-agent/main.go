@@ -15,6 +15,7 @@ import (
 
 	"github.com/spf13/cobra"
 
+	"p11-agent/cmd/p11-agent/advice"
 	"p11-agent/cmd/p11-agent/backend"
 	"p11-agent/cmd/p11-agent/exit"
 	"p11-agent/cmd/p11-agent/output"
@@ -22,7 +23,6 @@ import (
 	"p11-agent/token"
 	"p11-agent/token/module"
 	"p11-agent/token/module/undumpable"
-	"p11-agent/token/wellknown"
 )
 
 // version is set by the linker.
@@ -76,7 +76,7 @@ func exitCode(err error, stderr io.Writer) int {
 		if hint := exit.Hint(e); hint != "" {
 			fmt.Fprintf(stderr, "p11-agent: hint: %s\n", hint)
 		} else if m, ok := errors.AsType[*token.ModuleError](e); ok {
-			output.Steps(stderr, "p11-agent: hint: ", adviseFailure(m))
+			output.Steps(stderr, "p11-agent: hint: ", advice.Failure(m))
 		}
 	}
 	return exit.Code(err)
@@ -87,7 +87,7 @@ func exitCode(err error, stderr io.Writer) int {
 func withoutTPM(all []error) []error {
 	some := slices.DeleteFunc(slices.Clone(all), func(err error) bool {
 		m, ok := errors.AsType[*token.ModuleError](err)
-		return ok && wellknown.KindOf(m.Path) == wellknown.TPM2 && noTPM()
+		return ok && advice.LacksTPM(m.Path)
 	})
 	if len(some) == 0 {
 		return all

@@ -54,6 +54,12 @@ func (f *finding) Next(format string, args ...any) *finding {
 	return f
 }
 
+// Steps adds steps as they are.
+func (f *finding) Steps(steps []string) *finding {
+	f.next = append(f.next, steps...)
+	return f
+}
+
 // A report is the findings about one thing. It is used by one goroutine.
 type report struct {
 	group    string

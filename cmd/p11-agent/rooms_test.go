@@ -65,6 +65,11 @@ var rooms = []room{
 		},
 		"modules run without prompts, and without the SSH protocol",
 	},
+	{
+		"cmd/p11-agent/advice",
+		[]string{"cmd/p11-agent/output", "token", "token/wellknown", "token/wire", xsys},
+		"it says what helps: what is wrong is found elsewhere",
+	},
 	{"cmd/p11-agent/exit", []string{}, "a leaf: an exit code is decided without knowing the command"},
 	{"cmd/p11-agent/paths", []string{xsys}, "a leaf: where files are is decided without reading them"},
 	{

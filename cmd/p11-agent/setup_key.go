@@ -14,6 +14,7 @@ import (
 
 	"p11-agent/agent/peer"
 	"p11-agent/agent/request"
+	"p11-agent/cmd/p11-agent/advice"
 	"p11-agent/cmd/p11-agent/files"
 	"p11-agent/cmd/p11-agent/output"
 	"p11-agent/pinentry/plain"
@@ -72,7 +73,7 @@ func (s *setup) chooseKey(ctx context.Context) error {
 		}
 		if s.ask == nil {
 			if len(keys) == 0 {
-				texts = append(texts, firstSteps(s.b.Store.Modules())[0])
+				texts = append(texts, advice.FirstSteps(s.b.Store.Modules())[0])
 			}
 			s.toDo(title, "one of these:")
 			for _, text := range texts {
@@ -81,7 +82,7 @@ func (s *setup) chooseKey(ctx context.Context) error {
 			return nil
 		}
 		if len(keys) == 0 {
-			texts = append(texts, "look again: "+firstSteps(s.b.Store.Modules())[0]+" before you choose this")
+			texts = append(texts, "look again: "+advice.FirstSteps(s.b.Store.Modules())[0]+" before you choose this")
 		}
 		n, err := s.ask.choose(ctx, "  Which one?", texts)
 		switch {
@@ -122,7 +123,7 @@ func (s *setup) troubles() {
 		}
 		for _, t := range m.Tokens {
 			if isPIV(t) && t.Shadowed == "" && len(t.Keys) == 0 {
-				s.say("  token %q has no key, and its own program makes one: %s", plain.Line(t.ID.Label), firstKey(m, t))
+				s.say("  token %q has no key, and its own program makes one: %s", plain.Line(t.ID.Label), advice.FirstKey(m, t))
 			}
 		}
 	}
@@ -153,7 +154,7 @@ func (s *setup) newKeyChoices() (all []choice) {
 		case wellknown.SoftHSM:
 			soft = &m
 		case wellknown.TPM2:
-			if m.Err == nil && !noTPM() {
+			if m.Err == nil && !advice.NoTPM() {
 				tpm = &m
 			}
 		}
@@ -194,7 +195,7 @@ func softHSMChoice(m *token.ModuleStatus) (choice, bool) {
 	c := choice{text: "make a token and a key in files, with SoftHSM: to try things, as files can be copied"}
 	switch {
 	case m == nil:
-		c.first = installStep(softHSMPackage, softHSMFedora)
+		c.first = advice.Install(softHSMPackage, softHSMFedora)
 		c.text += fmt.Sprintf(" (this runs %q first)", c.first)
 		if !strings.HasPrefix(c.first, "sudo ") {
 			return c, false // nothing that could be run

@@ -6,6 +6,8 @@ import (
 	"path/filepath"
 	"strings"
 	"testing"
+
+	"p11-agent/cmd/p11-agent/advice"
 )
 
 // program puts this program into the user's PATH.
@@ -93,7 +95,7 @@ func TestSetup(t *testing.T) {
 	f.unchanged("without a terminal", was)
 
 	// list, doctor and setup say the same.
-	steps := firstSteps(nil)[1:]
+	steps := advice.FirstSteps(nil)[1:]
 	mustHave(t, f.run("p11-agent list"), "next: "+steps[0], "next: plug in a smart card or a security key")
 	mustHave(t, f.fails("p11-agent doctor", 1), "next: "+steps[0], "next: plug in a smart card or a security key")
 

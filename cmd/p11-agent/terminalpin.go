@@ -9,6 +9,7 @@ import (
 	"io"
 	"strings"
 
+	"p11-agent/cmd/p11-agent/advice"
 	"p11-agent/cmd/p11-agent/exit"
 	"p11-agent/pinentry"
 	"p11-agent/pinentry/plain"
@@ -36,7 +37,7 @@ func (a terminalAsker) Ask(ctx context.Context, about token.PINRequest) (token.P
 	if terr != nil {
 		return nil, exit.WithHint(
 			errors.New("the PIN cannot be asked for: no pinentry program can show a prompt, and this command has no terminal"),
-			fmt.Sprintf("run it at a terminal, or install a pinentry program: %s", installStep("pinentry-curses", "pinentry")),
+			fmt.Sprintf("run it at a terminal, or install a pinentry program: %s", advice.Install("pinentry-curses", "pinentry")),
 		)
 	}
 	return &terminalDialogue{q, about}, nil
