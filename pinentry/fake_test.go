@@ -21,6 +21,7 @@ import (
 	"golang.org/x/sys/unix"
 
 	"p11-agent/agent/peer/terminaltest"
+	"p11-agent/pinentry/procstat"
 )
 
 // The fake pinentry (and askpass) is this test program, run with
@@ -362,15 +363,14 @@ func countFDs(t *testing.T) int {
 func children(t *testing.T) []string {
 	t.Helper()
 	var found []string
-	stats, _ := filepath.Glob("/proc/[0-9]*/stat")
-	for _, stat := range stats {
-		b, err := os.ReadFile(stat)
+	processes, _ := filepath.Glob("/proc/[0-9]*")
+	for _, dir := range processes {
+		pid, err := strconv.Atoi(filepath.Base(dir))
 		if err != nil {
-			continue // gone
+			t.Fatal(err)
 		}
-		_, rest, _ := strings.Cut(string(b), ") ")
-		if fields := strings.Fields(rest); len(fields) > 1 && fields[1] == strconv.Itoa(os.Getpid()) {
-			found = append(found, string(b[:min(len(b), 60)]))
+		if s, ok := procstat.Of(pid); ok && s.Parent == os.Getpid() {
+			found = append(found, fmt.Sprintf("%d (%s) %c", pid, s.Name, s.State))
 		}
 	}
 	return found
@@ -379,12 +379,8 @@ func children(t *testing.T) []string {
 // gone tells whether there is no such process any more, be it a zombie that its
 // new parent has not reaped yet.
 func gone(pid int) bool {
-	b, err := os.ReadFile(fmt.Sprintf("/proc/%d/stat", pid))
-	if err != nil {
-		return true
-	}
-	_, rest, _ := strings.Cut(string(b), ") ")
-	return strings.HasPrefix(rest, "Z")
+	s, ok := procstat.Of(pid)
+	return !ok || s.State == 'Z'
 }
 
 // quick shortens what a program that does not leave gets for it.

@@ -3,11 +3,11 @@ package token_test
 import (
 	"context"
 	"errors"
-	"fmt"
 	"os"
 	"path/filepath"
 	"regexp"
 	"slices"
+	"strconv"
 	"strings"
 	"sync"
 	"sync/atomic"
@@ -16,6 +16,7 @@ import (
 
 	"golang.org/x/sys/unix"
 
+	"p11-agent/pinentry/procstat"
 	"p11-agent/token"
 	"p11-agent/token/tokentest"
 )
@@ -338,18 +339,12 @@ func TestChildrenEnd(t *testing.T) {
 // inGroup counts the processes of a group that run.
 func inGroup(t *testing.T, group int) (n int) {
 	t.Helper()
-	all, err := filepath.Glob("/proc/[0-9]*/stat")
+	all, err := filepath.Glob("/proc/[0-9]*")
 	noError(t, err)
-	for _, path := range all {
-		stat, err := os.ReadFile(path)
-		if err != nil {
-			continue // it has just ended
-		}
-		var state string
-		var parent, pgrp int
-		_, err = fmt.Sscan(string(stat[strings.LastIndexByte(string(stat), ')')+1:]), &state, &parent, &pgrp)
+	for _, dir := range all {
+		pid, err := strconv.Atoi(filepath.Base(dir))
 		noError(t, err)
-		if pgrp == group && state != "Z" {
+		if s, ok := procstat.Of(pid); ok && s.Group == group && s.State != 'Z' {
 			n++
 		}
 	}

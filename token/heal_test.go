@@ -7,7 +7,6 @@ import (
 	"encoding/binary"
 	"errors"
 	"fmt"
-	"os"
 	"path/filepath"
 	"runtime"
 	"slices"
@@ -19,6 +18,7 @@ import (
 
 	"golang.org/x/sys/unix"
 
+	"p11-agent/pinentry/procstat"
 	"p11-agent/token"
 	"p11-agent/token/tokentest"
 	"p11-agent/token/wire"
@@ -363,8 +363,8 @@ func TestCrashBeforeReading(t *testing.T) {
 	proc := b.fake.Processes()[0]
 	noError(t, unix.Kill(proc.PID(), unix.SIGSTOP))
 	tokentest.Until(t, "the module process has stopped", func() bool {
-		stat, err := os.ReadFile(fmt.Sprintf("/proc/%d/stat", proc.PID()))
-		return err == nil && strings.Contains(string(stat), ") T ")
+		s, ok := procstat.Of(proc.PID())
+		return ok && s.State == 'T'
 	})
 	close(wait)
 	tokentest.Until(t, "the PIN was sent", func() bool {

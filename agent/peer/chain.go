@@ -1,7 +1,6 @@
 package peer
 
 import (
-	"bytes"
 	"errors"
 	"fmt"
 	"net"
@@ -13,6 +12,7 @@ import (
 	"golang.org/x/sys/unix"
 
 	"p11-agent/pinentry/plain"
+	"p11-agent/pinentry/procstat"
 )
 
 const (
@@ -171,26 +171,26 @@ func openProcess(pid, uid int) (int, error) {
 // be told, and the child is looked at again: a process gets another parent only when
 // its parent ends. Its name is read first, so that it is the same one's.
 func chain(pid, pidfd int) (links []Process, id identity) {
-	stat, ok := readStat(pid)
+	stat, ok := procstat.Of(pid)
 	if !ok {
 		return nil, identity{}
 	}
-	id = identity{stat.start, inode(pidfd)}
+	id = identity{stat.Start, inode(pidfd)}
 	path, named := programPath(pid)
 	links = append(make([]Process, 0, 8), Process{PID: pid, Name: name(path, named, stat)})
-	for len(links) < maxChain && stat.parent > 1 {
-		path, named := programPath(stat.parent)
-		parent, ok := readStat(stat.parent)
+	for len(links) < maxChain && stat.Parent > 1 {
+		path, named := programPath(stat.Parent)
+		parent, ok := procstat.Of(stat.Parent)
 		if !ok {
 			break
 		}
-		if parent.start >= stat.start {
-			if again, ok := readStat(pid); !ok || again.start != stat.start || again.parent != stat.parent {
+		if parent.Start >= stat.Start {
+			if again, ok := procstat.Of(pid); !ok || again.Start != stat.Start || again.Parent != stat.Parent {
 				break
 			}
 		}
-		links = append(links, Process{PID: stat.parent, Name: name(path, named, parent)})
-		pid, stat = stat.parent, parent
+		links = append(links, Process{PID: stat.Parent, Name: name(path, named, parent)})
+		pid, stat = stat.Parent, parent
 	}
 	if !alive(pidfd) {
 		return nil, identity{}
@@ -225,79 +225,12 @@ func alive(pidfd int) bool {
 	}
 }
 
-// stat is what is read of /proc/PID/stat.
-type stat struct {
-	comm    []byte // the name the process gave itself, up to 15 bytes of any kind
-	parent  int
-	group   int    // process group
-	session int    // the number of the process that leads it
-	tty     device // controlling terminal
-	front   int    // the group in the foreground there; -1 without a terminal
-	start   uint64 // clock ticks after boot
-}
-
-func readStat(pid int) (stat, bool) {
-	fd, err := unix.Open(procFile(pid, "stat"), unix.O_RDONLY|unix.O_CLOEXEC, 0)
-	if err != nil {
-		return stat{}, false
-	}
-	defer unix.Close(fd)
-	// 52 numbers of up to 20 digits and a name fit.
-	buf := scratch.Get().(*[unix.PathMax]byte)
-	defer scratch.Put(buf)
-	n, err := unix.Read(fd, buf[:])
-	if err != nil {
-		return stat{}, false
-	}
-	return parseStat(buf[:n])
-}
-
-// parseStat reads the contents of /proc/PID/stat (proc_pid_stat(5)). The name
-// in the second field may hold blanks, line ends and brackets, but no bracket
-// comes after it.
-func parseStat(b []byte) (stat, bool) {
-	from, to := bytes.IndexByte(b, '('), bytes.LastIndexByte(b, ')')
-	if from < 0 || to < from {
-		return stat{}, false
-	}
-	s := stat{comm: bytes.Clone(b[from+1 : to])}
-	number := 2
-	for field := range bytes.FieldsSeq(b[to+1:]) {
-		var n int64
-		var err error
-		switch number++; number {
-		case 4, 5, 6, 7, 8:
-			n, err = strconv.ParseInt(string(field), 10, 32)
-		case 22:
-			s.start, err = strconv.ParseUint(string(field), 10, 64)
-		}
-		if err != nil {
-			return stat{}, false
-		}
-		switch number {
-		case 4:
-			s.parent = int(n)
-		case 5:
-			s.group = int(n)
-		case 6:
-			s.session = int(n)
-		case 7:
-			s.tty = ttyDevice(uint32(n)) // printed as a number with a sign
-		case 8:
-			s.front = int(n)
-		case 22:
-			return s, s.parent >= 0
-		}
-	}
-	return stat{}, false
-}
-
 // name prefers the program's file, which stays what it is, to the name that a
 // process gives itself; the file of another user's process, or of one that
 // keeps its memory to itself, cannot be read.
-func name(path string, named bool, s stat) string {
+func name(path string, named bool, s procstat.Stat) string {
 	if !named {
-		return plain.Program(s.comm, maxName)
+		return plain.Program(s.Name, maxName)
 	}
 	return plain.Program(filepath.Base(path), maxName)
 }

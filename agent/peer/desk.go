@@ -14,6 +14,7 @@ import (
 	"golang.org/x/sys/unix"
 
 	"p11-agent/pinentry/plain"
+	"p11-agent/pinentry/procstat"
 )
 
 // What is read of an environment. ARG_MAX lets it be as long as 6 MiB; nobody's
@@ -164,13 +165,13 @@ func (r *running) same() error {
 	return err
 }
 
-func (r *running) stat() (stat, error) {
-	s, ok := readStat(r.pid)
+func (r *running) stat() (procstat.Stat, error) {
+	s, ok := procstat.Of(r.pid)
 	switch {
-	case !alive(r.pidfd), ok && r.id != identity{s.start, inode(r.pidfd)}:
-		return stat{}, fmt.Errorf("%s has ended", r.who)
+	case !alive(r.pidfd), ok && r.id != identity{s.Start, inode(r.pidfd)}:
+		return procstat.Stat{}, fmt.Errorf("%s has ended", r.who)
 	case !ok:
-		return stat{}, fmt.Errorf("%s cannot be looked at", r.who)
+		return procstat.Stat{}, fmt.Errorf("%s cannot be looked at", r.who)
 	}
 	return s, nil
 }
@@ -205,7 +206,7 @@ func (t *Terminal) Check() error {
 	switch {
 	case err != nil:
 		return err
-	case s.tty != t.nr:
+	case ttyDevice(s.TTY) != t.nr:
 		return fmt.Errorf("%s has left its terminal", t.of.who)
 	}
 	return t.of.foreground(s, t.rdev)
@@ -275,7 +276,7 @@ func (r *running) terminal(gpgTTY string) (*Terminal, error) {
 			return t, nil
 		}
 	}
-	for _, path := range []string{gpgTTY, s.tty.pathUnderRoot()} {
+	for _, path := range []string{gpgTTY, ttyDevice(s.TTY).pathUnderRoot()} {
 		if path == "" {
 			continue
 		}
@@ -286,7 +287,7 @@ func (r *running) terminal(gpgTTY string) (*Terminal, error) {
 	switch {
 	case firstErr != nil:
 		return nil, firstErr
-	case s.tty == device{}:
+	case ttyDevice(s.TTY) == device{}:
 		return nil, fmt.Errorf("%s has no terminal", r.who)
 	}
 	return nil, fmt.Errorf("the terminal of %s cannot be opened", r.who)
@@ -308,14 +309,14 @@ func openUnderRoot(pid int, path string) (int, error) {
 
 // openTerminal opens the file of a path descriptor if it is the terminal of the
 // process. No terminal at all is nil and nil.
-func (r *running) openTerminal(path int, s stat) (*Terminal, error) {
+func (r *running) openTerminal(path int, s procstat.Stat) (*Terminal, error) {
 	var st unix.Stat_t
 	if err := unix.Fstat(path, &st); err != nil || st.Mode&unix.S_IFMT != unix.S_IFCHR {
 		return nil, nil //nolint:nilnil // see above
 	}
 	rdev := device{unix.Major(st.Rdev), unix.Minor(st.Rdev)}
 	switch {
-	case s.tty != device{} && s.tty != rdev:
+	case ttyDevice(s.TTY) != device{} && ttyDevice(s.TTY) != rdev:
 		return nil, nil //nolint:nilnil // see above
 	case rdev.major == majorPtyMaster, rdev.major == majorAlias:
 		return nil, nil //nolint:nilnil // see above
@@ -323,7 +324,7 @@ func (r *running) openTerminal(path int, s stat) (*Terminal, error) {
 	// Not blocking: a serial line waits for a carrier.
 	fd, err := unix.Open("/proc/self/fd/"+strconv.Itoa(path), unix.O_RDWR|unix.O_NOCTTY|unix.O_NONBLOCK|unix.O_CLOEXEC, 0)
 	if err != nil {
-		if s.tty == (device{}) {
+		if ttyDevice(s.TTY) == (device{}) {
 			return nil, nil //nolint:nilnil // a device of any kind
 		}
 		return nil, fmt.Errorf("the terminal of %s cannot be opened: %w", r.who, err)
@@ -338,19 +339,19 @@ func (r *running) openTerminal(path int, s stat) (*Terminal, error) {
 	}
 	// os.NewFile hands what does not block to the poller, which has no use for it.
 	_ = unix.SetNonblock(fd, false)
-	return &Terminal{File: os.NewFile(uintptr(fd), "terminal of "+r.who), of: r, nr: s.tty, rdev: rdev}, nil
+	return &Terminal{File: os.NewFile(uintptr(fd), "terminal of "+r.who), of: r, nr: ttyDevice(s.TTY), rdev: rdev}, nil
 }
 
 // foreground tells whether the process is the job in the foreground of the
 // terminal: what is typed there is for it. A process in a session without a
 // terminal (setsid(1)) is, when the ancestor that has this terminal is: it waits
 // for the process, or could read itself.
-func (r *running) foreground(s stat, rdev device) error {
+func (r *running) foreground(s procstat.Stat, rdev device) error {
 	_, at, ok := r.member(s, rdev)
 	switch {
 	case !ok:
 		return fmt.Errorf("%s has left the job in the foreground of its terminal", r.who)
-	case at.group != at.front:
+	case at.Group != at.Foreground:
 		return fmt.Errorf("%s is in the background of its terminal", r.who)
 	}
 	return nil
@@ -358,31 +359,31 @@ func (r *running) foreground(s stat, rdev device) error {
 
 // member finds the process whose terminal this is: the process itself, which s is
 // of, or the nearest of its ancestors while none of them has another terminal.
-func (r *running) member(s stat, rdev device) (pid int, at stat, ok bool) {
+func (r *running) member(s procstat.Stat, rdev device) (pid int, at procstat.Stat, ok bool) {
 	pid = r.pid
 	for range maxChain {
-		if s.tty == rdev {
+		if ttyDevice(s.TTY) == rdev {
 			return pid, s, true
 		}
-		if s.tty != (device{}) || s.parent <= 1 {
+		if ttyDevice(s.TTY) != (device{}) || s.Parent <= 1 {
 			break
 		}
 		parent, ok := parentOf(pid, s)
 		if !ok {
 			break
 		}
-		pid, s = s.parent, parent
+		pid, s = s.Parent, parent
 	}
-	return 0, stat{}, false
+	return 0, procstat.Stat{}, false
 }
 
 // parentOf looks at the parent of a process that s is of.
-func parentOf(pid int, s stat) (stat, bool) {
-	parent, ok := readStat(s.parent)
+func parentOf(pid int, s procstat.Stat) (procstat.Stat, bool) {
+	parent, ok := procstat.Of(s.Parent)
 	// It is the parent only if the child, which has not become another, still
 	// names it afterwards.
-	again, still := readStat(pid)
-	return parent, ok && still && again.start == s.start && again.parent == s.parent
+	again, still := procstat.Of(pid)
+	return parent, ok && still && again.Start == s.Start && again.Parent == s.Parent
 }
 
 // wanted are the variables that say where a person is, and what is believed of

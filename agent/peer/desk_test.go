@@ -16,6 +16,8 @@ import (
 	"testing"
 	"time"
 
+	"p11-agent/pinentry/procstat"
+
 	"golang.org/x/sys/unix"
 )
 
@@ -321,8 +323,8 @@ func TestDeskOfReusedNumber(t *testing.T) {
 		if err != nil {
 			t.Fatal(err)
 		}
-		s, _ := readStat(again.Process.Pid)
-		sameID := p.id == identity{s.start, inode(fd)} // before Linux 6.9, in the same 10 ms
+		s, _ := procstat.Of(again.Process.Pid)
+		sameID := p.id == identity{s.Start, inode(fd)} // before Linux 6.9, in the same 10 ms
 		unix.Close(fd)
 		if again.Process.Pid != p.PID || sameID {
 			again.Process.Kill()

@@ -12,6 +12,7 @@ import (
 	"golang.org/x/sys/unix"
 
 	"p11-agent/pinentry/plain"
+	"p11-agent/pinentry/procstat"
 )
 
 // terminalPrograms are the files of programs that people have terminals from: each
@@ -55,26 +56,26 @@ func (t *Terminal) Established() error {
 	if !ok {
 		return fmt.Errorf("%s has left its terminal", t.of.who)
 	}
-	leader, ok := readStat(at.session)
+	leader, ok := procstat.Of(at.Session)
 	switch {
-	case !ok || leader.session != at.session || leader.tty != t.rdev:
+	case !ok || leader.Session != at.Session || ttyDevice(leader.TTY) != t.rdev:
 		return fmt.Errorf("no process leads the session on the terminal of %s", t.of.who)
-	case at.session == t.of.pid:
+	case at.Session == t.of.pid:
 		return fmt.Errorf("%s leads the session on its terminal itself, and so can have made the terminal", t.of.who)
-	case leader.start > s.start:
+	case leader.Start > s.Start:
 		return fmt.Errorf("the session on the terminal of %s is younger than the process", t.of.who)
 	case t.rdev.major < majorPts || t.rdev.major > lastMajorPts:
 		return nil // the kernel's own: no process types into it
 	}
-	maker, ok := parentOf(at.session, leader)
-	if !ok || leader.parent <= 1 {
+	maker, ok := parentOf(at.Session, leader)
+	if !ok || leader.Parent <= 1 {
 		return fmt.Errorf("the program that has made the terminal of %s has ended, or is out of sight", t.of.who)
 	}
-	if err := vouches(leader.parent, maker, os.Geteuid()); err != nil {
+	if err := vouches(leader.Parent, maker, os.Geteuid()); err != nil {
 		return fmt.Errorf("the terminal of %s: %w", t.of.who, err)
 	}
 	// What was read by its number is its own only if it is still the same.
-	if again, ok := readStat(leader.parent); !ok || again.start != maker.start {
+	if again, ok := procstat.Of(leader.Parent); !ok || again.Start != maker.Start {
 		return fmt.Errorf("the program that has made the terminal of %s has ended, or is out of sight", t.of.who)
 	}
 	return nil
@@ -82,12 +83,12 @@ func (t *Terminal) Established() error {
 
 // vouches says why a process that has started the leader of a session on a
 // pseudo-terminal may be anybody's. uid is the agent's.
-func vouches(pid int, s stat, uid int) error {
+func vouches(pid int, s procstat.Stat, uid int) error {
 	ids, err := readIDs(pid)
 	if err != nil {
 		return err
 	}
-	shown := plain.Program(s.comm, maxName)
+	shown := plain.Program(s.Name, maxName)
 	if uid != 0 && ids.isRoot() {
 		return nil // the administrator's: sshd, login, su, sudo
 	}
@@ -114,16 +115,16 @@ func vouches(pid int, s stat, uid int) error {
 // vouchesHidden is vouches for a process that the kernel shows nothing of. Two
 // kinds make terminals: the part of sshd that has become the user, a child of the
 // one that is root; and a program with the set-group-ID bit, as screen may have it.
-func vouchesHidden(pid int, s stat, ids ids, uid int) error {
-	if parent, ok := parentOf(pid, s); ok && s.parent > 1 && uid != 0 {
-		if of, err := readIDs(s.parent); err == nil && of.isRoot() && parent.start <= s.start {
+func vouchesHidden(pid int, s procstat.Stat, ids ids, uid int) error {
+	if parent, ok := parentOf(pid, s); ok && s.Parent > 1 && uid != 0 {
+		if of, err := readIDs(s.Parent); err == nil && of.isRoot() && parent.Start <= s.Start {
 			return nil
 		}
 	}
-	if ids.gid[1] != ids.gid[0] && terminalPrograms[string(s.comm)] {
+	if ids.gid[1] != ids.gid[0] && terminalPrograms[string(s.Name)] {
 		return nil
 	}
-	return fmt.Errorf("it was made by %s (%d), of which the kernel shows nothing", plain.Program(s.comm, maxName), pid)
+	return fmt.Errorf("it was made by %s (%d), of which the kernel shows nothing", plain.Program(s.Name, maxName), pid)
 }
 
 // installed tells whether a file is root's, and changed by no other.

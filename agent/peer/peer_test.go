@@ -18,7 +18,7 @@ import (
 	"golang.org/x/sys/unix"
 
 	"p11-agent/agent/peer/terminaltest"
-	"p11-agent/pinentry/plain"
+	"p11-agent/pinentry/procstat"
 )
 
 // The test binary plays the clients: P11_PEER_ROLE says which.
@@ -507,58 +507,13 @@ func TestString(t *testing.T) {
 	}
 }
 
-// statSeeds are contents of /proc/PID/stat; the names in them are what makes
-// reading it hard.
-var statSeeds = []string{
-	"1234 (ssh) S 99 1234 1234 34816 1234 4194304 1 0 0 0 1 2 0 0 20 0 1 0 5678 1 2 3\n",
-	"1234 (a) b (c) S) R 99 1234 1234 0 -1 4194304 1 0 0 0 1 2 0 0 20 0 1 0 18446744073709551615 1\n",
-	"1234 (\n) Z 0 0 0 0 -1 0 0 0 0 0 0 0 0 0 0 0 0 0 1",
-	"1234 () S 99",
-	")(",
-	"",
-}
-
-func TestParseStat(t *testing.T) {
-	for i, want := range []struct {
-		comm   string
-		parent int
-		start  uint64
-		ok     bool
-	}{
-		{"ssh", 99, 5678, true},
-		{"a) b (c) S", 99, 1<<64 - 1, true},
-		{"\n", 0, 1, true},
-		{},
-		{},
-		{},
-	} {
-		got, ok := parseStat([]byte(statSeeds[i]))
-		if string(got.comm) != want.comm || got.parent != want.parent || got.start != want.start || ok != want.ok {
-			t.Errorf("%q: %+v %v, want %+v", statSeeds[i], got, ok, want)
-		}
-	}
-	self, ok := readStat(os.Getpid())
-	if !ok || self.parent != os.Getppid() || self.start == 0 {
-		t.Errorf("this process: %+v %v, want parent %d", self, ok, os.Getppid())
-	}
-}
-
-func FuzzStat(f *testing.F) {
-	if len(statSeeds) == 0 {
-		f.Fatal("no seeds")
-	}
-	for _, s := range statSeeds {
+// FuzzNames shows names that processes give themselves.
+func FuzzNames(f *testing.F) {
+	for _, s := range []string{"ssh", "a) b (c) S", "\n", "", "←", "\xff"} {
 		f.Add([]byte(s))
 	}
 	f.Fuzz(func(t *testing.T, b []byte) {
-		s, ok := parseStat(b)
-		if !ok {
-			return
-		}
-		if s.parent < 0 {
-			t.Errorf("parent %d", s.parent)
-		}
-		name := plain.Program(s.comm, maxName)
+		name := name("", false, procstat.Stat{Name: b})
 		if len(name) == 0 || len(name) > maxName || !utf8.ValidString(name) || strings.Contains(name, "←") {
 			t.Errorf("name %q", name)
 		}

@@ -244,7 +244,7 @@ func TestFamily(t *testing.T) {
 		t.Fatal(err)
 	}
 	all, err := family(cmd.Process.Pid)
-	if err != nil || len(all) != 2 || all[0].pid != cmd.Process.Pid || all[1].parent != cmd.Process.Pid {
+	if err != nil || len(all) != 2 || all[0].pid != cmd.Process.Pid || all[1].Parent != cmd.Process.Pid {
 		t.Errorf("got %v, %v", all, err)
 	}
 	if first, others, err := resident(cmd.Process.Pid); err != nil || first <= 0 || others <= 0 {

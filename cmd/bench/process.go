@@ -1,7 +1,6 @@
 package main
 
 import (
-	"bytes"
 	"context"
 	"errors"
 	"fmt"
@@ -13,6 +12,8 @@ import (
 	"strings"
 	"syscall"
 	"time"
+
+	"p11-agent/pinentry/procstat"
 )
 
 // grace is how long a program gets for ending by itself.
@@ -116,32 +117,10 @@ func (b *bench) stopAll() {
 	}
 }
 
-// stat is what /proc/PID/stat has of a process.
+// stat is what the kernel tells of a process.
 type stat struct {
-	pid, parent int
-	cpu         time.Duration // of all its threads, those that have ended, too
-}
-
-// tick is the unit of times in /proc, the same on all Linux systems (USER_HZ).
-const tick = 10 * time.Millisecond
-
-func readStat(pid int) (s stat, err error) {
-	text, err := os.ReadFile(fmt.Sprintf("/proc/%d/stat", pid))
-	if err != nil {
-		return s, err
-	}
-	// The name in brackets may have any character.
-	fields := strings.Fields(string(text[bytes.LastIndexByte(text, ')')+1:]))
-	if len(fields) < 13 {
-		return s, fmt.Errorf("/proc/%d/stat has %d fields", pid, len(fields))
-	}
-	var numbers [3]int
-	for i, field := range []int{1, 11, 12} { // ppid, utime, stime
-		if numbers[i], err = strconv.Atoi(fields[field]); err != nil {
-			return s, err
-		}
-	}
-	return stat{pid: pid, parent: numbers[0], cpu: time.Duration(numbers[1]+numbers[2]) * tick}, nil
+	procstat.Stat
+	pid int
 }
 
 // family returns a process and all that descend from it.
@@ -157,13 +136,14 @@ func family(pid int) ([]stat, error) {
 		if err != nil {
 			continue
 		}
-		s, err := readStat(n)
+		known, ok := procstat.Of(n)
+		s := stat{known, n}
 		switch {
-		case err != nil: // it has ended meanwhile
+		case !ok: // it has ended meanwhile
 		case n == pid:
 			all = append(all, s)
 		default:
-			children[s.parent] = append(children[s.parent], s)
+			children[s.Parent] = append(children[s.Parent], s)
 		}
 	}
 	if len(all) == 0 {
@@ -179,7 +159,7 @@ func family(pid int) ([]stat, error) {
 func cpuTime(pid int) (sum time.Duration, err error) {
 	all, err := family(pid)
 	for _, s := range all {
-		sum += s.cpu
+		sum += s.CPU
 	}
 	return sum, err
 }

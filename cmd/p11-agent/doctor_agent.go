@@ -26,6 +26,7 @@ import (
 	"p11-agent/cmd/p11-agent/files"
 	"p11-agent/cmd/p11-agent/output"
 	"p11-agent/cmd/p11-agent/paths"
+	"p11-agent/pinentry/procstat"
 	"p11-agent/systemd/install"
 )
 
@@ -209,31 +210,13 @@ func startedBefore(pid int, file string) bool {
 // start is known to some seconds only, and the clock may have been set since.
 func older(started, installed time.Time) bool { return installed.Sub(started) > time.Minute }
 
-// startOf tells when a process was started (proc_pid_stat(5) starttime, in ticks of
-// which user space sees a hundred a second; btime of proc_stat(5)).
+// startOf returns when a process was started.
 func startOf(pid int) (time.Time, bool) {
-	stat, err := os.ReadFile(fmt.Sprintf("/proc/%d/stat", pid))
-	if err != nil {
+	s, ok := procstat.Of(pid)
+	if !ok {
 		return time.Time{}, false
 	}
-	fields := strings.Fields(string(stat[bytes.LastIndexByte(stat, ')')+1:]))
-	if len(fields) < 20 {
-		return time.Time{}, false
-	}
-	ticks, err := strconv.ParseInt(fields[19], 10, 64)
-	if err != nil {
-		return time.Time{}, false
-	}
-	all, err := os.ReadFile("/proc/stat")
-	if err != nil {
-		return time.Time{}, false
-	}
-	m := regexp.MustCompile(`(?m)^btime ([0-9]+)$`).FindSubmatch(all)
-	if m == nil {
-		return time.Time{}, false
-	}
-	boot, err := strconv.ParseInt(string(m[1]), 10, 64)
-	return time.Unix(boot+ticks/100, 0), err == nil
+	return s.Started()
 }
 
 // byPath knows agents by where they listen: of those that systemd starts with the

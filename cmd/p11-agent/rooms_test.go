@@ -89,7 +89,7 @@ var rooms = []room{
 		[]string{"agent", "agent/request", "agent/sshagent", "cmd/p11-agent/config", "cmd/p11-agent/output", "cmd/p11-agent/paths", "pinentry/plain", "token", "token/module", "token/pkcs11uri", "token/wire", xssh},
 		"it tells what is, and does not know what helps",
 	},
-	{"cmd/bench", []string{}, "it measures the program from outside"},
+	{"cmd/bench", []string{"pinentry/procstat"}, "it measures the program from outside"},
 	{"cmd/testrun", []string{}, "it knows tests by their names only"},
 	{
 		"agent",
@@ -103,7 +103,7 @@ var rooms = []room{
 	},
 	{"agent/certdir", []string{"agent/sshkey", xssh}, "it reads files: which certificates count is decided by the keyring"},
 	{"agent/knownhosts", []string{xssh}, "a leaf: it reads files"},
-	{"agent/peer", []string{xsys}, "who is at the other end of a socket is found out without the agent"},
+	{"agent/peer", []string{"pinentry/procstat", xsys}, "who is at the other end of a socket is found out without the agent"},
 	{
 		"agent/request",
 		[]string{"agent/knownhosts", "agent/peer", "agent/sshkey", "pinentry/secret", xssh},
@@ -119,6 +119,7 @@ var rooms = []room{
 	{"pinentry", []string{"pinentry/secret", xsys}, "asking a person knows neither tokens nor SSH"},
 	{"pinentry/notify", []string{"pinentry", "systemd/bus", dbus}, "telling a person knows neither tokens nor SSH"},
 	{leaf, []string{}, "a leaf: text is made safe to show without knowing where it comes from"},
+	{"pinentry/procstat", []string{xsys}, "a leaf: it reads one file of /proc"},
 	{"pinentry/secret", []string{xsys}, "a leaf that every room may use"},
 	{"pinentry/waiting", []string{}, "a leaf: what is waited for is decided elsewhere"},
 	{"systemd", []string{systemd + "activation", systemd + "daemon", systemd + "journal"}, "it knows nothing of the rest"},
@@ -137,7 +138,7 @@ var rooms = []room{
 	},
 	{
 		"token/module",
-		[]string{"token/module/sandbox", "token/pcsc", "token/wire", "pinentry/secret", pkcs11, xsys},
+		[]string{"token/module/sandbox", "token/pcsc", "token/wire", "pinentry/procstat", "pinentry/secret", pkcs11, xsys},
 		"the module process knows no PIN policy, no configuration and no network",
 	},
 	{

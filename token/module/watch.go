@@ -1,9 +1,7 @@
 package module
 
 import (
-	"bytes"
 	"fmt"
-	"os"
 	"runtime"
 	"slices"
 	"sync"
@@ -11,6 +9,7 @@ import (
 
 	"golang.org/x/sys/unix"
 
+	"p11-agent/pinentry/procstat"
 	"p11-agent/token/pcsc"
 	"p11-agent/token/wire"
 )
@@ -474,11 +473,6 @@ func (w *waiter) asleep() bool {
 // sleeps tells whether a thread of this process is off the processor (proc(5),
 // stat). Where there is no /proc, no thread is.
 func sleeps(thread int) bool {
-	stat, err := os.ReadFile(fmt.Sprintf("/proc/self/task/%d/stat", thread))
-	if err != nil {
-		return false
-	}
-	// The name in brackets may have any character.
-	after := stat[bytes.LastIndexByte(stat, ')')+1:]
-	return bytes.HasPrefix(after, []byte(" S")) || bytes.HasPrefix(after, []byte(" D"))
+	s, ok := procstat.OfThread(thread)
+	return ok && (s.State == 'S' || s.State == 'D')
 }
