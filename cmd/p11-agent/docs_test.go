@@ -443,3 +443,47 @@ func TestRecipesAreConfigurations(t *testing.T) {
 		t.Errorf("only %d configurations in the recipes", n)
 	}
 }
+
+// slug returns the anchor of a heading, as GitHub makes it.
+func slug(heading string) string {
+	return strings.ReplaceAll(regexp.MustCompile(`[^a-z0-9_ -]`).ReplaceAllString(strings.ToLower(heading), ""), " ", "-")
+}
+
+// Each link of a document leads to a file and a heading of the tree. Pictures are small.
+func TestLinksLeadSomewhere(t *testing.T) {
+	names, err := filepath.Glob("../../docs/*.md")
+	if err != nil {
+		t.Fatal(err)
+	}
+	links := 0
+	for _, name := range append(names, "../../README.md") {
+		for _, m := range regexp.MustCompile(`\]\(([^)#:]*)(?:#([^)]+))?\)`).FindAllStringSubmatch(readDoc(t, strings.TrimPrefix(name, "../../")), -1) {
+			links++
+			target := name
+			if m[1] != "" {
+				target = filepath.Join(filepath.Dir(name), m[1])
+			}
+			info, err := os.Stat(target)
+			if err != nil {
+				t.Errorf("%s: %v", name, err)
+				continue
+			}
+			if strings.Contains(target, "/pictures/") && info.Size() > 60_000 {
+				t.Errorf("%s has %d bytes, 60,000 at most", target, info.Size())
+			}
+			if m[2] == "" {
+				continue
+			}
+			found := false
+			for _, heading := range regexp.MustCompile(`(?m)^#+ (.*)$`).FindAllStringSubmatch(readDoc(t, strings.TrimPrefix(target, "../../")), -1) {
+				found = found || slug(heading[1]) == m[2]
+			}
+			if !found {
+				t.Errorf("%s: %s has no heading for the anchor %q", name, target, m[2])
+			}
+		}
+	}
+	if links < 15 {
+		t.Errorf("only %d links were followed", links)
+	}
+}
