@@ -241,7 +241,7 @@ func findKeys(ctx context.Context, r *report, conf *config.File, store *token.St
 		case k:
 			r.ok("offers %v", k)
 		case nil:
-			_, reason := offered(k, auto, "")
+			_, reason := config.Offered(k, auto, "")
 			r.detail("does not offer %v: %s", k, reason)
 		default:
 			r.ok("%v, through module %s, is the same key as %v, through module %s, which is used first", k, k.Module(), f, f.Module())

@@ -349,21 +349,6 @@ func askSSH(ctx context.Context) sshSettings {
 	return s
 }
 
-// identityAgent is the line that leads ssh to a socket, whatever the environment
-// says. %i is the user's number: a variable that is not set would make ssh refuse
-// its whole configuration.
-func identityAgent(path string) string {
-	if dir := fmt.Sprintf("/run/user/%d/", os.Geteuid()); strings.HasPrefix(path, dir) {
-		path = "/run/user/%i/" + strings.ReplaceAll(strings.TrimPrefix(path, dir), "%", "%%")
-	} else {
-		path = strings.ReplaceAll(path, "%", "%%")
-	}
-	if strings.ContainsAny(path, " \t") {
-		path = `"` + path + `"`
-	}
-	return "IdentityAgent " + path
-}
-
 // findAgent looks at the agent that ssh asks, and at SSH_AUTH_SOCK, which ssh-add
 // and git's signatures use in any case. It returns the keys that the first lists.
 func findAgent(ctx context.Context, r *report, s sshSettings) []*sshagent.Key {
@@ -372,7 +357,7 @@ func findAgent(ctx context.Context, r *report, s sshSettings) []*sshagent.Key {
 	switch {
 	case s.agent == "none":
 		r.bad("ssh asks no agent at all: its configuration has IdentityAgent none").
-			Next("take that line out of ~/.ssh/config or /etc/ssh/ssh_config, or have this one come before it:\nHost *\n    %s", identityAgent(cmp.Or(paths.UserSocket(), env)))
+			Next("take that line out of ~/.ssh/config or /etc/ssh/ssh_config, or have this one come before it:\nHost *\n    %s", paths.IdentityAgent(cmp.Or(paths.UserSocket(), env)))
 		return nil
 	case strings.HasPrefix(s.agent, "$"):
 		asked, from = os.Getenv(strings.Trim(s.agent, "${}")), "IdentityAgent "+s.agent
@@ -444,7 +429,7 @@ func leadToOwn(ctx context.Context, f *finding, a answering, own, asked string) 
 		running = ours.err == nil && ours.own
 	}
 	if running {
-		lines := "Host *\n    " + identityAgent(own)
+		lines := "Host *\n    " + paths.IdentityAgent(own)
 		if include := includeLine(); include != "" {
 			lines = include
 		}
@@ -458,7 +443,7 @@ func leadToOwn(ctx context.Context, f *finding, a answering, own, asked string) 
 		if include := includeLine(); include != "" {
 			f.Next("in ~/.ssh/config, above everything else, so that ssh finds the agent whatever SSH_AUTH_SOCK says:\n%s", include)
 		} else if own != "" {
-			f.Next("in ~/.ssh/config, above everything else, so that ssh finds it whatever SSH_AUTH_SOCK says:\nHost *\n    %s", identityAgent(own))
+			f.Next("in ~/.ssh/config, above everything else, so that ssh finds it whatever SSH_AUTH_SOCK says:\nHost *\n    %s", paths.IdentityAgent(own))
 		}
 	}
 	for _, v := range rivals {
@@ -515,7 +500,7 @@ func findSSH(r *report, s sshSettings, keys []*sshagent.Key) {
 	if s.err != nil {
 		f := r.bad("%v", s.err)
 		if strings.Contains(s.err.Error(), "environment expansion") {
-			f.Next("in ~/.ssh/config, write %s: a variable that is not set makes ssh refuse the whole file", identityAgent(paths.UserSocket()))
+			f.Next("in ~/.ssh/config, write %s: a variable that is not set makes ssh refuse the whole file", paths.IdentityAgent(paths.UserSocket()))
 		} else {
 			f.Next("ssh -G %s  # says the same, with file and line, or waits for what holds it up", anyHost)
 		}

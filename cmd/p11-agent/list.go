@@ -292,7 +292,7 @@ func collect(c *config.File, store *token.Store, sel *token.Selector, onlyNamed 
 					Fingerprint: ssh.FingerprintSHA256(pub), EachUse: k.AlwaysAuthenticate(),
 					PublicKey: strings.TrimSpace(string(ssh.MarshalAuthorizedKey(pub))), comment: backend.Comment(k),
 				}
-				lk.Offered, lk.Reason = offered(k, auto, t.Shadowed)
+				lk.Offered, lk.Reason = config.Offered(k, auto, t.Shadowed)
 				if lk.Offered && !present {
 					if lk.Offered = c.OfferAway(k, auto != nil); !lk.Offered {
 						lk.Reason = "its token is not there"
@@ -316,23 +316,6 @@ func collect(c *config.File, store *token.Store, sel *token.Selector, onlyNamed 
 	return l
 }
 
-// offered tells whether the agent offers a key without being told to, or why
-// not.
-func offered(k *token.Key, auto []request.Selection, shadowed string) (bool, string) {
-	if shadowed != "" {
-		return false, "it is used through the module " + shadowed
-	}
-	if auto == nil {
-		return k.Unfit() == "", k.Unfit()
-	}
-	for _, s := range auto {
-		if s.Match(k) && (k.Unfit() == "" || !s.Broad()) {
-			return true, ""
-		}
-	}
-	return false, cmp.Or(k.Unfit(), "the configuration does not name it")
-}
-
 // homesOf returns the keys that the agent offers, by public key: those of one are
 // one identity. They are in the order in which the keyring tries them.
 func homesOf(keys []*token.Key, auto []request.Selection) map[string][]*token.Key {
@@ -353,7 +336,7 @@ func homesOf(keys []*token.Key, auto []request.Selection) map[string][]*token.Ke
 		add(func(k *token.Key) bool { return k.Unfit() == "" })
 	}
 	for _, s := range auto {
-		add(func(k *token.Key) bool { ok, _ := offered(k, []request.Selection{s}, ""); return ok })
+		add(func(k *token.Key) bool { ok, _ := config.Offered(k, []request.Selection{s}, ""); return ok })
 	}
 	return homes
 }

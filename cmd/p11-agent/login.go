@@ -11,9 +11,9 @@ import (
 
 	"github.com/spf13/cobra"
 
-	"p11-agent/cmd/p11-agent/named"
 	"p11-agent/agent/sshagent"
 	"p11-agent/cmd/p11-agent/exit"
+	"p11-agent/cmd/p11-agent/named"
 	"p11-agent/cmd/p11-agent/output"
 	"p11-agent/cmd/p11-agent/status"
 	"p11-agent/pinentry/plain"

@@ -81,6 +81,14 @@ var rooms = []room{
 		"it says what the file means, and does nothing of it",
 	},
 	{"cmd/p11-agent/demo", []string{"cmd/p11-agent/output", "token/registry", "token/wellknown"}, "it runs the program as a user would, by its command line"},
+	{
+		"cmd/p11-agent/export",
+		[]string{
+			"agent/certdir", "agent/request", "cmd/p11-agent/config", "cmd/p11-agent/exit", "cmd/p11-agent/files", "cmd/p11-agent/named",
+			"cmd/p11-agent/output", "cmd/p11-agent/paths", "token", "token/pkcs11uri", xssh, xsys,
+		},
+		"public keys are exported without an agent and without a prompt",
+	},
 	{"cmd/p11-agent/files", []string{renameio}, "a leaf: what the files hold is decided elsewhere"},
 	{"cmd/p11-agent/named", []string{"cmd/p11-agent/exit", "cmd/p11-agent/output", "token", "token/pkcs11uri"}, "it reads names, and knows no command"},
 	{"cmd/p11-agent/output", []string{"pinentry", "systemd", cobra, xsys}, "it prints for every command, and knows none of them"},

@@ -20,6 +20,7 @@ import (
 	"p11-agent/cmd/p11-agent/backend"
 	"p11-agent/cmd/p11-agent/config"
 	"p11-agent/cmd/p11-agent/exit"
+	"p11-agent/cmd/p11-agent/export"
 	"p11-agent/cmd/p11-agent/output"
 	"p11-agent/cmd/p11-agent/paths"
 	"p11-agent/cmd/p11-agent/status"
@@ -64,9 +65,9 @@ type setup struct {
 	b           *backend.Modules
 	making      *progress // of a key
 
-	plan  *choice  // the key to use
-	key   exported // once it is there
-	uri   string   // of its token
+	plan  *choice    // the key to use
+	key   export.Key // once it is there
+	uri   string     // of its token
 	agent *status.Agent
 
 	left    []string // steps that are left, when it only tells
@@ -191,7 +192,7 @@ func (s *setup) look(ctx context.Context) {
 
 // finish says what comes next.
 func (s *setup) finish() {
-	if len(s.left) > 0 || s.key.key == nil {
+	if len(s.left) > 0 || s.key.Token == nil {
 		return
 	}
 	if !s.changed && !s.failed {
@@ -219,35 +220,35 @@ func (s *setup) attached(ctx context.Context, argv ...string) error {
 }
 
 // marked returns the one key whose public half is in ~/.ssh: it was chosen before.
-func marked(keys []exported) (exported, bool) {
-	var found []exported
+func marked(keys []export.Key) (export.Key, bool) {
+	var found []export.Key
 	for _, e := range keys {
-		if same, err := sameKey(publicFile(e), e.pub); err == nil && same {
+		if same, err := export.Holds(publicFile(e), e.Public); err == nil && same {
 			found = append(found, e)
 		}
 	}
 	if len(found) != 1 {
-		return exported{}, false
+		return export.Key{}, false
 	}
 	return found[0], true
 }
 
 // publicFile is where the public half of a key is written to.
-func publicFile(e exported) string {
-	return filepath.Join(os.Getenv("HOME"), ".ssh", e.name+".pub")
+func publicFile(e export.Key) string {
+	return filepath.Join(os.Getenv("HOME"), ".ssh", e.Name+".pub")
 }
 
 // describe names a key to a person.
-func describeKey(e exported) string {
-	return fmt.Sprintf("key %q on token %q (%s)", plain.Line(cmp.Or(e.key.Label(), "without label")), plain.Line(e.key.Token().Label), e.pub.Type())
+func describeKey(e export.Key) string {
+	return fmt.Sprintf("key %q on token %q (%s)", plain.Line(cmp.Or(e.Token.Label(), "without label")), plain.Line(e.Token.Token().Label), e.Public.Type())
 }
 
 // keysNow returns the keys that the agent offers, as they are exported.
-func (s *setup) keysNow() []exported {
-	keys, err := exportable(s.config, s.b.Store, nil)
+func (s *setup) keysNow() []export.Key {
+	keys, err := export.Keys(s.config, s.b.Store, nil, backend.Comment)
 	if err != nil {
 		return nil // there is none
 	}
 	// One that is remembered only can be used once its token is back.
-	return slices.DeleteFunc(keys, func(e exported) bool { return !slices.Contains(s.b.Store.Keys(), e.key) })
+	return slices.DeleteFunc(keys, func(e export.Key) bool { return !slices.Contains(s.b.Store.Keys(), e.Token) })
 }

@@ -154,7 +154,7 @@ func writeInclude(own, file, line, socket string) error {
 		if err := os.MkdirAll(filepath.Dir(own), 0o700); err != nil {
 			return err
 		}
-		text := install.Marker + "Host *\n    " + identityAgent(socket) + "\n"
+		text := install.Marker + "Host *\n    " + paths.IdentityAgent(socket) + "\n"
 		if err := files.Create(own, []byte(text), 0o644); err != nil {
 			return err
 		}

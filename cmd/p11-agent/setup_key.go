@@ -15,6 +15,9 @@ import (
 	"p11-agent/agent/peer"
 	"p11-agent/agent/request"
 	"p11-agent/cmd/p11-agent/advice"
+	"p11-agent/cmd/p11-agent/backend"
+	"p11-agent/cmd/p11-agent/config"
+	"p11-agent/cmd/p11-agent/export"
 	"p11-agent/cmd/p11-agent/files"
 	"p11-agent/cmd/p11-agent/output"
 	"p11-agent/pinentry/plain"
@@ -38,7 +41,7 @@ const (
 // A choice is one way to a key.
 type choice struct {
 	text   string
-	key    *exported          // it is there
+	key    *export.Key        // it is there
 	on     *token.TokenStatus // a new key on this token
 	module string             // a new key on a new token of this module; empty: SoftHSM's, which is not there yet
 	first  string             // a command for root that has to be run before
@@ -110,8 +113,8 @@ func (s *setup) chooseKey(ctx context.Context) error {
 }
 
 // use takes a key that is there.
-func (s *setup) use(e exported) {
-	s.key, s.uri = e, pkcs11uri.ForKey(e.key.Token(), "", nil).String()
+func (s *setup) use(e export.Key) {
+	s.key, s.uri = e, pkcs11uri.ForKey(e.Token.Token(), "", nil).String()
 }
 
 // troubles tells of tokens that cannot be used, or whose keys other programs make: this is
@@ -139,9 +142,9 @@ func (s *setup) troubles() {
 	}
 }
 
-func keyChoices(keys []exported) (all []choice) {
+func keyChoices(keys []export.Key) (all []choice) {
 	for _, e := range keys {
-		all = append(all, choice{text: describeKey(e) + ", " + e.key.URI(), key: &e})
+		all = append(all, choice{text: describeKey(e) + ", " + e.Token.URI(), key: &e})
 	}
 	return all
 }
@@ -357,15 +360,15 @@ func (s *setup) take(k *token.Key) error {
 	if err != nil {
 		return err
 	}
-	keys, err := exportable(s.config, s.b.Store, []*pkcs11uri.URI{u})
+	keys, err := export.Keys(s.config, s.b.Store, []*pkcs11uri.URI{u}, backend.Comment)
 	if err != nil {
 		return err
 	}
 	for _, e := range keys {
-		if bytes.Equal(e.key.ID(), k.ID()) {
+		if bytes.Equal(e.Token.ID(), k.ID()) {
 			s.use(e)
-			if ok, reason := offered(e.key, s.config.Automatic(), ""); !ok {
-				s.say("  note: the agent does not offer it: %s. Add %q to keys in %s", reason, e.key.URI(), output.HomePath(s.config.Path()))
+			if ok, reason := config.Offered(e.Token, s.config.Automatic(), ""); !ok {
+				s.say("  note: the agent does not offer it: %s. Add %q to keys in %s", reason, e.Token.URI(), output.HomePath(s.config.Path()))
 			}
 			return nil
 		}

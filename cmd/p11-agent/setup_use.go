@@ -11,6 +11,7 @@ import (
 
 	"golang.org/x/crypto/ssh"
 
+	"p11-agent/cmd/p11-agent/export"
 	"p11-agent/cmd/p11-agent/files"
 	"p11-agent/cmd/p11-agent/output"
 	"p11-agent/cmd/p11-agent/paths"
@@ -25,14 +26,14 @@ var hostName = regexp.MustCompile(`^[A-Za-z0-9._][A-Za-z0-9._@:%\[\]-]*$`)
 func (s *setup) authorize(ctx context.Context) error {
 	const title = "The other side"
 	s.say("\n%s", title)
-	if s.key.key == nil {
+	if s.key.Token == nil {
 		s.toDo(title, "show the line for ~/.ssh/authorized_keys, and copy it to a host with ssh-copy-id")
 		return nil
 	}
-	s.say("  This line in ~/.ssh/authorized_keys on a host lets the key in:\n\n%s\n", strings.TrimSpace(s.key.line))
+	s.say("  This line in ~/.ssh/authorized_keys on a host lets the key in:\n\n%s\n", strings.TrimSpace(s.key.Line))
 	file := publicFile(s.key)
 	cp := []string{"ssh-copy-id", "-f", "-i", file}
-	if same, err := sameKey(file, s.key.pub); err == nil && same {
+	if same, err := export.Holds(file, s.key.Public); err == nil && same {
 		s.say("  done: it is in %s. To copy it to another host: ssh-copy-id -f -i %s HOST", output.HomePath(file), output.HomePath(file))
 		return nil
 	}
@@ -65,7 +66,7 @@ func (s *setup) authorize(ctx context.Context) error {
 
 // writeKey writes the public half of the key.
 func (s *setup) writeKey() error {
-	if err := writeKeys(io.Discard, []exported{s.key}, filepath.Dir(publicFile(s.key)), false); err != nil {
+	if err := export.Write(io.Discard, []export.Key{s.key}, filepath.Dir(publicFile(s.key)), false); err != nil {
 		return err
 	}
 	s.changed = true
@@ -89,12 +90,12 @@ func (s *setup) signWithGit(ctx context.Context) error {
 		s.say("    git config --global user.email you@example.org")
 		return nil
 	}
-	if !principalPattern.MatchString(email) {
+	if !export.IsPrincipal(email) {
 		s.say("\n%s", title)
 		s.say("  not done: git's user.email, %q, is no name that signatures can go by", plain.Line(email))
 		return nil
 	}
-	if s.key.key == nil {
+	if s.key.Token == nil {
 		_, err := s.offer(ctx, title, "", "have it sign commits with the key")
 		return err
 	}
@@ -103,8 +104,8 @@ func (s *setup) signWithGit(ctx context.Context) error {
 		signers = paths.ExpandHome(gitSigners)
 	}
 	file := publicFile(s.key)
-	line := fmt.Sprintf("%s namespaces=\"git\" %s", email, s.key.line)
-	known := hasSigner(signers, email, s.key.pub)
+	line := fmt.Sprintf("%s namespaces=\"git\" %s", email, s.key.Line)
+	known := hasSigner(signers, email, s.key.Public)
 	done := ""
 	if signing != "" && paths.ExpandHome(signing) == file && set("gpg.format") == "ssh" && known && set("gpg.ssh.allowedsignersfile") != "" {
 		done = "it signs with " + output.HomePath(file)
