@@ -22,7 +22,7 @@ import (
 // A PIN of the configuration that one of two tokens of a label has refused, or taken, is
 // not tried on the other, also when the agent is started again.
 func TestAttack06OtherToken(t *testing.T) {
-	for _, text := range []string{"wrong", pin} {
+	for _, text := range []string{"wrong", rightPIN} {
 		t.Run(text, func(t *testing.T) {
 			state := tokentest.TempDir(t)
 			uri := "pkcs11:token=card?pin-value=" + text
@@ -42,7 +42,7 @@ func TestAttack06OtherToken(t *testing.T) {
 			want(t, "PINs tried", tried(b.card)+tried(other), 0)
 			other.Remove()
 			tokentest.Keys(t, b.store, 1)
-			want(t, "signed", b.sign() == nil, text == pin)
+			want(t, "signed", b.sign() == nil, text == rightPIN)
 			want(t, "PINs tried", tried(b.card), 1)
 			b.card.Remove()
 			other.Insert()
@@ -81,7 +81,7 @@ func TestAttack06OtherToken(t *testing.T) {
 
 // A URI of the configuration that names no token gives no PIN, whoever has let it through.
 func TestAttack06NoToken(t *testing.T) {
-	for _, uri := range []string{"pkcs11:?pin-value=" + pin, "pkcs11:token=?pin-value=" + pin, "pkcs11:model=fake;id=%01?pin-value=" + pin, "pkcs11:slot-id=0?pin-value=" + pin} {
+	for _, uri := range []string{"pkcs11:?pin-value=" + rightPIN, "pkcs11:token=?pin-value=" + rightPIN, "pkcs11:model=fake;id=%01?pin-value=" + rightPIN, "pkcs11:slot-id=0?pin-value=" + rightPIN} {
 		if token.CheckPIN(parse(t, uri)) == nil {
 			t.Errorf("%v passes", parse(t, uri))
 		}
@@ -151,15 +151,15 @@ func TestAttack14ManyTokens(t *testing.T) {
 	}
 	epoch(0)
 	f := tokentest.NewFake(t)
-	f.AddToken("there", pin).AddKey(tokentest.P256, 1, "one", nil)
-	away := f.AddToken("away", pin)
+	f.AddToken("there", rightPIN).AddKey(tokentest.P256, 1, "one", nil)
+	away := f.AddToken("away", rightPIN)
 	away.AddKey(tokentest.P256, 1, "one", nil)
 	var log records
 	s := token.Open(token.Options{
 		Modules: []token.ModuleSpec{
 			realSpec("liar", tokentest.BuildBadModule(t), tokentest.BadModuleEnv("", commands, "")...), fakeSpec(f),
 		},
-		Command: self, PINs: &tokentest.Person{Always: pin}, StateDir: dir, Known: token.KnownKept,
+		Command: self, PINs: &tokentest.Person{Always: rightPIN}, StateDir: dir, Known: token.KnownKept,
 		Log: slog.New(slog.NewTextHandler(&log, nil)),
 	})
 	defer s.Close()
@@ -217,7 +217,7 @@ func TestAttack14RenewedWithoutEnd(t *testing.T) {
 		return r.Type == wire.TypeSlots
 	})
 	began := time.Now()
-	b := newBench(t, &tokentest.Person{Always: pin}, func(_ *bench, opts *token.Options) {
+	b := newBench(t, &tokentest.Person{Always: rightPIN}, func(_ *bench, opts *token.Options) {
 		spec := fakeSpec(liar)
 		spec.Name = "liar"
 		opts.Modules = append(opts.Modules, spec)
@@ -233,7 +233,7 @@ func TestAttack14RenewedWithoutEnd(t *testing.T) {
 
 // A module process that tells of events without end is stopped.
 func TestAttack14EventsWithoutEnd(t *testing.T) {
-	b := newBench(t, &tokentest.Person{Always: pin}, nil)
+	b := newBench(t, &tokentest.Person{Always: rightPIN}, nil)
 	b.key(1)
 	tokentest.Until(t, "the process is replaced", func() bool {
 		for range 200 {

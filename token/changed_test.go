@@ -10,7 +10,7 @@ import (
 
 // Whoever shows the state of tokens hears of each change of it.
 func TestStatusChanged(t *testing.T) {
-	b := newBench(t, &tokentest.Person{Always: pin}, nil)
+	b := newBench(t, &tokentest.Person{Always: rightPIN}, nil)
 	state := func() token.ModuleStatus { return b.store.Modules()[0] }
 	// follow waits for the state, and looks only when it is told to.
 	follow := func(what string, is func(token.ModuleStatus) bool) {

@@ -279,7 +279,7 @@ func TestLostReaders(t *testing.T) {
 // What a process is killed for is no answer to a login that was under way: the
 // PIN may have been tried, and is not tried again.
 func TestKilledDuringLogin(t *testing.T) {
-	p := &tokentest.Person{Always: pin}
+	p := &tokentest.Person{Always: rightPIN}
 	b := newBench(t, p, nil)
 	k := b.key(1)
 	b.fake.Intercept(func(ctx context.Context, proc *tokentest.FakeProcess, r wire.Request) bool {
@@ -306,7 +306,7 @@ func TestKilledDuringLogin(t *testing.T) {
 
 // The same where it is killed for what another signature met.
 func TestKilledDuringLoginForAnother(t *testing.T) {
-	p := &tokentest.Person{Always: pin}
+	p := &tokentest.Person{Always: rightPIN}
 	b := newBench(t, p, func(b *bench, _ *token.Options) {
 		b.card.AddKey(tokentest.P256, 2, "two", func(k *tokentest.FakeKey) { k.Public = true }) // no login is expected
 	})

@@ -15,6 +15,7 @@ import (
 
 	"p11-agent/pinentry/secret"
 	"p11-agent/token"
+	"p11-agent/token/pin"
 	"p11-agent/token/pkcs11uri"
 	"p11-agent/token/tokentest"
 	"p11-agent/token/tokentest/pivcard"
@@ -171,7 +172,7 @@ func TestGeneratePIN(t *testing.T) {
 	person := &tokentest.Person{PINs: []string{"wrong-1"}}
 	s := tokentest.Store(t, token.Options{Modules: []token.ModuleSpec{fakeSpec(f)}, Command: self, PINs: person}, newPIN)
 	u := uri(t, "pkcs11:token=card")
-	if _, err := s.Generate(t.Context(), u, token.ECDSAP256, nil); !errors.Is(err, token.ErrCancelled) {
+	if _, err := s.Generate(t.Context(), u, token.ECDSAP256, nil); !errors.Is(err, pin.ErrCancelled) {
 		t.Errorf("after a wrong PIN: %v", err)
 	}
 	want(t, "wrong PINs", card.Wrong(), 1)
@@ -179,7 +180,7 @@ func TestGeneratePIN(t *testing.T) {
 	noError(t, err)
 	defer wrong.Wipe()
 	_, err = s.Generate(t.Context(), u, token.ECDSAP256, wrong)
-	if e, ok := errors.AsType[*token.PINError](err); !ok || !e.Tried {
+	if e, ok := errors.AsType[*pin.Error](err); !ok || !e.Tried {
 		t.Errorf("with a wrong PIN: %v", err)
 	}
 	want(t, "requests, which were checks before the logins", f.Requests(wire.TypeGenerate), 2)

@@ -55,7 +55,7 @@ func TestMechanisms(t *testing.T) {
 	for _, tt := range tests {
 		for _, kind := range []string{tokentest.RSA2048, tokentest.P256} {
 			t.Run(tt.name+", "+kind, func(t *testing.T) {
-				p := &tokentest.Person{Always: pin}
+				p := &tokentest.Person{Always: rightPIN}
 				b := newBench(t, p, func(b *bench, _ *token.Options) {
 					tt.set(b.card)
 					b.card.AddKey(kind, 2, "two", nil)
@@ -78,7 +78,7 @@ func TestMechanisms(t *testing.T) {
 }
 
 func TestTokenComesAndGoes(t *testing.T) {
-	p := &tokentest.Person{Always: pin}
+	p := &tokentest.Person{Always: rightPIN}
 	b := newBench(t, p, nil)
 	k := b.key(1)
 	want(t, "insertions", k.Insertions(), uint64(1))
@@ -101,7 +101,7 @@ func TestTokenComesAndGoes(t *testing.T) {
 
 // The agent does not know yet that the token is back.
 func TestTokenIsFoundOnUse(t *testing.T) {
-	p := &tokentest.Person{Always: pin}
+	p := &tokentest.Person{Always: rightPIN}
 	b := newBench(t, p, nil)
 	k := b.key(1)
 	b.card.Remove()
@@ -116,7 +116,7 @@ func TestTokenIsFoundOnUse(t *testing.T) {
 func TestPulledDuringSignature(t *testing.T) {
 	for _, back := range []bool{false, true} {
 		t.Run(fmt.Sprintf("put in again: %v", back), func(t *testing.T) {
-			p := &tokentest.Person{Always: pin}
+			p := &tokentest.Person{Always: rightPIN}
 			b := newBench(t, p, nil)
 			b.mustSign()
 			k := b.key(1)
@@ -153,7 +153,7 @@ func TestModuleFailsOnce(t *testing.T) {
 		wire.CKRKeyHandleInvalid, wire.CKRCryptokiNotInitialized, wire.CKRTokenNotPresent,
 	} {
 		t.Run(wire.RVName(rv), func(t *testing.T) {
-			p := &tokentest.Person{Always: pin}
+			p := &tokentest.Person{Always: rightPIN}
 			b := newBench(t, p, nil)
 			b.mustSign()
 			var fail sync.Mutex
@@ -202,7 +202,7 @@ func TestWrongSignature(t *testing.T) {
 		{"one of a card", tokentest.P256, true, 50 * time.Millisecond},
 	} {
 		t.Run(tt.name, func(t *testing.T) {
-			b := newBench(t, &tokentest.Person{Always: pin}, func(b *bench, _ *token.Options) {
+			b := newBench(t, &tokentest.Person{Always: rightPIN}, func(b *bench, _ *token.Options) {
 				b.card.AddKey(tt.kind, 2, "two", nil)
 			})
 			var wrong atomic.Bool
@@ -272,9 +272,9 @@ func TestMisbehavingModule(t *testing.T) {
 	}
 	for _, tt := range tests {
 		t.Run(tt.name, func(t *testing.T) {
-			p := &tokentest.Person{Always: pin}
+			p := &tokentest.Person{Always: rightPIN}
 			good := tokentest.NewFake(t)
-			good.AddToken("good", pin).AddKey(tokentest.P256, 1, "one", nil)
+			good.AddToken("good", rightPIN).AddKey(tokentest.P256, 1, "one", nil)
 			b := newBench(t, p, func(_ *bench, opts *token.Options) {
 				spec := fakeSpec(good)
 				spec.Name = "good"
@@ -310,7 +310,7 @@ func TestMisbehavingModule(t *testing.T) {
 // A process that is replaced with nothing under way, as somebody looks for tokens, is no
 // failure of whoever has just begun to use it, also after one that was.
 func TestReplacedAfterACrash(t *testing.T) {
-	p := &tokentest.Person{Always: pin}
+	p := &tokentest.Person{Always: rightPIN}
 	b := newBench(t, p, nil)
 	b.mustSign()
 	noError(t, b.store.LogoutAll(t.Context()))
@@ -354,7 +354,7 @@ func TestCrashIsNoInsertion(t *testing.T) {
 // connection. That is an end, and no nonsense that it talks.
 func TestCrashBeforeReading(t *testing.T) {
 	wait := make(chan struct{})
-	p := &tokentest.Person{Always: pin, Wait: wait}
+	p := &tokentest.Person{Always: rightPIN, Wait: wait}
 	b := newBench(t, p, nil)
 	k := b.key(1)
 	failed := make(chan error, 1)
@@ -381,7 +381,7 @@ func TestCrashBeforeReading(t *testing.T) {
 
 // Looking at what has not changed is no change.
 func TestGeneration(t *testing.T) {
-	b := newBench(t, &tokentest.Person{Always: pin}, nil)
+	b := newBench(t, &tokentest.Person{Always: rightPIN}, nil)
 	before, changed := b.store.Generation(), b.store.Changed()
 	if err := b.store.Rescan(t.Context()); err != nil {
 		t.Fatal(err)
@@ -397,7 +397,7 @@ func TestGeneration(t *testing.T) {
 // Tokens of one name are told apart by their keys.
 func TestTwins(t *testing.T) {
 	var twin *tokentest.FakeToken
-	person := &tokentest.Person{ByReader: map[string]string{"fake reader 0": pin, "fake reader 1": "7-pears"}, Always: pin}
+	person := &tokentest.Person{ByReader: map[string]string{"fake reader 0": rightPIN, "fake reader 1": "7-pears"}, Always: rightPIN}
 	b := newBench(t, person, func(b *bench, _ *token.Options) {
 		twin = b.fake.AddTwin(b.card)
 		twin.SetPIN("7-pears")
@@ -431,7 +431,7 @@ func TestTwins(t *testing.T) {
 
 // One token through two modules is used through the first.
 func TestShadow(t *testing.T) {
-	b := newBench(t, &tokentest.Person{Always: pin}, func(b *bench, opts *token.Options) {
+	b := newBench(t, &tokentest.Person{Always: rightPIN}, func(b *bench, opts *token.Options) {
 		spec := opts.Modules[0]
 		spec.Name = "second"
 		opts.Modules = append(opts.Modules, spec)

@@ -10,6 +10,7 @@ import (
 
 	"p11-agent/token"
 	"p11-agent/token/known"
+	"p11-agent/token/pin"
 	"p11-agent/token/pkcs11uri"
 	"p11-agent/token/tokentest"
 	"p11-agent/token/wire"
@@ -30,7 +31,7 @@ type claim struct {
 func newClaim(t *testing.T, p *tokentest.Person) *claim {
 	t.Helper()
 	c := &claim{t: t, dir: tokentest.TempDir(t), good: tokentest.NewFake(t), bad: tokentest.NewFake(t), person: p}
-	c.card = c.good.AddToken("card", pin)
+	c.card = c.good.AddToken("card", rightPIN)
 	c.card.AddKey(tokentest.P256, 1, "one", nil)
 	c.imposter = c.bad.AddTwin(c.card)
 	c.imposter.AddKey(tokentest.P256, 1, "one", nil)
@@ -55,7 +56,7 @@ func (c *claim) open(names ...string) *token.Store {
 		spec.Name = name
 		opts.Modules = append(opts.Modules, spec)
 	}
-	s := tokentest.Store(c.t, opts, pin)
+	s := tokentest.Store(c.t, opts, rightPIN)
 	tokentest.Wait(c.t, s.Settled())
 	return s
 }
@@ -93,7 +94,7 @@ func tried(f *tokentest.FakeToken) int { return f.Right() + f.Wrong() }
 
 // A module that comes first in the order does not take over what was another's.
 func TestAttack05FirstInOrder(t *testing.T) {
-	p := &tokentest.Person{Always: pin}
+	p := &tokentest.Person{Always: rightPIN}
 	c := newClaim(t, p)
 	s := c.open("bad", "good")
 	noError(t, tokentest.Sign(t.Context(), only(t, s, "good")))
@@ -108,24 +109,24 @@ func TestAttack05FirstInOrder(t *testing.T) {
 // A PIN that is kept stays with its module when that stops. Another one gets what a
 // person gives at a prompt that names it, and keeps its home only as long.
 func TestAttack05KeptPIN(t *testing.T) {
-	p := &tokentest.Person{PINs: []string{pin}}
+	p := &tokentest.Person{PINs: []string{rightPIN}}
 	c := newClaim(t, p)
 	c.opts.Policy = func(*token.Key) token.Policy { return token.Policy{Remember: true, Reuse: true} }
 	s := c.open("good", "bad")
 	noError(t, tokentest.Sign(t.Context(), only(t, s, "good")))
 	c.stop(s)
 	k := only(t, s, "bad")
-	if err := tokentest.Sign(t.Context(), k); !errors.Is(err, token.ErrCancelled) {
+	if err := tokentest.Sign(t.Context(), k); !errors.Is(err, pin.ErrCancelled) {
 		t.Errorf("got %v, want a prompt that the person declines", err)
 	}
 	asked := p.Asked()
 	want(t, "prompts", len(asked), 2)
 	want(t, "module in the prompt", asked[1].Module, "bad")
 	want(t, "home in the prompt", asked[1].Home, "good")
-	_, given := s.Login(t.Context(), nil, []*token.Key{k}, tokentest.Secret(t, pin))
+	_, given := s.Login(t.Context(), nil, []*token.Key{k}, tokentest.Secret(t, rightPIN))
 	for what, err := range map[string]error{
 		"a PIN given in advance":        given,
-		"a URI that a client has added": s.AddSource(parse(t, "pkcs11:token=card?pin-value="+pin), []*token.Key{k}),
+		"a URI that a client has added": s.AddSource(parse(t, "pkcs11:token=card?pin-value="+rightPIN), []*token.Key{k}),
 	} {
 		if _, ok := errors.AsType[*token.GuestError](err); !ok {
 			t.Errorf("%s: got %v", what, err)
@@ -136,7 +137,7 @@ func TestAttack05KeptPIN(t *testing.T) {
 	// With the module named, it may have the PIN.
 	sel, err := token.ParseProvider([]byte("pkcs11:token=card?module-name=bad"), nil)
 	noError(t, err)
-	_, err = s.Login(t.Context(), sel, []*token.Key{k}, tokentest.Secret(t, pin))
+	_, err = s.Login(t.Context(), sel, []*token.Key{k}, tokentest.Secret(t, rightPIN))
 	noError(t, err)
 	want(t, "PINs that the named module got", tried(c.imposter), 1)
 	want(t, "home", s.Modules()[1].Tokens[0].Home, "good")
@@ -166,7 +167,7 @@ func TestAttack05RefusedPINIsKnown(t *testing.T) {
 // The person who gives the right PIN to the only module that is left moves the home, and
 // the configuration moves it at once.
 func TestHomeMoves(t *testing.T) {
-	p := &tokentest.Person{Always: pin}
+	p := &tokentest.Person{Always: rightPIN}
 	c := newClaim(t, p)
 	s := c.open("bad")
 	want(t, "home", s.Modules()[0].Tokens[0].Home, "good")
@@ -196,7 +197,7 @@ func TestHomeMoves(t *testing.T) {
 
 // A list of before there were homes says through which module a token was used.
 func TestKnownVersion1(t *testing.T) {
-	c := newClaim(t, &tokentest.Person{Always: pin})
+	c := newClaim(t, &tokentest.Person{Always: rightPIN})
 	file := filepath.Join(c.dir, known.File)
 	b, err := os.ReadFile(file)
 	noError(t, err)

@@ -231,7 +231,7 @@ func (k *Key) SignMessage(_ io.Reader, msg []byte, opts crypto.SignerOpts) ([]by
 // encoded in ASN.1. Ed25519 signs the message itself, with hash 0. A PIN is
 // asked for when the token wants one.
 //
-// It fails with a *PINError, ErrCancelled, ErrAbsent, a *ModuleError, or the
+// It fails with a *pin.Error, pin.ErrCancelled, ErrAbsent, a *ModuleError, or the
 // context's error. The signature was verified with the public key when it is one of
 // RSA, or of a token that takes a quarter of a millisecond for it or more. Of others it is the first
 // that each module process makes, and then those that a twentieth of the time for making

@@ -22,7 +22,7 @@ func knownStore(t *testing.T, f *tokentest.Fake, p *tokentest.Person, dir string
 	t.Helper()
 	return tokentest.Store(t, token.Options{
 		Modules: []token.ModuleSpec{fakeSpec(f)}, Command: self, PINs: p, StateDir: dir, Known: token.KnownKept,
-	}, pin)
+	}, rightPIN)
 }
 
 // untilWritten waits until the list has, or has not, what it is to have.
@@ -46,11 +46,11 @@ func uris(keys []*token.Key) (all []string) {
 func TestKnownKeysAreListedAtOnce(t *testing.T) {
 	dir := tokentest.TempDir(t)
 	f := tokentest.NewFake(t)
-	card := f.AddToken("card", pin)
+	card := f.AddToken("card", rightPIN)
 	card.AddKey(tokentest.P256, 1, "one", nil)
 	card.AddKey(tokentest.RSA2048, 2, "two", func(k *tokentest.FakeKey) { k.Always = true })
 	card.AddKey(tokentest.Ed25519, 3, "three", func(k *tokentest.FakeKey) { k.NoSign = true })
-	p := &tokentest.Person{Always: pin}
+	p := &tokentest.Person{Always: rightPIN}
 	s := knownStore(t, f, p, dir)
 	for _, id := range []byte{1, 2} { // what shows only after a login is known from then on
 		if err := tokentest.Sign(t.Context(), tokentest.Key(t, s, "card", id)); err != nil {
@@ -104,10 +104,10 @@ func TestKnownKeysAreListedAtOnce(t *testing.T) {
 func TestKnownKeysOfAbsentTokens(t *testing.T) {
 	dir := tokentest.TempDir(t)
 	f := tokentest.NewFake(t)
-	card := f.AddToken("card", pin)
+	card := f.AddToken("card", rightPIN)
 	card.AddKey(tokentest.P256, 1, "one", nil)
-	f.AddToken("other", pin).AddKey(tokentest.P256, 1, "one", nil)
-	p := &tokentest.Person{Always: pin}
+	f.AddToken("other", rightPIN).AddKey(tokentest.P256, 1, "one", nil)
+	p := &tokentest.Person{Always: rightPIN}
 	s := knownStore(t, f, p, dir)
 	tokentest.Keys(t, s, 2)
 	k := tokentest.Key(t, s, "card", 1)
@@ -159,7 +159,7 @@ func TestKnownKeysOfAbsentTokens(t *testing.T) {
 func TestKnownTokenIsGone(t *testing.T) {
 	dir := tokentest.TempDir(t)
 	f := tokentest.NewFake(t)
-	card := f.AddToken("card", pin)
+	card := f.AddToken("card", rightPIN)
 	card.AddKey(tokentest.P256, 1, "one", nil)
 	s := knownStore(t, f, nil, dir)
 	tokentest.Keys(t, s, 1)
@@ -191,7 +191,7 @@ func TestKnownKeysBadFile(t *testing.T) {
 	good := func(t *testing.T) string {
 		dir := tokentest.TempDir(t)
 		f := tokentest.NewFake(t)
-		f.AddToken("card", pin).AddKey(tokentest.P256, 1, "one", nil)
+		f.AddToken("card", rightPIN).AddKey(tokentest.P256, 1, "one", nil)
 		s := knownStore(t, f, nil, dir)
 		tokentest.Keys(t, s, 1)
 		untilWritten(t, dir, `"card"`, true)

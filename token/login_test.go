@@ -10,11 +10,12 @@ import (
 	"testing"
 
 	"p11-agent/token"
+	"p11-agent/token/pin"
 	"p11-agent/token/tokentest"
 	"p11-agent/token/wire"
 )
 
-const pin = "Sesame-4829"
+const rightPIN = "Sesame-4829"
 
 // bench is a Store on a Fake with one token, "card", that has a P-256 key 1.
 type bench struct {
@@ -29,7 +30,7 @@ type bench struct {
 func newBench(t *testing.T, p *tokentest.Person, set func(b *bench, opts *token.Options)) *bench {
 	t.Helper()
 	b := &bench{t: t, fake: tokentest.NewFake(t)}
-	b.card = b.fake.AddToken("card", pin)
+	b.card = b.fake.AddToken("card", rightPIN)
 	b.card.AddKey(tokentest.P256, 1, "one", nil)
 	opts := token.Options{Modules: []token.ModuleSpec{fakeSpec(b.fake)}, Command: self}
 	if p != nil {
@@ -38,7 +39,7 @@ func newBench(t *testing.T, p *tokentest.Person, set func(b *bench, opts *token.
 	if set != nil {
 		set(b, &opts)
 	}
-	b.store = tokentest.Store(t, opts, pin)
+	b.store = tokentest.Store(t, opts, rightPIN)
 	return b
 }
 
@@ -55,10 +56,10 @@ func (b *bench) mustSign() {
 	}
 }
 
-// pinError makes sure that an error is a *token.PINError.
-func pinError(t *testing.T, err error, tried bool, tries token.Tries) {
+// pinError makes sure that an error is a *pin.Error.
+func pinError(t *testing.T, err error, tried bool, tries pin.Tries) {
 	t.Helper()
-	e, ok := errors.AsType[*token.PINError](err)
+	e, ok := errors.AsType[*pin.Error](err)
 	switch {
 	case !ok:
 		t.Errorf("%v is not about the PIN", err)
@@ -89,8 +90,8 @@ func TestDialogueDoesNotLockTheToken(t *testing.T) {
 		prompts int
 		wrong   int
 	}{
-		{"the same PIN again", []string{"wrong-1", "wrong-1", pin}, 2, 1},
-		{"an earlier PIN again", []string{"wrong-1", "wrong-2", "wrong-1", pin}, 3, 2},
+		{"the same PIN again", []string{"wrong-1", "wrong-1", rightPIN}, 2, 1},
+		{"an earlier PIN again", []string{"wrong-1", "wrong-2", "wrong-1", rightPIN}, 3, 2},
 		{"ever another PIN", different(50), 10, 10},
 		{"too short", slices.Repeat([]string{"abc"}, 50), 10, 0},
 		{"too long", slices.Repeat([]string{strings.Repeat("9", 33)}, 50), 10, 0},
@@ -99,9 +100,9 @@ func TestDialogueDoesNotLockTheToken(t *testing.T) {
 		t.Run(tt.name, func(t *testing.T) {
 			p := &tokentest.Person{PINs: tt.pins}
 			b := newBench(t, p, func(b *bench, _ *token.Options) { b.card.SetTries(100, 100) })
-			tries := token.TriesLow
+			tries := pin.TriesLow
 			if tt.wrong == 0 {
-				tries = token.TriesUnknown
+				tries = pin.TriesUnknown
 			}
 			pinError(t, b.sign(), tt.wrong > 0, tries)
 			want(t, "prompts", p.Prompts(), tt.prompts)
@@ -122,27 +123,27 @@ func TestLastTry(t *testing.T) {
 	}{
 		{
 			"without consent",
-			&tokentest.Person{Always: pin}, "", 0, 0, 0, 1,
+			&tokentest.Person{Always: rightPIN}, "", 0, 0, 0, 1,
 			func(t *testing.T, err error) {
-				pinError(t, err, false, token.TriesLast)
-				want(t, "declined", errors.Is(err, token.ErrCancelled), true)
+				pinError(t, err, false, pin.TriesLast)
+				want(t, "declined", errors.Is(err, pin.ErrCancelled), true)
 			},
 		},
-		{"with consent", &tokentest.Person{Always: pin, Consents: true}, "", 0, 1, 1, 1, noError},
+		{"with consent", &tokentest.Person{Always: rightPIN, Consents: true}, "", 0, 1, 1, 1, noError},
 		{
 			"with consent and a wrong PIN",
-			&tokentest.Person{PINs: []string{"wrong", "wrong", pin}, Consents: true}, "", 1, 0, 1, 1,
-			func(t *testing.T, err error) { pinError(t, err, true, token.TriesNone) },
+			&tokentest.Person{PINs: []string{"wrong", "wrong", rightPIN}, Consents: true}, "", 1, 0, 1, 1,
+			func(t *testing.T, err error) { pinError(t, err, true, pin.TriesNone) },
 		},
 		{
 			"a PIN given in advance, without consent",
-			&tokentest.Person{}, pin, 0, 0, 0, 1,
-			func(t *testing.T, err error) { pinError(t, err, false, token.TriesLast) },
+			&tokentest.Person{}, rightPIN, 0, 0, 0, 1,
+			func(t *testing.T, err error) { pinError(t, err, false, pin.TriesLast) },
 		},
-		{"a PIN given in advance, with consent", &tokentest.Person{Consents: true}, pin, 0, 1, 0, 1, noError},
+		{"a PIN given in advance, with consent", &tokentest.Person{Consents: true}, rightPIN, 0, 1, 0, 1, noError},
 		{
-			"a PIN given in advance, with nobody to ask", nil, pin, 0, 0, 0, 0,
-			func(t *testing.T, err error) { pinError(t, err, false, token.TriesLast) },
+			"a PIN given in advance, with nobody to ask", nil, rightPIN, 0, 0, 0, 0,
+			func(t *testing.T, err error) { pinError(t, err, false, pin.TriesLast) },
 		},
 	}
 	for _, tt := range tests {
@@ -178,18 +179,18 @@ func noError(t *testing.T, err error) {
 }
 
 func TestLockedIsNeverTried(t *testing.T) {
-	p := &tokentest.Person{Always: pin, Consents: true}
+	p := &tokentest.Person{Always: rightPIN, Consents: true}
 	b := newBench(t, p, func(b *bench, _ *token.Options) { b.card.SetTries(0, 3) })
-	pinError(t, b.sign(), false, token.TriesNone)
-	_, err := b.store.Login(t.Context(), nil, b.store.Keys(), tokentest.Secret(t, pin))
-	pinError(t, err, false, token.TriesNone)
+	pinError(t, b.sign(), false, pin.TriesNone)
+	_, err := b.store.Login(t.Context(), nil, b.store.Keys(), tokentest.Secret(t, rightPIN))
+	pinError(t, err, false, pin.TriesNone)
 	want(t, "dialogues", len(p.Asked()), 0)
 	want(t, "requests to log in", b.fake.Requests(wire.TypeLogin), 0)
 }
 
 // Somebody else uses up tries between the look at the flags and the login.
 func TestFlagsChangeDuringLogin(t *testing.T) {
-	p := &tokentest.Person{Always: pin, Consents: true}
+	p := &tokentest.Person{Always: rightPIN, Consents: true}
 	b := newBench(t, p, nil)
 	var once sync.Once
 	b.fake.Intercept(func(_ context.Context, _ *tokentest.FakeProcess, r wire.Request) bool {
@@ -210,14 +211,14 @@ func TestPINIsForOneToken(t *testing.T) {
 	}
 	t.Run("given in advance for keys of two", func(t *testing.T) {
 		b := newBench(t, nil, second)
-		if _, err := b.store.Login(t.Context(), nil, b.store.Keys(), tokentest.Secret(t, pin)); err == nil {
+		if _, err := b.store.Login(t.Context(), nil, b.store.Keys(), tokentest.Secret(t, rightPIN)); err == nil {
 			t.Error("no error")
 		}
 		want(t, "requests to log in", b.fake.Requests(wire.TypeLogin), 0)
 	})
 	t.Run("many requests for both at once", func(t *testing.T) {
 		var other *tokentest.FakeToken
-		p := &tokentest.Person{ByToken: map[string]string{"card": pin, "other": "Other-9153"}}
+		p := &tokentest.Person{ByToken: map[string]string{"card": rightPIN, "other": "Other-9153"}}
 		b := newBench(t, p, func(b *bench, _ *token.Options) {
 			other = b.fake.AddToken("other", "Other-9153")
 			other.AddKey(tokentest.P256, 1, "one", nil)
@@ -237,7 +238,7 @@ func TestPINIsForOneToken(t *testing.T) {
 	})
 	t.Run("another token takes the place", func(t *testing.T) {
 		var other *tokentest.FakeToken
-		p := &tokentest.Person{Always: pin}
+		p := &tokentest.Person{Always: rightPIN}
 		b := newBench(t, p, func(b *bench, _ *token.Options) {
 			other = b.fake.AddToken("other", "Other-9153")
 			other.AddKey(tokentest.P256, 1, "one", nil)
@@ -263,10 +264,10 @@ func TestPINPad(t *testing.T) {
 		decline bool
 		err     func(t *testing.T, err error)
 	}{
-		{"right", pin, false, noError},
-		{"wrong", "wrong", false, func(t *testing.T, err error) { pinError(t, err, true, token.TriesLow) }},
+		{"right", rightPIN, false, noError},
+		{"wrong", "wrong", false, func(t *testing.T, err error) { pinError(t, err, true, pin.TriesLow) }},
 		{"declined while the reader waits", "", true, func(t *testing.T, err error) {
-			want(t, "declined", errors.Is(err, token.ErrCancelled), true)
+			want(t, "declined", errors.Is(err, pin.ErrCancelled), true)
 		}},
 	}
 	for _, tt := range tests {
@@ -294,7 +295,7 @@ func TestPINPad(t *testing.T) {
 
 // A login that nobody waits for any more may succeed all the same.
 func TestLogoutAllEndsAbandonedLogin(t *testing.T) {
-	p := &tokentest.Person{Always: pin}
+	p := &tokentest.Person{Always: rightPIN}
 	b := newBench(t, p, nil)
 	reached, release := make(chan struct{}), make(chan struct{})
 	var once sync.Once
@@ -329,7 +330,7 @@ func TestLogoutAllEndsAbandonedLogin(t *testing.T) {
 func TestAlwaysAuthenticate(t *testing.T) {
 	for _, shows := range []bool{false, true} {
 		t.Run(fmt.Sprintf("shows without a login: %v", shows), func(t *testing.T) {
-			p := &tokentest.Person{Always: pin}
+			p := &tokentest.Person{Always: rightPIN}
 			b := newBench(t, p, func(b *bench, _ *token.Options) {
 				b.card.AddKey(tokentest.P256, 2, "two", func(k *tokentest.FakeKey) { k.Always, k.Public = true, shows })
 			})
@@ -352,7 +353,7 @@ func TestAlwaysAuthenticate(t *testing.T) {
 }
 
 func TestAlwaysAuthenticateWrongPIN(t *testing.T) {
-	p := &tokentest.Person{PINs: []string{pin, "wrong", pin}}
+	p := &tokentest.Person{PINs: []string{rightPIN, "wrong", rightPIN}}
 	b := newBench(t, p, func(b *bench, _ *token.Options) {
 		b.card.AddKey(tokentest.RSA2048, 2, "two", func(k *tokentest.FakeKey) { k.Always = true })
 	})
@@ -361,7 +362,7 @@ func TestAlwaysAuthenticateWrongPIN(t *testing.T) {
 		t.Fatal(err)
 	}
 	want(t, "wrong PINs", b.card.Wrong(), 1)
-	if err := tokentest.Sign(t.Context(), b.key(2)); !errors.Is(err, token.ErrCancelled) {
+	if err := tokentest.Sign(t.Context(), b.key(2)); !errors.Is(err, pin.ErrCancelled) {
 		t.Errorf("got %v", err)
 	}
 	// A mechanism is not blamed for a PIN.
@@ -371,7 +372,7 @@ func TestAlwaysAuthenticateWrongPIN(t *testing.T) {
 // Every prompt of a token waits for the one before, whatever it is for.
 func TestOnePromptAtATime(t *testing.T) {
 	wait := make(chan struct{})
-	p := &tokentest.Person{Always: pin, Wait: wait}
+	p := &tokentest.Person{Always: rightPIN, Wait: wait}
 	b := newBench(t, p, func(b *bench, _ *token.Options) {
 		b.card.AddKey(tokentest.P256, 2, "two", func(k *tokentest.FakeKey) { k.Always, k.Public = true, true })
 	})
@@ -402,7 +403,7 @@ func TestLoggedOutByAnother(t *testing.T) {
 	for _, stale := range []bool{false, true} {
 		for _, shows := range []bool{false, true} {
 			t.Run(fmt.Sprintf("the module notices: %v, the key shows: %v", !stale, shows), func(t *testing.T) {
-				p := &tokentest.Person{Always: pin}
+				p := &tokentest.Person{Always: rightPIN}
 				b := newBench(t, p, func(b *bench, _ *token.Options) {
 					b.card.Change(1, func(k *tokentest.FakeKey) { k.Public = shows })
 				})
@@ -428,7 +429,7 @@ func TestProcessEndsDuringLogin(t *testing.T) {
 		{"with the PIN", wire.TypeLogin, 1, false},
 	} {
 		t.Run(tt.name, func(t *testing.T) {
-			p := &tokentest.Person{Always: pin}
+			p := &tokentest.Person{Always: rightPIN}
 			b := newBench(t, p, nil)
 			var once sync.Once
 			b.fake.Intercept(func(_ context.Context, proc *tokentest.FakeProcess, r wire.Request) (crash bool) {

@@ -14,6 +14,7 @@ import (
 	"golang.org/x/sys/unix"
 
 	"p11-agent/token"
+	"p11-agent/token/pin"
 	"p11-agent/token/pkcs11uri"
 	"p11-agent/token/tokentest"
 	"p11-agent/token/wire"
@@ -64,12 +65,12 @@ func TestPINFile(t *testing.T) {
 		make func(t *testing.T, path string)
 		err  string // empty: it is right
 	}{
-		{"without a newline", regular(pin, 0o600), ""},
-		{"with a newline", regular(pin+"\n", 0o600), ""},
-		{"with CR LF", regular(pin+"\r\n", 0o600), ""},
-		{"only to be read", regular(pin+"\n", 0o400), ""},
+		{"without a newline", regular(rightPIN, 0o600), ""},
+		{"with a newline", regular(rightPIN+"\n", 0o600), ""},
+		{"with CR LF", regular(rightPIN+"\r\n", 0o600), ""},
+		{"only to be read", regular(rightPIN+"\n", 0o400), ""},
 		{"through a link", func(t *testing.T, path string) {
-			write(t, path+".real", pin, 0o600)
+			write(t, path+".real", rightPIN, 0o600)
 			if err := os.Symlink(path+".real", path); err != nil {
 				t.Fatal(err)
 			}
@@ -77,13 +78,13 @@ func TestPINFile(t *testing.T) {
 		{"missing", func(*testing.T, string) {}, "no such file"},
 		{"empty", regular("", 0o600), "is empty"},
 		{"only a newline", regular("\n", 0o600), "is empty"},
-		{"two lines", regular(pin+"\nmore\n", 0o600), "more than one line"},
-		{"a zero byte", regular(pin+"\x00", 0o600), "more than one line"},
+		{"two lines", regular(rightPIN+"\nmore\n", 0o600), "more than one line"},
+		{"a zero byte", regular(rightPIN+"\x00", 0o600), "more than one line"},
 		{"too long", regular(strings.Repeat("9", wire.MaxPIN+1), 0o600), "longer than a PIN"},
 		{"far too long", regular(strings.Repeat("9", 1<<20), 0o600), "longer than a PIN"},
-		{"readable by the group", regular(pin, 0o640), "chmod 600"},
-		{"readable by the world", regular(pin, 0o604), "chmod 600"},
-		{"writable by the world", regular(pin, 0o602), "chmod 600"},
+		{"readable by the group", regular(rightPIN, 0o640), "chmod 600"},
+		{"readable by the world", regular(rightPIN, 0o604), "chmod 600"},
+		{"writable by the world", regular(rightPIN, 0o602), "chmod 600"},
 		{"of somebody else", func(t *testing.T, path string) {
 			if os.Geteuid() != 0 {
 				if os.Getenv("CI") == "true" {
@@ -91,7 +92,7 @@ func TestPINFile(t *testing.T) {
 				}
 				t.Skip("only root can give files away")
 			}
-			write(t, path, pin, 0o600)
+			write(t, path, rightPIN, 0o600)
 			if err := os.Chown(path, 12345, 0); err != nil {
 				t.Fatal(err)
 			}
@@ -112,17 +113,17 @@ func TestPINFile(t *testing.T) {
 			path := filepath.Join(tokentest.TempDir(t), "pin")
 			tt.make(t, path)
 			uri := "pkcs11:token=card?pin-source=file:" + escape(path)
-			p := &tokentest.Person{Always: pin}
+			p := &tokentest.Person{Always: rightPIN}
 			b := newBench(t, p, withSource(t, uri))
 			err := b.sign()
-			check := token.CheckSource(parse(t, uri))
+			check := pin.CheckSource(parse(t, uri))
 			for what, err := range map[string]error{"use": err, "check": check} {
 				switch {
 				case tt.err == "" && err != nil:
 					t.Errorf("%s: %v", what, err)
 				case tt.err != "" && (err == nil || !strings.Contains(err.Error(), tt.err)):
 					t.Errorf("%s: %v, want %q", what, err, tt.err)
-				case err != nil && strings.Contains(err.Error(), pin):
+				case err != nil && strings.Contains(err.Error(), rightPIN):
 					t.Errorf("%s: the error quotes the PIN", what)
 				}
 			}
@@ -134,20 +135,20 @@ func TestPINFile(t *testing.T) {
 
 func TestOtherSources(t *testing.T) {
 	credentials := tokentest.TempDir(t)
-	write(t, filepath.Join(credentials, "card"), pin, 0o400)
+	write(t, filepath.Join(credentials, "card"), rightPIN, 0o400)
 	t.Setenv("CREDENTIALS_DIRECTORY", credentials)
 	tests := []struct {
 		name string
 		uri  string
 		err  string
 	}{
-		{"value", "pkcs11:token=card?pin-value=" + pin, ""},
+		{"value", "pkcs11:token=card?pin-value=" + rightPIN, ""},
 		{"value for another token", "pkcs11:token=other?pin-value=wrong", "no way to ask a person"},
 		{"empty value", "pkcs11:token=card?pin-value=", "pin-value is empty"},
-		{"command", "pkcs11:token=card?pin-source=" + escape("|/bin/echo "+pin), ""},
+		{"command", "pkcs11:token=card?pin-source=" + escape("|/bin/echo "+rightPIN), ""},
 		{"credential", "pkcs11:token=card?pin-source=credential:card", ""},
 		{"credential that is not there", "pkcs11:token=card?pin-source=credential:other", "no such file"},
-		{"command that fails", "pkcs11:token=card?pin-source=" + escape("|/bin/echo "+pin+"; exit 3"), "exit status 3"},
+		{"command that fails", "pkcs11:token=card?pin-source=" + escape("|/bin/echo "+rightPIN+"; exit 3"), "exit status 3"},
 		{"command that prints nothing", "pkcs11:token=card?pin-source=" + escape("|/bin/true"), "is empty"},
 		{"command that is not there", "pkcs11:token=card?pin-source=" + escape("|/nonexistent/program"), "exit status 127"},
 		{"command that prints for ever", "pkcs11:token=card?pin-source=" + escape("|/usr/bin/yes"), "longer than a PIN"},
@@ -193,18 +194,18 @@ func TestModesOfCredentials(t *testing.T) {
 		t.Run(tt.name, func(t *testing.T) {
 			path := filepath.Join(dir, "pin")
 			os.Remove(path)
-			write(t, path, pin, tt.mode)
+			write(t, path, rightPIN, tt.mode)
 			if err := os.Chown(path, 0, tt.group); err != nil {
 				t.Fatal(err)
 			}
 			uri := "pkcs11:token=card?pin-source=credential:pin"
 			b := newBench(t, nil, withSource(t, uri))
-			for what, err := range map[string]error{"use": b.sign(), "check": token.CheckSource(parse(t, uri))} {
+			for what, err := range map[string]error{"use": b.sign(), "check": pin.CheckSource(parse(t, uri))} {
 				if (err == nil) != (tt.err == "") || err != nil && !strings.Contains(err.Error(), tt.err) {
 					t.Errorf("%s: %v, want %q", what, err, tt.err)
 				}
 			}
-			if err := token.CheckSource(parse(t, "pkcs11:token=card?pin-source=file:"+escape(path))); tt.mode != 0o400 && err == nil {
+			if err := pin.CheckSource(parse(t, "pkcs11:token=card?pin-source=file:"+escape(path))); tt.mode != 0o400 && err == nil {
 				t.Errorf("as any file it is believed with mode %#o", tt.mode)
 			}
 		})
@@ -241,32 +242,32 @@ func TestWrongSourceIsTriedOnce(t *testing.T) {
 		change  func(b *bench)
 	}{
 		{"file", "pkcs11:token=card?pin-source=file:" + escape(path), true, func(*bench) {
-			write(t, path, pin, 0o600)
+			write(t, path, rightPIN, 0o600)
 		}},
 		{"value", "pkcs11:token=card?pin-value=wrong", false, func(b *bench) {
-			b.store.SetSources([]*pkcs11uri.URI{parse(t, "pkcs11:token=card?pin-value="+pin)})
+			b.store.SetSources([]*pkcs11uri.URI{parse(t, "pkcs11:token=card?pin-value="+rightPIN)})
 		}},
 		{"the same value once more", "pkcs11:token=card?pin-value=wrong", false, func(b *bench) {
 			b.store.SetSources([]*pkcs11uri.URI{parse(t, "pkcs11:token=card?pin-value=wrong")})
-			pinError(t, b.sign(), false, token.TriesLow)
+			pinError(t, b.sign(), false, pin.TriesLow)
 			want(t, "wrong PINs", b.card.Wrong(), 1)
-			b.store.SetSources([]*pkcs11uri.URI{parse(t, "pkcs11:token=card?pin-value="+pin)})
+			b.store.SetSources([]*pkcs11uri.URI{parse(t, "pkcs11:token=card?pin-value="+rightPIN)})
 		}},
 		{"command", "pkcs11:token=card?pin-source=" + escape("|/bin/echo wrong"), false, func(b *bench) {
-			b.store.SetSources([]*pkcs11uri.URI{parse(t, "pkcs11:token=card?pin-source="+escape("|/bin/echo "+pin))})
+			b.store.SetSources([]*pkcs11uri.URI{parse(t, "pkcs11:token=card?pin-source="+escape("|/bin/echo "+rightPIN))})
 		}},
 	}
 	for _, tt := range tests {
 		t.Run(tt.name, func(t *testing.T) {
-			p := &tokentest.Person{Always: pin}
+			p := &tokentest.Person{Always: rightPIN}
 			state := filepath.Join(tokentest.TempDir(t), "state")
 			b := newBench(t, p, func(b *bench, opts *token.Options) {
 				withSource(t, tt.uri)(b, opts)
 				opts.StateDir = state
 			})
-			pinError(t, b.sign(), true, token.TriesLow)
+			pinError(t, b.sign(), true, pin.TriesLow)
 			for range 3 {
-				pinError(t, b.sign(), false, token.TriesLow)
+				pinError(t, b.sign(), false, pin.TriesLow)
 			}
 			want(t, "wrong PINs", b.card.Wrong(), 1)
 			if tt.restart {
@@ -275,7 +276,7 @@ func TestWrongSourceIsTriedOnce(t *testing.T) {
 						Modules: []token.ModuleSpec{fakeSpec(b.fake)}, Command: self, StateDir: state,
 						Sources: []*pkcs11uri.URI{parse(t, tt.uri)},
 					})
-					pinError(t, tokentest.Sign(t.Context(), tokentest.Key(t, again, "card", 1)), false, token.TriesLow)
+					pinError(t, tokentest.Sign(t.Context(), tokentest.Key(t, again, "card", 1)), false, pin.TriesLow)
 				})
 				want(t, "wrong PINs", b.card.Wrong(), 1)
 				st, err := os.Stat(filepath.Join(state, "refused-pins"))
@@ -295,12 +296,12 @@ func TestWrongSourceIsTriedOnce(t *testing.T) {
 }
 
 func TestSourceLeavesTheLastTry(t *testing.T) {
-	p := &tokentest.Person{Always: pin, Consents: true}
+	p := &tokentest.Person{Always: rightPIN, Consents: true}
 	b := newBench(t, p, func(b *bench, opts *token.Options) {
-		withSource(t, "pkcs11:token=card?pin-value="+pin)(b, opts)
+		withSource(t, "pkcs11:token=card?pin-value="+rightPIN)(b, opts)
 		b.card.SetTries(1, 3)
 	})
-	pinError(t, b.sign(), false, token.TriesLast)
+	pinError(t, b.sign(), false, pin.TriesLast)
 	want(t, "PINs tried", b.card.Wrong()+b.card.Right(), 0)
 	// Nor where the flags turn up between the look at them and the login.
 	b.card.SetTries(3, 3)
@@ -311,7 +312,7 @@ func TestSourceLeavesTheLastTry(t *testing.T) {
 		}
 		return false
 	})
-	pinError(t, b.sign(), false, token.TriesLast)
+	pinError(t, b.sign(), false, pin.TriesLast)
 	want(t, "PINs tried", b.card.Wrong()+b.card.Right(), 0)
 	// It was not refused, and so counts again.
 	b.card.SetTries(3, 3)
@@ -320,7 +321,7 @@ func TestSourceLeavesTheLastTry(t *testing.T) {
 
 func TestAddedSource(t *testing.T) {
 	b := newBench(t, nil, nil)
-	if err := b.store.AddSource(parse(t, "pkcs11:token=card?pin-source="+escape("|/bin/echo "+pin)), b.store.Keys()); err == nil {
+	if err := b.store.AddSource(parse(t, "pkcs11:token=card?pin-source="+escape("|/bin/echo "+rightPIN)), b.store.Keys()); err == nil {
 		t.Error("a client can have a command run")
 	}
 	if err := b.store.AddSource(parse(t, "pkcs11:token=card?pin-source=credential:card"), b.store.Keys()); err == nil {
@@ -329,8 +330,8 @@ func TestAddedSource(t *testing.T) {
 	if err := b.store.AddSource(parse(t, "pkcs11:token=card"), b.store.Keys()); err != nil {
 		t.Errorf("without a PIN: %v", err)
 	}
-	pinError(t, b.sign(), false, token.TriesUnknown)
-	u := parse(t, "pkcs11:token=card?pin-value="+pin)
+	pinError(t, b.sign(), false, pin.TriesUnknown)
+	u := parse(t, "pkcs11:token=card?pin-value="+rightPIN)
 	if err := b.store.AddSource(u, b.store.Keys()); err != nil {
 		t.Fatal(err)
 	}
@@ -342,22 +343,22 @@ func TestAddedSource(t *testing.T) {
 	if err := b.store.LogoutAll(t.Context()); err != nil {
 		t.Fatal(err)
 	}
-	pinError(t, b.sign(), false, token.TriesUnknown)
+	pinError(t, b.sign(), false, pin.TriesUnknown)
 }
 
 // Sources change while they are used: a PIN is never used half wiped.
 func TestSourceRemovedWhileUsed(t *testing.T) {
-	p := &tokentest.Person{Always: pin}
+	p := &tokentest.Person{Always: rightPIN}
 	b := newBench(t, p, func(b *bench, _ *token.Options) { b.card.SetTries(1000, 1000) })
 	var stop atomic.Bool
 	var changers sync.WaitGroup
 	changers.Go(func() {
 		for !stop.Load() {
-			u := parse(t, "pkcs11:token=card?pin-value="+pin)
+			u := parse(t, "pkcs11:token=card?pin-value="+rightPIN)
 			if err := b.store.AddSource(u, b.store.Keys()); err != nil {
 				t.Error(err)
 			}
-			b.store.SetSources([]*pkcs11uri.URI{parse(t, "pkcs11:token=card?pin-value="+pin)})
+			b.store.SetSources([]*pkcs11uri.URI{parse(t, "pkcs11:token=card?pin-value="+rightPIN)})
 			b.store.RemoveSource(u)
 		}
 	})

@@ -18,6 +18,7 @@ import (
 	"golang.org/x/sys/unix"
 
 	"p11-agent/token"
+	"p11-agent/token/pin"
 	"p11-agent/token/tokentest"
 	"p11-agent/token/tokentest/pivcard"
 )
@@ -190,7 +191,7 @@ func (w *pivWorld) note(took time.Duration, err error) {
 	}
 	w.failed.Add(1)
 	w.reasons[numbers.ReplaceAllString(err.Error(), "…")]++
-	if _, ok := errors.AsType[*token.PINError](err); ok {
+	if _, ok := errors.AsType[*pin.Error](err); ok {
 		w.Errorf("a PIN was refused, or not tried: %v", err)
 	}
 	if strings.Contains(err.Error(), "the signature is wrong") {

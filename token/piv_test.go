@@ -9,6 +9,7 @@ import (
 	"testing"
 
 	"p11-agent/token"
+	"p11-agent/token/pin"
 	"p11-agent/token/tokentest"
 	"p11-agent/token/tokentest/pivcard"
 )
@@ -182,14 +183,14 @@ func TestPIVChangedPIN(t *testing.T) {
 	p.Remove(0)
 	p.Insert(0, c)
 	err := tokentest.Sign(t.Context(), k)
-	if e, ok := errors.AsType[*token.PINError](err); !ok || !e.Tried {
+	if e, ok := errors.AsType[*pin.Error](err); !ok || !e.Tried {
 		t.Errorf("after a change of the PIN: %v", err)
 	}
 	want(t, "wrong PINs", c.Counts().Wrong, 1)
 	c.SetTries(0)
 	prompts := person.Prompts()
 	err = tokentest.Sign(t.Context(), k)
-	if e, ok := errors.AsType[*token.PINError](err); !ok || e.Tries != token.TriesNone {
+	if e, ok := errors.AsType[*pin.Error](err); !ok || e.Tries != pin.TriesNone {
 		t.Errorf("with a locked PIN: %v", err)
 	}
 	want(t, "prompts for a locked PIN", person.Prompts(), prompts)

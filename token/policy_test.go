@@ -10,6 +10,7 @@ import (
 
 	"p11-agent/pinentry/secret"
 	"p11-agent/token"
+	"p11-agent/token/pin"
 	"p11-agent/token/tokentest"
 	"p11-agent/token/wire"
 )
@@ -62,7 +63,7 @@ func TestRemember(t *testing.T) {
 	}
 	for _, tt := range tests {
 		t.Run(tt.name, func(t *testing.T) {
-			p := &tokentest.Person{Always: pin}
+			p := &tokentest.Person{Always: rightPIN}
 			b := newPolicyBench(t, p, token.Policy{Remember: true})
 			b.mustSign()
 			for range 3 {
@@ -81,7 +82,7 @@ func TestRemember(t *testing.T) {
 // wait for it, and is not typed again by mistake.
 func TestRememberedPINIsOutOfDate(t *testing.T) {
 	const other = "Other-1290"
-	p := &tokentest.Person{PINs: []string{pin, pin, other}}
+	p := &tokentest.Person{PINs: []string{rightPIN, rightPIN, other}}
 	b := newPolicyBench(t, p, token.Policy{Remember: true})
 	b.mustSign()
 	b.card.SetPIN(other)
@@ -108,15 +109,15 @@ func TestRememberedPINIsOutOfDate(t *testing.T) {
 func TestRefusedPINIsNotTriedAgain(t *testing.T) {
 	p := &tokentest.Person{Always: "wrong-1"}
 	b := newBench(t, p, nil)
-	pinError(t, b.sign(), true, token.TriesLow)
+	pinError(t, b.sign(), true, pin.TriesLow)
 	for range 5 {
-		pinError(t, b.sign(), false, token.TriesLow)
+		pinError(t, b.sign(), false, pin.TriesLow)
 	}
 	given, err := secret.From([]byte("wrong-1")) // as ssh-add -s gives one
 	noError(t, err)
 	defer given.Wipe()
 	_, err = b.store.Login(t.Context(), nil, []*token.Key{b.key(1)}, given)
-	pinError(t, err, false, token.TriesLow)
+	pinError(t, err, false, pin.TriesLow)
 	want(t, "wrong PINs", b.card.Wrong(), 1)
 
 	// Somebody has made it the PIN: the token tells by its flags.
@@ -124,14 +125,14 @@ func TestRefusedPINIsNotTriedAgain(t *testing.T) {
 	b.mustSign()
 	// The card was out, and who puts it in again may have had a reason.
 	noError(t, b.store.LogoutAll(t.Context()))
-	b.card.SetPIN(pin)
-	pinError(t, b.sign(), true, token.TriesLow)
-	pinError(t, b.sign(), false, token.TriesLow)
+	b.card.SetPIN(rightPIN)
+	pinError(t, b.sign(), true, pin.TriesLow)
+	pinError(t, b.sign(), false, pin.TriesLow)
 	b.card.Remove()
 	tokentest.Keys(t, b.store, 0)
 	b.card.Insert()
 	tokentest.Keys(t, b.store, 1)
-	pinError(t, b.sign(), false, token.TriesLast) // two are gone: now a person is asked before the third
+	pinError(t, b.sign(), false, pin.TriesLast) // two are gone: now a person is asked before the third
 	want(t, "wrong PINs", b.card.Wrong(), 3)
 }
 
@@ -151,7 +152,7 @@ func TestAlwaysAuthenticateByPolicy(t *testing.T) {
 	}
 	for _, tt := range tests {
 		t.Run(tt.name, func(t *testing.T) {
-			p := &tokentest.Person{Always: pin}
+			p := &tokentest.Person{Always: rightPIN}
 			b := newPolicyBench(t, p, tt.policy)
 			for i, n := range tt.after {
 				if i == 2 {
@@ -168,11 +169,11 @@ func TestAlwaysAuthenticateByPolicy(t *testing.T) {
 
 // What becomes of the prompt for one key is nothing to the others.
 func TestAlwaysAuthenticateDeclined(t *testing.T) {
-	p := &tokentest.Person{PINs: []string{pin}}
+	p := &tokentest.Person{PINs: []string{rightPIN}}
 	b := newPolicyBench(t, p, token.Policy{})
 	b.mustSign()
 	for range 3 {
-		if err := tokentest.Sign(t.Context(), b.key(2)); !errors.Is(err, token.ErrCancelled) {
+		if err := tokentest.Sign(t.Context(), b.key(2)); !errors.Is(err, pin.ErrCancelled) {
 			t.Errorf("declined: %v", err)
 		}
 		b.mustSign()
@@ -184,9 +185,9 @@ func TestAlwaysAuthenticateDeclined(t *testing.T) {
 // The configuration knows better than the token where its PIN is typed.
 func TestPadOverride(t *testing.T) {
 	for _, pad := range []bool{false, true} {
-		p := &tokentest.Person{Always: pin}
+		p := &tokentest.Person{Always: rightPIN}
 		b := newBench(t, p, func(b *bench, opts *token.Options) {
-			b.card.Typed = []byte(pin)
+			b.card.Typed = []byte(rightPIN)
 			if !pad {
 				b.card.Flags = wire.CKFProtectedAuthenticationPath
 			}
@@ -205,7 +206,7 @@ func TestPadOverride(t *testing.T) {
 // A login that is made again with the PIN that is kept lasts no longer than the
 // first one would have.
 func TestRememberedLoginEnds(t *testing.T) {
-	p := &tokentest.Person{Always: pin}
+	p := &tokentest.Person{Always: rightPIN}
 	b := newPolicyBench(t, p, token.Policy{Remember: true, Retention: token.Retention{Max: 200 * time.Millisecond}})
 	b.mustSign()
 	for p.Prompts() == 1 { // never, if each login began anew
@@ -230,7 +231,7 @@ func TestRememberedLoginEnds(t *testing.T) {
 func TestRememberedPINOfUnknownFate(t *testing.T) {
 	for name, crash := range map[string]bool{"the module crashes": true, "the client hangs up": false} {
 		t.Run(name, func(t *testing.T) {
-			p := &tokentest.Person{Always: pin}
+			p := &tokentest.Person{Always: rightPIN}
 			b := newPolicyBench(t, p, token.Policy{Remember: true})
 			b.mustSign()
 			b.card.LogOut(false)

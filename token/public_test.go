@@ -13,7 +13,7 @@ func TestConfiguredPublicKey(t *testing.T) {
 	for _, kind := range []string{tokentest.RSA2048, tokentest.P256, tokentest.P384, tokentest.P521, tokentest.Ed25519} {
 		for _, shows := range []bool{false, true} {
 			for _, uri := range []string{"pkcs11:token=card;id=%02", "pkcs11:object=two", "pkcs11:token=card;object=two;id=%02"} {
-				p := &tokentest.Person{Always: pin}
+				p := &tokentest.Person{Always: rightPIN}
 				var pub crypto.PublicKey
 				b := newBench(t, p, func(b *bench, opts *token.Options) {
 					pub = b.card.AddKey(kind, 2, "two", func(k *tokentest.FakeKey) {
@@ -41,8 +41,8 @@ func TestConfiguredPublicKey(t *testing.T) {
 }
 
 func TestConfiguredPublicKeyIsAnothers(t *testing.T) {
-	b := newBench(t, &tokentest.Person{Always: pin}, func(b *bench, opts *token.Options) {
-		other := b.fake.AddToken("other", pin).AddKey(tokentest.P256, 2, "two", nil)
+	b := newBench(t, &tokentest.Person{Always: rightPIN}, func(b *bench, opts *token.Options) {
+		other := b.fake.AddToken("other", rightPIN).AddKey(tokentest.P256, 2, "two", nil)
 		b.card.AddKey(tokentest.P256, 2, "two", func(k *tokentest.FakeKey) { k.NoPublic, k.Bare = true, true })
 		opts.PublicKeys = []token.PublicKey{{URI: parse(t, "pkcs11:token=card;id=%02"), Key: other}}
 	})
@@ -61,7 +61,7 @@ func TestConfiguredPublicKeyIsAnothers(t *testing.T) {
 
 func TestCheckPublicKey(t *testing.T) {
 	f := tokentest.NewFake(t)
-	good := f.AddToken("card", pin).AddKey(tokentest.P256, 1, "one", nil)
+	good := f.AddToken("card", rightPIN).AddKey(tokentest.P256, 1, "one", nil)
 	for uri, ok := range map[string]bool{"pkcs11:id=%01": true, "pkcs11:object=a": true, "pkcs11:token=card": false} {
 		if err := token.CheckPublicKey(token.PublicKey{URI: parse(t, uri), Key: good}); (err == nil) != ok {
 			t.Errorf("%s: %v", uri, err)

@@ -56,8 +56,8 @@ func TestPIVPulls(t *testing.T) {
 // the first card is not tried on it.
 func TestPIVNextCardInReader(t *testing.T) {
 	p := tokentest.StartPCSCD(t)
-	card := func(pin string) *pivcard.Card {
-		return tokentest.NewCard(t, pivcard.Options{Name: "piv", Serial: 7, PIN: pin, Keys: map[pivcard.Ref]pivcard.Key{pivcard.Authentication: {}}})
+	card := func(rightPIN string) *pivcard.Card {
+		return tokentest.NewCard(t, pivcard.Options{Name: "piv", Serial: 7, PIN: rightPIN, Keys: map[pivcard.Ref]pivcard.Key{pivcard.Authentication: {}}})
 	}
 	first, next := card(pivPIN), card("W7351-9")
 	p.Insert(0, first)

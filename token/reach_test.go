@@ -60,9 +60,9 @@ func TestAttack16RemoteProvider(t *testing.T) {
 func TestSelectOf(t *testing.T) {
 	f := tokentest.NewFake(t)
 	for _, name := range []string{"one", "two"} {
-		f.AddToken(name, pin).AddKey(tokentest.P256, 1, "key", nil)
+		f.AddToken(name, rightPIN).AddKey(tokentest.P256, 1, "key", nil)
 	}
-	s := tokentest.Store(t, token.Options{Modules: []token.ModuleSpec{fakeSpec(f)}, Command: self}, pin)
+	s := tokentest.Store(t, token.Options{Modules: []token.ModuleSpec{fakeSpec(f)}, Command: self}, rightPIN)
 	tokentest.Keys(t, s, 2)
 	one := func(k *token.Key) bool { return k.Token().Label == "one" }
 	keys, err := s.SelectOf(t.Context(), token.NewSelector(uri(t, "pkcs11:")), one)
@@ -80,11 +80,11 @@ func TestSelectOf(t *testing.T) {
 // LogoutOf logs out of the tokens that are chosen, and forgets their PINs.
 func TestLogoutOf(t *testing.T) {
 	f := tokentest.NewFake(t)
-	one, two := f.AddToken("one", pin), f.AddToken("two", pin)
+	one, two := f.AddToken("one", rightPIN), f.AddToken("two", rightPIN)
 	one.AddKey(tokentest.P256, 1, "a", nil)
 	two.AddKey(tokentest.P256, 2, "b", nil)
-	p := &tokentest.Person{Always: pin}
-	s := tokentest.Store(t, token.Options{Modules: []token.ModuleSpec{fakeSpec(f)}, Command: self, PINs: p}, pin)
+	p := &tokentest.Person{Always: rightPIN}
+	s := tokentest.Store(t, token.Options{Modules: []token.ModuleSpec{fakeSpec(f)}, Command: self, PINs: p}, rightPIN)
 	noError(t, s.LoginAsk(t.Context(), tokentest.Keys(t, s, 2)))
 	noError(t, s.LogoutOf(t.Context(), func(keys []*token.Key) bool {
 		return slices.ContainsFunc(keys, func(k *token.Key) bool { return k.Token().Label == "one" })
@@ -94,7 +94,7 @@ func TestLogoutOf(t *testing.T) {
 
 // Whether a signature would have a person give the PIN is known beforehand.
 func TestAsksPIN(t *testing.T) {
-	p := &tokentest.Person{Always: pin}
+	p := &tokentest.Person{Always: rightPIN}
 	b := newBench(t, p, nil)
 	k := b.key(1)
 	want(t, "asks before the login", k.AsksPIN(), true)
@@ -109,9 +109,9 @@ func TestAsksPIN(t *testing.T) {
 	want(t, "asks after the login", k.AsksPIN(), false)
 	noError(t, b.store.LogoutAll(t.Context()))
 	want(t, "asks after the logout", k.AsksPIN(), true)
-	noError(t, b.store.AddSource(uri(t, k.URI()+"?pin-value="+pin), []*token.Key{k}))
+	noError(t, b.store.AddSource(uri(t, k.URI()+"?pin-value="+rightPIN), []*token.Key{k}))
 	want(t, "asks with a client's PIN", k.AsksPIN(), false)
-	b.store.SetSources([]*pkcs11uri.URI{uri(t, k.URI()+"?pin-value="+pin)})
+	b.store.SetSources([]*pkcs11uri.URI{uri(t, k.URI()+"?pin-value="+rightPIN)})
 	want(t, "asks with a configured PIN", k.AsksPIN(), false)
 }
 
@@ -120,11 +120,11 @@ func TestAsksPIN(t *testing.T) {
 func TestLoginTellsWhatTheTokenTook(t *testing.T) {
 	b := newBench(t, nil, nil)
 	for _, tt := range []struct {
-		pin   string
-		taken bool
-	}{{"0000", false}, {pin, true}, {pin, true}, {"0000", false}, {pin, true}} {
-		taken, err := b.store.Login(t.Context(), nil, []*token.Key{b.key(1)}, tokentest.Secret(t, tt.pin))
-		want(t, "taken "+tt.pin, taken, tt.taken)
+		rightPIN string
+		taken    bool
+	}{{"0000", false}, {rightPIN, true}, {rightPIN, true}, {"0000", false}, {rightPIN, true}} {
+		taken, err := b.store.Login(t.Context(), nil, []*token.Key{b.key(1)}, tokentest.Secret(t, tt.rightPIN))
+		want(t, "taken "+tt.rightPIN, taken, tt.taken)
 		want(t, "refused", err != nil, !tt.taken)
 		want(t, "logged in", b.card.LoggedIn(), tt.taken)
 	}

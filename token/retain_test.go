@@ -26,7 +26,7 @@ func newRetainBench(t *testing.T, p *tokentest.Person, one, two token.Retention)
 }
 
 func TestRetainNever(t *testing.T) {
-	p := &tokentest.Person{Always: pin}
+	p := &tokentest.Person{Always: rightPIN}
 	b := newRetainBench(t, p, token.Retention{Never: true}, token.Retention{})
 	for n := 1; n <= 3; n++ {
 		b.mustSign()
@@ -60,7 +60,7 @@ func TestRetainForATime(t *testing.T) {
 		"the shorter idle": {Idle: long},
 	} {
 		t.Run(name, func(t *testing.T) {
-			p := &tokentest.Person{Always: pin}
+			p := &tokentest.Person{Always: rightPIN}
 			two := token.Retention{}
 			if name == "another key's" || name == "the shorter idle" {
 				two.Idle = short
@@ -85,7 +85,7 @@ func TestRetainForATime(t *testing.T) {
 // The end of an earlier login is none of a later one: after the card was out, and
 // after the token was logged out.
 func TestRetainBeginsAnew(t *testing.T) {
-	p := &tokentest.Person{Always: pin}
+	p := &tokentest.Person{Always: rightPIN}
 	b := newRetainBench(t, p, token.Retention{Max: time.Hour}, token.Retention{Idle: time.Hour})
 	b.mustSign()
 	b.card.Remove()
@@ -121,7 +121,7 @@ func TestForget(t *testing.T) {
 		{"another event", token.Retention{Sleep: true, ScreenLock: true}, token.Retention{}, 0, true},
 	} {
 		t.Run(tt.name, func(t *testing.T) {
-			p := &tokentest.Person{Always: pin}
+			p := &tokentest.Person{Always: rightPIN}
 			b := newRetainBench(t, p, tt.one, tt.two)
 			for _, k := range b.store.Keys() {
 				want(t, "forgets", b.store.Forgets(k, tt.event), !tt.want)
@@ -144,7 +144,7 @@ func TestForget(t *testing.T) {
 // A PIN that is kept is forgotten, also when nobody is logged in just then.
 func TestForgetDropsThePIN(t *testing.T) {
 	for _, out := range []bool{false, true} {
-		p := &tokentest.Person{Always: pin}
+		p := &tokentest.Person{Always: rightPIN}
 		b := newPolicyBench(t, p, token.Policy{Remember: true, Retention: token.Retention{Sleep: true}})
 		b.mustSign()
 		if out {
@@ -162,9 +162,9 @@ func TestForgetStopsAModule(t *testing.T) {
 	for name, hang := range map[string]bool{"that hangs": true, "that fails": false} {
 		t.Run(name, func(t *testing.T) {
 			other := tokentest.NewFake(t)
-			calm := other.AddToken("calm", pin)
+			calm := other.AddToken("calm", rightPIN)
 			calm.AddKey(tokentest.P256, 1, "one", nil)
-			p := &tokentest.Person{Always: pin}
+			p := &tokentest.Person{Always: rightPIN}
 			b := newBench(t, p, func(_ *bench, opts *token.Options) {
 				spec := fakeSpec(other)
 				spec.Name = "other"

@@ -494,7 +494,7 @@ func TestReleaseWaits(t *testing.T) {
 // TestStartedAnewAgainAndAgain has a module that works when it is started anew,
 // each time: there is no longer pause before it for that.
 func TestStartedAnewAgainAndAgain(t *testing.T) {
-	p := &tokentest.Person{Always: pin}
+	p := &tokentest.Person{Always: rightPIN}
 	b := newBench(t, p, nil)
 	var mu sync.Mutex
 	left := 0

@@ -30,7 +30,7 @@ func within(at, from, to time.Time) bool { return !at.Before(from) && !at.After(
 
 func TestLoginState(t *testing.T) {
 	release := make(chan struct{})
-	p := &tokentest.Person{Always: pin, Wait: release}
+	p := &tokentest.Person{Always: rightPIN, Wait: release}
 	b := newBench(t, p, func(_ *bench, o *token.Options) {
 		o.Policy = func(*token.Key) token.Policy {
 			return token.Policy{Retention: token.Retention{Idle: time.Hour, Max: 90 * time.Minute}, Remember: true}
@@ -77,7 +77,7 @@ func TestLoginState(t *testing.T) {
 
 // A login that was for no signature ends as one that was.
 func TestLoginAskEnds(t *testing.T) {
-	p := &tokentest.Person{Always: pin}
+	p := &tokentest.Person{Always: rightPIN}
 	b := newBench(t, p, func(_ *bench, o *token.Options) {
 		o.Policy = func(*token.Key) token.Policy {
 			return token.Policy{Retention: token.Retention{Idle: 10 * time.Millisecond, Max: time.Hour}}
@@ -92,11 +92,11 @@ func TestLoginAskEnds(t *testing.T) {
 // One token is logged out, and its neighbour is not.
 func TestLogout(t *testing.T) {
 	f := tokentest.NewFake(t)
-	one, two := f.AddToken("one", pin), f.AddToken("two", pin)
+	one, two := f.AddToken("one", rightPIN), f.AddToken("two", rightPIN)
 	one.AddKey(tokentest.P256, 1, "a", nil)
 	two.AddKey(tokentest.P256, 2, "b", nil)
-	p := &tokentest.Person{Always: pin}
-	s := tokentest.Store(t, token.Options{Modules: []token.ModuleSpec{fakeSpec(f)}, Command: self, PINs: p}, pin)
+	p := &tokentest.Person{Always: rightPIN}
+	s := tokentest.Store(t, token.Options{Modules: []token.ModuleSpec{fakeSpec(f)}, Command: self, PINs: p}, rightPIN)
 	all := func() [2]bool { return [2]bool{one.LoggedIn(), two.LoggedIn()} }
 	keys := tokentest.Keys(t, s, 2)
 	noError(t, s.LoginAsk(t.Context(), keys))

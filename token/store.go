@@ -381,7 +381,7 @@ type TokenStatus struct {
 	ID       wire.TokenID
 	URI      string // canonical
 	Module   string // the module's name
-	Tries    Tries
+	Tries    pin.Tries
 	LoggedIn bool
 	Shadowed string // the module that this token is used through instead
 	Home     string // the module that it belongs to, when it is used through this one instead

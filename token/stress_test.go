@@ -11,6 +11,7 @@ import (
 	"time"
 
 	"p11-agent/token"
+	"p11-agent/token/pin"
 	"p11-agent/token/tokentest"
 	"p11-agent/token/wire"
 )
@@ -23,7 +24,7 @@ func TestStress(t *testing.T) {
 	const disturbances, clients = 300, 8
 	seed := uint64(time.Now().UnixNano())
 	t.Logf("seed %d", seed)
-	p := &tokentest.Person{Always: pin}
+	p := &tokentest.Person{Always: rightPIN}
 	b := newBench(t, p, func(b *bench, _ *token.Options) {
 		b.card.AddKey(tokentest.Ed25519, 2, "two", nil)
 		b.card.AddKey(tokentest.P256, 3, "three", func(k *tokentest.FakeKey) { k.Always = true })
@@ -61,7 +62,7 @@ func TestStress(t *testing.T) {
 					continue
 				}
 				failed.Add(1)
-				if e, ok := errors.AsType[*token.PINError](err); ok && e.Tried {
+				if e, ok := errors.AsType[*pin.Error](err); ok && e.Tried {
 					t.Errorf("a PIN was refused: %v", err)
 				}
 			}
@@ -126,7 +127,7 @@ func TestLogoutUnderLoad(t *testing.T) {
 	const clients, logouts = 8, 40
 	for _, noticed := range []bool{false, true} {
 		t.Run(fmt.Sprintf("noticed by the module: %v", noticed), func(t *testing.T) {
-			p := &tokentest.Person{Always: pin}
+			p := &tokentest.Person{Always: rightPIN}
 			b := newBench(t, p, nil)
 			k := b.key(1)
 			var all sync.WaitGroup

@@ -7,6 +7,7 @@ import (
 	"testing"
 
 	"p11-agent/token"
+	"p11-agent/token/pin"
 	"p11-agent/token/tokentest"
 )
 
@@ -76,7 +77,7 @@ func TestTPMLockout(t *testing.T) {
 	k := tokentest.Key(t, s, "tpm", 1)
 	for i := range 2 {
 		err := tokentest.Sign(t.Context(), k)
-		if e, ok := errors.AsType[*token.PINError](err); !ok || e.Tries != token.TriesNone || !strings.Contains(err.Error(), "TPM") {
+		if e, ok := errors.AsType[*pin.Error](err); !ok || e.Tries != pin.TriesNone || !strings.Contains(err.Error(), "TPM") {
 			t.Errorf("with a TPM that is locked: %v", err)
 		}
 		want(t, "prompts", person.Prompts(), 4+i)

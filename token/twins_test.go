@@ -8,6 +8,7 @@ import (
 	"golang.org/x/sys/unix"
 
 	"p11-agent/token"
+	"p11-agent/token/pin"
 	"p11-agent/token/pkcs11uri"
 	"p11-agent/token/tokentest"
 	"p11-agent/token/tokentest/pivcard"
@@ -81,12 +82,12 @@ func TestKeptPINIsOfTheCard(t *testing.T) {
 				idle(t, s)
 				tt.change(t, p, b, s)
 				err := tokentest.Sign(t.Context(), k) // of a card that has gone
-				if !errors.Is(err, token.ErrAbsent) && !errors.Is(err, token.ErrCancelled) {
+				if !errors.Is(err, token.ErrAbsent) && !errors.Is(err, pin.ErrCancelled) {
 					t.Logf("a signature of the card that has gone: %v", err)
 				}
 				noError(t, s.Rescan(t.Context()))
 				k = firstFit(t, s)
-				if err := tokentest.Sign(t.Context(), k); !errors.Is(err, token.ErrCancelled) {
+				if err := tokentest.Sign(t.Context(), k); !errors.Is(err, pin.ErrCancelled) {
 					t.Errorf("a signature of the other card: %v", err)
 				}
 				want(t, "wrong PINs", a.Counts().Wrong+b.Counts().Wrong, 0)

@@ -11,6 +11,7 @@ import (
 	"p11-agent/pinentry/secret"
 	"p11-agent/pinentry/waiting"
 	"p11-agent/token"
+	"p11-agent/token/pin"
 	"p11-agent/token/tokentest"
 )
 
@@ -18,14 +19,14 @@ type nameKey struct{}
 
 // follower is a person who is asked where those are who wait.
 type follower struct {
-	token.PINDialogue
+	pin.Dialogue
 	asked  chan string
 	answer chan struct{}
 	turn   time.Duration
 }
 
-func (f *follower) Ask(context.Context, token.PINRequest) (token.PINDialogue, error) { return f, nil }
-func (f *follower) Close() error                                                     { return nil }
+func (f *follower) Ask(context.Context, pin.Request) (pin.Dialogue, error) { return f, nil }
+func (f *follower) Close() error                                           { return nil }
 
 func (f *follower) PIN(ctx context.Context, _ string) (typed *secret.Secret, err error) {
 	takes := func(context.Context) bool { return true }
@@ -35,7 +36,7 @@ func (f *follower) PIN(ctx context.Context, _ string) (typed *secret.Secret, err
 		case <-ctx.Done():
 			return ctx.Err()
 		case <-f.answer:
-			typed, err = secret.From([]byte(pin))
+			typed, err = secret.From([]byte(rightPIN))
 			return err
 		}
 	}})
@@ -132,7 +133,7 @@ func untilWaiting(t *testing.T, n int) {
 // person who is asked for another request that waits says nothing about that PIN.
 func TestAttack09LastTryOfSomebodyElsesPIN(t *testing.T) {
 	answer := make(chan struct{})
-	p := &tokentest.Person{Always: pin, Consents: true, Wait: answer}
+	p := &tokentest.Person{Always: rightPIN, Consents: true, Wait: answer}
 	b := newBench(t, p, func(b *bench, _ *token.Options) { b.card.SetTries(1, 3) })
 	ctx, hangUp := context.WithCancel(t.Context())
 	attacker, honest := make(chan error, 1), make(chan error, 1)
@@ -160,12 +161,12 @@ func TestAttack09LastTryOfSomebodyElsesPIN(t *testing.T) {
 // holder is a person who answers nothing until the prompt moves on, and one who answers
 // then.
 type holder struct {
-	token.PINDialogue
+	pin.Dialogue
 	asked chan string
 }
 
-func (h *holder) Ask(context.Context, token.PINRequest) (token.PINDialogue, error) { return h, nil }
-func (h *holder) Close() error                                                     { return nil }
+func (h *holder) Ask(context.Context, pin.Request) (pin.Dialogue, error) { return h, nil }
+func (h *holder) Close() error                                           { return nil }
 
 func (h *holder) PIN(ctx context.Context, _ string) (typed *secret.Secret, err error) {
 	err = waiting.Ask(ctx, waiting.Question{
@@ -176,7 +177,7 @@ func (h *holder) PIN(ctx context.Context, _ string) (typed *secret.Secret, err e
 				<-ctx.Done()
 				return ctx.Err()
 			}
-			typed, err = secret.From([]byte(pin))
+			typed, err = secret.From([]byte(rightPIN))
 			return err
 		},
 		Turn: time.Millisecond, Takes: func(context.Context) bool { return true },
@@ -195,7 +196,7 @@ func TestAttack14PromptLeftOpen(t *testing.T) {
 	}{
 		"signature": {true, 2, func(ctx context.Context, b *bench) error { return tokentest.Sign(ctx, b.key(2)) }},
 		"given PIN": {false, 1, func(ctx context.Context, b *bench) error {
-			_, err := b.store.Login(ctx, nil, b.store.Keys()[:1], tokentest.Secret(b.t, pin))
+			_, err := b.store.Login(ctx, nil, b.store.Keys()[:1], tokentest.Secret(b.t, rightPIN))
 			return err
 		}},
 	} {
@@ -206,7 +207,7 @@ func TestAttack14PromptLeftOpen(t *testing.T) {
 				b.card.AddKey(tokentest.P256, 2, "two", func(k *tokentest.FakeKey) { k.Always = true })
 			})
 			if test.in {
-				_, err := b.store.Login(t.Context(), nil, b.store.Keys()[:1], tokentest.Secret(t, pin))
+				_, err := b.store.Login(t.Context(), nil, b.store.Keys()[:1], tokentest.Secret(t, rightPIN))
 				noError(t, err)
 			}
 			ctx, hangUp := context.WithCancel(context.WithValue(t.Context(), nameKey{}, "attacker"))

@@ -61,13 +61,13 @@ func TestWorking(t *testing.T) {
 		t.Run(tt.name, func(t *testing.T) {
 			w := new(work)
 			wait := make(chan struct{})
-			p := &tokentest.Person{Always: pin, Wait: wait}
+			p := &tokentest.Person{Always: rightPIN, Wait: wait}
 			b := newBench(t, p, func(b *bench, opts *token.Options) {
 				opts.Working = w.begin
 				b.card.AddKey(tokentest.P256, 2, "two", func(k *tokentest.FakeKey) { k.Always = true })
 				if tt.pad {
 					b.card.Flags = wire.CKFProtectedAuthenticationPath
-					b.card.Typed = []byte(pin)
+					b.card.Typed = []byte(rightPIN)
 				}
 			})
 			b.fake.Intercept(func(_ context.Context, _ *tokentest.FakeProcess, r wire.Request) bool {
@@ -105,7 +105,7 @@ func TestWorkingEnds(t *testing.T) {
 	} {
 		t.Run(name, func(t *testing.T) {
 			w := new(work)
-			b := newBench(t, &tokentest.Person{Always: pin}, func(_ *bench, opts *token.Options) { opts.Working = w.begin })
+			b := newBench(t, &tokentest.Person{Always: rightPIN}, func(_ *bench, opts *token.Options) { opts.Working = w.begin })
 			b.card.Change(1, set)
 			if b.sign() == nil {
 				t.Fatal("it signs")
@@ -117,7 +117,7 @@ func TestWorkingEnds(t *testing.T) {
 	}
 	t.Run("nobody waits any more", func(t *testing.T) {
 		w := new(work)
-		b := newBench(t, &tokentest.Person{Always: pin}, func(_ *bench, opts *token.Options) { opts.Working = w.begin })
+		b := newBench(t, &tokentest.Person{Always: rightPIN}, func(_ *bench, opts *token.Options) { opts.Working = w.begin })
 		b.fake.Intercept(func(ctx context.Context, p *tokentest.FakeProcess, r wire.Request) bool {
 			if r.Type != wire.TypeSign {
 				return false

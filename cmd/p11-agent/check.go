@@ -22,6 +22,7 @@ import (
 	"p11-agent/cmd/p11-agent/output"
 	"p11-agent/cmd/p11-agent/status"
 	"p11-agent/token"
+	"p11-agent/token/pin"
 	"p11-agent/token/pkcs11uri"
 	"p11-agent/token/registry"
 	"p11-agent/token/wellknown"
@@ -189,12 +190,12 @@ func findTokens(r *report, modules []token.ModuleStatus) {
 				r.bad("%s belongs to module %s, and module %s shows it now: PINs of the configuration are not given to %s", name, t.Home, t.Module, t.Module).
 					Next("see why module %s does not show it: p11-agent list -v", t.Home).
 					Next("or say that it belongs to module %s, with a [[key]] table in the configuration:\n[[key]]\nuri = \"%s?module-name=%s\"", t.Module, t.URI, t.Module)
-			case t.Tries == token.TriesNone:
+			case t.Tries == pin.TriesNone:
 				r.bad("the PIN of %s is locked: unlock it with its PUK or SO PIN", name).Next("%s", advice.Unlock(m, t))
-			case t.Tries == token.TriesLast:
+			case t.Tries == pin.TriesLast:
 				r.bad("%s has one try left for its PIN: a wrong one locks it", name).
 					Next("make sure which PIN it is before you give it; the right one brings all tries back")
-			case t.Tries == token.TriesLow:
+			case t.Tries == pin.TriesLow:
 				r.warn("%s: %s. A wrong PIN was given since the last right one", name, t.Tries).
 					Next("sign in with the right PIN once, which brings all tries back: ssh-add -T ~/.ssh/NAME.pub")
 			case t.Flags&wire.CKFLoginRequired != 0 && t.Flags&wire.CKFUserPINInitialized == 0:
@@ -311,7 +312,7 @@ func adviseURI(f *finding, store *token.Store, u *pkcs11uri.URI) {
 // findSources says whether the files that PINs come from can be used.
 func findSources(r *report, conf *config.File) {
 	for _, u := range conf.PINSources() {
-		err := token.CheckSource(u)
+		err := pin.CheckSource(u)
 		if err == nil {
 			r.detail("the PIN of %v comes from the configuration", u)
 			continue

@@ -30,6 +30,7 @@ import (
 	"p11-agent/systemd/login1"
 	"p11-agent/token"
 	"p11-agent/token/known"
+	"p11-agent/token/pin"
 )
 
 // daemonOptions say how a daemon runs. They stay for its life, unlike the configuration.
@@ -166,7 +167,7 @@ func (d *daemon) openTokens(c *config.File) {
 		}
 	}
 	// Without prompts these are nil as they are, not a nil *asker in an interface.
-	var pins token.PINAsker
+	var pins pin.Asker
 	var working func(context.Context, *token.Key) func()
 	if p := d.prompts; p != nil {
 		pins, working = &pausingAsker{p.asker, d.questions}, p.notices.working

@@ -15,6 +15,7 @@ import (
 
 	"p11-agent/token"
 	"p11-agent/token/pcsc"
+	"p11-agent/token/pin"
 	"p11-agent/token/tokentest"
 	"p11-agent/token/wire"
 )
@@ -190,12 +191,12 @@ func TestDoctorTokens(t *testing.T) {
 		{"to be changed", "/m.so", token.TokenStatus{Flags: usual | wire.CKFUserPINToBeChanged}, []string{
 			`warning: token "it's" (serial 1) wants another PIN`, "  next: pkcs11-tool --module /m.so --token-label 'it'\\''s' --login --change-pin",
 		}},
-		{"locked", "/m.so", token.TokenStatus{Flags: usual, Tries: token.TriesNone}, []string{
+		{"locked", "/m.so", token.TokenStatus{Flags: usual, Tries: pin.TriesNone}, []string{
 			"problem: the PIN of token", "  next: pkcs11-tool --module /m.so --token-label 'it'\\''s' --login --login-type so --init-pin",
 		}},
-		{"locked card", "/opensc-pkcs11.so", token.TokenStatus{Flags: usual, Tries: token.TriesNone}, []string{"problem: ", "  next: pkcs15-tool --unblock-pin "}},
-		{"locked YubiKey", "/libykcs11.so.2", token.TokenStatus{Flags: usual, Tries: token.TriesNone}, []string{"problem: ", "  next: ykman piv access unblock-pin "}},
-		{"locked TPM", "/libtpm2_pkcs11.so", token.TokenStatus{Flags: usual, Tries: token.TriesNone}, []string{"problem: ", "  next: wait, as a TPM forgets wrong PINs with time, or: tpm2_dictionarylockout --clear-lockout"}},
+		{"locked card", "/opensc-pkcs11.so", token.TokenStatus{Flags: usual, Tries: pin.TriesNone}, []string{"problem: ", "  next: pkcs15-tool --unblock-pin "}},
+		{"locked YubiKey", "/libykcs11.so.2", token.TokenStatus{Flags: usual, Tries: pin.TriesNone}, []string{"problem: ", "  next: ykman piv access unblock-pin "}},
+		{"locked TPM", "/libtpm2_pkcs11.so", token.TokenStatus{Flags: usual, Tries: pin.TriesNone}, []string{"problem: ", "  next: wait, as a TPM forgets wrong PINs with time, or: tpm2_dictionarylockout --clear-lockout"}},
 		{"no keys", "/m.so", token.TokenStatus{Flags: usual}, []string{`ok: token "it's" (serial 1): 0 keys`, "  next: pkcs11-tool --module /m.so --token-label 'it'\\''s' --login --keypairgen"}},
 	} {
 		t.Run(tt.name, func(t *testing.T) {

@@ -7,23 +7,23 @@ import (
 	"p11-agent/agent/approval"
 	"p11-agent/pinentry"
 	"p11-agent/pinentry/secret"
-	"p11-agent/token"
+	"p11-agent/token/pin"
 	"p11-agent/token/pkcs11uri"
 	"p11-agent/token/wire"
 )
 
-// A pausingAsker asks for PINs as another PINAsker does, unless the client has to wait
+// A pausingAsker asks for PINs as another pin.Asker does, unless the client has to wait
 // because a person has refused its requests.
 type pausingAsker struct {
-	token.PINAsker
+	pin.Asker
 	questions *approval.Questions
 }
 
 // Ask opens the dialogue, which shows nothing yet.
-func (a *pausingAsker) Ask(ctx context.Context, about token.PINRequest) (token.PINDialogue, error) {
+func (a *pausingAsker) Ask(ctx context.Context, about pin.Request) (pin.Dialogue, error) {
 	d := &pausingDialogue{questions: a.questions, about: tokenURI(about.Token)}
 	err := d.ask(ctx, func(ctx context.Context) (_ approval.Outcome, err error) {
-		d.PINDialogue, err = a.PINAsker.Ask(ctx, about)
+		d.Dialogue, err = a.Asker.Ask(ctx, about)
 		return approval.Unanswered, err
 	})
 	if err != nil {
@@ -32,11 +32,11 @@ func (a *pausingAsker) Ask(ctx context.Context, about token.PINRequest) (token.P
 	return d, nil
 }
 
-var _ token.ReaderObserver = (*pausingDialogue)(nil)
+var _ pin.ReaderObserver = (*pausingDialogue)(nil)
 
 // pausingDialogue is a dialogue of a pausingAsker.
 type pausingDialogue struct {
-	token.PINDialogue
+	pin.Dialogue
 	questions *approval.Questions
 	about     string                 // the token, for people
 	note      func(approval.Outcome) // of the PIN that is typed on the reader; nil: there is an answer
@@ -48,7 +48,7 @@ func (d *pausingDialogue) ask(ctx context.Context, show func(context.Context) (a
 
 func (d *pausingDialogue) PIN(ctx context.Context, problem string) (pin *secret.Secret, err error) {
 	err = d.ask(ctx, func(ctx context.Context) (_ approval.Outcome, err error) {
-		pin, err = d.PINDialogue.PIN(ctx, problem)
+		pin, err = d.Dialogue.PIN(ctx, problem)
 		return outcome(err), err
 	})
 	return pin, err
@@ -56,7 +56,7 @@ func (d *pausingDialogue) PIN(ctx context.Context, problem string) (pin *secret.
 
 func (d *pausingDialogue) LastTry(ctx context.Context, problem string) (yes bool, err error) {
 	err = d.ask(ctx, func(ctx context.Context) (approval.Outcome, error) {
-		yes, err = d.PINDialogue.LastTry(ctx, problem)
+		yes, err = d.Dialogue.LastTry(ctx, problem)
 		if err == nil && !yes {
 			return approval.OutcomeNo, nil
 		}
@@ -68,11 +68,11 @@ func (d *pausingDialogue) LastTry(ctx context.Context, problem string) (yes bool
 func (d *pausingDialogue) Notice(ctx context.Context) error {
 	return d.ask(ctx, func(ctx context.Context) (approval.Outcome, error) {
 		d.note = func(o approval.Outcome) { d.questions.Note(ctx, d.about, o) }
-		err := d.PINDialogue.Notice(ctx)
+		err := d.Dialogue.Notice(ctx)
 		if err == nil {
 			return approval.Unanswered, nil // the answer is given on the reader
 		}
-		if errors.Is(err, token.ErrCancelled) {
+		if errors.Is(err, pin.ErrCancelled) {
 			d.note = nil
 		}
 		return outcome(err), err
@@ -92,7 +92,7 @@ func outcome(err error) approval.Outcome {
 	switch {
 	case err == nil:
 		return approval.OutcomeYes
-	case errors.Is(err, token.ErrCancelled), errors.Is(err, pinentry.ErrTimeout):
+	case errors.Is(err, pin.ErrCancelled), errors.Is(err, pinentry.ErrTimeout):
 		return approval.OutcomeNo
 	}
 	return approval.Unanswered

@@ -19,7 +19,7 @@ import (
 	"p11-agent/pinentry"
 	"p11-agent/pinentry/secret"
 	"p11-agent/pinentry/waiting"
-	"p11-agent/token"
+	"p11-agent/token/pin"
 	"p11-agent/token/wire"
 )
 
@@ -29,7 +29,7 @@ type fakeAsker struct {
 	err   error // what the person does
 }
 
-func (f *fakeAsker) Ask(ctx context.Context, _ token.PINRequest) (token.PINDialogue, error) {
+func (f *fakeAsker) Ask(ctx context.Context, _ pin.Request) (pin.Dialogue, error) {
 	return f, waiting.Ask(ctx, waiting.Question{Ask: func(context.Context) error { return nil }})
 }
 
@@ -59,26 +59,26 @@ func (f *fakeAsker) Close() error { return nil }
 
 // Whatever a person does with a PIN prompt but to give the PIN, the next one waits.
 func TestAttack10PINPrompts(t *testing.T) {
-	errCancelled := token.ErrCancelled
+	errCancelled := pin.ErrCancelled
 	for name, test := range map[string]struct {
 		err error
-		ask func(ctx context.Context, d token.PINDialogue) error
+		ask func(ctx context.Context, d pin.Dialogue) error
 	}{
-		"cancelled": {errCancelled, func(ctx context.Context, d token.PINDialogue) error { _, err := d.PIN(ctx, ""); return err }},
-		"no answer": {pinentry.ErrTimeout, func(ctx context.Context, d token.PINDialogue) error { _, err := d.PIN(ctx, ""); return err }},
-		"last try": {nil, func(ctx context.Context, d token.PINDialogue) error {
+		"cancelled": {errCancelled, func(ctx context.Context, d pin.Dialogue) error { _, err := d.PIN(ctx, ""); return err }},
+		"no answer": {pinentry.ErrTimeout, func(ctx context.Context, d pin.Dialogue) error { _, err := d.PIN(ctx, ""); return err }},
+		"last try": {nil, func(ctx context.Context, d pin.Dialogue) error {
 			if yes, err := d.LastTry(ctx, ""); yes || err != nil {
 				return err
 			}
 			return errCancelled
 		}},
-		"cancelled on the reader": {nil, func(ctx context.Context, d token.PINDialogue) error {
+		"cancelled on the reader": {nil, func(ctx context.Context, d pin.Dialogue) error {
 			notice, done := context.WithCancel(ctx)
 			done() // the login is over
 			if err := d.Notice(notice); !errors.Is(err, context.Canceled) {
 				return err
 			}
-			d.(token.ReaderObserver).TypedOnReader(errCancelled)
+			d.(pin.ReaderObserver).TypedOnReader(errCancelled)
 			return errCancelled
 		}},
 	} {
@@ -90,7 +90,7 @@ func TestAttack10PINPrompts(t *testing.T) {
 				paused := 0
 				for i := range 700 {
 					// Another key of the token each time.
-					d, err := a.Ask(c.Context(t.Context()), token.PINRequest{Token: wire.TokenID{Label: "work"}, Key: fmt.Sprint(i)})
+					d, err := a.Ask(c.Context(t.Context()), pin.Request{Token: wire.TokenID{Label: "work"}, Key: fmt.Sprint(i)})
 					if err == nil {
 						err = test.ask(c.Context(t.Context()), d)
 					}
@@ -118,7 +118,7 @@ func TestAttack10Reader(t *testing.T) {
 		asked := 0
 		for range 100 {
 			ctx := context.WithValue(c.Context(t.Context()), tellsItself{}, true)
-			d, err := a.Ask(ctx, token.PINRequest{Token: wire.TokenID{Label: "work"}, Pad: true})
+			d, err := a.Ask(ctx, pin.Request{Token: wire.TokenID{Label: "work"}, Pad: true})
 			if err != nil {
 				if _, ok := errors.AsType[*approval.PausedError](err); !ok {
 					t.Fatal(err)
@@ -131,7 +131,7 @@ func TestAttack10Reader(t *testing.T) {
 			if err := d.Notice(during); !errors.Is(err, context.Canceled) {
 				t.Fatal(err)
 			}
-			d.(token.ReaderObserver).TypedOnReader(token.ErrCancelled)
+			d.(pin.ReaderObserver).TypedOnReader(pin.ErrCancelled)
 			_ = d.Close() // never fails
 		}
 		if asked > 3 {

@@ -21,7 +21,7 @@ import (
 	"p11-agent/pinentry"
 	"p11-agent/pinentry/waiting"
 	"p11-agent/systemd/environment"
-	"p11-agent/token"
+	"p11-agent/token/pin"
 )
 
 // An asker asks persons where they are. Where that is, is found out when there
@@ -242,7 +242,7 @@ func (c *conversation) takes(ctx context.Context) bool {
 	if now == nil {
 		return false // it is on its way from one place to the next
 	}
-	if token.HasPIN(ctx) {
+	if pin.HasPIN(ctx) {
 		return true
 	}
 	at, done := c.other(ctx)
@@ -269,7 +269,7 @@ func (c *conversation) tell(ctx context.Context) {
 	c.log.Info("a client waits for a prompt that is elsewhere", "prompt", c.what, "place", now.name, "client", caller.Who().String())
 	if at != nil && at.TTY != nil {
 		then := "it comes here"
-		if token.HasPIN(ctx) {
+		if pin.HasPIN(ctx) {
 			then = "this goes on"
 		}
 		text := fmt.Sprintf("p11-agent: this waits for %s, which is asked for elsewhere: %s. Without an answer there, %s.", c.what, now.name, then)

@@ -61,7 +61,7 @@ var rooms = []room{
 		"cmd/p11-agent/backend",
 		[]string{
 			"agent", "agent/request", "cmd/p11-agent/config", "cmd/p11-agent/paths", "cmd/p11-agent/status",
-			"pinentry/plain", "pinentry/secret", "token", "token/registry", "token/wire",
+			"pinentry/plain", "pinentry/secret", "token", "token/pin", "token/registry", "token/wire",
 		},
 		"modules run without prompts, and without the SSH protocol",
 	},
@@ -94,7 +94,7 @@ var rooms = []room{
 	{"cmd/p11-agent/output", []string{"pinentry", "systemd", cobra, xsys}, "it prints for every command, and knows none of them"},
 	{
 		"cmd/p11-agent/status",
-		[]string{"agent", "agent/request", "agent/sshagent", "cmd/p11-agent/config", "cmd/p11-agent/output", "cmd/p11-agent/paths", "pinentry/plain", "token", "token/module", "token/pkcs11uri", "token/wire", xssh},
+		[]string{"agent", "agent/request", "agent/sshagent", "cmd/p11-agent/config", "cmd/p11-agent/output", "cmd/p11-agent/paths", "pinentry/plain", "token", "token/module", "token/pin", "token/pkcs11uri", "token/wire", xssh},
 		"it tells what is, and does not know what helps",
 	},
 	{"cmd/bench", []string{"pinentry/procstat"}, "it measures the program from outside"},
@@ -169,7 +169,7 @@ var rooms = []room{
 	{"token/signing", []string{"token/wire"}, "a signature is described without a token at hand"},
 	{
 		"token/tokentest",
-		[]string{"token", "token/pkcs11uri", "token/registry", "token/wire", "pinentry/secret", xsys},
+		[]string{"token", "token/pin", "token/pkcs11uri", "token/registry", "token/wire", "pinentry/secret", xsys},
 		"a fake stands where a token stands, and knows no more than one",
 	},
 	{"token/wellknown", []string{}, "a module is recognized by its file: it is loaded elsewhere"},

@@ -23,6 +23,7 @@ import (
 	"p11-agent/pinentry/plain"
 	"p11-agent/pinentry/secret"
 	"p11-agent/token"
+	"p11-agent/token/pin"
 	"p11-agent/token/pkcs11uri"
 	"p11-agent/token/registry"
 	"p11-agent/token/wellknown"
@@ -184,7 +185,7 @@ func (s *setup) newKeyChoices() (all []choice) {
 // other programs.
 func takesKeys(t token.TokenStatus) bool {
 	pinless := t.Flags&wire.CKFLoginRequired != 0 && t.Flags&wire.CKFUserPINInitialized == 0
-	return t.Shadowed == "" && t.Home == "" && !pinless && t.Tries != token.TriesNone && t.Tries != token.TriesLast &&
+	return t.Shadowed == "" && t.Home == "" && !pinless && t.Tries != pin.TriesNone && t.Tries != pin.TriesLast &&
 		t.Flags&wire.CKFWriteProtected == 0 && !isPIV(t)
 }
 
@@ -284,8 +285,8 @@ func (s *setup) makeKey(ctx context.Context) error {
 	}
 	for {
 		err := s.makeWithPIN(ctx)
-		refused, wrong := errors.AsType[*token.PINError](err)
-		if !wrong || refused.Tries == token.TriesNone || refused.Tries == token.TriesLast {
+		refused, wrong := errors.AsType[*pin.Error](err)
+		if !wrong || refused.Tries == pin.TriesNone || refused.Tries == pin.TriesLast {
 			return err
 		}
 		fmt.Fprintf(s.stderr, "  p11-agent: error: %v\n", err)

@@ -14,21 +14,21 @@ import (
 	"p11-agent/pinentry"
 	"p11-agent/pinentry/plain"
 	"p11-agent/pinentry/secret"
-	"p11-agent/token"
+	"p11-agent/token/pin"
 )
 
 // terminalAsker asks where asker asks, and at the terminal of this process where asker has
 // no place. It is for commands that a person runs. The PIN goes from the terminal into
 // locked memory, and the terminal does not show it.
-type terminalAsker struct{ asker token.PINAsker }
+type terminalAsker struct{ asker pin.Asker }
 
 var (
-	_ token.PINAsker    = terminalAsker{}
-	_ token.PINDialogue = (*terminalDialogue)(nil)
+	_ pin.Asker    = terminalAsker{}
+	_ pin.Dialogue = (*terminalDialogue)(nil)
 )
 
 // Ask opens a dialogue. It fails when there is neither a pinentry nor a terminal.
-func (a terminalAsker) Ask(ctx context.Context, about token.PINRequest) (token.PINDialogue, error) {
+func (a terminalAsker) Ask(ctx context.Context, about pin.Request) (pin.Dialogue, error) {
 	d, err := a.asker.Ask(ctx, about)
 	if !errors.Is(err, pinentry.ErrNoPrompt) {
 		return d, err
@@ -46,7 +46,7 @@ func (a terminalAsker) Ask(ctx context.Context, about token.PINRequest) (token.P
 // terminalDialogue asks at a terminal.
 type terminalDialogue struct {
 	ask   *question
-	about token.PINRequest
+	about pin.Request
 }
 
 func (d *terminalDialogue) say(lines ...string) error {
@@ -63,18 +63,18 @@ func (d *terminalDialogue) PIN(ctx context.Context, problem string) (*secret.Sec
 	lines = append(lines, fmt.Sprintf("Enter the PIN of token %s (serial %s).",
 		cmp.Or(plain.Name(d.about.Token.Label, maxNamed), "without label"), cmp.Or(plain.Name(d.about.Token.Serial, maxNamed), "unknown")))
 	lines = append(lines, moduleLines(d.about)...)
-	if d.about.Tries != token.TriesUnknown {
+	if d.about.Tries != pin.TriesUnknown {
 		lines = append(lines, "Note: "+d.about.Tries.String()+".")
 	}
 	if err := d.say(lines...); err != nil {
 		return nil, err
 	}
-	pin, err := d.ask.secret(ctx, "PIN: ")
-	if err == nil && pin.Len() == 0 {
-		pin.Wipe()
-		return nil, token.ErrCancelled
+	typed, err := d.ask.secret(ctx, "PIN: ")
+	if err == nil && typed.Len() == 0 {
+		typed.Wipe()
+		return nil, pin.ErrCancelled
 	}
-	return pin, err
+	return typed, err
 }
 
 // LastTry asks whether to use the last try. The word has to be typed in full.

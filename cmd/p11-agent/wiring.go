@@ -15,14 +15,14 @@ import (
 	"p11-agent/pinentry/plain"
 	"p11-agent/pinentry/secret"
 	"p11-agent/pinentry/waiting"
-	"p11-agent/token"
+	"p11-agent/token/pin"
 	"p11-agent/token/wire"
 )
 
 var (
-	_ token.PINAsker = (*asker)(nil)
+	_ pin.Asker = (*asker)(nil)
 
-	_ token.PINDialogue  = (*dialogue)(nil)
+	_ pin.Dialogue       = (*dialogue)(nil)
 	_ approval.Confirmer = (*asker)(nil)
 	_ approval.Inserter  = (*asker)(nil)
 )
@@ -38,7 +38,7 @@ func clientTells(ctx context.Context) context.Context {
 }
 
 // Ask opens a dialogue about one token.
-func (a *asker) Ask(ctx context.Context, about token.PINRequest) (token.PINDialogue, error) {
+func (a *asker) Ask(ctx context.Context, about pin.Request) (pin.Dialogue, error) {
 	of := "the token " + cmp.Or(plain.Name(about.Token.Label, maxNamed), "without label")
 	d := &dialogue{
 		pins:    &conversation{asker: a, what: "the PIN of " + of, hint: "To give the PIN in a terminal, run: p11-agent login " + output.ShellWord(about.Key)},
@@ -48,7 +48,7 @@ func (a *asker) Ask(ctx context.Context, about token.PINRequest) (token.PINDialo
 	}
 	a.note(d, true)
 	first := d.pins
-	if about.Tries == token.TriesLast {
+	if about.Tries == pin.TriesLast {
 		first = d.consent
 	}
 	var err error
@@ -218,7 +218,7 @@ func (a *asker) Insert(ctx context.Context, w approval.Wanted) (yes bool, err er
 // consent where the client has no say.
 type dialogue struct {
 	pins, consent *conversation
-	about         token.PINRequest
+	about         pin.Request
 	quiet         bool // the client tells by itself what to do at the reader
 }
 
@@ -230,15 +230,15 @@ func (d *dialogue) description(ctx context.Context) string {
 	if d.about.EachUse {
 		lines = append(lines, "This key asks for the PIN each time it is used.")
 	}
-	if d.about.Tries == token.TriesLow {
+	if d.about.Tries == pin.TriesLow {
 		lines = append(lines, fewerTries)
 	}
 	return about(useLines(use), lines, []string{requester(request.PeerFrom(ctx))})
 }
 
-func (d *dialogue) PIN(ctx context.Context, problem string) (pin *secret.Secret, err error) {
+func (d *dialogue) PIN(ctx context.Context, problem string) (typed *secret.Secret, err error) {
 	err = d.pins.ask(ctx, func(ctx context.Context, on *pinentry.Dialogue) (err error) {
-		pin, err = on.PIN(ctx, pinentry.Prompt{
+		typed, err = on.PIN(ctx, pinentry.Prompt{
 			Title:       "p11-agent",
 			Description: "Enter " + pinOf(d.about.Token) + "\n" + d.description(ctx),
 			Label:       "PIN:",
@@ -247,9 +247,9 @@ func (d *dialogue) PIN(ctx context.Context, problem string) (pin *secret.Secret,
 		return err
 	})
 	if errors.Is(err, pinentry.ErrCancelled) || errors.Is(err, pinentry.ErrEmpty) {
-		err = token.ErrCancelled
+		err = pin.ErrCancelled
 	}
-	return pin, err
+	return typed, err
 }
 
 func (d *dialogue) LastTry(ctx context.Context, problem string) (yes bool, err error) {
@@ -288,7 +288,7 @@ func (d *dialogue) Notice(ctx context.Context) error {
 		})
 	})
 	if errors.Is(err, pinentry.ErrCancelled) {
-		err = token.ErrCancelled
+		err = pin.ErrCancelled
 	}
 	return err
 }

@@ -16,6 +16,7 @@ import (
 	"p11-agent/cmd/p11-agent/config"
 	"p11-agent/pinentry/plain"
 	"p11-agent/token"
+	"p11-agent/token/pin"
 	"p11-agent/token/pkcs11uri"
 	"p11-agent/token/wire"
 )
@@ -63,7 +64,7 @@ func tokenLine(t wire.TokenID, reader string) string {
 }
 
 // moduleLines name the module that gets the PIN, where the person needs to know it.
-func moduleLines(about token.PINRequest) (lines []string) {
+func moduleLines(about pin.Request) (lines []string) {
 	if about.Module == "" {
 		return nil
 	}

@@ -7,7 +7,7 @@ import (
 	"testing"
 
 	"p11-agent/pinentry/secret"
-	"p11-agent/token"
+	"p11-agent/token/pin"
 )
 
 // A Person answers what a Store asks, as its fields say. They are set before
@@ -29,7 +29,7 @@ type Person struct {
 	Wait <-chan struct{}
 
 	mu       sync.Mutex
-	asked    []token.PINRequest
+	asked    []pin.Request
 	problems []string
 	prompts  int
 	lastTry  int
@@ -39,7 +39,7 @@ type Person struct {
 	changed  chan struct{} // closed and replaced when something above changes
 }
 
-var _ token.PINAsker = (*Person)(nil)
+var _ pin.Asker = (*Person)(nil)
 
 func (p *Person) change(f func()) {
 	p.mu.Lock()
@@ -52,7 +52,7 @@ func (p *Person) change(f func()) {
 }
 
 // Ask opens a dialogue.
-func (p *Person) Ask(_ context.Context, about token.PINRequest) (token.PINDialogue, error) {
+func (p *Person) Ask(_ context.Context, about pin.Request) (pin.Dialogue, error) {
 	p.change(func() {
 		p.asked = append(p.asked, about)
 		p.open++
@@ -62,7 +62,7 @@ func (p *Person) Ask(_ context.Context, about token.PINRequest) (token.PINDialog
 }
 
 // Asked returns what the dialogues were about.
-func (p *Person) Asked() []token.PINRequest {
+func (p *Person) Asked() []pin.Request {
 	p.mu.Lock()
 	defer p.mu.Unlock()
 	return slices.Clone(p.asked)
@@ -122,7 +122,7 @@ func (p *Person) Until(t testing.TB, condition func() bool) {
 // conversation is a dialogue with a Person.
 type conversation struct {
 	p     *Person
-	about token.PINRequest
+	about pin.Request
 	once  sync.Once
 }
 
@@ -140,28 +140,28 @@ func (c *conversation) wait(ctx context.Context) error {
 }
 
 func (c *conversation) PIN(ctx context.Context, problem string) (*secret.Secret, error) {
-	pin := ""
+	typed := ""
 	c.p.change(func() {
 		c.p.prompts++
 		c.p.problems = append(c.p.problems, problem)
 		switch {
 		case c.p.ByReader[c.about.Reader] != "":
-			pin = c.p.ByReader[c.about.Reader]
+			typed = c.p.ByReader[c.about.Reader]
 		case c.p.ByToken != nil:
-			pin = c.p.ByToken[c.about.Token.Label]
+			typed = c.p.ByToken[c.about.Token.Label]
 		case c.p.Always != "":
-			pin = c.p.Always
+			typed = c.p.Always
 		case len(c.p.PINs) > 0:
-			pin, c.p.PINs = c.p.PINs[0], c.p.PINs[1:]
+			typed, c.p.PINs = c.p.PINs[0], c.p.PINs[1:]
 		}
 	})
 	if err := c.wait(ctx); err != nil {
 		return nil, err
 	}
-	if pin == "" {
-		return nil, token.ErrCancelled
+	if typed == "" {
+		return nil, pin.ErrCancelled
 	}
-	return secret.From([]byte(pin))
+	return secret.From([]byte(typed))
 }
 
 func (c *conversation) LastTry(ctx context.Context, problem string) (bool, error) {
@@ -178,7 +178,7 @@ func (c *conversation) Notice(ctx context.Context) error {
 		if err := c.wait(ctx); err != nil {
 			return err
 		}
-		return token.ErrCancelled
+		return pin.ErrCancelled
 	}
 	<-ctx.Done()
 	return nil

@@ -30,6 +30,7 @@ import (
 
 	"p11-agent/pinentry/secret"
 	"p11-agent/token"
+	"p11-agent/token/pin"
 	"p11-agent/token/pkcs11uri"
 )
 
@@ -479,12 +480,12 @@ func testRefuses(t *testing.T, s Subject) {
 		}
 		// Before anybody is asked for a PIN: there is nobody.
 		_, err := Key(t, st, s.Token, s.Keys[tt.kind]).SignContext(t.Context(), tt.digest, tt.opts)
-		if _, asked := errors.AsType[*token.PINError](err); err == nil || asked {
+		if _, asked := errors.AsType[*pin.Error](err); err == nil || asked {
 			t.Errorf("%s: %v", tt.name, err)
 		}
 	}
 	_, err := s.key(t, st).SignContext(t.Context(), make([]byte, 32), crypto.SHA256)
-	if e, ok := errors.AsType[*token.PINError](err); !ok || e.Tried {
+	if e, ok := errors.AsType[*pin.Error](err); !ok || e.Tried {
 		t.Errorf("with nobody to be asked: %v", err)
 	}
 }
@@ -497,7 +498,7 @@ func testWrongPIN(t *testing.T, s Subject) {
 		before = s.Wrong()
 	}
 	err := Sign(t.Context(), s.key(t, st))
-	e, ok := errors.AsType[*token.PINError](err)
+	e, ok := errors.AsType[*pin.Error](err)
 	if !ok || !e.Tried || e.Token != s.Token {
 		t.Fatalf("after a wrong PIN: %v", err)
 	}
@@ -530,7 +531,7 @@ func testGivenPIN(t *testing.T, s Subject) {
 	keys := st.Keys()
 	if _, err := st.Login(t.Context(), nil, keys, Secret(t, s.wrongPIN())); err == nil {
 		t.Error("a wrong PIN logs in")
-	} else if e, ok := errors.AsType[*token.PINError](err); !ok || !e.Tried {
+	} else if e, ok := errors.AsType[*pin.Error](err); !ok || !e.Tried {
 		t.Errorf("a wrong PIN: %v", err)
 	}
 	if _, err := st.Login(t.Context(), nil, keys, Secret(t, s.PIN)); err != nil {
@@ -543,7 +544,7 @@ func testGivenPIN(t *testing.T, s Subject) {
 
 func testDeclined(t *testing.T, s Subject) {
 	st := s.store(t, &Person{})
-	if err := Sign(t.Context(), s.key(t, st)); !errors.Is(err, token.ErrCancelled) {
+	if err := Sign(t.Context(), s.key(t, st)); !errors.Is(err, pin.ErrCancelled) {
 		t.Errorf("got %v", err)
 	}
 }

@@ -1,6 +1,6 @@
 // Package backend runs the modules that the configuration and p11-kit's registry name, and
 // shows their tokens to the keyring. A module that fails costs its own keys only. The package
-// knows neither prompts nor the SSH protocol: the caller brings the PINAsker.
+// knows neither prompts nor the SSH protocol: the caller brings the pin.Asker.
 package backend
 
 import (
@@ -11,6 +11,7 @@ import (
 	"p11-agent/cmd/p11-agent/config"
 	"p11-agent/cmd/p11-agent/paths"
 	"p11-agent/token"
+	"p11-agent/token/pin"
 	"p11-agent/token/registry"
 	"p11-agent/token/wire"
 )
@@ -24,7 +25,7 @@ const LookTimeout = 30 * time.Second
 // Options say how the modules run and what they may do.
 type Options struct {
 	Log  *slog.Logger
-	PINs token.PINAsker // nil: a PIN comes from the configuration only
+	PINs pin.Asker // nil: a PIN comes from the configuration only
 
 	// Working and Generating are told that a token works for long: see token.Options.
 	Working    func(context.Context, *token.Key) (done func())

@@ -16,6 +16,7 @@ import (
 	"p11-agent/pinentry/plain"
 	"p11-agent/pinentry/secret"
 	"p11-agent/token"
+	"p11-agent/token/pin"
 	"p11-agent/token/wire"
 )
 
@@ -29,7 +30,7 @@ type tokens struct {
 
 // Tokens returns the tokens as the keyring uses them. allow limits which modules a client
 // may name. The client of [agent.Tokens] itself tells the person to type a PIN on the
-// reader; clientTells marks the context of such a login for the PINAsker.
+// reader; clientTells marks the context of such a login for the pin.Asker.
 func (b *Modules) Tokens(allow token.AllowList, clientTells func(context.Context) context.Context) agent.Tokens {
 	return &tokens{store: b.Store, allow: allow, clientTells: clientTells}
 }
@@ -110,7 +111,7 @@ func (t *tokens) Select(ctx context.Context, s request.Selection, reached func(r
 
 var errOnlyURI = errors.New("a token is named by its URI here")
 
-func (t *tokens) Login(ctx context.Context, s request.Selection, pin *secret.Secret) (answer request.LoginAnswer, err error) {
+func (t *tokens) Login(ctx context.Context, s request.Selection, given *secret.Secret) (answer request.LoginAnswer, err error) {
 	sel, ok := s.(config.KeySelection)
 	if !ok || sel.URI() == nil {
 		return answer, errOnlyURI
@@ -137,14 +138,14 @@ func (t *tokens) Login(ctx context.Context, s request.Selection, pin *secret.Sec
 		return answer, err
 	}
 	ctx = t.clientTells(ctx)
-	if pin.Len() == 0 {
+	if given.Len() == 0 {
 		err = t.store.LoginAsk(ctx, keys[:1])
 	} else {
-		_, err = t.store.Login(ctx, sel.Selector, keys[:1], pin)
+		_, err = t.store.Login(ctx, sel.Selector, keys[:1], given)
 	}
 	st, _ = t.status(keys[0])
 	answer.Tries = string(status.PINOf(st.Tries))
-	if e, ok := errors.AsType[*token.PINError](err); ok {
+	if e, ok := errors.AsType[*pin.Error](err); ok {
 		answer.Tries = string(status.PINOf(e.Tries))
 	}
 	return answer, err

@@ -11,7 +11,7 @@ import (
 
 	"p11-agent/agent"
 	"p11-agent/agent/request"
-	"p11-agent/token"
+	"p11-agent/token/pin"
 )
 
 // A Report is the status of a running agent, and the output of status --json. New members
@@ -164,13 +164,13 @@ const (
 )
 
 // PINOf returns the PIN for what a token tells.
-func PINOf(t token.Tries) PIN {
+func PINOf(t pin.Tries) PIN {
 	switch t {
-	case token.TriesLow:
+	case pin.TriesLow:
 		return PINLow
-	case token.TriesLast:
+	case pin.TriesLast:
 		return PINLast
-	case token.TriesNone:
+	case pin.TriesNone:
 		return PINLocked
 	default:
 		return PINOK
