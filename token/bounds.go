@@ -34,16 +34,12 @@ const (
 	maxDescription = 3 * 64
 	// maxMissing is how many paths the agent takes that a module cannot write.
 	maxMissing = 64
-	// objectRoom is what an object takes besides its texts and numbers, at the most.
-	objectRoom = 256
 
 	// The agent looks at a module for its events so often at once, and then once in each
 	// interval. Each look may be a new list of keys for every client.
 	lookBurst, lookEvery = 50, 500 * time.Millisecond
 	// A new process in place of one that is well is likewise.
 	renewBurst, renewEvery = 50, 500 * time.Millisecond
-	// A process that tells of more events than this is stopped.
-	eventBurst, eventEvery = 1000, 10 * time.Millisecond
 	// The list of known keys is written so often.
 	knownBurst, knownEvery = 20, 10 * time.Second
 )
@@ -83,16 +79,6 @@ func weight(all []*pairs.Pair) int {
 		for _, c := range p.Certificates {
 			n += len(c)
 		}
-	}
-	return n
-}
-
-// bulk is what objects take, about and in bytes.
-func bulk(objects []wire.Object) int {
-	n := 0
-	for i := range objects {
-		o := &objects[i]
-		n += objectRoom + len(o.ID) + len(o.Label) + len(o.Modulus) + len(o.Exponent) + len(o.ECParams) + len(o.ECPoint) + len(o.Value)
 	}
 	return n
 }

@@ -10,6 +10,7 @@ import (
 
 	"p11-agent/token/pairs"
 	"p11-agent/token/pcsc"
+	"p11-agent/token/process"
 	"p11-agent/token/wire"
 )
 
@@ -20,8 +21,8 @@ import (
 
 // card is what tells one stay of a card in a slot from the next stay.
 type card struct {
-	process *process // that has seen it; nil: none has
-	stay    uint64   // wire.TokenInfo.Stay, of that process
+	process *process.Process // that has seen it; nil: none has
+	stay    uint64           // wire.TokenInfo.Stay, of that process
 	// What pcscd says of the reader. It is the same for all processes of the module.
 	// reader is empty where pcscd does not tell.
 	reader string
@@ -143,8 +144,8 @@ func readerOf(readers []pcsc.Reader, slot wire.Slot) (r pcsc.Reader, ok bool) {
 
 // see notes which card a look has found, and forgets what belongs to another one. before is
 // what pcscd said just before the objects were read.
-func (t *Token) see(ctx context.Context, p *process, reply *listed, before []pcsc.Reader) {
-	now := card{process: p, stay: reply.info.Stay, shown: shownBy(reply.objects)}
+func (t *Token) see(ctx context.Context, p *process.Process, reply *process.Listing, before []pcsc.Reader) {
+	now := card{process: p, stay: reply.Info.Stay, shown: shownBy(reply.Objects)}
 	t.mu.Lock()
 	slot := t.slot
 	t.mu.Unlock()
@@ -225,7 +226,7 @@ const maxTargets = 5
 
 // settle makes sure that the card in the slot is the one that was looked at last, before
 // it gets a PIN.
-func (t *Token) settle(ctx context.Context, p *process, info wire.TokenInfo) (at target, err error) {
+func (t *Token) settle(ctx context.Context, p *process.Process, info wire.TokenInfo) (at target, err error) {
 	at.card = t.pins.Removals()
 	t.mu.Lock()
 	was, slot := t.card, t.slot
@@ -252,7 +253,7 @@ func (t *Token) settle(ctx context.Context, p *process, info wire.TokenInfo) (at
 // stay has begun. It is ok for the same card only: a look for new tokens begins another stay,
 // too, and a person who has put the card in again means that card by the PIN. A PIN that was
 // kept is gone by then.
-func (t *Token) again(ctx context.Context, p *process, was target, kept bool) (at target, ok bool) {
+func (t *Token) again(ctx context.Context, p *process.Process, was target, kept bool) (at target, ok bool) {
 	if t.lookAgain(ctx, p) != nil {
 		return was, false
 	}

@@ -8,6 +8,7 @@ import (
 	"time"
 
 	"p11-agent/token/pcsc"
+	"p11-agent/token/process"
 	"p11-agent/token/wire"
 )
 
@@ -18,19 +19,9 @@ import (
 // module. When the module does not answer soon, it gets a new process without a pause.
 
 const (
-	// goneTimeout is how long a module may take, once a card has gone, for what it was
-	// asked about that card or about all of its slots. A module that is well fails such
-	// a request within milliseconds. A request that meets a card being pulled has 5 s in
-	// all. A new process starts in 0.2 s.
-	goneTimeout = time.Second
-	// noticeTime is how long pcscd needs at the most to notice that a card has gone.
-	noticeTime = 500 * time.Millisecond
-	// othersTimeout is what it may take longer while it works for a card that is still
-	// there: OpenSC does one thing at a time, and a person may be about to touch that card.
-	othersTimeout = 2 * time.Second
 	// newcomerTimeout is how long it may take for its slots when another card has come
 	// meanwhile: it reads that card first, which takes OpenSC 30 commands. arrivalTimeout is
-	// likewise when no card has gone. The next process has listTimeout for a slow card.
+	// likewise when no card has gone. The next process has process.ListTimeout for a slow card.
 	newcomerTimeout = 2 * time.Second
 	arrivalTimeout  = 5 * time.Second
 	// backTimeout is how long a request waits for a card that has just gone to be back, or
@@ -41,9 +32,6 @@ const (
 	cardsRedialMin, cardsRedialMax = 500 * time.Millisecond, 10 * time.Second
 )
 
-// errPulled is why a process ends that did not answer when a card had gone.
-var errPulled = errors.New("it did not answer after a card was put in or taken out, and is started anew")
-
 // errNoService is why a process ends whose pcscd has gone.
 var errNoService = errors.New("it lost its readers and is started anew: pcscd has gone")
 
@@ -51,7 +39,7 @@ var errNoService = errors.New("it lost its readers and is started anew: pcscd ha
 var errAnew = errors.New("it failed and is started anew")
 
 // pulled tells whether a request failed, or a process ended, for that.
-func pulled(err error) bool { return errors.Is(err, errPulled) }
+func pulled(err error) bool { return errors.Is(err, process.ErrPulled) }
 
 // lostByOthers tells whether a request was lost with a process that ended for another card
 // or for another request.
@@ -140,7 +128,7 @@ func (m *module) cardsAre(now []pcsc.Reader) {
 		}
 	})
 	if len(left) > 0 {
-		listing := goneTimeout
+		listing := process.GoneTimeout
 		if slices.ContainsFunc(now, func(r pcsc.Reader) bool {
 			return r.Card && !slices.ContainsFunc(before, func(o pcsc.Reader) bool { return sameStay(o, r) })
 		}) {
@@ -159,7 +147,7 @@ func (m *module) cardsAre(now []pcsc.Reader) {
 // slot, and may not even notice. It tells whether pcscd was there.
 func (m *module) cardsUnknown() (news bool) {
 	var left []*Token
-	var p *process
+	var p *process.Process
 	m.change(func() {
 		if news = m.watch.known; !news {
 			return
@@ -177,7 +165,7 @@ func (m *module) cardsUnknown() (news bool) {
 		t.pins.Wipe()
 	}
 	if p != nil {
-		p.kill(errNoService)
+		p.Kill(errNoService)
 	}
 	return news
 }
@@ -217,7 +205,7 @@ func (t *Token) mayHaveLeft(before, now []pcsc.Reader) bool {
 // is of use again; 0: it has done so.
 func (m *module) cardsLeft(left []*Token, listing time.Duration) {
 	gone := func(t *Token) bool { return slices.Contains(left, t) }
-	var p *process
+	var p *process.Process
 	m.change(func() {
 		m.order = slices.DeleteFunc(slices.Clone(m.order), gone)
 		m.last = slices.DeleteFunc(slices.Clone(m.last), gone)
@@ -232,7 +220,7 @@ func (m *module) cardsLeft(left []*Token, listing time.Duration) {
 		ids = append(ids, t.ID)
 	}
 	if p != nil {
-		p.hurry(ids, listing)
+		p.Hurry(ids, listing)
 	}
 	m.store.publish()
 }
@@ -241,7 +229,7 @@ func (m *module) cardsLeft(left []*Token, listing time.Duration) {
 // any, it does not know which. Where pcscd
 // tells of cards, it knows better: a module takes a reader for empty that another program
 // keeps to itself.
-func (m *module) slotsLeft(p *process, slots []wire.SlotID) {
+func (m *module) slotsLeft(p *process.Process, slots []wire.SlotID) {
 	var left []*Token
 	m.mu.Lock()
 	if m.current == p && !m.watch.known {
@@ -256,7 +244,7 @@ func (m *module) slotsLeft(p *process, slots []wire.SlotID) {
 	}
 	m.mu.Unlock()
 	if len(left) > 0 {
-		m.cardsLeft(left, goneTimeout)
+		m.cardsLeft(left, process.GoneTimeout)
 	}
 }
 
@@ -271,13 +259,13 @@ func (t *Token) logoutLost() {
 
 // endStale logs out of a card that was away, where its module may not have noticed:
 // libykcs11 2.2 keeps the PIN, and gives it to the card that is there.
-func (t *Token) endStale(ctx context.Context, p *process) {
+func (t *Token) endStale(ctx context.Context, p *process.Process) {
 	t.mu.Lock()
 	stale := t.stale == p
 	t.stale = nil
 	t.mu.Unlock()
 	if stale {
-		_ = p.call(ctx, listTimeout, wire.TypeLogout, &wire.Token{Token: t.ID}, new(wire.TokenReply)) // mostly it has noticed
+		_ = p.Call(ctx, process.ListTimeout, wire.TypeLogout, &wire.Token{Token: t.ID}, new(wire.TokenReply)) // mostly it has noticed
 	}
 }
 
@@ -306,7 +294,7 @@ func (m *module) expect(listing time.Duration) {
 	p := m.current
 	m.mu.Unlock()
 	if p != nil {
-		p.expect(listing)
+		p.Expect(listing)
 	}
 }
 
@@ -327,7 +315,7 @@ func (m *module) moves() uint64 {
 
 // answeredSince takes note that the module has answered a look that began after so many
 // moves: it is of use still.
-func (m *module) answeredSince(p *process, moves uint64) {
+func (m *module) answeredSince(p *process.Process, moves uint64) {
 	m.mu.Lock()
 	latest := m.watch.moves == moves && m.current == p
 	doubt := m.watch.doubt
@@ -335,7 +323,7 @@ func (m *module) answeredSince(p *process, moves uint64) {
 	if !latest {
 		return
 	}
-	p.calm()
+	p.Calm()
 	if doubt {
 		m.change(func() { m.watch.doubt = false })
 	}
@@ -345,12 +333,12 @@ func (m *module) answeredSince(p *process, moves uint64) {
 // of a card that has come or gone since there were so many moves. It tells whether that
 // was so. It does not wait where pcscd told of one just before, and so has looked.
 func (m *module) awaitMove(ctx context.Context, moves uint64) bool {
-	late := time.NewTimer(noticeTime)
+	late := time.NewTimer(process.NoticeTime)
 	defer late.Stop()
 	for {
 		m.mu.Lock()
 		moved, state := m.watch.moves != moves, m.state
-		told := !m.watch.known || time.Since(m.watch.last) < noticeTime
+		told := !m.watch.known || time.Since(m.watch.last) < process.NoticeTime
 		m.mu.Unlock()
 		if moved || told {
 			return moved

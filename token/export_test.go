@@ -33,9 +33,7 @@ func Shared(s *Store, module string) (devices, homes, queues int) {
 		p := m.proc
 		m.mu.Unlock()
 		if m.spec.Name == module && p != nil {
-			p.mu.Lock()
-			queues = len(p.queues)
-			p.mu.Unlock()
+			queues = p.Queues()
 		}
 	}
 	return devices, homes, queues

@@ -14,6 +14,7 @@ import (
 	"p11-agent/pinentry/secret"
 	"p11-agent/token/pairs"
 	"p11-agent/token/pkcs11uri"
+	"p11-agent/token/process"
 	"p11-agent/token/wire"
 )
 
@@ -204,10 +205,10 @@ func (t *Token) generate(ctx context.Context, req *wire.Generate, kind KeyKind, 
 
 // checkGenerate finds what is known before a login and stands against a new key, so that
 // nobody types a PIN in vain. What goes wrong otherwise is found when the key is made.
-func (t *Token) checkGenerate(ctx context.Context, p *process, req *wire.Generate, kind KeyKind) error {
+func (t *Token) checkGenerate(ctx context.Context, p *process.Process, req *wire.Generate, kind KeyKind) error {
 	check := *req
 	check.Check = true
-	err := p.call(ctx, listTimeout, wire.TypeGenerate, &check, new(wire.GenerateReply))
+	err := p.Call(ctx, process.ListTimeout, wire.TypeGenerate, &check, new(wire.GenerateReply))
 	if wire.IsReason(err, wire.ReasonExists, wire.ReasonUnsupported) {
 		return t.explainGenerate(err, kind)
 	}
@@ -215,15 +216,15 @@ func (t *Token) checkGenerate(ctx context.Context, p *process, req *wire.Generat
 }
 
 // ask has the module make a pair.
-func (t *Token) ask(ctx context.Context, p *process, req *wire.Generate, reply *wire.GenerateReply) error {
+func (t *Token) ask(ctx context.Context, p *process.Process, req *wire.Generate, reply *wire.GenerateReply) error {
 	if f := t.module.store.opts.Generating; f != nil {
 		defer f(t.ID)()
 	}
-	return p.callThrough(ctx, generateTimeout, wire.TypeGenerate, req, reply)
+	return p.CallThrough(ctx, process.GenerateTimeout, wire.TypeGenerate, req, reply)
 }
 
 // made returns the key that was just made.
-func (t *Token) made(ctx context.Context, p *process, reply *wire.GenerateReply) (*Key, error) {
+func (t *Token) made(ctx context.Context, p *process.Process, reply *wire.GenerateReply) (*Key, error) {
 	pub, err := pairs.PublicKey(reply.Public)
 	if err != nil {
 		return nil, err

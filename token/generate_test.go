@@ -262,7 +262,7 @@ func running(is func(state, stack string) bool) bool {
 // waitsThrough tells whether a request waits for its end although nobody waits for it.
 func waitsThrough() bool {
 	return running(func(state, stack string) bool {
-		return strings.Contains(state, "[chan receive") && strings.HasPrefix(stack, "p11-agent/token.(*process).request(")
+		return strings.Contains(state, "[chan receive") && strings.HasPrefix(stack, "p11-agent/token/process.(*Process).request(")
 	})
 }
 

@@ -370,7 +370,7 @@ func TestCrashBeforeReading(t *testing.T) {
 	tokentest.Until(t, "the PIN was sent", func() bool {
 		buf := make([]byte, 1<<20)
 		return slices.ContainsFunc(strings.Split(string(buf[:runtime.Stack(buf, true)]), "\n\n"), func(g string) bool {
-			return strings.Contains(g, "[select") && strings.Contains(g, "(*process).call(") && strings.Contains(g, "(*Token).logIn(")
+			return strings.Contains(g, "[select") && strings.Contains(g, "(*Process).Call(") && strings.Contains(g, "(*Token).tryStay(")
 		})
 	})
 	proc.Kill()

@@ -18,6 +18,7 @@ import (
 	"p11-agent/token/pairs"
 	"p11-agent/token/pin"
 	"p11-agent/token/pkcs11uri"
+	"p11-agent/token/process"
 	"p11-agent/token/signing"
 	"p11-agent/token/wire"
 )
@@ -44,9 +45,9 @@ type usage struct {
 // proof is when signatures of a key are verified that are verified now and then.
 type proof struct {
 	mu   sync.Mutex
-	by   *process      // the last that was verified came from this one
-	made time.Duration // what those that have come since have taken to make, at least
-	cost time.Duration // what it took to verify the last one
+	by   *process.Process // the last that was verified came from this one
+	made time.Duration    // what those that have come since have taken to make, at least
+	cost time.Duration    // what it took to verify the last one
 }
 
 const (
@@ -59,7 +60,7 @@ const (
 )
 
 // due tells whether a signature is to be verified, which has taken so long.
-func (v *proof) due(by *process, took time.Duration) bool {
+func (v *proof) due(by *process.Process, took time.Duration) bool {
 	v.mu.Lock()
 	defer v.mu.Unlock()
 	v.made += took
@@ -67,7 +68,7 @@ func (v *proof) due(by *process, took time.Duration) bool {
 }
 
 // given notes that one was verified, and what that took.
-func (v *proof) given(by *process, cost time.Duration) {
+func (v *proof) given(by *process.Process, cost time.Duration) {
 	v.mu.Lock()
 	defer v.mu.Unlock()
 	v.by, v.made, v.cost = by, 0, cost
@@ -276,7 +277,7 @@ func (k *Key) check(r signing.Request, m made, sig []byte) error {
 // made is a signature as a token has made it.
 type made struct {
 	signature []byte
-	by        *process
+	by        *process.Process
 	took      time.Duration // at least
 }
 
@@ -333,7 +334,7 @@ func (k *Key) signHealing(ctx context.Context, methods []signing.Method) (made, 
 		}
 		m, login, err := k.attempt(ctx, p, methods[0], mustLogin)
 		if err == nil {
-			p.signed.Store(true)
+			p.NoteSignature()
 			return m, nil
 		}
 		failed, _ := errors.AsType[*pin.LoginError](err)
@@ -364,7 +365,7 @@ func (k *Key) signHealing(ctx context.Context, methods []signing.Method) (made, 
 			if lost := t.doubtLogin(ctx, p, k, login); !lost && loggedInAgain > 1 {
 				return made{}, k.explain(err)
 			}
-		case replaced < maxReplaced && mayHeal && (errors.Is(err, errRenewed) || lostByOthers(err) || failed != nil && wire.IsReason(err, wire.ReasonOtherToken)):
+		case replaced < maxReplaced && mayHeal && (errors.Is(err, process.ErrRenewed) || lostByOthers(err) || failed != nil && wire.IsReason(err, wire.ReasonOtherToken)):
 			// Another request had looked for tokens before the module got this one; or the
 			// card has gone and come back; or the module hung when a card was pulled, or
 			// failed for another request.
@@ -377,7 +378,7 @@ func (k *Key) signHealing(ctx context.Context, methods []signing.Method) (made, 
 			if wire.IsRV(err, wire.CKRGeneralError) && !t.module.awaitMove(ctx, moves) {
 				// Nothing but a new start helps a module that lost its reader
 				// service.
-				p.kill(fmt.Errorf("%w: %w", errAnew, err))
+				p.Kill(fmt.Errorf("%w: %w", errAnew, err))
 				continue
 			}
 			if err := t.rescanWhileBack(ctx); err != nil {
@@ -388,7 +389,7 @@ func (k *Key) signHealing(ctx context.Context, methods []signing.Method) (made, 
 			// another application of the card.
 			renewed = true
 			if !t.module.awaitMove(ctx, moves) {
-				p.kill(fmt.Errorf("%w: %w", errAnew, err))
+				p.Kill(fmt.Errorf("%w: %w", errAnew, err))
 			} else if err := t.rescanWhileBack(ctx); err != nil {
 				return made{}, err
 			}
@@ -400,7 +401,7 @@ func (k *Key) signHealing(ctx context.Context, methods []signing.Method) (made, 
 
 // attempt logs in, where that is expected to be needed, and signs, once. login is
 // the number of the login that it signed with.
-func (k *Key) attempt(ctx context.Context, p *process, method signing.Method, mustLogin bool) (m made, login uint64, err error) {
+func (k *Key) attempt(ctx context.Context, p *process.Process, method signing.Method, mustLogin bool) (m made, login uint64, err error) {
 	t := k.token
 	if !t.present() {
 		return made{}, 0, ErrAbsent
@@ -437,7 +438,7 @@ func refusesMechanism(err error) bool {
 
 // hidesKey tells whether a private key may not have been found because nobody is
 // logged in.
-func (t *Token) hidesKey(p *process, err error) bool {
+func (t *Token) hidesKey(p *process.Process, err error) bool {
 	e, ok := errors.AsType[*wire.Error](err)
 	return ok && e.Reason == wire.ReasonNoKey && (!t.loggedIn(p) || e.HasInfo && !e.Info.LoggedIn)
 }
@@ -448,7 +449,7 @@ func (t *Token) hidesKey(p *process, err error) bool {
 // login is ended, as the token itself knows better. The doubt is about one login:
 // one that somebody else, who met the same, has made since is let alone. It tells
 // whether the token says, and its module knows, that the login has been lost.
-func (t *Token) doubtLogin(ctx context.Context, p *process, k *Key, login uint64) (lost bool) {
+func (t *Token) doubtLogin(ctx context.Context, p *process.Process, k *Key, login uint64) (lost bool) {
 	select {
 	case t.check.turn <- struct{}{}:
 		defer func() { <-t.check.turn }()
@@ -477,7 +478,7 @@ func (t *Token) doubtLogin(ctx context.Context, p *process, k *Key, login uint64
 // broken tells whether a failure may come from what happened to the token or
 // its module since the last use, rather than from the request.
 func broken(err error) bool {
-	return errors.Is(err, ErrAbsent) || errors.Is(err, errGone) ||
+	return errors.Is(err, ErrAbsent) || errors.Is(err, process.ErrGone) ||
 		wire.IsReason(err, wire.ReasonNoToken, wire.ReasonOtherToken, wire.ReasonNoKey) ||
 		wire.IsRV(err, wire.CKRDeviceRemoved, wire.CKRDeviceError, wire.CKRGeneralError, wire.CKRTokenNotPresent,
 			wire.CKRTokenNotRecognized, wire.CKRSessionHandleInvalid, wire.CKRSessionClosed, wire.CKRSlotIDInvalid,
@@ -513,7 +514,7 @@ func (k *Key) needsLogin() bool {
 }
 
 // signOnce has the token sign.
-func (k *Key) signOnce(ctx context.Context, p *process, m signing.Method, with prelude) (made, error) {
+func (k *Key) signOnce(ctx context.Context, p *process.Process, m signing.Method, with prelude) (made, error) {
 	if k.pair.Always {
 		req := new(wire.Sign)
 		k.describe(req, m)
@@ -521,13 +522,13 @@ func (k *Key) signOnce(ctx context.Context, p *process, m signing.Method, with p
 		sig, err := k.token.signWithPIN(ctx, p, k, req, with)
 		return made{sig, p, time.Since(start)}, err
 	}
-	s, err := p.sit(ctx, k.token.ID, k.token.info())
+	turn, err := p.AwaitTurn(ctx, k.token.ID, k.token.info())
 	if err != nil {
 		return made{}, err
 	}
 	defer k.working(ctx)()
-	k.describe(&s.req, m)
-	sig, took, err := p.sign(ctx, s)
+	k.describe(&turn.Request, m)
+	sig, took, err := p.Sign(ctx, turn)
 	return made{sig, p, took}, err
 }
 

@@ -5,6 +5,7 @@ import (
 	"fmt"
 
 	"p11-agent/token/pairs"
+	"p11-agent/token/process"
 	"p11-agent/token/wire"
 )
 
@@ -18,7 +19,7 @@ type leftOut struct {
 }
 
 // listed notes what the module process has left out.
-func (l *leftOut) listed(all *listed) { l.objects, l.long = all.cut, all.long }
+func (l *leftOut) listed(all *process.Listing) { l.objects, l.long = all.Cut, all.Long }
 
 // skipped notes that an object is not used.
 func (l *leftOut) skipped(reason error) {

@@ -1,9 +1,6 @@
 package token
 
 import (
-	"context"
-	"errors"
-	"fmt"
 	"slices"
 	"strings"
 
@@ -11,54 +8,6 @@ import (
 	"p11-agent/token/pkcs11uri"
 	"p11-agent/token/wire"
 )
-
-// errEndless ends a module process that lists more than it may.
-var errEndless = errors.New("it lists objects without end")
-
-// A listed is the objects of a token, as its module process lists them.
-type listed struct {
-	info    wire.TokenInfo
-	objects []wire.Object
-	size    int  // of the objects, about and in bytes
-	cut     bool // the token has more of them
-	long    int  // certificates without their value, which is too long
-}
-
-// add adds objects, as long as there are not more than a module process may list.
-func (l *listed) add(objects []wire.Object) error {
-	l.objects = append(l.objects, objects...)
-	l.size += bulk(objects)
-	const most = wire.MaxObjects + wire.MaxNamedObjects
-	if len(l.objects) > most || l.size > wire.MaxObjectBytes+wire.MaxNamedBytes+objectRoom*most {
-		return errEndless
-	}
-	return nil
-}
-
-// objects has the module process list the objects of a token.
-func (p *process) objects(ctx context.Context, req *wire.Objects) (*listed, error) {
-	all := new(listed)
-	part := func(f wire.Frame) error {
-		part := new(wire.ObjectsPart)
-		if err := f.Decode(part); err != nil {
-			return err
-		}
-		if part.First {
-			*all = listed{}
-		}
-		return all.add(part.Objects)
-	}
-	reply := new(wire.ObjectsReply)
-	if err := p.callParts(ctx, listTimeout, wire.TypeObjects, req, reply, part); err != nil {
-		return nil, err
-	}
-	if err := all.add(reply.Objects); err != nil {
-		p.kill(fmt.Errorf("its answer made no sense: %w", err))
-		return nil, err
-	}
-	all.info, all.cut, all.long = reply.Info, reply.Cut, int(reply.Long)
-	return all, nil
-}
 
 // maxNameBytes bounds the names in one request: it has to fit into wire.MaxRequest.
 const maxNameBytes = wire.MaxRequest / 2

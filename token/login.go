@@ -8,6 +8,7 @@ import (
 
 	"p11-agent/pinentry/secret"
 	"p11-agent/token/pin"
+	"p11-agent/token/process"
 	"p11-agent/token/wire"
 )
 
@@ -184,7 +185,7 @@ func (t *Token) logOutFirst(ctx context.Context) error {
 }
 
 // tryLogin has the token try a PIN on a card. It returns where the card is now.
-func (t *Token) tryLogin(ctx context.Context, p *process, trial pin.Trial, at target) (target, error) {
+func (t *Token) tryLogin(ctx context.Context, p *process.Process, trial pin.Trial, at target) (target, error) {
 	for n := 0; ; n++ {
 		err := t.tryStay(ctx, p, trial, at.stay)
 		if n == maxTargets || !wire.IsReason(err, wire.ReasonOtherToken) {
@@ -198,7 +199,7 @@ func (t *Token) tryLogin(ctx context.Context, p *process, trial pin.Trial, at ta
 }
 
 // tryStay has the token try a PIN while one stay of a card lasts (wire.TokenInfo.Stay).
-func (t *Token) tryStay(ctx context.Context, p *process, trial pin.Trial, stay uint64) error {
+func (t *Token) tryStay(ctx context.Context, p *process.Process, trial pin.Trial, stay uint64) error {
 	// From here on the process may be logged in, whether or not the answer arrives.
 	t.mu.Lock()
 	t.attempted = p
@@ -206,7 +207,7 @@ func (t *Token) tryStay(ctx context.Context, p *process, trial pin.Trial, stay u
 	var reply wire.TokenReply
 	moves := t.module.moves()
 	request := wire.Login{Token: t.ID, Stay: stay, LastTry: trial.LastTry, Pad: trial.Pad, PIN: trial.PIN}
-	err := p.call(ctx, loginTimeout, wire.TypeLogin, &request, &reply)
+	err := p.Call(ctx, process.LoginTimeout, wire.TypeLogin, &request, &reply)
 	t.module.loginBroke(ctx, p, moves, err)
 	info, told := reply.Info, err == nil
 	if e, ok := errors.AsType[*wire.Error](err); ok {
@@ -228,7 +229,7 @@ func (t *Token) tryStay(ctx context.Context, p *process, trial pin.Trial, stay u
 
 // reveal reads the objects that show only after a login, so that the signature that the login
 // was for knows what its key wants. It does nothing when all objects have shown before.
-func (t *Token) reveal(ctx context.Context, p *process) {
+func (t *Token) reveal(ctx context.Context, p *process.Process) {
 	t.mu.Lock()
 	hidden := slices.ContainsFunc(t.keys, func(k *Key) bool { return !k.pair.Visible })
 	t.mu.Unlock()
@@ -238,17 +239,14 @@ func (t *Token) reveal(ctx context.Context, p *process) {
 		}
 		t.module.store.publish()
 	}
-	select { // the next look finds keys that were hidden altogether
-	case p.events <- struct{}{}:
-	default:
-	}
+	p.Notify() // the next look finds keys that were hidden altogether
 }
 
 // fresh reads the state of the token. Other programs change the flags, so the agent reads them
 // before every login.
-func (t *Token) fresh(ctx context.Context, p *process) (wire.TokenInfo, error) {
+func (t *Token) fresh(ctx context.Context, p *process.Process) (wire.TokenInfo, error) {
 	var reply wire.TokenReply
-	err := p.call(ctx, listTimeout, wire.TypeToken, &wire.Token{Token: t.ID}, &reply)
+	err := p.Call(ctx, process.ListTimeout, wire.TypeToken, &wire.Token{Token: t.ID}, &reply)
 	if err != nil {
 		return reply.Info, err
 	}
@@ -263,7 +261,7 @@ func (t *Token) fresh(ctx context.Context, p *process) (wire.TokenInfo, error) {
 func (t *Token) classify(err error) error {
 	e, ok := errors.AsType[*wire.Error](err)
 	if !ok {
-		return t.loginFailed(err, errors.Is(err, errGone) && !errors.Is(err, errRenewed))
+		return t.loginFailed(err, errors.Is(err, process.ErrGone) && !errors.Is(err, process.ErrRenewed))
 	}
 	tries := pin.TriesUnknown
 	if e.HasInfo {
@@ -298,7 +296,7 @@ func (t *Token) loginFailed(err error, attempted bool) error {
 	if _, ok := errors.AsType[*ModuleError](err); ok {
 		return err
 	}
-	if _, ok := errors.AsType[*wire.Error](err); ok || errors.Is(err, errGone) {
+	if _, ok := errors.AsType[*wire.Error](err); ok || errors.Is(err, process.ErrGone) {
 		err = t.module.wrap(err)
 	}
 	return &pin.LoginError{Token: t.ID.Label, Attempted: attempted, Err: err}
@@ -313,7 +311,7 @@ func isLoginError(err error) bool {
 
 // signWithPIN makes a signature with a key that wants its PIN each time. The requests for such
 // keys wait for each other: each has its own prompt.
-func (t *Token) signWithPIN(ctx context.Context, p *process, k *Key, req *wire.Sign, with prelude) (signature []byte, err error) {
+func (t *Token) signWithPIN(ctx context.Context, p *process.Process, k *Key, req *wire.Sign, with prelude) (signature []byte, err error) {
 	// Close does not wait for a request, but every prompt ends with the Store.
 	ctx, cancel := context.WithCancel(ctx)
 	defer cancel()
@@ -329,7 +327,7 @@ func (t *Token) signWithPIN(ctx context.Context, p *process, k *Key, req *wire.S
 }
 
 // signInTurn is signWithPIN. The caller has the turn.
-func (t *Token) signInTurn(ctx context.Context, p *process, k *Key, req *wire.Sign, with prelude) ([]byte, error) {
+func (t *Token) signInTurn(ctx context.Context, p *process.Process, k *Key, req *wire.Sign, with prelude) ([]byte, error) {
 	info, err := t.fresh(ctx, p)
 	if err != nil {
 		return nil, err
@@ -346,7 +344,7 @@ func (t *Token) signInTurn(ctx context.Context, p *process, k *Key, req *wire.Si
 	sign := func(ctx context.Context, kept bool) error {
 		for n := 0; ; n++ {
 			req.Stay = at.stay
-			err := p.call(ctx, signTimeout, wire.TypeSign, req, &reply)
+			err := p.Call(ctx, process.SignTimeout, wire.TypeSign, req, &reply)
 			if n == maxTargets || !wire.IsReason(err, wire.ReasonOtherToken) {
 				return err
 			}

@@ -7,6 +7,7 @@ import (
 
 	"p11-agent/pinentry/secret"
 	"p11-agent/token/pkcs11uri"
+	"p11-agent/token/process"
 	"p11-agent/token/wire"
 )
 
@@ -36,7 +37,7 @@ func (m *module) newToken(ctx context.Context, label string, pin *secret.Secret)
 	}
 	ctx = context.WithoutCancel(ctx)
 	reply := new(wire.NewTokenReply)
-	if err := p.call(ctx, generateTimeout, wire.TypeNewToken, &wire.NewToken{Label: label, PIN: pin}, reply); err != nil {
+	if err := p.Call(ctx, process.GenerateTimeout, wire.TypeNewToken, &wire.NewToken{Label: label, PIN: pin}, reply); err != nil {
 		if e, ok := errors.AsType[*wire.Error](err); ok && e.Reason == wire.ReasonUnsupported {
 			return "", fmt.Errorf("module %s: %s", m.spec.Name, e.Text)
 		}

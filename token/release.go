@@ -8,6 +8,7 @@ import (
 	"time"
 
 	"p11-agent/token/pcsc"
+	"p11-agent/token/process"
 	"p11-agent/token/wire"
 )
 
@@ -51,7 +52,7 @@ func (m *module) use() (done func()) {
 
 // releaseAfter tells how long the module has to be idle now, and whether it is
 // to be let go at all.
-func (m *module) releaseAfter(p *process) (idle time.Duration, ok bool) {
+func (m *module) releaseAfter(p *process.Process) (idle time.Duration, ok bool) {
 	if !m.usesReaders() {
 		return 0, false
 	}
@@ -77,7 +78,7 @@ func (m *module) releaseCheck() time.Duration {
 // release ends the process when nobody has used it for long enough, with every
 // login. It returns what pcscd said of the readers just before; nil and when to
 // ask again, when it is to go on.
-func (m *module) release(ctx context.Context, p *process) (watch *readerWatch, again time.Duration) {
+func (m *module) release(ctx context.Context, p *process.Process) (watch *readerWatch, again time.Duration) {
 	idle, ok := m.releaseAfter(p)
 	if !ok {
 		return nil, m.releaseCheck()
@@ -101,10 +102,7 @@ func (m *module) release(ctx context.Context, p *process) (watch *readerWatch, a
 	if held || !sameCards(watch.seen, cards) {
 		// Something has changed that the module has not noticed yet.
 		watch.close()
-		select {
-		case p.events <- struct{}{}:
-		default:
-		}
+		p.Notify()
 		return nil, m.releaseCheck()
 	}
 	parked := false
@@ -123,14 +121,14 @@ func (m *module) release(ctx context.Context, p *process) (watch *readerWatch, a
 	for _, t := range m.known() {
 		t.endWith(bounded, p)
 	}
-	p.kill(errReleased)
+	p.Kill(errReleased)
 	m.log.Debug("the cards are let go until they are needed")
 	return watch, 0
 }
 
 // endWith logs out of the token before its process ends, as a card may stay
 // verified beyond that. What is kept of the PIN stays.
-func (t *Token) endWith(ctx context.Context, p *process) {
+func (t *Token) endWith(ctx context.Context, p *process.Process) {
 	defer t.module.store.stir()
 	t.mu.Lock()
 	in := t.session == p || t.attempted == p
@@ -144,7 +142,7 @@ func (t *Token) endWith(ctx context.Context, p *process) {
 	if !in {
 		return
 	}
-	if err := p.call(ctx, loginTimeout, wire.TypeLogout, &wire.Token{Token: t.ID}, new(wire.TokenReply)); err != nil {
+	if err := p.Call(ctx, process.LoginTimeout, wire.TypeLogout, &wire.Token{Token: t.ID}, new(wire.TokenReply)); err != nil {
 		t.module.log.Debug("cannot log out", "token", t.ID.Label, "reason", err)
 	}
 }

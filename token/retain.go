@@ -8,6 +8,8 @@ import (
 	"slices"
 	"sync"
 	"time"
+
+	"p11-agent/token/process"
 )
 
 // Retention is how long a login lasts after the use of a key. The zero value is
@@ -67,7 +69,7 @@ type retained struct {
 	since      time.Time // the first signature of this login, or the login itself if that was not for one
 	end        time.Time // when to log out; zero: not at all
 	timer      *time.Timer
-	session    *process // with insertions, tells one login from the next
+	session    *process.Process // with insertions, tells one login from the next
 	insertions uint64
 }
 
@@ -78,7 +80,7 @@ func (t *Token) used(ctx context.Context, k *Key) {
 	r := s.policyOf(k).Retention
 	if r.Never {
 		// The signature is made: whether its client still waits does not matter.
-		ctx, cancel := context.WithTimeout(context.WithoutCancel(ctx), loginTimeout)
+		ctx, cancel := context.WithTimeout(context.WithoutCancel(ctx), process.LoginTimeout)
 		defer cancel()
 		t.end(ctx)
 		return
@@ -150,7 +152,7 @@ func (t *Token) expire() {
 		return
 	}
 	t.mu.Unlock()
-	ctx, cancel := context.WithTimeout(t.module.store.ctx, loginTimeout)
+	ctx, cancel := context.WithTimeout(t.module.store.ctx, process.LoginTimeout)
 	defer cancel()
 	if t.end(ctx) {
 		t.module.log.Info("logged out: the login has lasted as long as configured", "token", t.ID.Label)
@@ -206,7 +208,7 @@ func (t *Token) forgetAt(ctx context.Context, e Event) {
 			err = errors.New("it did not answer in time")
 		}
 		log.Warn("cannot log out, the module is stopped", "error", err)
-		p.kill(fmt.Errorf("it did not log out: %w", err))
+		p.Kill(fmt.Errorf("it did not log out: %w", err))
 		return
 	}
 	if in {

@@ -10,6 +10,7 @@ import (
 	"time"
 
 	"p11-agent/token/pcsc"
+	"p11-agent/token/process"
 	"p11-agent/token/registry"
 	"p11-agent/token/wire"
 )
@@ -258,8 +259,8 @@ func (m *module) keepHeld(ctx context.Context, order []*Token, before []pcsc.Rea
 //
 // One that failed as the card was pulled needs no new process. moves is how many cards had
 // come and gone before.
-func (m *module) loginBroke(ctx context.Context, p *process, moves uint64, err error) {
+func (m *module) loginBroke(ctx context.Context, p *process.Process, moves uint64, err error) {
 	if e, ok := errors.AsType[*wire.Error](err); ok && e.Function == "C_Login" && wire.IsRV(err, wire.CKRDeviceError, wire.CKRGeneralError) && !m.awaitMove(ctx, moves) {
-		p.kill(fmt.Errorf("%w: %w", errAnew, err))
+		p.Kill(fmt.Errorf("%w: %w", errAnew, err))
 	}
 }

@@ -6,6 +6,7 @@ import (
 	"fmt"
 	"log/slog"
 	"maps"
+	"os"
 	"path/filepath"
 	"slices"
 	"sync"
@@ -14,6 +15,8 @@ import (
 	"p11-agent/pinentry/plain"
 	"p11-agent/token/pace"
 	"p11-agent/token/pcsc"
+	"p11-agent/token/process"
+	"p11-agent/token/registry"
 	"p11-agent/token/wire"
 )
 
@@ -52,7 +55,7 @@ type module struct {
 	file     string // spec.Path with all links followed, as far as there is such a file
 	log      *slog.Logger
 	lines    *folding      // behind log
-	looks    pace.Limit          // of those for events; run's
+	looks    pace.Limit    // of those for events; run's
 	looked   chan struct{} // closed after the first look, or the first failure
 	wanted   chan *lookup  // looks asked for
 	poked    chan struct{} // one element: somebody looks at the keys
@@ -60,8 +63,8 @@ type module struct {
 	moved    chan struct{} // one element: cards have come or gone, as pcscd tells
 
 	mu         sync.Mutex
-	state      chan struct{} // closed and replaced at every change below
-	proc       *process      // nil while there is none
+	state      chan struct{}    // closed and replaced at every change below
+	proc       *process.Process // nil while there is none
 	info       wire.HelloReply
 	err        error     // why there is none
 	retry      time.Time // when it is started again; zero: when somebody wants it
@@ -75,7 +78,7 @@ type module struct {
 	order      []*Token                // the present ones, in the order of slots
 	last       []*Token                // likewise at the last look, whatever came after
 	pid        int                     // of the process, from before proc is set; 0: there is none
-	current    *process                // likewise, from before the module is loaded
+	current    *process.Process        // likewise, from before the module is loaded
 	watch      cardWatch
 	pcsc       bool          // it sees smart cards by pcscd
 	empty      string        // why it shows no token, if somebody knows
@@ -137,14 +140,13 @@ func (m *module) run(ctx context.Context) {
 	renewals := pace.Limit{Burst: renewBurst, Every: renewEvery}
 	for ctx.Err() == nil {
 		began, moves := time.Now(), m.moves()
-		p, err := startProcess(ctx, spec, m.store.opts.Command, m.log, func(p *process) {
-			p.left = func(slots []wire.SlotID) { m.slotsLeft(p, slots) }
-			m.change(func() { m.current, m.watch.doubt = p, false })
-		})
+		p, err := m.start(ctx, spec)
 		if err == nil {
-			m.tellSandbox(p.info.Sandbox)
+			info := p.Info()
+			trimHello(&info)
+			m.tellSandbox(info.Sandbox)
 			m.change(func() {
-				m.info, m.pid = p.info, p.cmd.Process.Pid
+				m.info, m.pid = info, p.PID()
 				if !m.released && !renewed {
 					m.starts++
 				}
@@ -152,37 +154,37 @@ func (m *module) run(ctx context.Context) {
 			err = m.look(ctx, p, false)
 			answer(due, err)
 			due = nil
-			if p.failure() == nil {
+			if p.Err() == nil {
 				m.change(func() { m.proc, m.err, m.retry, m.released, m.lastUse = p, nil, time.Time{}, false, time.Now() })
 				m.store.stir()
 				first() // else when it is noted what happened to it
 				var watch *readerWatch
 				if watch, due = m.attend(ctx, p); watch != nil {
-					<-p.done
+					<-p.Done()
 					m.change(func() { m.pid = 0 })
 					due, renewed, again = m.rest(ctx, watch), false, backoff{}
 					continue
 				}
 			}
-			<-p.done
-			err = p.failure()
+			<-p.Done()
+			err = p.Err()
 		}
 		if ctx.Err() != nil {
 			break
 		}
-		if renewed = errors.Is(err, errRenewed); renewed {
+		if renewed = errors.Is(err, process.ErrRenewed); renewed {
 			first() // whoever waits for all modules does not wait for one that wants this at once
 			renewals.Wait(ctx)
 			continue
 		}
-		if pulled(err) || oneAtATime(err) && m.moves() != moves {
+		if pulled(err) || process.IsOneAtATime(err) && m.moves() != moves {
 			// The card is to blame, and there may be others.
 			m.log.Info("module is started anew", "reason", err)
 			first()
 			renewals.Wait(ctx)
 			continue
 		}
-		if oneAtATime(err) && !poll {
+		if process.IsOneAtATime(err) && !poll {
 			// Found out before somebody had to wait for it.
 			m.log.Info("module does one thing at a time: its slots are looked at again and again")
 			renewed, poll, spec.Poll = p != nil, true, true
@@ -193,11 +195,11 @@ func (m *module) run(ctx context.Context) {
 				err = fmt.Errorf("%w; %s", err, cause)
 			}
 		}
-		if p != nil && p.signed.Load() || m.moves() != moves {
+		if p != nil && p.HasSigned() || m.moves() != moves {
 			again = backoff{} // it was of use, or had a card pulled
 		}
 		// A wait for events may be what it hung for.
-		_, hung := errors.AsType[*hungError](err)
+		_, hung := errors.AsType[*process.HungError](err)
 		spec.Poll = poll || hung
 		wait := again.next(time.Since(began))
 		if wire.IsReason(err, wire.ReasonLoad) || wait >= restartMax && !m.everRan() {
@@ -211,6 +213,23 @@ func (m *module) run(ctx context.Context) {
 		due = m.pause(ctx, wait)
 	}
 	m.change(func() { m.proc, m.err, m.retry = nil, ErrClosed, time.Time{} })
+}
+
+// start starts a process of the module.
+func (m *module) start(ctx context.Context, spec ModuleSpec) (*process.Process, error) {
+	p, err := process.Start(ctx, process.Options{
+		Name: spec.Name, Command: m.store.opts.Command, Env: registry.Environment(os.Environ(), spec.Env),
+		Hello: wire.Hello{
+			Path: spec.Path, InitArgs: spec.InitArgs, Poll: spec.Poll, Unconfined: spec.Unconfined, Write: spec.Write,
+		},
+		Timeout: spec.Timeout, Log: m.log,
+		SlotsLeft: m.slotsLeft,
+		Starting:  func(p *process.Process) { m.change(func() { m.current, m.watch.doubt = p, false }) },
+	})
+	if err != nil && !spec.Unconfined && !fitsSandbox(spec.Path) && maybeSandbox(err) {
+		err = fmt.Errorf("%w; %s", err, sandboxHint)
+	}
+	return p, err
 }
 
 // tellSandbox logs once what a module is not kept from although it should be.
@@ -258,7 +277,7 @@ func (m *module) stopped(err error, wait time.Duration) {
 	m.change(func() {
 		m.proc, m.err, m.retry, m.pid, m.released = nil, err, time.Time{}, 0, false
 		m.lastLook = time.Now()
-		old, m.complain = m.complain == withoutWords(err), withoutWords(err)
+		old, m.complain = m.complain == process.WithoutOutput(err), process.WithoutOutput(err)
 		if wait > 0 {
 			m.retry = time.Now().Add(wait)
 		}
@@ -272,7 +291,7 @@ func (m *module) stopped(err error, wait time.Duration) {
 	m.store.publish()
 	reason := err.Error()
 	if old {
-		reason = withoutWords(err) // its words are in the log already
+		reason = process.WithoutOutput(err) // its words are in the log already
 	}
 	switch {
 	case wait > 0:
@@ -311,22 +330,22 @@ func (m *module) pause(ctx context.Context, wait time.Duration) (due []*lookup) 
 // attend serves a running process until it ends. It returns a watch of the
 // readers when it was ended because nobody needed it, and the looks that the
 // process is replaced for.
-func (m *module) attend(ctx context.Context, p *process) (*readerWatch, []*lookup) {
+func (m *module) attend(ctx context.Context, p *process.Process) (*readerWatch, []*lookup) {
 	idle := time.NewTimer(0)
 	defer idle.Stop()
 	var later <-chan time.Time // a look that is put off
 	for {
 		var err error
 		var due []*lookup
-		events := p.events
+		events := p.Events()
 		if later != nil {
 			events = nil
 		}
 		select {
 		case <-ctx.Done():
-			p.kill(ErrClosed)
+			p.Kill(ErrClosed)
 			return nil, nil
-		case <-p.done:
+		case <-p.Done():
 			return nil, nil
 		case <-idle.C:
 			watch, again := m.release(ctx, p)
@@ -353,11 +372,11 @@ func (m *module) attend(ctx context.Context, p *process) (*readerWatch, []*looku
 			err = m.look(ctx, p, true)
 			due = append(due, l)
 		}
-		if errors.Is(err, errRenewed) || pulled(err) {
+		if errors.Is(err, process.ErrRenewed) || pulled(err) {
 			return nil, due
 		}
 		answer(due, err)
-		if err != nil && ctx.Err() == nil && p.failure() == nil { // else run says it
+		if err != nil && ctx.Err() == nil && p.Err() == nil { // else run says it
 			m.log.Warn("module cannot be looked at", "reason", err)
 		}
 	}
@@ -373,20 +392,20 @@ func (m *module) mute() bool {
 
 // look asks the module for its tokens and keys and publishes them. A token that
 // fails keeps what was known of it.
-func (m *module) look(ctx context.Context, p *process, again bool) error {
+func (m *module) look(ctx context.Context, p *process.Process, again bool) error {
 	before, moves := m.readers(ctx), m.moves()
 	var slots wire.SlotsReply
 	// A process is not replaced while a person types a PIN for it.
-	again = again && !(p.info.Waits && m.asking())
-	err := p.call(ctx, listTimeout, wire.TypeSlots, &wire.Slots{Reinitialize: again}, &slots)
-	if p.failure() == nil {
+	again = again && !(p.Info().Waits && m.asking())
+	err := p.Call(ctx, process.ListTimeout, wire.TypeSlots, &wire.Slots{Reinitialize: again}, &slots)
+	if p.Err() == nil {
 		m.answeredSince(p, moves)
 	}
 	if err != nil {
 		if wire.IsRV(err, wire.CKRGeneralError, wire.CKRDeviceError, wire.CKRCryptokiNotInitialized) {
 			// Some modules never recover from the loss of their reader service;
 			// a new process does.
-			p.kill(fmt.Errorf("its tokens cannot be listed: %w", err))
+			p.Kill(fmt.Errorf("its tokens cannot be listed: %w", err))
 		}
 		return m.wrap(err)
 	}
@@ -420,7 +439,7 @@ func (m *module) look(ctx context.Context, p *process, again bool) error {
 			m.log.Warn("module shows more objects than are read", "token", slot.Token.Label, "serial", slot.Token.Serial)
 			left.unread++
 		} else if size, err := t.look(ctx, p, &slot, order, now); err != nil {
-			if ctx.Err() != nil || p.failure() != nil {
+			if ctx.Err() != nil || p.Err() != nil {
 				return m.wrap(err)
 			}
 			m.log.Warn("token cannot be read", "token", slot.Token.Label, "serial", slot.Token.Serial, "reason", err)
@@ -453,7 +472,9 @@ func (m *module) look(ctx context.Context, p *process, again bool) error {
 		m.cardsLeft(gone, 0)
 	}
 	m.prune()
-	p.forgetQueues(order)
+	p.ForgetQueues(func(id wire.TokenID) bool {
+		return slices.ContainsFunc(order, func(t *Token) bool { return t.ID == id })
+	})
 	m.store.publish()
 	return nil
 }
@@ -490,7 +511,7 @@ func (m *module) known() []*Token {
 }
 
 // running returns the process, waiting for it while it starts.
-func (m *module) running(ctx context.Context) (*process, error) {
+func (m *module) running(ctx context.Context) (*process.Process, error) {
 	for {
 		m.mu.Lock()
 		p, state, doubt := m.proc, m.state, m.watch.doubt
@@ -504,7 +525,7 @@ func (m *module) running(ctx context.Context) (*process, error) {
 		}
 		m.mu.Unlock()
 		switch {
-		case p != nil && p.failure() == nil && !doubt:
+		case p != nil && p.Err() == nil && !doubt:
 			return p, nil
 		case p == nil && !soon:
 			return nil, failure
@@ -606,7 +627,7 @@ func (m *module) statusNow() (st ModuleStatus, there, away []*Token) {
 		Empty:    m.empty,
 	}
 	if m.proc != nil {
-		st.PID = m.proc.cmd.Process.Pid
+		st.PID = m.proc.PID()
 		st.Sandbox = plain.Output(m.info.Sandbox.String())
 	}
 	for _, t := range m.order {

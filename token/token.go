@@ -19,6 +19,7 @@ import (
 	"p11-agent/token/pcsc"
 	"p11-agent/token/pin"
 	"p11-agent/token/pkcs11uri"
+	"p11-agent/token/process"
 	"p11-agent/token/wire"
 )
 
@@ -42,13 +43,13 @@ type Token struct {
 	leftOut          []string                     // see TokenStatus.LeftOut
 	cut              bool                         // the token has more objects than are listed
 	insertions       uint64
-	seen             time.Time // when it was there last, if it is not
-	session          *process  // the process that is logged in, nil when none is
-	since            time.Time // when that was noticed first
-	logins           uint64    // numbers the logins
-	changes          uint64    // counts what is done to the login, for those who read it meanwhile
-	stale            *process  // the one that was logged in when the card was taken out, until it was looked at since
-	attempted        *process  // one that a login was begun in, and may have had success
+	seen             time.Time        // when it was there last, if it is not
+	session          *process.Process // the process that is logged in, nil when none is
+	since            time.Time        // when that was noticed first
+	logins           uint64           // numbers the logins
+	changes          uint64           // counts what is done to the login, for those who read it meanwhile
+	stale            *process.Process // the one that was logged in when the card was taken out, until it was looked at since
+	attempted        *process.Process // one that a login was begun in, and may have had success
 	refusesMechanism map[uint64]bool
 	retained         retained
 	card             card // that was looked at last
@@ -72,7 +73,7 @@ func (t *Token) removable() bool {
 }
 
 // lookAgain reads the objects of a token that is where it was.
-func (t *Token) lookAgain(ctx context.Context, p *process) error {
+func (t *Token) lookAgain(ctx context.Context, p *process.Process) error {
 	_, err := t.look(ctx, p, nil, t.module.present(), t.module.readers(ctx))
 	return err
 }
@@ -80,7 +81,7 @@ func (t *Token) lookAgain(ctx context.Context, p *process) error {
 // look reads the objects of the token. slot is where it is; nil: where it was. Others are
 // tokens of the module that its keys share the room with. readers is what pcscd has said
 // just before. It returns the size of what was read, in bytes.
-func (t *Token) look(ctx context.Context, p *process, slot *wire.Slot, others []*Token, readers []pcsc.Reader) (int, error) {
+func (t *Token) look(ctx context.Context, p *process.Process, slot *wire.Slot, others []*Token, readers []pcsc.Reader) (int, error) {
 	t.endStale(ctx, p)
 	t.mu.Lock()
 	changes := t.changes
@@ -89,11 +90,11 @@ func (t *Token) look(ctx context.Context, p *process, slot *wire.Slot, others []
 	if slot != nil {
 		request.Slot, request.Placed = slot.ID, true
 	}
-	reply, err := p.objects(ctx, &request)
+	reply, err := p.Objects(ctx, &request)
 	if err != nil {
 		return 0, err
 	}
-	hidden := reply.info.Flags&wire.CKFLoginRequired != 0 && !reply.info.LoggedIn
+	hidden := reply.Info.Flags&wire.CKFLoginRequired != 0 && !reply.Info.LoggedIn
 	log := t.module.log
 	var left leftOut
 	left.listed(reply)
@@ -103,7 +104,7 @@ func (t *Token) look(ctx context.Context, p *process, slot *wire.Slot, others []
 		t.mu.Unlock()
 	}
 	t.see(ctx, p, reply, readers)
-	all := t.pairs(reply.objects, hidden, reply.cut, func(o wire.Object, reason error) {
+	all := t.pairs(reply.Objects, hidden, reply.Cut, func(o wire.Object, reason error) {
 		left.skipped(reason)
 		log.Debug("object is not used", "token", t.ID.Label, "label", o.Label, "id", hex.EncodeToString(o.ID), "reason", reason)
 	})
@@ -118,12 +119,12 @@ func (t *Token) look(ctx context.Context, p *process, slot *wire.Slot, others []
 	all = t.fit(all, others, &left)
 	t.mu.Lock()
 	defer t.mu.Unlock()
-	t.slot.Info = reply.info
+	t.slot.Info = reply.Info
 	t.weight = weight(all)
-	t.leftOut, t.cut = left.reasons(), reply.cut
+	t.leftOut, t.cut = left.reasons(), reply.Cut
 	switch {
 	case t.changes != changes: // what was read may be of before, or of another card
-	case reply.info.LoggedIn:
+	case reply.Info.LoggedIn:
 		t.enterLocked(p)
 	case t.session == p:
 		t.session = nil
@@ -144,7 +145,7 @@ func (t *Token) look(ctx context.Context, p *process, slot *wire.Slot, others []
 		t.addLocked(k)
 	}
 	t.names = indexNames(t.keys)
-	return reply.size, nil
+	return reply.Size, nil
 }
 
 // addLocked adds a key to those of the token.
@@ -220,7 +221,7 @@ func (t *Token) info() wire.TokenInfo {
 }
 
 // loggedIn tells whether this process is logged in, as far as we know.
-func (t *Token) loggedIn(p *process) bool {
+func (t *Token) loggedIn(p *process.Process) bool {
 	t.mu.Lock()
 	defer t.mu.Unlock()
 	return t.session == p
@@ -233,7 +234,7 @@ func (t *Token) lastLogin() uint64 {
 	return t.logins
 }
 
-func (t *Token) setLoggedIn(p *process, in bool) {
+func (t *Token) setLoggedIn(p *process.Process, in bool) {
 	defer t.module.store.stir()
 	t.mu.Lock()
 	defer t.mu.Unlock()
@@ -247,7 +248,7 @@ func (t *Token) setLoggedIn(p *process, in bool) {
 }
 
 // enterLocked notes that a process is logged in.
-func (t *Token) enterLocked(p *process) {
+func (t *Token) enterLocked(p *process.Process) {
 	if t.session != p {
 		t.session, t.since = p, time.Now()
 	}
@@ -271,10 +272,10 @@ func (t *Token) logout(ctx context.Context) error {
 	t.changes++
 	logins := t.logins
 	t.mu.Unlock()
-	if p == nil || p.failure() != nil {
+	if p == nil || p.Err() != nil {
 		return nil // the login went with the process
 	}
-	err := p.call(ctx, loginTimeout, wire.TypeLogout, &wire.Token{Token: t.ID}, new(wire.TokenReply))
+	err := p.Call(ctx, process.LoginTimeout, wire.TypeLogout, &wire.Token{Token: t.ID}, new(wire.TokenReply))
 	t.mu.Lock()
 	t.changes++ // once more: it may have been read just before the call
 	if t.session == p && t.logins == logins {
@@ -282,7 +283,7 @@ func (t *Token) logout(ctx context.Context) error {
 	}
 	t.mu.Unlock()
 	if err != nil && !wire.IsRV(err, wire.CKRUserNotLoggedIn, wire.CKRDeviceRemoved, wire.CKRTokenNotPresent) &&
-		!wire.IsReason(err, wire.ReasonNoToken) && !errors.Is(err, errGone) {
+		!wire.IsReason(err, wire.ReasonNoToken) && !errors.Is(err, process.ErrGone) {
 		return fmt.Errorf("log out of token %q: %w", t.ID.Label, t.module.wrap(err))
 	}
 	return nil

@@ -5,6 +5,7 @@ import (
 	"slices"
 
 	"p11-agent/token/known"
+	"p11-agent/token/process"
 	"p11-agent/token/wire"
 )
 
@@ -29,7 +30,7 @@ func (m *module) numbering(slots []wire.Slot) *numbering {
 }
 
 // name returns the name of the token in a slot, with its number.
-func (n *numbering) name(ctx context.Context, p *process, slot wire.Slot) wire.TokenID {
+func (n *numbering) name(ctx context.Context, p *process.Process, slot wire.Slot) wire.TokenID {
 	if texts := slot.Token.Texts(); !n.done[texts] {
 		n.done[texts] = true
 		n.number(ctx, p, texts)
@@ -40,7 +41,7 @@ func (n *numbering) name(ctx context.Context, p *process, slot wire.Slot) wire.T
 }
 
 // number gives numbers to all tokens of the same texts.
-func (n *numbering) number(ctx context.Context, p *process, texts wire.TokenID) {
+func (n *numbering) number(ctx context.Context, p *process.Process, texts wire.TokenID) {
 	m := n.module
 	var here []wire.Slot
 	for _, slot := range n.slots {
@@ -54,9 +55,9 @@ func (n *numbering) number(ctx context.Context, p *process, texts wire.TokenID) 
 	}
 	found := make(map[uint64]shown)
 	for _, slot := range here {
-		reply, err := p.objects(ctx, &wire.Objects{Token: texts, Slot: slot.ID, Peek: true})
+		reply, err := p.Objects(ctx, &wire.Objects{Token: texts, Slot: slot.ID, Peek: true})
 		if err == nil {
-			found[slot.ID] = shownBy(reply.objects)
+			found[slot.ID] = shownBy(reply.Objects)
 		} // else the slot decides, and the look says what is wrong
 	}
 	taken := make(map[uint32]bool)

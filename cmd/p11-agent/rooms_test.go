@@ -138,8 +138,8 @@ var rooms = []room{
 	{
 		"token",
 		[]string{
-			"token/known", "token/pace", "token/pairs", "token/pcsc", "token/pin", "token/pkcs11uri", "token/registry", "token/signing", "token/statefile",
-			"token/wellknown", "token/wire",
+			"token/known", "token/pace", "token/pairs", "token/pcsc", "token/pin", "token/pkcs11uri", "token/process", "token/registry", "token/signing",
+			"token/statefile", "token/wellknown", "token/wire",
 			"pinentry/secret", "pinentry/waiting", xsys,
 		},
 		"tokens know neither the SSH protocol nor prompts, and modules run in another process",
@@ -165,6 +165,11 @@ var rooms = []room{
 	{"token/pairs", []string{"token/wire"}, "key pairs are made of objects without a token at hand"},
 	{"token/pcsc", []string{xsys}, "who uses a reader is found out without a module, and without touching a card"},
 	{"token/pkcs11uri", []string{"token/wire", "pinentry/secret"}, "a URI is read and matched without a token at hand"},
+	{
+		"token/process",
+		[]string{"token/pace", "token/wire", "pinentry/plain", xsys},
+		"it carries requests to one module, and knows neither tokens nor PIN policy",
+	},
 	{"token/registry", []string{"token/pkcs11uri", xsys}, "which modules there are is found out without loading one"},
 	{"token/signing", []string{"token/wire"}, "a signature is described without a token at hand"},
 	{

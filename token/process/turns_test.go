@@ -1,4 +1,4 @@
-package token
+package process
 
 import (
 	"context"
@@ -52,21 +52,21 @@ func (k *tokenThat) serve(c *wire.ModuleConn, r wire.Request) {
 
 var someToken = wire.TokenID{Label: "some"}
 
-// ask has a token sign, as Key.signOnce does.
-func (p *process) ask(ctx context.Context, info wire.TokenInfo, data string) error {
-	s, err := p.sit(ctx, someToken, info)
+// ask requests a signature, as package token does.
+func (p *Process) ask(ctx context.Context, info wire.TokenInfo, data string) error {
+	s, err := p.AwaitTurn(ctx, someToken, info)
 	if err != nil {
 		return err
 	}
-	s.req = wire.Sign{Key: wire.KeyID{Token: someToken}, Mechanism: wire.CKMECDSA, SignatureLen: 64, Data: []byte(data)}
-	got, _, err := p.sign(ctx, s)
+	s.Request = wire.Sign{Key: wire.KeyID{Token: someToken}, Mechanism: wire.CKMECDSA, SignatureLen: 64, Data: []byte(data)}
+	got, _, err := p.Sign(ctx, s)
 	if err == nil && string(got) != data {
 		err = fmt.Errorf("%q is signed in place of %q", got, data)
 	}
 	return err
 }
 
-// How much a token does at once is found out, and it is asked for no more.
+// TestWidth checks that the queue learns how many signatures a token makes at once.
 func TestWidth(t *testing.T) {
 	for _, tt := range []struct {
 		name     string
@@ -115,8 +115,7 @@ func TestWidth(t *testing.T) {
 	}
 }
 
-// Those who wait are served in the order in which they have come, and who does not
-// wait any more costs nobody anything.
+// The queue serves requests in their order. A request whose client has gone costs the others no time.
 func TestQueue(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		card := newTokenThat(100*time.Millisecond, 1)
@@ -152,7 +151,7 @@ func TestQueue(t *testing.T) {
 	})
 }
 
-// The end of the process is the end for all who wait.
+// The end of the process ends all turns and all waits for one.
 func TestQueueEnds(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		card := newTokenThat(time.Hour, 1)
@@ -160,46 +159,17 @@ func TestQueueEnds(t *testing.T) {
 		var all sync.WaitGroup
 		for range 10 {
 			all.Go(func() {
-				if err := p.ask(t.Context(), wire.TokenInfo{}, "data"); !errors.Is(err, errGone) {
+				if err := p.ask(t.Context(), wire.TokenInfo{}, "data"); !errors.Is(err, ErrGone) {
 					t.Error(err)
 				}
 			})
 		}
 		synctest.Wait()
-		p.kill(errGone)
+		p.Kill(ErrGone)
 		all.Wait()
-		if err := p.ask(t.Context(), wire.TokenInfo{}, "data"); !errors.Is(err, errGone) {
+		if err := p.ask(t.Context(), wire.TokenInfo{}, "data"); !errors.Is(err, ErrGone) {
 			t.Error(err)
 		}
 		time.Sleep(20 * time.Hour) // the card comes to an end, too
 	})
-}
-
-// A key is verified as often as the token has time for.
-func TestProof(t *testing.T) {
-	one, other := new(process), new(process)
-	var v proof
-	if !v.due(one, time.Microsecond) {
-		t.Error("the first one of a process is not")
-	}
-	v.given(one, time.Microsecond)
-	for i := 1; i <= 2*proofShare; i++ {
-		due := v.due(one, time.Microsecond)
-		if due != (i%proofShare == 0) {
-			t.Errorf("fast signature %d: %v", i, due)
-		}
-		if due {
-			v.given(one, time.Microsecond)
-		}
-	}
-	if !v.due(one, slow) {
-		t.Error("a slow one is not")
-	}
-	v.given(one, time.Microsecond)
-	if !v.due(other, time.Microsecond) {
-		t.Error("the first one of another process is not")
-	}
-	if !v.due(one, proofShare*time.Microsecond) || !v.due(one, 0) {
-		t.Error("one that was wrong is not followed by another look")
-	}
 }

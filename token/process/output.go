@@ -1,4 +1,4 @@
-package token
+package process
 
 import (
 	"bytes"
@@ -20,49 +20,46 @@ import (
 )
 
 const (
-	stderrLine    = 512 // bytes kept of one line a module prints
-	stderrPerProc = 200 // lines logged of one process
-	// A module may print so much in so much time: who prints more waits for us, and
-	// not the other way round.
+	stderrLine    = 512 // the bytes of one line that count
+	stderrPerProc = 200 // the lines of one process that are logged
+	// The agent reads so many bytes in so much time. A module that prints more waits for the agent.
 	stderrBurst = 1 << 20
 	stderrSpan  = 100 * time.Millisecond
 
-	// An error of a module quotes so many of the last lines, and so much of each.
+	// An error of a module quotes so many of the last lines, and so many bytes of each.
 	quotedLines = 3
 	quotedLine  = 200
 )
 
-// words is what a module process prints: its standard error, with what the module
-// writes to the system log (token/module/words.c). The lines are logged, within bounds,
-// and the last ones are quoted in errors.
+// output is what a module process prints: its standard error, with what the module writes to the system log
+// (token/module/words.c). The lines go to the log, within bounds, and errors quote the last ones.
 //
-// A module may print the PIN that it is given; pkcs11-spy does. So what a module prints
-// while it has a PIN is neither logged nor quoted. For that, the pipe is read under mu:
-// what the process has written before its answer is taken in before the answer counts.
-type words struct {
+// A module may print the PIN that it gets; pkcs11-spy does. So output neither logs nor quotes what a module prints
+// while it has a PIN. For that, the pipe is read under mu: output takes in all that the process has written before
+// its answer counts.
+type output struct {
 	log  *slog.Logger
 	pipe syscall.RawConn // nil in tests
 
 	mu      sync.Mutex
-	hushed  int      // requests under way that have a PIN
+	secrets int      // the requests under way that carry a PIN
 	line    []byte   // the line that has not ended
-	secret  bool     // it began while a request had a PIN
+	secret  bool     // line began while a request had a PIN
 	last    []string // the last lines
-	lines   uint64   // how many there were
+	lines   uint64   // the number of lines so far
 	logged  int
 	dropped int
 	buf     [4096]byte
 }
 
-func newWords(pipe *os.File, log *slog.Logger) (*words, error) {
+func newOutput(pipe *os.File, log *slog.Logger) (*output, error) {
 	raw, err := pipe.SyscallConn()
-	return &words{log: log, pipe: raw}, err
+	return &output{log: log, pipe: raw}, err
 }
 
-// listen takes in what read gives until that fails. It reads on when it does not log
-// any more: a module that cannot print would hang.
-func (w *words) listen(read func(limit int) (int, error)) {
-	left, end := 0, time.Time{} // of the span
+// readAll reads until read fails. It reads on when it no longer logs: a module that cannot print would hang.
+func (w *output) readAll(read func(limit int) (int, error)) {
+	left, end := 0, time.Time{} // of this span
 	for {
 		now := time.Now()
 		if left <= 0 {
@@ -86,8 +83,8 @@ func (w *words) listen(read func(limit int) (int, error)) {
 	}
 }
 
-// read waits for the process to print, and takes it in.
-func (w *words) read(limit int) (n int, err error) {
+// read waits for the process to print, and takes that in.
+func (w *output) read(limit int) (n int, err error) {
 	wait := w.pipe.Read(func(fd uintptr) bool {
 		w.mu.Lock()
 		defer w.mu.Unlock()
@@ -97,8 +94,8 @@ func (w *words) read(limit int) (n int, err error) {
 	return n, cmp.Or(wait, err)
 }
 
-// catchUpLocked takes in what the process has printed until now, within bounds.
-func (w *words) catchUpLocked() {
+// catchUpLocked takes in what the process has printed so far, within bounds.
+func (w *output) catchUpLocked() {
 	if w.pipe == nil {
 		return
 	}
@@ -113,8 +110,8 @@ func (w *words) catchUpLocked() {
 	})
 }
 
-// takeLocked reads once from the pipe, which does not block.
-func (w *words) takeLocked(fd, limit int) (int, error) {
+// takeLocked reads once from the pipe, without blocking.
+func (w *output) takeLocked(fd, limit int) (int, error) {
 	n, err := unix.Read(fd, w.buf[:min(limit, len(w.buf))])
 	switch {
 	case errors.Is(err, unix.EINTR):
@@ -129,17 +126,17 @@ func (w *words) takeLocked(fd, limit int) (int, error) {
 	return n, nil
 }
 
-// add takes in what was printed.
-func (w *words) add(b []byte) {
+// add takes in printed bytes.
+func (w *output) add(b []byte) {
 	w.mu.Lock()
 	defer w.mu.Unlock()
 	w.addLocked(b)
 }
 
-func (w *words) addLocked(b []byte) {
+func (w *output) addLocked(b []byte) {
 	for {
 		part, rest, whole := bytes.Cut(b, []byte("\n"))
-		w.secret = w.secret || w.hushed > 0
+		w.secret = w.secret || w.secrets > 0
 		w.line = append(w.line, part[:min(len(part), stderrLine-len(w.line))]...)
 		if !whole {
 			return
@@ -149,10 +146,10 @@ func (w *words) addLocked(b []byte) {
 	}
 }
 
-// endLineLocked notes the line that has ended.
-func (w *words) endLineLocked() {
+// endLineLocked logs and keeps the line that has ended.
+func (w *output) endLineLocked() {
 	line, secret := w.line, w.secret
-	w.line, w.secret = w.line[:0], w.hushed > 0
+	w.line, w.secret = w.line[:0], w.secrets > 0
 	defer clear(line)
 	switch {
 	case len(bytes.TrimSpace(line)) == 0:
@@ -172,21 +169,20 @@ func (w *words) endLineLocked() {
 	}
 }
 
-// hush has what is printed from now on kept secret, until it is called once more with
-// false.
-func (w *words) hush(on bool) {
+// beginSecret keeps what the process prints from now on secret, until endSecret. Both nest.
+func (w *output) beginSecret() { w.addSecret(+1) }
+
+func (w *output) endSecret() { w.addSecret(-1) }
+
+func (w *output) addSecret(n int) {
 	w.mu.Lock()
 	defer w.mu.Unlock()
 	w.catchUpLocked()
-	if on {
-		w.hushed++
-	} else {
-		w.hushed--
-	}
+	w.secrets += n
 }
 
-// mark returns how many lines there were until now.
-func (w *words) mark() uint64 {
+// mark returns the number of lines so far.
+func (w *output) mark() uint64 {
 	if w == nil {
 		return 0
 	}
@@ -195,8 +191,8 @@ func (w *words) mark() uint64 {
 	return w.lines
 }
 
-// since returns the last lines of those that came after mark.
-func (w *words) since(mark uint64) []string {
+// since returns the last lines after a mark.
+func (w *output) since(mark uint64) []string {
 	w.mu.Lock()
 	defer w.mu.Unlock()
 	w.catchUpLocked()
@@ -204,40 +200,37 @@ func (w *words) since(mark uint64) []string {
 	return slices.Clone(w.last[len(w.last)-int(n):])
 }
 
-// explain adds the lines since mark to an error of the module that says nothing by
-// itself.
-func (w *words) explain(err error, mark uint64) error {
+// explain adds the lines since mark to an error of the module that gives no reason.
+func (w *output) explain(err error, mark uint64) error {
 	if w == nil || !saysNothing(err) {
 		return err
 	}
-	return quoting(err, w.since(mark))
+	return quote(err, w.since(mark))
 }
 
-// saysNothing tells whether an error of a module is one of those that modules return
-// for anything.
+// saysNothing reports whether modules return an error for many reasons.
 func saysNothing(err error) bool {
 	return wire.IsRV(err, wire.CKRGeneralError, wire.CKRFunctionFailed, wire.CKRDeviceError, wire.CKRDeviceMemory, wire.CKRHostMemory,
 		wire.CKRArgumentsBad)
 }
 
-// A quotedError is an error of a module with the module's own words.
+// A quotedError is an error of a module with the module's output.
 type quotedError struct {
 	err  error
 	said []string
 }
 
-// itSaid comes before what a module has said.
+// itSaid separates an error from the output of the module.
 const itSaid = "; it said: "
 
-// withoutWords returns the text of an error without what the module has said, which may
-// be different each time.
-func withoutWords(err error) string {
+// WithoutOutput returns the text of an error without the output of the module, which may differ each time.
+func WithoutOutput(err error) string {
 	text, _, _ := strings.Cut(err.Error(), itSaid)
 	return text
 }
 
-// quoting adds what a module has said, if that is anything.
-func quoting(err error, said []string) error {
+// quote adds the output of the module to an error, if there is any.
+func quote(err error, said []string) error {
 	if err == nil || len(said) == 0 || strings.Contains(err.Error(), itSaid) {
 		return err
 	}

@@ -1,4 +1,4 @@
-package token
+package process
 
 import (
 	"bytes"
@@ -19,11 +19,11 @@ import (
 
 // pipeProcess is a process that is no more than the other end of a pipe, in a
 // bubble of time. serve gets its requests.
-func pipeProcess(t *testing.T, serve func(c *wire.ModuleConn, r wire.Request)) *process {
+func pipeProcess(t *testing.T, serve func(c *wire.ModuleConn, r wire.Request)) *Process {
 	t.Helper()
 	ours, theirs := net.Pipe()
 	conn := wire.NewModuleConn(theirs)
-	p := &process{
+	p := &Process{
 		cmd: &exec.Cmd{Process: new(os.Process)}, conn: wire.NewConn(ours),
 		events: make(chan struct{}, 1), done: make(chan struct{}), waiting: make(map[uint32]*pending),
 		queues: make(map[wire.TokenID]*queue),
@@ -31,7 +31,7 @@ func pipeProcess(t *testing.T, serve func(c *wire.ModuleConn, r wire.Request)) *
 	var all sync.WaitGroup
 	all.Go(func() {
 		p.read()
-		p.fail(errGone)
+		p.fail(ErrGone)
 		close(p.done)
 	})
 	all.Go(func() {
@@ -44,7 +44,7 @@ func pipeProcess(t *testing.T, serve func(c *wire.ModuleConn, r wire.Request)) *
 		}
 	})
 	t.Cleanup(func() {
-		p.kill(ErrClosed)
+		p.Kill(errors.New("the test is over"))
 		all.Wait()
 		p.sending.Wait()
 		_ = conn.Close()
@@ -52,13 +52,12 @@ func pipeProcess(t *testing.T, serve func(c *wire.ModuleConn, r wire.Request)) *
 	return p
 }
 
-// A card that is slow and has a queue of requests does not hang: each of its
-// answers gives the others as much time as they had at first. One that answers
-// nothing does, whatever the others of its module do.
+// A slow card with a queue of requests does not hang: each answer gives the other requests their whole time again. A
+// card that answers nothing hangs, even while the other cards of its module answer.
 func TestSlowIsNoHang(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		slow, hung := wire.TokenID{Label: "slow"}, wire.TokenID{Label: "hung"}
-		const n, takes = 20, signTimeout - time.Second
+		const n, takes = 20, SignTimeout - time.Second
 		type request struct {
 			conn *wire.ModuleConn
 			id   uint32
@@ -88,7 +87,7 @@ func TestSlowIsNoHang(t *testing.T) {
 			}
 		})
 		sign := func(id wire.TokenID) error {
-			return p.call(t.Context(), signTimeout, wire.TypeSign, &wire.Sign{Key: wire.KeyID{Token: id}}, new(wire.SignReply))
+			return p.Call(t.Context(), SignTimeout, wire.TypeSign, &wire.Sign{Key: wire.KeyID{Token: id}}, new(wire.SignReply))
 		}
 		var all sync.WaitGroup
 		start := time.Now()
@@ -109,25 +108,24 @@ func TestSlowIsNoHang(t *testing.T) {
 			all.Go(func() { _ = sign(slow) })
 		}
 		err := sign(hung)
-		if _, ok := errors.AsType[*hungError](err); !ok || !errors.Is(err, errGone) {
+		if _, ok := errors.AsType[*HungError](err); !ok || !errors.Is(err, ErrGone) {
 			t.Errorf("the hung one: %v", err)
 		}
-		if took := time.Since(start); took != signTimeout {
+		if took := time.Since(start); took != SignTimeout {
 			t.Errorf("the process was killed after %v", took)
 		}
 		all.Wait()
 	})
 }
 
-// A token that makes a key takes its time: neither who waits behind it nor who waits for
-// another token of a module that does one thing at a time has its process killed. One that
-// never ends does.
+// A token that makes a key may be slow. Requests that wait for it, and for other tokens of its module, do not end
+// the process. A request for a key that never ends does.
 func TestGenerateIsNoHang(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		slow, other := wire.TokenID{Label: "slow"}, wire.TokenID{Label: "other"}
 		ended := make(chan struct{})
 		defer close(ended)
-		takes := generateTimeout - time.Second
+		takes := GenerateTimeout - time.Second
 		made := make(chan struct{})
 		p := pipeProcess(t, func(conn *wire.ModuleConn, r wire.Request) {
 			go func() {
@@ -150,7 +148,7 @@ func TestGenerateIsNoHang(t *testing.T) {
 			}()
 		})
 		generate := func() error {
-			return p.callThrough(t.Context(), generateTimeout, wire.TypeGenerate, &wire.Generate{Token: slow}, new(wire.GenerateReply))
+			return p.CallThrough(t.Context(), GenerateTimeout, wire.TypeGenerate, &wire.Generate{Token: slow}, new(wire.GenerateReply))
 		}
 		start := time.Now()
 		var all sync.WaitGroup
@@ -161,7 +159,7 @@ func TestGenerateIsNoHang(t *testing.T) {
 		})
 		for _, id := range []wire.TokenID{slow, other} {
 			all.Go(func() {
-				err := p.call(t.Context(), signTimeout, wire.TypeSign, &wire.Sign{Key: wire.KeyID{Token: id}}, new(wire.SignReply))
+				err := p.Call(t.Context(), SignTimeout, wire.TypeSign, &wire.Sign{Key: wire.KeyID{Token: id}}, new(wire.SignReply))
 				if err != nil {
 					t.Errorf("%s: %v", id.Label, err)
 				}
@@ -173,45 +171,10 @@ func TestGenerateIsNoHang(t *testing.T) {
 		}
 
 		p.timeout = time.Second // of the configuration: for the others
-		takes, made = 2*generateTimeout, make(chan struct{})
+		takes, made = 2*GenerateTimeout, make(chan struct{})
 		start = time.Now()
-		if _, ok := errors.AsType[*hungError](generate()); !ok || time.Since(start) != generateTimeout {
+		if _, ok := errors.AsType[*HungError](generate()); !ok || time.Since(start) != GenerateTimeout {
 			t.Errorf("one that never ends was killed after %v", time.Since(start))
-		}
-	})
-}
-
-func TestBackoff(t *testing.T) {
-	var b backoff
-	var all []time.Duration
-	for range 12 {
-		all = append(all, b.next(time.Second))
-	}
-	if all[0] != restartMin || all[1] != 2*restartMin || all[11] != restartMax {
-		t.Errorf("pauses %v", all)
-	}
-	if got := b.next(healthyAfter + 1); got != restartMin {
-		t.Errorf("after a long life: %v", got)
-	}
-}
-
-// The pause ends when it is over, or when somebody asks for a look.
-func TestPause(t *testing.T) {
-	synctest.Test(t, func(t *testing.T) {
-		m := &module{wanted: make(chan *lookup), poked: make(chan struct{}, 1)}
-		start := time.Now()
-		m.poked <- struct{}{} // who lists keys does not hasten it
-		if due := m.pause(t.Context(), restartMax); len(due) != 0 || time.Since(start) != restartMax {
-			t.Errorf("%d looks after %v", len(due), time.Since(start))
-		}
-		l := &lookup{done: make(chan error, 1)}
-		go func() {
-			time.Sleep(time.Second)
-			m.wanted <- l
-		}()
-		start = time.Now()
-		if due := m.pause(t.Context(), restartMax); len(due) != 1 || due[0] != l || time.Since(start) != time.Second {
-			t.Errorf("%d looks after %v", len(due), time.Since(start))
 		}
 	})
 }
@@ -237,10 +200,10 @@ func (e *endless) Read(b []byte) (int, error) {
 }
 
 // What a module prints is read, at a bounded speed and with a bounded log.
-func TestWords(t *testing.T) {
-	listen := func(w *words, r io.Reader) {
+func TestOutput(t *testing.T) {
+	listen := func(w *output, r io.Reader) {
 		b := make([]byte, 8<<10)
-		w.listen(func(limit int) (int, error) {
+		w.readAll(func(limit int) (int, error) {
 			n, err := r.Read(b[:min(limit, len(b))])
 			w.add(b[:n])
 			return n, err
@@ -249,7 +212,7 @@ func TestWords(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		const megabytes = 50
 		var log bytes.Buffer
-		w := &words{log: slog.New(slog.NewTextHandler(&log, &slog.HandlerOptions{Level: slog.LevelDebug}))}
+		w := &output{log: slog.New(slog.NewTextHandler(&log, &slog.HandlerOptions{Level: slog.LevelDebug}))}
 		start := time.Now()
 		listen(w, &endless{line: strings.Repeat("x", 99) + "\n", left: megabytes << 20})
 		if took, least := time.Since(start), (megabytes-1)*stderrSpan; took < least || took > least+2*stderrSpan {
@@ -272,13 +235,13 @@ func TestWords(t *testing.T) {
 		{"many lines", strings.Repeat("one\n", 1000) + "two\n", because + "one | one | two"},
 	} {
 		t.Run(tt.name, func(t *testing.T) {
-			w := &words{log: slog.New(slog.DiscardHandler)}
+			w := &output{log: slog.New(slog.DiscardHandler)}
 			listen(w, strings.NewReader(tt.printed))
 			err := w.explain(&wire.Error{Function: "C_Initialize", RV: wire.CKRGeneralError}, 0)
 			if got := err.Error(); got != tt.want {
 				t.Errorf("%q", got)
 			}
-			if again := quoting(err, []string{"more"}); again.Error() != tt.want && tt.printed != "" {
+			if again := quote(err, []string{"more"}); again.Error() != tt.want && tt.printed != "" {
 				t.Errorf("quoted twice: %q", again)
 			}
 			if !wire.IsRV(err, wire.CKRGeneralError) {
@@ -292,7 +255,7 @@ func TestWords(t *testing.T) {
 // behind it for the same token.
 func TestListInParts(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
-		const parts, takes = 50, listTimeout - time.Second
+		const parts, takes = 50, ListTimeout - time.Second
 		p := pipeProcess(t, func(conn *wire.ModuleConn, r wire.Request) {
 			if r.Type != wire.TypeObjects {
 				return // after the list
@@ -311,17 +274,17 @@ func TestListInParts(t *testing.T) {
 		var all sync.WaitGroup
 		all.Go(func() {
 			synctest.Wait()
-			if err := p.call(t.Context(), listTimeout, wire.TypeToken, new(wire.Token), new(wire.TokenReply)); err != nil {
+			if err := p.Call(t.Context(), ListTimeout, wire.TypeToken, new(wire.Token), new(wire.TokenReply)); err != nil {
 				t.Errorf("what waits behind the list: %v", err)
 			}
 		})
-		list, err := p.objects(t.Context(), new(wire.Objects))
+		list, err := p.Objects(t.Context(), new(wire.Objects))
 		if err != nil {
 			t.Fatal(err)
 		}
 		// The first part was forgotten when the list began again.
-		if n := len(list.objects); n != 2*(parts-1)+1 || !list.cut || list.long != 3 {
-			t.Errorf("%d objects, cut: %v, %d long", n, list.cut, list.long)
+		if n := len(list.Objects); n != 2*(parts-1)+1 || !list.Cut || list.Long != 3 {
+			t.Errorf("%d objects, cut: %v, %d long", n, list.Cut, list.Long)
 		}
 		all.Wait()
 	})
@@ -330,15 +293,15 @@ func TestListInParts(t *testing.T) {
 // A process that lists without end is stopped, and one that answers in parts what has none.
 func TestPartsWithoutEnd(t *testing.T) {
 	for name, tt := range map[string]struct {
-		ask  func(t *testing.T, p *process) error
+		ask  func(t *testing.T, p *Process) error
 		want string
 	}{
-		"list": {func(t *testing.T, p *process) error {
-			_, err := p.objects(t.Context(), new(wire.Objects))
+		"list": {func(t *testing.T, p *Process) error {
+			_, err := p.Objects(t.Context(), new(wire.Objects))
 			return err
 		}, errEndless.Error()},
-		"no list": {func(t *testing.T, p *process) error {
-			return p.call(t.Context(), listTimeout, wire.TypeToken, new(wire.Token), new(wire.TokenReply))
+		"no list": {func(t *testing.T, p *Process) error {
+			return p.Call(t.Context(), ListTimeout, wire.TypeToken, new(wire.Token), new(wire.TokenReply))
 		}, "it came in parts"},
 	} {
 		t.Run(name, func(t *testing.T) {
@@ -358,14 +321,14 @@ func TestPartsWithoutEnd(t *testing.T) {
 }
 
 // What a module prints while it has a PIN is neither logged nor quoted.
-func TestWordsHushed(t *testing.T) {
+func TestOutputWithPIN(t *testing.T) {
 	r, printed, err := os.Pipe()
 	if err != nil {
 		t.Fatal(err)
 	}
 	defer r.Close()
 	var log bytes.Buffer
-	w, err := newWords(r, slog.New(slog.NewTextHandler(&log, &slog.HandlerOptions{Level: slog.LevelDebug})))
+	w, err := newOutput(r, slog.New(slog.NewTextHandler(&log, &slog.HandlerOptions{Level: slog.LevelDebug})))
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -374,14 +337,14 @@ func TestWordsHushed(t *testing.T) {
 			t.Fatal(err)
 		}
 	}
-	// Nobody listens yet: what is in the pipe is taken in at the right moment nevertheless.
+	// readAll does not run yet. beginSecret and endSecret read the pipe as well.
 	say("before\n")
-	w.hush(true)
+	w.beginSecret()
 	say("pin 4711\n")
-	w.hush(true)
-	w.hush(false)
+	w.beginSecret()
+	w.endSecret()
 	say("pin 4712\nand 47")
-	w.hush(false)
+	w.endSecret()
 	say("13\nafter\n")
 	if got := w.since(0); len(got) != 2 || got[0] != "before" || got[1] != "after" {
 		t.Errorf("%q", got)
@@ -390,7 +353,7 @@ func TestWordsHushed(t *testing.T) {
 		t.Errorf("after the mark: %q", got)
 	}
 	_ = printed.Close()
-	w.listen(w.read)
+	w.readAll(w.read)
 	if s := log.String(); strings.Contains(s, "47") || !strings.Contains(s, "line=before") || !strings.Contains(s, "line=after") || !strings.Contains(s, "lines not shown\"=3") {
 		t.Errorf("the log: %s", s)
 	}
