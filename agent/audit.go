@@ -1,16 +1,14 @@
 package agent
 
 import (
-	"cmp"
 	"context"
+	"crypto"
 	"errors"
 	"log/slog"
 	"slices"
 	"strings"
 	"sync"
 	"time"
-
-	"golang.org/x/crypto/ssh"
 
 	"p11-agent/agent/approval"
 	"p11-agent/agent/peer"
@@ -57,8 +55,10 @@ type Event struct {
 	Reason  string // why it was not granted
 	Note    string // what else there is to say of it
 
-	Key     string // the fingerprint; empty: it is not about one key
-	Comment string // of the identity
+	Key string // the fingerprint; empty: it is not about one key
+	// PublicKey is that key; nil: the agent does not have it.
+	PublicKey crypto.PublicKey
+	Comment   string // of the identity
 	// URI is that of the key on the token that signed or was to, or what the client
 	// named: a URI without its secrets, or the path of a module.
 	URI       string
@@ -79,31 +79,30 @@ type Event struct {
 type record struct {
 	Event
 	start time.Time
-	use   *request.Use // nil once the event has the names of hosts
-	id    *identity    // that the request is about, until it is logged; nil: none
-	told  bool         // the client shows the reason to whoever waits
+	Use   *request.Use // nil once the event has the names of hosts
+	// Told says that the client shows the reason to the person.
+	Told bool
+
+	prefix *Prefix // nil: none
 
 	naming sync.Once
 }
 
-// begin makes the record of a request, of which there is nothing to sign.
-func (k *Keyring) begin(c *request.Caller, action request.Action) *record {
-	return k.beginUse(action, k.use("", nil, c, request.Sign{}))
-}
-
-func (k *Keyring) beginUse(action request.Action, use *request.Use) *record {
+// Begin makes the record of a request for a use.
+func (a *trail) Begin(action request.Action, use *request.Use) *record {
 	c := use.Caller
 	return &record{
 		Event: Event{Request: action, Forwarded: c.Forwarded, Connection: c.Number},
-		start: time.Now(), use: use,
+		start: time.Now(), Use: use,
 	}
 }
 
-// about notes which identity the request is about.
-func (r *record) about(id *identity) {
-	r.id, r.Key, r.Comment = id, id.Fingerprint, id.Comment
-	if len(id.Homes) > 0 {
-		r.URI = id.Homes[0].URI()
+// About notes which key the request is about. prefix is that of the key's lines in the
+// log, and may be nil.
+func (r *record) About(t *request.Target, prefix *Prefix) {
+	r.prefix, r.Key, r.PublicKey, r.Comment = prefix, t.Fingerprint, t.PublicKey, t.Comment
+	if len(t.Homes) > 0 {
+		r.URI = t.Homes[0].URI()
 	}
 }
 
@@ -112,16 +111,19 @@ func (r *record) about(id *identity) {
 // wait for it. What the request came with is of no more use then.
 func (r *record) event() *Event {
 	r.naming.Do(func() {
-		if r.use.Login != nil || r.Forwarded {
-			r.Host, r.Via = hosts(r.use)
+		if r.Use.Login != nil || r.Forwarded {
+			r.Host, r.Via = hosts(r.Use)
 		}
-		r.use = nil
+		r.Use = nil
 	})
 	return &r.Event
 }
 
-// audit is the memory of what was answered. The zero value is empty.
-type audit struct {
+// A trail keeps the events, and logs each. All methods may be called from any goroutine.
+type trail struct {
+	log    *slog.Logger
+	failed func(Event) // may be nil
+
 	mu       sync.Mutex
 	signed   ring
 	changed  folds
@@ -183,7 +185,7 @@ type foldKind struct {
 // for those that follow.
 func (f *folds) add(r *record, limit int, same bool) {
 	one := &fold{
-		way: r.use.Caller.Origin(), last: r, count: 1, first: r.Time,
+		way: r.Use.Caller.Origin(), last: r, count: 1, first: r.Time,
 		kind: foldKind{r.Request, r.Result, r.Key, withoutNumbers(r.Reason)},
 	}
 	into, ofWay, ofGroup, fromWay, fromGroup := -1, -1, -1, 0, 0
@@ -240,7 +242,7 @@ func eventsOf(records []*record, folded folds) (all []Event) {
 	return all
 }
 
-func (a *audit) add(r *record) {
+func (a *trail) add(r *record) {
 	e := &r.Event
 	a.mu.Lock()
 	defer a.mu.Unlock()
@@ -273,7 +275,7 @@ func (a *audit) add(r *record) {
 // end makes an Event of a request, which is answered with err: it is kept, and
 // logged in one line. Nothing else says what became of a request. The line about a
 // signature that was made is what its client need not wait for.
-func (k *Keyring) end(r *record, err error) {
+func (a *trail) End(r *record, err error) {
 	e := &r.Event
 	e.Time = time.Now()
 	e.Took = e.Time.Sub(r.start)
@@ -282,34 +284,34 @@ func (k *Keyring) end(r *record, err error) {
 	case err == nil:
 		e.Result = ResultOK
 	case errors.Is(err, context.Canceled):
-		e.Result, e.Reason = ResultCancelled, errHungUp.Error()
+		e.Result, e.Reason = ResultCancelled, "the client hung up"
 	default:
 		e.Result, e.Reason = ResultRefused, plain.LineWithin(strings.ReplaceAll(err.Error(), "\n", "; "), request.MaxReason)
 	}
-	if content := r.use.Content; content.Kind != "" {
+	if content := r.Use.Content; content.Kind != "" {
 		e.Kind, e.Purpose, e.Namespace = content.Kind, content.Purpose(), plain.LineWithin(content.Namespace, request.MaxField)
-		if r.use.Login != nil {
-			e.User = plain.LineWithin(r.use.Login.User, request.MaxField)
+		if r.Use.Login != nil {
+			e.User = plain.LineWithin(r.Use.Login.User, request.MaxField)
 		}
 	}
 	e.Comment, e.URI = plain.LineWithin(e.Comment, request.MaxField), plain.LineWithin(e.URI, request.MaxField)
-	c := r.use.Caller
+	c := r.Use.Caller
 	e.Client = c.Who() // who may have gone once there is an answer
-	k.audit.add(r)
+	a.add(r)
 	if err == nil && e.Request == request.ActionSign && c.Later != nil {
-		c.Later(func() { k.logEvent(r) })
+		c.Later(func() { a.logEvent(r) })
 		return
 	}
-	k.logEvent(r)
-	if k.opts.Failed != nil && e.Result == ResultRefused && !r.told && !e.Forwarded && !approval.Declined(err) {
-		k.opts.Failed(*r.event())
+	a.logEvent(r)
+	if a.failed != nil && e.Result == ResultRefused && !r.Told && !e.Forwarded && !approval.Declined(err) {
+		a.failed(*r.event())
 	}
 }
 
 // logEvent writes the one line about a request.
-func (k *Keyring) logEvent(r *record) {
-	e, id := r.event(), r.id
-	r.id = nil
+func (a *trail) logEvent(r *record) {
+	e, prefix := r.event(), r.prefix
+	r.prefix = nil
 	level, message := slog.LevelInfo, e.Request.Done()
 	switch {
 	case e.Result == ResultRefused:
@@ -320,7 +322,7 @@ func (k *Keyring) logEvent(r *record) {
 		level = slog.LevelWarn
 	}
 	ctx := context.Background()
-	if !k.log.Enabled(ctx, level) {
+	if !a.log.Enabled(ctx, level) {
 		return
 	}
 	line := slog.NewRecord(e.Time, level, message, 0)
@@ -330,7 +332,7 @@ func (k *Keyring) logEvent(r *record) {
 			attrs = append(attrs, slog.String(name, value))
 		}
 	}
-	handler, begun := k.begun(id, e)
+	handler, begun := a.begun(prefix, e)
 	if !begun {
 		attrs = e.appendBeginning(attrs)
 	}
@@ -370,33 +372,49 @@ func (e *Event) appendBeginning(attrs []slog.Attr) []slog.Attr {
 	return attrs
 }
 
-// A beginning is what the lines about signatures with an identity begin with, as the
-// handler of the log has it: half of what a line costs is to quote a URI.
-type beginning struct {
+// A Prefix is how the log line of each signature of a key begins, in the form of the log's
+// handler: half of what a line costs is to quote a URI. The zero value is ready to use.
+type Prefix struct {
 	once    sync.Once
-	uri     string // with which that is so
+	uri     string // the URI in it
 	handler slog.Handler
 }
 
-// begun returns the handler for a line about an identity, which may be nil, and
-// whether it has the beginning already.
-func (k *Keyring) begun(id *identity, e *Event) (handler slog.Handler, begun bool) {
-	if id == nil || e.Request != request.ActionSign {
-		return k.log.Handler(), false
+// begun returns the handler for a line, and whether it has written the beginning already.
+// prefix may be nil.
+func (a *trail) begun(prefix *Prefix, e *Event) (handler slog.Handler, begun bool) {
+	if prefix == nil || e.Request != request.ActionSign {
+		return a.log.Handler(), false
 	}
-	b := &id.beginning
-	b.once.Do(func() { b.uri, b.handler = e.URI, k.log.Handler().WithAttrs(e.appendBeginning(nil)) })
-	if b.uri != e.URI { // it has several homes
-		return k.log.Handler(), false
+	prefix.once.Do(func() { prefix.uri, prefix.handler = e.URI, a.log.Handler().WithAttrs(e.appendBeginning(nil)) })
+	if prefix.uri != e.URI { // the key is on several tokens
+		return a.log.Handler(), false
 	}
-	return b.handler, true
+	return prefix.handler, true
 }
 
-// Refuse notes that the door has refused a request of its own accord, as one that
-// cannot be read. The reason quotes nothing that may be a secret.
-func (k *Keyring) Refuse(c *request.Caller, request request.Action, reason error) {
-	k.end(k.begin(c, request), reason)
+// Events returns the events, the newest first.
+func (a *trail) Events() []Event {
+	a.mu.Lock()
+	signed, folded := a.signed.newest(), slices.Concat(a.changed, a.failures)
+	a.mu.Unlock()
+	slices.Reverse(folded)
+	return eventsOf(signed, folded)
 }
+
+// Signatures returns how often a key has signed, and when it did last. fingerprint names
+// the key.
+func (a *trail) Signatures(fingerprint string) (count uint64, last time.Time) {
+	a.mu.Lock()
+	defer a.mu.Unlock()
+	u := a.uses[fingerprint]
+	return u.count, u.last
+}
+
+// newTrail returns an empty trail that writes to log. failed is told of each request of
+// this machine that is refused, unless a person has just refused it in a prompt. It must
+// not wait, and may be nil.
+func newTrail(log *slog.Logger, failed func(Event)) *trail { return &trail{log: log, failed: failed} }
 
 // hosts names the host that a use is at, and those that it came by.
 func hosts(u *request.Use) (host string, via []string) {
@@ -410,85 +428,4 @@ func hosts(u *request.Use) (host string, via []string) {
 		via = append(via, u.Name(h))
 	}
 	return host, via
-}
-
-// A Status is what the keyring knows of itself.
-type Status struct {
-	// Locked tells that the agent is locked; then nothing else is told.
-	Locked    bool
-	Keys      []KeyStatus // in the order of the list
-	Upstreams []UpstreamStatus
-	Approvals []approval.Status // the newest first
-	Pauses    []approval.Pause  // the longest first
-	Events    []Event           // the newest first, with those that were not granted
-	Failures  []Event           // those of them that were refused
-}
-
-// A KeyStatus tells of an identity.
-type KeyStatus struct {
-	Key         ssh.PublicKey // may be a certificate
-	Fingerprint string        // of the key, or of what it certifies
-	Comment     string
-	Homes       []request.Key // on tokens, the one that is used first in front
-	Software    bool          // it is in memory
-	Confirm     bool
-	Limited     bool      // to destinations
-	Expires     time.Time // zero: it does not
-	LastUse     time.Time // zero: it was not used since the agent has started
-	Signatures  uint64    // since then; those with a certificate of the key count, too
-	Identity    Identity  // as it is listed
-}
-
-// An UpstreamStatus tells of another agent.
-type UpstreamStatus struct {
-	Name    string
-	Keys    int    // when it was asked last
-	Trouble string // why it could not be, empty when it could
-}
-
-// Now tells how the keyring fares. It waits for nobody.
-func (k *Keyring) Now() Status {
-	if k.lock.locked() {
-		return Status{Locked: true}
-	}
-	v := k.now()
-	s := Status{Approvals: k.approver.Remembered(), Pauses: k.opts.Questions.Pauses()}
-	k.audit.mu.Lock()
-	signed, folded := k.audit.signed.newest(), slices.Concat(k.audit.changed, k.audit.failures)
-	for i, id := range v.identities {
-		used := k.audit.uses[id.Fingerprint]
-		s.Keys = append(s.Keys, KeyStatus{
-			Key: id.key, Fingerprint: id.Fingerprint, Comment: plain.LineWithin(id.Comment, request.MaxField), Homes: id.Homes,
-			Software: id.software != nil, Confirm: id.limits.confirm, Limited: id.limits.route(),
-			Expires: id.limits.expires, LastUse: used.last, Signatures: used.count, Identity: v.list.Identities[i],
-		})
-	}
-	k.audit.mu.Unlock()
-	slices.Reverse(folded)
-	s.Events = eventsOf(signed, folded)
-	for _, e := range s.Events {
-		if e.Result == ResultRefused {
-			s.Failures = append(s.Failures, e)
-		}
-	}
-	k.mu.Lock()
-	defer k.mu.Unlock()
-	for _, u := range k.opts.Upstreams {
-		up := UpstreamStatus{Name: u.Name(), Trouble: plain.LineWithin(k.troubles[u.Name()], request.MaxReason)}
-		for _, origin := range k.origins {
-			if origin == u {
-				up.Keys++
-			}
-		}
-		s.Upstreams = append(s.Upstreams, up)
-	}
-	return s
-}
-
-// sooner returns the earlier of two times that are set.
-func sooner(a, b time.Time) time.Time {
-	if a.IsZero() || !b.IsZero() && b.Before(a) {
-		return cmp.Or(b, a)
-	}
-	return a
 }

@@ -162,9 +162,9 @@ func BenchmarkEvent(b *testing.B) {
 			b.ReportAllocs()
 			for b.Loop() {
 				rec := k.begin(everyday, request.ActionSign)
-				rec.use.Content = request.Content{Kind: request.KindSignature, Namespace: "git"}
-				rec.about(id)
-				k.end(rec, nil)
+				rec.Use.Content = request.Content{Kind: request.KindSignature, Namespace: "git"}
+				rec.About(&id.Target, &id.prefix)
+				k.audit.End(rec, nil)
 			}
 		})
 	}

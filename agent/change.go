@@ -29,12 +29,12 @@ func (k *Keyring) AddToken(ctx context.Context, c *request.Caller, r request.Tok
 		defer inside.leave()
 		err = inside.reason(k.addToken(inside, rec, r))
 	}
-	k.end(rec, err)
+	k.audit.End(rec, err)
 	return err
 }
 
 func (k *Keyring) addToken(ctx context.Context, rec *record, r request.Token) error {
-	c := rec.use.Caller
+	c := rec.Use.Caller
 	if err := mayChange(c); err != nil {
 		return err
 	}
@@ -79,7 +79,7 @@ const noteKept = "constraints kept: a key keeps what it was added with until it 
 // that are there keep the limits that they have, and get the new ones besides. Keys
 // that were removed get the new ones alone, and owe for what they had before.
 func (k *Keyring) keepAddition(rec *record, s request.Selection, constraints request.Constraints) error {
-	c := rec.use.Caller
+	c := rec.Use.Caller
 	a := &addition{
 		selection: s, limits: limitsOf(&constraints, k.opts.Lifetime), certificates: constraints.Certificates,
 		forwarded: c.Forwarded,
@@ -173,12 +173,12 @@ func (k *Keyring) Add(ctx context.Context, c *request.Caller, r request.AddKey) 
 	rec := k.begin(c, request.ActionAdd)
 	rec.Key, rec.Comment = k.fingerprint(sshkey.Plain(r.Public)), r.Comment
 	err := k.add(ctx, rec, r, string(r.Public.Marshal()))
-	k.end(rec, err)
+	k.audit.End(rec, err)
 	return err
 }
 
 func (k *Keyring) add(ctx context.Context, rec *record, r request.AddKey, wire string) error {
-	c := rec.use.Caller
+	c := rec.Use.Caller
 	if k.lock.locked() {
 		return request.ErrLocked
 	}
@@ -232,12 +232,12 @@ func (k *Keyring) add(ctx context.Context, rec *record, r request.AddKey, wire s
 func (k *Keyring) RemoveToken(ctx context.Context, c *request.Caller, r request.Token) error {
 	rec := k.begin(c, request.ActionRemove)
 	err := k.removeToken(ctx, rec, r)
-	k.end(rec, err)
+	k.audit.End(rec, err)
 	return err
 }
 
 func (k *Keyring) removeToken(ctx context.Context, rec *record, r request.Token) error {
-	c := rec.use.Caller
+	c := rec.Use.Caller
 	if k.lock.locked() {
 		return request.ErrLocked
 	}
@@ -332,12 +332,12 @@ func (k *Keyring) Remove(ctx context.Context, c *request.Caller, key []byte) err
 	rec := k.begin(c, request.ActionRemove)
 	rec.Key = k.describe(key)
 	err := k.remove(ctx, rec, key)
-	k.end(rec, err)
+	k.audit.End(rec, err)
 	return err
 }
 
 func (k *Keyring) remove(ctx context.Context, rec *record, key []byte) error {
-	c := rec.use.Caller
+	c := rec.Use.Caller
 	if k.lock.locked() {
 		return request.ErrLocked
 	}
@@ -355,7 +355,7 @@ func (k *Keyring) remove(ctx context.Context, rec *record, key []byte) error {
 		}
 		return errUnknownKey
 	}
-	rec.about(id)
+	rec.About(&id.Target, &id.prefix)
 	k.mu.Lock()
 	defer k.mu.Unlock()
 	k.removeLocked(id)
@@ -384,7 +384,7 @@ func (k *Keyring) removeLocked(id *identity) {
 func (k *Keyring) RemoveAll(ctx context.Context, c *request.Caller) error {
 	rec := k.begin(c, request.ActionRemoveAll)
 	err := k.removeAll(ctx, c)
-	k.end(rec, err)
+	k.audit.End(rec, err)
 	return err
 }
 

@@ -66,10 +66,10 @@ const lookTime = 5 * time.Second
 // known key. Otherwise the key may be new: it looks at the tokens again, for 5 s at the most.
 func (k *Keyring) Status(ctx context.Context, c *request.Caller, provider []byte) ([]byte, error) {
 	rec := k.begin(c, request.ActionStatus)
-	rec.told = true
+	rec.Told = true
 	report, err := k.report(ctx, c, provider)
 	if err != nil {
-		k.end(rec, err)
+		k.audit.End(rec, err)
 	}
 	return report, err
 }
@@ -104,17 +104,17 @@ func (k *Keyring) report(ctx context.Context, c *request.Caller, provider []byte
 // in that. The answer counts when there is an error, too.
 func (k *Keyring) Login(ctx context.Context, c *request.Caller, r request.TokenLogin) (request.LoginAnswer, error) {
 	rec := k.begin(c, request.ActionLogin)
-	rec.told = true
+	rec.Told = true
 	answer, err := k.login(ctx, rec, r)
 	if answer.Already {
 		rec.Note = "nothing was to be done"
 	}
-	k.end(rec, err)
+	k.audit.End(rec, err)
 	return answer, err
 }
 
 func (k *Keyring) login(ctx context.Context, rec *record, r request.TokenLogin) (request.LoginAnswer, error) {
-	c := rec.use.Caller
+	c := rec.Use.Caller
 	if err := MayControl(c); err != nil {
 		return request.LoginAnswer{}, err
 	}
@@ -137,14 +137,14 @@ func (k *Keyring) login(ctx context.Context, rec *record, r request.TokenLogin) 
 // empty, and forgets their PINs.
 func (k *Keyring) Logout(ctx context.Context, c *request.Caller, provider []byte) error {
 	rec := k.begin(c, request.ActionLogout)
-	rec.told = true
+	rec.Told = true
 	err := k.logout(ctx, rec, provider)
-	k.end(rec, err)
+	k.audit.End(rec, err)
 	return err
 }
 
 func (k *Keyring) logout(ctx context.Context, rec *record, provider []byte) error {
-	if err := MayControl(rec.use.Caller); err != nil {
+	if err := MayControl(rec.Use.Caller); err != nil {
 		return err
 	}
 	if len(provider) == 0 {

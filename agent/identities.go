@@ -24,7 +24,7 @@ type identity struct {
 	limits   limits
 	owed     *limits // see Keyring.owed; nil: none are, or the identity has them still
 
-	beginning beginning // of its lines in the log
+	prefix Prefix // of the lines in the log
 }
 
 // softwareKey is a private key in memory: an identity that is listed when the key is

@@ -31,7 +31,6 @@ const (
 
 var (
 	errUnknownKey = errors.New("the agent has no such key")
-	errHungUp     = errors.New("the client hung up")
 )
 
 // Tokens finds keys on tokens. All methods but Rescan, Select, Login, Logout,
@@ -147,7 +146,7 @@ type Keyring struct {
 
 	lock      *lock
 	approver  *approval.Approver
-	audit     audit
+	audit     *trail
 	computing turns
 
 	change atomic.Uint64 // counts the changes of what follows but software; made under mu
@@ -175,6 +174,7 @@ func NewKeyring(opts Options) *Keyring {
 		opts.Questions = approval.NewQuestions()
 	}
 	k := &Keyring{
+		audit:    newTrail(opts.Log, opts.Failed),
 		approver: &approval.Approver{Confirm: opts.Confirm, Questions: opts.Questions, Log: opts.Log},
 		opts:     opts, log: opts.Log, start: time.Now(), lock: newLock(),
 		hidden: make(map[string]uint64), owed: make(map[string]*limits), troubles: make(map[string]string),
@@ -266,15 +266,15 @@ func (k *Keyring) lookAgain() bool {
 // upstream agent has, that agent makes it.
 func (k *Keyring) Sign(ctx context.Context, c *request.Caller, r request.Sign) (*ssh.Signature, error) {
 	r.Content = judged(c, r.Content)
-	rec := k.beginUse(request.ActionSign, k.use("", nil, c, r))
+	rec := k.audit.Begin(request.ActionSign, k.use("", nil, c, r))
 	sig, err := k.signFor(ctx, rec, r)
-	k.end(rec, err)
+	k.audit.End(rec, err)
 	return sig, err
 }
 
 func (k *Keyring) signFor(ctx context.Context, rec *record, r request.Sign) (*ssh.Signature, error) {
-	c := rec.use.Caller
-	inside, err := k.lock.enter(ctx, c, rec.use)
+	c := rec.Use.Caller
+	inside, err := k.lock.enter(ctx, c, rec.Use)
 	if err != nil {
 		rec.Key = k.describe(r.Key)
 		return nil, err
@@ -301,13 +301,13 @@ func (k *Keyring) signFor(ctx context.Context, rec *record, r request.Sign) (*ss
 		sig, err := k.signUpstream(ctx, rec, r)
 		return sig, inside.reason(err)
 	}
-	rec.about(id)
+	rec.About(&id.Target, &id.prefix)
 	sig, err := k.sign(ctx, rec, id, r)
 	return sig, inside.reason(err)
 }
 
 func (k *Keyring) sign(ctx context.Context, rec *record, id *identity, r request.Sign) (*ssh.Signature, error) {
-	c := rec.use.Caller
+	c := rec.Use.Caller
 	algorithm, hash, err := algorithmFor(id.plain, r.Flags)
 	if err != nil {
 		return nil, err
@@ -323,18 +323,18 @@ func (k *Keyring) sign(ctx context.Context, rec *record, id *identity, r request
 	if err := k.allowed(id, r.Content); err != nil {
 		return nil, err
 	}
-	rec.use.Comment, rec.use.Key, rec.use.Unlimited = id.Comment, id.plain, id.owed != nil
+	rec.Use.Comment, rec.Use.Key, rec.Use.Unlimited = id.Comment, id.plain, id.owed != nil
 	// Whether a PIN is asked for may change until it is. Then it is not the price.
-	rec.use.PINPays = rec.use.Unlimited && id.asksPIN()
+	rec.Use.PINPays = rec.Use.Unlimited && id.asksPIN()
 	each := ""
 	if id.limits.confirm {
 		each = "ssh-add -c, with which the key was added"
 	}
-	if err := k.approve(ctx, rec.use, &id.Target, each); err != nil {
+	if err := k.approve(ctx, rec.Use, &id.Target, each); err != nil {
 		return nil, err
 	}
 	var paid *atomic.Bool // by a PIN that was given for this very request; nil: it need not be
-	if rec.use.PINPays {
+	if rec.Use.PINPays {
 		paid = new(atomic.Bool)
 		ctx = waiting.OnAccepted(ctx, func() { paid.Store(true) })
 	}
@@ -357,7 +357,7 @@ func (k *Keyring) sign(ctx context.Context, rec *record, id *identity, r request
 	}
 	if paid != nil && !paid.Load() {
 		// Somebody gave the PIN for something else, perhaps without a look at this request.
-		if err := k.approver.ApproveLoss(ctx, rec.use, &id.Target); err != nil {
+		if err := k.approver.ApproveLoss(ctx, rec.Use, &id.Target); err != nil {
 			return nil, err
 		}
 	}

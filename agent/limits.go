@@ -1,6 +1,7 @@
 package agent
 
 import (
+	"cmp"
 	"slices"
 	"time"
 
@@ -106,3 +107,11 @@ func (l *limits) any() bool {
 
 // route tells whether the limits depend on where the key is used.
 func (l *limits) route() bool { return len(l.routes) > 0 || l.indeterminate }
+
+// sooner returns the earlier of two times that are set.
+func sooner(a, b time.Time) time.Time {
+	if a.IsZero() || !b.IsZero() && b.Before(a) {
+		return cmp.Or(b, a)
+	}
+	return a
+}

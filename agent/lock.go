@@ -190,7 +190,7 @@ func (k *Keyring) Lock(ctx context.Context, c *request.Caller, phrase *secret.Se
 			rec.Note = "not logged out of every token: " + plain.LineWithin(err.Error(), request.MaxReason)
 		}
 	}
-	k.end(rec, err)
+	k.audit.End(rec, err)
 	return err
 }
 
@@ -201,6 +201,6 @@ func (k *Keyring) Unlock(ctx context.Context, c *request.Caller, phrase *secret.
 	if err == nil {
 		err = k.lock.unlock(ctx, phrase)
 	}
-	k.end(rec, err)
+	k.audit.End(rec, err)
 	return err
 }

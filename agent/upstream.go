@@ -96,7 +96,7 @@ func (k *Keyring) upstreamOf(ctx context.Context, c *request.Caller, key []byte)
 
 // signUpstream has an upstream agent sign.
 func (k *Keyring) signUpstream(ctx context.Context, rec *record, r request.Sign) (*ssh.Signature, error) {
-	c := rec.use.Caller
+	c := rec.Use.Caller
 	u := k.upstreamOf(ctx, c, r.Key)
 	if u == nil {
 		return nil, errUnknownKey

@@ -1,0 +1,19 @@
+package agent
+
+import (
+	"fmt"
+	"testing"
+
+	"p11-agent/agent/request"
+)
+
+// The keys whose uses are counted are bounded.
+func TestUsesAreBounded(t *testing.T) {
+	var a trail
+	for i := range 2 * maxUses {
+		a.add(&record{Event: Event{Request: request.ActionSign, Result: ResultOK, Key: fmt.Sprint(i)}})
+	}
+	if len(a.uses) != maxUses {
+		t.Errorf("uses of %d keys are kept", len(a.uses))
+	}
+}
