@@ -10,6 +10,7 @@ import (
 
 	"golang.org/x/crypto/ssh"
 
+	"p11-agent/agent/audit"
 	"p11-agent/agent/peer"
 	"p11-agent/agent/request"
 	"p11-agent/agent/request/requesttest"
@@ -225,11 +226,11 @@ func TestAuditIsBounded(t *testing.T) {
 			t.Fatal(err)
 		}
 	}
-	for range 3 * xmaxSigned {
+	for range 3 * maxSigned {
 		sign()
 	}
 	s := f.Now()
-	if len(s.Events) != xmaxSigned+1 || len(s.Failures) != 1 || s.Failures[0].Reason != "the first" || s.Keys[0].Signatures != 3*xmaxSigned {
+	if len(s.Events) != maxSigned+1 || len(s.Failures) != 1 || s.Failures[0].Reason != "the first" || s.Keys[0].Signatures != 3*maxSigned {
 		t.Errorf("%d events, %d failures, %d signatures", len(s.Events), len(s.Failures), s.Keys[0].Signatures)
 	}
 }
@@ -273,7 +274,7 @@ func TestAttack11Status(t *testing.T) {
 			signed, counted, noted := 0, 0, false
 			for _, e := range s.Events {
 				switch {
-				case e.Result == ResultOK && e.Request == request.ActionSign:
+				case e.Result == audit.OK && e.Action == request.ActionSign:
 					signed++
 				case e.Reason == "something else":
 					noted = true
@@ -284,7 +285,7 @@ func TestAttack11Status(t *testing.T) {
 					}
 				}
 			}
-			if signed != 1 || !noted || len(s.Events) > xmaxSigned+xmaxChanged+xmaxFailures {
+			if signed != 1 || !noted || len(s.Events) > maxSigned+maxChanged+maxFailures {
 				t.Errorf("of %d events, %d are signatures; the other refusal: %t", len(s.Events), signed, noted)
 			}
 			if counted != lot {
@@ -301,9 +302,9 @@ func (declinedError) Declined() bool { return true }
 
 // A person is told of what fails here, and not of what they have declined.
 func TestFailed(t *testing.T) {
-	var told []Event
+	var told []audit.Event
 	key := edKey("pkcs11:token=a")
-	f := newFixture(Options{Failed: func(e Event) { told = append(told, e) }}, key)
+	f := newFixture(Options{Failed: func(e audit.Event) { told = append(told, e) }}, key)
 	for _, test := range []struct {
 		caller *request.Caller
 		err    error
@@ -327,4 +328,4 @@ func TestFailed(t *testing.T) {
 }
 
 // Limits of package audit.
-const xmaxSigned, xmaxChanged, xmaxFailures = 200, 100, 50
+const maxSigned, maxChanged, maxFailures = 200, 100, 50

@@ -7,6 +7,7 @@ import (
 	"slices"
 
 	"p11-agent/agent/approval"
+	"p11-agent/agent/audit"
 	"p11-agent/agent/request"
 	"p11-agent/agent/sshkey"
 )
@@ -33,7 +34,7 @@ func (k *Keyring) AddToken(ctx context.Context, c *request.Caller, r request.Tok
 	return err
 }
 
-func (k *Keyring) addToken(ctx context.Context, rec *record, r request.Token) error {
+func (k *Keyring) addToken(ctx context.Context, rec *audit.Record, r request.Token) error {
 	c := rec.Use.Caller
 	if err := mayChange(c); err != nil {
 		return err
@@ -78,7 +79,7 @@ const noteKept = "constraints kept: a key keeps what it was added with until it 
 // keepAddition adds what a selection selects, as far as the connection reaches it. Keys
 // that are there keep the limits that they have, and get the new ones besides. Keys
 // that were removed get the new ones alone, and owe for what they had before.
-func (k *Keyring) keepAddition(rec *record, s request.Selection, constraints request.Constraints) error {
+func (k *Keyring) keepAddition(rec *audit.Record, s request.Selection, constraints request.Constraints) error {
 	c := rec.Use.Caller
 	a := &addition{
 		selection: s, limits: limitsOf(&constraints, k.opts.Lifetime), certificates: constraints.Certificates,
@@ -177,7 +178,7 @@ func (k *Keyring) Add(ctx context.Context, c *request.Caller, r request.AddKey) 
 	return err
 }
 
-func (k *Keyring) add(ctx context.Context, rec *record, r request.AddKey, wire string) error {
+func (k *Keyring) add(ctx context.Context, rec *audit.Record, r request.AddKey, wire string) error {
 	c := rec.Use.Caller
 	if k.lock.locked() {
 		return request.ErrLocked
@@ -236,7 +237,7 @@ func (k *Keyring) RemoveToken(ctx context.Context, c *request.Caller, r request.
 	return err
 }
 
-func (k *Keyring) removeToken(ctx context.Context, rec *record, r request.Token) error {
+func (k *Keyring) removeToken(ctx context.Context, rec *audit.Record, r request.Token) error {
 	c := rec.Use.Caller
 	if k.lock.locked() {
 		return request.ErrLocked
@@ -336,7 +337,7 @@ func (k *Keyring) Remove(ctx context.Context, c *request.Caller, key []byte) err
 	return err
 }
 
-func (k *Keyring) remove(ctx context.Context, rec *record, key []byte) error {
+func (k *Keyring) remove(ctx context.Context, rec *audit.Record, key []byte) error {
 	c := rec.Use.Caller
 	if k.lock.locked() {
 		return request.ErrLocked

@@ -8,6 +8,7 @@ import (
 	"slices"
 	"time"
 
+	"p11-agent/agent/audit"
 	"p11-agent/agent/request"
 )
 
@@ -113,7 +114,7 @@ func (k *Keyring) Login(ctx context.Context, c *request.Caller, r request.TokenL
 	return answer, err
 }
 
-func (k *Keyring) login(ctx context.Context, rec *record, r request.TokenLogin) (request.LoginAnswer, error) {
+func (k *Keyring) login(ctx context.Context, rec *audit.Record, r request.TokenLogin) (request.LoginAnswer, error) {
 	c := rec.Use.Caller
 	if err := MayControl(c); err != nil {
 		return request.LoginAnswer{}, err
@@ -143,7 +144,7 @@ func (k *Keyring) Logout(ctx context.Context, c *request.Caller, provider []byte
 	return err
 }
 
-func (k *Keyring) logout(ctx context.Context, rec *record, provider []byte) error {
+func (k *Keyring) logout(ctx context.Context, rec *audit.Record, provider []byte) error {
 	if err := MayControl(rec.Use.Caller); err != nil {
 		return err
 	}

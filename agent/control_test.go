@@ -9,6 +9,7 @@ import (
 
 	"golang.org/x/crypto/ssh"
 
+	"p11-agent/agent/audit"
 	"p11-agent/agent/peer"
 	"p11-agent/agent/request"
 	"p11-agent/agent/sshkey/keytest"
@@ -162,10 +163,10 @@ func TestStatusOfKeys(t *testing.T) {
 	if k := s.Keys[2]; !k.Software || !k.Confirm || k.Expires.IsZero() {
 		t.Errorf("%+v", k)
 	}
-	if e := s.Events[0]; e.Request != request.ActionSign || e.Purpose != request.PurposeGit || e.Namespace != "git" || e.URI != token.uri || e.Result != ResultOK || e.Client.PID != 4711 {
+	if e := s.Events[0]; e.Action != request.ActionSign || e.Purpose != request.PurposeGit || e.Namespace != "git" || e.URI != token.uri || e.Result != audit.OK || e.Client.PID != 4711 {
 		t.Errorf("%+v", e)
 	}
-	if e := s.Events[3]; e.Request != request.ActionAdd || e.Key == "" {
+	if e := s.Events[3]; e.Action != request.ActionAdd || e.Key == "" {
 		t.Errorf("%+v", e)
 	}
 	if u := s.Upstreams[0]; u.Name != "gone" || u.Trouble != "it is gone" {

@@ -8,6 +8,7 @@ import (
 
 	"golang.org/x/crypto/ssh"
 
+	"p11-agent/agent/audit"
 	"p11-agent/agent/request"
 	"p11-agent/agent/sshkey"
 )
@@ -24,7 +25,7 @@ type identity struct {
 	limits   limits
 	owed     *limits // see Keyring.owed; nil: none are, or the identity has them still
 
-	prefix Prefix // of the lines in the log
+	prefix audit.Prefix // of the lines in the log
 }
 
 // softwareKey is a private key in memory: an identity that is listed when the key is

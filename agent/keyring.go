@@ -12,6 +12,7 @@ import (
 	"golang.org/x/crypto/ssh"
 
 	"p11-agent/agent/approval"
+	"p11-agent/agent/audit"
 	"p11-agent/agent/certdir"
 	"p11-agent/agent/request"
 	"p11-agent/agent/sshkey"
@@ -29,9 +30,7 @@ const (
 	emptyPatience = 500 * time.Millisecond
 )
 
-var (
-	errUnknownKey = errors.New("the agent has no such key")
-)
+var errUnknownKey = errors.New("the agent has no such key")
 
 // Tokens finds keys on tokens. All methods but Rescan, Select, Login, Logout,
 // LogoutOf and LogoutAll return at once.
@@ -123,7 +122,7 @@ type Options struct {
 	Fingerprint func(ssh.PublicKey) string
 	// Failed is told of requests of this machine that were refused, unless that is
 	// what a person has just said in a prompt. It must not wait. nil: nobody is told.
-	Failed func(Event)
+	Failed func(audit.Event)
 	// Report makes the answer to a question for the status out of what the keyring
 	// knows, of the tokens that are selected; nil: of all. It must not wait. nil: there
 	// is no status.
@@ -146,7 +145,7 @@ type Keyring struct {
 
 	lock      *lock
 	approver  *approval.Approver
-	audit     *trail
+	audit     *audit.Trail
 	computing turns
 
 	change atomic.Uint64 // counts the changes of what follows but software; made under mu
@@ -174,7 +173,7 @@ func NewKeyring(opts Options) *Keyring {
 		opts.Questions = approval.NewQuestions()
 	}
 	k := &Keyring{
-		audit:    newTrail(opts.Log, opts.Failed),
+		audit:    audit.New(opts.Log, opts.Failed),
 		approver: &approval.Approver{Confirm: opts.Confirm, Questions: opts.Questions, Log: opts.Log},
 		opts:     opts, log: opts.Log, start: time.Now(), lock: newLock(),
 		hidden: make(map[string]uint64), owed: make(map[string]*limits), troubles: make(map[string]string),
@@ -272,7 +271,7 @@ func (k *Keyring) Sign(ctx context.Context, c *request.Caller, r request.Sign) (
 	return sig, err
 }
 
-func (k *Keyring) signFor(ctx context.Context, rec *record, r request.Sign) (*ssh.Signature, error) {
+func (k *Keyring) signFor(ctx context.Context, rec *audit.Record, r request.Sign) (*ssh.Signature, error) {
 	c := rec.Use.Caller
 	inside, err := k.lock.enter(ctx, c, rec.Use)
 	if err != nil {
@@ -306,7 +305,7 @@ func (k *Keyring) signFor(ctx context.Context, rec *record, r request.Sign) (*ss
 	return sig, inside.reason(err)
 }
 
-func (k *Keyring) sign(ctx context.Context, rec *record, id *identity, r request.Sign) (*ssh.Signature, error) {
+func (k *Keyring) sign(ctx context.Context, rec *audit.Record, id *identity, r request.Sign) (*ssh.Signature, error) {
 	c := rec.Use.Caller
 	algorithm, hash, err := algorithmFor(id.plain, r.Flags)
 	if err != nil {
@@ -393,7 +392,7 @@ func (k *Keyring) use(comment string, key ssh.PublicKey, c *request.Caller, r re
 // signAtHome has a token sign that has the identity, one that is there if
 // possible. Only when one is away another is tried: what a person declined on one
 // is not asked for again on the next.
-func (k *Keyring) signAtHome(ctx context.Context, rec *record, id *identity, data []byte, hash crypto.SignerOpts) ([]byte, error) {
+func (k *Keyring) signAtHome(ctx context.Context, rec *audit.Record, id *identity, data []byte, hash crypto.SignerOpts) ([]byte, error) {
 	homes := id.Homes
 	if len(homes) > 1 {
 		var there, away []request.Key

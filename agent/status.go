@@ -6,6 +6,7 @@ import (
 	"golang.org/x/crypto/ssh"
 
 	"p11-agent/agent/approval"
+	"p11-agent/agent/audit"
 	"p11-agent/agent/request"
 	"p11-agent/pinentry/plain"
 )
@@ -18,8 +19,8 @@ type Status struct {
 	Upstreams []UpstreamStatus
 	Approvals []approval.Status // the newest first
 	Pauses    []approval.Pause  // the longest first
-	Events    []Event           // the newest first, with those that were not granted
-	Failures  []Event           // those of them that were refused
+	Events    []audit.Event     // the newest first, with those that were not granted
+	Failures  []audit.Event     // those of them that were refused
 }
 
 // A KeyStatus tells of an identity.
@@ -61,7 +62,7 @@ func (k *Keyring) Now() Status {
 	}
 	s.Events = k.audit.Events()
 	for _, e := range s.Events {
-		if e.Result == ResultRefused {
+		if e.Result == audit.Refused {
 			s.Failures = append(s.Failures, e)
 		}
 	}
@@ -80,7 +81,7 @@ func (k *Keyring) Now() Status {
 }
 
 // begin makes the record of a request that uses no key.
-func (k *Keyring) begin(c *request.Caller, action request.Action) *record {
+func (k *Keyring) begin(c *request.Caller, action request.Action) *audit.Record {
 	return k.audit.Begin(action, k.use("", nil, c, request.Sign{}))
 }
 

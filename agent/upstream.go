@@ -8,6 +8,7 @@ import (
 
 	"golang.org/x/crypto/ssh"
 
+	"p11-agent/agent/audit"
 	"p11-agent/agent/request"
 	"p11-agent/agent/sshkey"
 )
@@ -95,7 +96,7 @@ func (k *Keyring) upstreamOf(ctx context.Context, c *request.Caller, key []byte)
 }
 
 // signUpstream has an upstream agent sign.
-func (k *Keyring) signUpstream(ctx context.Context, rec *record, r request.Sign) (*ssh.Signature, error) {
+func (k *Keyring) signUpstream(ctx context.Context, rec *audit.Record, r request.Sign) (*ssh.Signature, error) {
 	c := rec.Use.Caller
 	u := k.upstreamOf(ctx, c, r.Key)
 	if u == nil {

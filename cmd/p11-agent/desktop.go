@@ -10,7 +10,7 @@ import (
 	"sync/atomic"
 	"time"
 
-	"p11-agent/agent"
+	"p11-agent/agent/audit"
 	"p11-agent/agent/request"
 	"p11-agent/cmd/p11-agent/config"
 	"p11-agent/cmd/p11-agent/status"
@@ -43,10 +43,10 @@ func (n *notices) configure(c *config.File) {
 
 // failed is agent.Options.Failed: whoever waits hears no more from ssh than "agent
 // refused operation".
-func (n *notices) failed(e agent.Event) {
+func (n *notices) failed(e audit.Event) {
 	title := map[request.Action]string{
 		request.ActionSign: "p11-agent: refused to sign", request.ActionAdd: "p11-agent: refused to add a key",
-	}[e.Request]
+	}[e.Action]
 	if title == "" || !n.failures.Load() {
 		return
 	}

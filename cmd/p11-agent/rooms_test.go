@@ -94,14 +94,14 @@ var rooms = []room{
 	{"cmd/p11-agent/output", []string{"pinentry", "systemd", cobra, xsys}, "it prints for every command, and knows none of them"},
 	{
 		"cmd/p11-agent/status",
-		[]string{"agent", "agent/request", "agent/sshagent", "cmd/p11-agent/config", "cmd/p11-agent/output", "cmd/p11-agent/paths", "pinentry/plain", "token", "token/module", "token/pin", "token/pkcs11uri", "token/wire", xssh},
+		[]string{"agent", "agent/audit", "agent/request", "agent/sshagent", "cmd/p11-agent/config", "cmd/p11-agent/output", "cmd/p11-agent/paths", "pinentry/plain", "token", "token/module", "token/pin", "token/pkcs11uri", "token/wire", xssh},
 		"it tells what is, and does not know what helps",
 	},
 	{"cmd/bench", []string{"pinentry/procstat"}, "it measures the program from outside"},
 	{"cmd/testrun", []string{}, "it knows tests by their names only"},
 	{
 		"agent",
-		[]string{"agent/approval", "agent/certdir", "agent/knownhosts", "agent/peer", "agent/request", "agent/sshkey", "pinentry/secret", "pinentry/waiting", xssh},
+		[]string{"agent/approval", "agent/audit", "agent/certdir", "agent/knownhosts", "agent/peer", "agent/request", "agent/sshkey", "pinentry/secret", "pinentry/waiting", xssh},
 		"the keyring knows neither PKCS#11 nor a wire format",
 	},
 	{
@@ -109,6 +109,7 @@ var rooms = []room{
 		[]string{"agent/knownhosts", "agent/peer", "agent/request", "agent/sshkey", "pinentry", "pinentry/waiting", xssh},
 		"whether a key may be used is decided without the key",
 	},
+	{"agent/audit", []string{"agent/approval", "agent/peer", "agent/request"}, "it tells what was asked and answered, and decides nothing"},
 	{"agent/certdir", []string{"agent/sshkey", xssh}, "it reads files: which certificates count is decided by the keyring"},
 	{"agent/knownhosts", []string{xssh}, "a leaf: it reads files"},
 	{"agent/peer", []string{"pinentry/procstat", xsys}, "who is at the other end of a socket is found out without the agent"},

@@ -9,6 +9,7 @@ import (
 	"time"
 
 	"p11-agent/agent"
+	"p11-agent/agent/audit"
 	"p11-agent/agent/request"
 	"p11-agent/agent/sshagent"
 	"p11-agent/token"
@@ -151,9 +152,9 @@ func (r *Maker) moduleReport(m token.ModuleStatus, locked bool) Module {
 	return module
 }
 
-func eventReport(e *agent.Event) Event {
+func eventReport(e *audit.Event) Event {
 	event := Event{
-		Time: e.Time, Duration: e.Took.Round(time.Millisecond).Seconds(), Request: e.Request, Result: e.Result, Reason: e.Reason, Note: e.Note,
+		Time: e.Time, Duration: e.Took.Round(time.Millisecond).Seconds(), Request: e.Action, Result: e.Result, Reason: e.Reason, Note: e.Note,
 		Key: e.Key, Comment: e.Comment, URI: e.URI, Kind: e.Kind, Purpose: e.Purpose, Namespace: e.Namespace,
 		User: e.User, Host: e.Host, Upstream: e.Upstream, Forwarded: e.Forwarded, Via: e.Via,
 		Client: e.Client.String(), Connection: e.Connection, Count: e.Count, Various: e.Various,

@@ -9,7 +9,7 @@ package status
 import (
 	"time"
 
-	"p11-agent/agent"
+	"p11-agent/agent/audit"
 	"p11-agent/agent/request"
 	"p11-agent/token/pin"
 )
@@ -133,7 +133,7 @@ type Event struct {
 	Various    bool            `json:"various,omitempty"` // they differ, and this is the last
 	Duration   float64         `json:"duration"`          // seconds
 	Request    request.Action  `json:"request"`
-	Result     agent.Result    `json:"result"`
+	Result     audit.Result    `json:"result"`
 	Reason     string          `json:"reason,omitempty"`
 	Note       string          `json:"note,omitempty"`
 	Key        string          `json:"key,omitempty"`

@@ -8,7 +8,7 @@ import (
 	"text/tabwriter"
 	"time"
 
-	"p11-agent/agent"
+	"p11-agent/agent/audit"
 	"p11-agent/agent/request"
 	"p11-agent/cmd/p11-agent/output"
 	"p11-agent/pinentry/plain"
@@ -109,7 +109,7 @@ func (r *Report) Print(out io.Writer) error {
 	requests := r.shown()
 	section("LAST REQUESTS", len(requests), func(row func(...string)) {
 		for _, e := range requests {
-			mark(map[bool]output.Style{true: output.Caution}[e.Result != agent.ResultOK])
+			mark(map[bool]output.Style{true: output.Caution}[e.Result != audit.OK])
 			row(ago(r.Time.Sub(e.Time)), string(e.Request), e.subject(), e.purpose(), e.client(), e.result())
 		}
 	})
@@ -185,7 +185,7 @@ func (r *Report) shown() (all []Event) {
 	}
 	ofKind := make(map[[2]bool]int)
 	choose(func(e *Event) bool {
-		ok := e.Result == agent.ResultOK
+		ok := e.Result == audit.OK
 		kind := [2]bool{ok, ok && e.Request == request.ActionSign}
 		ofKind[kind]++
 		return ofKind[kind] <= shownOfKind
@@ -354,7 +354,7 @@ func (e *Event) result() string {
 	if e.Note != "" {
 		text += ": " + e.Note
 	}
-	if e.Result == agent.ResultOK && e.Duration >= 1 {
+	if e.Result == audit.OK && e.Duration >= 1 {
 		text += " after " + span(time.Duration(e.Duration*float64(time.Second)))
 	}
 	return text

@@ -1,4 +1,4 @@
-package agent
+package audit
 
 import (
 	"fmt"
@@ -9,9 +9,9 @@ import (
 
 // The keys whose uses are counted are bounded.
 func TestUsesAreBounded(t *testing.T) {
-	var a trail
+	var a Trail
 	for i := range 2 * maxUses {
-		a.add(&record{Event: Event{Request: request.ActionSign, Result: ResultOK, Key: fmt.Sprint(i)}})
+		a.add(&Record{Event: Event{Action: request.ActionSign, Result: OK, Key: fmt.Sprint(i)}})
 	}
 	if len(a.uses) != maxUses {
 		t.Errorf("uses of %d keys are kept", len(a.uses))

@@ -1,4 +1,10 @@
-package agent
+// Package audit makes one event of each request that uses or changes keys: a line in the
+// log, and an entry for the status.
+//
+// It promises that events are bounded, printable and without secrets, and that no client
+// pushes out the events of another one. Nothing else logs the outcome of a request. Which
+// requests there are is left to the keyring and the doors.
+package audit
 
 import (
 	"context"
@@ -16,15 +22,15 @@ import (
 	"p11-agent/pinentry/plain"
 )
 
-// A Result is what became of a request.
+// A Result is the outcome of a request.
 type Result string
 
 // The results.
 const (
-	ResultOK      Result = "ok"
-	ResultRefused Result = "refused"
+	OK      Result = "ok"
+	Refused Result = "refused"
 	// ResultCancelled is that of a request whose client hung up.
-	ResultCancelled Result = "cancelled"
+	Cancelled Result = "cancelled"
 )
 
 const (
@@ -36,9 +42,8 @@ const (
 	maxUses = 4096
 )
 
-// An Event is a request that was answered: one that used or was to use a key, or
-// that changed what the agent holds. Its texts are printable and bounded, and none
-// of them is secret.
+// An Event is an answered request that uses a key or changes what the agent holds. Its
+// texts are printable and bounded, and none of them is secret.
 type Event struct {
 	Time time.Time     // of the answer
 	Took time.Duration // what a person took included
@@ -50,10 +55,10 @@ type Event struct {
 	// for different reasons.
 	Various bool
 
-	Request request.Action
-	Result  Result
-	Reason  string // why it was not granted
-	Note    string // what else there is to say of it
+	Action request.Action
+	Result Result
+	Reason string // why it was not granted
+	Note   string // what else there is to say of it
 
 	Key string // the fingerprint; empty: it is not about one key
 	// PublicKey is that key; nil: the agent does not have it.
@@ -75,8 +80,8 @@ type Event struct {
 	Connection uint64
 }
 
-// record is a request that is being answered, and will be an Event.
-type record struct {
+// A Record is a request without an answer. End makes an Event of it.
+type Record struct {
 	Event
 	start time.Time
 	Use   *request.Use // nil once the event has the names of hosts
@@ -89,17 +94,17 @@ type record struct {
 }
 
 // Begin makes the record of a request for a use.
-func (a *trail) Begin(action request.Action, use *request.Use) *record {
+func (a *Trail) Begin(action request.Action, use *request.Use) *Record {
 	c := use.Caller
-	return &record{
-		Event: Event{Request: action, Forwarded: c.Forwarded, Connection: c.Number},
+	return &Record{
+		Event: Event{Action: action, Forwarded: c.Forwarded, Connection: c.Number},
 		start: time.Now(), Use: use,
 	}
 }
 
 // About notes which key the request is about. prefix is that of the key's lines in the
 // log, and may be nil.
-func (r *record) About(t *request.Target, prefix *Prefix) {
+func (r *Record) About(t *request.Target, prefix *Prefix) {
 	r.prefix, r.Key, r.PublicKey, r.Comment = prefix, t.Fingerprint, t.PublicKey, t.Comment
 	if len(t.Homes) > 0 {
 		r.URI = t.Homes[0].URI()
@@ -109,7 +114,7 @@ func (r *record) About(t *request.Target, prefix *Prefix) {
 // event returns the event once the request is answered, with the names of hosts.
 // They are found when somebody wants them: it reads files, and the client need not
 // wait for it. What the request came with is of no more use then.
-func (r *record) event() *Event {
+func (r *Record) event() *Event {
 	r.naming.Do(func() {
 		if r.Use.Login != nil || r.Forwarded {
 			r.Host, r.Via = hosts(r.Use)
@@ -119,8 +124,8 @@ func (r *record) event() *Event {
 	return &r.Event
 }
 
-// A trail keeps the events, and logs each. All methods may be called from any goroutine.
-type trail struct {
+// A Trail keeps the events, and logs each. All methods may be called from any goroutine.
+type Trail struct {
 	log    *slog.Logger
 	failed func(Event) // may be nil
 
@@ -139,11 +144,11 @@ type uses struct {
 
 // ring keeps the last requests that were answered.
 type ring struct {
-	all  []*record
+	all  []*Record
 	next int // where the next one goes, once it is full
 }
 
-func (r *ring) add(one *record, limit int) {
+func (r *ring) add(one *Record, limit int) {
 	if len(r.all) < limit {
 		r.all = append(r.all, one)
 		return
@@ -153,7 +158,7 @@ func (r *ring) add(one *record, limit int) {
 }
 
 // newest returns them, the newest first.
-func (r *ring) newest() []*record {
+func (r *ring) newest() []*Record {
 	all := slices.Concat(r.all[r.next:], r.all[:r.next])
 	slices.Reverse(all)
 	return all
@@ -167,7 +172,7 @@ type folds []*fold // the oldest first; none is changed
 type fold struct {
 	way     request.Origin
 	kind    foldKind
-	last    *record
+	last    *Record
 	count   int
 	first   time.Time
 	various bool // they are not of one kind
@@ -183,10 +188,10 @@ type foldKind struct {
 // add adds a request, of at most limit. Where same is set, those of one kind are kept
 // once. Of a way, or a group, that has many of different kinds, the last one stands
 // for those that follow.
-func (f *folds) add(r *record, limit int, same bool) {
+func (f *folds) add(r *Record, limit int, same bool) {
 	one := &fold{
 		way: r.Use.Caller.Origin(), last: r, count: 1, first: r.Time,
-		kind: foldKind{r.Request, r.Result, r.Key, withoutNumbers(r.Reason)},
+		kind: foldKind{r.Action, r.Result, r.Key, withoutNumbers(r.Reason)},
 	}
 	into, ofWay, ofGroup, fromWay, fromGroup := -1, -1, -1, 0, 0
 	for i, old := range *f {
@@ -229,7 +234,7 @@ func withoutNumbers(text string) string {
 }
 
 // eventsOf returns the events of records and of folds, the newest first.
-func eventsOf(records []*record, folded folds) (all []Event) {
+func eventsOf(records []*Record, folded folds) (all []Event) {
 	for _, r := range records {
 		all = append(all, *r.event())
 	}
@@ -242,15 +247,15 @@ func eventsOf(records []*record, folded folds) (all []Event) {
 	return all
 }
 
-func (a *trail) add(r *record) {
+func (a *Trail) add(r *Record) {
 	e := &r.Event
 	a.mu.Lock()
 	defer a.mu.Unlock()
 	switch {
-	case e.Result != ResultOK:
+	case e.Result != OK:
 		a.failures.add(r, maxFailures, true)
 		return
-	case e.Request != request.ActionSign:
+	case e.Action != request.ActionSign:
 		a.changed.add(r, maxChanged, false)
 		return
 	}
@@ -272,21 +277,20 @@ func (a *trail) add(r *record) {
 	a.uses[e.Key] = uses{u.count + 1, e.Time}
 }
 
-// end makes an Event of a request, which is answered with err: it is kept, and
-// logged in one line. Nothing else says what became of a request. The line about a
-// signature that was made is what its client need not wait for.
-func (a *trail) End(r *record, err error) {
+// End makes an Event of a request that is answered with err, keeps the event and logs it
+// in one line. The client of a successful signature does not wait for the line.
+func (a *Trail) End(r *Record, err error) {
 	e := &r.Event
 	e.Time = time.Now()
 	e.Took = e.Time.Sub(r.start)
 	e.Count, e.First = 1, e.Time
 	switch {
 	case err == nil:
-		e.Result = ResultOK
+		e.Result = OK
 	case errors.Is(err, context.Canceled):
-		e.Result, e.Reason = ResultCancelled, "the client hung up"
+		e.Result, e.Reason = Cancelled, "the client hung up"
 	default:
-		e.Result, e.Reason = ResultRefused, plain.LineWithin(strings.ReplaceAll(err.Error(), "\n", "; "), request.MaxReason)
+		e.Result, e.Reason = Refused, plain.LineWithin(strings.ReplaceAll(err.Error(), "\n", "; "), request.MaxReason)
 	}
 	if content := r.Use.Content; content.Kind != "" {
 		e.Kind, e.Purpose, e.Namespace = content.Kind, content.Purpose(), plain.LineWithin(content.Namespace, request.MaxField)
@@ -298,25 +302,25 @@ func (a *trail) End(r *record, err error) {
 	c := r.Use.Caller
 	e.Client = c.Who() // who may have gone once there is an answer
 	a.add(r)
-	if err == nil && e.Request == request.ActionSign && c.Later != nil {
+	if err == nil && e.Action == request.ActionSign && c.Later != nil {
 		c.Later(func() { a.logEvent(r) })
 		return
 	}
 	a.logEvent(r)
-	if a.failed != nil && e.Result == ResultRefused && !r.Told && !e.Forwarded && !approval.Declined(err) {
+	if a.failed != nil && e.Result == Refused && !r.Told && !e.Forwarded && !approval.Declined(err) {
 		a.failed(*r.event())
 	}
 }
 
 // logEvent writes the one line about a request.
-func (a *trail) logEvent(r *record) {
+func (a *Trail) logEvent(r *Record) {
 	e, prefix := r.event(), r.prefix
 	r.prefix = nil
-	level, message := slog.LevelInfo, e.Request.Done()
+	level, message := slog.LevelInfo, e.Action.Done()
 	switch {
-	case e.Result == ResultRefused:
+	case e.Result == Refused:
 		level, message = slog.LevelWarn, "request refused"
-	case e.Result == ResultCancelled:
+	case e.Result == Cancelled:
 		message = "request refused"
 	case e.Note != "":
 		level = slog.LevelWarn
@@ -363,7 +367,7 @@ func (e *Event) appendBeginning(attrs []slog.Attr) []slog.Attr {
 			attrs = append(attrs, slog.String(name, value))
 		}
 	}
-	text("request", string(e.Request))
+	text("request", string(e.Action))
 	text("key", e.Key)
 	if e.Comment != e.URI {
 		text("comment", e.Comment)
@@ -382,8 +386,8 @@ type Prefix struct {
 
 // begun returns the handler for a line, and whether it has written the beginning already.
 // prefix may be nil.
-func (a *trail) begun(prefix *Prefix, e *Event) (handler slog.Handler, begun bool) {
-	if prefix == nil || e.Request != request.ActionSign {
+func (a *Trail) begun(prefix *Prefix, e *Event) (handler slog.Handler, begun bool) {
+	if prefix == nil || e.Action != request.ActionSign {
 		return a.log.Handler(), false
 	}
 	prefix.once.Do(func() { prefix.uri, prefix.handler = e.URI, a.log.Handler().WithAttrs(e.appendBeginning(nil)) })
@@ -394,7 +398,7 @@ func (a *trail) begun(prefix *Prefix, e *Event) (handler slog.Handler, begun boo
 }
 
 // Events returns the events, the newest first.
-func (a *trail) Events() []Event {
+func (a *Trail) Events() []Event {
 	a.mu.Lock()
 	signed, folded := a.signed.newest(), slices.Concat(a.changed, a.failures)
 	a.mu.Unlock()
@@ -404,17 +408,17 @@ func (a *trail) Events() []Event {
 
 // Signatures returns how often a key has signed, and when it did last. fingerprint names
 // the key.
-func (a *trail) Signatures(fingerprint string) (count uint64, last time.Time) {
+func (a *Trail) Signatures(fingerprint string) (count uint64, last time.Time) {
 	a.mu.Lock()
 	defer a.mu.Unlock()
 	u := a.uses[fingerprint]
 	return u.count, u.last
 }
 
-// newTrail returns an empty trail that writes to log. failed is told of each request of
+// New returns an empty trail that writes to log. failed is told of each request of
 // this machine that is refused, unless a person has just refused it in a prompt. It must
 // not wait, and may be nil.
-func newTrail(log *slog.Logger, failed func(Event)) *trail { return &trail{log: log, failed: failed} }
+func New(log *slog.Logger, failed func(Event)) *Trail { return &Trail{log: log, failed: failed} }
 
 // hosts names the host that a use is at, and those that it came by.
 func hosts(u *request.Use) (host string, via []string) {
