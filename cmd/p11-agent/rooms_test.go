@@ -91,6 +91,11 @@ var rooms = []room{
 	},
 	{"cmd/p11-agent/files", []string{renameio}, "a leaf: what the files hold is decided elsewhere"},
 	{"cmd/p11-agent/named", []string{"cmd/p11-agent/exit", "cmd/p11-agent/output", "token", "token/pkcs11uri"}, "it reads names, and knows no command"},
+	{
+		"cmd/p11-agent/newkey",
+		[]string{"agent/peer", "agent/request", "cmd/p11-agent/exit", "cmd/p11-agent/named", "cmd/p11-agent/output", "pinentry/secret", "token", "token/pkcs11uri", "token/wire", xssh},
+		"a key is made without an agent and without a configuration",
+	},
 	{"cmd/p11-agent/output", []string{"pinentry", "systemd", cobra, xsys}, "it prints for every command, and knows none of them"},
 	{
 		"cmd/p11-agent/status",

@@ -21,6 +21,7 @@ import (
 	"p11-agent/cmd/p11-agent/config"
 	"p11-agent/cmd/p11-agent/exit"
 	"p11-agent/cmd/p11-agent/export"
+	"p11-agent/cmd/p11-agent/newkey"
 	"p11-agent/cmd/p11-agent/output"
 	"p11-agent/cmd/p11-agent/paths"
 	"p11-agent/cmd/p11-agent/status"
@@ -63,7 +64,7 @@ type setup struct {
 	log         *slog.Logger
 	ask         *dialog // nil: it only tells
 	b           *backend.Modules
-	making      *progress // of a key
+	making      *newkey.Progress
 
 	plan  *choice    // the key to use
 	key   export.Key // once it is there
@@ -94,7 +95,7 @@ func runSetup(ctx context.Context, g *globals, o *setupOptions, in io.Reader, ou
 	if !o.print {
 		s.ask = newDialog(in, out)
 	}
-	s.making = &progress{ctx: ctx, w: stderr, terminal: output.IsTerminal(stderr), kind: setupKind}
+	s.making = newkey.NewProgress(ctx, stderr, setupKind)
 	err = s.run(ctx)
 	switch {
 	case errors.Is(err, context.Canceled) && ctx.Err() != nil:
@@ -186,7 +187,7 @@ func (s *setup) look(ctx context.Context) {
 	}
 	// A module that does not answer may be another one than that of the token.
 	s.b = backend.Look(ctx, s.config, backend.Options{
-		Log: s.log, PINs: newAsker(s.config, os.Getenv, os.Environ(), s.log), Generating: s.making.begin,
+		Log: s.log, PINs: newAsker(s.config, os.Getenv, os.Environ(), s.log), Generating: s.making.Begin,
 	})
 }
 

@@ -12,13 +12,12 @@ import (
 	"slices"
 	"strings"
 
-	"p11-agent/agent/peer"
-	"p11-agent/agent/request"
 	"p11-agent/cmd/p11-agent/advice"
 	"p11-agent/cmd/p11-agent/backend"
 	"p11-agent/cmd/p11-agent/config"
 	"p11-agent/cmd/p11-agent/export"
 	"p11-agent/cmd/p11-agent/files"
+	"p11-agent/cmd/p11-agent/newkey"
 	"p11-agent/cmd/p11-agent/output"
 	"p11-agent/pinentry/plain"
 	"p11-agent/pinentry/secret"
@@ -331,7 +330,7 @@ func (s *setup) makeWithPIN(ctx context.Context) error {
 	}
 	label := setupLabel
 	u.Object = &label
-	k, err := s.b.Store.Generate((&request.Caller{Peer: peer.Self()}).Context(ctx), u, setupKind, pin)
+	k, err := newkey.Make(ctx, s.b.Store, u, setupKind, pin)
 	//nolint:errorlint // wrapped, it says what became of the key
 	if err == context.Canceled {
 		return errInterrupted
@@ -340,7 +339,7 @@ func (s *setup) makeWithPIN(ctx context.Context) error {
 		return err
 	}
 	s.changed = true
-	if err := printGenerated(io.Discard, s.stderr, k); err != nil {
+	if err := newkey.Print(io.Discard, s.stderr, k); err != nil {
 		return err
 	}
 	if err := s.take(k.Key); err != nil {
