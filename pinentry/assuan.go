@@ -6,7 +6,6 @@ import (
 	"errors"
 	"fmt"
 	"io"
-	"log/slog"
 	"slices"
 	"strconv"
 	"strings"
@@ -148,11 +147,11 @@ type conn struct {
 	place Place
 	title string // what the process is called in errors
 	ctype string // as the process knows it
-	// flavour is what it asks with, "curses" for one; empty: it does not say. Known once
-	// asked is set.
-	flavour string
-	asked   bool
-	word    string // the command that it was sent last
+	// flavor is what pinentry calls its kind: see Probed.Flavor. It is known once asked
+	// is set.
+	flavor string
+	asked  bool
+	word   string // the command that it was sent last
 
 	lines lineReader
 }
@@ -210,7 +209,7 @@ func (l *lineReader) ahead() bool { return l.start != l.end }
 
 // dial starts a pinentry and tells it about the place. argv is empty, or has its name
 // and its arguments.
-func dial(ctx context.Context, p *Pinentry, title, file string, argv []string, place Place) (asker, error) {
+func dial(ctx context.Context, p *Pinentry, title, file string, argv []string, place Place) (prompter, error) {
 	env := p.environment(place)
 	for _, v := range env {
 		if strings.ContainsRune(v, 0) {
@@ -313,7 +312,6 @@ func (c *conn) command(line string, pin *secret.Secret) error {
 		return fmt.Errorf("a line of %d bytes is too long for it", len(line)+1)
 	}
 	c.word, _, _ = strings.Cut(line, " ")
-	c.trace("> ", line)
 	if c.lines.ahead() {
 		return errAhead // an old answer would pass for that to this question
 	}
@@ -335,21 +333,16 @@ func (c *conn) answer(pin *secret.Secret) error {
 			}
 			return c.ended()
 		}
-		size := len(line)
 		r, err := parseReply(line)
 		if err != nil {
-			c.trace("< ", fmt.Sprintf("[%d bytes]", size))
 			return err
 		}
 		switch r.kind {
 		case kindOK:
-			c.trace("< ", "OK")
 			return nil
 		case kindERR:
-			c.trace("< ", "ERR "+r.err.Error())
 			return &r.err
 		case kindData:
-			c.trace("< ", "D [secret]")
 			if pin == nil {
 				return errData
 			}
@@ -360,19 +353,11 @@ func (c *conn) answer(pin *secret.Secret) error {
 			copy(pin.Buffer()[n:], r.data)
 			pin.SetLen(n + len(r.data))
 		case kindStatus:
-			c.trace("< ", "[state]")
 		case kindInquire:
-			c.trace("< ", "INQUIRE")
 			return errInquiry
 		}
 	}
 	return errEndless
-}
-
-func (c *conn) trace(direction, line string) {
-	if c.p.Trace && c.p.Log != nil {
-		c.p.Log.Debug(c.name()+" "+direction+plain.Line(line), slog.Int("pid", c.cmd.Process.Pid))
-	}
 }
 
 // set sends a text to be shown, cut to what fits. refused says that pinentry does not
@@ -508,42 +493,44 @@ func (c *conn) pin(ctx context.Context, prompt Prompt) (*secret.Secret, error) {
 	return pin, nil
 }
 
-// threeButtons are the flavours of GnuPG's pinentry 1.2.1 that show a third button
+// threeButtons are the flavors of GnuPG's pinentry 1.2.1 that show a third button
 // (SETNOTOK). pinentry-gnome3 does not. Others may say of their second button what
 // these say of the third, and then no would be taken for something else.
 var threeButtons = []string{"curses", "tty", "gtk2", "qt", "qt5"}
 
-// learnFlavour asks once what pinentry asks with.
-func (c *conn) learnFlavour(ctx context.Context) error {
+// learnFlavor asks pinentry once for its flavor. A pinentry that does not know the question has
+// none.
+func (c *conn) learnFlavor(ctx context.Context) error {
 	if c.asked {
 		return nil
 	}
-	name, err := secret.New(MaxPIN) // as answers are read
+	answer, err := secret.New(MaxPIN) // the flavor is no secret: answers are read so
 	if err != nil {
 		return err
 	}
-	defer name.Wipe()
+	defer answer.Wipe()
 	return c.promptly(ctx, func() error {
-		err := c.command("GETINFO flavor", name)
+		err := c.command("GETINFO flavor", answer)
 		if _, ok := errors.AsType[*pinentryError](err); ok {
-			err = nil // it has no name
-			name.SetLen(0)
+			err = nil
+			answer.SetLen(0)
 		}
 		c.asked = err == nil
-		// What it does in fact comes last, as in "gtk2:curses".
-		flavour := name.Bytes()
-		c.flavour = string(flavour[bytes.LastIndexByte(flavour, ':')+1:])
+		c.flavor = plain.Line(string(answer.Bytes()))
 		return err
 	})
 }
 
+// asksWith returns what pinentry asks with here: the end of a flavor such as "gtk2:curses".
+func (c *conn) asksWith() string { return c.flavor[strings.LastIndexByte(c.flavor, ':')+1:] }
+
 func (c *conn) confirm(ctx context.Context, prompt Prompt) error {
 	prompt.Label = ""
 	if prompt.Other != "" {
-		if err := c.learnFlavour(ctx); err != nil {
+		if err := c.learnFlavor(ctx); err != nil {
 			return err
 		}
-		if !slices.Contains(threeButtons, c.flavour) {
+		if !slices.Contains(threeButtons, c.asksWith()) {
 			prompt.Other = ""
 		}
 	}

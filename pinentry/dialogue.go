@@ -28,17 +28,17 @@ type Dialogue struct {
 
 	turn chan struct{} // holds one element while the fields below are in use
 	way  way           // what asks
-	by   asker         // the program that runs for it, or nil
+	by   prompter      // the program that runs for it, or nil
 	used bool          // by has been asked before
 	// tried says why the ways before this one failed.
 	tried []error
 }
 
-// An asker is a running program, or one that is run for each question. Each
+// A prompter is a running program, or one that is run for each question. Each
 // method ends with its context, and then the program has ended too; the error
 // is that of the context, an answer (ErrCancelled and its kin), or a
 // *cannotAskError.
-type asker interface {
+type prompter interface {
 	pin(context.Context, Prompt) (*secret.Secret, error)
 	// confirm returns ErrCancelled for no, and errOther for the third button.
 	confirm(context.Context, Prompt) error
@@ -104,7 +104,7 @@ func (d *Dialogue) first() way {
 }
 
 // start starts the program of the present way.
-func (d *Dialogue) start(ctx context.Context) (asker, error) {
+func (d *Dialogue) start(ctx context.Context) (prompter, error) {
 	p := d.p
 	program, called := cmp.Or(p.settings().program, "pinentry"), "pinentry"
 	switch d.way {
@@ -132,7 +132,7 @@ func (d *Dialogue) start(ctx context.Context) (asker, error) {
 	}
 	// Curses would draw all the same.
 	if c, ok := by.(*conn); ok {
-		if err = c.learnFlavour(ctx); err == nil && c.flavour == "curses" {
+		if err = c.learnFlavor(ctx); err == nil && c.asksWith() == "curses" {
 			err = &cannotAskError{fmt.Errorf("%s: %w (TERM=%s)", called, errCannotDraw, plain.Line(d.place.TTYType))}
 		}
 	}
@@ -190,7 +190,7 @@ func (d *Dialogue) drop() {
 }
 
 // ask has question answered by the first way that can.
-func (d *Dialogue) ask(ctx context.Context, timeout time.Duration, question func(context.Context, asker) error) error {
+func (d *Dialogue) ask(ctx context.Context, timeout time.Duration, question func(context.Context, prompter) error) error {
 	ctx, cancel := context.WithCancelCause(ctx)
 	defer cancel(nil)
 	defer context.AfterFunc(d.ctx, func() { cancel(ErrClosed) })()
@@ -321,7 +321,7 @@ func seconds(d time.Duration) int64 {
 // none of them may lead to a PIN being tried.
 func (d *Dialogue) PIN(ctx context.Context, prompt Prompt) (*secret.Secret, error) {
 	var pin *secret.Secret
-	err := d.ask(ctx, prompt.Timeout, func(ctx context.Context, by asker) (err error) {
+	err := d.ask(ctx, prompt.Timeout, func(ctx context.Context, by prompter) (err error) {
 		pin, err = by.pin(ctx, prompt)
 		if err == nil && pin.Len() == 0 {
 			err = ErrEmpty
@@ -339,7 +339,7 @@ func (d *Dialogue) PIN(ctx context.Context, prompt Prompt) (*secret.Secret, erro
 // dialogue that was closed, are false and nil; the errors are those of PIN.
 func (d *Dialogue) Confirm(ctx context.Context, prompt Prompt) (bool, error) {
 	prompt.Other = ""
-	err := d.ask(ctx, prompt.Timeout, func(ctx context.Context, by asker) error {
+	err := d.ask(ctx, prompt.Timeout, func(ctx context.Context, by prompter) error {
 		return by.confirm(ctx, prompt)
 	})
 	if errors.Is(err, ErrCancelled) {
@@ -364,7 +364,7 @@ var errOther = errors.New("the other button was pressed")
 // Choose asks as Confirm does, with a third button. Where a program is not known to
 // have one it is not shown: then the choice is one of the other two.
 func (d *Dialogue) Choose(ctx context.Context, prompt Prompt) (Choice, error) {
-	err := d.ask(ctx, prompt.Timeout, func(ctx context.Context, by asker) error {
+	err := d.ask(ctx, prompt.Timeout, func(ctx context.Context, by prompter) error {
 		return by.confirm(ctx, prompt)
 	})
 	switch {
@@ -382,7 +382,7 @@ func (d *Dialogue) Choose(ctx context.Context, prompt Prompt) (Choice, error) {
 // reader", until the person takes note (nil), closes it (ErrCancelled), or ctx
 // ends. Meanwhile nothing else can be asked at the same terminal or display.
 func (d *Dialogue) Message(ctx context.Context, prompt Prompt) error {
-	return d.ask(ctx, prompt.Timeout, func(ctx context.Context, by asker) error {
+	return d.ask(ctx, prompt.Timeout, func(ctx context.Context, by prompter) error {
 		return by.message(ctx, prompt)
 	})
 }

@@ -197,9 +197,8 @@ func newStage(t *testing.T, scenario string) *stage {
 }
 
 // logs makes the stage's log and returns what was written to it.
-func (s *stage) logs(trace bool) func() string {
+func (s *stage) logs() func() string {
 	var b strings.Builder
-	s.Trace = trace
 	s.Log = slog.New(slog.NewTextHandler(&b, &slog.HandlerOptions{Level: slog.LevelDebug}))
 	return b.String
 }

@@ -87,9 +87,6 @@ type Pinentry struct {
 	NoGrab bool
 	// Log gets a line when one program is given up for the next. Nil means none.
 	Log *slog.Logger
-	// Trace has each line exchanged with pinentry logged at debug level, those
-	// with a PIN as "D [secret]".
-	Trace bool
 
 	turns turns
 	later atomic.Pointer[settings] // of Configure

@@ -12,7 +12,6 @@ import (
 	"golang.org/x/sys/unix"
 
 	"p11-agent/pinentry/plain"
-	"p11-agent/pinentry/secret"
 )
 
 // A Probed is what a pinentry says of itself at a place.
@@ -55,17 +54,8 @@ func (p *Pinentry) Probe(ctx context.Context, place Place) (Probed, error) {
 	if !ok {
 		return probed, nil
 	}
-	// It is no secret; the reader of answers has no other place for data.
-	answer, err := secret.New(MaxPIN)
-	if err != nil {
-		return probed, err
-	}
-	defer answer.Wipe()
-	err = c.promptly(ctx, func() error { return c.command("GETINFO flavor", answer) })
-	if _, ok := errors.AsType[*pinentryError](err); ok {
-		return probed, nil // an old one does not know the question
-	}
-	probed.Flavor = plain.Line(string(answer.Bytes()))
+	err = c.learnFlavor(ctx)
+	probed.Flavor = c.flavor
 	return probed, err
 }
 

@@ -95,7 +95,7 @@ func logFile(tb testing.TB) slog.Handler {
 }
 
 // connected returns a client of a conn that is served.
-func connected(tb testing.TB, s *Server, p peer.Peer) net.Conn {
+func connected(tb testing.TB, s *Door, p peer.Peer) net.Conn {
 	tb.Helper()
 	fds, err := unix.Socketpair(unix.AF_UNIX, unix.SOCK_STREAM|unix.SOCK_CLOEXEC, 0)
 	if err != nil {
@@ -112,7 +112,7 @@ func connected(tb testing.TB, s *Server, p peer.Peer) net.Conn {
 	ended := make(chan struct{})
 	go func() {
 		defer close(ended)
-		c := testConn(s, ends[1], p, nil)
+		c := testHandler(s, ends[1], p, nil)
 		defer ends[1].Close()
 		defer c.in.close()
 		ctx, cancel := context.WithCancel(context.Background())
@@ -208,7 +208,7 @@ func BenchmarkConnection(b *testing.B) {
 			{"login", framed(message(msgSignRequest, key, loginData(key), uint32(0)))},
 		} {
 			b.Run(keyring.name+"/"+request.name, func(b *testing.B) {
-				conn, room := connected(b, &Server{Keyring: keyring}, everyday), make([]byte, 4096)
+				conn, room := connected(b, &Door{Keyring: keyring}, everyday), make([]byte, 4096)
 				b.ReportAllocs()
 				for b.Loop() {
 					if kind, err := roundTrip(conn, request.message, room); err != nil || kind != msgSignResponse {
@@ -225,7 +225,7 @@ func BenchmarkList(b *testing.B) {
 	for _, n := range []int{2, 100, 1000} {
 		b.Run(fmt.Sprint(n), func(b *testing.B) {
 			keyring, _ := stillKeyring(b, slog.DiscardHandler, n)
-			conn, room := connected(b, &Server{Keyring: keyring}, everyday), make([]byte, 4+maxFrame)
+			conn, room := connected(b, &Door{Keyring: keyring}, everyday), make([]byte, 4+maxFrame)
 			request := framed(message(msgRequestIdentities))
 			b.ReportAllocs()
 			for b.Loop() {
@@ -246,7 +246,7 @@ func BenchmarkConnect(b *testing.B) {
 	}
 	ctx, stop := context.WithCancel(context.Background())
 	ended := make(chan error, 1)
-	go func() { ended <- (&Server{Keyring: keyring}).Serve(ctx, l, nil) }()
+	go func() { ended <- (&Door{Keyring: keyring}).Serve(ctx, l, nil) }()
 	defer func() {
 		stop()
 		if err := <-ended; err != nil {

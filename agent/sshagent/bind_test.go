@@ -103,7 +103,7 @@ func TestSessionBind(t *testing.T) {
 	} {
 		t.Run(test.name, func(t *testing.T) {
 			keyring := newKeyring()
-			r := serve(t, &Server{Keyring: keyring})
+			r := serve(t, &Door{Keyring: keyring})
 			conn := r.dial()
 			ask(t, conn, message(19)) // before
 			for i, answer := range ask(t, conn, test.messages...) {
@@ -130,7 +130,7 @@ func TestSessionBind(t *testing.T) {
 // What is kept of a bind is not the buffer that the next message goes to.
 func TestBindOutlivesItsMessage(t *testing.T) {
 	keyring := newKeyring()
-	r := serve(t, &Server{Keyring: keyring})
+	r := serve(t, &Door{Keyring: keyring})
 	conn, h := r.dial(), newHost(t)
 	ask(t, conn, h.bind(t, "the session", true))
 	ask(t, conn, message(18, strings.Repeat("\xff", 2000)))
@@ -159,7 +159,7 @@ func TestRealSSH(t *testing.T) {
 		}
 	}
 	keyring := newKeyring()
-	r := serve(t, &Server{Keyring: keyring})
+	r := serve(t, &Door{Keyring: keyring})
 	dir := shortDir(t)
 	file := func(name, text string) string {
 		path := filepath.Join(dir, name)

@@ -55,7 +55,7 @@ func TestEnemy(t *testing.T) {
 // connections than others need.
 func TestAttack13Busy(t *testing.T) {
 	keyring, begun, ended := waiting()
-	r := serve(t, &Server{Keyring: keyring, limit: busyConnections + 1})
+	r := serve(t, &Door{Keyring: keyring, limit: busyConnections + 1})
 	mine := r.dial() // which waits, too, for longer than any of the other process
 	send(t, mine, signRequest)
 	<-begun
@@ -118,7 +118,7 @@ func fatHost(t *testing.T, size int) func(session string) []byte {
 // Thirty connections with the largest binds, and whatever else can be kept.
 func TestAttack08Binds(t *testing.T) {
 	log, book := newLog()
-	s := &Server{Keyring: newKeyring(), Log: log, KeepBinds: true}
+	s := &Door{Keyring: newKeyring(), Log: log, KeepBinds: true}
 	r := serve(t, s)
 	const clients = 30
 	large, largest := fatHost(t, 200<<10), fatHost(t, 7<<10)
@@ -150,7 +150,7 @@ func TestAttack08Binds(t *testing.T) {
 func TestAttack08Halves(t *testing.T) {
 	log, book := newLog()
 	keyring := newKeyring()
-	s := &Server{Keyring: keyring, Log: log}
+	s := &Door{Keyring: keyring, Log: log}
 	r := serve(t, s)
 	half := append([]byte{0, 4, 0, 0, 13}, make([]byte, 255<<10)...)
 	for range 2 * door.MaxProcess[door.Memory] / maxFrame {
@@ -168,7 +168,7 @@ func TestAttack08Halves(t *testing.T) {
 // What a request brings counts while it is answered.
 func TestRequestsCount(t *testing.T) {
 	keyring := newKeyring()
-	s := &Server{Keyring: keyring}
+	s := &Door{Keyring: keyring}
 	r := serve(t, s)
 	var during door.Usage
 	keyring.add = func(request.AddKey) {
@@ -196,7 +196,7 @@ func TestLongTexts(t *testing.T) {
 	} {
 		t.Run(name, func(t *testing.T) {
 			keyring := newKeyring()
-			conn := serve(t, &Server{Keyring: keyring}).dial()
+			conn := serve(t, &Door{Keyring: keyring}).dial()
 			if answer := ask(t, conn, m)[0]; !bytes.Equal(answer, []byte{5}) || len(keyring.noted()) > 0 {
 				t.Errorf("answer %x, %v", answer, keyring.noted())
 			}
@@ -207,7 +207,7 @@ func TestLongTexts(t *testing.T) {
 // The end does not wait for clients that send slowly or read nothing.
 func TestAttack13Stop(t *testing.T) {
 	keyring := newKeyring()
-	r := serve(t, &Server{Keyring: keyring})
+	r := serve(t, &Door{Keyring: keyring})
 	keyring.sign = func(context.Context, *request.Caller, request.Sign) (*ssh.Signature, error) {
 		return &ssh.Signature{Format: "alg", Blob: make([]byte, 4<<20)}, nil
 	}

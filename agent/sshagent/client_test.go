@@ -24,7 +24,7 @@ import (
 
 func TestGoClient(t *testing.T) {
 	keyring := newKeyring()
-	r := serve(t, &Server{Keyring: keyring})
+	r := serve(t, &Door{Keyring: keyring})
 	client := sshclient.NewClient(r.dial())
 
 	keys, err := client.List()
@@ -102,7 +102,7 @@ func (r *running) sshAdd(t *testing.T, pin string, args ...string) (string, erro
 
 func TestSSHAdd(t *testing.T) {
 	keyring := newKeyring()
-	r := serve(t, &Server{Keyring: keyring})
+	r := serve(t, &Door{Keyring: keyring})
 	pub := filepath.Join(shortDir(t), "key.pub")
 	key := keyring.signers[0].PublicKey()
 	if err := os.WriteFile(pub, ssh.MarshalAuthorizedKey(key), 0o600); err != nil {
@@ -152,7 +152,7 @@ func TestSSHAdd(t *testing.T) {
 // understands them.
 func TestSSHAddDestination(t *testing.T) {
 	keyring := newKeyring()
-	r := serve(t, &Server{Keyring: keyring})
+	r := serve(t, &Door{Keyring: keyring})
 	known := filepath.Join(shortDir(t), "known_hosts")
 	line := "a.example,b.example " + string(ssh.MarshalAuthorizedKey(keyring.signers[0].PublicKey()))
 	if err := os.WriteFile(known, []byte(line), 0o600); err != nil {
@@ -246,7 +246,7 @@ func TestBytes(t *testing.T) {
 					return &ssh.Signature{Format: "alg", Blob: []byte("sig"), Rest: []byte("ZZ")}, nil
 				},
 			}
-			r := serve(t, &Server{Keyring: keyring})
+			r := serve(t, &Door{Keyring: keyring})
 			conn := r.dial()
 			if _, err := conn.Write(unhex(t, test.send)); err != nil {
 				t.Fatal(err)
@@ -289,7 +289,7 @@ func unhex(t *testing.T, s string) []byte {
 
 func TestPipelinedRequests(t *testing.T) {
 	keyring := newKeyring()
-	r := serve(t, &Server{Keyring: keyring})
+	r := serve(t, &Door{Keyring: keyring})
 	key := keyring.signers[0].PublicKey()
 	var messages [][]byte
 	for i := range 200 { // more than one buffer of them
@@ -328,7 +328,7 @@ func TestLargestMessage(t *testing.T) {
 		}
 		return &ssh.Signature{Format: "alg"}, nil
 	}
-	r := serve(t, &Server{Keyring: keyring})
+	r := serve(t, &Door{Keyring: keyring})
 	large := message(13, "key", strings.Repeat("d", maxFrame-1-4-3-4-4), uint32(0))
 	if len(large) != maxFrame {
 		t.Fatal(len(large))
@@ -345,7 +345,7 @@ func TestLargestMessage(t *testing.T) {
 func TestLongList(t *testing.T) {
 	log, book := newLog()
 	keyring := newKeyring()
-	r := serve(t, &Server{Keyring: keyring, Log: log})
+	r := serve(t, &Door{Keyring: keyring, Log: log})
 	for _, test := range []struct {
 		name            string
 		number, comment int
@@ -383,7 +383,7 @@ func TestLongList(t *testing.T) {
 // short, and every list in one order.
 func TestLongListNamed(t *testing.T) {
 	keyring := newKeyring()
-	r := serve(t, &Server{Keyring: keyring})
+	r := serve(t, &Door{Keyring: keyring})
 	const many = 5000
 	named := map[int]bool{7: true, 4990: true, 4999: true}
 	keyring.list = func() (all []agent.Identity) {

@@ -176,7 +176,7 @@ func FuzzConnection(f *testing.F) {
 			Report: func(s agent.Status, _ request.Selection) ([]byte, error) { return []byte(fmt.Sprint(s)), nil },
 		})
 		nc := &peeking{input: bytes.Clone(input), chunk: 1 << 15, looks: func(_, _ []byte) {}}
-		c := testConn(&Server{Keyring: keyring}, nc, ourselves(t), nil)
+		c := testHandler(&Door{Keyring: keyring}, nc, ourselves(t), nil)
 		c.Serve(t.Context())
 		c.in.close()
 		runtime.ReadMemStats(&after)

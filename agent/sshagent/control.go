@@ -95,7 +95,7 @@ func parseControl(in reader) (controlRequest, error) {
 }
 
 // control answers extensionControl.
-func (c *conn) control(ctx context.Context, in reader) {
+func (c *handler) control(ctx context.Context, in reader) {
 	r, err := parseControl(in)
 	if err != nil {
 		c.out = append(c.out, msgExtensionFailure)

@@ -41,7 +41,7 @@ func dialControl(t *testing.T, path string) *Control {
 
 func TestControl(t *testing.T) {
 	keyring := newKeyring()
-	r := serve(t, &Server{Keyring: keyring})
+	r := serve(t, &Door{Keyring: keyring})
 	c := dialControl(t, r.socket)
 	if text, err := c.Status(t.Context(), "pkcs11:token=a"); err != nil || string(text) != `{"version":"1"}` {
 		t.Errorf("status: %s, %v", text, err)
@@ -87,7 +87,7 @@ func TestControlOfNamedSocket(t *testing.T) {
 	}
 	ctx, stop := context.WithCancel(t.Context())
 	done := make(chan error)
-	go func() { done <- (&Server{Keyring: keyring}).Serve(ctx, l, &request.Socket{Name: "others"}) }()
+	go func() { done <- (&Door{Keyring: keyring}).Serve(ctx, l, &request.Socket{Name: "others"}) }()
 	defer func() { stop(); <-done }()
 	c := dialControl(t, l.Path())
 	if _, err := c.Status(t.Context(), ""); !errors.Is(err, ErrControlRefused) {

@@ -25,11 +25,11 @@ import (
 
 // pipe serves one client over a pipe within a synctest bubble, where patience
 // costs no time.
-func pipe(t *testing.T, s *Server) (client net.Conn, ended chan time.Time) {
+func pipe(t *testing.T, s *Door) (client net.Conn, ended chan time.Time) {
 	t.Helper()
 	client, nc := net.Pipe()
 	ended = make(chan time.Time, 1)
-	c := testConn(s, nc, peer.Peer{Known: true, PID: 4711}, nil)
+	c := testHandler(s, nc, peer.Peer{Known: true, PID: 4711}, nil)
 	go func() {
 		defer nc.Close()
 		defer c.in.close()
@@ -118,7 +118,7 @@ func TestPatience(t *testing.T) {
 			synctest.Test(t, func(t *testing.T) {
 				log, book := newLog()
 				began := time.Now()
-				conn, ended := pipe(t, &Server{Keyring: newKeyring(), Log: log})
+				conn, ended := pipe(t, &Door{Keyring: newKeyring(), Log: log})
 				test.client(t, conn)
 				if !test.ends {
 					select {
@@ -201,7 +201,7 @@ func TestSecretsAreHidden(t *testing.T) {
 		{name: "the keyring panics", messages: [][]byte{message(20, "panic", pin), message(11)}, chunk: 1 << 20},
 	} {
 		t.Run(test.name, func(t *testing.T) {
-			var c *conn
+			var c *handler
 			input := framed(test.messages...)
 			nc := &peeking{input: input[:len(input)-test.cut], chunk: test.chunk}
 			from := bytes.Index(input, []byte(pin))
@@ -217,7 +217,7 @@ func TestSecretsAreHidden(t *testing.T) {
 			}
 			log, book := newLog()
 			keyring := &wary{fakeKeyring: newKeyring()}
-			c = testConn(&Server{Keyring: keyring, Log: log}, nc, peer.Peer{}, nil)
+			c = testHandler(&Door{Keyring: keyring, Log: log}, nc, peer.Peer{}, nil)
 			func() {
 				defer c.in.close()
 				defer c.Survive()
@@ -249,7 +249,7 @@ func overlap(a, b []byte) bool {
 // part, and there is room for others.
 func TestLongSecrets(t *testing.T) {
 	log, book := newLog()
-	s := &Server{Keyring: newKeyring(), Log: log}
+	s := &Door{Keyring: newKeyring(), Log: log}
 	r := serve(t, s)
 	begun := framed(message(26, "pkcs11:", pin, raw(strings.Repeat("l", maxFrame/2))))
 	held := make(map[net.Conn]bool)
@@ -301,13 +301,13 @@ func TestBufferGrowsWithWhatArrives(t *testing.T) {
 		{"nearly all", maxFrame, maxFrame},
 	} {
 		t.Run(test.name, func(t *testing.T) {
-			var c *conn
+			var c *handler
 			largest := 0
 			input := make([]byte, test.sent)
 			copy(input, []byte{0, 4, 0, 0, 13})
 			nc := &peeking{input: input, chunk: 1 << 20}
 			nc.looks = func(_, _ []byte) { largest = max(largest, len(c.in.buf)) }
-			c = testConn(&Server{Keyring: newKeyring()}, nc, peer.Peer{}, nil)
+			c = testHandler(&Door{Keyring: newKeyring()}, nc, peer.Peer{}, nil)
 			c.Serve(t.Context())
 			if largest != test.want {
 				t.Errorf("buffer of %d bytes for %d of %d, want %d", largest, test.sent, maxFrame, test.want)
@@ -319,10 +319,10 @@ func TestBufferGrowsWithWhatArrives(t *testing.T) {
 
 // Each message costs two reads and one write.
 func TestReads(t *testing.T) {
-	reads, c := 0, (*conn)(nil)
+	reads, c := 0, (*handler)(nil)
 	one := framed(signRequest)
 	nc := &peeking{input: bytes.Repeat(one, 10), chunk: len(one), looks: func(_, _ []byte) { reads++ }}
-	c = testConn(&Server{Keyring: &fakeKeyring{sign: func(context.Context, *request.Caller, request.Sign) (*ssh.Signature, error) {
+	c = testHandler(&Door{Keyring: &fakeKeyring{sign: func(context.Context, *request.Caller, request.Sign) (*ssh.Signature, error) {
 		return &ssh.Signature{Format: "x"}, nil
 	}}}, nc, peer.Peer{}, nil)
 	c.Serve(t.Context())
@@ -363,7 +363,7 @@ func TestAllocations(t *testing.T) {
 		{"sign", keyring, framed(message(13, key.Marshal(), "data", uint32(2)))},
 	} {
 		t.Run(test.name, func(t *testing.T) {
-			conn := serve(t, &Server{Keyring: test.keyring}).dial()
+			conn := serve(t, &Door{Keyring: test.keyring}).dial()
 			// Over the real socket, so that reading, writing and deadlines count.
 			if n := testing.AllocsPerRun(200, func() {
 				if _, err := roundTrip(conn, test.request, answer); err != nil {
@@ -396,7 +396,7 @@ func (g *gate) Write(b []byte) (int, error) {
 func TestAnswerBeforeLine(t *testing.T) {
 	log, book := newLog()
 	keyring, key := stillKeyring(t, log.Handler(), 1)
-	s := &Server{Keyring: keyring, Log: log}
+	s := &Door{Keyring: keyring, Log: log}
 	for _, test := range []struct {
 		name   string
 		key    []byte
@@ -416,7 +416,7 @@ func TestAnswerBeforeLine(t *testing.T) {
 			ended := make(chan struct{})
 			go func() {
 				defer close(ended)
-				c := testConn(s, g, everyday, nil)
+				c := testHandler(s, g, everyday, nil)
 				defer nc.Close()
 				defer c.in.close()
 				c.Serve(t.Context())

@@ -158,7 +158,7 @@ func FuzzFrames(f *testing.F) {
 			}
 			rest = rest[4+n:]
 		}
-		var c *conn
+		var c *handler
 		nc := &peeking{input: bytes.Clone(input), chunk: int(chunk) + 1}
 		nc.looks = func(_, _ []byte) {
 			if len(c.in.buf) > max(bufferSize, 2*len(input)) {
@@ -166,7 +166,7 @@ func FuzzFrames(f *testing.F) {
 			}
 		}
 		log, book := newLog()
-		c = testConn(&Server{Keyring: &checking{t: t, err: errors.New("no")}, Log: log}, nc, peer.Peer{}, nil)
+		c = testHandler(&Door{Keyring: &checking{t: t, err: errors.New("no")}, Log: log}, nc, peer.Peer{}, nil)
 		c.Serve(t.Context())
 		c.in.close()
 		for i := range want {

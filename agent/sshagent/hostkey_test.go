@@ -139,7 +139,7 @@ func TestBindFIDO(t *testing.T) {
 func checkBind(t *testing.T, bind []byte, want bool) {
 	t.Helper()
 	keyring := newKeyring()
-	r := serve(t, &Server{Keyring: keyring})
+	r := serve(t, &Door{Keyring: keyring})
 	conn := r.dial()
 	answer := ask(t, conn, bind)[0]
 	ask(t, conn, message(18, "key"))

@@ -10,7 +10,7 @@ import (
 // than a buffer: ssh keeps a connection for as long as it forwards the agent.
 func TestIdleConnections(t *testing.T) {
 	const clients = 200
-	r := serve(t, &Server{Keyring: newKeyring()})
+	r := serve(t, &Door{Keyring: newKeyring()})
 	connect := func() *net.UnixConn {
 		conn := r.dial()
 		ask(t, conn, message(99)) // whatever: it is answered

@@ -10,7 +10,7 @@ import (
 )
 
 func TestPing(t *testing.T) {
-	r := serve(t, &Server{Keyring: newKeyring(), limit: 1})
+	r := serve(t, &Door{Keyring: newKeyring(), limit: 1})
 	for range 3 {
 		// One that came too soon after the one before is closed, which counts.
 		if err := Ping(t.Context(), r.socket); err != nil {
@@ -38,7 +38,7 @@ func TestPing(t *testing.T) {
 // A hung keyring is not what it asks about, a server that accepts nobody is.
 func TestPingFindsWhatHangs(t *testing.T) {
 	k, begun, _ := waiting()
-	r := serve(t, &Server{Keyring: k})
+	r := serve(t, &Door{Keyring: k})
 	send(t, r.dial(), signRequest)
 	<-begun
 	if err := Ping(t.Context(), r.socket); err != nil {

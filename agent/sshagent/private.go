@@ -33,7 +33,7 @@ var errPrivate = errors.New("the private key is incomplete or wrong")
 // add answers SSH_AGENTC_ADD_IDENTITY and SSH_AGENTC_ADD_ID_CONSTRAINED (RFC
 // 9987 section 5.2). Keys of FIDO devices are left to upstream agents: nothing
 // here can sign with them.
-func (c *conn) add(ctx context.Context, message []byte) {
+func (c *handler) add(ctx context.Context, message []byte) {
 	in := reader{rest: message[1:]}
 	kind := string(in.bytes())
 	if strings.HasPrefix(kind, "sk-") {

@@ -53,7 +53,7 @@ func TestSSHAddFile(t *testing.T) {
 			keyring := newKeyring()
 			var got []request.AddKey
 			keyring.add = func(r request.AddKey) { got = append(got, r) }
-			r := serve(t, &Server{Keyring: keyring})
+			r := serve(t, &Door{Keyring: keyring})
 			file := keygen(t, true, args...)
 			if out, err := r.sshAdd(t, "", "-t", "90", "-c", file); err != nil {
 				t.Fatalf("%v: %s", err, out)
@@ -250,7 +250,7 @@ func FuzzPrivateKey(f *testing.F) {
 // What nothing here can sign with is left to others.
 func TestSecurityKeys(t *testing.T) {
 	keyring := newKeyring()
-	r := serve(t, &Server{Keyring: keyring})
+	r := serve(t, &Door{Keyring: keyring})
 	conn := r.dial()
 	frame := message(msgAddIdentityConstraint, "sk-ssh-ed25519@openssh.com", "anything")
 	if got := ask(t, conn, frame)[0]; !bytes.Equal(got, []byte{msgFailure}) {

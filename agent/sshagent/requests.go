@@ -98,7 +98,7 @@ func mayHoldSecret(head []byte) (secret bool, more int) {
 // and the connection goes on: the frames around it are in order. ssh-agent
 // overlooks bytes that follow; no client is known to send any, and what they
 // should mean is unknown.
-func (c *conn) answer(ctx context.Context, message []byte) {
+func (c *handler) answer(ctx context.Context, message []byte) {
 	in := reader{rest: message[1:]}
 	if message[0] != msgRequestIdentities {
 		c.look()
@@ -144,7 +144,7 @@ func (c *conn) answer(ctx context.Context, message []byte) {
 }
 
 // pass leaves to others what is not known here. what names it.
-func (c *conn) pass(ctx context.Context, message []byte, what string) {
+func (c *handler) pass(ctx context.Context, message []byte, what string) {
 	answer, err := c.server.Keyring.Pass(ctx, c.caller, message)
 	switch {
 	case errors.Is(err, agent.ErrNotPassed):
@@ -157,20 +157,20 @@ func (c *conn) pass(ctx context.Context, message []byte, what string) {
 }
 
 // fail answers that a request is refused, and logs why.
-func (c *conn) fail(what string, reason error) {
+func (c *handler) fail(what string, reason error) {
 	c.out = append(c.out, msgFailure)
 	c.Refuse(what, reason)
 }
 
 // reject refuses a request that the keyring does not get to see, but in what it
 // notes of requests.
-func (c *conn) reject(action request.Action, reason error) {
+func (c *handler) reject(action request.Action, reason error) {
 	c.out = append(c.out, msgFailure)
 	c.server.Keyring.Refuse(c.caller, action, reason)
 }
 
 // wellFormed refuses a request that does not end with its last field.
-func (c *conn) wellFormed(action request.Action, in reader) bool {
+func (c *handler) wellFormed(action request.Action, in reader) bool {
 	if err := in.end(); err != nil {
 		c.reject(action, err)
 		return false
@@ -180,7 +180,7 @@ func (c *conn) wellFormed(action request.Action, in reader) bool {
 
 // status answers a request that brings nothing back (RFC 9987 section 5.1). The
 // keyring has logged its error.
-func (c *conn) status(err error) {
+func (c *handler) status(err error) {
 	if err != nil {
 		c.out = append(c.out, msgFailure)
 		return
@@ -189,7 +189,7 @@ func (c *conn) status(err error) {
 }
 
 // list answers SSH_AGENTC_REQUEST_IDENTITIES (RFC 9987 section 5.5).
-func (c *conn) list(ctx context.Context, in reader) {
+func (c *handler) list(ctx context.Context, in reader) {
 	if err := in.end(); err != nil {
 		c.fail("refused to list keys", err)
 		return
@@ -297,7 +297,7 @@ func listedComment(id agent.Identity) string {
 func listed(list []byte) int { return int(binary.BigEndian.Uint32(list[5:])) }
 
 // sign answers SSH_AGENTC_SIGN_REQUEST (RFC 9987 section 5.6).
-func (c *conn) sign(ctx context.Context, in reader) {
+func (c *handler) sign(ctx context.Context, in reader) {
 	r := request.Sign{Key: in.bytes(), Data: in.bytes(), Flags: request.SignatureFlags(in.uint32())}
 	if !c.wellFormed(request.ActionSign, in) {
 		return
@@ -322,7 +322,7 @@ func (c *conn) sign(ctx context.Context, in reader) {
 }
 
 // lock answers SSH_AGENTC_LOCK and SSH_AGENTC_UNLOCK (RFC 9987 section 5.7).
-func (c *conn) lock(ctx context.Context, action request.Action, in reader, do func(context.Context, *request.Caller, *secret.Secret) error) {
+func (c *handler) lock(ctx context.Context, action request.Action, in reader, do func(context.Context, *request.Caller, *secret.Secret) error) {
 	text := in.bytes()
 	if !c.wellFormed(action, in) {
 		return
@@ -346,7 +346,7 @@ func (c *conn) lock(ctx context.Context, action request.Action, in reader, do fu
 }
 
 // token answers the smart card requests (RFC 9987 sections 5.2.6 and 5.4).
-func (c *conn) token(ctx context.Context, action request.Action, in reader, constrained bool,
+func (c *handler) token(ctx context.Context, action request.Action, in reader, constrained bool,
 	do func(context.Context, *request.Caller, request.Token) error,
 ) {
 	provider, pin := in.bytes(), in.bytes()
@@ -401,7 +401,7 @@ func (c *conn) token(ctx context.Context, action request.Action, in reader, cons
 // extension answers SSH_AGENTC_EXTENSION (RFC 9987 section 5.8): an extension
 // that is not known gets the answer of an unknown message, one that is known and
 // fails gets one of its own.
-func (c *conn) extension(ctx context.Context, message []byte) {
+func (c *handler) extension(ctx context.Context, message []byte) {
 	in := reader{rest: message[1:]}
 	name := in.bytes()
 	if in.failed {
@@ -470,7 +470,7 @@ const (
 //   - One host may have several sessions.
 //
 // A failure is remembered for the life of the connection.
-func (c *conn) bind(in reader, message []byte) error {
+func (c *handler) bind(in reader, message []byte) error {
 	var bind request.Bind
 	err := fmt.Errorf("a bind of %d bytes: the limit is %d", len(message), maxBind)
 	if len(message) <= maxBind {
@@ -501,7 +501,7 @@ func (c *conn) bind(in reader, message []byte) error {
 
 var errAlreadyBound = errors.New("the session is bound already")
 
-func (c *conn) mayBind(bind request.Bind) error {
+func (c *handler) mayBind(bind request.Bind) error {
 	for _, b := range c.caller.Binds {
 		switch {
 		case !b.Forwarding:
@@ -520,7 +520,7 @@ func (c *conn) mayBind(bind request.Bind) error {
 }
 
 // keepBind counts what the connection keeps of a bind.
-func (c *conn) keepBind(bind request.Bind) error {
+func (c *handler) keepBind(bind request.Bind) error {
 	size := bind.Size()
 	if c.bound+size > maxBound {
 		return fmt.Errorf("the binds of the connection would keep %d bytes, and the limit is %d", c.bound+size, maxBound)

@@ -62,7 +62,7 @@ func TestHangUpEndsTheRequest(t *testing.T) {
 	} {
 		t.Run(test.name, func(t *testing.T) {
 			keyring, begun, ended := waiting()
-			r := serve(t, &Server{Keyring: keyring})
+			r := serve(t, &Door{Keyring: keyring})
 			conn := r.dial()
 			send(t, conn, append(test.more, signRequest)...)
 			<-begun
@@ -83,7 +83,7 @@ func TestHangUpEndsTheRequest(t *testing.T) {
 // A client that is killed does not say goodbye.
 func TestKilledClientEndsTheRequest(t *testing.T) {
 	keyring, begun, ended := waiting()
-	r := serve(t, &Server{Keyring: keyring})
+	r := serve(t, &Door{Keyring: keyring})
 	key := filepath.Join(shortDir(t), "key.pub")
 	if err := os.WriteFile(key, ssh.MarshalAuthorizedKey(keyring.signers[0].PublicKey()), 0o600); err != nil {
 		t.Fatal(err)
@@ -112,7 +112,7 @@ func TestHalfClosedClientIsAnswered(t *testing.T) {
 		<-proceed
 		return &ssh.Signature{Format: "alg"}, ctx.Err()
 	}
-	r := serve(t, &Server{Keyring: keyring})
+	r := serve(t, &Door{Keyring: keyring})
 	conn := r.dial()
 	send(t, conn, signRequest, message(11))
 	<-begun
@@ -141,7 +141,7 @@ func TestHalfClosedClientIsAnswered(t *testing.T) {
 // must not reach the next.
 func TestHangUpReachesNobodyElse(t *testing.T) {
 	keyring, begun, ended := waiting()
-	r := serve(t, &Server{Keyring: keyring})
+	r := serve(t, &Door{Keyring: keyring})
 	for range 200 {
 		gone := r.dial()
 		send(t, gone, signRequest)
@@ -163,7 +163,7 @@ func TestHangUpReachesNobodyElse(t *testing.T) {
 
 func TestStopWithClients(t *testing.T) {
 	keyring, begun, ended := waiting()
-	r := serve(t, &Server{Keyring: keyring})
+	r := serve(t, &Door{Keyring: keyring})
 	idle, half, waits := r.dial(), r.dial(), r.dial()
 	ask(t, idle, message(11))
 	if _, err := half.Write(unhex(t, "000000ff 0d")); err != nil {
@@ -205,7 +205,7 @@ func TestStopAnswersLast(t *testing.T) {
 		<-proceed
 		return nil, ctx.Err()
 	}
-	r := serve(t, &Server{Keyring: keyring})
+	r := serve(t, &Door{Keyring: keyring})
 	waits := r.dial()
 	var idle []net.Conn
 	for range 20 {
@@ -249,7 +249,7 @@ func TestStopWithStuckClient(t *testing.T) {
 		<-ctx.Done()
 		return &ssh.Signature{Format: "alg", Blob: make([]byte, 4<<20)}, nil
 	}
-	r := serve(t, &Server{Keyring: keyring})
+	r := serve(t, &Door{Keyring: keyring})
 	send(t, r.dial(), signRequest)
 	<-begun
 	r.stop()
@@ -268,7 +268,7 @@ func TestStopBeforeServe(t *testing.T) {
 	}
 	ctx, cancel := context.WithCancelCause(context.Background())
 	cancel(errors.New("the program was told to stop"))
-	if err := (&Server{Keyring: newKeyring()}).Serve(ctx, l, nil); err != nil {
+	if err := (&Door{Keyring: newKeyring()}).Serve(ctx, l, nil); err != nil {
 		t.Error(err)
 	}
 }
@@ -283,14 +283,14 @@ func TestListenerClosed(t *testing.T) {
 	if err := l.Close(); err != nil {
 		t.Fatal(err)
 	}
-	if err := (&Server{Keyring: newKeyring()}).Serve(t.Context(), l, nil); !errors.Is(err, net.ErrClosed) {
+	if err := (&Door{Keyring: newKeyring()}).Serve(t.Context(), l, nil); !errors.Is(err, net.ErrClosed) {
 		t.Errorf("%v, want %v", err, net.ErrClosed)
 	}
 }
 
 // One server may have several sockets.
 func TestTwoListeners(t *testing.T) {
-	s := &Server{Keyring: newKeyring()}
+	s := &Door{Keyring: newKeyring()}
 	one, two := serve(t, s), serve(t, s)
 	for _, r := range []*running{one, two, one} {
 		if answer := ask(t, r.dial(), message(11))[0]; answer[0] != 12 {
@@ -314,7 +314,7 @@ func TestLooksWhenNeeded(t *testing.T) {
 	keyring, key := stillKeyring(t, log.Handler(), 1)
 	go func() {
 		defer close(ended)
-		c := testConn(&Server{Keyring: keyring, Log: log}, nc, peer.Peer{Known: true, PID: 4711}, func() peer.Peer {
+		c := testHandler(&Door{Keyring: keyring, Log: log}, nc, peer.Peer{Known: true, PID: 4711}, func() peer.Peer {
 			looks.Add(1)
 			return everyday
 		})
@@ -347,7 +347,7 @@ func TestOtherUserIsRefused(t *testing.T) {
 		t.Skip("this needs root, to become another user")
 	}
 	log, book := newLog()
-	r := serve(t, &Server{Keyring: newKeyring(), Log: log})
+	r := serve(t, &Door{Keyring: newKeyring(), Log: log})
 	if err := errors.Join(os.Chmod(r.socket, 0o666), os.Chmod(filepath.Dir(r.socket), 0o755)); err != nil {
 		t.Fatal(err)
 	}
@@ -364,7 +364,7 @@ func TestOtherUserIsRefused(t *testing.T) {
 // time is not any more.
 func TestTooManyConnections(t *testing.T) {
 	log, book := newLog()
-	r := serve(t, &Server{Keyring: newKeyring(), Log: log, limit: 2})
+	r := serve(t, &Door{Keyring: newKeyring(), Log: log, limit: 2})
 	one, two := r.dial(), r.dial()
 	for _, conn := range []*net.UnixConn{one, two, one} {
 		ask(t, conn, message(11))
@@ -383,7 +383,7 @@ func TestPanicCostsOneConnection(t *testing.T) {
 	keyring.sign = func(context.Context, *request.Caller, request.Sign) (*ssh.Signature, error) {
 		panic("confidential")
 	}
-	r := serve(t, &Server{Keyring: keyring, Log: log})
+	r := serve(t, &Door{Keyring: keyring, Log: log})
 	bystander := r.dial()
 	ask(t, bystander, message(11))
 	conn := r.dial()
@@ -395,14 +395,14 @@ func TestPanicCostsOneConnection(t *testing.T) {
 		t.Errorf("answer %x", answer)
 	}
 	got := book.wait(t, "level=ERROR")
-	if strings.Contains(got, "confidential") || !strings.Contains(got, "(*conn).sign") {
+	if strings.Contains(got, "confidential") || !strings.Contains(got, "(*handler).sign") {
 		t.Errorf("log:\n%swant where it happened and not what was said", got)
 	}
 }
 
 func TestMany(t *testing.T) {
 	keyring := newKeyring()
-	r := serve(t, &Server{Keyring: keyring})
+	r := serve(t, &Door{Keyring: keyring})
 
 	t.Run("500 at once", func(t *testing.T) {
 		conns := make([]*net.UnixConn, 500)
@@ -466,7 +466,7 @@ func TestAcceptErrors(t *testing.T) {
 		t.Fatal(err)
 	}
 	broken := &brokenListener{l, []error{syscall.EMFILE, syscall.ENFILE, syscall.ENOMEM, syscall.ECONNABORTED}}
-	r := serveOn(t, &Server{Keyring: newKeyring(), Log: log}, broken, l.Path())
+	r := serveOn(t, &Door{Keyring: newKeyring(), Log: log}, broken, l.Path())
 	if answer := ask(t, r.dial(), message(11))[0]; answer[0] != 12 {
 		t.Errorf("answer %x", answer)
 	}
@@ -550,7 +550,7 @@ func TestStarvedAgent(t *testing.T) {
 	}()
 	fmt.Fprintln(os.Stderr, "serving")
 	// More connections than there are files, as when other things hold them.
-	s := &Server{Keyring: newKeyring(), Log: slog.New(slog.NewTextHandler(os.Stderr, nil)), limit: door.MaxConnections}
+	s := &Door{Keyring: newKeyring(), Log: slog.New(slog.NewTextHandler(os.Stderr, nil)), limit: door.MaxConnections}
 	if err := s.Serve(ctx, l, nil); err != nil {
 		t.Fatal(err)
 	}

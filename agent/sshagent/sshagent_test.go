@@ -248,15 +248,15 @@ func (b *logBook) wait(t *testing.T, what string) string {
 	return b.String()
 }
 
-// testConn makes what speaks with a client that no server has accepted.
-func testConn(s *Server, nc net.Conn, p peer.Peer, look func() peer.Peer) *conn {
-	return newConn(s, door.NewConn(s.connections(), nc, p, look), nil)
+// testHandler makes what speaks with a client that no server has accepted.
+func testHandler(s *Door, nc net.Conn, p peer.Peer, look func() peer.Peer) *handler {
+	return newHandler(s, door.NewConn(s.connections(), nc, p, look), nil)
 }
 
 // running is a server under test.
 type running struct {
 	t       *testing.T
-	server  *Server
+	server  *Door
 	socket  string
 	stop    context.CancelFunc
 	stopped chan struct{} // closed when Serve has returned
@@ -265,7 +265,7 @@ type running struct {
 
 // serve starts a server and checks at the end of the test that nothing of it is
 // left.
-func serve(t *testing.T, s *Server) *running {
+func serve(t *testing.T, s *Door) *running {
 	t.Helper()
 	checkLeaks(t)
 	l, err := door.Listen(filepath.Join(shortDir(t), "s"))
@@ -275,7 +275,7 @@ func serve(t *testing.T, s *Server) *running {
 	return serveOn(t, s, l, l.Path())
 }
 
-func serveOn(t *testing.T, s *Server, l door.Listener, path string) *running {
+func serveOn(t *testing.T, s *Door, l door.Listener, path string) *running {
 	t.Helper()
 	ctx, stop := context.WithCancel(context.Background())
 	r := &running{t: t, server: s, socket: path, stop: stop, stopped: make(chan struct{})}
@@ -303,7 +303,7 @@ func (r *running) dial() *net.UnixConn {
 	return conn.(*net.UnixConn)
 }
 
-var ours = regexp.MustCompile(`(sshagent|door)\.\(\*(Server|watcher|conn|Conn|frames|Socket)\)`)
+var ours = regexp.MustCompile(`(sshagent|door)\.\(\*(Door|watcher|handler|Conn|frames|Socket)\)`)
 
 // checkLeaks fails the test when it ends with more goroutines or file
 // descriptors than it has now.

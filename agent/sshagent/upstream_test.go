@@ -380,7 +380,7 @@ func TestUpstreamDestinations(t *testing.T) {
 func TestUpstreamCaller(t *testing.T) {
 	keyring := newKeyring()
 	u := checkUpstreamLeaks(t, "")
-	u.path = serve(t, &Server{Keyring: keyring}).socket
+	u.path = serve(t, &Door{Keyring: keyring}).socket
 	h := newHost(t)
 	for _, test := range []struct {
 		name   string

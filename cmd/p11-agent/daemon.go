@@ -63,7 +63,7 @@ type daemon struct {
 	questions *approval.Questions
 	backend   *backend.Modules
 	keyring   *agent.Keyring
-	server    *sshagent.Server
+	server    *sshagent.Door
 
 	status  *status.Maker
 	manager *manager
@@ -208,7 +208,7 @@ func (d *daemon) openKeyring(c *config.File, upstreams []agent.Upstream) {
 	if o.allow != nil {
 		allow = *o.allow
 	}
-	d.server = &sshagent.Server{Log: d.log, KeepBinds: len(upstreams) > 0}
+	d.server = &sshagent.Door{Log: d.log, KeepBinds: len(upstreams) > 0}
 	d.status = &status.Maker{
 		Version: version, Started: time.Now(), Store: d.backend.Store, Sockets: d.statusOfSockets, Trouble: advice.Trouble,
 	}

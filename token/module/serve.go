@@ -41,7 +41,7 @@ type server struct {
 
 	polling sync.Mutex // held while the module is asked for changes
 
-	waiter *waiter // there before lib is
+	waiter *eventWaiter // there before lib is
 
 	life     sync.RWMutex // held by each request, and alone while the module is initialised again
 	initArgs string

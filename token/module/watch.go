@@ -126,7 +126,7 @@ func (s *server) changedSoon(lib *library) bool {
 }
 
 // poll looks at the slots again and again.
-func (s *server) poll(lib *library, w *waiter, only bool) {
+func (s *server) poll(lib *library, w *eventWaiter, only bool) {
 	r := newRhythm(time.Now())
 	for {
 		s.rest(w, r)
@@ -163,7 +163,7 @@ func (s *server) poll(lib *library, w *waiter, only bool) {
 
 // rest waits until it is time for the next look, which is sooner when the waiter
 // gives up meanwhile.
-func (s *server) rest(w *waiter, r *rhythm) {
+func (s *server) rest(w *eventWaiter, r *rhythm) {
 	for begin := time.Now(); ; {
 		s.mu.Lock()
 		fixed := s.fixed
@@ -239,11 +239,11 @@ const (
 	tellMin, tellMost = time.Second, time.Minute
 )
 
-// A waiter has a thread of its own that waits in C_WaitForSlotEvent.
+// An eventWaiter has a thread of its own that waits in C_WaitForSlotEvent.
 //
 // The thread is run's, which ends when the module does not support the call, or
 // when it fails. Whoever shuts the module down has it stay out meanwhile.
-type waiter struct {
+type eventWaiter struct {
 	wait    func(block bool) error // C_WaitForSlotEvent
 	changed func() bool            // looks at the slots, and tells whether they have changed
 	tell    func()
@@ -266,10 +266,10 @@ type waiter struct {
 	owed     bool // an event was not told of yet
 }
 
-func newWaiter() *waiter { return &waiter{moved: make(chan struct{})} }
+func newWaiter() *eventWaiter { return &eventWaiter{moved: make(chan struct{})} }
 
 // move changes the state under mu and wakes those who wait for it.
-func (w *waiter) move(f func()) {
+func (w *eventWaiter) move(f func()) {
 	w.mu.Lock()
 	defer w.mu.Unlock()
 	f()
@@ -278,7 +278,7 @@ func (w *waiter) move(f func()) {
 }
 
 // start starts the thread.
-func (w *waiter) start() {
+func (w *eventWaiter) start() {
 	w.move(func() { w.running, w.trusted, w.events = true, false, 0 })
 	go func() {
 		err := w.run()
@@ -288,21 +288,21 @@ func (w *waiter) start() {
 
 // waits tells whether events are waited for, as far as is known, and returns what
 // is closed when that may have changed.
-func (w *waiter) waits() (bool, <-chan struct{}) {
+func (w *eventWaiter) waits() (bool, <-chan struct{}) {
 	w.mu.Lock()
 	defer w.mu.Unlock()
 	return w.running && w.trusted, w.moved
 }
 
 // mayStart tells whether it does not run, and might.
-func (w *waiter) mayStart() bool {
+func (w *eventWaiter) mayStart() bool {
 	w.mu.Lock()
 	defer w.mu.Unlock()
 	return !w.running && !w.never
 }
 
 // owes tells whether an event was not told of yet, which the caller is to do.
-func (w *waiter) owes() bool {
+func (w *eventWaiter) owes() bool {
 	w.mu.Lock()
 	defer w.mu.Unlock()
 	owed := w.owed
@@ -311,7 +311,7 @@ func (w *waiter) owes() bool {
 }
 
 // run waits for events until that fails, and returns why.
-func (w *waiter) run() error {
+func (w *eventWaiter) run() error {
 	runtime.LockOSThread()
 	defer runtime.UnlockOSThread()
 	w.move(func() { w.thread = unix.Gettid() })
@@ -375,7 +375,7 @@ func (w *waiter) run() error {
 }
 
 // beside tells whether the module was seen to answer while a thread waits.
-func (w *waiter) beside() bool {
+func (w *eventWaiter) beside() bool {
 	w.mu.Lock()
 	defer w.mu.Unlock()
 	return w.trusted
@@ -384,7 +384,7 @@ func (w *waiter) beside() bool {
 // enter is called before the module is, and waits until that may be. It returns
 // how often the module was started again: if that is not life, the call is not to
 // wait.
-func (w *waiter) enter(block bool, life int) int {
+func (w *eventWaiter) enter(block bool, life int) int {
 	for {
 		w.mu.Lock()
 		paused, moved, lives := w.paused, w.moved, w.lives
@@ -401,11 +401,11 @@ func (w *waiter) enter(block bool, life int) int {
 }
 
 // leave is called after the module has returned.
-func (w *waiter) leave() { w.move(func() { w.inside = false }) }
+func (w *eventWaiter) leave() { w.move(func() { w.inside = false }) }
 
 // stayOut keeps the thread out of the module until resume, and tells whether it
 // is out. When it is not, nothing is changed.
-func (w *waiter) stayOut() (out bool) {
+func (w *eventWaiter) stayOut() (out bool) {
 	w.move(func() {
 		out = !w.inside
 		w.paused = out
@@ -414,12 +414,12 @@ func (w *waiter) stayOut() (out bool) {
 }
 
 // resume ends what stayOut began. The module may be another by now.
-func (w *waiter) resume() { w.move(func() { w.paused = false; w.lives++ }) }
+func (w *eventWaiter) resume() { w.move(func() { w.paused = false; w.lives++ }) }
 
 // settle finds out whether the module answers while the thread waits in it. Some
 // serve one call after the other: p11-kit-client.so of p11-kit 0.24 does. It
 // returns when that is known, or the thread does not wait.
-func (w *waiter) settle() error {
+func (w *eventWaiter) settle() error {
 	for !w.asleep() {
 		w.mu.Lock()
 		running, events := w.running, w.events
@@ -451,7 +451,7 @@ func (w *waiter) settle() error {
 }
 
 // asleep tells whether the thread waits in the module.
-func (w *waiter) asleep() bool {
+func (w *eventWaiter) asleep() bool {
 	w.mu.Lock()
 	inside, blocking, thread, calls, took := w.inside, w.blocking, w.thread, w.calls, time.Since(w.since)
 	w.mu.Unlock()

@@ -238,7 +238,7 @@ func TestRhythm(t *testing.T) {
 
 // inBubble runs a waiter with times of its own. do is C_WaitForSlotEvent, and is
 // told how often it was called before.
-func inBubble(t *testing.T, do func(w *waiter, call int, block bool) error, changed func() bool, test func(w *waiter, calls, told *atomic.Int64, lost *error)) {
+func inBubble(t *testing.T, do func(w *eventWaiter, call int, block bool) error, changed func() bool, test func(w *eventWaiter, calls, told *atomic.Int64, lost *error)) {
 	synctest.Test(t, func(t *testing.T) {
 		w := newWaiter()
 		var calls, told atomic.Int64
@@ -271,8 +271,8 @@ func inBubble(t *testing.T, do func(w *waiter, call int, block bool) error, chan
 
 // Events without end that change nothing cost little, and are told of seldom.
 func TestWaitStorm(t *testing.T) {
-	inBubble(t, func(*waiter, int, bool) error { return nil }, func() bool { return false },
-		func(w *waiter, calls, told *atomic.Int64, _ *error) {
+	inBubble(t, func(*eventWaiter, int, bool) error { return nil }, func() bool { return false },
+		func(w *eventWaiter, calls, told *atomic.Int64, _ *error) {
 			time.Sleep(time.Minute)
 			before, toldBefore := calls.Load(), told.Load()
 			time.Sleep(time.Hour)
@@ -291,7 +291,7 @@ func TestWaitStorm(t *testing.T) {
 // Each of many events that change something is told of, at once.
 func TestWaitQuickChanges(t *testing.T) {
 	const n = 1000
-	inBubble(t, func(_ *waiter, call int, block bool) error {
+	inBubble(t, func(_ *eventWaiter, call int, block bool) error {
 		switch {
 		case !block:
 			return &wire.Error{RV: wire.CKRNoEvent}
@@ -299,7 +299,7 @@ func TestWaitQuickChanges(t *testing.T) {
 			time.Sleep(time.Minute)
 		}
 		return nil
-	}, func() bool { return true }, func(_ *waiter, calls, told *atomic.Int64, _ *error) {
+	}, func() bool { return true }, func(_ *eventWaiter, calls, told *atomic.Int64, _ *error) {
 		synctest.Wait()
 		if calls.Load() != n+2 || told.Load() != n {
 			t.Errorf("%d calls, told %d times", calls.Load(), told.Load())
@@ -319,7 +319,7 @@ func TestWaitRecovers(t *testing.T) {
 		{"for good", 10, true},
 	} {
 		t.Run(tt.name, func(t *testing.T) {
-			inBubble(t, func(_ *waiter, call int, block bool) error {
+			inBubble(t, func(_ *eventWaiter, call int, block bool) error {
 				switch {
 				case !block:
 					return &wire.Error{RV: wire.CKRNoEvent}
@@ -328,7 +328,7 @@ func TestWaitRecovers(t *testing.T) {
 				}
 				time.Sleep(time.Second)
 				return nil
-			}, func() bool { return true }, func(_ *waiter, _, _ *atomic.Int64, lost *error) {
+			}, func() bool { return true }, func(_ *eventWaiter, _, _ *atomic.Int64, lost *error) {
 				time.Sleep(time.Hour)
 				synctest.Wait()
 				if got := *lost != nil; got != tt.lost {

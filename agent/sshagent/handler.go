@@ -16,11 +16,11 @@ import (
 	"p11-agent/agent/request"
 )
 
-// A conn speaks with one client. One goroutine reads a message, has it answered, writes
+// A handler speaks with one client. One goroutine reads a message, has it answered, writes
 // the answer, and so on.
-type conn struct {
+type handler struct {
 	*door.Conn
-	server *Server
+	server *Door
 	caller *request.Caller // replaced, never changed: the keyring may hold on to it
 	in     frames
 	out    []byte   // the answer under construction, length first
@@ -34,9 +34,9 @@ type conn struct {
 	looking sync.WaitGroup // that goroutine
 }
 
-// newConn returns what speaks with the client of c.
-func newConn(s *Server, c *door.Conn, rules *request.Socket) *conn {
-	n := &conn{Conn: c, server: s, in: newFrames(c.Net(), mayHoldSecret)}
+// newHandler returns what speaks with the client of c.
+func newHandler(s *Door, c *door.Conn, rules *request.Socket) *handler {
+	n := &handler{Conn: c, server: s, in: newFrames(c.Net(), mayHoldSecret)}
 	n.in.keep = c.Keep
 	n.caller = &request.Caller{Number: c.Number(), Peer: c.Peer(), Look: c.Look(), Socket: rules, Later: n.later}
 	return n
@@ -44,17 +44,17 @@ func newConn(s *Server, c *door.Conn, rules *request.Socket) *conn {
 
 // look has somebody look who the client is, who does so while a token signs. A list,
 // which is all that many connections are made for, does not depend on it.
-func (c *conn) look() {
+func (c *handler) look() {
 	if look := c.caller.Look; look != nil && !c.looked {
 		c.looked = true
 		c.looking.Go(func() { look() })
 	}
 }
 
-func (c *conn) later(f func()) { c.rest = append(c.rest, f) }
+func (c *handler) later(f func()) { c.rest = append(c.rest, f) }
 
 // finish does what is left of a request, whether or not its answer could be sent.
-func (c *conn) finish() {
+func (c *handler) finish() {
 	for len(c.rest) > 0 {
 		f := c.rest[0]
 		c.rest = slices.Delete(c.rest, 0, 1)
@@ -65,7 +65,7 @@ func (c *conn) finish() {
 // Serve serves the client until it hangs up, sends something that is no message,
 // does not take its answers, or until nc is closed. When ctx has ended, the client
 // has to take the answer that is under way at once.
-func (c *conn) Serve(ctx context.Context) {
+func (c *handler) Serve(ctx context.Context) {
 	defer c.finish() // of a request that a panic ends
 	for {
 		message, err := c.in.next()
@@ -101,13 +101,13 @@ func (c *conn) Serve(ctx context.Context) {
 }
 
 // Close gives back what the connection keeps.
-func (c *conn) Close() {
+func (c *handler) Close() {
 	c.in.close()
 	c.looking.Wait()
 }
 
 // ended logs why the connection ends, unless that is what clients do, or the agent.
-func (c *conn) ended(ctx context.Context, err error) {
+func (c *handler) ended(ctx context.Context, err error) {
 	switch {
 	case ctx.Err() != nil, errors.Is(err, io.EOF), errors.Is(err, net.ErrClosed),
 		errors.Is(err, syscall.EPIPE), errors.Is(err, syscall.ECONNRESET):
