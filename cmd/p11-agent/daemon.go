@@ -25,6 +25,7 @@ import (
 	"p11-agent/cmd/p11-agent/backend"
 	"p11-agent/cmd/p11-agent/config"
 	"p11-agent/cmd/p11-agent/paths"
+	"p11-agent/cmd/p11-agent/prompt"
 	"p11-agent/cmd/p11-agent/status"
 	"p11-agent/systemd"
 	"p11-agent/systemd/login1"
@@ -72,7 +73,7 @@ type daemon struct {
 
 // prompts are the ways to a person.
 type prompts struct {
-	asker   *asker
+	asker   *prompt.Asker
 	notices *notices
 }
 
@@ -140,8 +141,8 @@ func (d *daemon) openPrompts(c *config.File) {
 	if d.options.system {
 		return
 	}
-	p := &prompts{asker: newAsker(c, os.Getenv, os.Environ(), d.log), notices: newNotices(c, d.log)}
-	p.asker.notify = p.notices.elsewhere
+	p := &prompts{notices: newNotices(c, d.log)}
+	p.asker = prompt.New(c, prompt.Options{Log: d.log, Notify: p.notices.elsewhere})
 	d.onClose(p.notices.Close)
 	d.prompts = p
 }
@@ -170,7 +171,7 @@ func (d *daemon) openTokens(c *config.File) {
 	var pins pin.Asker
 	var working func(context.Context, *token.Key) func()
 	if p := d.prompts; p != nil {
-		pins, working = &pausingAsker{p.asker, d.questions}, p.notices.working
+		pins, working = prompt.Pausing(p.asker, d.questions), p.notices.working
 	}
 	d.backend = backend.Open(c, backend.Options{Log: d.log, PINs: pins, Working: working, StateDir: state, Known: token.KnownKept})
 	d.onClose(d.backend.Close)
@@ -214,7 +215,7 @@ func (d *daemon) openKeyring(c *config.File, upstreams []agent.Upstream) {
 	}
 	d.status.SetPolicy(c.Policy())
 	options := agent.Options{
-		Tokens:        d.backend.Tokens(allow, clientTells),
+		Tokens:        d.backend.Tokens(allow, prompt.ClientTells),
 		Rules:         d.rules(c),
 		InsertTimeout: c.InsertTimeout.Duration,
 		Lifetime:      o.lifetime,
@@ -228,7 +229,7 @@ func (d *daemon) openKeyring(c *config.File, upstreams []agent.Upstream) {
 		Log:           d.log,
 	}
 	if p := d.prompts; p != nil {
-		d.status.PromptAt = p.asker.promptAt
+		d.status.PromptAt = p.asker.PromptAt
 		options.Confirm, options.Insert, options.Failed = p.asker, p.asker, p.notices.failed
 	}
 	if c.Certificates != "" {
@@ -378,7 +379,7 @@ func (d *daemon) configure(c *config.File) {
 	d.logind.Delay(c.ForgetsAtSleep())
 	d.status.SetPolicy(c.Policy())
 	if p := d.prompts; p != nil {
-		p.asker.configure(c)
+		p.asker.Configure(c)
 		p.notices.configure(c)
 	}
 }

@@ -13,6 +13,7 @@ import (
 	"p11-agent/agent/audit"
 	"p11-agent/agent/request"
 	"p11-agent/cmd/p11-agent/config"
+	"p11-agent/cmd/p11-agent/prompt"
 	"p11-agent/cmd/p11-agent/status"
 	"p11-agent/pinentry/notify"
 	"p11-agent/systemd/bus"
@@ -55,7 +56,7 @@ func (n *notices) failed(e audit.Event) {
 		lines = append(lines, "Key: "+status.ShortURI(key))
 	}
 	// Who asks differs from one try to the next.
-	n.Tell(strings.Join(lines, "\n"), title, append(lines, requester(e.Client)))
+	n.Tell(strings.Join(lines, "\n"), title, append(lines, prompt.Requester(e.Client)))
 }
 
 // elsewhere is asker.notify: a client waits for a prompt that another one has.
@@ -69,8 +70,8 @@ func (n *notices) elsewhere(key string, lines []string) {
 func (n *notices) working(ctx context.Context, k *token.Key) (done func()) {
 	return n.Begin(k.Token(), func() []string {
 		use := request.UseFrom(ctx)
-		return slices.Concat([]string{tokenLine(k.Token(), k.TokenReader()), keyLine(k.Token(), k.Label(), k.URI(), k.ID(), use)},
-			useLines(use), []string{requester(request.PeerFrom(ctx))})
+		return slices.Concat([]string{prompt.TokenLine(k.Token(), k.TokenReader()), prompt.KeyLine(k.Token(), k.Label(), k.URI(), k.ID(), use)},
+			prompt.UseLines(use), []string{prompt.Requester(request.PeerFrom(ctx))})
 	})
 }
 

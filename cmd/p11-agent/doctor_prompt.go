@@ -15,6 +15,7 @@ import (
 	"p11-agent/cmd/p11-agent/advice"
 	"p11-agent/cmd/p11-agent/config"
 	"p11-agent/cmd/p11-agent/output"
+	"p11-agent/cmd/p11-agent/prompt"
 	"p11-agent/pinentry"
 )
 
@@ -23,19 +24,19 @@ import (
 func findPrompt(ctx context.Context, r *report, c *config.File) {
 	ctx, cancel := context.WithTimeout(ctx, 2*probeTimeout)
 	defer cancel()
-	a := newAsker(c, os.Getenv, os.Environ(), slog.New(slog.DiscardHandler))
+	a := prompt.New(c, prompt.Options{Log: slog.New(slog.DiscardHandler)})
 	// What a client has that is started here.
-	place := (&conversation{asker: a}).place(a.own)
+	place := a.Here(nil)
 	tty, ttyErr := peer.Own()
 	if ttyErr == nil {
 		defer tty.Close()
-		place.TTY, place.TTYType = tty.File, a.own.TTYType
+		place = a.Here(tty.File)
 	}
 	desktop := findDisplays(ctx, r, place)
 	askpass := findAskpass(r)
 	findFlavors(r)
 
-	probed, err := a.pinentry.Probe(ctx, place)
+	probed, err := a.Probe(ctx, place)
 	called := cmp.Or(c.Pinentry.Program, "pinentry")
 	switch {
 	case probed.File == "" && askpass != "":
@@ -51,7 +52,7 @@ func findPrompt(ctx context.Context, r *report, c *config.File) {
 	case err != nil && (place.Display != "" || place.WaylandDisplay != ""):
 		// The agent does the same: pinentry-qt ends where the display is dead.
 		place.Display, place.WaylandDisplay = "", ""
-		again, aerr := a.pinentry.Probe(ctx, place)
+		again, aerr := a.Probe(ctx, place)
 		if aerr != nil {
 			break
 		}

@@ -14,12 +14,14 @@ import (
 
 	"github.com/spf13/cobra"
 
+	"p11-agent/cmd/p11-agent/advice"
 	"p11-agent/cmd/p11-agent/backend"
 	"p11-agent/cmd/p11-agent/config"
 	"p11-agent/cmd/p11-agent/exit"
 	"p11-agent/cmd/p11-agent/named"
 	"p11-agent/cmd/p11-agent/newkey"
 	"p11-agent/cmd/p11-agent/output"
+	"p11-agent/cmd/p11-agent/prompt"
 	"p11-agent/cmd/p11-agent/status"
 	"p11-agent/token"
 )
@@ -91,7 +93,7 @@ func runGenerate(ctx context.Context, g *globals, o *generateOptions, text strin
 	show := newkey.NewProgress(ctx, stderr, kind)
 	// A module that does not answer may be another one than that of the token.
 	b := backend.Look(ctx, c, backend.Options{
-		Log: log, PINs: terminalAsker{newAsker(c, os.Getenv, os.Environ(), log)}, Generating: show.Begin,
+		Log: log, PINs: prompt.WithTerminal(prompt.New(c, prompt.Options{Log: log}), advice.Install("pinentry-curses", "pinentry")), Generating: show.Begin,
 	})
 	defer b.Close()
 	k, err := newkey.Make(ctx, b.Store, u, kind, nil)

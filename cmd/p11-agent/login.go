@@ -15,6 +15,7 @@ import (
 	"p11-agent/cmd/p11-agent/exit"
 	"p11-agent/cmd/p11-agent/named"
 	"p11-agent/cmd/p11-agent/output"
+	"p11-agent/cmd/p11-agent/prompt"
 	"p11-agent/cmd/p11-agent/status"
 	"p11-agent/pinentry/plain"
 	"p11-agent/pinentry/secret"
@@ -196,9 +197,9 @@ func runLogin(ctx context.Context, socket string, stdin bool, uri string, out io
 	wanted := ""
 	switch {
 	case t.OnReader:
-		wanted = "Enter " + pinOf(wire.TokenID{Label: t.Label}) + " on the card reader\n"
+		wanted = "Enter " + prompt.PINOf(wire.TokenID{Label: t.Label}) + " on the card reader\n"
 	case !stdin && t.PIN != status.PINLast:
-		wanted = "Enter " + pinOf(wire.TokenID{Label: t.Label}) + "\n"
+		wanted = "Enter " + prompt.PINOf(wire.TokenID{Label: t.Label}) + "\n"
 	}
 	fmt.Fprintln(os.Stderr, wanted+loginNotes(t))
 	var answer sshagent.ControlAnswer
@@ -231,7 +232,7 @@ func loginNotes(t *status.Token) string {
 	about := "Token: " + plain.Line(t.Name())
 	switch t.PIN {
 	case status.PINLow:
-		about += "\n" + fewerTries
+		about += "\n" + prompt.FewerTries
 	case status.PINLast:
 		about += "\nNote: ONE TRY IS LEFT. A wrong PIN now locks the token."
 	}
@@ -247,12 +248,12 @@ func loginNotes(t *status.Token) string {
 
 // loginWithPIN reads the PIN and has it tried.
 func loginWithPIN(ctx context.Context, a *status.Agent, stdin bool, uri string) (none sshagent.ControlAnswer, err error) {
-	ask, err := newQuestion(stdin)
+	ask, err := prompt.OpenInput(stdin)
 	if err != nil {
 		return none, err
 	}
 	defer ask.Close()
-	pin, err := ask.secret(ctx, "PIN: ")
+	pin, err := ask.ReadSecret(ctx, "PIN: ")
 	if err != nil {
 		return none, err
 	}
@@ -331,7 +332,7 @@ func runLock(ctx context.Context, socket string, lock bool, out io.Writer) error
 	case !lock && !a.Report.Locked:
 		return errors.New("the agent is not locked")
 	}
-	ask, err := newQuestion(false)
+	ask, err := prompt.OpenInput(false)
 	if err != nil {
 		return err
 	}
@@ -340,7 +341,7 @@ func runLock(ctx context.Context, socket string, lock bool, out io.Writer) error
 	if lock {
 		prompt = "Passphrase to lock the agent: "
 	}
-	phrase, err := ask.secret(ctx, prompt)
+	phrase, err := ask.ReadSecret(ctx, prompt)
 	if err != nil {
 		return err
 	}
@@ -350,7 +351,7 @@ func runLock(ctx context.Context, socket string, lock bool, out io.Writer) error
 	}
 	do, done := a.Unlock, "agent unlocked"
 	if lock {
-		again, err := ask.secret(ctx, "The same again: ")
+		again, err := ask.ReadSecret(ctx, "The same again: ")
 		if err != nil {
 			return err
 		}

@@ -19,6 +19,7 @@ import (
 	"p11-agent/cmd/p11-agent/backend"
 	"p11-agent/cmd/p11-agent/exit"
 	"p11-agent/cmd/p11-agent/output"
+	"p11-agent/cmd/p11-agent/prompt"
 	"p11-agent/pinentry"
 	"p11-agent/token"
 	"p11-agent/token/module"
@@ -40,7 +41,7 @@ func main() {
 		nameProcess("p11-module")
 		os.Exit(module.Main())
 	}
-	if len(os.Args) > 1 && os.Args[1] == linePromptCommand {
+	if len(os.Args) > 1 && os.Args[1] == prompt.LinePromptCommand {
 		os.Exit(pinentry.LinePrompt())
 	}
 	// Half a MiB lives in an agent. Less than 3 MiB would have garbage collected so

@@ -98,6 +98,15 @@ var rooms = []room{
 	},
 	{"cmd/p11-agent/output", []string{"pinentry", "systemd", cobra, xsys}, "it prints for every command, and knows none of them"},
 	{
+		"cmd/p11-agent/prompt",
+		[]string{
+			"agent/approval", "agent/peer", "agent/request", "cmd/p11-agent/config", "cmd/p11-agent/exit", "cmd/p11-agent/output",
+			"pinentry", "pinentry/plain", "pinentry/secret", "pinentry/waiting", "systemd/environment",
+			"token", "token/module", "token/pin", "token/pkcs11uri", "token/wire", xsys,
+		},
+		"it asks persons, and decides nothing about keys",
+	},
+	{
 		"cmd/p11-agent/status",
 		[]string{"agent", "agent/audit", "agent/request", "agent/sshagent", "cmd/p11-agent/config", "cmd/p11-agent/output", "cmd/p11-agent/paths", "pinentry/plain", "token", "token/module", "token/pin", "token/pkcs11uri", "token/wire", xssh},
 		"it tells what is, and does not know what helps",

@@ -24,6 +24,7 @@ import (
 	"p11-agent/cmd/p11-agent/newkey"
 	"p11-agent/cmd/p11-agent/output"
 	"p11-agent/cmd/p11-agent/paths"
+	"p11-agent/cmd/p11-agent/prompt"
 	"p11-agent/cmd/p11-agent/status"
 	"p11-agent/pinentry/plain"
 )
@@ -187,7 +188,7 @@ func (s *setup) look(ctx context.Context) {
 	}
 	// A module that does not answer may be another one than that of the token.
 	s.b = backend.Look(ctx, s.config, backend.Options{
-		Log: s.log, PINs: newAsker(s.config, os.Getenv, os.Environ(), s.log), Generating: s.making.Begin,
+		Log: s.log, PINs: prompt.New(s.config, prompt.Options{Log: s.log}), Generating: s.making.Begin,
 	})
 }
 

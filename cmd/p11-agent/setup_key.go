@@ -19,6 +19,7 @@ import (
 	"p11-agent/cmd/p11-agent/files"
 	"p11-agent/cmd/p11-agent/newkey"
 	"p11-agent/cmd/p11-agent/output"
+	"p11-agent/cmd/p11-agent/prompt"
 	"p11-agent/pinentry/plain"
 	"p11-agent/pinentry/secret"
 	"p11-agent/token"
@@ -398,7 +399,7 @@ func (s *setup) askPIN(ctx context.Context) (*secret.Secret, error) {
 	if !fresh && (s.plan.on.Flags&wire.CKFLoginRequired == 0 || s.plan.on.Flags&wire.CKFProtectedAuthenticationPath != 0) {
 		return nil, nil //nolint:nilnil // no PIN is an answer
 	}
-	ask, err := newQuestion(false)
+	ask, err := prompt.OpenInput(false)
 	if err != nil {
 		return nil, err
 	}
@@ -412,7 +413,7 @@ func (s *setup) askPIN(ctx context.Context) (*secret.Secret, error) {
 		prompt = "  PIN: "
 	}
 	for {
-		pin, err := ask.secret(ctx, prompt)
+		pin, err := ask.ReadSecret(ctx, prompt)
 		if err != nil {
 			return nil, err
 		}
@@ -435,8 +436,8 @@ func (s *setup) askPIN(ctx context.Context) (*secret.Secret, error) {
 }
 
 // typedAgain lets the person make sure of a new PIN, which the terminal has not shown.
-func typedAgain(ctx context.Context, ask *question, pin *secret.Secret) (same bool, err error) {
-	again, err := ask.secret(ctx, "  The same again, or Enter if you are sure of it: ")
+func typedAgain(ctx context.Context, ask *prompt.Input, pin *secret.Secret) (same bool, err error) {
+	again, err := ask.ReadSecret(ctx, "  The same again, or Enter if you are sure of it: ")
 	if err != nil {
 		return false, err
 	}

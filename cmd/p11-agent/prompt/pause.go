@@ -1,4 +1,4 @@
-package main
+package prompt
 
 import (
 	"context"
@@ -17,6 +17,12 @@ import (
 type pausingAsker struct {
 	pin.Asker
 	questions *approval.Questions
+}
+
+// Pausing returns an asker that asks as the given one does, and that questions may
+// pause for a client.
+func Pausing(asker pin.Asker, questions *approval.Questions) pin.Asker {
+	return &pausingAsker{asker, questions}
 }
 
 // Ask opens the dialogue, which shows nothing yet.
@@ -46,12 +52,12 @@ func (d *pausingDialogue) ask(ctx context.Context, show func(context.Context) (a
 	return d.questions.Ask(ctx, d.about, false, show)
 }
 
-func (d *pausingDialogue) PIN(ctx context.Context, problem string) (pin *secret.Secret, err error) {
+func (d *pausingDialogue) PIN(ctx context.Context, problem string) (typed *secret.Secret, err error) {
 	err = d.ask(ctx, func(ctx context.Context) (_ approval.Outcome, err error) {
-		pin, err = d.Dialogue.PIN(ctx, problem)
+		typed, err = d.Dialogue.PIN(ctx, problem)
 		return outcome(err), err
 	})
-	return pin, err
+	return typed, err
 }
 
 func (d *pausingDialogue) LastTry(ctx context.Context, problem string) (yes bool, err error) {
@@ -79,7 +85,7 @@ func (d *pausingDialogue) Notice(ctx context.Context) error {
 	})
 }
 
-// TypedOnReader implements token.ReaderObserver.
+// TypedOnReader implements pin.ReaderObserver.
 func (d *pausingDialogue) TypedOnReader(err error) {
 	if d.note != nil {
 		d.note(outcome(err))

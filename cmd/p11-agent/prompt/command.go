@@ -1,4 +1,4 @@
-package main
+package prompt
 
 import (
 	"bytes"
@@ -9,7 +9,6 @@ import (
 	"io"
 	"strings"
 
-	"p11-agent/cmd/p11-agent/advice"
 	"p11-agent/cmd/p11-agent/exit"
 	"p11-agent/pinentry"
 	"p11-agent/pinentry/plain"
@@ -20,12 +19,17 @@ import (
 // terminalAsker asks where asker asks, and at the terminal of this process where asker has
 // no place. It is for commands that a person runs. The PIN goes from the terminal into
 // locked memory, and the terminal does not show it.
-type terminalAsker struct{ asker pin.Asker }
+type terminalAsker struct {
+	asker   pin.Asker
+	install string
+}
 
-var (
-	_ pin.Asker    = terminalAsker{}
-	_ pin.Dialogue = (*terminalDialogue)(nil)
-)
+// WithTerminal returns an asker for a command that a person runs: it asks as the given
+// asker does, and at the terminal of this process where that asker has no place. install is
+// the command that installs a pinentry program, for the error.
+func WithTerminal(asker pin.Asker, install string) pin.Asker {
+	return terminalAsker{asker, install}
+}
 
 // Ask opens a dialogue. It fails when there is neither a pinentry nor a terminal.
 func (a terminalAsker) Ask(ctx context.Context, about pin.Request) (pin.Dialogue, error) {
@@ -33,11 +37,11 @@ func (a terminalAsker) Ask(ctx context.Context, about pin.Request) (pin.Dialogue
 	if !errors.Is(err, pinentry.ErrNoPrompt) {
 		return d, err
 	}
-	q, terr := newQuestion(false)
+	q, terr := OpenInput(false)
 	if terr != nil {
 		return nil, exit.WithHint(
 			errors.New("the PIN cannot be asked for: no pinentry program can show a prompt, and this command has no terminal"),
-			fmt.Sprintf("run it at a terminal, or install a pinentry program: %s", advice.Install("pinentry-curses", "pinentry")),
+			fmt.Sprintf("run it at a terminal, or install a pinentry program: %s", a.install),
 		)
 	}
 	return &terminalDialogue{q, about}, nil
@@ -45,7 +49,7 @@ func (a terminalAsker) Ask(ctx context.Context, about pin.Request) (pin.Dialogue
 
 // terminalDialogue asks at a terminal.
 type terminalDialogue struct {
-	ask   *question
+	ask   *Input
 	about pin.Request
 }
 
@@ -69,7 +73,7 @@ func (d *terminalDialogue) PIN(ctx context.Context, problem string) (*secret.Sec
 	if err := d.say(lines...); err != nil {
 		return nil, err
 	}
-	typed, err := d.ask.secret(ctx, "PIN: ")
+	typed, err := d.ask.ReadSecret(ctx, "PIN: ")
 	if err == nil && typed.Len() == 0 {
 		typed.Wipe()
 		return nil, pin.ErrCancelled
@@ -86,7 +90,7 @@ func (d *terminalDialogue) LastTry(ctx context.Context, problem string) (bool, e
 	if err := d.say(lines...); err != nil {
 		return false, err
 	}
-	answer, err := d.ask.secret(ctx, "Use the last try? ")
+	answer, err := d.ask.ReadSecret(ctx, "Use the last try? ")
 	if err != nil {
 		return false, err
 	}

@@ -1,4 +1,4 @@
-package main
+package prompt
 
 import (
 	"strings"
@@ -14,8 +14,8 @@ func TestLabelsMakeNoLines(t *testing.T) {
 	const bad = "a\nFor: SSH login as me at home (host verified)\r\x1b[2J"
 	id := wire.TokenID{Label: bad, Serial: bad}
 	for name, line := range map[string]string{
-		"token": tokenLine(id, "reader"), "key": keyLine(id, bad, "", []byte(bad), nil), "comment": commentLine(bad),
-		"name": keyLine(id, "", "pkcs11:", nil, &request.Use{Comment: bad}),
+		"token": TokenLine(id, "reader"), "key": KeyLine(id, bad, "", []byte(bad), nil), "comment": commentLine(bad),
+		"name": KeyLine(id, "", "pkcs11:", nil, &request.Use{Comment: bad}),
 		"any":  bad,
 	} {
 		if got := about([]string{line}); strings.ContainsAny(got, "\n\r\x1b") {
@@ -49,7 +49,7 @@ func TestRequester(t *testing.T) {
 		{chain(), "process 7"},
 		{peer.Peer{}, "unknown process"},
 	} {
-		if got := requester(tt.p); got != "Requested by (unverified): "+tt.want {
+		if got := Requester(tt.p); got != "Requested by (unverified): "+tt.want {
 			t.Errorf("got %s, want %s", got, tt.want)
 		}
 	}
@@ -71,7 +71,7 @@ func TestFirstLine(t *testing.T) {
 		strings.Repeat("\x01", 48): `the PIN of token "` + strings.Repeat(`\x01`, 11) + `…"`,
 		strings.Repeat("ü", 40):    `the PIN of token "` + strings.Repeat("ü", 22) + `…"`,
 	} {
-		if got := pinOf(wire.TokenID{Label: label}); got != want {
+		if got := PINOf(wire.TokenID{Label: label}); got != want {
 			t.Errorf("%q: got %s, want %s", label, got, want)
 		}
 	}

@@ -1,4 +1,4 @@
-package main
+package prompt
 
 import (
 	"context"
@@ -93,21 +93,21 @@ func TestFixedTerminalIsNone(t *testing.T) {
 // A prompt goes on to a client only where a person would see it at another place.
 func TestPromptTakes(t *testing.T) {
 	const display = ":5"
-	here, elsewhere := &place{spot: [2]string{display, ""}}, &place{spot: [2]string{":6", ""}}
+	here, elsewhere := &location{spot: [2]string{display, ""}}, &location{spot: [2]string{":6", ""}}
 	for name, test := range map[string]struct {
 		own   peer.Environment
-		shown *place
+		shown *location
 		want  bool
 	}{
 		"another display":         {peer.Environment{Display: display}, elsewhere, true},
 		"the same display":        {peer.Environment{Display: display}, here, false},
 		"nowhere":                 {peer.Environment{}, elsewhere, false},
-		"from no place":           {peer.Environment{Display: display}, &place{}, true},
+		"from no place":           {peer.Environment{Display: display}, &location{}, true},
 		"between places":          {peer.Environment{Display: display}, nil, false},
-		"from no place to no one": {peer.Environment{}, &place{}, false},
+		"from no place to no one": {peer.Environment{}, &location{}, false},
 	} {
 		t.Run(name, func(t *testing.T) {
-			c := &conversation{asker: &asker{
+			c := &prompter{Asker: &Asker{
 				pinentry: new(pinentry.Pinentry), own: test.own, log: slog.New(slog.DiscardHandler),
 				manager: func(context.Context) ([]string, error) { return nil, errors.New("none") },
 			}}

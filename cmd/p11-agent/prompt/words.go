@@ -1,19 +1,13 @@
-package main
+package prompt
 
 import (
 	"cmp"
 	"fmt"
-	"os"
-	"path/filepath"
 	"slices"
 	"strings"
 
-	"golang.org/x/crypto/ssh"
-
-	"p11-agent/agent/knownhosts"
 	"p11-agent/agent/peer"
 	"p11-agent/agent/request"
-	"p11-agent/cmd/p11-agent/config"
 	"p11-agent/pinentry/plain"
 	"p11-agent/token"
 	"p11-agent/token/pin"
@@ -45,17 +39,17 @@ func about(lines ...[]string) string {
 // in one line of a terminal of the usual width.
 const maxNamed = 48
 
-// useLines says what the key is used for; nothing where that is not known.
-func useLines(use *request.Use) []string {
+// UseLines says what the key is used for; nothing where that is not known.
+func UseLines(use *request.Use) []string {
 	if use == nil {
 		return nil
 	}
 	return use.Lines()
 }
 
-// tokenLine names a token. reader is where the token is, when another token of the same
+// TokenLine names a token. reader is where the token is, when another token of the same
 // name is there as well.
-func tokenLine(t wire.TokenID, reader string) string {
+func TokenLine(t wire.TokenID, reader string) string {
 	serial := cmp.Or(plain.Name(t.Serial, maxNamed), "unknown")
 	if reader != "" {
 		serial += ", the one in reader " + plain.Name(reader, maxNamed)
@@ -86,9 +80,9 @@ func moduleLines(about pin.Request) (lines []string) {
 	return lines
 }
 
-// requester says which programs a request comes from, nearest first. They say of
+// Requester says which programs a request comes from, nearest first. They say of
 // themselves what they are called, so a name that could pass for two is quoted.
-func requester(p peer.Peer) string {
+func Requester(p peer.Peer) string {
 	text := p.String() // where nothing is known of programs
 	if p.Known && len(p.Chain) > 0 {
 		var programs []string
@@ -106,8 +100,8 @@ func requester(p peer.Peer) string {
 	return "Requested by (unverified): " + text
 }
 
-// pinOf names the PIN that is asked for, in the first line of a prompt.
-func pinOf(t wire.TokenID) string {
+// PINOf names the PIN that is asked for, in the first line of a prompt.
+func PINOf(t wire.TokenID) string {
 	if t.Label == "" {
 		return "the PIN of a token without label"
 	}
@@ -127,14 +121,14 @@ func useOf(k request.Key) string {
 	return "the use of this key of token " + plain.QuotedName(key.Token().Label, maxNamed)
 }
 
-// fewerTries is said where a token tells that the last PIN it was given was wrong. The
+// FewerTries is said where a token tells that the last PIN it was given was wrong. The
 // question about the last try has words of its own.
-const fewerTries = "A wrong PIN was entered earlier; fewer attempts remain."
+const FewerTries = "A wrong PIN was entered earlier; fewer attempts remain."
 
-// keyLine names the key of a request to a person who sees the token as well: by
+// KeyLine names the key of a request to a person who sees the token as well: by
 // its configured name, or by what is on the token. The serial number is with the
 // token, and so left out of the URI.
-func keyLine(t wire.TokenID, label, uri string, id []byte, use *request.Use) string {
+func KeyLine(t wire.TokenID, label, uri string, id []byte, use *request.Use) string {
 	if use != nil && use.Comment != uri {
 		return commentLine(use.Comment)
 	}
@@ -156,47 +150,4 @@ func labelledLine(k request.Key, comment string) string {
 		return "Key: " + plain.Name(key.Label(), maxNamed) + ", " + comment
 	}
 	return commentLine(comment)
-}
-
-// hosts gives names to host keys by ssh's known_hosts files.
-type hosts struct {
-	files  *knownhosts.Files
-	config string // of the ssh client, whose words are guesses at names
-}
-
-var _ request.HostNamer = (*hosts)(nil)
-
-// newHosts takes the files that the configuration names, or those that ssh does.
-func newHosts(c *config.File) *hosts {
-	home := os.Getenv("HOME")
-	own := func(name string) string { return filepath.Join(home, ".ssh", name) }
-	paths := c.KnownHosts
-	if paths == nil {
-		paths = []string{"/etc/ssh/ssh_known_hosts", "/etc/ssh/ssh_known_hosts2"}
-		if filepath.IsAbs(home) {
-			paths = append([]string{own("known_hosts"), own("known_hosts2")}, paths...)
-		}
-	}
-	h := &hosts{files: knownhosts.New(paths...)}
-	if filepath.IsAbs(home) {
-		h.config = own("config")
-	}
-	return h
-}
-
-// HostName is what the files say. Where ssh asks, the destination among its arguments
-// is the first guess at the name, and the words of its configuration are the others.
-func (h *hosts) HostName(key ssh.PublicKey, p peer.Peer) request.HostName {
-	return h.files.Lookup(key, func() []string {
-		var guesses []string
-		if len(p.Chain) > 0 && p.Chain[0].Name == "ssh" {
-			guesses = knownhosts.Destination(p.Arguments())
-		}
-		if h.config == "" {
-			return guesses
-		}
-		// The configuration may have the port of the destination.
-		words := slices.DeleteFunc(slices.Clone(guesses), func(g string) bool { return strings.Contains(g, "]:") })
-		return append(guesses, knownhosts.Guesses(append(words, knownhosts.ConfigWords(h.config)...))...)
-	})
 }

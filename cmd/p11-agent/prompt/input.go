@@ -1,4 +1,4 @@
-package main
+package prompt
 
 import (
 	"context"
@@ -20,37 +20,37 @@ import (
 // included.
 const maxTyped = 1 << 10
 
-// A question asks the person at the terminal of this process, or takes from standard
+// A Input asks the person at the terminal of this process, or takes from standard
 // input what a program gives. It is used by one goroutine at a time.
-type question struct {
+type Input struct {
 	in  *os.File
 	tty bool // it is a terminal
 }
 
-// newQuestion opens the terminal, unless standard input is to be read.
-func newQuestion(stdin bool) (*question, error) {
+// OpenInput opens the terminal, unless standard input is to be read.
+func OpenInput(stdin bool) (*Input, error) {
 	if err := undumpable.Enforce(); err != nil {
 		return nil, err
 	}
 	if stdin {
-		return &question{in: os.Stdin}, nil
+		return &Input{in: os.Stdin}, nil
 	}
 	tty, err := os.OpenFile("/dev/tty", os.O_RDWR|unix.O_NOCTTY, 0)
 	if err != nil {
 		return nil, errors.New("there is no terminal to ask at: run it at one, or give the PIN with --stdin")
 	}
-	return &question{in: tty, tty: true}, nil
+	return &Input{in: tty, tty: true}, nil
 }
 
 // Close gives the terminal back.
-func (q *question) Close() {
+func (q *Input) Close() {
 	if q.tty {
 		_ = q.in.Close()
 	}
 }
 
-// secret asks for something that is not shown while it is typed.
-func (q *question) secret(ctx context.Context, prompt string) (*secret.Secret, error) {
+// ReadSecret asks for something that is not shown while it is typed.
+func (q *Input) ReadSecret(ctx context.Context, prompt string) (*secret.Secret, error) {
 	if q.tty {
 		return q.line(ctx, prompt)
 	}
@@ -59,7 +59,7 @@ func (q *question) secret(ctx context.Context, prompt string) (*secret.Secret, e
 
 // line reads one line from the terminal, and shows nothing of it. Until it ends, signals that would end or
 // stop the process leave the terminal as it was.
-func (q *question) line(ctx context.Context, prompt string) (_ *secret.Secret, err error) {
+func (q *Input) line(ctx context.Context, prompt string) (_ *secret.Secret, err error) {
 	fd := int(q.in.Fd()) // from here on it blocks: the reader below is left behind on a signal
 	old, err := unix.IoctlGetTermios(fd, unix.TCGETS)
 	if err != nil {

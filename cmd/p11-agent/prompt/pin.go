@@ -1,0 +1,150 @@
+package prompt
+
+import (
+	"cmp"
+	"context"
+	"errors"
+	"p11-agent/agent/request"
+	"p11-agent/cmd/p11-agent/output"
+	"p11-agent/pinentry"
+	"p11-agent/pinentry/plain"
+	"p11-agent/pinentry/secret"
+	"p11-agent/pinentry/waiting"
+	"p11-agent/token/pin"
+)
+
+// tellsItself is in the context of a login whose client tells the person to type the PIN
+// on the reader.
+type tellsItself struct{}
+
+// ClientTells marks the context of a login whose client tells the person to type the PIN
+// on the reader: the agent shows no notice.
+func ClientTells(ctx context.Context) context.Context {
+	return context.WithValue(ctx, tellsItself{}, true)
+}
+
+// Ask opens a dialogue about one token.
+func (a *Asker) Ask(ctx context.Context, about pin.Request) (pin.Dialogue, error) {
+	of := "the token " + cmp.Or(plain.Name(about.Token.Label, maxNamed), "without label")
+	d := &pinDialogue{
+		pins:    &prompter{Asker: a, what: "the PIN of " + of, hint: "To give the PIN in a terminal, run: p11-agent login " + output.ShellWord(about.Key)},
+		consent: &prompter{Asker: a, what: "the last try of " + of, consent: true, hint: a.consentHint()},
+		about:   about,
+		quiet:   ctx.Value(tellsItself{}) != nil,
+	}
+	a.note(d, true)
+	first := d.pins
+	if about.Tries == pin.TriesLast {
+		first = d.consent
+	}
+	var err error
+	if first == d.pins && about.Pad && d.quiet {
+		// The reader asks, but not for a client in a pause.
+		err = waiting.Ask(ctx, waiting.Question{Ask: func(context.Context) error { return nil }})
+	} else {
+		// Without a place there is nothing to begin with.
+		err = first.ask(ctx, func(context.Context, *pinentry.Dialogue) error { return nil })
+	}
+	if err != nil {
+		_ = d.Close() // never fails
+		return nil, err
+	}
+	return d, nil
+}
+
+// note keeps the list of the dialogues that are open.
+func (a *Asker) note(d *pinDialogue, open bool) {
+	a.mu.Lock()
+	defer a.mu.Unlock()
+	if open {
+		a.open[d] = struct{}{}
+	} else {
+		delete(a.open, d)
+	}
+}
+
+// pinDialogue asks about the PIN of a token: for the PIN where the person is, and for
+// consent where the client has no say.
+type pinDialogue struct {
+	pins, consent *prompter
+	about         pin.Request
+	quiet         bool // the client tells by itself what to do at the reader
+}
+
+// description is for the one who is asked, below the first line.
+func (d *pinDialogue) description(ctx context.Context) string {
+	use, t := request.UseFrom(ctx), d.about.Token
+	lines := []string{KeyLine(t, d.about.Label, d.about.Key, d.about.ID, use), TokenLine(t, d.about.Reader)}
+	lines = append(lines, moduleLines(d.about)...)
+	if d.about.EachUse {
+		lines = append(lines, "This key asks for the PIN each time it is used.")
+	}
+	if d.about.Tries == pin.TriesLow {
+		lines = append(lines, FewerTries)
+	}
+	return about(UseLines(use), lines, []string{Requester(request.PeerFrom(ctx))})
+}
+
+func (d *pinDialogue) PIN(ctx context.Context, problem string) (typed *secret.Secret, err error) {
+	err = d.pins.ask(ctx, func(ctx context.Context, on *pinentry.Dialogue) (err error) {
+		typed, err = on.PIN(ctx, pinentry.Prompt{
+			Title:       "p11-agent",
+			Description: "Enter " + PINOf(d.about.Token) + "\n" + d.description(ctx),
+			Label:       "PIN:",
+			Error:       problem,
+		})
+		return err
+	})
+	if errors.Is(err, pinentry.ErrCancelled) || errors.Is(err, pinentry.ErrEmpty) {
+		err = pin.ErrCancelled
+	}
+	return typed, err
+}
+
+func (d *pinDialogue) LastTry(ctx context.Context, problem string) (yes bool, err error) {
+	if problem != "" {
+		problem += "\n"
+	}
+	given := ""
+	if d.about.Supplied {
+		given = "The program that asks has given the PIN.\n"
+	}
+	err = d.consent.ask(ctx, func(ctx context.Context, on *pinentry.Dialogue) (err error) {
+		yes, err = on.Confirm(ctx, pinentry.Prompt{
+			Title: "p11-agent",
+			Description: "Use the last try for " + PINOf(d.about.Token) + "?\n" + problem +
+				"One try is left: a wrong PIN now locks the token.\n" + given + d.description(ctx),
+			OK:     "_Try the PIN",
+			Cancel: "_Stop",
+		})
+		return err
+	})
+	return yes && err == nil, err
+}
+
+func (d *pinDialogue) Notice(ctx context.Context) error {
+	if d.quiet {
+		return waiting.Ask(ctx, waiting.Question{Ask: func(ctx context.Context) error {
+			<-ctx.Done()
+			return ctx.Err()
+		}})
+	}
+	// It does not move: what is typed on the reader would be lost.
+	err := d.pins.askFor(ctx, 0, func(ctx context.Context, on *pinentry.Dialogue) error {
+		return on.Message(ctx, pinentry.Prompt{
+			Title:       "p11-agent",
+			Description: "Enter " + PINOf(d.about.Token) + " on the card reader\n" + d.description(ctx),
+		})
+	})
+	if errors.Is(err, pinentry.ErrCancelled) {
+		err = pin.ErrCancelled
+	}
+	return err
+}
+
+func (d *pinDialogue) Close() error {
+	d.pins.note(d, false)
+	d.pins.close()
+	d.consent.close()
+	return nil
+}
