@@ -59,7 +59,7 @@ func TestPatience(t *testing.T) {
 			name: "slow but in time",
 			client: func(t *testing.T, conn net.Conn) {
 				for _, b := range framed(message(11)) {
-					time.Sleep(patience / 8)
+					time.Sleep(door.Patience / 8)
 					if _, err := conn.Write([]byte{b}); err != nil {
 						t.Error(err)
 					}
@@ -67,7 +67,7 @@ func TestPatience(t *testing.T) {
 				if answer, err := readAnswer(conn); err != nil || answer[0] != 12 {
 					t.Errorf("answer %x, %v", answer, err)
 				}
-				time.Sleep(2 * patience) // the deadline was for that message alone
+				time.Sleep(2 * door.Patience) // the deadline was for that message alone
 				ask(t, conn, message(11))
 			},
 		},
@@ -78,7 +78,7 @@ func TestPatience(t *testing.T) {
 					t.Error(err)
 				}
 			},
-			ends: true, logged: "the rest of a message", takes: patience,
+			ends: true, logged: "the rest of a message", takes: door.Patience,
 		},
 		{
 			name: "half a message, byte by byte",
@@ -87,11 +87,11 @@ func TestPatience(t *testing.T) {
 					if _, err := conn.Write([]byte{b}); err != nil {
 						return
 					}
-					time.Sleep(patience / 7)
+					time.Sleep(door.Patience / 7)
 				}
 				t.Error("nobody lost patience")
 			},
-			ends: true, logged: "the rest of a message", takes: patience,
+			ends: true, logged: "the rest of a message", takes: door.Patience,
 		},
 		{
 			name: "answer not taken",
@@ -100,7 +100,7 @@ func TestPatience(t *testing.T) {
 					t.Error(err)
 				}
 			},
-			ends: true, logged: "took its answer", takes: patience,
+			ends: true, logged: "took its answer", takes: door.Patience,
 		},
 		{
 			name: "gone within a message",

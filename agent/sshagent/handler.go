@@ -37,7 +37,7 @@ type handler struct {
 // newHandler returns what speaks with the client of c.
 func newHandler(s *Door, c *door.Conn, rules *request.Socket) *handler {
 	n := &handler{Conn: c, server: s, in: newFrames(c.Net(), mayHoldSecret)}
-	n.in.keep = c.Keep
+	n.in.keep, n.in.stream.Keep = c.Keep, c.Keep
 	n.caller = &request.Caller{Number: c.Number(), Peer: c.Peer(), Look: c.Look(), Socket: rules, Later: n.later}
 	return n
 }
@@ -84,11 +84,11 @@ func (c *handler) Serve(ctx context.Context) {
 		if c.whole != nil {
 			answer, c.whole = c.whole, nil
 		}
-		within := patience
+		within := door.Patience
 		if ctx.Err() != nil { // looked at last: see hangUp
 			within = 0
 		}
-		err = c.in.write(answer, within)
+		err = c.in.stream.Write(answer, within)
 		c.finish()
 		if err != nil {
 			c.ended(ctx, err)
@@ -114,7 +114,7 @@ func (c *handler) ended(ctx context.Context, err error) {
 	case errors.Is(err, io.ErrUnexpectedEOF):
 		c.Refuse("connection ended", errors.New("the client hung up within a message"))
 	case errors.Is(err, os.ErrDeadlineExceeded):
-		c.Refuse("connection ended", fmt.Errorf("the client neither sent the rest of a message nor took its answer within %v", patience))
+		c.Refuse("connection ended", fmt.Errorf("the client neither sent the rest of a message nor took its answer within %v", door.Patience))
 	default:
 		c.Refuse("connection ended", err)
 	}

@@ -255,7 +255,7 @@ func TestStopWithStuckClient(t *testing.T) {
 	r.stop()
 	select {
 	case <-r.stopped:
-	case <-time.After(patience / 2):
+	case <-time.After(door.Patience / 2):
 		t.Error("it waits for a client that takes nothing")
 	}
 }

@@ -17,6 +17,7 @@ import (
 	"golang.org/x/sys/unix"
 
 	"p11-agent/agent"
+	"p11-agent/agent/door"
 	"p11-agent/agent/request"
 	"p11-agent/pinentry/plain"
 )
@@ -329,7 +330,7 @@ func broken(err error) error {
 		errors.Is(err, syscall.EPIPE), errors.Is(err, syscall.ECONNRESET):
 		return fmt.Errorf("hung up before its answer was complete: see what it has logged (%w)", err)
 	case errors.Is(err, os.ErrDeadlineExceeded):
-		return fmt.Errorf("took more than %v for one answer: restart it (%w)", patience, err)
+		return fmt.Errorf("took more than %v for one answer: restart it (%w)", door.Patience, err)
 	}
 	return unusable(err)
 }

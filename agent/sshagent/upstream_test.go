@@ -28,6 +28,7 @@ import (
 	"golang.org/x/crypto/ssh"
 
 	"p11-agent/agent"
+	"p11-agent/agent/door"
 	"p11-agent/agent/request"
 )
 
@@ -1062,8 +1063,8 @@ func TestUpstreamDrip(t *testing.T) {
 	}{
 		{"a slow list", "list", framed(identitiesAnswer()), 0, listPatience / 7, listPatience, true},
 		{"a list in time", "list", framed(identitiesAnswer()), 0, listPatience / 10, 8 * listPatience / 10, false},
-		{"a slow signature", "sign", sig, time.Hour, patience / 20, time.Hour + patience, true},
-		{"a signature in time", "sign", sig, time.Hour, patience / 40, time.Hour + time.Duration(len(sig)-1)*patience/40, false},
+		{"a slow signature", "sign", sig, time.Hour, door.Patience / 20, time.Hour + door.Patience, true},
+		{"a signature in time", "sign", sig, time.Hour, door.Patience / 40, time.Hour + time.Duration(len(sig)-1)*door.Patience/40, false},
 	} {
 		t.Run(test.name, func(t *testing.T) {
 			synctest.Test(t, func(t *testing.T) {

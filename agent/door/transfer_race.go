@@ -1,6 +1,6 @@
 //go:build race
 
-package sshagent
+package door
 
 import "syscall"
 
