@@ -18,6 +18,7 @@ import (
 	"p11-agent/cmd/p11-agent/backend"
 	"p11-agent/cmd/p11-agent/config"
 	"p11-agent/cmd/p11-agent/exit"
+	"p11-agent/cmd/p11-agent/listing"
 	"p11-agent/cmd/p11-agent/named"
 	"p11-agent/cmd/p11-agent/output"
 	"p11-agent/cmd/p11-agent/status"
@@ -230,7 +231,7 @@ func findKeys(ctx context.Context, r *report, conf *config.File, store *token.St
 			findURI(ctx, r, store, "[[key]]", k.URI.URI)
 		}
 	}
-	homes := homesOf(store.Keys(), auto)
+	homes := listing.Homes(store.Keys(), auto)
 	first := make(map[*token.Key]*token.Key)
 	for _, all := range homes {
 		for _, k := range all {

@@ -1,4 +1,4 @@
-package main
+package listing
 
 import (
 	"bytes"
@@ -8,7 +8,7 @@ import (
 // Each module is named with what happened to it, where there is something to say
 // or somebody wants to know.
 func TestPrintModules(t *testing.T) {
-	l := listing{Tokens: []listedToken{}, Modules: []listedModule{
+	l := Listing{Tokens: []Token{}, Modules: []Module{
 		{Name: "good", Running: true, Waits: true},
 		{Name: "polled", Running: true},
 		{Name: "shaky", Running: true, Restarts: 1},
@@ -30,7 +30,7 @@ func TestPrintModules(t *testing.T) {
 			"module polled: it works; it is asked again and again for cards that come and go\n" + shaky + bad},
 	} {
 		var out, stderr bytes.Buffer
-		if err := printList(&out, &stderr, l, tt.verbose); err != nil || out.Len() > 0 {
+		if err := Print(&out, &stderr, l, tt.verbose); err != nil || out.Len() > 0 {
 			t.Errorf("%q, %v", out.String(), err)
 		}
 		if got := stderr.String(); got != tt.want {
