@@ -461,6 +461,7 @@ func (k *Keyring) Configure(r Rules) {
 	defer k.mu.Unlock()
 	k.expireLocked() // under the rules that they were added under
 	k.opts.Rules = r
+	k.configure(&r)
 	clear(k.hidden)
 	k.change.Add(1)
 }

@@ -381,3 +381,11 @@ func (k *Keyring) selectsLocked(s request.Selection, key request.Key) bool {
 	}
 	return selects(s, key)
 }
+
+// cryptoOf returns a key in the form of the standard library, or nil if it has none.
+func cryptoOf(key ssh.PublicKey) crypto.PublicKey {
+	if k, ok := key.(ssh.CryptoPublicKey); ok {
+		return k.CryptoPublicKey()
+	}
+	return nil
+}

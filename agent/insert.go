@@ -20,27 +20,23 @@ const (
 
 // insert waits until a token that has the identity is there, or a person has
 // declined to insert it. Everybody who wants the same identity shares the wait.
-func (k *Keyring) insert(ctx context.Context, id *identity) error {
-	_, err := k.insertions.Do(ctx, id.ID, func(ctx context.Context) (struct{}, error) {
-		return struct{}{}, k.awaitToken(ctx, id)
+func (g *Guard) insert(ctx context.Context, t *request.Target) error {
+	_, err := g.insertions.Do(ctx, t.ID, func(ctx context.Context) (struct{}, error) {
+		return struct{}{}, g.awaitToken(ctx, t)
 	})
 	return err
 }
 
 // awaitToken has a person asked for a token until it is there.
-func (k *Keyring) awaitToken(ctx context.Context, id *identity) error {
-	w := approval.Wanted{Comment: id.Comment, Fingerprint: k.fingerprint(id.plain)}
-	for _, home := range id.Homes {
+func (g *Guard) awaitToken(ctx context.Context, t *request.Target) error {
+	w := approval.Wanted{Comment: t.Comment, Fingerprint: t.Fingerprint}
+	for _, home := range t.Homes {
 		if name := home.TokenName(); !slices.Contains(w.Tokens, name) {
 			w.Tokens = append(w.Tokens, name)
 		}
 	}
 	tokens := strings.Join(w.Tokens, " or ")
-	timeout := k.opts.InsertTimeout
-	if timeout == 0 {
-		timeout = insertPatience
-	}
-	ctx, cancel := context.WithTimeoutCause(ctx, timeout, approval.ErrNotInserted)
+	ctx, cancel := context.WithTimeoutCause(ctx, g.insertTimeout, approval.ErrNotInserted)
 	type answer struct {
 		in  bool
 		err error
@@ -57,8 +53,8 @@ func (k *Keyring) awaitToken(ctx context.Context, id *identity) error {
 		open = true
 		go func() {
 			var a answer
-			a.err = k.opts.Questions.Ask(ctx, w.Fingerprint, false, func(ctx context.Context) (_ approval.Outcome, err error) {
-				a.in, err = k.opts.Insert.Insert(ctx, w)
+			a.err = g.approver.Questions.Ask(ctx, w.Fingerprint, false, func(ctx context.Context) (_ approval.Outcome, err error) {
+				a.in, err = g.inserter.Insert(ctx, w)
 				return approval.OutcomeOf(a.in, err), err
 			})
 			answers <- a
@@ -68,14 +64,14 @@ func (k *Keyring) awaitToken(ctx context.Context, id *identity) error {
 	poke := time.NewTicker(insertPoke)
 	defer poke.Stop()
 	for {
-		changed := k.opts.Tokens.Changed()
-		if slices.ContainsFunc(id.Homes, request.Key.Present) {
+		changed := g.tokens.Changed()
+		if slices.ContainsFunc(t.Homes, request.Key.Present) {
 			return nil
 		}
 		select {
 		case <-changed:
 		case <-poke.C:
-			k.opts.Tokens.Poke()
+			g.tokens.Poke()
 		case <-ctx.Done():
 			return fmt.Errorf("token %s is needed: %w", tokens, context.Cause(ctx))
 		case a := <-answers:
@@ -90,10 +86,10 @@ func (k *Keyring) awaitToken(ctx context.Context, id *identity) error {
 			case !a.in:
 				return fmt.Errorf("token %s is needed: %w", tokens, approval.ErrTokenDeclined)
 			}
-			if err := k.opts.Tokens.Rescan(ctx); err != nil && ctx.Err() == nil {
+			if err := g.tokens.Rescan(ctx); err != nil && ctx.Err() == nil {
 				return err
 			}
-			if !slices.ContainsFunc(id.Homes, request.Key.Present) {
+			if !slices.ContainsFunc(t.Homes, request.Key.Present) {
 				ask()
 			}
 		}

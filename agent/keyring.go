@@ -17,7 +17,6 @@ import (
 	"p11-agent/agent/request"
 	"p11-agent/agent/sshkey"
 	"p11-agent/pinentry/secret"
-	"p11-agent/pinentry/waiting"
 )
 
 const (
@@ -135,6 +134,8 @@ type Options struct {
 // be called from any goroutine; none holds a lock while it waits for a person,
 // a token or a process.
 type Keyring struct {
+	*Guard
+
 	opts  Options // Rules under mu
 	log   *slog.Logger
 	start time.Time
@@ -143,9 +144,6 @@ type Keyring struct {
 	view   atomic.Pointer[view]
 	knew   bool // there were keys from before at the start: what is listed need not wait for tokens
 
-	lock      *lock
-	approver  *approval.Approver
-	audit     *audit.Trail
 	computing turns
 
 	change atomic.Uint64 // counts the changes of what follows but software; made under mu
@@ -163,8 +161,6 @@ type Keyring struct {
 	origins  map[string]Upstream // wire form of the keys of upstream agents, as listed last
 	sizes    map[any]int         // of what additions share; see addedLocked
 	troubles map[string]string   // what was logged last about an upstream agent, by its name
-
-	insertions waiting.Group[struct{}] // under way, by the wire form of the identity
 }
 
 // NewKeyring makes a Keyring.
@@ -173,9 +169,8 @@ func NewKeyring(opts Options) *Keyring {
 		opts.Questions = approval.NewQuestions()
 	}
 	k := &Keyring{
-		audit:    audit.New(opts.Log, opts.Failed),
-		approver: &approval.Approver{Confirm: opts.Confirm, Questions: opts.Questions, Log: opts.Log},
-		opts:     opts, log: opts.Log, start: time.Now(), lock: newLock(),
+		Guard: newGuard(&opts),
+		opts:  opts, log: opts.Log, start: time.Now(),
 		hidden: make(map[string]uint64), owed: make(map[string]*limits), troubles: make(map[string]string),
 	}
 	k.knew = len(k.now().identities) > 0
@@ -265,13 +260,15 @@ func (k *Keyring) lookAgain() bool {
 // upstream agent has, that agent makes it.
 func (k *Keyring) Sign(ctx context.Context, c *request.Caller, r request.Sign) (*ssh.Signature, error) {
 	r.Content = judged(c, r.Content)
-	rec := k.audit.Begin(request.ActionSign, k.use("", nil, c, r))
-	sig, err := k.signFor(ctx, rec, r)
+	s := new(signing)
+	k.setUse(&s.use, &s.login, c, r)
+	rec := k.audit.Begin(request.ActionSign, &s.use)
+	sig, err := k.signFor(ctx, rec, s, r)
 	k.audit.End(rec, err)
 	return sig, err
 }
 
-func (k *Keyring) signFor(ctx context.Context, rec *audit.Record, r request.Sign) (*ssh.Signature, error) {
+func (k *Keyring) signFor(ctx context.Context, rec *audit.Record, s *signing, r request.Sign) (*ssh.Signature, error) {
 	c := rec.Use.Caller
 	inside, err := k.lock.enter(ctx, c, rec.Use)
 	if err != nil {
@@ -301,11 +298,11 @@ func (k *Keyring) signFor(ctx context.Context, rec *audit.Record, r request.Sign
 		return sig, inside.reason(err)
 	}
 	rec.About(&id.Target, &id.prefix)
-	sig, err := k.sign(ctx, rec, id, r)
+	sig, err := k.sign(ctx, rec, s, id, r)
 	return sig, inside.reason(err)
 }
 
-func (k *Keyring) sign(ctx context.Context, rec *audit.Record, id *identity, r request.Sign) (*ssh.Signature, error) {
+func (k *Keyring) sign(ctx context.Context, rec *audit.Record, s *signing, id *identity, r request.Sign) (*ssh.Signature, error) {
 	c := rec.Use.Caller
 	algorithm, hash, err := algorithmFor(id.plain, r.Flags)
 	if err != nil {
@@ -319,135 +316,65 @@ func (k *Keyring) sign(ctx context.Context, rec *audit.Record, id *identity, r r
 			return nil, err
 		}
 	}
-	if err := k.allowed(id, r.Content); err != nil {
-		return nil, err
-	}
-	rec.Use.Comment, rec.Use.Key, rec.Use.Unlimited = id.Comment, id.plain, id.owed != nil
+	rec.Use.Unlimited = id.owed != nil
 	// Whether a PIN is asked for may change until it is. Then it is not the price.
 	rec.Use.PINPays = rec.Use.Unlimited && id.asksPIN()
-	each := ""
+	s.access = access{Target: &id.Target, await: id.awaited && id.software == nil}
+	s.data, s.hash = r.Data, hash
 	if id.limits.confirm {
-		each = "ssh-add -c, with which the key was added"
+		s.each = "ssh-add -c, with which the key was added"
 	}
-	if err := k.approve(ctx, rec.Use, &id.Target, each); err != nil {
-		return nil, err
-	}
-	var paid *atomic.Bool // by a PIN that was given for this very request; nil: it need not be
-	if rec.Use.PINPays {
-		paid = new(atomic.Bool)
-		ctx = waiting.OnAccepted(ctx, func() { paid.Store(true) })
-	}
-	hidden := id.hidden()
-	raw, err := k.signAtHome(ctx, rec, id, r.Data, hash)
-	if err != nil && isAbsent(err) && !isBusy(err) && id.software == nil && id.awaited && k.opts.Insert != nil {
-		if err := k.insert(ctx, id); err != nil {
-			return nil, err
+	if id.software != nil {
+		s.elsewhere = func(ctx context.Context) (err error) {
+			s.raw, err = k.signSoftware(ctx, c, id.software, r.Data, hash)
+			return err
 		}
-		raw, err = k.signAtHome(ctx, rec, id, r.Data, hash)
 	}
-	if err != nil && isAbsent(err) && id.software != nil {
-		raw, err = k.signSoftware(ctx, c, id.software, r.Data, hash)
+	if id.hidden() {
+		s.check = func() error { return k.stillThere(c, id) }
 	}
-	if err == nil && hidden {
-		err = k.stillThere(c, id)
-	}
+	err = k.Guard.use(ctx, rec, &s.access, s)
+	s.data = nil // the door's memory, which the record outlives
 	if err != nil {
 		return nil, err
-	}
-	if paid != nil && !paid.Load() {
-		// Somebody gave the PIN for something else, perhaps without a look at this request.
-		if err := k.approver.ApproveLoss(ctx, rec.Use, &id.Target); err != nil {
-			return nil, err
-		}
 	}
 	if id.owed != nil {
 		k.paid(id)
 	}
-	return signature(id.plain, algorithm, raw)
+	return signature(id.plain, algorithm, s.raw)
 }
 
-// use is what a request is for.
-func (k *Keyring) use(comment string, key ssh.PublicKey, c *request.Caller, r request.Sign) *request.Use {
-	u := &struct {
-		request.Use
-		login request.Login
-	}{Use: request.Use{
-		Comment: comment, Key: key, Caller: c, Content: r.Content,
-		Hosts: k.opts.Hosts, Fingerprint: k.opts.Fingerprint,
-	}}
-	if l := r.Login; l != nil {
-		// The request's is the door's memory, and a prompt outlives the request when
-		// others share it.
-		n := len(l.SessionID)
-		own := append(append(make([]byte, 0, n+len(l.HostKey)), l.SessionID...), l.HostKey...)
-		u.login = request.Login{User: l.User, SessionID: own[:n:n]}
-		if l.HostKey != nil {
-			u.login.HostKey = own[n:]
-		}
-		u.Login = &u.login
-	}
-	return &u.Use
+// signing is a signature that is being made, and what it is for.
+type signing struct {
+	use   request.Use
+	login request.Login // of use
+	access
+	data []byte
+	hash crypto.Hash
+	raw  []byte // the signature, as the token returns it
 }
 
-// signAtHome has a token sign that has the identity, one that is there if
-// possible. Only when one is away another is tried: what a person declined on one
-// is not asked for again on the next.
-func (k *Keyring) signAtHome(ctx context.Context, rec *audit.Record, id *identity, data []byte, hash crypto.SignerOpts) ([]byte, error) {
-	homes := id.Homes
-	if len(homes) > 1 {
-		var there, away []request.Key
-		for _, home := range homes {
-			if home.Present() {
-				there = append(there, home)
-			} else {
-				away = append(away, home)
-			}
-		}
-		homes = append(there, away...)
-	}
-	var all []error
-	for _, home := range homes {
-		rec.URI = home.URI()
-		raw, err := home.SignMessageContext(ctx, data, hash)
-		if err == nil {
-			return raw, nil
-		}
-		all = append(all, err)
-		if ctx.Err() != nil || !isAbsent(err) {
-			return nil, joinErrors(all...)
-		}
-	}
-	if len(all) == 0 {
-		return nil, errNowhere
-	}
-	return nil, joinErrors(all...)
+// operate signs with a key of a token.
+func (s *signing) operate(ctx context.Context, key request.Key) (err error) {
+	s.raw, err = key.SignMessageContext(ctx, s.data, s.hash)
+	return err
 }
 
-// errNowhere is what is wrong with a token's key that is on no token.
-var errNowhere error = nowhereError{}
-
-type nowhereError struct{}
-
-func (nowhereError) Error() string { return "its token is not there" }
-func (nowhereError) Absent() bool  { return true }
-
-// isAbsent tells whether a key failed because it is not there.
-func isAbsent(err error) bool {
-	e, ok := errors.AsType[interface {
-		error
-		Absent() bool
-	}](err)
-	return ok && e.Absent()
-}
-
-// isBusy tells whether a key failed because another program keeps its token to
-// itself: there is nothing to insert.
-func isBusy(err error) bool {
-	e, ok := errors.AsType[interface {
-		error
-		Busy() bool
-	}](err)
-	return ok && e.Busy()
+// setUse sets use to what a request is for. It copies what the request says: that is the
+// door's memory, and a prompt outlives the request when others share the prompt.
+func (k *Keyring) setUse(use *request.Use, login *request.Login, c *request.Caller, r request.Sign) {
+	use.Caller, use.Content, use.Hosts, use.Fingerprint = c, r.Content, k.opts.Hosts, k.opts.Fingerprint
+	l := r.Login
+	if l == nil {
+		return
+	}
+	n := len(l.SessionID)
+	own := append(append(make([]byte, 0, n+len(l.HostKey)), l.SessionID...), l.HostKey...)
+	*login = request.Login{User: l.User, SessionID: own[:n:n]}
+	if l.HostKey != nil {
+		login.HostKey = own[n:]
+	}
+	use.Login = login
 }
 
 // fingerprint names a key to people.

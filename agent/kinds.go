@@ -46,25 +46,23 @@ func judged(c *request.Caller, content request.Content) request.Content {
 	return content
 }
 
-// allowed tells whether data of this kind may be signed with an identity. Logins, SSH
-// signatures and the tests of ssh-add -T always may be. Keys in memory sign what they
-// are given, as those of ssh-agent do.
-func (k *Keyring) allowed(id *identity, content request.Content) error {
+// allowed returns nil if data of this kind may be signed with a key. Each key signs logins,
+// SSH signatures and the tests of ssh-add -T. Keys in memory sign any data, as those of
+// ssh-agent do.
+func (g *Guard) allowed(t *request.Target, content request.Content) error {
 	switch content.Kind {
 	case request.KindLogin, request.KindSignature, request.KindTest:
 		return nil
 	}
-	if len(id.Homes) == 0 {
+	if len(t.Homes) == 0 {
 		return nil
 	}
-	k.mu.Lock()
-	allow := k.opts.Allow
-	k.mu.Unlock()
-	if allow != nil && slices.ContainsFunc(id.Homes, func(key request.Key) bool {
+	allow := g.rules.Load().allow
+	if allow != nil && slices.ContainsFunc(t.Homes, func(key request.Key) bool {
 		kinds := allow(key)
 		return slices.Contains(kinds, content.Kind) || slices.Contains(kinds, request.KindUnknown)
 	}) {
 		return nil
 	}
-	return &KindError{Content: content, Key: id.Comment}
+	return &KindError{Content: content, Key: t.Comment}
 }

@@ -290,7 +290,7 @@ func TestNoByMistake(t *testing.T) {
 		// What needs no question is signed, whatever was refused before.
 		yes = false
 		f.signs(t, k, there, git, approval.ErrDeclined)
-		f.opts.Approval = func(request.Key) approval.Policy { return approval.Policy{} }
+		f.rules.Store(&useRules{policy: func(request.Key) approval.Policy { return approval.Policy{} }})
 		f.signs(t, k, there, git, nil)
 	})
 }

@@ -82,7 +82,9 @@ func (k *Keyring) Now() Status {
 
 // begin makes the record of a request that uses no key.
 func (k *Keyring) begin(c *request.Caller, action request.Action) *audit.Record {
-	return k.audit.Begin(action, k.use("", nil, c, request.Sign{}))
+	use := new(request.Use)
+	k.setUse(use, nil, c, request.Sign{})
+	return k.audit.Begin(action, use)
 }
 
 // Refuse notes that the door has refused a request of its own accord, as one that

@@ -117,8 +117,9 @@ func (k *Keyring) approveUpstream(ctx context.Context, c *request.Caller, u Upst
 		return err
 	}
 	plain := sshkey.Plain(pub)
-	t := &request.Target{ID: string(r.Key), Comment: "a key of the agent at " + u.Name(), Fingerprint: k.fingerprint(plain)}
-	use := k.use(t.Comment, plain, c, r)
+	t := &request.Target{ID: string(r.Key), Comment: "a key of the agent at " + u.Name(), Fingerprint: k.fingerprint(plain), PublicKey: cryptoOf(plain)}
+	use := &request.Use{Comment: t.Comment, Key: t.PublicKey}
+	k.setUse(use, new(request.Login), c, r)
 	return k.approve(request.WithUse(ctx, use), use, t, "")
 }
 

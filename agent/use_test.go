@@ -2,6 +2,7 @@ package agent
 
 import (
 	"context"
+	"crypto/ed25519"
 	"errors"
 	"reflect"
 	"slices"
@@ -56,7 +57,7 @@ func TestUse(t *testing.T) {
 				if use == nil {
 					t.Fatalf("%s was not told", who)
 				}
-				if use.Comment != "laptop" || use.Caller != caller || !reflect.DeepEqual(use.Login, test.login) || string(use.Key.Marshal()) != string(wireOf(key)) {
+				if use.Comment != "laptop" || use.Caller != caller || !reflect.DeepEqual(use.Login, test.login) || !key.Public().(ed25519.PublicKey).Equal(use.Key) {
 					t.Errorf("%s was told %+v", who, use)
 				}
 				got := use.Where().Key

@@ -2,6 +2,7 @@ package request
 
 import (
 	"bytes"
+	"crypto"
 	"fmt"
 	"strings"
 
@@ -16,8 +17,8 @@ import (
 // what is done for a request, for whoever tells a person about it. It shares no
 // memory with the request, and is not changed.
 type Use struct {
-	Comment string        // of the identity
-	Key     ssh.PublicKey // of the identity, or what its certificate certifies
+	Comment string           // of the key
+	Key     crypto.PublicKey // nil: the agent does not have it
 	Caller  *Caller
 	Content Content
 	Login   *Login // nil: it is no request to log in
