@@ -203,3 +203,9 @@ func StderrIsJournal() bool {
 	is, err := journal.StderrIsJournalStream()
 	return err == nil && is
 }
+
+// Booted tells whether systemd manages this machine (sd_booted(3)).
+func Booted() bool {
+	st, err := os.Lstat("/run/systemd/system")
+	return err == nil && st.IsDir()
+}

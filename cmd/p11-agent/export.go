@@ -22,6 +22,7 @@ import (
 	"p11-agent/cmd/p11-agent/named"
 	"p11-agent/cmd/p11-agent/output"
 	"p11-agent/cmd/p11-agent/paths"
+	"p11-agent/cmd/p11-agent/probe"
 	"p11-agent/token/pkcs11uri"
 )
 
@@ -180,7 +181,7 @@ func (o *exportOptions) arguments(args []string) (uris []*pkcs11uri.URI, hosts [
 // agentSocket returns the socket of the agent in use, if that is p11-agent, or else the usual socket.
 func agentSocket(ctx context.Context) string {
 	if path := os.Getenv(paths.SocketVariable); path != "" && path != paths.UserSocket() {
-		if a := askAgent(ctx, path); a.err == nil && a.own {
+		if a := probe.Ask(ctx, path); a.Err == nil && a.Own {
 			return path
 		}
 	}

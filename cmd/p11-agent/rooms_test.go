@@ -70,6 +70,20 @@ var rooms = []room{
 		[]string{"cmd/p11-agent/output", "token", "token/wellknown", "token/wire", xsys},
 		"it says what helps: what is wrong is found elsewhere",
 	},
+	{
+		"cmd/p11-agent/doctor",
+		[]string{
+			"agent/certdir", "agent/peer", "cmd/p11-agent/advice", "cmd/p11-agent/backend", "cmd/p11-agent/config", "cmd/p11-agent/exit", "cmd/p11-agent/named",
+			"cmd/p11-agent/output", "cmd/p11-agent/paths", "cmd/p11-agent/probe", "cmd/p11-agent/prompt", "cmd/p11-agent/files", "cmd/p11-agent/status", "pinentry", "pinentry/secret", "systemd", "systemd/install",
+			"token", "token/pcsc", "token/pin", "token/pkcs11uri", "token/registry", "token/wellknown", "token/wire", xssh, xssh + "/agent", xsys,
+		},
+		"it finds out what is wrong, and asks for nothing",
+	},
+	{
+		"cmd/p11-agent/probe",
+		[]string{"agent/peer", "cmd/p11-agent/paths", "pinentry/procstat", xssh + "/agent"},
+		"it asks, and does not judge",
+	},
 	{"cmd/p11-agent/exit", []string{}, "a leaf: an exit code is decided without knowing the command"},
 	{"cmd/p11-agent/paths", []string{xsys}, "a leaf: where files are is decided without reading them"},
 	{

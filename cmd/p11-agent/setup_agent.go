@@ -16,14 +16,16 @@ import (
 	"p11-agent/cmd/p11-agent/files"
 	"p11-agent/cmd/p11-agent/output"
 	"p11-agent/cmd/p11-agent/paths"
+	"p11-agent/cmd/p11-agent/probe"
 	"p11-agent/cmd/p11-agent/status"
+	"p11-agent/systemd"
 	"p11-agent/systemd/install"
 )
 
 // userManagerRuns tells whether systemd runs for this user, and can be reached.
 func userManagerRuns() bool {
 	dir := os.Getenv("XDG_RUNTIME_DIR")
-	if _, err := exec.LookPath("systemctl"); err != nil || dir == "" || !booted() {
+	if _, err := exec.LookPath("systemctl"); err != nil || dir == "" || !systemd.Booted() {
 		return false
 	}
 	st, err := os.Stat(filepath.Join(dir, "systemd", "private"))
@@ -117,8 +119,8 @@ func (s *setup) startBackground(ctx context.Context, socket string) error {
 func (s *setup) leadSSH(ctx context.Context) error {
 	socket := paths.SetupSocket()
 	done := ""
-	settings := askSSH(ctx)
-	if settings.agent == socket {
+	settings := probe.ReadSSH(ctx)
+	if settings.Agent == socket {
 		done = "its configuration names " + output.HomePath(socket)
 	}
 	own := filepath.Join(filepath.Dir(paths.ConfigFile()), "ssh_config")
@@ -129,8 +131,8 @@ func (s *setup) leadSSH(ctx context.Context) error {
 	if err != nil || !yes {
 		return err
 	}
-	if settings.err != nil {
-		s.trouble(settings.err)
+	if settings.Err != nil {
+		s.trouble(settings.Err)
 		return nil
 	}
 	if err := writeInclude(own, file, line, socket); err != nil {
@@ -138,9 +140,9 @@ func (s *setup) leadSSH(ctx context.Context) error {
 		return nil
 	}
 	s.changed = true
-	if now := askSSH(ctx); now.agent != socket {
+	if now := probe.ReadSSH(ctx); now.Agent != socket {
 		s.trouble(fmt.Errorf("the line is in %s, and ssh does not heed it: %w", file,
-			cmp.Or(now.err, fmt.Errorf("it asks %q; p11-agent doctor tells more", now.agent))))
+			cmp.Or(now.Err, fmt.Errorf("it asks %q; p11-agent doctor tells more", now.Agent))))
 		return nil
 	}
 	s.say("  wrote %s", output.HomePath(file))

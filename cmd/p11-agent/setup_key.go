@@ -15,6 +15,7 @@ import (
 	"p11-agent/cmd/p11-agent/advice"
 	"p11-agent/cmd/p11-agent/backend"
 	"p11-agent/cmd/p11-agent/config"
+	"p11-agent/cmd/p11-agent/doctor"
 	"p11-agent/cmd/p11-agent/export"
 	"p11-agent/cmd/p11-agent/files"
 	"p11-agent/cmd/p11-agent/newkey"
@@ -131,14 +132,10 @@ func (s *setup) troubles() {
 			}
 		}
 	}
-	r := new(report)
-	findTokens(r, s.b.Store.Modules())
-	for _, f := range r.findings {
-		if f.level == levelProblem {
-			s.say("  %s: %s", f.level, f.text)
-			for _, step := range f.next {
-				s.say("    next: %s", step)
-			}
+	for _, p := range doctor.TokenProblems(s.b.Store.Modules()) {
+		s.say("  problem: %s", p.Text)
+		for _, step := range p.Next {
+			s.say("    next: %s", step)
 		}
 	}
 }

@@ -15,6 +15,7 @@ import (
 	"p11-agent/cmd/p11-agent/files"
 	"p11-agent/cmd/p11-agent/output"
 	"p11-agent/cmd/p11-agent/paths"
+	"p11-agent/cmd/p11-agent/probe"
 	"p11-agent/pinentry/plain"
 )
 
@@ -145,9 +146,9 @@ func (s *setup) setGit(ctx context.Context, file, signers, line string, known bo
 	for _, kv := range [][2]string{
 		{"gpg.format", "ssh"}, {"gpg.ssh.allowedSignersFile", output.HomePath(signers)}, {"user.signingkey", file}, {"commit.gpgsign", "true"},
 	} {
-		said, err := ask(context.WithoutCancel(ctx), "git", "config", "--global", kv[0], kv[1])
-		if err == nil && said.status != nil {
-			err = fmt.Errorf("git config %s: %s", kv[0], said.err)
+		said, err := probe.Run(context.WithoutCancel(ctx), "git", "config", "--global", kv[0], kv[1])
+		if err == nil && said.Status != nil {
+			err = fmt.Errorf("git config %s: %s", kv[0], said.Err)
 		}
 		if err != nil {
 			return err
@@ -158,11 +159,11 @@ func (s *setup) setGit(ctx context.Context, file, signers, line string, known bo
 
 // gitSetting returns a setting of git's for all repositories, or nothing.
 func gitSetting(ctx context.Context, name string) string {
-	said, err := ask(ctx, "git", "config", "--global", "--get", name)
-	if err != nil || said.status != nil {
+	said, err := probe.Run(ctx, "git", "config", "--global", "--get", name)
+	if err != nil || said.Status != nil {
 		return ""
 	}
-	return strings.TrimSpace(said.out)
+	return strings.TrimSpace(said.Out)
 }
 
 // hasSigner tells whether a file of allowed signers has this one with this key.

@@ -27,6 +27,7 @@ import (
 	"golang.org/x/sys/unix"
 
 	"p11-agent/agent/peer/terminaltest"
+	"p11-agent/systemd"
 	"p11-agent/systemd/bus/bustest"
 	"p11-agent/token/module/undumpable"
 	"p11-agent/token/registry"
@@ -134,7 +135,7 @@ func runScripts(t *testing.T, dir string) {
 			case "four":
 				return len(strings.TrimSpace(currentUser())) == 4, nil
 			case "systemd":
-				return booted(), nil
+				return systemd.Booted(), nil
 			case "usual":
 				return usualModules()
 			}

@@ -2,6 +2,9 @@ package config
 
 import (
 	"cmp"
+	"slices"
+
+	"golang.org/x/crypto/ssh"
 
 	"p11-agent/agent/request"
 	"p11-agent/token"
@@ -22,4 +25,29 @@ func Offered(k *token.Key, auto []request.Selection, shadowed string) (bool, str
 		}
 	}
 	return false, cmp.Or(k.Unfit(), "the configuration does not name it")
+}
+
+// Homes returns the keys that the agent offers, by public key in wire form. Keys with one
+// public key are one identity. They are in the order in which the keyring tries them.
+func Homes(keys []*token.Key, auto []request.Selection) map[string][]*token.Key {
+	homes := make(map[string][]*token.Key)
+	add := func(fits func(*token.Key) bool) {
+		for _, k := range keys {
+			pub, err := ssh.NewPublicKey(k.Public())
+			if err != nil || !fits(k) {
+				continue
+			}
+			wire := string(pub.Marshal())
+			if !slices.Contains(homes[wire], k) {
+				homes[wire] = append(homes[wire], k)
+			}
+		}
+	}
+	if auto == nil {
+		add(func(k *token.Key) bool { return k.Unfit() == "" })
+	}
+	for _, s := range auto {
+		add(func(k *token.Key) bool { ok, _ := Offered(k, []request.Selection{s}, ""); return ok })
+	}
+	return homes
 }

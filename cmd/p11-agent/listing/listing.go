@@ -13,7 +13,6 @@ import (
 
 	"golang.org/x/crypto/ssh"
 
-	"p11-agent/agent/request"
 	"p11-agent/cmd/p11-agent/advice"
 	"p11-agent/cmd/p11-agent/backend"
 	"p11-agent/cmd/p11-agent/config"
@@ -155,7 +154,7 @@ func MatchesToken(store *token.Store, u *pkcs11uri.URI) bool {
 func Collect(c *config.File, store *token.Store, sel *token.Selector, onlyNamed bool) Listing {
 	l := Listing{named: onlyNamed, Tokens: []Token{}, Modules: []Module{}}
 	auto, name := c.Automatic(), c.KeyName
-	homes := Homes(store.Keys(), auto)
+	homes := config.Homes(store.Keys(), auto)
 	hidden, all := status.NotShown(c, store)
 	l.Offered, l.Shown = all, all-len(hidden)
 	for _, m := range store.Modules() {
@@ -208,31 +207,6 @@ func Collect(c *config.File, store *token.Store, sel *token.Selector, onlyNamed 
 		}
 	}
 	return l
-}
-
-// Homes returns the keys that the agent offers, by public key in wire format. The keys with one public key are one
-// identity. They are in the order in which the keyring tries them. auto is [config.File.Automatic].
-func Homes(keys []*token.Key, auto []request.Selection) map[string][]*token.Key {
-	homes := make(map[string][]*token.Key)
-	add := func(fits func(*token.Key) bool) {
-		for _, k := range keys {
-			pub, err := ssh.NewPublicKey(k.Public())
-			if err != nil || !fits(k) {
-				continue
-			}
-			wire := string(pub.Marshal())
-			if !slices.Contains(homes[wire], k) {
-				homes[wire] = append(homes[wire], k)
-			}
-		}
-	}
-	if auto == nil {
-		add(func(k *token.Key) bool { return k.Unfit() == "" })
-	}
-	for _, s := range auto {
-		add(func(k *token.Key) bool { ok, _ := config.Offered(k, []request.Selection{s}, ""); return ok })
-	}
-	return homes
 }
 
 // first returns the home that the agent uses before this one.

@@ -1,4 +1,4 @@
-package main
+package doctor
 
 import (
 	"context"
@@ -10,20 +10,16 @@ import (
 	"strings"
 
 	"p11-agent/cmd/p11-agent/paths"
+	"p11-agent/cmd/p11-agent/probe"
+	"p11-agent/systemd"
 	"p11-agent/systemd/install"
 )
 
 const installUnits = "p11-agent install --user --now  # starts it with the first use, after every login"
 
-// booted tells whether systemd manages this machine (sd_booted(3)).
-func booted() bool {
-	st, err := os.Lstat("/run/systemd/system")
-	return err == nil && st.IsDir()
-}
-
 // ifBooted returns a step that needs systemd, and nothing where systemd does not run.
 func ifBooted(step string) string {
-	if booted() {
+	if systemd.Booted() {
 		return step
 	}
 	return ""
@@ -31,29 +27,29 @@ func ifBooted(step string) string {
 
 // restartStep says how services are started anew. more is what systemd can do besides.
 func restartStep(what, units, more string) string {
-	if booted() {
+	if systemd.Booted() {
 		return "sudo systemctl restart " + units + more
 	}
 	return "start " + what + " anew, as your system starts services: systemd does not run here"
 }
 
 // findUnits looks at the user's systemd.
-func findUnits(ctx context.Context, r *report) {
-	s, err := ask(ctx, "systemctl", "--user", "show", "--property=Id,LoadState,ActiveState,SubState,UnitFileState,FragmentPath,DropInPaths,Result", install.SocketUnit, install.ServiceUnit)
+func findUnits(ctx context.Context, r *Group) {
+	s, err := probe.Run(ctx, "systemctl", "--user", "show", "--property=Id,LoadState,ActiveState,SubState,UnitFileState,FragmentPath,DropInPaths,Result", install.SocketUnit, install.ServiceUnit)
 	switch {
-	case errors.Is(err, exec.ErrNotFound), s.status != nil && !booted():
+	case errors.Is(err, exec.ErrNotFound), s.Status != nil && !systemd.Booted():
 		r.ok("systemd does not run here, so the agent is started by hand")
 		return
 	case err != nil:
 		r.bad("the user's service manager cannot be asked: %v", err).
 			Next("systemctl --user daemon-reexec  # or log out and in again")
 		return
-	case s.status != nil:
-		r.warn("the user's service manager cannot be reached from here (%s): a shell of su or sudo has none", firstLine(s.err)).
+	case s.Status != nil:
+		r.warn("the user's service manager cannot be reached from here (%s): a shell of su or sudo has none", firstLine(s.Err)).
 			Next("log in as yourself, or: sudo machinectl shell %s@", userName())
 		return
 	}
-	units := parseUnits(s.out)
+	units := parseUnits(s.Out)
 	socket, service := units[install.SocketUnit], units[install.ServiceUnit]
 	findUnit := func(name string, u map[string]string) {
 		where := u["FragmentPath"]
@@ -98,13 +94,13 @@ func findUnits(ctx context.Context, r *report) {
 }
 
 // findManagerEnvironment compares what units get to know with what is known here.
-func findManagerEnvironment(ctx context.Context, r *report, installed bool) {
-	s, err := ask(ctx, "systemctl", "--user", "show-environment")
-	if err != nil || s.status != nil {
+func findManagerEnvironment(ctx context.Context, r *Group, installed bool) {
+	s, err := probe.Run(ctx, "systemctl", "--user", "show-environment")
+	if err != nil || s.Status != nil {
 		return // it has answered a moment ago: nothing is known
 	}
 	there := make(map[string]string)
-	for l := range strings.Lines(s.out) {
+	for l := range strings.Lines(s.Out) {
 		if name, value, ok := strings.Cut(strings.TrimSpace(l), "="); ok {
 			there[name] = value
 		}

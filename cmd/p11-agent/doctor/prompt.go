@@ -1,4 +1,4 @@
-package main
+package doctor
 
 import (
 	"cmp"
@@ -15,17 +15,17 @@ import (
 	"p11-agent/cmd/p11-agent/advice"
 	"p11-agent/cmd/p11-agent/config"
 	"p11-agent/cmd/p11-agent/output"
+	"p11-agent/cmd/p11-agent/probe"
 	"p11-agent/cmd/p11-agent/prompt"
 	"p11-agent/pinentry"
 )
 
-// findPrompt says with what a PIN can be asked for at this place, and what keeps
-// it from that. Nothing is shown.
-func findPrompt(ctx context.Context, r *report, c *config.File) {
-	ctx, cancel := context.WithTimeout(ctx, 2*probeTimeout)
+// findPrompt says which program can ask for a PIN here, and what prevents it. It shows no
+// prompt.
+func findPrompt(ctx context.Context, r *Group, c *config.File) {
+	ctx, cancel := context.WithTimeout(ctx, 2*probe.Timeout)
 	defer cancel()
 	a := prompt.New(c, prompt.Options{Log: slog.New(slog.DiscardHandler)})
-	// What a client has that is started here.
 	place := a.Here(nil)
 	tty, ttyErr := peer.Own()
 	if ttyErr == nil {
@@ -93,7 +93,7 @@ func findPrompt(ctx context.Context, r *report, c *config.File) {
 }
 
 // findTerminal is for a pinentry that asks on the terminal.
-func findTerminal(r *report, place pinentry.Place, ttyErr error, with, askpass string) {
+func findTerminal(r *Group, place pinentry.Place, ttyErr error, with, askpass string) {
 	err, name := place.CheckTerminal(), terminalName(place.TTY)
 	plain, lerr := exec.LookPath("pinentry-tty")
 	cannotDraw := errors.Is(err, pinentry.ErrTooSmall) || errors.Is(err, pinentry.ErrTTYType)
@@ -133,8 +133,8 @@ func terminalName(tty *os.File) string {
 }
 
 // findDisplays tells whether windows can be shown.
-func findDisplays(ctx context.Context, r *report, place pinentry.Place) bool {
-	ctx, cancel := context.WithTimeout(ctx, probeTimeout)
+func findDisplays(ctx context.Context, r *Group, place pinentry.Place) bool {
+	ctx, cancel := context.WithTimeout(ctx, probe.Timeout)
 	defer cancel()
 	desktop := false
 	for _, d := range []struct {
@@ -161,7 +161,7 @@ func findDisplays(ctx context.Context, r *report, place pinentry.Place) bool {
 }
 
 // findAskpass returns the program of SSH_ASKPASS, if there is one that can run.
-func findAskpass(r *report) string {
+func findAskpass(r *Group) string {
 	name := os.Getenv("SSH_ASKPASS")
 	if name == "" {
 		return ""
@@ -176,7 +176,7 @@ func findAskpass(r *report) string {
 }
 
 // findFlavors lists the programs that there are.
-func findFlavors(r *report) {
+func findFlavors(r *Group) {
 	var there []string
 	for _, f := range []string{"gnome3", "qt", "qt5", "gtk-2", "curses", "tty", "mac"} {
 		if path, err := exec.LookPath("pinentry-" + f); err == nil {

@@ -1,4 +1,4 @@
-package main
+package doctor
 
 import (
 	"context"
@@ -15,6 +15,8 @@ import (
 
 	"p11-agent/cmd/p11-agent/advice"
 	"p11-agent/cmd/p11-agent/output"
+	"p11-agent/cmd/p11-agent/probe"
+	"p11-agent/systemd"
 	"p11-agent/token"
 	"p11-agent/token/pcsc"
 	"p11-agent/token/wellknown"
@@ -33,11 +35,11 @@ func usbReaders(sys string) []string {
 	}
 	var names []string
 	for _, file := range files {
-		if line(file) != "0b" {
+		if probe.Line(file) != "0b" {
 			continue
 		}
 		device, _, _ := strings.Cut(filepath.Base(filepath.Dir(file)), ":")
-		name := strings.TrimSpace(line(filepath.Join(sys, device, "manufacturer")) + " " + line(filepath.Join(sys, device, "product")))
+		name := strings.TrimSpace(probe.Line(filepath.Join(sys, device, "manufacturer")) + " " + probe.Line(filepath.Join(sys, device, "product")))
 		if name == "" {
 			name = "a reader"
 		}
@@ -46,19 +48,6 @@ func usbReaders(sys string) []string {
 		}
 	}
 	return names
-}
-
-// line returns the first line of a small file, or nothing.
-func line(file string) string {
-	f, err := os.Open(file)
-	if err != nil {
-		return ""
-	}
-	defer f.Close()
-	b := make([]byte, 256)
-	n, _ := f.Read(b)
-	text, _, _ := strings.Cut(string(b[:n]), "\n")
-	return strings.TrimSpace(text)
 }
 
 // pcscd is what the service says of itself.
@@ -79,7 +68,7 @@ func askPCSCD(ctx context.Context) pcscd {
 	return d
 }
 
-func findCards(ctx context.Context, r *report, d pcscd, modules []token.ModuleStatus) {
+func findCards(ctx context.Context, r *Group, d pcscd, modules []token.ModuleStatus) {
 	wanted := slices.ContainsFunc(modules, func(m token.ModuleStatus) bool { return wellknown.KindOf(m.Path).SmartCards() })
 	switch {
 	case d.err != nil:
@@ -120,7 +109,7 @@ func findCards(ctx context.Context, r *report, d pcscd, modules []token.ModuleSt
 }
 
 // findDown says why pcscd does not answer.
-func (d pcscd) findDown(r *report, wanted bool) {
+func (d pcscd) findDown(r *Group, wanted bool) {
 	bad := r.bad
 	if len(d.usb) == 0 {
 		bad = r.warn // there is nothing that it could show
@@ -154,7 +143,7 @@ func (d pcscd) findDown(r *report, wanted bool) {
 		if _, err := os.Stat("/usr/sbin/pcscd"); err != nil {
 			f.Next("%s", advice.Install("pcscd", "pcsc-lite"))
 		}
-		if booted() {
+		if systemd.Booted() {
 			f.Next("sudo systemctl enable --now pcscd.socket")
 		} else {
 			f.Next("sudo pcscd  # systemd does not run here: have your system start pcscd")
@@ -181,13 +170,13 @@ polkit.addRule(function(action, subject) {
 END`, userName())
 }
 
-func (d pcscd) findExclusive(r *report, reader pcsc.Reader) {
+func (d pcscd) findExclusive(r *Group, reader pcsc.Reader) {
 	var who []string
 	gnupg := false
 	for _, c := range slices.Concat(d.clients.Clients, d.clients.Suspects) {
 		// A module process that has just been started is called "exe", and has what the
 		// doctor has open for a moment.
-		if c.PID == os.Getpid() || c.Name == program || c.Name == "exe" {
+		if c.PID == os.Getpid() || c.Name == probe.Program || c.Name == "exe" {
 			continue
 		}
 		who = append(who, c.String())
@@ -240,7 +229,7 @@ func recognised(modules []token.ModuleStatus, reader string) bool {
 	return false
 }
 
-func (d pcscd) findUnknownCard(ctx context.Context, r *report, reader pcsc.Reader, wanted bool) {
+func (d pcscd) findUnknownCard(ctx context.Context, r *Group, reader pcsc.Reader, wanted bool) {
 	if !wanted {
 		r.bad("the card in reader %q is seen by no module: none for smart cards is installed", reader.Name).
 			Next("%s", advice.Install("opensc-pkcs11", "opensc"))
@@ -258,9 +247,9 @@ func (d pcscd) findUnknownCard(ctx context.Context, r *report, reader pcsc.Reade
 
 // refused tells whether polkit says no to this process, as far as it can be asked.
 func refused(ctx context.Context, action string) bool {
-	s, err := ask(ctx, "pkcheck", "--action-id", action, "--process", strconv.Itoa(os.Getpid()))
-	e, failed := errors.AsType[*exec.ExitError](s.status)
+	s, err := probe.Run(ctx, "pkcheck", "--action-id", action, "--process", strconv.Itoa(os.Getpid()))
+	e, failed := errors.AsType[*exec.ExitError](s.Status)
 	// 1: not authorised, 2: only with a password, which pcscd does not ask for
 	// (pkcheck(1)). Where polkit cannot be asked it is 127.
-	return err == nil && failed && (e.ExitCode() == 1 || e.ExitCode() == 2) && !strings.Contains(s.err, "Error")
+	return err == nil && failed && (e.ExitCode() == 1 || e.ExitCode() == 2) && !strings.Contains(s.Err, "Error")
 }

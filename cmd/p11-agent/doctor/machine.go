@@ -1,4 +1,4 @@
-package main
+package doctor
 
 import (
 	"errors"
@@ -16,7 +16,7 @@ import (
 )
 
 // findCertificates looks at the directory of certificates.
-func findCertificates(r *report, c *config.File, now time.Time) {
+func findCertificates(r *Group, c *config.File, now time.Time) {
 	if c.Certificates == "" {
 		return
 	}
@@ -38,7 +38,7 @@ func findCertificates(r *report, c *config.File, now time.Time) {
 	}
 }
 
-func findCertificate(r *report, f certdir.File, now time.Time) {
+func findCertificate(r *Group, f certdir.File, now time.Time) {
 	const layout = "2006-01-02 15:04"
 	cert := f.Certificate
 	from, to := certificateTime(cert.ValidAfter), certificateTime(cert.ValidBefore)
@@ -60,7 +60,7 @@ func findCertificate(r *report, f certdir.File, now time.Time) {
 func certificateTime(seconds uint64) time.Time { return time.Unix(int64(min(seconds, 1<<40)), 0) }
 
 // findMachine looks at what the agent needs of the machine itself.
-func findMachine(r *report) {
+func findMachine(r *Group) {
 	findClock(r, time.Now(), []string{"/etc/ld.so.cache", "/var/lib/dpkg/status", "/var/lib/rpm/rpmdb.sqlite", "/var/log/wtmp", "/proc/self/exe"})
 	if s, err := secret.New(1); err == nil {
 		s.Wipe()
@@ -92,7 +92,7 @@ func findMachine(r *report) {
 
 // findProgramFile finds a program that its user can read and has not installed: then the
 // kernel lets other processes of the user look into it while it starts.
-func findProgramFile(r *report, file string, uid int) {
+func findProgramFile(r *Group, file string, uid int) {
 	st, err := os.Stat(file)
 	if err != nil {
 		return
@@ -114,7 +114,7 @@ var earliest = time.Date(2026, 1, 1, 0, 0, 0, 0, time.UTC)
 
 // findClock finds a clock that is wrong: certificates are judged by it. Files that
 // change with each upgrade, start or login are not of the future.
-func findClock(r *report, now time.Time, files []string) {
+func findClock(r *Group, now time.Time, files []string) {
 	const set = "sudo timedatectl set-ntp true  # or: sudo date -s 'YYYY-MM-DD hh:mm'"
 	if now.Before(earliest) || now.Year() > earliest.Year()+50 {
 		r.warn("the clock says %s, which cannot be: certificates seem to have expired, or not to count yet", now.Format("2006-01-02")).Next("%s", set)

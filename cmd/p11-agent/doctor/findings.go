@@ -1,4 +1,4 @@
-package main
+package doctor
 
 import (
 	"encoding/json"
@@ -16,9 +16,9 @@ type level int
 
 // From the best to the worst.
 const (
-	levelDetail  level = iota // well, and of interest to who looks closer
+	levelDetail  level = iota // well, and shown only when details are wanted
 	levelOK                   // well
-	levelWarning              // it works, but not as it might be meant to
+	levelWarning              // it works, and perhaps not as intended
 	levelProblem              // it does not work
 )
 
@@ -33,12 +33,11 @@ func (l level) String() string {
 	}
 }
 
-// A finding is one thing that was looked at.
+// A finding is one result of a check.
 type finding struct {
 	level level
 	text  string
-	// next are the steps that help: what to type, or what to do by hand. A step of
-	// several lines is a file or a script.
+	// next are the steps that help, as in package advice.
 	next []string
 }
 
@@ -60,13 +59,16 @@ func (f *finding) Steps(steps []string) *finding {
 	return f
 }
 
-// A report is the findings about one thing. It is used by one goroutine.
-type report struct {
-	group    string
+// A Group is what one check finds. One goroutine uses it at a time.
+type Group struct {
+	Name     string
 	findings []*finding
 }
 
-func (r *report) add(l level, format string, args ...any) *finding {
+// Groups are what several checks find, in the order in which a person should read them.
+type Groups []*Group
+
+func (r *Group) add(l level, format string, args ...any) *finding {
 	for i, a := range args {
 		if err, ok := a.(error); ok {
 			// Several errors, a line for each, are to be told from each other in one line.
@@ -79,32 +81,21 @@ func (r *report) add(l level, format string, args ...any) *finding {
 	return f
 }
 
-func (r *report) detail(format string, args ...any) *finding {
+func (r *Group) detail(format string, args ...any) *finding {
 	return r.add(levelDetail, format, args...)
 }
-func (r *report) ok(format string, args ...any) *finding { return r.add(levelOK, format, args...) }
-func (r *report) warn(format string, args ...any) *finding {
+func (r *Group) ok(format string, args ...any) *finding { return r.add(levelOK, format, args...) }
+func (r *Group) warn(format string, args ...any) *finding {
 	return r.add(levelWarning, format, args...)
 }
 
-func (r *report) bad(format string, args ...any) *finding {
+func (r *Group) bad(format string, args ...any) *finding {
 	return r.add(levelProblem, format, args...)
 }
 
-// count returns how many findings have a level.
-func (r *report) count(l level) int {
-	n := 0
-	for _, f := range r.findings {
-		if f.level == l {
-			n++
-		}
-	}
-	return n
-}
-
-// print writes a line for each finding, and its steps below. Details are for who
-// asks for them.
-func (r *report) print(out io.Writer, details bool) error {
+// Print writes a line for each finding, and the next steps below it. It leaves out details
+// unless they are wanted.
+func (r *Group) Print(out io.Writer, details bool) error {
 	var b strings.Builder
 	for _, f := range r.findings {
 		if f.level == levelDetail && !details {
@@ -121,63 +112,53 @@ func (r *report) print(out io.Writer, details bool) error {
 	return err
 }
 
-// printReports writes several, each below its name. What is well is left out of
-// those that nothing is to be said about.
-func printReports(out io.Writer, reports []*report, details bool) error {
-	first := true
-	for _, r := range reports {
+// Print writes each group below its name. It leaves out groups without findings to show.
+func (all Groups) Print(out io.Writer, details bool) error {
+	gap := ""
+	for _, r := range all {
 		if !slices.ContainsFunc(r.findings, func(f *finding) bool { return f.level > levelDetail || details }) {
 			continue
 		}
-		gap := "\n"
-		if first {
-			gap = ""
-		}
-		first = false
-		if _, err := fmt.Fprintf(out, "%s%s\n", gap, output.Paint(out, output.Strong, r.group)); err != nil {
+		if _, err := fmt.Fprintf(out, "%s%s\n", gap, output.Paint(out, output.Strong, r.Name)); err != nil {
 			return err
 		}
-		if err := r.print(out, details); err != nil {
+		if err := r.Print(out, details); err != nil {
 			return err
 		}
+		gap = "\n"
 	}
 	return nil
 }
 
-// reportedFinding is what --json prints.
-type reportedFinding struct {
+// jsonFinding is a finding in JSON. Its members keep their names and meaning.
+type jsonFinding struct {
 	Group string   `json:"group"`
 	Level string   `json:"level"` // ok, warning, problem
 	Text  string   `json:"text"`
 	Next  []string `json:"next,omitempty"`
 }
 
-func printReportsJSON(out io.Writer, reports []*report) error {
-	all := struct {
-		Problems int               `json:"problems"`
-		Warnings int               `json:"warnings"`
-		Findings []reportedFinding `json:"findings"`
-	}{Findings: []reportedFinding{}}
-	for _, r := range reports {
-		all.Problems += r.count(levelProblem)
-		all.Warnings += r.count(levelWarning)
+// PrintJSON writes all findings, details too.
+func (all Groups) PrintJSON(out io.Writer) error {
+	printed := struct {
+		Problems int           `json:"problems"`
+		Warnings int           `json:"warnings"`
+		Findings []jsonFinding `json:"findings"`
+	}{all.count(levelProblem), all.count(levelWarning), []jsonFinding{}}
+	for _, r := range all {
 		for _, f := range r.findings {
-			all.Findings = append(all.Findings, reportedFinding{Group: r.group, Level: f.level.String(), Text: f.text, Next: f.next})
+			printed.Findings = append(printed.Findings, jsonFinding{Group: r.Name, Level: f.level.String(), Text: f.text, Next: f.next})
 		}
 	}
 	e := json.NewEncoder(out)
 	e.SetIndent("", "  ")
 	e.SetEscapeHTML(false)
-	return e.Encode(all)
+	return e.Encode(printed)
 }
 
-// verdict is the error that says how many problems there are; nil for none.
-func verdict(reports ...*report) error {
-	problems, warnings := 0, 0
-	for _, r := range reports {
-		problems += r.count(levelProblem)
-		warnings += r.count(levelWarning)
-	}
+// Err returns an error that counts the problems, or nil when there are none.
+func (all Groups) Err() error {
+	problems, warnings := all.count(levelProblem), all.count(levelWarning)
 	switch {
 	case problems == 0:
 		return nil
@@ -186,6 +167,18 @@ func verdict(reports ...*report) error {
 	default:
 		return fmt.Errorf("%s found", output.Count(problems, "problem"))
 	}
+}
+
+// count returns the number of findings of a level.
+func (all Groups) count(l level) (n int) {
+	for _, r := range all {
+		for _, f := range r.findings {
+			if f.level == l {
+				n++
+			}
+		}
+	}
+	return n
 }
 
 // style is the one of findings of a level.

@@ -1,18 +1,16 @@
-package main
+package doctor
 
 import (
-	"context"
 	"encoding/json"
 	"errors"
-	"io"
 	"net"
 	"os"
-	"os/exec"
 	"path/filepath"
 	"strings"
 	"testing"
 	"time"
 
+	"p11-agent/systemd"
 	"p11-agent/token"
 	"p11-agent/token/pcsc"
 	"p11-agent/token/pin"
@@ -21,10 +19,10 @@ import (
 )
 
 // printed is what a person reads of a report.
-func printed(t *testing.T, r *report) string {
+func printed(t *testing.T, r *Group) string {
 	t.Helper()
 	var b strings.Builder
-	if err := r.print(&b, false); err != nil {
+	if err := r.Print(&b, false); err != nil {
 		t.Fatal(err)
 	}
 	return b.String()
@@ -69,7 +67,7 @@ func TestDoctorPolkit(t *testing.T) {
 	}
 	for _, uid := range []int{0, 1000} {
 		d.uid = uid
-		r := new(report)
+		r := new(Group)
 		findCards(t.Context(), r, d, []token.ModuleStatus{openSC})
 		text := printed(t, r)
 		if uid == 0 {
@@ -95,7 +93,7 @@ func TestDoctorCards(t *testing.T) {
 	refused := &net.OpError{Op: "dial", Err: os.ErrNotExist}
 	t.Setenv("PATH", t.TempDir()) // no pkcheck
 	start := "  next: sudo pcscd  # systemd does not run here"
-	if booted() {
+	if systemd.Booted() {
 		start = "  next: sudo systemctl enable --now pcscd.socket\n"
 	}
 	for _, tt := range []struct {
@@ -132,7 +130,7 @@ func TestDoctorCards(t *testing.T) {
 		}},
 	} {
 		t.Run(tt.name, func(t *testing.T) {
-			r := new(report)
+			r := new(Group)
 			findCards(t.Context(), r, tt.d, tt.modules)
 			wantLines(t, printed(t, r), tt.want...)
 		})
@@ -153,7 +151,7 @@ func TestDoctorCardRefused(t *testing.T) {
 		if err := os.WriteFile(filepath.Join(dir, "status"), []byte(status), 0o600); err != nil {
 			t.Fatal(err)
 		}
-		r := new(report)
+		r := new(Group)
 		findCards(t.Context(), r, pcscd{readers: []pcsc.Reader{{Name: "R", Card: true}}}, []token.ModuleStatus{openSC})
 		wantLines(t, printed(t, r), want)
 	}
@@ -201,7 +199,7 @@ func TestDoctorTokens(t *testing.T) {
 	} {
 		t.Run(tt.name, func(t *testing.T) {
 			tt.token.ID = wire.TokenID{Label: "it's", Serial: "1"}
-			r := new(report)
+			r := new(Group)
 			findTokens(r, []token.ModuleStatus{{Path: tt.module, Tokens: []token.TokenStatus{tt.token}}})
 			wantLines(t, printed(t, r), tt.want...)
 		})
@@ -210,14 +208,14 @@ func TestDoctorTokens(t *testing.T) {
 
 // Whatever a module or file says is shown on the line where it belongs.
 func TestReportIsNotForged(t *testing.T) {
-	r := &report{group: "g"}
+	r := &Group{Name: "g"}
 	r.bad("module %s: %v", "x", "first\nok: all is well\x1b[2J").Next("%s", "one\ntwo\x07")
 	want := `problem: module x: first ok: all is well\x1b[2J` + "\n  next: one\n        two\\x07\n"
 	if got := printed(t, r); got != want {
 		t.Errorf("got %q, want %q", got, want)
 	}
 	var b strings.Builder
-	if err := printReportsJSON(&b, []*report{r}); err != nil {
+	if err := (Groups{r}).PrintJSON(&b); err != nil {
 		t.Fatal(err)
 	}
 	var all struct {
@@ -253,7 +251,7 @@ func TestDoctorClock(t *testing.T) {
 		{"far ahead", now.AddDate(100, 0, 0), "warning: the clock says 2130-05-06, which cannot be"},
 	} {
 		t.Run(tt.name, func(t *testing.T) {
-			r := new(report)
+			r := new(Group)
 			findClock(r, tt.now, []string{"/no/such/file", file})
 			text := printed(t, r)
 			if tt.want == "" && text != "" || !strings.HasPrefix(text, tt.want) || tt.want != "" && !strings.Contains(text, "\n  next: sudo timedatectl set-ntp true") {
@@ -279,66 +277,12 @@ func TestDoctorProgramFile(t *testing.T) {
 		{"somebody else", owner + 1, "warning: other programs of yours can look into the agent while it starts"},
 	} {
 		t.Run(tt.name, func(t *testing.T) {
-			r := new(report)
+			r := new(Group)
 			findProgramFile(r, file, tt.uid)
 			if text := printed(t, r); tt.want == "" && text != "" || !strings.HasPrefix(text, tt.want) {
 				t.Errorf("got %q, want %q", text, tt.want)
 			}
 		})
-	}
-}
-
-// A program that does not come back costs its time and no more, and takes what it
-// has started along.
-func TestAskEnds(t *testing.T) {
-	ctx, cancel := context.WithCancel(t.Context())
-	dir := t.TempDir()
-	fifo := filepath.Join(dir, "fifo")
-	if err := exec.Command("mkfifo", fifo).Run(); err != nil {
-		t.Fatal(err)
-	}
-	ended := make(chan error, 1)
-	go func() {
-		// Opened when the program's child has it open, too, and at its end when all have
-		// gone.
-		f, err := os.Open(fifo)
-		if err == nil {
-			cancel()
-			_, err = io.Copy(io.Discard, f)
-		}
-		ended <- err
-	}()
-	if _, err := ask(ctx, "sh", "-c", "sleep 100 >"+fifo+" & wait"); err == nil || !strings.Contains(err.Error(), "does not answer") {
-		t.Errorf("got %v", err)
-	}
-	select {
-	case err := <-ended:
-		if err != nil {
-			t.Error(err)
-		}
-	case <-time.After(patience):
-		t.Fatal("what it has started goes on")
-	}
-	s, err := ask(t.Context(), "sh", "-c", "head -c 3000000 /dev/zero; echo oh >&2; exit 3")
-	if err != nil || s.status == nil || len(s.out) != maxSaid || s.err != "oh" {
-		t.Errorf("%d bytes, %q, %v, %v", len(s.out), s.err, s.status, err)
-	}
-	if _, err := ask(t.Context(), "no-such-program-anywhere"); !errors.Is(err, exec.ErrNotFound) {
-		t.Errorf("got %v", err)
-	}
-}
-
-// An agent is called old when the program was installed after its start.
-func TestStartedBefore(t *testing.T) {
-	started, ok := startOf(os.Getpid())
-	if age := time.Since(started); !ok || age < -2*time.Second || age > time.Hour {
-		t.Errorf("this process was started %v ago (%v)", age, ok)
-	}
-	if startedBefore(os.Getpid(), "/proc/self/exe") || startedBefore(os.Getpid(), "/no/such/file") || startedBefore(0, "/proc/self/exe") {
-		t.Error("this process is older than its program, or what is not there is")
-	}
-	if now := time.Now(); older(now, now.Add(2*time.Second)) || older(now.Add(time.Hour), now) || !older(now, now.Add(time.Hour)) {
-		t.Error("wrong about which is older")
 	}
 }
 

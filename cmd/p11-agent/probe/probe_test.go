@@ -1,0 +1,67 @@
+package probe
+
+import (
+	"context"
+	"errors"
+	"io"
+	"os"
+	"os/exec"
+	"path/filepath"
+	"strings"
+	"testing"
+	"time"
+)
+
+// A program that does not come back costs its time and no more, and takes what it
+// has started along.
+func TestRunEnds(t *testing.T) {
+	ctx, cancel := context.WithCancel(t.Context())
+	dir := t.TempDir()
+	fifo := filepath.Join(dir, "fifo")
+	if err := exec.Command("mkfifo", fifo).Run(); err != nil {
+		t.Fatal(err)
+	}
+	ended := make(chan error, 1)
+	go func() {
+		// Opened when the program's child has it open, too, and at its end when all have
+		// gone.
+		f, err := os.Open(fifo)
+		if err == nil {
+			cancel()
+			_, err = io.Copy(io.Discard, f)
+		}
+		ended <- err
+	}()
+	if _, err := Run(ctx, "sh", "-c", "sleep 100 >"+fifo+" & wait"); err == nil || !strings.Contains(err.Error(), "does not answer") {
+		t.Errorf("got %v", err)
+	}
+	select {
+	case err := <-ended:
+		if err != nil {
+			t.Error(err)
+		}
+	case <-time.After(30 * time.Second):
+		t.Fatal("what it has started goes on")
+	}
+	s, err := Run(t.Context(), "sh", "-c", "head -c 3000000 /dev/zero; echo oh >&2; exit 3")
+	if err != nil || s.Status == nil || len(s.Out) != maxOutput || s.Err != "oh" {
+		t.Errorf("%d bytes, %q, %v, %v", len(s.Out), s.Err, s.Status, err)
+	}
+	if _, err := Run(t.Context(), "no-such-program-anywhere"); !errors.Is(err, exec.ErrNotFound) {
+		t.Errorf("got %v", err)
+	}
+}
+
+// An agent is called old when the program was installed after its start.
+func TestStartedBefore(t *testing.T) {
+	started, ok := startOf(os.Getpid())
+	if age := time.Since(started); !ok || age < -2*time.Second || age > time.Hour {
+		t.Errorf("this process was started %v ago (%v)", age, ok)
+	}
+	if startedBefore(os.Getpid(), "/proc/self/exe") || startedBefore(os.Getpid(), "/no/such/file") || startedBefore(0, "/proc/self/exe") {
+		t.Error("this process is older than its program, or what is not there is")
+	}
+	if now := time.Now(); older(now, now.Add(2*time.Second)) || older(now.Add(time.Hour), now) || !older(now, now.Add(time.Hour)) {
+		t.Error("wrong about which is older")
+	}
+}
