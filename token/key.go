@@ -4,19 +4,15 @@ import (
 	"bytes"
 	"context"
 	"crypto"
-	"crypto/rsa"
-	"encoding/hex"
 	"errors"
 	"fmt"
 	"io"
 	"slices"
-	"sync"
 	"sync/atomic"
 	"time"
 
 	"p11-agent/pinentry/secret"
 	"p11-agent/token/pairs"
-	"p11-agent/token/pin"
 	"p11-agent/token/pkcs11uri"
 	"p11-agent/token/process"
 	"p11-agent/token/signing"
@@ -40,38 +36,6 @@ type usage struct {
 	count atomic.Uint64
 	last  atomic.Int64 // nanoseconds since 1970; 0: never
 	proof proof
-}
-
-// proof is when signatures of a key are verified that are verified now and then.
-type proof struct {
-	mu   sync.Mutex
-	by   *process.Process // the last that was verified came from this one
-	made time.Duration    // what those that have come since have taken to make, at least
-	cost time.Duration    // what it took to verify the last one
-}
-
-const (
-	// slow is what a signature takes at least that is verified in any case. A card
-	// takes longer, and so do a TPM and an HSM in the network.
-	slow = 250 * time.Microsecond
-	// proofShare is what part of the time that a faster token takes for its signatures
-	// goes into verifying them.
-	proofShare = 20
-)
-
-// due tells whether a signature is to be verified, which has taken so long.
-func (v *proof) due(by *process.Process, took time.Duration) bool {
-	v.mu.Lock()
-	defer v.mu.Unlock()
-	v.made += took
-	return v.by != by || took >= slow || v.made >= proofShare*v.cost
-}
-
-// given notes that one was verified, and what that took.
-func (v *proof) given(by *process.Process, cost time.Duration) {
-	v.mu.Lock()
-	defer v.mu.Unlock()
-	v.by, v.made, v.cost = by, 0, cost
 }
 
 func (u *usage) note(now time.Time) {
@@ -255,25 +219,6 @@ func (k *Key) SignMessageContext(ctx context.Context, msg []byte, opts crypto.Si
 	return k.sign(ctx, r)
 }
 
-// check verifies a signature, if it is its turn. It verifies each one of RSA: that is
-// cheap, and a wrong one may tell the private key (Boneh, DeMillo and Lipton). It verifies
-// each one of a card as well, which can be pulled in the middle. With other algorithms
-// and tokens it takes as long as a fast token takes to sign, and the server verifies the
-// signature anyway. So check verifies each one of a slow token, and of a fast token the
-// first and some.
-func (k *Key) check(r signing.Request, m made, sig []byte) error {
-	_, always := k.pair.Public.(*rsa.PublicKey)
-	if !k.use.proof.due(m.by, m.took) && !always && !k.token.removable() {
-		return nil
-	}
-	start := time.Now()
-	if err := r.Verify(k.pair.Public, sig); err != nil {
-		return err
-	}
-	k.use.proof.given(m.by, time.Since(start))
-	return nil
-}
-
 // made is a signature as a token has made it.
 type made struct {
 	signature []byte
@@ -289,7 +234,7 @@ func (k *Key) sign(ctx context.Context, r signing.Request) ([]byte, error) {
 		return nil, err
 	}
 	methods = k.token.prefer(methods)
-	m, err := k.signHealing(ctx, methods)
+	m, err := k.signWith(ctx, methods)
 	if err == nil {
 		now := time.Now()
 		k.use.note(now)
@@ -311,92 +256,23 @@ func (k *Key) sign(ctx context.Context, r signing.Request) ([]byte, error) {
 	return sig, nil
 }
 
-// maxReplaced is how often one signature goes on with a new process when the one before
-// was replaced, with nothing under way in it.
-const maxReplaced = 5
-
-func (k *Key) signHealing(ctx context.Context, methods []signing.Method) (made, error) {
-	t := k.token
-	defer t.module.use()()
-	var healed, renewed, mustLogin bool
-	loggedInAgain, replaced := 0, 0
-	var turn turn
-	for {
-		moves := t.module.moves()
-		patience, done := t.whileBack(ctx)
-		p, err := t.module.running(patience)
-		done()
-		if err != nil && ctx.Err() == nil && errors.Is(err, context.DeadlineExceeded) {
-			err = k.explain(ErrAbsent)
-		}
-		if err != nil {
-			return made{}, err
-		}
-		m, login, err := k.attempt(ctx, p, methods[0], mustLogin)
-		if err == nil {
-			p.NoteSignature()
-			return m, nil
-		}
-		failed, _ := errors.AsType[*pin.LoginError](err)
-		mayHeal := broken(err) && (failed == nil || !failed.Attempted)
-		if mayHeal && ctx.Err() == nil {
-			again, inUse := t.awaitReader(ctx, &turn)
-			if inUse != nil {
-				return made{}, inUse
+// signWith has the token sign with the first method that it supports.
+func (k *Key) signWith(ctx context.Context, methods []signing.Method) (m made, err error) {
+	err = k.heal(ctx, operation{
+		attempt: func(p *process.Process, mustLogin bool) (login uint64, err error) {
+			m, login, err = k.attempt(ctx, p, methods[0], mustLogin)
+			return login, err
+		},
+		adapt: func(err error) bool {
+			if len(methods) == 1 || !refusesMechanism(err) {
+				return false
 			}
-			if again {
-				if err := t.rescanWhileBack(ctx); err != nil {
-					return made{}, err
-				}
-				continue
-			}
-		}
-		switch {
-		case ctx.Err() != nil:
-			return made{}, ctx.Err()
-		case len(methods) > 1 && refusesMechanism(err):
-			t.refuse(methods[0].Mechanism)
+			k.token.refuse(methods[0].Mechanism)
 			methods = methods[1:]
-		case loggedInAgain < maxLogins && (wire.IsRV(err, wire.CKRUserNotLoggedIn) || t.hidesKey(p, err)):
-			// Logged out by another program, or a key that showed without a
-			// login and does not sign without one, or one that wants its PIN for
-			// each signature and did not say so.
-			loggedInAgain, mustLogin = loggedInAgain+1, true
-			if lost := t.doubtLogin(ctx, p, k, login); !lost && loggedInAgain > 1 {
-				return made{}, k.explain(err)
-			}
-		case replaced < maxReplaced && mayHeal && (errors.Is(err, process.ErrRenewed) || lostByOthers(err) || failed != nil && wire.IsReason(err, wire.ReasonOtherToken)):
-			// Another request had looked for tokens before the module got this one; or the
-			// card has gone and come back; or the module hung when a card was pulled, or
-			// failed for another request.
-			replaced++
-		case !healed && mayHeal:
-			healed = true
-			if wire.IsRV(err, wire.CKRDeviceRemoved, wire.CKRTokenNotPresent, wire.CKRTokenNotRecognized) {
-				t.pins.Wipe() // it was taken out
-			}
-			if wire.IsRV(err, wire.CKRGeneralError) && !t.module.awaitMove(ctx, moves) {
-				// Nothing but a new start helps a module that lost its reader
-				// service.
-				p.Kill(fmt.Errorf("%w: %w", errAnew, err))
-				continue
-			}
-			if err := t.rescanWhileBack(ctx); err != nil {
-				return made{}, err
-			}
-		case !renewed && mayHeal && wire.IsRV(err, wire.CKRDeviceError):
-			// Nor does a look help libykcs11 2.2 when another program has selected
-			// another application of the card.
-			renewed = true
-			if !t.module.awaitMove(ctx, moves) {
-				p.Kill(fmt.Errorf("%w: %w", errAnew, err))
-			} else if err := t.rescanWhileBack(ctx); err != nil {
-				return made{}, err
-			}
-		default:
-			return made{}, k.explain(err)
-		}
-	}
+			return true
+		},
+	})
+	return m, err
 }
 
 // attempt logs in, where that is expected to be needed, and signs, once. login is
@@ -434,72 +310,6 @@ func refusesMechanism(err error) bool {
 	return ok && (e.Function == "C_SignInit" || e.Function == "C_Sign") &&
 		wire.IsRV(err, wire.CKRMechanismInvalid, wire.CKRMechanismParamInvalid, wire.CKRFunctionNotSupported,
 			wire.CKRDataLenRange, wire.CKRDataInvalid)
-}
-
-// hidesKey tells whether a private key may not have been found because nobody is
-// logged in.
-func (t *Token) hidesKey(p *process.Process, err error) bool {
-	e, ok := errors.AsType[*wire.Error](err)
-	return ok && e.Reason == wire.ReasonNoKey && (!t.loggedIn(p) || e.HasInfo && !e.Info.LoggedIn)
-}
-
-// doubtLogin finds out what to make of a token that says that nobody is logged
-// in when somebody should be: it reads the token again. Where the module goes on
-// to say that there is a login, and the key asks for no PIN of its own, the
-// login is ended, as the token itself knows better. The doubt is about one login:
-// one that somebody else, who met the same, has made since is let alone. It tells
-// whether the token says, and its module knows, that the login has been lost.
-func (t *Token) doubtLogin(ctx context.Context, p *process.Process, k *Key, login uint64) (lost bool) {
-	select {
-	case t.check.turn <- struct{}{}:
-		defer func() { <-t.check.turn }()
-	case <-ctx.Done():
-		return false
-	}
-	if t.lastLogin() != login || t.check.lost == login+1 && !t.loggedIn(p) {
-		return true
-	}
-	was := t.loggedIn(p)
-	if err := t.lookAgain(ctx, p); err != nil {
-		t.setLoggedIn(p, false)
-		return false // the next attempt meets the same, and says so
-	}
-	if was && t.loggedIn(p) && t.lastLogin() == login && !t.current(k).pair.Always {
-		_ = t.logout(ctx) // likewise
-	} else {
-		lost = !t.loggedIn(p)
-	}
-	if !t.loggedIn(p) {
-		t.check.lost = login + 1 // for the others, who have no need to look
-	}
-	return lost
-}
-
-// broken tells whether a failure may come from what happened to the token or
-// its module since the last use, rather than from the request.
-func broken(err error) bool {
-	return errors.Is(err, ErrAbsent) || errors.Is(err, process.ErrGone) ||
-		wire.IsReason(err, wire.ReasonNoToken, wire.ReasonOtherToken, wire.ReasonNoKey) ||
-		wire.IsRV(err, wire.CKRDeviceRemoved, wire.CKRDeviceError, wire.CKRGeneralError, wire.CKRTokenNotPresent,
-			wire.CKRTokenNotRecognized, wire.CKRSessionHandleInvalid, wire.CKRSessionClosed, wire.CKRSlotIDInvalid,
-			wire.CKRObjectHandleInvalid, wire.CKRKeyHandleInvalid, wire.CKRCryptokiNotInitialized,
-			wire.CKROperationActive, wire.CKROperationNotInitialized) // of a session whose handle was given away
-}
-
-// explain makes the error of a signature one for a person.
-func (k *Key) explain(err error) error {
-	t := k.token.ID
-	switch {
-	case isLoginError(err):
-		return err
-	case errors.Is(err, ErrAbsent) || wire.IsReason(err, wire.ReasonNoToken, wire.ReasonOtherToken):
-		return fmt.Errorf("%w: insert token %s", ErrAbsent, k.token.name())
-	case wire.IsReason(err, wire.ReasonNoKey):
-		return fmt.Errorf("token %q holds a public key or certificate for ID %s, but no private key", t.Label, hex.EncodeToString(k.pair.ID))
-	case wire.IsRV(err, wire.CKRKeyTypeInconsistent, wire.CKRKeyFunctionNotPermitted):
-		return fmt.Errorf("the token does not let this key sign: %w", err)
-	}
-	return fmt.Errorf("sign with token %q: %w", t.Label, k.token.module.wrap(err))
 }
 
 // needsLogin tells whether the key can be expected to want a login: its token

@@ -70,8 +70,8 @@ func (e *InUseError) Absent() bool { return true }
 // Busy tells it from a token that has to be inserted.
 func (e *InUseError) Busy() bool { return true }
 
-// turn bounds the waiting of one signature.
-type turn struct{ until time.Time }
+// readerPatience bounds how long one operation waits for readers that other programs use.
+type readerPatience struct{ until time.Time }
 
 // pcscSocket is where the module's process finds pcscd.
 func (m *module) pcscSocket() string {
@@ -135,19 +135,19 @@ func (t *Token) heldReader(ctx context.Context) (r pcsc.Reader, held bool) {
 }
 
 // awaitReader waits, after a failure, while another program keeps the reader to
-// itself, until turn is over. It returns whether that was so and it is worth
+// itself, until patience is over. It returns whether that was so and it is worth
 // trying again, or an *InUseError.
-func (t *Token) awaitReader(ctx context.Context, turn *turn) (again bool, err error) {
+func (t *Token) awaitReader(ctx context.Context, patience *readerPatience) (again bool, err error) {
 	reader, held := t.heldReader(ctx)
 	if !held {
 		return false, nil
 	}
-	if turn.until.IsZero() {
-		turn.until = time.Now().Add(sharingPatience)
+	if patience.until.IsZero() {
+		patience.until = time.Now().Add(sharingPatience)
 	}
 	t.module.log.Debug("waiting for another program to let go of the reader", "reader", reader.Name)
 	for held {
-		if time.Until(turn.until) < sharingPause {
+		if time.Until(patience.until) < sharingPause {
 			return false, t.module.inUse(ctx, reader)
 		}
 		pause := time.NewTimer(sharingPause)
