@@ -269,13 +269,51 @@ func TestApprovalIsForTheSame(t *testing.T) {
 	}
 }
 
+// confirm of a socket has the values that confirm of a key has.
+func TestSocketConfirm(t *testing.T) {
+	w := requesttest.New(t)
+	for name, test := range map[string]struct {
+		socket    approval.Confirm
+		policy    approval.Confirm
+		forwarded bool
+		asked     int // for two signatures of the same kind
+	}{
+		"none":                         {"", approval.ConfirmNever, true, 0},
+		"never":                        {approval.ConfirmNever, approval.ConfirmNever, true, 0},
+		"never does not lift the key's": {approval.ConfirmNever, approval.ConfirmAlways, false, 1},
+		"always":                       {approval.ConfirmAlways, approval.ConfirmNever, false, 2},
+		"always, first-use of the key": {approval.ConfirmAlways, approval.ConfirmFirstUse, false, 2},
+		"forwarded, from here":         {approval.ConfirmForwarded, approval.ConfirmNever, false, 0},
+		"forwarded, from another host": {approval.ConfirmForwarded, approval.ConfirmNever, true, 2},
+		"first-use":                    {approval.ConfirmFirstUse, approval.ConfirmNever, false, 1},
+		"unknown":                      {"often", approval.ConfirmNever, false, 2},
+	} {
+		t.Run(name, func(t *testing.T) {
+			k, p := edKey("pkcs11:token=a"), says(approval.Answer{Allowed: true, For: approval.UntilLock})
+			f := newFixture(Options{Rules: everyKey(approval.Policy{Confirm: test.policy}), Confirm: p, Hosts: w.Hosts}, k)
+			hosts := []string{"good"}
+			if test.forwarded {
+				hosts = []string{"other", "good"}
+			}
+			for range 2 {
+				c := w.Caller("ssh git bash", hosts...)
+				c.Socket = &request.Socket{Name: "s", Confirm: test.socket}
+				f.signs(t, k, c, w.Login("good", true), nil)
+			}
+			if p.count() != test.asked {
+				t.Errorf("asked %d times, want %d", p.count(), test.asked)
+			}
+		})
+	}
+}
+
 // Where it is not known what a yes would be good for, it is good for once.
 func TestApprovalThatCannotLast(t *testing.T) {
 	w := requesttest.New(t)
 	failed := w.Caller("ssh", "good")
 	failed.BindFailed, failed.Forwarded = true, true
 	added, socket := edKey("pkcs11:token=added"), w.Caller("ssh")
-	socket.Socket = &request.Socket{Name: "ask", Confirm: true}
+	socket.Socket = &request.Socket{Name: "ask", Confirm: approval.ConfirmAlways}
 	for name, test := range map[string]struct {
 		k *fakeKey
 		c *request.Caller

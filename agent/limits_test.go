@@ -352,7 +352,7 @@ func TestSocketRules(t *testing.T) {
 	if err := f.Remove(t.Context(), only, wireOf(a)); !errors.Is(err, errUnknownKey) {
 		t.Errorf("remove a key that is not shown: %v", err)
 	}
-	if err := sign(at(request.Socket{Confirm: true}), wireOf(a)); !errors.Is(err, approval.ErrDeclined) || len(f.confirm.asked) != 1 {
+	if err := sign(at(request.Socket{Confirm: approval.ConfirmAlways}), wireOf(a)); !errors.Is(err, approval.ErrDeclined) || len(f.confirm.asked) != 1 {
 		t.Errorf("to be confirmed: %v", err)
 	}
 	readOnly := at(request.Socket{ReadOnly: true})

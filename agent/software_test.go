@@ -233,7 +233,7 @@ func TestUpstream(t *testing.T) {
 	if _, err := f.Sign(t.Context(), some, request.Sign{Key: a.Public.Marshal()}); !errors.Is(err, errUnknownKey) {
 		t.Errorf("got %v", err)
 	}
-	asks := &request.Caller{Socket: &request.Socket{Confirm: true}}
+	asks := &request.Caller{Socket: &request.Socket{Confirm: approval.ConfirmAlways}}
 	if _, err := f.Sign(t.Context(), asks, request.Sign{Key: a.Public.Marshal()}); !errors.Is(err, approval.ErrDeclined) {
 		t.Errorf("got %v", err)
 	}

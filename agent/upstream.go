@@ -8,6 +8,7 @@ import (
 
 	"golang.org/x/crypto/ssh"
 
+	"p11-agent/agent/approval"
 	"p11-agent/agent/audit"
 	"p11-agent/agent/request"
 	"p11-agent/agent/sshkey"
@@ -134,8 +135,8 @@ func (k *Keyring) Pass(ctx context.Context, c *request.Caller, message []byte) (
 	if err := mayChange(c); err != nil {
 		return nil, err
 	}
-	if c.Socket != nil && c.Socket.Confirm {
-		// What it does is not known: it may be a signature.
+	if c.Socket != nil && c.Socket.Confirm != "" && c.Socket.Confirm != approval.ConfirmNever {
+		// The message may ask for a signature.
 		return nil, errUnconfirmed
 	}
 	all := []error{}

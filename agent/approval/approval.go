@@ -30,11 +30,10 @@ import (
 	"p11-agent/pinentry/waiting"
 )
 
-// A Confirm says when the agent asks a person before a key signs. The configuration uses
-// the same texts.
-type Confirm string
+// A Confirm says when the agent asks a person before a key signs.
+type Confirm = request.Confirm
 
-// When a person is asked.
+// The values of confirm in the configuration, for a key and for a socket.
 const (
 	ConfirmNever     Confirm = "never"
 	ConfirmForwarded Confirm = "forwarded" // for requests that may come from another host
@@ -151,12 +150,16 @@ type decision struct {
 	plain   Remember
 	rule    int     // the number of the rule that has decided; 0: none
 	word    Confirm // of the configuration where none has
+	socket  string  // the name of the socket that has the word; empty: the policy has it
 }
 
 // why says what in the configuration has decided.
 func (d *decision) why() string {
 	if d.rule > 0 {
 		return fmt.Sprintf("rule %d of the key in the configuration", d.rule)
+	}
+	if d.socket != "" {
+		return fmt.Sprintf("confirm = %q of the socket %s", d.word, d.socket)
 	}
 	return fmt.Sprintf("confirm = %q in the configuration", d.word)
 }
@@ -184,6 +187,17 @@ rules:
 	for _, m := range may {
 		d = d.stricter(m)
 	}
+	return d
+}
+
+// decideSocket applies confirm of the client's socket to a use.
+func decideSocket(u *request.Use) decision {
+	socket := u.Caller.Socket
+	if socket == nil {
+		return decision{confirm: ConfirmNever}
+	}
+	d := decision{word: cmp.Or(socket.Confirm, ConfirmNever), socket: socket.Name}
+	d.set(d.word, Once, u)
 	return d
 }
 
@@ -517,10 +531,13 @@ func (a *Approver) Approve(ctx context.Context, u *request.Use, t *request.Targe
 		return &DeniedError{Why: d.why()}
 	}
 	why := each
-	switch socket := u.Caller.Socket; {
+	atSocket := decideSocket(u)
+	d = d.stricter(atSocket)
+	switch {
 	case why != "":
-	case socket != nil && socket.Confirm:
-		why = "confirm = true of the socket " + socket.Name
+	case atSocket.confirm == ConfirmAlways && atSocket.plain == Once:
+		// A yes at such a socket is good for the one signature.
+		why = atSocket.why()
 	case u.Unlimited && !u.PINPays:
 		return a.ApproveLoss(ctx, u, t)
 	case d.confirm == ConfirmNever:

@@ -50,13 +50,18 @@ func (c *Caller) Who() peer.Peer {
 	return c.Peer
 }
 
+// A Confirm says when the agent asks a person before a key signs. The configuration uses
+// these words. Package approval has the values.
+type Confirm string
+
 // A Socket is what the configuration says of one of the agent's sockets.
 type Socket struct {
 	Name string
 	// Only selects the identities that it shows. nil: all.
 	Only []Selection
-	// Confirm has a person asked for each signature.
-	Confirm bool
+	// Confirm says when the agent asks a person before a key signs for a client of this
+	// socket, besides what the policy of the key says. Empty: never.
+	Confirm Confirm
 	// ReadOnly refuses to add and remove identities, and to lock and unlock. A socket
 	// with Only never locks or unlocks, and takes no keys for memory.
 	ReadOnly bool

@@ -86,10 +86,7 @@ func (c *File) check(mode fs.FileMode) error {
 			return bad("upstream: %q is not an absolute path", path)
 		}
 	}
-	if err := cmp.Or(c.checkSockets(), checkAbsent(c.Absent)); err != nil {
-		return bad("%v", err)
-	}
-	if err := c.checkApproval(); err != nil {
+	if err := cmp.Or(c.checkSockets(), checkAbsent(c.Absent), c.checkApproval()); err != nil {
 		return asConfigError(c.path, err)
 	}
 	if p := c.Pinentry.Program; strings.Contains(p, "/") && !filepath.IsAbs(p) {

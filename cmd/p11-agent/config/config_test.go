@@ -6,6 +6,7 @@ import (
 	"testing"
 	"time"
 
+	"p11-agent/agent/approval"
 	"p11-agent/token"
 )
 
@@ -44,6 +45,10 @@ func TestSocketReadOnly(t *testing.T) {
 		"read-only = true":                  true,
 		"confirm = true":                    true,
 		"confirm = false":                   false,
+		`confirm = "never"`:                 false,
+		`confirm = "always"`:                true,
+		`confirm = "forwarded"`:             true,
+		`confirm = "first-use"`:             true,
 		`keys = ["pkcs11:token=a"]`:         true,
 		"keys = []":                         true,
 		"confirm = true\nread-only = false": false,
@@ -109,6 +114,33 @@ func TestForgetsAtSleep(t *testing.T) {
 		}
 		if got := c.ForgetsAtSleep(); got != want {
 			t.Errorf("%s: %v, want %v", text, got, want)
+		}
+	}
+}
+
+// A socket has the values of confirm that a key has, and true and false besides.
+func TestSocketConfirm(t *testing.T) {
+	const socket = "[[socket]]\nname = \"s\"\n"
+	for text, want := range map[string]approval.Confirm{
+		"":                      "",
+		"confirm = false":       "",
+		`confirm = "never"`:     "",
+		"confirm = true":        approval.ConfirmAlways,
+		`confirm = "always"`:    approval.ConfirmAlways,
+		`confirm = "forwarded"`: approval.ConfirmForwarded,
+		`confirm = "first-use"`: approval.ConfirmFirstUse,
+	} {
+		c, err := configOf(t, socket+text)
+		if err != nil {
+			t.Fatal(err)
+		}
+		if got := c.Sockets[0].Rules().Confirm; got != want {
+			t.Errorf("%s: %q, want %q", text, got, want)
+		}
+	}
+	for _, text := range []string{`confirm = "deny"`, `confirm = "allways"`, `confirm = ""`, "confirm = 1", "confirm = [true]"} {
+		if _, err := configOf(t, socket+text); err == nil {
+			t.Errorf("%s is taken", text)
 		}
 	}
 }

@@ -4,29 +4,72 @@ import (
 	"errors"
 	"fmt"
 	"path/filepath"
+	"slices"
 	"strings"
 
+	"p11-agent/agent/approval"
 	"p11-agent/agent/request"
+	"p11-agent/cmd/p11-agent/output"
 	"p11-agent/cmd/p11-agent/paths"
 )
 
-// SocketTable adds a socket with rules of its own.
+// A SocketTable adds a socket with rules of its own.
 type SocketTable struct {
-	Name     string    `toml:"name"`
-	Path     string    `toml:"path"`
-	Keys     *[]KeyURI `toml:"keys"`
-	Confirm  bool      `toml:"confirm"`
-	ReadOnly *bool     `toml:"read-only"` // nil: if it limits something
+	Name     string         `toml:"name"`
+	Path     string         `toml:"path"`
+	Keys     *[]KeyURI      `toml:"keys"`
+	Confirm  *SocketConfirm `toml:"confirm"`   // nil: never
+	ReadOnly *bool          `toml:"read-only"` // nil: true if keys or confirm limits the socket
 }
 
-// SocketPath returns where the socket is: beside that of an agent which has a directory
-// of its own, own, or else in the one that all know.
-func (s SocketTable) SocketPath(own string) (string, error) {
+// A SocketConfirm says when a person is asked at a socket. It has the values that confirm of
+// a key has, and the older ones: true is "always", false is "never".
+type SocketConfirm any
+
+// confirm returns what the table says of confirm, and "" for never.
+func (s SocketTable) confirm() approval.Confirm {
+	if s.Confirm == nil {
+		return ""
+	}
+	switch v := (*s.Confirm).(type) {
+	case bool:
+		if v {
+			return approval.ConfirmAlways
+		}
+	case string:
+		if v != string(approval.ConfirmNever) {
+			return approval.Confirm(v)
+		}
+	}
+	return ""
+}
+
+// checkConfirm finds a value that confirm does not have.
+func (s SocketTable) checkConfirm() error {
+	if s.Confirm == nil {
+		return nil
+	}
+	what := fmt.Sprintf("confirm of the socket %q", s.Name)
+	switch v := (*s.Confirm).(type) {
+	case bool:
+		return nil
+	case string:
+		if slices.Contains(keyConfirms, approval.Confirm(v)) {
+			return nil
+		}
+		return unknownValue(what, approval.Confirm(v), keyConfirms)
+	}
+	return &valueError{text: fmt.Sprintf("%s has to be %s", what, output.OneOf(keyConfirms))}
+}
+
+// SocketPath returns the path of the socket. Without a path in the table, the socket is in
+// privateDir, or in the runtime directory when privateDir is empty.
+func (s SocketTable) SocketPath(privateDir string) (string, error) {
 	if s.Path != "" {
 		return s.Path, nil
 	}
-	if own != "" {
-		return filepath.Join(own, s.Name+".sock"), nil
+	if privateDir != "" {
+		return filepath.Join(privateDir, s.Name+".sock"), nil
 	}
 	if path := paths.RuntimeSocket(s.Name); path != "" {
 		return path, nil
@@ -34,18 +77,19 @@ func (s SocketTable) SocketPath(own string) (string, error) {
 	return "", errors.New("XDG_RUNTIME_DIR is not set: give the socket a path")
 }
 
-// readOnly tells whether keys can only be used there. A socket that shows some keys, or
-// has their use confirmed, is for others, who are to change nothing.
+// readOnly tells whether clients of the socket can use keys only. A socket that shows some
+// keys, or asks before it uses them, is for other users and programs: by default these
+// change nothing.
 func (s SocketTable) readOnly() bool {
 	if s.ReadOnly != nil {
 		return *s.ReadOnly
 	}
-	return s.Keys != nil || s.Confirm
+	return s.Keys != nil || s.confirm() != ""
 }
 
-// Rules returns what the keyring is to keep.
+// Rules returns the limits of the socket for the keyring.
 func (s SocketTable) Rules() *request.Socket {
-	return &request.Socket{Name: s.Name, Only: certainly(s.Keys), Confirm: s.Confirm, ReadOnly: s.readOnly()}
+	return &request.Socket{Name: s.Name, Only: certainly(s.Keys), Confirm: s.confirm(), ReadOnly: s.readOnly()}
 }
 
 // checkSockets finds mistakes in the tables of sockets.
@@ -63,6 +107,9 @@ func (c *File) checkSockets() error {
 			return fmt.Errorf("[[socket]]: %q is there twice", s.Name)
 		case s.Path != "" && !filepath.IsAbs(s.Path):
 			return fmt.Errorf("[[socket]]: the path %q is not absolute", s.Path)
+		}
+		if err := s.checkConfirm(); err != nil {
+			return err
 		}
 		names[s.Name], taken[s.Path] = true, true
 	}
