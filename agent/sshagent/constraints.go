@@ -12,8 +12,8 @@ import (
 	"p11-agent/pinentry/plain"
 )
 
-// Constraint types (RFC 9987 section 5.2.7 and 8.2). Type 3, the number of
-// signatures, was OpenSSH's and never had another user than XMSS keys.
+// Constraint types (RFC 9987 section 5.2.7 and 8.2). OpenSSH used type 3, the number of
+// signatures, for XMSS keys only.
 const (
 	constrainLifetime  = 1
 	constrainConfirm   = 2
@@ -33,10 +33,9 @@ const (
 	maxUser         = 256  // bytes of a user name, as ssh-agent
 )
 
-// parseConstraints reads constraints until the end of the message. Whatever is
-// not understood to the last byte is an error: a constraint that is overlooked
-// is a key without it. Each may be given once. Certificates go with the keys of tokens
-// alone.
+// parseConstraints reads constraints until the end of the message. An unknown or incomplete
+// constraint is an error: without it, the key would be less limited than the client wants. A client
+// may give each constraint once, and certificates only with the keys of tokens.
 func parseConstraints(in *reader, token bool) (request.Constraints, error) {
 	var c request.Constraints
 	for len(in.rest) > 0 {
@@ -64,8 +63,8 @@ func parseConstraints(in *reader, token bool) (request.Constraints, error) {
 }
 
 func parseExtension(c *request.Constraints, in *reader, token bool) (err error) {
-	// The data has no length of its own: what follows an unknown name cannot
-	// be told from the next constraint.
+	// The data of a constraint has no length. So the next constraint cannot be found
+	// after an unknown name.
 	switch name := in.bytes(); string(name) {
 	case constrainDestination:
 		if c.Destinations != nil {
@@ -89,8 +88,7 @@ func parseExtension(c *request.Constraints, in *reader, token bool) (err error) 
 
 func twice(name string) error { return fmt.Errorf("constraint %s is given twice", name) }
 
-// parseDestinations reads a list of destinations. An empty list limits nothing, as with
-// ssh-agent.
+// parseDestinations reads a list of destinations. As with ssh-agent, an empty list limits nothing.
 func parseDestinations(in reader) ([]request.Destination, error) {
 	var list []request.Destination
 	for len(in.rest) > 0 {
@@ -163,9 +161,8 @@ func parseHop(in reader) (request.Hop, error) {
 	return h, nil
 }
 
-// parseCerts reads a list of certificates. It skips plain keys, and certificates and keys
-// of a type that is unknown here, as ssh-agent of OpenSSH 10.5 does: a person may name
-// all public keys there are.
+// parseCerts reads a list of certificates. It skips plain keys, and certificates and keys of an
+// unknown type, as ssh-agent of OpenSSH 10.5 does: a person may name all public keys there are.
 func parseCerts(in reader) ([]*ssh.Certificate, error) {
 	var certs []*ssh.Certificate
 	for n := 0; len(in.rest) > 0; n++ {

@@ -19,18 +19,17 @@ const (
 	msgTrustRequest = 54 // of pam_ssh_agent_auth
 	serviceSudo     = "pam_ssh_agent_auth"
 
-	// testSize is what ssh-add -T has signed: so many random bytes (ssh-add.c,
-	// test_key).
+	// testSize is how many random bytes ssh-add -T has signed (ssh-add.c, test_key).
 	testSize = 1024
 
-	// maxNamespace bounds the bytes of the namespace of an SSH signature. Those in use
-	// are words and names with a domain.
+	// maxNamespace bounds the bytes of the namespace of an SSH signature. Namespaces in
+	// use are words and names with a domain.
 	maxNamespace = 256
 )
 
-// parseContent tells what data says of itself. Each kind is whole and has
-// nothing after it; whatever is not is unknown. key is the wire form of the key
-// that is to sign.
+// parseContent tells from the form of data what kind of data it is. Data of a known kind is whole
+// and has nothing after it. All other data is unknown. key is the wire form of the key that is to
+// sign.
 func parseContent(data, key []byte) (request.Content, *request.Login) {
 	if login := parseLogin(data, key); login != nil {
 		return request.Content{Kind: request.KindLogin}, login
@@ -61,7 +60,7 @@ func parseContent(data, key []byte) (request.Content, *request.Login) {
 	return content, nil
 }
 
-// parseSSHSIG reads what an SSH signature signs, and returns its namespace.
+// parseSSHSIG reads the data of an SSH signature, and returns its namespace.
 func parseSSHSIG(data []byte) (namespace string, ok bool) {
 	rest, ok := bytes.CutPrefix(data, []byte(magicSignature))
 	if !ok {
@@ -82,23 +81,22 @@ func parseSSHSIG(data []byte) (namespace string, ok bool) {
 	return string(name), true
 }
 
-// isText tells whether a field can be a text: of so many bytes at the most, and without
-// a NUL, which the formats of archives and documents need.
+// isText tells whether a field can be a text: at most limit bytes without a NUL. Archives and
+// documents, which could hide in a field, need a NUL.
 func isText(field []byte, limit int) bool {
 	return len(field) <= limit && bytes.IndexByte(field, 0) < 0
 }
 
-// isHostKeyProof recognises what a server signs to prove that a further host key
-// is its own.
+// isHostKeyProof recognises the data that a server signs to prove that it owns a further host key.
 func isHostKeyProof(data, key []byte) bool {
 	in := reader{rest: data}
 	name, session, own := in.bytes(), in.bytes(), in.bytes()
 	return in.end() == nil && string(name) == hostKeysProve && isDigest(session) && bytes.Equal(own, key)
 }
 
-// isDigest tells whether data has the length of an exchange hash, which is all
-// that can be seen of one: SHA-1, SHA-256, SHA-384 and SHA-512. The first exchange hash
-// is the session identifier (RFC 4253 section 7.2).
+// isDigest tells whether data has the length of an exchange hash of SHA-1, SHA-256, SHA-384 or
+// SHA-512. Nothing else shows that data is an exchange hash. The first exchange hash is the session
+// identifier (RFC 4253 section 7.2).
 func isDigest(data []byte) bool {
 	switch len(data) {
 	case 20, 32, 48, 64:
@@ -139,8 +137,8 @@ func parseCertificate(data []byte) (id string, ok bool) {
 	return string(keyID), in.end() == nil
 }
 
-// parseSudo recognises a question of pam_ssh_agent_auth (its
-// userauth_pubkey_from_id.c) and returns who wants to do what.
+// parseSudo recognises a question of pam_ssh_agent_auth (its userauth_pubkey_from_id.c) and returns
+// which user wants to run what.
 func parseSudo(data, key []byte) (detail string, ok bool) {
 	in := reader{rest: data}
 	in.bytes() // session
@@ -155,7 +153,7 @@ func parseSudo(data, key []byte) (detail string, ok bool) {
 	return "user " + string(user), true
 }
 
-// Not made anew for each request, most of which are not of their kind.
+// The variables save work for each request: most requests are of another kind.
 var (
 	certSuffix = []byte("-cert-v01@openssh.com")
 	tlsBlanks  = bytes.Repeat([]byte{' '}, 64)
@@ -166,9 +164,9 @@ const (
 	tlsNamedCurve = 3
 )
 
-// isTLS recognises the TLS 1.3 form, for which the version put a text in front,
-// and by their structure the two of TLS 1.2: the parameters of a server's key
-// exchange, and the messages of a handshake.
+// isTLS recognises data of TLS. TLS 1.3 puts a text in front of it. TLS 1.2 has two forms, which
+// are recognised by their structure: the parameters of a server's key exchange, and the messages of
+// a handshake.
 func isTLS(data []byte) bool {
 	if rest, ok := bytes.CutPrefix(data, tlsBlanks); ok {
 		for _, side := range []string{"server", "client"} {
@@ -196,8 +194,8 @@ func isTLS(data []byte) bool {
 	return messages > 1
 }
 
-// isX509 recognises what X.509 has signed: one ASN.1 sequence that begins with a
-// version or a number and is nothing else.
+// isX509 recognises data that X.509 signs: one ASN.1 sequence that begins with a version or a
+// number, and nothing after it.
 func isX509(data []byte) bool {
 	const sequence = 0x30
 	if len(data) == 0 || data[0] != sequence {

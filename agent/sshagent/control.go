@@ -17,30 +17,30 @@ import (
 	"p11-agent/pinentry/secret"
 )
 
-// extensionControl is our own extension: what p11-agent's commands ask of a running
-// agent. Its request is
+// extensionControl is this program's own extension. With it, commands of p11-agent ask a
+// running agent. The request is
 //
 //	byte    SSH_AGENTC_EXTENSION
 //	string  "control-v1@p11-agent"
-//	string  what is wanted: "status", "login" or "logout"
-//	string  the URI that names tokens; empty: all, but with "login"
+//	string  the question: "status", "login" or "logout"
+//	string  the URI that names tokens; empty means all tokens, except for "login"
 //
-// and with "login" there follow
+// "login" is followed by
 //
-//	string  the PIN; empty: from where a signature would get it
+//	string  the PIN; empty means from where a signature would get it
 //	boolean reserved
 //
-// The boolean counts for nothing. It once said that the person at the client wants the
-// last try used, which no client can be believed: the agent asks by itself.
+// The agent ignores the boolean. It once said that the person at the client wants to use the
+// last try. The agent cannot believe a client that, so it asks by itself.
 //
-// The answer to what may be asked is
+// If the client may ask, the answer is
 //
 //	byte    SSH_AGENT_EXTENSION_RESPONSE
 //	string  "control-v1@p11-agent"
 //	string  JSON: the status, or a ControlAnswer
 //
-// and SSH_AGENT_EXTENSION_FAILURE to what may not. It is never passed on to an
-// upstream agent, which would take it for a question of this program's.
+// and otherwise SSH_AGENT_EXTENSION_FAILURE. The agent never passes the extension on to an
+// upstream agent, which would take it for a question of this program.
 const extensionControl = "control-v1@p11-agent"
 
 const (
@@ -54,23 +54,23 @@ const (
 	// 4 KiB (PATH_MAX), and programs read PINs and passphrases into 1 KiB.
 	maxURI = 4 << 10
 	maxPIN = 1 << 10
-	// maxStatus bounds what a client takes for a status.
+	// maxStatus bounds the bytes of a status that a client accepts.
 	maxStatus = 64 << 20
 )
 
-// A ControlAnswer tells what came of a login or logout.
+// A ControlAnswer is the result of a login or logout.
 type ControlAnswer struct {
 	request.LoginAnswer
-	Error string // empty: it was done
+	Error string // empty: the agent did it
 }
 
-// controlRequest is a request as it came; all of it lies in the message.
+// controlRequest is a request as it came. All of it shares the memory of the message.
 type controlRequest struct {
 	what     string
 	uri, pin []byte
 }
 
-// parseControl reads what follows the extension's name.
+// parseControl reads the fields after the extension's name.
 func parseControl(in reader) (controlRequest, error) {
 	r := controlRequest{what: string(in.bytes()), uri: in.bytes()}
 	switch r.what {
@@ -79,7 +79,7 @@ func parseControl(in reader) (controlRequest, error) {
 		r.pin = in.bytes()
 		in.bool()
 	default:
-		return controlRequest{}, errors.New("the login is not known: it is of another version")
+		return controlRequest{}, errors.New("unknown form of a login: the client has another version")
 	}
 	switch {
 	case in.end() != nil:
@@ -140,37 +140,37 @@ func controlAnswer(said request.LoginAnswer, err error) []byte {
 		a.Error = err.Error()
 	}
 	text, err := json.Marshal(a)
-	if err != nil { // it has nothing but texts and booleans
+	if err != nil { // impossible: the answer has texts and booleans only
 		return []byte("{}")
 	}
 	return text
 }
 
 var (
-	// ErrNotOurs says that the agent at a socket is none of this program, or of a
-	// version before it could be asked.
-	ErrNotOurs = errors.New("it is another kind of agent")
-	// ErrControlRefused says that it does not let this process ask: its log says why.
-	ErrControlRefused = errors.New("it does not answer such questions over a forwarded connection, or to another user")
+	// ErrNotOurs says that the agent at a socket is another program, or a version of this
+	// program without the extension.
+	ErrNotOurs = errors.New("another kind of agent answers there")
+	// ErrControlRefused says that the agent does not let this process ask. The agent's log
+	// says why.
+	ErrControlRefused = errors.New("the agent does not answer such questions over a forwarded connection, or to another user")
 )
 
-// A ControlError is what a running agent says is wrong with a question.
+// A ControlError says what is wrong with a question. A running agent sends it.
 type ControlError string
 
 func (e ControlError) Error() string { return string(e) }
 
-// A Control is a connection to a running agent of this program. It is used by one
-// goroutine at a time. What a method waits for ends with its ctx, and then the
-// connection does, too.
+// A Control is a connection to a running agent of this program. One goroutine uses it at a time.
+// When the ctx of a method ends, the method and the connection end.
 type Control struct{ conn net.Conn }
 
-// DialControl connects to the agent that listens at path. It fails when that is not
-// an agent of this user: nobody else is to be given a PIN.
+// DialControl connects to the agent that listens at path. It fails when the agent runs as another
+// user: only an agent of this user may get a PIN.
 func DialControl(ctx context.Context, path string) (*Control, error) {
 	var dialer net.Dialer
 	conn, err := dialer.DialContext(ctx, "unix", path)
 	if errno, ok := errors.AsType[syscall.Errno](err); ok {
-		return nil, errno // what is around it names the path, as the caller does
+		return nil, errno // without the path, which the caller names
 	}
 	if err != nil {
 		return nil, err
@@ -189,8 +189,8 @@ func DialControl(ctx context.Context, path string) (*Control, error) {
 // Close ends the connection.
 func (c *Control) Close() error { return c.conn.Close() }
 
-// Status returns the status in JSON, which has no member "error", of the tokens that the URI selects, or of
-// everything when it is empty.
+// Status returns the status in JSON, without a member "error", of the tokens that the URI selects.
+// An empty URI selects everything.
 func (c *Control) Status(ctx context.Context, uri string) ([]byte, error) {
 	text, err := c.ask(ctx, controlMessage(controlStatus, uri), nil, nil)
 	var a ControlAnswer
@@ -203,26 +203,26 @@ func (c *Control) Status(ctx context.Context, uri string) ([]byte, error) {
 	return text, err
 }
 
-// Login logs in to the token that the URI names. An empty PIN is one that is
-// typed on the reader, or that the agent gets as for a signature: from its
-// configuration, or from a person with pinentry. The PIN stays the caller's.
+// Login logs in to the token that the URI names. With an empty PIN, the person types the PIN on the
+// reader, or the agent gets it as for a signature: from its configuration, or from a person with
+// pinentry. The PIN stays the caller's.
 func (c *Control) Login(ctx context.Context, uri string, pin *secret.Secret) (ControlAnswer, error) {
 	head := binary.BigEndian.AppendUint32(controlMessage(controlLogin, uri), uint32(pin.Len()))
 	return c.done(ctx, head, pin, []byte{0})
 }
 
-// Logout logs out of the tokens that the URI selects, or of all when it is empty.
+// Logout logs out of the tokens that the URI selects. An empty URI selects all tokens.
 func (c *Control) Logout(ctx context.Context, uri string) (ControlAnswer, error) {
 	return c.done(ctx, controlMessage(controlLogout, uri), nil, nil)
 }
 
-// Lock locks the agent with the passphrase, which stays the caller's. It reports
-// whether the agent has done so: it does not say why not.
+// Lock locks the agent with the passphrase, which stays the caller's. It returns whether the agent
+// is locked now. The agent does not say why it refuses.
 func (c *Control) Lock(ctx context.Context, phrase *secret.Secret) (bool, error) {
 	return c.lock(ctx, msgLock, phrase)
 }
 
-// Unlock unlocks it, as Lock locks it.
+// Unlock unlocks the agent with the passphrase, as Lock locks it.
 func (c *Control) Unlock(ctx context.Context, phrase *secret.Secret) (bool, error) {
 	return c.lock(ctx, msgUnlock, phrase)
 }
@@ -249,7 +249,7 @@ func (c *Control) done(ctx context.Context, head []byte, hidden *secret.Secret, 
 	return a, err
 }
 
-// ask returns the JSON that the agent answers with.
+// ask returns the JSON of the agent's answer.
 func (c *Control) ask(ctx context.Context, head []byte, hidden *secret.Secret, tail []byte) ([]byte, error) {
 	answer, err := c.exchange(ctx, head, hidden, tail)
 	if err != nil {
@@ -272,8 +272,8 @@ func (c *Control) ask(ctx context.Context, head []byte, hidden *secret.Secret, t
 	return text, nil
 }
 
-// exchange sends a message in three parts, of which the secret one is not copied,
-// and returns the answer, of at least one byte.
+// exchange sends a message in three parts, and returns the answer, which has at least one byte. It
+// makes no copy of the secret part.
 func (c *Control) exchange(ctx context.Context, head []byte, hidden *secret.Secret, tail []byte) (answer []byte, err error) {
 	stop := context.AfterFunc(ctx, func() { _ = c.conn.Close() })
 	defer func() {
@@ -293,7 +293,7 @@ func (c *Control) exchange(ctx context.Context, head []byte, hidden *secret.Secr
 	if n == 0 || n > maxStatus {
 		return nil, ErrNotOurs
 	}
-	// Memory grows with what arrives, not with what is announced.
+	// Memory grows with the bytes that arrive, not with the announced length.
 	answer, err = io.ReadAll(io.LimitReader(c.conn, int64(n)))
 	if err == nil && len(answer) < int(n) {
 		err = io.ErrUnexpectedEOF

@@ -18,35 +18,35 @@ const (
 	bufferSize = 4 << 10
 )
 
-// buffers holds buffers of bufferSize bytes. No secret was ever in one of them.
+// buffers holds buffers of bufferSize bytes. None of them ever held a secret.
 var buffers = sync.Pool{New: func() any { return new([bufferSize]byte) }}
 
-// frames takes the byte stream of one client apart into messages (RFC 9987
-// section 3): uint32 length, then as many bytes, of which the first is the type.
+// frames takes the byte stream of one client apart into messages (RFC 9987 section 3): a uint32
+// length, and then as many bytes. The first of these bytes is the type.
 //
-// It reads length and type first, and then no byte beyond the message. So it knows
-// whether the rest may hold a secret before it reads that. What may is read into a
-// Secret, and is wiped as soon as the message is done.
+// frames reads length and type first, and never a byte beyond the message. So it knows whether the
+// rest may hold a secret before it reads the rest. It reads a message that may hold a secret into a
+// Secret, and wipes the Secret at the end of the message.
 //
-// Its memory grows with the bytes that have arrived, not with the length that was
-// announced. A client that sends nothing keeps no buffer.
+// Memory grows with the bytes that have arrived, not with the announced length. A client that sends
+// nothing keeps no buffer.
 type frames struct {
 	stream door.Stream
 	holds  func(head []byte) (secret bool, more int) // see mayHoldSecret; nil: no message holds a secret
 
 	head [4 + maxHead]byte
 
-	// buf has what is read of the body, and lies in one of these or in memory of its own.
+	// buf is what was read of the body. It is in small, in hidden, or in memory of its own.
 	buf    []byte
 	small  *[bufferSize]byte
 	hidden *secret.Secret
 
-	keep func(r door.Resource, n int) error // counts n more bytes, or fewer; nil: nobody does
+	keep func(r door.Resource, n int) error // counts n more bytes, or fewer; nil: nothing is counted
 	kept door.Usage                         // of buf
 }
 
-// newFrames makes a frames that reads from nc. holds is mayHoldSecret, or nil where no
-// message holds a secret.
+// newFrames returns frames that reads from nc. holds is mayHoldSecret, or nil if no message holds a
+// secret.
 func newFrames(nc net.Conn, holds func(head []byte) (bool, int)) frames {
 	return frames{stream: door.NewStream(nc), holds: holds}
 }
@@ -81,8 +81,8 @@ func (f *frames) next() ([]byte, error) {
 	return f.buf, nil
 }
 
-// look reads as much of a message of n bytes as it takes to tell whether the rest may
-// hold a secret. The first have bytes of the body are in f.head.
+// look reads as much of a message of n bytes as f.holds needs. f.head has the first bytes of the
+// body; have counts them.
 func (f *frames) look(n int) (have int, hides bool, err error) {
 	have = 1
 	if f.holds == nil {
@@ -119,7 +119,7 @@ func (f *frames) body(have, n int, hides bool) error {
 	}
 }
 
-// grow gives buf a size. What was in it stays.
+// grow gives buf another size, and keeps what was in it.
 func (f *frames) grow(size int, hides bool) error {
 	var kept door.Usage
 	switch {
@@ -150,7 +150,7 @@ func (f *frames) grow(size int, hides bool) error {
 	return nil
 }
 
-// count counts these bytes for buf, in place of those before.
+// count counts now as the memory of buf, in place of the memory before.
 func (f *frames) count(now door.Usage) error {
 	if f.keep == nil {
 		return nil
@@ -166,8 +166,7 @@ func (f *frames) count(now door.Usage) error {
 	return nil
 }
 
-// done ends the use of the current message: its memory is given back, wiped if it may
-// hold a secret.
+// done gives the memory of the current message back. It wipes memory that may hold a secret.
 func (f *frames) done() {
 	f.hidden.Wipe()
 	if f.small != nil {
@@ -177,6 +176,5 @@ func (f *frames) done() {
 	f.buf, f.hidden, f.small = nil, nil, nil
 }
 
-// close gives back the memory of a message that has begun. No method may be called
-// afterwards.
+// close gives the memory of a message back that has begun. No method may be called afterwards.
 func (f *frames) close() { f.done() }

@@ -16,7 +16,7 @@ import (
 	"p11-agent/agent/request"
 )
 
-// A handler speaks with one client. One goroutine reads a message, has it answered, writes
+// A handler answers one client. One goroutine reads a message, has the keyring answer it, writes
 // the answer, and so on.
 type handler struct {
 	*door.Conn
@@ -24,8 +24,8 @@ type handler struct {
 	caller *request.Caller // replaced, never changed: the keyring may hold on to it
 	in     frames
 	out    []byte   // the answer under construction, length first
-	whole  []byte   // the answer in place of out, when others have it, too; nil: out is it
-	rest   []func() // what is left to do when the client has its answer
+	whole  []byte   // the answer in place of out, if several clients share it; nil: out is the answer
+	rest   []func() // work for the time after the answer
 
 	bound   int  // bytes of memory that its binds keep
 	emptied bool // the last request has removed all keys
@@ -34,7 +34,7 @@ type handler struct {
 	looking sync.WaitGroup // that goroutine
 }
 
-// newHandler returns what speaks with the client of c.
+// newHandler returns the handler of a client.
 func newHandler(s *Door, c *door.Conn, rules *request.Socket) *handler {
 	n := &handler{Conn: c, server: s, in: newFrames(c.Net(), mayHoldSecret)}
 	n.in.keep, n.in.stream.Keep = c.Keep, c.Keep
@@ -42,8 +42,8 @@ func newHandler(s *Door, c *door.Conn, rules *request.Socket) *handler {
 	return n
 }
 
-// look has somebody look who the client is, who does so while a token signs. A list,
-// which is all that many connections are made for, does not depend on it.
+// look starts a goroutine that looks at the client's process, while a token signs. A list does not
+// need it, and many connections ask for a list only.
 func (c *handler) look() {
 	if look := c.caller.Look; look != nil && !c.looked {
 		c.looked = true
@@ -53,7 +53,8 @@ func (c *handler) look() {
 
 func (c *handler) later(f func()) { c.rest = append(c.rest, f) }
 
-// finish does what is left of a request, whether or not its answer could be sent.
+// finish does the work that the request left for the time after its answer, whether or not the
+// client took the answer.
 func (c *handler) finish() {
 	for len(c.rest) > 0 {
 		f := c.rest[0]
@@ -62,9 +63,9 @@ func (c *handler) finish() {
 	}
 }
 
-// Serve serves the client until it hangs up, sends something that is no message,
-// does not take its answers, or until nc is closed. When ctx has ended, the client
-// has to take the answer that is under way at once.
+// Serve answers the client until the client hangs up, sends bytes that are not a message, or does
+// not take its answers, and until the connection is closed. When ctx has ended, the client has to
+// take the present answer at once.
 func (c *handler) Serve(ctx context.Context) {
 	defer c.finish() // of a request that a panic ends
 	for {
@@ -106,7 +107,8 @@ func (c *handler) Close() {
 	c.looking.Wait()
 }
 
-// ended logs why the connection ends, unless that is what clients do, or the agent.
+// ended logs why the connection ends, unless the end is usual: the client hung up, or the agent
+// stops.
 func (c *handler) ended(ctx context.Context, err error) {
 	switch {
 	case ctx.Err() != nil, errors.Is(err, io.EOF), errors.Is(err, net.ErrClosed),

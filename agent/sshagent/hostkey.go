@@ -8,8 +8,8 @@ import (
 	"golang.org/x/crypto/ssh"
 )
 
-// An unknownKey is a public key of a type that is not known here: its wire form. It is
-// equal to itself and has signed nothing.
+// An unknownKey is the wire form of a public key whose type is unknown here. It can be compared,
+// and verifies no signature.
 type unknownKey struct {
 	kind string
 	wire []byte
@@ -23,8 +23,8 @@ func (k *unknownKey) Verify([]byte, *ssh.Signature) error {
 	return fmt.Errorf("signatures of keys of type %q cannot be verified", k.kind)
 }
 
-// knownTypes are the types of keys, and of certificates, that can be read here. The names
-// of DSA are written out, as x/crypto/ssh wants nobody to use its constants.
+// knownTypes are the types of keys, and of certificates, that this package reads. It writes the
+// names of DSA out, as x/crypto/ssh deprecates its constants.
 var knownTypes = []string{
 	ssh.KeyAlgoRSA, "ssh-dss", ssh.KeyAlgoECDSA256, ssh.KeyAlgoECDSA384, ssh.KeyAlgoECDSA521,
 	ssh.KeyAlgoED25519, ssh.KeyAlgoSKECDSA256, ssh.KeyAlgoSKED25519,
@@ -32,8 +32,8 @@ var knownTypes = []string{
 	ssh.CertAlgoED25519v01, ssh.CertAlgoSKECDSA256v01, ssh.CertAlgoSKED25519v01,
 }
 
-// parseAnyKey reads a public key to compare others with. It may be of a type that a
-// newer OpenSSH has. Nothing of it lies in blob.
+// parseAnyKey reads a public key to compare it with others. The key may have a type of a newer
+// OpenSSH. The key shares no memory with blob.
 func parseAnyKey(blob []byte, limit int) (ssh.PublicKey, error) {
 	key, err := parseKey(blob, limit)
 	if err == nil || len(blob) > limit {

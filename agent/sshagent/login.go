@@ -18,18 +18,18 @@ const (
 	methodHostbound = "publickey-hostbound-v00@openssh.com"
 )
 
-// maxPeerKey bounds the bytes of a key or certificate in a request to log in: the
-// largest RSA keys, and certificates with long lists of principals, are smaller.
+// maxPeerKey bounds the bytes of a key or certificate in a request to log in. The largest RSA keys,
+// and certificates with long lists of principals, are smaller.
 const maxPeerKey = 8 << 10
 
-// parseLogin returns what data asks for when it is a request to log in with
-// this very key or a certificate of it, whole and with nothing after it, and nil
-// when it is anything else. Nothing of data is copied but the user's name.
+// parseLogin returns the login that data asks for. It returns nil unless data is a whole request to
+// log in with this very key or a certificate of it, with nothing after it. It copies nothing of
+// data but the user's name.
 //
-// A token signs it unseen, so it is not to be something else at the same time, such as
-// an archive that hides in a field. Each field is as protocol and practice have it: the
-// session identifier is a digest, the user is a short text, and keys and certificates
-// are whole, bounded, and signed by their authorities.
+// A token signs data without seeing it. So data must not be something else as well, such as an
+// archive that hides in a field. parseLogin holds each field to the bounds of protocol and
+// practice: the session identifier is a digest, the user is a short text. Keys and certificates are
+// whole, bounded, and signed by their authorities.
 func parseLogin(data, key []byte) *request.Login {
 	in := reader{rest: data}
 	session := in.bytes()
@@ -57,8 +57,8 @@ func parseLogin(data, key []byte) *request.Login {
 	return &request.Login{User: string(user), SessionID: session, HostKey: host}
 }
 
-// isOwnKey tells whether blob is the key or a certificate of it. ssh has the plain key
-// sign for a certificate that it has from a file (CertificateFile).
+// isOwnKey tells whether blob is the key or a certificate of it. With a certificate from a file
+// (CertificateFile), ssh has the plain key sign.
 func isOwnKey(blob, key []byte) bool {
 	if kind := (&reader{rest: blob}).bytes(); !bytes.HasSuffix(kind, certSuffix) {
 		return bytes.Equal(blob, key)
@@ -67,11 +67,11 @@ func isOwnKey(blob, key []byte) bool {
 	return ok && (bytes.Equal(blob, key) || bytes.Equal(cert.Key.Marshal(), key))
 }
 
-// isPeerKey tells whether blob is a public key or a certificate, as parsePeerKey has it.
+// isPeerKey tells whether parsePeerKey reads blob.
 func isPeerKey(blob []byte) bool { return parsePeerKey(blob) != nil }
 
-// parsePeerKey reads a public key or a certificate. It returns nil unless blob is its
-// only form and bounded, and its certificate is signed by the authority that it names.
+// parsePeerKey reads a public key or a certificate. It returns nil unless blob is bounded and the
+// only form of the key, and unless the authority that a certificate names has signed it.
 func parsePeerKey(blob []byte) ssh.PublicKey {
 	if len(blob) > maxPeerKey {
 		return nil
@@ -86,9 +86,8 @@ func parsePeerKey(blob []byte) ssh.PublicKey {
 	return key
 }
 
-// isSigned tells whether the authority that a certificate names has signed it, and
-// whether its texts are texts. Who the authority is, and whether the certificate is
-// valid, is for the server to judge.
+// isSigned tells whether the authority that a certificate names has signed it, and whether its
+// texts are texts. The server judges the authority, and whether the certificate is valid.
 func isSigned(cert *ssh.Certificate) bool {
 	texts := append([]string{cert.KeyId}, cert.ValidPrincipals...)
 	for _, options := range []map[string]string{cert.CriticalOptions, cert.Extensions} {
@@ -101,15 +100,14 @@ func isSigned(cert *ssh.Certificate) bool {
 			return false
 		}
 	}
-	// What is signed ends before the signature (OpenSSH's PROTOCOL.certkeys).
+	// The signed part ends before the signature (OpenSSH's PROTOCOL.certkeys).
 	unsigned := *cert
 	unsigned.Signature = nil
 	signed := unsigned.Marshal()
 	return cert.Signature != nil && cert.SignatureKey.Verify(signed[:len(signed)-4], cert.Signature) == nil
 }
 
-// algorithmFits tells whether a signature algorithm is one for keys of a type
-// (RFC 8332 section 3 for the RSA ones).
+// algorithmFits tells whether keys of a type sign with an algorithm (RFC 8332 section 3 for RSA).
 func algorithmFits(algorithm, keyType string) bool {
 	switch {
 	case algorithm == keyType:

@@ -9,10 +9,9 @@ import (
 	"syscall"
 )
 
-// Ping finds out whether an agent takes connections at a Unix socket and answers
-// on them: nil when it does. It asks for the agent's extensions, which waits for
-// no key, token, person or other agent. An agent that takes the connection and
-// closes it, as one does that has too many, is alive as well. Ping waits until
+// Ping returns nil if an agent takes connections at a Unix socket and answers on them. Ping asks
+// for the agent's extensions. The answer needs no key, token, person or other agent. An agent with
+// too many connections takes a connection and closes it: Ping counts it as alive. Ping waits until
 // ctx ends.
 func Ping(ctx context.Context, path string) error {
 	if err := ping(ctx, path); err != nil {
@@ -31,7 +30,7 @@ func ping(ctx context.Context, path string) error {
 	defer context.AfterFunc(ctx, func() { _ = c.Close() })()
 	query := appendString([]byte{msgExtension}, extensionQuery)
 	if _, err = c.Write(appendString(nil, string(query))); err == nil {
-		// Length and number of the answer, whatever it is.
+		// Any answer will do: read its length and number.
 		_, err = io.ReadFull(c, make([]byte, 5))
 	}
 	switch {
@@ -40,7 +39,7 @@ func ping(ctx context.Context, path string) error {
 	case ctx.Err() != nil:
 		return ctx.Err()
 	case errors.Is(err, io.EOF), errors.Is(err, syscall.ECONNRESET), errors.Is(err, syscall.EPIPE):
-		return nil // it was taken, and closed
+		return nil // the agent took the connection, and closed it
 	}
 	return err
 }

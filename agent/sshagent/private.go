@@ -30,9 +30,8 @@ const (
 
 var errPrivate = errors.New("the private key is incomplete or wrong")
 
-// add answers SSH_AGENTC_ADD_IDENTITY and SSH_AGENTC_ADD_ID_CONSTRAINED (RFC
-// 9987 section 5.2). Keys of FIDO devices are left to upstream agents: nothing
-// here can sign with them.
+// add answers SSH_AGENTC_ADD_IDENTITY and SSH_AGENTC_ADD_ID_CONSTRAINED (RFC 9987 section 5.2).
+// Upstream agents get keys of FIDO devices, as this agent cannot sign with them.
 func (c *handler) add(ctx context.Context, message []byte) {
 	in := reader{rest: message[1:]}
 	kind := string(in.bytes())
@@ -60,9 +59,9 @@ func (c *handler) add(ctx context.Context, message []byte) {
 	c.status(c.server.Keyring.Add(ctx, c.caller, r))
 }
 
-// parsePrivate reads a private key of a type and its comment (RFC 9987 sections
-// 5.2.1 to 5.2.4, and OpenSSH's PROTOCOL.certkeys for those with a certificate).
-// Nothing of it lies in the message.
+// parsePrivate reads a private key of a type and its comment (RFC 9987 sections 5.2.1 to 5.2.4, and
+// OpenSSH's PROTOCOL.certkeys for keys with a certificate). The key shares no memory with the
+// message.
 func parsePrivate(kind string, in *reader) (r request.AddKey, err error) {
 	keyType, certified := strings.CutSuffix(kind, "-cert-v01@openssh.com")
 	var cert ssh.PublicKey
@@ -117,8 +116,8 @@ func (r *reader) integer() *big.Int {
 	return new(big.Int).SetBytes(b)
 }
 
-// parseRSA reads an RSA key. The keyring checks whether the numbers belong together: that
-// takes as long as a signature.
+// parseRSA reads an RSA key. The keyring checks whether the numbers belong together, which takes as
+// long as a signature.
 func parseRSA(in *reader, cert ssh.PublicKey) (crypto.Signer, error) {
 	key := new(rsa.PrivateKey)
 	if cert == nil {
@@ -139,7 +138,7 @@ func parseRSA(in *reader, cert ssh.PublicKey) (crypto.Signer, error) {
 		key.PublicKey = *pub
 	}
 	key.D = in.integer()
-	in.integer() // q⁻¹ mod p, which is computed again
+	in.integer() // q⁻¹ mod p, which the keyring computes again
 	key.Primes = []*big.Int{in.integer(), in.integer()}
 	if in.failed {
 		return nil, errPrivate

@@ -63,14 +63,13 @@ var (
 	errNUL       = errors.New("a text in the message has a NUL byte in it")
 )
 
-// maxHead is the most of a message's body that mayHoldSecret looks at.
+// maxHead is the most bytes of a message that mayHoldSecret looks at.
 const maxHead = 1 + 4 + len(extensionSessionBind)
 
-// mayHoldSecret tells from the start of a message, its type first, whether the rest
-// may hold a PIN, a private key or a passphrase. more is how many bytes after the start
-// it has to see before it can say no. It never asks for one that may be of a secret.
-//
-// What an unknown message brings is unknown, so that may be a secret.
+// mayHoldSecret tells from the start of a message, its type first, whether the rest may hold a PIN,
+// a private key or a passphrase. more is how many further bytes mayHoldSecret has to see before it
+// can say no. It never asks for a byte that may belong to a secret. An unknown message may hold a
+// secret.
 func mayHoldSecret(head []byte) (secret bool, more int) {
 	switch head[0] {
 	case msgRequestIdentities, msgSignRequest, msgRemoveIdentity, msgRemoveAllIdentities, msgRemoveAllRSA1:
@@ -94,10 +93,9 @@ func mayHoldSecret(head []byte) (secret bool, more int) {
 
 // answer appends the answer to one message to c.out.
 //
-// A message that is cut short, or that goes on after its last field, is refused
-// and the connection goes on: the frames around it are in order. ssh-agent
-// overlooks bytes that follow; no client is known to send any, and what they
-// should mean is unknown.
+// A message that is cut short, or goes on after its last field, is refused. The connection goes on,
+// as the frames around the message are in order. ssh-agent ignores bytes after the last field. No
+// client is known to send any.
 func (c *handler) answer(ctx context.Context, message []byte) {
 	in := reader{rest: message[1:]}
 	if message[0] != msgRequestIdentities {
@@ -143,7 +141,8 @@ func (c *handler) answer(ctx context.Context, message []byte) {
 	}
 }
 
-// pass leaves to others what is not known here. what names it.
+// pass has an upstream agent answer a message that this package does not know. what names the
+// message.
 func (c *handler) pass(ctx context.Context, message []byte, what string) {
 	answer, err := c.server.Keyring.Pass(ctx, c.caller, message)
 	switch {
@@ -162,8 +161,7 @@ func (c *handler) fail(what string, reason error) {
 	c.Refuse(what, reason)
 }
 
-// reject refuses a request that the keyring does not get to see, but in what it
-// notes of requests.
+// reject refuses a request without asking the keyring. The keyring records the refusal.
 func (c *handler) reject(action request.Action, reason error) {
 	c.out = append(c.out, msgFailure)
 	c.server.Keyring.Refuse(c.caller, action, reason)
@@ -178,8 +176,8 @@ func (c *handler) wellFormed(action request.Action, in reader) bool {
 	return true
 }
 
-// status answers a request that brings nothing back (RFC 9987 section 5.1). The
-// keyring has logged its error.
+// status answers a request that returns nothing (RFC 9987 section 5.1). The keyring has logged its
+// error.
 func (c *handler) status(err error) {
 	if err != nil {
 		c.out = append(c.out, msgFailure)
@@ -207,16 +205,17 @@ func (c *handler) list(ctx context.Context, in reader) {
 	}
 }
 
-// maxCuts bounds the different lists that the log has told of.
+// maxCuts bounds how many cut lists the log reports.
 const maxCuts = 64
 
-// cuts remembers which lists were cut short, so that the log tells of each once.
+// cuts remembers which lists were cut short, so that the log reports each once.
 type cuts struct {
 	mu   sync.Mutex
 	told map[[2]int]bool
 }
 
-// isNew tells whether no list of so many keys, of which so many were listed, was told of.
+// isNew tells whether the log has not yet reported a list of so many keys, of which so many were
+// listed.
 func (c *cuts) isNew(listed, keys int) bool {
 	c.mu.Lock()
 	defer c.mu.Unlock()
@@ -230,10 +229,10 @@ func (c *cuts) isNew(listed, keys int) bool {
 	return true
 }
 
-// Listed tells which of the identities a client is shown. OpenSSH takes no message of more
-// than 256 KiB (MAX_AGENT_REPLY_LEN, authfd.c) and no more than 2,048 identities
-// (MAX_AGENT_IDENTITIES). Where these are too few, those that somebody has named come
-// first, and then the others, in their order.
+// Listed tells which of the identities a client gets. OpenSSH takes messages of at most 256 KiB
+// (MAX_AGENT_REPLY_LEN, authfd.c) and at most 2,048 identities (MAX_AGENT_IDENTITIES). If there are
+// more, identities that the configuration or a client names come first, and then the others, in
+// their order.
 func Listed(identities []agent.Identity) []bool {
 	shown := make([]bool, len(identities))
 	n, size := 0, listHeader
@@ -250,7 +249,7 @@ func Listed(identities []agent.Identity) []bool {
 	return shown
 }
 
-// listHeader is what an answer has in front of the identities: its length, its type, and
+// listHeader is the size of what an answer has before the identities: its length, its type, and
 // their number.
 const listHeader = 4 + 1 + 4
 
@@ -258,8 +257,8 @@ func identitySize(id agent.Identity) int {
 	return 4 + len(id.Key.Marshal()) + 4 + len(listedComment(id))
 }
 
-// encodeList returns the answer with the identities, its length in front, as far as
-// clients can take it. Where they cannot take all, those that are named are in front.
+// encodeList returns the answer with the identities, its length first, as far as clients can take
+// it. If clients cannot take all identities, the named ones come first.
 func encodeList(identities []agent.Identity) []byte {
 	var chosen []agent.Identity
 	shown := Listed(identities)
@@ -286,14 +285,14 @@ func encodeList(identities []agent.Identity) []byte {
 	return b
 }
 
-// listedComment returns the comment up to its first NUL: with one in a comment, OpenSSH
-// reads nothing of the list. The door and the configuration take no such comment.
+// listedComment returns the comment up to its first NUL. OpenSSH reads nothing of a list that has a
+// NUL in a comment. The door and the configuration refuse such comments.
 func listedComment(id agent.Identity) string {
 	comment, _, _ := strings.Cut(id.Comment, "\x00")
 	return comment
 }
 
-// listed tells how many identities there are in what encodeList has made.
+// listed returns how many identities an answer of encodeList has.
 func listed(list []byte) int { return int(binary.BigEndian.Uint32(list[5:])) }
 
 // sign answers SSH_AGENTC_SIGN_REQUEST (RFC 9987 section 5.6).
@@ -376,8 +375,7 @@ func (c *handler) token(ctx context.Context, action request.Action, in reader, c
 	if !c.wellFormed(action, in) {
 		return
 	}
-	// Both are C strings to every other agent, which would go by what comes
-	// before the NUL.
+	// Both are C strings to every other agent, which would read up to the NUL only.
 	if bytes.IndexByte(provider, 0) >= 0 || bytes.IndexByte(pin, 0) >= 0 {
 		c.reject(action, errNUL)
 		return
@@ -398,9 +396,8 @@ func (c *handler) token(ctx context.Context, action request.Action, in reader, c
 	c.status(do(ctx, c.caller, r))
 }
 
-// extension answers SSH_AGENTC_EXTENSION (RFC 9987 section 5.8): an extension
-// that is not known gets the answer of an unknown message, one that is known and
-// fails gets one of its own.
+// extension answers SSH_AGENTC_EXTENSION (RFC 9987 section 5.8). An unknown extension gets the
+// answer of an unknown message. A known extension that fails gets an answer of its own.
 func (c *handler) extension(ctx context.Context, message []byte) {
 	in := reader{rest: message[1:]}
 	name := in.bytes()
@@ -416,7 +413,7 @@ func (c *handler) extension(ctx context.Context, message []byte) {
 			return
 		}
 		// RFC 9987 section 5.8.1 and ssh-agent since OpenSSH 10.3: the answer
-		// says what it answers, and the names follow without a count.
+		// repeats the name of the extension, and the names follow without a count.
 		c.out = append(c.out, msgExtensionResponse)
 		for _, text := range [...]string{extensionQuery, extensionQuery, extensionSessionBind} {
 			c.out = appendString(c.out, text)
@@ -461,15 +458,14 @@ const (
 	maxOptions = 256
 )
 
-// bind records that the connection belongs to an SSH session, when the host key
-// has signed the session's identifier (OpenSSH's PROTOCOL.agent section 1). The
-// rules are those of ssh-agent:
+// bind records that the connection belongs to an SSH session, if the host key has signed the
+// session's identifier (OpenSSH's PROTOCOL.agent section 1). The rules are those of ssh-agent:
 //
-//   - Once bound for logging in, a connection is not bound again.
-//   - A session is bound to one key; binding it to that key again changes nothing.
+//   - A connection that is bound for logging in is not bound again.
+//   - A session is bound to one key. Binding it to that key again changes nothing.
 //   - One host may have several sessions.
 //
-// A failure is remembered for the life of the connection.
+// The connection remembers a failure until it ends.
 func (c *handler) bind(in reader, message []byte) error {
 	var bind request.Bind
 	err := fmt.Errorf("a bind of %d bytes: the limit is %d", len(message), maxBind)
@@ -519,7 +515,7 @@ func (c *handler) mayBind(bind request.Bind) error {
 	return nil
 }
 
-// keepBind counts what the connection keeps of a bind.
+// keepBind counts the memory that the connection keeps for a bind.
 func (c *handler) keepBind(bind request.Bind) error {
 	size := bind.Size()
 	if c.bound+size > maxBound {
@@ -532,7 +528,7 @@ func (c *handler) keepBind(bind request.Bind) error {
 	return nil
 }
 
-// parseBind reads and verifies a bind. Nothing of it lies in the message.
+// parseBind reads and verifies a bind. The bind shares no memory with the message.
 func parseBind(in reader) (request.Bind, error) {
 	blob, id, signature, forwarding := in.bytes(), in.bytes(), in.bytes(), in.bool()
 	if err := in.end(); err != nil {
@@ -556,8 +552,8 @@ func parseBind(in reader) (request.Bind, error) {
 	return request.Bind{HostKey: key, SessionID: bytes.Clone(id), Forwarding: forwarding}, nil
 }
 
-// parseKey reads a public key of at most limit bytes, if OpenSSH reads it as well.
-// Nothing of the key lies in blob, and the error quotes little of it.
+// parseKey reads a public key of at most limit bytes. It refuses a key that OpenSSH does not read.
+// The key shares no memory with blob, and the error quotes little of blob.
 func parseKey(blob []byte, limit int) (ssh.PublicKey, error) {
 	if len(blob) > limit {
 		return nil, fmt.Errorf("a key of %d bytes: the limit is %d", len(blob), limit)
@@ -578,9 +574,9 @@ func parseKey(blob []byte, limit int) (ssh.PublicKey, error) {
 	return key, nil
 }
 
-// A reader takes the fields of a message one by one (RFC 4251 section 5). What
-// it returns lies in the message. After a field that is not there, failed is set
-// and every further field is empty.
+// A reader takes the fields of a message one by one (RFC 4251 section 5). The fields share the
+// memory of the message. When a field is missing, reader sets failed, and every further field is
+// empty.
 type reader struct {
 	rest   []byte
 	failed bool
@@ -614,7 +610,7 @@ func (r *reader) uint32() uint32 {
 
 func (r *reader) bytes() []byte { return r.take(r.uint32()) }
 
-// end tells whether all fields were there and nothing follows.
+// end returns an error if a field was missing or bytes follow.
 func (r *reader) end() error {
 	if r.failed || len(r.rest) > 0 {
 		return errMalformed

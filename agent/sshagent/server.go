@@ -14,8 +14,8 @@ import (
 type Door struct {
 	// Keyring answers the requests. Required.
 	Keyring Keyring
-	// Log gets one line for each connection and each request that the door
-	// itself refuses; nil discards them.
+	// Log gets one line for each connection and each request that the door refuses by
+	// itself. nil discards the lines.
 	Log *slog.Logger
 	// KeepBinds keeps the messages of binds, so that an Upstream can repeat them.
 	KeepBinds bool
@@ -36,7 +36,7 @@ func (s *Door) Serve(ctx context.Context, l door.Listener, rules *request.Socket
 // Connections returns how many clients of a listener are connected now.
 func (s *Door) Connections(l door.Listener) int { return s.connections().Connections(l) }
 
-// connections returns what has the connections of the Door.
+// connections returns the server that has the connections of the Door.
 func (s *Door) connections() *door.Server {
 	s.once.Do(func() { s.door = &door.Server{Log: s.Log, Limit: s.limit} })
 	return s.door

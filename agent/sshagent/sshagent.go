@@ -26,9 +26,9 @@ import (
 	"p11-agent/pinentry/secret"
 )
 
-// A Keyring answers the requests of clients. Its methods are called from many
-// goroutines at once; ctx ends when the client hangs up. Any error becomes
-// SSH_AGENT_FAILURE: the keyring has logged the reason.
+// A Keyring answers the requests of clients. Many goroutines call its methods at once. ctx
+// ends when the client hangs up. The client gets SSH_AGENT_FAILURE for any error, and the
+// keyring has logged the reason.
 type Keyring interface {
 	List(ctx context.Context, c *request.Caller) (*agent.Listing, error)
 	Sign(ctx context.Context, c *request.Caller, r request.Sign) (*ssh.Signature, error)
@@ -41,15 +41,15 @@ type Keyring interface {
 	// Lock and Unlock get a passphrase that the door wipes afterwards.
 	Lock(ctx context.Context, c *request.Caller, phrase *secret.Secret) error
 	Unlock(ctx context.Context, c *request.Caller, phrase *secret.Secret) error
-	// Status answers with JSON, of the tokens that the provider names, or of all when
-	// that is empty. Its error is agent.ErrNoControl when the connection may not ask.
+	// Status answers with JSON about the tokens that the provider names. An empty provider
+	// names all tokens. The error is agent.ErrNoControl when the connection may not ask.
 	Status(ctx context.Context, c *request.Caller, provider []byte) ([]byte, error)
-	// Login and Logout have such errors, too.
+	// Login and Logout return agent.ErrNoControl as well.
 	Login(ctx context.Context, c *request.Caller, r request.TokenLogin) (request.LoginAnswer, error)
 	Logout(ctx context.Context, c *request.Caller, provider []byte) error
-	// Refuse is told of a request that the door refuses of its own accord.
+	// Refuse records a request that the door refuses by itself.
 	Refuse(c *request.Caller, action request.Action, reason error)
-	// Pass answers a message that the door does not know, or says that nobody
-	// does. Its error is logged by the door.
+	// Pass has an upstream agent answer a message that the door does not know. The door
+	// logs the error.
 	Pass(ctx context.Context, c *request.Caller, message []byte) (answer []byte, err error)
 }

@@ -23,32 +23,30 @@ import (
 )
 
 const (
-	// listPatience is how long a list may take: our own keys are listed no sooner,
-	// and every ssh that starts waits for them.
+	// listPatience is how long a list may take. The agent's own keys wait for the list,
+	// and so does every ssh that starts.
 	listPatience = 500 * time.Millisecond
-	// checkPatience is how long an agent that was too slow for a list may take
-	// when nobody waits for it.
+	// checkPatience is how long an agent that was too slow for a list may take for a check,
+	// which no client waits for.
 	checkPatience  = 10 * time.Second
 	removePatience = 5 * time.Second
-	// passPatience leaves time for a person: nobody knows what is passed on.
+	// passPatience leaves time for a person: a message that is passed on may ask one.
 	passPatience = 30 * time.Second
 
 	// maxUpstreamComment bounds the bytes of a comment in another agent's list.
 	maxUpstreamComment = 1 << 10
 )
 
-// An Upstream is another agent behind a Unix socket. All methods may be called
-// from any goroutine.
+// An Upstream is another agent behind a Unix socket. Any goroutine may call its methods.
 //
-// Every request has a connection of its own, because another client's binds must
-// not be on it and because it can then be given up at any time: it is closed at
-// once when the ctx of the request ends. It is first bound to the sessions of
-// the Caller, so that the other agent can apply its constraints.
+// Every request has a connection of its own. So no connection has the binds of another client, and
+// a request can be given up at any time: the connection closes when the ctx of the request ends.
+// Upstream first binds the connection to the sessions of the Caller, so that the other agent can
+// apply its constraints.
 //
-// An agent that was too slow for a List counts as slow: further ones fail without
-// waiting for it, and meanwhile one request at a time, which nobody waits for,
-// finds out when it answers again. That is the only goroutine that outlives a
-// method, and it ends with Close.
+// An agent that was too slow for a List counts as slow. Further Lists fail at once. Meanwhile a
+// check, one request at a time that no client waits for, finds out when the agent answers again.
+// The check is the only goroutine that outlives a method. It ends with Close.
 //
 //	          a List takes too long
 //	normal ─────────────────────────▶ slow ──┐ a check takes too long:
@@ -66,28 +64,28 @@ type Upstream struct {
 	mu     sync.Mutex
 	keys   map[string]ssh.PublicKey // of the last list, by their wire form
 	slow   bool
-	stop   context.CancelFunc // ends the check that is under way; nil: none is
+	stop   context.CancelFunc // ends the check; nil: no check is under way
 	closed bool
 }
 
 var _ agent.Upstream = (*Upstream)(nil)
 
-// NewUpstream returns the agent that listens at path, which is absolute. Whether
-// there is one is found out with each request.
+// NewUpstream returns the agent that listens at path, which is absolute. It does not connect: each
+// request does.
 func NewUpstream(path string) *Upstream { return &Upstream{path: path} }
 
-// The parts of errors that are told apart. They follow "the agent at PATH".
+// Errors that the code tells apart. Their texts follow "the agent at PATH".
 var (
 	errRefused = errors.New("refused")
 	errSilent  = errors.New("does not answer")
-	errClosed  = errors.New("is not asked any more, because this one is stopping")
+	errClosed  = errors.New("is not asked any more: this agent is stopping")
 )
 
 // Name returns the path of the socket.
 func (u *Upstream) Name() string { return u.path }
 
-// Close ends the check that may be under way and waits for it. Requests that
-// have begun end with their own ctx; later ones fail. Further calls do nothing.
+// Close ends a check, and waits for its end. Requests that have begun end with their own ctx. Later
+// requests fail. Further calls do nothing.
 func (u *Upstream) Close() error {
 	u.mu.Lock()
 	u.closed = true
@@ -99,8 +97,8 @@ func (u *Upstream) Close() error {
 	return nil
 }
 
-// List returns the identities of the agent. Keys that cannot be read are left
-// out, and comments are made fit to be shown.
+// List returns the identities of the agent. It leaves unreadable keys out, and makes comments safe
+// to show.
 func (u *Upstream) List(ctx context.Context, c *request.Caller) ([]agent.Identity, error) {
 	if u.isSlow() {
 		return nil, u.wrap(silent(listPatience))
@@ -129,7 +127,7 @@ func (u *Upstream) List(ctx context.Context, c *request.Caller) ([]agent.Identit
 	return identities, nil
 }
 
-// Sign waits as long as ctx does: a person may be asked. It leaves to clients to
+// Sign has the agent sign. It waits as long as ctx does, as the agent may ask a person. Clients
 // verify the signature.
 func (u *Upstream) Sign(ctx context.Context, c *request.Caller, r request.Sign) (*ssh.Signature, error) {
 	request := appendString([]byte{msgSignRequest}, r.Key)
@@ -162,8 +160,8 @@ func (u *Upstream) Remove(ctx context.Context, c *request.Caller, key []byte) er
 	return nil
 }
 
-// Pass sends a message as it is and returns the answer as it is, its type
-// first. A refusal is an error.
+// Pass sends a message as it is, and returns the answer as it is, its type first. A refusal is an
+// error.
 func (u *Upstream) Pass(ctx context.Context, c *request.Caller, message []byte) ([]byte, error) {
 	answer, err := u.ask(ctx, c, passPatience, message)
 	if err != nil {
@@ -175,8 +173,8 @@ func (u *Upstream) Pass(ctx context.Context, c *request.Caller, message []byte) 
 	return answer, nil
 }
 
-// isSlow tells whether the agent counts as slow, and then makes sure that
-// somebody finds out when it no longer is.
+// isSlow tells whether the agent counts as slow. If it does, isSlow makes sure that a check is
+// under way.
 func (u *Upstream) isSlow() bool {
 	u.mu.Lock()
 	defer u.mu.Unlock()
@@ -193,9 +191,9 @@ func (u *Upstream) becameSlow() {
 	u.checkLocked()
 }
 
-// checkLocked finds out in the background whether a slow agent answers again,
-// unless that is under way. What it answers does not matter: the next List asks
-// again, and so it does when the agent has died meanwhile and fails at once.
+// checkLocked starts a check in the background, unless one is under way. A check waits until a slow
+// agent answers again. Any answer counts, and so does a failure at once, as of an agent that has
+// died: the next List asks again.
 func (u *Upstream) checkLocked() {
 	if u.stop != nil || u.closed {
 		return
@@ -212,9 +210,8 @@ func (u *Upstream) checkLocked() {
 	})
 }
 
-// ask sends a request and returns the answer, of at least one byte, in memory of
-// its own. A limit of 0 is none. Every error names the agent, and is errSilent
-// only when it was the limit that ran out.
+// ask sends a request and returns the answer, of at least one byte, in memory of its own. A limit
+// of 0 is no limit. Every error names the agent. The error is errSilent only if the limit ran out.
 func (u *Upstream) ask(ctx context.Context, c *request.Caller, limit time.Duration, request []byte) ([]byte, error) {
 	u.mu.Lock()
 	closed := u.closed
@@ -234,7 +231,7 @@ func (u *Upstream) ask(ctx context.Context, c *request.Caller, limit time.Durati
 	case ctx.Err() == nil:
 		return nil, u.wrap(err)
 	}
-	// Whatever went wrong did so because the connection was closed.
+	// Any failure happened because the connection was closed.
 	cause := context.Cause(ctx)
 	if !errors.Is(cause, errSilent) {
 		cause = fmt.Errorf("was not waited for: %w", cause)
@@ -242,7 +239,7 @@ func (u *Upstream) ask(ctx context.Context, c *request.Caller, limit time.Durati
 	return nil, u.wrap(cause)
 }
 
-// exchange makes a connection, binds it as the Caller's is, and asks.
+// exchange makes a connection, binds it as the connection of the Caller is bound, and asks.
 func (u *Upstream) exchange(ctx context.Context, c *request.Caller, request []byte) ([]byte, error) {
 	dial := u.connect
 	if u.testOnlyDial != nil {
@@ -288,10 +285,9 @@ func (u *Upstream) exchange(ctx context.Context, c *request.Caller, request []by
 // failingBind is a bind that every agent refuses: everything in it is empty.
 var failingBind = append(appendString([]byte{msgExtension}, extensionSessionBind), make([]byte, 4+4+4+1)...)
 
-// bindsOf returns the messages that make a connection like that of c. A bind
-// that failed is not kept, but the other agent has to know of it: to ssh-agent a
-// connection that nobody has tried to bind is a local one, which may do more
-// (socket_is_remote in OpenSSH's ssh-agent.c).
+// bindsOf returns the messages that bind a connection as the connection of c is bound. The agent
+// does not keep a failed bind. But the other agent has to know of it: to ssh-agent, a connection
+// without any bind is a local one, which may do more (socket_is_remote in OpenSSH's ssh-agent.c).
 func bindsOf(c *request.Caller) [][]byte {
 	if c == nil {
 		return nil
@@ -323,7 +319,7 @@ func talk(conn net.Conn, in *frames, message []byte) ([]byte, error) {
 	return answer, nil
 }
 
-// broken says what an error of the connection means.
+// broken returns what an error of the connection means.
 func broken(err error) error {
 	switch {
 	case errors.Is(err, io.EOF), errors.Is(err, io.ErrUnexpectedEOF),
@@ -335,8 +331,8 @@ func broken(err error) error {
 	return unusable(err)
 }
 
-// connect connects to the socket when it is that of somebody who may know what
-// we ask, and whose answers we may believe.
+// connect connects to the socket. It refuses an agent of another user: such an agent must not see
+// the request, and its answers cannot be believed.
 func (u *Upstream) connect(ctx context.Context) (net.Conn, error) {
 	var dialer net.Dialer
 	conn, err := dialer.DialContext(ctx, "unix", u.path)
@@ -345,7 +341,7 @@ func (u *Upstream) connect(ctx context.Context) (net.Conn, error) {
 	}
 	if err != nil {
 		if errno, ok := errors.AsType[syscall.Errno](err); ok {
-			err = errno // what is around it names the path once more
+			err = errno // without the path, which wrap names
 		}
 		return nil, fmt.Errorf("cannot be reached: start it, or take it out of the configuration (%w)", err)
 	}
@@ -360,9 +356,8 @@ func (u *Upstream) connect(ctx context.Context) (net.Conn, error) {
 	return conn, nil
 }
 
-// owner returns the user that the other end ran as when it began to listen. A
-// peer.Peer would have more, all of it for people, at the price of some 20 system
-// calls for each request.
+// owner returns the user that the other end ran as when it began to listen. peer.Of would tell
+// more, but makes some 20 system calls for each request.
 func owner(conn *net.UnixConn) (uid int, err error) {
 	raw, err := conn.SyscallConn()
 	if err != nil {
@@ -386,7 +381,7 @@ func mayAsk(uid, ours int) error {
 	return nil
 }
 
-// wrap makes a whole sentence of what is wrong with the agent.
+// wrap puts the agent in front of an error, so that both make a whole sentence.
 func (u *Upstream) wrap(err error) error { return fmt.Errorf("the agent at %s %w", u.path, err) }
 
 func silent(limit time.Duration) error {
@@ -420,10 +415,9 @@ func expect(answer []byte, kind byte) (reader, error) {
 	}
 }
 
-// parseIdentities reads SSH_AGENT_IDENTITIES_ANSWER (RFC 9987 section 5.5). Its
-// memory grows with the identities that are there, not with their number as it
-// is announced. old are keys that were read before, by their wire form: the signature of
-// a certificate is verified once.
+// parseIdentities reads SSH_AGENT_IDENTITIES_ANSWER (RFC 9987 section 5.5). Memory grows with the
+// identities in the answer, not with their announced number. old are the keys of the last list, by
+// their wire form: the signature of a certificate is verified once.
 func parseIdentities(answer []byte, old map[string]ssh.PublicKey) ([]agent.Identity, error) {
 	in, err := expect(answer, msgIdentitiesAnswer)
 	if err != nil {
@@ -443,8 +437,8 @@ func parseIdentities(answer []byte, old map[string]ssh.PublicKey) ([]agent.Ident
 		if key == nil {
 			var err error
 			key, err = parseKey(blob, maxCertificate)
-			// A client asks for a key by its wire form. A key that is written in
-			// another way here could be shown and not used.
+			// A client asks for a key by its wire form. A key with another wire form
+			// here could be shown and not used.
 			if err != nil || !bytes.Equal(key.Marshal(), blob) {
 				continue
 			}
@@ -457,8 +451,8 @@ func parseIdentities(answer []byte, old map[string]ssh.PublicKey) ([]agent.Ident
 	return identities, nil
 }
 
-// parseSignature reads SSH_AGENT_SIGN_RESPONSE (RFC 9987 section 5.6). Nothing
-// of the signature lies in the answer.
+// parseSignature reads SSH_AGENT_SIGN_RESPONSE (RFC 9987 section 5.6). The signature shares no
+// memory with the answer.
 func parseSignature(answer []byte) (*ssh.Signature, error) {
 	in, err := expect(answer, msgSignResponse)
 	if err != nil {
@@ -468,7 +462,7 @@ func parseSignature(answer []byte) (*ssh.Signature, error) {
 	if err := in.end(); err != nil {
 		return nil, err
 	}
-	// What follows the two is for security keys (OpenSSH's PROTOCOL.u2f).
+	// The bytes after the two are for security keys (OpenSSH's PROTOCOL.u2f).
 	format, blob := sig.bytes(), sig.bytes()
 	if sig.failed || len(format) == 0 || len(blob) == 0 {
 		return nil, errMalformed
