@@ -10,6 +10,7 @@ import (
 
 	"p11-agent/agent/approval"
 	"p11-agent/agent/audit"
+	"p11-agent/agent/joined"
 	"p11-agent/agent/request"
 	"p11-agent/pinentry/waiting"
 )
@@ -163,13 +164,13 @@ func (g *Guard) atHome(ctx context.Context, rec *audit.Record, t *request.Target
 		}
 		all = append(all, err)
 		if ctx.Err() != nil || !isAbsent(err) {
-			return joinErrors(all...)
+			return joined.Errors(all...)
 		}
 	}
 	if len(all) == 0 {
 		return errNowhere
 	}
-	return joinErrors(all...)
+	return joined.Errors(all...)
 }
 
 // errNowhere is what is wrong with a token's key that is on no token.

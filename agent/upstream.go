@@ -10,6 +10,7 @@ import (
 
 	"p11-agent/agent/approval"
 	"p11-agent/agent/audit"
+	"p11-agent/agent/joined"
 	"p11-agent/agent/request"
 	"p11-agent/agent/sshkey"
 )
@@ -150,5 +151,5 @@ func (k *Keyring) Pass(ctx context.Context, c *request.Caller, message []byte) (
 	if len(all) == 0 {
 		return nil, ErrNotPassed
 	}
-	return nil, joinErrors(all...)
+	return nil, joined.Errors(all...)
 }

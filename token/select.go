@@ -13,6 +13,7 @@ import (
 	"slices"
 	"strings"
 
+	"p11-agent/agent/joined"
 	"p11-agent/token/pkcs11uri"
 	"p11-agent/token/wire"
 )
@@ -323,7 +324,7 @@ func (s *Store) whyNone(ctx context.Context, sel *Selector, named *module) error
 		}
 	}
 	failed = append(failed, s.inUse(ctx, named)...)
-	return joinErrors(append([]error{fmt.Errorf("%w: no such token is present", ErrNoMatch)}, failed...)...)
+	return joined.Errors(append([]error{fmt.Errorf("%w: no such token is present", ErrNoMatch)}, failed...)...)
 }
 
 // selected returns what is selected out of what is known and reached. Of the modules

@@ -20,6 +20,7 @@ import (
 	"sync/atomic"
 	"time"
 
+	"p11-agent/agent/joined"
 	"p11-agent/pinentry/secret"
 	"p11-agent/token/known"
 	"p11-agent/token/pin"
@@ -458,7 +459,7 @@ func (s *Store) logoutOf(ctx context.Context, chosen func(*Token) bool) error {
 		}
 	}
 	wg.Wait()
-	return joinErrors(all...)
+	return joined.Errors(all...)
 }
 
 // Logout logs out of the tokens that are selected, by themselves or by a key, as far
@@ -478,7 +479,7 @@ func (s *Store) Logout(ctx context.Context, sel *Selector) error {
 	if !found {
 		return fmt.Errorf("%w: no such token is known", ErrNoMatch)
 	}
-	return joinErrors(all...)
+	return joined.Errors(all...)
 }
 
 // Login logs in to the token of the keys with a PIN that a person gave for what sel selects. The
