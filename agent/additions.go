@@ -96,16 +96,8 @@ func (k *Keyring) coveredLocked(a *addition) []known {
 // configuration offers is offered without a certificate, too.
 func (k *Keyring) limitsForLocked(a *addition, key request.Key) limits {
 	l := a.limits
-	l.certificates = l.certificates && !k.automaticLocked(key)
+	l.certificates = l.certificates && !request.Offered(key, k.opts.Automatic)
 	return l
-}
-
-// automaticLocked tells whether a key is offered without being added.
-func (k *Keyring) automaticLocked(key request.Key) bool {
-	if k.opts.Automatic == nil {
-		return key.Unfit() == ""
-	}
-	return slices.ContainsFunc(k.opts.Automatic, func(s request.Selection) bool { return selects(s, key) })
 }
 
 // maxOwed bounds of how many keys it is known which limits they had. Keys that are

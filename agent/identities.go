@@ -274,19 +274,8 @@ func (k *Keyring) tokensLocked(v *tokenView) {
 		}
 		id.awaited = id.awaited || awaited
 	}
-	if k.opts.Automatic == nil {
-		for i, key := range keys {
-			if key.Unfit() == "" {
-				take(i, nil, false, false)
-			}
-		}
-	}
-	for _, s := range k.opts.Automatic {
-		for i, key := range keys {
-			if selects(s, key) {
-				take(i, nil, true, !s.Broad())
-			}
-		}
+	for i, alone := range request.Offers(keys, k.opts.Automatic) {
+		take(i, nil, k.opts.Automatic != nil, alone)
 	}
 	type covered struct {
 		a *addition
@@ -369,17 +358,13 @@ func (id *identity) insertions() (n uint64) {
 // plainWire returns the wire form of the key without a certificate.
 func (id *identity) plainWire() string { return string(id.plain.Marshal()) }
 
-func selects(s request.Selection, k request.Key) bool {
-	return s.Match(k) && (k.Unfit() == "" || !s.Broad())
-}
-
-// selectsLocked is selects for what a client named. Who names every key where
-// the configuration lists some means those: this is how they are brought back.
+// selectsLocked is request.Selects for what a client named. If the configuration selects
+// some keys, a client that names every key means those: so it brings them back.
 func (k *Keyring) selectsLocked(s request.Selection, key request.Key) bool {
 	if s.All() && len(k.opts.Automatic) > 0 {
-		return slices.ContainsFunc(k.opts.Automatic, func(s request.Selection) bool { return selects(s, key) })
+		return request.Offered(key, k.opts.Automatic)
 	}
-	return selects(s, key)
+	return request.Selects(s, key)
 }
 
 // cryptoOf returns a key in the form of the standard library, or nil if it has none.

@@ -24,7 +24,7 @@ func restricted(s *request.Socket) bool { return s != nil && s.Only != nil }
 
 // shows tells whether the socket shows a key of a token.
 func shows(s *request.Socket, key request.Key) bool {
-	return !restricted(s) || slices.ContainsFunc(s.Only, func(sel request.Selection) bool { return selects(sel, key) })
+	return !restricted(s) || slices.ContainsFunc(s.Only, func(sel request.Selection) bool { return request.Selects(sel, key) })
 }
 
 // seenBy returns nil if the connection sees the identity, and otherwise why not. The

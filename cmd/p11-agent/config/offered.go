@@ -16,13 +16,11 @@ func Offered(k *token.Key, auto []request.Selection, shadowed string) (bool, str
 	if shadowed != "" {
 		return false, "it is used through the module " + shadowed
 	}
-	if auto == nil {
-		return k.Unfit() == "", k.Unfit()
+	if request.Offered(k, auto) {
+		return true, ""
 	}
-	for _, s := range auto {
-		if s.Match(k) && (k.Unfit() == "" || !s.Broad()) {
-			return true, ""
-		}
+	if auto == nil {
+		return false, k.Unfit()
 	}
 	return false, cmp.Or(k.Unfit(), "the configuration does not name it")
 }
@@ -31,23 +29,16 @@ func Offered(k *token.Key, auto []request.Selection, shadowed string) (bool, str
 // public key are one identity. They are in the order in which the keyring tries them.
 func Homes(keys []*token.Key, auto []request.Selection) map[string][]*token.Key {
 	homes := make(map[string][]*token.Key)
-	add := func(fits func(*token.Key) bool) {
-		for _, k := range keys {
-			pub, err := ssh.NewPublicKey(k.Public())
-			if err != nil || !fits(k) {
-				continue
-			}
-			wire := string(pub.Marshal())
-			if !slices.Contains(homes[wire], k) {
-				homes[wire] = append(homes[wire], k)
-			}
+	for i := range request.Offers(keys, auto) {
+		k := keys[i]
+		pub, err := ssh.NewPublicKey(k.Public())
+		if err != nil {
+			continue
 		}
-	}
-	if auto == nil {
-		add(func(k *token.Key) bool { return k.Unfit() == "" })
-	}
-	for _, s := range auto {
-		add(func(k *token.Key) bool { ok, _ := Offered(k, []request.Selection{s}, ""); return ok })
+		wire := string(pub.Marshal())
+		if !slices.Contains(homes[wire], k) {
+			homes[wire] = append(homes[wire], k)
+		}
 	}
 	return homes
 }

@@ -52,7 +52,7 @@ func Keys(c *config.File, store *token.Store, uris []*pkcs11uri.URI, comment fun
 	for _, u := range uris {
 		sel, n := token.NewSelector(u), len(keys)
 		for _, k := range all {
-			if sel.Match(k) && (k.Unfit() == "" || !config.KeySelection{Selector: sel}.Broad()) {
+			if request.Selects(config.KeySelection{Selector: sel}, k) {
 				keys = append(keys, k)
 			}
 		}

@@ -6,6 +6,7 @@ import (
 	"golang.org/x/crypto/ssh"
 
 	"p11-agent/agent"
+	"p11-agent/agent/request"
 	"p11-agent/agent/sshagent"
 	"p11-agent/cmd/p11-agent/config"
 	"p11-agent/token"
@@ -39,19 +40,8 @@ func NotShown(c *config.File, store *token.Store) (hidden map[string]bool, offer
 		}
 		named[wire] = named[wire] || alone || comment != ""
 	}
-	if auto == nil {
-		for i, k := range all {
-			if k.Unfit() == "" {
-				add(i, k, false)
-			}
-		}
-	}
-	for _, s := range auto {
-		for i, k := range all {
-			if s.Match(k) && (k.Unfit() == "" || !s.Broad()) {
-				add(i, k, !s.Broad())
-			}
-		}
+	for i, alone := range request.Offers(all, auto) {
+		add(i, all[i], alone)
 	}
 	for i, wire := range wires {
 		identities[i].Named = named[wire]
