@@ -42,7 +42,7 @@ func (t *Token) runLogin(ctx context.Context, k *Key, with supplied) (typed *sec
 	ctx, cancel := context.WithCancel(ctx)
 	defer cancel()
 	defer context.AfterFunc(t.module.store.ctx, cancel)()
-	err = t.inTurn(ctx, func(ctx context.Context) error {
+	err = t.inTurn(ctx, with.PIN.Len() > 0, func(ctx context.Context) error {
 		typed, err = t.logInNow(ctx, k, with)
 		return err
 	})
@@ -54,8 +54,8 @@ func (t *Token) runLogin(ctx context.Context, k *Key, with supplied) (typed *sec
 }
 
 // inTurn calls do when it is the token's turn to get a PIN.
-func (t *Token) inTurn(ctx context.Context, do func(context.Context) error) error {
-	err := t.pins.InTurn(ctx, do)
+func (t *Token) inTurn(ctx context.Context, supplied bool, do func(context.Context) error) error {
+	err := t.pins.InTurn(ctx, supplied, do)
 	if errors.Is(err, pin.ErrForgotten) {
 		return ErrAbsent
 	}
@@ -316,7 +316,7 @@ func (t *Token) signWithPIN(ctx context.Context, p *process.Process, k *Key, req
 	ctx, cancel := context.WithCancel(ctx)
 	defer cancel()
 	defer context.AfterFunc(t.module.store.ctx, cancel)()
-	err = t.inTurn(ctx, func(ctx context.Context) error {
+	err = t.inTurn(ctx, false, func(ctx context.Context) error {
 		signature, err = t.signInTurn(ctx, p, k, req, with)
 		return err
 	})

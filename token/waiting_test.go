@@ -29,7 +29,7 @@ func (f *follower) Ask(context.Context, pin.Request) (pin.Dialogue, error) { ret
 func (f *follower) Close() error                                           { return nil }
 
 func (f *follower) PIN(ctx context.Context, _ string) (typed *secret.Secret, err error) {
-	takes := func(context.Context) bool { return true }
+	takes := func(waiting.Other) bool { return true }
 	err = waiting.Ask(ctx, waiting.Question{Turn: f.turn, Takes: takes, Ask: func(ctx context.Context) (err error) {
 		f.asked <- ctx.Value(nameKey{}).(string)
 		select {
@@ -180,7 +180,7 @@ func (h *holder) PIN(ctx context.Context, _ string) (typed *secret.Secret, err e
 			typed, err = secret.From([]byte(rightPIN))
 			return err
 		},
-		Turn: time.Millisecond, Takes: func(context.Context) bool { return true },
+		Turn: time.Millisecond, Takes: func(waiting.Other) bool { return true },
 	})
 	return typed, err
 }

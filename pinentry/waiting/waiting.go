@@ -21,7 +21,7 @@ import (
 type List struct {
 	mu     sync.Mutex
 	all    []context.Context // in the order in which they are asked
-	beside []context.Context // wait for the end of the question
+	beside []Other           // wait for the end of the question
 	added  chan struct{}     // closed and replaced when one comes
 	asked  context.Context   // the request that is asked, or was asked last
 	ended  chan struct{}     // closed when nobody is asked for it any more
@@ -50,10 +50,19 @@ func (l *List) pruneLocked() {
 	l.all = kept
 }
 
+// An Other is a request that waits while another request is asked.
+type Other struct {
+	// Context is the context of the request.
+	Context context.Context
+	// Answered tells that the request has its answer already. It waits for the end of the
+	// question and needs no prompt of its own.
+	Answered bool
+}
+
 // SetBeside replaces the requests that wait for the end of the question, and not for its
 // answer: they have questions of their own, and are asked later. They are told where the
 // question is, and a turn can go to them (ErrMoved).
-func (l *List) SetBeside(all []context.Context) {
+func (l *List) SetBeside(all []Other) {
 	l.mu.Lock()
 	defer l.mu.Unlock()
 	l.beside = slices.Clone(all)
@@ -94,12 +103,16 @@ func (l *List) first(passed map[context.Context]bool) (one context.Context, ende
 }
 
 // others returns those who wait while one is asked, as long as their contexts last.
-func (l *List) others(one context.Context, passed map[context.Context]bool) []context.Context {
+func (l *List) others(one context.Context, passed map[context.Context]bool) []Other {
 	l.mu.Lock()
 	defer l.mu.Unlock()
 	l.pruneLocked()
-	return slices.DeleteFunc(slices.Concat(l.all, l.beside), func(ctx context.Context) bool {
-		return ctx == one || passed[ctx] || ctx.Err() != nil
+	var all []Other
+	for _, ctx := range l.all {
+		all = append(all, Other{Context: ctx})
+	}
+	return slices.DeleteFunc(append(all, l.beside...), func(o Other) bool {
+		return o.Context == one || passed[o.Context] || o.Context.Err() != nil
 	})
 }
 
@@ -176,10 +189,10 @@ type Question struct {
 	Turn time.Duration
 	// Takes tells whether another request that waits can be asked at a place of its
 	// own. At the end of a turn the first that can is asked.
-	Takes func(context.Context) bool
+	Takes func(Other) bool
 	// Tell is called for each other request that has waited for longer than Patience,
 	// once while the same one is asked. 0: nobody is told.
-	Tell     func(context.Context)
+	Tell     func(Other)
 	Patience time.Duration
 }
 
@@ -289,16 +302,16 @@ func (t *turn) watch(ctx context.Context, cancel context.CancelCauseFunc) {
 		case <-ctx.Done():
 		case <-looks:
 			for _, other := range t.list.others(t.one, t.passed) {
-				if seen[other]++; seen[other] == 2 {
-					during(ctx, other, func(both context.Context) { t.Tell(both) })
+				if seen[other.Context]++; seen[other.Context] == 2 {
+					during(ctx, other, t.Tell)
 				}
 			}
 		case <-turns:
 			for _, other := range t.list.others(t.one, t.passed) {
 				takes := false
-				during(ctx, other, func(both context.Context) { takes = t.Takes(both) })
+				during(ctx, other, func(o Other) { takes = t.Takes(o) })
 				if takes {
-					t.over = t.list.hand(t.one, other)
+					t.over = t.list.hand(t.one, other.Context)
 					t.moved = !t.over
 					cancel(context.Canceled)
 					return
@@ -308,10 +321,10 @@ func (t *turn) watch(ctx context.Context, cancel context.CancelCauseFunc) {
 	}
 }
 
-// during calls f with the values of one, for as long as both contexts last.
-func during(ctx, one context.Context, f func(context.Context)) {
-	both, cancel := context.WithCancel(one)
+// during calls f with other. Its context lasts as long as both contexts last.
+func during(ctx context.Context, other Other, f func(Other)) {
+	both, cancel := context.WithCancel(other.Context)
 	defer cancel()
 	defer context.AfterFunc(ctx, cancel)()
-	f(both)
+	f(Other{both, other.Answered})
 }

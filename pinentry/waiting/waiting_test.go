@@ -225,7 +225,7 @@ func TestTurns(t *testing.T) {
 		go func() {
 			done <- Ask(NewContext(t.Context(), &l), Question{
 				Ask: q.ask, Turn: time.Minute,
-				Takes: func(ctx context.Context) bool { return ctx.Value(nameKey{}) != "homeless" },
+				Takes: func(o Other) bool { return o.Context.Value(nameKey{}) != "homeless" },
 			})
 		}()
 		time.Sleep(time.Hour)
@@ -263,7 +263,7 @@ func TestTell(t *testing.T) {
 		go func() {
 			done <- Ask(NewContext(t.Context(), &l), Question{
 				Ask: q.ask, Patience: 2 * time.Second,
-				Tell: func(ctx context.Context) { q.note("told ", ctx) },
+				Tell: func(o Other) { q.note("told ", o.Context) },
 			})
 		}()
 		l.Add(two)
@@ -339,7 +339,7 @@ func TestAnswerAtTheEndOfATurn(t *testing.T) {
 						<-ctx.Done()
 						return answer
 					},
-					Turn: time.Minute, Takes: func(context.Context) bool { return true },
+					Turn: time.Minute, Takes: func(Other) bool { return true },
 				})
 				if n != 1 || !errors.Is(err, answer) {
 					t.Errorf("asked %d times: %v", n, err)
@@ -359,12 +359,12 @@ func TestBeside(t *testing.T) {
 		beside, leave := request(t.Context(), "beside")
 		gone, leaveNow := request(t.Context(), "gone")
 		l.Add(one)
-		l.SetBeside([]context.Context{gone, beside})
+		l.SetBeside([]Other{{Context: gone}, {Context: beside}})
 		leaveNow()
 		ask := func() error {
 			return Ask(NewContext(t.Context(), &l), Question{
-				Ask: q.ask, Turn: time.Minute, Takes: func(context.Context) bool { return true },
-				Patience: time.Second, Tell: func(ctx context.Context) { q.note("told ", ctx) },
+				Ask: q.ask, Turn: time.Minute, Takes: func(Other) bool { return true },
+				Patience: time.Second, Tell: func(o Other) { q.note("told ", o.Context) },
 			})
 		}
 		if err := ask(); !errors.Is(err, ErrMoved) {

@@ -1,7 +1,6 @@
 package pin
 
 import (
-	"context"
 	"slices"
 	"sync"
 	"time"
@@ -29,8 +28,8 @@ type device struct {
 	mu      sync.Mutex
 	refused []refusal // the oldest first
 	timer   *time.Timer
-	asked   *waiting.List     // the requests for which a person is asked now; nil: none
-	queue   []context.Context // the requests that wait for the turn
+	asked   *waiting.List   // the requests for which a person is asked now; nil: none
+	queue   []waiting.Other // the requests that wait for the turn
 }
 
 // setAsked notes the requests for which the holder of the turn asks a person; nil: none.

@@ -55,17 +55,17 @@ func TestDevices(t *testing.T) {
 			t.Error("it is there without users")
 		}
 		// One turn for both.
-		if err := a.takeTurn(t.Context()); err != nil {
+		if err := a.takeTurn(t.Context(), false); err != nil {
 			t.Fatal(err)
 		}
 		ctx, cancel := context.WithCancel(t.Context())
 		cancel()
-		if b.takeTurn(ctx) == nil {
+		if b.takeTurn(ctx, false) == nil {
 			t.Error("two have the turn")
 		}
 		b.closed.Store(true)
 		a.endTurn()
-		if err := b.takeTurn(t.Context()); err != ErrForgotten { //nolint:errorlint // it is that one
+		if err := b.takeTurn(t.Context(), false); err != ErrForgotten { //nolint:errorlint // it is that one
 			t.Errorf("a closed state: %v", err)
 		}
 	})

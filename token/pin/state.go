@@ -146,22 +146,17 @@ func (s *State) leave(ctx context.Context, a *attempt) {
 func (s *State) Alone(ctx context.Context, run Run) (*secret.Secret, error) {
 	s.logins.Add(1)
 	defer s.logins.Add(-1)
-	return run(context.WithValue(ctx, hasPINKey{}, true))
+	return run(ctx)
 }
-
-type hasPINKey struct{}
-
-// HasPIN tells whether ctx is of a request that has a PIN already. Such a request waits for
-// its turn to have the PIN tried; no person is to be asked for another one.
-func HasPIN(ctx context.Context) bool { return ctx.Value(hasPINKey{}) != nil }
 
 // InTurn calls do when it is the caller's turn to ask for a PIN and have it tried. There is one
 // turn for all modules that show the token. When the prompt of do has moved to a request that
 // waits for its own turn, InTurn calls do again after that request. It fails with ErrForgotten
-// after Close.
-func (s *State) InTurn(ctx context.Context, do func(context.Context) error) error {
+// after Close. supplied tells that the request has its PIN already: no person is asked for another
+// one while it waits.
+func (s *State) InTurn(ctx context.Context, supplied bool, do func(context.Context) error) error {
 	for {
-		if err := s.takeTurn(ctx); err != nil {
+		if err := s.takeTurn(ctx, supplied); err != nil {
 			return err
 		}
 		err := s.during(ctx, do)
@@ -185,14 +180,14 @@ func (s *State) during(ctx context.Context, do func(context.Context) error) erro
 	return do(ctx)
 }
 
-func (s *State) takeTurn(ctx context.Context) error {
+func (s *State) takeTurn(ctx context.Context, supplied bool) error {
 	d := s.device
 	select {
 	case d.turn <- struct{}{}:
 	default:
-		d.changeQueue(func() { d.queue = append(d.queue, ctx) })
+		d.changeQueue(func() { d.queue = append(d.queue, waiting.Other{Context: ctx, Answered: supplied}) })
 		defer d.changeQueue(func() {
-			d.queue = slices.DeleteFunc(d.queue, func(c context.Context) bool { return c == ctx })
+			d.queue = slices.DeleteFunc(d.queue, func(o waiting.Other) bool { return o.Context == ctx })
 		})
 		select {
 		case d.turn <- struct{}{}:

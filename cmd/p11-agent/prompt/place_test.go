@@ -15,6 +15,7 @@ import (
 	"p11-agent/agent/peer"
 	"p11-agent/agent/request"
 	"p11-agent/pinentry"
+	"p11-agent/pinentry/waiting"
 )
 
 // newTerminal returns the far end of a new terminal, and its name.
@@ -113,7 +114,7 @@ func TestPromptTakes(t *testing.T) {
 			}}
 			c.shown.Store(test.shown)
 			forwarded := &request.Caller{Forwarded: true}
-			if got := c.takes(forwarded.Context(t.Context())); got != test.want {
+			if got := c.takes(waiting.Other{Context: forwarded.Context(t.Context())}); got != test.want {
 				t.Errorf("%v, want %v", got, test.want)
 			}
 		})

@@ -8,7 +8,6 @@ import (
 	"p11-agent/agent/request"
 	"p11-agent/pinentry"
 	"p11-agent/pinentry/waiting"
-	"p11-agent/token/pin"
 	"slices"
 	"sync/atomic"
 	"time"
@@ -102,22 +101,23 @@ func (c *prompter) other(ctx context.Context) (at *location, done func()) {
 
 // takes tells whether the prompt can go to another client that waits: it would be asked
 // at a place of its own, or need not be asked.
-func (c *prompter) takes(ctx context.Context) bool {
+func (c *prompter) takes(o waiting.Other) bool {
 	now := c.shown.Load()
 	if now == nil {
 		return false // it is on its way from one place to the next
 	}
-	if pin.HasPIN(ctx) {
+	if o.Answered {
 		return true
 	}
-	at, done := c.other(ctx)
+	at, done := c.other(o.Context)
 	defer done()
 	return at != nil && at.spot != now.spot
 }
 
 // tell tells another client that waits where the prompt is: in its terminal if it has
 // one, or else at the desktop.
-func (c *prompter) tell(ctx context.Context) {
+func (c *prompter) tell(o waiting.Other) {
+	ctx := o.Context
 	now, caller := c.shown.Load(), request.CallerFrom(ctx)
 	if now == nil || caller == nil || c.told[caller] == now {
 		return
@@ -134,7 +134,7 @@ func (c *prompter) tell(ctx context.Context) {
 	c.log.Info("a client waits for a prompt that is elsewhere", "prompt", c.what, "place", now.name, "client", caller.Who().String())
 	if at != nil && at.TTY != nil {
 		then := "it comes here"
-		if pin.HasPIN(ctx) {
+		if o.Answered {
 			then = "this goes on"
 		}
 		text := fmt.Sprintf("p11-agent: this waits for %s, which is asked for elsewhere: %s. Without an answer there, %s.", c.what, now.name, then)
