@@ -18,6 +18,7 @@ import (
 	"golang.org/x/crypto/ssh"
 
 	"p11-agent/cmd/p11-agent/config"
+	"p11-agent/cmd/p11-agent/daemon"
 	"p11-agent/cmd/p11-agent/exit"
 	"p11-agent/cmd/p11-agent/output"
 	"p11-agent/cmd/p11-agent/paths"
@@ -106,7 +107,7 @@ func runAgent(ctx context.Context, g *globals, o *agentOptions, command []string
 	}
 	if o.foreground || o.debug || os.Getenv("LISTEN_PID") == strconv.Itoa(os.Getpid()) {
 		// An agent in the background is started without traces.
-		if err := withoutTraces(); err != nil {
+		if err := daemon.WithoutTraces(); err != nil {
 			return err
 		}
 	}
@@ -114,19 +115,19 @@ func runAgent(ctx context.Context, g *globals, o *agentOptions, command []string
 	if err != nil {
 		return err
 	}
-	child := backgroundChild()
+	child := daemon.BackgroundChild()
 	if child != nil || o.foreground || o.debug || len(inherited) > 0 {
 		// This process is the agent.
-		nameProcess(filepath.Base(os.Args[0]))
-		if err := closeInherited(child.reportFD()); err != nil {
+		daemon.NameProcess(filepath.Base(os.Args[0]))
+		if err := daemon.CloseInherited(child.ReportFD()); err != nil {
 			return err
 		}
 	}
 	switch {
 	case child != nil:
-		return l.inBackground(ctx, child)
+		return l.InBackground(ctx, child)
 	case len(inherited) > 0:
-		return l.onInherited(ctx, inherited, o.log())
+		return l.OnInherited(ctx, inherited, o.log())
 	}
 	path, err := paths.AgentSocket(o.socket, len(command) > 0, warn)
 	if err != nil {
@@ -142,7 +143,7 @@ func runAgent(ctx context.Context, g *globals, o *agentOptions, command []string
 		return err
 	}
 	if o.foreground || o.debug {
-		return l.inForeground(ctx, path, o.log(), func(path string) error {
+		return l.InForeground(ctx, path, o.log(), func(path string) error {
 			_, err := io.WriteString(out, o.shell().Export(paths.SocketVariable, path)+fmt.Sprintf("echo Agent pid %d;\n", os.Getpid()))
 			return err
 		})
@@ -150,12 +151,12 @@ func runAgent(ctx context.Context, g *globals, o *agentOptions, command []string
 	if len(command) > 0 {
 		return runWithAgent(path, command)
 	}
-	b, err := startInBackground(path, false, warn)
+	b, err := daemon.Start(path, false, warn)
 	if err != nil {
 		return err
 	}
-	_, err = io.WriteString(out, o.shell().Export(paths.SocketVariable, b.socket)+o.shell().Export(paths.PIDVariable, strconv.Itoa(b.pid))+
-		fmt.Sprintf("echo Agent pid %d;\n", b.pid))
+	_, err = io.WriteString(out, o.shell().Export(paths.SocketVariable, b.Socket)+o.shell().Export(paths.PIDVariable, strconv.Itoa(b.PID))+
+		fmt.Sprintf("echo Agent pid %d;\n", b.PID))
 	return err
 }
 
@@ -193,24 +194,24 @@ func (o *agentOptions) log() *slog.Logger {
 }
 
 // launch returns how the agent is to run. The error is a mistake of the command line.
-func (o *agentOptions) launch(g *globals) (l *launch, err error) {
-	l = &launch{
-		options: daemonOptions{configFile: g.config, lifetime: o.lifetime.Duration, system: o.system, version: version},
+func (o *agentOptions) launch(g *globals) (l *daemon.Launch, err error) {
+	l = &daemon.Launch{
+		Options: daemon.Options{ConfigFile: g.config, Lifetime: o.lifetime.Duration, System: o.system, Version: version},
 		// Scripts start ssh-agent where another agent runs, and expect it to have a socket.
-		elsewhere: calledSSHAgent() && o.socket == "" && !o.system,
-		warn:      warn,
+		Elsewhere: calledSSHAgent() && o.socket == "" && !o.system,
+		Warn:      warn,
 	}
 	if o.allow.given {
 		allow := token.ParseAllowList(o.allow.patterns)
-		l.options.allow = &allow
+		l.Options.Allow = &allow
 	}
-	if l.options.nameKey, err = fingerprints(o.hash); err != nil {
+	if l.Options.NameKey, err = fingerprints(o.hash); err != nil {
 		return nil, err
 	}
 	for _, option := range o.options {
 		switch {
 		case option == "allow-remote-pkcs11":
-			l.options.remoteTokens = true
+			l.Options.RemoteTokens = true
 		case option == "no-restrict-websafe", strings.HasPrefix(option, "websafe-allow="):
 			// These are about keys of FIDO devices, which p11-agent does not have.
 		default:
@@ -226,11 +227,11 @@ func runWithAgent(path string, command []string) error {
 	if err != nil {
 		return noCommand(command[0], err)
 	}
-	b, err := startInBackground(path, true, warn)
+	b, err := daemon.Start(path, true, warn)
 	if err != nil {
 		return err
 	}
-	return b.become(program, command)
+	return b.Become(program, command)
 }
 
 // noCommand says that the command of an agent cannot be run. The hint is for people who mean a command of

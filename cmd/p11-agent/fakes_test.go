@@ -12,6 +12,8 @@ import (
 	"strings"
 	"syscall"
 	"time"
+
+	"p11-agent/cmd/p11-agent/daemon"
 )
 
 // The fake pinentry and the fake askpass give the answers that are in the file
@@ -212,7 +214,7 @@ func fakeAskpass() {
 
 // fakePanic is an agent that panics.
 func fakePanic() {
-	if err := withoutTraces(); err != nil {
+	if err := daemon.WithoutTraces(); err != nil {
 		panic(err)
 	}
 	panic("oh")

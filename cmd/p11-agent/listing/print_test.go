@@ -6,7 +6,7 @@ import (
 )
 
 // Each module is named with what happened to it, where there is something to say
-// or somebody wants to know.
+// or with -v.
 func TestPrintModules(t *testing.T) {
 	l := Listing{Tokens: []Token{}, Modules: []Module{
 		{Name: "good", Running: true, Waits: true},

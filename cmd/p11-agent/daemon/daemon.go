@@ -1,4 +1,7 @@
-package main
+// Package daemon is the running agent: it listens on sockets, and puts the keyring before the tokens and the prompts before
+// the person. It reads its configuration again on SIGHUP, and tells the service manager how it is. It promises to leave
+// no socket, process or goroutine behind. The other rooms do the work.
+package daemon
 
 import (
 	"cmp"
@@ -18,6 +21,7 @@ import (
 	"p11-agent/agent"
 	"p11-agent/agent/approval"
 	"p11-agent/agent/certdir"
+	"p11-agent/agent/door"
 	"p11-agent/agent/logfold"
 	"p11-agent/agent/request"
 	"p11-agent/agent/sshagent"
@@ -34,24 +38,24 @@ import (
 	"p11-agent/token/pin"
 )
 
-// daemonOptions say how a daemon runs. They stay for its life, unlike the configuration.
-type daemonOptions struct {
-	configFile string                     // "": the usual place
-	lifetime   time.Duration              // of the keys that clients add without one; 0: no end
-	allow      *token.AllowList           // modules that clients may name; nil: the configuration lists them
-	version    string                     // of the program
-	nameKey    func(ssh.PublicKey) string // the fingerprint of a key
+// Options say how a daemon runs. They stay for its life, unlike the configuration.
+type Options struct {
+	ConfigFile string                     // "": the usual place
+	Lifetime   time.Duration              // of the keys that clients add without one; 0: no end
+	Allow      *token.AllowList           // modules that clients may name; nil: the configuration lists them
+	Version    string                     // of the program
+	NameKey    func(ssh.PublicKey) string // the fingerprint of a key
 
-	remoteTokens bool // forwarded clients may add tokens
-	system       bool // the agent serves the system: it asks nobody, and keeps no keys in memory
+	RemoteTokens bool // forwarded clients may add tokens
+	System       bool // the agent serves the system: it has no prompts, and keeps no keys in memory
 }
 
-// A daemon is the running agent: its sockets, the keyring behind them, and the tokens behind that.
+// A Daemon is the running agent: its sockets, the keyring behind them, and the tokens behind that.
 //
 // The parts are opened in this order, and closed in the opposite one: log, prompts, sockets, tokens, upstream
-// agents, keyring, logind. Only reload changes the configuration that they use.
-type daemon struct {
-	options daemonOptions
+// agents, keyring, logind. Only Reload changes the configuration that they use.
+type Daemon struct {
+	options Options
 	config  atomic.Pointer[config.File]
 	log     *slog.Logger
 	closers []func() // of the parts that are open, in the order of their opening
@@ -60,7 +64,7 @@ type daemon struct {
 	terminal *terminal // the agent ends with it; nil: it has none
 
 	sockets   []socket
-	prompts   *prompts // nil: nobody is asked
+	prompts   *prompts // nil: the agent asks no person
 	questions *approval.Questions
 	backend   *backend.Modules
 	keyring   *agent.Keyring
@@ -77,13 +81,13 @@ type prompts struct {
 	notices *notices
 }
 
-// openDaemon opens the agent behind the sockets. The daemon owns them and closes them, also when openDaemon
-// fails. serve then answers clients, and close gives everything back.
-func openDaemon(options daemonOptions, listeners []listener, log *slog.Logger) (_ *daemon, err error) {
-	d := &daemon{options: options, signals: new(signals), questions: approval.NewQuestions()}
+// Open opens the agent behind the sockets. The Daemon owns the sockets and closes them, also when Open fails. Next,
+// [Daemon.Serve] answers clients, and [Daemon.Close] gives everything back.
+func Open(options Options, listeners []door.Listener, log *slog.Logger) (_ *Daemon, err error) {
+	d := &Daemon{options: options, signals: new(signals), questions: approval.NewQuestions()}
 	defer func() {
 		if err != nil {
-			d.close()
+			d.Close()
 		}
 	}()
 	d.openLog(log)
@@ -94,7 +98,7 @@ func openDaemon(options daemonOptions, listeners []listener, log *slog.Logger) (
 		return nil, err
 	}
 	warnUnlocked(d.log)
-	c, err := config.Load(options.configFile)
+	c, err := config.Load(options.ConfigFile)
 	if err != nil {
 		return nil, err
 	}
@@ -114,31 +118,31 @@ func openDaemon(options daemonOptions, listeners []listener, log *slog.Logger) (
 	return d, nil
 }
 
-// close gives back all that was opened. It is called once, after serve has returned.
-func (d *daemon) close() {
+// Close gives back all that was opened. It is called once, after Serve has returned.
+func (d *Daemon) Close() {
 	for _, c := range slices.Backward(d.closers) {
 		c()
 	}
 }
 
-// onClose has close call f before all that was opened earlier.
-func (d *daemon) onClose(f func()) { d.closers = append(d.closers, f) }
+// onClose makes Close call f before all that was opened earlier.
+func (d *Daemon) onClose(f func()) { d.closers = append(d.closers, f) }
 
 // openLog folds lines that many requests repeat.
-func (d *daemon) openLog(log *slog.Logger) {
+func (d *Daemon) openLog(log *slog.Logger) {
 	folded := logfold.New(log.Handler())
 	d.onClose(func() { folded.Close() })
 	d.log = slog.New(folded)
 }
 
-func (d *daemon) addSocket(l listener, rules *request.Socket) {
+func (d *Daemon) addSocket(l door.Listener, rules *request.Socket) {
 	d.sockets = append(d.sockets, socket{l, rules})
-	d.onClose(func() { _ = l.Close() }) // serve has closed it, and told of errors
+	d.onClose(func() { _ = l.Close() }) // Serve has closed it, and told of errors
 }
 
 // openPrompts opens the ways to a person. An agent for the system has none.
-func (d *daemon) openPrompts(c *config.File) {
-	if d.options.system {
+func (d *Daemon) openPrompts(c *config.File) {
+	if d.options.System {
 		return
 	}
 	p := &prompts{notices: newNotices(c, d.log)}
@@ -148,7 +152,7 @@ func (d *daemon) openPrompts(c *config.File) {
 }
 
 // openNamedSockets makes the sockets of the configuration. An agent with a private socket has these beside it.
-func (d *daemon) openNamedSockets(c *config.File) error {
+func (d *Daemon) openNamedSockets(c *config.File) error {
 	named, err := listenNamed(c, paths.PrivateDir(pathOf(d.sockets[0].listener)), d.log)
 	for _, s := range named {
 		d.addSocket(s.listener, s.rules)
@@ -157,9 +161,9 @@ func (d *daemon) openNamedSockets(c *config.File) error {
 }
 
 // openTokens starts the modules.
-func (d *daemon) openTokens(c *config.File) {
+func (d *Daemon) openTokens(c *config.File) {
 	state := paths.StateDir()
-	if d.options.system {
+	if d.options.System {
 		state = cmp.Or(os.Getenv("STATE_DIRECTORY"), paths.SystemState)
 	}
 	if c.KnownKeys(token.KnownKept) == token.KnownIgnored {
@@ -178,7 +182,7 @@ func (d *daemon) openTokens(c *config.File) {
 }
 
 // openUpstreams prepares the connections to other agents.
-func (d *daemon) openUpstreams(c *config.File) (all []agent.Upstream, err error) {
+func (d *Daemon) openUpstreams(c *config.File) (all []agent.Upstream, err error) {
 	for _, path := range c.Upstream {
 		if d.owns(path) {
 			return nil, fmt.Errorf("upstream: %s is a socket of this agent: name the socket of another agent", path)
@@ -191,7 +195,7 @@ func (d *daemon) openUpstreams(c *config.File) (all []agent.Upstream, err error)
 }
 
 // owns tells whether a path leads to a socket of this agent.
-func (d *daemon) owns(path string) bool {
+func (d *Daemon) owns(path string) bool {
 	st, err := os.Stat(path)
 	if err != nil {
 		return false // no agent is there now
@@ -203,28 +207,28 @@ func (d *daemon) owns(path string) bool {
 }
 
 // openKeyring puts the keyring before the tokens, and the SSH door before the keyring.
-func (d *daemon) openKeyring(c *config.File, upstreams []agent.Upstream) {
+func (d *Daemon) openKeyring(c *config.File, upstreams []agent.Upstream) {
 	o := d.options
 	allow := token.AllowList(c.AllowModules)
-	if o.allow != nil {
-		allow = *o.allow
+	if o.Allow != nil {
+		allow = *o.Allow
 	}
 	d.server = &sshagent.Door{Log: d.log, KeepBinds: len(upstreams) > 0}
 	d.status = &status.Maker{
-		Version: version, Started: time.Now(), Store: d.backend.Store, Sockets: d.statusOfSockets, Trouble: advice.Trouble,
+		Version: d.options.Version, Started: time.Now(), Store: d.backend.Store, Sockets: d.statusOfSockets, Trouble: advice.Trouble,
 	}
 	d.status.SetPolicy(c.Policy())
 	options := agent.Options{
 		Tokens:        d.backend.Tokens(allow, prompt.ClientTells),
 		Rules:         d.rules(c),
 		InsertTimeout: c.InsertTimeout.Duration,
-		Lifetime:      o.lifetime,
+		Lifetime:      o.Lifetime,
 		Questions:     d.questions,
-		SoftwareKeys:  !o.system && (c.SoftwareKeys == nil || *c.SoftwareKeys),
-		RemoteTokens:  o.remoteTokens || c.RemoteTokens,
+		SoftwareKeys:  !o.System && (c.SoftwareKeys == nil || *c.SoftwareKeys),
+		RemoteTokens:  o.RemoteTokens || c.RemoteTokens,
 		Upstreams:     upstreams,
 		Hosts:         newHosts(c),
-		Fingerprint:   o.nameKey,
+		Fingerprint:   o.NameKey,
 		Report:        d.status.Report,
 		Log:           d.log,
 	}
@@ -240,15 +244,15 @@ func (d *daemon) openKeyring(c *config.File, upstreams []agent.Upstream) {
 }
 
 // rules returns what the configuration tells the keyring.
-func (d *daemon) rules(c *config.File) agent.Rules {
+func (d *Daemon) rules(c *config.File) agent.Rules {
 	return agent.Rules{
-		Automatic: c.Automatic(), Name: c.KeyName, Listed: backend.Comment, OfferAway: c.OfferAway, Allow: c.Allows(d.options.system), Approval: c.Approval(),
+		Automatic: c.Automatic(), Name: c.KeyName, Listed: backend.Comment, OfferAway: c.OfferAway, Allow: c.Allows(d.options.System), Approval: c.Approval(),
 	}
 }
 
-// serve answers clients until ctx ends or a socket breaks. It tells the service manager of its state.
+// Serve answers clients until ctx ends or a socket breaks. It tells the service manager of its state.
 // When it returns, all sockets are closed and no goroutine of its making is left.
-func (d *daemon) serve(ctx context.Context) error {
+func (d *Daemon) Serve(ctx context.Context) error {
 	ctx, cancel := context.WithCancel(ctx)
 	var helpers sync.WaitGroup
 	defer helpers.Wait()
@@ -257,7 +261,7 @@ func (d *daemon) serve(ctx context.Context) error {
 	helpers.Go(func() { d.heedSignals(ctx, cancel) })
 	watchdog := d.newWatchdog()
 	ended := d.serveSockets(ctx)
-	d.log.Info("agent is listening", "pid", os.Getpid(), "version", d.options.version)
+	d.log.Info("agent is listening", "pid", os.Getpid(), "version", d.options.Version)
 	d.manager.ready()
 	helpers.Go(func() { d.manager.follow(ctx, d.backend.Store.StatusChanged()) })
 	if watchdog != nil {
@@ -269,7 +273,7 @@ func (d *daemon) serve(ctx context.Context) error {
 }
 
 // serveSockets serves each socket in a goroutine, which sends one result.
-func (d *daemon) serveSockets(ctx context.Context) (ended <-chan error) {
+func (d *Daemon) serveSockets(ctx context.Context) (ended <-chan error) {
 	results := make(chan error, len(d.sockets))
 	for _, s := range d.sockets {
 		go func() { results <- d.server.Serve(ctx, s.listener, s.rules) }()
@@ -279,7 +283,7 @@ func (d *daemon) serveSockets(ctx context.Context) (ended <-chan error) {
 
 // waitForSockets returns when all sockets have ended. A socket that breaks ends the others: an agent with a
 // socket less is not the agent that was asked for.
-func (d *daemon) waitForSockets(ended <-chan error, cancel func()) error {
+func (d *Daemon) waitForSockets(ended <-chan error, cancel func()) error {
 	var all []error
 	for range d.sockets {
 		if err := <-ended; err != nil {
@@ -292,7 +296,7 @@ func (d *daemon) waitForSockets(ended <-chan error, cancel func()) error {
 
 // newWatchdog returns nil when the service manager watches no agent. It reads the variables of the watchdog
 // in any case, so that no child sees them. It is called before the sockets are served, while they have their files.
-func (d *daemon) newWatchdog() *watchdog {
+func (d *Daemon) newWatchdog() *watchdog {
 	patience, err := systemd.Watchdog()
 	if err != nil {
 		d.log.Warn("the agent is not watched", "reason", err)
@@ -304,7 +308,7 @@ func (d *daemon) newWatchdog() *watchdog {
 }
 
 // heedSignals does what signals ask for, until ctx ends. end ends the agent.
-func (d *daemon) heedSignals(ctx context.Context, end func()) {
+func (d *Daemon) heedSignals(ctx context.Context, end func()) {
 	var clears sync.WaitGroup
 	defer clears.Wait()
 	for {
@@ -320,13 +324,13 @@ func (d *daemon) heedSignals(ctx context.Context, end func()) {
 				end()
 				return
 			}
-			d.reload(ctx)
+			d.Reload(ctx)
 		}
 	}
 }
 
 // clear removes all keys.
-func (d *daemon) clear(ctx context.Context) {
+func (d *Daemon) clear(ctx context.Context) {
 	if err := d.keyring.Clear(ctx); err != nil {
 		d.log.Warn("cannot remove all keys, as SIGUSR1 asks", "reason", err)
 		return
@@ -334,12 +338,12 @@ func (d *daemon) clear(ctx context.Context) {
 	d.log.Info("SIGUSR1: all keys are removed")
 }
 
-// reload reads the configuration again and uses it, and looks at the tokens again. A mistake in the file
+// Reload reads the configuration again and uses it, and looks at the tokens again. A mistake in the file
 // leaves the old configuration in use. Modules stay as they are: a change of those needs a restart.
-func (d *daemon) reload(ctx context.Context) {
+func (d *Daemon) Reload(ctx context.Context) {
 	d.manager.tell(systemd.Reloading())
 	defer d.manager.ready()
-	c, err := config.Load(d.options.configFile)
+	c, err := config.Load(d.options.ConfigFile)
 	if err != nil {
 		d.log.Error("the configuration is not used, the old one stays", "reason", err)
 		return
@@ -357,7 +361,7 @@ func (d *daemon) reload(ctx context.Context) {
 }
 
 // statusOfSockets returns the sockets for the report.
-func (d *daemon) statusOfSockets() (all []status.Socket) {
+func (d *Daemon) statusOfSockets() (all []status.Socket) {
 	for _, s := range d.sockets {
 		sock := status.Socket{Path: pathOf(s.listener), Connections: d.server.Connections(s.listener)}
 		if s.rules != nil {
@@ -369,7 +373,7 @@ func (d *daemon) statusOfSockets() (all []status.Socket) {
 }
 
 // configure tells each part what the configuration says.
-func (d *daemon) configure(c *config.File) {
+func (d *Daemon) configure(c *config.File) {
 	store := d.backend.Store
 	store.SetSources(c.PINSources())
 	store.SetHomes(c.URIs())
@@ -385,7 +389,7 @@ func (d *daemon) configure(c *config.File) {
 }
 
 // rescan looks at all tokens.
-func (d *daemon) rescan(ctx context.Context) {
+func (d *Daemon) rescan(ctx context.Context) {
 	const patience = 10 * time.Second
 	ctx, cancel := context.WithTimeout(ctx, patience)
 	defer cancel()
@@ -395,7 +399,7 @@ func (d *daemon) rescan(ctx context.Context) {
 }
 
 // forgetApprovals ends the remembered approvals of the keys whose logins end at an event.
-func (d *daemon) forgetApprovals(e token.Event) {
+func (d *Daemon) forgetApprovals(e token.Event) {
 	inMemory := d.config.Load().ForgetOn.Retention().EndsAt(e)
 	d.keyring.ForgetApprovals(func(k request.Key) bool {
 		if key, ok := k.(*token.Key); ok {

@@ -1,4 +1,4 @@
-package main
+package daemon
 
 import (
 	"bufio"
@@ -16,6 +16,7 @@ import (
 
 	"golang.org/x/sys/unix"
 
+	"p11-agent/agent/door"
 	"p11-agent/cmd/p11-agent/exit"
 	"p11-agent/cmd/p11-agent/output"
 	"p11-agent/cmd/p11-agent/paths"
@@ -30,43 +31,43 @@ const (
 	childReportFD       = 3                             // where the agent reports how its start goes
 )
 
-// A child is an agent in the background, seen from inside.
-type child struct {
+// A Child is an agent in the background, seen from inside.
+type Child struct {
 	parent int
 	bound  bool // it ends with the parent
 	socket string
 }
 
-// backgroundChild returns nil unless this process is an agent in the background. It removes the variables.
-func backgroundChild() *child {
+// BackgroundChild returns nil unless this process is an agent in the background. It removes the variables.
+func BackgroundChild() *Child {
 	parent, err := strconv.Atoi(os.Getenv(childVariable))
 	if err != nil || parent != os.Getppid() {
 		return nil
 	}
-	c := &child{parent: parent, bound: os.Getenv(childEndVariable) != "", socket: os.Getenv(childSocketVariable)}
+	c := &Child{parent: parent, bound: os.Getenv(childEndVariable) != "", socket: os.Getenv(childSocketVariable)}
 	for _, v := range []string{childVariable, childEndVariable, childSocketVariable} {
 		_ = os.Unsetenv(v) // fails for names that cannot be
 	}
 	return c
 }
 
-// reportFD returns the descriptor of the report. It is -1 in a process that is not in the background.
-func (c *child) reportFD() int {
+// ReportFD returns the descriptor of the report. It is -1 in a process that is not in the background.
+func (c *Child) ReportFD() int {
 	if c == nil {
 		return -1
 	}
 	return childReportFD
 }
 
-// A background is an agent in the background, as its starter sees it.
-type background struct {
-	socket string // where it listens
-	pid    int
+// A Background is an agent in the background, as its starter sees it.
+type Background struct {
+	Socket string // where it listens
+	PID    int
 }
 
-// startInBackground starts this program again as an agent in the background, with the same arguments, and waits
+// Start starts this program again as an agent in the background, with the same arguments, and waits
 // until it listens at the path. bound makes it end with this process. warn is told the agent's warnings.
-func startInBackground(path string, bound bool, warn func(error)) (*background, error) {
+func Start(path string, bound bool, warn func(error)) (*Background, error) {
 	report, theirs, err := os.Pipe()
 	if err != nil {
 		return nil, err
@@ -92,13 +93,13 @@ func startInBackground(path string, bound bool, warn func(error)) (*background, 
 		}
 		return nil, err
 	}
-	return &background{path, cmd.Process.Pid}, nil
+	return &Background{path, cmd.Process.Pid}, nil
 }
 
-// become makes this process a program that uses the agent. A bound agent ends with the program, and with this
+// Become makes this process a program that uses the agent. A bound agent ends with the program, and with this
 // process if that fails.
-func (b *background) become(program string, argv []string) error {
-	env := append(os.Environ(), paths.SocketVariable+"="+b.socket, paths.PIDVariable+"="+strconv.Itoa(b.pid))
+func (b *Background) Become(program string, argv []string) error {
+	env := append(os.Environ(), paths.SocketVariable+"="+b.Socket, paths.PIDVariable+"="+strconv.Itoa(b.PID))
 	return fmt.Errorf("run %s: %w", program, syscall.Exec(program, argv, lastOfEach(env)))
 }
 
@@ -145,11 +146,11 @@ func lastOfEach(env []string) []string {
 	return kept
 }
 
-// inBackground runs the agent in the process that startInBackground starts.
-func (l *launch) inBackground(ctx context.Context, c *child) error {
+// InBackground runs the agent in the process that Start starts.
+func (l *Launch) InBackground(ctx context.Context, c *Child) error {
 	starter := &reportWriter{os.NewFile(childReportFD, "report")}
 	unix.CloseOnExec(childReportFD)
-	l.warn = starter.warn
+	l.Warn = starter.warn
 	ctx, cancel := context.WithCancel(ctx)
 	defer cancel()
 	ctx, signals, stop := catchSignals(ctx, syscall.SIGTERM)
@@ -164,7 +165,7 @@ func (l *launch) inBackground(ctx context.Context, c *child) error {
 		return starter.fail(err)
 	}
 	defer paths.RemovePrivateDir(socket.Path())
-	all, granted := openLogs(socket, l.warn)
+	all, granted := openLogs(socket, l.Warn)
 	defer all.Close()
 	defer granted.Close()
 	log := slog.New(&logs{output.NewLog(all, slog.LevelInfo).Handler(), output.NewLog(granted, slog.LevelInfo).Handler()})
@@ -176,7 +177,7 @@ func (l *launch) inBackground(ctx context.Context, c *child) error {
 	if err := starter.listening(socket.Path()); err != nil {
 		return errors.Join(err, socket.Close())
 	}
-	if err := l.run(ctx, []listener{socket}, log, signals, nil); err != nil {
+	if err := l.run(ctx, []door.Listener{socket}, log, signals, nil); err != nil {
 		log.Error("agent ended", "reason", err)
 		return exit.Status(exit.CodeFailure)
 	}

@@ -1,4 +1,4 @@
-package main
+package daemon
 
 import (
 	"context"
@@ -16,8 +16,7 @@ import (
 	"p11-agent/cmd/p11-agent/paths"
 )
 
-// logs writes all lines into one log, and those about what was granted into another
-// one, too.
+// logs writes all lines into one log. It writes the lines about what was granted into a second log, too.
 type logs struct{ all, granted slog.Handler }
 
 var _ slog.Handler = (*logs)(nil)
@@ -43,20 +42,19 @@ func (l *logs) WithGroup(name string) slog.Handler {
 // maxLogFile is the size at which a log file becomes the old one.
 const maxLogFile = 1 << 20
 
-// logFile is the log of an agent that has neither terminal nor journal. Two
-// files of 1 MiB at most are kept.
+// A logFile is the log of an agent without terminal and journal. It is two files of at most 1 MiB.
 type logFile struct {
 	path    string
-	passing bool // it goes when it is closed
+	passing bool // Close removes the file
 
 	mu   sync.Mutex
 	file *os.File
 	size int64
 }
 
-// openLogs opens the logs of the agent with this socket: in the state directory, or next
-// to the socket where the state directory cannot be written. A directory that others may
-// write to is no place for them. Without a place, nothing is logged.
+// openLogs opens the logs of the agent with this socket. They are in the state directory, or next to the socket if the
+// state directory cannot be written. They are never in a directory that others may write to. Without a place, the
+// agent writes no log.
 func openLogs(socket *door.Socket, warn func(error)) (all, granted io.WriteCloser) {
 	var errs []error
 	dirs := []string{paths.StateDir()}
@@ -89,7 +87,7 @@ func openLogs(socket *door.Socket, warn func(error)) (all, granted io.WriteClose
 	return noLog{io.Discard}, noLog{io.Discard}
 }
 
-// noLog is where nothing is kept.
+// noLog keeps nothing.
 type noLog struct{ io.Writer }
 
 func (noLog) Close() error { return nil }
@@ -120,7 +118,7 @@ func (l *logFile) Write(b []byte) (int, error) {
 	l.mu.Lock()
 	defer l.mu.Unlock()
 	if l.size > maxLogFile {
-		// Should the file not be renamed, it grows on: better than no log.
+		// If the file cannot be renamed, it grows: that is better than no log.
 		if err := os.Rename(l.path, l.path+".old"); err == nil {
 			old := l.file
 			if err := l.open(); err == nil {
@@ -133,13 +131,13 @@ func (l *logFile) Write(b []byte) (int, error) {
 	return n, err
 }
 
-// Close closes the file, and removes it when it is one in passing.
+// Close closes the file. A file beside a private socket is removed.
 func (l *logFile) Close() error {
 	l.mu.Lock()
 	defer l.mu.Unlock()
 	if l.passing {
-		_ = os.Remove(l.path)          // what stays keeps its directory
-		_ = os.Remove(l.path + ".old") // mostly, it is not there
+		_ = os.Remove(l.path)          // a file that stays keeps its directory
+		_ = os.Remove(l.path + ".old") // the file may not exist
 	}
 	return l.file.Close()
 }

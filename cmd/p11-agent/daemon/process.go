@@ -1,4 +1,4 @@
-package main
+package daemon
 
 import (
 	"context"
@@ -19,21 +19,21 @@ import (
 	"golang.org/x/sys/unix"
 )
 
-// nameProcess gives the process a name, which ps and pgrep show. Without it, a process of
+// NameProcess gives the process a name, which ps and pgrep show. Without it, a process of
 // /proc/self/exe has the name "exe". The kernel keeps 15 bytes.
 //
 // A thread may write the names of its own process, also when the process is undumpable
 // (proc_tid_comm_permission in Linux's fs/proc/base.c). The process has the name of its first thread.
-func nameProcess(name string) {
+func NameProcess(name string) {
 	pid := strconv.Itoa(os.Getpid())
 	// Only people read the name: without /proc it stays as it is.
 	_ = os.WriteFile("/proc/self/task/"+pid+"/comm", []byte(name), 0)
 }
 
-// closeInherited closes the descriptors from 3 on that the starter of this process left open, except keep.
+// CloseInherited closes the descriptors from 3 on that the starter of this process left open, except keep.
 // ssh-agent does so too: otherwise the agent holds the locks of the starter, and keeps pipes open. Descriptors of
 // the process itself have close-on-exec, and stay.
-func closeInherited(keep int) error {
+func CloseInherited(keep int) error {
 	entries, err := os.ReadDir("/proc/self/fd")
 	if err != nil {
 		return fmt.Errorf("close inherited files: %w", err)
@@ -44,7 +44,7 @@ func closeInherited(keep int) error {
 			continue
 		}
 		if flags, err := unix.FcntlInt(uintptr(fd), unix.F_GETFD, 0); err == nil && flags&unix.FD_CLOEXEC == 0 {
-			_ = unix.Close(fd) // on Linux it is closed whatever close returns
+			_ = unix.Close(fd) // Linux closes it even when close fails
 		}
 	}
 	return nil
@@ -105,9 +105,9 @@ func (t *terminal) hangup(ctx context.Context, end func()) (gone bool) {
 // what the environment says at the start.
 const noTraces = "GOTRACEBACK=none"
 
-// withoutTraces starts the program again with noTraces, in the same process. It returns nil if noTraces is in force
+// WithoutTraces starts the program again with noTraces, in the same process. It returns nil if noTraces is in force
 // already, and an error if the start fails.
-func withoutTraces() error {
+func WithoutTraces() error {
 	name, value, _ := strings.Cut(noTraces, "=")
 	if os.Getenv(name) == value {
 		return nil

@@ -1,4 +1,4 @@
-package main
+package daemon
 
 import (
 	"context"
@@ -14,11 +14,11 @@ import (
 	"p11-agent/cmd/p11-agent/paths"
 )
 
-// A launch is one way to run a daemon: in the foreground, in the background, or on the sockets of a service manager.
-type launch struct {
-	options   daemonOptions
-	elsewhere bool        // another agent at the socket makes this one take a private socket
-	warn      func(error) // tells the person who starts the agent
+// A Launch is one way to run a daemon: in the foreground, in the background, or on the sockets of a service manager.
+type Launch struct {
+	Options   Options
+	Elsewhere bool        // another agent at the socket makes this one take a private socket
+	Warn      func(error) // tells the person who starts the agent
 }
 
 // signals are the signals that a running daemon heeds.
@@ -46,8 +46,8 @@ func catchSignals(ctx context.Context, end ...os.Signal) (context.Context, *sign
 	}
 }
 
-// inForeground runs the agent at the terminal. announce tells where the agent listens.
-func (l *launch) inForeground(ctx context.Context, path string, log *slog.Logger, announce func(path string) error) error {
+// InForeground runs the agent at the terminal. announce tells where the agent listens.
+func (l *Launch) InForeground(ctx context.Context, path string, log *slog.Logger, announce func(path string) error) error {
 	terminal := controllingTerminal()
 	ctx, signals, stop := catchSignals(ctx, os.Interrupt, syscall.SIGTERM)
 	defer stop()
@@ -59,14 +59,14 @@ func (l *launch) inForeground(ctx context.Context, path string, log *slog.Logger
 	if err := announce(socket.Path()); err != nil {
 		return errors.Join(err, socket.Close())
 	}
-	return l.run(ctx, []listener{socket}, log, signals, terminal)
+	return l.run(ctx, []door.Listener{socket}, log, signals, terminal)
 }
 
-// onInherited runs the agent on the sockets of a service manager.
-func (l *launch) onInherited(ctx context.Context, inherited []*net.UnixListener, log *slog.Logger) error {
+// OnInherited runs the agent on the sockets of a service manager.
+func (l *Launch) OnInherited(ctx context.Context, inherited []*net.UnixListener, log *slog.Logger) error {
 	ctx, signals, stop := catchSignals(ctx, os.Interrupt, syscall.SIGTERM)
 	defer stop()
-	var all []listener
+	var all []door.Listener
 	for _, socket := range inherited {
 		all = append(all, socket)
 	}
@@ -74,28 +74,28 @@ func (l *launch) onInherited(ctx context.Context, inherited []*net.UnixListener,
 }
 
 // run opens the daemon, and serves until ctx ends.
-func (l *launch) run(ctx context.Context, listeners []listener, log *slog.Logger, signals *signals, terminal *terminal) error {
-	d, err := openDaemon(l.options, listeners, log)
+func (l *Launch) run(ctx context.Context, listeners []door.Listener, log *slog.Logger, signals *signals, terminal *terminal) error {
+	d, err := Open(l.Options, listeners, log)
 	if err != nil {
 		return err
 	}
-	defer d.close()
+	defer d.Close()
 	d.signals, d.terminal = signals, terminal
-	return d.serve(ctx)
+	return d.Serve(ctx)
 }
 
 // listen makes the first socket. Where another agent listens, the agent may take a private socket.
-func (l *launch) listen(path string) (*door.Socket, error) {
+func (l *Launch) listen(path string) (*door.Socket, error) {
 	s, err := listen(path)
-	if err != nil && errors.Is(err, door.ErrInUse) && l.elsewhere {
-		if path, err = paths.PrivateSocket(l.warn); err == nil {
+	if err != nil && errors.Is(err, door.ErrInUse) && l.Elsewhere {
+		if path, err = paths.PrivateSocket(l.Warn); err == nil {
 			if s, err = listen(path); err != nil {
 				paths.RemovePrivateDir(path)
 			}
 		}
 	}
 	if err == nil && s.Shared() {
-		l.warn(fmt.Errorf("others may write to the directory of %s: a module could put a socket of its own in that place", s.Path()))
+		l.Warn(fmt.Errorf("others may write to the directory of %s: a module could put a socket of its own in that place", s.Path()))
 	}
 	return s, err
 }

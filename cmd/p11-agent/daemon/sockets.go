@@ -1,4 +1,4 @@
-package main
+package daemon
 
 import (
 	"errors"
@@ -11,15 +11,9 @@ import (
 	"p11-agent/cmd/p11-agent/config"
 )
 
-// listener is where clients connect: a socket of the agent's own, or one of a service manager.
-type listener interface {
-	AcceptUnix() (*net.UnixConn, error)
-	Close() error
-}
-
 // A socket is a listener, and the rules for its clients. Without rules, those of the configuration hold for all.
 type socket struct {
-	listener listener
+	listener door.Listener
 	rules    *request.Socket
 }
 
@@ -59,7 +53,7 @@ func listenAt(sc config.SocketTable, dir string) (*door.Socket, error) {
 }
 
 // pathOf returns the path of a listener's socket.
-func pathOf(l listener) string {
+func pathOf(l door.Listener) string {
 	switch l := l.(type) {
 	case *door.Socket:
 		return l.Path()

@@ -1,4 +1,4 @@
-package main
+package daemon
 
 import (
 	"cmp"
@@ -21,7 +21,7 @@ import (
 	"p11-agent/token"
 )
 
-// notices tells of tokens that work for long, in the words of the agent.
+// notices are notifications on the desktop: of tokens that work for long, and of failures.
 type notices struct {
 	*notify.Notifier
 	failures atomic.Bool // failure-notice
@@ -36,14 +36,13 @@ func newNotices(c *config.File, log *slog.Logger) *notices {
 	return n
 }
 
-// configure takes over what the configuration says.
+// configure takes the values of the configuration.
 func (n *notices) configure(c *config.File) {
 	n.SetAfter(c.TouchNotice.After())
 	n.failures.Store(c.FailureNotice == nil || *c.FailureNotice)
 }
 
-// failed is agent.Options.Failed: whoever waits hears no more from ssh than "agent
-// refused operation".
+// failed is [agent.Options] Failed. ssh itself says no more than "agent refused operation".
 func (n *notices) failed(e audit.Event) {
 	title := map[request.Action]string{
 		request.ActionSign: "p11-agent: refused to sign", request.ActionAdd: "p11-agent: refused to add a key",
@@ -55,18 +54,18 @@ func (n *notices) failed(e audit.Event) {
 	if key := cmp.Or(e.Comment, e.URI, e.Key); key != "" {
 		lines = append(lines, "Key: "+status.ShortURI(key))
 	}
-	// Who asks differs from one try to the next.
+	// The client is not part of the key: its process differs from one try to the next.
 	n.Tell(strings.Join(lines, "\n"), title, append(lines, prompt.Requester(e.Client)))
 }
 
-// elsewhere is asker.notify: a client waits for a prompt that another one has.
+// elsewhere tells that a client waits for a prompt of another client.
 func (n *notices) elsewhere(key string, lines []string) {
 	if n.failures.Load() {
 		n.Tell(key, "p11-agent: a program waits for a prompt that is elsewhere", lines)
 	}
 }
 
-// working is token.Options.Working.
+// working is [token.Options] Working.
 func (n *notices) working(ctx context.Context, k *token.Key) (done func()) {
 	return n.Begin(k.Token(), func() []string {
 		use := request.UseFrom(ctx)
@@ -75,9 +74,9 @@ func (n *notices) working(ctx context.Context, k *token.Key) (done func()) {
 	})
 }
 
-// watchLogin1 makes the watch over sleep and the screen lock. forget is told of both.
+// watchLogin1 watches for sleep and the screen lock. It calls forget at both.
 func watchLogin1(c *config.File, store *token.Store, forget func(token.Event), log *slog.Logger) *login1.Watch {
-	// A module that has not logged out by then is stopped. Sleep waits for less.
+	// A module that takes longer to log out is stopped. Sleep waits for a shorter time.
 	const lockTimeout, wakeTimeout = 10 * time.Second, 30 * time.Second
 	within := func(d time.Duration, f func(context.Context)) func(context.Context) {
 		return func(ctx context.Context) {

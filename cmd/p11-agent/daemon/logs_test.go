@@ -1,4 +1,4 @@
-package main
+package daemon
 
 import (
 	"log/slog"
@@ -10,7 +10,7 @@ import (
 	"p11-agent/cmd/p11-agent/paths"
 )
 
-// What was granted stays, whatever else fills the log.
+// What was granted stays when other lines fill the log.
 func TestGrantedHasItsFile(t *testing.T) {
 	dir := t.TempDir()
 	open := func(name string) *logFile {

@@ -1,14 +1,15 @@
-package main
+package daemon
 
 import (
 	"os"
+	"path/filepath"
+	"slices"
+	"strings"
+
 	"p11-agent/agent/knownhosts"
 	"p11-agent/agent/peer"
 	"p11-agent/agent/request"
 	"p11-agent/cmd/p11-agent/config"
-	"path/filepath"
-	"slices"
-	"strings"
 
 	"golang.org/x/crypto/ssh"
 )
@@ -16,11 +17,11 @@ import (
 // hosts gives names to host keys by ssh's known_hosts files.
 type hosts struct {
 	files  *knownhosts.Files
-	config string // of the ssh client, whose words are guesses at names
+	config string // of the ssh client: its words are guesses at names
 }
 
-// HostName is what the files say. Where ssh asks, the destination among its arguments
-// is the first guess at the name, and the words of its configuration are the others.
+// HostName returns the names of a host key in the files. If ssh asks, the first guess at a name is the destination among
+// its arguments. The other guesses are the words of its configuration.
 func (h *hosts) HostName(key ssh.PublicKey, p peer.Peer) request.HostName {
 	return h.files.Lookup(key, func() []string {
 		var guesses []string
@@ -38,7 +39,7 @@ func (h *hosts) HostName(key ssh.PublicKey, p peer.Peer) request.HostName {
 
 var _ request.HostNamer = (*hosts)(nil)
 
-// newHosts takes the files that the configuration names, or those that ssh does.
+// newHosts uses the files that the configuration names, or else the files of ssh.
 func newHosts(c *config.File) *hosts {
 	home := os.Getenv("HOME")
 	own := func(name string) string { return filepath.Join(home, ".ssh", name) }
