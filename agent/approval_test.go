@@ -278,15 +278,15 @@ func TestSocketConfirm(t *testing.T) {
 		forwarded bool
 		asked     int // for two signatures of the same kind
 	}{
-		"none":                         {"", approval.ConfirmNever, true, 0},
-		"never":                        {approval.ConfirmNever, approval.ConfirmNever, true, 0},
+		"none":                          {"", approval.ConfirmNever, true, 0},
+		"never":                         {approval.ConfirmNever, approval.ConfirmNever, true, 0},
 		"never does not lift the key's": {approval.ConfirmNever, approval.ConfirmAlways, false, 1},
-		"always":                       {approval.ConfirmAlways, approval.ConfirmNever, false, 2},
-		"always, first-use of the key": {approval.ConfirmAlways, approval.ConfirmFirstUse, false, 2},
-		"forwarded, from here":         {approval.ConfirmForwarded, approval.ConfirmNever, false, 0},
-		"forwarded, from another host": {approval.ConfirmForwarded, approval.ConfirmNever, true, 2},
-		"first-use":                    {approval.ConfirmFirstUse, approval.ConfirmNever, false, 1},
-		"unknown":                      {"often", approval.ConfirmNever, false, 2},
+		"always":                        {approval.ConfirmAlways, approval.ConfirmNever, false, 2},
+		"always, first-use of the key":  {approval.ConfirmAlways, approval.ConfirmFirstUse, false, 2},
+		"forwarded, from here":          {approval.ConfirmForwarded, approval.ConfirmNever, false, 0},
+		"forwarded, from another host":  {approval.ConfirmForwarded, approval.ConfirmNever, true, 2},
+		"first-use":                     {approval.ConfirmFirstUse, approval.ConfirmNever, false, 1},
+		"unknown":                       {"often", approval.ConfirmNever, false, 2},
 	} {
 		t.Run(name, func(t *testing.T) {
 			k, p := edKey("pkcs11:token=a"), says(approval.Answer{Allowed: true, For: approval.UntilLock})

@@ -462,7 +462,9 @@ func TestAttack04Walk(t *testing.T) {
 			return &request.Caller{Socket: &request.Socket{Only: []request.Selection{prefix("pkcs11:token=b;id=1")}, ReadOnly: true}}
 		},
 		"read-only": func(*walls) *request.Caller { return &request.Caller{Socket: &request.Socket{ReadOnly: true}} },
-		"confirm":   func(*walls) *request.Caller { return &request.Caller{Socket: &request.Socket{Confirm: approval.ConfirmAlways}} },
+		"confirm": func(*walls) *request.Caller {
+			return &request.Caller{Socket: &request.Socket{Confirm: approval.ConfirmAlways}}
+		},
 		"forwarded": func(w *walls) *request.Caller { return boundTo(true, w.bad) },
 		"some-fwd": func(w *walls) *request.Caller {
 			c := boundTo(true, w.bad)

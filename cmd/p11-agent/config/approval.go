@@ -12,20 +12,19 @@ import (
 	"p11-agent/token"
 )
 
-// DefaultConfirmTimeout is how long a question stays without an answer when nobody says
-// otherwise.
+// DefaultConfirmTimeout is how long a question waits for an answer without confirm-timeout.
 const DefaultConfirmTimeout = time.Minute
 
-// ConfirmPlace says where a person may be asked for a yes.
+// A ConfirmPlace says where the agent may ask for consent.
 type ConfirmPlace string
 
-// What confirm-place may be.
+// The values of confirm-place.
 const (
 	PlaceAny     ConfirmPlace = "any"     // a display, or else a terminal
 	PlaceDisplay ConfirmPlace = "display" // no terminal
 )
 
-// RuleTable is approval.Rule as it is configured.
+// A RuleTable is an approval.Rule in the file.
 type RuleTable struct {
 	Host      []string          `toml:"host"`
 	Purpose   []request.Purpose `toml:"purpose"`
@@ -35,6 +34,12 @@ type RuleTable struct {
 	Remember  RememberFor       `toml:"remember"`
 }
 
+// rule returns the rule, without what it remembers.
+func (r *RuleTable) rule() approval.Rule {
+	return approval.Rule{Hosts: r.Host, Purposes: r.Purpose, Programs: r.Program, Forwarded: r.Forwarded, Confirm: r.Confirm}
+}
+
+// check finds mistakes in a rule. what names the rule in an error.
 func (r *RuleTable) check(what string) error {
 	switch {
 	case r.Confirm == "":
@@ -42,7 +47,7 @@ func (r *RuleTable) check(what string) error {
 	case !slices.Contains(ruleConfirms, r.Confirm):
 		return unknownValue("confirm of "+what, r.Confirm, ruleConfirms)
 	case r.Remember.Remember != approval.Once && (r.Confirm == approval.ConfirmNever || r.Confirm == approval.ConfirmDeny):
-		return &valueError{text: fmt.Sprintf("%s asks nobody (confirm = %q), so there is nothing to remember", what, r.Confirm), advice: "leave remember out"}
+		return &valueError{text: fmt.Sprintf("%s asks no question (confirm = %q), so there is nothing to remember", what, r.Confirm), advice: "leave remember out"}
 	case r.Host != nil && len(r.Host) == 0, r.Purpose != nil && len(r.Purpose) == 0, r.Program != nil && len(r.Program) == 0:
 		return &valueError{text: what + " has an empty list, so it would match nothing", advice: "leave the condition out to match everything"}
 	}
@@ -60,7 +65,7 @@ func (r *RuleTable) check(what string) error {
 	for _, p := range r.Host {
 		name, negated := strings.CutPrefix(p, "!")
 		if name == "" || strings.ContainsAny(name, "! ,\t\n") {
-			return &valueError{text: fmt.Sprintf("host of %s has %q, which is no pattern", what, p), advice: `patterns are separate strings, as in ["*.example.org", "!test.example.org"]`}
+			return &valueError{text: fmt.Sprintf("host of %s has %q, which is not a pattern", what, p), advice: `patterns are separate strings, as in ["*.example.org", "!test.example.org"]`}
 		}
 		positive = positive || !negated
 	}
@@ -70,12 +75,13 @@ func (r *RuleTable) check(what string) error {
 	return nil
 }
 
-// rememberUntilLock is what remember may be besides a length of time.
+// rememberUntilLock is the value of remember that is not a length of time.
 const rememberUntilLock = "until-lock"
 
-// RememberFor is how long a yes is good for.
+// A RememberFor is how long a yes counts.
 type RememberFor struct{ approval.Remember }
 
+// UnmarshalText parses a length of time, or "until-lock".
 func (v *RememberFor) UnmarshalText(b []byte) error {
 	if string(b) == rememberUntilLock {
 		v.Remember = approval.UntilLock
@@ -89,8 +95,9 @@ func (v *RememberFor) UnmarshalText(b []byte) error {
 	return nil
 }
 
-// Approval returns when a person is asked before a key signs: what the first table
-// says that says anything, or else the whole configuration.
+// Approval returns when the agent asks a person before a key signs. The first [[key]] table with
+// confirm decides, or else confirm of the file. The rules are those of the first table with rules.
+// A table that only may mean the key can only make the policy stricter.
 func (c *File) Approval() func(request.Key) approval.Policy {
 	return func(k request.Key) approval.Policy {
 		a := approval.Policy{Confirm: c.Confirm}
@@ -99,7 +106,7 @@ func (c *File) Approval() func(request.Key) approval.Policy {
 			return a
 		}
 		confirmed := false
-		var unsure []KeyTable // only a login shows whether the key is the one that they name
+		var unsure []KeyTable // only a login shows whether they mean the key
 		for _, table := range c.KeyTables {
 			if table.Confirm == "" && table.Rules == nil || !key.MayMatch(table.URI.URI) {
 				continue
@@ -113,10 +120,9 @@ func (c *File) Approval() func(request.Key) approval.Policy {
 			}
 			if a.Rules == nil {
 				for _, r := range table.Rules {
-					a.Rules = append(a.Rules, approval.Rule{
-						Hosts: r.Host, Purposes: r.Purpose, Programs: r.Program, Forwarded: r.Forwarded,
-						Confirm: r.Confirm, Remember: r.Remember.Remember,
-					})
+					rule := r.rule()
+					rule.Remember = r.Remember.Remember
+					a.Rules = append(a.Rules, rule)
 				}
 			}
 		}
@@ -127,10 +133,10 @@ func (c *File) Approval() func(request.Key) approval.Policy {
 	}
 }
 
-// confirmOrder has the laxest first.
+// confirmOrder is the order of the values, from the laxest to the strictest.
 var confirmOrder = []approval.Confirm{"", approval.ConfirmNever, approval.ConfirmForwarded, approval.ConfirmFirstUse, approval.ConfirmAlways}
 
-// stricter adds of a table what has a person asked, or denies, in more cases.
+// stricter adds to a policy the parts of a table that ask or deny more often.
 func stricter(a approval.Policy, table KeyTable) approval.Policy {
 	if slices.Index(confirmOrder, table.Confirm) > slices.Index(confirmOrder, a.Confirm) {
 		a.Confirm = table.Confirm
@@ -138,22 +144,20 @@ func stricter(a approval.Policy, table KeyTable) approval.Policy {
 	var rules []approval.Rule
 	for _, r := range table.Rules {
 		if r.Confirm == approval.ConfirmDeny || r.Confirm == approval.ConfirmAlways {
-			rules = append(rules, approval.Rule{
-				Hosts: r.Host, Purposes: r.Purpose, Programs: r.Program, Forwarded: r.Forwarded, Confirm: r.Confirm,
-			})
+			rules = append(rules, r.rule())
 		}
 	}
 	a.Rules = append(rules, a.Rules...)
 	return a
 }
 
-// keyConfirms is what confirm may be for whole keys, ruleConfirms for rules.
+// keyConfirms are the values of confirm for keys and sockets, ruleConfirms those for rules.
 var (
 	keyConfirms  = []approval.Confirm{approval.ConfirmNever, approval.ConfirmForwarded, approval.ConfirmAlways, approval.ConfirmFirstUse}
 	ruleConfirms = append(slices.Clone(keyConfirms), approval.ConfirmDeny)
 )
 
-// checkApproval finds mistakes in what is said about confirmation.
+// checkApproval finds mistakes in confirm, confirm-place and the rules.
 func (c *File) checkApproval() error {
 	if c.Confirm != "" && !slices.Contains(keyConfirms, c.Confirm) {
 		return unknownValue("confirm", c.Confirm, keyConfirms)

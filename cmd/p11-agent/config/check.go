@@ -1,7 +1,6 @@
 package config
 
 import (
-	"cmp"
 	"errors"
 	"fmt"
 	"io/fs"
@@ -13,112 +12,74 @@ import (
 	"p11-agent/token/pkcs11uri"
 )
 
-// check finds what the syntax does not show.
+// check finds the mistakes that the syntax does not show. It also replaces "~/" in paths, and
+// reads the public keys that [[key]] tables name. mode is the mode of the file.
 func (c *File) check(mode fs.FileMode) error {
-	bad := func(format string, args ...any) error {
-		return &Error{File: c.path, Text: fmt.Sprintf(format, args...)}
-	}
 	for _, u := range c.URIs() {
-		if err := token.CheckPIN(u); err != nil {
-			return &Error{
-				File: c.path, Text: fmt.Sprintf("the PIN of %v would be tried on any token", u),
-				Advice: "add the token attribute to the URI, and the serial attribute where several tokens have one label",
-			}
-		}
-		if u.PIN() != nil && mode.Perm()&0o077 != 0 {
-			return &Error{
-				File: c.path, Text: fmt.Sprintf("it holds a pin-value and can be read by others (mode %#o)", mode.Perm()),
-				Advice: "run: chmod 600 " + c.path + ", or better name a file with pin-source",
-			}
-		}
-		if names := u.Unrecognized(); len(names) > 0 {
-			e := &Error{File: c.path, Text: fmt.Sprintf("%v has the unknown attribute %q, so it would match nothing", u, names[0])}
-			if s := pkcs11uri.Suggest(names[0]); s != "" {
-				e.Advice = fmt.Sprintf("did you mean %q?", s)
-			}
-			return e
+		if err := c.checkURI(u, mode); err != nil {
+			return asError(c.path, err)
 		}
 	}
-	var wrong []error
-	for _, err := range []error{c.TouchNotice.check(), c.ForgetOn.check()} {
-		if err != nil {
-			wrong = append(wrong, bad("%v", err))
+	if err := errors.Join(asError(c.path, c.TouchNotice.check()), asError(c.path, c.ForgetOn.check())); err != nil {
+		return err
+	}
+	for _, check := range []func() error{
+		c.checkKeys, c.checkPaths, c.checkSockets, c.checkAbsent, c.checkApproval, c.checkPinentry, c.checkModules,
+	} {
+		if err := check(); err != nil {
+			return asError(c.path, err)
 		}
 	}
-	if len(wrong) > 0 {
-		return errors.Join(wrong...)
+	return nil
+}
+
+// checkURI finds a URI whose PIN is not safe, and a URI that matches nothing.
+func (c *File) checkURI(u *pkcs11uri.URI, mode fs.FileMode) error {
+	if err := token.CheckPIN(u); err != nil {
+		return &valueError{
+			text:   fmt.Sprintf("the PIN of %v would be tried on any token", u),
+			advice: "add the token attribute to the URI, and the serial attribute where several tokens have one label",
+		}
 	}
-	for i, k := range c.KeyTables {
-		if k.URI == nil {
-			return bad("[[key]] table %d has no uri", i+1)
+	if u.PIN() != nil && mode.Perm()&0o077 != 0 {
+		return &valueError{
+			text:   fmt.Sprintf("the configuration holds a pin-value, and other users can read it (mode %#o)", mode.Perm()),
+			advice: "run: chmod 600 " + c.path + ", or better name a file with pin-source",
 		}
-		if err := cmp.Or(k.checkPIN(), checkAbsent(k.Absent), k.checkAllow()); err != nil {
-			return bad("%v", err)
-		}
-		if k.ForgetOn != nil {
-			if err := k.ForgetOn.check(); err != nil {
-				return bad("%v: %v", k.URI, err)
-			}
-		}
-		if k.Public == "" {
-			continue
-		}
-		pub, err := readPublicKey(k.Public)
-		p := token.PublicKey{URI: k.URI.URI, Key: pub}
-		if err == nil {
-			err = token.CheckPublicKey(p)
-		}
-		if err != nil {
-			return bad("public-key of %v: %v", k.URI, err)
-		}
-		c.publicKeys = append(c.publicKeys, p)
 	}
+	if names := u.Unrecognized(); len(names) > 0 {
+		e := &valueError{text: fmt.Sprintf("%v has the unknown attribute %q, so it would match nothing", u, names[0])}
+		if s := pkcs11uri.Suggest(names[0]); s != "" {
+			e.advice = fmt.Sprintf("did you mean %q?", s)
+		}
+		return e
+	}
+	return nil
+}
+
+// checkPaths makes the paths of the file absolute.
+func (c *File) checkPaths() error {
 	if c.Certificates = paths.ExpandHome(c.Certificates); c.Certificates != "" && !filepath.IsAbs(c.Certificates) {
-		return bad("certificates: %q is not an absolute path", c.Certificates)
+		return fmt.Errorf("certificates: %q is not an absolute path", c.Certificates)
 	}
-	for i, path := range c.KnownHosts {
-		if c.KnownHosts[i] = paths.ExpandHome(path); !filepath.IsAbs(c.KnownHosts[i]) {
-			return bad("known-hosts: %q is not an absolute path", path)
-		}
-	}
-	for i, path := range c.Upstream {
-		if c.Upstream[i] = paths.ExpandHome(path); !filepath.IsAbs(c.Upstream[i]) {
-			return bad("upstream: %q is not an absolute path", path)
-		}
-	}
-	if err := cmp.Or(c.checkSockets(), checkAbsent(c.Absent), c.checkApproval()); err != nil {
-		return asConfigError(c.path, err)
-	}
-	if p := c.Pinentry.Program; strings.Contains(p, "/") && !filepath.IsAbs(p) {
-		return bad("pinentry.program %q is neither an absolute path nor a name", p)
-	}
-	seen := make(map[string]bool)
-	for i, m := range c.Modules {
-		switch {
-		case m.Name == "" && m.Path == "":
-			return bad("[[module]] table %d has neither path nor name", i+1)
-		case m.Path != "" && !filepath.IsAbs(m.Path):
-			return bad("module path %q is not absolute", m.Path)
-		case seen[m.ModuleName()]:
-			return bad("module %q is configured twice", m.ModuleName())
-		}
-		seen[m.ModuleName()] = true
-		for j, path := range m.Write {
-			if m.Write[j] = paths.ExpandHome(path); !filepath.IsAbs(m.Write[j]) || strings.Contains(path, "\x00") {
-				return bad("module %q: write has %q, which is no absolute path", m.ModuleName(), path)
-			}
-		}
-		if len(m.Write) > 0 && m.Sandbox != nil && !*m.Sandbox {
-			return bad("module %q: without a sandbox everything can be written: one of write and sandbox = false has to go", m.ModuleName())
-		}
-		if strings.Contains(m.InitArgs, "\x00") {
-			return bad("module %q: init-args has a NUL", m.ModuleName())
-		}
-		for name := range m.Env {
-			if name == "" || strings.ContainsAny(name, "=\x00") {
-				return bad("module %q: %q cannot be the name of an environment variable", m.ModuleName(), name)
+	for _, list := range []struct {
+		key   string
+		paths []string
+	}{{"known-hosts", c.KnownHosts}, {"upstream", c.Upstream}} {
+		for i, path := range list.paths {
+			if list.paths[i] = paths.ExpandHome(path); !filepath.IsAbs(list.paths[i]) {
+				return fmt.Errorf("%s: %q is not an absolute path", list.key, path)
 			}
 		}
 	}
 	return nil
 }
+
+func (c *File) checkPinentry() error {
+	if p := c.Pinentry.Program; strings.Contains(p, "/") && !filepath.IsAbs(p) {
+		return fmt.Errorf("pinentry.program %q is neither an absolute path nor a name", p)
+	}
+	return nil
+}
+
+func (c *File) checkAbsent() error { return checkAbsent(c.Absent) }

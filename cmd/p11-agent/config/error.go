@@ -10,22 +10,23 @@ import (
 	"slices"
 	"strings"
 
+	"github.com/pelletier/go-toml/v2"
+
 	"p11-agent/cmd/p11-agent/exit"
 	"p11-agent/cmd/p11-agent/output"
 	"p11-agent/token/pkcs11uri"
-
-	"github.com/pelletier/go-toml/v2"
 )
 
-// Error is a mistake in the configuration file, at a place in it.
+// An Error is a mistake in the configuration file.
 type Error struct {
 	File      string
 	Line, Col int // counted from 1; 0: the whole file
 	Text      string
-	Advice    string
-	Err       error // of the file itself
+	Advice    string // the next step
+	Err       error  // of reading the file; nil: the file is readable
 }
 
+// Unwrap returns the error of reading the file, or nil.
 func (e *Error) Unwrap() error { return e.Err }
 
 func (e *Error) Error() string {
@@ -35,10 +36,10 @@ func (e *Error) Error() string {
 	return fmt.Sprintf("%s:%d:%d: %s", e.File, e.Line, e.Col, e.Text)
 }
 
-// Hint says what to do about it.
+// Hint returns the next step.
 func (e *Error) Hint() string { return e.Advice }
 
-// ExitCode tells that the configuration is wrong.
+// ExitCode returns the exit code of a wrong configuration.
 func (e *Error) ExitCode() int { return exit.CodeUsage }
 
 // unreadable is the error for a configuration file that cannot be read.
@@ -53,8 +54,8 @@ func unreadable(file string, err error) error {
 	return e
 }
 
-// explainTOML turns the decoder's errors into ours, which quote no value of the file.
-// text is the file.
+// explainTOML turns an error of the decoder into one that quotes no value of the file. text is
+// the file.
 func explainTOML(file string, text []byte, err error) error {
 	if strict, ok := errors.AsType[*toml.StrictMissingError](err); ok {
 		var all []error
@@ -74,7 +75,7 @@ func explainTOML(file string, text []byte, err error) error {
 	return &Error{File: file, Text: err.Error()}
 }
 
-// explainUnknown makes an error of a key that its table does not have. text is the file.
+// explainUnknown returns the error for a key that its table does not have. text is the file.
 func explainUnknown(file string, text []byte, e *toml.DecodeError) *Error {
 	line, col := e.Position()
 	key := e.Key()
@@ -118,7 +119,7 @@ func speaksOfGo(text string) bool {
 	return false
 }
 
-// valueError says that a value is none of those that it can be.
+// A valueError is a wrong value, with the next step.
 type valueError struct {
 	text   string
 	advice string
@@ -126,6 +127,7 @@ type valueError struct {
 
 func (e *valueError) Error() string { return e.text }
 
+// unknownValue returns the error for a value that a key does not have.
 func unknownValue[T ~string](what string, value T, known []T) error {
 	e := &valueError{text: fmt.Sprintf("%s is %q, and can be %s", what, value, output.OneOf(known))}
 	names := make([]string, len(known))
@@ -138,11 +140,14 @@ func unknownValue[T ~string](what string, value T, known []T) error {
 	return e
 }
 
-// asConfigError turns an error of a check into one of the file.
-func asConfigError(file string, err error) error {
-	ce := &Error{File: file, Text: err.Error()}
-	if v, ok := errors.AsType[*valueError](err); ok {
-		ce.Advice = v.advice
+// asError turns the error of a check into an Error. Nil stays nil.
+func asError(file string, err error) error {
+	if err == nil {
+		return nil
 	}
-	return ce
+	e := &Error{File: file, Text: err.Error()}
+	if v, ok := errors.AsType[*valueError](err); ok {
+		e.Advice = v.advice
+	}
+	return e
 }

@@ -2,7 +2,7 @@
 // for each other room: which keys the agent offers, what it asks about, how long it keeps
 // PINs, which modules it starts. An unknown key, an unknown value and a value that another
 // value contradicts are errors with their place and the next step. No error quotes a value
-// that may hold a PIN. The package starts nothing and asks nobody.
+// that may hold a PIN. The package starts nothing and asks no questions.
 package config
 
 import (
@@ -22,44 +22,47 @@ import (
 	"p11-agent/token/pkcs11uri"
 )
 
-// File is the configuration file, p11-agent.toml.
+// A File is the configuration file. A nil pointer stands for a key that the file does not have.
 type File struct {
-	// Keys is nil when absent, which is not the same as empty.
-	Keys         *[]KeyURI     `toml:"keys"`
-	AllowModules []string      `toml:"allow-modules"`
-	Pinentry     PinentryTable `toml:"pinentry"`
+	// Which keys the agent offers.
+	Keys          *[]KeyURI  `toml:"keys"` // nil: every key; empty: no key
+	KeyTables     []KeyTable `toml:"key"`
+	Absent        string     `toml:"absent"`
+	RememberKeys  *bool      `toml:"remember-keys"`
+	SoftwareKeys  *bool      `toml:"software-keys"`
+	Certificates  string     `toml:"certificates"`
+	Upstream      []string   `toml:"upstream"`
+	InsertTimeout Duration   `toml:"insert-timeout"`
+
+	// Where tokens come from, and when logins end.
 	Modules      []ModuleTable `toml:"module"`
-	KeyTables    []KeyTable    `toml:"key"`
-	SoftwareKeys *bool         `toml:"software-keys"`
+	AllowModules []string      `toml:"allow-modules"`
 	RemoteTokens bool          `toml:"remote-tokens"`
-	Certificates string        `toml:"certificates"`
-	Upstream     []string      `toml:"upstream"`
-	KnownHosts   []string      `toml:"known-hosts"` // nil: ssh's own
-	Sockets      []SocketTable `toml:"socket"`
-	TouchNotice  NoticeAfter   `toml:"touch-notice"`
 	ForgetOn     ForgetOn      `toml:"forget-on"`
 
-	FailureNotice *bool `toml:"failure-notice"`
-
-	RememberKeys  *bool    `toml:"remember-keys"`
-	Absent        string   `toml:"absent"`
-	InsertTimeout Duration `toml:"insert-timeout"`
-
+	// When and where the agent asks a person.
 	Confirm        approval.Confirm `toml:"confirm"`
 	ConfirmTimeout Duration         `toml:"confirm-timeout"`
 	ConfirmPlace   ConfirmPlace     `toml:"confirm-place"`
+	KnownHosts     []string         `toml:"known-hosts"` // nil: the files of ssh
+	Pinentry       PinentryTable    `toml:"pinentry"`
+	TouchNotice    NoticeAfter      `toml:"touch-notice"`
+	FailureNotice  *bool            `toml:"failure-notice"`
+
+	Sockets []SocketTable `toml:"socket"`
 
 	path       string            // "": there is no file
-	publicKeys []token.PublicKey // those that KeyTables name
+	publicKeys []token.PublicKey // of KeyTables
 }
 
-// Path returns the path of the file, or "" when there is none.
+// Path returns the path of the file, or "" without a file.
 func (c *File) Path() string { return c.path }
 
 // PublicKeys returns the public keys that [[key]] tables give to keys.
 func (c *File) PublicKeys() []token.PublicKey { return c.publicKeys }
 
-// KnownKeys is what the agent does with the list of keys that it has seen.
+// KnownKeys returns what a program does with the list of the keys that the agent has seen:
+// otherwise, unless the configuration switches the list off.
 func (c *File) KnownKeys(otherwise token.KnownKeys) token.KnownKeys {
 	if c.RememberKeys != nil && !*c.RememberKeys {
 		return token.KnownIgnored
@@ -94,18 +97,19 @@ func (c *File) PINSources() []*pkcs11uri.URI {
 	return slices.DeleteFunc(c.URIs(), func(u *pkcs11uri.URI) bool { return u.PIN() == nil && u.PINSource == nil })
 }
 
+// A PinentryTable says how prompts appear.
 type PinentryTable struct {
 	Program string `toml:"program"`
 	Grab    *bool  `toml:"grab"`
-	// MoveAfter is how long a prompt stays with one client while another one waits.
+	// MoveAfter is how long a prompt stays with one client while another client waits.
 	MoveAfter Duration `toml:"move-after"`
 }
 
-// maxSize is the most bytes that a configuration file may have.
+// maxSize is how many bytes the file has at most.
 const maxSize = 1 << 20
 
-// Load reads the configuration. file is what --config says; empty: the
-// file at its usual place, if there is one.
+// Load reads a configuration file. When file is empty, it reads the user's file, which may be
+// missing. An error is an *Error, or several joined.
 func Load(file string) (*File, error) {
 	optional := file == ""
 	if optional {
@@ -131,8 +135,8 @@ func Load(file string) (*File, error) {
 	return c, c.check(mode)
 }
 
-// readFile reads a file that may name programs and libraries to run: nobody
-// else may be able to change it.
+// readFile reads the file and returns its mode. The file may name programs and libraries that
+// the agent runs: it refuses a file that another user can change.
 func readFile(file string) ([]byte, fs.FileMode, error) {
 	f, err := os.OpenFile(file, os.O_RDONLY|syscall.O_NONBLOCK, 0)
 	if err != nil {

@@ -18,14 +18,13 @@ import (
 	"p11-agent/token"
 )
 
-// KeyTable attaches a name to the keys that a URI matches, and a public half
-// to one whose token shows none.
+// A KeyTable sets what the agent does with the keys that a URI matches.
 type KeyTable struct {
 	URI    *KeyURI         `toml:"uri"`
 	Name   string          `toml:"name"`
 	Public string          `toml:"public-key"` // a file
 	Absent string          `toml:"absent"`
-	Allow  *[]request.Kind `toml:"allow"` // nil: the usual
+	Allow  *[]request.Kind `toml:"allow"` // nil: logins and SSH signatures
 
 	PINCache    string    `toml:"pin-cache"`
 	PINIdle     Duration  `toml:"pin-idle"`
@@ -33,13 +32,43 @@ type KeyTable struct {
 	PINRemember *bool     `toml:"pin-remember"`
 	PINReuse    *bool     `toml:"pin-reuse"`
 	PINPad      *bool     `toml:"pin-pad"`
-	ForgetOn    *ForgetOn `toml:"forget-on"` // nil: what there is for all keys
+	ForgetOn    *ForgetOn `toml:"forget-on"` // nil: that of the file
 
 	Confirm approval.Confirm `toml:"confirm"`
 	Rules   []RuleTable      `toml:"rule"`
 }
 
-// checkAllow finds kinds that there are not.
+// checkKeys finds mistakes in the [[key]] tables, and reads the public keys that they name.
+func (c *File) checkKeys() error {
+	for i, k := range c.KeyTables {
+		if k.URI == nil {
+			return fmt.Errorf("[[key]] table %d has no uri", i+1)
+		}
+		if err := cmp.Or(k.checkPIN(), checkAbsent(k.Absent), k.checkAllow()); err != nil {
+			return err
+		}
+		if k.ForgetOn != nil {
+			if err := k.ForgetOn.check(); err != nil {
+				return fmt.Errorf("%v: %w", k.URI, err)
+			}
+		}
+		if k.Public == "" {
+			continue
+		}
+		pub, err := readPublicKey(k.Public)
+		p := token.PublicKey{URI: k.URI.URI, Key: pub}
+		if err == nil {
+			err = token.CheckPublicKey(p)
+		}
+		if err != nil {
+			return fmt.Errorf("public-key of %v: %w", k.URI, err)
+		}
+		c.publicKeys = append(c.publicKeys, p)
+	}
+	return nil
+}
+
+// checkAllow finds unknown kinds.
 func (k KeyTable) checkAllow() error {
 	if k.Allow == nil {
 		return nil
@@ -52,13 +81,13 @@ func (k KeyTable) checkAllow() error {
 	return nil
 }
 
-// aboutPIN tells whether the table has any word about the PIN.
+// aboutPIN tells whether the table says anything about the PIN.
 func (k KeyTable) aboutPIN() bool {
 	return k.PINCache == cacheNever || k.PINIdle.Duration != 0 || k.PINMax.Duration != 0 ||
 		k.PINRemember != nil || k.PINReuse != nil || k.PINPad != nil || k.ForgetOn != nil
 }
 
-// checkPIN finds words about the PIN that do not go together.
+// checkPIN finds values about the PIN that contradict each other.
 func (k KeyTable) checkPIN() error {
 	yes := func(b *bool) bool { return b != nil && *b }
 	switch k.PINCache {
@@ -68,20 +97,20 @@ func (k KeyTable) checkPIN() error {
 	}
 	switch {
 	case (yes(k.PINRemember) || yes(k.PINReuse)) && k.PINCache == cacheNever:
-		return fmt.Errorf("%v: pin-remember and pin-reuse keep the PIN, and pin-cache = %q forgets it: one of them has to go", k.URI, cacheNever)
+		return fmt.Errorf("%v: pin-remember and pin-reuse keep the PIN, and pin-cache = %q forgets it: remove one of them", k.URI, cacheNever)
 	case (yes(k.PINRemember) || yes(k.PINReuse)) && yes(k.PINPad):
 		return fmt.Errorf("%v: a PIN that is typed on the reader (pin-pad) cannot be kept (pin-remember, pin-reuse)", k.URI)
 	}
 	return nil
 }
 
-// What pin-cache may be.
+// The values of pin-cache.
 const (
 	cacheNever        = "never"
 	cacheUntilRemoval = "until-removal"
 )
 
-// What absent may be.
+// The values of absent.
 const (
 	absentOffer = "offer"
 	absentHide  = "hide"
@@ -95,8 +124,9 @@ func checkAbsent(value string) error {
 	return fmt.Errorf("absent is %q, and can be %q or %q", value, absentOffer, absentHide)
 }
 
-// OfferAway tells whether a key is offered while its token is away: what its table
-// says, or the whole configuration, or else whether keys names it.
+// OfferAway tells whether the agent offers a key while its token is away. The first [[key]]
+// table with absent decides, or else absent of the file. Without absent, the agent offers the
+// key if keys names it; named tells that.
 func (c *File) OfferAway(k request.Key, named bool) bool {
 	if key, ok := k.(*token.Key); ok {
 		for _, table := range c.KeyTables {
@@ -111,9 +141,8 @@ func (c *File) OfferAway(k request.Key, named bool) bool {
 	return named
 }
 
-// Policy returns what the tables of keys say about PINs, or nil when none says
-// anything. Of how long a login lasts the strictest word counts, of everything
-// else the first.
+// Policy returns what the [[key]] tables say about PINs, or nil when they say nothing. For how
+// long a login lasts, the strictest value counts; for the rest, the first value counts.
 func (c *File) Policy() func(*token.Key) token.Policy {
 	tables := slices.DeleteFunc(slices.Clone(c.KeyTables), func(k KeyTable) bool { return !k.aboutPIN() })
 	if len(tables) == 0 && len(c.ForgetOn) == 0 {
@@ -121,7 +150,7 @@ func (c *File) Policy() func(*token.Key) token.Policy {
 	}
 	return func(k *token.Key) (p token.Policy) {
 		var remember, reuse *bool
-		own := false // it has a forget-on of its own
+		own := false // a table of the key has forget-on
 		for _, table := range tables {
 			if !k.MayMatch(table.URI.URI) {
 				continue
@@ -130,7 +159,7 @@ func (c *File) Policy() func(*token.Key) token.Policy {
 				Never: table.PINCache == cacheNever, Idle: table.PINIdle.Duration, Max: table.PINMax.Duration,
 			})
 			if !k.Matches(table.URI.URI) {
-				continue // only a login shows whether the key is the one that is named
+				continue // only a login shows whether the URI means this key
 			}
 			if table.ForgetOn != nil {
 				own = true
@@ -147,8 +176,8 @@ func (c *File) Policy() func(*token.Key) token.Policy {
 	}
 }
 
-// Allows returns what keys sign besides logins and SSH signatures: what the first
-// table says that says anything, or else, for the system, the exchanges of sshd.
+// Allows returns what a key signs besides logins and SSH signatures. The first [[key]] table
+// with allow decides. Without one, a key of an agent for the system signs the exchanges of sshd.
 func (c *File) Allows(system bool) func(request.Key) []request.Kind {
 	return func(k request.Key) []request.Kind {
 		if key, ok := k.(*token.Key); ok {
@@ -179,8 +208,8 @@ func (c *File) KeyName(k request.Key) string {
 	return ""
 }
 
-// readPublicKey reads a file such as ssh-keygen writes: one line, of type, base64
-// and comment.
+// readPublicKey reads a file that ssh-keygen writes: one line of type, base64 and comment. For a
+// certificate it returns the key in it.
 func readPublicKey(file string) (crypto.PublicKey, error) {
 	file = paths.ExpandHome(file)
 	if !filepath.IsAbs(file) {
@@ -197,7 +226,7 @@ func readPublicKey(file string) (crypto.PublicKey, error) {
 	}
 	key, _, _, _, err := ssh.ParseAuthorizedKey(b)
 	if err != nil {
-		return nil, fmt.Errorf("%s is no OpenSSH public key", file)
+		return nil, fmt.Errorf("%s is not an OpenSSH public key", file)
 	}
 	if cert, ok := key.(*ssh.Certificate); ok {
 		key = cert.Key

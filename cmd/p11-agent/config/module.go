@@ -2,18 +2,20 @@ package config
 
 import (
 	"cmp"
+	"errors"
 	"fmt"
 	"maps"
 	"path/filepath"
 	"slices"
 	"strings"
 
+	"p11-agent/cmd/p11-agent/paths"
 	"p11-agent/token"
 	"p11-agent/token/pkcs11uri"
 	"p11-agent/token/registry"
 )
 
-// ModuleTable adds a module, when it has a path, or changes one of the
+// A ModuleTable adds a module when it has a path. Otherwise it changes a module of p11-kit's
 // registry.
 type ModuleTable struct {
 	Name    string            `toml:"name"`
@@ -24,10 +26,51 @@ type ModuleTable struct {
 	Env     map[string]string `toml:"env"`
 	Sandbox *bool             `toml:"sandbox"`
 	Write   []string          `toml:"write"`
-	// InitArgs is handed to C_Initialize: x-init-reserved of pkcs11.conf(5).
+	// InitArgs goes to C_Initialize, as x-init-reserved of pkcs11.conf(5).
 	InitArgs string `toml:"init-args"`
 }
 
+// checkModules finds mistakes in the [[module]] tables.
+func (c *File) checkModules() error {
+	seen := make(map[string]bool)
+	for i, m := range c.Modules {
+		switch {
+		case m.Name == "" && m.Path == "":
+			return fmt.Errorf("[[module]] table %d has neither path nor name", i+1)
+		case m.Path != "" && !filepath.IsAbs(m.Path):
+			return fmt.Errorf("module path %q is not absolute", m.Path)
+		case seen[m.ModuleName()]:
+			return fmt.Errorf("module %q is configured twice", m.ModuleName())
+		}
+		seen[m.ModuleName()] = true
+		if err := m.check(); err != nil {
+			return fmt.Errorf("module %q: %w", m.ModuleName(), err)
+		}
+	}
+	return nil
+}
+
+func (m ModuleTable) check() error {
+	for i, path := range m.Write {
+		if m.Write[i] = paths.ExpandHome(path); !filepath.IsAbs(m.Write[i]) || strings.Contains(path, "\x00") {
+			return fmt.Errorf("write has %q, which is not an absolute path", path)
+		}
+	}
+	if len(m.Write) > 0 && m.Sandbox != nil && !*m.Sandbox {
+		return errors.New("without a sandbox the module can write every file: remove write or sandbox = false")
+	}
+	if strings.Contains(m.InitArgs, "\x00") {
+		return errors.New("init-args has a NUL")
+	}
+	for name := range m.Env {
+		if name == "" || strings.ContainsAny(name, "=\x00") {
+			return fmt.Errorf("%q cannot be the name of an environment variable", name)
+		}
+	}
+	return nil
+}
+
+// ModuleName returns the name of the module: that of the table, or the name of its file.
 func (m ModuleTable) ModuleName() string { return cmp.Or(m.Name, filepath.Base(m.Path)) }
 
 // Configure sets in spec what the table says of the module. The caller sets name and path.
@@ -39,6 +82,7 @@ func (m ModuleTable) Configure(spec *token.ModuleSpec) {
 	spec.Write = m.Write
 }
 
+// Environ returns the environment of the module's process, as NAME=value, in the order of the names.
 func (m ModuleTable) Environ() []string {
 	var env []string
 	for _, name := range slices.Sorted(maps.Keys(m.Env)) {
@@ -47,8 +91,8 @@ func (m ModuleTable) Environ() []string {
 	return env
 }
 
-// ServerAddresses returns where p11-kit-client.so is to connect to, by the name of the
-// module, as far as the environments of modules say so.
+// ServerAddresses returns the addresses that p11-kit-client.so connects to, by the name of the
+// module. A module without an address in its environment has "".
 func (c *File) ServerAddresses() map[string]string {
 	all := make(map[string]string)
 	for _, m := range c.Modules {
@@ -57,8 +101,8 @@ func (c *File) ServerAddresses() map[string]string {
 	return all
 }
 
-// UnknownModules returns the modules of the configuration that have no path, and are not in
-// p11-kit's registry either.
+// UnknownModules returns the [[module]] tables that name no module: they have no path, and
+// p11-kit's registry has no module of that name.
 func (c *File) UnknownModules(reg registry.Result) (all []UnknownModule) {
 	var names []string
 	for _, m := range reg.Modules {
@@ -77,5 +121,5 @@ func (c *File) UnknownModules(reg registry.Result) (all []UnknownModule) {
 	return all
 }
 
-// UnknownModule is the name of a module that is not there, and what may have been meant.
+// An UnknownModule is the name in a table without a module. Hint says which names there are.
 type UnknownModule struct{ Name, Hint string }

@@ -2,8 +2,8 @@ package config
 
 import "reflect"
 
-// NeedRestart returns the keys and tables that differ from those of an old configuration
-// and count when the agent starts.
+// NeedRestart returns the names of the keys and tables that the agent reads at its start only,
+// and that differ from an old configuration. A nil old configuration differs in nothing.
 func (c *File) NeedRestart(old *File) (changed []string) {
 	if old == nil {
 		return nil
@@ -30,7 +30,7 @@ func (c *File) NeedRestart(old *File) (changed []string) {
 	return changed
 }
 
-// SameApproval tells whether two configurations ask persons about the same.
+// SameApproval tells whether two configurations ask about the same uses of keys.
 func (c *File) SameApproval(o *File) bool {
 	return c.Confirm == o.Confirm && reflect.DeepEqual(c.KeyTables, o.KeyTables)
 }

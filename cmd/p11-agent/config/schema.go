@@ -7,7 +7,7 @@ import (
 	"strings"
 )
 
-// KnownKeys returns the keys that the table at path may have.
+// KnownKeys returns the keys that the table at path may have, in the struct t.
 func KnownKeys(t reflect.Type, path []string) []string {
 	for t.Kind() == reflect.Pointer || t.Kind() == reflect.Slice {
 		t = t.Elem()
@@ -29,7 +29,7 @@ func KnownKeys(t reflect.Type, path []string) []string {
 	return names
 }
 
-// tableHead writes the head of a table.
+// tableHead returns the line that begins a table: [pinentry], or [[key]].
 func tableHead(root reflect.Type, path []string) string {
 	if t := typeOf(root, path); t != nil && t.Kind() == reflect.Slice {
 		return "[[" + strings.Join(path, ".") + "]]"
@@ -55,7 +55,7 @@ func tablesWith(root reflect.Type, path []string, name string) (heads []string) 
 	return heads
 }
 
-// holdsTables tells whether a type is that of a table, or of a list of tables.
+// holdsTables tells whether t is the type of a table or of a list of tables.
 func holdsTables(t reflect.Type) bool {
 	for t.Kind() == reflect.Pointer || t.Kind() == reflect.Slice {
 		t = t.Elem()
@@ -63,7 +63,7 @@ func holdsTables(t reflect.Type) bool {
 	return t.Kind() == reflect.Struct && !isText(t)
 }
 
-// isText tells whether values of a type are written as texts.
+// isText tells whether a value of type t is a string in the file.
 func isText(t reflect.Type) bool {
 	return reflect.PointerTo(t).Implements(reflect.TypeFor[interface{ UnmarshalText(b []byte) error }]()) || t.Kind() == reflect.String
 }
@@ -92,7 +92,7 @@ func typeOf(t reflect.Type, path []string) reflect.Type {
 	return nil
 }
 
-// wanted says how the value of a key is written.
+// wanted returns how to write the value of a key, for an error.
 func wanted(path []string) string {
 	t := typeOf(reflect.TypeFor[File](), path)
 	if t == nil || len(path) == 0 {

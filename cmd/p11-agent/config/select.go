@@ -8,6 +8,7 @@ import (
 // KeySelection is a token.Selector as the keyring sees it.
 type KeySelection struct{ *token.Selector }
 
+// Match tells whether the selection selects a key.
 func (s KeySelection) Match(k request.Key) bool {
 	key, ok := k.(*token.Key)
 	return ok && s.Selector.Match(key)
@@ -17,7 +18,7 @@ func (s KeySelection) Match(k request.Key) bool {
 // selects every key.
 func (c *File) Automatic() []request.Selection { return selections(c.Keys) }
 
-// selections returns what a list of URIs selects; nil stays nil.
+// selections returns a selection for each URI; nil stays nil.
 func selections(list *[]KeyURI) []request.Selection {
 	if list == nil {
 		return nil
@@ -29,7 +30,7 @@ func selections(list *[]KeyURI) []request.Selection {
 	return all
 }
 
-// certainly returns what a list of URIs selects for sure; nil stays nil.
+// certainly returns selections without the keys that a URI only may mean; nil stays nil.
 func certainly(list *[]KeyURI) []request.Selection {
 	all := selections(list)
 	for i, s := range all {

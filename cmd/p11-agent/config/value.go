@@ -10,18 +10,20 @@ import (
 	"p11-agent/token/pkcs11uri"
 )
 
-// KeyURI is a PKCS#11 URI in the configuration.
+// A KeyURI is a PKCS#11 URI (RFC 7512) in quotes.
 type KeyURI struct{ *pkcs11uri.URI }
 
+// UnmarshalText parses a URI. The error does not quote it: it may hold a PIN.
 func (v *KeyURI) UnmarshalText(b []byte) (err error) {
 	v.URI, err = pkcs11uri.ParseBytes(b)
 	return err
 }
 
-// Duration is a length of time, as "30s" or "2m". It is a struct so that a
-// number without a unit is an error: TOML would make nanoseconds of it.
+// A Duration is a length of time, as "30s" or "2m". It is a struct, so that a number without a
+// unit is an error: the decoder would read nanoseconds.
 type Duration struct{ time.Duration }
 
+// UnmarshalText parses a length of time that is longer than 0.
 func (v *Duration) UnmarshalText(b []byte) error {
 	d, err := time.ParseDuration(string(b))
 	if err != nil || d <= 0 {
@@ -31,16 +33,16 @@ func (v *Duration) UnmarshalText(b []byte) error {
 	return nil
 }
 
-// releaseNever is what release may be besides a length of time.
+// releaseNever is the value of release that is not a length of time.
 const releaseNever = "never"
 
-// ReleaseAfter is when a module lets go of its cards: after a length of time, or
-// never.
+// A ReleaseAfter says when a module releases its cards: after a length of time, or never.
 type ReleaseAfter struct {
 	after Duration
 	never bool
 }
 
+// UnmarshalText parses a length of time, or "never".
 func (v *ReleaseAfter) UnmarshalText(b []byte) error {
 	if v.never = string(b) == releaseNever; v.never {
 		return nil
@@ -51,7 +53,7 @@ func (v *ReleaseAfter) UnmarshalText(b []byte) error {
 	return nil
 }
 
-// apply tells a module.
+// apply sets the value in the specification of a module.
 func (v ReleaseAfter) apply(spec *token.ModuleSpec) {
 	switch {
 	case v.never:
@@ -62,42 +64,41 @@ func (v ReleaseAfter) apply(spec *token.ModuleSpec) {
 	}
 }
 
-// defaultTouchNotice is how long a token works before a notification is shown, when
-// nobody says otherwise.
+// defaultTouchNotice is how long a token works before the person sees a notification.
 const defaultTouchNotice = time.Second
 
 const noticeOff = "off"
 
-// NoticeAfter is a length of time, or "off". It is a string, so that a number
-// without a unit is none.
+// A NoticeAfter is a length of time, or "off". It is a string, so that a number without a unit
+// is an error.
 type NoticeAfter string
 
 func (v NoticeAfter) check() error {
 	if v != "" && v != noticeOff && new(Duration).UnmarshalText([]byte(v)) != nil {
-		return fmt.Errorf("touch-notice is %q: a length of time is written as \"1s\", and \"off\" is none", string(v))
+		return fmt.Errorf("touch-notice is %q: write a length of time as \"1s\", or \"off\"", string(v))
 	}
 	return nil
 }
 
-// After returns what a notify.Notifier takes.
+// After returns the length of time, and 0 for "off".
 func (v NoticeAfter) After() time.Duration {
 	var d Duration
 	switch {
 	case v == "":
 		return defaultTouchNotice
-	case v == noticeOff || d.UnmarshalText([]byte(v)) != nil: // which check has seen
+	case v == noticeOff || d.UnmarshalText([]byte(v)) != nil: // check refuses such a value
 		return 0
 	}
 	return d.Duration
 }
 
-// What forget-on may have.
+// The events of forget-on.
 const (
 	forgetSleep = "sleep"
 	forgetLock  = "screen-lock"
 )
 
-// ForgetOn says when logins end.
+// A ForgetOn lists the events that end logins.
 type ForgetOn []string
 
 func (v ForgetOn) check() error {
@@ -109,11 +110,12 @@ func (v ForgetOn) check() error {
 	return nil
 }
 
+// Retention returns how long a login lasts.
 func (v ForgetOn) Retention() token.Retention {
 	return token.Retention{Sleep: slices.Contains(v, forgetSleep), ScreenLock: slices.Contains(v, forgetLock)}
 }
 
-// ForgetsAtSleep tells whether anything is to be done before the machine sleeps.
+// ForgetsAtSleep tells whether the agent ends logins before the machine sleeps.
 func (c *File) ForgetsAtSleep() bool {
 	return c.ForgetOn.Retention().Sleep || slices.ContainsFunc(c.KeyTables, func(k KeyTable) bool {
 		return k.ForgetOn != nil && k.ForgetOn.Retention().Sleep

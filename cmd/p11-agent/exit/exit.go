@@ -65,8 +65,7 @@ func (e *hintedError) Unwrap() error { return e.err }
 // Hint is the method that the function Hint looks for.
 func (e *hintedError) Hint() string { return e.hint }
 
-// Hint returns the next step of the first error of the tree that has a method Hint. It
-// returns "" when there is none.
+// Hint returns the next step of the first error of the tree that has a method Hint, or "".
 func Hint(err error) string {
 	if e, ok := errors.AsType[interface {
 		error
