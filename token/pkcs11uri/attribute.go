@@ -183,15 +183,7 @@ func attributeNamed(name string) *attribute {
 // it cannot be lost unnoticed.
 func (u URI) String() string { return u.format(false) }
 
-// Canonical returns the one text of this URI: attributes in a fixed order,
-// vendors' last as they came, the id percent-encoded as a whole in upper case,
-// everything else only where the grammar wants it. Two URIs are equal in the
-// sense of RFC 7512 section 2.6 when their texts are.
-//
-// It shows the pin-source and the values of vendor attributes, so it is for a
-// configuration file, not for a log. It does not show the pin-value.
-func (u URI) Canonical() string { return u.format(true) }
-
+// format prints the URI. full includes the pin-source and the values of vendor attributes; only tests compare those.
 func (u *URI) format(full bool) string {
 	text := scheme + strings.Join(u.component(false, full), ";")
 	if query := u.component(true, full); len(query) > 0 {

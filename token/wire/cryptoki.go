@@ -22,7 +22,6 @@ const (
 const (
 	CKMRSAPKCSKeyPairGen   = 0x0000
 	CKMRSAPKCS             = 0x0001
-	CKMRSAX509             = 0x0003
 	CKMSHA1RSAPKCS         = 0x0006
 	CKMRSAPKCSPSS          = 0x000d
 	CKMSHA256RSAPKCS       = 0x0040
@@ -57,7 +56,6 @@ const (
 const (
 	CKFTokenPresent    = 0x1
 	CKFRemovableDevice = 0x2
-	CKFHWSlot          = 0x4
 )
 
 // Token flags (CKF).
@@ -82,7 +80,6 @@ const (
 	CKRFunctionFailed             = 0x006
 	CKRArgumentsBad               = 0x007
 	CKRNoEvent                    = 0x008
-	CKRActionProhibited           = 0x01b
 	CKRAttributeReadOnly          = 0x010
 	CKRAttributeTypeInvalid       = 0x012
 	CKRAttributeValueInvalid      = 0x013
@@ -110,21 +107,17 @@ const (
 	CKRSessionClosed              = 0x0b0
 	CKRSessionCount               = 0x0b1
 	CKRSessionHandleInvalid       = 0x0b3
-	CKRSessionReadOnly            = 0x0b5
 	CKRTemplateIncomplete         = 0x0d0
 	CKRTemplateInconsistent       = 0x0d1
 	CKRTokenNotPresent            = 0x0e0
 	CKRTokenNotRecognized         = 0x0e1
-	CKRTokenWriteProtected        = 0x0e2
 	CKRUserAlreadyLoggedIn        = 0x100
 	CKRUserNotLoggedIn            = 0x101
 	CKRUserPINNotInitialized      = 0x102
-	CKRUserTypeInvalid            = 0x103
 	CKRUserAnotherAlreadyLoggedIn = 0x104
 	CKRDomainParamsInvalid        = 0x130
 	CKRCurveNotSupported          = 0x140
 	CKRBufferTooSmall             = 0x150
 	CKRCryptokiNotInitialized     = 0x190
-	CKRCryptokiAlreadyInitialized = 0x191
 	CKRFunctionRejected           = 0x200
 )
