@@ -7,7 +7,7 @@ import (
 
 	"golang.org/x/crypto/ssh"
 
-	"p11-agent/agent/knownhosts"
+	"p11-agent/agent/pattern"
 	"p11-agent/agent/request"
 )
 
@@ -104,7 +104,7 @@ func (c route) leads(from, to ssh.PublicKey, user *string) bool {
 		case from == nil && (d.From.Host != "" || len(d.From.Keys) > 0):
 		case from != nil && !d.From.Is(from):
 		case to != nil && !d.To.Is(to):
-		case user != nil && d.To.User != "" && !knownhosts.MatchPattern(d.To.User, *user):
+		case user != nil && d.To.User != "" && !pattern.Match(d.To.User, *user):
 		default:
 			return true
 		}

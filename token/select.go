@@ -14,6 +14,7 @@ import (
 	"strings"
 
 	"p11-agent/agent/joined"
+	"p11-agent/agent/pattern"
 	"p11-agent/token/pkcs11uri"
 	"p11-agent/token/wire"
 )
@@ -48,11 +49,11 @@ func (a AllowList) Resolve(path string) (string, error) {
 	}
 	allowed := false
 	for _, p := range a {
-		if pattern, no := strings.CutPrefix(p, "!"); no {
-			if match(pattern, real) {
+		if forbidden, no := strings.CutPrefix(p, "!"); no {
+			if pattern.Match(forbidden, real) {
 				return "", fmt.Errorf("module %s is forbidden by the pattern %q of allow-modules or -P", real, p)
 			}
-		} else if match(p, real) {
+		} else if pattern.Match(p, real) {
 			allowed = true
 		}
 	}
@@ -60,29 +61,6 @@ func (a AllowList) Resolve(path string) (string, error) {
 		return "", fmt.Errorf("module %s is not in the list of allowed modules (allow-modules, -P)", real)
 	}
 	return real, nil
-}
-
-// match is OpenSSH's match_pattern (match.c): * and ? only, over the whole of s.
-// It takes time in proportion to the product of both lengths.
-func match(pattern, s string) bool {
-	star, mark := -1, 0
-	i, j := 0, 0
-	for j < len(s) {
-		switch {
-		case i < len(pattern) && pattern[i] == '*':
-			star, mark = i, j
-			i++
-		case i < len(pattern) && (pattern[i] == '?' || pattern[i] == s[j]):
-			i++
-			j++
-		case star >= 0:
-			mark++
-			i, j = star+1, mark
-		default:
-			return false
-		}
-	}
-	return strings.Trim(pattern[i:], "*") == ""
 }
 
 // A Selector selects keys: those a URI matches, or those of one module.

@@ -26,6 +26,7 @@ import (
 
 	"golang.org/x/crypto/ssh"
 
+	"p11-agent/agent/pattern"
 	"p11-agent/pinentry/plain"
 )
 
@@ -91,7 +92,7 @@ func newEntry(names []string) (e entry, ok bool) {
 // has tells whether an entry that is not hashed is for a host: one of its patterns
 // matches, and none with a ! in front does.
 func (e entry) has(host string) bool {
-	fits := func(p string) bool { return MatchPattern(strings.ToLower(p), strings.ToLower(host)) }
+	fits := func(p string) bool { return pattern.Match(strings.ToLower(p), strings.ToLower(host)) }
 	return slices.ContainsFunc(e.positive, fits) && !slices.ContainsFunc(e.negative, fits)
 }
 
@@ -203,7 +204,7 @@ func (k *Known) order(guess func() []string) {
 	if len(k.Names) > 1 {
 		for _, g := range guess() {
 			for _, n := range k.Names {
-				if MatchPattern(strings.ToLower(n), strings.ToLower(g)) {
+				if pattern.Match(strings.ToLower(n), strings.ToLower(g)) {
 					add(n)
 				}
 			}
@@ -285,8 +286,8 @@ func (k *Known) certify(e entry, cert *ssh.Certificate) {
 }
 
 // both adds the names that fit a principal and a pattern of an entry.
-func (k *Known) both(e entry, principal, pattern string) {
-	if _, port, ok := strings.Cut(pattern, "]:"); ok && strings.HasPrefix(pattern, "[") {
+func (k *Known) both(e entry, principal, own string) {
+	if _, port, ok := strings.Cut(own, "]:"); ok && strings.HasPrefix(own, "[") {
 		if wild(port) || wild(principal) {
 			port = "*"
 		}
@@ -294,15 +295,15 @@ func (k *Known) both(e entry, principal, pattern string) {
 	}
 	switch {
 	case !wild(principal):
-		if MatchPattern(strings.ToLower(pattern), principal) && e.has(principal) {
+		if pattern.Match(strings.ToLower(own), principal) && e.has(principal) {
 			k.add(principal)
 		}
-	case !wild(pattern):
-		if MatchPattern(principal, strings.ToLower(pattern)) && e.has(pattern) {
-			k.add(pattern)
+	case !wild(own):
+		if pattern.Match(principal, strings.ToLower(own)) && e.has(own) {
+			k.add(own)
 		}
 	default:
-		s := newSet(pattern, e.negative...)
+		s := newSet(own, e.negative...)
 		within, overlaps := relate(s.all, []string{principal})
 		if !overlaps {
 			return
@@ -348,7 +349,7 @@ func match(patterns []string, host string) bool {
 	ok := false
 	for _, p := range patterns {
 		p, negated := strings.CutPrefix(strings.ToLower(p), "!")
-		if !MatchPattern(p, host) {
+		if !pattern.Match(p, host) {
 			continue
 		}
 		if negated {
@@ -357,33 +358,6 @@ func match(patterns []string, host string) bool {
 		ok = true
 	}
 	return ok
-}
-
-// MatchPattern tells whether s is what pattern says, in which * stands for any
-// characters and ? for one (PATTERNS in ssh_config(5)). It takes time in
-// proportion to the product of both lengths.
-func MatchPattern(pattern, s string) bool {
-	star, mark := -1, 0
-	p, i := 0, 0
-	for i < len(s) {
-		switch {
-		case p < len(pattern) && pattern[p] == '*':
-			star, mark = p, i
-			p++
-		case p < len(pattern) && (pattern[p] == '?' || pattern[p] == s[i]):
-			p++
-			i++
-		case star >= 0:
-			mark++
-			p, i = star+1, mark
-		default:
-			return false
-		}
-	}
-	for p < len(pattern) && pattern[p] == '*' {
-		p++
-	}
-	return p == len(pattern)
 }
 
 // matchHash tells whether a hashed name, as in "|1|salt|hash", is that of a host

@@ -10,6 +10,7 @@ import (
 	"golang.org/x/crypto/ssh"
 
 	"p11-agent/agent/knownhosts"
+	"p11-agent/agent/pattern"
 	"p11-agent/pinentry/secret"
 )
 
@@ -105,7 +106,7 @@ func (h *Hop) Is(key ssh.PublicKey) bool {
 // (sshkey_cert_check_host in OpenSSH 10.5's sshkey.c). Its principals may be patterns,
 // and the case of letters matters.
 func certifies(cert *ssh.Certificate, host string) error {
-	if !slices.ContainsFunc(cert.ValidPrincipals, func(p string) bool { return knownhosts.MatchPattern(p, host) }) {
+	if !slices.ContainsFunc(cert.ValidPrincipals, func(p string) bool { return pattern.Match(p, host) }) {
 		return fmt.Errorf("the certificate is not for %q", host)
 	}
 	return knownhosts.CheckHostCertificate(cert)

@@ -139,7 +139,7 @@ var rooms = []room{
 	{"cmd/testrun", []string{}, "it knows tests by their names only"},
 	{
 		"agent",
-		[]string{"agent/joined", "agent/approval", "agent/audit", "agent/certdir", "agent/knownhosts", "agent/peer", "agent/request", "agent/sshkey", "pinentry/secret", "pinentry/waiting", xssh},
+		[]string{"agent/joined", "agent/approval", "agent/audit", "agent/certdir", "agent/knownhosts", "agent/pattern", "agent/peer", "agent/request", "agent/sshkey", "pinentry/secret", "pinentry/waiting", xssh},
 		"the keyring knows neither PKCS#11 nor a wire format",
 	},
 	{
@@ -149,12 +149,13 @@ var rooms = []room{
 	},
 	{"agent/audit", []string{"agent/approval", "agent/peer", "agent/request"}, "it tells what was asked and answered, and decides nothing"},
 	{"agent/certdir", []string{"agent/sshkey", xssh}, "it reads files: which certificates count is decided by the keyring"},
+	{"agent/pattern", []string{}, "a leaf: it matches texts"},
 	{"agent/joined", []string{}, "a leaf: it joins errors of any room"},
-	{"agent/knownhosts", []string{xssh}, "a leaf: it reads files"},
+	{"agent/knownhosts", []string{"agent/pattern", xssh}, "it reads files"},
 	{"agent/peer", []string{"pinentry/procstat", xsys}, "who is at the other end of a socket is found out without the agent"},
 	{
 		"agent/request",
-		[]string{"agent/knownhosts", "agent/peer", "agent/sshkey", "pinentry/secret", xssh},
+		[]string{"agent/knownhosts", "agent/pattern", "agent/peer", "agent/sshkey", "pinentry/secret", xssh},
 		"who asks for what is said in the same words at every door",
 	},
 	{"agent/door", []string{"agent/peer", xsys}, "connections are accepted without a protocol in mind"},
@@ -178,7 +179,7 @@ var rooms = []room{
 	{
 		"token",
 		[]string{
-			"agent/joined",
+			"agent/joined", "agent/pattern",
 			"token/known", "token/pace", "token/pairs", "token/pcsc", "token/pin", "token/pkcs11uri", "token/process", "token/registry", "token/signing",
 			"token/statefile", "token/wellknown", "token/wire",
 			"pinentry/secret", "pinentry/waiting", xsys,

@@ -1,4 +1,4 @@
-package knownhosts
+package pattern
 
 import "testing"
 
@@ -24,8 +24,8 @@ func TestMatchPattern(t *testing.T) {
 		{"*a", "aaab", false},
 		{"a?c*", "abc", true},
 	} {
-		if got := MatchPattern(test.pattern, test.s); got != test.want {
-			t.Errorf("MatchPattern(%q, %q) = %v", test.pattern, test.s, got)
+		if got := Match(test.pattern, test.s); got != test.want {
+			t.Errorf("Match(%q, %q) = %v", test.pattern, test.s, got)
 		}
 	}
 }
@@ -58,8 +58,8 @@ func FuzzMatchPattern(f *testing.F) {
 			known[key] = !ok
 			return ok
 		}
-		if got, want := MatchPattern(pattern, s), is(pattern, s); got != want {
-			t.Errorf("MatchPattern(%q, %q) = %v, want %v", pattern, s, got, want)
+		if got, want := Match(pattern, s), is(pattern, s); got != want {
+			t.Errorf("Match(%q, %q) = %v, want %v", pattern, s, got, want)
 		}
 	})
 }
