@@ -20,13 +20,13 @@ import (
 // has 108 bytes, and the last is NUL.
 const maxPath = 107
 
-// ErrInUse means that somebody already answers on the socket.
+// ErrInUse says that another process listens on the socket.
 var ErrInUse = errors.New("an agent is already listening there")
 
 // A Socket is a listening socket that Listen made, with its file.
 type Socket struct {
 	l      *net.UnixListener
-	dir    *os.File // the directory the file is in, whatever its path is by now
+	dir    *os.File // the directory of the file, also after a rename
 	shared bool     // others may write to dir, and it is sticky
 	path   string
 	name   string // in dir
@@ -38,15 +38,14 @@ type Socket struct {
 
 type fileID struct{ dev, ino uint64 }
 
-// Listen makes a socket that only this process's user can connect to, at an
-// absolute path of at most 107 bytes.
+// Listen makes a socket that only this process's user can connect to, at an absolute path of at
+// most 107 bytes.
 //
-// The directory has to be the user's own and writable for nobody else, or sticky, as
-// /tmp is (Shared). When it is missing, Listen makes it, and its parent when that is
-// directly in XDG_RUNTIME_DIR. Listen replaces a socket that no process listens on any
-// more. It leaves alone a socket in use, a socket of another user, and what is no
-// socket: the error is ErrInUse, or says what is there. Of several agents that start at once one
-// gets the socket and the others ErrInUse.
+// The directory must belong to the user, and only the user may write to it. It may also be sticky,
+// as /tmp is (Shared). Listen makes a missing directory, and its parent if that is directly in
+// XDG_RUNTIME_DIR. Listen replaces a socket that no process listens on. It leaves alone a socket in
+// use, a socket of another user, and a file that is not a socket. The error is ErrInUse, or says
+// what is there. If several agents start at once, one gets the socket and the others get ErrInUse.
 func Listen(path string) (*Socket, error) {
 	s, err := listen(path)
 	if err != nil {
@@ -79,7 +78,7 @@ func listen(path string) (*Socket, error) {
 	return s, nil
 }
 
-// openDirectory opens the directory for the socket, which it makes if it may.
+// openDirectory opens the directory for the socket. It makes the directory if Listen says so.
 func openDirectory(path string) (*os.File, error) {
 	if parent := filepath.Dir(path); filepath.Dir(parent) == filepath.Clean(os.Getenv("XDG_RUNTIME_DIR")) {
 		if err := os.Mkdir(parent, 0o700); err != nil && !errors.Is(err, fs.ErrExist) {
@@ -100,8 +99,9 @@ func openDirectory(path string) (*os.File, error) {
 	return dir, nil
 }
 
-// checkDirectory tells why a directory is no place for a socket, and whether users share
-// it: in a sticky directory, only its owner and that of a file can remove the file.
+// checkDirectory returns an error if a directory is not fit for a socket. shared tells whether
+// users share the directory: in a sticky directory, only its owner and the owner of a file can
+// remove the file.
 func checkDirectory(dir *os.File) (shared bool, err error) {
 	var st unix.Stat_t
 	if err := unix.Fstat(int(dir.Fd()), &st); err != nil {
@@ -119,9 +119,8 @@ func checkDirectory(dir *os.File) (shared bool, err error) {
 	return false, nil
 }
 
-// bind makes the socket. While it is at it, it holds a lock on the directory, so
-// that of two agents the second finds the first one listening. A file of its own
-// to lock would have to be left behind.
+// bind makes the socket. Meanwhile it holds a lock on the directory: of two agents, the second
+// finds the first one listening. A lock file would stay behind.
 func (s *Socket) bind() error {
 	unlock, err := s.lock()
 	if err != nil {
@@ -132,9 +131,8 @@ func (s *Socket) bind() error {
 		return err
 	}
 	config := net.ListenConfig{Control: func(_, _ string, raw syscall.RawConn) error {
-		// A socket's file gets the mode of the socket (less the umask), so
-		// that it is never there with another one (unix_bind in Linux's
-		// net/unix/af_unix.c).
+		// A socket's file gets the mode of the socket, less the umask. So the file
+		// never has another mode (unix_bind in Linux's net/unix/af_unix.c).
 		var modeErr error
 		err := raw.Control(func(fd uintptr) { modeErr = unix.Fchmod(int(fd), 0o600) })
 		return errors.Join(err, modeErr)
@@ -144,7 +142,7 @@ func (s *Socket) bind() error {
 		return err
 	}
 	s.l = l.(*net.UnixListener)
-	s.l.SetUnlinkOnClose(false) // it would not look whose file it is
+	s.l.SetUnlinkOnClose(false) // Close removes the file, if it is still ours
 	st, err := s.stat()
 	if err == nil && (st.Mode != unix.S_IFSOCK|0o600 || int(st.Uid) != os.Geteuid()) {
 		err = fmt.Errorf("the new socket has mode %o and owner %d", st.Mode, st.Uid)
@@ -156,7 +154,7 @@ func (s *Socket) bind() error {
 	return nil
 }
 
-// clear removes what a dead agent has left behind.
+// clear removes the socket of an agent that has ended.
 func (s *Socket) clear() error {
 	st, err := s.stat()
 	switch {
@@ -165,7 +163,7 @@ func (s *Socket) clear() error {
 	case err != nil:
 		return err
 	case st.Mode&unix.S_IFMT != unix.S_IFSOCK:
-		return errors.New("there is a file of that name that is no socket: move it away or use another path")
+		return errors.New("a file of that name is there and is not a socket: move the file away or use another path")
 	case int(st.Uid) != os.Geteuid():
 		return fmt.Errorf("the socket that is there belongs to another user (uid %d): use another path", st.Uid)
 	}
@@ -175,8 +173,8 @@ func (s *Socket) clear() error {
 		_ = conn.Close()
 		return ErrInUse
 	case !errors.Is(err, unix.ECONNREFUSED):
-		// A full queue (EAGAIN) is that of a living agent. For the rest it is
-		// not known, and then nothing is taken away.
+		// A full queue (EAGAIN) belongs to a living agent. Other errors say nothing, so
+		// the socket stays.
 		return fmt.Errorf("the socket that is there may be in use: %w", err)
 	}
 	if err := unix.Unlinkat(int(s.dir.Fd()), s.name, 0); err != nil {
@@ -192,9 +190,9 @@ func (s *Socket) stat() (st unix.Stat_t, err error) {
 	return st, nil
 }
 
-// lock keeps other agents from making or removing a socket in the directory. It
-// is held for moments only, so waiting for long means that something else holds
-// it. In a shared directory that may be another user: then lock goes on without it.
+// lock keeps other agents from making or removing a socket in the directory. Agents hold the lock
+// for moments only. If it takes long, another program holds it. In a shared directory that may be
+// another user's program: then lock goes on without the lock.
 func (s *Socket) lock() (unlock func(), err error) {
 	const pause = 10 * time.Millisecond
 	tries := 500
@@ -217,23 +215,22 @@ func (s *Socket) lock() (unlock func(), err error) {
 	return nil, fmt.Errorf("another program keeps the directory %s locked", s.dir.Name())
 }
 
-// Shared tells whether the socket is in a sticky directory that others may write to. There
-// a module process of the agent could remove the socket and make its own in that place.
+// Shared tells whether the socket is in a sticky directory that other users may write to. There, a
+// module process of the agent could remove the socket and make its own in that place.
 func (s *Socket) Shared() bool { return s.shared }
 
 // Path returns the path that clients connect to (SSH_AUTH_SOCK).
 func (s *Socket) Path() string { return s.path }
 
-// AcceptUnix waits for the next client. After Close its error is net.ErrClosed.
+// AcceptUnix waits for the next client. After Close, its error is net.ErrClosed.
 func (s *Socket) AcceptUnix() (*net.UnixConn, error) { return s.l.AcceptUnix() }
 
-// Close stops listening and removes the socket's file, unless another one has
-// taken its place. Further calls do nothing and return the same. Safe for
-// concurrent use.
+// Close stops listening and removes the socket's file, unless another file has taken its place.
+// Further calls do nothing and return the same. Any goroutine may call Close.
 func (s *Socket) Close() error {
 	s.once.Do(func() {
-		// While the socket is open its file keeps its number, so that no later
-		// file can be taken for it.
+		// While the socket is open, its file keeps its inode number. So no later file
+		// can have that number.
 		s.err = errors.Join(s.remove(), s.l.Close(), s.dir.Close())
 	})
 	return s.err

@@ -94,8 +94,8 @@ func TestListenRefuses(t *testing.T) {
 		{"symbolic link", filepath.Join(link, "s"), "symbolic link"},
 		{"file for a directory", filepath.Join(file, "s"), "no directory"},
 		{"no parent", filepath.Join(mine, "a", "b", "s"), "no such file"},
-		{"file", file, "no socket"},
-		{"symbolic link for a socket", toSocket, "no socket"},
+		{"file", file, "not a socket"},
+		{"symbolic link for a socket", toSocket, "not a socket"},
 		{"socket of another kind", strange, "may be in use"},
 	}
 	if os.Getuid() == 0 {

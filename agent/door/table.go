@@ -20,8 +20,8 @@ const (
 	// A process with more than one of manyOf connections loses one, whatever its program.
 	manyOf = 16
 
-	// The system gets memory back when the clients had relieveFrom bytes and have
-	// relieveTo.
+	// The agent gives memory back to the system when the clients had relieveFrom bytes and
+	// have at most relieveTo.
 	relieveFrom = 4 << 20
 	relieveTo   = 1 << 20
 )
@@ -75,12 +75,12 @@ type table struct {
 
 	mu        sync.Mutex
 	all       map[*Conn]struct{}
-	processes map[process]map[*Conn]struct{} // the same, by who made them
+	processes map[process]map[*Conn]struct{} // the same, by the process that made them
 	used      Usage                          // by all
 	peak      int                            // the most memory that was used since some went back
 }
 
-// process is one of a user, by its number. That is 0 where the kernel shows none.
+// process is a process of a user, by its number. The number is 0 if the kernel shows none.
 type process struct{ uid, pid int }
 
 func (c *Conn) process() process { return process{c.recorded.UID, c.recorded.PID} }
@@ -92,9 +92,8 @@ func newTable(limit int) *table {
 	}
 }
 
-// defaultLimit returns how many connections a Server has by default: at most half of
-// the files that the process may open. The other half is for upstream agents, prompts
-// and module processes.
+// defaultLimit returns how many connections a Server has by default: at most half of the files that
+// the process may open. Upstream agents, prompts and module processes need the other half.
 func defaultLimit() int {
 	var files syscall.Rlimit
 	if err := syscall.Getrlimit(syscall.RLIMIT_NOFILE, &files); err != nil {
@@ -103,8 +102,8 @@ func defaultLimit() int {
 	return int(max(1, min(MaxConnections, files.Cur/2)))
 }
 
-// admit counts a connection. It returns the connection that has to make room for it,
-// or nil. The caller ends that one with Server.end.
+// admit counts a connection. It returns the connection that has to make room, or nil. The caller
+// ends that connection with Server.end.
 func (t *table) admit(c *Conn) (victim *Conn) {
 	t.mu.Lock()
 	defer t.mu.Unlock()
@@ -234,7 +233,7 @@ func (t *table) count(l Listener) (n int) {
 	return n
 }
 
-// The states of a connection, in the order in which connections end.
+// The states of a connection, in the order in which connections make room.
 const (
 	resting = iota // it has asked for nothing for restAfter
 	pausing        // it has asked for something
@@ -242,7 +241,7 @@ const (
 	busy           // its client waits for an answer
 )
 
-// state tells what a connection does, and since when.
+// state returns what a connection does, and since when.
 func (c *Conn) state(now time.Duration) (state int, since time.Duration) {
 	since = time.Duration(c.active.Load())
 	switch {
@@ -263,17 +262,17 @@ func (t *table) kept() (Usage, int) {
 	return t.used, len(t.all)
 }
 
-// started is what times of connections are counted from.
+// started is the time from which times of connections are counted.
 var started = time.Now()
 
-// holder is the process that a connection belongs to, and its program. All processes
-// that have ended count as one: they have handed their connections to another process.
+// A holder is the process that a connection belongs to, and its program. All processes that have
+// ended count as one: they have handed their connections to another process.
 type holder struct {
 	process
 	program peer.Program // zero: it is not known
 }
 
-// holder looks at the process once. Only the clients call it, under their mutex.
+// holder looks at the process once. Only the table calls it, and holds its mutex.
 func (c *Conn) holder() holder {
 	if c.held == nil {
 		p := c.who()
@@ -285,10 +284,10 @@ func (c *Conn) holder() holder {
 	return *c.held
 }
 
-// A candidate is a connection that may end.
+// A candidate is a connection that may end to make room.
 type candidate struct {
 	*Conn
-	process, program int // what its process and its program have
+	process, program int // how much its process and its program weigh
 	state            int
 	since            time.Duration
 }
@@ -344,16 +343,15 @@ func choose(all map[*Conn]struct{}, c *Conn, weigh func(*Conn) int) *Conn {
 	return first.Conn
 }
 
-// rarely lets one line a minute into the log about something that clients can cause at
-// will. The zero value is ready to use.
+// rarely lets one line a minute into the log, about something that clients can cause as often as
+// they like. The zero value is ready to use.
 type rarely struct {
 	mu      sync.Mutex
 	next    time.Time
 	skipped int
 }
 
-// now tells whether the log gets a line now, and how many it did not get since the
-// last one.
+// now tells whether the log gets a line now, and how many lines were skipped since the last one.
 func (r *rarely) now() (ok bool, skipped int) {
 	r.mu.Lock()
 	defer r.mu.Unlock()

@@ -7,9 +7,8 @@ import (
 	"unsafe"
 )
 
-// transfer reads or writes b, which is not empty, on a socket that makes nobody wait.
-// So the scheduler need not be told: it would wake a thread for each call, to look
-// after those that do wait.
+// transfer reads or writes b, which is not empty, on a non-blocking socket. A system call by way of
+// the Go scheduler would wake another thread each time. RawSyscall does not tell the scheduler.
 func transfer(trap, fd uintptr, b []byte) (int, error) {
 	for {
 		n, _, errno := syscall.RawSyscall(trap, fd, uintptr(unsafe.Pointer(&b[0])), uintptr(len(b)))

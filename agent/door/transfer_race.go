@@ -4,8 +4,8 @@ package door
 
 import "syscall"
 
-// transfer is for the race detector, which knows that what is sent on a socket comes
-// before what is received there, if these functions do it.
+// transfer is for the race detector. With the functions of package syscall, the detector knows that
+// sending on a socket comes before receiving.
 func transfer(trap, fd uintptr, b []byte) (n int, err error) {
 	for {
 		if trap == syscall.SYS_READ {

@@ -10,25 +10,24 @@ import (
 	"golang.org/x/sys/unix"
 )
 
-// A watcher notices clients that hang up while their connection is not being
-// read from, because a request waits for a person or a card.
+// A watcher notices clients that hang up while no goroutine reads from their connection, because a
+// request waits for a person or a card.
 //
-// Every connection is in one epoll set, with no event asked for. What is
-// reported all the same, EPOLLHUP and EPOLLERR, comes when the client has closed
-// its end or lost it with the process; a client that has only shut down its
-// sending side causes neither, so it can still be answered. The set itself is
-// watched by Go's poller like any file, which keeps no thread busy.
+// One epoll set has every connection, and asks for no event. The kernel reports EPOLLHUP and
+// EPOLLERR all the same, when the client has closed its end or has ended. A client that has only
+// shut down its sending side causes neither, so it still gets its answer. Go's poller watches the
+// set like any file, so that no thread waits.
 //
-// Events name a connection by its number. File descriptors are used again, and
-// an event may be on its way while its connection is closed: numbers are not, so
-// that a late event finds nobody.
+// Events name a connection by its number. The kernel uses file descriptors again, and an event may
+// be on its way while its connection is closed. Numbers of connections are not used again, so a
+// late event finds no connection.
 type watcher struct {
 	set *os.File
 	raw syscall.RawConn
 
 	mu    sync.Mutex
 	conns map[uint64]*Conn
-	ended bool // hangUp was called: nobody is added any more
+	ended bool // hangUp was called: add refuses connections
 }
 
 func newWatcher() (*watcher, error) {
@@ -36,7 +35,7 @@ func newWatcher() (*watcher, error) {
 	if err != nil {
 		return nil, fmt.Errorf("watch for clients that hang up: %w", err)
 	}
-	// Only a non-blocking file is given to the poller.
+	// The poller takes non-blocking files only.
 	if err := unix.SetNonblock(fd, true); err != nil {
 		_ = unix.Close(fd)
 		return nil, fmt.Errorf("watch for clients that hang up: %w", err)
@@ -50,7 +49,7 @@ func newWatcher() (*watcher, error) {
 	return &watcher{set: set, raw: raw, conns: make(map[uint64]*Conn)}, nil
 }
 
-// add cancels a connection when its client hangs up, and has hangUp end it, until
+// add cancels a connection when its client hangs up, and has hangUp end the connection, until
 // remove.
 func (w *watcher) add(c *Conn) error {
 	w.mu.Lock()
@@ -71,13 +70,13 @@ func (w *watcher) add(c *Conn) error {
 func (w *watcher) register(c *Conn) error {
 	nc, ok := c.net.(syscall.Conn)
 	if !ok {
-		return errors.New("it is no socket")
+		return errors.New("the connection is not a socket")
 	}
 	conn, err := nc.SyscallConn()
 	if err != nil {
 		return err
 	}
-	// The event's data is 64 bits wide; x/sys calls the halves Fd and Pad.
+	// The event's data has 64 bits. x/sys calls the halves Fd and Pad.
 	event := unix.EpollEvent{Events: unix.EPOLLONESHOT, Fd: int32(c.number), Pad: int32(c.number >> 32)}
 	var ctlErr error
 	err = w.raw.Control(func(set uintptr) {
@@ -89,14 +88,14 @@ func (w *watcher) register(c *Conn) error {
 	return errors.Join(err, ctlErr)
 }
 
-// remove forgets a connection. The set forgets it when it is closed.
+// remove forgets a connection. The epoll set forgets it when the connection closes.
 func (w *watcher) remove(c *Conn) {
 	w.mu.Lock()
 	defer w.mu.Unlock()
 	delete(w.conns, c.number)
 }
 
-// run tells connections that their client is gone, until close.
+// run cancels connections whose clients hang up, until close.
 func (w *watcher) run() error {
 	var events [64]unix.EpollEvent
 	for {
@@ -104,7 +103,7 @@ func (w *watcher) run() error {
 		var waitErr error
 		err := w.raw.Read(func(set uintptr) (done bool) {
 			n, waitErr = unix.EpollWait(int(set), events[:], 0)
-			return n != 0 // not when there is nothing yet: wait for more
+			return n != 0 // 0: wait for an event
 		})
 		switch {
 		case errors.Is(err, os.ErrClosed):
@@ -124,8 +123,8 @@ func (w *watcher) run() error {
 	}
 }
 
-// hangUp closes every connection and lets no other one in. Whoever serves them
-// notices and removes them. It is called when their context has ended.
+// hangUp ends every connection, and has add refuse further ones. The goroutines that serve the
+// connections notice and remove them. The context of the connections has ended before.
 func (w *watcher) hangUp() {
 	w.mu.Lock()
 	defer w.mu.Unlock()

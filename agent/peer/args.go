@@ -7,14 +7,13 @@ import (
 	"strings"
 )
 
-// maxArguments bounds the bytes that are read of a process's arguments.
+// maxArguments is how many bytes of a process's arguments are read.
 const maxArguments = 32 << 10
 
-// Arguments returns the arguments of the process that opened the connection, as the
-// process says them, its own name first. nil: they cannot be read. The end of
-// arguments of more than 32 KiB is left out. Arguments are good for guesses only: a
-// process may write there what it likes, and the number may be that of another process
-// by now.
+// Arguments returns the arguments of the process that opened the connection, its own name first.
+// nil means that they cannot be read. Arguments after the first 32 KiB are missing. Use arguments
+// for guesses only: a process may write there what it likes, and another process may have the
+// number by now.
 func (p Peer) Arguments() []string {
 	if len(p.Chain) == 0 {
 		return nil
@@ -28,7 +27,7 @@ func (p Peer) Arguments() []string {
 	if err != nil {
 		return nil
 	}
-	// Each argument ends with a NUL. What follows the last NUL is cut off.
+	// Each argument ends with a NUL. An argument without one is cut off.
 	end := bytes.LastIndexByte(b, 0)
 	if end < 0 {
 		return nil

@@ -24,13 +24,13 @@ const (
 	arrow = " ← "
 )
 
-// Of tells who opened conn. It makes some 20 short system calls and never waits
-// for the peer. Safe for concurrent use.
+// Of returns the process that opened conn. It makes some 20 short system calls and never waits for
+// the peer. Any goroutine may call Of.
 //
 // The results are:
 //
 //   - Known, with a Chain: the process that opened the connection is alive.
-//   - Known, without: it has ended, or cannot be looked at.
+//   - Known, without a Chain: the process has ended, or cannot be looked at.
 //   - not Known: the kernel tells nothing (conn is closed).
 func Of(conn *net.UnixConn) Peer {
 	p := recorded(conn)
@@ -48,7 +48,7 @@ func Of(conn *net.UnixConn) Peer {
 	}
 	defer unix.Close(pidfd)
 	program := programOf(p.PID)
-	// It has been there all the while if there is a chain.
+	// If there is a chain, the process lived all the while.
 	if p.Chain, p.id = chain(p.PID, pidfd); p.Chain != nil {
 		p.Program = program
 	}
@@ -56,14 +56,13 @@ func Of(conn *net.UnixConn) Peer {
 	return p
 }
 
-// Later is Of in two steps, for those who may never want the second: p is what the
-// kernel recorded when the connection was made, without the process, and look looks
-// at that when it is called first, and returns the same from then on. It looks at the
-// very process that made the connection, which may run another program by then, or at
-// none; conn has to be open. look may be called from any goroutine.
+// Later is Of in two steps, for callers that may not need the second. p is what the kernel recorded
+// when the connection was made, without the process. look looks at the process once, and returns
+// the same from then on. It looks at the very process that made the connection, which may run
+// another program by then, or at none. conn has to be open. Any goroutine may call look.
 func Later(conn *net.UnixConn) (p Peer, look func() Peer) {
 	if !keepsProcess() {
-		// Later, its number may be another's.
+		// Later, another process may have its number.
 		all := Of(conn)
 		return Peer{Known: all.Known, PID: all.PID, UID: all.UID, GID: all.GID}, func() Peer { return all }
 	}
@@ -76,8 +75,8 @@ func Later(conn *net.UnixConn) (p Peer, look func() Peer) {
 	})
 }
 
-// keepsProcess tells whether the kernel hands out the process at the other end of a
-// socket, and not only its number, as since Linux 6.5. Tests replace it.
+// keepsProcess tells whether the kernel hands out the process at the other end of a socket, as
+// since Linux 6.5. Older kernels tell the number only. Tests replace it.
 var keepsProcess = sync.OnceValue(func() bool {
 	fds, err := unix.Socketpair(unix.AF_UNIX, unix.SOCK_STREAM|unix.SOCK_CLOEXEC, 0)
 	if err != nil {
@@ -117,14 +116,14 @@ func option[T any](conn *net.UnixConn, get func(fd int) (T, error)) (value T, er
 	return value, err
 }
 
-// scratch is where files of /proc are read.
+// scratch has buffers for links and files of /proc.
 var scratch = sync.Pool{New: func() any { return new([unix.PathMax]byte) }}
 
-// programOf tells which file a process runs, or nothing.
+// programOf returns the file that a process runs, or nothing.
 func programOf(pid int) Program {
 	path, ok := programPath(pid)
 	var st unix.Stat_t
-	// Through the link in /proc, it is the file that runs even if its name is gone.
+	// The link in /proc leads to the file that runs, even if its name is gone.
 	if !ok || unix.Stat(procFile(pid, "exe"), &st) != nil {
 		return Program{}
 	}
@@ -139,13 +138,12 @@ func programPath(pid int) (string, bool) {
 	if err != nil || n == 0 {
 		return "", false
 	}
-	// A program that was replaced by an upgrade while it runs.
+	// An upgrade has replaced the program while it runs.
 	return strings.TrimSuffix(string(buf[:n]), " (deleted)"), true
 }
 
-// openProcess returns a pidfd for the process with that number. It cannot tell
-// whether the number has been used again since the connection was made; it
-// refuses at least a process of somebody else.
+// openProcess returns a pidfd for the process with that number. It cannot tell whether the number
+// was used again since the connection was made. It refuses a process of another user.
 func openProcess(pid, uid int) (int, error) {
 	fd, err := unix.PidfdOpen(pid, 0)
 	if err != nil {
@@ -161,15 +159,14 @@ func openProcess(pid, uid int) (int, error) {
 	return fd, nil
 }
 
-// chain reads the process and its ancestors. The pidfd is that of the process
-// itself, so that it can be asked at the end whether it has been there all the
-// while. id is the process's own.
+// chain reads the process and its ancestors. pidfd is the pidfd of the process, which shows at the
+// end whether the process lived all the while. id belongs to the process.
 //
-// An ancestor has no pidfd. The one with the number that its child named is believed
-// when it was started before that child: whoever has the number of a parent that has
-// ended was started after the child said so. Within one tick of the clock that cannot
-// be told, and the child is looked at again: a process gets another parent only when
-// its parent ends. Its name is read first, so that it is the same one's.
+// An ancestor has no pidfd. The child names the number of its parent. chain believes the number if
+// its process started before the child: a process that got the number of an ended parent started
+// later. Within one tick of the clock the times do not tell. Then chain looks at the child again,
+// as a process gets another parent only when its parent ends. chain reads the name of a program
+// before its times, so that both belong to one process.
 func chain(pid, pidfd int) (links []Process, id identity) {
 	stat, ok := procstat.Of(pid)
 	if !ok {
@@ -198,7 +195,7 @@ func chain(pid, pidfd int) (links []Process, id identity) {
 	return links, id
 }
 
-// An identity tells a process from all others that have its number after it.
+// An identity tells a process from all later ones that have its number.
 type identity struct {
 	start uint64 // clock ticks after boot; two of one tick have the same
 	inode uint64 // of a pidfd: unique since Linux 6.9, the same for all before
@@ -212,8 +209,8 @@ func inode(pidfd int) uint64 {
 	return st.Ino
 }
 
-// alive tells whether the process of a pidfd has not ended: a pidfd becomes
-// readable when it does (pidfd_open(2)).
+// alive tells whether the process of a pidfd lives. A pidfd becomes readable when the process ends
+// (pidfd_open(2)).
 func alive(pidfd int) bool {
 	fds := []unix.PollFd{{Fd: int32(pidfd), Events: unix.POLLIN}}
 	for {
@@ -225,9 +222,9 @@ func alive(pidfd int) bool {
 	}
 }
 
-// name prefers the program's file, which stays what it is, to the name that a
-// process gives itself; the file of another user's process, or of one that
-// keeps its memory to itself, cannot be read.
+// name returns the name of the program's file, if it can be read. Otherwise it returns the name
+// that the process gives itself, which may change. The file cannot be read for another user's
+// process, and for a process that hides its memory.
 func name(path string, named bool, s procstat.Stat) string {
 	if !named {
 		return plain.Program(s.Name, maxName)

@@ -17,35 +17,33 @@ import (
 	"p11-agent/pinentry/procstat"
 )
 
-// What is read of an environment. ARG_MAX lets it be as long as 6 MiB; nobody's
-// is.
+// Limits of an environment. ARG_MAX allows 6 MiB, which no real environment needs.
 const (
 	maxEnviron  = 1 << 20
-	maxVariable = 1024 // bytes of a value; a longer one is no place
+	maxVariable = 1024 // bytes of a value; a longer one does not count
 )
 
-// A Desk is where the person sits who uses a process, as far as the process
-// shows it. All of it is what that process says: paths, names and addresses to
-// be handed to a program that asks the person, and to nothing else. Of a process
-// in other namespaces than this one, both errors are set and nothing is believed.
+// A Desk is where the person sits who uses a process, as far as the process shows it. The process
+// says all of it. Hand the paths, names and addresses to a program that asks the person, and to
+// nothing else. For a process in other namespaces than this one, both errors are set, and the Desk
+// has nothing else.
 type Desk struct {
 	// Who is the process, for people: "ssh (1234)".
 	Who string
 
 	Environment
-	// EnvErr says why nothing is known of the Environment.
+	// EnvErr says why the Environment is unknown.
 	EnvErr error
 
-	// Terminal is the process's terminal; nil when it has none, or none that may
-	// be asked on, and then TerminalErr says why. It is to be closed.
+	// Terminal is the process's terminal. It is nil when the process has no terminal that
+	// may show a prompt, and TerminalErr says why. The owner of the Desk closes it.
 	Terminal    *Terminal
 	TerminalErr error
 }
 
-// An Environment is what variables say of where a person is. What is not known,
-// or no good, is empty: a display that could be taken for an option, a path that is
-// not absolute, an address of a bus that would run a program, a locale that is a
-// path.
+// An Environment is what variables say of where a person is. An unknown value is empty, and so is a
+// bad one: a display that could pass for an option, a path that is not absolute, an address of a
+// bus that would run a program, a locale that is a path.
 type Environment struct {
 	Display        string // DISPLAY
 	WaylandDisplay string // WAYLAND_DISPLAY
@@ -61,9 +59,9 @@ type Environment struct {
 // Close closes the terminal.
 func (d *Desk) Close() { d.Terminal.Close() }
 
-// Desk looks where the person is now who uses the process that made the
-// connection. It makes some 40 short system calls and waits for nobody. It looks
-// at that very process or at none: another one may have its number by now.
+// Desk looks where the person is now who uses the process that made the connection. It makes some
+// 40 short system calls and waits for nothing. It looks at that very process or at none: another
+// process may have its number by now.
 func (p Peer) Desk() *Desk {
 	d := &Desk{Who: p.first()}
 	pr, err := p.open()
@@ -80,7 +78,7 @@ func (p Peer) Desk() *Desk {
 	if d.Terminal == nil {
 		defer pr.close() // otherwise it is the terminal's
 	}
-	// What was read is the process's own only if it has been there all the while.
+	// The data belongs to the process only if the process lived all the while.
 	if err := pr.same(); err != nil {
 		d.Close()
 		return &Desk{Who: d.Who, EnvErr: err, TerminalErr: err}
@@ -88,9 +86,8 @@ func (p Peer) Desk() *Desk {
 	return d
 }
 
-// Own returns the terminal that this process was started on, under the same
-// conditions as a client's: it has to be the job in the foreground there. The
-// error says why there is none.
+// Own returns the terminal that this process was started on. As for a client, this process has to
+// be the job in the foreground there. The error says why there is no terminal.
 func Own() (*Terminal, error) {
 	pr, err := Self().open()
 	if err != nil {
@@ -103,7 +100,7 @@ func Own() (*Terminal, error) {
 	return t, err
 }
 
-// Self is this process, as the Peer of others.
+// Self returns this process as a Peer of others.
 func Self() Peer {
 	p := Peer{Known: true, PID: os.Getpid(), UID: os.Geteuid(), GID: os.Getegid()}
 	if fd, err := unix.PidfdOpen(p.PID, 0); err == nil {
@@ -114,7 +111,7 @@ func Self() Peer {
 	return p
 }
 
-// first names the process without its ancestors.
+// first returns the name of the process without its ancestors.
 func (p Peer) first() string {
 	if len(p.Chain) > 1 {
 		p.Chain, p.text = p.Chain[:1], ""
@@ -122,7 +119,8 @@ func (p Peer) first() string {
 	return p.String()
 }
 
-// running is a process that is the one meant for as long as same says so.
+// running is a process that was opened by its number. same tells whether it is still the process in
+// question.
 type running struct {
 	who   string
 	pid   int
@@ -130,11 +128,11 @@ type running struct {
 	id    identity
 }
 
-// open finds the process again that made the connection.
+// open finds the process that made the connection.
 func (p Peer) open() (*running, error) {
 	switch {
 	case !p.Known:
-		return nil, errors.New("nothing is known of the client")
+		return nil, errors.New("the client is unknown")
 	case p.PID <= 0:
 		return nil, errors.New("the client is in another PID namespace, out of sight")
 	case len(p.Chain) == 0:
@@ -157,9 +155,9 @@ func (p Peer) open() (*running, error) {
 	return pr, nil
 }
 
-// same tells whether the process is still there and the one that was meant. The
-// pidfd was opened by its number, so its identity is compared; what has been read
-// by way of the number before is the process's own.
+// same returns an error unless the process lives and is the one in question. The pidfd was opened
+// by the number, so same compares the identity. Data that was read by the number before belongs to
+// the process then.
 func (r *running) same() error {
 	_, err := r.stat()
 	return err
@@ -178,11 +176,10 @@ func (r *running) stat() (procstat.Stat, error) {
 
 func (r *running) close() { _ = unix.Close(r.pidfd) }
 
-// A Terminal is one that the person of a process sits at, opened in a way that
-// no name of it has to be looked up again. Its methods are safe for concurrent
-// use, but Close.
+// A Terminal is the terminal of a person who uses a process. It is open, so that no name of it has
+// to be looked up again. Any goroutine may call its methods, except Close.
 type Terminal struct {
-	// File is open for reading and writing. It is the Terminal's own.
+	// File is open for reading and writing. The Terminal owns it.
 	File *os.File
 
 	of   *running
@@ -190,7 +187,7 @@ type Terminal struct {
 	rdev device // of this terminal
 }
 
-// Close closes the terminal. A nil Terminal needs none.
+// Close closes the terminal. Close of a nil Terminal does nothing.
 func (t *Terminal) Close() {
 	if t != nil {
 		_ = t.File.Close()
@@ -198,9 +195,9 @@ func (t *Terminal) Close() {
 	}
 }
 
-// Check tells whether the process is still at the terminal, and is what the
-// person sees there: the job in the foreground. Otherwise another program reads
-// what the person types. An error says, for people, what is in the way.
+// Check returns nil if the process is still at the terminal and is the job in the foreground, which
+// the person sees. Otherwise another program reads what the person types. The error tells a person
+// what is in the way.
 func (t *Terminal) Check() error {
 	s, err := t.of.stat()
 	switch {
@@ -219,7 +216,7 @@ type device struct{ major, minor uint32 }
 const (
 	majorPtyMaster = 2
 	majorVirtual   = 4 // /dev/tty1, and serial lines from minor 64 on
-	majorAlias     = 5 // /dev/tty, /dev/console, /dev/ptmx: whose they are depends on who opens them
+	majorAlias     = 5 // /dev/tty, /dev/console, /dev/ptmx: another terminal for each process that opens them
 	majorPts       = 136
 	lastMajorPts   = 143
 	majorUSBSerial = 188
@@ -229,7 +226,7 @@ const (
 // kernel's new_encode_dev.
 func ttyDevice(nr uint32) device { return device{nr >> 8 & 0xfff, nr&0xff | nr>>12&0xfff00} }
 
-// pathUnderRoot is where a terminal usually is in a process's own view.
+// pathUnderRoot returns the usual path of a terminal in a process's own view.
 func (d device) pathUnderRoot() string {
 	switch {
 	case d.major >= majorPts && d.major <= lastMajorPts:
@@ -244,11 +241,11 @@ func (d device) pathUnderRoot() string {
 	return ""
 }
 
-// terminal finds the terminal of the process. gpgTTY is what its environment
-// calls so, and only a hint. The Terminal owns r.
+// terminal finds the terminal of the process. gpgTTY is the GPG_TTY of its environment, and only a
+// hint. The Terminal owns r.
 //
-// It is never opened by a name in this process's view: in another one
-// /dev/pts/3 is somebody else's, even with the same device number.
+// terminal never opens a name in this process's view. In the view of the other process, /dev/pts/3
+// may be another terminal, even with the same device number.
 func (r *running) terminal(gpgTTY string) (*Terminal, error) {
 	s, err := r.stat()
 	if err != nil {
@@ -267,7 +264,7 @@ func (r *running) terminal(gpgTTY string) (*Terminal, error) {
 		return t
 	}
 	for n := range 3 {
-		// O_PATH, because opening a device may do something.
+		// O_PATH, because opening a device may have an effect.
 		fd, err := unix.Open(procFile(r.pid, "fd/"+strconv.Itoa(n)), unix.O_PATH|unix.O_CLOEXEC, 0)
 		if errors.Is(err, unix.EACCES) || errors.Is(err, unix.EPERM) {
 			return nil, fmt.Errorf("the terminal of %s cannot be opened: its files cannot be read", r.who)
@@ -293,8 +290,7 @@ func (r *running) terminal(gpgTTY string) (*Terminal, error) {
 	return nil, fmt.Errorf("the terminal of %s cannot be opened", r.who)
 }
 
-// openUnderRoot opens what a path leads to in a process's own view, links
-// included.
+// openUnderRoot opens the file that a path leads to in a process's own view. It follows links.
 func openUnderRoot(pid int, path string) (int, error) {
 	root, err := unix.Open(procFile(pid, "root"), unix.O_PATH|unix.O_DIRECTORY|unix.O_CLOEXEC, 0)
 	if err != nil {
@@ -307,8 +303,8 @@ func openUnderRoot(pid int, path string) (int, error) {
 	})
 }
 
-// openTerminal opens the file of a path descriptor if it is the terminal of the
-// process. No terminal at all is nil and nil.
+// openTerminal opens the file of a path descriptor if it is the terminal of the process. It returns
+// nil and nil for another file.
 func (r *running) openTerminal(path int, s procstat.Stat) (*Terminal, error) {
 	var st unix.Stat_t
 	if err := unix.Fstat(path, &st); err != nil || st.Mode&unix.S_IFMT != unix.S_IFCHR {
@@ -321,7 +317,7 @@ func (r *running) openTerminal(path int, s procstat.Stat) (*Terminal, error) {
 	case rdev.major == majorPtyMaster, rdev.major == majorAlias:
 		return nil, nil //nolint:nilnil // see above
 	}
-	// Not blocking: a serial line waits for a carrier.
+	// Without O_NONBLOCK, open of a serial line waits for a carrier.
 	fd, err := unix.Open("/proc/self/fd/"+strconv.Itoa(path), unix.O_RDWR|unix.O_NOCTTY|unix.O_NONBLOCK|unix.O_CLOEXEC, 0)
 	if err != nil {
 		if ttyDevice(s.TTY) == (device{}) {
@@ -337,15 +333,14 @@ func (r *running) openTerminal(path int, s procstat.Stat) (*Terminal, error) {
 		_ = unix.Close(fd)
 		return nil, err
 	}
-	// os.NewFile hands what does not block to the poller, which has no use for it.
+	// os.NewFile would hand a non-blocking file to the poller, which cannot use it.
 	_ = unix.SetNonblock(fd, false)
 	return &Terminal{File: os.NewFile(uintptr(fd), "terminal of "+r.who), of: r, nr: ttyDevice(s.TTY), rdev: rdev}, nil
 }
 
-// foreground tells whether the process is the job in the foreground of the
-// terminal: what is typed there is for it. A process in a session without a
-// terminal (setsid(1)) is, when the ancestor that has this terminal is: it waits
-// for the process, or could read itself.
+// foreground returns nil if the process is the job in the foreground of the terminal, which gets
+// what a person types. A process in a session without a terminal (setsid(1)) is so, if the ancestor
+// with this terminal is: the ancestor waits for the process, or could read by itself.
 func (r *running) foreground(s procstat.Stat, rdev device) error {
 	_, at, ok := r.member(s, rdev)
 	switch {
@@ -357,8 +352,8 @@ func (r *running) foreground(s procstat.Stat, rdev device) error {
 	return nil
 }
 
-// member finds the process whose terminal this is: the process itself, which s is
-// of, or the nearest of its ancestors while none of them has another terminal.
+// member finds the process that has this terminal: the process itself, whose Stat is s, or its
+// nearest ancestor. No process between them may have another terminal.
 func (r *running) member(s procstat.Stat, rdev device) (pid int, at procstat.Stat, ok bool) {
 	pid = r.pid
 	for range maxChain {
@@ -377,17 +372,16 @@ func (r *running) member(s procstat.Stat, rdev device) (pid int, at procstat.Sta
 	return 0, procstat.Stat{}, false
 }
 
-// parentOf looks at the parent of a process that s is of.
+// parentOf returns the Stat of the parent of a process, whose own Stat is s.
 func parentOf(pid int, s procstat.Stat) (procstat.Stat, bool) {
 	parent, ok := procstat.Of(s.Parent)
-	// It is the parent only if the child, which has not become another, still
-	// names it afterwards.
+	// The process is the parent only if the child still lives and names it afterwards.
 	again, still := procstat.Of(pid)
 	return parent, ok && still && again.Start == s.Start && again.Parent == s.Parent
 }
 
-// wanted are the variables that say where a person is, and what is believed of
-// their values.
+// wanted are the variables that say where a person is. Each has a function that accepts good
+// values.
 var wanted = map[string]func(string) bool{
 	"DISPLAY":                  isName,
 	"WAYLAND_DISPLAY":          isName,
@@ -404,15 +398,15 @@ var wanted = map[string]func(string) bool{
 
 func isName(s string) bool { return !strings.HasPrefix(s, "-") }
 
-// isWord keeps out what C libraries take for a path to load something from.
+// isWord refuses values that C libraries take for the path of a file to load.
 func isWord(s string) bool {
 	return strings.IndexFunc(s, func(r rune) bool {
 		return !(r >= 'a' && r <= 'z' || r >= 'A' && r <= 'Z' || r >= '0' && r <= '9' || strings.ContainsRune("._@+-", r))
 	}) < 0
 }
 
-// isSocketAddress keeps out the addresses that run a program when they are
-// connected to (D-Bus specification, "unixexec" and "autolaunch").
+// isSocketAddress refuses addresses that run a program when a client connects to them (D-Bus
+// specification, "unixexec" and "autolaunch").
 func isSocketAddress(s string) bool {
 	for one := range strings.SplitSeq(s, ";") {
 		if !strings.HasPrefix(one, "unix:") {
@@ -422,11 +416,11 @@ func isSocketAddress(s string) bool {
 	return true
 }
 
-// readEnviron reads what is wanted of a process's environment. What else is in
-// there may be a secret, and is wiped.
+// readEnviron reads the wanted variables of a process's environment. The rest of the environment
+// may have secrets, so readEnviron wipes it.
 func readEnviron(pid int) (Environment, error) {
 	if pid == os.Getpid() {
-		// The kernel keeps the file of an undumpable process from that process itself.
+		// An undumpable process cannot read this file of its own.
 		return ParseEnvironment([]byte(strings.Join(os.Environ(), "\x00"))), nil
 	}
 	f, err := os.Open(procFile(pid, "environ"))
@@ -450,7 +444,7 @@ func readEnviron(pid int) (Environment, error) {
 			continue
 		}
 		if n >= maxEnviron {
-			return Environment{}, fmt.Errorf("its environment has more than %d bytes", maxEnviron)
+			return Environment{}, fmt.Errorf("the environment has more than %d bytes", maxEnviron)
 		}
 		bigger := make([]byte, 4*len(buf))
 		copy(bigger, buf)
@@ -460,13 +454,12 @@ func readEnviron(pid int) (Environment, error) {
 }
 
 func unreadable(err error) error {
-	return fmt.Errorf("its environment cannot be read: %w", unpathed(err))
+	return fmt.Errorf("the environment cannot be read: %w", unpathed(err))
 }
 
-// ParseEnvironment picks out what is wanted of an environment: variables with a
-// zero byte after each, as proc_pid_environ(5) has it. A value that is too long or
-// does not print counts as none. As with getenv(3), the first setting of a
-// variable counts.
+// ParseEnvironment returns the wanted variables of an environment, in which each variable ends with
+// a NUL (proc_pid_environ(5)). A value that is too long or does not print does not count. As with
+// getenv(3), the first setting of a variable counts.
 func ParseEnvironment(b []byte) Environment {
 	env := make(map[string]string)
 	for kv := range bytes.SplitSeq(b, []byte{0}) {

@@ -275,7 +275,7 @@ func TestDeskOfNobody(t *testing.T) {
 		desk *Desk
 		want string
 	}{
-		"unknown":                {Peer{}.Desk(), "nothing is known"},
+		"unknown":                {Peer{}.Desk(), "the client is unknown"},
 		"out of sight":           {Peer{Known: true, UID: os.Geteuid()}.Desk(), "PID namespace"},
 		"was gone":               {Peer{Known: true, UID: os.Geteuid(), PID: 4711}.Desk(), "had ended"},
 		"gone":                   {p.Desk(), "has ended"},

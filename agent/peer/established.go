@@ -15,9 +15,8 @@ import (
 	"p11-agent/pinentry/procstat"
 )
 
-// terminalPrograms are the files of programs that people have terminals from: each
-// starts the leader of the session on a terminal, and types there what a person
-// types into it.
+// terminalPrograms are the files of programs that make terminals for people. Such a program starts
+// the leader of the session on a terminal, and passes on what a person types.
 var terminalPrograms = nameSet(
 	// logins
 	"login", "sshd", "sshd-session", "su", "sudo", "runuser", "mosh-server",
@@ -37,16 +36,14 @@ func nameSet(names ...string) map[string]bool {
 	return set
 }
 
-// Established says why the process may have made the terminal itself, and so could
-// press the keys there. nil says that the terminal was there before the process:
-// another process, which is older, leads the session there; and that one was
-// started by root, or by a program that people have terminals from (tmux, sshd, a
-// window), which the administrator has installed. A console, and a serial line,
-// need nobody but the older leader.
+// Established returns nil if the terminal was there before the process. Then an older process leads
+// the session there. Root has started that leader, or a program of terminalPrograms that root has
+// installed, such as tmux, sshd or a window. A console and a serial line need the older leader
+// only. Otherwise the error says why the process may have made the terminal itself, and so could
+// press the keys there.
 //
-// This is no proof. A program of the same user can start tmux by itself, and can
-// type into the tmux of the person. It does keep out a process that opens a
-// pseudo-terminal for its own children.
+// This is not a proof. A program of the same user can start tmux, and can type into the tmux of the
+// person. But a process cannot open a pseudo-terminal for its own children.
 func (t *Terminal) Established() error {
 	s, err := t.of.stat()
 	if err != nil {
@@ -65,24 +62,24 @@ func (t *Terminal) Established() error {
 	case leader.Start > s.Start:
 		return fmt.Errorf("the session on the terminal of %s is younger than the process", t.of.who)
 	case t.rdev.major < majorPts || t.rdev.major > lastMajorPts:
-		return nil // the kernel's own: no process types into it
+		return nil // a terminal of the kernel: no process types into it
 	}
 	maker, ok := parentOf(at.Session, leader)
 	if !ok || leader.Parent <= 1 {
-		return fmt.Errorf("the program that has made the terminal of %s has ended, or is out of sight", t.of.who)
+		return fmt.Errorf("the program that made the terminal of %s has ended, or cannot be seen", t.of.who)
 	}
 	if err := vouches(leader.Parent, maker, os.Geteuid()); err != nil {
 		return fmt.Errorf("the terminal of %s: %w", t.of.who, err)
 	}
-	// What was read by its number is its own only if it is still the same.
+	// The data, read by a number, belongs to the process only if it is still the same.
 	if again, ok := procstat.Of(leader.Parent); !ok || again.Start != maker.Start {
-		return fmt.Errorf("the program that has made the terminal of %s has ended, or is out of sight", t.of.who)
+		return fmt.Errorf("the program that made the terminal of %s has ended, or cannot be seen", t.of.who)
 	}
 	return nil
 }
 
-// vouches says why a process that has started the leader of a session on a
-// pseudo-terminal may be anybody's. uid is the agent's.
+// vouches returns nil if a process that has started the leader of a session makes terminals for
+// people. The error says why the process may be any program. uid is the agent's.
 func vouches(pid int, s procstat.Stat, uid int) error {
 	ids, err := readIDs(pid)
 	if err != nil {
@@ -93,28 +90,28 @@ func vouches(pid int, s procstat.Stat, uid int) error {
 		return nil // the administrator's: sshd, login, su, sudo
 	}
 	if ids.uid[1] != uint32(uid) {
-		return fmt.Errorf("it was made by %s (%d), which is of another user", shown, pid)
+		return fmt.Errorf("made by %s (%d), a process of another user", shown, pid)
 	}
 	path, err := os.Readlink(procFile(pid, "exe"))
 	switch {
 	case errors.Is(err, os.ErrPermission):
 		return vouchesHidden(pid, s, ids, uid)
 	case err != nil:
-		return fmt.Errorf("the program that has made it has ended (%d)", pid)
+		return fmt.Errorf("the program that made it has ended (%d)", pid)
 	}
 	shown = plain.Program(filepath.Base(path), maxName)
 	switch {
 	case !terminalPrograms[filepath.Base(path)]:
-		return fmt.Errorf("it was made by %s (%d), which is no program that the agent knows to make terminals for people", shown, pid)
+		return fmt.Errorf("made by %s (%d), which is not a known terminal program", shown, pid)
 	case !installed(procFile(pid, "exe")) || !installed(filepath.Dir(path)):
-		return fmt.Errorf("it was made by %s (%d), which is not installed by root", shown, pid)
+		return fmt.Errorf("made by %s (%d), which root has not installed", shown, pid)
 	}
 	return nil
 }
 
-// vouchesHidden is vouches for a process that the kernel shows nothing of. Two
-// kinds make terminals: the part of sshd that has become the user, a child of the
-// one that is root; and a program with the set-group-ID bit, as screen may have it.
+// vouchesHidden is vouches for a process about which the kernel shows nothing. Two kinds of them
+// make terminals: the part of sshd that has become the user, a child of a process of root, and a
+// program with the set-group-ID bit, as screen may have it.
 func vouchesHidden(pid int, s procstat.Stat, ids ids, uid int) error {
 	if parent, ok := parentOf(pid, s); ok && s.Parent > 1 && uid != 0 {
 		if of, err := readIDs(s.Parent); err == nil && of.isRoot() && parent.Start <= s.Start {
@@ -124,10 +121,10 @@ func vouchesHidden(pid int, s procstat.Stat, ids ids, uid int) error {
 	if ids.gid[1] != ids.gid[0] && terminalPrograms[string(s.Name)] {
 		return nil
 	}
-	return fmt.Errorf("it was made by %s (%d), of which the kernel shows nothing", plain.Program(s.Name, maxName), pid)
+	return fmt.Errorf("made by %s (%d), about which the kernel shows nothing", plain.Program(s.Name, maxName), pid)
 }
 
-// installed tells whether a file is root's, and changed by no other.
+// installed tells whether a file belongs to root and only root may change it.
 func installed(path string) bool {
 	st, err := os.Stat(path)
 	if err != nil {
@@ -140,19 +137,19 @@ func installed(path string) bool {
 // ids are the real, effective, saved and filesystem ids of a process.
 type ids struct{ uid, gid [4]uint32 }
 
-// isRoot tells whether all user ids are root's: a program with the set-user-ID bit
-// that a user has started has the user's real id.
+// isRoot tells whether all user ids are root's. A program with the set-user-ID bit that a user has
+// started has the user's real id.
 func (i ids) isRoot() bool { return i.uid == [4]uint32{} }
 
-// readIDs reads the ids of a process (proc_pid_status(5)). The owner of its
-// directory in /proc is root where the process is not dumpable.
+// readIDs reads the ids of a process (proc_pid_status(5)). The owner of a directory in /proc would
+// not do: it is root if the process is not dumpable.
 func readIDs(pid int) (ids, error) {
 	fd, err := unix.Open(procFile(pid, "status"), unix.O_RDONLY|unix.O_CLOEXEC, 0)
 	if err != nil {
-		return ids{}, fmt.Errorf("the program that has made it has ended (%d)", pid)
+		return ids{}, fmt.Errorf("the program that made it has ended (%d)", pid)
 	}
 	defer unix.Close(fd) //nolint:errcheck // nothing was written
-	// The lines wanted are among the first ten, of which the name is the longest.
+	// The wanted lines are among the first ten. The line with the name is the longest.
 	buf := scratch.Get().(*[unix.PathMax]byte)
 	defer scratch.Put(buf)
 	n, err := unix.Read(fd, buf[:])
@@ -166,8 +163,8 @@ func readIDs(pid int) (ids, error) {
 	return i, nil
 }
 
-// parseIDs finds the lines Uid and Gid. A name cannot pass for one of them: the
-// kernel writes its line ends as \n, with a backslash.
+// parseIDs finds the lines Uid and Gid. A name cannot pass for such a line: the kernel writes a
+// line end in a name as \n, with a backslash.
 func parseIDs(status []byte) (i ids, ok bool) {
 	found := 0
 	for line := range bytes.Lines(status) {

@@ -46,7 +46,7 @@ func TestEstablished(t *testing.T) {
 			cmd := command(t, client, "nest 1 "+path)
 			onTerminal(cmd, tty)
 			start(t, cmd)
-		}, "which is no program that the agent knows to make terminals for people"},
+		}, "which is not a known terminal program"},
 		"its maker has ended": {func(t *testing.T, client, path string) {
 			far, tty := newPTY(t)
 			// The shell between starts the leader, and ends at once.
@@ -57,7 +57,7 @@ func TestEstablished(t *testing.T) {
 				t.Fatal(err)
 			}
 			t.Cleanup(func() { far.Close() }) // which ends what is left
-		}, "which is no program that the agent knows|has ended, or is out of sight"},
+		}, "which is not a known terminal program|has ended, or cannot be seen"},
 		"in tmux": {func(t *testing.T, client, path string) {
 			tmuxRuns(t, role("connect "+path)+client+"; true")
 		}, ""},

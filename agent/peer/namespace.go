@@ -6,15 +6,15 @@ import (
 	"os"
 )
 
-// namespaces are the kinds of namespaces(7) in which names mean something else:
-// users, files, processes, and the sockets of displays and buses. kind is what a
-// person calls each.
+// namespaces are the kinds of namespaces(7) in which names have another meaning: names of
+// users, files, processes, and of the sockets of displays and buses. kind is the kind for a
+// person.
 var namespaces = []struct{ file, kind string }{
 	{"user", "user"}, {"mnt", "mount"}, {"pid", "PID"}, {"net", "network"},
 }
 
-// Apart says why the process may live in other namespaces(7) than this one, as in a
-// sandbox or a container, or has ended. nil: it lives in the same ones. It makes some 15
+// Apart returns nil if the process lives in the same namespaces(7) as this one. The error says that
+// the process may live in others, as in a sandbox or a container, or has ended. Apart makes some 15
 // short system calls.
 func (p Peer) Apart() error {
 	pr, err := p.open()
@@ -28,9 +28,9 @@ func (p Peer) Apart() error {
 	return pr.same()
 }
 
-// sameNamespaces says why the process is in other namespaces than this one. Such a
-// process is in a sandbox or a container: what it calls a display or a terminal is
-// of its own making. A process whose namespaces cannot be read counts as such.
+// sameNamespaces returns an error if the process is in other namespaces than this one. Such a
+// process is in a sandbox or a container, and chooses its displays and terminals by itself. A
+// process whose namespaces cannot be read counts as such.
 func (r *running) sameNamespaces() error {
 	for _, ns := range namespaces {
 		ours, err := os.Readlink("/proc/self/ns/" + ns.file)
@@ -51,7 +51,7 @@ func (r *running) sameNamespaces() error {
 	return nil
 }
 
-// unpathed leaves out the path of an error, which tells a person nothing.
+// unpathed leaves the path out of an error, as it tells a person nothing.
 func unpathed(err error) error {
 	if e, ok := errors.AsType[*os.PathError](err); ok {
 		return e.Err

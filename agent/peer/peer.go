@@ -1,22 +1,21 @@
-// Package peer tells who is at the other end of a Unix socket: the credentials
-// that the kernel recorded when the connection was made, and the chain of
-// programs that led to it.
+// Package peer tells which process is at the other end of a Unix socket. It reads the
+// credentials that the kernel recorded when the connection was made, and the chain of programs
+// that led to the process.
 //
-// It promises that a Chain describes the very process that made the connection,
-// not another one that got its number later, and that a name in it can be put
-// in front of a person: it holds no control character and cannot imitate the
-// links of the chain. The names are what the processes' owner chose; they help a
-// person to recognise a request and prove nothing.
+// It promises:
 //
-// Later, when a person is to be asked, [Peer.Desk] tells where the one is who
-// uses that process: which display and which terminal. Then, too, it is the very
-// process or none. A terminal is opened through the process, so that it is the
-// right one also in a container, and only while the process is the job in the
-// foreground there.
+//   - A Chain describes the very process that made the connection, not another one that got
+//     its number later.
+//   - A name in a Chain can be shown to a person: it has no control character and cannot
+//     imitate the links of the chain.
+//   - [Peer.Desk] finds the display and the terminal of the same process, or none. It opens
+//     a terminal through the process, so that it is the right one also in a container, and
+//     only while the process is the job in the foreground there.
 //
-// The process that made a connection need not be the one that uses it: sockets
-// are inherited and passed on, and a forwarded agent has ssh as its peer. What
-// to make of a peer is left to others.
+// The owner of the processes chooses the names. They help a person to recognise a request and
+// prove nothing. The process that made a connection need not be the one that uses it: processes
+// inherit sockets and pass them on, and a forwarded agent has ssh as its peer. Callers decide
+// what a peer may do.
 package peer
 
 import (
@@ -30,30 +29,29 @@ import (
 	"p11-agent/pinentry/plain"
 )
 
-// A Peer is the process that opened a connection, as the kernel knows it. What
-// could not be found out is left at its zero value (Known says so for the
-// whole); a Peer is a value and is not changed once made.
+// A Peer is the process that opened a connection, as the kernel knows it. An unknown field has its
+// zero value; Known is false if all are unknown. A Peer is a value and does not change.
 type Peer struct {
-	Known bool // the kernel told the credentials below
+	Known bool // the kernel has told the credentials below
 	PID   int  // 0 when the process is in a PID namespace that is not visible here
 	UID   int
 	GID   int
-	// Chain is the process and its ancestors, nearest first, as far as they
-	// can be read; each program says of itself what it is called. It is empty
-	// when the process has ended, also if another one uses its socket now.
+	// Chain is the process and its ancestors, nearest first, as far as they can be read.
+	// Each program chooses its name. Chain is empty when the process has ended, also if
+	// another process uses its socket now.
 	Chain []Process
-	// Program is the file that the process runs. It is the zero value when there is no
-	// Chain, and when the kernel does not show it: that of another user's process, or
-	// of one that keeps its memory to itself (PR_SET_DUMPABLE in prctl(2)).
+	// Program is the file that the process runs. It is zero without a Chain. It is also
+	// zero when the kernel does not show the file: for another user's process, and for a
+	// process that hides its memory (PR_SET_DUMPABLE in prctl(2)).
 	Program Program
 	// id tells the process from another one that gets its number.
 	id   identity
-	text string // what String returns, when that is known; it is in each line of the log
+	text string // the result of String, if it is known; each line of the log has it
 }
 
 // A Program is a file that a process runs.
 type Program struct {
-	Path     string // where it was when it was started; another file may be there by now
+	Path     string // of the file when it was started; another file may be there by now
 	Dev, Ino uint64
 }
 
@@ -86,10 +84,10 @@ func (p Peer) String() string {
 	return "process out of sight"
 }
 
-// SameProgram tells whether the process runs the program that this one runs: the
-// same file or, as an upgrade may have put another in its place and people have it
-// in several places, one of the same name. Whoever can start programs can give them
-// that name: it tells p11-agent from ssh, not from somebody who means to deceive.
+// SameProgram returns nil if the process runs the program that this process runs: the same file, or
+// a file of the same name. People have the program in several places, and an upgrade replaces the
+// file. Any user who can start programs can give them that name. So SameProgram tells p11-agent
+// from ssh, not from a program that means to deceive.
 func (p Peer) SameProgram() error {
 	own := ownProgram()
 	switch {
@@ -100,7 +98,7 @@ func (p Peer) SameProgram() error {
 	case p.Program.Dev == own.Dev && p.Program.Ino == own.Ino, filepath.Base(p.Program.Path) == filepath.Base(own.Path):
 		return nil
 	}
-	return fmt.Errorf("it comes from %s, and only %s may ask for that", plain.Program(filepath.Base(p.Program.Path), maxName), filepath.Base(own.Path))
+	return fmt.Errorf("the request comes from %s, and only %s may ask for that", plain.Program(filepath.Base(p.Program.Path), maxName), filepath.Base(own.Path))
 }
 
 var ownProgram = sync.OnceValue(func() Program { return programOf(os.Getpid()) })
