@@ -1,23 +1,22 @@
 package token
 
-// A Policy is what the configuration says about the PIN of a key's token. The
-// zero value is the usual one: the token's own login is used for as long as it
-// lasts, no PIN is kept, and the token's flags are believed.
+// A Policy is what the configuration says about the PIN of a key's token. With the zero value, a
+// login lasts as long as the token keeps it, no PIN is kept, and the flags of the token count.
 type Policy struct {
 	Retention
-	// Remember keeps the PIN that a person gave in locked memory, to log in again
-	// after the login was lost to another program or to a reset. It is forgotten
-	// with the login, when the token is removed, and at the first refusal.
+	// Remember keeps the PIN that a person gave in locked memory. The agent logs in again with it
+	// when another program or a reset has ended the login. The agent forgets the PIN at a logout,
+	// when the token is removed, and at the first refusal.
 	Remember bool
-	// Reuse takes the PIN that is kept for a key that wants it for each signature,
-	// in place of asking each time. It does nothing without Remember.
+	// Reuse takes the kept PIN for a key that wants its PIN for each signature, in place of asking
+	// each time. It does nothing without Remember.
 	Reuse bool
-	// Pad says whether the PIN is typed on the reader, against what the token's
-	// flags say (CKF_PROTECTED_AUTHENTICATION_PATH). nil: they are right.
+	// Pad says whether the person types the PIN on the reader. nil: the flags of the token say so
+	// (CKF_PROTECTED_AUTHENTICATION_PATH).
 	Pad *bool
 }
 
-// SetPolicy replaces Options.Policy, for what follows.
+// SetPolicy replaces Options.Policy. It counts for the next requests.
 func (s *Store) SetPolicy(f func(*Key) Policy) {
 	s.mu.Lock()
 	defer s.mu.Unlock()

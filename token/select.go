@@ -19,13 +19,12 @@ import (
 	"p11-agent/token/wire"
 )
 
-// An AllowList says which module files a client may name: patterns of paths,
-// in which * stands for any run of characters, slashes too, and ? for any one;
-// a pattern with ! in front forbids what it matches. It is what ssh-agent -P
-// takes, split at its commas.
+// An AllowList says which module files a client may name. It has patterns of paths: * stands for
+// any run of characters, slashes too, and ? for any one character. A pattern with ! in front
+// forbids the files that it matches. ssh-agent -P takes the same patterns, separated by commas.
 type AllowList []string
 
-// DefaultAllowList is what ssh-agent allows unless it is told otherwise.
+// DefaultAllowList is the default of ssh-agent -P.
 var DefaultAllowList = AllowList{"/usr/lib*/*", "/usr/local/lib*/*"}
 
 // ParseAllowList reads the argument of -P: patterns separated by commas.
@@ -41,7 +40,7 @@ func (a AllowList) Resolve(path string) (string, error) {
 	}
 	real, err := filepath.EvalSymlinks(path)
 	if err != nil {
-		// Not with the path: what does not exist may be a mistyped URI with a PIN.
+		// The error leaves out the path, which may be a mistyped URI with a PIN.
 		if p, ok := errors.AsType[*fs.PathError](err); ok {
 			err = p.Err
 		}
@@ -68,25 +67,25 @@ type Selector struct {
 	uri  *pkcs11uri.URI // nil: all keys
 	path string         // the module's resolved file, empty: any
 	text string
-	// certain tells that a key that a login may show to be another one is not selected.
+	// certain leaves out a key while a login may show that the URI does not mean it.
 	certain bool
 }
 
 // NewSelector returns the Selector of a URI that needs no module of its own.
 func NewSelector(u *pkcs11uri.URI) *Selector { return &Selector{uri: u, text: u.String()} }
 
-// Certain returns a Selector of the same that selects no key whose names are not known yet:
-// for what restricts others to the keys that are named.
+// Certain returns a Selector that leaves out keys whose names the token shows only after a login.
+// It is for rules that restrict a client to named keys.
 func (s *Selector) Certain() *Selector {
 	c := *s
 	c.certain = true
 	return &c
 }
 
-// URI returns the URI, nil for that of a module file.
+// URI returns the URI; nil: the Selector selects by a module file.
 func (s *Selector) URI() *pkcs11uri.URI { return s.uri }
 
-// Match tells whether the key is selected, where it is now.
+// Match tells whether the Selector selects the key, where it is now.
 func (s *Selector) Match(k *Key) bool {
 	if s.path != "" && k.token.module.file != s.path {
 		return false
@@ -94,8 +93,8 @@ func (s *Selector) Match(k *Key) bool {
 	return s.uri == nil || k.matches(s.uri, s.path == "") || !s.certain && k.Unfit() == "" && k.mayMatch(s.uri, s.path == "")
 }
 
-// selects tells whether a token is selected: one of its keys is, or the token itself
-// by a URI that names no key.
+// selects tells whether the Selector selects a token: by one of its keys, or by a URI that names
+// the token and no key.
 func (s *Selector) selects(t *Token) bool {
 	if slices.ContainsFunc(t.keyList(), s.Match) {
 		return true
@@ -106,21 +105,21 @@ func (s *Selector) selects(t *Token) bool {
 	return s.uri == nil || s.Broad() && t.matches(s.uri, s.path == "")
 }
 
-// Broad tells whether keys are selected without having been named one by one:
-// then those that are not fit to log in with are left out.
+// Broad tells whether the Selector names no key by its id or label. Then keys that are not fit for
+// a login are left out.
 func (s *Selector) Broad() bool {
 	return s.uri == nil || s.uri.ID == nil && s.uri.Object == nil
 }
 
-// All tells whether every key is selected: the URI is "pkcs11:".
+// All tells whether the Selector selects every key: its URI is "pkcs11:".
 func (s *Selector) All() bool { return s.path == "" && s.text == "pkcs11:" }
 
 // String returns the URI in its redacted form, or the module's path.
 func (s *Selector) String() string { return s.text }
 
-// ParseProvider reads what a client names as its provider: a URI, the label of a token
-// (pkcs11uri.ParseNamed), or the path of a module, which allow has to allow. It does not
-// start anything.
+// ParseProvider reads the provider that a client names: a URI, the label of a token
+// (pkcs11uri.ParseNamed), or the path of a module. It fails when allow does not allow the module.
+// It does not start a module.
 func ParseProvider(provider []byte, allow AllowList) (*Selector, error) {
 	if isPath(provider) {
 		path := string(provider)
@@ -142,21 +141,19 @@ func ParseProvider(provider []byte, allow AllowList) (*Selector, error) {
 		sel.uri.Wipe()
 		return nil, err
 	}
-	// A directory selects among the modules there are, and starts none.
+	// A directory selects among the known modules, and starts none.
 	if !isDir(real) {
 		sel.path = real
 	}
 	return sel, nil
 }
 
-// ParseRemoteProvider is ParseProvider for a client that may be on another machine, or
-// sees some keys only. It looks at no file: such a client is not to learn which files
-// there are, nor to have the agent wait for a file system. So a module is not named by
-// its path, and a PIN not by a file. Nor is a PIN taken from the URI, which would count
-// for every key that the URI matches.
+// ParseRemoteProvider is ParseProvider for a client that may be on another machine, or that sees
+// only some keys. It looks at no file: such a client must not learn which files exist, nor make
+// the agent wait for a file system. So it refuses the path of a module and the file of a PIN. It
+// also refuses a PIN in the URI, because that PIN would count for every key that the URI matches.
 //
-// The label of a token is read as its URI is, "pkcs11:token=LABEL", and is good for no
-// more.
+// The label of a token means the same as "pkcs11:token=LABEL".
 func ParseRemoteProvider(provider []byte) (*Selector, error) {
 	if isPath(provider) {
 		return nil, errors.New("a module is named by its path, which counts on this machine only: name keys by their pkcs11: URI")
@@ -178,7 +175,7 @@ func ParseRemoteProvider(provider []byte) (*Selector, error) {
 	return nil, err
 }
 
-// parseURI reads a URI that a client names, or the label of a token.
+// parseURI reads the URI, or the label of a token, that a client names.
 func parseURI(text []byte) (*Selector, error) {
 	u, err := pkcs11uri.ParseNamed(text)
 	if err != nil {
@@ -199,15 +196,15 @@ func isDir(path string) bool {
 	return err == nil && st.IsDir()
 }
 
-// libraryName is the name of a module's file.
+// libraryName matches the names of module files.
 var libraryName = regexp.MustCompile(`\.so(\.[0-9]+)*$`)
 
-// skInternal is what OpenSSH calls its own support of FIDO devices (sk-api.h), which
-// clients give as a provider. It is no label.
+// skInternal is OpenSSH's name for its own support of FIDO devices (sk-api.h). Clients send it as a
+// provider; it is not the label of a token.
 const skInternal = "internal"
 
-// isPath tells whether a client names a file, and neither keys nor a token. A name that
-// only files have counts as a path, so that the error speaks of modules.
+// isPath tells whether a client names a file, and neither keys nor a token. A name of a form that
+// only files have counts as a path, so that the error is about modules.
 func isPath(provider []byte) bool {
 	if pkcs11uri.IsURI(provider) {
 		return false
@@ -215,9 +212,8 @@ func isPath(provider []byte) bool {
 	return len(provider) == 0 || string(provider) == skInternal || provider[0] == '.' || provider[0] == '~' || bytes.IndexByte(provider, '/') >= 0 || libraryName.Match(provider)
 }
 
-// matches tells whether the module is the one a URI names, if it names one. A
-// module-path may be the directory that the module is in (RFC 7512 section 2.3),
-// and does not count where byPath is false.
+// matches tells whether a URI names the module, or no module. A module-path may be the directory
+// of the module (RFC 7512 section 2.3). It does not count when byPath is false.
 func (m *module) matches(u *pkcs11uri.URI, byPath bool) bool {
 	if u.ModuleName != nil && !u.MatchModuleName(m.spec.Name, m.spec.Path) {
 		return false
@@ -229,17 +225,16 @@ func (m *module) matches(u *pkcs11uri.URI, byPath bool) bool {
 	return path == m.spec.Path || path == m.file || path == filepath.Dir(m.spec.Path) || path == filepath.Dir(m.file)
 }
 
-// Select returns the keys that are selected now. When there are none it looks
-// at the modules again first, starting the one that the Selector names by path.
-// What the Selector's URI names is searched for at each look, until RemoveSource.
-// It fails with ErrNoMatch, an *AmbiguousError when one token would be used
-// through several modules, or what went wrong with the modules that were named.
+// Select returns the keys that sel selects now. When there are none, it looks at the modules
+// again. It starts the module that sel names by path. Until RemoveSource, each look searches for
+// the objects that the URI of sel names. Select fails with ErrNoMatch, with an *AmbiguousError
+// when sel selects one token through several modules, or with the failure of the named module.
 func (s *Store) Select(ctx context.Context, sel *Selector) ([]*Key, error) {
 	return s.SelectOf(ctx, sel, func(*Key) bool { return true })
 }
 
-// SelectOf is Select where only the keys count that reached says may be reached. Others
-// count as not there.
+// SelectOf is Select for a client that reaches some keys only: keys that reached refuses count as
+// missing.
 func (s *Store) SelectOf(ctx context.Context, sel *Selector, reached func(*Key) bool) ([]*Key, error) {
 	var named *module
 	if sel.path != "" {
@@ -279,7 +274,7 @@ func (s *Store) SelectOf(ctx context.Context, sel *Selector, reached func(*Key) 
 	return nil, s.whyNone(ctx, sel, named)
 }
 
-// whyNone says why nothing is selected.
+// whyNone returns the reason why sel selects no key.
 func (s *Store) whyNone(ctx context.Context, sel *Selector, named *module) error {
 	for _, m := range s.modulesNow() {
 		if named != nil && m != named {
@@ -305,9 +300,9 @@ func (s *Store) whyNone(ctx context.Context, sel *Selector, named *module) error
 	return joined.Errors(append([]error{fmt.Errorf("%w: no such token is present", ErrNoMatch)}, failed...)...)
 }
 
-// selected returns what is selected out of what is known and reached. Of the modules
-// that show a token, the one that the token belongs to counts. It is an error when a URI
-// selects a token through several others, as it is not clear which of them gets the PIN.
+// selected returns the known keys that sel selects and reached accepts. Of the modules that show a
+// token, its home counts. When a URI selects a token through several other modules, selected
+// fails: it is open which module gets the PIN.
 func (s *Store) selected(sel *Selector, reached func(*Key) bool) ([]*Key, error) {
 	var keys []*Key
 	through := make(map[wire.TokenID][]string)
@@ -337,8 +332,7 @@ func (s *Store) selected(sel *Selector, reached func(*Key) bool) ([]*Key, error)
 	return keys, nil
 }
 
-// atHome returns the tokens that are meant, are there and are seen through the module
-// that they belong to.
+// atHome returns the present tokens that meant accepts, each as its home shows it.
 func (s *Store) atHome(meant func(*Token) bool) map[wire.TokenID]*Token {
 	found := make(map[wire.TokenID]*Token)
 	for _, m := range s.modulesNow() {
@@ -354,8 +348,7 @@ func (s *Store) atHome(meant func(*Token) bool) map[wire.TokenID]*Token {
 	return found
 }
 
-// ensureModule returns the module that runs the file, starting one if none
-// does.
+// ensureModule returns the module of a file. It starts the module when none runs the file.
 func (s *Store) ensureModule(real string) (*module, error) {
 	s.mu.Lock()
 	defer s.mu.Unlock()

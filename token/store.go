@@ -1,14 +1,13 @@
-// Package token finds keys on tokens and signs with them: it runs the PKCS#11
-// modules, each in a process of its own, knows which tokens and keys are there,
-// logs in when a signature needs it, and puts right what broke since the last
-// use.
+// Package token finds keys on tokens and signs with them. It runs each PKCS#11 module in a
+// process of its own, and knows the present tokens and their keys. It logs in when a signature
+// needs a login, and repairs what broke since the last use.
 //
-// It promises that the PIN of one token is never tried on another, that no PIN
-// is tried twice by itself, that listing keys waits for nobody, and that a
-// module that crashes, hangs or lies costs its own keys only.
+// The PIN of one token is never tried on another token, and no PIN is tried twice without a
+// person (package token/pin). Listing keys never waits. A module that crashes, hangs or lies
+// costs its own keys only.
 //
-// It leaves to others who may use a key (package agent), how a person is asked
-// (the PINAsker) and where modules come from (package token/registry).
+// Package agent decides which request may use a key. The pin.Asker shows prompts. Package
+// token/registry tells which modules there are.
 package token
 
 import (
@@ -33,78 +32,77 @@ type ModuleSpec struct {
 	Name     string // in the registry or the configuration; unique
 	Path     string // absolute
 	InitArgs string // for C_Initialize, usually empty
-	// Cause tells why the module may have failed that has just failed, where somebody
-	// else knows more of that than the module says. It may wait for a few seconds. nil,
-	// or empty: nobody does.
+	// Cause returns why the module may have just failed, when the caller knows more than the
+	// module says. It may wait for a few seconds. nil, or an empty answer: the caller does not
+	// know more.
 	Cause func(context.Context) string
-	// Empty tells at once why the module may show no token, likewise.
+	// Empty returns why the module may show no token. It is like Cause, and must not wait.
 	Empty func(context.Context) string
 	Env   []string
-	// Timeout is how long the module may take for any one request before its
-	// process is killed; 0 stands for a time by kind of request, two minutes at
-	// most. To make a key it always has a quarter of an hour.
+	// Timeout is how long the module may take for one request before its process is killed. 0
+	// stands for a time by kind of request, at most two minutes. To make a key, the module
+	// always has at least a quarter of an hour.
 	Timeout time.Duration
-	// Release is how long a module may leave cards unused before it lets go of
-	// them, which ends its logins; 0: not while somebody is logged in. Idle is the
-	// same for when nobody is logged in; 0: ReleaseIdle, ReleaseNever: not at
-	// all. It is for modules that use pcscd.
+	// Release is how long cards may be unused before the module releases them, which ends its
+	// logins; 0: the module keeps its cards while a login lasts. Idle is the same while no login
+	// lasts; 0: ReleaseIdle; ReleaseNever: the module keeps its cards. Both are for modules that
+	// use pcscd.
 	Release, Idle time.Duration
-	// Poll has the module's slots be looked at again and again instead of waiting
-	// for its events. It is for modules that do one thing at a time; those that
-	// nobody knows of are found out.
+	// Poll has the module process look at the slots again and again instead of waiting for
+	// events. It is for modules that do one thing at a time. The agent finds out by itself when a
+	// module is of that kind.
 	Poll bool
-	// Unconfined has the module run without a sandbox: it may write every file that
-	// its user may, and make every system call. Otherwise Write are files and
-	// directories, absolute, that it may write besides those that such a module is
-	// known to.
+	// Unconfined has the module run without a sandbox: it may write every file of its user, and
+	// make every system call. Otherwise Write adds absolute paths of files and directories to
+	// those that a module of this kind may write.
 	Unconfined bool
 	Write      []string
 }
 
 // Options make a Store.
 type Options struct {
-	// Modules are started at once. A token that several show is used through the one
-	// that it belongs to, or else through the earliest.
+	// Modules are started at once. When several modules show a token, the agent uses it through
+	// its home, or else through the first of them.
 	Modules []ModuleSpec
-	// Command is the program and its arguments that become a module process; the
-	// module's name is added, for whoever looks at the process list.
+	// Command is the program, with its arguments, that becomes a module process. The name of the
+	// module is added as the last argument, so that the process list shows it.
 	Command []string
-	// PINs asks a person. nil: nobody can be asked.
+	// PINs asks a person. nil: the agent cannot ask.
 	PINs pin.Asker
 	// Sources are URIs of the configuration that carry a pin-source or a
 	// pin-value. The first that matches the key gives the PIN.
 	Sources []*pkcs11uri.URI
-	// Homes are URIs of the configuration. Those that name a token and a module say
-	// which module the token belongs to. Those that name an object by its id or label have
-	// the object found on a token that has more objects than are listed.
+	// Homes are URIs of the configuration. A URI that names a token and a module makes the module
+	// the token's home. A URI that names an object by id or label has the object found on a token
+	// with more objects than the agent lists.
 	Homes []*pkcs11uri.URI
 	// PublicKeys stand in for public halves that tokens do not show.
 	PublicKeys []PublicKey
 	// Policy says how the PIN of a key's token is used; nil: the zero Policy for
 	// every key.
 	Policy func(*Key) Policy
-	// Working is told when a token begins to work on a signature; the function
-	// that it returns is called when that is over, whatever came of it. What a
-	// person takes to give a PIN is no part of it. ctx carries the values of the
-	// request's context. Neither function may wait. nil: nobody is told.
+	// Working is called when a token begins to work on a signature. It returns a function that is
+	// called when the work ends, with success or without. The time for a PIN is not part of the
+	// work. ctx carries the values of the request's context. Neither function may wait. It may be
+	// nil.
 	Working func(ctx context.Context, k *Key) (done func())
-	// Generating is what Working is, for a token that begins to make a key.
+	// Generating is like Working, for a token that begins to make a key.
 	Generating func(wire.TokenID) (done func())
-	// StateDir keeps which PIN files have been refused, and which token each configured
-	// PIN is for, so that a restart does not try them again, nor on another token;
-	// empty: that is only remembered in memory.
+	// StateDir is the directory of the files that outlast a restart: the refused PIN files, the
+	// token that each configured PIN is for, and the known keys. Empty: the agent remembers them
+	// in memory only.
 	StateDir string
-	// Known is what to do with the list of keys in StateDir.
+	// Known says what the Store does with the list of known keys in StateDir.
 	Known KnownKeys
 	Log   *slog.Logger
 }
 
-// A Store knows the tokens and keys of all modules. All methods may be called
-// at any time from any goroutine.
+// A Store knows the tokens and keys of all modules. Methods may be called at any time from any
+// goroutine.
 type Store struct {
-	// lock order: the lock of a pin.State, then mu, then module.mu, then Token.mu. None is held
-	// while a person, a process or a file other than the Store's own is waited
-	// for.
+	// lock order: the lock of a pin.State, then mu, then module.mu, then Token.mu. No goroutine
+	// holds one of them while it waits for a person, for a process, or for a file that is not
+	// the Store's own.
 
 	opts   Options
 	log    *slog.Logger
@@ -112,34 +110,44 @@ type Store struct {
 	cancel context.CancelFunc
 	wg     sync.WaitGroup
 
-	devices *pin.Devices
-
-	keys     atomic.Pointer[snapshot]
-	settled  chan struct{} // closed when every module was looked at once
+	// PINs.
+	devices  *pin.Devices
 	refusals *pin.Refusals
 	bindings *pin.Bindings
-	known    *known.List   // as it was at the start
-	dirty    chan struct{} // one element: the list of known keys is to be written
-	stirred  chan struct{} // one element: see StatusChanged
 
-	mu         sync.Mutex
-	closed     bool
-	modules    []*module
-	configured []*pkcs11uri.URI // where PINs come from
-	added      []addedSource    // likewise, after those
-	preferred  []*pkcs11uri.URI // those that say which module a token belongs to
-	// Objects that these URIs name are found on tokens that have more than is listed:
-	// those of the configuration and of clients, and both together.
+	// What others see.
+	keys    atomic.Pointer[snapshot]
+	settled chan struct{} // closed after the first look at every module
+	stirred chan struct{} // one element: see StatusChanged
+
+	// The list of known keys.
+	known *known.List   // as it was at the start
+	dirty chan struct{} // one element: the list needs to be written
+
+	// mu guards the following.
+	mu      sync.Mutex
+	closed  bool
+	modules []*module
+	public  []PublicKey
+	policy  func(*Key) Policy
+	changed chan struct{} // closed and replaced when keys change
+
+	// Where PINs come from: the configuration, then clients.
+	configured []*pkcs11uri.URI
+	added      []addedSource
+
+	// Homes of tokens (home.go).
+	preferred []*pkcs11uri.URI // the URIs that give a token a home
+	homes     map[wire.TokenID]home
+	strangers []known.Token // entries of the list of known keys whose modules are missing
+
+	// URIs that name objects, for tokens with more objects than the agent lists: those of the
+	// configuration, those of clients, and both together.
 	configuredNames, asked, wanted []*pkcs11uri.URI
-	homes                          map[wire.TokenID]home
-	strangers                      []known.Token // of the list of known keys, whose modules are not there
-	public                         []PublicKey
-	policy                         func(*Key) Policy
-	changed                        chan struct{} // closed and replaced when keys change
 }
 
-// Open starts the modules and returns at once; Settled tells when they have
-// been looked at. Close ends what it starts.
+// Open starts the modules and returns at once. Settled tells when the agent has looked at
+// them. Close ends what Open starts.
 func Open(opts Options) *Store {
 	ctx, cancel := context.WithCancel(context.Background())
 	s := &Store{
@@ -178,7 +186,7 @@ func Open(opts Options) *Store {
 	}
 	first := slices.Clone(s.modules)
 	s.mu.Unlock()
-	s.publish() // what is known from before
+	s.publish() // the known keys
 	s.wg.Go(func() {
 		defer close(s.settled)
 		for _, m := range first {
@@ -192,8 +200,8 @@ func Open(opts Options) *Store {
 	return s
 }
 
-// startLocked adds a module and runs it. The Store is open. file is the module's file when
-// a client has named it, and empty otherwise.
+// startLocked adds a module and runs it. The Store is open. file is the module's file when a
+// client has named it, and empty otherwise.
 func (s *Store) startLocked(spec ModuleSpec, file string) *module {
 	m := newModule(s, spec)
 	if file != "" {
@@ -222,8 +230,8 @@ func (s *Store) Close() error {
 	return nil
 }
 
-// Settled is closed when every configured module has been looked at for the
-// first time, or has failed to start.
+// Settled returns a channel that is closed when the agent has looked once at every configured
+// module, or the module has failed to start.
 func (s *Store) Settled() <-chan struct{} { return s.settled }
 
 // Changed returns a channel that is closed when the keys change next.
@@ -233,16 +241,15 @@ func (s *Store) Changed() <-chan struct{} {
 	return s.changed
 }
 
-// Keys returns the keys of the tokens that are present, each key once for every
-// token it is on, in the order of modules, slots and objects. It is a snapshot:
-// it never waits, and is not to be changed.
+// Keys returns the keys of the present tokens, in the order of modules, slots and objects. A key
+// that is on two tokens appears twice. Keys returns a snapshot: it never waits, and the caller
+// must not change the slice.
 func (s *Store) Keys() []*Key { return s.keys.Load().keys }
 
-// Away returns the keys of tokens that are known and not present, as Keys does:
-// each once for every token.
+// Away is like Keys, for known tokens that are not present.
 func (s *Store) Away() []*Key { return s.keys.Load().away }
 
-// Generation changes whenever Keys or Away does.
+// Generation returns a number that changes whenever Keys or Away changes.
 func (s *Store) Generation() uint64 { return s.keys.Load().generation }
 
 // snapshot is the keys at one time, in the order of modules, slots, objects.
@@ -251,8 +258,8 @@ type snapshot struct {
 	keys, away []*Key
 }
 
-// publish makes a new snapshot of what the modules found last, unless that is
-// what the one before shows.
+// publish makes a new snapshot of the keys that the modules found last, when the keys have
+// changed.
 func (s *Store) publish() {
 	defer s.stir()
 	s.mu.Lock()
@@ -299,7 +306,7 @@ func (s *Store) publish() {
 	s.rewrite()
 }
 
-// rewrite has the list of known keys written. It never waits.
+// rewrite makes keepKnown write the list of known keys. It never waits.
 func (s *Store) rewrite() {
 	select {
 	case s.dirty <- struct{}{}:
@@ -315,7 +322,7 @@ func (s *Store) tokensLocked(of func(*module) []*Token) (all []*Token) {
 	return all
 }
 
-// byID finds the Tokens that claim to be the same one.
+// byID groups the Tokens that claim to be the same token.
 func byID(all []*Token) map[wire.TokenID][]*Token {
 	claims := make(map[wire.TokenID][]*Token)
 	for _, t := range all {
@@ -331,14 +338,12 @@ func (s *Store) modulesNow() []*module {
 	return slices.Clone(s.modules)
 }
 
-// Rescan looks at every module again and returns when that is done. Modules
-// that failed are started again at once. What fails is logged and shows in
-// Modules.
+// Rescan looks at every module again and returns when it has done so. It starts failed modules
+// again at once. The log and Modules tell which modules fail. The error is that of ctx.
 //
-// Some modules (SoftHSM, TPMs) notice tokens that another program creates only
-// when they are initialised anew, which would end their logins: while somebody
-// is logged in to one of a module's tokens, such new tokens stay unseen. After
-// LogoutAll they are found.
+// Some modules (SoftHSM, TPMs) notice tokens of another program only after a new C_Initialize,
+// which ends their logins. So Rescan finds such tokens only while no login to a token of the
+// module lasts, for example after LogoutAll.
 func (s *Store) Rescan(ctx context.Context) error {
 	var wg sync.WaitGroup
 	for _, m := range s.modulesNow() {
@@ -348,36 +353,35 @@ func (s *Store) Rescan(ctx context.Context) error {
 	return ctx.Err()
 }
 
-// Poke says that somebody looks at the keys: modules that cannot tell of new
-// tokens by themselves are looked at again in the background, if that was not
-// done a moment ago. It never waits.
+// Poke tells the Store that a client lists the keys. In the background, the Store looks again at
+// modules that do not tell of new tokens by themselves, unless it did so a moment ago. Poke never
+// waits.
 func (s *Store) Poke() {
 	for _, m := range s.modulesNow() {
 		m.poke()
 	}
 }
 
-// A ModuleStatus tells how a module fares.
+// A ModuleStatus is the state of a module.
 type ModuleStatus struct {
 	Name     string
 	Path     string
 	Running  bool
-	Released bool // there is no process because nobody needs one now
+	Released bool // the module has no process because no request needs one now
 	PID      int
-	Err      error // what went wrong last; nil when it is well
+	Err      error // the last failure; nil when the module works
 	Restarts int
-	Waits    bool   // it tells of changes by itself; its slots are looked at again and again where it does not
+	Waits    bool   // the module tells of changes by itself; otherwise the agent looks at its slots again and again
 	Library  string // what the module says it is
-	Sandbox  string // what its process may not do, and what of that is not in force; empty while it does not run
+	Sandbox  string // what its process may not do, and which of these limits are not in force; empty: there is no process
 	Tokens   []TokenStatus
 	Away     []TokenStatus // known, with keys, and not present
-	LeftOut  []string      // what was left out at the last look because of a bound, and why
-	// Empty says why the module shows no token, where somebody else than the module
-	// knows: see ModuleSpec.
+	LeftOut  []string      // what the last look left out because of a bound, and why
+	// Empty says why the module shows no token: see ModuleSpec.Empty.
 	Empty string
 }
 
-// A TokenStatus tells of a token.
+// A TokenStatus is the state of a token.
 type TokenStatus struct {
 	ID       wire.TokenID
 	URI      string // canonical
@@ -385,28 +389,28 @@ type TokenStatus struct {
 	Tries    pin.Tries
 	LoggedIn bool
 	Shadowed string // the module that this token is used through instead
-	Home     string // the module that it belongs to, when it is used through this one instead
+	Home     string // the home of the token, when the token is used through this module instead
 	Keys     []*Key
 	Flags    uint64
 	Library  string    // of the module
 	Slot     string    // description
-	Reader   string    // Slot, when another token of the same name is there; empty otherwise
-	Seen     time.Time // when it was there last
-	LeftOut  []string  // what was left out at the last look because of a bound, and why
+	Reader   string    // Slot, when another token of the same name is present; empty otherwise
+	Seen     time.Time // when the token was present last
+	LeftOut  []string  // what the last look left out because of a bound, and why
 
-	// Of the login, as far as it is known without asking the token.
-	LoggedInSince time.Time // zero: nobody is logged in
-	LoginEnds     time.Time // by the Policy of the keys that were used; zero: it does not end by itself
+	// The login, as far as the agent knows it without asking the token.
+	LoggedInSince time.Time // zero: no login lasts
+	LoginEnds     time.Time // by the Policy of the keys that were used; zero: the login does not end by itself
 	PINKept       bool      // the PIN lies in locked memory, to log in again
 	LoginUnderWay bool      // a PIN is being asked for, or is being tried
 	PromptOpen    bool      // a person is being asked
 
-	// Of the signatures since the start.
+	// The signatures since the start.
 	LastUse    time.Time // zero: there was none
 	Signatures uint64
 }
 
-// Modules tells how every module fares, in order. It never waits.
+// Modules returns the state of every module, in order. It never waits.
 func (s *Store) Modules() []ModuleStatus {
 	var all []ModuleStatus
 	for _, m := range s.modulesNow() {
@@ -415,12 +419,11 @@ func (s *Store) Modules() []ModuleStatus {
 	return all
 }
 
-// StatusChanged returns a channel that has an element when what Modules tells of
-// tokens, logins and failures may have changed since the last was taken out. It
-// is for one receiver.
+// StatusChanged returns a channel for one receiver. It has an element when the tokens, logins or
+// failures that Modules returns may have changed since the receiver took the last element.
 func (s *Store) StatusChanged() <-chan struct{} { return s.stirred }
 
-// stir makes StatusChanged tell. It never waits, whatever locks are held.
+// stir puts an element into StatusChanged. It never waits and takes no lock.
 func (s *Store) stir() {
 	select {
 	case s.stirred <- struct{}{}:
@@ -428,14 +431,13 @@ func (s *Store) stir() {
 	}
 }
 
-// LogoutAll logs out of every token, as far as its module answers, and forgets
-// the PINs that are kept, and so makes the next signature ask for the PIN. A
-// module that hangs delays no other.
+// LogoutAll logs out of every token whose module answers, and forgets the kept PINs. So the next
+// signature asks for the PIN. A module that hangs does not delay another.
 func (s *Store) LogoutAll(ctx context.Context) error {
 	return s.logoutOf(ctx, func(*Token) bool { return true })
 }
 
-// LogoutOf is LogoutAll for the tokens that are chosen by their keys.
+// LogoutOf is LogoutAll for the tokens that chosen selects by their keys.
 func (s *Store) LogoutOf(ctx context.Context, chosen func([]*Key) bool) error {
 	return s.logoutOf(ctx, func(t *Token) bool { return chosen(t.keyList()) })
 }
@@ -462,9 +464,8 @@ func (s *Store) logoutOf(ctx context.Context, chosen func(*Token) bool) error {
 	return joined.Errors(all...)
 }
 
-// Logout logs out of the tokens that are selected, by themselves or by a key, as far
-// as their modules answer, and forgets their PINs if they are kept: the next signature
-// asks. It fails with ErrNoMatch when none is known.
+// Logout is LogoutAll for the tokens that sel selects, by their own names or by a key. It fails
+// with ErrNoMatch when sel selects no known token.
 func (s *Store) Logout(ctx context.Context, sel *Selector) error {
 	var all []error
 	found := false
@@ -502,9 +503,8 @@ func (s *Store) Login(ctx context.Context, sel *Selector, keys []*Key, given *se
 	return taken, err
 }
 
-// LoginAsk logs in to the tokens of the keys, one after the other, and asks for each
-// PIN as a signature would. It does nothing where somebody is logged in, or no login
-// is needed.
+// LoginAsk logs in to the tokens of the keys, one after the other, and gets each PIN as a
+// signature would. It skips tokens with a login, and tokens that need none.
 func (s *Store) LoginAsk(ctx context.Context, keys []*Key) error {
 	done := make(map[*Token]bool)
 	for _, k := range keys {
