@@ -80,13 +80,29 @@ func listens(socket string) bool {
 	return true
 }
 
+// isBound tells whether a process listens on a socket, without a connection: swtpm serves one
+// client after the other.
+func isBound(socket string) bool {
+	const acceptsConnections = " 00010000 " // __SO_ACCEPTCON in the column Flags
+	all, err := os.ReadFile("/proc/net/unix")
+	if err != nil {
+		return false
+	}
+	for line := range strings.Lines(string(all)) {
+		if strings.HasSuffix(strings.TrimSpace(line), " "+socket) && strings.Contains(line, acceptsConnections) {
+			return true
+		}
+	}
+	return false
+}
+
 // start has the TPM start as a machine does.
 func (m *TPM) start() {
 	m.t.Helper()
 	m.swtpm = startDaemon(m.t, "swtpm", m.dir, nil, []string{
 		"swtpm", "socket", "--tpm2", "--tpmstate", "dir=" + m.path("state"), "--flags", "not-need-init,startup-clear",
 		"--server", "type=unixio,path=" + m.path("tpm"), "--ctrl", "type=unixio,path=" + m.path("tpm.ctrl"),
-	}, func() bool { return listens(m.path("tpm.ctrl")) })
+	}, func() bool { return listens(m.path("tpm.ctrl")) && isBound(m.path("tpm")) })
 	m.startBroker()
 }
 
