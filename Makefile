@@ -31,7 +31,7 @@ SOURCES     = go.mod go.sum $(shell find agent cmd/p11-agent pinentry systemd to
 # building needs what deps installs, and go spreads its work over the processors
 # by itself.
 .NOTPARALLEL:
-.PHONY: help deps deps-demo deps-check build test stress conformance lint sizes vuln check demo fuzz bench microbench profile pictures install deb rpm packages clean
+.PHONY: help deps deps-demo deps-check build test stress conformance lint sizes vuln check check-fast demo fuzz bench microbench profile pictures install deb rpm packages clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "%-12s%s\n", $$1, $$2 }' Makefile
@@ -96,6 +96,13 @@ vuln: ## look for known vulnerabilities in what is called
 
 check: deps-check build lint test stress conformance packages ## do all that has to pass before a change goes in: 15 minutes on two processors
 	@cat build/tests
+
+# What check-fast leaves out, besides conformance and packages: the stress test, and tests
+# that boot a whole system.
+SLOW = ^(TestPIVStress|TestUserManager|TestDesk|TestBoot|TestReadme)$$
+
+check-fast: deps-check build lint ## do the part of check to run before each commit
+	go run ./cmd/testrun -- -timeout 10m -parallel 8 -skip '$(SLOW)' ./...
 
 demo: deps-demo build ## show the agent at work with a software token
 	build/p11-agent demo
