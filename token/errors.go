@@ -7,12 +7,12 @@ import (
 )
 
 var (
-	// ErrAbsent says that no present token holds the key. It has a method
-	// Absent, for those who must not know this package.
+	// ErrAbsent says that no present token holds the key. It has a method Absent, for packages
+	// that must not import this one.
 	ErrAbsent error = absentError{}
 	// ErrClosed says that the Store has been closed.
 	ErrClosed = errors.New("the agent is stopping")
-	// ErrNoMatch says that a URI selects nothing that is present.
+	// ErrNoMatch says that a URI selects no present key.
 	ErrNoMatch = errors.New("no key matches")
 )
 
@@ -21,7 +21,7 @@ type ModuleError struct {
 	Module string // its name in the registry or the configuration
 	Path   string // its file
 	Err    error
-	Retry  time.Time // when its process is started again; zero when not by itself
+	Retry  time.Time // when the agent starts its process again; zero: only on request
 }
 
 func (e *ModuleError) Error() string {
@@ -30,8 +30,7 @@ func (e *ModuleError) Error() string {
 
 func (e *ModuleError) Unwrap() error { return e.Err }
 
-// An AmbiguousError says that one token is seen through several modules, so that
-// it is not clear which of them is to be used.
+// An AmbiguousError says that several modules show a token, and that none of them is its home.
 type AmbiguousError struct {
 	Token   string
 	Modules []string

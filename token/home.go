@@ -10,27 +10,26 @@ import (
 	"p11-agent/token/wire"
 )
 
-// A module can claim any name for a token, and so the name of another module's token.
-// So each token has a home: the module that the token was first seen through. The list
-// of known keys has it, and it lasts over restarts. A module that shows a token without
-// being its home is a guest. A guest gets a PIN of the token only from a person whom the
-// prompt tells the module's name, or from a client or a configuration that names the
-// module. These move the home:
+// A module can claim any name for a token, so also the name of another module's token. Therefore
+// each token has a home: the module that first showed the token. The list of known keys remembers
+// the home over restarts. A guest is another module that shows the token. A guest gets a PIN of the
+// token in two cases only: a person gives the PIN at a prompt that names the guest, or the client or
+// the configuration names the module. The home moves in these cases:
 //
-//   - the configuration, with a URI that names a token and a module: for as long as it
-//     has the URI;
-//   - a person who gives the right PIN at a prompt that names the guest, when the home
-//     is no module of the agent any more.
+//   - The configuration has a URI that names the token and a module. That module is the home for
+//     as long as the configuration has the URI.
+//   - A person gives the right PIN at a prompt that names the guest, and the agent no longer has
+//     the home module.
 //
-// A module goes by the name that the configuration of the agent or of p11-kit gives it, or
-// by its path when a client has started it. The module itself has no say in it.
+// The name of a module comes from the configuration of the agent or of p11-kit. A module that a
+// client has started goes by its path. The module itself cannot change its name.
 
-// home is where a token belongs.
+// home is the module that a token belongs to.
 type home struct {
 	module string // its name
-	// proved tells that the home stays: it comes from the list, or had the right PIN
-	// given. Until all modules were looked at once after the start, a module that is
-	// earlier in their order takes over a home that is not proved.
+	// proved tells that the home stays: it comes from the list of known keys, or the module got
+	// the right PIN. After the start, until the first look at every module, an earlier module
+	// takes over a home that is not proved.
 	proved bool
 }
 
@@ -50,17 +49,17 @@ func (s *Store) SetHomes(uris []*pkcs11uri.URI) {
 	s.publish()
 }
 
-// homeURIs returns the URIs that say which module a token belongs to.
+// homeURIs returns the URIs that give a token a home.
 func homeURIs(uris []*pkcs11uri.URI) []*pkcs11uri.URI {
 	return slices.DeleteFunc(slices.Clone(uris), func(u *pkcs11uri.URI) bool {
 		return u.ModuleName == nil && u.ModulePath == nil || !NamesToken(u)
 	})
 }
 
-// namedLocked returns the one module that a URI names, nil when it names none or
-// several. A directory names none, and the name in the configuration counts before that
-// of a file: another module may have a file of the same name. A module that a client has
-// started is named by its path only, as the client has chosen the file.
+// namedLocked returns the one module that a URI names; nil: the URI names no module, or several. A
+// directory names no module. The name in the configuration counts before the name of a file,
+// because another module may have a file of the same name. A module that a client has started is
+// named by its path only, because the client has chosen the file.
 func (s *Store) namedLocked(u *pkcs11uri.URI) *module {
 	if u.ModuleName == nil && u.ModulePath == nil {
 		return nil
@@ -86,20 +85,19 @@ func (s *Store) namedLocked(u *pkcs11uri.URI) *module {
 	return nil
 }
 
-// at tells whether the module is the file that a URI names, if it names one.
+// at tells whether the URI names the file of the module, or no file.
 func (m *module) at(u *pkcs11uri.URI) bool {
 	return u.ModulePath == nil || *u.ModulePath == m.spec.Path || *u.ModulePath == m.file
 }
 
-// names tells whether a URI names the module and no other.
+// names tells whether a URI names this module alone.
 func (s *Store) names(u *pkcs11uri.URI, m *module) bool {
 	s.mu.Lock()
 	defer s.mu.Unlock()
 	return u != nil && s.namedLocked(u) == m
 }
 
-// homeLocked returns the name of the module that a token belongs to; empty: it was
-// never seen.
+// homeLocked returns the name of the home of a token; empty: the agent has not seen the token.
 func (s *Store) homeLocked(id wire.TokenID) string {
 	for _, u := range s.preferred {
 		if u.MatchToken(id) {
@@ -111,12 +109,13 @@ func (s *Store) homeLocked(id wire.TokenID) string {
 	if h, ok := s.homes[id]; ok {
 		return h.module
 	}
-	// Otherwise a module could claim the name of another one's token for a second token.
+	// A twin has the home of the token of the same texts. Otherwise a module could claim the name
+	// of another module's token for a second token.
 	return s.homes[id.Texts()].module
 }
 
-// claimLocked gives a token that is there a home, and returns through which of the
-// modules that show it the token is used. claims are in the order of the modules.
+// claimLocked gives a present token a home, and returns the token as the module shows it through
+// which the agent uses it. claims are in the order of the modules.
 func (s *Store) claimLocked(id wire.TokenID, claims []*Token) *Token {
 	first := claims[0].module.identity
 	switch h, ok := s.homes[id]; {
@@ -133,8 +132,7 @@ func (s *Store) claimLocked(id wire.TokenID, claims []*Token) *Token {
 	return claims[0]
 }
 
-// allLooked tells whether the modules that there were at the start have been looked at
-// once.
+// allLooked tells whether the agent has looked once at each module of the start.
 func (s *Store) allLooked() bool {
 	select {
 	case <-s.settled:
@@ -144,14 +142,14 @@ func (s *Store) allLooked() bool {
 	}
 }
 
-// claims returns the name of the token's home, when that is another module, and the
-// names of the other modules that show the token now.
+// claims returns the name of the token's home when that is another module, and the names of the
+// other modules that show the token now.
 func (t *Token) claims() (belongs string, others []string) {
 	s, name := t.module.store, t.module.identity
 	s.mu.Lock()
 	defer s.mu.Unlock()
 	if belongs = s.homeLocked(t.ID); belongs == "" {
-		s.homes[t.ID] = home{module: name} // seen a moment ago
+		s.homes[t.ID] = home{module: name} // the token appeared a moment ago
 	}
 	if belongs == name {
 		belongs = ""
@@ -164,8 +162,8 @@ func (t *Token) claims() (belongs string, others []string) {
 	return belongs, others
 }
 
-// proved notes that the token took a PIN through its module. byPerson tells that a
-// person gave it at a prompt, which names the module of a guest.
+// proved notes that the token took a PIN through its module. byPerson tells that a person gave the
+// PIN at a prompt, which names the module when it is a guest.
 func (t *Token) proved(byPerson bool) {
 	s, name := t.module.store, t.module.identity
 	s.mu.Lock()
@@ -179,12 +177,11 @@ func (t *Token) proved(byPerson bool) {
 	s.rewrite()
 }
 
-// A GuestError says that a PIN is not given to a module because the token belongs to
-// another one.
+// A GuestError says that a module does not get a PIN because the token belongs to another module.
 type GuestError struct {
 	Token  string // label
-	Module string // that shows the token now
-	Home   string // the module that it belongs to
+	Module string // the module that shows the token now
+	Home   string // the module that the token belongs to
 }
 
 func (e *GuestError) Error() string {
@@ -192,7 +189,7 @@ func (e *GuestError) Error() string {
 		e.Token, e.Home, e.Module, e.Module, naming(e.Module))
 }
 
-// naming is the attribute of a URI that names a module.
+// naming returns the attribute of a URI that names a module.
 func naming(identity string) string {
 	if filepath.IsAbs(identity) {
 		return "module-path=" + identity

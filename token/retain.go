@@ -12,19 +12,19 @@ import (
 	"p11-agent/token/process"
 )
 
-// Retention is how long a login lasts after the use of a key. The zero value is
-// for as long as the token keeps it: until it is removed.
+// Retention is how long a login lasts after the use of a key. With the zero value, the login lasts
+// until the token ends it, for example when it is removed.
 type Retention struct {
 	// Never ends the login after each signature.
 	Never bool
-	// Idle ends it so long after the last signature, Max so long after the first, or
-	// after a login that was for none; 0: neither does.
+	// Idle ends the login this long after the last signature. Max ends it this long after the
+	// first signature, or after a login without a signature. 0: no limit.
 	Idle, Max time.Duration
-	// Sleep and ScreenLock end it at these Events.
+	// Sleep and ScreenLock end the login at these Events.
 	Sleep, ScreenLock bool
 }
 
-// An Event is something that logins may end at.
+// An Event is a change of the machine that may end logins.
 type Event int
 
 // The Events.
@@ -33,7 +33,7 @@ const (
 	ScreenLock                  // the person's screen is locked
 )
 
-// String says what happens.
+// String returns the Event as part of a sentence.
 func (e Event) String() string {
 	switch e {
 	case Sleep:
@@ -44,12 +44,12 @@ func (e Event) String() string {
 	return fmt.Sprintf("event %d", int(e))
 }
 
-// EndsAt tells whether logins end at an Event.
+// EndsAt tells whether an Event ends the login.
 func (r Retention) EndsAt(e Event) bool {
 	return e == Sleep && r.Sleep || e == ScreenLock && r.ScreenLock
 }
 
-// Stricter returns what keeps both rules.
+// Stricter returns a Retention that satisfies both rules.
 func (r Retention) Stricter(o Retention) Retention {
 	shorter := func(a, b time.Duration) time.Duration {
 		if a == 0 || b != 0 && b < a {
@@ -63,23 +63,23 @@ func (r Retention) Stricter(o Retention) Retention {
 	}
 }
 
-// retained is what is to be kept of the logins of one token.
+// retained says how long the login of one token lasts. Token.mu guards it.
 type retained struct {
-	rule       Retention // the strictest of the keys that were used
-	since      time.Time // the first signature of this login, or the login itself if that was not for one
-	end        time.Time // when to log out; zero: not at all
+	rule       Retention // the strictest rule of the keys that were used
+	since      time.Time // the first signature of this login, or the login itself when it had none
+	end        time.Time // when to log out; zero: never
 	timer      *time.Timer
 	session    *process.Process // with insertions, tells one login from the next
 	insertions uint64
 }
 
-// used notes that a key has signed, and logs out when it is to do so at once.
-// Keys of one token share a login, and so the strictest of their rules.
+// used notes that a key has signed, and logs out when Retention.Never says so. The keys of a token
+// share a login, and so the strictest of their rules.
 func (t *Token) used(ctx context.Context, k *Key) {
 	s := t.module.store
 	r := s.policyOf(k).Retention
 	if r.Never {
-		// The signature is made: whether its client still waits does not matter.
+		// The logout goes on when the client of the signature has hung up.
 		ctx, cancel := context.WithTimeout(context.WithoutCancel(ctx), process.LoginTimeout)
 		defer cancel()
 		t.end(ctx)
@@ -88,9 +88,8 @@ func (t *Token) used(ctx context.Context, k *Key) {
 	t.retain(k)
 }
 
-// retain has the login end as the Retention of a key says, which is used now or for
-// which somebody has logged in. One that is to end with each signature ends with the
-// next.
+// retain sets the end of the login by the Retention of a key, after a signature with the key or a
+// login for it. With Retention.Never, the login ends after the next signature.
 func (t *Token) retain(k *Key) {
 	s := t.module.store
 	r := s.policyOf(k).Retention
@@ -105,7 +104,7 @@ func (t *Token) retain(k *Key) {
 		if kept.IsZero() || was.since.IsZero() {
 			was.forget()
 			was.since = now
-		} // else it is the same login still, made again with the PIN that is kept
+		} // else the kept PIN has renewed the same login
 		was.session, was.insertions = t.session, t.insertions
 	}
 	was.rule, was.end = was.rule.Stricter(r), time.Time{}
@@ -124,7 +123,7 @@ func (t *Token) retain(k *Key) {
 	}
 }
 
-// forget ends the timer. Its token's mu is held.
+// forget stops the timer. The caller holds Token.mu.
 func (r *retained) forget() {
 	if r.timer != nil {
 		r.timer.Stop()
@@ -132,17 +131,17 @@ func (r *retained) forget() {
 	*r = retained{}
 }
 
-// expire logs out, unless a signature has put that off just now.
+// expire logs out, unless a signature has put off the end just now.
 func (t *Token) expire() {
 	kept := t.pins.KeptSince()
 	t.mu.Lock()
 	wait := time.Until(t.retained.end)
 	if t.retained.timer == nil {
 		t.mu.Unlock()
-		return // logged out meanwhile
+		return // the login has ended meanwhile
 	}
 	if kept.IsZero() && t.session != t.retained.session {
-		t.retained.forget() // the login was lost, and this one is another
+		t.retained.forget() // that login was lost; the current one has its own end
 		t.mu.Unlock()
 		return
 	}
@@ -159,8 +158,8 @@ func (t *Token) expire() {
 	}
 }
 
-// end logs out and forgets the PIN. A module that cannot be asked has lost the
-// login, or is about to be killed with it. It reports whether that was done.
+// end logs out and forgets the PIN. It tells whether it succeeded. When it fails, the module has
+// lost the login, or loses it soon with its process.
 func (t *Token) end(ctx context.Context) bool {
 	err := t.forget(ctx)
 	if err != nil && t.module.store.ctx.Err() == nil {
@@ -169,10 +168,10 @@ func (t *Token) end(ctx context.Context) bool {
 	return err == nil
 }
 
-// Forget logs out of every token with a key whose Retention ends at the Event,
-// used or not, and so makes the next signature ask for the PIN. It returns when
-// that is done. A module that cannot do it before ctx ends, or fails to, is
-// stopped: with its process its logins end. It delays no other.
+// Forget logs out of every token with a key whose Retention ends at the Event, whether the key was
+// used or not. So the next signature asks for the PIN. Forget returns when all tokens are logged
+// out. When a module fails, or does not answer before ctx ends, Forget stops its process, which
+// ends its logins. One module does not delay another.
 func (s *Store) Forget(ctx context.Context, e Event) {
 	var wg sync.WaitGroup
 	for _, m := range s.modulesNow() {
@@ -188,8 +187,7 @@ func (s *Store) Forget(ctx context.Context, e Event) {
 // Forgets tells whether Forget logs out of the token of a key.
 func (s *Store) Forgets(k *Key, e Event) bool { return k.token.endsAt(e) }
 
-// endsAt tells whether logins to the token end at an Event: those of one of its
-// keys do.
+// endsAt tells whether an Event ends logins to the token, by the Retention of one of its keys.
 func (t *Token) endsAt(e Event) bool {
 	return slices.ContainsFunc(t.keyList(), func(k *Key) bool { return t.module.store.policyOf(k).EndsAt(e) })
 }
@@ -205,10 +203,10 @@ func (t *Token) forgetAt(ctx context.Context, e Event) {
 	log := t.module.log.With("token", t.ID.Label, "reason", e.String())
 	if err := t.forget(ctx); err != nil {
 		if ctx.Err() != nil {
-			err = errors.New("it did not answer in time")
+			err = errors.New("the module did not answer in time")
 		}
-		log.Warn("cannot log out, the module is stopped", "error", err)
-		p.Kill(fmt.Errorf("it did not log out: %w", err))
+		log.Warn("cannot log out; stopping the module", "error", err)
+		p.Kill(fmt.Errorf("the module did not log out: %w", err))
 		return
 	}
 	if in {
