@@ -95,6 +95,11 @@ var rooms = []room{
 		"it says what the file means, and does nothing of it",
 	},
 	{
+		"cmd/p11-agent/control",
+		[]string{"agent/sshagent", "cmd/p11-agent/exit", "cmd/p11-agent/output", "cmd/p11-agent/prompt", "cmd/p11-agent/status", "pinentry/plain", "pinentry/secret", "token/module", "token/wire"},
+		"a person at a terminal controls an agent that runs already",
+	},
+	{
 		"cmd/p11-agent/daemon",
 		[]string{"agent", "agent/approval", "agent/audit", "agent/certdir", "agent/door", "agent/knownhosts", "agent/logfold", "agent/peer", "agent/request", "agent/sshagent", "cmd/p11-agent/advice", "cmd/p11-agent/backend", "cmd/p11-agent/config", "cmd/p11-agent/exit", "cmd/p11-agent/output", "cmd/p11-agent/paths", "cmd/p11-agent/prompt", "cmd/p11-agent/status", xssh, xsys, "pinentry/notify", "pinentry/secret", "systemd", "systemd/bus", "systemd/login1", "token", "token/known", "token/module", "token/pin"},
 		"the running agent wires rooms, and knows no command",

@@ -15,6 +15,7 @@ import (
 	"p11-agent/cmd/p11-agent/advice"
 	"p11-agent/cmd/p11-agent/backend"
 	"p11-agent/cmd/p11-agent/config"
+	"p11-agent/cmd/p11-agent/control"
 	"p11-agent/cmd/p11-agent/doctor"
 	"p11-agent/cmd/p11-agent/export"
 	"p11-agent/cmd/p11-agent/files"
@@ -448,11 +449,7 @@ func (s *setup) logIn(ctx context.Context, pin *secret.Secret) {
 	if s.agent == nil || pin.Len() == 0 {
 		return
 	}
-	answer, err := logIn(ctx, s.agent, s.uri, pin)
-	if err == nil && answer.Error != "" {
-		err = loginRefused(answer)
-	}
-	if err != nil {
+	if _, err := control.LoginWith(ctx, s.agent, s.uri, pin); err != nil {
 		s.trouble(fmt.Errorf("the agent is not logged in, and asks for the PIN at the first use: %w", err))
 		return
 	}
