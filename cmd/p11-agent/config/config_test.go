@@ -18,7 +18,7 @@ func TestReleaseSetting(t *testing.T) {
 	}{
 		{"never", 0, token.ReleaseNever},
 		{"5s", 5 * time.Second, 5 * time.Second},
-		{"1h", time.Hour, token.ReleaseIdle}, // as without it when nobody is logged in
+		{"1h", time.Hour, token.ReleaseIdle}, // as without release when no one is logged in
 	} {
 		var v ReleaseAfter
 		if err := v.UnmarshalText([]byte(tt.text)); err != nil {

@@ -10,6 +10,11 @@ import (
 	"context"
 	"log/slog"
 	"os"
+	"strings"
+	"sync"
+	"sync/atomic"
+	"time"
+
 	"p11-agent/agent/approval"
 	"p11-agent/agent/peer"
 	"p11-agent/cmd/p11-agent/config"
@@ -17,59 +22,53 @@ import (
 	"p11-agent/systemd/environment"
 	"p11-agent/token/pin"
 	"p11-agent/token/wire"
-	"strings"
-	"sync"
-	"sync/atomic"
-	"time"
 )
 
-// An Asker asks persons where they are. Where that is, is found out when there
-// is something to ask. There are two policies.
+// An Asker asks persons. It looks for the place of a person when it has a question. There are
+// two policies.
 //
-// A PIN cannot be invented, so it is asked for where the person is who uses the
-// client. These places are tried in turn:
+// A client cannot invent a PIN. So the Asker asks for a PIN where the client runs. It tries
+// these places in turn:
 //
-//   - the display of the client that asks, and then its terminal,
+//   - the display of the client, and then the terminal of the client,
 //   - the display that the user's service manager knows now,
-//   - the display that the agent was started with, or none: there are pinentry
-//     programs that need neither display nor terminal,
-//   - the terminal that GPG_TTY named when the agent was started, and the one that
-//     the agent itself is in the foreground of,
+//   - the display of the agent's environment, or no display: some pinentry programs need
+//     neither display nor terminal,
+//   - the terminal that GPG_TTY names in the agent's environment, and the terminal of the agent
+//     while the agent is in its foreground,
 //   - SSH_ASKPASS of the agent.
 //
-// A yes can be invented, so consent is asked for where the client has no say: on
-// the displays of the service manager and of the agent; and where they cannot show
-// anything on the client's terminal, if that was there before the client
-// (peer.Terminal.Established), and then at what is left of the list.
+// A client can invent a yes. So the Asker asks for consent where the client has no say: on the
+// displays of the service manager and of the agent. After these it tries the client's terminal,
+// if that is older than the client (peer.Terminal.Established), and the rest of the list.
 //
-// A client in other namespaces has no display and no terminal at all (peer.Desk).
+// A client in other namespaces has no display and no terminal (peer.Desk).
 //
-// A place that cannot be asked at is followed by the next. What a person answers,
-// no among it, is the answer. The programs are those of the agent's configuration
-// and environment, whoever asks.
+// When a place cannot show the question, the Asker tries the next place. Every answer of a
+// person ends the search, a no as well. The programs come from the configuration and the
+// environment of the agent. Any goroutine may call the methods.
 type Asker struct {
+	log      *slog.Logger
 	pinentry *pinentry.Pinentry
-	own      peer.Environment // the agent's
-	userData string           // PINENTRY_USER_DATA
+	notify   func(key string, lines []string) // see Options
+
+	// Where the agent itself can ask.
+	own      peer.Environment
+	userData string // PINENTRY_USER_DATA
 	gpgTTY   fixedTerminal
 	// manager reads the environment of the user's service manager.
 	manager func(context.Context) ([]string, error)
-	log     *slog.Logger
-	// patience is how long a confirmation stays without an answer.
-	patience duration
-	// turn is how long a prompt stays with a client while another one waits.
-	turn duration
-	// displayOnly says that consent is asked for on no terminal.
-	displayOnly atomic.Bool
-	// notify tells the person at the desktop something; nil: there is no desktop to tell.
-	notify func(key string, lines []string)
+
+	// What Configure sets.
+	patience    duration    // how long a question for consent waits for an answer
+	turn        duration    // how long a prompt stays with a client while another client waits
+	displayOnly atomic.Bool // no question for consent on a terminal
 
 	mu   sync.Mutex
 	open map[*pinDialogue]struct{}
 }
 
-// PromptAt tells where a person is being asked about a token; empty: nowhere. It may be
-// called from any goroutine.
+// PromptAt returns the name of the place where a prompt about a token is open now, or "".
 func (a *Asker) PromptAt(t wire.TokenID) string {
 	a.mu.Lock()
 	defer a.mu.Unlock()
@@ -83,7 +82,7 @@ func (a *Asker) PromptAt(t wire.TokenID) string {
 	return ""
 }
 
-// Configure takes over what the configuration says, for the prompts from now on.
+// Configure sets what the configuration says. It counts for the next prompts.
 func (a *Asker) Configure(c *config.File) {
 	a.displayOnly.Store(c.ConfirmPlace == config.PlaceDisplay)
 	a.pinentry.Configure(c.Pinentry.Program, c.Pinentry.Grab != nil && !*c.Pinentry.Grab)
@@ -114,11 +113,6 @@ func (a *Asker) displayAt(e peer.Environment) pinentry.Place {
 		Locale: cmp.Or(e.Locale, a.own.Locale), UserData: a.userData,
 	}
 }
-
-var (
-	_ pin.Asker    = terminalAsker{}
-	_ pin.Dialogue = (*terminalDialogue)(nil)
-)
 
 // Options are what an Asker needs besides the configuration.
 type Options struct {
@@ -163,10 +157,10 @@ func (d *duration) get() time.Duration { return time.Duration(d.nanoseconds.Load
 // LinePromptCommand is the hidden subcommand that asks in lines on a terminal.
 const LinePromptCommand = "plain-prompt"
 
-// promptTurn is asker.turn when the configuration does not say otherwise.
+// promptTurn is the default of Asker.turn.
 const promptTurn = time.Minute
 
-// tellAfter is how long a client waits for a prompt elsewhere before it is told.
+// tellAfter is how long a client waits for a prompt elsewhere before the Asker tells it.
 const tellAfter = 2 * time.Second
 
 func environmentOf(environ []string) peer.Environment {

@@ -16,17 +16,16 @@ import (
 	"p11-agent/token/pin"
 )
 
-// terminalAsker asks where asker asks, and at the terminal of this process where asker has
-// no place. It is for commands that a person runs. The PIN goes from the terminal into
-// locked memory, and the terminal does not show it.
+// A terminalAsker is the asker of WithTerminal. The PIN goes from the terminal into locked
+// memory, and the terminal does not show it.
 type terminalAsker struct {
 	asker   pin.Asker
 	install string
 }
 
-// WithTerminal returns an asker for a command that a person runs: it asks as the given
-// asker does, and at the terminal of this process where that asker has no place. install is
-// the command that installs a pinentry program, for the error.
+// WithTerminal returns an asker for a command that a person runs. It asks as the given asker
+// does. Where that asker has no place, it asks at the terminal of this process. install is the
+// command that installs a pinentry program, for the error.
 func WithTerminal(asker pin.Asker, install string) pin.Asker {
 	return terminalAsker{asker, install}
 }
@@ -81,7 +80,7 @@ func (d *terminalDialogue) PIN(ctx context.Context, problem string) (*secret.Sec
 	return typed, err
 }
 
-// LastTry asks whether to use the last try. The word has to be typed in full.
+// LastTry asks whether to use the last try. Only the whole word is a yes.
 func (d *terminalDialogue) LastTry(ctx context.Context, problem string) (bool, error) {
 	lines := []string{"One try is left: a wrong PIN now locks the token.", `To use the last try, type "yes".`}
 	if problem != "" {
@@ -112,3 +111,8 @@ func (d *terminalDialogue) Close() error {
 	d.ask.Close()
 	return nil
 }
+
+var (
+	_ pin.Asker    = terminalAsker{}
+	_ pin.Dialogue = (*terminalDialogue)(nil)
+)

@@ -3,21 +3,22 @@ package prompt
 import (
 	"context"
 	"fmt"
+	"strings"
+	"time"
+
 	"p11-agent/agent/approval"
 	"p11-agent/agent/request"
 	"p11-agent/pinentry"
-	"strings"
-	"time"
 )
 
-// Confirm asks whether a key may be used, and for how long when that is a question.
+// Confirm asks whether a client may use a key, and for how long when r.Offer is set.
 func (a *Asker) Confirm(ctx context.Context, r approval.Question) (approval.Answer, error) {
 	c := &prompter{Asker: a, what: "the use of a key", consent: true, hint: a.consentHint()}
 	defer c.close()
 	var answer approval.Answer
 	err := c.ask(ctx, func(ctx context.Context, d *pinentry.Dialogue) (err error) {
 		if use := request.UseFrom(ctx); use != nil {
-			r.Use = use // of the one who is asked
+			r.Use = use // of the client whose person sees the question
 		}
 		answer, err = confirm(ctx, d, r, a.patience.get())
 		return err
@@ -28,7 +29,7 @@ func (a *Asker) Confirm(ctx context.Context, r approval.Question) (approval.Answ
 	return answer, nil
 }
 
-// consentHint says what to do where there is no place for consent.
+// consentHint returns the next step when no place can ask for consent.
 func (a *Asker) consentHint() string {
 	hint := "To be asked, give the service manager a display (systemctl --user import-environment DISPLAY WAYLAND_DISPLAY)"
 	if !a.displayOnly.Load() {
@@ -37,7 +38,7 @@ func (a *Asker) consentHint() string {
 	return hint
 }
 
-// confirm asks on one dialogue.
+// confirm asks in one dialogue.
 func confirm(ctx context.Context, d *pinentry.Dialogue, r approval.Question, patience time.Duration) (approval.Answer, error) {
 	text := confirmText(r)
 	prompt := pinentry.Prompt{
@@ -45,7 +46,7 @@ func confirm(ctx context.Context, d *pinentry.Dialogue, r approval.Question, pat
 		OK: allow(r.Plain), Cancel: "_Deny", Timeout: patience,
 	}
 	if approval.Again(ctx) || !r.Offer {
-		// To be left alone matters more than other lengths do.
+		// The button that refuses all requests takes the place of other lengths.
 		yes, err := confirmOrBlock(ctx, d, prompt)
 		return approval.Answer{Allowed: yes, For: r.Plain}, err
 	}
@@ -62,7 +63,7 @@ func confirm(ctx context.Context, d *pinentry.Dialogue, r approval.Question, pat
 	}
 	choice, err := d.Choose(ctx, prompt)
 	if err == nil && choice == pinentry.ChoiceOther {
-		// Who closes this one has not said yes: once is to be had before.
+		// Closing this question is a no: the first question has the button for once.
 		prompt.Description = "Allow " + useOf(r.Key) + " for how long?\n" + text
 		prompt.OK, prompt.Other = allow(lengths[0]), allow(lengths[1])
 		choice, err = d.Choose(ctx, prompt)
@@ -77,8 +78,8 @@ func confirm(ctx context.Context, d *pinentry.Dialogue, r approval.Question, pat
 	return approval.Answer{Allowed: true, For: r.Plain}, nil
 }
 
-// confirmOrBlock asks for yes or no. A client that had to wait before may also be refused
-// with "no to everything from here", which is approval.ErrNoToAll.
+// confirmOrBlock asks for yes or no. For a client that had to wait before, the person can also
+// refuse all its requests: approval.ErrNoToAll.
 func confirmOrBlock(ctx context.Context, d *pinentry.Dialogue, prompt pinentry.Prompt) (bool, error) {
 	if !approval.Again(ctx) {
 		return d.Confirm(ctx, prompt)
@@ -91,10 +92,10 @@ func confirmOrBlock(ctx context.Context, d *pinentry.Dialogue, prompt pinentry.P
 	return choice == pinentry.ChoiceOK, err
 }
 
-// rememberShort is the length of time that is offered to everybody.
+// rememberShort is the length of time that every question offers.
 const rememberShort = approval.Remember(15 * time.Minute)
 
-// allow is the text of a button.
+// allow returns the text of a button.
 func allow(lasts approval.Remember) string {
 	switch lasts {
 	case approval.Once:
@@ -105,7 +106,7 @@ func allow(lasts approval.Remember) string {
 	return "Allow _" + lasts.String()
 }
 
-// confirmText says what is asked about.
+// confirmText returns the lines about the request.
 func confirmText(r approval.Question) string {
 	lines := []string{labelledLine(r.Key, r.Comment), r.KeyFingerprint}
 	if r.Plain != approval.Once {
@@ -114,8 +115,8 @@ func confirmText(r approval.Question) string {
 	return about(UseLines(r.Use), lines, []string{"Asked because of " + r.Why + ".", Requester(r.Caller.Who())})
 }
 
-// Insert asks to insert a token. A yes allows nothing: the agent looks at the tokens. So
-// the client's own places will do.
+// Insert asks to insert a token. A yes allows nothing: the agent looks at the tokens. So the
+// question may appear at the client's own places.
 func (a *Asker) Insert(ctx context.Context, w approval.Wanted) (yes bool, err error) {
 	c := &prompter{Asker: a, what: "a token that is not inserted", hint: "Insert the token and try again"}
 	defer c.close()

@@ -16,18 +16,17 @@ import (
 	"p11-agent/token/module/undumpable"
 )
 
-// maxTyped is the longest line that is taken for a PIN or a passphrase, its end
-// included.
+// maxTyped is the length of the longest PIN or passphrase, with the end of the line, in bytes.
 const maxTyped = 1 << 10
 
-// A Input asks the person at the terminal of this process, or takes from standard
-// input what a program gives. It is used by one goroutine at a time.
+// An Input reads what a person types at the terminal of this process, or what a program writes
+// to standard input. One goroutine at a time uses it.
 type Input struct {
 	in  *os.File
-	tty bool // it is a terminal
+	tty bool // in is a terminal
 }
 
-// OpenInput opens the terminal, unless standard input is to be read.
+// OpenInput opens standard input or the terminal.
 func OpenInput(stdin bool) (*Input, error) {
 	if err := undumpable.Enforce(); err != nil {
 		return nil, err
@@ -49,7 +48,7 @@ func (q *Input) Close() {
 	}
 }
 
-// ReadSecret asks for something that is not shown while it is typed.
+// ReadSecret reads a line. The terminal shows the prompt, and hides what the person types.
 func (q *Input) ReadSecret(ctx context.Context, prompt string) (*secret.Secret, error) {
 	if q.tty {
 		return q.line(ctx, prompt)
@@ -57,15 +56,15 @@ func (q *Input) ReadSecret(ctx context.Context, prompt string) (*secret.Secret, 
 	return readLine(q.in)
 }
 
-// line reads one line from the terminal, and shows nothing of it. Until it ends, signals that would end or
-// stop the process leave the terminal as it was.
+// line reads one line from the terminal, which hides it. A signal that would end or stop the
+// process meanwhile does not leave the terminal changed.
 func (q *Input) line(ctx context.Context, prompt string) (_ *secret.Secret, err error) {
-	fd := int(q.in.Fd()) // from here on it blocks: the reader below is left behind on a signal
+	fd := int(q.in.Fd()) // the file blocks from here on; a signal abandons the goroutine that reads
 	old, err := unix.IoctlGetTermios(fd, unix.TCGETS)
 	if err != nil {
 		return nil, fmt.Errorf("ask at the terminal: %w", err)
 	}
-	// Ctrl-Z would leave a shell with a terminal that shows nothing.
+	// Ctrl-Z would give the shell a terminal without echo.
 	signal.Ignore(syscall.SIGTSTP)
 	defer signal.Reset(syscall.SIGTSTP)
 	caught := make(chan os.Signal, 1)
@@ -75,7 +74,7 @@ func (q *Input) line(ctx context.Context, prompt string) (_ *secret.Secret, err 
 	quiet := *old
 	quiet.Lflag |= unix.ICANON | unix.ISIG
 	quiet.Lflag &^= unix.ECHO | unix.ECHOE | unix.ECHOK | unix.ECHONL
-	// What was typed before the question is no answer to it.
+	// Text that the person typed before the question is not an answer.
 	if err := unix.IoctlSetTermios(fd, unix.TCSETSF, &quiet); err != nil {
 		return nil, fmt.Errorf("ask at the terminal: %w", err)
 	}
@@ -102,14 +101,14 @@ func (q *Input) line(ctx context.Context, prompt string) (_ *secret.Secret, err 
 	case r := <-read:
 		return r.line, r.err
 	case s := <-caught:
-		// The process ends with this, and the read with it.
+		// The process ends after this error, and ends the read.
 		return nil, interrupted(s)
 	case <-ctx.Done():
 		return nil, context.Cause(ctx)
 	}
 }
 
-// interrupted ends the program as the signal would have.
+// interrupted returns the error that ends the program with the exit status of the signal.
 func interrupted(s os.Signal) error {
 	if number, ok := s.(syscall.Signal); ok {
 		return exit.Status(128 + int(number))
@@ -117,8 +116,8 @@ func interrupted(s os.Signal) error {
 	return exit.Status(exit.CodeFailure)
 }
 
-// readLine reads one line, without its end, and no byte after it. Of a terminal a
-// read returns no more than a line; of a pipe each byte is read by itself.
+// readLine reads one line, and no byte after it. It returns the line without its end. A read
+// from a terminal returns one line at most; from a pipe it reads each byte alone.
 func readLine(f *os.File) (*secret.Secret, error) {
 	line, err := secret.New(maxTyped)
 	if err != nil {

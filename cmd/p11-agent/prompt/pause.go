@@ -12,15 +12,14 @@ import (
 	"p11-agent/token/wire"
 )
 
-// A pausingAsker asks for PINs as another pin.Asker does, unless the client has to wait
-// because a person has refused its requests.
+// A pausingAsker is the asker of Pausing.
 type pausingAsker struct {
 	pin.Asker
 	questions *approval.Questions
 }
 
-// Pausing returns an asker that asks as the given one does, and that questions may
-// pause for a client.
+// Pausing returns an asker that asks as the given asker does. It refuses the requests of a
+// client that has to wait because a person has refused its requests.
 func Pausing(asker pin.Asker, questions *approval.Questions) pin.Asker {
 	return &pausingAsker{asker, questions}
 }
@@ -40,7 +39,7 @@ func (a *pausingAsker) Ask(ctx context.Context, about pin.Request) (pin.Dialogue
 
 var _ pin.ReaderObserver = (*pausingDialogue)(nil)
 
-// pausingDialogue is a dialogue of a pausingAsker.
+// A pausingDialogue is a dialogue of a pausingAsker.
 type pausingDialogue struct {
 	pin.Dialogue
 	questions *approval.Questions
@@ -92,8 +91,7 @@ func (d *pausingDialogue) TypedOnReader(err error) {
 	}
 }
 
-// outcome returns what came of a question that a person answers with something else
-// than yes.
+// outcome returns the outcome of a question that has no button for yes.
 func outcome(err error) approval.Outcome {
 	switch {
 	case err == nil:

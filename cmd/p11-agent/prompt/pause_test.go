@@ -5,6 +5,10 @@ import (
 	"errors"
 	"fmt"
 	"log/slog"
+	"testing"
+	"testing/synctest"
+	"time"
+
 	"p11-agent/agent/approval"
 	"p11-agent/agent/peer"
 	"p11-agent/agent/request"
@@ -13,9 +17,6 @@ import (
 	"p11-agent/pinentry/waiting"
 	"p11-agent/token/pin"
 	"p11-agent/token/wire"
-	"testing"
-	"testing/synctest"
-	"time"
 )
 
 // fakeAsker is a person who gives no PIN.
@@ -52,7 +53,7 @@ func (f *fakeAsker) Notice(ctx context.Context) error {
 
 func (f *fakeAsker) Close() error { return nil }
 
-// Whatever a person does with a PIN prompt but to give the PIN, the next one waits.
+// When a person answers a PIN prompt without a PIN, the next prompt waits.
 func TestAttack10PINPrompts(t *testing.T) {
 	errCancelled := pin.ErrCancelled
 	for name, test := range map[string]struct {

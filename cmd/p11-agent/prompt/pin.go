@@ -4,6 +4,7 @@ import (
 	"cmp"
 	"context"
 	"errors"
+
 	"p11-agent/agent/request"
 	"p11-agent/cmd/p11-agent/output"
 	"p11-agent/pinentry"
@@ -42,7 +43,7 @@ func (a *Asker) Ask(ctx context.Context, about pin.Request) (pin.Dialogue, error
 		// The reader asks, but not for a client in a pause.
 		err = waiting.Ask(ctx, waiting.Question{Ask: func(context.Context) error { return nil }})
 	} else {
-		// Without a place there is nothing to begin with.
+		// Without a place the dialogue fails now.
 		err = first.ask(ctx, func(context.Context, *pinentry.Dialogue) error { return nil })
 	}
 	if err != nil {
@@ -52,7 +53,7 @@ func (a *Asker) Ask(ctx context.Context, about pin.Request) (pin.Dialogue, error
 	return d, nil
 }
 
-// note keeps the list of the dialogues that are open.
+// note keeps the list of open dialogues.
 func (a *Asker) note(d *pinDialogue, open bool) {
 	a.mu.Lock()
 	defer a.mu.Unlock()
@@ -63,15 +64,15 @@ func (a *Asker) note(d *pinDialogue, open bool) {
 	}
 }
 
-// pinDialogue asks about the PIN of a token: for the PIN where the person is, and for
-// consent where the client has no say.
+// A pinDialogue asks about the PIN of a token: for the PIN where the client runs, and for
+// consent to the last try where the client has no say.
 type pinDialogue struct {
 	pins, consent *prompter
 	about         pin.Request
-	quiet         bool // the client tells by itself what to do at the reader
+	quiet         bool // the client tells the person to use the reader
 }
 
-// description is for the one who is asked, below the first line.
+// description returns the lines below the first line of a prompt.
 func (d *pinDialogue) description(ctx context.Context) string {
 	use, t := request.UseFrom(ctx), d.about.Token
 	lines := []string{KeyLine(t, d.about.Label, d.about.Key, d.about.ID, use), TokenLine(t, d.about.Reader)}
@@ -85,6 +86,7 @@ func (d *pinDialogue) description(ctx context.Context) string {
 	return about(UseLines(use), lines, []string{Requester(request.PeerFrom(ctx))})
 }
 
+// PIN asks for the PIN.
 func (d *pinDialogue) PIN(ctx context.Context, problem string) (typed *secret.Secret, err error) {
 	err = d.pins.ask(ctx, func(ctx context.Context, on *pinentry.Dialogue) (err error) {
 		typed, err = on.PIN(ctx, pinentry.Prompt{
@@ -101,6 +103,7 @@ func (d *pinDialogue) PIN(ctx context.Context, problem string) (typed *secret.Se
 	return typed, err
 }
 
+// LastTry asks whether to use the last try.
 func (d *pinDialogue) LastTry(ctx context.Context, problem string) (yes bool, err error) {
 	if problem != "" {
 		problem += "\n"
@@ -122,6 +125,7 @@ func (d *pinDialogue) LastTry(ctx context.Context, problem string) (yes bool, er
 	return yes && err == nil, err
 }
 
+// Notice tells the person to type the PIN on the reader, until ctx ends.
 func (d *pinDialogue) Notice(ctx context.Context) error {
 	if d.quiet {
 		return waiting.Ask(ctx, waiting.Question{Ask: func(ctx context.Context) error {
@@ -129,7 +133,7 @@ func (d *pinDialogue) Notice(ctx context.Context) error {
 			return ctx.Err()
 		}})
 	}
-	// It does not move: what is typed on the reader would be lost.
+	// The notice does not move: the reader would lose what the person types.
 	err := d.pins.askFor(ctx, 0, func(ctx context.Context, on *pinentry.Dialogue) error {
 		return on.Message(ctx, pinentry.Prompt{
 			Title:       "p11-agent",
@@ -142,6 +146,7 @@ func (d *pinDialogue) Notice(ctx context.Context) error {
 	return err
 }
 
+// Close ends the prompts.
 func (d *pinDialogue) Close() error {
 	d.pins.note(d, false)
 	d.pins.close()

@@ -66,7 +66,7 @@ func TestFixedTerminal(t *testing.T) {
 					continue
 				}
 			}
-			if err == nil || !strings.Contains(err.Error(), "is not the terminal any more") {
+			if err == nil || !strings.Contains(err.Error(), "is another terminal than") {
 				t.Errorf("another terminal with that name: %v", err)
 			}
 			return

@@ -6,25 +6,24 @@ import (
 	"errors"
 	"fmt"
 	"os"
+	"strings"
+
 	"p11-agent/agent/peer"
 	"p11-agent/pinentry"
-	"strings"
 )
 
-// location is somewhere to ask, or would be.
+// A location is a place where a prompt may appear.
 type location struct {
 	pinentry.Place
 	name string // for people
-	// key is the same for places that are.
-	key any
-	// spot is the same for places that a person cannot look at apart; nil for one
-	// that is at no display or terminal.
+	key  any    // equal keys: the same place
+	// spot is equal for places on one screen or terminal. It is nil for a place on neither.
 	spot  any
-	close func()
+	close func() // nil: nothing to release
 }
 
-// finder looks for a place. Its error says why there is none, and names what was
-// looked for; nil and nil is one that another finder has spoken of.
+// A finder looks for a place. Its error names the place, and says why it is missing. Nil and
+// nil: the error of another finder says so already.
 type finder func(context.Context) (*location, error)
 
 func (c *prompter) clientDisplay(context.Context) (*location, error) {
@@ -99,8 +98,8 @@ func (c *prompter) ownTerminal(context.Context) (*location, error) {
 	return c.onTerminal(t.File, t.Check, t.Close, c.own, name)
 }
 
-// unforwarded refuses terminals to requests that were forwarded: an ssh that
-// reads from any of them may be behind the request.
+// unforwarded refuses a terminal for a forwarded request: the ssh that forwards it may read
+// from that terminal.
 func (c *prompter) unforwarded(name string) error {
 	if c.caller == nil || c.caller.Forwarded {
 		return fmt.Errorf("%s: the request was forwarded", name)
@@ -120,8 +119,8 @@ func (c *prompter) askpass(context.Context) (*location, error) {
 	return at, nil
 }
 
-// onDisplay makes a place of a display. It has no terminal: a pinentry without
-// the display would take it in its stead, unchecked.
+// onDisplay returns a display as a place. The place has no terminal: a pinentry that cannot use
+// the display would use the terminal, which is not checked.
 func (c *prompter) onDisplay(e peer.Environment, who string) (*location, error) {
 	name := cmp.Or(e.WaylandDisplay, e.Display)
 	if name == "" {
@@ -138,7 +137,7 @@ func (c *prompter) onDisplay(e peer.Environment, who string) (*location, error) 
 	return at, nil
 }
 
-// onTerminal makes a place of a terminal, and nothing but that.
+// onTerminal returns a terminal as a place, without a display.
 func (c *prompter) onTerminal(tty *os.File, check func() error, closeTTY func(), e peer.Environment, name string) (*location, error) {
 	key, err := statTerminal(tty)
 	if err != nil {
@@ -156,7 +155,7 @@ func (c *prompter) onTerminal(tty *os.File, check func() error, closeTTY func(),
 	}, nil
 }
 
-// noPlaceError lists what was tried in vain.
+// A noPlaceError lists the places that cannot show the question.
 type noPlaceError struct {
 	tried []error
 	hint  string
@@ -167,7 +166,7 @@ func (e *noPlaceError) Error() string {
 	for _, err := range e.tried {
 		all = append(all, err.Error())
 	}
-	// What to do comes before the details: a notification shows little more.
+	// The next step comes before the details: a notification cuts the rest.
 	return fmt.Sprintf("%v. %s. Tried: %s", pinentry.ErrNoPrompt, e.hint, strings.Join(all, "; "))
 }
 

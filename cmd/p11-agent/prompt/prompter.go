@@ -4,36 +4,51 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"slices"
+	"sync/atomic"
+	"time"
+
 	"p11-agent/agent/peer"
 	"p11-agent/agent/request"
 	"p11-agent/pinentry"
 	"p11-agent/pinentry/waiting"
-	"slices"
-	"sync/atomic"
-	"time"
 )
 
-// prompter asks one thing after the other at the first place that can. It is
-// for one goroutine at a time.
+// A prompter asks the questions about one thing, one after the other, at the first place that
+// can show them. One goroutine at a time uses it.
 type prompter struct {
 	*Asker
-	what    string // is asked, for clients that wait: "the PIN of the token work"
-	consent bool   // a yes is wanted: the client has no say where
-	hint    string // what to do when nobody can be asked
+	what    string // the thing, for clients that wait: "the PIN of the token work"
+	consent bool   // the questions are for consent: the client has no say where
+	hint    string // the next step when no place can show the question
 
-	shown atomic.Pointer[location]      // while a question is open; read by any goroutine
-	told  map[*request.Caller]*location // the client was told of; for the goroutine of waiting.Ask
+	shown atomic.Pointer[location] // the place of the open question; any goroutine reads it
+	// told has the place that each waiting client knows of. The goroutine of waiting.Ask uses it.
+	told map[*request.Caller]*location
 	recipient
 }
 
-// ask has a question asked. Of several who wait for the answer it is the one who
-// has waited longest that is asked; it moves to the next when that one leaves, has
-// no place, or does not answer in its turn.
+// A recipient is the client whose person sees the questions.
+type recipient struct {
+	started bool
+	caller  *request.Caller
+	desk    *peer.Desk // of the caller; nil: not looked at yet
+	display *location  // the first display that was found
+	finders []finder   // not tried yet
+	seen    []any      // keys of the places that were tried
+	tried   []error    // why each place failed
+	at      *location  // the place of the dialogue
+	d       *pinentry.Dialogue
+}
+
+// ask shows a question and returns its error. When several clients wait for the answer, it
+// asks the person of the client that waits longest. The question moves to the next client when
+// that client leaves, has no place, or gets no answer in its turn.
 func (c *prompter) ask(ctx context.Context, question func(context.Context, *pinentry.Dialogue) error) error {
 	return c.askFor(ctx, c.turn.get(), question)
 }
 
-// askFor is ask with another turn; 0: the question stays until it is answered.
+// askFor is ask with another turn. With 0 the question stays until its answer.
 func (c *prompter) askFor(ctx context.Context, turn time.Duration, question func(context.Context, *pinentry.Dialogue) error) error {
 	return waiting.Ask(ctx, waiting.Question{
 		Ask: func(ctx context.Context) error {
@@ -60,7 +75,7 @@ func (c *prompter) askFor(ctx context.Context, turn time.Duration, question func
 	})
 }
 
-// begin starts anew, with somebody else.
+// begin starts anew for another client.
 func (c *prompter) begin(caller *request.Caller) {
 	if c.started {
 		c.log.Info("the prompt moves to the next client that waits for it", "prompt", c.what)
@@ -79,8 +94,8 @@ func (c *prompter) begin(caller *request.Caller) {
 	}
 }
 
-// other returns where another client that waits would be asked first; nil: nowhere
-// that a person could look at. done gives the place back.
+// other returns the first place for another client that waits. It returns nil when that client
+// has no place that a person looks at. done releases the place.
 func (c *prompter) other(ctx context.Context) (at *location, done func()) {
 	o := &prompter{Asker: c.Asker, consent: c.consent}
 	o.begin(request.CallerFrom(ctx))
@@ -99,12 +114,12 @@ func (c *prompter) other(ctx context.Context) (at *location, done func()) {
 	return nil, func() {}
 }
 
-// takes tells whether the prompt can go to another client that waits: it would be asked
-// at a place of its own, or need not be asked.
+// takes tells whether the prompt can move to another client that waits: the client has a place
+// of its own, or has given its answer.
 func (c *prompter) takes(o waiting.Other) bool {
 	now := c.shown.Load()
 	if now == nil {
-		return false // it is on its way from one place to the next
+		return false // the prompt is between two places
 	}
 	if o.Answered {
 		return true
@@ -114,8 +129,8 @@ func (c *prompter) takes(o waiting.Other) bool {
 	return at != nil && at.spot != now.spot
 }
 
-// tell tells another client that waits where the prompt is: in its terminal if it has
-// one, or else at the desktop.
+// tell says to another client that waits where the prompt is: in the client's terminal, or at
+// the desktop when the client has no terminal.
 func (c *prompter) tell(o waiting.Other) {
 	ctx := o.Context
 	now, caller := c.shown.Load(), request.CallerFrom(ctx)
@@ -125,7 +140,7 @@ func (c *prompter) tell(o waiting.Other) {
 	at, done := c.other(ctx)
 	defer done()
 	if at == nil && now.spot == nil || at != nil && at.spot == now.spot {
-		return // it would be asked there, too
+		return // the client has the same place
 	}
 	if c.told == nil {
 		c.told = make(map[*request.Caller]*location)
@@ -148,7 +163,7 @@ func (c *prompter) tell(o waiting.Other) {
 	}
 }
 
-// find makes sure that there is a dialogue.
+// find opens a dialogue at the next place that can show questions, unless one is open.
 func (c *prompter) find(ctx context.Context) error {
 	for c.d == nil {
 		if len(c.finders) == 0 {
@@ -161,7 +176,7 @@ func (c *prompter) find(ctx context.Context) error {
 			return ctx.Err()
 		}
 		if err != nil {
-			c.log.Debug("this is no place to ask", "reason", err)
+			c.log.Debug("cannot ask at this place", "reason", err)
 			c.tried = append(c.tried, err)
 			continue
 		}
@@ -190,12 +205,13 @@ func (c *prompter) find(ctx context.Context) error {
 	return nil
 }
 
+// giveUp notes why a place failed.
 func (c *prompter) giveUp(name string, err error) {
 	c.log.Info("cannot ask here, trying the next place", "place", name, "reason", err)
 	c.tried = append(c.tried, fmt.Errorf("%s: %w", name, err))
 }
 
-// leave ends the dialogue.
+// leave ends the dialogue and releases its place.
 func (c *prompter) leave() {
 	if c.d != nil {
 		_ = c.d.Close() // never fails
@@ -215,7 +231,7 @@ func (c *prompter) close() {
 	}
 }
 
-// client looks where the client is, once.
+// client returns where the client is. It looks once.
 func (c *prompter) client() *peer.Desk {
 	if c.desk == nil {
 		var p peer.Peer // unknown
@@ -225,17 +241,4 @@ func (c *prompter) client() *peer.Desk {
 		c.desk = p.Desk()
 	}
 	return c.desk
-}
-
-// recipient is what is known of the client whose person is asked.
-type recipient struct {
-	started bool
-	caller  *request.Caller
-	desk    *peer.Desk // the caller's; nil when it was not looked at
-	display *location  // the first that was found
-	finders []finder   // that are left
-	seen    []any      // keys of places that were tried
-	tried   []error    // why each was of no use
-	at      *location  // where it is
-	d       *pinentry.Dialogue
 }

@@ -7,11 +7,11 @@ import (
 	"golang.org/x/sys/unix"
 )
 
-// terminalID tells a terminal from another.
+// A terminalID is equal for one terminal.
 type terminalID struct{ dev, rdev uint64 }
 
-// terminalState is a terminal at a time: when it is gone and another one has its
-// number, the change is another.
+// A terminalState is a terminal at a time. When a new terminal gets the number of a former one,
+// the time of the change differs.
 type terminalState struct {
 	terminal terminalID
 	change   unix.Timespec
@@ -25,15 +25,14 @@ func statTerminal(tty *os.File) (terminalState, error) {
 	return terminalState{terminalID{st.Dev, st.Rdev}, st.Ctim}, nil
 }
 
-// fixedTerminal is a terminal that is known by its name, and by what was there
-// when the agent started.
+// A fixedTerminal is the terminal that had a name when the agent started.
 type fixedTerminal struct {
 	name  string
 	state terminalState
 	err   error
 }
 
-// open opens the terminal if it is still the same.
+// open opens the terminal, unless another terminal has the name now.
 func (f *fixedTerminal) open() (*os.File, error) {
 	if f.err != nil {
 		return nil, f.err
@@ -44,7 +43,7 @@ func (f *fixedTerminal) open() (*os.File, error) {
 	}
 	state, err := statTerminal(tty)
 	if err == nil && state != f.state {
-		err = fmt.Errorf("%s is not the terminal any more that it was when the agent started", f.name)
+		err = fmt.Errorf("%s is another terminal than when the agent started", f.name)
 	}
 	if err != nil {
 		_ = tty.Close()
@@ -53,6 +52,7 @@ func (f *fixedTerminal) open() (*os.File, error) {
 	return tty, nil
 }
 
+// fixTerminal notes which terminal has a name now.
 func fixTerminal(name string) fixedTerminal {
 	f := fixedTerminal{name: name}
 	if name == "" {
@@ -67,8 +67,7 @@ func fixTerminal(name string) fixedTerminal {
 	return f
 }
 
-// openTerminal opens a terminal without waiting for anything, such as a serial
-// line's carrier.
+// openTerminal opens a terminal without waiting, for the carrier of a serial line for example.
 func openTerminal(name string) (*os.File, error) {
 	fd, err := unix.Open(name, unix.O_RDWR|unix.O_NOCTTY|unix.O_NONBLOCK|unix.O_CLOEXEC, 0)
 	if err != nil {

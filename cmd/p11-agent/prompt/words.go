@@ -15,15 +15,13 @@ import (
 	"p11-agent/token/wire"
 )
 
-// What prompts and notifications say of a request. The lines that a person needs
-// to judge it come first, as a long text loses its end: pinentry takes some 990
-// bytes.
+// This file has the lines that prompts and notifications show of a request. The lines that a
+// person needs for the decision come first: pinentry cuts a text after some 990 bytes.
 
-// maxWords bounds a line of them, in bytes.
+// maxWords limits a line, in bytes.
 const maxWords = 200
 
-// about joins lines. Each stays one, whatever is in it: a label must not make
-// another that says what the key is for.
+// about joins lines. Each stays one line: a label cannot add a line about the use of the key.
 func about(lines ...[]string) string {
 	var b strings.Builder
 	for i, line := range slices.Concat(lines...) {
@@ -35,11 +33,10 @@ func about(lines ...[]string) string {
 	return b.String()
 }
 
-// maxNamed bounds what is shown of a label, in bytes, so that it begins and ends
-// in one line of a terminal of the usual width.
+// maxNamed limits a label, in bytes, so that it fits into one line of a usual terminal.
 const maxNamed = 48
 
-// UseLines says what the key is used for; nothing where that is not known.
+// UseLines returns the lines about the use of a key, or nil when the use is not known.
 func UseLines(use *request.Use) []string {
 	if use == nil {
 		return nil
@@ -47,8 +44,7 @@ func UseLines(use *request.Use) []string {
 	return use.Lines()
 }
 
-// TokenLine names a token. reader is where the token is, when another token of the same
-// name is there as well.
+// TokenLine names a token. reader is its reader when another token has the same name, or "".
 func TokenLine(t wire.TokenID, reader string) string {
 	serial := cmp.Or(plain.Name(t.Serial, maxNamed), "unknown")
 	if reader != "" {
@@ -57,7 +53,7 @@ func TokenLine(t wire.TokenID, reader string) string {
 	return fmt.Sprintf("Token: %s (serial %s)", cmp.Or(plain.Name(t.Label, maxNamed), "without label"), serial)
 }
 
-// moduleLines name the module that gets the PIN, where the person needs to know it.
+// moduleLines name the module that gets the PIN, when the person needs to know it.
 func moduleLines(about pin.Request) (lines []string) {
 	if about.Module == "" {
 		return nil
@@ -80,10 +76,10 @@ func moduleLines(about pin.Request) (lines []string) {
 	return lines
 }
 
-// Requester says which programs a request comes from, nearest first. They say of
-// themselves what they are called, so a name that could pass for two is quoted.
+// Requester names the programs that a request comes from, nearest first. Programs choose their
+// names, so Requester quotes a name that could pass for two.
 func Requester(p peer.Peer) string {
-	text := p.String() // where nothing is known of programs
+	text := p.String() // when no program is known
 	if p.Known && len(p.Chain) > 0 {
 		var programs []string
 		for _, link := range p.Chain {
@@ -100,7 +96,7 @@ func Requester(p peer.Peer) string {
 	return "Requested by (unverified): " + text
 }
 
-// PINOf names the PIN that is asked for, in the first line of a prompt.
+// PINOf names the PIN of a token, in the first line of a prompt.
 func PINOf(t wire.TokenID) string {
 	if t.Label == "" {
 		return "the PIN of a token without label"
@@ -108,8 +104,8 @@ func PINOf(t wire.TokenID) string {
 	return "the PIN of token " + plain.QuotedName(t.Label, maxNamed)
 }
 
-// useOf says what a confirmation is about, in the first line of a prompt. A line of its
-// own names the key.
+// useOf names the use of a key, in the first line of a question for consent. Another line names
+// the key.
 func useOf(k request.Key) string {
 	key, ok := k.(*token.Key)
 	switch {
@@ -121,13 +117,12 @@ func useOf(k request.Key) string {
 	return "the use of this key of token " + plain.QuotedName(key.Token().Label, maxNamed)
 }
 
-// FewerTries is said where a token tells that the last PIN it was given was wrong. The
-// question about the last try has words of its own.
+// FewerTries is the line for a token that reports a wrong PIN. The question about the last try
+// has its own words.
 const FewerTries = "A wrong PIN was entered earlier; fewer attempts remain."
 
-// KeyLine names the key of a request to a person who sees the token as well: by
-// its configured name, or by what is on the token. The serial number is with the
-// token, and so left out of the URI.
+// KeyLine names the key of a request: by its configured name, or by label and URI. The URI has
+// no serial number, because TokenLine has it.
 func KeyLine(t wire.TokenID, label, uri string, id []byte, use *request.Use) string {
 	if use != nil && use.Comment != uri {
 		return commentLine(use.Comment)
@@ -139,12 +134,11 @@ func KeyLine(t wire.TokenID, label, uri string, id []byte, use *request.Use) str
 	return "Key: " + key
 }
 
-// commentLine names a key by its comment, which the client that has added the key has
-// chosen.
+// commentLine names a key by its comment. The client that adds a key chooses the comment.
 func commentLine(comment string) string { return "Key: " + plain.Name(comment, maxWords) }
 
-// labelledLine is commentLine for a key that may be on a token. A comment that is the URI
-// does not have the label of the key.
+// labelledLine is commentLine for a key that may be on a token. It adds the label when the
+// comment is the URI.
 func labelledLine(k request.Key, comment string) string {
 	if key, ok := k.(*token.Key); ok && key.Label() != "" && comment == key.URI() {
 		return "Key: " + plain.Name(key.Label(), maxNamed) + ", " + comment
