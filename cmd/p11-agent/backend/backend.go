@@ -51,7 +51,7 @@ type Modules struct {
 
 // Open starts the modules and returns at once. The caller calls Close.
 func Open(c *config.File, o Options) *Modules {
-	m := newPlan(c, o.Log)
+	m := newPlan(c, loadRegistry(c, o.Log), o.Log)
 	return &Modules{
 		Store: token.Open(token.Options{
 			Modules:    m.specs,

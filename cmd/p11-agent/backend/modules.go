@@ -23,8 +23,8 @@ type plan struct {
 	log     *slog.Logger
 }
 
-// newPlan reads p11-kit's registry and applies the configuration to it.
-func newPlan(c *config.File, log *slog.Logger) *plan {
+// loadRegistry reads p11-kit's registry, and logs its mistakes.
+func loadRegistry(c *config.File, log *slog.Logger) registry.Result {
 	reg := registry.Load(registry.Options{
 		Dirs: registry.DefaultDirs(os.LookupEnv, os.Geteuid()), Program: registry.Program, Log: log,
 		ServerAddresses: c.ServerAddresses(),
@@ -36,6 +36,11 @@ func newPlan(c *config.File, log *slog.Logger) *plan {
 		// A mistake in the configuration has its own warning.
 		log.Debug("the user's own module configuration is not used", "reason", reg.NoUser)
 	}
+	return reg
+}
+
+// newPlan applies the configuration to the registry.
+func newPlan(c *config.File, reg registry.Result, log *slog.Logger) *plan {
 	m := &plan{log: log}
 	tables := make(map[string]config.ModuleTable)
 	for _, table := range c.Modules {
