@@ -317,7 +317,7 @@ func TestDemoInterrupted(t *testing.T) {
 	}
 }
 
-// TestDemoUnread has a demo that nobody reads to its end, as with "| head".
+// TestDemoUnread has a demo whose reader ends early, as with "| head".
 func TestDemoUnread(t *testing.T) {
 	t.Parallel()
 	needPrograms(t, append(demoPrograms, "tmux", "pinentry-curses")...)

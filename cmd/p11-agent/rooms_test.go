@@ -116,7 +116,7 @@ var rooms = []room{
 	{"cmd/p11-agent/files", []string{renameio}, "a leaf: what the files hold is decided elsewhere"},
 	{
 		"cmd/p11-agent/listing",
-		[]string{"agent/request", "cmd/p11-agent/advice", "cmd/p11-agent/backend", "cmd/p11-agent/config", "cmd/p11-agent/named", "cmd/p11-agent/output", "cmd/p11-agent/status", xssh, "pinentry/plain", "token", "token/pkcs11uri", "token/wire"},
+		[]string{"cmd/p11-agent/advice", "cmd/p11-agent/backend", "cmd/p11-agent/config", "cmd/p11-agent/named", "cmd/p11-agent/output", "cmd/p11-agent/status", xssh, "pinentry/plain", "token", "token/pkcs11uri", "token/wire"},
 		"tokens and keys are listed without a running agent",
 	},
 	{"cmd/p11-agent/named", []string{"cmd/p11-agent/exit", "cmd/p11-agent/output", "token", "token/pkcs11uri"}, "it reads names, and knows no command"},

@@ -41,8 +41,8 @@ const (
 // configuration.
 const sshConfig = "p11-agent/ssh_config"
 
-// systemName matches the names that an agent of the system can have: systemd writes
-// them as they are, and none is a path.
+// systemName matches the names that an agent of the system can have. systemd writes such a
+// name as it is, and such a name is not a path.
 var systemName = regexp.MustCompile(`^[A-Za-z0-9_][A-Za-z0-9_.]{0,63}$`)
 
 // ValidName tells whether an agent of the system can have this name.
@@ -59,8 +59,8 @@ type file struct {
 type Target struct {
 	// System is the name of an agent of the system; empty: the agent of this user.
 	System string
-	// ConfigHome is the directory of the user's configuration, an absolute path. Empty:
-	// there is none. An agent of the system does not need it.
+	// ConfigHome is the directory of the user's configuration, an absolute path. An
+	// agent of the system does not need it.
 	ConfigHome string
 	// Socket is the path of the socket of the user's agent. Empty: systemd does not know
 	// this session.

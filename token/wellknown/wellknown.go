@@ -30,7 +30,7 @@ const (
 type module struct {
 	kind           Kind
 	files          []string // each a part of the names of its files
-	debian, fedora string   // the packages that bring it
+	debian, fedora string   // the packages that bring it; empty: installing it helps nothing
 	smartCards     bool
 }
 
@@ -43,8 +43,8 @@ var table = []module{
 	{TPM2, []string{"tpm2_pkcs11"}, "libtpm2-pkcs11-1", "tpm2-pkcs11", false},
 	{OpenCryptoki, []string{"opencryptoki", "PKCS11_API"}, "opencryptoki", "opencryptoki", false},
 	{NSS, []string{"libsoftokn"}, "libnss3", "nss-softokn", false},
-	{GNOMEKeyring, []string{"gnome-keyring-pkcs11"}, "gnome-keyring-pkcs11", "gnome-keyring", false},
-	{P11Kit, []string{"p11-kit"}, "p11-kit-modules", "p11-kit", false},
+	{GNOMEKeyring, []string{"gnome-keyring-pkcs11"}, "", "", false},
+	{P11Kit, []string{"p11-kit"}, "", "", false},
 }
 
 // KindOf returns the kind of the module in this file. Only the last element of path counts.
@@ -73,7 +73,8 @@ func (k Kind) row() module {
 func (k Kind) SmartCards() bool { return k.row().smartCards }
 
 // Packages returns the names of the packages that bring the module, in Debian and in
-// Fedora. They are empty for Other.
+// Fedora. They are empty when no package helps: for Other, and for modules that show what
+// the agent uses anyway.
 func (k Kind) Packages() (debian, fedora string) {
 	m := k.row()
 	return m.debian, m.fedora

@@ -22,6 +22,9 @@ func TestKindOf(t *testing.T) {
 	if debian, fedora := SoftHSM.Packages(); debian != "softhsm2" || fedora != "softhsm" {
 		t.Errorf("SoftHSM is in the packages %q and %q", debian, fedora)
 	}
+	if debian, _ := P11Kit.Packages(); debian != "" {
+		t.Errorf("the package %s brings p11-kit's proxy, which the agent does not use", debian)
+	}
 	if debian, _ := Other.Packages(); debian != "" || Other.Sandboxed() || Spy.Sandboxed() || !YKCS11.SmartCards() || SoftHSM.SmartCards() {
 		t.Error("a module has what another one has")
 	}

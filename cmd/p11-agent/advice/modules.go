@@ -33,7 +33,7 @@ func InstallModule(path string) string {
 
 // SwitchOff returns the step that has the agent do without a module.
 func SwitchOff(module string) string {
-	return fmt.Sprintf("to do without it, write into the configuration:\n[[module]]\nname = %q\nenabled = false", module)
+	return fmt.Sprintf("to do without the module, write into the configuration:\n[[module]]\nname = %q\nenabled = false", module)
 }
 
 // missingLibrary is what dlerror(3) of glibc and musl says of a library that
@@ -43,8 +43,8 @@ var missingLibrary = regexp.MustCompile(`(?:^|: )([^ :/]+\.so[^ :/]*): cannot op
 // StartServer is the step that gives p11-kit-client.so a server.
 const StartServer = "start its server: p11-kit server --provider MODULE 'pkcs11:token=NAME'"
 
-// module adds what helps against the error of a module. A return value alone says little,
-// so module looks at what the module needs.
+// module adds the steps that help against the error of a module. A return value alone says
+// little, so module looks at what the module needs.
 func (s *steps) module(m token.ModuleStatus) {
 	text := m.Err.Error()
 	we, _ := errors.AsType[*wire.Error](m.Err)
@@ -66,11 +66,11 @@ func (s *steps) module(m token.ModuleStatus) {
 	case strings.Contains(text, "wrong ELF class"), strings.Contains(text, "cannot open shared object file: No such file"):
 		s.add("install the module for this program's architecture")
 	case strings.Contains(text, "; its command \""):
-		s.add("try the command of remote: in the module's file by itself, with </dev/null behind it").add("%s", SwitchOff(m.Name))
+		s.add("run the command after remote: in the module's file by hand, with </dev/null").add("%s", SwitchOff(m.Name))
 	case strings.Contains(text, "; its server cannot be reached"):
 		s.add("%s", StartServer).add("%s", SwitchOff(m.Name))
 	case strings.Contains(text, "did not answer"):
-		s.add("if its token is slow, give it more time in the configuration:\n[[module]]\nname = %q\ntimeout = \"2m\"", m.Name).
+		s.add("if the token is slow, give the module more time in the configuration:\n[[module]]\nname = %q\ntimeout = \"2m\"", m.Name).
 			add("%s", SwitchOff(m.Name))
 	case kind == wellknown.SoftHSM && we != nil:
 		s.softHSM()
@@ -85,19 +85,19 @@ func (s *steps) module(m token.ModuleStatus) {
 	case kind == wellknown.NSS && we != nil:
 		s.add("tell the module where its database is, in the configuration:\n[[module]]\nname = %q\ninit-args = \"configdir='sql:%s/.pki/nssdb'\"", m.Name, os.Getenv("HOME"))
 	case kind == wellknown.Spy && strings.Contains(text, "PKCS11SPY"):
-		s.add("tell it which module it is to watch, in the configuration:\n[[module]]\nname = %q\nenv = { PKCS11SPY = \"/path/to/module.so\" }", m.Name)
+		s.add("tell pkcs11-spy which module to watch, in the configuration:\n[[module]]\nname = %q\nenv = { PKCS11SPY = \"/path/to/module.so\" }", m.Name)
 	case strings.Contains(text, "no function C_GetFunctionList"):
 		s.add("name a PKCS#11 module in path: this file is another library").add("%s", SwitchOff(m.Name))
 	case we != nil && we.RV == wire.CKRGeneralError:
-		s.add("look whether the module finds its own configuration and may read it, and which variable names that: set it with env in its [[module]] table")
+		s.add("check that the module finds its own configuration and may read it; if a variable names the file, set it with env in the [[module]] table")
 	default:
 		s.add("%s", SwitchOff(m.Name))
 	}
 }
 
 // openCryptoki finds out why openCryptoki does not start: its daemon does not run, or the
-// user is not in its group. /etc/group counts, not what the process has (openCryptoki,
-// usr/lib/api/shrd_mem.c).
+// user is not in its group. It looks at /etc/group, not at the groups of the process
+// (openCryptoki, usr/lib/api/shrd_mem.c).
 func (s *steps) openCryptoki() {
 	locks := "/var/lock/opencryptoki"
 	socket := "/run/pkcsslotd.socket"
@@ -116,8 +116,8 @@ func (s *steps) openCryptoki() {
 	}
 }
 
-// softHSM finds out why SoftHSM does not start: it cannot read its
-// configuration or its directory of tokens.
+// softHSM finds out why SoftHSM does not start: it cannot read its configuration or its
+// directory of tokens.
 func (s *steps) softHSM() {
 	variable, named := os.LookupEnv("SOFTHSM2_CONF")
 	file := wellknown.SoftHSMConfig(variable, os.Getenv("HOME"))
@@ -126,7 +126,7 @@ func (s *steps) softHSM() {
 	dir, err := wellknown.SoftHSMTokens(file)
 	switch {
 	case err != nil && named:
-		s.add("SOFTHSM2_CONF names %s, which cannot be read (%v): set it right, or unset it", file, errors.Unwrap(err))
+		s.add("SOFTHSM2_CONF names %s, which cannot be read (%v): correct or unset the variable", file, errors.Unwrap(err))
 	case err != nil:
 		s.add("%s", joinGroup("softhsm", file)).add("or use tokens of your own:\n%s", own)
 	case dir != "" && unix.Access(dir, unix.F_OK) != nil && os.Geteuid() != 0 && unix.Access(filepath.Dir(dir), unix.X_OK) != nil,
@@ -139,7 +139,7 @@ func (s *steps) softHSM() {
 	}
 }
 
-// tpmDevice is how programs share a TPM.
+// tpmDevice is the device through which programs share a TPM.
 const tpmDevice = "/dev/tpmrm0"
 
 // tcti returns the name of the TPM that the module uses in place of this machine's own.
@@ -153,12 +153,12 @@ func NoTPM() bool {
 
 func (s *steps) tpm() {
 	if name := tcti(); name != "" {
-		s.add("TPM2_PKCS11_TCTI names %s, which does not answer: start it, or unset the variable to use %s", name, tpmDevice)
+		s.add("TPM2_PKCS11_TCTI names %s, which does not answer: start that TPM, or unset the variable to use %s", name, tpmDevice)
 		return
 	}
 	switch err := unix.Access(tpmDevice, unix.R_OK|unix.W_OK); {
 	case err == nil:
-		s.add("ls -la ~/.tpm2_pkcs11  # where it keeps its keys, unless TPM2_PKCS11_STORE says otherwise")
+		s.add("ls -la ~/.tpm2_pkcs11  # where the module keeps keys, unless TPM2_PKCS11_STORE names another directory")
 	default:
 		s.add("%s", joinGroup("tss", tpmDevice))
 	}
@@ -168,15 +168,15 @@ func (s *steps) tpm() {
 func joinGroup(group, what string) string {
 	g, err := user.LookupGroup(group)
 	if err != nil {
-		return fmt.Sprintf("ls -ld %s  # and have root let you in", output.ShellWord(what))
+		return fmt.Sprintf("ls -ld %s  # and ask root for access", output.ShellWord(what))
 	}
 	if u, err := user.Current(); err == nil {
 		ids, _ := u.GroupIds()
 		has, _ := os.Getgroups()
 		gid, _ := strconv.Atoi(g.Gid)
 		if slices.Contains(ids, g.Gid) && !slices.Contains(has, gid) {
-			return fmt.Sprintf("log out and in again: you have joined the group %s, which may use %s, since this session began", group, what)
+			return fmt.Sprintf("log out and in again: since this session began, you have joined the group %s, which may use %s", group, what)
 		}
 	}
-	return fmt.Sprintf("sudo usermod -aG %s \"$USER\"  # it may use %s; then log out and in again", group, what)
+	return fmt.Sprintf("sudo usermod -aG %s \"$USER\"  # the group may use %s; then log out and in again", group, what)
 }

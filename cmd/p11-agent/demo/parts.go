@@ -94,7 +94,7 @@ func (d *demo) openTerminal(ctx context.Context) bool {
 	out, err := d.command(ctx, d.tmux("display-message", "-p", "#{pane_tty}")).Output()
 	d.tty = strings.TrimSpace(string(out))
 	if err != nil || d.tty == "" {
-		return d.result(fmt.Errorf("ask tmux for its terminal: %w", cmp.Or(err, errors.New("it has none"))))
+		return d.result(fmt.Errorf("ask tmux for its terminal: %w", cmp.Or(err, errors.New("tmux has no terminal"))))
 	}
 	return true
 }

@@ -78,40 +78,40 @@ func findAgent(ctx context.Context, r *Group, a askedAgent) {
 	}
 }
 
-// judgeAgent says what is at a socket.
+// judgeAgent adds a finding about the agent at a socket.
 func judgeAgent(add func(string, ...any) *finding, r *Group, a probe.Agent, from string, lead func(*finding, probe.Agent)) {
 	var timeout interface{ Timeout() bool }
 	switch {
 	case errors.Is(a.Err, os.ErrNotExist):
 		lead(add("%s names %s, and there is no such socket: its agent has ended", from, a.Path), a)
 	case errors.Is(a.Err, unix.ECONNREFUSED), errors.Is(a.Err, unix.ENOTSOCK):
-		lead(add("%s names %s, and nobody answers there: its agent has ended and left the socket behind", from, a.Path), a)
+		lead(add("%s names %s, and no agent answers there: the agent has ended and left its socket behind", from, a.Path), a)
 	case errors.Is(a.Err, os.ErrPermission):
-		lead(add("%s names %s, which you may not use: it belongs to another user (after su or sudo, perhaps)", from, a.Path), a)
+		lead(add("%s names %s, which you may not use: the socket belongs to another user (after su or sudo, perhaps)", from, a.Path), a)
 	case errors.As(a.Err, &timeout) && timeout.Timeout():
-		lead(add("%s names %s, where %s takes the connection and does not answer: it hangs", from, a.Path, a.Who()), a)
+		lead(add("%s names %s, where %s takes the connection and does not answer", from, a.Path, a.Title()), a)
 	case a.Err != nil && !a.Own:
-		lead(add("%s names %s, where %s answers, and not as an agent does (%v)", from, a.Path, a.Who(), a.Err), a)
+		lead(add("%s names %s, where %s answers, and not as an agent does (%v)", from, a.Path, a.Title(), a.Err), a)
 	case a.Err != nil:
 		add("%s names %s, and the agent there does not list its keys: %v", from, a.Path, a.Err).
 			Next("%s", strings.TrimSuffix("tail ~/.local/state/p11-agent/agent.log; "+ifBooted("journalctl --user -u p11-agent -n 20"), "; "))
 	case a.Own && len(a.Keys) == 0:
-		r.warn("p11-agent answers at %s and lists no key: it is locked, or there is none to be used", a.Path).
-			Next("ssh-add -X  # unlocks it, if somebody has locked it with ssh-add -x").
+		r.warn("p11-agent answers at %s and lists no key: the agent is locked, or no key can be used", a.Path).
+			Next("ssh-add -X  # unlocks the agent, if it was locked with ssh-add -x").
 			Next("p11-agent list -v  # which keys there are, and why some are left out")
 	case a.Own && a.Old:
 		r.warn("p11-agent (process %d) answers at %s and is older than the program that is installed now", a.PID, a.Path).
-			Next("start it anew: %sp11-agent agent -k and start it as before", ifBooted("systemctl --user restart p11-agent.service, or "))
+			Next("restart the agent: %sp11-agent agent -k, and start it as before", ifBooted("systemctl --user restart p11-agent.service, or "))
 	case a.Own:
 		r.ok("p11-agent answers at %s and lists %s", a.Path, output.Count(len(a.Keys), "key"))
 	case a.HasTokenKeys():
-		r.ok("%s answers at %s, and has keys of tokens among its %s", a.Who(), a.Path, output.Count(len(a.Keys), "key"))
+		r.ok("%s answers at %s, and has keys of tokens among its %s", a.Title(), a.Path, output.Count(len(a.Keys), "key"))
 	default:
-		lead(add("ssh does not ask p11-agent but %s: %s names its socket, %s", a.Who(), from, a.Path), a)
+		lead(add("ssh does not ask p11-agent but %s: %s names its socket, %s", a.Title(), from, a.Path), a)
 	}
 }
 
-// leadToOwn adds how to get from another agent, or none, to ours.
+// leadToOwn adds the steps that lead from another agent, or from none, to p11-agent.
 func leadToOwn(ctx context.Context, f *finding, a probe.Agent, own, asked string) {
 	running := false
 	if own != "" && own != asked {
@@ -131,9 +131,9 @@ func leadToOwn(ctx context.Context, f *finding, a probe.Agent, own, asked string
 			f.Next("%s", installUnits)
 		}
 		if include := includeLine(); include != "" {
-			f.Next("in ~/.ssh/config, above everything else, so that ssh finds the agent whatever SSH_AUTH_SOCK says:\n%s", include)
+			f.Next("in ~/.ssh/config, above everything else, so that ssh finds the agent even when SSH_AUTH_SOCK names another one:\n%s", include)
 		} else if own != "" {
-			f.Next("in ~/.ssh/config, above everything else, so that ssh finds it whatever SSH_AUTH_SOCK says:\nHost *\n    %s", paths.IdentityAgent(own))
+			f.Next("in ~/.ssh/config, above everything else, so that ssh finds the agent even when SSH_AUTH_SOCK names another one:\nHost *\n    %s", paths.IdentityAgent(own))
 		}
 	}
 	for _, step := range a.SwitchOff() {

@@ -22,12 +22,12 @@ import (
 	"p11-agent/token/wellknown"
 )
 
-// sysUSB is where the kernel lists what is plugged in.
+// sysUSB is where the kernel lists USB devices.
 const sysUSB = "/sys/bus/usb/devices"
 
-// usbReaders returns the names of the readers of smart cards on USB: devices with
-// an interface of class 0x0b (Smart Card; USB, Device Class Definition for CCID).
-// Security keys that hold a smart card have one, too.
+// usbReaders returns the names of the readers of smart cards on USB. They have an interface
+// of class 0x0b (Smart Card; USB, Device Class Definition for CCID). Security keys with a
+// smart card have one, too.
 func usbReaders(sys string) []string {
 	files, err := filepath.Glob(filepath.Join(sys, "*:*", "bInterfaceClass"))
 	if err != nil {
@@ -50,20 +50,20 @@ func usbReaders(sys string) []string {
 	return names
 }
 
-// pcscd is what the service says of itself.
+// pcscd is the state of the service.
 type pcscd struct {
 	socket  string
 	readers []pcsc.Reader
 	clients pcsc.Connections
 	err     error
 	usb     []string
-	uid     int // who has asked: root is always let in
+	uid     int // of this process: pcscd admits root always
 }
 
 func askPCSCD(ctx context.Context) pcscd {
 	d := pcscd{socket: pcsc.Socket(os.Environ()), usb: usbReaders(sysUSB), uid: os.Geteuid()}
 	if d.readers, d.err = pcsc.Readers(ctx, d.socket); d.err == nil {
-		d.clients, _ = pcsc.Clients(ctx, d.socket) // who that is helps, and need not be known
+		d.clients, _ = pcsc.Clients(ctx, d.socket) // an error leaves the clients unknown
 	}
 	return d
 }
@@ -83,7 +83,7 @@ func findCards(ctx context.Context, r *Group, d pcscd, modules []token.ModuleSta
 		anyToken := slices.ContainsFunc(modules, func(m token.ModuleStatus) bool { return len(m.Tokens) > 0 })
 		f := r.add(map[bool]level{true: levelOK, false: levelWarning}[anyToken || !wanted], "pcscd runs, and no reader or security key is plugged in")
 		if f.level == levelWarning {
-			f.Next("plug it in; if it is, try another port, and see what the kernel says: sudo dmesg | tail")
+			f.Next("plug one in; if one is plugged in, try another port, and read the kernel's messages: sudo dmesg | tail")
 		}
 		return
 	}
@@ -101,18 +101,18 @@ func findCards(ctx context.Context, r *Group, d pcscd, modules []token.ModuleSta
 	}
 	for _, c := range slices.Concat(d.clients.Clients, d.clients.Suspects) {
 		if c.Name == "scdaemon" && !hasLine(gnupgFile("scdaemon.conf"), "pcsc-shared") {
-			r.warn("GnuPG's scdaemon (%d) is running, and takes cards for itself alone: the agent then waits in vain", c.PID).
+			r.warn("GnuPG's scdaemon (%d) is running, and does not share cards: the agent then cannot use them", c.PID).
 				Next("%s", shareStep())
 			break
 		}
 	}
 }
 
-// findDown says why pcscd does not answer.
+// findDown adds why pcscd does not answer.
 func (d pcscd) findDown(r *Group, wanted bool) {
 	bad := r.bad
 	if len(d.usb) == 0 {
-		bad = r.warn // there is nothing that it could show
+		bad = r.warn // without a reader, nothing is missing
 	}
 	plugged := ""
 	if len(d.usb) > 0 {
@@ -121,11 +121,11 @@ func (d pcscd) findDown(r *Group, wanted bool) {
 	var timeout interface{ Timeout() bool }
 	switch {
 	case errors.Is(d.err, pcsc.ErrRefused) && d.uid != 0:
-		r.bad("pcscd refuses to let you at the readers (polkit: only who sits at the machine is let in, and sessions of ssh, tmux, cron and lingering services do not count as that)").
+		r.bad("pcscd refuses you the readers (polkit admits a person at the machine only; sessions of ssh, tmux, cron and lingering services do not count)").
 			Next("%s", polkitRule()).
 			Next("%s", restartStep("polkit and pcscd", "polkit pcscd.socket", ""))
 	case errors.Is(d.err, pcsc.ErrRefused):
-		r.bad("pcscd hangs up before it has said a word").
+		r.bad("pcscd hangs up without an answer").
 			Next("%s", restartStep("pcscd", "pcscd.socket pcscd.service", "; journalctl -u pcscd -n 20"))
 	case errors.Is(d.err, pcsc.ErrLanguage):
 		r.bad("%v: pcscd and the libraries are of different versions", d.err).
@@ -133,13 +133,13 @@ func (d pcscd) findDown(r *Group, wanted bool) {
 			Next("in a container, use the same version of pcsc-lite as outside")
 	case errors.Is(d.err, os.ErrPermission):
 		r.bad("pcscd's socket %s may not be used by you", d.socket).
-			Next("ls -l %s  # it is to be open to all; in a sandbox (snap, flatpak), allow access to pcscd", output.ShellWord(d.socket))
+			Next("ls -l %s  # all users need access; in a sandbox (snap, flatpak), allow access to pcscd", output.ShellWord(d.socket))
 	case errors.Is(d.err, os.ErrNotExist), errors.Is(d.err, unix.ECONNREFUSED), errors.Is(d.err, unix.ENOTSOCK):
 		if !wanted && len(d.usb) == 0 {
 			r.ok("pcscd does not run, and no module needs it")
 			return
 		}
-		f := bad("pcscd does not run (nobody listens at %s), so no smart card and no security key can be seen%s", d.socket, plugged)
+		f := bad("pcscd does not run (no program listens at %s), so no smart card and no security key can be seen%s", d.socket, plugged)
 		if _, err := os.Stat("/usr/sbin/pcscd"); err != nil {
 			f.Next("%s", advice.Install("pcscd", "pcsc-lite"))
 		}
@@ -149,7 +149,7 @@ func (d pcscd) findDown(r *Group, wanted bool) {
 			f.Next("sudo pcscd  # systemd does not run here: have your system start pcscd")
 		}
 	case errors.As(d.err, &timeout) && timeout.Timeout():
-		r.bad("pcscd does not answer: it hangs, perhaps with a reader").
+		r.bad("pcscd does not answer, perhaps because of a reader").
 			Next("pull the reader out and put it in again, then: %s", restartStep("pcscd", "pcscd.socket pcscd.service", ""))
 	default:
 		r.bad("pcscd cannot be asked: %v", d.err).
@@ -157,7 +157,7 @@ func (d pcscd) findDown(r *Group, wanted bool) {
 	}
 }
 
-// polkitRule is the file that lets this user at the readers from everywhere.
+// polkitRule returns the step that gives this user the readers in every session.
 func polkitRule() string {
 	return fmt.Sprintf(`sudo tee /etc/polkit-1/rules.d/30-p11-agent.rules <<'END'
 polkit.addRule(function(action, subject) {
@@ -174,8 +174,8 @@ func (d pcscd) findExclusive(r *Group, reader pcsc.Reader) {
 	var who []string
 	gnupg := false
 	for _, c := range slices.Concat(d.clients.Clients, d.clients.Suspects) {
-		// A module process that has just been started is called "exe", and has what the
-		// doctor has open for a moment.
+		// A module process has the name "exe" at first, and has the doctor's files open
+		// for a moment.
 		if c.PID == os.Getpid() || c.Name == probe.Program || c.Name == "exe" {
 			continue
 		}
@@ -191,13 +191,13 @@ func (d pcscd) findExclusive(r *Group, reader pcsc.Reader) {
 	case gnupg:
 		f.Next("%s", shareStep())
 	case len(who) > 0:
-		f.Next("end that program, or have it share the card")
+		f.Next("end that program, or make it share the card")
 	default:
 		f.Next("sudo fuser -v %s  # shows who is connected with pcscd", output.ShellWord(d.socket))
 	}
 }
 
-// shareStep has scdaemon share cards.
+// shareStep returns the step that makes scdaemon share cards.
 func shareStep() string {
 	return fmt.Sprintf("echo pcsc-shared >>%s; gpgconf --kill scdaemon", output.ShellWord(gnupgFile("scdaemon.conf")))
 }
@@ -209,14 +209,14 @@ func gnupgFile(name string) string {
 	return filepath.Join(os.Getenv("HOME"), ".gnupg", name)
 }
 
-// hasLine tells whether a file of settings has this one.
+// hasLine tells whether a file of settings has this line.
 func hasLine(file, want string) bool {
 	b, err := os.ReadFile(file)
 	return err == nil && slices.ContainsFunc(strings.Split(string(b), "\n"), func(l string) bool { return strings.TrimSpace(l) == want })
 }
 
-// recognised tells whether a token is in a reader: the slots of OpenSC and ykcs11
-// have the reader's name, cut to 64 bytes, and something behind it sometimes.
+// recognised tells whether a module shows a token in a reader. Slots of OpenSC and ykcs11
+// have the name of the reader, cut to 64 bytes, and sometimes more text after it.
 func recognised(modules []token.ModuleStatus, reader string) bool {
 	reader = reader[:min(len(reader), 64)]
 	for _, m := range modules {
@@ -242,14 +242,14 @@ func (d pcscd) findUnknownCard(ctx context.Context, r *Group, reader pcsc.Reader
 		return
 	}
 	r.warn("the card in reader %q is recognised by no module: it is empty, of a kind that needs a module of its maker, or its chip is not touched (turn it round)", reader.Name).
-		Next("opensc-tool --reader %s --name  # what OpenSC makes of it", output.ShellWord(reader.Name))
+		Next("opensc-tool --reader %s --name  # what OpenSC knows about the card", output.ShellWord(reader.Name))
 }
 
-// refused tells whether polkit says no to this process, as far as it can be asked.
+// refused tells whether polkit refuses an action to this process.
 func refused(ctx context.Context, action string) bool {
 	s, err := probe.Run(ctx, "pkcheck", "--action-id", action, "--process", strconv.Itoa(os.Getpid()))
 	e, failed := errors.AsType[*exec.ExitError](s.Status)
-	// 1: not authorised, 2: only with a password, which pcscd does not ask for
-	// (pkcheck(1)). Where polkit cannot be asked it is 127.
+	// 1: not authorised; 2: only with a password, which pcscd does not ask for; 127: polkit
+	// does not answer (pkcheck(1)).
 	return err == nil && failed && (e.ExitCode() == 1 || e.ExitCode() == 2) && !strings.Contains(s.Err, "Error")
 }

@@ -74,7 +74,7 @@ func ExamineConfig(ctx context.Context, c *config.File, log *slog.Logger) Groups
 	defer b.Close()
 	return run(ctx, []Check{
 		{"configuration", func(_ context.Context, r *Group) {
-			r.ok("configuration: %s", cmp.Or(c.Path(), "none, so everything is as usual"))
+			r.ok("configuration: %s", cmp.Or(c.Path(), "none, so the agent uses the defaults"))
 		}},
 		{"modules", func(_ context.Context, r *Group) { findRegistry(r, c); findModules(r, b) }},
 		{"tokens and keys", func(ctx context.Context, r *Group) {
@@ -121,7 +121,7 @@ func openModules(ctx context.Context, c *config.File) (modules func() *backend.M
 func findConfiguration(r *Group, file string) *config.File {
 	c, err := config.Load(file)
 	if err == nil {
-		r.ok("%s", cmp.Or(c.Path(), "there is no configuration file, so everything is as usual"))
+		r.ok("%s", cmp.Or(c.Path(), "there is no configuration file, so the agent uses the defaults"))
 		findSources(r, c)
 		return c
 	}
@@ -131,7 +131,7 @@ func findConfiguration(r *Group, file string) *config.File {
 			f.Next("%s", hint)
 		}
 		if len(f.next) == 0 {
-			f.Next("put it right: p11-agent.toml(5) says what can be there; the agent does not start like this")
+			f.Next("correct the file: p11-agent.toml(5) describes it; the agent does not start with this file")
 		}
 	}
 	return &config.File{AllowModules: token.DefaultAllowList}

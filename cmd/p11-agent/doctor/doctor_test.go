@@ -71,12 +71,12 @@ func TestDoctorPolkit(t *testing.T) {
 		findCards(t.Context(), r, d, []token.ModuleStatus{openSC})
 		text := printed(t, r)
 		if uid == 0 {
-			wantLines(t, text, "problem: pcscd hangs up before it has said a word", "  next: "+restartStep("pcscd", "pcscd.socket pcscd.service", "; "))
+			wantLines(t, text, "problem: pcscd hangs up without an answer", "  next: "+restartStep("pcscd", "pcscd.socket pcscd.service", "; "))
 			continue
 		}
 		wantLines(
 			t, text,
-			"problem: pcscd refuses to let you at the readers (polkit: only who sits at the machine is let in, and sessions of ssh, tmux,",
+			"problem: pcscd refuses you the readers (polkit admits a person at the machine only; sessions of ssh, tmux,",
 			"  next: sudo tee /etc/polkit-1/rules.d/30-p11-agent.rules <<'END'",
 			`            if ((action.id == "org.debian.pcsc-lite.access_pcsc" ||`,
 			`                subject.user == "`+userName()+`") {`,
@@ -104,15 +104,15 @@ func TestDoctorCards(t *testing.T) {
 	}{
 		{"no daemon, nothing needs it", pcscd{err: refused}, []token.ModuleStatus{soft}, []string{"ok: pcscd does not run, and no module needs it"}},
 		{"no daemon", pcscd{err: refused, socket: "/run/x"}, []token.ModuleStatus{openSC}, []string{
-			"warning: pcscd does not run (nobody listens at /run/x), so no smart card and no security key can be seen\n", start,
+			"warning: pcscd does not run (no program listens at /run/x), so no smart card and no security key can be seen\n", start,
 		}},
 		{"no daemon, a key is plugged in", pcscd{err: refused, usb: []string{"Yubico YubiKey"}}, []token.ModuleStatus{openSC}, []string{
-			"problem: pcscd does not run (nobody listens at ), so no smart card and no security key can be seen, and Yubico YubiKey is plugged in\n",
+			"problem: pcscd does not run (no program listens at ), so no smart card and no security key can be seen, and Yubico YubiKey is plugged in\n",
 		}},
 		{"no driver", pcscd{usb: []string{"Yubico YubiKey"}}, []token.ModuleStatus{openSC}, []string{
 			"problem: Yubico YubiKey is plugged in, and pcscd has no reader: the driver is missing\n", "  next: install the package libccid (Debian's name; Fedora's is pcsc-lite-ccid)\n",
 		}},
-		{"no reader", pcscd{}, []token.ModuleStatus{openSC}, []string{"warning: pcscd runs, and no reader or security key is plugged in\n", "  next: plug it in"}},
+		{"no reader", pcscd{}, []token.ModuleStatus{openSC}, []string{"warning: pcscd runs, and no reader or security key is plugged in\n", "  next: plug one in"}},
 		{"no reader, other tokens", pcscd{}, []token.ModuleStatus{openSC, soft}, []string{"ok: pcscd runs, and no reader"}},
 		{"other language", pcscd{err: pcsc.ErrLanguage}, nil, []string{"problem: pcscd and this program do not agree", "  next: " + restartStep("pcscd", "pcscd.socket pcscd.service", "") + "  # an upgrade"}},
 		{"not for us", pcscd{err: os.ErrPermission, socket: "/run/x"}, nil, []string{"problem: pcscd's socket /run/x may not be used by you\n", "  next: ls -l /run/x"}},
@@ -125,7 +125,7 @@ func TestDoctorCards(t *testing.T) {
 		{"no module for cards", pcscd{readers: []pcsc.Reader{{Name: "Other 00 00", Card: true}}}, []token.ModuleStatus{soft}, []string{
 			`problem: the card in reader "Other 00 00" is seen by no module: none for smart cards is installed`, "  next: install the package opensc-pkcs11",
 		}},
-		{"kept by nobody known", pcscd{readers: []pcsc.Reader{{Name: "Other 00 00", Card: true, Users: pcsc.Exclusive}}, socket: "/run/x"}, []token.ModuleStatus{card}, []string{
+		{"kept by an unknown program", pcscd{readers: []pcsc.Reader{{Name: "Other 00 00", Card: true, Users: pcsc.Exclusive}}, socket: "/run/x"}, []token.ModuleStatus{card}, []string{
 			`warning: the card in reader "Other 00 00" is kept by another program` + "\n", "  next: sudo fuser -v /run/x",
 		}},
 	} {
@@ -137,7 +137,7 @@ func TestDoctorCards(t *testing.T) {
 	}
 }
 
-// polkit may let somebody see readers and not use the cards in them.
+// polkit may let a user see readers, and not use the cards in them.
 func TestDoctorCardRefused(t *testing.T) {
 	dir := t.TempDir()
 	script := "#!/bin/sh\n[ \"$2\" = org.debian.pcsc-lite.access_card ] || exit 3\nexit $(cat " + dir + "/status)\n"
@@ -187,7 +187,7 @@ func TestDoctorTokens(t *testing.T) {
 			`problem: no PIN was ever set for token "it's" (serial 1)`, `  next: pkcs11-tool --module /m.so --token-label 'it'\''s' --login --login-type so --init-pin`,
 		}},
 		{"to be changed", "/m.so", token.TokenStatus{Flags: usual | wire.CKFUserPINToBeChanged}, []string{
-			`warning: token "it's" (serial 1) wants another PIN`, "  next: pkcs11-tool --module /m.so --token-label 'it'\\''s' --login --change-pin",
+			`warning: token "it's" (serial 1) wants a new PIN`, "  next: pkcs11-tool --module /m.so --token-label 'it'\\''s' --login --change-pin",
 		}},
 		{"locked", "/m.so", token.TokenStatus{Flags: usual, Tries: pin.TriesNone}, []string{
 			"problem: the PIN of token", "  next: pkcs11-tool --module /m.so --token-label 'it'\\''s' --login --login-type so --init-pin",
@@ -206,7 +206,7 @@ func TestDoctorTokens(t *testing.T) {
 	}
 }
 
-// Whatever a module or file says is shown on the line where it belongs.
+// Text of a module or a file stays on its line.
 func TestReportIsNotForged(t *testing.T) {
 	r := &Group{Name: "g"}
 	r.bad("module %s: %v", "x", "first\nok: all is well\x1b[2J").Next("%s", "one\ntwo\x07")
@@ -247,8 +247,8 @@ func TestDoctorClock(t *testing.T) {
 		{"well", now.Add(time.Hour), ""},
 		{"a little behind, as with another time zone's file", now.Add(-30 * time.Minute), ""},
 		{"behind", now.Add(-48 * time.Hour), "warning: the clock says 2030-05-04 07:08, and " + file + " was changed later"},
-		{"never set", time.Unix(0, 0), "warning: the clock says 1970-01-01, which cannot be"},
-		{"far ahead", now.AddDate(100, 0, 0), "warning: the clock says 2130-05-06, which cannot be"},
+		{"never set", time.Unix(0, 0), "warning: the clock says 1970-01-01, which is wrong"},
+		{"far ahead", now.AddDate(100, 0, 0), "warning: the clock says 2130-05-06, which is wrong"},
 	} {
 		t.Run(tt.name, func(t *testing.T) {
 			r := new(Group)
@@ -274,7 +274,7 @@ func TestDoctorProgramFile(t *testing.T) {
 	}{
 		{"the owner", owner, ""},
 		{"root", 0, ""},
-		{"somebody else", owner + 1, "warning: other programs of yours can look into the agent while it starts"},
+		{"another user", owner + 1, "warning: other programs of yours can look into the agent while it starts"},
 	} {
 		t.Run(tt.name, func(t *testing.T) {
 			r := new(Group)

@@ -71,11 +71,11 @@ type Groups []*Group
 func (r *Group) add(l level, format string, args ...any) *finding {
 	for i, a := range args {
 		if err, ok := a.(error); ok {
-			// Several errors, a line for each, are to be told from each other in one line.
+			// Several errors come with a line for each. They go on one line here.
 			args[i] = strings.ReplaceAll(err.Error(), "\n", "; ")
 		}
 	}
-	// What comes from a token, a file or another program must not forge a line.
+	// Text of a token, a file or another program must not forge a line.
 	f := &finding{level: l, text: plain.Line(fmt.Sprintf(format, args...))}
 	r.findings = append(r.findings, f)
 	return f
@@ -181,7 +181,7 @@ func (all Groups) count(l level) (n int) {
 	return n
 }
 
-// style is the one of findings of a level.
+// style returns the style for findings of a level.
 func (l level) style() output.Style {
 	switch l {
 	case levelProblem:

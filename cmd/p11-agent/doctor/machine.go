@@ -42,24 +42,24 @@ func findCertificate(r *Group, f certdir.File, now time.Time) {
 	const layout = "2006-01-02 15:04"
 	cert := f.Certificate
 	from, to := certificateTime(cert.ValidAfter), certificateTime(cert.ValidBefore)
-	renew := "have " + f.Path + " renewed by who signs your certificates: the agent uses a new one at once"
+	renew := "have " + f.Path + " renewed by your certificate authority: the agent uses a new certificate at once"
 	switch {
 	case now.Before(from):
-		r.warn("the certificate %s counts from %s on only", f.Path, from.Format(layout)).
-			Next("date  # if that is wrong, set the clock: sudo timedatectl set-ntp true")
+		r.warn("the certificate %s is not valid before %s", f.Path, from.Format(layout)).
+			Next("date  # if the date is wrong, set the clock: sudo timedatectl set-ntp true")
 	case cert.ValidBefore != ssh.CertTimeInfinity && !now.Before(to):
 		r.warn("the certificate %s has expired, on %s", f.Path, to.Format(layout)).Next("%s", renew)
 	case cert.ValidBefore != ssh.CertTimeInfinity && to.Sub(now) < 24*time.Hour:
 		r.warn("the certificate %s expires within a day, on %s", f.Path, to.Format(layout)).Next("%s", renew)
 	default:
-		r.ok("the certificate %s (%s) counts", f.Path, cert.KeyId)
+		r.ok("the certificate %s (%s) is valid", f.Path, cert.KeyId)
 	}
 }
 
-// certificateTime is a moment of a certificate; those that do not come are far away.
+// certificateTime converts a time of a certificate. It cuts times that are too far away.
 func certificateTime(seconds uint64) time.Time { return time.Unix(int64(min(seconds, 1<<40)), 0) }
 
-// findMachine looks at what the agent needs of the machine itself.
+// findMachine looks at what the agent needs of the machine.
 func findMachine(r *Group) {
 	findClock(r, time.Now(), []string{"/etc/ld.so.cache", "/var/lib/dpkg/status", "/var/lib/rpm/rpmdb.sqlite", "/var/log/wtmp", "/proc/self/exe"})
 	if s, err := secret.New(1); err == nil {
@@ -67,7 +67,7 @@ func findMachine(r *Group) {
 	}
 	if err := secret.LockError(); err != nil {
 		r.warn("PINs may reach the swap space: %v", err).
-			Next("raise the limit of locked memory to 64 KiB at least: ulimit -l says what it is, /etc/security/limits.conf sets it (memlock)")
+			Next("raise the limit of locked memory to at least 64 KiB: ulimit -l prints it, and /etc/security/limits.conf sets it (memlock)")
 	}
 	if err := secret.HideError(); err != nil {
 		r.detail("the kernel does not hide PINs from a program that has opened the agent's memory: %v", err)
@@ -84,14 +84,14 @@ func findMachine(r *Group) {
 			_ = unix.Close(fd)
 		}
 		if errors.Is(err, unix.ENOPROTOOPT) {
-			r.detail("the kernel is older than 6.5: of a client that ends at once its name may stay unknown")
+			r.detail("the kernel is older than 6.5: the name of a client that ends at once may stay unknown")
 		}
 		_, _ = unix.Close(fds[0]), unix.Close(fds[1])
 	}
 }
 
-// findProgramFile finds a program that its user can read and has not installed: then the
-// kernel lets other processes of the user look into it while it starts.
+// findProgramFile warns when the user can read the file of the program and does not own it.
+// The kernel then lets other processes of the user look into the program while it starts.
 func findProgramFile(r *Group, file string, uid int) {
 	st, err := os.Stat(file)
 	if err != nil {
@@ -99,7 +99,7 @@ func findProgramFile(r *Group, file string, uid int) {
 	}
 	sys, ok := st.Sys().(*syscall.Stat_t)
 	if !ok || int(sys.Uid) == uid || uid == 0 || unix.Access(file, unix.R_OK) != nil {
-		return // an owner can replace it, and root can do everything
+		return // an owner can replace the file, and root can do everything
 	}
 	path := file
 	if real, err := os.Readlink(file); err == nil {
@@ -109,15 +109,15 @@ func findProgramFile(r *Group, file string, uid int) {
 		Next("sudo chmod 711 %s", output.ShellWord(path))
 }
 
-// earliest is before this program was made.
+// earliest is a time before the first release of this program.
 var earliest = time.Date(2026, 1, 1, 0, 0, 0, 0, time.UTC)
 
-// findClock finds a clock that is wrong: certificates are judged by it. Files that
-// change with each upgrade, start or login are not of the future.
+// findClock warns when the clock is wrong, because certificates depend on it. Files that
+// change with each upgrade, start or login must not be newer than the clock.
 func findClock(r *Group, now time.Time, files []string) {
 	const set = "sudo timedatectl set-ntp true  # or: sudo date -s 'YYYY-MM-DD hh:mm'"
 	if now.Before(earliest) || now.Year() > earliest.Year()+50 {
-		r.warn("the clock says %s, which cannot be: certificates seem to have expired, or not to count yet", now.Format("2006-01-02")).Next("%s", set)
+		r.warn("the clock says %s, which is wrong: certificates seem to have expired, or not to be valid yet", now.Format("2006-01-02")).Next("%s", set)
 		return
 	}
 	for _, file := range files {

@@ -24,7 +24,7 @@ import (
 	"p11-agent/token/wire"
 )
 
-// findRegistry says what is wrong with p11-kit's configuration.
+// findRegistry adds what is wrong with p11-kit's configuration.
 func findRegistry(r *Group, c *config.File) {
 	reg := registry.Load(registry.Options{Dirs: registry.DefaultDirs(os.LookupEnv, os.Geteuid()), Program: registry.Program})
 	for _, w := range reg.Warnings {
@@ -35,8 +35,8 @@ func findRegistry(r *Group, c *config.File) {
 	}
 }
 
-// findModules says how each module fares. Those that have not been looked at by
-// now do not answer.
+// findModules looks at each module. Modules that have not shown their tokens by now do not
+// answer.
 func findModules(r *Group, b *backend.Modules) {
 	all := b.Store.Modules()
 	for _, m := range all {
@@ -89,7 +89,7 @@ func findModules(r *Group, b *backend.Modules) {
 		}
 	}
 	if len(all) == 0 {
-		r.bad("no PKCS#11 module is registered, so there is nothing that could find a key").
+		r.bad("no PKCS#11 module is registered, so the agent can find no key").
 			Next("for smart cards and security keys: %s", advice.Install("opensc-pkcs11", "opensc")).
 			Next("for a module of your own, write into the configuration:\n[[module]]\npath = \"/path/to/module.so\"")
 	}
@@ -129,13 +129,13 @@ func findTokens(r *Group, modules []token.ModuleStatus) {
 					name, t.Shadowed, t.Module, t.Shadowed).Next("%s", advice.SwitchOff(t.Module))
 			case t.Home != "":
 				r.bad("%s belongs to module %s, and module %s shows it now: PINs of the configuration are not given to %s", name, t.Home, t.Module, t.Module).
-					Next("see why module %s does not show it: p11-agent list -v", t.Home).
-					Next("or say that it belongs to module %s, with a [[key]] table in the configuration:\n[[key]]\nuri = \"%s?module-name=%s\"", t.Module, t.URI, t.Module)
+					Next("see why module %s does not show the token: p11-agent list -v", t.Home).
+					Next("or say that the token belongs to module %s, with a [[key]] table in the configuration:\n[[key]]\nuri = \"%s?module-name=%s\"", t.Module, t.URI, t.Module)
 			case t.Tries == pin.TriesNone:
 				r.bad("the PIN of %s is locked: unlock it with its PUK or SO PIN", name).Next("%s", advice.Unlock(m, t))
 			case t.Tries == pin.TriesLast:
 				r.bad("%s has one try left for its PIN: a wrong one locks it", name).
-					Next("make sure which PIN it is before you give it; the right one brings all tries back")
+					Next("make sure that you know the PIN before you give it; the right PIN brings all tries back")
 			case t.Tries == pin.TriesLow:
 				r.warn("%s: %s. A wrong PIN was given since the last right one", name, t.Tries).
 					Next("sign in with the right PIN once, which brings all tries back: ssh-add -T ~/.ssh/NAME.pub")
@@ -143,7 +143,7 @@ func findTokens(r *Group, modules []token.ModuleStatus) {
 				r.bad("no PIN was ever set for %s", name).
 					Next("pkcs11-tool --module %s --token-label %s --login --login-type so --init-pin", output.ShellWord(m.Path), output.ShellWord(t.ID.Label))
 			case t.Flags&wire.CKFUserPINToBeChanged != 0:
-				r.warn("%s wants another PIN: the present one is that of its maker, or has expired", name).
+				r.warn("%s wants a new PIN: the present PIN is the maker's, or has expired", name).
 					Next("pkcs11-tool --module %s --token-label %s --login --change-pin", output.ShellWord(m.Path), output.ShellWord(t.ID.Label))
 			default:
 				f := r.ok("%s: %s", name, output.Count(len(t.Keys), "key"))
@@ -155,8 +155,8 @@ func findTokens(r *Group, modules []token.ModuleStatus) {
 	}
 }
 
-// maxOffered is how many keys a server listens to, by default: six tries
-// (MaxAuthTries of sshd_config(5)), the last of which may be a password.
+// maxOffered is how many keys a server accepts by default: six tries (MaxAuthTries of
+// sshd_config(5)), the last of which may be a password.
 const maxOffered = 5
 
 func findKeys(ctx context.Context, r *Group, conf *config.File, store *token.Store) {
@@ -200,14 +200,14 @@ func findKeys(ctx context.Context, r *Group, conf *config.File, store *token.Sto
 		}
 	}
 	if n := len(homes); n > maxOffered {
-		r.warn(`%d keys are offered, and many servers hang up after six with "Too many authentication failures": name those you use`, n).
+		r.warn(`%d keys are offered, and many servers hang up after six with "Too many authentication failures": name the keys that you use`, n).
 			Next("in the configuration: keys = [\"pkcs11:...\"], with URIs of p11-agent list").
-			Next("or tell ssh which one it is: p11-agent export --ssh-config HOST 'pkcs11:...'")
+			Next("or tell ssh which key to use: p11-agent export --ssh-config HOST 'pkcs11:...'")
 	}
 }
 
-// findURI says what a URI of the configuration selects, and names what is near it
-// where that is nothing.
+// findURI adds what a URI of the configuration selects. When it selects nothing, the steps
+// name similar keys and tokens.
 func findURI(ctx context.Context, r *Group, store *token.Store, where string, u *pkcs11uri.URI) {
 	keys, err := store.Select(ctx, token.NewSelector(u))
 	sure := slices.ContainsFunc(keys, func(k *token.Key) bool { return k.Matches(u) })
@@ -238,7 +238,7 @@ func labelsOf(keys []*token.Key) (labels []string) {
 	return labels
 }
 
-// adviseURI names the token or key that a URI may have meant.
+// adviseURI adds steps that name the token or key that the person may mean.
 func adviseURI(f *finding, store *token.Store, u *pkcs11uri.URI) {
 	meant, there := named.Suggest(store, u)
 	for _, m := range meant {
@@ -250,7 +250,7 @@ func adviseURI(f *finding, store *token.Store, u *pkcs11uri.URI) {
 	}
 }
 
-// findSources says whether the files that PINs come from can be used.
+// findSources looks at the files that PINs come from.
 func findSources(r *Group, conf *config.File) {
 	for _, u := range conf.PINSources() {
 		err := pin.CheckSource(u)
@@ -274,7 +274,7 @@ func findSources(r *Group, conf *config.File) {
 	}
 }
 
-// findPinentry says which program asks for PINs.
+// findPinentry adds which program asks for PINs.
 func findPinentry(r *Group, conf *config.File) {
 	name := cmp.Or(conf.Pinentry.Program, "pinentry")
 	path, err := exec.LookPath(name)

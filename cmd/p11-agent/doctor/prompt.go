@@ -45,12 +45,12 @@ func findPrompt(ctx context.Context, r *Group, c *config.File) {
 	case probed.File == "":
 		f := r.bad("no PIN can be asked for: there is no program %s", called)
 		if c.Pinentry.Program != "" {
-			f.Next("in the configuration, set program in [pinentry] to one that there is, or take it out")
+			f.Next("in the configuration, set program in [pinentry] to an installed program, or take the line out")
 		}
 		f.Next("%s", pinentryInstall(desktop))
 		return
 	case err != nil && (place.Display != "" || place.WaylandDisplay != ""):
-		// The agent does the same: pinentry-qt ends where the display is dead.
+		// The agent does the same: pinentry-qt ends when the display does not answer.
 		place.Display, place.WaylandDisplay = "", ""
 		again, aerr := a.Probe(ctx, place)
 		if aerr != nil {
@@ -79,20 +79,20 @@ func findPrompt(ctx context.Context, r *Group, c *config.File) {
 		return
 	}
 	if flavor, _, fallen := strings.Cut(probed.Flavor, ":"); desktop && fallen {
-		f := r.warn("the display can be reached, and %s does not use it", probed.File)
+		f := r.warn("the display answers, and %s does not use it", probed.File)
 		if flavor == "gnome3" {
-			f.Next("it needs the bus of your session and gcr: set DBUS_SESSION_BUS_ADDRESS as the desktop has it, or have it started by dbus-run-session")
+			f.Next("pinentry-gnome3 needs gcr and the bus of your session: set DBUS_SESSION_BUS_ADDRESS as the desktop has it, or use dbus-run-session")
 		}
-		f.Next("another one may: %s", advice.Install("pinentry-gtk2", "pinentry-gtk"))
+		f.Next("another pinentry may use it: %s", advice.Install("pinentry-gtk2", "pinentry-gtk"))
 	}
 	findTerminal(r, place, ttyErr, with, askpass)
 	if desktop && !strings.Contains(probed.Flavor, ":") {
-		r.warn("there is a desktop, and %s asks on terminals only: programs without one (editors, file managers) get no PIN", probed.File).
+		r.warn("there is a desktop, and %s asks on terminals only: programs without a terminal (editors, file managers) get no PIN", probed.File).
 			Next("%s", pinentryInstall(true))
 	}
 }
 
-// findTerminal is for a pinentry that asks on the terminal.
+// findTerminal looks at the terminal, for a pinentry that asks there.
 func findTerminal(r *Group, place pinentry.Place, ttyErr error, with, askpass string) {
 	err, name := place.CheckTerminal(), terminalName(place.TTY)
 	plain, lerr := exec.LookPath("pinentry-tty")
@@ -111,7 +111,7 @@ func findTerminal(r *Group, place pinentry.Place, ttyErr error, with, askpass st
 	case askpass != "":
 		r.ok("a PIN can be asked for here with SSH_ASKPASS, %s: there is no terminal for %s", askpass, with)
 	case errors.Is(err, pinentry.ErrNoTerminal):
-		r.bad("no PIN can be asked for here: there is no display that works, and no terminal (%v); %s is what would ask", ttyErr, with).
+		r.bad("no PIN can be asked for here: no display works, and there is no terminal (%v); %s would ask", ttyErr, with).
 			Next("p11-agent login  # in a terminal, gives the running agent the PIN in advance").
 			Next("without a person: give the PIN with pin-source, see p11-agent.toml(5)")
 	default:
@@ -120,7 +120,7 @@ func findTerminal(r *Group, place pinentry.Place, ttyErr error, with, askpass st
 	}
 }
 
-// terminalName is how a person knows a terminal.
+// terminalName returns the path of a terminal.
 func terminalName(tty *os.File) string {
 	if tty == nil {
 		return "no terminal"
@@ -132,7 +132,7 @@ func terminalName(tty *os.File) string {
 	return name
 }
 
-// findDisplays tells whether windows can be shown.
+// findDisplays tells whether a display answers.
 func findDisplays(ctx context.Context, r *Group, place pinentry.Place) bool {
 	ctx, cancel := context.WithTimeout(ctx, probe.Timeout)
 	defer cancel()
@@ -148,19 +148,19 @@ func findDisplays(ctx context.Context, r *Group, place pinentry.Place) bool {
 		case d.value == "":
 		case d.err == nil:
 			desktop = true
-			r.detail("%s=%s can be reached", d.name, d.value)
+			r.detail("%s=%s answers", d.name, d.value)
 		default:
-			f := r.warn("%s is %s, and nobody answers there (%v): windows cannot be shown", d.name, d.value, d.err)
+			f := r.warn("%s is %s, and no display answers there (%v), so pinentry can show no window", d.name, d.value, d.err)
 			if os.Getenv("TMUX") != "" {
-				f.Next(`eval "$(tmux show-environment -s %s)"  # tmux keeps that of where it was started`, d.name)
+				f.Next(`eval "$(tmux show-environment -s %s)"  # tmux keeps the value of the place where it started`, d.name)
 			}
-			f.Next("unset %s  # or set it to that of your desktop", d.name)
+			f.Next("unset %s  # or set it to the value that your desktop has", d.name)
 		}
 	}
 	return desktop
 }
 
-// findAskpass returns the program of SSH_ASKPASS, if there is one that can run.
+// findAskpass returns the program of SSH_ASKPASS, if it can run.
 func findAskpass(r *Group) string {
 	name := os.Getenv("SSH_ASKPASS")
 	if name == "" {
@@ -175,7 +175,7 @@ func findAskpass(r *Group) string {
 	return path
 }
 
-// findFlavors lists the programs that there are.
+// findFlavors lists the installed pinentry programs.
 func findFlavors(r *Group) {
 	var there []string
 	for _, f := range []string{"gnome3", "qt", "qt5", "gtk-2", "curses", "tty", "mac"} {
@@ -193,7 +193,7 @@ func findFlavors(r *Group) {
 	}
 }
 
-// pinentryInstall is how to get one that fits.
+// pinentryInstall returns the step that installs a pinentry that fits.
 func pinentryInstall(desktop bool) string {
 	if !desktop {
 		return advice.Install("pinentry-curses", "pinentry")

@@ -18,9 +18,9 @@ import (
 	"p11-agent/cmd/p11-agent/probe"
 )
 
-// The versions of OpenSSH that brought what is of use here.
+// The versions of OpenSSH in which something useful appeared.
 var (
-	versionBind   = [2]int{8, 9} // session-bind@openssh.com, which tells of hosts
+	versionBind   = [2]int{8, 9} // session-bind@openssh.com, which names the host
 	versionSign   = [2]int{8, 1} // ssh-keygen -Y
 	openSSHNumber = regexp.MustCompile(`OpenSSH_(?:for_Windows_)?([0-9]{1,3})\.([0-9]{1,3})`)
 )
@@ -37,7 +37,7 @@ func findSSH(r *Group, s probe.SSH, keys []*sshagent.Key) {
 	m := openSSHNumber.FindStringSubmatch(s.Version)
 	switch {
 	case m == nil:
-		r.detail("ssh is %s, of which nothing is known here", s.Version)
+		r.detail("ssh is %s, which this program does not know", s.Version)
 	default:
 		major, _ := strconv.Atoi(m[1])
 		minor, _ := strconv.Atoi(m[2])
@@ -58,12 +58,12 @@ func findSSH(r *Group, s probe.SSH, keys []*sshagent.Key) {
 		if strings.Contains(s.Err.Error(), "environment expansion") {
 			f.Next("in ~/.ssh/config, write %s: a variable that is not set makes ssh refuse the whole file", paths.IdentityAgent(paths.UserSocket()))
 		} else {
-			f.Next("ssh -G %s  # says the same, with file and line, or waits for what holds it up", probe.AnyHost)
+			f.Next("ssh -G %s  # names the file and the line, or hangs where ssh hangs", probe.AnyHost)
 		}
 		return
 	}
 	if s.Provider != "" && s.Provider != "none" {
-		r.warn("ssh loads the module %s by itself (PKCS11Provider in its configuration), and asks for its PIN beside the agent", s.Provider).
+		r.warn("ssh loads the module %s by itself (PKCS11Provider in its configuration), and asks for its PIN besides the agent", s.Provider).
 			Next("take PKCS11Provider out of ~/.ssh/config or /etc/ssh/ssh_config")
 	}
 	if s.Only && len(keys) > 0 && !anyOfFiles(keys, s.Files) {
@@ -72,7 +72,7 @@ func findSSH(r *Group, s probe.SSH, keys []*sshagent.Key) {
 	}
 }
 
-// anyOfFiles tells whether the public half of one of the files is one of the keys.
+// anyOfFiles tells whether one of the files has the public key of one of the keys.
 func anyOfFiles(keys []*sshagent.Key, names []string) bool {
 	for _, file := range names {
 		file = paths.ExpandHome(file)

@@ -17,7 +17,7 @@ import (
 
 const installUnits = "p11-agent install --user --now  # starts it with the first use, after every login"
 
-// ifBooted returns a step that needs systemd, and nothing where systemd does not run.
+// ifBooted returns a step that needs systemd, or "" when systemd does not run.
 func ifBooted(step string) string {
 	if systemd.Booted() {
 		return step
@@ -25,15 +25,15 @@ func ifBooted(step string) string {
 	return ""
 }
 
-// restartStep says how services are started anew. more is what systemd can do besides.
+// restartStep returns the step that restarts services. more is an addition for systemd.
 func restartStep(what, units, more string) string {
 	if systemd.Booted() {
 		return "sudo systemctl restart " + units + more
 	}
-	return "start " + what + " anew, as your system starts services: systemd does not run here"
+	return "restart " + what + " as your system does: systemd does not run here"
 }
 
-// findUnits looks at the user's systemd.
+// findUnits looks at the units of the user's service manager.
 func findUnits(ctx context.Context, r *Group) {
 	s, err := probe.Run(ctx, "systemctl", "--user", "show", "--property=Id,LoadState,ActiveState,SubState,UnitFileState,FragmentPath,DropInPaths,Result", install.SocketUnit, install.ServiceUnit)
 	switch {
@@ -65,7 +65,7 @@ func findUnits(ctx context.Context, r *Group) {
 		case u["ActiveState"] == "failed":
 			why := u["Result"]
 			if why == "start-limit-hit" || why == "service-start-limit-hit" {
-				why = "it ended again and again, and is not started any more: " + why
+				why = "systemd does not start the unit any more, because it ended again and again: " + why
 			}
 			r.bad("%s has failed (%s; %s)", name, why, where).
 				Next("journalctl --user -u %s -n 20  # says why", install.ServiceUnit).
@@ -79,7 +79,7 @@ func findUnits(ctx context.Context, r *Group) {
 	installed := socket["LoadState"] == "loaded"
 	switch {
 	case !installed && service["LoadState"] != "loaded":
-		r.ok("the agent is no unit of the user's service manager").Next("%s", installUnits)
+		r.ok("the user's service manager has no unit of the agent").Next("%s", installUnits)
 	case installed && socket["ActiveState"] == "inactive":
 		r.warn("%s is installed and does not listen", install.SocketUnit).Next("systemctl --user enable --now %s", install.SocketUnit)
 	case installed && socket["UnitFileState"] == "disabled":
@@ -93,11 +93,11 @@ func findUnits(ctx context.Context, r *Group) {
 	}
 }
 
-// findManagerEnvironment compares what units get to know with what is known here.
+// findManagerEnvironment compares the environment of units with that of this process.
 func findManagerEnvironment(ctx context.Context, r *Group, installed bool) {
 	s, err := probe.Run(ctx, "systemctl", "--user", "show-environment")
 	if err != nil || s.Status != nil {
-		return // it has answered a moment ago: nothing is known
+		return // systemctl has answered a moment ago: the environment is unknown
 	}
 	there := make(map[string]string)
 	for l := range strings.Lines(s.Out) {
@@ -115,18 +115,18 @@ func findManagerEnvironment(ctx context.Context, r *Group, installed bool) {
 		}
 	}
 	if len(missing) > 0 {
-		r.warn("the service manager does not know %s, so an agent that it starts finds no desktop to ask on", strings.Join(missing, " and ")).
+		r.warn("the service manager does not have %s, so an agent that it starts cannot ask on the desktop", strings.Join(missing, " and ")).
 			Next("systemctl --user import-environment DISPLAY WAYLAND_DISPLAY XAUTHORITY; systemctl --user restart %s", install.ServiceUnit)
 	}
 	if there[paths.SocketVariable] == "" {
-		r.warn("what the service manager starts (editors, desktops) does not know SSH_AUTH_SOCK").
+		r.warn("programs that the service manager starts (editors, desktops) do not have SSH_AUTH_SOCK").
 			Next("mkdir -p ~/.config/environment.d\necho 'SSH_AUTH_SOCK=${XDG_RUNTIME_DIR}/p11-agent/agent.sock' >~/.config/environment.d/50-p11-agent.conf\nsystemctl --user daemon-reload")
 	} else {
 		r.detail("the service manager has SSH_AUTH_SOCK=%s", there[paths.SocketVariable])
 	}
 }
 
-// parseUnits reads what systemctl show prints: blocks of NAME=VALUE, a blank line
+// parseUnits reads the output of systemctl show: blocks of NAME=VALUE, with a blank line
 // between them.
 func parseUnits(text string) map[string]map[string]string {
 	units := make(map[string]map[string]string)

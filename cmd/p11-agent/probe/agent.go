@@ -32,7 +32,7 @@ type Agent struct {
 	Keys []*sshagent.Key
 }
 
-// Ask connects to the agent at a socket, finds out its Program, and lists its keys.
+// Ask connects to the agent at a socket, finds out its program, and lists its keys.
 func Ask(ctx context.Context, path string) Agent {
 	a := Agent{Path: path, Name: byPath(path)}
 	ctx, cancel := context.WithTimeout(ctx, Timeout)
@@ -48,13 +48,13 @@ func Ask(ctx context.Context, path string) Agent {
 		return a
 	}
 	if u, ok := c.(*net.UnixConn); ok {
-		// Where the service manager listens for it, the path tells.
+		// When the service manager listens, only the path tells the agent's name.
 		if name, pid := listenerOf(peer.Of(u), path); name != "" && name != "systemd" || a.Name == "" {
 			a.Name, a.PID = name, pid
 		}
 	}
 	if a.Keys, a.Err = sshagent.NewClient(c).List(); a.Err != nil && !time.Now().Before(deadline) {
-		a.Err = os.ErrDeadlineExceeded // of which the client makes a text
+		a.Err = os.ErrDeadlineExceeded // the client keeps only its text
 	}
 	a.Own = a.Name == Program || byPath(path) == Program || sameProgram(a.PID) ||
 		a.Name == "ssh-agent" && slices.ContainsFunc(a.Keys, isTokenKey) // under that name
@@ -70,18 +70,18 @@ func (a Agent) HasTokenKeys() bool { return slices.ContainsFunc(a.Keys, isTokenK
 
 func isTokenKey(k *sshagent.Key) bool { return strings.HasPrefix(k.Comment, "pkcs11:") }
 
-// listenerOf finds the program that listens on a socket: the one that has it open.
-// The kernel tells only which process began to listen, and that is another one for
-// ssh-agent and gpg-agent, which go on in a child of it; with "ssh-agent bash" it is
-// the shell. So it counts only where nobody may look what it has open.
+// listenerOf finds the program that has a socket open. The kernel tells only which process
+// began to listen. For ssh-agent and gpg-agent, which go on in a child, that process is
+// another one; with "ssh-agent bash" it is the shell. So it counts only when this process
+// may not read its list of open files.
 func listenerOf(p peer.Peer, path string) (name string, pid int) {
 	inode := listeningInode(path)
 	dirs, err := filepath.Glob("/proc/[0-9]*")
 	if err != nil {
 		return "", 0
 	}
-	var closed []int // agents that nobody may look into
-	manager := 0     // systemd holds it, too, for the one that it starts
+	var closed []int // agents whose open files this process may not list
+	manager := 0     // systemd has the sockets open of the agents that it starts
 	for _, dir := range dirs {
 		pid, err := strconv.Atoi(filepath.Base(dir))
 		if err != nil {
@@ -91,12 +91,12 @@ func listenerOf(p peer.Peer, path string) (name string, pid int) {
 		files, err := os.ReadDir(filepath.Join(dir, "fd"))
 		if err != nil {
 			if Line(filepath.Join(dir, "cmdline")) == "" {
-				continue // it has ended, and its parent does not know yet
+				continue // a process that has ended
 			}
 			if pid == p.PID {
 				return calledAs(pid, comm), pid
 			}
-			if comm == Program || comm == "exe" || slices.ContainsFunc(rivals, func(v rival) bool { return slices.Contains(v.names, comm) }) {
+			if comm == Program || comm == "exe" || slices.ContainsFunc(otherAgents, func(v otherAgent) bool { return slices.Contains(v.names, comm) }) {
 				closed = append(closed, pid)
 			}
 			continue
@@ -120,15 +120,15 @@ func listenerOf(p peer.Peer, path string) (name string, pid int) {
 			return calledAs(pid, Line(fmt.Sprintf("/proc/%d/comm", pid))), pid
 		}
 	}
-	// ssh-agent and sshd name their sockets so; sshd's can be looked up above.
+	// ssh-agent and sshd give their sockets such names. The code above finds sshd.
 	if strings.HasPrefix(filepath.Base(path), "agent.") && strings.HasPrefix(filepath.Base(filepath.Dir(path)), "ssh-") {
 		return "ssh-agent", 0
 	}
 	return "", 0
 }
 
-// listeningInode returns the inode of the socket that listens at a path, as
-// /proc/net/unix has it; empty: it is not there.
+// listeningInode returns the inode in /proc/net/unix of the socket that listens at a path,
+// or "".
 func listeningInode(path string) string {
 	b, err := os.ReadFile("/proc/net/unix")
 	if err != nil {
@@ -144,9 +144,9 @@ func listeningInode(path string) string {
 	return ""
 }
 
-// calledAs returns the name of a process's Program, given the one that it gave
-// itself. An older agent of ours in the background is called "exe", as it has run itself
-// by /proc/self/exe. A long name is cut.
+// calledAs returns the name of the program of a process. name is
+// the name that the process gave itself, which the kernel cuts. Older agents in the
+// background have the name "exe".
 func calledAs(pid int, name string) string {
 	const maxComm = 15 // TASK_COMM_LEN, without the zero
 	if file, err := os.Readlink(fmt.Sprintf("/proc/%d/exe", pid)); err == nil {
@@ -162,7 +162,7 @@ func calledAs(pid int, name string) string {
 	return filepath.Base(first)
 }
 
-// sameProgram tells whether a process runs our file, where that can be seen.
+// sameProgram tells whether a process runs the file of this program.
 func sameProgram(pid int) bool {
 	if pid <= 0 {
 		return false
@@ -183,13 +183,12 @@ func startedBefore(pid int, file string) bool {
 	}
 	sys, ok := st.Sys().(*syscall.Stat_t)
 	started, known := startOf(pid)
-	// The time of its last modification is when it was built; that of the last change
-	// of its inode is when it came here.
+	// The file was modified when it was built. Its inode changed when it was installed.
 	return ok && known && older(started, time.Unix(sys.Ctim.Unix()))
 }
 
-// older tells whether a process is from before an installation. The time of its
-// start is known to some seconds only, and the clock may have been set since.
+// older tells whether a process started before an installation. The start is known to some
+// seconds only, and the clock may have been set since.
 func older(started, installed time.Time) bool { return installed.Sub(started) > time.Minute }
 
 // startOf returns when a process was started.
@@ -201,8 +200,8 @@ func startOf(pid int) (time.Time, bool) {
 	return s.Started()
 }
 
-// byPath knows agents by where they listen: of those that systemd starts with the
-// first connection, it is systemd that listens.
+// byPath returns the name of the agent that usually listens at a path. When systemd starts
+// an agent with the first connection, systemd listens.
 func byPath(path string) string {
 	for _, known := range []struct{ end, name string }{
 		{"/gcr/ssh", "gcr-ssh-agent"},
@@ -223,14 +222,14 @@ func byPath(path string) string {
 	return ""
 }
 
-// A rival is another agent, and what keeps it from taking SSH_AUTH_SOCK.
-type rival struct {
+// An otherAgent is another program for the agent protocol.
+type otherAgent struct {
 	names []string // of its programs
 	title string
-	steps []string
+	steps []string // keep it from taking SSH_AUTH_SOCK
 }
 
-var rivals = []rival{
+var otherAgents = []otherAgent{
 	{
 		[]string{"gcr-ssh-agent"},
 		"GNOME's agent (gcr-ssh-agent)",
@@ -259,12 +258,12 @@ var rivals = []rival{
 	{[]string{"yubikey-agent", "piv-agent", "ssh-tpm-agent", "tkey-ssh-agent", "pivy-agent"}, "", nil},
 }
 
-// title names an agent that is not ours.
-func (a Agent) title() string {
+// kind names another agent for a person.
+func (a Agent) kind() string {
 	if a.forwarded() {
-		return "the agent of the machine that you have come from, which sshd forwards"
+		return "the agent of the machine that you come from, which sshd forwards"
 	}
-	for _, v := range rivals {
+	for _, v := range otherAgents {
 		if slices.Contains(v.names, a.Name) && v.title != "" {
 			return v.title
 		}
@@ -279,17 +278,17 @@ func (a Agent) forwarded() bool {
 	return a.Name == "sshd" || a.Name == "sshd-session" || a.Name == "dropbear"
 }
 
-// Who names the agent and its process for a person.
-func (a Agent) Who() string {
+// Title names the agent and its process for a person.
+func (a Agent) Title() string {
 	if a.PID == 0 {
-		return a.title()
+		return a.kind()
 	}
-	return fmt.Sprintf("%s (process %d)", a.title(), a.PID)
+	return fmt.Sprintf("%s (process %d)", a.kind(), a.PID)
 }
 
 // SwitchOff returns the steps that keep the agent from taking SSH_AUTH_SOCK.
 func (a Agent) SwitchOff() []string {
-	for _, v := range rivals {
+	for _, v := range otherAgents {
 		if slices.Contains(v.names, a.Name) {
 			return v.steps
 		}
