@@ -19,8 +19,8 @@ import (
 	"p11-agent/token/wire"
 )
 
-// A PIN of the configuration that one of two tokens of a label has refused, or taken, is
-// not tried on the other, also when the agent is started again.
+// Two tokens have one label. A PIN of the configuration that one of them has refused or taken is
+// not tried on the other, also after a restart of the agent.
 func TestAttack06OtherToken(t *testing.T) {
 	for _, text := range []string{"wrong", rightPIN} {
 		t.Run(text, func(t *testing.T) {
@@ -69,7 +69,7 @@ func TestAttack06OtherToken(t *testing.T) {
 			if bytes.Contains(text, []byte("pin-value")) {
 				t.Errorf("the file tells where the PIN is: %s", text)
 			}
-			// A file that cannot be read stops the PIN: nobody knows whom it is for.
+			// A file that cannot be read stops the PIN: it may be for any token.
 			noError(t, os.WriteFile(filepath.Join(state, "pin-bindings"), []byte("{"), 0o600))
 			if err := tokentest.Sign(t.Context(), b.key(2)); err == nil || !strings.Contains(err.Error(), "remove the file") {
 				t.Errorf("with a broken file: got %v", err)
@@ -79,7 +79,8 @@ func TestAttack06OtherToken(t *testing.T) {
 	}
 }
 
-// A URI of the configuration that names no token gives no PIN, whoever has let it through.
+// A URI of the configuration that names no token gives no PIN, even when the check of
+// the configuration has let it through.
 func TestAttack06NoToken(t *testing.T) {
 	for _, uri := range []string{"pkcs11:?pin-value=" + rightPIN, "pkcs11:token=?pin-value=" + rightPIN, "pkcs11:model=fake;id=%01?pin-value=" + rightPIN, "pkcs11:slot-id=0?pin-value=" + rightPIN} {
 		if token.CheckPIN(parse(t, uri)) == nil {

@@ -143,8 +143,8 @@ func TestAttack05KeptPIN(t *testing.T) {
 	want(t, "home", s.Modules()[1].Tokens[0].Home, "good")
 }
 
-// A PIN that was refused through one module is not tried through another, and what the
-// other says makes nobody forget it.
+// A PIN that was refused through one module is not tried through another. What the other module
+// says does not make the agent forget the refusal.
 func TestAttack05RefusedPINIsKnown(t *testing.T) {
 	p := &tokentest.Person{PINs: []string{"wrong-1", "", "wrong-1", ""}}
 	c := newClaim(t, p)

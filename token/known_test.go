@@ -155,7 +155,7 @@ func TestKnownKeysOfAbsentTokens(t *testing.T) {
 	untilWritten(t, dir, `"card"`, true)
 }
 
-// A token that went while nobody looked was there at first, and then it was not.
+// A token that left while the agent was stopped is present until the first look at its module.
 func TestKnownTokenIsGone(t *testing.T) {
 	dir := tokentest.TempDir(t)
 	f := tokentest.NewFake(t)
@@ -176,7 +176,7 @@ func TestKnownTokenIsGone(t *testing.T) {
 	s = tokentest.Store(t, token.Options{Command: self, StateDir: dir, Known: token.KnownKept})
 	want(t, "keys away without the module", len(s.Away()), 0)
 	noError(t, s.Close())
-	// Who does not ask does not get to know.
+	// A Store that does not read the list does not know the token.
 	s = tokentest.Store(t, token.Options{Modules: []token.ModuleSpec{fakeSpec(f)}, Command: self, StateDir: dir})
 	want(t, "keys away for those who ignore them", len(s.Away()), 0)
 	noError(t, s.Close())

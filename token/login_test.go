@@ -188,7 +188,7 @@ func TestLockedIsNeverTried(t *testing.T) {
 	want(t, "requests to log in", b.fake.Requests(wire.TypeLogin), 0)
 }
 
-// Somebody else uses up tries between the look at the flags and the login.
+// Another program uses up tries between the look at the flags and the login.
 func TestFlagsChangeDuringLogin(t *testing.T) {
 	p := &tokentest.Person{Always: rightPIN, Consents: true}
 	b := newBench(t, p, nil)
@@ -293,7 +293,7 @@ func TestPINPad(t *testing.T) {
 	}
 }
 
-// A login that nobody waits for any more may succeed all the same.
+// A login may succeed after its last request has left.
 func TestLogoutAllEndsAbandonedLogin(t *testing.T) {
 	p := &tokentest.Person{Always: rightPIN}
 	b := newBench(t, p, nil)
@@ -369,7 +369,7 @@ func TestAlwaysAuthenticateWrongPIN(t *testing.T) {
 	want(t, "requests to sign", b.fake.Requests(wire.TypeSign), 3)
 }
 
-// Every prompt of a token waits for the one before, whatever it is for.
+// Every prompt of a token waits for the prompt before it, for any key and any purpose.
 func TestOnePromptAtATime(t *testing.T) {
 	wait := make(chan struct{})
 	p := &tokentest.Person{Always: rightPIN, Wait: wait}

@@ -78,8 +78,8 @@ func TestRemember(t *testing.T) {
 	}
 }
 
-// A PIN that is kept and was changed by somebody else costs one try, however many
-// wait for it, and is not typed again by mistake.
+// Another program changes the PIN. The kept PIN costs one try, for any number of waiting
+// requests. A person who types it again loses no try.
 func TestRememberedPINIsOutOfDate(t *testing.T) {
 	const other = "Other-1290"
 	p := &tokentest.Person{PINs: []string{rightPIN, rightPIN, other}}
@@ -104,8 +104,8 @@ func TestRememberedPINIsOutOfDate(t *testing.T) {
 	want(t, "said of the old one", problems[2], "This PIN was refused a moment ago: it was not tried again.")
 }
 
-// Whoever answers with the same wrong PIN again and again loses one try, until
-// something changes.
+// A person who types the same wrong PIN again and again loses one try, until the flags of the
+// token change.
 func TestRefusedPINIsNotTriedAgain(t *testing.T) {
 	p := &tokentest.Person{Always: "wrong-1"}
 	b := newBench(t, p, nil)
@@ -120,7 +120,7 @@ func TestRefusedPINIsNotTriedAgain(t *testing.T) {
 	pinError(t, err, false, pin.TriesLow)
 	want(t, "wrong PINs", b.card.Wrong(), 1)
 
-	// Somebody has made it the PIN: the token tells by its flags.
+	// Another program has made it the PIN: the flags of the token show that.
 	b.card.SetPIN("wrong-1")
 	b.mustSign()
 	// The card was out, and who puts it in again may have had a reason.
@@ -156,7 +156,7 @@ func TestAlwaysAuthenticateByPolicy(t *testing.T) {
 			b := newPolicyBench(t, p, tt.policy)
 			for i, n := range tt.after {
 				if i == 2 {
-					b.card.LogOut(false) // whoever has to log in again is asked no more often
+					b.card.LogOut(false) // a new login asks no more often
 				}
 				b.mustSignWith(2)
 				want(t, "prompts", p.Prompts(), n)
@@ -214,7 +214,7 @@ func TestRememberedLoginEnds(t *testing.T) {
 		b.mustSign()
 	}
 	b.card.LogOut(false)
-	// Also when nobody is logged in when the time is over.
+	// The same when no login lasts at the end of the time.
 	tokentest.Until(t, "the PIN is forgotten", func() bool {
 		before := p.Prompts()
 		b.card.LogOut(false)
@@ -226,8 +226,7 @@ func TestRememberedLoginEnds(t *testing.T) {
 	}
 }
 
-// A PIN that is kept and of which nobody knows what became is not tried again: it
-// may have been wrong.
+// A kept PIN whose login had no outcome is not tried again: the PIN may be wrong.
 func TestRememberedPINOfUnknownFate(t *testing.T) {
 	for name, crash := range map[string]bool{"the module crashes": true, "the client hangs up": false} {
 		t.Run(name, func(t *testing.T) {

@@ -82,8 +82,8 @@ func TestRetainForATime(t *testing.T) {
 	}
 }
 
-// The end of an earlier login is none of a later one: after the card was out, and
-// after the token was logged out.
+// The end of an earlier login does not end a later login: the card was out, or the token was
+// logged out.
 func TestRetainBeginsAnew(t *testing.T) {
 	p := &tokentest.Person{Always: rightPIN}
 	b := newRetainBench(t, p, token.Retention{Max: time.Hour}, token.Retention{Idle: time.Hour})
@@ -126,7 +126,7 @@ func TestForget(t *testing.T) {
 			for _, k := range b.store.Keys() {
 				want(t, "forgets", b.store.Forgets(k, tt.event), !tt.want)
 			}
-			b.store.Forget(t.Context(), tt.event) // while nobody is logged in
+			b.store.Forget(t.Context(), tt.event) // while no login lasts
 			b.mustSign()
 			b.store.Forget(t.Context(), tt.event)
 			want(t, "logged in", b.card.LoggedIn(), tt.want)
@@ -141,7 +141,7 @@ func TestForget(t *testing.T) {
 	}
 }
 
-// A PIN that is kept is forgotten, also when nobody is logged in just then.
+// The agent forgets a kept PIN also while no login lasts.
 func TestForgetDropsThePIN(t *testing.T) {
 	for _, out := range []bool{false, true} {
 		p := &tokentest.Person{Always: rightPIN}

@@ -43,8 +43,8 @@ func (f *follower) PIN(ctx context.Context, _ string) (typed *secret.Secret, err
 	return typed, err
 }
 
-// The prompt that requests share goes from the first, when that one has hung up,
-// to the next, and its answer is good for those who are left.
+// When the first request hangs up, the shared prompt goes to the next request. Its answer counts
+// for every request that still waits.
 func TestPromptFollowsThoseWhoWait(t *testing.T) {
 	f := &follower{asked: make(chan string), answer: make(chan struct{})}
 	b := newBench(t, nil, func(_ *bench, o *token.Options) { o.PINs = f })
@@ -190,7 +190,7 @@ func (h *holder) PIN(ctx context.Context, _ string) (typed *secret.Secret, err e
 // a login with a PIN that was given.
 func TestAttack14PromptLeftOpen(t *testing.T) {
 	for name, test := range map[string]struct {
-		in     bool // somebody is logged in before
+		in     bool // a login lasts before
 		key    byte // the attacker's
 		honest func(ctx context.Context, b *bench) error
 	}{

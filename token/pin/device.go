@@ -18,8 +18,8 @@ const (
 	maxRefusals = 2 * maxAttempts
 )
 
-// A device is the token itself, through whichever module it is seen. A login through a second
-// module uses the same tries. So modules share the turn to have a PIN tried, and the PINs that
+// A device is the token itself, for all modules that show it. A login through a second module
+// uses the same tries. So modules share the turn to have a PIN tried, and the PINs that
 // the token refused. The agent compares PINs with the refused ones and never tries one of them.
 type device struct {
 	turn chan struct{} // one element: the holder gets a PIN and has it tried

@@ -34,8 +34,8 @@ type Login struct {
 	Log    *slog.Logger
 }
 
-// Supplied is a PIN that a person gave for a token in advance. Its zero value is none. The
-// PIN stays the caller's.
+// Supplied is a PIN that a person gave for a token in advance. The zero value has no PIN.
+// The PIN stays the caller's.
 type Supplied struct {
 	PIN   *secret.Secret
 	Typed bool // the person typed it at a prompt for this token and this module
