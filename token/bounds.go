@@ -12,47 +12,46 @@ import (
 	"p11-agent/token/wire"
 )
 
-// A module can lie: show other tokens at each look, give them names and keys without end,
-// tell of events all the time, and have itself started again and again. Each of that costs
-// its own keys only. What the agent remembers of a module, how often it looks at the module,
-// and what it logs of it, is bounded here.
+// A module can lie: it can show other tokens at each look, with endless names and keys, report
+// events all the time, and force restarts. Each lie may cost its own keys only. So these constants
+// bound what the agent remembers of a module, how often it looks at it, and what it logs.
 const (
-	// maxTokens is how many tokens of one module the agent remembers, those that are there
-	// and those that were. An HSM has some hundred partitions at the most.
+	// maxTokens is how many tokens of one module the agent remembers, present and absent. An HSM
+	// has some hundred partitions at most.
 	maxTokens = 256
-	// maxKeyBytes and maxModuleKeys bound the keys of one module, of all its tokens together.
+	// maxKeyBytes and maxModuleKeys bound the keys of all tokens of one module together.
 	maxKeyBytes   = 16 << 20
 	maxModuleKeys = wire.MaxList
-	// maxLook is the most bytes of objects that one look at a module reads. Tokens that are
-	// not read keep the keys that they had.
+	// maxLook is the most bytes of objects that one look at a module reads. Tokens beyond that keep
+	// their old keys.
 	maxLook = 4 * wire.MaxReply
-	// maxName is the most bytes of a token's label, manufacturer, model or serial number.
-	// PKCS#11 has 32 at the most (v2.40 section 3.3, CK_TOKEN_INFO), and one byte becomes
-	// three where it is not UTF-8.
+	// maxName is the most bytes of a token's label, manufacturer, model or serial number. PKCS#11
+	// has 32 bytes (v2.40 section 3.3, CK_TOKEN_INFO), and a byte that is not UTF-8 becomes three.
 	maxName = 3 * 32
-	// maxDescription is likewise for slots and modules (CK_SLOT_INFO, CK_INFO): 64 bytes.
+	// maxDescription is the same for slots and modules, which have 64 bytes (CK_SLOT_INFO,
+	// CK_INFO).
 	maxDescription = 3 * 64
-	// maxMissing is how many paths the agent takes that a module cannot write.
+	// maxMissing is the most paths in a report of a module process that the sandbox lacks.
 	maxMissing = 64
 
-	// The agent looks at a module for its events so often at once, and then once in each
-	// interval. Each look may be a new list of keys for every client.
+	// The pace of looks for the events of a module. Each look may change the list of keys for every
+	// client.
 	lookBurst, lookEvery = 50, 500 * time.Millisecond
-	// A new process in place of one that is well is likewise.
+	// The pace of new processes in place of healthy ones.
 	renewBurst, renewEvery = 50, 500 * time.Millisecond
-	// The list of known keys is written so often.
+	// The pace of writing the list of known keys.
 	knownBurst, knownEvery = 20, 10 * time.Second
 )
 
 // The list of known keys has room for every label and ID that package pairs accepts.
 var _ [known.MaxText - pairs.MaxText]struct{}
 
-// believable tells whether a token's names are such as PKCS#11 has room for.
+// believable reports whether the names of a token have lengths that PKCS#11 allows.
 func believable(id wire.TokenID) bool {
 	return max(len(id.Label), len(id.Manufacturer), len(id.Model), len(id.Serial)) <= maxName
 }
 
-// trim leaves of a slot what is of use.
+// trim removes from a slot what the agent does not use.
 func trim(slot wire.Slot) wire.Slot {
 	slot.Description, slot.Manufacturer = plain.Cut(slot.Description, maxDescription), plain.Cut(slot.Manufacturer, maxDescription)
 	slot.Mechanisms = slices.Clip(slices.DeleteFunc(slices.Clone(slot.Mechanisms), func(m wire.Mechanism) bool {
@@ -61,7 +60,7 @@ func trim(slot wire.Slot) wire.Slot {
 	return slot
 }
 
-// trimHello does so with what a module process says of the module and of itself.
+// trimHello shortens what a module process says of the module and of itself.
 func trimHello(h *wire.HelloReply) {
 	h.Manufacturer, h.Description = plain.Cut(h.Manufacturer, maxDescription), plain.Cut(h.Description, maxDescription)
 	missing := h.Sandbox.Missing[:min(len(h.Sandbox.Missing), maxMissing)]
@@ -71,7 +70,7 @@ func trimHello(h *wire.HelloReply) {
 	}
 }
 
-// weight is what keys take of the memory, about and in bytes.
+// weight estimates the memory in bytes that keys take.
 func weight(all []*pairs.Pair) int {
 	n := 0
 	for _, p := range all {
@@ -83,9 +82,9 @@ func weight(all []*pairs.Pair) int {
 	return n
 }
 
-// fit returns as many of the keys that a token shows as there is room for beside those
-// of others, which are tokens of the same module. Keys that somebody has named come first.
-// Certificates give way to keys: SSH does not need them.
+// fit returns as many keys of a token as there is room for beside the keys of others, which are
+// tokens of the same module. Keys that a configuration or client has named come first. Certificates
+// give way to keys, because SSH does not need them.
 func (t *Token) fit(all []*pairs.Pair, others []*Token, left *leftOut) []*pairs.Pair {
 	keys, bytes := maxModuleKeys, maxKeyBytes
 	for _, o := range others {
@@ -133,7 +132,7 @@ func (t *Token) fit(all []*pairs.Pair, others []*Token, left *leftOut) []*pairs.
 	return kept
 }
 
-// holds returns how many keys the token has, and what they take of the memory.
+// holds returns how many keys the token has, and the memory in bytes that they take.
 func (t *Token) holds() (keys, bytes int) {
 	t.mu.Lock()
 	defer t.mu.Unlock()

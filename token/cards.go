@@ -12,52 +12,52 @@ import (
 	"p11-agent/token/wire"
 )
 
-// A module may hang when a card is pulled. OpenSC 0.23 does, in more than half of all
-// pulls, with all of its other cards: its library locks itself out in sc_lock (OpenSC
-// issue 2707). So the agent hears of a card that has gone from pcscd, whose answers do
-// not depend on the module. It forgets at once what belongs to the card, and looks at the
-// module. When the module does not answer soon, it gets a new process without a pause.
+// A module may hang when a card is pulled. OpenSC 0.23 does, in more than half of all pulls and
+// with all other cards: its library deadlocks in sc_lock (OpenSC issue 2707). pcscd still answers.
+// So the agent learns from pcscd that a card has left. It forgets at once what belongs to the card,
+// and looks at the module. If the module does not answer soon, it gets a new process without a
+// pause.
 
 const (
-	// newcomerTimeout is how long it may take for its slots when another card has come
-	// meanwhile: it reads that card first, which takes OpenSC 30 commands. arrivalTimeout is
-	// likewise when no card has gone. The next process has process.ListTimeout for a slow card.
+	// newcomerTimeout is the time to list the slots if another card has come meanwhile. The module
+	// reads that card first, which takes OpenSC 30 commands. arrivalTimeout is the time if a card
+	// has come and none has left. The next process has process.ListTimeout for a slow card.
 	newcomerTimeout = 2 * time.Second
 	arrivalTimeout  = 5 * time.Second
-	// backTimeout is how long a request waits for a card that has just gone to be back, or
-	// for the module to tell of it.
+	// backTimeout is how long a request waits for a card that has just left to come back, or for
+	// the module to report it.
 	backTimeout = 4 * time.Second
-	// cardsRedialMin is how long to wait before pcscd is called again that is not there.
-	// It doubles each time, up to cardsRedialMax.
+	// cardsRedialMin is the pause before the agent connects to a missing pcscd again. It doubles
+	// each time, up to cardsRedialMax.
 	cardsRedialMin, cardsRedialMax = 500 * time.Millisecond, 10 * time.Second
 )
 
-// errNoService is why a process ends whose pcscd has gone.
-var errNoService = errors.New("it lost its readers and is started anew: pcscd has gone")
+// errNoService ends a process whose pcscd has gone.
+var errNoService = errors.New("it lost its readers, because pcscd has gone; the agent starts a new process")
 
-// errAnew is why the agent ends a process that has failed for one request.
-var errAnew = errors.New("it failed and is started anew")
+// errAnew ends a process that has failed for one request.
+var errAnew = errors.New("it failed; the agent starts a new process")
 
-// pulled tells whether a request failed, or a process ended, for that.
+// pulled reports whether a process ended because it did not answer after a card had come or gone.
 func pulled(err error) bool { return errors.Is(err, process.ErrPulled) }
 
-// lostByOthers tells whether a request was lost with a process that ended for another card
-// or for another request.
+// lostByOthers reports whether a request failed with a process that ended for another card or
+// another request.
 func lostByOthers(err error) bool { return pulled(err) || errors.Is(err, errAnew) }
 
-// A cardWatch is what pcscd has told of the readers that a module uses.
+// A cardWatch is what pcscd has reported about the readers of a module.
 type cardWatch struct {
-	started bool          // the goroutine is there
-	known   bool          // pcscd is connected, and has told readers
-	readers []pcsc.Reader // as it told last
+	started bool          // the goroutine runs
+	known   bool          // pcscd is connected, and has listed the readers
+	readers []pcsc.Reader // the last list
 	moves   uint64        // counts the cards that came and went
-	last    time.Time     // when one did
-	doubt   bool          // a card has gone, and the module has not answered since
+	last    time.Time     // the last of the moves
+	silent  bool          // a card has left, and the module has not answered since
 }
 
-// watchCards starts a goroutine that hears from pcscd of cards that come and go. It lives
-// longer than the processes of the module, so that no card is exchanged unseen while one
-// process takes the place of another.
+// watchCards starts a goroutine that learns from pcscd of cards that come and go. The goroutine
+// lives longer than the processes of the module. So a card cannot change unseen while a new process
+// starts.
 func (m *module) watchCards() {
 	m.mu.Lock()
 	start := m.pcsc && !m.watch.started
@@ -73,7 +73,7 @@ func (m *module) watchCards() {
 			err := m.hearOfCards(ctx)
 			if err != nil && err.Error() != told && ctx.Err() == nil {
 				told = err.Error()
-				m.log.Debug("pcscd does not tell of cards", "reason", err)
+				m.log.Debug("pcscd does not report cards", "reason", err)
 			}
 			wait = min(2*wait, cardsRedialMax)
 			if ctx.Err() == nil && m.cardsUnknown() {
@@ -87,7 +87,7 @@ func (m *module) watchCards() {
 	})
 }
 
-// hearOfCards does so on one connection, until that ends.
+// hearOfCards learns of cards on one connection to pcscd, until the connection ends.
 func (m *module) hearOfCards(ctx context.Context) error {
 	service, err := pcsc.Dial(ctx, m.pcscSocket())
 	if err != nil {
@@ -106,8 +106,8 @@ func (m *module) hearOfCards(ctx context.Context) error {
 	}
 }
 
-// cardsAre takes note of what pcscd tells, and forgets what belongs to cards that have
-// left their reader since it told last.
+// cardsAre takes in a list of readers from pcscd. It forgets what belongs to cards that have left
+// since the last list.
 func (m *module) cardsAre(now []pcsc.Reader) {
 	var before []pcsc.Reader
 	var left []*Token
@@ -142,9 +142,9 @@ func (m *module) cardsAre(now []pcsc.Reader) {
 	}
 }
 
-// cardsUnknown takes note that pcscd has gone. Each card may be another one when it is
-// back, and some modules are of no use any more: OpenSC 0.23 signs nothing, says so of no
-// slot, and may not even notice. It tells whether pcscd was there.
+// cardsUnknown notes that pcscd has gone, and reports whether pcscd was there. When pcscd is back,
+// each card may be another one. Some modules are of no use any more: OpenSC 0.23 signs nothing,
+// does not report it for any slot, and may not even notice.
 func (m *module) cardsUnknown() (news bool) {
 	var left []*Token
 	var p *process.Process
@@ -170,20 +170,20 @@ func (m *module) cardsUnknown() (news bool) {
 	return news
 }
 
-// sameStay tells whether a card has stayed in its reader between two answers of pcscd.
+// sameStay reports whether a card has stayed in its reader between two lists of pcscd.
 func sameStay(before, now pcsc.Reader) bool {
 	return before.Name == now.Name && before.Card && now.Card && before.Events == now.Events
 }
 
-// anyLeft tells whether a card has left its reader between two answers of pcscd.
+// anyLeft reports whether a card has left its reader between two lists of pcscd.
 func anyLeft(before, now []pcsc.Reader) bool {
 	return slices.ContainsFunc(before, func(r pcsc.Reader) bool {
 		return r.Card && !slices.ContainsFunc(now, func(n pcsc.Reader) bool { return sameStay(r, n) })
 	})
 }
 
-// mayHaveLeft tells whether the token is not known to have stayed in its reader, between
-// two answers of pcscd of which the second is short of a card.
+// mayHaveLeft reports whether the token may have left its reader between two lists of pcscd, of
+// which the second lacks a card.
 func (t *Token) mayHaveLeft(before, now []pcsc.Reader) bool {
 	t.mu.Lock()
 	slot, seen := t.slot, t.card
@@ -191,7 +191,7 @@ func (t *Token) mayHaveLeft(before, now []pcsc.Reader) bool {
 	if slot.Flags&wire.CKFRemovableDevice == 0 {
 		return false
 	}
-	// A look may have met the card that has come back before pcscd tells of it here.
+	// The last look may have read a card that has come back before pcscd reports the card here.
 	if seen.reader != "" && slices.ContainsFunc(now, func(n pcsc.Reader) bool { return n.Card && n.Name == seen.reader && n.Events == seen.events }) {
 		return false
 	}
@@ -200,9 +200,9 @@ func (t *Token) mayHaveLeft(before, now []pcsc.Reader) bool {
 	})
 }
 
-// cardsLeft forgets what belongs to cards that have gone, and has what is under way with
-// them answered soon. listing is how long the module may take to list its slots, before it
-// is of use again; 0: it has done so.
+// cardsLeft forgets what belongs to cards that have left, and shortens the time for requests about
+// them. listing is the time for the module to list its slots, before requests use it again. 0 means
+// that the module has listed them.
 func (m *module) cardsLeft(left []*Token, listing time.Duration) {
 	gone := func(t *Token) bool { return slices.Contains(left, t) }
 	var p *process.Process
@@ -210,7 +210,7 @@ func (m *module) cardsLeft(left []*Token, listing time.Duration) {
 		m.order = slices.DeleteFunc(slices.Clone(m.order), gone)
 		m.last = slices.DeleteFunc(slices.Clone(m.last), gone)
 		p = m.current
-		m.watch.doubt = m.watch.doubt || listing > 0 && p != nil
+		m.watch.silent = m.watch.silent || listing > 0 && p != nil
 	})
 	var ids []wire.TokenID
 	for _, t := range left {
@@ -225,10 +225,9 @@ func (m *module) cardsLeft(left []*Token, listing time.Duration) {
 	m.store.publish()
 }
 
-// slotsLeft takes note that a process tells of slots that have lost their token; without
-// any, it does not know which. Where pcscd
-// tells of cards, it knows better: a module takes a reader for empty that another program
-// keeps to itself.
+// slotsLeft takes in a report of a process that slots have lost their token. An empty list means
+// any slot. slotsLeft ignores the report if pcscd reports cards: a module takes a reader for empty
+// while another program uses the reader alone.
 func (m *module) slotsLeft(p *process.Process, slots []wire.SlotID) {
 	var left []*Token
 	m.mu.Lock()
@@ -248,7 +247,7 @@ func (m *module) slotsLeft(p *process.Process, slots []wire.SlotID) {
 	}
 }
 
-// logoutLost takes note that the login has ended, as the card has gone.
+// logoutLost notes that the login has ended because the card has left.
 func (t *Token) logoutLost() {
 	t.mu.Lock()
 	defer t.mu.Unlock()
@@ -257,20 +256,20 @@ func (t *Token) logoutLost() {
 	t.session, t.attempted = nil, nil
 }
 
-// endStale logs out of a card that was away, where its module may not have noticed:
-// libykcs11 2.2 keeps the PIN, and gives it to the card that is there.
+// endStale logs out of a card that was away. libykcs11 2.2 does not notice the pull: it keeps the
+// PIN, and gives it to the next card.
 func (t *Token) endStale(ctx context.Context, p *process.Process) {
 	t.mu.Lock()
 	stale := t.stale == p
 	t.stale = nil
 	t.mu.Unlock()
 	if stale {
-		_ = p.Call(ctx, process.ListTimeout, wire.TypeLogout, &wire.Token{Token: t.ID}, new(wire.TokenReply)) // mostly it has noticed
+		_ = p.Call(ctx, process.ListTimeout, wire.TypeLogout, &wire.Token{Token: t.ID}, new(wire.TokenReply)) // fails if the module has noticed
 	}
 }
 
-// whileBack bounds ctx for a request whose card has just gone: the card may be back soon,
-// and what the module does is no reason to wait for longer.
+// whileBack bounds ctx for a request whose card has just left. The card may be back soon. The
+// module is no reason to wait longer.
 func (t *Token) whileBack(ctx context.Context) (context.Context, context.CancelFunc) {
 	gone := t.goneSince()
 	if t.present() || time.Since(gone) > backTimeout {
@@ -279,8 +278,7 @@ func (t *Token) whileBack(ctx context.Context) (context.Context, context.CancelF
 	return context.WithDeadline(ctx, gone.Add(backTimeout))
 }
 
-// rescanWhileBack has the module looked at again, whatever comes of it. The error is that
-// of ctx.
+// rescanWhileBack requests a look at the module, and ignores its outcome. The error is that of ctx.
 func (t *Token) rescanWhileBack(ctx context.Context) error {
 	patience, done := t.whileBack(ctx)
 	defer done()
@@ -288,7 +286,7 @@ func (t *Token) rescanWhileBack(ctx context.Context) error {
 	return ctx.Err()
 }
 
-// expect bounds how long the module may take to list its slots, until it has done so.
+// expect bounds the time for the module to list its slots, until it has done so.
 func (m *module) expect(listing time.Duration) {
 	m.mu.Lock()
 	p := m.current
@@ -298,7 +296,7 @@ func (m *module) expect(listing time.Duration) {
 	}
 }
 
-// lookSoon has the module looked at, as cards have come or gone.
+// lookSoon requests a look, because cards have come or gone.
 func (m *module) lookSoon() {
 	select {
 	case m.moved <- struct{}{}:
@@ -306,32 +304,31 @@ func (m *module) lookSoon() {
 	}
 }
 
-// moves counts the cards that came and went, as far as pcscd has told.
+// moves returns the number of cards that have come or gone so far, as pcscd reports.
 func (m *module) moves() uint64 {
 	m.mu.Lock()
 	defer m.mu.Unlock()
 	return m.watch.moves
 }
 
-// answeredSince takes note that the module has answered a look that began after so many
-// moves: it is of use still.
+// answeredSince notes that the module has answered a look that began after so many moves.
 func (m *module) answeredSince(p *process.Process, moves uint64) {
 	m.mu.Lock()
 	latest := m.watch.moves == moves && m.current == p
-	doubt := m.watch.doubt
+	silent := m.watch.silent
 	m.mu.Unlock()
 	if !latest {
 		return
 	}
 	p.Calm()
-	if doubt {
-		m.change(func() { m.watch.doubt = false })
+	if silent {
+		m.change(func() { m.watch.silent = false })
 	}
 }
 
-// awaitMove waits, after a failure that may come of a card that is gone, until pcscd tells
-// of a card that has come or gone since there were so many moves. It tells whether that
-// was so. It does not wait where pcscd told of one just before, and so has looked.
+// awaitMove waits, after a failure that a missing card may have caused, until pcscd reports a card
+// that has come or gone. moves is the number before the attempt. It reports whether a card did. It
+// does not wait if pcscd has reported another move just before.
 func (m *module) awaitMove(ctx context.Context, moves uint64) bool {
 	late := time.NewTimer(process.NoticeTime)
 	defer late.Stop()

@@ -330,7 +330,7 @@ func TestKilledDuringLoginForAnother(t *testing.T) {
 	if err := tokentest.Sign(t.Context(), two); err == nil {
 		t.Error("the other key has signed")
 	}
-	if err := <-end; err == nil || !strings.Contains(err.Error(), "it failed and is started anew") {
+	if err := <-end; err == nil || !strings.Contains(err.Error(), "it failed; the agent starts a new process") {
 		t.Errorf("got %v", err)
 	}
 	want(t, "prompts", p.Prompts(), 1)

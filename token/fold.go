@@ -8,33 +8,33 @@ import (
 )
 
 const (
-	// foldBurst is how often the same is logged within a foldWindow. What comes more often
-	// is one line with a count at the window's end.
+	// foldBurst is how many warnings of one kind are logged in a foldWindow. At the end of the
+	// window, one line counts the rest.
 	foldBurst  = 5
 	foldWindow = time.Minute
 )
 
-// folding is a slog.Handler that folds the warnings of one module: a module that lies at
-// each look must not push everything else out of the log. The kinds are the messages, which
-// are constants of this package, so there are few. Lines below slog.LevelWarn pass.
+// folding is a slog.Handler that folds the warnings of one module. A module that lies at each look
+// must not fill the log. The kind of a warning is its message. Messages are constants of this
+// package, so there are few. Lines below slog.LevelWarn pass.
 type folding struct {
 	next slog.Handler // with the attributes of this handler
 	fold *folds
 }
 
-// folds is what the handlers of one module share.
+// folds is the state that all handlers of one module share.
 type folds struct {
 	mu    sync.Mutex
 	kinds map[string]*fold
-	over  bool // everything passes
+	over  bool // all lines pass
 }
 
-// fold is what was logged of one kind in the present window.
+// A fold counts the warnings of one kind in the present window.
 type fold struct {
 	lines  int
-	more   int // that were not logged
+	more   int // the lines that were not logged
 	level  slog.Level
-	handle slog.Handler // of the last of them
+	handle slog.Handler // of the last line
 	timer  *time.Timer
 }
 
@@ -42,7 +42,7 @@ func newFolding(next slog.Handler) *folding {
 	return &folding{next: next, fold: &folds{kinds: make(map[string]*fold)}}
 }
 
-// Enabled is that of the handler behind.
+// Enabled implements slog.Handler.
 func (f *folding) Enabled(ctx context.Context, l slog.Level) bool { return f.next.Enabled(ctx, l) }
 
 // WithAttrs returns a handler that shares the counts.
@@ -63,7 +63,7 @@ func (f *folding) Handle(ctx context.Context, r slog.Record) error {
 	return nil
 }
 
-// first tells whether a record is to be logged.
+// first reports whether to log a record.
 func (fs *folds) first(next slog.Handler, r slog.Record) bool {
 	fs.mu.Lock()
 	defer fs.mu.Unlock()
@@ -85,7 +85,7 @@ func (fs *folds) first(next slog.Handler, r slog.Record) bool {
 	return false
 }
 
-// end ends a window with one line, if there is something to tell.
+// end ends a window, and logs the number of the remaining lines, if any.
 func (fs *folds) end(message string, k *fold) {
 	fs.mu.Lock()
 	if fs.kinds[message] == k {
@@ -102,7 +102,7 @@ func (fs *folds) end(message string, k *fold) {
 	_ = handle.Handle(context.Background(), r) // as slog does
 }
 
-// close ends all windows, and folds no more.
+// close ends all windows. After that, all lines pass.
 func (f *folding) close() {
 	fs := f.fold
 	fs.mu.Lock()

@@ -201,19 +201,17 @@ func (h *healing) restart(ctx context.Context, f failure) (repaired bool, err er
 	return true, t.rescanWhileBack(ctx)
 }
 
-// hidesKey tells whether a private key may not have been found because nobody is
-// logged in.
+// hidesKey reports whether the token may hide the private key because it is logged out.
 func (t *Token) hidesKey(p *process.Process, err error) bool {
 	e, ok := errors.AsType[*wire.Error](err)
 	return ok && e.Reason == wire.ReasonNoKey && (!t.loggedIn(p) || e.HasInfo && !e.Info.LoggedIn)
 }
 
-// checkLogin finds out what to make of a token that says that nobody is logged
-// in when somebody should be: it reads the token again. Where the module goes on
-// to say that there is a login, and the key asks for no PIN of its own, the
-// login is ended, as the token itself knows better. The doubt is about one login:
-// one that somebody else, who met the same, has made since is let alone. It tells
-// whether the token says, and its module knows, that the login has been lost.
+// checkLogin handles a token that says that it is logged out while the agent knows of a login. It
+// reads the token again. If the module still says that there is a login, and the key asks for no
+// PIN of its own, checkLogin logs out, because the token knows better. It leaves alone a login that
+// another request has made since. It reports whether the token and its module say that the login
+// has been lost.
 func (t *Token) checkLogin(ctx context.Context, p *process.Process, k *Key, login uint64) (lost bool) {
 	select {
 	case t.check.turn <- struct{}{}:
@@ -227,31 +225,31 @@ func (t *Token) checkLogin(ctx context.Context, p *process.Process, k *Key, logi
 	was := t.loggedIn(p)
 	if err := t.lookAgain(ctx, p); err != nil {
 		t.setLoggedIn(p, false)
-		return false // the next attempt meets the same, and says so
+		return false // the next attempt fails in the same way
 	}
 	if was && t.loggedIn(p) && t.lastLogin() == login && !t.current(k).pair.Always {
-		_ = t.logout(ctx) // likewise
+		_ = t.logout(ctx) // the next attempt reports a failure
 	} else {
 		lost = !t.loggedIn(p)
 	}
 	if !t.loggedIn(p) {
-		t.check.lost = login + 1 // for the others, who have no need to look
+		t.check.lost = login + 1 // other requests need no look
 	}
 	return lost
 }
 
-// broken tells whether a failure may come from what happened to the token or
-// its module since the last use, rather than from the request.
+// broken reports whether a failure may have its cause in the token or module rather than in the
+// request.
 func broken(err error) bool {
 	return errors.Is(err, ErrAbsent) || errors.Is(err, process.ErrGone) ||
 		wire.IsReason(err, wire.ReasonNoToken, wire.ReasonOtherToken, wire.ReasonNoKey) ||
 		wire.IsRV(err, wire.CKRDeviceRemoved, wire.CKRDeviceError, wire.CKRGeneralError, wire.CKRTokenNotPresent,
 			wire.CKRTokenNotRecognized, wire.CKRSessionHandleInvalid, wire.CKRSessionClosed, wire.CKRSlotIDInvalid,
 			wire.CKRObjectHandleInvalid, wire.CKRKeyHandleInvalid, wire.CKRCryptokiNotInitialized,
-			wire.CKROperationActive, wire.CKROperationNotInitialized) // of a session whose handle was given away
+			wire.CKROperationActive, wire.CKROperationNotInitialized) // another session has got the handle
 }
 
-// explain makes the error of a signature one for a person.
+// explain returns the error of an operation for a person.
 func (k *Key) explain(err error) error {
 	t := k.token.ID
 	switch {

@@ -19,19 +19,18 @@ import (
 	"p11-agent/token/wire"
 )
 
-// Key is a private key on a token. It is known by its public key and by the
-// token and ID it was found with, not by where it is plugged in: a Key stays
-// good while its token is away and comes back, while its module is restarted,
-// and while others log the token out. Methods may be called from any goroutine.
+// Key is a private key on a token. Its public key, its token and its ID identify it, not the slot.
+// A Key stays valid while its token is away, while its module starts again, and after another
+// program logs the token out. Methods may be called from any goroutine.
 type Key struct {
 	token *Token
 	pair  *pairs.Pair
 	uri   *pkcs11uri.URI
-	text  string // the URI in its canonical form
-	use   *usage // that of every Key of the same pair
+	text  string // uri, printed
+	use   *usage // shared by every Key of the same pair
 }
 
-// usage counts signatures. It is read and written at any time.
+// usage counts signatures. Goroutines read and write it at any time.
 type usage struct {
 	count atomic.Uint64
 	last  atomic.Int64 // nanoseconds since 1970; 0: never
@@ -55,10 +54,9 @@ var (
 	_ crypto.MessageSigner = (*Key)(nil)
 )
 
-// newKey makes the key of a pair. Its URI names the token by label and serial
-// and the key by its ID, which stay the same before and after a login; the
-// label only where the ID does not tell it from the others of the token: ids counts the
-// keys of each ID.
+// newKey makes the Key of a pair. The URI names the token by label and serial number, and the key
+// by ID. Both stay the same after a login. The URI has the label only if several keys of the token
+// have the ID. ids counts the keys of each ID.
 func newKey(t *Token, p *pairs.Pair, ids map[string]int) *Key {
 	label := ""
 	if len(p.ID) == 0 || ids[string(p.ID)] > 1 {
@@ -78,9 +76,9 @@ func (k *Key) URI() string { return k.text }
 // Label returns the object's label on the token, which may be empty.
 func (k *Key) Label() string { return k.pair.Label }
 
-// PublicLabel returns the label of the object that shows the key without a login: its
-// public key or certificate. It is the same before and after a login; Label may change. It
-// is Label where no such object has a label.
+// PublicLabel returns the label of the object that shows the key without a login: its public key or
+// certificate. A login may change Label, but not PublicLabel. It is Label if no such object has a
+// label.
 func (k *Key) PublicLabel() string { return k.pair.PublicLabel() }
 
 // ID returns CKA_ID, which may be empty.
@@ -89,29 +87,29 @@ func (k *Key) ID() []byte { return bytes.Clone(k.pair.ID) }
 // Token returns the token the key is on.
 func (k *Key) Token() wire.TokenID { return k.token.ID }
 
-// Module returns the name of the module that the token is seen through.
+// Module returns the name of the module that shows the token.
 func (k *Key) Module() string { return k.token.module.spec.Name }
 
 // Certificates returns the X.509 certificates of the key on the token, in DER.
 func (k *Key) Certificates() [][]byte { return slices.Clone(k.pair.Certificates) }
 
-// AlwaysAuthenticate tells whether the key wants the PIN for each signature, as
-// far as that is known: some tokens say it only after a login.
+// AlwaysAuthenticate reports whether the key wants the PIN for each signature
+// (CKA_ALWAYS_AUTHENTICATE). Some tokens show that only after a login.
 func (k *Key) AlwaysAuthenticate() bool { return k.pair.Always }
 
-// Unfit says why the key is not one to offer unless it is named, or is empty:
-// keys that are not for signing, attestation keys, encryption certificates.
+// Unfit returns the reason not to offer the key unless a user names it, or "". Such keys are not
+// for signing, or attestation keys, or have an encryption certificate.
 func (k *Key) Unfit() string { return k.pair.Unfit }
 
-// Present tells whether the key's token is there, as far as is known: just after
-// the start that is what was known before.
+// Present reports whether the token of the key is present, as far as the agent knows. Just after
+// the start, that is the state at the end of the last run.
 func (k *Key) Present() bool { return k.token.present() }
 
-// TokenReader returns the reader that the key's token is in, when another token of the
-// same name is there as well; empty otherwise.
+// TokenReader returns the reader of the token if another token of the same name is present, and ""
+// otherwise.
 func (k *Key) TokenReader() string { return k.token.reader() }
 
-// TokenName names the key's token to a person.
+// TokenName returns a name of the token for a person.
 func (k *Key) TokenName() string { return k.token.name() }
 
 // AsksPIN tells whether a signature that begins now would have a person give the PIN, as far
@@ -131,16 +129,16 @@ func (k *Key) AsksPIN() bool {
 	return t.pins.Asks()
 }
 
-// Signatures returns how many signatures the key has made since the start, and when
-// the last one was, zero for never.
+// Signatures returns how many signatures the key has made since the start, and when it made the
+// last. The time is zero if it made none.
 func (k *Key) Signatures() (n uint64, last time.Time) { return k.use.count.Load(), k.use.lastTime() }
 
-// Insertions counts how often the key's token has appeared.
+// Insertions returns how often the token of the key has appeared.
 func (k *Key) Insertions() uint64 {
 	return k.token.inserts()
 }
 
-// Matches tells whether a URI selects the key where it is now.
+// Matches reports whether a URI selects the key.
 func (k *Key) Matches(u *pkcs11uri.URI) bool { return k.matches(u, true) }
 
 func (k *Key) matches(u *pkcs11uri.URI, byPath bool) bool {
@@ -150,8 +148,8 @@ func (k *Key) matches(u *pkcs11uri.URI, byPath bool) bool {
 	if !k.token.matches(u, byPath) {
 		return false
 	}
-	// A URI may name the key by any of the objects that belong to it; private
-	// keys that show only after a login count as being there.
+	// A URI may name the key by any object of the pair. A private key that shows only after a login
+	// counts as present.
 	fits := func(class uint64) bool {
 		return u.MatchObject(pkcs11uri.ObjectInfo{Class: className(class), ID: u.ID, Label: text(u.Object)})
 	}
@@ -180,27 +178,25 @@ func className(cko uint64) pkcs11uri.Class {
 // String returns the URI.
 func (k *Key) String() string { return k.text }
 
-// Sign signs a digest; see SignContext. It is for code that has no context,
-// such as crypto/tls (crypto.Signer).
+// Sign signs a digest without a context, for code such as crypto/tls (crypto.Signer). See
+// SignContext.
 func (k *Key) Sign(_ io.Reader, digest []byte, opts crypto.SignerOpts) ([]byte, error) {
 	return k.SignContext(context.Background(), digest, opts)
 }
 
-// SignMessage signs a message; see SignMessageContext (crypto.MessageSigner).
+// SignMessage signs a message without a context (crypto.MessageSigner). See SignMessageContext.
 func (k *Key) SignMessage(_ io.Reader, msg []byte, opts crypto.SignerOpts) ([]byte, error) {
 	return k.SignMessageContext(context.Background(), msg, opts)
 }
 
-// SignContext has the token sign a digest that was made with opts.HashFunc:
-// RSA with PKCS #1 v1.5 padding, or PSS when opts is *rsa.PSSOptions; ECDSA,
-// encoded in ASN.1. Ed25519 signs the message itself, with hash 0. A PIN is
-// asked for when the token wants one.
+// SignContext has the token sign a digest that the caller made with opts.HashFunc. RSA keys use
+// PKCS #1 v1.5 padding, or PSS if opts is *rsa.PSSOptions. ECDSA signatures are in ASN.1. Ed25519
+// signs the message itself, with hash 0. A prompt asks for the PIN if the token wants one.
 //
-// It fails with a *pin.Error, pin.ErrCancelled, ErrAbsent, a *ModuleError, or the
-// context's error. The signature was verified with the public key when it is one of
-// RSA, or of a token that takes a quarter of a millisecond for it or more. Of others it is the first
-// that each module process makes, and then those that a twentieth of the time for making
-// them is enough for.
+// The error is a *PINError, ErrCancelled, ErrAbsent, a *ModuleError, or the error of ctx. The agent
+// verifies each RSA signature, each signature of a card, and each signature that takes a quarter of
+// a millisecond or more. Of other signatures, it verifies the first of each module process, and
+// some more within a twentieth of the token's time.
 func (k *Key) SignContext(ctx context.Context, digest []byte, opts crypto.SignerOpts) ([]byte, error) {
 	r, err := signing.ForDigest(digest, opts)
 	if err != nil {
@@ -209,8 +205,8 @@ func (k *Key) SignContext(ctx context.Context, digest []byte, opts crypto.Signer
 	return k.sign(ctx, r)
 }
 
-// SignMessageContext is SignContext for the message itself, which is hashed
-// with opts.HashFunc here or, where the token insists, by the token.
+// SignMessageContext is SignContext for the message itself. The agent hashes it with opts.HashFunc,
+// or the token does if it insists.
 func (k *Key) SignMessageContext(ctx context.Context, msg []byte, opts crypto.SignerOpts) ([]byte, error) {
 	r, err := signing.ForMessage(msg, opts)
 	if err != nil {
@@ -219,15 +215,14 @@ func (k *Key) SignMessageContext(ctx context.Context, msg []byte, opts crypto.Si
 	return k.sign(ctx, r)
 }
 
-// made is a signature as a token has made it.
+// made is a signature as the token returned it.
 type made struct {
 	signature []byte
 	by        *process.Process
-	took      time.Duration // at least
+	took      time.Duration // the shortest time of such signatures
 }
 
-// sign has the token sign, and puts right once each what may have broken since
-// the last time: the module process, the session, the login.
+// sign has the token sign, and checks the signature.
 func (k *Key) sign(ctx context.Context, r signing.Request) ([]byte, error) {
 	methods, err := r.Methods(k.pair.Public)
 	if err != nil {
@@ -275,8 +270,8 @@ func (k *Key) signWith(ctx context.Context, methods []signing.Method) (m made, e
 	return m, err
 }
 
-// attempt logs in, where that is expected to be needed, and signs, once. login is
-// the number of the login that it signed with.
+// attempt logs in if the key needs it, and signs once. login is the number of the login that it
+// used.
 func (k *Key) attempt(ctx context.Context, p *process.Process, method signing.Method, mustLogin bool) (m made, login uint64, err error) {
 	t := k.token
 	if !t.present() {
@@ -297,14 +292,13 @@ func (k *Key) attempt(ctx context.Context, p *process.Process, method signing.Me
 	return m, login, err
 }
 
-// prelude is what was done for a signature before it is made.
+// prelude is what happened for a signature before the request for it.
 type prelude struct {
-	fresh bool           // somebody has logged in just now
-	typed *secret.Secret // what a person has given for this signature already
+	fresh bool           // this signature caused a login just now
+	typed *secret.Secret // the PIN that a user has typed for this signature
 }
 
-// refusesMechanism tells whether a signature failed because of how it was to be
-// made.
+// refusesMechanism reports whether a signature failed because of its mechanism.
 func refusesMechanism(err error) bool {
 	e, ok := errors.AsType[*wire.Error](err)
 	return ok && (e.Function == "C_SignInit" || e.Function == "C_Sign") &&
@@ -312,10 +306,9 @@ func refusesMechanism(err error) bool {
 			wire.CKRDataLenRange, wire.CKRDataInvalid)
 }
 
-// needsLogin tells whether the key can be expected to want a login: its token
-// has logins, and it did not show before one, or wants its PIN for each
-// signature, which comes on top of a login (PKCS#11 v2.40 section 4.9,
-// CKA_ALWAYS_AUTHENTICATE).
+// needsLogin reports whether the key probably needs a login. The token must have logins. The key
+// must have been hidden before a login, or want its PIN for each signature, on top of a login
+// (PKCS#11 v2.40 section 4.9, CKA_ALWAYS_AUTHENTICATE).
 func (k *Key) needsLogin() bool {
 	if k.pair.Open && !k.pair.Always {
 		return false
@@ -323,7 +316,7 @@ func (k *Key) needsLogin() bool {
 	return k.token.info().Flags&wire.CKFLoginRequired != 0
 }
 
-// signOnce has the token sign.
+// signOnce requests one signature.
 func (k *Key) signOnce(ctx context.Context, p *process.Process, m signing.Method, with prelude) (made, error) {
 	if k.pair.Always {
 		req := new(wire.Sign)
@@ -342,7 +335,7 @@ func (k *Key) signOnce(ctx context.Context, p *process.Process, m signing.Method
 	return made{sig, p, took}, err
 }
 
-// describe makes the request for a signature.
+// describe fills in the request for a signature.
 func (k *Key) describe(req *wire.Sign, m signing.Method) {
 	req.Key = wire.KeyID{
 		Token: k.token.ID, ID: k.pair.ID, Label: k.pair.Label, KeyType: k.pair.KeyType,
@@ -352,8 +345,7 @@ func (k *Key) describe(req *wire.Sign, m signing.Method) {
 	m.Describe(req)
 }
 
-// working tells that the token begins to work on a signature. The function it
-// returns tells that the work is over.
+// working calls Options.Working. The caller calls done when the token has signed.
 func (k *Key) working(ctx context.Context) (done func()) {
 	if f := k.token.module.store.opts.Working; f != nil {
 		return f(ctx, k)
@@ -361,8 +353,8 @@ func (k *Key) working(ctx context.Context) (done func()) {
 	return func() {}
 }
 
-// prefer puts the methods last that the token does not support: those whose mechanism it
-// has refused, or does not list.
+// prefer moves methods to the end that the token does not support: it has refused their mechanism,
+// or does not list it.
 func (t *Token) prefer(methods []signing.Method) []signing.Method {
 	t.mu.Lock()
 	defer t.mu.Unlock()
@@ -372,7 +364,7 @@ func (t *Token) prefer(methods []signing.Method) []signing.Method {
 	})
 }
 
-// refuse remembers that the token does not take a mechanism.
+// refuse remembers that the token refuses a mechanism.
 func (t *Token) refuse(mechanism uint64) {
 	t.mu.Lock()
 	defer t.mu.Unlock()

@@ -12,32 +12,30 @@ import (
 	"p11-agent/token/wire"
 )
 
-// A module that knows smart cards keeps a connection with each of them from when
-// it first looks until C_Finalize: neither C_CloseSession nor C_CloseAllSessions
-// ends it (measured with OpenSC 0.23 and libykcs11 2.2). Others may share the
-// card meanwhile, but who wants it alone is refused, as scdaemon of GnuPG, which
-// always does. So the process of a module that is not used is ended, and started
-// again when it is needed, or when a card comes or goes, for which pcscd is
-// watched.
+// A module for smart cards keeps a connection to each card from its first look until C_Finalize.
+// Neither C_CloseSession nor C_CloseAllSessions ends the connection (measured with OpenSC 0.23 and
+// libykcs11 2.2). Other programs may share the card meanwhile. A program that wants the card alone
+// is refused, as GnuPG's scdaemon, which always does. So the agent ends the process of an unused
+// module. It starts the process again for a request, or when a card comes or goes. pcscd reports
+// that.
 
 const (
-	// ReleaseIdle is how long a module is kept that nobody is logged in to.
+	// ReleaseIdle is how long the agent keeps an unused module without a login.
 	ReleaseIdle = 30 * time.Second
-	// releaseBound is how long it may take to log out of its tokens.
+	// releaseBound is the time to log out of the tokens of the module.
 	releaseBound = 5 * time.Second
-	// releaseWatch is how often pcscd is asked for cards meanwhile.
+	// releaseWatch is how often the agent asks pcscd for cards meanwhile.
 	releaseWatch = time.Second
 )
 
 // ReleaseNever is a ModuleSpec.Idle that keeps the cards for ever.
 const ReleaseNever = time.Duration(-1)
 
-// errReleased is why a process ends that nobody has needed for a while.
-var errReleased = errors.New("its cards were let go")
+// errReleased ends a process that no request has needed for a while.
+var errReleased = errors.New("the agent released its cards")
 
-// use notes that somebody is about to need the module and calls the result when
-// that is over: its process is not ended in between, however long a person takes
-// for a PIN.
+// use notes that a request needs the module, until the caller calls done. The agent does not end
+// the process in between, even while a prompt is open for long.
 func (m *module) use() (done func()) {
 	m.mu.Lock()
 	defer m.mu.Unlock()
@@ -50,8 +48,8 @@ func (m *module) use() (done func()) {
 	}
 }
 
-// releaseAfter tells how long the module has to be idle now, and whether it is
-// to be let go at all.
+// releaseAfter returns how long the module must be idle, and whether the agent may release the
+// module at all.
 func (m *module) releaseAfter(p *process.Process) (idle time.Duration, ok bool) {
 	if !m.usesReaders() {
 		return 0, false
@@ -63,8 +61,7 @@ func (m *module) releaseAfter(p *process.Process) (idle time.Duration, ok bool) 
 	return idle, idle > 0
 }
 
-// releaseCheck is how often it is looked whether a module can be let go that
-// cannot now.
+// releaseCheck returns when to look again whether the agent can release the module.
 func (m *module) releaseCheck() time.Duration {
 	check := ReleaseIdle
 	for _, d := range []time.Duration{m.spec.Release, m.spec.Idle} {
@@ -75,9 +72,9 @@ func (m *module) releaseCheck() time.Duration {
 	return max(check, time.Millisecond)
 }
 
-// release ends the process when nobody has used it for long enough, with every
-// login. It returns what pcscd said of the readers just before; nil and when to
-// ask again, when it is to go on.
+// release ends the process with every login after it was unused for long enough. It returns a watch
+// of the readers from just before. If the process goes on, release returns nil and when to call it
+// again.
 func (m *module) release(ctx context.Context, p *process.Process) (watch *readerWatch, again time.Duration) {
 	idle, ok := m.releaseAfter(p)
 	if !ok {
@@ -95,12 +92,12 @@ func (m *module) release(ctx context.Context, p *process.Process) (watch *reader
 	}
 	watch, err := watchReaders(ctx, m.pcscSocket())
 	if now := heldReaders(watch.seen); err != nil || len(now) > 0 {
-		// Nobody would tell of new cards, or that a reader is free again.
+		// The agent would not learn of new cards, or of a free reader.
 		watch.close()
 		return nil, m.releaseCheck()
 	}
 	if held || !sameCards(watch.seen, cards) {
-		// Something has changed that the module has not noticed yet.
+		// The module has not noticed a change yet.
 		watch.close()
 		p.Notify()
 		return nil, m.releaseCheck()
@@ -115,19 +112,19 @@ func (m *module) release(ctx context.Context, p *process.Process) (watch *reader
 		watch.close()
 		return nil, idle
 	}
-	// A module that hangs at the end is killed all the same.
+	// Kill ends a module that hangs.
 	bounded, cancel := context.WithTimeout(ctx, releaseBound)
 	defer cancel()
 	for _, t := range m.known() {
 		t.endWith(bounded, p)
 	}
 	p.Kill(errReleased)
-	m.log.Debug("the cards are let go until they are needed")
+	m.log.Debug("released the cards until a request needs them")
 	return watch, 0
 }
 
-// endWith logs out of the token before its process ends, as a card may stay
-// verified beyond that. What is kept of the PIN stays.
+// endWith logs out of the token before its process ends, because a card may stay verified after
+// that. The agent keeps the PIN.
 func (t *Token) endWith(ctx context.Context, p *process.Process) {
 	defer t.module.store.stir()
 	t.mu.Lock()
@@ -147,8 +144,7 @@ func (t *Token) endWith(ctx context.Context, p *process.Process) {
 	}
 }
 
-// rest waits until the module that was let go is needed again. due is who wants
-// it looked at.
+// rest waits until a request needs the released module. due are the requests for a look.
 func (m *module) rest(ctx context.Context, watch *readerWatch) (due []*lookup) {
 	defer func() { watch.close() }()
 	tick := time.NewTicker(releaseWatch)
@@ -169,10 +165,10 @@ func (m *module) rest(ctx context.Context, watch *readerWatch) (due []*lookup) {
 	}
 }
 
-// readerWatch sees whether cards have come or gone.
+// A readerWatch notices cards that come or go.
 type readerWatch struct {
 	socket  string
-	service *pcsc.Service // nil when the connection broke
+	service *pcsc.Service // nil: the connection is broken
 	seen    []pcsc.Reader
 }
 
@@ -186,8 +182,8 @@ func watchReaders(ctx context.Context, socket string) (*readerWatch, error) {
 	return w, err
 }
 
-// changed tells whether anything has changed since the start. When pcscd was
-// away and is back, something has.
+// changed reports whether a card has come or gone since the start. If pcscd was away and is back,
+// changed returns true.
 func (w *readerWatch) changed(ctx context.Context) bool {
 	if w.service == nil {
 		service, err := pcsc.Dial(ctx, w.socket)
@@ -205,8 +201,8 @@ func (w *readerWatch) changed(ctx context.Context) bool {
 	return !sameCards(now, w.seen)
 }
 
-// sameCards tells whether no card has come or gone between two answers of pcscd.
-// Who uses a reader is not of interest.
+// sameCards reports whether no card has come or gone between two lists of pcscd. It ignores the
+// users of a reader.
 func sameCards(a, b []pcsc.Reader) bool {
 	return slices.EqualFunc(a, b, func(a, b pcsc.Reader) bool {
 		return a.Name == b.Name && a.Card == b.Card && a.Events == b.Events

@@ -16,29 +16,28 @@ import (
 )
 
 const (
-	// sharingPatience is how long a signature waits in all for a reader that
-	// another program keeps to itself.
+	// sharingPatience is how long a signature waits in all for a reader that another program uses
+	// alone.
 	sharingPatience = 5 * time.Second
-	// sharingPause is how often pcscd is asked meanwhile. The card is not: pcscd
-	// answers from what it knows.
+	// sharingPause is how often the agent asks pcscd meanwhile. pcscd does not ask the card.
 	sharingPause = 200 * time.Millisecond
-	// sharingQuestion bounds one look at who uses the readers.
+	// sharingQuestion bounds one question for the users of a reader.
 	sharingQuestion = 3 * time.Second
-	// maxLogins is how often a signature logs in again that another program takes
-	// the login from each time: one that resets the card again and again.
+	// maxLogins is how often one signature logs in again, while another program ends the login each
+	// time. Such a program resets the card again and again.
 	maxLogins = 3
 )
 
-// An InUseError says that another program keeps the reader of a card to itself
-// (SCARD_SHARE_EXCLUSIVE of PC/SC), so that nobody else gets to the card.
+// An InUseError means that another program uses the reader of a card alone (SCARD_SHARE_EXCLUSIVE
+// of PC/SC). No other program gets to the card.
 type InUseError struct {
 	Reader string
-	// Holders are the programs that it can be, as "scdaemon (1234)": those that
-	// are connected to pcscd and are not ours. Empty: it cannot be seen.
+	// Holders are the possible programs, as "scdaemon (1234)": those that are connected to pcscd
+	// and are not part of the agent. It is empty if the agent cannot see them.
 	Holders []string
-	// Probably is who it is by their names, though they do not let anybody see it.
+	// Probably are the likely programs by name, which hide their connections.
 	Probably []string
-	// Hidden tells that it is none of these, but one that this user may not see.
+	// Hidden means that this user may not see the program.
 	Hidden bool
 }
 
@@ -64,58 +63,58 @@ func (e *InUseError) Error() string {
 	return text + ": end it, or have it share the reader"
 }
 
-// Absent tells that another home of the key, if it has one, is to be tried.
+// Absent marks the error as one of an absent token: the keyring then tries another home of the key.
 func (e *InUseError) Absent() bool { return true }
 
-// Busy tells it from a token that has to be inserted.
+// Busy distinguishes the error from that of a missing token.
 func (e *InUseError) Busy() bool { return true }
 
 // readerPatience bounds how long one operation waits for readers that other programs use.
 type readerPatience struct{ until time.Time }
 
-// pcscSocket is where the module's process finds pcscd.
+// pcscSocket returns the socket of pcscd that the module uses.
 func (m *module) pcscSocket() string {
 	return pcsc.Socket(registry.Environment(os.Environ(), m.spec.Env))
 }
 
-// usesReaders tells whether the module sees smart cards by pcscd.
+// usesReaders reports whether the module sees smart cards through pcscd.
 func (m *module) usesReaders() bool {
 	m.mu.Lock()
 	defer m.mu.Unlock()
 	return m.pcsc
 }
 
-// readers asks pcscd for the readers; none where it does not tell, or where the
-// module does not use them.
+// readers asks pcscd for the readers. It returns none if pcscd does not answer, or if the module
+// does not use pcscd.
 func (m *module) readers(ctx context.Context) []pcsc.Reader {
 	if !m.usesReaders() {
 		return nil
 	}
 	readers, err := pcsc.Readers(ctx, m.pcscSocket())
 	if err != nil {
-		m.log.Debug("pcscd does not tell of its readers", "reason", err)
+		m.log.Debug("cannot get the readers from pcscd", "reason", err)
 	}
 	return readers
 }
 
-// heldReaders returns the readers with a card that others keep to themselves.
-// They cannot be ours, which share.
+// heldReaders returns the readers with a card that another program uses alone. The agent's own
+// modules share readers.
 //
-// It asks pcscd and does not go by what the module says: with a reader that was
-// taken before, OpenSC 0.23 lists the slot as empty and says CKR_DEVICE_ERROR of
-// it, libykcs11 2.2 says CKR_TOKEN_NOT_PRESENT, as of an empty one.
+// It relies on pcscd rather than on the module. If another program took the reader first, OpenSC
+// 0.23 lists the slot as empty and returns CKR_DEVICE_ERROR for it. libykcs11 2.2 returns
+// CKR_TOKEN_NOT_PRESENT, as for an empty slot.
 func heldReaders(readers []pcsc.Reader) []pcsc.Reader {
 	return slices.DeleteFunc(slices.Clone(readers), func(r pcsc.Reader) bool { return !r.Card || r.Users != pcsc.Exclusive })
 }
 
-// inReader tells whether a slot of a module is a reader. Modules name their slots
-// so, within the 64 bytes of PKCS#11.
+// inReader reports whether a slot of a module is a reader. Modules name their slots after readers,
+// within the 64 bytes of PKCS#11.
 func inReader(slot wire.Slot, r pcsc.Reader) bool {
 	return slot.Description != "" && (slot.Description == r.Name || len(slot.Description) >= 63 && strings.HasPrefix(r.Name, slot.Description))
 }
 
-// heldReader returns the reader that the token is in, or may be in, if another
-// program keeps it to itself.
+// heldReader returns the reader that the token is in, or may be in, if another program uses the
+// reader alone.
 func (t *Token) heldReader(ctx context.Context) (r pcsc.Reader, held bool) {
 	readers := t.module.readers(ctx)
 	all := heldReaders(readers)
@@ -126,17 +125,16 @@ func (t *Token) heldReader(ctx context.Context) (r pcsc.Reader, held bool) {
 	if i := slices.IndexFunc(all, known); i >= 0 {
 		return all[i], true
 	}
-	// The card may have moved on. A reader that it was in and that is free is the
-	// better guess.
+	// The card may be in another reader now. A free reader that it was in is the better guess.
 	if len(all) == 0 || slices.ContainsFunc(readers, func(r pcsc.Reader) bool { return r.Card && known(r) }) {
 		return r, false
 	}
 	return all[0], true
 }
 
-// awaitReader waits, after a failure, while another program keeps the reader to
-// itself, until patience is over. It returns whether that was so and it is worth
-// trying again, or an *InUseError.
+// awaitReader waits, after a failure, while another program uses the reader alone, for as long as
+// patience allows. It returns true if the reader was in use and is free now, and an *InUseError if
+// patience is over.
 func (t *Token) awaitReader(ctx context.Context, patience *readerPatience) (again bool, err error) {
 	reader, held := t.heldReader(ctx)
 	if !held {
@@ -162,15 +160,15 @@ func (t *Token) awaitReader(ctx context.Context, patience *readerPatience) (agai
 	return true, nil
 }
 
-// inUse names those who may hold a reader. The process that asks, its children
-// and the other modules are none of them.
+// inUse returns an error with the programs that may use a reader. The agent, its children and its
+// modules are not among them.
 func (m *module) inUse(ctx context.Context, r pcsc.Reader) *InUseError {
 	ctx, cancel := context.WithTimeout(ctx, sharingQuestion)
 	defer cancel()
 	e := &InUseError{Reader: r.Name}
 	all, err := pcsc.Clients(ctx, m.pcscSocket())
 	if err != nil {
-		m.log.Debug("it cannot be seen who is connected to pcscd", "reason", err)
+		m.log.Debug("cannot list the programs that use pcscd", "reason", err)
 		return e
 	}
 	own := m.store.pids()
@@ -182,13 +180,13 @@ func (m *module) inUse(ctx context.Context, r pcsc.Reader) *InUseError {
 	for _, c := range all.Suspects {
 		e.Probably = append(e.Probably, c.String())
 	}
-	// Our module processes are among the hidden ones: they keep to themselves, too.
+	// The module processes of the agent are hidden as well.
 	e.Hidden = all.Hidden > 0 && len(e.Holders)+len(e.Probably) == 0
 	return e
 }
 
-// inUse tells of each reader that others keep to themselves, as seen by a module,
-// or by any when it is nil.
+// inUse returns an error for each reader that another program uses alone, as one module sees it, or
+// any module if only is nil.
 func (s *Store) inUse(ctx context.Context, only *module) (all []error) {
 	var seen []string
 	for _, m := range s.modulesNow() {
@@ -205,7 +203,7 @@ func (s *Store) inUse(ctx context.Context, only *module) (all []error) {
 	return all
 }
 
-// pids returns the processes that are ours.
+// pids returns the processes of the agent.
 func (s *Store) pids() []int {
 	pids := []int{os.Getpid()}
 	for _, m := range s.modulesNow() {
@@ -218,9 +216,8 @@ func (s *Store) pids() []int {
 	return pids
 }
 
-// keepHeld adds to the tokens of a look those that were there and whose reader
-// another program keeps to itself, or did just before: they have not gone. It
-// complains of each reader once.
+// keepHeld adds tokens to the tokens of a look: those that were present and whose reader another
+// program uses alone, or did just before. They have not left. It logs each reader once.
 func (m *module) keepHeld(ctx context.Context, order []*Token, before []pcsc.Reader) []*Token {
 	held := heldReaders(m.readers(ctx))
 	for _, r := range heldReaders(before) {
@@ -251,14 +248,14 @@ func (m *module) keepHeld(ctx context.Context, order []*Token, before []pcsc.Rea
 	return order
 }
 
-// loginBroke ends the process of a module whose login failed for want of the
-// card, so that the next one starts anew: the PIN is not tried again.
+// loginBroke ends the process of a module whose login failed because it could not reach the card,
+// so that the next login has a new process. The agent does not try the PIN again.
 //
-// libykcs11 2.2 does not select its application again when another program has
-// selected one: C_Login says CKR_DEVICE_ERROR until C_Finalize.
+// If another program has selected its application, libykcs11 2.2 does not select its own again:
+// C_Login returns CKR_DEVICE_ERROR until C_Finalize.
 //
-// One that failed as the card was pulled needs no new process. moves is how many cards had
-// come and gone before.
+// A login that failed because the card was pulled needs no new process. moves is the number of
+// moves before the login.
 func (m *module) loginBroke(ctx context.Context, p *process.Process, moves uint64, err error) {
 	if e, ok := errors.AsType[*wire.Error](err); ok && e.Function == "C_Login" && wire.IsRV(err, wire.CKRDeviceError, wire.CKRGeneralError) && !m.awaitMove(ctx, moves) {
 		p.Kill(fmt.Errorf("%w: %w", errAnew, err))

@@ -21,75 +21,79 @@ import (
 )
 
 const (
-	// restartMin and restartMax bound the pause before a module process that
-	// ended is started again; it doubles each time.
+	// restartMin and restartMax bound the pause before the agent starts a module process again. The
+	// pause doubles each time.
 	restartMin = 100 * time.Millisecond
 	restartMax = 30 * time.Second
-	// A process that lived this long, or has made a signature, starts anew with the
-	// shortest pause.
+	// After a process that lived this long, or has made a signature, the pause is the shortest.
 	healthyAfter = time.Minute
-	// A request waits for the next start when it is this near, and fails with
-	// the reason otherwise.
+	// A request waits for the next start if the start is this near. Otherwise the request fails
+	// with the reason.
 	startPatience = 2 * time.Second
 	// pokeInterval is how long a look at a module stays fresh.
 	pokeInterval = 2 * time.Second
 )
 
-// module runs one PKCS#11 module. The goroutine in run owns the process: it
-// starts it, looks at its tokens when told to, and starts it again with a pause
-// when it has ended. Everybody else reads the state under mu and asks through
-// wanted.
+// A module runs one PKCS#11 module. The goroutine in run owns the process: it starts the process,
+// looks at the tokens, and starts the process again after a pause. Other goroutines read the state
+// under mu, and ask for a look through wanted.
 //
 //	starting ─▶ looking ─▶ ready ─▶ (event, rescan) looking
 //	  ▲   ▲        │          │ │
 //	  │   └ pause ◀┴──────────┘ │ process ended
-//	  └──── let go ◀────────────┘ not used (release.go)
+//	  └──── released ◀──────────┘ not used (release.go)
 type module struct {
 	store *Store
 	spec  ModuleSpec
-	// identity is what PINs and homes know the module by: the name in the configuration, or
-	// the file that a client has named. Otherwise a client could have a module take the name
-	// of another one whose file is called the same.
+	// identity is the name of the module for PINs and homes: the name in the configuration, or the
+	// file that a client has named. A client cannot take the name of another module by a file of
+	// the same name.
 	identity string
 	byClient bool
-	file     string // spec.Path with all links followed, as far as there is such a file
+	file     string // spec.Path without symbolic links, if the file exists
 	log      *slog.Logger
 	lines    *folding      // behind log
-	looks    pace.Limit    // of those for events; run's
+	looks    pace.Limit    // of the looks for events; run uses it
 	looked   chan struct{} // closed after the first look, or the first failure
-	wanted   chan *lookup  // looks asked for
-	poked    chan struct{} // one element: somebody looks at the keys
-	needed   chan struct{} // one element: somebody needs the process that was let go
-	moved    chan struct{} // one element: cards have come or gone, as pcscd tells
+	wanted   chan *lookup  // requests for a look
+	poked    chan struct{} // one element: a client lists the keys
+	needed   chan struct{} // one element: a request needs the released process
+	moved    chan struct{} // one element: pcscd reports that cards have come or gone
 
-	mu         sync.Mutex
-	state      chan struct{}    // closed and replaced at every change below
-	proc       *process.Process // nil while there is none
-	info       wire.HelloReply
-	err        error     // why there is none
-	retry      time.Time // when it is started again; zero: when somebody wants it
-	starts     int
-	lastLook   time.Time               // or when it failed last
-	plug       bool                    // it has slots that tokens are plugged into
-	complain   string                  // why it could not be used, as logged last
-	leftOut    []string                // at the last look
-	tokens     map[wire.TokenID]*Token // the tokens that were ever there, within bounds
-	insertions uint64                  // the most insertions of those that were forgotten
-	order      []*Token                // the present ones, in the order of slots
-	last       []*Token                // likewise at the last look, whatever came after
-	pid        int                     // of the process, from before proc is set; 0: there is none
-	current    *process.Process        // likewise, from before the module is loaded
-	watch      cardWatch
-	pcsc       bool          // it sees smart cards by pcscd
-	empty      string        // why it shows no token, if somebody knows
-	cards      []pcsc.Reader // the readers just before the last look
-	held       []string      // those that others kept to themselves then
-	users      int           // requests that need the process
-	lastUse    time.Time
-	released   bool // the process was ended as nobody needed it
+	mu    sync.Mutex
+	state chan struct{} // closed and replaced at every change below
+
+	// The process.
+	proc     *process.Process // nil while there is none
+	current  *process.Process // proc, from before the module is loaded
+	pid      int              // of the process, from before proc is set; 0: there is none
+	info     wire.HelloReply
+	starts   int
+	err      error     // the reason why there is no process
+	retry    time.Time // the next start; zero: when a client wants it
+	reason   string    // the last logged reason why the module could not be used
+	released bool      // the agent ended the process because no request needed it
+	users    int       // the requests that need the process
+	lastUse  time.Time
+
+	// The tokens.
+	tokens     map[wire.TokenID]*Token // those that the agent remembers, within bounds
+	insertions uint64                  // the most insertions of a forgotten token
+	order      []*Token                // the present tokens, in the order of slots
+	last       []*Token                // order as the last look found it
+	lastLook   time.Time               // the last look, or its failure
+	removable  bool                    // the module has removable slots
+	leftOut    []string                // by the last look
+	empty      string                  // the reason why the module shows no token, if known
+
+	// The readers.
+	pcsc  bool // the module sees smart cards through pcscd
+	watch cardWatch
+	cards []pcsc.Reader // the readers just before the last look
+	held  []string      // the readers that other programs used alone at that time
 }
 
-// lookup is a look that somebody waits for.
+// A lookup is a request for a look.
 type lookup struct {
 	done chan error // one element
 }
@@ -97,7 +101,7 @@ type lookup struct {
 func newModule(s *Store, spec ModuleSpec) *module {
 	file, err := filepath.EvalSymlinks(spec.Path)
 	if err != nil {
-		file = spec.Path // starting it will say what is wrong
+		file = spec.Path // the start fails with the reason
 	}
 	lines := newFolding(s.log.Handler())
 	return &module{
@@ -118,7 +122,7 @@ func newModule(s *Store, spec ModuleSpec) *module {
 	}
 }
 
-// change makes a change of the state under mu and wakes those who wait for it.
+// change changes the state under mu, and wakes the goroutines that wait for a change.
 func (m *module) change(f func()) {
 	m.mu.Lock()
 	defer m.mu.Unlock()
@@ -132,10 +136,10 @@ func (m *module) run(ctx context.Context) {
 	defer m.lines.close()
 	first := sync.OnceFunc(func() { close(m.looked) })
 	defer first()
-	var due []*lookup // asked for while there was no process
+	var due []*lookup // the requests for a look while there was no process
 	defer func() { answer(due, ErrClosed) }()
 	spec, poll := m.spec, m.spec.Poll
-	renewed := false // the next process is no sign of trouble
+	renewed := false // the next process does not count as a restart
 	var again backoff
 	renewals := pace.Limit{Burst: renewBurst, Every: renewEvery}
 	for ctx.Err() == nil {
@@ -157,7 +161,7 @@ func (m *module) run(ctx context.Context) {
 			if p.Err() == nil {
 				m.change(func() { m.proc, m.err, m.retry, m.released, m.lastUse = p, nil, time.Time{}, false, time.Now() })
 				m.store.stir()
-				first() // else when it is noted what happened to it
+				first() // otherwise stopped comes before
 				var watch *readerWatch
 				if watch, due = m.attend(ctx, p); watch != nil {
 					<-p.Done()
@@ -173,19 +177,19 @@ func (m *module) run(ctx context.Context) {
 			break
 		}
 		if renewed = errors.Is(err, process.ErrRenewed); renewed {
-			first() // whoever waits for all modules does not wait for one that wants this at once
+			first() // the start of the agent does not wait for modules that do this at once
 			renewals.Wait(ctx)
 			continue
 		}
 		if pulled(err) || process.IsOneAtATime(err) && m.moves() != moves {
-			// The card is to blame, and there may be others.
-			m.log.Info("module is started anew", "reason", err)
+			// The card is the cause. Other cards may work.
+			m.log.Info("starting the module again", "reason", err)
 			first()
 			renewals.Wait(ctx)
 			continue
 		}
 		if process.IsOneAtATime(err) && !poll {
-			// Found out before somebody had to wait for it.
+			// The agent has noticed this before a request had to wait.
 			m.log.Info("module does one thing at a time: its slots are looked at again and again")
 			renewed, poll, spec.Poll = p != nil, true, true
 			continue
@@ -196,15 +200,14 @@ func (m *module) run(ctx context.Context) {
 			}
 		}
 		if p != nil && p.HasSigned() || m.moves() != moves {
-			again = backoff{} // it was of use, or had a card pulled
+			again = backoff{} // the process was of use, or lost a card
 		}
-		// A wait for events may be what it hung for.
+		// A module may hang while it waits for events. Polling avoids that.
 		_, hung := errors.AsType[*process.HungError](err)
 		spec.Poll = poll || hung
 		wait := again.next(time.Since(began))
 		if wire.IsReason(err, wire.ReasonLoad) || wait >= restartMax && !m.everRan() {
-			// The file will not get better by itself, and nor will what a module is
-			// for that is not there, such as a TPM.
+			// A restart repairs neither the file nor a missing device, such as a TPM.
 			wait = 0
 		}
 		m.stopped(err, wait)
@@ -224,7 +227,7 @@ func (m *module) start(ctx context.Context, spec ModuleSpec) (*process.Process, 
 		},
 		Timeout: spec.Timeout, Log: m.log,
 		SlotsLeft: m.slotsLeft,
-		Starting:  func(p *process.Process) { m.change(func() { m.current, m.watch.doubt = p, false }) },
+		Starting:  func(p *process.Process) { m.change(func() { m.current, m.watch.silent = p, false }) },
 	})
 	if err != nil && !spec.Unconfined && !fitsSandbox(spec.Path) && maybeSandbox(err) {
 		err = fmt.Errorf("%w; %s", err, sandboxHint)
@@ -232,7 +235,7 @@ func (m *module) start(ctx context.Context, spec ModuleSpec) (*process.Process, 
 	return p, err
 }
 
-// tellSandbox logs once what a module is not kept from although it should be.
+// tellSandbox warns once if parts of the sandbox are missing.
 func (m *module) tellSandbox(s wire.Sandbox) {
 	m.mu.Lock()
 	first := m.starts == 0
@@ -242,17 +245,17 @@ func (m *module) tellSandbox(s wire.Sandbox) {
 	}
 }
 
-// everRan tells whether the module has ever started.
+// everRan reports whether the module has ever started.
 func (m *module) everRan() bool {
 	m.mu.Lock()
 	defer m.mu.Unlock()
 	return m.starts > 0
 }
 
-// backoff is how long to wait before a process is started again.
+// backoff computes the pause before the next start of a process.
 type backoff struct{ last time.Duration }
 
-// next returns that for a process that has lived so long.
+// next returns the pause after a process that has lived for some time.
 func (b *backoff) next(lived time.Duration) time.Duration {
 	if lived > healthyAfter {
 		b.last = 0
@@ -261,23 +264,22 @@ func (b *backoff) next(lived time.Duration) time.Duration {
 	return b.last
 }
 
-// answer tells everybody who waited for a look.
+// answer sends the outcome of a look to all that wait for it.
 func answer(due []*lookup, err error) {
 	for _, l := range due {
 		l.done <- err
 	}
 }
 
-// stopped notes that there is no process, and until when. Its keys are gone
-// from the list until it is back: the process of a module that ended once is
-// back before anybody looks.
+// stopped notes that there is no process, and until when. The list loses the keys of the module,
+// except after a first failure: that process is back before a client lists the keys.
 func (m *module) stopped(err error, wait time.Duration) {
 	old := false
 	var gone []*Token
 	m.change(func() {
 		m.proc, m.err, m.retry, m.pid, m.released = nil, err, time.Time{}, 0, false
 		m.lastLook = time.Now()
-		old, m.complain = m.complain == process.WithoutOutput(err), process.WithoutOutput(err)
+		old, m.reason = m.reason == process.WithoutOutput(err), process.WithoutOutput(err)
 		if wait > 0 {
 			m.retry = time.Now().Add(wait)
 		}
@@ -291,18 +293,18 @@ func (m *module) stopped(err error, wait time.Duration) {
 	m.store.publish()
 	reason := err.Error()
 	if old {
-		reason = process.WithoutOutput(err) // its words are in the log already
+		reason = process.WithoutOutput(err) // the log has the output already
 	}
 	switch {
 	case wait > 0:
 		m.log.Warn("module stopped", "reason", reason, "starts again in", wait)
-	case !old: // not each time that somebody looks at the keys
+	case !old: // once, not for each list of the keys
 		m.log.Warn("module cannot be used", "reason", reason)
 	}
 }
 
-// pause waits for wait, or, when it is 0, until somebody wants the module. Who
-// explicitly asks for a look ends the pause in any case.
+// pause waits for wait, or until a client wants the module if wait is 0. An explicit request for a
+// look ends the pause in any case.
 func (m *module) pause(ctx context.Context, wait time.Duration) (due []*lookup) {
 	var timer <-chan time.Time
 	var poked <-chan struct{}
@@ -312,7 +314,7 @@ func (m *module) pause(ctx context.Context, wait time.Duration) (due []*lookup) 
 		timer = t.C
 	} else {
 		select {
-		case <-m.poked: // before this failure
+		case <-m.poked: // from before this failure
 		default:
 		}
 		poked = m.poked
@@ -327,13 +329,13 @@ func (m *module) pause(ctx context.Context, wait time.Duration) (due []*lookup) 
 	return due
 }
 
-// attend serves a running process until it ends. It returns a watch of the
-// readers when it was ended because nobody needed it, and the looks that the
-// process is replaced for.
+// attend serves a running process until it ends. If the agent releases the process, attend returns
+// a watch of the readers. If a new process replaces it, attend returns the requests for a look that
+// the new process must answer.
 func (m *module) attend(ctx context.Context, p *process.Process) (*readerWatch, []*lookup) {
 	idle := time.NewTimer(0)
 	defer idle.Stop()
-	var later <-chan time.Time // a look that is put off
+	var later <-chan time.Time // a look that the pace delays
 	for {
 		var err error
 		var due []*lookup
@@ -376,26 +378,26 @@ func (m *module) attend(ctx context.Context, p *process.Process) (*readerWatch, 
 			return nil, due
 		}
 		answer(due, err)
-		if err != nil && ctx.Err() == nil && p.Err() == nil { // else run says it
+		if err != nil && ctx.Err() == nil && p.Err() == nil { // otherwise run logs the reason
 			m.log.Warn("module cannot be looked at", "reason", err)
 		}
 	}
 }
 
-// mute tells whether the module has no slot that a token could be plugged into:
-// then new tokens come from other programs, and it may not notice.
+// mute reports whether the module has no removable slot. Then new tokens come from other programs,
+// and the module may not notice them.
 func (m *module) mute() bool {
 	m.mu.Lock()
 	defer m.mu.Unlock()
-	return !m.plug && !m.info.Waits
+	return !m.removable && !m.info.Waits
 }
 
-// look asks the module for its tokens and keys and publishes them. A token that
-// fails keeps what was known of it.
+// look asks the module for its tokens and keys, and publishes them. If a token fails, it keeps its
+// old keys.
 func (m *module) look(ctx context.Context, p *process.Process, again bool) error {
 	before, moves := m.readers(ctx), m.moves()
 	var slots wire.SlotsReply
-	// A process is not replaced while a person types a PIN for it.
+	// The agent does not replace a process while a user types a PIN for it.
 	again = again && !(p.Info().Waits && m.asking())
 	err := p.Call(ctx, process.ListTimeout, wire.TypeSlots, &wire.Slots{Reinitialize: again}, &slots)
 	if p.Err() == nil {
@@ -403,8 +405,7 @@ func (m *module) look(ctx context.Context, p *process.Process, again bool) error
 	}
 	if err != nil {
 		if wire.IsRV(err, wire.CKRGeneralError, wire.CKRDeviceError, wire.CKRCryptokiNotInitialized) {
-			// Some modules never recover from the loss of their reader service;
-			// a new process does.
+			// Some modules never recover from the loss of their reader service. A new process does.
 			p.Kill(fmt.Errorf("its tokens cannot be listed: %w", err))
 		}
 		return m.wrap(err)
@@ -414,11 +415,11 @@ func (m *module) look(ctx context.Context, p *process.Process, again bool) error
 	m.mu.Unlock()
 	now := m.readers(ctx)
 	var order []*Token
-	plug, read := false, 0
+	removable, read := false, 0
 	names := m.numbering(slots.Slots)
 	var left tokensLeftOut
 	for _, slot := range slots.Slots {
-		plug = plug || slot.Flags&wire.CKFRemovableDevice != 0
+		removable = removable || slot.Flags&wire.CKFRemovableDevice != 0
 		if !slot.HasToken {
 			continue
 		}
@@ -466,7 +467,7 @@ func (m *module) look(ctx context.Context, p *process.Process, again bool) error
 		}
 		gone = slices.DeleteFunc(slices.Clone(m.last), func(t *Token) bool { return slices.Contains(order, t) })
 		m.order, m.last, m.lastLook = order, order, time.Now()
-		m.plug, m.complain, m.leftOut = plug, "", left.reasons()
+		m.removable, m.reason, m.leftOut = removable, "", left.reasons()
 	})
 	if len(gone) > 0 {
 		m.cardsLeft(gone, 0)
@@ -479,12 +480,12 @@ func (m *module) look(ctx context.Context, p *process.Process, again bool) error
 	return nil
 }
 
-// asking tells whether somebody is asked for the PIN of one of the tokens.
+// asking reports whether a prompt for the PIN of one of the tokens is open.
 func (m *module) asking() bool {
 	return slices.ContainsFunc(m.known(), func(t *Token) bool { return t.pins.Trying() })
 }
 
-// token returns what is kept of the token in a slot.
+// token returns the Token in a slot, and makes one if the slot is new.
 func (m *module) token(slot wire.Slot) *Token {
 	m.mu.Lock()
 	defer m.mu.Unlock()
@@ -496,27 +497,27 @@ func (m *module) token(slot wire.Slot) *Token {
 	return t
 }
 
-// present returns the tokens that are there.
+// present returns the tokens that are present.
 func (m *module) present() []*Token {
 	m.mu.Lock()
 	defer m.mu.Unlock()
 	return m.order
 }
 
-// known returns every token that was ever there.
+// known returns every token that the agent remembers.
 func (m *module) known() []*Token {
 	m.mu.Lock()
 	defer m.mu.Unlock()
 	return slices.SortedFunc(maps.Values(m.tokens), func(a, b *Token) int { return compareIDs(a.ID, b.ID) })
 }
 
-// running returns the process, waiting for it while it starts.
+// running returns the process, and waits while it starts.
 func (m *module) running(ctx context.Context) (*process.Process, error) {
 	for {
 		m.mu.Lock()
-		p, state, doubt := m.proc, m.state, m.watch.doubt
+		p, state, silent := m.proc, m.state, m.watch.silent
 		soon := m.err == nil || !m.retry.IsZero() && time.Until(m.retry) < startPatience
-		failure := m.failureLocked() // of this moment: the next may have a process
+		failure := m.failureLocked() // of this moment
 		if m.released {
 			select {
 			case m.needed <- struct{}{}:
@@ -525,12 +526,12 @@ func (m *module) running(ctx context.Context) (*process.Process, error) {
 		}
 		m.mu.Unlock()
 		switch {
-		case p != nil && p.Err() == nil && !doubt:
+		case p != nil && p.Err() == nil && !silent:
 			return p, nil
 		case p == nil && !soon:
 			return nil, failure
 		}
-		// Also when the process has just ended: run is about to say so.
+		// If the process has just ended, then run changes the state soon.
 		select {
 		case <-state:
 		case <-ctx.Done():
@@ -539,7 +540,7 @@ func (m *module) running(ctx context.Context) (*process.Process, error) {
 	}
 }
 
-// failure says why there is no process.
+// failure returns the reason why there is no process.
 func (m *module) failure() error {
 	m.mu.Lock()
 	defer m.mu.Unlock()
@@ -560,7 +561,7 @@ func (m *module) wrap(err error) error {
 	return &ModuleError{Module: m.spec.Name, Path: m.spec.Path, Err: err}
 }
 
-// rescan has the module looked at again and waits for it.
+// rescan requests a look at the module, and waits for it.
 func (m *module) rescan(ctx context.Context) error {
 	l := &lookup{done: make(chan error, 1)}
 	select {
@@ -578,8 +579,8 @@ func (m *module) rescan(ctx context.Context) error {
 	}
 }
 
-// poke has the module looked at in the background unless that was done just
-// now. One that cannot be loaded is tried less often.
+// poke requests a look in the background, unless the last look is fresh. A module that cannot be
+// loaded is looked at less often.
 func (m *module) poke() {
 	m.mu.Lock()
 	interval := pokeInterval
@@ -597,7 +598,7 @@ func (m *module) poke() {
 	}
 }
 
-// status tells how the module fares, and of its tokens.
+// status returns the state of the module and of its tokens.
 func (m *module) status() ModuleStatus {
 	st, there, away := m.statusNow()
 	for i, t := range there { // the locks of pin.States come before the module's
@@ -610,7 +611,7 @@ func (m *module) status() ModuleStatus {
 	return st
 }
 
-// statusNow is the status without what pin.States tell, and the tokens that its lists are of.
+// statusNow returns the status without what pin.States adds, and the tokens in its lists.
 func (m *module) statusNow() (st ModuleStatus, there, away []*Token) {
 	m.mu.Lock()
 	defer m.mu.Unlock()

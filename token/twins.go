@@ -9,15 +9,15 @@ import (
 	"p11-agent/token/wire"
 )
 
-// Several tokens that are there at once may show the same four texts. The agent tells them
-// apart by their keys, and by their slots where they show the same keys or none. It gives
-// them numbers (wire.TokenID.Twin). A number stays with its keys, in all modules, for as
-// long as the agent remembers the token. To persons the agent names the reader.
+// Several present tokens may show the same four texts. The agent tells them apart by their keys,
+// and by their slots if they show the same keys or none. It numbers them (wire.TokenID.Twin). A
+// number stays with its keys, in all modules, for as long as the agent remembers the token. Prompts
+// and lists name the reader instead.
 
 // maxTwins bounds the numbers.
 const maxTwins = known.MaxTwins
 
-// numbering numbers the tokens of one look.
+// A numbering numbers the tokens of one look.
 type numbering struct {
 	module *module
 	slots  []wire.Slot
@@ -40,7 +40,7 @@ func (n *numbering) name(ctx context.Context, p *process.Process, slot wire.Slot
 	return id
 }
 
-// number gives numbers to all tokens of the same texts.
+// number numbers all tokens with the same texts.
 func (n *numbering) number(ctx context.Context, p *process.Process, texts wire.TokenID) {
 	m := n.module
 	var here []wire.Slot
@@ -51,14 +51,14 @@ func (n *numbering) number(ctx context.Context, p *process.Process, texts wire.T
 	}
 	known := m.store.twins(texts)
 	if len(here) == 1 && !slices.ContainsFunc(known, func(k twin) bool { return k.number != 0 }) {
-		return // as nearly always
+		return // the usual case
 	}
 	found := make(map[uint64]shown)
 	for _, slot := range here {
 		reply, err := p.Objects(ctx, &wire.Objects{Token: texts, Slot: slot.ID, Peek: true})
 		if err == nil {
 			found[slot.ID] = shownBy(reply.Objects)
-		} // else the slot decides, and the look says what is wrong
+		} // otherwise the slot decides, and the look returns the reason
 	}
 	taken := make(map[uint32]bool)
 	give := func(fits func(twin, wire.Slot) bool) {
@@ -74,7 +74,7 @@ func (n *numbering) number(ctx context.Context, p *process.Process, texts wire.T
 	sameSlot := func(k twin, slot wire.Slot) bool { return k.module == m && k.there && k.slot == slot.ID }
 	give(func(k twin, slot wire.Slot) bool { return sameKeys(k, slot) && sameSlot(k, slot) })
 	give(sameKeys)
-	give(sameSlot) // its keys have changed, or it shows none
+	give(sameSlot) // the keys have changed, or the token shows none
 	give(func(k twin, slot wire.Slot) bool { return !k.shown.comparable(found[slot.ID]) })
 	for _, slot := range here {
 		free := uint32(0)
@@ -85,7 +85,7 @@ func (n *numbering) number(ctx context.Context, p *process.Process, texts wire.T
 	}
 }
 
-// twin is a token that has some texts, as a module shows it or has shown it.
+// A twin is a token with some texts, as a module shows it or has shown it.
 type twin struct {
 	number uint32
 	module *module
@@ -94,7 +94,7 @@ type twin struct {
 	shown  shown
 }
 
-// twins returns all tokens of some texts that are remembered.
+// twins returns all remembered tokens with some texts.
 func (s *Store) twins(texts wire.TokenID) (all []twin) {
 	for _, m := range s.modulesNow() {
 		m.mu.Lock()
@@ -122,8 +122,8 @@ func (s *Store) twins(texts wire.TokenID) (all []twin) {
 	return all
 }
 
-// reader returns the description of the token's slot when another token of the same texts
-// is there, or is remembered with keys of its own; empty otherwise: then its name is enough.
+// reader returns the description of the token's slot if another token with the same texts is
+// present. Otherwise it returns "", because the name is enough.
 func (t *Token) reader() string {
 	s := t.module.store
 	for _, m := range s.modulesNow() {

@@ -34,9 +34,9 @@ var (
 	// ErrOneAtATime ends a process that cannot answer while it waits for events.
 	ErrOneAtATime = errors.New("it answers nothing while it waits for events")
 	// ErrRenewed ends a process that a new one replaces, to find new tokens. The old process had no request.
-	ErrRenewed = errors.New("it is started anew to look for tokens")
+	ErrRenewed = errors.New("the agent replaces the process to look for tokens")
 	// ErrPulled ends a process that did not answer after a card was put in or taken out.
-	ErrPulled = errors.New("it did not answer after a card was put in or taken out, and is started anew")
+	ErrPulled = errors.New("no answer after a card was put in or taken out; the agent starts a new process")
 )
 
 // IsOneAtATime reports whether a process ended because its module does one thing at a time.
@@ -265,8 +265,8 @@ func lost(f wire.Frame) error {
 	case e.Reason == wire.ReasonPulled:
 		return ErrPulled
 	case e.Function == "C_WaitForSlotEvent":
-		return fmt.Errorf("it lost its readers and is started anew: %v", err)
+		return fmt.Errorf("it lost its readers; the agent starts a new process: %v", err)
 	default:
-		return fmt.Errorf("it is started anew: %v", err)
+		return fmt.Errorf("the agent starts a new process: %v", err)
 	}
 }

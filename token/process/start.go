@@ -95,7 +95,7 @@ func Start(ctx context.Context, opts Options) (*Process, error) {
 	hello := opts.Hello
 	hello.Version = wire.Version
 	if err := p.Call(ctx, startTimeout, wire.TypeHello, &hello, &p.info); err != nil {
-		p.Kill(errors.New("it did not start"))
+		p.Kill(errors.New("the module process did not start"))
 		<-p.done
 		return nil, quote(err, p.output.since(0))
 	}
