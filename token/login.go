@@ -20,6 +20,8 @@ type supplied struct {
 	pin.Supplied
 	selector *Selector // what the PIN was supplied for; nil: nothing is known of that
 	taken    *bool     // set when the token takes the PIN; may be nil
+
+	clientTells bool // the client tells the person to type the PIN on the reader
 }
 
 // supply makes a supplied of a PIN, which stays the caller's.
@@ -134,7 +136,10 @@ func (t *Token) pinLogin(k *Key, info wire.TokenInfo, with supplied, eachUse boo
 	policy := s.policyOf(k)
 	l := &pin.Login{
 		Token: t.ID, Info: info, Supplied: with.Supplied, Refusals: s.refusals, Asker: s.opts.PINs, EachUse: eachUse,
-		Pad:     info.Flags&wire.CKFProtectedAuthenticationPath != 0,
+		Pad: info.Flags&wire.CKFProtectedAuthenticationPath != 0,
+
+		ClientTells: with.clientTells,
+
 		UseKept: policy.Remember && (!eachUse || policy.Reuse),
 		Keep:    policy.Remember && !policy.Never,
 		Target:  &pinTarget{token: t, key: k, selector: with.selector, try: try},

@@ -503,6 +503,16 @@ func (s *Store) Login(ctx context.Context, sel *Selector, keys []*Key, given *se
 	return taken, err
 }
 
+// LoginTold logs in to the token of a key for a client that itself tells the person to type a
+// PIN on the reader. It logs in as Login does, and as LoginAsk with an empty PIN.
+func (s *Store) LoginTold(ctx context.Context, sel *Selector, k *Key, given *secret.Secret) error {
+	with := supplied{clientTells: true}
+	if given.Len() > 0 {
+		with.PIN, with.selector = given, sel
+	}
+	return k.logIn(ctx, with)
+}
+
 // LoginAsk logs in to the tokens of the keys, one after the other, and gets each PIN as a
 // signature would. It skips tokens with a login, and tokens that need none.
 func (s *Store) LoginAsk(ctx context.Context, keys []*Key) error {

@@ -36,6 +36,9 @@ type Request struct {
 	// Supplied tells that the request brought the PIN. The only question is whether to use the
 	// last try for it.
 	Supplied bool
+	// ClientTells says that the client itself tells the person to type the PIN on the reader:
+	// the Asker shows no notice.
+	ClientTells bool
 }
 
 // A Dialogue is one conversation with a person. One goroutine uses it.

@@ -27,8 +27,10 @@ type Login struct {
 
 	EachUse bool // the key wants the PIN for each signature
 	Pad     bool // the person types the PIN on the reader
-	UseKept bool // the kept PIN may log in
-	Keep    bool // a PIN that was right is kept
+	// ClientTells says that the client itself tells the person to use the reader.
+	ClientTells bool
+	UseKept     bool // the kept PIN may log in
+	Keep        bool // a PIN that was right is kept
 
 	Target Target
 	Log    *slog.Logger
@@ -189,6 +191,7 @@ func (p *prompt) ask(ctx context.Context) error {
 	supplied := p.Supplied.PIN.Len() > 0
 	about := p.Target.Request()
 	about.Token, about.EachUse, about.Pad, about.Tries, about.Supplied = p.Token, p.EachUse, p.Pad, p.tries, supplied
+	about.ClientTells = p.ClientTells
 	d, err := p.Asker.Ask(ctx, about)
 	if err != nil {
 		return p.afterRefusal(err)

@@ -22,17 +22,15 @@ import (
 
 // tokens shows a token.Store to the keyring, which knows nothing of PKCS#11.
 type tokens struct {
-	store       *token.Store
-	allow       token.AllowList
-	clientTells func(context.Context) context.Context
-	last        atomic.Pointer[keyList]
+	store *token.Store
+	allow token.AllowList
+	last  atomic.Pointer[keyList]
 }
 
 // Tokens returns the tokens as the keyring uses them. allow limits which modules a client
-// may name. The client of [agent.Tokens] itself tells the person to type a PIN on the
-// reader; clientTells marks the context of such a login for the pin.Asker.
-func (b *Modules) Tokens(allow token.AllowList, clientTells func(context.Context) context.Context) agent.Tokens {
-	return &tokens{store: b.Store, allow: allow, clientTells: clientTells}
+// may name.
+func (b *Modules) Tokens(allow token.AllowList) agent.Tokens {
+	return &tokens{store: b.Store, allow: allow}
 }
 
 // keyList is the keys of one generation of the store.
@@ -137,12 +135,7 @@ func (t *tokens) Login(ctx context.Context, s request.Selection, given *secret.S
 	if err := token.CheckHome(sel.Selector, keys[0]); err != nil {
 		return answer, err
 	}
-	ctx = t.clientTells(ctx)
-	if given.Len() == 0 {
-		err = t.store.LoginAsk(ctx, keys[:1])
-	} else {
-		_, err = t.store.Login(ctx, sel.Selector, keys[:1], given)
-	}
+	err = t.store.LoginTold(ctx, sel.Selector, keys[0], given)
 	st, _ = t.status(keys[0])
 	answer.Tries = string(status.PINOf(st.Tries))
 	if e, ok := errors.AsType[*pin.Error](err); ok {

@@ -219,7 +219,7 @@ func (d *Daemon) openKeyring(c *config.File, upstreams []agent.Upstream) {
 	}
 	d.status.SetPolicy(c.Policy())
 	options := agent.Options{
-		Tokens:        d.backend.Tokens(allow, prompt.ClientTells),
+		Tokens:        d.backend.Tokens(allow),
 		Rules:         d.rules(c),
 		InsertTimeout: c.InsertTimeout.Duration,
 		Lifetime:      o.Lifetime,

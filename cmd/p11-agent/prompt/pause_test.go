@@ -113,8 +113,8 @@ func TestAttack10Reader(t *testing.T) {
 		c := &request.Caller{Peer: peer.Peer{Known: true, UID: 1000}}
 		asked := 0
 		for range 100 {
-			ctx := context.WithValue(c.Context(t.Context()), tellsItself{}, true)
-			d, err := a.Ask(ctx, pin.Request{Token: wire.TokenID{Label: "work"}, Pad: true})
+			ctx := c.Context(t.Context())
+			d, err := a.Ask(ctx, pin.Request{Token: wire.TokenID{Label: "work"}, Pad: true, ClientTells: true})
 			if err != nil {
 				if _, ok := errors.AsType[*approval.PausedError](err); !ok {
 					t.Fatal(err)

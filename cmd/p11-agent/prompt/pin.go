@@ -14,16 +14,6 @@ import (
 	"p11-agent/token/pin"
 )
 
-// tellsItself is in the context of a login whose client tells the person to type the PIN
-// on the reader.
-type tellsItself struct{}
-
-// ClientTells marks the context of a login whose client tells the person to type the PIN
-// on the reader: the agent shows no notice.
-func ClientTells(ctx context.Context) context.Context {
-	return context.WithValue(ctx, tellsItself{}, true)
-}
-
 // Ask opens a dialogue about one token.
 func (a *Asker) Ask(ctx context.Context, about pin.Request) (pin.Dialogue, error) {
 	of := "the token " + cmp.Or(plain.Name(about.Token.Label, maxNamed), "without label")
@@ -31,7 +21,6 @@ func (a *Asker) Ask(ctx context.Context, about pin.Request) (pin.Dialogue, error
 		pins:    &prompter{Asker: a, what: "the PIN of " + of, hint: "To give the PIN in a terminal, run: p11-agent login " + output.ShellWord(about.Key)},
 		consent: &prompter{Asker: a, what: "the last try of " + of, consent: true, hint: a.consentHint()},
 		about:   about,
-		quiet:   ctx.Value(tellsItself{}) != nil,
 	}
 	a.note(d, true)
 	first := d.pins
@@ -39,7 +28,7 @@ func (a *Asker) Ask(ctx context.Context, about pin.Request) (pin.Dialogue, error
 		first = d.consent
 	}
 	var err error
-	if first == d.pins && about.Pad && d.quiet {
+	if first == d.pins && about.Pad && about.ClientTells {
 		// The reader asks, but not for a client in a pause.
 		err = waiting.Ask(ctx, waiting.Question{Ask: func(context.Context) error { return nil }})
 	} else {
@@ -69,7 +58,6 @@ func (a *Asker) note(d *pinDialogue, open bool) {
 type pinDialogue struct {
 	pins, consent *prompter
 	about         pin.Request
-	quiet         bool // the client tells the person to use the reader
 }
 
 // description returns the lines below the first line of a prompt.
@@ -127,7 +115,7 @@ func (d *pinDialogue) LastTry(ctx context.Context, problem string) (yes bool, er
 
 // Notice tells the person to type the PIN on the reader, until ctx ends.
 func (d *pinDialogue) Notice(ctx context.Context) error {
-	if d.quiet {
+	if d.about.ClientTells {
 		return waiting.Ask(ctx, waiting.Question{Ask: func(ctx context.Context) error {
 			<-ctx.Done()
 			return ctx.Err()
