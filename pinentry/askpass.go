@@ -12,19 +12,18 @@ import (
 	"p11-agent/pinentry/secret"
 )
 
-// maxAskpassText bounds the argument of an askpass program.
+// maxAskpassText is the most bytes of the argument of an askpass program.
 const maxAskpassText = 2000
 
-// askpass runs an SSH_ASKPASS program for each question, as ssh-askpass(1) is
-// run by ssh-agent(1): the text is its argument, SSH_ASKPASS_PROMPT says what
-// kind of question it is, the answer is what it prints, and any exit status but
-// 0 is a cancel.
+// askpass runs an SSH_ASKPASS program for each question, as ssh-agent(1) runs ssh-askpass(1). The
+// text is its argument. SSH_ASKPASS_PROMPT says what kind of question it is. The program prints the
+// answer. Any exit status but 0 is a cancel.
 type askpass struct {
 	file string
 	env  []string
 }
 
-// ask runs the program and reads what it prints, its final newline dropped.
+// ask runs the program and reads its output, without the final newline.
 func (a *askpass) ask(ctx context.Context, prompt Prompt, kind string) (answer *secret.Secret, err error) {
 	var texts []string
 	for _, text := range []string{prompt.Title, prompt.withError(), prompt.Label} {
@@ -37,7 +36,7 @@ func (a *askpass) ask(ctx context.Context, prompt Prompt, kind string) (answer *
 	if kind != "" {
 		env = append(env[:len(env):len(env)], "SSH_ASKPASS_PROMPT="+kind)
 	}
-	// Room for a newline of two bytes, and one more for telling that there is more.
+	// Room for a newline of two bytes, and for one byte that shows that there is more.
 	printed, err := secret.New(MaxPIN + 3)
 	if err != nil {
 		return nil, err
@@ -88,7 +87,7 @@ func (a *askpass) pin(ctx context.Context, prompt Prompt) (*secret.Secret, error
 	case pin.Len() > MaxPIN:
 		err = errTooLong
 	case bytes.IndexByte(pin.Bytes(), '\n') >= 0:
-		err = errors.New("it printed more than one line")
+		err = errors.New("printed more than one line")
 	}
 	if err != nil {
 		pin.Wipe()
@@ -103,8 +102,8 @@ func (a *askpass) confirm(ctx context.Context, prompt Prompt) error {
 		return err
 	}
 	defer answer.Wipe()
-	// A program that does not know SSH_ASKPASS_PROMPT has the person type
-	// something and succeeds whatever that is.
+	// A program that does not know SSH_ASKPASS_PROMPT has the person type a text, and
+	// succeeds with any text.
 	if answer.Len() > 0 && !bytes.EqualFold(answer.Bytes(), []byte("yes")) {
 		return ErrCancelled
 	}

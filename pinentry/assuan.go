@@ -20,13 +20,13 @@ const (
 	// maxLine is the most bytes of a line, its end included (libassuan manual,
 	// "Client requests": 1000 octets). Pinentry exits on a longer one.
 	maxLine = 1000
-	// maxLines is how many lines an answer may have. Pinentry sends one for the
-	// PIN, one for the end, and a few comments and states.
+	// maxLines is how many lines an answer may have. Pinentry sends a line for the PIN, a
+	// line for the end, and a few comments and states.
 	maxLines = 200
 	// maxErrorText is how much of an error's text is kept.
 	maxErrorText = 200
-	// defaultPatience is how long pinentry may take for all that it does without a
-	// person between two questions.
+	// defaultPatience is how long pinentry may take for its work between two questions,
+	// which needs no person.
 	defaultPatience = 20 * time.Second
 )
 
@@ -51,16 +51,16 @@ const (
 	codeWindowTooSmall = 301
 )
 
-// What a program may do wrong. None of these quotes it: it might be the PIN.
+// The mistakes of a program. No error quotes the program, which might have sent the PIN.
 var (
-	errMalformed = errors.New("it sent a line that makes no sense")
-	errLongLine  = fmt.Errorf("it sent a line of more than %d bytes", maxLine)
-	errEndless   = fmt.Errorf("it sent more than %d lines for an answer", maxLines)
-	errAhead     = errors.New("it answered before it was asked")
-	errInquiry   = errors.New("it asked back")
-	errData      = errors.New("it sent data that was not asked for")
-	errSilent    = errors.New("it does not answer")
-	errNeeded    = errors.New("there is no question without it")
+	errMalformed = errors.New("sent a malformed line")
+	errLongLine  = fmt.Errorf("sent a line of more than %d bytes", maxLine)
+	errEndless   = fmt.Errorf("sent more than %d lines for an answer", maxLines)
+	errAhead     = errors.New("answered before the question")
+	errInquiry   = errors.New("answered with a question")
+	errData      = errors.New("sent data that was not asked for")
+	errSilent    = errors.New("does not answer")
+	errNeeded    = errors.New("the question cannot be asked without it")
 	errTooLong   = fmt.Errorf("the answer has more than %d bytes", MaxPIN)
 )
 
@@ -70,7 +70,7 @@ type pinentryError struct {
 	text   string
 }
 
-// code is the number without its source, which differs between programs.
+// code is the number without its source. Programs have different sources.
 func (e *pinentryError) code() int { return int(e.number & 0xffff) }
 
 func (e *pinentryError) Error() string {
@@ -98,7 +98,7 @@ type reply struct {
 	err  pinentryError // kindERR
 }
 
-// parseReply understands a line without its end. It decodes data in place.
+// parseReply parses a line without its end. It decodes data in place.
 func parseReply(line []byte) (reply, error) {
 	word, rest, _ := bytes.Cut(line, []byte(" "))
 	switch {
@@ -123,8 +123,7 @@ func parseReply(line []byte) (reply, error) {
 	return reply{}, errMalformed
 }
 
-// parseNumber reads a decimal number of 32 bits. (strconv would want a string,
-// and its errors quote it.)
+// parseNumber reads a decimal number of 32 bits. The errors of strconv would quote the line.
 func parseNumber(b []byte) (uint32, bool) {
 	if len(b) == 0 || len(b) > 10 {
 		return 0, false
@@ -139,8 +138,7 @@ func parseNumber(b []byte) (uint32, bool) {
 	return uint32(n), n>>32 == 0
 }
 
-// A conn is a conversation with a pinentry process. It is used by one goroutine
-// at a time.
+// A conn speaks with a pinentry process. One goroutine uses it at a time.
 type conn struct {
 	*child
 	p     *Pinentry
@@ -151,16 +149,16 @@ type conn struct {
 	// is set.
 	flavor string
 	asked  bool
-	word   string // the command that it was sent last
+	word   string // the last command
 
 	lines lineReader
 }
 
-// A lineReader cuts what pinentry sends into lines. They stay in locked memory,
-// and are overwritten once they are used.
+// A lineReader cuts the output of pinentry into lines. The lines stay in locked memory. lineReader
+// overwrites them after use.
 type lineReader struct {
 	r io.Reader
-	// buf is room for more than a line; [start:end] of it is read and not used.
+	// buf has room for more than a line. buf[start:end] was read and is not used yet.
 	buf        *secret.Secret
 	start, end int
 }
@@ -170,8 +168,8 @@ func newLineReader(r io.Reader) (lineReader, error) {
 	return lineReader{r: r, buf: buf}, err
 }
 
-// next returns the next line without its end. It lies in the reader's memory
-// until the next call. The errors are those of r, and errLongLine.
+// next returns the next line without its end. The line shares the reader's memory until the next
+// call. The errors are those of r, and errLongLine.
 func (l *lineReader) next() ([]byte, error) {
 	b := l.buf.Buffer()
 	l.forget()
@@ -201,14 +199,14 @@ func (l *lineReader) next() ([]byte, error) {
 	}
 }
 
-// forget overwrites the lines that were used.
+// forget overwrites the used lines.
 func (l *lineReader) forget() { secret.Wipe(l.buf.Buffer()[:l.start]) }
 
-// ahead tells whether something was read that is not used.
+// ahead tells whether unused bytes were read.
 func (l *lineReader) ahead() bool { return l.start != l.end }
 
-// dial starts a pinentry and tells it about the place. argv is empty, or has its name
-// and its arguments.
+// dial starts a pinentry and tells it about the place. argv is empty, or has the name of the
+// program and its arguments.
 func dial(ctx context.Context, p *Pinentry, title, file string, argv []string, place Place) (prompter, error) {
 	env := p.environment(place)
 	for _, v := range env {
@@ -232,8 +230,7 @@ func dial(ctx context.Context, p *Pinentry, title, file string, argv []string, p
 	return c, nil
 }
 
-// promptly does what needs no person within ctx, and within the time pinentry
-// has for it.
+// promptly calls do, which needs no person, within ctx and within the patience for pinentry.
 func (c *conn) promptly(ctx context.Context, do func() error) error {
 	limited, cancel := context.WithTimeout(ctx, patience())
 	defer cancel()
@@ -256,7 +253,7 @@ func (c *conn) promptly(ctx context.Context, do func() error) error {
 	return nil
 }
 
-// explain ends pinentry and says why it was of no use.
+// explain ends pinentry and returns why it was of no use.
 func (c *conn) explain(err error) error {
 	c.end()
 	return c.blame(fmt.Errorf("%s: %w", c.title, err))
@@ -289,13 +286,13 @@ func (c *conn) hello() error {
 	return nil
 }
 
-// option sets an option. That a pinentry does not know it is no error.
+// option sets an option. An option that a pinentry does not know is not an error.
 func (c *conn) option(name, value string) error {
 	line := "OPTION " + name
 	if value != "" {
 		line += "=" + value
 	}
-	// Pinentry takes values as they are, so there is no way to escape a newline.
+	// Pinentry does not decode values, so a newline cannot be escaped.
 	if len(line) < maxLine && plain.Line(value) != value {
 		return fmt.Errorf("%s %q of the place to ask at does not print", name, value)
 	}
@@ -306,14 +303,14 @@ func (c *conn) option(name, value string) error {
 	return err
 }
 
-// command sends a line and reads the answer, whose data goes to pin.
+// command sends a line and reads the answer. Data of the answer goes to pin.
 func (c *conn) command(line string, pin *secret.Secret) error {
 	if len(line) >= maxLine {
-		return fmt.Errorf("a line of %d bytes is too long for it", len(line)+1)
+		return fmt.Errorf("a line of %d bytes is too long for pinentry", len(line)+1)
 	}
 	c.word, _, _ = strings.Cut(line, " ")
 	if c.lines.ahead() {
-		return errAhead // an old answer would pass for that to this question
+		return errAhead // an old answer would pass for the answer to this question
 	}
 	if _, err := c.in.WriteString(line + "\n"); err != nil {
 		return c.ended()
@@ -321,8 +318,8 @@ func (c *conn) command(line string, pin *secret.Secret) error {
 	return c.answer(pin)
 }
 
-// answer reads up to OK (nil) or ERR (*pinentryError). Data is appended to pin;
-// without one it is an error.
+// answer reads up to OK (nil) or ERR (*pinentryError). It appends data to pin. Data is an error if
+// pin is nil.
 func (c *conn) answer(pin *secret.Secret) error {
 	defer c.lines.forget()
 	for range maxLines {
@@ -360,8 +357,8 @@ func (c *conn) answer(pin *secret.Secret) error {
 	return errEndless
 }
 
-// set sends a text to be shown, cut to what fits. refused says that pinentry does not
-// take it.
+// set sends a text for the dialogue, cut to the limit of a line. refused tells that pinentry does
+// not take the text.
 func (c *conn) set(command, text string, lines bool) (refused bool, err error) {
 	if text == "" {
 		return false, nil
@@ -378,14 +375,14 @@ func (c *conn) set(command, text string, lines bool) (refused bool, err error) {
 	return false, err
 }
 
-// prepare sends a prompt. The dialogue can do without what pinentry refuses, but for
-// the description. A refused error goes into that. A refused third button is taken
-// out of the prompt, or no would be taken for it.
+// prepare sends a prompt. If pinentry refuses the description, prepare fails. A refused error text
+// goes into the description. A refused third button is taken out of the prompt, as pinentry would
+// show "no" in its place.
 func (c *conn) prepare(prompt *Prompt) error {
 	for _, s := range []struct {
 		command, text string
 		lines         bool
-		without       func() error // how to go on when it is refused; nil: nothing is lost
+		without       func() error // what to do when pinentry refuses the text; nil: nothing
 	}{
 		{command: "SETTITLE", text: prompt.Title},
 		{command: "SETDESC", text: prompt.Description, lines: true, without: func() error { return errNeeded }},
@@ -411,8 +408,8 @@ func (c *conn) prepare(prompt *Prompt) error {
 	return nil
 }
 
-// put sends the command that shows the prompt, and waits for the person. over is the
-// error of ctx when that has ended, and then the program has ended too.
+// put sends the command that shows the prompt, and waits for the person. over is the error of ctx
+// when ctx has ended. Then the program has ended too.
 func (c *conn) put(ctx context.Context, command string, pin *secret.Secret) (answer, over error) {
 	release := c.guard(ctx)
 	answer = c.command(command, pin)
@@ -422,8 +419,8 @@ func (c *conn) put(ctx context.Context, command string, pin *secret.Secret) (ans
 	return answer, release()
 }
 
-// ask shows a prompt within ctx. Only the answer to the command that shows it is an
-// answer of the person.
+// ask shows a prompt within ctx. The person's answer is the answer to the command that shows the
+// prompt.
 func (c *conn) ask(ctx context.Context, prompt Prompt, command string, pin *secret.Secret) error {
 	c.tty.remember()
 	if err := c.promptly(ctx, func() error { return c.prepare(&prompt) }); err != nil {
@@ -460,13 +457,13 @@ func (c *conn) ask(ctx context.Context, prompt Prompt, command string, pin *secr
 	}
 	err = c.explain(err)
 	if pin.Len() > 0 || errors.Is(err, errTooLong) {
-		return err // there was an answer, but not a good one
+		return err // the person answered, but not well
 	}
 	return &cannotAskError{err}
 }
 
-// withFallback sends the prompt again, with a locale that is installed here: that of
-// the place is not. Nothing was shown yet.
+// withFallback sends the prompt again, with a locale that is installed here. The locale of the
+// place is not. Pinentry has shown nothing yet.
 func (c *conn) withFallback(ctx context.Context, prompt *Prompt) error {
 	c.ctype = fallbackCtype
 	return c.promptly(ctx, func() error {
@@ -493,9 +490,9 @@ func (c *conn) pin(ctx context.Context, prompt Prompt) (*secret.Secret, error) {
 	return pin, nil
 }
 
-// threeButtons are the flavors of GnuPG's pinentry 1.2.1 that show a third button
-// (SETNOTOK). pinentry-gnome3 does not. Others may say of their second button what
-// these say of the third, and then no would be taken for something else.
+// threeButtons are the flavors of GnuPG's pinentry 1.2.1 that show a third button (SETNOTOK).
+// pinentry-gnome3 does not. Other programs may answer for their second button as these do for the
+// third. Then "no" would pass for something else.
 var threeButtons = []string{"curses", "tty", "gtk2", "qt", "qt5"}
 
 // learnFlavor asks pinentry once for its flavor. A pinentry that does not know the question has
@@ -542,14 +539,14 @@ func (c *conn) message(ctx context.Context, prompt Prompt) error {
 	return c.ask(ctx, prompt, "MESSAGE", nil)
 }
 
-// again has pinentry forget the last prompt, but not its options.
+// again has pinentry forget the last prompt. Its options stay.
 func (c *conn) again(ctx context.Context) error {
 	return c.promptly(ctx, func() error { return c.command("RESET", nil) })
 }
 
 func (c *conn) close() {
-	// Pinentry leaves when told to, and at the end of its input. A pinentry that
-	// waits for the person hears neither, but then it has been stopped.
+	// Pinentry leaves at BYE and at the end of its input. A pinentry that waits for the
+	// person reads neither, but it was stopped before.
 	_ = c.in.SetWriteDeadline(time.Now().Add(grace()))
 	_, _ = c.in.WriteString("BYE\n")
 	_ = c.in.Close()

@@ -17,10 +17,10 @@ import (
 	"p11-agent/pinentry/plain"
 )
 
-// defaultGrace is what a program gets for leaving by itself before it is killed.
+// defaultGrace is how long a program may take to leave by itself. Then it is killed.
 const defaultGrace = 2 * time.Second
 
-// testOnlyGrace replaces it in tests of programs that do not leave.
+// testOnlyGrace replaces defaultGrace in tests of programs that do not leave.
 var testOnlyGrace time.Duration
 
 func grace() time.Duration {
@@ -30,15 +30,15 @@ func grace() time.Duration {
 	return defaultGrace
 }
 
-// errEnded says that the program was gone before it had answered.
-var errEnded = errors.New("it ended without an answer")
+// errEnded says that the program ended before its answer.
+var errEnded = errors.New("ended without an answer")
 
-// A child is a running program, its pipes, and what is left to do when it ends.
+// A child is a running program, its pipes, and the work for its end.
 //
-// One goroutine (watch) waits for its end and reaps it; another reads what it
-// complains about and is waited for by watch. Signals go to its whole process
-// group, as pinentry is often a shell script. They are sent under mu, and never
-// once the process is reaped, when its number may be that of another.
+// One goroutine (watch) waits for the program's end and reaps it. Another goroutine reads standard
+// error, and watch waits for it. Signals go to the whole process group, as pinentry is often a
+// shell script. They are sent under mu, and never after the program is reaped, when another process
+// may have its number.
 type child struct {
 	in  *os.File // what it reads
 	out *os.File // what it writes
@@ -48,9 +48,9 @@ type child struct {
 
 	errors     *os.File // its standard error
 	errorsDone chan struct{}
-	complaints tail // to be read after done
+	complaints tail // read it after done
 
-	done chan struct{} // closed when it is gone and reaped
+	done chan struct{} // closed when the program is gone and reaped
 
 	mu       sync.Mutex
 	stopping bool
@@ -59,8 +59,9 @@ type child struct {
 	reaped   bool
 }
 
-// run starts file with the arguments argv, its name first; empty: it has none. It inherits the terminal tty, unless that is nil, which gets
-// its modes back should the program be ended by a signal.
+// run starts file with the arguments argv, its name first. An empty argv means no arguments. The
+// program inherits the terminal tty, unless tty is nil. If a signal ends the program, the terminal
+// gets its modes back.
 func run(file string, argv, env []string, tty *os.File) (_ *child, err error) {
 	c := &child{
 		cmd:        exec.Command(file),
@@ -73,17 +74,16 @@ func run(file string, argv, env []string, tty *os.File) (_ *child, err error) {
 	}
 	c.cmd.Env = env
 	c.cmd.Dir = "/"
-	// A session of its own is a process group of its own, and one that no
-	// terminal stops for reading in the background. An agent that is killed ends
-	// nothing itself: the dialogue would stay, and have what is typed for the shell.
-	// The kernel's signal comes with the end of the thread that has started the
-	// program (prctl(2)), and Go keeps its threads unless a locked one is let go.
+	// A session of its own is a process group that no terminal stops for reading in the
+	// background. A killed agent ends nothing by itself: the dialogue would stay, and read
+	// what is typed for the shell. So the kernel sends a signal at the end of the thread that
+	// started the program (prctl(2)). Go ends no thread except a locked one.
 	c.cmd.SysProcAttr = &syscall.SysProcAttr{Setsid: true, Pdeathsig: syscall.SIGTERM}
 
 	var theirs [3]*os.File
 	defer func() {
 		for _, f := range theirs {
-			_ = f.Close() // a nil *os.File does not mind
+			_ = f.Close() // of a nil *os.File returns an error
 		}
 		if err != nil {
 			c.closeFiles()
@@ -118,8 +118,7 @@ func (c *child) closeFiles() {
 	c.tty.close()
 }
 
-// stop asks the program to leave and has it killed when it does not. It does
-// not wait.
+// stop asks the program to leave, and has it killed when it does not. stop does not wait.
 func (c *child) stop() {
 	c.mu.Lock()
 	defer c.mu.Unlock()
@@ -127,7 +126,7 @@ func (c *child) stop() {
 		return
 	}
 	c.stopping = true
-	// First the signal that lets it give the terminal back.
+	// The first signal lets the program give the terminal back.
 	c.signalLocked(syscall.SIGTERM)
 	c.killer = time.AfterFunc(grace(), func() {
 		c.mu.Lock()
@@ -137,7 +136,7 @@ func (c *child) stop() {
 	})
 }
 
-// end ends the program and waits for that.
+// end ends the program and waits for its end.
 func (c *child) end() {
 	c.stop()
 	<-c.done
@@ -145,12 +144,11 @@ func (c *child) end() {
 
 func (c *child) signalLocked(sig syscall.Signal) {
 	if !c.reaped {
-		_ = syscall.Kill(-c.cmd.Process.Pid, sig) // it may have no members left
+		_ = syscall.Kill(-c.cmd.Process.Pid, sig) // the group may be empty
 	}
 }
 
-// listen keeps the end of what the program says on standard error: there it
-// tells what is wrong with the display.
+// listen keeps the end of the program's standard error, which says what is wrong with the display.
 func (c *child) listen() {
 	defer close(c.errorsDone)
 	buf := make([]byte, 512)
@@ -163,16 +161,16 @@ func (c *child) listen() {
 	}
 }
 
-// watch waits for the program's end, and for that of what it has started.
+// watch waits for the end of the program and of the programs that it has started.
 func (c *child) watch() {
 	defer close(c.done)
 	c.watchTerminal()
 	waitDead(c.cmd.Process.Pid)
-	c.stop() // a script is gone, but perhaps not what it ran
+	c.stop() // a script has ended, but perhaps not its children
 	select {
 	case <-c.errorsDone:
 	case <-c.killed:
-		// Something has left the group, with our pipes. It is on its own.
+		// A process has left the group, and keeps the pipes. Leave it alone.
 		_ = c.errors.SetReadDeadline(time.Now())
 		<-c.errorsDone
 	}
@@ -182,7 +180,7 @@ func (c *child) watch() {
 	c.signalLocked(syscall.SIGKILL)
 	c.reaped = true
 	c.mu.Unlock()
-	_ = c.cmd.Wait() // its status is read where it matters
+	_ = c.cmd.Wait() // other methods read the status
 	select {
 	case <-c.killed:
 		c.tty.restore(false)
@@ -191,14 +189,14 @@ func (c *child) watch() {
 			c.tty.restore(ws.Signal() == syscall.SIGTERM)
 		}
 	}
-	// What it wrote before can still be read; what has left the group is not
-	// waited for.
+	// What the program wrote before can still be read. A process that has left the group
+	// is not waited for.
 	_ = c.out.SetReadDeadline(time.Now().Add(grace()))
 }
 
-// watchTerminal stops the program when its terminal is hung up, and returns when
-// the program has ended or there is nothing to watch: pinentry-curses reads the
-// end of file over and over, for as long as it lives.
+// watchTerminal stops the program when its terminal is hung up. It returns when the program has
+// ended, or when there is no terminal. Otherwise pinentry-curses would read the end of file over
+// and over.
 func (c *child) watchTerminal() {
 	if c.tty == nil {
 		return
@@ -222,23 +220,21 @@ func (c *child) watchTerminal() {
 	}
 }
 
-// waitDead returns when the process has ended. It stays a zombie, and its
-// number its own.
+// waitDead returns when the process has ended. The process stays a zombie, and keeps its number.
 func waitDead(pid int) {
 	for unix.Waitid(unix.P_PID, pid, nil, unix.WEXITED|unix.WNOWAIT, nil) == unix.EINTR {
 	}
 }
 
-// close waits for the program's end, which somebody has seen to, and gives
-// everything back.
+// close waits for the program's end, and gives everything back. The caller has ended the program.
 func (c *child) close() {
 	<-c.done
 	c.closeFiles()
 }
 
-// guard ends the program when ctx ends. The function it returns is called when
-// the program is not waited for any more; it returns the error of ctx if that
-// has ended, and then the program has ended too.
+// guard ends the program when ctx ends. The caller calls release when it does not wait for the
+// program any more. release returns the error of ctx if ctx has ended. Then the program has ended
+// too.
 func (c *child) guard(ctx context.Context) (release func() error) {
 	stop := context.AfterFunc(ctx, c.stop)
 	return func() error {
@@ -250,16 +246,16 @@ func (c *child) guard(ctx context.Context) (release func() error) {
 	}
 }
 
-// ended describes the end of a program that should not have ended yet.
+// ended describes the end of a program that should have gone on.
 func (c *child) ended() error {
-	c.end() // it may have closed its output and stayed
+	c.end() // the program may have closed its output only
 	if !c.cmd.ProcessState.Success() {
 		return fmt.Errorf("%w (%s)", errEnded, c.cmd.ProcessState)
 	}
 	return errEnded
 }
 
-// blame adds what the program, which has ended, had to say.
+// blame adds the standard error of the program, which has ended, to an error.
 func (c *child) blame(err error) error {
 	if said := c.complaints.String(); said != "" {
 		return fmt.Errorf("%w, saying %q", err, said)
@@ -269,7 +265,7 @@ func (c *child) blame(err error) error {
 
 func (c *child) name() string { return filepath.Base(c.cmd.Path) }
 
-// tail keeps the last bytes written to it.
+// tail keeps the last bytes that are written to it.
 type tail struct{ b []byte }
 
 const maxTail = 400

@@ -13,12 +13,11 @@ import (
 	"p11-agent/pinentry/secret"
 )
 
-// A Dialogue asks at one place, as often as needed: several questions share one
-// pinentry process, and a wrong answer is asked again with Error set.
+// A Dialogue asks at one place, as often as needed. Several questions share one pinentry process.
+// After a wrong answer, ask again with Error set.
 //
-// Calls are made one at a time; one that comes while another is under way waits
-// for its end. Close may be called at any time. A call that ends with its
-// context takes the program with it; the next call starts another.
+// One call runs at a time, and others wait for its end. Close may be called at any time. When the
+// context of a call ends, its program ends. The next call starts another program.
 type Dialogue struct {
 	p     *Pinentry
 	place Place
@@ -27,17 +26,16 @@ type Dialogue struct {
 	cancel context.CancelCauseFunc
 
 	turn chan struct{} // holds one element while the fields below are in use
-	way  way           // what asks
+	way  way           // the means of asking
 	by   prompter      // the program that runs for it, or nil
 	used bool          // by has been asked before
-	// tried says why the ways before this one failed.
+	// tried has the errors of the ways before this one.
 	tried []error
 }
 
-// A prompter is a running program, or one that is run for each question. Each
-// method ends with its context, and then the program has ended too; the error
-// is that of the context, an answer (ErrCancelled and its kin), or a
-// *cannotAskError.
+// A prompter is a running program, or a program that runs once for each question. When the context
+// of a method ends, the method and the program end. The error is the error of the context, an
+// answer such as ErrCancelled, or a *cannotAskError.
 type prompter interface {
 	pin(context.Context, Prompt) (*secret.Secret, error)
 	// confirm returns ErrCancelled for no, and errOther for the third button.
@@ -49,14 +47,14 @@ type prompter interface {
 	close()
 }
 
-// cannotAskError says that a program was not able to ask. No answer was given,
-// so another program may ask instead.
+// cannotAskError says that a program was not able to ask. The person has given no answer, so
+// another program may ask.
 type cannotAskError struct{ err error }
 
 func (e *cannotAskError) Error() string { return e.err.Error() }
 func (e *cannotAskError) Unwrap() error { return e.err }
 
-// noPromptError lists what was tried in vain. It is ErrNoPrompt.
+// noPromptError lists the programs that could not ask. It is ErrNoPrompt.
 type noPromptError struct{ tried []error }
 
 func (e *noPromptError) Error() string {
@@ -73,19 +71,19 @@ func (e *noPromptError) Unwrap() []error { return append([]error{ErrNoPrompt}, e
 type way int
 
 const (
-	// wayPlace is the program with all that is known of the place.
+	// wayPlace is the program with the whole Place.
 	wayPlace way = iota
-	// wayLines is pinentry-tty, for when the terminal is too small or of a kind that
-	// curses does not know, or cannot draw on. Of these kinds, LinePrompt asks in its place
-	// where it is not installed.
+	// wayLines is pinentry-tty, for a terminal that is too small for curses, or on which
+	// curses cannot draw. Without pinentry-tty, LinePrompt asks on terminals on which
+	// nothing can be drawn.
 	wayLines
 	// wayAskpass is the SSH_ASKPASS program.
 	wayAskpass
-	// wayNone: there is nothing else.
+	// wayNone says that no way is left.
 	wayNone
 )
 
-// after returns what is worth trying next once w has failed with err.
+// after returns the next way to try once w has failed with err.
 func (d *Dialogue) after(w way, err error) way {
 	perr, isERR := errors.AsType[*pinentryError](err)
 	small := isERR && perr.code() == codeWindowTooSmall
@@ -95,7 +93,7 @@ func (d *Dialogue) after(w way, err error) way {
 	return wayNone
 }
 
-// first is the way to begin with.
+// first returns the first way to try.
 func (d *Dialogue) first() way {
 	if d.place.Askpass {
 		return wayAskpass
@@ -130,7 +128,7 @@ func (d *Dialogue) start(ctx context.Context) (prompter, error) {
 	if err != nil || d.way != wayPlace || d.place.TTY == nil || canDraw(d.place.TTYType) {
 		return by, err
 	}
-	// Curses would draw all the same.
+	// Curses draws on any terminal.
 	if c, ok := by.(*conn); ok {
 		if err = c.learnFlavor(ctx); err == nil && c.asksWith() == "curses" {
 			err = &cannotAskError{fmt.Errorf("%s: %w (TERM=%s)", called, errCannotDraw, plain.Line(d.place.TTYType))}
@@ -143,11 +141,10 @@ func (d *Dialogue) start(ctx context.Context) (prompter, error) {
 	return by, nil
 }
 
-// errCannotDraw says that a program would draw on a terminal that cannot be drawn on.
+// errCannotDraw says that a program would draw on a terminal on which nothing can be drawn.
 var errCannotDraw = errors.New("nothing can be drawn on this terminal")
 
-// open makes sure that a program runs. Where one cannot be started, the next
-// way is taken.
+// open makes sure that a program runs. If a program cannot start, open takes the next way.
 func (d *Dialogue) open(ctx context.Context) error {
 	for d.by == nil {
 		if d.way == wayNone {
@@ -167,8 +164,8 @@ func (d *Dialogue) open(ctx context.Context) error {
 	return nil
 }
 
-// giveUp turns to the next way if err says that the present one cannot ask, and
-// returns err otherwise.
+// giveUp turns to the next way if err says that the present way cannot ask. Otherwise it returns
+// err.
 func (d *Dialogue) giveUp(err error) error {
 	if _, ok := errors.AsType[*cannotAskError](err); !ok {
 		return err
@@ -189,7 +186,7 @@ func (d *Dialogue) drop() {
 	}
 }
 
-// ask has question answered by the first way that can.
+// ask has the first way that can ask the question.
 func (d *Dialogue) ask(ctx context.Context, timeout time.Duration, question func(context.Context, prompter) error) error {
 	ctx, cancel := context.WithCancelCause(ctx)
 	defer cancel(nil)
@@ -211,15 +208,15 @@ func (d *Dialogue) ask(ctx context.Context, timeout time.Duration, question func
 	defer release()
 
 	if timeout > 0 {
-		// Pinentry keeps the time itself and says when it is over, or a little
-		// later. This is for programs that do not.
+		// Pinentry keeps the time by itself. This timeout comes a little later, for
+		// programs that do not.
 		var stop context.CancelFunc
 		ctx, stop = context.WithTimeoutCause(ctx, time.Duration(seconds(timeout))*time.Second+grace(), ErrTimeout)
 		defer stop()
 	}
 	if d.place.TTY != nil {
-		// It is this dialogue's turn: what there is to be seen at the terminal now is
-		// not another one of ours.
+		// It is this dialogue's turn: no other dialogue of the agent is on the terminal
+		// now.
 		err := d.check()
 		if err == nil {
 			err = inLineMode(d.place.TTY)
@@ -235,8 +232,8 @@ func (d *Dialogue) ask(ctx context.Context, timeout time.Duration, question func
 		var first error
 		if d.by != nil && d.used {
 			if first = d.by.again(ctx); first != nil {
-				// It died of boredom, or cannot be asked twice: another of its
-				// kind can.
+				// The program has ended meanwhile, or cannot ask twice. Another process of
+				// it can.
 				d.drop()
 				if ctx.Err() != nil {
 					return ended(ctx)
@@ -261,8 +258,8 @@ func (d *Dialogue) ask(ctx context.Context, timeout time.Duration, question func
 	}
 }
 
-// checkEvery is how often it is looked whether a terminal may still be asked on:
-// after Ctrl-Z the shell reads from it, and nobody types that soon.
+// checkEvery is how often a Dialogue checks the terminal. After Ctrl-Z the shell reads from it, and
+// no person types that soon.
 const checkEvery = 50 * time.Millisecond
 
 func (d *Dialogue) check() error {
@@ -272,8 +269,8 @@ func (d *Dialogue) check() error {
 	return d.place.Check()
 }
 
-// watch returns a context that ends also when the terminal may not be asked on
-// any more, until stop.
+// watch returns a context that also ends when a prompt may not be on the terminal any more, until
+// stop.
 func (d *Dialogue) watch(ctx context.Context) (_ context.Context, stop func()) {
 	ctx, cancel := context.WithCancelCause(ctx)
 	var watcher sync.WaitGroup
@@ -298,13 +295,12 @@ func (d *Dialogue) watch(ctx context.Context) (_ context.Context, stop func()) {
 	}
 }
 
-// isAnswer tells whether err is what the person did: the program is as good as
-// before.
+// isAnswer tells whether err is an answer of the person. Then the program can go on.
 func isAnswer(err error) bool {
 	return errors.Is(err, ErrCancelled) || errors.Is(err, ErrTimeout) || errors.Is(err, ErrEmpty) || errors.Is(err, errOther)
 }
 
-// maxSeconds is twelve days, which in milliseconds still fits in a C int.
+// maxSeconds is twelve days. As milliseconds, it fits in a C int.
 const maxSeconds = 1 << 20
 
 // seconds rounds up.
@@ -315,10 +311,9 @@ func seconds(d time.Duration) int64 {
 	return min(int64((d-1)/time.Second)+1, maxSeconds)
 }
 
-// PIN asks for a PIN of 1 to MaxPIN bytes. Who gets the Secret wipes it. The
-// error is one of the package's (ErrCancelled, ErrTimeout, ErrEmpty,
-// ErrNoPrompt, ErrClosed), that of ctx, or says what was wrong with the answer;
-// none of them may lead to a PIN being tried.
+// PIN asks for a PIN of 1 to MaxPIN bytes. The caller wipes the Secret. The error is ErrCancelled,
+// ErrTimeout, ErrEmpty, ErrNoPrompt, ErrClosed or the error of ctx, or says what was wrong with the
+// answer. After an error, no PIN may be tried.
 func (d *Dialogue) PIN(ctx context.Context, prompt Prompt) (*secret.Secret, error) {
 	var pin *secret.Secret
 	err := d.ask(ctx, prompt.Timeout, func(ctx context.Context, by prompter) (err error) {
@@ -335,8 +330,8 @@ func (d *Dialogue) PIN(ctx context.Context, prompt Prompt) (*secret.Secret, erro
 	return pin, nil
 }
 
-// Confirm asks for yes or no. It returns true and nil for yes alone; no, and a
-// dialogue that was closed, are false and nil; the errors are those of PIN.
+// Confirm asks for yes or no. It returns true and nil for yes. It returns false and nil for no, and
+// when the person closes the dialogue. The errors are those of PIN.
 func (d *Dialogue) Confirm(ctx context.Context, prompt Prompt) (bool, error) {
 	prompt.Other = ""
 	err := d.ask(ctx, prompt.Timeout, func(ctx context.Context, by prompter) error {
@@ -351,18 +346,18 @@ func (d *Dialogue) Confirm(ctx context.Context, prompt Prompt) (bool, error) {
 // A Choice is the button that was pressed.
 type Choice int
 
-// The Choices. The zero value is that of who says nothing.
+// The Choices. The zero value allows nothing.
 const (
-	ChoiceCancel Choice = iota // or the dialogue was closed
+	ChoiceCancel Choice = iota // or the person closed the dialogue
 	ChoiceOK
 	ChoiceOther
 )
 
-// errOther is the third button.
+// errOther says that the person pressed the third button.
 var errOther = errors.New("the other button was pressed")
 
-// Choose asks as Confirm does, with a third button. Where a program is not known to
-// have one it is not shown: then the choice is one of the other two.
+// Choose asks as Confirm does, with a third button. If the program may not have one, Choose does
+// not show it. Then the choice is one of the other two.
 func (d *Dialogue) Choose(ctx context.Context, prompt Prompt) (Choice, error) {
 	err := d.ask(ctx, prompt.Timeout, func(ctx context.Context, by prompter) error {
 		return by.confirm(ctx, prompt)
@@ -378,17 +373,17 @@ func (d *Dialogue) Choose(ctx context.Context, prompt Prompt) (Choice, error) {
 	return ChoiceOK, nil
 }
 
-// Message shows something that needs no answer, such as "type the PIN on the
-// reader", until the person takes note (nil), closes it (ErrCancelled), or ctx
-// ends. Meanwhile nothing else can be asked at the same terminal or display.
+// Message shows a text that needs no answer, such as "type the PIN on the reader". It returns nil
+// when the person takes note, and ErrCancelled when the person closes it. It also ends with ctx.
+// Meanwhile nothing else can be asked at the same terminal or display.
 func (d *Dialogue) Message(ctx context.Context, prompt Prompt) error {
 	return d.ask(ctx, prompt.Timeout, func(ctx context.Context, by prompter) error {
 		return by.message(ctx, prompt)
 	})
 }
 
-// Close ends the program and any call under way, and returns when both are
-// gone. It may be called more than once and never fails.
+// Close ends the program and any call, and waits for both. It may be called more than once and
+// never fails.
 func (d *Dialogue) Close() error {
 	d.cancel(ErrClosed)
 	d.turn <- struct{}{}

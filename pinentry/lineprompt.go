@@ -17,15 +17,15 @@ import (
 	"p11-agent/pinentry/secret"
 )
 
-// LinePrompt is the main function of a pinentry program that asks in lines, on a terminal
-// that nothing can be drawn on. It speaks pinentry's side of the Assuan protocol on
-// standard input and output, asks on the terminal that it inherits as file 3
-// (Place.TTY), and returns the exit status. It is a process of its own, in a session of
-// its own, as the kernel stops a process that reads from its terminal in the background.
+// LinePrompt is the main function of a pinentry program that asks in lines, on a terminal on which
+// nothing can be drawn. It speaks pinentry's side of the Assuan protocol on standard input and
+// output. It asks on the terminal that it inherits as file 3 (Place.TTY), and returns the exit
+// status. It runs in a process and a session of its own: the kernel stops a process that reads from
+// its terminal in the background.
 func LinePrompt() int {
 	tty := os.NewFile(3, "terminal")
 	if tty == nil || !isTerminal(tty) {
-		fmt.Fprintln(os.Stderr, "file 3 is no terminal")
+		fmt.Fprintln(os.Stderr, "file 3 is not a terminal")
 		return 1
 	}
 	p := &linePrompt{in: os.Stdin, out: os.Stdout, tty: tty}
@@ -36,25 +36,25 @@ func LinePrompt() int {
 	return 0
 }
 
-// linePrompt is such a program. The texts are those of the next question.
+// linePrompt is the state of LinePrompt. text has the texts of the next question.
 type linePrompt struct {
 	in, out, tty *os.File
 	text         map[string]string
 }
 
-// What a linePrompt answers (libgpg-error, source 5: pinentry).
+// The error numbers of a linePrompt (libgpg-error, source 5: pinentry).
 const (
 	linePromptCancelled = 5<<24 | codeCanceled
 	linePromptTimeout   = 5<<24 | codeTimeout
 	linePromptUnknown   = 5<<24 | codeUnknownCommand
 )
 
-// linePromptWrong is how often something that is neither yes nor no is asked again.
+// linePromptWrong is how often linePrompt asks again after an answer that is neither yes nor no.
 const linePromptWrong = 3
 
 func (p *linePrompt) serve() error {
 	p.text = make(map[string]string)
-	lines := bufio.NewReaderSize(p.in, maxLine) // the agent's: nothing in there is secret
+	lines := bufio.NewReaderSize(p.in, maxLine) // from the agent, which sends no secret
 	if err := p.say("OK Pleased to meet you"); err != nil {
 		return err
 	}
@@ -106,7 +106,7 @@ func (p *linePrompt) say(line string) error {
 	return err
 }
 
-// pin asks for a PIN, which is not shown, and sends it.
+// pin asks for a PIN without showing it, and sends it.
 func (p *linePrompt) pin() error {
 	before, err := unix.IoctlGetTermios(int(p.tty.Fd()), unix.TCGETS)
 	if err != nil {
@@ -115,7 +115,7 @@ func (p *linePrompt) pin() error {
 	quiet := *before
 	quiet.Lflag |= unix.ICANON
 	quiet.Lflag &^= unix.ECHO | unix.ECHOE | unix.ECHOK | unix.ECHONL
-	// What was typed before the question is no answer to it.
+	// Keys that were typed before the question do not answer it.
 	if err := unix.IoctlSetTermios(int(p.tty.Fd()), unix.TCSETSF, &quiet); err != nil {
 		return err
 	}
@@ -129,7 +129,7 @@ func (p *linePrompt) pin() error {
 	}
 	restore := uint(unix.TCSETS)
 	if err != nil {
-		restore = unix.TCSETSF // the rest of what was typed is for nobody else
+		restore = unix.TCSETSF // no other program gets the rest of the keys
 	}
 	err = errors.Join(err, unix.IoctlSetTermios(int(p.tty.Fd()), restore, before))
 	_, _ = p.tty.WriteString("\n")
@@ -139,7 +139,7 @@ func (p *linePrompt) pin() error {
 	return p.send(pin)
 }
 
-// unjoined is what has ended the question, where all else went well.
+// unjoined returns the *pinentryError in err, if there is one, and err otherwise.
 func unjoined(err error) error {
 	if perr, ok := errors.AsType[*pinentryError](err); ok {
 		return perr
@@ -147,7 +147,7 @@ func unjoined(err error) error {
 	return err
 }
 
-// send writes a PIN as data, each byte escaped. The bytes stay in locked memory.
+// send writes a PIN as data, with each byte escaped. The bytes stay in locked memory.
 func (p *linePrompt) send(pin *secret.Secret) error {
 	const hex = "0123456789ABCDEF"
 	line, err := secret.New(2 + 3*(MaxPIN+2) + 1)
@@ -201,7 +201,7 @@ func (p *linePrompt) confirm(one bool) error {
 	return &pinentryError{linePromptCancelled, "Operation cancelled"}
 }
 
-// button is the text of a button without its marks.
+// button returns the text of a button without its marks.
 func button(text, usual string) string {
 	if text == "" {
 		return usual
@@ -211,7 +211,7 @@ func button(text, usual string) string {
 	return strings.ReplaceAll(strings.ReplaceAll(text, "_", ""), double, "_")
 }
 
-// show writes the texts of the question, and the line that is answered.
+// show writes the texts of the question, and the line for the answer.
 func (p *linePrompt) show(question string) error {
 	prompt := Prompt{Description: p.text["SETDESC"], Error: p.text["SETERROR"]}
 	// The cursor may be anywhere in a line.
@@ -219,8 +219,8 @@ func (p *linePrompt) show(question string) error {
 	return err
 }
 
-// line reads what is typed, without the end of the line. The error is a
-// *pinentryError when that is the end of the file or takes longer than SETTIMEOUT says.
+// line reads a line without its end. The error is a *pinentryError at the end of the file, or when
+// SETTIMEOUT is over.
 func (p *linePrompt) line(to *secret.Secret) error {
 	wait := -1
 	if s, err := strconv.Atoi(p.text["SETTIMEOUT"]); err == nil && s > 0 && s <= maxSeconds {

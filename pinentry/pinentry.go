@@ -1,27 +1,26 @@
-// Package pinentry asks a person: for a PIN, for yes or no, or to do something
-// with a card. It runs a pinentry program (of GnuPG or compatible) or an
-// SSH_ASKPASS program at the place where the person is, a terminal or a display.
+// Package pinentry asks a person for a PIN, for yes or no, or to do something with a card. It
+// runs a pinentry program (of GnuPG or compatible) or an SSH_ASKPASS program at the place where
+// the person is: a terminal or a display.
 //
 // It promises that
-//   - a PIN goes from the program's pipe into a [secret.Secret] and nowhere else:
-//     no string, log, error or argument list ever holds it, and the memory it
-//     is read through is locked and wiped;
-//   - every call that waits for a person ends with its context, and then the
-//     program is gone, its terminal usable again and its process reaped. That
-//     takes no longer than the two seconds the program gets for leaving by
-//     itself;
-//   - text is shown as text: what comes from a token or another process cannot
-//     issue commands, move the cursor or pass for something else with control
-//     characters, and does not keep the dialogue from appearing by its length;
-//   - the program gets an environment made for it, not the agent's own, and
-//     never the permission to keep a PIN in a password manager;
-//   - a terminal is asked on only while it is in line mode before the question,
-//     and for as long as its Place says that it may be: another program that
-//     reads from it would get part of the PIN;
-//   - nothing is asked again by itself once a person has answered.
+//   - a PIN goes from the program's pipe into a [secret.Secret] and nowhere else. No string,
+//     log, error or argument list ever holds it, and the memory in between is locked and
+//     wiped;
+//   - every call that waits for a person ends with its context. Then the program is gone, its
+//     terminal usable again and its process reaped. That takes at most the two seconds that
+//     the program gets for leaving by itself;
+//   - text is shown as text. Text of a token or another process cannot issue commands, move
+//     the cursor or pass for something else by control characters. A long text does not keep
+//     the dialogue from appearing;
+//   - the program gets an environment of its own, not the agent's, and never the permission
+//     to keep a PIN in a password manager;
+//   - a prompt appears on a terminal only while the terminal is in line mode before the
+//     question, and as long as its Place allows it. Another program that reads from the
+//     terminal would get part of the PIN;
+//   - it never asks again by itself once a person has answered.
 //
-// It leaves to others what is asked, when and by whom, at which place and which
-// one is next when a place is of no use, and what a PIN is good for.
+// Callers decide what to ask, when and for whom, at which place, which place is next, and what
+// a PIN is good for.
 package pinentry
 
 import (
@@ -41,65 +40,62 @@ import (
 	"golang.org/x/sys/unix"
 )
 
-// MaxPIN is the most bytes a PIN may have. Tokens take much less; what is
-// longer is a slip of the clipboard, and no token should see it.
+// MaxPIN is the most bytes that a PIN may have. Tokens take much less. A longer text is a slip of
+// the clipboard, which no token should see.
 const MaxPIN = 255
 
-// The answers that are not an answer. Compare with errors.Is.
+// The errors without an answer. Compare with errors.Is.
 var (
 	// ErrCancelled says that the person closed the dialogue without an answer.
 	ErrCancelled = errors.New("the prompt was cancelled")
-	// ErrTimeout says that nobody answered within the Timeout of the Prompt.
+	// ErrTimeout says that no answer came within the Timeout of the Prompt.
 	ErrTimeout = errors.New("nobody answered the prompt in time")
 	// ErrEmpty says that the person confirmed without typing a PIN.
 	ErrEmpty = errors.New("no PIN was typed")
-	// ErrNoPrompt says that no program was able to ask at the place. The error
-	// says what was tried.
+	// ErrNoPrompt says that no program was able to ask at the place. The error lists the
+	// programs.
 	ErrNoPrompt = errors.New("there is no way to ask here")
 	// ErrClosed says that the Dialogue was closed before there was an answer.
 	ErrClosed = errors.New("the dialogue was closed")
 )
 
-// A Pinentry opens dialogues. Its fields are set before the first use and not
-// changed afterwards; its methods are safe for concurrent use. Only one
-// dialogue is shown at a time on a terminal or a display: a request waits until
-// those before it are answered.
+// A Pinentry opens dialogues. Set its fields before the first use, and leave them alone afterwards.
+// Any goroutine may call its methods. A terminal or a display shows one dialogue at a time: a
+// request waits until those before it are answered.
 //
-// Path, Home and Askpass say which programs run. They come from the agent's own
-// configuration and environment, never from those of a client.
+// Path, Home and Askpass say which programs run. They come from the agent's own configuration and
+// environment, never from those of a client.
 type Pinentry struct {
-	// Program is an absolute path, or a name to be found in Path. Empty means
-	// "pinentry".
+	// Program is an absolute path, or a name of a program in Path. Empty means "pinentry".
 	Program string
-	// Askpass is the program for places that want it, a path or a name as Program
-	// is (SSH_ASKPASS of ssh(1)). Empty means none.
+	// Askpass is the program for places that want it (SSH_ASKPASS of ssh(1)): a path or a
+	// name, as for Program. Empty means none.
 	Askpass string
-	// Path is the PATH for finding programs, and the one they get.
+	// Path is the PATH in which programs are looked for, and which they get.
 	Path string
-	// Home is the HOME the programs get.
+	// Home is the HOME that the programs get.
 	Home string
-	// LinePrompt has the arguments with which this very program runs [LinePrompt], its name
-	// first. Empty means that it does not; then pinentry-tty alone asks where nothing
-	// can be drawn.
+	// LinePrompt has the arguments with which this program runs the function [LinePrompt],
+	// its name first. Empty means that it does not. Then pinentry-tty asks on terminals
+	// that nothing can be drawn on.
 	LinePrompt []string
-	// NoGrab leaves keyboard and mouse to other windows while the dialogue is
-	// open. Otherwise a graphical pinentry keeps them to itself.
+	// NoGrab leaves keyboard and mouse to other windows while the dialogue is open.
+	// Otherwise a graphical pinentry grabs them.
 	NoGrab bool
-	// Log gets a line when one program is given up for the next. Nil means none.
+	// Log gets a line when a program cannot ask and the next one does. nil discards it.
 	Log *slog.Logger
 
 	turns turns
 	later atomic.Pointer[settings] // of Configure
 }
 
-// settings are what may change while the program runs.
+// settings may change while the program runs.
 type settings struct {
 	program string
 	noGrab  bool
 }
 
-// Configure sets Program and NoGrab for the dialogues that are opened from now on. It may
-// be called from any goroutine.
+// Configure sets Program and NoGrab for later dialogues. Any goroutine may call it.
 func (p *Pinentry) Configure(program string, noGrab bool) { p.later.Store(&settings{program, noGrab}) }
 
 func (p *Pinentry) settings() settings {
@@ -109,26 +105,25 @@ func (p *Pinentry) settings() settings {
 	return settings{p.Program, p.NoGrab}
 }
 
-// A Place is where a person is asked. What is empty is unknown or does not
-// exist. All of it may come from the environment of a client.
+// A Place is where a person is asked. An empty field is unknown or does not exist. All of it may
+// come from the environment of a client.
 type Place struct {
 	Display        string // DISPLAY
 	WaylandDisplay string // WAYLAND_DISPLAY
 	XAuthority     string // XAUTHORITY
 	DBusAddress    string // DBUS_SESSION_BUS_ADDRESS
 	RuntimeDir     string // XDG_RUNTIME_DIR
-	// TTY is a terminal, open for reading and writing. It stays the caller's, who
-	// keeps it open until the Dialogue is closed. The program inherits it and is
-	// told of it by a name that leads to that very file, so that nobody can put
-	// another one there.
+	// TTY is a terminal, open for reading and writing. The caller keeps it open until the
+	// Dialogue is closed, and closes it. The program inherits the file, and gets a name
+	// that leads to that very file. So no other process can put another file there.
 	TTY     *os.File
 	TTYType string // TERM
-	// Check tells whether the TTY may be asked on, and is called before each
-	// question and all the while it is asked; nil means always. An error, which
-	// says what is in the way, has the prompt taken away at once. It is called
-	// from several goroutines, and does not wait.
+	// Check returns nil if a prompt may appear on the TTY. Dialogue calls it before each
+	// question and all the while the prompt is there. An error says what is in the way,
+	// and ends the prompt at once. Several goroutines call Check. It does not wait. nil
+	// allows prompts always.
 	Check func() error
-	// Askpass has Pinentry.Askpass asked in place of Program.
+	// Askpass runs Pinentry.Askpass in place of Program.
 	Askpass bool
 	// Locale is the language and encoding of the person: LC_ALL, LC_MESSAGES or
 	// LANG. Text is UTF-8 whatever the encoding says.
@@ -137,28 +132,27 @@ type Place struct {
 	UserData string
 }
 
-// A Prompt is what the person sees. Newlines count in Description and Error;
-// control characters are shown as escapes such as \x1b. A text that is too long
-// (above some 990 bytes as pinentry is sent them, three for each newline and
-// percent sign) is cut and ends in an ellipsis: what matters comes first.
+// A Prompt is what the person sees. Description and Error may have newlines. Control characters
+// become escapes such as \x1b. A long text is cut and ends in an ellipsis, so put the important
+// words first. The limit is some 990 bytes, in which each newline and percent sign counts as three.
 type Prompt struct {
 	Title       string // of the window; a terminal does not show it
-	Description string // what is asked for, for whom and why
-	Label       string // before the field that is typed into
+	Description string // the question, with the client and the reason
+	Label       string // before the input field
 	Error       string // what was wrong with the last answer
-	// OK and Cancel are the texts of the buttons, empty for pinentry's own. An
-	// underscore marks the letter that presses the button, a double one is one.
+	// OK and Cancel are the texts of the buttons. Empty means pinentry's own texts. An
+	// underscore marks the letter that presses the button. A double underscore shows as one.
 	OK, Cancel string
 	// Other is the text of a third button, which only Choose shows.
 	Other string
-	// Timeout is how long the dialogue stays without an answer, rounded up to
-	// seconds. 0 means for as long as the context lasts.
+	// Timeout is how long the dialogue waits for an answer, rounded up to seconds. 0 means
+	// as long as the context lasts.
 	Timeout time.Duration
 }
 
-// withError is the description with the error in it, for programs that have no place
-// for an error. The first line stays the first: it says what is asked for. A text
-// that is too long loses its end, so the error comes right below.
+// withError returns the description with the error in it, for programs that show no error by
+// itself. The first line stays the first: it says what is asked for. The error comes right below,
+// as a long text loses its end.
 func (p *Prompt) withError() string {
 	if p.Error == "" {
 		return p.Description
@@ -171,8 +165,8 @@ func (p *Prompt) withError() string {
 	return text
 }
 
-// Open gets a program ready to ask at place. The error is ErrNoPrompt when none
-// can be started, or that of ctx. The dialogue outlives ctx; it is to be closed.
+// Open makes a program ready to ask at place. The error is ErrNoPrompt if no program can start, or
+// the error of ctx. The Dialogue outlives ctx. The caller closes it.
 func (p *Pinentry) Open(ctx context.Context, place Place) (*Dialogue, error) {
 	if place.TTY != nil && !isTerminal(place.TTY) {
 		place.TTY = nil // pinentry-curses would read from it for ever
@@ -187,9 +181,9 @@ func (p *Pinentry) Open(ctx context.Context, place Place) (*Dialogue, error) {
 	return d, nil
 }
 
-// environment is everything a program gets to know of the place.
+// environment returns the environment of a program.
 func (p *Pinentry) environment(place Place) []string {
-	// Never empty, or the program would inherit the agent's own.
+	// It is never empty: then the program would inherit the agent's environment.
 	env := []string{"LC_CTYPE=" + place.ctype()}
 	for _, v := range []struct{ name, value string }{
 		{"PATH", p.Path},
@@ -211,8 +205,8 @@ func (p *Pinentry) environment(place Place) []string {
 	return env
 }
 
-// find returns the file of a program: itself when the path is absolute, else
-// the first executable of that name in Path.
+// find returns the file of a program: program itself if it is an absolute path, or else the first
+// executable of that name in Path.
 func (p *Pinentry) find(program string) (string, error) {
 	if filepath.IsAbs(program) {
 		return program, nil
@@ -235,9 +229,8 @@ func (p *Pinentry) find(program string) (string, error) {
 // fallbackCtype is the one UTF-8 locale that is installed everywhere.
 const fallbackCtype = "C.UTF-8"
 
-// ctype is the locale that tells the encoding. It is always a UTF-8 one:
-// pinentry-curses shows no dialogue at all when a text cannot be converted
-// (error 166).
+// ctype returns the locale of the encoding, which is always UTF-8. pinentry-curses shows no
+// dialogue when it cannot convert a text (error 166).
 func (p Place) ctype() string {
 	_, encoding, _ := strings.Cut(p.Locale, ".")
 	encoding, _, _ = strings.Cut(encoding, "@")
@@ -248,9 +241,9 @@ func (p Place) ctype() string {
 	return fallbackCtype
 }
 
-// ttyName is what the program is to call the terminal: the first file that it
-// inherits beside the usual three. It holds for what the program runs as well, as
-// many a pinentry is a script.
+// ttyName returns the name of the terminal for the program: the first file that it inherits after
+// the standard three. The name is right for a child of the program as well, as many a pinentry is a
+// script.
 func (p Place) ttyName() string {
 	if p.TTY == nil {
 		return ""
@@ -258,9 +251,8 @@ func (p Place) ttyName() string {
 	return "/proc/self/fd/3"
 }
 
-// spots names what only one dialogue may have at a time. A terminal is known by
-// its device number, as it goes by many names; pseudo-terminals are numbered anew
-// in each container.
+// spots names the things that one dialogue uses at a time. A terminal is known by its device
+// number, as it has many names. Each container numbers its pseudo-terminals anew.
 func (p Place) spots() []string {
 	var spots []string
 	if p.TTY != nil {
@@ -291,8 +283,8 @@ type turns struct {
 	taken map[string]chan struct{}
 }
 
-// wait takes all spots at once, or none: nobody waits for one while holding
-// another. release gives them back.
+// wait takes all spots at once, or none: no dialogue holds one spot while it waits for another.
+// release gives the spots back.
 func (t *turns) wait(ctx context.Context, spots []string) (release func(), err error) {
 	for {
 		t.mu.Lock()
@@ -325,7 +317,7 @@ func (t *turns) wait(ctx context.Context, spots []string) (release func(), err e
 	}
 }
 
-// ended is the error of a context that has ended.
+// ended returns the error for a context that has ended.
 func ended(ctx context.Context) error {
 	cause := context.Cause(ctx)
 	if cause == ErrTimeout || cause == ErrClosed || errors.Is(cause, ErrNoPrompt) {

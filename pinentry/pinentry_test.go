@@ -328,14 +328,14 @@ func noSecret(t *testing.T, where, text string) {
 
 func TestProgramsThatCannotAsk(t *testing.T) {
 	for scenario, want := range map[string]string{
-		"exits":          `it ended without an answer (exit status 1), saying "cannot open display: :7\\x1b[2J"`,
+		"exits":          `ended without an answer (exit status 1), saying "cannot open display: :7\\x1b[2J"`,
 		"refuses":        "no access (error 67109133)",
 		"no-pinentry":    errMalformed.Error(),
 		"binary":         errMalformed.Error(),
 		"empty-line":     errMalformed.Error(),
 		"long-greeting":  errLongLine.Error(),
 		"no-tty":         "Inappropriate ioctl for device <Pinentry> (error 83918950)",
-		"exits-asked":    `it ended without an answer (exit status 1), saying "Qt: could not connect to display"`,
+		"exits-asked":    `ended without an answer (exit status 1), saying "Qt: could not connect to display"`,
 		"closes-asked":   errEnded.Error(),
 		"long-line":      errLongLine.Error(),
 		"endless-line":   errLongLine.Error(),
@@ -701,7 +701,7 @@ func TestFallback(t *testing.T) {
 		want     string // the error, or nothing
 		says     string // in the log
 	}{
-		"a dead display":    {"dead-display", Place{Display: ":7"}, true, "", `pinentry: it ended without an answer (exit status 1), saying`, ""},
+		"a dead display":    {"dead-display", Place{Display: ":7"}, true, "", `pinentry: ended without an answer (exit status 1), saying`, ""},
 		"an askpass":        {"askpass-pin", Place{Askpass: true}, false, "askpass", "", ""},
 		"not the askpass":   {"askpass-pin", Place{}, false, "askpass", "Inappropriate ioctl", ""},
 		"no askpass":        {"askpass-pin", Place{Askpass: true}, false, "", "SSH_ASKPASS is not set", ""},

@@ -14,16 +14,16 @@ import (
 	"p11-agent/pinentry/plain"
 )
 
-// A Probed is what a pinentry says of itself at a place.
+// A Probed is what a pinentry says about itself at a place.
 type Probed struct {
 	File string // of the program
-	// Flavor is what it would ask with: "curses", "tty", "gtk2", "qt", "gnome3" or
-	// another one's own word. With a colon it is what stands in for what cannot be
-	// used here: "gtk2:curses". Empty: it does not say.
+	// Flavor is the kind of its dialogue: "curses", "tty", "gtk2", "qt", "gnome3", or a word
+	// of another program. "gtk2:curses" says that curses stands in for gtk2, which cannot be
+	// used here. Empty means that the program does not say.
 	Flavor string
 }
 
-// Terminal tells whether it would ask on the terminal.
+// Terminal tells whether the program would ask on the terminal.
 func (p Probed) Terminal() bool {
 	_, flavor, fallen := strings.Cut(p.Flavor, ":")
 	if !fallen {
@@ -32,9 +32,9 @@ func (p Probed) Terminal() bool {
 	return flavor == "curses" || flavor == "tty"
 }
 
-// Probe starts the Program as Open does, tells it about the place, has it say what
-// it is, and ends it. Nothing is shown and nobody is asked. The error says what
-// keeps it from asking; Probed.File is set if there is such a program.
+// Probe starts the Program as Open does, tells it about the place, asks it for its flavor, and ends
+// it. The person sees nothing. The error says why the program cannot ask. Probed.File is set if
+// there is such a program.
 func (p *Pinentry) Probe(ctx context.Context, place Place) (Probed, error) {
 	program := p.settings().program
 	if program == "" {
@@ -59,9 +59,9 @@ func (p *Pinentry) Probe(ctx context.Context, place Place) (Probed, error) {
 	return probed, err
 }
 
-// CheckDisplay says why the X server of the place cannot be reached: it is known
-// to be there when it takes a connection. Whether it lets us in is not asked. nil
-// also where the place has none.
+// CheckDisplay returns nil if the X server of the place takes a connection, or if the place has no
+// X server. It does not ask whether the server accepts this client. The error says why the server
+// cannot be reached.
 func (p Place) CheckDisplay(ctx context.Context) error {
 	if p.Display == "" {
 		return nil
@@ -70,10 +70,10 @@ func (p Place) CheckDisplay(ctx context.Context) error {
 	number, _, _ := strings.Cut(rest, ".")
 	n, err := strconv.ParseUint(number, 10, 16)
 	if !ok || err != nil {
-		return errors.New("it names no display")
+		return errors.New("the name is not a display")
 	}
 	var d net.Dialer
-	// X(7), "DISPLAY NAMES": a path names a socket, and no host this machine.
+	// X(7), "DISPLAY NAMES": a path names a socket. Without a host, it is this machine.
 	if host == "" || host == "unix" || strings.HasPrefix(host, "/") {
 		file := fmt.Sprintf("/tmp/.X11-unix/X%d", n)
 		if strings.HasPrefix(host, "/") {
@@ -95,7 +95,7 @@ func (p Place) CheckDisplay(ctx context.Context) error {
 	return bare(err)
 }
 
-// CheckWayland is CheckDisplay for the Wayland compositor.
+// CheckWayland does for the Wayland compositor what CheckDisplay does for the X server.
 func (p Place) CheckWayland(ctx context.Context) error {
 	file := p.WaylandDisplay
 	switch {
@@ -114,7 +114,7 @@ func (p Place) CheckWayland(ctx context.Context) error {
 	return bare(err)
 }
 
-// bare leaves out what the caller knows: which socket it was.
+// bare leaves the name of the socket out of an error, as the caller knows it.
 func bare(err error) error {
 	if e, ok := errors.AsType[*net.OpError](err); ok {
 		return e.Err
@@ -129,8 +129,8 @@ func cutLast(s string, c byte) (before, after string, found bool) {
 	return s, "", false
 }
 
-// The least that pinentry-curses 1.2 shows our longest question in: below that it
-// says "Screen or window too small", or may when names are long.
+// The smallest terminal in which pinentry-curses 1.2 shows the longest question. In a smaller
+// one, pinentry-curses may say "Screen or window too small".
 const (
 	MinColumns = 60
 	MinRows    = 12
@@ -141,37 +141,37 @@ var (
 	// ErrNoTerminal says that the place has no terminal.
 	ErrNoTerminal = errors.New("there is no terminal")
 	// ErrTooSmall says that pinentry-curses has too little room.
-	ErrTooSmall = errors.New("it is too small for pinentry-curses")
-	// ErrTTYType says that pinentry-curses does not know what kind it is, or how to draw
-	// on that kind.
-	ErrTTYType = errors.New("it is of a kind that pinentry-curses does not know")
+	ErrTooSmall = errors.New("the terminal is too small for pinentry-curses")
+	// ErrTTYType says that pinentry-curses does not know the kind of the terminal, or cannot
+	// draw on it.
+	ErrTTYType = errors.New("pinentry-curses cannot draw on this kind of terminal")
 )
 
-// CheckTerminal says what keeps pinentry-curses from asking on the terminal of the
-// place.
+// CheckTerminal returns nil if pinentry-curses can ask on the terminal of the place. The error says
+// why it cannot.
 func (p Place) CheckTerminal() error {
 	if p.TTY == nil {
 		return ErrNoTerminal
 	}
 	size, err := unix.IoctlGetWinsize(int(p.TTY.Fd()), unix.TIOCGWINSZ)
 	if err != nil {
-		return fmt.Errorf("it is no terminal: %w", err)
+		return fmt.Errorf("the file is not a terminal: %w", err)
 	}
 	kind, ok := lookUpTerminal(p.TTYType)
 	switch {
 	case !ok:
-		return fmt.Errorf("%w (TERM=%s)", ErrTTYType, plain.Line(p.TTYType))
+		return fmt.Errorf("%w: it does not know TERM=%s", ErrTTYType, plain.Line(p.TTYType))
 	case !kind.cursor:
-		return fmt.Errorf("%w how to draw on (TERM=%s)", ErrTTYType, plain.Line(p.TTYType))
-	case size.Col == 0 || size.Row == 0: // it does not say; TERM does
+		return fmt.Errorf("%w (TERM=%s)", ErrTTYType, plain.Line(p.TTYType))
+	case size.Col == 0 || size.Row == 0: // the terminal does not say; TERM does
 	case size.Col < MinColumns || size.Row < MinRows:
 		return fmt.Errorf("%w: it has %d columns and %d rows, and %d and %d are needed", ErrTooSmall, size.Col, size.Row, MinColumns, MinRows)
 	}
 	return nil
 }
 
-// Say writes a line to the terminal of the place, where a question could be asked now.
-// It never waits: a terminal that takes nothing does not show the line.
+// Say writes a line to the terminal of the place, if a question could be asked there now. It never
+// waits: if the terminal takes nothing, the line is lost.
 func (p Place) Say(text string) error {
 	if p.TTY == nil {
 		return ErrNoTerminal
@@ -185,7 +185,7 @@ func (p Place) Say(text string) error {
 		return err
 	}
 	return control(p.TTY, func(fd int) error {
-		// A file of its own: the other one blocks, and is read from.
+		// Another open file of the terminal: p.TTY blocks, and programs read from it.
 		own, err := unix.Open("/proc/self/fd/"+strconv.Itoa(fd), unix.O_WRONLY|unix.O_NOCTTY|unix.O_NONBLOCK|unix.O_CLOEXEC, 0)
 		if err != nil {
 			return err

@@ -91,7 +91,7 @@ func TestCheckTerminal(t *testing.T) {
 		{name: "no kind", tty: tty, columns: 80, rows: 24, want: ErrTTYType},
 		{name: "a path for a kind", tty: tty, kind: "../x/xterm", columns: 80, rows: 24, want: ErrTTYType},
 		{name: "none", want: ErrNoTerminal},
-		{name: "a file", tty: file, kind: "xterm", text: "no terminal"},
+		{name: "a file", tty: file, kind: "xterm", text: "not a terminal"},
 	} {
 		t.Run(tt.name, func(t *testing.T) {
 			size := &unix.Winsize{Col: tt.columns, Row: tt.rows}
@@ -153,7 +153,7 @@ done
 		{name: "windows that cannot be", program: of("gtk2:curses"), flavor: "gtk2:curses", terminal: true},
 		{name: "old", program: script("old", "echo OK\nwhile read -r w r; do case $w in GETINFO) echo ERR 536871187 Unknown;; *) echo OK;; esac; done")},
 		{name: "dies", program: script("dies", "echo no display >&2; exit 1"), want: "no display"},
-		{name: "talks nonsense", program: script("nonsense", "echo Hello\ncat >/dev/null"), want: "no sense"},
+		{name: "talks nonsense", program: script("nonsense", "echo Hello\ncat >/dev/null"), want: "malformed line"},
 		{name: "none", program: "/no/such/program", want: "no such file"},
 	} {
 		t.Run(tt.name, func(t *testing.T) {

@@ -9,21 +9,20 @@ import (
 	"golang.org/x/sys/unix"
 )
 
-// terminal is what a terminal was like before a program asked on it.
-// pinentry-tty leaves it without echo when it is ended by a signal, and every
-// program leaves it raw when it is killed.
+// terminal has the modes of a terminal from before a program asked on it. pinentry-tty leaves the
+// terminal without echo when a signal ends it, and every program leaves it raw when it is killed.
 type terminal struct {
 	fd int
 
 	mu    sync.Mutex
-	modes *unix.Termios // nil: nothing was asked yet
+	modes *unix.Termios // nil: no program has asked yet
 }
 
-// newTerminal returns nil when tty is no good.
+// newTerminal returns nil if tty cannot be used.
 func newTerminal(tty *os.File) *terminal {
 	t := new(terminal)
 	err := control(tty, func(fd int) (err error) {
-		// A descriptor of its own, as the file is closed by others.
+		// A descriptor of its own, as the caller closes the file.
 		t.fd, err = unix.FcntlInt(uintptr(fd), unix.F_DUPFD_CLOEXEC, 0)
 		return err
 	})
@@ -33,8 +32,8 @@ func newTerminal(tty *os.File) *terminal {
 	return t
 }
 
-// remember is called when the program is about to ask, and nobody else asks at
-// the terminal.
+// remember keeps the modes. It is called when the program is about to ask, and no other program
+// asks at the terminal.
 func (t *terminal) remember() {
 	if t == nil {
 		return
@@ -66,12 +65,12 @@ func isTerminal(f *os.File) bool {
 	}) == nil
 }
 
-// errNotLineMode says that the terminal is in use: shells that edit a line,
-// editors and pagers read each key by themselves.
+// errNotLineMode says that another program uses the terminal. Shells that edit a line, editors and
+// pagers read each key by themselves.
 var errNotLineMode = errors.New("another program is reading from the terminal")
 
-// inLineMode tells whether keys typed at the terminal wait for the end of a line,
-// so that a program that turns this off gets them and no other does.
+// inLineMode returns nil if keys typed at the terminal wait for the end of a line. Then a program
+// that turns line mode off gets the keys, and no other program does.
 func inLineMode(f *os.File) error {
 	return control(f, func(fd int) error {
 		modes, err := unix.IoctlGetTermios(fd, unix.TCGETS)
@@ -85,10 +84,9 @@ func inLineMode(f *os.File) error {
 	})
 }
 
-// restore undoes what the program has changed. gently leaves a terminal alone
-// that is not in line mode, as by now it may be a shell that edits its next line
-// there, unless it is in the very mode that pinentry-tty reads a single key in: a
-// shell changes more than that.
+// restore undoes the changes of the program. With gently, restore leaves a terminal alone that is
+// not in line mode: a shell may edit its next line there. The exception is the very mode in which
+// pinentry-tty reads a single key, as a shell changes more than that.
 func (t *terminal) restore(gently bool) {
 	if t == nil {
 		return
@@ -107,8 +105,8 @@ func (t *terminal) restore(gently bool) {
 	if gently && now.Lflag&unix.ICANON == 0 && *now != key {
 		return
 	}
-	// Setting modes from the background of one's own terminal stops the process
-	// (SIGTTOU). Other terminals do not even tell who is in the foreground.
+	// A process that sets modes from the background of its own terminal is stopped
+	// (SIGTTOU). Other terminals do not tell which process is in the foreground.
 	if fg, err := unix.IoctlGetInt(t.fd, unix.TIOCGPGRP); err == nil && fg != unix.Getpgrp() {
 		return
 	}

@@ -9,7 +9,7 @@ import (
 	"strings"
 )
 
-// A terminalKind is what terminfo(5) says of a kind of terminal.
+// A terminalKind is what terminfo(5) tells of a kind of terminal.
 type terminalKind struct {
 	cursor bool // programs can move the cursor, which is what drawing needs
 	colors int  // how many it shows; 0: none
@@ -18,8 +18,9 @@ type terminalKind struct {
 // maxTerminfo is the most bytes of a description (term(5)).
 const maxTerminfo = 32768
 
-// lookUpTerminal reads the description of a kind of terminal, in a directory by the
-// first letter of its name, or by the number of that. ok: there is one.
+// lookUpTerminal reads the description of a kind of terminal. It looks in the directory of the
+// first letter of its name, and of the number of that letter. ok tells whether there is a
+// description.
 func lookUpTerminal(name string) (kind terminalKind, ok bool) {
 	if name == "" || strings.ContainsRune(name, '/') {
 		return kind, false
@@ -86,15 +87,15 @@ func parseTerminfo(b []byte) (kind terminalKind, ok bool) {
 	return kind, true
 }
 
-// canDraw tells whether a full-screen program can show something on a kind of terminal.
-// It can on one that has no description here: the program may know better.
+// canDraw tells whether a full-screen program can draw on a kind of terminal. It is true for a kind
+// without a description here: the program may know better.
 func canDraw(name string) bool {
 	kind, ok := lookUpTerminal(name)
 	return kind.cursor || !ok && name != "" && name != "dumb"
 }
 
-// HasColor tells whether a kind of terminal, as TERM names it, shows colours. One
-// without a description here does, as those are newer than the descriptions.
+// HasColor tells whether a kind of terminal, as TERM names it, shows colours. It is true for a kind
+// without a description here, as such kinds are newer than the descriptions.
 func HasColor(name string) bool {
 	kind, ok := lookUpTerminal(name)
 	return kind.colors > 0 || !ok && name != "" && name != "dumb"

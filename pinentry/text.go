@@ -7,9 +7,9 @@ import (
 
 const ellipsis = "…"
 
-// appendEscaped appends text to line as Assuan takes it, with %, CR and LF
-// escaped. It keeps line within limit bytes (with room for an ellipsis at
-// least): a longer text is cut between two characters and ends in an ellipsis.
+// appendEscaped appends text to line in Assuan's form, with %, CR and LF escaped. It keeps line
+// within limit bytes, which must leave room for an ellipsis. A longer text is cut between two
+// characters and ends in an ellipsis.
 func appendEscaped(line []byte, text string, limit int) []byte {
 	cut := len(line)
 	for len(text) > 0 {
@@ -33,8 +33,8 @@ func appendEscaped(line []byte, text string, limit int) []byte {
 	return line
 }
 
-// unescape decodes the percent escapes of b in place and returns the part of b
-// that holds the result. The rest of b is left as it was.
+// unescape decodes the percent escapes of b in place. It returns the part of b that holds the
+// result, and leaves the rest alone.
 func unescape(b []byte) ([]byte, error) {
 	n := 0
 	for i := 0; i < len(b); i++ {
