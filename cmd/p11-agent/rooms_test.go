@@ -136,6 +136,11 @@ var rooms = []room{
 		"it asks persons, and decides nothing about keys",
 	},
 	{
+		"cmd/p11-agent/setup",
+		[]string{"cmd/p11-agent/advice", "cmd/p11-agent/backend", "cmd/p11-agent/config", "cmd/p11-agent/control", "cmd/p11-agent/doctor", "cmd/p11-agent/exit", "cmd/p11-agent/export", "cmd/p11-agent/files", "cmd/p11-agent/newkey", "cmd/p11-agent/output", "cmd/p11-agent/paths", "cmd/p11-agent/probe", "cmd/p11-agent/prompt", "cmd/p11-agent/status", xssh, "pinentry/plain", "pinentry/secret", "systemd", "systemd/install", "token", "token/pin", "token/pkcs11uri", "token/registry", "token/wellknown", "token/wire"},
+		"a conversation about the first login knows no flags",
+	},
+	{
 		"cmd/p11-agent/status",
 		[]string{"agent", "agent/audit", "agent/request", "agent/sshagent", "cmd/p11-agent/config", "cmd/p11-agent/output", "cmd/p11-agent/paths", "pinentry/plain", "token", "token/module", "token/pin", "token/pkcs11uri", "token/wire", xssh},
 		"it tells what is, and does not know what helps",

@@ -1,4 +1,4 @@
-package main
+package setup
 
 import (
 	"bytes"
@@ -22,7 +22,7 @@ import (
 	"p11-agent/systemd/install"
 )
 
-// userManagerRuns tells whether systemd runs for this user, and can be reached.
+// userManagerRuns tells whether the user has a systemd that answers.
 func userManagerRuns() bool {
 	dir := os.Getenv("XDG_RUNTIME_DIR")
 	if _, err := exec.LookPath("systemctl"); err != nil || dir == "" || !systemd.Booted() {
@@ -32,9 +32,9 @@ func userManagerRuns() bool {
 	return err == nil && st.Mode().Type() == fs.ModeSocket
 }
 
-// startAgent has systemd start the agent, or starts it in the background. It connects to
-// the agent before there is a PIN: see status.Query.
-func (s *setup) startAgent(ctx context.Context) error {
+// startAgent makes systemd start the agent, or starts it in the background. It connects to the agent before a person types
+// the PIN: see [status.Query].
+func (s *conversation) startAgent(ctx context.Context) error {
 	const title = "The agent"
 	socket := paths.SetupSocket()
 	done := ""
@@ -73,12 +73,12 @@ func (s *setup) startAgent(ctx context.Context) error {
 	return nil
 }
 
-// startUnits does what install does. Ctrl-C does not reach systemctl, so units that are
-// written are enabled as well.
-func (s *setup) startUnits(ctx context.Context, _ string) error {
+// startUnits installs and starts the units. Ctrl-C does not reach systemctl, so units that are written are enabled as
+// well.
+func (s *conversation) startUnits(ctx context.Context, _ string) error {
 	var said bytes.Buffer
 	ctx = context.WithoutCancel(ctx)
-	in, err := install.New(ctx, installTarget(""), &said, s.stderr)
+	in, err := install.New(ctx, s.target, &said, s.stderr)
 	if err != nil {
 		return err
 	}
@@ -90,21 +90,21 @@ func (s *setup) startUnits(ctx context.Context, _ string) error {
 			s.say("  %s", strings.TrimSpace(line))
 		}
 	}
-	if others := install.OtherAgents(configHome()); len(others) > 0 {
+	if others := install.OtherAgents(s.target.ConfigHome); len(others) > 0 {
 		s.say("  note: other agents are enabled, too. To switch them off: systemctl --user mask --now %s", strings.Join(others, " "))
 	}
 	return nil
 }
 
 // startBackground starts the agent at a socket of its own.
-func (s *setup) startBackground(ctx context.Context, socket string) error {
+func (s *conversation) startBackground(ctx context.Context, socket string) error {
 	self, err := os.Executable()
 	if err != nil {
 		return fmt.Errorf("find this program's own file: %w", err)
 	}
 	cmd := exec.CommandContext(context.WithoutCancel(ctx), self, "agent", "-s", "-a", socket)
 	cmd.Stderr = s.stderr
-	// Ctrl-C is for this program: the agent starts as a whole.
+	// Ctrl-C reaches this program only: the agent finishes its start.
 	cmd.SysProcAttr = &syscall.SysProcAttr{Setpgid: true}
 	if err := os.MkdirAll(filepath.Dir(socket), 0o700); err != nil {
 		return err
@@ -115,8 +115,8 @@ func (s *setup) startBackground(ctx context.Context, socket string) error {
 	return nil
 }
 
-// leadSSH has ssh ask the agent, whatever SSH_AUTH_SOCK says.
-func (s *setup) leadSSH(ctx context.Context) error {
+// leadSSH makes ssh ask the agent, even if SSH_AUTH_SOCK names another agent.
+func (s *conversation) leadSSH(ctx context.Context) error {
 	socket := paths.SetupSocket()
 	done := ""
 	settings := probe.ReadSSH(ctx)
@@ -149,8 +149,7 @@ func (s *setup) leadSSH(ctx context.Context) error {
 	return nil
 }
 
-// writeInclude writes the piece of configuration that names the socket, unless install
-// has, and then the line that includes it.
+// writeInclude writes the file that names the socket, unless install wrote it, and then the line that includes the file.
 func writeInclude(own, file, line, socket string) error {
 	if _, err := os.Lstat(own); errors.Is(err, fs.ErrNotExist) {
 		if err := os.MkdirAll(filepath.Dir(own), 0o700); err != nil {

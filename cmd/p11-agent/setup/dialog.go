@@ -1,4 +1,4 @@
-package main
+package setup
 
 import (
 	"context"
@@ -14,8 +14,7 @@ import (
 	"p11-agent/cmd/p11-agent/output"
 )
 
-// A dialog asks a person at a terminal what is no secret. It is used by one goroutine
-// at a time.
+// A dialog asks a person at a terminal for answers that are not secret. One goroutine at a time uses it.
 type dialog struct {
 	in  io.Reader // one line at a time
 	out io.Writer
@@ -46,13 +45,13 @@ func (d *dialog) line(ctx context.Context, prompt string) (string, error) {
 	case a := <-read:
 		return a.text, a.err
 	case <-ctx.Done():
-		// The program ends, and the read with it.
+		// The program ends now, which ends the read.
 		fmt.Fprintln(d.out)
 		return "", errInterrupted
 	}
 }
 
-// read reads a line byte by byte, so that nothing of the next answer is taken.
+// read reads a line byte by byte, so that the next answer stays unread.
 func (d *dialog) read() (string, error) {
 	var text []byte
 	for b := make([]byte, 1); ; {
@@ -72,7 +71,7 @@ func (d *dialog) read() (string, error) {
 	}
 }
 
-// yes asks a question. Enter alone is the usual answer.
+// yes asks a question. Enter alone means the usual answer.
 func (d *dialog) yes(ctx context.Context, prompt string, usual bool) (bool, error) {
 	keys := map[bool]string{true: "[Y/n]", false: "[y/N]"}[usual]
 	for {
@@ -92,8 +91,8 @@ func (d *dialog) yes(ctx context.Context, prompt string, usual bool) (bool, erro
 	}
 }
 
-// choose has one of the choices chosen, which begin with 1. Enter alone is the first
-// one, and 0 is none of them: it returns -1.
+// choose returns the index of the choice that a person takes. Enter alone takes the first. It returns -1 if the person ends
+// the conversation with 0.
 func (d *dialog) choose(ctx context.Context, prompt string, choices []string) (int, error) {
 	for i, c := range choices {
 		fmt.Fprintf(d.out, "  %d  %s\n", i+1, c)
@@ -114,7 +113,7 @@ func (d *dialog) choose(ctx context.Context, prompt string, choices []string) (i
 	}
 }
 
-// newDialog returns nil where there is no terminal to ask at.
+// newDialog returns nil unless in and out are terminals.
 func newDialog(in io.Reader, out io.Writer) *dialog {
 	f, ok := in.(*os.File)
 	if !ok || !output.IsTerminal(f) || !output.IsTerminal(out) {

@@ -1,4 +1,4 @@
-package main
+package setup
 
 import (
 	"bytes"
@@ -33,11 +33,11 @@ import (
 )
 
 const (
-	// setupKind is what a new key is: each token and each server has it.
-	setupKind = token.ECDSAP256
-	// setupLabel is what a new key and a new token are called.
-	setupLabel = "login"
-	// softHSMPackage is what Debian calls it, and softHSMFedora Fedora.
+	// newKind is the kind of a new key. Each token and each server supports it.
+	newKind = token.ECDSAP256
+	// newLabel is the label of a new key and of a new token.
+	newLabel = "login"
+	// The package of SoftHSM in Debian and in Fedora.
 	softHSMPackage, softHSMFedora = "softhsm2", "softhsm"
 )
 
@@ -51,9 +51,8 @@ type choice struct {
 	files  []string           // that have to be written before; see ownTokens
 }
 
-// chooseKey looks for keys and tokens, and decides on the key. It changes nothing but
-// what a new token of SoftHSM needs beforehand.
-func (s *setup) chooseKey(ctx context.Context) error {
+// chooseKey looks for keys and tokens, and chooses the key. It changes only what a new token of SoftHSM needs first.
+func (s *conversation) chooseKey(ctx context.Context) error {
 	const title = "A key"
 	for {
 		s.look(ctx)
@@ -115,14 +114,13 @@ func (s *setup) chooseKey(ctx context.Context) error {
 	}
 }
 
-// use takes a key that is there.
-func (s *setup) use(e export.Key) {
+// use chooses a key that exists.
+func (s *conversation) use(e export.Key) {
 	s.key, s.uri = e, pkcs11uri.ForKey(e.Token.Token(), "", nil).String()
 }
 
-// troubles tells of tokens that cannot be used, or whose keys other programs make: this is
-// why there may be no key.
-func (s *setup) troubles() {
+// troubles tells why there may be no key: of tokens that cannot be used, and of tokens whose keys other programs make.
+func (s *conversation) troubles() {
 	for _, m := range s.b.Store.Modules() {
 		for _, t := range m.Away {
 			s.say("  token %q has %s, and is not there: insert it", plain.Line(t.ID.Label), output.Count(len(t.Keys), "key"))
@@ -149,7 +147,7 @@ func keyChoices(keys []export.Key) (all []choice) {
 }
 
 // newKeyChoices are the ways to a new key.
-func (s *setup) newKeyChoices() (all []choice) {
+func (s *conversation) newKeyChoices() (all []choice) {
 	var soft, tpm *token.ModuleStatus
 	for _, m := range s.b.Store.Modules() {
 		switch wellknown.KindOf(m.Path) {
@@ -179,8 +177,7 @@ func (s *setup) newKeyChoices() (all []choice) {
 	return all
 }
 
-// takesKeys tells whether a key can be made on a token. Those of PIV cards are made by
-// other programs.
+// takesKeys tells whether a key can be made on a token. Other programs make the keys of PIV cards.
 func takesKeys(t token.TokenStatus) bool {
 	pinless := t.Flags&wire.CKFLoginRequired != 0 && t.Flags&wire.CKFUserPINInitialized == 0
 	return t.Shadowed == "" && t.Home == "" && !pinless && t.Tries != pin.TriesNone && t.Tries != pin.TriesLast &&
@@ -192,7 +189,7 @@ func isPIV(t token.TokenStatus) bool {
 	return t.ID.Manufacturer == "piv_II" || strings.Contains(t.ID.Manufacturer, "Yubico")
 }
 
-// softHSMChoice is a token of SoftHSM. m is nil where its module is not registered.
+// softHSMChoice offers a new token of SoftHSM. m is nil if its module is not registered.
 func softHSMChoice(m *token.ModuleStatus) (choice, bool) {
 	c := choice{text: "make a token and a key in files, with SoftHSM: to try things, as files can be copied"}
 	switch {
@@ -221,9 +218,8 @@ func softHSMChoice(m *token.ModuleStatus) (choice, bool) {
 	return c, true
 }
 
-// prepare does what a new token of SoftHSM needs beforehand. Otherwise there is nothing
-// to do.
-func (s *setup) prepare(ctx context.Context, c *choice) (bool, error) {
+// prepare does what a new token of SoftHSM needs first: it installs the package and makes the directory of tokens.
+func (s *conversation) prepare(ctx context.Context, c *choice) (bool, error) {
 	if c.first != "" {
 		if err := s.attached(ctx, strings.Fields(c.first)...); err != nil {
 			return false, err
@@ -264,8 +260,7 @@ func systemSoftHSM() bool {
 	return os.Remove(probe.Name()) == nil
 }
 
-// ownTokens gives this user a directory of tokens of SoftHSM's. The configuration, which
-// comes last, is written as a whole.
+// ownTokens gives this user a directory for tokens of SoftHSM. It writes the configuration last.
 func ownTokens(conf, dir string) error {
 	for _, d := range []string{dir, filepath.Dir(conf)} {
 		if err := os.MkdirAll(d, 0o700); err != nil {
@@ -275,9 +270,9 @@ func ownTokens(conf, dir string) error {
 	return files.Create(conf, []byte("directories.tokendir = "+dir+"\n"), 0o644)
 }
 
-// makeKey makes the key that was chosen, and the token if need be. The PIN is typed for
-// all of it, the agent's login included.
-func (s *setup) makeKey(ctx context.Context) error {
+// makeKey makes the key that was chosen, and the token if it is new. The person types the PIN once: for the token, the key
+// and the agent's login.
+func (s *conversation) makeKey(ctx context.Context) error {
 	if s.plan == nil {
 		return nil
 	}
@@ -298,7 +293,7 @@ func (s *setup) makeKey(ctx context.Context) error {
 	}
 }
 
-func (s *setup) makeWithPIN(ctx context.Context) error {
+func (s *conversation) makeWithPIN(ctx context.Context) error {
 	pin, err := s.askPIN(ctx)
 	if err != nil {
 		return err
@@ -314,7 +309,7 @@ func (s *setup) makeWithPIN(ctx context.Context) error {
 		}
 		s.changed = true
 		s.say("  made the token %q", label)
-		// A second try is about this one.
+		// A second try makes the key on this token.
 		for _, m := range s.b.Store.Modules() {
 			for _, t := range m.Tokens {
 				if t.URI == uri {
@@ -327,9 +322,9 @@ func (s *setup) makeWithPIN(ctx context.Context) error {
 	if err != nil {
 		return err
 	}
-	label := setupLabel
+	label := newLabel
 	u.Object = &label
-	k, err := newkey.Make(ctx, s.b.Store, u, setupKind, pin)
+	k, err := newkey.Make(ctx, s.b.Store, u, newKind, pin)
 	//nolint:errorlint // wrapped, it says what became of the key
 	if err == context.Canceled {
 		return errInterrupted
@@ -345,16 +340,15 @@ func (s *setup) makeWithPIN(ctx context.Context) error {
 		return err
 	}
 	s.say("  made %s", describeKey(s.key))
-	// The card is the agent's from here on.
+	// From here on the agent uses the card.
 	s.b.Close()
 	s.b = nil
 	s.logIn(ctx, pin)
 	return nil
 }
 
-// take finds what others need to know of a new key, whether the configuration has it
-// offered or not.
-func (s *setup) take(k *token.Key) error {
+// take chooses the new key. It notes if the configuration keeps the agent from offering the key.
+func (s *conversation) take(k *token.Key) error {
 	u, err := pkcs11uri.Parse(k.URI())
 	if err != nil {
 		return err
@@ -375,24 +369,23 @@ func (s *setup) take(k *token.Key) error {
 	return fmt.Errorf("the key %v was made, and is not listed", k)
 }
 
-// freeLabel returns a label that no token has which is there.
-func (s *setup) freeLabel() string {
+// freeLabel returns a label that no present token has.
+func (s *conversation) freeLabel() string {
 	var taken []string
 	for _, m := range s.b.Store.Modules() {
 		for _, t := range m.Tokens {
 			taken = append(taken, t.ID.Label)
 		}
 	}
-	label := setupLabel
+	label := newLabel
 	for n := 2; slices.Contains(taken, label); n++ {
-		label = fmt.Sprintf("%s-%d", setupLabel, n)
+		label = fmt.Sprintf("%s-%d", newLabel, n)
 	}
 	return label
 }
 
-// askPIN asks for the PIN of the token, or for one for a new token; nil where none is
-// typed here.
-func (s *setup) askPIN(ctx context.Context) (*secret.Secret, error) {
+// askPIN asks for the PIN of the token, or for a PIN for a new token. It returns nil if the token takes no PIN from here.
+func (s *conversation) askPIN(ctx context.Context) (*secret.Secret, error) {
 	fresh := s.plan.on == nil
 	if !fresh && (s.plan.on.Flags&wire.CKFLoginRequired == 0 || s.plan.on.Flags&wire.CKFProtectedAuthenticationPath != 0) {
 		return nil, nil //nolint:nilnil // no PIN is an answer
@@ -433,7 +426,7 @@ func (s *setup) askPIN(ctx context.Context) (*secret.Secret, error) {
 	}
 }
 
-// typedAgain lets the person make sure of a new PIN, which the terminal has not shown.
+// typedAgain lets the person check a new PIN, which the terminal does not show.
 func typedAgain(ctx context.Context, ask *prompt.Input, pin *secret.Secret) (same bool, err error) {
 	again, err := ask.ReadSecret(ctx, "  The same again, or Enter if you are sure of it: ")
 	if err != nil {
@@ -443,9 +436,8 @@ func typedAgain(ctx context.Context, ask *prompt.Input, pin *secret.Secret) (sam
 	return again.Len() == 0 || pin.Equal(again), nil
 }
 
-// logIn has the agent log in with the PIN. Should that fail, the agent asks for the PIN
-// when it needs it.
-func (s *setup) logIn(ctx context.Context, pin *secret.Secret) {
+// logIn makes the agent log in with the PIN. If that fails, the agent asks for the PIN when it needs it.
+func (s *conversation) logIn(ctx context.Context, pin *secret.Secret) {
 	if s.agent == nil || pin.Len() == 0 {
 		return
 	}

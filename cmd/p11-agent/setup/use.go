@@ -1,4 +1,4 @@
-package main
+package setup
 
 import (
 	"context"
@@ -19,12 +19,11 @@ import (
 	"p11-agent/pinentry/plain"
 )
 
-// hostName is what ssh-copy-id is given: it begins with no "-", and has nothing that a
-// shell takes for more than a word.
+// hostName matches the hosts that ssh-copy-id may get: they do not begin with "-", and are one word for a shell.
 var hostName = regexp.MustCompile(`^[A-Za-z0-9._][A-Za-z0-9._@:%\[\]-]*$`)
 
 // authorize shows the line that lets the key in, and copies it to a host.
-func (s *setup) authorize(ctx context.Context) error {
+func (s *conversation) authorize(ctx context.Context) error {
 	const title = "The other side"
 	s.say("\n%s", title)
 	if s.key.Token == nil {
@@ -66,7 +65,7 @@ func (s *setup) authorize(ctx context.Context) error {
 }
 
 // writeKey writes the public half of the key.
-func (s *setup) writeKey() error {
+func (s *conversation) writeKey() error {
 	if err := export.Write(io.Discard, []export.Key{s.key}, filepath.Dir(publicFile(s.key)), false); err != nil {
 		return err
 	}
@@ -74,11 +73,11 @@ func (s *setup) writeKey() error {
 	return nil
 }
 
-// gitSigners is git's file of allowed signers, where git does not name one.
+// gitSigners is the file of allowed signers, if git's configuration does not name one.
 const gitSigners = "~/.config/git/allowed_signers"
 
-// signWithGit has git sign with the key, and believe its signatures.
-func (s *setup) signWithGit(ctx context.Context) error {
+// signWithGit makes git sign with the key, and accept its signatures.
+func (s *conversation) signWithGit(ctx context.Context) error {
 	const title = "git"
 	if _, err := exec.LookPath("git"); err != nil {
 		return nil // without git there is nothing to set up
@@ -132,9 +131,9 @@ func (s *setup) signWithGit(ctx context.Context) error {
 	return nil
 }
 
-// setGit changes git's configuration. Each command gets no Ctrl-C; commit.gpgsign comes
-// last, so that git never wants to sign without knowing how.
-func (s *setup) setGit(ctx context.Context, file, signers, line string, known bool) error {
+// setGit changes git's configuration. Ctrl-C does not reach its commands. commit.gpgsign comes last, so that git never signs
+// without the other settings.
+func (s *conversation) setGit(ctx context.Context, file, signers, line string, known bool) error {
 	if err := s.writeKey(); err != nil {
 		return err
 	}
@@ -157,7 +156,7 @@ func (s *setup) setGit(ctx context.Context, file, signers, line string, known bo
 	return nil
 }
 
-// gitSetting returns a setting of git's for all repositories, or nothing.
+// gitSetting returns a setting of git for all repositories, or "".
 func gitSetting(ctx context.Context, name string) string {
 	said, err := probe.Run(ctx, "git", "config", "--global", "--get", name)
 	if err != nil || said.Status != nil {
@@ -166,7 +165,7 @@ func gitSetting(ctx context.Context, name string) string {
 	return strings.TrimSpace(said.Out)
 }
 
-// hasSigner tells whether a file of allowed signers has this one with this key.
+// hasSigner tells whether a file of allowed signers has this address with this key.
 func hasSigner(file, email string, pub ssh.PublicKey) bool {
 	b, err := files.Read(file)
 	if err != nil {
