@@ -1,11 +1,9 @@
-// Package waiting keeps those together who wait for one answer, of whom one at a
-// time is asked: the prompt is where the one is who has waited longest. It goes on
-// where the next one is when that one leaves, cannot be asked, or has not answered
-// in its turn.
+// Package waiting lets several requests wait for one answer. It asks one request at a time: the
+// request that has waited longest. The prompt moves to the next request when a request leaves,
+// cannot be asked, or has not answered in its turn.
 //
-// It promises that nobody who has left is asked any longer: the context of a
-// question ends with that of the one who is asked. Who waits, and for what, is
-// decided by others.
+// The context of a question ends with the context of the request that is asked. So a request that
+// has left is not asked any longer. The callers decide which requests wait, and for what.
 package waiting
 
 import (
@@ -16,15 +14,15 @@ import (
 	"time"
 )
 
-// A List has the requests that wait for an answer, as their contexts. The zero
-// value is empty and ready to use. Its methods are safe for concurrent use.
+// A List has the requests that wait for an answer, as their contexts. The zero value is empty and
+// ready to use. Methods may be called from any goroutine.
 type List struct {
 	mu     sync.Mutex
 	all    []context.Context // in the order in which they are asked
 	beside []Other           // wait for the end of the question
-	added  chan struct{}     // closed and replaced when one comes
+	added  chan struct{}     // closed and replaced when a request comes
 	asked  context.Context   // the request that is asked, or was asked last
-	ended  chan struct{}     // closed when nobody is asked for it any more
+	ended  chan struct{}     // closed when the question to that request has ended
 }
 
 // Add adds a request. It is on the list for as long as its context lasts.
@@ -59,18 +57,17 @@ type Other struct {
 	Answered bool
 }
 
-// SetBeside replaces the requests that wait for the end of the question, and not for its
-// answer: they have questions of their own, and are asked later. They are told where the
-// question is, and a turn can go to them (ErrMoved).
+// SetBeside replaces the requests that wait for the end of the question, and not for its answer.
+// They have questions of their own. They hear where the question is, and a turn can go to them
+// (ErrMoved).
 func (l *List) SetBeside(all []Other) {
 	l.mu.Lock()
 	defer l.mu.Unlock()
 	l.beside = slices.Clone(all)
 }
 
-// Leave is called by a request whose context has ended. It returns when nobody is
-// asked on its behalf any more, which takes as long as a question takes to notice:
-// who has asked does not go on while the prompt is still in the terminal.
+// Leave is for a request whose context has ended. When that request is asked, Leave returns after
+// the question has ended. So the client does not go on while the prompt is still in its terminal.
 func (l *List) Leave(ctx context.Context) {
 	l.mu.Lock()
 	var ended chan struct{}
@@ -83,8 +80,8 @@ func (l *List) Leave(ctx context.Context) {
 	}
 }
 
-// first returns the request that is asked next, until ended is closed. Without one
-// it returns a channel that is closed when one comes, and whether all that wait are
+// first returns the request that is asked next, until ended is closed. When there is none, it
+// returns a channel that is closed when a request comes; none tells that all waiting requests are
 // in passed.
 func (l *List) first(passed map[context.Context]bool) (one context.Context, ended chan<- struct{}, added <-chan struct{}, none bool) {
 	l.mu.Lock()
@@ -102,7 +99,7 @@ func (l *List) first(passed map[context.Context]bool) (one context.Context, ende
 	return nil, nil, l.added, len(l.all) > 0
 }
 
-// others returns those who wait while one is asked, as long as their contexts last.
+// others returns the requests that wait while one is asked and whose contexts last.
 func (l *List) others(one context.Context, passed map[context.Context]bool) []Other {
 	l.mu.Lock()
 	defer l.mu.Unlock()
@@ -116,8 +113,8 @@ func (l *List) others(one context.Context, passed map[context.Context]bool) []Ot
 	})
 }
 
-// hand has next asked in place of one, whose turn comes again after all others. It
-// reports false when next is not asked this question.
+// hand gives the turn of one to next. The turn of one comes again after all others. It returns
+// false when next does not wait for this question.
 func (l *List) hand(one, next context.Context) bool {
 	l.mu.Lock()
 	defer l.mu.Unlock()
@@ -144,14 +141,14 @@ func FromContext(ctx context.Context) *List {
 
 type acceptedKey struct{}
 
-// OnAccepted returns a context for a request that is told when the answer that its own
-// person gave has proved right. f may be called from any goroutine.
+// OnAccepted returns a context for a request. f is called when the answer of that request's own
+// person has proved right. f may be called from any goroutine.
 func OnAccepted(ctx context.Context, f func()) context.Context {
 	return context.WithValue(ctx, acceptedKey{}, f)
 }
 
-// Accepted tells the request that was asked last that its answer has proved right, such as
-// a PIN that a token took. Those that waited with it are not told.
+// Accepted tells the request that was asked last that its answer has proved right, such as a PIN
+// that a token took. The requests that waited with it do not hear of it.
 func Accepted(ctx context.Context) {
 	if one := Asked(ctx); one != nil {
 		ctx = one
@@ -161,8 +158,8 @@ func Accepted(ctx context.Context) {
 	}
 }
 
-// Asked returns the request of the list in ctx that is asked, or was asked last; nil: none
-// was, or there is no list.
+// Asked returns the request of the list in ctx that is asked, or was asked last. It returns nil
+// when there is no list, or no request was asked.
 func Asked(ctx context.Context) context.Context {
 	l := FromContext(ctx)
 	if l == nil {
@@ -173,44 +170,43 @@ func Asked(ctx context.Context) context.Context {
 	return l.asked
 }
 
-// ErrMoved says that a request is asked next which only waited for the end of the
-// question. The question may be asked again afterwards.
+// ErrMoved says that the turn has gone to a request of List.SetBeside, which has a question of its
+// own. The caller may ask again after that request.
 var ErrMoved = errors.New("the prompt has moved to a request that waited for its end")
 
-// A Question is what those who wait are asked, one at a time. All functions but Ask
-// may be nil. They are called by one goroutine at a time, beside Ask.
+// A Question goes to the waiting requests, one at a time. All functions but Ask may be nil. One
+// goroutine at a time calls them, while Ask runs.
 type Question struct {
-	// Ask asks on behalf of the request that its context is of.
+	// Ask asks for the request that its context belongs to.
 	Ask func(context.Context) error
-	// Pass tells whether an error of Ask means that this request cannot be asked:
-	// then the next one is. The error stands when none can.
+	// Pass tells whether an error of Ask means that this request cannot be asked. Then the next
+	// request is asked. When no request can be asked, the first error stands.
 	Pass func(error) bool
 	// Turn is how long a request is asked while others wait; 0: until the answer.
 	Turn time.Duration
-	// Takes tells whether another request that waits can be asked at a place of its
-	// own. At the end of a turn the first that can is asked.
+	// Takes tells whether another waiting request can be asked at a place of its own. At the end
+	// of a turn, the first request that can be asked gets the next turn.
 	Takes func(Other) bool
-	// Tell is called for each other request that has waited for longer than Patience,
-	// once while the same one is asked. 0: nobody is told.
+	// Tell is called for each other request that has waited for longer than Patience, once for
+	// each turn. 0: Tell is not called.
 	Tell     func(Other)
 	Patience time.Duration
 }
 
 type aroundKey struct{}
 
-// Around returns a context in which Ask goes through around for each request that it
-// asks: around calls ask with its context, or fails without a question.
+// Around returns a context in which Ask calls around for each request that it asks. around calls
+// ask with its context, or fails without a question.
 func Around(ctx context.Context, around func(ctx context.Context, ask func(context.Context) error) error) context.Context {
 	return context.WithValue(ctx, aroundKey{}, around)
 }
 
-// Ask has a question asked until there is an answer, or an error other than that
-// of a context. The context that q.Ask gets has the values of the request that is
-// asked, and ends with that request, with its turn or with ctx, whichever is first.
-// When it was not ctx, and q.Ask has returned for that reason, q.Ask is called again
-// for the next request; Ask waits for one if there is none.
+// Ask calls q.Ask until there is an answer, or an error other than that of a context. The context
+// of q.Ask has the values of the request that is asked. It ends with that request, with its turn,
+// or with ctx. When the request or its turn ends, Ask calls q.Ask again for the next request. When
+// there is no next request, Ask waits for one.
 //
-// At the end of a turn that goes to a request of List.SetBeside the error is ErrMoved.
+// The error is ErrMoved when a turn goes to a request of List.SetBeside.
 //
 // Without a list in ctx, q.Ask gets ctx itself.
 func Ask(ctx context.Context, q Question) error {
@@ -222,7 +218,7 @@ func Ask(ctx context.Context, q Question) error {
 	if l == nil {
 		return q.Ask(ctx)
 	}
-	var failed error // of the first that was passed over
+	var failed error // of the first request that was passed over
 	passed := make(map[context.Context]bool)
 	for {
 		one, ended, added, none := l.first(passed)
@@ -263,13 +259,13 @@ type turn struct {
 	list   *List
 	one    context.Context
 	passed map[context.Context]bool
-	// To be read when ask has returned:
-	over  bool // the next one is asked
-	moved bool // or one that has a question of its own
+	// Valid after ask has returned:
+	over  bool // the next request of the list is asked
+	moved bool // the turn goes to a request of List.SetBeside
 }
 
-// ask calls Ask with the values of the request, for as long as both contexts and
-// the turn last, and closes ended then, also should Ask panic.
+// ask calls Ask with the values of the request, for as long as both contexts and the turn last.
+// Then it closes ended, also after a panic in Ask.
 func (t *turn) ask(ctx context.Context, ended chan<- struct{}) error {
 	defer close(ended)
 	both, cancel := context.WithCancelCause(t.one)
@@ -283,7 +279,7 @@ func (t *turn) ask(ctx context.Context, ended chan<- struct{}) error {
 	return t.Ask(both)
 }
 
-// watch tells those who wait, and ends the turn when another one can be asked.
+// watch calls Tell for waiting requests, and ends the turn when another request can be asked.
 func (t *turn) watch(ctx context.Context, cancel context.CancelCauseFunc) {
 	var turns, looks <-chan time.Time
 	if t.Turn > 0 {
@@ -296,7 +292,7 @@ func (t *turn) watch(ctx context.Context, cancel context.CancelCauseFunc) {
 		defer ticker.Stop()
 		looks = ticker.C
 	}
-	seen := make(map[context.Context]int) // how often each was looked at
+	seen := make(map[context.Context]int) // how often watch has met each
 	for ctx.Err() == nil {
 		select {
 		case <-ctx.Done():

@@ -13,7 +13,7 @@ import (
 
 type nameKey struct{}
 
-// request is somebody who waits.
+// request returns the context of a waiting request.
 func request(ctx context.Context, name string) (context.Context, func()) {
 	ctx, cancel := context.WithCancel(context.WithValue(ctx, nameKey{}, name))
 	return ctx, cancel
@@ -60,7 +60,7 @@ func TestPromptFollowsThoseWhoWait(t *testing.T) {
 		leaveOne()
 		expect(2, "two")
 		leaveTwo()
-		expect(2, "two") // nobody is there to ask
+		expect(2, "two") // no request is left to ask
 		l.Add(three)
 		expect(3, "three")
 		close(answer)
@@ -145,8 +145,7 @@ func TestListForgetsThoseWhoLeft(t *testing.T) {
 	}
 }
 
-// Who leaves goes on when nobody is asked for it any more; who was not asked goes on
-// at once.
+// A request that is asked leaves after its question has ended. Another request leaves at once.
 func TestLeave(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		var l List
@@ -180,7 +179,7 @@ func TestLeave(t *testing.T) {
 	})
 }
 
-// table is a question that is open until somebody is told to answer.
+// table is a question that is open until the test answers.
 type table struct {
 	mu     sync.Mutex
 	events []string
@@ -213,8 +212,8 @@ func (q *table) want(t *testing.T, what string, events ...string) {
 	}
 }
 
-// A prompt that is not answered goes on to those who wait, one after the other, and
-// stays where it is when there is nobody, or nowhere, to go on to.
+// A prompt without an answer goes to the waiting requests, one after the other. It stays when there
+// is no other request, or no other place.
 func TestTurns(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		var l List
@@ -250,7 +249,7 @@ func TestTurns(t *testing.T) {
 	})
 }
 
-// Who waits while another one is asked is told, once.
+// A request that waits while another is asked hears of it once.
 func TestTell(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		var l List
@@ -281,7 +280,7 @@ func TestTell(t *testing.T) {
 	})
 }
 
-// Who cannot be asked is passed over; when nobody can be asked, the first reason
+// A request that cannot be asked is passed over. When no request can be asked, the first error
 // counts.
 func TestPass(t *testing.T) {
 	errNowhere := errors.New("nowhere")
@@ -349,8 +348,7 @@ func TestAnswerAtTheEndOfATurn(t *testing.T) {
 	}
 }
 
-// Who waits for the end of the question is told of it and gets its turn, but is not
-// asked.
+// A request that waits for the end of the question hears of it and gets its turn. It is not asked.
 func TestBeside(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		var l List
