@@ -201,7 +201,7 @@ func (k *Keyring) expireLocked() {
 	}
 }
 
-// endLocked removes a key with its certificates, whatever has added them.
+// endLocked removes a key with its certificates, for every addition.
 func (k *Keyring) endLocked(key known) {
 	k.hideLocked(key.wire, key.Insertions())
 	for _, a := range slices.Clone(k.added) {

@@ -16,8 +16,8 @@ import (
 type Identity struct {
 	Key     ssh.PublicKey
 	Comment string
-	// Named tells that somebody has named the key itself, or has added it: it comes first
-	// where clients cannot take all keys.
+	// Named tells that the configuration or a client names this single key, or has added
+	// it. The key comes first where clients cannot take all keys.
 	Named bool
 }
 
@@ -29,9 +29,9 @@ type Listing struct {
 	encoded []byte
 }
 
-// Encoded returns the list in the form that encode gives it, which has to be the
-// same for whoever asks: most connections see the same list, which is encoded once
-// for them all. The form is not to be changed.
+// Encoded returns the list in the form that encode returns. Each call must pass the same
+// encode: most connections see the same list, which is encoded once for all of them.
+// Callers must not change the result.
 func (l *Listing) Encoded(encode func([]Identity) []byte) []byte {
 	l.once.Do(func() { l.encoded = encode(l.Identities) })
 	return l.encoded

@@ -5,8 +5,7 @@ import (
 	"time"
 )
 
-// The keyring is alive when nobody has its lock, and finding that out disturbs no
-// token.
+// The keyring is alive when its lock is free. The check disturbs no token.
 func TestAlive(t *testing.T) {
 	f := newFixture(Options{}, edKey("pkcs11:token=a"))
 	f.tokens.mu.Lock()

@@ -82,8 +82,8 @@ func (f *fixture) signs(t *testing.T, k request.Key, c *request.Caller, r reques
 func TestApprovalLasts(t *testing.T) {
 	for name, test := range map[string]struct {
 		lasts  approval.Remember
-		before time.Duration // nobody is asked
-		after  time.Duration // somebody is; 0: never
+		before time.Duration // no prompt
+		after  time.Duration // a prompt; 0: never
 	}{
 		"once":          {approval.Once, -1, time.Nanosecond},
 		"for a quarter": {quarter, 15*time.Minute - 1, 15 * time.Minute},
@@ -485,7 +485,7 @@ func TestApprovalIsSharedByMany(t *testing.T) {
 	}
 }
 
-// ssh-add -c means each use: nobody shares its prompts.
+// ssh-add -c means each use: its prompts are not shared.
 func TestConstraintIsNotShared(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		w, k := requesttest.New(t), edKey("pkcs11:token=a")
@@ -508,8 +508,7 @@ func TestConstraintIsNotShared(t *testing.T) {
 	})
 }
 
-// A prompt that nobody waits for any more goes, and one that somebody waits for
-// stays.
+// A prompt goes when no request waits for it any more, and stays while one waits.
 func TestApprovalPromptEndsWithItsRequests(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		w, k := requesttest.New(t), edKey("pkcs11:token=a")

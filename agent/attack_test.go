@@ -26,7 +26,7 @@ import (
 var spellings = []string{"pkcs11:token=a;id=1", "pkcs11:token=a", "pkcs11:token", "pkcs11:"}
 
 // A key of a token that was added with limits keeps them when it is added again without,
-// by whatever name and in whatever order.
+// by any name and in any order.
 func TestAttack02AddAgain(t *testing.T) {
 	host, other := keytest.New(t).Public, keytest.New(t).Public
 	sign := func(t *testing.T, f *fixture, key []byte, c *request.Caller) error {
@@ -122,7 +122,7 @@ func TestAttack02Away(t *testing.T) {
 }
 
 // What a key was limited to is lifted by removing it and adding it again, which costs a
-// PIN or an approval, whichever way it goes and comes back.
+// PIN or an approval, for each way in which it goes and comes back.
 func TestAttack02RemoveAndReturn(t *testing.T) {
 	const uri = "pkcs11:token=a;id=1"
 	host := keytest.New(t).Public

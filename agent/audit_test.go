@@ -18,7 +18,7 @@ import (
 	"p11-agent/pinentry/secret"
 )
 
-// Each request is one line in the log, whatever becomes of it.
+// Each request is one line in the log, for each outcome.
 func TestOneLineEach(t *testing.T) {
 	key, host, hop := edKey("pkcs11:token=a;id=1"), edKey("host"), edKey("hop")
 	hostKey, hopKey := publicOf(t, host), publicOf(t, hop)

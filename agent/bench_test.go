@@ -28,7 +28,7 @@ type stillKey struct {
 }
 
 func (k *stillKey) SignMessageContext(ctx context.Context, _ []byte, _ crypto.SignerOpts) ([]byte, error) {
-	_ = ctx.Done() // as whoever waits for a token does
+	_ = ctx.Done() // as a request that waits for a token does
 	return k.signature, nil
 }
 

@@ -215,7 +215,7 @@ func (k *Keyring) add(ctx context.Context, rec *audit.Record, r request.AddKey, 
 			rec.Note = "constraints loosened: it was added again without those it had"
 		}
 		if len(id.Homes) > 0 {
-			// Whatever limits the key in memory limits the one on the token, too.
+			// The limits of the key in memory and of the key on the token limit both.
 			s.limits = s.limits.and(id.limits)
 		}
 	}

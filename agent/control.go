@@ -16,24 +16,23 @@ import (
 var ErrNoControl = errors.New("the agent may not be controlled like this")
 
 var (
-	errNotHere     = errors.New("this is a [[socket]] for others")
+	errNotHere     = errors.New("a [[socket]] does not permit it")
 	errBound       = errors.New("its connection belongs to an SSH session, and may come from another machine")
 	errNobodyKnown = errors.New("the process that asks has ended or cannot be looked at")
-	errOtherUser   = errors.New("it is another user who asks, if only root")
+	errOtherUser   = errors.New("the request comes from another user; even root is refused")
 )
 
-// MayControl tells whether a connection may look into the agent and log in and out
-// of tokens: see the Keyring's methods of the same names.
+// MayControl returns nil if a connection may read the agent's status and log in and out
+// of tokens: see the Keyring's methods Status, Login and Logout.
 //
-// It may when p11-agent itself has opened it, on this machine and for the agent's
-// own user. What this is against are other machines. Requests that are forwarded
-// to the agent (ssh -A, ssh -R, socat, a container's proxy) come from the program
-// that forwards them: ssh is known by its binds, since OpenSSH 8.9, and like every
-// other by its file. Whoever cannot be looked at may not.
+// A connection may if p11-agent itself has opened it, on this machine and for the agent's
+// own user. The rule protects from other machines. Forwarded requests (ssh -A, ssh -R,
+// socat, a container's proxy) come from the program that forwards them. The agent
+// recognises ssh by its binds, since OpenSSH 8.9, and every program by its file. It
+// refuses a process that it cannot look at.
 //
-// It is not against other programs of the user here. They can run p11-agent, as the
-// user can, and nothing that the door does would be worth more to them than the
-// signatures that they can have anyway.
+// The rule does not protect from other programs of the user on this machine. They can run
+// p11-agent, as the user can. The signatures that they can have anyway are worth more.
 //
 // The error is ErrNoControl.
 func MayControl(c *request.Caller) error {

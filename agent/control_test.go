@@ -120,7 +120,7 @@ func TestControl(t *testing.T) {
 		t.Error("the PIN is in the log")
 	}
 
-	// A locked agent tells nothing but that, and does nothing.
+	// A locked agent tells only that it is locked, and does nothing.
 	phrase, err := secret.From([]byte("open"))
 	if err != nil {
 		t.Fatal(err)

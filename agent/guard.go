@@ -15,9 +15,9 @@ import (
 	"p11-agent/pinentry/waiting"
 )
 
-// A Guard lets requests use keys. For each request it does the same, whatever door the
-// request comes from: it refuses while the agent is locked, applies the rules, asks a
-// person for approval and for an absent token, picks the token, and logs the outcome.
+// A Guard lets requests use keys. It does the same for requests from each door: it refuses
+// while the agent is locked, applies the rules, asks a person for approval and for an
+// absent token, picks the token, and logs the outcome.
 // The Keyring is one user of it. All methods may be called from any goroutine.
 type Guard struct {
 	lock     *lock
@@ -81,8 +81,8 @@ type access struct {
 	*request.Target
 	each  string // why a person is asked for each use; empty: only if the rules want it
 	await bool   // a person is asked to insert a token if none is present
-	// elsewhere uses a copy of the key that is on no token, if no token is present; nil:
-	// there is none.
+	// elsewhere uses a copy of the key that is on no token, if no token is present. nil:
+	// the key has no copy.
 	elsewhere func(context.Context) error
 	// check says after the use why its result is not to be handed out; nil: it always is.
 	check func() error

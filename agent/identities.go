@@ -218,8 +218,8 @@ func (v *tokenView) add(id *identity) {
 }
 
 // tokensLocked puts the identities of tokens into the view. The limits of a key are
-// those of all additions that cover it, in whatever order and by whatever name they
-// were made: an addition can only tighten what is there.
+// those of all additions that cover it, in any order and by any name: an addition can only
+// tighten the limits.
 func (k *Keyring) tokensLocked(v *tokenView) {
 	present := k.opts.Tokens.Keys()
 	keys := slices.Concat(present, k.opts.Tokens.Away())

@@ -82,7 +82,7 @@ func (g *Guard) awaitToken(ctx context.Context, t *request.Target) error {
 			case approval.Declined(a.err):
 				return fmt.Errorf("token %s is needed: %w", tokens, a.err)
 			case a.err != nil:
-				return fmt.Errorf("token %s is not there, and nobody can be asked to insert it: %w", tokens, a.err)
+				return fmt.Errorf("token %s is absent, and no prompt can ask for it: %w", tokens, a.err)
 			case !a.in:
 				return fmt.Errorf("token %s is needed: %w", tokens, approval.ErrTokenDeclined)
 			}

@@ -153,14 +153,14 @@ func TestInsertFails(t *testing.T) {
 		err     string
 	}{
 		{"declined", func(context.Context, int) (bool, error) { return false, nil }, 0, 1, "has declined to insert it"},
-		{"nobody can be asked", func(context.Context, int) (bool, error) { return false, errNoDisplay }, 0, 1, "nobody can be asked to insert it: no display"},
-		{"nobody does anything", waits, time.Minute, 1, "nobody inserted it in time"},
+		{"nobody can be asked", func(context.Context, int) (bool, error) { return false, errNoDisplay }, 0, 1, "no prompt can ask for it: no display"},
+		{"nobody does anything", waits, time.Minute, 1, "the token was not inserted in time"},
 		{"it is not in, whatever the person says", func(ctx context.Context, n int) (bool, error) {
 			if n == 3 {
 				return waits(ctx, n)
 			}
 			return true, nil
-		}, time.Minute, 3, "nobody inserted it in time"},
+		}, time.Minute, 3, "the token was not inserted in time"},
 	}
 	for _, tt := range tests {
 		t.Run(tt.name, func(t *testing.T) {
@@ -188,8 +188,8 @@ func TestInsertFails(t *testing.T) {
 	}
 }
 
-// Whoever hangs up does not take the prompt from those who still wait; the last
-// one does.
+// A client that hangs up does not take the prompt from those that still wait. The last one
+// does.
 func TestInsertHangUp(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		key := edKey("pkcs11:token=a;id=%01")
@@ -222,8 +222,8 @@ func TestInsertHangUp(t *testing.T) {
 	})
 }
 
-// Without somebody to ask, and for a key that is not offered while it is away, the
-// reason is said at once.
+// Without a prompt, and for a key that is not offered while its token is absent, the agent
+// gives the reason at once.
 func TestInsertNobody(t *testing.T) {
 	key := edKey("pkcs11:token=a;id=%01")
 	f := newFixture(Options{Rules: Rules{OfferAway: always}})

@@ -20,12 +20,12 @@ import (
 )
 
 const (
-	// startPatience is how long after its start the keyring waits for tokens to
-	// be looked at before it lists keys, where none are known from before: whoever
+	// startPatience bounds how long after its start the keyring waits for the first look
+	// at the tokens before it lists keys, if it knows no keys from before. A person who
 	// starts an agent and lists its keys wants to see them.
 	startPatience = 2 * time.Second
-	// emptyPatience is how long a list that would be empty waits for tokens to
-	// be looked at again. One with keys in it never waits.
+	// emptyPatience bounds how long a list that would be empty waits for another look at
+	// the tokens. A list with keys never waits.
 	emptyPatience = 500 * time.Millisecond
 )
 
@@ -44,12 +44,12 @@ type Tokens interface {
 	Changed() <-chan struct{}
 	// Settled is closed when tokens were looked at for the first time.
 	Settled() <-chan struct{}
-	// Poke says that somebody looks at the keys.
+	// Poke says that a client uses the keys.
 	Poke()
 	// Rescan looks at all tokens again.
 	Rescan(ctx context.Context) error
-	// Parse reads what a client named. For a remote one it looks at no file, and takes
-	// nothing but a URI that names no module file and brings no PIN.
+	// Parse reads what a client names. For a remote client it looks at no file, and takes
+	// only a URI that names no module file and has no PIN.
 	Parse(provider []byte, remote bool) (request.Selection, error)
 	// Select returns the keys that are selected now and may be reached, of which there
 	// is at least one, and logs in to their token when a PIN is given. Other keys count
@@ -94,15 +94,15 @@ type Rules struct {
 type Options struct {
 	Tokens Tokens
 	Rules
-	// Insert asks for the token of such a key when it is to sign; nil: nobody can
-	// be asked.
+	// Insert asks for the token of such a key before it signs. nil: there is no way to
+	// ask.
 	Insert approval.Inserter
-	// InsertTimeout is how long that is waited for; 0: a minute.
+	// InsertTimeout bounds how long a signature waits for the token; 0: a minute.
 	InsertTimeout time.Duration
 	// Lifetime is that of added identities which come with none; 0: for ever.
 	Lifetime time.Duration
-	// Confirm asks whether a key may be used; nil: nobody can be asked, what is to
-	// be confirmed is refused, and so is adding an identity for confirmation.
+	// Confirm asks whether a key may be used. nil: there is no way to ask. Then the Keyring
+	// refuses uses that are to be confirmed, and additions with that constraint.
 	Confirm approval.Confirmer
 	// Questions decides whether a person may be asked; nil: one of the Keyring's own.
 	// All that show a question to a person share one.
@@ -119,8 +119,8 @@ type Options struct {
 	Hosts request.HostNamer
 	// Fingerprint is how keys are named to people; nil: ssh.FingerprintSHA256.
 	Fingerprint func(ssh.PublicKey) string
-	// Failed is told of requests of this machine that were refused, unless that is
-	// what a person has just said in a prompt. It must not wait. nil: nobody is told.
+	// Failed gets each request of this machine that the agent refuses, unless a person has
+	// just refused it in a prompt. It must not wait. It may be nil.
 	Failed func(audit.Event)
 	// Report makes the answer to a question for the status out of what the keyring
 	// knows, of the tokens that are selected; nil: of all. It must not wait. nil: there
@@ -130,8 +130,8 @@ type Options struct {
 	Log *slog.Logger
 }
 
-// A Keyring holds the identities and decides who may use them. All methods may
-// be called from any goroutine; none holds a lock while it waits for a person,
+// A Keyring holds the identities, and decides which connection may use which of them. All
+// methods may be called from any goroutine. None holds a lock while it waits for a person,
 // a token or a process.
 type Keyring struct {
 	*Guard
@@ -194,7 +194,7 @@ func (k *Keyring) List(ctx context.Context, c *request.Caller) (*Listing, error)
 	if len(v.identities) == 0 && k.lookAgain() {
 		ctx, cancel := context.WithTimeout(ctx, emptyPatience)
 		defer cancel()
-		// Whatever it has found by then is what there is.
+		// The list has what the look has found by then.
 		_ = k.opts.Tokens.Rescan(ctx)
 		v = k.now()
 	}
@@ -217,9 +217,8 @@ func (k *Keyring) List(ctx context.Context, c *request.Caller) (*Listing, error)
 	return own, nil
 }
 
-// Alive returns when a list could be made of what is known now, as List and Sign
-// begin with. It looks at no token and asks nobody, so it returns at once unless
-// the Keyring is stuck. It is for a watchdog.
+// Alive does what List and Sign begin with, and returns. It looks at no token and shows no
+// prompt. So it returns at once unless the Keyring hangs. It is for a watchdog.
 func (k *Keyring) Alive() {
 	k.lock.locked()
 	k.now()

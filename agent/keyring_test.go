@@ -533,7 +533,7 @@ func TestAddAndRemove(t *testing.T) {
 	if err := remove("pkcs11:"); err != nil {
 		t.Fatal(err)
 	}
-	// What "pkcs11:" named is gone, whoever added it.
+	// What "pkcs11:" named is gone, for each client that has added it.
 	f.wantList(t)
 	if err := remove("pkcs11:"); err == nil {
 		t.Error("removed what was not there")
@@ -797,7 +797,7 @@ func TestSignAllocations(t *testing.T) {
 	}
 }
 
-// Listing costs nothing but a look at what was put together before.
+// A list is put together once. Each further one costs a look at it.
 func TestListAllocations(t *testing.T) {
 	var keys []request.Key
 	for i := range 1000 {

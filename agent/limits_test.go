@@ -161,7 +161,7 @@ func TestDestinations(t *testing.T) {
 			if (err == nil) != test.may || err != nil && !strings.Contains(err.Error(), test.errorHas) {
 				t.Errorf("sign: %v", err)
 			}
-			// Who may not see a key may neither change nor remove it.
+			// A client that may not see a key may neither change nor remove it.
 			err = f.Add(t.Context(), test.caller, addKey(k, request.Constraints{Destinations: test.dest}))
 			if (err == nil) != test.shown {
 				t.Errorf("add again: %v", err)
@@ -295,7 +295,7 @@ func TestLooser(t *testing.T) {
 		if said := strings.Contains(f.log.String(), "constraints loosened"); said != test.looser {
 			t.Errorf("%+v to %+v: the log has %s", test.old, test.now, f.log)
 		}
-		// A key of a token keeps what it has, by whatever name it is added again.
+		// A key of a token keeps what it has when it is added again, by any name.
 		for _, name := range []string{"pkcs11:token=a;id=1", "pkcs11:token=a"} {
 			f = newFixture(Options{Rules: Rules{Automatic: []request.Selection{}}}, edKey("pkcs11:token=a;id=1"))
 			f.add(t, "pkcs11:token=a;id=1", test.old)

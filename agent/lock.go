@@ -17,7 +17,7 @@ import (
 var (
 	errNotLocked   = errors.New("the agent is not locked")
 	errNoPhrase    = errors.New("a lock needs a passphrase")
-	errWrongPhrase = errors.New("the passphrase is wrong")
+	errWrongPhrase = errors.New("wrong passphrase")
 )
 
 const (
@@ -26,12 +26,11 @@ const (
 	maxUnlockPause = 10 * time.Second
 )
 
-// A lock keeps everything closed while it has a passphrase. The passphrase is in
-// locked memory, where a hash would be no safer: whoever reads that reads the
-// keys.
+// A lock keeps everything closed while it has a passphrase. The passphrase is in locked
+// memory. A hash would not be safer: a program that reads this memory reads the keys, too.
 type lock struct {
 	open atomic.Pointer[period] // nil: locked
-	turn chan struct{}          // one element: whoever tries to unlock has it
+	turn chan struct{}          // one element: the request that tries to unlock has it
 
 	mu     sync.Mutex
 	phrase *secret.Secret // nil: open
@@ -162,7 +161,7 @@ func (l *lock) unlock(ctx context.Context, phrase *secret.Secret) error {
 	if !l.phrase.Equal(phrase) {
 		l.wrong++
 		l.next = time.Now().Add(min(time.Duration(l.wrong)*unlockPause, maxUnlockPause))
-		return fmt.Errorf("%w, for the %d. time", errWrongPhrase, l.wrong)
+		return fmt.Errorf("%w (attempt %d)", errWrongPhrase, l.wrong)
 	}
 	l.phrase.Wipe()
 	l.phrase, l.wrong, l.next = nil, 0, time.Time{}
@@ -170,8 +169,9 @@ func (l *lock) unlock(ctx context.Context, phrase *secret.Secret) error {
 	return nil
 }
 
-// Lock refuses everything until Unlock, lists nothing, logs out of every token
-// and forgets the PINs that came with added URIs, and what persons have allowed. Signatures under way fail.
+// Lock refuses everything until Unlock, and lists nothing. It logs out of every token, and
+// forgets the PINs that came with added URIs and what persons have allowed. Signatures that
+// are being made fail.
 func (k *Keyring) Lock(ctx context.Context, c *request.Caller, phrase *secret.Secret) error {
 	rec := k.begin(c, request.ActionLock)
 	err := mayLock(c)
@@ -185,7 +185,7 @@ func (k *Keyring) Lock(ctx context.Context, c *request.Caller, phrase *secret.Se
 			k.opts.Tokens.Drop(a.selection)
 		}
 		k.mu.Unlock()
-		// Whoever locks need not wait for a token that hangs, nor be told.
+		// The client need not wait for a token that hangs, nor learn of it.
 		if err := k.opts.Tokens.LogoutAll(ctx); err != nil {
 			rec.Note = "not logged out of every token: " + plain.LineWithin(err.Error(), request.MaxReason)
 		}
@@ -194,7 +194,7 @@ func (k *Keyring) Lock(ctx context.Context, c *request.Caller, phrase *secret.Se
 	return err
 }
 
-// Unlock ends what Lock has begun, when the passphrase is the same.
+// Unlock ends what Lock has begun, if the passphrase is the same.
 func (k *Keyring) Unlock(ctx context.Context, c *request.Caller, phrase *secret.Secret) error {
 	rec := k.begin(c, request.ActionUnlock)
 	err := mayLock(c)

@@ -71,7 +71,7 @@ func (c route) permitsLogin(who *request.Caller, login *request.Login) error {
 }
 
 // walk follows the sessions from hop to hop. user is that of the last one; nil:
-// nobody logs in.
+// the request is no login.
 func (c route) walk(who *request.Caller, user *string) error {
 	if len(who.Binds) == 0 {
 		if who.BindFailed {

@@ -29,7 +29,7 @@ import (
 // properties:
 //
 //   - No request changes an identity, a token or a PIN that its connection does not see.
-//   - No request tells of one: its answer is the same where there is none.
+//   - No request tells of such a thing: its answer is the same without it.
 //
 // For the second, each sequence is asked once more of an agent without the keys that the
 // connection does not see. A sequence that fails is printed with its seed, made shorter.
@@ -68,7 +68,7 @@ var propertyKeys = []string{"pkcs11:token=a;id=1", "pkcs11:token=a;id=2", "pkcs1
 const propertyShown = "pkcs11:token=a;id=1"
 
 // propertyLimited is the key that is limited to a destination from the start, and that
-// nobody pays for.
+// no request pays for.
 const propertyLimited = "pkcs11:token=d;id=1"
 
 const propertySoft = "file"
@@ -177,7 +177,7 @@ func (x *things) newTrial(caller string) *trial {
 	return w
 }
 
-// Select logs in with a PIN, which is tried where nobody is logged in. It refuses a wrong
+// Select logs in with a PIN, and tries it where no login is in force. It refuses a wrong
 // PIN also where none is wanted, so that what a request comes to does not depend on tokens
 // that it names besides.
 func (w *trial) Select(_ context.Context, s request.Selection, reached func(request.Key) bool, pin *secret.Secret) (all []request.Key, taken bool, err error) {
@@ -277,7 +277,7 @@ func randomSteps(r *rand.Rand, n int) []step {
 		case "wait", "insert", "configure":
 			s.caller = "nobody"
 		}
-		// Who sees the limited key may lift its limits, and pays for that by a use or by a
+		// A client that sees the limited key may lift its limits, and pays for that by a use or by a
 		// PIN. It would be seen from everywhere afterwards, and nothing were left to test.
 		if sees(s.caller, propertyLimited) && s.caller != "nobody" {
 			if s.do == "sign" && s.what == propertyLimited {
@@ -436,8 +436,8 @@ func (x *things) ran(steps []step) string {
 			}
 		}
 		for name, part := range parts {
-			// Whether somebody is logged in to a token is no secret from those who see one
-			// of its keys.
+			// Whether a login to a token is in force is no secret from those who see one of its
+			// keys.
 			for token, of := range part.tokens {
 				of.loggedIn = before.tokens[token].loggedIn
 			}

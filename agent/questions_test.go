@@ -22,7 +22,7 @@ import (
 )
 
 // flood asks a thousand times within this time, and returns how many questions a
-// person had to answer. attempt says who asks, and for what.
+// person had to answer. attempt returns the client and its request.
 func flood(t *testing.T, f *fixture, p *answers, lasts time.Duration, attempt func(n int) (*request.Caller, request.Sign)) int {
 	t.Helper()
 	before := p.count()
@@ -46,7 +46,8 @@ func randomHost(n int) ssh.PublicKey {
 	return pub
 }
 
-// A person who says no is left alone, whatever a client changes between its requests.
+// A person who says no is left alone, for each thing that a client can change between its
+// requests.
 func TestAttack10Flood(t *testing.T) {
 	w := requesttest.New(t)
 	var keys []request.Key
@@ -287,7 +288,7 @@ func TestNoByMistake(t *testing.T) {
 		yes = true
 		f.signs(t, k, there, git, nil)
 		f.signs(t, k, there, git, nil)
-		// What needs no question is signed, whatever was refused before.
+		// What needs no question is signed after any refusals.
 		yes = false
 		f.signs(t, k, there, git, approval.ErrDeclined)
 		f.rules.Store(&useRules{policy: func(request.Key) approval.Policy { return approval.Policy{} }})

@@ -20,7 +20,7 @@ import (
 	"p11-agent/agent/sshkey/keytest"
 )
 
-// A certificate that OpenSSH does not read is not shown, whatever directory it is in.
+// A certificate that OpenSSH does not read is not shown from any directory.
 func TestUnreadableCertificateFile(t *testing.T) {
 	k, ca := keytest.New(t), keytest.New(t)
 	dir := t.TempDir()

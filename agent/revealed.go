@@ -7,11 +7,11 @@ import (
 	"p11-agent/agent/request"
 )
 
-// hider is a Key whose token may not have shown its private key yet. Until then nobody
-// knows whether a name that the private key alone has is its own.
+// hider is a Key whose token may not have shown its private key yet. Until then the
+// agent cannot know whether a name that only the private key can have is the key's.
 type hider interface{ Hidden() bool }
 
-// hidden tells whether nobody knows yet what the private key is called.
+// hidden tells whether the names of the private key are not known yet.
 func (id *identity) hidden() bool {
 	return slices.ContainsFunc(id.Homes, func(k request.Key) bool {
 		h, ok := k.(hider)

@@ -104,7 +104,7 @@ func TestHowMuchCanBeAdded(t *testing.T) {
 }
 
 // The same key on a token and in memory: one identity, which signs while the
-// token is away, and keeps whatever limits either.
+// token is absent, and keeps the limits of both.
 func TestSoftwareKeyOfToken(t *testing.T) {
 	k := keytest.New(t)
 	token := &fakeKey{Signer: k.Private, uri: "pkcs11:token=a", insertions: 1}
@@ -237,7 +237,7 @@ func TestUpstream(t *testing.T) {
 	if _, err := f.Sign(t.Context(), asks, request.Sign{Key: a.Public.Marshal()}); !errors.Is(err, approval.ErrDeclined) {
 		t.Errorf("got %v", err)
 	}
-	// While locked, there is nobody.
+	// While the agent is locked, no request computes.
 	if err := f.Lock(t.Context(), local, phrase(t, "x")); err != nil {
 		t.Fatal(err)
 	}

@@ -45,7 +45,7 @@ type UpstreamStatus struct {
 	Trouble string // why it could not be, empty when it could
 }
 
-// Now tells how the keyring fares. It waits for nobody.
+// Now returns the state of the keyring. It waits for no person, token or process.
 func (k *Keyring) Now() Status {
 	if k.lock.locked() {
 		return Status{Locked: true}
@@ -87,8 +87,8 @@ func (k *Keyring) begin(c *request.Caller, action request.Action) *audit.Record 
 	return k.audit.Begin(action, use)
 }
 
-// Refuse notes that the door has refused a request of its own accord, as one that
-// cannot be read. The reason quotes nothing that may be a secret.
+// Refuse notes that the door has refused a request by itself, as one that cannot be read.
+// The reason must quote nothing that may be a secret.
 func (k *Keyring) Refuse(c *request.Caller, request request.Action, reason error) {
 	k.audit.End(k.begin(c, request), reason)
 }

@@ -15,7 +15,7 @@ import (
 	"p11-agent/agent/sshkey"
 )
 
-var errUnconfirmed = errors.New("the socket it came in at has signatures confirmed, and nobody can tell what the message does")
+var errUnconfirmed = errors.New("the socket of the client confirms each signature, and the agent cannot tell what the message does")
 
 // upstreams returns those that a connection may reach.
 func (k *Keyring) upstreams(c *request.Caller) []Upstream {

@@ -80,7 +80,7 @@ func (f fakeHosts) HostName(key ssh.PublicKey, _ peer.Peer) request.HostName {
 }
 
 // What a person is told can be judged: a host is called verified only when it has
-// proved to be the one that the request is for, whatever the request says.
+// proved to be the one that the request is for.
 func TestLines(t *testing.T) {
 	shared, any, many := publicOf(t, edKey("shared")), publicOf(t, edKey("any")), publicOf(t, edKey("many"))
 	hub, inner, evil, gone, secret := publicOf(t, edKey("hub")), publicOf(t, edKey("inner")), publicOf(t, edKey("evil")), publicOf(t, edKey("gone")), publicOf(t, edKey("secret"))
@@ -172,7 +172,7 @@ func TestUseIsApart(t *testing.T) {
 	}
 }
 
-// Whoever asks a person learns whose request it is, and whether it was forwarded.
+// A prompt gets the client of the request, and whether it was forwarded.
 func TestCallerGoesAlong(t *testing.T) {
 	key := edKey("pkcs11:token=a;id=1")
 	f := newFixture(Options{RemoteTokens: true}, key)
@@ -199,8 +199,8 @@ func TestCallerGoesAlong(t *testing.T) {
 	}
 }
 
-// A prompt that many share is about the one who has waited longest, and moves on
-// when that one leaves.
+// A prompt that many share is about the request that has waited longest, and moves on when
+// that request leaves.
 func TestInsertMoves(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		key := edKey("pkcs11:token=a;id=%01")

@@ -109,7 +109,7 @@ type Question struct {
 	*request.Use
 	Key            request.Key // on a token, that would sign; nil: it is on none
 	KeyFingerprint string      // as keys are named to people
-	Why            string      // somebody is asked at all
+	Why            string      // the person is asked at all
 	// Plain is what a yes means when nothing else is chosen.
 	Plain Remember
 	// Offer says that other lengths may be offered. What is chosen counts only then.
@@ -212,7 +212,7 @@ func (d *decision) set(confirm Confirm, plain Remember, u *request.Use) {
 		}
 	case ConfirmFirstUse:
 		confirm, plain = ConfirmAlways, cmp.Or(plain, UntilLock)
-	default: // also what nobody knows
+	default: // also an unknown text
 		confirm = ConfirmAlways
 	}
 	d.confirm, d.plain = confirm, plain
@@ -348,8 +348,8 @@ type remembered struct {
 type answer struct {
 	wire  string // of the identity
 	homes []request.Key
-	// insertions there were of all its tokens. away says that none of them was there,
-	// so that one more is what the signature waits for.
+	// insertions counts those of all tokens of the key. away says that none of them was
+	// present: the signature waits for the next insertion.
 	insertions uint64
 	away       bool
 	since      time.Time

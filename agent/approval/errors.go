@@ -4,9 +4,9 @@ import "errors"
 
 // The reasons why a use is refused.
 var (
-	ErrDeclined      = errors.New("it was not confirmed")
-	ErrNobody        = errors.New("nobody can be asked for confirmation")
-	ErrNotInserted   = errors.New("nobody inserted it in time")
+	ErrDeclined      = errors.New("the use of the key was not confirmed")
+	ErrNobody        = errors.New("there is no way to ask for confirmation")
+	ErrNotInserted   = errors.New("the token was not inserted in time")
 	ErrTokenDeclined = errors.New("the person asked has declined to insert it")
 )
 

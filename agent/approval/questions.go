@@ -63,7 +63,7 @@ const (
 	// zero value: a question that ends with its client is a no all the same.
 	Unanswered Outcome = iota
 	OutcomeYes
-	OutcomeNo // or nobody has answered in time
+	OutcomeNo // or no answer came in time
 	// OutcomeNoToAll is "no to everything from here".
 	OutcomeNoToAll
 	outcomeHungUp // before there was an answer
@@ -302,8 +302,8 @@ func (n *nos) spend(now time.Time) {
 	n.until = now.Add(n.spent - (maxNos-1)*noPeriod) // which is mostly over by now
 }
 
-// pruneLocked forgets what is of no more use. There are never many: each is a
-// question that somebody has answered, and those are limited by group.
+// pruneLocked forgets what is of no more use. The number is small: each is a question that
+// a person has answered, and questions are limited by group.
 func (q *Questions) pruneLocked(now time.Time) {
 	prune(q.keys, now)
 	prune(q.ways, now)

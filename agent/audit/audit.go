@@ -112,8 +112,8 @@ func (r *Record) About(t *request.Target, prefix *Prefix) {
 }
 
 // event returns the event once the request is answered, with the names of hosts.
-// They are found when somebody wants them: it reads files, and the client need not
-// wait for it. What the request came with is of no more use then.
+// It looks for the names on the first call: that reads files, and the client need not
+// wait for it. Afterwards the Record forgets the use.
 func (r *Record) event() *Event {
 	r.naming.Do(func() {
 		if r.Use.Login != nil || r.Forwarded {

@@ -137,18 +137,18 @@ func read(path string) (*ssh.Certificate, error) {
 	}
 	defer f.Close()
 	if st, err := f.Stat(); err != nil || !st.Mode().IsRegular() {
-		return nil, errors.Join(errors.New("it is not a regular file"), err)
+		return nil, errors.Join(errors.New("not a regular file"), err)
 	}
 	b, err := io.ReadAll(io.LimitReader(f, maxSize+1))
 	if err != nil {
 		return nil, err
 	}
 	if len(b) > maxSize {
-		return nil, fmt.Errorf("it is longer than %d bytes", maxSize)
+		return nil, fmt.Errorf("longer than %d bytes", maxSize)
 	}
 	key, _, _, _, err := ssh.ParseAuthorizedKey(b)
 	if err != nil {
-		return nil, errors.New("it is no OpenSSH public key")
+		return nil, errors.New("not an OpenSSH public key")
 	}
 	cert, ok := key.(*ssh.Certificate)
 	if !ok {

@@ -6,10 +6,10 @@ import (
 	"testing"
 )
 
-// BenchmarkLookup is what naming a host costs each login: a name that is there as it
-// is, and one that is there as a hash and that nobody guesses.
+// BenchmarkLookup measures what the name of a host costs each login: a plain name, and a
+// hashed name that no guess has.
 func BenchmarkLookup(b *testing.B) {
-	const hashed = "|1|Yv5T1yXkB1Zp0kF3l7l0rGmJ1bA=|0Q4WJ8n0dC0d3Z0cW6o8m0h1d2M=" // nobody guesses it
+	const hashed = "|1|Yv5T1yXkB1Zp0kF3l7l0rGmJ1bA=|0Q4WJ8n0dC0d3Z0cW6o8m0h1d2M=" // no guess has it
 	for _, name := range []string{"example.org", hashed} {
 		b.Run(name[:3], func(b *testing.B) {
 			key := newSigner(b).PublicKey()
@@ -28,7 +28,8 @@ func BenchmarkLookup(b *testing.B) {
 	}
 }
 
-// BenchmarkFit is what a wildcard costs each login, and the most that one can cost.
+// BenchmarkFit measures what a wildcard costs each login, and the most that a wildcard can
+// cost.
 func BenchmarkFit(b *testing.B) {
 	usual := []string{"*.example.org", "*.example.com", "!test.example.org"}
 	for _, test := range []struct {

@@ -109,8 +109,8 @@ func TestDestinationOfSSH(t *testing.T) {
 	}
 }
 
-// FuzzDestination: whatever the arguments are, names can be shown, and each is in an
-// argument but for capitals and the port.
+// FuzzDestination: for any arguments, names can be shown, and each is in an argument
+// except for capitals and the port.
 func FuzzDestination(f *testing.F) {
 	for _, test := range destinations {
 		f.Add(strings.Join(test.arguments, "\x00"))

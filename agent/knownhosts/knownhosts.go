@@ -2,11 +2,11 @@
 // the hosts: those of ssh's known_hosts files (sshd(8), SSH_KNOWN_HOSTS FILE
 // FORMAT).
 //
-// It promises that a name it returns is one that the files have for this very
-// key, or for the authority that has certified it. A wildcard is returned as it is in
-// the file: it proves that the host is one of several, and no guess makes it say more.
-// A name which the files have only as a hash is found when a guess has the hash. The
-// time and memory that the package takes are bounded whatever is in the files.
+// It promises that the files have each name that it returns for this very key, or for the
+// authority that has certified the key. It returns a wildcard as the file has it: a
+// wildcard proves that the host is one of several, and no guess makes it say more. It
+// finds a hashed name if a guess has the same hash. Time and memory are bounded for any
+// content of the files.
 //
 // It leaves to others whether a host has proved to have the key.
 package knownhosts
@@ -192,8 +192,8 @@ func (f *Files) Lookup(key ssh.PublicKey, guesses func() []string) Known {
 	return k
 }
 
-// order puts the names that somebody has said in front of the others, each once and
-// within bounds.
+// order puts the names that were guessed in front of the others, each once and within
+// bounds.
 func (k *Known) order(guess func() []string) {
 	var names []string
 	add := func(name string) {
@@ -244,8 +244,7 @@ func (f *Files) line(k *Known, e entry, guess func() []string) {
 	}
 }
 
-// unhash returns the name that has been hashed, if somebody has said it now or
-// before: a hash is of one name.
+// unhash returns the name of a hash if it was guessed now or before: a hash has one name.
 func (f *Files) unhash(hashed string, guess func() []string) (name string, found bool) {
 	f.mu.Lock()
 	name, found = f.proved[hashed]
@@ -323,7 +322,7 @@ func (k *Known) both(e entry, principal, own string) {
 func CheckHostCertificate(cert *ssh.Certificate) error {
 	switch {
 	case cert.CertType != ssh.HostCert:
-		return errors.New("it is no certificate of a host")
+		return errors.New("not a certificate of a host")
 	case len(cert.ValidPrincipals) == 0:
 		return errors.New("the certificate names no principals")
 	case cert.Signature == nil || !slices.Contains(authorityAlgorithms, cert.Signature.Format):

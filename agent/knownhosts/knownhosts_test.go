@@ -188,7 +188,7 @@ func TestHashed(t *testing.T) {
 	}
 }
 
-// A file that others can change, or that is none, tells nothing.
+// A file that others can change, or that is not a regular file, tells nothing.
 func TestNotBelieved(t *testing.T) {
 	key := newSigner(t).PublicKey()
 	dir := t.TempDir()
@@ -277,8 +277,8 @@ func TestConfigWords(t *testing.T) {
 	}
 }
 
-// FuzzParse: whatever is in a file, names are printable and few, and each stands
-// in the file or was guessed.
+// FuzzParse: for any content of a file, names are printable and few, and each is in the
+// file or was guessed.
 func FuzzParse(f *testing.F) {
 	key := newSigner(f).PublicKey()
 	for _, hosts := range []string{"a", "*.b,!c", "|1|AAAA|BBBB", "@revoked d", "@cert-authority *", "[e]:22,f", strings.Repeat("g,", 100) + "h"} {

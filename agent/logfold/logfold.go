@@ -2,11 +2,11 @@
 // line with each request that is refused; without a limit it pushes the lines of all
 // others out of the log's files, or has journald drop them.
 //
-// The first lines of a client are written as they are. Then lines that differ in
-// nothing but numbers are folded: they become one line, which ends with how many
-// they were and when the first and the last one was. Of a client whose lines all
-// differ, some are folded so, and the others are counted in one line. No line is lost
-// without being counted, also when the log is closed.
+// The first lines of a client are written as they are. Then lines that differ only in
+// numbers are folded: they become one line, which ends with their number and with the
+// times of the first and the last one. Of a client whose lines all differ, some are folded
+// so, and the others are counted in one line. Each line is written or counted, also when
+// the log is closed.
 //
 // Clients are told apart by what lines say of them in the attributes of
 // [p11-agent/agent]: client (names of programs; numbers of processes are overlooked),
@@ -42,7 +42,7 @@ const (
 type kind int
 
 const (
-	refused kind = iota // and whatever else a client causes
+	refused kind = iota // and everything else that a client causes
 	signed
 	changed
 	other // of no client
@@ -59,7 +59,7 @@ type limits struct {
 var limitsOf = [...]limits{
 	refused: {burst: 20, refill: 30 * time.Second, groups: 4, clients: 16},
 	changed: {burst: 50, refill: 10 * time.Second, groups: 16, clients: 16},
-	// Somebody who may sign may sign at many hosts within a short time.
+	// A person who may sign may sign at many hosts within a short time.
 	signed: {burst: 1000, refill: time.Second, groups: 64, clients: 16},
 	other:  {burst: 50, refill: 10 * time.Second, groups: 16, clients: 64},
 }
@@ -304,7 +304,7 @@ func (c *client) fold(h *Handler, r slog.Record) {
 	g.next, g.line, g.last = h.next, r.Clone(), r.Time
 }
 
-// lineKey is the same for lines that differ in nothing but numbers.
+// lineKey is the same for lines that differ only in numbers.
 func lineKey(r slog.Record) string {
 	var b strings.Builder
 	b.WriteString(r.Message)

@@ -42,7 +42,7 @@ type Caller struct {
 	Later func(func())
 }
 
-// Who returns who opened the connection, with the process.
+// Who returns the process that opened the connection, and looks at it if necessary.
 func (c *Caller) Who() peer.Peer {
 	if c.Look != nil {
 		return c.Look()

@@ -83,8 +83,7 @@ type TokenLogin struct {
 
 // A LoginAnswer tells what there is to say of a login, be it one that failed.
 type LoginAnswer struct {
-	// Already says that somebody was logged in, or that no login is needed: nothing
-	// was tried.
+	// Already says that a login is in force or not needed: the agent tried nothing.
 	Already bool
 	// Tries is what the token says is left of the tries: ok, low, last, locked.
 	Tries string

@@ -20,10 +20,10 @@ type Key interface {
 	Present() bool
 	// TokenName names that token to a person.
 	TokenName() string
-	// AsksPIN tells whether a signature that begins now would have a person give the PIN,
-	// as far as is known. It does not when somebody is logged in, when the PIN comes from
-	// elsewhere, or when a login is under way, whose prompt may be about another key. The
-	// request whose person gave the PIN is told (waiting.Accepted).
+	// AsksPIN tells whether a signature that begins now asks a person for the PIN, as far
+	// as is known. It does not if a login is in force, if the PIN comes from another source,
+	// or while a login is running, whose prompt may be about another key. waiting.Accepted
+	// tells the request whose person gave the PIN.
 	AsksPIN() bool
 	// SignMessageContext signs as crypto.MessageSigner does: ECDSA in ASN.1.
 	SignMessageContext(ctx context.Context, msg []byte, opts crypto.SignerOpts) ([]byte, error)

@@ -13,9 +13,9 @@ import (
 	"p11-agent/pinentry/plain"
 )
 
-// A Use is what a key is about to be used for. It goes along in the context of
-// what is done for a request, for whoever tells a person about it. It shares no
-// memory with the request, and is not changed.
+// A Use is what a request uses a key for. The context of the request carries it, for
+// prompts. It shares no memory with the request. It does not change once a person is
+// asked.
 type Use struct {
 	Comment string           // of the key
 	Key     crypto.PublicKey // nil: the agent does not have it
@@ -36,7 +36,7 @@ type Use struct {
 // A HostNamer knows hosts by their keys.
 type HostNamer interface {
 	// HostName returns what is known of a host key, which may be a certificate.
-	// p, who asks, may help to guess names, which count only when they are proved.
+	// p, the client, may help to guess names, which count only if they are proved.
 	HostName(key ssh.PublicKey, p peer.Peer) HostName
 }
 
@@ -47,8 +47,8 @@ type HostName = knownhosts.Known
 type Host struct {
 	Key ssh.PublicKey // nil: not known. May be a certificate
 	// Verified says that the host with this key has signed the session that the
-	// request is for. Without it the key is what the request says: the signature
-	// is good at no other host, but nobody knows whether that one is meant.
+	// request is for. Without it the key is what the request says: the signature is
+	// good at no other host, but the person may mean another host.
 	Verified bool
 	// Conflict says that the request names another host than its connection is
 	// bound to.
@@ -84,8 +84,8 @@ func (u *Use) where() (h Host) {
 		case b.Forwarding || !bytes.Equal(b.SessionID, u.Login.SessionID):
 		case h.Key == nil:
 			// The bind alone tells which session it is. A host that the agent is forwarded
-			// to can sign the identifier of a session that it has with somebody else, and
-			// bind it as its own.
+			// to can sign the identifier of a session that it has with another host, and bind
+			// it as its own.
 			h.Key, h.Verified = b.HostKey, len(u.Caller.Binds) == 1 && !u.Caller.Forwarded
 			return h
 		default:
@@ -238,12 +238,12 @@ const maxHostName = 128
 // something else than the data.
 //
 // A host that the data names is proved by the very signature: no other server
-// takes it (publickey-hostbound-v00, OpenSSH's PROTOCOL section 3.1). That the
-// client has a connection to it is not, and does not matter. Where the data names
-// none, the host is the one that has signed the session's identifier when the
-// connection was bound. It is believed, as ssh-agent does, on a connection with no
-// other bind: behind a forwarded one, a host on the way could sign the identifier
-// of a session that it has with somebody else.
+// takes it (publickey-hostbound-v00, OpenSSH's PROTOCOL section 3.1). Whether the
+// client has a connection to it is not proved, and does not matter. If the data names no
+// host, it is the host that signed the session's identifier when the connection was bound.
+// ProvenHost believes that, as ssh-agent does, on a connection with no other bind. Behind a
+// forwarded connection, a host on the way could sign the identifier of a session that it
+// has with another host.
 func (u *Use) ProvenHost() (key ssh.PublicKey, consistent bool) {
 	c, h := u.Caller, u.where()
 	if u.Login == nil {

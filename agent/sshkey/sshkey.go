@@ -104,7 +104,7 @@ func readableCertificate(cert *ssh.Certificate) error {
 
 // Verify checks the signature of a key, or of the key in a certificate, as
 // OpenSSH does for session-bind and for certificates: a security key need not have been
-// touched for it. sshd has nobody to touch its own key (OpenSSH's sshd.c clears
+// touched for it. No person can touch the key of sshd (OpenSSH's sshd.c clears
 // SSH_SK_USER_PRESENCE_REQD of host keys), and x/crypto/ssh refuses such signatures.
 func Verify(key ssh.PublicKey, data []byte, sig *ssh.Signature) error {
 	if cert, ok := key.(*ssh.Certificate); ok {

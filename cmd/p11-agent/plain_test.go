@@ -159,9 +159,6 @@ func paragraphs(file, text string) (all []words) {
 // unwritten is how many findings are left in a directory whose words were written
 // before these rules. The numbers only fall.
 var unwritten = map[string]int{
-	"agent":                   94,
-	"agent/knownhosts":        10,
-	"agent/logfold":           4,
 	"agent/peer":              21,
 	"agent/peer/terminaltest": 2,
 	"agent/sshagent":          66,

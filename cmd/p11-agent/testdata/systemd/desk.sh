@@ -238,7 +238,7 @@ want = [ # key, kind, host, result, reason
 	("home", "test", None, "refused", r"the client.s terminal: ssh-add \(\d+\) has no terminal; the user.s service manager has no display;"),
 	("home", "test", None, "ok", None),
 	("work", "test", None, "ok", None),
-	("work", "test", None, "refused", "it was not confirmed"),
+	("work", "test", None, "refused", "the use of the key was not confirmed"),
 ]
 got = [json.loads(line) for line in sys.stdin]
 assert len(got) == len(want), [e["MESSAGE"] for e in got]
