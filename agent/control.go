@@ -43,7 +43,7 @@ func MayControl(c *request.Caller) error {
 		case c.Forwarded || c.BindFailed || len(c.Binds) > 0:
 			return errBound
 		}
-		who := c.Who()
+		who := c.Client()
 		switch {
 		case !who.Known || len(who.Chain) == 0:
 			return errNobodyKnown

@@ -30,7 +30,7 @@ func mayTest(c *request.Caller) error {
 	if c.Forwarded || c.BindFailed || len(c.Binds) > 0 {
 		return errBound
 	}
-	return c.Who().RunsSystemProgram(testProgram)
+	return c.Client().RunsSystemProgram(testProgram)
 }
 
 // judged returns what the content counts for when this connection has it signed. The

@@ -238,7 +238,7 @@ func (r *Rule) matches(u *request.Use) knownhosts.Fit {
 	}
 	if r.Programs != nil {
 		named := false
-		for _, link := range u.Caller.Who().Chain {
+		for _, link := range u.Caller.Client().Chain {
 			named = named || slices.Contains(r.Programs, link.Name)
 		}
 		if !named {
@@ -277,7 +277,7 @@ func (r *Rule) matchesHosts(u *request.Use) knownhosts.Fit {
 func fit(u *request.Use, patterns []string, key ssh.PublicKey) knownhosts.Fit {
 	var known request.HostName
 	if key != nil && u.Hosts != nil {
-		known = u.Hosts.HostName(key, u.Caller.Who())
+		known = u.Hosts.HostName(key, u.Caller.Client())
 	}
 	if known.Revoked {
 		return max(min(known.Fit(patterns), knownhosts.Maybe), request.HostName{}.Fit(patterns))
@@ -290,7 +290,7 @@ func fit(u *request.Use, patterns []string, key ssh.PublicKey) knownhosts.Fit {
 // way. ok is false when that is not known well enough for it to be good for
 // anything but the request itself.
 func sameness(u *request.Use, identity string) (name string, ok bool) {
-	c, who := u.Caller, u.Caller.Who()
+	c, who := u.Caller, u.Caller.Client()
 	host, consistent := u.ProvenHost()
 	switch {
 	case u.Content.Kind == request.KindUnknown || u.Content.Kind == "", !consistent, c.BindFailed,
@@ -434,7 +434,7 @@ func (a *remembered) keep(name string, t *request.Target, u *request.Use, lasts 
 		away: len(t.Homes) > 0 && !slices.ContainsFunc(t.Homes, request.Key.Present),
 		status: Status{
 			Fingerprint: t.Fingerprint, Comment: plain.LineWithin(t.Comment, request.MaxField), What: plain.LineWithin(u.What(), request.MaxReason),
-			Forwarding: plain.LineWithin(u.Forwarding(), request.MaxField), Client: u.Caller.Who(), Since: now,
+			Forwarding: plain.LineWithin(u.Forwarding(), request.MaxField), Client: u.Caller.Client(), Since: now,
 		},
 	}
 }
@@ -565,7 +565,7 @@ func (a *Approver) askOnce(ctx context.Context, u *request.Use, t *request.Targe
 		if said.Allowed && said.For != Once {
 			a.kept.keep(name, t, u, said.For, generation)
 			a.Log.Info("allowed for longer", "result", "ok", "key", t.Fingerprint, "comment", u.Comment, "what", u.Content.String(),
-				"lasts", said.For.String(), "client", u.Caller.Who().String(), "forwarded", u.Caller.Forwarded)
+				"lasts", said.For.String(), "client", u.Caller.Client().String(), "forwarded", u.Caller.Forwarded)
 		}
 		return said.Answer, said.err
 	})

@@ -41,7 +41,7 @@ const (
 // describe names the way to a person. use may be nil.
 func describe(c *request.Caller, use *request.Use) string {
 	if !c.Forwarded {
-		return plain.LineWithin(c.Who().String(), request.MaxField)
+		return plain.LineWithin(c.Client().String(), request.MaxField)
 	}
 	if use == nil {
 		use = &request.Use{}

@@ -300,7 +300,7 @@ func (a *Trail) End(r *Record, err error) {
 	}
 	e.Comment, e.URI = plain.LineWithin(e.Comment, request.MaxField), plain.LineWithin(e.URI, request.MaxField)
 	c := r.Use.Caller
-	e.Client = c.Who() // who may have gone once there is an answer
+	e.Client = c.Client() // who may have gone once there is an answer
 	a.add(r)
 	if err == nil && e.Action == request.ActionSign && c.Later != nil {
 		c.Later(func() { a.logEvent(r) })

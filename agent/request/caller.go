@@ -42,8 +42,8 @@ type Caller struct {
 	Later func(func())
 }
 
-// Who returns the process that opened the connection, and looks at it if necessary.
-func (c *Caller) Who() peer.Peer {
+// Client returns the process that opened the connection, and looks at it if necessary.
+func (c *Caller) Client() peer.Peer {
 	if c.Look != nil {
 		return c.Look()
 	}
@@ -100,7 +100,7 @@ type Group struct {
 // Origin returns where the requests of a connection come from. It does not look at the
 // client's namespaces, which takes a dozen system calls: see OriginApart.
 func (c *Caller) Origin() Origin {
-	who := c.Who()
+	who := c.Client()
 	w := Origin{Group: Group{Forwarded: c.Forwarded, UID: -1}}
 	if who.Known {
 		w.UID = who.UID
@@ -120,7 +120,7 @@ func (c *Caller) Origin() Origin {
 // OriginApart is Origin with Apart, for a client whose person is to be asked.
 func (c *Caller) OriginApart() Origin {
 	w := c.Origin()
-	w.Apart = c.Who().Apart() != nil
+	w.Apart = c.Client().Apart() != nil
 	return w
 }
 

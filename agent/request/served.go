@@ -76,7 +76,7 @@ func CallerFrom(ctx context.Context) *Caller {
 // PeerFrom returns who that Caller is, or one that is not Known.
 func PeerFrom(ctx context.Context) peer.Peer {
 	if c := CallerFrom(ctx); c != nil {
-		return c.Who()
+		return c.Client()
 	}
 	return peer.Peer{}
 }

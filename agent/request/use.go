@@ -111,7 +111,7 @@ func (u *Use) Via() (hosts []Host) {
 func (u *Use) host(key ssh.PublicKey, verified bool) Host {
 	h := Host{Key: key, Verified: verified}
 	if u.Hosts != nil {
-		h.HostName = u.Hosts.HostName(key, u.Caller.Who())
+		h.HostName = u.Hosts.HostName(key, u.Caller.Client())
 	}
 	return h
 }

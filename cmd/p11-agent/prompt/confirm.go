@@ -112,7 +112,7 @@ func confirmText(r approval.Question) string {
 	if r.Plain != approval.Once {
 		lines = append(lines, "Yes counts "+r.Plain.String()+".")
 	}
-	return about(UseLines(r.Use), lines, []string{"Asked because of " + r.Why + ".", Requester(r.Caller.Who())})
+	return about(UseLines(r.Use), lines, []string{"Asked because of " + r.Why + ".", Requester(r.Caller.Client())})
 }
 
 // Insert asks to insert a token. A yes allows nothing: the agent looks at the tokens. So the

@@ -146,7 +146,7 @@ func (c *prompter) tell(o waiting.Other) {
 		c.told = make(map[*request.Caller]*location)
 	}
 	c.told[caller] = now
-	c.log.Info("a client waits for a prompt that is elsewhere", "prompt", c.what, "place", now.name, "client", caller.Who().String())
+	c.log.Info("a client waits for a prompt that is elsewhere", "prompt", c.what, "place", now.name, "client", caller.Client().String())
 	if at != nil && at.TTY != nil {
 		then := "it comes here"
 		if o.Answered {
@@ -159,7 +159,7 @@ func (c *prompter) tell(o waiting.Other) {
 		return
 	}
 	if c.notify != nil {
-		c.notify(c.what+now.name, []string{"It waits for " + c.what + ", which is asked for elsewhere: " + now.name, Requester(caller.Who())})
+		c.notify(c.what+now.name, []string{"It waits for " + c.what + ", which is asked for elsewhere: " + now.name, Requester(caller.Client())})
 	}
 }
 
@@ -236,7 +236,7 @@ func (c *prompter) client() *peer.Desk {
 	if c.desk == nil {
 		var p peer.Peer // unknown
 		if c.caller != nil {
-			p = c.caller.Who()
+			p = c.caller.Client()
 		}
 		c.desk = p.Desk()
 	}
