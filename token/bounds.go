@@ -22,7 +22,7 @@ const (
 	// maxKeyBytes and maxModuleKeys bound the keys of all tokens of one module together.
 	maxKeyBytes   = 16 << 20
 	maxModuleKeys = wire.MaxList
-	// maxLook is the most bytes of objects that one look at a module reads. Tokens beyond that keep
+	// maxLook is the most bytes of objects that a look at one module reads. Tokens beyond that keep
 	// their old keys.
 	maxLook = 4 * wire.MaxReply
 	// maxName is the most bytes of a token's label, manufacturer, model or serial number. PKCS#11
@@ -139,9 +139,8 @@ func (t *Token) holds() (keys, bytes int) {
 	return len(t.keys), t.weight
 }
 
-// prune forgets tokens that are not there: those that are nothing but a name at once, and
-// of the others those that have gone first, until there is room. Tokens that have their
-// home here go last.
+// prune forgets absent tokens: tokens without keys at once, and then those that left first, until
+// there is room. Tokens that have their home here go last.
 func (m *module) prune() {
 	s := m.store
 	s.mu.Lock()
@@ -164,11 +163,11 @@ func (m *module) prune() {
 	}
 }
 
-// surplusLocked returns the tokens to forget. belongs tells that the home of one is here,
-// and stays.
+// surplusLocked returns the tokens to forget. belongs reports whether a token has its lasting home
+// here.
 func (m *module) surplusLocked(belongs func(*Token) bool) (surplus []*Token) {
 	var away []*Token
-	keys, bytes := 0, 0 // of those that are not there
+	keys, bytes := 0, 0 // of absent tokens
 	for _, t := range m.tokens {
 		if !slices.Contains(m.order, t) && !slices.Contains(m.last, t) && !t.pins.InUse() {
 			n, size := t.holds()

@@ -14,30 +14,30 @@ import (
 	"p11-agent/token/wire"
 )
 
-// A login, a PIN that is kept and the PINs that were refused belong to the card in the
-// slot, not to the texts that the card shows: PIV cards without CHUID all have one serial
-// number. So each look notes what tells the card from the next one. When another card may
-// be in the slot, the agent forgets the login and the PINs.
+// A login, a kept PIN and refused PINs belong to the card in the slot, not to the texts that the
+// card shows: all PIV cards without CHUID have one serial number. So each look notes what
+// distinguishes the card from the next one. When another card may be in the slot, the agent forgets
+// the login and the PINs.
 
-// card is what tells one stay of a card in a slot from the next stay.
+// A card identifies one stay of a card in a slot.
 type card struct {
-	process *process.Process // that has seen it; nil: none has
+	process *process.Process // the process that has read the card; nil: no process has
 	stay    uint64           // wire.TokenInfo.Stay, of that process
-	// What pcscd says of the reader. It is the same for all processes of the module.
-	// reader is empty where pcscd does not tell.
+	// What pcscd reports about the reader, the same for all processes of the module. reader is
+	// empty if pcscd does not report it.
 	reader string
 	events uint32
 	shown  shown
 }
 
-// shown is what a token shows of its keys, as sorted digests.
+// shown holds what a token shows of its keys, as sorted digests.
 type shown struct {
-	keys  [][sha256.Size]byte // of public halves
-	certs [][sha256.Size]byte // of certificates, where there is no public half
+	keys  [][sha256.Size]byte // of public keys
+	certs [][sha256.Size]byte // of certificates, if there is no public key
 }
 
-// shownBy returns what objects show. Certificates of authorities tell nothing: all cards
-// of a company have them.
+// shownBy returns what objects show. Certificates of authorities do not count: all cards of a
+// company have them.
 func shownBy(objects []wire.Object) (s shown) {
 	for i := range objects {
 		o := &objects[i]
@@ -57,7 +57,7 @@ func shownBy(objects []wire.Object) (s shown) {
 	return s
 }
 
-// shownBefore returns what keys of the list of known keys have shown.
+// shownBefore returns what keys from the list of known keys have shown.
 func shownBefore(keys []*Key) (s shown) {
 	for _, k := range keys {
 		s.keys = append(s.keys, sha256.Sum256(slices.Concat(k.pair.Modulus, k.pair.Point)))
@@ -73,12 +73,12 @@ func sorted(all [][sha256.Size]byte) [][sha256.Size]byte {
 
 func compareDigests(a, b [sha256.Size]byte) int { return bytes.Compare(a[:], b[:]) }
 
-// comparable tells whether both show something of the same kind.
+// comparable reports whether both show something of the same kind.
 func (s shown) comparable(o shown) bool {
 	return len(s.keys) > 0 && len(o.keys) > 0 || len(s.certs) > 0 && len(o.certs) > 0
 }
 
-// overlaps tells whether both show the same key, or the same certificate.
+// overlaps reports whether both show a common key or certificate.
 func (s shown) overlaps(o shown) bool {
 	return overlap(s.keys, o.keys) || overlap(s.certs, o.certs)
 }
@@ -90,10 +90,10 @@ func overlap(a, b [][sha256.Size]byte) bool {
 	})
 }
 
-// maxShown bounds what is remembered of a token's keys on disk.
+// maxShown bounds what the state directory remembers of a token's keys.
 const maxShown = 32
 
-// text returns the first keys as text.
+// text prints the first keys.
 func (s shown) text() string {
 	var all []string
 	for _, d := range s.keys[:min(len(s.keys), maxShown)] {
@@ -102,7 +102,7 @@ func (s shown) text() string {
 	return strings.Join(all, " ")
 }
 
-// parseShown reads the text. What makes no sense is left out.
+// parseShown reads the output of text, and ignores words that make no sense.
 func parseShown(text string) (s shown) {
 	for word := range strings.FieldsSeq(text) {
 		var d [sha256.Size]byte
@@ -121,20 +121,20 @@ func (t *Token) shows() shown {
 	return t.card.shown
 }
 
-// isOther tells whether the token is another card than one that showed something. Only
-// cards are told apart so: of a token that stays where it is all keys may be replaced.
+// isOther reports whether the token is another card than the one that showed was. Only removable
+// tokens count: all keys of a fixed token may be replaced.
 func (t *Token) isOther(was shown) bool {
 	now := t.shows()
 	return t.removable() && was.comparable(now) && !was.overlaps(now)
 }
 
-// readerOf returns the reader that is a slot, as pcscd sees it. It is ok when there is one
-// such reader and a card is in.
+// readerOf returns the reader of a slot, as pcscd sees it. ok means that there is exactly one such
+// reader, with a card.
 func readerOf(readers []pcsc.Reader, slot wire.Slot) (r pcsc.Reader, ok bool) {
 	for _, o := range readers {
 		if inReader(slot, o) {
 			if r.Name != "" {
-				return r, false // names that differ behind the 64 bytes of a slot
+				return r, false // names that differ after the 64 bytes of a slot
 			}
 			r = o
 		}
@@ -142,8 +142,8 @@ func readerOf(readers []pcsc.Reader, slot wire.Slot) (r pcsc.Reader, ok bool) {
 	return r, r.Name != "" && r.Card
 }
 
-// see notes which card a look has found, and forgets what belongs to another one. before is
-// what pcscd said just before the objects were read.
+// see notes which card a look has found, and forgets what belongs to another card. before is the
+// list of pcscd from just before the look.
 func (t *Token) see(ctx context.Context, p *process.Process, reply *process.Listing, before []pcsc.Reader) {
 	now := card{process: p, stay: reply.Info.Stay, shown: shownBy(reply.Objects)}
 	t.mu.Lock()
@@ -151,7 +151,7 @@ func (t *Token) see(ctx context.Context, p *process.Process, reply *process.List
 	t.mu.Unlock()
 	if r, ok := readerOf(before, slot); ok {
 		after, ok := readerOf(t.module.readers(ctx), slot)
-		if ok && after.Events == r.Events { // else nobody knows which card was read
+		if ok && after.Events == r.Events { // otherwise the card may have changed during the look
 			now.reader, now.events = r.Name, r.Events
 		}
 	}
@@ -164,7 +164,8 @@ func (t *Token) see(ctx context.Context, p *process.Process, reply *process.List
 	if !now.shown.comparable(t.card.shown) && same && len(now.shown.keys)+len(now.shown.certs) == 0 {
 		now.shown = t.card.shown
 	}
-	// What only may be another card is forgotten, and does not count as put in again.
+	// If the card only may be another one, the agent forgets the PINs, but does not count an
+	// insertion.
 	certain := t.card.reader != "" && now.reader != "" || now.shown.comparable(t.card.shown) && !now.shown.overlaps(t.card.shown)
 	t.card = now
 	t.mu.Unlock()
@@ -173,33 +174,33 @@ func (t *Token) see(ctx context.Context, p *process.Process, reply *process.List
 	}
 }
 
-// mayBe tells whether what was seen before is still there.
+// mayBe reports whether the card from before may still be there.
 func (c card) mayBe(now card, removable, byPCSC bool) bool {
 	known := c.shown.comparable(now.shown)
 	switch {
 	case known && !c.shown.overlaps(now.shown):
 		return false // all keys have changed
 	case c.process == nil:
-		return true // nothing is known that could be another card's
+		return true // the agent knows nothing of the old card
 	case c.reader != "" && now.reader != "":
 		return c.reader == now.reader && c.events == now.events
 	case c.process == now.process && c.stay == now.stay:
 		return true
 	case byPCSC:
-		return false // pcscd could have told
+		return false // pcscd would have shown the same stay
 	}
 	return known || !removable
 }
 
-// hadAtLastLook tells whether a token was there at the last look.
+// hadAtLastLook reports whether a token was present at the last look.
 func (m *module) hadAtLastLook(t *Token) bool {
 	m.mu.Lock()
 	defer m.mu.Unlock()
 	return slices.Contains(m.last, t)
 }
 
-// replaced forgets what belongs to the card that was in the slot. unseen tells that a card
-// was put in for certain, and that the agent has not seen the slot without one.
+// replaced forgets what belongs to the old card in the slot. unseen means that a card was certainly
+// put in, and that no look has seen the slot empty.
 func (t *Token) replaced(ctx context.Context, unseen bool) {
 	t.pins.Wipe()
 	t.mu.Lock()
@@ -207,25 +208,24 @@ func (t *Token) replaced(ctx context.Context, unseen bool) {
 	t.session, t.attempted = nil, nil
 	t.changes++
 	if unseen {
-		t.insertions++ // else the look counts it
+		t.insertions++ // otherwise the look counts it
 	}
 	t.mu.Unlock()
 	t.module.store.stir()
 	t.module.log.DebugContext(ctx, "another card is in the slot, or a card was put in again", "token", t.ID.Label, "serial", t.ID.Serial)
 }
 
-// target is the card that a PIN is for.
+// A target is the card that a PIN is for.
 type target struct {
 	stay  uint64 // see wire.TokenInfo
-	card  uint64 // how many cards had gone before, see pin.State.Removals
+	card  uint64 // the number of cards that have left, see pin.State.Removals
 	shown shown
 }
 
-// maxTargets is how often a login goes on with a new stay of the same card.
+// maxTargets is how often a login continues with a new stay of the same card.
 const maxTargets = 5
 
-// settle makes sure that the card in the slot is the one that was looked at last, before
-// it gets a PIN.
+// settle makes sure that the card in the slot is the card of the last look, before it gets a PIN.
 func (t *Token) settle(ctx context.Context, p *process.Process, info wire.TokenInfo) (at target, err error) {
 	at.card = t.pins.Removals()
 	t.mu.Lock()
@@ -249,10 +249,10 @@ func (t *Token) settle(ctx context.Context, p *process.Process, info wire.TokenI
 	return at, nil
 }
 
-// again returns where to try a PIN that the module process has refused to try, as another
-// stay has begun. It is ok for the same card only: a look for new tokens begins another stay,
-// too, and a person who has put the card in again means that card by the PIN. A PIN that was
-// kept is gone by then.
+// again returns the new target for a PIN after the module process has refused to try it, because
+// another stay has begun. ok is true for the same card only. A look for new tokens begins another
+// stay as well. If a user has put the card in again, the typed PIN still counts; a kept PIN does
+// not.
 func (t *Token) again(ctx context.Context, p *process.Process, was target, kept bool) (at target, ok bool) {
 	if t.lookAgain(ctx, p) != nil {
 		return was, false

@@ -112,10 +112,10 @@ func (k *Key) TokenReader() string { return k.token.reader() }
 // TokenName returns a name of the token for a person.
 func (k *Key) TokenName() string { return k.token.name() }
 
-// AsksPIN tells whether a signature that begins now would have a person give the PIN, as far
-// as is known without asking the token. It would not when somebody is logged in, unless the
-// key wants the PIN for each signature; when a source or the PIN that is kept logs in; or
-// when a login is under way, whose prompt may be about another key.
+// AsksPIN reports whether a signature that begins now would ask a user for the PIN, as far as the
+// agent knows without asking the token. It would not after a login, unless the key wants the PIN
+// for each signature. It would not if a source or the kept PIN logs in, or while a login is under
+// way, whose prompt may be about another key.
 func (k *Key) AsksPIN() bool {
 	t, s := k.token, k.token.module.store
 	each := t.current(k).pair.Always

@@ -18,17 +18,17 @@ type leftOut struct {
 	certificates int // of keys, that are not kept
 }
 
-// listed notes what the module process has left out.
+// listed counts what the module process has left out.
 func (l *leftOut) listed(all *process.Listing) { l.objects, l.long = all.Cut, all.Long }
 
-// skipped notes that an object is not used.
+// skipped counts an object that package pairs does not use.
 func (l *leftOut) skipped(reason error) {
 	if errors.Is(reason, pairs.ErrLongText) {
 		l.texts++
 	}
 }
 
-// reasons tells a person.
+// reasons returns sentences for a person.
 func (l *leftOut) reasons() (all []string) {
 	note := func(is bool, format string, args ...any) {
 		if is {
@@ -51,7 +51,7 @@ type tokensLeftOut struct {
 	unread int // tokens whose objects are not read
 }
 
-// reasons tells a person.
+// reasons returns sentences for a person.
 func (l *tokensLeftOut) reasons() (all []string) {
 	if l.tokens > 0 {
 		all = append(all, fmt.Sprintf("%s: %d tokens of one module are used at the most", count(l.tokens, "token"), maxTokens))
@@ -62,7 +62,7 @@ func (l *tokensLeftOut) reasons() (all []string) {
 	return all
 }
 
-// count tells how many there are of something.
+// count prints a number of things.
 func count(n int, what string) string {
 	if n == 1 {
 		return "1 " + what

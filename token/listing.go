@@ -9,11 +9,11 @@ import (
 	"p11-agent/token/wire"
 )
 
-// maxNameBytes bounds the names in one request: it has to fit into wire.MaxRequest.
+// maxNameBytes bounds the names in one request, which must fit into wire.MaxRequest.
 const maxNameBytes = wire.MaxRequest / 2
 
-// named returns the objects of the token that somebody has named. The module process finds
-// them even when the token has more objects than it lists.
+// named returns the objects of the token that the configuration or a client has named. The module
+// process finds them even if the token has more objects than the listing.
 func (t *Token) named() (all []wire.ObjectName) {
 	s := t.module.store
 	s.mu.Lock()
@@ -25,7 +25,7 @@ func (t *Token) named() (all []wire.ObjectName) {
 			continue
 		}
 		name := wire.ObjectName{ID: u.ID}
-		// The module process makes UTF-8 of labels, and this one may be the result.
+		// The module process converts labels to UTF-8, and this label may be a result of that.
 		if u.Object != nil && !strings.ContainsRune(*u.Object, '\uFFFD') {
 			name.Label = *u.Object
 		}
@@ -41,7 +41,7 @@ func (t *Token) named() (all []wire.ObjectName) {
 	return all
 }
 
-// isNamed tells whether somebody has named a key of the token.
+// isNamed reports whether the configuration or a client has named a key of the token.
 func (t *Token) isNamed(p *pairs.Pair) bool {
 	s := t.module.store
 	s.mu.Lock()
@@ -60,10 +60,10 @@ func wantedURIs(uris []*pkcs11uri.URI) []*pkcs11uri.URI {
 	return slices.DeleteFunc(slices.Clone(uris), func(u *pkcs11uri.URI) bool { return u.ID == nil && u.Object == nil })
 }
 
-// maxAsked bounds the URIs of clients that have objects searched for.
+// maxAsked bounds the URIs of clients that the agent searches objects for.
 const maxAsked = 256
 
-// want has the objects that a client's URI names searched for, until unwantLocked.
+// want makes looks search for the objects of a client's URI, until unwantLocked.
 func (s *Store) want(u *pkcs11uri.URI) {
 	s.mu.Lock()
 	defer s.mu.Unlock()
@@ -80,7 +80,7 @@ func (s *Store) unwantLocked(u *pkcs11uri.URI) {
 	s.setWantedLocked()
 }
 
-// setWantedLocked puts together the URIs of the configuration and of clients.
+// setWantedLocked joins the URIs of the configuration and of clients.
 func (s *Store) setWantedLocked() { s.wanted = slices.Concat(s.configuredNames, s.asked) }
 
 // idsOf counts the keys of each ID.

@@ -10,16 +10,16 @@ import (
 	"p11-agent/token/wire"
 )
 
-// A PublicKey is a public half that the configuration gives for a private key
-// whose token shows none.
+// A PublicKey is a public key that the configuration gives for a private key whose token shows
+// none.
 type PublicKey struct {
-	// URI names the private key. It has to have an id or an object.
+	// URI names the private key. It must have an id or an object.
 	URI *pkcs11uri.URI
 	// Key is *rsa.PublicKey, *ecdsa.PublicKey or ed25519.PublicKey.
 	Key crypto.PublicKey
 }
 
-// CheckPublicKey tells what keeps a PublicKey from being used.
+// CheckPublicKey returns the reason why the agent cannot use a PublicKey, or nil.
 func CheckPublicKey(p PublicKey) error {
 	if p.URI.ID == nil && p.URI.Object == nil {
 		return errors.New("the URI must name one key by its id or object")
@@ -30,8 +30,7 @@ func CheckPublicKey(p PublicKey) error {
 	return pairs.Usable(p.Key)
 }
 
-// SetPublicKeys replaces Options.PublicKeys. They count from the next look at
-// the tokens on.
+// SetPublicKeys replaces Options.PublicKeys, from the next look at the tokens on.
 func (s *Store) SetPublicKeys(list []PublicKey) {
 	s.mu.Lock()
 	defer s.mu.Unlock()

@@ -9,12 +9,12 @@ import (
 	"p11-agent/token/wire"
 )
 
-// Many tokens show private keys after a login only. Until then nobody knows the label and
-// the ID of a private key: that of its public key or certificate may be another one. What
-// a login has shown of a private key is remembered.
+// Many tokens show private keys only after a login. Until then the agent does not know the label
+// and ID of a private key: those of its public key or certificate may differ. The agent remembers
+// what a login has shown.
 
-// recall takes over what a login has shown of the private keys. old are the keys that were
-// known before, by the digests of their public halves.
+// recall copies to new pairs what a login has shown of their private keys. old are the keys known
+// so far, by the digests of their public keys.
 func recall(all []*pairs.Pair, old map[[sha256.Size]byte][]*Key) {
 	for _, p := range all {
 		if p.Visible {
@@ -26,8 +26,8 @@ func recall(all []*pairs.Pair, old map[[sha256.Size]byte][]*Key) {
 	}
 }
 
-// sameKey returns the key that is the same as a pair, nil when there is none: the one with
-// its ID, or else the only one. old are keys with the public half of the pair.
+// sameKey returns the key of a pair, or nil: the key with the ID of the pair, or else the only key.
+// old are keys with the public key of the pair.
 func sameKey(old []*Key, p *pairs.Pair) *Key {
 	for _, o := range old {
 		if bytes.Equal(o.pair.ID, p.ID) {
@@ -40,7 +40,7 @@ func sameKey(old []*Key, p *pairs.Pair) *Key {
 	return old[0]
 }
 
-// nameIndex is which labels and IDs the objects of a token have.
+// A nameIndex holds the labels and IDs of the objects of a token.
 type nameIndex struct {
 	labels, ids map[string]bool
 }
@@ -57,13 +57,13 @@ func indexNames(keys []*Key) *nameIndex {
 	return x
 }
 
-// Hidden tells whether the token does not show the private key now, and has never shown it.
-// Then a login may show that the key has another label or ID than a URI that selects it.
+// Hidden reports whether the token hides the private key, and has always hidden it. A login may
+// then show another label or ID than that of a URI that selects the key.
 func (k *Key) Hidden() bool { return !k.pair.Visible && k.pair.Private == nil }
 
-// MayMatch tells whether a URI selects the key where it is now, or may do so: what only the
-// private key can answer is not known before the token has shown the key. A label or an ID
-// that another object of the token has is that object's.
+// MayMatch reports whether a URI selects the key, or may do so. While the token hides the private
+// key, its label and ID are unknown. A label or ID of another object of the token belongs to that
+// object.
 func (k *Key) MayMatch(u *pkcs11uri.URI) bool { return k.mayMatch(u, true) }
 
 func (k *Key) mayMatch(u *pkcs11uri.URI, byPath bool) bool {
@@ -78,7 +78,7 @@ func (k *Key) mayMatch(u *pkcs11uri.URI, byPath bool) bool {
 	names, private, cut := t.names, t.slot.Info.Flags&wire.CKFLoginRequired != 0, t.cut
 	t.mu.Unlock()
 	if names == nil || cut || !private && t.present() {
-		return false // objects that are not listed may have the name
+		return false // the name may belong to an object outside the listing
 	}
 	label := u.Object == nil || k.pair.HasLabel(*u.Object) || !names.labels[*u.Object]
 	// A public key or certificate nearly always has the ID of its private key.

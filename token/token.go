@@ -23,8 +23,8 @@ import (
 	"p11-agent/token/wire"
 )
 
-// Token is one token as seen through one module. It is kept when the token
-// goes and is the same one when it comes back.
+// Token is one token as one module shows it. The Token stays while the token is away, and is the
+// same after the token comes back.
 type Token struct {
 	ID     wire.TokenID
 	module *module
@@ -32,30 +32,36 @@ type Token struct {
 	pins   *pin.State
 	check  loginCheck
 
-	mu               sync.Mutex
-	slot             wire.Slot // where it was seen last
-	shadow           string    // the module that the token is used through instead of this one
-	belongs          string    // the module that it belongs to, when it is used through this one instead
+	mu sync.Mutex
+
+	// Where the token is, and through which module the agent uses it.
+	slot       wire.Slot // at the last look
+	card       card      // at the last look
+	shadow     string    // the module that shows the token in place of this one
+	belongs    string    // the module that the token belongs to while this one shows it
+	insertions uint64
+	seen       time.Time // when the token was present last, if it is away
+
+	// Its keys.
 	keys             []*Key
 	names            *nameIndex                   // of keys
-	bySum            map[[sha256.Size]byte][]*Key // keys, by the digest of their public half
-	weight           int                          // of the keys, in bytes
+	bySum            map[[sha256.Size]byte][]*Key // keys, by the digest of their public key
+	weight           int                          // of keys, in bytes
 	leftOut          []string                     // see TokenStatus.LeftOut
-	cut              bool                         // the token has more objects than are listed
-	insertions       uint64
-	seen             time.Time        // when it was there last, if it is not
-	session          *process.Process // the process that is logged in, nil when none is
-	since            time.Time        // when that was noticed first
-	logins           uint64           // numbers the logins
-	changes          uint64           // counts what is done to the login, for those who read it meanwhile
-	stale            *process.Process // the one that was logged in when the card was taken out, until it was looked at since
-	attempted        *process.Process // one that a login was begun in, and may have had success
+	cut              bool                         // the token has more objects than the listing
 	refusesMechanism map[uint64]bool
-	retained         retained
-	card             card // that was looked at last
+
+	// Its login.
+	session   *process.Process // the process that is logged in, or nil
+	since     time.Time        // when the agent noticed the login
+	logins    uint64           // the number of the last login
+	changes   uint64           // counts changes of the login, for a look that reads it meanwhile
+	stale     *process.Process // was logged in when the card was taken out; nil after the next look
+	attempted *process.Process // began a login, which may have succeeded
+	retained  retained
 }
 
-// newToken makes a Token. The module's mu is held, where others may use the module.
+// newToken makes a Token. The caller holds the module's mu if other goroutines may use the module.
 func newToken(m *module, id wire.TokenID) *Token {
 	return &Token{
 		ID: id, module: m, pins: m.store.devices.Open(id, m.identity), check: newLoginCheck(), refusesMechanism: make(map[uint64]bool),
@@ -64,23 +70,22 @@ func newToken(m *module, id wire.TokenID) *Token {
 	}
 }
 
-// removable tells whether the token is in a slot that it can be taken out of, as a card
-// is.
+// removable reports whether the slot of the token is removable, as for a card.
 func (t *Token) removable() bool {
 	t.mu.Lock()
 	defer t.mu.Unlock()
 	return t.slot.Flags&wire.CKFRemovableDevice != 0
 }
 
-// lookAgain reads the objects of a token that is where it was.
+// lookAgain reads the objects of a token in its slot.
 func (t *Token) lookAgain(ctx context.Context, p *process.Process) error {
 	_, err := t.look(ctx, p, nil, t.module.present(), t.module.readers(ctx))
 	return err
 }
 
-// look reads the objects of the token. slot is where it is; nil: where it was. Others are
-// tokens of the module that its keys share the room with. readers is what pcscd has said
-// just before. It returns the size of what was read, in bytes.
+// look reads the objects of the token. slot is where the token is, or nil for its last slot. others
+// are tokens of the module that share the room for keys. readers is the list of pcscd from just
+// before. look returns the size of the objects in bytes.
 func (t *Token) look(ctx context.Context, p *process.Process, slot *wire.Slot, others []*Token, readers []pcsc.Reader) (int, error) {
 	t.endStale(ctx, p)
 	t.mu.Lock()
@@ -112,7 +117,7 @@ func (t *Token) look(ctx context.Context, p *process.Process, slot *wire.Slot, o
 	known := t.bySum
 	t.mu.Unlock()
 	recall(all, known)
-	// Some modules list their objects in another order each time.
+	// Some modules list their objects in a new order each time.
 	slices.SortStableFunc(all, func(a, b *pairs.Pair) int {
 		return cmp.Or(bytes.Compare(a.ID, b.ID), cmp.Compare(a.Label, b.Label))
 	})
@@ -123,7 +128,7 @@ func (t *Token) look(ctx context.Context, p *process.Process, slot *wire.Slot, o
 	t.weight = weight(all)
 	t.leftOut, t.cut = left.reasons(), reply.Cut
 	switch {
-	case t.changes != changes: // what was read may be of before, or of another card
+	case t.changes != changes: // the look may have read the state before the change, or another card
 	case reply.Info.LoggedIn:
 		t.enterLocked(p)
 	case t.session == p:
@@ -138,7 +143,7 @@ func (t *Token) look(ctx context.Context, p *process.Process, slot *wire.Slot, o
 		if o := sameKey(old, p); o != nil {
 			k.use = o.use
 		}
-		// The same key stays the same object, for those who compare.
+		// The same key stays the same object, for callers that compare.
 		if i := slices.IndexFunc(old, func(o *Key) bool { return o.same(k) }); i >= 0 {
 			k = old[i]
 		}
@@ -154,10 +159,9 @@ func (t *Token) addLocked(k *Key) {
 	t.bySum[k.pair.Sum] = append(t.bySum[k.pair.Sum], k)
 }
 
-// setUsed notes through which module the token is used, empty for this one, and which
-// one it belongs to then. It tells when either is another module than this and the last,
-// with a warning for one that does not run: a module that runs may see a token later
-// than another.
+// setUsed notes the module that the agent uses the token through, "" for this one, and the module
+// that the token belongs to. It logs a change if another module is involved. It warns if that
+// module does not run: a module that runs may see a token later than another module.
 func (t *Token) setUsed(through, belongs string, runs bool) {
 	if belongs == t.module.identity {
 		belongs = ""
@@ -185,7 +189,7 @@ func (t *Token) keyList() []*Key {
 	return t.keys
 }
 
-// current returns a key as it was read last: a login may have shown more of it.
+// current returns a key as the last look read it. A login may have shown more of the key.
 func (t *Token) current(k *Key) *Key {
 	t.mu.Lock()
 	defer t.mu.Unlock()
@@ -195,7 +199,7 @@ func (t *Token) current(k *Key) *Key {
 	return k
 }
 
-// name names the token to a person, who may have several with one label.
+// name returns a name of the token for a person, who may have several tokens with one label.
 func (t *Token) name() string {
 	var more []string
 	if t.ID.Serial != "" {
@@ -210,17 +214,17 @@ func (t *Token) name() string {
 	return fmt.Sprintf("%q (%s)", t.ID.Label, strings.Join(more, ", "))
 }
 
-// present tells whether the token was there at the last look.
+// present reports whether the token was present at the last look.
 func (t *Token) present() bool { return slices.Contains(t.module.present(), t) }
 
-// info returns what the token said of itself when it was looked at last.
+// info returns what the token said of itself at the last look.
 func (t *Token) info() wire.TokenInfo {
 	t.mu.Lock()
 	defer t.mu.Unlock()
 	return t.slot.Info
 }
 
-// loggedIn tells whether this process is logged in, as far as we know.
+// loggedIn reports whether this process is logged in, as far as the agent knows.
 func (t *Token) loggedIn(p *process.Process) bool {
 	t.mu.Lock()
 	defer t.mu.Unlock()
@@ -254,7 +258,7 @@ func (t *Token) enterLocked(p *process.Process) {
 	}
 }
 
-// forget ends the login and everything that is known of the PIN.
+// forget ends the login, and forgets the PIN.
 func (t *Token) forget(ctx context.Context) error {
 	t.pins.ForgetKept()
 	t.mu.Lock()
@@ -263,7 +267,7 @@ func (t *Token) forget(ctx context.Context) error {
 	return t.logout(ctx)
 }
 
-// logout logs out, which is no error where nobody is logged in.
+// logout logs out. A token without a login is no error.
 func (t *Token) logout(ctx context.Context) error {
 	defer t.module.store.stir()
 	t.mu.Lock()
@@ -277,9 +281,9 @@ func (t *Token) logout(ctx context.Context) error {
 	}
 	err := p.Call(ctx, process.LoginTimeout, wire.TypeLogout, &wire.Token{Token: t.ID}, new(wire.TokenReply))
 	t.mu.Lock()
-	t.changes++ // once more: it may have been read just before the call
+	t.changes++ // a look may have read the login just before the call
 	if t.session == p && t.logins == logins {
-		t.session = nil // and may have been noted already
+		t.session = nil // a look may have noted the login
 	}
 	t.mu.Unlock()
 	if err != nil && !wire.IsRV(err, wire.CKRUserNotLoggedIn, wire.CKRDeviceRemoved, wire.CKRTokenNotPresent) &&
@@ -328,8 +332,8 @@ func (t *Token) addPINs(st *TokenStatus) {
 	st.PINKept, st.LoginUnderWay, st.PromptOpen = now.Kept, now.UnderWay, now.Prompt
 }
 
-// matches tells whether a URI selects this token where it is now. Its
-// module-path does not count where byPath is false.
+// matches reports whether a URI selects this token. The module-path does not count if byPath is
+// false.
 func (t *Token) matches(u *pkcs11uri.URI, byPath bool) bool {
 	m := t.module
 	t.mu.Lock()
@@ -346,12 +350,12 @@ func (t *Token) matches(u *pkcs11uri.URI, byPath bool) bool {
 		u.MatchToken(t.ID) && m.matches(u, byPath)
 }
 
-// same tells whether two keys are the same in all that can be seen of them.
+// same reports whether two keys look the same.
 func (k *Key) same(o *Key) bool {
 	return k.token == o.token && k.text == o.text && k.pair.Same(o.pair)
 }
 
-// lastSeen tells when the token was there last.
+// lastSeen returns when the token was present last.
 func (t *Token) lastSeen() time.Time {
 	if t.present() {
 		return time.Now()
@@ -361,14 +365,14 @@ func (t *Token) lastSeen() time.Time {
 	return t.seen
 }
 
-// left notes that the token has gone.
+// left notes that the token has left.
 func (t *Token) left() {
 	t.mu.Lock()
 	defer t.mu.Unlock()
 	t.seen = time.Now()
 }
 
-// goneSince tells when the token was there last, if it is not.
+// goneSince returns when the token was present last, for a token that is away.
 func (t *Token) goneSince() time.Time {
 	t.mu.Lock()
 	defer t.mu.Unlock()

@@ -219,7 +219,7 @@ func (f *finder) addCertificate(o wire.Object) error {
 	return nil
 }
 
-// add adds an object to its pair, and makes a pair if there is none. pub is nil if the object shows no public key.
+// add adds an object to its pair, and makes a new pair if no pair fits. pub is nil if the object shows no public key.
 func (f *finder) add(o wire.Object, keyType uint64, pub crypto.PublicKey) *Pair {
 	var sum [sha256.Size]byte
 	if pub != nil {

@@ -137,7 +137,7 @@ func (r Request) Methods(pub crypto.PublicKey) ([]Method, error) {
 		return nil, fmt.Errorf("sign: hash %v is not supported", r.Options.HashFunc())
 	}
 	var digest Method
-	var message uint64 // the mechanism, 0 if there is none
+	var message uint64 // the mechanism, 0 if the token cannot hash it
 	switch key := pub.(type) {
 	case *rsa.PublicKey:
 		if pss, ok := r.Options.(*rsa.PSSOptions); ok {
