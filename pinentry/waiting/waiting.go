@@ -80,7 +80,7 @@ func (l *List) Leave(ctx context.Context) {
 	}
 }
 
-// first returns the request that is asked next, until ended is closed. When there is none, it
+// first returns the request that is asked next, until ended is closed. Without such a request, it
 // returns a channel that is closed when a request comes; none tells that all waiting requests are
 // in passed.
 func (l *List) first(passed map[context.Context]bool) (one context.Context, ended chan<- struct{}, added <-chan struct{}, none bool) {
