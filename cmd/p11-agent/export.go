@@ -16,6 +16,7 @@ import (
 	"github.com/spf13/cobra"
 
 	"p11-agent/cmd/p11-agent/backend"
+	"p11-agent/cmd/p11-agent/completion"
 	"p11-agent/cmd/p11-agent/config"
 	"p11-agent/cmd/p11-agent/exit"
 	"p11-agent/cmd/p11-agent/export"
@@ -52,7 +53,7 @@ With --ssh-config a word that is no URI is a HOST.
     p11-agent export --allowed-signers me@example.org --namespace git
 
 It needs no running agent, and never asks for a PIN.`,
-		ValidArgsFunction: completeURIs(g, true, 0),
+		ValidArgsFunction: completion.URIs(&g.config, true, 0),
 		RunE: func(cmd *cobra.Command, args []string) error {
 			o.signers = cmd.Flags().Changed("allowed-signers")
 			return runExport(cmd.Context(), g, o, args, cmd.OutOrStdout(), cmd.ErrOrStderr())

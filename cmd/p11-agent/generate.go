@@ -16,6 +16,7 @@ import (
 
 	"p11-agent/cmd/p11-agent/advice"
 	"p11-agent/cmd/p11-agent/backend"
+	"p11-agent/cmd/p11-agent/completion"
 	"p11-agent/cmd/p11-agent/config"
 	"p11-agent/cmd/p11-agent/exit"
 	"p11-agent/cmd/p11-agent/named"
@@ -47,7 +48,7 @@ pin-source of the configuration.`,
 			}
 			return nil
 		},
-		ValidArgsFunction: completeURIs(g, false, 1),
+		ValidArgsFunction: completion.URIs(&g.config, false, 1),
 		RunE: func(cmd *cobra.Command, args []string) error {
 			return runGenerate(cmd.Context(), g, o, args[0], cmd.OutOrStdout(), cmd.ErrOrStderr())
 		},

@@ -13,6 +13,7 @@ import (
 
 	"p11-agent/cmd/p11-agent/advice"
 	"p11-agent/cmd/p11-agent/backend"
+	"p11-agent/cmd/p11-agent/completion"
 	"p11-agent/cmd/p11-agent/config"
 	"p11-agent/cmd/p11-agent/exit"
 	"p11-agent/cmd/p11-agent/listing"
@@ -42,7 +43,7 @@ key or a certificate.`,
 			}
 			return nil
 		},
-		ValidArgsFunction: completeURIs(g, true, 1),
+		ValidArgsFunction: completion.URIs(&g.config, true, 1),
 		RunE: func(cmd *cobra.Command, args []string) error {
 			return runList(cmd.Context(), g, o, args, cmd.OutOrStdout(), cmd.ErrOrStderr())
 		},

@@ -8,6 +8,7 @@ import (
 
 	"github.com/spf13/cobra"
 
+	"p11-agent/cmd/p11-agent/completion"
 	"p11-agent/cmd/p11-agent/control"
 	"p11-agent/cmd/p11-agent/exit"
 	"p11-agent/cmd/p11-agent/named"
@@ -27,7 +28,7 @@ can show anything. The URI can be left out when one token only needs a login.
 A wrong PIN is not asked for again. When one try is left, the agent asks whether to
 use it, and for the PIN, with pinentry: on the desktop, or else at this terminal.`,
 		Args:              optionalURI,
-		ValidArgsFunction: completeTokens(func(t status.Token) bool { return t.Present && t.LoginNeeded && !t.LoggedIn }),
+		ValidArgsFunction: completion.Tokens(func(t status.Token) bool { return t.Present && t.LoginNeeded && !t.LoggedIn }),
 		RunE: func(cmd *cobra.Command, args []string) error {
 			return runLogin(cmd.Context(), socket, stdin, argument(args), cmd.OutOrStdout(), cmd.ErrOrStderr())
 		},
@@ -45,7 +46,7 @@ func newLogoutCommand() *cobra.Command {
 		Long: `Log out of the token that a pkcs11: URI or its label names, or of all, and forget the PIN if it
 is kept: the next signature asks for it.`,
 		Args:              optionalURI,
-		ValidArgsFunction: completeTokens(func(t status.Token) bool { return t.LoggedIn || t.PINKept }),
+		ValidArgsFunction: completion.Tokens(func(t status.Token) bool { return t.LoggedIn || t.PINKept }),
 		RunE: func(cmd *cobra.Command, args []string) error {
 			return runLogout(cmd.Context(), socket, argument(args), cmd.OutOrStdout())
 		},

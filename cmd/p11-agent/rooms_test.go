@@ -87,6 +87,11 @@ var rooms = []room{
 	{"cmd/p11-agent/exit", []string{}, "a leaf: an exit code is decided without knowing the command"},
 	{"cmd/p11-agent/paths", []string{xsys}, "a leaf: where files are is decided without reading them"},
 	{
+		"cmd/p11-agent/completion",
+		[]string{"cmd/p11-agent/backend", "cmd/p11-agent/config", "cmd/p11-agent/status", cobra, "pinentry/plain", "token/pkcs11uri", "token/wire"},
+		"a completion is quick, and asks no person",
+	},
+	{
 		"cmd/p11-agent/config",
 		[]string{
 			"agent/approval", "agent/request", "cmd/p11-agent/exit", "cmd/p11-agent/output", "cmd/p11-agent/paths",
