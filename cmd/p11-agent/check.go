@@ -24,10 +24,10 @@ func newCheckCommand(g *globals) *cobra.Command {
 	cmd := &cobra.Command{
 		Use:   "check",
 		Short: "Read the configuration, and say what the agent would do",
-		Long: `Read the configuration as the agent would, start the modules, look at the tokens,
-and say what the agent would do with them. Nothing is signed and no PIN is asked
-for. The exit status is 1 when something is wrong. "doctor" looks at the rest of
-the machine as well.`,
+		Long: `Read the configuration as the agent does, start the modules, look at the tokens,
+and print what the agent would do with them. The command signs nothing and asks
+for no PIN. The exit status is 1 when something is wrong. "doctor" looks at the
+rest of the machine as well.`,
 		Args: noArgs,
 		RunE: func(cmd *cobra.Command, _ []string) error {
 			return runCheck(cmd.Context(), g, o, cmd.OutOrStdout(), cmd.ErrOrStderr())

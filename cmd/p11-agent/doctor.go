@@ -22,12 +22,12 @@ func newDoctorCommand(g *globals) *cobra.Command {
 		Use:   "doctor",
 		Short: "Find out why it does not work, and say what to do",
 		Long: `Look at everything that a signature needs: the configuration, the agent that ssh
-asks, ssh itself, pcscd and its readers, modules, tokens, keys, the place where
-PINs are asked for, systemd's units, certificates, and the machine. Each warning
-and each problem comes with what to type next.
+asks, ssh, pcscd and its readers, modules, tokens, keys, prompts for the PIN, the
+units of systemd, certificates, and the machine. Each warning and each problem
+comes with what to type next.
 
-It needs no running agent, never asks for a PIN, never logs in, and changes
-nothing. The exit status is 1 when there is a problem.`,
+The command needs no running agent. It never asks for a PIN, never logs in, and
+changes nothing. The exit status is 1 when there is a problem.`,
 		Args: noArgs,
 		RunE: func(cmd *cobra.Command, _ []string) error {
 			return runDoctor(cmd.Context(), g, o, cmd.OutOrStdout())
@@ -35,7 +35,7 @@ nothing. The exit status is 1 when there is a problem.`,
 	}
 	f := cmd.Flags()
 	f.BoolVar(&o.json, "json", false, "print JSON")
-	f.BoolVarP(&o.verbose, "verbose", "v", false, "tell what was looked at and is well, too")
+	f.BoolVarP(&o.verbose, "verbose", "v", false, "show also what is well")
 	output.AddColorFlag(cmd, &o.color)
 	return cmd
 }

@@ -23,10 +23,10 @@ func newStatusCommand() *cobra.Command {
 	o := new(statusOptions)
 	cmd := &cobra.Command{
 		Use:   "status",
-		Short: "Show how the agent fares, and what it was asked",
-		Long: `Show the keys, tokens and modules of the running agent, what it was asked last,
-and why it refused what it did. The agent is the one of SSH_AUTH_SOCK, or that at
-$XDG_RUNTIME_DIR/p11-agent/agent.sock when that is another one.`,
+		Short: "Show the state of the agent, and its last requests",
+		Long: `Show the keys, tokens and modules of the running agent, its last requests, and why
+it refused some of them. The command asks the agent of SSH_AUTH_SOCK. When that is
+not p11-agent, it asks the agent at $XDG_RUNTIME_DIR/p11-agent/agent.sock.`,
 		Args: noArgs,
 		RunE: func(cmd *cobra.Command, _ []string) error {
 			return runStatus(cmd.Context(), o, cmd.OutOrStdout(), cmd.ErrOrStderr())

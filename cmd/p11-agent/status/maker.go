@@ -61,7 +61,7 @@ func (r *Maker) Report(s agent.Status, sel request.Selection) ([]byte, error) {
 	for _, m := range r.Store.Modules() {
 		report.Modules = append(report.Modules, r.moduleReport(m, s.Locked))
 		if s.Locked {
-			continue // it tells nothing of tokens
+			continue // a locked agent tells nothing about tokens
 		}
 		for i, t := range slices.Concat(m.Tokens, m.Away) {
 			if sel == nil || slices.ContainsFunc(t.Keys, func(k *token.Key) bool { return sel.Match(k) }) {
@@ -141,7 +141,7 @@ func (r *Maker) moduleReport(m token.ModuleStatus, locked bool) Module {
 	switch {
 	case m.Err != nil:
 		module.State = Failed
-		if !locked { // it may name a token
+		if !locked { // the reason may name a token
 			module.Reason, module.Next = r.Trouble(m)
 		}
 	case m.Running:

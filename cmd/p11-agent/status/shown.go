@@ -57,5 +57,5 @@ func NotShown(c *config.File, store *token.Store) (hidden map[string]bool, offer
 
 // FewShown says that clients do not see all keys.
 func FewShown(shown, offered int) string {
-	return fmt.Sprintf("clients are shown %d of the %d keys: OpenSSH takes 2048 keys and 256 KiB at the most; those that keys names by id or object come first", shown, offered)
+	return fmt.Sprintf("clients see %d of the %d keys: OpenSSH takes at most 2048 keys and 256 KiB; keys that the setting \"keys\" names by id or object come first", shown, offered)
 }

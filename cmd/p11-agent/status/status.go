@@ -1,9 +1,9 @@
-// Package status tells how a running agent fares: it makes the report, finds an agent that
-// gives one, and prints the report for a person.
+// Package status is the report of a running agent. It makes the report, finds the agent
+// that sends one, and prints the report for a person.
 //
 // It promises that status --json keeps the names and meanings of its members. A report of a
 // locked agent names no tokens. Which keys the agent offers is the business of package
-// agent; what helps against the failure of a module is the business of package doctor.
+// agent; what helps against the failure of a module is the business of package advice.
 package status
 
 import (
@@ -44,7 +44,7 @@ type Socket struct {
 // A Key is one identity that the agent offers.
 type Key struct {
 	Comment     string    `json:"comment"`
-	URI         string    `json:"uri,omitempty"` // where it is used first
+	URI         string    `json:"uri,omitempty"` // of the home that signs
 	Fingerprint string    `json:"fingerprint"`
 	Type        string    `json:"type"`
 	Tokens      []string  `json:"tokens,omitempty"` // their URIs
@@ -55,7 +55,7 @@ type Key struct {
 	Expires     time.Time `json:"expires,omitzero"`
 	LastUsed    time.Time `json:"last_used,omitzero"`
 	Signatures  uint64    `json:"signatures"`
-	NotShown    bool      `json:"not_shown,omitempty"` // clients have no room for it in their list
+	NotShown    bool      `json:"not_shown,omitempty"` // the list for clients has no room for the key
 }
 
 // A Token is one token of a module, present or away.
@@ -63,10 +63,10 @@ type Token struct {
 	URI         string    `json:"uri"`
 	Label       string    `json:"label"`
 	Serial      string    `json:"serial"`
-	Reader      string    `json:"reader,omitempty"` // where another token of the same name is there
+	Reader      string    `json:"reader,omitempty"` // set when another token has the same name
 	Module      string    `json:"module"`
 	Present     bool      `json:"present"`
-	LastSeen    time.Time `json:"last_seen,omitzero"` // when it is not
+	LastSeen    time.Time `json:"last_seen,omitzero"` // set when the token is away
 	Shadowed    string    `json:"used_through,omitempty"`
 	Home        string    `json:"belongs_to,omitempty"`
 	PIN         PIN       `json:"pin"`
@@ -82,7 +82,7 @@ type Token struct {
 	LastUsed    time.Time `json:"last_used,omitzero"`
 	Signatures  uint64    `json:"signatures"`
 	Keys        []string  `json:"keys"`               // their URIs
-	LeftOut     []string  `json:"left_out,omitempty"` // because of a bound, and why
+	LeftOut     []string  `json:"left_out,omitempty"` // what a bound leaves out, and why
 }
 
 // A Module is one PKCS#11 module.
@@ -95,7 +95,7 @@ type Module struct {
 	Sandbox  string      `json:"sandbox,omitempty"`
 	Reason   string      `json:"reason,omitempty"`   // why it failed
 	Next     []string    `json:"next,omitempty"`     // what helps
-	LeftOut  []string    `json:"left_out,omitempty"` // because of a bound, and why
+	LeftOut  []string    `json:"left_out,omitempty"` // what a bound leaves out, and why
 }
 
 // An Upstream is another agent whose keys this agent offers as well.
@@ -113,13 +113,13 @@ type Approval struct {
 	Forwarding  string    `json:"forwarding,omitempty"`
 	Client      string    `json:"client"`
 	Since       time.Time `json:"since"`
-	Ends        time.Time `json:"ends,omitzero"` // left out: when the agent is locked
+	Ends        time.Time `json:"ends,omitzero"` // zero: when the agent is locked
 }
 
 // A Pause is a time in which the agent shows no questions of some clients.
 type Pause struct {
 	From    string    `json:"from"`
-	About   string    `json:"about,omitempty"` // left out: everything
+	About   string    `json:"about,omitempty"` // empty: everything
 	Refused int       `json:"refused"`         // times
 	Block   bool      `json:"block"`           // "no to everything from here"
 	Until   time.Time `json:"until"`
@@ -128,9 +128,9 @@ type Pause struct {
 // An Event is a request, or several of one kind.
 type Event struct {
 	Time       time.Time       `json:"time"`
-	Count      int             `json:"count"`             // requests that it stands for
-	First      time.Time       `json:"first,omitzero"`    // of them; left out: it is one
-	Various    bool            `json:"various,omitempty"` // they differ, and this is the last
+	Count      int             `json:"count"`             // of requests
+	First      time.Time       `json:"first,omitzero"`    // of these requests; zero: there is one
+	Various    bool            `json:"various,omitempty"` // the requests differ, and this is the last one
 	Duration   float64         `json:"duration"`          // seconds
 	Request    request.Action  `json:"request"`
 	Result     audit.Result    `json:"result"`

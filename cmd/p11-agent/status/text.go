@@ -16,8 +16,7 @@ import (
 	"p11-agent/token/wire"
 )
 
-// A person is shown so many requests, among them the last ones of each kind, and so many
-// that failed.
+// Print shows so many requests, among them so many of each kind, and so many failures.
 const shownRequests, shownOfKind, shownFailures = 20, 5, 5
 
 // Print writes the report for a person: one screen.
@@ -36,7 +35,7 @@ func (r *Report) Print(out io.Writer) error {
 		}
 		fmt.Fprintf(&b, "\n%s\n", output.Paint(out, output.Strong, title))
 		var table strings.Builder
-		var styles []output.Style // of its rows: a colour would count as text in the columns
+		var styles []output.Style // of the rows; a colour would count as text in the columns
 		w := tabwriter.NewWriter(&table, 0, 0, 2, ' ', 0)
 		print(func(cells ...string) {
 			for i, cell := range cells {
@@ -120,13 +119,13 @@ func (r *Report) Print(out io.Writer) error {
 		}
 	})
 	if !r.Locked && len(r.Keys) == 0 {
-		b.WriteString("\nThere are no keys: \"p11-agent list\" shows what is there, and why it is not offered.\n")
+		b.WriteString("\nThere are no keys: \"p11-agent list\" shows the keys of all tokens, and why the agent does not offer them.\n")
 	}
 	_, err := io.WriteString(out, b.String())
 	return err
 }
 
-// style is the one of a key's row.
+// style returns the style of the row of a key.
 func (k *Key) style() output.Style {
 	if k.Present || k.InMemory {
 		return output.Good
@@ -134,7 +133,7 @@ func (k *Key) style() output.Style {
 	return output.Caution
 }
 
-// style is the one of a token's row.
+// style returns the style of the row of a token.
 func (t *Token) style() output.Style {
 	switch s := t.PIN.style(); {
 	case s != output.None:
@@ -147,7 +146,7 @@ func (t *Token) style() output.Style {
 	return output.None
 }
 
-// leftOut tells what a bound leaves out.
+// leftOut returns rows about what a bound leaves out.
 func (r *Report) leftOut() (rows [][]string) {
 	shown := 0
 	for _, k := range r.Keys {
@@ -171,8 +170,8 @@ func (r *Report) leftOut() (rows [][]string) {
 	return rows
 }
 
-// shown returns the requests that a person is shown, the newest first: signatures,
-// changes and refusals do not keep each other from being shown.
+// shown returns the requests to show, the newest first. Each kind has room: signatures,
+// changes and refusals.
 func (r *Report) shown() (all []Event) {
 	shown, chosen := make([]bool, len(r.Requests)), 0
 	choose := func(may func(e *Event) bool) {
@@ -199,7 +198,7 @@ func (r *Report) shown() (all []Event) {
 	return all
 }
 
-// times tells how many requests the event stands for, when it is more than one.
+// times returns the number of requests of the event, when there are several.
 func (e *Event) times() string {
 	switch {
 	case e.Various:
@@ -277,7 +276,7 @@ func (t *Token) login(now time.Time) string {
 		}
 		return "a PIN prompt is open"
 	case t.LoginGoesOn:
-		return "is being logged in to"
+		return "a login is under way"
 	case !t.LoggedIn && !t.LoginNeeded:
 		return ""
 	case !t.LoggedIn:
@@ -299,7 +298,7 @@ func (m *Module) state() string {
 	case Running:
 		text = fmt.Sprintf("process %d", m.PID)
 	case Released:
-		text = "has let go of its cards"
+		text = "has released its cards"
 	}
 	if m.Restarts > 0 {
 		text += ", started again " + output.Times(m.Restarts)
@@ -314,7 +313,7 @@ func (m *Module) sandbox() string {
 	return "sandbox: " + m.Sandbox
 }
 
-// subject is what a request was about, in the shortest words that there are.
+// subject returns what the request was about, in few words.
 func (e *Event) subject() string {
 	text := cmp.Or(e.Comment, e.URI, e.Key, "-")
 	return ShortURI(text)
@@ -343,7 +342,7 @@ func (e *Event) purpose() string {
 	return text
 }
 
-// client is the program that asked, without those that it came from.
+// client returns the program that asked, without the programs that started it.
 func (e *Event) client() string {
 	first, _, _ := strings.Cut(e.Client, " ← ")
 	return first
@@ -360,7 +359,7 @@ func (e *Event) result() string {
 	return text
 }
 
-// span is a length of time for a person: one number.
+// span returns a length of time for a person, with one number.
 func span(d time.Duration) string {
 	switch {
 	case d < time.Second:
@@ -397,7 +396,7 @@ func ShortURI(text string) string {
 	return pkcs11uri.ForKey(wire.TokenID{Label: *u.Token}, label, u.ID).String()
 }
 
-// shortType is what people call a type of key.
+// shortType returns the usual name of a type of key.
 func shortType(kind string) string {
 	plain, certified := strings.CutSuffix(kind, "-cert-v01@openssh.com")
 	switch plain {
@@ -414,7 +413,7 @@ func shortType(kind string) string {
 	return plain
 }
 
-// style is the style of the words about the tries for a PIN.
+// style returns the style of the words about the tries for a PIN.
 func (p PIN) style() output.Style {
 	switch p {
 	case PINLocked, PINLast:
