@@ -14,7 +14,7 @@ import (
 	"time"
 )
 
-// Who is measured, in the order of tables.
+// The agents that are measured, in the order of tables.
 const (
 	bare    = iota // C_SignInit and C_Sign in a loop
 	openSSH        // ssh-agent and its helper
@@ -70,8 +70,8 @@ func (b *bench) newAgent(who int, t *tokens, m module) (*agent, error) {
 	return a, os.WriteFile(filepath.Join(config, "config.toml"), []byte(a.config()), 0o600)
 }
 
-// config is p11-agent's configuration: this module alone, whichever others the
-// machine has.
+// config is p11-agent's configuration: this module alone, although the machine may
+// have others.
 func (a *agent) config() string {
 	var c strings.Builder
 	uri := "pkcs11:token=" + tokenLabel
@@ -309,6 +309,6 @@ func (a *agent) sign(ctx context.Context, k *kind) error {
 
 // logged returns the end of the log.
 func (a *agent) logged() string {
-	said, _ := os.ReadFile(a.log) // whatever there is of it
+	said, _ := os.ReadFile(a.log) // may be missing
 	return string(said[max(0, len(said)-2000):])
 }

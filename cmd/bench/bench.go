@@ -17,7 +17,7 @@ import (
 	"time"
 )
 
-// The throw-away tokens. Their PIN is no secret: nobody else can read the
+// The throw-away tokens. Their PIN is no secret: no other user can read the
 // directory that they are in, and they end with it.
 const (
 	tokenLabel = "bench"
@@ -185,7 +185,7 @@ func (b *bench) head(ctx context.Context) {
 		version("p11-agent", "--version"), version("ssh", "-V"), runtime.NumCPU(), b.rounds, b.length)
 }
 
-// poll waits for something that nobody tells.
+// poll waits for a condition that no event tells.
 func poll(ctx context.Context, patience time.Duration, what string, done func() (bool, error)) error {
 	ctx, cancel := context.WithTimeout(ctx, patience)
 	defer cancel()

@@ -138,7 +138,7 @@ func TestLateClients(t *testing.T) {
 	}
 }
 
-// Whoever interrupts it gets the prompt back, and finds nothing left.
+// After an interrupt, the shell has its prompt back, and no process is left.
 func TestInterrupted(t *testing.T) {
 	program, dir := build(t)
 	needed(t, program)

@@ -31,7 +31,7 @@ type load struct {
 
 // runLoad runs load.c.
 func (b *bench) runLoad(ctx context.Context, env []string, l load, args ...string) (s sample, count int, err error) {
-	limit := l.length + time.Minute // should somebody hang
+	limit := l.length + time.Minute // in case an agent hangs
 	if l.length == 0 {
 		limit = 10 * time.Minute
 	}
@@ -109,8 +109,8 @@ func (b *bench) background(a *agent, request []byte, threads int) (*process, err
 	return b.start(dir, a.env, b.load, "agent", a.socket, "keep", hex.EncodeToString(request), strconv.Itoa(threads), "0", "0")
 }
 
-// results are the samples of one row, by who and round. Who was not measured has
-// none.
+// results are the samples of one row, by agent and round. An agent that was not
+// measured has no samples.
 type results [contestants][]sample
 
 // contest measures several in turn, each round beginning with the next one of

@@ -139,7 +139,7 @@ func (s *server) prepare(ctx context.Context, a *agent) error {
 			return err
 		}
 		if rootLocked() {
-			pam = "yes" // without it, sshd lets nobody in whose password is locked
+			pam = "yes" // without PAM, sshd refuses a user whose password is locked
 		}
 	}
 	for name, content := range map[string]string{
@@ -170,7 +170,7 @@ ForceCommand exit 0
 	return nil
 }
 
-// freePort returns a port that nobody listens on, at this moment.
+// freePort returns a port on which no program listens at this moment.
 func freePort() (int, error) {
 	l, err := net.ListenTCP("tcp", &net.TCPAddr{IP: net.IPv4(127, 0, 0, 1)})
 	if err != nil {

@@ -1,7 +1,7 @@
 // Command bench measures what p11-agent costs: against the bare loop of
 // C_SignInit and C_Sign on the same token, which nothing can be faster than, and
-// against OpenSSH's ssh-agent. It takes turns, so that whatever else the machine
-// does hits all alike, and prints ratios, which mean the same on every machine.
+// against OpenSSH's ssh-agent. The programs take turns, so that other load on the machine
+// hits all alike. Bench prints ratios, which mean the same on every machine.
 //
 // It sees the programs from outside only. Everything is in a temporary directory,
 // on throw-away SoftHSM tokens, and is gone at the end and on Ctrl-C.
@@ -72,7 +72,7 @@ func start(o *options, only string, seconds float64) (err error) {
 	defer stop()
 	err = run(ctx, o, os.Stdout, os.Stderr)
 	if ctx.Err() != nil {
-		return errors.New("it was interrupted")
+		return errors.New("interrupted by a signal")
 	}
 	return err
 }

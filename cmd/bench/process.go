@@ -76,7 +76,7 @@ func (b *bench) start(dir string, env []string, path string, args ...string) (*p
 func (p *process) failed() error {
 	select {
 	case <-p.ended:
-		said, _ := os.ReadFile(p.log) // whatever there is of it
+		said, _ := os.ReadFile(p.log) // may be missing
 		return fmt.Errorf("%s has ended: %v\n%s", filepath.Base(p.cmd.Path), p.cmd.ProcessState, said[max(0, len(said)-2000):])
 	default:
 		return nil
@@ -90,10 +90,10 @@ func (b *bench) stop(p *process) {
 	late := time.AfterFunc(grace, func() { _ = p.cmd.Process.Kill() })
 	<-p.ended
 	late.Stop()
-	_ = syscall.Kill(-p.cmd.Process.Pid, syscall.SIGKILL) // mostly nobody is left
+	_ = syscall.Kill(-p.cmd.Process.Pid, syscall.SIGKILL) // mostly no process is left
 }
 
-// endChild ends the child of a program, and waits until that one has ended as well.
+// endChild ends the child of a program, and waits until the program has ended as well.
 func (b *bench) endChild(p *process, child int) error {
 	if err := syscall.Kill(child, syscall.SIGTERM); err != nil {
 		return err

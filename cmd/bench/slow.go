@@ -66,7 +66,7 @@ func measureCard(ctx context.Context, b *bench) error {
 		turns := func(s sample) float64 { return s.longest / (cardClients * cardTurn) }
 		shown.add(names[who], r.of(who, rate).short(), r.of(who, jain).String(), r.of(who, wait).String(), r.of(who, turns).String())
 	}
-	b.show("The longest wait is one turn of all 20 when who comes first is served first.", shown)
+	b.show("The longest wait is one turn of all 20 when the first request is served first.", shown)
 	b.atLeast("card of one at a time, 20 clients: Jain index", r.of(ours, jain), 0.95)
 	return nil
 }

@@ -9,7 +9,7 @@ import (
 	"time"
 )
 
-// waitRow is a situation in which somebody waits for a signature.
+// waitRow is a situation in which a client waits for a signature.
 type waitRow struct {
 	name string
 	// begin brings it about with an agent, until stopAll.
@@ -38,7 +38,7 @@ func waitNames() (all []string) {
 	return all
 }
 
-// measureWaits measures lists while somebody waits for something else.
+// measureWaits measures lists while other clients wait.
 func measureWaits(ctx context.Context, b *bench) error {
 	shown := table{{"", "p99 ssh-agent, ms", "p99 p11-agent, ms", "longest p11-agent, ms"}}
 	for _, row := range waitRows {

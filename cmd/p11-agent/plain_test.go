@@ -27,7 +27,7 @@ var turns = []turn{
 	{regexp.MustCompile(`(?i)\bnobody\b`), `name the thing: "no client", "no prompt"`},
 	{regexp.MustCompile(`(?i)\bsomebody\b`), `name the person or program`},
 	{regexp.MustCompile(`(?i)\bwh(o|om|at|ich)ever\b`), `"each client that", "any program that"`},
-	{regexp.MustCompile(`(?i)\bis none\b`), `"is not a fingerprint hash"`},
+	{regexp.MustCompile(`(?i)\b(that|which|this|it) is none\b`), `"is not a fingerprint hash"`},
 	{regexp.MustCompile(`(?i)\bhas had\b`), `use the present tense`},
 	{regexp.MustCompile(`(^|[.:;] |\n)Who [a-z]`), `"A client that"`},
 	{regexp.MustCompile(`(?i)\bwho (asks|waits|comes|types|uses|connects)\b`), `"the client that asks"`},

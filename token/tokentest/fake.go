@@ -376,7 +376,7 @@ func (p *FakeProcess) acceptLanes() {
 		all.Go(func() {
 			defer p.closeLane(lane)
 			for {
-				m := new(wire.Sign) // whoever intercepts it may keep it
+				m := new(wire.Sign) // an interceptor may keep it
 				id, err := lane.ReadRequest(m, 0)
 				if err != nil {
 					return

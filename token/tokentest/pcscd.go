@@ -177,8 +177,8 @@ func (p *PCSCD) copyDriver(driver string, n int) string {
 	return path
 }
 
-// freePorts returns the first of two neighbours that nobody listens on. They are
-// below those that Linux gives to outgoing connections.
+// freePorts returns the first of two neighbouring ports on which no program listens. They
+// are below those that Linux gives to outgoing connections.
 func freePorts(t testing.TB) int {
 	t.Helper()
 	for range 1000 {
@@ -229,8 +229,8 @@ func (p *PCSCD) Remove(slot int) { p.remove(slot, (*pivcard.Slot).Eject) }
 // Pull is Remove for a reader that does not tell: until pcscd looks, which is less
 // than half a second, the card is there for its clients and does not answer.
 //
-// Who uses the card by OpenSC 0.23 in between may wait forever: its library locks
-// itself out (OpenSC issue 2707, mended in 0.24).
+// A program that uses the card by OpenSC 0.23 in between may wait forever: the library
+// locks itself out (OpenSC issue 2707, mended in 0.24).
 func (p *PCSCD) Pull(slot int) {
 	p.remove(slot, func(s *pivcard.Slot, _ context.Context) { s.Remove() })
 }
@@ -296,8 +296,8 @@ func (p *PCSCD) Restart() {
 	p.Start()
 }
 
-// ResetCard resets the card in a slot, as another program does: when nobody is in
-// the middle of something.
+// ResetCard resets the card in a slot, as another program does. It waits for the end of
+// transactions.
 func (p *PCSCD) ResetCard(slot int) {
 	p.t.Helper()
 	cmd := exec.Command(program(p.t, "opensc-tool"), "--reset", "--reader", strconv.Itoa(slot)) // each slot is a reader to PC/SC

@@ -38,8 +38,8 @@ import (
 // by how long it took.
 const patience = 3 * time.Minute
 
-// A Subject is a token that the suite is run on. Nobody is logged in to it when
-// a test begins, and no PIN is wrong.
+// A Subject is a token that the suite is run on. When a test begins, the
+// token has no login and has refused no PIN.
 type Subject struct {
 	Spec    token.ModuleSpec
 	Command []string
@@ -162,7 +162,7 @@ func waitForLogins(t testing.TB, n int) {
 	})
 }
 
-// Until waits for a condition that nobody tells of.
+// Until waits for a condition that no event tells.
 func Until(t testing.TB, what string, condition func() bool) {
 	t.Helper()
 	for end := time.Now().Add(patience); !condition(); time.Sleep(time.Millisecond) {
@@ -478,7 +478,7 @@ func testRefuses(t *testing.T, s Subject) {
 		if _, ok := s.Keys[tt.kind]; !ok {
 			continue // a smart card may have no Ed25519
 		}
-		// Before anybody is asked for a PIN: there is nobody.
+		// Without an asker, the error comes before any PIN.
 		_, err := Key(t, st, s.Token, s.Keys[tt.kind]).SignContext(t.Context(), tt.digest, tt.opts)
 		if _, asked := errors.AsType[*pin.Error](err); err == nil || asked {
 			t.Errorf("%s: %v", tt.name, err)
@@ -486,7 +486,7 @@ func testRefuses(t *testing.T, s Subject) {
 	}
 	_, err := s.key(t, st).SignContext(t.Context(), make([]byte, 32), crypto.SHA256)
 	if e, ok := errors.AsType[*pin.Error](err); !ok || e.Tried {
-		t.Errorf("with nobody to be asked: %v", err)
+		t.Errorf("without an asker: %v", err)
 	}
 }
 

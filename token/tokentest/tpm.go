@@ -22,8 +22,8 @@ import (
 //	tpm2-pkcs11 ─▶ D-Bus ─▶ tpm2-abrmd ─▶ swtpm
 //
 // A TPM has room for three keys at once. What swaps them is Linux on a machine
-// that has a TPM (/dev/tpmrm0), and here tpm2-abrmd, on a bus that nobody else is
-// on. All sockets are in the test's directory.
+// that has a TPM (/dev/tpmrm0), and here tpm2-abrmd, on a bus that no other
+// program uses. All sockets are in the test's directory.
 type TPM struct {
 	t      testing.TB
 	dir    string

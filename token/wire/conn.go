@@ -30,7 +30,7 @@ const (
 // A Frame is an answer or an event from the module process.
 type Frame struct {
 	Type Type   // TypeReply, TypeError, TypeEvent or TypeLost
-	ID   uint32 // of the request that this answers; 0 for what nobody asked for
+	ID   uint32 // of the request that this answers; 0 for a message without a request
 	Body []byte // the receiver's to keep
 }
 
@@ -84,8 +84,7 @@ func (c *Conn) WriteRequest(id uint32, t Type, msg Message) error {
 }
 
 // ReadFrame reads the next answer or event. It returns io.EOF when the module
-// process has gone, at whatever point, and an error when it does not keep to
-// this language.
+// process has gone, at any point, and an error when a message is malformed.
 func (c *Conn) ReadFrame() (Frame, error) {
 	var h [headerSize]byte
 	if _, err := io.ReadFull(c.r, h[:]); err != nil {
@@ -161,8 +160,8 @@ func NewModuleConn(c net.Conn) *ModuleConn {
 }
 
 // ReadRequest reads the next request. It returns io.EOF when the agent has
-// gone, at whatever point, and an error when it does not keep to this language:
-// the connection is of no use then.
+// gone, at any point, and an error when a message is malformed. The connection is of
+// no use after an error.
 func (c *ModuleConn) ReadRequest() (Request, error) {
 	h, err := c.fill(headerSize)
 	if err != nil {

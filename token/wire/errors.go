@@ -6,8 +6,8 @@ import (
 	"slices"
 )
 
-// Error says what happened in a person's words, and names the function and the
-// return value for whoever looks them up.
+// Error says what happened in a person's words. It also names the function and the
+// return value, so that a person can look them up.
 func (e *Error) Error() string {
 	text := e.Text
 	if text == "" {
@@ -142,7 +142,7 @@ func Explain(rv uint64) string {
 	case CKRUserNotLoggedIn:
 		return "the card wants its PIN first"
 	case CKRUserAnotherAlreadyLoggedIn:
-		return "somebody else is logged in to the card"
+		return "another user is logged in to the card"
 	case CKRSessionCount:
 		return "the card has no session left: another program may hold them"
 	case CKRSessionHandleInvalid, CKRSessionClosed, CKRKeyHandleInvalid, CKRObjectHandleInvalid:

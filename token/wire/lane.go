@@ -15,10 +15,10 @@ import (
 )
 
 // A lane is a socket pair of its own between the agent and a module process, for
-// the signatures of one token, one at a time. Whoever asks for a signature reads
-// its answer by itself, and a thread of the module process that does nothing else
-// makes it: nobody has to be woken to hand it over, which takes as long as to make
-// one, at either end. A packet is a frame. No PIN crosses on a lane.
+// the signatures of one token, one at a time. The goroutine that asks for a signature
+// reads the answer. A thread of the module process serves this lane only. So neither end
+// wakes another thread to hand a message over: that takes as long as a fast token needs
+// for a signature. A packet is a frame. No PIN crosses on a lane.
 
 const (
 	// LanesFD is the file descriptor number of the socket that lanes are opened with.
@@ -26,7 +26,7 @@ const (
 	// MaxLanes is the most lanes of one token, and so the most signatures that a token
 	// is asked for at once.
 	MaxLanes = 64
-	// MaxLaneFrame bounds the frames on a lane. What is longer takes the Conn.
+	// MaxLaneFrame bounds the frames on a lane. A longer frame takes the Conn.
 	MaxLaneFrame = 16 << 10
 	// lanePatience is how long a module process may take to make room for a lane.
 	lanePatience = 5 * time.Second
@@ -153,10 +153,10 @@ func (l *Lane) done(what string, err error) error {
 	return err
 }
 
-// Ready waits for the answer on the thread that it is called on, which does nothing
-// else, and tells whether it is there, or Receive will fail at once. To put a
-// goroutine to sleep and wake it again takes as long as a fast token for a signature.
-// patience is to be short: nobody else can use the thread, whatever there is to do.
+// Ready waits for the answer and occupies the calling thread. It tells whether the answer
+// is there, or Receive will fail at once. To put a goroutine to sleep and wake it again
+// takes as long as a fast token needs for a signature. Keep patience short: no other
+// goroutine can use the thread.
 func (l *Lane) Ready(patience time.Duration) bool {
 	l.patience = unix.NsecToTimespec(int64(patience))
 	return l.raw.Control(l.poll) != nil || l.ready

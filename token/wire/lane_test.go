@@ -147,7 +147,7 @@ func TestLaneRefusesToSend(t *testing.T) {
 	}
 }
 
-// Whoever waits for an answer can be told not to, and wait for it later.
+// A reader can stop to wait for an answer, and wait for it later.
 func TestLaneInterrupt(t *testing.T) {
 	lane, module := lanePair(t)
 	if err := lane.Send(1, &testSign); err != nil {
@@ -309,7 +309,7 @@ func FuzzLaneRequest(f *testing.F) {
 	})
 }
 
-// The agent reads whatever comes without harm.
+// The agent reads any bytes without harm.
 func FuzzLaneAnswer(f *testing.F) {
 	f.Add(packet(TypeReply, 1, body(&SignReply{Signature: []byte("sig")})))
 	f.Add(packet(TypeError, 1, body(&Error{Function: "C_Sign", RV: CKRDeviceError})))
@@ -318,6 +318,6 @@ func FuzzLaneAnswer(f *testing.F) {
 		if err != nil {
 			return
 		}
-		_ = Frame{Type: kind, ID: id, Body: body}.Decode(new(SignReply)) // whatever it says
+		_ = Frame{Type: kind, ID: id, Body: body}.Decode(new(SignReply)) // any outcome is fine
 	})
 }

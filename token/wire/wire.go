@@ -9,9 +9,9 @@
 //	byte[]  body, a message of this package in the encoding of RFC 4251 section 5
 //
 // The agent numbers its requests; the answer carries the number of its request,
-// and answers come in any order. Number 0 is for messages nobody asked for.
+// and answers come in any order. Number 0 is for messages that answer no request.
 // Neither side believes the other: lengths are bounded, lists are bounded, and
-// whatever does not parse ends the connection.
+// a message that does not parse ends the connection.
 //
 // Numbers of PKCS#11 (CKR, CKM, CKF, CKO, CKK) cross as they are; object and
 // session handles never do.
@@ -129,9 +129,9 @@ type Sandbox struct {
 // Slots asks for the slots and the tokens in them.
 type Slots struct {
 	// Reinitialize calls C_Finalize and C_Initialize first, for modules that
-	// notice new tokens in no other way. It is not done, and that is no error,
-	// while somebody is logged in or a request is under way. Where the module has a
-	// thread of this process wait for events, ReasonRenew comes instead.
+	// notice new tokens in no other way. The module process leaves that
+	// out, without an error, during a login or another request. If a thread of the
+	// process waits for events in the module, the answer is ReasonRenew.
 	Reinitialize bool
 }
 
@@ -208,10 +208,10 @@ type Objects struct {
 	// slots.
 	Slot   uint64
 	Placed bool
-	// Peek reads the objects of whatever token of these texts is in the slot, and
+	// Peek reads the objects of any token with these texts in the slot, and
 	// remembers nothing of it.
 	Peek bool
-	// Named are objects that somebody has named. The module process searches for each
+	// Named are objects that a URI names. The module process searches for each
 	// of them when the token has more objects than it lists.
 	Named []ObjectName
 }
@@ -341,10 +341,9 @@ type SignReply struct {
 	Signature []byte
 }
 
-// Generate asks for a new key pair on a token that somebody is logged in to. It
-// is made only where no key or certificate has its ID, and no key its label; and
-// never so that the private key could leave the token. When nobody waits for it
-// any more (Cancel) it is destroyed again.
+// Generate asks for a new key pair on a token with a login. The module process makes
+// the pair only if no key or certificate has its ID, and no key its label. The private
+// key can never leave the token. After a Cancel, the module process destroys the pair.
 type Generate struct {
 	Token     TokenID
 	Mechanism uint64 // CKM, to make a pair
@@ -386,9 +385,9 @@ type NewTokenReply struct {
 	Token TokenID
 }
 
-// Cancel says that nobody waits for the request with this number any more. One
-// that has not reached the module yet is dropped (its answer is an Error with
-// CKRFunctionCanceled); one that has goes on.
+// Cancel says that the agent no longer waits for the request with this number. A request
+// that has not reached the module yet is dropped: its answer is an Error with
+// CKRFunctionCanceled. A request in the module goes on.
 type Cancel struct {
 	Request uint32
 }
@@ -401,8 +400,8 @@ type Error struct {
 	Reason   Reason
 	Text     string // for a person; no secret, no handle
 	// Info holds the token's state after a failed login, and when no key was
-	// found, as far as it could be read (HasInfo): private keys may be invisible
-	// because nobody is logged in.
+	// found, as far as it could be read (HasInfo): without a login,
+	// private keys may be invisible.
 	HasInfo bool
 	Info    TokenInfo
 }
@@ -422,7 +421,7 @@ const (
 	ReasonProtocol    Reason = 7 // the request makes no sense
 	ReasonAmbiguous   Reason = 8 // two private keys fit
 	ReasonUnsupported Reason = 9 // this module process does not do that
-	// ReasonOneAtATime: the module answers nothing else while somebody waits in
+	// ReasonOneAtATime: the module answers nothing else while a thread waits in
 	// C_WaitForSlotEvent. This process is lost; the next is to be told to Poll.
 	ReasonOneAtATime Reason = 10
 	// ReasonRenew: a new process is wanted in place of C_Finalize and C_Initialize.
@@ -433,7 +432,7 @@ const (
 	// that it cannot. Text tells what became of the pair.
 	ReasonExtractable Reason = 13
 	// ReasonPulled: a token was put in or taken out, and the module has answered nothing
-	// since, though somebody waits for it. This process is lost.
+	// since, though a request waits for it. This process is lost.
 	ReasonPulled Reason = 14
 )
 

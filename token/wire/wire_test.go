@@ -549,7 +549,7 @@ func FuzzUnmarshal(f *testing.F) {
 	})
 }
 
-// The module process reads whatever comes without harm.
+// The module process reads any bytes without harm.
 func FuzzReadRequest(f *testing.F) {
 	seed := stream(f, false)
 	if len(seed) == 0 {
@@ -598,7 +598,7 @@ func FuzzReadFrame(f *testing.F) {
 				return
 			}
 			for _, msg := range []Message{new(HelloReply), new(SlotsReply), new(ObjectsPart), new(ObjectsReply), new(TokenReply), new(SignReply), new(GenerateReply)} {
-				_ = fr.Decode(msg) // whatever it says
+				_ = fr.Decode(msg) // any outcome is fine
 			}
 		}
 	})

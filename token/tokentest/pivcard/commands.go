@@ -38,7 +38,7 @@ func (c *Card) executeLocked(cmd command, corrupt bool) ([]byte, uint16) {
 	case GetData:
 		return c.getData(cmd)
 	case PutData:
-		return nil, swSecurityStatus // the administration key is nobody's
+		return nil, swSecurityStatus // no client has the administration key
 	case Verify:
 		return nil, c.verifyLocked(cmd)
 	case ChangeReferenceData:

@@ -150,7 +150,7 @@ func (r Ref) usage(k *heldKey) x509.KeyUsage {
 	return x509.KeyUsageDigitalSignature
 }
 
-// template is a certificate for a key. Nobody looks at its dates.
+// template is a certificate for a key. No test reads its dates.
 func template(name string, usage x509.KeyUsage) *x509.Certificate {
 	return &x509.Certificate{
 		SerialNumber: big.NewInt(1), Subject: pkix.Name{CommonName: name}, KeyUsage: usage,
@@ -188,7 +188,7 @@ func (c *Card) makeObjects(o Options) error {
 
 	// Section 3.1.2. The GUID's second half is the serial number that OpenSC shows.
 	guid := binary.BigEndian.AppendUint64([]byte("PIVCARD\x01"), uint64(o.Serial))
-	fascN := []byte{ // agency 9999, system 9999, credential 999999, and so on: belongs to nobody
+	fascN := []byte{ // agency 9999, system 9999, credential 999999, and so on: no agency has them
 		0xd4, 0xe7, 0x39, 0xda, 0x73, 0x9c, 0xed, 0x39, 0xce, 0x73, 0x9d, 0x83, 0x68,
 		0x58, 0x21, 0x08, 0x42, 0x10, 0x84, 0x21, 0xc8, 0x42, 0x10, 0xc3, 0xeb,
 	}

@@ -44,8 +44,8 @@ type Options struct {
 	// Keys are the keys on the card; nil: one of the usual kind in each place.
 	Keys map[Ref]Key
 	// YubiKey has the card answer as a YubiKey 5 does, and say that it is one. Its
-	// Signature key then wants a VERIFY since the last use of a key, whatever else
-	// came in between; other cards want it just before, as the standard says.
+	// Signature key then wants a VERIFY since the last use of a key, even when other
+	// commands came in between. Other cards want it just before, as the standard says.
 	YubiKey bool
 	// OpenPGP has it hold that application too, without keys, for GnuPG.
 	OpenPGP bool
@@ -236,7 +236,7 @@ func (c *Card) Tries() int {
 }
 
 // SetPIN gives the card another PIN, and all tries, as another program may do.
-// Who is verified stays so.
+// A verified PIN stays verified.
 func (c *Card) SetPIN(pin string) error {
 	value, err := pad(pin)
 	if err != nil {

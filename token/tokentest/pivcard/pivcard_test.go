@@ -703,7 +703,7 @@ func TestSlot(t *testing.T) {
 		t.Errorf("the ATR is %x", got)
 	}
 
-	// A lost contact, and a message that is none: the card is there again.
+	// A lost contact, and a malformed message: the card is there again.
 	two.Inject(Fault{INS: GetData, Drop: true})
 	r.write(conn, 0, GetData, 0x3F, 0xFF)
 	if got := r.read(conn); got != nil {
