@@ -223,10 +223,6 @@ func (t *Token) size() int {
 // A share is a part of the list.
 type share struct{ tokens, keys, bytes int }
 
-func (a share) plus(b share) share {
-	return share{a.tokens + b.tokens, a.keys + b.keys, a.bytes + b.bytes}
-}
-
 func (a share) minus(b share) share {
 	return share{a.tokens - b.tokens, a.keys - b.keys, a.bytes - b.bytes}
 }

@@ -56,6 +56,10 @@ func FuzzKnown(f *testing.F) {
 	})
 }
 
+func (a share) plus(b share) share {
+	return share{a.tokens + b.tokens, a.keys + b.keys, a.bytes + b.bytes}
+}
+
 func TestBoundedIsFair(t *testing.T) {
 	seen := time.Unix(1_800_000_000, 0)
 	var tokens []Token
