@@ -13,7 +13,7 @@ type attribute struct {
 	// those of the readers of values.
 	parse func(u *URI, raw []byte) error
 	// print returns the value as it is in the text, and whether there is one.
-	// full tells Canonical from String.
+	// full is as in URI.format.
 	print func(u *URI, full bool) (string, bool)
 }
 

@@ -10,11 +10,10 @@
 //     the same bytes and nothing else, and a URI with a path attribute nobody
 //     knows matches nothing. Only the padding of PKCS#11's fixed-size texts does
 //     not count;
-//   - there is one text for one URI (URI.Canonical);
+//   - there is one text for one URI;
 //   - a PIN goes from the caller's bytes straight into a secret.Secret and
 //     comes out of it only through URI.PIN. No text, no error, no verb of fmt,
-//     no logger and no encoder ever shows it; and only URI.Canonical tells from
-//     where a pin-source has it read.
+//     no logger and no encoder ever shows it, or the place that a pin-source names.
 //
 // It leaves to others whether a pin-value, a pin-source or a module-path counts
 // at all (that depends on who says it), to run or read what a pin-source names,
