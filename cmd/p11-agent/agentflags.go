@@ -19,7 +19,7 @@ func (v *lifetimeValue) Set(s string) (err error) {
 func (v *lifetimeValue) String() string { return "" } // the help names no default
 func (v *lifetimeValue) Type() string   { return "time" }
 
-// patternsValue is the list of -P, which may be empty and then allows nothing.
+// patternsValue is the list of -P. An empty list allows no module.
 type patternsValue struct {
 	patterns string
 	given    bool
@@ -27,7 +27,7 @@ type patternsValue struct {
 
 func (v *patternsValue) Set(s string) error {
 	if v.given {
-		// Which of the two counts is unknown, and one may allow less than the other.
+		// It is unknown which list counts, and one may allow less than the other.
 		return errors.New("only one list of patterns can be given")
 	}
 	v.patterns, v.given = s, true
@@ -44,7 +44,7 @@ func parseLifetime(s string) (time.Duration, error) {
 	units := map[byte]time.Duration{
 		's': time.Second, 'm': time.Minute, 'h': time.Hour, 'd': 24 * time.Hour, 'w': 7 * 24 * time.Hour,
 	}
-	bad := fmt.Errorf("%q is no length of time: write seconds, or 1h30m", s)
+	bad := fmt.Errorf("invalid length of time %q: write seconds, or 1h30m", s)
 	if s == "" {
 		return 0, bad
 	}

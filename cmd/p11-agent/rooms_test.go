@@ -189,7 +189,7 @@ var rooms = []room{
 	{"systemd", []string{systemd + "activation", systemd + "daemon", systemd + "journal"}, "it knows nothing of the rest"},
 	{"systemd/bus", []string{dbus}, "a leaf: it connects to a bus, whatever is said there"},
 	{"systemd/environment", []string{"systemd/bus", dbus}, "what the environment is good for is decided elsewhere"},
-	{"systemd/install", []string{"systemd"}, "it writes files and runs systemctl: which agent that is for is decided elsewhere"},
+	{"systemd/install", []string{"systemd", renameio}, "it writes files and runs systemctl: which agent that is for is decided elsewhere"},
 	{"systemd/login1", []string{"systemd/bus", dbus}, "what logind says is acted on elsewhere"},
 	{
 		"token",

@@ -24,6 +24,8 @@ import (
 	"syscall"
 	"time"
 
+	"github.com/google/renameio/v2"
+
 	"p11-agent/systemd"
 )
 
@@ -331,26 +333,23 @@ func isOurs(path string) (bool, error) {
 }
 
 // write replaces the file as a whole or not at all.
-func (f file) write() (err error) {
+func (f file) write() error {
 	dir := filepath.Dir(f.path)
 	if err := os.MkdirAll(dir, f.mode); err != nil {
 		return err
 	}
-	tmp, err := os.CreateTemp(dir, ".p11-agent-*")
+	text, err := renameio.NewPendingFile(f.path, renameio.WithTempDir(dir), renameio.WithStaticPermissions(0o644))
 	if err != nil {
 		return err
 	}
-	defer func() {
-		if err != nil {
-			_ = os.Remove(tmp.Name())
-		}
-	}()
-	_, err = tmp.Write(f.text)
-	err = errors.Join(err, tmp.Chmod(0o644), tmp.Sync(), tmp.Close())
-	if err != nil {
+	_, err = text.Write(f.text)
+	if err == nil {
+		err = text.CloseAtomicallyReplace()
+	}
+	if err = errors.Join(err, text.Cleanup()); err != nil {
 		return fmt.Errorf("write %s: %w", f.path, err)
 	}
-	return os.Rename(tmp.Name(), f.path)
+	return nil
 }
 
 // finishUser starts the agent, or prints how to do that. Then it prints how ssh finds

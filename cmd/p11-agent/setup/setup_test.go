@@ -10,9 +10,7 @@ import (
 
 	"golang.org/x/crypto/ssh"
 
-	"p11-agent/cmd/p11-agent/advice"
 	"p11-agent/cmd/p11-agent/files"
-	"p11-agent/token"
 )
 
 // A signer is known by address and key.
@@ -81,14 +79,5 @@ func TestHostName(t *testing.T) {
 		if hostName.MatchString(name) != want {
 			t.Errorf("%q: want %v", name, want)
 		}
-	}
-}
-
-// Without a module for smart cards, the package that brings it is named.
-func TestFirstSteps(t *testing.T) {
-	without := advice.FirstSteps(nil)
-	with := advice.FirstSteps([]token.ModuleStatus{{Path: "/usr/lib/opensc-pkcs11.so"}})
-	if !strings.Contains(without[0], "opensc") || strings.Contains(with[0], "opensc") || without[1] != with[1] {
-		t.Errorf("%q and %q", without, with)
 	}
 }
