@@ -35,7 +35,7 @@ func TestAttack06OtherToken(t *testing.T) {
 			// While both are there, neither gets it.
 			for _, id := range []byte{1, 2} {
 				err := tokentest.Sign(t.Context(), b.key(id))
-				if err == nil || !strings.Contains(err.Error(), "names 2 that are there") {
+				if err == nil || !strings.Contains(err.Error(), "names 2 present tokens") {
 					t.Errorf("got %v", err)
 				}
 			}
