@@ -29,15 +29,13 @@ const (
 	maxFields     = 64
 )
 
-// A JournalHandler is a slog.Handler that writes entries with fields into the
-// journal (systemd.journal-fields(7)): MESSAGE is the line for people, with the
-// attributes behind it, PRIORITY follows from the level, and each attribute is
-// also a field of its own, whose name is P11_ and that of the attribute in upper
-// case, behind those of its groups: "journalctl P11_KEY=SHA256:..." finds the
-// entries about a key.
+// A JournalHandler is a slog.Handler that writes entries with fields into the journal
+// (systemd.journal-fields(7)). MESSAGE is the line for people, with the attributes at its end.
+// PRIORITY follows from the level. Each attribute is also a field, named P11_ and the attribute's
+// groups and name in upper case: "journalctl P11_KEY=SHA256:..." finds the entries about a key.
 //
-// Control characters become spaces, and long values are cut. An entry that the
-// journal does not take goes to the fallback. It may be used by many goroutines.
+// Control characters become escapes, and long values are cut. An entry that the journal does not
+// take goes to the fallback. Many goroutines may use a JournalHandler.
 type JournalHandler struct {
 	level    slog.Leveler
 	fallback slog.Handler
@@ -62,7 +60,7 @@ var _ slog.Handler = (*JournalHandler)(nil)
 
 type field struct{ name, value string }
 
-// NewJournalHandler makes a handler that leaves out what is below the level.
+// NewJournalHandler returns a handler that leaves out entries below the level.
 func NewJournalHandler(level slog.Leveler, fallback slog.Handler) *JournalHandler {
 	h := &JournalHandler{level: level, fallback: fallback, send: journal.Send, lost: new(atomic.Bool)}
 	return h.withText(func(b *bytes.Buffer) slog.Handler {

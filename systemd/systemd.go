@@ -1,16 +1,13 @@
-// Package systemd is what the agent has to do with the service manager that may
-// have started it: the sockets that it inherits, what it tells of its state and
-// puts into the journal, and the unit files.
+// Package systemd deals with the service manager that may have started the agent: the sockets
+// that the agent inherits, its state, its journal, and its unit files.
 //
-// It promises that a socket it hands out is a listening Unix stream socket, that
-// whatever else was inherited is an error that names it, and that no child
-// started later believes the sockets to be its own. Without systemd everything
-// here does nothing and succeeds, so that callers need not ask.
+// It promises that a socket it hands out is a listening Unix stream socket. Any other inherited
+// file is an error that names it. No child that starts later takes the sockets for its own.
+// Without systemd, every function does nothing and succeeds, so that callers need not check.
 //
-// All functions may be called at any time and from any goroutine; only
-// Listeners changes something, namely the environment of the process, and
-// belongs before the first child is started. What is done on the sockets, and
-// when the program is ready, is the caller's business.
+// Any goroutine may call the functions at any time. Only Listeners changes something: the
+// environment of the process. Call Listeners before the first child starts. Callers decide what
+// to do on the sockets, and when the program is ready.
 package systemd
 
 import (
@@ -66,20 +63,20 @@ func Listeners() ([]*net.UnixListener, error) {
 	return listeners, nil
 }
 
-// checkVariables says what is wrong with variables that led to no socket.
+// checkVariables returns what is wrong with variables without a socket.
 func checkVariables(pid, fds string) error {
 	if pid == "" {
 		return nil
 	}
 	if n, err := strconv.Atoi(pid); err != nil {
-		return fmt.Errorf("environment variable LISTEN_PID is %q: it is no process number", pid)
+		return fmt.Errorf("environment variable LISTEN_PID is %q, which is not a process number", pid)
 	} else if n != os.Getpid() {
 		return nil
 	}
-	return fmt.Errorf("environment variable LISTEN_FDS is %q: it is no number of sockets", fds)
+	return fmt.Errorf("environment variable LISTEN_FDS is %q, which is not a number of sockets", fds)
 }
 
-// listener makes a listener of f, which stays the caller's.
+// listener makes a listener of f. f stays the caller's.
 func listener(f *os.File) (*net.UnixListener, error) {
 	if err := checkSocket(f); err != nil {
 		return nil, err
@@ -90,13 +87,12 @@ func listener(f *os.File) (*net.UnixListener, error) {
 	}
 	u, ok := l.(*net.UnixListener)
 	if !ok {
-		return nil, errors.Join(fmt.Errorf("it is a %s socket", l.Addr().Network()), l.Close())
+		return nil, errors.Join(fmt.Errorf("a %s socket", l.Addr().Network()), l.Close())
 	}
 	return u, nil
 }
 
-// checkSocket finds out what net.FileListener does not tell: it takes datagram
-// sockets and connections for listeners, too.
+// checkSocket checks what net.FileListener does not check: that f is a stream socket and listens.
 func checkSocket(f *os.File) error {
 	raw, err := f.SyscallConn()
 	if err != nil {
@@ -124,43 +120,43 @@ func checkSocket(f *os.File) error {
 	const hint = ": the agent serves ListenStream= with a path only"
 	switch {
 	case errors.Is(failed, syscall.ENOTSOCK):
-		return errors.New("it is not a socket" + hint)
+		return errors.New("not a socket" + hint)
 	case failed != nil:
 		return failed
 	case domain == syscall.AF_INET || domain == syscall.AF_INET6:
-		return errors.New("it is a network socket" + hint)
+		return errors.New("a network socket" + hint)
 	case domain != syscall.AF_UNIX:
-		return fmt.Errorf("it is a socket of address family %d%s", domain, hint)
+		return fmt.Errorf("a socket of address family %d%s", domain, hint)
 	case kind == syscall.SOCK_DGRAM:
-		return errors.New("it is a datagram socket" + hint)
+		return errors.New("a datagram socket" + hint)
 	case kind != syscall.SOCK_STREAM:
-		return fmt.Errorf("it is a socket of type %d%s", kind, hint)
+		return fmt.Errorf("a socket of type %d%s", kind, hint)
 	case listens == 0:
-		return errors.New("it does not listen: the socket unit must have Accept=no")
+		return errors.New("the socket does not listen: the socket unit must have Accept=no")
 	}
 	return nil
 }
 
-// Ready tells that the program has started, or that it has read its
-// configuration again, and what it does now. Like the functions below it waits
-// while the service manager does not read its messages.
+// Ready tells the service manager that the program has started, or has read its configuration
+// again. status is what the program does now. Like the functions below, Ready waits while the
+// service manager does not read its messages.
 func Ready(status string) error {
 	return notify("that the agent is ready", daemon.SdNotifyReady+"\n"+statusLine(status))
 }
 
-// Status tells what the program does, in words for "systemctl status". They are
-// put on one line and cut when they are long.
+// Status tells the service manager what the program does, for "systemctl status". The text becomes
+// one line. A long text is cut.
 func Status(text string) error {
 	return notify("the status", statusLine(text))
 }
 
-// Reloading tells that the program reads its configuration again. Ready must
-// follow, also when that fails.
+// Reloading tells the service manager that the program reads its configuration again. Call Ready
+// afterwards, also after a failure.
 func Reloading() error {
 	return notify("that the agent reloads", daemon.SdNotifyReloading+"\n"+daemon.SdNotifyMonotonicUsec())
 }
 
-// Stopping tells that the program is about to end.
+// Stopping tells the service manager that the program is about to end.
 func Stopping() error {
 	return notify("that the agent stops", daemon.SdNotifyStopping)
 }
@@ -172,9 +168,9 @@ func notify(what, state string) error {
 	return nil
 }
 
-// Watchdog returns within which time the service manager wants to hear that the
-// program is Alive, again and again; 0: it does not. The first call takes the
-// variables away that say so, so that children do not see them.
+// Watchdog returns how long the service manager waits for the next call of Alive. 0 means that it
+// does not wait for one. The first call takes the variables for it away, so that children do not
+// see them.
 func Watchdog() (time.Duration, error) {
 	every, err := daemon.SdWatchdogEnabled(true)
 	if err != nil {
@@ -183,22 +179,21 @@ func Watchdog() (time.Duration, error) {
 	return every, nil
 }
 
-// Alive tells that the program still does its work.
+// Alive tells the service manager that the program still works.
 func Alive() error {
 	return notify("that the agent is alive", daemon.SdNotifyWatchdog)
 }
 
-// maxStatus is the most bytes of a status. systemd drops a message of more than
-// 4096 bytes (NOTIFY_BUFFER_MAX in its source) whole, and a person reads less.
+// maxStatus is the most bytes of a status. systemd drops a message of more than 4096 bytes as a
+// whole (NOTIFY_BUFFER_MAX in its source), and a person reads less.
 const maxStatus = 1024
 
-// statusLine returns the assignment of a status. The text may hold what is
-// written on a card, so it could bring assignments of its own behind a line
-// break, and systemd refuses what is not UTF-8.
+// statusLine returns the assignment of a status. The text may come from a card. A line break in it
+// could add assignments, and systemd refuses text that is not UTF-8.
 func statusLine(text string) string { return "STATUS=" + plain.LineWithin(text, maxStatus) }
 
-// StderrIsJournal tells whether what is written to stderr goes to the journal,
-// which adds the time itself (systemd.exec(5), JOURNAL_STREAM).
+// StderrIsJournal tells whether stderr goes to the journal, which adds the time by itself
+// (systemd.exec(5), JOURNAL_STREAM).
 func StderrIsJournal() bool {
 	is, err := journal.StderrIsJournalStream()
 	return err == nil && is

@@ -29,9 +29,9 @@ const (
 // packagedProgram is where packages put the program.
 const packagedProgram = "/usr/bin/p11-agent"
 
-// Shipped returns the text of one of the files above. Where it starts the agent,
-// that is the program at this absolute path; empty: where packages put it. The
-// error says what is wrong with the path.
+// Shipped returns the text of one of the files above. program is the absolute path of the program
+// that the file starts. Empty means the path of packages. The error says what is wrong with
+// program.
 func Shipped(name, program string) ([]byte, error) {
 	text, err := units.ReadFile("units/" + name)
 	if err != nil {
@@ -47,13 +47,12 @@ func Shipped(name, program string) ([]byte, error) {
 	return bytes.ReplaceAll(text, []byte("\nExecStart="+packagedProgram+" "), []byte("\nExecStart="+word+" ")), nil
 }
 
-// quoteProgram writes a path as the first word of ExecStart= (systemd.service(5),
-// COMMAND LINES, and systemd.syntax(7), QUOTING). Variables are not looked for in
-// that word.
+// quoteProgram writes a path as the first word of ExecStart= (systemd.service(5), COMMAND LINES,
+// and systemd.syntax(7), QUOTING). systemd expands no variables in that word.
 func quoteProgram(path string) (string, error) {
 	switch {
 	case !filepath.IsAbs(path) || filepath.Clean(path) != path:
-		return "", fmt.Errorf("%q is no absolute path without detours", path)
+		return "", fmt.Errorf("%q is not an absolute path in its shortest form", path)
 	case !utf8.ValidString(path):
 		return "", fmt.Errorf("%q is not UTF-8, which systemd refuses", path)
 	case strings.ContainsFunc(path, unicode.IsControl):

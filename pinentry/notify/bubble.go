@@ -33,9 +33,8 @@ const (
 	expire = 2 * time.Minute
 )
 
-// bubble is a notification on a desktop. It is asked for by the unique name of
-// the service: another one that takes its place gives the same numbers to
-// notifications of others.
+// bubble is a notification on a desktop. It uses the unique name of the service: another service
+// that takes its place gives the same numbers to other notifications.
 type bubble struct {
 	conn    *bus.Conn
 	service dbus.BusObject
@@ -72,8 +71,7 @@ func (n *Notifier) connectBus(ctx context.Context) (display, error) {
 	return b, nil
 }
 
-// find finds the service, which is started by the bus where it is not yet, and
-// what it can do.
+// find finds the service and its abilities. The bus starts the service if it does not run.
 func (b *bubble) find(ctx context.Context) error {
 	var started uint32
 	o := b.conn.BusObject()

@@ -1,15 +1,14 @@
-// Package notify tells the person at the desktop that a token is at work for
-// longer than usual: it may want to be touched. It shows one notification for
-// all that is waited for, and takes it away when that is done.
+// Package notify tells the person at the desktop that a token works for longer than usual: the
+// token may want to be touched. One notification names all tokens at work, and goes when they
+// have finished. The package also tells once that something has failed, in a notification of
+// its own.
 //
-// It promises that nothing here is ever waited for by those who use a token,
-// whatever the bus and what is on it do; that no bus is started; that where there
-// is none nothing happens; and that what comes from a token or another process
-// is shown as text, within bounds.
+// It promises that
+//   - a caller who uses a token never waits for the bus or its programs;
+//   - it starts no bus, and does nothing without one;
+//   - text of a token or another process is shown as text, within bounds.
 //
-// It also says once that something has failed, in a notification of its own.
-//
-// It leaves to others what the words are.
+// Callers choose the words.
 package notify
 
 import (
@@ -36,16 +35,15 @@ const (
 type Options struct {
 	// Title is the first line, in the program's own words.
 	Title string
-	// After is how long a token works before it is worth a word; 0: nothing is
-	// ever shown.
+	// After is how long a token works before a notification appears. 0 means never.
 	After time.Duration
-	// Bus returns the address of the bus, whenever one is wanted.
+	// Bus returns the address of the bus. The Notifier calls it for each connection.
 	Bus func() (string, error)
 	Log *slog.Logger
 }
 
-// A Notifier shows notifications. Its methods may be called from any goroutine;
-// those of Begin never wait.
+// A Notifier shows notifications. Any goroutine may call its methods. Begin and its function never
+// wait.
 type Notifier struct {
 	opts    Options
 	connect func(ctx context.Context) (display, error)
@@ -66,17 +64,17 @@ type Notifier struct {
 	told    map[string]time.Time
 }
 
-// work is one use of a token that goes on.
+// work is one use of a token.
 type work struct {
 	device any
 	about  func() []string
-	lines  []string // what about has said; nil: it was not asked
+	lines  []string // the result of about; nil: about was not called
 	after  time.Duration
 	since  time.Time
 	due    bool
 }
 
-// New makes a Notifier, which ends with Close.
+// New returns a Notifier. Close ends it.
 func New(o Options) *Notifier {
 	n := &Notifier{opts: o, after: o.After, kick: make(chan struct{}, 1), ending: make(chan struct{})}
 	n.ctx, n.cancel = context.WithCancel(context.Background())
@@ -84,21 +82,20 @@ func New(o Options) *Notifier {
 	return n
 }
 
-// SetAfter replaces Options.After, for what begins from now on.
+// SetAfter replaces Options.After, for later calls of Begin.
 func (n *Notifier) SetAfter(d time.Duration) {
 	n.mu.Lock()
 	defer n.mu.Unlock()
 	n.after = d
 }
 
-// Begin says that a device, which is compared with ==, begins to work. The
-// function that it returns says that this is over, and is to be called once.
-// about returns what is shown: the lines that matter most come first. It is
-// called, if at all, while the function returned has not returned, so that it
-// may use the memory of the request; and it must not wait.
+// Begin says that a device begins to work. Devices are compared with ==. The caller calls done
+// once, when the work is over. about returns the lines to show, the important ones first. The
+// Notifier calls about before done returns, if at all. So about may use the memory of the request.
+// about must not wait.
 //
-// The clock of a device starts anew whenever it finishes something: many uses of
-// a slow device are no reason to look at it.
+// The clock of a device starts anew whenever the device finishes a use: many uses of a slow device
+// are no reason to look at it.
 func (n *Notifier) Begin(device any, about func() []string) (done func()) {
 	n.mu.Lock()
 	defer n.mu.Unlock()
@@ -143,7 +140,7 @@ func (n *Notifier) armLocked(d time.Duration) {
 	}
 }
 
-// fire finds out what has become due, and waits for the rest.
+// fire shows the works that are due, and sets the timer for the rest.
 func (n *Notifier) fire() {
 	n.mu.Lock()
 	defer n.mu.Unlock()
@@ -178,7 +175,7 @@ func (n *Notifier) kickLocked() {
 	}
 }
 
-// wanted returns the lines to be shown now; none: nothing is.
+// wanted returns the lines to show now. Without lines, nothing is to be shown.
 func (n *Notifier) wanted() []string {
 	n.mu.Lock()
 	defer n.mu.Unlock()
@@ -205,8 +202,7 @@ func (n *Notifier) wanted() []string {
 	return lines
 }
 
-// finished tells whether nothing is to be shown any more; then the goroutine in
-// show is to end.
+// finished tells whether there is nothing to show any more. Then the goroutine in show ends.
 func (n *Notifier) finished() bool {
 	n.mu.Lock()
 	defer n.mu.Unlock()
@@ -220,16 +216,16 @@ func (n *Notifier) finished() bool {
 }
 
 const (
-	// tellAgain is how long the same is not told again.
+	// tellAgain is how long Tell ignores a key again.
 	tellAgain = 5 * time.Second
-	// tellTime is how long it is shown, unless the person closes it.
+	// tellTime is how long the notification of Tell stays, unless the person closes it.
 	tellTime = 10 * time.Second
-	// maxTelling is how much is told at a time. The rest is in the log.
+	// maxTelling is how many notifications of Tell there are at a time. The log has the rest.
 	maxTelling = 3
 )
 
-// Tell shows something once, for some seconds, and never waits. What has the same
-// key is told at most once in a few seconds.
+// Tell shows a notification once, for some seconds, and never waits. Within a few seconds, it shows
+// a key once.
 func (n *Notifier) Tell(key, title string, lines []string) {
 	n.mu.Lock()
 	defer n.mu.Unlock()
@@ -253,8 +249,8 @@ func (n *Notifier) Tell(key, title string, lines []string) {
 	})
 }
 
-// tell keeps its connection while the notification is shown: some desktops take away
-// what is left by those that have gone.
+// tell keeps its connection while the notification is shown: some desktops take notifications away
+// when their sender has gone.
 func (n *Notifier) tell(title string, lines []string) {
 	var d display
 	if err := n.display(&d, plain.LineWithinRunes(title, maxLine), lines); err != nil {
@@ -275,7 +271,7 @@ func (n *Notifier) tell(title string, lines []string) {
 	}
 }
 
-// presentable makes lines fit to be shown.
+// presentable makes lines safe to show.
 func presentable(lines []string) []string {
 	shown := []string{}
 	for _, line := range lines[:min(len(lines), maxLines)] {
@@ -284,11 +280,10 @@ func presentable(lines []string) []string {
 	return shown
 }
 
-// closeGrace is how long Close gives a notification to go.
+// closeGrace is how long Close waits for a notification to go.
 const closeGrace = 500 * time.Millisecond
 
-// Close takes the notification away and ends the Notifier. What goes on is not
-// shown any more.
+// Close takes the notification away and ends the Notifier. Works that go on are not shown any more.
 func (n *Notifier) Close() {
 	n.mu.Lock()
 	if !n.closed {
@@ -308,9 +303,9 @@ func (n *Notifier) Close() {
 
 // A display shows one notification at a time.
 type display interface {
-	// show replaces what is shown, if anything is.
+	// show shows a notification in place of the present one.
 	show(ctx context.Context, title string, lines []string) error
-	// hide takes away what is shown, if anything is.
+	// hide takes the present notification away, if there is one.
 	hide(ctx context.Context)
 	// dismissed gets an element when the person has closed the notification.
 	dismissed() <-chan struct{}
@@ -319,10 +314,9 @@ type display interface {
 	close()
 }
 
-// show keeps what is shown as it is wanted, until nothing is. It is the one
-// goroutine that waits for the bus. It stays quiet when the person has closed
-// the notification, or when it cannot be shown, until nothing is wanted: what
-// follows is another matter.
+// show keeps the notification as wanted says, until nothing is wanted. It is the only goroutine
+// that waits for the bus. When the person has closed the notification, or when it cannot be shown,
+// show stays quiet until nothing is wanted.
 func (n *Notifier) show() {
 	var d display
 	drop := func() {
@@ -372,8 +366,8 @@ func (n *Notifier) show() {
 	}
 }
 
-// display shows the lines. A display that was there before may have ended
-// meanwhile: then it is tried once more, with a new one.
+// display shows the lines. An old display may have ended meanwhile. Then display tries once more,
+// with a new one.
 func (n *Notifier) display(d *display, title string, lines []string) (err error) {
 	if *d != nil {
 		if err = (*d).show(n.ctx, title, lines); err == nil {

@@ -155,11 +155,7 @@ func Program[T string | []byte](name T, limit int) string {
 func Name(name string, limit int) string {
 	cut := name
 	if len(name) > limit {
-		end := limit
-		for end > 0 && !utf8.RuneStart(name[end]) {
-			end--
-		}
-		cut = name[:end] + ellipsis
+		cut = Cut(name, limit) + ellipsis
 	}
 	words := strings.Fields(cut)
 	odd := func(r rune) bool {

@@ -1,16 +1,16 @@
-// Package secret keeps PINs and passphrases in memory that is locked against
-// swapping, left out of core dumps, followed by a guard page, and overwritten
-// as soon as it is no longer wanted. A Secret never prints itself.
+// Package secret keeps PINs and passphrases in memory that is locked against swapping, left out
+// of core dumps, and followed by a guard page. The memory is overwritten at the end. A Secret
+// never prints itself.
 //
-// Where the kernel has memfd_secret(2), the pages of a Secret are not in the
-// kernel's own map of memory. No other process can read them, not through
-// /proc/PID/mem, which a process may have opened before this one could forbid it.
+// If the kernel has memfd_secret(2), its own map of memory does not have the pages of a Secret.
+// Then no other process can read them, not even through a /proc/PID/mem that it opened before
+// this process could forbid it.
 //
-// The kernel does not hibernate while such pages exist. So a Secret is short-lived
-// unless a person has asked for the contrary, and no buffer is kept for the next one.
+// The kernel does not hibernate while such pages exist. So a Secret is short-lived, unless a
+// person wants the contrary, and the package keeps no buffer for the next Secret.
 //
-// It promises nothing about copies that others make: a reader of the bytes must not
-// turn them into a string or append them to a slice of its own.
+// The package promises nothing about copies. A reader of the bytes must not turn them into a
+// string, or append them to another slice.
 package secret
 
 import (
@@ -30,12 +30,10 @@ const MaxSize = 1 << 20
 
 const redacted = "[secret]"
 
-// A Secret is a buffer for bytes that must not leak. It is used by one
-// goroutine at a time; only Wipe may be called at any time, and more than once,
-// provided nobody reads the bytes then.
+// A Secret is a buffer for bytes that must not leak. One goroutine uses it at a time. Any goroutine
+// may call Wipe at any time, and more than once, if no other goroutine reads the bytes then.
 //
-// The nil *Secret and the zero Secret are empty ones without room: every method
-// works on them.
+// The nil *Secret and the zero Secret are empty and have no room. Every method works on them.
 type Secret struct {
 	// Format is skipped for fields that are not exported, and package fmt then
 	// follows a pointer when a verb does not suit it (%s): one pointer, not two.
@@ -53,7 +51,7 @@ type memory struct {
 	n      int    // bytes in use at the start of data
 }
 
-// memory is never nil: a Secret without any has one of no size.
+// memory is never nil. A Secret without memory has a memory of no size.
 func (s *Secret) memory() *memory {
 	if s == nil || s.h == nil || s.h.m == nil {
 		return new(memory)
@@ -67,18 +65,17 @@ var (
 	hideErr error
 )
 
-// LockError says why the kernel refused to lock the memory of a Secret, or is
-// nil when it never has. The Secret works all the same, but may reach the swap
-// space: the program logs it once. Safe for concurrent use.
+// LockError returns why the kernel refused to lock the memory of a Secret, or nil. Such a Secret
+// works, but may reach the swap space: the program logs it once. Any goroutine may call LockError.
 func LockError() error {
 	lockMu.Lock()
 	defer lockMu.Unlock()
 	return lockErr
 }
 
-// HideError says why the kernel refused memory of memfd_secret(2) for a Secret, or
-// is nil when it never has. It is ENOSYS on a kernel without it. The Secret works all
-// the same, in memory that is locked. Safe for concurrent use.
+// HideError returns why the kernel refused memory of memfd_secret(2) for a Secret, or nil. The
+// error is ENOSYS on a kernel without it. Such a Secret works, in locked memory. Any goroutine may
+// call HideError.
 func HideError() error {
 	lockMu.Lock()
 	defer lockMu.Unlock()
@@ -138,8 +135,8 @@ func hidden(size int) ([]byte, error) {
 	return b, nil
 }
 
-// locked maps pages that are not swapped. That the kernel refuses to lock them is no
-// error: LockError has it.
+// locked maps pages that are not swapped. If the kernel refuses to lock them, locked keeps the
+// error for LockError, and succeeds.
 func locked(size int) ([]byte, error) {
 	b, err := unix.Mmap(-1, 0, size, unix.PROT_READ|unix.PROT_WRITE, unix.MAP_PRIVATE|unix.MAP_ANONYMOUS)
 	if err != nil {
@@ -154,8 +151,7 @@ func locked(size int) ([]byte, error) {
 	return b, nil
 }
 
-// From moves b into a new Secret: the bytes of b are overwritten, also when it
-// fails.
+// From moves b into a new Secret. It overwrites the bytes of b, also when it fails.
 func From(b []byte) (*Secret, error) {
 	defer Wipe(b)
 	s, err := New(len(b))
@@ -166,19 +162,18 @@ func From(b []byte) (*Secret, error) {
 	return s, nil
 }
 
-// Bytes returns the bytes held. They are the Secret's own memory: not to be
-// kept, and not to be touched after Wipe.
+// Bytes returns the bytes of the Secret, in its own memory. Do not keep them, and do not touch them
+// after Wipe.
 func (s *Secret) Bytes() []byte {
 	m := s.memory()
 	return m.data[:m.n:m.n]
 }
 
-// Buffer returns the whole room, for reading into. SetLen says afterwards how
-// much of it counts.
+// Buffer returns the whole room, for reading into. Afterwards, SetLen says how many bytes count.
 func (s *Secret) Buffer() []byte { return s.memory().data }
 
-// SetLen makes the first n bytes of Buffer the ones held and overwrites the
-// rest. It panics when n is negative or more than the room, as a slice does.
+// SetLen keeps the first n bytes of Buffer and overwrites the rest. Like a slice, it panics when n
+// is negative or more than the room.
 func (s *Secret) SetLen(n int) {
 	m := s.memory()
 	Wipe(m.data[n:])
@@ -198,8 +193,8 @@ func (s *Secret) Clone() (*Secret, error) {
 	return c, nil
 }
 
-// Equal tells whether both hold the same bytes, in a time that depends on the length
-// of o alone. Nothing of either gets into other memory, as it does with a hash.
+// Equal tells whether both hold the same bytes. The time depends on the length of o alone. No byte
+// gets into other memory, as a hash function would do.
 func (s *Secret) Equal(o *Secret) bool {
 	want, given := s.Bytes(), o.Bytes()
 	same := subtle.ConstantTimeEq(int32(len(want)), int32(len(given)))
@@ -212,8 +207,7 @@ func (s *Secret) Equal(o *Secret) bool {
 	return same == 1
 }
 
-// Wipe overwrites the bytes and gives the memory back. The Secret is empty
-// afterwards.
+// Wipe overwrites the bytes and gives the memory back. Afterwards the Secret is empty.
 func (s *Secret) Wipe() {
 	if s == nil || s.h == nil {
 		return

@@ -1,10 +1,9 @@
 // Package bus connects to a D-Bus message bus that is there.
 //
-// It promises that no bus is started, that nothing is waited for longer than a
-// context lasts, and that nobody on the bus can hand the process open files,
-// which would stay open: a connection takes none unless it is made for that.
-// What is said on the bus is left to others. Names and texts that come from it
-// are anybody's: who listens to signals has to look at who sent them.
+// It promises that it starts no bus, and waits no longer than a context lasts. No program on
+// the bus can hand this process open files, which would stay open, except on a connection for
+// files. Callers decide what to say on the bus. Any program may send names, texts and signals:
+// check the sender.
 package bus
 
 import (
@@ -27,9 +26,8 @@ var ErrNone = errors.New("there is no bus")
 // maxAddress is the most addresses of one text that are tried.
 const maxAddress = 8
 
-// Session returns the address of the user's session bus as the environment
-// names it: DBUS_SESSION_BUS_ADDRESS, or the socket in XDG_RUNTIME_DIR if there
-// is one. The error is ErrNone.
+// Session returns the address of the user's session bus: DBUS_SESSION_BUS_ADDRESS, or the socket in
+// XDG_RUNTIME_DIR if there is one. The error is ErrNone.
 func Session() (string, error) {
 	if address := os.Getenv("DBUS_SESSION_BUS_ADDRESS"); address != "" {
 		return address, nil
@@ -45,8 +43,7 @@ func Session() (string, error) {
 	return "unix:path=" + dbus.EscapeBusAddressValue(path), nil
 }
 
-// System returns the address of the machine's bus: DBUS_SYSTEM_BUS_ADDRESS, or
-// the usual one.
+// System returns the address of the machine's bus: DBUS_SYSTEM_BUS_ADDRESS, or the usual one.
 func System() string {
 	if address := os.Getenv("DBUS_SYSTEM_BUS_ADDRESS"); address != "" {
 		return address
@@ -54,8 +51,8 @@ func System() string {
 	return "unix:path=/run/dbus/system_bus_socket"
 }
 
-// A Conn is a connection to a bus. It ends with Close, with the context it was
-// made with, or when the bus goes; its own Context tells.
+// A Conn is a connection to a bus. It ends with Close, with the context of Connect, or when the bus
+// goes. Its own Context shows that.
 type Conn struct {
 	*dbus.Conn
 	raw  net.Conn
@@ -65,16 +62,15 @@ type Conn struct {
 // greetTimeout is how long a bus may take to greet.
 const greetTimeout = 3 * time.Second
 
-// Connect connects to the bus at an address and greets it. The connection lasts
-// no longer than ctx does.
+// Connect connects to the bus at an address and greets it. The connection ends with ctx.
 func Connect(ctx context.Context, address string) (*Conn, error) {
 	return connect(ctx, address, func(raw net.Conn, o ...dbus.ConnOption) (*dbus.Conn, error) {
 		return dbus.NewConn(raw, o...) // a transport without files
 	})
 }
 
-// ConnectForFiles is Connect for calls whose answers have open files in them. It
-// is not to be kept: others can send some, too.
+// ConnectForFiles does the same as Connect, for calls whose answers have open files. Close the
+// connection soon: other programs can send files, too.
 func ConnectForFiles(ctx context.Context, address string) (*Conn, error) {
 	return connect(ctx, address, func(raw net.Conn, o ...dbus.ConnOption) (*dbus.Conn, error) {
 		return dbus.DialUnix(raw.(*net.UnixConn), o...) //nolint:forcetypeassert // dial makes no other
@@ -109,7 +105,7 @@ func connect(ctx context.Context, address string, on func(net.Conn, ...dbus.Conn
 	return c, nil
 }
 
-// Close closes the connection. It waits for nobody.
+// Close closes the connection. It does not wait.
 func (c *Conn) Close() {
 	c.stop()
 	_ = c.raw.Close()
@@ -118,9 +114,8 @@ func (c *Conn) Close() {
 	}
 }
 
-// dial connects to the first of the addresses that takes it (D-Bus
-// specification, "Server Addresses"). Only Unix sockets are tried: any other
-// transport runs programs or goes over a network.
+// dial connects to the first of the addresses that takes a connection (D-Bus specification, "Server
+// Addresses"). It tries Unix sockets only: other transports run programs or use a network.
 func dial(ctx context.Context, address string) (net.Conn, error) {
 	err := fmt.Errorf("%w at %q", ErrNone, address)
 	for i, one := range strings.Split(address, ";") {

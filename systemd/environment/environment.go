@@ -1,9 +1,9 @@
-// Package environment tells what the environment of the user's service manager
-// is now: desktops put into it what the services of a session need to know, such
-// as the display, often after those services were started.
+// Package environment reads the present environment of the user's service manager. Desktops put
+// variables into it that the services of a session need, such as the display, and often do so
+// after the services have started.
 //
-// It promises to start nothing, and to wait no longer than a context lasts. The
-// values are whatever some program of the user has set.
+// It promises to start nothing, and to wait no longer than a context lasts. Any program of the
+// user may set the values.
 package environment
 
 import (
@@ -28,9 +28,8 @@ const (
 	manager = "/org/freedesktop/systemd1"
 )
 
-// Read returns the environment as NAME=VALUE. The manager is asked on the
-// user's bus, which is the socket "bus" in runtimeDir (XDG_RUNTIME_DIR). The error
-// is bus.ErrNone when there is no such bus.
+// Read returns the environment as NAME=VALUE. It asks the manager on the user's bus, which is the
+// socket "bus" in runtimeDir (XDG_RUNTIME_DIR). The error is bus.ErrNone when there is no such bus.
 func Read(ctx context.Context, runtimeDir string) ([]string, error) {
 	path := filepath.Join(runtimeDir, "bus")
 	if !filepath.IsAbs(runtimeDir) {
@@ -56,7 +55,7 @@ func Read(ctx context.Context, runtimeDir string) ([]string, error) {
 	}
 	env, ok := v.Value().([]string)
 	if !ok {
-		return nil, errors.New("the user's service manager gives something else for its environment")
+		return nil, errors.New("the user's service manager answers with another type than a list of variables")
 	}
 	return env, nil
 }

@@ -1,10 +1,9 @@
-// Package login1 hears from systemd-logind when the machine goes to sleep and
-// when the screen of the user is locked.
+// Package login1 hears from systemd-logind that the machine goes to sleep, and that the screen of
+// the user is locked.
 //
-// It promises that only what logind says counts, whoever else speaks on the bus;
-// that sleep waits for what has to be done before it, but never for long; and
-// that a bus or a logind that is not there, or goes and comes back, is waited for
-// in silence.
+// It promises that only logind counts, whatever other programs say on the bus. Sleep waits for
+// the work before it, but never for long. If the bus or logind is not there, or goes, the package
+// waits for it in silence.
 package login1
 
 import (
@@ -32,8 +31,8 @@ const (
 )
 
 const (
-	// sleepBound is how long sleep waits for us. logind waits for 5 s unless it
-	// is configured otherwise (InhibitDelayMaxSec= in logind.conf(5)).
+	// sleepBound is how long sleep waits for the agent. logind waits for 5 s unless its
+	// configuration says otherwise (InhibitDelayMaxSec= in logind.conf(5)).
 	sleepBound = 3 * time.Second
 	// callTimeout is how long logind may take for an answer.
 	callTimeout = 3 * time.Second
@@ -43,8 +42,8 @@ const (
 	retryMax = 5 * time.Minute
 )
 
-// Options make a Watch. The functions are called from goroutines of their own,
-// which Run waits for; their contexts end with that of Run.
+// Options make a Watch. The Watch calls the functions in goroutines of their own, and Run waits for
+// these. The contexts of the functions end with the context of Run.
 type Options struct {
 	// Bus is the address of the system's bus.
 	Bus string
@@ -70,11 +69,10 @@ type Watch struct {
 	delay bool
 }
 
-// New makes a Watch. It does nothing until Run.
+// New returns a Watch. It does nothing until Run.
 func New(o Options) *Watch { return &Watch{opts: o, change: make(chan struct{}, 1)} }
 
-// Delay sets whether sleep is to wait for Options.Sleep. It may be called at any
-// time.
+// Delay sets whether sleep waits for Options.Sleep. Any goroutine may call it at any time.
 func (w *Watch) Delay(yes bool) {
 	w.mu.Lock()
 	w.delay = yes
@@ -91,7 +89,7 @@ func (w *Watch) delays() bool {
 	return w.delay
 }
 
-// Run listens until ctx ends. When it returns, nothing is left of it.
+// Run listens until ctx ends. When Run returns, no goroutine of it is left.
 func (w *Watch) Run(ctx context.Context) {
 	defer w.wg.Wait()
 	said := ""
@@ -115,8 +113,7 @@ func (w *Watch) Run(ctx context.Context) {
 	}
 }
 
-// listener is a connection to the bus and what hangs on it. It is used by one
-// goroutine.
+// listener is a connection to the bus and its state. One goroutine uses it.
 type listener struct {
 	*Watch
 	conn  *bus.Conn
@@ -127,7 +124,7 @@ type listener struct {
 	dozes bool // from the word that sleep begins to that of its end
 }
 
-// listen listens on one connection, and tells whether it came to that.
+// listen listens on one connection. listened tells whether the connection worked.
 func (w *Watch) listen(ctx context.Context) (listened bool, err error) {
 	conn, err := bus.Connect(ctx, w.opts.Bus)
 	if err != nil {
@@ -171,7 +168,7 @@ func (l *listener) call(ctx context.Context, o dbus.BusObject, method string, ar
 	return o.CallWithContext(ctx, method, dbus.FlagNoAutoStart, args...)
 }
 
-// subscribe has the bus send us what we want to hear.
+// subscribe asks the bus for the signals of logind.
 func (l *listener) subscribe(ctx context.Context) error {
 	ctx, cancel := context.WithTimeout(ctx, callTimeout)
 	defer cancel()
@@ -189,7 +186,7 @@ func (l *listener) subscribe(ctx context.Context) error {
 	return nil
 }
 
-// meet begins with a logind that is there, or not.
+// meet starts anew with a logind that has come. owner is empty when logind has gone.
 func (l *listener) meet(ctx context.Context, owner string) {
 	l.owner, l.dozes, l.fails = owner, false, 0
 	if owner == "" {
@@ -197,9 +194,9 @@ func (l *listener) meet(ctx context.Context, owner string) {
 		return
 	}
 	l.opts.Log.Debug("listening to logind")
-	l.release() // what another logind has given
+	l.release() // the file of another logind
 	l.prepare(ctx)
-	// The screen may have been locked while nobody listened.
+	// The screen may have been locked while the agent did not listen.
 	var sessions []struct {
 		ID   string
 		UID  uint32
@@ -264,9 +261,9 @@ func (l *listener) release() {
 	}
 }
 
-// inhibit returns what sleep waits for until it is closed. It takes a connection
-// of its own, as only that can be given a file; the other one is open to
-// everybody for long.
+// inhibit returns a file that sleep waits for until it is closed. inhibit uses a connection of its
+// own: only that takes files. The other connection stays open for long, and any program can send to
+// it.
 func inhibit(ctx context.Context, address string) (*os.File, error) {
 	ctx, cancel := context.WithTimeout(ctx, callTimeout)
 	defer cancel()
@@ -292,7 +289,7 @@ func inhibit(ctx context.Context, address string) (*os.File, error) {
 	return os.NewFile(uintptr(fd), "inhibitor"), nil
 }
 
-// hear acts on a signal. Anybody may send us one, so its sender counts.
+// hear acts on a signal. Any program may send one, so hear checks the sender.
 func (l *listener) hear(ctx context.Context, s *dbus.Signal) {
 	switch {
 	case s.Sender == "org.freedesktop.DBus" && s.Name == "org.freedesktop.DBus.NameOwnerChanged":
@@ -343,7 +340,7 @@ func (l *listener) sleep(ctx context.Context) {
 	})
 }
 
-// lock acts on a locked session, unless it is known to be somebody else's.
+// lock acts on a locked session, unless the session is known to belong to another user.
 func (l *listener) lock(ctx context.Context, path dbus.ObjectPath) {
 	var user struct {
 		UID  uint32
