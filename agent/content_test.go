@@ -2,7 +2,6 @@ package agent
 
 import (
 	"errors"
-	"slices"
 	"testing"
 
 	"p11-agent/agent/request"
@@ -52,23 +51,5 @@ func TestAllow(t *testing.T) {
 				t.Errorf("signed %d times", key.signed)
 			}
 		})
-	}
-}
-
-func TestContentPurpose(t *testing.T) {
-	for _, test := range []struct {
-		content request.Content
-		want    request.Purpose
-	}{
-		{request.Content{Kind: request.KindLogin}, request.PurposeLogin},
-		{request.Content{Kind: request.KindSignature, Namespace: "git"}, request.PurposeGit},
-		{request.Content{Kind: request.KindSignature, Namespace: "file"}, request.PurposeFile},
-		{request.Content{Kind: request.KindSignature, Namespace: "gít"}, request.PurposeOther},
-		{request.Content{Kind: request.KindUnknown, Namespace: "git"}, request.PurposeOther},
-		{request.Content{}, request.PurposeOther},
-	} {
-		if got := test.content.Purpose(); got != test.want || !slices.Contains(request.Purposes(), got) {
-			t.Errorf("%+v is for %q, want %q", test.content, got, test.want)
-		}
 	}
 }

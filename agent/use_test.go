@@ -5,7 +5,6 @@ import (
 	"crypto/ed25519"
 	"errors"
 	"reflect"
-	"slices"
 	"testing"
 	"testing/synctest"
 
@@ -77,84 +76,6 @@ type fakeHosts map[string]request.HostName
 
 func (f fakeHosts) HostName(key ssh.PublicKey, _ peer.Peer) request.HostName {
 	return f[string(key.Marshal())]
-}
-
-// What a person is told can be judged: a host is called verified only when it has
-// proved to be the one that the request is for.
-func TestLines(t *testing.T) {
-	shared, any, many := publicOf(t, edKey("shared")), publicOf(t, edKey("any")), publicOf(t, edKey("many"))
-	hub, inner, evil, gone, secret := publicOf(t, edKey("hub")), publicOf(t, edKey("inner")), publicOf(t, edKey("evil")), publicOf(t, edKey("gone")), publicOf(t, edKey("secret"))
-	names := fakeHosts{
-		string(hub.Marshal()):    {Names: []string{"hub.example.org", "192.0.2.1"}},
-		string(inner.Marshal()):  {Names: []string{"inner.example.org"}},
-		string(gone.Marshal()):   {Names: []string{"gone.example.org"}, Revoked: true},
-		string(secret.Marshal()): {Hashed: true},
-		string(shared.Marshal()): {Names: []string{"web1", "*.example.com"}},
-		string(any.Marshal()):    {Names: []string{"*"}},
-		string(many.Marshal()):   {Names: []string{"db?.example.com", "a,b", "c", "d", "e"}},
-	}
-	print := ssh.FingerprintLegacyMD5
-	bound := func(forwarding bool, keys ...ssh.PublicKey) *request.Caller {
-		c := &request.Caller{Forwarded: forwarding || len(keys) > 1}
-		for i, k := range keys {
-			c.Binds = append(c.Binds, request.Bind{HostKey: k, SessionID: []byte{byte(i)}, Forwarding: forwarding || i < len(keys)-1})
-		}
-		return c
-	}
-	login := func(user string, session byte, host ssh.PublicKey) *request.Login {
-		l := &request.Login{User: user, SessionID: []byte{session}}
-		if host != nil {
-			l.HostKey = host.Marshal()
-		}
-		return l
-	}
-	local := new(request.Caller)
-	for name, test := range map[string]struct {
-		caller  *request.Caller
-		content request.Content
-		login   *request.Login
-		want    []string
-	}{
-		"login, proved":              {bound(false, hub), request.Content{}, login("root", 0, nil), []string{"For: SSH login as root at hub.example.org (host verified)"}},
-		"login, proved and said":     {bound(false, hub), request.Content{}, login("root", 0, hub), []string{"For: SSH login as root at hub.example.org (host verified)"}},
-		"login, only said":           {local, request.Content{}, login("root", 0, hub), []string{"For: SSH login as root at hub.example.org (NOT VERIFIED: only the request says so)"}},
-		"login, another session":     {bound(false, hub), request.Content{}, login("root", 9, nil), []string{"For: SSH login as root at an unknown host"}},
-		"login, another host":        {bound(false, evil), request.Content{}, login("root", 0, hub), []string{"For: SSH login as root at ANOTHER HOST than the one connected to, with the key " + print(hub)}},
-		"login, said, no name":       {local, request.Content{}, login("root", 0, evil), []string{"For: SSH login as root at a host NOT VERIFIED, key " + print(evil)}},
-		"login, no host":             {local, request.Content{}, login("root", 0, nil), []string{"For: SSH login as root at an unknown host"}},
-		"login, no name":             {bound(false, evil), request.Content{}, login("root", 0, nil), []string{"For: SSH login as root at a host that is not in known_hosts, key " + print(evil)}},
-		"login, hashed name":         {bound(false, secret), request.Content{}, login("root", 0, nil), []string{"For: SSH login as root at a host whose name is hashed in known_hosts, key " + print(secret)}},
-		"login, revoked":             {bound(false, gone), request.Content{}, login("root", 0, nil), []string{"For: SSH login as root at a host with a REVOKED key, " + print(gone)}},
-		"login, a wildcard":          {bound(false, shared), request.Content{}, login("root", 0, shared), []string{"For: SSH login as root at a host of web1, *.example.com (host verified)"}},
-		"login, a wildcard for all":  {bound(false, any), request.Content{}, login("root", 0, nil), []string{"For: SSH login as root at a host of * (host verified)"}},
-		"login, many wildcards":      {bound(false, many), request.Content{}, login("root", 0, nil), []string{`For: SSH login as root at a host of db?.example.com, "a,b", c and 2 more (host verified)`}},
-		"login, a wildcard, said":    {local, request.Content{}, login("root", 0, any), []string{"For: SSH login as root at a host of * (NOT VERIFIED: only the request says so)"}},
-		"forwarded by a wildcard":    {bound(false, shared, inner), request.Content{}, login("me", 1, inner), []string{"For: SSH login as me at inner.example.org (host verified)", "FORWARDED through a host of web1, *.example.com"}},
-		"login, odd user":            {bound(false, hub), request.Content{}, login("root at github.com (host verified)\n\x1b[2J", 0, nil), []string{`For: SSH login as "root at github.com (host verified)\n\x1b[2J" at hub.example.org (host verified)`}},
-		"login, no user":             {bound(false, hub), request.Content{}, login("", 0, nil), []string{`For: SSH login as "" at hub.example.org (host verified)`}},
-		"forwarded":                  {bound(false, hub, inner), request.Content{}, login("me", 1, inner), []string{"For: SSH login as me at inner.example.org (host verified)", "FORWARDED through hub.example.org"}},
-		"forwarded, host not proved": {bound(true, hub), request.Content{}, login("me", 1, inner), []string{"For: SSH login as me at inner.example.org (NOT VERIFIED: only the request says so)", "FORWARDED through hub.example.org"}},
-		"the hub's own session":      {bound(true, hub), request.Content{}, login("me", 0, hub), []string{"For: SSH login as me at hub.example.org (NOT VERIFIED: only the request says so)", "FORWARDED through hub.example.org"}},
-		"forwarded twice":            {bound(false, hub, evil, inner), request.Content{}, login("me", 2, inner), []string{"For: SSH login as me at inner.example.org (host verified)", "FORWARDED through hub.example.org, " + print(evil)}},
-		"a session bound as its own": {bound(false, evil, hub), request.Content{}, login("me", 1, nil), []string{"For: SSH login as me at hub.example.org (NOT VERIFIED: only the request says so)", "FORWARDED through " + print(evil)}},
-		"a wrong proof":              {&request.Caller{Forwarded: true, BindFailed: true}, request.Content{}, login("me", 0, nil), []string{"For: SSH login as me at an unknown host", "FORWARDED by a host whose proof of itself is wrong"}},
-		"git":                        {local, request.Content{Kind: request.KindSignature, Namespace: "git"}, nil, []string{"For: git signature (a commit, a tag or a push)"}},
-		"git, forwarded":             {bound(true, hub), request.Content{Kind: request.KindSignature, Namespace: "git"}, nil, []string{"For: git signature (a commit, a tag or a push)", "FORWARDED through hub.example.org"}},
-		"odd namespace":              {local, request.Content{Kind: request.KindSignature, Namespace: "git\x00"}, nil, []string{`For: SSH signature, namespace "git\x00"`}},
-		"host key":                   {local, request.Content{Kind: request.KindHostKey}, nil, []string{"WARNING: this is no SSH login, but: host key of an SSH server"}},
-		"unknown":                    {local, request.Content{Kind: request.KindUnknown}, nil, []string{"WARNING: this is UNKNOWN DATA: no SSH login, and no signature of a file or commit."}},
-		"unknown, forwarded":         {bound(true, evil), request.Content{}, nil, []string{"WARNING: this is UNKNOWN DATA: no SSH login, and no signature of a file or commit.", "FORWARDED through " + print(evil)}},
-	} {
-		t.Run(name, func(t *testing.T) {
-			if test.login != nil {
-				test.content.Kind = request.KindLogin
-			}
-			u := &request.Use{Caller: test.caller, Content: test.content, Login: test.login, Hosts: names, Fingerprint: print}
-			if got := u.Lines(); !slices.Equal(got, test.want) {
-				t.Errorf("%q, want %q", got, test.want)
-			}
-		})
-	}
 }
 
 // A use outlives its request.
