@@ -1,5 +1,12 @@
-// Package agent is the keyring and its rules: which keys there are, who may use
-// which of them, and for what.
+// Package agent holds the keys that the agent offers, and guards their use.
+//
+// A Keyring has the identities of SSH: keys of tokens, keys in memory and keys of other
+// agents, with their constraints. A Guard lets a request use a key, for any door. Both
+// promise that no lock is held across a person, a token or a process, and that a connection
+// neither uses nor changes a key that it does not see.
+//
+// Package approval decides about uses, package audit logs them. What is on a token, how a
+// message is encoded and how a person is asked is left to others.
 package agent
 
 import (

@@ -1,6 +1,6 @@
 package request
 
-// An Action is what a client asks for, as far as it uses or changes keys.
+// An Action is a kind of request that uses or changes keys.
 type Action string
 
 // The actions.
@@ -13,11 +13,11 @@ const (
 	ActionUnlock    Action = "unlock"
 	ActionLogin     Action = "login"
 	ActionLogout    Action = "logout"
-	// ActionStatus is noted when it is refused only.
+	// ActionStatus is logged only if it is refused.
 	ActionStatus Action = "status"
 )
 
-// Done is what the log says of a request that was granted.
+// Done is the message of the log for a granted request.
 func (r Action) Done() string {
 	switch r {
 	case ActionSign:

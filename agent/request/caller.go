@@ -9,36 +9,35 @@ import (
 	"p11-agent/agent/peer"
 )
 
-// A Caller is one connection to the agent, as it is when a request is made. A
-// door hands one over with every request and never changes it afterwards: when
-// the connection is bound to a session, later requests come with a new Caller.
+// A Caller is a connection to the agent at the time of a request. A door passes one with
+// each request, and does not change it afterwards. Once the connection is bound to another
+// session, later requests come with a new Caller.
 type Caller struct {
-	// Number counts the connections of this process, for the log. It is what
-	// the Callers of one connection have in common.
+	// Number counts the connections of the agent, for the log. All Callers of one connection
+	// have the same Number.
 	Number uint64
-	// Peer is who opened the connection, as far as that was known when it was opened.
+	// Peer is the process that opened the connection, as far as the kernel told at that
+	// time.
 	Peer peer.Peer
-	// Look returns the same with the process, which is looked at when it is called
-	// first. It may be called from any goroutine until the request is answered, and
-	// returns what it has returned before afterwards. nil: Peer is all there is.
+	// Look returns Peer with the chain of processes. The first call looks at the processes,
+	// and must come before the request is answered. Later calls return the same. Look may be
+	// called from any goroutine. nil: only Peer is known.
 	Look func() peer.Peer
 	// Binds are the SSH sessions that the connection was bound to, in order
 	// (session-bind@openssh.com, OpenSSH's PROTOCOL.agent section 1). Each was
 	// proved by a signature of its host key.
 	Binds []Bind
-	// BindFailed says that the connection was to be bound to a session and the
-	// proof or the order of things was wrong.
+	// BindFailed says that a bind of the connection failed: its proof or its order was
+	// wrong.
 	BindFailed bool
-	// Forwarded says that requests may come from another host: a bind was for
-	// forwarding, or one failed. A client that binds nothing (OpenSSH before
-	// 8.9) is not told from a local one.
+	// Forwarded says that requests may come from another host: a bind was for forwarding,
+	// or a bind failed. A client that does not bind (OpenSSH before 8.9) looks like a local
+	// one.
 	Forwarded bool
-	// Socket has the rules of the socket that the connection came in at; nil:
-	// there are none.
+	// Socket has the rules of the socket that accepted the connection; nil: no rules.
 	Socket *Socket
-	// Later has done what the client need not wait for, once it has its answer or
-	// cannot have it, before the next request of the connection is read. nil: there is
-	// no door, and it is done at once.
+	// Later runs a function for which the client need not wait: after the answer, and
+	// before the door reads the next request of the connection. nil: it runs at once.
 	Later func(func())
 }
 
@@ -54,10 +53,10 @@ func (c *Caller) Client() peer.Peer {
 // these words. Package approval has the values.
 type Confirm string
 
-// A Socket is what the configuration says of one of the agent's sockets.
+// A Socket has the configuration of one socket of the agent.
 type Socket struct {
 	Name string
-	// Only selects the identities that it shows. nil: all.
+	// Only selects the identities that the socket shows. nil: all.
 	Only []Selection
 	// Confirm says when the agent asks a person before a key signs for a client of this
 	// socket, besides what the policy of the key says. Empty: never.
@@ -67,7 +66,7 @@ type Socket struct {
 	ReadOnly bool
 }
 
-// A Bind is one SSH session that a connection was bound to.
+// A Bind is an SSH session to which a connection is bound.
 type Bind struct {
 	HostKey    ssh.PublicKey // the host at the other end of the session; may be a certificate
 	SessionID  []byte        // RFC 4253 section 7.2
@@ -76,24 +75,24 @@ type Bind struct {
 	Message []byte
 }
 
-// An Origin is where requests come from, as far as the one who makes them has no say:
-// the host that the agent is forwarded to, or the programs on this machine. A host
-// on the way cannot change the first bind, which is made by the ssh here. The names
-// of programs are of their own choosing, and so are all binds of a connection that
-// a program here makes itself: against both there are limits for the group.
+// An Origin is where requests come from, as far as the client cannot choose it: the host
+// to which the agent is forwarded, or the programs on this machine. A host on the way
+// cannot change the first bind, which the ssh of this machine makes. Programs choose their
+// own names, and the binds of the connections that they make themselves. The limits of the
+// Group apply to both.
 type Origin struct {
 	Group
 	From string // forwarded: wire form of the first host's key; else names of programs
 }
 
-// A Group is all Origins that a client may turn one into the other. A client that has nothing
-// but a socket uses up no questions of the person's own programs and hosts.
+// A Group is all Origins that a client may take on, one after the other. A client that has
+// only a socket uses up no questions of the person's own programs and hosts.
 type Group struct {
 	Forwarded bool
 	Socket    string // the name of the [[socket]]
 	UID       int    // of the client; -1: not known
-	// Apart says that the client lives in namespaces of its own, or has ended. A program
-	// in a sandbox cannot leave it.
+	// Apart says that the client runs in namespaces of its own, or has ended. A program
+	// cannot leave its sandbox.
 	Apart bool
 }
 

@@ -2,14 +2,14 @@ package request
 
 import "p11-agent/pinentry/plain"
 
-// A Kind is what the data of a sign request says of itself. The door tells it
-// from the data's form alone, which is domain separation by accident for some
-// kinds: only KindLogin, KindSignature and the TLS 1.3 form of KindTLS can be nothing else.
+// A Kind says what the data of a sign request is. The door tells it from the form of the
+// data alone. Only the forms of KindLogin, of KindSignature and of KindTLS in TLS 1.3 are
+// made to be told apart. The others are so by accident.
 type Kind string
 
 // The kinds. Their texts are what the configuration calls them.
 const (
-	// KindUnknown is data that says nothing of itself.
+	// KindUnknown is data of no known form.
 	KindUnknown Kind = "unknown"
 	// KindLogin is a request to be let in at a server with this key (see Login).
 	KindLogin Kind = "login"
@@ -38,12 +38,12 @@ const (
 	KindTest Kind = "test"
 )
 
-// Kinds returns those that are signed only with keys that allow it.
+// Kinds returns the kinds that a key signs only if the configuration allows it.
 func Kinds() []Kind {
 	return []Kind{KindHostKey, KindTLS, KindSSHCertificate, KindKRL, KindX509, KindSudo, KindUnknown}
 }
 
-// Content is what is known of the data of a sign request.
+// Content describes the data of a sign request.
 type Content struct {
 	Kind Kind
 	// Namespace is that of a KindSignature, as in the data: it may hold anything.
@@ -54,7 +54,7 @@ type Content struct {
 	Detail string
 }
 
-// A Purpose is what a signature is for, as far as rules tell purposes apart.
+// A Purpose is what a signature is for. Rules name purposes.
 type Purpose string
 
 // The purposes.
@@ -65,10 +65,10 @@ const (
 	PurposeOther Purpose = "other"
 )
 
-// Purposes returns them all.
+// Purposes returns all purposes.
 func Purposes() []Purpose { return []Purpose{PurposeLogin, PurposeGit, PurposeFile, PurposeOther} }
 
-// Purpose returns what the content is for.
+// Purpose returns the purpose of the content.
 func (c Content) Purpose() Purpose {
 	switch {
 	case c.Kind == KindLogin:

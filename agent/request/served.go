@@ -61,19 +61,18 @@ func WithUse(ctx context.Context, use *Use) context.Context {
 // ErrLocked says that the agent is locked. It is the cause when the lock ends a request.
 var ErrLocked = errors.New("the agent is locked (ssh-add -X unlocks it)")
 
-// Context returns a context for what is done for a request of c.
+// Context returns a context for a request of c.
 func (c *Caller) Context(ctx context.Context) context.Context {
 	return context.WithValue(ctx, callerKey{}, c)
 }
 
-// CallerFrom returns the Caller whose request ctx is of, or nil. Like a
-// Use it goes along with what is done for a request.
+// CallerFrom returns the Caller whose request ctx belongs to, or nil.
 func CallerFrom(ctx context.Context) *Caller {
 	c, _ := ctx.Value(callerKey{}).(*Caller)
 	return c
 }
 
-// PeerFrom returns who that Caller is, or one that is not Known.
+// PeerFrom returns the process of that Caller, or a Peer that is not Known.
 func PeerFrom(ctx context.Context) peer.Peer {
 	if c := CallerFrom(ctx); c != nil {
 		return c.Client()
