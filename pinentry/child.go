@@ -6,7 +6,6 @@ import (
 	"fmt"
 	"os"
 	"os/exec"
-	"path/filepath"
 	"strings"
 	"sync"
 	"syscall"
@@ -262,8 +261,6 @@ func (c *child) blame(err error) error {
 	}
 	return err
 }
-
-func (c *child) name() string { return filepath.Base(c.cmd.Path) }
 
 // tail keeps the last bytes that are written to it.
 type tail struct{ b []byte }

@@ -27,8 +27,6 @@ const (
 	// maxLine is the most characters of a line, maxLines the most lines.
 	maxLine  = 160
 	maxLines = 6
-
-	ellipsis = "…"
 )
 
 // Options make a Notifier.
