@@ -225,7 +225,7 @@ func TestRuntimeDirectory(t *testing.T) {
 	}
 }
 
-// A socket that nobody listens on is what an agent leaves that was killed.
+// A killed agent leaves a socket on which no process listens.
 func TestStaleSocket(t *testing.T) {
 	path := filepath.Join(shortDir(t), "s")
 	l, err := net.ListenUnix("unix", &net.UnixAddr{Name: path, Net: "unix"})

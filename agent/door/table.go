@@ -17,7 +17,7 @@ const (
 	// list and the signature, ssh pauses for less.
 	restAfter = 2 * time.Second
 
-	// A process with more than one of manyOf connections loses one, whatever its program.
+	// A process with more than one of manyOf connections loses one, for any program.
 	manyOf = 16
 
 	// The agent gives memory back to the system when the clients had relieveFrom bytes and

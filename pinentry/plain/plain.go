@@ -58,7 +58,7 @@ func LineWithinRunes(text string, limit int) string {
 	return line
 }
 
-// isASCII tells whether a text has nothing but printable ASCII and blanks.
+// isASCII tells whether a text has only printable ASCII and blanks.
 func isASCII(text string) bool {
 	for i := range len(text) {
 		if text[i] < ' ' || text[i] >= 0x7f {

@@ -18,4 +18,3 @@ func TestNearest(t *testing.T) {
 		}
 	}
 }
-

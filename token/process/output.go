@@ -126,13 +126,7 @@ func (w *output) takeLocked(fd, limit int) (int, error) {
 	return n, nil
 }
 
-// add takes in printed bytes.
-func (w *output) add(b []byte) {
-	w.mu.Lock()
-	defer w.mu.Unlock()
-	w.addLocked(b)
-}
-
+// addLocked takes in printed bytes.
 func (w *output) addLocked(b []byte) {
 	for {
 		part, rest, whole := bytes.Cut(b, []byte("\n"))

@@ -205,7 +205,9 @@ func TestOutput(t *testing.T) {
 		b := make([]byte, 8<<10)
 		w.readAll(func(limit int) (int, error) {
 			n, err := r.Read(b[:min(limit, len(b))])
-			w.add(b[:n])
+			w.mu.Lock()
+			w.addLocked(b[:n])
+			w.mu.Unlock()
 			return n, err
 		})
 	}

@@ -254,7 +254,7 @@ do not need for other things (the PIN is %s):
     p11-agent list
     p11-agent agent -D -a "$SSH_AUTH_SOCK" 2>agent.log &
     ssh-add -l
-    %s -D -E sshd.log -f sshd_config &
+    %s -D -E "$PWD/sshd.log" -f sshd_config &
     ssh -T -F ssh_config -i p256.pub demo
     kill %%1 %%2
 
