@@ -278,7 +278,7 @@ func waitFor(t *testing.T, what string, condition func() bool) {
 	}
 }
 
-// pty returns the two ends of a terminal that nobody reads from.
+// pty returns the two ends of a terminal that no program reads from.
 func pty(t *testing.T) (far, tty *os.File) {
 	t.Helper()
 	far, err := os.OpenFile("/dev/ptmx", os.O_RDWR|unix.O_NOCTTY, 0)

@@ -126,7 +126,7 @@ type Place struct {
 	// Askpass runs Pinentry.Askpass in place of Program.
 	Askpass bool
 	// Locale is the language and encoding of the person: LC_ALL, LC_MESSAGES or
-	// LANG. Text is UTF-8 whatever the encoding says.
+	// LANG. Text is UTF-8 for every encoding.
 	Locale string
 	// UserData is PINENTRY_USER_DATA, for programs that choose by it.
 	UserData string
@@ -251,8 +251,9 @@ func (p Place) ttyName() string {
 	return "/proc/self/fd/3"
 }
 
-// spots names the things that one dialogue uses at a time. A terminal is known by its device
-// number, as it has many names. Each container numbers its pseudo-terminals anew.
+// spots names the terminal and the displays: a single dialogue uses each at a time. A
+// terminal has many names, so spots takes its device number. Each container numbers its
+// pseudo-terminals anew.
 func (p Place) spots() []string {
 	var spots []string
 	if p.TTY != nil {

@@ -471,7 +471,7 @@ func TestChoose(t *testing.T) {
 					t.Errorf("question %d: %d times it was asked what it is", i, len(info))
 				}
 			}
-			// It is not there when nobody wants it.
+			// A question for yes or no has no third button.
 			if yes, err := d.Confirm(t.Context(), prompt); yes != (want.choice == ChoiceOK) || !errors.Is(err, want.err) {
 				t.Errorf("confirm: %t, %v", yes, err)
 			}
@@ -748,7 +748,7 @@ func TestFallback(t *testing.T) {
 	}
 }
 
-// A terminal is asked on only while nobody else reads from it.
+// A prompt appears on a terminal only while no other program reads from the terminal.
 func TestTerminalInUse(t *testing.T) {
 	modes := func(t *testing.T, tty *os.File, change func(*unix.Termios)) {
 		t.Helper()
@@ -1097,7 +1097,7 @@ func TestTurns(t *testing.T) {
 		if len(got) != 0 {
 			t.Fatal("b was had twice")
 		}
-		// Who waits for b and c does not keep others from c.
+		// A goroutine that waits for b and c does not keep others from c.
 		releaseC, _ = turns.wait(ctx, []string{"c"})
 		releaseC()
 		releaseAB()

@@ -105,7 +105,7 @@ func (h *JournalHandler) Handle(ctx context.Context, r slog.Record) error {
 		if !h.lost.Swap(true) {
 			lost := slog.NewRecord(r.Time, slog.LevelWarn, "the journal does not take entries with fields", 0)
 			lost.AddAttrs(slog.Any("reason", err))
-			_ = h.fallback.Handle(ctx, lost) // there is nobody left to tell
+			_ = h.fallback.Handle(ctx, lost) // no other place takes the error
 		}
 		return h.fallback.Handle(ctx, r)
 	}

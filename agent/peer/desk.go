@@ -23,12 +23,13 @@ const (
 	maxVariable = 1024 // bytes of a value; a longer one does not count
 )
 
-// A Desk is where the person sits who uses a process, as far as the process shows it. The process
-// says all of it. Hand the paths, names and addresses to a program that asks the person, and to
-// nothing else. For a process in other namespaces than this one, both errors are set, and the Desk
-// has nothing else.
+// A Desk holds the terminal and the environment of a process. A prompt for the process
+// reaches its person there. All data comes from the process: the agent does not trust it.
+// Hand the paths, names and addresses to a program that asks the person, and to nothing
+// else. If the process has other namespaces than the agent, the Desk holds only Who and
+// the two errors.
 type Desk struct {
-	// Who is the process, for people: "ssh (1234)".
+	// Who, as in "ssh (1234)", is the name and number of the process for messages.
 	Who string
 
 	Environment
@@ -59,9 +60,9 @@ type Environment struct {
 // Close closes the terminal.
 func (d *Desk) Close() { d.Terminal.Close() }
 
-// Desk looks where the person is now who uses the process that made the connection. It makes some
-// 40 short system calls and waits for nothing. It looks at that very process or at none: another
-// process may have its number by now.
+// Desk returns the Desk of the process that made the connection, as it is now. It makes
+// some 40 short system calls and waits for nothing. Another process may have the number by
+// now: Desk sees that, and then both errors are set.
 func (p Peer) Desk() *Desk {
 	d := &Desk{Who: p.first()}
 	pr, err := p.open()
@@ -176,8 +177,8 @@ func (r *running) stat() (procstat.Stat, error) {
 
 func (r *running) close() { _ = unix.Close(r.pidfd) }
 
-// A Terminal is the terminal of a person who uses a process. It is open, so that no name of it has
-// to be looked up again. Any goroutine may call its methods, except Close.
+// A Terminal is the terminal of a process. It stays open, so that no caller looks its name
+// up again. Any goroutine may call its methods, except Close.
 type Terminal struct {
 	// File is open for reading and writing. The Terminal owns it.
 	File *os.File

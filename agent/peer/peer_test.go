@@ -553,7 +553,7 @@ func BenchmarkOf(b *testing.B) {
 	}
 }
 
-// Who connects is told from programs that forward connections by its file.
+// SameProgram compares files: a program that forwards connections has another file.
 func TestSameProgram(t *testing.T) {
 	own, err := os.Executable()
 	if err != nil {

@@ -42,7 +42,7 @@ type stillKey struct {
 func (k *stillKey) URI() string { return k.uri }
 
 func (k *stillKey) SignMessageContext(ctx context.Context, _ []byte, _ crypto.SignerOpts) ([]byte, error) {
-	_ = ctx.Done() // as whoever waits for a token does
+	_ = ctx.Done() // a key on a token calls it, too, while it waits
 	return k.signature, nil
 }
 
@@ -126,7 +126,7 @@ func connected(tb testing.TB, s *Door, p peer.Peer) net.Conn {
 	return ends[0]
 }
 
-// everyday is who asks most often.
+// everyday is the most common client.
 var everyday = peer.Peer{Known: true, PID: 4711, UID: 1000, Chain: []peer.Process{
 	{PID: 4711, Name: "ssh"}, {PID: 4710, Name: "git"}, {PID: 4709, Name: "bash"}, {PID: 4708, Name: "tmux: server"},
 }}

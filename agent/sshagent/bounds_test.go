@@ -51,8 +51,8 @@ func TestEnemy(t *testing.T) {
 	}
 }
 
-// A process whose requests all wait for a person keeps nobody out, and loses no more
-// connections than others need.
+// The requests of one process all wait for a person. Other clients still connect. The
+// process loses only as many connections as other clients need.
 func TestAttack13Busy(t *testing.T) {
 	keyring, begun, ended := waiting()
 	r := serve(t, &Door{Keyring: keyring, limit: busyConnections + 1})
@@ -115,7 +115,7 @@ func fatHost(t *testing.T, size int) func(session string) []byte {
 	}
 }
 
-// Thirty connections with the largest binds, and whatever else can be kept.
+// Thirty connections send the largest binds, and as many as the agent keeps.
 func TestAttack08Binds(t *testing.T) {
 	log, book := newLog()
 	s := &Door{Keyring: newKeyring(), Log: log, KeepBinds: true}

@@ -379,8 +379,8 @@ func TestLongList(t *testing.T) {
 	}
 }
 
-// TestLongListNamed has the keys that somebody has named in front of a list that is cut
-// short, and every list in one order.
+// TestLongListNamed checks a list that is cut short. Keys that have a name come first, and
+// every list has the same order.
 func TestLongListNamed(t *testing.T) {
 	keyring := newKeyring()
 	r := serve(t, &Door{Keyring: keyring})

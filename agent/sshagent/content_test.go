@@ -255,8 +255,8 @@ func TestUnknownContent(t *testing.T) {
 	}
 }
 
-// What ssh-add -T has signed is known by its length alone, and says nothing else of
-// itself: the keyring decides by who asks.
+// The agent knows the data that ssh-add -T signs by its length alone. The data says nothing
+// else, so the keyring decides by the client.
 func TestTestContent(t *testing.T) {
 	samples, key := contentSamples(t)
 	random := make([]byte, testSize)
@@ -279,8 +279,8 @@ func TestTestContent(t *testing.T) {
 	}
 }
 
-// FuzzContent: whatever the data is, it is one kind, the same each time, and its
-// name is printable and short.
+// FuzzContent checks that parseContent gives the same answer for the same data, and that
+// the text of the answer is printable and short.
 func FuzzContent(f *testing.F) {
 	samples, key := contentSamples(f)
 	if len(samples) == 0 {

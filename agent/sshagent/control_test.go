@@ -73,8 +73,9 @@ func TestControl(t *testing.T) {
 	}
 }
 
-// On a socket for others nothing is said, not even that there is such an extension.
-// An upstream agent is not asked either: to that one it is this program that asks.
+// On a socket for others the agent says nothing, not even that the extension exists. It
+// does not pass such a request on either: the upstream agent would see this program as
+// the client.
 func TestControlOfNamedSocket(t *testing.T) {
 	keyring := newKeyring()
 	keyring.pass = func(message []byte) ([]byte, error) {
@@ -233,7 +234,8 @@ func FuzzControl(f *testing.F) {
 	})
 }
 
-// No PIN is sent to an agent of somebody else, who may have put a socket there.
+// The client sends no PIN to an agent of another user: that user may have put a socket
+// there.
 func TestControlOfOtherUser(t *testing.T) {
 	const nobody = 65534
 	if os.Geteuid() != 0 {

@@ -34,8 +34,8 @@ func mldsa(t testing.TB) []byte {
 	return blob
 }
 
-// A fidoKey is a host key on a FIDO device. It signs with these flags, of which bit 0
-// says that somebody has touched the device (OpenSSH's PROTOCOL.u2f).
+// A fidoKey is a host key on a FIDO device. It signs with these flags. Bit 0 says that a
+// person has touched the device (OpenSSH's PROTOCOL.u2f).
 type fidoKey struct {
 	private crypto.Signer
 	public  ssh.PublicKey
@@ -93,8 +93,8 @@ func (k *fidoKey) Sign(_ io.Reader, data []byte) (*ssh.Signature, error) {
 	return sig, err
 }
 
-// A host with a FIDO key binds a connection, touched or not, and nobody else does in
-// its place.
+// A host with a FIDO key binds a connection, with or without a touch. A signature that does
+// not match the key binds none.
 func TestBindFIDO(t *testing.T) {
 	for _, kind := range []string{ssh.KeyAlgoSKED25519, ssh.KeyAlgoSKECDSA256} {
 		for name, test := range map[string]struct {

@@ -13,7 +13,7 @@ func TestIdleConnections(t *testing.T) {
 	r := serve(t, &Door{Keyring: newKeyring()})
 	connect := func() *net.UnixConn {
 		conn := r.dial()
-		ask(t, conn, message(99)) // whatever: it is answered
+		ask(t, conn, message(99)) // an unknown message, which the agent answers
 		return conn
 	}
 	measure := func() (bytes uint64, goroutines int) {

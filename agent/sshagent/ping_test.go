@@ -35,7 +35,7 @@ func TestPing(t *testing.T) {
 	}
 }
 
-// A hung keyring is not what it asks about, a server that accepts nobody is.
+// Ping succeeds while a keyring hangs. It fails for a server that accepts no connection.
 func TestPingFindsWhatHangs(t *testing.T) {
 	k, begun, _ := waiting()
 	r := serve(t, &Door{Keyring: k})

@@ -264,7 +264,7 @@ func TestSecurityKeys(t *testing.T) {
 	if len(calls) != 1 || calls[0].method != "Pass" || calls[0].key != string(frame) {
 		t.Errorf("calls %+v", calls)
 	}
-	// So is every message that nobody knows, and every such extension.
+	// The agent passes on every unknown message, too, and every unknown extension.
 	keyring.pass = func(m []byte) ([]byte, error) { return append([]byte{200}, m...), nil }
 	for _, frame := range [][]byte{{240, 1, 2}, message(msgExtension, "x@example.com", "data")} {
 		if got := ask(t, conn, frame)[0]; !bytes.Equal(got, append([]byte{200}, frame...)) {

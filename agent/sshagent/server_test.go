@@ -72,7 +72,7 @@ func TestHangUpEndsTheRequest(t *testing.T) {
 			if err := <-ended; !errors.Is(err, door.ErrHungUp) {
 				t.Errorf("the request ended because of %v, want %v", err, door.ErrHungUp)
 			}
-			// Nobody else is affected.
+			// No other client is affected.
 			if answer := ask(t, r.dial(), message(11))[0]; answer[0] != 12 {
 				t.Errorf("answer %x to another client", answer)
 			}
@@ -119,8 +119,8 @@ func TestHalfClosedClientIsAnswered(t *testing.T) {
 	if err := conn.CloseWrite(); err != nil {
 		t.Fatal(err)
 	}
-	// The watcher is asked about another connection in the meantime, so it has
-	// seen whatever there is to see of this one.
+	// The watcher handles another connection in the meantime. So it has seen every event
+	// of the first.
 	other := r.dial()
 	send(t, other, signRequest)
 	<-begun
@@ -273,7 +273,7 @@ func TestStopBeforeServe(t *testing.T) {
 	}
 }
 
-// Somebody else closing the listener is no way to stop.
+// Serve returns an error if other code closes its listener.
 func TestListenerClosed(t *testing.T) {
 	checkLeaks(t)
 	l, err := door.Listen(filepath.Join(shortDir(t), "s"))
@@ -304,7 +304,8 @@ func TestTwoListeners(t *testing.T) {
 	}
 }
 
-// Who lists keys is not looked at; who asks for anything else is.
+// The agent does not look at the process of a client that lists keys. It looks at the
+// process for every other request.
 func TestLooksWhenNeeded(t *testing.T) {
 	log, book := newLog()
 	client, nc := net.Pipe()
@@ -337,7 +338,7 @@ func TestLooksWhenNeeded(t *testing.T) {
 	<-ended
 }
 
-// The real kernel, a real other user: the test program connects as nobody.
+// The test uses the real kernel and a real other user: ssh-add connects as uid 65534.
 func TestOtherUserIsRefused(t *testing.T) {
 	const nobody = 65534
 	if os.Getuid() != 0 {

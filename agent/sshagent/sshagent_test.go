@@ -39,7 +39,7 @@ type fakeKeyring struct {
 	sign func(context.Context, *request.Caller, request.Sign) (*ssh.Signature, error)
 	// list replaces List when it is set.
 	list func() []agent.Identity
-	// pass answers what is passed on; nil: nobody does.
+	// pass answers messages that are passed on. If it is nil, there is no answer.
 	pass func(message []byte) ([]byte, error)
 	// add is told of keys that are added.
 	add func(request.AddKey)

@@ -411,7 +411,7 @@ func loginTo(pub ssh.PublicKey, session string, h host) []byte {
 		pub.Type(), pub.Marshal(), h.PublicKey().Marshal())
 }
 
-// The real kernel, a real other user: ssh-agent runs as nobody.
+// The test uses the real kernel and a real other user: ssh-agent runs as uid 65534.
 func TestUpstreamOfAnotherUser(t *testing.T) {
 	const nobody = 65534
 	if os.Getuid() != 0 {
@@ -475,7 +475,7 @@ func TestUpstreamDead(t *testing.T) {
 	}
 }
 
-// An agent that accepts nobody any more does not hold anybody up.
+// An upstream agent whose queue of connections is full does not delay a client.
 func TestUpstreamQueueFull(t *testing.T) {
 	path := filepath.Join(shortDir(t), "s")
 	fd, err := syscall.Socket(syscall.AF_UNIX, syscall.SOCK_STREAM|syscall.SOCK_CLOEXEC, 0)
@@ -742,8 +742,7 @@ func TestUpstreamLargestAnswer(t *testing.T) {
 	}
 }
 
-// A request that is given up takes its connection with it, whatever it waits
-// for.
+// A request that is cancelled closes its connection, at every stage of waiting.
 func TestUpstreamCancel(t *testing.T) {
 	caller := &request.Caller{Binds: []request.Bind{{Message: newHost(t).bind(t, "s", false)}}}
 	for _, stage := range []string{"bind", "answer", "rest of the answer"} {

@@ -24,12 +24,12 @@ const (
 	// startTimeout is how long the service may take to start and to say what it
 	// can do.
 	startTimeout = 10 * time.Second
-	// showTimeout is how long it may take to show something. Before it has
-	// answered nobody knows what would have to be closed.
+	// showTimeout is how long the service may take to show a notification. Its answer
+	// is the number of the notification, which the agent needs to close it.
 	showTimeout = 30 * time.Second
 	hideTimeout = 3 * time.Second
-	// expire is when it is to close a notification that nobody closes, as when
-	// the agent is killed.
+	// expire is when the service closes a notification by itself. It does so when the
+	// agent is killed and cannot close the notification.
 	expire = 2 * time.Minute
 )
 
@@ -75,8 +75,8 @@ func (n *Notifier) connectBus(ctx context.Context) (display, error) {
 func (b *bubble) find(ctx context.Context) error {
 	var started uint32
 	o := b.conn.BusObject()
-	// For a service that runs, and that nobody has said how to start, dbus-daemon
-	// 1.14 fails: whether it is there shows next.
+	// dbus-daemon 1.14 fails for a service that runs without a file that says how to
+	// start it. So the next call asks whether the service is there.
 	err := o.CallWithContext(ctx, "org.freedesktop.DBus.StartServiceByName", 0, service, uint32(0)).Store(&started)
 	if owner := o.CallWithContext(ctx, "org.freedesktop.DBus.GetNameOwner", 0, service).Store(&b.owner); owner != nil {
 		return cmp.Or(err, owner)

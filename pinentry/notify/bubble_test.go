@@ -139,7 +139,7 @@ func TestServiceHangs(t *testing.T) {
 	next()
 	d.hidden(t)
 
-	// At the end nobody waits for it.
+	// Close does not wait for a service that hangs.
 	defer d.n.Hang()()
 	d.use("end")
 	until(t, "the bus is used", func() bool { return bytes.Contains(goroutines(), []byte("notify.(*bubble).")) })
@@ -176,8 +176,8 @@ func TestBusGoes(t *testing.T) {
 	d.hidden(t)
 }
 
-// A new process of the service begins its numbers anew: ours is somebody else's
-// there.
+// A new process of the service numbers notifications anew. There the agent's number
+// belongs to another program.
 func TestServiceRestarts(t *testing.T) {
 	d := newDesk(t)
 	one := d.use("a")
@@ -206,8 +206,8 @@ func TestServiceRestarts(t *testing.T) {
 	}
 }
 
-// Who closes a notification is left in peace; that somebody else says so does
-// not count.
+// When a person closes a notification, the agent does not show it again. A signal from a
+// program other than the service does not count.
 func TestDismissedByPerson(t *testing.T) {
 	d := newDesk(t)
 	one := d.use("a")

@@ -4,7 +4,7 @@
 // its own.
 //
 // It promises that
-//   - a caller who uses a token never waits for the bus or its programs;
+//   - no caller that uses a token waits for the bus or its programs;
 //   - it starts no bus, and does nothing without one;
 //   - text of a token or another process is shown as text, within bounds.
 //

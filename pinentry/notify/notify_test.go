@@ -297,7 +297,7 @@ func TestOff(t *testing.T) {
 	})
 }
 
-// Close takes away what is shown, and waits for nobody.
+// Close removes the notification. It waits closeGrace at most.
 func TestClose(t *testing.T) {
 	for name, slow := range map[string]time.Duration{"shown": 0, "stuck": time.Hour} {
 		t.Run(name, func(t *testing.T) {

@@ -25,7 +25,7 @@ import (
 	"golang.org/x/sys/unix"
 )
 
-// MaxSize is the most bytes that one Secret may hold.
+// MaxSize is the limit of a Secret, in bytes.
 const MaxSize = 1 << 20
 
 const redacted = "[secret]"
@@ -229,7 +229,7 @@ func Wipe(b []byte) {
 	runtime.KeepAlive(b)
 }
 
-// Format prints a placeholder, whatever the verb.
+// Format prints a placeholder for every verb.
 func (*Secret) Format(w fmt.State, _ rune) { _, _ = io.WriteString(w, redacted) }
 
 // LogValue gives log/slog a placeholder.

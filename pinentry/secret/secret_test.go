@@ -70,7 +70,7 @@ func childWithoutMlock() int {
 		fmt.Println("setrlimit:", err)
 		return 1
 	}
-	if os.Getuid() == 0 { // root may lock whatever the limit says
+	if os.Getuid() == 0 { // root may lock memory above the limit
 		if err := unix.Setuid(65534); err != nil {
 			fmt.Println("setuid:", err)
 			return 1

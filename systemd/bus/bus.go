@@ -84,8 +84,8 @@ func connect(ctx context.Context, address string, on func(net.Conn, ...dbus.Conn
 	if err != nil {
 		return nil, err
 	}
-	// Closing the socket ends whatever waits for it, also where godbus would wait
-	// without end.
+	// Closing the socket ends every call that waits for it. Some calls of godbus
+	// would wait without end.
 	hangUp := func() { _ = raw.Close() }
 	c := &Conn{raw: raw, stop: context.AfterFunc(ctx, hangUp)}
 	late := context.AfterFunc(greet, hangUp)

@@ -1,9 +1,10 @@
-// Package login1 hears from systemd-logind that the machine goes to sleep, and that the screen of
-// the user is locked.
+// Package login1 hears from systemd-logind that the machine goes to sleep, and that the
+// screen of the user is locked.
 //
-// It promises that only logind counts, whatever other programs say on the bus. Sleep waits for
-// the work before it, but never for long. If the bus or logind is not there, or goes, the package
-// waits for it in silence.
+// It promises to believe only logind: it ignores what other programs say on the bus. The
+// machine waits with sleep until Options.Sleep returns, for 3 s at most. If the bus or
+// logind is missing, the package tries again, with a pause between tries, and logs only
+// at level debug.
 package login1
 
 import (

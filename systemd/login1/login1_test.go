@@ -212,7 +212,7 @@ func TestLock(t *testing.T) {
 	w.logind.SetLocked("other", true)
 	w.logind.Sleep(false) // comes after those
 	w.want(t, "wake")
-	w.logind.Lock("unknown") // of which nobody says whose it is
+	w.logind.Lock("unknown") // logind does not name the user of this session
 	w.want(t, "lock")
 }
 
@@ -247,8 +247,8 @@ func TestLiar(t *testing.T) {
 	w.want(t, "wake")
 }
 
-// The lock of a screen that nobody has heard of is found; logind and the bus are
-// waited for.
+// The Watch waits for the bus and for logind. When logind is back, the Watch finds a
+// screen that was locked in the meantime.
 func TestComesAndGoes(t *testing.T) {
 	bustest.NoLeaks(t)
 	w := &watched{bus: bustest.Start(t)}

@@ -1,9 +1,9 @@
 // Package terminaltest runs tests without a controlling terminal. It is for tests.
 //
-// Programs such as ssh-add and pinentry open /dev/tty, whatever their standard
-// input is. From a terminal they would ask the developer, and the test would wait
-// for an answer. In CI they find no terminal and fail at once. Tests have to see
-// the same in both places. A test that needs a terminal makes one.
+// Programs such as ssh-add and pinentry open /dev/tty, even if their standard input is
+// another file. From a terminal they would ask the developer, and the test would wait
+// for an answer. In CI they find no terminal and fail at once. Tests have to see the
+// same in both places. A test that needs a terminal makes one.
 package terminaltest
 
 import (

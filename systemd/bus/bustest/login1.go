@@ -173,7 +173,7 @@ func (l *Login1) answer(c *dbus.Conn, m *dbus.Message) {
 	}
 }
 
-// watch waits until nobody holds the other end.
+// watch waits until no process holds the other end.
 func (l *Login1) watch(hold *os.File) {
 	_, _ = hold.Read(make([]byte, 1))
 	l.mu.Lock()

@@ -25,7 +25,8 @@ type Bubble struct {
 	Expire   int32
 }
 
-// Notifications is what shows notifications on a desktop. Nobody sees them.
+// Notifications stands in for the service that shows notifications on a desktop. It only
+// records them.
 type Notifications struct {
 	bus  *Bus
 	conn *dbus.Conn
@@ -166,8 +167,8 @@ func (n *Notifications) Hang() (resume func()) {
 	})
 }
 
-// Restart does what a new process of the service does: what was shown is gone,
-// and numbers begin anew, the first with a notification of somebody else.
+// Restart does what a new process of the service does. It drops all notifications and
+// numbers new ones from 1. Number 1 is a notification of another program.
 func (n *Notifications) Restart() {
 	n.bus.t.Helper()
 	n.mu.Lock()
