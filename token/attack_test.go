@@ -19,8 +19,8 @@ import (
 	"p11-agent/token/wire"
 )
 
-// Two tokens have one label. A PIN of the configuration that one of them has refused or taken is
-// not tried on the other, also after a restart of the agent.
+// Two tokens have one label. One token has refused or taken a PIN of the configuration. The agent
+// does not try this PIN on the other token, not even after a restart of the agent.
 func TestAttack06OtherToken(t *testing.T) {
 	for _, text := range []string{"wrong", rightPIN} {
 		t.Run(text, func(t *testing.T) {

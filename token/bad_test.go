@@ -265,7 +265,7 @@ func TestBadModules(t *testing.T) {
 			if tt.check != nil {
 				tt.check(t, err, s, b)
 			}
-			// Whatever it answers from now on, it is a signature or an error.
+			// From now on, the module answers with a signature or with an error.
 			for range 20 {
 				if strings.Contains(tt.commands, "C_Sign") && status(s, "bad").Restarts > 0 {
 					break // each takes long

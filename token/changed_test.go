@@ -8,11 +8,11 @@ import (
 	"p11-agent/token/tokentest"
 )
 
-// Whoever shows the state of tokens hears of each change of it.
+// StatusChanged reports each change of the state of the tokens.
 func TestStatusChanged(t *testing.T) {
 	b := newBench(t, &tokentest.Person{Always: rightPIN}, nil)
 	state := func() token.ModuleStatus { return b.store.Modules()[0] }
-	// follow waits for the state, and looks only when it is told to.
+	// follow waits for the state. It looks only after StatusChanged has reported a change.
 	follow := func(what string, is func(token.ModuleStatus) bool) {
 		t.Helper()
 		late := time.After(3 * time.Minute)

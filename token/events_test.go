@@ -16,7 +16,7 @@ import (
 	"p11-agent/token/wire"
 )
 
-// Cards come and go, and nobody asks: every module tells of it in its own way.
+// Cards come and go while no client sends a request. Each module reports it in its own way.
 func TestPIVEvents(t *testing.T) {
 	for _, tt := range []struct {
 		name, module string
@@ -91,8 +91,8 @@ func switches(t *testing.T, pid int) (n int) {
 	return n
 }
 
-// The reader service goes and is long in coming back. The module's process is
-// replaced at once, and once; and nobody has to ask for anything.
+// The reader service ends, and returns only after a long time. The agent replaces the process
+// of the module at once, and only once. No client has to send a request for that.
 func TestPIVWithoutPCSCD(t *testing.T) {
 	p, c, person, s := pivStore(t, pivcard.Options{Name: "piv", PIN: pivPIN, Keys: map[pivcard.Ref]pivcard.Key{pivcard.Authentication: {}}})
 	k := tokentest.Key(t, s, "piv", 1)
@@ -141,8 +141,8 @@ func TestPIVPCSCDRestarted(t *testing.T) {
 	want(t, "wrong PINs", c.Counts().Wrong, 0)
 }
 
-// A look that starts OpenSC anew has a new process in place of C_Finalize. A
-// person who types a PIN meanwhile does not notice.
+// A look that starts OpenSC again starts a new process, and does not call C_Finalize. A person
+// can go on typing a PIN during the look.
 func TestPIVRescan(t *testing.T) {
 	p := tokentest.StartPCSCD(t)
 	c := tokentest.NewCard(t, pivcard.Options{Name: "piv", PIN: pivPIN, Keys: map[pivcard.Ref]pivcard.Key{pivcard.Authentication: {}}})
@@ -172,7 +172,7 @@ func TestPIVRescan(t *testing.T) {
 	want(t, "process", s.Modules()[0].PID, pid)
 	close(typing)
 	noError(t, <-signed)
-	noError(t, s.Rescan(t.Context())) // somebody is logged in
+	noError(t, s.Rescan(t.Context())) // the process is logged in
 	want(t, "process", s.Modules()[0].PID, pid)
 	want(t, "prompts", person.Prompts(), 1)
 }
@@ -232,8 +232,8 @@ func badStore(t *testing.T, commands string, env ...string) (*token.Store, func(
 	return tokentest.Store(t, token.Options{Modules: []token.ModuleSpec{spec}, Command: self}), command
 }
 
-// A module that answers nothing beside its wait is started a second time, and
-// nobody is told of a failure.
+// A module answers no request while it waits for events. The agent starts its process a second
+// time, and reports no failure.
 func TestOneAtATime(t *testing.T) {
 	s, command := badStore(t, "wait serial")
 	tokentest.Until(t, "the module runs", func() bool { return s.Modules()[0].Running })

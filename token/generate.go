@@ -18,7 +18,7 @@ import (
 	"p11-agent/token/wire"
 )
 
-// A KeyKind is a kind of key that can be made on a token.
+// A KeyKind is a kind of key that Generate can make on a token.
 type KeyKind string
 
 // The kinds.
@@ -32,11 +32,11 @@ const (
 	Ed25519   KeyKind = "ed25519"
 )
 
-// KeyKinds are all of them.
+// KeyKinds lists all kinds.
 var KeyKinds = []KeyKind{ECDSAP256, ECDSAP384, ECDSAP521, Ed25519, RSA2048, RSA3072, RSA4096}
 
-// request says what a module is to be asked for. Tokens take the name of the curve of
-// Ed25519 in different forms (PKCS#11 v3.0 section 2.3.5, RFC 8410 section 3).
+// request returns the request to a module process for a key of this kind. Tokens take the name
+// of the curve of Ed25519 in different forms (PKCS#11 v3.0 section 2.3.5, RFC 8410 section 3).
 func (k KeyKind) request() (*wire.Generate, error) {
 	curve := func(mechanism uint64, values ...any) (*wire.Generate, error) {
 		r := &wire.Generate{Mechanism: mechanism}
@@ -69,27 +69,29 @@ func (k KeyKind) request() (*wire.Generate, error) {
 	return nil, fmt.Errorf("there is no kind of key %q", string(k))
 }
 
-// A NewKey is one that was made on a token.
+// A NewKey is a key that Generate made on a token.
 type NewKey struct {
 	*Key
-	// What the token says of the private key's life so far: that it was always
-	// sensitive, never to be extracted, and made there (CKA_ALWAYS_SENSITIVE,
-	// CKA_NEVER_EXTRACTABLE, CKA_LOCAL). Some do not say.
+	// What the token reports of the history of the private key: CKA_ALWAYS_SENSITIVE,
+	// CKA_NEVER_EXTRACTABLE and CKA_LOCAL. Some tokens do not report them.
 	AlwaysSensitive, NeverExtractable, Local wire.Tri
 }
 
-// Generate makes a key pair on the token that the URI selects, which has to be one.
-// The URI's object becomes the label, and its id the ID; without one it is one that is
-// free. The key signs, and can neither be read nor leave its token. A PIN is asked
-// for as for a signature, unless pin has one that a person gave; it stays the caller's.
+// Generate makes a key pair on the token that the URI selects. The URI must select exactly one
+// token. The object of the URI becomes the label of the key, and the id becomes its ID. If the
+// URI has no id, the module chooses a free ID. The key can sign. Its private part cannot be
+// read, and cannot leave the token.
 //
-// Nothing that is on the token is ever replaced: when a key or certificate has that ID,
-// or a key that label, it fails with a *wire.Error whose Reason is ReasonExists. A token
-// that makes a key which could leave it has it destroyed again, and so has one whose key
-// nobody waits for any more when ctx ends; Generate returns when that is done. The key
-// was tried with one signature.
+// If pin is not nil, it is the PIN that a person gave; it still belongs to the caller.
+// Otherwise Generate gets a PIN in the same way as a signature does.
 //
-// A card may take minutes for it, in which other requests for that token wait.
+// Generate replaces no object of the token. If a key or certificate has the ID, or if a key has
+// the label, Generate fails with a *wire.Error whose Reason is ReasonExists. The module
+// destroys a new key that could leave the token. If ctx ends while the card makes the key, the
+// module destroys the key too. Generate returns only after the module has destroyed it. At the
+// end, Generate tries the key with one signature.
+//
+// A card may need minutes to make a key. Other requests for the token wait meanwhile.
 func (s *Store) Generate(ctx context.Context, u *pkcs11uri.URI, kind KeyKind, pin *secret.Secret) (*NewKey, error) {
 	req, err := kind.request()
 	if err != nil {
@@ -122,8 +124,8 @@ func (s *Store) Generate(ctx context.Context, u *pkcs11uri.URI, kind KeyKind, pi
 	return &NewKey{Key: k, AlwaysSensitive: reply.AlwaysSensitive, NeverExtractable: reply.NeverExtractable, Local: reply.Local}, nil
 }
 
-// oneToken returns the one token that a URI selects, whatever it says of objects.
-// It looks again when there is none.
+// oneToken returns the only token that a URI selects. It ignores what the URI says of objects. If
+// the URI selects no token, oneToken looks for tokens again.
 func (s *Store) oneToken(ctx context.Context, u *pkcs11uri.URI) (*Token, error) {
 	only := *u
 	only.Object, only.ID, only.Type = nil, nil, ""
@@ -161,7 +163,7 @@ func (s *Store) oneToken(ctx context.Context, u *pkcs11uri.URI) (*Token, error) 
 	}
 }
 
-// generate makes a pair, and returns the key as it is listed.
+// generate makes a key pair, and returns the key as the token lists it.
 func (t *Token) generate(ctx context.Context, req *wire.Generate, kind KeyKind, pin *secret.Secret) (*Key, *wire.GenerateReply, error) {
 	defer t.module.use()()
 	p, err := t.module.running(ctx)
@@ -179,7 +181,7 @@ func (t *Token) generate(ctx context.Context, req *wire.Generate, kind KeyKind, 
 		return nil, nil, err
 	}
 	if info.Flags&wire.CKFLoginRequired != 0 {
-		// Policies and sources of PINs are those of the key that is to be.
+		// The agent takes the policy and the sources of PINs of the key that it is to make.
 		f := &pairs.Pair{ID: req.ID, Label: req.Label, Members: []pairs.Member{{Class: wire.CKOPrivateKey, Name: pairs.Name{ID: req.ID, Label: req.Label}}}, Visible: true}
 		typed, err := t.login(ctx, newKey(t, f, nil), supply(pin))
 		typed.Wipe()
@@ -195,7 +197,7 @@ func (t *Token) generate(ctx context.Context, req *wire.Generate, kind KeyKind, 
 		}
 		return nil, nil, err
 	}
-	// It is there: whoever has hung up is to be told nevertheless.
+	// The key exists. So the caller gets it, even if ctx has ended.
 	k, err := t.made(context.WithoutCancel(ctx), p, reply)
 	if err != nil {
 		return nil, nil, fmt.Errorf("a key with the id %x was made on token %q, but cannot be used: %w", reply.Private.ID, t.ID.Label, err)
@@ -203,8 +205,8 @@ func (t *Token) generate(ctx context.Context, req *wire.Generate, kind KeyKind, 
 	return k, reply, nil
 }
 
-// checkGenerate finds what is known before a login and stands against a new key, so that
-// nobody types a PIN in vain. What goes wrong otherwise is found when the key is made.
+// checkGenerate finds obstacles to a new key before a login, so that no person types a PIN in
+// vain. It ignores other errors: the attempt to make the key finds them.
 func (t *Token) checkGenerate(ctx context.Context, p *process.Process, req *wire.Generate, kind KeyKind) error {
 	check := *req
 	check.Check = true
@@ -215,7 +217,7 @@ func (t *Token) checkGenerate(ctx context.Context, p *process.Process, req *wire
 	return ctx.Err()
 }
 
-// ask has the module make a pair.
+// ask tells the module to make a key pair.
 func (t *Token) ask(ctx context.Context, p *process.Process, req *wire.Generate, reply *wire.GenerateReply) error {
 	if f := t.module.store.opts.Generating; f != nil {
 		defer f(t.ID)()
@@ -223,7 +225,7 @@ func (t *Token) ask(ctx context.Context, p *process.Process, req *wire.Generate,
 	return p.CallThrough(ctx, process.GenerateTimeout, wire.TypeGenerate, req, reply)
 }
 
-// made returns the key that was just made.
+// made returns the key that the module has just made.
 func (t *Token) made(ctx context.Context, p *process.Process, reply *wire.GenerateReply) (*Key, error) {
 	pub, err := pairs.PublicKey(reply.Public)
 	if err != nil {
@@ -241,7 +243,7 @@ func (t *Token) made(ctx context.Context, p *process.Process, reply *wire.Genera
 	return nil, errors.New("the token does not list it")
 }
 
-// try has the key sign, which verifies the signature.
+// try signs with the key. Signing verifies the signature.
 func (k *Key) try(ctx context.Context) error {
 	var opts crypto.SignerOpts = crypto.SHA256
 	switch k.Public().(type) {
@@ -254,12 +256,12 @@ func (k *Key) try(ctx context.Context) error {
 	return err
 }
 
-// explainGenerate makes the error of a key that was not made one for a person.
+// explainGenerate turns the error of a request for a new key into an error for a person.
 func (t *Token) explainGenerate(err error, kind KeyKind) error {
 	e, ok := errors.AsType[*wire.Error](err)
 	switch {
 	case errors.Is(err, context.Canceled), errors.Is(err, context.DeadlineExceeded):
-		return err // it was not even asked
+		return err // the module did not get the request
 	case !ok:
 		return fmt.Errorf("make a key on token %q: %w; it may be there nevertheless: look with p11-agent list", t.ID.Label, t.module.wrap(err))
 	case e.Reason == wire.ReasonExists, e.Reason == wire.ReasonExtractable:
@@ -270,14 +272,14 @@ func (t *Token) explainGenerate(err error, kind KeyKind) error {
 		switch e.RV {
 		case wire.CKRHostMemory, wire.CKRDeviceMemory, wire.CKRDeviceError, wire.CKRDeviceRemoved, wire.CKRTokenNotPresent,
 			wire.CKRSessionCount, wire.CKRFunctionCanceled, wire.CKRFunctionRejected:
-		default: // modules have many words for what they do not do
+		default: // modules have many codes for what they do not support
 			return &GenerateError{Token: t.ID.Label, Kind: kind, Advice: t.otherTool(), Err: err}
 		}
 	}
 	return &GenerateError{Token: t.ID.Label, Kind: kind, Err: err}
 }
 
-// otherTool says what makes keys on a token whose module does not.
+// otherTool names a program that makes keys on the token, for a module that does not.
 func (t *Token) otherTool() string {
 	text := strings.ToLower(t.ID.Manufacturer + " " + t.ID.Model)
 	switch {
@@ -291,11 +293,11 @@ func (t *Token) otherTool() string {
 	return "make the key with the token's own program"
 }
 
-// A GenerateError says that a token did not make a key. None was left on it.
+// A GenerateError says that a token did not make a key. No new key is left on the token.
 type GenerateError struct {
 	Token  string // label
 	Kind   KeyKind
-	Advice string // what to do instead, if there is something
+	Advice string // what to do instead; may be empty
 	Err    error
 }
 
@@ -309,7 +311,7 @@ func (e *GenerateError) Error() string {
 
 func (e *GenerateError) Unwrap() error { return e.Err }
 
-// stoppedError says what became of a key that nobody waits for any more.
+// A stoppedError is the outcome of a request for a key whose context, the cause, has ended.
 type stoppedError struct{ cause, err error }
 
 func (e *stoppedError) Error() string        { return e.err.Error() }

@@ -259,7 +259,7 @@ func running(is func(state, stack string) bool) bool {
 	return false
 }
 
-// waitsThrough tells whether a request waits for its end although nobody waits for it.
+// waitsThrough reports whether a request goes on although its caller has stopped waiting.
 func waitsThrough() bool {
 	return running(func(state, stack string) bool {
 		return strings.Contains(state, "[chan receive") && strings.HasPrefix(stack, "p11-agent/token/process.(*Process).request(")
@@ -271,7 +271,8 @@ func looks() bool {
 	return running(func(_, stack string) bool { return strings.Contains(stack, "p11-agent/token.(*module).look(") })
 }
 
-// Who stops waiting for a key finds none: what the card had begun is taken away.
+// A caller stops waiting for a key. The module then destroys the key that the card has begun
+// to make.
 func TestGenerateCancelled(t *testing.T) {
 	library := tokentest.BuildBadModule(t)
 	hsm := newHSM(t, "bad")

@@ -307,8 +307,8 @@ func TestMisbehavingModule(t *testing.T) {
 	}
 }
 
-// A process that is replaced with nothing under way, as somebody looks for tokens, is no
-// failure of whoever has just begun to use it, also after one that was.
+// A look for tokens replaces a process that does no work. A request that has just begun to use
+// the process does not fail, not even after an earlier failure of the process.
 func TestReplacedAfterACrash(t *testing.T) {
 	p := &tokentest.Person{Always: rightPIN}
 	b := newBench(t, p, nil)

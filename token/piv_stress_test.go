@@ -118,7 +118,7 @@ func (w *pivWorld) run(seed uint64) {
 	all.Go(func() { w.watch(stop) })
 	random := rand.New(rand.NewPCG(seed, clients))
 	for end := time.Now().Add(*stressTime); time.Now().Before(end); {
-		// Some work is done between any two, whatever becomes of it.
+		// The clients do some work between two disturbances. The work may fail.
 		more := w.signed.Load() + w.failed.Load() + random.Int64N(50)
 		w.until("the clients go on", func() bool { return w.signed.Load()+w.failed.Load() >= more })
 		what := w.disturb(random)
@@ -266,7 +266,7 @@ func (w *pivWorld) disturb(random *rand.Rand) string {
 		w.pcscd.ResetCard(w.where[i])
 		return fmt.Sprintf("card %d reset by another program", i)
 	case n < 60:
-		c.Reset() // and nobody is told
+		c.Reset() // without an event
 		return fmt.Sprintf("card %d loses its power", i)
 	case n < 67:
 		each, private := time.Duration(random.IntN(5))*time.Millisecond, time.Duration(random.IntN(300))*time.Millisecond
@@ -315,7 +315,7 @@ func (w *pivWorld) settle() {
 			return err == nil
 		})
 	}
-	// Who has lost the count of logins would ask for no PIN now, or for two.
+	// If the agent has lost the count of logins, it asks for no PIN here, or for two.
 	noError(w.T, w.store.LogoutAll(w.Context()))
 	for i, k := range []*token.Key{w.keys[0], w.keys[2]} {
 		prompts, right := w.person.Prompts(), w.cards[i].Counts().Right

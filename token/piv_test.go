@@ -171,7 +171,7 @@ func TestPIVPolicies(t *testing.T) {
 	}
 }
 
-// TestPIVChangedPIN has the PIN changed by somebody else, and locked.
+// Another program changes the PIN of the card, and then locks the PIN.
 func TestPIVChangedPIN(t *testing.T) {
 	p, c, person, s := pivStore(t, pivcard.Options{Name: "piv", PIN: pivPIN, Keys: map[pivcard.Ref]pivcard.Key{
 		pivcard.Authentication: {}, pivcard.Signature: {},

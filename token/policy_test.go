@@ -79,7 +79,7 @@ func TestRemember(t *testing.T) {
 }
 
 // Another program changes the PIN. The kept PIN costs one try, for any number of waiting
-// requests. A person who types it again loses no try.
+// requests. If a person types the old PIN again, that costs no try.
 func TestRememberedPINIsOutOfDate(t *testing.T) {
 	const other = "Other-1290"
 	p := &tokentest.Person{PINs: []string{rightPIN, rightPIN, other}}
@@ -104,8 +104,8 @@ func TestRememberedPINIsOutOfDate(t *testing.T) {
 	want(t, "said of the old one", problems[2], "This PIN was refused a moment ago: it was not tried again.")
 }
 
-// A person who types the same wrong PIN again and again loses one try, until the flags of the
-// token change.
+// A person types the same wrong PIN again and again. That costs one try, until the flags of
+// the token change.
 func TestRefusedPINIsNotTriedAgain(t *testing.T) {
 	p := &tokentest.Person{Always: "wrong-1"}
 	b := newBench(t, p, nil)

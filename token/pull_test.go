@@ -17,10 +17,11 @@ import (
 
 var pulls = flag.Int("pulls", 4, "how often TestPIVPulls pulls a card under each module")
 
-// TestPIVPulls pulls a card again and again: when nobody uses it, in a signature, behind
-// one, and just before the next. Each time the card signs again, with one prompt for its
-// stay. The other card of the module signs throughout, and nobody is asked for its PIN. No
-// module is given up because its time was over, and none is in back-off at the end.
+// TestPIVPulls pulls a card again and again: while no request uses it, during a signature,
+// after a signature, and just before the next signature. Each time, the card signs again,
+// with one prompt for its stay. The other card of the module signs all the time, without a
+// prompt. The agent gives up no module because its time is over. At the end, no module is in
+// back-off.
 func TestPIVPulls(t *testing.T) {
 	for _, m := range pullModules {
 		t.Run(m.name, func(t *testing.T) {
@@ -151,8 +152,8 @@ func TestPulledAndModuleHangs(t *testing.T) {
 	})
 }
 
-// A module tells that a token was taken out, and answers nothing after that. It is started
-// anew when somebody waits for it.
+// A module reports that a token was taken out, and answers no request after that. The agent
+// starts the module again when a caller waits for it.
 func TestHangsBehindEvent(t *testing.T) {
 	library := tokentest.BuildBadModule(t)
 	hsm := newHSM(t, "soft")

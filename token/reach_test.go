@@ -14,8 +14,8 @@ import (
 	"p11-agent/token/tokentest"
 )
 
-// What a remote client names is read, and nothing is looked up: the answer to a path is
-// the same whatever is there.
+// The agent parses the path that a remote client names, and does not look the path up. So the
+// answer is the same with and without a file at the path.
 func TestAttack16RemoteProvider(t *testing.T) {
 	dir := t.TempDir()
 	there := filepath.Join(dir, "module.so")
@@ -115,8 +115,8 @@ func TestAsksPIN(t *testing.T) {
 	want(t, "asks with a configured PIN", k.AsksPIN(), false)
 }
 
-// A PIN counts as taken when the token has taken it, also where somebody is logged in: the
-// token is logged out first, and the PIN is tried.
+// Login reports a PIN as taken only if the token has taken it. If the token is logged in, the
+// agent logs the token out first, and then tries the PIN.
 func TestLoginTellsWhatTheTokenTook(t *testing.T) {
 	b := newBench(t, nil, nil)
 	for _, tt := range []struct {

@@ -193,10 +193,10 @@ func TestSharing(t *testing.T) {
 	}
 }
 
-// TestSharingAllTheTime has other programs use the card beside fifty signatures.
-// Each time that one takes the login away, a person is asked again. libykcs11 2.2
-// may be disturbed between its login and the signature, and a login is not tried
-// twice: with it some signatures fail.
+// TestSharingAllTheTime lets other programs use the card during fifty signatures. Each time
+// another program takes the login away, the agent asks a person for the PIN again. Another
+// program may disturb libykcs11 2.2 between its login and the signature. The agent does not
+// try a login twice, so some signatures of libykcs11 fail.
 func TestSharingAllTheTime(t *testing.T) {
 	for _, m := range sharedModules {
 		for _, n := range neighbours {
@@ -453,8 +453,7 @@ func TestRelease(t *testing.T) {
 	}
 }
 
-// TestReleaseKeepsLogin has a module let go only when nobody is logged in, which
-// is what it does when nothing is configured.
+// Without a configuration, the agent releases a module only while no token is logged in.
 func TestReleaseKeepsLogin(t *testing.T) {
 	s := newSharer(t, sharedModules[1], func(spec *token.ModuleSpec) { spec.Idle = 50 * time.Millisecond })
 	s.released()
@@ -547,7 +546,7 @@ func TestReleaseMakesTheCardForget(t *testing.T) {
 	p.Insert(0, card)
 	spec := realSpec("opensc", module, p.Env()...)
 	release(50 * time.Millisecond)(&spec)
-	spec.Release = 0 // not while somebody is logged in
+	spec.Release = 0 // not while the token is logged in
 	person := &tokentest.Person{Always: pivPIN}
 	s := tokentest.Store(t, token.Options{Modules: []token.ModuleSpec{spec}, Command: self, PINs: person}, pivPIN)
 	noError(t, tokentest.Sign(t.Context(), tokentest.Key(t, s, "piv", 1)))
@@ -559,7 +558,7 @@ func TestReleaseMakesTheCardForget(t *testing.T) {
 	want(t, "right PINs", card.Counts().Right, 2)
 }
 
-// A PIN that is kept outlives that the card is let go: nobody is asked again.
+// The agent keeps a remembered PIN when it releases the card. So it asks only once.
 func TestReleaseRemembers(t *testing.T) {
 	module := tokentest.Module(t, "opensc-pkcs11.so")
 	p := tokentest.StartPCSCD(t)

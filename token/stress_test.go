@@ -16,10 +16,10 @@ import (
 	"p11-agent/token/wire"
 )
 
-// Clients sign at random while the card is pulled, its module killed, its login
-// lost and its answers wrong, at random too. Every signature that is made is
-// right, nobody waits for ever, no PIN is tried that is wrong, and at the end
-// everything works and nothing is left (tokentest.Store sees to that).
+// Clients sign at random times. Disturbances come at random times too: the card is pulled, its
+// module is killed, its login is lost, its answers are wrong. Each signature is right. No
+// request waits for ever. The agent tries no wrong PIN. At the end, all keys sign.
+// tokentest.Store checks that nothing is left.
 func TestStress(t *testing.T) {
 	const disturbances, clients = 300, 8
 	seed := uint64(time.Now().UnixNano())
@@ -71,7 +71,7 @@ func TestStress(t *testing.T) {
 	random := rand.New(rand.NewPCG(seed, clients))
 	kills := 4 // more would only make the pause before the next start longer
 	for range disturbances {
-		// Some work is done between any two, whatever becomes of it.
+		// The clients do some work between two disturbances. The work may fail.
 		before := signed.Load() + failed.Load()
 		tokentest.Until(t, "the clients go on", func() bool { return signed.Load()+failed.Load() > before+int64(random.IntN(20)) })
 		switch random.IntN(6) {

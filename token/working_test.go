@@ -45,8 +45,8 @@ func (w *work) want(t *testing.T, when string, began, going int) {
 
 type valueKey struct{}
 
-// A token works from when it is told to sign until it has answered: not while a
-// person is asked for the PIN, whichever kind of key wants it.
+// A token works from the request to sign until its answer. The token does not work while a
+// person types the PIN. This holds for each kind of key.
 func TestWorking(t *testing.T) {
 	for _, tt := range []struct {
 		name string
@@ -96,7 +96,7 @@ func TestWorking(t *testing.T) {
 	}
 }
 
-// The work ends with whatever it comes to.
+// The work also ends after an error, a retry and a wrong signature.
 func TestWorkingEnds(t *testing.T) {
 	for name, set := range map[string]func(k *tokentest.FakeKey){
 		"an error":        func(k *tokentest.FakeKey) { k.Returns = wire.CKRFunctionFailed },

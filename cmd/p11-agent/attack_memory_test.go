@@ -25,9 +25,9 @@ func init() {
 	attacks["search"] = searchMemory
 }
 
-// holdProgram starts a program, holds it before its first instruction, and tries to
-// open its memory: the loader waits for somebody to write to the FIFO that it is to load
-// first. A program that is merely slow to start gives as much time.
+// holdProgram starts a program, holds it before its first instruction, and tries to open its
+// memory. LD_PRELOAD names a FIFO, and the loader waits until a program writes to the FIFO. A
+// program that starts slowly gives an attacker as much time.
 func holdProgram(args []string) error {
 	dir, err := os.MkdirTemp("", "hold")
 	if err != nil {
@@ -58,9 +58,9 @@ func holdProgram(args []string) error {
 	return cmd.Wait()
 }
 
-// searchMemory counts how often a text is in the memory of a process, as does who has
-// opened /proc/PID/mem in time, and of its children. The attacker is root here,
-// whom the kernel lets open it at any time.
+// searchMemory counts how often a text is in the memory of a process and of its children. An
+// attacker that has opened /proc/PID/mem in time can do the same. Here the attacker is root, and
+// the kernel lets root open the file at any time.
 func searchMemory(args []string) error {
 	pids := []string{args[0]}
 	children, err := filepath.Glob("/proc/" + args[0] + "/task/*/children")
@@ -130,8 +130,8 @@ func found(pid string, text []byte) (int, error) {
 	return n, nil
 }
 
-// Nobody looks into a program that is installed as "make install" does it, not even
-// before its first instruction, and the honest one still gets in at the control door.
+// "make install" installs the program in such a way that no other program can read its memory,
+// not even before its first instruction. The honest program can still use the control socket.
 func TestAttack12Start(t *testing.T) {
 	if os.Geteuid() != 0 {
 		if os.Getenv("CI") == "true" {
@@ -224,7 +224,7 @@ func TestAttack12Tracer(t *testing.T) {
 			defer f.Close()
 			cmd := exec.Command("/proc/self/exe", command)
 			cmd.Args[0] = "p11-agent"
-			cmd.Stderr = f // no pipe, as nobody but this thread waits
+			cmd.Stderr = f // no pipe, as only this thread waits
 			cmd.SysProcAttr = &syscall.SysProcAttr{Ptrace: true}
 			if err := cmd.Start(); err != nil {
 				t.Fatal(err)

@@ -130,8 +130,8 @@ func hiddenArchive() ([]byte, error) {
 	return b.Bytes(), err
 }
 
-// paddedAttributes are the attributes of a CMS signature in DER, of so many bytes: an
-// attribute that nobody knows has the rest.
+// paddedAttributes returns the attributes of a CMS signature in DER, of size bytes in all. An
+// attribute with an unknown type fills the rest.
 func paddedAttributes(size int) ([]byte, error) {
 	type attribute struct {
 		Type   asn1.ObjectIdentifier

@@ -13,8 +13,8 @@ var attacks = map[string]func(args []string) error{
 	"log":   attackLog,
 }
 
-// attacker is a program with a socket of the agent, and no good intentions. It
-// exits with 0 when the attack could be carried out, whatever came of it.
+// attacker is a hostile program with a socket of the agent. It exits with 0 if it could carry
+// out the attack, also if the attack had no success.
 func attacker() {
 	if len(os.Args) < 2 || attacks[os.Args[1]] == nil {
 		fmt.Fprintln(os.Stderr, "attacker: unknown attack")

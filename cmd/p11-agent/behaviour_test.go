@@ -602,8 +602,8 @@ func TestBehaviour(t *testing.T) {
 	}
 }
 
-// startOne starts an agent that has no keys and can ask nobody. The configuration of ours
-// begins with these lines.
+// startOne starts an agent that has no keys and no pinentry. For p11-agent, the configuration
+// begins with lines.
 func startOne(t *testing.T, program string, lines ...string) (socket string) {
 	t.Helper()
 	dir := tokentest.TempDir(t)

@@ -24,7 +24,7 @@ import (
 //	last TEXT     this PIN, and then the program is of no use any more
 //	later TEXT    this PIN, once there is a file "release" in the directory
 //	stay          nothing, until the question is taken back
-//	for W TEXT    this PIN, for every question with the word W in its description, whatever the line
+//	for W TEXT    this PIN, for every question with the word W in its description, on any line
 //	ok            yes
 //	ok-later      yes, once there is a file "release" in the directory
 //	other         what a person does with the third button
@@ -107,7 +107,7 @@ func (f *fake) answer(question string) (kind, text string) {
 	return "cancel", ""
 }
 
-// wait stays until the script wants it to go on, or nobody is left to tell.
+// wait returns when the file "release" exists. If the parent ends first, the program exits.
 func (f *fake) wait() {
 	for parent := os.Getppid(); os.Getppid() == parent; time.Sleep(20 * time.Millisecond) {
 		if _, err := os.Stat(filepath.Join(f.dir, "release")); err == nil {

@@ -102,8 +102,8 @@ func TestRecipes(t *testing.T) {
 	}
 }
 
-// No command of the page is run by nobody without being named in elsewhere: each
-// section is either run by a test, or has nothing left to type but p11-agent's own.
+// A test runs each section of the page, or elsewhere names the commands that no test runs. Other
+// sections have only commands of p11-agent and ssh-add.
 func TestEveryRecipeIsRun(t *testing.T) {
 	run := []string{"", "SoftHSM", "git", "Forwarding", "CI and other machines without people", "Host keys of sshd", "A TPM"}
 	all := recipes(t)

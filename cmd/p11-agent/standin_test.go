@@ -216,7 +216,7 @@ func TestInheritsNothing(t *testing.T) {
 						_ = cmd.Wait() // by a signal
 					}()
 				}
-				// It has an end when nobody holds its other end any more.
+				// A read meets the end of the file when no process holds the other end open.
 				if err := end.SetReadDeadline(time.Now().Add(patience)); err != nil {
 					t.Fatal(err)
 				}
@@ -556,7 +556,7 @@ func TestEndsWithTerminal(t *testing.T) {
 	}
 }
 
-// A log that nobody reads any more does not end the agent.
+// If no process reads the log any more, the agent does not end.
 func TestLogWithoutReader(t *testing.T) {
 	s := newStandIn(t, "ssh-agent")
 	cmd := s.command("-D", "-a", s.path("s"))

@@ -298,7 +298,7 @@ func (s *stories) setup(env *testscript.Env) error {
 		"TERM":                    "xterm",
 		"SHELL":                   "/bin/sh",
 		"USER":                    strings.TrimSpace(currentUser()),
-		// Races are found in processes whose output nobody sees, too.
+		// The race detector also reports races of processes whose output no test reads.
 		"GORACE":              "atexit_sleep_ms=0 log_path=" + work + "/race",
 		"GIT_CONFIG_NOSYSTEM": "1",
 	} {
@@ -336,7 +336,7 @@ func endLeftovers(work string) error {
 	for _, file := range files {
 		b, err := os.ReadFile(file)
 		if err != nil || !bytes.Contains(b, home) {
-			continue // gone, or of somebody else
+			continue // gone, or a process of another user or story
 		}
 		pid, err := strconv.Atoi(filepath.Base(filepath.Dir(file)))
 		if err != nil {
@@ -543,7 +543,7 @@ func adopt(ts *testscript.TestScript, neg bool, args []string) {
 	ts.Setenv("SSH_AGENT_PID", number[1])
 	p, err := openProcess(pid)
 	if errors.Is(err, unix.ESRCH) {
-		s.agent = nil // it has ended, and somebody has taken note
+		s.agent = nil // it has ended, and its parent has waited for it
 		return
 	}
 	ts.Check(err)
@@ -791,7 +791,8 @@ func runDisplay(ts *testscript.TestScript, display string) bool {
 	ready, theirs, err := os.Pipe()
 	ts.Check(err)
 	defer ready.Close()
-	// Without -noreset it throws out who connects just after its last client has left.
+	// Without -noreset, the server disconnects a client that connects just after the last client
+	// has left.
 	cmd := exec.Command("Xvfb", display, "-displayfd", "3", "-screen", "0", "800x600x24", "-nolisten", "tcp", "-noreset")
 	cmd.ExtraFiles = []*os.File{theirs}
 	ts.Check(errors.Join(cmd.Start(), theirs.Close()))
@@ -1057,7 +1058,7 @@ func findSecret(ts *testscript.TestScript, neg bool, args []string) {
 			// The kernel shows the environments of the agent and of its module processes
 			// to root alone, and their arguments to all.
 		default:
-			continue // gone, or of somebody else
+			continue // gone, or a process of another user or story
 		}
 		cmdline, _ := os.ReadFile(filepath.Join(dir, "cmdline")) // it may have gone
 		if bytes.Contains(environ, secret) || bytes.Contains(cmdline, secret) {
