@@ -101,12 +101,12 @@ var rooms = []room{
 	},
 	{
 		"cmd/p11-agent/control",
-		[]string{"agent/sshagent", "cmd/p11-agent/exit", "cmd/p11-agent/output", "cmd/p11-agent/prompt", "cmd/p11-agent/status", "pinentry/plain", "pinentry/secret", "token/module", "token/wire"},
+		[]string{"agent/sshagent", "cmd/p11-agent/exit", "cmd/p11-agent/output", "cmd/p11-agent/prompt", "cmd/p11-agent/status", "pinentry/plain", "pinentry/secret", "token/module/undumpable", "token/wire"},
 		"a person at a terminal controls an agent that runs already",
 	},
 	{
 		"cmd/p11-agent/daemon",
-		[]string{"agent", "agent/approval", "agent/audit", "agent/certdir", "agent/door", "agent/knownhosts", "agent/logfold", "agent/peer", "agent/request", "agent/sshagent", "cmd/p11-agent/advice", "cmd/p11-agent/backend", "cmd/p11-agent/config", "cmd/p11-agent/exit", "cmd/p11-agent/output", "cmd/p11-agent/paths", "cmd/p11-agent/prompt", "cmd/p11-agent/status", xssh, xsys, "pinentry/notify", "pinentry/secret", "systemd", "systemd/bus", "systemd/login1", "token", "token/known", "token/module", "token/pin"},
+		[]string{"agent", "agent/approval", "agent/audit", "agent/certdir", "agent/door", "agent/knownhosts", "agent/logfold", "agent/peer", "agent/request", "agent/sshagent", "cmd/p11-agent/advice", "cmd/p11-agent/backend", "cmd/p11-agent/config", "cmd/p11-agent/exit", "cmd/p11-agent/output", "cmd/p11-agent/paths", "cmd/p11-agent/prompt", "cmd/p11-agent/status", xssh, xsys, "pinentry/notify", "pinentry/secret", "systemd", "systemd/bus", "systemd/login1", "token", "token/known", "token/module/undumpable", "token/pin"},
 		"the running agent wires rooms, and knows no command",
 	},
 	{"cmd/p11-agent/demo", []string{"cmd/p11-agent/output", "token/registry", "token/wellknown"}, "it runs the program as a user would, by its command line"},
@@ -136,7 +136,7 @@ var rooms = []room{
 		[]string{
 			"agent/approval", "agent/peer", "agent/request", "cmd/p11-agent/config", "cmd/p11-agent/exit", "cmd/p11-agent/output",
 			"pinentry", "pinentry/plain", "pinentry/secret", "pinentry/waiting", "systemd/environment",
-			"token", "token/module", "token/pin", "token/pkcs11uri", "token/wire", xsys,
+			"token", "token/module/undumpable", "token/pin", "token/pkcs11uri", "token/wire", xsys,
 		},
 		"it asks persons, and decides nothing about keys",
 	},
@@ -147,7 +147,7 @@ var rooms = []room{
 	},
 	{
 		"cmd/p11-agent/status",
-		[]string{"agent", "agent/audit", "agent/request", "agent/sshagent", "cmd/p11-agent/config", "cmd/p11-agent/output", "cmd/p11-agent/paths", "pinentry/plain", "token", "token/module", "token/pin", "token/pkcs11uri", "token/wire", xssh},
+		[]string{"agent", "agent/audit", "agent/request", "agent/sshagent", "cmd/p11-agent/config", "cmd/p11-agent/output", "cmd/p11-agent/paths", "pinentry/plain", "token", "token/module/undumpable", "token/pin", "token/pkcs11uri", "token/wire", xssh},
 		"it tells what is, and does not know what helps",
 	},
 	{"cmd/bench", []string{"pinentry/procstat"}, "it measures the program from outside"},
@@ -159,7 +159,7 @@ var rooms = []room{
 	},
 	{
 		"agent/approval",
-		[]string{"agent/knownhosts", "agent/peer", "agent/request", "agent/sshkey", "pinentry", "pinentry/waiting", xssh},
+		[]string{"agent/knownhosts", "agent/peer", "agent/request", "pinentry", "pinentry/waiting", xssh},
 		"whether a key may be used is decided without the key",
 	},
 	{"agent/audit", []string{"agent/approval", "agent/peer", "agent/request"}, "it tells what was asked and answered, and decides nothing"},
@@ -206,6 +206,7 @@ var rooms = []room{
 		[]string{"token/module/sandbox", "token/pcsc", "token/wire", "pinentry/procstat", "pinentry/secret", pkcs11, xsys},
 		"the module process knows no PIN policy, no configuration and no network",
 	},
+	{"token/module/undumpable", []string{xsys}, "it runs before everything else"},
 	{
 		"token/module/sandbox",
 		[]string{"token/wellknown", "token/wire", xsys, landlock, landlock + "/syscall"},
