@@ -5,20 +5,20 @@ import (
 	"strings"
 )
 
-// An attribute is one that RFC 7512 defines.
+// An attribute is an attribute that RFC 7512 defines.
 type attribute struct {
 	name  string
 	query bool
-	// parse sets the field from the value as it is in the text. Its errors are
-	// those of the readers of values.
+	// parse reads the value from the text into the field. Its errors are those of the
+	// readers of values.
 	parse func(u *URI, raw []byte) error
-	// print returns the value as it is in the text, and whether there is one.
-	// full is as in URI.format.
+	// print returns the value for the text, and whether the URI has one. full is as in
+	// URI.format.
 	print func(u *URI, full bool) (string, bool)
 }
 
-// attributes are those of RFC 7512 section 2.3, in the order in which they are
-// written.
+// attributes are the attributes of RFC 7512 section 2.3, in the order of the printed
+// text.
 var attributes = []attribute{
 	fixed("token", func(u *URI) **string { return &u.Token }),
 	fixed("manufacturer", func(u *URI) **string { return &u.Manufacturer }),
@@ -55,7 +55,7 @@ var attributes = []attribute{
 			return err
 		},
 		print: func(u *URI, _ bool) (string, bool) {
-			// Section 2.3: encoded as a whole, since it is not text.
+			// Section 2.3: the id is not text, so it is percent-encoded as a whole.
 			return FormatID(u.ID), u.ID != nil
 		},
 	},
@@ -122,8 +122,8 @@ var attributes = []attribute{
 	},
 }
 
-// fixed is a path attribute whose value is a text of fixed width in PKCS#11. Its padding is
-// dropped.
+// fixed returns a path attribute whose value is a text of fixed width in PKCS#11. parse
+// drops the padding.
 func fixed(name string, field func(*URI) **string) attribute {
 	a := text(name, field)
 	parse := a.parse
@@ -137,7 +137,7 @@ func fixed(name string, field func(*URI) **string) attribute {
 	return a
 }
 
-// text is a path attribute whose value is text.
+// text returns a path attribute whose value is text.
 func text(name string, field func(*URI) **string) attribute {
 	return attribute{
 		name: name,
@@ -171,19 +171,23 @@ func attributeNamed(name string) *attribute {
 	return nil
 }
 
-// String returns the canonical text without what is not for everybody's eyes:
-// the pin-value is left out; of a pin-source only its kind is shown; vendor
-// attributes of the path lose their value and those of the query are left out,
-// since the one may be a mistyped PIN attribute and the other the rest of a PIN
-// whose "&" was not encoded.
+// String returns the canonical text without anything that may be secret:
 //
-// What is left out changes nothing when the text is pasted somewhere: the person
-// is asked for the PIN. A placeholder for the pin-value would be tried as the
-// PIN, at the cost of a try. That of a pin-source is refused by Parse, so that
-// it cannot be lost unnoticed.
+//   - It omits the pin-value.
+//   - It shows only the kind of a pin-source.
+//   - It omits the values of vendor attributes in the path. One of them may be a mistyped
+//     PIN attribute.
+//   - It omits vendor attributes of the query. One of them may be the rest of a PIN whose
+//     "&" was not encoded.
+//
+// A text without the pin-value still works when a person pastes it somewhere: the agent
+// asks for the PIN. A placeholder for the pin-value would be tried as the PIN, and would
+// cost a try. Parse refuses the placeholder of a pin-source, so the loss of a pin-source
+// does not stay unnoticed.
 func (u URI) String() string { return u.format(false) }
 
-// format prints the URI. full includes the pin-source and the values of vendor attributes; only tests compare those.
+// format prints the URI. full includes the pin-source and the values of vendor
+// attributes; only tests compare those.
 func (u *URI) format(full bool) string {
 	text := scheme + strings.Join(u.component(false, full), ";")
 	if query := u.component(true, full); len(query) > 0 {
@@ -219,7 +223,7 @@ func (u *URI) component(query, full bool) []string {
 	return all
 }
 
-// text is what parsePINSource reads.
+// text returns the text that parsePINSource reads.
 func (s PINSource) text() string {
 	switch s.Kind {
 	case PINCommand:

@@ -8,23 +8,23 @@ import (
 	"p11-agent/token/wire"
 )
 
-// The most bytes of a token's or an object's own that ForKey takes into a URI,
-// so that its text keeps below MaxLength with every byte percent-encoded. A
-// token's texts have 32 bytes at most; labels and ids have no limit.
+// ForKey takes at most this many bytes of a token's or an object's text into a URI. So
+// the text of the URI stays below MaxLength even when every byte is percent-encoded. The
+// texts of a token have 32 bytes at most. Labels and ids have no limit.
 const (
 	maxText = 256
 	maxID   = 1024
 )
 
-// ForKey returns the URI that names a key for a person: token, serial, object
-// and id, and the token's manufacturer and model when it has neither label nor
-// serial. What is empty is left out.
+// ForKey returns the URI that names a key for a person. The URI has token, serial, object
+// and id. It has the token's manufacturer and model when the token has neither label nor
+// serial. ForKey omits empty values.
 //
-// The texts come from a token, which may say anything: what could not be read
-// back from the URI is left out, too. That is text that is not UTF-8, holds
-// "pin-value=" or is longer than 256 bytes, and an id of more than 1024. So the
-// URI matches the key it was made for, though it may match others, and Parse
-// reads its text.
+// The texts come from a token, and a token may return anything. So ForKey also omits
+// values that Parse would refuse or that are too long: text that is not UTF-8, holds
+// "pin-value=" or has more than 256 bytes, and an id of more than 1024 bytes. So Parse
+// can read the text of the URI, and the URI matches its key. The URI may match other
+// keys, too.
 func ForKey(token wire.TokenID, label string, id []byte) *URI {
 	u := &URI{
 		Token:  addressable(token.Label),
@@ -41,7 +41,7 @@ func ForKey(token wire.TokenID, label string, id []byte) *URI {
 	return u
 }
 
-// addressable returns text, or nil when it has no place in a URI.
+// addressable returns text, or nil when the text has no place in a URI.
 func addressable(text string) *string {
 	if text == "" || len(text) > maxText || !utf8.ValidString(text) || strings.Contains(text, pinValue+"=") {
 		return nil

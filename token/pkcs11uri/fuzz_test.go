@@ -12,7 +12,7 @@ import (
 	"p11-agent/token/wire"
 )
 
-// accepted are seeds; those that Parse refuses are in refused.
+// accepted holds seeds that Parse accepts. refused holds the seeds that Parse refuses.
 var accepted = []string{
 	"pkcs11:",
 	"PKCS11:?",
@@ -61,7 +61,7 @@ func FuzzParse(f *testing.F) {
 			return
 		}
 		defer u.Wipe()
-		clear(text) // what was read must not lie in it
+		clear(text) // the URI must not point into text
 		if again, err := ParseBytes(before); err != nil || !reflect.DeepEqual(again.parts(), u.parts()) || !again.PIN().Equal(u.PIN()) {
 			t.Fatalf("%q read twice: %v", before, err)
 		} else {
@@ -71,7 +71,7 @@ func FuzzParse(f *testing.F) {
 		canonical := u.Canonical()
 		again, err := Parse(canonical)
 		if len(canonical) > MaxLength {
-			return // encoding may make it longer
+			return // percent-encoding may make it longer
 		}
 		if err != nil {
 			t.Fatalf("Parse(%q): %v", canonical, err)
@@ -87,7 +87,7 @@ func FuzzParse(f *testing.F) {
 	})
 }
 
-// parts is the URI without its PIN.
+// parts returns the URI without its PIN.
 func (u *URI) parts() any {
 	return [...]any{
 		u.Token, u.Manufacturer, u.Serial, u.Model, u.LibraryManufacturer, u.LibraryVersion, u.LibraryDescription, u.Object, u.Type, u.ID,
@@ -118,8 +118,8 @@ func (u *URI) object() ObjectInfo {
 	return ObjectInfo{Class: u.Type, ID: u.ID, Label: value(u.Object)}
 }
 
-// FuzzPIN writes a pin-value into the middle of a text, wherever that is: what
-// becomes of it must not show the PIN.
+// FuzzPIN writes a pin-value into the middle of a text, at any place. Neither the URI nor
+// the error may show the PIN.
 func FuzzPIN(f *testing.F) {
 	for _, s := range seeds(f) {
 		f.Add(s, 7)

@@ -9,39 +9,41 @@ import (
 	"p11-agent/token/wire"
 )
 
-// ModuleInfo is what the library-... attributes are matched against: CK_INFO as
-// C_GetInfo gives it, without padding.
+// ModuleInfo holds what MatchModule compares with the library-... attributes: CK_INFO as
+// C_GetInfo returns it, without padding.
 type ModuleInfo struct {
 	Manufacturer string
 	Description  string
 	Version      Version
 }
 
-// SlotInfo is what the slot-... attributes are matched against: CK_SLOT_INFO as
-// C_GetSlotInfo gives it, without padding.
+// SlotInfo holds what MatchSlot compares with the slot-... attributes: CK_SLOT_INFO as
+// C_GetSlotInfo returns it, without padding.
 type SlotInfo struct {
 	ID           uint64
 	Manufacturer string
 	Description  string
 }
 
-// ObjectInfo is what object, type and id are matched against. What the object
-// does not have is empty.
+// ObjectInfo holds what MatchObject compares with object, type and id. A field is empty
+// when the object lacks the attribute.
 type ObjectInfo struct {
 	Class Class
 	ID    []byte // CKA_ID
 	Label string // CKA_LABEL
 }
 
-// The Match methods follow RFC 7512 section 2.5: each looks at its own
-// attributes, those that are absent match everything, the others match the same
-// bytes. In the texts of fixed width, which are those of tokens, slots and modules, blanks
-// and zero bytes at the end are padding and count on neither side: p11tool prints them. All are false when there is an unrecognised path attribute. A key is
-// selected when MatchModule, MatchModuleName, MatchSlot, MatchToken and
-// MatchObject all say so.
+// The Match methods follow RFC 7512 section 2.5. Each method compares its own attributes.
+// An absent attribute matches everything, and a present attribute matches the same bytes.
+//
+// The texts of tokens, slots and modules have a fixed width. In them, blanks and zero
+// bytes at the end are padding and count on neither side: p11tool prints them.
+//
+// Every method returns false when the URI has an unrecognised path attribute. The URI
+// selects a key when MatchModule, MatchModuleName, MatchSlot, MatchToken and MatchObject
+// all return true.
 
-// MatchModule matches library-manufacturer, library-version and
-// library-description.
+// MatchModule matches library-manufacturer, library-version and library-description.
 func (u *URI) MatchModule(m ModuleInfo) bool {
 	return len(u.pathVendor) == 0 &&
 		padded(u.LibraryManufacturer, m.Manufacturer) &&
@@ -66,9 +68,9 @@ func (u *URI) MatchToken(t wire.TokenID) bool {
 		padded(u.Model, t.Model)
 }
 
-// MatchObject matches object, type and id. A type matches its own class only:
-// whether type=public or type=cert names the key pair that the object belongs
-// to is for the caller, who knows the pair.
+// MatchObject matches object, type and id. A type matches its own class only. The caller
+// knows the key pair of the object. So the caller decides whether type=public or
+// type=cert names the pair.
 func (u *URI) MatchObject(o ObjectInfo) bool {
 	return len(u.pathVendor) == 0 &&
 		same(u.Object, o.Label) &&
@@ -76,13 +78,14 @@ func (u *URI) MatchObject(o ObjectInfo) bool {
 		(u.ID == nil || bytes.Equal(u.ID, o.ID))
 }
 
-// MatchModuleName matches module-name against a module of the registry: the
-// name it is registered under (the name of its configuration file, with or
-// without ".module") and the file it is in, as the registry names it. The name
-// has to be the whole of either; of the file name's, "lib" at the start and ".so"
-// with or without numbers at the end may be missing. Case does not count (RFC
-// 7512 section 2.3). An empty registered or file matches no name, and an empty
-// module-name matches no module.
+// MatchModuleName matches module-name against a module of the registry. registered is the
+// name of the module's configuration file, with or without ".module". file is the
+// module's library file, as the registry names it.
+//
+// module-name has to be the whole of one of the two names. In the name of the library
+// file, "lib" at the start and ".so" at the end, with or without numbers, may be missing.
+// Case does not count (RFC 7512 section 2.3). An empty registered or file matches no
+// name, and an empty module-name matches no module.
 func (u *URI) MatchModuleName(registered, file string) bool {
 	if len(u.pathVendor) > 0 {
 		return false
@@ -115,11 +118,11 @@ func (u *URI) MatchModuleName(registered, file string) bool {
 // soSuffix is the end of a shared library's file name, its version included.
 var soSuffix = regexp.MustCompile(`\.so(\.[0-9]+)*$`)
 
-// Padding is what fills the fixed width of a text of CK_INFO, CK_SLOT_INFO or
-// CK_TOKEN_INFO. The standard has blanks; tpm2-pkcs11 1.9 has zero bytes.
+// Padding holds the bytes that fill the fixed width of a text in CK_INFO, CK_SLOT_INFO or
+// CK_TOKEN_INFO. The standard uses blanks; tpm2-pkcs11 1.9 uses zero bytes.
 const Padding = " \x00"
 
-// padded is same for a text of fixed width.
+// padded compares as same does, but without the padding of a text of fixed width.
 func padded(want *string, have string) bool {
 	return want == nil || strings.TrimRight(*want, Padding) == strings.TrimRight(have, Padding)
 }

@@ -11,17 +11,17 @@ import (
 	"p11-agent/pinentry/secret"
 )
 
-// maxTokenLabel is the most bytes that the label of a token has (CK_TOKEN_INFO of
-// PKCS#11 v2.40, section 3.2).
+// maxTokenLabel is the most bytes that the label of a token has (CK_TOKEN_INFO of PKCS#11
+// v2.40, section 3.2).
 const maxTokenLabel = 32
 
-// ParseNamed reads what a person types to name a token or a key: a PKCS#11 URI, as
-// ParseBytes reads it, or the label of a token. The label "demo" stands for
-// "pkcs11:token=demo", and for nothing else. Like ParseBytes it keeps nothing of text,
-// which is the caller's to wipe.
+// ParseNamed reads what a person types to name a token or a key. This is a PKCS#11 URI,
+// as ParseBytes reads it, or the label of a token. The label "demo" means the same as
+// "pkcs11:token=demo". Like ParseBytes, ParseNamed keeps nothing of text, and the caller
+// wipes text.
 //
-// A text that looks like a mistyped URI is no label: it may hold a PIN. It gives a
-// *SyntaxError, which quotes nothing of it.
+// A text that looks like a mistyped URI is no label, because it may hold a PIN. For such
+// a text the error is a *SyntaxError, which quotes nothing of the text.
 func ParseNamed(text []byte) (*URI, error) {
 	if IsURI(text) {
 		return ParseBytes(text)
@@ -40,12 +40,12 @@ func ParseNamed(text []byte) (*URI, error) {
 	return &URI{Token: new(string(text))}, nil
 }
 
-// IsURI tells whether a text begins as a PKCS#11 URI does.
+// IsURI tells whether a text begins with the scheme "pkcs11:", in either case.
 func IsURI(text []byte) bool {
 	return len(text) >= len(scheme) && bytes.EqualFold(text[:len(scheme)], []byte(scheme))
 }
 
-// looksLikeURI tells whether a text has an attribute of a URI, rightly spelt or not, or
+// looksLikeURI tells whether a text has an attribute of a URI, spelt correctly or not, or
 // words about a PIN.
 func looksLikeURI(text []byte) bool {
 	lower := bytes.ToLower(text)
@@ -93,10 +93,9 @@ func (u *URI) CheckNames() error {
 	return &UnknownError{Names: unknown, Meant: Suggest(unknown[0])}
 }
 
-// MeantID returns the ID that a person probably meant who has written this one, or nil.
-// It is for IDs in which hexadecimal digits lack their percent signs: "01" for "%01",
-// and "%6deb" for "%6d%eb". Colons and blanks between the digits, and "0x" before them,
-// do not count.
+// MeantID returns the ID that a person probably meant, or nil. It corrects IDs whose
+// hexadecimal digits lack their percent signs: "01" for "%01", and "%6deb" for "%6d%eb".
+// Colons and blanks between the digits, and "0x" before them, do not count.
 func MeantID(id []byte) []byte {
 	if meant := unhexID(id); meant != nil {
 		return meant
@@ -124,11 +123,11 @@ func unhexID(id []byte) []byte {
 	return meant
 }
 
-// FormatID writes an ID as it is in a URI: "%01".
+// FormatID returns an ID as a URI has it, with every byte percent-encoded: "%01".
 func FormatID(id []byte) string { return escape(string(id), func(byte) bool { return false }) }
 
-// SpellsID tells whether the text of a URI has its ID percent-encoded as a whole, as
-// somebody writes it who means these very bytes.
+// SpellsID tells whether the text of a URI has its ID percent-encoded as a whole. An
+// author who encodes the whole ID means exactly these bytes.
 func SpellsID(text string, id []byte) bool {
 	return strings.Contains(strings.ToUpper(text), "ID="+FormatID(id))
 }

@@ -34,8 +34,8 @@ func TestSpellsID(t *testing.T) {
 	}
 }
 
-// What ParseNamed takes is a URI, or stands for the URI of a token with that very label.
-// Nothing of what it refuses is in its error.
+// ParseNamed accepts a URI, or a label that stands for "pkcs11:token=" and that label.
+// The error for any other text quotes nothing of the text.
 func FuzzParseNamed(f *testing.F) {
 	for _, s := range append(seeds(f), "card", "PIV Card II", "a;b", "token=a", "pksc11:token=Zq9137", "card?pin-vlaue=Zq9137", "Zq9137=") {
 		f.Add(s)
@@ -50,7 +50,7 @@ func FuzzParseNamed(f *testing.F) {
 		}
 		defer u.Wipe()
 		if IsURI([]byte(text)) {
-			return // of FuzzParse
+			return // FuzzParse tests URIs
 		}
 		if u.Token == nil || *u.Token != text || u.Canonical() != "pkcs11:token="+escapePath(text) {
 			t.Fatalf("%q is %q", text, u.Canonical())

@@ -14,11 +14,10 @@ import (
 	"p11-agent/token/wire"
 )
 
-// The differences from p11-kit, as the package documentation lists them. A
-// difference that is not here fails the test, and so does one that does not
-// show up.
+// The package documentation lists the differences from p11-kit. The test fails if it
+// finds a difference that is not here, or does not find one that is here.
 var (
-	// p11kitTakes are the reasons for which we refuse what p11-kit takes.
+	// p11kitTakes holds the reasons why Parse refuses a text that p11-kit takes.
 	p11kitTakes = map[string]string{
 		"characters to be encoded":          "a character that has to be percent-encoded",
 		"empty attributes":                  "an empty attribute",
@@ -44,7 +43,7 @@ var (
 		"broken escape in an unknown value": `"%" without`,
 	}
 
-	// p11kitRefuses are the ways in which p11-kit refuses what we take.
+	// p11kitRefuses holds the reasons why p11-kit refuses a text that Parse takes.
 	p11kitRefuses = map[string]func(text string) bool{
 		"library version of 255": func(text string) bool {
 			return strings.Contains(text, "255") && strings.Contains(text, "library-version=")
@@ -52,8 +51,7 @@ var (
 		"upper case in a query attribute name": func(text string) bool { return strings.Contains(text, "X-A=") },
 	}
 
-	// p11kitMatches are the ways in which both take a text, but match
-	// something else.
+	// p11kitMatches holds the reasons why a text that both take matches different things.
 	p11kitMatches = map[string]func(text string) bool{
 		"zero bytes at the end of a text": func(text string) bool {
 			return strings.Contains(text, "%00;") || strings.HasSuffix(strings.Split(text, "?")[0], "%00")
@@ -96,10 +94,10 @@ var things = []struct {
 	{object: &ObjectInfo{Class: ClassData, ID: []byte("a b"), Label: "a\x00"}},
 }
 
-// ckoOf are the classes' numbers (pkcs11t.h).
+// ckoOf holds the numbers of the classes (pkcs11t.h).
 var ckoOf = map[Class]int{ClassData: 0, ClassCert: 1, ClassPublic: 2, ClassPrivate: 3, ClassSecretKey: 4}
 
-// matches is one 0 or 1 for each of the things.
+// matches has one 0 or 1 for each of the things.
 func matches(u *URI) string {
 	var b strings.Builder
 	for _, t := range things {
@@ -147,14 +145,14 @@ func buildP11kit(t *testing.T) string {
 	return program
 }
 
-// A verdict is what p11-kit says of a text.
+// A verdict is the result of p11-kit for a text.
 type verdict struct {
 	takes   bool
 	matches string
 	text    string // what p11-kit writes for it
 }
 
-// ask has p11-kit judge texts, none of which may hold a zero byte.
+// ask has p11-kit judge texts. No text may hold a zero byte.
 func ask(t *testing.T, program string, texts []string) []verdict {
 	t.Helper()
 	var in bytes.Buffer
@@ -193,12 +191,12 @@ func ask(t *testing.T, program string, texts []string) []verdict {
 	return verdicts
 }
 
-// generated returns the texts to compare on: every attribute with every value,
-// and, always the same, random mixtures of them.
+// generated returns the texts to compare on: every attribute with every value, and random
+// mixtures of them. The mixtures are the same in each run.
 func generated() []string {
 	texts := []string{"a", "A", "", "%61", "a%20b", "a%20", "%00", "a%00", "%ff", "%C3%a4", "a=b", "a&b", "a+b", "a b", "a\nb", "a/b", "a|b", "a?b", "a#b", "ä", "a%", "a%2", "a%zz", "a%+1", tooLong}
-	// No slot-id beyond a signed number: there p11-kit overflows one, which in C may
-	// end in anything.
+	// A slot-id beyond a signed number overflows in p11-kit. This is undefined behaviour
+	// in C, so no such slot-id is here.
 	values := map[string][]string{
 		"library-version": {"2", "2.1", "02.010", "2.0", "255", "2.255", "2.256", "256", "", ".1", "2.", "2.1.1", "a", "-2", "4294967298.1", "2%2e1"},
 		"type":            {"private", "public", "cert", "secret-key", "data", "secretkey", "", "Private", "x", "%70rivate"},
@@ -231,7 +229,7 @@ func generated() []string {
 		"pkcs11:token=" + strings.Repeat("a", MaxLength),
 		"pkcs11:?" + strings.Repeat("x-a=&", MaxAttributes) + "x-a=",
 	}
-	var one []string // name=value, the order does not hang on that of a map
+	var one []string // name=value; the order of the map does not change this order
 	names := []string{"x-a", "X-A", "pinfile", "objecttype", "object-type", "x~a", ""}
 	for _, a := range attributes {
 		names = append(names, a.name)
@@ -249,7 +247,8 @@ func generated() []string {
 		var some []string
 		for range random.IntN(most + 1) {
 			a := one[random.IntN(len(one))]
-			// Mostly where it belongs, or else nearly all are refused at once.
+			// Most attributes are in the right component. Otherwise Parse would refuse
+			// nearly every text at once.
 			known := attributeNamed(strings.Split(a, "=")[0])
 			if known == nil || known.query == query || random.IntN(20) == 0 {
 				some = append(some, a)
@@ -325,7 +324,7 @@ func TestLikeP11kit(t *testing.T) {
 			if got := matches(u); got != p11kit.matches && !known(p11kitMatches, text) {
 				t.Errorf("%q: we match %s, p11-kit %s", text, got, p11kit.matches)
 			}
-			// p11-kit does not write what it did not understand.
+			// p11-kit does not print an attribute that it does not understand.
 			if len(u.pathVendor) == 0 && len(applying(p11kitMatches, text)) == 0 && !strings.Contains(text, "%00") {
 				canonical = append(canonical, u.Canonical())
 				parsed = append(parsed, u)

@@ -16,25 +16,25 @@ const (
 	pinValue      = "pin-value"
 	filePrefix    = "file:"
 	commandPrefix = "|"
-	// credentialPrefix is ours: where systemd puts the credentials of a service
-	// is known to the service only.
+	// credentialPrefix is p11-agent's own. Only the service knows where systemd puts its
+	// credentials.
 	credentialPrefix = "credential:"
 )
 
-// Parse reads a PKCS#11 URI, as ParseBytes does. A text that may hold a PIN is
-// better given to ParseBytes: a string cannot be wiped.
+// Parse reads a PKCS#11 URI, as ParseBytes does. If the text may hold a PIN, use
+// ParseBytes: a string cannot be wiped.
 func Parse(text string) (*URI, error) {
 	b := []byte(text)
 	defer secret.Wipe(b)
 	return ParseBytes(b)
 }
 
-// ParseBytes reads a PKCS#11 URI (RFC 7512 section 2.3). It keeps nothing of
-// text, which is the caller's to wipe: a pin-value is decoded into the URI's own
-// Secret, and into nothing else. The URI is the caller's to wipe.
+// ParseBytes reads a PKCS#11 URI (RFC 7512 section 2.3). It keeps nothing of text. The
+// caller wipes text and the returned URI. ParseBytes decodes a pin-value straight into
+// the URI's own Secret.
 //
-// A text that is no such URI gives a *SyntaxError, and no PIN is left behind.
-// Another error says that there was no memory to keep the PIN in.
+// If text is no such URI, the error is a *SyntaxError, and no PIN stays in memory. Any
+// other error means that there is no memory to keep the PIN in.
 func ParseBytes(text []byte) (*URI, error) {
 	if len(text) > MaxLength {
 		return nil, &SyntaxError{Offset: MaxLength, Reason: fmt.Sprintf("longer than %d bytes", MaxLength)}
@@ -65,8 +65,7 @@ func (p *parser) parse(text []byte) error {
 	return p.component(query, '&', len(scheme)+len(path)+1, true)
 }
 
-// component reads the path or the query, which starts at offset and may be
-// empty.
+// component reads the path or the query. text starts at offset and may be empty.
 func (p *parser) component(text []byte, delimiter byte, offset int, query bool) error {
 	for more := len(text) > 0; more; {
 		var one []byte
@@ -145,11 +144,11 @@ func appendVendor(list []vendor, name string, raw []byte, query bool) ([]vendor,
 	return append(list, vendor{name: &name, value: new(string(value))}), nil
 }
 
-// The readers of values below return a *SyntaxError whose Offset counts from the
-// start of the value and whose Attribute is empty.
+// The readers of values below return a *SyntaxError. Its Offset counts from the start of
+// the value, and its Attribute is empty.
 
-// decode writes raw without its percent-encoding to dst, which has room for
-// len(raw) bytes, and returns how many there are.
+// decode removes the percent-encoding of raw and writes the result to dst. dst has room
+// for len(raw) bytes. decode returns the number of bytes in dst.
 func decode(dst, raw []byte, query bool) (int, error) {
 	n := 0
 	for i := 0; i < len(raw); i++ {
@@ -170,7 +169,7 @@ func decode(dst, raw []byte, query bool) (int, error) {
 	return n, nil
 }
 
-// decodeValue decodes anything but a pin-value.
+// decodeValue decodes any value except a pin-value.
 func decodeValue(raw []byte, query bool) ([]byte, error) {
 	value := make([]byte, len(raw))
 	n, err := decode(value, raw, query)
@@ -184,8 +183,8 @@ func decodeValue(raw []byte, query bool) ([]byte, error) {
 	return value[:n], nil
 }
 
-// holdsPIN tells whether the value has swallowed a pin-value, by a wrong
-// delimiter before it.
+// holdsPIN tells whether the value includes a pin-value, because of a wrong delimiter
+// before the pin-value.
 func holdsPIN(value []byte) bool { return bytes.Contains(value, []byte(pinValue+"=")) }
 
 func decodeText(raw []byte, query bool) (*string, error) {
@@ -221,7 +220,7 @@ func parseClass(raw []byte) (Class, error) {
 }
 
 func parseVersion(raw []byte) (*Version, error) {
-	// The errors of strconv quote what they were given.
+	// The errors of strconv quote their input, so they are not returned.
 	major, minor, ok := strings.Cut(string(raw), ".")
 	if !ok {
 		minor = "0" // section 2.3: "M" means M.0
@@ -242,7 +241,7 @@ func parseSlotID(raw []byte) (*uint64, error) {
 	return &id, nil
 }
 
-// parsePIN has the only copy of a PIN made: in locked memory.
+// parsePIN makes the only copy of a PIN, in locked memory.
 func parsePIN(raw []byte) (*secret.Secret, error) {
 	pin, err := secret.New(len(raw))
 	if err != nil {
@@ -257,8 +256,8 @@ func parsePIN(raw []byte) (*secret.Secret, error) {
 	return pin, nil
 }
 
-// parsePINSource reads the forms of RFC 7512 section 2.4, and the plain path
-// that p11-kit's users write.
+// parsePINSource reads the forms of RFC 7512 section 2.4, and the plain path that
+// p11-kit's users write.
 func parsePINSource(raw []byte) (*PINSource, error) {
 	path, err := decodePath(raw)
 	if err != nil {
@@ -289,10 +288,10 @@ func parsePINSource(raw []byte) (*PINSource, error) {
 	return &PINSource{Kind: PINFile, value: &value}, nil
 }
 
-// parseFileURI returns the path of a file: URI whose scheme was taken off (RFC
-// 8089 section 2): it is percent-encoded a second time, within the attribute.
-// Characters that should be encoded in it but are not are taken as they are,
-// except for those that would end the path.
+// parseFileURI returns the path of a file: URI (RFC 8089 section 2). rest is the URI
+// without its scheme. The path is percent-encoded a second time, within the attribute.
+// parseFileURI accepts characters that should be encoded but are not, except for those
+// that end the path.
 func parseFileURI(rest string) (string, error) {
 	if host, ok := strings.CutPrefix(rest, "//"); ok {
 		slash := strings.IndexByte(host, '/')
@@ -322,7 +321,7 @@ func parseFileURI(rest string) (string, error) {
 		}
 		path = append(path, c)
 	}
-	// Decoded twice, it may hold what decoding once did not show.
+	// The second decoding may show a pin-value that the first did not show.
 	if holdsPIN(path) {
 		return "", &SyntaxError{Reason: `the path holds "pin-value=": name the file otherwise`}
 	}
@@ -333,8 +332,8 @@ func isAlnum(c byte) bool {
 	return 'a' <= c && c <= 'z' || 'A' <= c && c <= 'Z' || '0' <= c && c <= '9'
 }
 
-// isNameChar is pk11-v-attr-nm-char of RFC 7512 section 2.3; the names that the
-// RFC defines are made of it, too.
+// isNameChar is pk11-v-attr-nm-char of RFC 7512 section 2.3. The names that the RFC
+// defines have only these characters, too.
 func isNameChar(c byte) bool { return isAlnum(c) || c == '-' || c == '_' }
 
 // isValueChar is pk11-pchar or pk11-qchar of RFC 7512 section 2.3, without

@@ -14,7 +14,7 @@ import (
 	"p11-agent/pinentry/secret"
 )
 
-// mustParse parses what the test takes for granted.
+// mustParse parses a text that has to be a URI.
 func mustParse(t testing.TB, text string) *URI {
 	t.Helper()
 	u, err := Parse(text)
@@ -165,8 +165,7 @@ func TestParsePINSource(t *testing.T) {
 	}
 }
 
-// refused are texts that are no PKCS#11 URIs for us. Wherever one holds 9137,
-// it is a PIN.
+// refused holds texts that Parse refuses. Each 9137 in a text stands for a PIN.
 var refused = []struct {
 	name, text string
 	offset     int
@@ -270,8 +269,8 @@ func TestLimitsAreIncluded(t *testing.T) {
 	mustParse(t, "pkcs11:token=a?"+strings.Repeat("x-a=&", MaxAttributes-2)+"x-a=")
 }
 
-// TestErrorsQuoteNothing puts a value that can be recognised wherever a value
-// can be, with every way to make it wrong.
+// TestErrorsQuoteNothing puts a recognisable value in every place for a value, with every
+// way to make the value wrong.
 func TestErrorsQuoteNothing(t *testing.T) {
 	names := []string{"pin-vlaue", "x-a", "9137"}
 	for _, a := range attributes {
@@ -337,7 +336,7 @@ func TestPIN(t *testing.T) {
 	}
 }
 
-// TestCopySharesPIN holds the URI's documentation to its word.
+// TestCopySharesPIN tests what the documentation of URI says about copies.
 func TestCopySharesPIN(t *testing.T) {
 	u := mustParse(t, "pkcs11:?pin-value=1234")
 	kept, err := u.PIN().Clone()
@@ -355,8 +354,8 @@ func TestCopySharesPIN(t *testing.T) {
 	}
 }
 
-// TestRefusedPINIsWiped counts the mappings of this process: each PIN that was
-// kept is one.
+// TestRefusedPINIsWiped counts the mappings of this process. Each PIN in memory is one
+// mapping.
 func TestRefusedPINIsWiped(t *testing.T) {
 	mappings := func() int {
 		maps, err := os.ReadFile("/proc/self/maps")
@@ -380,8 +379,8 @@ func TestRefusedPINIsWiped(t *testing.T) {
 	}
 }
 
-// TestNoCopyOfPIN counts what parsing allocates on Go's heap for a long
-// pin-value and for a short one: a copy would show as the difference.
+// TestNoCopyOfPIN counts what parsing allocates on Go's heap for a long pin-value and for
+// a short one. The difference would show a copy.
 func TestNoCopyOfPIN(t *testing.T) {
 	const times = 100
 	heap := func(size int) uint64 {
@@ -398,7 +397,7 @@ func TestNoCopyOfPIN(t *testing.T) {
 		runtime.ReadMemStats(&after)
 		return (after.TotalAlloc - before.TotalAlloc) / times
 	}
-	heap(1) // whatever is made once
+	heap(1) // allocate what is made only once
 	if short, long := heap(1), heap(2500); long > short+500 {
 		t.Errorf("%d bytes on the heap for a PIN of 1 byte, %d for one of 2500", short, long)
 	}

@@ -56,8 +56,9 @@ func TestCanonical(t *testing.T) {
 	}
 }
 
-// TestShownTextIsNoPINSource sees that nobody who pastes what a log shows gets
-// another pin-source for it, or none.
+// TestShownTextIsNoPINSource checks that Parse refuses the printed text of a URI with a
+// pin-source. So a person who pastes a text from a log never gets another pin-source, or
+// none.
 func TestShownTextIsNoPINSource(t *testing.T) {
 	for _, value := range []string{"/etc/pin", "|/bin/pin"} {
 		shown := mustParse(t, "pkcs11:?pin-source="+value).String()
@@ -69,7 +70,7 @@ func TestShownTextIsNoPINSource(t *testing.T) {
 
 type element struct{ Value any }
 
-// sinks is every way to print a value that somebody may take.
+// sinks prints values in every way that a program may use.
 func sinks(t *testing.T, values ...any) string {
 	t.Helper()
 	var out bytes.Buffer
@@ -123,7 +124,7 @@ func TestNothingPrintsASecret(t *testing.T) {
 		if !strings.Contains(out, "shown") {
 			t.Fatalf("%q is not printed at all", text)
 		}
-		// No method is called on what lies in a field that is not exported.
+		// fmt calls no method of a value in an unexported field.
 		type nested struct {
 			uri    *URI
 			value  URI

@@ -2,7 +2,7 @@ package pkcs11uri
 
 import "strings"
 
-// former are names that other programs and old drafts of the RFC use.
+// former holds names that other programs and old drafts of the RFC use.
 var former = map[string]string{
 	"objecttype":  "type",
 	"object-type": "type",
@@ -10,9 +10,9 @@ var former = map[string]string{
 	"label":       "object",
 }
 
-// Suggest returns the attribute of RFC 7512 that a name from Unrecognized or
-// Ignored was probably meant to be, or "" when none is near. A name that starts
-// with "x-" was meant as it is.
+// Suggest returns the attribute of RFC 7512 that a person probably meant. name comes from
+// Unrecognized or Ignored. Suggest returns "" when no attribute is near. It returns ""
+// also for a name that starts with "x-", because its author meant that name.
 func Suggest(name string) string {
 	name = strings.ToLower(name)
 	if strings.HasPrefix(name, "x-") {
@@ -31,9 +31,9 @@ func Suggest(name string) string {
 	return best
 }
 
-// Nearest returns the name that a mistyped name is nearest to. It returns "" when no name
-// is near: more than two edits away, and more than a third of the length. Letters of either
-// case are the same.
+// Nearest returns the name that a mistyped name is nearest to. Upper and lower case are
+// the same. Nearest returns "" when every name is more than two edits away, and more than
+// a third of the length.
 func Nearest(name string, names []string) string {
 	name = strings.ToLower(name)
 	best, least := "", max(2, len(name)/3)+1
@@ -45,8 +45,8 @@ func Nearest(name string, names []string) string {
 	return best
 }
 
-// distance returns how many insertions, deletions, replacements and swaps of
-// neighbours turn a into b, or limit when the lengths alone ask for that many.
+// distance returns how many insertions, deletions, replacements and swaps of neighbours
+// turn a into b. It returns limit when the lengths alone require that many.
 func distance(a, b string, limit int) int {
 	if len(a)-len(b) >= limit || len(b)-len(a) >= limit {
 		return limit
