@@ -21,39 +21,39 @@ import (
 	"golang.org/x/sys/unix"
 )
 
-// grace is how long a command may take to end once it was asked to.
+// grace is how long a command may take to end after the Bridge asks it to.
 const grace = 2 * time.Second
 
 // BridgeOptions say what a Bridge runs.
 type BridgeOptions struct {
-	// Command is the program and its arguments, from Module.Remote. A program
-	// without a slash is looked for in this process's PATH.
+	// Command is the program and its arguments, from Module.Remote. If the program has no
+	// slash, the Bridge looks for it in this process's PATH.
 	Command []string
-	// Env is the command's whole environment, see Environment. Without any it has
-	// none.
+	// Env is the command's whole environment: see Environment. If Env is nil, the command
+	// has an empty environment.
 	Env []string
-	// Dir is where the socket's directory is made; empty is for os.TempDir. It
-	// has to be short: the path of a socket has 107 bytes.
+	// Dir is the parent of the socket's directory. If Dir is empty, the parent is
+	// os.TempDir. Dir has to be short, because the path of a socket has at most 107
+	// bytes.
 	Dir string
-	// Stderr takes what the command writes to standard error as well. nil is for
-	// nothing.
+	// Stderr also gets what the command writes to standard error. It may be nil.
 	Stderr io.Writer
-	// Log takes one line for each command that cannot be started or fails, and what
-	// commands write to standard error, as debug lines. nil is for none.
+	// Log takes one line for each command that fails or cannot be started. It takes the
+	// commands' standard error as debug lines. nil turns the log off.
 	Log *slog.Logger
 }
 
-// A Bridge makes a command that speaks p11-kit's protocol on its standard input
-// and output available at a socket, which is what p11-kit-client.so can connect
-// to. The command gets the connection itself: no byte, and so no PIN, passes
-// through this process.
+// A Bridge runs a command that speaks p11-kit's protocol on its standard input and
+// output. The Bridge offers the command at a socket, because p11-kit-client.so can
+// connect only to a socket. The command gets the connection itself. So no byte, and no
+// PIN, passes through this process.
 //
-// One bridge serves one module process, which has one connection at a time. So
-// one command runs at a time: a new connection ends the previous one's command,
-// which has lost its client, and may hang on a network.
+// One bridge serves one module process, which has one connection at a time. So one
+// command runs at a time. A new connection ends the command of the previous connection:
+// that command has lost its client, and may hang on a network.
 //
-// The socket is in a directory that only this user may enter. When this process
-// is killed, the command goes with it; the directory stays behind.
+// The socket is in a directory that only this user may enter. If this process is killed,
+// the kernel ends the command, but the directory stays.
 type Bridge struct {
 	o        BridgeOptions
 	dir      string
@@ -64,8 +64,8 @@ type Bridge struct {
 	last *attempt // nil: no command was started yet
 }
 
-// NewBridge makes the socket. Clients may connect from now on; they are served
-// as soon as Serve runs. Close, or the end of Serve, removes it.
+// NewBridge makes the socket. Clients may connect at once, and Serve serves them. Close,
+// or the end of Serve, removes the socket.
 func NewBridge(o BridgeOptions) (*Bridge, error) {
 	if len(o.Command) == 0 {
 		return nil, errors.New("a remote module needs a command")
@@ -74,7 +74,7 @@ func NewBridge(o BridgeOptions) (*Bridge, error) {
 		o.Log = slog.New(slog.DiscardHandler)
 	}
 	if o.Env == nil {
-		o.Env = []string{} // for exec.Cmd, nil is everything we have
+		o.Env = []string{} // for exec.Cmd, nil means the whole environment of this process
 	}
 	if err := checkSocketDir(cmp.Or(o.Dir, os.TempDir())); err != nil {
 		return nil, err
@@ -94,9 +94,9 @@ func NewBridge(o BridgeOptions) (*Bridge, error) {
 	return b, nil
 }
 
-// checkSocketDir tells why no bridge can have its socket below a directory.
+// checkSocketDir returns an error that says why no bridge can have its socket in dir.
 func checkSocketDir(dir string) error {
-	// What MkdirTemp makes of its pattern: a number of 32 bits is added.
+	// MkdirTemp adds a number of 32 bits to its pattern.
 	const longest = "/p11-4294967295/s"
 	var err error
 	switch {
@@ -119,11 +119,11 @@ func checkSocketDir(dir string) error {
 	return nil
 }
 
-// Address returns what the module process needs in the environment variable
+// Address returns the value that the module process needs in the environment variable
 // P11_KIT_SERVER_ADDRESS.
 func (b *Bridge) Address() string {
-	// p11-kit decodes percent signs (common/path.c), and ends the path at
-	// nothing else; PathEscape leaves alone what need not be escaped.
+	// p11-kit decodes percent signs (common/path.c), and no other character ends the
+	// path. PathEscape does not escape more than necessary.
 	parts := strings.Split(filepath.Join(b.dir, "s"), "/")
 	for i := range parts {
 		parts[i] = url.PathEscape(parts[i])
@@ -131,14 +131,13 @@ func (b *Bridge) Address() string {
 	return "unix:path=" + strings.Join(parts, "/")
 }
 
-// Close stops Serve and removes the socket. It may be called at any time and
-// more than once.
+// Close stops Serve and removes the socket. The caller may call it at any time and more
+// than once.
 func (b *Bridge) Close() error { return b.close() }
 
-// Serve runs a command for each connection until ctx ends or the bridge is
-// closed, which is no error. When it returns, the socket is removed, and
-// neither a goroutine of its making nor a process of the commands' process
-// groups is left.
+// Serve runs a command for each connection until ctx ends or Close closes the bridge.
+// Both ends are no error. When Serve returns, it has removed the socket and ended its own
+// goroutines. No process of the commands' process groups is left either.
 func (b *Bridge) Serve(ctx context.Context) error {
 	end := func() {} // ends the command that runs and waits for it
 	defer func() { end() }()
@@ -173,7 +172,7 @@ func (b *Bridge) Serve(ctx context.Context) error {
 	}
 }
 
-// scarce tells whether an error of accept(2) passes by itself.
+// scarce tells whether an error of accept(2) is temporary.
 func scarce(err error) bool {
 	for _, passing := range []error{syscall.EMFILE, syscall.ENFILE, syscall.ENOBUFS, syscall.ENOMEM, syscall.ECONNABORTED} {
 		if errors.Is(err, passing) {
@@ -183,8 +182,8 @@ func scarce(err error) bool {
 	return false
 }
 
-// run starts the command with conn as its standard input and output, and
-// returns what ends it and waits for its end.
+// run starts the command with conn as its standard input and output. It returns a
+// function that ends the command and waits for its end.
 func (b *Bridge) run(conn *net.UnixConn) (end func()) {
 	ctx, cancel := context.WithCancel(context.Background())
 	a := b.started()
@@ -193,7 +192,7 @@ func (b *Bridge) run(conn *net.UnixConn) (end func()) {
 		defer cancel()
 		err := b.command(ctx, conn, &a.said)
 		if err != nil && ctx.Err() == nil {
-			// Not its arguments, which may hold a PIN.
+			// The command's arguments stay out of the log: they may hold a PIN.
 			b.o.Log.Warn("command of a remote module failed", "program", b.o.Command[0], "err", err, "said", a.said.String())
 		}
 		a.ended(err)
@@ -204,11 +203,11 @@ func (b *Bridge) run(conn *net.UnixConn) (end func()) {
 	}
 }
 
-// command runs the command until it ends by itself, which it does when the
-// client hangs up, or until ctx ends.
+// command runs the command until it ends by itself, or until ctx ends. The command ends
+// by itself when the client hangs up.
 func (b *Bridge) command(ctx context.Context, conn *net.UnixConn, said io.Writer) error {
-	// os/exec puts a file that it hands over into blocking mode, and p11-kit
-	// needs its input to be in that mode: it would spin otherwise.
+	// os/exec puts a file for a child into blocking mode. p11-kit needs its input in that
+	// mode: otherwise it would spin.
 	file, err := conn.File()
 	conn.Close()
 	if err != nil {
@@ -222,9 +221,9 @@ func (b *Bridge) command(ctx context.Context, conn *net.UnixConn, said io.Writer
 	if b.o.Stderr != nil {
 		cmd.Stderr = io.MultiWriter(said, b.o.Stderr)
 	}
-	// An agent that is killed ends nothing itself, and a command may be deaf to
-	// its client's end. The kernel's signal comes with the end of the thread that
-	// has started the command (prctl(2)), so this one has to stay until then.
+	// An agent that is killed cannot end the command, and the command may not notice that
+	// its client has gone. So the kernel signals the command when the thread that started
+	// it ends (prctl(2)). This thread therefore has to stay until the command ends.
 	runtime.LockOSThread()
 	defer runtime.UnlockOSThread()
 	cmd.SysProcAttr = &syscall.SysProcAttr{Setpgid: true, Pdeathsig: syscall.SIGKILL}
@@ -233,11 +232,12 @@ func (b *Bridge) command(ctx context.Context, conn *net.UnixConn, said io.Writer
 	if err := cmd.Start(); err != nil {
 		return err
 	}
-	file.Close() // the command has it: its client sees the end when the command ends
+	file.Close() // the command has a copy: its client sees the end when the command ends
 	err = cmd.Wait()
-	// What the command has left behind. Its process group has the number of a
-	// process that is gone, but numbers are not given again while a group has
-	// them, and if the group is empty, not for thousands of processes to come.
+	// Kill the processes that the command left in its process group. The group has the
+	// number of a process that is gone. The kernel does not reuse the number while the
+	// group exists. If the group is empty, the kernel reuses it only after thousands of
+	// new processes.
 	_ = syscall.Kill(-cmd.Process.Pid, syscall.SIGKILL)
 	return err
 }

@@ -20,7 +20,7 @@ import (
 	"time"
 )
 
-// serve runs a bridge until the test ends, or the function returned is called.
+// serve runs a bridge until the test ends, or until the test calls the returned function.
 func serve(t *testing.T, o BridgeOptions) (b *Bridge, stop func()) {
 	t.Helper()
 	before := runtime.NumGoroutine()
@@ -37,8 +37,8 @@ func serve(t *testing.T, o BridgeOptions) (b *Bridge, stop func()) {
 		if _, err := os.Stat(b.dir); !errors.Is(err, os.ErrNotExist) {
 			t.Errorf("the socket is still there: %v", err)
 		}
-		// Those that have just been waited for may take a moment to be gone;
-		// the limit is for those that never go.
+		// A process that was just waited for may exist for another moment. The limit
+		// finds a process that never ends.
 		for limit := time.Now().Add(3 * time.Minute); time.Now().Before(limit); runtime.Gosched() {
 			if runtime.NumGoroutine() <= before {
 				return
@@ -65,7 +65,7 @@ func dial(t *testing.T, b *Bridge) *net.UnixConn {
 	return conn
 }
 
-// drain waits until nobody holds the other end of the connection.
+// drain reads until no process holds the other end of the connection.
 func drain(t *testing.T, r io.Reader) {
 	t.Helper()
 	if _, err := io.Copy(io.Discard, r); err != nil && !errors.Is(err, syscall.ECONNRESET) {
@@ -103,7 +103,7 @@ func TestBridgeReachesModule(t *testing.T) {
 	if m.Skip != "" || len(m.Remote.Command) == 0 {
 		t.Fatalf("%+v", m)
 	}
-	// A directory name with everything that an address has to escape.
+	// The directory name has every character that an address has to escape.
 	odd := filepath.Join(dir, "100% ;ü")
 	must(t, os.Mkdir(odd, 0o700))
 	var stderr bytes.Buffer
@@ -111,7 +111,7 @@ func TestBridgeReachesModule(t *testing.T) {
 	if info, err := os.Stat(b.dir); err != nil || info.Mode().Perm() != 0o700 {
 		t.Errorf("directory of the socket: %v, %v", info.Mode(), err)
 	}
-	// Twice: one connection after the other.
+	// There are two connections, one after the other.
 	for range 2 {
 		tool := exec.Command("pkcs11-tool", "--module", m.Path, "--login", "--pin", "1234", "--list-slots", "--list-objects", "--test")
 		tool.Env = []string{"PATH=" + os.Getenv("PATH"), "P11_KIT_SERVER_ADDRESS=" + b.Address()}
@@ -151,8 +151,8 @@ func TestBridgeEnvironment(t *testing.T) {
 	}
 }
 
-// A PIN that crosses the connection must not pass through our memory, and
-// p11-kit spins on an input that does not block.
+// A PIN on the connection must not pass through this process's memory. p11-kit spins on
+// an input that does not block.
 func TestBridgeHandsOverTheConnection(t *testing.T) {
 	b, stop := serve(t, BridgeOptions{
 		Command: shell(`readlink /proc/self/fd/0; readlink /proc/$$/fd/1; grep ^flags: /proc/$$/fdinfo/0`),
@@ -188,7 +188,7 @@ func TestBridgeEndsCommands(t *testing.T) {
 				t.Fatalf("%q, %v", line, err)
 			}
 			stop()
-			drain(t, r) // returns when the last of them is gone
+			drain(t, r) // returns when the last of the processes is gone
 		})
 	}
 }
@@ -222,8 +222,8 @@ func TestBridgeKillsTheStubborn(t *testing.T) {
 	drain(t, r)
 }
 
-// bridgeMain runs a bridge whose command does not care for its client, until it
-// is killed.
+// bridgeMain runs a bridge until the test kills it. The command ignores the end of its
+// client.
 func bridgeMain() int {
 	b, err := NewBridge(BridgeOptions{Command: shell(`trap "" TERM HUP; echo $$; exec sleep 1000`), Env: []string{"PATH=/usr/bin:/bin"}})
 	if err != nil {
@@ -239,7 +239,7 @@ func bridgeMain() int {
 func TestBridgeTakesItsCommandAlongWhenKilled(t *testing.T) {
 	self, err := os.Executable()
 	must(t, err)
-	dir, err := os.MkdirTemp("", "p11") // what is killed cleans up nothing
+	dir, err := os.MkdirTemp("", "p11") // a killed process removes nothing
 	must(t, err)
 	t.Cleanup(func() { os.RemoveAll(dir) })
 	agent := exec.Command(self)
@@ -262,8 +262,8 @@ func TestBridgeTakesItsCommandAlongWhenKilled(t *testing.T) {
 	drain(t, r) // returns when it is gone
 }
 
-// The other end of the connection is p11-kit-client.so in a module process,
-// which may be anything once the vendor's code in it has gone wrong.
+// The other end of the connection is p11-kit-client.so in a module process. If the
+// vendor's code goes wrong there, the process may send anything.
 func TestBridgeEndsCommandsOfClientsThatTalkNonsense(t *testing.T) {
 	const library = "/usr/lib/softhsm/libsofthsm2.so"
 	_, err := os.Stat(library)
@@ -295,7 +295,7 @@ func TestBridgeEndsCommandsOfClientsThatTalkNonsense(t *testing.T) {
 		}
 		drain(t, conn) // returns when the command has ended
 	}
-	// One that stays without a word is ended by the next.
+	// The next connection ends a command that stays and writes nothing.
 	silent := dial(t, b)
 	next := dial(t, b)
 	drain(t, silent)
@@ -322,7 +322,7 @@ func TestBridgeRunsOneCommandAtATime(t *testing.T) {
 	drain(t, second)
 }
 
-// A lineWriter hands on what is written, line by line.
+// A lineWriter passes on the written text, line by line.
 type lineWriter chan string
 
 func (w lineWriter) Write(p []byte) (int, error) {
@@ -344,7 +344,7 @@ func TestBridgeReportsFailures(t *testing.T) {
 		t.Run(tt.name, func(t *testing.T) {
 			lines := make(lineWriter, 1)
 			b, stop := serve(t, BridgeOptions{Command: tt.command, Log: slog.New(slog.NewTextHandler(lines, nil))})
-			for range 2 { // the next client is served as well
+			for range 2 { // the bridge serves the next client as well
 				drain(t, dial(t, b))
 				if line := <-lines; !strings.Contains(line, tt.want) || strings.Contains(line, secret) {
 					t.Errorf("log: %s", line)

@@ -13,17 +13,20 @@ import (
 	"p11-agent/pinentry/plain"
 )
 
-// An attempt is one start of the command of a Bridge.
+// An attempt is one start of a Bridge's command.
 type attempt struct {
 	done chan struct{} // closed when the command has ended
 	err  error         // why; nil: it has ended well
 	said tail
 }
 
-// Cause tells what became of the command that was started last, for an error of the module
-// that it serves: such an error only tells that the connection broke. The command may be
-// about to end: Cause waits for that, for as long as a command may take to end. It is empty
-// where no command was started, or where the command has ended well and has said nothing.
+// Cause tells what happened to the command that the Bridge started last. Add it to an
+// error of the module that the Bridge serves: such an error only says that the connection
+// broke.
+//
+// The command may be about to end, so Cause waits for its end, at most for the time that
+// a command may take to end. Cause returns "" if no command was started. It also returns
+// "" if the command ended without an error and printed nothing.
 func (b *Bridge) Cause(ctx context.Context) string {
 	b.mu.Lock()
 	a := b.last
@@ -33,7 +36,7 @@ func (b *Bridge) Cause(ctx context.Context) string {
 	}
 	ctx, cancel := context.WithTimeout(ctx, grace)
 	defer cancel()
-	// Not its arguments, which may hold a PIN.
+	// The command's arguments stay out of the text: they may hold a PIN.
 	text := fmt.Sprintf("its command %q ", b.o.Command[0])
 	said := a.said.String()
 	select {
@@ -56,8 +59,8 @@ func (b *Bridge) Cause(ctx context.Context) string {
 	return text
 }
 
-// ServerCause tells why the server at an address for p11-kit-client.so cannot be
-// reached. It is empty where the server can be reached, or where that cannot be told.
+// ServerCause tells why p11-kit-client.so cannot reach the server at an address. It
+// returns "" if the server can be reached, or if ServerCause cannot check that.
 func ServerCause(ctx context.Context, address string) string {
 	path, ok := strings.CutPrefix(address, "unix:path=")
 	if !ok {
@@ -82,7 +85,7 @@ const (
 	tailLog   = 200 // lines of one command are logged
 )
 
-// tail keeps the last lines that are written to it.
+// tail keeps the last lines of the text that a command writes to it.
 type tail struct {
 	log *slog.Logger
 
@@ -106,7 +109,7 @@ func (t *tail) Write(b []byte) (int, error) {
 	return len(b), nil
 }
 
-// endLocked keeps the line that has ended.
+// endLocked stores the line that has ended. The caller holds mu.
 func (t *tail) endLocked() {
 	line := plain.Output(t.line)
 	t.line = t.line[:0]
@@ -130,7 +133,7 @@ func (t *tail) String() string {
 	return strings.Join(all[max(0, len(all)-tailLines):], " | ")
 }
 
-// started notes that the command is about to be started.
+// started notes that the command is about to start.
 func (b *Bridge) started() *attempt {
 	a := &attempt{done: make(chan struct{}), said: tail{log: b.o.Log}}
 	b.mu.Lock()
@@ -139,7 +142,7 @@ func (b *Bridge) started() *attempt {
 	return a
 }
 
-// ended notes how the command has ended, once.
+// ended notes how the command ended. Call it once.
 func (a *attempt) ended(err error) {
 	a.err = err
 	close(a.done)

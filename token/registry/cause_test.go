@@ -9,7 +9,7 @@ import (
 	"testing"
 )
 
-// Cause tells what the command has said and how it has ended, and none of its arguments.
+// Cause tells what the command printed and how it ended, without the command's arguments.
 func TestCause(t *testing.T) {
 	for _, tt := range []struct{ name, script, want string }{
 		{"fails silently", "exit 3", `its command "sh" failed: exit status 3`},

@@ -21,14 +21,14 @@ const (
 // space is what isspace(3) takes for white space in the C locale.
 const space = " \t\n\v\f\r"
 
-// A field is one "name: value" line.
+// A field is a line of the form "name: value".
 type field struct {
 	name, value string
 	line        int // counted from 1
 }
 
-// A syntaxError says what is wrong with a line. It does not quote it: a command
-// line in a configuration may hold a PIN.
+// A syntaxError says what is wrong with a line. It does not quote the line, because a
+// command line in a configuration may hold a PIN.
 type syntaxError struct {
 	line int
 	text string
@@ -36,9 +36,9 @@ type syntaxError struct {
 
 func (e *syntaxError) Error() string { return fmt.Sprintf("line %d: %s", e.line, e.text) }
 
-// parse reads a file of pkcs11.conf(5). The same name may come more than once:
-// the last one counts. Names and values are bytes; whether they are UTF-8 is
-// not asked, because file names need not be.
+// parse reads a file of pkcs11.conf(5). If a name occurs more than once, the last line
+// counts. Names and values are bytes. parse does not check that they are UTF-8, because
+// file names need not be.
 func parse(data []byte) ([]field, error) {
 	if len(data) > maxFile {
 		return nil, fmt.Errorf("larger than %d bytes", maxFile)
@@ -48,10 +48,11 @@ func parse(data []byte) ([]field, error) {
 	for raw := range bytes.Lines(data) {
 		number++
 		if bytes.IndexByte(raw, 0) >= 0 {
-			// p11-kit would cut name or value off here.
+			// p11-kit would end the name or the value here.
 			return nil, &syntaxError{number, "a zero byte: this is not a text file"}
 		}
-		// p11-kit's lexer also reads its trust files, where these mean something.
+		// The same lexer of p11-kit reads trust files, and PEM blocks have a meaning
+		// there.
 		if bytes.HasPrefix(raw, []byte("-----BEGIN ")) {
 			return nil, &syntaxError{number, "a PEM block, which has no place in a module configuration"}
 		}
@@ -71,10 +72,11 @@ func parse(data []byte) ([]field, error) {
 	return fields, nil
 }
 
-// readConf opens, reads and parses one configuration file, and says who else
-// may change it.
+// readConf opens, reads and parses one configuration file. exposed says which other users
+// may change the file.
 func readConf(path string, uid int) (fields []field, exposed string, err error) {
-	// Without O_NONBLOCK a named pipe would hold us up until somebody writes to it.
+	// Without O_NONBLOCK, the open of a named pipe blocks until a program writes to the
+	// pipe.
 	f, err := os.OpenFile(path, os.O_RDONLY|syscall.O_NONBLOCK|syscall.O_NOCTTY, 0)
 	if err != nil {
 		return nil, "", bare(err)
@@ -95,9 +97,9 @@ func readConf(path string, uid int) (fields []field, exposed string, err error) 
 	return fields, exposure(info, uid), err
 }
 
-// exposure says why somebody other than root and uid may change a file, or is
-// empty when nobody may. A group that may is left out: many systems give each
-// user a group and let it write.
+// exposure says why users other than root and uid may change a file. It is empty when no
+// other user may. Write access of a group does not count: many systems give each user a
+// group and let the group write.
 func exposure(info fs.FileInfo, uid int) string {
 	if info.Mode().Perm()&0o002 != 0 {
 		return "everybody may write to it"
@@ -108,8 +110,8 @@ func exposure(info fs.FileInfo, uid int) string {
 	return ""
 }
 
-// bare drops the operation and the path of an error that is shown behind the
-// path anyway.
+// bare drops the operation and the path of an error, because the message shows the path
+// already.
 func bare(err error) error {
 	if e, ok := errors.AsType[*fs.PathError](err); ok {
 		return e.Err

@@ -90,8 +90,8 @@ func TestReadConfRefusesWhatIsNoFile(t *testing.T) {
 	}
 }
 
-// format prints fields so that parse reads them again. The blank in front
-// keeps dashes from being the start of a PEM block.
+// format prints fields so that parse reads them again. The blank in front keeps dashes
+// from starting a PEM block.
 func format(fields []field) []byte {
 	var b bytes.Buffer
 	for _, f := range fields {

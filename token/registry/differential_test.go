@@ -19,14 +19,14 @@ import (
 	"github.com/google/go-cmp/cmp"
 )
 
-// p11-kit has the places of its configuration compiled in, so both programs run
-// in a mount namespace of their own where those places are ours. The test
-// program is started again for it (role "namespace"), and once more for each
-// user (role "load"), and takes on the environment that p11-kit gets.
+// p11-kit has the places of its configuration compiled in. So both programs run in their
+// own mount namespace, where the test provides those places. The test starts its own
+// program again in the namespace (role "namespace"), and once more for each user (role
+// "load"). The program in the role "load" takes on the environment that p11-kit gets.
 
-// A machine is one configuration to compare with. Paths of Files are relative
-// to the places of the next constants. In contents, STUBS is the directory with
-// the modules, and HERE the machine's own one.
+// A machine is one configuration to compare with. Paths of Files are relative to the
+// places of the next constants. In contents, STUBS is the directory with the modules, and
+// HERE is the machine's own directory.
 type machine struct {
 	Name   string
 	Files  map[string]string // contents
@@ -46,7 +46,7 @@ const (
 	ordinary = 65534 // a user who is not root
 )
 
-// An outcome is what both programs made of a machine.
+// An outcome holds the results of both programs on a machine.
 type outcome struct {
 	P11Kit string // its list of modules
 	Failed bool   // its exit status
@@ -72,8 +72,8 @@ unsigned long C_GetFunctionList(void *p) {
 }
 `
 
-// stubs are the names of its copies. Those in p11-kit's module directory have
-// the same ones and are other files.
+// stubs holds the names of the copies of stub. p11-kit's module directory has other files
+// with the same names.
 var stubs = []string{"a.so", "b.so", "c.so", "d.so", "e.so", "f.so", "g.so", "h.so"}
 
 func TestSameAsP11Kit(t *testing.T) {
@@ -100,7 +100,7 @@ func TestSameAsP11Kit(t *testing.T) {
 		}
 	}
 	t.Logf("compared: %v", counts)
-	// If nothing were listed anywhere, nothing would have been compared.
+	// If the programs list nothing anywhere, the test compares nothing.
 	full := 0
 	for _, o := range outcomes {
 		if strings.Count(listedBy(o.P11Kit), "\n") > 1 {
@@ -117,9 +117,9 @@ func TestSameAsP11Kit(t *testing.T) {
 	}
 }
 
-// expected says what p11-kit lists, when our result is right, and which of the
-// failures that the package's documentation names it has had, if any: it offers
-// nothing then.
+// expected returns the list that p11-kit prints if r is right. If p11-kit fails in a way
+// that the package's documentation names, expected returns that failure, and an empty
+// list.
 func expected(r Result) (list, failure string) {
 	if strings.HasPrefix(r.NoUser, "it is unknown") {
 		return "", "global configuration"
@@ -136,7 +136,7 @@ func expected(r Result) (list, failure string) {
 		trust := strings.HasPrefix(m.Skip, "it is a source of trust")
 		switch {
 		case remote && m.Settings["managed"].Value == "no":
-			// Listed by us alone.
+			// Only this package lists the module.
 		case m.Skip == "" || trust:
 			path := "(null)"
 			if local {
@@ -207,7 +207,7 @@ func checkException(t *testing.T, m machine, o outcome, want exception) {
 	}
 }
 
-// namedMachines are cases that chance would rarely find.
+// namedMachines are cases that random machines rarely show.
 func namedMachines() []machine {
 	const a, b = "module: STUBS/a.so\n", "module: STUBS/b.so\n"
 	const user = home + "/.config/pkcs11/"
@@ -292,7 +292,7 @@ func namedMachines() []machine {
 	return ms
 }
 
-// randomMachine makes up a configuration.
+// randomMachine makes a random configuration.
 func randomMachine(r *rand.Rand, number int) machine {
 	pick := func(from ...string) string { return from[r.IntN(len(from))] }
 	chance := func(percent int) bool { return r.IntN(100) < percent }
@@ -327,8 +327,8 @@ func randomMachine(r *rand.Rand, number int) machine {
 			m.Files[path] = "# global\nuser-config: " + word + "\n"
 		}
 	}
-	// A library of its own for each name: which of several names p11-kit gives
-	// to one library is a matter of chance.
+	// Each name has its own library. Otherwise chance decides which of several names
+	// p11-kit gives to one library.
 	names := []string{"a", "b", "c", "d", "e.x", "F", "g-1", "h_2"}
 	files := make([]string, len(names))
 	for i, name := range names {
@@ -351,7 +351,7 @@ func randomMachine(r *rand.Rand, number int) machine {
 	return m
 }
 
-// randomFile makes up the file of a module.
+// randomFile makes a random module file.
 func randomFile(r *rand.Rand, library string) string {
 	pick := func(from ...string) string { return from[r.IntN(len(from))] }
 	chance := func(percent int) bool { return r.IntN(100) < percent }
@@ -413,7 +413,7 @@ func randomFile(r *rand.Rand, library string) string {
 	return strings.Join(lines, pick("\n", "\n", "\n\n", "\r\n")) + pick("", "\n")
 }
 
-// commandMachines have p11-kit split command lines.
+// commandMachines make p11-kit split command lines.
 func commandMachines() []machine {
 	var ms []machine
 	for _, c := range commands {
@@ -455,7 +455,7 @@ func runMachines(t *testing.T) (base string, outcomes []outcome, machines []mach
 	return base, outcomes, machines, seed
 }
 
-// runInNamespace builds the machines and has both programs look at them.
+// runInNamespace builds the machines and runs both programs on them.
 func runInNamespace(t *testing.T, machines []machine) (base string, outcomes []outcome) {
 	t.Helper()
 	need(t, os.Getuid() == 0, "root, for a mount namespace")
@@ -541,8 +541,8 @@ func (m machine) build(t *testing.T, base string, number int) {
 	must(t, os.WriteFile(show, []byte("#!/bin/sh\nexec >"+here+"/out\nprintf '%s\\n' \"$@\"\n"), 0o755))
 }
 
-// namespaceMain arranges the places that p11-kit looks at, in this process's
-// own mount namespace, and runs both programs on every machine.
+// namespaceMain makes the places that p11-kit reads, in this process's own mount
+// namespace. Then it runs both programs on every machine.
 func namespaceMain() int {
 	base := os.Getenv("BASE")
 	check := func(err error) {
@@ -555,7 +555,8 @@ func namespaceMain() int {
 		check(syscall.Mount("tmpfs", dir, "tmpfs", 0, "mode=755"))
 	}
 	check(syscall.Mount(filepath.Join(base, "relative"), os.Getenv("RELATIVE"), "", syscall.MS_BIND, ""))
-	// Set-user-ID has no effect where mounts say so: the programs need a place without.
+	// Mount options may turn set-user-ID off. The programs need a place without that
+	// option.
 	check(syscall.Mount("tmpfs", "/mnt", "tmpfs", 0, "mode=755"))
 	p11kit, err := exec.LookPath("p11-kit")
 	check(err)
@@ -593,7 +594,7 @@ func namespaceMain() int {
 	return 0
 }
 
-// A request has a loader look at the machine that is in place.
+// A request asks a loader to read the machine that is in place.
 type request struct {
 	Dir string
 	Env []string
@@ -607,7 +608,7 @@ type loading struct {
 	close    func() error // lets it end
 }
 
-// programs run p11-kit and, one process for each user, ourselves.
+// programs runs p11-kit, and this test program once for each user.
 type programs struct {
 	loadings map[string]*loading
 }
@@ -623,7 +624,7 @@ func (m machine) prepare(program string, args ...string) *exec.Cmd {
 	return cmd
 }
 
-// run has p11-kit, and then ourselves, look at one machine.
+// run runs p11-kit, and then this package, on one machine.
 func (p *programs) run(m machine, here string) (o outcome) {
 	env := []string{"PATH=/usr/bin:/bin"}
 	if _, ok := m.Env["HOME"]; !ok {
@@ -654,7 +655,7 @@ func (p *programs) run(m machine, here string) (o outcome) {
 	return o
 }
 
-// loading returns the process that looks at machines like this one.
+// loading returns the process for machines of this machine's user.
 func (p *programs) loading(m machine) (*loading, error) {
 	key := fmt.Sprint(m.UID, m.SetUID)
 	if l := p.loadings[key]; l != nil {
@@ -679,7 +680,7 @@ func (p *programs) loading(m machine) (*loading, error) {
 	return l, nil
 }
 
-// end lets the processes end.
+// end makes the processes end.
 func (p *programs) end() error {
 	var errs []error
 	for _, l := range p.loadings {
@@ -688,7 +689,7 @@ func (p *programs) end() error {
 	return errors.Join(errs...)
 }
 
-// loadMain prints what this package finds, by the name of p11-kit's own program.
+// loadMain prints what this package finds, in the form of p11-kit's own program.
 func loadMain() int {
 	requests, results := json.NewDecoder(os.Stdin), json.NewEncoder(os.Stdout)
 	for {

@@ -9,8 +9,7 @@ import (
 	"golang.org/x/sys/unix"
 )
 
-// ServerVariable is the environment variable that tells p11-kit-client.so where its
-// server is.
+// ServerVariable is the environment variable that names the server of p11-kit-client.so.
 const ServerVariable = "P11_KIT_SERVER_ADDRESS"
 
 // Dirs tells where the configuration is, and what the environment adds to it.
@@ -20,26 +19,26 @@ type Dirs struct {
 	User       string // modules of this user: ~/.config/pkcs11/modules
 	GlobalConf string // /etc/pkcs11/pkcs11.conf
 	UserConf   string // ~/.config/pkcs11/pkcs11.conf
-	// NoUser says why User and UserConf are not read, or is empty when they are.
+	// NoUser says why User and UserConf are not read. It is empty when they are read.
 	NoUser string
-	// NoUserMistake is set when nobody can have meant NoUser: it deserves a warning.
+	// NoUserMistake is set when NoUser is certainly a mistake. Load warns about it.
 	NoUserMistake bool
-	// ModuleDirs are searched, in this order, for modules without an absolute path.
+	// Load searches ModuleDirs, in this order, for modules without an absolute path.
 	ModuleDirs []string
-	// ServerAddress is what p11-kit-client.so connects to when its module file says
-	// nothing: P11_KIT_SERVER_ADDRESS.
+	// ServerAddress is P11_KIT_SERVER_ADDRESS. p11-kit-client.so connects to it when the
+	// module file names no server.
 	ServerAddress string
-	// UID is the user who reads: root and this user may own configuration
-	// files, anybody else's cost a warning.
+	// UID is the user that reads the configuration. Root and this user may own
+	// configuration files. Load warns about files of any other user.
 	UID int
 }
 
-// DefaultDirs returns the places that p11-kit uses, for user uid. lookup reads
-// the environment (os.LookupEnv): XDG_CONFIG_HOME, HOME, P11_KIT_NO_USER_CONFIG and
-// P11_KIT_SERVER_ADDRESS count.
+// DefaultDirs returns the places that p11-kit uses, for user uid. lookup reads the
+// environment, as os.LookupEnv does. DefaultDirs looks up XDG_CONFIG_HOME, HOME,
+// P11_KIT_NO_USER_CONFIG and P11_KIT_SERVER_ADDRESS.
 //
-// As with p11-kit (0.24.1, p11-kit/conf.c), root has no user configuration, and
-// neither has a program that runs with privileges its caller does not have.
+// As in p11-kit (0.24.1, p11-kit/conf.c), root has no user configuration. A program with
+// privileges that its caller does not have has no user configuration either.
 func DefaultDirs(lookup func(string) (string, bool), uid int) Dirs {
 	d := Dirs{
 		System:     "/usr/share/p11-kit/modules",
@@ -49,7 +48,7 @@ func DefaultDirs(lookup func(string) (string, bool), uid int) Dirs {
 		UID:        uid,
 	}
 	d.ServerAddress, _ = lookup(ServerVariable)
-	// Set but empty counts, too.
+	// A variable that is set but empty counts, too.
 	_, forbidden := lookup("P11_KIT_NO_USER_CONFIG")
 	switch {
 	case uid == 0:
@@ -70,8 +69,9 @@ func DefaultDirs(lookup func(string) (string, bool), uid int) Dirs {
 	return d
 }
 
-// configHome returns the directory that ~/.config stands for, or why there is
-// none, and whether that is a mistake: users of services often have no home.
+// configHome returns the directory that ~/.config stands for, or the reason why there is
+// none. mistake tells whether the reason is a mistake: users of services often have no
+// home.
 func configHome(lookup func(string) (string, bool), uid int) (dir, problem string, mistake bool) {
 	if dir, _ := lookup("XDG_CONFIG_HOME"); dir != "" {
 		if !filepath.IsAbs(dir) {
@@ -93,11 +93,12 @@ func configHome(lookup func(string) (string, bool), uid int) (dir, problem strin
 	return filepath.Join(home, ".config"), "", false
 }
 
-// moduleDirs returns the places of which p11-kit has one compiled in: its
-// library directory's "pkcs11". Debian and its kin have a directory for each
-// architecture; those of others are sorted out file by file, by their ELF header.
+// moduleDirs returns the possible module directories. p11-kit has one of them compiled
+// in: "pkcs11" in its library directory. Debian and its derivatives have one directory
+// for each architecture. The ELF header of each file shows whether the file is for
+// another architecture.
 func moduleDirs() []string {
-	// The pattern is a constant: Glob fails on malformed ones only.
+	// Glob fails on malformed patterns only, and this pattern is a constant.
 	dirs, _ := filepath.Glob("/usr/lib/*-linux-*/pkcs11")
 	for _, dir := range []string{"/usr/lib64/pkcs11", "/usr/lib/pkcs11"} {
 		if info, err := os.Stat(dir); err == nil && info.IsDir() {
@@ -107,13 +108,13 @@ func moduleDirs() []string {
 	return dirs
 }
 
-// privileged tells whether the kernel started this process with privileges of
-// the program's file: set-user-ID, set-group-ID or file capabilities
-// (AT_SECURE, getauxval(3)).
+// privileged tells whether the kernel started this process with privileges of the
+// program's file: set-user-ID, set-group-ID or file capabilities (AT_SECURE,
+// getauxval(3)).
 //
-// It asks the Go runtime, which has been given the vector when it started:
-// /proc/self/auxv may not be read by an ordinary user's process that has made
-// itself undumpable, as the agent does to protect PINs.
+// The Go runtime keeps the auxiliary vector from its start, so privileged asks the
+// runtime. A process of an ordinary user cannot read /proc/self/auxv after it has made
+// itself undumpable. The agent makes itself undumpable to protect PINs.
 func privileged() bool {
 	if os.Getuid() != os.Geteuid() || os.Getgid() != os.Getegid() {
 		return true
@@ -122,8 +123,8 @@ func privileged() bool {
 	return err != nil || secureBit(auxv)
 }
 
-// secureBit finds AT_SECURE among the pairs of an auxiliary vector. A vector
-// without it is one of a kernel that does not say: yes.
+// secureBit finds AT_SECURE among the pairs of an auxiliary vector. If the vector lacks
+// AT_SECURE, the kernel does not tell, and secureBit returns true.
 func secureBit(auxv [][2]uintptr) bool {
 	const atSecure = 23 // linux/auxvec.h
 	for _, pair := range auxv {

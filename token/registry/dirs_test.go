@@ -86,8 +86,8 @@ func TestSecureBit(t *testing.T) {
 	}
 }
 
-// undumpableMain is an ordinary user's process that has made itself undumpable,
-// as the agent does, and says whether it counts as one with privileges.
+// undumpableMain runs as an ordinary user in a process that makes itself undumpable, as
+// the agent does. It prints whether privileged returns true.
 func undumpableMain() int {
 	if os.Geteuid() == 0 {
 		if err := errors.Join(syscall.Setresgid(ordinary, ordinary, ordinary), syscall.Setresuid(ordinary, ordinary, ordinary)); err != nil {
@@ -102,9 +102,8 @@ func undumpableMain() int {
 	return 0
 }
 
-// The agent makes itself undumpable before it reads the configuration, and must
-// not take itself for a program with privileges then: it would leave the user's
-// modules out.
+// The agent makes itself undumpable before it reads the configuration. privileged must
+// still return false then. Otherwise the agent would leave out the user's modules.
 func TestUndumpableIsNotPrivileged(t *testing.T) {
 	self, err := os.Executable()
 	must(t, err)
@@ -112,7 +111,7 @@ func TestUndumpableIsNotPrivileged(t *testing.T) {
 	cmd.Env = append(os.Environ(), roleVariable+"=undumpable")
 	out, err := cmd.Output()
 	must(t, err)
-	// That /proc keeps the vector to itself is what this test is about.
+	// The test needs a /proc that refuses to show the vector.
 	if string(out) != "false true" {
 		t.Errorf("privileged, and kept from /proc/self/auxv: %s", out)
 	}

@@ -2,9 +2,9 @@ package registry
 
 import "strings"
 
-// What a PKCS#11 library may see of the agent's environment: names, and how
-// other names may begin. Everything else may be a secret that is no business of
-// a vendor's code, or of a command that somebody put into a module file.
+// A PKCS#11 library gets only these variables of the agent's environment: some names, and
+// names with some prefixes. Any other variable may be a secret. Neither a vendor's code
+// nor the command in a module file may see such a secret.
 var (
 	passed = map[string]bool{
 		"HOME": true, "PATH": true, "USER": true, "LOGNAME": true, "LANG": true, "TZ": true, "TMPDIR": true,
@@ -13,10 +13,12 @@ var (
 	passedPrefixes = []string{"LC_", "XDG_", "OPENSC_", "TPM2_PKCS11_", "TPM2TOOLS_", "TSS2_", "PKCS11_", "P11_KIT_", "PCSCLITE_"}
 )
 
-// Environment returns the environment for a module process, or the command of a
-// remote module: what may be seen of environ, then extra, which is the module's
-// own configuration and wins. The tunables have the C library overwrite what is
-// freed, as the PKCS#11 library copies each PIN once more.
+// Environment returns the environment for a module process, or for the command of a
+// remote module. It holds the permitted variables of environ, then extra. extra is the
+// module's own configuration and takes precedence.
+//
+// The tunables make the C library overwrite memory that it frees, because the PKCS#11
+// library makes one more copy of each PIN.
 func Environment(environ, extra []string) []string {
 	var env []string
 	for _, kv := range environ {

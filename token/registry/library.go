@@ -17,12 +17,11 @@ import (
 	"syscall"
 )
 
-// client is the library that reaches a module in another process
-// (p11-kit/client.c).
+// client is the library that reaches a module in another process (p11-kit/client.c).
 const client = "p11-kit-client.so"
 
-// useless are libraries that are never started, why not, and what to do where somebody
-// expects them to be.
+// useless holds libraries that are never started, and why. advice tells a user who
+// expects the library what to do.
 var useless = []struct{ prefix, reason, advice string }{
 	{"p11-kit-trust.so", "it holds trusted certificates, no private keys", ""},
 	{"libnssckbi", "it holds trusted certificates, no private keys", ""},
@@ -36,7 +35,7 @@ var useless = []struct{ prefix, reason, advice string }{
 
 const proxied = "it offers the modules that are configured anyway"
 
-// locate finds the library of a module and sets Path and Remote, or Skip.
+// locate finds the library of a module. It sets Path and Remote, or Skip.
 func (l *loader) locate(m *Module) {
 	module, local := m.Settings["module"]
 	if remote, ok := m.Settings["remote"]; ok {
@@ -91,7 +90,7 @@ func (l *loader) locate(m *Module) {
 	}
 }
 
-// locateRemote finds the means for a remote module.
+// locateRemote finds the client library and the server of a remote module.
 func (l *loader) locateRemote(m *Module, s Setting) {
 	remote, err := parseRemote(s.Value)
 	if err != nil {
@@ -106,16 +105,17 @@ func (l *loader) locateRemote(m *Module, s Setting) {
 		return
 	}
 	if len(remote.Command) > 0 {
-		// Making the Bridge would say so, but not to who only reads.
+		// NewBridge reports this, too, but a program that only reads the configuration
+		// makes no Bridge.
 		if err := checkSocketDir(cmp.Or(l.SocketDir, os.TempDir())); err != nil {
 			l.warnAt(s, "%v", err)
 		}
 	}
 }
 
-// FindClient returns the path of p11-kit-client.so, the library that speaks
-// p11-kit's protocol with a module elsewhere, at the address that the
-// environment variable P11_KIT_SERVER_ADDRESS names.
+// FindClient returns the path of p11-kit-client.so. This library speaks p11-kit's
+// protocol with a module in another process. It finds the module at the address in the
+// environment variable P11_KIT_SERVER_ADDRESS.
 func FindClient(moduleDirs []string) (string, error) {
 	path, err := findLibrary(client, moduleDirs)
 	if err != nil {
@@ -124,8 +124,8 @@ func FindClient(moduleDirs []string) (string, error) {
 	return path, nil
 }
 
-// findLibrary returns the absolute path of a module that this process's kind of
-// program can load: the first in dirs when the path is relative.
+// findLibrary returns the absolute path of a module that this process can load. If the
+// path is relative, it returns the first such file in dirs.
 func findLibrary(module string, dirs []string) (string, error) {
 	candidates := []string{module}
 	if !filepath.IsAbs(module) {
@@ -134,7 +134,7 @@ func findLibrary(module string, dirs []string) (string, error) {
 		}
 		candidates = nil
 		for _, dir := range dirs {
-			// Not cleaned: x/../y is not y when x is a link.
+			// The path is not cleaned: x/../y is not y when x is a link.
 			candidates = append(candidates, dir+"/"+module)
 		}
 	}
@@ -144,7 +144,8 @@ func findLibrary(module string, dirs []string) (string, error) {
 		if err == nil {
 			return path, nil
 		}
-		// A file for another architecture says more than one that is missing.
+		// An error about another architecture tells more than an error about a missing
+		// file.
 		if problem == nil || errors.Is(problem, os.ErrNotExist) && !errors.Is(err, os.ErrNotExist) {
 			problem = fmt.Errorf("%s: %w", path, err)
 		}
@@ -152,11 +153,12 @@ func findLibrary(module string, dirs []string) (string, error) {
 	return "", problem
 }
 
-// elfKind is what two ELF files must have in common to go into one process:
-// class, byte order and machine (elf(5): e_ident and e_machine), as they are in the file.
+// elfKind holds the properties that two ELF files must share to go into one process:
+// class, byte order and machine (elf(5): e_ident and e_machine). The bytes are as in the
+// file.
 type elfKind [4]byte
 
-// String is as in "64-bit x86_64".
+// String returns text such as "64-bit x86_64".
 func (k elfKind) String() string {
 	bits, order := "32-bit ", binary.ByteOrder(binary.LittleEndian)
 	if elf.Class(k[0]) == elf.ELFCLASS64 {
@@ -169,14 +171,14 @@ func (k elfKind) String() string {
 	return bits + strings.ToLower(strings.TrimPrefix(machine.String(), "EM_"))
 }
 
-// machines are the processors that Go programs with C in them run on.
+// machines are the processors that Go programs with C code can run on.
 var machines = map[string]elf.Machine{
 	"386": elf.EM_386, "amd64": elf.EM_X86_64, "arm": elf.EM_ARM, "arm64": elf.EM_AARCH64, "loong64": elf.EM_LOONGARCH,
 	"ppc64le": elf.EM_PPC64, "riscv64": elf.EM_RISCV, "s390x": elf.EM_S390,
 }
 
-// self returns the kind of this program. Its file tells it as well, but may not be one
-// that its user can read.
+// self returns the kind of this program. The program's file has the same information, but
+// the user may not be allowed to read the file.
 func self() (kind elfKind, known bool) {
 	machine, known := machines[runtime.GOARCH]
 	class, data := elf.ELFCLASS64, elf.ELFDATA2MSB
@@ -191,7 +193,7 @@ func self() (kind elfKind, known bool) {
 	return kind, known
 }
 
-// loadable tells why a file cannot be a library for this process.
+// loadable returns an error that says why this process cannot load a file as a library.
 func loadable(path string) error {
 	kind, err := kindOf(path)
 	if err != nil {

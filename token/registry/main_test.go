@@ -7,7 +7,7 @@ import (
 	"p11-agent/agent/peer/terminaltest"
 )
 
-// The test program also plays other parts, in processes of their own.
+// The test program also plays other roles, each in its own process.
 const roleVariable = "P11_REGISTRY_TEST_ROLE"
 
 func TestMain(m *testing.M) {
@@ -29,8 +29,8 @@ func TestMain(m *testing.M) {
 	}
 }
 
-// need ends the test when something it has to have is missing: as a failure
-// where everything is expected to be installed.
+// need ends the test when a required program or file is missing. The test fails where
+// everything is expected to be installed; elsewhere it is skipped.
 func need(t testing.TB, ok bool, what string) {
 	t.Helper()
 	switch {

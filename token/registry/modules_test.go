@@ -12,8 +12,8 @@ import (
 	"p11-agent/token/registry"
 )
 
-// The command of a remote module sees what a module process sees, and nothing
-// else: both rules are the same one.
+// The command of a remote module gets the same environment as a module process: both
+// follow one rule.
 func TestEnvironmentIsThatOfModuleProcesses(t *testing.T) {
 	for _, name := range []string{
 		"USER", "LOGNAME", "LANG", "TZ", "SOFTHSM2_CONF", "OPENSC_CONF", "OPENSC_DEBUG", "LC_ALL", "XDG_DATA_HOME", "TPM2_PKCS11_STORE",
@@ -33,7 +33,7 @@ func TestEnvironmentIsThatOfModuleProcesses(t *testing.T) {
 		Command: []string{self},
 		Log:     slog.New(slog.DiscardHandler),
 	})
-	<-store.Settled() // it has ended, as it is no module process
+	<-store.Settled() // the command has ended, because it is no module process
 	if err := store.Close(); err != nil {
 		t.Error(err)
 	}

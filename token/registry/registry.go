@@ -1,48 +1,49 @@
-// Package registry reads p11-kit's configuration: which PKCS#11 modules this
-// machine and this user have, in which order, and which of them are of use to
-// an agent for private keys. It needs no p11-kit to be installed, except for
-// modules that are reached through one (remote:).
+// Package registry reads p11-kit's configuration. It tells which PKCS#11 modules this
+// machine and this user have, and in which order. It also tells which of them are of use
+// to an agent for private keys. The package does not need an installed p11-kit, except
+// for modules that p11-kit reaches (remote:).
 //
-// The rules are those of pkcs11.conf(5) and, where the page is silent, of
-// p11-kit 0.24.1, with which the tests compare. Modules are sorted by falling
-// priority, then by name. A file of the user's comes before one of the same
-// name in /etc/pkcs11/modules, and that before one in
-// /usr/share/p11-kit/modules, setting by setting. Names of files that p11-kit
-// complains about are read all the same, with a warning, as it does.
+// The rules are those of pkcs11.conf(5) and, where the page is silent, of p11-kit 0.24.1.
+// The tests compare with that version. Modules are sorted by falling priority, then by
+// name. If several directories have a file of the same name, the settings of the user's
+// file come first. Then come the settings in /etc/pkcs11/modules, then those in
+// /usr/share/p11-kit/modules. If p11-kit complains about the name of a file, the package
+// reads the file and warns, as p11-kit does.
 //
-// It differs from p11-kit on purpose:
+// The package differs from p11-kit on purpose:
 //
-//   - A file that cannot be read or parsed costs that file, and a directory that
-//     cannot be listed that directory; p11-kit then offers no module at all.
-//     When it is unknown what user-config says, the user's configuration is not
-//     used.
-//   - A critical module that cannot be loaded takes no other with it: whoever
-//     starts the modules is told which are critical.
-//   - Of several entries for the same library and the same x-init-reserved, the
-//     first in the order above is used; in p11-kit it is any. Entries that
-//     differ in x-init-reserved are all used, each in a process of its own; in
-//     p11-kit one of them is.
-//   - Of two files in one directory with the same module name (only possible
-//     with bad file names), the alphabetically first comes first; in p11-kit it
-//     is any.
-//   - Modules without private keys, and p11-kit's own modules that would lead
-//     back to modules we have already, are listed but marked to be skipped. So is
-//     p11-kit-client.so, unless server-address or P11_KIT_SERVER_ADDRESS names its
-//     server.
-//   - Files with a zero byte, files above 64 KiB and special files are refused.
-//   - Relative paths in XDG_CONFIG_HOME or HOME switch the user's configuration
-//     off instead of depending on the current directory.
-//   - A priority beyond 32 bits is the highest or lowest there is. A blank
-//     x-init-reserved is none.
-//   - managed and log-calls mean nothing here: every module has a process of
-//     its own with one caller. So a remote module with "managed: no" is used;
-//     p11-kit leaves it out.
-//   - $LIB and its kin are not expanded in paths (dlopen(3) would do so).
-//   - The command of "remote: |command" may have several blanks between its
-//     words, and may not have an unclosed quote.
+//   - If a file cannot be read or parsed, the package leaves out only that file. If a
+//     directory cannot be listed, it leaves out only that directory. In both cases
+//     p11-kit offers no module at all. If user-config cannot be read, the package does
+//     not use the user's configuration.
+//   - A critical module that fails to load stops no other module. Module.Critical tells
+//     the caller which modules are critical.
+//   - If several entries have the same library and the same x-init-reserved, the package
+//     uses the first in the order above. p11-kit uses any of them. If entries differ in
+//     x-init-reserved, the package uses all of them, each in its own process. p11-kit
+//     uses one of them.
+//   - If two files in one directory have the same module name, the alphabetically first
+//     file comes first. In p11-kit any of them does. Only bad file names make this
+//     possible.
+//   - The package lists modules without private keys, but marks them to be skipped. It
+//     does the same for p11-kit's own modules that lead back to configured modules. It
+//     also skips p11-kit-client.so, unless server-address or P11_KIT_SERVER_ADDRESS names
+//     its server.
+//   - The package refuses files with a zero byte, files above 64 KiB and special files.
+//   - A relative path in XDG_CONFIG_HOME or HOME turns the user's configuration off. It
+//     does not depend on the current directory.
+//   - A priority beyond 32 bits is the highest or lowest priority. A blank
+//     x-init-reserved counts as absent.
+//   - managed and log-calls mean nothing here, because every module has its own process
+//     with one caller. So the package uses a remote module with "managed: no"; p11-kit
+//     leaves it out.
+//   - The package does not expand $LIB and similar words in paths. dlopen(3) would expand
+//     them.
+//   - The command of "remote: |command" may have several blanks between its words. It may
+//     not have an unclosed quote.
 //
-// It reads files and starts nothing, except for Bridge, which runs the command
-// of a remote module.
+// The package reads files and starts nothing, except that Bridge runs the command of a
+// remote module.
 package registry
 
 import (
@@ -62,33 +63,34 @@ import (
 	"syscall"
 )
 
-// Program is the name that enable-in and disable-in know the agent by.
+// Program is the agent's name in enable-in and disable-in.
 const Program = "p11-agent"
 
-// Options tell Load what to read, and for whom.
+// Options tell Load what to read, and for which program.
 type Options struct {
 	Dirs
-	// Program is looked for in enable-in and disable-in.
+	// Program is the name that Load looks for in enable-in and disable-in.
 	Program string
-	// ServerAddresses are those of single modules, by name, instead of
+	// ServerAddresses are the addresses of single modules, by module name. They replace
 	// Dirs.ServerAddress.
 	ServerAddresses map[string]string
-	// SocketDir is where bridges are to make their sockets, as BridgeOptions.Dir:
-	// there is a warning for each remote command that can have none.
+	// SocketDir is the directory for the sockets of bridges, as in BridgeOptions.Dir.
+	// Load warns about each remote command whose socket cannot be made there.
 	SocketDir string
-	// Log takes debug lines: what was read, and settings that mean nothing to
-	// us. nil is for none.
+	// Log takes debug lines about the files that Load reads and the settings that it
+	// ignores. nil turns the log off.
 	Log *slog.Logger
 }
 
-// Result is what the configuration says. It is a value: nobody changes it later.
+// Result holds the configuration that Load has read. Load does not change it later.
 type Result struct {
-	// Modules are all that are configured, in p11-kit's order, those to be
-	// skipped too.
+	// Modules are all configured modules in p11-kit's order, including those to be
+	// skipped.
 	Modules []Module
-	// Warnings are for an administrator to act on.
+	// Warnings are for an administrator, who can act on them.
 	Warnings []Warning
-	// NoUser says why the user's own configuration was not used, or is empty.
+	// NoUser says why Load did not use the user's own configuration. Otherwise it is
+	// empty.
 	NoUser string
 }
 
@@ -96,47 +98,47 @@ type Result struct {
 type Module struct {
 	// Name is the file's name without ".module".
 	Name string
-	// Files are those the settings come from, the most important first.
+	// Files are the files that the settings come from, the most important file first.
 	Files []string
-	// Path is the absolute path of the library to load: for a remote module
-	// that of p11-kit-client.so. It is empty when there is none.
+	// Path is the absolute path of the library to load. For a remote module this is
+	// p11-kit-client.so. Path is empty when there is no library.
 	Path string
-	// Remote tells how to reach the module when it is not local.
+	// Remote tells how to reach a module that is not local.
 	Remote Remote
 	// Priority orders modules: the highest comes first.
 	Priority int
-	// Critical is set when the configuration demands that the module work.
+	// Critical is set when the configuration requires that the module works.
 	Critical bool
-	// InitArgs is to be C_Initialize's pReserved, a zero-terminated string,
-	// or a null pointer when it is empty (x-init-reserved).
+	// InitArgs is for pReserved of C_Initialize (x-init-reserved). Pass it as a
+	// zero-terminated string, or pass a null pointer when it is empty.
 	InitArgs string
-	// Skip says why the module is not to be started, or is empty when it is.
+	// Skip says why the module is not to be started. It is empty for a module to start.
 	Skip string
-	// Broken is set where nobody can have meant it to be skipped, and its tokens are
-	// not there through another module: its configuration has to be put right.
+	// Broken is set when Skip is the result of a mistake, and no other module offers the
+	// tokens of this module. An administrator has to correct its configuration.
 	Broken bool
-	// Advice says how, where it is not to install the library.
+	// Advice says how to correct the configuration. It is empty when the only remedy is
+	// to install the library.
 	Advice string
-	// Settings are all of the module's, known and unknown.
+	// Settings are all settings of the module, known and unknown.
 	Settings map[string]Setting
 }
 
-// A Setting is a value and where it was found.
+// A Setting is a value and its place in a file.
 type Setting struct {
 	Value string
 	File  string
 	Line  int // counted from 1
 }
 
-// A Warning is something about the configuration that is probably not as it was
-// meant to be.
+// A Warning describes a probable mistake in the configuration.
 type Warning struct {
 	File string // or directory; empty for the environment
 	Line int    // counted from 1; 0 is for the whole file
 	Text string
 }
 
-// String returns the warning as compilers print theirs.
+// String returns the warning in the form of a compiler's warning.
 func (w Warning) String() string {
 	switch {
 	case w.File == "":
@@ -147,8 +149,8 @@ func (w Warning) String() string {
 	return fmt.Sprintf("%s:%d: %s", w.File, w.Line, w.Text)
 }
 
-// Load reads the configuration. It always comes back with what could be read.
-// It may be called at any time, from any goroutine.
+// Load reads the configuration. It always returns all that it could read. Any goroutine
+// may call it at any time.
 func Load(o Options) Result {
 	if o.Log == nil {
 		o.Log = slog.New(slog.DiscardHandler)
@@ -165,7 +167,7 @@ func Load(o Options) Result {
 	return Result{Modules: l.modules(), Warnings: l.warnings, NoUser: l.noUser}
 }
 
-// userMode is what is done with the user's configuration.
+// userMode tells how the loader uses the user's configuration.
 type userMode int
 
 const (
@@ -174,7 +176,7 @@ const (
 	userOnly
 )
 
-// A loader is one Load under way.
+// A loader holds the state of one Load.
 type loader struct {
 	Options
 	drafts   map[string]*draft // by module name
@@ -182,7 +184,7 @@ type loader struct {
 	noUser   string
 }
 
-// A draft is a module whose files are still being read.
+// A draft is a module while the loader still reads its files.
 type draft struct {
 	files    []string
 	settings map[string]Setting
@@ -192,13 +194,13 @@ func (l *loader) warn(file string, line int, format string, args ...any) {
 	l.warnings = append(l.warnings, Warning{file, line, fmt.Sprintf(format, args...)})
 }
 
-// warnAt warns about a setting, at its place.
+// warnAt adds a warning about a setting, with the setting's place.
 func (l *loader) warnAt(s Setting, format string, args ...any) {
 	l.warn(s.File, s.Line, format, args...)
 }
 
-// userConfig reads the global configuration and decides whether the user's own
-// counts. The system's may forbid it, and the user's own may turn it off again.
+// userConfig reads the global configuration and decides whether the user's own counts.
+// The system's configuration may forbid it, and the user's own may turn it off.
 func (l *loader) userConfig() userMode {
 	mode, err := l.global(l.GlobalConf, userMerge)
 	if err != nil && !missing(err) {
@@ -217,8 +219,8 @@ func (l *loader) userConfig() userMode {
 		return userNone
 	}
 	mode, err = l.global(l.UserConf, mode)
-	// Confined programs may be kept out of the user's directories: p11-kit
-	// goes on with the system's word, too.
+	// The system may keep a confined program out of the user's directories. Then p11-kit
+	// uses the system's setting, too.
 	if err != nil && !missing(err) && !errors.Is(err, fs.ErrPermission) {
 		l.noUser = "it is unknown whether " + l.UserConf + " allows it"
 		return userNone
@@ -229,9 +231,9 @@ func (l *loader) userConfig() userMode {
 	return mode
 }
 
-// global reads user-config from a global configuration file. Without the
-// setting, or the file, the mode is preset; a file that is not missing and yet
-// cannot be used has been warned about.
+// global reads user-config from a global configuration file. Without the setting, or
+// without the file, the mode is preset. If the file exists but cannot be used, global has
+// already warned.
 func (l *loader) global(path string, preset userMode) (userMode, error) {
 	fields, err := l.read(path)
 	if err != nil {
@@ -254,8 +256,8 @@ func (l *loader) global(path string, preset userMode) (userMode, error) {
 	return preset, err
 }
 
-// read reads a file into settings, warning about what is wrong with it unless
-// it is missing.
+// read reads a file into settings. It warns about mistakes in the file, but not about a
+// missing file.
 func (l *loader) read(path string) (map[string]Setting, error) {
 	fields, exposed, err := readConf(path, l.UID)
 	if missing(err) {
@@ -280,8 +282,8 @@ func (l *loader) read(path string) (map[string]Setting, error) {
 	return settings, nil
 }
 
-// directory reads the modules of one directory. What is known already, from a
-// more important one, stays.
+// directory reads the modules of one directory. Settings from a more important directory
+// stay.
 func (l *loader) directory(path string) {
 	names, err := l.list(path)
 	if err != nil {
@@ -322,9 +324,9 @@ func (l *loader) directory(path string) {
 	}
 }
 
-// list returns the names in a directory, sorted.
+// list returns the sorted names in a directory.
 func (l *loader) list(path string) ([]string, error) {
-	// O_DIRECTORY: a named pipe in its place must not hold us up.
+	// With O_DIRECTORY, the open does not block on a named pipe.
 	dir, err := os.OpenFile(path, os.O_RDONLY|syscall.O_DIRECTORY, 0)
 	if err != nil {
 		return nil, bare(err)
@@ -346,9 +348,8 @@ func (l *loader) list(path string) ([]string, error) {
 	return names, nil
 }
 
-// moduleName returns the name of the module that a file of this name
-// configures. Files with other names than pkcs11.conf(5) allows keep theirs
-// whole.
+// moduleName returns the name of the module that the file configures. If pkcs11.conf(5)
+// does not allow the name of the file, moduleName returns the whole name and false.
 func moduleName(file string) (name string, ok bool) {
 	for i := range len(file) {
 		c := file[i]
@@ -360,7 +361,7 @@ func moduleName(file string) (name string, ok bool) {
 	return strings.CutSuffix(file, ".module")
 }
 
-// modules makes modules of the drafts.
+// modules turns the drafts into modules.
 func (l *loader) modules() []Module {
 	var modules []Module
 	for _, name := range slices.Sorted(maps.Keys(l.drafts)) {
@@ -378,7 +379,7 @@ func (l *loader) modules() []Module {
 	return modules
 }
 
-// known are the settings of pkcs11.conf(5) and those of newer versions.
+// known holds the settings of pkcs11.conf(5) and those of newer versions.
 var known = []string{
 	"module", "remote", "server-address", "enable-in", "disable-in", "priority", "critical",
 	"trust-policy", "x-init-reserved",
@@ -407,14 +408,14 @@ func (l *loader) module(name string, d *draft) Module {
 		m.Broken, m.Advice = false, ""
 		m.Skip = fmt.Sprintf("enable-in or disable-in keeps it from %s", l.Program)
 	case trust && m.Skip != "":
-		m.Broken, m.Advice = false, "" // nobody misses it here
+		m.Broken, m.Advice = false, "" // no user expects its keys here
 	case trust:
 		m.Skip = "it is a source of trust (trust-policy: yes), not of private keys"
 	}
 	return m
 }
 
-// enabled tells whether enable-in and disable-in let the program have a module.
+// enabled tells whether enable-in and disable-in allow the program to use a module.
 func (l *loader) enabled(settings map[string]Setting) bool {
 	enable, only := settings["enable-in"]
 	disable, not := settings["disable-in"]
@@ -437,7 +438,7 @@ func listed(list, word string) bool {
 	}), word)
 }
 
-// boolean reads a setting that is yes or no, and no when it is anything else.
+// boolean reads a setting that is yes or no. Any other value means no.
 func (l *loader) boolean(settings map[string]Setting, key string) bool {
 	s, ok := settings[key]
 	if ok && s.Value != "yes" && s.Value != "no" {
@@ -446,8 +447,8 @@ func (l *loader) boolean(settings map[string]Setting, key string) bool {
 	return s.Value == "yes"
 }
 
-// priority reads a number as atoi(3) does, which makes the best of what it is
-// given, but says so.
+// priority reads a number as atoi(3) does. atoi uses the digits at the start of a wrong
+// value, and so does priority, but priority also warns.
 func (l *loader) priority(settings map[string]Setting) int {
 	s, ok := settings["priority"]
 	if !ok {
@@ -461,7 +462,7 @@ func (l *loader) priority(settings map[string]Setting) int {
 	if errors.Is(err, strconv.ErrSyntax) {
 		n = 0
 	}
-	// ParseInt gives the nearest number it can hold, and so do we.
+	// ParseInt returns the nearest number that fits, and so does priority.
 	nearest := min(max(n, math.MinInt32), math.MaxInt32)
 	if err != nil || end != len(s.Value) || nearest != n {
 		l.warnAt(s, "priority must be a whole number of at most 32 bits: taken as %d", nearest)
@@ -469,7 +470,7 @@ func (l *loader) priority(settings map[string]Setting) int {
 	return int(nearest)
 }
 
-// skipDuplicates marks every module but the first of those that are the same.
+// skipDuplicates marks every module that is the same as an earlier one.
 func skipDuplicates(modules []Module) {
 	type seen struct {
 		info     fs.FileInfo
@@ -484,7 +485,7 @@ func skipDuplicates(modules []Module) {
 		}
 		info, err := os.Stat(m.Path)
 		if err != nil {
-			continue // gone since a moment ago: loading it will say so
+			continue // removed a moment ago: loading it will report that
 		}
 		same := slices.IndexFunc(first, func(s seen) bool {
 			return s.initArgs == m.InitArgs && os.SameFile(s.info, info)
@@ -497,7 +498,7 @@ func skipDuplicates(modules []Module) {
 	}
 }
 
-// missing tells whether an error says that a file is not there.
+// missing tells whether an error means that a file does not exist.
 func missing(err error) bool {
 	return errors.Is(err, fs.ErrNotExist) || errors.Is(err, syscall.ENOTDIR)
 }

@@ -13,8 +13,8 @@ import (
 	"github.com/google/go-cmp/cmp"
 )
 
-// tree makes a configuration in a directory of its own. LIB in contents is a
-// directory with files that look like libraries for this machine.
+// tree makes a configuration in its own directory. In contents, LIB is a directory with
+// files that look like libraries for this machine.
 func tree(t *testing.T, files map[string]string) (Options, *bytes.Buffer) {
 	t.Helper()
 	dir := t.TempDir()
@@ -114,7 +114,7 @@ func TestSkipped(t *testing.T) {
 			if m.Skip == "" && !filepath.IsAbs(m.Path) {
 				t.Errorf("Path = %q", m.Path)
 			}
-			// Somebody meant the others to be as they are.
+			// The other reasons for Skip are intended.
 			meant := []string{"keeps it from", "switches it off", "source of trust", "no private keys"}
 			want := m.Skip != "" && !slices.ContainsFunc(meant, func(s string) bool { return strings.Contains(m.Skip, s) })
 			if m.Broken != (want && !strings.Contains(tt.text, "trust-policy")) {
@@ -124,7 +124,7 @@ func TestSkipped(t *testing.T) {
 	}
 }
 
-// p11-kit-client.so is started where something names its server.
+// Load offers p11-kit-client.so if a setting or a variable names its server.
 func TestServerAddress(t *testing.T) {
 	const bad, unnamed = `P11_KIT_SERVER_ADDRESS must be`, "not named"
 	for _, tt := range []struct {
@@ -263,7 +263,7 @@ func TestOneBadFileCostsItself(t *testing.T) {
 	}
 }
 
-// Users that are not people have homes like /dev/null.
+// Users for services have homes like /dev/null.
 func TestNothingIsWhereAFileIs(t *testing.T) {
 	o, _ := tree(t, map[string]string{"system/a.module": "module: a.so", "file": ""})
 	file := filepath.Join(filepath.Dir(o.System), "file")
@@ -357,8 +357,8 @@ func TestSameNameInOneDirectory(t *testing.T) {
 	}
 }
 
-// Mistakes in the environment are warned about; what somebody may have meant is
-// not, and neither is what has cost a warning already.
+// Load warns about mistakes in the environment. It does not warn about settings that may
+// be intended, or about a mistake that it has already reported.
 func TestNoUserMistake(t *testing.T) {
 	for _, tt := range []struct {
 		name    string
@@ -383,8 +383,8 @@ func TestNoUserMistake(t *testing.T) {
 	}
 }
 
-// Where no Bridge can be made, whoever only reads the configuration is told, once
-// for each module that needs one.
+// Load warns if no Bridge can be made, once for each module that needs a Bridge. So a
+// program that only reads the configuration knows it, too.
 func TestNoPlaceForSockets(t *testing.T) {
 	files := map[string]string{
 		"system/a.module": "module: a.so",

@@ -5,20 +5,20 @@ import (
 	"strings"
 )
 
-// Remote tells how a module in another process is reached: one of the fields is
-// set, or none for a module of our own machine.
+// Remote tells how to reach a module in another process. One of the fields is set. For a
+// module of this machine, no field is set.
 type Remote struct {
-	// Command and its arguments speak p11-kit's protocol on their standard
-	// input and output: a Bridge runs them.
+	// Command is a program and its arguments. The program speaks p11-kit's protocol on
+	// its standard input and output. A Bridge runs it.
 	Command []string
-	// Address is one for the environment variable P11_KIT_SERVER_ADDRESS.
+	// Address is a value for the environment variable P11_KIT_SERVER_ADDRESS.
 	Address string
 }
 
 func (r Remote) isSet() bool { return len(r.Command) > 0 || r.Address != "" }
 
-// parseRemote reads the value of remote: (p11-kit 0.24.1,
-// p11-kit/rpc-transport.c). Errors do not quote it: it may hold a PIN.
+// parseRemote reads the value of remote: (p11-kit 0.24.1, p11-kit/rpc-transport.c). Its
+// errors do not quote the value, because the value may hold a PIN.
 func parseRemote(s string) (Remote, error) {
 	if line, ok := strings.CutPrefix(s, "|"); ok {
 		command, err := splitCommand(line)
@@ -30,11 +30,10 @@ func parseRemote(s string) (Remote, error) {
 	return Remote{}, errors.New(`remote must be "|command", "unix:path=/..." or "vsock:..."`)
 }
 
-// splitCommand splits a command line into words as p11-kit does
-// (common/argv.c): no shell reads it. Both kinds of quotes keep a word together.
-// Within them a backslash takes away the meaning of the closing one; everywhere
-// else a backslash and what follows it stay as they are, so that a blank after
-// it does not end the word.
+// splitCommand splits a command line into words as p11-kit does (common/argv.c), without
+// a shell. Both kinds of quotes keep a word together. In quotes, a backslash escapes the
+// closing quote. Elsewhere the backslash and the next character both stay, so a blank
+// after a backslash does not end the word.
 func splitCommand(line string) ([]string, error) {
 	var (
 		words []string

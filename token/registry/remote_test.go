@@ -7,7 +7,7 @@ import (
 	"github.com/google/go-cmp/cmp"
 )
 
-// commands are also given to p11-kit, in TestSameAsP11Kit.
+// TestSameAsP11Kit also gives commands to p11-kit.
 var commands = []struct {
 	name string
 	line string
