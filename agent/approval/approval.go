@@ -1,10 +1,9 @@
-// Package approval decides whether a key may be used: by the rules of the configuration,
-// and by what a person answers. It remembers answers for as long as the person says, and
-// pauses the questions of clients whose requests a person has refused.
+// Package approval decides whether a request may use a key. It applies the rules of the
+// configuration, and asks a person. It remembers an answer for as long as the person says.
+// When a person has refused requests of a client, it pauses the questions of that client.
 //
-// It promises that no answer counts for another use than the one that the person saw:
-// another key, host, user, program or way. How a person is asked is left to the
-// Confirmer.
+// It promises that an answer counts only for the use that the person saw: the same key,
+// host, user, program and way. The Confirmer shows the question.
 package approval
 
 import (
@@ -38,27 +37,27 @@ const (
 	ConfirmNever     Confirm = "never"
 	ConfirmForwarded Confirm = "forwarded" // for requests that may come from another host
 	ConfirmAlways    Confirm = "always"
-	ConfirmFirstUse  Confirm = "first-use" // until that is forgotten
+	ConfirmFirstUse  Confirm = "first-use" // until the agent forgets the answer
 	// ConfirmDeny refuses without a question. Only a Rule has it.
 	ConfirmDeny Confirm = "deny"
 )
 
-// A Remember is how long a yes counts for further signatures of the same kind: a length
-// of time, or one of the constants.
+// A Remember is how long a yes counts for further signatures of the same kind. It is a
+// length of time, or Once, or UntilLock.
 type Remember time.Duration
 
-// The constants.
+// The special lengths.
 const (
-	// Once is for the one signature, and for those that wait with it.
+	// Once means that a yes counts for one signature, and for those that wait with it.
 	Once Remember = 0
-	// UntilLock is until ssh-add -x or -D, or until the Approver forgets the answer.
+	// UntilLock lasts until ssh-add -x or -D, or until the Approver forgets the answer.
 	UntilLock Remember = -1
 )
 
 // shorter tells whether r ends before o.
 func (r Remember) shorter(o Remember) bool { return r != UntilLock && (o == UntilLock || r < o) }
 
-// String names it to a person.
+// String returns the length in words for a person.
 func (r Remember) String() string {
 	switch r {
 	case Once:
@@ -80,43 +79,45 @@ func (r Remember) String() string {
 // asks.
 type Policy struct {
 	Confirm Confirm // empty: never
-	Rules   []Rule  // the first that matches counts in place of Confirm
+	Rules   []Rule  // the first rule that matches counts in place of Confirm
 }
 
-// A Rule says when a person is asked for some of the uses of a key: those that
-// fulfil all of its conditions.
+// A Rule says when the agent asks a person, for the uses of a key that fulfil all
+// conditions of the Rule.
 //
-// A rule that says never is for requests that are not forwarded, unless it asks
-// for forwarded ones in so many words; and then its Hosts have to match every host
-// on the way, too, for each of them could be the one that asks.
+// A rule with ConfirmNever does not match a forwarded request, unless Forwarded is true.
+// Then its Hosts have to match every host on the way as well: each of them could be the
+// sender of the request.
 type Rule struct {
-	// Hosts are patterns for the names of the host that is logged in to (PATTERNS in
-	// ssh_config(5)), so that other uses do not match. They are compared as
-	// knownhosts.Known.Fit says. The host has to be proved, see Use.provenHost; one
-	// that is not, or has no name, is matched by a lone "*". Where the patterns may
-	// mean the host, the rule counts only if it is stricter than what counts without
-	// it. nil: any use.
+	// Hosts are patterns for the names of the host that the user logs in to (PATTERNS in
+	// ssh_config(5)). If Hosts is nil, the rule matches any use. Otherwise it matches
+	// logins only. knownhosts.Known.Fit compares the patterns with the names.
+	//
+	// The host has to be proved: see Use.ProvenHost. Only a lone "*" matches a host that
+	// is not proved, or has no name. If the patterns may mean the host, the rule counts
+	// only if it is stricter than the rest of the policy.
 	Hosts     []string
 	Purposes  []request.Purpose // nil: any
-	Programs  []string          // one of them is in the chain of the client's; nil: any
+	Programs  []string          // names; one is in the client's chain of processes; nil: any
 	Forwarded *bool             // nil: both
 	Confirm   Confirm
-	Remember  Remember // what a plain yes is good for; for ConfirmFirstUse, Once means UntilLock
+	Remember  Remember // how long a plain yes counts; for ConfirmFirstUse, Once means UntilLock
 }
 
-// A Question is what a person is asked to confirm.
+// A Question asks a person to confirm a use of a key.
 type Question struct {
 	*request.Use
-	Key            request.Key // on a token, that would sign; nil: it is on none
-	KeyFingerprint string      // as keys are named to people
-	Why            string      // the person is asked at all
-	// Plain is what a yes means when nothing else is chosen.
+	Key            request.Key // the key of a token that would sign; nil: it is on no token
+	KeyFingerprint string      // the key's fingerprint in the form for people
+	Why            string      // why the agent asks at all
+	// Plain is how long a yes counts if the person chooses no other length.
 	Plain Remember
-	// Offer says that other lengths may be offered. What is chosen counts only then.
+	// Offer says that the Confirmer may offer other lengths. Otherwise a choice of the
+	// person does not count.
 	Offer bool
 }
 
-// An Answer is what the person says. The zero value is no.
+// An Answer is the answer of a person. The zero value is no.
 type Answer struct {
 	Allowed bool
 	For     Remember
@@ -124,14 +125,17 @@ type Answer struct {
 
 // A Confirmer asks a person whether a key may be used.
 type Confirmer interface {
-	// Confirm returns the answer, which is no if the person closes the question. The
-	// error says that the question could not be shown, or had no answer in time. Confirm
-	// ends with ctx. The Confirmer asks through [waiting.Ask]. If Again returns true, it
-	// offers "no to everything from here", for which it returns ErrNoToAll.
+	// Confirm returns the answer. If the person closes the question, the answer is no.
+	// The error says that no prompt can show the question, or that no answer came in
+	// time. Confirm ends with ctx. It asks through [waiting.Ask].
+	//
+	// If Again returns true, Confirm offers "no to everything from here". It returns
+	// ErrNoToAll when the person chooses that.
 	Confirm(ctx context.Context, r Question) (Answer, error)
 }
 
-// ErrNoToAll says that a person refuses everything from where a request comes.
+// ErrNoToAll says that a person refuses all requests from the place that this request
+// comes from.
 var ErrNoToAll error = declinedAllError{}
 
 type declinedAllError struct{}
@@ -144,16 +148,16 @@ type DeniedError struct{ Why string }
 
 func (e *DeniedError) Error() string { return e.Why + " refuses it" }
 
-// A decision is what comes of the rules.
+// A decision is the result of the rules for a use.
 type decision struct {
 	confirm Confirm // ConfirmNever, ConfirmAlways or ConfirmDeny
 	plain   Remember
-	rule    int     // the number of the rule that has decided; 0: none
-	word    Confirm // of the configuration where none has
+	rule    int     // the number of the rule that decides; 0: no rule does
+	word    Confirm // of the configuration, if no rule decides
 	socket  string  // the name of the socket that has the word; empty: the policy has it
 }
 
-// why says what in the configuration has decided.
+// why names the part of the configuration that decides.
 func (d *decision) why() string {
 	if d.rule > 0 {
 		return fmt.Sprintf("rule %d of the key in the configuration", d.rule)
@@ -169,7 +173,7 @@ func (a *Policy) decide(u *request.Use) decision {
 	confirm := cmp.Or(a.Confirm, ConfirmNever)
 	d := decision{word: confirm}
 	d.set(confirm, Once, u)
-	// A rule that may be meant cannot permit anything, and cannot be passed over.
+	// A rule that may match permits nothing, but it may forbid.
 	var may []decision
 rules:
 	for i, r := range a.Rules {
@@ -201,7 +205,7 @@ func decideSocket(u *request.Use) decision {
 	return d
 }
 
-// set has a word of the configuration decide about a use.
+// set decides about a use by a word of the configuration.
 func (d *decision) set(confirm Confirm, plain Remember, u *request.Use) {
 	switch confirm {
 	case ConfirmNever, ConfirmDeny:
@@ -218,7 +222,7 @@ func (d *decision) set(confirm Confirm, plain Remember, u *request.Use) {
 	d.confirm, d.plain = confirm, plain
 }
 
-// stricter returns the one that permits less.
+// stricter returns the decision that permits less.
 func (d decision) stricter(o decision) decision {
 	order := []Confirm{ConfirmNever, ConfirmAlways, ConfirmDeny}
 	switch c := cmp.Compare(slices.Index(order, o.confirm), slices.Index(order, d.confirm)); {
@@ -228,7 +232,7 @@ func (d decision) stricter(o decision) decision {
 	return d
 }
 
-// matches tells whether a use fulfils all conditions.
+// matches tells whether a use fulfils all conditions of the rule.
 func (r *Rule) matches(u *request.Use) knownhosts.Fit {
 	switch {
 	case r.Purposes != nil && !slices.Contains(r.Purposes, u.Content.Purpose()),
@@ -272,8 +276,8 @@ func (r *Rule) matchesHosts(u *request.Use) knownhosts.Fit {
 	return all
 }
 
-// fit tells whether patterns mean the host with this key, which may be nil: then only
-// a lone "*" does. A revoked key proves nothing.
+// fit tells whether patterns mean the host with this key. If key is nil, only a lone "*"
+// does. A revoked key proves nothing.
 func fit(u *request.Use, patterns []string, key ssh.PublicKey) knownhosts.Fit {
 	var known request.HostName
 	if key != nil && u.Hosts != nil {
@@ -285,10 +289,10 @@ func fit(u *request.Use, patterns []string, key ssh.PublicKey) knownhosts.Fit {
 	return known.Fit(patterns)
 }
 
-// sameness names what a yes to a use is good for: the identity, what is signed, at
-// which host and for which user, asked by programs of the same names over the same
-// way. ok is false when that is not known well enough for it to be good for
-// anything but the request itself.
+// sameness returns a name that two uses share if a yes to one counts for the other. The
+// name depends on the identity, the kind of data, the host, the user, the names of the
+// programs and the way. If the agent does not know these well enough, ok is false. Then a
+// yes counts for the request itself only.
 func sameness(u *request.Use, identity string) (name string, ok bool) {
 	c, who := u.Caller, u.Caller.Client()
 	host, consistent := u.ProvenHost()
@@ -329,26 +333,26 @@ func sameness(u *request.Use, identity string) (name string, ok bool) {
 	return string(h.Sum(nil)), true
 }
 
-// maxApprovals bounds what is remembered.
+// maxRemembered bounds the number of remembered answers.
 const maxRemembered = 1024
 
-// remembered are the answers that count for longer than once. The zero value is
+// remembered holds the answers that count for more than one signature. The zero value is
 // ready to use.
 type remembered struct {
 	asking waiting.Group[Answer] // by sameness
 
 	mu sync.Mutex
-	// generation counts how often some were forgotten: a yes to a question from
-	// before that is not remembered.
+	// generation counts the calls of forget. If the generation changes during a question,
+	// the agent does not remember its answer.
 	generation uint64
 	kept       map[string]answer // by sameness
 }
 
-// An answer is one of them.
+// An answer is a remembered yes.
 type answer struct {
 	wire  string // of the identity
 	homes []request.Key
-	// insertions counts those of all tokens of the key. away says that none of them was
+	// insertions is the sum over all tokens of the key. away says that no token was
 	// present: the signature waits for the next insertion.
 	insertions uint64
 	away       bool
@@ -357,8 +361,7 @@ type answer struct {
 	status     Status // for people
 }
 
-// insertionsOf counts how often the tokens of an identity have appeared, all
-// together.
+// insertionsOf adds up how often each token of an identity has appeared.
 func insertionsOf(t *request.Target) (n uint64) {
 	for _, key := range t.Homes {
 		n += key.Insertions()
@@ -366,20 +369,20 @@ func insertionsOf(t *request.Target) (n uint64) {
 	return n
 }
 
-// over tells whether it has ended.
+// over tells whether the answer has ended.
 func (a *answer) over(now time.Time) bool {
 	return a.lasts.over(now.Sub(a.since), now.Round(0).Sub(a.since.Round(0)))
 }
 
-// over tells whether a yes has ended that was given so long ago, by the clock that
-// runs and by the one on the wall. The first stands still while the machine sleeps,
-// the second may be set back, and neither makes it last longer.
+// over tells whether a yes of this age has ended. running is its age by the monotonic
+// clock, which stands still while the machine sleeps. wall is its age by the wall clock,
+// which a person may set back. Neither makes the yes last longer.
 func (r Remember) over(running, wall time.Duration) bool {
 	return r != UntilLock && (running >= time.Duration(r) || wall >= time.Duration(r) || wall < 0)
 }
 
-// has tells whether there is a yes. It ends when a token of the identity is put
-// in again.
+// has tells whether a yes of this name counts. The yes ends when a token of the identity
+// is inserted again.
 func (a *remembered) has(name string, t *request.Target) bool {
 	a.mu.Lock()
 	defer a.mu.Unlock()
@@ -405,7 +408,7 @@ func (a *remembered) now() (generation uint64) {
 	return a.generation
 }
 
-// keep remembers a yes that was asked for in a generation.
+// keep remembers a yes. generation is that of the start of the question.
 func (a *remembered) keep(name string, t *request.Target, u *request.Use, lasts Remember, generation uint64) {
 	a.mu.Lock()
 	defer a.mu.Unlock()
@@ -439,18 +442,18 @@ func (a *remembered) keep(name string, t *request.Target, u *request.Use, lasts 
 	}
 }
 
-// A Status describes an answer that counts for more than once.
+// A Status describes an answer that counts for more than one signature.
 type Status struct {
 	Fingerprint string // of the key
 	Comment     string // of the identity
-	What        string // it is allowed for
+	What        string // the use that it allows
 	Forwarding  string // the way that requests come; empty: they are not forwarded
 	Client      peer.Peer
 	Since       time.Time
-	Ends        time.Time // zero: when it is forgotten
+	Ends        time.Time // zero: when the Approver forgets the answer
 }
 
-// list returns those that last, the newest first.
+// list returns the answers that still count, the newest first.
 func (a *remembered) list() (all []Status) {
 	a.mu.Lock()
 	defer a.mu.Unlock()
@@ -468,7 +471,7 @@ func (a *remembered) list() (all []Status) {
 	return all
 }
 
-// forget forgets some.
+// forget forgets the answers for which which returns true.
 func (a *remembered) forget(which func(answer) bool) {
 	a.mu.Lock()
 	defer a.mu.Unlock()
@@ -482,13 +485,13 @@ func (a *remembered) forget(which func(answer) bool) {
 
 func (a *remembered) forgetAll() { a.forget(func(answer) bool { return true }) }
 
-// forgetIdentity forgets those for an identity, by its wire form.
+// forgetIdentity forgets the answers for the identity with this wire form.
 func (a *remembered) forgetIdentity(wire string) {
 	a.forget(func(kept answer) bool { return kept.wire == wire })
 }
 
-// decide applies the configuration to a use. For a key on several tokens the strictest
-// policy counts.
+// decide applies the configuration to a use. If the key is on several tokens, the
+// strictest policy counts.
 func decide(u *request.Use, t *request.Target, policy func(request.Key) Policy) decision {
 	if policy == nil {
 		return decision{confirm: ConfirmNever}
@@ -508,12 +511,12 @@ func decide(u *request.Use, t *request.Target, policy func(request.Key) Policy) 
 }
 
 // An Approver decides whether a key may be used. It asks a person where a policy, a
-// socket or a constraint says so, and remembers the answers. All methods may be called
-// from any goroutine.
+// socket or a constraint says so, and remembers the answers. Any goroutine may call its
+// methods.
 type Approver struct {
 	// Confirm asks a person; nil: there is no way to ask.
 	Confirm Confirmer
-	// Questions decides whether a person may be asked.
+	// Questions decides whether the agent may ask a person.
 	Questions *Questions
 	// Log gets a line for each answer that lasts.
 	Log *slog.Logger
@@ -521,10 +524,12 @@ type Approver struct {
 	kept remembered
 }
 
-// Approve returns nil if the key may be used. Otherwise the error says why not. policy
-// returns the policy of each key of a token, and for nil that of a key on no token; nil
-// never asks. each says why a person is asked for each use; empty: only if the socket or
-// the policy wants that. Approve waits for the person as long as ctx lasts.
+// Approve returns nil if the request may use the key. Otherwise the error says why not.
+// Approve waits for the person as long as ctx lasts.
+//
+// policy returns the policy of a key of a token. For nil, it returns the policy of keys on
+// no token. If policy is nil, no policy asks a person. each says why the agent asks for
+// each use. If each is empty, the agent asks if the socket or the policy says so.
 func (a *Approver) Approve(ctx context.Context, u *request.Use, t *request.Target, policy func(request.Key) Policy, each string) error {
 	d := decide(u, t, policy)
 	if d.confirm == ConfirmDeny {
@@ -536,7 +541,7 @@ func (a *Approver) Approve(ctx context.Context, u *request.Use, t *request.Targe
 	switch {
 	case why != "":
 	case atSocket.confirm == ConfirmAlways && atSocket.plain == Once:
-		// A yes at such a socket is good for the one signature.
+		// A yes at such a socket counts for one signature.
 		why = atSocket.why()
 	case u.Unlimited && !u.PINPays:
 		return a.ApproveLoss(ctx, u, t)
@@ -550,8 +555,8 @@ func (a *Approver) Approve(ctx context.Context, u *request.Use, t *request.Targe
 	return a.askOnce(ctx, u, t, d, name)
 }
 
-// askOnce asks a person unless an earlier answer counts. Requests of the same name share
-// one question.
+// askOnce asks a person unless an earlier answer counts. Requests with the same name share
+// a question.
 func (a *Approver) askOnce(ctx context.Context, u *request.Use, t *request.Target, d decision, name string) error {
 	if a.kept.has(name, t) {
 		return nil
@@ -572,8 +577,8 @@ func (a *Approver) askOnce(ctx context.Context, u *request.Use, t *request.Targe
 	return asked{answer, err}.error()
 }
 
-// ApproveLoss asks a person whether a key may be used without the limits that it had
-// before it was removed.
+// ApproveLoss asks a person about the use of a key that has lost limits: a client removed
+// the key, and added it again without them.
 func (a *Approver) ApproveLoss(ctx context.Context, u *request.Use, t *request.Target) error {
 	const why = "the limits that the key had before it was removed"
 	return a.ask(ctx, Question{Use: u, Key: t.Home(), KeyFingerprint: t.Fingerprint, Why: why}).error()
@@ -593,7 +598,7 @@ func (a *Approver) ForgetKey(id string) { a.kept.forgetIdentity(id) }
 // ForgetAll forgets all answers.
 func (a *Approver) ForgetAll() { a.kept.forgetAll() }
 
-// asked is what came of a question.
+// asked is the result of a question: an answer or an error.
 type asked struct {
 	Answer
 	err error
@@ -609,7 +614,6 @@ func (a asked) error() error {
 	return nil
 }
 
-// ask asks a person.
 func (a *Approver) ask(ctx context.Context, q Question) asked {
 	if a.Confirm == nil {
 		return asked{err: ErrNobody}
@@ -628,7 +632,8 @@ func (a *Approver) ask(ctx context.Context, q Question) asked {
 	return asked{Answer: answer}
 }
 
-// outcomeOf returns what came of a question that is answered with yes or no.
+// OutcomeOf returns the Outcome of a question for yes or no. err is the error of the
+// prompt.
 func OutcomeOf(yes bool, err error) Outcome {
 	switch {
 	case err == nil && yes:

@@ -129,7 +129,7 @@ func TestDecide(t *testing.T) {
 	}
 }
 
-// What a plain yes is good for.
+// TestDecideRemember checks how long a plain yes counts.
 func TestDecideRemember(t *testing.T) {
 	w := requesttest.New(t)
 	u := w.Use(w.Caller("ssh"), requesttest.Signature("git"))
@@ -160,7 +160,7 @@ type homeKey struct {
 	_ int // each has an address of its own
 }
 
-// A key on two tokens is asked about as the stricter one wants.
+// For a key on two tokens, the stricter policy counts.
 func TestStrictestHomeCounts(t *testing.T) {
 	one, two := &homeKey{}, &homeKey{}
 	w := requesttest.New(t)
@@ -189,7 +189,7 @@ func TestStrictestHomeCounts(t *testing.T) {
 	}
 }
 
-// The name of what a yes is good for tells uses apart.
+// sameness gives different names to different uses.
 func TestSameness(t *testing.T) {
 	w := requesttest.New(t)
 	root := w.Caller("ssh git bash", "good")
@@ -215,7 +215,7 @@ func TestSameness(t *testing.T) {
 	}
 }
 
-// What is remembered is bounded, and the oldest goes first.
+// The number of remembered answers is bounded. The oldest answer goes first.
 func TestApprovalsAreBounded(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		var a remembered
@@ -235,7 +235,7 @@ func TestApprovalsAreBounded(t *testing.T) {
 	})
 }
 
-// A clock that is set, or stands still, does not make a yes last longer.
+// A yes does not last longer if a person sets the clock, or if the clock stands still.
 func TestApprovalClock(t *testing.T) {
 	const m = time.Minute
 	for name, test := range map[string]struct {

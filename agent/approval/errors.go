@@ -2,7 +2,7 @@ package approval
 
 import "errors"
 
-// The reasons why a use is refused.
+// The errors of a use that a person does not allow.
 var (
 	ErrDeclined      = errors.New("the use of the key was not confirmed")
 	ErrNobody        = errors.New("there is no way to ask for confirmation")
@@ -10,8 +10,8 @@ var (
 	ErrTokenDeclined = errors.New("the person asked has declined to insert it")
 )
 
-// Declined tells whether err says that a person has said no. Then that person knows why
-// the request failed.
+// Declined tells whether err says that a person answered no. Then the person knows why the
+// request failed.
 func Declined(err error) bool {
 	if errors.Is(err, ErrDeclined) || errors.Is(err, ErrTokenDeclined) {
 		return true

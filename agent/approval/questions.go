@@ -21,24 +21,23 @@ const (
 	// firstPause follows a no, and each further no doubles it, up to maxPause.
 	firstPause = time.Second
 	maxPause   = 5 * time.Minute
-	// So many times a no about one key, or about any key, costs a client nothing. Of a
-	// forwarded one the first costs firstPause.
+	// The first no about a key costs a client nothing, and neither do the first five
+	// about any keys. For a forwarded client, the first no about a key costs firstPause.
 	freeAboutKey, freeFromWay                   = 1, 5
 	freeAboutKeyForwarded, freeFromWayForwarded = 0, 3
-	// noPeriod is how long it takes until a no is not counted any more by the group of
-	// the client, and maxNos how many may be counted.
+	// A group of clients counts each no for noPeriod. When it counts maxNos, it pauses.
 	noPeriod = 30 * time.Second
 	maxNos   = 10
-	// forgetNos is how long after the last no a way, or a key, has a fresh start.
+	// forgetNos is the time after the last no when the agent forgets all of them.
 	forgetNos = 30 * time.Minute
 	// blockTime is how long "no to everything from here" counts.
 	blockTime = time.Hour
-	// maxOpen bounds the questions that a group of clients has open at a time, but for
-	// those about tokens, of which each token has one.
+	// maxOpen bounds the open questions of a group of clients. Questions about tokens do
+	// not count: each token has one at a time.
 	maxOpen = 5
 )
 
-// describe names the way to a person. use may be nil.
+// describe names the origin of a request to a person. use may be nil.
 func describe(c *request.Caller, use *request.Use) string {
 	if !c.Forwarded {
 		return plain.LineWithin(c.Client().String(), request.MaxField)
@@ -54,24 +53,24 @@ func describe(c *request.Caller, use *request.Use) string {
 	return "an unknown forwarded host"
 }
 
-// An Outcome is what came of a question.
+// An Outcome is how a question ends.
 type Outcome int
 
 // The Outcomes.
 const (
-	// Unanswered is that of a question that was not shown, or was of no more use. The
-	// zero value: a question that ends with its client is a no all the same.
+	// Unanswered says that no prompt showed the question, or that the answer was not
+	// needed any more. If the client hangs up during the question, that counts as a no.
 	Unanswered Outcome = iota
 	OutcomeYes
 	OutcomeNo // or no answer came in time
-	// OutcomeNoToAll is "no to everything from here".
+	// OutcomeNoToAll stands for "no to everything from here".
 	OutcomeNoToAll
-	outcomeHungUp // before there was an answer
+	outcomeHungUp // the client hung up before there was an answer
 )
 
-// Questions decides whether the agent may ask a person something, by the answers to
-// earlier questions of the same client. Every question that a client causes passes
-// it. It is safe for concurrent use.
+// Questions decides whether the agent may ask a person a question. It decides by the
+// answers to earlier questions of the same client. Every question that a client causes
+// goes through it. Any goroutine may call its methods.
 type Questions struct {
 	turns askingTurns
 
@@ -86,19 +85,19 @@ type aboutKey struct {
 	about string
 }
 
-// nos counts what was answered no.
+// nos counts the questions that a person answered with no.
 type nos struct {
 	from  string // for people
 	count int    // since the last yes
-	// spent is what a group has used up of maxNos at the time of the last no.
+	// spent is noPeriod for each no that the group still counted at the last no.
 	spent  time.Duration
 	last   time.Time
 	until  time.Time // no question is shown before
-	paused bool      // at least once since the last yes
+	paused bool      // there was a pause since the last yes
 	block  bool      // a person has refused everything
 }
 
-// NewQuestions returns a Questions that knows of no answer.
+// NewQuestions returns a Questions without earlier answers.
 func NewQuestions() *Questions {
 	q := new(Questions)
 	q.Reset()
@@ -112,11 +111,10 @@ func (q *Questions) Reset() {
 	q.keys, q.ways, q.groups = make(map[aboutKey]*nos), make(map[request.Origin]*nos), make(map[request.Group]*nos)
 }
 
-// A PausedError says that a person was not asked, because of what was answered
-// before.
+// A PausedError says that the agent did not ask a person, because of earlier answers.
 type PausedError struct {
-	From  string    // whose requests are meant, for people
-	Until time.Time // when a question may be shown again
+	From  string    // the origin of the requests, for people
+	Until time.Time // when the agent may show a question again
 	Block bool      // the person has refused everything from there
 }
 
@@ -128,16 +126,16 @@ func (e *PausedError) Error() string {
 	return fmt.Sprintf("a person has refused requests from %s: no question is shown before %s", e.From, until)
 }
 
-// Ask has show ask a person a question, by way of [waiting.Ask], unless the client has
-// to wait until it may ask again: that is a *PausedError. about names the key or the
-// token for people. A question that is asked in turn waits until the questions of the
-// same client are answered. show returns the outcome, and Ask returns its error.
+// Ask calls show, which asks a person through [waiting.Ask] and returns the outcome. Ask
+// returns the error of show. If the questions of the client pause, the prompt does not
+// appear, and the error is a *PausedError. about names the key or the token for people. If
+// inTurn is true, the question waits until earlier questions of the client have answers.
 //
-// Of several requests that wait for the answer (a [waiting.List] in ctx), one at a
-// time is asked. One that has to wait ends with the PausedError as the cause of its
-// context, and the next is asked.
+// Several requests may wait for one answer (a [waiting.List] in ctx). Ask asks on behalf
+// of one request at a time. If its questions pause, the request ends with the PausedError
+// as the cause of its context, and Ask goes on with the next request.
 func (q *Questions) Ask(ctx context.Context, about string, inTurn bool, show func(ctx context.Context) (Outcome, error)) error {
-	answered := func(Outcome) {} // by the request that was asked last, which ends its turn
+	answered := func(Outcome) {} // notes the outcome for the last request, and ends its turn
 	outcome, err := show(waiting.Around(ctx, func(ctx context.Context, ask func(context.Context) error) error {
 		answered(Unanswered)
 		answered = func(Outcome) {}
@@ -180,15 +178,14 @@ func (q *Questions) Ask(ctx context.Context, about string, inTurn bool, show fun
 
 type againKey struct{}
 
-// Again tells whether the client whose question ctx is of had to wait before, so that
-// "no to everything from here" is offered.
+// Again tells whether the client had to wait in a pause before this question. Then the
+// prompt offers "no to everything from here". ctx is the context of the question.
 func Again(ctx context.Context) bool {
 	again, _ := ctx.Value(againKey{}).(bool)
 	return again
 }
 
-// Note notes the outcome of a question that the person of this client has answered
-// elsewhere than where it was asked.
+// Note notes the outcome of a question that did not go through Ask. ctx names the client.
 func (q *Questions) Note(ctx context.Context, about string, outcome Outcome) {
 	if c := request.CallerFrom(ctx); c != nil {
 		q.end(c.OriginApart(), about, describe(c, request.UseFrom(ctx)), outcome)
@@ -201,13 +198,13 @@ func endedBy(ctx context.Context) Outcome {
 	case errors.Is(cause, ErrNotInserted):
 		return OutcomeNo
 	case r == nil || r.Err() == nil || errors.Is(cause, request.ErrLocked):
-		return Unanswered // not for the sake of the client
+		return Unanswered // the client did not cause the end
 	}
 	return outcomeHungUp
 }
 
-// begin tells whether a question may be shown now, and whether the client had to wait
-// for it.
+// begin returns a *PausedError if the agent may not show the question now. again tells
+// whether the client had to wait before.
 func (q *Questions) begin(w request.Origin, about string) (again bool, err error) {
 	now := time.Now()
 	q.mu.Lock()
@@ -226,7 +223,7 @@ func (q *Questions) begin(w request.Origin, about string) (again bool, err error
 	return key != nil && key.paused || all != nil && all.paused, nil
 }
 
-// end notes what was answered.
+// end notes the outcome of a question.
 func (q *Questions) end(w request.Origin, about, from string, outcome Outcome) {
 	now := time.Now()
 	q.mu.Lock()
@@ -276,7 +273,7 @@ func entry[K comparable](m map[K]*nos, key K, from string) *nos {
 	return n
 }
 
-// no counts one, of which so many are free.
+// no counts one no of a key or a way. The first free ones cause no pause.
 func (n *nos) no(now time.Time, free int) {
 	n.count++
 	n.last = now
@@ -294,7 +291,7 @@ func (n *nos) no(now time.Time, free int) {
 	n.paused = n.paused || pause > 0
 }
 
-// spend counts one of a group.
+// spend counts one no of a group.
 func (n *nos) spend(now time.Time) {
 	n.spent = max(0, n.spent-now.Sub(n.last)) + noPeriod
 	n.count++
@@ -302,8 +299,8 @@ func (n *nos) spend(now time.Time) {
 	n.until = now.Add(n.spent - (maxNos-1)*noPeriod) // which is mostly over by now
 }
 
-// pruneLocked forgets what is of no more use. The number is small: each is a question that
-// a person has answered, and questions are limited by group.
+// pruneLocked forgets old answers. There are few: each comes from a question that a
+// person has answered, and each group may ask few questions.
 func (q *Questions) pruneLocked(now time.Time) {
 	prune(q.keys, now)
 	prune(q.ways, now)
@@ -318,16 +315,16 @@ func prune[K comparable](m map[K]*nos, now time.Time) {
 	}
 }
 
-// A Pause says that questions of some clients are not shown for a time.
+// A Pause says that the agent shows no questions of some clients for a time.
 type Pause struct {
-	From    string    // whose requests are meant
+	From    string    // the origin of the requests
 	About   string    // the key or the token; empty: all of them
-	Refused int       // how often a person has said no
-	Block   bool      // and then to everything
-	Until   time.Time // when a question may be shown again
+	Refused int       // how often a person has answered no
+	Block   bool      // the person has refused everything
+	Until   time.Time // when the agent may show a question again
 }
 
-// Pauses returns what is in force, the longest first.
+// Pauses returns the pauses that last now, the longest first.
 func (q *Questions) Pauses() (all []Pause) {
 	now := time.Now()
 	q.mu.Lock()
@@ -352,9 +349,9 @@ func (q *Questions) Pauses() (all []Pause) {
 	return all
 }
 
-// askingTurns lets a bounded number of questions be open at a time: of a forwarded host
-// one, of a group maxOpen. What a no means for the next question shows when it was
-// said. The zero value is ready to use.
+// askingTurns bounds the questions that are open at a time. A forwarded host has one, and
+// a group has maxOpen. So a no to one question can pause the next one. The zero value is
+// ready to use.
 type askingTurns struct {
 	mu  sync.Mutex
 	all map[any]*askingTurn // by way, and by group

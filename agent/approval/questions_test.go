@@ -14,7 +14,8 @@ import (
 	"p11-agent/pinentry/waiting"
 )
 
-// A client that has to wait does not take the question of others along.
+// When the questions of a client pause, other clients still get an answer to the shared
+// question.
 func TestPausedLeavesOthers(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		w, q := requesttest.New(t), NewQuestions()
@@ -62,7 +63,7 @@ func TestQuestionsForget(t *testing.T) {
 	})
 }
 
-// byAsking has a question asked as a Confirmer does.
+// byAsking asks through waiting.Ask, as a Confirmer does.
 func byAsking(answer func(context.Context) (Outcome, error)) func(context.Context) (Outcome, error) {
 	return func(ctx context.Context) (o Outcome, err error) {
 		err = waiting.Ask(ctx, waiting.Question{Ask: func(ctx context.Context) (err error) {

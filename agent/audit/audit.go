@@ -1,9 +1,9 @@
 // Package audit makes one event of each request that uses or changes keys: a line in the
 // log, and an entry for the status.
 //
-// It promises that events are bounded, printable and without secrets, and that no client
-// pushes out the events of another one. Nothing else logs the outcome of a request. Which
-// requests there are is left to the keyring and the doors.
+// It promises that events are bounded, printable and without secrets. The events of one
+// client do not push out the events of another client. No other package logs the outcome
+// of a request. The keyring and the doors define the requests.
 package audit
 
 import (
@@ -29,53 +29,54 @@ type Result string
 const (
 	OK      Result = "ok"
 	Refused Result = "refused"
-	// ResultCancelled is that of a request whose client hung up.
+	// Cancelled says that the client hung up before the answer.
 	Cancelled Result = "cancelled"
 )
 
 const (
-	// What is kept of each kind of requests, so that none pushes out another: signatures,
-	// changes, and requests that were not granted. Of the latter two, one way may have a
-	// fifth, and one group three fifths.
+	// These limits bound the events of each kind apart, so that no kind pushes out
+	// another: signatures, changes, and requests that failed. Of changes and failures,
+	// one way may have a fifth, and one group three fifths.
 	maxSigned, maxChanged, maxFailures = 200, 100, 50
-	// maxUses bounds of how many keys it is known when they were used.
+	// maxUses bounds the number of keys whose uses the Trail counts.
 	maxUses = 4096
 )
 
 // An Event is an answered request that uses a key or changes what the agent holds. Its
-// texts are printable and bounded, and none of them is secret.
+// texts are printable and bounded, and have no secrets.
 type Event struct {
 	Time time.Time     // of the answer
-	Took time.Duration // what a person took included
-	// Count is how many requests of one client the event stands for, 1 or more: it is the
-	// last of them. First is when the first was answered.
+	Took time.Duration // with the time that a person took
+	// Count is the number of requests that the event stands for, 1 or more. They come
+	// from one client, or from one group of clients. The event describes the last of
+	// them. First is the time of the answer to the first.
 	Count int
 	First time.Time
-	// Various says that they were different requests, about different keys, or refused
-	// for different reasons.
+	// Various says that the requests differ in their action, their key, their result or
+	// the reason of a refusal.
 	Various bool
 
 	Action request.Action
 	Result Result
-	Reason string // why it was not granted
-	Note   string // what else there is to say of it
+	Reason string // of a refusal
+	Note   string // a further remark
 
-	Key string // the fingerprint; empty: it is not about one key
-	// PublicKey is that key; nil: the agent does not have it.
+	Key string // the fingerprint; empty: the request is not about one key
+	// PublicKey is the same key; nil: the agent does not have it.
 	PublicKey crypto.PublicKey
 	Comment   string // of the identity
-	// URI is that of the key on the token that signed or was to, or what the client
-	// named: a URI without its secrets, or the path of a module.
+	// URI is the URI of the key on a token. If the client names keys itself, URI is what
+	// it named: a URI without its secrets, or the path of a module.
 	URI       string
-	Kind      request.Kind // empty: nothing was to be signed
+	Kind      request.Kind // empty: the request has no data to sign
 	Purpose   request.Purpose
 	Namespace string
-	User      string // who was to be logged in
-	Host      string // where, by its name, or its key's fingerprint
-	Upstream  string // the agent that has the key, if it is not this one
+	User      string // the user of the login
+	Host      string // the host of the login: its name, or the fingerprint of its key
+	Upstream  string // the agent that has the key; empty: this agent
 
 	Forwarded  bool
-	Via        []string // the hosts that it was forwarded by, the nearest first
+	Via        []string // the hosts that forwarded the request, the nearest first
 	Client     peer.Peer
 	Connection uint64
 }
@@ -85,7 +86,7 @@ type Record struct {
 	Event
 	start time.Time
 	Use   *request.Use // nil once the event has the names of hosts
-	// Told says that the client shows the reason to the person.
+	// Told says that the client shows the reason of a refusal to the person.
 	Told bool
 
 	prefix *Prefix // nil: none
@@ -102,8 +103,8 @@ func (a *Trail) Begin(action request.Action, use *request.Use) *Record {
 	}
 }
 
-// About notes which key the request is about. prefix is that of the key's lines in the
-// log, and may be nil.
+// About sets the key of the request. prefix is the Prefix of the key's lines in the log,
+// and may be nil.
 func (r *Record) About(t *request.Target, prefix *Prefix) {
 	r.prefix, r.Key, r.PublicKey, r.Comment = prefix, t.Fingerprint, t.PublicKey, t.Comment
 	if len(t.Homes) > 0 {
@@ -111,9 +112,9 @@ func (r *Record) About(t *request.Target, prefix *Prefix) {
 	}
 }
 
-// event returns the event once the request is answered, with the names of hosts.
-// It looks for the names on the first call: that reads files, and the client need not
-// wait for it. Afterwards the Record forgets the use.
+// event returns the event of an answered request, with the names of hosts. The first call
+// looks up the names. That reads files, so no client waits for it. Afterwards the Record
+// forgets the use.
 func (r *Record) event() *Event {
 	r.naming.Do(func() {
 		if r.Use.Login != nil || r.Forwarded {
@@ -124,7 +125,7 @@ func (r *Record) event() *Event {
 	return &r.Event
 }
 
-// A Trail keeps the events, and logs each. All methods may be called from any goroutine.
+// A Trail keeps the last events, and logs each. Any goroutine may call its methods.
 type Trail struct {
 	log    *slog.Logger
 	failed func(Event) // may be nil
@@ -136,16 +137,16 @@ type Trail struct {
 	uses     map[string]uses // by the fingerprint of the key
 }
 
-// uses is how often a key has signed, and when it did last.
+// uses counts the signatures of a key. last is the time of the last one.
 type uses struct {
 	count uint64
 	last  time.Time
 }
 
-// ring keeps the last requests that were answered.
+// ring keeps the last answered requests.
 type ring struct {
 	all  []*Record
-	next int // where the next one goes, once it is full
+	next int // where the next record goes, once the ring is full
 }
 
 func (r *ring) add(one *Record, limit int) {
@@ -157,37 +158,36 @@ func (r *ring) add(one *Record, limit int) {
 	r.next = (r.next + 1) % limit
 }
 
-// newest returns them, the newest first.
+// newest returns the records, the newest first.
 func (r *ring) newest() []*Record {
 	all := slices.Concat(r.all[r.next:], r.all[:r.next])
 	slices.Reverse(all)
 	return all
 }
 
-// folds keeps the last requests of which one client may have made many: some of
-// those stand for others, too.
-type folds []*fold // the oldest first; none is changed
+// folds keeps the last requests. A fold may stand for many requests of one client.
+type folds []*fold // the oldest first; a fold never changes
 
-// fold is requests from one way.
+// fold stands for requests from one way, or from one group.
 type fold struct {
 	way     request.Origin
 	kind    foldKind
 	last    *Record
 	count   int
 	first   time.Time
-	various bool // they are not of one kind
+	various bool // the requests are not all of one kind
 }
 
-// foldKind is what makes requests the same.
+// foldKind is equal for requests of the same kind.
 type foldKind struct {
 	request     request.Action
 	result      Result
 	key, reason string
 }
 
-// add adds a request, of at most limit. Where same is set, those of one kind are kept
-// once. Of a way, or a group, that has many of different kinds, the last one stands
-// for those that follow.
+// add adds a request. f keeps at most limit folds. If same is true, the requests of one
+// way and one kind share a fold. When a way or a group has too many folds, the new request
+// joins its last fold.
 func (f *folds) add(r *Record, limit int, same bool) {
 	one := &fold{
 		way: r.Use.Caller.Origin(), last: r, count: 1, first: r.Time,
@@ -228,7 +228,7 @@ func (f *folds) add(r *Record, limit int, same bool) {
 	*f = append(*f, one)
 }
 
-// withoutNumbers replaces each number in a text: when a pause ends, for example.
+// withoutNumbers replaces each number in a text, such as the time when a pause ends.
 func withoutNumbers(text string) string {
 	return strings.Join(strings.FieldsFunc(text, func(r rune) bool { return r >= '0' && r <= '9' }), "0")
 }
@@ -265,7 +265,7 @@ func (a *Trail) add(r *Record) {
 	}
 	u, known := a.uses[e.Key]
 	if !known && len(a.uses) >= maxUses {
-		// Keys in memory come and go.
+		// Clients may add and remove many keys in memory.
 		oldest := ""
 		for key, u := range a.uses {
 			if oldest == "" || u.last.Before(a.uses[oldest].last) {
@@ -277,8 +277,8 @@ func (a *Trail) add(r *Record) {
 	a.uses[e.Key] = uses{u.count + 1, e.Time}
 }
 
-// End makes an Event of a request that is answered with err, keeps the event and logs it
-// in one line. The client of a successful signature does not wait for the line.
+// End makes an Event of a request, keeps the event and logs it in one line. err is the
+// answer to the request. The client of a successful signature does not wait for the line.
 func (a *Trail) End(r *Record, err error) {
 	e := &r.Event
 	e.Time = time.Now()
@@ -300,7 +300,7 @@ func (a *Trail) End(r *Record, err error) {
 	}
 	e.Comment, e.URI = plain.LineWithin(e.Comment, request.MaxField), plain.LineWithin(e.URI, request.MaxField)
 	c := r.Use.Caller
-	e.Client = c.Client() // who may have gone once there is an answer
+	e.Client = c.Client() // the client may end after the answer
 	a.add(r)
 	if err == nil && e.Action == request.ActionSign && c.Later != nil {
 		c.Later(func() { a.logEvent(r) })
@@ -360,7 +360,7 @@ func (a *Trail) logEvent(r *Record) {
 	_ = handler.Handle(ctx, line) // slog.Logger drops this error, too
 }
 
-// appendBeginning adds what is said of a request first: what it is about.
+// appendBeginning adds the first fields of a line: the request and its key.
 func (e *Event) appendBeginning(attrs []slog.Attr) []slog.Attr {
 	text := func(name, value string) {
 		if value != "" {
@@ -376,8 +376,9 @@ func (e *Event) appendBeginning(attrs []slog.Attr) []slog.Attr {
 	return attrs
 }
 
-// A Prefix is how the log line of each signature of a key begins, in the form of the log's
-// handler: half of what a line costs is to quote a URI. The zero value is ready to use.
+// A Prefix is the beginning of the log line of each signature of a key, in the form of the
+// log's handler. It saves half of the cost of a line, which is the quoting of the URI. The
+// zero value is ready to use.
 type Prefix struct {
 	once    sync.Once
 	uri     string // the URI in it
@@ -406,8 +407,8 @@ func (a *Trail) Events() []Event {
 	return eventsOf(signed, folded)
 }
 
-// Signatures returns how often a key has signed, and when it did last. fingerprint names
-// the key.
+// Signatures returns how often a key has signed, and the time of the last signature.
+// fingerprint names the key.
 func (a *Trail) Signatures(fingerprint string) (count uint64, last time.Time) {
 	a.mu.Lock()
 	defer a.mu.Unlock()
@@ -415,12 +416,12 @@ func (a *Trail) Signatures(fingerprint string) (count uint64, last time.Time) {
 	return u.count, u.last
 }
 
-// New returns an empty trail that writes to log. failed is told of each request of
-// this machine that is refused, unless a person has just refused it in a prompt. It must
-// not wait, and may be nil.
+// New returns an empty trail that writes to log. The Trail calls failed for each refused
+// request of this machine, unless a person has just refused it in a prompt, or the client
+// shows the reason (Record.Told). failed must not wait, and may be nil.
 func New(log *slog.Logger, failed func(Event)) *Trail { return &Trail{log: log, failed: failed} }
 
-// hosts names the host that a use is at, and those that it came by.
+// hosts names the host of a login, and the hosts that forwarded the request.
 func hosts(u *request.Use) (host string, via []string) {
 	if h := u.Where(); h.Key != nil {
 		host = u.Name(h)

@@ -3,8 +3,7 @@
 //
 // It promises to believe only logind: it ignores what other programs say on the bus. The
 // machine waits with sleep until Options.Sleep returns, for 3 s at most. If the bus or
-// logind is missing, the package tries again, with a pause between tries, and logs only
-// at level debug.
+// logind is missing, the package waits for it, and logs that at level debug only.
 package login1
 
 import (
