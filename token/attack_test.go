@@ -32,7 +32,7 @@ func TestAttack06OtherToken(t *testing.T) {
 				other = b.fake.AddToken("card", "Other-9153")
 				other.AddKey(tokentest.P256, 2, "two", nil)
 			})
-			// While both are there, neither gets it.
+			// While both tokens are present, neither gets the PIN.
 			for _, id := range []byte{1, 2} {
 				err := tokentest.Sign(t.Context(), b.key(id))
 				if err == nil || !strings.Contains(err.Error(), "names 2 present tokens") {
@@ -69,7 +69,7 @@ func TestAttack06OtherToken(t *testing.T) {
 			if bytes.Contains(text, []byte("pin-value")) {
 				t.Errorf("the file tells where the PIN is: %s", text)
 			}
-			// A file that cannot be read stops the PIN: it may be for any token.
+			// If the agent cannot read the file, it uses no PIN: the PIN may be for any token.
 			noError(t, os.WriteFile(filepath.Join(state, "pin-bindings"), []byte("{"), 0o600))
 			if err := tokentest.Sign(t.Context(), b.key(2)); err == nil || !strings.Contains(err.Error(), "remove the file") {
 				t.Errorf("with a broken file: got %v", err)
@@ -79,8 +79,8 @@ func TestAttack06OtherToken(t *testing.T) {
 	}
 }
 
-// A URI of the configuration that names no token gives no PIN, even when the check of
-// the configuration has let it through.
+// A URI of the configuration that names no token gives no PIN, even if the check of the
+// configuration has accepted the URI.
 func TestAttack06NoToken(t *testing.T) {
 	for _, uri := range []string{"pkcs11:?pin-value=" + rightPIN, "pkcs11:token=?pin-value=" + rightPIN, "pkcs11:model=fake;id=%01?pin-value=" + rightPIN, "pkcs11:slot-id=0?pin-value=" + rightPIN} {
 		if token.CheckPIN(parse(t, uri)) == nil {
@@ -100,7 +100,7 @@ func TestAttack06NoToken(t *testing.T) {
 	}
 }
 
-// A client cannot have the PIN file of one token tried on another.
+// A client cannot make the agent try the PIN file of one token on another token.
 func TestAttack06OthersFile(t *testing.T) {
 	path := filepath.Join(tokentest.TempDir(t), "pin")
 	write(t, path, "Other-9153", 0o600)
@@ -117,7 +117,7 @@ func TestAttack06OthersFile(t *testing.T) {
 	want(t, "PINs tried", tried(b.card), 0)
 }
 
-// records counts what is logged.
+// records counts the lines of the log.
 type records struct {
 	mu    sync.Mutex
 	lines int
@@ -139,8 +139,8 @@ func (r *records) Write(b []byte) (int, error) {
 	return len(b), nil
 }
 
-// A module shows 10,000 different tokens, 250 at a time. What is remembered of it, logged
-// of it and written of it stays within bounds, and nothing of another module is lost.
+// A module shows 10,000 different tokens, 250 at a time. Bounds hold for what the agent
+// remembers, logs and writes of the module. Another module loses nothing.
 func TestAttack14ManyTokens(t *testing.T) {
 	const slots, looks = 250, 40
 	dir := tokentest.TempDir(t)
@@ -208,7 +208,7 @@ func TestAttack14ManyTokens(t *testing.T) {
 	}
 }
 
-// A module that wants a new process again and again gets one now and then.
+// A module asks for a new process again and again. The agent limits the pace of new processes.
 func TestAttack14RenewedWithoutEnd(t *testing.T) {
 	liar := tokentest.NewFake(t)
 	liar.Intercept(func(_ context.Context, p *tokentest.FakeProcess, r wire.Request) bool {
@@ -232,7 +232,7 @@ func TestAttack14RenewedWithoutEnd(t *testing.T) {
 	b.mustSign()
 }
 
-// A module process that tells of events without end is stopped.
+// The agent stops a module process that reports events without end.
 func TestAttack14EventsWithoutEnd(t *testing.T) {
 	b := newBench(t, &tokentest.Person{Always: rightPIN}, nil)
 	b.key(1)

@@ -21,16 +21,15 @@ import (
 	"p11-agent/token/tokentest"
 )
 
-// A badModule is SoftHSM behind a module that misbehaves on command. Its token has
-// one key.
+// A badModule is SoftHSM behind a module that misbehaves on command. Its token has one key.
 type badModule struct {
 	t    *testing.T
 	spec token.ModuleSpec
 	dir  string
 }
 
-// newBad makes one whose token is called name, which goes for the module, too. hsm
-// has one token with one key, which any number of them may show.
+// newBad makes a badModule. name is the name of the module and of its token. hsm has one token
+// with one key. Several modules may show this token.
 func newBad(t *testing.T, library string, hsm *tokentest.SoftHSM, name string) *badModule {
 	t.Helper()
 	b := &badModule{t: t, dir: tokentest.TempDir(t)}
@@ -56,7 +55,7 @@ func (b *badModule) calls(function string) int {
 	return strings.Count(string(log), function+"\n")
 }
 
-// newHSM is a SoftHSM with a token that has the key 1.
+// newHSM returns a SoftHSM with a token that has the key 1.
 func newHSM(t *testing.T, label string) *tokentest.SoftHSM {
 	t.Helper()
 	hsm := tokentest.NewSoftHSM(t)
@@ -71,13 +70,13 @@ func status(s *token.Store, name string) token.ModuleStatus {
 	return all[slices.IndexFunc(all, func(m token.ModuleStatus) bool { return m.Name == name })]
 }
 
-// has tells whether the keys of a token are listed.
+// has reports whether the Store lists the keys of a token.
 func has(s *token.Store, label string) bool {
 	return slices.ContainsFunc(s.Keys(), func(k *token.Key) bool { return k.Token().Label == label })
 }
 
-// calledHere returns the functions of PKCS#11 that the module process calls in the use of
-// keys. TestNewTokenFails has the two that make tokens.
+// calledHere returns the functions of PKCS#11 that the module process calls when the agent uses
+// keys. TestNewTokenFails tests the two functions that make tokens.
 func calledHere(t *testing.T) []string {
 	t.Helper()
 	source, err := os.ReadFile("module/library.go")
@@ -92,10 +91,10 @@ func calledHere(t *testing.T) []string {
 	return slices.Compact(functions)
 }
 
-// A module each that crashes, exits or hangs in one of the functions that are
-// called; all of them at once. The good module signs and is listed throughout, each
-// process is ended and started again, what happened is told, and once the modules
-// are well their keys sign.
+// For each function that the module process calls, there is a module that crashes in it, exits
+// in it or hangs in it. All modules run at once. The good module signs all the time, and the
+// Store lists its keys. The agent ends each bad process, starts it again, and reports the
+// failure. When the modules work again, their keys sign.
 func TestEveryCall(t *testing.T) {
 	library := tokentest.BuildBadModule(t)
 	functions := calledHere(t)
@@ -131,8 +130,8 @@ func TestEveryCall(t *testing.T) {
 				keys[k.Token().Label] = k
 			}
 
-			// The good module is in use, and so are the others: what they say to it is
-			// of no interest yet.
+			// Clients use the good module and the bad modules. The errors of the bad modules do
+			// not matter yet.
 			ctx, cancel := context.WithCancel(t.Context())
 			defer cancel()
 			var users sync.WaitGroup
@@ -156,7 +155,7 @@ func TestEveryCall(t *testing.T) {
 			for _, b := range bad {
 				b.command(tt.command + "=" + b.spec.Name)
 				if pid := status(s, b.spec.Name).PID; pid != 0 {
-					// To have it start. It may have ended just now, as it is told to.
+					// A new process is to start. The old process may have ended just now, on command.
 					if err := unix.Kill(pid, unix.SIGKILL); err != nil && !errors.Is(err, unix.ESRCH) {
 						t.Error(err)
 					}
@@ -172,7 +171,7 @@ func TestEveryCall(t *testing.T) {
 			}
 			for _, b := range bad {
 				if tt.command == "hang" && b.spec.Name == "C_WaitForSlotEvent" {
-					continue // to hang is what it is for, but the process may not wait for it
+					continue // this function may always hang, but the process may not wait for it
 				}
 				tokentest.Until(t, b.spec.Name+" is said to be the matter", func() bool {
 					err := status(s, b.spec.Name).Err
@@ -197,7 +196,7 @@ func TestEveryCall(t *testing.T) {
 	}
 }
 
-// What else a module can do to others, and is none the better for.
+// TestBadModules tests other ways in which a module can misbehave.
 func TestBadModules(t *testing.T) {
 	library := tokentest.BuildBadModule(t)
 	good, hsm := newHSM(t, "good"), newHSM(t, "bad")
@@ -212,14 +211,14 @@ func TestBadModules(t *testing.T) {
 	}
 	for _, tt := range []struct {
 		commands string
-		check    func(t *testing.T, err error, s *token.Store, b *badModule) // what comes of the first signature
+		check    func(t *testing.T, err error, s *token.Store, b *badModule) // checks the outcome of the first signature
 	}{
 		{"signature=wrong", wrong("the token gave a wrong signature")},
 		{"signature=long", wrong("the signature has")},
 		{"signature=empty", wrong("the signature has")},
 		{"mechanisms=lie", func(t *testing.T, err error, _ *token.Store, b *badModule) {
 			noError(t, err)
-			want(t, "calls of C_SignInit", b.calls("C_SignInit"), 2) // what is listed, and what works
+			want(t, "calls of C_SignInit", b.calls("C_SignInit"), 2) // with the mechanism that is listed, and with the one that works
 		}},
 		{"sign-room=72", signsOnce}, // for the 64 bytes of a key of P-256
 		{"spam", signsOnce},
@@ -245,7 +244,7 @@ func TestBadModules(t *testing.T) {
 			b := newBad(t, library, hsm, "bad")
 			b.spec.Timeout = timeout
 			if strings.HasPrefix(tt.commands, "mechanisms") {
-				b.command(tt.commands) // asked for once in the life of a process
+				b.command(tt.commands) // the agent asks for it once for each process
 			}
 			s := tokentest.Store(t, token.Options{
 				Modules: []token.ModuleSpec{b.spec, realSpec("good", good.Module(), good.Env()...)},
@@ -268,7 +267,7 @@ func TestBadModules(t *testing.T) {
 			// From now on, the module answers with a signature or with an error.
 			for range 20 {
 				if strings.Contains(tt.commands, "C_Sign") && status(s, "bad").Restarts > 0 {
-					break // each takes long
+					break // each signature takes long
 				}
 				_ = tokentest.Sign(t.Context(), bad)
 				_ = s.Rescan(t.Context())
@@ -284,8 +283,8 @@ func TestBadModules(t *testing.T) {
 	}
 }
 
-// A module that keeps the sessions that it is told to close has none left some day.
-// Then a new process has.
+// A module does not close the sessions that it is told to close, and runs out of sessions. Then
+// the agent starts a new process.
 func TestLeakedSessions(t *testing.T) {
 	hsm := newHSM(t, "bad")
 	b := newBad(t, tokentest.BuildBadModule(t), hsm, "bad")
@@ -295,7 +294,7 @@ func TestLeakedSessions(t *testing.T) {
 	}, tokentest.PIN)
 	k := tokentest.Key(t, s, "bad", 1)
 	noError(t, tokentest.Sign(t.Context(), k))
-	b.command("leak limit=5 rv=C_Sign:0x5b") // each time a session is given up
+	b.command("leak limit=5 rv=C_Sign:0x5b") // each failure makes the process give up a session
 	for range 10 {
 		if err := tokentest.Sign(t.Context(), k); err == nil {
 			t.Fatal("it signs")
@@ -308,7 +307,7 @@ func TestLeakedSessions(t *testing.T) {
 	}
 }
 
-// The children of a module end with it, however it ends.
+// The children of a module process end with the process, in each way that it can end.
 func TestChildrenEnd(t *testing.T) {
 	hsm := newHSM(t, "bad")
 	library := tokentest.BuildBadModule(t)
@@ -336,7 +335,7 @@ func TestChildrenEnd(t *testing.T) {
 	}
 }
 
-// inGroup counts the processes of a group that run.
+// inGroup counts the running processes of a group.
 func inGroup(t *testing.T, group int) (n int) {
 	t.Helper()
 	all, err := filepath.Glob("/proc/[0-9]*")

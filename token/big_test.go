@@ -12,8 +12,8 @@ import (
 	"p11-agent/token/wire"
 )
 
-// bigToken is a SoftHSM with the token "big" and one EC key that signs, and a module that
-// puts a crowd of pairs in front of it.
+// bigToken is a SoftHSM with the token "big" and one EC key that signs. A module adds many more
+// pairs to the token.
 type bigToken struct {
 	h      *tokentest.SoftHSM
 	module string
@@ -27,13 +27,13 @@ func newBigToken(t *testing.T) *bigToken {
 	return b
 }
 
-// spec is the module with so many pairs.
+// spec returns the module, which shows so many pairs.
 func (b *bigToken) spec(pairs int) token.ModuleSpec {
 	env := append(b.h.Env(), tokentest.BigModuleEnv(b.h.Module(), pairs, "", "")...)
 	return realSpec("big", b.module, env...)
 }
 
-// TestBigLabels has labels of 32 bytes and of every byte. Each URI is that of one key.
+// TestBigLabels has labels of 32 bytes, with each byte. Each URI selects one key.
 func TestBigLabels(t *testing.T) {
 	b := newBigToken(t)
 	const pairs = 16
@@ -55,9 +55,9 @@ func TestBigLabels(t *testing.T) {
 	}
 }
 
-// TestBigNamed has more objects on a token than a module process lists. Keys that the
-// configuration or a client names are found by their own search, and sign before and after
-// the first login.
+// TestBigNamed has a token with more objects than a module process lists. The module process
+// searches for each key that the configuration or a client names. These keys sign before and
+// after the first login.
 func TestBigNamed(t *testing.T) {
 	b := newBigToken(t)
 	b.h.GenerateKey("big", tokentest.P256, "78", "gate")
@@ -76,7 +76,7 @@ func TestBigNamed(t *testing.T) {
 	}
 	want(t, "keys", len(s.Keys()), token.MaxModuleKeys)
 	for _, k := range []*token.Key{labelled("door"), labelled("gate")} {
-		noError(t, tokentest.Sign(t.Context(), k)) // the first logs in
+		noError(t, tokentest.Sign(t.Context(), k)) // the first signature logs in
 	}
 	for _, label := range []string{"door", "gate"} {
 		noError(t, tokentest.Sign(t.Context(), labelled(label)))
@@ -100,8 +100,8 @@ func TestBigNamed(t *testing.T) {
 	}
 }
 
-// TestManyTokens has 100 tokens with 50 keys each in one module. Each key is listed and
-// signs, and the requests to the module grow with the number of tokens.
+// TestManyTokens has one module with 100 tokens, and 50 keys on each token. The Store lists each
+// key, and each key signs. The number of requests grows only with the number of tokens.
 func TestManyTokens(t *testing.T) {
 	requests := func(tokens, keys int) int {
 		f := tokentest.NewFake(t)

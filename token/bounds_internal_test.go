@@ -11,7 +11,7 @@ import (
 	"time"
 )
 
-// A lockedBuffer is read while a timer may write to it.
+// A lockedBuffer is a buffer that one goroutine reads while a timer may write to it.
 type lockedBuffer struct {
 	mu  sync.Mutex
 	all bytes.Buffer
@@ -29,7 +29,8 @@ func (b *lockedBuffer) String() string {
 	return b.all.String()
 }
 
-// What a module has logged again and again is a few lines and a count.
+// If the agent logs the same warning of a module again and again, the log has a few lines and a
+// count.
 func TestFolding(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		var out lockedBuffer

@@ -31,7 +31,7 @@ func TestStatusChanged(t *testing.T) {
 	}
 	follow("the token is found", has(1, false))
 	for range 2 {
-		// What was said so far is not what is waited for now.
+		// The test drops a report of earlier changes.
 		select {
 		case <-b.store.StatusChanged():
 		default:

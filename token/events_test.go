@@ -39,7 +39,7 @@ func TestPIVEvents(t *testing.T) {
 				p.Remove(0)
 				tokentest.Until(t, "the card is gone", func() bool { return len(s.Keys()) == 0 })
 			}
-			// No process was lost over it, and none was asked for.
+			// The module still has its first process.
 			st := s.Modules()[0]
 			want(t, "waits", st.Waits, tt.waits)
 			want(t, "restarts", st.Restarts, 0)
@@ -47,7 +47,7 @@ func TestPIVEvents(t *testing.T) {
 	}
 }
 
-// One card in place of another, as fast as pcscd can tell them apart.
+// One card replaces another, as fast as pcscd can distinguish them.
 func TestPIVReplaced(t *testing.T) {
 	p, c, _, s := pivStore(t, pivcard.Options{Name: "piv", PIN: pivPIN, Keys: map[pivcard.Ref]pivcard.Key{pivcard.Authentication: {}}})
 	idle(t, s)
@@ -67,8 +67,7 @@ func TestPIVReplaced(t *testing.T) {
 	}
 }
 
-// switches counts how often a process was on the processor: it goes on while the
-// process does.
+// switches counts the context switches of a process. The count grows while the process works.
 func switches(t *testing.T, pid int) (n int) {
 	t.Helper()
 	all, err := filepath.Glob(fmt.Sprintf("/proc/%d/task/*/status", pid))
@@ -115,15 +114,15 @@ func TestPIVWithoutPCSCD(t *testing.T) {
 		want(t, "restarts", st.Restarts, n+1)
 		noError(t, tokentest.Sign(t.Context(), k))
 		want(t, "prompts", person.Prompts(), n+2)
-		// It waits again, and so notices at once if that happens once more.
+		// The process waits for events again, so it notices at once if the service ends again.
 		idle(t, s)
 	}
 	want(t, "wrong PINs", c.Counts().Wrong, 0)
 }
 
-// A restart of the reader service is put right before anybody needs the card: by
-// OpenSC itself where the service is back by the time that a wait is tried again,
-// or else by a new process.
+// The reader service restarts. The agent repairs that before a request needs the card. If the
+// service is back when OpenSC waits again, OpenSC itself repairs it. Otherwise the agent starts
+// a new process.
 func TestPIVPCSCDRestarted(t *testing.T) {
 	p, c, person, s := pivStore(t, pivcard.Options{Name: "piv", PIN: pivPIN, Keys: map[pivcard.Ref]pivcard.Key{pivcard.Authentication: {}}})
 	k := tokentest.Key(t, s, "piv", 1)
@@ -161,7 +160,7 @@ func TestPIVRescan(t *testing.T) {
 		want(t, "restarts", st.Restarts, 0)
 		want(t, "insertions", k.Insertions(), uint64(1))
 	}
-	if len(processes) < 2 { // it may be that a thread does not wait just now
+	if len(processes) < 2 { // a thread may not wait at that moment
 		t.Error("the process is ever the same")
 	}
 	signed := make(chan error)
@@ -177,8 +176,9 @@ func TestPIVRescan(t *testing.T) {
 	want(t, "prompts", person.Prompts(), 1)
 }
 
-// p11-kit's remoting serves one call after the other, and waits when it is told
-// to: without being told, that is found out before anybody has to wait.
+// p11-kit remote serves one call after the other, and waits for events when a caller asks. So a
+// request may block behind the wait. If the configuration does not say so, the agent finds out
+// before a request has to wait.
 func TestRemoteOneAtATime(t *testing.T) {
 	client := tokentest.Module(t, "p11-kit-client.so")
 	opensc := tokentest.Module(t, "opensc-pkcs11.so")
@@ -216,8 +216,8 @@ func TestRemoteOneAtATime(t *testing.T) {
 	}
 }
 
-// badStore is a Store with a module that misbehaves on command, and how to give it
-// another command.
+// badStore returns a Store with a module that misbehaves on command, and a function that gives
+// the module another command.
 func badStore(t *testing.T, commands string, env ...string) (*token.Store, func(string)) {
 	t.Helper()
 	dir := tokentest.TempDir(t)
@@ -246,7 +246,7 @@ func TestOneAtATime(t *testing.T) {
 	tokentest.Until(t, "the token is gone", func() bool { return len(s.Modules()[0].Tokens) == 0 })
 }
 
-// It may turn out later, when there is something to wait for.
+// The agent may find out only later, when the module has something to wait for.
 func TestOneAtATimeLater(t *testing.T) {
 	s, command := badStore(t, "serial wait rv=C_WaitForSlotEvent:0x5 slots=0")
 	tokentest.Until(t, "the module runs", func() bool { return s.Modules()[0].Running })
@@ -261,8 +261,8 @@ func TestOneAtATimeLater(t *testing.T) {
 	tokentest.Until(t, "the token is gone", func() bool { return len(s.Modules()[0].Tokens) == 0 })
 }
 
-// A module that always loses its readers is started again more and more seldom,
-// and says why.
+// A module loses its readers again and again. The agent starts the module at longer and longer
+// intervals, and the status has the reason.
 func TestLostReaders(t *testing.T) {
 	s, command := badStore(t, "wait")
 	for n := 1; n <= 3; n++ {
@@ -276,8 +276,8 @@ func TestLostReaders(t *testing.T) {
 	}
 }
 
-// What a process is killed for is no answer to a login that was under way: the
-// PIN may have been tried, and is not tried again.
+// The agent kills a process while a login is under way. The card may have tried the PIN, so the
+// agent does not try the PIN again.
 func TestKilledDuringLogin(t *testing.T) {
 	p := &tokentest.Person{Always: rightPIN}
 	b := newBench(t, p, nil)
@@ -285,7 +285,7 @@ func TestKilledDuringLogin(t *testing.T) {
 	b.fake.Intercept(func(ctx context.Context, proc *tokentest.FakeProcess, r wire.Request) bool {
 		switch r.Type {
 		case wire.TypeLogin:
-			b.card.Remove() // has the slots listed
+			b.card.Remove() // makes the agent list the slots
 			<-ctx.Done()
 			return true
 		case wire.TypeSlots:
@@ -304,18 +304,18 @@ func TestKilledDuringLogin(t *testing.T) {
 	want(t, "logins", b.fake.Requests(wire.TypeLogin), 1)
 }
 
-// The same where it is killed for what another signature met.
+// As above, but the agent kills the process because another signature failed.
 func TestKilledDuringLoginForAnother(t *testing.T) {
 	p := &tokentest.Person{Always: rightPIN}
 	b := newBench(t, p, func(b *bench, _ *token.Options) {
-		b.card.AddKey(tokentest.P256, 2, "two", func(k *tokentest.FakeKey) { k.Public = true }) // no login is expected
+		b.card.AddKey(tokentest.P256, 2, "two", func(k *tokentest.FakeKey) { k.Public = true }) // so the agent expects no login
 	})
 	one, two := b.key(1), b.key(2)
 	reached := make(chan struct{})
 	b.fake.Intercept(func(ctx context.Context, proc *tokentest.FakeProcess, r wire.Request) bool {
 		switch r.Type {
 		case wire.TypeLogin:
-			close(reached) // twice would be a second try
+			close(reached) // a second try would close it twice, and panic
 			<-ctx.Done()
 			return true
 		case wire.TypeSign:

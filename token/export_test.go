@@ -1,13 +1,12 @@
 package token
 
-// LoginWaiters returns how many wait for the login under way to the token of
-// a key.
+// LoginWaiters returns how many requests wait for the login under way to the token of a key.
 func LoginWaiters(k *Key) int {
 	return k.token.pins.Status().Waiters
 }
 
-// Remembered returns how much of a module the Store remembers: tokens, keys of them, and
-// the bytes that those take, about.
+// Remembered returns how much the Store remembers of a module: the number of tokens, the number of
+// their keys, and about how many bytes the keys take.
 func Remembered(s *Store, module string) (tokens, keys, bytes int) {
 	for _, m := range s.modulesNow() {
 		if m.spec.Name != module {
@@ -21,8 +20,8 @@ func Remembered(s *Store, module string) (tokens, keys, bytes int) {
 	return tokens, keys, bytes
 }
 
-// Shared returns how many tokens the Store remembers refused PINs and homes for, and how
-// many queues the module's process has.
+// Shared returns for how many tokens the Store remembers refused PINs and homes. queues is the
+// number of queues of the module's process.
 func Shared(s *Store, module string) (devices, homes, queues int) {
 	devices = s.devices.Len()
 	s.mu.Lock()
@@ -39,14 +38,14 @@ func Shared(s *Store, module string) (devices, homes, queues int) {
 	return devices, homes, queues
 }
 
-// The bounds of what is remembered of one module.
+// The bounds of what the Store remembers of one module.
 const (
 	MaxTokens     = maxTokens
 	MaxModuleKeys = maxModuleKeys
 	MaxKeyBytes   = maxKeyBytes
 )
 
-// The pace at which a module gets new processes in place of those that are well.
+// The pace at which a module gets new processes in place of healthy ones.
 const (
 	RenewBurst = renewBurst
 	RenewEvery = renewEvery

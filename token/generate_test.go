@@ -39,7 +39,8 @@ func mustNot(t *testing.T, err error) {
 	}
 }
 
-// reasonOf returns why a module process refused, and fails the test for another error.
+// reasonOf returns the reason of a refusal by a module process. It fails the test for another
+// error.
 func reasonOf(t *testing.T, err error) wire.Reason {
 	t.Helper()
 	e, ok := errors.AsType[*wire.Error](err)
@@ -49,14 +50,14 @@ func reasonOf(t *testing.T, err error) wire.Reason {
 	return e.Reason
 }
 
-// softKinds are those that SoftHSM makes, and what pkcs11-tool says of them.
+// softKinds maps the kinds of keys that SoftHSM makes to the text of pkcs11-tool for them.
 var softKinds = map[token.KeyKind]string{
 	token.RSA2048: "RSA 2048 bits", token.RSA3072: "RSA 3072 bits", token.RSA4096: "RSA 4096 bits",
 	token.ECDSAP256: "EC_POINT 256 bits", token.ECDSAP384: "EC_POINT 384 bits", token.ECDSAP521: "EC_POINT 528 bits", token.Ed25519: "",
 }
 
-// Each kind of key is made with one prompt for all, is what it should be by what another
-// program says of it, and signs.
+// Generate makes a key of each kind, with one prompt for all. Another program confirms the kind
+// and the attributes of each key. Each key signs.
 func TestGenerate(t *testing.T) {
 	h := tokentest.NewSoftHSM(t)
 	h.AddToken("soft", newPIN)
@@ -76,7 +77,7 @@ func TestGenerate(t *testing.T) {
 		}
 		ids[string(k.ID())] = true
 		n, last := k.Signatures()
-		if n != 2 || last.IsZero() { // one to try it
+		if n != 2 || last.IsZero() { // Generate made one of them
 			t.Errorf("%d signatures, the last at %v", n, last)
 		}
 	}
@@ -94,7 +95,7 @@ func TestGenerate(t *testing.T) {
 	want(t, "public keys that only verify", len(regexp.MustCompile(`(?m)^  Usage: +verify$`).FindAllString(out, -1)), len(softKinds))
 }
 
-// What is on a token is not replaced: neither a key nor a certificate.
+// Generate replaces no key and no certificate of a token.
 func TestGenerateExists(t *testing.T) {
 	h := tokentest.NewSoftHSM(t)
 	h.AddToken("soft", newPIN)
@@ -131,7 +132,7 @@ func TestGenerateExists(t *testing.T) {
 	want(t, "the ID that is free", string(k.ID()), "\x04")
 }
 
-// What a URI of a new key may not be.
+// Generate refuses some URIs of a new key.
 func TestGenerateRefuses(t *testing.T) {
 	f := tokentest.NewFake(t)
 	one := f.AddToken("one", newPIN)
@@ -153,7 +154,7 @@ func TestGenerateRefuses(t *testing.T) {
 	}
 	want(t, "requests", f.Requests(wire.TypeGenerate), 0)
 
-	// The token does not, and says so.
+	// The token makes no key, and says so.
 	one.Flags = 0
 	_, err := s.Generate(t.Context(), uri(t, "pkcs11:token=one"), token.RSA4096, nil)
 	if e, ok := errors.AsType[*token.GenerateError](err); !ok || e.Token != "one" || e.Kind != token.RSA4096 {
@@ -165,7 +166,7 @@ func TestGenerateRefuses(t *testing.T) {
 	}
 }
 
-// PINs for a new key: one that was given, and wrong ones.
+// Generate gets the PIN from its caller, and wrong PINs.
 func TestGeneratePIN(t *testing.T) {
 	f := tokentest.NewFake(t)
 	card := f.AddToken("card", newPIN)
@@ -196,7 +197,7 @@ func TestGeneratePIN(t *testing.T) {
 	want(t, "what was asked about", about.Token.Label, "card")
 }
 
-// A module that lies about what it makes, and one that then keeps it.
+// A module makes keys that could leave the token. Later it does not destroy such a key either.
 func TestGenerateExtractable(t *testing.T) {
 	library := tokentest.BuildBadModule(t)
 	hsm := newHSM(t, "bad")
@@ -224,7 +225,7 @@ func TestGenerateExtractable(t *testing.T) {
 	want(t, "objects", objects(), before+2)
 }
 
-// What a module says that does not make keys, and one that crashes with it.
+// A module reports that it does not make keys, and later crashes when it makes a key.
 func TestGenerateFails(t *testing.T) {
 	library := tokentest.BuildBadModule(t)
 	b := newBad(t, library, newHSM(t, "bad"), "bad")
@@ -248,7 +249,7 @@ func TestGenerateFails(t *testing.T) {
 	noError(t, err)
 }
 
-// running tells whether there is a goroutine that is as told, by its state and its stack.
+// running reports whether is returns true for the state and the stack of a goroutine.
 func running(is func(state, stack string) bool) bool {
 	buf := make([]byte, 4<<20)
 	for g := range strings.SplitSeq(string(buf[:runtime.Stack(buf, true)]), "\n\n") {
@@ -266,7 +267,7 @@ func waitsThrough() bool {
 	})
 }
 
-// looks tells whether a module is being looked at.
+// looks reports whether the agent looks at a module.
 func looks() bool {
 	return running(func(_, stack string) bool { return strings.Contains(stack, "p11-agent/token.(*module).look(") })
 }
@@ -296,8 +297,8 @@ func TestGenerateCancelled(t *testing.T) {
 		}()
 		tokentest.Until(t, "the module is at it", func() bool { return b.calls("C_GenerateKeyPair") > begun })
 	}
-	// A look that began before waits for the token, and the one below would wait for
-	// that look: then it is tried again.
+	// An earlier look waits for the token, and the look below would wait for the earlier look. In
+	// that case, the test tries again.
 	label := "new1"
 	for n := 2; ; n++ {
 		begin(label)
@@ -310,8 +311,8 @@ func TestGenerateCancelled(t *testing.T) {
 		label = fmt.Sprintf("new%d", n)
 	}
 	cancel()
-	// The module process hears of it before the token is done, or else the key would
-	// stay: it has when it does what comes after.
+	// The module process must get the cancellation before the token has made the key. Otherwise
+	// the key would stay. When the process runs the next step, it has got the cancellation.
 	tokentest.Until(t, "it was told", func() bool { return waitsThrough() })
 	looked := b.calls("C_GetSlotInfo")
 	var rescan sync.WaitGroup
@@ -336,7 +337,7 @@ func TestGenerateCancelled(t *testing.T) {
 	noError(t, tokentest.Sign(t.Context(), old))
 }
 
-// A TPM makes the kinds that it has.
+// A TPM makes keys of the kinds that it supports.
 func TestGenerateTPM(t *testing.T) {
 	m := tokentest.NewTPM(t)
 	m.AddToken("tpm", tpmPIN)
@@ -355,8 +356,8 @@ func TestGenerateTPM(t *testing.T) {
 	}
 }
 
-// What makes keys on a PIV card is another program, and the error names it. The card is
-// left as it was.
+// Another program makes keys on a PIV card, and the error names that program. The card does not
+// change.
 func TestGeneratePIV(t *testing.T) {
 	for _, tt := range []struct{ name, module, tool string }{
 		{"OpenSC", "opensc-pkcs11.so", "piv-tool"},

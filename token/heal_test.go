@@ -64,7 +64,7 @@ func TestMechanisms(t *testing.T) {
 					if err := tokentest.Sign(t.Context(), b.key(2)); err != nil {
 						t.Fatal(err)
 					}
-					want(t, "requests", b.fake.Requests(wire.TypeSign), tt.first+i) // what was refused is remembered
+					want(t, "requests", b.fake.Requests(wire.TypeSign), tt.first+i) // the agent remembers the refused mechanism
 				}
 				digest := sha256.Sum256([]byte("sign me"))
 				_, err := b.key(2).Sign(nil, digest[:], crypto.SHA256)
@@ -106,7 +106,7 @@ func TestTokenIsFoundOnUse(t *testing.T) {
 	k := b.key(1)
 	b.card.Remove()
 	tokentest.Keys(t, b.store, 0)
-	// No event: that of the first look is lost, so to speak.
+	// The module reports no event.
 	b.fake.Quietly(b.card.Insert)
 	if err := tokentest.Sign(t.Context(), k); err != nil {
 		t.Error(err)
@@ -146,7 +146,7 @@ func TestPulledDuringSignature(t *testing.T) {
 	}
 }
 
-// These are healed once, each time.
+// For each of these errors, the agent repairs the first failure of an operation.
 func TestModuleFailsOnce(t *testing.T) {
 	for _, rv := range []uint64{
 		wire.CKRDeviceError, wire.CKRGeneralError, wire.CKRSessionHandleInvalid, wire.CKRSessionClosed,
@@ -175,7 +175,7 @@ func TestModuleFailsOnce(t *testing.T) {
 			fail.Lock()
 			left = 2
 			if rv == wire.CKRDeviceError {
-				left = 3 // after a second time the module is started anew
+				left = 3 // after the second failure, the agent starts the module again
 			}
 			fail.Unlock()
 			err := b.sign()
@@ -187,13 +187,13 @@ func TestModuleFailsOnce(t *testing.T) {
 	}
 }
 
-// A wrong signature is found out: of RSA each, of other keys the first that a module
-// process makes, and any that a token takes its time for.
+// The agent finds a wrong signature. It checks each RSA signature. Of other signatures, it checks
+// the first of each module process, and each slow signature.
 func TestWrongSignature(t *testing.T) {
 	for _, tt := range []struct {
 		name  string
 		kind  string
-		after bool          // right ones came before
+		after bool          // right signatures came before
 		takes time.Duration // at least
 	}{
 		{"RSA", tokentest.RSA2048, true, 0},
@@ -231,7 +231,7 @@ func TestWrongSignature(t *testing.T) {
 	}
 }
 
-// What one module does is nothing to the others.
+// A module that misbehaves does not disturb other modules.
 func TestMisbehavingModule(t *testing.T) {
 	huge := make([]byte, 9)
 	binary.BigEndian.PutUint32(huge, 1<<31)
@@ -332,7 +332,8 @@ func TestReplacedAfterACrash(t *testing.T) {
 	want(t, "prompts", p.Prompts(), 2)
 }
 
-// A module that crashed is back with the same keys: nothing was inserted.
+// A module crashes, and has the same keys after its next start. This does not count as an
+// insertion.
 func TestCrashIsNoInsertion(t *testing.T) {
 	b := newBench(t, nil, nil)
 	k := b.key(1)
@@ -350,8 +351,8 @@ func TestCrashIsNoInsertion(t *testing.T) {
 	want(t, "restarts", b.store.Modules()[0].Restarts, 3)
 }
 
-// A module that crashes before it has read what it is asked resets the
-// connection. That is an end, and no nonsense that it talks.
+// If a module process crashes before it has read a request, the kernel resets the connection. The
+// agent takes that for an end of the process, not for a broken answer.
 func TestCrashBeforeReading(t *testing.T) {
 	wait := make(chan struct{})
 	p := &tokentest.Person{Always: rightPIN, Wait: wait}
@@ -379,7 +380,7 @@ func TestCrashBeforeReading(t *testing.T) {
 	}
 }
 
-// Looking at what has not changed is no change.
+// A look that finds no change does not change the generation.
 func TestGeneration(t *testing.T) {
 	b := newBench(t, &tokentest.Person{Always: rightPIN}, nil)
 	before, changed := b.store.Generation(), b.store.Changed()
@@ -394,7 +395,7 @@ func TestGeneration(t *testing.T) {
 	}
 }
 
-// Tokens of one name are told apart by their keys.
+// The agent distinguishes tokens of the same name by their keys.
 func TestTwins(t *testing.T) {
 	var twin *tokentest.FakeToken
 	person := &tokentest.Person{ByReader: map[string]string{"fake reader 0": rightPIN, "fake reader 1": "7-pears"}, Always: rightPIN}
@@ -415,7 +416,7 @@ func TestTwins(t *testing.T) {
 	noError(t, tokentest.Sign(t.Context(), seven))
 	want(t, "dialogues", len(person.Asked()), 2)
 
-	// They change places. The keys tell which one is where.
+	// The tokens change places. The agent finds each token by its keys.
 	b.card.Remove()
 	tokentest.Keys(t, b.store, 1)
 	want(t, "reader of the only one", b.store.Modules()[0].Tokens[0].Reader, "")
@@ -429,7 +430,7 @@ func TestTwins(t *testing.T) {
 	want(t, "wrong PINs", b.card.Wrong()+twin.Wrong(), 0)
 }
 
-// One token through two modules is used through the first.
+// Two modules show the same token. The agent uses the token through the first module.
 func TestShadow(t *testing.T) {
 	b := newBench(t, &tokentest.Person{Always: rightPIN}, func(b *bench, opts *token.Options) {
 		spec := opts.Modules[0]
@@ -445,7 +446,7 @@ func TestShadow(t *testing.T) {
 	b.mustSign()
 }
 
-// A module that cannot be loaded is not tried at each look at the keys.
+// A list of the keys does not make the agent load a missing module again.
 func TestMissingModule(t *testing.T) {
 	path := filepath.Join(tokentest.TempDir(t), "missing.so")
 	s := tokentest.Store(t, token.Options{Modules: []token.ModuleSpec{realSpec("missing", path)}, Command: self})

@@ -16,7 +16,7 @@ import (
 	"p11-agent/token/wire"
 )
 
-// A claim is a module with a token that a second module claims to have as well.
+// A claim has two modules: the first has a token, and the second claims to have the token too.
 type claim struct {
 	t              *testing.T
 	dir            string // of the list of known keys
@@ -26,8 +26,8 @@ type claim struct {
 	opts           token.Options // without modules
 }
 
-// newClaim makes the two modules. The token was seen through "good" once, and the list
-// of known keys says so.
+// newClaim makes the two modules. The agent has seen the token through "good" before, and the
+// list of known keys says so.
 func newClaim(t *testing.T, p *tokentest.Person) *claim {
 	t.Helper()
 	c := &claim{t: t, dir: tokentest.TempDir(t), good: tokentest.NewFake(t), bad: tokentest.NewFake(t), person: p}
@@ -61,7 +61,7 @@ func (c *claim) open(names ...string) *token.Store {
 	return s
 }
 
-// stop ends the module "good", and has it not start again.
+// stop ends the module "good", and prevents a new start.
 func (c *claim) stop(s *token.Store) {
 	c.t.Helper()
 	c.good.Intercept(func(_ context.Context, p *tokentest.FakeProcess, r wire.Request) bool {
@@ -79,7 +79,7 @@ func (c *claim) stop(s *token.Store) {
 	})
 }
 
-// only returns the one key, which is to be of a module.
+// only returns the only key. It fails the test if another module shows the key.
 func only(t *testing.T, s *token.Store, module string) *token.Key {
 	t.Helper()
 	keys := s.Keys()
@@ -92,7 +92,7 @@ func only(t *testing.T, s *token.Store, module string) *token.Key {
 // tried counts the PINs that reached a token.
 func tried(f *tokentest.FakeToken) int { return f.Right() + f.Wrong() }
 
-// A module that comes first in the order does not take over what was another's.
+// A module that comes first in the order does not take over a token of another module.
 func TestAttack05FirstInOrder(t *testing.T) {
 	p := &tokentest.Person{Always: rightPIN}
 	c := newClaim(t, p)
@@ -106,8 +106,9 @@ func TestAttack05FirstInOrder(t *testing.T) {
 	want(t, "others in the prompt", strings.Join(asked.Others, " "), "bad")
 }
 
-// A PIN that is kept stays with its module when that stops. Another one gets what a
-// person gives at a prompt that names it, and keeps its home only as long.
+// A kept PIN stays with its module when the module stops. Another module gets a PIN only from a
+// person at a prompt that names this module, or if the client names it. That does not move the
+// home.
 func TestAttack05KeptPIN(t *testing.T) {
 	p := &tokentest.Person{PINs: []string{rightPIN}}
 	c := newClaim(t, p)
@@ -134,7 +135,7 @@ func TestAttack05KeptPIN(t *testing.T) {
 	}
 	want(t, "PINs that the imposter got", tried(c.imposter), 0)
 
-	// With the module named, it may have the PIN.
+	// A client that names the module may give the PIN to it.
 	sel, err := token.ParseProvider([]byte("pkcs11:token=card?module-name=bad"), nil)
 	noError(t, err)
 	_, err = s.Login(t.Context(), sel, []*token.Key{k}, tokentest.Secret(t, rightPIN))
@@ -143,8 +144,8 @@ func TestAttack05KeptPIN(t *testing.T) {
 	want(t, "home", s.Modules()[1].Tokens[0].Home, "good")
 }
 
-// A PIN that was refused through one module is not tried through another. What the other module
-// says does not make the agent forget the refusal.
+// A token refuses a PIN through one module. The agent does not try the PIN through another
+// module. The other module cannot make the agent forget the refusal.
 func TestAttack05RefusedPINIsKnown(t *testing.T) {
 	p := &tokentest.Person{PINs: []string{"wrong-1", "", "wrong-1", ""}}
 	c := newClaim(t, p)
@@ -164,8 +165,8 @@ func TestAttack05RefusedPINIsKnown(t *testing.T) {
 	}
 }
 
-// The person who gives the right PIN to the only module that is left moves the home, and
-// the configuration moves it at once.
+// A person moves the home by giving the right PIN to the only module that is left. The
+// configuration moves the home at once.
 func TestHomeMoves(t *testing.T) {
 	p := &tokentest.Person{Always: rightPIN}
 	c := newClaim(t, p)
@@ -173,7 +174,7 @@ func TestHomeMoves(t *testing.T) {
 	want(t, "home", s.Modules()[0].Tokens[0].Home, "good")
 	noError(t, s.Close())
 	s = c.open("bad", "good")
-	only(t, s, "good") // a look alone moved nothing
+	only(t, s, "good") // a look alone does not move the home
 	noError(t, s.Close())
 
 	s = c.open("bad")
@@ -191,11 +192,11 @@ func TestHomeMoves(t *testing.T) {
 	named := parse(t, "pkcs11:token=card?module-name=good")
 	s.SetHomes([]*pkcs11uri.URI{parse(t, "pkcs11:?module-name=good"), named})
 	only(t, s, "good")
-	s.SetHomes([]*pkcs11uri.URI{parse(t, "pkcs11:?module-name=good")}) // it names no token
+	s.SetHomes([]*pkcs11uri.URI{parse(t, "pkcs11:?module-name=good")}) // the URI names no token
 	only(t, s, "bad")
 }
 
-// A list of before there were homes says through which module a token was used.
+// A list of version 1 has no homes. It still says through which module the agent used a token.
 func TestKnownVersion1(t *testing.T) {
 	c := newClaim(t, &tokentest.Person{Always: rightPIN})
 	file := filepath.Join(c.dir, known.File)
@@ -209,8 +210,8 @@ func TestKnownVersion1(t *testing.T) {
 	only(t, c.open("bad", "good"), "good")
 }
 
-// A module that a client has started does not take the name of another one whose file is
-// called the same.
+// A client starts a module. The module does not take the name of another module whose file has
+// the same name.
 func TestAttack05SameFileName(t *testing.T) {
 	dir := tokentest.TempDir(t)
 	library := tokentest.BuildBadModule(t)
@@ -224,7 +225,7 @@ func TestAttack05SameFileName(t *testing.T) {
 
 	exe, err := os.Executable()
 	noError(t, err)
-	opts.Command = []string{"/usr/bin/env", realModule + "=1", exe} // no table of the configuration has an environment for it
+	opts.Command = []string{"/usr/bin/env", realModule + "=1", exe} // the configuration has no environment for a module that a client starts
 	opts.Sources = []*pkcs11uri.URI{parse(t, "pkcs11:token=bad?pin-value=1234")}
 	named := parse(t, "pkcs11:token=bad?module-name="+filepath.Base(library)+"&pin-value=1234")
 	s = tokentest.Store(t, opts)

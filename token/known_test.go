@@ -17,7 +17,7 @@ import (
 	"p11-agent/token/wire"
 )
 
-// knownStore opens a Store on a Fake that remembers keys in a directory.
+// knownStore opens a Store on a Fake. The Store remembers keys in a directory.
 func knownStore(t *testing.T, f *tokentest.Fake, p *tokentest.Person, dir string) *token.Store {
 	t.Helper()
 	return tokentest.Store(t, token.Options{
@@ -25,7 +25,7 @@ func knownStore(t *testing.T, f *tokentest.Fake, p *tokentest.Person, dir string
 	}, rightPIN)
 }
 
-// untilWritten waits until the list has, or has not, what it is to have.
+// untilWritten waits until the list has the text, or lacks it if has is false.
 func untilWritten(t *testing.T, dir, text string, has bool) {
 	t.Helper()
 	tokentest.Until(t, "the list of known keys is written", func() bool {
@@ -41,8 +41,8 @@ func uris(keys []*token.Key) (all []string) {
 	return all
 }
 
-// After a restart the keys are listed before the module has said a word, and the
-// first signature waits for it.
+// After a restart, the Store lists the keys before the module has answered. The first signature
+// waits for the module.
 func TestKnownKeysAreListedAtOnce(t *testing.T) {
 	dir := tokentest.TempDir(t)
 	f := tokentest.NewFake(t)
@@ -52,7 +52,7 @@ func TestKnownKeysAreListedAtOnce(t *testing.T) {
 	card.AddKey(tokentest.Ed25519, 3, "three", func(k *tokentest.FakeKey) { k.NoSign = true })
 	p := &tokentest.Person{Always: rightPIN}
 	s := knownStore(t, f, p, dir)
-	for _, id := range []byte{1, 2} { // what shows only after a login is known from then on
+	for _, id := range []byte{1, 2} { // from the login on, the agent knows a key that shows only after a login
 		if err := tokentest.Sign(t.Context(), tokentest.Key(t, s, "card", id)); err != nil {
 			t.Fatal(err)
 		}
@@ -71,7 +71,7 @@ func TestKnownKeysAreListedAtOnce(t *testing.T) {
 		}
 		return false
 	})
-	s = token.Open(token.Options{ // tokentest's waits for the module
+	s = token.Open(token.Options{ // tokentest.Store waits for the module
 		Modules: []token.ModuleSpec{fakeSpec(f)}, Command: self, PINs: p, StateDir: dir, Known: token.KnownKept,
 		Log: slog.New(slog.DiscardHandler),
 	})
@@ -142,7 +142,7 @@ func TestKnownKeysOfAbsentTokens(t *testing.T) {
 	noError(t, tokentest.Sign(t.Context(), k))
 	want(t, "insertions", k.Insertions(), uint64(1))
 
-	// A key that is not on its token any more is not known any more.
+	// The agent forgets a key that is no longer on its token.
 	card.Change(1, func(k *tokentest.FakeKey) { k.NoPublic, k.NoPrivate = true, true })
 	noError(t, s.Rescan(t.Context()))
 	tokentest.Keys(t, s, 1)
@@ -151,7 +151,7 @@ func TestKnownKeysOfAbsentTokens(t *testing.T) {
 		b, err := os.ReadFile(filepath.Join(dir, known.File))
 		return err == nil && strings.Count(string(b), `"public"`) == 1
 	})
-	// The module that the token belongs to is, as the token took a PIN through it.
+	// The list keeps the home of the token, because the token took a PIN through the module.
 	untilWritten(t, dir, `"card"`, true)
 }
 
@@ -172,7 +172,7 @@ func TestKnownTokenIsGone(t *testing.T) {
 	want(t, "keys away", len(s.Away()), 1)
 	noError(t, s.Close())
 
-	// Without its module it is nothing that could ever be used.
+	// Without its module, the agent cannot use the token.
 	s = tokentest.Store(t, token.Options{Command: self, StateDir: dir, Known: token.KnownKept})
 	want(t, "keys away without the module", len(s.Away()), 0)
 	noError(t, s.Close())
@@ -186,7 +186,7 @@ func TestKnownTokenIsGone(t *testing.T) {
 	want(t, "keys away after they were forgotten", len(s.Away()), 0)
 }
 
-// What cannot be the agent's own list is not believed, and costs nothing else.
+// The agent ignores a list that it cannot have written, and works without the list.
 func TestKnownKeysBadFile(t *testing.T) {
 	good := func(t *testing.T) string {
 		dir := tokentest.TempDir(t)

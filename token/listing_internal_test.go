@@ -12,14 +12,14 @@ import (
 	"p11-agent/token/wire"
 )
 
-// bareToken is a token of a Store that runs nothing.
+// bareToken returns a token of a Store that runs no module.
 func bareToken(uris ...*pkcs11uri.URI) *Token {
 	s := &Store{log: slog.New(slog.DiscardHandler), wanted: uris}
 	m := &module{store: s, log: s.log, spec: ModuleSpec{Name: "bare"}}
 	return &Token{ID: wire.TokenID{Label: "bare"}, module: m}
 }
 
-// Keys that are named come first where there is no room for all, and certificates give way.
+// If there is no room for all keys, named keys come first, and certificates give way.
 func TestFit(t *testing.T) {
 	named, err := pkcs11uri.Parse("pkcs11:token=bare;object=named")
 	if err != nil {
@@ -51,7 +51,7 @@ func TestFit(t *testing.T) {
 	})
 }
 
-// What is left out is told with the bound.
+// The status says what the agent leaves out, and names the bound.
 func TestLeftOut(t *testing.T) {
 	if got := new(leftOut).reasons(); len(got) > 0 {
 		t.Errorf("nothing is left out, and told is %q", got)

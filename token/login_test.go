@@ -25,8 +25,8 @@ type bench struct {
 	store *token.Store
 }
 
-// newBench makes a bench. set, which may be nil, changes what there is before
-// the Store is opened.
+// newBench makes a bench. set changes the bench and the options before newBench opens the Store;
+// set may be nil.
 func newBench(t *testing.T, p *tokentest.Person, set func(b *bench, opts *token.Options)) *bench {
 	t.Helper()
 	b := &bench{t: t, fake: tokentest.NewFake(t)}
@@ -45,10 +45,10 @@ func newBench(t *testing.T, p *tokentest.Person, set func(b *bench, opts *token.
 
 func (b *bench) key(id byte) *token.Key { return tokentest.Key(b.t, b.store, "card", id) }
 
-// sign makes a signature with key 1.
+// sign signs with key 1.
 func (b *bench) sign() error { return tokentest.Sign(b.t.Context(), b.key(1)) }
 
-// mustSign makes one that must succeed.
+// mustSign signs with key 1, and fails the test if that fails.
 func (b *bench) mustSign() {
 	b.t.Helper()
 	if err := b.sign(); err != nil {
@@ -56,7 +56,7 @@ func (b *bench) mustSign() {
 	}
 }
 
-// pinError makes sure that an error is a *pin.Error.
+// pinError fails the test if an error is not such a *pin.Error.
 func pinError(t *testing.T, err error, tried bool, tries pin.Tries) {
 	t.Helper()
 	e, ok := errors.AsType[*pin.Error](err)
@@ -75,7 +75,7 @@ func want[T comparable](t *testing.T, what string, got, want T) {
 	}
 }
 
-// different returns so many PINs that are all wrong.
+// different returns n different PINs, all wrong.
 func different(n int) (all []string) {
 	for i := range n {
 		all = append(all, fmt.Sprintf("wrong-%d", i))
@@ -163,7 +163,7 @@ func TestLastTry(t *testing.T) {
 				want(t, "questions for consent", tt.person.LastTries(), tt.asked)
 				want(t, "open dialogues", tt.person.Open(), 0)
 			}
-			if tt.prompts > 0 { // what was asked before counts there as well
+			if tt.prompts > 0 { // the earlier prompts count there as well
 				problems := tt.person.Problems()
 				want(t, "said when it was asked for", problems[len(problems)-1], "This is the last try.")
 			}
@@ -334,17 +334,17 @@ func TestAlwaysAuthenticate(t *testing.T) {
 			b := newBench(t, p, func(b *bench, _ *token.Options) {
 				b.card.AddKey(tokentest.P256, 2, "two", func(k *tokentest.FakeKey) { k.Always, k.Public = true, shows })
 			})
-			k := b.key(2) // as it was before the login
+			k := b.key(2) // as the agent listed it before the login
 			for n := range 3 {
 				if err := tokentest.Sign(t.Context(), k); err != nil {
 					t.Fatal(err)
 				}
-				want(t, "prompts", p.Prompts(), n+1) // the first for the login, too
+				want(t, "prompts", p.Prompts(), n+1) // the first prompt is also for the login
 			}
 			for i, about := range p.Asked() {
 				want(t, "for each use", about.EachUse, i > 0 || shows)
 			}
-			// The other keys of the token need no more.
+			// The other keys of the token need no more prompts.
 			b.mustSign()
 			want(t, "prompts", p.Prompts(), 3)
 			want(t, "right PINs", b.card.Right(), 4)
@@ -365,7 +365,7 @@ func TestAlwaysAuthenticateWrongPIN(t *testing.T) {
 	if err := tokentest.Sign(t.Context(), b.key(2)); !errors.Is(err, pin.ErrCancelled) {
 		t.Errorf("got %v", err)
 	}
-	// A mechanism is not blamed for a PIN.
+	// The agent does not try another mechanism after a wrong PIN.
 	want(t, "requests to sign", b.fake.Requests(wire.TypeSign), 3)
 }
 
@@ -417,7 +417,7 @@ func TestLoggedOutByAnother(t *testing.T) {
 	}
 }
 
-// A PIN is not given twice because of a crash, and asked for once.
+// After a crash, the agent does not give a PIN twice, and does not ask for it twice.
 func TestProcessEndsDuringLogin(t *testing.T) {
 	for _, tt := range []struct {
 		name    string

@@ -17,14 +17,14 @@ func pinOf(t *testing.T, text string) *secret.Secret {
 	return s
 }
 
-// A module makes a token: no PIN is asked for, the given PIN is the user's, and the
-// tokens that are there stay as they are.
+// A module makes a token. The agent asks for no PIN. The given PIN becomes the PIN of the user.
+// Other tokens do not change.
 func TestNewToken(t *testing.T) {
 	type maker struct {
 		module string
 		env    []string
 		old    func(label string) // makes a token by other means
-		// short is a PIN that the module does not take; empty: it takes every length.
+		// short is a PIN that is too short for the module; empty: the module takes every length.
 		short string
 	}
 	for name, prepare := range map[string]func(t *testing.T) maker{

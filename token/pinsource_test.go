@@ -20,7 +20,7 @@ import (
 	"p11-agent/token/wire"
 )
 
-// escape is for a path in a URI, and for all else.
+// escape escapes a path, or another text, for a URI.
 func escape(s string) string {
 	var b strings.Builder
 	for _, c := range []byte(s) {
@@ -63,7 +63,7 @@ func TestPINFile(t *testing.T) {
 	tests := []struct {
 		name string
 		make func(t *testing.T, path string)
-		err  string // empty: it is right
+		err  string // empty: the URI is right
 	}{
 		{"without a newline", regular(rightPIN, 0o600), ""},
 		{"with a newline", regular(rightPIN+"\n", 0o600), ""},
@@ -168,8 +168,8 @@ func TestOtherSources(t *testing.T) {
 	}
 }
 
-// A credential may have the mode that systemd gives it for a service with a user of
-// its own, and no other file may.
+// systemd gives a special mode to a credential of a service that has its own user. A credential
+// may have this mode, and no other file may.
 func TestModesOfCredentials(t *testing.T) {
 	if os.Geteuid() != 0 {
 		if os.Getenv("CI") == "true" {
@@ -212,13 +212,13 @@ func TestModesOfCredentials(t *testing.T) {
 	}
 }
 
-// A client that hangs up takes the command with it.
+// When a client hangs up, the agent ends the command.
 func TestPINCommandIsStopped(t *testing.T) {
 	fifo := filepath.Join(tokentest.TempDir(t), "fifo")
 	if err := unix.Mkfifo(fifo, 0o600); err != nil {
 		t.Fatal(err)
 	}
-	// It says that it runs, and then waits for ever with a child of its own.
+	// The command reports that it runs, and then waits for ever for its child.
 	b := newBench(t, nil, withSource(t, "pkcs11:token=card?pin-source="+escape("|/bin/echo started >"+fifo+"; /bin/sleep 1000 & wait")))
 	ctx, cancel := context.WithCancel(t.Context())
 	end := make(chan error, 1)
@@ -230,7 +230,7 @@ func TestPINCommandIsStopped(t *testing.T) {
 	want(t, "cancelled", errors.Is(<-end, context.Canceled), true)
 }
 
-// A wrong PIN of the configuration is tried once, until it is another.
+// The agent tries a wrong PIN of the configuration once, until the PIN changes.
 func TestWrongSourceIsTriedOnce(t *testing.T) {
 	dir := tokentest.TempDir(t)
 	path := filepath.Join(dir, "pin")
@@ -238,7 +238,7 @@ func TestWrongSourceIsTriedOnce(t *testing.T) {
 	tests := []struct {
 		name    string
 		uri     string
-		restart bool // it counts over a restart
+		restart bool // the agent restarts, and must remember the refusal
 		change  func(b *bench)
 	}{
 		{"file", "pkcs11:token=card?pin-source=file:" + escape(path), true, func(*bench) {
@@ -303,7 +303,7 @@ func TestSourceLeavesTheLastTry(t *testing.T) {
 	})
 	pinError(t, b.sign(), false, pin.TriesLast)
 	want(t, "PINs tried", b.card.Wrong()+b.card.Right(), 0)
-	// Nor where the flags turn up between the look at them and the login.
+	// The same holds if the flags change between the look at the flags and the login.
 	b.card.SetTries(3, 3)
 	var once sync.Once
 	b.fake.Intercept(func(_ context.Context, _ *tokentest.FakeProcess, r wire.Request) bool {
@@ -314,7 +314,7 @@ func TestSourceLeavesTheLastTry(t *testing.T) {
 	})
 	pinError(t, b.sign(), false, pin.TriesLast)
 	want(t, "PINs tried", b.card.Wrong()+b.card.Right(), 0)
-	// It was not refused, and so counts again.
+	// The token did not refuse the PIN, so the agent uses the PIN again.
 	b.card.SetTries(3, 3)
 	b.mustSign()
 }
@@ -346,7 +346,7 @@ func TestAddedSource(t *testing.T) {
 	pinError(t, b.sign(), false, pin.TriesUnknown)
 }
 
-// Sources change while they are used: a PIN is never used half wiped.
+// Sources change while signatures use them. The agent never uses a half-wiped PIN.
 func TestSourceRemovedWhileUsed(t *testing.T) {
 	p := &tokentest.Person{Always: rightPIN}
 	b := newBench(t, p, func(b *bench, _ *token.Options) { b.card.SetTries(1000, 1000) })

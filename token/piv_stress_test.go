@@ -28,21 +28,20 @@ var (
 	stressSeed = flag.Uint64("stress-seed", 0, "what its chance begins with; 0: the time")
 )
 
-// stuck is how long a request may take at the most, before it counts as one that
-// never ends: a signature on a module that hangs has two minutes, and is then
-// tried again.
+// stuck is the longest time for a request. After that, the request counts as one that never ends.
+// A signature on a module that hangs takes two minutes, and then the agent tries it again.
 const stuck = 4 * time.Minute
 
-// TestPIVStress has eight clients sign at random, on two cards in two readers, by
-// keys that ask once, never and always, while cards are pulled, exchanged, reset
-// and slow, answers are wrong, logins are lost, and pcscd and the module process
-// are ended. Every signature is right, every request ends, no PIN is tried that is
-// wrong, and none that no prompt accounts for. At the end everything works, and
-// nothing is left: no goroutine and no file (tokentest.Store), and no client of
-// pcscd.
+// TestPIVStress has eight clients that sign at random times, on two cards in two readers. Their
+// keys ask for the PIN once, never or each time. Meanwhile, the test pulls, exchanges, resets and
+// slows cards. Answers are wrong, and logins get lost. The test ends pcscd and the module process.
 //
-// The seed makes the same plan again. How the plan meets the clients is up to the
-// scheduler and the readers.
+// Each signature is right, and each request ends. The agent tries no wrong PIN, and no PIN without
+// a prompt for it. At the end, all keys sign. No goroutine and no open file is left
+// (tokentest.Store), and no client of pcscd.
+//
+// The same seed makes the same plan. The scheduler and the readers decide how the plan meets the
+// clients.
 func TestPIVStress(t *testing.T) {
 	seed := *stressSeed
 	if seed == 0 {
@@ -54,7 +53,7 @@ func TestPIVStress(t *testing.T) {
 	w.settle()
 }
 
-// pivWorld is two cards, the Store that sees them, and those who use it.
+// A pivWorld has two cards, a Store that shows them, and the clients of the Store.
 type pivWorld struct {
 	*testing.T
 	pcscd  *tokentest.PCSCD
@@ -66,7 +65,7 @@ type pivWorld struct {
 	keys   []*token.Key // 9A and 9E of both cards, then 9C of the first
 
 	signed, failed atomic.Int64
-	hangs          atomic.Int64 // module processes that were ended because they did not answer
+	hangs          atomic.Int64 // module processes that the agent ended because they did not answer
 	mu             sync.Mutex
 	reasons        map[string]int // of failures
 	longest        time.Duration  // request
@@ -82,7 +81,7 @@ func newPIVWorld(t *testing.T) *pivWorld {
 		return tokentest.NewCard(t, pivcard.Options{Name: name, PIN: pins[name], Keys: keys, Trace: quiet})
 	}
 	w.cards = []*pivcard.Card{
-		card("one", nil), // with a PIN-always key beside the others OpenSC keeps no PIN
+		card("one", nil), // with a PIN-always key on the card, OpenSC keeps no PIN
 		card("two", map[pivcard.Ref]pivcard.Key{pivcard.Authentication: {}, pivcard.CardAuthentication: {}}),
 	}
 	w.other = card("other", nil)
@@ -106,7 +105,7 @@ func newPIVWorld(t *testing.T) *pivWorld {
 	return w
 }
 
-// run has clients sign and the world change, until the time is up.
+// run lets clients sign and disturbs them, until the time is over.
 func (w *pivWorld) run(seed uint64) {
 	const clients = 8
 	stop := make(chan struct{})
@@ -140,19 +139,19 @@ func (w *pivWorld) run(seed uint64) {
 	})
 }
 
-// until waits for what a module that hangs may delay, but not prevent.
+// until waits for a condition. A module that hangs may delay the condition, but not prevent it.
 func (w *pivWorld) until(what string, condition func() bool) {
 	w.Helper()
 	for end := time.Now().Add(stuck); !condition(); time.Sleep(5 * time.Millisecond) {
 		if time.Now().After(end) {
 			var b bytes.Buffer
-			_ = pprof.Lookup("goroutine").WriteTo(&b, 1) // a buffer takes all
+			_ = pprof.Lookup("goroutine").WriteTo(&b, 1) // a buffer never fails
 			w.Fatalf("it did not happen that %s:\n%s", what, b.String())
 		}
 	}
 }
 
-// client signs until it is told to stop.
+// client signs until stop is closed.
 func (w *pivWorld) client(stop <-chan struct{}, random *rand.Rand) {
 	for {
 		select {
@@ -166,19 +165,19 @@ func (w *pivWorld) client(stop <-chan struct{}, random *rand.Rand) {
 		}
 		ctx, cancel := context.WithCancel(w.Context())
 		if random.IntN(20) == 0 {
-			time.AfterFunc(time.Duration(random.IntN(20))*time.Millisecond, cancel) // it hangs up
+			time.AfterFunc(time.Duration(random.IntN(20))*time.Millisecond, cancel) // the client hangs up
 		}
 		began := time.Now()
 		err := tokentest.Sign(ctx, k) // and verify
 		cancel()
 		w.note(time.Since(began), err)
 		if err != nil {
-			time.Sleep(time.Duration(random.IntN(20)) * time.Millisecond) // not to fail all the time
+			time.Sleep(time.Duration(random.IntN(20)) * time.Millisecond) // so that the client does not fail all the time
 		}
 	}
 }
 
-// numbers are what tells failures of one kind apart.
+// numbers matches the parts that differ in failures of one kind.
 var numbers = regexp.MustCompile(`serial [0-9a-f]+|within [0-9a-z.]+`)
 
 func (w *pivWorld) note(took time.Duration, err error) {
@@ -199,7 +198,7 @@ func (w *pivWorld) note(took time.Duration, err error) {
 	}
 }
 
-// lister does what the keyring does when clients list keys.
+// lister does the same as the keyring when clients list keys.
 func (w *pivWorld) lister(stop <-chan struct{}) {
 	for {
 		select {
@@ -216,8 +215,8 @@ func (w *pivWorld) lister(stop <-chan struct{}) {
 	}
 }
 
-// watch counts the module processes that were ended because they did not answer.
-// Each is followed by a pause that is longer than this one's.
+// watch counts the module processes that the agent ended because they did not answer. The pause
+// after each such end is longer than the interval of watch.
 func (w *pivWorld) watch(stop <-chan struct{}) {
 	counted := -1
 	for {
@@ -234,7 +233,7 @@ func (w *pivWorld) watch(stop <-chan struct{}) {
 	}
 }
 
-// disturb does something at random, and puts it right again.
+// disturb makes a random disturbance, and undoes it.
 func (w *pivWorld) disturb(random *rand.Rand) string {
 	pause := func(most int) time.Duration {
 		d := time.Duration(random.IntN(most)) * time.Millisecond
@@ -252,7 +251,7 @@ func (w *pivWorld) disturb(random *rand.Rand) string {
 		w.pcscd.Insert(w.where[i], c)
 		return fmt.Sprintf("card %d out of slot %d for %v, and into slot %d", i, was, d, w.where[i])
 	case n < 28:
-		w.pcscd.Pull(w.where[i]) // OpenSC 0.23 may hang by this
+		w.pcscd.Pull(w.where[i]) // OpenSC 0.23 may hang after this
 		w.pcscd.Insert(w.where[i], c)
 		return fmt.Sprintf("card %d pulled out of slot %d", i, w.where[i])
 	case n < 45:
@@ -288,7 +287,7 @@ func (w *pivWorld) disturb(random *rand.Rand) string {
 		return fmt.Sprintf("pcscd stopped for %v", d)
 	case n < 85:
 		if pid := w.store.Modules()[0].PID; pid != 0 {
-			_ = unix.Kill(pid, unix.SIGKILL) // it may have gone
+			_ = unix.Kill(pid, unix.SIGKILL) // the process may have ended
 		}
 		return "module process killed"
 	case n < 92:
@@ -303,7 +302,7 @@ func (w *pivWorld) disturb(random *rand.Rand) string {
 	}
 }
 
-// settle makes sure that everything works again, and adds up.
+// settle checks that all keys sign again, and checks the counts.
 func (w *pivWorld) settle() {
 	for _, c := range w.cards {
 		c.ClearFaults()
@@ -332,9 +331,9 @@ func (w *pivWorld) settle() {
 		want(w.T, fmt.Sprintf("wrong PINs of card %d", i), n.Wrong+n.Blocked, 0)
 	}
 	want(w.T, "PINs given to the card that nobody uses", w.other.Counts().Right, 0)
-	// One prompt is one PIN given. Two are those of a key that asks each time and
-	// shows only after a login; and OpenSC itself gives the PIN that it keeps of a
-	// card without such a key, after each loss of power.
+	// A prompt accounts for one PIN given to the card. It accounts for two if the key asks each
+	// time and shows only after a login. If a card has no such key, OpenSC keeps the PIN, and
+	// gives it itself after each loss of power.
 	may := make(map[string]int)
 	for _, about := range w.person.Asked() {
 		may[about.Token.Label]++

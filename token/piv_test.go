@@ -14,14 +14,14 @@ import (
 	"p11-agent/token/tokentest/pivcard"
 )
 
-// pivPIN is one that the card takes and that does not show in a log by chance.
+// pivPIN is a PIN that the card takes. A log cannot have this text by chance.
 const pivPIN = "Q4829-3"
 
-// TestPIV runs the suite on a smart card behind the whole stack of PC/SC, which
-// is real but for the card.
+// TestPIV runs the suite on a smart card behind the whole stack of PC/SC. Only the card is not
+// real.
 func TestPIV(t *testing.T) {
-	// Keys that are asked for a PIN once, and that may sign. With a PIN-always key
-	// beside them OpenSC keeps no PIN, so it heals less by itself.
+	// Keys that may sign and want a PIN once. With a PIN-always key on the card, OpenSC keeps no
+	// PIN, and so repairs less by itself.
 	keys := map[pivcard.Ref]pivcard.Key{
 		pivcard.Authentication: {Algorithm: pivcard.P256},
 		pivcard.KeyManagement:  {Algorithm: pivcard.RSA2048, Usage: x509.KeyUsageDigitalSignature},
@@ -31,7 +31,7 @@ func TestPIV(t *testing.T) {
 		name, module string
 		always       bool
 		yubiKey      bool
-		imported     bool // else libykcs11 shows, with a key's ID, what the card attests of it
+		imported     bool // otherwise libykcs11 shows the attestation of a key under the ID of the key
 	}{
 		{"OpenSC", "opensc-pkcs11.so", false, false, false},
 		{"OpenSCWithPINAlways", "opensc-pkcs11.so", true, false, false},
@@ -66,8 +66,8 @@ func TestPIV(t *testing.T) {
 	}
 }
 
-// TestPIVHeals has the world change under a Store that is logged in. The next
-// signature is made, and a person is asked once more at the most.
+// TestPIVHeals disturbs a Store that is logged in. The next signature succeeds, with at most one
+// more prompt.
 func TestPIVHeals(t *testing.T) {
 	tests := []struct {
 		name   string
@@ -97,7 +97,7 @@ func TestPIVHeals(t *testing.T) {
 		}},
 	}
 	for _, tt := range tests {
-		for _, always := range []bool{false, true} { // OpenSC keeps no PIN beside a PIN-always key
+		for _, always := range []bool{false, true} { // with a PIN-always key, OpenSC keeps no PIN
 			t.Run(fmt.Sprintf("%s/PINAlways=%v", tt.name, always), func(t *testing.T) {
 				o := pivcard.Options{Name: "piv", PIN: pivPIN, Keys: map[pivcard.Ref]pivcard.Key{pivcard.Authentication: {}}}
 				if always {
@@ -120,15 +120,15 @@ func TestPIVHeals(t *testing.T) {
 	}
 }
 
-// idle waits until a Store does nothing with the card. It looks at it behind a
-// signature that had to log in, and OpenSC 0.23 may not survive that a card is
-// pulled just then: see tokentest.PCSCD.Pull.
+// idle waits until a Store does nothing with the card. The Store looks at the card after a
+// signature that has logged in. OpenSC 0.23 may hang if a card is pulled during the look: see
+// tokentest.PCSCD.Pull.
 func idle(t *testing.T, s *token.Store) {
 	t.Helper()
 	noError(t, s.Rescan(t.Context()))
 }
 
-// pivStore is a Store that sees one card by OpenSC, and the person it asks.
+// pivStore returns a Store that shows one card through OpenSC, and the person that it asks.
 func pivStore(t *testing.T, o pivcard.Options) (*tokentest.PCSCD, *pivcard.Card, *tokentest.Person, *token.Store) {
 	t.Helper()
 	module := tokentest.Module(t, "opensc-pkcs11.so")
@@ -141,7 +141,7 @@ func pivStore(t *testing.T, o pivcard.Options) (*tokentest.PCSCD, *pivcard.Card,
 	}, pivPIN)
 }
 
-// TestPIVPolicies has each place of a card ask for the PIN as often as it must.
+// TestPIVPolicies counts the prompts for the key in each slot of a card.
 func TestPIVPolicies(t *testing.T) {
 	_, c, person, s := pivStore(t, pivcard.Options{Name: "piv", PIN: pivPIN})
 	sign := func(id byte, prompts int) {
@@ -198,10 +198,9 @@ func TestPIVChangedPIN(t *testing.T) {
 	want(t, "wrong PINs", c.Counts().Wrong, 1)
 }
 
-// The PIN is changed and the card reset behind the back of a module that is logged
-// in, and fifty signatures meet that at once. It costs one try: that of the old PIN,
-// typed by the person, or tried by OpenSC itself, which keeps the PIN of a card
-// without a PIN-always key.
+// Another program changes the PIN and resets the card while a module is logged in. Fifty
+// signatures meet that at once. That costs one try, with the old PIN. The person types the old
+// PIN, or OpenSC tries it: OpenSC keeps the PIN of a card without a PIN-always key.
 func TestPIVChangedUnderLoad(t *testing.T) {
 	const atOnce = 50
 	for _, always := range []bool{false, true} {

@@ -15,8 +15,8 @@ import (
 	"p11-agent/token/wire"
 )
 
-// newPolicyBench has key 1, which is asked for its PIN once, and key 2, which
-// wants it each time, both with the same Policy.
+// newPolicyBench makes a bench with two keys of the same Policy. Key 1 wants its PIN once. Key 2
+// wants its PIN for each signature.
 func newPolicyBench(t *testing.T, p *tokentest.Person, policy token.Policy) *bench {
 	t.Helper()
 	return newBench(t, p, func(b *bench, opts *token.Options) {
@@ -32,7 +32,7 @@ func (b *bench) mustSignWith(id byte) {
 	}
 }
 
-// A PIN that is kept makes up for a login that was lost, and for nothing else.
+// A kept PIN replaces a prompt only after a login was lost.
 func TestRemember(t *testing.T) {
 	tests := []struct {
 		name    string
@@ -98,7 +98,7 @@ func TestRememberedPINIsOutOfDate(t *testing.T) {
 	all.Wait()
 	want(t, "wrong PINs", b.card.Wrong(), 1)
 	want(t, "right PINs", b.card.Right(), 2)
-	want(t, "prompts", p.Prompts(), 3) // one before, the old one again, the new one
+	want(t, "prompts", p.Prompts(), 3) // the first, the old PIN again, the new PIN
 	problems := p.Problems()
 	want(t, "said of the one that was kept", problems[1], "The token refused the kept PIN.")
 	want(t, "said of the old one", problems[2], "This PIN was refused a moment ago: it was not tried again.")
@@ -113,17 +113,17 @@ func TestRefusedPINIsNotTriedAgain(t *testing.T) {
 	for range 5 {
 		pinError(t, b.sign(), false, pin.TriesLow)
 	}
-	given, err := secret.From([]byte("wrong-1")) // as ssh-add -s gives one
+	given, err := secret.From([]byte("wrong-1")) // as ssh-add -s gives a PIN
 	noError(t, err)
 	defer given.Wipe()
 	_, err = b.store.Login(t.Context(), nil, []*token.Key{b.key(1)}, given)
 	pinError(t, err, false, pin.TriesLow)
 	want(t, "wrong PINs", b.card.Wrong(), 1)
 
-	// Another program has made it the PIN: the flags of the token show that.
+	// Another program makes this text the PIN. The flags of the token show that.
 	b.card.SetPIN("wrong-1")
 	b.mustSign()
-	// The card was out, and who puts it in again may have had a reason.
+	// The card is out and in again. The person may have had a reason, so the agent tries the PIN.
 	noError(t, b.store.LogoutAll(t.Context()))
 	b.card.SetPIN(rightPIN)
 	pinError(t, b.sign(), true, pin.TriesLow)
@@ -132,17 +132,18 @@ func TestRefusedPINIsNotTriedAgain(t *testing.T) {
 	tokentest.Keys(t, b.store, 0)
 	b.card.Insert()
 	tokentest.Keys(t, b.store, 1)
-	pinError(t, b.sign(), false, pin.TriesLast) // two are gone: now a person is asked before the third
+	pinError(t, b.sign(), false, pin.TriesLast) // two tries are used: the agent asks for consent before the third
 	want(t, "wrong PINs", b.card.Wrong(), 3)
 }
 
-// A key that wants its PIN each time asks once for each signature, also for the
-// first one, which logs in, too; and not at all where the kept one may be used.
+// For a key that wants its PIN each time, the agent asks once for each signature. That includes
+// the first signature, which also logs in. If the policy allows the kept PIN, the agent does not
+// ask again.
 func TestAlwaysAuthenticateByPolicy(t *testing.T) {
 	tests := []struct {
 		name   string
 		policy token.Policy
-		after  []int // prompts, after each of four signatures
+		after  []int // prompts in all, after each of four signatures
 	}{
 		{"asks each time", token.Policy{}, []int{1, 2, 3, 4}},
 		{"a PIN is kept, for logins", token.Policy{Remember: true}, []int{1, 2, 3, 4}},
@@ -156,7 +157,7 @@ func TestAlwaysAuthenticateByPolicy(t *testing.T) {
 			b := newPolicyBench(t, p, tt.policy)
 			for i, n := range tt.after {
 				if i == 2 {
-					b.card.LogOut(false) // a new login asks no more often
+					b.card.LogOut(false) // a new login needs no more prompts
 				}
 				b.mustSignWith(2)
 				want(t, "prompts", p.Prompts(), n)
@@ -167,7 +168,7 @@ func TestAlwaysAuthenticateByPolicy(t *testing.T) {
 	}
 }
 
-// What becomes of the prompt for one key is nothing to the others.
+// A person declines the prompt for one key. The other keys still sign.
 func TestAlwaysAuthenticateDeclined(t *testing.T) {
 	p := &tokentest.Person{PINs: []string{rightPIN}}
 	b := newPolicyBench(t, p, token.Policy{})
@@ -182,7 +183,7 @@ func TestAlwaysAuthenticateDeclined(t *testing.T) {
 	want(t, "right PINs", b.card.Right(), 1)
 }
 
-// The configuration knows better than the token where its PIN is typed.
+// The configuration overrides the token: it says where a person types the PIN.
 func TestPadOverride(t *testing.T) {
 	for _, pad := range []bool{false, true} {
 		p := &tokentest.Person{Always: rightPIN}
@@ -203,13 +204,13 @@ func TestPadOverride(t *testing.T) {
 	}
 }
 
-// A login that is made again with the PIN that is kept lasts no longer than the
-// first one would have.
+// The agent logs in again with the kept PIN. The second login ends when the first login would
+// have ended.
 func TestRememberedLoginEnds(t *testing.T) {
 	p := &tokentest.Person{Always: rightPIN}
 	b := newPolicyBench(t, p, token.Policy{Remember: true, Retention: token.Retention{Max: 200 * time.Millisecond}})
 	b.mustSign()
-	for p.Prompts() == 1 { // never, if each login began anew
+	for p.Prompts() == 1 { // for ever, if each login began a new time
 		b.card.LogOut(false)
 		b.mustSign()
 	}

@@ -8,7 +8,7 @@ import (
 	"p11-agent/token/tokentest"
 )
 
-// A token that shows no public half of its keys, before or after a login.
+// A token shows no public half of its keys, neither before nor after a login.
 func TestConfiguredPublicKey(t *testing.T) {
 	for _, kind := range []string{tokentest.RSA2048, tokentest.P256, tokentest.P384, tokentest.P521, tokentest.Ed25519} {
 		for _, shows := range []bool{false, true} {
@@ -19,11 +19,11 @@ func TestConfiguredPublicKey(t *testing.T) {
 					pub = b.card.AddKey(kind, 2, "two", func(k *tokentest.FakeKey) {
 						k.NoPublic, k.Bare, k.Public = true, true, shows
 					})
-					// Of the second, the token shows another public half itself.
+					// The token itself shows another public half for the second.
 					opts.PublicKeys = []token.PublicKey{{URI: parse(t, uri), Key: pub}, {URI: parse(t, "pkcs11:id=%01"), Key: pub}}
 				})
 				want(t, "keys", len(b.store.Keys()), 2)
-				for range 2 { // before the login and after
+				for range 2 { // before the login, and after it
 					for _, k := range b.store.Keys() {
 						if k.Label() == "one" {
 							continue

@@ -15,14 +15,14 @@ import (
 	"p11-agent/token/tokentest/pivcard"
 )
 
-// pullModules are the modules that cards are pulled under.
+// pullModules are the modules of the tests that pull cards.
 var pullModules = []struct{ name, file, label string }{
 	{"OpenSC", "opensc-pkcs11.so", "piv"},
 	{"Yubico", "libykcs11.so*", "YubiKey PIV #"},
 }
 
-// A pullWorld is two cards in two readers, and a Store that keeps their PINs. The first
-// card is pulled.
+// A pullWorld has two cards in two readers, and a Store that keeps their PINs. Tests pull the
+// first card.
 type pullWorld struct {
 	testing.TB
 	pcscd  *tokentest.PCSCD
@@ -67,23 +67,23 @@ func newPullWorld(t testing.TB, file, label string) *pullWorld {
 	return w
 }
 
-// listed tells whether the key of the first card is listed.
+// listed reports whether the Store lists the key of the first card.
 func (w *pullWorld) listed() bool {
 	return slices.ContainsFunc(w.store.Keys(), func(k *token.Key) bool { return k.URI() == w.key.URI() })
 }
 
-// pulled is what one pull has cost.
+// pulled holds the times of one pull.
 type pulled struct {
 	how      string
-	answered time.Duration // from the pull until the signature of that moment is answered; 0: there is none
-	seen     time.Duration // from the insertion until pcscd gives power to the card
+	answered time.Duration // from the pull to the answer of the signature under way; 0: there was none
+	seen     time.Duration // from the insertion to the power-up of the card by pcscd
 	listed   time.Duration // from the insertion
 	signed   time.Duration // likewise
 	other    time.Duration // a signature of the other card, from the pull
-	failure  string        // of the module, as its status had it meanwhile
+	failure  string        // of the module, from its status after the pull
 }
 
-// pullKinds are the moments at which a card is pulled, and pullGaps is for how long.
+// pullKinds are the moments of a pull. pullGaps are the times until the card is in again.
 var (
 	pullKinds = []string{"idle", "in a signature", "behind a signature", "before a signature"}
 	pullGaps  = []time.Duration{0, 100 * time.Millisecond, time.Second, 3 * time.Second}
@@ -100,7 +100,7 @@ func (w *pullWorld) pull(random *rand.Rand, kind int, gap time.Duration) (p pull
 	var answers time.Time
 	sign := func() {
 		all.Go(func() {
-			_ = tokentest.Sign(ctx, w.key) // right or absent
+			_ = tokentest.Sign(ctx, w.key) // succeeds, or the token is absent
 			mu.Lock()
 			defer mu.Unlock()
 			if now := time.Now(); now.After(answers) {
@@ -182,8 +182,8 @@ func (w *pullWorld) pull(random *rand.Rand, kind int, gap time.Duration) (p pull
 	return p
 }
 
-// BenchmarkPull pulls a card once for each round, at a random moment, and tells how long
-// requests wait that meet that, in milliseconds.
+// BenchmarkPull pulls a card once for each round, at a random moment. It reports how long requests
+// wait that meet the pull, in milliseconds.
 func BenchmarkPull(b *testing.B) {
 	for _, m := range pullModules {
 		b.Run(m.name, func(b *testing.B) {

@@ -9,8 +9,8 @@ import (
 	"p11-agent/token/wire"
 )
 
-// A request that meets a card being pulled has 5 s, of which pcscd takes process.NoticeTime and a
-// new process as much again.
+// A request that meets a pull has 5 s. pcscd takes process.NoticeTime of them, and a new process
+// takes the same time again.
 func TestPulledBounds(t *testing.T) {
 	if all := process.NoticeTime + process.GoneTimeout + process.OthersTimeout + process.NoticeTime; all > 5*time.Second {
 		t.Errorf("the bounds add up to %v", all)
@@ -23,7 +23,7 @@ func TestPulledBounds(t *testing.T) {
 	}
 }
 
-// Only what is known to have stayed in its reader keeps its PIN.
+// The agent keeps a PIN only if it knows that the card has stayed in its reader.
 func TestMayHaveLeft(t *testing.T) {
 	one, two := pcsc.Reader{Name: "one", Card: true, Events: 1}, pcsc.Reader{Name: "two", Card: true, Events: 1}
 	with := func(r pcsc.Reader, card bool, events uint32) pcsc.Reader {

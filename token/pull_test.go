@@ -52,9 +52,9 @@ func TestPIVPulls(t *testing.T) {
 	}
 }
 
-// A card is pulled just behind a signature, which has OpenSC hang, and another card with
-// the same four texts is put in its place. Its PIN is another one: the PIN that is kept of
-// the first card is not tried on it.
+// The test pulls a card just after a signature, which makes OpenSC hang. It puts in another card
+// with the same four texts and another PIN. The agent does not try the kept PIN of the first card
+// on the other card.
 func TestPIVNextCardInReader(t *testing.T) {
 	p := tokentest.StartPCSCD(t)
 	card := func(rightPIN string) *pivcard.Card {
@@ -86,14 +86,13 @@ func TestPIVNextCardInReader(t *testing.T) {
 	want(t, "PINs that the first card was given", first.Counts().Right, 1)
 }
 
-// deaf are functions of a module that does not answer any more. A name comes before those that
-// begin with it.
+// deaf makes these functions of a module hang. A name comes before the names that begin with it.
 const deaf = " hang=C_GetSlotInfo hang=C_GetTokenInfo hang=C_OpenSession hang=C_GetSessionInfo hang=C_CloseSession" +
 	" hang=C_FindObjectsInit hang=C_Sign hang=C_SignInit hang=C_Login"
 
-// A card is pulled in the middle of a signature, and from then on the module hangs, also
-// when it is started anew. It may take an hour for each request. The signature is answered
-// while it hangs.
+// The test pulls a card during a signature. From then on, the module hangs, also after a new
+// start. Its timeout is one hour for each request. The agent still answers the signature while
+// the module hangs.
 func TestPulledAndModuleHangs(t *testing.T) {
 	library := tokentest.BuildBadModule(t)
 	pull := func(t *testing.T, b *badModule, env []string, module string, pull func(), wait string) (*token.Store, *token.Key) {
@@ -135,7 +134,7 @@ func TestPulledAndModuleHangs(t *testing.T) {
 			b.command("hang=C_GetSlotList" + deaf)
 			p.Pull(0)
 		}, "")
-		// It is well again, and so is the next process.
+		// The module works again, and the next process works.
 		b.command("")
 		p.Insert(0, c)
 		noError(t, s.Rescan(t.Context()))
