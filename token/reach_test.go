@@ -22,7 +22,7 @@ func TestAttack16RemoteProvider(t *testing.T) {
 	noError(t, os.WriteFile(there, nil, 0o700))
 	allow := token.AllowList{"*"}
 	if _, err := token.ParseProvider([]byte(there), allow); err != nil {
-		t.Fatal(err) // for a client of this machine
+		t.Fatal(err) // the path is right for a client of this machine
 	}
 	for _, paths := range [][2]string{
 		{there, filepath.Join(dir, "missing.so")},
@@ -56,7 +56,7 @@ func TestAttack16RemoteProvider(t *testing.T) {
 	}
 }
 
-// Keys that may not be reached count as not there.
+// SelectOf treats keys that a client may not reach as absent.
 func TestSelectOf(t *testing.T) {
 	f := tokentest.NewFake(t)
 	for _, name := range []string{"one", "two"} {
@@ -77,7 +77,7 @@ func TestSelectOf(t *testing.T) {
 	}
 }
 
-// LogoutOf logs out of the tokens that are chosen, and forgets their PINs.
+// LogoutOf logs out of the chosen tokens, and forgets their PINs.
 func TestLogoutOf(t *testing.T) {
 	f := tokentest.NewFake(t)
 	one, two := f.AddToken("one", rightPIN), f.AddToken("two", rightPIN)
@@ -92,7 +92,7 @@ func TestLogoutOf(t *testing.T) {
 	want(t, "logged in", [2]bool{one.LoggedIn(), two.LoggedIn()}, [2]bool{false, true})
 }
 
-// Whether a signature would have a person give the PIN is known beforehand.
+// AsksPIN reports before a signature whether the signature would ask a person for the PIN.
 func TestAsksPIN(t *testing.T) {
 	p := &tokentest.Person{Always: rightPIN}
 	b := newBench(t, p, nil)

@@ -17,12 +17,12 @@ import (
 	"p11-agent/token/tokentest"
 )
 
-// remoteKinds are those that p11-kit's protocol carries: 0.24.1 drops the
+// remoteKinds are the kinds of keys that the protocol of p11-kit supports. p11-kit 0.24.1 drops the
 // mechanism of Ed25519 (p11-kit issue 776).
 var remoteKinds = []string{tokentest.RSA2048, tokentest.P256, tokentest.P384, tokentest.P521}
 
-// TestRemote runs the suite on a SoftHSM behind p11-kit's protocol, as an HSM in
-// the network is: each module process has a "p11-kit remote" for itself.
+// TestRemote runs the suite on a SoftHSM behind the protocol of p11-kit, like an HSM in the
+// network. Each module process has its own "p11-kit remote".
 func TestRemote(t *testing.T) {
 	h, keys := remoteToken(t)
 	tokentest.Run(t, func(t *testing.T) tokentest.Subject {
@@ -33,7 +33,7 @@ func TestRemote(t *testing.T) {
 	})
 }
 
-// remoteToken is a SoftHSM with the token "far", which has a key of each kind.
+// remoteToken returns a SoftHSM with the token "far", which has a key of each kind.
 func remoteToken(t *testing.T) (*tokentest.SoftHSM, map[string]byte) {
 	t.Helper()
 	h := tokentest.NewSoftHSM(t)
@@ -46,8 +46,8 @@ func remoteToken(t *testing.T) (*tokentest.SoftHSM, map[string]byte) {
 	return h, keys
 }
 
-// TestRemoteHeals has the connection end under a Store that is logged in. The next
-// signature is made, and a person is asked once more.
+// TestRemoteHeals ends the connection of a Store that is logged in. The next signature succeeds,
+// with one more prompt.
 func TestRemoteHeals(t *testing.T) {
 	h, _ := remoteToken(t)
 	spec, pid := remoteSpec(t, h)
@@ -63,8 +63,8 @@ func TestRemoteHeals(t *testing.T) {
 	}
 }
 
-// remoteSpec is the module that reaches a SoftHSM by a command. pid tells the
-// process of the command that was started last.
+// remoteSpec returns the module that reaches a SoftHSM through a command. pid returns the process
+// of the last command.
 func remoteSpec(t *testing.T, h *tokentest.SoftHSM) (spec token.ModuleSpec, pid func() int) {
 	t.Helper()
 	client := tokentest.Module(t, "p11-kit-client.so")

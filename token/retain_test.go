@@ -11,7 +11,7 @@ import (
 	"p11-agent/token/wire"
 )
 
-// newRetainBench has keys 1 and 2, each with its rule.
+// newRetainBench makes a bench with keys 1 and 2, each with its own Retention.
 func newRetainBench(t *testing.T, p *tokentest.Person, one, two token.Retention) *bench {
 	t.Helper()
 	return newBench(t, p, func(b *bench, opts *token.Options) {
@@ -40,7 +40,7 @@ func TestRetainNever(t *testing.T) {
 		want(t, "logged in", b.card.LoggedIn(), true)
 	}
 	want(t, "prompts", p.Prompts(), 4)
-	// They share the login, which the first key ends, too.
+	// Both keys share the login. So the rule of the first key also ends the login of the second.
 	b.mustSign()
 	want(t, "logged in", b.card.LoggedIn(), false)
 	want(t, "prompts", p.Prompts(), 4)
@@ -82,8 +82,8 @@ func TestRetainForATime(t *testing.T) {
 	}
 }
 
-// The end of an earlier login does not end a later login: the card was out, or the token was
-// logged out.
+// The time of an earlier login does not end a later login. In between, the card was out, or the
+// token was logged out.
 func TestRetainBeginsAnew(t *testing.T) {
 	p := &tokentest.Person{Always: rightPIN}
 	b := newRetainBench(t, p, token.Retention{Max: time.Hour}, token.Retention{Idle: time.Hour})
@@ -107,7 +107,7 @@ func TestForget(t *testing.T) {
 	sleep, lock := token.Retention{Sleep: true}, token.Retention{ScreenLock: true}
 	for _, tt := range []struct {
 		name     string
-		one, two token.Retention // key 1 signs
+		one, two token.Retention // of the two keys; key 1 signs
 		event    token.Event
 		want     bool // logged in afterwards
 	}{
@@ -156,8 +156,8 @@ func TestForgetDropsThePIN(t *testing.T) {
 	}
 }
 
-// A module that does not log out is stopped, and so the login ends all the same.
-// The tokens of other modules do not wait for it.
+// The agent stops a module that does not log out. That ends the login too. The tokens of other
+// modules do not wait for the module.
 func TestForgetStopsAModule(t *testing.T) {
 	for name, hang := range map[string]bool{"that hangs": true, "that fails": false} {
 		t.Run(name, func(t *testing.T) {

@@ -20,7 +20,7 @@ import (
 	"p11-agent/token/tokentest/pivcard"
 )
 
-// newPair makes a key to be imported.
+// newPair makes a key for an import into a token.
 func newPair(t *testing.T, kind string) (crypto.Signer, []byte) {
 	t.Helper()
 	var key crypto.Signer
@@ -53,7 +53,7 @@ func certify(t *testing.T, name string, key, issuer crypto.Signer, authority boo
 	return der
 }
 
-// hsmStore is a Store with one token of SoftHSM.
+// hsmStore returns a Store with one token of SoftHSM, and the person that it asks.
 func hsmStore(t *testing.T, hsm *tokentest.SoftHSM) (*token.Store, *tokentest.Person) {
 	t.Helper()
 	person := &tokentest.Person{Always: tokentest.PIN}
@@ -62,8 +62,8 @@ func hsmStore(t *testing.T, hsm *tokentest.SoftHSM) (*token.Store, *tokentest.Pe
 	}, tokentest.PIN), person
 }
 
-// What a login shows counts for the signature that the login was for, and the key stays in
-// the list: a certificate may have another ID than its private key, or none.
+// A certificate may have another ID than its private key, or no ID. A login shows the private key.
+// The signature that caused the login uses it, and the key stays in the list.
 func TestLoginShowsOtherID(t *testing.T) {
 	for _, kind := range []string{tokentest.RSA2048, tokentest.P256} {
 		for _, id := range []string{"02", ""} {
@@ -99,7 +99,7 @@ func TestLoginShowsOtherID(t *testing.T) {
 	}
 }
 
-// Nothing tells which EC key is whose, and the certificates have other IDs and labels.
+// No attribute links an EC key to its certificate: their IDs and labels differ.
 func TestCertificatesOfOtherIDs(t *testing.T) {
 	hsm := tokentest.NewSoftHSM(t)
 	hsm.AddToken("work", tokentest.PIN)
@@ -121,13 +121,13 @@ func TestCertificatesOfOtherIDs(t *testing.T) {
 	want(t, "prompts", person.Prompts(), 1)
 }
 
-// Whether a key is fit does not depend on a login.
+// A login does not change whether a key is fit.
 func TestFitBeforeAndAfter(t *testing.T) {
 	ca, _ := newPair(t, tokentest.P256)
 	for _, tt := range []struct {
 		name   string
 		issuer crypto.Signer
-		public bool // there is a public key object
+		public bool // the token has a public key object
 		fit    bool
 	}{
 		{"OwnAuthority", nil, false, true},
@@ -159,7 +159,7 @@ func TestFitBeforeAndAfter(t *testing.T) {
 	}
 }
 
-// A root certificate that others have put onto the token is no key to log in with.
+// A root certificate of another owner on the token does not become a key for logins.
 func TestForeignRoot(t *testing.T) {
 	hsm := tokentest.NewSoftHSM(t)
 	hsm.AddToken("work", tokentest.PIN)
@@ -178,7 +178,7 @@ func TestForeignRoot(t *testing.T) {
 	}
 }
 
-// Pairs of one ID and label do not show which private key is whose: each signs with its own.
+// Two pairs have one ID and one label. Each key still signs with its own private key.
 func TestSameIDAndLabel(t *testing.T) {
 	hsm := tokentest.NewSoftHSM(t)
 	hsm.AddToken("work", tokentest.PIN)
@@ -196,7 +196,7 @@ func TestSameIDAndLabel(t *testing.T) {
 	want(t, "prompts", person.Prompts(), 1)
 }
 
-// selects returns the IDs of what a URI selects.
+// selects returns the IDs of the keys that a URI selects.
 func selects(t *testing.T, s *token.Store, uri string) string {
 	t.Helper()
 	u, err := pkcs11uri.Parse(uri)
@@ -212,8 +212,9 @@ func selects(t *testing.T, s *token.Store, uri string) string {
 	return fmt.Sprintf("%x", ids)
 }
 
-// p11tool prints what the private keys are called, which shows after a login only. Until
-// then a URI selects the keys that it may mean, and after it those that it means.
+// p11tool prints the labels of private keys, which show only after a login. Before the login, a URI
+// with such a label selects each key that may have it. After the login, it selects the keys that
+// have it.
 func TestNamesOfHiddenKeys(t *testing.T) {
 	_, _, _, s := pivStore(t, pivcard.Options{Name: "piv", PIN: pivPIN})
 	for _, tt := range []struct{ uri, before, after string }{
@@ -236,11 +237,11 @@ func TestNamesOfHiddenKeys(t *testing.T) {
 		}()
 	}
 	noError(t, tokentest.Sign(t.Context(), tokentest.Key(t, s, "piv", 1)))
-	noError(t, s.LogoutAll(t.Context())) // what was seen is remembered
+	noError(t, s.LogoutAll(t.Context())) // the agent remembers the labels
 	noError(t, s.Rescan(t.Context()))
 }
 
-// A label is exact; names of tokens have padding, which p11tool prints.
+// A label must match exactly. The names of tokens have padding, which p11tool prints.
 func TestPadding(t *testing.T) {
 	hsm := tokentest.NewSoftHSM(t)
 	hsm.AddToken("demo", tokentest.PIN)

@@ -17,7 +17,7 @@ import (
 	"p11-agent/token/tokentest"
 )
 
-// needLandlock ends the test where the kernel has none.
+// needLandlock ends the test if the kernel has no Landlock.
 func needLandlock(t *testing.T) (version int) {
 	t.Helper()
 	version, err := ll.LandlockGetABIVersion()
@@ -30,15 +30,15 @@ func needLandlock(t *testing.T) (version int) {
 	return version
 }
 
-// A module tries what it has no business to do: on the thread that starts it, on one of
-// its own, and in a program. In the sandbox it is refused, without it is not.
+// A module tries forbidden actions: on the thread that starts the module, on a thread of its own,
+// and in a program. The sandbox refuses them. Without the sandbox, they succeed.
 func TestIntruder(t *testing.T) {
 	scoped := needLandlock(t) >= 6
 	library := tokentest.BuildBadModule(t)
 	for _, confined := range []bool{true, false} {
 		t.Run(fmt.Sprintf("sandbox=%v", confined), func(t *testing.T) {
-			// In a directory that is writable, as the report goes there, lies a home that
-			// is not: what is below a link is where it points.
+			// The module may write to dir, because its report goes there. dir has a link to the
+			// home, where the module may not write: the target of the link counts.
 			dir, home := tokentest.TempDir(t), tokentest.HomeDir(t)
 			noError(t, os.Symlink(home, filepath.Join(dir, "home")))
 			keys := filepath.Join(home, ".ssh/authorized_keys")
@@ -74,7 +74,7 @@ func TestIntruder(t *testing.T) {
 				case errno == unix.EOPNOTSUPP || errno == unix.ENOTTY || errno == unix.ENODATA:
 					want(t, what+" is not what this file system has", confined, false)
 				case strings.HasPrefix(what, "bpf") && !confined:
-					// Here it depends on the kernel, whether there are such programs.
+					// The kernel decides whether such programs exist.
 				case refused != confined:
 					t.Errorf("%s: %v", what, errno)
 				}
@@ -109,8 +109,8 @@ func cutLast(line string) (what string, errno unix.Errno, ok bool) {
 	return line[:i], unix.Errno(n), err == nil
 }
 
-// A module that needs to write elsewhere does not start, and what is said of it tells
-// what to do. Both ways of it help.
+// A module that needs to write elsewhere does not start. The error of the module gives two remedies.
+// Both remedies work.
 func TestSandboxHint(t *testing.T) {
 	needLandlock(t)
 	library := tokentest.BuildBadModule(t)

@@ -60,7 +60,7 @@ func TestDefaultAllowList(t *testing.T) {
 	}
 }
 
-// tree makes files to choose modules from and returns their directory.
+// tree makes module files, and returns their directory.
 //
 //	lib/p11.so
 //	lib/deep/er/p11.so
@@ -104,10 +104,10 @@ func TestAllowListResolve(t *testing.T) {
 	tests := []struct {
 		name  string
 		allow string // DIR stands for the directory
-		path  string // DIR as well
-		want  string // within the directory; empty: refused
-		is    error  // why, or
-		err   string // a piece of why
+		path  string // with DIR too
+		want  string // below the directory; empty: an error
+		is    error  // the error, or
+		err   string // a part of its text
 	}{
 		{name: "in the list", allow: "DIR/lib*/**", path: "DIR/lib/p11.so", want: "lib/p11.so"},
 		{name: "deep in the list", allow: "DIR/lib*/**", path: "DIR/lib/deep/er/p11.so", want: "lib/deep/er/p11.so"},
@@ -180,10 +180,10 @@ func TestParseProvider(t *testing.T) {
 	tests := []struct {
 		name     string
 		provider string // DIR stands for the directory
-		err      string // a piece of why not; empty: it is right
+		err      string // a part of the error; empty: the provider is right
 
-		path  string // of the Selector, within the directory
-		text  string // of the Selector, unless it is that of its path
+		path  string // of the Selector, below the directory
+		text  string // of the Selector, if it is not that of its path
 		broad bool
 	}{
 		{name: "path", provider: "DIR/lib/p11.so", path: "lib/p11.so", broad: true},
@@ -283,8 +283,8 @@ func TestParseProvider(t *testing.T) {
 	}
 }
 
-// The label of a token gives a client that may be elsewhere what its URI gives, and no
-// more.
+// A client that may be on another machine names the label of a token. The client gets the same as
+// for the URI of the token.
 func TestParseRemoteProviderLabel(t *testing.T) {
 	for _, label := range []string{"card", "PIV Card II", "internal", "x/p11.so", "p11.so", "card?pin-source=/etc/passwd", "card?pin-value=1234", ""} {
 		uri := (&pkcs11uri.URI{Token: &label}).String()
@@ -306,7 +306,7 @@ func TestParseRemoteProviderLabel(t *testing.T) {
 	}
 }
 
-// A client may not name a command for the PIN: nothing is run or started.
+// A client may not name a command for the PIN. The agent runs no command and starts no module.
 func TestParseProviderPINCommand(t *testing.T) {
 	for _, text := range []string{
 		"pkcs11:token=card?pin-source=|/usr/bin/touch%20x",

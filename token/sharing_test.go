@@ -21,8 +21,8 @@ import (
 	"p11-agent/token/wire"
 )
 
-// A sharer is a Store on a card behind pcscd, and what others need to use the
-// same card.
+// A sharer is a Store with a card behind pcscd. It has the parts that other programs need to use
+// the same card.
 type sharer struct {
 	*testing.T
 	pcscd  *tokentest.PCSCD
@@ -32,12 +32,12 @@ type sharer struct {
 	spec   token.ModuleSpec
 }
 
-// shared is a module and a card that others use, too.
+// shared is a module, and a card that other programs use too.
 type shared struct {
 	name, module string
 	yubiKey      bool
-	always       bool // with a key that wants its PIN each time: OpenSC keeps no PIN then
-	frail        bool // it does not select its application again, and has to be started anew
+	always       bool // a key wants its PIN each time, so OpenSC keeps no PIN
+	frail        bool // the module does not select its application again, and needs a new start
 }
 
 var sharedModules = []shared{
@@ -51,7 +51,7 @@ func newSharer(t *testing.T, m shared, set func(*token.ModuleSpec)) *sharer {
 	return newSharerWith(t, m, set, nil)
 }
 
-// newSharerWith has first done before the Store is opened.
+// newSharerWith calls first before it opens the Store.
 func newSharerWith(t *testing.T, m shared, set func(*token.ModuleSpec), first func(*sharer)) *sharer {
 	t.Helper()
 	path := tokentest.Module(t, m.module)
@@ -77,7 +77,7 @@ func newSharerWith(t *testing.T, m shared, set func(*token.ModuleSpec), first fu
 	return s
 }
 
-// key is the one that wants its PIN once.
+// key returns the key that wants its PIN once.
 func (s *sharer) key() *token.Key {
 	s.Helper()
 	label := "piv"
@@ -97,13 +97,13 @@ func (s *sharer) run(ctx context.Context, args ...string) error {
 	return nil
 }
 
-// neighbours are the programs that come in between. Each returns a function that
-// uses the card once, and how many PINs that gives to it.
+// neighbours are other programs that use the card. start returns a function that uses the card
+// once. right and wrong are the numbers of PINs that the function gives to the card.
 var neighbours = []struct {
 	name         string
 	start        func(s *sharer) func(context.Context) error
 	right, wrong int
-	fragile      bool // it fails when it is disturbed in the middle
+	fragile      bool // the program fails if another program disturbs it
 }{
 	{"pkcs11-tool", func(s *sharer) func(context.Context) error {
 		dir := s.TempDir()
@@ -133,7 +133,7 @@ var neighbours = []struct {
 		gpg := s.pcscd.SCDaemon("pcsc-shared")
 		return func(context.Context) error {
 			before := s.card.Counts().OpenPGP
-			// RESET has it select its application again, as it does for a new session.
+			// RESET makes scdaemon select its application again, as for a new session.
 			for _, command := range []string{"RESET", "SERIALNO openpgp", "GETATTR DISP-NAME"} {
 				if answer := gpg.Ask(command); !strings.HasPrefix(answer, "OK") {
 					return fmt.Errorf("scdaemon, %s: %q", command, answer)
@@ -156,9 +156,8 @@ var neighbours = []struct {
 	}, 0, 1, false},
 }
 
-// TestSharing has other programs use the card in between. Each time the next
-// signature is made, with one prompt at the most, and what the others want to do
-// is done.
+// TestSharing lets other programs use the card between signatures. Each next signature succeeds,
+// with at most one prompt. The other programs succeed too.
 func TestSharing(t *testing.T) {
 	for _, m := range sharedModules {
 		for _, n := range neighbours {
@@ -173,7 +172,7 @@ func TestSharing(t *testing.T) {
 					idle(t, s.store)
 					err := use(t.Context())
 					if err != nil && n.fragile {
-						// A look that an event caused came between two commands of this program.
+						// A look of the agent, for an event, came between two commands of the program.
 						t.Log(err)
 						tokentest.Until(t, "the other program succeeds", func() bool { return use(t.Context()) == nil })
 						err = nil
@@ -201,7 +200,7 @@ func TestSharingAllTheTime(t *testing.T) {
 	for _, m := range sharedModules {
 		for _, n := range neighbours {
 			if n.wrong > 0 {
-				continue // it would lock the card
+				continue // its wrong PINs would lock the card
 			}
 			t.Run(m.name+"/"+n.name, func(t *testing.T) {
 				t.Parallel()
@@ -210,7 +209,7 @@ func TestSharingAllTheTime(t *testing.T) {
 				use := n.start(s)
 				ctx, stop := context.WithCancel(t.Context())
 				var times, disturbed int
-				once := make(chan struct{}, 1) // it was used once more
+				once := make(chan struct{}, 1) // the program has used the card once more
 				done := make(chan struct{})
 				go func() {
 					defer close(done)
@@ -252,7 +251,7 @@ func TestSharingAllTheTime(t *testing.T) {
 				}
 				c := s.card.Counts()
 				want(t, "wrong PINs", c.Wrong, 0)
-				switch { // how many of a frail module's are disturbed is up to the scheduler
+				switch { // the scheduler decides how many signatures of a frail module are disturbed
 				case m.frail && made == 0:
 					t.Error("no signature was made")
 				case !m.frail:
@@ -266,7 +265,7 @@ func TestSharingAllTheTime(t *testing.T) {
 	}
 }
 
-// holders keep a reader to themselves, until they are closed.
+// holders are programs that use a reader alone, until the test closes them.
 var holders = []struct {
 	name  string
 	start func(s *sharer) *tokentest.Neighbour
@@ -285,12 +284,12 @@ var holders = []struct {
 	}},
 }
 
-// release is short enough for a test.
+// release sets the times after which a module releases its cards.
 func release(after time.Duration) func(*token.ModuleSpec) {
 	return func(spec *token.ModuleSpec) { spec.Release, spec.Idle = after, after }
 }
 
-// released waits until the module has let go of its cards.
+// released waits until the module has released its cards.
 func (s *sharer) released() {
 	s.Helper()
 	tokentest.Until(s.T, "the module lets go of the card", func() bool {
@@ -300,17 +299,17 @@ func (s *sharer) released() {
 	})
 }
 
-// longEnough waits until another agent with the same rules has let go of the card,
-// which began to wait for that later.
+// longEnough waits until a second agent has released the card. The second agent has the same rules,
+// and starts later.
 func (s *sharer) longEnough() {
 	s.Helper()
 	other := tokentest.Store(s.T, token.Options{Modules: []token.ModuleSpec{s.spec}, Command: self}, pivPIN)
 	tokentest.Until(s.T, "another agent lets go of the card", func() bool { return other.Modules()[0].Released })
 }
 
-// names tells whether an error names the program that keeps the reader, and no other.
-// scdaemon lets only root see what it has open. For an ordinary user it may be any
-// scdaemon, such as that of a test which runs at the same time.
+// names reports whether an error names the program that uses the reader alone, and no other
+// program. scdaemon shows its open files to root only. For an ordinary user, the error may also
+// name another scdaemon, such as the scdaemon of a test that runs at the same time.
 func names(e *token.InUseError, program string, n *tokentest.Neighbour) bool {
 	all := slices.Concat(e.Holders, e.Probably)
 	holder := fmt.Sprintf("%s (%d)", program, n.PID)
@@ -320,8 +319,8 @@ func names(e *token.InUseError, program string, n *tokentest.Neighbour) bool {
 	return slices.Contains(all, holder) && len(others) == 0
 }
 
-// TestReaderInUse has another program keep the reader to itself when a signature
-// is wanted. It is waited for, and named when it does not let go.
+// TestReaderInUse requests a signature while another program uses the reader alone. The agent
+// waits for the program. The error names the program if it does not release the reader.
 func TestReaderInUse(t *testing.T) {
 	for _, m := range sharedModules[1:] {
 		for _, h := range holders {
@@ -366,8 +365,8 @@ func TestReaderInUse(t *testing.T) {
 	}
 }
 
-// TestReaderInUseFirst has another program keep the reader to itself when the
-// module starts. The key shows when it lets go.
+// TestReaderInUseFirst starts the module while another program uses the reader alone. The key
+// shows when the program releases the reader.
 func TestReaderInUseFirst(t *testing.T) {
 	for _, m := range sharedModules[1:] {
 		t.Run(m.name, func(t *testing.T) {
@@ -387,8 +386,8 @@ func TestReaderInUseFirst(t *testing.T) {
 	}
 }
 
-// TestTransaction has another program have a transaction: signatures wait for its
-// end, and nothing else.
+// TestTransaction lets another program hold a transaction. Signatures wait for its end. Nothing else
+// waits.
 func TestTransaction(t *testing.T) {
 	for _, m := range sharedModules {
 		t.Run(m.name, func(t *testing.T) {
@@ -416,8 +415,8 @@ func TestTransaction(t *testing.T) {
 	}
 }
 
-// TestRelease has a module let go of the card so that scdaemon gets it, which
-// wants it alone, and take it again.
+// TestRelease has a module that releases the card. So scdaemon gets the card, which it uses alone.
+// Then the module takes the card again.
 func TestRelease(t *testing.T) {
 	for _, m := range sharedModules {
 		t.Run(m.name, func(t *testing.T) {
@@ -438,7 +437,7 @@ func TestRelease(t *testing.T) {
 			want(t, "restarts", s.store.Modules()[0].Restarts, 0)
 			want(t, "wrong PINs", s.card.Counts().Wrong, 0)
 
-			// The card is not forgotten, and neither is what becomes of it.
+			// The agent still knows the card, and notices that the card leaves and comes back.
 			s.released()
 			s.pcscd.Remove(0)
 			tokentest.Keys(t, s.store, 0)
@@ -472,8 +471,7 @@ func TestReleaseKeepsLogin(t *testing.T) {
 	want(t, "scdaemon", gpg.Ask("SERIALNO openpgp"), "OK")
 }
 
-// TestReleaseWaits has a person take their time: the module is not let go under
-// the prompt.
+// A person answers a prompt late. The agent does not release the module during the prompt.
 func TestReleaseWaits(t *testing.T) {
 	s := newSharer(t, sharedModules[1], release(20*time.Millisecond))
 	k := s.key()
@@ -490,8 +488,7 @@ func TestReleaseWaits(t *testing.T) {
 	want(t, "prompts", s.person.Prompts(), 1)
 }
 
-// TestStartedAnewAgainAndAgain has a module that works when it is started anew,
-// each time: there is no longer pause before it for that.
+// A module works only after a new start, again and again. The pause before the start does not grow.
 func TestStartedAnewAgainAndAgain(t *testing.T) {
 	p := &tokentest.Person{Always: rightPIN}
 	b := newBench(t, p, nil)
@@ -536,9 +533,9 @@ func TestInUseError(t *testing.T) {
 	}
 }
 
-// OpenSC 0.23 sends a PIV card nothing at C_Logout: it stays verified for every
-// program. It forgets when its module has let go of it, as pcscd cuts its power
-// then.
+// OpenSC 0.23 sends nothing to a PIV card at C_Logout, so the PIN stays verified for each program.
+// When the module releases the card, pcscd cuts the power of the card. Then the card forgets that
+// the PIN was verified.
 func TestReleaseMakesTheCardForget(t *testing.T) {
 	module := tokentest.Module(t, "opensc-pkcs11.so")
 	p := tokentest.StartPCSCD(t)
@@ -577,7 +574,7 @@ func TestReleaseRemembers(t *testing.T) {
 	}
 	want(t, "prompts", person.Prompts(), 1)
 	want(t, "right PINs", card.Counts().Right, 3)
-	// It is forgotten as ever.
+	// LogoutAll still makes the agent forget the PIN.
 	noError(t, s.LogoutAll(t.Context()))
 	noError(t, tokentest.Sign(t.Context(), tokentest.Key(t, s, "piv", 1)))
 	want(t, "prompts", person.Prompts(), 2)

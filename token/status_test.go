@@ -9,7 +9,7 @@ import (
 	"p11-agent/token/tokentest"
 )
 
-// tokenStatus returns the state of the token of a label.
+// tokenStatus returns the state of the token with a label.
 func tokenStatus(t *testing.T, s *token.Store, label string) token.TokenStatus {
 	t.Helper()
 	for _, m := range s.Modules() {
@@ -25,7 +25,7 @@ func tokenStatus(t *testing.T, s *token.Store, label string) token.TokenStatus {
 	return token.TokenStatus{}
 }
 
-// within tells whether a time is between two.
+// within reports whether a time is between two other times.
 func within(at, from, to time.Time) bool { return !at.Before(from) && !at.After(to) }
 
 func TestLoginState(t *testing.T) {
@@ -75,7 +75,7 @@ func TestLoginState(t *testing.T) {
 	want(t, "signatures", st.Signatures, uint64(2))
 }
 
-// A login that was for no signature ends as one that was.
+// A login that LoginAsk made ends in the same way as a login for a signature.
 func TestLoginAskEnds(t *testing.T) {
 	p := &tokentest.Person{Always: rightPIN}
 	b := newBench(t, p, func(_ *bench, o *token.Options) {
@@ -89,7 +89,7 @@ func TestLoginAskEnds(t *testing.T) {
 	want(t, "signatures", b.card.Signed(), 0)
 }
 
-// One token is logged out, and its neighbour is not.
+// Logout logs out of one token, and not of another token.
 func TestLogout(t *testing.T) {
 	f := tokentest.NewFake(t)
 	one, two := f.AddToken("one", rightPIN), f.AddToken("two", rightPIN)

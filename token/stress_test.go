@@ -30,7 +30,7 @@ func TestStress(t *testing.T) {
 		b.card.AddKey(tokentest.P256, 3, "three", func(k *tokentest.FakeKey) { k.Always = true })
 	})
 	keys := []*token.Key{b.key(1), b.key(2), b.key(3)}
-	var faults atomic.Int32 // requests to sign that are still to fail
+	var faults atomic.Int32 // how many of the next requests to sign fail
 	b.fake.Intercept(func(_ context.Context, proc *tokentest.FakeProcess, r wire.Request) bool {
 		if r.Type != wire.TypeSign || faults.Load() <= 0 || faults.Add(-1) < 0 {
 			return false
@@ -52,9 +52,9 @@ func TestStress(t *testing.T) {
 				}
 				ctx, cancel := context.WithCancel(t.Context())
 				if random.IntN(10) == 0 {
-					time.AfterFunc(time.Duration(random.IntN(3))*time.Millisecond, cancel) // it hangs up
+					time.AfterFunc(time.Duration(random.IntN(3))*time.Millisecond, cancel) // the client hangs up
 				}
-				// Sign verifies what it gets.
+				// tokentest.Sign verifies the signature.
 				err := tokentest.Sign(ctx, keys[random.IntN(len(keys))])
 				cancel()
 				if err == nil {
@@ -69,7 +69,7 @@ func TestStress(t *testing.T) {
 		})
 	}
 	random := rand.New(rand.NewPCG(seed, clients))
-	kills := 4 // more would only make the pause before the next start longer
+	kills := 4 // more kills would only lengthen the pause before the next start
 	for range disturbances {
 		// The clients do some work between two disturbances. The work may fail.
 		before := signed.Load() + failed.Load()
@@ -121,8 +121,8 @@ func TestStress(t *testing.T) {
 	want(t, "dialogues at once", p.Most(), 1)
 }
 
-// A token logs out while clients sign without a pause. No signature fails, each
-// of which meets one logout at the most, and a logout costs one prompt at the most.
+// Another program logs the token out while clients sign without a pause. Each signature meets at
+// most one logout, and no signature fails. A logout costs at most one prompt.
 func TestLogoutUnderLoad(t *testing.T) {
 	const clients, logouts = 8, 40
 	for _, noticed := range []bool{false, true} {

@@ -8,7 +8,7 @@ import (
 	"p11-agent/token/wire"
 )
 
-// Fakes for the suite: a card that shows everything, and others that do not.
+// Fakes for the suite: a card that shows everything, and cards that do not.
 var fakes = []struct {
 	name  string
 	token func(t *tokentest.FakeToken)

@@ -25,7 +25,7 @@ func TestPause(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		m := &module{wanted: make(chan *lookup), poked: make(chan struct{}, 1)}
 		start := time.Now()
-		m.poked <- struct{}{} // a list of keys does not end it
+		m.poked <- struct{}{} // a list of keys does not end the pause
 		if due := m.pause(t.Context(), restartMax); len(due) != 0 || time.Since(start) != restartMax {
 			t.Errorf("%d looks after %v", len(due), time.Since(start))
 		}

@@ -13,8 +13,8 @@ import (
 
 const tpmPIN = "Sesame-4829"
 
-// TestTPM runs the suite on a TPM, where all is real but the chip. Wrong PINs
-// count against the whole of it, so that they are forgiven before each test.
+// TestTPM runs the suite on a TPM. Only the chip is not real. Wrong PINs count against the whole TPM,
+// so the suite resets their count before each test.
 func TestTPM(t *testing.T) {
 	m := tokentest.NewTPM(t)
 	m.AddToken("tpm", tpmPIN)
@@ -31,8 +31,8 @@ func TestTPM(t *testing.T) {
 	})
 }
 
-// TestTPMHeals has the world change under a Store that is logged in. The next
-// signature is made, and a person is asked once more at the most.
+// TestTPMHeals disturbs a Store that is logged in. The next signature succeeds, with at most one
+// more prompt.
 func TestTPMHeals(t *testing.T) {
 	for name, change := range map[string]func(*tokentest.TPM){
 		"Sleep":         (*tokentest.TPM).Sleep,
@@ -57,7 +57,7 @@ func TestTPMHeals(t *testing.T) {
 	}
 }
 
-// tpmStore is a Store that sees one token of a TPM, and the person it asks.
+// tpmStore returns a Store that shows one token of a TPM, and the person that it asks.
 func tpmStore(t *testing.T) (*tokentest.TPM, *tokentest.Person, *token.Store) {
 	t.Helper()
 	m := tokentest.NewTPM(t)
@@ -69,8 +69,7 @@ func tpmStore(t *testing.T) (*tokentest.TPM, *tokentest.Person, *token.Store) {
 	}, tpmPIN)
 }
 
-// TestTPMLockout has wrong PINs lock the TPM, of which the flags of its tokens
-// never tell.
+// Wrong PINs lock the TPM. The flags of its tokens never show that.
 func TestTPMLockout(t *testing.T) {
 	m, person, s := tpmStore(t)
 	person.Always, person.PINs = "", []string{"wrong-1", "wrong-2", "wrong-3", tpmPIN, tpmPIN}
@@ -89,7 +88,7 @@ func TestTPMLockout(t *testing.T) {
 	want(t, "wrong PINs", m.Wrong(), 0)
 }
 
-// TestTPMAlwaysAuthenticate has a key that wants its PIN for each signature.
+// A key on the TPM wants its PIN for each signature.
 func TestTPMAlwaysAuthenticate(t *testing.T) {
 	m, person, s := tpmStore(t)
 	m.Run("tpm2_ptool", "addkey", "--label=tpm", "--userpin="+tpmPIN, "--algorithm=ecc256", "--attr-always-authenticate",
@@ -98,15 +97,15 @@ func TestTPMAlwaysAuthenticate(t *testing.T) {
 	for _, step := range []struct {
 		id      byte
 		prompts int
-	}{{2, 1}, {2, 2}, {1, 2}, {2, 3}, {1, 3}} { // the first is a login, too
+	}{{2, 1}, {2, 2}, {1, 2}, {2, 3}, {1, 3}} { // the first signature also logs in
 		noError(t, tokentest.Sign(t.Context(), tokentest.Key(t, s, "tpm", step.id)))
 		want(t, "prompts", person.Prompts(), step.prompts)
 	}
 	want(t, "wrong PINs", m.Wrong(), 0)
 }
 
-// TestTPMFull has more keys than Linux lets a program have in the TPM. The module
-// keeps each that was used until it is logged out, and does not say what is wrong.
+// TestTPMFull has more keys than Linux lets one program load into the TPM. The module keeps each used
+// key loaded until a logout, and does not report the reason of the failure.
 func TestTPMFull(t *testing.T) {
 	m, person, s := tpmStore(t)
 	m.Limit(3)

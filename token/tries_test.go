@@ -7,7 +7,7 @@ import (
 	"p11-agent/token/tokentest"
 )
 
-// What a login has made of the tries is known at once, without another look.
+// After a login, the agent knows the left tries at once, without another look.
 func TestTriesAfterLogin(t *testing.T) {
 	b := newBench(t, new(tokentest.Person), nil)
 	tries := func() pin.Tries { return tokenStatus(t, b.store, b.card.ID().Label).Tries }

@@ -16,8 +16,8 @@ import (
 
 const twinPIN = "W2951-7"
 
-// twinCards are two cards that say the same of themselves, as cards without CHUID do: the
-// keys and the PINs are their own.
+// twinCards returns two cards that show the same texts, like cards without CHUID. Their keys and
+// PINs differ.
 func twinCards(t *testing.T) (a, b *pivcard.Card) {
 	t.Helper()
 	keys := map[pivcard.Ref]pivcard.Key{pivcard.Authentication: {}}
@@ -26,7 +26,7 @@ func twinCards(t *testing.T) (a, b *pivcard.Card) {
 	return a, b
 }
 
-// twinStore is a Store that keeps PINs and sees one card.
+// twinStore returns a pcscd, and a function that opens a Store that keeps PINs.
 func twinStore(t *testing.T, person *tokentest.Person, module string, readers ...string) (*tokentest.PCSCD, func() *token.Store) {
 	t.Helper()
 	path := tokentest.Module(t, module)
@@ -39,9 +39,9 @@ func twinStore(t *testing.T, person *tokentest.Person, module string, readers ..
 	}
 }
 
-// A PIN that is kept is for the card that it was given for. A card of the same name that
-// takes the place of that card has it not tried, in the same reader or in another one,
-// whether the module process goes on, is let go or is killed meanwhile.
+// A kept PIN is only for the card that it was given for. Another card of the same name takes the
+// place of that card, in the same reader or in another reader. The agent does not try the PIN on
+// the other card, with the same module process or with a new process.
 func TestKeptPINIsOfTheCard(t *testing.T) {
 	for _, module := range []string{"opensc-pkcs11.so", "libykcs11.so*"} {
 		for _, tt := range []struct {
@@ -57,7 +57,7 @@ func TestKeptPINIsOfTheCard(t *testing.T) {
 				p.Insert(0, b)
 			}},
 			{"SameReaderNewProcess", func(t *testing.T, p *tokentest.PCSCD, b *pivcard.Card, s *token.Store) {
-				// The process that hangs notices nothing.
+				// The stopped process does not notice the change.
 				noError(t, unix.Kill(s.Modules()[0].PID, unix.SIGSTOP))
 				p.Remove(0)
 				p.Insert(0, b)
@@ -81,7 +81,7 @@ func TestKeptPINIsOfTheCard(t *testing.T) {
 				want(t, "PINs", a.Counts().Right, 1)
 				idle(t, s)
 				tt.change(t, p, b, s)
-				err := tokentest.Sign(t.Context(), k) // of a card that has gone
+				err := tokentest.Sign(t.Context(), k) // of the card that has gone
 				if !errors.Is(err, token.ErrAbsent) && !errors.Is(err, pin.ErrCancelled) {
 					t.Logf("a signature of the card that has gone: %v", err)
 				}
@@ -112,7 +112,7 @@ func firstFit(t *testing.T, s *token.Store) *token.Key {
 	return nil
 }
 
-// kill has the module process start anew.
+// kill kills the module process, and waits for the next process.
 func kill(t *testing.T, s *token.Store) {
 	t.Helper()
 	pid := s.Modules()[0].PID
@@ -123,8 +123,8 @@ func kill(t *testing.T, s *token.Store) {
 	})
 }
 
-// Two cards of one name are there at once. Each has its keys and its PIN, and the questions
-// name the reader. The one that stays does not notice that the other one comes and goes.
+// Two cards of one name are present at the same time. Each card has its own keys and PIN, and the
+// prompts name the reader. When one card comes or goes, the other card keeps its login.
 func TestTwinCards(t *testing.T) {
 	reader := func(n int) string { return fmt.Sprintf("Virtual PCD 00 %02d", n) }
 	person := &tokentest.Person{ByReader: map[string]string{reader(0): pivPIN, reader(1): twinPIN}, Always: pivPIN}
@@ -133,7 +133,7 @@ func TestTwinCards(t *testing.T) {
 	p.Insert(0, a)
 	s := open()
 	first := firstFit(t, s)
-	noError(t, tokentest.Sign(t.Context(), first)) // as the only one
+	noError(t, tokentest.Sign(t.Context(), first)) // as the only card
 	p.Insert(1, b)
 	noError(t, s.Rescan(t.Context()))
 	tokentest.Keys(t, s, 2)
@@ -159,10 +159,10 @@ func TestTwinCards(t *testing.T) {
 	noError(t, tokentest.Sign(t.Context(), second))
 	want(t, "questions", person.Prompts(), 3)
 	want(t, "wrong PINs", a.Counts().Wrong+b.Counts().Wrong, 0)
-	p.Remove(1) // files that are open now would count as left open
+	p.Remove(1) // otherwise open files would count as left open
 }
 
-// A PIN of the configuration is for the card that it was used for first.
+// A PIN of the configuration is only for the first card that it was used for.
 func TestConfiguredPINIsOfTheCard(t *testing.T) {
 	path := tokentest.Module(t, "opensc-pkcs11.so")
 	p := tokentest.StartPCSCD(t)

@@ -17,7 +17,7 @@ import (
 
 type nameKey struct{}
 
-// follower is a person who is asked where those are who wait.
+// A follower is a person, whom the agent asks in the place of the client that waits.
 type follower struct {
 	pin.Dialogue
 	asked  chan string
@@ -79,8 +79,9 @@ func TestPromptFollowsThoseWhoWait(t *testing.T) {
 	want(t, "right PINs", b.card.Right(), 1)
 }
 
-// A PIN that a person gave for one signature of a key that wants it each time makes that
-// signature, and not the one of the client that asked first and left its prompt open.
+// A key wants its PIN for each signature. The PIN that a person gives for one signature makes that
+// signature. It does not make the signature of another client that asked first and left its prompt
+// open.
 func TestAttack14PINForOneSignature(t *testing.T) {
 	f := &follower{asked: make(chan string), answer: make(chan struct{}), turn: time.Second}
 	b := newBench(t, nil, func(b *bench, o *token.Options) {
@@ -104,7 +105,7 @@ func TestAttack14PINForOneSignature(t *testing.T) {
 		t.Errorf("the attacker has its signature: %v", err)
 	default:
 	}
-	// Its prompt may have made room for the person's signature, and be there again.
+	// The prompt of the attacker may have made room for the signature of the person, and is back.
 	for answered := false; !answered; {
 		select {
 		case <-f.asked:
@@ -115,10 +116,10 @@ func TestAttack14PINForOneSignature(t *testing.T) {
 	noError(t, <-attacker)
 }
 
-// inLogin is a goroutine that waits for a login, in a stack.
+// inLogin matches the stack of a goroutine that waits for a login.
 var inLogin = regexp.MustCompile(`\[select[^\]]*\]:\n[^\n]*pin\.\(\*State\)\.Share\(`)
 
-// untilWaiting waits until so many requests wait for the end of a login.
+// untilWaiting waits until n requests wait for the end of a login.
 func untilWaiting(t *testing.T, n int) {
 	t.Helper()
 	stacks := make([]byte, 1<<20)
@@ -129,8 +130,8 @@ func untilWaiting(t *testing.T, n int) {
 	}
 }
 
-// A last try is used for a PIN by the consent of the request that brought the PIN. A
-// person who is asked for another request that waits says nothing about that PIN.
+// The agent uses the last try for a PIN only with a consent to the request that brought the PIN.
+// The answer to a prompt for another waiting request is no consent to that PIN.
 func TestAttack09LastTryOfSomebodyElsesPIN(t *testing.T) {
 	answer := make(chan struct{})
 	p := &tokentest.Person{Always: rightPIN, Consents: true, Wait: answer}
@@ -158,8 +159,8 @@ func TestAttack09LastTryOfSomebodyElsesPIN(t *testing.T) {
 	want(t, "so was the second", asked[1].Supplied, false)
 }
 
-// holder is a person who answers nothing until the prompt moves on, and one who answers
-// then.
+// holder does not answer the prompt of the attacker. It answers the prompt of the next client, after
+// the prompt has moved on.
 type holder struct {
 	pin.Dialogue
 	asked chan string
@@ -185,13 +186,13 @@ func (h *holder) PIN(ctx context.Context, _ string) (typed *secret.Secret, err e
 	return typed, err
 }
 
-// A prompt that is left open keeps others from the token for no longer than a turn: a
-// signature with a key that wants its PIN each time, which has a prompt of its own, and
-// a login with a PIN that was given.
+// A client leaves a prompt open. Other clients wait for the token for at most one turn. One of them
+// signs with a key that wants its PIN each time, and so has its own prompt. Another logs in with a
+// given PIN.
 func TestAttack14PromptLeftOpen(t *testing.T) {
 	for name, test := range map[string]struct {
-		in     bool // a login lasts before
-		key    byte // the attacker's
+		in     bool // a login lasts at the start
+		key    byte // the key of the attacker
 		honest func(ctx context.Context, b *bench) error
 	}{
 		"signature": {true, 2, func(ctx context.Context, b *bench) error { return tokentest.Sign(ctx, b.key(2)) }},
@@ -216,13 +217,13 @@ func TestAttack14PromptLeftOpen(t *testing.T) {
 			want(t, "asked", <-h.asked, "attacker")
 			noError(t, test.honest(context.WithValue(t.Context(), nameKey{}, "honest"), b))
 			hangUp()
-			<-attacker // which may have had its turn by now
+			<-attacker // the attacker may have had its turn again
 			want(t, "wrong PINs", b.card.Wrong(), 0)
 		})
 	}
 }
 
-// A PIN that was refused a moment ago is not tried with the last try either.
+// The agent does not use the last try for a PIN that was refused a moment ago.
 func TestRefusedPINIsNoLastTry(t *testing.T) {
 	p := &tokentest.Person{Consents: true}
 	b := newBench(t, p, func(b *bench, _ *token.Options) { b.card.SetTries(2, 3) })

@@ -10,11 +10,11 @@ import (
 	"p11-agent/token/wire"
 )
 
-// work counts what Options.Working is told.
+// work counts the calls of Options.Working.
 type work struct {
 	mu           sync.Mutex
 	began, going int
-	ctx          context.Context // of the last one
+	ctx          context.Context // of the last call
 }
 
 func (w *work) begin(ctx context.Context, _ *token.Key) func() {
