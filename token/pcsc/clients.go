@@ -17,37 +17,37 @@ import (
 	"p11-agent/pinentry/plain"
 )
 
-// A Client is a process that is connected to pcscd. Whether it uses a reader,
-// and which, only pcscd knows.
+// A Client is a process that is connected to pcscd. Only pcscd knows whether the process
+// uses a reader, and which reader.
 type Client struct {
 	PID  int
 	Name string // of its program, as the process tells
 }
 
-// String is the name and the process ID.
+// String returns the name and the process ID.
 func (c Client) String() string { return fmt.Sprintf("%s (%d)", c.Name, c.PID) }
 
-// Connections say who is connected to pcscd.
+// Connections tells which processes are connected to pcscd.
 type Connections struct {
-	// Clients are the processes that are seen to be.
+	// Clients are the processes that this process can see.
 	Clients []Client
-	// Hidden is how many connections others have: processes of other users, or ones
-	// that keep to themselves.
+	// Hidden is the number of connections whose process is unknown. Such a process
+	// belongs to another user, or does not let this process look into it.
 	Hidden int
-	// Suspects are processes that may be behind hidden connections, by their names.
+	// Suspects are processes that may have the hidden connections, judged by their names.
 	Suspects []Client
 }
 
-// secretive are programs that use cards and forbid others of their user to look
-// into them: of scdaemon (GnuPG 2.2) not even the files that it has open are shown,
-// as it calls prctl(PR_SET_DUMPABLE).
+// secretive holds the names of programs that use cards and do not let processes of the
+// same user look into them. scdaemon (GnuPG 2.2) calls prctl(PR_SET_DUMPABLE), so even
+// its open files are hidden.
 var secretive = []string{"scdaemon"}
 
-// Clients returns the processes that are connected to pcscd, as far as this
-// process may see them.
+// Clients returns the processes that are connected to pcscd, as far as this process may
+// see them.
 //
-// The kernel tells which sockets are connected to that of pcscd (sock_diag(7),
-// for which everybody may ask), and /proc tells whose they are.
+// The kernel lists the sockets that are connected to pcscd's socket (sock_diag(7)). Every
+// user may ask for that list. /proc tells which process has each socket.
 func Clients(ctx context.Context, socket string) (Connections, error) {
 	ctx, cancel := context.WithTimeout(ctx, askTimeout)
 	defer cancel()
@@ -82,8 +82,8 @@ func Clients(ctx context.Context, socket string) (Connections, error) {
 	return c, nil
 }
 
-// vfs is a socket's file. Its path is no name for it: pcscd may see another /run
-// than we do.
+// vfs identifies a socket's file. The path does not identify it, because pcscd may see
+// another /run than this process.
 type vfs struct{ dev, ino uint64 }
 
 // Numbers of linux/unix_diag.h.
@@ -102,8 +102,8 @@ const (
 	maxDiag = 16 << 20 // bytes of sockets listed
 )
 
-// peersOf returns the inodes of the sockets at the other ends of the connections
-// that were accepted from a file's socket.
+// peersOf returns the inodes of the clients' sockets: the other ends of the connections
+// that were accepted on the file's socket.
 func peersOf(ctx context.Context, file vfs) (map[uint32]bool, error) {
 	fd, err := unix.Socket(unix.AF_NETLINK, unix.SOCK_RAW|unix.SOCK_CLOEXEC, unix.NETLINK_SOCK_DIAG)
 	if err != nil {
@@ -147,8 +147,8 @@ func peersOf(ctx context.Context, file vfs) (map[uint32]bool, error) {
 	return nil, errors.New("ask for sockets: there are too many")
 }
 
-// parseDiag reads one datagram of netlink messages and adds the peers of the
-// file's sockets. It tells whether the list has ended.
+// parseDiag reads one datagram of netlink messages. It adds the peers of the file's
+// sockets to peers, and tells whether the list has ended.
 func parseDiag(b []byte, file vfs, peers map[uint32]bool) (done bool, err error) {
 	for len(b) >= unix.SizeofNlMsghdr {
 		size, kind := binary.NativeEndian.Uint32(b), binary.NativeEndian.Uint16(b[4:])
@@ -174,8 +174,8 @@ func parseDiag(b []byte, file vfs, peers map[uint32]bool) (done bool, err error)
 	return false, nil
 }
 
-// parseSocket reads struct unix_diag_msg and its attributes, and returns the
-// peer when the socket is of the file.
+// parseSocket reads struct unix_diag_msg and its attributes. It returns the peer if the
+// socket belongs to the file.
 func parseSocket(b []byte, file vfs) (peer uint32, ok bool) {
 	if len(b) < diagMessageSize {
 		return 0, false
@@ -190,8 +190,8 @@ func parseSocket(b []byte, file vfs) (peer uint32, ok bool) {
 		b = b[min(len(b), align(size)):]
 		switch {
 		case kind == diagVFS && len(value) >= 8:
-			// The inode's low half, and the device as the kernel keeps it: 12 bits
-			// and 20 (MKDEV of linux/kdev_t.h).
+			// The value holds the low half of the inode, and the device as the kernel
+			// stores it: 12 and 20 bits (MKDEV of linux/kdev_t.h).
 			ino, dev := binary.NativeEndian.Uint32(value), binary.NativeEndian.Uint32(value[4:])
 			ours = ino == uint32(file.ino) && unix.Mkdev(dev>>20, dev&(1<<20-1)) == file.dev
 		case kind == diagPeer && len(value) >= 4:
@@ -204,8 +204,8 @@ func parseSocket(b []byte, file vfs) (peer uint32, ok bool) {
 // align is NLMSG_ALIGN and NLA_ALIGN.
 func align(n int) int { return (n + 3) &^ 3 }
 
-// holdersOf returns which processes hold which of the sockets, and which of this
-// user may not be looked into.
+// holdersOf returns which processes hold which of the sockets. closed holds the processes
+// of this user that this process may not look into.
 func holdersOf(ctx context.Context, sockets map[uint32]bool) (holders map[int][]uint32, closed []int, err error) {
 	proc, err := os.ReadDir("/proc")
 	if err != nil {
@@ -252,7 +252,7 @@ func socketInode(link string) (uint32, bool) {
 	return uint32(n), err == nil
 }
 
-// programName returns what a process calls itself, made fit for a log.
+// programName returns the name that a process gives itself, made safe for a log.
 func programName(pid int) string {
 	b, err := os.ReadFile(filepath.Join("/proc", strconv.Itoa(pid), "comm"))
 	b = bytes.TrimSuffix(b, []byte{'\n'})
@@ -262,9 +262,9 @@ func programName(pid int) string {
 	return plain.Output(b)
 }
 
-// Loaded tells whether this process has the client library of PC/SC: whoever has
-// it sees smart cards by pcscd. A connection is no better sign, as libykcs11 2.2
-// has none while another program keeps the reader to itself.
+// Loaded tells whether this process has the client library of PC/SC. A process with the
+// library sees smart cards through pcscd. A connection is no better sign: libykcs11 2.2
+// has no connection while another program uses the reader exclusively.
 func Loaded() bool {
 	maps, err := os.ReadFile("/proc/self/maps")
 	return err == nil && bytes.Contains(maps, []byte("/libpcsclite"))

@@ -1,12 +1,12 @@
-// Package pcsc asks the PC/SC service, pcscd of pcsc-lite, what becomes of its
-// readers: whether a card is in, whether somebody uses it, and who that may be.
+// Package pcsc asks the PC/SC service (pcscd of pcsc-lite) about its readers: whether a
+// card is in a reader, whether a program uses the card, and which programs are connected.
 //
-// It never touches a card: pcscd answers from what it knows, and of the
-// processes that are connected to it the kernel tells. Every question has an end
-// of its own. What cannot be known, because a process belongs to somebody else or
-// the service refuses, is said to be unknown, never guessed.
+// The package never touches a card. pcscd answers from its own records, and the kernel
+// lists the processes that are connected to pcscd. Every question has a time limit. If a
+// process belongs to another user or the service refuses, the package reports the answer
+// as unknown. It never guesses.
 //
-// It leaves to others what is on a card, and what to do about who uses it.
+// It leaves to others what is on a card, and how to react to another program's use of it.
 package pcsc
 
 import (
@@ -24,11 +24,11 @@ import (
 	"golang.org/x/sys/unix"
 )
 
-// DefaultSocket is where pcscd listens when nobody says otherwise.
+// DefaultSocket is where pcscd listens by default.
 const DefaultSocket = "/run/pcscd/pcscd.comm"
 
-// Socket returns where a process with this environment looks for pcscd, as
-// libpcsclite does.
+// Socket returns where a process with this environment looks for pcscd. libpcsclite uses
+// the same rule.
 func Socket(environ []string) string {
 	socket := DefaultSocket
 	for _, kv := range environ { // of several settings the last counts
@@ -42,9 +42,9 @@ func Socket(environ []string) string {
 // askTimeout is how long one question may take.
 const askTimeout = 2 * time.Second
 
-// The language of pcscd, winscard_msg.h of pcsc-lite: numbers are of the
-// machine's own byte order and width. It has stayed the same for these commands
-// from 1.8.24 on; later versions of it (4:5, 4:6) add others.
+// The protocol of pcscd is in winscard_msg.h of pcsc-lite. Numbers have the machine's
+// byte order and width. These commands are the same since version 1.8.24. Later versions
+// of the protocol (4:5, 4:6) add others.
 const (
 	protocolMajor = 4
 	protocolMinor = 4
@@ -61,32 +61,32 @@ const (
 	statePresent = 0x0004 // SCARD_PRESENT
 )
 
-// A Reader is a reader (a slot of one, where it has several) as pcscd sees it.
+// A Reader is a reader as pcscd sees it. If a reader has several slots, a Reader is one
+// slot.
 type Reader struct {
 	Name string
 	Card bool // a card is in
-	// Users is how many connections with the card there are, or Exclusive.
+	// Users is the number of connections with the card, or Exclusive.
 	Users int
-	// Events changes whenever a card is put in or taken out.
+	// Events changes each time a card is put in or taken out.
 	Events uint32
 }
 
 var (
-	// ErrRefused says that pcscd hung up on us before it said a word, as it does
-	// on users that it is not for (polkit, action org.debian.pcsc-lite.access_pcsc).
+	// ErrRefused says that pcscd hung up before it sent an answer. pcscd does this if
+	// polkit does not allow the user (action org.debian.pcsc-lite.access_pcsc).
 	ErrRefused = errors.New("it hung up, as it does on users that it is not for")
-	// ErrLanguage says that pcscd and we do not understand each other.
+	// ErrLanguage says that pcscd and this program have no protocol version in common.
 	ErrLanguage = errors.New("pcscd and this program do not agree on a language")
 )
 
-// Exclusive is the number of users of a reader that one program keeps to itself.
+// Exclusive is the value of Reader.Users when one program uses the card exclusively.
 const Exclusive = -1
 
-// A Service is a connection with pcscd. It is used by one goroutine.
+// A Service is a connection with pcscd. Only one goroutine may use it.
 type Service struct{ conn net.Conn }
 
-// Dial connects to pcscd. It fails where none runs, or where it does not let
-// this user in.
+// Dial connects to pcscd. It fails if no pcscd runs, or if pcscd refuses this user.
 func Dial(ctx context.Context, socket string) (*Service, error) {
 	ctx, cancel := context.WithTimeout(ctx, askTimeout)
 	defer cancel()
@@ -104,8 +104,8 @@ func Dial(ctx context.Context, socket string) (*Service, error) {
 // Close ends the connection.
 func (s *Service) Close() error { return s.conn.Close() }
 
-// greet agrees on a version: ours, which later ones understand, or else the one
-// that the service names.
+// greet agrees with pcscd on a version. It offers version 4:4, which later services
+// understand. Otherwise it offers the version that the service names.
 func (s *Service) greet(ctx context.Context) error {
 	minor := uint32(protocolMinor)
 	for range 2 {
@@ -127,14 +127,14 @@ func (s *Service) greet(ctx context.Context) error {
 	return ErrLanguage
 }
 
-// ask sends a command and reads an answer of n bytes, which have to come soon.
+// ask sends a command and reads an answer of n bytes. It waits askTimeout at most.
 func (s *Service) ask(ctx context.Context, command uint32, body []byte, n int) ([]byte, error) {
 	ctx, cancel := context.WithTimeout(ctx, askTimeout)
 	defer cancel()
 	return s.exchange(ctx, command, body, n)
 }
 
-// exchange is ask for as long as ctx lasts.
+// exchange sends a command and reads an answer of n bytes. It waits until ctx ends.
 func (s *Service) exchange(ctx context.Context, command uint32, body []byte, n int) ([]byte, error) {
 	deadline, _ := ctx.Deadline() // zero: there is none
 	if err := s.conn.SetDeadline(deadline); err != nil {
@@ -157,7 +157,7 @@ func (s *Service) exchange(ctx context.Context, command uint32, body []byte, n i
 	return answer, nil
 }
 
-// Readers returns the readers.
+// Readers returns the readers. It waits two seconds at most.
 func (s *Service) Readers(ctx context.Context) ([]Reader, error) {
 	b, err := s.ask(ctx, cmdReadersState, nil, maxReaders*stateSize)
 	if err != nil {
@@ -166,9 +166,9 @@ func (s *Service) Readers(ctx context.Context) ([]Reader, error) {
 	return parseReaders(b)
 }
 
-// Watch returns the readers, and has pcscd tell when something about one of them changes.
-// Changed waits for that. Nothing else may be asked in between. Watch waits for as long as
-// ctx lasts: pcscd may be busy with a card.
+// Watch returns the readers. It also makes pcscd report the next change of a reader.
+// Changed waits for that report. Ask nothing else between Watch and Changed. pcscd may be
+// busy with a card, so Watch waits until ctx ends.
 func (s *Service) Watch(ctx context.Context) ([]Reader, error) {
 	b, err := s.exchange(ctx, cmdWaitChange, nil, maxReaders*stateSize)
 	if err != nil {
@@ -177,9 +177,9 @@ func (s *Service) Watch(ctx context.Context) ([]Reader, error) {
 	return parseReaders(b)
 }
 
-// Changed returns nil when something has changed since Watch, which is to be called
-// again then. It waits without a limit. After an error, such as that ctx has ended, the
-// connection is of no use any more.
+// Changed waits until a reader changes after Watch, and returns nil. Then call Watch
+// again. Changed waits until ctx ends, without another limit. After any error, including
+// the end of ctx, the connection is unusable.
 func (s *Service) Changed(ctx context.Context) error {
 	if err := s.conn.SetDeadline(time.Time{}); err != nil {
 		return fmt.Errorf("wait for pcscd: %w", err)
@@ -191,8 +191,8 @@ func (s *Service) Changed(ctx context.Context) error {
 	return nil
 }
 
-// parseReaders reads the array of READER_STATE, eventhandler.h of pcsc-lite. Of
-// unused places the name is empty.
+// parseReaders reads the array of READER_STATE (eventhandler.h of pcsc-lite). An unused
+// element has an empty name.
 func parseReaders(b []byte) ([]Reader, error) {
 	if len(b) != maxReaders*stateSize {
 		return nil, fmt.Errorf("pcscd tells of its readers in %d bytes, %d are expected", len(b), maxReaders*stateSize)
@@ -218,7 +218,7 @@ func parseReaders(b []byte) ([]Reader, error) {
 	return all, nil
 }
 
-// Readers asks for the readers once.
+// Readers connects to pcscd and returns the readers.
 func Readers(ctx context.Context, socket string) ([]Reader, error) {
 	s, err := Dial(ctx, socket)
 	if err != nil {

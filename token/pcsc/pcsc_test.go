@@ -25,7 +25,7 @@ import (
 	"p11-agent/token/tokentest/pivcard"
 )
 
-// What this program does instead of testing, by a variable.
+// A variable makes the test program take one of these roles.
 const (
 	roleVariable = "P11_TEST_PCSC"
 	secretive    = "secretive" // connects to pcscd and keeps to itself
@@ -128,8 +128,8 @@ func TestReaders(t *testing.T) {
 	}
 }
 
-// TestClients finds the processes that are connected to one pcscd, and not those
-// of another, which has its socket under the same name.
+// TestClients finds the processes that are connected to one pcscd. It does not find those
+// of another pcscd, whose socket has the same name.
 func TestClients(t *testing.T) {
 	p, other := tokentest.StartPCSCD(t), tokentest.StartPCSCD(t)
 	client := tokentest.BuildPCSCClient(t)
@@ -156,9 +156,9 @@ func TestClients(t *testing.T) {
 	}
 }
 
-// TestHiddenClient has processes connected that may not be looked into. They are
-// counted, and those that are known for it by their names are suspected. Root may
-// look into all, and becomes somebody else for it.
+// TestHiddenClient connects processes that do not let other processes look into them.
+// Clients counts their connections as hidden, and suspects the processes with known
+// names. Root may look into every process, so root changes to another user for the test.
 func TestHiddenClient(t *testing.T) {
 	p := tokentest.StartPCSCD(t)
 	dir := tokentest.TempDir(t)
@@ -173,8 +173,8 @@ func TestHiddenClient(t *testing.T) {
 			noError(t, os.Chmod(dir, 0o755))
 		}
 	}
-	// look wants so many hidden clients, and returns the suspects. The machine may have
-	// an scdaemon of its own.
+	// look expects a number of hidden clients, and returns the suspects. The machine may
+	// run another scdaemon.
 	look := func(hidden int) string {
 		t.Helper()
 		cmd := exec.Command(become[0], append(become[1:], roleVariable+"="+looker, filepath.Join(dir, "other"))...)
@@ -218,7 +218,7 @@ func self(t *testing.T) string {
 	return exe
 }
 
-// A service is a pcscd that is not right.
+// A service is a faulty pcscd.
 func service(t *testing.T, serve func(c net.Conn, r *bufio.Reader)) string {
 	t.Helper()
 	socket := filepath.Join(tokentest.TempDir(t), "comm")
@@ -311,7 +311,7 @@ func TestServicesThatAreNotRight(t *testing.T) {
 	}
 }
 
-// A pcscd that says nothing is waited for no longer than the caller waits.
+// If pcscd is silent, a question waits no longer than its caller.
 func TestSilentService(t *testing.T) {
 	ctx, cancel := context.WithCancel(t.Context())
 	socket := service(t, func(_ net.Conn, r *bufio.Reader) {
@@ -324,7 +324,7 @@ func TestSilentService(t *testing.T) {
 	}
 }
 
-// TestWatch has a real pcscd tell of what changes.
+// TestWatch has a real pcscd report changes.
 func TestWatch(t *testing.T) {
 	p := tokentest.StartPCSCD(t)
 	s, err := pcsc.Dial(t.Context(), pcsc.Socket(p.Env()))

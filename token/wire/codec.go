@@ -12,9 +12,8 @@ import (
 
 // A Message is a pointer to one of the message structs of this package.
 type Message interface {
-	// fields walks the fields in the order in which they cross, in either
-	// direction: so what one side writes is what the other side reads. Writing
-	// does not touch them.
+	// fields walks the fields in the order of the encoding, in either direction. So one
+	// side reads what the other side writes. Writing does not change the fields.
 	fields(c *codec)
 }
 
@@ -23,9 +22,9 @@ var (
 	errTrailing = errors.New("message goes on after its end")
 )
 
-// A codec writes or reads fields in the encoding of RFC 4251 section 5
-// (boolean, byte, uint32, uint64, string), lists as a uint32 count and the
-// elements, nested structs field by field. There is one encoding of each value.
+// A codec writes or reads fields in the encoding of RFC 4251 section 5 (boolean, byte,
+// uint32, uint64, string). A list is a uint32 count and the elements. A nested struct is
+// its fields. Each value has one encoding.
 type codec struct {
 	reading bool
 	reuse   bool           // reading: into a message that was read into before, and never a PIN
@@ -34,9 +33,9 @@ type codec struct {
 	err     error          // reading: the first thing wrong
 }
 
-// Unmarshal reads a message that fills body. It copies what it keeps. A
-// message that does not parse is an error, which quotes nothing of it, and msg
-// is then of no use.
+// Unmarshal reads a message that fills body. It copies what it keeps. If the message does
+// not parse, Unmarshal returns an error that quotes nothing of the message, and msg is
+// unusable.
 func Unmarshal(body []byte, msg Message) error {
 	c := codec{reading: true, b: body}
 	msg.fields(&c)
@@ -52,14 +51,14 @@ func Unmarshal(body []byte, msg Message) error {
 	return nil
 }
 
-// marshal appends msg to b, all but its PIN, which is returned as it is.
+// marshal appends msg to b, without its PIN. It returns the PIN uncopied.
 func marshal(b []byte, msg Message) ([]byte, *secret.Secret) {
 	c := codec{b: b}
 	msg.fields(&c)
 	return c.b, c.pin
 }
 
-// take cuts n bytes off what is left to read. They are not a copy.
+// take returns the next n bytes to read, without a copy.
 func (c *codec) take(n int) []byte {
 	if c.err != nil {
 		return nil
@@ -120,7 +119,7 @@ func (c *codec) uint64(v *uint64) {
 	}
 }
 
-// run is a string of RFC 4251, as it lies in the message.
+// run reads a string of RFC 4251, without a copy.
 func (c *codec) run() []byte {
 	var n uint32
 	c.uint32(&n)
@@ -148,7 +147,7 @@ func (c *codec) bytes(v *[]byte) {
 	}
 }
 
-// raw is a string of any bytes: a file name may hold what it likes.
+// raw is a string of any bytes, because a file name may have any bytes.
 func (c *codec) raw(v *string) {
 	if !c.reading {
 		c.b = binary.BigEndian.AppendUint32(c.b, uint32(len(*v)))
@@ -160,7 +159,7 @@ func (c *codec) raw(v *string) {
 	}
 }
 
-// text is a string of UTF-8, which has MaxText bytes at the most.
+// text is a string of UTF-8 of at most MaxText bytes.
 func (c *codec) text(v *string) {
 	c.raw(v)
 	switch {
@@ -172,8 +171,8 @@ func (c *codec) text(v *string) {
 	}
 }
 
-// secret is the rest of the message. Reading makes a new Secret of it, or nil
-// when there is nothing; writing leaves it where it is.
+// secret is the rest of the message. Reading makes a new Secret from it, or nil if it is
+// empty. Writing does not copy the Secret.
 func (c *codec) secret(v **secret.Secret) {
 	if !c.reading {
 		c.pin = *v
@@ -205,8 +204,8 @@ func (c *codec) fail(what string) {
 	}
 }
 
-// list is a count and so many elements. It grows as they are read, so that a
-// count alone takes no memory.
+// list is a count and the elements. Reading grows the list with each element, so a count
+// alone takes no memory.
 func list[T any](c *codec, v *[]T, element func(*T, *codec)) {
 	n := uint32(len(*v))
 	c.uint32(&n)

@@ -20,10 +20,10 @@ const (
 	lengthSize = 4
 	headerSize = lengthSize + 1 + 4 // and type and id
 
-	// keepBuffer is the most memory that a writer keeps between messages.
+	// keepBuffer is the largest buffer that a writer keeps between messages, in bytes.
 	keepBuffer = 64 << 10
-	// readBuffer holds nearly every frame whole, with what came after it. What is
-	// longer, such as a list of many objects, is read past it.
+	// readBuffer has room for nearly every frame. A longer body, such as one with a long
+	// list of objects, goes straight into its own memory.
 	readBuffer = 16 << 10
 )
 
@@ -34,8 +34,8 @@ type Frame struct {
 	Body []byte // the receiver's to keep
 }
 
-// Decode reads the answer, or a part of it, into reply, which must be of the kind that
-// belongs to the request. When the request failed it returns the *Error that came instead.
+// Decode reads the answer, or a part of it, into reply. reply must be of the kind that
+// belongs to the request. If the request failed, Decode returns the *Error in the frame.
 func (f Frame) Decode(reply Message) error {
 	switch f.Type {
 	case TypeReply, TypePart:
@@ -51,27 +51,27 @@ func (f Frame) Decode(reply Message) error {
 	}
 }
 
-// A Conn is the agent's end of the connection with a module process. One
-// goroutine reads; any number write. After an error of either kind, other than
-// of a request too large, the connection is of no use and is to be closed.
+// A Conn is the agent's end of the connection with a module process. One goroutine reads;
+// any number of goroutines write. After an error of reading or writing, close the
+// connection: it is unusable. Only a request that WriteRequest refuses to send leaves it
+// usable.
 type Conn struct {
 	c net.Conn
 	r *bufio.Reader
 	w writer
 }
 
-// NewConn makes the agent's end of c and owns it.
+// NewConn returns the agent's end on c. The Conn owns c.
 func NewConn(c net.Conn) *Conn {
 	return &Conn{c: c, r: bufio.NewReaderSize(c, readBuffer), w: writer{c: c}}
 }
 
-// WriteRequest sends a request in one system call. A PIN goes from its own
-// memory to the kernel and stays the caller's, who must not wipe it before
-// WriteRequest returns. It blocks while the module process does not read, until
-// Close.
+// WriteRequest sends a request in one system call. The kernel takes a PIN from the PIN's
+// own memory. The caller keeps the PIN, and must not wipe it before WriteRequest returns.
+// If the module process does not read, WriteRequest blocks until Close.
 //
-// A request that is longer than MaxRequest, has no id or is of the wrong type
-// is an error, and is not sent.
+// WriteRequest returns an error and sends nothing if the request is longer than
+// MaxRequest, has id 0 or has the wrong type.
 func (c *Conn) WriteRequest(id uint32, t Type, msg Message) error {
 	if id == 0 {
 		return errors.New("request 0: the number is for events")
@@ -83,8 +83,8 @@ func (c *Conn) WriteRequest(id uint32, t Type, msg Message) error {
 	return c.w.write(id, t, msg, MaxRequest)
 }
 
-// ReadFrame reads the next answer or event. It returns io.EOF when the module
-// process has gone, at any point, and an error when a message is malformed.
+// ReadFrame reads the next answer or event. It returns io.EOF when the module process has
+// gone, at any point of a frame. It returns another error when a message is malformed.
 func (c *Conn) ReadFrame() (Frame, error) {
 	var h [headerSize]byte
 	if _, err := io.ReadFull(c.r, h[:]); err != nil {
@@ -122,7 +122,7 @@ func (c *Conn) ReadFrame() (Frame, error) {
 	return f, nil
 }
 
-// Event reads what a frame of TypeEvent tells.
+// Event decodes a frame of TypeEvent.
 func (f Frame) Event() (e Event, err error) {
 	if len(f.Body) > 0 {
 		err = Unmarshal(f.Body, &e)
@@ -130,8 +130,8 @@ func (f Frame) Event() (e Event, err error) {
 	return e, err
 }
 
-// Close closes the connection; reads and writes under way end with an error. It
-// may be called at any time and more than once.
+// Close closes the connection. Reads and writes under way return an error. Any goroutine
+// may call Close at any time and more than once.
 func (c *Conn) Close() error { return c.c.Close() }
 
 // A Request is a request that the module process has received.
@@ -141,27 +141,28 @@ type Request struct {
 	Message Message // a PIN in it is the receiver's, who wipes it
 }
 
-// A ModuleConn is the module process's end of the connection. One goroutine
-// reads; any number write.
+// A ModuleConn is the module process's end of the connection. One goroutine reads; any
+// number of goroutines write.
 type ModuleConn struct {
 	c net.Conn
 	w writer
 
-	// Any frame may hold a PIN, so it is read into a Secret, and overwritten as soon as
-	// it is decoded. buf.Buffer()[from:to] is yet to be decoded, the rest of it is zero.
-	// buf is nil while there is nothing to decode: see package secret.
+	// Any frame may hold a PIN. So the ModuleConn reads frames into a Secret, and
+	// overwrites each frame as soon as it is decoded. buf.Buffer()[from:to] is not
+	// decoded yet; the rest is zero. buf is nil while there is nothing to decode: see
+	// package secret.
 	buf      *secret.Secret
 	from, to int
 }
 
-// NewModuleConn makes the module process's end of c and owns it.
+// NewModuleConn returns the module process's end on c. The ModuleConn owns c.
 func NewModuleConn(c net.Conn) *ModuleConn {
 	return &ModuleConn{c: c, w: writer{c: c}}
 }
 
-// ReadRequest reads the next request. It returns io.EOF when the agent has
-// gone, at any point, and an error when a message is malformed. The connection is of
-// no use after an error.
+// ReadRequest reads the next request. It returns io.EOF when the agent has gone, at any
+// point of a frame. It returns another error when a message is malformed. After an error
+// the connection is unusable.
 func (c *ModuleConn) ReadRequest() (Request, error) {
 	h, err := c.fill(headerSize)
 	if err != nil {
@@ -207,8 +208,7 @@ func (c *ModuleConn) readLarge(n int, msg Message) error {
 	return Unmarshal(body, msg)
 }
 
-// fill returns the next n bytes, which stay where they are until skip. n is at
-// most readBuffer.
+// fill returns the next n bytes. They stay valid until skip. n is at most readBuffer.
 func (c *ModuleConn) fill(n int) ([]byte, error) {
 	if n == 0 {
 		return nil, nil // there may be nothing more to wait for
@@ -238,7 +238,7 @@ func (c *ModuleConn) fill(n int) ([]byte, error) {
 	return b[c.from : c.from+n], nil
 }
 
-// skip overwrites the next n bytes, which have been used.
+// skip overwrites the next n bytes after their use.
 func (c *ModuleConn) skip(n int) {
 	secret.Wipe(c.buf.Buffer()[c.from : c.from+n])
 	c.from += n
@@ -253,7 +253,8 @@ func (c *ModuleConn) drop() {
 	c.buf, c.from, c.to = nil, 0, 0
 }
 
-// wait returns when there is something to read, or the end. It takes nothing.
+// wait returns when there are bytes to read, or at the end of the stream. It reads
+// nothing.
 func (c *ModuleConn) wait() error {
 	s, ok := c.c.(syscall.Conn)
 	if !ok {
@@ -270,25 +271,25 @@ func (c *ModuleConn) wait() error {
 	})
 }
 
-// WriteReply answers a request in one system call. A reply that is longer than
-// MaxReply is an error, and is not sent.
+// WriteReply answers a request in one system call. If the reply is longer than MaxReply,
+// WriteReply returns an error and sends nothing.
 func (c *ModuleConn) WriteReply(id uint32, reply Message) error {
 	return c.w.write(id, TypeReply, reply, MaxReply)
 }
 
-// WritePart sends a part of the answer to a request. A part that is longer than MaxReply
-// is an error, and is not sent.
+// WritePart sends a part of the answer to a request. If the part is longer than MaxReply,
+// WritePart returns an error and sends nothing.
 func (c *ModuleConn) WritePart(id uint32, part *ObjectsPart) error {
 	return c.w.write(id, TypePart, part, MaxReply)
 }
 
-// WriteError tells that a request has failed.
+// WriteError tells the agent that a request has failed.
 func (c *ModuleConn) WriteError(id uint32, e *Error) error {
 	return c.w.write(id, TypeError, e, MaxReply)
 }
 
-// WriteEvent tells that slots or tokens have changed, and which slots have lost their
-// token.
+// WriteEvent tells the agent that slots or tokens have changed, and which slots have lost
+// their token.
 func (c *ModuleConn) WriteEvent(gone ...SlotID) error {
 	if len(gone) == 0 {
 		return c.w.write(0, TypeEvent, nil, 0)
@@ -296,19 +297,19 @@ func (c *ModuleConn) WriteEvent(gone ...SlotID) error {
 	return c.w.write(0, TypeEvent, &Event{Gone: gone}, MaxReply)
 }
 
-// WriteLost tells that the module is of no use any more, and why.
+// WriteLost tells the agent that the module is of no further use, and why.
 func (c *ModuleConn) WriteLost(e *Error) error {
 	return c.w.write(0, TypeLost, e, MaxReply)
 }
 
-// Close closes the connection and overwrites what was received and not decoded.
-// It is for the goroutine that reads.
+// Close closes the connection and overwrites the bytes that are not decoded yet. Only the
+// goroutine that reads may call it.
 func (c *ModuleConn) Close() error {
 	c.drop()
 	return c.c.Close()
 }
 
-// A writer sends frames, each whole.
+// A writer sends whole frames.
 type writer struct {
 	c net.Conn
 
@@ -344,13 +345,13 @@ func (w *writer) write(id uint32, t Type, msg Message, limit int) error {
 	if pin.Len() == 0 {
 		_, w.err = w.c.Write(b)
 	} else {
-		// One writev, and the kernel takes the PIN from where it lies.
+		// This is one writev. The kernel takes the PIN from its own memory.
 		_, w.err = (&net.Buffers{b, pin.Bytes()}).WriteTo(w.c)
 	}
 	return w.err
 }
 
-// parseHeader returns type, id and the length of the body.
+// parseHeader returns the type, the id and the length of the body.
 func parseHeader(h []byte, limit int) (t Type, id uint32, n int, err error) {
 	const least = headerSize - lengthSize
 	length := binary.BigEndian.Uint32(h)
@@ -360,8 +361,8 @@ func parseHeader(h []byte, limit int) (t Type, id uint32, n int, err error) {
 	return Type(h[lengthSize]), binary.BigEndian.Uint32(h[lengthSize+1:]), int(length - least), nil
 }
 
-// gone makes one of the ways in which the other side's end shows: it does not
-// matter at which byte that was, nor whether it left something unread.
+// gone returns io.EOF for each error that shows the end of the other side. It does not
+// matter at which byte the other side ended, or whether it left bytes unread.
 func gone(err error) error {
 	if errors.Is(err, io.EOF) || errors.Is(err, io.ErrUnexpectedEOF) || errors.Is(err, syscall.ECONNRESET) {
 		return io.EOF

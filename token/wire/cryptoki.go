@@ -1,8 +1,7 @@
 package wire
 
-// Numbers of PKCS#11 v2.40 and v3.0 (pkcs11t.h) that both sides need. They are
-// here, and not taken from a PKCS#11 library, because only the module process
-// may link one.
+// Both sides need these numbers of PKCS#11 v2.40 and v3.0 (pkcs11t.h). They do not come
+// from a PKCS#11 library, because only the module process may link such a library.
 
 // Object classes (CKO).
 const (

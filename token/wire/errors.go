@@ -6,8 +6,8 @@ import (
 	"slices"
 )
 
-// Error says what happened in a person's words. It also names the function and the
-// return value, so that a person can look them up.
+// Error tells in plain words what happened. It also names the function and the return
+// value, so that a person can look them up.
 func (e *Error) Error() string {
 	text := e.Text
 	if text == "" {
@@ -64,7 +64,7 @@ func (r Reason) String() string {
 	}
 }
 
-// String says in a few words what is in force.
+// String tells in a few words which parts are in force.
 func (s Sandbox) String() string {
 	if s.Off {
 		return "off (configuration)"
@@ -88,11 +88,11 @@ func (s Sandbox) String() string {
 	return text
 }
 
-// Whole tells whether all of it is in force.
+// Whole tells whether every part is in force.
 func (s Sandbox) Whole() bool { return !s.Off && s.Files > 0 && s.Calls && len(s.Missing) == 0 }
 
 // RVName returns the name of a return value as the standard spells it, such as
-// CKR_PIN_INCORRECT, and a number for one it does not define.
+// CKR_PIN_INCORRECT. For a value that the standard does not define, it returns a number.
 func RVName(rv uint64) string {
 	if name, ok := rvNames[rv]; ok {
 		return "CKR_" + name
@@ -103,8 +103,8 @@ func RVName(rv uint64) string {
 	return fmt.Sprintf("CKR %#x", rv)
 }
 
-// Explain says in a person's words what a return value means, or nothing for
-// those that mean nothing to a person.
+// Explain tells in plain words what a return value means. It returns "" for values that
+// mean nothing to a user.
 func Explain(rv uint64) string {
 	switch rv {
 	case CKRHostMemory, CKRDeviceMemory:
@@ -156,8 +156,7 @@ func Explain(rv uint64) string {
 
 const ckrVendorDefined = 0x80000000
 
-// rvNames has the return values of PKCS#11 v3.1 (pkcs11t.h), without their
-// prefix.
+// rvNames holds the return values of PKCS#11 v3.1 (pkcs11t.h), without their prefix.
 var rvNames = map[uint64]string{
 	0x000: "OK",
 	0x001: "CANCEL",
@@ -258,7 +257,8 @@ var rvNames = map[uint64]string{
 	0x203: "KEY_EXHAUSTED",
 }
 
-// IsRV reports whether err is a failed call of the module that returned one of the values (CKR).
+// IsRV reports whether err is a failed call of the module with one of the return values
+// (CKR).
 func IsRV(err error, rvs ...uint64) bool {
 	e, ok := errors.AsType[*Error](err)
 	return ok && e.Reason == ReasonModule && slices.Contains(rvs, e.RV)

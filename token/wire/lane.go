@@ -14,37 +14,36 @@ import (
 	"golang.org/x/sys/unix"
 )
 
-// A lane is a socket pair of its own between the agent and a module process, for
+// A lane is an additional socket pair between the agent and a module process. It carries
 // the signatures of one token, one at a time. The goroutine that asks for a signature
-// reads the answer. A thread of the module process serves this lane only. So neither end
-// wakes another thread to hand a message over: that takes as long as a fast token needs
-// for a signature. A packet is a frame. No PIN crosses on a lane.
+// reads the answer, and a thread of the module process serves only this lane. So neither
+// end wakes another thread to hand a message over. Such a wake-up takes as long as a fast
+// token needs for a signature. One packet is one frame. No PIN crosses on a lane.
 
 const (
-	// LanesFD is the file descriptor number of the socket that lanes are opened with.
+	// LanesFD is the file descriptor number of the socket that opens lanes.
 	LanesFD = 4
-	// MaxLanes is the most lanes of one token, and so the most signatures that a token
-	// is asked for at once.
+	// MaxLanes is the most lanes of one token. So it is the most signatures that the
+	// agent asks a token for at once.
 	MaxLanes = 64
-	// MaxLaneFrame bounds the frames on a lane. A longer frame takes the Conn.
+	// MaxLaneFrame bounds the bytes of a frame on a lane. A longer frame takes the Conn.
 	MaxLaneFrame = 16 << 10
-	// lanePatience is how long a module process may take to make room for a lane.
+	// lanePatience is how long a module process may take to accept a lane.
 	lanePatience = 5 * time.Second
 )
 
-// ErrTooLong is the error of a request that does not fit into a lane; nothing
-// of it was sent.
+// ErrTooLong is the error for a request that does not fit into a lane. Send has sent
+// nothing of the request.
 var ErrTooLong = errors.New("the request is too long for a lane")
 
-// Lanes opens lanes to a module process. Its methods may be called from any
-// goroutine.
+// Lanes opens lanes to a module process. Any goroutine may call its methods.
 type Lanes struct{ c *net.UnixConn }
 
-// NewLanes makes the agent's end of a socket (SOCK_SEQPACKET) and owns it. The
-// other end is the module process's LanesFD.
+// NewLanes returns the agent's end on the socket c (SOCK_SEQPACKET). The Lanes owns c.
+// The other end is LanesFD in the module process.
 func NewLanes(c *net.UnixConn) *Lanes { return &Lanes{c} }
 
-// Open makes a lane for the signatures of a token.
+// Open opens a lane for the signatures of a token.
 func (l *Lanes) Open(token TokenID) (*Lane, error) {
 	fds, err := unix.Socketpair(unix.AF_UNIX, unix.SOCK_SEQPACKET|unix.SOCK_CLOEXEC, 0)
 	if err != nil {
@@ -71,19 +70,19 @@ func (l *Lanes) Open(token TokenID) (*Lane, error) {
 	return lane, nil
 }
 
-// Close lets no further lane be opened. Those that are open stay.
+// Close ends the opening of lanes. Open lanes stay open.
 func (l *Lanes) Close() error { return l.c.Close() }
 
-// A Lane is the agent's end of a lane. One goroutine at a time uses it; Interrupt
-// and Close may be called at any time.
+// A Lane is the agent's end of a lane. One goroutine at a time may use it. Any goroutine
+// may call Interrupt and Close at any time.
 type Lane struct {
 	c   *net.UnixConn
 	raw syscall.RawConn
 	buf []byte
 	id  uint32 // of the request that is to be answered
 
-	// What Send, Ready and Receive have done with the file, and what they do:
-	// functions made anew with each call would be memory of their own.
+	// These fields pass values to and from the functions below. The functions are made
+	// once: a new function for each call would take new memory.
 	out      []byte
 	n        int
 	errno    syscall.Errno
@@ -94,10 +93,10 @@ type Lane struct {
 	poll        func(fd uintptr)
 }
 
-// newLane makes a lane of a socket. The system calls on it do not wait, so that the
-// scheduler is not told of them: it would wake a thread each time that looks after
-// those that do. The one that may wait, for patience, is to go on with the thread
-// that it has.
+// newLane makes a lane from a socket. Its system calls do not block, so newLane uses raw
+// system calls that the scheduler does not see. For a system call that it sees, the
+// scheduler would wake a thread each time to look after blocked calls. ppoll may wait,
+// for patience at most, and keeps its thread meanwhile.
 func newLane(c *net.UnixConn) (*Lane, error) {
 	raw, err := c.SyscallConn()
 	if err != nil {
@@ -120,7 +119,7 @@ func newLane(c *net.UnixConn) (*Lane, error) {
 	return l, nil
 }
 
-// call reads or writes b, which is not empty.
+// call reads into b or writes b. b is not empty.
 func call(trap, fd uintptr, b []byte) (int, syscall.Errno) {
 	for {
 		n, _, errno := unix.RawSyscall(trap, fd, uintptr(unsafe.Pointer(&b[0])), uintptr(len(b)))
@@ -130,8 +129,8 @@ func call(trap, fd uintptr, b []byte) (int, syscall.Errno) {
 	}
 }
 
-// Send asks for a signature, in one system call. It is ErrTooLong or the lane is
-// of no use any more.
+// Send asks for a signature, in one system call. After an error other than ErrTooLong,
+// the lane is unusable.
 func (l *Lane) Send(id uint32, m *Sign) error {
 	if m.PIN.Len() > 0 {
 		return errors.New("no PIN crosses on a lane")
@@ -145,7 +144,7 @@ func (l *Lane) Send(id uint32, m *Sign) error {
 	return l.done("write", l.raw.Write(l.write))
 }
 
-// done returns the error of a system call, or that of what should have made it.
+// done returns err, or else the error of the system call.
 func (l *Lane) done(what string, err error) error {
 	if err == nil && l.errno != 0 {
 		err = &net.OpError{Op: what, Net: "lane", Err: l.errno}
@@ -153,18 +152,18 @@ func (l *Lane) done(what string, err error) error {
 	return err
 }
 
-// Ready waits for the answer and occupies the calling thread. It tells whether the answer
-// is there, or Receive will fail at once. To put a goroutine to sleep and wake it again
-// takes as long as a fast token needs for a signature. Keep patience short: no other
-// goroutine can use the thread.
+// Ready waits for the answer and occupies the calling thread. It returns true if the
+// answer is there, or if Receive will fail at once. To put a goroutine to sleep and wake
+// it again takes as long as a fast token needs for a signature. Keep patience short: no
+// other goroutine can use the thread.
 func (l *Lane) Ready(patience time.Duration) bool {
 	l.patience = unix.NsecToTimespec(int64(patience))
 	return l.raw.Control(l.poll) != nil || l.ready
 }
 
-// Receive waits for the answer, whose body is good until the lane is used again. After
-// an error the lane is of no use, but after os.ErrDeadlineExceeded, which is that of a
-// lane that was interrupted.
+// Receive waits for the answer. The body is valid until the next use of the lane. After
+// Interrupt, Receive returns os.ErrDeadlineExceeded, and the lane stays usable. After any
+// other error the lane is unusable.
 func (l *Lane) Receive() (Frame, error) {
 	switch err := l.done("read", l.raw.Read(l.read)); {
 	case errors.Is(err, os.ErrDeadlineExceeded):
@@ -186,33 +185,32 @@ func (l *Lane) Receive() (Frame, error) {
 	return Frame{Type: t, ID: id, Body: body}, nil
 }
 
-// Interrupt has Receive return, and each Receive from now on until Resume.
+// Interrupt makes the current Receive return, and each later Receive until Resume.
 func (l *Lane) Interrupt() { _ = l.c.SetReadDeadline(time.Unix(1, 0)) }
 
 // Resume ends an interruption.
 func (l *Lane) Resume() { _ = l.c.SetReadDeadline(time.Time{}) }
 
-// Close closes the lane; Send and Receive fail.
+// Close closes the lane. Send and Receive then fail.
 func (l *Lane) Close() error { return l.c.Close() }
 
-// ModuleLanes is where a module process gets its lanes from. One goroutine uses it.
+// ModuleLanes accepts the lanes of a module process. Only one goroutine may use it.
 type ModuleLanes struct {
 	c   *net.UnixConn
 	buf []byte
 	oob []byte
 }
 
-// NewModuleLanes makes the module process's end and owns it.
+// NewModuleLanes returns the module process's end on c. The ModuleLanes owns c.
 func NewModuleLanes(c *net.UnixConn) *ModuleLanes {
 	return &ModuleLanes{c: c, buf: make([]byte, MaxLaneFrame), oob: make([]byte, unix.CmsgSpace(4*maxPassed))}
 }
 
-// maxPassed is how many files there is room for in a message that brings one.
+// maxPassed is the room for files in a message that should bring one file.
 const maxPassed = 4
 
-// Accept waits for the next lane, and tells which token it is for. It returns
-// io.EOF when the agent has gone, and an error when it does not keep to this
-// language.
+// Accept waits for the next lane and returns it with its token. It returns io.EOF when
+// the agent has gone. It returns another error when the agent breaks the protocol.
 func (l *ModuleLanes) Accept() (*ModuleLane, TokenID, error) {
 	n, oobn, flags, _, err := l.c.ReadMsgUnix(l.buf, l.oob)
 	if err != nil {
@@ -241,7 +239,7 @@ func (l *ModuleLanes) Accept() (*ModuleLane, TokenID, error) {
 	return &ModuleLane{fd: fds[0], in: make([]byte, MaxLaneFrame), out: make([]byte, 0, 1<<10)}, about.Token, nil
 }
 
-// passed returns the files that came with a message.
+// passed returns the files in the control data of a message.
 func passed(oob []byte) (fds []int, err error) {
 	list, err := unix.ParseSocketControlMessage(oob)
 	for i := range list {
@@ -251,19 +249,19 @@ func passed(oob []byte) (fds []int, err error) {
 	return fds, err
 }
 
-// A ModuleLane is the module process's end of a lane. One goroutine uses it.
+// A ModuleLane is the module process's end of a lane. Only one goroutine may use it.
 type ModuleLane struct {
 	fd      int
 	in, out []byte
 }
 
-// ReadRequest waits for the next request, on a thread that does nothing else. m
-// is good until the next call, which is to have the same one: what is in it as
-// the last time takes no new memory. It returns io.EOF when the agent has closed
-// the lane, and an error when it does not keep to this language.
+// ReadRequest waits for the next request, on a thread that does nothing else. m is valid
+// until the next call. Pass the same m each time: a value that equals the last value
+// takes no new memory. ReadRequest returns io.EOF when the agent has closed the lane. It
+// returns another error when the agent breaks the protocol.
 //
-// For so long as awake says the thread does not go to sleep. It lets others run that
-// want its processor.
+// For the duration awake, the thread does not go to sleep. It yields its processor to
+// other threads that want it.
 func (l *ModuleLane) ReadRequest(m *Sign, awake time.Duration) (id uint32, err error) {
 	n, errno := l.lookFor(awake)
 	if errno == unix.EAGAIN {
@@ -283,8 +281,8 @@ func (l *ModuleLane) ReadRequest(m *Sign, awake time.Duration) (id uint32, err e
 	return parseLaneRequest(l.in[:n], m)
 }
 
-// lookFor reads a request if there is one within so long. It is EAGAIN when there was
-// none.
+// lookFor reads a request if a request comes within the duration awake. Otherwise it
+// returns EAGAIN.
 func (l *ModuleLane) lookFor(awake time.Duration) (int, syscall.Errno) {
 	if awake <= 0 {
 		return 0, unix.EAGAIN
@@ -301,7 +299,7 @@ func (l *ModuleLane) lookFor(awake time.Duration) (int, syscall.Errno) {
 	}
 }
 
-// parseLaneRequest reads a packet with a request.
+// parseLaneRequest parses a packet with a request.
 func parseLaneRequest(packet []byte, m *Sign) (id uint32, err error) {
 	t, id, body, err := parsePacket(packet)
 	switch {
@@ -326,7 +324,7 @@ func (l *ModuleLane) WriteReply(id uint32, reply Message) error {
 	return l.write(b)
 }
 
-// WriteError tells that a request has failed.
+// WriteError tells the agent that a request has failed.
 func (l *ModuleLane) WriteError(id uint32, e *Error) error {
 	b, _ := marshal(appendHeader(l.out[:0], TypeError, id), e)
 	return l.write(b)
@@ -348,12 +346,12 @@ func (l *ModuleLane) write(b []byte) error {
 // Close closes the lane.
 func (l *ModuleLane) Close() error { return unix.Close(l.fd) }
 
-// appendHeader appends the header of a frame whose length is yet to be set.
+// appendHeader appends a frame's header. The caller sets the length later.
 func appendHeader(b []byte, t Type, id uint32) []byte {
 	return binary.BigEndian.AppendUint32(append(b, 0, 0, 0, 0, byte(t)), id)
 }
 
-// parsePacket takes a frame apart that fills a packet.
+// parsePacket splits a frame that fills a packet.
 func parsePacket(b []byte) (t Type, id uint32, body []byte, err error) {
 	if len(b) < headerSize {
 		return 0, 0, nil, errShort

@@ -106,7 +106,7 @@ func TestLane(t *testing.T) {
 	}
 }
 
-// What is in a request as it was in the one before takes no new memory.
+// A value that equals the value in the request before takes no new memory.
 func TestLaneAllocations(t *testing.T) {
 	lane, module := lanePair(t)
 	var got Sign
@@ -147,7 +147,7 @@ func TestLaneRefusesToSend(t *testing.T) {
 	}
 }
 
-// A reader can stop to wait for an answer, and wait for it later.
+// A reader can stop waiting for an answer, and wait for it later.
 func TestLaneInterrupt(t *testing.T) {
 	lane, module := lanePair(t)
 	if err := lane.Send(1, &testSign); err != nil {
@@ -201,7 +201,7 @@ func packet(t Type, id uint32, body []byte) []byte {
 	return b
 }
 
-// The agent believes nothing that a module process says.
+// The agent does not trust a module process.
 func TestLaneRefusesAnswers(t *testing.T) {
 	reply := body(&SignReply{Signature: []byte("sig")})
 	for name, b := range map[string][]byte{
@@ -226,7 +226,7 @@ func TestLaneRefusesAnswers(t *testing.T) {
 	}
 }
 
-// Nor does a module process believe the agent.
+// A module process does not trust the agent.
 func TestLaneRefusesRequests(t *testing.T) {
 	sign := body(&testSign)
 	for name, b := range map[string][]byte{
@@ -247,7 +247,7 @@ func TestLaneRefusesRequests(t *testing.T) {
 	}
 }
 
-// A lane is one file and the token that it is for.
+// A message that opens a lane has one file and the lane's token.
 func TestAcceptRefuses(t *testing.T) {
 	token, _ := marshal(nil, &Token{Token: testToken})
 	for _, tt := range []struct {
@@ -285,7 +285,7 @@ func TestAcceptRefuses(t *testing.T) {
 	}
 }
 
-// What is read is what was sent, into memory that was used before or not.
+// A request reads back as it was sent, into new memory or into used memory.
 func FuzzLaneRequest(f *testing.F) {
 	f.Add(packet(TypeSign, 1, body(&testSign)))
 	f.Add(packet(TypeSign, 7, append(body(&testSign), 'x')))

@@ -24,7 +24,7 @@ var (
 	testKey   = KeyID{Token: testToken, ID: []byte{1}, Label: "key", KeyType: CKKEC, ECPoint: []byte{4, 5, 6}}
 )
 
-// A sample is one message of each kind, and what crosses instead of a PIN.
+// A sample is a message of one kind. pin is the text of its PIN.
 type sample struct {
 	t   Type
 	msg Message
@@ -102,7 +102,7 @@ func setPIN(t testing.TB, msg Message, pin string) {
 	}
 }
 
-// body is a message as it crosses.
+// body returns the encoding of a message.
 func body(msg Message) []byte {
 	b, pin := marshal(nil, msg)
 	return append(b, pin.Bytes()...)
@@ -202,7 +202,7 @@ func TestMessagesDoNotPrintThePIN(t *testing.T) {
 	}
 }
 
-// pair is both ends of a socket pair, as it is in use.
+// pair returns both ends of a socket pair, in the form that the agent uses.
 func pair(t testing.TB) (*Conn, *ModuleConn, [2]net.Conn) {
 	t.Helper()
 	fds, err := unix.Socketpair(unix.AF_UNIX, unix.SOCK_STREAM|unix.SOCK_CLOEXEC, 0)
@@ -315,7 +315,7 @@ func TestConn(t *testing.T) {
 	}
 }
 
-// slow is a connection that gives and takes few bytes at a time.
+// slow is a connection that reads and writes a few bytes at a time.
 type slow struct {
 	net.Conn
 	r    io.Reader
@@ -327,7 +327,7 @@ func (s *slow) Read(b []byte) (int, error)  { return s.r.Read(b[:min(len(b), s.s
 func (s *slow) Write(b []byte) (int, error) { return s.out.Write(b) }
 func (s *slow) Close() error                { return nil }
 
-// stream is all samples of requests, or of answers, as they cross.
+// stream returns all samples of requests, or of answers, as frames.
 func stream(t testing.TB, answers bool) []byte {
 	t.Helper()
 	c := &slow{}
@@ -467,7 +467,7 @@ func TestEnd(t *testing.T) {
 	}
 }
 
-// A PIN goes to the kernel from where it lies, in one system call with the rest.
+// The kernel takes a PIN from its own memory, in one system call with the rest.
 func TestPINIsNotCopied(t *testing.T) {
 	agent, module, _ := pair(t)
 	login := &Login{Token: testToken}
@@ -523,7 +523,7 @@ func TestError(t *testing.T) {
 	}
 }
 
-// What parses has one encoding: it is printed as it was.
+// A message that parses has one encoding: writing it again gives the same bytes.
 func FuzzUnmarshal(f *testing.F) {
 	list := samples(f)
 	if len(list) == 0 {
@@ -582,7 +582,7 @@ func FuzzReadRequest(f *testing.F) {
 	})
 }
 
-// So does the agent.
+// The agent reads any bytes without harm.
 func FuzzReadFrame(f *testing.F) {
 	seed := stream(f, true)
 	if len(seed) == 0 {
@@ -604,8 +604,8 @@ func FuzzReadFrame(f *testing.F) {
 	})
 }
 
-// A process that is killed with a request unread resets the connection: it has
-// gone, and has said nothing that makes no sense.
+// A process that is killed with an unread request resets the connection. The reader takes
+// this for the end of the process, not for a malformed message.
 func TestReset(t *testing.T) {
 	fds, err := unix.Socketpair(unix.AF_UNIX, unix.SOCK_STREAM|unix.SOCK_CLOEXEC, 0)
 	if err != nil {
