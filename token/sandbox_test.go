@@ -109,8 +109,8 @@ func cutLast(line string) (what string, errno unix.Errno, ok bool) {
 	return line[:i], unix.Errno(n), err == nil
 }
 
-// A module that needs to write elsewhere does not start. The error of the module gives two remedies.
-// Both remedies work.
+// A module that needs to write elsewhere does not start. The error of the module gives two
+// remedies. Both remedies work.
 func TestSandboxHint(t *testing.T) {
 	needLandlock(t)
 	library := tokentest.BuildBadModule(t)

@@ -386,8 +386,7 @@ func TestReaderInUseFirst(t *testing.T) {
 	}
 }
 
-// TestTransaction lets another program hold a transaction. Signatures wait for its end. Nothing else
-// waits.
+// TestTransaction lets another program hold a transaction. Only signatures wait for its end.
 func TestTransaction(t *testing.T) {
 	for _, m := range sharedModules {
 		t.Run(m.name, func(t *testing.T) {

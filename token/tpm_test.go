@@ -13,8 +13,8 @@ import (
 
 const tpmPIN = "Sesame-4829"
 
-// TestTPM runs the suite on a TPM. Only the chip is not real. Wrong PINs count against the whole TPM,
-// so the suite resets their count before each test.
+// TestTPM runs the suite on a TPM. Only the chip is not real. Wrong PINs count against the whole
+// TPM, so the suite resets their count before each test.
 func TestTPM(t *testing.T) {
 	m := tokentest.NewTPM(t)
 	m.AddToken("tpm", tpmPIN)
@@ -104,8 +104,8 @@ func TestTPMAlwaysAuthenticate(t *testing.T) {
 	want(t, "wrong PINs", m.Wrong(), 0)
 }
 
-// TestTPMFull has more keys than Linux lets one program load into the TPM. The module keeps each used
-// key loaded until a logout, and does not report the reason of the failure.
+// TestTPMFull has more keys than Linux lets one program load into the TPM. The module keeps each
+// used key loaded until a logout, and does not report the reason of the failure.
 func TestTPMFull(t *testing.T) {
 	m, person, s := tpmStore(t)
 	m.Limit(3)

@@ -159,8 +159,8 @@ func TestAttack09LastTryOfSomebodyElsesPIN(t *testing.T) {
 	want(t, "so was the second", asked[1].Supplied, false)
 }
 
-// holder does not answer the prompt of the attacker. It answers the prompt of the next client, after
-// the prompt has moved on.
+// holder does not answer the prompt of the attacker. It answers the prompt of the next client,
+// after the prompt has moved on.
 type holder struct {
 	pin.Dialogue
 	asked chan string

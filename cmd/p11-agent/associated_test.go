@@ -12,9 +12,9 @@ import (
 	"p11-agent/token/tokentest"
 )
 
-// What "ssh-add -s MODULE FILE..." of OpenSSH 10.5 sends for public keys of all kinds: the
-// certificates of the token's keys are added, and the rest is skipped. With -C, which adds
-// certificates only, files that are for none of the keys are a failure.
+// The test sends what "ssh-add -s MODULE FILE..." of OpenSSH 10.5 sends for public keys of all
+// kinds. The agent adds the certificates of the keys on the token, and skips the rest. With -C,
+// ssh-add adds only certificates. Then files for other keys are a failure.
 func TestAssociatedCertificates(t *testing.T) {
 	softhsm := tokentest.NewSoftHSM(t)
 	softhsm.AddToken("work", storyPIN)
@@ -69,7 +69,7 @@ func TestAssociatedCertificates(t *testing.T) {
 	r.say("%q", listed())
 	add("all kinds", 0, public.Marshal(), k.ed.cert.Marshal(), unknown, cert.Marshal(), k.ed.public.Marshal())
 	r.say("%q", listed())
-	// Both are shown to sign.
+	// Both the key and the certificate sign.
 	for _, key := range []ssh.PublicKey{public, cert} {
 		data := loginData("one", "me", key, k.host.public)
 		if sig, err := r.client.SignWithFlags(key, data, sshclient.SignatureFlags(0)); err != nil || public.Verify(data, sig) != nil {

@@ -17,10 +17,9 @@ import (
 	sshclient "golang.org/x/crypto/ssh/agent"
 )
 
-// attackFlood asks for signatures: flood KEYS.pub N M has N made on one connection, and
-// one on each of M others, with each key in turn, each time of something else. With a
-// fourth argument, each of the M connections is bound to a host of the attacker's own
-// making.
+// attackFlood requests signatures: flood KEYS.pub N M requests N signatures on one connection, and
+// one signature on each of M other connections. It uses each key in turn, and signs new data each
+// time. With a fourth argument, it binds each of the M connections to an invented host.
 func attackFlood(args []string) error {
 	if len(args) != 3 && len(args) != 4 {
 		return errors.New("usage: flood KEYS.pub N M [bind]")
@@ -73,8 +72,7 @@ func attackFlood(args []string) error {
 
 func dialSocket() (net.Conn, error) { return net.Dial("unix", os.Getenv("SSH_AUTH_SOCK")) }
 
-// askSignature has a file signed, as ssh-keygen -Y does. What comes of it is the
-// agent's to say.
+// askSignature requests the signature of a file, as ssh-keygen -Y does. It ignores the outcome.
 func askSignature(client sshclient.ExtendedAgent, key ssh.PublicKey, i int) {
 	data := append([]byte("SSHSIG"), ssh.Marshal(struct{ Namespace, Reserved, Hash, Digest string }{
 		fmt.Sprintf("file-%d@example.org", i), "", "sha512", string(make([]byte, 64)),
@@ -82,7 +80,7 @@ func askSignature(client sshclient.ExtendedAgent, key ssh.PublicKey, i int) {
 	_, _ = client.Sign(key, data)
 }
 
-// bindToOwnHost binds a connection for forwarding, to a host that there is not.
+// bindToOwnHost binds a connection for forwarding, to an invented host.
 func bindToOwnHost(client sshclient.ExtendedAgent) error {
 	public, private, err := ed25519.GenerateKey(rand.Reader)
 	if err != nil {
@@ -108,8 +106,8 @@ func bindToOwnHost(client sshclient.ExtendedAgent) error {
 	return err
 }
 
-// attackLog has N requests refused, each in one of many ways: log N. Every hundredth
-// is on a connection of its own.
+// attackLog sends N requests that the agent refuses, for different reasons: log N. Every hundredth
+// request has its own connection.
 func attackLog(args []string) error {
 	if len(args) != 1 {
 		return errors.New("usage: log N")
@@ -132,7 +130,7 @@ func attackLog(args []string) error {
 	kinds := []func(i int) []byte{
 		func(i int) []byte { return slices.Concat([]byte{13}, text(key(i)), text(odd(i)), make([]byte, 4)) }, // a signature
 		func(i int) []byte { return slices.Concat([]byte{13}, text(odd(i))) },
-		func(i int) []byte { return slices.Concat([]byte{18}, text(key(i))) }, // a key is to be removed
+		func(i int) []byte { return slices.Concat([]byte{18}, text(key(i))) }, // the removal of a key
 		func(i int) []byte { return slices.Concat([]byte{20}, text("pkcs11:token="+odd(i)), text("")) },
 		func(i int) []byte { return slices.Concat([]byte{21}, text("/usr/lib/"+odd(i)), text("")) },
 		func(i int) []byte { return slices.Concat([]byte{23}, text("")) }, // unlock
@@ -147,7 +145,7 @@ func attackLog(args []string) error {
 		func(i int) []byte { return slices.Concat([]byte{27}, text("control-v1@p11-agent"), text(odd(i))) },
 		func(i int) []byte { return []byte{byte(100 + i%100)} },
 		func(i int) []byte { return []byte{11, 1} }, // a list
-		func(i int) []byte { return []byte{19} },    // everything is removed, time and again
+		func(i int) []byte { return []byte{19} },    // the removal of all keys
 	}
 	conn, err := dialSocket()
 	if err != nil {
@@ -156,7 +154,7 @@ func attackLog(args []string) error {
 	defer func() { _ = conn.Close() }()
 	for i := range n {
 		if i%100 == 99 {
-			// In the midst of a message.
+			// The connection ends in the middle of a message.
 			if _, err := conn.Write([]byte{0, 0, 1, 0, 13}); err != nil {
 				return err
 			}

@@ -40,7 +40,7 @@ func holdProgram(args []string) error {
 	}
 	cmd := exec.Command(args[0], args[1:]...)
 	cmd.Env = append(os.Environ(), "LD_PRELOAD="+fifo)
-	if err := cmd.Start(); err != nil { // it returns when the program is executed
+	if err := cmd.Start(); err != nil { // Start returns when the kernel has executed the program
 		return err
 	}
 	mem, err := os.OpenFile(fmt.Sprintf("/proc/%d/mem", cmd.Process.Pid), os.O_RDWR, 0)
@@ -88,7 +88,7 @@ func searchMemory(args []string) error {
 	return nil
 }
 
-// found counts how often a text is in what a process can write.
+// found counts how often a text is in the writable memory of a process.
 func found(pid string, text []byte) (int, error) {
 	maps, err := os.Open("/proc/" + pid + "/maps")
 	if err != nil {
@@ -107,12 +107,12 @@ func found(pid string, text []byte) (int, error) {
 		if _, err := fmt.Sscanf(lines.Text(), "%x-%x %s", &from, &to, &perms); err != nil {
 			return 0, err
 		}
-		const shadow = 1 << 30 // the race detector's are larger, and hold no bytes of ours
+		const shadow = 1 << 30 // areas of the race detector are larger, and hold no data of the program
 		if !strings.HasPrefix(perms, "rw") || to-from > shadow {
 			continue
 		}
-		// Page by page, as some may be read and others not. The end of each is looked at
-		// again with the next.
+		// A part at a time, as some parts cannot be read. The end of each part is searched
+		// again together with the next part.
 		const size = 1 << 16
 		room := make([]byte, 0, size+len(text))
 		for at := from; at < to; at += size {
@@ -139,7 +139,7 @@ func TestAttack12Start(t *testing.T) {
 		}
 		t.Skip("only root can become the user who may not read the program")
 	}
-	// Not t.TempDir, which others than root cannot enter.
+	// Other users than root cannot enter the directory of t.TempDir.
 	dir, err := os.MkdirTemp("", "p11")
 	if err != nil {
 		t.Fatal(err)
@@ -170,7 +170,7 @@ func TestAttack12Start(t *testing.T) {
 	if said := hold(); !strings.Contains(said, "permission denied") {
 		t.Errorf("the attacker says: %s", said)
 	}
-	// The attack is one: where the user can read the program, it succeeds.
+	// If the user can read the program, the attack succeeds. So the attack is a real one.
 	if err := os.Chmod(program, 0o755); err != nil {
 		t.Fatal(err)
 	}
@@ -198,7 +198,7 @@ func TestAttack12Start(t *testing.T) {
 			t.Errorf("the agent: %v\n%s", err, &log)
 		}
 	}()
-	// It says where it is when it is there.
+	// The agent prints its address when it accepts connections.
 	if _, err := io.ReadAtLeast(out, make([]byte, 1<<10), 1); err != nil {
 		t.Fatal(err)
 	}
@@ -209,11 +209,11 @@ func TestAttack12Start(t *testing.T) {
 	}
 }
 
-// A process that another one traces holds no secret: it refuses to start.
+// A process refuses to start while another process traces it. So it holds no secret.
 func TestAttack12Tracer(t *testing.T) {
 	for _, command := range []string{"agent", backend.ModuleCommand, "login"} {
 		t.Run(command, func(t *testing.T) {
-			// The thread that starts it is the one that traces it.
+			// The thread that starts the process also traces it.
 			runtime.LockOSThread()
 			defer runtime.UnlockOSThread()
 			said := filepath.Join(t.TempDir(), "said")
@@ -241,7 +241,7 @@ func TestAttack12Tracer(t *testing.T) {
 	}
 }
 
-// trace has a process go on at each signal, until it ends.
+// trace lets a process go on after each signal, until the process ends.
 func trace(t *testing.T, pid int) (status syscall.WaitStatus) {
 	t.Helper()
 	for {

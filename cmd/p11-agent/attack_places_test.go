@@ -20,10 +20,10 @@ func init() {
 	attacks["last-try"] = takeLastTry
 }
 
-// onOwnTerminal runs a program on a terminal of the attacker's own, as the leader of
-// the session there or, with "child" in front, as the child of a shell that leads it.
-// What is shown there goes to keys, which types on the terminal. It prints what was
-// shown and how the program has ended.
+// onOwnTerminal runs a program on a terminal of the attacker. The program leads the session there.
+// With "child" in front, a shell leads the session, and the program is its child. keys gets the
+// text that the terminal shows, and returns the text to type. At the end, onOwnTerminal prints the
+// text of the terminal and the status of the program.
 func onOwnTerminal(args []string, keys func(shown string) string) error {
 	if len(args) < 2 {
 		return errors.New("usage: leader|child PROGRAM [ARGUMENT...]")
@@ -47,7 +47,7 @@ func onOwnTerminal(args []string, keys func(shown string) string) error {
 	}
 	tty := os.NewFile(uintptr(near), "tty")
 	if args[0] == "child" {
-		// The shell is older than the program, and another process.
+		// The shell is another process, and older than the program.
 		args = append([]string{"", "sh", "-c", `"$0" "$@"; exit $?`}, args[1:]...)
 	}
 	cmd := exec.Command(args[1], args[2:]...)
@@ -76,18 +76,18 @@ func onOwnTerminal(args []string, keys func(shown string) string) error {
 	return nil
 }
 
-// pressEnter presses Enter whenever something is shown.
+// pressEnter presses Enter each time that the terminal shows text.
 func pressEnter(args []string) error {
 	return onOwnTerminal(args, func(string) string { return "\r" })
 }
 
-// holdPrompt answers nothing.
+// holdPrompt types nothing.
 func holdPrompt(args []string) error {
 	return onOwnTerminal(args, func(string) string { return "" })
 }
 
-// takeLastTry has a wrong PIN tried by the control door, and says that the person wants
-// the last try used for it: URI PIN.
+// takeLastTry requests a login with a wrong PIN through the control socket. It claims that the
+// person agrees to use the last try. Its arguments are URI PIN.
 func takeLastTry(args []string) error {
 	if len(args) != 2 {
 		return errors.New("usage: URI PIN")

@@ -25,9 +25,8 @@ import (
 	"golang.org/x/crypto/ssh"
 )
 
-// These attacks use up what the agent has: connections, memory, processor time. Those
-// that keep connections make the file READY when they have them all, and end with a
-// signal.
+// These attacks use up connections, memory or processor time of the agent. An attack that keeps
+// connections makes the file READY when it has all its connections. A signal ends it.
 
 func init() {
 	attacks["idle"] = attackIdle
@@ -42,7 +41,7 @@ func init() {
 // An enemy is a connection to the agent.
 type enemy struct{ net.Conn }
 
-// connectAgent waits until there is room in the queue of the agent's socket.
+// connectAgent connects to the agent. It waits for room in the queue of the socket.
 func connectAgent() (enemy, error) {
 	for {
 		conn, err := net.Dial("unix", os.Getenv("SSH_AUTH_SOCK"))
@@ -53,7 +52,7 @@ func connectAgent() (enemy, error) {
 	}
 }
 
-// ask sends a message and returns the number of its answer.
+// ask sends a message, and returns the number of the answer.
 func (e enemy) ask(message []byte) (byte, error) {
 	if _, err := e.Write(append(binary.BigEndian.AppendUint32(nil, uint32(len(message))), message...)); err != nil {
 		return 0, err
@@ -69,7 +68,7 @@ func (e enemy) ask(message []byte) (byte, error) {
 	return answer[0], nil
 }
 
-// held makes the file, and returns when there is a signal.
+// held makes the file, and returns after a signal.
 func held(ready string) error {
 	end := make(chan os.Signal, 1)
 	signal.Notify(end, os.Interrupt, syscall.SIGTERM)
@@ -80,7 +79,7 @@ func held(ready string) error {
 	return nil
 }
 
-// numbers reads the arguments before the last one, which is a file.
+// numbers parses the arguments. The last argument is a file, the others are numbers.
 func numbers(args []string, want int) (all []int, file string, err error) {
 	if len(args) != want+1 {
 		return nil, "", fmt.Errorf("%d arguments, want %d numbers and a file", len(args), want)
@@ -95,8 +94,8 @@ func numbers(args []string, want int) (all []int, file string, err error) {
 	return all, args[want], nil
 }
 
-// idle N READY makes N connections. A third of them asks for nothing, a third lists
-// the keys first, and a third sends half a message.
+// idle N READY makes N connections. A third of them send nothing. A third list the keys first. A
+// third send half a message.
 func attackIdle(args []string) error {
 	n, ready, err := numbers(args, 1)
 	if err != nil {
@@ -111,7 +110,7 @@ func attackIdle(args []string) error {
 		conns = append(conns, conn)
 		switch i % 3 {
 		case 1:
-			_, _ = conn.ask([]byte{11}) // when it is ended first, it is
+			_, _ = conn.ask([]byte{11}) // the agent may end the connection first
 		case 2:
 			_, _ = conn.Write([]byte{0, 0, 1, 0, 13})
 		}
@@ -120,14 +119,14 @@ func attackIdle(args []string) error {
 	return held(ready)
 }
 
-// crowd PROCESSES N READY has that many processes make N connections each. Every
-// second one runs a program of its own, which has the name of ssh-add.
+// crowd PROCESSES N READY starts that many processes, which make N connections each. Every second
+// process runs its own program, with the name of ssh-add.
 func attackCrowd(args []string) error {
 	n, ready, err := numbers(args, 2)
 	if err != nil {
 		return err
 	}
-	runtime.LockOSThread() // with which the processes end
+	runtime.LockOSThread() // the processes end with this thread
 	for i := range n[0] {
 		program := "/proc/self/exe"
 		if i%2 == 1 {
@@ -159,7 +158,7 @@ func copyProgram(to string) error {
 	if err := os.MkdirAll(filepath.Dir(to), 0o700); err != nil {
 		return err
 	}
-	return os.WriteFile(to, b, 0o700) //nolint:gosec // it is a program
+	return os.WriteFile(to, b, 0o700) //nolint:gosec // the file is a program
 }
 
 // signer makes a key.
@@ -172,11 +171,10 @@ func signer() (ssh.Signer, ed25519.PrivateKey, error) {
 	return s, key, err
 }
 
-// fatCertificate certifies a key, in about so many bytes, for as many principals as
-// fit.
+// fatCertificate makes a certificate of about size bytes for a key, with as many principals as fit.
 func fatCertificate(key ssh.PublicKey, authority ssh.Signer, kind uint32, size int) (*ssh.Certificate, error) {
 	cert := &ssh.Certificate{Key: key, CertType: kind, ValidBefore: ssh.CertTimeInfinity}
-	// The limit for principals is OpenSSH's own.
+	// OpenSSH has this limit for principals.
 	for range min(size/5, 256) {
 		cert.ValidPrincipals = append(cert.ValidPrincipals, "a")
 	}
@@ -189,7 +187,7 @@ func fatCertificate(key ssh.PublicKey, authority ssh.Signer, kind uint32, size i
 	return cert, cert.SignCert(rand.Reader, authority)
 }
 
-// bindMessage binds a connection to a session that the host has signed.
+// bindMessage returns a message that binds a connection to a session. The host signs the session.
 func bindMessage(hostKey []byte, host ssh.Signer, session []byte) ([]byte, error) {
 	sig, err := host.Sign(rand.Reader, session)
 	if err != nil {
@@ -202,8 +200,8 @@ func bindMessage(hostKey []byte, host ssh.Signer, session []byte) ([]byte, error
 	}{"session-bind@openssh.com", hostKey, session, ssh.Marshal(sig), true})...), nil
 }
 
-// binds N READY makes N connections with 16 binds each, or as many as the agent takes,
-// with the largest certificate that it takes.
+// binds N READY makes N connections with 16 binds each, or with as many binds as the agent
+// accepts. Each bind has the largest certificate that the agent accepts.
 func attackBinds(args []string) error {
 	n, ready, err := numbers(args, 1)
 	if err != nil {
@@ -250,7 +248,8 @@ func attackBinds(args []string) error {
 	return held(ready)
 }
 
-// addMessage adds an Ed25519 key with a certificate, a comment and a destination.
+// addMessage returns a message that adds an Ed25519 key with a certificate, a comment and
+// destinations.
 func addMessage(private ed25519.PrivateKey, cert []byte, destinations int) []byte {
 	host, _, _ := signer()
 	m := append([]byte{25}, ssh.Marshal(struct {
@@ -285,8 +284,8 @@ func addMessage(private ed25519.PrivateKey, cert []byte, destinations int) []byt
 	return m
 }
 
-// certificates N DESTINATIONS adds N keys, each with the largest certificate that
-// the agent takes, and so many destinations.
+// certificates N DESTINATIONS adds N keys. Each key has the largest certificate that the agent
+// accepts, and so many destinations.
 func attackCertificates(args []string) error {
 	n, _, err := numbers(append(args, ""), 2)
 	if err != nil {
@@ -331,8 +330,8 @@ func attackCertificates(args []string) error {
 	return nil
 }
 
-// halves N READY makes N connections, and sends nearly the whole of the longest message
-// on each.
+// halves N READY makes N connections. On each connection, it sends the longest message without its
+// end.
 func attackHalves(args []string) error {
 	n, ready, err := numbers(args, 1)
 	if err != nil {
@@ -346,15 +345,15 @@ func attackHalves(args []string) error {
 			return err
 		}
 		conns = append(conns, conn)
-		_, _ = conn.Write(half) // the agent may end it meanwhile
+		_, _ = conn.Write(half) // the agent may end the connection meanwhile
 	}
 	defer runtime.KeepAlive(conns)
 	return held(ready)
 }
 
-// publishedPrime returns the safe prime of RFC 3526 or RFC 7919 of so many bits: to find
-// one takes minutes. Both have the form 2^n - 2^(n-64) - 1 + 2^64 * (floor(2^(n-130) * c) + k),
-// where c is pi or e.
+// publishedPrime returns the safe prime of RFC 3526 or RFC 7919 of so many bits. A search for a
+// safe prime takes minutes. Both have this form, where c is pi or e:
+// 2^n - 2^(n-64) - 1 + 2^64 * (floor(2^(n-130) * c) + k).
 func publishedPrime(bits uint, pi bool) *big.Int {
 	k := map[uint][2]int64{4096: {240904, 5736041}, 8192: {4743158, 10965728}}[bits]
 	const guard = 128
@@ -401,7 +400,7 @@ func archimedes(scale uint) *big.Int {
 	return five.Lsh(five, 4).Sub(five, other.Lsh(other, 2))
 }
 
-// bigKey makes an RSA key of so many bits.
+// bigKey makes an RSA key of this many bits.
 func bigKey(bits uint) (*rsa.PrivateKey, error) {
 	p, q := publishedPrime(bits/2, true), publishedPrime(bits/2, false)
 	if p.BitLen() != int(bits/2) || !p.ProbablyPrime(1) || !q.ProbablyPrime(1) {
@@ -417,8 +416,8 @@ func bigKey(bits uint) (*rsa.PrivateKey, error) {
 	return key, nil
 }
 
-// rsa BITS FORWARDED N READY adds an RSA key of so many bits, over a forwarded
-// connection if FORWARDED is 1, and asks for a signature with it on each of N forwarded
+// rsa BITS FORWARDED N READY adds an RSA key of that many bits. If FORWARDED is 1, it adds the key
+// over a forwarded connection. Then it requests a signature of the key on each of N forwarded
 // connections.
 func attackRSA(args []string) error {
 	n, ready, err := numbers(args, 3)
@@ -491,7 +490,7 @@ func attackRSA(args []string) error {
 	return held(ready)
 }
 
-// resident MIB fails when the agent has more memory than that. The race detector takes
+// resident MIB fails if the agent uses more memory than that. The race detector takes
 // up to ten times as much (https://go.dev/doc/articles/race_detector).
 func attackResident(args []string) error {
 	limit, err := strconv.Atoi(args[0])

@@ -16,9 +16,9 @@ import (
 	sshclient "golang.org/x/crypto/ssh/agent"
 )
 
-// attackSign has the agent sign something that is more than it seems, and prints
-// "signed" or "refused". Its arguments are what it is, the file of a public key, and
-// "forwarded" for a connection that another host has bound. What it is:
+// attackSign makes the agent sign ambiguous data, and prints "signed" or "refused". Its arguments
+// are the kind of data, the file of a public key, and "forwarded" for a connection that another
+// host has bound. The kinds of data:
 //
 //	random       1,024 random bytes
 //	attributes   the signed attributes of a CMS signature (RFC 5652 section 5.3), padded to
@@ -63,7 +63,7 @@ func attackSign(args []string) error {
 	return key.Verify(data, sig)
 }
 
-// bindAsHost binds a connection as a host does that the agent is forwarded to.
+// bindAsHost binds a connection in the same way as a host that the agent is forwarded to.
 func bindAsHost(client sshclient.ExtendedAgent) error {
 	_, private, err := ed25519.GenerateKey(rand.Reader)
 	if err != nil {
@@ -112,7 +112,7 @@ func ambiguous(what string, key ssh.PublicKey) ([]byte, error) {
 	return nil, errors.New("there is no such data")
 }
 
-// hiddenArchive is a ZIP archive that stays one with something before and after it.
+// hiddenArchive returns a ZIP archive that stays valid with other data before and after it.
 func hiddenArchive() ([]byte, error) {
 	var b bytes.Buffer
 	w := zip.NewWriter(&b)
@@ -123,7 +123,7 @@ func hiddenArchive() ([]byte, error) {
 	if _, err := f.Write([]byte("I owe the attacker everything.")); err != nil {
 		return nil, err
 	}
-	if err := w.SetComment(string(make([]byte, 512))); err != nil { // for what comes after it
+	if err := w.SetComment(string(make([]byte, 512))); err != nil { // for the data that comes after it
 		return nil, err
 	}
 	err = w.Close()

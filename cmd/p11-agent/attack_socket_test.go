@@ -17,8 +17,8 @@ import (
 	"p11-agent/token/tokentest"
 )
 
-// A module removes the agent's socket, wherever that is without XDG_RUNTIME_DIR, to make
-// its own in that place. It cannot: the socket is not where a module may write.
+// Without XDG_RUNTIME_DIR, the agent chooses another place for its socket. A module tries to
+// replace the socket there with its own. That fails: a module may not write to the place.
 func TestAttack16Socket(t *testing.T) {
 	if _, err := ll.LandlockGetABIVersion(); err != nil {
 		if os.Getenv("CI") == "true" {
@@ -63,7 +63,7 @@ func TestAttack16Socket(t *testing.T) {
 	}
 	_, path, _ := strings.Cut(string(said[:n]), "SSH_AUTH_SOCK=")
 	path, _, _ = strings.Cut(path, ";")
-	// What the module does at its start is done when it is asked for its slots.
+	// The module attacks at its start. The attack is over when the agent lists the slots.
 	if err := eventually(func() error {
 		b, err := os.ReadFile(calls)
 		if err == nil && !bytes.Contains(b, []byte("C_GetSlotList")) {

@@ -5,8 +5,8 @@ import (
 	"os"
 )
 
-// attacks are what the program "attacker" of the scripts in testdata/attack can do,
-// by the first argument. Each gets the arguments that follow.
+// attacks maps the first argument of the program "attacker" to an attack. The scripts in
+// testdata/attack run this program. An attack gets the other arguments.
 var attacks = map[string]func(args []string) error{
 	"sign":  attackSign,
 	"flood": attackFlood,

@@ -29,8 +29,8 @@ import (
 	"p11-agent/token/tokentest"
 )
 
-// rig is one agent under test, ours or ssh-agent, and one connection to it. Its
-// transcript says what came back.
+// A rig is one agent under test, p11-agent or ssh-agent, and one connection to it. Its transcript
+// has the answers.
 type rig struct {
 	t      *testing.T
 	socket string
@@ -41,7 +41,7 @@ type rig struct {
 
 func (r *rig) say(format string, args ...any) { fmt.Fprintf(&r.said, format+"\n", args...) }
 
-// connect makes a new connection, which is bound to nothing.
+// connect makes a new connection without a bind.
 func (r *rig) connect() {
 	r.t.Helper()
 	conn, err := net.Dial("unix", r.socket)
@@ -54,7 +54,7 @@ func (r *rig) connect() {
 	r.conn, r.client = conn, sshclient.NewClient(&shared{r: r, Reader: answers, feed: feed})
 }
 
-// shared lets x/crypto's client, which reads all the time, share a connection.
+// shared lets the client of x/crypto share a connection. That client reads all the time.
 type shared struct {
 	r       *rig
 	request []byte
@@ -79,7 +79,7 @@ func (s *shared) Write(b []byte) (int, error) {
 	return len(b), nil
 }
 
-// exchange sends a message and returns its answer.
+// exchange sends a message, and returns the answer.
 func (r *rig) exchange(body []byte) ([]byte, error) {
 	if err := r.conn.SetDeadline(time.Now().Add(patience)); err != nil {
 		return nil, err
@@ -96,7 +96,7 @@ func (r *rig) exchange(body []byte) ([]byte, error) {
 	return answer, err
 }
 
-// ask sends one message and says the type of its answer.
+// ask sends one message, and notes the type of the answer.
 func (r *rig) ask(what string, number byte, fields ...any) {
 	r.t.Helper()
 	answer, err := r.exchange(append([]byte{number}, sshFields(fields...)...))
@@ -157,7 +157,7 @@ func (r *rig) status(what string, err error) {
 	}
 }
 
-// sign says the format of a signature that is right.
+// sign requests a signature, and notes its format if the signature is right.
 func (r *rig) sign(what string, key ssh.PublicKey, data []byte, flags sshclient.SignatureFlags) {
 	r.t.Helper()
 	sig, err := r.client.SignWithFlags(key, data, flags)
@@ -235,7 +235,7 @@ func newBehaviourPairs(t *testing.T) behaviourPairs {
 	return behaviourPairs{edwards(), newPair(t, ec), newPair(t, rsaKey), edwards(), edwards()}
 }
 
-// bind binds the connection to a session with a host. by signs, normally the
+// bind binds the connection to a session with a host. by signs the session; normally it is the
 // host.
 func (r *rig) bind(what, session string, host, by pair, forwarding byte) {
 	r.t.Helper()
@@ -247,7 +247,7 @@ func (r *rig) bind(what, session string, host, by pair, forwarding byte) {
 	r.ask(what, 27, "session-bind@openssh.com", host.public.Marshal(), session, ssh.Marshal(sig), forwarding)
 }
 
-// sessionID is the identifier of a session by that name, a digest as the real ones.
+// sessionID returns the identifier of a session with that name. It is a digest, like a real one.
 func sessionID(name string) string {
 	sum := sha256.Sum256([]byte(name))
 	return string(sum[:])
@@ -265,7 +265,7 @@ func loginData(session, user string, key ssh.PublicKey, host ssh.PublicKey) []by
 	return b
 }
 
-// toHost is a destination constraint.
+// toHost returns a destination constraint.
 func toHost(user string, from *pair, host pair) []byte {
 	origin := sshFields("", "", "")
 	if from != nil {
@@ -274,7 +274,7 @@ func toHost(user string, from *pair, host pair) []byte {
 	return sshFields(origin, sshFields(user, "host", "", host.public.Marshal(), byte(0)), "")
 }
 
-// addConstrained asks for a key of type Ed25519 with constraints.
+// addConstrained asks the agent to add an Ed25519 key with constraints.
 func (r *rig) addConstrained(what string, k pair, constraints ...any) {
 	r.t.Helper()
 	private := k.private.(ed25519.PrivateKey)
@@ -294,8 +294,8 @@ func (r *rig) addLimited(p pair, destinations ...[]byte) {
 	}
 }
 
-// behaviours are what an agent may be asked. differs gives the reason why ours
-// answers otherwise than ssh-agent of OpenSSH 9.2.
+// behaviours are the requests for both agents. differs gives the reason why p11-agent does not
+// answer like ssh-agent of OpenSSH 9.2.
 var behaviours = []struct {
 	name    string
 	differs string
@@ -577,7 +577,7 @@ var behaviours = []struct {
 	}},
 }
 
-// TestBehaviour asks our agent and ssh-agent the same.
+// TestBehaviour sends the same requests to p11-agent and to ssh-agent.
 func TestBehaviour(t *testing.T) {
 	needPrograms(t, "ssh-agent")
 	k := newBehaviourPairs(t)
@@ -609,7 +609,7 @@ func startOne(t *testing.T, program string, lines ...string) (socket string) {
 	dir := tokentest.TempDir(t)
 	socket = filepath.Join(dir, "s")
 	args := []string{"-D", "-a", socket}
-	name, err := exec.LookPath(program) // testscript puts ours into PATH
+	name, err := exec.LookPath(program) // testscript puts p11-agent into PATH
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -630,7 +630,7 @@ func startOne(t *testing.T, program string, lines ...string) (socket string) {
 	}
 	t.Cleanup(func() {
 		cancel()
-		_ = cmd.Wait() // it ends with a signal's status
+		_ = cmd.Wait() // a signal ends the agent
 		if t.Failed() {
 			t.Logf("%s said:\n%s", program, log.String())
 		}

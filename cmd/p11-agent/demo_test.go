@@ -22,11 +22,10 @@ const (
 	demoEmail = "demo@example.org"
 )
 
-// demoPrograms are those that the demo cannot do without.
+// demoPrograms are the programs that the demo needs.
 var demoPrograms = []string{"softhsm2-util", "pkcs11-tool", "ssh", "ssh-add", "ssh-keygen", "sshd", "git"}
 
-// needPrograms ends a test that needs programs which are not here; in CI they
-// have to be.
+// needPrograms skips a test if one of the programs is missing. In CI, it fails the test.
 func needPrograms(t *testing.T, names ...string) {
 	t.Helper()
 	for _, name := range names {
@@ -39,7 +38,7 @@ func needPrograms(t *testing.T, names ...string) {
 	}
 }
 
-// demoWorld is what a demo of a test runs in.
+// A demoWorld is the environment of a demo.
 type demoWorld struct {
 	home, tmp string
 	path      string // PATH
@@ -47,7 +46,7 @@ type demoWorld struct {
 
 func newDemoWorld(t *testing.T) *demoWorld {
 	t.Helper()
-	dir := tokentest.TempDir(t) // short: sockets will be in it
+	dir := tokentest.TempDir(t) // short, because sockets are in it
 	w := &demoWorld{home: filepath.Join(dir, "h"), tmp: filepath.Join(dir, "t"), path: os.Getenv("PATH")}
 	if err := os.Mkdir(w.tmp, 0o700); err != nil {
 		t.Fatal(err)
@@ -64,15 +63,14 @@ func newDemoWorld(t *testing.T) *demoWorld {
 	return w
 }
 
-// The files of a home directory, with a text that none of their readers takes,
-// in the order of their names.
+// The files of a home directory, in the order of their names. No program accepts their text.
 const (
 	demoHome = ".config/p11-agent/config.toml .gitconfig .ssh/config .ssh/known_hosts p11-agent/config.toml"
 	notRead  = "[not to be read\n"
 )
 
-// only makes PATH a directory that holds these programs and no others. What
-// replace says is put there as a script instead.
+// only makes PATH a directory with only these programs. For a program in replace, the directory
+// has a script.
 func (w *demoWorld) only(t *testing.T, replace map[string]string, names ...string) {
 	t.Helper()
 	bin := filepath.Join(filepath.Dir(w.tmp), "bin")
@@ -96,16 +94,16 @@ func (w *demoWorld) only(t *testing.T, replace map[string]string, names ...strin
 	w.path = bin
 }
 
-// command makes the command of a demo.
+// command returns the command of a demo.
 func (w *demoWorld) command(t *testing.T, args ...string) *exec.Cmd {
 	t.Helper()
-	program, err := exec.LookPath("p11-agent") // testscript's
+	program, err := exec.LookPath("p11-agent") // the program of testscript
 	if err != nil {
 		t.Fatal(err)
 	}
 	cmd := exec.CommandContext(t.Context(), program, append([]string{"demo"}, args...)...)
 	cmd.Args[0] = "p11-agent"
-	// An agent, a terminal and git variables of the user's: none of it may matter.
+	// An agent, a terminal and git variables of the user must not matter.
 	cmd.Env = []string{
 		"HOME=" + w.home, "TMPDIR=" + w.tmp, "PATH=" + w.path, "SSH_AUTH_SOCK=" + filepath.Join(w.home, "agent.sock"),
 		"GPG_TTY=/dev/null", "GIT_DIR=" + filepath.Join(w.home, "repo"), "XDG_CONFIG_HOME=" + w.home,
@@ -125,7 +123,7 @@ func (w *demoWorld) run(t *testing.T, args ...string) (stdout, stderr string, st
 	return out.String(), errs.String(), cmd.ProcessState.ExitCode()
 }
 
-// untouched fails the test if HOME is not as it was made.
+// untouched fails the test if HOME has changed.
 func (w *demoWorld) untouched(t *testing.T) {
 	t.Helper()
 	var names []string
@@ -147,7 +145,7 @@ func (w *demoWorld) untouched(t *testing.T) {
 	}
 }
 
-// removed fails the test if anything of a demo is left.
+// removed fails the test if a file of the demo is left.
 func (w *demoWorld) removed(t *testing.T) {
 	t.Helper()
 	left, err := os.ReadDir(w.tmp)
@@ -160,9 +158,8 @@ func (w *demoWorld) removed(t *testing.T) {
 	w.ended(t)
 }
 
-// ended fails the test if processes of the demo do not end. They are told by
-// their arguments and their environment, which name the directory. The terminal
-// server is told to go and does so a moment later.
+// ended fails the test if processes of the demo do not end. Their arguments or their environment
+// name the directory. The terminal server ends a moment after its request to end.
 func (w *demoWorld) ended(t *testing.T) {
 	t.Helper()
 	if err := eventually(func() error {
@@ -172,7 +169,7 @@ func (w *demoWorld) ended(t *testing.T) {
 		}
 		for _, p := range processes {
 			for _, name := range []string{"cmdline", "environ"} {
-				// Processes end while we look, and others are not for us to see.
+				// A process may have ended, or belong to another user.
 				b, _ := os.ReadFile(filepath.Join(p, name))
 				if bytes.Contains(b, []byte(w.tmp)) {
 					return fmt.Errorf("process %s is left: %q", p, b)
@@ -197,8 +194,7 @@ func summary(t *testing.T, out string) (passed, failed string) {
 	return m[1], m[2]
 }
 
-// TestDemo has the demo show everything, a real prompt too, and looks at what it
-// leaves: nothing.
+// TestDemo runs the whole demo, with a real prompt. The demo leaves nothing.
 func TestDemo(t *testing.T) {
 	t.Parallel()
 	needPrograms(t, append(demoPrograms, "tmux", "pinentry-curses")...)
@@ -222,8 +218,8 @@ func TestDemo(t *testing.T) {
 	w.removed(t)
 }
 
-// TestDemoKeep uses what is left with --keep as the demo says it can be, after
-// a demo without a terminal to ask on.
+// TestDemoKeep runs a demo with --keep and without a terminal. Then it uses the kept files as the
+// demo describes.
 func TestDemoKeep(t *testing.T) {
 	t.Parallel()
 	needPrograms(t, demoPrograms...)
@@ -251,8 +247,8 @@ func TestDemoKeep(t *testing.T) {
 	}
 }
 
-// TestDemoFailure has a demo in which git does not work: it says so, goes on
-// with what does not need git, and ends with status 1.
+// TestDemoFailure runs a demo in which git fails. The demo reports that, continues without git, and
+// ends with status 1.
 func TestDemoFailure(t *testing.T) {
 	t.Parallel()
 	needPrograms(t, demoPrograms...)
@@ -317,7 +313,7 @@ func TestDemoInterrupted(t *testing.T) {
 	}
 }
 
-// TestDemoUnread has a demo whose reader ends early, as with "| head".
+// TestDemoUnread runs a demo whose reader ends early, as with "| head".
 func TestDemoUnread(t *testing.T) {
 	t.Parallel()
 	needPrograms(t, append(demoPrograms, "tmux", "pinentry-curses")...)
@@ -344,7 +340,7 @@ func TestDemoUnread(t *testing.T) {
 	w.removed(t)
 }
 
-// TestDemoMissing has no program at all, which is said at once.
+// TestDemoMissing runs a demo without programs. The demo reports that at once.
 func TestDemoMissing(t *testing.T) {
 	t.Parallel()
 	w := newDemoWorld(t)
@@ -354,7 +350,7 @@ func TestDemoMissing(t *testing.T) {
 		t.Errorf("exit status %d, on stdout: %q, on stderr: %q", status, out, stderr)
 	}
 	for _, name := range demoPrograms {
-		if name != "sshd" && !strings.Contains(stderr, name) { // sshd is looked for elsewhere, too
+		if name != "sshd" && !strings.Contains(stderr, name) { // the demo looks for sshd in other places too
 			t.Errorf("%s is not named: %s", name, stderr)
 		}
 	}

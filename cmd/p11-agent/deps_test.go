@@ -10,12 +10,11 @@ import (
 	"testing"
 )
 
-// depsWorld is a machine for tools/deps.sh: what it finds by a PATH that has scripts
-// in place of apt-get, sudo and id. It reads other files of the machine that the tests
-// run on, and changes none.
+// A depsWorld is a PATH for tools/deps.sh, with scripts in place of apt-get, sudo and id. deps.sh
+// also reads files of the machine of the tests, and changes none.
 type depsWorld struct {
 	bin string // the first directory of PATH
-	log string // what was called, one a line
+	log string // the calls, one on a line
 }
 
 func newDepsWorld(t *testing.T) *depsWorld {
@@ -36,7 +35,7 @@ func newDepsWorld(t *testing.T) *depsWorld {
 	}
 	w.script(t, "go", "")
 	w.script(t, "id", "echo 1000")
-	// An installation brings a program for each package of the same name.
+	// An installation makes a program with the name of each package.
 	w.script(t, "apt-get", `echo "apt-get $*" >>`+w.log+`
 case "$*" in *install*)
 	for package; do
@@ -53,7 +52,7 @@ func (w *depsWorld) script(t *testing.T, name, text string) {
 	}
 }
 
-// run runs deps.sh and returns what it printed, its status, and the calls.
+// run runs deps.sh. It returns the output, the status and the calls.
 func (w *depsWorld) run(t *testing.T, args ...string) (out string, status int, calls string) {
 	t.Helper()
 	cmd := exec.Command(filepath.Join("..", "..", "tools", "deps.sh"), args...)
@@ -69,7 +68,7 @@ func (w *depsWorld) run(t *testing.T, args ...string) (out string, status int, c
 	return string(b), cmd.ProcessState.ExitCode(), string(log)
 }
 
-// pasted returns the packages of the line that deps.sh wants to be pasted.
+// pasted returns the packages of the line that a user is to paste.
 func pasted(t *testing.T, out, prefix, suffix string) []string {
 	t.Helper()
 	m := regexp.MustCompile(`(?m)^    ` + prefix + `apt-get install --no-install-recommends ([a-z0-9 .+-]+)` + suffix + `$`).FindStringSubmatch(out)
@@ -79,8 +78,8 @@ func pasted(t *testing.T, out, prefix, suffix string) []string {
 	return strings.Fields(m[1])
 }
 
-// Without root, deps.sh prints the line that installs what is missing, and changes
-// nothing. Each list has what its target needs, and nothing for the targets after it.
+// Without root, deps.sh prints the line that installs the missing packages, and changes nothing.
+// Each list has the packages of its target, and no packages of later targets.
 func TestDepsLists(t *testing.T) {
 	for list, test := range map[string]struct{ with, without []string }{
 		"build": {[]string{"gcc", "scdoc"}, []string{"git", "opensc", "softhsm2", "tmux", "xvfb", "gdb-minimal", "rpm", "debootstrap", "sudo"}},
@@ -113,7 +112,7 @@ func TestDepsLists(t *testing.T) {
 	}
 }
 
-// A sudo that refuses is no root.
+// If sudo refuses, deps.sh works as without root.
 func TestDepsRefused(t *testing.T) {
 	w := newDepsWorld(t)
 	w.script(t, "sudo", "exit 1")
@@ -123,10 +122,10 @@ func TestDepsRefused(t *testing.T) {
 	}
 }
 
-// With sudo, what is missing is installed, and only then.
+// With sudo, deps.sh installs the missing packages. If no package is missing, it installs nothing.
 func TestDepsInstalls(t *testing.T) {
 	w := newDepsWorld(t)
-	// The file that forbids services is the machine's: it stays as it is.
+	// The file that forbids services belongs to the machine, and must not change.
 	w.script(t, "sudo", `while case $1 in -*) true;; *) false;; esac; do shift; done
 case $1 in env) exec "$@";; esac`)
 	out, status, calls := w.run(t)

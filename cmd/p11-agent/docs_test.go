@@ -28,7 +28,7 @@ func readDoc(t *testing.T, name string) string {
 	return string(b)
 }
 
-// sections takes a manual apart at its headings, of both levels.
+// sections returns the sections of a manual, by their headings of both levels.
 func sections(manual string) map[string]string {
 	all := make(map[string]string)
 	headings := regexp.MustCompile(`(?m)^##? (.*)$`)
@@ -43,14 +43,14 @@ func sections(manual string) map[string]string {
 	return all
 }
 
-// usageFlag finds the flags in a help text, where the hidden ones are not.
+// usageFlag finds the flags in a help text. The help text has no hidden flags.
 var usageFlag = regexp.MustCompile(`(?m)^ +(?:-(\w), |    )--([a-z-]+)`)
 
 // manualFlag finds the flags that a section explains.
 var manualFlag = regexp.MustCompile(`(?m)^(?:\*-(\w)\*, )?\*--([a-z-]+)\*`)
 
-// Every command has a section in the manual, and the section has its flags: all
-// that there are, and none that there is not.
+// Each command has a section in the manual. The section has all flags of the command, and no
+// others.
 func TestManualHasEveryFlag(t *testing.T) {
 	manual := sections(readDoc(t, "docs/p11-agent.1.scd"))
 	root := newRootCommand()
@@ -141,10 +141,10 @@ const ruleTable = "[[key]]\nuri = \"pkcs11:id=%01\"\n[[key.rule]]"
 // manualKey finds the keys that a section explains.
 var manualKey = regexp.MustCompile(`(?m)^\*([a-z-]+)\* = `)
 
-// Every key of the configuration is in its manual, with a type and an example
-// that is right, and no others are.
+// The manual of the configuration has each key, with a type and a right example. It has no other
+// keys.
 func TestManualHasEveryKey(t *testing.T) {
-	home := t.TempDir() // that has the file of an example
+	home := t.TempDir() // with the file of an example
 	t.Setenv("HOME", home)
 	if err := os.CopyFS(filepath.Join(home, ".ssh"), os.DirFS("testdata/ssh")); err != nil {
 		t.Fatal(err)
@@ -170,7 +170,7 @@ func TestManualHasEveryKey(t *testing.T) {
 			about, ok := explained[key]
 			delete(explained, key)
 			if isTable(r, key) {
-				continue // it has a section of its own
+				continue // the key has its own section
 			}
 			keys++
 			example := regexp.MustCompile(`(?m)^Example: _(.*)_$`).FindStringSubmatch(about)
@@ -224,7 +224,7 @@ func TestManualHasEveryKey(t *testing.T) {
 	}
 }
 
-// isTable tells whether a key has a table, or an array of them.
+// isTable reports whether the value of a key is a table or an array of tables.
 func isTable(r reflect.Type, key string) bool {
 	for f := range r.Fields() {
 		if f.Tag.Get("toml") != key {
@@ -239,7 +239,7 @@ func isTable(r reflect.Type, key string) bool {
 	return false
 }
 
-// parses fails the test if a text is no configuration.
+// parses fails the test if a text is not a configuration.
 func parses(t *testing.T, text string) {
 	t.Helper()
 	file := filepath.Join(t.TempDir(), "config.toml")
@@ -251,7 +251,7 @@ func parses(t *testing.T, text string) {
 	}
 }
 
-// The manuals are built without a complaint.
+// scdoc builds the manuals without a warning.
 func TestManualsAreBuilt(t *testing.T) {
 	scdoc, err := exec.LookPath("scdoc")
 	if err != nil {
@@ -279,7 +279,7 @@ func TestManualsAreBuilt(t *testing.T) {
 	}
 }
 
-// What guide and manual give as a whole configuration is one.
+// The whole configurations in the guide and in the manual are right.
 func TestExamplesAreConfigurations(t *testing.T) {
 	blocks := regexp.MustCompile("(?s)\n```\n(.*?)\n```").FindAllStringSubmatch(readDoc(t, "docs/p11-agent.toml.5.scd"), -1)
 	if len(blocks) != 2 {
@@ -300,11 +300,11 @@ func TestExamplesAreConfigurations(t *testing.T) {
 	}
 }
 
-// pagesForPeople are the documents besides the manuals that name commands, flags and
-// keys of the configuration.
+// pagesForPeople are documents that name commands, flags and keys of the configuration. The
+// manuals are not in the list.
 var pagesForPeople = []string{"README.md", "CHANGELOG.md", "docs/GUIDE.md", "docs/RECIPES.md", "docs/SECURITY.md", "docs/CARDS.md"}
 
-// findCommand finds the command of a command line, or complains.
+// findCommand returns the command of a command line, or an error.
 func findCommand(line string) (c *cobra.Command, args []string, err error) {
 	root := newRootCommand()
 	root.InitDefaultCompletionCmd("anything")
@@ -315,8 +315,8 @@ func findCommand(line string) (c *cobra.Command, args []string, err error) {
 	return c, args, err
 }
 
-// The command lines of documents, where they are about p11-agent, have commands,
-// flags and arguments that it takes.
+// Command lines of p11-agent in documents have only commands, flags and arguments that p11-agent
+// accepts.
 func TestCommandLinesAreRight(t *testing.T) {
 	readme := readDoc(t, "README.md")
 	for _, command := range []string{"make demo", "make check"} {
@@ -334,7 +334,7 @@ func TestCommandLinesAreRight(t *testing.T) {
 				continue // prose of a manual
 			}
 			if strings.TrimSpace(m[1]) == "" {
-				continue // a unit of systemd's
+				continue // a unit of systemd
 			}
 			c, args, err := findCommand(m[1])
 			if err != nil {
@@ -354,15 +354,15 @@ func TestCommandLinesAreRight(t *testing.T) {
 	}
 }
 
-// notOurs are the words of documents that look like flags and keys of ours, and
-// belong to others.
+// notOurs are words of documents that look like flags and keys of p11-agent, but belong to other
+// programs.
 var notOurs = []string{
 	"pcsc-shared", "known-keys", "pin-source", "pin-value", "go-seccomp-bpf", "opensc-pkcs11", "host-key", "ssh-agent", "ssh-add", "sc-hsm-tool",
 	"pkcs11-tool", "tpm2-abrmd", "tpm2-pkcs11", "ssh-keygen", "--protect", "git-config", "ssh-tpm-keygen",
 }
 
-// What documents call a flag, a key or a table of the configuration is one, and what
-// they have a key be is a value that it can have.
+// Each word that documents use as a flag, a key or a table of the configuration exists. Each value
+// that documents give to a key is a valid value.
 func TestWordsOfDocumentsAreRight(t *testing.T) {
 	keys, tables := make(map[string]bool), make(map[string]bool)
 	for table, r := range map[string]reflect.Type{
@@ -381,7 +381,7 @@ func TestWordsOfDocumentsAreRight(t *testing.T) {
 			return c.Flags().Lookup(name) != nil || c.PersistentFlags().Lookup(name) != nil
 		})
 	}
-	// Tables that a key may be in, with what they need besides.
+	// The tables that a key may be in, with the other keys that the tables need.
 	starts := []string{
 		"", "[[key]]\n", "[[key]]\nuri = \"pkcs11:id=%01\"\n", "[[module]]\nname = \"other\"\n", "[[socket]]\nname = \"other\"\n",
 		ruleTable + "\n", ruleTable + "\nconfirm = \"always\"\n",
@@ -426,7 +426,7 @@ func TestWordsOfDocumentsAreRight(t *testing.T) {
 	}
 }
 
-// The configurations of the recipes are right, those too that no test uses.
+// All configurations of the recipes are right, also those that no other test uses.
 func TestRecipesAreConfigurations(t *testing.T) {
 	n := 0
 	for title, blocks := range recipes(t) {

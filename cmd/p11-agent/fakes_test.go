@@ -21,21 +21,20 @@ import (
 //
 //	pin TEXT      this PIN
 //	always TEXT   this PIN, and for every question that follows
-//	last TEXT     this PIN, and then the program is of no use any more
+//	last TEXT     this PIN, and then the program fails
 //	later TEXT    this PIN, once there is a file "release" in the directory
-//	stay          nothing, until the question is taken back
+//	stay          nothing, until the agent withdraws the question
 //	for W TEXT    this PIN, for every question with the word W in its description, on any line
 //	ok            yes
 //	ok-later      yes, once there is a file "release" in the directory
-//	other         what a person does with the third button
-//	cancel        what a person does with the Cancel button
+//	other         the third button
+//	cancel        the Cancel button
 //
-// A question too many is answered with cancel. The file "log" of the directory
-// gets what they were told, the file "asked" a line for each question, and the
-// file "env" the environment of the last one. The directory is "pinentry" or
-// "askpass" in HOME, which is all that they share with the agent. A file "flavour"
-// has what the fake pinentry says that it is, and a file "refused" the commands that it
-// does not know.
+// If the file has no more lines, the answer is cancel. The fakes write other files of the
+// directory: "log" gets the text that they receive, "asked" gets a line for each question, and
+// "env" gets the environment of the last start. The directory is "pinentry" or "askpass" in HOME.
+// The fakes share only HOME with the agent. The file "flavour" has the flavour that the fake
+// pinentry reports. The file "refused" has the commands that it does not know.
 type fake struct {
 	dir   string
 	in    *bufio.Reader
@@ -51,7 +50,7 @@ func leave(status int) {
 	_, _, _ = syscall.RawSyscall(syscall.SYS_EXIT_GROUP, uintptr(status), 0, 0)
 }
 
-// die ends a fake that does not work, so that the story fails.
+// die ends a fake that fails, so that the story fails.
 func die(err error) {
 	fmt.Fprintln(os.Stderr, "fake:", err)
 	leave(3)
@@ -68,8 +67,8 @@ func (f *fake) add(file, line string) {
 	}
 }
 
-// answer returns the kind of the next answer and its text. The number of the
-// question is counted under a lock, as several processes may ask.
+// answer returns the kind and the text of the next answer. It counts the questions under a lock,
+// because several processes may ask at the same time.
 func (f *fake) answer(question string) (kind, text string) {
 	asked, err := os.OpenFile(filepath.Join(f.dir, "asked"), os.O_RDWR|os.O_CREATE, 0o600)
 	if err != nil {
@@ -117,7 +116,7 @@ func (f *fake) wait() {
 	leave(0)
 }
 
-// keepEnvironment notes what the program was started with.
+// keepEnvironment writes the environment of the program to the file "env".
 func (f *fake) keepEnvironment() {
 	text := strings.Join(os.Environ(), "\n") + "\n"
 	if err := os.WriteFile(filepath.Join(f.dir, "env"), []byte(text), 0o600); err != nil {
@@ -125,7 +124,7 @@ func (f *fake) keepEnvironment() {
 	}
 }
 
-// fakePinentry speaks pinentry's side of the Assuan protocol.
+// fakePinentry speaks the side of pinentry in the Assuan protocol.
 func fakePinentry() {
 	f := newFake("pinentry")
 	f.keepEnvironment()
@@ -191,7 +190,7 @@ func fakePinentry() {
 	}
 }
 
-// fakeAskpass is asked by the agent, or by ssh-add itself.
+// fakeAskpass is an askpass program that the agent or ssh-add runs.
 func fakeAskpass() {
 	f := newFake("askpass")
 	f.keepEnvironment()

@@ -22,11 +22,11 @@ type freshSystem struct {
 	t        *testing.T
 	dir      string
 	home     string
-	commands int    // that were typed so far
+	commands int    // the number of typed commands
 	host     string // the password of the user there
 }
 
-// startFresh opens the terminal. What is in files is in the home directory.
+// startFresh opens the terminal. The home directory has the content of files.
 func startFresh(t *testing.T, files fs.FS) *freshSystem {
 	t.Helper()
 	needFresh(t, "unshare", "ip", "tmux", "sshd", "ssh", "ssh-keygen", "ssh-copy-id", "ssh-add", "git", "openssl", "softhsm2-util", "make", "scdoc")
@@ -57,7 +57,7 @@ func startFresh(t *testing.T, files fs.FS) *freshSystem {
 		t.Fatal(err)
 	}
 	t.Cleanup(func() {
-		_ = cmd.Process.Kill() // and with it all that is in its namespaces
+		_ = cmd.Process.Kill() // and with it all processes in its namespaces
 		_ = cmd.Wait()
 		if t.Failed() {
 			log, _ := os.ReadFile(filepath.Join(f.dir, "host", "log"))
@@ -69,8 +69,8 @@ func startFresh(t *testing.T, files fs.FS) *freshSystem {
 	return f
 }
 
-// needFresh ends a test where namespaces cannot be made, or a program is missing. In CI
-// that fails.
+// needFresh skips a test if the machine cannot make namespaces, or lacks a program. In CI, it fails
+// the test.
 func needFresh(t *testing.T, programs ...string) {
 	t.Helper()
 	missing := ""
@@ -96,15 +96,15 @@ func (f *freshSystem) tmux(args ...string) ([]byte, error) {
 	return exec.Command("tmux", append([]string{"-S", filepath.Join(f.dir, "tmux")}, args...)...).CombinedOutput()
 }
 
-// screen returns all that the terminal has shown, lines that were wrapped as one.
+// screen returns the whole text of the terminal, and joins wrapped lines.
 func (f *freshSystem) screen() string {
-	out, _ := f.tmux("capture-pane", "-p", "-J", "-S", "-") // it may not be there yet
+	out, _ := f.tmux("capture-pane", "-p", "-J", "-S", "-") // the session may not exist yet
 	text := strings.TrimRight(string(out), "\n")
-	// Blanks are padding, but for the last line.
+	// Blanks at the end of a line are padding, except in the last line.
 	return regexp.MustCompile(`(?m) +\n`).ReplaceAllString(text+"\n", "\n")
 }
 
-// see waits until the terminal shows something, and returns what it shows.
+// see waits until the text of the terminal matches, and returns the text.
 func (f *freshSystem) see(pattern string) string {
 	f.t.Helper()
 	want := regexp.MustCompile("(?m)" + strings.TrimSuffix(strings.ReplaceAll(pattern, "> $", ">$"), " $"))
@@ -140,8 +140,7 @@ func (f *freshSystem) keys(line string) {
 	}
 }
 
-// end waits for the end of the command that was begun last, and returns its output and
-// its status.
+// end waits for the end of the last command, and returns the output and the status.
 func (f *freshSystem) end() (string, int) {
 	f.t.Helper()
 	text := f.see(fmt.Sprintf(`^ready %d after [0-9]+>$`, f.commands+1))
@@ -175,8 +174,8 @@ func (f *freshSystem) answer(question, line string) {
 	f.keys(line)
 }
 
-// hidden is answer for what is not shown: what is typed before the terminal is ready for it
-// is thrown away.
+// hidden is answer for a line that the terminal does not show. The terminal drops text that comes
+// before it is ready, so hidden waits for that.
 func (f *freshSystem) hidden(question, line string) {
 	f.t.Helper()
 	f.see(question + `\n*\z`)
@@ -184,7 +183,7 @@ func (f *freshSystem) hidden(question, line string) {
 	f.keys(line)
 }
 
-// quiet waits until the terminal shows nothing of what is typed.
+// quiet waits until the terminal does not show typed text.
 func (f *freshSystem) quiet() {
 	f.t.Helper()
 	tty, err := f.tmux("display-message", "-p", "#{pane_tty}")
@@ -192,7 +191,7 @@ func (f *freshSystem) quiet() {
 		f.t.Fatal(err)
 	}
 	if err := eventually(func() error {
-		// Terminals are the machine's: the namespaces of the user do not hide them.
+		// The namespaces of the user do not hide the terminals of the machine.
 		out, err := exec.Command("stty", "-a", "-F", strings.TrimSpace(string(tty))).Output()
 		if err == nil && !strings.Contains(string(out), " -echo ") {
 			err = errors.New("it echoes")
@@ -203,14 +202,14 @@ func (f *freshSystem) quiet() {
 	}
 }
 
-// number returns that of a choice that the terminal shows last.
+// number returns the number of a choice, from the last list on the terminal.
 func (f *freshSystem) number(choice string) string {
 	f.t.Helper()
 	all := regexp.MustCompile(`(?m)^ +([0-9]) +`+choice).FindAllStringSubmatch(f.see(`^ +[0-9] +`+choice), -1)
 	return all[len(all)-1][1]
 }
 
-// logins returns the keys that sshd has let in, as fingerprints.
+// logins returns the fingerprints of the keys that sshd has accepted.
 func (f *freshSystem) logins() (all []string) {
 	f.t.Helper()
 	log, err := os.ReadFile(filepath.Join(f.dir, "host", "log"))
@@ -223,11 +222,11 @@ func (f *freshSystem) logins() (all []string) {
 	return all
 }
 
-// notTold are directories of the home directory that files leaves out: the sources, and
-// what modules make when they are looked at.
+// notTold are the directories of the home directory that files leaves out: the sources, and
+// directories that modules make.
 var notTold = []string{"p11-agent", ".cache", ".tpm2_pkcs11"}
 
-// files lists the home directory, with what is in its files.
+// files returns the files of the home directory, with their content.
 func (f *freshSystem) files() map[string]string {
 	f.t.Helper()
 	all := make(map[string]string)
@@ -253,7 +252,7 @@ func (f *freshSystem) files() map[string]string {
 	return all
 }
 
-// source is this tree, without what git and make put there.
+// source returns a copy of the source tree, without the files of git and make.
 func source(t *testing.T, at string) string {
 	t.Helper()
 	to := t.TempDir()
