@@ -11,22 +11,22 @@ import (
 	"p11-agent/agent/sshkey"
 )
 
-// An addition is what one ssh-add -s has added.
+// An addition holds what a single ssh-add -s has added.
 type addition struct {
 	selection    request.Selection
 	limits       limits
 	certificates []*ssh.Certificate
-	// only are the keys that the addition covers, by their wire form; nil: all that the
-	// selection selects, also those that come later.
+	// only has the keys that the addition covers, by their wire form. nil stands for all
+	// keys that the selection selects, also those that come later.
 	only map[string]bool
-	// except are keys that were removed and then added by another addition.
+	// except has the keys that a client removed and another addition then added.
 	except map[string]bool
-	// forwarded says that the client was.
+	// forwarded says that the request of the addition was forwarded.
 	forwarded bool
 }
 
-// covers tells whether the addition is for a key that its selection selects. wire is
-// the key's wire form.
+// covers tells whether the addition covers a key that its selection selects. wire is the
+// key's wire form.
 func (a *addition) covers(wire string) bool {
 	if a.except[wire] || a.only != nil && !a.only[wire] {
 		return false
@@ -45,8 +45,8 @@ func (a *addition) certifies(wire string) bool {
 	})
 }
 
-// coversAs tells whether two additions of the same selection cover the same keys, but
-// for those that are excepted.
+// coversAs tells whether two additions of the same selection cover the same keys. It
+// ignores except.
 func (a *addition) coversAs(o *addition) bool {
 	if (a.only == nil) != (o.only == nil) || !maps.Equal(a.only, o.only) || a.limits.certificates != o.limits.certificates {
 		return false
@@ -59,7 +59,7 @@ func (a *addition) replaces(old *addition) bool {
 	return old.selection.String() == a.selection.String() && len(old.except) == 0 && old.coversAs(a)
 }
 
-// certified returns the wire forms of the keys that certificates are of.
+// certified returns the wire forms of the keys that the certificates certify.
 func certified(certs []*ssh.Certificate) map[string]bool {
 	keys := make(map[string]bool)
 	for _, c := range certs {
@@ -74,8 +74,7 @@ type known struct {
 	wire string
 }
 
-// knownLocked returns the keys that are there and those that are away, of the types
-// that SSH has.
+// knownLocked returns the present and the absent keys, of the types that SSH has.
 func (k *Keyring) knownLocked() (all []known) {
 	for _, key := range slices.Concat(k.opts.Tokens.Keys(), k.opts.Tokens.Away()) {
 		if plain := k.plainLocked(key); plain != nil {
@@ -92,25 +91,25 @@ func (k *Keyring) coveredLocked(a *addition) []known {
 	})
 }
 
-// limitsForLocked returns the limits that the addition sets to a key. What the
-// configuration offers is offered without a certificate, too.
+// limitsForLocked returns the limits that the addition sets to a key. If the configuration
+// offers the key, the agent shows it without a certificate, too.
 func (k *Keyring) limitsForLocked(a *addition, key request.Key) limits {
 	l := a.limits
 	l.certificates = l.certificates && !request.Offered(key, k.opts.Automatic)
 	return l
 }
 
-// maxOwed bounds of how many keys it is known which limits they had. Keys that are
-// not known any more are forgotten first.
+// maxOwed bounds the number of keys in Keyring.owed. At the bound, the keyring forgets the
+// keys that it does not know any more.
 const maxOwed = 4096
 
-// oweLocked notes that a key of a token loses limits. The first use without them has a
-// price: see Keyring.owed.
+// oweLocked notes that a key of a token loses limits. The first use without these limits
+// costs a PIN or an approval: see Keyring.owed.
 func (k *Keyring) oweLocked(wire string, l limits) {
 	if !l.any() {
 		return
 	}
-	l.expires = time.Time{} // what is over says nothing of what comes
+	l.expires = time.Time{} // the old end does not bind a later addition
 	if old := k.owed[wire]; old != nil {
 		l = old.and(l)
 	} else if len(k.owed) >= maxOwed {
@@ -123,19 +122,19 @@ func (k *Keyring) oweLocked(wire string, l limits) {
 	k.change.Add(1)
 }
 
-// paid notes that a person has given a PIN or an approval for an identity that has
-// lost limits: it is used without them from now on.
+// paid notes that a person has given a PIN or an approval for an identity that has lost
+// limits. From now on, requests use the identity without these limits.
 func (k *Keyring) paid(id *identity) {
 	k.mu.Lock()
 	defer k.mu.Unlock()
 	wire := id.plainWire()
-	if k.owed[wire] == id.owed { // nothing was added to it meanwhile
+	if k.owed[wire] == id.owed { // the key has lost no further limits meanwhile
 		delete(k.owed, wire)
 		k.change.Add(1)
 	}
 }
 
-// paidFor is paid for keys of tokens.
+// paidFor does the same as paid, for keys of tokens.
 func (k *Keyring) paidFor(keys []request.Key) {
 	k.mu.Lock()
 	defer k.mu.Unlock()
@@ -147,15 +146,15 @@ func (k *Keyring) paidFor(keys []request.Key) {
 	}
 }
 
-// asksPIN tells whether a signature that begins now would have a person give a PIN,
-// wherever it is made.
+// asksPIN tells whether a signature that begins now needs a PIN from a person, on each
+// token of the identity.
 func (id *identity) asksPIN() bool {
 	return len(id.Homes) > 0 && id.software == nil &&
 		!slices.ContainsFunc(id.Homes, func(key request.Key) bool { return !key.AsksPIN() })
 }
 
-// liftLocked has the addition cover a key no more. The addition goes when it covers
-// nothing that is known.
+// liftLocked takes a key out of the addition. If the addition then covers no known key,
+// liftLocked drops the addition.
 func (k *Keyring) liftLocked(a *addition, key known) {
 	k.oweLocked(key.wire, k.limitsForLocked(a, key.Key))
 	if a.except == nil {
@@ -168,7 +167,7 @@ func (k *Keyring) liftLocked(a *addition, key known) {
 	}
 }
 
-// dropLocked forgets an addition.
+// dropLocked forgets an addition. Its keys lose their limits.
 func (k *Keyring) dropLocked(a *addition) {
 	for _, key := range k.coveredLocked(a) {
 		k.oweLocked(key.wire, k.limitsForLocked(a, key.Key))
@@ -176,15 +175,15 @@ func (k *Keyring) dropLocked(a *addition) {
 	k.replaceLocked(a)
 }
 
-// replaceLocked forgets an addition whose limits are those of another one from now on.
+// replaceLocked forgets an addition. Another addition has its limits.
 func (k *Keyring) replaceLocked(a *addition) {
 	k.added = slices.DeleteFunc(k.added, func(o *addition) bool { return o == a })
 	k.opts.Tokens.Drop(a.selection)
 	k.change.Add(1)
 }
 
-// expireLocked ends what was added for a time that is over. An automatic identity
-// that was added again for a time goes too: the client has asked for that.
+// expireLocked ends the additions and the keys in memory whose time is over. It removes an
+// automatic identity, too, if a client added it again for a time: the client wants its end.
 func (k *Keyring) expireLocked() {
 	now := time.Now()
 	for _, s := range k.software.expire(now) {
@@ -217,8 +216,8 @@ func (k *Keyring) endLocked(key known) {
 	}
 }
 
-// hideLocked removes an identity of a token, by its wire form, until that is inserted
-// again or the key is added again. insertions are those of the token.
+// hideLocked removes an identity of a token, by its wire form, until the token is inserted
+// again or a client adds the key again. insertions counts the insertions of the token.
 func (k *Keyring) hideLocked(wire string, insertions uint64) {
 	if len(k.hidden) >= maxHidden {
 		k.pruneHiddenLocked()
@@ -227,8 +226,9 @@ func (k *Keyring) hideLocked(wire string, insertions uint64) {
 	k.change.Add(1)
 }
 
-// pruneHiddenLocked forgets the removed certificates that nothing shows any more.
-// Otherwise a client adds and removes ever new ones, and each is remembered.
+// pruneHiddenLocked forgets the removed certificates that no addition and no file shows
+// any more. Otherwise a client could add and remove new certificates without end, and the
+// keyring would keep each.
 func (k *Keyring) pruneHiddenLocked() {
 	shown := make(map[string]bool)
 	for _, a := range k.added {
@@ -247,13 +247,13 @@ func (k *Keyring) pruneHiddenLocked() {
 	}
 }
 
-// removedLocked tells whether a key was removed and has not come back by itself.
+// removedLocked tells whether a key was removed, and its token was not inserted again.
 func (k *Keyring) removedLocked(key known) bool {
 	n, removed := k.hidden[key.wire]
 	return removed && key.Insertions() <= n
 }
 
-// showLocked ends what hideLocked has done to a key and its certificates.
+// showLocked undoes hideLocked for a key and its certificates.
 func (k *Keyring) showLocked(key known) {
 	delete(k.hidden, key.wire)
 	for wire := range k.hidden {

@@ -12,9 +12,9 @@ import (
 	"p11-agent/agent/request"
 )
 
-// algorithmFor returns the signature algorithm and hash that a request for a
-// key means (RFC 9987 section 5.6.1). OpenSSH prefers SHA-256 when both are
-// asked for (ssh-agent.c, agent_decode_alg).
+// algorithmFor returns the signature algorithm and the hash for a request with these flags
+// (RFC 9987 section 5.6.1). If both RSA flags are set, it takes SHA-256, as OpenSSH does
+// (ssh-agent.c, agent_decode_alg).
 func algorithmFor(key ssh.PublicKey, flags request.SignatureFlags) (string, crypto.Hash, error) {
 	switch t := key.Type(); t {
 	case ssh.KeyAlgoRSA:
@@ -39,8 +39,8 @@ func algorithmFor(key ssh.PublicKey, flags request.SignatureFlags) (string, cryp
 	}
 }
 
-// signature gives a signature as a token or the standard library makes it the
-// form it has in SSH.
+// signature turns a signature of a token or of the standard library into the form that SSH
+// has.
 func signature(key ssh.PublicKey, algorithm string, raw []byte) (*ssh.Signature, error) {
 	blob, err := signatureBlob(key, raw)
 	if err != nil {
@@ -49,8 +49,8 @@ func signature(key ssh.PublicKey, algorithm string, raw []byte) (*ssh.Signature,
 	return &ssh.Signature{Format: algorithm, Blob: blob}, nil
 }
 
-// signatureBlob turns a signature into the form it has in SSH (RFC 5656 section
-// 3.1.2 for ECDSA; the others stay as they are).
+// signatureBlob returns the blob of a signature in SSH. An ECDSA signature gets another
+// form (RFC 5656 section 3.1.2). Other signatures stay as they are.
 func signatureBlob(key ssh.PublicKey, sig []byte) ([]byte, error) {
 	switch key.Type() {
 	case ssh.KeyAlgoECDSA256, ssh.KeyAlgoECDSA384, ssh.KeyAlgoECDSA521:
@@ -67,9 +67,9 @@ func signatureBlob(key ssh.PublicKey, sig []byte) ([]byte, error) {
 	return bytes.Clone(sig), nil
 }
 
-// parseECDSA returns the two numbers of a signature in DER (RFC 3279 section 2.2.3),
-// each in as many bytes as it needs, the highest bit of which is clear: that is how
-// SSH has positive numbers, too.
+// parseECDSA returns the two numbers of a signature in DER (RFC 3279 section 2.2.3). Each
+// has as few bytes as possible, with the highest bit clear. SSH has the same form of
+// positive numbers.
 func parseECDSA(sig []byte) (r, s []byte, ok bool) {
 	in, rest, ok := element(sig, 0x30)
 	if !ok || len(rest) > 0 {
@@ -82,14 +82,14 @@ func parseECDSA(sig []byte) (r, s []byte, ok bool) {
 	return r, s, ok && len(in) == 0
 }
 
-// positive takes a number above 0 from what is in front.
+// positive takes a number above 0 from the front of in.
 func positive(in []byte) (number, rest []byte, ok bool) {
 	n, rest, ok := element(in, 0x02)
 	ok = ok && len(n) > 0 && n[0] < 0x80 && (n[0] != 0 || len(n) > 1 && n[1] >= 0x80)
 	return n, rest, ok
 }
 
-// element takes what has a tag and a length of up to 255 from what is in front.
+// element takes an element with this tag, of up to 255 bytes, from the front of in.
 func element(in []byte, tag byte) (content, rest []byte, ok bool) {
 	if len(in) < 2 || in[0] != tag {
 		return nil, nil, false

@@ -10,9 +10,9 @@ import (
 	"p11-agent/agent/request"
 )
 
-// What clients may have an agent keep beyond their connections: keys in memory and
-// additions of tokens. Forwarded clients share the smaller part, so that they cannot
-// take the room of the person's own tools.
+// These limits bound the keys in memory and the additions that clients make the agent
+// keep. Forwarded clients share the smaller part, so that they cannot take the room of the
+// person's own tools.
 const (
 	maxSoftwareKeys          = 2048
 	maxForwardedSoftwareKeys = maxSoftwareKeys / 2
@@ -20,9 +20,10 @@ const (
 	maxForwardedAdditions    = maxAdditions / 2
 	maxKeptBytes             = 32 << 20
 	maxForwardedBytes        = 8 << 20
-	// With so many removed identities, the keyring forgets those that nothing would show.
+	// At maxHidden removed identities, the keyring forgets those that it would not show
+	// anyway.
 	maxHidden = 1024
-	// The system gets memory back when a request frees so many bytes.
+	// When a request frees relieveFrom bytes, the keyring gives memory back to the system.
 	relieveFrom = 4 << 20
 )
 
@@ -38,7 +39,7 @@ func (c route) size() (size int) {
 	return size
 }
 
-// privateSize is that of a private key.
+// privateSize returns the size of a private key.
 func privateSize(key crypto.Signer) int {
 	if key, ok := key.(*rsa.PrivateKey); ok {
 		return request.Overhead + 3*key.N.BitLen() // 24 times the modulus: the parts of it, and what was computed before
@@ -46,13 +47,13 @@ func privateSize(key crypto.Signer) int {
 	return 2 * request.Overhead
 }
 
-// kept is what counts of a thing that a client has added.
+// kept is the share of one addition, or one key in memory, in a budget.
 type kept struct {
 	size      int
 	forwarded bool
 }
 
-// budget is how much the keyring keeps.
+// budget counts the additions or the keys in memory that the keyring keeps.
 type budget struct{ count, size, forwardedCount, forwardedSize int }
 
 func (b *budget) add(k kept) {
@@ -114,8 +115,8 @@ func (k *Keyring) addedLocked() (b budget) {
 	return b
 }
 
-// mayKeep returns nil when there is room for a thing. own is the budget of its kind
-// with the thing, and other that of the other kind. maxCount and maxForwarded bound own.
+// mayKeep returns nil if there is room for a thing. own is the budget of its kind, with the
+// thing. other is the budget of the other kind. maxCount and maxForwarded bound own.
 func mayKeep(k kept, own, other budget, maxCount, maxForwarded int) error {
 	switch size := own.size + other.size; {
 	case own.count > maxCount:
@@ -133,8 +134,8 @@ func mayKeep(k kept, own, other budget, maxCount, maxForwarded int) error {
 	return nil
 }
 
-// replaced returns the budget with a thing in place of old, which is nil when there is
-// none.
+// replaced returns the budget with a thing in place of old. If old is nil, the thing
+// replaces no other.
 func (b budget) replaced(old *kept, k kept) budget {
 	if old != nil {
 		b.remove(*old)
@@ -143,7 +144,7 @@ func (b budget) replaced(old *kept, k kept) budget {
 	return b
 }
 
-// mayAddLocked returns nil when there is room for one more addition.
+// mayAddLocked returns nil if there is room for another addition.
 func (k *Keyring) mayAddLocked(a *addition) error {
 	c := request.Constraints{Certificates: a.certificates}
 	for _, r := range a.limits.routes {
@@ -175,7 +176,7 @@ func (k *Keyring) keptBytes() int {
 // back slowly.
 func (k *Keyring) relieve(before int) {
 	if before-k.keptBytes() >= relieveFrom {
-		k.now() // the view of before has it all
+		k.now() // the old view holds the memory
 		debug.FreeOSMemory()
 	}
 }

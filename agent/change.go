@@ -20,9 +20,8 @@ var (
 	errCertifiesNone = errors.New("only certificates are to be added, and none of them is for a key of the token and still valid")
 )
 
-// AddToken adds what the request's provider selects, as far as the connection sees it.
-// The constraints of the request tighten the limits of keys that are there already, and
-// lift none.
+// AddToken adds the keys that the request's provider selects and the connection sees. If a
+// key is there already, the constraints of the request tighten its limits, and lift none.
 func (k *Keyring) AddToken(ctx context.Context, c *request.Caller, r request.Token) error {
 	rec := k.begin(c, request.ActionAdd)
 	inside, err := k.lock.enter(ctx, c, nil)
@@ -51,7 +50,7 @@ func (k *Keyring) addToken(ctx context.Context, rec *audit.Record, r request.Tok
 	}
 	rec.URI = s.String()
 	reached := func(key request.Key) bool {
-		v := k.now() // new tokens may be found meanwhile
+		v := k.now() // Select may find new tokens
 		k.mu.Lock()
 		defer k.mu.Unlock()
 		plain := k.plainLocked(key)
@@ -66,19 +65,19 @@ func (k *Keyring) addToken(ctx context.Context, rec *audit.Record, r request.Tok
 		return err
 	}
 	if taken {
-		// It is the price of what the keys have lost. A PIN that a person gives for something
-		// else is not: a client could wait for that.
+		// The PIN of this request pays for the limits that the keys have lost. A PIN for
+		// another request does not: a client could wait for such a PIN.
 		k.paidFor(keys)
 	}
 	return nil
 }
 
-// noteKept is what the log says when a key is to be used more freely, and is not.
+// noteKept is the note when a request would loosen the limits of a key.
 const noteKept = "constraints kept: a key keeps what it was added with until it is removed (ssh-add -d or -e)"
 
-// keepAddition adds what a selection selects, as far as the connection reaches it. Keys
-// that are there keep the limits that they have, and get the new ones besides. Keys
-// that were removed get the new ones alone, and owe for what they had before.
+// keepAddition adds the keys that a selection selects and the connection reaches. Keys
+// that are there keep their limits, and get the new limits besides. Keys that were removed
+// get the new limits only, and owe for the old ones (Keyring.owed).
 func (k *Keyring) keepAddition(rec *audit.Record, s request.Selection, constraints request.Constraints) error {
 	c := rec.Use.Caller
 	a := &addition{
@@ -100,7 +99,7 @@ func (k *Keyring) keepAddition(rec *audit.Record, s request.Selection, constrain
 		}
 	}
 	if confined(c) {
-		// It gets no say about keys that come later.
+		// The addition does not cover keys that come later.
 		a.only = make(map[string]bool)
 		for _, key := range meant {
 			a.only[key.wire] = true
@@ -149,8 +148,8 @@ func (k *Keyring) keepAddition(rec *audit.Record, s request.Selection, constrain
 	return nil
 }
 
-// mergeLocked has an addition take the place of those by the same name, with their
-// limits, where it covers the same keys.
+// mergeLocked puts an addition in the place of those with the same selection, if it covers
+// the same keys. The new addition takes over their limits.
 func (k *Keyring) mergeLocked(a *addition) {
 	for _, old := range slices.Clone(k.added) {
 		switch {
@@ -162,14 +161,14 @@ func (k *Keyring) mergeLocked(a *addition) {
 			}
 			k.replaceLocked(old)
 		case a.only == nil:
-			// Its PIN is that of the new one from now on.
+			// From now on, the PIN of the new addition counts.
 			k.opts.Tokens.Drop(old.selection)
 		}
 	}
 }
 
-// Add keeps a private key in memory. One that is there already gets the new
-// comment and constraints.
+// Add keeps a private key in memory. If the key is there already, it gets the new comment
+// and constraints.
 func (k *Keyring) Add(ctx context.Context, c *request.Caller, r request.AddKey) error {
 	rec := k.begin(c, request.ActionAdd)
 	rec.Key, rec.Comment = k.fingerprint(sshkey.Plain(r.Public)), r.Comment
@@ -188,7 +187,7 @@ func (k *Keyring) add(ctx context.Context, rec *audit.Record, r request.AddKey, 
 	}
 	switch {
 	case restricted(c.Socket):
-		return errSomeKeys // keys in memory are not among them
+		return errSomeKeys // the socket shows no keys in memory
 	case !k.opts.SoftwareKeys:
 		return errNoSoftware
 	case r.Constraints.Confirm && k.opts.Confirm == nil:
@@ -227,9 +226,8 @@ func (k *Keyring) add(ctx context.Context, rec *audit.Record, r request.AddKey, 
 	return nil
 }
 
-// RemoveToken removes what AddToken has added for the same provider, and what
-// it selects of the automatic identities. It logs out of the tokens that lose their
-// last identity by that.
+// RemoveToken removes the additions for the same provider, and the automatic identities
+// that the provider selects. It logs out of a token that loses its last identity.
 func (k *Keyring) RemoveToken(ctx context.Context, c *request.Caller, r request.Token) error {
 	rec := k.begin(c, request.ActionRemove)
 	err := k.removeToken(ctx, rec, r)
@@ -258,9 +256,9 @@ func (k *Keyring) removeToken(ctx context.Context, rec *audit.Record, r request.
 	return k.logOutOf(ctx, unused)
 }
 
-// removeSelected removes what a selection selects, as far as the connection reaches it,
-// and returns a function that tells whether the removal concerned a token with these
-// keys, and nothing uses the token any more.
+// removeSelected removes the keys that a selection selects and the connection reaches.
+// unused takes the keys of a token. It returns true if removeSelected removed one of them,
+// and no identity uses the token any more.
 func (k *Keyring) removeSelected(c *request.Caller, s request.Selection) (unused func([]request.Key) bool, err error) {
 	generation, certificates := k.opts.Tokens.Generation(), k.opts.Certificates.Generation()
 	k.mu.Lock()
@@ -272,7 +270,7 @@ func (k *Keyring) removeSelected(c *request.Caller, s request.Selection) (unused
 		case reached && k.selectsLocked(s, key.Key):
 			removed[key.Key] = true
 		case !reached && confined(c) && key.Unfit() == "":
-			used[key.Key] = true // as for RemoveAll: others may count on the login
+			used[key.Key] = true // other connections may need the login, as in removeSeen
 		}
 	}
 	n := k.removeAdditionsLocked(v, c, func(a *addition) bool { return a.selection.String() == s.String() })
@@ -297,7 +295,7 @@ func (k *Keyring) removeSelected(c *request.Caller, s request.Selection) (unused
 	}, nil
 }
 
-// logOutOf logs out of the tokens that are chosen by their keys, after a removal.
+// logOutOf logs out of tokens after a removal. chosen takes the keys of a token.
 func (k *Keyring) logOutOf(ctx context.Context, chosen func([]request.Key) bool) error {
 	if err := k.opts.Tokens.LogoutOf(ctx, chosen); err != nil {
 		return fmt.Errorf("the keys are removed, but: %w", err)
@@ -305,8 +303,9 @@ func (k *Keyring) logOutOf(ctx context.Context, chosen func([]request.Key) bool)
 	return nil
 }
 
-// removeAdditionsLocked ends the additions that are meant, as far as the connection
-// reaches the keys that they cover, and returns of how many there was something to end.
+// removeAdditionsLocked ends the additions for which meant returns true. If the connection
+// is confined, the additions only lose the keys that it reaches. n counts the additions
+// that have changed.
 func (k *Keyring) removeAdditionsLocked(v *view, c *request.Caller, meant func(*addition) bool) (n int) {
 	for _, a := range slices.Clone(k.added) {
 		if !meant(a) {
@@ -326,9 +325,9 @@ func (k *Keyring) removeAdditionsLocked(v *view, c *request.Caller, meant func(*
 	return n
 }
 
-// Remove removes one identity: from memory for good, of a token until that is
-// inserted again or the key is added again. One of an upstream agent is removed
-// there.
+// Remove removes an identity. A key in memory is gone for good. An identity of a token
+// comes back when the token is inserted again, or when a client adds the key again. For an
+// identity of an upstream agent, Remove asks the upstream agent to remove it.
 func (k *Keyring) Remove(ctx context.Context, c *request.Caller, key []byte) error {
 	rec := k.begin(c, request.ActionRemove)
 	rec.Key = k.describe(key)
@@ -363,8 +362,7 @@ func (k *Keyring) remove(ctx context.Context, rec *audit.Record, key []byte) err
 	return nil
 }
 
-// removeLocked removes an identity: from memory for good, of a token until that is
-// inserted again or the key is added again.
+// removeLocked removes an identity of this agent, as Remove says.
 func (k *Keyring) removeLocked(id *identity) {
 	if s := k.software.remove(id.ID); s != nil {
 		if len(id.Homes) > 0 {
@@ -378,10 +376,10 @@ func (k *Keyring) removeLocked(id *identity) {
 	k.approver.ForgetKey(id.ID)
 }
 
-// RemoveAll removes every identity that the connection sees, forgets what persons have
-// allowed for them, and logs out of the tokens that they are on. Where the connection
-// sees all that there is, it logs out of every token. Identities of upstream agents
-// stay.
+// RemoveAll removes every identity that the connection sees, and forgets the approvals of
+// persons for them. It logs out of their tokens if the connection sees all identities of
+// the token. If the connection is not confined, it logs out of every token. Identities of
+// upstream agents stay.
 func (k *Keyring) RemoveAll(ctx context.Context, c *request.Caller) error {
 	rec := k.begin(c, request.ActionRemoveAll)
 	err := k.removeAll(ctx, c)
@@ -400,11 +398,11 @@ func (k *Keyring) removeAll(ctx context.Context, c *request.Caller) error {
 }
 
 // Clear removes every identity, as RemoveAll does for a client that sees all of them. It
-// asks no rule, and does the same while the agent is locked: the user of the agent, and
-// no client, has sent a signal for it.
+// applies no rule, and also works while the agent is locked. The user of the agent sends a
+// signal for it, and no client can.
 func (k *Keyring) Clear(ctx context.Context) error { return k.clear(ctx, new(request.Caller)) }
 
-// clear removes all that the connection sees.
+// clear removes all identities that the connection sees, and logs out.
 func (k *Keyring) clear(ctx context.Context, c *request.Caller) error {
 	defer k.relieve(k.keptBytes())
 	logout := k.opts.Tokens.LogoutAll
@@ -419,9 +417,9 @@ func (k *Keyring) clear(ctx context.Context, c *request.Caller) error {
 	return nil
 }
 
-// removeSeen removes every identity that the connection sees, and returns whether the
-// connection may log out of a token with these keys: it sees one of them, and all that
-// the agent uses.
+// removeSeen removes every identity that the connection sees. may takes the keys of a
+// token, and tells whether the connection may log out of the token. It may if it sees a key
+// of the token, and sees all keys of the token that the agent uses.
 func (k *Keyring) removeSeen(c *request.Caller) (may func([]request.Key) bool) {
 	generation, certificates := k.opts.Tokens.Generation(), k.opts.Certificates.Generation()
 	k.mu.Lock()
@@ -453,13 +451,13 @@ func (k *Keyring) removeSeen(c *request.Caller) (may func([]request.Key) bool) {
 	}
 }
 
-// Configure changes the rules. Automatic identities that were removed are back, and
-// a person may be asked again at once.
+// Configure changes the rules. Automatic identities that were removed come back, and the
+// pauses of questions end.
 func (k *Keyring) Configure(r Rules) {
 	k.opts.Questions.Reset()
 	k.mu.Lock()
 	defer k.mu.Unlock()
-	k.expireLocked() // under the rules that they were added under
+	k.expireLocked() // additions end under the rules of their time
 	k.opts.Rules = r
 	k.configure(&r)
 	clear(k.hidden)

@@ -12,7 +12,8 @@ import (
 	"p11-agent/agent/request"
 )
 
-// ErrNoControl is what MayControl says, with the reason.
+// ErrNoControl says that a connection may not control the agent. MayControl wraps it with
+// the reason.
 var ErrNoControl = errors.New("the agent may not be controlled like this")
 
 var (
@@ -61,9 +62,9 @@ func MayControl(c *request.Caller) error {
 // lookTime bounds how long a status waits for tokens that are looked at again.
 const lookTime = 5 * time.Second
 
-// Status returns the status as Options.Report has it, of the tokens that the
-// provider selects; empty: of everything. It returns at once when the provider selects a
-// known key. Otherwise the key may be new: it looks at the tokens again, for 5 s at the most.
+// Status returns the result of Options.Report for the tokens that the provider selects. An
+// empty provider selects everything. If the provider selects a known key, Status returns at
+// once. Otherwise the key may be new: Status looks at the tokens again, for 5 s at most.
 func (k *Keyring) Status(ctx context.Context, c *request.Caller, provider []byte) ([]byte, error) {
 	rec := k.begin(c, request.ActionStatus)
 	rec.Told = true
@@ -99,9 +100,9 @@ func (k *Keyring) report(ctx context.Context, c *request.Caller, provider []byte
 	return k.opts.Report(k.Now(), s)
 }
 
-// Login logs in to the one token that the request names. Nothing is tried twice. When
-// one try is left, a person is asked first whether to use it: the request has no say
-// in that. The answer counts when there is an error, too.
+// Login logs in to the single token that the request names. It tries once. If one try is
+// left, the agent first asks a person whether to use it. The request cannot prevent that.
+// The answer counts even if there is an error.
 func (k *Keyring) Login(ctx context.Context, c *request.Caller, r request.TokenLogin) (request.LoginAnswer, error) {
 	rec := k.begin(c, request.ActionLogin)
 	rec.Told = true
@@ -133,8 +134,8 @@ func (k *Keyring) login(ctx context.Context, rec *audit.Record, r request.TokenL
 	return answer, inside.reason(err)
 }
 
-// Logout logs out of the tokens that the provider selects, or of all when it is
-// empty, and forgets their PINs.
+// Logout logs out of the tokens that the provider selects, and forgets their PINs. An empty
+// provider selects all tokens.
 func (k *Keyring) Logout(ctx context.Context, c *request.Caller, provider []byte) error {
 	rec := k.begin(c, request.ActionLogout)
 	rec.Told = true

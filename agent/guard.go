@@ -17,8 +17,8 @@ import (
 
 // A Guard lets requests use keys. It does the same for requests from each door: it refuses
 // while the agent is locked, applies the rules, asks a person for approval and for an
-// absent token, picks the token, and logs the outcome.
-// The Keyring is one user of it. All methods may be called from any goroutine.
+// absent token, picks the token, and logs the outcome. The Keyring uses a Guard, too. Any
+// goroutine may call its methods.
 type Guard struct {
 	lock     *lock
 	approver *approval.Approver
@@ -37,7 +37,7 @@ type useRules struct {
 	policy func(request.Key) approval.Policy // nil: never
 }
 
-// insertable is what the Guard needs of Tokens while it waits for a token.
+// insertable has the methods of Tokens that the Guard needs while it waits for a token.
 type insertable interface {
 	Changed() <-chan struct{}
 	Poke()
@@ -58,11 +58,11 @@ func newGuard(o *Options) *Guard {
 // configure changes the rules.
 func (g *Guard) configure(r *Rules) { g.rules.Store(&useRules{allow: r.Allow, policy: r.Approval}) }
 
-// Do serves one request to use a key. It calls op with the key of a token that is present,
-// and with each other one if op fails because its token is absent. The error is that of
-// op, or says why the use is refused: the agent is locked, a rule or a person refuses it,
-// or the token is absent. Do waits for persons and tokens as long as ctx lasts, and logs
-// the outcome.
+// Do serves a request to use a key. It calls op with the key of a present token. If op
+// fails because the token is absent, Do calls op with the key of the next token. The error
+// is the error of op, or says why the agent refuses the use: the agent is locked, a rule
+// or a person refuses the use, or the token is absent. Do waits for persons and tokens as
+// long as ctx lasts, and logs the outcome.
 func (g *Guard) Do(ctx context.Context, use *request.Use, t *request.Target, op func(context.Context, request.Key) error) error {
 	use.Content = judged(use.Caller, use.Content)
 	rec := g.audit.Begin(request.ActionSign, use)
@@ -79,12 +79,13 @@ func (g *Guard) Do(ctx context.Context, use *request.Use, t *request.Target, op 
 // An access is how a request may use a key.
 type access struct {
 	*request.Target
-	each  string // why a person is asked for each use; empty: only if the rules want it
-	await bool   // a person is asked to insert a token if none is present
+	each  string // why the agent asks a person for each use; empty: only if the rules say so
+	await bool   // if no token is present, the agent asks a person to insert one
 	// elsewhere uses a copy of the key that is on no token, if no token is present. nil:
 	// the key has no copy.
 	elsewhere func(context.Context) error
-	// check says after the use why its result is not to be handed out; nil: it always is.
+	// check runs after the use. It returns an error if the client must not get the
+	// result. nil: the client always gets it.
 	check func() error
 }
 
@@ -93,7 +94,7 @@ type operator interface {
 	operate(ctx context.Context, key request.Key) error
 }
 
-// operation is a function that does so.
+// operation is a function that is an operator.
 type operation func(context.Context, request.Key) error
 
 func (f operation) operate(ctx context.Context, key request.Key) error { return f(ctx, key) }
@@ -108,7 +109,7 @@ func (g *Guard) use(ctx context.Context, rec *audit.Record, a *access, op operat
 	if err := g.approve(ctx, use, a.Target, a.each); err != nil {
 		return err
 	}
-	var paid *atomic.Bool // by a PIN that a person gave for this very request; nil: it need not be
+	var paid *atomic.Bool // a person gave a PIN for this very request; nil: no PIN is needed
 	if use.PINPays {
 		paid = new(atomic.Bool)
 		ctx = waiting.OnAccepted(ctx, func() { paid.Store(true) })
@@ -133,15 +134,15 @@ func (g *Guard) use(ctx context.Context, rec *audit.Record, a *access, op operat
 	return err
 }
 
-// approve asks a person where the constraints, the socket or the configuration want it.
-// The error says why the use is refused. each says why a person is asked for each use.
+// approve asks a person if the constraints, the socket or the configuration say so. The
+// error says why the use is refused. each says why the agent asks for each use.
 func (g *Guard) approve(ctx context.Context, u *request.Use, t *request.Target, each string) error {
 	return g.approver.Approve(ctx, u, t, g.rules.Load().policy, each)
 }
 
-// atHome operates with the key of a token, first with those that are present. It tries the
-// next one only if the token is absent: what a person declines for one token is not asked
-// for again for the next.
+// atHome calls op with the key of a token, present tokens first. It tries the next token
+// only if the token is absent. So if a person declines for a token, the agent does not ask
+// again for the next.
 func (g *Guard) atHome(ctx context.Context, rec *audit.Record, t *request.Target, op operator) error {
 	homes := t.Homes
 	if len(homes) > 1 {
@@ -173,7 +174,7 @@ func (g *Guard) atHome(ctx context.Context, rec *audit.Record, t *request.Target
 	return joined.Errors(all...)
 }
 
-// errNowhere is what is wrong with a token's key that is on no token.
+// errNowhere is the error of a key that is on no token.
 var errNowhere error = nowhereError{}
 
 type nowhereError struct{}
@@ -181,7 +182,7 @@ type nowhereError struct{}
 func (nowhereError) Error() string { return "its token is not there" }
 func (nowhereError) Absent() bool  { return true }
 
-// isAbsent tells whether a key failed because it is not there.
+// isAbsent tells whether a key failed because its token is absent.
 func isAbsent(err error) bool {
 	e, ok := errors.AsType[interface {
 		error
@@ -190,8 +191,8 @@ func isAbsent(err error) bool {
 	return ok && e.Absent()
 }
 
-// isBusy tells whether a key failed because another program keeps its token to
-// itself: there is nothing to insert.
+// isBusy tells whether a key failed because another program uses its token exclusively.
+// Then the agent does not ask a person to insert it.
 func isBusy(err error) bool {
 	e, ok := errors.AsType[interface {
 		error

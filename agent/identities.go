@@ -13,29 +13,29 @@ import (
 	"p11-agent/agent/sshkey"
 )
 
-// identity is a key as clients see it, with every place it can be used at.
+// identity is an SSH key that clients see, with each place that has its private key.
 type identity struct {
-	request.Target // ID is the wire form of key, Fingerprint and PublicKey are those of plain
+	request.Target // ID is the wire form of key; Fingerprint and PublicKey belong to plain
 
 	key      ssh.PublicKey // plain, or a certificate of plain
 	plain    ssh.PublicKey
 	named    bool          // see Identity.Named
-	awaited  bool          // listed while its tokens are absent; a person is asked to insert one
+	awaited  bool          // listed while its tokens are absent; the agent asks for a token
 	software crypto.Signer // nil: the identity is on tokens only
 	limits   limits
-	owed     *limits // see Keyring.owed; nil: none are, or the identity has them still
+	owed     *limits // see Keyring.owed; nil: the identity has lost no limits
 
 	prefix audit.Prefix // of the lines in the log
 }
 
-// softwareKey is a private key in memory: an identity that is listed when the key is
-// on no token, and is not changed once it is.
+// softwareKey is a private key in memory. Its identity is listed if the key is on no
+// token. Nothing changes the identity once it is listed.
 type softwareKey struct {
 	identity
 	kept kept
 }
 
-// wiredKey is a public key that knows its wire form and its type: clients use keys
+// wiredKey is a public key that keeps its wire form and its type, because clients use keys
 // far more often than keys change.
 type wiredKey struct {
 	ssh.PublicKey
@@ -45,12 +45,12 @@ type wiredKey struct {
 
 func wired(key ssh.PublicKey, wire string) *wiredKey { return &wiredKey{key, []byte(wire), key.Type()} }
 
-// Marshal returns the wire form, which is not to be changed.
+// Marshal returns the wire form. Callers must not change it.
 func (k *wiredKey) Marshal() []byte { return k.wire }
 
 func (k *wiredKey) Type() string { return k.kind }
 
-// plainKey is what is made of a key of a token once, and not again for each view.
+// plainKey is the SSH form of a key of a token. All views share it.
 type plainKey struct {
 	*wiredKey
 	wire        string
@@ -71,8 +71,8 @@ func (k *Keyring) plainLocked(key request.Key) *plainKey {
 	return &plainKey{wired(pub, wire), wire, k.fingerprint(pub)}
 }
 
-// tokenView is the list of identities of tokens for as long as nothing changes about
-// them. Those of them that are in memory as well say so.
+// tokenView has the identities of tokens. It is valid until something changes about them.
+// If a key is in memory as well, its identity says so.
 type tokenView struct {
 	generation   uint64 // of the tokens
 	certificates uint64 // generation
@@ -80,11 +80,11 @@ type tokenView struct {
 	expires      time.Time
 	identities   []*identity
 	byKey        map[string]*identity
-	limits       map[string]limits // of the keys of tokens, by their wire form, also of those that are not shown
+	limits       map[string]limits // of all keys of tokens, shown or not, by their wire form
 	limited      bool              // an identity is limited to destinations
 }
 
-// view is the list of all identities for as long as nothing changes.
+// view has all identities. It is valid until something changes.
 type view struct {
 	tokens     *tokenView
 	software   uint64 // change of the keys in memory
@@ -96,7 +96,7 @@ type view struct {
 	limited    bool              // an identity is limited to destinations
 }
 
-// now returns the present view, made anew when something has changed.
+// now returns the present view. It makes a new one if something has changed.
 func (k *Keyring) now() *view {
 	generation, certificates := k.opts.Tokens.Generation(), k.opts.Certificates.Generation()
 	if v := k.view.Load(); v != nil && v.software == k.software.change.Load() && !over(v.expires, time.Now()) && k.good(v.tokens, generation, certificates) {
@@ -107,11 +107,11 @@ func (k *Keyring) now() *view {
 	return k.nowLocked(generation, certificates)
 }
 
-// nowLocked is now for these generations.
+// nowLocked returns the present view, for these generations.
 func (k *Keyring) nowLocked(generation, certificates uint64) *view {
 	tokens := k.nowOnTokensLocked(generation, certificates)
 	if v := k.view.Load(); v != nil && v.tokens == tokens && v.software == k.software.change.Load() {
-		return v // another goroutine has made it meanwhile
+		return v // another goroutine has made this view meanwhile
 	}
 	v := &view{
 		tokens: tokens, software: k.software.change.Load(), expires: tokens.expires, identities: slices.Clip(tokens.identities),
@@ -133,7 +133,7 @@ func (k *Keyring) nowLocked(generation, certificates uint64) *view {
 	return v
 }
 
-// nowOnTokens returns the present identities of tokens, made anew when something has
+// nowOnTokens returns the present view of tokens. It makes a new one if something has
 // changed about them.
 func (k *Keyring) nowOnTokens() *tokenView {
 	generation, certificates := k.opts.Tokens.Generation(), k.opts.Certificates.Generation()
@@ -145,7 +145,7 @@ func (k *Keyring) nowOnTokens() *tokenView {
 	return k.nowOnTokensLocked(generation, certificates)
 }
 
-// good tells whether nothing has changed since the view was made.
+// good tells whether the view is present: nothing has changed since.
 func (k *Keyring) good(v *tokenView, generation, certificates uint64) bool {
 	return v != nil && v.generation == generation && v.certificates == certificates && v.change == k.change.Load() &&
 		!over(v.expires, time.Now())
@@ -153,7 +153,7 @@ func (k *Keyring) good(v *tokenView, generation, certificates uint64) bool {
 
 func (k *Keyring) nowOnTokensLocked(generation, certificates uint64) *tokenView {
 	k.expireLocked()
-	// Another goroutine may have made it meanwhile.
+	// Another goroutine may have made the view meanwhile.
 	if v := k.tokens.Load(); k.good(v, generation, certificates) {
 		return v
 	}
@@ -178,7 +178,7 @@ func (k *Keyring) nowOnTokensLocked(generation, certificates uint64) *tokenView 
 	return v
 }
 
-// identityLocked returns the identity with a wire form, or nil. v is present.
+// identityLocked returns the identity with this wire form, or nil. v is the present view.
 func (k *Keyring) identityLocked(v *tokenView, wire string) *identity {
 	if id := v.byKey[wire]; id != nil {
 		return id
@@ -189,8 +189,8 @@ func (k *Keyring) identityLocked(v *tokenView, wire string) *identity {
 	return nil
 }
 
-// softwareChangedLocked notes that a key in memory has come, has changed or has gone.
-// What is on tokens changes with it only when the key is there, too.
+// softwareChangedLocked notes that a key in memory has come, has changed or has gone. The
+// view of tokens changes only if the key is on a token, too.
 func (k *Keyring) softwareChangedLocked(wire string) {
 	if v := k.tokens.Load(); v != nil && v.byKey[wire] != nil {
 		k.change.Add(1)
@@ -205,7 +205,7 @@ func (k *Keyring) listedAs(id *identity) string {
 	return id.Comment
 }
 
-// until notes that the view is good only so long.
+// until notes that the view is valid until t at most. The zero time sets no bound.
 func (v *tokenView) until(t time.Time) {
 	if !t.IsZero() && (v.expires.IsZero() || t.Before(v.expires)) {
 		v.expires = t
@@ -217,9 +217,9 @@ func (v *tokenView) add(id *identity) {
 	v.identities = append(v.identities, id)
 }
 
-// tokensLocked puts the identities of tokens into the view. The limits of a key are
-// those of all additions that cover it, in any order and by any name: an addition can only
-// tighten the limits.
+// tokensLocked puts the identities of tokens into the view. The limits of all additions
+// that cover a key bind the key, in any order and with any selection: an addition can
+// only tighten the limits.
 func (k *Keyring) tokensLocked(v *tokenView) {
 	present := k.opts.Tokens.Keys()
 	keys := slices.Concat(present, k.opts.Tokens.Away())
@@ -234,8 +234,9 @@ func (k *Keyring) tokensLocked(v *tokenView) {
 		}
 		return plain
 	}
-	// take shows a key, with a certificate when that is not nil. named tells that the
-	// configuration has it, and alone that it was named by itself.
+	// take puts a key into the view. If cert is not nil, the key gets the certificate.
+	// named says that the configuration names keys, and alone that it or a client names
+	// this single key.
 	take := func(i int, cert *ssh.Certificate, named, alone bool) {
 		key := keys[i]
 		awaited := k.opts.OfferAway != nil && k.opts.OfferAway(key, named)
@@ -315,8 +316,8 @@ func (v *tokenView) counts(cert *ssh.Certificate) bool {
 	return ok
 }
 
-// certify shows the keys of tokens with their certificates, too, each after its
-// key.
+// certify also shows the keys of tokens with their certificates. Each certificate comes
+// after its key.
 func (v *tokenView) certify(certs []*ssh.Certificate, hidden map[string]uint64) {
 	if len(certs) == 0 {
 		return
@@ -346,8 +347,8 @@ func (v *tokenView) certify(certs []*ssh.Certificate, hidden map[string]uint64) 
 	}
 }
 
-// insertions counts how often a token of the identity has appeared, for the one
-// that has most often.
+// insertions counts how often the tokens of the identity have appeared, and returns the
+// largest count.
 func (id *identity) insertions() (n uint64) {
 	for _, key := range id.Homes {
 		n = max(n, key.Insertions())
@@ -358,8 +359,9 @@ func (id *identity) insertions() (n uint64) {
 // plainWire returns the wire form of the key without a certificate.
 func (id *identity) plainWire() string { return string(id.plain.Marshal()) }
 
-// selectsLocked is request.Selects for what a client named. If the configuration selects
-// some keys, a client that names every key means those: so it brings them back.
+// selectsLocked applies request.Selects to a selection that a client named. If the
+// configuration selects some keys, a client that names every key means only these. So it
+// can bring them back.
 func (k *Keyring) selectsLocked(s request.Selection, key request.Key) bool {
 	if s.All() && len(k.opts.Automatic) > 0 {
 		return request.Offered(key, k.opts.Automatic)

@@ -12,14 +12,14 @@ import (
 )
 
 const (
-	// insertPatience is Options.InsertTimeout unless that says something else.
+	// insertPatience is the default of Options.InsertTimeout.
 	insertPatience = time.Minute
-	// insertPoke is how often modules are looked at that do not tell of new tokens.
+	// insertPoke is how often the agent looks at modules that do not report new tokens.
 	insertPoke = 2 * time.Second
 )
 
-// insert waits until a token that has the identity is there, or a person has
-// declined to insert it. Everybody who wants the same identity shares the wait.
+// insert waits until a token that has the identity is present, or until a person has
+// declined to insert it. All requests for the same identity share the wait.
 func (g *Guard) insert(ctx context.Context, t *request.Target) error {
 	_, err := g.insertions.Do(ctx, t.ID, func(ctx context.Context) (struct{}, error) {
 		return struct{}{}, g.awaitToken(ctx, t)
@@ -27,7 +27,7 @@ func (g *Guard) insert(ctx context.Context, t *request.Target) error {
 	return err
 }
 
-// awaitToken has a person asked for a token until it is there.
+// awaitToken asks a person for a token until the token is present.
 func (g *Guard) awaitToken(ctx context.Context, t *request.Target) error {
 	w := approval.Wanted{Comment: t.Comment, Fingerprint: t.Fingerprint}
 	for _, home := range t.Homes {
@@ -42,7 +42,7 @@ func (g *Guard) awaitToken(ctx context.Context, t *request.Target) error {
 		err error
 	}
 	answers := make(chan answer, 1)
-	open := false // a prompt is
+	open := false // a prompt is open
 	defer func() {
 		cancel()
 		if open {

@@ -21,11 +21,11 @@ import (
 
 const (
 	// startPatience bounds how long after its start the keyring waits for the first look
-	// at the tokens before it lists keys, if it knows no keys from before. A person who
-	// starts an agent and lists its keys wants to see them.
+	// at the tokens before it lists keys. If it knows keys from before, it does not wait.
+	// A person who starts an agent and lists its keys wants to see them.
 	startPatience = 2 * time.Second
-	// emptyPatience bounds how long a list that would be empty waits for another look at
-	// the tokens. A list with keys never waits.
+	// emptyPatience bounds the wait of an empty list for another look at the tokens. A
+	// list with keys never waits.
 	emptyPatience = 500 * time.Millisecond
 )
 
@@ -34,59 +34,60 @@ var errUnknownKey = errors.New("the agent has no such key")
 // Tokens finds keys on tokens. All methods but Rescan, Select, Login, Logout,
 // LogoutOf and LogoutAll return at once.
 type Tokens interface {
-	// Keys returns the keys that are there, in their order.
+	// Keys returns the present keys, in their order.
 	Keys() []request.Key
-	// Away returns the keys that are known and not there.
+	// Away returns the known keys that are absent.
 	Away() []request.Key
-	// Generation changes whenever Keys or Away does.
+	// Generation returns another number after each change of Keys or Away.
 	Generation() uint64
 	// Changed returns a channel that is closed at the next such change.
 	Changed() <-chan struct{}
-	// Settled is closed when tokens were looked at for the first time.
+	// Settled returns a channel that is closed after the first look at the tokens.
 	Settled() <-chan struct{}
 	// Poke says that a client uses the keys.
 	Poke()
 	// Rescan looks at all tokens again.
 	Rescan(ctx context.Context) error
-	// Parse reads what a client names. For a remote client it looks at no file, and takes
-	// only a URI that names no module file and has no PIN.
+	// Parse reads the provider that a client names. For a remote client, it looks at no
+	// file. Then it takes only a URI that names no module file and has no PIN.
 	Parse(provider []byte, remote bool) (request.Selection, error)
-	// Select returns the keys that are selected now and may be reached, of which there
-	// is at least one, and logs in to their token when a PIN is given. Other keys count
-	// as not there. taken tells that the token took this PIN just now. A token that wants
-	// no login tries none.
+	// Select returns the keys that s selects now and for which reached returns true, at
+	// least one. Other keys count as absent. If there is a PIN, Select logs in to their
+	// token. taken says that the token took this PIN just now. A token that needs no
+	// login does not try the PIN.
 	Select(ctx context.Context, s request.Selection, reached func(request.Key) bool, pin *secret.Secret) (keys []request.Key, taken bool, err error)
-	// Drop is told when a Selection that Parse made is of no more use.
+	// Drop says that the Keyring does not need a Selection of Parse any more.
 	Drop(s request.Selection)
 	// LogoutAll logs out of all tokens.
 	LogoutAll(ctx context.Context) error
-	// LogoutOf logs out of the tokens that are chosen by all their known keys.
+	// LogoutOf logs out of the tokens for whose known keys chosen returns true.
 	LogoutOf(ctx context.Context, chosen func([]request.Key) bool) error
-	// Login logs in to the one token that is selected. A nil PIN comes from where a
-	// signature would get it. When one try is left, a person is asked first.
+	// Login logs in to the single token that s selects. If pin is nil, Login gets the PIN
+	// from the same place as a signature. If one try is left, it first asks a person.
 	Login(ctx context.Context, s request.Selection, pin *secret.Secret) (request.LoginAnswer, error)
-	// Logout logs out of the tokens that are selected.
+	// Logout logs out of the tokens that s selects.
 	Logout(ctx context.Context, s request.Selection) error
 }
 
-// Rules are what Configure changes.
+// Rules are the part of Options that Configure changes.
 type Rules struct {
-	// Automatic selects the identities that are there without being added, in
-	// this order. nil: every key that is fit to log in with.
+	// Automatic selects the identities that the agent offers without an addition, in
+	// this order. nil: every key that is fit for logins.
 	Automatic []request.Selection
 	// Name returns the configured name of a key, or nothing.
 	Name func(request.Key) string
-	// Listed returns the comment that the list of identities has for a key of a token
-	// without a configured name; nil: its URI. Everything else has the URI.
+	// Listed returns the comment in the list of identities for a key of a token without
+	// a configured name. All other places show the URI. nil: the list has the URI, too.
 	Listed func(request.Key) string
-	// OfferAway tells whether a key is offered while its token is away; named says
-	// that Automatic selects it. nil: none is.
+	// OfferAway tells whether the agent offers a key while its token is absent. named
+	// says that Automatic selects the key. nil: the agent offers no such key.
 	OfferAway func(k request.Key, named bool) bool
-	// Allow returns what kinds of data a key of a token signs besides logins and
-	// SSH signatures, and the tests of ssh-add -T; KindUnknown stands for all. nil: no other.
+	// Allow returns the kinds of data that a key of a token signs besides logins, SSH
+	// signatures and the tests of ssh-add -T. KindUnknown stands for all kinds. nil: no
+	// key signs other kinds.
 	Allow func(request.Key) []request.Kind
-	// Approval returns when a person is asked before a key of a token signs; for
-	// nil, every key that is on none. nil: never.
+	// Approval returns when the agent asks a person before a key of a token signs. For
+	// nil, it returns the policy of all keys that are on no token. nil: never.
 	Approval func(request.Key) approval.Policy
 }
 
@@ -94,73 +95,73 @@ type Rules struct {
 type Options struct {
 	Tokens Tokens
 	Rules
-	// Insert asks for the token of such a key before it signs. nil: there is no way to
-	// ask.
+	// Insert asks a person for an absent token whose key a request uses. nil: there is
+	// no way to ask.
 	Insert approval.Inserter
 	// InsertTimeout bounds how long a signature waits for the token; 0: a minute.
 	InsertTimeout time.Duration
-	// Lifetime is that of added identities which come with none; 0: for ever.
+	// Lifetime is the lifetime of added identities that come without one; 0: for ever.
 	Lifetime time.Duration
-	// Confirm asks whether a key may be used. nil: there is no way to ask. Then the Keyring
-	// refuses uses that are to be confirmed, and additions with that constraint.
+	// Confirm asks whether a request may use a key. nil: there is no way to ask. Then the
+	// Keyring refuses uses that need an approval, and additions with that constraint.
 	Confirm approval.Confirmer
-	// Questions decides whether a person may be asked; nil: one of the Keyring's own.
-	// All that show a question to a person share one.
+	// Questions decides whether the agent may ask a person. All code that shows a
+	// question to a person shares it. nil: the Keyring makes its own.
 	Questions *approval.Questions
-	// SoftwareKeys lets clients add private keys, which are kept in memory.
+	// SoftwareKeys lets clients add private keys. The Keyring keeps them in memory.
 	SoftwareKeys bool
 	// RemoteTokens lets clients behind forwarded connections add keys of tokens.
 	RemoteTokens bool
-	// Certificates are shown with the keys of tokens that they certify; nil: none.
+	// Certificates has certificates for keys of tokens. The Keyring lists both; nil: none.
 	Certificates *certdir.Dir
-	// Upstreams are asked for what the Keyring does not have, in this order.
+	// Upstreams get the requests for keys that the Keyring does not have, in this order.
 	Upstreams []Upstream
 	// Hosts gives names to host keys; nil: they have none.
 	Hosts request.HostNamer
-	// Fingerprint is how keys are named to people; nil: ssh.FingerprintSHA256.
+	// Fingerprint names a key for people; nil: ssh.FingerprintSHA256.
 	Fingerprint func(ssh.PublicKey) string
 	// Failed gets each request of this machine that the agent refuses, unless a person has
 	// just refused it in a prompt. It must not wait. It may be nil.
 	Failed func(audit.Event)
-	// Report makes the answer to a question for the status out of what the keyring
-	// knows, of the tokens that are selected; nil: of all. It must not wait. nil: there
-	// is no status.
+	// Report makes the answer to a request for the status. The Selection selects the
+	// tokens of the answer; nil: all. Report must not wait. nil: there is no status.
 	Report func(Status, request.Selection) ([]byte, error)
 	// Log gets one line for each request that uses or changes keys.
 	Log *slog.Logger
 }
 
-// A Keyring holds the identities, and decides which connection may use which of them. All
-// methods may be called from any goroutine. None holds a lock while it waits for a person,
-// a token or a process.
+// A Keyring holds the identities, and decides which connection may use which of them. Any
+// goroutine may call its methods. They hold no lock while they wait for a person, a token
+// or a process.
 type Keyring struct {
 	*Guard
 
 	opts  Options // Rules under mu
 	log   *slog.Logger
 	start time.Time
-	// Made under mu. tokens goes on while keys in memory come and go, and view does not.
+	// A goroutine makes both views under mu. A change of the keys in memory ends view, and
+	// leaves tokens.
 	tokens atomic.Pointer[tokenView]
 	view   atomic.Pointer[view]
-	knew   bool // there were keys from before at the start: what is listed need not wait for tokens
+	knew   bool // at the start, keys from before were known: a list need not wait for tokens
 
 	computing turns
 
-	change atomic.Uint64 // counts the changes of what follows but software; made under mu
+	change atomic.Uint64 // counts the changes of the fields below but software, under mu
 
 	mu       sync.Mutex
-	plain    map[request.Key]*plainKey // those of the present view
+	plain    map[request.Key]*plainKey // of the present view
 	added    []*addition
 	software softwareKeys
-	hidden   map[string]uint64 // wire form of removed identities to the insertions there were
-	// owed are the limits that keys of tokens had, by their wire form, and have not any
-	// more because they were removed or their time was over. A key that is back with less
-	// than that costs a PIN or an approval when it is used first.
+	hidden   map[string]uint64 // removed identities, by wire form: insertions at the removal
+	// owed has the limits that keys of tokens have lost, by the wire form of the key. A
+	// key loses limits when a client removes it, or when its time is over. If the key
+	// comes back with weaker limits, its first use costs a PIN or an approval.
 	owed     map[string]*limits
-	empty    time.Time           // when an empty list was looked at again
-	origins  map[string]Upstream // wire form of the keys of upstream agents, as listed last
-	sizes    map[any]int         // of what additions share; see addedLocked
-	troubles map[string]string   // what was logged last about an upstream agent, by its name
+	empty    time.Time           // when an empty list last caused a look at the tokens
+	origins  map[string]Upstream // of the keys in the last list of upstream agents, by wire form
+	sizes    map[any]int         // of destinations and certificates; see addedLocked
+	troubles map[string]string   // the last logged trouble of an upstream agent, by its name
 }
 
 // NewKeyring makes a Keyring.
@@ -177,10 +178,9 @@ func NewKeyring(opts Options) *Keyring {
 	return k
 }
 
-// List returns the identities that a connection may see, in their order, and
-// after them those of upstream agents. It waits for tokens only just after the
-// start, and when there would be nothing to show. While the agent is locked it is
-// empty.
+// List returns the identities that a connection may see, in their order. The identities of
+// upstream agents come after them. List waits for tokens only just after the start, and if
+// the list would be empty. While the agent is locked, the list is empty.
 func (k *Keyring) List(ctx context.Context, c *request.Caller) (*Listing, error) {
 	if k.lock.locked() {
 		return new(Listing), nil
@@ -194,7 +194,7 @@ func (k *Keyring) List(ctx context.Context, c *request.Caller) (*Listing, error)
 	if len(v.identities) == 0 && k.lookAgain() {
 		ctx, cancel := context.WithTimeout(ctx, emptyPatience)
 		defer cancel()
-		// The list has what the look has found by then.
+		// The list has the keys that Rescan has found by then.
 		_ = k.opts.Tokens.Rescan(ctx)
 		v = k.now()
 	}
@@ -210,24 +210,23 @@ func (k *Keyring) List(ctx context.Context, c *request.Caller) (*Listing, error)
 	}
 	for _, id := range theirs {
 		if v.byKey[string(id.Key.Marshal())] == nil {
-			id.Named = true // so is its agent, by the configuration
+			id.Named = true // the configuration names its agent
 			own.Identities = append(own.Identities, id)
 		}
 	}
 	return own, nil
 }
 
-// Alive does what List and Sign begin with, and returns. It looks at no token and shows no
-// prompt. So it returns at once unless the Keyring hangs. It is for a watchdog.
+// Alive takes the first steps of List and Sign, and returns. It looks at no token and shows
+// no prompt. So it returns at once unless the Keyring hangs. A watchdog calls it.
 func (k *Keyring) Alive() {
 	k.lock.locked()
 	k.now()
-	k.mu.Lock() // which no list needs while nothing changes
+	k.mu.Lock() // List needs it only after a change
 	defer k.mu.Unlock()
 }
 
-// settle waits until tokens were looked at once, for a bounded time after the
-// start.
+// settle waits for the first look at the tokens, until startPatience after the start.
 func (k *Keyring) settle(ctx context.Context) {
 	select {
 	case <-k.opts.Tokens.Settled():
@@ -242,8 +241,8 @@ func (k *Keyring) settle(ctx context.Context) {
 	}
 }
 
-// lookAgain tells whether an empty list is reason to look at the tokens again:
-// once a second.
+// lookAgain tells whether an empty list may look at the tokens again. It returns true at
+// most once a second.
 func (k *Keyring) lookAgain() bool {
 	k.mu.Lock()
 	defer k.mu.Unlock()
@@ -254,9 +253,9 @@ func (k *Keyring) lookAgain() bool {
 	return true
 }
 
-// Sign makes a signature. It asks for confirmation where the limits of the identity, the
-// socket or the rules want it, and for a PIN where the token does. For a key that only an
-// upstream agent has, that agent makes it.
+// Sign makes a signature. It asks a person for an approval if the limits of the identity,
+// the socket or the rules say so. It asks for a PIN if the token needs one. If only an
+// upstream agent has the key, the upstream agent makes the signature.
 func (k *Keyring) Sign(ctx context.Context, c *request.Caller, r request.Sign) (*ssh.Signature, error) {
 	r.Content = judged(c, r.Content)
 	s := new(signing)
@@ -278,14 +277,14 @@ func (k *Keyring) signFor(ctx context.Context, rec *audit.Record, s *signing, r 
 	ctx = inside
 	id, unseen := k.find(c, r.Key)
 	if id == nil {
-		// It may have come a moment ago.
+		// The key may have come a moment ago.
 		k.settle(ctx)
 		k.opts.Certificates.Look()
 		id, unseen = k.find(c, r.Key)
 	}
 	switch {
 	case id == nil && unseen != nil:
-		// It takes as long as for a key that is not there.
+		// The answer takes as long as for a key that does not exist.
 		k.opts.Tokens.Poke()
 		k.upstreamOf(ctx, c, r.Key)
 		rec.Key = k.describe(r.Key)
@@ -316,7 +315,8 @@ func (k *Keyring) sign(ctx context.Context, rec *audit.Record, s *signing, id *i
 		}
 	}
 	rec.Use.Unlimited = id.owed != nil
-	// Whether a PIN is asked for may change until it is. Then it is not the price.
+	// The token may stop asking for a PIN until the signature. Then use asks for an
+	// approval.
 	rec.Use.PINPays = rec.Use.Unlimited && id.asksPIN()
 	s.access = access{Target: &id.Target, await: id.awaited && id.software == nil}
 	s.data, s.hash = r.Data, hash
@@ -333,7 +333,7 @@ func (k *Keyring) sign(ctx context.Context, rec *audit.Record, s *signing, id *i
 		s.check = func() error { return k.stillThere(c, id) }
 	}
 	err = k.Guard.use(ctx, rec, &s.access, s)
-	s.data = nil // the door's memory, which the record outlives
+	s.data = nil // the data is the door's memory, and the record lives longer
 	if err != nil {
 		return nil, err
 	}
@@ -343,7 +343,7 @@ func (k *Keyring) sign(ctx context.Context, rec *audit.Record, s *signing, id *i
 	return signature(id.plain, algorithm, s.raw)
 }
 
-// signing is a signature that is being made, and what it is for.
+// signing has the data of a request to sign, and then its signature.
 type signing struct {
 	use   request.Use
 	login request.Login // of use
@@ -359,8 +359,8 @@ func (s *signing) operate(ctx context.Context, key request.Key) (err error) {
 	return err
 }
 
-// setUse sets use to what a request is for. It copies what the request says: that is the
-// door's memory, and a prompt outlives the request when others share the prompt.
+// setUse fills use from a request. It copies the fields of the request, because they are
+// the door's memory. A prompt outlives the request if other requests share the prompt.
 func (k *Keyring) setUse(use *request.Use, login *request.Login, c *request.Caller, r request.Sign) {
 	use.Caller, use.Content, use.Hosts, use.Fingerprint = c, r.Content, k.opts.Hosts, k.opts.Fingerprint
 	l := r.Login
@@ -376,7 +376,7 @@ func (k *Keyring) setUse(use *request.Use, login *request.Login, c *request.Call
 	use.Login = login
 }
 
-// fingerprint names a key to people.
+// fingerprint returns the fingerprint of a key, for people.
 func (k *Keyring) fingerprint(key ssh.PublicKey) string {
 	if k.opts.Fingerprint != nil {
 		return k.opts.Fingerprint(key)
@@ -384,7 +384,7 @@ func (k *Keyring) fingerprint(key ssh.PublicKey) string {
 	return ssh.FingerprintSHA256(key)
 }
 
-// describe names a key by its fingerprint, when it is one.
+// describe returns the fingerprint of a key in wire form, or says that it is unreadable.
 func (k *Keyring) describe(key []byte) string {
 	pub, err := ssh.ParsePublicKey(key)
 	if err != nil {

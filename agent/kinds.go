@@ -7,7 +7,7 @@ import (
 	"p11-agent/agent/request"
 )
 
-// A KindError says that a key is not for this kind of data.
+// A KindError says that a key does not sign this kind of data.
 type KindError struct {
 	Content request.Content
 	Key     string // the comment
@@ -21,11 +21,11 @@ func (e *KindError) Error() string {
 	return fmt.Sprintf("%s is not signed with this key: if it is meant for that, its [[key]] table has to say allow = [%q]", what, e.Content.Kind)
 }
 
-// testProgram is the program that data of KindTest is signed for.
+// testProgram is the program for which keys sign data of KindTest.
 const testProgram = "ssh-add"
 
-// mayTest tells whether a connection may have data of KindTest signed: it comes from
-// the ssh-add of this machine, and belongs to no SSH session.
+// mayTest returns nil if a connection may ask for signatures of KindTest: it comes from the
+// ssh-add of this machine, and belongs to no SSH session.
 func mayTest(c *request.Caller) error {
 	if c.Forwarded || c.BindFailed || len(c.Binds) > 0 {
 		return errBound
@@ -33,9 +33,9 @@ func mayTest(c *request.Caller) error {
 	return c.Client().RunsSystemProgram(testProgram)
 }
 
-// judged returns what the content counts for when this connection has it signed. The
-// data of KindTest says nothing of itself: it may be the attributes of a CMS signature,
-// filled up to that length. So it is unknown unless ssh-add sends it.
+// judged returns the content that counts for this connection. The data of KindTest has only
+// a length: it may be the attributes of a CMS signature, filled up to that length. So its
+// kind is KindUnknown unless ssh-add sends it.
 func judged(c *request.Caller, content request.Content) request.Content {
 	if content.Kind != request.KindTest {
 		return content
@@ -46,9 +46,8 @@ func judged(c *request.Caller, content request.Content) request.Content {
 	return content
 }
 
-// allowed returns nil if data of this kind may be signed with a key. Each key signs logins,
-// SSH signatures and the tests of ssh-add -T. Keys in memory sign any data, as those of
-// ssh-agent do.
+// allowed returns nil if a key may sign data of this kind. Each key signs logins, SSH
+// signatures and the tests of ssh-add -T. Keys in memory sign any data, as in ssh-agent.
 func (g *Guard) allowed(t *request.Target, content request.Content) error {
 	switch content.Kind {
 	case request.KindLogin, request.KindSignature, request.KindTest:

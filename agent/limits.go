@@ -8,23 +8,23 @@ import (
 	"p11-agent/agent/request"
 )
 
-// maxRoutes bounds how many different lists of destinations one key may have: those
-// of all its additions that are in force, or all that it had when it was removed.
+// maxRoutes bounds the different lists of destinations of a key. They come from all its
+// additions that are in force, or from those that it had when it was removed.
 const maxRoutes = 16
 
-// limits are what the constraints of all additions of one key come to: the strictest
-// of each. The zero value limits nothing.
+// limits combine the constraints of all additions of a key: the strictest of each kind. The
+// zero value limits nothing.
 type limits struct {
 	confirm       bool
 	certificates  bool          // the key is not shown without a certificate
-	lifetime      time.Duration // as it was given; 0: none was
+	lifetime      time.Duration // of the addition; 0: it had none
 	expires       time.Time     // zero: never
-	routes        []route       // each of them has to permit what is done
+	routes        []route       // each has to permit a use
 	indeterminate bool          // there were too many routes: no login is permitted
 }
 
-// limitsOf returns the limits of one addition that is made now. otherwise is the
-// lifetime of an addition that comes with none; 0: for ever.
+// limitsOf returns the limits of a new addition. otherwise is its lifetime if the
+// constraints have none; 0: for ever.
 func limitsOf(c *request.Constraints, otherwise time.Duration) limits {
 	l := limits{confirm: c.Confirm, certificates: c.CertificatesOnly, lifetime: c.Lifetime}
 	if l.lifetime == 0 {
@@ -73,8 +73,8 @@ func (l *limits) permits(who *request.Caller) error {
 	return nil
 }
 
-// permitsLogin tells whether the limits let a connection sign. login is nil when the
-// data is no request to log in with this key.
+// permitsLogin tells whether the limits let a connection sign. login is nil if the data is
+// not a login with this key.
 func (l *limits) permitsLogin(who *request.Caller, login *request.Login) error {
 	if l.indeterminate {
 		return errElsewhere
@@ -87,11 +87,11 @@ func (l *limits) permitsLogin(who *request.Caller, login *request.Login) error {
 	return nil
 }
 
-// over tells whether a time is past. The zero time never is.
+// over tells whether a time is past. The zero time is never past.
 func over(t, now time.Time) bool { return !t.IsZero() && !now.Before(t) }
 
-// looser tells whether l permits what old does not. A lifetime that is given again
-// for the same time is not looser, although it ends later: old may be over.
+// looser tells whether l permits a use that old does not permit. A new lifetime of the same
+// length is not looser, although it ends later: old may be over.
 func (l *limits) looser(old *limits) bool {
 	return old.indeterminate ||
 		old.confirm && !l.confirm ||
@@ -108,7 +108,7 @@ func (l *limits) any() bool {
 // route tells whether the limits depend on where the key is used.
 func (l *limits) route() bool { return len(l.routes) > 0 || l.indeterminate }
 
-// sooner returns the earlier of two times that are set.
+// sooner returns the earlier of two times. A zero time is not set, and does not count.
 func sooner(a, b time.Time) time.Time {
 	if a.IsZero() || !b.IsZero() && b.Before(a) {
 		return cmp.Or(b, a)

@@ -21,28 +21,28 @@ var (
 )
 
 const (
-	// Each wrong try makes the next one wait that much longer, as ssh-agent does.
+	// Each wrong try makes the next try wait longer by unlockPause, as in ssh-agent.
 	unlockPause    = 100 * time.Millisecond
 	maxUnlockPause = 10 * time.Second
 )
 
-// A lock keeps everything closed while it has a passphrase. The passphrase is in locked
+// A lock refuses all requests while it has a passphrase. The passphrase is in locked
 // memory. A hash would not be safer: a program that reads this memory reads the keys, too.
 type lock struct {
 	open atomic.Pointer[period] // nil: locked
-	turn chan struct{}          // one element: the request that tries to unlock has it
+	turn chan struct{}          // one element, of the request that tries to unlock
 
 	mu     sync.Mutex
 	phrase *secret.Secret // nil: open
 	wrong  int
-	next   time.Time // when the next try is heard
+	next   time.Time // when the next try may come
 }
 
 // A period is the time from one unlocking to the next locking.
 type period struct {
 	mu     sync.Mutex
 	over   bool
-	inside map[*inside]struct{} // the requests that end with it
+	inside map[*inside]struct{} // the requests that end with the period
 }
 
 func newLock() *lock {
@@ -61,8 +61,8 @@ type inside struct {
 	period *period
 }
 
-// reason returns why the request is refused, which is not err when the agent has
-// ended the request itself.
+// reason returns why the request is refused. If the agent itself has ended the request, the
+// reason is not err.
 func (r *inside) reason(err error) error {
 	if err == nil {
 		return nil
@@ -74,8 +74,9 @@ func (r *inside) reason(err error) error {
 	return err
 }
 
-// enter returns a context for what is done for a request of c, which ends with ctx
-// and with the next locking, and carries use, which may be nil. It has to be left.
+// enter lets in a request of c, or returns ErrLocked. The result is the context of the
+// request. It ends with ctx and with the next locking, and carries use, which may be nil.
+// The caller calls leave.
 func (l *lock) enter(ctx context.Context, c *request.Caller, use *request.Use) (*inside, error) {
 	p := l.open.Load()
 	if p == nil {
@@ -101,7 +102,7 @@ func (r *inside) leave() {
 	r.End(nil)
 }
 
-// end ends everything that is under way.
+// end ends all requests of the period.
 func (p *period) end() {
 	p.mu.Lock()
 	defer p.mu.Unlock()
@@ -111,7 +112,7 @@ func (p *period) end() {
 	}
 }
 
-// close locks.
+// close locks the agent.
 func (l *lock) close(phrase *secret.Secret) error {
 	if phrase.Len() == 0 {
 		return errNoPhrase
@@ -132,8 +133,8 @@ func (l *lock) close(phrase *secret.Secret) error {
 	return nil
 }
 
-// unlock opens again. Tries are heard one after the other, with a growing pause
-// after each wrong one.
+// unlock opens the lock again. It takes one try after the other. After each wrong try comes
+// a longer pause.
 func (l *lock) unlock(ctx context.Context, phrase *secret.Secret) error {
 	select {
 	case l.turn <- struct{}{}:
@@ -169,9 +170,9 @@ func (l *lock) unlock(ctx context.Context, phrase *secret.Secret) error {
 	return nil
 }
 
-// Lock refuses everything until Unlock, and lists nothing. It logs out of every token, and
-// forgets the PINs that came with added URIs and what persons have allowed. Signatures that
-// are being made fail.
+// Lock locks the agent with a passphrase. Until Unlock, the agent refuses every request, and
+// lists nothing. Lock logs out of every token. It forgets the PINs that came with added
+// URIs, and the approvals of persons. Signatures that have begun fail.
 func (k *Keyring) Lock(ctx context.Context, c *request.Caller, phrase *secret.Secret) error {
 	rec := k.begin(c, request.ActionLock)
 	err := mayLock(c)
@@ -185,7 +186,7 @@ func (k *Keyring) Lock(ctx context.Context, c *request.Caller, phrase *secret.Se
 			k.opts.Tokens.Drop(a.selection)
 		}
 		k.mu.Unlock()
-		// The client need not wait for a token that hangs, nor learn of it.
+		// The client does not learn of an error of a token.
 		if err := k.opts.Tokens.LogoutAll(ctx); err != nil {
 			rec.Note = "not logged out of every token: " + plain.LineWithin(err.Error(), request.MaxReason)
 		}
@@ -194,7 +195,7 @@ func (k *Keyring) Lock(ctx context.Context, c *request.Caller, phrase *secret.Se
 	return err
 }
 
-// Unlock ends what Lock has begun, if the passphrase is the same.
+// Unlock unlocks the agent if the passphrase is that of Lock.
 func (k *Keyring) Unlock(ctx context.Context, c *request.Caller, phrase *secret.Secret) error {
 	rec := k.begin(c, request.ActionUnlock)
 	err := mayLock(c)

@@ -10,18 +10,18 @@ import (
 // softwareKeys are the private keys in memory. A request for one of them takes the same
 // time, however many there are. The zero value is empty. Keyring.mu guards it.
 //
-// A list has room for so many bytes only (maxAnswer of the SSH door). So the keys of
+// The list of keys has a limit in bytes (maxAnswer of the SSH door). So the keys of
 // forwarded clients come last.
 type softwareKeys struct {
-	byWire    map[string]*list.Element // of own or forwarded; a *softwareKey is in it
+	byWire    map[string]*list.Element // of own or forwarded, with a *softwareKey
 	own       list.List
 	forwarded list.List
 	kept      budget
-	change    atomic.Uint64 // counts the changes; made under mu
-	expires   time.Time     // no key's time is over before; zero: none has one
+	change    atomic.Uint64 // counts the changes, under mu
+	expires   time.Time     // no key expires before; zero: no key expires
 }
 
-// get returns the key with a wire form whose time is not over, or nil.
+// get returns the key with this wire form, or nil. It does not return expired keys.
 func (m *softwareKeys) get(wire string) *softwareKey {
 	e := m.byWire[wire]
 	if e == nil {
@@ -46,8 +46,7 @@ func (m *softwareKeys) all() iter.Seq[*softwareKey] {
 	}
 }
 
-// with returns what the keyring would keep with a key, in the place of the one with the
-// same wire form.
+// with returns the budget after a put of the key.
 func (m *softwareKeys) with(s *softwareKey) budget {
 	if e := m.byWire[s.ID]; e != nil {
 		old := e.Value.(*softwareKey).kept
@@ -56,7 +55,7 @@ func (m *softwareKeys) with(s *softwareKey) budget {
 	return m.kept.replaced(nil, s.kept)
 }
 
-// put adds a key, in the place of the one with the same wire form.
+// put adds a key. It replaces a key with the same wire form.
 func (m *softwareKeys) put(s *softwareKey) {
 	m.kept = m.with(s)
 	m.change.Add(1)
@@ -75,7 +74,7 @@ func (m *softwareKeys) put(s *softwareKey) {
 	m.byWire[s.ID] = l.PushBack(s)
 }
 
-// remove removes the key with a wire form and returns it, or nil.
+// remove removes the key with this wire form, and returns it, or nil.
 func (m *softwareKeys) remove(wire string) *softwareKey {
 	e := m.byWire[wire]
 	if e == nil {
@@ -83,7 +82,7 @@ func (m *softwareKeys) remove(wire string) *softwareKey {
 	}
 	s := e.Value.(*softwareKey)
 	delete(m.byWire, wire)
-	m.own.Remove(e) // each of the lists knows its own elements
+	m.own.Remove(e) // a list ignores the elements of the other list
 	m.forwarded.Remove(e)
 	m.kept.remove(s.kept)
 	m.change.Add(1)

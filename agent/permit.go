@@ -21,7 +21,7 @@ var (
 	errUnnamedHost = errors.New("the request does not name the host, which has to be known behind a forwarded connection (OpenSSH older than 8.9?)")
 )
 
-// A route is a list of destinations, of which one has to permit each hop. An empty
+// A route is a list of destinations. For each hop, one of them has to permit it. An empty
 // route permits everything.
 type route []request.Destination
 
@@ -34,17 +34,15 @@ func (c route) permits(who *request.Caller) error {
 	if err := c.walk(who, nil); err != nil {
 		return err
 	}
-	// A key that may be used to log in at a host, but not from there, is not
-	// shown to it.
+	// If a route leads to a host and not further, the host does not see the key.
 	if n := len(who.Binds); n > 0 && who.Binds[n-1].Forwarding && !c.leads(who.Binds[n-1].HostKey, nil, nil) {
 		return errElsewhere
 	}
 	return nil
 }
 
-// permitsLogin tells whether the route lets a connection sign
-// (process_sign_request2 in OpenSSH's ssh-agent.c). login is nil when the data is
-// no request to log in with this key.
+// permitsLogin tells whether the route lets a connection sign (process_sign_request2 in
+// OpenSSH's ssh-agent.c). login is nil if the data is not a login with this key.
 func (c route) permitsLogin(who *request.Caller, login *request.Login) error {
 	n := len(who.Binds)
 	switch {
@@ -70,14 +68,14 @@ func (c route) permitsLogin(who *request.Caller, login *request.Login) error {
 	return nil
 }
 
-// walk follows the sessions from hop to hop. user is that of the last one; nil:
-// the request is no login.
+// walk checks the sessions from hop to hop. user is the user of the last session. If user
+// is nil, the request is not a login.
 func (c route) walk(who *request.Caller, user *string) error {
 	if len(who.Binds) == 0 {
 		if who.BindFailed {
 			return errBindFailed
 		}
-		return nil // used where the agent runs
+		return nil // the client runs on the agent's machine
 	}
 	var from ssh.PublicKey
 	for i, b := range who.Binds {
@@ -96,8 +94,9 @@ func (c route) walk(who *request.Caller, user *string) error {
 	return nil
 }
 
-// leads tells whether a destination goes from one host to another. from is nil
-// where the agent runs; to is nil for any host, user for any user.
+// leads tells whether a destination permits the hop between two hosts. If from is nil, the
+// hop starts at the agent's machine. If to is nil, any host will do; if user is nil, any
+// user.
 func (c route) leads(from, to ssh.PublicKey, user *string) bool {
 	return slices.ContainsFunc(c, func(d request.Destination) bool {
 		switch {

@@ -7,19 +7,20 @@ import (
 	"p11-agent/agent/request"
 )
 
-// What a connection may see decides what it may use and change: nothing that it does
-// not see. The rules are here, and every method of the Keyring that takes a Caller
-// asks them. A key that a Caller does not see is answered for as one that is not there.
+// This file has the rules about the keys that a connection sees. A connection neither uses
+// nor changes a key that it does not see. Every method of the Keyring that takes a Caller
+// applies the rules. For a key that the Caller does not see, the answer is the same as for
+// a key that does not exist.
 
 var errSomeKeys = errors.New("the socket it came in at shows some keys only")
 
-// confined tells whether there may be keys that the connection does not see: it came in
-// at a socket for some keys, or it belongs to an SSH session.
+// confined tells whether the agent may hide keys from the connection: its socket shows only
+// some keys, or the connection belongs to an SSH session.
 func confined(c *request.Caller) bool {
 	return restricted(c.Socket) || c.Forwarded || c.BindFailed || len(c.Binds) > 0
 }
 
-// some tells whether the socket shows some keys only. A nil Socket shows all.
+// restricted tells whether the socket shows only some keys. A nil Socket shows all.
 func restricted(s *request.Socket) bool { return s != nil && s.Only != nil }
 
 // shows tells whether the socket shows a key of a token.
@@ -27,11 +28,11 @@ func shows(s *request.Socket, key request.Key) bool {
 	return !restricted(s) || slices.ContainsFunc(s.Only, func(sel request.Selection) bool { return request.Selects(sel, key) })
 }
 
-// seenBy returns nil if the connection sees the identity, and otherwise why not. The
-// reason is for the log: the client is told that there is no such key.
+// seenBy returns nil if the connection sees the identity. Otherwise the error says why not.
+// The error is for the log. The client only gets a failure, as for an unknown key.
 //
-// A key that has lost its destinations has them for forwarded connections until a
-// person has agreed to the loss.
+// If a key has lost its destinations, they still bind forwarded connections until a person
+// agrees to the loss.
 func (id *identity) seenBy(c *request.Caller) error {
 	if restricted(c.Socket) && !slices.ContainsFunc(id.Homes, func(key request.Key) bool { return shows(c.Socket, key) }) {
 		return errUnknownKey
@@ -45,8 +46,8 @@ func (id *identity) seenBy(c *request.Caller) error {
 	return nil
 }
 
-// find returns the identity with a wire form if the connection sees it. Otherwise it
-// returns none, and unseen says why where there is one.
+// find returns the identity with this wire form if the connection sees it. Otherwise id is
+// nil. If the identity exists, unseen says why the connection does not see it.
 func (k *Keyring) find(c *request.Caller, wire []byte) (id *identity, unseen error) {
 	if id = k.identity(wire); id == nil {
 		return nil, nil
@@ -57,19 +58,19 @@ func (k *Keyring) find(c *request.Caller, wire []byte) (id *identity, unseen err
 	return id, nil
 }
 
-// identity returns the identity with a wire form, or nil.
+// identity returns the identity with this wire form, or nil.
 func (k *Keyring) identity(wire []byte) *identity {
 	v := k.nowOnTokens()
 	if id := v.byKey[string(wire)]; id != nil {
-		return id // no signature of a token waits for what changes
+		return id // without the lock, so no signature of a token waits for a change
 	}
 	k.mu.Lock()
 	defer k.mu.Unlock()
 	return k.identityLocked(v, string(wire))
 }
 
-// reachesLocked tells whether the connection would see a known key if the key were
-// added now: what it may add and remove by a URI.
+// reachesLocked tells whether the connection reaches a known key: it would see the key if
+// it added the key now. A connection adds and removes by URI only keys that it reaches.
 func (k *Keyring) reachesLocked(v *view, c *request.Caller, key known) bool {
 	if !shows(c.Socket, key.Key) {
 		return false
@@ -78,7 +79,7 @@ func (k *Keyring) reachesLocked(v *view, c *request.Caller, key known) bool {
 	return in.permits(c) == nil && (owed == nil || !c.Forwarded || owed.permits(c) == nil)
 }
 
-// mayChange tells whether a connection may change what the agent holds.
+// mayChange returns nil if a connection may change what the agent holds.
 func mayChange(c *request.Caller) error {
 	if c.Socket != nil && c.Socket.ReadOnly {
 		return errReadOnly
@@ -86,8 +87,7 @@ func mayChange(c *request.Caller) error {
 	return nil
 }
 
-// mayLock tells whether a connection may lock and unlock the agent, which concerns
-// all of its keys.
+// mayLock returns nil if a connection may lock and unlock the agent, with all of its keys.
 func mayLock(c *request.Caller) error {
 	if err := mayChange(c); err != nil {
 		return err

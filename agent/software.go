@@ -132,7 +132,7 @@ type turnKey struct {
 	number   uint64 // of the connection, when the process is not known
 }
 
-// turn is that of one process.
+// turn is the turn of a process.
 type turn struct {
 	users int           // requests that have it or wait for it
 	taken chan struct{} // has an element while a request has it

@@ -11,38 +11,38 @@ import (
 	"p11-agent/pinentry/plain"
 )
 
-// A Status is what the keyring knows of itself.
+// A Status is the state of the keyring.
 type Status struct {
-	// Locked tells that the agent is locked; then nothing else is told.
+	// Locked says that the agent is locked. Then the other fields are empty.
 	Locked    bool
 	Keys      []KeyStatus // in the order of the list
 	Upstreams []UpstreamStatus
 	Approvals []approval.Status // the newest first
 	Pauses    []approval.Pause  // the longest first
-	Events    []audit.Event     // the newest first, with those that were not granted
-	Failures  []audit.Event     // those of them that were refused
+	Events    []audit.Event     // the newest first, with all results
+	Failures  []audit.Event     // the Events of refused requests
 }
 
-// A KeyStatus tells of an identity.
+// A KeyStatus is the state of an identity.
 type KeyStatus struct {
 	Key         ssh.PublicKey // may be a certificate
-	Fingerprint string        // of the key, or of what it certifies
+	Fingerprint string        // of the key, or of the key that the certificate certifies
 	Comment     string
-	Homes       []request.Key // on tokens, the one that is used first in front
-	Software    bool          // it is in memory
+	Homes       []request.Key // on tokens, in the order of use
+	Software    bool          // the key is in memory
 	Confirm     bool
 	Limited     bool      // to destinations
-	Expires     time.Time // zero: it does not
-	LastUse     time.Time // zero: it was not used since the agent has started
-	Signatures  uint64    // since then; those with a certificate of the key count, too
-	Identity    Identity  // as it is listed
+	Expires     time.Time // zero: never
+	LastUse     time.Time // zero: no use since the start of the agent
+	Signatures  uint64    // since the start, also with certificates of the key
+	Identity    Identity  // the entry in the list
 }
 
-// An UpstreamStatus tells of another agent.
+// An UpstreamStatus is the state of another agent.
 type UpstreamStatus struct {
 	Name    string
-	Keys    int    // when it was asked last
-	Trouble string // why it could not be, empty when it could
+	Keys    int    // in its last list
+	Trouble string // why its last list failed; empty: it did not
 }
 
 // Now returns the state of the keyring. It waits for no person, token or process.
@@ -87,8 +87,8 @@ func (k *Keyring) begin(c *request.Caller, action request.Action) *audit.Record 
 	return k.audit.Begin(action, use)
 }
 
-// Refuse notes that the door has refused a request by itself, as one that cannot be read.
-// The reason must quote nothing that may be a secret.
+// Refuse logs a request that the door itself has refused, such as an unreadable one. The
+// reason must not quote anything that may be a secret.
 func (k *Keyring) Refuse(c *request.Caller, request request.Action, reason error) {
 	k.audit.End(k.begin(c, request), reason)
 }

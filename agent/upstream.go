@@ -17,7 +17,7 @@ import (
 
 var errUnconfirmed = errors.New("the socket of the client confirms each signature, and the agent cannot tell what the message does")
 
-// upstreams returns those that a connection may reach.
+// upstreams returns the upstream agents that a connection may reach.
 func (k *Keyring) upstreams(c *request.Caller) []Upstream {
 	if restricted(c.Socket) {
 		return nil
@@ -25,8 +25,7 @@ func (k *Keyring) upstreams(c *request.Caller) []Upstream {
 	return k.opts.Upstreams
 }
 
-// listUpstreams lists the identities of upstream agents, of each that answers at
-// once.
+// listUpstreams lists the identities of all upstream agents that answer at once.
 func (k *Keyring) listUpstreams(ctx context.Context, c *request.Caller) []Identity {
 	ups := k.upstreams(c)
 	if len(ups) == 0 {
@@ -57,7 +56,8 @@ func (k *Keyring) listUpstreams(ctx context.Context, c *request.Caller) []Identi
 	return merged
 }
 
-// trouble logs what is wrong with an upstream agent, once until it changes.
+// trouble logs an error of an upstream agent. It logs the same error once until the error
+// changes.
 func (k *Keyring) trouble(ctx context.Context, u Upstream, err error) {
 	if ctx.Err() != nil {
 		return // the client has gone
@@ -97,7 +97,7 @@ func (k *Keyring) upstreamOf(ctx context.Context, c *request.Caller, key []byte)
 	return origin()
 }
 
-// signUpstream has an upstream agent sign.
+// signUpstream asks the upstream agent that has the key for a signature.
 func (k *Keyring) signUpstream(ctx context.Context, rec *audit.Record, r request.Sign) (*ssh.Signature, error) {
 	c := rec.Use.Caller
 	u := k.upstreamOf(ctx, c, r.Key)
@@ -111,8 +111,8 @@ func (k *Keyring) signUpstream(ctx context.Context, rec *audit.Record, r request
 	return u.Sign(ctx, c, r)
 }
 
-// approveUpstream has a person asked where that is to be: no key of an upstream
-// agent has constraints here, nor a table in the configuration.
+// approveUpstream asks a person if the socket or the policy says so. A key of an upstream
+// agent has no constraints here, and no table in the configuration.
 func (k *Keyring) approveUpstream(ctx context.Context, c *request.Caller, u Upstream, r request.Sign) error {
 	pub, err := ssh.ParsePublicKey(r.Key)
 	if err != nil {
@@ -125,8 +125,8 @@ func (k *Keyring) approveUpstream(ctx context.Context, c *request.Caller, u Upst
 	return k.approve(request.WithUse(ctx, use), use, t, "")
 }
 
-// Pass hands a message that the door does not know on to the upstream agents and
-// returns the first answer that is no refusal.
+// Pass sends a message that the door does not know to the upstream agents, one after the
+// other. It returns the first answer that is not a refusal.
 func (k *Keyring) Pass(ctx context.Context, c *request.Caller, message []byte) ([]byte, error) {
 	inside, err := k.lock.enter(ctx, c, nil)
 	if err != nil {

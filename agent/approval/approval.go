@@ -577,8 +577,8 @@ func (a *Approver) askOnce(ctx context.Context, u *request.Use, t *request.Targe
 	return asked{answer, err}.error()
 }
 
-// ApproveLoss asks a person about the use of a key that has lost limits: a client removed
-// the key, and added it again without them.
+// ApproveLoss asks a person whether a request may use a key without the limits that the
+// key had before it was removed.
 func (a *Approver) ApproveLoss(ctx context.Context, u *request.Use, t *request.Target) error {
 	const why = "the limits that the key had before it was removed"
 	return a.ask(ctx, Question{Use: u, Key: t.Home(), KeyFingerprint: t.Fingerprint, Why: why}).error()

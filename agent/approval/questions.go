@@ -185,7 +185,8 @@ func Again(ctx context.Context) bool {
 	return again
 }
 
-// Note notes the outcome of a question that did not go through Ask. ctx names the client.
+// Note notes the outcome of a question that a person has answered at another place than
+// the prompt, such as a card reader. ctx is the context of the question.
 func (q *Questions) Note(ctx context.Context, about string, outcome Outcome) {
 	if c := request.CallerFrom(ctx); c != nil {
 		q.end(c.OriginApart(), about, describe(c, request.UseFrom(ctx)), outcome)
