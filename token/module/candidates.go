@@ -7,7 +7,7 @@ import (
 	"crypto/ed25519"
 	"crypto/elliptic"
 	"crypto/rsa"
-	_ "crypto/sha1" // of tokens that hash by themselves
+	_ "crypto/sha1" // for tokens that hash by themselves
 	_ "crypto/sha256"
 	_ "crypto/sha512"
 	"errors"
@@ -18,11 +18,11 @@ import (
 	"p11-agent/token/wire"
 )
 
-// A token may have several private keys of one ID and label that do not show their public
-// half: EC keys seldom do (CKA_EC_POINT is an attribute of public keys). Then each of them
-// signs, until one makes a signature that the public half verifies.
+// A token may have several private keys with one ID and label that do not show their
+// public half. EC keys seldom show it: CKA_EC_POINT is an attribute of public keys. Then
+// each of these keys signs, until the public half verifies a signature.
 
-// maxCandidates bounds the private keys that are tried. Each may cost a touch.
+// maxCandidates bounds the private keys that sign. Each of them may cost a touch.
 const maxCandidates = 8
 
 // isAmbiguous tells whether several private keys fit.
@@ -31,13 +31,13 @@ func isAmbiguous(err error) bool {
 	return ok && e.Reason == wire.ReasonAmbiguous
 }
 
-// signWithOneOf makes a signature with the one of several private keys that it takes, in
-// room if the signature fits in there. It remembers which key that is.
+// signWithOneOf makes a signature with the private key that fits, out of several. It uses
+// room if the signature fits in there. It remembers which key fits.
 func (p *presence) signWithOneOf(ctx context.Context, session pkcs11.SessionHandle, m *wire.Sign, room []byte) ([]byte, error) {
 	ambiguous := &wire.Error{Reason: wire.ReasonAmbiguous}
 	verify := verifier(m)
 	if verify == nil {
-		return nil, ambiguous // nobody could tell
+		return nil, ambiguous // no signature could be checked
 	}
 	_, candidates, err := p.searchFor(session, &m.Key)
 	if err != nil {
@@ -68,8 +68,8 @@ func (p *presence) signWithOneOf(ctx context.Context, session pkcs11.SessionHand
 	return nil, ambiguous
 }
 
-// ofTheKey tells whether a signature was not begun because of the key, so that another key
-// may do.
+// ofTheKey tells whether the module refused to begin a signature because of the key. Then
+// another key may work.
 func ofTheKey(err error) bool {
 	e, ok := errors.AsType[*wire.Error](err)
 	return ok && e.Function == "C_SignInit" && (e.RV == wire.CKRKeyFunctionNotPermitted || e.RV == wire.CKRKeyTypeInconsistent)
@@ -85,7 +85,8 @@ func (p *presence) remember(id *wire.KeyID, h pkcs11.ObjectHandle) {
 	p.keys[string(appendKeyName(nil, id))] = h
 }
 
-// verifier returns what tells whether a signature is right, nil where that cannot be told.
+// verifier returns a function that checks a signature. It returns nil if no check is
+// possible.
 func verifier(m *wire.Sign) func(signature []byte) bool {
 	hash, hashes := hashOf[m.Mechanism]
 	digest := func() []byte {
@@ -115,7 +116,7 @@ func verifier(m *wire.Sign) func(signature []byte) bool {
 		if len(m.Key.Modulus) == 0 || m.Mechanism != wire.CKMRSAPKCS && !hashes {
 			return nil
 		}
-		// The exponent that all tokens make keys with.
+		// All tokens make keys with this exponent.
 		key := &rsa.PublicKey{N: new(big.Int).SetBytes(m.Key.Modulus), E: 65537}
 		return func(s []byte) bool {
 			if n := key.Size() - len(s); n > 0 {
@@ -137,7 +138,7 @@ func curveOf(point []byte) elliptic.Curve {
 	return elliptic.P521()
 }
 
-// hashOf is what mechanisms hash with.
+// hashOf holds the hashes of mechanisms that hash.
 var hashOf = map[uint64]crypto.Hash{
 	wire.CKMSHA1RSAPKCS: crypto.SHA1, wire.CKMSHA256RSAPKCS: crypto.SHA256,
 	wire.CKMSHA384RSAPKCS: crypto.SHA384, wire.CKMSHA512RSAPKCS: crypto.SHA512,

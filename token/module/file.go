@@ -12,7 +12,7 @@ import (
 	"strconv"
 )
 
-// machines are the names that people know processors by.
+// machines holds the common names of processors.
 var machines = map[elf.Machine]string{
 	elf.EM_386:       "32-bit x86",
 	elf.EM_X86_64:    "64-bit x86",
@@ -24,14 +24,14 @@ var machines = map[elf.Machine]string{
 	elf.EM_LOONGARCH: "LoongArch",
 }
 
-// architectures are those that Go programs with C in them run on.
+// architectures holds the processors that Go programs with C code can run on.
 var architectures = map[string]elf.Machine{
 	"386": elf.EM_386, "amd64": elf.EM_X86_64, "arm": elf.EM_ARM, "arm64": elf.EM_AARCH64, "loong64": elf.EM_LOONGARCH,
 	"ppc64le": elf.EM_PPC64, "riscv64": elf.EM_RISCV, "s390x": elf.EM_S390,
 }
 
-// fits tells whether a library is for the processor that this program runs on. The
-// program's own file tells that as well, but may not be one that its user can read.
+// fits tells whether a library is for the processor of this program. The program's file
+// has the same information, but the user may not be allowed to read the file.
 func fits(f *elf.File) bool {
 	machine, known := architectures[runtime.GOARCH]
 	class := elf.ELFCLASS64
@@ -39,13 +39,13 @@ func fits(f *elf.File) bool {
 		class = elf.ELFCLASS32
 	}
 	little := binary.NativeEndian.Uint16([]byte{1, 0}) == 1
-	// Of another processor the loader will tell.
+	// For an unknown processor, the loader reports the error.
 	return !known || f.Machine == machine && f.Class == class && (f.ByteOrder == binary.LittleEndian) == little
 }
 
-// checkFile finds out what the dynamic loader would put in words that help
-// nobody: a file that is missing, no library, or one for another computer. What
-// it lets pass may still fail to load.
+// checkFile finds errors that the dynamic loader describes badly: a missing file, a file
+// that is no library, and a library for another computer. A file without these errors may
+// still fail to load.
 func checkFile(path string) error {
 	if !filepath.IsAbs(path) {
 		return loadError("%s: its path must be absolute", path)

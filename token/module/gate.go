@@ -5,12 +5,12 @@ import "context"
 // width is the number of callers that a gate lets through side by side.
 const width = 64
 
-// A gate is a lock for many at once or one alone, as sync.RWMutex, of which a
-// caller can stop waiting for.
+// A gate is a lock that many callers share or one caller has alone, as sync.RWMutex is. A
+// caller can stop waiting for a gate.
 //
-// Each caller in it holds a place. One that wants to be alone takes the turn,
-// so that two of them do not keep places from each other, and then all places,
-// as they come free.
+// Each caller inside holds a place. A caller that wants to be alone first takes the turn,
+// and then all places as they become free. The turn prevents two such callers from taking
+// places from each other.
 type gate struct {
 	turn   chan struct{}
 	places chan struct{}
@@ -20,8 +20,9 @@ func newGate() *gate {
 	return &gate{turn: make(chan struct{}, 1), places: make(chan struct{}, width)}
 }
 
-// enter lets the caller in beside others, or alone: when everybody has left, and
-// nobody else until it has. It is let out by leave.
+// enter lets the caller in beside others, or alone. To be alone, the caller waits until
+// all others have left, and no other caller enters until it leaves. The caller leaves
+// with leave.
 func (g *gate) enter(ctx context.Context, alone bool) error {
 	if !alone {
 		return take(ctx, g.places)
@@ -41,7 +42,7 @@ func (g *gate) enter(ctx context.Context, alone bool) error {
 	return nil
 }
 
-// leave lets a caller out who was let in by enter in the same way.
+// leave lets a caller out. alone has the same value as in the caller's enter.
 func (g *gate) leave(alone bool) {
 	if !alone {
 		<-g.places
@@ -55,7 +56,7 @@ func (g *gate) leave(alone bool) {
 
 // take puts one element into c, unless ctx ends first.
 func take(ctx context.Context, c chan struct{}) error {
-	if err := ctx.Err(); err != nil { // a select would pick either
+	if err := ctx.Err(); err != nil { // a select may pick either case
 		return err
 	}
 	select {

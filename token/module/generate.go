@@ -12,14 +12,14 @@ import (
 	"p11-agent/token/wire"
 )
 
-// maxBits bounds the RSA keys that are made.
+// maxBits bounds the bits of RSA keys that the token makes.
 const maxBits = 16384
 
-// generate makes a key pair, or checks whether it can. To make one the agent has logged in before; how long the token
-// takes for it is for the agent to judge, too.
+// generate makes a key pair, or checks whether it can. The agent has to log in first,
+// except for a check. The agent also decides how long the token may take.
 //
-// Nothing else is done on the token meanwhile: a card does one thing at a time, and
-// who comes to an ID first is then known.
+// Meanwhile no other request uses the token. A card makes one call at a time, and so no
+// other request can take the ID first.
 func (s *server) generate(ctx context.Context, lib *library, t *token, m *wire.Generate) (wire.Message, error) {
 	if m.Bits > maxBits || len(m.ECParams) > 8 || (m.Bits == 0) == (len(m.ECParams) == 0) {
 		return nil, nonsense("a key of no such kind is made here")
@@ -58,8 +58,8 @@ func (s *server) generate(ctx context.Context, lib *library, t *token, m *wire.G
 	return reply, nil
 }
 
-// canGenerate tells what is wrong with a pair of this kind, as far as the token's
-// list of mechanisms says. A token without a list is tried.
+// canGenerate returns an error if the token's list of mechanisms does not allow a pair of
+// this kind. If the token has no list, generate tries.
 func canGenerate(lib *library, slot uint, m *wire.Generate) error {
 	kinds, err := lib.mechanisms(slot)
 	if err != nil {
@@ -85,14 +85,14 @@ func canGenerate(lib *library, slot uint, m *wire.Generate) error {
 	return nil
 }
 
-// openWritable opens a session that objects can be made in.
+// openWritable opens a session that can make objects.
 func (l *library) openWritable(slot uint) (pkcs11.SessionHandle, error) {
 	s, err := l.ctx.OpenSession(slot, pkcs11.CKF_SERIAL_SESSION|pkcs11.CKF_RW_SESSION)
 	return s, failed("C_OpenSession", err)
 }
 
-// generate makes a pair in a session, and destroys it again when it is not what it
-// has to be.
+// generate makes a pair in a session. It destroys the pair if the pair is not as
+// required.
 func (l *library) generate(ctx context.Context, s pkcs11.SessionHandle, m *wire.Generate) (*wire.GenerateReply, error) {
 	id, err := l.freeID(ctx, s, m)
 	if err != nil {
@@ -104,7 +104,7 @@ func (l *library) generate(ctx context.Context, s pkcs11.SessionHandle, m *wire.
 	}
 	reply, err := l.readPair(s, public, private)
 	if err == nil && ctx.Err() != nil {
-		err = ctx.Err() // nobody knows of it
+		err = ctx.Err() // the agent has cancelled, and does not know the pair
 	}
 	if err == nil {
 		return reply, nil
@@ -112,7 +112,8 @@ func (l *library) generate(ctx context.Context, s pkcs11.SessionHandle, m *wire.
 	return nil, l.destroyPair(s, public, private, err)
 }
 
-// freeID returns the ID for the new pair. It fails when what is asked for is taken.
+// freeID returns the ID for the new pair. It fails when the requested ID or label is
+// taken.
 func (l *library) freeID(ctx context.Context, s pkcs11.SessionHandle, m *wire.Generate) ([]byte, error) {
 	taken := make(map[string]bool)
 	for _, class := range []uint{wire.CKOPrivateKey, wire.CKOPublicKey, wire.CKOCertificate} {
@@ -168,9 +169,9 @@ func className(class uint) string {
 	}
 }
 
-// generatePair calls C_GenerateKeyPair: with each way to write the curve, and where
-// the token does not take a template in which all that the key is not for is named,
-// with one that only says what it is for.
+// generatePair calls C_GenerateKeyPair with each form of the curve. The first template
+// says that the key is not for other uses. If the token refuses it, the second template
+// only says what the key is for.
 func (l *library) generatePair(ctx context.Context, s pkcs11.SessionHandle, m *wire.Generate, id []byte) (public, private pkcs11.ObjectHandle, err error) {
 	if l.fn.generate_key_pair == nil || l.fn.destroy_object == nil {
 		return 0, 0, &wire.Error{Function: "C_GenerateKeyPair", RV: wire.CKRFunctionNotSupported}
@@ -184,7 +185,7 @@ func (l *library) generatePair(ctx context.Context, s pkcs11.SessionHandle, m *w
 			if err := ctx.Err(); err != nil {
 				return 0, 0, err
 			}
-			if err != nil { // of the one before, which has made nothing, by what it says
+			if err != nil { // by its error, the last call has made nothing
 				again := *m
 				again.ID = id
 				if _, is := l.freeID(ctx, s, &again); is != nil {
@@ -205,8 +206,8 @@ func (l *library) generatePair(ctx context.Context, s pkcs11.SessionHandle, m *w
 	return 0, 0, err
 }
 
-// refusesTemplate tells whether another template may do. libtpm2_pkcs11 1.9 says
-// CKR_GENERAL_ERROR of one that has CKA_ENCRYPT or CKA_DECRYPT.
+// refusesTemplate tells whether another template may work. libtpm2_pkcs11 1.9 returns
+// CKR_GENERAL_ERROR for a template with CKA_ENCRYPT or CKA_DECRYPT.
 func refusesTemplate(rv uint64) bool {
 	switch rv {
 	case wire.CKRAttributeReadOnly, wire.CKRAttributeTypeInvalid, wire.CKRAttributeValueInvalid,
@@ -252,8 +253,8 @@ func templates(m *wire.Generate, id, curve []byte, strict bool) (public, private
 	return public, private
 }
 
-// readPair reads back what was made. A private key that may leave the token, or of
-// which the token does not say that it may not, is an error.
+// readPair reads the new pair. It fails if the private key may leave the token, or if the
+// token does not say that the key may not leave it.
 func (l *library) readPair(s pkcs11.SessionHandle, public, private pkcs11.ObjectHandle) (*wire.GenerateReply, error) {
 	v, err := l.attributes(s, private, []attribute{
 		{pkcs11.CKA_SENSITIVE, roomBool},
@@ -286,8 +287,8 @@ func (l *library) readPair(s pkcs11.SessionHandle, public, private pkcs11.Object
 	return reply, nil
 }
 
-// destroyPair takes a pair away that is not to be, and returns why, with what became
-// of it.
+// destroyPair destroys a pair. It returns the error why, and adds what happened to the
+// pair.
 func (l *library) destroyPair(s pkcs11.SessionHandle, public, private pkcs11.ObjectHandle, why error) error {
 	var left []string
 	for _, half := range []struct {
@@ -302,7 +303,7 @@ func (l *library) destroyPair(s pkcs11.SessionHandle, public, private pkcs11.Obj
 		left = []string{"the pair was destroyed again"}
 	}
 	e, ok := errors.AsType[*wire.Error](why)
-	if !ok { // cancelled
+	if !ok { // the agent has cancelled
 		e = &wire.Error{RV: wire.CKRFunctionCanceled, Text: "nobody waits for the key any more"}
 	}
 	told := *e

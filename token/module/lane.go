@@ -11,8 +11,7 @@ import (
 	"p11-agent/token/wire"
 )
 
-// maxOpenLanes bounds the lanes of all tokens, and so the threads that wait for
-// requests.
+// maxOpenLanes bounds the lanes of all tokens, and so the threads that wait for requests.
 const maxOpenLanes = 1024
 
 // A lane makes signatures with one token, one after the other.
@@ -26,7 +25,7 @@ type lane struct {
 	cancel context.CancelFunc // of ctx, which lasts until a request is cancelled
 }
 
-// acceptLanes serves the lanes that the agent opens, until it has gone.
+// acceptLanes serves the lanes that the agent opens, until the agent has gone.
 func (s *server) acceptLanes(from *wire.ModuleLanes) {
 	for {
 		c, id, err := from.Accept()
@@ -80,8 +79,9 @@ func (s *server) serveLane(l *lane) {
 			} else {
 				l.end()
 				if s.lost.Load() {
-					// The agent is to hear of that first, on its other connection, and ends
-					// this process then: what is wrong is not the request.
+					// The agent must hear of the loss first, on its other connection.
+					// Then it ends this process. The request itself is not wrong, so it
+					// gets no error.
 					select {}
 				}
 				err = l.c.WriteError(id, asError(err))
@@ -93,8 +93,8 @@ func (s *server) serveLane(l *lane) {
 			}
 			return
 		}
-		// The scheduler takes a thread that only makes system calls for one that does not
-		// let others run, from 10 ms on: it would look after it every 20 µs.
+		// A thread may make only system calls for 10 ms. Then the scheduler takes it for
+		// a thread that does not let others run, and would check it every 20 µs.
 		if now := time.Now(); now.Sub(scheduled) > 5*time.Millisecond {
 			runtime.Gosched()
 			scheduled = now
@@ -105,11 +105,11 @@ func (s *server) serveLane(l *lane) {
 // awakeFor is how long a thread stays awake for the next request.
 const awakeFor = 100 * time.Microsecond
 
-// stayAwake tells how long a lane is to wait for the next request without going to
-// sleep, which it stops with s.awake. A processor that was put to sleep works at half
-// its speed for so long after it has been woken, which itself takes as long as a fast
-// signature. So one lane at a time stays awake after one, for no longer than that may
-// take.
+// stayAwake returns how long a lane waits for the next request without going to sleep.
+// The lane resets s.awake after the wait. A processor that was put to sleep works at half
+// its speed for about this time after it wakes. To wake it takes as long as a fast
+// signature. So one lane at a time stays awake after a signature, but no longer than that
+// time.
 func (s *server) stayAwake(took time.Duration) time.Duration {
 	if took == 0 || took > time.Millisecond || processors == 1 || !s.awake.CompareAndSwap(false, true) {
 		return 0
@@ -132,8 +132,8 @@ func (s *server) signOnLane(ctx context.Context, l *lane, m *wire.Sign, room []b
 	return s.sign(ctx, lib, l.t, m, room)
 }
 
-// begin notes which request is under way, and returns the context that ends when
-// it is cancelled.
+// begin notes which request is under way. It returns the context that ends when the agent
+// cancels the request.
 func (l *lane) begin(id uint32) context.Context {
 	l.mu.Lock()
 	defer l.mu.Unlock()
@@ -151,15 +151,16 @@ func (l *lane) end() {
 	l.id = 0
 }
 
-// underWay tells whether a request is.
+// underWay tells whether a request is under way.
 func (l *lane) underWay() bool {
 	l.mu.Lock()
 	defer l.mu.Unlock()
 	return l.id != 0
 }
 
-// cancelled says that nobody waits for a request any more, if it is the one under
-// way. One that is on its way still is not found: it is made in vain.
+// cancelled notes that the agent no longer waits for a request, if the request is under
+// way. A request that has not arrived yet is not found, and the lane makes its signature
+// in vain.
 func (l *lane) cancelled(id uint32) {
 	l.mu.Lock()
 	defer l.mu.Unlock()

@@ -175,22 +175,23 @@ import (
 	"p11-agent/token/wire"
 )
 
-// A library is the module, loaded into this process. Its methods are the calls
-// of PKCS#11, may be used by any number of goroutines, and return *wire.Error.
+// A library is the module, loaded into this process. Its methods are the calls of
+// PKCS#11. Any number of goroutines may use them, and they return *wire.Error.
 //
-// Most are those of github.com/miekg/pkcs11. The others are called here, through
-// the same function list, because of what that package does: C_Login leaves a
-// copy of the PIN in the heap; C_Sign is called twice, to ask for the length
-// first; C_GetAttributeValue gives nothing at all when one attribute is missing;
-// C_WaitForSlotEvent keeps what it returned to itself;
-// C_GetSlotList, C_GetMechanismList, C_FindObjects and C_GetAttributeValue believe
-// any count and length that the module returns.
+// Most methods use github.com/miekg/pkcs11. Some call the module here, through the same
+// function list, because of what that package does:
 //
-// It has to be the same list: p11-kit-client.so and p11-kit-proxy.so make another
-// module, with sessions of its own, each time C_GetFunctionList is called.
+//   - C_Login: it leaves a copy of the PIN in the heap.
+//   - C_Sign: it calls the function twice, to ask for the length first.
+//   - C_GetAttributeValue: it returns nothing at all when one attribute is missing.
+//   - C_WaitForSlotEvent: it does not return the result.
+//   - C_GetSlotList, C_GetMechanismList, C_FindObjects and C_GetAttributeValue: it trusts
+//     any count and length that the module returns.
 //
-// The standard has a session be used by one caller at a time: that is for the
-// callers to keep.
+// The function list has to be the same. p11-kit-client.so and p11-kit-proxy.so make
+// another module, with its own sessions, at each call of C_GetFunctionList.
+//
+// By the standard one caller at a time uses a session. The callers have to ensure that.
 type library struct {
 	ctx    *pkcs11.Ctx
 	fn     *C.struct_functions
@@ -210,7 +211,8 @@ func load(path string) (*library, error) {
 	noModule := loadError("%s: it is no PKCS#11 module: it has no function C_GetFunctionList", path)
 	switch {
 	case reason != nil:
-		// It begins with the file that fails, which may be one that this one needs.
+		// The text begins with the file that fails. This may be a file that the module
+		// needs.
 		return nil, loadError("%s: %s", path, strings.TrimPrefix(C.GoString(reason), path+": "))
 	case handle == nil:
 		return nil, noModule
@@ -219,8 +221,9 @@ func load(path string) (*library, error) {
 	if ctx == nil {
 		return nil, noModule
 	}
-	// The package keeps the list to itself. That it is found where version 1.1.2
-	// has it is checked by the handle beside it, and by every test of this room.
+	// The package does not export the list. The code expects it where version 1.1.2 has
+	// it. The handle beside the list confirms the place, and every test of this package
+	// checks it.
 	var fn *C.struct_functions
 	known := false
 	if field := reflect.ValueOf(ctx).Elem().FieldByName("ctx"); field.Kind() == reflect.Pointer {
@@ -237,8 +240,8 @@ func load(path string) (*library, error) {
 	return &library{ctx: ctx, fn: fn}, nil
 }
 
-// crashQuietly makes a crash end the process by its signal and nothing else. A
-// nil pointer in Go does the same from here on.
+// crashQuietly makes a crash end the process by its signal, without a report. A nil
+// pointer in Go then does the same.
 func crashQuietly() error {
 	if C.crash_quietly() == 0 {
 		return errors.New("the signals of a crash cannot be reset")
@@ -250,23 +253,23 @@ func loadError(format string, args ...any) error {
 	return &wire.Error{Reason: wire.ReasonLoad, Text: "load the module " + text(fmt.Sprintf(format, args...), maxText)}
 }
 
-// maxText bounds the texts that come from outside: paths, and what the dynamic
-// loader says about them.
+// maxText bounds the bytes of texts that come from outside: paths, and the dynamic
+// loader's errors.
 const maxText = 4096
 
-// text makes what a module or the system gives printable as UTF-8 and takes its
-// padding off: blanks by the standard, NULs in practice.
+// text makes a text of a module or the system printable as UTF-8. It drops the padding:
+// blanks by the standard, NULs in practice.
 func text(s string, limit int) string {
 	s = s[:min(len(s), limit)]
 	return strings.TrimRight(strings.ToValidUTF8(s, "\uFFFD"), " \x00")
 }
 
-// label makes a text of a CKA_LABEL, which has no padding: blanks at its end count.
+// label makes a text from a CKA_LABEL. A label has no padding: blanks at its end count.
 func label(b []byte) string {
 	return strings.ToValidUTF8(string(b[:min(len(b), roomText)]), "\uFFFD")
 }
 
-// failed makes an error of what a function of the pkcs11 package returned.
+// failed makes an error from the result of a function of the pkcs11 package.
 func failed(function string, err error) error {
 	if err == nil {
 		return nil
@@ -277,7 +280,7 @@ func failed(function string, err error) error {
 	return &wire.Error{Function: function, Text: err.Error()}
 }
 
-// returned makes an error of what a function of the module returned.
+// returned makes an error from the return value of a function of the module.
 func returned(function string, rv C.CK_RV) error {
 	if rv == wire.CKROK {
 		return nil
@@ -285,7 +288,7 @@ func returned(function string, rv C.CK_RV) error {
 	return &wire.Error{Function: function, RV: uint64(rv)}
 }
 
-// garbage is the error for an answer that the standard does not allow.
+// garbage returns the error for an answer that the standard does not allow.
 func garbage(function, format string, args ...any) error {
 	return &wire.Error{Function: function, Text: "the module is out of order: " + fmt.Sprintf(format, args...)}
 }
@@ -298,12 +301,11 @@ func code(err error) uint64 {
 	return wire.CKROK
 }
 
-// initialize calls C_Initialize, with reserved as pReserved when it is not
-// empty.
+// initialize calls C_Initialize. reserved is pReserved, unless it is empty.
 func (l *library) initialize(reserved string) error {
 	options := []pkcs11.InitializeOption{pkcs11.InitializeWithFlags(pkcs11.CKF_OS_LOCKING_OK)}
 	if reserved != "" {
-		// Not freed: nothing says that the module has finished with it.
+		// The text is never freed: the module may use it at any time.
 		options = append(options, pkcs11.InitializeWithReserved(unsafe.Pointer(C.CString(reserved))))
 	}
 	return failed("C_Initialize", l.ctx.Initialize(options...))
@@ -318,8 +320,8 @@ func (l *library) info() (pkcs11.Info, error) {
 	return info, failed("C_GetInfo", err)
 }
 
-// slots lists the slots, or those with a token. The module looks for new slots
-// when it is asked for their number (PKCS#11 v2.40 section 5.5, C_GetSlotList).
+// slots lists all slots, or the slots with a token. The module looks for new slots when
+// it is asked for their number (PKCS#11 v2.40 section 5.5, C_GetSlotList).
 func (l *library) slots(present bool) ([]uint, error) {
 	var with C.CK_BYTE
 	if present {
@@ -330,10 +332,10 @@ func (l *library) slots(present bool) ([]uint, error) {
 	})
 }
 
-// waitForSlotEvent waits until a token was put in or taken out, and does not say
-// which. Without block it returns CKR_NO_EVENT when there is nothing to tell. It
-// ends with CKR_CRYPTOKI_NOT_INITIALIZED when the module is shut down meanwhile
-// (PKCS#11 v2.40 section 5.5, C_WaitForSlotEvent).
+// waitForSlotEvent waits until a token is put in or taken out. It does not tell in which
+// slot. Without block it returns CKR_NO_EVENT when there is no event. If the module shuts
+// down meanwhile, it returns CKR_CRYPTOKI_NOT_INITIALIZED (PKCS#11 v2.40 section 5.5,
+// C_WaitForSlotEvent).
 func (l *library) waitForSlotEvent(block bool) error {
 	flags := C.CK_ULONG(C.CKF_DONT_BLOCK)
 	if block {
@@ -350,9 +352,9 @@ func (l *library) mechanisms(slot uint) ([]uint, error) {
 	})
 }
 
-// ulongs asks for the length of a list and then for the list. A list may grow
-// between the two calls, and a module may want more room than it has said. Then the
-// module says how much (PKCS#11 v2.40 section 5.2), and gets it, within bounds.
+// ulongs asks for the length of a list and then for the list. A list may grow between the
+// two calls, and a module may want more room than it has said. Then the module says how
+// much it wants (PKCS#11 v2.40 section 5.2). ulongs gives it that room, within bounds.
 func ulongs(function string, call func(list, n *C.CK_ULONG) C.CK_RV) ([]uint, error) {
 	var asked C.CK_ULONG
 	for range maxAsked {
@@ -391,7 +393,7 @@ func (l *library) slotInfo(slot uint) (pkcs11.SlotInfo, error) {
 	return info, failed("C_GetSlotInfo", err)
 }
 
-// tokenInfo reads what the token in a slot says of itself.
+// tokenInfo reads the token's texts and state in a slot.
 func (l *library) tokenInfo(slot uint) (wire.TokenID, wire.TokenInfo, error) {
 	info, err := l.ctx.GetTokenInfo(slot)
 	if err != nil {
@@ -439,8 +441,8 @@ func (l *library) sessionInfo(s pkcs11.SessionHandle) (pkcs11.SessionInfo, error
 	return info, failed("C_GetSessionInfo", err)
 }
 
-// login calls C_Login. No copy is made of pin, which is nil for a PIN that is
-// typed on the reader.
+// login calls C_Login without a copy of pin. pin is nil if a person types the PIN on the
+// reader.
 func (l *library) login(s pkcs11.SessionHandle, user uint, pin []byte) error {
 	return returned("C_Login", C.login(l.fn, C.CK_ULONG(s), C.CK_ULONG(user), first(pin), C.CK_ULONG(len(pin))))
 }
@@ -461,8 +463,7 @@ func (l *library) logout(s pkcs11.SessionHandle) error {
 }
 
 // find lists the objects that have all of these attributes, at most so many. more tells
-// that there are others. After an error the session may still be searching: it is to be
-// closed.
+// that others exist. After an error the session may still search: close it.
 func (l *library) find(s pkcs11.SessionHandle, most int, template ...*pkcs11.Attribute) (found []pkcs11.ObjectHandle, more bool, err error) {
 	if err := l.ctx.FindObjectsInit(s, template); err != nil {
 		return nil, false, failed("C_FindObjectsInit", err)
@@ -494,29 +495,29 @@ func (l *library) find(s pkcs11.SessionHandle, most int, template ...*pkcs11.Att
 	return found, more, failed("C_FindObjectsFinal", l.ctx.FindObjectsFinal(s))
 }
 
-// An attribute names one to ask for, and the most bytes that it may have.
+// An attribute is the kind of an attribute to read, and the most bytes that it may have.
 type attribute struct {
 	kind uint // CKA
 	room int
 }
 
-// Rooms for attributes that are no byte strings.
+// Rooms for attributes that are not byte strings.
 const (
 	roomBool  = 1
 	roomULong = int(unsafe.Sizeof(C.CK_ULONG(0)))
 )
 
-// poison fills the room for attributes, to tell what the module has not written
-// to. It is no CK_BBOOL.
+// poison fills the room for attributes. It shows which bytes the module has not written.
+// It is no valid CK_BBOOL.
 const poison = 0xa5
 
-// attributes reads attributes of an object and leaves nil for each that the
-// object lacks, that the token keeps to itself, or that is longer than its room.
+// attributes reads attributes of an object. A value is nil if the object lacks the
+// attribute, if the token refuses to give it, or if it is longer than its room.
 //
-// By the standard one call tells all of that (PKCS#11 v2.40 section 5.7,
-// C_GetAttributeValue). Modules that stop at the first attribute they do not
-// have are asked for those after it one by one, and so are modules that want more
-// room.
+// By the standard one call tells all of this (PKCS#11 v2.40 section 5.7,
+// C_GetAttributeValue). Some modules stop at the first attribute that they do not have.
+// For them, attributes reads the later attributes one by one. It does the same for
+// modules that want more room.
 func (l *library) attributes(s pkcs11.SessionHandle, object pkcs11.ObjectHandle, wanted []attribute) ([][]byte, error) {
 	values := make([][]byte, len(wanted))
 	all := l.attributesOnce(s, object, wanted, values)
@@ -548,15 +549,15 @@ func (l *library) attributes(s pkcs11.SessionHandle, object pkcs11.ObjectHandle,
 }
 
 // longAttribute reads one attribute with the room that the module asks for, up to
-// roomObject. The attribute counts as missing when the module asks for more, or when
-// the value itself is longer than it may be.
+// roomObject. The attribute counts as missing if the module asks for more, or if the
+// value is longer than it may be.
 func (l *library) longAttribute(s pkcs11.SessionHandle, object pkcs11.ObjectHandle, wanted attribute) ([]byte, C.CK_RV) {
 	asked := C.CK_ULONG(0)
 	rv := C.attribute_length(l.fn, C.CK_ULONG(s), C.CK_ULONG(object), C.CK_ULONG(wanted.kind), &asked)
 	switch {
 	case rv != wire.CKROK && rv != wire.CKRBufferTooSmall:
 		return nil, rv
-	case asked <= C.CK_ULONG(wanted.room): // it does not say how much it wants
+	case asked <= C.CK_ULONG(wanted.room): // the module does not say how much it wants
 		asked = roomObject
 	case asked > roomObject:
 		return nil, wire.CKRBufferTooSmall
@@ -569,7 +570,7 @@ func (l *library) longAttribute(s pkcs11.SessionHandle, object pkcs11.ObjectHand
 	return value[0], rv
 }
 
-// partial tells whether C_GetAttributeValue has done what it could.
+// partial tells whether C_GetAttributeValue has returned the attributes that it could.
 func partial(rv C.CK_RV) bool {
 	switch rv {
 	case pkcs11.CKR_ATTRIBUTE_SENSITIVE, wire.CKRAttributeTypeInvalid, wire.CKRBufferTooSmall:
@@ -578,11 +579,11 @@ func partial(rv C.CK_RV) bool {
 	return false
 }
 
-// arenas are where C_GetAttributeValue puts what it is asked for, of which every
-// object of a list needs one with room for much more than there is.
+// arenas holds memory for the values of C_GetAttributeValue. Each object of a list needs
+// an arena with room for much more than its values.
 var arenas = sync.Pool{New: func() any { return new([]byte) }}
 
-// attributesOnce is one C_GetAttributeValue.
+// attributesOnce makes one call of C_GetAttributeValue.
 func (l *library) attributesOnce(s pkcs11.SessionHandle, object pkcs11.ObjectHandle, wanted []attribute, values [][]byte) C.CK_RV {
 	types := make([]C.CK_ULONG, len(wanted))
 	lengths := make([]C.CK_ULONG, len(wanted))
@@ -625,16 +626,16 @@ func (l *library) signInit(s pkcs11.SessionHandle, m mechanism, key pkcs11.Objec
 		C.CK_ULONG(m.hash), C.CK_ULONG(m.mgf), C.CK_ULONG(m.salt)))
 }
 
-// sign calls C_Sign, for a signature that is not longer than room. A module that wants
-// more room gets what it asks for, up to maxSignature: the operation is still active
-// then (PKCS#11 v2.40 section 5.2), so nothing is begun anew and no PIN is needed.
+// sign calls C_Sign for a signature that is not longer than room. If the module wants
+// more room, sign gives it the room, up to maxSignature. The operation is still active
+// then (PKCS#11 v2.40 section 5.2). So sign begins nothing anew and needs no PIN.
 func (l *library) sign(s pkcs11.SessionHandle, data, room []byte) (signature []byte, err error) {
 	most := C.CK_ULONG(len(room))
 	for range maxAsked {
 		made := C.sign(l.fn, C.CK_ULONG(s), first(data), C.CK_ULONG(len(data)), first(room), C.CK_ULONG(len(room)))
 		switch n := made.length; {
 		case made.rv == wire.CKRBufferTooSmall && n <= maxSignature && len(room) < maxSignature:
-			if n <= C.CK_ULONG(len(room)) { // it does not say how much it wants
+			if n <= C.CK_ULONG(len(room)) { // the module does not say how much it wants
 				n = maxSignature
 			}
 			room = make([]byte, n)
@@ -649,7 +650,7 @@ func (l *library) sign(s pkcs11.SessionHandle, data, room []byte) (signature []b
 	return nil, garbage("C_Sign", "it keeps asking for more room than the %d bytes that it was given", len(room))
 }
 
-// first is the address of b for C, which gets NULL for nothing.
+// first returns the address of b for C, or NULL if b is empty.
 func first(b []byte) *C.CK_BYTE {
 	if len(b) == 0 {
 		return nil

@@ -1,18 +1,20 @@
-// Package module is the program inside a module process: it loads one PKCS#11
-// module, and does with it what the agent asks for over a socket (package wire).
+// Package module is the program inside a module process. It loads one PKCS#11 module, and
+// makes the calls that the agent requests over a socket (package wire).
 //
-// It promises that a crash, a hang or a lie of the module stays in this process,
-// which ends as soon as the agent does or closes the socket; that a PIN lies in
-// locked memory only, is given to the module without a copy of this program's
-// making, and only after the token has been looked at once more; that a session
-// is used by one request at a time; and that neither standard error nor an
-// answer ever has a secret in it. Before the module is loaded the process confines
-// itself (package sandbox).
+// The package promises:
 //
-// It knows nothing of PIN policy and never retries a PIN. It leaves to the agent
-// how long to wait, when to kill the process, and the environment it runs in:
-// the C library of a module may copy a PIN, so the agent has glibc overwrite
-// what is freed (GLIBC_TUNABLES=glibc.malloc.perturb=165:glibc.malloc.tcache_count=0).
+//   - A crash, a hang or a lie of the module stays in this process. The process ends as
+//     soon as the agent ends or closes the socket.
+//   - A PIN lies in locked memory only. The module gets it without a copy by this
+//     program, and only after another check of the token.
+//   - One request at a time uses a session.
+//   - Neither standard error nor an answer ever contains a secret.
+//   - The process confines itself before it loads the module (package sandbox).
+//
+// The package knows no PIN policy and never retries a PIN. The agent decides how long to
+// wait, and when to kill the process. The agent also sets the environment. The C library
+// of a module may copy a PIN, so the agent makes glibc overwrite memory that it frees
+// (GLIBC_TUNABLES=glibc.malloc.perturb=165:glibc.malloc.tcache_count=0).
 package module
 
 import (
@@ -23,11 +25,9 @@ import (
 )
 
 // Main runs the module process on the sockets at the file descriptors wire.FD and
-// wire.LanesFD and
-// returns its exit status: 0 when the agent has closed the socket, 1 otherwise.
-// The caller exits with it at once: calls into the module may still hang.
-//
-// What there is to tell goes to standard error.
+// wire.LanesFD. It returns the exit status: 0 when the agent has closed the socket, 1
+// otherwise. The caller exits at once, because calls into the module may still hang. Main
+// writes its messages to standard error.
 func Main() int {
 	logger := log.New(os.Stderr, "", 0)
 	if err := run(logger); !errors.Is(err, io.EOF) {
@@ -37,8 +37,8 @@ func Main() int {
 	return 0
 }
 
-// run answers the agent until there is an error, which is io.EOF when the agent
-// has closed the socket.
+// run answers the agent until an error occurs. The error is io.EOF when the agent has
+// closed the socket.
 func run(logger *log.Logger) error {
 	if err := harden(); err != nil {
 		return err

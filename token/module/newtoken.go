@@ -15,13 +15,13 @@ import (
 const (
 	// maxTokenLabel is the size of CK_TOKEN_INFO.label, in bytes.
 	maxTokenLabel = 32
-	// soPINBytes of randomness make the PIN of a security officer.
+	// soPINBytes is the number of random bytes in the PIN of a security officer.
 	soPINBytes = 16
 )
 
-// newToken makes a token in the first slot whose token is not initialised, and sets
-// the user's PIN. The calls are made to their end once they have begun: a token
-// without a PIN is of no use.
+// newToken makes a token in the first slot whose token is not initialised, and sets the
+// user's PIN. A cancel does not stop the calls after the first: a token without a PIN is
+// useless.
 func (s *server) newToken(ctx context.Context, lib *library, m *wire.NewToken) (wire.Message, error) {
 	if err := checkPIN(m.PIN, false); err != nil {
 		return nil, err
@@ -56,8 +56,7 @@ func (s *server) newToken(ctx context.Context, lib *library, m *wire.NewToken) (
 	return &wire.NewTokenReply{Token: id}, nil
 }
 
-// emptySlot returns a slot whose token is not initialised, and would take a PIN of
-// this length.
+// emptySlot returns a slot whose token is not initialised and takes a PIN of this length.
 func (l *library) emptySlot(pin int) (uint, error) {
 	slots, err := l.slots(true)
 	if err != nil {
@@ -77,7 +76,7 @@ func (l *library) emptySlot(pin int) (uint, error) {
 	return 0, &wire.Error{Reason: wire.ReasonUnsupported, Text: "the module has no room for a new token"}
 }
 
-// soPIN makes up the PIN of a security officer, 32 hexadecimal digits.
+// soPIN makes a random PIN for the security officer, of 32 hexadecimal digits.
 func soPIN() (*secret.Secret, error) {
 	random, err := secret.New(soPINBytes)
 	if err != nil {
@@ -93,13 +92,13 @@ func soPIN() (*secret.Secret, error) {
 	return pin, nil
 }
 
-// setPIN sets the user's PIN as the security officer.
+// setPIN logs in as the security officer and sets the user's PIN.
 func (l *library) setPIN(slot uint, so, pin *secret.Secret) error {
 	session, err := l.openWritable(slot)
 	if err != nil {
 		return err
 	}
-	defer func() { _ = l.closeSession(session) }() // what was set stays
+	defer func() { _ = l.closeSession(session) }() // the PIN stays set
 	if err := l.login(session, pkcs11.CKU_SO, so.Bytes()); err != nil {
 		return err
 	}

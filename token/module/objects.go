@@ -11,7 +11,7 @@ import (
 	"p11-agent/token/wire"
 )
 
-// Rooms for attributes that are byte strings. A longer one counts as missing.
+// Rooms for attributes that are byte strings. A longer attribute counts as missing.
 const (
 	roomText   = 4 << 10 // IDs, labels, RSA numbers, curves and points
 	roomObject = 64 << 10
@@ -24,19 +24,20 @@ const (
 	// token reads so many objects well within the time that a module has for an answer.
 	partObjects = 128
 	partBytes   = 512 << 10
-	// maxRestarts is how often a list begins again because somebody has logged in or out.
-	// The last time it keeps logins waiting until it has ended.
+	// maxRestarts is how often a list begins again after a login or a logout. The last
+	// list keeps logins waiting until its end.
 	maxRestarts = 3
-	// maxTooBig is how many objects of a class are read in vain when there is no room.
+	// maxTooBig is how many objects of a class may be read in vain when the room is too
+	// small.
 	maxTooBig = 16
 )
 
-// errRestart has a list begin again: handles of private keys have become invalid, or
-// private keys have come to be seen.
+// errRestart makes a list begin again, because the login has changed. Handles of private
+// keys have become invalid, or private keys have become visible.
 var errRestart = errors.New("the login has changed")
 
-// listObjects lists the keys and X.509 certificates that are visible. send sends a part
-// of the list. Between two parts a login may take its turn.
+// listObjects lists the visible keys and X.509 certificates. send sends a part of the
+// list. Between two parts a login may take its turn.
 func (s *server) listObjects(ctx context.Context, lib *library, m *wire.Objects, send func(*wire.ObjectsPart) error) (wire.Message, error) {
 	if m.Peek {
 		return s.peek(ctx, lib, m, send)
@@ -99,7 +100,7 @@ func (s *server) listObjects(ctx context.Context, lib *library, m *wire.Objects,
 	return &wire.ObjectsReply{Info: info, Objects: r.part.Objects, Cut: r.cut, Long: r.long}, nil
 }
 
-// A reading is a list of objects that is being made.
+// A reading builds a list of objects.
 type reading struct {
 	lib     *library
 	session pkcs11.SessionHandle
@@ -117,7 +118,7 @@ type reading struct {
 	long  uint32
 }
 
-// begin forgets what was read.
+// begin drops what was read.
 func (r *reading) begin() {
 	r.part, r.size = wire.ObjectsPart{First: true}, 0
 	r.count, r.room, r.most = 0, wire.MaxObjectBytes, wire.MaxObjects
@@ -126,8 +127,8 @@ func (r *reading) begin() {
 
 var classes = []uint{wire.CKOPublicKey, wire.CKOPrivateKey, wire.CKOCertificate}
 
-// all reads all objects that the agent has a use for, as many as there is room for. Then
-// it searches for those that are named, if they may be among the others.
+// all reads the objects that the agent can use, as many as there is room for. If objects
+// are left out, it then searches for the named objects.
 func (r *reading) all(named []wire.ObjectName) error {
 	for _, class := range classes {
 		more, err := r.find(class, r.most-r.count)
@@ -147,14 +148,14 @@ func (r *reading) all(named []wire.ObjectName) error {
 				return err
 			}
 		}
-		if err := r.flush(); err != nil { // a search takes its time, whatever it finds
+		if err := r.flush(); err != nil { // a search takes time, even if it finds nothing
 			return err
 		}
 	}
 	return nil
 }
 
-// template is what an object has that is named.
+// template returns the attributes of a named object.
 func template(name wire.ObjectName) (all []*pkcs11.Attribute) {
 	if len(name.ID) > 0 {
 		all = append(all, pkcs11.NewAttribute(pkcs11.CKA_ID, name.ID))
@@ -165,8 +166,9 @@ func template(name wire.ObjectName) (all []*pkcs11.Attribute) {
 	return all
 }
 
-// find reads the objects of a class that have certain attributes and were not read yet,
-// at most so many. more tells that there are others, or that there is no room for them.
+// find reads at most so many objects of a class that have certain attributes, except
+// objects that were already read. more tells that others exist, or that there is no room
+// for them.
 func (r *reading) find(class uint, most int, with ...*pkcs11.Attribute) (more bool, err error) {
 	handles, more, err := r.lib.find(r.session, most, append([]*pkcs11.Attribute{pkcs11.NewAttribute(pkcs11.CKA_CLASS, class)}, with...)...)
 	if err != nil {
@@ -185,11 +187,11 @@ func (r *reading) find(class uint, most int, with ...*pkcs11.Attribute) (more bo
 			r.seen[h] = true
 			continue
 		}
-		const numbers = 96 // more than its numbers, booleans and lengths take
+		const numbers = 96 // more than the bytes of its numbers, booleans and lengths
 		size := numbers + len(o.ID) + len(o.Label) + len(o.Modulus) + len(o.Exponent) +
 			len(o.ECParams) + len(o.ECPoint) + len(o.Value)
 		if size > r.room {
-			// Smaller ones may fit.
+			// A smaller object may fit.
 			more = true
 			if tooBig++; tooBig == maxTooBig {
 				break
@@ -209,7 +211,7 @@ func (r *reading) find(class uint, most int, with ...*pkcs11.Attribute) (more bo
 	return more, nil
 }
 
-// flush sends what was read, and lets others have their turn.
+// flush sends the part, and then lets others have their turn.
 func (r *reading) flush() error {
 	if err := r.send(&r.part); err != nil {
 		return err
@@ -218,8 +220,8 @@ func (r *reading) flush() error {
 	return r.pause()
 }
 
-// object reads an object, or nothing when the agent has no use for it. One that cannot be
-// read is left out.
+// object reads an object. It returns nil if the agent has no use for the object, or if
+// the object cannot be read.
 func (r *reading) object(class uint, h pkcs11.ObjectHandle) (o *wire.Object, err error) {
 	if class == wire.CKOCertificate {
 		var long bool
@@ -239,7 +241,7 @@ func (r *reading) object(class uint, h pkcs11.ObjectHandle) (o *wire.Object, err
 	return o, nil
 }
 
-// readKey reads a key, or nothing when it is of no known type.
+// readKey reads a key. It returns nil if the key is of no known type.
 func readKey(lib *library, session pkcs11.SessionHandle, h pkcs11.ObjectHandle, class uint) (*wire.Object, error) {
 	use := uint(pkcs11.CKA_VERIFY)
 	if class == wire.CKOPrivateKey {
@@ -300,8 +302,8 @@ func pair(v [][]byte) (a, b []byte) {
 	return v[0], v[1]
 }
 
-// readCertificate reads an X.509 certificate, or nothing when it is another kind
-// of certificate. long tells that its value has more bytes than are read.
+// readCertificate reads an X.509 certificate. It returns nil for another kind of
+// certificate. long tells that the value has more bytes than roomLong.
 func readCertificate(lib *library, session pkcs11.SessionHandle, h pkcs11.ObjectHandle) (_ *wire.Object, long bool, _ error) {
 	v, err := lib.attributes(session, h, []attribute{
 		{pkcs11.CKA_CERTIFICATE_TYPE, roomULong},
@@ -340,7 +342,7 @@ func readCertificate(lib *library, session pkcs11.SessionHandle, h pkcs11.Object
 	return o, long, nil
 }
 
-// tri reads a CK_BBOOL. One that is neither CK_FALSE nor CK_TRUE says nothing.
+// tri reads a CK_BBOOL. A value other than CK_FALSE and CK_TRUE means unknown.
 func tri(v []byte) wire.Tri {
 	switch {
 	case len(v) != roomBool:

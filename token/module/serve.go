@@ -13,17 +13,16 @@ import (
 	"p11-agent/token/wire"
 )
 
-// maxRequests bounds the requests under way. What they wait for bounds those of
-// them that are in a call of the module, and so the threads of this process: the
-// sessions of a token, its gate, and the turn to list slots.
+// maxRequests bounds the requests under way. Fewer of them are in a call of the module.
+// The sessions of a token, its gate, and the turn to list slots bound these, and so the
+// threads.
 const maxRequests = 4096
 
 // A server answers the agent's requests.
 //
-// One goroutine reads, and does nothing else, so that a request can be cancelled
-// and the end of the agent is seen whatever the module does. Each request has a
-// goroutine of its own, and so has each lane. None of them is waited for at the end:
-// the process ends.
+// One goroutine only reads. So the agent can cancel a request, and the server sees the
+// end of the agent, even if the module hangs. Each request has its own goroutine, and so
+// has each lane. At the end the process exits without waiting for them.
 type server struct {
 	conn *wire.ModuleConn
 	log  *log.Logger
@@ -33,15 +32,16 @@ type server struct {
 	awake   atomic.Bool             // a lane waits for a request without sleeping
 	lib     atomic.Pointer[library] // nil until the module has been initialised
 
-	// listing is held, by the one element it has room for, while slots are listed.
+	// listing has room for one element. The goroutine that lists slots puts it in
+	// meanwhile.
 	listing chan struct{}
-	down    bool // for the holder of listing: C_Finalize has succeeded, and C_Initialize failed
+	down    bool // for the holder of listing: C_Finalize has succeeded, and then C_Initialize has failed
 
 	// lock order: polling, then life, then mu
 
 	polling sync.Mutex // held while the module is asked for changes
 
-	waiter *eventWaiter // there before lib is
+	waiter *eventWaiter // set before lib
 
 	life     sync.RWMutex // held by each request, and alone while the module is initialised again
 	initArgs string
@@ -50,14 +50,14 @@ type server struct {
 	requests   map[uint32]context.CancelFunc
 	lanes      map[*lane]struct{}
 	tokens     map[wire.TokenID]*token
-	slots      map[wire.TokenID]uint // where each was last seen
-	placed     map[wire.TokenID]bool // slots has what the agent says
-	stays      uint64                // how many stays of tokens there were
+	slots      map[wire.TokenID]uint // where each token was last seen
+	placed     map[wire.TokenID]bool // the agent has named the slot in slots
+	stays      uint64                // the number of stays of tokens so far
 	mechanisms map[wire.TokenID][]wire.Mechanism
-	seen       *snapshot // what the agent was told of last
-	leaving    []stay    // tokens that have gone, and are yet to be forgotten
-	gone       []uint    // the slots that have lost their token since, and the agent is to hear of
-	fixed      bool      // nothing can be plugged into the slots that it was told of
+	seen       *snapshot // what the agent knows
+	leaving    []stay    // tokens that have gone, and are not forgotten yet
+	gone       []uint    // slots that have lost their token since, which the agent does not know yet
+	fixed      bool      // no token can be plugged into the slots that the agent knows
 }
 
 func newServer(conn *wire.ModuleConn, logger *log.Logger) *server {
@@ -74,8 +74,8 @@ func newServer(conn *wire.ModuleConn, logger *log.Logger) *server {
 	}
 }
 
-// serve answers requests until the connection ends, with io.EOF when that was
-// the agent's doing.
+// serve answers requests until the connection ends. The error is io.EOF when the agent
+// has ended the connection.
 func (s *server) serve() error {
 	for {
 		r, err := s.conn.ReadRequest()
@@ -137,8 +137,8 @@ func wipe(m wire.Message) {
 	}
 }
 
-// answer sends the outcome of a request. When the connection has failed it is
-// the reader that sees its end.
+// answer sends the outcome of a request. If the connection has failed, the reader sees
+// its end.
 func (s *server) answer(id uint32, reply wire.Message, err error) {
 	if err == nil {
 		if err = s.conn.WriteReply(id, reply); err == nil {
@@ -150,7 +150,7 @@ func (s *server) answer(id uint32, reply wire.Message, err error) {
 	}
 }
 
-// asError makes of what went wrong what is told to the agent.
+// asError turns any error into one for the agent.
 func asError(err error) *wire.Error {
 	e, ok := errors.AsType[*wire.Error](err)
 	switch {
@@ -162,12 +162,12 @@ func asError(err error) *wire.Error {
 	return &wire.Error{Text: err.Error()}
 }
 
-// nonsense is the error for a request that the agent should not make.
+// nonsense returns the error for a request that the agent should not make.
 func nonsense(why string) error {
 	return &wire.Error{Reason: wire.ReasonProtocol, Text: why}
 }
 
-// handle does what a request asks for.
+// handle carries out a request.
 func (s *server) handle(ctx context.Context, r wire.Request) (wire.Message, error) {
 	defer wipe(r.Message)
 	if m, ok := r.Message.(*wire.Hello); ok {
@@ -220,7 +220,7 @@ func (s *server) hello(m *wire.Hello) (wire.Message, error) {
 	}
 	confined := wire.Sandbox{Off: true}
 	if !m.Unconfined {
-		// From here on for every thread that there is and will be.
+		// The sandbox confines every thread, including later ones.
 		confined = sandbox.Enter(sandbox.Options{Module: m.Path, InitArgs: m.InitArgs, Write: m.Write, Getenv: os.Getenv})
 	}
 	lib, err := load(m.Path)
@@ -237,7 +237,7 @@ func (s *server) hello(m *wire.Hello) (wire.Message, error) {
 	if err := s.watch(lib, m.Poll); err != nil {
 		return nil, err
 	}
-	s.initArgs = m.InitArgs // nobody reads it before lib is there
+	s.initArgs = m.InitArgs // no goroutine reads it before lib is set
 	s.lib.Store(lib)
 	waits, _ := s.waiter.waits()
 	return &wire.HelloReply{
@@ -251,7 +251,7 @@ func (s *server) hello(m *wire.Hello) (wire.Message, error) {
 	}, nil
 }
 
-// token returns what is known of a token, which may be nothing yet.
+// token returns the record of a token. A new record holds only the token's name.
 func (s *server) token(id wire.TokenID) *token {
 	s.mu.Lock()
 	defer s.mu.Unlock()
@@ -278,14 +278,14 @@ func (s *server) find(ctx context.Context, lib *library, t *token) (*presence, e
 		return where
 	})
 	if code(err) == wire.CKRSessionCount && lib.closed.Load() {
-		// There is none left for the first: it may be the module that does not give
-		// back what was closed, and a new process has all of them.
+		// No session is left for the first session of the token. The module may not free
+		// closed sessions. A new process has all of them.
 		s.lose(&wire.Error{Function: "C_OpenSession", Text: "the module has no session left"})
 	}
 	return p, err
 }
 
-// state tells how a token is.
+// state returns the state of a token.
 func (s *server) state(ctx context.Context, lib *library, t *token) (wire.Message, error) {
 	if err := t.gate.enter(ctx, false); err != nil {
 		return nil, err
@@ -298,7 +298,7 @@ func (s *server) state(ctx context.Context, lib *library, t *token) (wire.Messag
 	return t.report(p)
 }
 
-// report makes the answer that tells how a token is.
+// report makes the answer with the state of a token.
 func (t *token) report(p *presence) (wire.Message, error) {
 	info, err := p.info()
 	if err != nil {

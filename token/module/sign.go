@@ -11,12 +11,13 @@ import (
 	"p11-agent/token/wire"
 )
 
-// maxSignature bounds what the agent may expect: an RSA key of 64 Kibit has 8 KiB.
+// maxSignature bounds the bytes that the agent may expect. An RSA key of 64 Kibit has 8
+// KiB.
 const maxSignature = 8 << 10
 
-// mayTry tells whether the PIN may be tried on the token now. What the token
-// says of itself was read right before. Whether the reader has a way to type a
-// PIN is not asked: tokens say so wrongly, and the agent's configuration knows.
+// mayTry returns an error if the process must not try the PIN on the token now. The
+// caller has just read info. mayTry does not check whether a person can type a PIN on the
+// reader. Tokens report that wrongly, and the agent's configuration knows it.
 func mayTry(info wire.TokenInfo, lastTry bool) error {
 	e := &wire.Error{HasInfo: true, Info: info}
 	switch {
@@ -30,7 +31,7 @@ func mayTry(info wire.TokenInfo, lastTry bool) error {
 	return e
 }
 
-// checkPIN tells whether there is a PIN where there must be one.
+// checkPIN checks that a request has a PIN, or that a person types the PIN on the reader.
 func checkPIN(pin *secret.Secret, pad bool) error {
 	if (pin.Len() == 0) != pad {
 		return nonsense("a PIN comes either with the request or from the reader")
@@ -38,8 +39,8 @@ func checkPIN(pin *secret.Secret, pad bool) error {
 	return nil
 }
 
-// withInfo adds to the error of a login what the token says of itself now, as
-// far as it can be read.
+// withInfo adds the token's current state to the error of a login, as far as it can be
+// read.
 func withInfo(err error, p *presence) error {
 	e, ok := err.(*wire.Error)
 	if !ok {
@@ -51,7 +52,7 @@ func withInfo(err error, p *presence) error {
 	return e
 }
 
-// login logs the user in, if the PIN was given for the token that is there.
+// login logs the user in, if the PIN is for the token that is there.
 func (s *server) login(ctx context.Context, lib *library, t *token, m *wire.Login) (wire.Message, error) {
 	if err := checkPIN(m.PIN, m.Pad); err != nil {
 		return nil, err
@@ -93,7 +94,7 @@ func (s *server) login(ctx context.Context, lib *library, t *token, m *wire.Logi
 	return t.report(p)
 }
 
-// logout logs the user out, once nothing is under way on the token.
+// logout logs the user out, when no request uses the token any more.
 func (s *server) logout(ctx context.Context, lib *library, t *token) (wire.Message, error) {
 	if err := t.gate.enter(ctx, true); err != nil {
 		return nil, err
@@ -112,7 +113,7 @@ func (s *server) logout(ctx context.Context, lib *library, t *token) (wire.Messa
 	return t.report(p)
 }
 
-// sign makes one signature, in room if it fits in there.
+// sign makes one signature. It uses room if the signature fits in there.
 func (s *server) sign(ctx context.Context, lib *library, t *token, m *wire.Sign, room []byte) (signature []byte, err error) {
 	if m.SignatureLen == 0 || m.SignatureLen > maxSignature {
 		return nil, nonsense("a signature of no such length is made here")
@@ -137,7 +138,8 @@ func (s *server) sign(ctx context.Context, lib *library, t *token, m *wire.Sign,
 		if err := p.stays(m.Stay); err != nil {
 			return nil, err
 		}
-		// Not between C_SignInit and C_Sign, where nothing else has a place.
+		// Check before C_SignInit: between C_SignInit and C_Sign there is no place for
+		// this.
 		info, err := p.identify()
 		if err != nil {
 			t.failed(p, 0, err)
@@ -154,7 +156,7 @@ func (s *server) sign(ctx context.Context, lib *library, t *token, m *wire.Sign,
 	}
 	if m.ContextLogin {
 		if _, err := p.sessionInfo(session); err != nil {
-			t.retire(p) // which leaves the session alone: it is another's
+			t.retire(p) // does not close the session, which belongs to another slot
 			return nil, err
 		}
 	}
@@ -168,12 +170,12 @@ func (s *server) sign(ctx context.Context, lib *library, t *token, m *wire.Sign,
 	return signature, err
 }
 
-// unharmed tells whether an error leaves nothing under way on the session: the
-// signature was not begun.
+// unharmed tells whether an error leaves no operation on the session, because the
+// signature has not begun.
 func unharmed(err error) bool {
 	e, ok := err.(*wire.Error)
 	switch {
-	case !ok: // cancelled before it reached the module
+	case !ok: // cancelled before the request reached the module
 		return true
 	case e.Function == "":
 		return e.Reason == wire.ReasonNoKey || e.Reason == wire.ReasonAmbiguous
@@ -189,7 +191,7 @@ func unharmed(err error) bool {
 	return false
 }
 
-// sign makes a signature on a session, in room if it fits in there.
+// sign makes a signature on a session. It uses room if the signature fits in there.
 func (p *presence) sign(ctx context.Context, session pkcs11.SessionHandle, m *wire.Sign, room []byte) ([]byte, error) {
 	for first := true; ; first = false {
 		key, known, err := p.key(session, &m.Key)
@@ -207,12 +209,12 @@ func (p *presence) sign(ctx context.Context, session pkcs11.SessionHandle, m *wi
 			e.RV != wire.CKRKeyHandleInvalid && e.RV != wire.CKRObjectHandleInvalid {
 			return signature, err
 		}
-		p.forgetKeys() // what is remembered is out of date: look for the key, once
+		p.forgetKeys() // the remembered handles are out of date: look for the key once more
 	}
 }
 
-// signWith makes a signature with one private key, in room if it fits in there. last tells
-// that the PIN is not needed for another key.
+// signWith makes a signature with one private key. It uses room if the signature fits in
+// there. last tells that no other key needs the PIN.
 func (p *presence) signWith(session pkcs11.SessionHandle, key pkcs11.ObjectHandle, m *wire.Sign, room []byte, last bool) ([]byte, error) {
 	how := mechanism{kind: m.Mechanism, hash: m.PSSHash, mgf: m.PSSMGF, salt: m.PSSSalt}
 	if err := p.lib.signInit(session, how, key); err != nil {
@@ -233,7 +235,7 @@ func (p *presence) signWith(session pkcs11.SessionHandle, key pkcs11.ObjectHandl
 	return p.lib.sign(session, m.Data, room[:m.SignatureLen])
 }
 
-// key returns the handle of a private key, and whether it was known before.
+// key returns the handle of a private key, and whether the handle was remembered.
 func (p *presence) key(session pkcs11.SessionHandle, id *wire.KeyID) (_ pkcs11.ObjectHandle, known bool, _ error) {
 	var room [1 << 10]byte
 	name := appendKeyName(room[:0], id)
@@ -251,7 +253,7 @@ func (p *presence) key(session pkcs11.SessionHandle, id *wire.KeyID) (_ pkcs11.O
 	return h, false, nil
 }
 
-// appendKeyName appends what is different for different keys of a token.
+// appendKeyName appends a name that differs for different keys of a token.
 func appendKeyName(b []byte, id *wire.KeyID) []byte {
 	b = binary.BigEndian.AppendUint64(b, id.KeyType)
 	b = append(binary.BigEndian.AppendUint32(b, uint32(len(id.ID))), id.ID...)
@@ -260,9 +262,9 @@ func appendKeyName(b []byte, id *wire.KeyID) []byte {
 	return append(binary.BigEndian.AppendUint32(b, uint32(len(id.ECPoint))), id.ECPoint...)
 }
 
-// lookFor finds a private key. The type and the ID must fit, if it has one; a
-// public half that the token shows must be the right one; and among several the
-// label decides. A key without an ID must be known by one of the last two.
+// lookFor finds a private key. The type must fit, and so must the ID, if the key has one.
+// If the token shows the public half, the half must be the right one. Among several keys
+// the label decides. A key without an ID must match by its public half or its label.
 func (p *presence) lookFor(session pkcs11.SessionHandle, id *wire.KeyID) (pkcs11.ObjectHandle, error) {
 	h, candidates, err := p.searchFor(session, id)
 	if len(candidates) > 0 {
@@ -271,8 +273,8 @@ func (p *presence) lookFor(session pkcs11.SessionHandle, id *wire.KeyID) (pkcs11
 	return h, err
 }
 
-// searchFor is lookFor, but for the candidates: private keys that all fit, of which none is
-// the better one.
+// searchFor does what lookFor does, and also returns the candidates. These are private
+// keys that fit equally well.
 func (p *presence) searchFor(session pkcs11.SessionHandle, id *wire.KeyID) (h pkcs11.ObjectHandle, candidates []pkcs11.ObjectHandle, err error) {
 	template := []*pkcs11.Attribute{
 		pkcs11.NewAttribute(pkcs11.CKA_CLASS, pkcs11.CKO_PRIVATE_KEY),
@@ -309,14 +311,14 @@ func (p *presence) searchFor(session pkcs11.SessionHandle, id *wire.KeyID) (h pk
 	}
 	switch {
 	case len(proven) > 0:
-		return proven[0], nil, nil // the same key, however often it is there
+		return proven[0], nil, nil // several copies are the same key
 	case len(labelled) == 1 && (len(possible) == 1 || id.Label != ""):
 		return labelled[0], nil, nil
 	case len(possible) == 1 && (len(id.ID) > 0 || id.Any):
 		return possible[0], nil, nil
 	case len(possible) == 0, len(id.ID) == 0 && len(labelled) == 0 && !id.Any:
 		e := &wire.Error{Reason: wire.ReasonNoKey}
-		return 0, nil, withInfo(e, p) // not logged in: that may be why
+		return 0, nil, withInfo(e, p) // a missing login may be the cause
 	case len(labelled) > 1:
 		return 0, labelled, nil
 	default:
@@ -324,8 +326,8 @@ func (p *presence) searchFor(session pkcs11.SessionHandle, id *wire.KeyID) (h pk
 	}
 }
 
-// isPublic tells whether the public attribute of a private key is the one of
-// the key looked for.
+// isPublic tells whether v is the public half of the key. v is an attribute of a private
+// key.
 func isPublic(v []byte, id *wire.KeyID) bool {
 	if id.KeyType == wire.CKKRSA {
 		return bytes.Equal(bytes.TrimLeft(v, "\x00"), bytes.TrimLeft(id.Modulus, "\x00"))
@@ -333,7 +335,7 @@ func isPublic(v []byte, id *wire.KeyID) bool {
 	if bytes.Equal(v, id.ECPoint) {
 		return true
 	}
-	// The standard has the point in a DER OCTET STRING; some tokens give it bare.
+	// By the standard the point is in a DER OCTET STRING. Some tokens return it bare.
 	der := []byte{0x04, byte(len(id.ECPoint))}
 	if len(id.ECPoint) > 0x7f {
 		der = []byte{0x04, 0x81, byte(len(id.ECPoint))}

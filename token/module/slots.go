@@ -10,7 +10,7 @@ import (
 	"p11-agent/token/wire"
 )
 
-// A snapshot is which slots there are and which of them hold a token.
+// A snapshot holds the numbers of all slots, and of the slots with a token.
 type snapshot struct {
 	all, present []uint
 }
@@ -31,14 +31,15 @@ func (s *snapshot) equal(o *snapshot) bool {
 	return slices.Equal(s.all, o.all) && slices.Equal(s.present, o.present)
 }
 
-// changed compares what there is with what the agent was told of, and forgets
-// the tokens that have gone. When there is a change, tell does that.
+// changed compares the slots with those that the agent knows. If they differ, it returns
+// true, and tell forgets the tokens that have gone. Otherwise changed forgets them
+// itself.
 func (s *server) changed(lib *library) bool {
 	s.polling.Lock()
 	defer s.polling.Unlock()
 	now, err := takeSnapshot(lib)
 	if err != nil {
-		return false // whoever needs the module will hear of it
+		return false // the next request to the module gets the error
 	}
 	s.mu.Lock()
 	changed := s.seen != nil && !s.seen.equal(now)
@@ -62,14 +63,14 @@ func (s *server) changed(lib *library) bool {
 	return changed
 }
 
-// A stay is a token in its slot.
+// A stay is a token and its presence in a slot.
 type stay struct {
 	t *token
 	p *presence
 }
 
-// retireLeaving forgets the tokens that have gone. The module is asked to close their
-// sessions, and may hang in that.
+// retireLeaving forgets the tokens that have gone. It asks the module to close their
+// sessions, and the module may hang then.
 func (s *server) retireLeaving() {
 	s.mu.Lock()
 	none := len(s.leaving) == 0
@@ -77,7 +78,7 @@ func (s *server) retireLeaving() {
 	if none {
 		return
 	}
-	s.life.RLock() // C_Finalize is not to meet it
+	s.life.RLock() // C_Finalize must not run meanwhile
 	defer s.life.RUnlock()
 	s.mu.Lock()
 	leaving := s.leaving
@@ -88,7 +89,7 @@ func (s *server) retireLeaving() {
 	}
 }
 
-// listSlots lists the slots and tokens. A slot that fails is left out.
+// listSlots lists the slots and tokens. It leaves out a slot that fails.
 func (s *server) listSlots(ctx context.Context, lib *library, m *wire.Slots) (wire.Message, error) {
 	if err := take(ctx, s.listing); err != nil {
 		return nil, err
@@ -129,12 +130,12 @@ func (s *server) listSlots(ctx context.Context, lib *library, m *wire.Slots) (wi
 	return reply, nil
 }
 
-// reinitialize shuts the module down and starts it again, unless that would
-// disturb somebody. It is called by the holder of listing.
+// reinitialize shuts the module down and starts it again, unless this would disturb a
+// request or a login. The caller holds listing.
 //
-// While a thread is in C_WaitForSlotEvent the whole process is to be replaced. By
-// the standard C_Finalize ends the wait, but OpenSC 0.23 frees what the thread
-// still uses: 2 of 300 times it crashed.
+// If a thread is in C_WaitForSlotEvent, the agent has to replace the whole process. By
+// the standard C_Finalize ends the wait. But OpenSC 0.23 frees memory that the thread
+// still uses: it crashed in 2 of 300 runs.
 func (s *server) reinitialize(lib *library) error {
 	s.polling.Lock()
 	defer s.polling.Unlock()
@@ -161,7 +162,7 @@ func (s *server) reinitialize(lib *library) error {
 		}
 	}
 	if !s.waiter.stayOut() {
-		keep = true // nothing is to reach the module, and then be lost
+		keep = true // no request may reach the module and then be lost
 		err := &wire.Error{Reason: wire.ReasonRenew}
 		s.lose(err)
 		return err
@@ -182,7 +183,7 @@ func (s *server) reinitialize(lib *library) error {
 	return err
 }
 
-// describe reads everything about a slot.
+// describe reads all that the agent needs about a slot.
 func (s *server) describe(lib *library, slot uint) (wire.Slot, error) {
 	info, err := lib.slotInfo(slot)
 	if err != nil {
@@ -201,7 +202,7 @@ func (s *server) describe(lib *library, slot uint) (wire.Slot, error) {
 	switch code(err) {
 	case wire.CKROK:
 	case wire.CKRTokenNotPresent, wire.CKRTokenNotRecognized:
-		return w, nil // taken out just now, or of a kind that the module does not know
+		return w, nil // the card was taken out just now, or the module does not know it
 	}
 	if err != nil {
 		return wire.Slot{}, err
@@ -219,15 +220,15 @@ func (s *server) describe(lib *library, slot uint) (wire.Slot, error) {
 	}
 	s.mu.Unlock()
 	if p := s.presenceIn(slot, id); p != nil {
-		// An error is for whoever uses the token next.
+		// An error shows in the next request for the token.
 		w.Info.LoggedIn, _ = p.loggedIn()
 		w.Info.Stay = p.stay
 	}
 	return w, nil
 }
 
-// signing lists the mechanisms that a token signs with. They stay the same for
-// as long as it is the same token.
+// signing lists the mechanisms that a token signs with. They do not change while the
+// token is the same.
 func (s *server) signing(lib *library, slot uint, id wire.TokenID) ([]wire.Mechanism, error) {
 	s.mu.Lock()
 	known, ok := s.mechanisms[id]
@@ -244,7 +245,7 @@ func (s *server) signing(lib *library, slot uint, id wire.TokenID) ([]wire.Mecha
 		info, err := lib.mechanismInfo(slot, kind)
 		switch code(err) {
 		case wire.CKRMechanismInvalid:
-			continue // listed, but not there: costs itself
+			continue // listed, but missing: leave out only this mechanism
 		}
 		if err != nil {
 			return nil, err

@@ -6,7 +6,7 @@ import (
 	"p11-agent/token/wire"
 )
 
-// stays fails when the PIN of a request is for another stay of a token than p: another
+// stays fails when the PIN of a request is for another stay of a token than p. Another
 // card may have come into the slot since the agent looked at the card.
 func (p *presence) stays(wanted uint64) error {
 	if wanted != 0 && wanted != p.stay {
@@ -15,8 +15,8 @@ func (p *presence) stays(wanted uint64) error {
 	return nil
 }
 
-// place notes in which slot a token is. The agent tells tokens of the same texts apart by
-// their keys, and so it says which of them is where.
+// place notes in which slot a token is. The agent tells tokens with the same texts apart
+// by their keys. So the agent says which of them is in which slot.
 func (s *server) place(t *token, slot uint) {
 	s.mu.Lock()
 	s.slots[t.id], s.placed[t.id] = slot, true
@@ -26,8 +26,7 @@ func (s *server) place(t *token, slot uint) {
 	}
 }
 
-// presenceIn returns the presence of a token of these texts in a slot, nil when there is
-// none.
+// presenceIn returns the presence of a token with these texts in a slot, or nil.
 func (s *server) presenceIn(slot uint, id wire.TokenID) *presence {
 	s.mu.Lock()
 	defer s.mu.Unlock()
@@ -39,7 +38,8 @@ func (s *server) presenceIn(slot uint, id wire.TokenID) *presence {
 	return nil
 }
 
-// peek reads the objects of the token in a slot, for the agent to know which one it is.
+// peek reads the objects of the token in a slot. The agent uses them to identify the
+// token.
 func (s *server) peek(ctx context.Context, lib *library, m *wire.Objects, send func(*wire.ObjectsPart) error) (wire.Message, error) {
 	p := &presence{lib: lib, slot: uint(m.Slot), id: m.Token.Texts()}
 	session, info, err := p.openSession()

@@ -11,25 +11,26 @@ import (
 	"p11-agent/token/wire"
 )
 
-// maxSessions is the most sessions that are open on one token for work: one for each
-// lane that the agent may open.
+// maxSessions is the most sessions for work that are open on one token: one for each lane
+// that the agent may open.
 const maxSessions = wire.MaxLanes
 
-// A token is a token that the agent has asked for, whether it is here or not.
+// A token is a token that the agent has asked for. The token may be absent.
 type token struct {
 	id wire.TokenID
 
-	// gate orders what is done on the token. Searching and signing are done side
-	// by side; logging in and out, and signing with a PIN, are done alone: the
-	// login belongs to all sessions of the process, and a PIN between C_SignInit
-	// and C_Sign must not be taken for another signature's.
+	// gate orders the calls on the token. Searches and signatures run side by side.
+	// Logins, logouts and signatures with a PIN run alone. The login belongs to all
+	// sessions of the process. A PIN between C_SignInit and C_Sign must not be taken for
+	// the PIN of another signature.
 	gate *gate
 
-	// opening is held, by the one element it has room for, while live is made.
+	// opening has room for one element. The goroutine that makes live puts it in
+	// meanwhile.
 	opening chan struct{}
 
 	mu   sync.Mutex
-	live *presence // nil when it was not looked for, or has gone since
+	live *presence // nil if the process has not looked for the token, or the token has gone since
 }
 
 func newToken(id wire.TokenID) *token {
@@ -42,23 +43,22 @@ func (t *token) present() *presence {
 	return t.live
 }
 
-// A presence is one stay of a token in a slot: from the first session to when
-// the token turns out to have gone. The standard closes the sessions of a token
-// that is removed, so whatever works on one of these sessions works on the
-// token that was there when it was opened.
+// A presence is one stay of a token in a slot. It lasts from the first session until the
+// process finds out that the token has gone. The standard closes the sessions of a
+// removed token. So a call that works on one of these sessions works on the token that
+// was there when the session was opened.
 type presence struct {
 	lib  *library
 	slot uint
 	id   wire.TokenID
-	stay uint64 // its number, as the agent knows it
+	stay uint64 // its number, in the agent's terms
 
-	// anchor is the session that keeps the login, and that logs in and out. No
-	// search and no signature is made on it, unless the token has no other
-	// session to give.
+	// anchor is the session that keeps the login, and that logs in and out. Searches and
+	// signatures do not use it, unless the token has no other session.
 	anchor pkcs11.SessionHandle
 
-	// A session for work is in idle or in somebody's hands; for each that may
-	// still be opened there is one element in permits. Together they are limit.
+	// A session for work is in idle, or a goroutine uses it. permits has one element for
+	// each session that may still be opened. Together there are limit of them.
 	idle    chan pkcs11.SessionHandle
 	permits chan struct{}
 
@@ -67,12 +67,11 @@ type presence struct {
 	mu    sync.Mutex
 	limit int
 	gone  bool
-	keys  map[string]pkcs11.ObjectHandle // private keys found, until the login changes
-	login uint64                         // counts its changes
+	keys  map[string]pkcs11.ObjectHandle // handles of private keys, until the login changes
+	login uint64                         // counts the changes of the login
 }
 
-// open opens the first session on the token in a slot, and makes sure that it
-// is the one looked for.
+// open opens the first session on the token in a slot. It checks that the token is id.
 func open(lib *library, slot uint, id wire.TokenID) (*presence, error) {
 	p := &presence{
 		lib:     lib,
@@ -101,7 +100,7 @@ func open(lib *library, slot uint, id wire.TokenID) (*presence, error) {
 	return p, nil
 }
 
-// openSession opens a session and reads afterwards which token it is with.
+// openSession opens a session, and then checks which token the session is with.
 func (p *presence) openSession() (pkcs11.SessionHandle, wire.TokenInfo, error) {
 	s, err := p.lib.openSession(p.slot)
 	if err != nil {
@@ -109,15 +108,15 @@ func (p *presence) openSession() (pkcs11.SessionHandle, wire.TokenInfo, error) {
 	}
 	info, err := p.identify()
 	if err != nil {
-		// The session is of no use, and whether it can be closed of no interest.
+		// the session is useless, and an error of closing it does not matter
 		_ = p.lib.closeSession(s)
 		return 0, wire.TokenInfo{}, err
 	}
 	return s, info, nil
 }
 
-// identify reads the state of the token in the slot, and fails when it is
-// another token by now.
+// identify reads the state of the token in the slot. It fails if another token is there
+// now.
 func (p *presence) identify() (wire.TokenInfo, error) {
 	id, info, err := p.lib.tokenInfo(p.slot)
 	if err != nil {
@@ -129,7 +128,7 @@ func (p *presence) identify() (wire.TokenInfo, error) {
 	return info, nil
 }
 
-// info reads the state of the token, and whether somebody is logged in.
+// info reads the state of the token, and whether the user is logged in.
 func (p *presence) info() (wire.TokenInfo, error) {
 	info, err := p.identify()
 	if err != nil {
@@ -148,9 +147,9 @@ func (p *presence) loggedIn() (bool, error) {
 	return s.State == pkcs11.CKS_RO_USER_FUNCTIONS || s.State == pkcs11.CKS_RW_USER_FUNCTIONS, nil
 }
 
-// sessionInfo reads the state of a session, and fails when it is one of another
-// slot by now: a module may give the handle of a session that ended with its card to
-// the next one that is opened, on whichever card. A PIN must not go there.
+// sessionInfo reads the state of a session. It fails if the session now belongs to
+// another slot. When a card leaves, its sessions end. A module may then give the handle
+// of such a session to a new session, on any card. The PIN must not go there.
 func (p *presence) sessionInfo(session pkcs11.SessionHandle) (pkcs11.SessionInfo, error) {
 	s, err := p.lib.sessionInfo(session)
 	if err == nil && s.SlotID != p.slot {
@@ -159,7 +158,7 @@ func (p *presence) sessionInfo(session pkcs11.SessionHandle) (pkcs11.SessionInfo
 	return s, err
 }
 
-// session hands out a session, which the caller gives back by release or drop.
+// session returns a session. The caller gives it back with release, or with failed.
 func (p *presence) session(ctx context.Context) (pkcs11.SessionHandle, error) {
 	for {
 		if err := ctx.Err(); err != nil {
@@ -187,7 +186,7 @@ func (p *presence) session(ctx context.Context) (pkcs11.SessionHandle, error) {
 			p.permits <- struct{}{}
 			return 0, err
 		}
-		// The token has no more: do with those there are, or else with the anchor.
+		// The token has no more sessions. Use those that exist, or else the anchor.
 		p.mu.Lock()
 		last := p.limit == 1
 		if !last {
@@ -200,7 +199,7 @@ func (p *presence) session(ctx context.Context) (pkcs11.SessionHandle, error) {
 	}
 }
 
-// release gives a session back that has nothing under way.
+// release gives back a session that has no operation under way.
 func (p *presence) release(s pkcs11.SessionHandle) {
 	p.mu.Lock()
 	gone := p.gone
@@ -213,7 +212,7 @@ func (p *presence) release(s pkcs11.SessionHandle) {
 	}
 }
 
-// end closes the sessions that nobody uses; release closes the others.
+// end closes the idle sessions. release closes the others.
 func (p *presence) end() {
 	p.mu.Lock()
 	if p.gone {
@@ -234,15 +233,15 @@ func (p *presence) end() {
 	}
 }
 
-// forgetKeys is called when the login has changed: handles of private keys end
-// with it, and others come to be seen.
+// forgetKeys clears the handles of private keys after a change of the login. The handles
+// end with the login, and other private keys become visible.
 func (p *presence) forgetKeys() {
 	p.mu.Lock()
 	defer p.mu.Unlock()
 	clear(p.keys)
 }
 
-// loginChanged is called after each login and logout, also after one that has failed.
+// loginChanged notes a login or a logout, including one that has failed.
 func (p *presence) loginChanged() {
 	p.forgetKeys()
 	p.mu.Lock()
@@ -257,7 +256,7 @@ func (p *presence) changes() uint64 {
 	return p.login
 }
 
-// retire forgets p, whose token has gone. The next request looks for it again.
+// retire forgets p, whose token has gone. The next request looks for the token again.
 func (t *token) retire(p *presence) {
 	t.mu.Lock()
 	if t.live == p {
@@ -267,9 +266,9 @@ func (t *token) retire(p *presence) {
 	p.end()
 }
 
-// failed does what an error of the module calls for, which came while session s
-// of p was in use, or none when s is 0: the session is closed, which ends what
-// is under way on it, and p is retired when its token has gone.
+// failed handles an error of the module. s is the session of p that the call used, or 0.
+// failed closes the session, which ends the operation on it. It retires p if the token
+// has gone.
 func (t *token) failed(p *presence, s pkcs11.SessionHandle, err error) {
 	switch {
 	case s == p.anchor:
@@ -281,7 +280,7 @@ func (t *token) failed(p *presence, s pkcs11.SessionHandle, err error) {
 	}
 	e, ok := errors.AsType[*wire.Error](err)
 	if !ok {
-		return // nobody waits any more
+		return // cancelled
 	}
 	switch e.RV {
 	case wire.CKRDeviceRemoved, wire.CKRTokenNotPresent, wire.CKRTokenNotRecognized,
@@ -294,7 +293,7 @@ func (t *token) failed(p *presence, s pkcs11.SessionHandle, err error) {
 	}
 }
 
-// place is where a token is to be looked for.
+// place tells where to look for a token.
 type place struct {
 	slot  uint
 	known bool   // the token is, or was, in slot
@@ -302,15 +301,15 @@ type place struct {
 	stay  uint64 // the number of the presence that is found
 }
 
-// find looks for the token, unless its presence is known by now: where the agent says that
-// it is, or else in all slots.
+// find looks for the token, unless its presence is known by now. It looks where the agent
+// says that the token is, or else in all slots.
 func (t *token) find(ctx context.Context, lib *library, where func() place) (*presence, error) {
 	if err := take(ctx, t.opening); err != nil {
 		return nil, err
 	}
 	defer func() { <-t.opening }()
 	if p := t.present(); p != nil {
-		return p, nil // the one before has found it
+		return p, nil // an earlier caller has found it
 	}
 	slots, err := lib.slots(true)
 	if err != nil {
@@ -327,7 +326,8 @@ func (t *token) find(ctx context.Context, lib *library, where func() place) (*pr
 	for _, slot := range slots {
 		id, info, err := lib.tokenInfo(slot)
 		if err != nil {
-			// The slot may be the token's: then this is why it was not found.
+			// The token may be in this slot. Then the error says why the token was not
+			// found.
 			failure = err
 			continue
 		}

@@ -15,40 +15,40 @@ import (
 )
 
 const (
-	// pollEvery is how often the slots are looked at where nothing else tells of
-	// changes. A card is seen within a second: pcscd takes up to 0.4 s for it.
+	// pollEvery is the time between two looks at the slots if no event tells of changes.
+	// A card shows within a second: pcscd takes up to 0.4 s for it.
 	pollEvery = 400 * time.Millisecond
-	// pollShare bounds what that costs: one part in so many of the time.
+	// pollShare bounds the cost of looks: they take one part in pollShare of the time.
 	pollShare = 50
-	// pollBeside is how often they are looked at where a thread waits for events:
-	// in case one is lost.
+	// pollBeside is the time between two looks if a thread waits for events. These looks
+	// find lost events.
 	pollBeside = 20 * time.Second
-	// pollFixed is for modules whose slots nothing can be plugged into, when
-	// nothing has changed for pollStill.
+	// pollFixed is for modules whose slots take no other token. It counts after pollStill
+	// without a change.
 	pollFixed = 10 * time.Second
 	pollStill = time.Minute
 	pollMost  = 30 * time.Second
 
-	// hungAfter is how long a module may take to list its slots while nobody else
-	// has asked it for anything.
+	// hungAfter is how long a module may take to list its slots while it has no other
+	// request.
 	hungAfter = 20 * time.Second
-	// eventTimeout is how long it may take for that after one of its own events, while
-	// somebody waits for an answer. Whoever sees cards by pcscd is not held to it: the
-	// agent hears of their cards from pcscd, and knows whether there is a new one to read.
+	// eventTimeout is the same limit after an event of the module, while the agent waits
+	// for an answer. It does not count for modules that see cards through pcscd. For
+	// them, pcscd tells the agent of cards, and the agent knows whether there is a new
+	// card to read.
 	eventTimeout = 2 * time.Second
-	// probeTimeout is how long it may take beside a thread that waits for events.
+	// probeTimeout is the same limit while a thread waits for events.
 	probeTimeout = 3 * time.Second
 )
 
-// watch tells the agent when slots or tokens have changed since it last asked
-// for them. It does not disturb the cards.
+// watch tells the agent when slots or tokens have changed since the agent last asked for
+// them. It does not disturb the cards.
 //
 //	waiting ──(not supported, or failed at once)──▶ polling ──(a change)──▶ waiting
 //	   ├──(nothing else is answered beside it)──▶ lost: the next process polls only
 //	   └──(fails although it worked)────────────▶ lost: the next process waits again
 //
-// It returns when it is known how it is done. poll: only by asking again and
-// again.
+// watch returns when it knows whether to wait or to poll. If poll is set, it only polls.
 func (s *server) watch(lib *library, poll bool) error {
 	w := newWaiter()
 	w.wait = lib.waitForSlotEvent
@@ -56,7 +56,7 @@ func (s *server) watch(lib *library, poll bool) error {
 	w.tell = s.tell
 	w.lost = s.lose
 	w.probe = func() {
-		_, _ = lib.slots(true) // what counts is that it returns
+		_, _ = lib.slots(true) // only the return counts
 	}
 	s.waiter = w
 	if !poll {
@@ -69,8 +69,8 @@ func (s *server) watch(lib *library, poll bool) error {
 	return nil
 }
 
-// tell says that slots or tokens have changed, and forgets the tokens that have gone after
-// that. When it fails the reader sees the end, too.
+// tell tells the agent that slots or tokens have changed, and then forgets the tokens
+// that have gone. If tell fails, the reader sees the end of the connection, too.
 func (s *server) tell() {
 	var gone []wire.SlotID
 	s.mu.Lock()
@@ -83,14 +83,14 @@ func (s *server) tell() {
 	s.retireLeaving()
 }
 
-// lose tells the agent that this process is of no use any more.
+// lose tells the agent that this process is of no further use.
 func (s *server) lose(err error) {
 	e, ok := err.(*wire.Error)
 	if !ok {
 		e = &wire.Error{Text: err.Error()}
 	}
 	s.lost.Store(true)
-	_ = s.conn.WriteLost(e) // as tell
+	_ = s.conn.WriteLost(e) // on failure, the reader sees the end, as in tell
 }
 
 // busy tells whether the agent waits for an answer.
@@ -105,8 +105,8 @@ func (s *server) busy() bool {
 	return len(s.requests) > 0
 }
 
-// changedSoon is changed after an event of the module. A module may hang when a token is
-// taken out, and so may all that is asked of it: the agent is told.
+// changedSoon calls changed after an event of the module. A module may hang when a token
+// is taken out, and so may every call of it. Then changedSoon tells the agent.
 func (s *server) changedSoon(lib *library) bool {
 	done := make(chan bool, 1)
 	go func() { done <- s.changed(lib) }()
@@ -139,7 +139,7 @@ func (s *server) poll(lib *library, w *eventWaiter, only bool) {
 			case changed = <-done:
 				waiting = false
 			case <-time.After(hungAfter):
-				// A slow card may be at work for somebody, who has a deadline.
+				// A slow card may work on a request, and the request has a deadline.
 				if !s.busy() {
 					s.lose(&wire.Error{Function: "C_GetSlotList", Text: fmt.Sprintf("the module did not answer within %v", hungAfter)})
 					return
@@ -151,7 +151,7 @@ func (s *server) poll(lib *library, w *eventWaiter, only bool) {
 			s.tell()
 		}
 		if changed && !only && w.mayStart() {
-			// The reader service may have come.
+			// The reader service may have started.
 			w.start()
 			if err := w.settle(); err != nil {
 				s.lose(err)
@@ -161,8 +161,8 @@ func (s *server) poll(lib *library, w *eventWaiter, only bool) {
 	}
 }
 
-// rest waits until it is time for the next look, which is sooner when the waiter
-// gives up meanwhile.
+// rest waits until the next look. The next look is sooner if the waiter gives up
+// meanwhile.
 func (s *server) rest(w *eventWaiter, r *rhythm) {
 	for begin := time.Now(); ; {
 		s.mu.Lock()
@@ -180,16 +180,16 @@ func (s *server) rest(w *eventWaiter, r *rhythm) {
 	}
 }
 
-// A rhythm decides how long the slots are left alone between two looks at them.
+// A rhythm decides how much time passes between two looks at the slots.
 type rhythm struct {
-	costs []time.Duration // of the last looks that found nothing new, three at most
-	still time.Time       // when something was new last
+	costs []time.Duration // of the last looks without a change, three at most
+	still time.Time       // the time of the last change
 }
 
 func newRhythm(now time.Time) *rhythm { return &rhythm{still: now} }
 
-// polled notes what a look took. One that found something new does not count: it
-// may have been the module's first look at a card.
+// polled notes the cost of a look. A look with a change does not count: it may have been
+// the module's first look at a card.
 func (r *rhythm) polled(now time.Time, cost time.Duration, changed bool) {
 	if changed {
 		r.still = now
@@ -201,8 +201,8 @@ func (r *rhythm) polled(now time.Time, cost time.Duration, changed bool) {
 	r.costs = append(r.costs, cost)
 }
 
-// pause returns how long to wait before the next look. waits tells that events
-// are waited for, fixed that nothing can be plugged into a slot.
+// pause returns how long to wait before the next look. waits tells that a thread waits
+// for events. fixed tells that no token can be plugged into a slot.
 func (r *rhythm) pause(now time.Time, waits, fixed bool) time.Duration {
 	pause := pollEvery
 	switch {
@@ -212,63 +212,65 @@ func (r *rhythm) pause(now time.Time, waits, fixed bool) time.Duration {
 		pause = pollFixed
 	}
 	if len(r.costs) > 0 {
-		// The least of several: the others may have waited for something else.
+		// Use the least of several costs: the other looks may have waited for another
+		// call.
 		pause = max(pause, min(pollShare*slices.Min(r.costs), pollMost))
 	}
 	return pause
 }
 
 const (
-	// drainMost bounds how often a module is asked for events of before.
+	// drainMost bounds the calls that ask a module for earlier events.
 	drainMost = 256
-	// drainTimeout is after which a call that was not to wait counts as one that
-	// does: some modules do not know the flag.
+	// drainTimeout is the time after which a call that should not wait counts as one that
+	// waits. Some modules do not know the flag.
 	drainTimeout = 5 * time.Second
-	// asleepAfter is after which a thread counts as one that waits, if that cannot
-	// be seen.
+	// asleepAfter is the time after which a thread counts as waiting, if the system does
+	// not show it.
 	asleepAfter = 50 * time.Millisecond
-	// failMost is how often in a row a wait may fail after it worked. The pauses in
-	// between double.
+	// failMost is how often in a row a wait may fail after it has worked. The pauses
+	// between the tries double.
 	failMost  = 3
 	failPause = 100 * time.Millisecond
-	// stormy is how many events make a module one that need not be seen to wait.
+	// After stormy events, the thread need not be seen waiting.
 	stormy = 3
-	// Events that change nothing are waited for with a pause in between, and told
-	// of seldom.
+	// After an event that changes nothing, the waiter pauses (vainMin to vainMost). It
+	// tells the agent of such events seldom (tellMin to tellMost).
 	vainMin, vainMost = 10 * time.Millisecond, time.Second
 	tellMin, tellMost = time.Second, time.Minute
 )
 
-// An eventWaiter has a thread of its own that waits in C_WaitForSlotEvent.
+// An eventWaiter has its own thread, which waits in C_WaitForSlotEvent.
 //
-// The thread is run's, which ends when the module does not support the call, or
-// when it fails. Whoever shuts the module down has it stay out meanwhile.
+// The thread belongs to run. It ends when the module does not support the call, or when
+// the call fails. A caller that shuts the module down keeps the thread out meanwhile,
+// with stayOut.
 type eventWaiter struct {
 	wait    func(block bool) error // C_WaitForSlotEvent
 	changed func() bool            // looks at the slots, and tells whether they have changed
 	tell    func()
 	lost    func(error)
-	probe   func() // any other call, which returns if the module answers
+	probe   func() // any other call; it returns if the module answers
 
 	mu       sync.Mutex
-	moved    chan struct{} // closed and replaced at each change of what follows
+	moved    chan struct{} // closed and replaced at each change of the fields below
 	running  bool
-	never    bool // it is not supported
+	never    bool // the module does not support the call
 	paused   bool
 	lives    int // how often the module was started again
 	inside   bool
-	blocking bool      // the call under way is to wait
+	blocking bool      // the call under way should wait
 	since    time.Time // when the call under way began
 	calls    int
-	events   int // calls that were to wait, and returned one
+	events   int // waiting calls that returned an event
 	thread   int
-	trusted  bool // it was seen to wait, with the module answering beside it
-	owed     bool // an event was not told of yet
+	trusted  bool // the thread was seen waiting while the module answered another call
+	owed     bool // the agent was not told of an event yet
 }
 
 func newWaiter() *eventWaiter { return &eventWaiter{moved: make(chan struct{})} }
 
-// move changes the state under mu and wakes those who wait for it.
+// move changes the state under mu and wakes the goroutines that wait for a change.
 func (w *eventWaiter) move(f func()) {
 	w.mu.Lock()
 	defer w.mu.Unlock()
@@ -286,22 +288,23 @@ func (w *eventWaiter) start() {
 	}()
 }
 
-// waits tells whether events are waited for, as far as is known, and returns what
-// is closed when that may have changed.
+// waits tells whether a thread waits for events, as far as is known. It also returns a
+// channel that is closed when this may have changed.
 func (w *eventWaiter) waits() (bool, <-chan struct{}) {
 	w.mu.Lock()
 	defer w.mu.Unlock()
 	return w.running && w.trusted, w.moved
 }
 
-// mayStart tells whether it does not run, and might.
+// mayStart tells whether the thread does not run, and can be started.
 func (w *eventWaiter) mayStart() bool {
 	w.mu.Lock()
 	defer w.mu.Unlock()
 	return !w.running && !w.never
 }
 
-// owes tells whether an event was not told of yet, which the caller is to do.
+// owes tells whether the agent was not told of an event yet. If so, the caller tells the
+// agent.
 func (w *eventWaiter) owes() bool {
 	w.mu.Lock()
 	defer w.mu.Unlock()
@@ -310,17 +313,17 @@ func (w *eventWaiter) owes() bool {
 	return owed
 }
 
-// run waits for events until that fails, and returns why.
+// run waits for events until a wait fails, and returns the error.
 func (w *eventWaiter) run() error {
 	runtime.LockOSThread()
 	defer runtime.UnlockOSThread()
 	w.move(func() { w.thread = unix.Gettid() })
-	block := false // at first the module tells of cards that were there before
+	block := false // at first the module reports cards that were there before
 	life, drained, failures := 0, 0, 0
 	var vain, gap time.Duration
-	var next time.Time // when an event that changes nothing may be told of
+	var next time.Time // when the agent may be told of an event that changes nothing
 	for {
-		if n := w.enter(block, life); n != life { // cards are told of once more
+		if n := w.enter(block, life); n != life { // the module reports the cards again
 			life, block, drained = n, false, 0
 		}
 		began := time.Now()
@@ -337,7 +340,7 @@ func (w *eventWaiter) run() error {
 		case !block && c == wire.CKRNoEvent:
 			block = true
 			continue
-		case !block && err == nil && took < drainTimeout: // else it has waited in any case
+		case !block && err == nil && took < drainTimeout: // otherwise the call has waited
 			drained++
 			block = drained == drainMost
 			continue
@@ -359,7 +362,7 @@ func (w *eventWaiter) run() error {
 			w.owes()
 			w.tell()
 		default:
-			// Another card in place of one, or nothing at all.
+			// One card has replaced another, or nothing has changed.
 			if now := time.Now(); now.Before(next) {
 				w.move(func() { w.owed = true })
 			} else {
@@ -374,15 +377,15 @@ func (w *eventWaiter) run() error {
 	}
 }
 
-// beside tells whether the module was seen to answer while a thread waits.
+// beside tells whether the module was seen to answer another call while a thread waits.
 func (w *eventWaiter) beside() bool {
 	w.mu.Lock()
 	defer w.mu.Unlock()
 	return w.trusted
 }
 
-// enter is called before the module is, and waits until that may be. It returns
-// how often the module was started again: if that is not life, the call is not to
+// enter waits until the thread may call the module. Call it before each call. It returns
+// how often the module was started again. If that number is not life, the call must not
 // wait.
 func (w *eventWaiter) enter(block bool, life int) int {
 	for {
@@ -400,11 +403,11 @@ func (w *eventWaiter) enter(block bool, life int) int {
 	}
 }
 
-// leave is called after the module has returned.
+// leave notes that the call of the module has returned.
 func (w *eventWaiter) leave() { w.move(func() { w.inside = false }) }
 
-// stayOut keeps the thread out of the module until resume, and tells whether it
-// is out. When it is not, nothing is changed.
+// stayOut keeps the thread out of the module until resume. It returns false, and changes
+// nothing, if the thread is in the module.
 func (w *eventWaiter) stayOut() (out bool) {
 	w.move(func() {
 		out = !w.inside
@@ -413,12 +416,12 @@ func (w *eventWaiter) stayOut() (out bool) {
 	return out
 }
 
-// resume ends what stayOut began. The module may be another by now.
+// resume ends stayOut. The module may have been started again meanwhile.
 func (w *eventWaiter) resume() { w.move(func() { w.paused = false; w.lives++ }) }
 
-// settle finds out whether the module answers while the thread waits in it. Some
-// serve one call after the other: p11-kit-client.so of p11-kit 0.24 does. It
-// returns when that is known, or the thread does not wait.
+// settle finds out whether the module answers while the thread waits in it. Some modules
+// serve one call after the other: p11-kit-client.so of p11-kit 0.24 does. settle returns
+// when it knows the answer, or when the thread does not run.
 func (w *eventWaiter) settle() error {
 	for !w.asleep() {
 		w.mu.Lock()
@@ -470,8 +473,8 @@ func (w *eventWaiter) asleep() bool {
 	return w.inside && w.calls == calls
 }
 
-// sleeps tells whether a thread of this process is off the processor (proc(5),
-// stat). Where there is no /proc, no thread is.
+// sleeps tells whether a thread of this process is off the processor (proc(5), stat).
+// Without /proc, it returns false.
 func sleeps(thread int) bool {
 	s, ok := procstat.OfThread(thread)
 	return ok && (s.State == 'S' || s.State == 'D')

@@ -11,13 +11,13 @@ import (
 	"golang.org/x/sys/unix"
 )
 
-// denied are the system calls that fail with EPERM, as they do for many who lack
-// a privilege: what it is that calls them goes on. callsHere has more.
+// denied are the system calls that fail with EPERM. They also fail with EPERM for a
+// program without a privilege, so the calling program goes on. callsHere has more.
 //
-// This is written here and not left to github.com/elastic/go-seccomp-bpf: in
-// version 1.6 of that, a list of what is denied lets everything through that a
-// 32-bit call asks for, there is no error but EPERM, and a thread that did not
-// take the filter (seccomp(2), SECCOMP_FILTER_FLAG_TSYNC) counts as success.
+// The filter is here because github.com/elastic/go-seccomp-bpf 1.6 does not suffice. With
+// a list of denied calls, it allows every 32-bit call. It has no error except EPERM. It
+// takes a thread that did not accept the filter for a success (seccomp(2),
+// SECCOMP_FILTER_FLAG_TSYNC).
 var denied = []uintptr{
 	// Other processes.
 	unix.SYS_PTRACE, unix.SYS_PROCESS_VM_READV, unix.SYS_PROCESS_VM_WRITEV, unix.SYS_PROCESS_MADVISE,
@@ -29,7 +29,7 @@ var denied = []uintptr{
 	unix.SYS_FSOPEN, unix.SYS_FSCONFIG, unix.SYS_FSMOUNT, unix.SYS_FSPICK, unix.SYS_MOUNT_SETATTR,
 	unix.SYS_OPEN_BY_HANDLE_AT, unix.SYS_FANOTIFY_INIT,
 	unix.SYS_UNSHARE, unix.SYS_SETNS,
-	// The kernel, and the ways into it that were found open most often.
+	// The kernel, and the ways into it that attackers use most often.
 	unix.SYS_INIT_MODULE, unix.SYS_FINIT_MODULE, unix.SYS_DELETE_MODULE, unix.SYS_KEXEC_LOAD, unix.SYS_KEXEC_FILE_LOAD,
 	unix.SYS_BPF, unix.SYS_PERF_EVENT_OPEN, unix.SYS_USERFAULTFD,
 	unix.SYS_IO_URING_SETUP, unix.SYS_IO_URING_ENTER, unix.SYS_IO_URING_REGISTER,
@@ -46,52 +46,53 @@ var denied = []uintptr{
 	unix.SYS_REMOVEXATTR, unix.SYS_LREMOVEXATTR, unix.SYS_FREMOVEXATTR, unix.SYS_REMOVEXATTRAT, unix.SYS_FILE_SETATTR,
 }
 
-// controls are the requests of ioctl that are denied, by the numbers that they have on
-// the processors of callsHere.
+// controls are the denied requests of ioctl, with their numbers on the processors of
+// callsHere.
 var controls = []uint32{
-	// Attributes of files and subvolumes that a file open for reading is enough for, as
-	// above (linux/fs.h, linux/fsverity.h, linux/fscrypt.h, linux/btrfs.h).
+	// Attributes of files and subvolumes. As above, a file that is open for reading is
+	// enough for these requests (linux/fs.h, linux/fsverity.h, linux/fscrypt.h,
+	// linux/btrfs.h).
 	unix.FS_IOC_SETFLAGS, 0x40046602 /* of 32 bits */, 0x401c5820 /* FS_IOC_FSSETXATTR */, 0x40087602, 0x40047602, /* FS_IOC_SETVERSION */
 	unix.FS_IOC_ENABLE_VERITY, unix.FS_IOC_SET_ENCRYPTION_POLICY,
 	0x5000940e /* BTRFS_IOC_SUBVOL_CREATE */, 0x50009418, 0x50009401 /* BTRFS_IOC_SNAP_CREATE */, 0x50009417,
 	0x5000940f /* BTRFS_IOC_SNAP_DESTROY */, 0x5000943f, 0x4008941a, /* BTRFS_IOC_SUBVOL_SETFLAGS */
-	// Keys that the user's encrypted files are closed without (linux/fscrypt.h).
+	// Keys that open the user's encrypted files (linux/fscrypt.h).
 	0xc0506617 /* FS_IOC_ADD_ENCRYPTION_KEY */, 0xc0406618, /* FS_IOC_REMOVE_ENCRYPTION_KEY */
-	// What is typed at a terminal.
+	// Input to a terminal.
 	unix.TIOCSTI, unix.TIOCLINUX,
-	// Whom the kernel signals when there is something to read.
+	// The process that the kernel signals when a file has input.
 	0x8901 /* FIOSETOWN */, unix.SIOCSPGRP,
 }
 
-// fileControls are the requests of fcntl that are denied: whom the kernel signals, and
-// with what, and a lease, which delays others that open the file.
+// fileControls are the denied requests of fcntl. They set the process and the signal of
+// the kernel's notifications. A lease delays other processes that open the file.
 var fileControls = []uint32{unix.F_SETOWN, unix.F_SETOWN_EX, unix.F_SETSIG, unix.F_SETLEASE}
 
-// noClone are the flags of clone that make new namespaces, and one that makes a child
-// of the agent, which does not wait for that.
+// noClone are the denied flags of clone. They make new namespaces, or a child of the
+// agent, and the agent does not wait for such a child.
 const noClone = unix.CLONE_PARENT | unix.CLONE_NEWNS | unix.CLONE_NEWCGROUP | unix.CLONE_NEWUTS | unix.CLONE_NEWIPC |
 	unix.CLONE_NEWUSER | unix.CLONE_NEWPID | unix.CLONE_NEWNET
 
-// Where struct seccomp_data (linux/seccomp.h) has what is asked for. Arguments have 64
-// bits. Of those that are looked at here the kernel uses the lower half, which comes
-// first on the processors of callsHere.
+// These are offsets in struct seccomp_data (linux/seccomp.h). Arguments have 64 bits. Of
+// the arguments that the filter checks, the kernel uses the lower half. The lower half
+// comes first on the processors of callsHere.
 const (
 	dataCall  = 0
 	dataArch  = 4
 	dataFirst = 16
 )
 
-// restrictCalls denies system calls to all threads, and with signals those that send
-// signals to other processes.
+// restrictCalls denies system calls to all threads. If signals is set, it also denies
+// calls that send signals to other processes.
 func restrictCalls(signals bool) error {
 	return install(program(uint32(os.Getpid()), signals))
 }
 
-// program is the filter of the process that has this number.
+// program returns the filter for the process with the number own.
 //
-// The processes that it starts have other numbers. They can do to themselves what takes
-// 0 for their own number, and with signals denied they cannot signal at all: the C
-// library ends such a process in another way when it calls abort.
+// The programs that this process starts have other numbers. On themselves they can use
+// the calls that take 0 for their own number. If signals is set, they cannot send
+// signals: when such a process calls abort, the C library ends it in another way.
 func program(own uint32, signals bool) []unix.SockFilter {
 	p := []unix.SockFilter{
 		load(dataArch),
@@ -108,8 +109,8 @@ func program(own uint32, signals bool) []unix.SockFilter {
 		}
 	}
 	p = append(p,
-		// Its flags are in memory, where a filter cannot see them. C libraries take
-		// this answer for that of an old kernel, and call clone.
+		// The flags of clone3 are in memory, where a filter cannot see them. C libraries
+		// take ENOSYS for the answer of an old kernel, and call clone.
 		jump(unix.BPF_JEQ, unix.SYS_CLONE3, 0, 1), answer(unix.ENOSYS),
 		jump(unix.BPF_JEQ, unix.SYS_CLONE, 0, 4),
 		load(dataFirst),
@@ -132,7 +133,8 @@ func program(own uint32, signals bool) []unix.SockFilter {
 		except(unix.SYS_FCNTL, argument{1, fileControls}),
 	)
 	if signals {
-		// The process leads a group of its own, which has nothing but what it has started.
+		// The process leads its own group. The group has only processes that it has
+		// started.
 		rules = append(rules,
 			only(unix.SYS_KILL, argument{0, []uint32{0, own, -own}}),
 			only(unix.SYS_TGKILL, argument{0, []uint32{own}}),
@@ -145,7 +147,8 @@ func program(own uint32, signals bool) []unix.SockFilter {
 	return append(slices.Concat(append([][]unix.SockFilter{p}, rules...)...), allow)
 }
 
-// An argument is one of a system call, counted from 0, and values of it.
+// An argument is the index of a system call's argument, counted from 0, and values for
+// it.
 type argument struct {
 	index  uint32
 	values []uint32
@@ -153,7 +156,8 @@ type argument struct {
 
 var allow = unix.SockFilter{Code: unix.BPF_RET | unix.BPF_K, K: unix.SECCOMP_RET_ALLOW}
 
-// only allows a call when each of the arguments has one of its values.
+// only returns a rule that allows a call when each of the arguments has one of its
+// values.
 func only(call uintptr, args ...argument) (rule []unix.SockFilter) {
 	for _, a := range args {
 		rule = append(rule, load(dataFirst+8*a.index))
@@ -165,7 +169,7 @@ func only(call uintptr, args ...argument) (rule []unix.SockFilter) {
 	return when(call, append(rule, allow))
 }
 
-// except allows a call unless the argument has one of the values.
+// except returns a rule that allows a call unless the argument has one of the values.
 func except(call uintptr, a argument) []unix.SockFilter {
 	rule := []unix.SockFilter{load(dataFirst + 8*a.index)}
 	for i, v := range a.values {
@@ -174,7 +178,7 @@ func except(call uintptr, a argument) []unix.SockFilter {
 	return when(call, append(rule, allow, answer(unix.EPERM)))
 }
 
-// when has a rule, which decides, apply to a call.
+// when applies a rule to one call only. The rule decides about the call.
 func when(call uintptr, rule []unix.SockFilter) []unix.SockFilter {
 	return append([]unix.SockFilter{jump(unix.BPF_JEQ, uint32(call), 0, uint8(len(rule)))}, rule...)
 }
@@ -191,8 +195,8 @@ func answer(errno unix.Errno) unix.SockFilter {
 	return unix.SockFilter{Code: unix.BPF_RET | unix.BPF_K, K: unix.SECCOMP_RET_ERRNO | uint32(errno)}
 }
 
-// install puts a filter before the system calls of all threads. The calling
-// thread has no_new_privs, and hands that on.
+// install puts a filter before the system calls of all threads. The calling thread has
+// no_new_privs, and the kernel hands no_new_privs to the other threads.
 func install(p []unix.SockFilter) error {
 	prog := unix.SockFprog{Len: uint16(len(p)), Filter: &p[0]}
 	r, _, errno := unix.Syscall(unix.SYS_SECCOMP, unix.SECCOMP_SET_MODE_FILTER, unix.SECCOMP_FILTER_FLAG_TSYNC, uintptr(unsafe.Pointer(&prog)))

@@ -14,25 +14,25 @@ import (
 	"p11-agent/token/wellknown"
 )
 
-// What is forbidden, but for the paths that are writable. Devices are made
-// nowhere: who may make them gets at every disk.
+// forbidden holds the rights that the module loses outside of its writable paths. It may
+// make devices nowhere, because a program that makes devices can reach every disk.
 const (
 	writeFile = landlock.AccessFSSet(ll.AccessFSWriteFile | ll.AccessFSTruncate)
 	writeDir  = writeFile | landlock.AccessFSSet(ll.AccessFSRemoveDir|ll.AccessFSRemoveFile|
 		ll.AccessFSMakeDir|ll.AccessFSMakeReg|ll.AccessFSMakeSock|ll.AccessFSMakeFifo|ll.AccessFSMakeSym|ll.AccessFSRefer)
 	forbidden = writeDir | landlock.AccessFSSet(ll.AccessFSMakeChar|ll.AccessFSMakeBlock)
 
-	// Rights that older kernels lack: there, files are not moved from one directory
-	// to another at all, and a file that may only be read can still be emptied.
+	// Older kernels lack these rights. There, no file can be moved from one directory to
+	// another, and a module can empty a file that it may only read.
 	sinceABI2 = landlock.AccessFSSet(ll.AccessFSRefer)
 	sinceABI3 = landlock.AccessFSSet(ll.AccessFSTruncate)
 
-	// What reaches no process outside, and is in kernels from version 6 of Landlock on.
+	// scopes reach no process outside. Kernels have them from version 6 of Landlock on.
 	scopes = landlock.ScopedSet(ll.ScopeSignal | ll.ScopeAbstractUnixSocket)
 )
 
-// scoped tells whether the kernel confines signals, and does it right: the first
-// kernels that do, before 6.12.26, refuse signals between threads of one process
+// scoped tells whether the kernel confines signals correctly. The first kernels that
+// confine signals, before 6.12.26, refuse signals between threads of one process
 // (Documentation/userspace-api/landlock.rst, "Erratum 2").
 func scoped(abi int) bool {
 	const signals = 1 << 1
@@ -40,7 +40,7 @@ func scoped(abi int) bool {
 	return abi >= 6 && err == nil && errata&signals != 0
 }
 
-// supported returns those of the rights that a version of Landlock has.
+// supported returns the rights that a version of Landlock has.
 func supported(abi int, rights landlock.AccessFSSet) landlock.AccessFSSet {
 	if abi < 2 {
 		rights &^= sinceABI2
@@ -51,12 +51,14 @@ func supported(abi int, rights landlock.AccessFSSet) landlock.AccessFSSet {
 	return rights
 }
 
-// restrictFiles forbids to write files and, where scoped has it, to signal processes
-// outside and to connect to their abstract sockets. It returns the version of Landlock
-// in force, 0 for none, and those of o.Write that are not there.
+// restrictFiles keeps the process from writing files. If scoped returns true, it also
+// keeps the process from signalling processes outside, and from connecting to their
+// abstract sockets. It returns the version of Landlock in force, or 0. missing are the
+// paths of o.Write that do not exist.
 //
-// The library knows ways to make all threads obey, and to do as much as the
-// kernel can. The latter is not used: it calls nothing at all a success.
+// The library can restrict all threads. It can also restrict as much as the kernel
+// supports. restrictFiles does not use the latter, because that mode reports success even
+// if the kernel supports nothing.
 func restrictFiles(o Options) (abi int, missing []string, err error) {
 	abi, err = ll.LandlockGetABIVersion()
 	if err != nil {
@@ -100,15 +102,15 @@ func restrictFiles(o Options) (abi int, missing []string, err error) {
 	return abi, missing, nil
 }
 
-// Whatever the module is. Of devices only those are here that cards, TPMs and
-// HSMs are behind, and those that hurt nobody; a terminal is none of them.
+// Every module may write these. The devices are those behind which cards, TPMs and HSMs
+// are, and harmless ones. No terminal is among them.
 var anyModule = []string{
 	"/tmp", "/var/tmp", "/run/lock", "/dev/shm", "/proc/self",
 	"/dev/null", "/dev/zero", "/dev/full", "/dev/random", "/dev/urandom",
 	"/dev/tpm[0-9]*", "/dev/tpmrm[0-9]*", "/dev/bus/usb", "/dev/usb", "/dev/hidraw*",
 }
 
-// known returns what the module is known to write, some of which may not be there.
+// known returns the paths that the module is known to write. Some may not exist.
 func known(o Options) []string {
 	var all []string
 	for _, pattern := range anyModule {
@@ -123,11 +125,11 @@ func known(o Options) []string {
 	}
 	own(o.Getenv("TMPDIR"))
 
-	// p11-kit's proxy loads the others into this process. What a variable names
-	// counts for every module, as one may be wrapped in another.
+	// p11-kit's proxy loads the other modules into this process. A path in a variable
+	// counts for every module, because a module may be wrapped in another.
 	file := o.Module
 	if wellknown.KindOf(file) == wellknown.Spy {
-		file = o.Getenv("PKCS11SPY") // the module that it hands all calls to
+		file = o.Getenv("PKCS11SPY") // the module that gets all calls from the spy
 	}
 	proxy := strings.Contains(filepath.Base(file), "p11-kit-proxy")
 	is := func(kind wellknown.Kind) bool { return proxy || wellknown.KindOf(file) == kind }
@@ -160,9 +162,9 @@ func known(o Options) []string {
 	return all
 }
 
-// nssDatabase returns the directory of the database that NSS's softokn is told to use:
+// nssDatabase returns the database directory in the arguments of NSS's softokn:
 // configdir='sql:/home/me/.pki/nssdb' (NSS, doc/rst/legacy/pkcs11/module_specs). NSS
-// locks the files of a database with a file beside them, also to read.
+// locks a database with a file beside the database's files, even for reading.
 func nssDatabase(args string) string {
 	_, value, found := strings.Cut(args, "configdir=")
 	if !found || value == "" {
@@ -179,8 +181,9 @@ func nssDatabase(args string) string {
 	return dir
 }
 
-// acceptable tells whether a path may be written that nobody has named for this
-// very purpose: not everything, and not the home directory.
+// acceptable tells whether the module may write a path that the configuration does not
+// name for writing. Such a path must not be the root or the home directory, or contain
+// the home directory.
 func acceptable(path, home string) bool {
 	if !filepath.IsAbs(path) {
 		return false
@@ -196,11 +199,11 @@ func acceptable(path, home string) bool {
 	return err == nil && (rest == ".." || strings.HasPrefix(rest, "../"))
 }
 
-// makeOne makes a directory, private to the user, that the module would make: it can
-// do so no more afterwards. What it is in has to be there.
+// makeOne makes a private directory that the module would make itself. In the sandbox the
+// module can no longer make it. The parent directory has to exist.
 func makeOne(path string) string {
 	if filepath.IsAbs(path) {
-		_ = os.Mkdir(path, 0o700) // it may be there, or not be wanted: as without a sandbox
+		_ = os.Mkdir(path, 0o700) // the directory may exist, or be unwanted: as without a sandbox
 	}
 	return path
 }

@@ -1,18 +1,19 @@
-// Package sandbox takes from a module process what no PKCS#11 module needs: to
-// write files other than its own (Landlock), and system calls by which one
-// process gets at another or at the kernel (seccomp). It is called before the
-// module is loaded, for all threads of the process, those of C that come later,
-// and the programs that they start.
+// Package sandbox takes away from a module process the rights that no PKCS#11 module
+// needs. Landlock keeps the module from writing files other than its own. seccomp denies
+// system calls by which one process attacks another process or the kernel. The process
+// enters the sandbox before it loads the module. The sandbox holds for all threads of the
+// process, for later threads of C, and for the programs that they start.
 //
-// It promises to tell what is in force and what is not: nothing is taken for
-// granted, and nothing is best effort in silence.
+// The package reports which parts are in force and which are not. It takes nothing for
+// granted, and no part fails silently.
 //
-// Reading files stays free, and so do starting programs and sockets other than abstract
-// ones: a module reaches its daemon by them, and asks for a PIN with a dialogue of its own.
-// So this keeps a module that is broken or taken over from changing the person's files
-// and their modes, from reading the memory of other processes, and from stopping or
-// starving them. It does not keep it from asking another program, over that one's
-// socket, to do something for it.
+// The module may still read files, start programs and use sockets other than abstract
+// sockets. A module needs these to reach its daemon, and to ask for a PIN with its own
+// dialogue.
+//
+// So the sandbox limits a module that is broken or taken over. It cannot change the
+// person's files and their modes, read the memory of other processes, or stop or starve
+// them. But it can still ask another program, over that program's socket, to act for it.
 package sandbox
 
 import (
@@ -25,27 +26,28 @@ import (
 	"p11-agent/token/wire"
 )
 
-// Options say what a module may write.
+// Options tell Enter what a module may write.
 type Options struct {
-	// Module is the path of the module's file. Of what modules are known to write,
-	// each gets its own.
+	// Module is the path of the module's file. A module that the package knows may write
+	// its known files.
 	Module string
-	// InitArgs are what the module is started with.
+	// InitArgs is the string for the module's C_Initialize.
 	InitArgs string
-	// Write are more files and directories, absolute.
+	// Write are more files and directories that the module may write. The paths are
+	// absolute.
 	Write []string
-	// Getenv is os.Getenv, or what tests put in its place.
+	// Getenv is os.Getenv, or a test's replacement.
 	Getenv func(string) string
 }
 
-// Enter confines the process for good, and tells how far that went. What fails
-// is in the report: the process may go on. It is to be called once.
+// Enter confines the process permanently, and reports which parts are in force. If a part
+// fails, the report says so, and the process may go on. Call Enter once.
 func Enter(o Options) wire.Sandbox {
 	runtime.LockOSThread()
 	defer runtime.UnlockOSThread()
 	var r wire.Sandbox
-	// Without it neither of the two can be had by those who are not root. Each
-	// thread has its own: seccomp hands it to the others with the filter.
+	// Without no_new_privs, only root can use Landlock and seccomp. Each thread has its
+	// own no_new_privs. seccomp hands it to the other threads with the filter.
 	if err := unix.Prctl(unix.PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0); err != nil {
 		r.FilesError, r.CallsError = reason(err), reason(err)
 		return r
@@ -64,10 +66,10 @@ func Enter(o Options) wire.Sandbox {
 	return r
 }
 
-// errUnsupported is why something is not in force that the kernel does not have.
+// errUnsupported is the error for a part that the kernel does not have.
 var errUnsupported = errors.New("not supported by this kernel")
 
-// reason says in a few words why something is not in force.
+// reason says in a few words why a part is not in force.
 func reason(err error) string {
 	if errno, ok := errors.AsType[unix.Errno](err); ok {
 		switch errno {
@@ -76,5 +78,5 @@ func reason(err error) string {
 		}
 		return "refused (" + unix.ErrnoName(errno) + ")"
 	}
-	return strings.ToValidUTF8(err.Error(), "?") // it may have a path
+	return strings.ToValidUTF8(err.Error(), "?") // the error may have a path
 }

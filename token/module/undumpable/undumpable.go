@@ -1,15 +1,17 @@
-// Package undumpable keeps other processes of the user from looking into this one,
-// from before the first instruction of the Go runtime on.
+// Package undumpable keeps other processes of the user from reading this process, from
+// before the first instruction of the Go runtime.
 //
-// A process that is not dumpable (PR_SET_DUMPABLE, prctl(2)) cannot be traced, its
-// /proc/PID/mem cannot be opened, and it leaves no core file. The kernel makes each
-// process dumpable when it executes a program, unless the user must not read the
-// program's file. So a program that its user can read is open until the dynamic loader
-// has done its work, which is half a millisecond; one of mode 0711 is never open. Whoever
-// opens /proc/PID/mem in that time keeps it: package secret is for that.
+// No process can trace a process that is not dumpable (PR_SET_DUMPABLE, prctl(2)), or
+// open its /proc/PID/mem. It leaves no core file. When a process executes a program, the
+// kernel makes the process dumpable, unless the user must not read the program's file.
 //
-// A constructor in C does it, as the Go runtime and the packages of a program take
-// milliseconds before main. A program gets it by importing this package.
+// So a program that its user can read is open until the dynamic loader has done its work.
+// This takes half a millisecond. A program of mode 0711 is never open. A process that
+// opens /proc/PID/mem in that time keeps it open: package secret protects secrets against
+// this.
+//
+// A constructor in C makes the process undumpable, because the Go runtime and the
+// packages of a program take milliseconds before main. To use it, import this package.
 package undumpable
 
 // #include <sys/prctl.h>
@@ -34,9 +36,9 @@ import (
 	"golang.org/x/sys/unix"
 )
 
-// Enforce makes the process undumpable if it is not. It fails if that cannot be
-// done, and if another process traces this one: that has begun before, and goes on. It is
-// called as the first act of main, and again before there are secrets.
+// Enforce makes the process undumpable if it is not. It fails if this is impossible. It
+// also fails if another process traces this process: such tracing does not end. Call
+// Enforce as the first act of main, and again before the process holds secrets.
 func Enforce() error {
 	if err := unix.Prctl(unix.PR_SET_DUMPABLE, 0, 0, 0, 0); err != nil {
 		return fmt.Errorf("keep other processes from looking into this one: %w", err)
@@ -51,8 +53,8 @@ func Enforce() error {
 	return nil
 }
 
-// Suspend makes the process dumpable, for another one that has to see which program it
-// is. It is for a process that holds no secret. Enforce ends it.
+// Suspend makes the process dumpable, so that another process can see which program it
+// runs. Call it only in a process that holds no secret. Enforce reverses it.
 func Suspend() error {
 	if err := unix.Prctl(unix.PR_SET_DUMPABLE, 1, 0, 0, 0); err != nil {
 		return fmt.Errorf("let the agent see which program this is: %w", err)
@@ -60,8 +62,9 @@ func Suspend() error {
 	return nil
 }
 
-// tracer returns the process that traces this one, or 0. The kernel says 0 as well of one
-// that is outside of this PID namespace, whose user can do everything here anyway.
+// tracer returns the process that traces this process, or 0. The kernel also reports 0
+// for a process outside of this PID namespace. The user of such a process can do
+// everything here anyway.
 func tracer() (int, error) {
 	f, err := os.Open("/proc/self/status")
 	if err != nil {
