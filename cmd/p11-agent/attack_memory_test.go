@@ -131,7 +131,7 @@ func found(pid string, text []byte) (int, error) {
 }
 
 // "make install" installs the program in such a way that no other program can read its memory,
-// not even before its first instruction. The honest program can still use the control socket.
+// not even before its first instruction. The honest program can still use the control door.
 func TestAttack12Start(t *testing.T) {
 	if os.Geteuid() != 0 {
 		if os.Getenv("CI") == "true" {

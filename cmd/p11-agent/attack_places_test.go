@@ -86,7 +86,7 @@ func holdPrompt(args []string) error {
 	return onOwnTerminal(args, func(string) string { return "" })
 }
 
-// takeLastTry requests a login with a wrong PIN through the control socket. It claims that the
+// takeLastTry requests a login with a wrong PIN through the control door. It claims that the
 // person agrees to use the last try. Its arguments are URI PIN.
 func takeLastTry(args []string) error {
 	if len(args) != 2 {

@@ -19,8 +19,8 @@ import (
 	"p11-agent/token/tokentest"
 )
 
-// unreadable are identities that make OpenSSH's clients give up a list that they are in:
-// the wire forms of their keys and their comments.
+// unreadableKeys returns identities that OpenSSH does not read: its clients reject the whole list.
+// It returns the wire forms of their keys, and their comments.
 func unreadableKeys(t *testing.T, k behaviourPairs) map[string][2]string {
 	t.Helper()
 	forged := *k.ed.cert
@@ -49,7 +49,7 @@ func (zeros) Read(b []byte) (int, error) {
 	return len(b), nil
 }
 
-// addIdentity asks the agent to add a key with a wire form, which may be a certificate.
+// addIdentity asks the agent to add a key with a wire form. The wire form may be a certificate.
 func (r *rig) addIdentity(what string, k pair, wire, comment string) {
 	r.t.Helper()
 	private := k.private.(ed25519.PrivateKey)
@@ -63,8 +63,8 @@ func (r *rig) addIdentity(what string, k pair, wire, comment string) {
 	r.ask(what, 17, fields...)
 }
 
-// One identity that OpenSSH does not read costs no other its place in the list, wherever
-// it comes from: a client, a forwarded client, an upstream agent.
+// OpenSSH does not read one identity. The other identities stay in the list. The identity comes
+// from a client, a forwarded client or an upstream agent.
 func TestListIsReadable(t *testing.T) {
 	needPrograms(t, "ssh-add", "ssh-agent")
 	k := newBehaviourPairs(t)
@@ -88,7 +88,7 @@ func TestListIsReadable(t *testing.T) {
 				bad := all[name]
 				r.addIdentity(name, k.ed, bad[0], bad[1])
 			}
-			// A text may end in a NUL, which is no part of it.
+			// A text may end in a NUL, which does not belong to the text.
 			r.addIdentity("NUL at the end of the comment", k.ed, string(k.ed.public.Marshal()), "end\x00")
 			r.said.WriteString("\n")
 		}
@@ -105,7 +105,7 @@ func TestListIsReadable(t *testing.T) {
 	}
 }
 
-// serveList answers everything with one answer.
+// serveList sends the same answer to each request.
 func serveList(t *testing.T, path string, answer []byte) {
 	t.Helper()
 	var config net.ListenConfig
@@ -131,7 +131,7 @@ func serveList(t *testing.T, path string, answer []byte) {
 					if _, err := io.ReadFull(conn, request); err != nil {
 						return
 					}
-					if request[0] != 11 { // of a bind
+					if request[0] != 11 { // a bind
 						_, _ = conn.Write([]byte{0, 0, 0, 1, 6})
 						continue
 					}

@@ -22,7 +22,7 @@ type turn struct {
 	better string
 }
 
-// turns are banned from documents, comments and messages.
+// turns lists the turns that documents, comments and messages must not have.
 var turns = []turn{
 	{regexp.MustCompile(`(?i)\bnobody\b`), `name the thing: "no client", "no prompt"`},
 	{regexp.MustCompile(`(?i)\bsomebody\b`), `name the person or program`},
@@ -37,7 +37,7 @@ var turns = []turn{
 	{regexp.MustCompile(`(?i)\bnothing but\b`), `"only"`},
 }
 
-// permitted are the places where a turn stays, with the reason.
+// permitted lists the places where a turn may stay, with the reason.
 var permitted = []struct{ file, text, reason string }{
 	{"cmd/p11-agent/plain_test.go", "", "it lists the turns"},
 }
@@ -223,7 +223,7 @@ func TestPlainTurns(t *testing.T) {
 	}
 }
 
-// vague is how no error begins.
+// vague matches the beginnings that no error may have.
 var vague = regexp.MustCompile(`^(it|that|this|they) (is|are|was|were|has|have|does|did|cannot|may)\b`)
 
 // TestPlainErrors reads the first arguments of errors.New and fmt.Errorf.
@@ -261,7 +261,7 @@ func TestPlainErrors(t *testing.T) {
 	judge(t, findings)
 }
 
-// mostWords is how many words a sentence of README and manuals has at most.
+// mostWords is the most words in a sentence of README, guide and manuals.
 const mostWords = 25
 
 var (
@@ -310,7 +310,7 @@ func TestPlainSentences(t *testing.T) {
 	judge(t, findings)
 }
 
-// Each rule must be seen to break.
+// TestPlainNotices breaks each rule, and expects a finding.
 func TestPlainNotices(t *testing.T) {
 	const text = "# A heading that is none\n\nOne sentence. Another one:\nwith `code that is long` in it.\n\n- an item\n  of two lines\n\n```\ncode. nobody\n```\n| a | table |\n"
 	var got []string

@@ -19,7 +19,7 @@ import (
 	"p11-agent/token/tokentest"
 )
 
-// TestProgram is about the memory of the program as it is built.
+// TestProgram tests the memory of the program as make builds it.
 func TestProgram(t *testing.T) {
 	program := buildAgent(t)
 	t.Run("linked", func(t *testing.T) { testLinked(t, program) })
@@ -27,10 +27,9 @@ func TestProgram(t *testing.T) {
 	t.Run("flat", func(t *testing.T) { testFlat(t, program) })
 }
 
-// The linker leaves out what is never called, unless a method can be called by a
-// name that is made up when the program runs, as text/template does: then it keeps
-// every exported method of every type, which is a fifth of the program, in the
-// memory of the agent and of each module process.
+// The linker leaves out functions that no code calls. But if code can call a method by a name that
+// it makes at run time, as text/template does, the linker keeps each exported method of each type.
+// That is a fifth of the program, in the memory of the agent and of each module process.
 func testLinked(t *testing.T, program string) {
 	f, err := elf.Open(program)
 	if err != nil {
@@ -55,9 +54,9 @@ func testLinked(t *testing.T, program string) {
 	}
 }
 
-// The program lies at another address each time, the tables that calls go through
-// cannot be written after the start, no stack can be executed, and a function of package
-// undumpable is called before all others.
+// The program has another address at each start. After the start, no code can write to the tables
+// of calls. The stack is not executable. A function of package undumpable runs before all other
+// functions.
 func testHardened(t *testing.T, program string) {
 	f, err := elf.Open(program)
 	if err != nil {
@@ -94,11 +93,11 @@ func testHardened(t *testing.T, program string) {
 	}
 }
 
-// The agent and a module process keep nothing of a signature: 512 bytes of each
-// would show.
+// The agent and a module process keep no memory after a signature. The test notices 512 bytes for
+// each signature.
 func testFlat(t *testing.T, program string) {
 	const (
-		first   = 2000 // as many have to pass until there is all that is needed for one
+		first   = 2000 // after that many signatures, the processes have all that they need for one
 		then    = 8000
 		clients = 4
 	)
@@ -132,7 +131,7 @@ func testFlat(t *testing.T, program string) {
 			t.Errorf("the agent: %v\n%s", err, tail(said.String()))
 		}
 	}()
-	// It says where it is when it is there.
+	// The agent prints its address when it accepts connections.
 	if _, err := io.ReadAtLeast(out, make([]byte, 1<<10), 1); err != nil {
 		t.Fatal(err)
 	}
@@ -153,7 +152,7 @@ func testFlat(t *testing.T, program string) {
 					return
 				}
 				for range count / clients {
-					// As ssh-keygen -Y signs, which every key on a token does.
+					// Each key on a token signs data like that of ssh-keygen -Y.
 					if _, err := client.Sign(keys[0], signedData); err != nil {
 						t.Error(err)
 						return
@@ -169,7 +168,7 @@ func testFlat(t *testing.T, program string) {
 	after := anonymous(t, cmd.Process.Pid)
 	for pid, size := range after {
 		if before[pid] == 0 {
-			continue // a module that has nothing to do with it
+			continue // the process has started later
 		}
 		t.Logf("process %d has %d KiB, and had %d", pid, size>>10, before[pid]>>10)
 		if grown := size - before[pid]; grown >= then*512 {
@@ -181,14 +180,14 @@ func testFlat(t *testing.T, program string) {
 	}
 }
 
-// signedData is what an SSH signature in the namespace "file" is made of.
+// signedData is the data of an SSH signature in the namespace "file".
 var signedData = append([]byte("SSHSIG"), sshFields("file", "", "sha512", bytes.Repeat([]byte{1}, 64))...)
 
 // tail is the end of a log.
 func tail(log string) string { return log[max(0, len(log)-2000):] }
 
-// anonymous tells how much memory of a process and of its children is no part of a
-// file, in bytes. What is of files depends on the machine, and is not made by us.
+// anonymous returns the memory of a process and of its children without a file, in bytes. The
+// memory of files depends on the machine, and not on the program.
 func anonymous(t *testing.T, pid int) map[int]int {
 	t.Helper()
 	sizes := make(map[int]int)
@@ -198,13 +197,13 @@ func anonymous(t *testing.T, pid int) map[int]int {
 	}
 	all := []string{strconv.Itoa(pid)}
 	for _, file := range children {
-		b, _ := os.ReadFile(file) // of a thread that has just gone
+		b, _ := os.ReadFile(file) // the thread may have ended
 		all = append(all, strings.Fields(string(b))...)
 	}
 	for _, one := range all {
 		status, err := os.ReadFile(filepath.Join("/proc", one, "status"))
 		if err != nil {
-			continue // likewise
+			continue // the process has ended
 		}
 		for line := range strings.Lines(string(status)) {
 			var size int

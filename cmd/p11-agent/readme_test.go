@@ -12,7 +12,7 @@ import (
 // A readmeLine is an indented line of README.md or docs/GUIDE.md. Most are commands to type.
 type readmeLine struct{ section, text string }
 
-// readmeLines returns the lines of both files in order, without their comments.
+// readmeLines returns the lines of both files, in order and without comments.
 func readmeLines(t *testing.T) (all []readmeLine) {
 	t.Helper()
 	section := ""
@@ -30,13 +30,13 @@ func readmeLines(t *testing.T) (all []readmeLine) {
 	return all
 }
 
-// firstLogin is the section of the README that leads there.
+// firstLogin is the section of the README that leads to the first login.
 const firstLogin = "Install and log in"
 
-// typedElsewhere are the lines that TestReadme does not type, and what does. No line is on
-// it that a new user needs for the first login.
+// typedElsewhere matches the lines that TestReadme does not type. A comment names the test that
+// types the line. A new user needs none of these lines for the first login.
 var typedElsewhere = regexp.MustCompile(strings.Join([]string{
-	`^make (demo|check)$`,                         // TestDemo, and CI
+	`^make (demo|check)$`,                         // TestDemo and CI
 	`^p11-agent install --user --now$`,            // TestRecipes and TestSetupUnderSystemd
 	`^p11-agent agent -D$`,                        // the story ssh-add, and others
 	`^sudo (apt|usermod) `,                        // they change the machine
@@ -46,15 +46,15 @@ var typedElsewhere = regexp.MustCompile(strings.Join([]string{
 	`^journalctl `,                // TestUserManager
 	`^ssh-add -h bastion `,        // the story destination
 	`^ssh-add ~/.ssh/id_ed25519$`, // the story software
-	`^problem: `, `^  next: `,     // what doctor says
+	`^problem: `, `^  next: `,     // the output of doctor
 	// The configuration: TestExamplesAreConfigurations.
 	`^ *\[`, `^ *[a-z-]+ = `,
 }, "|"))
 
-// A new user types the README and then the guide, on a fresh system, in a terminal. From
-// zero to the first login that is four commands and one PIN.
+// A new user types the lines of the README and then of the guide, on a fresh system, in a terminal.
+// Up to the first login, the user types at most four commands and one PIN.
 func TestReadme(t *testing.T) {
-	buildAgent(t) // so that the user's build has little to do
+	buildAgent(t) // so that the build of the user takes little time
 	f := startFresh(t, os.DirFS(source(t, "p11-agent")))
 	f.run("cd p11-agent")
 	r := &reader{freshSystem: f}
@@ -83,18 +83,18 @@ func TestReadme(t *testing.T) {
 	t.Logf("up to the first login: %d commands, %d questions of which %d ask for a PIN", r.loggedIn, r.questions, r.pinsThen)
 }
 
-// reader reads the README, and types its lines.
+// A reader reads the README, and types its lines.
 type reader struct {
 	*freshSystem
 	first     int // commands of the section that leads to the first login
-	questions int // that were answered up to there
-	pins      int // that were typed
-	loggedIn  int // the command that was the first login
-	pinsThen  int // typed up to then
+	questions int // the answered questions up to the first login
+	pins      int // the typed PINs
+	loggedIn  int // the number of the command of the first login
+	pinsThen  int // the typed PINs up to the first login
 }
 
-// special are the lines that ask something, or need something that a user has and a fresh
-// system does not.
+// special returns the lines that ask questions, and the lines that need a thing that a fresh system
+// lacks.
 func (r *reader) special() map[string]func(readmeLine) {
 	return map[string]func(readmeLine){
 		"p11-agent setup": r.setup,
@@ -127,8 +127,9 @@ func (r *reader) special() map[string]func(readmeLine) {
 		"git commit -S":                            func(l readmeLine) { r.run(l.text + " --allow-empty -m two") },
 		"git log --show-signature":                 func(l readmeLine) { r.shows(l.text, `Good "git" signature for me@example.org`) },
 		"p11-agent export --git 'pkcs11:token=login;id=%01' | sh": func(l readmeLine) {
-			// The key was confirmed and is not any more, which a person at a display or at a
-			// terminal of root's making has to approve. Here there is neither, but another day.
+			// An earlier line made the key ask for confirmation, and this line undoes that. A
+			// person must approve it, at a display or at a terminal that root made. Here is
+			// neither, so a new agent starts, as on another day.
 			r.run(`kill $(p11-agent status --json | sed -n 's/^ *"pid": \([0-9]*\),$/\1/p' | head -n 1); while [ -e "$SSH_AUTH_SOCK" ]; do sleep .1; done`)
 			r.run(`p11-agent agent -s -a "$SSH_AUTH_SOCK" >/dev/null 2>&1 || :`)
 			r.run("ssh-add -l")
@@ -146,7 +147,7 @@ func (r *reader) special() map[string]func(readmeLine) {
 	}
 }
 
-// shows types a command whose output has to have a text.
+// shows types a command, and fails the test if the output lacks a text.
 func (r *reader) shows(line, text string) {
 	r.t.Helper()
 	if out := r.run(line); !strings.Contains(out, text) {
@@ -154,7 +155,7 @@ func (r *reader) shows(line, text string) {
 	}
 }
 
-// export returns the line that setup gives for the shell.
+// export returns the line for the shell that setup prints.
 func (r *reader) export() string {
 	return strings.TrimSpace(regexp.MustCompile(`(?m)^ *export SSH_AUTH_SOCK=.*$`).FindString(r.screen()))
 }
@@ -181,11 +182,11 @@ func (r *reader) setup(l readmeLine) {
 	mustHave(r.t, out, "git config --global user.email you@example.org")
 }
 
-// login types a login, which asks for nothing.
+// login types a login. The login asks no question.
 func (r *reader) login(l readmeLine) {
 	before := len(r.logins())
 	r.begin(l.text)
-	// The session has begun when it has got no terminal.
+	// The session has begun when it reports that it got no terminal.
 	r.answer(fmt.Sprintf(`^ready %d after .*\n(.*\n)*PTY allocation request failed.*`, r.commands), "echo $((40 + 2)) is at the host; exit")
 	out, status := r.end()
 	if status != 0 || !strings.Contains(out, "\n42 is at the host\n") || strings.Contains(out, "PIN") {

@@ -11,18 +11,17 @@ import (
 	"github.com/rogpeppe/go-internal/testscript"
 )
 
-// recipeBlock is a block of code of docs/RECIPES.md: lines of a file, or lines to
-// be typed.
+// A recipeBlock is a block of code of docs/RECIPES.md: the lines of a file, or lines to type.
 type recipeBlock struct {
-	file string // begins with "~/" or "/"; empty for what is typed
+	file string // begins with "~/" or "/"; empty for lines to type
 	text string
 }
 
 // recipeFile is the first line of a block that is a file.
 var recipeFile = regexp.MustCompile(`^# ((?:~|/etc)/[^ \n]+)\n`)
 
-// recipes takes docs/RECIPES.md apart: its blocks in order, by the title of the
-// section. What comes before the first one has the title "".
+// recipes returns the blocks of docs/RECIPES.md in order, by the title of their section. Blocks
+// before the first section have the title "".
 func recipes(t testing.TB) map[string][]recipeBlock {
 	t.Helper()
 	b, err := os.ReadFile(filepath.Join("..", "..", "docs", "RECIPES.md"))
@@ -45,20 +44,19 @@ func recipes(t testing.TB) map[string][]recipeBlock {
 		case m != nil:
 			block.file = m[1]
 		case strings.HasPrefix(text, "["):
-			block.file = "~/.config/p11-agent/config.toml" // said by what is in it
+			block.file = "~/.config/p11-agent/config.toml" // the content shows which file it is
 		}
 		all[title] = append(all[title], block)
 	}
 	return all
 }
 
-// elsewhere are the commands that are not typed here: what they install is there,
-// what they are for is not, or they would change the machine.
+// elsewhere matches the commands that the tests do not type. Their packages are installed, or their
+// device is missing, or they would change the machine.
 var elsewhere = regexp.MustCompile(`(?m)^(sudo (apt|usermod|systemctl)|ykman|nitropy|sc-hsm-tool) .*\n`)
 
-// writeRecipe writes the blocks of a section into files, to be run one after the
-// other: DIR/N.sh those that are typed, and DIR/N.text with DIR/N.file, its name,
-// those that are files.
+// writeRecipe writes the blocks of a section into files, for a script that runs them in order.
+// DIR/N.sh has lines to type. DIR/N.text has the text of a file, and DIR/N.file has its name.
 func writeRecipe(t testing.TB, title, dir string) {
 	t.Helper()
 	blocks := recipes(t)[title]
@@ -81,7 +79,8 @@ func writeRecipe(t testing.TB, title, dir string) {
 	}
 }
 
-// writeRecipes writes several sections into directories of dir that are called so.
+// writeRecipes writes several sections into directories of dir. titles maps the names of the
+// directories to the sections.
 func writeRecipes(t testing.TB, dir string, titles map[string]string) {
 	t.Helper()
 	for name, title := range titles {
@@ -89,8 +88,8 @@ func writeRecipes(t testing.TB, dir string, titles map[string]string) {
 	}
 }
 
-// The recipes are what a new user can type: in a terminal, with pinentry there, under
-// a real user manager, with a login to a real sshd.
+// A new user can type the recipes in a terminal, with a pinentry in the terminal, under a real user
+// manager, and with a login to a real sshd.
 func TestRecipes(t *testing.T) {
 	needPrivileges(t, "softhsm2-util", "ssh", "ssh-add", "ssh-keygen", "sshd", "git", "tmux", "pinentry-curses", "pgrep")
 	blocks := t.TempDir()
@@ -131,8 +130,8 @@ func TestEveryRecipeIsRun(t *testing.T) {
 	}
 }
 
-// writeRecipeForStory is the command recipe: it writes the blocks of a section into
-// files below a directory, as writeRecipe does.
+// writeRecipeForStory is the command recipe. It writes the blocks of a section into files of a
+// directory, like writeRecipe.
 func writeRecipeForStory(ts *testscript.TestScript, neg bool, args []string) {
 	noNegation(ts, neg, len(args) == 2, "recipe SECTION DIR")
 	writeRecipe(storyOf(ts).t, args[0], ts.MkAbs(args[1]))

@@ -21,21 +21,21 @@ import (
 	"testing"
 )
 
-// The tests of this file hold the tree to docs/ARCHITECTURE.md.
+// The tests of this file check that the tree follows docs/ARCHITECTURE.md.
 
 const (
 	root       = "../.."
 	modulePath = "p11-agent"
 )
 
-// A room is a directory and those below it that have no row of their own.
+// A room is a directory, with the directories below it that have no row of their own.
 type room struct {
 	dir string
-	// imports are what the code (not its tests) may import beyond the standard
-	// library and what is below the room itself: rooms as directories, other
-	// packages by their paths. Nil stands for everything.
+	// imports are the packages that the code, but not its tests, may import. The code may also
+	// import the standard library and packages below the room. imports has rooms as directories,
+	// and other packages by their paths. nil means all packages.
 	imports []string
-	// knows says why there is no more: it ends the message of a broken rule.
+	// knows gives the reason of the limit. It ends the message about a broken rule.
 	knows string
 }
 
@@ -239,7 +239,7 @@ var rooms = []room{
 	{"token/wire", []string{"pinentry/secret", xsys}, "a leaf: both ends of the connection with a module process share it"},
 }
 
-// A listed package is what go list says of it.
+// listed is the output of go list for a package.
 type listed struct {
 	ImportPath   string
 	Name         string
@@ -252,10 +252,10 @@ type listed struct {
 	Deps         []string
 }
 
-// dir returns the directory of a package of ours.
+// dir returns the directory of a package. ours means that the package belongs to this module.
 func (p listed) dir() (dir string, ours bool) { return strings.CutPrefix(p.ImportPath, modulePath+"/") }
 
-// list asks go for all packages that are needed to build ours.
+// list returns all packages of this module, and the packages that they need, from go list.
 func list(t *testing.T) []listed {
 	t.Helper()
 	cmd := exec.Command("go", "list", "-deps", "-json=ImportPath,Name,Doc,Standard,Imports,TestImports,XTestImports,CgoFiles,Deps", "./...")
@@ -279,7 +279,7 @@ func list(t *testing.T) []listed {
 	}
 }
 
-// under tells whether path is dir or below it.
+// under reports whether path is dir, or below dir.
 func under(path, dir string) bool { return path == dir || strings.HasPrefix(path, dir+"/") }
 
 // roomOf returns the innermost room that a directory is in.
@@ -292,8 +292,8 @@ func roomOf(dir string) (r room, ok bool) {
 	return r, ok
 }
 
-// may tells whether a package in the room may import another one of ours, or
-// one that is not of the standard library.
+// may reports whether a package in the room may import another package of this module, or a package
+// that is not of the standard library.
 func (r room) may(imported string) bool {
 	if r.imports == nil {
 		return true
@@ -306,23 +306,23 @@ func (r room) may(imported string) bool {
 	return to.dir == r.dir || to.dir == leaf || slices.Contains(r.imports, to.dir)
 }
 
-// forTests tells whether a package is there for tests.
+// forTests reports whether a package exists for tests.
 func forTests(importPath string) bool {
 	return importPath == "testing" || strings.HasPrefix(importPath, modulePath+"/") && strings.HasSuffix(importPath, "test")
 }
 
-// terminaltest is the package that has tests run without a controlling terminal.
+// terminaltest is the package that runs tests without a controlling terminal.
 const terminaltest = modulePath + "/agent/peer/terminaltest"
 
-// startsPrograms tells whether the tests of a package start programs, themselves or
-// by way of a package for tests.
+// startsPrograms reports whether the tests of a package start programs, directly or through a
+// package for tests.
 func (p listed) startsPrograms() bool {
 	return slices.ContainsFunc(slices.Concat(p.TestImports, p.XTestImports), func(imported string) bool {
 		return imported == "os/exec" || imported != "testing" && imported != p.ImportPath && forTests(imported)
 	})
 }
 
-// brokenRules returns what packages do against the rules, with the reasons.
+// brokenRules returns messages about packages that break rules, with the reasons.
 func brokenRules(packages []listed) (broken []string) {
 	all := make(map[string]listed)
 	for _, p := range packages {
@@ -366,11 +366,11 @@ func brokenRules(packages []listed) (broken []string) {
 			complain("imports %s: only token/module speaks PKCS#11", pkcs11)
 		}
 		if r.dir == "cmd/p11-agent" {
-			continue // both the agent and the module process are in the one program
+			continue // the program contains the agent and the module process
 		}
 		for _, dep := range p.Deps {
 			if dep == modulePath+"/token/module/undumpable" && under(r.dir, "cmd/p11-agent") {
-				continue // a few lines of C of our own, which every process of the program runs
+				continue // each process of the program runs these few lines of C
 			}
 			if d := all[dep]; !d.Standard && len(d.CgoFiles) > 0 {
 				complain("needs %s, which imports C: %s", dep, foreign)
@@ -399,7 +399,7 @@ func TestRooms(t *testing.T) {
 	t.Error("go list was made to leave cgo out (CGO_ENABLED=0): the rules about C were not checked")
 }
 
-// Each rule must be seen to break.
+// TestRoomsNotice breaks each rule, and expects a message.
 func TestRoomsNotice(t *testing.T) {
 	standard := []listed{{ImportPath: "testing", Standard: true}, {ImportPath: "net", Standard: true, CgoFiles: []string{"cgo.go"}}}
 	sys := listed{ImportPath: xsys}
@@ -459,7 +459,7 @@ func TestTopLevel(t *testing.T) {
 	allowed := []string{
 		"cmd", "agent", "token", "pinentry", "systemd", "docs", "tools",
 		"Makefile", "README.md", "LICENSE", "CHANGELOG.md", "go.mod", "go.sum",
-		"build", // what make makes; git ignores it
+		"build", // the output of make; git ignores it
 	}
 	entries, err := os.ReadDir(root)
 	if err != nil {
@@ -505,8 +505,8 @@ func parse(t *testing.T) (*token.FileSet, []source) {
 	return fset, sources
 }
 
-// fuzzParameter returns the name of the *testing.F that a function takes, and
-// whether it takes one.
+// fuzzParameter returns the name of the *testing.F parameter of a function. ok is false if the
+// function has no such parameter.
 func fuzzParameter(f *ast.FuncDecl) (name string, ok bool) {
 	for _, field := range f.Type.Params.List {
 		star, isPointer := field.Type.(*ast.StarExpr)
@@ -520,9 +520,9 @@ func fuzzParameter(f *ast.FuncDecl) (name string, ok bool) {
 	return "", false
 }
 
-// unseeded returns the fuzz targets without a seed, neither one that is added
-// by the target or a function of its package that it hands its F to, nor one in
-// testdata, and the number of targets seen.
+// unseeded returns the names of the fuzz targets without a seed, and the number of all targets. A
+// target adds its seeds itself, or through a function of its package that gets its F, or has them
+// in testdata.
 func unseeded(sources []source) (names []string, targets int) {
 	type function struct{ dir, name string }
 	adds := make(map[function]bool)
@@ -588,7 +588,7 @@ func TestFuzzSeeds(t *testing.T) {
 	}
 }
 
-// reasonless returns the places where a test is skipped without a reason.
+// reasonless returns the places that skip a test without a reason.
 func reasonless(sources []source) (places []token.Pos) {
 	for _, s := range sources {
 		ast.Inspect(s.file, func(n ast.Node) bool {
@@ -614,7 +614,7 @@ func reasonless(sources []source) (places []token.Pos) {
 	return places
 }
 
-// isBlank tells whether an expression is the literal of a string without words.
+// isBlank reports whether an expression is a string literal without words.
 func isBlank(e ast.Expr) bool {
 	l, ok := e.(*ast.BasicLit)
 	if !ok || l.Kind != token.STRING {

@@ -10,13 +10,13 @@ import (
 	"p11-agent/cmd/p11-agent/advice"
 )
 
-// program puts this program into the user's PATH.
+// program puts this program into the PATH of the user.
 func (f *freshSystem) program() {
 	f.t.Helper()
 	copyFile(f.t, buildAgent(f.t), filepath.Join(f.dir, "bin", "p11-agent"), 0o711)
 }
 
-// unchanged fails the test when the home directory is not what it was.
+// unchanged fails the test if the home directory has changed.
 func (f *freshSystem) unchanged(when string, was map[string]string) {
 	f.t.Helper()
 	now := f.files()
@@ -30,7 +30,7 @@ func (f *freshSystem) unchanged(when string, was map[string]string) {
 	}
 }
 
-// interrupted types Ctrl-C, and sees the end.
+// interrupted types Ctrl-C, and waits for the end of the command.
 func (f *freshSystem) interrupted() {
 	f.t.Helper()
 	if out, err := f.tmux("send-keys", "C-c"); err != nil {
@@ -46,7 +46,7 @@ func (f *freshSystem) interrupted() {
 	}
 }
 
-// fails types a command that has to end with a status, and returns its output.
+// fails types a command, and returns its output. It fails the test if the status is not want.
 func (f *freshSystem) fails(line string, want int) string {
 	f.t.Helper()
 	f.begin(line)
@@ -76,15 +76,15 @@ const (
 	askFresh = `  New PIN:`
 )
 
-// Each step of setup can be declined and interrupted, and nothing is left half done; what
-// was declined is asked again, and what is done is not. Without a terminal, and with
-// --print, nothing is changed.
+// A person can decline and interrupt each step of setup. No step stays half done. setup asks again
+// about a declined step, and does not ask about a done step. Without a terminal, and with --print,
+// setup changes nothing.
 func TestSetup(t *testing.T) {
 	f := startFresh(t, os.DirFS(t.TempDir()))
 	f.program()
 	was := f.files()
 
-	// There is no key yet, and no terminal.
+	// The user has no key yet, and setup has no terminal.
 	plan := []string{"A key", "The agent", "ssh", "The other side", "make a token and a key in files", "~/.config/softhsm2/softhsm2.conf", "Include ~/.config/p11-agent/ssh_config"}
 	mustHave(t, f.run("p11-agent setup --print"), plan...)
 	for _, line := range []string{"p11-agent setup </dev/null", "yes | p11-agent setup", "p11-agent setup | cat; (exit ${PIPESTATUS[0]})"} {
@@ -94,7 +94,7 @@ func TestSetup(t *testing.T) {
 	mustHave(t, f.fails("p11-agent --config x setup", 2), "--config means nothing here")
 	f.unchanged("without a terminal", was)
 
-	// list, doctor and setup say the same.
+	// list, doctor and setup give the same advice.
 	steps := advice.FirstSteps(nil)[1:]
 	mustHave(t, f.run("p11-agent list"), "next: "+steps[0], "next: plug in a smart card or a security key")
 	mustHave(t, f.fails("p11-agent doctor", 1), "next: "+steps[0], "next: plug in a smart card or a security key")
@@ -110,7 +110,7 @@ func TestSetup(t *testing.T) {
 	f.interrupted()
 	f.unchanged("after Ctrl-C", was)
 
-	// Each question is interrupted in turn.
+	// The person interrupts each question in turn.
 	f.begin("p11-agent setup")
 	f.answer(askKey, f.number("make a token and a key in files"))
 	f.see(askStart + `$`)
@@ -147,7 +147,7 @@ func TestSetup(t *testing.T) {
 		t.Error("there is ~/.ssh, which was declined")
 	}
 
-	// What is done is not asked again. What ssh has already is kept.
+	// setup does not ask about done steps, and keeps the old configuration of ssh.
 	f.run(`git config --global user.email me@example.org; mkdir -m 700 .ssh dots; printf 'Host other\n    Port 1\n' >dots/config; ln -s ../dots/config .ssh/config`)
 	f.begin("p11-agent setup")
 	f.see(`^A key\n  done: key "login" on token "login"`)
@@ -165,7 +165,7 @@ func TestSetup(t *testing.T) {
 	mustHave(t, f.run("cat .ssh/config"), "Include ~/.config/p11-agent/ssh_config", "Host other", "Port 1")
 	mustHave(t, f.run("ls -l .ssh/config"), "-> ../dots/config")
 
-	// All is done, with and without a terminal, and nothing is changed any more.
+	// All steps are done. With and without a terminal, setup changes nothing any more.
 	was = f.files()
 	for _, line := range []string{"p11-agent setup", "p11-agent setup --print", "p11-agent setup </dev/null"} {
 		mustHave(t, f.run(line), "Everything is done.", "done: key ", "done: it answers at ", "done: its configuration names ", "done: it is in ~/.ssh/login.pub", "done: it signs with ~/.ssh/login.pub")
@@ -179,7 +179,7 @@ func TestSetup(t *testing.T) {
 		}
 	}
 
-	// git signs with the key, without a PIN, and believes the signature.
+	// git signs with the key without a PIN, and accepts the signature.
 	f.run("export SSH_AUTH_SOCK=$HOME/.local/state/p11-agent/agent.sock; git init -q r; cd r; git config user.name me; git commit -q --allow-empty -m one")
 	mustHave(t, f.run("git verify-commit HEAD"), `Good "git" signature for me@example.org`)
 	if n := strings.Count(f.files()[filepath.Join(f.home, ".config/git/allowed_signers")], "me@example.org"); n != 1 {
@@ -188,7 +188,7 @@ func TestSetup(t *testing.T) {
 	f.run("p11-agent status")
 }
 
-// fails1 waits for the end of a command that has to end with 1.
+// fails1 waits for the end of a command. It fails the test if the status is not 1.
 func (f *freshSystem) fails1() string {
 	f.t.Helper()
 	out, status := f.end()
@@ -198,8 +198,8 @@ func (f *freshSystem) fails1() string {
 	return out
 }
 
-// A key is made on a token that is there, with its PIN. A wrong one is asked for again
-// when the person says so, and tried on nothing else.
+// setup makes a key on a present token, with the PIN of the token. After a wrong PIN, it asks again
+// if the person agrees. It tries the PIN on no other token.
 func TestSetupOnAToken(t *testing.T) {
 	f := startFresh(t, os.DirFS(t.TempDir()))
 	f.program()
@@ -229,7 +229,7 @@ func TestSetupOnAToken(t *testing.T) {
 			}
 		}
 	}
-	// One that is there is taken, and nothing is asked for.
+	// If the token has a key, setup uses the key, and asks no question about it.
 	f.run(`rm -r .ssh .config/p11-agent; softhsm2-util --show-slots | grep -c Label`)
 	f.begin("p11-agent setup")
 	f.see(`^A key\n  done: key "login" on token "mine"`)
@@ -240,7 +240,7 @@ func TestSetupOnAToken(t *testing.T) {
 	}
 }
 
-// Where systemd runs, it is systemd that starts the agent.
+// If systemd runs, systemd starts the agent.
 func TestSetupUnderSystemd(t *testing.T) {
 	needPrivileges(t, "softhsm2-util", "ssh", "tmux")
 	if out := userManager(t, "setup.sh", storyPIN); !strings.HasSuffix(out, "== all is well\n") {

@@ -20,11 +20,11 @@ import (
 	"p11-agent/token/tokentest"
 )
 
-// A standIn is a place in which p11-agent is called by the name of ssh-agent.
+// A standIn is a directory in which p11-agent has the name of ssh-agent, or another name.
 type standIn struct {
 	t       *testing.T
 	dir     string // HOME, and the current directory
-	program string // by that name
+	program string // the agent, with that name
 	env     []string
 }
 
@@ -60,7 +60,7 @@ func newStandIn(t *testing.T, name string) *standIn {
 
 func (s *standIn) path(name string) string { return filepath.Join(s.dir, name) }
 
-// command makes a command of the agent.
+// command returns a command that starts the agent.
 func (s *standIn) command(args ...string) *exec.Cmd {
 	if filepath.Base(s.program) == "p11-agent" {
 		args = append([]string{"agent"}, args...)
@@ -70,7 +70,7 @@ func (s *standIn) command(args ...string) *exec.Cmd {
 	return cmd
 }
 
-// A standing agent tells where it is.
+// A standing is a running agent that has printed its address.
 type standing struct {
 	socket   string
 	pid      int
@@ -79,7 +79,7 @@ type standing struct {
 	ended    sync.Once
 }
 
-// end ends it. Further calls do nothing.
+// end ends the agent. Further calls do nothing.
 func (a *standing) end(t *testing.T) {
 	t.Helper()
 	a.ended.Do(func() {
@@ -89,7 +89,7 @@ func (a *standing) end(t *testing.T) {
 	})
 }
 
-// background starts an agent in the background, which ends with the test.
+// background starts an agent in the background. The agent ends with the test.
 func (s *standIn) background(args ...string) *standing {
 	s.t.Helper()
 	cmd := s.command(append([]string{"-s"}, args...)...)
@@ -119,7 +119,7 @@ func (s *standIn) adopt(out, warnings string) *standing {
 	return a
 }
 
-// keys returns how many keys an agent has.
+// keys returns the number of keys of an agent.
 func (s *standIn) keys(a *standing) int {
 	s.t.Helper()
 	r := &rig{t: s.t, socket: a.socket}
@@ -131,7 +131,7 @@ func (s *standIn) keys(a *standing) int {
 	return len(keys)
 }
 
-// SIGUSR1 removes all keys, also from an agent that is locked.
+// SIGUSR1 makes the agent remove all keys, also while the agent is locked.
 func TestKeyDrop(t *testing.T) {
 	s := newStandIn(t, "ssh-agent")
 	a := s.background()
@@ -175,7 +175,7 @@ func TestKeyDrop(t *testing.T) {
 	}
 }
 
-// The agent has nothing open that its starter had, and is called by its name.
+// The agent keeps no open file of its starter. Its process has the name of the program.
 func TestInheritsNothing(t *testing.T) {
 	for _, name := range []string{"ssh-agent", "p11-agent"} {
 		for _, args := range [][]string{{"-s"}, {"-D"}} {
@@ -213,7 +213,7 @@ func TestInheritsNothing(t *testing.T) {
 				} else {
 					defer func() {
 						a.end(t)
-						_ = cmd.Wait() // by a signal
+						_ = cmd.Wait() // a signal ends the agent
 					}()
 				}
 				// A read meets the end of the file when no process holds the other end open.
@@ -237,8 +237,8 @@ func TestInheritsNothing(t *testing.T) {
 	}
 }
 
-// Under the name of ssh-agent, each start has an agent, and so it is for those that start
-// at once. Their directories go with them.
+// With the name of ssh-agent, each start makes a new agent, also if several start at once. Each
+// agent removes its directory at its end.
 func TestSecondAgent(t *testing.T) {
 	s := newStandIn(t, "ssh-agent")
 	const n = 3
@@ -272,7 +272,7 @@ func TestSecondAgent(t *testing.T) {
 	if left, err := filepath.Glob(s.path("run/p11-agent-*")); err != nil || len(left) > 0 {
 		t.Errorf("left over: %q, %v", left, err)
 	}
-	// By its own name, it says what is in the way.
+	// With its own name, p11-agent reports the agent that is in the way.
 	s.background()
 	cmd := newStandIn(t, "p11-agent").command("-s")
 	cmd.Env = s.env
@@ -281,7 +281,7 @@ func TestSecondAgent(t *testing.T) {
 	}
 }
 
-// What the environment names and cannot be used is a warning.
+// If the agent cannot use a directory of the environment, it prints a warning.
 func TestNoPlace(t *testing.T) {
 	foreign := "/"
 	if os.Geteuid() == 0 {
@@ -293,7 +293,7 @@ func TestNoPlace(t *testing.T) {
 	const nowhere = "/proc/nowhere"
 	for _, test := range []struct {
 		name, home, run string
-		in              string // the directory that the socket is below
+		in              string // the socket is below this directory
 		warnings        []string
 	}{
 		{"no home", nowhere, "run", "run", []string{nowhere, "open the log"}},
@@ -307,7 +307,7 @@ func TestNoPlace(t *testing.T) {
 		for _, name := range []string{"ssh-agent", "p11-agent"} {
 			for _, command := range [][]string{nil, {"-D"}, {"sh", "-c", "echo SSH_AUTH_SOCK=$SSH_AUTH_SOCK\\;; echo echo Agent pid $SSH_AGENT_PID\\;; read _"}} {
 				if name == "p11-agent" && command != nil {
-					continue // enough of it
+					continue // one case is enough for p11-agent
 				}
 				t.Run(test.name+", "+name+" "+strings.Join(command, " ")[:min(2, len(strings.Join(command, " ")))], func(t *testing.T) {
 					t.Parallel()
@@ -331,7 +331,7 @@ func TestNoPlace(t *testing.T) {
 					}
 					s.keys(a)
 					if command != nil && command[0] == "-D" {
-						return // its log is on the same stream
+						return // the log goes to the same stream
 					}
 					for _, want := range test.warnings {
 						if !strings.Contains(a.warnings, want) {
@@ -377,7 +377,7 @@ func (s *standIn) follow(args []string) *standing {
 	}
 	s.t.Cleanup(func() {
 		_ = stay.Close()
-		_ = cmd.Wait() // the command's status does not matter
+		_ = cmd.Wait() // the status of the command does not matter
 	})
 	var said []byte
 	for !strings.Contains(string(said), "Agent pid") && err == nil {
@@ -393,7 +393,7 @@ func (s *standIn) follow(args []string) *standing {
 	return s.adopt(string(said), string(text))
 }
 
-// A sticky directory of root's, such as /tmp, is a place for a socket that a person names.
+// A person may name a socket in a sticky directory of root, such as /tmp.
 func TestStickyDirectory(t *testing.T) {
 	s := newStandIn(t, "ssh-agent")
 	dir, err := os.MkdirTemp("/tmp", "p11")
@@ -410,7 +410,7 @@ func TestStickyDirectory(t *testing.T) {
 		t.Errorf("%v, %v", info, err)
 	}
 	s.keys(a)
-	// A second one does not take its place.
+	// A second agent does not take the place of the first.
 	if out, err := s.command("-a", socket).CombinedOutput(); err == nil || !strings.Contains(string(out), "already listening") {
 		t.Errorf("%v, %s", err, out)
 	}
@@ -420,7 +420,7 @@ func TestStickyDirectory(t *testing.T) {
 	}
 }
 
-// What the flags of ssh-agent refuse.
+// The flags of ssh-agent refuse wrong values.
 func TestRefusedFlags(t *testing.T) {
 	s := newStandIn(t, "ssh-agent")
 	for _, args := range [][]string{
@@ -503,7 +503,7 @@ func TestEndsWithTerminal(t *testing.T) {
 			}
 			t.Cleanup(func() {
 				_ = cmd.Process.Kill()
-				_ = cmd.Wait() // killed
+				_ = cmd.Wait() // the test has killed it
 			})
 			_ = slave.Close()
 			var out []byte
@@ -530,7 +530,7 @@ func TestEndsWithTerminal(t *testing.T) {
 				}
 				s.keys(a)
 			}
-			_ = master.Close() // the window is closed
+			_ = master.Close() // as if the person closed the window
 			if test.stay {
 				if err := unix.Kill(a.pid, unix.SIGHUP); err != nil {
 					t.Fatal(err)
@@ -582,7 +582,7 @@ func TestLogWithoutReader(t *testing.T) {
 	a := s.adopt(string(said[:n]), "")
 	r := &rig{t: t, socket: a.socket}
 	r.connect()
-	r.ask("nonsense", 240) // is logged
+	r.ask("nonsense", 240) // the agent logs this
 	if n := s.keys(a); n != 0 || r.said.String() != "nonsense: answer 5\n" {
 		t.Errorf("%d keys, %s", n, &r.said)
 	}

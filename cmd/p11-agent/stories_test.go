@@ -39,14 +39,14 @@ var update = flag.Bool("update", false, "rewrite the expected texts in testdata/
 
 func TestMain(m *testing.M) {
 	if calledSSHAgent() {
-		// By a link that a test has made: in PATH, the name is the real one's.
+		// A test has made a link with this name. In PATH, the name is that of the real program.
 		main()
 		return
 	}
-	// Files of the scripts are to have the same modes everywhere.
+	// The files of the scripts have the same modes on each machine.
 	syscall.Umask(0o022)
-	// The agent is undumpable by what it is linked with, and so is this test. Nothing else
-	// in the scripts is, and main sees to it by itself.
+	// The test links the same package as the agent, so both are undumpable. No other program of
+	// the scripts is undumpable. main makes itself undumpable again.
 	if err := undumpable.Suspend(); err != nil {
 		panic(err)
 	}
@@ -62,56 +62,60 @@ func TestMain(m *testing.M) {
 // storyPIN is the PIN of the tokens that scripts start with.
 const storyPIN = "sesame-4711"
 
-// patience is how long a condition may take to come true before a story is
-// given up. Nothing waits for its end that goes well.
+// patience is the longest wait for a condition, before a story fails. A story that succeeds does
+// not wait that long.
 const patience = 3 * time.Minute
 
-// TestStories runs the real program with the programs that people use it with.
-// Each script in testdata/script is a story of its own: a HOME, a runtime
-// directory, a token directory, and an end to every process that it starts.
+// TestStories runs the real program together with the programs of its users. Each script in
+// testdata/script is a story. It has its own HOME, runtime directory and token directory. Each
+// process that it starts ends with it.
 //
-// Besides those of testscript, scripts have these commands:
+// Besides the commands of testscript, scripts have these commands:
 //
-//	need PROGRAM...     end here if one is missing; in CI, fail. Seven are none: p11-kit-client.so, YKCS11
-//	                    (Yubico's module, which that variable names), scdaemon wherever it is, paramiko
-//	                    for Debian's Python with it, sk-dummy.so for OpenSSH's FIDO device for tests, which
-//	                    SKDUMMY names, userns for the right to be another user than root in a namespace,
-//	                    and sshd-tty for an sshd that can give out terminals; without one of these two it
-//	                    ends in CI, too
+//	need PROGRAM...     skip the story if a program is missing; in CI, fail. Seven names are not
+//	                    programs in PATH: p11-kit-client.so; YKCS11, the module of Yubico, which
+//	                    that variable names; scdaemon, in any directory; paramiko, for the
+//	                    Python of Debian with it; sk-dummy.so, the FIDO device of OpenSSH for
+//	                    tests, which SKDUMMY names; userns, the right to be another user than
+//	                    root in a namespace; sshd-tty, an sshd that can give out terminals.
+//	                    Without one of the last two, skip the story also in CI
 //	tokens NAME...      put these SoftHSM tokens into the token directory
 //	card [NAME] DO...   do something with a PIV card; see useCard
 //	pcscd DO            do something with the daemon of the readers: stop, start, restart, kill; unplug and
 //	                    plug the readers; freeze and thaw, as when the machine sleeps
 //	tpm                 make a TPM without tokens, whose resource manager is at DBUS_SESSION_BUS_ADDRESS
-//	tpm reset           have it forget what others have kept of it, as a machine that hibernates
+//	tpm reset           reset the TPM, as when the machine hibernates; it then takes back no keys and
+//	                    sessions that other programs keep for it
 //	desktop             start a bus with a service for notifications and a logind on it, before the agent
 //	display             start an X server without a screen; XVFB is its DISPLAY
 //	manager VARIABLE=VALUE...  put a service manager with this environment on the user's bus
-//	bubble REGEXP|none  wait until this one notification, or none, is shown
-//	bubbles N           see that so many were asked for
-//	logind lock|sleep|wake  have logind say so; sleep waits until it is not delayed any more, and
-//	                    fails if the log did not tell of a logout by then
+//	bubble REGEXP|none  wait until the desktop shows only this notification, or none
+//	bubbles N           check that the agent has requested N notifications
+//	logind lock|sleep|wake  make logind report it; sleep waits until no program delays the sleep,
+//	                    and fails if the log has no logout by then
 //	agent [ARG...]      start an agent in the background, with SSH_AUTH_SOCK and SSH_AGENT_PID
-//	adopt [FILE]        the same for one that the script has started: FILE, or the last output, tells where
-//	gone                wait until that agent has ended, and see that its socket is no more
-//	sshd                start an sshd that lets $USER in by $WORK/authorized_keys; $WORK/ssh_config has the host "box"
+//	adopt [FILE]        the same for an agent that the script has started: FILE, or the last output,
+//	                    has its address
+//	gone                wait until the agent has ended, and check that its socket is gone
+//	sshd                start an sshd that accepts $USER by $WORK/authorized_keys; $WORK/ssh_config
+//	                    has the host "box"
 //	until PROGRAM...    run a program until it succeeds
-//	screen [SESSION] REGEXP  wait until the tmux pane, or that of a session, shows this
-//	recipe SECTION DIR  write what docs/RECIPES.md has to be typed there into DIR/N.sh
-//	mask FILE           write the last output to FILE, with what differs from run to run replaced
+//	screen [SESSION] REGEXP  wait until the tmux pane, or the pane of a session, shows this
+//	recipe SECTION DIR  write the lines to type of a section of docs/RECIPES.md into DIR/N.sh
+//	mask FILE           write the last output to FILE, and replace the parts that differ at each run
 //	secret TEXT         fail if TEXT is in a log, or in the arguments or environment of any process
-//	connections N M     connect to the agent N times in turn and M times at once, and see that it keeps nothing
+//	connections N M     connect to the agent N times in turn and M times at once, and check that it
+//	                    keeps no files of them
 func TestStories(t *testing.T) { runScripts(t, "script") }
 
-// TestAttacks plays attackers against the real program: a client, a program in
-// namespaces of its own, a module. Each script in testdata/attack is one attack. Its
-// commands are those of TestStories.
+// TestAttacks runs attackers against the real program: a client, a program in its own namespaces, a
+// module. Each script in testdata/attack is one attack. It has the commands of TestStories.
 func TestAttacks(t *testing.T) { runScripts(t, "attack") }
 
 func runScripts(t *testing.T, dir string) {
-	root := tokentest.TempDir(t) // short: it will hold sockets
+	root := tokentest.TempDir(t) // short, because sockets are in it
 	s := &stories{t: t, tokens: makeTokens(t), softhsm: tokentest.Module(t, "libsofthsm2.so"), opensc: tokentest.Module(t, "opensc-pkcs11.so")}
-	// Scripts that use it say that they need gcc.
+	// Scripts that use the module declare that they need gcc.
 	if _, err := exec.LookPath("gcc"); err == nil {
 		s.badModule = tokentest.BuildBadModule(t)
 		s.bigModule = tokentest.BuildBigModule(t)
@@ -167,32 +171,32 @@ func runScripts(t *testing.T, dir string) {
 	})
 }
 
-// stories is what the scripts share.
+// stories holds what all scripts share.
 type stories struct {
 	t         *testing.T
 	tokens    map[string]string // directories to copy, by the label of the token
 	softhsm   string            // SoftHSM's module
 	badModule string            // tokentest's
 	bigModule string            // likewise
-	ykcs11    string            // Yubico's module; empty where it is not installed
+	ykcs11    string            // Yubico's module; empty: it is not installed
 	opensc    string            // OpenSC's module
 }
 
-// usualModules tells whether the machine has no modules registered but those that
-// make deps-check installs: check says what is wrong with any other, as it should.
+// usualModules reports whether the machine has registered only the modules that make deps-check
+// installs. The command check reports problems of other modules, which would change its output.
 func usualModules() (bool, error) {
 	all, err := filepath.Glob("/usr/share/p11-kit/modules/*.module")
 	usual := []string{"opensc-pkcs11.module", "p11-kit-trust.module", "softhsm2.module", "tpm2_pkcs11.module"}
 	return !slices.ContainsFunc(all, func(file string) bool { return !slices.Contains(usual, filepath.Base(file)) }), err
 }
 
-// story is what belongs to one script.
+// A story holds what belongs to one script.
 type story struct {
 	t     testing.TB // of the script
 	skip  func(...any)
-	fail  func(format string, args ...any) // for what is found out at the end
-	agent *process                         // the one that SSH_AGENT_PID names
-	pcscd *tokentest.PCSCD                 // nil: there was no need of it
+	fail  func(format string, args ...any) // for failures that show at the end
+	agent *process                         // the agent that SSH_AGENT_PID names
+	pcscd *tokentest.PCSCD                 // nil: the story has not needed it
 	cards map[string]*storyCard
 	tpm   *tokentest.TPM // nil: there is none
 
@@ -217,8 +221,7 @@ var kinds = []string{
 	tokentest.RSA2048, tokentest.RSA4096, tokentest.P256, tokentest.P384, tokentest.P521, tokentest.Ed25519,
 }
 
-// makeTokens makes tokens for scripts to copy: that is faster than making them
-// anew.
+// makeTokens makes tokens for the scripts. A script copies them, which is faster than making them.
 func makeTokens(t *testing.T) map[string]string {
 	tokens := make(map[string]string)
 	add := func(label string, fill func(*tokentest.SoftHSM)) {
@@ -244,7 +247,7 @@ func makeTokens(t *testing.T) map[string]string {
 
 func (s *stories) setup(env *testscript.Env) error {
 	env.Values[storyKey{}] = &story{
-		t:    env.T().(testing.TB), //nolint:forcetypeassert // it is given as the narrower interface
+		t:    env.T().(testing.TB), //nolint:forcetypeassert // testscript gives it as the narrower interface
 		skip: env.T().Skip, fail: func(format string, args ...any) {
 			s.t.Errorf("%s: "+format, append([]any{filepath.Base(env.WorkDir)}, args...)...)
 		},
@@ -256,7 +259,7 @@ func (s *stories) setup(env *testscript.Env) error {
 			return err
 		}
 	}
-	// What archives bring along is not in directories of the right mode.
+	// The directories of a script's archive do not have the right modes.
 	for _, dir := range []string{"home", "run", "tokens"} {
 		if err := os.Chmod(filepath.Join(work, dir), 0o700); err != nil {
 			return err
@@ -267,7 +270,7 @@ func (s *stories) setup(env *testscript.Env) error {
 	if err := os.WriteFile(conf, []byte(text), 0o600); err != nil {
 		return err
 	}
-	// Others than the fake are for the scripts that name them.
+	// A script that wants a pinentry other than the fake names it.
 	if err := writeNew(filepath.Join(work, "home/.config/p11-agent/config.toml"), "[pinentry]\nprogram = \"fakepinentry\"\n"); err != nil {
 		return err
 	}
@@ -280,10 +283,10 @@ func (s *stories) setup(env *testscript.Env) error {
 		"HOME":            work + "/home",
 		"XDG_RUNTIME_DIR": work + "/run",
 		"SOFTHSM2_CONF":   conf,
-		// No card or TPM of this machine, nor one that another test has plugged in.
+		// The story uses no card or TPM of this machine or of another test.
 		"PCSCLITE_CSOCK_NAME": filepath.Join(work, "no-pcscd"),
 		"TPM2_PKCS11_TCTI":    "swtpm:path=" + filepath.Join(work, "no-tpm"),
-		// Nor this machine's sleep.
+		// The story does not notice when this machine sleeps.
 		"DBUS_SYSTEM_BUS_ADDRESS": "unix:path=" + filepath.Join(work, "no-bus"),
 		"SOFTHSM":                 s.softhsm,
 		"MODULE":                  s.badModule,
@@ -304,7 +307,7 @@ func (s *stories) setup(env *testscript.Env) error {
 	} {
 		env.Setenv(name, value)
 	}
-	// Told before the directory goes.
+	// This runs before testscript removes the directory.
 	env.Defer(func() {
 		if err := endLeftovers(work); err != nil {
 			s.t.Errorf("%s: %v", filepath.Base(work), err)
@@ -322,10 +325,9 @@ func (s *stories) setup(env *testscript.Env) error {
 	return nil
 }
 
-// endLeftovers ends the processes of a story that have outlived it, which none
-// may. They are known by their HOME, which is in every environment that the agent
-// makes, too. Only root can read the environment of an agent, so an ordinary user
-// finds the other processes alone.
+// endLeftovers ends the processes of a story that outlive it, and returns an error for them. It
+// finds them by their HOME, which is also in each environment that the agent makes. Only root can
+// read the environment of an agent. So an ordinary user finds only the other processes.
 func endLeftovers(work string) error {
 	var all []error
 	home := []byte("HOME=" + work + "/home\x00")
@@ -344,7 +346,7 @@ func endLeftovers(work string) error {
 		}
 		p, err := openProcess(pid)
 		if err != nil {
-			continue // gone by now
+			continue // it has ended
 		}
 		// Module processes may be about to end with their agent.
 		if p.wait(30*time.Second) != nil {
@@ -364,7 +366,7 @@ func currentUser() string {
 	return string(out)
 }
 
-// writeNew writes a file unless the script has brought one.
+// writeNew writes a file, unless the script has one of that name.
 func writeNew(path, text string) error {
 	if err := os.MkdirAll(filepath.Dir(path), 0o700); err != nil {
 		return err
@@ -380,7 +382,7 @@ func writeNew(path, text string) error {
 	return errors.Join(err, f.Close())
 }
 
-// noNegation refuses the negation of a command that has none.
+// noNegation refuses a negated command, and a command with wrong arguments.
 func noNegation(ts *testscript.TestScript, neg, ok bool, usage string) {
 	if neg || !ok {
 		ts.Fatalf("usage: %s", usage)
@@ -409,13 +411,13 @@ func need(ts *testscript.TestScript, neg bool, args []string) {
 			err = errors.New(name)
 		case "userns":
 			if os.Geteuid() == 0 && exec.Command("unshare", "--user", "--map-user=1000", "--map-group=1000", "true").Run() != nil {
-				// No component, but a right that containers and chroots take away.
+				// This is not a program, but a right that containers and chroots take away.
 				storyOf(ts).skip("root may not be another user in a namespace here")
 			}
 			continue
 		case "sshd-tty":
-			// sshd gives the terminal to the group tty. Where the kernel has not done that
-			// already, sshd has to be root (OpenSSH's sshpty.c, pty_setowner).
+			// sshd gives the terminal to the group tty. If the kernel has not done that already,
+			// sshd must be root (OpenSSH's sshpty.c, pty_setowner).
 			if !ownsTerminals() {
 				storyOf(ts).skip("only root's sshd can give out terminals here: /dev/pts is not mounted for the group tty")
 			}
@@ -432,8 +434,8 @@ func need(ts *testscript.TestScript, neg bool, args []string) {
 	}
 }
 
-// ownsTerminals tells whether new terminals are as sshd wants them, or this is root,
-// who can change them.
+// ownsTerminals reports whether new terminals are as sshd wants them, or this process is root. Root
+// can change them.
 func ownsTerminals() bool {
 	if os.Geteuid() == 0 {
 		return true
@@ -455,7 +457,7 @@ func ownsTerminals() bool {
 	return err == nil && tty.Gid == strconv.Itoa(int(st.Gid))
 }
 
-// lookPath finds programs of the administrator too.
+// lookPath also finds programs of the administrator.
 func lookPath(name string) (string, error) {
 	if path, err := exec.LookPath(name); err == nil {
 		return path, nil
@@ -474,8 +476,8 @@ func (s *stories) addTokens(ts *testscript.TestScript, neg bool, args []string) 
 	}
 }
 
-// process is one that the scripts did not start by exec, known by more than its
-// number, which may be used again.
+// A process is a process that the scripts did not start by exec. It has a file descriptor, because
+// another process may get the same number later.
 type process struct {
 	pid, fd int
 }
@@ -565,7 +567,7 @@ func gone(ts *testscript.TestScript, neg bool, args []string) {
 	}
 }
 
-// eventually tries until there is no error any more, for a bounded time.
+// eventually calls try until it returns no error, for a bounded time.
 func eventually(try func() error) error {
 	for end := time.Now().Add(patience); ; time.Sleep(20 * time.Millisecond) {
 		err := try()
@@ -607,19 +609,19 @@ func screen(ts *testscript.TestScript, neg bool, args []string) {
 // cardPIN is the PIN that a card begins with.
 const cardPIN = "8-apples"
 
-// cardCommands are what the command card can do with a card, which is called
-// "card" unless it is named, and is in no reader at first:
+// cardCommands are the actions of the command card. The name of a card is "card" if the command
+// does not name it. A new card is in no reader:
 //
-//	new [yubikey] [like NAME]  make it, as one that answers as a YubiKey does, with the
-//	                           keys of another one; anything else makes the usual one
-//	in [SLOT]                  put it into a slot; the first reader has 0 and 1, the second 2 and 3
+//	new [yubikey] [like NAME]  make the card: one that answers as a YubiKey, or one with the keys
+//	                           of another card; any other action makes the usual card
+//	in [SLOT]                  put it into a slot; reader one has slots 0 and 1, reader two 2 and 3
 //	out, pull                  take it out; pull does so in the middle of a command, if need be
 //	reset, cut                 reset it, as another program may; cut the power off and on again
 //	pin PIN                    give it another PIN
-//	tries N                    have so many tries be left
-//	delay DURATION             for each use of a private key
-//	counts WHAT=N...           make sure of what was done to it: right, wrong and blocked PINs,
-//	                           signed, and the tries that are left
+//	tries N                    leave N tries
+//	delay DURATION             delay each use of a private key
+//	counts WHAT=N...           check the counts of the card: right, wrong and blocked PINs,
+//	                           signed, and the left tries
 //	pins N                     the same as counts right=N wrong=0 blocked=0
 var cardCommands = []string{"new", "in", "out", "pull", "reset", "cut", "pin", "tries", "delay", "counts", "pins"}
 
@@ -706,7 +708,7 @@ func (st *story) newCard(ts *testscript.TestScript, name string, args []string) 
 	return c
 }
 
-// check compares what was done to the card with what is wanted.
+// check compares the counts of the card with the wanted counts.
 func (c *storyCard) check(ts *testscript.TestScript, wants []string) {
 	n := c.Counts()
 	counts := map[string]int{"right": n.Right, "wrong": n.Wrong, "blocked": n.Blocked, "signed": n.Signatures, "tries": c.Tries()}
@@ -723,8 +725,8 @@ func (c *storyCard) check(ts *testscript.TestScript, wants []string) {
 	}
 }
 
-// needPCSCD returns the story's daemon, which is started at the first need of it,
-// with two readers. One is such as Yubico's module looks for.
+// needPCSCD returns the pcscd of the story, and starts it at the first call. It has two readers.
+// One of them has a name that the module of Yubico looks for.
 func (st *story) needPCSCD(ts *testscript.TestScript) *tokentest.PCSCD {
 	if st.pcscd == nil {
 		st.pcscd = tokentest.StartPCSCD(st.t, "Yubico Virtual", "Virtual")
@@ -746,7 +748,7 @@ func usePCSCD(ts *testscript.TestScript, neg bool, args []string) {
 	do[args[0]]()
 }
 
-// useTPM is the command tpm. The TPM goes at the end of all stories.
+// useTPM is the command tpm. The TPM ends after all stories.
 func (s *stories) useTPM(ts *testscript.TestScript, neg bool, args []string) {
 	st := storyOf(ts)
 	noNegation(ts, neg, len(args) == 0 && st.tpm == nil || len(args) == 1 && args[0] == "reset" && st.tpm != nil, "tpm, then tpm reset")
@@ -772,8 +774,7 @@ func (s *stories) startDesktop(ts *testscript.TestScript, neg bool, args []strin
 	ts.Setenv("DBUS_SYSTEM_BUS_ADDRESS", b.Address())
 }
 
-// startDisplay starts an X server. Numbers that are low are taken by those who
-// choose none.
+// startDisplay starts an X server with a high number. Other servers choose low numbers themselves.
 func startDisplay(ts *testscript.TestScript, neg bool, args []string) {
 	noNegation(ts, neg, len(args) == 0, "display")
 	for range 5 {
@@ -786,7 +787,7 @@ func startDisplay(ts *testscript.TestScript, neg bool, args []string) {
 	ts.Fatalf("Xvfb does not start")
 }
 
-// runDisplay reports whether the server is ready; it ends with the story.
+// runDisplay starts the server, and reports whether it is ready. The server ends with the story.
 func runDisplay(ts *testscript.TestScript, display string) bool {
 	ready, theirs, err := os.Pipe()
 	ts.Check(err)
@@ -798,7 +799,7 @@ func runDisplay(ts *testscript.TestScript, display string) bool {
 	ts.Check(errors.Join(cmd.Start(), theirs.Close()))
 	ts.Defer(func() {
 		_ = cmd.Process.Signal(syscall.SIGTERM)
-		_ = cmd.Wait() // it is ended by a signal
+		_ = cmd.Wait() // a signal ends it
 	})
 	ts.Check(ready.SetReadDeadline(time.Now().Add(patience)))
 	_, err = bufio.NewReader(ready).ReadString('\n')
@@ -879,14 +880,14 @@ func logind(ts *testscript.TestScript, neg bool, args []string) {
 	}
 }
 
-// startSSHD starts a server on a port of its own. The port is free when it is
-// chosen, and may have been taken when it is used: then another one is tried.
+// startSSHD starts a server on a free port. If another program takes the port meanwhile, startSSHD
+// tries another port.
 func startSSHD(ts *testscript.TestScript, neg bool, args []string) {
 	noNegation(ts, neg, len(args) == 0, "sshd")
 	program, err := lookPath("sshd")
 	ts.Check(err)
 	if os.Geteuid() == 0 {
-		// Debian's sshd wants its directory for privilege separation.
+		// The sshd of Debian needs its directory for privilege separation.
 		ts.Check(os.MkdirAll("/run/sshd", 0o755))
 	}
 	work := ts.Getenv("WORK")
@@ -957,11 +958,11 @@ func runSSHD(ts *testscript.TestScript, program string, port int) (bool, error) 
 	}
 	ended := make(chan struct{})
 	go func() {
-		_ = cmd.Wait() // it is ended by a signal
+		_ = cmd.Wait() // a signal ends it
 		close(ended)
 	}()
 	ts.Defer(func() {
-		// With its children, which serve one connection each.
+		// The signal also ends the children, which serve one connection each.
 		_ = syscall.Kill(-cmd.Process.Pid, syscall.SIGTERM)
 		<-ended
 	})
@@ -995,7 +996,7 @@ func runSSHD(ts *testscript.TestScript, program string, port int) (bool, error) 
 	}
 }
 
-// masks are what differs from run to run.
+// masks match the text that differs from run to run.
 var masks = []struct {
 	what *regexp.Regexp
 	by   string
@@ -1008,7 +1009,7 @@ var masks = []struct {
 	{regexp.MustCompile(`slot ID 0x[0-9a-f]+`), "slot ID 0xID"},
 	{regexp.MustCompile(`/usr/[^ ")]*/(libsofthsm2|opensc-pkcs11)\.so`), "/usr/.../$1.so"},
 	{regexp.MustCompile(`/[^ ")]*/fakepinentry`), "/.../fakepinentry"},
-	// What status says of processes and times.
+	// Processes and times in the output of status.
 	{regexp.MustCompile(`\b[0-9]+ (s|min) ago|just now`), "AGO"},
 	{regexp.MustCompile(`(for|up for) (less than 1 s|[0-9]+ (s|min))`), "$1 TIME"},
 	{regexp.MustCompile(`process [0-9]+`), "process PID"},
@@ -1026,8 +1027,8 @@ func mask(ts *testscript.TestScript, neg bool, args []string) {
 	ts.Check(os.WriteFile(ts.MkAbs(args[0]), []byte(text), 0o600))
 }
 
-// findSecret looks where secrets must not be: in logs and outputs, and in what
-// the kernel shows of processes.
+// findSecret searches the places that must not have secrets: logs, outputs, and the arguments and
+// environments of processes.
 func findSecret(ts *testscript.TestScript, neg bool, args []string) {
 	noNegation(ts, neg, len(args) == 1, "secret TEXT")
 	secret := []byte(args[0])
@@ -1045,7 +1046,7 @@ func findSecret(ts *testscript.TestScript, neg bool, args []string) {
 		return err
 	})
 	ts.Check(err)
-	seen := 0 // processes of the story: the agent's are, and those of another story are not
+	seen := 0 // the searched processes of the story, with those of the agent, without those of another story
 	dirs, err := filepath.Glob("/proc/[0-9]*")
 	ts.Check(err)
 	home := []byte("HOME=" + work + "/home\x00")
@@ -1055,12 +1056,12 @@ func findSecret(ts *testscript.TestScript, neg bool, args []string) {
 		switch {
 		case err == nil && bytes.Contains(environ, home):
 		case errors.Is(err, fs.ErrPermission) && (filepath.Base(dir) == agentPID || parentOf(dir) == agentPID):
-			// The kernel shows the environments of the agent and of its module processes
-			// to root alone, and their arguments to all.
+			// The kernel shows the environments of the agent and of its module processes only to
+			// root. It shows their arguments to each user.
 		default:
 			continue // gone, or a process of another user or story
 		}
-		cmdline, _ := os.ReadFile(filepath.Join(dir, "cmdline")) // it may have gone
+		cmdline, _ := os.ReadFile(filepath.Join(dir, "cmdline")) // the process may have ended
 		if bytes.Contains(environ, secret) || bytes.Contains(cmdline, secret) {
 			ts.Fatalf("the secret is in %s: %q", dir, cmdline)
 		}
@@ -1071,8 +1072,8 @@ func findSecret(ts *testscript.TestScript, neg bool, args []string) {
 	}
 }
 
-// parentOf returns the number of the parent of the process that has a directory in
-// /proc, and nothing when it is gone.
+// parentOf returns the number of the parent of the process with this directory in /proc. It returns
+// "" if the process has ended.
 func parentOf(dir string) string {
 	stat, err := os.ReadFile(filepath.Join(dir, "stat"))
 	_, fields, ok := bytes.Cut(stat, []byte(") ")) // the name of the program may have any other character
@@ -1105,7 +1106,7 @@ func connections(ts *testscript.TestScript, neg bool, args []string) {
 		}
 		return c, err
 	}
-	// The first one settles what is opened once.
+	// The first connection opens the files that the agent opens only once.
 	c, err := list()
 	ts.Check(err)
 	ts.Check(c.Close())

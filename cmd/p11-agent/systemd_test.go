@@ -11,8 +11,8 @@ import (
 	"p11-agent/token/tokentest"
 )
 
-// buildAgent builds the program as "make build" does, without the race detector:
-// what runs under systemd here is what people run.
+// buildAgent builds the program like "make build", without the race detector. So the tests under
+// systemd run the program that users run.
 func buildAgent(t *testing.T) string {
 	t.Helper()
 	program := filepath.Join(t.TempDir(), "p11-agent")
@@ -23,9 +23,8 @@ func buildAgent(t *testing.T) string {
 	return program
 }
 
-// needPrivileges ends a test that has to be root and to make namespaces and
-// cgroups, where it cannot, or where one of the programs is missing. In CI that
-// fails.
+// needPrivileges skips a test if it does not run as root, if it cannot make namespaces and cgroups,
+// or if one of the programs is missing. In CI, it fails the test.
 func needPrivileges(t *testing.T, programs ...string) {
 	t.Helper()
 	missing := ""
@@ -48,19 +47,18 @@ func needPrivileges(t *testing.T, programs ...string) {
 	t.Skip(missing)
 }
 
-// userManager runs a shell script, one of testdata/systemd, as an ordinary user
-// under a real "systemd --user" with a journal, which takes less than a second to
-// start. It returns what the script printed, and fails the test when the script
-// fails. The user's home is a new directory, in which the agent is at
-// "my bin 100%/p11-agent" and common.sh beside the script. PIDs, mounts and cgroups are the user's own: nothing
-// that the script starts or changes outlives it.
+// userManager runs a shell script of testdata/systemd as an ordinary user, under a real
+// "systemd --user" with a journal. These start in less than a second. userManager returns the
+// output of the script, and fails the test if the script fails. The home of the user is a new
+// directory. It has the agent at "my bin 100%/p11-agent", and common.sh beside the script. The user
+// has its own PIDs, mounts and cgroups. So no process and no change of the script outlives it.
 func userManager(t *testing.T, script string, args ...string) string {
 	t.Helper()
 	return userManagerWith(t, "", script, args...)
 }
 
-// userManagerWith is userManager with what is in a directory put into the home as
-// well, unless the directory's name is empty.
+// userManagerWith is userManager with more files in the home, from the directory files; empty: no
+// more files.
 func userManagerWith(t *testing.T, files, script string, args ...string) string {
 	t.Helper()
 	needPrivileges(t, "/lib/systemd/systemd", "/lib/systemd/systemd-journald", "systemctl", "unshare", "setpriv", "ip", "sshd", "ssh-keygen")
@@ -78,7 +76,7 @@ func userManagerWith(t *testing.T, files, script string, args ...string) string 
 	return runHarness(t, exec.Command("bash", append([]string{harness, home, "/home/person/" + script}, args...)...))
 }
 
-// runHarness runs a script that keeps everything to itself, and returns its output.
+// runHarness runs a script that isolates itself from the machine. It returns the output.
 func runHarness(t *testing.T, cmd *exec.Cmd) string {
 	t.Helper()
 	var out bytes.Buffer
@@ -104,7 +102,7 @@ func copyFile(t *testing.T, from, to string, mode os.FileMode) {
 	}
 }
 
-// The agent as systemd runs it for a user, with the units that install writes.
+// systemd runs the agent for a user, with the units that p11-agent install writes.
 func TestUserManager(t *testing.T) {
 	needPrivileges(t, "softhsm2-util", "pkcs11-tool", "ssh-add", "ssh-keygen", "systemd-analyze", "pgrep")
 	if out := userManager(t, "user.sh", storyPIN); !strings.HasSuffix(out, "== all is well\n") {
@@ -112,7 +110,7 @@ func TestUserManager(t *testing.T) {
 	}
 }
 
-// Persons are asked where they are, by an agent that systemd has started.
+// An agent that systemd has started asks each person at their own place.
 func TestDesk(t *testing.T) {
 	needPrivileges(t, "softhsm2-util", "pkcs11-tool", "ssh", "sshd", "ssh-add", "ssh-keygen", "tmux", "pinentry-curses", "pinentry-gtk-2",
 		"Xvfb", "xdotool", "less", "pgrep", "ps", "systemd-run", "python3")
@@ -121,8 +119,8 @@ func TestDesk(t *testing.T) {
 	}
 }
 
-// The agents of the system and of a user who stays (loginctl enable-linger), on a
-// machine that boots, twice, with systemd as its first process.
+// A machine boots twice, with systemd as its first process. It has the agent of the system, and the
+// agent of a user with lingering (loginctl enable-linger).
 func TestBoot(t *testing.T) {
 	needPrivileges(t, "systemd-nspawn", "softhsm2-util", "pkcs11-tool", "ssh", "sshd", "ssh-add", "ssh-keygen", "useradd", "runuser", "loginctl")
 	files := t.TempDir()
