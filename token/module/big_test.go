@@ -20,7 +20,7 @@ import (
 	"p11-agent/token/wire"
 )
 
-// loadHere has a module in this process, and returns the slot of its token.
+// loadHere loads a module into this process, and returns the slot of its token.
 func loadHere(t *testing.T, path string, env ...string) (lib *library, slot uint) {
 	t.Helper()
 	for _, kv := range env {
@@ -42,7 +42,8 @@ func loadHere(t *testing.T, path string, env ...string) (lib *library, slot uint
 	return lib, slots[0]
 }
 
-// loadBig has a token with so many pairs in this process, none of which signs.
+// loadBig loads a module into this process. Its token has so many pairs, and no pair
+// signs.
 func loadBig(t *testing.T, pairs int) (lib *library, slot uint, calls func() uint64) {
 	t.Helper()
 	h := tokentest.NewSoftHSM(t)
@@ -52,7 +53,7 @@ func loadBig(t *testing.T, pairs int) (lib *library, slot uint, calls func() uin
 	return lib, slot, func() uint64 {
 		b, err := os.ReadFile(counts)
 		if errors.Is(err, os.ErrNotExist) {
-			return 0 // there was none so far
+			return 0 // the module has made no call yet
 		}
 		if err != nil {
 			t.Fatal(err)
@@ -61,8 +62,8 @@ func loadBig(t *testing.T, pairs int) (lib *library, slot uint, calls func() uin
 	}
 }
 
-// TestListGrowsLinearly counts calls of PKCS#11, parts and allocations of a list of n pairs,
-// and of twice as many.
+// TestListGrowsLinearly counts calls of PKCS#11, parts and allocations for a list of n
+// pairs, and for a list of twice as many.
 func TestListGrowsLinearly(t *testing.T) {
 	type cost struct{ calls, parts, objects, allocations float64 }
 	measure := func(pairs int) (c cost) {
@@ -111,8 +112,8 @@ func TestListGrowsLinearly(t *testing.T) {
 	}
 }
 
-// TestListBetweenLogins has somebody log in between two parts of a list. The login need not
-// wait for the end of the list, and the list begins again with the private keys.
+// TestListBetweenLogins logs in between two parts of a list. The login need not wait for
+// the end of the list, and the list begins again with the private keys.
 func TestListBetweenLogins(t *testing.T) {
 	const pairs = 1000
 	lib, slot, _ := loadBig(t, pairs)
@@ -140,7 +141,7 @@ func TestListBetweenLogins(t *testing.T) {
 			}()
 			waitFor(t, "the login waits for its turn", func() bool { return len(tok.gate.turn) == 1 })
 		}
-		if parts == 3 { // it is long past the list of its beginning
+		if parts == 3 { // the list is long past its beginning
 			if err := <-in; err != nil {
 				t.Error(err)
 			}
@@ -157,8 +158,8 @@ func TestListBetweenLogins(t *testing.T) {
 	}
 }
 
-// TestNamedObjects searches for what is named when the token has more than is listed, and
-// for nothing otherwise.
+// TestNamedObjects checks that the process searches for named objects only if the token
+// has more objects than the process lists.
 func TestNamedObjects(t *testing.T) {
 	lib, slot, calls := loadBig(t, 100)
 	session, err := lib.openSession(slot)
@@ -192,14 +193,14 @@ func TestNamedObjects(t *testing.T) {
 		t.Errorf("%d objects, cut: %v, %d calls in place of %d", len(ids), cut, cost, plain)
 	}
 	ids, cut, _ = list(2, named)
-	// The label is that of each eighth pair.
+	// Each eighth pair has this label.
 	if want := append([]byte{0, 1, 80}, 9, 17, 25, 33, 41, 49, 57, 65, 73, 81, 89, 97); !cut || !bytes.Equal(ids, want) {
 		t.Errorf("%v are listed, cut: %v, want %v", ids, cut, want)
 	}
 }
 
-// TestLongCertificates reads certificates of 400 KB, and tells of one that is longer than
-// any that is read.
+// TestLongCertificates reads certificates of 400 KB. The reply counts a certificate that
+// is too long to be read.
 func TestLongCertificates(t *testing.T) {
 	h := tokentest.NewSoftHSM(t)
 	h.AddToken("long", "")

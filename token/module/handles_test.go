@@ -14,8 +14,8 @@ import (
 	"p11-agent/token/wire"
 )
 
-// The handle of a session that ended with its card is that of a session with
-// another card now. No PIN goes there.
+// A session ends with its card, and a session with another card gets its handle. The PIN
+// must not go there.
 func TestSessionOfAnotherSlot(t *testing.T) {
 	called := filepath.Join(t.TempDir(), "called")
 	for _, kv := range tokentest.BadModuleEnv("slots=2 always", "", called) {
@@ -63,7 +63,7 @@ func TestSessionOfAnotherSlot(t *testing.T) {
 	}
 }
 
-// openBad has a module that misbehaves in this process, and a session with it.
+// openBad loads the misbehaving module into this process, and opens a session.
 func openBad(t *testing.T) (*library, pkcs11.SessionHandle) {
 	t.Helper()
 	for _, kv := range tokentest.BadModuleEnv("", "", "") {
@@ -85,8 +85,7 @@ func openBad(t *testing.T) (*library, pkcs11.SessionHandle) {
 	return lib, session
 }
 
-// There is room for attributes that are as long as can be. It is there once, and not
-// once for each object of a list.
+// There is room for the longest attributes. All objects of a list share the room.
 func TestRoomForAttributes(t *testing.T) {
 	lib, session := openBad(t)
 	handles, _, err := lib.find(session, wire.MaxList, pkcs11.NewAttribute(pkcs11.CKA_CLASS, pkcs11.CKO_PUBLIC_KEY))
@@ -102,8 +101,8 @@ func TestRoomForAttributes(t *testing.T) {
 		}
 	}
 	runtime.ReadMemStats(&after)
-	// Two calls of C_GetAttributeValue for each, of two long attributes each. With the
-	// race detector a quarter of the rooms are not used again.
+	// A key takes two calls of C_GetAttributeValue, each with two long attributes. With
+	// the race detector a quarter of the rooms are not used again.
 	if each := (after.TotalAlloc - before.TotalAlloc) / times; each >= 3*roomText {
 		t.Errorf("a key takes %d bytes to be read", each)
 	} else {
@@ -111,8 +110,8 @@ func TestRoomForAttributes(t *testing.T) {
 	}
 }
 
-// A signature leaves nothing behind. A module process makes so many that it would grow
-// for hours before garbage is collected.
+// A signature leaves no garbage. A module process makes many signatures, and would grow
+// for hours before a garbage collection.
 func TestSignatureAllocations(t *testing.T) {
 	lib, session := openBad(t)
 	if err := lib.login(session, pkcs11.CKU_USER, []byte("1234")); err != nil {

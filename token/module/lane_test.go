@@ -14,7 +14,7 @@ import (
 	"p11-agent/token/wire"
 )
 
-// lane opens a lane, which ends with the test.
+// lane opens a lane, which closes with the test.
 func (p *process) lane(id wire.TokenID) *wire.Lane {
 	p.t.Helper()
 	l, err := p.lanes.Open(id)
@@ -42,8 +42,7 @@ func answer(l *wire.Lane) ([]byte, error) {
 	return reply.Signature, err
 }
 
-// Lanes make the same signatures as the process, beside each other, and go on after
-// what has failed.
+// Lanes make the same signatures as the process, side by side, and go on after a failure.
 func TestLanes(t *testing.T) {
 	hsm := tokentest.NewSoftHSM(t)
 	hsm.AddToken("work", "")
@@ -108,7 +107,7 @@ func TestLanes(t *testing.T) {
 	}
 	check(keys[0], sig)
 
-	// A logout waits for no lane that does nothing, and ends what lanes may do.
+	// A logout does not wait for an idle lane. After it the lane makes no signature.
 	if err := p.do(wire.TypeLogout, &wire.Token{Token: id}, new(wire.TokenReply)); err != nil {
 		t.Fatal(err)
 	}
@@ -117,8 +116,8 @@ func TestLanes(t *testing.T) {
 	}
 }
 
-// A request that waits in the process can be cancelled, and one that the module has
-// goes on. The end of the agent is seen in any case.
+// The agent can cancel a request that waits in the process. A request in the module goes
+// on. In both cases the process sees the end of the agent.
 func TestCancelOnLane(t *testing.T) {
 	b := startBad(t, "")
 	b.ready(tokentest.BuildBadModule(t))
@@ -128,11 +127,12 @@ func TestCancelOnLane(t *testing.T) {
 		t.Fatal(err)
 	}
 	b.waitForCall("C_Sign", 1)
-	// There is no other session for signatures.
+	// No other session for signatures exists.
 	if err := waiting.Send(1<<30+1, badSign()); err != nil {
 		t.Fatal(err)
 	}
-	// One that has not been read yet is not found: so it is said until it is.
+	// A request that the process has not read yet cannot be cancelled. So the test
+	// repeats the Cancel.
 	done := make(chan error, 1)
 	go func() {
 		_, err := answer(waiting)

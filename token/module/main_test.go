@@ -20,13 +20,12 @@ import (
 	"p11-agent/token/wire"
 )
 
-// TestMain makes the test's own program the module process, and whatever else
-// must be a process of its own.
+// TestMain makes the test program a module process, or another process that a test needs.
 func TestMain(m *testing.M) {
 	switch os.Getenv("P11_TEST_PROCESS") {
 	case "module":
 		os.Exit(Main())
-	case "agent": // starts a module process, and goes nowhere
+	case "agent": // starts a module process, and never ends
 		os.Exit(agentProcess())
 	case "harden":
 		os.Exit(hardenProcess())
@@ -34,8 +33,8 @@ func TestMain(m *testing.M) {
 	os.Exit(terminaltest.Without(m).Run())
 }
 
-// patience is how long a test waits for what must happen. No test passes or
-// fails by how long it took.
+// patience is how long a test waits for a required event. No test passes or fails by the
+// time that the event took.
 const patience = 3 * time.Minute
 
 // A process is a module process and the agent's end of its socket.
@@ -46,8 +45,8 @@ type process struct {
 	lanes  *wire.Lanes
 	stderr *logBuffer
 	events chan struct{}
-	lost   chan error    // what it said when it was of no use any more
-	exited chan struct{} // closed once the process has been waited for
+	lost   chan error    // its error when it was of no further use
+	exited chan struct{} // closed after the process has ended
 
 	ids atomic.Uint32
 
@@ -73,7 +72,7 @@ func (l *logBuffer) String() string {
 	return l.b.String()
 }
 
-// socketPair returns the agent's end, and the file for the child.
+// socketPair returns the agent's end, and the other end as a file for the child.
 func socketPair(kind int) (*net.UnixConn, *os.File, error) {
 	fds, err := unix.Socketpair(unix.AF_UNIX, kind|unix.SOCK_CLOEXEC, 0)
 	if err != nil {
@@ -88,7 +87,7 @@ func socketPair(kind int) (*net.UnixConn, *os.File, error) {
 	return c.(*net.UnixConn), os.NewFile(uintptr(fds[1]), "module"), nil
 }
 
-// command is a module process that is yet to be started.
+// command returns a module process that is not started yet.
 func command(env []string, stderr io.Writer, sockets ...*os.File) *exec.Cmd {
 	cmd := exec.Command("/proc/self/exe")
 	cmd.Env = append([]string{
@@ -101,7 +100,7 @@ func command(env []string, stderr io.Writer, sockets ...*os.File) *exec.Cmd {
 	return cmd
 }
 
-// start starts a module process, which ends with the test.
+// start starts a module process. It ends with the test.
 func start(t testing.TB, env ...string) *process {
 	t.Helper()
 	c, socket, err := socketPair(unix.SOCK_STREAM)
@@ -124,7 +123,7 @@ func start(t testing.TB, env ...string) *process {
 		t.Fatal(err)
 	}
 	go func() {
-		_ = p.cmd.Wait() // its state says it, too
+		_ = p.cmd.Wait() // the process state has the error, too
 		close(p.exited)
 	}()
 	read := make(chan struct{})
@@ -144,7 +143,7 @@ func start(t testing.TB, env ...string) *process {
 	return p
 }
 
-// read gives each answer to whoever waits for it.
+// read passes each answer to the call that waits for it.
 func (p *process) read() {
 	for {
 		f, err := p.conn.ReadFrame()
@@ -252,7 +251,7 @@ func (p *process) event() {
 	}
 }
 
-// end waits until the process says that it is of no use any more.
+// end waits until the process says that it is of no further use.
 func (p *process) end() *wire.Error {
 	p.t.Helper()
 	select {
@@ -329,7 +328,7 @@ func failure(t testing.TB, err error) *wire.Error {
 	return e
 }
 
-// wantRV fails the test unless err is the answer of a function with this value.
+// wantRV fails the test unless err comes from the function and has the return value.
 func wantRV(t testing.TB, err error, function string, rv uint64) {
 	t.Helper()
 	if e := failure(t, err); e.RV != rv || e.Function != function {
@@ -344,8 +343,8 @@ func wantReason(t testing.TB, err error, r wire.Reason) {
 	}
 }
 
-// agentProcess starts a module process, has it load a module, says the process
-// id, and never ends.
+// agentProcess starts a module process, has it load a module, prints its process id, and
+// never ends.
 func agentProcess() int {
 	c, socket, err := socketPair(unix.SOCK_STREAM)
 	if err != nil {
@@ -368,7 +367,7 @@ func agentProcess() int {
 	select {}
 }
 
-// hardenProcess says what is in force after harden.
+// hardenProcess prints the state of the process after harden.
 func hardenProcess() int {
 	if err := harden(); err != nil {
 		fmt.Fprintln(os.Stderr, err)

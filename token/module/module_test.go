@@ -25,7 +25,7 @@ import (
 	"p11-agent/token/wire"
 )
 
-// A bad is a module process with the module that misbehaves.
+// A bad is a module process with the misbehaving module.
 type bad struct {
 	*process
 	dir string
@@ -41,7 +41,7 @@ func startBad(t *testing.T, commands string) *bad {
 // command gives the module other commands.
 func (b *bad) command(commands string) {
 	b.t.Helper()
-	// In one piece: the module reads at any time.
+	// The file is replaced at once, because the module reads it at any time.
 	temp := filepath.Join(b.dir, "new")
 	if err := os.WriteFile(temp, []byte(commands), 0o600); err != nil {
 		b.t.Fatal(err)
@@ -51,7 +51,7 @@ func (b *bad) command(commands string) {
 	}
 }
 
-// release lets the functions that hang go on, after release=dir/go.
+// release makes the hanging functions go on, after the command release=dir/go.
 func (b *bad) release() {
 	b.t.Helper()
 	if err := os.WriteFile(filepath.Join(b.dir, "go"), nil, 0o600); err != nil {
@@ -83,7 +83,7 @@ func waitFor(t testing.TB, what string, done func() bool) {
 		if ctx.Err() != nil {
 			t.Fatalf("waited in vain: %s", what)
 		}
-		time.Sleep(time.Millisecond) // there is nothing to wait on but a file
+		time.Sleep(time.Millisecond) // the test can only look at a file
 	}
 }
 
@@ -139,7 +139,7 @@ func TestOneSignature(t *testing.T) {
 	}
 }
 
-// What the module does is told, and costs no more than the request.
+// The process reports each misbehaviour of the module. Only the request fails.
 func TestMisbehaviour(t *testing.T) {
 	module := tokentest.BuildBadModule(t)
 	signs := func(b *bad) error { _, err := b.sign(badSign()); return err }
@@ -178,7 +178,7 @@ func TestMisbehaviour(t *testing.T) {
 			b.command(tt.commands)
 			wantRV(t, tt.do(b), tt.function, tt.rv)
 			b.command("")
-			for range maxSessions + 1 { // one that was not given back would be missed
+			for range maxSessions + 1 { // a session that was not given back would be missing
 				if err := signs(b); err != nil {
 					t.Fatalf("a signature afterwards: %v", err)
 				}
@@ -190,8 +190,9 @@ func TestMisbehaviour(t *testing.T) {
 	}
 }
 
-// A module that wants more room than its answer takes gets the room, and the answer is
-// what it is with enough room. One that never has enough fails, and goes on working.
+// A module may want more room than its answer takes. It gets the room, and its answer is
+// the same as with enough room. If a module never has enough room, the call fails, and
+// the module goes on.
 func TestRoomAskedFor(t *testing.T) {
 	module := tokentest.BuildBadModule(t)
 	for _, tt := range []struct {
@@ -236,7 +237,7 @@ func TestRoomAskedFor(t *testing.T) {
 				}
 			}
 			b.command("")
-			for range maxSessions + 1 { // one that was not given back would be missed
+			for range maxSessions + 1 { // a session that was not given back would be missing
 				if _, err := b.sign(badSign()); err != nil {
 					t.Fatalf("a signature afterwards: %v", err)
 				}
@@ -312,7 +313,7 @@ func TestLyingLists(t *testing.T) {
 			}
 		}},
 		{"wild values", "attributes=wild", func(t *testing.T, b *bad) {
-			if l := b.objects(badToken(0)); len(l) != 0 { // there is no type of key
+			if l := b.objects(badToken(0)); len(l) != 0 { // the object has no type of key
 				t.Errorf("objects: %+v", l)
 			}
 		}},
@@ -367,7 +368,7 @@ func TestCrash(t *testing.T) {
 	}
 }
 
-// The process ends when the socket does, whatever hangs.
+// The process ends with the socket, even if the module hangs.
 func TestHang(t *testing.T) {
 	module := tokentest.BuildBadModule(t)
 	for _, tt := range []struct {
@@ -381,7 +382,7 @@ func TestHang(t *testing.T) {
 		}},
 		{"C_Sign", func(b *bad) {
 			b.ready(module)
-			for range 100 { // more than there are sessions
+			for range 100 { // more requests than sessions
 				b.send(wire.TypeSign, badSign())
 			}
 		}},
@@ -428,7 +429,7 @@ func TestCancel(t *testing.T) {
 	}
 }
 
-// Logout waits for signatures, and a signature that comes later for it.
+// A logout waits for signatures. A signature that comes later waits for the logout.
 func TestLogoutWaits(t *testing.T) {
 	b := startBad(t, "")
 	b.ready(tokentest.BuildBadModule(t))
@@ -436,7 +437,7 @@ func TestLogoutWaits(t *testing.T) {
 	signature := b.send(wire.TypeSign, badSign())
 	b.waitForCall("C_Sign", 1)
 	logout := b.send(wire.TypeLogout, &wire.Token{Token: badToken(0)})
-	b.slots(false) // is answered, and comes after
+	b.slots(false) // the answer shows that the process has read the request to log out
 	if n := b.calls("C_Logout"); n != 0 {
 		t.Error("logged out during a signature")
 	}
@@ -453,7 +454,7 @@ func TestSessions(t *testing.T) {
 	module := tokentest.BuildBadModule(t)
 	for _, tt := range []struct {
 		commands string
-		most     int // sessions open, with the one that keeps the login
+		most     int // open sessions, including the one that keeps the login
 	}{
 		{"", maxSessions + 1},
 		{"sessions=1", 1},
@@ -497,8 +498,8 @@ func TestSessions(t *testing.T) {
 	}
 }
 
-// A signature that was not begun costs no session: on a token with a single one
-// the login would go with it.
+// A signature that has not begun costs no session. On a token with one session, the login
+// would go with it.
 func TestRefusedMechanismKeepsLogin(t *testing.T) {
 	b := startBad(t, "sessions=1")
 	b.ready(tokentest.BuildBadModule(t))
@@ -564,7 +565,7 @@ func TestPINTries(t *testing.T) {
 		err := b.do(wire.TypeLogin, &wire.Login{Token: id}, new(wire.TokenReply))
 		wantReason(t, err, wire.ReasonProtocol)
 	})
-	for _, flags := range []string{"flags=0x100", ""} { // also where the token denies it: some are wrong
+	for _, flags := range []string{"flags=0x100", ""} { // also if the token denies it: some tokens are wrong
 		t.Run("typed on the reader "+flags, func(t *testing.T) {
 			b := startBad(t, flags)
 			b.hello(module)
@@ -605,7 +606,7 @@ func TestContextLogin(t *testing.T) {
 	if e := failure(t, err); !e.HasInfo || e.Info.Flags&wire.CKFUserPINCountLow == 0 || !e.Info.LoggedIn {
 		t.Errorf("after a wrong PIN: %+v", e)
 	}
-	b.command("") // a key without that: nothing is left of the signature
+	b.command("") // a key without a PIN for each use: nothing is left of the signature
 	for range maxSessions + 1 {
 		if _, err := b.sign(badSign()); err != nil {
 			t.Fatalf("another key afterwards: %v", err)
@@ -639,7 +640,7 @@ func TestContextLogin(t *testing.T) {
 	wantRV(t, other.result(new(wire.SignReply)), "C_Sign", wire.CKRUserNotLoggedIn)
 }
 
-// Handles that another program has made useless are found again.
+// The process finds keys again after another program has made their handles useless.
 func TestKeyHandleChanges(t *testing.T) {
 	b := startBad(t, "")
 	b.ready(tokentest.BuildBadModule(t))
@@ -668,7 +669,7 @@ func TestEvents(t *testing.T) {
 	if n := b.calls("C_GetTokenInfo"); n != infos {
 		t.Error("the poll disturbs the cards")
 	}
-	// The token has been away: what was open on it is forgotten.
+	// The token was away, so the process forgets its sessions.
 	opened := b.calls("C_OpenSession")
 	var reply wire.TokenReply
 	if err := b.do(wire.TypeToken, &wire.Token{Token: badToken(1)}, &reply); err != nil {
@@ -765,7 +766,7 @@ func TestLoadErrors(t *testing.T) {
 	}
 }
 
-// The process ends with the agent, also when that is killed and a call hangs.
+// The process ends with the agent, even if the agent is killed and a call hangs.
 func TestAgentKilled(t *testing.T) {
 	module := tokentest.BuildBadModule(t)
 	cmd := exec.Command("/proc/self/exe")
@@ -785,7 +786,7 @@ func TestAgentKilled(t *testing.T) {
 		fd, err = unix.PidfdOpen(pid, 0)
 	}
 	_ = cmd.Process.Kill()
-	_ = cmd.Wait() // it was killed
+	_ = cmd.Wait() // killed
 	if scan != nil || err != nil {
 		t.Fatal(scan, err)
 	}
@@ -806,13 +807,13 @@ func TestAgentKilled(t *testing.T) {
 func TestHarden(t *testing.T) {
 	cmd := exec.Command("/proc/self/exe")
 	cmd.Env = []string{"P11_TEST_PROCESS=harden", "GORACE=atexit_sleep_ms=0"}
-	out, err := cmd.CombinedOutput() // standard output has become standard error
+	out, err := cmd.CombinedOutput() // standard output is standard error here
 	if err != nil || string(out) != "dumpable 0 core 0 0\n" {
 		t.Errorf("%s, %v", out, err)
 	}
 }
 
-// Whoever runs the command by hand is told so.
+// A person who runs the command by hand gets a message.
 func TestNotForPeople(t *testing.T) {
 	pipe, other, err := os.Pipe()
 	if err != nil {
@@ -928,7 +929,7 @@ func TestIsPublic(t *testing.T) {
 	}
 }
 
-// Attributes are bytes of the module's choice.
+// The module may return any bytes as an attribute.
 func FuzzAttributes(f *testing.F) {
 	seeds := [][]byte{nil, {0}, {1}, {2}, make([]byte, roomULong), bytes.Repeat([]byte{0xff}, roomULong), []byte("label \x00 "), {0xff, 0xfe}}
 	if len(seeds) == 0 {

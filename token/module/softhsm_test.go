@@ -29,7 +29,8 @@ import (
 	"p11-agent/token/wire"
 )
 
-// A testKey is a key of the test token, and how to sign with it and to check.
+// A testKey is a key of the test token, with the ways to sign with it and to check a
+// signature.
 type testKey struct {
 	name, kind, id string
 	keyType        uint64
@@ -44,14 +45,14 @@ var testKeys = []testKey{
 	{"ed25519", tokentest.Ed25519, "06", wire.CKKECEdwards},
 }
 
-// curves by their DER object identifier.
+// curves holds curves by their DER object identifier.
 var curves = map[string]elliptic.Curve{
 	"06082a8648ce3d030107": elliptic.P256(),
 	"06052b81040022":       elliptic.P384(),
 	"06052b81040023":       elliptic.P521(),
 }
 
-// publicKey makes a key of Go of a public key object.
+// publicKey makes a Go key from a public key object.
 func publicKey(t testing.TB, o wire.Object) any {
 	t.Helper()
 	switch o.KeyType {
@@ -88,7 +89,7 @@ func keyID(t testing.TB, id wire.TokenID, o wire.Object) wire.KeyID {
 	return k
 }
 
-// A way to sign: what to send, and how to check what comes.
+// A way is a request for a signature, and the check of the answer.
 type way struct {
 	name  string
 	sign  wire.Sign
@@ -257,7 +258,7 @@ func TestSoftHSM(t *testing.T) {
 		t.Errorf("%d private keys, want %d", privates, len(testKeys))
 	}
 
-	// Reinitialize is not done while somebody is logged in.
+	// Reinitialize does nothing while the user is logged in.
 	p.slots(true)
 	var state wire.TokenReply
 	if err := p.do(wire.TypeToken, &wire.Token{Token: id}, &state); err != nil || !state.Info.LoggedIn {
@@ -321,7 +322,7 @@ func TestSoftHSM(t *testing.T) {
 			{"room too small", func(s *wire.Sign) { s.SignatureLen = 255 }, func(t *testing.T, err error) { wantRV(t, err, "C_Sign", 0) }},
 			{"unknown mechanism", func(s *wire.Sign) { s.Mechanism = 0x7ffffff }, func(t *testing.T, err error) { wantRV(t, err, "C_SignInit", wire.CKRMechanismInvalid) }},
 			{"data too long", func(s *wire.Sign) { s.Data = make([]byte, 300) }, func(t *testing.T, err error) {
-				if e := failure(t, err); e.Function != "C_Sign" || e.RV == wire.CKROK { // SoftHSM says CKR_GENERAL_ERROR
+				if e := failure(t, err); e.Function != "C_Sign" || e.RV == wire.CKROK { // SoftHSM returns CKR_GENERAL_ERROR
 					t.Fatal(err)
 				}
 			}},
@@ -368,7 +369,8 @@ func TestSoftHSM(t *testing.T) {
 	if status := p.wait(); status != 0 {
 		t.Errorf("exit status %d", status)
 	}
-	// SoftHSM tells the system log of a wrong PIN and of data that is too long: see words.c.
+	// SoftHSM reports a wrong PIN and data that are too long in the system log: see
+	// words.c.
 	for line := range strings.Lines(p.stderr.String()) {
 		if !strings.Contains(line, ".cpp(") {
 			t.Errorf("standard error: %s", line)
@@ -376,8 +378,8 @@ func TestSoftHSM(t *testing.T) {
 	}
 }
 
-// Keys that share an ID are told apart by their public half, by the label where the token
-// keeps that to itself, and by their signatures where the label is the same.
+// The public half decides between keys that share an ID. If the token does not show it,
+// the label decides. If the label is the same, the signature decides.
 func TestSameID(t *testing.T) {
 	hsm := tokentest.NewSoftHSM(t)
 	hsm.AddToken("twins", "")
@@ -418,8 +420,7 @@ func TestSameID(t *testing.T) {
 	}
 }
 
-// SoftHSM notices a token that another program has made only when it is started
-// again.
+// SoftHSM sees the new token of another program only after a restart.
 func TestReinitialize(t *testing.T) {
 	hsm := tokentest.NewSoftHSM(t)
 	hsm.AddToken("first", "")
@@ -449,7 +450,7 @@ func TestReinitialize(t *testing.T) {
 	}
 }
 
-// After a refused login the PIN is nowhere in the module process.
+// After a refused login, the memory of the module process does not contain the PIN.
 func TestNoPINLeftBehind(t *testing.T) {
 	if os.Getuid() != 0 {
 		if os.Getenv("CI") == "true" {
@@ -458,7 +459,7 @@ func TestNoPINLeftBehind(t *testing.T) {
 		t.Skip("only root may read the memory of a process that forbids it")
 	}
 	hsm := tokentest.NewSoftHSM(t)
-	pin := func() string { // not a constant: the child is this very program
+	pin := func() string { // not a constant: the child runs this program, too
 		b := make([]byte, 10)
 		_, _ = rand.Read(b)
 		return hex.EncodeToString(b)
@@ -483,7 +484,7 @@ func TestNoPINLeftBehind(t *testing.T) {
 	}
 	context := ways(publicKey(t, key), []byte("m"))[0].sign
 	context.Key, context.ContextLogin, context.PIN = keyID(t, id, key), true, pinOf(t, right)
-	// SoftHSM refuses this for a key that needs no login of its own.
+	// SoftHSM refuses this for a key that needs no login for each signature.
 	if _, err := p.sign(&context); err == nil {
 		t.Log("a login for one signature was accepted")
 	}
@@ -504,7 +505,7 @@ func TestNoPINLeftBehind(t *testing.T) {
 	}
 }
 
-// inMemory counts how often what is in the memory of a process.
+// inMemory counts how often the memory of a process contains some bytes.
 func inMemory(t *testing.T, pid int, what []byte) int {
 	t.Helper()
 	smaps, err := os.ReadFile(fmt.Sprintf("/proc/%d/smaps", pid))
@@ -524,10 +525,11 @@ func inMemory(t *testing.T, pid int, what []byte) int {
 		case name == "Rss:" || name == "Swap:":
 			used = used || strings.Fields(value)[0] != "0"
 		case name == "VmFlags:": // the last line about a region
-			// The race detector's shadows are of terabytes, and hold no bytes of ours.
+			// The race detector's shadow memory has terabytes, and contains no bytes of
+			// the test.
 			if used && to-from <= 1<<30 {
 				b := make([]byte, to-from)
-				got, _ := mem.ReadAt(b, int64(from)) // what cannot be read is not there
+				got, _ := mem.ReadAt(b, int64(from)) // memory that cannot be read does not count
 				n += bytes.Count(b[:got], what)
 			}
 			used = false
@@ -540,7 +542,7 @@ func inMemory(t *testing.T, pid int, what []byte) int {
 	return n
 }
 
-// OpenSC's module loads where there is no reader and no smart card service.
+// OpenSC's module loads on a machine without a reader and without a smart card service.
 func TestOpenSCWithoutReader(t *testing.T) {
 	path := tokentest.Module(t, "opensc-pkcs11.so")
 	p := start(t)
@@ -553,8 +555,8 @@ func TestOpenSCWithoutReader(t *testing.T) {
 	}
 }
 
-// BenchmarkSign compares signatures through the process with a loop of C_Sign,
-// which no agent can be faster than.
+// BenchmarkSign compares signatures through the process with a loop of C_Sign. No agent
+// can be faster than the loop.
 func BenchmarkSign(b *testing.B) {
 	hsm := tokentest.NewSoftHSM(b)
 	hsm.AddToken("work", "")
@@ -592,7 +594,7 @@ func BenchmarkSign(b *testing.B) {
 	b.Run("loop", func(b *testing.B) {
 		for _, v := range hsm.Env() {
 			name, value, _ := strings.Cut(v, "=")
-			b.Setenv(name, value) // the module is in this process here
+			b.Setenv(name, value) // this process runs the module
 		}
 		lib, err := load(hsm.Module())
 		if err != nil {

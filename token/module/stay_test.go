@@ -7,7 +7,8 @@ import (
 	"p11-agent/token/wire"
 )
 
-// A PIN is for one stay of a token in a slot, and a token is where the agent says that it is.
+// A PIN is for one stay of a token in a slot. The process looks for a token where the
+// agent says that it is.
 func TestStay(t *testing.T) {
 	hsm := tokentest.NewSoftHSM(t)
 	for _, label := range []string{"work", "home"} {
@@ -26,7 +27,7 @@ func TestStay(t *testing.T) {
 		return reply, p.do(wire.TypeObjects, m, &reply)
 	}
 
-	// A look at a slot leaves nothing behind.
+	// A Peek at a slot leaves nothing behind.
 	peek, err := objects(&wire.Objects{Token: id, Slot: slots["work"], Peek: true})
 	if err != nil || len(peek.Objects) != 1 || peek.Info.Stay != 0 {
 		t.Fatalf("a look at the slot: %v, %v", peek, err)
@@ -35,7 +36,7 @@ func TestStay(t *testing.T) {
 		t.Error("another token's slot was looked at")
 	}
 
-	// A twin has a name of its own and is where the agent says.
+	// A twin has its own name. The process looks for it where the agent says that it is.
 	twin := id
 	twin.Twin = 3
 	first, err := objects(&wire.Objects{Token: twin, Slot: slots["work"], Placed: true})

@@ -15,13 +15,13 @@ import (
 	"p11-agent/token/wire"
 )
 
-// A module that can tell is not asked again and again.
+// If a module reports events, the process does not poll it.
 func TestWait(t *testing.T) {
 	b := startBad(t, "wait slots=2 present=2")
 	if !b.hello(tokentest.BuildBadModule(t)).Waits {
 		t.Error("it is not said that the module tells of changes")
 	}
-	// Two cards that were there, nothing more, and the call that waits.
+	// The calls report two cards that were there, then nothing more. The last call waits.
 	b.waitForCall("C_WaitForSlotEvent", 4)
 	b.slots(false)
 	if len(b.events) > 0 {
@@ -34,7 +34,7 @@ func TestWait(t *testing.T) {
 		b.command(commands)
 		b.event()
 	}
-	// Two lists of two calls for each event, and once for the sake of safety.
+	// Each event costs two lists of two calls. One more look may come from pollBeside.
 	if n := b.calls("C_GetSlotList") - lists; n > 5*4 {
 		t.Errorf("%d calls of C_GetSlotList for four events", n)
 	}
@@ -43,7 +43,7 @@ func TestWait(t *testing.T) {
 	}
 }
 
-// A card in place of another shows in no list of slots.
+// If a card replaces another, no list of slots shows it.
 func TestWaitReplaced(t *testing.T) {
 	b := startBad(t, "wait")
 	b.hello(tokentest.BuildBadModule(t))
@@ -53,7 +53,7 @@ func TestWaitReplaced(t *testing.T) {
 }
 
 func TestWaitFlagless(t *testing.T) {
-	t.Parallel() // it takes the 5 s after which a call counts as one that waits
+	t.Parallel() // it takes the 5 s after which a call counts as waiting
 	b := startBad(t, "wait=flagless")
 	if !b.hello(tokentest.BuildBadModule(t)).Waits {
 		t.Error("it is not said that the module tells of changes")
@@ -63,7 +63,7 @@ func TestWaitFlagless(t *testing.T) {
 	b.event()
 }
 
-// A module that loses events is found out.
+// The process notices changes even if the module loses events.
 func TestWaitDeaf(t *testing.T) {
 	t.Parallel() // it takes the 20 s of pollBeside
 	b := startBad(t, "wait=deaf")
@@ -73,8 +73,8 @@ func TestWaitDeaf(t *testing.T) {
 	b.event()
 }
 
-// A module that does one thing at a time is found out before it is asked for
-// anything, and is not made to wait by the next process.
+// The process notices a module that does one thing at a time, before any request. The
+// next process does not wait in that module.
 func TestWaitOneAtATime(t *testing.T) {
 	module := tokentest.BuildBadModule(t)
 	b := startBad(t, "wait serial")
@@ -94,8 +94,7 @@ func TestWaitOneAtATime(t *testing.T) {
 	}
 }
 
-// A wait that fails at once does no harm, and is tried again when there is
-// something to wait for.
+// A wait that fails at once does no harm. The process tries it again after a change.
 func TestWaitFailsAtOnce(t *testing.T) {
 	const fails = "wait rv=C_WaitForSlotEvent:0x5"
 	b := startBad(t, fails+" slots=0")
@@ -116,7 +115,7 @@ func TestWaitFailsAtOnce(t *testing.T) {
 	}
 }
 
-// One that fails after it has worked is told of, without being asked.
+// If a wait fails after it has worked, the process reports it without a request.
 func TestWaitFailsLater(t *testing.T) {
 	b := startBad(t, "wait")
 	b.hello(tokentest.BuildBadModule(t))
@@ -125,7 +124,7 @@ func TestWaitFailsLater(t *testing.T) {
 	if e := b.end(); e.Function != "C_WaitForSlotEvent" || e.RV != wire.CKRGeneralError {
 		t.Errorf("got %v", e)
 	}
-	b.slots(false) // it is of use until it is ended
+	b.slots(false) // the process answers until its end
 }
 
 func TestWaitCrashes(t *testing.T) {
@@ -138,8 +137,8 @@ func TestWaitCrashes(t *testing.T) {
 	}
 }
 
-// A module that is to be started again is, unless a thread waits in it. Then the
-// process is to be replaced, and the module hears of nothing any more.
+// Reinitialize starts the module again, unless a thread waits in it. If one waits, the
+// agent has to replace the process, and no call reaches the module any more.
 func TestReinitializeBesideWait(t *testing.T) {
 	module := tokentest.BuildBadModule(t)
 	t.Run("nobody waits", func(t *testing.T) {
@@ -179,8 +178,7 @@ func TestReinitializeBesideWait(t *testing.T) {
 	})
 }
 
-// A module that hangs while nobody asks it for anything is found out before
-// somebody does.
+// The process notices that the module hangs even if it has no request.
 func TestHungPoll(t *testing.T) {
 	t.Parallel() // it takes the 20 s of hungAfter
 	b := startBad(t, "release="+filepath.Join(t.TempDir(), "go"))
@@ -236,8 +234,8 @@ func TestRhythm(t *testing.T) {
 	}
 }
 
-// inBubble runs a waiter with times of its own. do is C_WaitForSlotEvent, and is
-// told how often it was called before.
+// inBubble runs a waiter with its own clock. do stands for C_WaitForSlotEvent. call is
+// the number of earlier calls.
 func inBubble(t *testing.T, do func(w *eventWaiter, call int, block bool) error, changed func() bool, test func(w *eventWaiter, calls, told *atomic.Int64, lost *error)) {
 	synctest.Test(t, func(t *testing.T) {
 		w := newWaiter()
@@ -269,7 +267,8 @@ func inBubble(t *testing.T, do func(w *eventWaiter, call int, block bool) error,
 	})
 }
 
-// Events without end that change nothing cost little, and are told of seldom.
+// If a module reports events without end that change nothing, the waiter calls it seldom,
+// and seldom tells the agent.
 func TestWaitStorm(t *testing.T) {
 	inBubble(t, func(*eventWaiter, int, bool) error { return nil }, func() bool { return false },
 		func(w *eventWaiter, calls, told *atomic.Int64, _ *error) {
@@ -288,7 +287,7 @@ func TestWaitStorm(t *testing.T) {
 		})
 }
 
-// Each of many events that change something is told of, at once.
+// The waiter tells the agent at once of each event that changes something.
 func TestWaitQuickChanges(t *testing.T) {
 	const n = 1000
 	inBubble(t, func(_ *eventWaiter, call int, block bool) error {
@@ -307,7 +306,7 @@ func TestWaitQuickChanges(t *testing.T) {
 	})
 }
 
-// A wait may fail for a moment.
+// A wait may fail a few times in a row.
 func TestWaitRecovers(t *testing.T) {
 	general := &wire.Error{Function: "C_WaitForSlotEvent", RV: wire.CKRGeneralError}
 	for _, tt := range []struct {

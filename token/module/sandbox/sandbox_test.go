@@ -23,19 +23,20 @@ import (
 	"p11-agent/token/wire"
 )
 
-// childVar has a process of this test be one that confines itself: it holds its task.
+// childVar holds the task of a child. With it, this test program confines itself and does
+// the task.
 const childVar = "P11_TEST_CONFINED"
 
-// A task is what a confined process is to do.
+// A task tells a confined process what to do.
 type task struct {
 	Module string
 	May    []string
 	Env    map[string]string
-	Before map[uintptr]unix.Errno // system calls that fail already before
+	Before map[uintptr]unix.Errno // system calls that fail even without the sandbox
 	Write  []string               // files to write
 }
 
-// An outcome is what came of a task.
+// An outcome is the result of a task.
 type outcome struct {
 	Sandbox wire.Sandbox
 	Written map[string]string // the error, for each file
@@ -83,7 +84,7 @@ func (t task) do() outcome {
 		o.Written[path] = say(err)
 	}
 	for name, args := range harmless() {
-		// On threads that were there before, and on one that was not.
+		// The calls run on threads from before, and on a new thread.
 		results := make(chan string, 2)
 		call := func() {
 			_, _, errno := unix.RawSyscall6(args[0], args[1], args[2], args[3], args[4], 0, 0)
@@ -92,7 +93,7 @@ func (t task) do() outcome {
 		var wg sync.WaitGroup
 		wg.Go(call)
 		wg.Go(func() {
-			runtime.LockOSThread() // a thread that ends with it
+			runtime.LockOSThread() // the thread ends with the goroutine
 			call()
 		})
 		wg.Wait()
@@ -104,8 +105,8 @@ func (t task) do() outcome {
 	return o
 }
 
-// harmless are system calls that do nothing when they are not denied. Their names tell
-// what comes of them.
+// harmless holds system calls that do nothing when they are not denied. The names tell
+// the result.
 func harmless() map[string][5]uintptr {
 	agent, self := uintptr(os.Getppid()), uintptr(os.Getpid())
 	const nowhere = 1 // an address, or a file that is not open
@@ -146,7 +147,7 @@ func harmless() map[string][5]uintptr {
 	}
 }
 
-// confined has a process of its own do a task.
+// confined does a task in another process.
 func confined(t *testing.T, todo task) (o outcome) {
 	t.Helper()
 	text, err := json.Marshal(todo)
@@ -166,7 +167,7 @@ func confined(t *testing.T, todo task) (o outcome) {
 	return o
 }
 
-// abi is the version of Landlock here. Without it there is nothing to test.
+// abi returns the version of Landlock here. Without Landlock it skips the test.
 func abi(t *testing.T) uint32 {
 	t.Helper()
 	v, err := ll.LandlockGetABIVersion()
@@ -187,7 +188,7 @@ func put(t *testing.T, path, text string) {
 	}
 }
 
-// What a module is not known to write is refused, and what it is known to write is not.
+// The sandbox refuses writes, except to the paths that the module is known to write.
 func TestFiles(t *testing.T) {
 	version := abi(t)
 	home := tokentest.HomeDir(t)
@@ -250,7 +251,7 @@ func TestFiles(t *testing.T) {
 	}
 }
 
-// A directory that is not there is told of.
+// The report names a directory that does not exist.
 func TestMissing(t *testing.T) {
 	abi(t)
 	missing := filepath.Join(t.TempDir(), "not there")
@@ -260,7 +261,7 @@ func TestMissing(t *testing.T) {
 	}
 }
 
-// Signals are denied by Landlock, and by the filter where that does not do it.
+// Landlock denies signals. The filter denies them where Landlock does not.
 func TestCalls(t *testing.T) {
 	for name, before := range map[string]map[uintptr]unix.Errno{
 		"with Landlock": nil, "without Landlock": {unix.SYS_LANDLOCK_CREATE_RULESET: unix.ENOSYS},
@@ -280,8 +281,8 @@ func TestCalls(t *testing.T) {
 	}
 }
 
-// What the kernel does not have, or forbids, is told as what it is, and the rest is in
-// force.
+// The report says why a part is not in force: the kernel does not have it, or forbids it.
+// The other parts are in force.
 func TestNotInForce(t *testing.T) {
 	version := abi(t)
 	if !scoped(int(version)) {
@@ -314,7 +315,7 @@ func TestNotInForce(t *testing.T) {
 	}
 }
 
-// run does what the kernel does with a filter.
+// run applies a filter as the kernel does.
 func run(t *testing.T, p []unix.SockFilter, arch, call uint32, args ...uint32) uint32 {
 	t.Helper()
 	data := map[uint32]uint32{dataCall: call, dataArch: arch}
@@ -355,7 +356,7 @@ const (
 	other = 42
 )
 
-// The filter denies what is in the lists, and nothing else.
+// The filter denies the calls in the lists, and no other call.
 func TestProgram(t *testing.T) {
 	for _, signals := range []bool{false, true} {
 		p := program(own, signals)
@@ -368,9 +369,9 @@ func TestProgram(t *testing.T) {
 				want = unix.SECCOMP_RET_ERRNO | uint32(unix.ENOSYS)
 			case signals && (call == unix.SYS_TGKILL || call == unix.SYS_TKILL || call == unix.SYS_RT_SIGQUEUEINFO ||
 				call == unix.SYS_RT_TGSIGQUEUEINFO || call == unix.SYS_PIDFD_SEND_SIGNAL):
-				want = deny // to process 0, or to one that cannot be seen
+				want = deny // to process 0, or to a process that cannot be seen
 			case call == unix.SYS_IOPRIO_SET:
-				want = deny // of what is not said
+				want = deny // the rule does not name this value
 			}
 			if got := run(t, p, auditArch, call); got != want {
 				t.Errorf("call %d: %#x, want %#x", call, got, want)
@@ -402,7 +403,7 @@ func TestProgram(t *testing.T) {
 	}
 }
 
-// What is done to a process is done to this one only.
+// A call that changes a process may change only the calling process.
 func TestProgramArguments(t *testing.T) {
 	p := program(own, true)
 	const group = 1<<32 - own // -own
