@@ -9,8 +9,8 @@ import (
 	"golang.org/x/crypto/ssh"
 )
 
-// FuzzECDSA has encoding/asn1 read the same: what it reads as two positive numbers,
-// SSH gets as these, and nothing else is taken.
+// FuzzECDSA compares parseECDSA with encoding/asn1. parseECDSA takes a signature if asn1
+// reads two positive numbers from it, and returns the same numbers.
 func FuzzECDSA(f *testing.F) {
 	for _, size := range []int{1, 28, 32, 48, 66} { // that of P-521 has a long length
 		for _, first := range []byte{0x01, 0x7f, 0x80, 0xff} {
@@ -39,7 +39,7 @@ func FuzzECDSA(f *testing.F) {
 		rest, err := asn1.Unmarshal(sig, &want)
 		valid := err == nil && len(rest) == 0 && want.R.Sign() > 0 && want.S.Sign() > 0
 		if valid {
-			again, err := asn1.Marshal(want) // it overlooks what follows the two
+			again, err := asn1.Marshal(want) // Unmarshal overlooks bytes after the two numbers
 			valid = err == nil && bytes.Equal(again, sig)
 		}
 		if content := len(sig) - 3; content > 255 {

@@ -5,7 +5,7 @@ import (
 	"time"
 )
 
-// The keyring is alive when its lock is free. The check disturbs no token.
+// Alive returns when the lock of the keyring is free. It uses no token.
 func TestAlive(t *testing.T) {
 	f := newFixture(Options{}, edKey("pkcs11:token=a"))
 	f.tokens.mu.Lock()

@@ -17,7 +17,7 @@ import (
 	"p11-agent/pinentry/waiting"
 )
 
-// answers is a person with an answer for each question.
+// answers plays a person who has an answer for each question.
 type answers struct {
 	mu    sync.Mutex
 	give  func(ctx context.Context, r approval.Question, n int) (approval.Answer, error)
@@ -57,19 +57,19 @@ func (a *answers) count() int {
 	return len(a.asked)
 }
 
-// says is a person with one answer to all.
+// says plays a person who gives the same answer to each question.
 func says(a approval.Answer) *answers {
 	return &answers{give: func(context.Context, approval.Question, int) (approval.Answer, error) { return a, nil }}
 }
 
-// approvals of every key.
+// everyKey returns rules with the same policy for every key.
 func everyKey(a approval.Policy) Rules {
 	return Rules{Approval: func(request.Key) approval.Policy { return a }}
 }
 
 const quarter = approval.Remember(15 * time.Minute)
 
-// signs makes a request in a world, and fails the test unless it goes as wanted.
+// signs makes a request, and fails the test if the result is not want.
 func (f *fixture) signs(t *testing.T, k request.Key, c *request.Caller, r request.Sign, want error) {
 	t.Helper()
 	r.Key = wireOf(k)
@@ -78,7 +78,7 @@ func (f *fixture) signs(t *testing.T, k request.Key, c *request.Caller, r reques
 	}
 }
 
-// A yes is good for as long as it was given, and no longer.
+// A yes counts for the time that the person has chosen, and no longer.
 func TestApprovalLasts(t *testing.T) {
 	for name, test := range map[string]struct {
 		lasts  approval.Remember
@@ -118,7 +118,7 @@ func TestApprovalLasts(t *testing.T) {
 	}
 }
 
-// What makes a yes be forgotten.
+// TestApprovalForgotten checks which events make the agent forget a yes.
 func TestApprovalForgotten(t *testing.T) {
 	w := requesttest.New(t)
 	for name, test := range map[string]struct {
@@ -176,7 +176,7 @@ func TestApprovalForgotten(t *testing.T) {
 	}
 }
 
-// A yes that was given before the token was put in lasts until it is taken out.
+// A yes from before the insertion of the token lasts until the token is removed.
 func TestApprovalBeforeInsertion(t *testing.T) {
 	w, k, backup, p := requesttest.New(t), edKey("pkcs11:token=a;id=1"), edKey("pkcs11:token=b;id=1"), says(approval.Answer{Allowed: true, For: approval.UntilLock})
 	backup.Signer, k.insertions = k.Signer, 3
@@ -205,7 +205,7 @@ func TestApprovalBeforeInsertion(t *testing.T) {
 	}
 }
 
-// A yes to a question from before everything was forgotten is for once.
+// If the agent forgets all answers during a question, a yes counts once.
 func TestApprovalThatComesLate(t *testing.T) {
 	w, k := requesttest.New(t), edKey("pkcs11:token=a")
 	var f *fixture
@@ -222,7 +222,7 @@ func TestApprovalThatComesLate(t *testing.T) {
 	}
 }
 
-// A yes is good for the same kind of use only.
+// A yes counts only for the same kind of use.
 func TestApprovalIsForTheSame(t *testing.T) {
 	w := requesttest.New(t)
 	root := w.Caller("ssh git bash", "good")
@@ -257,7 +257,7 @@ func TestApprovalIsForTheSame(t *testing.T) {
 			if same := p.count() == 1; same != test.same {
 				t.Errorf("the yes counts: %t, want %t", same, test.same)
 			}
-			// And for this key only.
+			// It counts only for this key.
 			other := edKey("pkcs11:token=b")
 			f.tokens.set(k, other)
 			n := p.count()
@@ -307,7 +307,7 @@ func TestSocketConfirm(t *testing.T) {
 	}
 }
 
-// Where it is not known what a yes would be good for, it is good for once.
+// If the agent does not know the kind of a use, a yes counts once.
 func TestApprovalThatCannotLast(t *testing.T) {
 	w := requesttest.New(t)
 	failed := w.Caller("ssh", "good")
@@ -348,7 +348,7 @@ func TestApprovalThatCannotLast(t *testing.T) {
 	}
 }
 
-// An earlier yes does not stand in for the one that ssh-add -c wants.
+// With ssh-add -c, the agent asks in spite of an earlier yes.
 func TestConstraintAsksInSpiteOfApproval(t *testing.T) {
 	w, k, p := requesttest.New(t), edKey("pkcs11:token=a;id=1"), says(approval.Answer{Allowed: true, For: approval.UntilLock})
 	f := newFixture(Options{Rules: everyKey(approval.Policy{Confirm: approval.ConfirmFirstUse}), Confirm: p}, k)
@@ -381,7 +381,7 @@ func TestDenied(t *testing.T) {
 	}
 }
 
-// What is to be confirmed and cannot be is refused.
+// If a use needs an approval and there is no way to ask, the agent refuses the use.
 func TestNobodyToAsk(t *testing.T) {
 	w, k := requesttest.New(t), edKey("pkcs11:token=a")
 	f := newFixture(Options{Rules: everyKey(approval.Policy{Confirm: approval.ConfirmAlways})}, k)
@@ -399,7 +399,7 @@ func TestNobodyToAsk(t *testing.T) {
 	}
 }
 
-// Fifty requests of one kind are one prompt, and have one outcome.
+// Fifty requests of one kind share a prompt and its outcome.
 func TestApprovalIsShared(t *testing.T) {
 	for name, test := range map[string]struct {
 		answer approval.Answer
@@ -454,7 +454,7 @@ func TestApprovalIsShared(t *testing.T) {
 	}
 }
 
-// The same with real goroutines, for the race detector; some hang up.
+// The test does the same with real goroutines, for the race detector. Some clients hang up.
 func TestApprovalIsSharedByMany(t *testing.T) {
 	w, k := requesttest.New(t), edKey("pkcs11:token=a")
 	p := &answers{give: func(context.Context, approval.Question, int) (approval.Answer, error) {
@@ -485,7 +485,7 @@ func TestApprovalIsSharedByMany(t *testing.T) {
 	}
 }
 
-// ssh-add -c means each use: its prompts are not shared.
+// With ssh-add -c, the agent asks for each use: requests do not share prompts.
 func TestConstraintIsNotShared(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		w, k := requesttest.New(t), edKey("pkcs11:token=a")
@@ -508,7 +508,7 @@ func TestConstraintIsNotShared(t *testing.T) {
 	})
 }
 
-// A prompt goes when no request waits for it any more, and stays while one waits.
+// A prompt stays while a request waits for it. When no request waits any more, it closes.
 func TestApprovalPromptEndsWithItsRequests(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		w, k := requesttest.New(t), edKey("pkcs11:token=a")
@@ -540,7 +540,7 @@ func TestApprovalPromptEndsWithItsRequests(t *testing.T) {
 	})
 }
 
-// Keys in memory, and those of upstream agents, have the rules of all keys.
+// The rules for keys on no token apply to keys in memory and of upstream agents.
 func TestApprovalOfOtherKeys(t *testing.T) {
 	w, k, p := requesttest.New(t), edKey("soft"), says(approval.Answer{Allowed: true, For: approval.UntilLock})
 	rules := Rules{Approval: func(k request.Key) approval.Policy {

@@ -19,13 +19,13 @@ import (
 	"p11-agent/agent/sshkey/keytest"
 )
 
-// The attacks on the keyring that an agent has withstood. Those of whole programs are in
+// The tests of this file attack the keyring. Attacks on whole programs are in
 // cmd/p11-agent/testdata/attack.
 
 // spellings are ways to name the key pkcs11:token=a;id=1 of fakeTokens.
 var spellings = []string{"pkcs11:token=a;id=1", "pkcs11:token=a", "pkcs11:token", "pkcs11:"}
 
-// A key of a token that was added with limits keeps them when it is added again without,
+// A client adds a key of a token with limits, and again without. The key keeps the limits,
 // by any name and in any order.
 func TestAttack02AddAgain(t *testing.T) {
 	host, other := keytest.New(t).Public, keytest.New(t).Public
@@ -66,7 +66,7 @@ func TestAttack02AddAgain(t *testing.T) {
 	}
 }
 
-// Limits that come second count as those that come first.
+// Limits of a later addition count like those of an earlier addition.
 func TestAttack02Tighten(t *testing.T) {
 	k := edKey("pkcs11:token=a;id=1")
 	f := newFixture(Options{}, k)
@@ -79,8 +79,8 @@ func TestAttack02Tighten(t *testing.T) {
 	}
 }
 
-// A key that was added with certificates only is not shown without one by adding it
-// again, unless the configuration offers it.
+// A client adds a key with certificates only, and adds it again without that limit. The
+// agent still shows the key with certificates only, unless the configuration offers it.
 func TestAttack02CertificatesOnly(t *testing.T) {
 	k, ca := keytest.New(t), keytest.New(t)
 	cert := k.Certificate(t, ca, ssh.UserCert, serial(1))
@@ -101,7 +101,7 @@ func TestAttack02CertificatesOnly(t *testing.T) {
 	}
 }
 
-// A token that is away when a key is added again is no key that was removed.
+// If a client adds a key again while its token is absent, the key does not count as removed.
 func TestAttack02Away(t *testing.T) {
 	a, b := edKey("pkcs11:token=a;id=1"), edKey("pkcs11:token=b;id=1")
 	f := newFixture(Options{}, a, b)
@@ -121,8 +121,8 @@ func TestAttack02Away(t *testing.T) {
 	}
 }
 
-// What a key was limited to is lifted by removing it and adding it again, which costs a
-// PIN or an approval, for each way in which it goes and comes back.
+// A client removes a key and adds it again without its limits. That costs a PIN or an
+// approval, for each way of removing the key and of bringing it back.
 func TestAttack02RemoveAndReturn(t *testing.T) {
 	const uri = "pkcs11:token=a;id=1"
 	host := keytest.New(t).Public
@@ -175,7 +175,7 @@ func TestAttack02RemoveAndReturn(t *testing.T) {
 							}
 							id, old := f.now().identities[0], limitsOf(&constraints, 0)
 							if id.owed == nil {
-								// It is back with its limits, as what has set them is still there.
+								// The key comes back with its limits: their addition is still there.
 								byItself := comes == "is inserted" || comes == "is configured"
 								if named := goes == "-e" || goes == "-D"; id.limits.looser(&old) || named || !byItself {
 									t.Errorf("it has %+v, and nothing is due for that", id.limits)
@@ -196,7 +196,7 @@ func TestAttack02RemoveAndReturn(t *testing.T) {
 									t.Errorf("with an approval: %v", err)
 								}
 							}
-							// It is paid once.
+							// The second use costs nothing.
 							n := len(f.confirm.asked)
 							k.asks = false
 							if err := sign(); err != nil || len(f.confirm.asked) != n || k.use.Unlimited {
@@ -210,7 +210,7 @@ func TestAttack02RemoveAndReturn(t *testing.T) {
 	}
 }
 
-// addAt adds without limits but a lifetime, and panics when that fails.
+// addAt adds a provider with a lifetime as its only limit. It panics if that fails.
 func (f *fixture) addAt(lifetime time.Duration, provider string) {
 	r := request.Token{Provider: []byte(provider), Constraints: request.Constraints{Lifetime: lifetime}}
 	if err := f.AddToken(context.Background(), local, r); err != nil {
@@ -218,8 +218,8 @@ func (f *fixture) addAt(lifetime time.Duration, provider string) {
 	}
 }
 
-// A client that removes a key and adds it again has paid if the token took the PIN that
-// came with the addition. A token that is logged in tries no PIN, so that pays nothing.
+// A client removes a key and adds it again with a PIN. If the token takes the PIN, the next
+// use costs nothing. A token that is logged in tries no PIN: then the use has its cost.
 func TestAttack02PIN(t *testing.T) {
 	for _, asks := range []bool{true, false} {
 		k := edKey("pkcs11:token=a;id=1")
@@ -239,7 +239,8 @@ func TestAttack02PIN(t *testing.T) {
 	}
 }
 
-// The PIN that a person gives for something else, while this request waits, pays nothing.
+// A person gives a PIN for another request while this request waits. This request still
+// costs an approval.
 func TestAttack02PINOfOthers(t *testing.T) {
 	k := edKey("pkcs11:token=a;id=1")
 	f := newFixture(Options{}, k)
@@ -258,7 +259,7 @@ func TestAttack02PINOfOthers(t *testing.T) {
 	}
 }
 
-// A host that the agent is forwarded to neither lifts limits nor profits from a loss.
+// A host with a forwarded agent cannot lift limits, and cannot use a loss of limits.
 func TestAttack02Forwarded(t *testing.T) {
 	host, bad := keytest.New(t).Public, keytest.New(t).Public
 	k := edKey("pkcs11:token=a;id=1")
@@ -299,7 +300,7 @@ func TestAttack02Forwarded(t *testing.T) {
 	if _, err := f.Sign(t.Context(), from, request.Sign{Key: wireOf(k), Login: login("me", from)}); err == nil {
 		t.Error("the host uses the key once it is back")
 	}
-	// Once the person has agreed to the loss, it is like any other key.
+	// After the person has agreed to the loss, the key is like any other key.
 	if _, err := f.Sign(t.Context(), local, request.Sign{Key: wireOf(k)}); err != nil {
 		t.Fatal(err)
 	}
@@ -308,8 +309,8 @@ func TestAttack02Forwarded(t *testing.T) {
 	}
 }
 
-// There is an end to how many different destinations a key can have, and beyond it
-// nothing gets looser.
+// The number of different destinations of a key is bounded. At the bound, no limit gets
+// looser.
 func TestAttack02ManyRoutes(t *testing.T) {
 	k := edKey("pkcs11:token=a;id=1")
 	f := newFixture(Options{}, k)
@@ -330,7 +331,8 @@ func TestAttack02ManyRoutes(t *testing.T) {
 	}
 }
 
-// 1,024 bytes are signed for ssh-add alone: see TestRunsSystemProgram for which that is.
+// The agent signs 1,024 bytes for ssh-add only. TestRunsSystemProgram checks which program
+// that is.
 func TestAttack03(t *testing.T) {
 	k := edKey("pkcs11:token=a;id=1")
 	f := newFixture(Options{Rules: Rules{Allow: func(request.Key) []request.Kind { return nil }}}, k)
@@ -366,7 +368,7 @@ func TestAttack03(t *testing.T) {
 	}
 }
 
-// walls is an agent with keys of all sorts, for the walk of TestAttack04Walk.
+// walls is an agent with keys of all kinds, for TestAttack04Walk.
 type walls struct {
 	*fixture
 	shown, sibling, other, limited *fakeKey // of the tokens b, b, a and d
@@ -398,7 +400,7 @@ func newWalls(t *testing.T) *walls {
 	return w
 }
 
-// state is all that a request may change of a key, by its comment, and of the tokens.
+// state returns all that a request may change: the keys, by their comments, and the tokens.
 func (w *walls) state(t *testing.T) map[string]string {
 	all := make(map[string]string)
 	w.mu.Lock()
@@ -416,8 +418,8 @@ func (w *walls) state(t *testing.T) map[string]string {
 	return all
 }
 
-// TestAttack04Walk has every request asked for every key from every kind of connection.
-// What a connection does not see, it neither uses nor changes.
+// TestAttack04Walk sends every request for every key from every kind of connection. A
+// connection neither uses nor changes a key that it does not see.
 func TestAttack04Walk(t *testing.T) {
 	type do func(w *walls, c *request.Caller) error
 	ctx := context.Background()
@@ -474,14 +476,14 @@ func TestAttack04Walk(t *testing.T) {
 		"login":  func(w *walls) *request.Caller { return boundTo(false, w.host) },
 		"locked": func(*walls) *request.Caller { return ourselves(t) },
 	}
-	// What each of them sees.
+	// The keys that each column sees.
 	all := []string{"pkcs11:token=b;id=1", "pkcs11:token=b;id=2", "pkcs11:token=a;id=1", "pkcs11:token=d;id=1", "file", "agent", "upstream"}
 	sees := map[string][]string{
 		"main": all, "read-only": all, "confirm": all, "login": all,
 		"some": all[:1], "some-ro": all[:1], "some-fwd": all[:1],
 		"forwarded": {"pkcs11:token=b;id=1", "pkcs11:token=b;id=2", "pkcs11:token=a;id=1", "file", "agent", "upstream"},
 	}
-	// The rows: a method, what it is asked, and where it is done.
+	// The rows: a method, its argument, and the columns where it succeeds.
 	rows := []struct {
 		method, what string
 		do           do
@@ -563,7 +565,7 @@ func TestAttack04Walk(t *testing.T) {
 					}
 				}
 				if logouts := w.tokens.logouts; logouts > 0 && !slices.Contains([]string{"main", "confirm", "login", "locked"}, column) {
-					// A forwarded -D reaches the tokens that it sees as a whole.
+					// A forwarded ssh-add -D logs out of tokens if it sees all of their keys.
 					if column != "forwarded" || slices.Contains(w.tokens.logins, "out of pkcs11:token=d") {
 						t.Errorf("%d logouts: %q", logouts, w.tokens.logins)
 					}
@@ -585,7 +587,7 @@ func TestAttack04Walk(t *testing.T) {
 	}
 }
 
-// A PIN that comes in at a socket for some keys is tried on their tokens alone.
+// The agent tries a PIN from a socket for some keys only on the tokens of these keys.
 func TestAttack04PIN(t *testing.T) {
 	w := newWalls(t)
 	some := &request.Caller{Socket: &request.Socket{Only: []request.Selection{prefix("pkcs11:token=b;id=1")}}}
@@ -598,7 +600,7 @@ func TestAttack04PIN(t *testing.T) {
 	if len(w.tokens.pins) > 0 {
 		t.Errorf("PINs were tried: %q", w.tokens.pins)
 	}
-	// What it adds is what it sees, also later.
+	// The client adds only keys that it sees, also later.
 	if err := w.AddToken(t.Context(), some, request.Token{Provider: []byte("pkcs11:token"), Constraints: request.Constraints{Confirm: true}}); err != nil {
 		t.Fatal(err)
 	}
@@ -609,7 +611,7 @@ func TestAttack04PIN(t *testing.T) {
 			t.Errorf("%s is confirmed: %v", id.Comment, id.limits.confirm)
 		}
 	}
-	// Nor does it end what the owner has added for all of them.
+	// The client does not end the owner's addition of all keys.
 	w.add(t, "pkcs11:token", request.Constraints{Lifetime: time.Hour})
 	if err := w.RemoveToken(t.Context(), some, request.Token{Provider: []byte("pkcs11:token")}); err != nil {
 		t.Fatal(err)

@@ -18,7 +18,7 @@ import (
 	"p11-agent/pinentry/secret"
 )
 
-// Each request is one line in the log, for each outcome.
+// Each request has a single line in the log, for each outcome.
 func TestOneLineEach(t *testing.T) {
 	key, host, hop := edKey("pkcs11:token=a;id=1"), edKey("host"), edKey("hop")
 	hostKey, hopKey := publicOf(t, host), publicOf(t, hop)
@@ -143,8 +143,8 @@ func TestOneLineEach(t *testing.T) {
 	}
 }
 
-// What a door does when the client has its answer is the line of a signature that was
-// made, and nothing else: the status knows of it before, and of its host.
+// After the answer, the door only writes the log line of a successful signature. The status
+// has the signature and its host before.
 func TestLater(t *testing.T) {
 	key, host := edKey("pkcs11:token=a"), edKey("host")
 	named := fakeHosts{string(wireOf(host)): {Names: []string{"good.example.org"}}}
@@ -215,7 +215,7 @@ func TestLineNamesTheHome(t *testing.T) {
 	}
 }
 
-// What is kept is bounded, and requests of one kind do not push out those of another.
+// The number of events is bounded. Requests of one kind do not push out another kind.
 func TestAuditIsBounded(t *testing.T) {
 	key := edKey("pkcs11:token=a")
 	f := newFixture(Options{}, key)
@@ -235,8 +235,8 @@ func TestAuditIsBounded(t *testing.T) {
 	}
 }
 
-// A client that is refused thousands of times, or changes something as often, pushes out
-// neither what was granted to others nor all that was refused to them.
+// A client gets thousands of refusals, or makes as many changes. The status still has the
+// signatures and some refusals of other clients.
 func TestAttack11Status(t *testing.T) {
 	w := requesttest.New(t)
 	for name, attack := range map[string]func(f *fixture, n int){
@@ -300,7 +300,8 @@ type declinedError struct{}
 func (declinedError) Error() string  { return "no, thanks" }
 func (declinedError) Declined() bool { return true }
 
-// A person is told of what fails here, and not of what they have declined.
+// The agent tells a person of failures on this machine. It does not if the person has just
+// declined the request.
 func TestFailed(t *testing.T) {
 	var told []audit.Event
 	key := edKey("pkcs11:token=a")

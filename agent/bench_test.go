@@ -21,7 +21,8 @@ import (
 	"p11-agent/agent/sshkey/keytest"
 )
 
-// stillKey is a key whose signatures cost nothing: what is left is the keyring's.
+// stillKey is a key whose signatures cost nothing. So a benchmark shows the cost of the
+// keyring.
 type stillKey struct {
 	*fakeKey
 	signature []byte
@@ -32,7 +33,7 @@ func (k *stillKey) SignMessageContext(ctx context.Context, _ []byte, _ crypto.Si
 	return k.signature, nil
 }
 
-// newStillKey makes a P-256 key with a URI such as tokens have.
+// newStillKey makes a P-256 key with a URI as long as that of a real token.
 func newStillKey(tb testing.TB, number int) *stillKey {
 	tb.Helper()
 	priv, err := ecdsa.GenerateKey(elliptic.P256(), rand.Reader)
@@ -48,7 +49,7 @@ func newStillKey(tb testing.TB, number int) *stillKey {
 	return &stillKey{key, sig}
 }
 
-// stillKeyring is a keyring with keys that cost nothing, as it is every day.
+// stillKeyring returns a keyring in everyday configuration, with keys that cost nothing.
 func stillKeyring(tb testing.TB, log slog.Handler, number int) (*Keyring, []request.Key) {
 	tb.Helper()
 	var keys []request.Key
@@ -69,7 +70,7 @@ var everyday = &request.Caller{Number: 1, Peer: peer.Peer{Known: true, PID: 4711
 	{PID: 4711, Name: "ssh"}, {PID: 4710, Name: "git"}, {PID: 4709, Name: "bash"}, {PID: 4708, Name: "tmux: server"},
 }}}
 
-// gitRequest and loginRequest are what is signed most often.
+// gitRequest and loginRequest are the most common requests.
 func gitRequest(key request.Key) request.Sign {
 	return request.Sign{Key: wireOf(key), Data: make([]byte, 100), Content: request.Content{Kind: request.KindSignature, Namespace: "git"}}
 }
@@ -81,7 +82,7 @@ func loginRequest(key request.Key) request.Sign {
 	}
 }
 
-// logFile is a log as the agent in the background has it.
+// logFile returns a log like that of an agent in the background.
 func logFile(tb testing.TB) slog.Handler {
 	tb.Helper()
 	f, err := os.OpenFile(filepath.Join(tb.TempDir(), "log"), os.O_WRONLY|os.O_CREATE|os.O_APPEND, 0o600)
@@ -92,8 +93,8 @@ func logFile(tb testing.TB) slog.Handler {
 	return slog.NewTextHandler(f, nil)
 }
 
-// BenchmarkSign is what is around a signature, and is to cost little beside it:
-// without a log, and with one in a file.
+// BenchmarkSign measures the cost of a request without its signature. It has to be small
+// beside a signature. It runs without a log, and with a log in a file.
 func BenchmarkSign(b *testing.B) {
 	for _, log := range []struct {
 		name    string
@@ -118,7 +119,7 @@ func BenchmarkSign(b *testing.B) {
 	}
 }
 
-// BenchmarkSignature is what the form of a signature costs.
+// BenchmarkSignature measures the conversion of a signature.
 func BenchmarkSignature(b *testing.B) {
 	key := newStillKey(b, 1)
 	pub, err := ssh.NewPublicKey(key.Public())
@@ -133,7 +134,7 @@ func BenchmarkSignature(b *testing.B) {
 	}
 }
 
-// BenchmarkEnter is what it costs that a request ends when the agent is locked.
+// BenchmarkEnter measures lock.enter, by which a request ends when the agent is locked.
 func BenchmarkEnter(b *testing.B) {
 	ctx, cancel := context.WithCancel(b.Context())
 	defer cancel()
@@ -149,8 +150,7 @@ func BenchmarkEnter(b *testing.B) {
 	}
 }
 
-// BenchmarkEvent is what it costs to note what became of a request, without and
-// with its line in a log.
+// BenchmarkEvent measures the event of a request, without and with its line in a log.
 func BenchmarkEvent(b *testing.B) {
 	for _, log := range []struct {
 		name    string
@@ -184,7 +184,7 @@ func BenchmarkList(b *testing.B) {
 	}
 }
 
-// BenchmarkView is what the first list costs after a change.
+// BenchmarkView measures the first list after a change.
 func BenchmarkView(b *testing.B) {
 	for _, n := range []int{2, 100, 1000} {
 		b.Run(fmt.Sprint(n), func(b *testing.B) {
@@ -200,7 +200,7 @@ func BenchmarkView(b *testing.B) {
 	}
 }
 
-// BenchmarkCertificates is what it costs a list to look for renewed certificates.
+// BenchmarkCertificates measures the look for renewed certificates in each list.
 func BenchmarkCertificates(b *testing.B) {
 	dir := b.TempDir()
 	ca := keytest.New(b)

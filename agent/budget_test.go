@@ -22,7 +22,7 @@ import (
 	"p11-agent/agent/sshkey/keytest"
 )
 
-// heap returns the bytes that live.
+// heap returns the live bytes of the heap.
 func heap() int {
 	runtime.GC()
 	runtime.GC() // what was in a sync.Pool is gone after the second one
@@ -58,7 +58,7 @@ func first[T any](all iter.Seq[T]) T {
 	return v
 }
 
-// What is counted of a thing is no less than what it takes.
+// The counted size of a thing is at least the memory that it takes.
 func TestSizes(t *testing.T) {
 	const many = 50
 	k, ca := keytest.New(t), keytest.New(t)
@@ -271,7 +271,8 @@ func TestRSASizes(t *testing.T) {
 	}
 }
 
-// However many requests one process has, that of another one is next but one.
+// A process has many requests. The request of another process still waits for only one of
+// them.
 func TestAttack13Turns(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		const second = time.Second // of one computation
@@ -307,7 +308,7 @@ func TestAttack13Turns(t *testing.T) {
 		if took := time.Since(began); took > 0 {
 			t.Errorf("the end was waited for for %v", took)
 		}
-		// What computes has its turn until then.
+		// The running computation keeps its turn until it ends.
 		if err := work(t.Context(), local); err != nil || time.Since(began) < second {
 			t.Errorf("%v after %v", err, time.Since(began))
 		}
@@ -321,7 +322,7 @@ func TestAttack13Turns(t *testing.T) {
 	})
 }
 
-// A panic of what computes is the connection's.
+// A panic in a computation ends the connection only.
 func TestComputePanics(t *testing.T) {
 	var turns turns
 	defer func() {
@@ -347,7 +348,7 @@ func TestSignatureOfClientThatIsGone(t *testing.T) {
 	}
 }
 
-// BenchmarkAdd adds so many keys to an agent.
+// BenchmarkAdd adds keys to an agent.
 func BenchmarkAdd(b *testing.B) {
 	for _, n := range []int{500, 1000, 2000} {
 		b.Run(fmt.Sprint(n), func(b *testing.B) {

@@ -133,7 +133,7 @@ func TestCertificateDir(t *testing.T) {
 	put("b-cert.pub", cert(3)) // renewed
 	f.wantTypes(t, "key", "cert 2", "cert 3", "key")
 
-	// One that came after the last list signs, too.
+	// A certificate that came after the last list signs, too.
 	late := cert(4)
 	put("a-cert.pub", late)
 	if _, err := f.Sign(t.Context(), local, request.Sign{Key: late.Marshal()}); err != nil {
@@ -162,7 +162,7 @@ func TestCertificateDir(t *testing.T) {
 	f.wantTypes(t)
 }
 
-// A certificate shows from its first second to before its last.
+// The agent shows a certificate from ValidAfter until just before ValidBefore.
 func TestCertificateValidity(t *testing.T) {
 	dir := t.TempDir()
 	synctest.Test(t, func(t *testing.T) {

@@ -7,7 +7,7 @@ import (
 	"p11-agent/agent/request"
 )
 
-// ssh-add -e logs out of the tokens of which nothing is listed any more, and of no other.
+// ssh-add -e logs out of a token if the list has no key of the token any more.
 func TestRemoveTokenLogsOut(t *testing.T) {
 	a1, a2, b := edKey("pkcs11:token=a;id=1"), edKey("pkcs11:token=a;id=2"), edKey("pkcs11:token=b;id=1")
 	for _, tt := range []struct {
@@ -44,8 +44,8 @@ func TestRemoveTokenLogsOut(t *testing.T) {
 	}
 }
 
-// A connection that sees some of the keys of a token does not log out of it while there
-// are others: see RemoveAll.
+// If a connection sees only some keys of a token, it does not log out of the token: see
+// RemoveAll.
 func TestRemoveTokenKeepsLoginOfOthers(t *testing.T) {
 	shown, other := edKey("pkcs11:token=a;id=1"), edKey("pkcs11:token=a;id=2")
 	f := newFixture(Options{Rules: Rules{Automatic: []request.Selection{}}}, shown, other)

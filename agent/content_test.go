@@ -7,8 +7,8 @@ import (
 	"p11-agent/agent/request"
 )
 
-// A token signs logins and SSH signatures, and anything else only with a key that
-// is for it. Keys in memory sign what they are given, as those of ssh-agent do.
+// A key of a token signs logins and SSH signatures. It signs other kinds of data only if
+// the configuration allows them. Keys in memory sign all data, as in ssh-agent.
 func TestAllow(t *testing.T) {
 	const uri = "pkcs11:token=a;id=1"
 	for name, test := range map[string]struct {

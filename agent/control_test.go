@@ -16,7 +16,7 @@ import (
 	"p11-agent/pinentry/secret"
 )
 
-// ourselves is a client that is this very program.
+// ourselves returns a client that runs this program.
 func ourselves(t testing.TB) *request.Caller {
 	t.Helper()
 	path, err := os.Executable()
@@ -120,7 +120,7 @@ func TestControl(t *testing.T) {
 		t.Error("the PIN is in the log")
 	}
 
-	// A locked agent tells only that it is locked, and does nothing.
+	// A locked agent says only that it is locked, and does nothing.
 	phrase, err := secret.From([]byte("open"))
 	if err != nil {
 		t.Fatal(err)

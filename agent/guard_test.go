@@ -12,8 +12,8 @@ import (
 	"p11-agent/pinentry/secret"
 )
 
-// Do serves a use that is no SSH signature as the Keyring serves its own: rules, lock,
-// tokens and log.
+// Do serves a use that is not an SSH signature. It applies the rules, the lock, the tokens
+// and the log as the Keyring does.
 func TestGuardDo(t *testing.T) {
 	here, absent, denied := edKey("pkcs11:token=a"), edKey("pkcs11:token=b"), edKey("pkcs11:token=c")
 	f := newFixture(Options{Rules: Rules{

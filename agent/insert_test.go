@@ -16,7 +16,7 @@ import (
 	"p11-agent/pinentry/waiting"
 )
 
-// fakeInserter is a person at the place where tokens are inserted.
+// fakeInserter plays the person who inserts tokens.
 type fakeInserter struct {
 	answer func(ctx context.Context, n int) (bool, error) // of the nth prompt
 
@@ -49,13 +49,13 @@ func (i *fakeInserter) insert(ctx context.Context, w approval.Wanted) (bool, err
 	return i.answer(ctx, n)
 }
 
-// waits is a prompt that stays until it is taken away.
+// waits is a prompt that stays until ctx ends.
 func waits(ctx context.Context, _ int) (bool, error) {
 	<-ctx.Done()
 	return false, ctx.Err()
 }
 
-// setAway moves keys between those that are there and those that are away.
+// setAway sets the present keys and the absent keys.
 func (t *fakeTokens) setAway(there, away []request.Key) {
 	t.mu.Lock()
 	defer t.mu.Unlock()
@@ -107,7 +107,7 @@ func TestOfferAway(t *testing.T) {
 	}
 }
 
-// Fifty requests wait for one card at one prompt, and go on when it is in.
+// Fifty requests share a prompt for a card. They go on when the card is in.
 func TestInsert(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		key, backup := edKey("pkcs11:token=a;id=%01"), edKey("pkcs11:token=b;id=%01")
@@ -188,8 +188,8 @@ func TestInsertFails(t *testing.T) {
 	}
 }
 
-// A client that hangs up does not take the prompt from those that still wait. The last one
-// does.
+// A prompt stays open when a client hangs up and others still wait. It closes with the last
+// client.
 func TestInsertHangUp(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		key := edKey("pkcs11:token=a;id=%01")
@@ -249,7 +249,7 @@ type busyError struct{ absentError }
 
 func (busyError) Busy() bool { return true }
 
-// Nor is anybody asked to insert what is in, and used by another program.
+// The agent does not ask for a token that is in, and that another program uses exclusively.
 func TestInsertNotWhenBusy(t *testing.T) {
 	key := edKey("pkcs11:token=a;id=%01")
 	in := &fakeInserter{answer: waits}
@@ -263,7 +263,7 @@ func TestInsertNotWhenBusy(t *testing.T) {
 	}
 }
 
-// What was removed stays removed while its token is away.
+// A removed identity stays removed while its token is absent.
 func TestRemovedAndAway(t *testing.T) {
 	key := edKey("pkcs11:token=a;id=%01")
 	f := newFixture(Options{Rules: Rules{OfferAway: always}, Insert: &fakeInserter{answer: waits}})

@@ -29,7 +29,7 @@ import (
 	"p11-agent/pinentry/waiting"
 )
 
-// fakeKey is a key in memory that can be away and counts its signatures.
+// fakeKey plays a key of a token. Its token may be absent. It counts its signatures.
 type fakeKey struct {
 	crypto.Signer
 	mu         sync.Mutex
@@ -38,7 +38,7 @@ type fakeKey struct {
 	insertions uint64
 	absent     bool
 	asks       bool // for a PIN
-	another    bool // gives the PIN, and not the person who is asked for this request
+	another    bool // another request gets the PIN, and not this one
 	err        error
 	signed     int
 	use        *request.Use // of the last signature
@@ -327,7 +327,7 @@ func newFixture(o Options, keys ...request.Key) *fixture {
 		o.Name = func(request.Key) string { return "" }
 	}
 	if o.Allow == nil {
-		// Most tests sign no more than a word.
+		// Most tests sign only a word.
 		o.Allow = func(request.Key) []request.Kind { return []request.Kind{request.KindUnknown} }
 	}
 	o.Log = slog.New(slog.NewTextHandler(f.log, nil))
@@ -399,7 +399,7 @@ func TestListSelection(t *testing.T) {
 	}
 }
 
-// "ssh-add -s pkcs11:" brings back what the configuration lists, and no more.
+// "ssh-add -s pkcs11:" brings back only the keys that the configuration lists.
 func TestAddEveryKey(t *testing.T) {
 	a, b := edKey("pkcs11:token=a;id=1"), edKey("pkcs11:token=b;id=1")
 	f := newFixture(Options{Rules: Rules{Automatic: []request.Selection{prefix("pkcs11:token=a")}}}, a, b)
@@ -411,7 +411,7 @@ func TestAddEveryKey(t *testing.T) {
 	f.wantList(t, a.uri)
 	f.Configure(Rules{Name: func(request.Key) string { return "" }})
 	f.wantList(t, a.uri, b.uri)
-	// Where nothing is listed they are all that there are.
+	// If the configuration lists no keys, it brings back all keys.
 	f = newFixture(Options{Rules: Rules{Automatic: []request.Selection{}}}, a, b)
 	f.wantList(t)
 	f.add(t, "pkcs11:", request.Constraints{})
@@ -533,7 +533,7 @@ func TestAddAndRemove(t *testing.T) {
 	if err := remove("pkcs11:"); err != nil {
 		t.Fatal(err)
 	}
-	// What "pkcs11:" named is gone, for each client that has added it.
+	// The addition of "pkcs11:" is gone, for each client that has made it.
 	f.wantList(t)
 	if err := remove("pkcs11:"); err == nil {
 		t.Error("removed what was not there")
@@ -668,8 +668,8 @@ func TestLifetime(t *testing.T) {
 	}
 }
 
-// A list waits for tokens just after the start, for two seconds at most, and
-// never again; and not at all when there is something to list from before.
+// Just after the start, a list waits for tokens, for two seconds at most. Later lists never
+// wait. If the agent knows keys from before, the first list does not wait either.
 func TestListPatience(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		k := edKey("pkcs11:token=a")
@@ -704,7 +704,7 @@ func TestListPatience(t *testing.T) {
 	})
 }
 
-// An empty list has the tokens looked at again, once a second at most.
+// An empty list makes the agent look at the tokens again, once a second at most.
 func TestEmptyList(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		f := newFixture(Options{})
@@ -765,8 +765,8 @@ func TestConcurrentUse(t *testing.T) {
 	}
 }
 
-// A signature costs what it needs before its client has the answer, and its line in
-// the log little more.
+// TestSignAllocations counts allocations before the answer of a signature, and afterwards
+// for its log line.
 func TestSignAllocations(t *testing.T) {
 	k, keys := stillKeyring(t, slog.NewTextHandler(io.Discard, nil), 2)
 	var rest func()
@@ -774,9 +774,9 @@ func TestSignAllocations(t *testing.T) {
 	for _, test := range []struct {
 		name string
 		request.Sign
-		// What is kept of the request, and what it is for; its context, which can be
-		// cancelled (4); the signature (2); the line that is to be written. A login is
-		// kept in memory of its own.
+		// The record of the request and its use, its context, which ends with the lock
+		// (4), the signature (2), and the function for the log line. A login has memory
+		// of its own.
 		want float64
 	}{{"git", gitRequest(keys[1]), 9}, {"login", loginRequest(keys[1]), 10}} {
 		if n := testing.AllocsPerRun(100, func() {
@@ -790,14 +790,14 @@ func TestSignAllocations(t *testing.T) {
 	if _, err := k.Sign(t.Context(), c, gitRequest(keys[1])); err != nil {
 		t.Fatal(err)
 	}
-	// The attributes that do not fit into a record; the race detector empties pools
+	// The attributes that do not fit into a record. The race detector also empties pools
 	// now and then.
 	if n := testing.AllocsPerRun(100, rest); n > 4 {
 		t.Errorf("a line in the log allocates %v times", n)
 	}
 }
 
-// A list is put together once. Each further one costs a look at it.
+// The keyring makes a list once. Each further request costs only a look at it.
 func TestListAllocations(t *testing.T) {
 	var keys []request.Key
 	for i := range 1000 {

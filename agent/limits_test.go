@@ -22,9 +22,8 @@ func addKey(k keytest.Key, c request.Constraints) request.AddKey {
 	return request.AddKey{Private: k.Private, Public: k.Public, Comment: "file", Constraints: c}
 }
 
-// boundTo returns a caller that is bound to sessions with hosts, one after the
-// other; all but the last are for forwarding, and the last is when forwarding is
-// true.
+// boundTo returns a caller that is bound to sessions with hosts, one after the other. All
+// sessions but the last are for forwarding. The last is if forwarding is true.
 func boundTo(forwarding bool, hosts ...ssh.PublicKey) *request.Caller {
 	c := &request.Caller{Number: 7}
 	for i, h := range hosts {
@@ -161,7 +160,7 @@ func TestDestinations(t *testing.T) {
 			if (err == nil) != test.may || err != nil && !strings.Contains(err.Error(), test.errorHas) {
 				t.Errorf("sign: %v", err)
 			}
-			// A client that may not see a key may neither change nor remove it.
+			// If a client may not see a key, it may neither change nor remove the key.
 			err = f.Add(t.Context(), test.caller, addKey(k, request.Constraints{Destinations: test.dest}))
 			if (err == nil) != test.shown {
 				t.Errorf("add again: %v", err)
@@ -174,8 +173,8 @@ func TestDestinations(t *testing.T) {
 	}
 }
 
-// Every combination of constraints, on both kinds of keys, used from here and
-// from afar.
+// TestConstraintMatrix tries every combination of constraints, on both kinds of keys, for
+// local and for forwarded requests.
 func TestConstraintMatrix(t *testing.T) {
 	for bits := range 1 << 6 {
 		has := func(i int) bool { return bits&(1<<i) != 0 }
@@ -295,7 +294,7 @@ func TestLooser(t *testing.T) {
 		if said := strings.Contains(f.log.String(), "constraints loosened"); said != test.looser {
 			t.Errorf("%+v to %+v: the log has %s", test.old, test.now, f.log)
 		}
-		// A key of a token keeps what it has when it is added again, by any name.
+		// A key of a token keeps its limits when a client adds it again, by any name.
 		for _, name := range []string{"pkcs11:token=a;id=1", "pkcs11:token=a"} {
 			f = newFixture(Options{Rules: Rules{Automatic: []request.Selection{}}}, edKey("pkcs11:token=a;id=1"))
 			f.add(t, "pkcs11:token=a;id=1", test.old)

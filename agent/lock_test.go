@@ -79,8 +79,8 @@ func TestLock(t *testing.T) {
 	}
 }
 
-// Each wrong passphrase makes the next try wait longer, ten seconds at most,
-// and no try goes past another one.
+// Each wrong passphrase makes the next try wait longer, ten seconds at most. No try
+// overtakes another.
 func TestUnlockDelay(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		f := newFixture(Options{})
@@ -97,7 +97,7 @@ func TestUnlockDelay(t *testing.T) {
 				t.Fatalf("try %d took %v, want %v", n+1, got, want)
 			}
 		}
-		// Many at once are no faster, and one that hangs up waits no longer.
+		// Many tries at once are not faster. A try ends when its client hangs up.
 		ends := make(chan error)
 		began := time.Now()
 		for range 5 {
@@ -120,7 +120,7 @@ func TestUnlockDelay(t *testing.T) {
 		if err := f.Unlock(t.Context(), local, right); err != nil {
 			t.Error(err)
 		}
-		// It begins anew.
+		// The pauses begin anew.
 		if err := f.Lock(t.Context(), local, right); err != nil {
 			t.Fatal(err)
 		}
@@ -133,7 +133,7 @@ func TestUnlockDelay(t *testing.T) {
 	})
 }
 
-// A signature that waits for a person when the agent is locked fails.
+// When the agent is locked, a signature that waits for a person fails.
 func TestLockEndsSignatures(t *testing.T) {
 	k := edKey("pkcs11:token=a")
 	waits := make(chan struct{})

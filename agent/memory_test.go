@@ -20,8 +20,8 @@ func allocated(f func()) int {
 	return int(after.TotalAlloc - before.TotalAlloc)
 }
 
-// What a key in memory costs when it is added, looked for and removed does not depend on
-// how many others there are. Eight times as many keys cost some eight times as much.
+// The cost of adding, finding and removing a key in memory does not depend on the number of
+// keys. So eight times as many keys cost some eight times as much.
 func TestManySoftwareKeys(t *testing.T) {
 	const few, many = 100, 800
 	measure := func(n int) (add, remove int) {
@@ -59,8 +59,7 @@ func TestManySoftwareKeys(t *testing.T) {
 	}
 }
 
-// Keys in memory go when their time is over, each at its own, and those without a time
-// stay.
+// Each key in memory goes at the end of its own lifetime. Keys without a lifetime stay.
 func TestSoftwareKeysExpire(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		f := newFixture(Options{SoftwareKeys: true})
@@ -84,7 +83,7 @@ func TestSoftwareKeysExpire(t *testing.T) {
 		f.wantList(t, "0", "2", "3")
 		time.Sleep(time.Minute)
 		f.wantList(t, "0", "2")
-		// One that is added again without a time stays.
+		// A key that is added again without a lifetime stays.
 		if err := f.Add(t.Context(), local, addKey(keys[2], request.Constraints{})); err != nil {
 			t.Fatal(err)
 		}

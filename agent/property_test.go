@@ -25,14 +25,14 @@ import (
 	"p11-agent/pinentry/waiting"
 )
 
-// TestSeen asks random sequences of requests from connections of all kinds, and holds two
+// TestSeen sends random sequences of requests from connections of all kinds, and checks two
 // properties:
 //
 //   - No request changes an identity, a token or a PIN that its connection does not see.
-//   - No request tells of such a thing: its answer is the same without it.
+//   - No answer depends on a key that the connection does not see.
 //
-// For the second, each sequence is asked once more of an agent without the keys that the
-// connection does not see. A sequence that fails is printed with its seed, made shorter.
+// For the second, TestSeen sends each sequence again to an agent without the keys that the
+// connection does not see. If a sequence fails, it prints the seed and a shorter sequence.
 func TestSeen(t *testing.T) {
 	const sequences, length = 400, 60
 	things := newThings(t)
@@ -51,7 +51,7 @@ func TestSeen(t *testing.T) {
 	}
 }
 
-// things are what all sequences have in common: making keys takes long.
+// things are the keys that all sequences share, because making keys takes long.
 type things struct {
 	private map[string]ed25519.PrivateKey // by the URI, or name, of the key
 	wire    map[string][]byte
@@ -67,8 +67,8 @@ var propertyKeys = []string{"pkcs11:token=a;id=1", "pkcs11:token=a;id=2", "pkcs1
 // propertyShown is the key that the sockets for some keys show.
 const propertyShown = "pkcs11:token=a;id=1"
 
-// propertyLimited is the key that is limited to a destination from the start, and that
-// no request pays for.
+// propertyLimited is the key that is limited to a destination from the start. No request
+// lifts its limits.
 const propertyLimited = "pkcs11:token=d;id=1"
 
 const propertySoft = "file"
@@ -97,8 +97,7 @@ func newThings(t *testing.T) *things {
 	return x
 }
 
-// sees tells, without the help of what is tested, whether a connection of a kind sees a
-// key.
+// sees tells whether a connection of a kind sees a key. It does not use the tested code.
 func sees(caller, key string) bool {
 	switch caller {
 	case "some", "read-only", "some-forwarded":
@@ -136,7 +135,8 @@ func (k *propertyKey) SignMessageContext(ctx context.Context, _ []byte, _ crypto
 	return make([]byte, ed25519.SignatureSize), nil
 }
 
-// trial is one agent that a sequence is asked of. It is its Tokens and its Confirmer.
+// trial is an agent that gets a sequence. It is also the Tokens and the Confirmer of the
+// agent.
 type trial struct {
 	*fakeTokens
 	keyring *Keyring
@@ -150,7 +150,8 @@ func (w *trial) Confirm(context.Context, approval.Question) (approval.Answer, er
 
 func tokenName(uri string) string { name, _, _ := strings.Cut(uri, ";"); return name }
 
-// newTrial makes an agent with the keys that the connection sees; empty: with all.
+// newTrial makes an agent with the keys that the connection sees. An empty caller stands
+// for all keys.
 func (x *things) newTrial(caller string) *trial {
 	w := &trial{tokens: make(map[string]*propertyToken)}
 	var keys []request.Key
@@ -177,9 +178,9 @@ func (x *things) newTrial(caller string) *trial {
 	return w
 }
 
-// Select logs in with a PIN, and tries it where no login is in force. It refuses a wrong
-// PIN also where none is wanted, so that what a request comes to does not depend on tokens
-// that it names besides.
+// Select logs in with a PIN. It tries the PIN if no login is in force. It refuses a wrong
+// PIN even if a token needs none, so that the result does not depend on other tokens that
+// the request names.
 func (w *trial) Select(_ context.Context, s request.Selection, reached func(request.Key) bool, pin *secret.Secret) (all []request.Key, taken bool, err error) {
 	for _, k := range w.Keys() {
 		if s.Match(k) && reached(k) {
@@ -220,8 +221,8 @@ func (w *trial) LogoutOf(_ context.Context, chosen func([]request.Key) bool) err
 	return nil
 }
 
-// step is one request, or what happens meanwhile. It is data, so that it can be asked
-// again.
+// step is a request, or an event between requests. It is data, so that a test can repeat
+// it.
 type step struct {
 	caller, do, what string
 	limits           int    // index of the constraints
@@ -243,7 +244,7 @@ func (s step) String() string {
 	return text
 }
 
-// constraints are what a step may add with.
+// constraints returns the constraints with index i, for additions.
 func (x *things) constraints(i int) request.Constraints {
 	return []request.Constraints{
 		{},
@@ -277,8 +278,8 @@ func randomSteps(r *rand.Rand, n int) []step {
 		case "wait", "insert", "configure":
 			s.caller = "nobody"
 		}
-		// A client that sees the limited key may lift its limits, and pays for that by a use or by a
-		// PIN. It would be seen from everywhere afterwards, and nothing were left to test.
+		// A client that sees the limited key may lift its limits by a use or by a PIN.
+		// Then every connection would see the key, and the test would check nothing.
 		if sees(s.caller, propertyLimited) && s.caller != "nobody" {
 			if s.do == "sign" && s.what == propertyLimited {
 				s.what = propertyKeys[0]
@@ -291,7 +292,7 @@ func randomSteps(r *rand.Rand, n int) []step {
 	return steps
 }
 
-// ask asks one step and returns the answer, as a client can tell it.
+// ask runs a step, and returns the answer as far as a client can see it.
 func (x *things) ask(w *trial, s step) string {
 	w.yes = s.yes
 	ctx, k, c := context.Background(), w.keyring, x.callers[s.caller]
@@ -344,7 +345,7 @@ func (x *things) ask(w *trial, s step) string {
 	case "wait":
 		time.Sleep(11 * time.Second)
 	case "insert":
-		k.now() // what is over by now is over for good
+		k.now() // ends the additions whose time is over
 		for _, key := range w.Keys() {
 			key.(*propertyKey).insertions++
 			key.(*propertyKey).of.loggedIn = false
@@ -359,7 +360,7 @@ func (x *things) ask(w *trial, s step) string {
 	return "done"
 }
 
-// snapshot is what a request may change, by the name of a key, and of each token.
+// snapshot has all that a request may change, by the name of the key and of the token.
 type snapshot struct {
 	keys   map[string]string
 	tokens map[string]propertyToken
@@ -384,7 +385,7 @@ func (w *trial) snapshot() snapshot {
 	return s
 }
 
-// changed says what a request has changed that its connection does not see.
+// changed describes a change of a key or a token that the connection does not see.
 func changed(caller string, before, after snapshot) string {
 	names := slices.Concat(propertyKeys, []string{propertySoft})
 	for _, name := range names {
@@ -412,8 +413,7 @@ func changed(caller string, before, after snapshot) string {
 	return ""
 }
 
-// try asks a sequence, and returns what is wrong with an answer or with what it does;
-// empty: nothing is.
+// try runs a sequence. It returns the first wrong answer or wrong change, or an empty text.
 func (x *things) try(t *testing.T, steps []step) (problem string) {
 	synctest.Test(t, func(*testing.T) { problem = x.ran(steps) })
 	return problem
@@ -421,13 +421,13 @@ func (x *things) try(t *testing.T, steps []step) (problem string) {
 
 func (x *things) ran(steps []step) string {
 	whole := x.newTrial("")
-	// Without the keys that these connections do not see, and nothing else differs.
+	// These agents lack only the keys that the connections do not see.
 	parts := map[string]*trial{"some": x.newTrial("some"), "forwarded": x.newTrial("forwarded")}
 	likes := map[string]string{"some": "some", "read-only": "some", "some-forwarded": "some", "forwarded": "forwarded"}
 	for i, s := range steps {
 		before := whole.snapshot()
 		answer := x.ask(whole, s)
-		if s.do == "wait" { // which is over for all
+		if s.do == "wait" { // the time passes for all agents
 			s.do = "nothing"
 		}
 		if s.caller != "nobody" {
@@ -436,8 +436,8 @@ func (x *things) ran(steps []step) string {
 			}
 		}
 		for name, part := range parts {
-			// Whether a login to a token is in force is no secret from those who see one of its
-			// keys.
+			// A connection that sees a key of a token may learn whether a login is in
+			// force.
 			for token, of := range part.tokens {
 				of.loggedIn = before.tokens[token].loggedIn
 			}
@@ -450,7 +450,7 @@ func (x *things) ran(steps []step) string {
 	return ""
 }
 
-// shorten leaves out steps for as long as something is wrong without them.
+// shorten leaves out steps as long as the rest of the sequence still fails.
 func (x *things) shorten(t *testing.T, steps []step, problem string) ([]step, string) {
 	for again := true; again; {
 		again = false
@@ -464,7 +464,7 @@ func (x *things) shorten(t *testing.T, steps []step, problem string) ([]step, st
 	return steps, problem
 }
 
-// The property is not empty: an agent that hides nothing fails it.
+// An agent that hides no keys fails the test.
 func TestSeenFinds(t *testing.T) {
 	x := newThings(t)
 	x.callers["some"] = x.callers["main"]

@@ -21,8 +21,8 @@ import (
 	"p11-agent/pinentry/secret"
 )
 
-// flood asks a thousand times within this time, and returns how many questions a
-// person had to answer. attempt returns the client and its request.
+// flood sends a thousand requests within this time, and returns how many questions a person
+// had to answer. attempt returns the client and its request.
 func flood(t *testing.T, f *fixture, p *answers, lasts time.Duration, attempt func(n int) (*request.Caller, request.Sign)) int {
 	t.Helper()
 	before := p.count()
@@ -46,8 +46,8 @@ func randomHost(n int) ssh.PublicKey {
 	return pub
 }
 
-// A person who says no is left alone, for each thing that a client can change between its
-// requests.
+// After a no, the agent asks a person rarely. A client does not change that by changing
+// its requests.
 func TestAttack10Flood(t *testing.T) {
 	w := requesttest.New(t)
 	var keys []request.Key
@@ -111,15 +111,15 @@ func TestAttack10Flood(t *testing.T) {
 				if n := flood(t, f, p, 10*time.Second, test.attempt); n < 2 || n > test.most {
 					t.Errorf("%d questions in ten seconds, want up to %d", n, test.most)
 				}
-				// It gets no better with patience: one in five minutes is the most, and what is
-				// changed for each costs the group.
+				// A patient client gets few questions, too: one in five minutes for each key
+				// and way. If the client changes those, its group pays.
 				if n := flood(t, f, p, time.Hour, test.attempt); n > 130 {
 					t.Errorf("%d questions in an hour", n)
 				}
 				if s := f.Now(); len(s.Pauses) == 0 || s.Pauses[0].Refused < 2 || s.Pauses[0].From == "" {
 					t.Errorf("the status has %+v", s.Pauses)
 				}
-				// Others are asked about as ever.
+				// The agent still asks about the requests of other clients.
 				other, r := w.Caller("ssh bash", "good"), ask(0)
 				other.Socket = &request.Socket{Name: "other"}
 				before := p.count()
@@ -132,7 +132,7 @@ func TestAttack10Flood(t *testing.T) {
 	}
 }
 
-// A client that does not wait for the answer, or asks for all at once, gets no more.
+// A client gets no more questions by hanging up early, or by sending all requests at once.
 func TestAttack10AtOnce(t *testing.T) {
 	w, k := requesttest.New(t), edKey("pkcs11:token=a")
 	for name, test := range map[string]struct {
@@ -279,7 +279,7 @@ func TestNoByMistake(t *testing.T) {
 			t.Error("a yes is no fresh start")
 		}
 
-		// From another host it costs a second.
+		// For another host, the first no costs a second.
 		f.signs(t, k, there, git, approval.ErrDeclined)
 		if _, err := f.Sign(t.Context(), there, withKey(git, k)); !isPaused(err) {
 			t.Errorf("the second time: %v", err)
@@ -288,7 +288,7 @@ func TestNoByMistake(t *testing.T) {
 		yes = true
 		f.signs(t, k, there, git, nil)
 		f.signs(t, k, there, git, nil)
-		// What needs no question is signed after any refusals.
+		// Refusals do not affect requests that need no question.
 		yes = false
 		f.signs(t, k, there, git, approval.ErrDeclined)
 		f.rules.Store(&useRules{policy: func(request.Key) approval.Policy { return approval.Policy{} }})
@@ -340,7 +340,7 @@ func TestNoToAll(t *testing.T) {
 		f.signs(t, k, w.Caller("ssh", "evil", "-"), git, approval.ErrDeclined)
 		time.Sleep(firstPause)
 		f.signs(t, k, w.Caller("ssh", "evil", "-"), git, approval.ErrNoToAll)
-		// A reload ends it. Such a client can neither lock nor unlock.
+		// A reload ends the pause. Such a client can neither lock nor unlock.
 		for _, do := range []func(context.Context, *request.Caller, *secret.Secret) error{f.Lock, f.Unlock} {
 			phrase, err := secret.From([]byte("x"))
 			if err != nil {

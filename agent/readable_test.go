@@ -20,7 +20,7 @@ import (
 	"p11-agent/agent/sshkey/keytest"
 )
 
-// A certificate that OpenSSH does not read is not shown from any directory.
+// The agent shows no certificate that OpenSSH does not read, from any directory.
 func TestUnreadableCertificateFile(t *testing.T) {
 	k, ca := keytest.New(t), keytest.New(t)
 	dir := t.TempDir()
@@ -47,7 +47,7 @@ func TestUnreadableCertificateFile(t *testing.T) {
 	}
 }
 
-// A key of a token that OpenSSH does not read is not shown.
+// The agent shows no key of a token that OpenSSH does not read.
 func TestUnreadableTokenKey(t *testing.T) {
 	n := new(big.Int).SetBit(big.NewInt(1), 16391, 1)
 	huge := &fakeKey{Signer: hugeKey{&rsa.PublicKey{N: n, E: 65537}}, uri: "pkcs11:token=huge", insertions: 1}
@@ -55,8 +55,7 @@ func TestUnreadableTokenKey(t *testing.T) {
 	f.wantList(t, "pkcs11:token=a")
 }
 
-// Certificates that are for none of the keys are no addition when nothing else is to be
-// added.
+// If a client adds certificates only, and none is for a key, the agent refuses the addition.
 func TestForeignCertificatesOnly(t *testing.T) {
 	k, other, ca := keytest.New(t), keytest.New(t), keytest.New(t)
 	key := &fakeKey{Signer: k.Private, uri: "pkcs11:token=a", insertions: 1}

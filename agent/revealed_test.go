@@ -6,7 +6,7 @@ import (
 	"p11-agent/agent/request"
 )
 
-// hiddenKey is a Key whose token has not shown its private key yet.
+// hiddenKey is a Key whose token still hides its private key.
 type hiddenKey struct{ request.Key }
 
 func (hiddenKey) Hidden() bool { return true }

@@ -103,8 +103,8 @@ func TestHowMuchCanBeAdded(t *testing.T) {
 	}
 }
 
-// The same key on a token and in memory: one identity, which signs while the
-// token is absent, and keeps the limits of both.
+// A key on a token and in memory is a single identity. It signs while the token is absent,
+// and keeps the limits of both.
 func TestSoftwareKeyOfToken(t *testing.T) {
 	k := keytest.New(t)
 	token := &fakeKey{Signer: k.Private, uri: "pkcs11:token=a", insertions: 1}
@@ -134,7 +134,7 @@ func TestSoftwareKeyOfToken(t *testing.T) {
 	}
 }
 
-// fakeUpstream is another agent.
+// fakeUpstream plays another agent.
 type fakeUpstream struct {
 	name    string
 	keys    []keytest.Key
@@ -225,7 +225,8 @@ func TestUpstream(t *testing.T) {
 		t.Error("a message that all refuse was answered")
 	}
 
-	// A socket for some keys shows none of theirs; one that asks, asks for theirs.
+	// A socket for some keys shows no keys of upstream agents. A socket that confirms asks
+	// for their keys, too.
 	some := &request.Caller{Socket: &request.Socket{Only: []request.Selection{prefix("pkcs11:")}}}
 	if list, err := f.List(t.Context(), some); err != nil || len(list.Identities) != 1 {
 		t.Errorf("%d keys, %v", len(list.Identities), err)

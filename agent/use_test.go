@@ -24,7 +24,7 @@ func publicOf(t testing.TB, k request.Key) ssh.PublicKey {
 	return pub
 }
 
-// A token, and a person who confirms, can be told what for.
+// The token and the person who confirms get the use of the key.
 func TestUse(t *testing.T) {
 	key := edKey("pkcs11:token=a;id=1")
 	host, other := publicOf(t, edKey("host")), publicOf(t, edKey("other"))
@@ -78,7 +78,7 @@ func (f fakeHosts) HostName(key ssh.PublicKey, _ peer.Peer) request.HostName {
 	return f[string(key.Marshal())]
 }
 
-// A use outlives its request.
+// A use stays the same after the end of its request.
 func TestUseIsApart(t *testing.T) {
 	key := edKey("pkcs11:token=a;id=1")
 	f := newFixture(Options{}, key)
@@ -93,7 +93,7 @@ func TestUseIsApart(t *testing.T) {
 	}
 }
 
-// A prompt gets the client of the request, and whether it was forwarded.
+// A prompt gets the client of the request, and learns whether the request was forwarded.
 func TestCallerGoesAlong(t *testing.T) {
 	key := edKey("pkcs11:token=a;id=1")
 	f := newFixture(Options{RemoteTokens: true}, key)
@@ -120,8 +120,8 @@ func TestCallerGoesAlong(t *testing.T) {
 	}
 }
 
-// A prompt that many share is about the request that has waited longest, and moves on when
-// that request leaves.
+// A shared prompt names the request that has waited longest. When that request leaves, the
+// prompt names the next.
 func TestInsertMoves(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		key := edKey("pkcs11:token=a;id=%01")
