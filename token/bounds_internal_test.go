@@ -11,7 +11,7 @@ import (
 	"time"
 )
 
-// A lockedBuffer is a buffer that one goroutine reads while a timer may write to it.
+// A lockedBuffer is a buffer that a goroutine may read while a timer writes to it.
 type lockedBuffer struct {
 	mu  sync.Mutex
 	all bytes.Buffer

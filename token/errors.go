@@ -45,5 +45,5 @@ type absentError struct{}
 
 func (absentError) Error() string { return "the token is not present" }
 
-// Absent tells this error from others.
+// Absent distinguishes this error from other errors.
 func (absentError) Absent() bool { return true }

@@ -27,13 +27,13 @@ import (
 // home is the module that a token belongs to.
 type home struct {
 	module string // its name
-	// proved tells that the home stays: it comes from the list of known keys, or the module got
+	// proved means that the home stays: it comes from the list of known keys, or the module got
 	// the right PIN. After the start, until the first look at every module, an earlier module
 	// takes over a home that is not proved.
 	proved bool
 }
 
-// NamesToken tells whether a URI names one token, by label or serial number.
+// NamesToken reports whether a URI names one token, by label or serial number.
 func NamesToken(u *pkcs11uri.URI) bool {
 	given := func(s *string) bool { return s != nil && strings.Trim(*s, pkcs11uri.Padding) != "" }
 	return given(u.Token) || given(u.Serial)
@@ -85,12 +85,12 @@ func (s *Store) namedLocked(u *pkcs11uri.URI) *module {
 	return nil
 }
 
-// at tells whether the URI names the file of the module, or no file.
+// at reports whether the URI names the file of the module, or no file.
 func (m *module) at(u *pkcs11uri.URI) bool {
 	return u.ModulePath == nil || *u.ModulePath == m.spec.Path || *u.ModulePath == m.file
 }
 
-// names tells whether a URI names this module alone.
+// names reports whether a URI names this module alone.
 func (s *Store) names(u *pkcs11uri.URI, m *module) bool {
 	s.mu.Lock()
 	defer s.mu.Unlock()
@@ -132,7 +132,7 @@ func (s *Store) claimLocked(id wire.TokenID, claims []*Token) *Token {
 	return claims[0]
 }
 
-// allLooked tells whether the agent has looked once at each module of the start.
+// allLooked reports whether the agent has looked once at each module of the start.
 func (s *Store) allLooked() bool {
 	select {
 	case <-s.settled:
@@ -162,7 +162,7 @@ func (t *Token) claims() (belongs string, others []string) {
 	return belongs, others
 }
 
-// proved notes that the token took a PIN through its module. byPerson tells that a person gave the
+// proved notes that the token took a PIN through its module. byPerson means that a person gave the
 // PIN at a prompt, which names the module when it is a guest.
 func (t *Token) proved(byPerson bool) {
 	s, name := t.module.store, t.module.identity

@@ -189,7 +189,7 @@ func (k *Key) SignMessage(_ io.Reader, msg []byte, opts crypto.SignerOpts) ([]by
 	return k.SignMessageContext(context.Background(), msg, opts)
 }
 
-// SignContext has the token sign a digest that the caller made with opts.HashFunc. RSA keys use
+// SignContext makes the token sign a digest that the caller made with opts.HashFunc. RSA keys use
 // PKCS #1 v1.5 padding, or PSS if opts is *rsa.PSSOptions. ECDSA signatures are in ASN.1. Ed25519
 // signs the message itself, with hash 0. A prompt asks for the PIN if the token wants one.
 //
@@ -222,7 +222,7 @@ type made struct {
 	took      time.Duration // the shortest time of such signatures
 }
 
-// sign has the token sign, and checks the signature.
+// sign makes the token sign, and checks the signature.
 func (k *Key) sign(ctx context.Context, r signing.Request) ([]byte, error) {
 	methods, err := r.Methods(k.pair.Public)
 	if err != nil {
@@ -251,7 +251,7 @@ func (k *Key) sign(ctx context.Context, r signing.Request) ([]byte, error) {
 	return sig, nil
 }
 
-// signWith has the token sign with the first method that it supports.
+// signWith makes the token sign with the first method that it supports.
 func (k *Key) signWith(ctx context.Context, methods []signing.Method) (m made, err error) {
 	err = k.heal(ctx, operation{
 		attempt: func(p *process.Process, mustLogin bool) (login uint64, err error) {

@@ -12,7 +12,7 @@ import (
 	"p11-agent/token/wire"
 )
 
-// Package pin gets a PIN and decides whether the token may try it. This file has the token try
+// Package pin gets a PIN and decides whether the token may try it. This file makes the token try
 // it: by C_Login, or by a signature with a key that wants its PIN each time.
 
 // supplied is a PIN that came with a request, if one did.
@@ -91,8 +91,8 @@ func (t *Token) logInNow(ctx context.Context, k *Key, with supplied) (typed *sec
 			return nil, nil
 		}
 	}
-	// Some tokens tell only after the login that a key wants its PIN each time. A source gives
-	// the PIN again; what a person typed is needed for the signature.
+	// Some tokens show only after the login that a key wants its PIN each time. A source gives
+	// the PIN again. The signature needs a PIN that a person typed.
 	now := t.current(k)
 	always := now.pair.Always
 	wanted := (always || !now.pair.Visible) && t.module.store.source(k) == nil
@@ -154,7 +154,7 @@ func (t *Token) pinLogin(k *Key, info wire.TokenInfo, with supplied, eachUse boo
 	return l
 }
 
-// pinTarget has a token try PINs for a key.
+// pinTarget makes a token try PINs for a key.
 type pinTarget struct {
 	token    *Token
 	key      *Key
@@ -189,7 +189,7 @@ func (t *Token) logOutFirst(ctx context.Context) error {
 	return t.logout(ctx)
 }
 
-// tryLogin has the token try a PIN on a card. It returns where the card is now.
+// tryLogin makes the token try a PIN on a card. It returns where the card is now.
 func (t *Token) tryLogin(ctx context.Context, p *process.Process, trial pin.Trial, at target) (target, error) {
 	for n := 0; ; n++ {
 		err := t.tryStay(ctx, p, trial, at.stay)
@@ -203,7 +203,7 @@ func (t *Token) tryLogin(ctx context.Context, p *process.Process, trial pin.Tria
 	}
 }
 
-// tryStay has the token try a PIN while one stay of a card lasts (wire.TokenInfo.Stay).
+// tryStay makes the token try a PIN while one stay of a card lasts (wire.TokenInfo.Stay).
 func (t *Token) tryStay(ctx context.Context, p *process.Process, trial pin.Trial, stay uint64) error {
 	// From here on the process may be logged in, whether or not the answer arrives.
 	t.mu.Lock()
@@ -293,7 +293,7 @@ func (t *Token) classify(err error) error {
 }
 
 // loginFailed makes a failure one of a login, unless the failure says so itself. attempted
-// tells that the token may have got a PIN.
+// means that the token may have got a PIN.
 func (t *Token) loginFailed(err error, attempted bool) error {
 	if err == nil || isLoginError(err) || errors.Is(err, context.Canceled) || errors.Is(err, context.DeadlineExceeded) {
 		return err
@@ -307,7 +307,7 @@ func (t *Token) loginFailed(err error, attempted bool) error {
 	return &pin.LoginError{Token: t.ID.Label, Attempted: attempted, Err: err}
 }
 
-// isLoginError tells whether an error is about a login and not about a signature.
+// isLoginError reports whether an error is about a login and not about a signature.
 func isLoginError(err error) bool {
 	_, refused := errors.AsType[*pin.Error](err)
 	_, failed := errors.AsType[*pin.LoginError](err)
@@ -382,7 +382,7 @@ func (t *Token) signInTurn(ctx context.Context, p *process.Process, k *Key, req 
 }
 
 // logIn logs in to the token of the key. It uses the supplied PIN, or gets one as a signature
-// would. When a login lasts already, it logs out first and has the token try a supplied PIN: a
+// would. When a login lasts already, it logs out first and makes the token try a supplied PIN: a
 // PIN that the token did not try may be wrong.
 func (k *Key) logIn(ctx context.Context, with supplied) error {
 	t := k.token

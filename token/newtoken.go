@@ -11,12 +11,13 @@ import (
 	"p11-agent/token/wire"
 )
 
-// NewToken has a module make a token with this label and PIN, such as SoftHSM's or that
-// of TPMs, which offer slots for new ones. It returns the URI of the token, which is
-// listed then. No token that is there is changed.
+// NewToken makes a token with this label and PIN. The module must offer slots for new tokens, as
+// SoftHSM and the module for TPMs do. NewToken returns the URI of the token. The Store lists the
+// token then. NewToken changes no other token.
 //
-// The PIN stays the caller's. The PIN of the security officer is made up and kept
-// nowhere. The module is not interrupted when ctx ends: a token is made as a whole.
+// The PIN still belongs to the caller. The module makes a random PIN for the security officer, and
+// does not keep it. If ctx ends while the module makes the token, NewToken waits for the whole
+// token.
 func (s *Store) NewToken(ctx context.Context, module, label string, pin *secret.Secret) (string, error) {
 	for _, m := range s.modulesNow() {
 		if m.spec.Name == module {

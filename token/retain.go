@@ -44,7 +44,7 @@ func (e Event) String() string {
 	return fmt.Sprintf("event %d", int(e))
 }
 
-// EndsAt tells whether an Event ends the login.
+// EndsAt reports whether an Event ends the login.
 func (r Retention) EndsAt(e Event) bool {
 	return e == Sleep && r.Sleep || e == ScreenLock && r.ScreenLock
 }
@@ -158,7 +158,7 @@ func (t *Token) expire() {
 	}
 }
 
-// end logs out and forgets the PIN. It tells whether it succeeded. When it fails, the module has
+// end logs out and forgets the PIN. It reports whether it succeeded. When it fails, the module has
 // lost the login, or loses it soon with its process.
 func (t *Token) end(ctx context.Context) bool {
 	err := t.forget(ctx)
@@ -184,10 +184,10 @@ func (s *Store) Forget(ctx context.Context, e Event) {
 	wg.Wait()
 }
 
-// Forgets tells whether Forget logs out of the token of a key.
+// Forgets reports whether Forget logs out of the token of a key.
 func (s *Store) Forgets(k *Key, e Event) bool { return k.token.endsAt(e) }
 
-// endsAt tells whether an Event ends logins to the token, by the Retention of one of its keys.
+// endsAt reports whether an Event ends logins to the token, by the Retention of one of its keys.
 func (t *Token) endsAt(e Event) bool {
 	return slices.ContainsFunc(t.keyList(), func(k *Key) bool { return t.module.store.policyOf(k).EndsAt(e) })
 }

@@ -85,7 +85,7 @@ func (s *Selector) Certain() *Selector {
 // URI returns the URI; nil: the Selector selects by a module file.
 func (s *Selector) URI() *pkcs11uri.URI { return s.uri }
 
-// Match tells whether the Selector selects the key, where it is now.
+// Match reports whether the Selector selects the key, where it is now.
 func (s *Selector) Match(k *Key) bool {
 	if s.path != "" && k.token.module.file != s.path {
 		return false
@@ -93,7 +93,7 @@ func (s *Selector) Match(k *Key) bool {
 	return s.uri == nil || k.matches(s.uri, s.path == "") || !s.certain && k.Unfit() == "" && k.mayMatch(s.uri, s.path == "")
 }
 
-// selects tells whether the Selector selects a token: by one of its keys, or by a URI that names
+// selects reports whether the Selector selects a token: by one of its keys, or by a URI that names
 // the token and no key.
 func (s *Selector) selects(t *Token) bool {
 	if slices.ContainsFunc(t.keyList(), s.Match) {
@@ -105,13 +105,13 @@ func (s *Selector) selects(t *Token) bool {
 	return s.uri == nil || s.Broad() && t.matches(s.uri, s.path == "")
 }
 
-// Broad tells whether the Selector names no key by its id or label. Then keys that are not fit for
-// a login are left out.
+// Broad reports whether the Selector names no key by its id or label. A broad Selector leaves out
+// keys that are not fit for a login.
 func (s *Selector) Broad() bool {
 	return s.uri == nil || s.uri.ID == nil && s.uri.Object == nil
 }
 
-// All tells whether the Selector selects every key: its URI is "pkcs11:".
+// All reports whether the Selector selects every key: its URI is "pkcs11:".
 func (s *Selector) All() bool { return s.path == "" && s.text == "pkcs11:" }
 
 // String returns the URI in its redacted form, or the module's path.
@@ -203,7 +203,7 @@ var libraryName = regexp.MustCompile(`\.so(\.[0-9]+)*$`)
 // provider; it is not the label of a token.
 const skInternal = "internal"
 
-// isPath tells whether a client names a file, and neither keys nor a token. A name of a form that
+// isPath reports whether a client names a file, and neither keys nor a token. A name of a form that
 // only files have counts as a path, so that the error is about modules.
 func isPath(provider []byte) bool {
 	if pkcs11uri.IsURI(provider) {
@@ -212,7 +212,7 @@ func isPath(provider []byte) bool {
 	return len(provider) == 0 || string(provider) == skInternal || provider[0] == '.' || provider[0] == '~' || bytes.IndexByte(provider, '/') >= 0 || libraryName.Match(provider)
 }
 
-// matches tells whether a URI names the module, or no module. A module-path may be the directory
+// matches reports whether a URI names the module, or no module. A module-path may be the directory
 // of the module (RFC 7512 section 2.3). It does not count when byPath is false.
 func (m *module) matches(u *pkcs11uri.URI, byPath bool) bool {
 	if u.ModuleName != nil && !u.MatchModuleName(m.spec.Name, m.spec.Path) {

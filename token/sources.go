@@ -173,7 +173,7 @@ func (s *Store) RemoveSource(u *pkcs11uri.URI) {
 	u.Wipe()
 }
 
-// configuredFile tells whether the configuration takes a PIN from a file. A client that names
+// configuredFile reports whether the configuration takes a PIN from a file. A client that names
 // the file gets no login by it: otherwise a client that cannot read the file could have the PIN
 // of one token tried on another, or handed to another module.
 func (s *Store) configuredFile(path string) bool {

@@ -7,7 +7,7 @@
 // costs its own keys only.
 //
 // Package agent decides which request may use a key. The pin.Asker shows prompts. Package
-// token/registry tells which modules there are.
+// token/registry lists the modules.
 package token
 
 import (
@@ -48,24 +48,24 @@ type ModuleSpec struct {
 	// lasts; 0: ReleaseIdle; ReleaseNever: the module keeps its cards. Both are for modules that
 	// use pcscd.
 	Release, Idle time.Duration
-	// Poll has the module process look at the slots again and again instead of waiting for
-	// events. It is for modules that do one thing at a time. The agent finds out by itself when a
-	// module is of that kind.
+	// Poll makes the module process look at the slots again and again. Otherwise the process waits
+	// for events. Poll is for modules that do one thing at a time. The agent also detects such a
+	// module by itself.
 	Poll bool
-	// Unconfined has the module run without a sandbox: it may write every file of its user, and
-	// make every system call. Otherwise Write adds absolute paths of files and directories to
-	// those that a module of this kind may write.
+	// Unconfined runs the module without a sandbox. The module may then write each file of its
+	// user, and make each system call. Otherwise Write adds absolute paths of files and directories
+	// to those that a module of this kind may write.
 	Unconfined bool
 	Write      []string
 }
 
 // Options make a Store.
 type Options struct {
-	// Modules are started at once. When several modules show a token, the agent uses it through
-	// its home, or else through the first of them.
+	// Modules are the modules that Open starts at once. If several modules show a token, the agent
+	// uses it through its home, or otherwise through the first of them.
 	Modules []ModuleSpec
-	// Command is the program, with its arguments, that becomes a module process. The name of the
-	// module is added as the last argument, so that the process list shows it.
+	// Command is the program, with its arguments, that becomes a module process. The agent adds the
+	// name of the module as the last argument, so that the process list shows the name.
 	Command []string
 	// PINs asks a person. nil: the agent cannot ask.
 	PINs pin.Asker
@@ -73,18 +73,16 @@ type Options struct {
 	// pin-value. The first that matches the key gives the PIN.
 	Sources []*pkcs11uri.URI
 	// Homes are URIs of the configuration. A URI that names a token and a module makes the module
-	// the token's home. A URI that names an object by id or label has the object found on a token
-	// with more objects than the agent lists.
+	// the token's home. If a URI names an object by id or label, the agent finds the object even on
+	// a token with more objects than the agent lists.
 	Homes []*pkcs11uri.URI
 	// PublicKeys stand in for public halves that tokens do not show.
 	PublicKeys []PublicKey
-	// Policy says how the PIN of a key's token is used; nil: the zero Policy for
-	// every key.
+	// Policy returns how the agent uses the PIN of a key's token; nil: the zero Policy for each key.
 	Policy func(*Key) Policy
-	// Working is called when a token begins to work on a signature. It returns a function that is
-	// called when the work ends, with success or without. The time for a PIN is not part of the
-	// work. ctx carries the values of the request's context. Neither function may wait. It may be
-	// nil.
+	// The Store calls Working when a token begins to work on a signature. The Store calls done when
+	// the work ends, with success or without. The time for a PIN is not part of the work. ctx
+	// carries the values of the request's context. Neither function may wait. Working may be nil.
 	Working func(ctx context.Context, k *Key) (done func())
 	// Generating is like Working, for a token that begins to make a key.
 	Generating func(wire.TokenID) (done func())
@@ -115,7 +113,7 @@ type Store struct {
 	refusals *pin.Refusals
 	bindings *pin.Bindings
 
-	// What others see.
+	// The state that clients see.
 	keys    atomic.Pointer[snapshot]
 	settled chan struct{} // closed after the first look at every module
 	stirred chan struct{} // one element: see StatusChanged
@@ -354,7 +352,7 @@ func (s *Store) Rescan(ctx context.Context) error {
 }
 
 // Poke tells the Store that a client lists the keys. In the background, the Store looks again at
-// modules that do not tell of new tokens by themselves, unless it did so a moment ago. Poke never
+// modules that do not report new tokens by themselves, unless it did so a moment ago. Poke never
 // waits.
 func (s *Store) Poke() {
 	for _, m := range s.modulesNow() {
@@ -371,12 +369,12 @@ type ModuleStatus struct {
 	PID      int
 	Err      error // the last failure; nil when the module works
 	Restarts int
-	Waits    bool   // the module tells of changes by itself; otherwise the agent looks at its slots again and again
-	Library  string // what the module says it is
-	Sandbox  string // what its process may not do, and which of these limits are not in force; empty: there is no process
+	Waits    bool   // the module reports changes itself; otherwise the agent polls its slots
+	Library  string // the description that the module gives
+	Sandbox  string // the limits of its process, and those that are not in force; empty: no process
 	Tokens   []TokenStatus
 	Away     []TokenStatus // known, with keys, and not present
-	LeftOut  []string      // what the last look left out because of a bound, and why
+	LeftOut  []string      // what the last look left out, and the bound that is the reason
 	// Empty says why the module shows no token: see ModuleSpec.Empty.
 	Empty string
 }
@@ -402,8 +400,8 @@ type TokenStatus struct {
 	LoggedInSince time.Time // zero: no login lasts
 	LoginEnds     time.Time // by the Policy of the keys that were used; zero: the login does not end by itself
 	PINKept       bool      // the PIN lies in locked memory, to log in again
-	LoginUnderWay bool      // a PIN is being asked for, or is being tried
-	PromptOpen    bool      // a person is being asked
+	LoginUnderWay bool      // the agent gets a PIN, or the token tries it
+	PromptOpen    bool      // a prompt is open
 
 	// The signatures since the start.
 	LastUse    time.Time // zero: there was none
@@ -487,7 +485,7 @@ func (s *Store) Logout(ctx context.Context, sel *Selector) error {
 // keys have to be of one token, as a PIN is for one token. A module that is not the token's home
 // gets the PIN only when sel names the module; sel may be nil. Login does nothing with an empty
 // PIN: the first signature asks. When one try is left, a person is asked whether to go on. When
-// a login lasts already, Login logs out first, so that the token tries the PIN. taken tells that
+// a login lasts already, Login logs out first, so that the token tries the PIN. taken means that
 // the token took this PIN: a token that needs no login tries none.
 func (s *Store) Login(ctx context.Context, sel *Selector, keys []*Key, given *secret.Secret) (taken bool, err error) {
 	if given.Len() == 0 || len(keys) == 0 {

@@ -12,9 +12,9 @@ import (
 // A proof decides which signatures of a fast key to verify.
 type proof struct {
 	mu   sync.Mutex
-	by   *process.Process // the last that was verified came from this one
-	made time.Duration    // what those that have come since have taken to make, at least
-	cost time.Duration    // what it took to verify the last one
+	by   *process.Process // the process that made the last verified signature
+	made time.Duration    // the time to make the signatures since, at least
+	cost time.Duration    // the time of the last verification
 }
 
 const (
