@@ -105,8 +105,8 @@ func (s *Selector) selects(t *Token) bool {
 	return s.uri == nil || s.Broad() && t.matches(s.uri, s.path == "")
 }
 
-// Broad reports whether the Selector names no key by its id or label. A broad Selector leaves out
-// keys that are not fit for a login.
+// Broad reports whether the Selector names no key by its id or label. The callers of a broad
+// Selector leave out keys that are not fit for a login.
 func (s *Selector) Broad() bool {
 	return s.uri == nil || s.uri.ID == nil && s.uri.Object == nil
 }
