@@ -40,8 +40,8 @@ func (s *server) generate(ctx context.Context, lib *library, t *token, m *wire.G
 		t.failed(p, 0, err)
 		return nil, err
 	}
-	defer func() { _ = lib.closeSession(session) }() // it may have gone with the token
-	if _, err := p.identify(); err != nil {          // since the session is there
+	defer func() { _ = lib.closeSession(session) }() // the session may have gone with the token
+	if _, err := p.identify(); err != nil {          // after the session was opened
 		t.failed(p, 0, err)
 		return nil, err
 	}

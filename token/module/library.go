@@ -201,7 +201,7 @@ type library struct {
 // maxAsked bounds how often a module may ask for more room.
 const maxAsked = 4
 
-// load opens the module's file. Code of the module runs from here on.
+// load opens the module's file. From here on, the module's code runs.
 func load(path string) (*library, error) {
 	name := C.CString(path)
 	defer C.free(unsafe.Pointer(name))
@@ -605,7 +605,7 @@ func (l *library) attributesOnce(s pkcs11.SessionHandle, object pkcs11.ObjectHan
 		&types[0], &lengths[0], first(arena))
 	for i, w := range wanted {
 		values[i] = nil
-		if lengths[i] <= C.CK_ULONG(w.room) { // else it is missing, or the length is garbage
+		if lengths[i] <= C.CK_ULONG(w.room) { // otherwise it is missing, or the length is wrong
 			values[i] = append([]byte{}, arena[:lengths[i]]...)
 		}
 		arena = arena[w.room:]

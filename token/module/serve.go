@@ -28,7 +28,7 @@ type server struct {
 	log  *log.Logger
 
 	greeted atomic.Bool
-	lost    atomic.Bool             // the agent was told that this process is of no use any more
+	lost    atomic.Bool             // the agent knows that this process is of no further use
 	awake   atomic.Bool             // a lane waits for a request without sleeping
 	lib     atomic.Pointer[library] // nil until the module has been initialised
 
@@ -39,11 +39,11 @@ type server struct {
 
 	// lock order: polling, then life, then mu
 
-	polling sync.Mutex // held while the module is asked for changes
+	polling sync.Mutex // held while the process asks the module for changes
 
 	waiter *eventWaiter // set before lib
 
-	life     sync.RWMutex // held by each request, and alone while the module is initialised again
+	life     sync.RWMutex // each request holds it for reading; reinitialize holds it alone
 	initArgs string
 
 	mu         sync.Mutex

@@ -165,7 +165,7 @@ func (p *presence) session(ctx context.Context) (pkcs11.SessionHandle, error) {
 			return 0, err
 		}
 		select {
-		case s := <-p.idle: // sooner than opening another
+		case s := <-p.idle: // an idle session first, before a new one
 			return s, nil
 		default:
 		}
@@ -297,8 +297,8 @@ func (t *token) failed(p *presence, s pkcs11.SessionHandle, err error) {
 type place struct {
 	slot  uint
 	known bool   // the token is, or was, in slot
-	only  bool   // and nowhere else
-	stay  uint64 // the number of the presence that is found
+	only  bool   // look only in slot
+	stay  uint64 // the number for the presence that find returns
 }
 
 // find looks for the token, unless its presence is known by now. It looks where the agent

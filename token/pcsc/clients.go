@@ -21,7 +21,7 @@ import (
 // uses a reader, and which reader.
 type Client struct {
 	PID  int
-	Name string // of its program, as the process tells
+	Name string // the name that the process gives itself
 }
 
 // String returns the name and the process ID.

@@ -233,7 +233,7 @@ func (s PINSource) text() string {
 	}
 	prefix := filePrefix
 	if strings.HasPrefix(s.Path(), "//") {
-		prefix += "//" // an empty host, or else the path would be taken for one
+		prefix += "//" // an empty host: otherwise the path would count as the host
 	}
 	return prefix + escape(s.Path(), func(c byte) bool {
 		return isValueChar(c, false) || c == '/' || c == ';'

@@ -69,7 +69,7 @@ func looksLikeURI(text []byte) bool {
 // An UnknownError says that a URI has path attributes that RFC 7512 does not define.
 type UnknownError struct {
 	Names []string // of the attributes
-	Meant string   // the attribute that the first name was probably meant to be; empty: none is near
+	Meant string   // the attribute that the author probably meant by the first name; empty: none is near
 }
 
 func (e *UnknownError) Error() string {

@@ -100,7 +100,7 @@ func (p *parser) attribute(text []byte, offset int, query bool) error {
 	name := string(rawName)
 	known := attributeNamed(name)
 
-	var public string // name, if it may be told
+	var public string // name, if an error may quote it
 	if known != nil {
 		public = name
 		if query && !known.query {

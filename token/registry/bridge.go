@@ -139,7 +139,7 @@ func (b *Bridge) Close() error { return b.close() }
 // Both ends are no error. When Serve returns, it has removed the socket and ended its own
 // goroutines. No process of the commands' process groups is left either.
 func (b *Bridge) Serve(ctx context.Context) error {
-	end := func() {} // ends the command that runs and waits for it
+	end := func() {} // ends the running command and waits for its end
 	defer func() { end() }()
 	closed := make(chan struct{})
 	stop := context.AfterFunc(ctx, func() {

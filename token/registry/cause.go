@@ -16,7 +16,7 @@ import (
 // An attempt is one start of a Bridge's command.
 type attempt struct {
 	done chan struct{} // closed when the command has ended
-	err  error         // why; nil: it has ended well
+	err  error         // why it ended; nil: without an error
 	said tail
 }
 
@@ -80,7 +80,7 @@ func ServerCause(ctx context.Context, address string) string {
 }
 
 const (
-	tailLines = 3   // of what a command prints are kept
+	tailLines = 3   // of a command's output are kept
 	tailLine  = 200 // bytes of each
 	tailLog   = 200 // lines of one command are logged
 )

@@ -27,10 +27,10 @@ var (
 // its fields. Each value has one encoding.
 type codec struct {
 	reading bool
-	reuse   bool           // reading: into a message that was read into before, and never a PIN
-	b       []byte         // reading: what is left; writing: what there is
-	pin     *secret.Secret // writing: what follows b
-	err     error          // reading: the first thing wrong
+	reuse   bool           // reading: use the memory of the last message; a PIN is an error
+	b       []byte         // reading: the bytes that are left; writing: the bytes so far
+	pin     *secret.Secret // writing: the PIN that follows b
+	err     error          // reading: the first error
 }
 
 // Unmarshal reads a message that fills body. It copies what it keeps. If the message does
@@ -141,7 +141,7 @@ func (c *codec) bytes(v *[]byte) {
 	case c.reuse:
 		*v = append((*v)[:0], b...)
 	case len(b) == 0:
-		*v = nil // one value for empty, so that reading back gives the same
+		*v = nil // always nil for empty, so that a message reads back the same
 	default:
 		*v = slices.Clone(b)
 	}

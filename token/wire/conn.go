@@ -18,7 +18,7 @@ import (
 
 const (
 	lengthSize = 4
-	headerSize = lengthSize + 1 + 4 // and type and id
+	headerSize = lengthSize + 1 + 4 // plus type and id
 
 	// keepBuffer is the largest buffer that a writer keeps between messages, in bytes.
 	keepBuffer = 64 << 10
@@ -31,7 +31,7 @@ const (
 type Frame struct {
 	Type Type   // TypeReply, TypeError, TypeEvent or TypeLost
 	ID   uint32 // of the request that this answers; 0 for a message without a request
-	Body []byte // the receiver's to keep
+	Body []byte // the receiver may keep it
 }
 
 // Decode reads the answer, or a part of it, into reply. reply must be of the kind that
@@ -138,7 +138,7 @@ func (c *Conn) Close() error { return c.c.Close() }
 type Request struct {
 	ID      uint32
 	Type    Type
-	Message Message // a PIN in it is the receiver's, who wipes it
+	Message Message // the receiver wipes a PIN in it
 }
 
 // A ModuleConn is the module process's end of the connection. One goroutine reads; any
@@ -211,7 +211,7 @@ func (c *ModuleConn) readLarge(n int, msg Message) error {
 // fill returns the next n bytes. They stay valid until skip. n is at most readBuffer.
 func (c *ModuleConn) fill(n int) ([]byte, error) {
 	if n == 0 {
-		return nil, nil // there may be nothing more to wait for
+		return nil, nil // no further byte may come
 	}
 	if c.buf == nil {
 		if err := c.wait(); err != nil {
@@ -315,7 +315,7 @@ type writer struct {
 
 	mu  sync.Mutex
 	buf []byte
-	err error // what went wrong once: half a frame may have been sent
+	err error // the first error: the writer may have sent half a frame
 }
 
 func (w *writer) write(id uint32, t Type, msg Message, limit int) error {

@@ -79,7 +79,7 @@ type Lane struct {
 	c   *net.UnixConn
 	raw syscall.RawConn
 	buf []byte
-	id  uint32 // of the request that is to be answered
+	id  uint32 // of the request under way
 
 	// These fields pass values to and from the functions below. The functions are made
 	// once: a new function for each call would take new memory.

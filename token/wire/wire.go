@@ -60,12 +60,12 @@ const (
 	TypeSlots    Type = 2  // Slots -> SlotsReply
 	TypeObjects  Type = 3  // Objects -> ObjectsReply
 	TypeToken    Type = 4  // Token -> TokenReply
-	TypeLogin    Type = 5  // Login -> TokenReply; the body may only lie in locked memory
+	TypeLogin    Type = 5  // Login -> TokenReply; keep the body in locked memory only
 	TypeLogout   Type = 6  // Token -> TokenReply
-	TypeSign     Type = 7  // Sign -> SignReply; the body may only lie in locked memory when it holds a PIN
-	TypeCancel   Type = 8  // Cancel; no reply of its own
+	TypeSign     Type = 7  // Sign -> SignReply; keep a body with a PIN in locked memory only
+	TypeCancel   Type = 8  // Cancel; it has no reply
 	TypeGenerate Type = 9  // Generate -> GenerateReply
-	TypeNewToken Type = 10 // NewToken -> NewTokenReply; the body may only lie in locked memory
+	TypeNewToken Type = 10 // NewToken -> NewTokenReply; keep the body in locked memory only
 )
 
 // The answers.
@@ -74,7 +74,7 @@ const (
 	TypeError Type = 65 // Error
 	TypePart  Type = 68 // ObjectsPart: a part of the answer to TypeObjects; the reply follows
 	TypeEvent Type = 66 // Event or an empty body, id 0: slots or tokens have changed
-	TypeLost  Type = 67 // Error, id 0: the module is of no use any more, and a new process is wanted
+	TypeLost  Type = 67 // Error, id 0: the module is of no further use; start a new process
 )
 
 // Hello opens the conversation. It is the first frame. The module process loads the
@@ -109,7 +109,7 @@ type HelloReply struct {
 // Sandbox tells how far a module process has confined itself: which parts are in force,
 // and why the other parts are not.
 type Sandbox struct {
-	Off bool // it was told not to
+	Off bool // Hello.Unconfined was set
 	// Files is the version of Landlock that keeps the process from writing files. If it
 	// is 0, Landlock is not in force and FilesError says why. Missing are the paths of
 	// Hello.Write that did not exist. The module cannot write them.
@@ -351,7 +351,7 @@ type Generate struct {
 	// ECParams are values of CKA_EC_PARAMS for the same curve. The process tries them one
 	// after the other.
 	ECParams []Value
-	ID       []byte // empty: one that is free
+	ID       []byte // empty: the process chooses a free ID
 	Label    string
 	// If Check is set, the process makes no pair, and needs no login. It only checks
 	// whether a visible object has the ID or the label, and whether the token makes such
@@ -395,8 +395,8 @@ type Cancel struct {
 
 // Error says that a request failed. Both sides use it as a Go error.
 type Error struct {
-	Function string // what was called: "C_Login", or empty when it did not come to that
-	RV       uint64 // what it returned (CKR), or 0
+	Function string // the function that failed: "C_Login"; empty when none was called
+	RV       uint64 // its return value (CKR), or 0
 	Reason   Reason
 	Text     string // for a person; no secret, no handle
 	// Info holds the token's state after a failed login, and after a failed search for a
@@ -411,13 +411,13 @@ type Reason uint32
 
 // The reasons.
 const (
-	ReasonModule      Reason = 0 // the module said no: see RV
+	ReasonModule      Reason = 0 // the module refused: see RV
 	ReasonLoad        Reason = 1 // the file cannot be loaded
 	ReasonNoToken     Reason = 2 // no such token is present
 	ReasonOtherToken  Reason = 3 // another token is in that slot by now
 	ReasonNoKey       Reason = 4 // no such private key is visible
-	ReasonPINLocked   Reason = 5 // the token's PIN is locked: it was not tried
-	ReasonLastTry     Reason = 6 // one try is left and LastTry was not set: it was not tried
+	ReasonPINLocked   Reason = 5 // the token's PIN is locked: the process did not try the PIN
+	ReasonLastTry     Reason = 6 // one try is left and LastTry was not set: the process did not try the PIN
 	ReasonProtocol    Reason = 7 // the request makes no sense
 	ReasonAmbiguous   Reason = 8 // two private keys fit
 	ReasonUnsupported Reason = 9 // this module process does not do that
@@ -427,7 +427,7 @@ const (
 	// ReasonRenew: use a new process in place of C_Finalize and C_Initialize. This
 	// process has no request under way, and passes no further request to the module.
 	ReasonRenew  Reason = 11
-	ReasonExists Reason = 12 // a key or certificate of that ID or label is there: none was made
+	ReasonExists Reason = 12 // a key or certificate has the ID or label: the process made no pair
 	// ReasonExtractable: the token made a key that could leave it, or does not say that
 	// the key cannot. Text tells what the process did with the pair.
 	ReasonExtractable Reason = 13

@@ -157,7 +157,7 @@ func TestUnmarshal(t *testing.T) {
 			continue
 		}
 		same(t, got, s.msg)
-		clear(b) // nothing of it may be kept
+		clear(b) // Unmarshal must not keep a part of it
 		same(t, got, s.msg)
 	}
 }

@@ -97,7 +97,7 @@ func program(own uint32, signals bool) []unix.SockFilter {
 	p := []unix.SockFilter{
 		load(dataArch),
 		jump(unix.BPF_JEQ, auditArch, 1, 0),
-		answer(unix.EPERM), // calls of 32-bit programs: numbers mean something else there
+		answer(unix.EPERM), // a call of a 32-bit program: its numbers have other meanings
 		load(dataCall),
 	}
 	if foreignCalls != 0 {

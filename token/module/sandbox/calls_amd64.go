@@ -4,7 +4,7 @@ import "golang.org/x/sys/unix"
 
 const (
 	auditArch = unix.AUDIT_ARCH_X86_64
-	// foreignCalls is the number from which on system calls are those of x32.
+	// foreignCalls is the lowest number of a system call of x32.
 	foreignCalls = 0x40000000
 )
 

@@ -4,7 +4,7 @@ import "golang.org/x/sys/unix"
 
 const (
 	auditArch    = unix.AUDIT_ARCH_AARCH64
-	foreignCalls = 0 // none have the same architecture
+	foreignCalls = 0 // this architecture has none
 )
 
 // callsHere are denied on this processor only.

@@ -193,7 +193,7 @@ func acceptable(path, home string) bool {
 		return false
 	}
 	if home, err = filepath.EvalSymlinks(home); err != nil {
-		return true // there is none
+		return true // the user has no home directory
 	}
 	rest, err := filepath.Rel(real, home)
 	return err == nil && (rest == ".." || strings.HasPrefix(rest, "../"))
