@@ -43,8 +43,8 @@ type JournalHandler struct {
 
 	prefix string  // of the groups that are open, with a final "_"
 	fields []field // of WithAttrs
-	// what writes the attributes of MESSAGE: slog's own, so that they are quoted
-	// as in every other log.
+	// text writes the attributes of MESSAGE. It is slog's own handler, so that it quotes
+	// them as in every other log.
 	text  func(*bytes.Buffer) slog.Handler
 	lines *sync.Pool   // of *line, with those of text
 	lost  *atomic.Bool // an entry went to the fallback
@@ -112,7 +112,7 @@ func (h *JournalHandler) Handle(ctx context.Context, r slog.Record) error {
 	return nil
 }
 
-// attributes returns the attributes of a record as they stand behind its message.
+// attributes returns the text of a record's attributes, for the end of MESSAGE.
 func (h *JournalHandler) attributes(ctx context.Context, r slog.Record) string {
 	// The time is the journal's, and the message would be quoted.
 	r.Time, r.Message = time.Time{}, ""
@@ -144,7 +144,7 @@ func (h *JournalHandler) WithAttrs(attrs []slog.Attr) slog.Handler {
 	return with.withText(func(b *bytes.Buffer) slog.Handler { return h.text(b).WithAttrs(attrs) })
 }
 
-// WithGroup returns a handler that puts this name in front of those of attributes.
+// WithGroup returns a handler that puts this name before the names of later attributes.
 func (h *JournalHandler) WithGroup(name string) slog.Handler {
 	if name == "" {
 		return h
@@ -155,7 +155,7 @@ func (h *JournalHandler) WithGroup(name string) slog.Handler {
 	return with.withText(func(b *bytes.Buffer) slog.Handler { return h.text(b).WithGroup(name) })
 }
 
-// priority is that of syslog(3).
+// priority returns the priority of syslog(3) for a level.
 func priority(level slog.Level) journal.Priority {
 	switch {
 	case level >= slog.LevelError:
@@ -205,7 +205,7 @@ func fieldName(name string) string {
 	return string(b)
 }
 
-// valueText is the text of a value as slog.TextHandler has it, without quotes. As
+// valueText returns the text that slog.TextHandler writes for a value, without quotes. As
 // there, a value whose methods panic (a nil pointer, mostly) does no harm.
 func valueText(v slog.Value) (text string) {
 	defer func() {

@@ -22,8 +22,8 @@ type entry struct {
 	fields   map[string]string
 }
 
-// recorder returns a handler in front of a journal that is a slice, or that takes
-// nothing, and what goes to the fallback.
+// recorder returns a handler whose journal is a slice. If failure is not nil, the journal
+// takes no entry. fallback gets the lines of the fallback.
 func recorder(level slog.Level, failure error) (h *JournalHandler, entries *[]entry, fallback *bytes.Buffer) {
 	entries, fallback = new([]entry), new(bytes.Buffer)
 	h = NewJournalHandler(level, slog.NewTextHandler(fallback, &slog.HandlerOptions{ReplaceAttr: func(_ []string, a slog.Attr) slog.Attr {
@@ -146,7 +146,7 @@ func TestJournalIsBounded(t *testing.T) {
 			t.Errorf("%s has %d bytes", name, len(value))
 		}
 	}
-	// What a datagram of the journal's socket holds at least (net.core.wmem_default).
+	// A datagram of the journal's socket has room for that (net.core.wmem_default).
 	if len(e.fields) > maxFields || size > 200<<10 {
 		t.Errorf("%d fields of %d bytes in all", len(e.fields), size)
 	}
@@ -197,7 +197,7 @@ func FuzzJournal(f *testing.F) {
 	})
 }
 
-// BenchmarkJournal is what the entry of a signature costs before it is sent.
+// BenchmarkJournal measures the entry of a signature without sending it.
 func BenchmarkJournal(b *testing.B) {
 	h, _, _ := recorder(slog.LevelInfo, nil)
 	h.send = func(string, journal.Priority, map[string]string) error { return nil }

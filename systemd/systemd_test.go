@@ -115,8 +115,8 @@ func sockets() (found []string) {
 	return found
 }
 
-// A service is a process in the role of that name, or what becomes one when its
-// socket is used.
+// A service is a process in the role of that name, or a program that starts one when a
+// client uses the socket.
 type service struct {
 	t      *testing.T
 	cmd    *exec.Cmd
@@ -139,7 +139,7 @@ func start(t *testing.T, cmd *exec.Cmd) *service {
 	return &service{t: t, cmd: cmd, stdout: bufio.NewReader(stdout)}
 }
 
-// report returns what the service found, having checked what always holds.
+// report returns the report of the service. It checks the parts that never differ.
 func (s *service) report() report {
 	s.t.Helper()
 	line, err := s.stdout.ReadBytes('\n')
@@ -268,7 +268,7 @@ func TestSocketActivationRefused(t *testing.T) {
 	}
 }
 
-// What systemd-socket-activate cannot be made to pass.
+// TestInherited passes variables and files that systemd-socket-activate never passes.
 func TestInherited(t *testing.T) {
 	dir := shortDir(t)
 	unix, err := net.Listen("unix", filepath.Join(dir, "s"))
@@ -348,7 +348,7 @@ func manager(t *testing.T) (read func() string) {
 	t.Setenv("NOTIFY_SOCKET", path)
 	return func() string {
 		t.Helper()
-		// What was sent is there already: the deadline is for what was not.
+		// A sent message is there already. The deadline is for a missing message.
 		if err := c.SetReadDeadline(time.Now().Add(3 * time.Minute)); err != nil {
 			t.Fatal(err)
 		}

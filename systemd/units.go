@@ -14,8 +14,8 @@ import (
 //go:embed units
 var units embed.FS
 
-// The files that tell systemd and ssh of the agent, for Shipped. What they are
-// for, and why they are as they are, is written in them.
+// The names of the files for systemd and ssh, for Shipped. Comments in the files give
+// their purpose and the reasons for their settings.
 const (
 	UserSocket    = "user/p11-agent.socket"
 	UserService   = "user/p11-agent.service"

@@ -33,11 +33,11 @@ func directives(t *testing.T, text, section string) map[string][]string {
 	return found
 }
 
-// userDirectives are those that a unit of a user may have in [Service]. All others
-// are forbidden until it is known what they do there: systemd ignores most that
-// need namespaces or capabilities, makes a user namespace for them, in which the
-// agent cannot read the environment of those who ask, or fails to start the
-// service, as its version has it.
+// userDirectives are the directives that a unit of a user may have in [Service]. The test
+// forbids all others until their effect there is known. Many need namespaces or
+// capabilities. For these, depending on its version, systemd ignores the directive, fails
+// to start the service, or makes a user namespace. In a user namespace, the agent cannot
+// read the environment of its clients.
 var userDirectives = []string{
 	"Type", "ExecStart", "ExecReload", "SyslogIdentifier", "Restart", "RestartSec", "KillMode", "WatchdogSec", "WatchdogSignal",
 	"Environment", "LimitCORE", "UMask", "NoNewPrivileges", "LockPersonality", "RestrictRealtime", "RestrictSUIDSGID", "RestrictNamespaces",
@@ -69,7 +69,7 @@ func TestUserServiceHasNoNamespaces(t *testing.T) {
 	if found := forbidden(t, text); len(found) > 0 {
 		t.Errorf("the unit has %q: see userDirectives", found)
 	}
-	// What is tested is what would be there.
+	// The loop adds each forbidden directive to the unit.
 	for _, name := range []string{"PrivateTmp", "ProtectSystem", "ProtectHostname", "ReadWritePaths", "CapabilityBoundingSet", "PrivateUsers"} {
 		worse := strings.Replace(text, "UMask=", name+"=yes\nUMask=", 1)
 		if got := forbidden(t, worse); !slices.Equal(got, []string{name}) {
@@ -78,8 +78,8 @@ func TestUserServiceHasNoNamespaces(t *testing.T) {
 	}
 }
 
-// What keeps secrets in, clients waiting and the agent's own confinement working
-// must be there, in both services.
+// Both services need the directives that protect secrets, that let clients wait for the
+// agent, and that let the agent confine itself.
 func TestServicesHaveWhatTheyNeed(t *testing.T) {
 	want := map[string]string{
 		"Type":            "notify",
@@ -89,7 +89,7 @@ func TestServicesHaveWhatTheyNeed(t *testing.T) {
 		"LimitCORE":       "0",
 		"KillMode":        "mixed",
 		"NoNewPrivileges": "yes",
-		// Before 254 @system-service is without the last five.
+		// Before systemd 254, @system-service does not have the last five.
 		"SystemCallFilter":        "@system-service seccomp landlock_create_ruleset landlock_add_rule landlock_restrict_self memfd_secret",
 		"RestrictAddressFamilies": "AF_UNIX AF_INET AF_INET6 AF_NETLINK",
 	}
@@ -118,8 +118,7 @@ func TestServicesHaveWhatTheyNeed(t *testing.T) {
 	}
 }
 
-// odd is a name with everything in it that has a meaning in a unit file and is
-// allowed there.
+// odd is a path with all characters that are allowed and have a meaning in a unit file.
 const odd = `/bin/a b%h$HOME${x};#é`
 
 // Every file is shipped, and those that start the agent start the one they are

@@ -7,8 +7,8 @@ import (
 	"testing"
 )
 
-// Arguments are those of the process itself, and empty ones are among them: without
-// these, an option would take the next argument.
+// Arguments returns the arguments of the process itself, with empty arguments. Without the
+// empty ones, an option would take the next argument.
 func TestArguments(t *testing.T) {
 	cut := strings.Repeat("x", maxArguments)
 	for _, test := range []struct{ arguments, want []string }{

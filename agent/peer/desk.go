@@ -42,9 +42,9 @@ type Desk struct {
 	TerminalErr error
 }
 
-// An Environment is what variables say of where a person is. An unknown value is empty, and so is a
-// bad one: a display that could pass for an option, a path that is not absolute, an address of a
-// bus that would run a program, a locale that is a path.
+// An Environment has the variables that say where a person is. An unknown value is empty.
+// A bad value is empty, too: a display that could pass for an option, a path that is not
+// absolute, an address of a bus that would run a program, a locale that is a path.
 type Environment struct {
 	Display        string // DISPLAY
 	WaylandDisplay string // WAYLAND_DISPLAY
@@ -87,8 +87,9 @@ func (p Peer) Desk() *Desk {
 	return d
 }
 
-// Own returns the terminal that this process was started on. As for a client, this process has to
-// be the job in the foreground there. The error says why there is no terminal.
+// Own returns the terminal on which a person has started this process. This process has to
+// be the job in the foreground there, as for a client. The error says why there is no
+// terminal.
 func Own() (*Terminal, error) {
 	pr, err := Self().open()
 	if err != nil {

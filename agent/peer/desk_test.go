@@ -48,7 +48,8 @@ func newPTY(t *testing.T) (far, tty *os.File) {
 	return far, tty
 }
 
-// onTerminal makes the terminal the command's own, in whose foreground it is.
+// onTerminal makes the terminal the controlling terminal of the command, and the command
+// the job in its foreground.
 func onTerminal(cmd *exec.Cmd, tty *os.File) {
 	cmd.ExtraFiles = []*os.File{tty}
 	cmd.SysProcAttr = &syscall.SysProcAttr{Setsid: true, Setctty: true, Ctty: 3}
@@ -294,10 +295,10 @@ func TestDeskOfNobody(t *testing.T) {
 	}
 }
 
-// Another process has got the number of the one that made the connection.
+// Another process has got the number of the process that made the connection.
 func TestDeskOfReusedNumber(t *testing.T) {
 	const lastPID = "/proc/sys/kernel/ns_last_pid"
-	// Anybody may open the file, and only root may write to it.
+	// Any user may open the file, and only root may write to it.
 	if err := os.WriteFile(lastPID, []byte(strconv.Itoa(os.Getpid())), 0); err != nil {
 		missing(t, fmt.Sprintf("root, to choose the number of a process (%v)", err))
 	}
@@ -308,7 +309,7 @@ func TestDeskOfReusedNumber(t *testing.T) {
 	p := Of(accept(t, l))
 	cmd.Process.Kill()
 	cmd.Wait()
-	// Others may take the number in the meantime; it is free again soon.
+	// Another process may take the number in the meantime. It is free again soon.
 	for end := time.Now().Add(2 * time.Minute); ; {
 		if time.Now().After(end) {
 			t.Fatalf("nobody gets number %d", p.PID)
@@ -340,7 +341,7 @@ func TestDeskOfReusedNumber(t *testing.T) {
 	}
 }
 
-// playLook prints what is known of the one that connects.
+// playLook prints the Desk of the process that connects.
 func playLook(path string) error {
 	l, err := net.Listen("unix", path)
 	if err != nil {
@@ -360,8 +361,8 @@ func playLook(path string) error {
 	return nil
 }
 
-// What may not be read is a reason and no failure. For root there is nothing that
-// it may not read, so another user looks.
+// If Desk may not read the data of a process, the Desk has the reason. Root may read
+// everything, so another user looks.
 func TestDeskThatIsClosed(t *testing.T) {
 	const nobody = 65534
 	for name, test := range map[string]struct {
@@ -414,8 +415,8 @@ func TestDeskThatIsClosed(t *testing.T) {
 	}
 }
 
-// Nothing is believed of a process that is in another namespace, even when it has
-// the same terminal.
+// Desk believes nothing of a process in another namespace, even if the process has the same
+// terminal.
 func TestDeskInAContainer(t *testing.T) {
 	if os.Getuid() != 0 {
 		missing(t, "root, to make a namespace")

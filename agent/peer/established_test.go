@@ -8,7 +8,7 @@ import (
 	"testing"
 )
 
-// tmuxRuns has a new tmux run a line of a shell, on a terminal of its own.
+// tmuxRuns starts a new tmux that runs a line of a shell, on a terminal of its own.
 func tmuxRuns(t *testing.T, line string) {
 	t.Helper()
 	tmux, err := exec.LookPath("tmux")
@@ -27,8 +27,8 @@ func tmuxRuns(t *testing.T, line string) {
 	run("new-session", "-d", line)
 }
 
-// A terminal is the person's when another, older process leads the session there,
-// which a program for terminals has started.
+// A terminal is the person's if an older process leads the session there, and a program for
+// terminals has started that process.
 func TestEstablished(t *testing.T) {
 	role := func(role string) string { return "env '" + roleVariable + "=" + role + "' " }
 	for name, test := range map[string]struct {

@@ -152,8 +152,7 @@ func play(role []string) error {
 	return err
 }
 
-// program puts the test binary into a directory that everybody may read, under
-// the given name.
+// program puts the test binary under this name into a directory that every user may read.
 func program(t *testing.T, name string) string {
 	t.Helper()
 	dir := shortDir(t)
@@ -281,8 +280,8 @@ func TestLongChainIsCut(t *testing.T) {
 	}
 }
 
-// The process that connected has ended and another one uses the connection: its
-// number may be anybody's by now.
+// The process that connected has ended, and another process uses the connection. A third
+// process may have the number by now.
 func TestInheritedConnection(t *testing.T) {
 	for _, test := range []struct {
 		name   string
@@ -325,7 +324,7 @@ func TestInheritedConnection(t *testing.T) {
 	}
 }
 
-// What is looked at later is the same process, or none.
+// A later look sees the same process, or none.
 func TestLater(t *testing.T) {
 	for name, keeps := range map[string]bool{"the kernel keeps the process": true, "the kernel has its number": false} {
 		t.Run(name, func(t *testing.T) {
@@ -398,15 +397,15 @@ func TestOtherUser(t *testing.T) {
 	if len(p.Chain) == 0 || p.Chain[0].Name != "stranger" {
 		t.Errorf("chain %v, want stranger first", p.Chain)
 	}
-	// Where there is only the number to go by, it may be another process's.
+	// If only the number is known, it may belong to another process.
 	if fd, err := openProcess(cmd.Process.Pid, nobody-1); err == nil {
 		unix.Close(fd)
 		t.Error("opened a process of another user")
 	}
 }
 
-// missing ends a test that cannot run here, and fails it where everything it
-// needs is promised.
+// missing skips a test that cannot run here. In CI, which promises everything, the test
+// fails.
 func missing(t *testing.T, what string) {
 	t.Helper()
 	if os.Getenv("CI") == "true" {
@@ -614,7 +613,7 @@ func TestReplacedProgram(t *testing.T) {
 	}
 }
 
-// What a process keeps to itself is not taken for granted.
+// SameProgram refuses a process if the kernel does not show its program.
 func TestHiddenProcess(t *testing.T) {
 	const nobody = 65534
 	for role, want := range map[string]string{
@@ -627,7 +626,7 @@ func TestHiddenProcess(t *testing.T) {
 				t.Fatal(err)
 			}
 			cmd := command(t, program(t, "judge"), "judge "+role+" "+filepath.Join(dir, "s"))
-			if os.Getuid() == 0 { // who would see everything
+			if os.Getuid() == 0 { // root would see everything
 				cmd.SysProcAttr = &syscall.SysProcAttr{Credential: &syscall.Credential{Uid: nobody, Gid: nobody}}
 			}
 			out, err := cmd.StdoutPipe()

@@ -66,7 +66,7 @@ func isSystemProgram(name string, file Program) bool {
 // rootsOwn tells whether only root may write a file.
 func rootsOwn(st *unix.Stat_t) bool { return st.Uid == 0 && st.Mode&0o022 == 0 }
 
-// namespace returns what identifies a namespace.
+// namespace returns the device and inode that identify a namespace.
 func namespace(link string) (id [2]uint64, err error) {
 	var st unix.Stat_t
 	if err := unix.Stat(link, &st); err != nil {

@@ -8,8 +8,8 @@ import (
 	"testing"
 )
 
-// The ssh-add of the system is known by its file. One of that name in another place is
-// another program, and one in a sandbox is not this system's.
+// RunsSystemProgram knows the ssh-add of the system by its file. It refuses a file of that
+// name in another place, and a program in a sandbox.
 func TestRunsSystemProgram(t *testing.T) {
 	path, err := exec.LookPath("ssh-add")
 	if err != nil || os.Getenv("PATH") == "" {

@@ -99,7 +99,7 @@ func TestConnect(t *testing.T) {
 	})
 }
 
-// Files are taken only by who wants them.
+// Only a connection of ConnectForFiles takes files.
 func TestFiles(t *testing.T) {
 	bustest.NoLeaks(t)
 	b := bustest.Start(t)
@@ -147,7 +147,7 @@ func TestFiles(t *testing.T) {
 	}
 }
 
-// A bus that does not answer costs no more than the context says.
+// If a bus does not answer, a call ends with its context.
 func TestHang(t *testing.T) {
 	bustest.NoLeaks(t)
 	dir := t.TempDir()

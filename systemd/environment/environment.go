@@ -46,8 +46,8 @@ func Read(ctx context.Context, runtimeDir string) ([]string, error) {
 	}
 	defer c.Close()
 	var v dbus.Variant
-	// Not started for this: a manager of another kind would be none that has our
-	// services.
+	// The call starts no manager: a manager that the bus starts would not have the
+	// services of the session.
 	call := c.Object(service, manager).CallWithContext(ctx, "org.freedesktop.DBus.Properties.Get", dbus.FlagNoAutoStart,
 		service+".Manager", "Environment")
 	if err := call.Store(&v); err != nil {

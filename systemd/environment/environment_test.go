@@ -39,7 +39,7 @@ func TestNoBus(t *testing.T) {
 	}
 }
 
-// A bus that says nothing is not waited for beyond the context.
+// If a bus does not answer, Read ends with its context.
 func TestSilentBus(t *testing.T) {
 	dir, err := os.MkdirTemp("", "env-") // short: it holds a socket
 	if err != nil {

@@ -1,10 +1,9 @@
-// Package install writes the units with which systemd starts the agent, and takes them
-// back.
+// Package install writes the units with which systemd starts the agent, and removes them.
 //
-// It promises that it replaces or removes no file without Marker as its first line,
-// unless it is told to. Each file is replaced as a whole or not at all. What the units
-// say is the business of package systemd; the flags and the places of the user's files
-// are the business of the command.
+// It promises to replace and remove only files with Marker as their first line.
+// Options.Force lets Install replace other files, too. Install replaces a file as a whole or
+// not at all. Package systemd has the texts of the units. The command has the flags and the
+// places of the user's files.
 package install
 
 import (
@@ -243,7 +242,7 @@ func (in *Installation) Install(ctx context.Context, o Options) error {
 	return in.finishUser(o.Start, changed)
 }
 
-// sayForeign names the units that systemd uses in place of those of this room.
+// sayForeign names the units that systemd uses in place of the units of this package.
 func (in *Installation) sayForeign() {
 	if len(in.foreign) == 0 {
 		return

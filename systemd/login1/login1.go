@@ -121,7 +121,7 @@ type listener struct {
 	hold  *os.File // what sleep waits for; nil: it does not wait
 	fails int      // how often in a row logind refused to hold sleep
 	retry <-chan time.Time
-	dozes bool // from the word that sleep begins to that of its end
+	dozes bool // true from the signal that sleep begins until the signal that it ends
 }
 
 // listen listens on one connection. listened tells whether the connection worked.
@@ -229,9 +229,9 @@ func (l *listener) run(ctx context.Context, f func(context.Context)) {
 	l.wg.Go(func() { f(ctx) })
 }
 
-// prepare makes sleep wait for the agent where it is to, and ends the wait where it
-// is not. When logind refuses, prepare tries again: a logind that has just started,
-// or a busy machine, refuses once. A warning comes with the second refusal.
+// prepare asks logind to delay sleep for the agent, or ends the delay, as Watch.Delay says.
+// When logind refuses, prepare tries again: a logind that has just started, or a busy
+// machine, refuses once. The second refusal causes a warning.
 func (l *listener) prepare(ctx context.Context) {
 	l.retry = nil
 	switch want := l.delays(); {
@@ -332,7 +332,7 @@ func (l *listener) sleep(ctx context.Context) {
 		ctx, cancel := context.WithTimeout(ctx, sleepBound)
 		defer cancel()
 		if hold != nil {
-			// Also when what is called takes longer than it was told.
+			// Sleep must not wait longer, even if the function ignores its context.
 			defer context.AfterFunc(ctx, func() { _ = hold.Close() })()
 			defer hold.Close() // it may be closed by now
 		}

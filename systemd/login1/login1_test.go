@@ -28,7 +28,7 @@ func until(t *testing.T, what string, condition func() bool) {
 
 const me = 4711
 
-// watched is a Watch that runs, what it has called, and the logind it listens to.
+// watched has a running Watch, the calls that the Watch makes, and its logind.
 type watched struct {
 	*login1.Watch
 	bus    *bustest.Bus
@@ -106,7 +106,7 @@ func newWatched(t *testing.T, delay bool) *watched {
 	return w
 }
 
-// Sleep waits for what has to be done first, and the next one does, too.
+// Each sleep waits for Options.Sleep.
 func TestSleep(t *testing.T) {
 	w := newWatched(t, true)
 	held := make(chan int, 2)
@@ -127,8 +127,8 @@ func TestSleep(t *testing.T) {
 	}
 }
 
-// A logind that refuses to delay sleep is asked again. A warning comes with the
-// second refusal.
+// If logind refuses to delay sleep, the Watch asks again. The second refusal causes a
+// warning.
 func TestDelayRefused(t *testing.T) {
 	bustest.NoLeaks(t)
 	w := &watched{bus: bustest.Start(t)}
@@ -144,8 +144,8 @@ func TestDelayRefused(t *testing.T) {
 	}
 }
 
-// What takes too long delays sleep no longer, whether or not it does what its
-// context says.
+// If Options.Sleep takes too long, sleep does not wait for it, even if it ignores its
+// context.
 func TestSleepBound(t *testing.T) {
 	for name, obeys := range map[string]bool{"that ends": true, "that does not end": false} {
 		t.Run(name, func(t *testing.T) {
@@ -166,7 +166,7 @@ func TestSleepBound(t *testing.T) {
 	}
 }
 
-// Nothing delays sleep that need not.
+// Without Delay, the Watch does not delay sleep.
 func TestNoDelay(t *testing.T) {
 	w := newWatched(t, false)
 	w.logind.Sleep(true)
@@ -182,7 +182,7 @@ func TestNoDelay(t *testing.T) {
 	until(t, "sleep is not delayed any more", func() bool { return w.logind.Held() == 0 })
 }
 
-// A configuration that is read just before sleep does not delay what has begun.
+// If Delay comes after the beginning of sleep, it does not delay that sleep.
 func TestDelayTooLate(t *testing.T) {
 	w := newWatched(t, false)
 	w.logind.Sleep(true)
@@ -216,7 +216,7 @@ func TestLock(t *testing.T) {
 	w.want(t, "lock")
 }
 
-// Only logind is believed.
+// The Watch believes only logind.
 func TestLiar(t *testing.T) {
 	w := newWatched(t, true)
 	liar := w.bus.Connect()
@@ -239,7 +239,7 @@ func TestLiar(t *testing.T) {
 			bustest.SendTo(liar, name, path, signal.name, signal.body)
 		}
 	}
-	// On the same connection as the lies, so that it comes after them.
+	// The call uses the same connection as the lies, so that it comes after them.
 	if err := liar.BusObject().Call("org.freedesktop.DBus.GetId", 0).Err; err != nil {
 		t.Fatal(err)
 	}
@@ -281,7 +281,7 @@ func TestComesAndGoes(t *testing.T) {
 	}
 }
 
-// What delays sleep must not live on in a child of the agent.
+// A child of the agent must not inherit the file that delays sleep.
 func TestNotInherited(t *testing.T) {
 	before := pipes()
 	w := newWatched(t, true)

@@ -16,7 +16,7 @@ import (
 	"golang.org/x/sys/unix"
 )
 
-// M is a [testing.M], or what stands for one.
+// M is a [testing.M], or stands in for one.
 type M interface{ Run() int }
 
 // Without returns an M that gives up the controlling terminal before it runs the

@@ -12,7 +12,7 @@ import (
 	"golang.org/x/sys/unix"
 )
 
-// roleVariable has this program play a test program that was started in a terminal.
+// roleVariable makes this program play a test program that was started in a terminal.
 const roleVariable = "P11_TERMINALTEST_ROLE"
 
 func TestMain(m *testing.M) {
@@ -38,8 +38,8 @@ func start(role string) int {
 	return cmd.ProcessState.ExitCode()
 }
 
-// tests are what a test program would run: they say whether there is a terminal for
-// them and for a program that they start.
+// tests stand in for the tests of a program. They print whether they have a terminal, and
+// whether a program that they start has one.
 type tests struct{}
 
 func (tests) Run() int {
@@ -71,8 +71,8 @@ func newTerminal(t *testing.T) (master, terminal *os.File) {
 	return master, terminal
 }
 
-// Tests that a terminal is there for do not see it, nor do their programs, and their
-// status is what the program ends with.
+// Tests that start in a terminal do not see it, and neither do their programs. The program
+// ends with the status of the tests.
 func TestWithout(t *testing.T) {
 	for _, role := range []string{"leader", "member"} {
 		t.Run(role, func(t *testing.T) {

@@ -1,5 +1,5 @@
-// Package bustest has D-Bus message buses for tests, each a dbus-daemon of the
-// test's own, and what tests put on them in place of a desktop and of logind.
+// Package bustest has D-Bus message buses for tests. Each bus is a dbus-daemon of its test.
+// Tests put services on the bus that stand in for a desktop, systemd and logind.
 package bustest
 
 import (
@@ -19,10 +19,10 @@ import (
 	"github.com/godbus/dbus/v5"
 )
 
-// patience is how long is waited for what must happen.
+// patience is how long a test waits for an event.
 const patience = 30 * time.Second
 
-// A Bus is a message bus, on which everybody may do everything.
+// A Bus is a message bus. Every client may do everything on it.
 type Bus struct {
 	t    testing.TB
 	dir  string
@@ -30,8 +30,8 @@ type Bus struct {
 	done chan struct{} // closed when the process has ended
 }
 
-// Start starts a Bus, which ends with the test. The test is skipped, or fails in
-// CI, where dbus-daemon is not installed.
+// Start starts a Bus, which ends with the test. If dbus-daemon is not installed, Start skips
+// the test. In CI, the test fails.
 func Start(t testing.TB) *Bus {
 	t.Helper()
 	if _, err := exec.LookPath("dbus-daemon"); err != nil {
@@ -68,14 +68,14 @@ func Start(t testing.TB) *Bus {
 	return b
 }
 
-// Dir returns a directory that has the Bus's socket as "bus", as a runtime
-// directory has.
+// Dir returns the directory of the Bus's socket. Like a runtime directory, it has the
+// socket as "bus".
 func (b *Bus) Dir() string { return b.dir }
 
 // Socket returns the path of the socket.
 func (b *Bus) Socket() string { return filepath.Join(b.dir, "bus") }
 
-// Address returns what DBUS_SESSION_BUS_ADDRESS has.
+// Address returns the address of the Bus, for DBUS_SESSION_BUS_ADDRESS.
 func (b *Bus) Address() string { return "unix:path=" + b.Socket() }
 
 // Restart starts the Bus again after Kill.
@@ -87,12 +87,12 @@ func (b *Bus) Restart() {
 	started, done := make(chan error), make(chan struct{})
 	go func() {
 		defer close(done)
-		// The kernel kills the child when the thread ends that has started it.
+		// When the thread that has started the child ends, the kernel kills the child.
 		runtime.LockOSThread()
 		err := cmd.Start()
 		started <- err
 		if err == nil {
-			_ = cmd.Wait() // it is ended by a signal
+			_ = cmd.Wait() // a signal ends the process
 		}
 	}()
 	if err := <-started; err != nil {
@@ -109,7 +109,7 @@ func (b *Bus) Restart() {
 	})
 }
 
-// Kill ends the Bus, as a crash would. It may have ended.
+// Kill ends the Bus, as a crash would. The Bus may have ended before.
 func (b *Bus) Kill() {
 	b.t.Helper()
 	if b.cmd == nil {
@@ -123,10 +123,10 @@ func (b *Bus) Kill() {
 	}
 }
 
-// Hang has the Bus do nothing until Resume.
+// Hang stops the Bus until Resume.
 func (b *Bus) Hang() { b.signal(syscall.SIGSTOP) }
 
-// Resume ends Hang.
+// Resume lets the Bus go on after Hang.
 func (b *Bus) Resume() { b.signal(syscall.SIGCONT) }
 
 func (b *Bus) signal(s syscall.Signal) {
@@ -147,7 +147,7 @@ func (b *Bus) Connect() *dbus.Conn {
 	return c
 }
 
-// SendTo sends a signal to one connection, whether or not it wants it.
+// SendTo sends a signal to a connection by its name. The connection needs no match for it.
 func SendTo(c *dbus.Conn, to, path, name string, body []any) {
 	i := strings.LastIndexByte(name, '.')
 	m := &dbus.Message{
@@ -182,9 +182,8 @@ func until(t testing.TB, what string, condition func() bool) {
 	}
 }
 
-// NoLeaks fails the test when it leaves a goroutine that has to do with a bus, or
-// an open file. It comes before everything else in a test, so that it looks when
-// everything else has ended.
+// NoLeaks fails the test if the test leaves an open file, or a goroutine that works for a
+// bus. Call NoLeaks first in a test, so that it looks after all other cleanups.
 func NoLeaks(t testing.TB) {
 	t.Helper()
 	files := openFiles(t)
@@ -210,7 +209,7 @@ func NoLeaks(t testing.TB) {
 	})
 }
 
-// ours is code that works for a bus.
+// ours matches goroutines that work for a bus.
 var ours = regexp.MustCompile(`godbus|p11-agent/(systemd/bus|systemd/login1|systemd/bus/bustest|pinentry/notify)\.`)
 
 func openFiles(t testing.TB) (n int) {

@@ -17,7 +17,7 @@ const (
 	login1Session = login1 + ".Session"
 )
 
-// A Login1 stands for systemd-logind.
+// A Login1 stands in for systemd-logind.
 type Login1 struct {
 	bus  *Bus
 	conn *dbus.Conn
@@ -27,7 +27,7 @@ type Login1 struct {
 	asked     []string
 	refuse    bool
 	refused   int
-	held      map[*os.File]bool // the other ends of what inhibits
+	held      map[*os.File]bool // this end of the pipe of each inhibitor
 	onRelease func()
 }
 
@@ -188,21 +188,21 @@ func (l *Login1) watch(hold *os.File) {
 	_ = hold.Close()
 }
 
-// OnRelease has a function called whenever something that inhibits is released.
+// OnRelease sets a function that Login1 calls each time an inhibitor is released.
 func (l *Login1) OnRelease(f func()) {
 	l.mu.Lock()
 	defer l.mu.Unlock()
 	l.onRelease = f
 }
 
-// Refuse makes the service refuse to inhibit anything, or ends that.
+// Refuse sets whether the service refuses to inhibit sleep.
 func (l *Login1) Refuse(yes bool) {
 	l.mu.Lock()
 	defer l.mu.Unlock()
 	l.refuse = yes
 }
 
-// Refused returns how often the service has refused to inhibit something.
+// Refused returns how often the service has refused to inhibit sleep.
 func (l *Login1) Refused() int {
 	l.mu.Lock()
 	defer l.mu.Unlock()
@@ -218,14 +218,14 @@ func (l *Login1) refuses() bool {
 	return l.refuse
 }
 
-// Held returns how many inhibit sleep now.
+// Held returns how many inhibitors there are now.
 func (l *Login1) Held() int {
 	l.mu.Lock()
 	defer l.mu.Unlock()
 	return len(l.held)
 }
 
-// Asked returns the arguments of each Inhibit.
+// Asked returns the arguments of each call of Inhibit.
 func (l *Login1) Asked() []string {
 	l.mu.Lock()
 	defer l.mu.Unlock()
@@ -259,7 +259,7 @@ func (l *Login1) Sleep(begins bool) { l.emit(login1Path, login1Manager+".Prepare
 // Lock asks a session to lock its screen, as "loginctl lock-session" does.
 func (l *Login1) Lock(name string) { l.emit(sessionPath(name), login1Session+".Lock") }
 
-// SetLocked says that the screen of a session is locked, or is not any more.
+// SetLocked sets whether the screen of a session is locked.
 func (l *Login1) SetLocked(name string, locked bool) {
 	l.mu.Lock()
 	l.sessions[sessionPath(name)].locked = locked

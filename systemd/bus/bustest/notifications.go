@@ -13,7 +13,7 @@ const (
 	notificationsPath = "/org/freedesktop/Notifications"
 )
 
-// A Bubble is a notification as it was asked for.
+// A Bubble has the arguments of a request to show a notification.
 type Bubble struct {
 	App      string
 	Replaces uint32
@@ -37,11 +37,11 @@ type Notifications struct {
 	next         uint32
 	open         map[uint32]Bubble
 	all          []Bubble
-	closed       int // by those who had them shown
+	closed       int // notifications that their clients have closed
 }
 
-// Notifications puts the service on the Bus. Capabilities are what it says it
-// can do, such as "body-markup".
+// Notifications puts the service on the Bus. The service reports the capabilities, such as
+// "body-markup".
 func (b *Bus) Notifications(capabilities ...string) *Notifications {
 	b.t.Helper()
 	n := &Notifications{bus: b, capabilities: capabilities, open: make(map[uint32]Bubble)}
@@ -126,21 +126,21 @@ func (n *Notifications) Open() []Bubble {
 	return all
 }
 
-// All returns every notification that was asked for, replacements included.
+// All returns every notification that clients have asked for, with replacements.
 func (n *Notifications) All() []Bubble {
 	n.mu.Lock()
 	defer n.mu.Unlock()
 	return slices.Clone(n.all)
 }
 
-// Closed returns how many were closed by those who had them shown.
+// Closed returns how many notifications their clients have closed.
 func (n *Notifications) Closed() int {
 	n.mu.Lock()
 	defer n.mu.Unlock()
 	return n.closed
 }
 
-// Dismiss does what a person does who closes all notifications.
+// Dismiss closes all notifications, as a person may do.
 func (n *Notifications) Dismiss() {
 	n.mu.Lock()
 	open := n.open
@@ -152,8 +152,7 @@ func (n *Notifications) Dismiss() {
 	}
 }
 
-// Hang has the service answer nothing until the function that it returns is
-// called.
+// Hang makes the service stop answering. It answers again after a call of resume.
 func (n *Notifications) Hang() (resume func()) {
 	n.mu.Lock()
 	defer n.mu.Unlock()
@@ -176,6 +175,6 @@ func (n *Notifications) Restart() {
 	n.open = map[uint32]Bubble{1: {App: "somebody else"}}
 	n.next = 1
 	n.mu.Unlock()
-	_ = c.Close() // with its bus it may have gone
+	_ = c.Close() // the connection may have ended with its bus
 	n.start()
 }

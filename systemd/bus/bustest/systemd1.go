@@ -2,7 +2,7 @@ package bustest
 
 import "github.com/godbus/dbus/v5"
 
-// manager1 stands for the service manager of a user.
+// manager1 stands in for the service manager of a user.
 type manager1 struct{ env []string }
 
 // Get answers org.freedesktop.DBus.Properties.Get.
@@ -13,8 +13,8 @@ func (m manager1) Get(_, property string) (dbus.Variant, *dbus.Error) {
 	return dbus.MakeVariant(m.env), nil
 }
 
-// Systemd1 puts a user's service manager on the Bus, which has this environment
-// and nothing else, in place of the one that was there.
+// Systemd1 puts a user's service manager on the Bus. It has only this environment, and
+// replaces an earlier service manager.
 func (b *Bus) Systemd1(env ...string) {
 	b.t.Helper()
 	const name = "org.freedesktop.systemd1"
