@@ -49,7 +49,7 @@ var (
 	// ErrCancelled says that the person closed the dialogue without an answer.
 	ErrCancelled = errors.New("the prompt was cancelled")
 	// ErrTimeout says that no answer came within the Timeout of the Prompt.
-	ErrTimeout = errors.New("nobody answered the prompt in time")
+	ErrTimeout = errors.New("the prompt was not answered in time")
 	// ErrEmpty says that the person confirmed without typing a PIN.
 	ErrEmpty = errors.New("no PIN was typed")
 	// ErrNoPrompt says that no program was able to ask at the place. The error lists the

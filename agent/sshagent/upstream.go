@@ -395,7 +395,7 @@ func unusable(err error) error {
 	return fmt.Errorf("gave an answer of no use: update it, or take it out of the configuration (%w)", err)
 }
 
-func unexpected(kind byte) error { return fmt.Errorf("it is of type %d", kind) }
+func unexpected(kind byte) error { return fmt.Errorf("an answer of type %d", kind) }
 
 // refusal tells whether an answer of a type means no.
 func refusal(kind byte) bool { return kind == msgFailure || kind == msgExtensionFailure }
@@ -425,7 +425,7 @@ func parseIdentities(answer []byte, old map[string]ssh.PublicKey) ([]agent.Ident
 	}
 	n := in.uint32()
 	if n > maxIdentities {
-		return nil, fmt.Errorf("it has %d keys, and %d are the limit", n, maxIdentities)
+		return nil, fmt.Errorf("a list of %d keys; the limit is %d", n, maxIdentities)
 	}
 	var identities []agent.Identity
 	for range n {

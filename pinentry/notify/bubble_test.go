@@ -196,7 +196,7 @@ func TestServiceRestarts(t *testing.T) {
 	two()
 	three()
 	until(t, "that is closed", func() bool { return len(d.n.Open()) == 1 })
-	if open := d.n.Open(); open[0].App != "somebody else" {
+	if open := d.n.Open(); open[0].App != "another program" {
 		t.Errorf("%+v is left", open)
 	}
 	for _, b := range d.n.All() {

@@ -304,7 +304,7 @@ func (l *library) destroyPair(s pkcs11.SessionHandle, public, private pkcs11.Obj
 	}
 	e, ok := errors.AsType[*wire.Error](why)
 	if !ok { // the agent has cancelled
-		e = &wire.Error{RV: wire.CKRFunctionCanceled, Text: "nobody waits for the key any more"}
+		e = &wire.Error{RV: wire.CKRFunctionCanceled, Text: "no client waits for the key any more"}
 	}
 	told := *e
 	told.Text, told.Function = e.Error(), ""

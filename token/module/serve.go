@@ -157,7 +157,7 @@ func asError(err error) *wire.Error {
 	case ok:
 		return e
 	case errors.Is(err, context.Canceled):
-		return &wire.Error{RV: wire.CKRFunctionCanceled, Text: "nobody waits for it any more"}
+		return &wire.Error{RV: wire.CKRFunctionCanceled, Text: "no client waits for the answer any more"}
 	}
 	return &wire.Error{Text: err.Error()}
 }

@@ -101,7 +101,7 @@ func checkSocketDir(dir string) error {
 	var err error
 	switch {
 	case !filepath.IsAbs(dir):
-		err = errors.New("it is not an absolute path")
+		err = errors.New("not an absolute path")
 	case len(dir)+len(longest) >= len(unix.RawSockaddrUnix{}.Path):
 		err = errors.New("its path is too long")
 	default:

@@ -200,7 +200,7 @@ func loadable(path string) error {
 		return err
 	}
 	if own, known := self(); known && own != kind {
-		return fmt.Errorf("it is for another architecture (%v; this program is %v)", kind, own)
+		return fmt.Errorf("the library is for another architecture (%v; this program is %v)", kind, own)
 	}
 	return nil
 }

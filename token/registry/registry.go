@@ -301,7 +301,7 @@ func (l *loader) directory(path string) {
 		}
 		module, ok := moduleName(name)
 		if !ok {
-			l.warn(file, 0, "names of module files are letters, digits, _, - and ., begin with a letter or a digit and end in .module; other files will be ignored by future versions of p11-kit: rename it, or remove it when it is none")
+			l.warn(file, 0, "names of module files are letters, digits, _, - and ., begin with a letter or a digit and end in .module; other files will be ignored by future versions of p11-kit: rename it, or remove it")
 		}
 		settings, err := l.read(file)
 		if err != nil {

@@ -91,7 +91,7 @@ func TestSkipped(t *testing.T) {
 		{"missing relative", "module: none.so", "none.so: no such file"},
 		{"directory", "module: LIB", "not a regular file"},
 		{"device", "module: /dev/null", "not a regular file"},
-		{"other architecture", "module: foreign.so", "lib/foreign.so: it is for another architecture"},
+		{"other architecture", "module: foreign.so", "lib/foreign.so: the library is for another architecture"},
 		{"linker script", "module: script.so", "not a shared library"},
 		{"cut off", "module: short.so", "not a shared library"},
 		{"trust policy", "module: a.so\ntrust-policy: yes", "source of trust"},

@@ -172,7 +172,7 @@ func (n *Notifications) Restart() {
 	n.bus.t.Helper()
 	n.mu.Lock()
 	c := n.conn
-	n.open = map[uint32]Bubble{1: {App: "somebody else"}}
+	n.open = map[uint32]Bubble{1: {App: "another program"}}
 	n.next = 1
 	n.mu.Unlock()
 	_ = c.Close() // the connection may have ended with its bus
