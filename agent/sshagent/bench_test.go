@@ -32,7 +32,7 @@ type manyTokens struct {
 
 func (t *manyTokens) Keys() []request.Key { return t.keys }
 
-// stillKey is one of them.
+// stillKey is a key of manyTokens.
 type stillKey struct {
 	oneToken
 	uri       string
@@ -46,7 +46,7 @@ func (k *stillKey) SignMessageContext(ctx context.Context, _ []byte, _ crypto.Si
 	return k.signature, nil
 }
 
-// stillKeyring is a real keyring in front of keys that cost nothing, and the wire
+// stillKeyring returns a real keyring with keys whose signatures cost nothing, and the wire
 // form of its last key.
 func stillKeyring(tb testing.TB, log slog.Handler, number int) (*agent.Keyring, []byte) {
 	tb.Helper()
@@ -73,7 +73,7 @@ func stillKeyring(tb testing.TB, log slog.Handler, number int) (*agent.Keyring, 
 	}), pub.Marshal()
 }
 
-// loginData and gitData are what is signed most often, as ssh and git have it.
+// loginData and gitData return the most common data to sign, in the form of ssh and git.
 func loginData(key []byte) []byte {
 	host := makeSigners()[1].PublicKey().Marshal()
 	return encode(make([]byte, 32), byte(msgUserauthRequest), "me", serviceConnection, methodHostbound, byte(1), "ssh-ed25519", key, host)
@@ -83,7 +83,7 @@ func gitData() []byte {
 	return append([]byte(magicSignature), encode("git", "", "sha512", make([]byte, 64))...)
 }
 
-// logFile is a log as the agent in the background has it.
+// logFile returns a log like that of an agent in the background.
 func logFile(tb testing.TB) slog.Handler {
 	tb.Helper()
 	f, err := os.OpenFile(filepath.Join(tb.TempDir(), "log"), os.O_WRONLY|os.O_CREATE|os.O_APPEND, 0o600)
@@ -94,7 +94,7 @@ func logFile(tb testing.TB) slog.Handler {
 	return slog.NewTextHandler(f, nil)
 }
 
-// connected returns a client of a conn that is served.
+// connected returns the client's end of a served connection.
 func connected(tb testing.TB, s *Door, p peer.Peer) net.Conn {
 	tb.Helper()
 	fds, err := unix.Socketpair(unix.AF_UNIX, unix.SOCK_STREAM|unix.SOCK_CLOEXEC, 0)
@@ -131,7 +131,7 @@ var everyday = peer.Peer{Known: true, PID: 4711, UID: 1000, Chain: []peer.Proces
 	{PID: 4711, Name: "ssh"}, {PID: 4710, Name: "git"}, {PID: 4709, Name: "bash"}, {PID: 4708, Name: "tmux: server"},
 }}
 
-// roundTrip asks once and takes the answer, of which it returns the number.
+// roundTrip sends a request and reads the answer. It returns the type of the answer.
 func roundTrip(conn io.ReadWriter, request, room []byte) (byte, error) {
 	if _, err := conn.Write(request); err != nil {
 		return 0, err
@@ -149,7 +149,7 @@ func roundTrip(conn io.ReadWriter, request, room []byte) (byte, error) {
 	return room[4], nil
 }
 
-// BenchmarkFrame is what it costs to take a message from what has arrived.
+// BenchmarkFrame measures the reading of a message that has arrived.
 func BenchmarkFrame(b *testing.B) {
 	_, key := stillKeyring(b, slog.DiscardHandler, 1)
 	one := framed(message(msgSignRequest, key, loginData(key), uint32(0)))
@@ -167,7 +167,7 @@ func BenchmarkFrame(b *testing.B) {
 	}
 }
 
-// BenchmarkContent is what it costs to tell what is to be signed.
+// BenchmarkContent measures parseContent.
 func BenchmarkContent(b *testing.B) {
 	_, key := stillKeyring(b, slog.DiscardHandler, 1)
 	for _, test := range []struct {
@@ -189,9 +189,9 @@ func BenchmarkContent(b *testing.B) {
 	}
 }
 
-// BenchmarkConnection is what requests on one connection cost, with both ends of the
-// socket: what the door alone takes, with a keyring that does nothing, and all that
-// is before a token, unlogged and logged.
+// BenchmarkConnection measures requests on a connection, with both ends of the socket. It
+// measures the door with a keyring that does nothing. It also measures the door with a real
+// keyring and without a token, with and without a log.
 func BenchmarkConnection(b *testing.B) {
 	idle := &still{fakeKeyring: newKeyring(), sig: ssh.Signature{Format: "ssh-ed25519", Blob: make([]byte, 64)}}
 	unlogged, key := stillKeyring(b, slog.DiscardHandler, 2)
@@ -220,7 +220,7 @@ func BenchmarkConnection(b *testing.B) {
 	}
 }
 
-// BenchmarkList is what a list costs on a connection, with both ends of the socket.
+// BenchmarkList measures a list on a connection, with both ends of the socket.
 func BenchmarkList(b *testing.B) {
 	for _, n := range []int{2, 100, 1000} {
 		b.Run(fmt.Sprint(n), func(b *testing.B) {
@@ -237,7 +237,7 @@ func BenchmarkList(b *testing.B) {
 	}
 }
 
-// BenchmarkConnect is what clients cost that connect for one request.
+// BenchmarkConnect measures clients that connect for a single request.
 func BenchmarkConnect(b *testing.B) {
 	keyring, key := stillKeyring(b, slog.DiscardHandler, 2)
 	l, err := door.Listen(filepath.Join(shortDir(b), "s"))

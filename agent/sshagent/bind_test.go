@@ -31,7 +31,7 @@ func newHost(t testing.TB) host {
 	return host{s}
 }
 
-// bind is a message that binds a connection to a session with the host.
+// bind returns a message that binds a connection to a session with the host.
 func (h host) bind(t testing.TB, session string, forwarding bool) []byte {
 	t.Helper()
 	sig, err := h.Sign(rand.Reader, []byte(session))
@@ -127,7 +127,7 @@ func TestSessionBind(t *testing.T) {
 	}
 }
 
-// What is kept of a bind is not the buffer that the next message goes to.
+// The connection keeps a bind in other memory than the buffer of the next message.
 func TestBindOutlivesItsMessage(t *testing.T) {
 	keyring := newKeyring()
 	r := serve(t, &Door{Keyring: keyring})
@@ -140,8 +140,8 @@ func TestBindOutlivesItsMessage(t *testing.T) {
 	}
 }
 
-// TestRealSSH has ssh log in at sshd, with and without forwarding the agent, and
-// looks at what became of the connections.
+// TestRealSSH logs in at sshd with ssh, with and without forwarding the agent. It checks the
+// binds of the connections.
 func TestRealSSH(t *testing.T) {
 	sshd, keygen, client := "/usr/sbin/sshd", needs(t, "ssh-keygen"), needs(t, "ssh")
 	if _, err := os.Stat(sshd); err != nil {

@@ -27,8 +27,8 @@ const (
 	busyConnections = 39
 )
 
-// TestEnemy is another process that takes as many connections as it can get, each with
-// a request that is not answered.
+// TestEnemy runs in another process. It makes as many connections as it can get, each with
+// a request that gets no answer.
 func TestEnemy(t *testing.T) {
 	path, ok := os.LookupEnv(enemyVariable)
 	if !ok {
@@ -56,7 +56,7 @@ func TestEnemy(t *testing.T) {
 func TestAttack13Busy(t *testing.T) {
 	keyring, begun, ended := waiting()
 	r := serve(t, &Door{Keyring: keyring, limit: busyConnections + 1})
-	mine := r.dial() // which waits, too, for longer than any of the other process
+	mine := r.dial() // waits, too, and longer than any connection of the other process
 	send(t, mine, signRequest)
 	<-begun
 	cmd := exec.Command("/proc/self/exe", "-test.run=^TestEnemy$")
@@ -83,7 +83,7 @@ func TestAttack13Busy(t *testing.T) {
 			t.Errorf("the request ended because of %v, want %v", err, door.ErrMadeRoom)
 		}
 	}
-	// The one that waits is not the one that was ended.
+	// The server has not ended the connection of this process.
 	raw, err := mine.SyscallConn()
 	if err != nil {
 		t.Fatal(err)
@@ -98,7 +98,7 @@ func TestAttack13Busy(t *testing.T) {
 	}
 }
 
-// fatHost binds with a certificate of about so many bytes.
+// fatHost returns a function that makes binds with a certificate of about size bytes.
 func fatHost(t *testing.T, size int) func(session string) []byte {
 	t.Helper()
 	h, ca := newHost(t), newHost(t)
@@ -146,7 +146,7 @@ func TestAttack08Binds(t *testing.T) {
 	book.wait(t, fmt.Sprintf("the limit is %d", maxBound))
 }
 
-// Messages that are not whole count, and those that are not read.
+// The memory of incomplete messages counts, and that of unread messages.
 func TestAttack08Halves(t *testing.T) {
 	log, book := newLog()
 	keyring := newKeyring()
@@ -165,7 +165,7 @@ func TestAttack08Halves(t *testing.T) {
 	}
 }
 
-// What a request brings counts while it is answered.
+// The memory of a request counts until its answer.
 func TestRequestsCount(t *testing.T) {
 	keyring := newKeyring()
 	s := &Door{Keyring: keyring}
@@ -187,7 +187,7 @@ func TestRequestsCount(t *testing.T) {
 	}
 }
 
-// Texts that no program sends are refused before they take locked memory.
+// The door refuses a text that is too long for any program, before it takes locked memory.
 func TestLongTexts(t *testing.T) {
 	for name, m := range map[string][]byte{
 		"provider":   message(20, strings.Repeat("x", maxURI+1), ""),
@@ -204,7 +204,7 @@ func TestLongTexts(t *testing.T) {
 	}
 }
 
-// The end does not wait for clients that send slowly or read nothing.
+// The server stops without waiting for clients that send slowly or read nothing.
 func TestAttack13Stop(t *testing.T) {
 	keyring := newKeyring()
 	r := serve(t, &Door{Keyring: keyring})

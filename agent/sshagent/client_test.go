@@ -257,7 +257,7 @@ func TestBytes(t *testing.T) {
 				}
 			}
 			got, err := io.ReadAll(conn)
-			if err != nil && !test.hangsUp { // what it did not read makes it a reset
+			if err != nil && !test.hangsUp { // unread bytes make it a reset
 				t.Error(err)
 			}
 			if want := unhex(t, test.want); !bytes.Equal(got, want) {
@@ -341,7 +341,7 @@ func TestLargestMessage(t *testing.T) {
 	}
 }
 
-// A list that no client would take is cut short. The log tells of it once.
+// The door cuts a list that is too long for clients. The log tells of it once.
 func TestLongList(t *testing.T) {
 	log, book := newLog()
 	keyring := newKeyring()
@@ -414,7 +414,8 @@ func TestLongListNamed(t *testing.T) {
 	}
 }
 
-// TestListedTooLong has one identity that is too long for every list not hide the others.
+// TestListedTooLong checks that an identity that is too long for a list does not hide the
+// others.
 func TestListedTooLong(t *testing.T) {
 	all := []agent.Identity{
 		{Key: fixed("KEY"), Comment: "first"}, {Key: fixed("KEY"), Comment: strings.Repeat("c", maxAnswer)}, {Key: fixed("KEY"), Comment: "last"},

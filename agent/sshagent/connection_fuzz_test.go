@@ -69,7 +69,7 @@ func (t *oneToken) Logout(_ context.Context, s request.Selection) error {
 	return nil
 }
 
-// selected is what clients name, a beginning of the key's URI.
+// selected is a Selection: the beginning of the key's URI.
 type selected string
 
 func (s selected) String() string           { return string(s) }
@@ -129,7 +129,7 @@ func connectionSeeds(t testing.TB) (all [][]byte) {
 	return all
 }
 
-// ourselves is a client that is this very program.
+// ourselves returns a client that runs this program.
 func ourselves(t testing.TB) peer.Peer {
 	t.Helper()
 	path, err := os.Executable()
@@ -142,8 +142,8 @@ func ourselves(t testing.TB) peer.Peer {
 	}
 }
 
-// FuzzConnection plays whole connections to a real keyring with one token: each
-// whole message gets one answer, nothing panics, and it costs little memory.
+// FuzzConnection sends the bytes of whole connections to a real keyring with a token. Each
+// whole message gets an answer, no code panics, and a connection costs little memory.
 func FuzzConnection(f *testing.F) {
 	for _, s := range connectionSeeds(f) {
 		f.Add(s)
@@ -152,7 +152,7 @@ func FuzzConnection(f *testing.F) {
 		if len(input) > 1<<16 {
 			return
 		}
-		// A wrong passphrase waits, which is not what is looked for here.
+		// A wrong passphrase waits. This test does not want to wait.
 		want, unlocks := 0, 0
 		for rest := input; len(rest) >= 5; want++ {
 			n := binary.BigEndian.Uint32(rest)

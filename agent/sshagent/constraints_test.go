@@ -154,8 +154,8 @@ func TestConstraints(t *testing.T) {
 	}
 }
 
-// Every proper beginning of a list of constraints is refused, unless it ends
-// between two of them.
+// The door refuses every list of constraints that is cut short, unless it is cut between
+// two constraints.
 func TestConstraintsCutShort(t *testing.T) {
 	key := makeSigners()[0].PublicKey().Marshal()
 	pieces := []raw{
@@ -177,7 +177,7 @@ func TestConstraintsCutShort(t *testing.T) {
 	}
 }
 
-// What is read of destinations and certificates is what was written.
+// The door reads destinations and certificates as they were written.
 func TestConstraintDetails(t *testing.T) {
 	one, two := makeSigners()[0].PublicKey(), makeSigners()[1].PublicKey()
 	cert := newCert(t)
@@ -189,7 +189,7 @@ func TestConstraintDetails(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	clear(in) // nothing of it may lie in the message
+	clear(in) // the result must not share memory with the message
 	if len(c.Destinations) != 2 || len(c.Certificates) != 1 || !c.CertificatesOnly || !bytes.Equal(c.Certificates[0].Marshal(), cert.Marshal()) {
 		t.Fatalf("%+v", c)
 	}
@@ -222,7 +222,7 @@ func FuzzConstraints(f *testing.F) {
 			}
 			return
 		}
-		// Written again, they are read the same.
+		// If the test writes them again, the door reads the same.
 		var again []byte
 		if c.Lifetime > 0 {
 			again = append(again, encode(byte(1), uint32(c.Lifetime/time.Second))...)

@@ -22,7 +22,7 @@ import (
 	"p11-agent/agent/request"
 )
 
-// A dataRecorder notes what a key has to sign, before any hash.
+// A dataRecorder is a key that notes the data to sign, before any hash.
 type dataRecorder struct {
 	*ecdsa.PrivateKey
 	signed [][]byte
@@ -73,7 +73,7 @@ func (r *dataRecorder) last(t testing.TB) []byte {
 	return r.signed[len(r.signed)-1]
 }
 
-// handshake has both ends of a TLS connection sign with the key.
+// handshake makes a TLS connection. Both ends sign with the key.
 func handshake(t testing.TB, r *dataRecorder, version uint16) {
 	t.Helper()
 	template := &x509.Certificate{SerialNumber: big.NewInt(1), NotAfter: time.Now().Add(time.Hour), DNSNames: []string{"here"}}
@@ -98,7 +98,7 @@ func handshake(t testing.TB, r *dataRecorder, version uint16) {
 	}
 }
 
-// exchange has a server sign with its host key.
+// exchange makes an SSH connection. The server signs with its host key.
 func exchange(t testing.TB, r *dataRecorder) {
 	t.Helper()
 	server := &ssh.ServerConfig{NoClientAuth: true}
@@ -151,7 +151,7 @@ func sudoRequest(user string, key []byte) []byte {
 	return appendString(appendString(append(data, 1), "ecdsa-sha2-nistp256"), key)
 }
 
-// contentSamples are data as real programs have it signed.
+// contentSamples returns data that real programs sign.
 func contentSamples(t testing.TB) (samples map[string][]byte, key []byte) {
 	t.Helper()
 	r := newDataRecorder(t)
@@ -214,8 +214,8 @@ func TestContent(t *testing.T) {
 			if got != want || login != nil {
 				t.Errorf("%+v (login %v), want %+v", got, login, want)
 			}
-			// What is cut short or goes on is something else; those without a length
-			// of their own are left out.
+			// Data that is cut short or goes on is of another kind. The test leaves
+			// out kinds without a length of their own.
 			switch want.Kind {
 			case request.KindHostKey, request.KindKRL:
 				return
@@ -269,7 +269,7 @@ func TestTestContent(t *testing.T) {
 		"zeros":     {make([]byte, testSize), request.KindTest},
 		"too short": {random[1:], request.KindUnknown},
 		"too long":  {append(bytes.Clone(random), 0), request.KindUnknown},
-		// What is something else is that.
+		// Data of this length may be of another kind.
 		"X.509":        {append([]byte{0x30, 0x82, 0x03, 0xfc, 2, 1, 0, 2, 1, 0, 4, 0x82, 0x03, 0xf2}, make([]byte, 1010)...), request.KindX509},
 		"revoked keys": {append(bytes.Clone(samples["revoked keys"]), make([]byte, testSize-len(samples["revoked keys"]))...), request.KindKRL},
 	} {

@@ -108,7 +108,7 @@ func TestControlOfNamedSocket(t *testing.T) {
 	}
 }
 
-// Another agent is no agent of ours, and is given no PIN.
+// The client sends no PIN to an agent that is not p11-agent.
 func TestControlOfOtherAgents(t *testing.T) {
 	for name, answers := range map[string][]byte{
 		"refuses":              {0, 0, 0, 1, msgFailure},
@@ -145,7 +145,7 @@ func TestControlOfOtherAgents(t *testing.T) {
 	}
 }
 
-// A client that hangs up ends what it has asked for.
+// When a client hangs up, its request ends.
 func TestControlHangsUp(t *testing.T) {
 	ctx, cancel := context.WithCancel(t.Context())
 	l, err := net.Listen("unix", filepath.Join(shortDir(t), "s"))
@@ -207,7 +207,8 @@ func TestControlRequests(t *testing.T) {
 	}
 }
 
-// FuzzControl: what is understood is within bounds, and says all that was said.
+// FuzzControl checks that a request that the door understands is within bounds, and that
+// the result has all of its fields.
 func FuzzControl(f *testing.F) {
 	for _, seed := range controlSeeds() {
 		f.Add(seed)
@@ -253,8 +254,8 @@ func TestControlOfOtherUser(t *testing.T) {
 	done := make(chan struct{})
 	defer close(done)
 	go func() {
-		// The thread ends with this goroutine, as it is not unlocked. What the kernel
-		// tells of a listener is who it was when it began to listen.
+		// The thread ends with this goroutine, because nothing unlocks it. The kernel
+		// reports the user that the thread had when it began to listen.
 		runtime.LockOSThread()
 		if _, _, errno := syscall.RawSyscall(syscall.SYS_SETRESUID, ^uintptr(0), nobody, ^uintptr(0)); errno != 0 {
 			listening <- errno

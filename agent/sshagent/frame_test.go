@@ -23,8 +23,7 @@ import (
 	"p11-agent/pinentry/secret"
 )
 
-// pipe serves one client over a pipe within a synctest bubble, where patience
-// costs no time.
+// pipe serves a client over a pipe in a synctest bubble. There, waiting costs no time.
 func pipe(t *testing.T, s *Door) (client net.Conn, ended chan time.Time) {
 	t.Helper()
 	client, nc := net.Pipe()
@@ -142,7 +141,7 @@ func TestPatience(t *testing.T) {
 
 const pin = "correct horse 8472"
 
-// peeking is a connection that looks at where the server reads to.
+// peeking is a connection that checks the memory into which the server reads.
 type peeking struct {
 	net.Conn
 	input []byte
@@ -165,9 +164,9 @@ func (p *peeking) Write(b []byte) (int, error)      { return p.out.Write(b) }
 func (*peeking) SetReadDeadline(time.Time) error    { return nil }
 func (p *peeking) SetWriteDeadline(time.Time) error { return nil }
 
-// TestSecretsAreHidden sees that no byte of a message that may hold a secret is read
-// into memory other than a Secret's, that the Secret is wiped when the message is done, and that
-// what is done otherwise with a PIN leaves no copy.
+// TestSecretsAreHidden checks messages that may hold a secret. The door reads them only into
+// the memory of a Secret. It wipes the Secret after the message. No other code leaves a copy
+// of a PIN.
 func TestSecretsAreHidden(t *testing.T) {
 	long := strings.Repeat("l", 3*bufferSize)
 	for _, test := range []struct {
@@ -245,8 +244,8 @@ func overlap(a, b []byte) bool {
 	return len(a) > 0 && start(a) < start(b)+uintptr(len(b)) && start(b) < start(a)+uintptr(len(a))
 }
 
-// Of the memory that the kernel lets the agent lock, messages of one process have a
-// part, and there is room for others.
+// The kernel bounds the memory that the agent may lock. Messages of one process get only a
+// part of it, so that other processes have room.
 func TestLongSecrets(t *testing.T) {
 	log, book := newLog()
 	s := &Door{Keyring: newKeyring(), Log: log}
@@ -270,7 +269,7 @@ func TestLongSecrets(t *testing.T) {
 	ask(t, r.dial(), message(22, pin))
 }
 
-// wary keeps the PIN, which it should not, and panics when told to.
+// wary is a keyring that wrongly keeps the PIN, and panics if the test wants it.
 type wary struct {
 	*fakeKeyring
 	pin *secret.Secret
@@ -288,7 +287,7 @@ func (k *wary) Login(_ context.Context, _ *request.Caller, r request.TokenLogin)
 	return request.LoginAnswer{}, k.AddToken(context.Background(), nil, request.Token{Provider: r.Provider, PIN: r.PIN})
 }
 
-// Announcing much costs nothing; only sending does.
+// A message costs memory for the bytes that have arrived, not for its announced length.
 func TestBufferGrowsWithWhatArrives(t *testing.T) {
 	for _, test := range []struct {
 		name string
@@ -364,7 +363,7 @@ func TestAllocations(t *testing.T) {
 	} {
 		t.Run(test.name, func(t *testing.T) {
 			conn := serve(t, &Door{Keyring: test.keyring}).dial()
-			// Over the real socket, so that reading, writing and deadlines count.
+			// The test uses the real socket, so that reads, writes and deadlines count.
 			if n := testing.AllocsPerRun(200, func() {
 				if _, err := roundTrip(conn, test.request, answer); err != nil {
 					t.Fatal(err)
@@ -376,8 +375,8 @@ func TestAllocations(t *testing.T) {
 	}
 }
 
-// gate is a connection on which an answer is written when it is let through, or not
-// at all.
+// gate is a connection that holds an answer back until the test lets it through, or fails to
+// write it.
 type gate struct {
 	net.Conn
 	writes chan error
@@ -391,8 +390,8 @@ func (g *gate) Write(b []byte) (int, error) {
 	return g.Conn.Write(b)
 }
 
-// The client has the signature before the log has its line, which comes all the
-// same when the answer cannot be sent; a refusal is in the log first.
+// The client gets a signature before the log has its line. The line comes even if the
+// client does not get the answer. A refusal is in the log before the answer.
 func TestAnswerBeforeLine(t *testing.T) {
 	log, book := newLog()
 	keyring, key := stillKeyring(t, log.Handler(), 1)

@@ -40,7 +40,7 @@ func frameSeeds(t testing.TB) [][]byte {
 	}
 }
 
-// checking is a keyring that makes sure of what a keyring may rely on.
+// checking is a keyring that checks the promises of the door.
 type checking struct {
 	t   *testing.T
 	n   int
@@ -137,9 +137,9 @@ func (k *checking) Remove(_ context.Context, c *request.Caller, _ []byte) error 
 
 func (k *checking) RemoveAll(_ context.Context, c *request.Caller) error { return k.called(c) }
 
-// FuzzFrames plays whole connections: every whole message is answered by one
-// well-formed message, in order, until the first that cannot be one; the memory
-// used stays within what was sent.
+// FuzzFrames sends the bytes of whole connections. Every whole message gets a well-formed
+// answer, in order, until the first bytes that cannot be a message. The memory in use is
+// bounded by the sent bytes.
 func FuzzFrames(f *testing.F) {
 	seeds := frameSeeds(f)
 	if len(seeds) == 0 {

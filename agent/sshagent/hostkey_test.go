@@ -134,8 +134,8 @@ func TestBindFIDO(t *testing.T) {
 	}
 }
 
-// checkBind sends one bind for logging in. A bind that fails makes the connection a
-// forwarded one.
+// checkBind sends a bind for logging in. If the bind fails, the connection counts as
+// forwarded.
 func checkBind(t *testing.T, bind []byte, want bool) {
 	t.Helper()
 	keyring := newKeyring()
@@ -149,7 +149,7 @@ func checkBind(t *testing.T, bind []byte, want bool) {
 	}
 }
 
-// A connection is not bound by a certificate that OpenSSH does not read.
+// The door refuses a bind with a certificate that OpenSSH does not read.
 func TestBindCertificate(t *testing.T) {
 	authority, other := newHost(t), newHost(t)
 	fido := newFIDOKey(t, ssh.KeyAlgoSKED25519, 0)
@@ -199,7 +199,7 @@ func TestBindCertificate(t *testing.T) {
 	}
 }
 
-// A key of an unknown type proves nothing, and is compared with others by its bytes.
+// A key of an unknown type proves nothing. The agent compares it with others by its bytes.
 func TestUnknownKeys(t *testing.T) {
 	blob := mldsa(t)
 	key, err := parseAnyKey(blob, maxHostKey)
@@ -237,7 +237,7 @@ func TestUnknownKeys(t *testing.T) {
 	}
 }
 
-// FuzzAnyKey: each key that is read is its bytes, or what x/crypto makes of them.
+// FuzzAnyKey checks that a key of an unknown type keeps the bytes of the input.
 func FuzzAnyKey(f *testing.F) {
 	f.Add(mldsa(f))
 	f.Add(makeSigners()[0].PublicKey().Marshal())

@@ -45,8 +45,8 @@ var keyTypes = map[string][]string{
 	"ed25519": {"-t", "ed25519"},
 }
 
-// TestSSHAddFile has ssh-add add keys of every type from files, and makes sure
-// that the private halves are those of the public ones.
+// TestSSHAddFile adds keys of every type from files with ssh-add. It checks that each
+// private key belongs to its public key.
 func TestSSHAddFile(t *testing.T) {
 	for name, args := range keyTypes {
 		t.Run(name, func(t *testing.T) {
@@ -96,7 +96,7 @@ func TestSSHAddFile(t *testing.T) {
 	}
 }
 
-// addMessages returns what clients send to add keys: each message whole.
+// addMessages returns whole messages with which clients add keys.
 func addMessages(t testing.TB) (all [][]byte) {
 	t.Helper()
 	for _, args := range keyTypes {
@@ -130,7 +130,7 @@ func addMessages(t testing.TB) (all [][]byte) {
 	return all
 }
 
-// recorder takes a request and has no answer.
+// recorder takes a request and does not answer.
 type recorder struct{ frame []byte }
 
 func (r *recorder) Write(b []byte) (int, error) {
@@ -149,8 +149,8 @@ func readPrivate(message []byte) (request.AddKey, error) {
 	return r, err
 }
 
-// Of a message that adds a key, every proper beginning is refused, and so is one
-// with any field of the key changed.
+// The door refuses a message that adds a key if the message is cut short, or if a field of
+// the key is changed.
 func TestPrivateKeyDamaged(t *testing.T) {
 	for _, m := range addMessages(t) {
 		r, err := readPrivate(m)
@@ -247,7 +247,7 @@ func FuzzPrivateKey(f *testing.F) {
 	})
 }
 
-// What nothing here can sign with is left to others.
+// The agent passes keys that it cannot sign with to upstream agents.
 func TestSecurityKeys(t *testing.T) {
 	keyring := newKeyring()
 	r := serve(t, &Door{Keyring: keyring})
@@ -293,7 +293,7 @@ func TestParseLogin(t *testing.T) {
 		}
 		return made[of]
 	}
-	// changed is a certificate with another serial number than was signed.
+	// changed returns a certificate with another serial number than the signed one.
 	changed := func(certificate string) string {
 		key, err := ssh.ParsePublicKey([]byte(certificate))
 		if err != nil {

@@ -27,8 +27,8 @@ import (
 	"p11-agent/agent/request"
 )
 
-// waiting is a keyring whose signatures take until their context ends, as one
-// does whose PIN is being asked for.
+// waiting returns a keyring whose signatures take until their context ends, as during a
+// prompt for a PIN.
 func waiting() (keyring *fakeKeyring, begun chan struct{}, ended chan error) {
 	begun, ended = make(chan struct{}, 1000), make(chan error, 1000)
 	keyring = newKeyring()
@@ -80,7 +80,7 @@ func TestHangUpEndsTheRequest(t *testing.T) {
 	}
 }
 
-// A client that is killed does not say goodbye.
+// When a client is killed, its request ends.
 func TestKilledClientEndsTheRequest(t *testing.T) {
 	keyring, begun, ended := waiting()
 	r := serve(t, &Door{Keyring: keyring})
@@ -137,8 +137,8 @@ func TestHalfClosedClientIsAnswered(t *testing.T) {
 	}
 }
 
-// File descriptors and buffers are used again at once; what concerns one client
-// must not reach the next.
+// The server uses file descriptors and buffers again at once. The end of one client must
+// not affect the next.
 func TestHangUpReachesNobodyElse(t *testing.T) {
 	keyring, begun, ended := waiting()
 	r := serve(t, &Door{Keyring: keyring})
@@ -194,8 +194,8 @@ func TestStopWithClients(t *testing.T) {
 	}
 }
 
-// A client goes on when its request has been dealt with: until then its terminal
-// belongs to a prompt.
+// When the server stops, a client gets its answer after the end of its request. Until then,
+// a prompt may use its terminal.
 func TestStopAnswersLast(t *testing.T) {
 	keyring := newKeyring()
 	begun, proceed := make(chan struct{}), make(chan struct{})
@@ -216,7 +216,7 @@ func TestStopAnswersLast(t *testing.T) {
 	send(t, waits, signRequest)
 	<-begun
 	r.stop()
-	for _, conn := range idle { // which are closed in no order, the one that waits among them
+	for _, conn := range idle { // the server closes them, and the waiting one, in any order
 		if _, err := readAnswer(conn); !errors.Is(err, io.EOF) {
 			t.Errorf("%v, want the end", err)
 		}
@@ -240,7 +240,7 @@ func TestStopAnswersLast(t *testing.T) {
 	<-r.stopped
 }
 
-// A client that does not take its answer does not hold up the end.
+// The server stops even if a client does not take its answer.
 func TestStopWithStuckClient(t *testing.T) {
 	keyring := newKeyring()
 	begun := make(chan struct{})
@@ -361,8 +361,8 @@ func TestOtherUserIsRefused(t *testing.T) {
 	book.wait(t, "another user (uid 65534)")
 }
 
-// The next client is served, and the one that has asked for nothing for the longest
-// time is not any more.
+// At the limit, the server accepts the next client, and closes the connection that has been
+// idle for the longest time.
 func TestTooManyConnections(t *testing.T) {
 	log, book := newLog()
 	r := serve(t, &Door{Keyring: newKeyring(), Log: log, limit: 2})
@@ -478,8 +478,8 @@ func TestAcceptErrors(t *testing.T) {
 
 const starvedVariable = "P11_STARVED_AGENT"
 
-// TestOutOfDescriptors has the test binary serve as a process of its own with
-// room for few file descriptors, takes them all, and gives them back.
+// TestOutOfDescriptors runs a server in a process with few file descriptors. It takes all
+// descriptors, and gives them back.
 func TestOutOfDescriptors(t *testing.T) {
 	path := filepath.Join(shortDir(t), "s")
 	cmd := exec.Command("/proc/self/exe", "-test.run=^TestStarvedAgent$")
@@ -510,7 +510,7 @@ func TestOutOfDescriptors(t *testing.T) {
 	}
 	said.wait(t, "trying again")
 	for _, conn := range conns {
-		// Each is either served now or waits until one of the others has gone.
+		// The server answers each connection now, or after another connection ends.
 		if answer, err := readAnswer(conn); err == nil && answer[0] == 12 {
 			served++
 		}
@@ -521,7 +521,7 @@ func TestOutOfDescriptors(t *testing.T) {
 	}
 }
 
-// lines collects what a process says.
+// lines collects the output of a process.
 type lines struct{ book *logBook }
 
 func newLines(r io.Reader) *lines {
@@ -550,7 +550,7 @@ func TestStarvedAgent(t *testing.T) {
 		stop()
 	}()
 	fmt.Fprintln(os.Stderr, "serving")
-	// More connections than there are files, as when other things hold them.
+	// The limit of connections is above the limit of files, as if other code held files.
 	s := &Door{Keyring: newKeyring(), Log: slog.New(slog.NewTextHandler(os.Stderr, nil)), limit: door.MaxConnections}
 	if err := s.Serve(ctx, l, nil); err != nil {
 		t.Fatal(err)

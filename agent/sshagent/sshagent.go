@@ -4,16 +4,16 @@
 //
 // It promises:
 //
-//   - Requests of one connection are answered one after the other, in the order
-//     they came. Connections do not wait for each other.
-//   - Nothing that a client sends costs more than its own connection, and memory
-//     in proportion to what it has really sent. That memory is counted (agent/door).
-//   - A PIN is moved into locked memory, and the bytes it came in are overwritten
-//     before they are used again.
-//   - What is unknown, incomplete or followed by something else is refused.
+//   - It answers the requests of a connection one after the other, in their order.
+//     Connections do not wait for each other.
+//   - A bad message ends at most the client's own connection. A client costs memory in
+//     proportion to the bytes that it has sent. Package agent/door counts that memory.
+//   - It moves a PIN into locked memory, and overwrites the received bytes before it uses
+//     their memory again.
+//   - It refuses a request that is unknown or incomplete, or has bytes after its end.
 //
-// The keyring decides which keys there are, who may use them and for what. Package agent/door
-// has the sockets and connections.
+// The keyring decides which keys there are, which clients may use them and for what.
+// Package agent/door has the sockets and connections.
 package sshagent
 
 import (

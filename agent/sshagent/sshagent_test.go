@@ -32,16 +32,16 @@ import (
 	"p11-agent/pinentry/secret"
 )
 
-// fakeKeyring holds keys in memory and remembers what it was asked.
+// fakeKeyring holds keys in memory and records the requests.
 type fakeKeyring struct {
 	signers []ssh.Signer
-	// sign replaces Sign when it is set.
+	// sign replaces Sign if it is set.
 	sign func(context.Context, *request.Caller, request.Sign) (*ssh.Signature, error)
-	// list replaces List when it is set.
+	// list replaces List if it is set.
 	list func() []agent.Identity
 	// pass answers messages that are passed on. If it is nil, there is no answer.
 	pass func(message []byte) ([]byte, error)
-	// add is told of keys that are added.
+	// add gets each key that a client adds.
 	add func(request.AddKey)
 
 	mu      sync.Mutex
@@ -235,7 +235,7 @@ func (b *logBook) reset() {
 	b.text.Reset()
 }
 
-// wait returns the log once it holds what.
+// wait waits until the log contains what, and returns the log.
 func (b *logBook) wait(t *testing.T, what string) string {
 	t.Helper()
 	for !strings.Contains(b.String(), what) {
@@ -248,7 +248,7 @@ func (b *logBook) wait(t *testing.T, what string) string {
 	return b.String()
 }
 
-// testHandler makes what speaks with a client that no server has accepted.
+// testHandler makes a handler for a client that no server has accepted.
 func testHandler(s *Door, nc net.Conn, p peer.Peer, look func() peer.Peer) *handler {
 	return newHandler(s, door.NewConn(s.connections(), nc, p, look), nil)
 }
@@ -260,11 +260,10 @@ type running struct {
 	socket  string
 	stop    context.CancelFunc
 	stopped chan struct{} // closed when Serve has returned
-	err     error         // what it returned
+	err     error         // the result of Serve
 }
 
-// serve starts a server and checks at the end of the test that nothing of it is
-// left.
+// serve starts a server. At the end of the test, it checks for leaks.
 func serve(t *testing.T, s *Door) *running {
 	t.Helper()
 	checkLeaks(t)
@@ -311,8 +310,8 @@ func checkLeaks(t *testing.T) {
 	t.Helper()
 	fds := descriptors(t)
 	t.Cleanup(func() {
-		// Goroutines that have done everything may not have ended yet, and so
-		// may the poller's descriptors of a first use.
+		// Goroutines that are done may need a moment to end. The first use of the
+		// poller opens descriptors.
 		var stacks []byte
 		for range 1000 {
 			stacks = make([]byte, 1<<20)
@@ -346,7 +345,7 @@ func shortDir(t testing.TB) string {
 	return dir
 }
 
-// needs returns the path of a program, without which the test cannot run.
+// needs returns the path of a program that the test needs.
 func needs(t testing.TB, program string) string {
 	t.Helper()
 	path, err := exec.LookPath(program)
@@ -359,8 +358,8 @@ func needs(t testing.TB, program string) string {
 	return path
 }
 
-// message builds a message: its number, and then bool and byte as they are,
-// uint32 in four bytes, string and []byte with their length, raw as it is.
+// message builds a message. It begins with its number. A bool and a byte take a byte each,
+// and a uint32 takes four. A string and a []byte have their length in front. raw has not.
 func message(number byte, fields ...any) []byte {
 	return append([]byte{number}, encode(fields...)...)
 }
@@ -412,7 +411,7 @@ func readAnswer(r io.Reader) ([]byte, error) {
 	return b, err
 }
 
-// ask sends messages and returns as many answers.
+// ask sends messages and returns the answer to each.
 func ask(t *testing.T, conn io.ReadWriter, messages ...[]byte) [][]byte {
 	t.Helper()
 	if _, err := conn.Write(framed(messages...)); err != nil {

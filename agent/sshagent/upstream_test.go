@@ -34,7 +34,8 @@ import (
 
 var upstreams = regexp.MustCompile(`sshagent\.\(\*(Upstream|fakeAgent)\)`)
 
-// checkUpstreamLeaks is checkLeaks for Upstreams, which it closes.
+// checkUpstreamLeaks returns an Upstream, closes it at the end of the test, and checks for
+// leaks.
 func checkUpstreamLeaks(t *testing.T, path string) *Upstream {
 	t.Helper()
 	checkLeaks(t)
@@ -43,8 +44,8 @@ func checkUpstreamLeaks(t *testing.T, path string) *Upstream {
 		if err := u.Close(); err != nil {
 			t.Error(err)
 		}
-		// Close waits for what it has begun: nothing may be left from here on,
-		// but for goroutines that have done everything and not ended yet.
+		// Close waits for the check. Afterwards only goroutines that are done may be
+		// left.
 		var stacks []byte
 		for range 1000 {
 			stacks = make([]byte, 1<<20)
@@ -59,7 +60,7 @@ func checkUpstreamLeaks(t *testing.T, path string) *Upstream {
 	return u
 }
 
-// A fakeAgent listens on a socket and does with its clients what it is told.
+// A fakeAgent listens on a socket. A test says what it does with its clients.
 type fakeAgent struct {
 	path  string
 	l     net.Listener
@@ -69,8 +70,8 @@ type fakeAgent struct {
 	conns []net.Conn
 }
 
-// fake starts an agent. handle gets each connection in a goroutine of its own,
-// and how many there were before; the connection is closed when it returns.
+// fake starts an agent. handle gets each connection in a goroutine of its own, and the
+// number of earlier connections. When handle returns, the agent closes the connection.
 func fake(t *testing.T, path string, handle func(n int, conn net.Conn)) *fakeAgent {
 	t.Helper()
 	l, err := net.Listen("unix", path)
@@ -109,7 +110,7 @@ func (f *fakeAgent) stop() {
 	f.group.Wait()
 }
 
-// serveUpstream is an agent and an Upstream that asks it.
+// serveUpstream starts an agent, and returns an Upstream for it.
 func serveUpstream(t *testing.T, handle func(n int, conn net.Conn)) *Upstream {
 	t.Helper()
 	u := checkUpstreamLeaks(t, filepath.Join(shortDir(t), "s"))
@@ -131,12 +132,12 @@ func answering(answer []byte) func(int, net.Conn) {
 	}
 }
 
-// identitiesAnswer lists keys, each with a comment.
+// identitiesAnswer returns an answer that lists keys, each with a comment.
 func identitiesAnswer(fields ...any) []byte {
 	return message(12, append([]any{uint32(len(fields) / 2)}, fields...)...)
 }
 
-// requests are the requests of an Upstream, each of which fails in its own way.
+// requests has each kind of request of an Upstream.
 var requests = map[string]func(context.Context, *Upstream, *request.Caller) error{
 	"list": func(ctx context.Context, u *Upstream, c *request.Caller) error {
 		ids, err := u.List(ctx, c)
@@ -164,8 +165,8 @@ var requests = map[string]func(context.Context, *Upstream, *request.Caller) erro
 	},
 }
 
-// realAgent starts ssh-agent, as another user when uid is not 0, and returns its
-// socket.
+// realAgent starts ssh-agent and returns its socket. If uid is not 0, ssh-agent runs as that
+// user.
 func realAgent(t *testing.T, uid uint32) string {
 	t.Helper()
 	dir := shortDir(t)
@@ -215,7 +216,7 @@ func newKey(t *testing.T, kind string) (file string, pub ssh.PublicKey) {
 	return file, pub
 }
 
-// add has ssh-add do something with a real agent.
+// add runs ssh-add with a real agent.
 func add(t *testing.T, socket string, args ...string) {
 	t.Helper()
 	cmd := exec.Command(needs(t, "ssh-add"), args...)
@@ -332,7 +333,7 @@ func TestUpstreamSSHAgent(t *testing.T) {
 	})
 }
 
-// The agent behind ours keeps to its own constraints.
+// The upstream agent applies its own constraints.
 func TestUpstreamDestinations(t *testing.T) {
 	socket := realAgent(t, 0)
 	u := checkUpstreamLeaks(t, socket)
@@ -357,7 +358,7 @@ func TestUpstreamDestinations(t *testing.T) {
 		caller         *request.Caller
 		listed, signed bool
 	}{
-		// Without a session, nothing says which host it would be for.
+		// Without a session, the upstream agent does not know the host.
 		{"not bound", bound(), true, false},
 		{"bound to the host", bound(right.bind(t, "session", false)), true, true},
 		{"bound to another host", bound(wrong.bind(t, "session", false)), false, false},
@@ -377,7 +378,7 @@ func TestUpstreamDestinations(t *testing.T) {
 	}
 }
 
-// An agent of our own at the other end has the same to judge by.
+// If the upstream agent is p11-agent, it gets the binds of the caller.
 func TestUpstreamCaller(t *testing.T) {
 	keyring := newKeyring()
 	u := checkUpstreamLeaks(t, "")
@@ -405,7 +406,7 @@ func TestUpstreamCaller(t *testing.T) {
 	}
 }
 
-// loginTo is what is signed to log in at a host.
+// loginTo returns the data of a login at a host.
 func loginTo(pub ssh.PublicKey, session string, h host) []byte {
 	return encode(session, raw{50}, "me", "ssh-connection", "publickey-hostbound-v00@openssh.com", true,
 		pub.Type(), pub.Marshal(), h.PublicKey().Marshal())
@@ -669,7 +670,7 @@ func TestUpstreamList(t *testing.T) {
 	ed, rsa := signers[0].PublicKey().Marshal(), signers[1].PublicKey().Marshal()
 	cert := newCert(t).Marshal()
 	sk := encode("sk-ssh-ed25519@openssh.com", bytes.Repeat([]byte{1}, 32), "ssh:")
-	// The exponent with a zero too many is still 65537, and written otherwise.
+	// The exponent has a leading zero: it is still 65537, in another wire form.
 	padded := encode("ssh-rsa", []byte{0, 0, 1, 0, 1}, append([]byte{0}, bytes.Repeat([]byte{0xff}, 256)...))
 	many := func(n int) (fields []any) {
 		for range n {
@@ -767,7 +768,7 @@ func TestUpstreamCancel(t *testing.T) {
 				if err := request(ctx, u, caller); !errors.Is(err, context.Canceled) || !strings.Contains(err.Error(), u.path) {
 					t.Errorf("%v", err)
 				}
-				// What was not read yet makes it a reset.
+				// Unread bytes make it a reset.
 				if err := <-ended; !errors.Is(err, io.EOF) && !errors.Is(err, syscall.ECONNRESET) {
 					t.Errorf("the connection was not closed: %v", err)
 				}
@@ -805,7 +806,7 @@ func TestUpstreamCancel(t *testing.T) {
 	})
 }
 
-// A slow agent holds up one list, and comes back by itself.
+// A slow agent delays a single list. When the agent answers again, lists have its keys.
 func TestUpstreamSlow(t *testing.T) {
 	key := makeSigners()[0].PublicKey()
 	answer := framed(identitiesAnswer(key.Marshal(), "a"))
@@ -837,7 +838,7 @@ func TestUpstreamSlow(t *testing.T) {
 		t.Errorf("connection %d was closed first", n)
 	}
 	for range 10 {
-		// The text is the same, so that it is logged once.
+		// The text stays the same, so that the log has it once.
 		if _, again := u.List(t.Context(), nil); again == nil || again.Error() != err.Error() {
 			t.Fatalf("%v, then %v", err, again)
 		}
@@ -884,7 +885,7 @@ func TestUpstreamSlowSigns(t *testing.T) {
 	}
 }
 
-// A slow agent that dies is a dead one, not a slow one.
+// If a slow agent dies, it does not count as slow any more.
 func TestUpstreamSlowDies(t *testing.T) {
 	u := checkUpstreamLeaks(t, filepath.Join(shortDir(t), "s"))
 	checking := make(chan struct{})
@@ -984,8 +985,8 @@ func TestUpstreamCloseDuringLists(t *testing.T) {
 	}
 }
 
-// piped is an Upstream for synctest bubbles, where waiting costs no time. What
-// asks for the connection n is answered by handle.
+// piped returns an Upstream for synctest bubbles, where waiting costs no time. handle
+// answers the requests on connection n.
 func piped(t *testing.T, handle func(n int, conn net.Conn)) *Upstream {
 	t.Helper()
 	var group sync.WaitGroup
@@ -1049,8 +1050,8 @@ func TestUpstreamPatience(t *testing.T) {
 	})
 }
 
-// Byte after byte: a list must be whole in time, a signature may be begun late
-// and is then to be finished.
+// An agent sends its answer byte after byte. A list must be complete in time. A signature
+// may begin late, but must then be complete in time.
 func TestUpstreamDrip(t *testing.T) {
 	sig := framed(message(14, encode("alg", "blob")))
 	for _, test := range []struct {
@@ -1087,7 +1088,7 @@ func TestUpstreamDrip(t *testing.T) {
 	}
 }
 
-// The check is given up in the end, and the next list begins another.
+// A check ends after checkPatience, and the next list starts another.
 func TestUpstreamChecks(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		var asked atomic.Int64
@@ -1151,9 +1152,8 @@ func upstreamSeeds(t testing.TB) [][]byte {
 	)
 }
 
-// FuzzUpstreamAnswer reads answers as lists and as signatures. What is read is
-// within its bounds, lies in memory of its own, and is the same when it is
-// written and read again.
+// FuzzUpstreamAnswer reads answers as lists and as signatures. The result is within its
+// bounds and has memory of its own. Written and read again, it is the same.
 func FuzzUpstreamAnswer(f *testing.F) {
 	seeds := upstreamSeeds(f)
 	if len(seeds) == 0 {
