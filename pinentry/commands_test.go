@@ -18,7 +18,7 @@ func commandScenarios() {
 	for _, command := range []string{
 		"SETTITLE", "SETDESC", "SETPROMPT", "SETERROR", "SETOK", "SETCANCEL", "SETNOTOK", "SETTIMEOUT", "RESET", "MESSAGE",
 	} {
-		// The question itself has RESET sent.
+		// The question itself sends RESET.
 		scenarios["silent-"+command] = scenario{
 			ask: func(f *fake) { f.say("ERR 83886246 A locale function failed <Pinentry>\n") },
 			other: func(f *fake, word, _ string) bool {
@@ -53,7 +53,7 @@ func commandScenarios() {
 		ask:   func(f *fake) { f.say("ERR 83886246 A locale function failed <Pinentry>\n") },
 		other: func(f *fake, word, _ string) bool { return word == "RESET" && f.sayOK(refusal) },
 	}
-	// It asks once, and no other of its kind starts.
+	// The program asks once, and a second one does not start.
 	scenarios["only-once"] = scenario{
 		start: func(f *fake) {
 			if err := os.Mkdir(filepath.Join(f.dir, "started"), 0o700); err != nil {
@@ -72,8 +72,8 @@ func commandScenarios() {
 	}}
 }
 
-// impatient shortens what a program may take for a command. A program that is slow
-// because the machine is busy is given up like one that says nothing.
+// impatient shortens the time that a program may take for a command. A program that is slow
+// on a busy machine then counts as silent.
 func impatient(t *testing.T) {
 	t.Helper()
 	testOnlyPatience = 500 * time.Millisecond
@@ -84,7 +84,8 @@ var wholePrompt = Prompt{
 	Title: "p11-agent", Description: "what is wanted\nmore", Label: "PIN:", Error: "Wrong PIN.", OK: "_Yes", Cancel: "_No", Other: "_Other",
 }
 
-// A pinentry that does not answer a command is given up, as no person is behind that.
+// The Dialogue gives up a pinentry that does not answer a command: no person delays the
+// answer.
 func TestSilentCommands(t *testing.T) {
 	quick(t)
 	impatient(t)
@@ -105,7 +106,8 @@ func TestSilentCommands(t *testing.T) {
 	}
 }
 
-// What the dialogue can do without may be refused. Nothing that a person needs is lost.
+// A pinentry may refuse commands that a dialogue can do without. The person still gets all
+// that the answer needs.
 func TestRefusedCommands(t *testing.T) {
 	for _, command := range []string{"SETTITLE", "SETPROMPT", "SETERROR", "SETOK", "SETCANCEL", "SETNOTOK", "SETTIMEOUT", "RESET"} {
 		t.Run(command, func(t *testing.T) {

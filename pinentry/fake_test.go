@@ -40,20 +40,20 @@ func TestMain(m *testing.M) {
 		exit(0)
 	}
 	if name := filepath.Base(os.Args[0]); strings.HasPrefix(name, "pinentry") && !strings.Contains(name, ".test") || name == "askpass" {
-		// A fake that was not given its environment. Were it to run the tests, it
-		// would start more of its kind, and those more.
+		// This fake has no environment. If it ran the tests, it would start more
+		// fakes, without end.
 		fmt.Println("ERR 1 a fake without a scenario")
 		exit(1)
 	}
 	os.Exit(terminaltest.Without(m).Run())
 }
 
-// fake is what a scenario works with.
+// fake is the state of a fake pinentry, for its scenario.
 type fake struct {
 	in   *bufio.Reader
 	log  *os.File
 	dir  string
-	asks int  // how many questions there were, this one included
+	asks int  // the number of questions, with the present one
 	one  bool // the question has one button
 }
 
@@ -67,7 +67,7 @@ func (f *fake) note(name, text string) {
 	}
 }
 
-// hang stays until it is killed, or until the test is.
+// hang waits until a signal ends this process, or until the test ends.
 func (f *fake) hang() {
 	f.note("hanging-"+strconv.Itoa(os.Getpid()), "")
 	var b [1]byte
@@ -138,7 +138,7 @@ func runFake(name, dir string) {
 	}
 }
 
-// A scenario is how a fake behaves. What is nil is answered with OK.
+// A scenario is the behaviour of a fake. If a function is nil, the fake answers OK.
 type scenario struct {
 	start   func(*fake)                           // before the greeting
 	ask     func(*fake)                           // to GETPIN, CONFIRM and MESSAGE
@@ -146,12 +146,12 @@ type scenario struct {
 	askpass func(*fake)
 }
 
-// says is a scenario that answers questions with these lines.
+// says returns a scenario that answers questions with these lines.
 func says(lines string) scenario {
 	return scenario{ask: func(f *fake) { f.say("%s", lines) }}
 }
 
-// prints is what an askpass program does.
+// prints returns the behaviour of an askpass program: it prints out, and exits.
 func prints(out string, status int) func(*fake) {
 	return func(f *fake) {
 		f.say("%s", out)
@@ -159,7 +159,7 @@ func prints(out string, status int) func(*fake) {
 	}
 }
 
-// stage is a test's fake and where it writes.
+// stage has the fake of a test and its directory.
 type stage struct {
 	*Pinentry
 	t     *testing.T
@@ -167,14 +167,14 @@ type stage struct {
 	dir   string
 }
 
-// withAskpass has the scenarios of an askpass program ask by it.
+// withAskpass sets the askpass program for the scenarios that need one.
 func (s *stage) withAskpass(scenario string) {
 	if strings.HasPrefix(scenario, "askpass-") {
 		s.Askpass, s.place.Askpass = "askpass", true
 	}
 }
 
-// newStage sets a fake up, and checks at the end that nothing of it is left.
+// newStage sets up a fake. At the end of the test, it checks for leaks.
 func newStage(t *testing.T, scenario string) *stage {
 	t.Helper()
 	noLeaks(t)
@@ -268,7 +268,7 @@ func shortDir(t *testing.T) string {
 	return dir
 }
 
-// waitFor polls for a condition that another process brings about.
+// waitFor polls until another process has made a condition true.
 func waitFor(t *testing.T, what string, condition func() bool) {
 	t.Helper()
 	for deadline := time.Now().Add(3 * time.Minute); !condition(); time.Sleep(2 * time.Millisecond) {
@@ -304,11 +304,11 @@ func pty(t *testing.T) (far, tty *os.File) {
 	return far, tty
 }
 
-// noLeaks fails the test when it leaves a goroutine, a process, a file
-// descriptor or a secret that is not wiped.
+// noLeaks fails the test if it leaves a goroutine, a process, a file descriptor or a secret
+// that is not wiped.
 func noLeaks(t *testing.T) {
 	t.Helper()
-	// What the runtime opens once does not count.
+	// Descriptors that the runtime opens once do not count.
 	_ = exec.Command("/nonexistent").Run()
 	r, w, err := os.Pipe()
 	if err != nil {
@@ -320,7 +320,7 @@ func noLeaks(t *testing.T) {
 		if left := children(t); len(left) > 0 {
 			t.Errorf("processes are left: %v", left)
 		}
-		// A goroutine that has nothing left to do may take a moment for it.
+		// A goroutine that is done may need a moment to end.
 		waitFor(t, "the end of every goroutine", func() bool {
 			if runtime.NumGoroutine() <= goroutines {
 				return true
@@ -337,7 +337,8 @@ func noLeaks(t *testing.T) {
 	})
 }
 
-// lockedMemory is what the kernel says of it: every secret has its share.
+// lockedMemory returns the size of locked memory that the kernel reports. Every secret has
+// its share.
 func lockedMemory(t *testing.T) string {
 	t.Helper()
 	status, err := os.ReadFile("/proc/self/status")
@@ -375,14 +376,14 @@ func children(t *testing.T) []string {
 	return found
 }
 
-// gone tells whether there is no such process any more, be it a zombie that its
-// new parent has not reaped yet.
+// gone tells whether a process has ended. A zombie has ended, too: its new parent may not
+// have reaped it yet.
 func gone(pid int) bool {
 	s, ok := procstat.Of(pid)
 	return !ok || s.State == 'Z'
 }
 
-// quick shortens what a program that does not leave gets for it.
+// quick shortens the time that a program gets for leaving.
 func quick(t *testing.T) {
 	t.Helper()
 	testOnlyGrace = 50 * time.Millisecond

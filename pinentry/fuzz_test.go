@@ -18,8 +18,8 @@ var replySeeds = []string{
 	"ERR 4294967295 x", "ERR 4294967296 x", "ERR -1", "ERR 1\x1b[2J", "INQUIRE QUALITY 1", "\x00\xff",
 }
 
-// FuzzReply: no line makes the parser fail, and data that is understood reads
-// the same when it is written and read again.
+// FuzzReply checks that no line makes the parser panic. If data is written again, the parser
+// reads the same.
 func FuzzReply(f *testing.F) {
 	if len(replySeeds) < 20 {
 		f.Fatal("the seeds are gone")
@@ -63,8 +63,8 @@ var textSeeds = []string{
 	strings.Repeat("x", 990), strings.Repeat("x", 991), strings.Repeat("x", 992), strings.Repeat("ü", 495), strings.Repeat("%", 331),
 }
 
-// FuzzText writes any text as one line of Assuan. The line is valid UTF-8, keeps to the
-// limit, and reads as the text or as the beginning of it.
+// FuzzText writes any text as a line of Assuan. The line is valid UTF-8 and within the
+// limit. It reads as the text or as its beginning.
 func FuzzText(f *testing.F) {
 	if len(textSeeds) < 10 {
 		f.Fatal("the seeds are gone")
@@ -106,8 +106,8 @@ var streamSeeds = []string{
 	strings.Repeat("x", 5000), strings.Repeat("OK\n", 3000), strings.Repeat(strings.Repeat("y", 700)+"\n", 20), "\r\n\r", "a\x00b\n",
 }
 
-// FuzzStream: lines come out the same however the stream is cut into reads, no
-// line is too long, and nothing that was read stays in the buffer.
+// FuzzStream cuts a stream into reads. The lines stay the same, no line is too long, and the
+// buffer keeps no bytes of a line.
 func FuzzStream(f *testing.F) {
 	if len(streamSeeds) < 10 {
 		f.Fatal("the seeds are gone")
@@ -126,7 +126,7 @@ func FuzzStream(f *testing.F) {
 				t.Fatalf("%q, %v in pieces; %q, %v at once", lines, err, whole, wholeErr)
 			}
 		}
-		// What the standard library makes of it.
+		// The lines that the standard library reads.
 		var want []string
 		var wantErr error = io.EOF
 		for rest := stream; ; {

@@ -132,7 +132,7 @@ func TestLinePromptPIN(t *testing.T) {
 	}
 }
 
-// answered has a person answer what ask asks.
+// answered calls ask, and types the answer of a person.
 func answered(p *person, after, text string, ask func() (bool, error)) (bool, error) {
 	done := make(chan struct{})
 	go func() {
@@ -166,7 +166,7 @@ func TestLinePromptConfirm(t *testing.T) {
 	}
 }
 
-// A question that is taken back leaves the terminal as it was.
+// When the agent takes a question back, the terminal is as before.
 func TestLinePromptTakenBack(t *testing.T) {
 	s, person := plainStage(t)
 	before := must(unix.IoctlGetTermios(int(s.place.TTY.Fd()), unix.TCGETS))

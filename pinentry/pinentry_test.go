@@ -52,12 +52,12 @@ func init() {
 		"pin-then-error": says("D 1234\nERR 83886179 Operation cancelled\n"),
 		"pin-then-exit":  {ask: func(f *fake) { f.say("D 1234\n"); exit(0) }},
 		"pin-inverted": {ask: func(f *fake) {
-			// The test's own memory must not hold it, so it comes as its inverse.
+			// The test's own memory must not hold the PIN, so the test passes its inverse.
 			hidden, _ := os.ReadFile(filepath.Join(f.dir, "inverted"))
 			f.say("D %s\nOK\n", secrettest.Invert(hidden))
 		}},
 
-		// Answers that are none.
+		// Programs that do not answer the question.
 		"cancelled":       says("ERR 83886179 Operation cancelled <Pinentry>\n"),
 		"cancelled-bare":  says("ERR 99\n"),
 		"cancelled-gnome": says("ERR 67108963 cancelled\n"), // another source
@@ -115,7 +115,7 @@ func init() {
 			return word == "SETDESC" && f.sayOK("ERR 83886355 Unknown command\n")
 		}},
 
-		// What may be refused.
+		// Programs that refuse commands.
 		"minimal": {other: func(f *fake, word, _ string) bool {
 			return word != "SETDESC" && word != "RESET" &&
 				f.sayOK("ERR 83886355 Unknown command\n")
@@ -141,7 +141,7 @@ func init() {
 			},
 		},
 
-		// Others may ask.
+		// Other programs may ask.
 		"dead-display": {
 			start: func(f *fake) {
 				if os.Getenv("DISPLAY") != "" {
@@ -174,7 +174,7 @@ func init() {
 		"askpass-endless":   onlyAskpass(func(f *fake) { endless("y\n") }),
 		"askpass-crash":     onlyAskpass(func(f *fake) { _ = syscall.Kill(os.Getpid(), syscall.SIGKILL) }),
 
-		// A program that leaves another behind.
+		// A program that leaves another program behind.
 		"leaves-child": {ask: func(f *fake) { f.spawn(false); f.hang() }},
 		"leaves-orphan": {ask: func(f *fake) {
 			f.spawn(true)
@@ -182,7 +182,7 @@ func init() {
 		}},
 		"orphan": {start: func(f *fake) { f.ignoreTERM(); f.hang() }},
 
-		// One that notices when it is not alone.
+		// A program that notices when another one runs at the same time.
 		"exclusive": {ask: func(f *fake) {
 			lock, err := os.OpenFile(filepath.Join(f.dir, "lock"), os.O_CREATE|os.O_EXCL, 0o600)
 			if err != nil {
@@ -196,7 +196,7 @@ func init() {
 	}
 }
 
-// flavour is a scenario that says what kind it is, and answers questions.
+// flavour returns a scenario that reports its flavor, and answers questions.
 func flavour(name, answer string) scenario {
 	return scenario{
 		other: func(f *fake, word, _ string) bool {
@@ -211,7 +211,7 @@ func flavour(name, answer string) scenario {
 
 func (f *fake) sayOK(line string) bool { f.say("%s", line); return true }
 
-// spawn starts another fake that holds this one's pipes.
+// spawn starts another fake, which holds the pipes of this fake.
 func (f *fake) spawn(escape bool) {
 	cmd := exec.Command(os.Args[0])
 	cmd.Env = append(os.Environ(), "PINENTRY_USER_DATA="+fakeMark+" orphan "+f.dir)
@@ -231,7 +231,7 @@ func endless(s string) {
 	}
 }
 
-// onlyAskpass is an askpass program beside a pinentry without a terminal.
+// onlyAskpass returns a scenario with an askpass program, and a pinentry without a terminal.
 func onlyAskpass(do func(*fake)) scenario {
 	return scenario{
 		ask:     func(f *fake) { f.say("ERR 83918950 Inappropriate ioctl for device <Pinentry>\n") },
@@ -313,7 +313,7 @@ func TestNoPIN(t *testing.T) {
 	}
 }
 
-// noSecret looks for what the fakes give as PINs.
+// noSecret looks for the PINs of the fakes in a text.
 func noSecret(t *testing.T, where, text string) {
 	t.Helper()
 	for _, pin := range []string{"123456", "1234", "5678", "grüße", "pin1", "xxxx"} {
@@ -426,7 +426,8 @@ func TestConfirm(t *testing.T) {
 	}
 }
 
-// A third button is shown where it is known to be one, and is never taken for yes.
+// Choose shows a third button only if the program is known to have one. The button never
+// counts as yes.
 func TestChoose(t *testing.T) {
 	for scenario, want := range map[string]struct {
 		choice Choice
@@ -919,13 +920,13 @@ func TestCancelEndsTheProgram(t *testing.T) {
 				}
 				for _, pid := range pids {
 					if c.scenario == "leaves-orphan" && !gone(pid) {
-						// It has left the group: it is not the caller's any more.
+						// The process has left the group, so the Dialogue does not end it.
 						_ = syscall.Kill(pid, syscall.SIGKILL)
 						continue
 					}
 					waitFor(t, "the end of the program's child", func() bool { return gone(pid) })
 				}
-				// The dialogue is as good as new.
+				// The dialogue still works.
 				ctx, cancel = context.WithCancel(t.Context())
 				go func() { done <- call(ctx, d) }()
 				pids = s.hanging(2 * c.fakes)
@@ -1162,7 +1163,7 @@ func TestLogsHaveNoPIN(t *testing.T) {
 func TestMemoryHasNoPINAfterWipe(t *testing.T) {
 	s := newStage(t, "pin-inverted")
 	s.logs()
-	// A PIN that is like nothing else in this process, and never here in the clear.
+	// The PIN occurs nowhere else in this process, and never in the clear here.
 	inverted := []byte(strings.Repeat("\xcf\xce\xcd", 3) + fmt.Sprintf("\x8e\x8d\x8c\x8b%d", os.Getpid()))
 	for i := range inverted {
 		inverted[i] |= 0x80 // its inverse is ASCII, without need for escapes
@@ -1202,7 +1203,7 @@ func copies(t *testing.T, inverted []byte) int {
 }
 
 func TestProgramInAScript(t *testing.T) {
-	// As many a pinentry is started: by a shell that waits for it.
+	// A shell starts the pinentry and waits for it, as on many machines.
 	s := newStage(t, "never")
 	script := filepath.Join(s.dir, "script")
 	if err := os.WriteFile(script, []byte("#!/bin/sh\n"+s.Program+"\nexit $?\n"), 0o755); err != nil {

@@ -16,7 +16,7 @@ import (
 	"golang.org/x/sys/unix"
 )
 
-// pane is a terminal of tmux in which nothing else reads.
+// pane is a terminal of tmux from which no other program reads.
 type pane struct {
 	t    *testing.T
 	dir  string
@@ -24,8 +24,8 @@ type pane struct {
 	tty  string
 }
 
-// need returns the path of a program. Where everything is to be tested, it is
-// an error when it is missing.
+// need returns the path of a program. If the program is missing, the test is skipped. In CI,
+// the test fails.
 func need(t *testing.T, program string) string {
 	t.Helper()
 	path, err := exec.LookPath(program)
@@ -44,7 +44,7 @@ func newPane(t *testing.T, width, height int) *pane {
 	p := &pane{t: t, dir: shortDir(t), name: "p11-" + strconv.Itoa(os.Getpid())}
 	p.tmux("new-session", "-d", "-x", strconv.Itoa(width), "-y", strconv.Itoa(height), "exec tail -f /dev/null")
 	t.Cleanup(func() {
-		// It has gone when its window was closed.
+		// If the window is closed, the server has gone.
 		_ = p.command("kill-server").Run()
 	})
 	// Until then tmux may not have set the terminal's modes.
@@ -119,8 +119,7 @@ type answer struct {
 	err error
 }
 
-// askPIN asks in the background. The PIN is that of a test, so it may be a
-// string.
+// askPIN asks in the background. The PIN of a test may be a string.
 func askPIN(ctx context.Context, d *Dialogue, prompt Prompt) <-chan answer {
 	done := make(chan answer, 1)
 	go func() {
@@ -131,7 +130,7 @@ func askPIN(ctx context.Context, d *Dialogue, prompt Prompt) <-chan answer {
 	return done
 }
 
-// realPinentries are those that a terminal is enough for.
+// realPinentries are the programs that need only a terminal.
 var realPinentries = []string{"pinentry-curses", "pinentry-tty"}
 
 func forEachPinentry(t *testing.T, test func(t *testing.T, name string, p *Pinentry)) {
@@ -250,7 +249,7 @@ func TestRealConfirmAndCancelButton(t *testing.T) {
 	}
 }
 
-// The third button is there, and each button does what it says.
+// A prompt has a third button. Each button gives its own Choice.
 func TestRealChoose(t *testing.T) {
 	forEachPinentry(t, func(t *testing.T, name string, p *Pinentry) {
 		pane := newPane(t, 100, 30)
@@ -376,7 +375,7 @@ func TestRealKillRestoresTheTerminal(t *testing.T) {
 		got := askPIN(ctx, d, Prompt{Description: "PIN of the card"})
 		pane.see("PIN of the card")
 		waitFor(t, "a terminal without echo", func() bool { return pane.modes().Lflag&unix.ECHO == 0 })
-		// One that is stopped does not notice SIGTERM.
+		// A stopped program does not notice SIGTERM.
 		pid, _, _ := strings.Cut(children(t)[0], " ")
 		n, _ := strconv.Atoi(pid)
 		if err := syscall.Kill(n, syscall.SIGSTOP); err != nil {
@@ -434,8 +433,8 @@ func TestRealPinentryWithoutATerminal(t *testing.T) {
 	}
 }
 
-// Programs with windows ask on the terminal where there is no display, and find
-// it by the file that they inherit, also when it is a script that runs them.
+// Without a display, programs with windows ask on the terminal. They find it by the file
+// that they inherit, also if a script runs them.
 func TestRealGraphicalPinentryOnATerminal(t *testing.T) {
 	for _, name := range []string{"pinentry-gtk-2", "pinentry-qt"} {
 		t.Run(name, func(t *testing.T) {
@@ -494,8 +493,8 @@ func TestRealSmallOrUnknownTerminal(t *testing.T) {
 	}
 }
 
-// A window that is closed takes its dialogue with it: pinentry-curses would go
-// on for ever without a terminal.
+// When the window closes, the dialogue ends. Without that, pinentry-curses would go on for
+// ever without a terminal.
 func TestRealTerminalIsClosed(t *testing.T) {
 	forEachPinentry(t, func(t *testing.T, _ string, p *Pinentry) {
 		pane := newPane(t, 100, 30)

@@ -9,7 +9,7 @@ import (
 	"strings"
 )
 
-// A terminalKind is what terminfo(5) tells of a kind of terminal.
+// A terminalKind has the abilities of a kind of terminal, by terminfo(5).
 type terminalKind struct {
 	cursor bool // programs can move the cursor, which is what drawing needs
 	colors int  // how many it shows; 0: none

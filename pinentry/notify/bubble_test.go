@@ -47,7 +47,7 @@ func goroutines() []byte {
 	return buf[:runtime.Stack(buf, true)]
 }
 
-// desk is a Notifier and the bus that it is on.
+// desk has a Notifier and its bus.
 type desk struct {
 	*notify.Notifier
 	*bustest.Bus
@@ -73,7 +73,7 @@ func (d *desk) use(lines ...string) (done func()) {
 	return d.Begin("device", func() []string { return lines })
 }
 
-// shown waits for the one notification that is shown.
+// shown waits until there is a single notification, with this body.
 func (d *desk) shown(t *testing.T, body string) (b bustest.Bubble) {
 	t.Helper()
 	until(t, "a notification says "+body, func() bool {
@@ -115,7 +115,7 @@ func TestBubble(t *testing.T) {
 	until(t, "it was closed", func() bool { return d.n.Closed() == 1 })
 }
 
-// A service that knows no markup is given none.
+// The agent sends no markup to a service without "body-markup".
 func TestPlainBubble(t *testing.T) {
 	d := newDesk(t, "body")
 	done := d.use("<b>&amp;")
@@ -124,8 +124,8 @@ func TestPlainBubble(t *testing.T) {
 	d.hidden(t)
 }
 
-// A notification that the service shows only when its signature is long over is
-// closed then.
+// If the service shows a notification long after its signature, the agent closes the
+// notification then.
 func TestServiceHangs(t *testing.T) {
 	d := newDesk(t)
 	resume := d.n.Hang()
@@ -157,7 +157,7 @@ func TestBusHangs(t *testing.T) {
 	d.Resume()
 }
 
-// When the bus has gone and is back, the next notification is shown.
+// When the bus is back after its end, the agent shows the next notification.
 func TestBusGoes(t *testing.T) {
 	d := newDesk(t)
 	done := d.use("a")
@@ -263,7 +263,7 @@ func TestNobodyShows(t *testing.T) {
 	}
 }
 
-// What has failed is told once, beside what is waited for.
+// Tell shows a failure once, besides the notification of tokens at work.
 func TestTell(t *testing.T) {
 	d := newDesk(t, "body", "body-markup")
 	done := d.use("at work")

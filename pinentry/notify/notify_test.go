@@ -13,10 +13,10 @@ import (
 	"time"
 )
 
-// fakeDisplay notes what is shown.
+// fakeDisplay records the notifications.
 type fakeDisplay struct {
 	mu        sync.Mutex
-	shown     []string // one after the other; empty: it was hidden
+	shown     []string // in order; an empty text: the notification was hidden
 	connects  int
 	closes    int
 	err       error
@@ -77,7 +77,7 @@ func (d *fakeDisplay) isConnected() (yes bool) {
 	return yes
 }
 
-// timeline is a Notifier with a fakeDisplay in a time of its own.
+// timeline has a Notifier with a fakeDisplay, in a synctest bubble.
 type timeline struct {
 	*testing.T
 	*Notifier
@@ -124,8 +124,8 @@ func (t *timeline) want(when string, want ...string) {
 	}
 }
 
-// passed forgets what was shown between the n first and the last: it may have been
-// shown in passing, while many uses ended.
+// passed forgets the notifications between the first n and the last. The Notifier may show
+// them in passing, while many uses end.
 func (t *timeline) passed(n int) {
 	synctest.Wait()
 	t.d.change(func() {
@@ -168,8 +168,8 @@ func TestAfter(t *testing.T) {
 	})
 }
 
-// Fifty that wait for a device are one notification, which is about the one that
-// has waited the longest.
+// Fifty uses wait for a device. They share a notification, which is about the use that has
+// waited the longest.
 func TestOneForAll(t *testing.T) {
 	inTime(t, func(t *timeline) {
 		var done []func()
@@ -193,7 +193,7 @@ func TestOneForAll(t *testing.T) {
 	})
 }
 
-// A device that finishes something is slow, and does not wait for a finger.
+// If a device finishes some uses, it is slow, and does not wait for a touch.
 func TestSlowDevice(t *testing.T) {
 	inTime(t, func(t *timeline) {
 		other := t.use(2, "touch")
@@ -235,7 +235,7 @@ func TestDismissed(t *testing.T) {
 	})
 }
 
-// What was over before it could be shown does not stay.
+// If a use ends before its notification appears, the notification does not stay.
 func TestSlowDisplay(t *testing.T) {
 	inTime(t, func(t *timeline) {
 		t.d.slow = time.Minute
@@ -263,7 +263,7 @@ func TestNoDisplay(t *testing.T) {
 		three := t.use(1, "c")
 		t.wait(time.Second)
 		t.want("the next time", "T|c")
-		// One that has gone is looked for again when there is something new.
+		// If the display has gone, the Notifier looks for it at the next use.
 		t.d.change(func() {
 			close(t.d.vanish)
 			t.d.vanish = make(chan struct{})
@@ -324,7 +324,7 @@ func TestClose(t *testing.T) {
 	}
 }
 
-// What about reads may be used for something else once its use is over.
+// After the end of a use, its memory may serve another purpose. about does not read it then.
 func TestMemory(t *testing.T) {
 	inTime(t, func(t *timeline) {
 		memory := "mine"

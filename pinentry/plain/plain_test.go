@@ -9,7 +9,7 @@ import (
 	"p11-agent/pinentry/plain"
 )
 
-// shown is a text, and how a function shows it.
+// shown has a text, and the result of a function for it.
 type shown struct{ name, text, want string }
 
 func check(t *testing.T, show func(string) string, tests []shown) {
@@ -94,7 +94,7 @@ func TestProgram(t *testing.T) {
 	})
 }
 
-// A name that a token or a client gives does not pass for what the agent says.
+// A name from a token or a client cannot pass for words of the agent.
 func TestName(t *testing.T) {
 	check(t, func(s string) string { return plain.Name(s, 48) }, []shown{
 		{"empty", "", ""},

@@ -1,7 +1,6 @@
-// Package procstat reads what the kernel tells of a process in /proc/PID/stat
-// (proc_pid_stat(5)). It keeps nothing, and its functions may be called from any goroutine.
-// The numbers of processes are used again: the caller makes sure that a number is still that of
-// the process in question.
+// Package procstat reads /proc/PID/stat (proc_pid_stat(5)). It keeps no data. Any goroutine
+// may call its functions. The kernel uses the numbers of processes again. So the caller
+// makes sure that a number still belongs to the right process.
 package procstat
 
 import (
@@ -17,7 +16,7 @@ import (
 // Tick is the unit of times in /proc, the same on all Linux systems (USER_HZ).
 const Tick = 10 * time.Millisecond
 
-// A Stat is what is read of /proc/PID/stat.
+// A Stat has fields of /proc/PID/stat.
 type Stat struct {
 	Name       []byte // the process gives itself its name (comm): up to 15 bytes of any kind
 	State      byte   // 'R' runs, 'S' and 'D' sleep, 'T' is stopped, 'Z' has ended
@@ -57,9 +56,9 @@ func read(path string) (Stat, bool) {
 	return Parse(buf[:n])
 }
 
-// Parse reads the contents of /proc/PID/stat. The name in the second field may hold blanks, line
-// ends and brackets, but no bracket comes after it. ok is false when a field is missing or is no
-// number.
+// Parse reads the contents of /proc/PID/stat. The name in the second field may hold blanks,
+// line ends and brackets, but no bracket comes after it. If a field is missing or is not a
+// number, ok is false.
 func Parse(b []byte) (s Stat, ok bool) {
 	from, to := bytes.IndexByte(b, '('), bytes.LastIndexByte(b, ')')
 	if from < 0 || to < from {

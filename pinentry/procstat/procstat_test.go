@@ -6,8 +6,7 @@ import (
 	"time"
 )
 
-// statSeeds are contents of /proc/PID/stat; the names in them are what makes
-// reading it hard.
+// statSeeds are contents of /proc/PID/stat. The names in them make parsing hard.
 var statSeeds = []string{
 	"1234 (ssh) S 99 1234 1234 34816 1234 4194304 1 0 0 0 1 2 0 0 20 0 1 0 5678 1 2 3\n",
 	"1234 (a) b (c) S) R 99 1234 1234 0 -1 4194304 1 0 0 0 1 2 0 0 20 0 1 0 18446744073709551615 1\n",

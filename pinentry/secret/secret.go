@@ -218,7 +218,7 @@ func (s *Secret) Wipe() {
 		return
 	}
 	Wipe(s.h.m.data)
-	// Nothing sensible is left to do should the kernel refuse: the bytes are gone.
+	// If the kernel refuses, there is nothing to do: the bytes are overwritten.
 	_ = unix.Munmap(s.h.m.region)
 	s.h.m = nil
 }

@@ -22,8 +22,8 @@ import (
 	"p11-agent/pinentry/secret/secrettest"
 )
 
-// child is set in the environment of this program when it is run again to do
-// what would spoil the other tests.
+// child names a variable. The test runs this program again with it, for steps that would
+// spoil other tests.
 const child = "P11_SECRET_TEST_CHILD"
 
 func TestMain(m *testing.M) {
@@ -239,7 +239,7 @@ func TestWipeFromMany(t *testing.T) {
 	}
 }
 
-// A struct as it is found in programs, with a secret both ways.
+// login is a struct as in real programs, with a secret by value and by pointer.
 type login struct {
 	User    string
 	PIN     *secret.Secret
@@ -248,7 +248,7 @@ type login struct {
 }
 
 func TestNothingPrints(t *testing.T) {
-	// Decimal, hexadecimal and base64 of these are all looked for.
+	// The test looks for these bytes in decimal, hexadecimal and base64.
 	s, err := secret.From([]byte("hunter2!"))
 	if err != nil {
 		t.Fatal(err)
@@ -334,8 +334,8 @@ func TestWipeLeavesNoCopy(t *testing.T) {
 	}
 }
 
-// A file /proc/PID/mem that was opened before the process forbade it reads on for
-// ever. It must not read a secret, and no other way may either.
+// Another process may open /proc/PID/mem before this process forbids it. Then it may read
+// for ever. It must not read a secret in this way or in another.
 func TestSecretIsHidden(t *testing.T) {
 	mem, err := os.Open("/proc/self/mem")
 	if err != nil {
@@ -391,7 +391,7 @@ func TestSecretIsHidden(t *testing.T) {
 	}
 }
 
-// A machine does not hibernate while there is secret memory: none is kept.
+// A machine does not hibernate while there is secret memory. So the package keeps none.
 func TestNothingIsKept(t *testing.T) {
 	s, err := secret.New(8)
 	if err != nil {

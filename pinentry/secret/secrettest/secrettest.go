@@ -1,5 +1,4 @@
-// Package secrettest looks for secrets where they must not be: in the memory of
-// the process itself. It is for tests.
+// Package secrettest looks for secrets in the memory of the process itself. It is for tests.
 package secrettest
 
 import (
@@ -15,12 +14,12 @@ import (
 	"p11-agent/pinentry/secret"
 )
 
-// maxMapping leaves out the shadow memory of the race detector, terabytes that
-// hold none of the program's own bytes.
+// maxMapping leaves out the shadow memory of the race detector: terabytes that do not hold
+// the program's own bytes.
 const maxMapping = 1 << 30
 
-// Invert returns a copy of b with every bit flipped: the form in which a test
-// may hold the secret it looks for without being found itself.
+// Invert returns a copy of b with every bit flipped. In this form, a test holds the secret
+// that it looks for, and Copies does not find the test's own copy.
 func Invert(b []byte) []byte {
 	inverted := make([]byte, len(b))
 	for i := range b {
@@ -29,9 +28,8 @@ func Invert(b []byte) []byte {
 	return inverted
 }
 
-// Found is what Copies returns when n Secrets hold the bytes and nothing else does:
-// where the kernel hides the memory of a Secret, nothing can read it, not even this
-// process through /proc/self/mem.
+// Found returns the result of Copies if only n Secrets hold the bytes. If the kernel hides
+// the memory of a Secret, not even this process can read it through /proc/self/mem.
 func Found(n int) int {
 	if secret.HideError() == nil {
 		return 0
@@ -39,9 +37,9 @@ func Found(n int) int {
 	return n
 }
 
-// Copies counts how often the bytes whose inverse is given are found in the
-// writable memory of this process: heap, stacks and every other mapping. The
-// count is exact for 0 and an estimate above.
+// Copies takes the inverse of some bytes. It counts how often the writable memory of this
+// process has the bytes: heap, stacks and every other mapping. The count 0 is exact. A larger
+// count is an estimate.
 func Copies(inverted []byte) (int, error) {
 	if len(inverted) < 8 {
 		return 0, errors.New("fewer than 8 bytes may be found by chance")
@@ -81,7 +79,7 @@ func Copies(inverted []byte) (int, error) {
 	return found, lines.Err()
 }
 
-// search looks through one mapping, run of present pages by run.
+// search looks through a mapping. It reads one run of present pages after the other.
 func search(mem, pagemap *os.File, start, end uint64, inverted []byte) (int, error) {
 	const chunk = 16 // pages
 	page := uint64(os.Getpagesize())
@@ -107,7 +105,7 @@ func search(mem, pagemap *os.File, start, end uint64, inverted []byte) (int, err
 		}
 		n, err := mem.ReadAt(buf[kept:kept+int(size)], int64(addr))
 		if err != nil && !errors.Is(err, io.EOF) && n == 0 {
-			// Unmapped since, or unreadable as the kernel's own pages are.
+			// The page is unmapped by now, or unreadable like the kernel's own pages.
 			addr += size
 			kept = 0
 			continue
@@ -115,7 +113,7 @@ func search(mem, pagemap *os.File, start, end uint64, inverted []byte) (int, err
 		have := buf[:kept+n]
 		found += count(have, inverted)
 		kept = copy(buf, have[max(0, len(have)-len(inverted)+1):])
-		// The buffer would be found in its turn.
+		// Otherwise the search would find the buffer itself.
 		clear(buf[kept:])
 		addr += size
 	}
