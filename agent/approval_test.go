@@ -435,7 +435,7 @@ func TestApprovalIsShared(t *testing.T) {
 				answer <- test.answer
 				answer <- test.answer
 				all.Wait()
-				time.Sleep(firstPause) // which follows two of the noes
+				time.Sleep(firstPause) // the pause after two noes
 				done := make(chan struct{})
 				go func() {
 					f.signs(t, k, w.Caller("ssh bash", "good"), w.Login("good", true), test.err)

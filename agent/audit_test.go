@@ -23,7 +23,7 @@ func TestOneLineEach(t *testing.T) {
 	key, host, hop := edKey("pkcs11:token=a;id=1"), edKey("host"), edKey("hop")
 	hostKey, hopKey := publicOf(t, host), publicOf(t, hop)
 	soft := keytest.New(t)
-	phrase := func() *secret.Secret { // which the lock takes
+	phrase := func() *secret.Secret { // each call needs a new one
 		s, err := secret.From([]byte("open-sesame"))
 		if err != nil {
 			t.Fatal(err)

@@ -25,7 +25,7 @@ import (
 // heap returns the live bytes of the heap.
 func heap() int {
 	runtime.GC()
-	runtime.GC() // what was in a sync.Pool is gone after the second one
+	runtime.GC() // the second run empties each sync.Pool
 	var m runtime.MemStats
 	runtime.ReadMemStats(&m)
 	return int(m.HeapAlloc)
@@ -135,7 +135,7 @@ func TestSizes(t *testing.T) {
 		}},
 	} {
 		t.Run(test.name, func(t *testing.T) {
-			test.make() // what is made only once
+			test.make() // makes the things that all calls share
 			things, size := make([]any, many), 0
 			before := heap()
 			for i := range things {

@@ -15,10 +15,10 @@ import (
 	"p11-agent/pinentry/waiting"
 )
 
-// A Guard lets requests use keys. It does the same for requests from each door: it refuses
-// while the agent is locked, applies the rules, asks a person for approval and for an
-// absent token, picks the token, and logs the outcome. The Keyring uses a Guard, too. Any
-// goroutine may call its methods.
+// A Guard lets requests use keys. It does the same for requests from each door. It refuses
+// while the agent is locked, and applies the rules. It asks a person for approval and for
+// an absent token. It picks the token, and logs the outcome. The Keyring uses a Guard, too.
+// Any goroutine may call its methods.
 type Guard struct {
 	lock     *lock
 	approver *approval.Approver
@@ -201,8 +201,9 @@ func isBusy(err error) bool {
 	return ok && e.Busy()
 }
 
-// ForgetApprovals makes the agent ask a person again about the keys of tokens for which of
-// returns true, and about keys on no token if of returns true for nil.
+// ForgetApprovals makes the agent ask a person again about some keys. These are the keys of
+// tokens for which of returns true. If of returns true for nil, keys on no token are among
+// them.
 func (g *Guard) ForgetApprovals(of func(request.Key) bool) {
 	g.approver.Forget(func(homes []request.Key) bool {
 		if len(homes) == 0 {

@@ -112,8 +112,8 @@ type fakeTokens struct {
 	logouts    int
 	pins       []string
 	selectErr  error
-	remote     []bool   // what Parse was told
-	logins     []string // what Login, Logout and LogoutOf were asked
+	remote     []bool   // the arguments of Parse
+	logins     []string // the calls of Login, Logout and LogoutOf
 	answer     request.LoginAnswer
 }
 
@@ -774,9 +774,9 @@ func TestSignAllocations(t *testing.T) {
 	for _, test := range []struct {
 		name string
 		request.Sign
-		// The record of the request and its use, its context, which ends with the lock
-		// (4), the signature (2), and the function for the log line. A login has memory
-		// of its own.
+		// The allocations are the record of the request with its use, its context, which
+		// ends with the lock (4), the signature (2), and the function for the log line. A
+		// login has memory of its own.
 		want float64
 	}{{"git", gitRequest(keys[1]), 9}, {"login", loginRequest(keys[1]), 10}} {
 		if n := testing.AllocsPerRun(100, func() {

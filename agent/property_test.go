@@ -141,7 +141,7 @@ type trial struct {
 	*fakeTokens
 	keyring *Keyring
 	tokens  map[string]*propertyToken
-	yes     bool // what a person says
+	yes     bool // the answer of a person
 }
 
 func (w *trial) Confirm(context.Context, approval.Question) (approval.Answer, error) {
@@ -227,7 +227,7 @@ type step struct {
 	caller, do, what string
 	limits           int    // index of the constraints
 	pin              string // empty: none
-	yes              bool   // what a person says who is asked
+	yes              bool   // the answer of a person
 }
 
 func (s step) String() string {

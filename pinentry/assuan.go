@@ -143,7 +143,7 @@ type conn struct {
 	*child
 	p     *Pinentry
 	place Place
-	title string // what the process is called in errors
+	title string // the name of the process in errors
 	ctype string // as the process knows it
 	// flavor is what pinentry calls its kind: see Probed.Flavor. It is known once asked
 	// is set.
@@ -382,7 +382,7 @@ func (c *conn) prepare(prompt *Prompt) error {
 	for _, s := range []struct {
 		command, text string
 		lines         bool
-		without       func() error // what to do when pinentry refuses the text; nil: nothing
+		without       func() error // runs if pinentry refuses the text; may be nil
 	}{
 		{command: "SETTITLE", text: prompt.Title},
 		{command: "SETDESC", text: prompt.Description, lines: true, without: func() error { return errNeeded }},

@@ -39,8 +39,8 @@ var errEnded = errors.New("ended without an answer")
 // shell script. They are sent under mu, and never after the program is reaped, when another process
 // may have its number.
 type child struct {
-	in  *os.File // what it reads
-	out *os.File // what it writes
+	in  *os.File // its standard input
+	out *os.File // its standard output
 
 	cmd *exec.Cmd
 	tty *terminal
@@ -188,8 +188,8 @@ func (c *child) watch() {
 			c.tty.restore(ws.Signal() == syscall.SIGTERM)
 		}
 	}
-	// What the program wrote before can still be read. A process that has left the group
-	// is not waited for.
+	// Readers still get the earlier output of the program. They do not wait for a process
+	// that has left the group.
 	_ = c.out.SetReadDeadline(time.Now().Add(grace()))
 }
 

@@ -139,7 +139,7 @@ type Prompt struct {
 	Title       string // of the window; a terminal does not show it
 	Description string // the question, with the client and the reason
 	Label       string // before the input field
-	Error       string // what was wrong with the last answer
+	Error       string // the fault of the last answer
 	// OK and Cancel are the texts of the buttons. Empty means pinentry's own texts. An
 	// underscore marks the letter that presses the button. A double underscore shows as one.
 	OK, Cancel string

@@ -51,7 +51,7 @@ const (
 	terminfoLong  = 0o1036
 )
 
-// Where the capabilities are among the numbers and strings (term.h of ncurses).
+// The places of the capabilities among the numbers and strings (term.h of ncurses).
 const (
 	maxColors     = 13
 	cursorAddress = 10

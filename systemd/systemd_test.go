@@ -45,9 +45,9 @@ func TestMain(m *testing.M) {
 type report struct {
 	Listeners []string // addresses
 	Error     string
-	Sockets   []string // what is open
-	Again     []string // what the second call returned
-	Child     string   // what a child was left with
+	Sockets   []string // the open sockets
+	Again     []string // the result of the second call
+	Child     string   // the sockets and variables that a child inherits
 }
 
 // serve takes the sockets and answers one connection on each with its address.
@@ -252,7 +252,7 @@ func TestSocketActivationRefused(t *testing.T) {
 		t.Run(test.name, func(t *testing.T) {
 			path := filepath.Join(shortDir(t), "s")
 			args := []string{"-l", path, test.option}
-			if test.option != "--accept" { // which passes no names
+			if test.option != "--accept" { // that option passes no names
 				args = append(args, "--fdname=agent")
 			}
 			s := activate(t, args...)

@@ -13,7 +13,7 @@ import (
 	"p11-agent/pinentry/waiting"
 )
 
-// What clients of a [[socket]] are refused costs those of the agent's own socket nothing,
+// Refusals for clients of a [[socket]] cost clients of the agent's own socket nothing,
 // whether or not they play hosts that the agent is forwarded to.
 func TestAttack10GroupOfASocket(t *testing.T) {
 	for _, forwarded := range []bool{false, true} {

@@ -297,7 +297,7 @@ func (n *nos) spend(now time.Time) {
 	n.spent = max(0, n.spent-now.Sub(n.last)) + noPeriod
 	n.count++
 	n.last = now
-	n.until = now.Add(n.spent - (maxNos-1)*noPeriod) // which is mostly over by now
+	n.until = now.Add(n.spent - (maxNos-1)*noPeriod) // mostly in the past
 }
 
 // pruneLocked forgets old answers. There are few: each comes from a question that a

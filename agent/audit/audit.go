@@ -417,8 +417,9 @@ func (a *Trail) Signatures(fingerprint string) (count uint64, last time.Time) {
 }
 
 // New returns an empty trail that writes to log. The Trail calls failed for each refused
-// request of this machine, unless a person has just refused it in a prompt, or the client
-// shows the reason (Record.Told). failed must not wait, and may be nil.
+// request of this machine. It does not if a person has just refused the request in a
+// prompt, or if the client shows the reason (Record.Told). failed must not wait, and may be
+// nil.
 func New(log *slog.Logger, failed func(Event)) *Trail { return &Trail{log: log, failed: failed} }
 
 // hosts names the host of a login, and the hosts that forwarded the request.

@@ -128,7 +128,7 @@ func playTurn(path string) error {
 	const tty = 3 // see onTerminal
 	back := make(chan os.Signal, 1)
 	signal.Notify(back, unix.SIGUSR1)
-	signal.Ignore(unix.SIGTTOU) // which is for those who do it from the background
+	signal.Ignore(unix.SIGTTOU) // a process in the background gets it
 	cmd := exec.Command(os.Args[0])
 	cmd.Env = append(os.Environ(), roleVariable+"=connect "+path)
 	cmd.Stdin = os.Stdin

@@ -109,9 +109,9 @@ func vouches(pid int, s procstat.Stat, uid int) error {
 	return nil
 }
 
-// vouchesHidden is vouches for a process about which the kernel shows nothing. Two kinds of them
-// make terminals: the part of sshd that has become the user, a child of a process of root, and a
-// program with the set-group-ID bit, as screen may have it.
+// vouchesHidden does the same as vouches, for a process that the kernel hides. Two kinds of
+// hidden processes make terminals. One is the part of sshd that has become the user: a child
+// of a process of root. The other is a program with the set-group-ID bit, as screen may have.
 func vouchesHidden(pid int, s procstat.Stat, ids ids, uid int) error {
 	if parent, ok := parentOf(pid, s); ok && s.Parent > 1 && uid != 0 {
 		if of, err := readIDs(s.Parent); err == nil && of.isRoot() && parent.Start <= s.Start {

@@ -56,7 +56,7 @@ func TestEstablished(t *testing.T) {
 			if err := cmd.Run(); err != nil {
 				t.Fatal(err)
 			}
-			t.Cleanup(func() { far.Close() }) // which ends what is left
+			t.Cleanup(func() { far.Close() }) // hangs up the rest of the processes
 		}, "which is not a known terminal program|has ended, or cannot be seen"},
 		"in tmux": {func(t *testing.T, client, path string) {
 			tmuxRuns(t, role("connect "+path)+client+"; true")

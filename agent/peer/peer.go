@@ -9,8 +9,8 @@
 //   - A name in a Chain can be shown to a person: it has no control character and cannot
 //     imitate the links of the chain.
 //   - [Peer.Desk] finds the display and the terminal of the same process, or none. It opens
-//     a terminal through the process, so that it is the right one also in a container, and
-//     only while the process is the job in the foreground there.
+//     the terminal only while the process is the job in the foreground there. It opens the
+//     terminal through the process, so that it gets the right file also in a container.
 //
 // The owner of the processes chooses the names. They help a person to recognise a request and
 // prove nothing. The process that made a connection need not be the one that uses it: processes

@@ -344,7 +344,7 @@ func TestLater(t *testing.T) {
 				if err := cmd.Process.Kill(); err != nil {
 					t.Fatal(err)
 				}
-				_ = cmd.Wait() // which says that it was killed
+				_ = cmd.Wait() // the error says that a signal ended it
 			}
 			check := func(what string, p Peer, cmd *exec.Cmd, alive bool) {
 				t.Helper()

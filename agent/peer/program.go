@@ -18,9 +18,9 @@ var systemDirs = []string{"/usr/bin", "/usr/local/bin", "/bin", "/run/current-sy
 // systemDirs that only root may change. The process must live in the namespaces of this process,
 // and not in those of a sandbox or container.
 //
-// It knows the program's file, not what the process does. Another program of the same user can
-// start that file with a library of its own (LD_PRELOAD), trace it (ptrace), or connect before it
-// runs it (execve).
+// It knows the program's file, not what the process does. Another program of the same user
+// can start that file with a library of its own (LD_PRELOAD) or trace it (ptrace). It can
+// also connect before it runs that file (execve).
 func (p Peer) RunsSystemProgram(name string) error {
 	if p.Program == (Program{}) {
 		return errors.New("the program of the process that asks cannot be seen")
@@ -49,8 +49,8 @@ func (p Peer) RunsSystemProgram(name string) error {
 	return pr.same()
 }
 
-// isSystemProgram tells whether a file is the program of that name in one of systemDirs, and
-// whether only root may change the file and its directory.
+// isSystemProgram tells whether a file is the program of that name in one of systemDirs.
+// The result is true only if root alone may change the file and its directory.
 func isSystemProgram(name string, file Program) bool {
 	for _, dir := range systemDirs {
 		var st unix.Stat_t

@@ -227,7 +227,7 @@ func FuzzControl(f *testing.F) {
 		again := message(0, r.what, r.uri)
 		if r.what == controlLogin {
 			again = message(0, r.what, r.uri, r.pin, false)
-			again[len(again)-1] = input[len(input)-1] // which says nothing
+			again[len(again)-1] = input[len(input)-1] // the reserved boolean
 		}
 		if !bytes.Equal(again[1:], input) {
 			t.Errorf("%q is read as %+v", input, r)

@@ -63,9 +63,9 @@ func (c *handler) finish() {
 	}
 }
 
-// Serve answers the client until the client hangs up, sends bytes that are not a message, or does
-// not take its answers, and until the connection is closed. When ctx has ended, the client has to
-// take the present answer at once.
+// Serve answers the client until the connection closes. Serve also ends when the client
+// hangs up, sends bytes that are not a message, or does not take its answers. When ctx has
+// ended, the client has to take the present answer at once.
 func (c *handler) Serve(ctx context.Context) {
 	defer c.finish() // of a request that a panic ends
 	for {

@@ -18,12 +18,12 @@ func TestIdleConnections(t *testing.T) {
 	}
 	measure := func() (bytes uint64, goroutines int) {
 		runtime.GC()
-		runtime.GC() // what was in a sync.Pool is gone after the second one
+		runtime.GC() // the second run empties each sync.Pool
 		var m runtime.MemStats
 		runtime.ReadMemStats(&m)
 		return m.HeapAlloc, runtime.NumGoroutine()
 	}
-	connect() // what is made only once
+	connect() // makes the things that all connections share
 	before, had := measure()
 	conns := make([]*net.UnixConn, clients)
 	for i := range conns {
@@ -39,7 +39,7 @@ func TestIdleConnections(t *testing.T) {
 	} else {
 		t.Logf("%d bytes for each client", each)
 	}
-	for _, conn := range conns { // it is all there still
+	for _, conn := range conns { // all connections still work
 		ask(t, conn, message(99))
 	}
 }

@@ -346,7 +346,7 @@ func (n *Notifier) show() {
 				drop()
 				quiet = true
 			}
-			continue // what is wanted may be another thing by now
+			continue // other lines may be wanted by now
 		}
 		var dismissed, gone <-chan struct{}
 		if d != nil {

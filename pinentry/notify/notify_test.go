@@ -241,7 +241,7 @@ func TestSlowDisplay(t *testing.T) {
 		t.d.slow = time.Minute
 		done := t.use(1, "a")
 		t.wait(2 * time.Second)
-		done() // which does not wait
+		done() // does not wait
 		t.want("it is not shown yet")
 		t.wait(time.Minute)
 		t.want("it is shown", "T|a", "")

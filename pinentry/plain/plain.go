@@ -22,9 +22,10 @@ const maxText = 4096
 const ellipsis = "…"
 
 // Line returns text for a line of a terminal, a prompt or a list. A character that does not
-// print becomes an escape such as \x1b, and so does one without width or one that reverses
-// the direction of writing. Line breaks and tabs become blanks, and invalid UTF-8 becomes
-// U+FFFD. Line leaves out what follows the first 4096 bytes. Line of its result is the same.
+// print becomes an escape such as \x1b. So does a character without width, or one that
+// reverses the direction of writing. Line breaks and tabs become blanks, and invalid UTF-8
+// becomes U+FFFD. Line leaves out all text after the first 4096 bytes. Line of its result is
+// the same.
 func Line(text string) string { return escape(text[:min(len(text), maxText)], false) }
 
 // Lines does the same as Line and keeps line breaks.

@@ -151,8 +151,8 @@ func TestPrints(t *testing.T) {
 	}
 }
 
-// FuzzShow has each function show any text. What is shown is valid UTF-8 on one line, prints,
-// and keeps to the limit.
+// FuzzShow calls each function with any text. The result is valid UTF-8 on one line, prints,
+// and is within the limit.
 func FuzzShow(f *testing.F) {
 	for _, s := range []string{
 		"", "plain", "100%", "a\r\nb\tc", "\x1b[2J", "\xff\xc3", "ü€🔑", "\u202e\u200b\u2028\U000e0001", strings.Repeat("ü%", 1000), "\x00",

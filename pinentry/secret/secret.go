@@ -47,7 +47,7 @@ type handle struct {
 
 type memory struct {
 	region []byte // the whole mapping, guard page included
-	data   []byte // what the owner sees, right before the guard page
+	data   []byte // the part for the owner, right before the guard page
 	n      int    // bytes in use at the start of data
 }
 

@@ -166,7 +166,7 @@ func TestHang(t *testing.T) {
 			defer c.Close()
 			_, _ = c.Read(make([]byte, 1))
 			cancel()
-			_, _ = c.Read(make([]byte, 100)) // what is left
+			_, _ = c.Read(make([]byte, 100)) // the rest of the messages
 			_, _ = c.Read(make([]byte, 1))   // its end
 		}()
 		if c, err := bus.Connect(ctx, "unix:path="+dir+"/bus"); !errors.Is(err, context.Canceled) {
@@ -202,7 +202,7 @@ func TestEnd(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	three, err := bus.Connect(context.Background(), b.Address()) // which only Close ends
+	three, err := bus.Connect(context.Background(), b.Address()) // only Close ends it
 	if err != nil {
 		t.Fatal(err)
 	}

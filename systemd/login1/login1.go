@@ -118,7 +118,7 @@ type listener struct {
 	*Watch
 	conn  *bus.Conn
 	owner string   // logind's unique name; empty: it is not there
-	hold  *os.File // what sleep waits for; nil: it does not wait
+	hold  *os.File // sleep waits until it is closed; nil: sleep does not wait
 	fails int      // how often in a row logind refused to hold sleep
 	retry <-chan time.Time
 	dozes bool // true from the signal that sleep begins until the signal that it ends
