@@ -7,7 +7,6 @@ import (
 	"fmt"
 	"io/fs"
 	"log/slog"
-	"os"
 	"path/filepath"
 	"slices"
 	"strings"
@@ -20,7 +19,8 @@ import (
 
 // The bounds of Refusals. The oldest entries go.
 const (
-	maxRefusedFiles  = 256 // lines of the file
+	maxRefusalsFile  = 1 << 20 // bytes
+	maxRefusedFiles  = 256     // lines of the file
 	maxRefusedValues = 64
 )
 
@@ -79,7 +79,7 @@ func LoadRefusals(dir string, log *slog.Logger) *Refusals {
 		return r
 	}
 	r.path = filepath.Join(dir, refusalsFile)
-	b, err := os.ReadFile(r.path)
+	b, err := statefile.Read(r.path, maxRefusalsFile)
 	if err != nil {
 		if !errors.Is(err, fs.ErrNotExist) {
 			log.Warn("cannot read which PIN files were refused before", "reason", err)
@@ -134,7 +134,7 @@ func (r *Refusals) addValueLocked(o Origin, pin *secret.Secret) {
 
 // save adds a line to the file.
 func (r *Refusals) save(key string) error {
-	b, err := os.ReadFile(r.path)
+	b, err := statefile.Read(r.path, maxRefusalsFile)
 	if err != nil && !errors.Is(err, fs.ErrNotExist) {
 		return err
 	}
