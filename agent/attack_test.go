@@ -175,7 +175,7 @@ func TestAttack02RemoveAndReturn(t *testing.T) {
 							}
 							id, old := f.now().identities[0], limitsOf(&constraints, 0)
 							if id.owed == nil {
-								// The key comes back with its limits: their addition is still there.
+								// Its addition still exists, with the limits.
 								byItself := comes == "is inserted" || comes == "is configured"
 								if named := goes == "-e" || goes == "-D"; id.limits.looser(&old) || named || !byItself {
 									t.Errorf("it has %+v, and nothing is due for that", id.limits)
@@ -183,7 +183,7 @@ func TestAttack02RemoveAndReturn(t *testing.T) {
 								return
 							}
 							if asks {
-								// The prompt for the PIN tells what it is about.
+								// The prompt for the PIN names the use.
 								if err := sign(); err != nil || len(f.confirm.asked) > 0 || !k.use.Unlimited {
 									t.Errorf("with a PIN: %v, asked %q, %+v", err, f.confirm.asked, k.use)
 								}
@@ -565,7 +565,7 @@ func TestAttack04Walk(t *testing.T) {
 					}
 				}
 				if logouts := w.tokens.logouts; logouts > 0 && !slices.Contains([]string{"main", "confirm", "login", "locked"}, column) {
-					// A forwarded ssh-add -D logs out of tokens if it sees all of their keys.
+					// A forwarded -D logs out if it sees all keys of a token.
 					if column != "forwarded" || slices.Contains(w.tokens.logins, "out of pkcs11:token=d") {
 						t.Errorf("%d logouts: %q", logouts, w.tokens.logins)
 					}

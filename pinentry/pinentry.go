@@ -126,7 +126,7 @@ type Place struct {
 	// Askpass runs Pinentry.Askpass in place of Program.
 	Askpass bool
 	// Locale is the language and encoding of the person: LC_ALL, LC_MESSAGES or
-	// LANG. Text is UTF-8 for every encoding.
+	// LANG. Text is UTF-8, even if the locale has another encoding.
 	Locale string
 	// UserData is PINENTRY_USER_DATA, for programs that choose by it.
 	UserData string

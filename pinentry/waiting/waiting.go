@@ -14,8 +14,8 @@ import (
 	"time"
 )
 
-// A List has the requests that wait for an answer, as their contexts. The zero value is empty and
-// ready to use. Methods may be called from any goroutine.
+// A List has the requests that wait for an answer, as their contexts. The zero value is
+// empty and ready to use. Any goroutine may call its methods.
 type List struct {
 	mu     sync.Mutex
 	all    []context.Context // in the order in which they are asked
@@ -66,8 +66,9 @@ func (l *List) SetBeside(all []Other) {
 	l.beside = slices.Clone(all)
 }
 
-// Leave is for a request whose context has ended. When that request is asked, Leave returns after
-// the question has ended. So the client does not go on while the prompt is still in its terminal.
+// Leave is for a request whose context has ended. If the question goes to that request,
+// Leave returns after the end of the question. So the client does not go on while the
+// prompt is still in its terminal.
 func (l *List) Leave(ctx context.Context) {
 	l.mu.Lock()
 	var ended chan struct{}
@@ -141,8 +142,8 @@ func FromContext(ctx context.Context) *List {
 
 type acceptedKey struct{}
 
-// OnAccepted returns a context for a request. f is called when the answer of that request's own
-// person has proved right. f may be called from any goroutine.
+// OnAccepted returns a context for a request. Accepted calls f when the answer of that
+// request's own person has proved right. f runs in the goroutine that calls Accepted.
 func OnAccepted(ctx context.Context, f func()) context.Context {
 	return context.WithValue(ctx, acceptedKey{}, f)
 }
@@ -179,16 +180,18 @@ var ErrMoved = errors.New("the prompt has moved to a request that waited for its
 type Question struct {
 	// Ask asks for the request that its context belongs to.
 	Ask func(context.Context) error
-	// Pass tells whether an error of Ask means that this request cannot be asked. Then the next
-	// request is asked. When no request can be asked, the first error stands.
+	// Pass tells whether an error of Ask means that Ask cannot ask for this request. Then
+	// the question goes to the next request. If Ask cannot ask for any request, the first
+	// error stands.
 	Pass func(error) bool
-	// Turn is how long a request is asked while others wait; 0: until the answer.
+	// Turn is how long the question stays with a request while others wait; 0: until the
+	// answer.
 	Turn time.Duration
 	// Takes tells whether another waiting request can be asked at a place of its own. At the end
 	// of a turn, the first request that can be asked gets the next turn.
 	Takes func(Other) bool
-	// Tell is called for each other request that has waited for longer than Patience, once for
-	// each turn. 0: Tell is not called.
+	// Tell gets each other request that has waited for longer than Patience, once in each
+	// turn. If Patience is 0, it gets no request.
 	Tell     func(Other)
 	Patience time.Duration
 }
