@@ -7,6 +7,7 @@ import (
 	"os"
 	"path/filepath"
 	"strings"
+	"sync/atomic"
 	"testing"
 
 	"p11-agent/token"
@@ -335,4 +336,27 @@ func TestKilledDuringLoginForAnother(t *testing.T) {
 	}
 	want(t, "prompts", p.Prompts(), 1)
 	want(t, "logins", b.fake.Requests(wire.TypeLogin), 1)
+}
+
+// A token leaves after the module has listed its slots, and before the agent reads the token. The
+// look counts the token as gone: the module need not report the removal again.
+func TestLeftDuringLook(t *testing.T) {
+	b := newBench(t, &tokentest.Person{Always: rightPIN}, nil)
+	b.mustSign()
+	var leaves atomic.Bool
+	b.fake.Intercept(func(_ context.Context, proc *tokentest.FakeProcess, r wire.Request) bool {
+		if r.Type != wire.TypeObjects || !leaves.Load() {
+			return false
+		}
+		proc.Fail(r, &wire.Error{Reason: wire.ReasonNoToken})
+		return true
+	})
+	leaves.Store(true)
+	noError(t, b.store.Rescan(t.Context()))
+	if has(b.store, "card") {
+		t.Error("the key of the token that left is listed")
+	}
+	leaves.Store(false)
+	noError(t, b.store.Rescan(t.Context()))
+	want(t, "insertions", b.key(1).Insertions(), uint64(2))
 }

@@ -443,6 +443,9 @@ func (m *module) look(ctx context.Context, p *process.Process, again bool) error
 			if ctx.Err() != nil || p.Err() != nil {
 				return m.wrap(err)
 			}
+			if e, ok := errors.AsType[*wire.Error](err); ok && e.Reason == wire.ReasonNoToken && e.RV == 0 {
+				continue // the token has left since the module listed its slots: no other event may tell
+			}
 			m.log.Warn("token cannot be read", "token", slot.Token.Label, "serial", slot.Token.Serial, "reason", err)
 		} else {
 			read += size
