@@ -386,7 +386,7 @@ func TestNobodyToAsk(t *testing.T) {
 	w, k := requesttest.New(t), edKey("pkcs11:token=a")
 	f := newFixture(Options{Rules: everyKey(approval.Policy{Confirm: approval.ConfirmAlways})}, k)
 	f.approver.Confirm = nil
-	f.signs(t, k, w.Caller("ssh"), requesttest.Signature("git"), approval.ErrNobody)
+	f.signs(t, k, w.Caller("ssh"), requesttest.Signature("git"), approval.ErrNoPrompt)
 	errNoPrompt := errors.New("no display")
 	f.approver.Confirm = &answers{give: func(context.Context, approval.Question, int) (approval.Answer, error) {
 		return approval.Answer{Allowed: true, For: approval.UntilLock}, errNoPrompt

@@ -42,7 +42,7 @@ func (k *Keyring) addToken(ctx context.Context, rec *audit.Record, r request.Tok
 		return errForwarded
 	}
 	if r.Constraints.Confirm && k.opts.Confirm == nil {
-		return approval.ErrNobody
+		return approval.ErrNoPrompt
 	}
 	s, err := k.opts.Tokens.Parse(r.Provider, confined(c))
 	if err != nil {
@@ -191,7 +191,7 @@ func (k *Keyring) add(ctx context.Context, rec *audit.Record, r request.AddKey, 
 	case !k.opts.SoftwareKeys:
 		return errNoSoftware
 	case r.Constraints.Confirm && k.opts.Confirm == nil:
-		return approval.ErrNobody
+		return approval.ErrNoPrompt
 	case len(r.Constraints.Certificates) > 0 || r.Constraints.CertificatesOnly:
 		return errors.New("certificates can only be added to the keys of a token")
 	}

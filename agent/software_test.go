@@ -80,7 +80,7 @@ func TestSoftwareKeyRefusals(t *testing.T) {
 	}
 	f := newFixture(Options{SoftwareKeys: true})
 	f.Keyring.opts.Confirm = nil
-	if err := f.Add(t.Context(), local, addKey(k, request.Constraints{Confirm: true})); !errors.Is(err, approval.ErrNobody) {
+	if err := f.Add(t.Context(), local, addKey(k, request.Constraints{Confirm: true})); !errors.Is(err, approval.ErrNoPrompt) {
 		t.Errorf("nobody to ask: %v", err)
 	}
 }

@@ -616,7 +616,7 @@ func (a asked) error() error {
 
 func (a *Approver) ask(ctx context.Context, q Question) asked {
 	if a.Confirm == nil {
-		return asked{err: ErrNobody}
+		return asked{err: ErrNoPrompt}
 	}
 	var answer Answer
 	err := a.Questions.Ask(ctx, q.KeyFingerprint, true, func(ctx context.Context) (_ Outcome, err error) {

@@ -41,7 +41,7 @@ func TestDecide(t *testing.T) {
 		"forwarded, and it is not":         {Policy{Confirm: ConfirmForwarded}, local, goodLogin, never},
 		"forwarded, and a bind has failed": {Policy{Confirm: ConfirmForwarded}, failed, goodLogin, ConfirmAlways},
 		"first use":                        {Policy{Confirm: ConfirmFirstUse}, local, goodLogin, ConfirmAlways},
-		"what nobody knows":                {Policy{Confirm: "sometimes"}, local, goodLogin, ConfirmAlways},
+		"an unknown value":                 {Policy{Confirm: "sometimes"}, local, goodLogin, ConfirmAlways},
 		"the first rule that matches": {
 			Policy{Rules: []Rule{{Purposes: []request.Purpose{request.PurposeGit}, Confirm: never}, {Confirm: deny}, {Confirm: never}}}, local, goodLogin, deny,
 		},
@@ -54,7 +54,7 @@ func TestDecide(t *testing.T) {
 		"program, the first":          {one(Rule{Programs: []string{"ssh"}, Confirm: deny}), local, git, deny},
 		"program, any link":           {one(Rule{Programs: []string{"x", "bash"}, Confirm: deny}), local, git, deny},
 		"program, not part of a name": {one(Rule{Programs: []string{"bas", "ssh*"}, Confirm: deny}), local, git, ConfirmAlways},
-		"program, nobody known":       {one(Rule{Programs: []string{""}, Confirm: never}), &request.Caller{}, git, ConfirmAlways},
+		"program, none known":         {one(Rule{Programs: []string{""}, Confirm: never}), &request.Caller{}, git, ConfirmAlways},
 		"all conditions, one not met": {one(Rule{Programs: []string{"ssh"}, Purposes: []request.Purpose{request.PurposeGit}, Confirm: deny}), local, goodLogin, ConfirmAlways},
 
 		"forwarded = true":                   {one(Rule{Forwarded: &yes, Confirm: never}), fwd, git, never},
@@ -76,7 +76,7 @@ func TestDecide(t *testing.T) {
 		"host, not in known_hosts":              {one(Rule{Hosts: org, Confirm: never}), w.Caller("ssh", "new"), w.Login("new", true), ConfirmAlways},
 		"host, hashed":                          {one(Rule{Hosts: org, Confirm: never}), w.Caller("ssh", "hashed"), w.Login("hashed", true), ConfirmAlways},
 		"host, revoked":                         {one(Rule{Hosts: org, Confirm: never}), w.Caller("ssh", "revoked"), w.Login("revoked", true), ConfirmAlways},
-		"host, nobody says which":               {one(Rule{Hosts: org, Confirm: never}), unbound, w.Login("good", false), ConfirmAlways},
+		"host, not named":                       {one(Rule{Hosts: org, Confirm: never}), unbound, w.Login("good", false), ConfirmAlways},
 		"host, a bind of another session":       {one(Rule{Hosts: org, Confirm: never}), stale, w.Login("other", false), ConfirmAlways},
 		"host, data and bind differ":            {one(Rule{Hosts: org, Confirm: never}), stale, w.Login("other", true), ConfirmAlways},
 		"host, a bind has failed":               {one(Rule{Hosts: org, Confirm: never}), failed, goodLogin, ConfirmAlways},

@@ -5,7 +5,7 @@ import "errors"
 // The errors of a use that a person does not allow.
 var (
 	ErrDeclined      = errors.New("the use of the key was not confirmed")
-	ErrNobody        = errors.New("there is no way to ask for confirmation")
+	ErrNoPrompt      = errors.New("there is no way to ask for confirmation")
 	ErrNotInserted   = errors.New("the token was not inserted in time")
 	ErrTokenDeclined = errors.New("the person asked has declined to insert it")
 )
