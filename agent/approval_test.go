@@ -28,7 +28,7 @@ type answers struct {
 }
 
 func (a *answers) Confirm(ctx context.Context, r approval.Question) (answer approval.Answer, err error) {
-	err = waiting.Ask(ctx, waiting.Question{Ask: func(ctx context.Context) (err error) {
+	err = r.Asking.Ask(ctx, waiting.Question{Ask: func(ctx context.Context) (err error) {
 		answer, err = a.confirm(ctx, r)
 		return err
 	}})
@@ -38,7 +38,7 @@ func (a *answers) Confirm(ctx context.Context, r approval.Question) (answer appr
 func (a *answers) confirm(ctx context.Context, r approval.Question) (approval.Answer, error) {
 	a.mu.Lock()
 	a.asked = append(a.asked, r)
-	a.again = append(a.again, approval.Again(ctx))
+	a.again = append(a.again, r.Asking.Again())
 	n := len(a.asked)
 	a.open++
 	a.most = max(a.most, a.open)

@@ -9,6 +9,7 @@ import (
 
 	"p11-agent/agent/approval"
 	"p11-agent/agent/request"
+	"p11-agent/pinentry/waiting"
 )
 
 const (
@@ -21,14 +22,15 @@ const (
 // insert waits until a token that has the identity is present, or until a person has
 // declined to insert it. All requests for the same identity share the wait.
 func (g *Guard) insert(ctx context.Context, t *request.Target) error {
-	_, err := g.insertions.Do(ctx, t.ID, func(ctx context.Context) (struct{}, error) {
-		return struct{}{}, g.awaitToken(ctx, t)
+	_, err := g.insertions.Do(ctx, t.ID, func(ctx context.Context, list *waiting.List) (struct{}, error) {
+		return struct{}{}, g.awaitToken(ctx, list, t)
 	})
 	return err
 }
 
-// awaitToken asks a person for a token until the token is present.
-func (g *Guard) awaitToken(ctx context.Context, t *request.Target) error {
+// awaitToken asks a person for a token until the token is present. list has the requests that
+// wait for it.
+func (g *Guard) awaitToken(ctx context.Context, list *waiting.List, t *request.Target) error {
 	w := approval.Wanted{Comment: t.Comment, Fingerprint: t.Fingerprint}
 	for _, home := range t.Homes {
 		if name := home.TokenName(); !slices.Contains(w.Tokens, name) {
@@ -51,9 +53,10 @@ func (g *Guard) awaitToken(ctx context.Context, t *request.Target) error {
 	}()
 	ask := func() {
 		open = true
+		w.Asking = g.approver.Questions.About(w.Fingerprint, list, false)
 		go func() {
 			var a answer
-			a.err = g.approver.Questions.Ask(ctx, w.Fingerprint, false, func(ctx context.Context) (_ approval.Outcome, err error) {
+			a.err = w.Asking.Show(ctx, func(ctx context.Context) (_ approval.Outcome, err error) {
 				a.in, err = g.inserter.Insert(ctx, w)
 				return approval.OutcomeOf(a.in, err), err
 			})

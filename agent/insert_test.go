@@ -27,7 +27,7 @@ type fakeInserter struct {
 }
 
 func (i *fakeInserter) Insert(ctx context.Context, w approval.Wanted) (in bool, err error) {
-	err = waiting.Ask(ctx, waiting.Question{Ask: func(ctx context.Context) (err error) {
+	err = w.Asking.Ask(ctx, waiting.Question{Ask: func(ctx context.Context) (err error) {
 		in, err = i.insert(ctx, w)
 		return err
 	}})

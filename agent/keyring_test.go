@@ -278,7 +278,7 @@ type fakeConfirm struct {
 }
 
 func (c *fakeConfirm) Confirm(ctx context.Context, r approval.Question) (answer approval.Answer, err error) {
-	err = waiting.Ask(ctx, waiting.Question{Ask: func(ctx context.Context) (err error) {
+	err = r.Asking.Ask(ctx, waiting.Question{Ask: func(ctx context.Context) (err error) {
 		answer, err = c.confirm(ctx, r)
 		return err
 	}})

@@ -311,8 +311,8 @@ func isPaused(err error) bool {
 func TestNoToAll(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		w, k, other := requesttest.New(t), edKey("pkcs11:token=a"), edKey("pkcs11:token=b")
-		p := &answers{give: func(ctx context.Context, _ approval.Question, _ int) (approval.Answer, error) {
-			if approval.Again(ctx) {
+		p := &answers{give: func(_ context.Context, r approval.Question, _ int) (approval.Answer, error) {
+			if r.Asking.Again() {
 				return approval.Answer{}, approval.ErrNoToAll
 			}
 			return approval.Answer{}, nil

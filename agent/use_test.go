@@ -12,7 +12,6 @@ import (
 
 	"p11-agent/agent/peer"
 	"p11-agent/agent/request"
-	"p11-agent/pinentry/waiting"
 )
 
 func publicOf(t testing.TB, k request.Key) ssh.PublicKey {
@@ -127,12 +126,9 @@ func TestInsertMoves(t *testing.T) {
 		key := edKey("pkcs11:token=a;id=%01")
 		asked := make(chan *request.Caller, 10)
 		in := &fakeInserter{answer: func(ctx context.Context, _ int) (bool, error) {
-			err := waiting.Ask(ctx, waiting.Question{Ask: func(ctx context.Context) error {
-				asked <- request.CallerFrom(ctx)
-				<-ctx.Done()
-				return ctx.Err()
-			}})
-			return false, err
+			asked <- request.CallerFrom(ctx)
+			<-ctx.Done()
+			return false, ctx.Err()
 		}}
 		f := newFixture(Options{Rules: Rules{OfferAway: always}, Insert: in, RemoteTokens: true})
 		f.tokens.setAway(nil, []request.Key{key})

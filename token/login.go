@@ -7,6 +7,7 @@ import (
 	"slices"
 
 	"p11-agent/pinentry/secret"
+	"p11-agent/pinentry/waiting"
 	"p11-agent/token/pin"
 	"p11-agent/token/process"
 	"p11-agent/token/wire"
@@ -31,7 +32,9 @@ func supply(p *secret.Secret) supplied { return supplied{Supplied: pin.Supplied{
 // PIN that the person typed when the key wants the PIN for the signature as well. The caller
 // wipes that PIN.
 func (t *Token) login(ctx context.Context, k *Key, with supplied) (*secret.Secret, error) {
-	run := func(ctx context.Context) (*secret.Secret, error) { return t.runLogin(ctx, k, with) }
+	run := func(ctx context.Context, list *waiting.List) (*secret.Secret, error) {
+		return t.runLogin(ctx, list, k, with)
+	}
 	if with.PIN.Len() > 0 {
 		return t.pins.Alone(ctx, run)
 	}
@@ -39,13 +42,13 @@ func (t *Token) login(ctx context.Context, k *Key, with supplied) (*secret.Secre
 }
 
 // runLogin logs in when it is the token's turn.
-func (t *Token) runLogin(ctx context.Context, k *Key, with supplied) (typed *secret.Secret, err error) {
+func (t *Token) runLogin(ctx context.Context, list *waiting.List, k *Key, with supplied) (typed *secret.Secret, err error) {
 	defer t.module.use()()
 	ctx, cancel := context.WithCancel(ctx)
 	defer cancel()
 	defer context.AfterFunc(t.module.store.ctx, cancel)()
-	err = t.inTurn(ctx, with.PIN.Len() > 0, func(ctx context.Context) error {
-		typed, err = t.logInNow(ctx, k, with)
+	err = t.inTurn(ctx, list, with.PIN.Len() > 0, func(ctx context.Context) error {
+		typed, err = t.logInNow(ctx, list, k, with)
 		return err
 	})
 	err = t.loginFailed(err, false)
@@ -56,8 +59,8 @@ func (t *Token) runLogin(ctx context.Context, k *Key, with supplied) (typed *sec
 }
 
 // inTurn calls do when it is the token's turn to get a PIN.
-func (t *Token) inTurn(ctx context.Context, supplied bool, do func(context.Context) error) error {
-	err := t.pins.InTurn(ctx, supplied, do)
+func (t *Token) inTurn(ctx context.Context, list *waiting.List, supplied bool, do func(context.Context) error) error {
+	err := t.pins.InTurn(ctx, list, supplied, do)
 	if errors.Is(err, pin.ErrForgotten) {
 		return ErrAbsent
 	}
@@ -76,7 +79,7 @@ func (s *Store) start(f func()) error {
 }
 
 // logInNow logs in. The caller has the turn.
-func (t *Token) logInNow(ctx context.Context, k *Key, with supplied) (typed *secret.Secret, err error) {
+func (t *Token) logInNow(ctx context.Context, list *waiting.List, k *Key, with supplied) (typed *secret.Secret, err error) {
 	p, err := t.module.running(ctx)
 	if err != nil {
 		return nil, err
@@ -114,7 +117,7 @@ func (t *Token) logInNow(ctx context.Context, k *Key, with supplied) (typed *sec
 		}
 		return err
 	}
-	if err := t.pins.Login(ctx, t.pinLogin(k, info, with, always, try)); err != nil {
+	if err := t.pins.Login(ctx, t.pinLogin(list, k, info, with, always, try)); err != nil {
 		typed.Wipe()
 		return nil, err
 	}
@@ -131,11 +134,11 @@ func (t *Token) logInNow(ctx context.Context, k *Key, with supplied) (typed *sec
 
 // pinLogin describes a login, or a signature that needs a PIN, to package pin. try has the
 // token try a PIN.
-func (t *Token) pinLogin(k *Key, info wire.TokenInfo, with supplied, eachUse bool, try func(context.Context, pin.Trial) error) *pin.Login {
+func (t *Token) pinLogin(list *waiting.List, k *Key, info wire.TokenInfo, with supplied, eachUse bool, try func(context.Context, pin.Trial) error) *pin.Login {
 	s := t.module.store
 	policy := s.policyOf(k)
 	l := &pin.Login{
-		Token: t.ID, Info: info, Supplied: with.Supplied, Refusals: s.refusals, Asker: s.opts.PINs, EachUse: eachUse,
+		Token: t.ID, Info: info, Supplied: with.Supplied, Refusals: s.refusals, Asker: s.opts.PINs, Waiting: list, EachUse: eachUse,
 		Pad: info.Flags&wire.CKFProtectedAuthenticationPath != 0,
 
 		ClientTells: with.clientTells,
@@ -321,8 +324,9 @@ func (t *Token) signWithPIN(ctx context.Context, p *process.Process, k *Key, req
 	ctx, cancel := context.WithCancel(ctx)
 	defer cancel()
 	defer context.AfterFunc(t.module.store.ctx, cancel)()
-	err = t.inTurn(ctx, false, func(ctx context.Context) error {
-		signature, err = t.signInTurn(ctx, p, k, req, with)
+	list := waiting.One(ctx)
+	err = t.inTurn(ctx, list, false, func(ctx context.Context) error {
+		signature, err = t.signInTurn(ctx, list, p, k, req, with)
 		return err
 	})
 	if err != nil && t.module.store.ctx.Err() != nil {
@@ -332,7 +336,7 @@ func (t *Token) signWithPIN(ctx context.Context, p *process.Process, k *Key, req
 }
 
 // signInTurn is signWithPIN. The caller has the turn.
-func (t *Token) signInTurn(ctx context.Context, p *process.Process, k *Key, req *wire.Sign, with prelude) ([]byte, error) {
+func (t *Token) signInTurn(ctx context.Context, list *waiting.List, p *process.Process, k *Key, req *wire.Sign, with prelude) ([]byte, error) {
 	info, err := t.fresh(ctx, p)
 	if err != nil {
 		return nil, err
@@ -377,7 +381,7 @@ func (t *Token) signInTurn(ctx context.Context, p *process.Process, k *Key, req 
 		return sign(ctx, trial.Kept)
 	}
 	typed := supplied{Supplied: pin.Supplied{PIN: with.typed, Typed: true}}
-	err = t.pins.Login(ctx, t.pinLogin(k, info, typed, true, try))
+	err = t.pins.Login(ctx, t.pinLogin(list, k, info, typed, true, try))
 	return reply.Signature, err
 }
 

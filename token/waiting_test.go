@@ -20,17 +20,22 @@ type nameKey struct{}
 // A follower is a person, whom the agent asks in the place of the client that waits.
 type follower struct {
 	pin.Dialogue
+	about  pin.Request
 	asked  chan string
 	answer chan struct{}
 	turn   time.Duration
 }
 
-func (f *follower) Ask(context.Context, pin.Request) (pin.Dialogue, error) { return f, nil }
-func (f *follower) Close() error                                           { return nil }
+// Ask opens a dialogue of the same person.
+func (f *follower) Ask(_ context.Context, about pin.Request) (pin.Dialogue, error) {
+	return &follower{about: about, asked: f.asked, answer: f.answer, turn: f.turn}, nil
+}
+
+func (f *follower) Close() error { return nil }
 
 func (f *follower) PIN(ctx context.Context, _ string) (typed *secret.Secret, err error) {
 	takes := func(waiting.Other) bool { return true }
-	err = waiting.Ask(ctx, waiting.Question{Turn: f.turn, Takes: takes, Ask: func(ctx context.Context) (err error) {
+	err = waiting.Ask(ctx, f.about.Waiting, waiting.Question{Turn: f.turn, Takes: takes, Ask: func(ctx context.Context) (err error) {
 		f.asked <- ctx.Value(nameKey{}).(string)
 		select {
 		case <-ctx.Done():
@@ -163,14 +168,19 @@ func TestAttack09LastTryOfSomebodyElsesPIN(t *testing.T) {
 // after the prompt has moved on.
 type holder struct {
 	pin.Dialogue
+	about pin.Request
 	asked chan string
 }
 
-func (h *holder) Ask(context.Context, pin.Request) (pin.Dialogue, error) { return h, nil }
-func (h *holder) Close() error                                           { return nil }
+// Ask opens a dialogue of the same person.
+func (h *holder) Ask(_ context.Context, about pin.Request) (pin.Dialogue, error) {
+	return &holder{about: about, asked: h.asked}, nil
+}
+
+func (h *holder) Close() error { return nil }
 
 func (h *holder) PIN(ctx context.Context, _ string) (typed *secret.Secret, err error) {
-	err = waiting.Ask(ctx, waiting.Question{
+	err = waiting.Ask(ctx, h.about.Waiting, waiting.Question{
 		Ask: func(ctx context.Context) (err error) {
 			name := ctx.Value(nameKey{}).(string)
 			h.asked <- name

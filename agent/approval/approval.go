@@ -110,6 +110,8 @@ type Question struct {
 	Key            request.Key // the key of a token that would sign; nil: it is on no token
 	KeyFingerprint string      // the key's fingerprint in the form for people
 	Why            string      // why the agent asks at all
+	// Asking asks on behalf of the requests that wait for the answer.
+	Asking *Asking
 	// Plain is how long a yes counts if the person chooses no other length.
 	Plain Remember
 	// Offer says that the Confirmer may offer other lengths. Otherwise a choice of the
@@ -127,9 +129,9 @@ type Answer struct {
 type Confirmer interface {
 	// Confirm returns the answer. If the person closes the question, the answer is no.
 	// The error says that no prompt can show the question, or that no answer came in
-	// time. Confirm ends with ctx. It asks through [waiting.Ask].
+	// time. Confirm ends with ctx. It asks through Question.Asking.
 	//
-	// If Again returns true, Confirm offers "no to everything from here". It returns
+	// If Asking.Again returns true, Confirm offers "no to everything from here". It returns
 	// ErrNoToAll when the person chooses that.
 	Confirm(ctx context.Context, r Question) (Answer, error)
 }
@@ -550,7 +552,7 @@ func (a *Approver) Approve(ctx context.Context, u *request.Use, t *request.Targe
 	}
 	name, ok := sameness(u, t.ID)
 	if why != "" || !ok {
-		return a.ask(ctx, Question{Use: u, Key: t.Home(), KeyFingerprint: t.Fingerprint, Why: cmp.Or(why, d.why())}).error()
+		return a.ask(ctx, nil, Question{Use: u, Key: t.Home(), KeyFingerprint: t.Fingerprint, Why: cmp.Or(why, d.why())}).error()
 	}
 	return a.askOnce(ctx, u, t, d, name)
 }
@@ -561,12 +563,12 @@ func (a *Approver) askOnce(ctx context.Context, u *request.Use, t *request.Targe
 	if a.kept.has(name, t) {
 		return nil
 	}
-	answer, err := a.kept.asking.Do(ctx, name, func(ctx context.Context) (Answer, error) {
+	answer, err := a.kept.asking.Do(ctx, name, func(ctx context.Context, list *waiting.List) (Answer, error) {
 		if a.kept.has(name, t) {
 			return Answer{Allowed: true}, nil
 		}
 		generation := a.kept.now()
-		said := a.ask(ctx, Question{Use: u, Key: t.Home(), KeyFingerprint: t.Fingerprint, Why: d.why(), Plain: d.plain, Offer: true})
+		said := a.ask(ctx, list, Question{Use: u, Key: t.Home(), KeyFingerprint: t.Fingerprint, Why: d.why(), Plain: d.plain, Offer: true})
 		if said.Allowed && said.For != Once {
 			a.kept.keep(name, t, u, said.For, generation)
 			a.Log.Info("allowed for longer", "result", "ok", "key", t.Fingerprint, "comment", u.Comment, "what", u.Content.String(),
@@ -581,7 +583,7 @@ func (a *Approver) askOnce(ctx context.Context, u *request.Use, t *request.Targe
 // key had before it was removed.
 func (a *Approver) ApproveLoss(ctx context.Context, u *request.Use, t *request.Target) error {
 	const why = "the limits that the key had before it was removed"
-	return a.ask(ctx, Question{Use: u, Key: t.Home(), KeyFingerprint: t.Fingerprint, Why: why}).error()
+	return a.ask(ctx, nil, Question{Use: u, Key: t.Home(), KeyFingerprint: t.Fingerprint, Why: why}).error()
 }
 
 // Remembered returns the answers that still count, the newest first.
@@ -614,12 +616,15 @@ func (a asked) error() error {
 	return nil
 }
 
-func (a *Approver) ask(ctx context.Context, q Question) asked {
+// ask asks a person. requests asks on behalf of the requests that wait for the answer; nil: one
+// request.
+func (a *Approver) ask(ctx context.Context, requests waiting.Requests, q Question) asked {
 	if a.Confirm == nil {
 		return asked{err: ErrNoPrompt}
 	}
 	var answer Answer
-	err := a.Questions.Ask(ctx, q.KeyFingerprint, true, func(ctx context.Context) (_ Outcome, err error) {
+	q.Asking = a.Questions.About(q.KeyFingerprint, requests, true)
+	err := q.Asking.Show(ctx, func(ctx context.Context) (_ Outcome, err error) {
 		answer, err = a.Confirm.Confirm(ctx, q)
 		return OutcomeOf(answer.Allowed, err), err
 	})

@@ -28,8 +28,9 @@ func TestAttack10GroupOfASocket(t *testing.T) {
 				} else {
 					c.Peer.Chain = []peer.Process{{Name: fmt.Sprint(n)}}
 				}
-				err := q.Ask(c.Context(t.Context()), "a key", false, func(ctx context.Context) (Outcome, error) {
-					return OutcomeNo, waiting.Ask(ctx, waiting.Question{Ask: func(context.Context) error { shown++; return nil }})
+				a := q.About("a key", nil, false)
+				err := a.Show(c.Context(t.Context()), func(ctx context.Context) (Outcome, error) {
+					return OutcomeNo, a.Ask(ctx, waiting.Question{Ask: func(context.Context) error { shown++; return nil }})
 				})
 				_, paused = errors.AsType[*PausedError](err)
 				return paused

@@ -15,4 +15,5 @@ type Wanted struct {
 	Tokens      []string // names; any of the tokens is enough
 	Comment     string   // of the identity
 	Fingerprint string
+	Asking      *Asking // asks on behalf of the requests that wait for the token
 }

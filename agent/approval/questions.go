@@ -126,70 +126,100 @@ func (e *PausedError) Error() string {
 	return fmt.Sprintf("a person has refused requests from %s: no question is shown before %s", e.From, until)
 }
 
-// Ask calls show, which asks a person through [waiting.Ask] and returns the outcome. Ask
-// returns the error of show. If the questions of the client pause, the prompt does not
-// appear, and the error is a *PausedError. about names the key or the token for people. If
-// inTurn is true, the question waits until earlier questions of the client have answers.
-//
-// Several requests may wait for one answer (a [waiting.List] in ctx). Ask asks on behalf
-// of one request at a time. If its questions pause, the request ends with the PausedError
-// as the cause of its context, and Ask goes on with the next request.
-func (q *Questions) Ask(ctx context.Context, about string, inTurn bool, show func(ctx context.Context) (Outcome, error)) error {
-	answered := func(Outcome) {} // notes the outcome for the last request, and ends its turn
-	outcome, err := show(waiting.Around(ctx, func(ctx context.Context, ask func(context.Context) error) error {
-		answered(Unanswered)
-		answered = func(Outcome) {}
-		c := request.CallerFrom(ctx)
-		if c == nil {
-			return ask(ctx)
-		}
-		w := c.OriginApart()
-		give := func() {}
-		if inTurn {
-			var err error
-			if give, err = q.turns.take(ctx, w); err != nil {
-				return err
-			}
-		}
-		from := describe(c, request.UseFrom(ctx))
-		again, err := q.begin(w, about)
-		if err != nil {
-			give()
-			if r := request.ServedFrom(ctx); r != nil {
-				r.End(err)
-			}
-			return cmp.Or(ctx.Err(), err)
-		}
-		err = ask(context.WithValue(ctx, againKey{}, again))
-		// The next question of the same client waits until this answer is noted.
-		answered = func(o Outcome) {
-			q.end(w, about, from, o)
-			give()
-		}
-		if err != nil && ctx.Err() != nil {
-			answered(endedBy(ctx))
-			answered = func(Outcome) {}
-		}
-		return err
-	}))
-	answered(outcome)
+// An Asking asks a person about one thing. Several requests may wait for the answer: it asks on
+// behalf of one request at a time. One goroutine at a time uses it.
+type Asking struct {
+	questions *Questions
+	requests  waiting.Requests // nil: one request
+	about     string
+	inTurn    bool
+
+	again bool // see Again
+	// answered notes the outcome for the request that was asked last, and ends its turn. nil: no
+	// outcome is missing.
+	answered func(Outcome)
+}
+
+// About returns an Asking about a key or a token. about names it for people. requests asks on
+// behalf of the requests that wait for the answers; nil: one request, with the context of Show. If
+// inTurn is true, a question waits until earlier questions of the client have answers.
+func (q *Questions) About(about string, requests waiting.Requests, inTurn bool) *Asking {
+	return &Asking{questions: q, about: about, requests: requests, inTurn: inTurn}
+}
+
+// Show calls show, which asks a person by Ask and returns the outcome. It returns the error of
+// show.
+func (a *Asking) Show(ctx context.Context, show func(ctx context.Context) (Outcome, error)) error {
+	outcome, err := show(ctx)
+	a.note(outcome)
 	return err
 }
 
-type againKey struct{}
-
-// Again tells whether the client had to wait in a pause before this question. Then the
-// prompt offers "no to everything from here". ctx is the context of the question.
-func Again(ctx context.Context) bool {
-	again, _ := ctx.Value(againKey{}).(bool)
-	return again
+// note notes the outcome for the request that was asked last, unless it has one.
+func (a *Asking) note(o Outcome) {
+	if a.answered != nil {
+		a.answered(o)
+	}
+	a.answered = nil
 }
+
+// Ask asks a question, as [waiting.Ask] does. If the questions of the client pause, the prompt
+// does not appear, and the error is a *PausedError. When several requests wait, only the request
+// of that client ends, with the PausedError as the cause of its context. Ask goes on with the next
+// request.
+func (a *Asking) Ask(ctx context.Context, question waiting.Question) error {
+	ask := question.Ask
+	question.Ask = func(ctx context.Context) error { return a.askOne(ctx, ask) }
+	return waiting.Ask(ctx, a.requests, question)
+}
+
+// askOne asks on behalf of the request that ctx belongs to.
+func (a *Asking) askOne(ctx context.Context, ask func(context.Context) error) error {
+	a.note(Unanswered)
+	a.again = false
+	c := request.CallerFrom(ctx)
+	if c == nil {
+		return ask(ctx)
+	}
+	q, w := a.questions, c.OriginApart()
+	give := func() {}
+	if a.inTurn {
+		var err error
+		if give, err = q.turns.take(ctx, w); err != nil {
+			return err
+		}
+	}
+	from := describe(c, request.UseFrom(ctx))
+	again, err := q.begin(w, a.about)
+	if err != nil {
+		give()
+		if r := request.ServedFrom(ctx); r != nil {
+			r.End(err)
+		}
+		return cmp.Or(ctx.Err(), err)
+	}
+	a.again = again
+	err = ask(ctx)
+	// The next question of the same client waits until this answer is noted.
+	a.answered = func(o Outcome) {
+		q.end(w, a.about, from, o)
+		give()
+	}
+	if err != nil && ctx.Err() != nil {
+		a.note(endedBy(ctx))
+	}
+	return err
+}
+
+// Again tells whether the client that is asked now had to wait in a pause before this question.
+// Then the prompt offers "no to everything from here".
+func (a *Asking) Again() bool { return a.again }
 
 // Note notes the outcome of a question that a person has answered at another place than
 // the prompt, such as a card reader. ctx is the context of the question.
-func (q *Questions) Note(ctx context.Context, about string, outcome Outcome) {
+func (a *Asking) Note(ctx context.Context, outcome Outcome) {
 	if c := request.CallerFrom(ctx); c != nil {
-		q.end(c.OriginApart(), about, describe(c, request.UseFrom(ctx)), outcome)
+		a.questions.end(c.OriginApart(), a.about, describe(c, request.UseFrom(ctx)), outcome)
 	}
 }
 

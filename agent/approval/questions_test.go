@@ -21,7 +21,7 @@ func TestPausedLeavesOthers(t *testing.T) {
 		w, q := requesttest.New(t), NewQuestions()
 		no := byAsking(func(context.Context) (Outcome, error) { return OutcomeNo, ErrDeclined })
 		evil, good := w.Caller("ssh", "evil", "-"), w.Caller("ssh")
-		_ = q.Ask(evil.Context(t.Context()), "a token", false, no)
+		_ = no(evil.Context(t.Context()), q.About("a token", nil, false))
 
 		one, two := new(request.Served), new(request.Served)
 		one.Begin(t.Context(), evil, nil)
@@ -32,10 +32,11 @@ func TestPausedLeavesOthers(t *testing.T) {
 		list.Add(one)
 		list.Add(two)
 		var callers []*request.Caller
-		err := q.Ask(waiting.NewContext(t.Context(), &list), "a token", false, byAsking(func(ctx context.Context) (Outcome, error) {
+		ask := byAsking(func(ctx context.Context) (Outcome, error) {
 			callers = append(callers, request.CallerFrom(ctx))
 			return OutcomeYes, nil
-		}))
+		})
+		err := ask(t.Context(), q.About("a token", &list, false))
 		if err != nil || !slices.Equal(callers, []*request.Caller{good}) {
 			t.Errorf("%v, asked %v", err, callers)
 		}
@@ -49,9 +50,10 @@ func TestPausedLeavesOthers(t *testing.T) {
 func TestQuestionsForget(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		w, q := requesttest.New(t), NewQuestions()
+		no := byAsking(func(context.Context) (Outcome, error) { return OutcomeNo, nil })
 		for i := range 1000 {
 			c := w.Caller(fmt.Sprint("program", i))
-			_ = q.Ask(c.Context(t.Context()), fmt.Sprint("key ", i), true, byAsking(func(context.Context) (Outcome, error) { return OutcomeNo, nil }))
+			_ = no(c.Context(t.Context()), q.About(fmt.Sprint("key ", i), nil, true))
 		}
 		if n := len(q.keys); n != maxNos {
 			t.Errorf("%d keys", n)
@@ -63,13 +65,15 @@ func TestQuestionsForget(t *testing.T) {
 	})
 }
 
-// byAsking asks through waiting.Ask, as a Confirmer does.
-func byAsking(answer func(context.Context) (Outcome, error)) func(context.Context) (Outcome, error) {
-	return func(ctx context.Context) (o Outcome, err error) {
-		err = waiting.Ask(ctx, waiting.Question{Ask: func(ctx context.Context) (err error) {
-			o, err = answer(ctx)
-			return err
-		}})
-		return o, err
+// byAsking asks through an Asking, as a Confirmer does.
+func byAsking(answer func(context.Context) (Outcome, error)) func(context.Context, *Asking) error {
+	return func(ctx context.Context, a *Asking) error {
+		return a.Show(ctx, func(ctx context.Context) (o Outcome, err error) {
+			err = a.Ask(ctx, waiting.Question{Ask: func(ctx context.Context) (err error) {
+				o, err = answer(ctx)
+				return err
+			}})
+			return o, err
+		})
 	}
 }

@@ -15,6 +15,10 @@ type (
 
 // A Served is a request that the agent serves. It is the context of everything that the
 // agent does for the request, and carries the Caller and the Use.
+//
+// They travel in the context, not as arguments: package token is between the keyring and
+// the prompts, and must not know them. Prompts, notifications and pauses read them. They
+// never decide what package token does.
 type Served struct {
 	context.Context
 	caller *Caller

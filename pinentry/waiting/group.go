@@ -29,12 +29,12 @@ type groupCall[T any] struct {
 // that call instead. f gets the values of the first request's context, and a List of all
 // requests that wait. Its context ends when no request waits any more. The next Do then
 // calls f again. The error is that of f or of ctx.
-func (g *Group[T]) Do(ctx context.Context, key string, f func(context.Context) (T, error)) (T, error) {
+func (g *Group[T]) Do(ctx context.Context, key string, f func(context.Context, *List) (T, error)) (T, error) {
 	g.mu.Lock()
 	c := g.calls[key]
 	if c == nil {
 		c = &groupCall[T]{done: make(chan struct{})}
-		together, cancel := context.WithCancel(NewContext(context.WithoutCancel(ctx), &c.waiting))
+		together, cancel := context.WithCancel(context.WithoutCancel(ctx))
 		c.cancel = cancel
 		if g.calls == nil {
 			g.calls = make(map[string]*groupCall[T])
@@ -42,7 +42,7 @@ func (g *Group[T]) Do(ctx context.Context, key string, f func(context.Context) (
 		g.calls[key] = c
 		go func() {
 			defer cancel()
-			value, err := f(together)
+			value, err := f(together, &c.waiting)
 			g.mu.Lock()
 			c.value, c.err = value, err
 			g.endLocked(key, c)

@@ -127,45 +127,29 @@ func (l *List) hand(one, next context.Context) bool {
 	return true
 }
 
-type listKey struct{}
-
-// NewContext returns a context that carries the list.
-func NewContext(ctx context.Context, l *List) context.Context {
-	return context.WithValue(ctx, listKey{}, l)
-}
-
-// FromContext returns the list that a context carries, or nil.
-func FromContext(ctx context.Context) *List {
-	l, _ := ctx.Value(listKey{}).(*List)
-	return l
-}
+// One returns a list of one request.
+func One(ctx context.Context) *List { return &List{all: []context.Context{ctx}} }
 
 type acceptedKey struct{}
 
 // OnAccepted returns a context for a request. Accepted calls f when the answer of that
-// request's own person has proved right. f runs in the goroutine that calls Accepted.
+// request's own person has proved right. f runs in the goroutine that calls Accepted. The
+// context carries f through the packages between, as that of net/http/httptrace does.
 func OnAccepted(ctx context.Context, f func()) context.Context {
 	return context.WithValue(ctx, acceptedKey{}, f)
 }
 
-// Accepted tells the request that was asked last that its answer has proved right, such as a PIN
+// Accepted tells a request that the answer of its own person has proved right, such as a PIN
 // that a token took. The requests that waited with it do not hear of it.
 func Accepted(ctx context.Context) {
-	if one := Asked(ctx); one != nil {
-		ctx = one
-	}
 	if f, ok := ctx.Value(acceptedKey{}).(func()); ok {
 		f()
 	}
 }
 
-// Asked returns the request of the list in ctx that is asked, or was asked last. It returns nil
-// when there is no list, or no request was asked.
-func Asked(ctx context.Context) context.Context {
-	l := FromContext(ctx)
-	if l == nil {
-		return nil
-	}
+// Asked returns the request that is asked, or was asked last. It returns nil before the first
+// question.
+func (l *List) Asked() context.Context {
 	l.mu.Lock()
 	defer l.mu.Unlock()
 	return l.asked
@@ -196,12 +180,18 @@ type Question struct {
 	Patience time.Duration
 }
 
-type aroundKey struct{}
+// Requests asks a question on behalf of the requests that wait for its answer. A *List does so.
+type Requests interface {
+	Ask(ctx context.Context, q Question) error
+}
 
-// Around returns a context in which Ask calls around for each request that it asks. around calls
-// ask with its context, or fails without a question.
-func Around(ctx context.Context, around func(ctx context.Context, ask func(context.Context) error) error) context.Context {
-	return context.WithValue(ctx, aroundKey{}, around)
+// Ask asks a question on behalf of the requests. If requests is nil, no other request waits, and
+// q.Ask gets ctx itself.
+func Ask(ctx context.Context, requests Requests, q Question) error {
+	if requests == nil {
+		return q.Ask(ctx)
+	}
+	return requests.Ask(ctx, q)
 }
 
 // Ask calls q.Ask until there is an answer, or an error other than that of a context. The context
@@ -209,18 +199,8 @@ func Around(ctx context.Context, around func(ctx context.Context, ask func(conte
 // or with ctx. When the request or its turn ends, Ask calls q.Ask again for the next request. When
 // there is no next request, Ask waits for one.
 //
-// The error is ErrMoved when a turn goes to a request of List.SetBeside.
-//
-// Without a list in ctx, q.Ask gets ctx itself.
-func Ask(ctx context.Context, q Question) error {
-	if around, ok := ctx.Value(aroundKey{}).(func(context.Context, func(context.Context) error) error); ok {
-		ask := q.Ask
-		q.Ask = func(ctx context.Context) error { return around(ctx, ask) }
-	}
-	l := FromContext(ctx)
-	if l == nil {
-		return q.Ask(ctx)
-	}
+// The error is ErrMoved when a turn goes to a request of SetBeside.
+func (l *List) Ask(ctx context.Context, q Question) error {
 	var failed error // of the first request that was passed over
 	passed := make(map[context.Context]bool)
 	for {

@@ -19,8 +19,8 @@ func request(ctx context.Context, name string) (context.Context, func()) {
 	return ctx, cancel
 }
 
-func ask(ctx context.Context, f func(context.Context) error) error {
-	return Ask(ctx, Question{Ask: f})
+func ask(ctx context.Context, l *List, f func(context.Context) error) error {
+	return l.Ask(ctx, Question{Ask: f})
 }
 
 func TestPromptFollowsThoseWhoWait(t *testing.T) {
@@ -32,14 +32,14 @@ func TestPromptFollowsThoseWhoWait(t *testing.T) {
 		defer leaveThree()
 		l.Add(one)
 		l.Add(two)
-		shared, end := context.WithCancel(NewContext(context.Background(), &l))
+		shared, end := context.WithCancel(context.Background())
 		defer end()
 
 		var asked []string
 		answer := make(chan struct{})
 		done := make(chan error, 1)
 		go func() {
-			done <- ask(shared, func(ctx context.Context) error {
+			done <- ask(shared, &l, func(ctx context.Context) error {
 				asked = append(asked, ctx.Value(nameKey{}).(string))
 				select {
 				case <-ctx.Done():
@@ -79,7 +79,7 @@ func TestAnswersStand(t *testing.T) {
 			l.Add(one)
 			l.Add(t.Context())
 			n := 0
-			err := ask(NewContext(t.Context(), &l), func(context.Context) error {
+			err := ask(t.Context(), &l, func(context.Context) error {
 				n++
 				leave() // the moment it is answered
 				return answer
@@ -95,9 +95,9 @@ func TestEnd(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		var l List
 		errEnough := errors.New("enough")
-		shared, end := context.WithCancelCause(NewContext(t.Context(), &l))
+		shared, end := context.WithCancelCause(t.Context())
 		done := make(chan error, 2)
-		go func() { done <- ask(shared, func(context.Context) error { return nil }) }()
+		go func() { done <- ask(shared, &l, func(context.Context) error { return nil }) }()
 		synctest.Wait()
 		end(errEnough)
 		if err := <-done; !errors.Is(err, context.Canceled) {
@@ -105,9 +105,9 @@ func TestEnd(t *testing.T) {
 		}
 
 		l.Add(t.Context())
-		shared, end = context.WithCancelCause(NewContext(t.Context(), &l))
+		shared, end = context.WithCancelCause(t.Context())
 		go func() {
-			done <- ask(shared, func(ctx context.Context) error {
+			done <- ask(shared, &l, func(ctx context.Context) error {
 				<-ctx.Done()
 				return context.Cause(ctx)
 			})
@@ -122,12 +122,12 @@ func TestEnd(t *testing.T) {
 
 func TestWithoutList(t *testing.T) {
 	ctx := context.WithValue(t.Context(), nameKey{}, "alone")
-	if err := ask(ctx, func(got context.Context) error {
+	if err := Ask(ctx, nil, Question{Ask: func(got context.Context) error {
 		if got != ctx {
 			t.Error("asked with another context")
 		}
 		return nil
-	}); err != nil {
+	}}); err != nil {
 		t.Error(err)
 	}
 }
@@ -153,10 +153,10 @@ func TestLeave(t *testing.T) {
 		other, leaveToo := context.WithCancel(t.Context())
 		l.Add(first)
 		l.Add(other)
-		ctx, end := context.WithCancel(NewContext(t.Context(), &l))
+		ctx, end := context.WithCancel(t.Context())
 		done := make(chan error)
 		go func() {
-			done <- ask(ctx, func(ctx context.Context) error {
+			done <- ask(ctx, &l, func(ctx context.Context) error {
 				<-ctx.Done()
 				time.Sleep(time.Second) // the prompt takes its time
 				return ctx.Err()
@@ -222,7 +222,7 @@ func TestTurns(t *testing.T) {
 		join("one")
 		done := make(chan error, 1)
 		go func() {
-			done <- Ask(NewContext(t.Context(), &l), Question{
+			done <- l.Ask(t.Context(), Question{
 				Ask: q.ask, Turn: time.Minute,
 				Takes: func(o Other) bool { return o.Context.Value(nameKey{}) != "homeless" },
 			})
@@ -260,7 +260,7 @@ func TestTell(t *testing.T) {
 		l.Add(one)
 		done := make(chan error, 1)
 		go func() {
-			done <- Ask(NewContext(t.Context(), &l), Question{
+			done <- l.Ask(t.Context(), Question{
 				Ask: q.ask, Patience: 2 * time.Second,
 				Tell: func(o Other) { q.note("told ", o.Context) },
 			})
@@ -300,7 +300,7 @@ func TestPass(t *testing.T) {
 				l.Add(one)
 			}
 			var asked []string
-			err := Ask(NewContext(t.Context(), &l), Question{
+			err := l.Ask(t.Context(), Question{
 				Ask: func(ctx context.Context) error {
 					name := ctx.Value(nameKey{}).(string)
 					asked = append(asked, name)
@@ -332,7 +332,7 @@ func TestAnswerAtTheEndOfATurn(t *testing.T) {
 				two, _ := request(t.Context(), "two")
 				l.Add(two)
 				n := 0
-				err := Ask(NewContext(t.Context(), &l), Question{
+				err := l.Ask(t.Context(), Question{
 					Ask: func(ctx context.Context) error {
 						n++
 						<-ctx.Done()
@@ -360,7 +360,7 @@ func TestBeside(t *testing.T) {
 		l.SetBeside([]Other{{Context: gone}, {Context: beside}})
 		leaveNow()
 		ask := func() error {
-			return Ask(NewContext(t.Context(), &l), Question{
+			return l.Ask(t.Context(), Question{
 				Ask: q.ask, Turn: time.Minute, Takes: func(Other) bool { return true },
 				Patience: time.Second, Tell: func(o Other) { q.note("told ", o.Context) },
 			})

@@ -5,12 +5,13 @@ import (
 	"errors"
 
 	"p11-agent/pinentry/secret"
+	"p11-agent/pinentry/waiting"
 	"p11-agent/token/wire"
 )
 
 // An Asker asks persons for PINs. Several goroutines call its methods, one at a time for each
 // token. ctx carries the values of the request's context and ends when no request waits for
-// the answer any more. When several requests may wait, ctx carries a [waiting.List] of them.
+// the answer any more. Request.Waiting has the requests that wait.
 type Asker interface {
 	// Ask opens a dialogue with a person about one token.
 	Ask(ctx context.Context, about Request) (Dialogue, error)
@@ -36,6 +37,9 @@ type Request struct {
 	// Supplied tells that the request brought the PIN. The only question is whether to use the
 	// last try for it.
 	Supplied bool
+	// Waiting asks on behalf of the requests that wait for the PIN. nil: one request, with the
+	// context of the dialogue.
+	Waiting waiting.Requests
 	// ClientTells says that the client itself tells the person to type the PIN on the reader:
 	// the Asker shows no notice.
 	ClientTells bool

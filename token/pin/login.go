@@ -24,6 +24,8 @@ type Login struct {
 	Source   Source    // nil: the configuration and clients name no source
 	Refusals *Refusals // of sources
 	Asker    Asker     // nil: the agent cannot ask a person
+	// Waiting has the requests that wait for the login.
+	Waiting *waiting.List
 
 	EachUse bool // the key wants the PIN for each signature
 	Pad     bool // the person types the PIN on the reader
@@ -131,7 +133,11 @@ func (s *State) try(ctx context.Context, l *Login, t Trial, byPerson bool) error
 		s.note(l, t.PIN, removals, err)
 	}
 	if err == nil && byPerson {
-		waiting.Accepted(ctx)
+		asked := l.Waiting.Asked()
+		if asked == nil {
+			asked = ctx
+		}
+		waiting.Accepted(asked)
 	}
 	return err
 }
@@ -191,7 +197,7 @@ func (p *prompt) ask(ctx context.Context) error {
 	supplied := p.Supplied.PIN.Len() > 0
 	about := p.Target.Request()
 	about.Token, about.EachUse, about.Pad, about.Tries, about.Supplied = p.Token, p.EachUse, p.Pad, p.tries, supplied
-	about.ClientTells = p.ClientTells
+	about.ClientTells, about.Waiting = p.ClientTells, p.Waiting
 	d, err := p.Asker.Ask(ctx, about)
 	if err != nil {
 		return p.afterRefusal(err)

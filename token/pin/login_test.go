@@ -9,6 +9,7 @@ import (
 	"testing/synctest"
 
 	"p11-agent/pinentry/secret"
+	"p11-agent/pinentry/waiting"
 	"p11-agent/token/wire"
 )
 
@@ -83,12 +84,12 @@ func (c *card) login(t *testing.T, s *State, refusals *Refusals, change func(*Lo
 	t.Helper()
 	l := &Login{
 		Token: wire.TokenID{Label: "card"}, Info: wire.TokenInfo{Flags: c.flags}, Asker: c, Target: c, Refusals: refusals,
-		Log: slog.New(slog.DiscardHandler),
+		Waiting: waiting.One(t.Context()), Log: slog.New(slog.DiscardHandler),
 	}
 	if change != nil {
 		change(l)
 	}
-	return s.InTurn(t.Context(), false, func(ctx context.Context) error { return s.Login(ctx, l) })
+	return s.InTurn(t.Context(), l.Waiting, false, func(ctx context.Context) error { return s.Login(ctx, l) })
 }
 
 func (c *card) want(t *testing.T, tried ...string) {
@@ -219,7 +220,7 @@ func TestShare(t *testing.T) {
 		s := newState()
 		start := func(f func()) error { go f(); return nil }
 		runs, answer := 0, make(chan error)
-		run := func(ctx context.Context) (*secret.Secret, error) {
+		run := func(ctx context.Context, _ *waiting.List) (*secret.Secret, error) {
 			runs++
 			select {
 			case err := <-answer:
@@ -260,7 +261,7 @@ func TestShare(t *testing.T) {
 			t.Errorf("the login goes on without a request, in run %d", runs)
 		}
 		s.Close()
-		if err := s.InTurn(t.Context(), false, func(context.Context) error { return nil }); !errors.Is(err, ErrForgotten) {
+		if err := s.InTurn(t.Context(), waiting.One(t.Context()), false, func(context.Context) error { return nil }); !errors.Is(err, ErrForgotten) {
 			t.Errorf("after Close: %v", err)
 		}
 	})

@@ -55,12 +55,12 @@ type attempt struct {
 }
 
 // A Run logs in. When the key wants its PIN again for the signature, Run returns what the
-// person typed. The request that the person was asked for wipes that PIN.
-type Run func(ctx context.Context) (typed *secret.Secret, err error)
+// person typed. The request that the person was asked for wipes that PIN. list has the requests
+// that wait for the login.
+type Run func(ctx context.Context, list *waiting.List) (typed *secret.Secret, err error)
 
 // Share logs in by run, or waits for a login that another request has started. start runs a
-// function in a goroutine, or fails. The context of run carries a [waiting.List] of the requests that wait,
-// and ends when the last of them has left.
+// function in a goroutine, or fails. The context of run ends when the last request has left.
 //
 // A person who was asked once for a signature is not asked twice: see Run.
 func (s *State) Share(ctx context.Context, start func(func()) error, run Run) (*secret.Secret, error) {
@@ -98,16 +98,16 @@ func (s *State) join(ctx context.Context, start func(func()) error, run Run) (*a
 	a.waiting.Add(ctx)
 	starter := ctx
 	// The login outlives the request that started it when other requests wait, too.
-	ctx, cancel := context.WithCancel(waiting.NewContext(context.WithoutCancel(ctx), &a.waiting))
+	ctx, cancel := context.WithCancel(context.WithoutCancel(ctx))
 	a.cancel = cancel
 	s.logins.Add(1)
 	err := start(func() {
 		defer s.logins.Add(-1)
 		defer cancel()
-		typed, err := run(ctx)
+		typed, err := run(ctx, &a.waiting)
 		s.mu.Lock()
 		a.err, a.pin = err, typed
-		if a.giver = waiting.Asked(ctx); a.giver == nil {
+		if a.giver = a.waiting.Asked(); a.giver == nil {
 			a.giver = starter // the PIN was kept
 		}
 		if a.giver.Err() != nil {
@@ -146,34 +146,28 @@ func (s *State) leave(ctx context.Context, a *attempt) {
 func (s *State) Alone(ctx context.Context, run Run) (*secret.Secret, error) {
 	s.logins.Add(1)
 	defer s.logins.Add(-1)
-	return run(ctx)
+	return run(ctx, waiting.One(ctx))
 }
 
 // InTurn calls do when it is the caller's turn to ask for a PIN and have it tried. There is one
 // turn for all modules that show the token. When the prompt of do has moved to a request that
 // waits for its own turn, InTurn calls do again after that request. It fails with ErrForgotten
-// after Close. supplied tells that the request has its PIN already: no person is asked for another
-// one while it waits.
-func (s *State) InTurn(ctx context.Context, supplied bool, do func(context.Context) error) error {
+// after Close. list has the requests that do asks a person for. supplied tells that the request has
+// its PIN already: no person is asked for another one while it waits.
+func (s *State) InTurn(ctx context.Context, list *waiting.List, supplied bool, do func(context.Context) error) error {
 	for {
 		if err := s.takeTurn(ctx, supplied); err != nil {
 			return err
 		}
-		err := s.during(ctx, do)
+		err := s.during(ctx, list, do)
 		if !errors.Is(err, waiting.ErrMoved) {
 			return err
 		}
 	}
 }
 
-// during calls do with a context that has a list of the waiting requests, and ends the turn.
-func (s *State) during(ctx context.Context, do func(context.Context) error) error {
-	list := waiting.FromContext(ctx)
-	if list == nil { // no other request shares this login
-		list = new(waiting.List)
-		list.Add(ctx)
-		ctx = waiting.NewContext(ctx, list)
-	}
+// during calls do, and ends the turn.
+func (s *State) during(ctx context.Context, list *waiting.List, do func(context.Context) error) error {
 	defer s.endTurn()
 	s.device.setAsked(list)
 	defer s.device.setAsked(nil)

@@ -13,7 +13,7 @@ import (
 
 // Confirm asks whether a client may use a key, and for how long when r.Offer is set.
 func (a *Asker) Confirm(ctx context.Context, r approval.Question) (approval.Answer, error) {
-	c := &prompter{Asker: a, what: "the use of a key", consent: true, hint: a.consentHint()}
+	c := &prompter{Asker: a, waiting: r.Asking, what: "the use of a key", consent: true, hint: a.consentHint()}
 	defer c.close()
 	var answer approval.Answer
 	err := c.ask(ctx, func(ctx context.Context, d *pinentry.Dialogue) (err error) {
@@ -45,9 +45,10 @@ func confirm(ctx context.Context, d *pinentry.Dialogue, r approval.Question, pat
 		Title: "p11-agent", Description: "Allow " + useOf(r.Key) + "?\n" + text,
 		OK: allow(r.Plain), Cancel: "_Deny", Timeout: patience,
 	}
-	if approval.Again(ctx) || !r.Offer {
+	again := r.Asking.Again()
+	if again || !r.Offer {
 		// The button that refuses all requests takes the place of other lengths.
-		yes, err := confirmOrBlock(ctx, d, prompt)
+		yes, err := confirmOrBlock(ctx, d, prompt, again)
 		return approval.Answer{Allowed: yes, For: r.Plain}, err
 	}
 	prompt.Other = "Allow _longer..."
@@ -78,10 +79,10 @@ func confirm(ctx context.Context, d *pinentry.Dialogue, r approval.Question, pat
 	return approval.Answer{Allowed: true, For: r.Plain}, nil
 }
 
-// confirmOrBlock asks for yes or no. For a client that had to wait before, the person can also
-// refuse all its requests: approval.ErrNoToAll.
-func confirmOrBlock(ctx context.Context, d *pinentry.Dialogue, prompt pinentry.Prompt) (bool, error) {
-	if !approval.Again(ctx) {
+// confirmOrBlock asks for yes or no. If again is true, the client had to wait before. Then the
+// person can also refuse all its requests: approval.ErrNoToAll.
+func confirmOrBlock(ctx context.Context, d *pinentry.Dialogue, prompt pinentry.Prompt, again bool) (bool, error) {
+	if !again {
 		return d.Confirm(ctx, prompt)
 	}
 	prompt.Other = "Deny _all from here"
@@ -118,7 +119,7 @@ func confirmText(r approval.Question) string {
 // Insert asks to insert a token. A yes allows nothing: the agent looks at the tokens. So the
 // question may appear at the client's own places.
 func (a *Asker) Insert(ctx context.Context, w approval.Wanted) (yes bool, err error) {
-	c := &prompter{Asker: a, what: "a token that is not inserted", hint: "Insert the token and try again"}
+	c := &prompter{Asker: a, waiting: w.Asking, what: "a token that is not inserted", hint: "Insert the token and try again"}
 	defer c.close()
 	err = c.ask(ctx, func(ctx context.Context, d *pinentry.Dialogue) (err error) {
 		yes, err = confirmOrBlock(ctx, d, pinentry.Prompt{
@@ -127,7 +128,7 @@ func (a *Asker) Insert(ctx context.Context, w approval.Wanted) (yes bool, err er
 				about(UseLines(request.UseFrom(ctx)), []string{commentLine(w.Comment), w.Fingerprint, Requester(request.PeerFrom(ctx))}),
 			OK:     "_It is in",
 			Cancel: "_Cancel",
-		})
+		}, w.Asking.Again())
 		return err
 	})
 	return yes && err == nil, err

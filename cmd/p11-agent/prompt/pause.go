@@ -26,8 +26,9 @@ func Pausing(asker pin.Asker, questions *approval.Questions) pin.Asker {
 
 // Ask opens the dialogue, which shows nothing yet.
 func (a *pausingAsker) Ask(ctx context.Context, about pin.Request) (pin.Dialogue, error) {
-	d := &pausingDialogue{questions: a.questions, about: tokenURI(about.Token)}
-	err := d.ask(ctx, func(ctx context.Context) (_ approval.Outcome, err error) {
+	d := &pausingDialogue{asking: a.questions.About(tokenURI(about.Token), about.Waiting, false)}
+	about.Waiting = d.asking
+	err := d.asking.Show(ctx, func(ctx context.Context) (_ approval.Outcome, err error) {
 		d.Dialogue, err = a.Asker.Ask(ctx, about)
 		return approval.Unanswered, err
 	})
@@ -42,17 +43,12 @@ var _ pin.ReaderObserver = (*pausingDialogue)(nil)
 // A pausingDialogue is a dialogue of a pausingAsker.
 type pausingDialogue struct {
 	pin.Dialogue
-	questions *approval.Questions
-	about     string                 // the token, for people
-	note      func(approval.Outcome) // of the PIN that is typed on the reader; nil: there is an answer
-}
-
-func (d *pausingDialogue) ask(ctx context.Context, show func(context.Context) (approval.Outcome, error)) error {
-	return d.questions.Ask(ctx, d.about, false, show)
+	asking *approval.Asking
+	note   func(approval.Outcome) // of the PIN that is typed on the reader; nil: there is an answer
 }
 
 func (d *pausingDialogue) PIN(ctx context.Context, problem string) (typed *secret.Secret, err error) {
-	err = d.ask(ctx, func(ctx context.Context) (_ approval.Outcome, err error) {
+	err = d.asking.Show(ctx, func(ctx context.Context) (_ approval.Outcome, err error) {
 		typed, err = d.Dialogue.PIN(ctx, problem)
 		return outcome(err), err
 	})
@@ -60,7 +56,7 @@ func (d *pausingDialogue) PIN(ctx context.Context, problem string) (typed *secre
 }
 
 func (d *pausingDialogue) LastTry(ctx context.Context, problem string) (yes bool, err error) {
-	err = d.ask(ctx, func(ctx context.Context) (approval.Outcome, error) {
+	err = d.asking.Show(ctx, func(ctx context.Context) (approval.Outcome, error) {
 		yes, err = d.Dialogue.LastTry(ctx, problem)
 		if err == nil && !yes {
 			return approval.OutcomeNo, nil
@@ -71,8 +67,8 @@ func (d *pausingDialogue) LastTry(ctx context.Context, problem string) (yes bool
 }
 
 func (d *pausingDialogue) Notice(ctx context.Context) error {
-	return d.ask(ctx, func(ctx context.Context) (approval.Outcome, error) {
-		d.note = func(o approval.Outcome) { d.questions.Note(ctx, d.about, o) }
+	return d.asking.Show(ctx, func(ctx context.Context) (approval.Outcome, error) {
+		d.note = func(o approval.Outcome) { d.asking.Note(ctx, o) }
 		err := d.Dialogue.Notice(ctx)
 		if err == nil {
 			return approval.Unanswered, nil // the answer is given on the reader

@@ -21,16 +21,18 @@ import (
 
 // fakeAsker is a person who gives no PIN.
 type fakeAsker struct {
+	about pin.Request // of the last dialogue
 	asked int
 	err   error // what the person does
 }
 
-func (f *fakeAsker) Ask(ctx context.Context, _ pin.Request) (pin.Dialogue, error) {
-	return f, waiting.Ask(ctx, waiting.Question{Ask: func(context.Context) error { return nil }})
+func (f *fakeAsker) Ask(ctx context.Context, about pin.Request) (pin.Dialogue, error) {
+	f.about = about
+	return f, waiting.Ask(ctx, about.Waiting, waiting.Question{Ask: func(context.Context) error { return nil }})
 }
 
 func (f *fakeAsker) ask(ctx context.Context, answer func(context.Context) error) error {
-	return waiting.Ask(ctx, waiting.Question{Ask: func(ctx context.Context) error {
+	return waiting.Ask(ctx, f.about.Waiting, waiting.Question{Ask: func(ctx context.Context) error {
 		f.asked++
 		return answer(ctx)
 	}})

@@ -18,8 +18,8 @@ import (
 func (a *Asker) Ask(ctx context.Context, about pin.Request) (pin.Dialogue, error) {
 	of := "the token " + cmp.Or(plain.Name(about.Token.Label, maxNamed), "without label")
 	d := &pinDialogue{
-		pins:    &prompter{Asker: a, what: "the PIN of " + of, hint: "To give the PIN in a terminal, run: p11-agent login " + output.ShellWord(about.Key)},
-		consent: &prompter{Asker: a, what: "the last try of " + of, consent: true, hint: a.consentHint()},
+		pins:    &prompter{Asker: a, waiting: about.Waiting, what: "the PIN of " + of, hint: "To give the PIN in a terminal, run: p11-agent login " + output.ShellWord(about.Key)},
+		consent: &prompter{Asker: a, waiting: about.Waiting, what: "the last try of " + of, consent: true, hint: a.consentHint()},
 		about:   about,
 	}
 	a.note(d, true)
@@ -30,7 +30,7 @@ func (a *Asker) Ask(ctx context.Context, about pin.Request) (pin.Dialogue, error
 	var err error
 	if first == d.pins && about.Pad && about.ClientTells {
 		// The reader asks, but not for a client in a pause.
-		err = waiting.Ask(ctx, waiting.Question{Ask: func(context.Context) error { return nil }})
+		err = waiting.Ask(ctx, about.Waiting, waiting.Question{Ask: func(context.Context) error { return nil }})
 	} else {
 		// Without a place the dialogue fails now.
 		err = first.ask(ctx, func(context.Context, *pinentry.Dialogue) error { return nil })
@@ -116,7 +116,7 @@ func (d *pinDialogue) LastTry(ctx context.Context, problem string) (yes bool, er
 // Notice tells the person to type the PIN on the reader, until ctx ends.
 func (d *pinDialogue) Notice(ctx context.Context) error {
 	if d.about.ClientTells {
-		return waiting.Ask(ctx, waiting.Question{Ask: func(ctx context.Context) error {
+		return waiting.Ask(ctx, d.about.Waiting, waiting.Question{Ask: func(ctx context.Context) error {
 			<-ctx.Done()
 			return ctx.Err()
 		}})

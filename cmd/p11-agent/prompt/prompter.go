@@ -18,9 +18,10 @@ import (
 // can show them. One goroutine at a time uses it.
 type prompter struct {
 	*Asker
-	what    string // the thing, for clients that wait: "the PIN of the token work"
-	consent bool   // the questions are for consent: the client has no say where
-	hint    string // the next step when no place can show the question
+	waiting waiting.Requests // on whose behalf it asks; nil: one client
+	what    string           // the thing, for clients that wait: "the PIN of the token work"
+	consent bool             // the questions are for consent: the client has no say where
+	hint    string           // the next step when no place can show the question
 
 	shown atomic.Pointer[location] // the place of the open question; any goroutine reads it
 	// told has the place that each waiting client knows of. The goroutine of waiting.Ask uses it.
@@ -50,7 +51,7 @@ func (c *prompter) ask(ctx context.Context, question func(context.Context, *pine
 
 // askFor is ask with another turn. With 0 the question stays until its answer.
 func (c *prompter) askFor(ctx context.Context, turn time.Duration, question func(context.Context, *pinentry.Dialogue) error) error {
-	return waiting.Ask(ctx, waiting.Question{
+	return waiting.Ask(ctx, c.waiting, waiting.Question{
 		Ask: func(ctx context.Context) error {
 			if caller := request.CallerFrom(ctx); !c.started || caller != c.caller {
 				c.begin(caller)
