@@ -105,6 +105,10 @@ func (m *module) release(ctx context.Context, p *process.Process) (watch *reader
 	parked := false
 	m.change(func() {
 		if parked = m.users == 0; parked {
+			select {
+			case <-m.needed: // from a request that met the start after an earlier release
+			default:
+			}
 			m.proc, m.err, m.released = nil, nil, true
 		}
 	})
