@@ -313,17 +313,12 @@ func (m *module) moves() uint64 {
 
 // answeredSince notes that the module has answered a look that began after so many moves.
 func (m *module) answeredSince(p *process.Process, moves uint64) {
-	m.mu.Lock()
-	latest := m.watch.moves == moves && m.current == p
-	silent := m.watch.silent
-	m.mu.Unlock()
-	if !latest {
-		return
-	}
-	p.Calm()
-	if silent {
-		m.change(func() { m.watch.silent = false })
-	}
+	m.change(func() { // in one step: a card that leaves now makes the module silent again
+		if m.watch.moves == moves && m.current == p {
+			p.Calm()
+			m.watch.silent = false
+		}
+	})
 }
 
 // awaitMove waits, after a failure that a missing card may have caused, until pcscd reports a card
