@@ -12,6 +12,7 @@ import (
 	"sync"
 	"time"
 
+	"p11-agent/agent/logfold"
 	"p11-agent/pinentry/plain"
 	"p11-agent/token/pace"
 	"p11-agent/token/pcsc"
@@ -52,13 +53,13 @@ type module struct {
 	byClient bool
 	file     string // spec.Path without symbolic links, if the file exists
 	log      *slog.Logger
-	lines    *folding      // behind log
-	looks    pace.Limit    // of the looks for events; run uses it
-	looked   chan struct{} // closed after the first look, or the first failure
-	wanted   chan *lookup  // requests for a look
-	poked    chan struct{} // one element: a client lists the keys
-	needed   chan struct{} // one element: a request needs the released process
-	moved    chan struct{} // one element: pcscd reports that cards have come or gone
+	lines    *logfold.Handler // behind log
+	looks    pace.Limit       // of the looks for events; run uses it
+	looked   chan struct{}    // closed after the first look, or the first failure
+	wanted   chan *lookup     // requests for a look
+	poked    chan struct{}    // one element: a client lists the keys
+	needed   chan struct{}    // one element: a request needs the released process
+	moved    chan struct{}    // one element: pcscd reports that cards have come or gone
 
 	mu    sync.Mutex
 	state chan struct{} // closed and replaced at every change below
@@ -103,7 +104,7 @@ func newModule(s *Store, spec ModuleSpec) *module {
 	if err != nil {
 		file = spec.Path // the start fails with the reason
 	}
-	lines := newFolding(s.log.Handler())
+	lines := logfold.ForModule(s.log.Handler())
 	return &module{
 		store:    s,
 		spec:     spec,
@@ -133,7 +134,7 @@ func (m *module) change(f func()) {
 
 // run keeps the module running until ctx ends.
 func (m *module) run(ctx context.Context) {
-	defer m.lines.close()
+	defer m.lines.Close()
 	first := sync.OnceFunc(func() { close(m.looked) })
 	defer first()
 	var due []*lookup // the requests for a look while there was no process

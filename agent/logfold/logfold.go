@@ -8,6 +8,9 @@
 // so, and the others are counted in one line. Each line is written or counted, also when
 // the log is closed.
 //
+// A module that lies makes the agent warn of it at each look. [ForModule] folds the warnings
+// about one module.
+//
 // Clients are told apart by what lines say of them in the attributes of
 // [p11-agent/agent]: client (names of programs; numbers of processes are overlooked),
 // uid, forwarded and via, of which the first host counts. There is a bound for those
@@ -46,6 +49,7 @@ const (
 	signed
 	changed
 	other // of no client
+	module
 )
 
 // limits are those of one client, for lines of one kind.
@@ -62,6 +66,8 @@ var limitsOf = [...]limits{
 	// A person who may sign may sign at many hosts within a short time.
 	signed: {burst: 1000, refill: time.Second, groups: 64, clients: 16},
 	other:  {burst: 50, refill: 10 * time.Second, groups: 16, clients: 64},
+	// Told apart by their messages, which are constants.
+	module: {burst: 5, refill: 12 * time.Second, groups: 4, clients: 64},
 }
 
 const (
@@ -79,8 +85,7 @@ func Granted(r slog.Record) bool {
 	return k == signed || k == changed
 }
 
-// A Handler folds lines before it hands them on. Lines below slog.LevelInfo are
-// handed on as they are. It is safe for concurrent use.
+// A Handler folds lines before it hands them on. It is safe for concurrent use.
 type Handler struct {
 	next slog.Handler
 	with string // attributes of WithAttrs, for the key of a group
@@ -91,6 +96,9 @@ var _ slog.Handler = (*Handler)(nil)
 
 // state is what the handlers of one log share.
 type state struct {
+	from   slog.Level // lines below are handed on as they are
+	module bool       // all lines are about one module
+
 	mu      sync.Mutex
 	closed  bool
 	clients [len(limitsOf)]map[string]*client
@@ -116,9 +124,19 @@ type group struct {
 	first, last time.Time
 }
 
-// New returns a Handler before next.
-func New(next slog.Handler) *Handler {
-	h := &Handler{next: next, state: new(state)}
+// New returns a Handler before next, for all lines of the agent. Lines below slog.LevelInfo
+// are handed on as they are.
+func New(next slog.Handler) *Handler { return newHandler(next, &state{from: slog.LevelInfo}) }
+
+// ForModule returns a Handler before next, for the lines about one module. It folds
+// warnings: a few of each message in a minute are written as they are. Other lines are
+// handed on as they are.
+func ForModule(next slog.Handler) *Handler {
+	return newHandler(next, &state{from: slog.LevelWarn, module: true})
+}
+
+func newHandler(next slog.Handler, s *state) *Handler {
+	h := &Handler{next: next, state: s}
 	for k := range h.clients {
 		h.clients[k] = make(map[string]*client)
 	}
@@ -151,14 +169,17 @@ func (h *Handler) WithGroup(name string) slog.Handler {
 // Handle hands a line on, or folds it. An error is usually the last that is written,
 // so that what was folded before is written first.
 func (h *Handler) Handle(ctx context.Context, r slog.Record) error {
-	if r.Level < slog.LevelInfo {
+	if r.Level < h.from {
 		return h.next.Handle(ctx, r)
 	}
 	if r.Level >= slog.LevelError {
 		h.flush()
 	}
 	k, name := about(r)
-	if k == other {
+	switch {
+	case h.module:
+		k, name = module, r.Message
+	case k == other:
 		name = h.with + r.Message
 	}
 	now := time.Now()

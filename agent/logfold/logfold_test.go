@@ -266,3 +266,59 @@ func TestManyWrite(t *testing.T) {
 		t.Errorf("%d", n)
 	}
 }
+
+// If the agent logs the same warning of a module again and again, the log has a few lines
+// and a count of them, also if the module makes up names.
+func TestModule(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		b := new(book)
+		h := ForModule(slog.NewTextHandler(b, nil))
+		log := slog.New(h).With("module", "m")
+		for i := range 1000 {
+			log.Warn("it lies", "n", i)
+			log.With("token", i).Warn("it lies", "label", strings.Repeat("x", i))
+			log.Info("it works", "n", i)
+		}
+		log.Warn("something else")
+		count := func(text string) (n int) {
+			for _, line := range b.lines() {
+				if strings.Contains(line, text) {
+					n++
+				}
+			}
+			return n
+		}
+		if n, most := count("it lies"), limitsOf[module].burst; n != most {
+			t.Errorf("%d lines of one message, want %d", n, most)
+		}
+		if n := count("something else"); n != 1 {
+			t.Errorf("%d lines of another message, want 1", n)
+		}
+		if n := count("it works"); n != 1000 {
+			t.Errorf("%d lines that are no warnings, want all", n)
+		}
+		time.Sleep(time.Minute)
+		synctest.Wait()
+		if n, most := count("it lies"), 10; n > most {
+			t.Errorf("%d lines with the counts, want up to %d", n, most)
+		}
+		if n := b.total(t, "it lies"); n != 2000 {
+			t.Errorf("the lines stand for %d, want 2000", n)
+		}
+		log.Warn("it lies", "n", "again")
+		if count("n=again") != 1 {
+			t.Error("after the period nothing is written")
+		}
+		for range 10 {
+			log.Warn("it lies")
+		}
+		h.Close()
+		if n := b.total(t, "it lies"); n != 2011 {
+			t.Errorf("at the end, the lines stand for %d, want 2011", n)
+		}
+		log.Warn("it lies", "n", "late")
+		if count("n=late") != 1 {
+			t.Error("after the end it is folded")
+		}
+	})
+}

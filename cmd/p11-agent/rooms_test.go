@@ -166,6 +166,7 @@ var rooms = []room{
 	{"agent/certdir", []string{"agent/sshkey", xssh}, "it reads files: which certificates count is decided by the keyring"},
 	{"agent/pattern", []string{}, "a leaf: it matches texts"},
 	{"agent/joined", []string{}, "a leaf: it joins errors of any room"},
+	{"agent/logfold", []string{}, "a leaf: it folds the lines of any room"},
 	{"agent/knownhosts", []string{"agent/pattern", xssh}, "it reads files"},
 	{"agent/peer", []string{"pinentry/procstat", xsys}, "who is at the other end of a socket is found out without the agent"},
 	{
@@ -194,7 +195,7 @@ var rooms = []room{
 	{
 		"token",
 		[]string{
-			"agent/joined", "agent/pattern",
+			"agent/joined", "agent/logfold", "agent/pattern",
 			"token/known", "token/pace", "token/pairs", "token/pcsc", "token/pin", "token/pkcs11uri", "token/process", "token/registry", "token/signing",
 			"token/statefile", "token/wellknown", "token/wire",
 			"pinentry/secret", "pinentry/waiting", xsys,
