@@ -399,19 +399,19 @@ an example. Then run:
 	return nil
 }
 
-// start has systemd read, enable and start the units. When files have changed, it
-// restarts a service that runs.
+// start has systemd read, enable and start the units. When files have changed, it first
+// restarts a service that runs. So an upgraded agent runs even when systemd cannot enable
+// the units, and the units are enabled even when the agent does not restart.
 func (in *Installation) start(changed bool, service string) error {
 	if err := in.ctl("daemon-reload"); err != nil {
 		return err
 	}
-	if err := in.ctl("enable", "--now", in.unit); err != nil {
-		return err
-	}
+	var restarted error
 	if changed {
-		if err := in.ctl("try-restart", service); err != nil {
-			return err
-		}
+		restarted = in.ctl("try-restart", service)
+	}
+	if err := errors.Join(restarted, in.ctl("enable", "--now", in.unit)); err != nil {
+		return err
 	}
 	fmt.Fprintf(in.out, "%s is enabled and listens\n", in.unit)
 	return nil
