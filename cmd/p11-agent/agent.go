@@ -12,10 +12,9 @@ import (
 	"path/filepath"
 	"strconv"
 	"strings"
-	"syscall"
+	"time"
 
 	"github.com/spf13/cobra"
-	"golang.org/x/crypto/ssh"
 
 	"p11-agent/cmd/p11-agent/config"
 	"p11-agent/cmd/p11-agent/daemon"
@@ -74,16 +73,34 @@ configuration again and looks at the tokens again.`,
 	return cmd
 }
 
-// fingerprints returns the function that names a key, as ssh-agent's -E does.
-func fingerprints(hash string) (func(ssh.PublicKey) string, error) {
-	switch strings.ToLower(hash) {
-	case "sha256":
-		return ssh.FingerprintSHA256, nil
-	case "md5":
-		return func(k ssh.PublicKey) string { return "MD5:" + ssh.FingerprintLegacyMD5(k) }, nil
-	}
-	return nil, fmt.Errorf("unknown fingerprint hash %q: use sha256 or md5", hash)
+// lifetimeValue is the time of -t.
+type lifetimeValue struct{ time.Duration }
+
+func (v *lifetimeValue) Set(s string) (err error) {
+	v.Duration, err = daemon.ParseLifetime(s)
+	return err
 }
+
+func (v *lifetimeValue) String() string { return "" } // the help names no default
+func (v *lifetimeValue) Type() string   { return "time" }
+
+// patternsValue is the list of -P. An empty list allows no module.
+type patternsValue struct {
+	patterns string
+	given    bool
+}
+
+func (v *patternsValue) Set(s string) error {
+	if v.given {
+		// It is unknown which list counts, and one may allow less than the other.
+		return errors.New("only one list of patterns can be given")
+	}
+	v.patterns, v.given = s, true
+	return nil
+}
+
+func (v *patternsValue) String() string { return "" }
+func (v *patternsValue) Type() string   { return "patterns" }
 
 func runAgent(ctx context.Context, g *globals, o *agentOptions, command []string, out io.Writer) (err error) {
 	if err := o.check(command); err != nil {
@@ -205,7 +222,7 @@ func (o *agentOptions) launch(g *globals) (l *daemon.Launch, err error) {
 		allow := token.ParseAllowList(o.allow.patterns)
 		l.Options.Allow = &allow
 	}
-	if l.Options.NameKey, err = fingerprints(o.hash); err != nil {
+	if l.Options.NameKey, err = daemon.Fingerprints(o.hash); err != nil {
 		return nil, err
 	}
 	for _, option := range o.options {
@@ -260,16 +277,9 @@ func noCommand(name string, err error) error {
 
 // killAgent ends the agent of the environment, as ssh-agent -k does.
 func killAgent(s output.Shell, out io.Writer) error {
-	text := os.Getenv(paths.PIDVariable)
-	if text == "" {
-		return fmt.Errorf("no agent to end: %s is not set", paths.PIDVariable)
-	}
-	pid, err := strconv.Atoi(text)
-	if err != nil || pid <= 1 {
-		return fmt.Errorf("no agent to end: %s is %q, not the ID of a process", paths.PIDVariable, text)
-	}
-	if err := syscall.Kill(pid, syscall.SIGTERM); err != nil {
-		return fmt.Errorf("end the agent with process ID %d: %w", pid, err)
+	pid, err := daemon.EndNamed()
+	if err != nil {
+		return err
 	}
 	_, err = io.WriteString(out, s.Unset(paths.SocketVariable)+s.Unset(paths.PIDVariable)+fmt.Sprintf("echo Agent pid %d killed;\n", pid))
 	return err

@@ -9,7 +9,6 @@ import (
 	"log/slog"
 	"os"
 	"path/filepath"
-	"regexp"
 	"slices"
 	"strings"
 
@@ -111,7 +110,7 @@ func runExport(ctx context.Context, g *globals, o *exportOptions, args []string,
 	}
 	switch {
 	case o.sshConfig:
-		return export.SSHConfig(out, keys, dir, hosts, agentSocket(ctx))
+		return export.SSHConfig(out, keys, dir, hosts, probe.UsedSocket(ctx))
 	case o.git:
 		return export.Git(out, keys[0], dir)
 	}
@@ -135,11 +134,6 @@ func (o *exportOptions) overview(uris []*pkcs11uri.URI) bool {
 	return len(uris) == 0 && o.dir == "" && !o.force && !o.sshConfig && !o.git && !o.signers
 }
 
-var (
-	hostPattern      = regexp.MustCompile(`^!?[A-Za-z0-9._*?:%\[\]-]+$`)
-	namespacePattern = regexp.MustCompile(`^[A-Za-z0-9.@_*?,!-]+$`)
-)
-
 // arguments splits the arguments into URIs and hosts, and checks the flags. The caller wipes the URIs.
 func (o *exportOptions) arguments(args []string) (uris []*pkcs11uri.URI, hosts []string, err error) {
 	modes := 0
@@ -153,7 +147,7 @@ func (o *exportOptions) arguments(args []string) (uris []*pkcs11uri.URI, hosts [
 		return nil, nil, exit.Usage(errors.New("--ssh-config, --git and --allowed-signers exclude each other"))
 	case o.namespace != "" && !o.signers:
 		return nil, nil, exit.Usage(errors.New("--namespace goes with --allowed-signers"))
-	case o.namespace != "" && !namespacePattern.MatchString(o.namespace):
+	case o.namespace != "" && !export.IsNamespace(o.namespace):
 		return nil, nil, exit.Usage(fmt.Errorf("invalid namespace %q: use letters, digits and . @ _ - * ? , ! only", o.namespace))
 	case o.signers && o.principal == "":
 		return nil, nil, exit.Usage(errors.New("--allowed-signers wants the name of the signer: an e-mail address, as \"git config user.email\" prints it once it is set"))
@@ -164,7 +158,7 @@ func (o *exportOptions) arguments(args []string) (uris []*pkcs11uri.URI, hosts [
 	}
 	for _, a := range args {
 		if o.sshConfig && !pkcs11uri.IsURI([]byte(a)) {
-			if !hostPattern.MatchString(a) {
+			if !export.IsHost(a) {
 				return nil, nil, exit.Usage(fmt.Errorf("invalid host name %q", a))
 			}
 			hosts = append(hosts, a)
@@ -177,14 +171,4 @@ func (o *exportOptions) arguments(args []string) (uris []*pkcs11uri.URI, hosts [
 		uris = append(uris, u)
 	}
 	return uris, hosts, nil
-}
-
-// agentSocket returns the socket of the agent in use, if that is p11-agent, or else the usual socket.
-func agentSocket(ctx context.Context) string {
-	if path := os.Getenv(paths.SocketVariable); path != "" && path != paths.UserSocket() {
-		if a := probe.Ask(ctx, path); a.Err == nil && a.Own {
-			return path
-		}
-	}
-	return paths.UserSocket()
 }

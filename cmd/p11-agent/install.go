@@ -5,7 +5,6 @@ import (
 	"errors"
 	"fmt"
 	"io"
-	"path/filepath"
 
 	"github.com/spf13/cobra"
 
@@ -91,19 +90,11 @@ func (o *installOptions) open(ctx context.Context, g *globals, out, stderr io.Wr
 func installTarget(system string) install.Target {
 	t := install.Target{
 		System:     system,
-		ConfigHome: configHome(),
+		ConfigHome: paths.ConfigHome(),
 		Socket:     paths.RuntimeSocket(paths.AgentName),
 		Answers:    func(ctx context.Context, socket string) bool { return sshagent.Ping(ctx, socket) == nil },
 	}
 	return t
-}
-
-// configHome is the directory of the user's configuration, or empty.
-func configHome() string {
-	if file := paths.ConfigFile(); file != "" {
-		return filepath.Dir(filepath.Dir(file))
-	}
-	return ""
 }
 
 func runInstall(ctx context.Context, g *globals, o *installOptions, out, stderr io.Writer) error {

@@ -7,7 +7,6 @@ import (
 	"fmt"
 	"io"
 	"log/slog"
-	"slices"
 
 	"github.com/spf13/cobra"
 
@@ -89,13 +88,11 @@ func runList(ctx context.Context, g *globals, o *listOptions, args []string, out
 
 	sel := token.NewSelector(uri)
 	if len(args) > 0 && settled {
-		if _, err := b.Store.Select(ctx, sel); err != nil {
-			if _, ok := errors.AsType[*token.AmbiguousError](err); ok || !listing.MatchesToken(b.Store, uri) && !slices.ContainsFunc(b.Store.Away(), sel.Match) {
-				return named.WithSuggestions(err, b.Store, uri)
-			}
+		if err := listing.CheckNamed(ctx, b.Store, sel); err != nil {
+			return err
 		}
 	}
-	l := listing.Collect(c, b.Store, sel, len(args) > 0)
+	l := listing.Collect(c, b, sel, len(args) > 0)
 	if len(args) > 0 {
 		listing.NoteUncertain(stderr, b.Store, sel)
 	}

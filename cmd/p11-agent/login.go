@@ -11,7 +11,6 @@ import (
 	"p11-agent/cmd/p11-agent/completion"
 	"p11-agent/cmd/p11-agent/control"
 	"p11-agent/cmd/p11-agent/exit"
-	"p11-agent/cmd/p11-agent/named"
 	"p11-agent/cmd/p11-agent/status"
 )
 
@@ -59,7 +58,7 @@ func optionalURI(_ *cobra.Command, args []string) error {
 	if len(args) > 1 {
 		return exit.Usage(errors.New("only one URI can be given"))
 	}
-	return checkURI(argument(args))
+	return control.CheckURI(argument(args))
 }
 
 func argument(args []string) string {
@@ -67,23 +66,6 @@ func argument(args []string) string {
 		return ""
 	}
 	return args[0]
-}
-
-// checkURI finds what is wrong with a URI before an agent is asked, which could tell
-// no better.
-func checkURI(text string) error {
-	if text == "" {
-		return nil
-	}
-	u, err := named.Parse(text)
-	if err != nil {
-		return err
-	}
-	defer u.Wipe()
-	if u.PIN() != nil || u.PINSource != nil {
-		return exit.Usage(errors.New("the URI says where the PIN comes from: here it is asked for, or read with --stdin"))
-	}
-	return nil
 }
 
 func runLogin(ctx context.Context, socket string, stdin bool, uri string, out, stderr io.Writer) error {

@@ -10,7 +10,6 @@ import (
 	"os"
 	"path/filepath"
 	"runtime/debug"
-	"slices"
 	"strings"
 
 	"github.com/spf13/cobra"
@@ -73,7 +72,7 @@ func exitCode(err error, stderr io.Writer) int {
 	if _, ok := errors.AsType[exit.Status](err); err == nil || ok {
 		return exit.Code(err)
 	}
-	for _, e := range withoutTPM(exit.Each(err)) {
+	for _, e := range advice.WithoutTPM(exit.Each(err)) {
 		fmt.Fprintf(stderr, "p11-agent: error: %v\n", e)
 		if hint := exit.Hint(e); hint != "" {
 			fmt.Fprintf(stderr, "p11-agent: hint: %s\n", hint)
@@ -82,19 +81,6 @@ func exitCode(err error, stderr io.Writer) int {
 		}
 	}
 	return exit.Code(err)
-}
-
-// withoutTPM leaves out of several errors that the machine has no TPM: the TPM's module
-// comes with a package that many have for another reason.
-func withoutTPM(all []error) []error {
-	some := slices.DeleteFunc(slices.Clone(all), func(err error) bool {
-		m, ok := errors.AsType[*token.ModuleError](err)
-		return ok && advice.LacksTPM(m.Path)
-	})
-	if len(some) == 0 {
-		return all
-	}
-	return some
 }
 
 // globals are the flags that every command has.

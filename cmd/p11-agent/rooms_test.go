@@ -81,14 +81,14 @@ var rooms = []room{
 	},
 	{
 		"cmd/p11-agent/probe",
-		[]string{"agent/peer", "cmd/p11-agent/paths", "pinentry/procstat", xssh + "/agent"},
+		[]string{"agent/peer", "cmd/p11-agent/paths", "pinentry/procstat", "token/pcsc", xssh + "/agent"},
 		"it asks, and does not judge",
 	},
 	{"cmd/p11-agent/exit", []string{}, "a leaf: an exit code is decided without knowing the command"},
 	{"cmd/p11-agent/paths", []string{xsys}, "a leaf: where files are is decided without reading them"},
 	{
 		"cmd/p11-agent/completion",
-		[]string{"cmd/p11-agent/backend", "cmd/p11-agent/config", "cmd/p11-agent/status", cobra, "pinentry/plain", "token/pkcs11uri", "token/wire"},
+		[]string{"cmd/p11-agent/backend", "cmd/p11-agent/config", "cmd/p11-agent/status", cobra, "pinentry/plain", "token/pkcs11uri"},
 		"a completion is quick, and asks no person",
 	},
 	{
@@ -101,7 +101,7 @@ var rooms = []room{
 	},
 	{
 		"cmd/p11-agent/control",
-		[]string{"agent/sshagent", "cmd/p11-agent/exit", "cmd/p11-agent/output", "cmd/p11-agent/prompt", "cmd/p11-agent/status", "pinentry/plain", "pinentry/secret", "token/module/undumpable", "token/wire"},
+		[]string{"agent/sshagent", "cmd/p11-agent/exit", "cmd/p11-agent/named", "cmd/p11-agent/output", "cmd/p11-agent/prompt", "cmd/p11-agent/status", "pinentry/plain", "pinentry/secret", "token/module/undumpable", "token/wire"},
 		"a person at a terminal controls an agent that runs already",
 	},
 	{
@@ -121,7 +121,7 @@ var rooms = []room{
 	{"cmd/p11-agent/files", []string{renameio}, "a leaf: what the files hold is decided elsewhere"},
 	{
 		"cmd/p11-agent/listing",
-		[]string{"cmd/p11-agent/advice", "cmd/p11-agent/backend", "cmd/p11-agent/config", "cmd/p11-agent/named", "cmd/p11-agent/output", "cmd/p11-agent/status", xssh, "pinentry/plain", "token", "token/pkcs11uri", "token/wire"},
+		[]string{"cmd/p11-agent/advice", "cmd/p11-agent/backend", "cmd/p11-agent/config", "cmd/p11-agent/named", "cmd/p11-agent/output", "cmd/p11-agent/status", xssh, "pinentry/plain", "token", "token/pkcs11uri"},
 		"tokens and keys are listed without a running agent",
 	},
 	{"cmd/p11-agent/named", []string{"cmd/p11-agent/exit", "cmd/p11-agent/output", "token", "token/pkcs11uri"}, "it reads names, and knows no command"},
@@ -147,7 +147,7 @@ var rooms = []room{
 	},
 	{
 		"cmd/p11-agent/status",
-		[]string{"agent", "agent/audit", "agent/request", "agent/sshagent", "cmd/p11-agent/config", "cmd/p11-agent/output", "cmd/p11-agent/paths", "pinentry/plain", "token", "token/module/undumpable", "token/pin", "token/pkcs11uri", "token/wire", xssh},
+		[]string{"agent", "agent/audit", "agent/request", "agent/sshagent", "cmd/p11-agent/output", "cmd/p11-agent/paths", "pinentry/plain", "token", "token/module/undumpable", "token/pin", "token/pkcs11uri", "token/wire"},
 		"it tells what is, and does not know what helps",
 	},
 	{"cmd/bench", []string{"pinentry/procstat"}, "it measures the program from outside"},

@@ -7,6 +7,7 @@
 package advice
 
 import (
+	"errors"
 	"fmt"
 	"os/exec"
 	"slices"
@@ -60,6 +61,19 @@ func Failure(e *token.ModuleError) []string {
 // LacksTPM tells whether path is the module for TPMs, and this machine has no TPM. The
 // module comes with a package that many people have for another reason.
 func LacksTPM(path string) bool { return wellknown.KindOf(path) == wellknown.TPM2 && NoTPM() }
+
+// WithoutTPM leaves out of several errors that the machine has no TPM. It returns all errors
+// when there is no other one.
+func WithoutTPM(all []error) []error {
+	some := slices.DeleteFunc(slices.Clone(all), func(err error) bool {
+		m, ok := errors.AsType[*token.ModuleError](err)
+		return ok && LacksTPM(m.Path)
+	})
+	if len(some) == 0 {
+		return all
+	}
+	return some
+}
 
 // Install returns the step that installs a package, which has one name in Debian and one in
 // Fedora.

@@ -18,7 +18,6 @@ import (
 	"p11-agent/cmd/p11-agent/status"
 	"p11-agent/pinentry/plain"
 	"p11-agent/token/pkcs11uri"
-	"p11-agent/token/wire"
 )
 
 //go:embed bash zsh fish
@@ -116,8 +115,8 @@ func tokensThere(ctx context.Context, file string) (all []status.Token) {
 	b := backend.Look(ctx, c, backend.Options{Log: slog.New(slog.DiscardHandler), Timeout: patience})
 	defer b.Close()
 	for _, m := range b.Store.Modules() {
-		for _, t := range slices.Concat(m.Tokens, m.Away) {
-			st := status.Token{URI: t.URI, Label: t.ID.Label, Serial: t.ID.Serial, Module: m.Name, LoginNeeded: t.Flags&wire.CKFLoginRequired != 0}
+		for i, t := range slices.Concat(m.Tokens, m.Away) {
+			st := status.Token{TokenEntry: status.NewTokenEntry(t, i < len(m.Tokens))}
 			for _, k := range t.Keys {
 				st.Keys = append(st.Keys, k.URI())
 			}

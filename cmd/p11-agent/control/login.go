@@ -12,6 +12,7 @@ import (
 
 	"p11-agent/agent/sshagent"
 	"p11-agent/cmd/p11-agent/exit"
+	"p11-agent/cmd/p11-agent/named"
 	"p11-agent/cmd/p11-agent/output"
 	"p11-agent/cmd/p11-agent/prompt"
 	"p11-agent/cmd/p11-agent/status"
@@ -20,6 +21,23 @@ import (
 	"p11-agent/token/module/undumpable"
 	"p11-agent/token/wire"
 )
+
+// CheckURI finds a mistake in a URI that a person types, before the agent is asked: the agent could not tell it better. The
+// URI may be empty, and has no PIN.
+func CheckURI(text string) error {
+	if text == "" {
+		return nil
+	}
+	u, err := named.Parse(text)
+	if err != nil {
+		return err
+	}
+	defer u.Wipe()
+	if u.PIN() != nil || u.PINSource != nil {
+		return exit.Usage(errors.New("the URI says where the PIN comes from: here it is asked for, or read with --stdin"))
+	}
+	return nil
+}
 
 // Login logs in to the token that uri selects, or to the only one that needs a login if uri is "". It reads the PIN at the
 // terminal, or from standard input with stdin. The agent asks by itself for a PIN on a card reader and for the last try.

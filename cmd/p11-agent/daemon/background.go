@@ -243,3 +243,20 @@ func endWith(pid int, end func()) error {
 	}()
 	return nil
 }
+
+// EndNamed ends the agent that SSH_AGENT_PID names, as ssh-agent -k does, and returns its
+// process ID.
+func EndNamed() (pid int, err error) {
+	text := os.Getenv(paths.PIDVariable)
+	if text == "" {
+		return 0, fmt.Errorf("no agent to end: %s is not set", paths.PIDVariable)
+	}
+	pid, err = strconv.Atoi(text)
+	if err != nil || pid <= 1 {
+		return 0, fmt.Errorf("no agent to end: %s is %q, not the ID of a process", paths.PIDVariable, text)
+	}
+	if err := syscall.Kill(pid, syscall.SIGTERM); err != nil {
+		return 0, fmt.Errorf("end the agent with process ID %d: %w", pid, err)
+	}
+	return pid, nil
+}

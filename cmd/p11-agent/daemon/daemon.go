@@ -220,7 +220,7 @@ func (d *Daemon) openKeyring(c *config.File, upstreams []agent.Upstream) {
 	d.status.SetPolicy(c.Policy())
 	options := agent.Options{
 		Tokens:        d.backend.Tokens(allow),
-		Rules:         d.rules(c),
+		Rules:         backend.Rules(c, o.System),
 		InsertTimeout: c.InsertTimeout.Duration,
 		Lifetime:      o.Lifetime,
 		Questions:     d.questions,
@@ -241,13 +241,6 @@ func (d *Daemon) openKeyring(c *config.File, upstreams []agent.Upstream) {
 	}
 	d.keyring = agent.NewKeyring(options)
 	d.server.Keyring = d.keyring
-}
-
-// rules returns what the configuration tells the keyring.
-func (d *Daemon) rules(c *config.File) agent.Rules {
-	return agent.Rules{
-		Automatic: c.Automatic(), Name: c.KeyName, Listed: backend.Comment, OfferAway: c.OfferAway, Allow: c.Allows(d.options.System), Approval: c.Approval(),
-	}
 }
 
 // Serve answers clients until ctx ends or a socket breaks. It tells the service manager of its state.
@@ -379,7 +372,7 @@ func (d *Daemon) configure(c *config.File) {
 	store.SetHomes(c.URIs())
 	store.SetPublicKeys(c.PublicKeys())
 	store.SetPolicy(c.Policy())
-	d.keyring.Configure(d.rules(c))
+	d.keyring.Configure(backend.Rules(c, d.options.System))
 	d.logind.Delay(c.ForgetsAtSleep())
 	d.status.SetPolicy(c.Policy())
 	if p := d.prompts; p != nil {

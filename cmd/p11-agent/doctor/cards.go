@@ -22,64 +22,18 @@ import (
 	"p11-agent/token/wellknown"
 )
 
-// sysUSB is where the kernel lists USB devices.
-const sysUSB = "/sys/bus/usb/devices"
-
-// usbReaders returns the names of the readers of smart cards on USB. They have an interface
-// of class 0x0b (Smart Card; USB, Device Class Definition for CCID). Security keys with a
-// smart card have one, too.
-func usbReaders(sys string) []string {
-	files, err := filepath.Glob(filepath.Join(sys, "*:*", "bInterfaceClass"))
-	if err != nil {
-		return nil
-	}
-	var names []string
-	for _, file := range files {
-		if probe.Line(file) != "0b" {
-			continue
-		}
-		device, _, _ := strings.Cut(filepath.Base(filepath.Dir(file)), ":")
-		name := strings.TrimSpace(probe.Line(filepath.Join(sys, device, "manufacturer")) + " " + probe.Line(filepath.Join(sys, device, "product")))
-		if name == "" {
-			name = "a reader"
-		}
-		if !slices.Contains(names, name) {
-			names = append(names, name)
-		}
-	}
-	return names
-}
-
-// pcscd is the state of the service.
-type pcscd struct {
-	socket  string
-	readers []pcsc.Reader
-	clients pcsc.Connections
-	err     error
-	usb     []string
-	uid     int // of this process: pcscd admits root always
-}
-
-func askPCSCD(ctx context.Context) pcscd {
-	d := pcscd{socket: pcsc.Socket(os.Environ()), usb: usbReaders(sysUSB), uid: os.Geteuid()}
-	if d.readers, d.err = pcsc.Readers(ctx, d.socket); d.err == nil {
-		d.clients, _ = pcsc.Clients(ctx, d.socket) // an error leaves the clients unknown
-	}
-	return d
-}
-
-func findCards(ctx context.Context, r *Group, d pcscd, modules []token.ModuleStatus) {
+func findCards(ctx context.Context, r *Group, d probe.PCSCD, modules []token.ModuleStatus) {
 	wanted := slices.ContainsFunc(modules, func(m token.ModuleStatus) bool { return wellknown.KindOf(m.Path).SmartCards() })
 	switch {
-	case d.err != nil:
-		d.findDown(r, wanted)
+	case d.Err != nil:
+		findDown(r, d, wanted)
 		return
-	case len(d.readers) == 0 && len(d.usb) > 0:
-		r.bad("%s is plugged in, and pcscd has no reader: the driver is missing", strings.Join(d.usb, " and ")).
+	case len(d.Readers) == 0 && len(d.USB) > 0:
+		r.bad("%s is plugged in, and pcscd has no reader: the driver is missing", strings.Join(d.USB, " and ")).
 			Next("%s", advice.Install("libccid", "pcsc-lite-ccid")).
 			Next("%s", restartStep("pcscd", "pcscd.socket pcscd.service", ""))
 		return
-	case len(d.readers) == 0:
+	case len(d.Readers) == 0:
 		anyToken := slices.ContainsFunc(modules, func(m token.ModuleStatus) bool { return len(m.Tokens) > 0 })
 		f := r.add(map[bool]level{true: levelOK, false: levelWarning}[anyToken || !wanted], "pcscd runs, and no reader or security key is plugged in")
 		if f.level == levelWarning {
@@ -87,19 +41,19 @@ func findCards(ctx context.Context, r *Group, d pcscd, modules []token.ModuleSta
 		}
 		return
 	}
-	for _, reader := range d.readers {
+	for _, reader := range d.Readers {
 		switch {
 		case reader.Users == pcsc.Exclusive:
-			d.findExclusive(r, reader)
+			findExclusive(r, d, reader)
 		case !reader.Card:
 			r.ok("reader %q is empty", reader.Name)
 		case recognised(modules, reader.Name):
 			r.ok("reader %q has a card", reader.Name)
 		default:
-			d.findUnknownCard(ctx, r, reader, wanted)
+			findUnknownCard(ctx, r, reader, wanted)
 		}
 	}
-	for _, c := range slices.Concat(d.clients.Clients, d.clients.Suspects) {
+	for _, c := range slices.Concat(d.Clients.Clients, d.Clients.Suspects) {
 		if c.Name == "scdaemon" && !hasLine(gnupgFile("scdaemon.conf"), "pcsc-shared") {
 			r.warn("GnuPG's scdaemon (%d) is running, and does not share cards: the agent then cannot use them", c.PID).
 				Next("%s", shareStep())
@@ -109,37 +63,37 @@ func findCards(ctx context.Context, r *Group, d pcscd, modules []token.ModuleSta
 }
 
 // findDown adds why pcscd does not answer.
-func (d pcscd) findDown(r *Group, wanted bool) {
+func findDown(r *Group, d probe.PCSCD, wanted bool) {
 	bad := r.bad
-	if len(d.usb) == 0 {
+	if len(d.USB) == 0 {
 		bad = r.warn // without a reader, nothing is missing
 	}
 	plugged := ""
-	if len(d.usb) > 0 {
-		plugged = ", and " + strings.Join(d.usb, " and ") + " is plugged in"
+	if len(d.USB) > 0 {
+		plugged = ", and " + strings.Join(d.USB, " and ") + " is plugged in"
 	}
 	var timeout interface{ Timeout() bool }
 	switch {
-	case errors.Is(d.err, pcsc.ErrRefused) && d.uid != 0:
+	case errors.Is(d.Err, pcsc.ErrRefused) && d.UID != 0:
 		r.bad("pcscd refuses you the readers (polkit admits a person at the machine only; sessions of ssh, tmux, cron and lingering services do not count)").
 			Next("%s", polkitRule()).
 			Next("%s", restartStep("polkit and pcscd", "polkit pcscd.socket", ""))
-	case errors.Is(d.err, pcsc.ErrRefused):
+	case errors.Is(d.Err, pcsc.ErrRefused):
 		r.bad("pcscd hangs up without an answer").
 			Next("%s", restartStep("pcscd", "pcscd.socket pcscd.service", "; journalctl -u pcscd -n 20"))
-	case errors.Is(d.err, pcsc.ErrLanguage):
-		r.bad("%v: pcscd and the libraries are of different versions", d.err).
+	case errors.Is(d.Err, pcsc.ErrLanguage):
+		r.bad("%v: pcscd and the libraries are of different versions", d.Err).
 			Next("%s  # an upgrade has left the old one running", restartStep("pcscd", "pcscd.socket pcscd.service", "")).
 			Next("in a container, use the same version of pcsc-lite as outside")
-	case errors.Is(d.err, os.ErrPermission):
-		r.bad("pcscd's socket %s may not be used by you", d.socket).
-			Next("ls -l %s  # all users need access; in a sandbox (snap, flatpak), allow access to pcscd", output.ShellWord(d.socket))
-	case errors.Is(d.err, os.ErrNotExist), errors.Is(d.err, unix.ECONNREFUSED), errors.Is(d.err, unix.ENOTSOCK):
-		if !wanted && len(d.usb) == 0 {
+	case errors.Is(d.Err, os.ErrPermission):
+		r.bad("pcscd's socket %s may not be used by you", d.Socket).
+			Next("ls -l %s  # all users need access; in a sandbox (snap, flatpak), allow access to pcscd", output.ShellWord(d.Socket))
+	case errors.Is(d.Err, os.ErrNotExist), errors.Is(d.Err, unix.ECONNREFUSED), errors.Is(d.Err, unix.ENOTSOCK):
+		if !wanted && len(d.USB) == 0 {
 			r.ok("pcscd does not run, and no module needs it")
 			return
 		}
-		f := bad("pcscd does not run (no program listens at %s), so no smart card and no security key can be seen%s", d.socket, plugged)
+		f := bad("pcscd does not run (no program listens at %s), so no smart card and no security key can be seen%s", d.Socket, plugged)
 		if _, err := os.Stat("/usr/sbin/pcscd"); err != nil {
 			f.Next("%s", advice.Install("pcscd", "pcsc-lite"))
 		}
@@ -148,11 +102,11 @@ func (d pcscd) findDown(r *Group, wanted bool) {
 		} else {
 			f.Next("sudo pcscd  # systemd does not run here: have your system start pcscd")
 		}
-	case errors.As(d.err, &timeout) && timeout.Timeout():
+	case errors.As(d.Err, &timeout) && timeout.Timeout():
 		r.bad("pcscd does not answer, perhaps because of a reader").
 			Next("pull the reader out and put it in again, then: %s", restartStep("pcscd", "pcscd.socket pcscd.service", ""))
 	default:
-		r.bad("pcscd cannot be asked: %v", d.err).
+		r.bad("pcscd cannot be asked: %v", d.Err).
 			Next("%s", restartStep("pcscd", "pcscd.socket pcscd.service", "; journalctl -u pcscd -n 20"))
 	}
 }
@@ -170,10 +124,10 @@ polkit.addRule(function(action, subject) {
 END`, userName())
 }
 
-func (d pcscd) findExclusive(r *Group, reader pcsc.Reader) {
+func findExclusive(r *Group, d probe.PCSCD, reader pcsc.Reader) {
 	var who []string
 	gnupg := false
-	for _, c := range slices.Concat(d.clients.Clients, d.clients.Suspects) {
+	for _, c := range slices.Concat(d.Clients.Clients, d.Clients.Suspects) {
 		// A module process has the name "exe" at first, and has the doctor's files open
 		// for a moment.
 		if c.PID == os.Getpid() || c.Name == probe.Program || c.Name == "exe" {
@@ -193,7 +147,7 @@ func (d pcscd) findExclusive(r *Group, reader pcsc.Reader) {
 	case len(who) > 0:
 		f.Next("end that program, or make it share the card")
 	default:
-		f.Next("sudo fuser -v %s  # shows who is connected with pcscd", output.ShellWord(d.socket))
+		f.Next("sudo fuser -v %s  # shows who is connected with pcscd", output.ShellWord(d.Socket))
 	}
 }
 
@@ -229,7 +183,7 @@ func recognised(modules []token.ModuleStatus, reader string) bool {
 	return false
 }
 
-func (d pcscd) findUnknownCard(ctx context.Context, r *Group, reader pcsc.Reader, wanted bool) {
+func findUnknownCard(ctx context.Context, r *Group, reader pcsc.Reader, wanted bool) {
 	if !wanted {
 		r.bad("the card in reader %q is seen by no module: none for smart cards is installed", reader.Name).
 			Next("%s", advice.Install("opensc-pkcs11", "opensc"))

@@ -45,18 +45,18 @@ func Examine(ctx context.Context, file string) Groups {
 		{"the agent that ssh asks", func(ctx context.Context, r *Group) { findAgent(ctx, r, asked()) }},
 		{"ssh", func(_ context.Context, r *Group) { findSSH(r, ssh(), asked().Keys) }},
 		{"smart card readers", func(ctx context.Context, r *Group) {
-			daemon := askPCSCD(ctx)
+			daemon := probe.AskPCSCD(ctx)
 			// A card is unknown when no token has the name of its reader.
 			findCards(ctx, r, daemon, modules().Store.Modules())
 		}},
 		{"modules", func(_ context.Context, r *Group) { findRegistry(r, c); findModules(r, modules()) }},
 		{"tokens and keys", func(ctx context.Context, r *Group) {
-			store := modules().Store
-			findTokens(r, store.Modules())
+			b := modules()
+			findTokens(r, b.Store.Modules())
 			// Modules that hang have had their time. The others answer at once.
 			ctx, cancel := context.WithTimeout(ctx, time.Second)
 			defer cancel()
-			findKeys(ctx, r, c, store)
+			findKeys(ctx, r, c, b)
 		}},
 		{"asking for the PIN", func(ctx context.Context, r *Group) { findPrompt(ctx, r, c) }},
 		{"systemd", findUnits},
@@ -79,7 +79,7 @@ func ExamineConfig(ctx context.Context, c *config.File, log *slog.Logger) Groups
 		{"modules", func(_ context.Context, r *Group) { findRegistry(r, c); findModules(r, b) }},
 		{"tokens and keys", func(ctx context.Context, r *Group) {
 			findTokens(r, b.Store.Modules())
-			findKeys(ctx, r, c, b.Store)
+			findKeys(ctx, r, c, b)
 			findSources(r, c)
 		}},
 		{"asking for the PIN", func(_ context.Context, r *Group) { findPinentry(r, c) }},

@@ -10,6 +10,7 @@ import (
 	"testing"
 	"time"
 
+	"p11-agent/cmd/p11-agent/probe"
 	"p11-agent/systemd"
 	"p11-agent/token"
 	"p11-agent/token/pcsc"
@@ -61,12 +62,12 @@ func TestDoctorPolkit(t *testing.T) {
 	}()
 	defer func() { _ = l.Close(); <-done }()
 	t.Setenv("PCSCLITE_CSOCK_NAME", socket)
-	d := askPCSCD(t.Context())
-	if !errors.Is(d.err, pcsc.ErrRefused) {
-		t.Fatalf("the daemon refuses, and is said to: %v", d.err)
+	d := probe.AskPCSCD(t.Context())
+	if !errors.Is(d.Err, pcsc.ErrRefused) {
+		t.Fatalf("the daemon refuses, and is said to: %v", d.Err)
 	}
 	for _, uid := range []int{0, 1000} {
-		d.uid = uid
+		d.UID = uid
 		r := new(Group)
 		findCards(t.Context(), r, d, []token.ModuleStatus{openSC})
 		text := printed(t, r)
@@ -98,34 +99,34 @@ func TestDoctorCards(t *testing.T) {
 	}
 	for _, tt := range []struct {
 		name    string
-		d       pcscd
+		d       probe.PCSCD
 		modules []token.ModuleStatus
 		want    []string
 	}{
-		{"no daemon, nothing needs it", pcscd{err: refused}, []token.ModuleStatus{soft}, []string{"ok: pcscd does not run, and no module needs it"}},
-		{"no daemon", pcscd{err: refused, socket: "/run/x"}, []token.ModuleStatus{openSC}, []string{
+		{"no daemon, nothing needs it", probe.PCSCD{Err: refused}, []token.ModuleStatus{soft}, []string{"ok: pcscd does not run, and no module needs it"}},
+		{"no daemon", probe.PCSCD{Err: refused, Socket: "/run/x"}, []token.ModuleStatus{openSC}, []string{
 			"warning: pcscd does not run (no program listens at /run/x), so no smart card and no security key can be seen\n", start,
 		}},
-		{"no daemon, a key is plugged in", pcscd{err: refused, usb: []string{"Yubico YubiKey"}}, []token.ModuleStatus{openSC}, []string{
+		{"no daemon, a key is plugged in", probe.PCSCD{Err: refused, USB: []string{"Yubico YubiKey"}}, []token.ModuleStatus{openSC}, []string{
 			"problem: pcscd does not run (no program listens at ), so no smart card and no security key can be seen, and Yubico YubiKey is plugged in\n",
 		}},
-		{"no driver", pcscd{usb: []string{"Yubico YubiKey"}}, []token.ModuleStatus{openSC}, []string{
+		{"no driver", probe.PCSCD{USB: []string{"Yubico YubiKey"}}, []token.ModuleStatus{openSC}, []string{
 			"problem: Yubico YubiKey is plugged in, and pcscd has no reader: the driver is missing\n", "  next: install the package libccid (Debian's name; Fedora's is pcsc-lite-ccid)\n",
 		}},
-		{"no reader", pcscd{}, []token.ModuleStatus{openSC}, []string{"warning: pcscd runs, and no reader or security key is plugged in\n", "  next: plug one in"}},
-		{"no reader, other tokens", pcscd{}, []token.ModuleStatus{openSC, soft}, []string{"ok: pcscd runs, and no reader"}},
-		{"other language", pcscd{err: pcsc.ErrLanguage}, nil, []string{"problem: pcscd and this program do not agree", "  next: " + restartStep("pcscd", "pcscd.socket pcscd.service", "") + "  # an upgrade"}},
-		{"not for us", pcscd{err: os.ErrPermission, socket: "/run/x"}, nil, []string{"problem: pcscd's socket /run/x may not be used by you\n", "  next: ls -l /run/x"}},
-		{"a card", pcscd{readers: []pcsc.Reader{{Name: "Some Reader 00 00", Card: true}, {Name: "Other 00 00"}}}, []token.ModuleStatus{card}, []string{
+		{"no reader", probe.PCSCD{}, []token.ModuleStatus{openSC}, []string{"warning: pcscd runs, and no reader or security key is plugged in\n", "  next: plug one in"}},
+		{"no reader, other tokens", probe.PCSCD{}, []token.ModuleStatus{openSC, soft}, []string{"ok: pcscd runs, and no reader"}},
+		{"other language", probe.PCSCD{Err: pcsc.ErrLanguage}, nil, []string{"problem: pcscd and this program do not agree", "  next: " + restartStep("pcscd", "pcscd.socket pcscd.service", "") + "  # an upgrade"}},
+		{"not for us", probe.PCSCD{Err: os.ErrPermission, Socket: "/run/x"}, nil, []string{"problem: pcscd's socket /run/x may not be used by you\n", "  next: ls -l /run/x"}},
+		{"a card", probe.PCSCD{Readers: []pcsc.Reader{{Name: "Some Reader 00 00", Card: true}, {Name: "Other 00 00"}}}, []token.ModuleStatus{card}, []string{
 			`ok: reader "Some Reader 00 00" has a card`, `ok: reader "Other 00 00" is empty`,
 		}},
-		{"an unknown card", pcscd{readers: []pcsc.Reader{{Name: "Other 00 00", Card: true}}}, []token.ModuleStatus{card}, []string{
+		{"an unknown card", probe.PCSCD{Readers: []pcsc.Reader{{Name: "Other 00 00", Card: true}}}, []token.ModuleStatus{card}, []string{
 			`warning: the card in reader "Other 00 00" is recognised by no module`, "  next: opensc-tool --reader 'Other 00 00' --name",
 		}},
-		{"no module for cards", pcscd{readers: []pcsc.Reader{{Name: "Other 00 00", Card: true}}}, []token.ModuleStatus{soft}, []string{
+		{"no module for cards", probe.PCSCD{Readers: []pcsc.Reader{{Name: "Other 00 00", Card: true}}}, []token.ModuleStatus{soft}, []string{
 			`problem: the card in reader "Other 00 00" is seen by no module: none for smart cards is installed`, "  next: install the package opensc-pkcs11",
 		}},
-		{"kept by an unknown program", pcscd{readers: []pcsc.Reader{{Name: "Other 00 00", Card: true, Users: pcsc.Exclusive}}, socket: "/run/x"}, []token.ModuleStatus{card}, []string{
+		{"kept by an unknown program", probe.PCSCD{Readers: []pcsc.Reader{{Name: "Other 00 00", Card: true, Users: pcsc.Exclusive}}, Socket: "/run/x"}, []token.ModuleStatus{card}, []string{
 			`warning: the card in reader "Other 00 00" is kept by another program` + "\n", "  next: sudo fuser -v /run/x",
 		}},
 	} {
@@ -152,25 +153,8 @@ func TestDoctorCardRefused(t *testing.T) {
 			t.Fatal(err)
 		}
 		r := new(Group)
-		findCards(t.Context(), r, pcscd{readers: []pcsc.Reader{{Name: "R", Card: true}}}, []token.ModuleStatus{openSC})
+		findCards(t.Context(), r, probe.PCSCD{Readers: []pcsc.Reader{{Name: "R", Card: true}}}, []token.ModuleStatus{openSC})
 		wantLines(t, printed(t, r), want)
-	}
-}
-
-func TestUSBReaders(t *testing.T) {
-	dir := t.TempDir()
-	for file, text := range map[string]string{
-		"1-1/manufacturer": "Yubico\n", "1-1/product": "YubiKey OTP+FIDO+CCID\n",
-		"1-1:1.0/bInterfaceClass": "03\n", "1-1:1.2/bInterfaceClass": "0b\n",
-		"1-2:1.0/bInterfaceClass": "0b\n", "1-3:1.0/bInterfaceClass": "08\n", "1-3/product": "Stick\n",
-	} {
-		file = filepath.Join(dir, file)
-		if err := errors.Join(os.MkdirAll(filepath.Dir(file), 0o700), os.WriteFile(file, []byte(text), 0o600)); err != nil {
-			t.Fatal(err)
-		}
-	}
-	if got := strings.Join(usbReaders(dir), "; "); got != "Yubico YubiKey OTP+FIDO+CCID; a reader" {
-		t.Errorf("got %q", got)
 	}
 }
 
@@ -284,22 +268,4 @@ func TestDoctorProgramFile(t *testing.T) {
 			}
 		})
 	}
-}
-
-func FuzzUnits(f *testing.F) {
-	const seed = "Result=success\nId=a.socket\nDropInPaths=/x=y /z\n\nId=b.service\nLoadState=loaded\n"
-	units := parseUnits(seed)
-	if len(units) != 2 || units["a.socket"]["DropInPaths"] != "/x=y /z" || units["b.service"]["LoadState"] != "loaded" {
-		f.Fatalf("got %q", units)
-	}
-	for _, s := range []string{"", seed, "\n\n\n", "Id=\n\nId", "Id=x\nId=y"} {
-		f.Add(s)
-	}
-	f.Fuzz(func(t *testing.T, text string) {
-		for name, u := range parseUnits(text) {
-			if name == "" || u["Id"] != name {
-				t.Errorf("%q: %q", name, u)
-			}
-		}
-	})
 }

@@ -159,8 +159,8 @@ func findTokens(r *Group, modules []token.ModuleStatus) {
 // sshd_config(5)), the last of which may be a password.
 const maxOffered = 5
 
-func findKeys(ctx context.Context, r *Group, conf *config.File, store *token.Store) {
-	auto := conf.Automatic()
+func findKeys(ctx context.Context, r *Group, conf *config.File, b *backend.Modules) {
+	store := b.Store
 	if conf.Keys != nil {
 		for _, u := range *conf.Keys {
 			findURI(ctx, r, store, "keys", u.URI)
@@ -171,11 +171,18 @@ func findKeys(ctx context.Context, r *Group, conf *config.File, store *token.Sto
 			findURI(ctx, r, store, "[[key]]", k.URI.URI)
 		}
 	}
-	homes := config.Homes(store.Keys(), auto)
+	offers := b.Offers(conf)
 	first := make(map[*token.Key]*token.Key)
-	for _, all := range homes {
-		for _, k := range all {
-			first[k] = all[0]
+	present, shown := 0, 0 // identities
+	for _, o := range offers {
+		for _, k := range o.Present {
+			first[k] = o.Present[0]
+		}
+		if len(o.Present) > 0 {
+			present++
+		}
+		if o.Shown {
+			shown++
 		}
 	}
 	for _, k := range store.Keys() {
@@ -183,24 +190,24 @@ func findKeys(ctx context.Context, r *Group, conf *config.File, store *token.Sto
 		case k:
 			r.ok("offers %v", k)
 		case nil:
-			_, reason := config.Offered(k, auto, "")
-			r.detail("does not offer %v: %s", k, reason)
+			_, reason := config.Offered(k, conf.Automatic(), "")
+			r.detail("does not offer %v: %s", k, cmp.Or(reason, backend.Unreadable))
 		default:
 			r.ok("%v, through module %s, is the same key as %v, through module %s, which is used first", k, k.Module(), f, f.Module())
 		}
 	}
-	if hidden, offered := status.NotShown(conf, store); len(hidden) > 0 {
-		r.warn("%s", status.FewShown(offered-len(hidden), offered)).
+	if shown < len(offers) {
+		r.warn("%s", status.FewShown(shown, len(offers))).
 			Next("in the configuration: keys = [\"pkcs11:...\"], with the URIs of the keys that you use")
 	}
-	if conf.Keys == nil && len(homes) == 0 && len(store.Away()) == 0 {
+	if conf.Keys == nil && present == 0 && len(store.Away()) == 0 {
 		f := r.warn("there is no key that the agent could offer")
 		for _, step := range advice.FirstSteps(store.Modules()) {
 			f.Next("%s", step)
 		}
 	}
-	if n := len(homes); n > maxOffered {
-		r.warn(`%d keys are offered, and many servers hang up after six with "Too many authentication failures": name the keys that you use`, n).
+	if present > maxOffered {
+		r.warn(`%d keys are offered, and many servers hang up after six with "Too many authentication failures": name the keys that you use`, present).
 			Next("in the configuration: keys = [\"pkcs11:...\"], with URIs of p11-agent list").
 			Next("or tell ssh which key to use: p11-agent export --ssh-config HOST 'pkcs11:...'")
 	}

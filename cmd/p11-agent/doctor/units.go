@@ -35,7 +35,7 @@ func restartStep(what, units, more string) string {
 
 // findUnits looks at the units of the user's service manager.
 func findUnits(ctx context.Context, r *Group) {
-	s, err := probe.Run(ctx, "systemctl", "--user", "show", "--property=Id,LoadState,ActiveState,SubState,UnitFileState,FragmentPath,DropInPaths,Result", install.SocketUnit, install.ServiceUnit)
+	units, s, err := probe.Units(ctx, install.SocketUnit, install.ServiceUnit)
 	switch {
 	case errors.Is(err, exec.ErrNotFound), s.Status != nil && !systemd.Booted():
 		r.ok("systemd does not run here, so the agent is started by hand")
@@ -49,9 +49,8 @@ func findUnits(ctx context.Context, r *Group) {
 			Next("log in as yourself, or: sudo machinectl shell %s@", userName())
 		return
 	}
-	units := parseUnits(s.Out)
 	socket, service := units[install.SocketUnit], units[install.ServiceUnit]
-	findUnit := func(name string, u map[string]string) {
+	findUnit := func(name string, u probe.Unit) {
 		where := u["FragmentPath"]
 		if u["DropInPaths"] != "" {
 			where += ", changed by " + u["DropInPaths"]
@@ -95,18 +94,9 @@ func findUnits(ctx context.Context, r *Group) {
 
 // findManagerEnvironment compares the environment of units with that of this process.
 func findManagerEnvironment(ctx context.Context, r *Group, installed bool) {
-	s, err := probe.Run(ctx, "systemctl", "--user", "show-environment")
-	if err != nil || s.Status != nil {
+	there, ok := probe.ManagerEnvironment(ctx)
+	if !ok || !installed {
 		return // systemctl has answered a moment ago: the environment is unknown
-	}
-	there := make(map[string]string)
-	for l := range strings.Lines(s.Out) {
-		if name, value, ok := strings.Cut(strings.TrimSpace(l), "="); ok {
-			there[name] = value
-		}
-	}
-	if !installed {
-		return
 	}
 	var missing []string
 	for _, name := range []string{"DISPLAY", "WAYLAND_DISPLAY"} {
@@ -124,24 +114,6 @@ func findManagerEnvironment(ctx context.Context, r *Group, installed bool) {
 	} else {
 		r.detail("the service manager has SSH_AUTH_SOCK=%s", there[paths.SocketVariable])
 	}
-}
-
-// parseUnits reads the output of systemctl show: blocks of NAME=VALUE, with a blank line
-// between them.
-func parseUnits(text string) map[string]map[string]string {
-	units := make(map[string]map[string]string)
-	for block := range strings.SplitSeq(text, "\n\n") {
-		u := make(map[string]string)
-		for l := range strings.Lines(block) {
-			if name, value, ok := strings.Cut(strings.TrimSuffix(l, "\n"), "="); ok {
-				u[name] = value
-			}
-		}
-		if u["Id"] != "" {
-			units[u["Id"]] = u
-		}
-	}
-	return units
 }
 
 func firstLine(s string) string {

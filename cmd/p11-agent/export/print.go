@@ -106,3 +106,14 @@ var principalPattern = regexp.MustCompile(`^[^\s"#\\[:cntrl:]][^\s"\\[:cntrl:]]*
 
 // IsPrincipal tells whether a name can stand for a signer in a file of allowed signers.
 func IsPrincipal(name string) bool { return principalPattern.MatchString(name) }
+
+var (
+	hostPattern      = regexp.MustCompile(`^!?[A-Za-z0-9._*?:%\[\]-]+$`)
+	namespacePattern = regexp.MustCompile(`^[A-Za-z0-9.@_*?,!-]+$`)
+)
+
+// IsHost tells whether a text can be a pattern of host names in ssh_config(5).
+func IsHost(text string) bool { return hostPattern.MatchString(text) }
+
+// IsNamespace tells whether a text can be a list of namespaces in a file of allowed signers.
+func IsNamespace(text string) bool { return namespacePattern.MatchString(text) }

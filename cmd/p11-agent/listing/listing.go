@@ -1,10 +1,12 @@
 // Package listing says which tokens and keys there are, whether the agent offers them, and why it does not. It looks at a
-// store of its own, and needs no running agent. The names of the JSON fields stay as they are: scripts read them.
+// store of its own, and needs no running agent. In JSON, package status describes tokens, keys and modules.
 package listing
 
 import (
 	"cmp"
+	"context"
 	"crypto/rsa"
+	"errors"
 	"fmt"
 	"io"
 	"slices"
@@ -21,42 +23,24 @@ import (
 	"p11-agent/cmd/p11-agent/status"
 	"p11-agent/token"
 	"p11-agent/token/pkcs11uri"
-	"p11-agent/token/wire"
 )
 
-// A Token is a token with the keys that are listed. JSON has the names of its fields.
+// A Token is a token with the keys that are listed.
 type Token struct {
-	URI          string     `json:"uri"`
-	Label        string     `json:"label"`
-	Serial       string     `json:"serial"`
-	Manufacturer string     `json:"manufacturer"`
-	Model        string     `json:"model"`
-	Module       string     `json:"module"`
-	Slot         string     `json:"slot"`
-	Reader       string     `json:"reader,omitempty"` // where another token of the same name is there
-	LoginNeeded  bool       `json:"login_required"`
-	PIN          status.PIN `json:"pin"`
-	Shadowed     string     `json:"used_through,omitempty"`
-	Home         string     `json:"belongs_to,omitempty"`
-	Present      bool       `json:"present"`
-	LastSeen     *time.Time `json:"last_seen,omitempty"` // when it is not
-	Keys         []Key      `json:"keys"`
-	LeftOut      []string   `json:"left_out,omitempty"` // because of a bound, and why
+	status.TokenEntry
+	Keys []Key `json:"keys"`
 }
 
 // A Key is a key of a token, and whether the agent offers it.
 type Key struct {
-	URI         string `json:"uri"`
-	Name        string `json:"name,omitempty"`
-	Label       string `json:"label"`
-	Type        string `json:"type"`
-	Bits        int    `json:"bits,omitempty"`
-	Fingerprint string `json:"fingerprint"`
-	PublicKey   string `json:"public_key"`
-	Offered     bool   `json:"offered"`
-	Reason      string `json:"reason,omitempty"`    // why it is not
-	NotShown    bool   `json:"not_shown,omitempty"` // it is offered, and clients have no room for it in their list
-	EachUse     bool   `json:"pin_each_use"`
+	status.KeyEntry
+	Name      string `json:"name,omitempty"`
+	Label     string `json:"label"`
+	Bits      int    `json:"bits,omitempty"`
+	PublicKey string `json:"public_key"`
+	Offered   bool   `json:"offered"`
+	Reason    string `json:"reason,omitempty"` // why it is not
+	EachUse   bool   `json:"pin_each_use"`
 	// The agent offers the key once, and signs with the first home that is present.
 	Homes []Home `json:"same_key,omitempty"` // the others
 
@@ -83,16 +67,11 @@ type Listing struct {
 
 // A Module is a module process, as it was during the look.
 type Module struct {
-	Name     string   `json:"name"`
-	Path     string   `json:"path"`
-	Running  bool     `json:"running"`
-	Restarts int      `json:"restarts"`          // since it was started for this list
-	Waits    bool     `json:"waits"`             // it tells of cards that come and go; else its slots are polled
-	Sandbox  string   `json:"sandbox,omitempty"` // what its process may not do
-	Error    string   `json:"error,omitempty"`
-	Empty    string   `json:"empty,omitempty"`    // why it shows no token
-	Next     []string `json:"next,omitempty"`     // what helps against the error
-	LeftOut  []string `json:"left_out,omitempty"` // because of a bound, and why
+	status.ModuleEntry
+	Running bool   `json:"running"`
+	Waits   bool   `json:"waits"` // it tells of cards that come and go; else its slots are polled
+	Error   string `json:"error,omitempty"`
+	Empty   string `json:"empty,omitempty"` // why it shows no token
 }
 
 // state says how a module works.
@@ -138,8 +117,19 @@ func NoteUncertain(stderr io.Writer, store *token.Store, sel *token.Selector) {
 	}
 }
 
-// MatchesToken tells whether a URI selects a token that is present. The token may have no keys.
-func MatchesToken(store *token.Store, u *pkcs11uri.URI) bool {
+// CheckNamed returns an error when the URI of sel selects no known key and no token that is present. It also returns an
+// error when several modules show the token and none is its home. The error suggests what the URI means.
+func CheckNamed(ctx context.Context, store *token.Store, sel *token.Selector) error {
+	_, err := store.Select(ctx, sel)
+	if _, ambiguous := errors.AsType[*token.AmbiguousError](err); err == nil ||
+		!ambiguous && (matchesToken(store, sel.URI()) || slices.ContainsFunc(store.Away(), sel.Match)) {
+		return nil
+	}
+	return named.WithSuggestions(err, store, sel.URI())
+}
+
+// matchesToken tells whether a URI selects a token that is present. The token may have no keys.
+func matchesToken(store *token.Store, u *pkcs11uri.URI) bool {
 	for _, m := range store.Modules() {
 		for _, t := range m.Tokens {
 			if u.ID == nil && u.Object == nil && u.MatchToken(t.ID) {
@@ -151,27 +141,25 @@ func MatchesToken(store *token.Store, u *pkcs11uri.URI) bool {
 }
 
 // Collect lists the keys that sel selects. onlyNamed leaves out the tokens that it does not select.
-func Collect(c *config.File, store *token.Store, sel *token.Selector, onlyNamed bool) Listing {
+func Collect(c *config.File, b *backend.Modules, sel *token.Selector, onlyNamed bool) Listing {
 	l := Listing{named: onlyNamed, Tokens: []Token{}, Modules: []Module{}}
-	auto, name := c.Automatic(), c.KeyName
-	homes := config.Homes(store.Keys(), auto)
-	hidden, all := status.NotShown(c, store)
-	l.Offered, l.Shown = all, all-len(hidden)
-	for _, m := range store.Modules() {
-		lm := Module{Name: m.Name, Path: m.Path, Running: m.Running, Restarts: m.Restarts, Waits: m.Waits, Sandbox: m.Sandbox, LeftOut: m.LeftOut}
+	auto := c.Automatic()
+	offers := make(map[*token.Key]backend.Offer)
+	for _, o := range b.Offers(c) {
+		l.Offered++
+		if o.Shown {
+			l.Shown++
+		}
+		for _, k := range slices.Concat(o.Present, o.Away) {
+			offers[k] = o
+		}
+	}
+	for _, m := range b.Store.Modules() {
+		lm := Module{ModuleEntry: status.NewModuleEntry(m), Running: m.Running, Waits: m.Waits, Empty: m.Empty}
 		lm.Error, lm.Next = advice.Trouble(m)
-		lm.Empty = m.Empty
 		l.Modules = append(l.Modules, lm)
 		for i, t := range slices.Concat(m.Tokens, m.Away) {
-			present := i < len(m.Tokens)
-			lt := Token{
-				URI: t.URI, Label: t.ID.Label, Serial: t.ID.Serial, Manufacturer: t.ID.Manufacturer, Model: t.ID.Model,
-				Module: t.Module, Slot: t.Slot, Reader: t.Reader, LoginNeeded: t.Flags&wire.CKFLoginRequired != 0, PIN: status.PINOf(t.Tries),
-				Shadowed: t.Shadowed, Home: t.Home, Present: present, Keys: []Key{}, LeftOut: t.LeftOut,
-			}
-			if !present {
-				lt.LastSeen = &t.Seen
-			}
+			lt := Token{TokenEntry: status.NewTokenEntry(t, i < len(m.Tokens)), Keys: []Key{}}
 			for _, k := range t.Keys {
 				if !sel.Match(k) {
 					continue
@@ -181,32 +169,40 @@ func Collect(c *config.File, store *token.Store, sel *token.Selector, onlyNamed 
 					continue // token offers only types that SSH has
 				}
 				lk := Key{
-					URI: k.URI(), Name: name(k), Label: k.Label(), Type: pub.Type(), Bits: bits(k),
-					Fingerprint: ssh.FingerprintSHA256(pub), EachUse: k.AlwaysAuthenticate(),
+					KeyEntry: status.KeyEntry{URI: k.URI(), Type: pub.Type(), Fingerprint: ssh.FingerprintSHA256(pub)},
+					Name:     c.KeyName(k), Label: k.Label(), Bits: bits(k), EachUse: k.AlwaysAuthenticate(),
 					PublicKey: strings.TrimSpace(string(ssh.MarshalAuthorizedKey(pub))), comment: backend.Comment(k),
 				}
 				lk.Offered, lk.Reason = config.Offered(k, auto, t.Shadowed)
-				if lk.Offered && !present {
-					if lk.Offered = c.OfferAway(k, auto != nil); !lk.Offered {
-						lk.Reason = "its token is not there"
-					}
-				}
-				lk.NotShown = lk.Offered && hidden[string(pub.Marshal())]
-				if all := homes[string(pub.Marshal())]; slices.Contains(all, k) {
-					for i, h := range all {
-						if h != k {
-							lk.Homes = append(lk.Homes, Home{URI: h.URI(), Module: h.Module(), First: i == 0})
-						}
+				if o, ok := offers[k]; ok {
+					lk.offered(k, o)
+				} else if lk.Offered {
+					lk.Offered, lk.Reason = false, "its token is not there"
+					if lt.Present {
+						lk.Reason = backend.Unreadable
 					}
 				}
 				lt.Keys = append(lt.Keys, lk)
 			}
-			if len(lt.Keys) > 0 || present && (!onlyNamed || sel.URI().MatchToken(t.ID)) {
+			if len(lt.Keys) > 0 || lt.Present && (!onlyNamed || sel.URI().MatchToken(t.ID)) {
 				l.Tokens = append(l.Tokens, lt)
 			}
 		}
 	}
 	return l
+}
+
+// offered notes what the agent does with a key that it offers. k is the key.
+func (lk *Key) offered(k *token.Key, o backend.Offer) {
+	lk.NotShown = !o.Shown
+	if !slices.Contains(o.Present, k) {
+		return
+	}
+	for i, h := range o.Present {
+		if h != k {
+			lk.Homes = append(lk.Homes, Home{URI: h.URI(), Module: h.Module(), First: i == 0})
+		}
+	}
 }
 
 // first returns the home that the agent uses before this one.

@@ -3,17 +3,19 @@ package listing
 import (
 	"bytes"
 	"testing"
+
+	"p11-agent/cmd/p11-agent/status"
 )
 
 // Each module is named with what happened to it, where there is something to say
 // or with -v.
 func TestPrintModules(t *testing.T) {
 	l := Listing{Tokens: []Token{}, Modules: []Module{
-		{Name: "good", Running: true, Waits: true},
-		{Name: "polled", Running: true},
-		{Name: "shaky", Running: true, Restarts: 1},
-		{Name: "bad", Restarts: 3, Error: "the module process ended: it crashed (segmentation fault)"},
-		{Name: "missing", Error: "there is no such file"},
+		{ModuleEntry: status.ModuleEntry{Name: "good"}, Running: true, Waits: true},
+		{ModuleEntry: status.ModuleEntry{Name: "polled"}, Running: true},
+		{ModuleEntry: status.ModuleEntry{Name: "shaky", Restarts: 1}, Running: true},
+		{ModuleEntry: status.ModuleEntry{Name: "bad", Restarts: 3}, Error: "the module process ended: it crashed (segmentation fault)"},
+		{ModuleEntry: status.ModuleEntry{Name: "missing"}, Error: "there is no such file"},
 	}}
 	const (
 		shaky = "module shaky: it works; it was started again once; it is asked again and again for cards that come and go\n"

@@ -45,6 +45,15 @@ func ConfigFile() string {
 	return ""
 }
 
+// ConfigHome returns the directory that has the configuration of all programs of the user, or
+// "" when there is no home directory.
+func ConfigHome() string {
+	if file := ConfigFile(); file != "" {
+		return filepath.Dir(filepath.Dir(file))
+	}
+	return ""
+}
+
 // StateDir returns the directory where the agent keeps what it remembers over restarts, or
 // "" when there is no home directory.
 func StateDir() string {

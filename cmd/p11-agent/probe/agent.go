@@ -295,3 +295,14 @@ func (a Agent) SwitchOff() []string {
 	}
 	return nil
 }
+
+// UsedSocket returns the socket of the agent that ssh asks, when that is p11-agent, and
+// otherwise the usual socket.
+func UsedSocket(ctx context.Context) string {
+	if path := os.Getenv(paths.SocketVariable); path != "" && path != paths.UserSocket() {
+		if a := Ask(ctx, path); a.Err == nil && a.Own {
+			return path
+		}
+	}
+	return paths.UserSocket()
+}

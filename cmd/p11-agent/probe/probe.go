@@ -1,5 +1,6 @@
 // Package probe asks the programs and the agents of this machine: what a program prints, how
-// ssh is configured, which agent answers at a socket.
+// ssh is configured, which agent answers at a socket, which readers pcscd has, and which
+// units the user's service manager has.
 //
 // It promises that each answer takes a bounded time, and that it changes nothing. What the
 // answers mean for a person is the business of package doctor.
@@ -29,7 +30,7 @@ type Output struct {
 // maxOutput bounds what is read of a program.
 const maxOutput = 1 << 20
 
-// ask runs a program, in the language of programs, for a bounded time. It gets no
+// Run runs a program, in the language of programs, for a bounded time. It gets no
 // terminal to ask anything at. What it starts ends with it.
 func Run(ctx context.Context, name string, args ...string) (Output, error) {
 	path, err := exec.LookPath(name)

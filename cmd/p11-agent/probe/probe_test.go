@@ -65,3 +65,38 @@ func TestStartedBefore(t *testing.T) {
 		t.Error("wrong about which is older")
 	}
 }
+
+func TestUSBReaders(t *testing.T) {
+	dir := t.TempDir()
+	for file, text := range map[string]string{
+		"1-1/manufacturer": "Yubico\n", "1-1/product": "YubiKey OTP+FIDO+CCID\n",
+		"1-1:1.0/bInterfaceClass": "03\n", "1-1:1.2/bInterfaceClass": "0b\n",
+		"1-2:1.0/bInterfaceClass": "0b\n", "1-3:1.0/bInterfaceClass": "08\n", "1-3/product": "Stick\n",
+	} {
+		file = filepath.Join(dir, file)
+		if err := errors.Join(os.MkdirAll(filepath.Dir(file), 0o700), os.WriteFile(file, []byte(text), 0o600)); err != nil {
+			t.Fatal(err)
+		}
+	}
+	if got := strings.Join(usbReaders(dir), "; "); got != "Yubico YubiKey OTP+FIDO+CCID; a reader" {
+		t.Errorf("got %q", got)
+	}
+}
+
+func FuzzUnits(f *testing.F) {
+	const seed = "Result=success\nId=a.socket\nDropInPaths=/x=y /z\n\nId=b.service\nLoadState=loaded\n"
+	units := parseUnits(seed)
+	if len(units) != 2 || units["a.socket"]["DropInPaths"] != "/x=y /z" || units["b.service"]["LoadState"] != "loaded" {
+		f.Fatalf("got %q", units)
+	}
+	for _, s := range []string{"", seed, "\n\n\n", "Id=\n\nId", "Id=x\nId=y"} {
+		f.Add(s)
+	}
+	f.Fuzz(func(t *testing.T, text string) {
+		for name, u := range parseUnits(text) {
+			if name == "" || u["Id"] != name {
+				t.Errorf("%q: %q", name, u)
+			}
+		}
+	})
+}

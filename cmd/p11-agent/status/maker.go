@@ -11,7 +11,6 @@ import (
 	"p11-agent/agent"
 	"p11-agent/agent/audit"
 	"p11-agent/agent/request"
-	"p11-agent/agent/sshagent"
 	"p11-agent/token"
 	"p11-agent/token/pkcs11uri"
 	"p11-agent/token/wire"
@@ -46,11 +45,7 @@ func (r *Maker) Report(s agent.Status, sel request.Selection) ([]byte, error) {
 		Sockets: append([]Socket{}, r.Sockets()...), Keys: []Key{}, Tokens: []Token{}, Modules: []Module{},
 		Upstreams: []Upstream{}, Approvals: []Approval{}, Pauses: []Pause{}, Requests: []Event{}, Failures: []Event{},
 	}
-	identities := make([]agent.Identity, len(s.Keys))
-	for i, k := range s.Keys {
-		identities[i] = k.Identity
-	}
-	shown := sshagent.Listed(identities)
+	shown := Shown(s.Keys)
 	for i, k := range s.Keys {
 		if sel == nil || slices.ContainsFunc(k.Homes, sel.Match) {
 			key := keyReport(k)
@@ -92,7 +87,8 @@ func (r *Maker) Report(s agent.Status, sel request.Selection) ([]byte, error) {
 
 func keyReport(k agent.KeyStatus) Key {
 	key := Key{
-		Comment: k.Comment, Fingerprint: k.Fingerprint, Type: k.Key.Type(), Present: k.Software, InMemory: k.Software,
+		KeyEntry: KeyEntry{Fingerprint: k.Fingerprint, Type: k.Key.Type()},
+		Comment:  k.Comment, Present: k.Software, InMemory: k.Software,
 		Confirm: k.Confirm, Limited: k.Limited, Expires: k.Expires, LastUsed: k.LastUse, Signatures: k.Signatures,
 	}
 	for _, home := range k.Homes {
@@ -112,15 +108,10 @@ func keyReport(k agent.KeyStatus) Key {
 
 func (r *Maker) tokenReport(t token.TokenStatus, present bool) Token {
 	st := Token{
-		URI: t.URI, Label: t.ID.Label, Serial: t.ID.Serial, Reader: t.Reader, Module: t.Module, Present: present, Shadowed: t.Shadowed, Home: t.Home,
-		PIN: PINOf(t.Tries), LoginNeeded: t.Flags&wire.CKFLoginRequired != 0,
-		OnReader: t.Flags&wire.CKFProtectedAuthenticationPath != 0,
+		TokenEntry: NewTokenEntry(t, present), OnReader: t.Flags&wire.CKFProtectedAuthenticationPath != 0,
 		LoggedIn: t.LoggedIn, Since: t.LoggedInSince, Ends: t.LoginEnds, PINKept: t.PINKept,
 		LoginGoesOn: t.LoginUnderWay, PromptOpen: t.PromptOpen, LastUsed: t.LastUse, Signatures: t.Signatures,
-		Keys: []string{}, LeftOut: t.LeftOut,
-	}
-	if !present {
-		st.LastSeen = t.Seen
+		Keys: []string{},
 	}
 	if st.PromptOpen && r.PromptAt != nil {
 		st.PromptAt = r.PromptAt(t.ID)
@@ -137,7 +128,10 @@ func (r *Maker) tokenReport(t token.TokenStatus, present bool) Token {
 }
 
 func (r *Maker) moduleReport(m token.ModuleStatus, locked bool) Module {
-	module := Module{Name: m.Name, Path: m.Path, PID: m.PID, Restarts: m.Restarts, Sandbox: m.Sandbox, State: Starting}
+	module := Module{ModuleEntry: NewModuleEntry(m), PID: m.PID, State: Starting}
+	if !m.Running {
+		module.LeftOut = nil
+	}
 	switch {
 	case m.Err != nil:
 		module.State = Failed
@@ -145,7 +139,7 @@ func (r *Maker) moduleReport(m token.ModuleStatus, locked bool) Module {
 			module.Reason, module.Next = r.Trouble(m)
 		}
 	case m.Running:
-		module.State, module.Reason, module.LeftOut = Running, m.Empty, m.LeftOut
+		module.State, module.Reason = Running, m.Empty
 	case m.Released:
 		module.State = Released
 	}

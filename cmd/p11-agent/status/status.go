@@ -1,8 +1,9 @@
 // Package status is the report of a running agent. It makes the report, finds the agent
 // that sends one, and prints the report for a person.
 //
-// It promises that status --json keeps the names and meanings of its members. A report of a
-// locked agent names no tokens. Which keys the agent offers is the business of package
+// It promises that status --json and list --json keep the names and meanings of their
+// members, and describe tokens, keys and modules in the same way. A report of a locked agent
+// names no tokens. Which keys the agent offers is the business of package
 // agent; what helps against the failure of a module is the business of package advice.
 package status
 
@@ -11,7 +12,6 @@ import (
 
 	"p11-agent/agent/audit"
 	"p11-agent/agent/request"
-	"p11-agent/token/pin"
 )
 
 // A Report is the status of a running agent, and the output of status --json. New members
@@ -41,36 +41,23 @@ type Socket struct {
 	Connections int    `json:"connections"`
 }
 
-// A Key is one identity that the agent offers.
+// A Key is one identity that the agent offers. Its URI is of the home that signs.
 type Key struct {
-	Comment     string    `json:"comment"`
-	URI         string    `json:"uri,omitempty"` // of the home that signs
-	Fingerprint string    `json:"fingerprint"`
-	Type        string    `json:"type"`
-	Tokens      []string  `json:"tokens,omitempty"` // their URIs
-	Present     bool      `json:"present"`
-	InMemory    bool      `json:"in_memory"`
-	Confirm     bool      `json:"confirm"`
-	Limited     bool      `json:"destinations"`
-	Expires     time.Time `json:"expires,omitzero"`
-	LastUsed    time.Time `json:"last_used,omitzero"`
-	Signatures  uint64    `json:"signatures"`
-	NotShown    bool      `json:"not_shown,omitempty"` // the list for clients has no room for the key
+	KeyEntry
+	Comment    string    `json:"comment"`
+	Tokens     []string  `json:"tokens,omitempty"` // their URIs
+	Present    bool      `json:"present"`
+	InMemory   bool      `json:"in_memory"`
+	Confirm    bool      `json:"confirm"`
+	Limited    bool      `json:"destinations"`
+	Expires    time.Time `json:"expires,omitzero"`
+	LastUsed   time.Time `json:"last_used,omitzero"`
+	Signatures uint64    `json:"signatures"`
 }
 
-// A Token is one token of a module, present or away.
+// A Token is one token of a module, and what the agent does with it.
 type Token struct {
-	URI         string    `json:"uri"`
-	Label       string    `json:"label"`
-	Serial      string    `json:"serial"`
-	Reader      string    `json:"reader,omitempty"` // set when another token has the same name
-	Module      string    `json:"module"`
-	Present     bool      `json:"present"`
-	LastSeen    time.Time `json:"last_seen,omitzero"` // set when the token is away
-	Shadowed    string    `json:"used_through,omitempty"`
-	Home        string    `json:"belongs_to,omitempty"`
-	PIN         PIN       `json:"pin"`
-	LoginNeeded bool      `json:"login_required"`
+	TokenEntry
 	OnReader    bool      `json:"pin_on_reader"`
 	LoggedIn    bool      `json:"logged_in"`
 	Since       time.Time `json:"logged_in_since,omitzero"`
@@ -81,21 +68,15 @@ type Token struct {
 	PromptAt    string    `json:"prompt_at,omitempty"` // where, for people
 	LastUsed    time.Time `json:"last_used,omitzero"`
 	Signatures  uint64    `json:"signatures"`
-	Keys        []string  `json:"keys"`               // their URIs
-	LeftOut     []string  `json:"left_out,omitempty"` // what a bound leaves out, and why
+	Keys        []string  `json:"keys"` // their URIs
 }
 
 // A Module is one PKCS#11 module.
 type Module struct {
-	Name     string      `json:"name"`
-	Path     string      `json:"path"`
-	State    ModuleState `json:"state"`
-	PID      int         `json:"pid,omitempty"`
-	Restarts int         `json:"restarts"`
-	Sandbox  string      `json:"sandbox,omitempty"`
-	Reason   string      `json:"reason,omitempty"`   // why it failed
-	Next     []string    `json:"next,omitempty"`     // what helps
-	LeftOut  []string    `json:"left_out,omitempty"` // what a bound leaves out, and why
+	ModuleEntry
+	State  ModuleState `json:"state"`
+	PID    int         `json:"pid,omitempty"`
+	Reason string      `json:"reason,omitempty"` // why it failed
 }
 
 // An Upstream is another agent whose keys this agent offers as well.
@@ -150,31 +131,6 @@ type Event struct {
 	Client     string          `json:"client"`
 	UID        *int            `json:"uid,omitempty"`
 	Connection uint64          `json:"connection"`
-}
-
-// A PIN tells how many tries for the PIN of a token are left.
-type PIN string
-
-// The values of PIN.
-const (
-	PINOK     PIN = "ok" // or the token does not tell
-	PINLow    PIN = "low"
-	PINLast   PIN = "last"
-	PINLocked PIN = "locked"
-)
-
-// PINOf returns the PIN for what a token tells.
-func PINOf(t pin.Tries) PIN {
-	switch t {
-	case pin.TriesLow:
-		return PINLow
-	case pin.TriesLast:
-		return PINLast
-	case pin.TriesNone:
-		return PINLocked
-	default:
-		return PINOK
-	}
 }
 
 // A ModuleState tells whether the process of a module runs.

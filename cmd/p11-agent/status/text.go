@@ -241,7 +241,7 @@ func (r *Report) used(n uint64, last time.Time) string {
 }
 
 // Name names the token for a person. The text may have control characters of the label.
-func (t *Token) Name() string {
+func (t *TokenEntry) Name() string {
 	serial := cmp.Or(t.Serial, "unknown")
 	if t.Reader != "" {
 		serial += ", the one in reader " + t.Reader
@@ -249,7 +249,7 @@ func (t *Token) Name() string {
 	return fmt.Sprintf("%s (serial %s)", cmp.Or(t.Label, "without label"), serial)
 }
 
-func (t *Token) pin() string {
+func (t *TokenEntry) pin() string {
 	switch t.PIN {
 	case PINLow:
 		return "FEWER PIN TRIES LEFT"

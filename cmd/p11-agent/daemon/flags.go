@@ -1,46 +1,32 @@
-package main
+package daemon
 
 import (
-	"errors"
 	"fmt"
 	"strconv"
 	"strings"
 	"time"
+
+	"golang.org/x/crypto/ssh"
 )
 
-// lifetimeValue is the time of -t.
-type lifetimeValue struct{ time.Duration }
+// The functions of this file read values of ssh-agent's flags, as ssh-agent does.
 
-func (v *lifetimeValue) Set(s string) (err error) {
-	v.Duration, err = parseLifetime(s)
-	return err
-}
-
-func (v *lifetimeValue) String() string { return "" } // the help names no default
-func (v *lifetimeValue) Type() string   { return "time" }
-
-// patternsValue is the list of -P. An empty list allows no module.
-type patternsValue struct {
-	patterns string
-	given    bool
-}
-
-func (v *patternsValue) Set(s string) error {
-	if v.given {
-		// It is unknown which list counts, and one may allow less than the other.
-		return errors.New("only one list of patterns can be given")
+// Fingerprints returns the function that names a key for people, as ssh-agent's -E does. hash
+// is "sha256" or "md5".
+func Fingerprints(hash string) (func(ssh.PublicKey) string, error) {
+	switch strings.ToLower(hash) {
+	case "sha256":
+		return ssh.FingerprintSHA256, nil
+	case "md5":
+		return func(k ssh.PublicKey) string { return "MD5:" + ssh.FingerprintLegacyMD5(k) }, nil
 	}
-	v.patterns, v.given = s, true
-	return nil
+	return nil, fmt.Errorf("unknown fingerprint hash %q: use sha256 or md5", hash)
 }
 
-func (v *patternsValue) String() string { return "" }
-func (v *patternsValue) Type() string   { return "patterns" }
-
-// parseLifetime reads a time as ssh-agent does (sshd_config(5), TIME FORMATS; convtime in
+// ParseLifetime reads the time of ssh-agent's -t (sshd_config(5), TIME FORMATS; convtime in
 // OpenSSH 10.5's misc.c): numbers with units as in 1h30m, of which one at most is seconds.
 // A number without a unit is seconds.
-func parseLifetime(s string) (time.Duration, error) {
+func ParseLifetime(s string) (time.Duration, error) {
 	units := map[byte]time.Duration{
 		's': time.Second, 'm': time.Minute, 'h': time.Hour, 'd': 24 * time.Hour, 'w': 7 * 24 * time.Hour,
 	}
