@@ -46,7 +46,7 @@ func TestAttack02AddAgain(t *testing.T) {
 						f.add(t, second, request.Constraints{})
 						f.add(t, second, request.Constraints{Lifetime: time.Hour, Destinations: []request.Destination{to("", nil, host), to("", nil, other)}})
 						if err := sign(t, f, wireOf(k), boundTo(false, host)); !errors.Is(err, approval.ErrDeclined) {
-							t.Errorf("nobody was asked: %v", err)
+							t.Errorf("no question was shown: %v", err)
 						}
 						f.confirm.answer = true
 						if err := sign(t, f, wireOf(k), boundTo(false, host)); err != nil {
@@ -75,7 +75,7 @@ func TestAttack02Tighten(t *testing.T) {
 		f.add(t, "pkcs11:token=a", request.Constraints{Confirm: true})
 	}
 	if _, err := f.Sign(t.Context(), local, request.Sign{Key: wireOf(k)}); !errors.Is(err, approval.ErrDeclined) {
-		t.Errorf("nobody was asked: %v", err)
+		t.Errorf("no question was shown: %v", err)
 	}
 }
 
@@ -117,7 +117,7 @@ func TestAttack02Away(t *testing.T) {
 	f.tokens.mu.Unlock()
 	f.tokens.set(a, b)
 	if _, err := f.Sign(t.Context(), local, request.Sign{Key: wireOf(a)}); !errors.Is(err, approval.ErrDeclined) {
-		t.Errorf("nobody was asked: %v", err)
+		t.Errorf("no question was shown: %v", err)
 	}
 }
 
@@ -343,7 +343,7 @@ func TestAttack03(t *testing.T) {
 		"bound":            {Peer: sshAdd, Binds: boundTo(false, keytest.New(t).Public).Binds},
 		"a failed bind":    {Peer: sshAdd, BindFailed: true},
 		"by its name only": {Peer: sshAdd},
-		"nobody known":     {},
+		"unknown":          {},
 	} {
 		_, err := f.Sign(t.Context(), c, request.Sign{Key: wireOf(k), Data: make([]byte, 1024), Content: request.Content{Kind: request.KindTest}})
 		if kind, ok := errors.AsType[*KindError](err); !ok || kind.Content.Kind != request.KindUnknown || !strings.Contains(err.Error(), "ssh-add -T") {

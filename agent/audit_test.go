@@ -126,7 +126,7 @@ func TestOneLineEach(t *testing.T) {
 			t.Errorf("%s: %v", test.name, err)
 		}
 		if strings.Count(line, "\n") != 1 || len(line) > 3000 {
-			t.Errorf("%s: this is no one line: %s", test.name, line)
+			t.Errorf("%s: not one line: %s", test.name, line)
 		}
 		if strings.ContainsFunc(strings.TrimSuffix(line, "\n"), unicode.IsControl) || strings.Contains(line, "open-sesame") || strings.Contains(line, "8-apples") {
 			t.Errorf("%s: %q", test.name, line)

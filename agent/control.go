@@ -19,7 +19,7 @@ var ErrNoControl = errors.New("the agent may not be controlled like this")
 var (
 	errNotHere     = errors.New("a [[socket]] does not permit it")
 	errBound       = errors.New("its connection belongs to an SSH session, and may come from another machine")
-	errNobodyKnown = errors.New("the process that asks has ended or cannot be looked at")
+	errUnknownPeer = errors.New("the process that asks has ended or cannot be looked at")
 	errOtherUser   = errors.New("the request comes from another user; even root is refused")
 )
 
@@ -47,7 +47,7 @@ func MayControl(c *request.Caller) error {
 		who := c.Client()
 		switch {
 		case !who.Known || len(who.Chain) == 0:
-			return errNobodyKnown
+			return errUnknownPeer
 		case who.UID != os.Geteuid():
 			return errOtherUser
 		}

@@ -29,7 +29,7 @@ func ourselves(t testing.TB) *request.Caller {
 	}}
 }
 
-func TestWhoMayControl(t *testing.T) {
+func TestMayControl(t *testing.T) {
 	host := publicOf(t, edKey("host"))
 	for name, change := range map[string]func(*request.Caller){
 		"forwarded":                 func(c *request.Caller) { c.Forwarded = true },
@@ -39,7 +39,7 @@ func TestWhoMayControl(t *testing.T) {
 		"a socket for others":       func(c *request.Caller) { c.Socket = &request.Socket{Name: "forward"} },
 		"another user":              func(c *request.Caller) { c.Peer.UID = os.Geteuid() + 1 },
 		"root for another, or back": func(c *request.Caller) { c.Peer.UID = 1 - min(1, os.Geteuid()) },
-		"nobody known":              func(c *request.Caller) { c.Peer = peer.Peer{} },
+		"unknown client":            func(c *request.Caller) { c.Peer = peer.Peer{} },
 		"a process that has ended":  func(c *request.Caller) { c.Peer.Chain = nil },
 		"one that cannot be seen":   func(c *request.Caller) { c.Peer.Program = peer.Program{} },
 		"ssh":                       func(c *request.Caller) { c.Peer.Program.Path = "/usr/bin/ssh" },

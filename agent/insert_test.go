@@ -153,8 +153,8 @@ func TestInsertFails(t *testing.T) {
 		err     string
 	}{
 		{"declined", func(context.Context, int) (bool, error) { return false, nil }, 0, 1, "has declined to insert it"},
-		{"nobody can be asked", func(context.Context, int) (bool, error) { return false, errNoDisplay }, 0, 1, "no prompt can ask for it: no display"},
-		{"nobody does anything", waits, time.Minute, 1, "the token was not inserted in time"},
+		{"no prompt", func(context.Context, int) (bool, error) { return false, errNoDisplay }, 0, 1, "no prompt can ask for it: no display"},
+		{"no answer", waits, time.Minute, 1, "the token was not inserted in time"},
 		{"it is not in, whatever the person says", func(ctx context.Context, n int) (bool, error) {
 			if n == 3 {
 				return waits(ctx, n)
@@ -224,7 +224,7 @@ func TestInsertHangUp(t *testing.T) {
 
 // Without a prompt, and for a key that is not offered while its token is absent, the agent
 // gives the reason at once.
-func TestInsertNobody(t *testing.T) {
+func TestInsertWithoutPrompt(t *testing.T) {
 	key := edKey("pkcs11:token=a;id=%01")
 	f := newFixture(Options{Rules: Rules{OfferAway: always}})
 	f.tokens.setAway(nil, []request.Key{key})

@@ -632,7 +632,7 @@ func TestConfirm(t *testing.T) {
 	}
 	f.confirm.err = errors.New("no way to ask")
 	if err := sign(); !errors.Is(err, f.confirm.err) || k.signed != 1 {
-		t.Errorf("nobody to ask: %v, %d signatures", err, k.signed)
+		t.Errorf("without a prompt: %v, %d signatures", err, k.signed)
 	}
 	if len(f.confirm.asked) != 3 || !strings.Contains(f.confirm.asked[0], k.uri) {
 		t.Errorf("asked: %q", f.confirm.asked)

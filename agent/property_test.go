@@ -126,7 +126,7 @@ func (k *propertyKey) AsksPIN() bool { return k.of.needsPIN && !k.of.loggedIn }
 func (k *propertyKey) SignMessageContext(ctx context.Context, _ []byte, _ crypto.SignerOpts) ([]byte, error) {
 	if k.of.needsPIN && !k.of.loggedIn {
 		if !k.trial.yes {
-			return nil, errors.New("nobody gives a PIN")
+			return nil, errors.New("no person gives a PIN")
 		}
 		k.of.tries++
 		k.of.loggedIn = true
@@ -276,11 +276,11 @@ func randomSteps(r *rand.Rand, n int) []step {
 		case "remove-token":
 			s.what = pick(providers...)
 		case "wait", "insert", "configure":
-			s.caller = "nobody"
+			s.caller = "none"
 		}
 		// A client that sees the limited key may lift its limits by a use or by a PIN.
 		// Then every connection would see the key, and the test would check nothing.
-		if sees(s.caller, propertyLimited) && s.caller != "nobody" {
+		if sees(s.caller, propertyLimited) && s.caller != "none" {
 			if s.do == "sign" && s.what == propertyLimited {
 				s.what = propertyKeys[0]
 			}
@@ -430,7 +430,7 @@ func (x *things) ran(steps []step) string {
 		if s.do == "wait" { // the time passes for all agents
 			s.do = "nothing"
 		}
-		if s.caller != "nobody" {
+		if s.caller != "none" {
 			if problem := changed(s.caller, before, whole.snapshot()); problem != "" {
 				return fmt.Sprintf("step %d: %s", i+1, problem)
 			}

@@ -81,7 +81,7 @@ func TestSoftwareKeyRefusals(t *testing.T) {
 	f := newFixture(Options{SoftwareKeys: true})
 	f.Keyring.opts.Confirm = nil
 	if err := f.Add(t.Context(), local, addKey(k, request.Constraints{Confirm: true})); !errors.Is(err, approval.ErrNoPrompt) {
-		t.Errorf("nobody to ask: %v", err)
+		t.Errorf("without a prompt: %v", err)
 	}
 }
 
@@ -207,7 +207,7 @@ func TestUpstream(t *testing.T) {
 		t.Errorf("%d signatures of the token", token.signed)
 	}
 	if _, err := f.Sign(t.Context(), local, request.Sign{Key: keytest.New(t).Public.Marshal()}); !errors.Is(err, errUnknownKey) {
-		t.Errorf("a key nobody has: %v", err)
+		t.Errorf("an unknown key: %v", err)
 	}
 	if err := f.Remove(t.Context(), local, b.Public.Marshal()); err != nil || len(two.removed) != 1 {
 		t.Errorf("remove: %v, %d", err, len(two.removed))

@@ -501,7 +501,7 @@ func TestMessage(t *testing.T) {
 	}
 }
 
-func TestWhatPinentryHears(t *testing.T) {
+func TestPinentryOptions(t *testing.T) {
 	s := newStage(t, "pin-plain")
 	s.NoGrab = true
 	_, s.place.TTY = pty(t)

@@ -39,8 +39,8 @@ func TestCheckDisplay(t *testing.T) {
 		{"abstract", Place{Display: ":" + number}, true},
 		{"with a screen", Place{Display: "unix:" + number + ".0"}, true},
 		{"a path", Place{Display: filepath.Join(dir, "x:0")}, true},
-		{"nobody there", Place{Display: ":19999"}, false},
-		{"nobody at a host", Place{Display: "127.0.0.1:59000"}, false}, // TCP port 65000
+		{"no display", Place{Display: ":19999"}, false},
+		{"no display at a host", Place{Display: "127.0.0.1:59000"}, false}, // TCP port 65000
 		{"no number", Place{Display: ":x"}, false},
 		{"no colon", Place{Display: "here"}, false},
 		{"too large", Place{Display: ":70000"}, false},

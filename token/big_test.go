@@ -82,7 +82,7 @@ func TestBigNamed(t *testing.T) {
 		noError(t, tokentest.Sign(t.Context(), labelled(label)))
 	}
 	if slices.ContainsFunc(s.Keys(), func(k *token.Key) bool { return k.Label() == "attic" }) {
-		t.Error("the key that nobody has named is listed")
+		t.Error("the list has a key without a name in the configuration")
 	}
 
 	u := parse(t, "pkcs11:token=big;object=attic")

@@ -20,7 +20,7 @@ func TestStatusChanged(t *testing.T) {
 			select {
 			case <-b.store.StatusChanged():
 			case <-late:
-				t.Fatalf("nobody said that it changed: %s, %+v", what, state())
+				t.Fatalf("the store did not say that it changed: %s, %+v", what, state())
 			}
 		}
 	}
@@ -37,7 +37,7 @@ func TestStatusChanged(t *testing.T) {
 		default:
 		}
 		b.mustSign()
-		follow("somebody logs in", has(1, true))
+		follow("a login", has(1, true))
 		if err := b.store.LogoutAll(t.Context()); err != nil {
 			t.Fatal(err)
 		}

@@ -142,7 +142,7 @@ func TestLastTry(t *testing.T) {
 		},
 		{"a PIN given in advance, with consent", &tokentest.Person{Consents: true}, rightPIN, 0, 1, 0, 1, noError},
 		{
-			"a PIN given in advance, with nobody to ask", nil, rightPIN, 0, 0, 0, 0,
+			"a PIN given in advance, without a prompt", nil, rightPIN, 0, 0, 0, 0,
 			func(t *testing.T, err error) { pinError(t, err, false, pin.TriesLast) },
 		},
 	}

@@ -85,7 +85,7 @@ func TestPINFile(t *testing.T) {
 		{"readable by the group", regular(rightPIN, 0o640), "chmod 600"},
 		{"readable by the world", regular(rightPIN, 0o604), "chmod 600"},
 		{"writable by the world", regular(rightPIN, 0o602), "chmod 600"},
-		{"of somebody else", func(t *testing.T, path string) {
+		{"of another user", func(t *testing.T, path string) {
 			if os.Geteuid() != 0 {
 				if os.Getenv("CI") == "true" {
 					t.Fatal("this needs root, which CI has to provide")

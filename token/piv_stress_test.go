@@ -330,7 +330,7 @@ func (w *pivWorld) settle() {
 		right += n.Right
 		want(w.T, fmt.Sprintf("wrong PINs of card %d", i), n.Wrong+n.Blocked, 0)
 	}
-	want(w.T, "PINs given to the card that nobody uses", w.other.Counts().Right, 0)
+	want(w.T, "PINs given to the unused card", w.other.Counts().Right, 0)
 	// A prompt accounts for one PIN given to the card. It accounts for two if the key asks each
 	// time and shows only after a login. If a card has no such key, OpenSC keeps the PIN, and
 	// gives it itself after each loss of power.

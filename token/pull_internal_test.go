@@ -43,7 +43,7 @@ func TestMayHaveLeft(t *testing.T) {
 		{"another one was pulled", wire.Slot{Description: "one", Flags: wire.CKFRemovableDevice}, []pcsc.Reader{one, with(two, false, 2)}, true, false},
 		{"another one was pulled, and its reader is not known", wire.Slot{Description: "?", Flags: wire.CKFRemovableDevice}, []pcsc.Reader{one, with(two, false, 2)}, true, true},
 		{"another one was pulled, and it cannot be", wire.Slot{Description: "?"}, []pcsc.Reader{one, with(two, false, 2)}, true, false},
-		{"somebody uses it", wire.Slot{Description: "one", Flags: wire.CKFRemovableDevice}, []pcsc.Reader{{Name: "one", Card: true, Events: 1, Users: 1}, two}, false, false},
+		{"a program uses it", wire.Slot{Description: "one", Flags: wire.CKFRemovableDevice}, []pcsc.Reader{{Name: "one", Card: true, Events: 1, Users: 1}, two}, false, false},
 	} {
 		t.Run(tt.name, func(t *testing.T) {
 			before := []pcsc.Reader{one, two}

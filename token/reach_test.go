@@ -117,7 +117,7 @@ func TestAsksPIN(t *testing.T) {
 
 // Login reports a PIN as taken only if the token has taken it. If the token is logged in, the
 // agent logs the token out first, and then tries the PIN.
-func TestLoginTellsWhatTheTokenTook(t *testing.T) {
+func TestLoginTellsIfTokenTookPIN(t *testing.T) {
 	b := newBench(t, nil, nil)
 	for _, tt := range []struct {
 		rightPIN string

@@ -352,7 +352,7 @@ func TestReaderInUse(t *testing.T) {
 				ctx, cancel := context.WithCancel(t.Context())
 				cancel()
 				if err := tokentest.Sign(ctx, k); !errors.Is(err, context.Canceled) {
-					t.Errorf("nobody waits: %v", err)
+					t.Errorf("no request waits: %v", err)
 				}
 				made := make(chan error, 1)
 				go func() { made <- tokentest.Sign(t.Context(), k) }()
@@ -460,7 +460,7 @@ func TestReleaseKeepsLogin(t *testing.T) {
 	s.longEnough()
 	gpg := s.pcscd.SCDaemon()
 	if answer := gpg.Ask("SERIALNO openpgp"); !strings.HasPrefix(answer, "ERR") {
-		t.Errorf("while somebody is logged in, scdaemon says %q", answer)
+		t.Errorf("during a login, scdaemon says %q", answer)
 	}
 	want(t, "released", s.store.Modules()[0].Released, false)
 	noError(t, tokentest.Sign(t.Context(), k))

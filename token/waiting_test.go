@@ -50,7 +50,7 @@ func (f *follower) PIN(ctx context.Context, _ string) (typed *secret.Secret, err
 
 // When the first request hangs up, the shared prompt goes to the next request. Its answer counts
 // for every request that still waits.
-func TestPromptFollowsThoseWhoWait(t *testing.T) {
+func TestPromptMoves(t *testing.T) {
 	f := &follower{asked: make(chan string), answer: make(chan struct{})}
 	b := newBench(t, nil, func(_ *bench, o *token.Options) { o.PINs = f })
 	sign := func(name string) (hangUp func(), done chan error) {
@@ -137,7 +137,7 @@ func untilWaiting(t *testing.T, n int) {
 
 // The agent uses the last try for a PIN only with a consent to the request that brought the PIN.
 // The answer to a prompt for another waiting request is no consent to that PIN.
-func TestAttack09LastTryOfSomebodyElsesPIN(t *testing.T) {
+func TestAttack09LastTryOfAnotherPIN(t *testing.T) {
 	answer := make(chan struct{})
 	p := &tokentest.Person{Always: rightPIN, Consents: true, Wait: answer}
 	b := newBench(t, p, func(b *bench, _ *token.Options) { b.card.SetTries(1, 3) })

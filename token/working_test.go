@@ -115,7 +115,7 @@ func TestWorkingEnds(t *testing.T) {
 			}
 		})
 	}
-	t.Run("nobody waits any more", func(t *testing.T) {
+	t.Run("no request waits any more", func(t *testing.T) {
 		w := new(work)
 		b := newBench(t, &tokentest.Person{Always: rightPIN}, func(_ *bench, opts *token.Options) { opts.Working = w.begin })
 		b.fake.Intercept(func(ctx context.Context, p *tokentest.FakeProcess, r wire.Request) bool {

@@ -22,3 +22,17 @@ func Declined(err error) bool {
 	}](err)
 	return ok && e.Declined()
 }
+
+// ErrNoToAll says that a person refuses all requests from the place that this request
+// comes from.
+var ErrNoToAll error = declinedAllError{}
+
+type declinedAllError struct{}
+
+func (declinedAllError) Error() string  { return "a person has refused everything from there" }
+func (declinedAllError) Declined() bool { return true }
+
+// A DeniedError says that the configuration refuses a use.
+type DeniedError struct{ Why string }
+
+func (e *DeniedError) Error() string { return e.Why + " refuses it" }

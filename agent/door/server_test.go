@@ -119,8 +119,8 @@ func TestSameUser(t *testing.T) {
 	}{
 		{"the same user", peer.Peer{Known: true, UID: me}, true},
 		{"root", peer.Peer{Known: true, UID: 0}, true},
-		{"somebody else", peer.Peer{Known: true, UID: me + 1}, false},
-		{"nobody knows", peer.Peer{UID: me}, false},
+		{"another user", peer.Peer{Known: true, UID: me + 1}, false},
+		{"unknown", peer.Peer{UID: me}, false},
 	} {
 		t.Run(test.name, func(t *testing.T) {
 			if err := SameUser(test.peer); (err == nil) != test.want {

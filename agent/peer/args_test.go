@@ -45,6 +45,6 @@ func TestArguments(t *testing.T) {
 		}
 	}
 	if got := (Peer{}).Arguments(); got != nil {
-		t.Errorf("of nobody: %q", got)
+		t.Errorf("of an unknown process: %q", got)
 	}
 }

@@ -77,7 +77,7 @@ func TestDeskTerminal(t *testing.T) {
 		"in the background":           {"behind", true, true, "is in the background of its terminal"},
 		"in a session of its own":     {"apart", true, true, ""},
 		"apart, without a file of it": {"apart", false, true, "has no terminal"},
-		"somebody else's terminal":    {"connect", true, false, "has left the job in the foreground"},
+		"a terminal of another user":  {"connect", true, false, "has left the job in the foreground"},
 		"no terminal":                 {"connect", false, false, "has no terminal"},
 	} {
 		t.Run(name, func(t *testing.T) {
@@ -258,7 +258,7 @@ func FuzzEnvironment(f *testing.F) {
 	})
 }
 
-func TestDeskOfNobody(t *testing.T) {
+func TestDeskOfUnknownPeer(t *testing.T) {
 	l, path := listen(t)
 	cmd := command(t, program(t, "client"), "connect "+path)
 	start(t, cmd)
@@ -312,7 +312,7 @@ func TestDeskOfReusedNumber(t *testing.T) {
 	// Another process may take the number in the meantime. It is free again soon.
 	for end := time.Now().Add(2 * time.Minute); ; {
 		if time.Now().After(end) {
-			t.Fatalf("nobody gets number %d", p.PID)
+			t.Fatalf("no process gets number %d", p.PID)
 		}
 		if err := os.WriteFile(lastPID, []byte(strconv.Itoa(p.PID-1)), 0); err != nil {
 			t.Fatal(err)

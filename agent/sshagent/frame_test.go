@@ -88,7 +88,7 @@ func TestPatience(t *testing.T) {
 					}
 					time.Sleep(door.Patience / 7)
 				}
-				t.Error("nobody lost patience")
+				t.Error("the connection stays open")
 			},
 			ends: true, logged: "the rest of a message", takes: door.Patience,
 		},
@@ -289,7 +289,7 @@ func (k *wary) Login(_ context.Context, _ *request.Caller, r request.TokenLogin)
 }
 
 // A message costs memory for the bytes that have arrived, not for its announced length.
-func TestBufferGrowsWithWhatArrives(t *testing.T) {
+func TestBufferGrowsWithMessage(t *testing.T) {
 	for _, test := range []struct {
 		name string
 		sent int
@@ -405,7 +405,7 @@ func TestAnswerBeforeLine(t *testing.T) {
 		then   string
 	}{
 		{"signed", key, nil, "", "msg=signed "},
-		{"signed, and nobody takes it", key, syscall.EPIPE, "", "msg=signed "},
+		{"signed, and the client has left", key, syscall.EPIPE, "", "msg=signed "},
 		{"refused", []byte("no key"), nil, `msg="request refused" `, ""},
 	} {
 		t.Run(test.name, func(t *testing.T) {

@@ -37,7 +37,7 @@ func TestPing(t *testing.T) {
 }
 
 // Ping succeeds while a keyring hangs. It fails for a server that accepts no connection.
-func TestPingFindsWhatHangs(t *testing.T) {
+func TestPingFindsHungAgent(t *testing.T) {
 	k, begun, _ := waiting()
 	r := serve(t, &Door{Keyring: k})
 	send(t, r.dial(), signRequest)
@@ -55,6 +55,6 @@ func TestPingFindsWhatHangs(t *testing.T) {
 	ctx, cancel := context.WithTimeout(t.Context(), 50*time.Millisecond)
 	defer cancel()
 	if err := Ping(ctx, path); !errors.Is(err, context.DeadlineExceeded) {
-		t.Errorf("nobody accepts: %v", err)
+		t.Errorf("no agent accepts: %v", err)
 	}
 }

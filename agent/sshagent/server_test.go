@@ -139,7 +139,7 @@ func TestHalfClosedClientIsAnswered(t *testing.T) {
 
 // The server uses file descriptors and buffers again at once. The end of one client must
 // not affect the next.
-func TestHangUpReachesNobodyElse(t *testing.T) {
+func TestHangUpLeavesOtherClients(t *testing.T) {
 	keyring, begun, ended := waiting()
 	r := serve(t, &Door{Keyring: keyring})
 	for range 200 {

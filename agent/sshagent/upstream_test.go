@@ -441,7 +441,7 @@ func TestMayAsk(t *testing.T) {
 		{"root for root", 0, 0, true},
 		{"another user", 1001, 1000, false},
 		{"another user for root", 1001, 0, false},
-		{"nobody knows", -1, 1000, false},
+		{"unknown", -1, 1000, false},
 	} {
 		if err := mayAsk(test.uid, test.ours); (err == nil) != test.want {
 			t.Errorf("%s: %v", test.name, err)
@@ -528,7 +528,7 @@ func TestUpstreamBinds(t *testing.T) {
 		answer byte // to binds
 		want   [][]byte
 	}{
-		{"nobody's", nil, 6, nil},
+		{"without a caller", nil, 6, nil},
 		{"not bound", &request.Caller{}, 6, nil},
 		{"bound", caller, 6, binds},
 		{"refused", caller, 5, binds},
@@ -1038,7 +1038,7 @@ func TestUpstreamPatience(t *testing.T) {
 			})
 		})
 	}
-	t.Run("a list that nobody waits for as long", func(t *testing.T) {
+	t.Run("a list that takes longer than its client waits", func(t *testing.T) {
 		synctest.Test(t, func(t *testing.T) {
 			u := piped(t, func(_ int, conn net.Conn) { io.Copy(io.Discard, conn) })
 			ctx, cancel := context.WithTimeout(t.Context(), listPatience/2)

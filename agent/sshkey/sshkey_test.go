@@ -72,7 +72,7 @@ func TestReadable(t *testing.T) {
 		{"FIDO, NUL in the application", securityKey(t, "ssh:\x00x"), false},
 		{"certificate", cert(nil), true},
 		{"of a host", k.Certificate(t, ca, ssh.HostCert, nil), true},
-		{"of nobody", k.Certificate(t, ca, 3, nil), false},
+		{"of an unknown type", k.Certificate(t, ca, 3, nil), false},
 		{"not valid any more", cert(func(c *ssh.Certificate) { c.ValidBefore = 1 }), true},
 		{"without principals", cert(func(c *ssh.Certificate) { c.ValidPrincipals = nil }), true},
 		{"256 principals", cert(func(c *ssh.Certificate) { c.ValidPrincipals = slices.Repeat([]string{"a"}, 256) }), true},

@@ -186,7 +186,7 @@ func TestServiceRestarts(t *testing.T) {
 	one()
 	until(t, "it is not shown any more", func() bool { return !bytes.Contains(goroutines(), []byte("notify.(*Notifier).show")) })
 	if open := d.n.Open(); len(open) != 1 {
-		t.Errorf("%d notifications of somebody else are left", len(open))
+		t.Errorf("%d notifications of another program are left", len(open))
 	}
 	two := d.use("b")
 	until(t, "it is shown", func() bool { return len(d.n.All()) == 2 })
@@ -201,7 +201,7 @@ func TestServiceRestarts(t *testing.T) {
 	}
 	for _, b := range d.n.All() {
 		if b.Replaces != 0 && !strings.Contains(b.Body, "b\n") {
-			t.Errorf("%+v replaces what is somebody else's", b)
+			t.Errorf("%+v replaces a notification of another program", b)
 		}
 	}
 }
@@ -237,7 +237,7 @@ func TestDismissedByPerson(t *testing.T) {
 	d.hidden(t)
 }
 
-func TestNobodyShows(t *testing.T) {
+func TestNoNotificationServer(t *testing.T) {
 	for name, address := range map[string]func(d *desk) (string, error){
 		"no bus":     func(*desk) (string, error) { return "", bus.ErrNone },
 		"no service": func(d *desk) (string, error) { return d.Address(), nil },

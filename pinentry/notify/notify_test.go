@@ -334,7 +334,7 @@ func TestMemory(t *testing.T) {
 		one()
 		memory = "changed"
 		two()
-		memory = "somebody else's" // would be a race
+		memory = "of another test" // would be a race
 		t.want("afterwards", "T|mine|2 signatures are waiting.", "")
 	})
 }

@@ -23,7 +23,7 @@ func ask(ctx context.Context, l *List, f func(context.Context) error) error {
 	return l.Ask(ctx, Question{Ask: f})
 }
 
-func TestPromptFollowsThoseWhoWait(t *testing.T) {
+func TestPromptMoves(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		var l List
 		one, leaveOne := request(t.Context(), "one")
@@ -101,7 +101,7 @@ func TestEnd(t *testing.T) {
 		synctest.Wait()
 		end(errEnough)
 		if err := <-done; !errors.Is(err, context.Canceled) {
-			t.Errorf("with nobody there: %v", err)
+			t.Errorf("without a request: %v", err)
 		}
 
 		l.Add(t.Context())
@@ -132,7 +132,7 @@ func TestWithoutList(t *testing.T) {
 	}
 }
 
-func TestListForgetsThoseWhoLeft(t *testing.T) {
+func TestListForgetsEndedRequests(t *testing.T) {
 	var l List
 	for range 100 {
 		ctx, leave := request(t.Context(), "")
@@ -228,7 +228,7 @@ func TestTurns(t *testing.T) {
 			})
 		}()
 		time.Sleep(time.Hour)
-		q.want(t, "nobody else waits", "one")
+		q.want(t, "no other request waits", "one")
 		join("homeless")
 		time.Sleep(time.Hour)
 		q.want(t, "who waits has no place", "one")
@@ -290,8 +290,8 @@ func TestPass(t *testing.T) {
 		asked   []string
 	}{
 		"one of two":    {[]string{"nowhere", "here"}, nil, []string{"nowhere", "here"}},
-		"nobody":        {[]string{"nowhere", "nowhere too"}, errNowhere, []string{"nowhere", "nowhere too"}},
-		"nobody, alone": {[]string{"nowhere"}, errNowhere, []string{"nowhere"}},
+		"no place":      {[]string{"nowhere", "nowhere too"}, errNowhere, []string{"nowhere", "nowhere too"}},
+		"no place, one": {[]string{"nowhere"}, errNowhere, []string{"nowhere"}},
 	} {
 		t.Run(name, func(t *testing.T) {
 			var l List
@@ -375,7 +375,7 @@ func TestBeside(t *testing.T) {
 		time.Sleep(time.Hour)
 		q.answer <- nil
 		if err := <-done; err != nil {
-			t.Errorf("when nobody is left: %v", err)
+			t.Errorf("when no request is left: %v", err)
 		}
 		q.want(t, "in the end", "one", "told beside", "one")
 	})

@@ -881,7 +881,7 @@ func TestGate(t *testing.T) {
 		g.leave(false)
 		synctest.Wait()
 		if alone || gaveUp {
-			t.Error("somebody is alone beside another")
+			t.Error("a call is alone beside another")
 		}
 		cancel()
 		synctest.Wait()
@@ -891,7 +891,7 @@ func TestGate(t *testing.T) {
 		g.leave(false)
 		all.Wait()
 		if !alone {
-			t.Error("nobody was alone")
+			t.Error("no call was alone")
 		}
 		if err := g.enter(ctx, false); !errors.Is(err, context.Canceled) {
 			t.Errorf("a cancelled caller is let in: %v", err)

@@ -141,7 +141,7 @@ func TestWaitCrashes(t *testing.T) {
 // agent has to replace the process, and no call reaches the module any more.
 func TestReinitializeBesideWait(t *testing.T) {
 	module := tokentest.BuildBadModule(t)
-	t.Run("nobody waits", func(t *testing.T) {
+	t.Run("no request waits", func(t *testing.T) {
 		b := startBad(t, "")
 		b.hello(module)
 		b.slots(true)
@@ -168,7 +168,7 @@ func TestReinitializeBesideWait(t *testing.T) {
 			t.Error("the module was called")
 		}
 	})
-	t.Run("somebody is logged in", func(t *testing.T) {
+	t.Run("a login lasts", func(t *testing.T) {
 		b := startBad(t, "wait")
 		b.ready(module)
 		b.slots(true)

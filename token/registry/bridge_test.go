@@ -193,7 +193,7 @@ func TestBridgeEndsCommands(t *testing.T) {
 	}
 }
 
-func TestBridgeEndsWhatCommandsLeaveBehind(t *testing.T) {
+func TestBridgeEndsLeftProcesses(t *testing.T) {
 	b, stop := serve(t, BridgeOptions{
 		Command: shell(`(trap "" TERM HUP; echo ready; exec sleep 1000) & read line`),
 		Env:     []string{"PATH=/usr/bin:/bin"},

@@ -71,7 +71,7 @@ func TestParseErrorKeepsSecrets(t *testing.T) {
 	}
 }
 
-func TestReadConfRefusesWhatIsNoFile(t *testing.T) {
+func TestReadConfRefusesOtherThanFiles(t *testing.T) {
 	dir := t.TempDir()
 	large := filepath.Join(dir, "large")
 	must(t, os.WriteFile(large, bytes.Repeat([]byte("#\n"), maxFile/2+1), 0o644))

@@ -27,7 +27,7 @@ func TestDefaultDirs(t *testing.T) {
 		{"empty XDG", map[string]string{"HOME": "/home/u", "XDG_CONFIG_HOME": ""}, 1000, "/home/u/.config/pkcs11/modules", "", false},
 		{"relative XDG", map[string]string{"HOME": "/home/u", "XDG_CONFIG_HOME": "cfg"}, 1000, "", "XDG_CONFIG_HOME", true},
 		{"relative home", map[string]string{"HOME": "u"}, 1000, "", "HOME", true},
-		{"nobody", nil, 1 << 30, "", "no home directory", false},
+		{"unknown user", nil, 1 << 30, "", "no home directory", false},
 		{"root", map[string]string{"HOME": "/root", "XDG_CONFIG_HOME": "/cfg"}, 0, "", "root", false},
 		{"forbidden", map[string]string{"HOME": "/home/u", "P11_KIT_NO_USER_CONFIG": ""}, 1000, "", "P11_KIT_NO_USER_CONFIG", false},
 	}

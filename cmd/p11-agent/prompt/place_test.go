@@ -100,12 +100,12 @@ func TestPromptTakes(t *testing.T) {
 		shown *location
 		want  bool
 	}{
-		"another display":         {peer.Environment{Display: display}, elsewhere, true},
-		"the same display":        {peer.Environment{Display: display}, here, false},
-		"nowhere":                 {peer.Environment{}, elsewhere, false},
-		"from no place":           {peer.Environment{Display: display}, &location{}, true},
-		"between places":          {peer.Environment{Display: display}, nil, false},
-		"from no place to no one": {peer.Environment{}, &location{}, false},
+		"another display":       {peer.Environment{Display: display}, elsewhere, true},
+		"the same display":      {peer.Environment{Display: display}, here, false},
+		"nowhere":               {peer.Environment{}, elsewhere, false},
+		"from no place":         {peer.Environment{Display: display}, &location{}, true},
+		"between places":        {peer.Environment{Display: display}, nil, false},
+		"from no place to none": {peer.Environment{}, &location{}, false},
 	} {
 		t.Run(name, func(t *testing.T) {
 			c := &prompter{Asker: &Asker{
