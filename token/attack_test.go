@@ -13,6 +13,7 @@ import (
 	"time"
 
 	"p11-agent/token"
+	"p11-agent/token/bounds"
 	"p11-agent/token/known"
 	"p11-agent/token/pkcs11uri"
 	"p11-agent/token/tokentest"
@@ -176,15 +177,15 @@ func TestAttack14ManyTokens(t *testing.T) {
 			t.Fatalf("the tokens of epoch %d are not there; the log:\n%s", n, log.String())
 		}
 	}
-	tokens, keys, size := token.Remembered(s, "liar")
-	if tokens > token.MaxTokens || keys > token.MaxModuleKeys || size > token.MaxKeyBytes {
-		t.Errorf("%d tokens, %d keys and %d bytes are remembered", tokens, keys, size)
+	tokens, size := token.Remembered(s, "liar")
+	if tokens > bounds.MaxTokens || size.Keys > bounds.MaxKeys || size.KeyBytes > bounds.MaxKeyBytes || size.OtherBytes > bounds.MaxOtherBytes {
+		t.Errorf("%d tokens and %+v are remembered", tokens, size)
 	}
 	devices, homes, queues := token.Shared(s, "liar")
-	if most := token.MaxTokens + 2; devices > most || homes > most || queues > slots+1 {
+	if most := bounds.MaxTokens + 2; devices > most || homes > most || queues > slots+1 {
 		t.Errorf("%d devices, %d homes and %d queues are remembered", devices, homes, queues)
 	}
-	if st := status(s, "liar"); len(st.Tokens)+len(st.Away) > token.MaxTokens {
+	if st := status(s, "liar"); len(st.Tokens)+len(st.Away) > bounds.MaxTokens {
 		t.Errorf("the status has %d tokens", len(st.Tokens)+len(st.Away))
 	}
 	log.mu.Lock()
@@ -203,7 +204,7 @@ func TestAttack14ManyTokens(t *testing.T) {
 			t.Errorf("token %s is not in the list any more", label)
 		}
 	}
-	if n := bytes.Count(list, []byte(`"module": "liar"`)); n > token.MaxTokens {
+	if n := bytes.Count(list, []byte(`"module": "liar"`)); n > bounds.MaxTokens {
 		t.Errorf("%d tokens of the liar are in the list", n)
 	}
 }

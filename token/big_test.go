@@ -7,6 +7,7 @@ import (
 	"testing"
 
 	"p11-agent/token"
+	"p11-agent/token/bounds"
 	"p11-agent/token/pkcs11uri"
 	"p11-agent/token/tokentest"
 	"p11-agent/token/wire"
@@ -74,7 +75,7 @@ func TestBigNamed(t *testing.T) {
 		}
 		return s.Keys()[i]
 	}
-	want(t, "keys", len(s.Keys()), token.MaxModuleKeys)
+	want(t, "keys", len(s.Keys()), bounds.MaxKeys)
 	for _, k := range []*token.Key{labelled("door"), labelled("gate")} {
 		noError(t, tokentest.Sign(t.Context(), k)) // the first signature logs in
 	}

@@ -7,6 +7,7 @@ import (
 	"slices"
 	"time"
 
+	"p11-agent/token/card"
 	"p11-agent/token/pcsc"
 	"p11-agent/token/process"
 	"p11-agent/token/wire"
@@ -192,11 +193,11 @@ func (t *Token) mayHaveLeft(before, now []pcsc.Reader) bool {
 		return false
 	}
 	// The last look may have read a card that has come back before pcscd reports the card here.
-	if seen.reader != "" && slices.ContainsFunc(now, func(n pcsc.Reader) bool { return n.Card && n.Name == seen.reader && n.Events == seen.events }) {
+	if seen.IsIn(now) {
 		return false
 	}
 	return !slices.ContainsFunc(now, func(n pcsc.Reader) bool {
-		return inReader(slot, n) && slices.ContainsFunc(before, func(r pcsc.Reader) bool { return sameStay(r, n) })
+		return card.InReader(slot, n) && slices.ContainsFunc(before, func(r pcsc.Reader) bool { return sameStay(r, n) })
 	})
 }
 

@@ -1,23 +1,24 @@
 package token
 
+import "p11-agent/token/bounds"
+
 // LoginWaiters returns how many requests wait for the login under way to the token of a key.
 func LoginWaiters(k *Key) int {
 	return k.token.pins.Status().Waiters
 }
 
-// Remembered returns how much the Store remembers of a module: the number of tokens, the number of
-// their keys, and about how many bytes the keys take.
-func Remembered(s *Store, module string) (tokens, keys, bytes int) {
+// Remembered returns how much the Store remembers of a module: the number of tokens, and the size of
+// their objects.
+func Remembered(s *Store, module string) (tokens int, size bounds.Size) {
 	for _, m := range s.modulesNow() {
 		if m.spec.Name != module {
 			continue
 		}
 		for _, t := range m.known() {
-			n, size := t.holds()
-			tokens, keys, bytes = tokens+1, keys+n, bytes+size
+			tokens, size = tokens+1, size.Plus(t.holds())
 		}
 	}
-	return tokens, keys, bytes
+	return tokens, size
 }
 
 // Shared returns for how many tokens the Store remembers refused PINs and homes. queues is the
@@ -37,13 +38,6 @@ func Shared(s *Store, module string) (devices, homes, queues int) {
 	}
 	return devices, homes, queues
 }
-
-// The bounds of what the Store remembers of one module.
-const (
-	MaxTokens     = maxTokens
-	MaxModuleKeys = maxModuleKeys
-	MaxKeyBytes   = maxKeyBytes
-)
 
 // The pace at which a module gets new processes in place of healthy ones.
 const (

@@ -12,6 +12,7 @@ import (
 	"time"
 
 	"p11-agent/pinentry/secret"
+	"p11-agent/token/objects"
 	"p11-agent/token/pairs"
 	"p11-agent/token/pkcs11uri"
 	"p11-agent/token/process"
@@ -56,10 +57,10 @@ var (
 
 // newKey makes the Key of a pair. The URI names the token by label and serial number, and the key
 // by ID. Both stay the same after a login. The URI has the label only if several keys of the token
-// have the ID. ids counts the keys of each ID.
-func newKey(t *Token, p *pairs.Pair, ids map[string]int) *Key {
+// have the ID. set holds the pairs of the token, or is nil for a key that is yet to be made.
+func newKey(t *Token, p *pairs.Pair, set *objects.Set) *Key {
 	label := ""
-	if len(p.ID) == 0 || ids[string(p.ID)] > 1 {
+	if !set.Alone(p) {
 		label = p.Label
 	}
 	u := pkcs11uri.ForKey(t.ID, label, p.ID)
@@ -91,7 +92,12 @@ func (k *Key) Token() wire.TokenID { return k.token.ID }
 func (k *Key) Module() string { return k.token.module.spec.Name }
 
 // Certificates returns the X.509 certificates of the key on the token, in DER.
-func (k *Key) Certificates() [][]byte { return slices.Clone(k.pair.Certificates) }
+func (k *Key) Certificates() (all [][]byte) {
+	for _, c := range k.pair.Certificates {
+		all = append(all, c.DER)
+	}
+	return all
+}
 
 // AlwaysAuthenticate reports whether the key wants the PIN for each signature
 // (CKA_ALWAYS_AUTHENTICATE). Some tokens show that only after a login.
@@ -142,37 +148,7 @@ func (k *Key) Insertions() uint64 {
 func (k *Key) Matches(u *pkcs11uri.URI) bool { return k.matches(u, true) }
 
 func (k *Key) matches(u *pkcs11uri.URI, byPath bool) bool {
-	if u.ID != nil && !k.pair.HasID(u.ID) { // most of thousands of keys end here
-		return false
-	}
-	if !k.token.matches(u, byPath) {
-		return false
-	}
-	// A URI may name the key by any object of the pair. A private key that shows only after a login
-	// counts as present.
-	fits := func(class uint64) bool {
-		return u.MatchObject(pkcs11uri.ObjectInfo{Class: className(class), ID: u.ID, Label: text(u.Object)})
-	}
-	label := u.Object == nil || k.pair.HasLabel(*u.Object)
-	return label && (fits(wire.CKOPrivateKey) || slices.ContainsFunc(k.pair.Members, func(m pairs.Member) bool { return fits(m.Class) }))
-}
-
-func text(s *string) string {
-	if s == nil {
-		return ""
-	}
-	return *s
-}
-
-func className(cko uint64) pkcs11uri.Class {
-	switch cko {
-	case wire.CKOCertificate:
-		return pkcs11uri.ClassCert
-	case wire.CKOPublicKey:
-		return pkcs11uri.ClassPublic
-	default:
-		return pkcs11uri.ClassPrivate
-	}
+	return objects.Names(u, k.pair) && k.token.matches(u, byPath)
 }
 
 // String returns the URI.

@@ -1,7 +1,6 @@
 package token
 
 import (
-	"cmp"
 	"crypto/x509"
 	"errors"
 	"log/slog"
@@ -11,6 +10,7 @@ import (
 	"time"
 
 	"p11-agent/token/known"
+	"p11-agent/token/objects"
 	"p11-agent/token/pace"
 	"p11-agent/token/pairs"
 	"p11-agent/token/wire"
@@ -101,12 +101,7 @@ func (m *module) restore(l *known.List) {
 				all = append(all, f)
 			}
 		}
-		ids := idsOf(all)
-		for _, f := range all {
-			restored.addLocked(newKey(restored, f, ids))
-		}
-		restored.names = indexNames(restored.keys)
-		restored.weight = weight(all)
+		restored.holdLocked(objects.Known(all))
 		m.tokens[restored.ID] = restored
 		if t.There {
 			m.order = append(m.order, restored)
@@ -193,10 +188,4 @@ func (s *Store) keepKnown() {
 			return
 		}
 	}
-}
-
-// compareIDs orders tokens by their names.
-func compareIDs(a, b wire.TokenID) int {
-	return cmp.Or(cmp.Compare(a.Label, b.Label), cmp.Compare(a.Serial, b.Serial),
-		cmp.Compare(a.Manufacturer, b.Manufacturer), cmp.Compare(a.Model, b.Model), cmp.Compare(a.Twin, b.Twin))
 }

@@ -2,57 +2,17 @@ package token
 
 import (
 	"slices"
-	"strings"
 
-	"p11-agent/token/pairs"
 	"p11-agent/token/pkcs11uri"
-	"p11-agent/token/wire"
 )
 
-// maxNameBytes bounds the names in one request, which must fit into wire.MaxRequest.
-const maxNameBytes = wire.MaxRequest / 2
-
-// named returns the objects of the token that the configuration or a client has named. The module
-// process finds them even if the token has more objects than the listing.
-func (t *Token) named() (all []wire.ObjectName) {
+// wanted returns the URIs of the configuration and of clients that name an object of the token.
+func (t *Token) wanted() []*pkcs11uri.URI {
 	s := t.module.store
 	s.mu.Lock()
 	uris := s.wanted
 	s.mu.Unlock()
-	size := 0
-	for _, u := range uris {
-		if !t.matches(u, true) {
-			continue
-		}
-		name := wire.ObjectName{ID: u.ID}
-		// The module process converts labels to UTF-8, and this label may be a result of that.
-		if u.Object != nil && !strings.ContainsRune(*u.Object, '\uFFFD') {
-			name.Label = *u.Object
-		}
-		size += len(name.ID) + len(name.Label) + 8
-		if len(name.ID) == 0 && name.Label == "" || len(name.Label) > wire.MaxText {
-			continue
-		}
-		if size > maxNameBytes || len(all) == wire.MaxNames {
-			break
-		}
-		all = append(all, name)
-	}
-	return all
-}
-
-// isNamed reports whether the configuration or a client has named a key of the token.
-func (t *Token) isNamed(p *pairs.Pair) bool {
-	s := t.module.store
-	s.mu.Lock()
-	uris := s.wanted
-	s.mu.Unlock()
-	return slices.ContainsFunc(uris, func(u *pkcs11uri.URI) bool { return namedBy(p, u) && t.matches(u, true) })
-}
-
-// namedBy reports whether the object attributes of a URI name the key.
-func namedBy(p *pairs.Pair, u *pkcs11uri.URI) bool {
-	return (u.ID == nil || p.HasID(u.ID)) && (u.Object == nil || p.HasLabel(*u.Object))
+	return slices.DeleteFunc(slices.Clone(uris), func(u *pkcs11uri.URI) bool { return !t.matches(u, true) })
 }
 
 // wantedURIs returns the URIs that name an object.
@@ -82,12 +42,3 @@ func (s *Store) unwantLocked(u *pkcs11uri.URI) {
 
 // setWantedLocked joins the URIs of the configuration and of clients.
 func (s *Store) setWantedLocked() { s.wanted = slices.Concat(s.configuredNames, s.asked) }
-
-// idsOf counts the keys of each ID.
-func idsOf(all []*pairs.Pair) map[string]int {
-	ids := make(map[string]int, len(all))
-	for _, p := range all {
-		ids[string(p.ID)]++
-	}
-	return ids
-}

@@ -4,7 +4,6 @@ import (
 	"context"
 	"errors"
 	"fmt"
-	"slices"
 
 	"p11-agent/pinentry/secret"
 	"p11-agent/pinentry/waiting"
@@ -239,7 +238,7 @@ func (t *Token) tryStay(ctx context.Context, p *process.Process, trial pin.Trial
 // was for knows what its key wants. It does nothing when all objects have shown before.
 func (t *Token) reveal(ctx context.Context, p *process.Process) {
 	t.mu.Lock()
-	hidden := slices.ContainsFunc(t.keys, func(k *Key) bool { return !k.pair.Visible })
+	hidden := t.objects.Hides()
 	t.mu.Unlock()
 	if hidden {
 		if err := t.lookAgain(ctx, p); err != nil && ctx.Err() == nil {

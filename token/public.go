@@ -7,7 +7,6 @@ import (
 
 	"p11-agent/token/pairs"
 	"p11-agent/token/pkcs11uri"
-	"p11-agent/token/wire"
 )
 
 // A PublicKey is a public key that the configuration gives for a private key whose token shows
@@ -37,17 +36,16 @@ func (s *Store) SetPublicKeys(list []PublicKey) {
 	s.public = slices.Clone(list)
 }
 
-// pairs puts the objects of the token together to key pairs, with the public keys that the configuration gives.
-func (t *Token) pairs(objects []wire.Object, hidden, cut bool, skip func(o wire.Object, reason error)) []*pairs.Pair {
+// configured returns the public keys that the configuration gives for the token.
+func (t *Token) configured() (all []pairs.Configured) {
 	s := t.module.store
 	s.mu.Lock()
 	public := s.public
 	s.mu.Unlock()
-	opts := pairs.Options{Token: t.ID, Hidden: hidden, Cut: cut, Skip: skip}
 	for _, p := range public {
 		if CheckPublicKey(p) == nil && t.matches(p.URI, true) {
-			opts.Configured = append(opts.Configured, pairs.Configured{ID: p.URI.ID, Label: p.URI.Object, Key: p.Key})
+			all = append(all, pairs.Configured{ID: p.URI.ID, Label: p.URI.Object, Key: p.Key})
 		}
 	}
-	return pairs.Find(objects, opts)
+	return all
 }

@@ -9,6 +9,7 @@ import (
 	"strings"
 	"time"
 
+	"p11-agent/token/card"
 	"p11-agent/token/pcsc"
 	"p11-agent/token/process"
 	"p11-agent/token/registry"
@@ -107,12 +108,6 @@ func heldReaders(readers []pcsc.Reader) []pcsc.Reader {
 	return slices.DeleteFunc(slices.Clone(readers), func(r pcsc.Reader) bool { return !r.Card || r.Users != pcsc.Exclusive })
 }
 
-// inReader reports whether a slot of a module is a reader. Modules name their slots after readers,
-// within the 64 bytes of PKCS#11.
-func inReader(slot wire.Slot, r pcsc.Reader) bool {
-	return slot.Description != "" && (slot.Description == r.Name || len(slot.Description) >= 63 && strings.HasPrefix(r.Name, slot.Description))
-}
-
 // heldReader returns the reader that the token is in, or may be in, if another program uses the
 // reader alone.
 func (t *Token) heldReader(ctx context.Context) (r pcsc.Reader, held bool) {
@@ -121,7 +116,7 @@ func (t *Token) heldReader(ctx context.Context) (r pcsc.Reader, held bool) {
 	t.mu.Lock()
 	slot := t.slot
 	t.mu.Unlock()
-	known := func(r pcsc.Reader) bool { return inReader(slot, r) }
+	known := func(r pcsc.Reader) bool { return card.InReader(slot, r) }
 	if i := slices.IndexFunc(all, known); i >= 0 {
 		return all[i], true
 	}
@@ -241,7 +236,7 @@ func (m *module) keepHeld(ctx context.Context, order []*Token, before []pcsc.Rea
 		t.mu.Lock()
 		slot := t.slot
 		t.mu.Unlock()
-		if !slices.Contains(order, t) && slices.ContainsFunc(held, func(r pcsc.Reader) bool { return inReader(slot, r) }) {
+		if !slices.Contains(order, t) && slices.ContainsFunc(held, func(r pcsc.Reader) bool { return card.InReader(slot, r) }) {
 			order = append(order, t)
 		}
 	}

@@ -8,6 +8,7 @@ import (
 	"slices"
 
 	"p11-agent/pinentry/secret"
+	"p11-agent/token/card"
 	"p11-agent/token/pin"
 	"p11-agent/token/pkcs11uri"
 	"p11-agent/token/wire"
@@ -19,7 +20,7 @@ type pinSource struct {
 	uri   *pkcs11uri.URI
 	says  *pkcs11uri.URI // a copy: another goroutine may wipe the PIN of uri
 	added bool           // a client has named the URI
-	shown shown          // what the token showed then
+	shown card.Shown     // what the token showed then
 }
 
 var _ pin.Source = (*pinSource)(nil)
@@ -29,7 +30,7 @@ var _ pin.Source = (*pinSource)(nil)
 type addedSource struct {
 	uri   *pkcs11uri.URI
 	token *Token
-	shown shown // what the token showed then
+	shown card.Shown // what the token showed then
 }
 
 // source returns the source of the PIN of a key; nil: a person is to be asked. URIs of the
@@ -40,7 +41,7 @@ func (s *Store) source(k *Key) *pinSource {
 	s.mu.Unlock()
 	for _, u := range configured {
 		if k.MayMatch(u) {
-			return s.newSource(k.token, u, false, shown{})
+			return s.newSource(k.token, u, false, card.Shown{})
 		}
 	}
 	for _, a := range added {
@@ -52,7 +53,7 @@ func (s *Store) source(k *Key) *pinSource {
 }
 
 // newSource makes a pinSource. SetSources and RemoveSource wipe URIs under the same lock.
-func (s *Store) newSource(t *Token, u *pkcs11uri.URI, added bool, shows shown) *pinSource {
+func (s *Store) newSource(t *Token, u *pkcs11uri.URI, added bool, shows card.Shown) *pinSource {
 	s.mu.Lock()
 	defer s.mu.Unlock()
 	says := *u
@@ -76,7 +77,7 @@ func (src *pinSource) Bind() error {
 		return nil
 	}
 	t := src.token
-	if err := t.module.store.bindings.Add(pin.Bind(selection(src.says), t.module.identity, t.ID, t.shows().text())); err != nil {
+	if err := t.module.store.bindings.Add(pin.Bind(selection(src.says), t.module.identity, t.ID, t.shows().String())); err != nil {
 		return fmt.Errorf("the PIN of %v: %w", src.says, err)
 	}
 	return nil
@@ -227,7 +228,7 @@ func (t *Token) mayUse(u *pkcs11uri.URI) error {
 	case ok && b.Module != t.module.identity:
 		return fmt.Errorf("the PIN of %s is for module %q since its first use, and module %q shows the token now: to give it to %q, add %s to the query of the URI",
 			selection(u), b.Module, t.module.identity, t.module.identity, naming(t.module.identity))
-	case ok && t.isOther(parseShown(b.Keys)):
+	case ok && t.isOther(card.Parse(b.Keys)):
 		return fmt.Errorf("the PIN of %s is for another card of the same name since its first use, and this card has other keys: name a key of this card by its id", selection(u))
 	case ok:
 		return nil

@@ -14,6 +14,7 @@ import (
 
 	"p11-agent/agent/logfold"
 	"p11-agent/pinentry/plain"
+	"p11-agent/token/bounds"
 	"p11-agent/token/pace"
 	"p11-agent/token/pcsc"
 	"p11-agent/token/process"
@@ -148,7 +149,7 @@ func (m *module) run(ctx context.Context) {
 		p, err := m.start(ctx, spec)
 		if err == nil {
 			info := p.Info()
-			trimHello(&info)
+			bounds.TrimHello(&info)
 			m.tellSandbox(info.Sandbox)
 			m.change(func() {
 				m.info, m.pid = info, p.PID()
@@ -416,30 +417,18 @@ func (m *module) look(ctx context.Context, p *process.Process, again bool) error
 	m.mu.Unlock()
 	now := m.readers(ctx)
 	var order []*Token
-	removable, read := false, 0
+	removable := false
 	names := m.numbering(slots.Slots)
-	var left tokensLeftOut
+	bound := bounds.NewLook(len(slots.Slots), m.log)
 	for _, slot := range slots.Slots {
 		removable = removable || slot.Flags&wire.CKFRemovableDevice != 0
-		if !slot.HasToken {
+		if !slot.HasToken || !bound.Admit(&slot) {
 			continue
 		}
-		if !believable(slot.Token) {
-			m.log.Warn("token has a longer name than PKCS#11 allows, and is not used", "slot", slot.ID)
-			continue
-		}
-		if len(order) == maxTokens {
-			if left.tokens++; left.tokens == 1 {
-				m.log.Warn("module shows more tokens than are used", "slots", len(slots.Slots), "used", maxTokens)
-			}
-			continue
-		}
-		slot = trim(slot)
 		slot.Token = names.name(ctx, p, slot)
 		t := m.token(slot)
-		if read > maxLook {
-			m.log.Warn("module shows more objects than are read", "token", slot.Token.Label, "serial", slot.Token.Serial)
-			left.unread++
+		if !bound.MayRead(slot.Token) {
+			// It keeps its old objects.
 		} else if size, err := t.look(ctx, p, &slot, order, now); err != nil {
 			if ctx.Err() != nil || p.Err() != nil {
 				return m.wrap(err)
@@ -449,7 +438,7 @@ func (m *module) look(ctx context.Context, p *process.Process, again bool) error
 			}
 			m.log.Warn("token cannot be read", "token", slot.Token.Label, "serial", slot.Token.Serial, "reason", err)
 		} else {
-			read += size
+			bound.Read(size)
 		}
 		order = append(order, t)
 	}
@@ -471,7 +460,7 @@ func (m *module) look(ctx context.Context, p *process.Process, again bool) error
 		}
 		gone = slices.DeleteFunc(slices.Clone(m.last), func(t *Token) bool { return slices.Contains(order, t) })
 		m.order, m.last, m.lastLook = order, order, time.Now()
-		m.removable, m.reason, m.leftOut = removable, "", left.reasons()
+		m.removable, m.reason, m.leftOut = removable, "", bound.LeftOut()
 	})
 	if len(gone) > 0 {
 		m.cardsLeft(gone, 0)
@@ -512,7 +501,7 @@ func (m *module) present() []*Token {
 func (m *module) known() []*Token {
 	m.mu.Lock()
 	defer m.mu.Unlock()
-	return slices.SortedFunc(maps.Values(m.tokens), func(a, b *Token) int { return compareIDs(a.ID, b.ID) })
+	return slices.SortedFunc(maps.Values(m.tokens), func(a, b *Token) int { return a.ID.Compare(b.ID) })
 }
 
 // running returns the process, and waits while it starts.
@@ -638,7 +627,7 @@ func (m *module) statusNow() (st ModuleStatus, there, away []*Token) {
 	for _, t := range m.order {
 		st.Tokens, there = append(st.Tokens, t.status(true)), append(there, t)
 	}
-	for _, t := range slices.SortedFunc(maps.Values(m.tokens), func(a, b *Token) int { return compareIDs(a.ID, b.ID) }) {
+	for _, t := range slices.SortedFunc(maps.Values(m.tokens), func(a, b *Token) int { return a.ID.Compare(b.ID) }) {
 		if !slices.Contains(m.order, t) && len(t.keyList()) > 0 {
 			st.Away, away = append(st.Away, t.status(false)), append(away, t)
 		}

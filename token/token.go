@@ -1,10 +1,8 @@
 package token
 
 import (
-	"bytes"
 	"cmp"
 	"context"
-	"crypto/sha256"
 	"encoding/hex"
 	"errors"
 	"fmt"
@@ -15,6 +13,9 @@ import (
 	"sync"
 	"time"
 
+	"p11-agent/token/bounds"
+	"p11-agent/token/card"
+	"p11-agent/token/objects"
 	"p11-agent/token/pairs"
 	"p11-agent/token/pcsc"
 	"p11-agent/token/pin"
@@ -36,19 +37,15 @@ type Token struct {
 
 	// Where the token is, and through which module the agent uses it.
 	slot       wire.Slot // at the last look
-	card       card      // at the last look
+	card       card.Stay // at the last look
 	shadow     string    // the module that shows the token in place of this one
 	belongs    string    // the module that the token belongs to while this one shows it
 	insertions uint64
 	seen       time.Time // when the token was present last, if it is away
 
-	// Its keys.
-	keys             []*Key
-	names            *nameIndex                   // of keys
-	bySum            map[[sha256.Size]byte][]*Key // keys, by the digest of their public key
-	weight           int                          // of keys, in bytes
-	leftOut          []string                     // see TokenStatus.LeftOut
-	cut              bool                         // the token has more objects than the listing
+	// Its objects.
+	objects          *objects.Set // as the last look found them; nil: there was no look
+	keys             []*Key       // in the order of objects.Pairs
 	refusesMechanism map[uint64]bool
 
 	// Its login.
@@ -65,7 +62,6 @@ type Token struct {
 func newToken(m *module, id wire.TokenID) *Token {
 	return &Token{
 		ID: id, module: m, pins: m.store.devices.Open(id, m.identity), check: newLoginCheck(), refusesMechanism: make(map[uint64]bool),
-		bySum:      make(map[[sha256.Size]byte][]*Key),
 		insertions: m.insertions,
 	}
 }
@@ -91,7 +87,7 @@ func (t *Token) look(ctx context.Context, p *process.Process, slot *wire.Slot, o
 	t.mu.Lock()
 	changes := t.changes
 	t.mu.Unlock()
-	request := wire.Objects{Token: t.ID, Named: t.named()}
+	request := wire.Objects{Token: t.ID, Named: objects.Wanted(t.wanted())}
 	if slot != nil {
 		request.Slot, request.Placed = slot.ID, true
 	}
@@ -99,34 +95,16 @@ func (t *Token) look(ctx context.Context, p *process.Process, slot *wire.Slot, o
 	if err != nil {
 		return 0, err
 	}
-	hidden := reply.Info.Flags&wire.CKFLoginRequired != 0 && !reply.Info.LoggedIn
-	log := t.module.log
-	var left leftOut
-	left.listed(reply)
 	if slot != nil {
 		t.mu.Lock()
 		t.slot = *slot
 		t.mu.Unlock()
 	}
 	t.see(ctx, p, reply, readers)
-	all := t.pairs(reply.Objects, hidden, reply.Cut, func(o wire.Object, reason error) {
-		left.skipped(reason)
-		log.Debug("object is not used", "token", t.ID.Label, "label", o.Label, "id", hex.EncodeToString(o.ID), "reason", reason)
-	})
-	t.mu.Lock()
-	known := t.bySum
-	t.mu.Unlock()
-	recall(all, known)
-	// Some modules list their objects in a new order each time.
-	slices.SortStableFunc(all, func(a, b *pairs.Pair) int {
-		return cmp.Or(bytes.Compare(a.ID, b.ID), cmp.Compare(a.Label, b.Label))
-	})
-	all = t.fit(all, others, &left)
+	set := t.read(reply, others)
 	t.mu.Lock()
 	defer t.mu.Unlock()
 	t.slot.Info = reply.Info
-	t.weight = weight(all)
-	t.leftOut, t.cut = left.reasons(), reply.Cut
 	switch {
 	case t.changes != changes: // the look may have read the state before the change, or another card
 	case reply.Info.LoggedIn:
@@ -134,29 +112,62 @@ func (t *Token) look(ctx context.Context, p *process.Process, slot *wire.Slot, o
 	case t.session == p:
 		t.session = nil
 	}
-	before := t.bySum
-	ids := idsOf(all)
-	t.keys, t.bySum = make([]*Key, 0, len(all)), make(map[[sha256.Size]byte][]*Key, len(all))
-	for _, p := range all {
-		k := newKey(t, p, ids)
-		old := before[p.Sum]
-		if o := sameKey(old, p); o != nil {
-			k.use = o.use
-		}
-		// The same key stays the same object, for callers that compare.
-		if i := slices.IndexFunc(old, func(o *Key) bool { return o.same(k) }); i >= 0 {
-			k = old[i]
-		}
-		t.addLocked(k)
-	}
-	t.names = indexNames(t.keys)
+	t.holdLocked(set)
 	return reply.Size, nil
 }
 
-// addLocked adds a key to those of the token.
-func (t *Token) addLocked(k *Key) {
-	t.keys = append(t.keys, k)
-	t.bySum[k.pair.Sum] = append(t.bySum[k.pair.Sum], k)
+// read makes a Set of what a look has read.
+func (t *Token) read(reply *process.Listing, others []*Token) *objects.Set {
+	log := t.module.log.With("token", t.ID.Label)
+	wanted := t.wanted()
+	look := objects.Look{
+		Objects: reply.Objects, Cut: reply.Cut, Long: reply.Long, Token: t.ID,
+		Hidden:     reply.Info.Flags&wire.CKFLoginRequired != 0 && !reply.Info.LoggedIn,
+		Configured: t.configured(),
+		Named: func(p *pairs.Pair) bool {
+			return slices.ContainsFunc(wanted, func(u *pkcs11uri.URI) bool { return objects.Names(u, p) })
+		},
+		Skip: func(o wire.Object, reason error) {
+			log.Debug("object is not used", "label", o.Label, "id", hex.EncodeToString(o.ID), "reason", reason)
+		},
+	}
+	for _, o := range others {
+		if o != t {
+			look.Used = look.Used.Plus(o.holds())
+		}
+	}
+	t.mu.Lock()
+	look.Before = t.objects
+	t.mu.Unlock()
+	set := objects.Read(look)
+	if n := set.Unused(); n > 0 {
+		log.Warn("module shows more keys than are used", "shown", n+len(set.Pairs()), "used", len(set.Pairs()))
+	}
+	return set
+}
+
+// holdLocked takes the objects of a look in place of the old ones. The same key stays the same
+// object, for callers that compare.
+func (t *Token) holdLocked(set *objects.Set) {
+	keys := make([]*Key, 0, len(set.Pairs()))
+	for _, p := range set.Pairs() {
+		k := newKey(t, p, set)
+		if old := t.objects.Find(p); old >= 0 {
+			k.use = t.keys[old].use
+			if t.keys[old].same(k) {
+				k = t.keys[old]
+			}
+		}
+		keys = append(keys, k)
+	}
+	t.objects, t.keys = set, keys
+}
+
+// holds returns how much the agent keeps of the token.
+func (t *Token) holds() bounds.Size {
+	t.mu.Lock()
+	defer t.mu.Unlock()
+	return t.objects.Size()
 }
 
 // setUsed notes the module that the agent uses the token through, "" for this one, and the module
@@ -193,8 +204,8 @@ func (t *Token) keyList() []*Key {
 func (t *Token) current(k *Key) *Key {
 	t.mu.Lock()
 	defer t.mu.Unlock()
-	if o := sameKey(t.bySum[k.pair.Sum], k.pair); o != nil {
-		return o
+	if i := t.objects.Find(k.pair); i >= 0 {
+		return t.keys[i]
 	}
 	return k
 }
@@ -315,7 +326,7 @@ func (t *Token) status(present bool) TokenStatus {
 		Seen:       seen,
 		LastUse:    t.use.lastTime(),
 		Signatures: t.use.count.Load(),
-		LeftOut:    t.leftOut,
+		LeftOut:    t.objects.LeftOut(),
 	}
 	if t.session != nil {
 		st.LoggedInSince = t.since

@@ -2,8 +2,10 @@ package token
 
 import (
 	"context"
+	"maps"
 	"slices"
 
+	"p11-agent/token/card"
 	"p11-agent/token/known"
 	"p11-agent/token/process"
 	"p11-agent/token/wire"
@@ -43,78 +45,47 @@ func (n *numbering) name(ctx context.Context, p *process.Process, slot wire.Slot
 // number numbers all tokens with the same texts.
 func (n *numbering) number(ctx context.Context, p *process.Process, texts wire.TokenID) {
 	m := n.module
-	var here []wire.Slot
+	var here []uint64
 	for _, slot := range n.slots {
 		if slot.HasToken && slot.Token.Texts() == texts && len(here) < maxTwins {
-			here = append(here, slot)
+			here = append(here, slot.ID)
 		}
 	}
-	known := m.store.twins(texts)
-	if len(here) == 1 && !slices.ContainsFunc(known, func(k twin) bool { return k.number != 0 }) {
+	known := m.twins(texts)
+	if len(here) == 1 && !slices.ContainsFunc(known, func(k card.Twin) bool { return k.Number != 0 }) {
 		return // the usual case
 	}
-	found := make(map[uint64]shown)
+	shown := make(map[uint64]card.Shown)
 	for _, slot := range here {
-		reply, err := p.Objects(ctx, &wire.Objects{Token: texts, Slot: slot.ID, Peek: true})
+		reply, err := p.Objects(ctx, &wire.Objects{Token: texts, Slot: slot, Peek: true})
 		if err == nil {
-			found[slot.ID] = shownBy(reply.Objects)
+			shown[slot] = card.ShownBy(reply.Objects)
 		} // otherwise the slot decides, and the look returns the reason
 	}
-	taken := make(map[uint32]bool)
-	give := func(fits func(twin, wire.Slot) bool) {
-		here = slices.DeleteFunc(here, func(slot wire.Slot) bool {
-			i := slices.IndexFunc(known, func(k twin) bool { return !taken[k.number] && fits(k, slot) })
-			if i >= 0 {
-				n.twins[slot.ID], taken[known[i].number] = known[i].number, true
-			}
-			return i >= 0
-		})
-	}
-	sameKeys := func(k twin, slot wire.Slot) bool { return k.shown.overlaps(found[slot.ID]) }
-	sameSlot := func(k twin, slot wire.Slot) bool { return k.module == m && k.there && k.slot == slot.ID }
-	give(func(k twin, slot wire.Slot) bool { return sameKeys(k, slot) && sameSlot(k, slot) })
-	give(sameKeys)
-	give(sameSlot) // the keys have changed, or the token shows none
-	give(func(k twin, slot wire.Slot) bool { return !k.shown.comparable(found[slot.ID]) })
-	for _, slot := range here {
-		free := uint32(0)
-		for taken[free] || slices.ContainsFunc(known, func(k twin) bool { return k.number == free }) {
-			free++
-		}
-		n.twins[slot.ID], taken[free] = free, true
-	}
+	maps.Copy(n.twins, card.Number(here, shown, known))
 }
 
-// A twin is a token with some texts, as a module shows it or has shown it.
-type twin struct {
-	number uint32
-	module *module
-	there  bool // at the last look
-	slot   uint64
-	shown  shown
-}
-
-// twins returns all remembered tokens with some texts.
-func (s *Store) twins(texts wire.TokenID) (all []twin) {
-	for _, m := range s.modulesNow() {
-		m.mu.Lock()
+// twins returns all remembered tokens with some texts, as the module needs them to number its own.
+func (m *module) twins(texts wire.TokenID) (all []card.Twin) {
+	for _, o := range m.store.modulesNow() {
+		o.mu.Lock()
 		var tokens []*Token
-		for id, t := range m.tokens {
+		for id, t := range o.tokens {
 			if id.Texts() == texts {
 				tokens = append(tokens, t)
 			}
 		}
-		last := m.last
-		m.mu.Unlock()
-		slices.SortFunc(tokens, func(a, b *Token) int { return compareIDs(a.ID, b.ID) })
+		last := o.last
+		o.mu.Unlock()
+		slices.SortFunc(tokens, func(a, b *Token) int { return a.ID.Compare(b.ID) })
 		for _, t := range tokens {
 			t.mu.Lock()
-			k := twin{number: t.ID.Twin, module: m, slot: t.slot.ID, shown: t.card.shown}
-			k.there = t.card.process != nil && slices.Contains(last, t)
-			keys := t.keys
+			k := card.Twin{Number: t.ID.Twin, Slot: t.slot.ID, Shown: t.card.Shown}
+			k.Placed = o == m && t.card.Process != nil && slices.Contains(last, t)
+			set := t.objects
 			t.mu.Unlock()
-			if !k.shown.comparable(k.shown) {
-				k.shown = shownBefore(keys)
+			if !k.Shown.Comparable(k.Shown) {
+				k.Shown = card.ShownOf(set.Pairs())
 			}
 			all = append(all, k)
 		}

@@ -196,7 +196,7 @@ var rooms = []room{
 		"token",
 		[]string{
 			"agent/joined", "agent/logfold", "agent/pattern",
-			"token/known", "token/pace", "token/pairs", "token/pcsc", "token/pin", "token/pkcs11uri", "token/process", "token/registry", "token/signing",
+			"token/bounds", "token/card", "token/objects", "token/known", "token/pace", "token/pairs", "token/pcsc", "token/pin", "token/pkcs11uri", "token/process", "token/registry", "token/signing",
 			"token/statefile", "token/wellknown", "token/wire",
 			"pinentry/secret", "pinentry/waiting", xsys,
 		},
@@ -221,6 +221,9 @@ var rooms = []room{
 	},
 	{"token/statefile", []string{renameio}, "a leaf: what the files hold is decided elsewhere"},
 	{"token/pace", []string{}, "a leaf: it counts, and knows nothing of what happens"},
+	{"token/bounds", []string{"token/signing", "token/wire", "pinentry/plain"}, "what is kept of a module is bounded without a module at hand"},
+	{"token/card", []string{"token/pairs", "token/pcsc", "token/process", "token/wire"}, "cards are compared by what a look found: logins and PINs are forgotten elsewhere"},
+	{"token/objects", []string{"token/bounds", "token/pairs", "token/pkcs11uri", "token/wire"}, "what a look found is kept without a token at hand"},
 	{"token/pairs", []string{"token/wire"}, "key pairs are made of objects without a token at hand"},
 	{"token/pcsc", []string{xsys}, "who uses a reader is found out without a module, and without touching a card"},
 	{"token/pkcs11uri", []string{"token/wire", "pinentry/secret"}, "a URI is read and matched without a token at hand"},

@@ -86,7 +86,7 @@ func TestPairOfCutList(t *testing.T) {
 		hidden, cut bool
 		want        int
 	}{{true, false, 2}, {false, true, 2}, {false, false, 0}} {
-		got := Find(objects, Options{Hidden: tt.hidden, Cut: tt.cut})
+		got := Find(objects, Options{Hidden: tt.hidden, Cut: tt.cut}).Pairs
 		if len(got) != tt.want {
 			t.Errorf("hidden: %v, cut: %v: %d keys, want %d", tt.hidden, tt.cut, len(got), tt.want)
 		}
@@ -108,7 +108,7 @@ func TestPairBoundsTexts(t *testing.T) {
 				t.Error("Skip gets the long text")
 			}
 		},
-	})
+	}).Pairs
 	if len(all) != 0 || skipped != 2 {
 		t.Errorf("%d pairs, %d skipped", len(all), skipped)
 	}

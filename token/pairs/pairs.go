@@ -49,8 +49,8 @@ type Pair struct {
 	Sum     [sha256.Size]byte // Digest(Public)
 	// Modulus and Point are as in Attributes.
 	Modulus, Point []byte
-	// Certificates are X.509 certificates in DER.
-	Certificates [][]byte
+	// Certificates are those of the key on the token.
+	Certificates []*Certificate
 
 	Visible bool // the token shows the private key now
 	Open    bool // the token shows the private key without a login, so that the key may sign without one
@@ -68,6 +68,18 @@ type Pair struct {
 type Name struct {
 	ID    []byte
 	Label string
+}
+
+// A Certificate is an X.509 certificate on a token.
+type Certificate struct {
+	Name
+	DER []byte
+}
+
+// A KeyObject is a public key object on a token.
+type KeyObject struct {
+	Name
+	Key crypto.PublicKey // *rsa.PublicKey, *ecdsa.PublicKey or ed25519.PublicKey
 }
 
 // A Member is one object of a pair.
@@ -90,8 +102,17 @@ type Options struct {
 	Skip func(o wire.Object, reason error)
 }
 
-// Find puts the objects of a token together to key pairs. The pairs have the order of the token's objects.
-func Find(objects []wire.Object, opts Options) []*Pair {
+// Found are the objects of a token.
+type Found struct {
+	Pairs []*Pair // in the order of the token's objects
+	// Certificates and Keys belong to none of the pairs: certificates of authorities, public keys without a private
+	// key.
+	Certificates []*Certificate
+	Keys         []*KeyObject
+}
+
+// Find puts the objects of a token together to key pairs.
+func Find(objects []wire.Object, opts Options) Found {
 	return newFinder(opts).find(objects)
 }
 
@@ -100,6 +121,8 @@ type finder struct {
 	opts    Options
 	index   *index
 	pairs   []*Pair
+	certs   []*Certificate             // all that can be read
+	keys    []*KeyObject               // all that can be read
 	foreign map[[sha256.Size]byte]bool // the digests of certificates, as authorities returns them
 }
 
@@ -113,7 +136,7 @@ func newFinder(opts Options) *finder {
 // find adds public keys first: they are the best source of the public key. A private key finds its pair by ID, or
 // by its own public key. Certificates come last. A certificate of an authority may have the ID of a key that the
 // authority vouches for, so it comes after the key's own certificate.
-func (f *finder) find(objects []wire.Object) []*Pair {
+func (f *finder) find(objects []wire.Object) Found {
 	objects = authoritiesLast(f.withoutLongTexts(f.withConfigured(objects)))
 	f.foreign = authorities(objects)
 	for _, step := range []struct {
@@ -133,7 +156,30 @@ func (f *finder) find(objects []wire.Object) []*Pair {
 			}
 		}
 	}
-	return f.usable(join(f.pairs, f.opts.Hidden))
+	return f.found(f.usable(join(f.pairs, f.opts.Hidden)))
+}
+
+// found adds to the pairs the objects that belong to none of them.
+func (f *finder) found(all []*Pair) Found {
+	found := Found{Pairs: all}
+	used, sums := make(map[*Certificate]bool), make(map[[sha256.Size]byte]bool)
+	for _, p := range all {
+		sums[p.Sum] = true
+		for _, c := range p.Certificates {
+			used[c] = true
+		}
+	}
+	for _, c := range f.certs {
+		if !used[c] {
+			found.Certificates = append(found.Certificates, c)
+		}
+	}
+	for _, k := range f.keys {
+		if !sums[Digest(k.Key)] {
+			found.Keys = append(found.Keys, k)
+		}
+	}
+	return found
 }
 
 // withConfigured adds an object for each configured public key that the token lacks.
@@ -141,7 +187,7 @@ func (f *finder) withConfigured(objects []wire.Object) []wire.Object {
 	if len(f.opts.Configured) == 0 {
 		return objects
 	}
-	known := Find(objects, Options{Token: f.opts.Token, Hidden: f.opts.Hidden})
+	known := Find(objects, Options{Token: f.opts.Token, Hidden: f.opts.Hidden}).Pairs
 	objects = slices.Clip(objects)
 	for _, c := range f.opts.Configured {
 		if !slices.ContainsFunc(known, c.names) {
@@ -168,6 +214,7 @@ func (f *finder) addPublicKey(o wire.Object) error {
 	if err != nil {
 		return err
 	}
+	f.keys = append(f.keys, &KeyObject{Name{o.ID, o.Label}, pub})
 	p := f.add(o, o.KeyType, pub)
 	if o.Sign == wire.False {
 		p.Unfit = "its public key is not for verifying signatures"
@@ -197,13 +244,15 @@ func (f *finder) addCertificate(o wire.Object) error {
 	if err != nil {
 		return err
 	}
+	c := &Certificate{Name{o.ID, o.Label}, o.Value}
+	f.certs = append(f.certs, c)
 	keyType, ok := KeyType(cert.PublicKey)
 	if !ok {
 		return errors.New("the key in this certificate cannot be used with SSH")
 	}
 	p := f.add(o, keyType, cert.PublicKey)
 	if len(p.Certificates) < maxMembers {
-		p.Certificates = append(p.Certificates, o.Value)
+		p.Certificates = append(p.Certificates, c)
 	}
 	issued := f.foreign[sha256.Sum256(cert.Raw)]
 	keyed := slices.ContainsFunc(p.Members, Member.isKey)
@@ -333,6 +382,8 @@ func (f *finder) check(p *Pair) error {
 
 func (m Member) isKey() bool { return m.Class != wire.CKOCertificate }
 
+func (c *Certificate) same(o *Certificate) bool { return bytes.Equal(c.DER, o.DER) }
+
 // AddMember notes an object of the pair. The pair remembers a bounded number of objects, and always the private key.
 func (p *Pair) AddMember(m Member) {
 	if len(p.Members) >= maxMembers && m.Class != wire.CKOPrivateKey {
@@ -385,7 +436,7 @@ func (p *Pair) Same(o *Pair) bool {
 			return a.Class == b.Class && a.Label == b.Label && bytes.Equal(a.ID, b.ID)
 		}) &&
 		p.Visible == o.Visible && p.Open == o.Open && p.Always == o.Always && p.Loose == o.Loose && p.Unfit == o.Unfit &&
-		slices.EqualFunc(p.Certificates, o.Certificates, bytes.Equal) && Equal(p.Public, o.Public)
+		slices.EqualFunc(p.Certificates, o.Certificates, (*Certificate).same) && Equal(p.Public, o.Public)
 }
 
 // Weight estimates the memory in bytes that the pair takes without its certificates.

@@ -503,7 +503,7 @@ func TestPair(t *testing.T) {
 	for _, tt := range pairTests() {
 		t.Run(tt.name, func(t *testing.T) {
 			var skips []string
-			got := Find(tt.objects, Options{Token: tt.token, Hidden: tt.hidden, Skip: func(_ wire.Object, reason error) { skips = append(skips, reason.Error()) }})
+			got := Find(tt.objects, Options{Token: tt.token, Hidden: tt.hidden, Skip: func(_ wire.Object, reason error) { skips = append(skips, reason.Error()) }}).Pairs
 			if len(got) != len(tt.want) {
 				t.Fatalf("%d keys, want %d; skipped: %q", len(got), len(tt.want), skips)
 			}
@@ -537,7 +537,7 @@ func TestPairKeepsLabelsAndClasses(t *testing.T) {
 	k := testRing()
 	got := Find([]wire.Object{
 		cert(k.p256, login, "1", "cert"), private(k.p256, "1", "private"), public(k.p256, "1", "public"),
-	}, Options{Skip: func(_ wire.Object, reason error) { t.Error(reason) }})
+	}, Options{Skip: func(_ wire.Object, reason error) { t.Error(reason) }}).Pairs
 	if len(got) != 1 {
 		t.Fatalf("%d keys, want 1", len(got))
 	}
@@ -587,7 +587,7 @@ func checkPair(t *testing.T, p *Pair, objects []wire.Object, hidden bool) {
 		})
 	}
 	for _, c := range p.Certificates {
-		if c, err := x509.ParseCertificate(c); err != nil || !Equal(c.PublicKey, p.Public) {
+		if c, err := x509.ParseCertificate(c.DER); err != nil || !Equal(c.PublicKey, p.Public) {
 			t.Errorf("a certificate of another key (%v)", err)
 		}
 	}
@@ -624,7 +624,7 @@ func TestPairManyObjects(t *testing.T) {
 
 	var got []*Pair
 	allocs := testing.AllocsPerRun(1, func() {
-		got = Find(objects, Options{Skip: func(_ wire.Object, reason error) { t.Error(reason) }})
+		got = Find(objects, Options{Skip: func(_ wire.Object, reason error) { t.Error(reason) }}).Pairs
 	})
 	if most := 100 * len(objects); allocs > float64(most) {
 		t.Errorf("%.0f allocations, want %d at most", allocs, most)
@@ -1050,7 +1050,7 @@ func FuzzObjects(f *testing.F) {
 			f.Fatalf("%s: the seed is not what it was made of", tt.name)
 		}
 		f.Add(b, tt.token.Manufacturer, tt.hidden)
-		seeds += len(Find(split(b), Options{Token: tt.token, Hidden: tt.hidden}))
+		seeds += len(Find(split(b), Options{Token: tt.token, Hidden: tt.hidden}).Pairs)
 	}
 	if seeds == 0 {
 		f.Fatal("no seed with a key")
@@ -1062,7 +1062,7 @@ func FuzzObjects(f *testing.F) {
 			if reason == nil {
 				t.Error("Skip gets no reason")
 			}
-		}})
+		}}).Pairs
 		if !bytes.Equal(encode(objects), before) {
 			t.Error("the objects were changed")
 		}

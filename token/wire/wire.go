@@ -17,7 +17,11 @@
 // handles never cross.
 package wire
 
-import "p11-agent/pinentry/secret"
+import (
+	"cmp"
+
+	"p11-agent/pinentry/secret"
+)
 
 // Version is the version of this protocol. Both sides run the same binary. So a
 // difference means that the binary was replaced while the agent ran.
@@ -171,6 +175,12 @@ type TokenID struct {
 	// Twin distinguishes tokens with the same four texts. The agent numbers them by their
 	// keys, from 0. A module process does not change the number.
 	Twin uint32
+}
+
+// Compare orders tokens by their texts, and then by their numbers.
+func (t TokenID) Compare(o TokenID) int {
+	return cmp.Or(cmp.Compare(t.Label, o.Label), cmp.Compare(t.Serial, o.Serial),
+		cmp.Compare(t.Manufacturer, o.Manufacturer), cmp.Compare(t.Model, o.Model), cmp.Compare(t.Twin, o.Twin))
 }
 
 // Texts returns the name without the number.
