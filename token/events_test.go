@@ -319,7 +319,7 @@ func TestKilledDuringLoginForAnother(t *testing.T) {
 			close(reached) // a second try would close it twice, and panic
 			<-ctx.Done()
 			return true
-		case wire.TypeSign:
+		case wire.TypeOperate:
 			proc.Fail(r, &wire.Error{Function: "C_Sign", RV: wire.CKRDeviceError})
 			return true
 		}

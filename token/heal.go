@@ -11,18 +11,18 @@ import (
 	"p11-agent/token/wire"
 )
 
-// An operation is work that a token does with a key.
-type operation struct {
+// A task is work that a token does with a key.
+type task struct {
 	// attempt does the work once, after a login if mustLogin is set or the key needs a login. It returns the number of
 	// the login that it worked with.
 	attempt func(p *process.Process, mustLogin bool) (login uint64, err error)
-	// adapt reports whether the operation can try something else after an error, such as another mechanism.
+	// adapt reports whether the task can try something else after an error, such as another mechanism.
 	adapt func(err error) bool
 }
 
-// heal does an operation, and repairs what may have broken since the last use of the key: the module process, the
-// session, the login. It attempts the operation again after each repair. The cures limit how often that happens.
-func (k *Key) heal(ctx context.Context, op operation) error {
+// heal does a task, and repairs what may have broken since the last use of the key: the module process, the
+// session, the login. It attempts the task again after each repair. The cures limit how often that happens.
+func (k *Key) heal(ctx context.Context, do task) error {
 	t := k.token
 	defer t.module.use()()
 	var h *healing // made for the first failure: most operations need none
@@ -32,7 +32,7 @@ func (k *Key) heal(ctx context.Context, op operation) error {
 		if err != nil {
 			return err
 		}
-		login, err := op.attempt(p, h != nil && h.mustLogin)
+		login, err := do.attempt(p, h != nil && h.mustLogin)
 		if err == nil {
 			p.NoteSignature()
 			return nil
@@ -40,7 +40,7 @@ func (k *Key) heal(ctx context.Context, op operation) error {
 		if ctx.Err() != nil {
 			return ctx.Err()
 		}
-		if op.adapt(err) {
+		if do.adapt(err) {
 			continue
 		}
 		if h == nil {

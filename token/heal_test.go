@@ -64,7 +64,7 @@ func TestMechanisms(t *testing.T) {
 					if err := tokentest.Sign(t.Context(), b.key(2)); err != nil {
 						t.Fatal(err)
 					}
-					want(t, "requests", b.fake.Requests(wire.TypeSign), tt.first+i) // the agent remembers the refused mechanism
+					want(t, "requests", b.fake.Requests(wire.TypeOperate), tt.first+i) // the agent remembers the refused mechanism
 				}
 				digest := sha256.Sum256([]byte("sign me"))
 				_, err := b.key(2).Sign(nil, digest[:], crypto.SHA256)
@@ -122,7 +122,7 @@ func TestPulledDuringSignature(t *testing.T) {
 			k := b.key(1)
 			var once sync.Once
 			b.fake.Intercept(func(_ context.Context, proc *tokentest.FakeProcess, r wire.Request) (pulled bool) {
-				if r.Type == wire.TypeSign {
+				if r.Type == wire.TypeOperate {
 					once.Do(func() {
 						b.card.Remove()
 						if back {
@@ -161,7 +161,7 @@ func TestModuleFailsOnce(t *testing.T) {
 			b.fake.Intercept(func(_ context.Context, proc *tokentest.FakeProcess, r wire.Request) bool {
 				fail.Lock()
 				defer fail.Unlock()
-				if r.Type != wire.TypeSign || left == 0 {
+				if r.Type != wire.TypeOperate || left == 0 {
 					return false
 				}
 				left--
@@ -207,12 +207,12 @@ func TestWrongSignature(t *testing.T) {
 			})
 			var wrong atomic.Bool
 			b.fake.Intercept(func(_ context.Context, p *tokentest.FakeProcess, r wire.Request) bool {
-				if r.Type != wire.TypeSign {
+				if r.Type != wire.TypeOperate {
 					return false
 				}
 				time.Sleep(tt.takes)
 				if wrong.Load() {
-					p.Reply(r, &wire.SignReply{Signature: slices.Repeat([]byte{0x5a}, int(r.Message.(*wire.Sign).SignatureLen))})
+					p.Reply(r, &wire.OperateReply{Result: slices.Repeat([]byte{0x5a}, int(r.Message.(*wire.Operate).ResultLen))})
 				}
 				return wrong.Load()
 			})
@@ -242,32 +242,32 @@ func TestMisbehavingModule(t *testing.T) {
 		heals  bool
 		prompt int // more prompts for it
 	}{
-		{"crashes", wire.TypeSign, func(p *tokentest.FakeProcess, _ wire.Request) { p.Kill() }, true, 1},
-		{"closes its socket", wire.TypeSign, func(p *tokentest.FakeProcess, _ wire.Request) { p.Close() }, true, 1},
-		{"answers with garbage", wire.TypeSign, func(p *tokentest.FakeProcess, _ wire.Request) { p.Raw([]byte("HTTP/1.1 400 Bad\r\n\r\n")) }, true, 1},
-		{"answers at great length", wire.TypeSign, func(p *tokentest.FakeProcess, _ wire.Request) { p.Raw(huge) }, true, 1},
-		{"ends in the middle of an answer", wire.TypeSign, func(p *tokentest.FakeProcess, _ wire.Request) {
+		{"crashes", wire.TypeOperate, func(p *tokentest.FakeProcess, _ wire.Request) { p.Kill() }, true, 1},
+		{"closes its socket", wire.TypeOperate, func(p *tokentest.FakeProcess, _ wire.Request) { p.Close() }, true, 1},
+		{"answers with garbage", wire.TypeOperate, func(p *tokentest.FakeProcess, _ wire.Request) { p.Raw([]byte("HTTP/1.1 400 Bad\r\n\r\n")) }, true, 1},
+		{"answers at great length", wire.TypeOperate, func(p *tokentest.FakeProcess, _ wire.Request) { p.Raw(huge) }, true, 1},
+		{"ends in the middle of an answer", wire.TypeOperate, func(p *tokentest.FakeProcess, _ wire.Request) {
 			p.Raw([]byte{0, 0, 0, 100, byte(wire.TypeReply), 0, 0})
 			p.Kill()
 		}, true, 1},
-		{"closes in the middle of an answer", wire.TypeSign, func(p *tokentest.FakeProcess, _ wire.Request) {
+		{"closes in the middle of an answer", wire.TypeOperate, func(p *tokentest.FakeProcess, _ wire.Request) {
 			p.Raw([]byte{0, 0, 0, 100, byte(wire.TypeReply), 0, 0, 0, 1, 0, 0})
 			p.Close()
 		}, true, 1},
-		{"says that it is lost", wire.TypeSign, func(p *tokentest.FakeProcess, _ wire.Request) {
+		{"says that it is lost", wire.TypeOperate, func(p *tokentest.FakeProcess, _ wire.Request) {
 			p.Lose(&wire.Error{Function: "C_WaitForSlotEvent", RV: wire.CKRGeneralError})
 		}, true, 1},
-		{"says that it is lost, and makes no sense", wire.TypeSign, func(p *tokentest.FakeProcess, _ wire.Request) {
+		{"says that it is lost, and makes no sense", wire.TypeOperate, func(p *tokentest.FakeProcess, _ wire.Request) {
 			p.Raw([]byte{0, 0, 0, 6, byte(wire.TypeLost), 0, 0, 0, 0, 9})
 		}, true, 1},
-		{"answers another question", wire.TypeSign, func(p *tokentest.FakeProcess, r wire.Request) {
+		{"answers another question", wire.TypeOperate, func(p *tokentest.FakeProcess, r wire.Request) {
 			r.ID += 1000
-			p.Reply(r, &wire.SignReply{})
+			p.Reply(r, &wire.OperateReply{})
 		}, true, 1},
-		{"answers with another message", wire.TypeSign, func(p *tokentest.FakeProcess, r wire.Request) { p.Reply(r, &wire.TokenReply{}) }, false, 0},
-		{"signs with nothing", wire.TypeSign, func(p *tokentest.FakeProcess, r wire.Request) { p.Reply(r, &wire.SignReply{}) }, false, 0},
-		{"signs with what is no signature", wire.TypeSign, func(p *tokentest.FakeProcess, r wire.Request) {
-			p.Reply(r, &wire.SignReply{Signature: make([]byte, 64)})
+		{"answers with another message", wire.TypeOperate, func(p *tokentest.FakeProcess, r wire.Request) { p.Reply(r, &wire.TokenReply{}) }, false, 0},
+		{"signs with nothing", wire.TypeOperate, func(p *tokentest.FakeProcess, r wire.Request) { p.Reply(r, &wire.OperateReply{}) }, false, 0},
+		{"signs with what is no signature", wire.TypeOperate, func(p *tokentest.FakeProcess, r wire.Request) {
+			p.Reply(r, &wire.OperateReply{Result: make([]byte, 64)})
 		}, false, 0},
 	}
 	for _, tt := range tests {

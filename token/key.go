@@ -16,7 +16,7 @@ import (
 	"p11-agent/token/pairs"
 	"p11-agent/token/pkcs11uri"
 	"p11-agent/token/process"
-	"p11-agent/token/signing"
+	"p11-agent/token/operation"
 	"p11-agent/token/wire"
 )
 
@@ -174,7 +174,7 @@ func (k *Key) SignMessage(_ io.Reader, msg []byte, opts crypto.SignerOpts) ([]by
 // a millisecond or more. Of other signatures, it verifies the first of each module process, and
 // some more within a twentieth of the token's time.
 func (k *Key) SignContext(ctx context.Context, digest []byte, opts crypto.SignerOpts) ([]byte, error) {
-	r, err := signing.ForDigest(digest, opts)
+	r, err := operation.ForDigest(digest, opts)
 	if err != nil {
 		return nil, err
 	}
@@ -184,7 +184,7 @@ func (k *Key) SignContext(ctx context.Context, digest []byte, opts crypto.Signer
 // SignMessageContext is SignContext for the message itself. The agent hashes it with opts.HashFunc,
 // or the token does if it insists.
 func (k *Key) SignMessageContext(ctx context.Context, msg []byte, opts crypto.SignerOpts) ([]byte, error) {
-	r, err := signing.ForMessage(msg, opts)
+	r, err := operation.ForMessage(msg, opts)
 	if err != nil {
 		return nil, err
 	}
@@ -199,7 +199,7 @@ type made struct {
 }
 
 // sign makes the token sign, and checks the signature.
-func (k *Key) sign(ctx context.Context, r signing.Request) ([]byte, error) {
+func (k *Key) sign(ctx context.Context, r operation.Request) ([]byte, error) {
 	methods, err := r.Methods(k.pair.Public)
 	if err != nil {
 		return nil, err
@@ -217,7 +217,7 @@ func (k *Key) sign(ctx context.Context, r signing.Request) ([]byte, error) {
 		}
 		return nil, err
 	}
-	sig, err := signing.Encode(k.pair.Public, m.signature)
+	sig, err := operation.Encode(k.pair.Public, m.signature)
 	if err == nil {
 		err = k.check(r, m, sig)
 	}
@@ -228,8 +228,8 @@ func (k *Key) sign(ctx context.Context, r signing.Request) ([]byte, error) {
 }
 
 // signWith makes the token sign with the first method that it supports.
-func (k *Key) signWith(ctx context.Context, methods []signing.Method) (m made, err error) {
-	err = k.heal(ctx, operation{
+func (k *Key) signWith(ctx context.Context, methods []operation.Method) (m made, err error) {
+	err = k.heal(ctx, task{
 		attempt: func(p *process.Process, mustLogin bool) (login uint64, err error) {
 			m, login, err = k.attempt(ctx, p, methods[0], mustLogin)
 			return login, err
@@ -248,7 +248,7 @@ func (k *Key) signWith(ctx context.Context, methods []signing.Method) (m made, e
 
 // attempt logs in if the key needs it, and signs once. login is the number of the login that it
 // used.
-func (k *Key) attempt(ctx context.Context, p *process.Process, method signing.Method, mustLogin bool) (m made, login uint64, err error) {
+func (k *Key) attempt(ctx context.Context, p *process.Process, method operation.Method, mustLogin bool) (m made, login uint64, err error) {
 	t := k.token
 	if !t.present() {
 		return made{}, 0, ErrAbsent
@@ -293,9 +293,9 @@ func (k *Key) needsLogin() bool {
 }
 
 // signOnce requests one signature.
-func (k *Key) signOnce(ctx context.Context, p *process.Process, m signing.Method, with prelude) (made, error) {
+func (k *Key) signOnce(ctx context.Context, p *process.Process, m operation.Method, with prelude) (made, error) {
 	if k.pair.Always {
-		req := new(wire.Sign)
+		req := new(wire.Operate)
 		k.describe(req, m)
 		start := time.Now()
 		sig, err := k.token.signWithPIN(ctx, p, k, req, with)
@@ -312,12 +312,12 @@ func (k *Key) signOnce(ctx context.Context, p *process.Process, m signing.Method
 }
 
 // describe fills in the request for a signature.
-func (k *Key) describe(req *wire.Sign, m signing.Method) {
+func (k *Key) describe(req *wire.Operate, m operation.Method) {
 	req.Key = wire.KeyID{
 		Token: k.token.ID, ID: k.pair.ID, Label: k.pair.Label, KeyType: k.pair.KeyType,
 		Modulus: k.pair.Modulus, ECPoint: k.pair.Point, Any: k.pair.Loose,
 	}
-	req.SignatureLen = signing.Length(k.pair.Public)
+	req.ResultLen = operation.Length(k.pair.Public)
 	m.Describe(req)
 }
 
@@ -331,10 +331,10 @@ func (k *Key) working(ctx context.Context) (done func()) {
 
 // prefer moves methods to the end that the token does not support: it has refused their mechanism,
 // or does not list it.
-func (t *Token) prefer(methods []signing.Method) []signing.Method {
+func (t *Token) prefer(methods []operation.Method) []operation.Method {
 	t.mu.Lock()
 	defer t.mu.Unlock()
-	return signing.Prefer(methods, func(mechanism uint64) bool {
+	return operation.Prefer(methods, func(mechanism uint64) bool {
 		listed := slices.ContainsFunc(t.slot.Mechanisms, func(m wire.Mechanism) bool { return m.Type == mechanism })
 		return t.refusesMechanism[mechanism] || len(t.slot.Mechanisms) > 0 && !listed
 	})

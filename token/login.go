@@ -318,7 +318,7 @@ func isLoginError(err error) bool {
 
 // signWithPIN makes a signature with a key that wants its PIN each time. The requests for such
 // keys wait for each other: each has its own prompt.
-func (t *Token) signWithPIN(ctx context.Context, p *process.Process, k *Key, req *wire.Sign, with prelude) (signature []byte, err error) {
+func (t *Token) signWithPIN(ctx context.Context, p *process.Process, k *Key, req *wire.Operate, with prelude) (signature []byte, err error) {
 	// Close does not wait for a request, but every prompt ends with the Store.
 	ctx, cancel := context.WithCancel(ctx)
 	defer cancel()
@@ -335,7 +335,7 @@ func (t *Token) signWithPIN(ctx context.Context, p *process.Process, k *Key, req
 }
 
 // signInTurn is signWithPIN. The caller has the turn.
-func (t *Token) signInTurn(ctx context.Context, list *waiting.List, p *process.Process, k *Key, req *wire.Sign, with prelude) ([]byte, error) {
+func (t *Token) signInTurn(ctx context.Context, list *waiting.List, p *process.Process, k *Key, req *wire.Operate, with prelude) ([]byte, error) {
 	info, err := t.fresh(ctx, p)
 	if err != nil {
 		return nil, err
@@ -348,11 +348,11 @@ func (t *Token) signInTurn(ctx context.Context, list *waiting.List, p *process.P
 	if err != nil {
 		return nil, err
 	}
-	var reply wire.SignReply
+	var reply wire.OperateReply
 	sign := func(ctx context.Context, kept bool) error {
 		for n := 0; ; n++ {
 			req.Stay = at.stay
-			err := p.Call(ctx, process.SignTimeout, wire.TypeSign, req, &reply)
+			err := p.Call(ctx, process.SignTimeout, wire.TypeOperate, req, &reply)
 			if n == maxTargets || !wire.IsReason(err, wire.ReasonOtherToken) {
 				return err
 			}
@@ -381,7 +381,7 @@ func (t *Token) signInTurn(ctx context.Context, list *waiting.List, p *process.P
 	}
 	typed := supplied{Supplied: pin.Supplied{PIN: with.typed, Typed: true}}
 	err = t.pins.Login(ctx, t.pinLogin(list, k, info, typed, true, try))
-	return reply.Signature, err
+	return reply.Result, err
 }
 
 // logIn logs in to the token of the key. It uses the supplied PIN, or gets one as a signature

@@ -366,7 +366,7 @@ func TestAlwaysAuthenticateWrongPIN(t *testing.T) {
 		t.Errorf("got %v", err)
 	}
 	// The agent does not try another mechanism after a wrong PIN.
-	want(t, "requests to sign", b.fake.Requests(wire.TypeSign), 3)
+	want(t, "requests to sign", b.fake.Requests(wire.TypeOperate), 3)
 }
 
 // Every prompt of a token waits for the prompt before it, for any key and any purpose.

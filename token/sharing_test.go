@@ -496,7 +496,7 @@ func TestStartedAnewAgainAndAgain(t *testing.T) {
 	b.fake.Intercept(func(_ context.Context, proc *tokentest.FakeProcess, r wire.Request) bool {
 		mu.Lock()
 		defer mu.Unlock()
-		if r.Type != wire.TypeSign || left == 0 {
+		if r.Type != wire.TypeOperate || left == 0 {
 			return false
 		}
 		left--

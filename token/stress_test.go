@@ -32,7 +32,7 @@ func TestStress(t *testing.T) {
 	keys := []*token.Key{b.key(1), b.key(2), b.key(3)}
 	var faults atomic.Int32 // how many of the next requests to sign fail
 	b.fake.Intercept(func(_ context.Context, proc *tokentest.FakeProcess, r wire.Request) bool {
-		if r.Type != wire.TypeSign || faults.Load() <= 0 || faults.Add(-1) < 0 {
+		if r.Type != wire.TypeOperate || faults.Load() <= 0 || faults.Add(-1) < 0 {
 			return false
 		}
 		proc.Fail(r, &wire.Error{Function: "C_Sign", RV: wire.CKRDeviceError})

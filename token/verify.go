@@ -6,7 +6,7 @@ import (
 	"time"
 
 	"p11-agent/token/process"
-	"p11-agent/token/signing"
+	"p11-agent/token/operation"
 )
 
 // A proof decides which signatures of a fast key to verify.
@@ -46,7 +46,7 @@ func (v *proof) given(by *process.Process, cost time.Duration) {
 // signature of a card, which can be pulled in the middle. With other keys, verification takes as
 // long as a fast token takes to sign, and the server verifies the signature anyway. So check
 // verifies each signature of a slow token, and of a fast token the first and some more.
-func (k *Key) check(r signing.Request, m made, sig []byte) error {
+func (k *Key) check(r operation.Request, m made, sig []byte) error {
 	_, always := k.pair.Public.(*rsa.PublicKey)
 	if !k.use.proof.due(m.by, m.took) && !always && !k.token.removable() {
 		return nil

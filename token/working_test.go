@@ -71,7 +71,7 @@ func TestWorking(t *testing.T) {
 				}
 			})
 			b.fake.Intercept(func(_ context.Context, _ *tokentest.FakeProcess, r wire.Request) bool {
-				if r.Type == wire.TypeSign {
+				if r.Type == wire.TypeOperate {
 					w.want(t, "while it signs", tt.want, tt.want)
 				}
 				return false
@@ -119,7 +119,7 @@ func TestWorkingEnds(t *testing.T) {
 		w := new(work)
 		b := newBench(t, &tokentest.Person{Always: rightPIN}, func(_ *bench, opts *token.Options) { opts.Working = w.begin })
 		b.fake.Intercept(func(ctx context.Context, p *tokentest.FakeProcess, r wire.Request) bool {
-			if r.Type != wire.TypeSign {
+			if r.Type != wire.TypeOperate {
 				return false
 			}
 			<-ctx.Done()

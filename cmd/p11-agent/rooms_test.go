@@ -196,7 +196,7 @@ var rooms = []room{
 		"token",
 		[]string{
 			"agent/joined", "agent/logfold", "agent/pattern",
-			"token/bounds", "token/card", "token/objects", "token/known", "token/pace", "token/pairs", "token/pcsc", "token/pin", "token/pkcs11uri", "token/process", "token/registry", "token/signing",
+			"token/bounds", "token/card", "token/objects", "token/known", "token/pace", "token/pairs", "token/pcsc", "token/pin", "token/pkcs11uri", "token/process", "token/registry", "token/operation",
 			"token/statefile", "token/wellknown", "token/wire",
 			"pinentry/secret", "pinentry/waiting", xsys,
 		},
@@ -221,7 +221,7 @@ var rooms = []room{
 	},
 	{"token/statefile", []string{renameio}, "a leaf: what the files hold is decided elsewhere"},
 	{"token/pace", []string{}, "a leaf: it counts, and knows nothing of what happens"},
-	{"token/bounds", []string{"token/signing", "token/wire", "pinentry/plain"}, "what is kept of a module is bounded without a module at hand"},
+	{"token/bounds", []string{"token/operation", "token/wire", "pinentry/plain"}, "what is kept of a module is bounded without a module at hand"},
 	{"token/card", []string{"token/pairs", "token/pcsc", "token/process", "token/wire"}, "cards are compared by what a look found: logins and PINs are forgotten elsewhere"},
 	{"token/objects", []string{"token/bounds", "token/pairs", "token/pkcs11uri", "token/wire"}, "what a look found is kept without a token at hand"},
 	{"token/pairs", []string{"token/wire"}, "key pairs are made of objects without a token at hand"},
@@ -233,7 +233,7 @@ var rooms = []room{
 		"it carries requests to one module, and knows neither tokens nor PIN policy",
 	},
 	{"token/registry", []string{"token/pkcs11uri", xsys}, "which modules there are is found out without loading one"},
-	{"token/signing", []string{"token/wire"}, "a signature is described without a token at hand"},
+	{"token/operation", []string{"token/wire"}, "an operation is described without a token at hand"},
 	{
 		"token/tokentest",
 		[]string{"token", "token/pin", "token/pkcs11uri", "token/registry", "token/wire", "pinentry/secret", xsys},

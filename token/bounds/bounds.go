@@ -14,7 +14,7 @@ import (
 	"slices"
 
 	"p11-agent/pinentry/plain"
-	"p11-agent/token/signing"
+	"p11-agent/token/operation"
 	"p11-agent/token/wire"
 )
 
@@ -90,7 +90,7 @@ func (l *Look) Admit(slot *wire.Slot) bool {
 	l.tokens++
 	slot.Description, slot.Manufacturer = plain.Cut(slot.Description, maxDescription), plain.Cut(slot.Manufacturer, maxDescription)
 	slot.Mechanisms = slices.Clip(slices.DeleteFunc(slices.Clone(slot.Mechanisms), func(m wire.Mechanism) bool {
-		return !signing.Uses(m.Type)
+		return !operation.Uses(m.Type)
 	}))
 	return true
 }

@@ -33,7 +33,7 @@ func isAmbiguous(err error) bool {
 
 // signWithOneOf makes a signature with the private key that fits, out of several. It uses
 // room if the signature fits in there. It remembers which key fits.
-func (p *presence) signWithOneOf(ctx context.Context, session pkcs11.SessionHandle, m *wire.Sign, room []byte) ([]byte, error) {
+func (p *presence) signWithOneOf(ctx context.Context, session pkcs11.SessionHandle, m *wire.Operate, room []byte) ([]byte, error) {
 	ambiguous := &wire.Error{Reason: wire.ReasonAmbiguous}
 	verify := verifier(m)
 	if verify == nil {
@@ -87,7 +87,7 @@ func (p *presence) remember(id *wire.KeyID, h pkcs11.ObjectHandle) {
 
 // verifier returns a function that checks a signature. It returns nil if no check is
 // possible.
-func verifier(m *wire.Sign) func(signature []byte) bool {
+func verifier(m *wire.Operate) func(signature []byte) bool {
 	hash, hashes := hashOf[m.Mechanism]
 	digest := func() []byte {
 		if !hashes {

@@ -49,8 +49,8 @@ func TestSessionOfAnotherSlot(t *testing.T) {
 		} else {
 			<-tok.live.permits
 			tok.live.idle <- other
-			_, err = new(server).sign(t.Context(), lib, tok, &wire.Sign{
-				Key: wire.KeyID{Token: id}, SignatureLen: 64, ContextLogin: true, PIN: pinOf(t, "1234"),
+			_, err = new(server).sign(t.Context(), lib, tok, &wire.Operate{
+				Key: wire.KeyID{Token: id}, ResultLen: 64, ContextLogin: true, PIN: pinOf(t, "1234"),
 			}, nil)
 		}
 		wantRV(t, err, "C_GetSessionInfo", wire.CKRSessionHandleInvalid)

@@ -59,8 +59,8 @@ func (s *server) serveLane(l *lane) {
 		s.mu.Unlock()
 		_ = l.c.Close()
 	}()
-	var m wire.Sign
-	var reply wire.SignReply
+	var m wire.Operate
+	var reply wire.OperateReply
 	room := make([]byte, maxSignature)
 	var scheduled time.Time
 	var took time.Duration // what the last signature took
@@ -72,7 +72,7 @@ func (s *server) serveLane(l *lane) {
 		}
 		if err == nil {
 			ctx, start := l.begin(id), time.Now()
-			if reply.Signature, err = s.signOnLane(ctx, l, &m, room); err == nil {
+			if reply.Result, err = s.signOnLane(ctx, l, &m, room); err == nil {
 				l.end()
 				took = time.Since(start)
 				err = l.c.WriteReply(id, &reply)
@@ -119,7 +119,7 @@ func (s *server) stayAwake(took time.Duration) time.Duration {
 
 var processors = runtime.NumCPU()
 
-func (s *server) signOnLane(ctx context.Context, l *lane, m *wire.Sign, room []byte) ([]byte, error) {
+func (s *server) signOnLane(ctx context.Context, l *lane, m *wire.Operate, room []byte) ([]byte, error) {
 	lib := s.lib.Load()
 	switch {
 	case lib == nil:

@@ -26,7 +26,7 @@ func (p *process) lane(id wire.TokenID) *wire.Lane {
 }
 
 // ask makes a signature on a lane.
-func ask(l *wire.Lane, id uint32, m *wire.Sign) ([]byte, error) {
+func ask(l *wire.Lane, id uint32, m *wire.Operate) ([]byte, error) {
 	if err := l.Send(id, m); err != nil {
 		return nil, err
 	}
@@ -34,12 +34,12 @@ func ask(l *wire.Lane, id uint32, m *wire.Sign) ([]byte, error) {
 }
 
 func answer(l *wire.Lane) ([]byte, error) {
-	var reply wire.SignReply
+	var reply wire.OperateReply
 	f, err := l.Receive()
 	if err == nil {
 		err = f.Decode(&reply)
 	}
-	return reply.Signature, err
+	return reply.Result, err
 }
 
 // Lanes make the same signatures as the process, side by side, and go on after a failure.
@@ -54,7 +54,7 @@ func TestLanes(t *testing.T) {
 	id := p.token("work")
 	digest := sha256.Sum256([]byte("data"))
 	var keys []*ecdsa.PublicKey
-	var requests []*wire.Sign
+	var requests []*wire.Operate
 	if _, err := p.login(id, tokentest.PIN); err != nil {
 		t.Fatal(err)
 	}
@@ -68,7 +68,7 @@ func TestLanes(t *testing.T) {
 			t.Fatal(err)
 		}
 		keys = append(keys, key)
-		requests = append(requests, &wire.Sign{Key: k, Mechanism: wire.CKMECDSA, SignatureLen: 64, Data: digest[:]})
+		requests = append(requests, &wire.Operate{Key: k, Mechanism: wire.CKMECDSA, ResultLen: 64, Data: digest[:]})
 	}
 	check := func(key *ecdsa.PublicKey, sig []byte) {
 		if len(sig) != 64 || !ecdsa.Verify(key, digest[:], new(big.Int).SetBytes(sig[:32]), new(big.Int).SetBytes(sig[32:])) {

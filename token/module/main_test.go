@@ -311,11 +311,11 @@ func (p *process) objects(id wire.TokenID) []wire.Object {
 	return reply.Objects
 }
 
-func (p *process) sign(m *wire.Sign) ([]byte, error) {
+func (p *process) sign(m *wire.Operate) ([]byte, error) {
 	p.t.Helper()
-	var reply wire.SignReply
-	err := p.do(wire.TypeSign, m, &reply)
-	return reply.Signature, err
+	var reply wire.OperateReply
+	err := p.do(wire.TypeOperate, m, &reply)
+	return reply.Result, err
 }
 
 // failure returns the *wire.Error in err, or fails the test.

@@ -92,11 +92,11 @@ func badToken(slot int) wire.TokenID {
 	return wire.TokenID{Label: "bad", Manufacturer: "Bad Company", Model: "worst", Serial: fmt.Sprintf("%04d", slot)}
 }
 
-func badSign() *wire.Sign {
-	return &wire.Sign{
+func badSign() *wire.Operate {
+	return &wire.Operate{
 		Key:          wire.KeyID{Token: badToken(0), ID: []byte{1}, Label: "rsa key", KeyType: wire.CKKRSA, Modulus: bytes.Repeat([]byte{0xc3}, 256)},
 		Mechanism:    wire.CKMRSAPKCS,
-		SignatureLen: 256,
+		ResultLen: 256,
 		Data:         []byte("digest"),
 	}
 }
@@ -383,7 +383,7 @@ func TestHang(t *testing.T) {
 		{"C_Sign", func(b *bad) {
 			b.ready(module)
 			for range 100 { // more requests than sessions
-				b.send(wire.TypeSign, badSign())
+				b.send(wire.TypeOperate, badSign())
 			}
 		}},
 	} {
@@ -405,10 +405,10 @@ func TestCancel(t *testing.T) {
 	b.command("hang=C_Sign release=" + filepath.Join(b.dir, "go"))
 	var reached []call
 	for range maxSessions {
-		reached = append(reached, b.send(wire.TypeSign, badSign()))
+		reached = append(reached, b.send(wire.TypeOperate, badSign()))
 	}
 	b.waitForCall("C_Sign", maxSessions)
-	waiting := b.send(wire.TypeSign, badSign())
+	waiting := b.send(wire.TypeOperate, badSign())
 	logout := b.send(wire.TypeLogout, &wire.Token{Token: badToken(0)})
 	for _, c := range append([]call{waiting, logout}, reached...) {
 		if err := b.conn.WriteRequest(1<<31, wire.TypeCancel, &wire.Cancel{Request: c.id}); err != nil {
@@ -416,11 +416,11 @@ func TestCancel(t *testing.T) {
 		}
 	}
 	for _, c := range []call{waiting, logout} {
-		wantRV(t, c.result(new(wire.SignReply)), "", wire.CKRFunctionCanceled)
+		wantRV(t, c.result(new(wire.OperateReply)), "", wire.CKRFunctionCanceled)
 	}
 	b.release()
 	for _, c := range reached {
-		if err := c.result(new(wire.SignReply)); err != nil {
+		if err := c.result(new(wire.OperateReply)); err != nil {
 			t.Errorf("a signature that had reached the module: %v", err)
 		}
 	}
@@ -434,7 +434,7 @@ func TestLogoutWaits(t *testing.T) {
 	b := startBad(t, "")
 	b.ready(tokentest.BuildBadModule(t))
 	b.command("hang=C_Sign release=" + filepath.Join(b.dir, "go"))
-	signature := b.send(wire.TypeSign, badSign())
+	signature := b.send(wire.TypeOperate, badSign())
 	b.waitForCall("C_Sign", 1)
 	logout := b.send(wire.TypeLogout, &wire.Token{Token: badToken(0)})
 	b.slots(false) // the answer shows that the process has read the request to log out
@@ -442,7 +442,7 @@ func TestLogoutWaits(t *testing.T) {
 		t.Error("logged out during a signature")
 	}
 	b.release()
-	if err := signature.result(new(wire.SignReply)); err != nil {
+	if err := signature.result(new(wire.OperateReply)); err != nil {
 		t.Error(err)
 	}
 	if err := logout.result(new(wire.TokenReply)); err != nil {
@@ -470,12 +470,12 @@ func TestSessions(t *testing.T) {
 			b.command(tt.commands + " hang=C_Sign release=" + filepath.Join(b.dir, "go"))
 			var all []call
 			for range maxSessions + 8 {
-				all = append(all, b.send(wire.TypeSign, badSign()))
+				all = append(all, b.send(wire.TypeOperate, badSign()))
 			}
 			b.waitForCall("C_Sign", max(1, tt.most-1))
 			b.release()
 			for _, c := range all {
-				if err := c.result(new(wire.SignReply)); err != nil {
+				if err := c.result(new(wire.OperateReply)); err != nil {
 					t.Error(err)
 				}
 			}
@@ -593,7 +593,7 @@ func TestContextLogin(t *testing.T) {
 	}
 	_, err := b.sign(badSign())
 	wantRV(t, err, "C_Sign", wire.CKRUserNotLoggedIn)
-	with := func(pin string) *wire.Sign {
+	with := func(pin string) *wire.Operate {
 		m := badSign()
 		m.ContextLogin, m.PIN = true, pinOf(t, pin)
 		return m
@@ -625,19 +625,19 @@ func TestContextLogin(t *testing.T) {
 	last := with("1234")
 	last.LastTry = true
 	before := b.calls("C_SignInit")
-	alone := b.send(wire.TypeSign, last)
+	alone := b.send(wire.TypeOperate, last)
 	signs := b.calls("C_Sign")
 	waitFor(t, "C_Sign is called", func() bool { return b.calls("C_Sign") > signs || b.calls("C_SignInit") > before })
-	other := b.send(wire.TypeSign, badSign())
+	other := b.send(wire.TypeOperate, badSign())
 	b.slots(false)
 	if n := b.calls("C_SignInit"); n > before+1 {
 		t.Error("another signature came in between")
 	}
 	b.release()
-	if err := alone.result(new(wire.SignReply)); err != nil {
+	if err := alone.result(new(wire.OperateReply)); err != nil {
 		t.Error(err)
 	}
-	wantRV(t, other.result(new(wire.SignReply)), "C_Sign", wire.CKRUserNotLoggedIn)
+	wantRV(t, other.result(new(wire.OperateReply)), "C_Sign", wire.CKRUserNotLoggedIn)
 }
 
 // The process finds keys again after another program has made their handles useless.

@@ -130,7 +130,7 @@ func wipe(m wire.Message) {
 	switch m := m.(type) {
 	case *wire.Login:
 		m.PIN.Wipe()
-	case *wire.Sign:
+	case *wire.Operate:
 		m.PIN.Wipe()
 	case *wire.NewToken:
 		m.PIN.Wipe()
@@ -196,12 +196,12 @@ func (s *server) handle(ctx context.Context, r wire.Request) (wire.Message, erro
 		return s.login(ctx, lib, s.token(m.Token), m)
 	case *wire.Generate:
 		return s.generate(ctx, lib, s.token(m.Token), m)
-	case *wire.Sign:
+	case *wire.Operate:
 		signature, err := s.sign(ctx, lib, s.token(m.Key.Token), m, nil)
 		if err != nil {
 			return nil, err
 		}
-		return &wire.SignReply{Signature: signature}, nil
+		return &wire.OperateReply{Result: signature}, nil
 	default:
 		return nil, fmt.Errorf("%T is not known here", m)
 	}

@@ -114,8 +114,8 @@ func (s *server) logout(ctx context.Context, lib *library, t *token) (wire.Messa
 }
 
 // sign makes one signature. It uses room if the signature fits in there.
-func (s *server) sign(ctx context.Context, lib *library, t *token, m *wire.Sign, room []byte) (signature []byte, err error) {
-	if m.SignatureLen == 0 || m.SignatureLen > maxSignature {
+func (s *server) sign(ctx context.Context, lib *library, t *token, m *wire.Operate, room []byte) (signature []byte, err error) {
+	if m.ResultLen == 0 || m.ResultLen > maxSignature {
 		return nil, nonsense("a signature of no such length is made here")
 	}
 	alone := m.ContextLogin
@@ -192,7 +192,7 @@ func unharmed(err error) bool {
 }
 
 // sign makes a signature on a session. It uses room if the signature fits in there.
-func (p *presence) sign(ctx context.Context, session pkcs11.SessionHandle, m *wire.Sign, room []byte) ([]byte, error) {
+func (p *presence) sign(ctx context.Context, session pkcs11.SessionHandle, m *wire.Operate, room []byte) ([]byte, error) {
 	for first := true; ; first = false {
 		key, known, err := p.key(session, &m.Key)
 		if isAmbiguous(err) {
@@ -215,8 +215,8 @@ func (p *presence) sign(ctx context.Context, session pkcs11.SessionHandle, m *wi
 
 // signWith makes a signature with one private key. It uses room if the signature fits in
 // there. last tells that no other key needs the PIN.
-func (p *presence) signWith(session pkcs11.SessionHandle, key pkcs11.ObjectHandle, m *wire.Sign, room []byte, last bool) ([]byte, error) {
-	how := mechanism{kind: m.Mechanism, hash: m.PSSHash, mgf: m.PSSMGF, salt: m.PSSSalt}
+func (p *presence) signWith(session pkcs11.SessionHandle, key pkcs11.ObjectHandle, m *wire.Operate, room []byte, last bool) ([]byte, error) {
+	how := mechanism{kind: m.Mechanism, hash: m.Params.Hash, mgf: m.Params.MGF, salt: m.Params.Salt}
 	if err := p.lib.signInit(session, how, key); err != nil {
 		return nil, err
 	}
@@ -229,10 +229,10 @@ func (p *presence) signWith(session pkcs11.SessionHandle, key pkcs11.ObjectHandl
 			return nil, withInfo(err, p)
 		}
 	}
-	if cap(room) < int(m.SignatureLen) {
-		room = make([]byte, m.SignatureLen)
+	if cap(room) < int(m.ResultLen) {
+		room = make([]byte, m.ResultLen)
 	}
-	return p.lib.sign(session, m.Data, room[:m.SignatureLen])
+	return p.lib.sign(session, m.Data, room[:m.ResultLen])
 }
 
 // key returns the handle of a private key, and whether the handle was remembered.

@@ -92,7 +92,7 @@ func keyID(t testing.TB, id wire.TokenID, o wire.Object) wire.KeyID {
 // A way is a request for a signature, and the check of the answer.
 type way struct {
 	name  string
-	sign  wire.Sign
+	sign  wire.Operate
 	check func(signature []byte) error
 }
 
@@ -122,25 +122,25 @@ func ways(public any, message []byte) []way {
 		}
 		oid256, oid512 := asn1.ObjectIdentifier{2, 16, 840, 1, 101, 3, 4, 2, 1}, asn1.ObjectIdentifier{2, 16, 840, 1, 101, 3, 4, 2, 3}
 		return []way{
-			{"raw sha1", wire.Sign{Mechanism: wire.CKMRSAPKCS, SignatureLen: size, Data: info(asn1.ObjectIdentifier{1, 3, 14, 3, 2, 26}, h1[:])}, pkcs(crypto.SHA1, h1[:])},
-			{"raw sha256", wire.Sign{Mechanism: wire.CKMRSAPKCS, SignatureLen: size, Data: info(oid256, h256[:])}, pkcs(crypto.SHA256, h256[:])},
-			{"raw sha512", wire.Sign{Mechanism: wire.CKMRSAPKCS, SignatureLen: size, Data: info(oid512, h512[:])}, pkcs(crypto.SHA512, h512[:])},
-			{"sha256", wire.Sign{Mechanism: wire.CKMSHA256RSAPKCS, SignatureLen: size, Data: message}, pkcs(crypto.SHA256, h256[:])},
-			{"sha512", wire.Sign{Mechanism: wire.CKMSHA512RSAPKCS, SignatureLen: size, Data: message}, pkcs(crypto.SHA512, h512[:])},
-			{"pss raw", wire.Sign{Mechanism: wire.CKMRSAPKCSPSS, PSSHash: wire.CKMSHA256, PSSMGF: wire.CKGMGF1SHA256, PSSSalt: 32, SignatureLen: size, Data: h256[:]}, pss(crypto.SHA256, h256[:])},
-			{"pss sha512", wire.Sign{Mechanism: wire.CKMSHA512RSAPSS, PSSHash: wire.CKMSHA512, PSSMGF: wire.CKGMGF1SHA512, PSSSalt: 64, SignatureLen: size, Data: message}, pss(crypto.SHA512, h512[:])},
+			{"raw sha1", wire.Operate{Mechanism: wire.CKMRSAPKCS, ResultLen: size, Data: info(asn1.ObjectIdentifier{1, 3, 14, 3, 2, 26}, h1[:])}, pkcs(crypto.SHA1, h1[:])},
+			{"raw sha256", wire.Operate{Mechanism: wire.CKMRSAPKCS, ResultLen: size, Data: info(oid256, h256[:])}, pkcs(crypto.SHA256, h256[:])},
+			{"raw sha512", wire.Operate{Mechanism: wire.CKMRSAPKCS, ResultLen: size, Data: info(oid512, h512[:])}, pkcs(crypto.SHA512, h512[:])},
+			{"sha256", wire.Operate{Mechanism: wire.CKMSHA256RSAPKCS, ResultLen: size, Data: message}, pkcs(crypto.SHA256, h256[:])},
+			{"sha512", wire.Operate{Mechanism: wire.CKMSHA512RSAPKCS, ResultLen: size, Data: message}, pkcs(crypto.SHA512, h512[:])},
+			{"pss raw", wire.Operate{Mechanism: wire.CKMRSAPKCSPSS, Params: wire.Params{Hash: wire.CKMSHA256, MGF: wire.CKGMGF1SHA256, Salt: 32}, ResultLen: size, Data: h256[:]}, pss(crypto.SHA256, h256[:])},
+			{"pss sha512", wire.Operate{Mechanism: wire.CKMSHA512RSAPSS, Params: wire.Params{Hash: wire.CKMSHA512, MGF: wire.CKGMGF1SHA512, Salt: 64}, ResultLen: size, Data: message}, pss(crypto.SHA512, h512[:])},
 		}
 	case *ecdsa.PublicKey:
 		sum := map[int][]byte{256: h256[:], 384: h384[:], 521: h512[:]}[k.Params().BitSize]
 		n := (k.Params().BitSize + 7) / 8
-		return []way{{"ecdsa", wire.Sign{Mechanism: wire.CKMECDSA, SignatureLen: uint32(2 * n), Data: sum}, func(s []byte) error {
+		return []way{{"ecdsa", wire.Operate{Mechanism: wire.CKMECDSA, ResultLen: uint32(2 * n), Data: sum}, func(s []byte) error {
 			if len(s) != 2*n || !ecdsa.Verify(k, sum, new(big.Int).SetBytes(s[:n]), new(big.Int).SetBytes(s[n:])) {
 				return fmt.Errorf("the signature %x is wrong", s)
 			}
 			return nil
 		}}}
 	case ed25519.PublicKey:
-		return []way{{"eddsa", wire.Sign{Mechanism: wire.CKMEdDSA, SignatureLen: 64, Data: message}, func(s []byte) error {
+		return []way{{"eddsa", wire.Operate{Mechanism: wire.CKMEdDSA, ResultLen: 64, Data: message}, func(s []byte) error {
 			if !ed25519.Verify(k, message, s) {
 				return fmt.Errorf("the signature %x is wrong", s)
 			}
@@ -316,23 +316,23 @@ func TestSoftHSM(t *testing.T) {
 		good.Key = keyID(t, id, o)
 		tests := []struct {
 			name   string
-			change func(*wire.Sign)
+			change func(*wire.Operate)
 			want   func(*testing.T, error)
 		}{
-			{"room too small", func(s *wire.Sign) { s.SignatureLen = 255 }, func(t *testing.T, err error) { wantRV(t, err, "C_Sign", 0) }},
-			{"unknown mechanism", func(s *wire.Sign) { s.Mechanism = 0x7ffffff }, func(t *testing.T, err error) { wantRV(t, err, "C_SignInit", wire.CKRMechanismInvalid) }},
-			{"data too long", func(s *wire.Sign) { s.Data = make([]byte, 300) }, func(t *testing.T, err error) {
+			{"room too small", func(s *wire.Operate) { s.ResultLen = 255 }, func(t *testing.T, err error) { wantRV(t, err, "C_Sign", 0) }},
+			{"unknown mechanism", func(s *wire.Operate) { s.Mechanism = 0x7ffffff }, func(t *testing.T, err error) { wantRV(t, err, "C_SignInit", wire.CKRMechanismInvalid) }},
+			{"data too long", func(s *wire.Operate) { s.Data = make([]byte, 300) }, func(t *testing.T, err error) {
 				if e := failure(t, err); e.Function != "C_Sign" || e.RV == wire.CKROK { // SoftHSM returns CKR_GENERAL_ERROR
 					t.Fatal(err)
 				}
 			}},
-			{"no room", func(s *wire.Sign) { s.SignatureLen = 0 }, func(t *testing.T, err error) { wantReason(t, err, wire.ReasonProtocol) }},
-			{"other modulus", func(s *wire.Sign) { s.Key.Modulus = []byte{0xc1} }, func(t *testing.T, err error) { wantReason(t, err, wire.ReasonNoKey) }},
-			{"other ID", func(s *wire.Sign) { s.Key.ID = []byte{77} }, func(t *testing.T, err error) { wantReason(t, err, wire.ReasonNoKey) }},
-			{"other token", func(s *wire.Sign) { s.Key.Token.Serial = "0" }, func(t *testing.T, err error) { wantReason(t, err, wire.ReasonNoToken) }},
-			{"PIN for nothing", func(s *wire.Sign) { s.PIN = pinOf(t, "1234") }, func(t *testing.T, err error) { wantReason(t, err, wire.ReasonProtocol) }},
-			{"no PIN", func(s *wire.Sign) { s.ContextLogin = true }, func(t *testing.T, err error) { wantReason(t, err, wire.ReasonProtocol) }},
-			{"no reader to type on", func(s *wire.Sign) { s.ContextLogin, s.Pad = true, true }, func(t *testing.T, err error) { wantRV(t, err, "C_Login", wire.CKRArgumentsBad) }},
+			{"no room", func(s *wire.Operate) { s.ResultLen = 0 }, func(t *testing.T, err error) { wantReason(t, err, wire.ReasonProtocol) }},
+			{"other modulus", func(s *wire.Operate) { s.Key.Modulus = []byte{0xc1} }, func(t *testing.T, err error) { wantReason(t, err, wire.ReasonNoKey) }},
+			{"other ID", func(s *wire.Operate) { s.Key.ID = []byte{77} }, func(t *testing.T, err error) { wantReason(t, err, wire.ReasonNoKey) }},
+			{"other token", func(s *wire.Operate) { s.Key.Token.Serial = "0" }, func(t *testing.T, err error) { wantReason(t, err, wire.ReasonNoToken) }},
+			{"PIN for nothing", func(s *wire.Operate) { s.PIN = pinOf(t, "1234") }, func(t *testing.T, err error) { wantReason(t, err, wire.ReasonProtocol) }},
+			{"no PIN", func(s *wire.Operate) { s.ContextLogin = true }, func(t *testing.T, err error) { wantReason(t, err, wire.ReasonProtocol) }},
+			{"no reader to type on", func(s *wire.Operate) { s.ContextLogin, s.Pad = true, true }, func(t *testing.T, err error) { wantRV(t, err, "C_Login", wire.CKRArgumentsBad) }},
 		}
 		for _, tt := range tests {
 			t.Run(tt.name, func(t *testing.T) {
@@ -567,7 +567,7 @@ func BenchmarkSign(b *testing.B) {
 	if _, err := p.login(id, tokentest.PIN); err != nil {
 		b.Fatal(err)
 	}
-	m := &wire.Sign{Mechanism: wire.CKMECDSA, SignatureLen: 64, Data: make([]byte, 32)}
+	m := &wire.Operate{Mechanism: wire.CKMECDSA, ResultLen: 64, Data: make([]byte, 32)}
 	for _, o := range p.objects(id) {
 		if o.Class == wire.CKOPublicKey {
 			m.Key = keyID(b, id, o)

@@ -115,7 +115,7 @@ func tokenOf(req wire.Message) wire.TokenID {
 		return r.Token
 	case *wire.Login:
 		return r.Token
-	case *wire.Sign:
+	case *wire.Operate:
 		return r.Key.Token
 	case *wire.Generate:
 		return r.Token
@@ -128,7 +128,7 @@ func hasPIN(req wire.Message) bool {
 	switch r := req.(type) {
 	case *wire.Login:
 		return r.PIN.Len() > 0
-	case *wire.Sign:
+	case *wire.Operate:
 		return r.PIN.Len() > 0
 	case *wire.NewToken:
 		return r.PIN.Len() > 0

@@ -78,16 +78,16 @@ func TestSlowIsNoHang(t *testing.T) {
 				case <-ended:
 					return
 				}
-				_ = r.conn.WriteReply(r.id, new(wire.SignReply)) // the agent may have gone
+				_ = r.conn.WriteReply(r.id, new(wire.OperateReply)) // the agent may have gone
 			}
 		}()
 		p := pipeProcess(t, func(conn *wire.ModuleConn, r wire.Request) {
-			if m, ok := r.Message.(*wire.Sign); ok && m.Key.Token == slow {
+			if m, ok := r.Message.(*wire.Operate); ok && m.Key.Token == slow {
 				queue <- request{conn, r.ID}
 			}
 		})
 		sign := func(id wire.TokenID) error {
-			return p.Call(t.Context(), SignTimeout, wire.TypeSign, &wire.Sign{Key: wire.KeyID{Token: id}}, new(wire.SignReply))
+			return p.Call(t.Context(), SignTimeout, wire.TypeOperate, &wire.Operate{Key: wire.KeyID{Token: id}}, new(wire.OperateReply))
 		}
 		var all sync.WaitGroup
 		start := time.Now()
@@ -142,7 +142,7 @@ func TestGenerateIsNoHang(t *testing.T) {
 				}
 				select {
 				case <-wait:
-					_ = conn.WriteReply(r.ID, new(wire.SignReply))
+					_ = conn.WriteReply(r.ID, new(wire.OperateReply))
 				case <-ended:
 				}
 			}()
@@ -159,7 +159,7 @@ func TestGenerateIsNoHang(t *testing.T) {
 		})
 		for _, id := range []wire.TokenID{slow, other} {
 			all.Go(func() {
-				err := p.Call(t.Context(), SignTimeout, wire.TypeSign, &wire.Sign{Key: wire.KeyID{Token: id}}, new(wire.SignReply))
+				err := p.Call(t.Context(), SignTimeout, wire.TypeOperate, &wire.Operate{Key: wire.KeyID{Token: id}}, new(wire.OperateReply))
 				if err != nil {
 					t.Errorf("%s: %v", id.Label, err)
 				}

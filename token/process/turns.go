@@ -63,18 +63,18 @@ type kind struct {
 	size      uint32 // of the signature
 }
 
-func (t *Turn) kind() kind { return kind{t.Request.Mechanism, t.Request.SignatureLen} }
+func (t *Turn) kind() kind { return kind{t.Request.Mechanism, t.Request.ResultLen} }
 
 // A Turn is the right to request one signature of a token at a time, and the lane for the request. The goroutine
 // that has it uses it alone.
 type Turn struct {
 	// Request is the request, for the holder of the turn to fill in.
-	Request wire.Sign
+	Request wire.Operate
 
 	queue   *queue
 	lane    *wire.Lane // nil: not open
 	used    time.Time  // when the turn ended last
-	reply   wire.SignReply
+	reply   wire.OperateReply
 	pending pending
 	mark    uint64 // see output
 	beside  bool   // another signature was under way meanwhile
@@ -246,7 +246,7 @@ func (p *Process) endTurnLocked(t *Turn) {
 	q.running--
 	now := time.Now()
 	t.used = now
-	t.reply.Signature, t.Request.Data = nil, nil // they belong to the caller
+	t.reply.Result, t.Request.Data = nil, nil // they belong to the caller
 	q.idle = append(q.idle, t)
 	if oldest := q.idle[0]; now.Sub(oldest.used) > laneIdle {
 		q.idle = slices.Delete(q.idle, 0, 1)
@@ -310,7 +310,7 @@ func (p *Process) Sign(ctx context.Context, t *Turn) (signature []byte, fastest 
 		p.mu.Lock()
 		delete(p.waiting, id)
 		p.mu.Unlock()
-		err = p.request(ctx, false, timeout, wire.TypeSign, &t.Request, &t.reply, nil)
+		err = p.request(ctx, false, timeout, wire.TypeOperate, &t.Request, &t.reply, nil)
 		p.mu.Lock()
 		defer p.mu.Unlock()
 		return p.outcomeLocked(t, err)
@@ -390,7 +390,7 @@ func (p *Process) answered(id uint32, t *Turn, f wire.Frame, err error) ([]byte,
 
 // outcomeLocked returns the outcome of a signature, and ends the turn.
 func (p *Process) outcomeLocked(t *Turn, err error) (signature []byte, fastest time.Duration, _ error) {
-	signature = t.reply.Signature
+	signature = t.reply.Result
 	if err == nil {
 		t.queue.learn(t, time.Now())
 	}

@@ -30,7 +30,7 @@ func newTokenThat(takes time.Duration, beside int) *tokenThat {
 }
 
 func (k *tokenThat) serve(c *wire.ModuleConn, r wire.Request) {
-	m, ok := r.Message.(*wire.Sign)
+	m, ok := r.Message.(*wire.Operate)
 	if !ok {
 		return
 	}
@@ -46,7 +46,7 @@ func (k *tokenThat) serve(c *wire.ModuleConn, r wire.Request) {
 		k.mu.Lock()
 		k.asked--
 		k.mu.Unlock()
-		_ = c.WriteReply(r.ID, &wire.SignReply{Signature: m.Data}) // the agent may have gone
+		_ = c.WriteReply(r.ID, &wire.OperateReply{Result: m.Data}) // the agent may have gone
 	}()
 }
 
@@ -58,7 +58,7 @@ func (p *Process) ask(ctx context.Context, info wire.TokenInfo, data string) err
 	if err != nil {
 		return err
 	}
-	s.Request = wire.Sign{Key: wire.KeyID{Token: someToken}, Mechanism: wire.CKMECDSA, SignatureLen: 64, Data: []byte(data)}
+	s.Request = wire.Operate{Key: wire.KeyID{Token: someToken}, Mechanism: wire.CKMECDSA, ResultLen: 64, Data: []byte(data)}
 	got, _, err := p.Sign(ctx, s)
 	if err == nil && string(got) != data {
 		err = fmt.Errorf("%q is signed in place of %q", got, data)

@@ -376,7 +376,7 @@ func (p *FakeProcess) acceptLanes() {
 		all.Go(func() {
 			defer p.closeLane(lane)
 			for {
-				m := new(wire.Sign) // an interceptor may keep it
+				m := new(wire.Operate) // an interceptor may keep it
 				id, err := lane.ReadRequest(m, 0)
 				if err != nil {
 					return
@@ -384,7 +384,7 @@ func (p *FakeProcess) acceptLanes() {
 				p.mu.Lock()
 				p.asked[id] = lane
 				p.mu.Unlock()
-				all.Go(p.request(wire.Request{ID: id, Type: wire.TypeSign, Message: m}))
+				all.Go(p.request(wire.Request{ID: id, Type: wire.TypeOperate, Message: m}))
 			}
 		})
 	}
@@ -472,7 +472,7 @@ func (p *FakeProcess) handle(ctx context.Context, r wire.Request) {
 		switch m := r.Message.(type) {
 		case *wire.Login:
 			m.PIN.Wipe()
-		case *wire.Sign:
+		case *wire.Operate:
 			m.PIN.Wipe()
 		}
 	}()
@@ -555,7 +555,7 @@ func (f *Fake) answer(p *FakeProcess, r wire.Request) (wire.Message, *wire.Error
 			return nil, e
 		}
 		return t.generate(p, m)
-	case *wire.Sign:
+	case *wire.Operate:
 		t, e := f.find(p, m.Key.Token)
 		if e != nil {
 			return nil, e
@@ -564,7 +564,7 @@ func (f *Fake) answer(p *FakeProcess, r wire.Request) (wire.Message, *wire.Error
 		if e != nil {
 			return nil, e
 		}
-		return &wire.SignReply{Signature: sig}, nil
+		return &wire.OperateReply{Result: sig}, nil
 	}
 	return nil, &wire.Error{Reason: wire.ReasonProtocol}
 }
@@ -1043,7 +1043,7 @@ func (k *FakeKey) is(id *wire.KeyID) bool {
 		slices.Equal(o.Modulus, id.Modulus) && slices.Equal(point, id.ECPoint)
 }
 
-func (t *FakeToken) sign(p *FakeProcess, m *wire.Sign) ([]byte, *wire.Error) {
+func (t *FakeToken) sign(p *FakeProcess, m *wire.Operate) ([]byte, *wire.Error) {
 	i := slices.IndexFunc(t.keys, func(k *FakeKey) bool { return k.is(&m.Key) && t.sees(p, k) })
 	if i < 0 {
 		return nil, &wire.Error{Reason: wire.ReasonNoKey, HasInfo: true, Info: t.info(p)}
@@ -1078,7 +1078,7 @@ func (t *FakeToken) sign(p *FakeProcess, m *wire.Sign) ([]byte, *wire.Error) {
 	if err != nil {
 		return nil, &wire.Error{Function: "C_Sign", RV: wire.CKRDataInvalid}
 	}
-	if len(sig) > int(m.SignatureLen) {
+	if len(sig) > int(m.ResultLen) {
 		return nil, &wire.Error{Function: "C_Sign", RV: wire.CKRBufferTooSmall}
 	}
 	if k.Wrong {
@@ -1100,7 +1100,7 @@ var pssHashes = map[uint64]crypto.Hash{
 	wire.CKMSHA1: crypto.SHA1, wire.CKMSHA256: crypto.SHA256, wire.CKMSHA384: crypto.SHA384, wire.CKMSHA512: crypto.SHA512,
 }
 
-func (k *FakeKey) sign(m *wire.Sign) ([]byte, error) {
+func (k *FakeKey) sign(m *wire.Operate) ([]byte, error) {
 	data := m.Data
 	hash := hashed[m.Mechanism]
 	if hash != 0 {
@@ -1114,11 +1114,11 @@ func (k *FakeKey) sign(m *wire.Sign) ([]byte, error) {
 		case wire.CKMRSAPKCS, wire.CKMSHA1RSAPKCS, wire.CKMSHA256RSAPKCS, wire.CKMSHA384RSAPKCS, wire.CKMSHA512RSAPKCS:
 			return rsa.SignPKCS1v15(nil, key, hash, data) // without a hash: as it is
 		case wire.CKMRSAPKCSPSS, wire.CKMSHA256RSAPSS, wire.CKMSHA384RSAPSS, wire.CKMSHA512RSAPSS:
-			of, ok := pssHashes[m.PSSHash]
+			of, ok := pssHashes[m.Params.Hash]
 			if !ok {
 				return nil, errors.New("no such hash")
 			}
-			return rsa.SignPSS(rand.Reader, key, of, data, &rsa.PSSOptions{SaltLength: int(m.PSSSalt)})
+			return rsa.SignPSS(rand.Reader, key, of, data, &rsa.PSSOptions{SaltLength: int(m.Params.Salt)})
 		}
 	case *ecdsa.PrivateKey:
 		if m.Mechanism != wire.CKMECDSA && hash == 0 {

@@ -10,7 +10,7 @@ var requests = map[Type]func() Message{
 	TypeToken:    func() Message { return new(Token) },
 	TypeLogin:    func() Message { return new(Login) },
 	TypeLogout:   func() Message { return new(Token) },
-	TypeSign:     func() Message { return new(Sign) },
+	TypeOperate:     func() Message { return new(Operate) },
 	TypeCancel:   func() Message { return new(Cancel) },
 	TypeGenerate: func() Message { return new(Generate) },
 	TypeNewToken: func() Message { return new(NewToken) },
@@ -156,13 +156,11 @@ func (m *Login) fields(c *codec) {
 
 func (m *Login) pin() *secret.Secret { return m.PIN }
 
-func (m *Sign) fields(c *codec) {
+func (m *Operate) fields(c *codec) {
 	m.Key.fields(c)
 	c.uint64(&m.Mechanism)
-	c.uint64(&m.PSSHash)
-	c.uint64(&m.PSSMGF)
-	c.uint64(&m.PSSSalt)
-	c.uint32(&m.SignatureLen)
+	m.Params.fields(c)
+	c.uint32(&m.ResultLen)
 	c.bytes(&m.Data)
 	c.bool(&m.ContextLogin)
 	c.uint64(&m.Stay)
@@ -171,7 +169,13 @@ func (m *Sign) fields(c *codec) {
 	c.secret(&m.PIN)
 }
 
-func (m *Sign) pin() *secret.Secret { return m.PIN }
+func (m *Operate) pin() *secret.Secret { return m.PIN }
+
+func (m *Params) fields(c *codec) {
+	c.uint64(&m.Hash)
+	c.uint64(&m.MGF)
+	c.uint64(&m.Salt)
+}
 
 func (m *KeyID) fields(c *codec) {
 	m.Token.fields(c)
@@ -183,8 +187,8 @@ func (m *KeyID) fields(c *codec) {
 	c.bool(&m.Any)
 }
 
-func (m *SignReply) fields(c *codec) {
-	c.bytes(&m.Signature)
+func (m *OperateReply) fields(c *codec) {
+	c.bytes(&m.Result)
 }
 
 func (m *Generate) fields(c *codec) {

@@ -131,11 +131,11 @@ func call(trap, fd uintptr, b []byte) (int, syscall.Errno) {
 
 // Send asks for a signature, in one system call. After an error other than ErrTooLong,
 // the lane is unusable.
-func (l *Lane) Send(id uint32, m *Sign) error {
+func (l *Lane) Send(id uint32, m *Operate) error {
 	if m.PIN.Len() > 0 {
 		return errors.New("no PIN crosses on a lane")
 	}
-	b, _ := marshal(appendHeader(l.buf[:0], TypeSign, id), m)
+	b, _ := marshal(appendHeader(l.buf[:0], TypeOperate, id), m)
 	if len(b) > MaxLaneFrame {
 		return ErrTooLong
 	}
@@ -262,7 +262,7 @@ type ModuleLane struct {
 //
 // For the duration awake, the thread does not go to sleep. It yields its processor to
 // other threads that want it.
-func (l *ModuleLane) ReadRequest(m *Sign, awake time.Duration) (id uint32, err error) {
+func (l *ModuleLane) ReadRequest(m *Operate, awake time.Duration) (id uint32, err error) {
 	n, errno := l.lookFor(awake)
 	if errno == unix.EAGAIN {
 		n, err = unix.Read(l.fd, l.in)
@@ -300,12 +300,12 @@ func (l *ModuleLane) lookFor(awake time.Duration) (int, syscall.Errno) {
 }
 
 // parseLaneRequest parses a packet with a request.
-func parseLaneRequest(packet []byte, m *Sign) (id uint32, err error) {
+func parseLaneRequest(packet []byte, m *Operate) (id uint32, err error) {
 	t, id, body, err := parsePacket(packet)
 	switch {
 	case err != nil:
 		return 0, err
-	case t != TypeSign:
+	case t != TypeOperate:
 		return 0, fmt.Errorf("unknown type %d of request", t)
 	case id == 0:
 		return 0, errors.New("request without a number")

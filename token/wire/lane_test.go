@@ -53,7 +53,7 @@ func lanePair(t testing.TB) (*Lane, *ModuleLane) {
 	return lane, module
 }
 
-func receive(l *Lane, reply *SignReply) error {
+func receive(l *Lane, reply *OperateReply) error {
 	f, err := l.Receive()
 	if err != nil {
 		return err
@@ -61,11 +61,11 @@ func receive(l *Lane, reply *SignReply) error {
 	return f.Decode(reply)
 }
 
-var testSign = Sign{Key: testKey, Mechanism: CKMECDSA, SignatureLen: 64, Data: []byte("digest")}
+var testSign = Operate{Key: testKey, Mechanism: CKMECDSA, ResultLen: 64, Data: []byte("digest")}
 
 func TestLane(t *testing.T) {
 	lane, module := lanePair(t)
-	var got Sign
+	var got Operate
 	for i, data := range []string{"a digest", "another", "", "one that is longer than those before"} {
 		want := testSign
 		want.Data = []byte(data)
@@ -80,13 +80,13 @@ func TestLane(t *testing.T) {
 		if err != nil || id != uint32(i+1) {
 			t.Fatalf("request %d: %v", id, err)
 		}
-		same(t, &Sign{
-			Key: got.Key, Mechanism: got.Mechanism, SignatureLen: got.SignatureLen, Data: got.Data,
+		same(t, &Operate{
+			Key: got.Key, Mechanism: got.Mechanism, ResultLen: got.ResultLen, Data: got.Data,
 		}, &want)
 		if i == 1 {
 			err = module.WriteError(id, &Error{Function: "C_Sign", RV: CKRDeviceError})
 		} else {
-			err = module.WriteReply(id, &SignReply{Signature: []byte(data + "!")})
+			err = module.WriteReply(id, &OperateReply{Result: []byte(data + "!")})
 		}
 		if err != nil {
 			t.Fatal(err)
@@ -94,14 +94,14 @@ func TestLane(t *testing.T) {
 		if !lane.Ready(time.Hour) {
 			t.Error("no answer is there")
 		}
-		var reply SignReply
+		var reply OperateReply
 		switch err := receive(lane, &reply); {
 		case i == 1:
 			if e, ok := errors.AsType[*Error](err); !ok || e.RV != CKRDeviceError {
 				t.Errorf("got %v", err)
 			}
-		case err != nil || string(reply.Signature) != data+"!":
-			t.Errorf("got %q, %v", reply.Signature, err)
+		case err != nil || string(reply.Result) != data+"!":
+			t.Errorf("got %q, %v", reply.Result, err)
 		}
 	}
 }
@@ -109,7 +109,7 @@ func TestLane(t *testing.T) {
 // A value that equals the value in the request before takes no new memory.
 func TestLaneAllocations(t *testing.T) {
 	lane, module := lanePair(t)
-	var got Sign
+	var got Operate
 	exchange := func() {
 		if err := lane.Send(1, &testSign); err != nil {
 			t.Error(err)
@@ -136,13 +136,13 @@ func TestLaneRefusesToSend(t *testing.T) {
 	if err := lane.Send(1, &pin); err == nil {
 		t.Error("a PIN is sent")
 	}
-	if err := module.WriteReply(1, &SignReply{Signature: make([]byte, MaxLaneFrame)}); err == nil {
+	if err := module.WriteReply(1, &OperateReply{Result: make([]byte, MaxLaneFrame)}); err == nil {
 		t.Error("a long answer is sent")
 	}
 	if err := lane.Send(1, &testSign); err != nil { // nothing of them was sent
 		t.Fatal(err)
 	}
-	if id, err := module.ReadRequest(new(Sign), 0); id != 1 || err != nil {
+	if id, err := module.ReadRequest(new(Operate), 0); id != 1 || err != nil {
 		t.Errorf("request %d: %v", id, err)
 	}
 }
@@ -160,12 +160,12 @@ func TestLaneInterrupt(t *testing.T) {
 		t.Fatalf("got %v", err)
 	}
 	lane.Resume()
-	if err := module.WriteReply(1, &SignReply{Signature: []byte("late")}); err != nil {
+	if err := module.WriteReply(1, &OperateReply{Result: []byte("late")}); err != nil {
 		t.Fatal(err)
 	}
-	var reply SignReply
-	if err := receive(lane, &reply); err != nil || string(reply.Signature) != "late" {
-		t.Errorf("got %q, %v", reply.Signature, err)
+	var reply OperateReply
+	if err := receive(lane, &reply); err != nil || string(reply.Result) != "late" {
+		t.Errorf("got %q, %v", reply.Result, err)
 	}
 }
 
@@ -184,7 +184,7 @@ func TestLaneEnds(t *testing.T) {
 	if err := lane.Close(); err != nil {
 		t.Fatal(err)
 	}
-	if _, err := module.ReadRequest(new(Sign), 0); err != io.EOF {
+	if _, err := module.ReadRequest(new(Operate), 0); err != io.EOF {
 		t.Errorf("the agent has closed it: %v", err)
 	}
 	if err := lane.Send(1, &testSign); err == nil {
@@ -203,7 +203,7 @@ func packet(t Type, id uint32, body []byte) []byte {
 
 // The agent does not trust a module process.
 func TestLaneRefusesAnswers(t *testing.T) {
-	reply := body(&SignReply{Signature: []byte("sig")})
+	reply := body(&OperateReply{Result: []byte("sig")})
 	for name, b := range map[string][]byte{
 		"short":          {0, 0},
 		"cut":            packet(TypeReply, 1, reply)[:12],
@@ -231,17 +231,17 @@ func TestLaneRefusesRequests(t *testing.T) {
 	sign := body(&testSign)
 	for name, b := range map[string][]byte{
 		"short":          {0, 0},
-		"cut":            packet(TypeSign, 1, sign)[:20],
-		"no number":      packet(TypeSign, 0, sign),
+		"cut":            packet(TypeOperate, 1, sign)[:20],
+		"no number":      packet(TypeOperate, 0, sign),
 		"another type":   packet(TypeLogin, 1, sign),
-		"a PIN":          packet(TypeSign, 1, append(bytes.Clone(sign), "482915"...)),
-		"more than room": packet(TypeSign, 1, make([]byte, MaxLaneFrame)),
+		"a PIN":          packet(TypeOperate, 1, append(bytes.Clone(sign), "482915"...)),
+		"more than room": packet(TypeOperate, 1, make([]byte, MaxLaneFrame)),
 	} {
 		lane, module := lanePair(t)
 		if _, err := lane.c.Write(b); err != nil {
 			t.Fatal(err)
 		}
-		if _, err := module.ReadRequest(new(Sign), 0); err == nil || err == io.EOF {
+		if _, err := module.ReadRequest(new(Operate), 0); err == nil || err == io.EOF {
 			t.Errorf("%s: %v", name, err)
 		}
 	}
@@ -287,10 +287,10 @@ func TestAcceptRefuses(t *testing.T) {
 
 // A request reads back as it was sent, into new memory or into used memory.
 func FuzzLaneRequest(f *testing.F) {
-	f.Add(packet(TypeSign, 1, body(&testSign)))
-	f.Add(packet(TypeSign, 7, append(body(&testSign), 'x')))
+	f.Add(packet(TypeOperate, 1, body(&testSign)))
+	f.Add(packet(TypeOperate, 7, append(body(&testSign), 'x')))
 	f.Fuzz(func(t *testing.T, b []byte) {
-		var fresh Sign
+		var fresh Operate
 		used := testSign
 		used.Data = []byte("that of the one before")
 		id, err := parseLaneRequest(b, &fresh)
@@ -301,8 +301,8 @@ func FuzzLaneRequest(f *testing.F) {
 		if err != nil {
 			return
 		}
-		for _, m := range []*Sign{&fresh, &used} {
-			if got := packet(TypeSign, id, body(m)); len(b) < 1<<16 && !bytes.Equal(got[lengthSize:], b[lengthSize:]) {
+		for _, m := range []*Operate{&fresh, &used} {
+			if got := packet(TypeOperate, id, body(m)); len(b) < 1<<16 && !bytes.Equal(got[lengthSize:], b[lengthSize:]) {
 				t.Errorf("%x became %x", b, got)
 			}
 		}
@@ -311,13 +311,13 @@ func FuzzLaneRequest(f *testing.F) {
 
 // The agent reads any bytes without harm.
 func FuzzLaneAnswer(f *testing.F) {
-	f.Add(packet(TypeReply, 1, body(&SignReply{Signature: []byte("sig")})))
+	f.Add(packet(TypeReply, 1, body(&OperateReply{Result: []byte("sig")})))
 	f.Add(packet(TypeError, 1, body(&Error{Function: "C_Sign", RV: CKRDeviceError})))
 	f.Fuzz(func(t *testing.T, b []byte) {
 		kind, id, body, err := parsePacket(b)
 		if err != nil {
 			return
 		}
-		_ = Frame{Type: kind, ID: id, Body: body}.Decode(new(SignReply)) // any outcome is fine
+		_ = Frame{Type: kind, ID: id, Body: body}.Decode(new(OperateReply)) // any outcome is fine
 	})
 }

@@ -66,7 +66,7 @@ const (
 	TypeToken    Type = 4  // Token -> TokenReply
 	TypeLogin    Type = 5  // Login -> TokenReply; keep the body in locked memory only
 	TypeLogout   Type = 6  // Token -> TokenReply
-	TypeSign     Type = 7  // Sign -> SignReply; keep a body with a PIN in locked memory only
+	TypeOperate     Type = 7  // Sign -> OperateReply; keep a body with a PIN in locked memory only
 	TypeCancel   Type = 8  // Cancel; it has no reply
 	TypeGenerate Type = 9  // Generate -> GenerateReply
 	TypeNewToken Type = 10 // NewToken -> NewTokenReply; keep the body in locked memory only
@@ -311,15 +311,13 @@ type Login struct {
 	PIN *secret.Secret
 }
 
-// Sign asks for one signature.
-type Sign struct {
+// Operate asks for one signature.
+type Operate struct {
 	Key       KeyID
 	Mechanism uint64 // CKM
-	// PSSHash, PSSMGF and PSSSalt are the parameters of CKM_RSA_PKCS_PSS and similar
-	// mechanisms (CK_RSA_PKCS_PSS_PARAMS). They are 0 for other mechanisms.
-	PSSHash, PSSMGF, PSSSalt uint64
-	SignatureLen             uint32 // bytes to expect at most: known from key and mechanism
-	Data                     []byte
+	Params    Params
+	ResultLen uint32 // bytes to expect at most: known from key and mechanism
+	Data      []byte
 	// If ContextLogin is set, the process calls C_Login(CKU_CONTEXT_SPECIFIC) with PIN
 	// between C_SignInit and C_Sign, for CKA_ALWAYS_AUTHENTICATE. LastTry and Pad are as
 	// in Login.
@@ -328,6 +326,13 @@ type Sign struct {
 	LastTry      bool
 	Pad          bool
 	PIN          *secret.Secret
+}
+
+// Params are the parameters of a mechanism. All are 0 for a mechanism without parameters.
+type Params struct {
+	// These are the parameters of CKM_RSA_PKCS_PSS and similar mechanisms
+	// (CK_RSA_PKCS_PSS_PARAMS): CKM, CKG, and bytes.
+	Hash, MGF, Salt uint64
 }
 
 // KeyID names a private key by its token, its CKA_ID and its public half. The public half
@@ -345,10 +350,10 @@ type KeyID struct {
 	Any bool
 }
 
-// SignReply holds the signature as the token returned it. RSA and EdDSA signatures are
+// OperateReply holds the signature as the token returned it. RSA and EdDSA signatures are
 // unchanged. For ECDSA, s follows r.
-type SignReply struct {
-	Signature []byte
+type OperateReply struct {
+	Result []byte
 }
 
 // Generate asks for a new key pair on a token with a login. The module process makes the

@@ -42,10 +42,10 @@ func samples(t testing.TB) []sample {
 		{t: TypeLogin, msg: &Login{Token: testToken, LastTry: true}, pin: "482915"},
 		{t: TypeLogin, msg: &Login{Token: testToken, Pad: true}},
 		{t: TypeLogout, msg: &Token{Token: testToken}},
-		{t: TypeSign, msg: &Sign{Key: testKey, Mechanism: CKMECDSA, SignatureLen: 64, Data: []byte("hash")}},
-		{t: TypeSign, msg: &Sign{
-			Key: testKey, Mechanism: CKMRSAPKCSPSS, PSSHash: CKMSHA256, PSSMGF: CKGMGF1SHA256, PSSSalt: 32,
-			SignatureLen: 256, Data: []byte("hash"), ContextLogin: true,
+		{t: TypeOperate, msg: &Operate{Key: testKey, Mechanism: CKMECDSA, ResultLen: 64, Data: []byte("hash")}},
+		{t: TypeOperate, msg: &Operate{
+			Key: testKey, Mechanism: CKMRSAPKCSPSS, Params: Params{Hash: CKMSHA256, MGF: CKGMGF1SHA256, Salt: 32},
+			ResultLen: 256, Data: []byte("hash"), ContextLogin: true,
 		}, pin: "482915"},
 		{t: TypeCancel, msg: &Cancel{Request: 7}},
 		{t: TypeGenerate, msg: &Generate{Token: testToken, Mechanism: CKMRSAPKCSKeyPairGen, Bits: 3072, ID: []byte{7}, Label: "new"}},
@@ -65,7 +65,7 @@ func samples(t testing.TB) []sample {
 			{Class: CKOCertificate, Value: []byte{0x30}, Trusted: True, CertCategory: 1},
 		}, Cut: true, Long: 2}},
 		{t: TypeReply, msg: &TokenReply{Info: testInfo}},
-		{t: TypeReply, msg: &SignReply{Signature: []byte{1, 2, 3}}},
+		{t: TypeReply, msg: &OperateReply{Result: []byte{1, 2, 3}}},
 		{t: TypeReply, msg: &GenerateReply{
 			Public:          Object{Class: CKOPublicKey, ID: []byte{1}, KeyType: CKKEC, ECParams: []byte{6}, ECPoint: []byte{4}},
 			Private:         Object{Class: CKOPrivateKey, ID: []byte{1}, KeyType: CKKEC, Sign: True},
@@ -93,7 +93,7 @@ func setPIN(t testing.TB, msg Message, pin string) {
 	switch m := msg.(type) {
 	case *Login:
 		m.PIN = s
-	case *Sign:
+	case *Operate:
 		m.PIN = s
 	case *NewToken:
 		m.PIN = s
@@ -141,7 +141,7 @@ func TestSamplesAreComplete(t *testing.T) {
 		}
 		delete(seen, reflect.TypeOf(make()))
 	}
-	for _, m := range []Message{new(HelloReply), new(SlotsReply), new(ObjectsPart), new(ObjectsReply), new(TokenReply), new(SignReply), new(GenerateReply), new(Error)} {
+	for _, m := range []Message{new(HelloReply), new(SlotsReply), new(ObjectsPart), new(ObjectsReply), new(TokenReply), new(OperateReply), new(GenerateReply), new(Error)} {
 		if !seen[reflect.TypeOf(m)] {
 			t.Errorf("no sample of %T", m)
 		}
@@ -172,8 +172,8 @@ func TestUnmarshalRefuses(t *testing.T) {
 		{"nothing", nil, new(Hello)},
 		{"cut off", token[:len(token)-1], new(Token)},
 		{"trailing byte", append(slices.Clone(token), 0), new(Token)},
-		{"string longer than the message", []byte{0, 0, 0, 5, 'a'}, new(SignReply)},
-		{"string of 4 GiB", []byte{0xff, 0xff, 0xff, 0xff, 'a'}, new(SignReply)},
+		{"string longer than the message", []byte{0, 0, 0, 5, 'a'}, new(OperateReply)},
+		{"string of 4 GiB", []byte{0xff, 0xff, 0xff, 0xff, 'a'}, new(OperateReply)},
 		{"boolean of 2", []byte{2}, new(Slots)},
 		{"list longer than the message", []byte{0, 0, 0, 9}, new(SlotsReply)},
 		{"list of 4 billion", []byte{0xff, 0xff, 0xff, 0xff}, new(SlotsReply)},
@@ -228,9 +228,9 @@ func pair(t testing.TB) (*Conn, *ModuleConn, [2]net.Conn) {
 
 func TestConn(t *testing.T) {
 	agent, module, _ := pair(t)
-	big := &Sign{Key: testKey, Data: bytes.Repeat([]byte("d"), 400<<10), ContextLogin: true}
+	big := &Operate{Key: testKey, Data: bytes.Repeat([]byte("d"), 400<<10), ContextLogin: true}
 	setPIN(t, big, "739105")
-	list := append(samples(t), sample{t: TypeSign, msg: big},
+	list := append(samples(t), sample{t: TypeOperate, msg: big},
 		sample{t: TypeReply, msg: &ObjectsReply{Objects: []Object{{Value: bytes.Repeat([]byte("v"), 3<<20)}}}})
 	var writers sync.WaitGroup
 	defer writers.Wait()
@@ -384,7 +384,7 @@ func TestReadRequestInPieces(t *testing.T) {
 }
 
 func TestConnRefuses(t *testing.T) {
-	huge := &Sign{Data: make([]byte, MaxRequest)}
+	huge := &Operate{Data: make([]byte, MaxRequest)}
 	long := &Login{}
 	setPIN(t, long, strings.Repeat("9", MaxPIN+1))
 	tests := []struct {
@@ -396,7 +396,7 @@ func TestConnRefuses(t *testing.T) {
 		{"number 0", 0, TypeToken, &Token{}},
 		{"another type", 1, TypeLogin, &Token{}},
 		{"an answer", 1, TypeReply, &TokenReply{}},
-		{"too large", 1, TypeSign, huge},
+		{"too large", 1, TypeOperate, huge},
 		{"long PIN", 1, TypeLogin, long},
 	}
 	for _, tt := range tests {
@@ -422,8 +422,8 @@ func TestReadRefuses(t *testing.T) {
 	}
 	requests := map[string][]byte{
 		"shorter than a header": frame(4, TypeSlots, 1),
-		"above the limit":       frame(MaxRequest+6, TypeSign, 1),
-		"4 GiB":                 frame(0xffffffff, TypeSign, 1),
+		"above the limit":       frame(MaxRequest+6, TypeOperate, 1),
+		"4 GiB":                 frame(0xffffffff, TypeOperate, 1),
 		"unknown type":          frame(5, 99, 1),
 		"an answer":             frame(6, TypeReply, 1, 0),
 		"number 0":              frame(6, TypeSlots, 0, 0),
@@ -597,7 +597,7 @@ func FuzzReadFrame(f *testing.F) {
 			if err != nil {
 				return
 			}
-			for _, msg := range []Message{new(HelloReply), new(SlotsReply), new(ObjectsPart), new(ObjectsReply), new(TokenReply), new(SignReply), new(GenerateReply)} {
+			for _, msg := range []Message{new(HelloReply), new(SlotsReply), new(ObjectsPart), new(ObjectsReply), new(TokenReply), new(OperateReply), new(GenerateReply)} {
 				_ = fr.Decode(msg) // any outcome is fine
 			}
 		}

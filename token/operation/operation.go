@@ -1,4 +1,4 @@
-// Package signing describes signatures to a token and reads the token's answers.
+// Package operation describes signatures to a token and reads the token's answers.
 //
 // A [Request] holds what a client wants to have signed. [Request.Methods] lists the PKCS#11 mechanisms that can
 // make the signature, with the parameters and the data for each. [Encode] turns the token's answer into the
@@ -7,7 +7,7 @@
 // The package promises that no data of a wrong length reaches a token, and that Verify accepts only the signature
 // that the client asked for. Finding the key, logging in and talking to the module are the business of package
 // token. The package does no I/O, and every function may be called from any goroutine.
-package signing
+package operation
 
 import (
 	"crypto"
@@ -72,9 +72,9 @@ type Method struct {
 type pssParams struct{ hash, mgf, saltLength uint64 }
 
 // Describe writes the method into a request to a module process.
-func (m Method) Describe(req *wire.Sign) {
+func (m Method) Describe(req *wire.Operate) {
 	req.Mechanism, req.Data = m.Mechanism, m.Data
-	req.PSSHash, req.PSSMGF, req.PSSSalt = m.pss.hash, m.pss.mgf, m.pss.saltLength
+	req.Params = wire.Params{Hash: m.pss.hash, MGF: m.pss.mgf, Salt: m.pss.saltLength}
 }
 
 // hashInfo holds what PKCS #1 and PKCS#11 say about a hash.

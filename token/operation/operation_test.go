@@ -1,4 +1,4 @@
-package signing
+package operation
 
 import (
 	"crypto"
@@ -102,9 +102,9 @@ func TestMethodsOfSHA1PSS(t *testing.T) {
 	if err != nil || len(methods) != 1 {
 		t.Fatalf("%d methods, %v", len(methods), err)
 	}
-	var req wire.Sign
+	var req wire.Operate
 	methods[0].Describe(&req)
-	if req.PSSHash != wire.CKMSHA1 || req.PSSMGF != wire.CKGMGF1SHA1 || req.PSSSalt != 11 {
+	if want := (wire.Params{Hash: wire.CKMSHA1, MGF: wire.CKGMGF1SHA1, Salt: 11}); req.Params != want {
 		t.Errorf("parameters %+v", methods[0].pss)
 	}
 }
