@@ -34,7 +34,7 @@ func (k *Key) heal(ctx context.Context, do task) error {
 		}
 		login, err := do.attempt(p, h != nil && h.mustLogin)
 		if err == nil {
-			p.NoteSignature()
+			p.NoteUse()
 			return nil
 		}
 		if ctx.Err() != nil {

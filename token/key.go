@@ -13,10 +13,10 @@ import (
 
 	"p11-agent/pinentry/secret"
 	"p11-agent/token/objects"
+	"p11-agent/token/operation"
 	"p11-agent/token/pairs"
 	"p11-agent/token/pkcs11uri"
 	"p11-agent/token/process"
-	"p11-agent/token/operation"
 	"p11-agent/token/wire"
 )
 
@@ -307,7 +307,7 @@ func (k *Key) signOnce(ctx context.Context, p *process.Process, m operation.Meth
 	}
 	defer k.working(ctx)()
 	k.describe(&turn.Request, m)
-	sig, took, err := p.Sign(ctx, turn)
+	sig, took, err := p.Operate(ctx, turn)
 	return made{sig, p, took}, err
 }
 

@@ -201,7 +201,7 @@ func (m *module) run(ctx context.Context) {
 				err = fmt.Errorf("%w; %s", err, cause)
 			}
 		}
-		if p != nil && p.HasSigned() || m.moves() != moves {
+		if p != nil && p.WasUsed() || m.moves() != moves {
 			again = backoff{} // the process was of use, or lost a card
 		}
 		// A module may hang while it waits for events. Polling avoids that.

@@ -5,8 +5,8 @@ import (
 	"sync"
 	"time"
 
-	"p11-agent/token/process"
 	"p11-agent/token/operation"
+	"p11-agent/token/process"
 )
 
 // A proof decides which signatures of a fast key to verify.

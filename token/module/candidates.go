@@ -51,7 +51,7 @@ func (p *presence) signWithOneOf(ctx context.Context, session pkcs11.SessionHand
 		if err := ctx.Err(); err != nil {
 			return nil, err
 		}
-		signature, err := p.signWith(session, key, m, room, i == len(candidates)-1)
+		signature, err := p.operateWith(session, key, m, room, i == len(candidates)-1)
 		switch {
 		case err != nil && !ofTheKey(err):
 			return nil, err
@@ -86,8 +86,11 @@ func (p *presence) remember(id *wire.KeyID, h pkcs11.ObjectHandle) {
 }
 
 // verifier returns a function that checks a signature. It returns nil if no check is
-// possible.
+// possible, as for a decryption.
 func verifier(m *wire.Operate) func(signature []byte) bool {
+	if m.Function != wire.Sign {
+		return nil
+	}
 	hash, hashes := hashOf[m.Mechanism]
 	digest := func() []byte {
 		if !hashes {
@@ -140,8 +143,8 @@ func curveOf(point []byte) elliptic.Curve {
 
 // hashOf holds the hashes of mechanisms that hash.
 var hashOf = map[uint64]crypto.Hash{
-	wire.CKMSHA1RSAPKCS: crypto.SHA1, wire.CKMSHA256RSAPKCS: crypto.SHA256,
+	wire.CKMSHA1RSAPKCS: crypto.SHA1, wire.CKMSHA224RSAPKCS: crypto.SHA224, wire.CKMSHA256RSAPKCS: crypto.SHA256,
 	wire.CKMSHA384RSAPKCS: crypto.SHA384, wire.CKMSHA512RSAPKCS: crypto.SHA512,
-	wire.CKMECDSASHA1: crypto.SHA1, wire.CKMECDSASHA256: crypto.SHA256,
+	wire.CKMECDSASHA1: crypto.SHA1, wire.CKMECDSASHA224: crypto.SHA224, wire.CKMECDSASHA256: crypto.SHA256,
 	wire.CKMECDSASHA384: crypto.SHA384, wire.CKMECDSASHA512: crypto.SHA512,
 }

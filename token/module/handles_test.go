@@ -49,7 +49,7 @@ func TestSessionOfAnotherSlot(t *testing.T) {
 		} else {
 			<-tok.live.permits
 			tok.live.idle <- other
-			_, err = new(server).sign(t.Context(), lib, tok, &wire.Operate{
+			_, err = new(server).operate(t.Context(), lib, tok, &wire.Operate{
 				Key: wire.KeyID{Token: id}, ResultLen: 64, ContextLogin: true, PIN: pinOf(t, "1234"),
 			}, nil)
 		}
@@ -121,9 +121,9 @@ func TestSignatureAllocations(t *testing.T) {
 	if err != nil || len(handles) == 0 {
 		t.Fatalf("%d private keys, %v", len(handles), err)
 	}
-	data, room := make([]byte, 32), make([]byte, maxSignature)
+	data, room, params := make([]byte, 32), make([]byte, maxResult), new(wire.Params)
 	allocs := testing.AllocsPerRun(100, func() {
-		if err := lib.signInit(session, mechanism{kind: wire.CKMECDSA}, handles[0]); err != nil {
+		if err := lib.signInit(session, wire.CKMECDSA, params, handles[0]); err != nil {
 			t.Fatal(err)
 		}
 		if _, err := lib.sign(session, data, room); err != nil {

@@ -14,7 +14,7 @@ import (
 // maxOpenLanes bounds the lanes of all tokens, and so the threads that wait for requests.
 const maxOpenLanes = 1024
 
-// A lane makes signatures with one token, one after the other.
+// A lane does operations with one token, one after the other.
 type lane struct {
 	c *wire.ModuleLane
 	t *token
@@ -51,7 +51,7 @@ func (s *server) acceptLanes(from *wire.ModuleLanes) {
 	}
 }
 
-// serveLane makes signatures until the agent closes the lane.
+// serveLane does operations until the agent closes the lane.
 func (s *server) serveLane(l *lane) {
 	defer func() {
 		s.mu.Lock()
@@ -61,7 +61,7 @@ func (s *server) serveLane(l *lane) {
 	}()
 	var m wire.Operate
 	var reply wire.OperateReply
-	room := make([]byte, maxSignature)
+	room := make([]byte, maxResult)
 	var scheduled time.Time
 	var took time.Duration // what the last signature took
 	for {
@@ -72,10 +72,13 @@ func (s *server) serveLane(l *lane) {
 		}
 		if err == nil {
 			ctx, start := l.begin(id), time.Now()
-			if reply.Result, err = s.signOnLane(ctx, l, &m, room); err == nil {
+			if reply.Result, err = s.operateOnLane(ctx, l, &m, room); err == nil {
 				l.end()
 				took = time.Since(start)
 				err = l.c.WriteReply(id, &reply)
+				if m.Function.Secret() {
+					clear(reply.Result)
+				}
 			} else {
 				l.end()
 				if s.lost.Load() {
@@ -119,7 +122,7 @@ func (s *server) stayAwake(took time.Duration) time.Duration {
 
 var processors = runtime.NumCPU()
 
-func (s *server) signOnLane(ctx context.Context, l *lane, m *wire.Operate, room []byte) ([]byte, error) {
+func (s *server) operateOnLane(ctx context.Context, l *lane, m *wire.Operate, room []byte) ([]byte, error) {
 	lib := s.lib.Load()
 	switch {
 	case lib == nil:
@@ -129,7 +132,7 @@ func (s *server) signOnLane(ctx context.Context, l *lane, m *wire.Operate, room 
 	}
 	s.life.RLock()
 	defer s.life.RUnlock()
-	return s.sign(ctx, lib, l.t, m, room)
+	return s.operate(ctx, lib, l.t, m, room)
 }
 
 // begin notes which request is under way. It returns the context that ends when the agent

@@ -133,21 +133,82 @@ static CK_RV sign_init(struct functions *f, CK_ULONG session, CK_ULONG type, CK_
 	return f->sign_init(session, &mechanism, key);
 }
 
-struct signature {
+static CK_RV decrypt_init(struct functions *f, CK_ULONG session, CK_ULONG type, CK_ULONG key,
+	CK_ULONG hash, CK_ULONG mgf, CK_BYTE *source, CK_ULONG source_length)
+{
+	struct oaep_params oaep = { hash, mgf, CKZ_DATA_SPECIFIED, source, source_length };
+	struct mechanism mechanism = { type, NULL, 0 };
+
+	if (f->decrypt_init == NULL)
+		return CKR_FUNCTION_NOT_SUPPORTED;
+	if (hash != 0) {
+		mechanism.parameter = &oaep;
+		mechanism.length = sizeof oaep;
+	}
+	return f->decrypt_init(session, &mechanism, key);
+}
+
+struct output {
 	CK_RV rv;
 	CK_ULONG length;
 };
 
 // sign returns the length as a value: a variable of Go for it would be garbage after
 // each signature.
-static struct signature sign(struct functions *f, CK_ULONG session, CK_BYTE *data, CK_ULONG length,
+static struct output sign(struct functions *f, CK_ULONG session, CK_BYTE *data, CK_ULONG length,
 	CK_BYTE *signature, CK_ULONG room)
 {
-	struct signature s = { CKR_FUNCTION_NOT_SUPPORTED, room };
+	struct output o = { CKR_FUNCTION_NOT_SUPPORTED, room };
 
 	if (f->sign != NULL)
-		s.rv = f->sign(session, data, length, signature, &s.length);
-	return s;
+		o.rv = f->sign(session, data, length, signature, &o.length);
+	return o;
+}
+
+static struct output decrypt(struct functions *f, CK_ULONG session, CK_BYTE *data, CK_ULONG length,
+	CK_BYTE *plaintext, CK_ULONG room)
+{
+	struct output o = { CKR_FUNCTION_NOT_SUPPORTED, room };
+
+	if (f->decrypt != NULL)
+		o.rv = f->decrypt(session, data, length, plaintext, &o.length);
+	return o;
+}
+
+struct derived {
+	CK_RV derive, read, destroy; // what C_DeriveKey, C_GetAttributeValue and C_DestroyObject return
+	CK_ULONG length;
+};
+
+// derive makes a key object in the session, reads its value and destroys it.
+static struct derived derive(struct functions *f, CK_ULONG session, CK_ULONG type, CK_ULONG key,
+	CK_BYTE *peer, CK_ULONG peer_length, CK_BYTE *value, CK_ULONG length)
+{
+	CK_ULONG class = CKO_SECRET_KEY, key_type = CKK_GENERIC_SECRET, object = 0;
+	CK_BYTE yes = 1, no = 0;
+	struct ecdh1_params ecdh1 = { CKD_NULL, 0, NULL, peer_length, peer };
+	struct mechanism mechanism = { type, &ecdh1, sizeof ecdh1 };
+	struct attribute template[] = {
+		{ CKA_CLASS, &class, sizeof class },
+		{ CKA_KEY_TYPE, &key_type, sizeof key_type },
+		{ CKA_TOKEN, &no, sizeof no },
+		{ CKA_PRIVATE, &no, sizeof no },
+		{ CKA_SENSITIVE, &no, sizeof no },
+		{ CKA_EXTRACTABLE, &yes, sizeof yes },
+		{ CKA_VALUE_LEN, &length, sizeof length },
+	};
+	struct attribute result = { CKA_VALUE, value, length };
+	struct derived d = { CKR_FUNCTION_NOT_SUPPORTED, 0, 0, 0 };
+
+	if (f->derive_key == NULL || f->get_attribute_value == NULL || f->destroy_object == NULL)
+		return d;
+	d.derive = f->derive_key(session, &mechanism, key, template, sizeof template / sizeof template[0], &object);
+	if (d.derive != 0)
+		return d;
+	d.read = f->get_attribute_value(session, object, &result, 1);
+	d.length = result.length;
+	d.destroy = f->destroy_object(session, object);
+	return d;
 }
 
 // wait_for_slot_event is not in the list of a module of v2.0, which ends before.
@@ -182,7 +243,8 @@ import (
 // function list, because of what that package does:
 //
 //   - C_Login: it leaves a copy of the PIN in the heap.
-//   - C_Sign: it calls the function twice, to ask for the length first.
+//   - C_Sign and C_Decrypt: it calls the functions twice, to ask for the length first.
+//   - C_Decrypt and C_DeriveKey: it leaves copies of the result in the heap.
 //   - C_GetAttributeValue: it returns nothing at all when one attribute is missing.
 //   - C_WaitForSlotEvent: it does not return the result.
 //   - C_GetSlotList, C_GetMechanismList, C_FindObjects and C_GetAttributeValue: it trusts
@@ -613,41 +675,86 @@ func (l *library) attributesOnce(s pkcs11.SessionHandle, object pkcs11.ObjectHan
 	return rv
 }
 
-// A mechanism is a CK_MECHANISM to sign with. The parameters are those of
-// CK_RSA_PKCS_PSS_PARAMS, or all 0.
-type mechanism struct {
-	kind            uint64 // CKM
-	hash, mgf, salt uint64
+// signInit calls C_SignInit (PKCS#11 v2.40 section 5.11).
+func (l *library) signInit(s pkcs11.SessionHandle, kind uint64, params *wire.Params, key pkcs11.ObjectHandle) error {
+	return returned("C_SignInit", C.sign_init(l.fn, C.CK_ULONG(s), C.CK_ULONG(kind), C.CK_ULONG(key),
+		C.CK_ULONG(params.Hash), C.CK_ULONG(params.MGF), C.CK_ULONG(params.Salt)))
 }
 
-// signInit calls C_SignInit.
-func (l *library) signInit(s pkcs11.SessionHandle, m mechanism, key pkcs11.ObjectHandle) error {
-	return returned("C_SignInit", C.sign_init(l.fn, C.CK_ULONG(s), C.CK_ULONG(m.kind), C.CK_ULONG(key),
-		C.CK_ULONG(m.hash), C.CK_ULONG(m.mgf), C.CK_ULONG(m.salt)))
+// decryptInit calls C_DecryptInit (PKCS#11 v2.40 section 5.9).
+func (l *library) decryptInit(s pkcs11.SessionHandle, kind uint64, params *wire.Params, key pkcs11.ObjectHandle) error {
+	return returned("C_DecryptInit", C.decrypt_init(l.fn, C.CK_ULONG(s), C.CK_ULONG(kind), C.CK_ULONG(key),
+		C.CK_ULONG(params.Hash), C.CK_ULONG(params.MGF), first(params.Source), C.CK_ULONG(len(params.Source))))
 }
 
 // sign calls C_Sign for a signature that is not longer than room. If the module wants
-// more room, sign gives it the room, up to maxSignature. The operation is still active
+// more room, sign gives it the room, up to maxResult. The operation is still active
 // then (PKCS#11 v2.40 section 5.2). So sign begins nothing anew and needs no PIN.
 func (l *library) sign(s pkcs11.SessionHandle, data, room []byte) (signature []byte, err error) {
+	return l.finish(wire.Sign, s, data, room)
+}
+
+// decrypt calls C_Decrypt, as sign calls C_Sign. The plaintext may be empty. The caller
+// wipes it, and room after an error.
+func (l *library) decrypt(s pkcs11.SessionHandle, data, room []byte) (plaintext []byte, err error) {
+	return l.finish(wire.Decrypt, s, data, room)
+}
+
+func (l *library) finish(function wire.Function, s pkcs11.SessionHandle, data, room []byte) ([]byte, error) {
+	name := "C_Sign"
+	if function == wire.Decrypt {
+		name = "C_Decrypt"
+	}
 	most := C.CK_ULONG(len(room))
 	for range maxAsked {
-		made := C.sign(l.fn, C.CK_ULONG(s), first(data), C.CK_ULONG(len(data)), first(room), C.CK_ULONG(len(room)))
+		var made C.struct_output
+		if function == wire.Decrypt {
+			made = C.decrypt(l.fn, C.CK_ULONG(s), first(data), C.CK_ULONG(len(data)), first(room), C.CK_ULONG(len(room)))
+		} else {
+			made = C.sign(l.fn, C.CK_ULONG(s), first(data), C.CK_ULONG(len(data)), first(room), C.CK_ULONG(len(room)))
+		}
 		switch n := made.length; {
-		case made.rv == wire.CKRBufferTooSmall && n <= maxSignature && len(room) < maxSignature:
+		case made.rv == wire.CKRBufferTooSmall && n <= maxResult && len(room) < maxResult:
 			if n <= C.CK_ULONG(len(room)) { // the module does not say how much it wants
-				n = maxSignature
+				n = maxResult
 			}
 			room = make([]byte, n)
 		case made.rv != wire.CKROK:
-			return nil, returned("C_Sign", made.rv)
-		case n == 0 || n > most:
-			return nil, garbage("C_Sign", "the signature has %d bytes; there is room for %d", n, most)
+			return nil, returned(name, made.rv)
+		case n == 0 && function == wire.Sign || n > most:
+			if function.Secret() {
+				clear(room)
+			}
+			return nil, garbage(name, "the result has %d bytes; there is room for %d", n, most)
 		default:
 			return room[:n], nil
 		}
 	}
-	return nil, garbage("C_Sign", "it keeps asking for more room than the %d bytes that it was given", len(room))
+	return nil, garbage(name, "it keeps asking for more room than the %d bytes that it was given", len(room))
+}
+
+// errLeft means that the session still has the object with a derived secret. The result
+// is good, but the session must be closed, which destroys the object (PKCS#11 v2.40
+// section 5.6, C_CloseSession).
+var errLeft = errors.New("the derived key is left in the session")
+
+// derive calls C_DeriveKey (PKCS#11 v2.40 section 5.13), and fills room with the value
+// of the new key. peer is the point of the other party, uncompressed (section 2.3.8,
+// CK_ECDH1_DERIVE_PARAMS). The caller wipes room. With errLeft, the result is good.
+func (l *library) derive(s pkcs11.SessionHandle, kind uint64, key pkcs11.ObjectHandle, peer, room []byte) ([]byte, error) {
+	d := C.derive(l.fn, C.CK_ULONG(s), C.CK_ULONG(kind), C.CK_ULONG(key), first(peer), C.CK_ULONG(len(peer)),
+		first(room), C.CK_ULONG(len(room)))
+	switch {
+	case d.derive != wire.CKROK:
+		return nil, returned("C_DeriveKey", d.derive)
+	case d.read != wire.CKROK:
+		return nil, returned("C_GetAttributeValue", d.read)
+	case d.length != C.CK_ULONG(len(room)):
+		return nil, garbage("C_GetAttributeValue", "the derived secret has %d bytes in place of %d", d.length, len(room))
+	case d.destroy != wire.CKROK:
+		return room, errLeft
+	}
+	return room, nil
 }
 
 // first returns the address of b for C, or NULL if b is empty.

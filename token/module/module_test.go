@@ -94,10 +94,10 @@ func badToken(slot int) wire.TokenID {
 
 func badSign() *wire.Operate {
 	return &wire.Operate{
-		Key:          wire.KeyID{Token: badToken(0), ID: []byte{1}, Label: "rsa key", KeyType: wire.CKKRSA, Modulus: bytes.Repeat([]byte{0xc3}, 256)},
-		Mechanism:    wire.CKMRSAPKCS,
+		Key:       wire.KeyID{Token: badToken(0), ID: []byte{1}, Label: "rsa key", KeyType: wire.CKKRSA, Modulus: bytes.Repeat([]byte{0xc3}, 256)},
+		Mechanism: wire.CKMRSAPKCS,
 		ResultLen: 256,
-		Data:         []byte("digest"),
+		Data:      []byte("digest"),
 	}
 }
 

@@ -254,6 +254,8 @@ func readKey(lib *library, session pkcs11.SessionHandle, h pkcs11.ObjectHandle, 
 		{pkcs11.CKA_PRIVATE, roomBool},
 		{use, roomBool},
 		{pkcs11.CKA_ALWAYS_AUTHENTICATE, roomBool},
+		{pkcs11.CKA_DECRYPT, roomBool},
+		{pkcs11.CKA_DERIVE, roomBool},
 	}
 	if class == wire.CKOPublicKey {
 		wanted = wanted[:5]
@@ -275,7 +277,7 @@ func readKey(lib *library, session pkcs11.SessionHandle, h pkcs11.ObjectHandle, 
 		Sign:    tri(v[4]),
 	}
 	if class == wire.CKOPrivateKey {
-		o.AlwaysAuth = tri(v[5])
+		o.AlwaysAuth, o.Decrypt, o.Derive = tri(v[5]), tri(v[6]), tri(v[7])
 	}
 	switch keyType {
 	case wire.CKKRSA:

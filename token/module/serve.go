@@ -110,6 +110,9 @@ func (s *server) serve() error {
 			delete(s.requests, r.ID) // before the agent can use the number again
 			s.mu.Unlock()
 			s.answer(r.ID, reply, err)
+			if o, ok := reply.(*wire.OperateReply); ok {
+				clear(o.Result) // it may be a secret
+			}
 		}()
 	}
 }
@@ -197,11 +200,11 @@ func (s *server) handle(ctx context.Context, r wire.Request) (wire.Message, erro
 	case *wire.Generate:
 		return s.generate(ctx, lib, s.token(m.Token), m)
 	case *wire.Operate:
-		signature, err := s.sign(ctx, lib, s.token(m.Key.Token), m, nil)
+		result, err := s.operate(ctx, lib, s.token(m.Key.Token), m, nil)
 		if err != nil {
 			return nil, err
 		}
-		return &wire.OperateReply{Result: signature}, nil
+		return &wire.OperateReply{Result: result}, nil
 	default:
 		return nil, fmt.Errorf("%T is not known here", m)
 	}

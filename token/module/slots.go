@@ -4,8 +4,6 @@ import (
 	"context"
 	"slices"
 
-	"github.com/miekg/pkcs11"
-
 	"p11-agent/token/pcsc"
 	"p11-agent/token/wire"
 )
@@ -211,7 +209,7 @@ func (s *server) describe(lib *library, slot uint) (wire.Slot, error) {
 		return w, nil
 	}
 	w.HasToken, w.Token, w.Info = true, id, state
-	if w.Mechanisms, err = s.signing(lib, slot, id); err != nil {
+	if w.Mechanisms, err = s.mechanismsOf(lib, slot, id); err != nil {
 		return wire.Slot{}, err
 	}
 	s.mu.Lock()
@@ -227,9 +225,9 @@ func (s *server) describe(lib *library, slot uint) (wire.Slot, error) {
 	return w, nil
 }
 
-// signing lists the mechanisms that a token signs with. They do not change while the
-// token is the same.
-func (s *server) signing(lib *library, slot uint, id wire.TokenID) ([]wire.Mechanism, error) {
+// mechanismsOf lists the mechanisms with which a token signs, decrypts or derives. They do
+// not change while the token is the same.
+func (s *server) mechanismsOf(lib *library, slot uint, id wire.TokenID) ([]wire.Mechanism, error) {
 	s.mu.Lock()
 	known, ok := s.mechanisms[id]
 	s.mu.Unlock()
@@ -250,11 +248,12 @@ func (s *server) signing(lib *library, slot uint, id wire.TokenID) ([]wire.Mecha
 		if err != nil {
 			return nil, err
 		}
-		if info.Flags&pkcs11.CKF_SIGN != 0 {
+		if info.Flags&(wire.CKFSign|wire.CKFDecrypt|wire.CKFDerive) != 0 {
 			list = append(list, wire.Mechanism{
 				Type:   uint64(kind),
 				MinKey: uint64(info.MinKeySize),
 				MaxKey: uint64(info.MaxKeySize),
+				Flags:  uint64(info.Flags),
 			})
 		}
 	}

@@ -620,7 +620,7 @@ func BenchmarkSign(b *testing.B) {
 			b.Fatal(err)
 		}
 		for b.Loop() {
-			if err := lib.signInit(live.anchor, mechanism{kind: m.Mechanism}, key); err != nil {
+			if err := lib.signInit(live.anchor, m.Mechanism, new(wire.Params), key); err != nil {
 				b.Fatal(err)
 			}
 			if _, err := lib.sign(live.anchor, m.Data, make([]byte, 64)); err != nil {

@@ -11,6 +11,7 @@ import (
 	"encoding/asn1"
 	"errors"
 	"math/big"
+	"reflect"
 	"slices"
 	"testing"
 
@@ -104,7 +105,7 @@ func TestMethodsOfSHA1PSS(t *testing.T) {
 	}
 	var req wire.Operate
 	methods[0].Describe(&req)
-	if want := (wire.Params{Hash: wire.CKMSHA1, MGF: wire.CKGMGF1SHA1, Salt: 11}); req.Params != want {
+	if want := (wire.Params{Hash: wire.CKMSHA1, MGF: wire.CKGMGF1SHA1, Salt: 11}); !reflect.DeepEqual(req.Params, want) {
 		t.Errorf("parameters %+v", methods[0].pss)
 	}
 }

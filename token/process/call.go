@@ -42,7 +42,7 @@ func (p *Process) request(ctx context.Context, through bool, timeout time.Durati
 	}
 	w := &pending{
 		answer: make(chan wire.Frame, 1), timeout: timeout, since: time.Now(), long: long, part: part,
-		secret: p.output != nil && hasPIN(req),
+		secret: p.output != nil && confidential(req),
 	}
 	mark := p.output.mark()
 	p.mu.Lock()
@@ -83,17 +83,28 @@ func (p *Process) request(ctx context.Context, through bool, timeout time.Durati
 	case <-ctx.Done():
 		// The entry stays, and a late answer finds it. If the connection fails now, read notices as well.
 		tell := make(chan struct{})
+		wipe := func() {
+			if o, ok := req.(*wire.Operate); ok && o.Function.Secret() {
+				f := <-w.answer // which comes within the timeout, or the process ends
+				f.Wipe()
+			}
+		}
 		p.mu.Lock()
-		if p.err == nil && p.waiting[id] == w {
+		late := p.err == nil && p.waiting[id] == w
+		if late {
 			cancel := p.numberLocked()
 			p.sending.Go(func() {
 				_ = p.conn.WriteRequest(cancel, wire.TypeCancel, &wire.Cancel{Request: id})
 				close(tell)
+				wipe()
 			})
 		} else {
 			close(tell)
 		}
 		p.mu.Unlock()
+		if !late {
+			wipe() // the answer, or the end, is there
+		}
 		if !through {
 			return ctx.Err()
 		}
@@ -123,13 +134,13 @@ func tokenOf(req wire.Message) wire.TokenID {
 	return wire.TokenID{}
 }
 
-// hasPIN reports whether a request carries a PIN.
-func hasPIN(req wire.Message) bool {
+// confidential reports whether what the module prints during a request may be secret: a PIN, or what it decrypts.
+func confidential(req wire.Message) bool {
 	switch r := req.(type) {
 	case *wire.Login:
 		return r.PIN.Len() > 0
 	case *wire.Operate:
-		return r.PIN.Len() > 0
+		return r.PIN.Len() > 0 || r.Function.Secret()
 	case *wire.NewToken:
 		return r.PIN.Len() > 0
 	}

@@ -7,8 +7,8 @@ import (
 	"p11-agent/token/wire"
 )
 
-// The time for one request, after which its process ends. A signature may wait for a finger on the card, a login for
-// a PIN on the reader's keypad. A list waits for no person. OpenSC 0.23 deadlocks when a card is pulled during a
+// The time for one request, after which its process ends. A signature or another operation with a key may wait for a
+// finger on the card, a login for a PIN on the reader's keypad. A list waits for no person. OpenSC 0.23 deadlocks when a card is pulled during a
 // list, and its keys are of no use until the process ends. Options.Timeout replaces all of them, but only lengthens
 // GenerateTimeout.
 const (

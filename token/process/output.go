@@ -34,17 +34,17 @@ const (
 // output is what a module process prints: its standard error, with what the module writes to the system log
 // (token/module/words.c). The lines go to the log, within bounds, and errors quote the last ones.
 //
-// A module may print the PIN that it gets; pkcs11-spy does. So output neither logs nor quotes what a module prints
-// while it has a PIN. For that, the pipe is read under mu: output takes in all that the process has written before
+// A module may print the PIN that it gets; pkcs11-spy does. It may also print why it does not decrypt something. So
+// output neither logs nor quotes what a module prints while it has a PIN, decrypts, or derives. For that, the pipe is read under mu: output takes in all that the process has written before
 // its answer counts.
 type output struct {
 	log  *slog.Logger
 	pipe syscall.RawConn // nil in tests
 
 	mu      sync.Mutex
-	secrets int      // the requests under way that carry a PIN
+	secrets int      // the requests under way that carry a PIN, decrypt or derive
 	line    []byte   // the line that has not ended
-	secret  bool     // line began while a request had a PIN
+	secret  bool     // line began during such a request
 	last    []string // the last lines
 	lines   uint64   // the number of lines so far
 	logged  int

@@ -1,12 +1,12 @@
 // Package process runs one PKCS#11 module in a process of its own, and carries requests to it.
 //
 // [Start] starts the program of the module process and has it load the module. Any number of goroutines may then
-// call it: [Process.Call] for most requests, and a [Turn] for each signature. A process ends by [Process.Kill], by a
+// call it: [Process.Call] for most requests, and a [Turn] for each operation with a key. A process ends by [Process.Kill], by a
 // request that takes too long, or by itself. [Process.Done] is closed then, and [Process.Err] gives the reason.
 //
 // The package promises that a module that crashes, hangs, or answers nonsense costs only its own requests, and each
 // of them returns. A request whose context ends returns at once. What the module prints is bounded, and what it
-// prints while it has a PIN is neither logged nor quoted. When to start a process again, what to ask it, and what
+// prints while it has a PIN, decrypts or derives is neither logged nor quoted. When to start a process again, what to ask it, and what
 // its answers mean is the business of package token.
 package process
 
@@ -65,7 +65,7 @@ type Process struct {
 
 	events chan struct{} // one element: slots or tokens have changed
 	left   func([]wire.SlotID)
-	signed atomic.Bool
+	used   atomic.Bool
 	done   chan struct{}
 
 	// sending counts the goroutines that send a cancellation. They start under mu while err is nil. The end of the
@@ -93,7 +93,7 @@ type pending struct {
 	queue   *queue          // of the token
 	timeout time.Duration
 	since   time.Time
-	secret  bool                   // the request carries a PIN; see output
+	secret  bool                   // see confidential
 	long    bool                   // the request makes a key, and no other request counts as hung meanwhile
 	part    func(wire.Frame) error // takes a part of the answer; nil: the answer comes whole
 	soon    time.Time              // the deadline since the card has left; zero: the card is there
@@ -116,11 +116,11 @@ func (p *Process) Notify() {
 	}
 }
 
-// NoteSignature records that the process has made a signature that counts.
-func (p *Process) NoteSignature() { p.signed.Store(true) }
+// NoteUse records that the process has done what a client asked for.
+func (p *Process) NoteUse() { p.used.Store(true) }
 
-// HasSigned reports whether NoteSignature was called.
-func (p *Process) HasSigned() bool { return p.signed.Load() }
+// WasUsed reports whether NoteUse was called.
+func (p *Process) WasUsed() bool { return p.used.Load() }
 
 // Done returns a channel that is closed after the process has ended.
 func (p *Process) Done() <-chan struct{} { return p.done }

@@ -32,8 +32,8 @@ const (
 	probation = 64
 )
 
-// A queue orders the signatures of one token, first come, first served. It learns how the token works. Process.mu
-// guards it.
+// A queue orders the operations of one token, first come, first served. It learns how the token works. Process.mu
+// guards it. Most operations are signatures, and the comments speak of signatures.
 //
 // A token does not say how many signatures it makes at once. Further requests would wait inside the module, in an
 // order of its own, and could not be taken back. So the agent starts with two requests. If their answers come closer
@@ -57,15 +57,18 @@ type queue struct {
 	gone    bool // the card has left, and no look has seen it since
 }
 
-// A kind of signature: all of a kind take about the same time.
+// A kind of operation: all of a kind take about the same time.
 type kind struct {
+	function  wire.Function
 	mechanism uint64
-	size      uint32 // of the signature
+	size      uint32 // of the result
 }
 
-func (t *Turn) kind() kind { return kind{t.Request.Mechanism, t.Request.ResultLen} }
+func (t *Turn) kind() kind {
+	return kind{t.Request.Function, t.Request.Mechanism, t.Request.ResultLen}
+}
 
-// A Turn is the right to request one signature of a token at a time, and the lane for the request. The goroutine
+// A Turn is the right to request one operation of a token at a time, and the lane for the request. The goroutine
 // that has it uses it alone.
 type Turn struct {
 	// Request is the request, for the holder of the turn to fill in.
@@ -77,6 +80,7 @@ type Turn struct {
 	reply   wire.OperateReply
 	pending pending
 	mark    uint64 // see output
+	hidden  bool   // the output of the module counts as secret meanwhile
 	beside  bool   // another signature was under way meanwhile
 }
 
@@ -158,8 +162,8 @@ func (q *queue) learn(t *Turn, now time.Time) {
 	}
 }
 
-// AwaitTurn waits until the caller may request a signature of a token, and returns the turn. info is what the token
-// said of itself. [Process.Sign] ends the turn. The error is that of ctx, or [ErrGone].
+// AwaitTurn waits until the caller may request an operation of a token, and returns the turn. info is what the token
+// said of itself. [Process.Operate] ends the turn. The error is that of ctx, or [ErrGone].
 func (p *Process) AwaitTurn(ctx context.Context, token wire.TokenID, info wire.TokenInfo) (*Turn, error) {
 	p.mu.Lock()
 	if p.err != nil {
@@ -246,7 +250,7 @@ func (p *Process) endTurnLocked(t *Turn) {
 	q.running--
 	now := time.Now()
 	t.used = now
-	t.reply.Result, t.Request.Data = nil, nil // they belong to the caller
+	t.reply.Result, t.Request.Data, t.Request.Params.Source = nil, nil, nil // they belong to the caller
 	q.idle = append(q.idle, t)
 	if oldest := q.idle[0]; now.Sub(oldest.used) > laneIdle {
 		q.idle = slices.Delete(q.idle, 0, 1)
@@ -272,10 +276,11 @@ func (t *Turn) waitOnThread(worthwhile bool) bool {
 	return t.lane.Ready(instant)
 }
 
-// Sign requests the signature that t.Request describes, and ends the turn. When ctx ends first, Sign returns its
-// error, and the turn ends with the late answer. A module that does not answer in time ends. fastest is the shortest
-// time that such a signature has taken so far.
-func (p *Process) Sign(ctx context.Context, t *Turn) (signature []byte, fastest time.Duration, err error) {
+// Operate requests the operation that t.Request describes, and ends the turn. When ctx ends first, Operate returns
+// its error, and the turn ends with the late answer. A module that does not answer in time ends. fastest is the
+// shortest time that such an operation has taken so far. The result of a decryption or derivation is a secret:
+// package process keeps no copy of it, and the caller wipes it.
+func (p *Process) Operate(ctx context.Context, t *Turn) (result []byte, fastest time.Duration, err error) {
 	timeout := SignTimeout
 	if p.timeout != 0 {
 		timeout = p.timeout
@@ -304,9 +309,11 @@ func (p *Process) Sign(ctx context.Context, t *Turn) (signature []byte, fastest 
 	if t.lane == nil {
 		err = wire.ErrTooLong // the process has no room for a lane
 	} else {
+		p.hide(t)
 		err = t.lane.Send(id, &t.Request)
 	}
 	if err == wire.ErrTooLong {
+		p.show(t)
 		p.mu.Lock()
 		delete(p.waiting, id)
 		p.mu.Unlock()
@@ -327,11 +334,27 @@ func (p *Process) Sign(ctx context.Context, t *Turn) (signature []byte, fastest 
 		p.forsake(id, t)
 		return nil, 0, ctx.Err()
 	}
-	signature, fastest, err = p.answered(id, t, f, err)
+	result, fastest, err = p.answered(id, t, f, err)
 	if err == ErrGone {
 		err = p.ended(ctx)
 	}
-	return signature, fastest, err
+	return result, fastest, err
+}
+
+// hide keeps what the module prints secret while it decrypts or derives: it may say why it does not decrypt. show ends
+// that.
+func (p *Process) hide(t *Turn) {
+	if p.output != nil && t.Request.Function.Secret() {
+		p.output.beginSecret()
+		t.hidden = true
+	}
+}
+
+func (p *Process) show(t *Turn) {
+	if t.hidden {
+		p.output.endSecret()
+		t.hidden = false
+	}
 }
 
 // openLane opens the lane of a turn that has none. If that fails, the signature takes the connection of the other
@@ -369,9 +392,10 @@ func (t *Turn) receive(ctx context.Context) (wire.Frame, error) {
 	return f, err
 }
 
-// answered takes the answer of a signature, or the error of the lane, and ends the turn. It returns ErrGone itself
+// answered takes the answer of an operation, or the error of the lane, and ends the turn. It returns ErrGone itself
 // when the process ends.
 func (p *Process) answered(id uint32, t *Turn, f wire.Frame, err error) ([]byte, time.Duration, error) {
+	p.show(t)
 	if err != nil {
 		if _, ok := errors.AsType[*net.OpError](err); err != io.EOF && !ok {
 			p.Kill(fmt.Errorf("its answer made no sense: %w", err))
@@ -388,15 +412,15 @@ func (p *Process) answered(id uint32, t *Turn, f wire.Frame, err error) ([]byte,
 	return p.outcomeLocked(t, err)
 }
 
-// outcomeLocked returns the outcome of a signature, and ends the turn.
-func (p *Process) outcomeLocked(t *Turn, err error) (signature []byte, fastest time.Duration, _ error) {
-	signature = t.reply.Result
+// outcomeLocked returns the outcome of an operation, and ends the turn.
+func (p *Process) outcomeLocked(t *Turn, err error) (result []byte, fastest time.Duration, _ error) {
+	result = t.reply.Result
 	if err == nil {
 		t.queue.learn(t, time.Now())
 	}
 	fastest = t.queue.fastest[t.kind()]
 	p.endTurnLocked(t)
-	return signature, fastest, err
+	return result, fastest, err
 }
 
 // forsake tells the module process that the client has gone, and ends the turn with the late answer.
@@ -410,6 +434,7 @@ func (p *Process) forsake(id uint32, t *Turn) {
 	p.sending.Go(func() {
 		_ = p.conn.WriteRequest(cancel, wire.TypeCancel, &wire.Cancel{Request: id})
 		f, err := t.lane.Receive()
-		_, _, _ = p.answered(id, t, f, err)
+		late, _, _ := p.answered(id, t, f, err)
+		clear(late) // it may be a secret
 	})
 }

@@ -59,7 +59,7 @@ func (p *Process) ask(ctx context.Context, info wire.TokenInfo, data string) err
 		return err
 	}
 	s.Request = wire.Operate{Key: wire.KeyID{Token: someToken}, Mechanism: wire.CKMECDSA, ResultLen: 64, Data: []byte(data)}
-	got, _, err := p.Sign(ctx, s)
+	got, _, err := p.Operate(ctx, s)
 	if err == nil && string(got) != data {
 		err = fmt.Errorf("%q is signed in place of %q", got, data)
 	}

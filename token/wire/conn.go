@@ -1,7 +1,7 @@
 package wire
 
 import (
-	"bufio"
+	"cmp"
 	"encoding/binary"
 	"errors"
 	"fmt"
@@ -36,9 +36,13 @@ type Frame struct {
 
 // Decode reads the answer, or a part of it, into reply. reply must be of the kind that
 // belongs to the request. If the request failed, Decode returns the *Error in the frame.
+// Decode wipes the frame of an OperateReply.
 func (f Frame) Decode(reply Message) error {
 	switch f.Type {
 	case TypeReply, TypePart:
+		if _, ok := reply.(*OperateReply); ok {
+			defer f.Wipe()
+		}
 		return Unmarshal(f.Body, reply)
 	case TypeError, TypeLost:
 		e := new(Error)
@@ -51,19 +55,22 @@ func (f Frame) Decode(reply Message) error {
 	}
 }
 
+// Wipe overwrites the body, which may hold a secret.
+func (f Frame) Wipe() { clear(f.Body) }
+
 // A Conn is the agent's end of the connection with a module process. One goroutine reads;
 // any number of goroutines write. After an error of reading or writing, close the
 // connection: it is unusable. Only a request that WriteRequest refuses to send leaves it
 // usable.
 type Conn struct {
 	c net.Conn
-	r *bufio.Reader
+	r reader
 	w writer
 }
 
 // NewConn returns the agent's end on c. The Conn owns c.
 func NewConn(c net.Conn) *Conn {
-	return &Conn{c: c, r: bufio.NewReaderSize(c, readBuffer), w: writer{c: c}}
+	return &Conn{c: c, r: reader{c: c, buf: make([]byte, readBuffer)}, w: writer{c: c}}
 }
 
 // WriteRequest sends a request in one system call. The kernel takes a PIN from the PIN's
@@ -87,7 +94,7 @@ func (c *Conn) WriteRequest(id uint32, t Type, msg Message) error {
 // gone, at any point of a frame. It returns another error when a message is malformed.
 func (c *Conn) ReadFrame() (Frame, error) {
 	var h [headerSize]byte
-	if _, err := io.ReadFull(c.r, h[:]); err != nil {
+	if err := c.r.fill(h[:]); err != nil {
 		return Frame{}, gone(err)
 	}
 	t, id, n, err := parseHeader(h[:], MaxReply)
@@ -111,7 +118,7 @@ func (c *Conn) ReadFrame() (Frame, error) {
 		return Frame{}, fmt.Errorf("unknown type %d of answer", t)
 	}
 	f := Frame{Type: t, ID: id, Body: make([]byte, n)}
-	if _, err := io.ReadFull(c.r, f.Body); err != nil {
+	if err := c.r.fill(f.Body); err != nil {
 		return Frame{}, gone(err)
 	}
 	if t == TypeEvent {
@@ -120,6 +127,35 @@ func (c *Conn) ReadFrame() (Frame, error) {
 		}
 	}
 	return f, nil
+}
+
+// A reader reads from the module process through a buffer. It overwrites in the buffer what it
+// has passed on: an answer may hold a secret.
+type reader struct {
+	c        net.Conn
+	buf      []byte
+	from, to int // buf[from:to] is not passed on yet
+}
+
+// fill reads until b is full.
+func (r *reader) fill(b []byte) error {
+	for {
+		ready := r.buf[r.from:r.to]
+		n := copy(b, ready)
+		clear(ready[:n])
+		r.from += n
+		if b = b[n:]; len(b) == 0 {
+			return nil
+		}
+		if len(b) >= len(r.buf) { // a long body goes straight into its own memory
+			_, err := io.ReadFull(r.c, b)
+			return err
+		}
+		n, err := r.c.Read(r.buf)
+		if r.from, r.to = 0, n; n == 0 {
+			return cmp.Or(err, io.ErrNoProgress)
+		}
+	}
 }
 
 // Event decodes a frame of TypeEvent.
@@ -347,6 +383,9 @@ func (w *writer) write(id uint32, t Type, msg Message, limit int) error {
 	} else {
 		// This is one writev. The kernel takes the PIN from its own memory.
 		_, w.err = (&net.Buffers{b, pin.Bytes()}).WriteTo(w.c)
+	}
+	if _, ok := msg.(*OperateReply); ok {
+		clear(b) // the result may be a secret
 	}
 	return w.err
 }

@@ -22,23 +22,30 @@ const (
 	CKMRSAPKCSKeyPairGen   = 0x0000
 	CKMRSAPKCS             = 0x0001
 	CKMSHA1RSAPKCS         = 0x0006
+	CKMRSAPKCSOAEP         = 0x0009
 	CKMRSAPKCSPSS          = 0x000d
+	CKMSHA1RSAPSS          = 0x000e
 	CKMSHA256RSAPKCS       = 0x0040
 	CKMSHA384RSAPKCS       = 0x0041
 	CKMSHA512RSAPKCS       = 0x0042
 	CKMSHA256RSAPSS        = 0x0043
 	CKMSHA384RSAPSS        = 0x0044
 	CKMSHA512RSAPSS        = 0x0045
+	CKMSHA224RSAPKCS       = 0x0046
+	CKMSHA224RSAPSS        = 0x0047
 	CKMSHA1                = 0x0220
 	CKMSHA256              = 0x0250
+	CKMSHA224              = 0x0255
 	CKMSHA384              = 0x0260
 	CKMSHA512              = 0x0270
 	CKMECKeyPairGen        = 0x1040
 	CKMECDSA               = 0x1041
 	CKMECDSASHA1           = 0x1042
+	CKMECDSASHA224         = 0x1043
 	CKMECDSASHA256         = 0x1044
 	CKMECDSASHA384         = 0x1045
 	CKMECDSASHA512         = 0x1046
+	CKMECDH1Derive         = 0x1050
 	CKMECEdwardsKeyPairGen = 0x1055
 	CKMEdDSA               = 0x1057
 )
@@ -49,6 +56,17 @@ const (
 	CKGMGF1SHA256 = 2
 	CKGMGF1SHA384 = 3
 	CKGMGF1SHA512 = 4
+	CKGMGF1SHA224 = 5
+)
+
+// Key derivation functions (CKD).
+const CKDNull = 1
+
+// Mechanism flags (CKF).
+const (
+	CKFDecrypt = 0x00000200
+	CKFSign    = 0x00000800
+	CKFDerive  = 0x00080000
 )
 
 // Slot flags (CKF).
@@ -87,6 +105,8 @@ const (
 	CKRDeviceError                = 0x030
 	CKRDeviceMemory               = 0x031
 	CKRDeviceRemoved              = 0x032
+	CKREncryptedDataInvalid       = 0x040
+	CKREncryptedDataLenRange      = 0x041
 	CKRFunctionCanceled           = 0x050
 	CKRFunctionNotSupported       = 0x054
 	CKRKeyHandleInvalid           = 0x060

@@ -57,6 +57,8 @@ func (r Reason) String() string {
 		return "a key of that id or label is on the token"
 	case ReasonPulled:
 		return "the module has not answered since a token was put in or taken out"
+	case ReasonCiphertext:
+		return "the token does not decrypt this"
 	case ReasonExtractable:
 		return "the token made a key that could leave it"
 	default:
@@ -122,9 +124,9 @@ func Explain(rv uint64) string {
 	case CKRFunctionNotSupported:
 		return "the module does not support this"
 	case CKRKeyFunctionNotPermitted:
-		return "the key may not be used for signing"
+		return "the key may not be used for this"
 	case CKRKeyTypeInconsistent, CKRMechanismInvalid, CKRMechanismParamInvalid:
-		return "the card does not sign this way with this key"
+		return "the card does not use this key in this way"
 	case CKRDataInvalid, CKRDataLenRange:
 		return "the card does not take data of this kind or length"
 	case CKRPINIncorrect:

@@ -10,7 +10,7 @@ var requests = map[Type]func() Message{
 	TypeToken:    func() Message { return new(Token) },
 	TypeLogin:    func() Message { return new(Login) },
 	TypeLogout:   func() Message { return new(Token) },
-	TypeOperate:     func() Message { return new(Operate) },
+	TypeOperate:  func() Message { return new(Operate) },
 	TypeCancel:   func() Message { return new(Cancel) },
 	TypeGenerate: func() Message { return new(Generate) },
 	TypeNewToken: func() Message { return new(NewToken) },
@@ -94,6 +94,7 @@ func (m *Mechanism) fields(c *codec) {
 	c.uint64(&m.Type)
 	c.uint64(&m.MinKey)
 	c.uint64(&m.MaxKey)
+	c.uint64(&m.Flags)
 }
 
 func (m *Objects) fields(c *codec) {
@@ -132,6 +133,8 @@ func (m *Object) fields(c *codec) {
 	c.bytes(&m.ECPoint)
 	c.bytes(&m.Value)
 	c.tri(&m.Sign)
+	c.tri(&m.Decrypt)
+	c.tri(&m.Derive)
 	c.tri(&m.Private)
 	c.tri(&m.AlwaysAuth)
 	c.tri(&m.Trusted)
@@ -158,6 +161,10 @@ func (m *Login) pin() *secret.Secret { return m.PIN }
 
 func (m *Operate) fields(c *codec) {
 	m.Key.fields(c)
+	c.byte((*byte)(&m.Function))
+	if m.Function > lastFunction {
+		c.fail("function that is not known")
+	}
 	c.uint64(&m.Mechanism)
 	m.Params.fields(c)
 	c.uint32(&m.ResultLen)
@@ -175,6 +182,7 @@ func (m *Params) fields(c *codec) {
 	c.uint64(&m.Hash)
 	c.uint64(&m.MGF)
 	c.uint64(&m.Salt)
+	c.bytes(&m.Source)
 }
 
 func (m *KeyID) fields(c *codec) {

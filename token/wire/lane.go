@@ -15,7 +15,7 @@ import (
 )
 
 // A lane is an additional socket pair between the agent and a module process. It carries
-// the signatures of one token, one at a time. The goroutine that asks for a signature
+// the operations of one token, one at a time. The goroutine that asks for an operation
 // reads the answer, and a thread of the module process serves only this lane. So neither
 // end wakes another thread to hand a message over. Such a wake-up takes as long as a fast
 // token needs for a signature. One packet is one frame. No PIN crosses on a lane.
@@ -23,7 +23,7 @@ import (
 const (
 	// LanesFD is the file descriptor number of the socket that opens lanes.
 	LanesFD = 4
-	// MaxLanes is the most lanes of one token. So it is the most signatures that the
+	// MaxLanes is the most lanes of one token. So it is the most operations that the
 	// agent asks a token for at once.
 	MaxLanes = 64
 	// MaxLaneFrame bounds the bytes of a frame on a lane. A longer frame takes the Conn.
@@ -43,7 +43,7 @@ type Lanes struct{ c *net.UnixConn }
 // The other end is LanesFD in the module process.
 func NewLanes(c *net.UnixConn) *Lanes { return &Lanes{c} }
 
-// Open opens a lane for the signatures of a token.
+// Open opens a lane for the operations of a token.
 func (l *Lanes) Open(token TokenID) (*Lane, error) {
 	fds, err := unix.Socketpair(unix.AF_UNIX, unix.SOCK_SEQPACKET|unix.SOCK_CLOEXEC, 0)
 	if err != nil {
@@ -129,7 +129,7 @@ func call(trap, fd uintptr, b []byte) (int, syscall.Errno) {
 	}
 }
 
-// Send asks for a signature, in one system call. After an error other than ErrTooLong,
+// Send asks for an operation, in one system call. After an error other than ErrTooLong,
 // the lane is unusable.
 func (l *Lane) Send(id uint32, m *Operate) error {
 	if m.PIN.Len() > 0 {
@@ -161,7 +161,8 @@ func (l *Lane) Ready(patience time.Duration) bool {
 	return l.raw.Control(l.poll) != nil || l.ready
 }
 
-// Receive waits for the answer. The body is valid until the next use of the lane. After
+// Receive waits for the answer. The body is valid until the next use of the lane, and
+// Decode wipes it. After
 // Interrupt, Receive returns os.ErrDeadlineExceeded, and the lane stays usable. After any
 // other error the lane is unusable.
 func (l *Lane) Receive() (Frame, error) {
@@ -321,6 +322,7 @@ func parseLaneRequest(packet []byte, m *Operate) (id uint32, err error) {
 // WriteReply answers a request in one system call.
 func (l *ModuleLane) WriteReply(id uint32, reply Message) error {
 	b, _ := marshal(appendHeader(l.out[:0], TypeReply, id), reply)
+	defer clear(b) // the result may be a secret
 	return l.write(b)
 }
 

@@ -124,6 +124,58 @@ func TestLaneAllocations(t *testing.T) {
 	}
 }
 
+// The result of a decryption is a secret: no frame keeps it.
+func TestResultIsWiped(t *testing.T) {
+	secret := []byte("a secret that a token has decrypted")
+	var reply OperateReply
+	check := func(where string, buf []byte) {
+		t.Helper()
+		if bytes.Contains(buf[:cap(buf)], secret) {
+			t.Errorf("%s keeps the result", where)
+		}
+	}
+
+	lane, module := lanePair(t)
+	if err := lane.Send(1, &testSign); err != nil {
+		t.Fatal(err)
+	}
+	if _, err := module.ReadRequest(new(Operate), 0); err != nil {
+		t.Fatal(err)
+	}
+	if err := module.WriteReply(1, &OperateReply{Result: secret}); err != nil {
+		t.Fatal(err)
+	}
+	if err := receive(lane, &reply); err != nil || !bytes.Equal(reply.Result, secret) {
+		t.Fatalf("got %q, %v", reply.Result, err)
+	}
+	check("the lane", lane.buf)
+	check("the module's lane", module.out)
+
+	ours, theirs := net.Pipe()
+	conn, other := NewConn(ours), NewModuleConn(theirs)
+	defer conn.Close()
+	defer other.Close()
+	sent := make(chan error, 1)
+	go func() {
+		sent <- errors.Join(other.WriteReply(1, &OperateReply{Result: secret}), other.WriteReply(2, &OperateReply{Result: secret}))
+	}()
+	for range 2 {
+		f, err := conn.ReadFrame()
+		if err != nil {
+			t.Fatal(err)
+		}
+		if err := f.Decode(&reply); err != nil || !bytes.Equal(reply.Result, secret) {
+			t.Fatalf("got %q, %v", reply.Result, err)
+		}
+		check("the frame", f.Body)
+		check("the connection", conn.r.buf)
+	}
+	if err := <-sent; err != nil {
+		t.Fatal(err)
+	}
+	check("the module's connection", other.w.buf)
+}
+
 func TestLaneRefusesToSend(t *testing.T) {
 	lane, module := lanePair(t)
 	long := testSign
@@ -289,6 +341,10 @@ func TestAcceptRefuses(t *testing.T) {
 func FuzzLaneRequest(f *testing.F) {
 	f.Add(packet(TypeOperate, 1, body(&testSign)))
 	f.Add(packet(TypeOperate, 7, append(body(&testSign), 'x')))
+	f.Add(packet(TypeOperate, 2, body(&Operate{
+		Key: testKey, Function: Decrypt, Mechanism: CKMRSAPKCSOAEP, Params: Params{Hash: CKMSHA1, MGF: CKGMGF1SHA1, Source: []byte("label")},
+	})))
+	f.Add(packet(TypeOperate, 3, body(&Operate{Key: testKey, Function: Derive, Mechanism: CKMECDH1Derive, ResultLen: 32, Data: []byte("\x04")})))
 	f.Fuzz(func(t *testing.T, b []byte) {
 		var fresh Operate
 		used := testSign

@@ -19,13 +19,14 @@ package wire
 
 import (
 	"cmp"
+	"fmt"
 
 	"p11-agent/pinentry/secret"
 )
 
 // Version is the version of this protocol. Both sides run the same binary. So a
 // difference means that the binary was replaced while the agent ran.
-const Version = 6
+const Version = 7
 
 // FD is the file descriptor number of the socket in a module process.
 const FD = 3
@@ -66,7 +67,7 @@ const (
 	TypeToken    Type = 4  // Token -> TokenReply
 	TypeLogin    Type = 5  // Login -> TokenReply; keep the body in locked memory only
 	TypeLogout   Type = 6  // Token -> TokenReply
-	TypeOperate     Type = 7  // Sign -> OperateReply; keep a body with a PIN in locked memory only
+	TypeOperate  Type = 7  // Operate -> OperateReply; keep a body with a PIN in locked memory only
 	TypeCancel   Type = 8  // Cancel; it has no reply
 	TypeGenerate Type = 9  // Generate -> GenerateReply
 	TypeNewToken Type = 10 // NewToken -> NewTokenReply; keep the body in locked memory only
@@ -203,10 +204,12 @@ type TokenInfo struct {
 	Stay uint64
 }
 
-// A Mechanism is a mechanism that the token can sign with (CKF_SIGN), and its key sizes.
+// A Mechanism is a mechanism with which the token signs, decrypts or derives, and its key
+// sizes (PKCS#11 v2.40 section 3.5, CK_MECHANISM_INFO).
 type Mechanism struct {
 	Type           uint64
 	MinKey, MaxKey uint64
+	Flags          uint64 // CKF of the mechanism: CKFSign and others
 }
 
 // Objects asks for the keys and certificates that are visible now. If Placed is set, it
@@ -267,6 +270,8 @@ type Object struct {
 	Value             []byte // certificates: DER
 
 	Sign         Tri // CKA_SIGN of a private, CKA_VERIFY of a public key
+	Decrypt      Tri // CKA_DECRYPT, private keys
+	Derive       Tri // CKA_DERIVE, private keys
 	Private      Tri // CKA_PRIVATE
 	AlwaysAuth   Tri // CKA_ALWAYS_AUTHENTICATE
 	Trusted      Tri // CKA_TRUSTED, certificates
@@ -311,16 +316,49 @@ type Login struct {
 	PIN *secret.Secret
 }
 
-// Operate asks for one signature.
+// A Function is what a token does with a private key. Each Function has its own functions of
+// PKCS#11 v2.40: C_Sign (section 5.11), C_Decrypt (5.9) and C_DeriveKey (5.13).
+type Function uint8
+
+// The Functions.
+const (
+	Sign Function = iota
+	Decrypt
+	Derive
+)
+
+// lastFunction is the last known Function.
+const lastFunction = Derive
+
+// String returns the verb of the Function.
+func (f Function) String() string {
+	switch f {
+	case Sign:
+		return "sign"
+	case Decrypt:
+		return "decrypt"
+	case Derive:
+		return "derive"
+	}
+	return fmt.Sprintf("function %d", uint8(f))
+}
+
+// Secret reports whether the result of the Function is a secret.
+func (f Function) Secret() bool { return f != Sign }
+
+// Operate asks for one operation with a private key.
 type Operate struct {
 	Key       KeyID
+	Function  Function
 	Mechanism uint64 // CKM
 	Params    Params
 	ResultLen uint32 // bytes to expect at most: known from key and mechanism
-	Data      []byte
-	// If ContextLogin is set, the process calls C_Login(CKU_CONTEXT_SPECIFIC) with PIN
-	// between C_SignInit and C_Sign, for CKA_ALWAYS_AUTHENTICATE. LastTry and Pad are as
-	// in Login.
+	// Data are the data to sign, or the ciphertext. For Derive, they are the public point of
+	// the other party, uncompressed, without an OCTET STRING around it.
+	Data []byte
+	// If ContextLogin is set, the process calls C_Login(CKU_CONTEXT_SPECIFIC) with PIN, for
+	// CKA_ALWAYS_AUTHENTICATE. It does so between C_SignInit and C_Sign, between
+	// C_DecryptInit and C_Decrypt, or before C_DeriveKey. LastTry and Pad are as in Login.
 	ContextLogin bool
 	Stay         uint64 // for ContextLogin, as in Login
 	LastTry      bool
@@ -328,11 +366,14 @@ type Operate struct {
 	PIN          *secret.Secret
 }
 
-// Params are the parameters of a mechanism. All are 0 for a mechanism without parameters.
+// Params are the parameters of a mechanism. All are empty for a mechanism without
+// parameters. CKM_ECDH1_DERIVE has none here: its key derivation function is CKD_NULL.
 type Params struct {
-	// These are the parameters of CKM_RSA_PKCS_PSS and similar mechanisms
-	// (CK_RSA_PKCS_PSS_PARAMS): CKM, CKG, and bytes.
+	// Hash (CKM), MGF (CKG) and Salt (bytes) are the parameters of CKM_RSA_PKCS_PSS and
+	// similar mechanisms (CK_RSA_PKCS_PSS_PARAMS). CKM_RSA_PKCS_OAEP has Hash, MGF and
+	// Source (CK_RSA_PKCS_OAEP_PARAMS); an empty Source is the empty label.
 	Hash, MGF, Salt uint64
+	Source          []byte
 }
 
 // KeyID names a private key by its token, its CKA_ID and its public half. The public half
@@ -350,8 +391,9 @@ type KeyID struct {
 	Any bool
 }
 
-// OperateReply holds the signature as the token returned it. RSA and EdDSA signatures are
-// unchanged. For ECDSA, s follows r.
+// OperateReply holds the result as the token returned it. In an ECDSA signature, s follows r.
+// The result of decrypt and derive is a secret: both sides overwrite their frames, and the
+// receiver wipes Result.
 type OperateReply struct {
 	Result []byte
 }
@@ -449,7 +491,10 @@ const (
 	// ReasonPulled: a token was put in or taken out, and the module has answered no call
 	// since, although a request waits for it. This process is lost.
 	ReasonPulled Reason = 14
+	// ReasonCiphertext: the token did not decrypt the data. The process does not tell why: a
+	// client that learns that the padding was wrong can decrypt data without the key.
+	ReasonCiphertext Reason = 15
 )
 
 // lastReason is the last known Reason.
-const lastReason = ReasonPulled
+const lastReason = ReasonCiphertext

@@ -47,6 +47,11 @@ func samples(t testing.TB) []sample {
 			Key: testKey, Mechanism: CKMRSAPKCSPSS, Params: Params{Hash: CKMSHA256, MGF: CKGMGF1SHA256, Salt: 32},
 			ResultLen: 256, Data: []byte("hash"), ContextLogin: true,
 		}, pin: "482915"},
+		{t: TypeOperate, msg: &Operate{
+			Key: testKey, Function: Decrypt, Mechanism: CKMRSAPKCSOAEP,
+			Params: Params{Hash: CKMSHA256, MGF: CKGMGF1SHA1, Source: []byte("label")}, ResultLen: 256, Data: []byte("ciphertext"),
+		}},
+		{t: TypeOperate, msg: &Operate{Key: testKey, Function: Derive, Mechanism: CKMECDH1Derive, ResultLen: 32, Data: []byte("\x04point")}},
 		{t: TypeCancel, msg: &Cancel{Request: 7}},
 		{t: TypeGenerate, msg: &Generate{Token: testToken, Mechanism: CKMRSAPKCSKeyPairGen, Bits: 3072, ID: []byte{7}, Label: "new"}},
 		{t: TypeGenerate, msg: &Generate{Token: testToken, Mechanism: CKMECEdwardsKeyPairGen, ECParams: []Value{{[]byte{19, 1, 'x'}}, {[]byte{6, 1, 9}}}}},
@@ -57,11 +62,11 @@ func samples(t testing.TB) []sample {
 		}}},
 		{t: TypeReply, msg: &SlotsReply{Slots: []Slot{
 			{ID: 1, Description: "reader", Flags: CKFRemovableDevice},
-			{ID: 2, HasToken: true, Token: testToken, Info: testInfo, Mechanisms: []Mechanism{{CKMECDSA, 256, 521}, {CKMEdDSA, 255, 255}}},
+			{ID: 2, HasToken: true, Token: testToken, Info: testInfo, Mechanisms: []Mechanism{{CKMECDSA, 256, 521, CKFSign}, {CKMEdDSA, 255, 255, CKFSign}}},
 		}}},
 		{t: TypeReply, msg: &ObjectsReply{Info: testInfo, Objects: []Object{
 			{Class: CKOPublicKey, ID: []byte{1}, Label: "key", KeyType: CKKRSA, Modulus: []byte{0xc1}, Exponent: []byte{1, 0, 1}},
-			{Class: CKOPrivateKey, KeyType: CKKEC, ECParams: []byte{6}, ECPoint: []byte{4}, Sign: True, Private: True, AlwaysAuth: False},
+			{Class: CKOPrivateKey, KeyType: CKKEC, ECParams: []byte{6}, ECPoint: []byte{4}, Sign: True, Decrypt: False, Derive: True, Private: True, AlwaysAuth: False},
 			{Class: CKOCertificate, Value: []byte{0x30}, Trusted: True, CertCategory: 1},
 		}, Cut: true, Long: 2}},
 		{t: TypeReply, msg: &TokenReply{Info: testInfo}},
@@ -179,6 +184,7 @@ func TestUnmarshalRefuses(t *testing.T) {
 		{"list of 4 billion", []byte{0xff, 0xff, 0xff, 0xff}, new(SlotsReply)},
 		{"list above the limit", body(&SlotsReply{Slots: make([]Slot, MaxList+1)}), new(SlotsReply)},
 		{"text that is not UTF-8", body(&Token{Token: TokenID{Label: "\xff"}}), new(Token)},
+		{"function of 3", body(&Operate{Function: 3}), new(Operate)},
 		{"attribute of 3", body(&ObjectsReply{Objects: []Object{{Sign: 3}}}), new(ObjectsReply)},
 		{"unknown reason", body(&Error{Reason: lastReason + 1}), new(Error)},
 		{"long PIN", append(body(&Login{}), make([]byte, MaxPIN+1)...), new(Login)},

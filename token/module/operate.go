@@ -11,9 +11,9 @@ import (
 	"p11-agent/token/wire"
 )
 
-// maxSignature bounds the bytes that the agent may expect. An RSA key of 64 Kibit has 8
+// maxResult bounds the bytes that the agent may expect. An RSA key of 64 Kibit has 8
 // KiB.
-const maxSignature = 8 << 10
+const maxResult = 8 << 10
 
 // mayTry returns an error if the process must not try the PIN on the token now. The
 // caller has just read info. mayTry does not check whether a person can type a PIN on the
@@ -113,10 +113,11 @@ func (s *server) logout(ctx context.Context, lib *library, t *token) (wire.Messa
 	return t.report(p)
 }
 
-// sign makes one signature. It uses room if the signature fits in there.
-func (s *server) sign(ctx context.Context, lib *library, t *token, m *wire.Operate, room []byte) (signature []byte, err error) {
-	if m.ResultLen == 0 || m.ResultLen > maxSignature {
-		return nil, nonsense("a signature of no such length is made here")
+// operate does one operation with a private key. It uses room if the result fits in
+// there. The caller wipes a result that is a secret.
+func (s *server) operate(ctx context.Context, lib *library, t *token, m *wire.Operate, room []byte) (result []byte, err error) {
+	if m.ResultLen == 0 || m.ResultLen > maxResult {
+		return nil, nonsense("a result of no such length is made here")
 	}
 	alone := m.ContextLogin
 	if alone {
@@ -124,7 +125,7 @@ func (s *server) sign(ctx context.Context, lib *library, t *token, m *wire.Opera
 			return nil, err
 		}
 	} else if m.PIN.Len() > 0 || m.Pad {
-		return nil, nonsense("a PIN came with a signature that needs none")
+		return nil, nonsense("a PIN came with an operation that needs none")
 	}
 	if err := t.gate.enter(ctx, alone); err != nil {
 		return nil, err
@@ -160,18 +161,55 @@ func (s *server) sign(ctx context.Context, lib *library, t *token, m *wire.Opera
 			return nil, err
 		}
 	}
-	signature, err = p.sign(ctx, session, m, room)
+	result, err = p.operate(ctx, session, m, room)
 	switch {
+	case err == errLeft:
+		t.failed(p, session, nil)
+		return result, nil
 	case err == nil || unharmed(err):
 		p.release(session)
 	default:
+		err = p.conceal(session, err)
 		t.failed(p, session, err)
 	}
-	return signature, err
+	return result, err
+}
+
+// conceal replaces an error of C_Decrypt by one that does not tell what is wrong with the
+// ciphertext. With the module's own error, a client that sends many altered ciphertexts
+// could find out the plaintext (Bleichenbacher, CRYPTO 1998; Manger, CRYPTO 2001). An
+// error that tells of the session, the token or a person stays.
+func (p *presence) conceal(session pkcs11.SessionHandle, err error) error {
+	e, ok := err.(*wire.Error)
+	if !ok || e.Function != "C_Decrypt" {
+		return err
+	}
+	switch e.RV {
+	case wire.CKRDeviceRemoved, wire.CKRTokenNotPresent, wire.CKRTokenNotRecognized, wire.CKRSlotIDInvalid,
+		wire.CKRSessionHandleInvalid, wire.CKRSessionClosed, wire.CKROperationNotInitialized,
+		wire.CKRKeyHandleInvalid, wire.CKRObjectHandleInvalid, wire.CKRCryptokiNotInitialized,
+		wire.CKRUserNotLoggedIn, wire.CKRFunctionCanceled:
+		return err
+	}
+	// Modules return the same errors for a wrong ciphertext and for a lost card. So ask
+	// for the card.
+	if _, err := p.identify(); err != nil {
+		return err
+	}
+	if _, err := p.sessionInfo(session); err != nil {
+		return err
+	}
+	return &wire.Error{Function: "C_Decrypt", Reason: wire.ReasonCiphertext}
+}
+
+// begins tells whether a function of the module begins an operation. When it fails, it
+// leaves no operation on the session.
+func begins(function string) bool {
+	return function == "C_SignInit" || function == "C_DecryptInit" || function == "C_DeriveKey"
 }
 
 // unharmed tells whether an error leaves no operation on the session, because the
-// signature has not begun.
+// operation has not begun.
 func unharmed(err error) bool {
 	e, ok := err.(*wire.Error)
 	switch {
@@ -179,7 +217,7 @@ func unharmed(err error) bool {
 		return true
 	case e.Function == "":
 		return e.Reason == wire.ReasonNoKey || e.Reason == wire.ReasonAmbiguous
-	case e.Function != "C_SignInit":
+	case !begins(e.Function):
 		return false
 	}
 	switch e.RV {
@@ -191,8 +229,8 @@ func unharmed(err error) bool {
 	return false
 }
 
-// sign makes a signature on a session. It uses room if the signature fits in there.
-func (p *presence) sign(ctx context.Context, session pkcs11.SessionHandle, m *wire.Operate, room []byte) ([]byte, error) {
+// operate does an operation on a session. It uses room if the result fits in there.
+func (p *presence) operate(ctx context.Context, session pkcs11.SessionHandle, m *wire.Operate, room []byte) ([]byte, error) {
 	for first := true; ; first = false {
 		key, known, err := p.key(session, &m.Key)
 		if isAmbiguous(err) {
@@ -204,20 +242,26 @@ func (p *presence) sign(ctx context.Context, session pkcs11.SessionHandle, m *wi
 		if err := ctx.Err(); err != nil {
 			return nil, err
 		}
-		signature, err := p.signWith(session, key, m, room, true)
-		if e, ok := err.(*wire.Error); !ok || !first || !known || e.Function != "C_SignInit" ||
-			e.RV != wire.CKRKeyHandleInvalid && e.RV != wire.CKRObjectHandleInvalid {
-			return signature, err
+		result, err := p.operateWith(session, key, m, room, true)
+		if e, ok := err.(*wire.Error); !ok || !first || !known || !begins(e.Function) ||
+			e.RV != wire.CKRKeyHandleInvalid && e.RV != wire.CKRObjectHandleInvalid ||
+			m.ContextLogin && m.Function == wire.Derive { // the PIN is used up
+			return result, err
 		}
 		p.forgetKeys() // the remembered handles are out of date: look for the key once more
 	}
 }
 
-// signWith makes a signature with one private key. It uses room if the signature fits in
+// operateWith does an operation with one private key. It uses room if the result fits in
 // there. last tells that no other key needs the PIN.
-func (p *presence) signWith(session pkcs11.SessionHandle, key pkcs11.ObjectHandle, m *wire.Operate, room []byte, last bool) ([]byte, error) {
-	how := mechanism{kind: m.Mechanism, hash: m.Params.Hash, mgf: m.Params.MGF, salt: m.Params.Salt}
-	if err := p.lib.signInit(session, how, key); err != nil {
+func (p *presence) operateWith(session pkcs11.SessionHandle, key pkcs11.ObjectHandle, m *wire.Operate, room []byte, last bool) (result []byte, err error) {
+	switch m.Function {
+	case wire.Sign:
+		err = p.lib.signInit(session, m.Mechanism, &m.Params, key)
+	case wire.Decrypt:
+		err = p.lib.decryptInit(session, m.Mechanism, &m.Params, key)
+	}
+	if err != nil {
 		return nil, err
 	}
 	if m.ContextLogin {
@@ -232,7 +276,19 @@ func (p *presence) signWith(session pkcs11.SessionHandle, key pkcs11.ObjectHandl
 	if cap(room) < int(m.ResultLen) {
 		room = make([]byte, m.ResultLen)
 	}
-	return p.lib.sign(session, m.Data, room[:m.ResultLen])
+	room = room[:m.ResultLen]
+	switch m.Function {
+	case wire.Decrypt:
+		result, err = p.lib.decrypt(session, m.Data, room)
+	case wire.Derive:
+		result, err = p.lib.derive(session, m.Mechanism, key, m.Data, room)
+	default:
+		return p.lib.sign(session, m.Data, room)
+	}
+	if result == nil {
+		clear(room)
+	}
+	return result, err
 }
 
 // key returns the handle of a private key, and whether the handle was remembered.
