@@ -7,6 +7,7 @@
 package tokentest
 
 import (
+	_ "embed"
 	"fmt"
 	"os"
 	"os/exec"
@@ -192,10 +193,20 @@ func (h *SoftHSM) AddToken(label, pin string) {
 	h.pins[label] = pin
 }
 
+// rsa4096 is a key for tests only. To generate one takes three seconds of a processor.
+//
+//go:embed testdata/rsa4096.pem
+var rsa4096 []byte
+
 // GenerateKey makes a key pair of a kind, such as P256, on a token. id is in
-// hexadecimal. Extra arguments go to pkcs11-tool.
+// hexadecimal. Extra arguments go to pkcs11-tool. The key of kind RSA4096 is always
+// the same one, unless there are extra arguments.
 func (h *SoftHSM) GenerateKey(token, kind, id, label string, extra ...string) {
 	h.t.Helper()
+	if kind == RSA4096 && len(extra) == 0 {
+		h.ImportKey(token, id, label, rsa4096)
+		return
+	}
 	args := h.login(token, "--keypairgen", "--key-type", kind, "--id", id, "--label", label)
 	h.tool(token, append(args, extra...)...)
 }
