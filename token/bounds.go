@@ -5,6 +5,7 @@ import (
 	"time"
 
 	"p11-agent/token/bounds"
+	"p11-agent/token/card"
 	"p11-agent/token/known"
 	"p11-agent/token/pairs"
 )
@@ -23,6 +24,9 @@ const (
 
 // The list of known keys has room for every label and ID that package pairs accepts.
 var _ [known.MaxText - pairs.MaxText]struct{}
+
+// It has room for every number that package card gives.
+var _ [known.MaxTwins - card.MaxTwins]struct{}
 
 // prune forgets absent tokens of which there are too many.
 func (m *module) prune() {

@@ -418,14 +418,14 @@ func (m *module) look(ctx context.Context, p *process.Process, again bool) error
 	now := m.readers(ctx)
 	var order []*Token
 	removable := false
-	names := m.numbering(slots.Slots)
+	names := m.numbering(ctx, p, slots.Slots)
 	bound := bounds.NewLook(len(slots.Slots), m.log)
 	for _, slot := range slots.Slots {
 		removable = removable || slot.Flags&wire.CKFRemovableDevice != 0
 		if !slot.HasToken || !bound.Admit(&slot) {
 			continue
 		}
-		slot.Token = names.name(ctx, p, slot)
+		slot.Token = names.Name(slot)
 		t := m.token(slot)
 		if !bound.MayRead(slot.Token) {
 			// It keeps its old objects.

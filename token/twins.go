@@ -2,11 +2,9 @@ package token
 
 import (
 	"context"
-	"maps"
 	"slices"
 
 	"p11-agent/token/card"
-	"p11-agent/token/known"
 	"p11-agent/token/process"
 	"p11-agent/token/wire"
 )
@@ -16,53 +14,15 @@ import (
 // number stays with its keys, in all modules, for as long as the agent remembers the token. Prompts
 // and lists name the reader instead.
 
-// maxTwins bounds the numbers.
-const maxTwins = known.MaxTwins
-
-// A numbering numbers the tokens of one look.
-type numbering struct {
-	module *module
-	slots  []wire.Slot
-	twins  map[uint64]uint32 // by slot
-	done   map[wire.TokenID]bool
-}
-
-func (m *module) numbering(slots []wire.Slot) *numbering {
-	return &numbering{module: m, slots: slots, twins: make(map[uint64]uint32), done: make(map[wire.TokenID]bool)}
-}
-
-// name returns the name of the token in a slot, with its number.
-func (n *numbering) name(ctx context.Context, p *process.Process, slot wire.Slot) wire.TokenID {
-	if texts := slot.Token.Texts(); !n.done[texts] {
-		n.done[texts] = true
-		n.number(ctx, p, texts)
-	}
-	id := slot.Token
-	id.Twin = n.twins[slot.ID]
-	return id
-}
-
-// number numbers all tokens with the same texts.
-func (n *numbering) number(ctx context.Context, p *process.Process, texts wire.TokenID) {
-	m := n.module
-	var here []uint64
-	for _, slot := range n.slots {
-		if slot.HasToken && slot.Token.Texts() == texts && len(here) < maxTwins {
-			here = append(here, slot.ID)
+// numbering numbers the tokens in slots. p reads their objects if several tokens have the same texts.
+func (m *module) numbering(ctx context.Context, p *process.Process, slots []wire.Slot) *card.Numbering {
+	return card.NewNumbering(slots, m.twins, func(slot wire.Slot) (card.Shown, error) {
+		reply, err := p.Objects(ctx, &wire.Objects{Token: slot.Token.Texts(), Slot: slot.ID, Peek: true})
+		if err != nil {
+			return card.Shown{}, err
 		}
-	}
-	known := m.twins(texts)
-	if len(here) == 1 && !slices.ContainsFunc(known, func(k card.Twin) bool { return k.Number != 0 }) {
-		return // the usual case
-	}
-	shown := make(map[uint64]card.Shown)
-	for _, slot := range here {
-		reply, err := p.Objects(ctx, &wire.Objects{Token: texts, Slot: slot, Peek: true})
-		if err == nil {
-			shown[slot] = card.ShownBy(reply.Objects)
-		} // otherwise the slot decides, and the look returns the reason
-	}
-	maps.Copy(n.twins, card.Number(here, shown, known))
+		return card.ShownBy(reply.Objects), nil
+	})
 }
 
 // twins returns all remembered tokens with some texts, as the module needs them to number its own.

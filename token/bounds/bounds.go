@@ -9,6 +9,7 @@
 package bounds
 
 import (
+	"cmp"
 	"fmt"
 	"log/slog"
 	"slices"
@@ -89,10 +90,15 @@ func (l *Look) Admit(slot *wire.Slot) bool {
 	}
 	l.tokens++
 	slot.Description, slot.Manufacturer = plain.Cut(slot.Description, maxDescription), plain.Cut(slot.Manufacturer, maxDescription)
-	slot.Mechanisms = slices.Clip(slices.DeleteFunc(slices.Clone(slot.Mechanisms), func(m wire.Mechanism) bool {
-		return !operation.Uses(m.Type)
-	}))
+	slot.Mechanisms = trimMechanisms(slot.Mechanisms)
 	return true
+}
+
+// trimMechanisms returns the mechanisms that the agent uses, each once.
+func trimMechanisms(all []wire.Mechanism) []wire.Mechanism {
+	all = slices.DeleteFunc(slices.Clone(all), func(m wire.Mechanism) bool { return !operation.Uses(m.Type) })
+	slices.SortStableFunc(all, func(a, b wire.Mechanism) int { return cmp.Compare(a.Type, b.Type) })
+	return slices.Clip(slices.CompactFunc(all, func(a, b wire.Mechanism) bool { return a.Type == b.Type }))
 }
 
 // MayRead reports whether the look may read the objects of a further token.

@@ -21,7 +21,7 @@ func TestLook(t *testing.T) {
 	}
 	slot := wire.Slot{
 		Token: token("card"), Description: strings.Repeat("x", maxDescription+1),
-		Mechanisms: []wire.Mechanism{{Type: wire.CKMECDSA}, {Type: 0x8000_0001}},
+		Mechanisms: []wire.Mechanism{{Type: wire.CKMECDSA}, {Type: 0x8000_0001}, {Type: wire.CKMECDSA}},
 	}
 	if !l.Admit(&slot) || len(slot.Description) > maxDescription || len(slot.Mechanisms) != 1 {
 		t.Errorf("the slot is %+v", slot)

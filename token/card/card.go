@@ -2,7 +2,7 @@
 //
 // A login, a kept PIN and refused PINs belong to the card in the slot, not to the texts that the card shows: all PIV
 // cards without CHUID have one serial number. So a look notes a [Stay]: what distinguishes this card from the next
-// one. [Stay.Next] compares two looks. If several tokens show the same texts, [Number] tells them apart.
+// one. [Stay.Next] compares two looks. If several tokens show the same texts, a [Numbering] tells them apart.
 //
 // The package errs on the safe side: it takes a card for another card if nothing proves that the card is the same.
 // Package token reads the objects and asks pcscd, and forgets logins and PINs. Package card does no I/O. Its values

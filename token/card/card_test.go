@@ -3,6 +3,7 @@ package card
 import (
 	"crypto/ed25519"
 	"maps"
+	"slices"
 	"strings"
 	"testing"
 
@@ -182,9 +183,29 @@ func TestNumber(t *testing.T) {
 		{"the keys of one have changed", []uint64{1, 2}, map[uint64]Shown{1: showing("x"), 2: showing("b")}, []Twin{first, second}, map[uint64]uint32{1: 0, 2: 1}},
 	} {
 		t.Run(tt.name, func(t *testing.T) {
-			if got := Number(tt.slots, tt.shown, tt.known); !maps.Equal(got, tt.want) {
+			if got := number(tt.slots, tt.shown, tt.known); !maps.Equal(got, tt.want) {
 				t.Errorf("got %v, want %v", got, tt.want)
 			}
 		})
+	}
+}
+
+// TestNumbering checks that a token whose texts are its own is not read.
+func TestNumbering(t *testing.T) {
+	card := func(slot uint64, label string) wire.Slot {
+		return wire.Slot{ID: slot, HasToken: true, Token: wire.TokenID{Label: label}}
+	}
+	slots := []wire.Slot{card(1, "twin"), card(2, "single"), card(3, "twin"), {ID: 4}}
+	var peeked []uint64
+	n := NewNumbering(slots, func(wire.TokenID) []Twin { return nil }, func(slot wire.Slot) (Shown, error) {
+		peeked = append(peeked, slot.ID)
+		return showing(string(rune('a' + slot.ID))), nil
+	})
+	var got []uint32
+	for _, slot := range slots[:3] {
+		got = append(got, n.Name(slot).Twin)
+	}
+	if !slices.Equal(got, []uint32{0, 0, 1}) || !slices.Equal(peeked, []uint64{1, 3}) {
+		t.Errorf("the numbers are %v, the slots %v were read", got, peeked)
 	}
 }
