@@ -21,6 +21,21 @@ func Remembered(s *Store, module string) (tokens int, size bounds.Size) {
 	return tokens, size
 }
 
+// Certificates returns the labels of the certificates that the Store keeps of a token, and how many
+// public keys it keeps.
+func Certificates(k *Key) (labels []string, keys int) {
+	k.token.mu.Lock()
+	set := k.token.objects
+	k.token.mu.Unlock()
+	for c := range set.Certificates() {
+		labels = append(labels, c.Label)
+	}
+	for range set.PublicKeys() {
+		keys++
+	}
+	return labels, keys
+}
+
 // Shared returns for how many tokens the Store remembers refused PINs and homes. queues is the
 // number of queues of the module's process.
 func Shared(s *Store, module string) (devices, homes, queues int) {

@@ -12,6 +12,8 @@ import (
 	"encoding/pem"
 	"fmt"
 	"math/big"
+	"slices"
+	"strings"
 	"testing"
 
 	"p11-agent/token"
@@ -176,6 +178,37 @@ func TestForeignRoot(t *testing.T) {
 	for _, k := range s.Keys() {
 		want(t, fmt.Sprintf("fit %x", k.ID()), k.Unfit() == "", bytes.Equal(k.ID(), []byte{1}))
 	}
+}
+
+// The agent keeps the chain of a certificate, although no key of the token belongs to it. A login and
+// a logout change nothing.
+func TestChainIsKept(t *testing.T) {
+	hsm := tokentest.NewSoftHSM(t)
+	hsm.AddToken("work", tokentest.PIN)
+	key, pkcs8 := newPair(t, tokentest.P256)
+	hsm.ImportKey("work", "01", "login", pkcs8)
+	ca, _ := newPair(t, tokentest.P256)
+	middle, _ := newPair(t, tokentest.P256)
+	hsm.ImportCertificate("work", "01", "login", certify(t, "me", key, middle, false))
+	hsm.ImportCertificate("work", "02", "middle", certify(t, "issuer", middle, ca, true))
+	hsm.ImportCertificate("work", "03", "root", certify(t, "root", ca, nil, true))
+	s, _ := hsmStore(t, hsm)
+	k := s.Keys()[slices.IndexFunc(s.Keys(), func(k *token.Key) bool { return k.Unfit() == "" })]
+	check := func(when string) {
+		t.Helper()
+		labels, keys := token.Certificates(k)
+		slices.Sort(labels)
+		want(t, "certificates "+when, strings.Join(labels, " "), "login middle root")
+		want(t, "public keys "+when, keys, 1)
+	}
+	check("before a login")
+	noError(t, tokentest.Sign(t.Context(), k))
+	noError(t, s.Rescan(t.Context()))
+	check("after a login")
+	want(t, "keys", len(s.Keys()), 1)
+	noError(t, s.LogoutAll(t.Context()))
+	noError(t, s.Rescan(t.Context()))
+	check("after a logout")
 }
 
 // Two pairs have one ID and one label. Each key still signs with its own private key.

@@ -82,14 +82,12 @@ func (s *Set) addOthers(found pairs.Found, room int, left *leftOut) {
 	for _, c := range found.Certificates {
 		if fits(certificateWeight(c)) {
 			s.certificates = append(s.certificates, c)
-			s.names.add(c.Name)
 		}
 	}
 	for _, k := range found.Keys {
 		modulus, point := pairs.Attributes(k.Key)
 		if fits(len(k.ID) + len(k.Label) + len(modulus) + len(point)) {
 			s.keys = append(s.keys, k)
-			s.names.add(k.Name)
 		}
 	}
 }

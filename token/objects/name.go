@@ -12,18 +12,26 @@ import (
 // names holds the labels and IDs of the objects of a token.
 type names struct{ labels, ids map[string]bool }
 
-func newNames() names { return names{labels: make(map[string]bool), ids: make(map[string]bool)} }
-
 func (x names) add(n pairs.Name) {
 	x.labels[n.Label] = true
 	x.ids[string(n.ID)] = true
 }
 
-func (x names) addPair(p *pairs.Pair) {
-	for _, m := range p.Members {
-		x.add(m.Name)
+// indexNames notes the names of all objects.
+func (s *Set) indexNames() {
+	s.names = names{labels: make(map[string]bool), ids: make(map[string]bool)}
+	for _, p := range s.pairs {
+		for _, m := range p.Members { // also those whose certificate is left out
+			s.names.add(m.Name)
+		}
+		s.names.ids[string(p.ID)] = true
 	}
-	x.ids[string(p.ID)] = true
+	for c := range s.Certificates() {
+		s.names.add(c.Name)
+	}
+	for name := range s.PublicKeys() {
+		s.names.add(name)
+	}
 }
 
 // Names reports whether the object attributes of a URI name a pair: ID and label, and the class of one of its

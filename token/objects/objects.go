@@ -15,7 +15,9 @@ package objects
 import (
 	"bytes"
 	"cmp"
+	"crypto"
 	"crypto/sha256"
+	"iter"
 	"slices"
 
 	"p11-agent/token/bounds"
@@ -85,22 +87,26 @@ func Read(l Look) *Set {
 	room := l.Used.Room()
 	s := newSet(fitPairs(found.Pairs, room, l.Named, &left))
 	s.addOthers(found, room.OtherBytes, &left)
+	s.indexNames()
 	s.cut, s.leftOut, s.unused = l.Cut, left.sentences(), left.keys
 	return s
 }
 
 // Known makes the Set of the key pairs that are known of a token from earlier.
-func Known(all []*pairs.Pair) *Set { return newSet(all) }
+func Known(all []*pairs.Pair) *Set {
+	s := newSet(all)
+	s.indexNames()
+	return s
+}
 
 func newSet(all []*pairs.Pair) *Set {
 	s := &Set{
-		pairs: all, bySum: make(map[[sha256.Size]byte][]int, len(all)), byID: make(map[string]int, len(all)), names: newNames(),
+		pairs: all, bySum: make(map[[sha256.Size]byte][]int, len(all)), byID: make(map[string]int, len(all)),
 		size: bounds.Size{Keys: len(all), KeyBytes: weight(all)},
 	}
 	for i, p := range all {
 		s.bySum[p.Sum] = append(s.bySum[p.Sum], i)
 		s.byID[string(p.ID)]++
-		s.names.addPair(p)
 	}
 	return s
 }
@@ -111,6 +117,44 @@ func (s *Set) Pairs() []*pairs.Pair {
 		return nil
 	}
 	return s.pairs
+}
+
+// Certificates returns the certificates on the token: those of keys first, and then those of no key, such as the chain
+// of authorities.
+func (s *Set) Certificates() iter.Seq[*pairs.Certificate] {
+	return func(yield func(*pairs.Certificate) bool) {
+		for _, p := range s.Pairs() {
+			for _, c := range p.Certificates {
+				if !yield(c) {
+					return
+				}
+			}
+		}
+		for _, c := range s.certificates {
+			if !yield(c) {
+				return
+			}
+		}
+	}
+}
+
+// PublicKeys returns the names of the public key objects on the token with their keys: those of key pairs first, and
+// then those without a private key.
+func (s *Set) PublicKeys() iter.Seq2[pairs.Name, crypto.PublicKey] {
+	return func(yield func(pairs.Name, crypto.PublicKey) bool) {
+		for _, p := range s.Pairs() {
+			for _, m := range p.Members {
+				if m.Class == wire.CKOPublicKey && !yield(m.Name, p.Public) {
+					return
+				}
+			}
+		}
+		for _, k := range s.keys {
+			if !yield(k.Name, k.Key) {
+				return
+			}
+		}
+	}
 }
 
 // Find returns the index in Pairs of a key that an earlier or later Set of the token holds as p, or -1. If several

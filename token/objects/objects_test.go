@@ -140,17 +140,21 @@ func TestOthers(t *testing.T) {
 		t.Fatalf("%d pairs", len(s.Pairs()))
 	}
 	var labels []string
-	for _, c := range s.certificates {
+	for c := range s.Certificates() {
 		labels = append(labels, c.Label)
 		if len(c.DER) == 0 {
 			t.Errorf("%s has no value", c.Label)
 		}
 	}
-	if got := strings.Join(labels, " "); got != "root middle" {
-		t.Errorf("the certificates of no key are %q", got)
+	if got := strings.Join(labels, " "); got != "own root middle" {
+		t.Errorf("the certificates are %q", got)
 	}
-	if len(s.keys) != 1 || s.keys[0].Label != "foreign" || !pairs.Equal(s.keys[0].Key, &foreign.signer.PublicKey) {
-		t.Errorf("the public keys of no private key are %v", s.keys)
+	public := make(map[string]crypto.PublicKey)
+	for name, k := range s.PublicKeys() {
+		public[name.Label] = k
+	}
+	if len(public) != 2 || !pairs.Equal(public["own"], &own.signer.PublicKey) || !pairs.Equal(public["foreign"], &foreign.signer.PublicKey) {
+		t.Errorf("the public keys are %v", public)
 	}
 	if s.size.OtherBytes < len(list[0].Value)+len(list[1].Value) {
 		t.Errorf("they count as %d bytes", s.size.OtherBytes)
