@@ -19,24 +19,63 @@ import (
 	"p11-agent/agent/request"
 )
 
-// keygen makes a key of a type, and a certificate of it when certified is true.
-func keygen(t testing.TB, certified bool, args ...string) (file string) {
+// keys holds the files of the keys that this process has made, by the arguments of keygen.
+var keys = make(map[string]map[string][]byte)
+
+// keygen returns the file of a key of a type, which has a certificate. A process makes each key
+// once.
+func keygen(t testing.TB, args ...string) (file string) {
+	t.Helper()
+	what := strings.Join(args, " ")
+	if keys[what] == nil {
+		keys[what] = makeKey(t, args)
+	}
+	dir := shortDir(t)
+	for name, b := range keys[what] {
+		if err := os.WriteFile(filepath.Join(dir, name), b, 0o600); err != nil {
+			t.Fatal(err)
+		}
+	}
+	return filepath.Join(dir, "key")
+}
+
+// makeKey makes a key for tests, and returns its files. An RSA key of 4096 bits takes three
+// seconds, so testdata has one.
+func makeKey(t testing.TB, args []string) map[string][]byte {
 	t.Helper()
 	program := needs(t, "ssh-keygen")
-	dir := shortDir(t)
-	file = filepath.Join(dir, "key")
+	dir := t.TempDir()
+	file := filepath.Join(dir, "key")
 	run := func(args ...string) {
 		t.Helper()
 		if out, err := exec.Command(program, args...).CombinedOutput(); err != nil {
 			t.Fatalf("ssh-keygen %v: %v\n%s", args, err, out)
 		}
 	}
-	run(append([]string{"-q", "-N", "", "-C", "comment", "-f", file}, args...)...)
-	if certified {
-		run("-q", "-N", "", "-t", "ed25519", "-f", filepath.Join(dir, "ca"))
-		run("-q", "-s", filepath.Join(dir, "ca"), "-I", "id", "-n", "me", file+".pub")
+	if slices.Contains(args, "4096") {
+		for _, suffix := range []string{"", ".pub"} {
+			b, err := os.ReadFile(filepath.Join("testdata", "rsa-4096"+suffix))
+			if err == nil {
+				err = os.WriteFile(file+suffix, b, 0o600)
+			}
+			if err != nil {
+				t.Fatal(err)
+			}
+		}
+	} else {
+		run(append([]string{"-q", "-N", "", "-C", "comment", "-f", file}, args...)...)
 	}
-	return file
+	run("-q", "-N", "", "-t", "ed25519", "-f", filepath.Join(dir, "ca"))
+	run("-q", "-s", filepath.Join(dir, "ca"), "-I", "id", "-n", "me", file+".pub")
+	made := make(map[string][]byte)
+	for _, name := range []string{"key", "key.pub", "key-cert.pub"} {
+		b, err := os.ReadFile(filepath.Join(dir, name))
+		if err != nil {
+			t.Fatal(err)
+		}
+		made[name] = b
+	}
+	return made
 }
 
 var keyTypes = map[string][]string{
@@ -54,7 +93,7 @@ func TestSSHAddFile(t *testing.T) {
 			var got []request.AddKey
 			keyring.add = func(r request.AddKey) { got = append(got, r) }
 			r := serve(t, &Door{Keyring: keyring})
-			file := keygen(t, true, args...)
+			file := keygen(t, args...)
 			if out, err := r.sshAdd(t, "", "-t", "90", "-c", file); err != nil {
 				t.Fatalf("%v: %s", err, out)
 			}
@@ -100,7 +139,7 @@ func TestSSHAddFile(t *testing.T) {
 func addMessages(t testing.TB) (all [][]byte) {
 	t.Helper()
 	for _, args := range keyTypes {
-		file := keygen(t, true, args...)
+		file := keygen(t, args...)
 		text, err := os.ReadFile(file)
 		if err != nil {
 			t.Fatal(err)
