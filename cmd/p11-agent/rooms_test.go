@@ -204,7 +204,7 @@ var rooms = []room{
 	},
 	{
 		"token/module",
-		[]string{"token/module/sandbox", "token/pcsc", "token/wire", "pinentry/procstat", "pinentry/secret", pkcs11, xsys},
+		[]string{"token/elffile", "token/module/sandbox", "token/pcsc", "token/wire", "pinentry/procstat", "pinentry/secret", pkcs11, xsys},
 		"the module process knows no PIN policy, no configuration and no network",
 	},
 	{"token/module/undumpable", []string{xsys}, "it runs before everything else"},
@@ -213,6 +213,7 @@ var rooms = []room{
 		[]string{"token/wellknown", "token/wire", xsys, landlock, landlock + "/syscall"},
 		"it is in force before there is a module, and knows none of its calls",
 	},
+	{"token/elffile", []string{}, "a leaf: it reads the beginning of a file"},
 	{"token/known", []string{"token/statefile", "token/wire"}, "the list of seen keys is a file: what becomes of its entries is decided elsewhere"},
 	{
 		"token/pin",
@@ -232,7 +233,7 @@ var rooms = []room{
 		[]string{"token/pace", "token/wire", "pinentry/plain", xsys},
 		"it carries requests to one module, and knows neither tokens nor PIN policy",
 	},
-	{"token/registry", []string{"token/pkcs11uri", xsys}, "which modules there are is found out without loading one"},
+	{"token/registry", []string{"token/elffile", "token/pkcs11uri", xsys}, "which modules there are is found out without loading one"},
 	{"token/operation", []string{"token/wire"}, "an operation is described without a token at hand"},
 	{
 		"token/tokentest",

@@ -1,15 +1,14 @@
 package module
 
 import (
-	"debug/elf"
-	"encoding/binary"
+	"debug/elf" // the constants
 	"errors"
-	"io"
 	"io/fs"
 	"os"
 	"path/filepath"
 	"runtime"
-	"strconv"
+
+	"p11-agent/token/elffile"
 )
 
 // machines holds the common names of processors.
@@ -22,25 +21,6 @@ var machines = map[elf.Machine]string{
 	elf.EM_PPC64:     "64-bit PowerPC",
 	elf.EM_S390:      "IBM Z",
 	elf.EM_LOONGARCH: "LoongArch",
-}
-
-// architectures holds the processors that Go programs with C code can run on.
-var architectures = map[string]elf.Machine{
-	"386": elf.EM_386, "amd64": elf.EM_X86_64, "arm": elf.EM_ARM, "arm64": elf.EM_AARCH64, "loong64": elf.EM_LOONGARCH,
-	"ppc64le": elf.EM_PPC64, "riscv64": elf.EM_RISCV, "s390x": elf.EM_S390,
-}
-
-// fits tells whether a library is for the processor of this program. The program's file
-// has the same information, but the user may not be allowed to read the file.
-func fits(f *elf.File) bool {
-	machine, known := architectures[runtime.GOARCH]
-	class := elf.ELFCLASS64
-	if strconv.IntSize == 32 {
-		class = elf.ELFCLASS32
-	}
-	little := binary.NativeEndian.Uint16([]byte{1, 0}) == 1
-	// For an unknown processor, the loader reports the error.
-	return !known || f.Machine == machine && f.Class == class && (f.ByteOrder == binary.LittleEndian) == little
 }
 
 // checkFile finds errors that the dynamic loader describes badly: a missing file, a file
@@ -59,23 +39,20 @@ func checkFile(path string) error {
 	case !info.Mode().IsRegular():
 		return loadError("%s: it is no regular file", path)
 	}
-	f, err := elf.Open(path)
-	if _, ok := errors.AsType[*elf.FormatError](err); ok || errors.Is(err, io.EOF) || errors.Is(err, io.ErrUnexpectedEOF) {
-		return loadError("%s: it is not a shared library", path)
-	}
-	if err != nil {
+	kind, what, err := elffile.Read(path)
+	if err != nil && !errors.Is(err, elffile.ErrNotELF) {
 		return loadError("%s: %v", path, err)
 	}
-	defer f.Close()
-	if f.Type != elf.ET_DYN {
+	if err != nil || what != elf.ET_DYN {
 		return loadError("%s: it is not a shared library", path)
 	}
-	if !fits(f) {
-		kind, ok := machines[f.Machine]
+	// For an unknown processor, the loader reports the error.
+	if own, known := elffile.Own(); known && own != kind {
+		name, ok := machines[kind.Machine]
 		if !ok {
-			kind = f.Machine.String()
+			name = kind.Machine.String()
 		}
-		return loadError("%s: it is a %s library, this is %s", path, kind, runtime.GOARCH)
+		return loadError("%s: it is a %s library, this is %s", path, name, runtime.GOARCH)
 	}
 	return nil
 }

@@ -1,20 +1,14 @@
 package registry
 
 import (
-	"bytes"
 	"cmp"
-	"debug/elf"
-	"encoding/binary"
 	"errors"
 	"fmt"
-	"io"
 	"os"
 	"path/filepath"
-	"runtime"
-	"slices"
-	"strconv"
 	"strings"
-	"syscall"
+
+	"p11-agent/token/elffile"
 )
 
 // client is the library that reaches a module in another process (p11-kit/client.c).
@@ -153,72 +147,14 @@ func findLibrary(module string, dirs []string) (string, error) {
 	return "", problem
 }
 
-// elfKind holds the properties that two ELF files must share to go into one process:
-// class, byte order and machine (elf(5): e_ident and e_machine). The bytes are as in the
-// file.
-type elfKind [4]byte
-
-// String returns text such as "64-bit x86_64".
-func (k elfKind) String() string {
-	bits, order := "32-bit ", binary.ByteOrder(binary.LittleEndian)
-	if elf.Class(k[0]) == elf.ELFCLASS64 {
-		bits = "64-bit "
-	}
-	if elf.Data(k[1]) == elf.ELFDATA2MSB {
-		order = binary.BigEndian
-	}
-	machine := elf.Machine(order.Uint16(k[2:]))
-	return bits + strings.ToLower(strings.TrimPrefix(machine.String(), "EM_"))
-}
-
-// machines are the processors that Go programs with C code can run on.
-var machines = map[string]elf.Machine{
-	"386": elf.EM_386, "amd64": elf.EM_X86_64, "arm": elf.EM_ARM, "arm64": elf.EM_AARCH64, "loong64": elf.EM_LOONGARCH,
-	"ppc64le": elf.EM_PPC64, "riscv64": elf.EM_RISCV, "s390x": elf.EM_S390,
-}
-
-// self returns the kind of this program. The program's file has the same information, but
-// the user may not be allowed to read the file.
-func self() (kind elfKind, known bool) {
-	machine, known := machines[runtime.GOARCH]
-	class, data := elf.ELFCLASS64, elf.ELFDATA2MSB
-	if strconv.IntSize == 32 {
-		class = elf.ELFCLASS32
-	}
-	if binary.NativeEndian.Uint16([]byte{1, 0}) == 1 {
-		data = elf.ELFDATA2LSB
-	}
-	kind[0], kind[1] = byte(class), byte(data)
-	binary.NativeEndian.PutUint16(kind[2:], uint16(machine))
-	return kind, known
-}
-
 // loadable returns an error that says why this process cannot load a file as a library.
 func loadable(path string) error {
-	kind, err := kindOf(path)
+	kind, _, err := elffile.Read(path)
 	if err != nil {
-		return err
+		return bare(err)
 	}
-	if own, known := self(); known && own != kind {
+	if own, known := elffile.Own(); known && own != kind {
 		return fmt.Errorf("the library is for another architecture (%v; this program is %v)", kind, own)
 	}
 	return nil
-}
-
-// kindOf reads the beginning of an ELF file.
-func kindOf(path string) (elfKind, error) {
-	f, err := os.OpenFile(path, os.O_RDONLY|syscall.O_NONBLOCK|syscall.O_NOCTTY, 0)
-	if err != nil {
-		return elfKind{}, bare(err)
-	}
-	defer f.Close()
-	if info, err := f.Stat(); err != nil || !info.Mode().IsRegular() {
-		return elfKind{}, errors.New("not a regular file")
-	}
-	var header [20]byte
-	_, err = io.ReadFull(f, header[:])
-	if err != nil || !bytes.HasPrefix(header[:], []byte("\x7fELF")) {
-		return elfKind{}, errors.New("not a shared library")
-	}
-	return elfKind(slices.Concat(header[4:6], header[18:20])), nil
 }
