@@ -6,6 +6,7 @@ import (
 	"errors"
 	"fmt"
 
+	"p11-agent/token/operation"
 	"p11-agent/token/pin"
 	"p11-agent/token/process"
 	"p11-agent/token/wire"
@@ -13,6 +14,7 @@ import (
 
 // A task is work that a token does with a key.
 type task struct {
+	function operation.Function
 	// attempt does the work once, after a login if mustLogin is set or the key needs a login. It returns the number of
 	// the login that it worked with.
 	attempt func(p *process.Process, mustLogin bool) (login uint64, err error)
@@ -44,7 +46,7 @@ func (k *Key) heal(ctx context.Context, do task) error {
 			continue
 		}
 		if h == nil {
-			h = newHealing(k)
+			h = newHealing(k, do.function)
 		}
 		if err := h.cure(ctx, newFailure(err, p, login, moves)); err != nil {
 			return err
@@ -59,7 +61,7 @@ func (k *Key) running(ctx context.Context) (*process.Process, error) {
 	p, err := t.module.running(patience)
 	done()
 	if err != nil && ctx.Err() == nil && errors.Is(err, context.DeadlineExceeded) {
-		err = k.explain(ErrAbsent)
+		err = k.explain(ErrAbsent, operation.Sign)
 	}
 	return p, err
 }
@@ -96,6 +98,7 @@ type cure struct {
 // A healing holds the cures of one operation. Its goroutine uses it alone.
 type healing struct {
 	key       *Key
+	function  operation.Function
 	cures     []cure
 	used      []int // the repairs of each cure
 	mustLogin bool  // the next attempt starts with a login
@@ -108,8 +111,8 @@ const unlimited = 1 << 30
 // maxReplaced is how many new processes one operation survives while it is not their cause.
 const maxReplaced = 5
 
-func newHealing(k *Key) *healing {
-	h := &healing{key: k}
+func newHealing(k *Key, f operation.Function) *healing {
+	h := &healing{key: k, function: f}
 	h.cures = []cure{
 		{unlimited, h.mayBeInUse, h.awaitReader},
 		{maxLogins, h.loggedOut, h.logInAgain},
@@ -135,7 +138,7 @@ func (h *healing) cure(ctx context.Context, f failure) error {
 			return err
 		}
 	}
-	return h.key.explain(f.err)
+	return h.key.explain(f.err, h.function)
 }
 
 func (h *healing) mayBeInUse(f failure) bool { return f.broken }
@@ -160,7 +163,7 @@ func (h *healing) logInAgain(ctx context.Context, f failure) (repaired bool, err
 	before := h.mustLogin
 	h.mustLogin = true
 	if lost := h.key.token.checkLogin(ctx, f.process, h.key, f.login); !lost && before {
-		return false, h.key.explain(f.err)
+		return false, h.key.explain(f.err, h.function)
 	}
 	return true, nil
 }
@@ -249,8 +252,8 @@ func broken(err error) bool {
 			wire.CKROperationActive, wire.CKROperationNotInitialized) // another session has got the handle
 }
 
-// explain returns the error of an operation for a person.
-func (k *Key) explain(err error) error {
+// explain returns the error of an operation for a person. f is what the token was to do.
+func (k *Key) explain(err error, f operation.Function) error {
 	t := k.token.ID
 	switch {
 	case isLoginError(err):
@@ -260,7 +263,11 @@ func (k *Key) explain(err error) error {
 	case wire.IsReason(err, wire.ReasonNoKey):
 		return fmt.Errorf("token %q holds a public key or certificate for ID %s, but no private key", t.Label, hex.EncodeToString(k.pair.ID))
 	case wire.IsRV(err, wire.CKRKeyTypeInconsistent, wire.CKRKeyFunctionNotPermitted):
-		return fmt.Errorf("the token does not let this key sign: %w", err)
+		return fmt.Errorf("the token does not let this key %v: %w", f, err)
+	case wire.IsReason(err, wire.ReasonCiphertext):
+		err = operation.ErrCiphertext
+	default:
+		err = k.token.module.wrap(err)
 	}
-	return fmt.Errorf("sign with token %q: %w", t.Label, k.token.module.wrap(err))
+	return fmt.Errorf("%v with token %q: %w", f, t.Label, err)
 }

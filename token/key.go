@@ -43,6 +43,9 @@ func (u *usage) note(now time.Time) {
 	u.last.Store(now.UnixNano())
 }
 
+// touch notes a use that is no signature.
+func (u *usage) touch(now time.Time) { u.last.Store(now.UnixNano()) }
+
 func (u *usage) lastTime() time.Time {
 	if n := u.last.Load(); n != 0 {
 		return time.Unix(0, n)
@@ -174,64 +177,106 @@ func (k *Key) SignMessage(_ io.Reader, msg []byte, opts crypto.SignerOpts) ([]by
 // a millisecond or more. Of other signatures, it verifies the first of each module process, and
 // some more within a twentieth of the token's time.
 func (k *Key) SignContext(ctx context.Context, digest []byte, opts crypto.SignerOpts) ([]byte, error) {
-	r, err := operation.ForDigest(digest, opts)
+	plan, err := operation.ForDigest(k.pair.Public, digest, opts)
 	if err != nil {
 		return nil, err
 	}
-	return k.sign(ctx, r)
+	return k.operate(ctx, &plan)
 }
 
 // SignMessageContext is SignContext for the message itself. The agent hashes it with opts.HashFunc,
 // or the token does if it insists.
 func (k *Key) SignMessageContext(ctx context.Context, msg []byte, opts crypto.SignerOpts) ([]byte, error) {
-	r, err := operation.ForMessage(msg, opts)
+	plan, err := operation.ForMessage(k.pair.Public, msg, opts)
 	if err != nil {
 		return nil, err
 	}
-	return k.sign(ctx, r)
+	return k.operate(ctx, &plan)
 }
 
-// made is a signature as the token returned it.
-type made struct {
-	signature []byte
-	by        *process.Process
-	took      time.Duration // the shortest time of such signatures
-}
-
-// sign makes the token sign, and checks the signature.
-func (k *Key) sign(ctx context.Context, r operation.Request) ([]byte, error) {
-	methods, err := r.Methods(k.pair.Public)
-	if err != nil {
-		return nil, err
+// Operate makes the token sign, decrypt or derive, in the terms of PKCS#11 v2.40 (sections 5.11, 5.9
+// and 5.13). The mechanisms and their parameters are those of package operation. A prompt asks for
+// the PIN if the token wants one. If the token lacks a mechanism that hashes, the agent hashes.
+//
+// The result has the bytes that C_Sign or C_Decrypt would return, or the value (CKA_VALUE) of the
+// derived key. An ECDSA signature is r and s, each with the bytes of the curve. A derived secret is
+// the x coordinate of the shared point. Signatures are verified as SignContext does it.
+//
+// A plaintext and a derived secret are secrets: the caller wipes the result. The agent keeps no copy
+// and logs nothing of it.
+//
+// The error is one of SignContext. Or it is operation.ErrMechanism, ErrParams, ErrData or
+// ErrNotPermitted: then the token was not asked. Every ciphertext that the token refuses gives the
+// same operation.ErrCiphertext. But CKM_RSA_PKCS still tells whether the padding was right, as every
+// implementation of it does: let only clients decrypt that may read the plaintext.
+func (k *Key) Operate(ctx context.Context, op operation.Operation) ([]byte, error) {
+	plan, err := operation.For(k.pair.Public, op)
+	if err == nil && !k.May(op.Function) {
+		err = operation.ErrNotPermitted
 	}
-	methods = k.token.prefer(methods)
-	m, err := k.signWith(ctx, methods)
-	if err == nil {
-		now := time.Now()
-		k.use.note(now)
-		k.token.use.note(now)
-		k.token.used(ctx, k)
-	} else {
-		if r.Message == nil && refusesMechanism(err) {
+	if err != nil {
+		return nil, fmt.Errorf("%v with token %q: %w", op.Function, k.token.ID.Label, err)
+	}
+	return k.operate(ctx, &plan)
+}
+
+// May reports whether the key may do a function, as far as the token has shown its private key
+// (CKA_SIGN, CKA_DECRYPT, CKA_DERIVE). If the token has not said so, only a try can tell.
+func (k *Key) May(f operation.Function) bool {
+	pair := k.token.current(k).pair
+	switch f {
+	case operation.Sign:
+		return pair.Sign != wire.False
+	case operation.Decrypt:
+		return pair.Decrypt != wire.False && !pair.Loose
+	case operation.Derive:
+		return pair.Derive != wire.False && !pair.Loose
+	}
+	return false
+}
+
+// An outcome is what an operation gave.
+type outcome struct {
+	answer []byte // of the token
+	by     *process.Process
+	took   time.Duration // the shortest time of such operations
+}
+
+// operate makes the token do an operation, and checks a signature.
+func (k *Key) operate(ctx context.Context, plan *operation.Plan) ([]byte, error) {
+	o, err := k.operateWith(ctx, plan)
+	if err != nil {
+		if plan.DigestOnly && refusesMechanism(err) {
 			err = fmt.Errorf("token %q does not sign digests with this key, and the message is not known here: %w", k.token.ID.Label, err)
 		}
 		return nil, err
 	}
-	sig, err := operation.Encode(k.pair.Public, m.signature)
+	now := time.Now()
+	if plan.Function == operation.Sign {
+		k.use.note(now)
+		k.token.use.note(now)
+	} else {
+		k.token.use.touch(now)
+	}
+	k.token.used(ctx, k)
+	result, err := plan.Result(o.answer)
 	if err == nil {
-		err = k.check(r, m, sig)
+		err = k.check(plan, o, result)
 	}
 	if err != nil {
+		clear(o.answer)
 		return nil, fmt.Errorf("token %q, through module %q: %w", k.token.ID.Label, k.Module(), err)
 	}
-	return sig, nil
+	return result, nil
 }
 
-// signWith makes the token sign with the first method that it supports.
-func (k *Key) signWith(ctx context.Context, methods []operation.Method) (m made, err error) {
+// operateWith makes the token do an operation with the first method that it supports.
+func (k *Key) operateWith(ctx context.Context, plan *operation.Plan) (o outcome, err error) {
+	methods := k.token.prefer(plan.Methods)
 	err = k.heal(ctx, task{
+		function: plan.Function,
 		attempt: func(p *process.Process, mustLogin bool) (login uint64, err error) {
-			m, login, err = k.attempt(ctx, p, methods[0], mustLogin)
+			o, login, err = k.attempt(ctx, p, plan, methods[0], mustLogin)
 			return login, err
 		},
 		adapt: func(err error) bool {
@@ -243,35 +288,35 @@ func (k *Key) signWith(ctx context.Context, methods []operation.Method) (m made,
 			return true
 		},
 	})
-	return m, err
+	return o, err
 }
 
-// attempt logs in if the key needs it, and signs once. login is the number of the login that it
-// used.
-func (k *Key) attempt(ctx context.Context, p *process.Process, method operation.Method, mustLogin bool) (m made, login uint64, err error) {
+// attempt logs in if the key needs it, and makes the token do the operation once. login is the
+// number of the login that it used.
+func (k *Key) attempt(ctx context.Context, p *process.Process, plan *operation.Plan, method operation.Method, mustLogin bool) (o outcome, login uint64, err error) {
 	t := k.token
 	if !t.present() {
-		return made{}, 0, ErrAbsent
+		return outcome{}, 0, ErrAbsent
 	}
 	now := t.current(k)
 	var with prelude
 	defer func() { with.typed.Wipe() }()
 	if (mustLogin || now.needsLogin()) && !t.loggedIn(p) {
 		if with.typed, err = t.login(ctx, k, supplied{}); err != nil {
-			return made{}, 0, err
+			return outcome{}, 0, err
 		}
 		with.fresh = true
 		now = t.current(k)
 	}
 	login = t.lastLogin()
-	m, err = now.signOnce(ctx, p, method, with)
-	return m, login, err
+	o, err = now.operateOnce(ctx, p, plan, method, with)
+	return o, login, err
 }
 
-// prelude is what happened for a signature before the request for it.
+// prelude is what happened for an operation before the request for it.
 type prelude struct {
-	fresh bool           // this signature caused a login just now
-	typed *secret.Secret // the PIN that a user has typed for this signature
+	fresh bool           // this operation caused a login just now
+	typed *secret.Secret // the PIN that a user has typed for this operation
 }
 
 // refusesMechanism reports whether a signature failed because of its mechanism.
@@ -292,36 +337,47 @@ func (k *Key) needsLogin() bool {
 	return k.token.info().Flags&wire.CKFLoginRequired != 0
 }
 
-// signOnce requests one signature.
-func (k *Key) signOnce(ctx context.Context, p *process.Process, m operation.Method, with prelude) (made, error) {
-	if k.pair.Always {
-		req := new(wire.Operate)
-		k.describe(req, m)
-		start := time.Now()
-		sig, err := k.token.signWithPIN(ctx, p, k, req, with)
-		return made{sig, p, time.Since(start)}, err
+// operateOnce requests one operation.
+func (k *Key) operateOnce(ctx context.Context, p *process.Process, plan *operation.Plan, m operation.Method, with prelude) (outcome, error) {
+	// CKA_ALWAYS_AUTHENTICATE is about signatures and decryptions. A derivation has no beginning
+	// after which the token takes the PIN.
+	if k.pair.Always && plan.Function != operation.Derive {
+		return k.operateWithPIN(ctx, p, plan, m, with)
 	}
 	turn, err := p.AwaitTurn(ctx, k.token.ID, k.token.info())
 	if err != nil {
-		return made{}, err
+		return outcome{}, err
 	}
-	defer k.working(ctx)()
-	k.describe(&turn.Request, m)
-	sig, took, err := p.Operate(ctx, turn)
-	return made{sig, p, took}, err
+	done := k.working(ctx)
+	k.describe(&turn.Request, plan, m)
+	answer, took, err := p.Operate(ctx, turn)
+	done()
+	if k.pair.Always && wire.IsRV(err, wire.CKRUserNotLoggedIn) && k.token.loggedIn(p) {
+		return k.operateWithPIN(ctx, p, plan, m, with) // this token wants the PIN all the same
+	}
+	return outcome{answer, p, took}, err
 }
 
-// describe fills in the request for a signature.
-func (k *Key) describe(req *wire.Operate, m operation.Method) {
+// operateWithPIN requests one operation with a key that wants its PIN for it.
+func (k *Key) operateWithPIN(ctx context.Context, p *process.Process, plan *operation.Plan, m operation.Method, with prelude) (outcome, error) {
+	req := new(wire.Operate)
+	k.describe(req, plan, m)
+	start := time.Now()
+	answer, err := k.token.operateWithPIN(ctx, p, k, req, with)
+	return outcome{answer, p, time.Since(start)}, err
+}
+
+// describe fills in the request for an operation.
+func (k *Key) describe(req *wire.Operate, plan *operation.Plan, m operation.Method) {
 	req.Key = wire.KeyID{
 		Token: k.token.ID, ID: k.pair.ID, Label: k.pair.Label, KeyType: k.pair.KeyType,
 		Modulus: k.pair.Modulus, ECPoint: k.pair.Point, Any: k.pair.Loose,
 	}
-	req.ResultLen = operation.Length(k.pair.Public)
+	req.Function, req.ResultLen = plan.Function, plan.ResultLen
 	m.Describe(req)
 }
 
-// working calls Options.Working. The caller calls done when the token has signed.
+// working calls Options.Working. The caller calls done when the token has done its work.
 func (k *Key) working(ctx context.Context) (done func()) {
 	if f := k.token.module.store.opts.Working; f != nil {
 		return f(ctx, k)
@@ -329,13 +385,18 @@ func (k *Key) working(ctx context.Context) (done func()) {
 	return func() {}
 }
 
-// prefer moves methods to the end that the token does not support: it has refused their mechanism,
-// or does not list it.
+// prefer moves methods of signing to the end that the token does not support: it has refused their
+// mechanism, or does not list it.
 func (t *Token) prefer(methods []operation.Method) []operation.Method {
+	if len(methods) == 1 {
+		return methods
+	}
 	t.mu.Lock()
 	defer t.mu.Unlock()
 	return operation.Prefer(methods, func(mechanism uint64) bool {
-		listed := slices.ContainsFunc(t.slot.Mechanisms, func(m wire.Mechanism) bool { return m.Type == mechanism })
+		listed := slices.ContainsFunc(t.slot.Mechanisms, func(m wire.Mechanism) bool {
+			return m.Type == mechanism && m.Flags&wire.CKFSign != 0
+		})
 		return t.refusesMechanism[mechanism] || len(t.slot.Mechanisms) > 0 && !listed
 	})
 }

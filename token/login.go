@@ -4,6 +4,7 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"slices"
 
 	"p11-agent/pinentry/secret"
 	"p11-agent/pinentry/waiting"
@@ -13,7 +14,7 @@ import (
 )
 
 // Package pin gets a PIN and decides whether the token may try it. This file makes the token try
-// it: by C_Login, or by a signature with a key that wants its PIN each time.
+// it: by C_Login, or by an operation with a key that wants its PIN each time.
 
 // supplied is a PIN that came with a request, if one did.
 type supplied struct {
@@ -264,7 +265,7 @@ func (t *Token) fresh(ctx context.Context, p *process.Process) (wire.TokenInfo, 
 }
 
 // classify makes a *pin.Error of an answer of the module, or of its process, about a PIN. Every
-// other failure becomes a *pin.LoginError, but for a failure of the signature itself.
+// other failure becomes a *pin.LoginError, but for a failure of the operation itself.
 func (t *Token) classify(err error) error {
 	e, ok := errors.AsType[*wire.Error](err)
 	if !ok {
@@ -288,7 +289,7 @@ func (t *Token) classify(err error) error {
 		return fmt.Errorf("token %q has no PIN yet: set one first (pkcs11-tool --init-pin): %w", t.ID.Label, err)
 	case wire.IsRV(err, wire.CKRFunctionCanceled):
 		return pin.ErrCancelled
-	case e.Function == "C_Sign" || e.Function == "C_SignInit":
+	case slices.Contains(operations, e.Function):
 		return err
 	}
 	return t.loginFailed(err, tried)
@@ -309,33 +310,36 @@ func (t *Token) loginFailed(err error, attempted bool) error {
 	return &pin.LoginError{Token: t.ID.Label, Attempted: attempted, Err: err}
 }
 
-// isLoginError reports whether an error is about a login and not about a signature.
+// operations are the functions of PKCS#11 that do an operation with a key.
+var operations = []string{"C_SignInit", "C_Sign", "C_DecryptInit", "C_Decrypt", "C_DeriveKey"}
+
+// isLoginError reports whether an error is about a login and not about an operation.
 func isLoginError(err error) bool {
 	_, refused := errors.AsType[*pin.Error](err)
 	_, failed := errors.AsType[*pin.LoginError](err)
 	return refused || failed || errors.Is(err, pin.ErrCancelled) || errors.Is(err, ErrClosed)
 }
 
-// signWithPIN makes a signature with a key that wants its PIN each time. The requests for such
+// operateWithPIN does an operation with a key that wants its PIN each time. The requests for such
 // keys wait for each other: each has its own prompt.
-func (t *Token) signWithPIN(ctx context.Context, p *process.Process, k *Key, req *wire.Operate, with prelude) (signature []byte, err error) {
+func (t *Token) operateWithPIN(ctx context.Context, p *process.Process, k *Key, req *wire.Operate, with prelude) (answer []byte, err error) {
 	// Close does not wait for a request, but every prompt ends with the Store.
 	ctx, cancel := context.WithCancel(ctx)
 	defer cancel()
 	defer context.AfterFunc(t.module.store.ctx, cancel)()
 	list := waiting.One(ctx)
 	err = t.inTurn(ctx, list, false, func(ctx context.Context) error {
-		signature, err = t.signInTurn(ctx, list, p, k, req, with)
+		answer, err = t.operateInTurn(ctx, list, p, k, req, with)
 		return err
 	})
 	if err != nil && t.module.store.ctx.Err() != nil {
 		err = ErrClosed
 	}
-	return signature, err
+	return answer, err
 }
 
-// signInTurn is signWithPIN. The caller has the turn.
-func (t *Token) signInTurn(ctx context.Context, list *waiting.List, p *process.Process, k *Key, req *wire.Operate, with prelude) ([]byte, error) {
+// operateInTurn is operateWithPIN. The caller has the turn.
+func (t *Token) operateInTurn(ctx context.Context, list *waiting.List, p *process.Process, k *Key, req *wire.Operate, with prelude) ([]byte, error) {
 	info, err := t.fresh(ctx, p)
 	if err != nil {
 		return nil, err
@@ -349,7 +353,7 @@ func (t *Token) signInTurn(ctx context.Context, list *waiting.List, p *process.P
 		return nil, err
 	}
 	var reply wire.OperateReply
-	sign := func(ctx context.Context, kept bool) error {
+	operate := func(ctx context.Context, kept bool) error {
 		for n := 0; ; n++ {
 			req.Stay = at.stay
 			err := p.Call(ctx, process.SignTimeout, wire.TypeOperate, req, &reply)
@@ -367,7 +371,7 @@ func (t *Token) signInTurn(ctx context.Context, list *waiting.List, p *process.P
 		if !trial.Pad { // else the person types first
 			defer k.working(ctx)()
 		}
-		err := sign(ctx, trial.Kept)
+		err := operate(ctx, trial.Kept)
 		if trial.Pad || !wire.IsReason(err, wire.ReasonNoKey) || !t.hidesKey(p, err) {
 			return err
 		}
@@ -377,7 +381,7 @@ func (t *Token) signInTurn(ctx context.Context, list *waiting.List, p *process.P
 			return err
 		}
 		t.reveal(ctx, p)
-		return sign(ctx, trial.Kept)
+		return operate(ctx, trial.Kept)
 	}
 	typed := supplied{Supplied: pin.Supplied{PIN: with.typed, Typed: true}}
 	err = t.pins.Login(ctx, t.pinLogin(list, k, info, typed, true, try))

@@ -46,15 +46,20 @@ func (v *proof) given(by *process.Process, cost time.Duration) {
 // signature of a card, which can be pulled in the middle. With other keys, verification takes as
 // long as a fast token takes to sign, and the server verifies the signature anyway. So check
 // verifies each signature of a slow token, and of a fast token the first and some more.
-func (k *Key) check(r operation.Request, m made, sig []byte) error {
+//
+// A plaintext or a derived secret cannot be verified with the public key.
+func (k *Key) check(plan *operation.Plan, o outcome, result []byte) error {
+	if plan.Function != operation.Sign {
+		return nil
+	}
 	_, always := k.pair.Public.(*rsa.PublicKey)
-	if !k.use.proof.due(m.by, m.took) && !always && !k.token.removable() {
+	if !k.use.proof.due(o.by, o.took) && !always && !k.token.removable() {
 		return nil
 	}
 	start := time.Now()
-	if err := r.Verify(k.pair.Public, sig); err != nil {
+	if err := plan.Verify(result); err != nil {
 		return err
 	}
-	k.use.proof.given(m.by, time.Since(start))
+	k.use.proof.given(o.by, time.Since(start))
 	return nil
 }

@@ -55,6 +55,8 @@ type Pair struct {
 	Visible bool // the token shows the private key now
 	Open    bool // the token shows the private key without a login, so that the key may sign without one
 	Always  bool // CKA_ALWAYS_AUTHENTICATE
+	// Sign, Decrypt and Derive are CKA_SIGN, CKA_DECRYPT and CKA_DERIVE of the private key, if the token has shown it.
+	Sign, Decrypt, Derive wire.Tri
 	// Loose means that several private keys may belong to the public key. A signature shows which one does.
 	Loose bool
 	// Unfit is the reason not to offer the key unless a user names it, or empty.
@@ -232,6 +234,7 @@ func (f *finder) addPrivateKey(o wire.Object) error {
 	p.Label = cmp.Or(o.Label, p.Label)
 	p.Private, p.params = &Name{o.ID, o.Label}, o.ECParams
 	p.Always = o.AlwaysAuth == wire.True
+	p.Sign, p.Decrypt, p.Derive = o.Sign, o.Decrypt, o.Derive
 	p.Unfit = ""
 	if o.Sign == wire.False {
 		p.Unfit = "it is not for signing"
@@ -417,6 +420,7 @@ func (p *Pair) PublicLabel() string {
 // before.
 func (p *Pair) Recall(old *Pair) {
 	p.Always, p.Unfit, p.Loose = old.Always, old.Unfit, old.Loose
+	p.Sign, p.Decrypt, p.Derive = old.Sign, old.Decrypt, old.Derive
 	if old.Private == nil {
 		return
 	}
@@ -436,6 +440,7 @@ func (p *Pair) Same(o *Pair) bool {
 			return a.Class == b.Class && a.Label == b.Label && bytes.Equal(a.ID, b.ID)
 		}) &&
 		p.Visible == o.Visible && p.Open == o.Open && p.Always == o.Always && p.Loose == o.Loose && p.Unfit == o.Unfit &&
+		p.Sign == o.Sign && p.Decrypt == o.Decrypt && p.Derive == o.Derive &&
 		slices.EqualFunc(p.Certificates, o.Certificates, (*Certificate).same) && Equal(p.Public, o.Public)
 }
 

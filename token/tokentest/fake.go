@@ -511,7 +511,7 @@ func (f *Fake) answer(p *FakeProcess, r wire.Request) (wire.Message, *wire.Error
 				s.Flags |= wire.CKFTokenPresent
 				s.HasToken, s.Token, s.Info = true, t.id, t.info(p)
 				for _, m := range t.Mechanisms {
-					s.Mechanisms = append(s.Mechanisms, wire.Mechanism{Type: m, MinKey: 256, MaxKey: 4096})
+					s.Mechanisms = append(s.Mechanisms, wire.Mechanism{Type: m, MinKey: 256, MaxKey: 4096, Flags: flagsOf(m)})
 				}
 			}
 			reply.Slots = append(reply.Slots, s)
@@ -560,11 +560,11 @@ func (f *Fake) answer(p *FakeProcess, r wire.Request) (wire.Message, *wire.Error
 		if e != nil {
 			return nil, e
 		}
-		sig, e := t.sign(p, m)
+		result, e := t.operate(p, m)
 		if e != nil {
 			return nil, e
 		}
-		return &wire.OperateReply{Result: sig}, nil
+		return &wire.OperateReply{Result: result}, nil
 	}
 	return nil, &wire.Error{Reason: wire.ReasonProtocol}
 }
@@ -657,10 +657,26 @@ var (
 		wire.CKMSHA1RSAPKCS, wire.CKMSHA256RSAPKCS, wire.CKMSHA384RSAPKCS, wire.CKMSHA512RSAPKCS,
 		wire.CKMSHA256RSAPSS, wire.CKMSHA384RSAPSS, wire.CKMSHA512RSAPSS,
 		wire.CKMECDSASHA1, wire.CKMECDSASHA256, wire.CKMECDSASHA384, wire.CKMECDSASHA512,
+		wire.CKMRSAPKCSOAEP, wire.CKMECDH1Derive,
 	}
 	// RawMechanisms sign digests only.
-	RawMechanisms = []uint64{wire.CKMRSAPKCS, wire.CKMRSAPKCSPSS, wire.CKMECDSA, wire.CKMEdDSA}
+	RawMechanisms = []uint64{
+		wire.CKMRSAPKCS, wire.CKMRSAPKCSPSS, wire.CKMECDSA, wire.CKMEdDSA, wire.CKMRSAPKCSOAEP, wire.CKMECDH1Derive,
+	}
 )
+
+// flagsOf returns what a mechanism is for (CKF).
+func flagsOf(mechanism uint64) uint64 {
+	switch mechanism {
+	case wire.CKMRSAPKCS:
+		return wire.CKFSign | wire.CKFDecrypt
+	case wire.CKMRSAPKCSOAEP:
+		return wire.CKFDecrypt
+	case wire.CKMECDH1Derive:
+		return wire.CKFDerive
+	}
+	return wire.CKFSign
+}
 
 // AddToken adds a token with a label of its own and three tries for its PIN.
 func (f *Fake) AddToken(label, pin string) *FakeToken {
@@ -829,6 +845,9 @@ type FakeKey struct {
 	NoPublic  bool     // there is no public key object
 	NoPrivate bool     // there is no private key object
 	NoSign    bool     // CKA_SIGN is false
+	NoDecrypt bool     // CKA_DECRYPT is false
+	NoDerive  bool     // CKA_DERIVE is false
+	Derives   bool     // the key wants its PIN for C_DeriveKey as well, if Always is set
 	Wrong     bool     // signatures are wrong
 	Returns   uint64   // what C_Sign returns instead
 	Cert      [][]byte // certificates with its ID
@@ -1014,7 +1033,7 @@ func (t *FakeToken) objects(p *FakeProcess) []wire.Object {
 		if t.sees(p, k) {
 			o := wire.Object{
 				Class: wire.CKOPrivateKey, ID: k.ID, Label: k.Label, KeyType: k.keyType(),
-				Sign: tri(!k.NoSign), Private: tri(!k.Public), AlwaysAuth: tri(k.Always),
+				Sign: tri(!k.NoSign), Decrypt: tri(!k.NoDecrypt), Derive: tri(!k.NoDerive), Private: tri(!k.Public), AlwaysAuth: tri(k.Always),
 			}
 			if !k.Bare {
 				k.public(&o)
@@ -1043,7 +1062,14 @@ func (k *FakeKey) is(id *wire.KeyID) bool {
 		slices.Equal(o.Modulus, id.Modulus) && slices.Equal(point, id.ECPoint)
 }
 
-func (t *FakeToken) sign(p *FakeProcess, m *wire.Operate) ([]byte, *wire.Error) {
+// calls are the functions of PKCS#11 with which an operation begins and ends.
+var calls = map[wire.Function][2]string{
+	wire.Sign:    {"C_SignInit", "C_Sign"},
+	wire.Decrypt: {"C_DecryptInit", "C_Decrypt"},
+	wire.Derive:  {"C_DeriveKey", "C_DeriveKey"},
+}
+
+func (t *FakeToken) operate(p *FakeProcess, m *wire.Operate) ([]byte, *wire.Error) {
 	i := slices.IndexFunc(t.keys, func(k *FakeKey) bool { return k.is(&m.Key) && t.sees(p, k) })
 	if i < 0 {
 		return nil, &wire.Error{Reason: wire.ReasonNoKey, HasInfo: true, Info: t.info(p)}
@@ -1052,18 +1078,20 @@ func (t *FakeToken) sign(p *FakeProcess, m *wire.Operate) ([]byte, *wire.Error) 
 	if m.ContextLogin && t.info(p).Flags&wire.CKFUserPINLocked != 0 {
 		return nil, &wire.Error{Reason: wire.ReasonPINLocked, HasInfo: true, Info: t.info(p)}
 	}
+	begin, end := calls[m.Function][0], calls[m.Function][1]
 	if rv, ok := t.Refuse[m.Mechanism]; ok {
-		return nil, &wire.Error{Function: "C_SignInit", RV: rv}
+		return nil, &wire.Error{Function: begin, RV: rv}
 	}
 	if t.Mechanisms != nil && !slices.Contains(t.Mechanisms, m.Mechanism) {
-		return nil, &wire.Error{Function: "C_SignInit", RV: wire.CKRMechanismInvalid}
+		return nil, &wire.Error{Function: begin, RV: wire.CKRMechanismInvalid}
 	}
 	if !t.NoLogin && (!t.in[p] || t.stale) {
-		return nil, &wire.Error{Function: "C_SignInit", RV: wire.CKRUserNotLoggedIn}
+		return nil, &wire.Error{Function: begin, RV: wire.CKRUserNotLoggedIn}
 	}
+	always := k.Always && (m.Function != wire.Derive || k.Derives)
 	switch {
-	case k.Always && !m.ContextLogin:
-		return nil, &wire.Error{Function: "C_Sign", RV: wire.CKRUserNotLoggedIn}
+	case always && !m.ContextLogin:
+		return nil, &wire.Error{Function: end, RV: wire.CKRUserNotLoggedIn}
 	case m.ContextLogin && !t.stays(m.Stay):
 		return nil, &wire.Error{Reason: wire.ReasonOtherToken}
 	case m.ContextLogin:
@@ -1072,20 +1100,64 @@ func (t *FakeToken) sign(p *FakeProcess, m *wire.Operate) ([]byte, *wire.Error) 
 		}
 	}
 	if k.Returns != 0 {
-		return nil, &wire.Error{Function: "C_Sign", RV: k.Returns}
+		return nil, &wire.Error{Function: end, RV: k.Returns}
 	}
-	sig, err := k.sign(m)
+	var result []byte
+	var err error
+	switch m.Function {
+	case wire.Sign:
+		result, err = k.sign(m)
+	case wire.Decrypt:
+		if result, err = k.decrypt(m); err != nil {
+			return nil, &wire.Error{Function: end, Reason: wire.ReasonCiphertext}
+		}
+	case wire.Derive:
+		result, err = k.derive(m)
+	}
 	if err != nil {
-		return nil, &wire.Error{Function: "C_Sign", RV: wire.CKRDataInvalid}
+		return nil, &wire.Error{Function: end, RV: wire.CKRDataInvalid}
 	}
-	if len(sig) > int(m.ResultLen) {
-		return nil, &wire.Error{Function: "C_Sign", RV: wire.CKRBufferTooSmall}
+	if len(result) > int(m.ResultLen) {
+		return nil, &wire.Error{Function: end, RV: wire.CKRBufferTooSmall}
 	}
 	if k.Wrong {
-		sig[len(sig)-1] ^= 1
+		result[len(result)-1] ^= 1
 	}
-	t.signed++
-	return sig, nil
+	if m.Function == wire.Sign {
+		t.signed++
+	}
+	return result, nil
+}
+
+// decrypt decrypts as C_Decrypt does.
+func (k *FakeKey) decrypt(m *wire.Operate) ([]byte, error) {
+	key, ok := k.private.(*rsa.PrivateKey)
+	if !ok {
+		return nil, errors.New("no such mechanism")
+	}
+	if m.Mechanism == wire.CKMRSAPKCSOAEP {
+		return key.Decrypt(nil, m.Data, &rsa.OAEPOptions{
+			Hash: paramHashes[m.Params.Hash], MGFHash: mgfHashes[m.Params.MGF], Label: m.Params.Source,
+		})
+	}
+	return key.Decrypt(nil, m.Data, &rsa.PKCS1v15DecryptOptions{})
+}
+
+// derive returns the secret that C_DeriveKey makes.
+func (k *FakeKey) derive(m *wire.Operate) ([]byte, error) {
+	key, ok := k.private.(*ecdsa.PrivateKey)
+	if !ok {
+		return nil, errors.New("no such mechanism")
+	}
+	own, err := key.ECDH()
+	if err != nil {
+		return nil, err
+	}
+	peer, err := own.Curve().NewPublicKey(m.Data)
+	if err != nil {
+		return nil, err
+	}
+	return own.ECDH(peer)
 }
 
 // hashed are the mechanisms that hash what they sign.
@@ -1096,8 +1168,14 @@ var hashed = map[uint64]crypto.Hash{
 	wire.CKMECDSASHA384: crypto.SHA384, wire.CKMECDSASHA512: crypto.SHA512,
 }
 
-var pssHashes = map[uint64]crypto.Hash{
-	wire.CKMSHA1: crypto.SHA1, wire.CKMSHA256: crypto.SHA256, wire.CKMSHA384: crypto.SHA384, wire.CKMSHA512: crypto.SHA512,
+var paramHashes = map[uint64]crypto.Hash{
+	wire.CKMSHA1: crypto.SHA1, wire.CKMSHA224: crypto.SHA224, wire.CKMSHA256: crypto.SHA256, wire.CKMSHA384: crypto.SHA384,
+	wire.CKMSHA512: crypto.SHA512,
+}
+
+var mgfHashes = map[uint64]crypto.Hash{
+	wire.CKGMGF1SHA1: crypto.SHA1, wire.CKGMGF1SHA224: crypto.SHA224, wire.CKGMGF1SHA256: crypto.SHA256,
+	wire.CKGMGF1SHA384: crypto.SHA384, wire.CKGMGF1SHA512: crypto.SHA512,
 }
 
 func (k *FakeKey) sign(m *wire.Operate) ([]byte, error) {
@@ -1114,7 +1192,7 @@ func (k *FakeKey) sign(m *wire.Operate) ([]byte, error) {
 		case wire.CKMRSAPKCS, wire.CKMSHA1RSAPKCS, wire.CKMSHA256RSAPKCS, wire.CKMSHA384RSAPKCS, wire.CKMSHA512RSAPKCS:
 			return rsa.SignPKCS1v15(nil, key, hash, data) // without a hash: as it is
 		case wire.CKMRSAPKCSPSS, wire.CKMSHA256RSAPSS, wire.CKMSHA384RSAPSS, wire.CKMSHA512RSAPSS:
-			of, ok := pssHashes[m.Params.Hash]
+			of, ok := paramHashes[m.Params.Hash]
 			if !ok {
 				return nil, errors.New("no such hash")
 			}
