@@ -1140,7 +1140,7 @@ func (k *FakeKey) decrypt(m *wire.Operate) ([]byte, error) {
 			Hash: paramHashes[m.Params.Hash], MGFHash: mgfHashes[m.Params.MGF], Label: m.Params.Source,
 		})
 	}
-	return key.Decrypt(nil, m.Data, &rsa.PKCS1v15DecryptOptions{})
+	return key.Decrypt(nil, m.Data, nil) // PKCS #1 v1.5
 }
 
 // derive returns the secret that C_DeriveKey makes.
