@@ -20,6 +20,8 @@ import (
 
 	"golang.org/x/sys/unix"
 
+	"p11-agent/agent/door/doortest"
+	"p11-agent/agent/peer/proctest"
 	"p11-agent/agent/peer/terminaltest"
 	"p11-agent/pinentry/procstat"
 )
@@ -178,7 +180,7 @@ func (s *stage) withAskpass(scenario string) {
 func newStage(t *testing.T, scenario string) *stage {
 	t.Helper()
 	noLeaks(t)
-	dir := shortDir(t)
+	dir := doortest.Dir(t)
 	exe, err := os.Executable()
 	if err != nil {
 		t.Fatal(err)
@@ -246,7 +248,7 @@ func (s *stage) heard() []string {
 func (s *stage) hanging(n int) []int {
 	s.t.Helper()
 	var pids []int
-	waitFor(s.t, "a fake that hangs", func() bool {
+	proctest.Until(s.t, "a fake that hangs", func() bool {
 		names, _ := filepath.Glob(filepath.Join(s.dir, "hanging-*"))
 		pids = nil
 		for _, name := range names {
@@ -256,26 +258,6 @@ func (s *stage) hanging(n int) []int {
 		return len(pids) >= n
 	})
 	return pids
-}
-
-func shortDir(t *testing.T) string {
-	t.Helper()
-	dir, err := os.MkdirTemp("", "p11")
-	if err != nil {
-		t.Fatal(err)
-	}
-	t.Cleanup(func() { _ = os.RemoveAll(dir) })
-	return dir
-}
-
-// waitFor polls until another process has made a condition true.
-func waitFor(t *testing.T, what string, condition func() bool) {
-	t.Helper()
-	for deadline := time.Now().Add(3 * time.Minute); !condition(); time.Sleep(2 * time.Millisecond) {
-		if time.Now().After(deadline) {
-			t.Fatalf("no sign of %s", what)
-		}
-	}
 }
 
 // pty returns the two ends of a terminal that no program reads from.
@@ -321,7 +303,7 @@ func noLeaks(t *testing.T) {
 			t.Errorf("processes are left: %v", left)
 		}
 		// A goroutine that is done may need a moment to end.
-		waitFor(t, "the end of every goroutine", func() bool {
+		proctest.Until(t, "the end of every goroutine", func() bool {
 			if runtime.NumGoroutine() <= goroutines {
 				return true
 			}

@@ -13,6 +13,8 @@ import (
 	"time"
 
 	"golang.org/x/sys/unix"
+
+	"p11-agent/agent/peer/proctest"
 )
 
 // linePromptTest is the argument that makes this test the program of LinePrompt.
@@ -56,7 +58,7 @@ func (p *person) text() string {
 // types waits for a text to be shown after what was seen so far, and types an answer.
 func (p *person) types(after, answer string) {
 	p.t.Helper()
-	waitFor(p.t, after, func() bool { return strings.HasSuffix(p.text(), after) })
+	proctest.Until(p.t, after, func() bool { return strings.HasSuffix(p.text(), after) })
 	p.mu.Lock()
 	p.seen.Reset()
 	p.mu.Unlock()

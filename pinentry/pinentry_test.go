@@ -17,6 +17,8 @@ import (
 
 	"golang.org/x/sys/unix"
 
+	"p11-agent/agent/door/doortest"
+	"p11-agent/agent/peer/proctest"
 	"p11-agent/pinentry/secret"
 	"p11-agent/pinentry/secret/secrettest"
 )
@@ -369,7 +371,7 @@ func TestProgramsThatCannotAsk(t *testing.T) {
 
 func TestProgramsThatAreNotThere(t *testing.T) {
 	noLeaks(t)
-	dir := shortDir(t)
+	dir := doortest.Dir(t)
 	file := filepath.Join(dir, "no-program")
 	if err := os.WriteFile(file, []byte("\x7fELF"), 0o755); err != nil {
 		t.Fatal(err)
@@ -924,7 +926,7 @@ func TestCancelEndsTheProgram(t *testing.T) {
 						_ = syscall.Kill(pid, syscall.SIGKILL)
 						continue
 					}
-					waitFor(t, "the end of the program's child", func() bool { return gone(pid) })
+					proctest.Until(t, "the end of the program's child", func() bool { return gone(pid) })
 				}
 				// The dialogue still works.
 				ctx, cancel = context.WithCancel(t.Context())
@@ -1217,7 +1219,7 @@ func TestProgramInAScript(t *testing.T) {
 	pid := s.hanging(1)[0]
 	cancel()
 	<-done
-	waitFor(t, "the end of what the script ran", func() bool { return gone(pid) })
+	proctest.Until(t, "the end of what the script ran", func() bool { return gone(pid) })
 }
 
 func TestProgramThatNeverGreets(t *testing.T) {

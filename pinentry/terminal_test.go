@@ -14,6 +14,9 @@ import (
 	"time"
 
 	"golang.org/x/sys/unix"
+
+	"p11-agent/agent/door/doortest"
+	"p11-agent/agent/peer/proctest"
 )
 
 // pane is a terminal of tmux from which no other program reads.
@@ -41,21 +44,21 @@ func need(t *testing.T, program string) string {
 func newPane(t *testing.T, width, height int) *pane {
 	t.Helper()
 	need(t, "tmux")
-	p := &pane{t: t, dir: shortDir(t), name: "p11-" + strconv.Itoa(os.Getpid())}
+	p := &pane{t: t, dir: doortest.Dir(t), name: "p11-" + strconv.Itoa(os.Getpid())}
 	p.tmux("new-session", "-d", "-x", strconv.Itoa(width), "-y", strconv.Itoa(height), "exec tail -f /dev/null")
 	t.Cleanup(func() {
 		// If the window is closed, the server has gone.
 		_ = p.command("kill-server").Run()
 	})
 	// Until then tmux may not have set the terminal's modes.
-	waitFor(t, "the pane's program", func() bool {
+	proctest.Until(t, "the pane's program", func() bool {
 		return strings.TrimSpace(p.tmux("display-message", "-p", "#{pane_current_command}")) == "tail"
 	})
 	p.tty = strings.TrimSpace(p.tmux("display-message", "-p", "#{pane_tty}"))
 	if !strings.HasPrefix(p.tty, "/dev/pts/") {
 		t.Fatalf("the pane is on %q", p.tty)
 	}
-	waitFor(t, "tmux to set the pane's modes", func() bool { return p.modes().Iflag&unix.IUTF8 != 0 })
+	proctest.Until(t, "tmux to set the pane's modes", func() bool { return p.modes().Iflag&unix.IUTF8 != 0 })
 	return p
 }
 
@@ -79,7 +82,7 @@ func (p *pane) screen() string { p.t.Helper(); return p.tmux("capture-pane", "-p
 // see waits until text is on the screen.
 func (p *pane) see(text string) {
 	p.t.Helper()
-	waitFor(p.t, fmt.Sprintf("%q on the screen", text), func() bool { return strings.Contains(p.screen(), text) })
+	proctest.Until(p.t, fmt.Sprintf("%q on the screen", text), func() bool { return strings.Contains(p.screen(), text) })
 }
 
 func (p *pane) typeText(text string) { p.t.Helper(); p.tmux("send-keys", "-l", text) }
@@ -342,7 +345,7 @@ func TestRealCancelRestoresTheTerminal(t *testing.T) {
 			ctx, cancel := context.WithCancel(t.Context())
 			got := askPIN(ctx, d, Prompt{Description: "PIN of the card"})
 			pane.see("PIN of the card")
-			waitFor(t, "a terminal without echo", func() bool { return pane.modes().Lflag&unix.ECHO == 0 })
+			proctest.Until(t, "a terminal without echo", func() bool { return pane.modes().Lflag&unix.ECHO == 0 })
 			pane.typeText("123")
 			cancel()
 			if a := <-got; !errors.Is(a.err, context.Canceled) || a.pin != "" {
@@ -374,7 +377,7 @@ func TestRealKillRestoresTheTerminal(t *testing.T) {
 		defer cancel()
 		got := askPIN(ctx, d, Prompt{Description: "PIN of the card"})
 		pane.see("PIN of the card")
-		waitFor(t, "a terminal without echo", func() bool { return pane.modes().Lflag&unix.ECHO == 0 })
+		proctest.Until(t, "a terminal without echo", func() bool { return pane.modes().Lflag&unix.ECHO == 0 })
 		// A stopped program does not notice SIGTERM.
 		pid, _, _ := strings.Cut(children(t)[0], " ")
 		n, _ := strconv.Atoi(pid)
@@ -439,7 +442,7 @@ func TestRealGraphicalPinentryOnATerminal(t *testing.T) {
 	for _, name := range []string{"pinentry-gtk-2", "pinentry-qt"} {
 		t.Run(name, func(t *testing.T) {
 			noLeaks(t)
-			script := filepath.Join(shortDir(t), "pinentry")
+			script := filepath.Join(doortest.Dir(t), "pinentry")
 			if err := os.WriteFile(script, []byte("#!/bin/sh\n"+need(t, name)+" \"$@\"\nexit $?\n"), 0o755); err != nil {
 				t.Fatal(err)
 			}
@@ -483,7 +486,7 @@ func TestRealSmallOrUnknownTerminal(t *testing.T) {
 			defer d.Close()
 			got := askPIN(t.Context(), d, Prompt{Description: "a description of more than one line in a small window", Label: "PIN:"})
 			pane.see("PIN:")
-			waitFor(t, "a terminal without echo", func() bool { return pane.modes().Lflag&unix.ECHO == 0 })
+			proctest.Until(t, "a terminal without echo", func() bool { return pane.modes().Lflag&unix.ECHO == 0 })
 			pane.typeText("4711")
 			pane.press("Enter")
 			if a := <-got; a.err != nil || a.pin != "4711" {

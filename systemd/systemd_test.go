@@ -18,6 +18,7 @@ import (
 	"time"
 	"unicode/utf8"
 
+	"p11-agent/agent/door/doortest"
 	"p11-agent/agent/peer/terminaltest"
 )
 
@@ -195,17 +196,6 @@ func activate(t *testing.T, args ...string) *service {
 	return s
 }
 
-// shortDir returns a directory whose name leaves room for that of a socket.
-func shortDir(t *testing.T) string {
-	t.Helper()
-	dir, err := os.MkdirTemp("", "p11")
-	if err != nil {
-		t.Fatal(err)
-	}
-	t.Cleanup(func() { os.RemoveAll(dir) })
-	return dir
-}
-
 func dial(t *testing.T, network, path string) net.Conn {
 	t.Helper()
 	c, err := net.Dial(network, path)
@@ -217,7 +207,7 @@ func dial(t *testing.T, network, path string) net.Conn {
 }
 
 func TestSocketActivation(t *testing.T) {
-	dir := shortDir(t)
+	dir := doortest.Dir(t)
 	a, b := filepath.Join(dir, "a"), filepath.Join(dir, "b")
 	s := activate(t, "-l", a, "-l", b, "--fdname=one:two")
 
@@ -250,7 +240,7 @@ func TestSocketActivationRefused(t *testing.T) {
 		{"one process a connection", "--accept", "unix", `"LISTEN_FD_3" .*Accept=no`},
 	} {
 		t.Run(test.name, func(t *testing.T) {
-			path := filepath.Join(shortDir(t), "s")
+			path := filepath.Join(doortest.Dir(t), "s")
 			args := []string{"-l", path, test.option}
 			if test.option != "--accept" { // that option passes no names
 				args = append(args, "--fdname=agent")
@@ -270,7 +260,7 @@ func TestSocketActivationRefused(t *testing.T) {
 
 // TestInherited passes variables and files that systemd-socket-activate never passes.
 func TestInherited(t *testing.T) {
-	dir := shortDir(t)
+	dir := doortest.Dir(t)
 	unix, err := net.Listen("unix", filepath.Join(dir, "s"))
 	if err != nil {
 		t.Fatal(err)
@@ -339,7 +329,7 @@ func TestInherited(t *testing.T) {
 // manager stands in for the service manager's end of NOTIFY_SOCKET.
 func manager(t *testing.T) (read func() string) {
 	t.Helper()
-	path := filepath.Join(shortDir(t), "notify")
+	path := filepath.Join(doortest.Dir(t), "notify")
 	c, err := net.ListenUnixgram("unixgram", &net.UnixAddr{Name: path, Net: "unixgram"})
 	if err != nil {
 		t.Fatal(err)
@@ -393,7 +383,7 @@ func TestNotify(t *testing.T) {
 		}
 	})
 	t.Run("manager gone", func(t *testing.T) {
-		t.Setenv("NOTIFY_SOCKET", filepath.Join(shortDir(t), "gone"))
+		t.Setenv("NOTIFY_SOCKET", filepath.Join(doortest.Dir(t), "gone"))
 		if err := Stopping(); err == nil {
 			t.Error("no error")
 		}

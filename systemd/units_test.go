@@ -9,6 +9,8 @@ import (
 	"slices"
 	"strings"
 	"testing"
+
+	"p11-agent/agent/door/doortest"
 )
 
 // directives returns the settings of one section of a unit file, by their names.
@@ -168,7 +170,7 @@ func TestVerify(t *testing.T) {
 		}
 		t.Skip("systemd-analyze is not installed")
 	}
-	dir := shortDir(t)
+	dir := doortest.Dir(t)
 	program := filepath.Join(dir, odd)
 	if err := os.MkdirAll(filepath.Dir(program), 0o755); err != nil {
 		t.Fatal(err)

@@ -59,3 +59,9 @@ const (
 	RenewBurst = renewBurst
 	RenewEvery = renewEvery
 )
+
+// Methods that tests find in the stacks of goroutines.
+var (
+	Look    = (*module).look
+	TryStay = (*Token).tryStay
+)

@@ -7,16 +7,17 @@ import (
 	"os"
 	"path/filepath"
 	"regexp"
-	"runtime"
 	"slices"
 	"strings"
 	"sync"
 	"testing"
 
+	"p11-agent/agent/peer/proctest"
 	"p11-agent/pinentry/secret"
 	"p11-agent/token"
 	"p11-agent/token/pin"
 	"p11-agent/token/pkcs11uri"
+	"p11-agent/token/process"
 	"p11-agent/token/tokentest"
 	"p11-agent/token/tokentest/pivcard"
 	"p11-agent/token/wire"
@@ -249,27 +250,16 @@ func TestGenerateFails(t *testing.T) {
 	noError(t, err)
 }
 
-// running reports whether is returns true for the state and the stack of a goroutine.
-func running(is func(state, stack string) bool) bool {
-	buf := make([]byte, 4<<20)
-	for g := range strings.SplitSeq(string(buf[:runtime.Stack(buf, true)]), "\n\n") {
-		if state, stack, _ := strings.Cut(g, "\n"); is(state, stack) {
-			return true
-		}
-	}
-	return false
-}
-
 // waitsThrough reports whether a request goes on although its caller has stopped waiting.
 func waitsThrough() bool {
-	return running(func(state, stack string) bool {
-		return strings.Contains(state, "[chan receive") && strings.HasPrefix(stack, "p11-agent/token/process.(*Process).request(")
-	})
+	return proctest.Count(func(g proctest.Goroutine) bool {
+		return g.State == "chan receive" && g.Runs((*process.Process).CallThrough) && strings.HasPrefix(g.Stack, proctest.Methods[process.Process]())
+	}) > 0
 }
 
 // looks reports whether the agent looks at a module.
 func looks() bool {
-	return running(func(_, stack string) bool { return strings.Contains(stack, "p11-agent/token.(*module).look(") })
+	return proctest.Count(func(g proctest.Goroutine) bool { return g.Runs(token.Look) }) > 0
 }
 
 // A caller stops waiting for a key. The module then destroys the key that the card has begun

@@ -8,7 +8,6 @@ import (
 	"errors"
 	"fmt"
 	"path/filepath"
-	"runtime"
 	"slices"
 	"strings"
 	"sync"
@@ -18,8 +17,10 @@ import (
 
 	"golang.org/x/sys/unix"
 
+	"p11-agent/agent/peer/proctest"
 	"p11-agent/pinentry/procstat"
 	"p11-agent/token"
+	"p11-agent/token/process"
 	"p11-agent/token/tokentest"
 	"p11-agent/token/wire"
 )
@@ -369,10 +370,9 @@ func TestCrashBeforeReading(t *testing.T) {
 	})
 	close(wait)
 	tokentest.Until(t, "the PIN was sent", func() bool {
-		buf := make([]byte, 1<<20)
-		return slices.ContainsFunc(strings.Split(string(buf[:runtime.Stack(buf, true)]), "\n\n"), func(g string) bool {
-			return strings.Contains(g, "[select") && strings.Contains(g, "(*Process).Call(") && strings.Contains(g, "(*Token).tryStay(")
-		})
+		return proctest.Count(func(g proctest.Goroutine) bool {
+			return g.State == "select" && g.Runs((*process.Process).Call) && g.Runs(token.TryStay)
+		}) > 0
 	})
 	proc.Kill()
 	if err := <-failed; err == nil || !strings.Contains(err.Error(), "crashed (killed)") {

@@ -3,11 +3,11 @@ package token_test
 import (
 	"context"
 	"errors"
-	"regexp"
-	"runtime"
+	"fmt"
 	"testing"
 	"time"
 
+	"p11-agent/agent/peer/proctest"
 	"p11-agent/pinentry/secret"
 	"p11-agent/pinentry/waiting"
 	"p11-agent/token"
@@ -61,11 +61,7 @@ func TestPromptMoves(t *testing.T) {
 	}
 	waiters := func(n int) {
 		t.Helper()
-		for end := time.Now().Add(3 * time.Minute); token.LoginWaiters(b.key(1)) != n; runtime.Gosched() {
-			if time.Now().After(end) {
-				t.Fatalf("there are never %d who wait", n)
-			}
-		}
+		proctest.Until(t, fmt.Sprintf("%d requests wait", n), func() bool { return token.LoginWaiters(b.key(1)) == n })
 	}
 	hangUp, first := sign("first")
 	want(t, "asked", <-f.asked, "first")
@@ -121,18 +117,12 @@ func TestAttack14PINForOneSignature(t *testing.T) {
 	noError(t, <-attacker)
 }
 
-// inLogin matches the stack of a goroutine that waits for a login.
-var inLogin = regexp.MustCompile(`\[select[^\]]*\]:\n[^\n]*pin\.\(\*State\)\.Share\(`)
-
 // untilWaiting waits until n requests wait for the end of a login.
 func untilWaiting(t *testing.T, n int) {
 	t.Helper()
-	stacks := make([]byte, 1<<20)
-	for end := time.Now().Add(30 * time.Second); len(inLogin.FindAll(stacks[:runtime.Stack(stacks, true)], -1)) != n; runtime.Gosched() {
-		if time.Now().After(end) {
-			t.Fatalf("there are never %d who wait", n)
-		}
-	}
+	proctest.Until(t, fmt.Sprintf("%d requests wait for a login", n), func() bool {
+		return proctest.Count(func(g proctest.Goroutine) bool { return g.State == "select" && g.In((*pin.State).Share) }) == n
+	})
 }
 
 // The agent uses the last try for a PIN only with a consent to the request that brought the PIN.

@@ -9,8 +9,6 @@ import (
 	"net"
 	"os"
 	"path/filepath"
-	"regexp"
-	"runtime"
 	"strings"
 	"sync"
 	"sync/atomic"
@@ -19,7 +17,9 @@ import (
 	"testing/synctest"
 	"time"
 
+	"p11-agent/agent/door/doortest"
 	"p11-agent/agent/peer"
+	"p11-agent/agent/peer/proctest"
 	"p11-agent/agent/peer/terminaltest"
 )
 
@@ -33,13 +33,13 @@ func (e *echo) Close()                {}
 
 // Connections that are over leave nothing behind in the watcher.
 func TestWatcherForgets(t *testing.T) {
-	checkLeaks(t)
+	proctest.NoLeaks(t, proctest.Methods[Server]())
 	w, err := newWatcher()
 	if err != nil {
 		t.Fatal(err)
 	}
 	defer w.close()
-	l, err := net.ListenUnix("unix", &net.UnixAddr{Name: filepath.Join(shortDir(t), "s"), Net: "unix"})
+	l, err := net.ListenUnix("unix", &net.UnixAddr{Name: filepath.Join(doortest.Dir(t), "s"), Net: "unix"})
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -70,14 +70,14 @@ func TestWatcherForgets(t *testing.T) {
 }
 
 func TestAllowed(t *testing.T) {
-	checkLeaks(t)
+	proctest.NoLeaks(t, proctest.Methods[Server]())
 	var log strings.Builder // the Server has ended when the test reads it
 	var asked peer.Peer
 	s := &Server{Log: slog.New(slog.NewTextHandler(&log, nil)), allowed: func(p peer.Peer) error {
 		asked = p
 		return errors.New("not on a Sunday")
 	}}
-	l, err := Listen(filepath.Join(shortDir(t), "s"))
+	l, err := Listen(filepath.Join(doortest.Dir(t), "s"))
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -163,46 +163,3 @@ func (l *exhausted) AcceptUnix() (*net.UnixConn, error) {
 }
 
 func (l *exhausted) Close() error { return nil }
-
-var ours = regexp.MustCompile(`door\.\(\*(Server|watcher|Conn|Socket)\)`)
-
-// checkLeaks fails the test when it ends with more goroutines or file
-// descriptors than it has now.
-func checkLeaks(t *testing.T) {
-	t.Helper()
-	fds := descriptors(t)
-	t.Cleanup(func() {
-		// Goroutines that have done everything may not have ended yet, and so
-		// may the poller's descriptors of a first use.
-		var stacks []byte
-		for range 1000 {
-			stacks = make([]byte, 1<<20)
-			stacks = stacks[:runtime.Stack(stacks, true)]
-			if !ours.Match(stacks) && descriptors(t) <= fds+2 {
-				return
-			}
-			time.Sleep(time.Millisecond)
-		}
-		t.Errorf("%d file descriptors, %d before; goroutines:\n%s", descriptors(t), fds, stacks)
-	})
-}
-
-func descriptors(t testing.TB) int {
-	t.Helper()
-	entries, err := os.ReadDir("/proc/self/fd")
-	if err != nil {
-		t.Fatal(err)
-	}
-	return len(entries)
-}
-
-// shortDir makes a directory whose files can be sockets.
-func shortDir(t testing.TB) string {
-	t.Helper()
-	dir, err := os.MkdirTemp("", "p11")
-	if err != nil {
-		t.Fatal(err)
-	}
-	t.Cleanup(func() { os.RemoveAll(dir) })
-	return dir
-}

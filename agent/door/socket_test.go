@@ -14,13 +14,16 @@ import (
 	"testing"
 
 	"golang.org/x/sys/unix"
+
+	"p11-agent/agent/door/doortest"
+	"p11-agent/agent/peer/proctest"
 )
 
 func TestListen(t *testing.T) {
-	checkLeaks(t)
+	proctest.NoLeaks(t, proctest.Methods[Server]())
 	// Any umask will do.
 	defer unix.Umask(unix.Umask(0))
-	path := filepath.Join(shortDir(t), "dir", "agent.sock")
+	path := filepath.Join(doortest.Dir(t), "dir", "agent.sock")
 	s, err := Listen(path)
 	if err != nil {
 		t.Fatal(err)
@@ -57,7 +60,7 @@ func TestListen(t *testing.T) {
 }
 
 func TestListenRefuses(t *testing.T) {
-	dir := shortDir(t)
+	dir := doortest.Dir(t)
 	mkdir := func(name string, mode os.FileMode) string {
 		path := filepath.Join(dir, name)
 		if err := errors.Join(os.Mkdir(path, 0o700), os.Chmod(path, mode)); err != nil {
@@ -107,7 +110,7 @@ func TestListenRefuses(t *testing.T) {
 	}
 	for _, test := range tests {
 		t.Run(test.name, func(t *testing.T) {
-			fds := descriptors(t)
+			fds := proctest.Files(t, os.Getpid())
 			s, err := Listen(test.path)
 			if err == nil {
 				s.Close()
@@ -115,7 +118,7 @@ func TestListenRefuses(t *testing.T) {
 			if err == nil || !strings.Contains(err.Error(), test.want) {
 				t.Errorf("%v, want %q", err, test.want)
 			}
-			if n := descriptors(t); n != fds {
+			if n := proctest.Files(t, os.Getpid()); n != fds {
 				t.Errorf("%d file descriptors, %d before", n, fds)
 			}
 		})
@@ -131,7 +134,7 @@ func TestListenRefuses(t *testing.T) {
 // Users may share a sticky directory that belongs to root or to one of them. The agent
 // leaves the files of others alone. A lock of another user does not stop it.
 func TestSharedDirectory(t *testing.T) {
-	dir := shortDir(t)
+	dir := doortest.Dir(t)
 	if err := os.Chmod(dir, 0o777|os.ModeSticky); err != nil {
 		t.Fatal(err)
 	}
@@ -191,7 +194,7 @@ func TestSharedDirectory(t *testing.T) {
 }
 
 func TestLongestPath(t *testing.T) {
-	dir := shortDir(t)
+	dir := doortest.Dir(t)
 	s, err := Listen(filepath.Join(dir, strings.Repeat("x", 107-len(dir)-1)))
 	if err != nil {
 		t.Fatal(err)
@@ -208,7 +211,7 @@ func TestLongestPath(t *testing.T) {
 }
 
 func TestRuntimeDirectory(t *testing.T) {
-	dir := shortDir(t)
+	dir := doortest.Dir(t)
 	path := filepath.Join(dir, "p11-agent", "ssh", "s")
 	if s, err := Listen(path); err == nil {
 		s.Close()
@@ -227,7 +230,7 @@ func TestRuntimeDirectory(t *testing.T) {
 
 // A killed agent leaves a socket on which no process listens.
 func TestStaleSocket(t *testing.T) {
-	path := filepath.Join(shortDir(t), "s")
+	path := filepath.Join(doortest.Dir(t), "s")
 	l, err := net.ListenUnix("unix", &net.UnixAddr{Name: path, Net: "unix"})
 	if err != nil {
 		t.Fatal(err)
@@ -247,7 +250,7 @@ func TestStaleSocket(t *testing.T) {
 
 // An agent that is too busy to accept is not dead.
 func TestBusySocket(t *testing.T) {
-	path := filepath.Join(shortDir(t), "s")
+	path := filepath.Join(doortest.Dir(t), "s")
 	fd, err := unix.Socket(unix.AF_UNIX, unix.SOCK_STREAM|unix.SOCK_CLOEXEC, 0)
 	if err != nil {
 		t.Fatal(err)
@@ -272,7 +275,7 @@ func TestBusySocket(t *testing.T) {
 
 // What has taken the place of the socket is not removed with it.
 func TestCloseRemovesOnlyItsOwn(t *testing.T) {
-	path := filepath.Join(shortDir(t), "s")
+	path := filepath.Join(doortest.Dir(t), "s")
 	mine, err := Listen(path)
 	if err != nil {
 		t.Fatal(err)
@@ -307,7 +310,7 @@ func TestCloseRemovesOnlyItsOwn(t *testing.T) {
 }
 
 func TestCloseWithoutFile(t *testing.T) {
-	path := filepath.Join(shortDir(t), "dir", "s")
+	path := filepath.Join(doortest.Dir(t), "dir", "s")
 	s, err := Listen(path)
 	if err != nil {
 		t.Fatal(err)
@@ -326,7 +329,7 @@ const rivalVariable = "P11_RIVAL_AGENT"
 // moment, with a dead agent's socket in the way.
 func TestManyStartAtOnce(t *testing.T) {
 	const rivals, rounds = 6, 5
-	path := filepath.Join(shortDir(t), "dir", "s")
+	path := filepath.Join(doortest.Dir(t), "dir", "s")
 	for range rounds {
 		var starts []io.Closer
 		var says []*bufio.Reader

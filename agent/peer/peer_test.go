@@ -17,6 +17,7 @@ import (
 
 	"golang.org/x/sys/unix"
 
+	"p11-agent/agent/door/doortest"
 	"p11-agent/agent/peer/terminaltest"
 	"p11-agent/pinentry/procstat"
 )
@@ -179,11 +180,7 @@ func program(t *testing.T, name string) string {
 // other users.
 func shortDir(t *testing.T) string {
 	t.Helper()
-	dir, err := os.MkdirTemp("", "p11")
-	if err != nil {
-		t.Fatal(err)
-	}
-	t.Cleanup(func() { os.RemoveAll(dir) })
+	dir := doortest.Dir(t)
 	if err := os.Chmod(dir, 0o755); err != nil {
 		t.Fatal(err)
 	}
@@ -525,11 +522,7 @@ func FuzzNames(f *testing.F) {
 }
 
 func BenchmarkOf(b *testing.B) {
-	dir, err := os.MkdirTemp("", "p11")
-	if err != nil {
-		b.Fatal(err)
-	}
-	defer os.RemoveAll(dir)
+	dir := doortest.Dir(b)
 	l, err := net.Listen("unix", filepath.Join(dir, "s"))
 	if err != nil {
 		b.Fatal(err)

@@ -20,6 +20,7 @@ import (
 	"p11-agent/agent"
 	"p11-agent/agent/approval"
 	"p11-agent/agent/door"
+	"p11-agent/agent/door/doortest"
 	"p11-agent/agent/peer"
 	"p11-agent/agent/request"
 )
@@ -240,7 +241,7 @@ func BenchmarkList(b *testing.B) {
 // BenchmarkConnect measures clients that connect for a single request.
 func BenchmarkConnect(b *testing.B) {
 	keyring, key := stillKeyring(b, slog.DiscardHandler, 2)
-	l, err := door.Listen(filepath.Join(shortDir(b), "s"))
+	l, err := door.Listen(filepath.Join(doortest.Dir(b), "s"))
 	if err != nil {
 		b.Fatal(err)
 	}

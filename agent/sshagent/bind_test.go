@@ -13,6 +13,8 @@ import (
 	"testing"
 
 	"golang.org/x/crypto/ssh"
+
+	"p11-agent/agent/door/doortest"
 )
 
 // host is a host with a key.
@@ -160,7 +162,7 @@ func TestRealSSH(t *testing.T) {
 	}
 	keyring := newKeyring()
 	r := serve(t, &Door{Keyring: keyring})
-	dir := shortDir(t)
+	dir := doortest.Dir(t)
 	file := func(name, text string) string {
 		path := filepath.Join(dir, name)
 		if err := os.WriteFile(path, []byte(text), 0o600); err != nil {

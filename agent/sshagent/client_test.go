@@ -19,6 +19,7 @@ import (
 	sshclient "golang.org/x/crypto/ssh/agent"
 
 	"p11-agent/agent"
+	"p11-agent/agent/door/doortest"
 	"p11-agent/agent/request"
 )
 
@@ -90,7 +91,7 @@ func TestGoClient(t *testing.T) {
 // sshAdd runs ssh-add against the server.
 func (r *running) sshAdd(t *testing.T, pin string, args ...string) (string, error) {
 	t.Helper()
-	askpass := filepath.Join(shortDir(t), "askpass")
+	askpass := filepath.Join(doortest.Dir(t), "askpass")
 	if err := os.WriteFile(askpass, []byte("#!/bin/sh\necho '"+pin+"'\n"), 0o700); err != nil {
 		t.Fatal(err)
 	}
@@ -103,7 +104,7 @@ func (r *running) sshAdd(t *testing.T, pin string, args ...string) (string, erro
 func TestSSHAdd(t *testing.T) {
 	keyring := newKeyring()
 	r := serve(t, &Door{Keyring: keyring})
-	pub := filepath.Join(shortDir(t), "key.pub")
+	pub := filepath.Join(doortest.Dir(t), "key.pub")
 	key := keyring.signers[0].PublicKey()
 	if err := os.WriteFile(pub, ssh.MarshalAuthorizedKey(key), 0o600); err != nil {
 		t.Fatal(err)
@@ -153,7 +154,7 @@ func TestSSHAdd(t *testing.T) {
 func TestSSHAddDestination(t *testing.T) {
 	keyring := newKeyring()
 	r := serve(t, &Door{Keyring: keyring})
-	known := filepath.Join(shortDir(t), "known_hosts")
+	known := filepath.Join(doortest.Dir(t), "known_hosts")
 	line := "a.example,b.example " + string(ssh.MarshalAuthorizedKey(keyring.signers[0].PublicKey()))
 	if err := os.WriteFile(known, []byte(line), 0o600); err != nil {
 		t.Fatal(err)

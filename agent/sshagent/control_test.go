@@ -15,6 +15,7 @@ import (
 	"testing"
 
 	"p11-agent/agent/door"
+	"p11-agent/agent/door/doortest"
 	"p11-agent/agent/request"
 	"p11-agent/pinentry/secret"
 )
@@ -82,7 +83,7 @@ func TestControlOfNamedSocket(t *testing.T) {
 		t.Errorf("passed on: %q", message)
 		return []byte{msgSuccess}, nil
 	}
-	l, err := door.Listen(filepath.Join(shortDir(t), "s"))
+	l, err := door.Listen(filepath.Join(doortest.Dir(t), "s"))
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -121,7 +122,7 @@ func TestControlOfOtherAgents(t *testing.T) {
 		"hangs up immediately": {},
 	} {
 		t.Run(name, func(t *testing.T) {
-			l, err := net.Listen("unix", filepath.Join(shortDir(t), "s"))
+			l, err := net.Listen("unix", filepath.Join(doortest.Dir(t), "s"))
 			if err != nil {
 				t.Fatal(err)
 			}
@@ -148,7 +149,7 @@ func TestControlOfOtherAgents(t *testing.T) {
 // When a client hangs up, its request ends.
 func TestControlHangsUp(t *testing.T) {
 	ctx, cancel := context.WithCancel(t.Context())
-	l, err := net.Listen("unix", filepath.Join(shortDir(t), "s"))
+	l, err := net.Listen("unix", filepath.Join(doortest.Dir(t), "s"))
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -245,7 +246,7 @@ func TestControlOfOtherUser(t *testing.T) {
 		}
 		t.Skip("this needs root, to listen as another user")
 	}
-	dir := shortDir(t)
+	dir := doortest.Dir(t)
 	if err := os.Chmod(dir, 0o777); err != nil {
 		t.Fatal(err)
 	}

@@ -7,6 +7,8 @@ import (
 	"path/filepath"
 	"testing"
 	"time"
+
+	"p11-agent/agent/door/doortest"
 )
 
 func TestPing(t *testing.T) {
@@ -46,7 +48,7 @@ func TestPingFindsHungAgent(t *testing.T) {
 		t.Errorf("while a prompt is open: %v", err)
 	}
 
-	path := filepath.Join(shortDir(t), "s")
+	path := filepath.Join(doortest.Dir(t), "s")
 	l, err := net.Listen("unix", path)
 	if err != nil {
 		t.Fatal(err)

@@ -16,6 +16,7 @@ import (
 	"golang.org/x/crypto/ssh"
 	sshclient "golang.org/x/crypto/ssh/agent"
 
+	"p11-agent/agent/door/doortest"
 	"p11-agent/agent/request"
 )
 
@@ -30,7 +31,7 @@ func keygen(t testing.TB, args ...string) (file string) {
 	if keys[what] == nil {
 		keys[what] = makeKey(t, args)
 	}
-	dir := shortDir(t)
+	dir := doortest.Dir(t)
 	for name, b := range keys[what] {
 		if err := os.WriteFile(filepath.Join(dir, name), b, 0o600); err != nil {
 			t.Fatal(err)

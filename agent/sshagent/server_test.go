@@ -23,6 +23,7 @@ import (
 	"golang.org/x/sys/unix"
 
 	"p11-agent/agent/door"
+	"p11-agent/agent/door/doortest"
 	"p11-agent/agent/peer"
 	"p11-agent/agent/request"
 )
@@ -84,7 +85,7 @@ func TestHangUpEndsTheRequest(t *testing.T) {
 func TestKilledClientEndsTheRequest(t *testing.T) {
 	keyring, begun, ended := waiting()
 	r := serve(t, &Door{Keyring: keyring})
-	key := filepath.Join(shortDir(t), "key.pub")
+	key := filepath.Join(doortest.Dir(t), "key.pub")
 	if err := os.WriteFile(key, ssh.MarshalAuthorizedKey(keyring.signers[0].PublicKey()), 0o600); err != nil {
 		t.Fatal(err)
 	}
@@ -262,7 +263,7 @@ func TestStopWithStuckClient(t *testing.T) {
 
 func TestStopBeforeServe(t *testing.T) {
 	checkLeaks(t)
-	l, err := door.Listen(filepath.Join(shortDir(t), "s"))
+	l, err := door.Listen(filepath.Join(doortest.Dir(t), "s"))
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -276,7 +277,7 @@ func TestStopBeforeServe(t *testing.T) {
 // Serve returns an error if other code closes its listener.
 func TestListenerClosed(t *testing.T) {
 	checkLeaks(t)
-	l, err := door.Listen(filepath.Join(shortDir(t), "s"))
+	l, err := door.Listen(filepath.Join(doortest.Dir(t), "s"))
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -462,7 +463,7 @@ func (l *brokenListener) AcceptUnix() (*net.UnixConn, error) {
 func TestAcceptErrors(t *testing.T) {
 	checkLeaks(t)
 	log, book := newLog()
-	l, err := door.Listen(filepath.Join(shortDir(t), "s"))
+	l, err := door.Listen(filepath.Join(doortest.Dir(t), "s"))
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -481,7 +482,7 @@ const starvedVariable = "P11_STARVED_AGENT"
 // TestOutOfDescriptors runs a server in a process with few file descriptors. It takes all
 // descriptors, and gives them back.
 func TestOutOfDescriptors(t *testing.T) {
-	path := filepath.Join(shortDir(t), "s")
+	path := filepath.Join(doortest.Dir(t), "s")
 	cmd := exec.Command("/proc/self/exe", "-test.run=^TestStarvedAgent$")
 	cmd.Env = append(os.Environ(), starvedVariable+"="+path, "GORACE=atexit_sleep_ms=0")
 	stdin, err := cmd.StdinPipe()

@@ -15,19 +15,18 @@ import (
 	"os"
 	"os/exec"
 	"path/filepath"
-	"regexp"
-	"runtime"
 	"slices"
 	"strings"
 	"sync"
 	"testing"
-	"time"
 
 	"golang.org/x/crypto/ssh"
 
 	"p11-agent/agent"
 	"p11-agent/agent/door"
+	"p11-agent/agent/door/doortest"
 	"p11-agent/agent/peer"
+	"p11-agent/agent/peer/proctest"
 	"p11-agent/agent/request"
 	"p11-agent/pinentry/secret"
 )
@@ -267,7 +266,7 @@ type running struct {
 func serve(t *testing.T, s *Door) *running {
 	t.Helper()
 	checkLeaks(t)
-	l, err := door.Listen(filepath.Join(shortDir(t), "s"))
+	l, err := door.Listen(filepath.Join(doortest.Dir(t), "s"))
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -302,47 +301,10 @@ func (r *running) dial() *net.UnixConn {
 	return conn.(*net.UnixConn)
 }
 
-var ours = regexp.MustCompile(`(sshagent|door)\.\(\*(Door|watcher|handler|Conn|frames|Socket)\)`)
-
-// checkLeaks fails the test when it ends with more goroutines or file
-// descriptors than it has now.
+// checkLeaks fails the test when it leaves open files, or goroutines of a door.
 func checkLeaks(t *testing.T) {
 	t.Helper()
-	fds := descriptors(t)
-	t.Cleanup(func() {
-		// Goroutines that are done may need a moment to end. The first use of the
-		// poller opens descriptors.
-		var stacks []byte
-		for range 1000 {
-			stacks = make([]byte, 1<<20)
-			stacks = stacks[:runtime.Stack(stacks, true)]
-			if !ours.Match(stacks) && descriptors(t) <= fds+2 {
-				return
-			}
-			time.Sleep(time.Millisecond)
-		}
-		t.Errorf("%d file descriptors, %d before; goroutines:\n%s", descriptors(t), fds, stacks)
-	})
-}
-
-func descriptors(t testing.TB) int {
-	t.Helper()
-	entries, err := os.ReadDir("/proc/self/fd")
-	if err != nil {
-		t.Fatal(err)
-	}
-	return len(entries)
-}
-
-// shortDir makes a directory whose files can be sockets.
-func shortDir(t testing.TB) string {
-	t.Helper()
-	dir, err := os.MkdirTemp("", "p11")
-	if err != nil {
-		t.Fatal(err)
-	}
-	t.Cleanup(func() { os.RemoveAll(dir) })
-	return dir
+	proctest.NoLeaks(t, proctest.Methods[Upstream](), proctest.Methods[door.Server]())
 }
 
 // needs returns the path of a program that the test needs.

@@ -12,7 +12,6 @@ import (
 	"os"
 	"os/exec"
 	"path/filepath"
-	"regexp"
 	"runtime"
 	"slices"
 	"strings"
@@ -29,10 +28,9 @@ import (
 
 	"p11-agent/agent"
 	"p11-agent/agent/door"
+	"p11-agent/agent/door/doortest"
 	"p11-agent/agent/request"
 )
-
-var upstreams = regexp.MustCompile(`sshagent\.\(\*(Upstream|fakeAgent)\)`)
 
 // checkUpstreamLeaks returns an Upstream, closes it at the end of the test, and checks for
 // leaks.
@@ -44,18 +42,6 @@ func checkUpstreamLeaks(t *testing.T, path string) *Upstream {
 		if err := u.Close(); err != nil {
 			t.Error(err)
 		}
-		// Close waits for the check. Afterwards only goroutines that are done may be
-		// left.
-		var stacks []byte
-		for range 1000 {
-			stacks = make([]byte, 1<<20)
-			stacks = stacks[:runtime.Stack(stacks, true)]
-			if !upstreams.Match(stacks) {
-				return
-			}
-			time.Sleep(time.Millisecond)
-		}
-		t.Errorf("goroutines:\n%s", stacks)
 	})
 	return u
 }
@@ -113,7 +99,7 @@ func (f *fakeAgent) stop() {
 // serveUpstream starts an agent, and returns an Upstream for it.
 func serveUpstream(t *testing.T, handle func(n int, conn net.Conn)) *Upstream {
 	t.Helper()
-	u := checkUpstreamLeaks(t, filepath.Join(shortDir(t), "s"))
+	u := checkUpstreamLeaks(t, filepath.Join(doortest.Dir(t), "s"))
 	fake(t, u.path, handle)
 	return u
 }
@@ -169,7 +155,7 @@ var requests = map[string]func(context.Context, *Upstream, *request.Caller) erro
 // user.
 func realAgent(t *testing.T, uid uint32) string {
 	t.Helper()
-	dir := shortDir(t)
+	dir := doortest.Dir(t)
 	path := filepath.Join(dir, "s")
 	cmd := exec.Command(needs(t, "ssh-agent"), "-D", "-a", path)
 	cmd.Env = []string{"HOME=" + dir, "PATH=" + os.Getenv("PATH")}
@@ -201,7 +187,7 @@ func realAgent(t *testing.T, uid uint32) string {
 // newKey makes a key pair with ssh-keygen.
 func newKey(t *testing.T, kind string) (file string, pub ssh.PublicKey) {
 	t.Helper()
-	file = filepath.Join(shortDir(t), "key")
+	file = filepath.Join(doortest.Dir(t), "key")
 	args := []string{"-q", "-t", kind, "-N", "", "-C", "my " + kind + " key", "-f", file}
 	if out, err := exec.Command(needs(t, "ssh-keygen"), args...).CombinedOutput(); err != nil {
 		t.Fatalf("%v: %s", err, out)
@@ -339,7 +325,7 @@ func TestUpstreamDestinations(t *testing.T) {
 	u := checkUpstreamLeaks(t, socket)
 	file, pub := newKey(t, "ed25519")
 	right, wrong := newHost(t), newHost(t)
-	known := filepath.Join(shortDir(t), "known_hosts")
+	known := filepath.Join(doortest.Dir(t), "known_hosts")
 	line := append([]byte("right.example "), ssh.MarshalAuthorizedKey(right.PublicKey())...)
 	if err := os.WriteFile(known, line, 0o600); err != nil {
 		t.Fatal(err)
@@ -450,7 +436,7 @@ func TestMayAsk(t *testing.T) {
 }
 
 func TestUpstreamDead(t *testing.T) {
-	dir := shortDir(t)
+	dir := doortest.Dir(t)
 	dead := filepath.Join(dir, "dead")
 	l, err := net.ListenUnix("unix", &net.UnixAddr{Name: dead, Net: "unix"})
 	if err != nil {
@@ -478,7 +464,7 @@ func TestUpstreamDead(t *testing.T) {
 
 // An upstream agent whose queue of connections is full does not delay a client.
 func TestUpstreamQueueFull(t *testing.T) {
-	path := filepath.Join(shortDir(t), "s")
+	path := filepath.Join(doortest.Dir(t), "s")
 	fd, err := syscall.Socket(syscall.AF_UNIX, syscall.SOCK_STREAM|syscall.SOCK_CLOEXEC, 0)
 	if err != nil {
 		t.Fatal(err)
@@ -887,7 +873,7 @@ func TestUpstreamSlowSigns(t *testing.T) {
 
 // If a slow agent dies, it does not count as slow any more.
 func TestUpstreamSlowDies(t *testing.T) {
-	u := checkUpstreamLeaks(t, filepath.Join(shortDir(t), "s"))
+	u := checkUpstreamLeaks(t, filepath.Join(doortest.Dir(t), "s"))
 	checking := make(chan struct{})
 	f := fake(t, u.path, func(n int, conn net.Conn) {
 		if n == 1 {

@@ -347,6 +347,9 @@ func brokenRules(packages []listed) (broken []string) {
 			continue
 		}
 		for _, imported := range p.Imports {
+			if forTests(p.ImportPath) && forTests(imported) {
+				continue
+			}
 			if !all[imported].Standard && imported != "C" && !r.may(imported) {
 				complain("imports %s: %s", imported, r.knows)
 			}

@@ -27,6 +27,7 @@ import (
 	"golang.org/x/sys/unix"
 
 	"p11-agent/agent/peer/terminaltest"
+	"p11-agent/pinentry/procstat"
 	"p11-agent/systemd"
 	"p11-agent/systemd/bus/bustest"
 	"p11-agent/token/module/undumpable"
@@ -1058,7 +1059,7 @@ func findSecret(ts *testscript.TestScript, neg bool, args []string) {
 		environ, err := os.ReadFile(filepath.Join(dir, "environ"))
 		switch {
 		case err == nil && bytes.Contains(environ, home):
-		case errors.Is(err, fs.ErrPermission) && (filepath.Base(dir) == agentPID || parentOf(dir) == agentPID):
+		case errors.Is(err, fs.ErrPermission) && isOrHasParent(dir, agentPID):
 			// The kernel shows the environments of the agent and of its module processes only to
 			// root. It shows their arguments to each user.
 		default:
@@ -1075,15 +1076,14 @@ func findSecret(ts *testscript.TestScript, neg bool, args []string) {
 	}
 }
 
-// parentOf returns the number of the parent of the process with this directory in /proc. It returns
-// "" if the process has ended.
-func parentOf(dir string) string {
-	stat, err := os.ReadFile(filepath.Join(dir, "stat"))
-	_, fields, ok := bytes.Cut(stat, []byte(") ")) // the name of the program may have any other character
-	if parts := bytes.Fields(fields); err == nil && ok && len(parts) > 1 {
-		return string(parts[1]) // proc(5), /proc/pid/stat
+// isOrHasParent tells whether the directory in /proc belongs to a process, or to a child of it.
+func isOrHasParent(dir, pid string) bool {
+	number, err := strconv.Atoi(filepath.Base(dir))
+	if err != nil {
+		return false
 	}
-	return ""
+	stat, ok := procstat.Of(number)
+	return filepath.Base(dir) == pid || ok && strconv.Itoa(stat.Parent) == pid
 }
 
 func connections(ts *testscript.TestScript, neg bool, args []string) {

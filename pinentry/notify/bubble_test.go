@@ -1,50 +1,21 @@
 package notify_test
 
 import (
-	"bytes"
 	"log/slog"
-	"runtime"
 	"strings"
-	"sync"
 	"testing"
 	"time"
 
+	"p11-agent/agent/logfold/logtest"
+	"p11-agent/agent/peer/proctest"
 	"p11-agent/pinentry/notify"
 	"p11-agent/systemd/bus"
 	"p11-agent/systemd/bus/bustest"
 )
 
-const patience = 3 * time.Minute
-
-func until(t *testing.T, what string, condition func() bool) {
-	t.Helper()
-	for end := time.Now().Add(patience); !condition(); time.Sleep(time.Millisecond) {
-		if time.Now().After(end) {
-			t.Fatalf("it did not happen that %s", what)
-		}
-	}
-}
-
-type buffer struct {
-	mu sync.Mutex
-	b  bytes.Buffer
-}
-
-func (b *buffer) Write(p []byte) (int, error) {
-	b.mu.Lock()
-	defer b.mu.Unlock()
-	return b.b.Write(p)
-}
-
-func (b *buffer) String() string {
-	b.mu.Lock()
-	defer b.mu.Unlock()
-	return b.b.String()
-}
-
-func goroutines() []byte {
-	buf := make([]byte, 4<<20)
-	return buf[:runtime.Stack(buf, true)]
+// busUsed tells whether a notification is on its way to the bus.
+func busUsed() bool {
+	return proctest.Count(func(g proctest.Goroutine) bool { return strings.Contains(g.Stack, notify.BubbleMethods()) }) > 0
 }
 
 // desk has a Notifier and its bus.
@@ -52,12 +23,12 @@ type desk struct {
 	*notify.Notifier
 	*bustest.Bus
 	n   *bustest.Notifications
-	log buffer
+	log logtest.Buffer
 }
 
 func newDesk(t *testing.T, capabilities ...string) *desk {
 	t.Helper()
-	bustest.NoLeaks(t)
+	bustest.NoLeaks(t, proctest.Methods[notify.Notifier]())
 	d := &desk{Bus: bustest.Start(t)}
 	d.n = d.Notifications(capabilities...)
 	d.Notifier = notify.New(notify.Options{
@@ -76,7 +47,7 @@ func (d *desk) use(lines ...string) (done func()) {
 // shown waits until there is a single notification, with this body.
 func (d *desk) shown(t *testing.T, body string) (b bustest.Bubble) {
 	t.Helper()
-	until(t, "a notification says "+body, func() bool {
+	proctest.Until(t, "a notification says "+body, func() bool {
 		open := d.n.Open()
 		if len(open) > 1 {
 			t.Fatalf("%d notifications are shown", len(open))
@@ -91,7 +62,7 @@ func (d *desk) shown(t *testing.T, body string) (b bustest.Bubble) {
 
 func (d *desk) hidden(t *testing.T) {
 	t.Helper()
-	until(t, "no notification is shown", func() bool { return len(d.n.Open()) == 0 })
+	proctest.Until(t, "no notification is shown", func() bool { return len(d.n.Open()) == 0 })
 }
 
 func TestBubble(t *testing.T) {
@@ -112,7 +83,7 @@ func TestBubble(t *testing.T) {
 	d.shown(t, "another")
 	two()
 	d.hidden(t)
-	until(t, "it was closed", func() bool { return d.n.Closed() == 1 })
+	proctest.Until(t, "it was closed", func() bool { return d.n.Closed() == 1 })
 }
 
 // The agent sends no markup to a service without "body-markup".
@@ -131,7 +102,7 @@ func TestServiceHangs(t *testing.T) {
 	resume := d.n.Hang()
 	d.use("late")()
 	done := d.use("late")
-	until(t, "the bus is used", func() bool { return bytes.Contains(goroutines(), []byte("notify.(*bubble).")) })
+	proctest.Until(t, "the bus is used", func() bool { return busUsed() })
 	done()
 	resume()
 	next := d.use("next")
@@ -142,7 +113,7 @@ func TestServiceHangs(t *testing.T) {
 	// Close does not wait for a service that hangs.
 	defer d.n.Hang()()
 	d.use("end")
-	until(t, "the bus is used", func() bool { return bytes.Contains(goroutines(), []byte("notify.(*bubble).")) })
+	proctest.Until(t, "the bus is used", func() bool { return busUsed() })
 	d.Close()
 }
 
@@ -165,7 +136,7 @@ func TestBusGoes(t *testing.T) {
 	d.Kill()
 	done()
 	gone := d.use("gone")
-	until(t, "it cannot be shown", func() bool { return strings.Contains(d.log.String(), "no notification is shown") })
+	proctest.Until(t, "it cannot be shown", func() bool { return strings.Contains(d.log.String(), "no notification is shown") })
 	gone()
 	d.Bus.Restart()
 	d.n.Restart()
@@ -184,18 +155,20 @@ func TestServiceRestarts(t *testing.T) {
 	d.shown(t, "a")
 	d.n.Restart()
 	one()
-	until(t, "it is not shown any more", func() bool { return !bytes.Contains(goroutines(), []byte("notify.(*Notifier).show")) })
+	proctest.Until(t, "it is not shown any more", func() bool {
+		return proctest.Count(func(g proctest.Goroutine) bool { return g.Runs(notify.Show) }) == 0
+	})
 	if open := d.n.Open(); len(open) != 1 {
 		t.Errorf("%d notifications of another program are left", len(open))
 	}
 	two := d.use("b")
-	until(t, "it is shown", func() bool { return len(d.n.All()) == 2 })
+	proctest.Until(t, "it is shown", func() bool { return len(d.n.All()) == 2 })
 	d.n.Restart()
 	three := d.use("c")
-	until(t, "it is shown anew", func() bool { return len(d.n.All()) >= 3 })
+	proctest.Until(t, "it is shown anew", func() bool { return len(d.n.All()) >= 3 })
 	two()
 	three()
-	until(t, "that is closed", func() bool { return len(d.n.Open()) == 1 })
+	proctest.Until(t, "that is closed", func() bool { return len(d.n.Open()) == 1 })
 	if open := d.n.Open(); open[0].App != "another program" {
 		t.Errorf("%+v is left", open)
 	}
@@ -228,7 +201,7 @@ func TestDismissedByPerson(t *testing.T) {
 	two := d.use("b")
 	d.shown(t, "a\n2 signatures are waiting.")
 	d.n.Dismiss()
-	until(t, "it is heard", func() bool { return strings.Contains(d.log.String(), "a person has closed the notification") })
+	proctest.Until(t, "it is heard", func() bool { return strings.Contains(d.log.String(), "a person has closed the notification") })
 	two()
 	one()
 	three := d.use("c")
@@ -244,7 +217,7 @@ func TestNoNotificationServer(t *testing.T) {
 		"no address": func(*desk) (string, error) { return "autolaunch:", nil },
 	} {
 		t.Run(name, func(t *testing.T) {
-			bustest.NoLeaks(t)
+			bustest.NoLeaks(t, proctest.Methods[notify.Notifier]())
 			d := &desk{Bus: bustest.Start(t)}
 			d.Notifier = notify.New(notify.Options{
 				After: time.Millisecond, Bus: func() (string, error) { return address(d) },
@@ -253,7 +226,7 @@ func TestNoNotificationServer(t *testing.T) {
 			defer d.Close()
 			for range 2 {
 				done := d.use("a")
-				until(t, "it is said", func() bool { return strings.Contains(d.log.String(), "no notification is shown") })
+				proctest.Until(t, "it is said", func() bool { return strings.Contains(d.log.String(), "no notification is shown") })
 				done()
 			}
 			if s := d.log.String(); strings.Contains(s, "level=INFO") || strings.Contains(s, "level=WARN") {
@@ -271,7 +244,7 @@ func TestTell(t *testing.T) {
 	for range 10 {
 		d.Tell("reason", "refused\x1b", []string{"Key: <b>", "a\x07"})
 	}
-	until(t, "it is told", func() bool { return len(d.n.Open()) == 2 })
+	proctest.Until(t, "it is told", func() bool { return len(d.n.Open()) == 2 })
 	b := d.n.Open()[1]
 	if b.Summary != `refused\x1b` || b.Body != `Key: &lt;b&gt;`+"\n"+`a\x07` || b.Replaces != 0 {
 		t.Errorf("it is %+v", b)
@@ -279,11 +252,11 @@ func TestTell(t *testing.T) {
 	for _, key := range []string{"1", "2", "3", "4"} {
 		d.Tell(key, "more", nil)
 	}
-	until(t, "no more than three are told", func() bool { return len(d.n.Open()) == 4 })
+	proctest.Until(t, "no more than three are told", func() bool { return len(d.n.Open()) == 4 })
 	done()
-	until(t, "what was waited for is done", func() bool { return len(d.n.Open()) == 3 })
+	proctest.Until(t, "what was waited for is done", func() bool { return len(d.n.Open()) == 3 })
 	d.n.Dismiss()
-	until(t, "what the person has closed makes room", func() bool {
+	proctest.Until(t, "what the person has closed makes room", func() bool {
 		d.Tell("one more", "more", nil)
 		return len(d.n.Open()) == 1
 	})

@@ -11,16 +11,13 @@ import (
 
 	"github.com/godbus/dbus/v5"
 
+	"p11-agent/agent/door/doortest"
 	"p11-agent/systemd/bus"
 	"p11-agent/systemd/bus/bustest"
 )
 
 func TestSession(t *testing.T) {
-	dir, err := os.MkdirTemp("", "bus-")
-	if err != nil {
-		t.Fatal(err)
-	}
-	t.Cleanup(func() { _ = os.RemoveAll(dir) })
+	dir := doortest.Dir(t)
 	session := func(env, runtime string) string {
 		t.Helper()
 		t.Setenv("DBUS_SESSION_BUS_ADDRESS", env)

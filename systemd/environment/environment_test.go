@@ -9,6 +9,7 @@ import (
 	"slices"
 	"testing"
 
+	"p11-agent/agent/door/doortest"
 	"p11-agent/systemd/bus"
 	"p11-agent/systemd/bus/bustest"
 )
@@ -41,11 +42,7 @@ func TestNoBus(t *testing.T) {
 
 // If a bus does not answer, Read ends with its context.
 func TestSilentBus(t *testing.T) {
-	dir, err := os.MkdirTemp("", "env-") // short: it holds a socket
-	if err != nil {
-		t.Fatal(err)
-	}
-	defer os.RemoveAll(dir)
+	dir := doortest.Dir(t)
 	l, err := net.Listen("unix", filepath.Join(dir, "bus"))
 	if err != nil {
 		t.Fatal(err)

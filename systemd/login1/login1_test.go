@@ -11,20 +11,10 @@ import (
 
 	"golang.org/x/sys/unix"
 
+	"p11-agent/agent/peer/proctest"
 	"p11-agent/systemd/bus/bustest"
 	"p11-agent/systemd/login1"
 )
-
-const patience = 3 * time.Minute
-
-func until(t *testing.T, what string, condition func() bool) {
-	t.Helper()
-	for end := time.Now().Add(patience); !condition(); time.Sleep(time.Millisecond) {
-		if time.Now().After(end) {
-			t.Fatalf("it did not happen that %s", what)
-		}
-	}
-}
 
 const me = 4711
 
@@ -84,7 +74,7 @@ func (w *watched) want(t *testing.T, events ...string) {
 			if got != want {
 				t.Fatalf("%q happened, want %q", got, want)
 			}
-		case <-time.After(patience):
+		case <-time.After(proctest.Patience):
 			t.Fatalf("it did not happen: %q", want)
 		}
 	}
@@ -92,16 +82,16 @@ func (w *watched) want(t *testing.T, events ...string) {
 
 func newWatched(t *testing.T, delay bool) *watched {
 	t.Helper()
-	bustest.NoLeaks(t)
+	bustest.NoLeaks(t, proctest.Methods[login1.Watch]())
 	w := &watched{bus: bustest.Start(t)}
 	w.logind = w.bus.Login1()
 	w.logind.AddSession("mine", me, false)
 	w.logind.AddSession("other", me+1, false)
 	w.run(t)
 	w.Delay(delay)
-	until(t, "it listens", func() bool { return w.said("listening to logind") })
+	proctest.Until(t, "it listens", func() bool { return w.said("listening to logind") })
 	if delay { // logind holds before the watch does, and a test that ends in between leaves a file
-		until(t, "sleep is delayed", func() bool { return w.said("sleep waits") })
+		proctest.Until(t, "sleep is delayed", func() bool { return w.said("sleep waits") })
 	}
 	return w
 }
@@ -112,13 +102,13 @@ func TestSleep(t *testing.T) {
 	held := make(chan int, 2)
 	w.sleep = func(context.Context) { held <- w.logind.Held() }
 	for range 2 {
-		until(t, "sleep is delayed", func() bool { return w.logind.Held() == 1 })
+		proctest.Until(t, "sleep is delayed", func() bool { return w.logind.Held() == 1 })
 		w.logind.Sleep(true)
 		w.want(t, "sleep")
 		if n := <-held; n != 1 {
 			t.Errorf("it was called with %d delays", n)
 		}
-		until(t, "sleep goes on", func() bool { return w.logind.Held() == 0 })
+		proctest.Until(t, "sleep goes on", func() bool { return w.logind.Held() == 0 })
 		w.logind.Sleep(false)
 		w.want(t, "wake")
 	}
@@ -130,15 +120,15 @@ func TestSleep(t *testing.T) {
 // If logind refuses to delay sleep, the Watch asks again. The second refusal causes a
 // warning.
 func TestDelayRefused(t *testing.T) {
-	bustest.NoLeaks(t)
+	bustest.NoLeaks(t, proctest.Methods[login1.Watch]())
 	w := &watched{bus: bustest.Start(t)}
 	w.logind = w.bus.Login1()
 	w.logind.Refuse(true)
 	w.run(t)
 	w.Delay(true)
-	until(t, "a warning is logged", func() bool { return w.said("level=WARN") })
+	proctest.Until(t, "a warning is logged", func() bool { return w.said("level=WARN") })
 	w.logind.Refuse(false)
-	until(t, "sleep is delayed", func() bool { return w.said("sleep waits") })
+	proctest.Until(t, "sleep is delayed", func() bool { return w.said("sleep waits") })
 	if n := w.logind.Refused(); n < 2 {
 		t.Errorf("the warning came with refusal %d", n)
 	}
@@ -159,7 +149,7 @@ func TestSleepBound(t *testing.T) {
 				}
 			}
 			w.logind.Sleep(true)
-			until(t, "sleep goes on", func() bool { return w.logind.Held() == 0 })
+			proctest.Until(t, "sleep goes on", func() bool { return w.logind.Held() == 0 })
 			close(release)
 			w.want(t, "sleep")
 		})
@@ -177,9 +167,9 @@ func TestNoDelay(t *testing.T) {
 	w.logind.Sleep(false)
 	w.want(t, "wake")
 	w.Delay(true)
-	until(t, "sleep is delayed", func() bool { return w.logind.Held() == 1 })
+	proctest.Until(t, "sleep is delayed", func() bool { return w.logind.Held() == 1 })
 	w.Delay(false)
-	until(t, "sleep is not delayed any more", func() bool { return w.logind.Held() == 0 })
+	proctest.Until(t, "sleep is not delayed any more", func() bool { return w.logind.Held() == 0 })
 }
 
 // If Delay comes after the beginning of sleep, it does not delay that sleep.
@@ -198,7 +188,7 @@ func TestDelayTooLate(t *testing.T) {
 	}
 	w.logind.Sleep(false)
 	w.want(t, "wake")
-	until(t, "the next sleep is delayed", func() bool { return w.logind.Held() == 1 })
+	proctest.Until(t, "the next sleep is delayed", func() bool { return w.logind.Held() == 1 })
 }
 
 func TestLock(t *testing.T) {
@@ -250,30 +240,30 @@ func TestLiar(t *testing.T) {
 // The Watch waits for the bus and for logind. When logind is back, the Watch finds a
 // screen that was locked in the meantime.
 func TestComesAndGoes(t *testing.T) {
-	bustest.NoLeaks(t)
+	bustest.NoLeaks(t, proctest.Methods[login1.Watch]())
 	w := &watched{bus: bustest.Start(t)}
 	w.bus.Kill()
 	w.run(t)
 	w.Delay(true)
-	until(t, "it is said once", func() bool { return w.said("not heard of") })
+	proctest.Until(t, "it is said once", func() bool { return w.said("not heard of") })
 	w.bus.Restart()
-	until(t, "logind is missed", func() bool { return w.said("logind is not there") })
+	proctest.Until(t, "logind is missed", func() bool { return w.said("logind is not there") })
 	w.logind = w.bus.Login1()
 	w.logind.AddSession("mine", me, false)
 	w.logind.AddSession("other", me+1, true)
-	until(t, "sleep is delayed", func() bool { return w.logind.Held() == 1 })
+	proctest.Until(t, "sleep is delayed", func() bool { return w.logind.Held() == 1 })
 	// The screen is locked while no logind runs.
 	w.logind.Stop()
 	w.logind.AddSession("mine", me, true)
 	w.logind.Start()
 	w.want(t, "lock")
-	until(t, "sleep is delayed again", func() bool { return len(w.logind.Asked()) == 2 && w.logind.Held() == 1 })
+	proctest.Until(t, "sleep is delayed again", func() bool { return len(w.logind.Asked()) == 2 && w.logind.Held() == 1 })
 	w.bus.Kill()
-	until(t, "the delay ends with the bus", func() bool { return w.logind.Held() == 0 })
+	proctest.Until(t, "the delay ends with the bus", func() bool { return w.logind.Held() == 0 })
 	w.bus.Restart()
 	w.logind.Start()
 	w.want(t, "lock")
-	until(t, "sleep is delayed again", func() bool { return w.logind.Held() == 1 })
+	proctest.Until(t, "sleep is delayed again", func() bool { return w.logind.Held() == 1 })
 	w.logind.Sleep(true)
 	w.want(t, "sleep")
 	if w.said("level=INFO") || w.said("level=WARN") {

@@ -15,6 +15,7 @@ import (
 
 	"github.com/miekg/pkcs11"
 
+	"p11-agent/agent/peer/proctest"
 	"p11-agent/pinentry/secret"
 	"p11-agent/token/tokentest"
 	"p11-agent/token/wire"
@@ -139,7 +140,7 @@ func TestListBetweenLogins(t *testing.T) {
 				_, err := s.login(context.Background(), lib, tok, &wire.Login{Token: id, PIN: pin})
 				in <- err
 			}()
-			waitFor(t, "the login waits for its turn", func() bool { return len(tok.gate.turn) == 1 })
+			proctest.Until(t, "the login waits for its turn", func() bool { return len(tok.gate.turn) == 1 })
 		}
 		if parts == 3 { // the list is long past its beginning
 			if err := <-in; err != nil {

@@ -1,7 +1,6 @@
 package module
 
 import (
-	"bytes"
 	"errors"
 	"fmt"
 	"io"
@@ -15,6 +14,7 @@ import (
 
 	"golang.org/x/sys/unix"
 
+	"p11-agent/agent/logfold/logtest"
 	"p11-agent/agent/peer/terminaltest"
 	"p11-agent/pinentry/secret"
 	"p11-agent/token/wire"
@@ -43,7 +43,7 @@ type process struct {
 	cmd    *exec.Cmd
 	conn   *wire.Conn
 	lanes  *wire.Lanes
-	stderr *logBuffer
+	stderr *logtest.Buffer
 	events chan struct{}
 	lost   chan error    // its error when it was of no further use
 	exited chan struct{} // closed after the process has ended
@@ -52,24 +52,6 @@ type process struct {
 
 	mu      sync.Mutex
 	waiting map[uint32]chan wire.Frame
-}
-
-// logBuffer is a bytes.Buffer for two goroutines.
-type logBuffer struct {
-	mu sync.Mutex
-	b  bytes.Buffer
-}
-
-func (l *logBuffer) Write(b []byte) (int, error) {
-	l.mu.Lock()
-	defer l.mu.Unlock()
-	return l.b.Write(b)
-}
-
-func (l *logBuffer) String() string {
-	l.mu.Lock()
-	defer l.mu.Unlock()
-	return l.b.String()
 }
 
 // socketPair returns the agent's end, and the other end as a file for the child.
@@ -114,7 +96,7 @@ func start(t testing.TB, env ...string) *process {
 	}
 	defer laneSocket.Close()
 	p := &process{
-		t: t, conn: wire.NewConn(c), lanes: wire.NewLanes(lanes), stderr: new(logBuffer),
+		t: t, conn: wire.NewConn(c), lanes: wire.NewLanes(lanes), stderr: new(logtest.Buffer),
 		events: make(chan struct{}, 100), lost: make(chan error, 10), exited: make(chan struct{}),
 		waiting: make(map[uint32]chan wire.Frame),
 	}

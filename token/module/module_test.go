@@ -17,10 +17,10 @@ import (
 	"syscall"
 	"testing"
 	"testing/synctest"
-	"time"
 
 	"golang.org/x/sys/unix"
 
+	"p11-agent/agent/peer/proctest"
 	"p11-agent/token/tokentest"
 	"p11-agent/token/wire"
 )
@@ -72,19 +72,7 @@ func (b *bad) calls(function string) int {
 // waitForCall waits until a function has been called n times.
 func (b *bad) waitForCall(function string, n int) {
 	b.t.Helper()
-	waitFor(b.t, function+" is called", func() bool { return b.calls(function) >= n })
-}
-
-func waitFor(t testing.TB, what string, done func() bool) {
-	t.Helper()
-	ctx, cancel := context.WithTimeout(context.Background(), patience)
-	defer cancel()
-	for !done() {
-		if ctx.Err() != nil {
-			t.Fatalf("waited in vain: %s", what)
-		}
-		time.Sleep(time.Millisecond) // the test can only look at a file
-	}
+	proctest.Until(b.t, function+" is called", func() bool { return b.calls(function) >= n })
 }
 
 // badToken is the identity of the token in a slot.
@@ -289,7 +277,7 @@ func TestLyingLists(t *testing.T) {
 			if s := b.slots(false); len(s) != 0 {
 				t.Errorf("slots: %+v", s)
 			}
-			waitFor(t, "it is told", func() bool { return strings.Contains(b.stderr.String(), "slot 1 is left out") })
+			proctest.Until(t, "it is told", func() bool { return strings.Contains(b.stderr.String(), "slot 1 is left out") })
 		}},
 		{"a failing slot costs itself", "rv=C_GetTokenInfo:0x30 slots=2 present=1", func(t *testing.T, b *bad) {
 			if s := b.slots(false); len(s) != 1 || s[0].ID != 1 || s[0].HasToken {
@@ -321,7 +309,7 @@ func TestLyingLists(t *testing.T) {
 			if l := b.objects(badToken(0)); len(l) != 2 {
 				t.Errorf("objects: %+v", l)
 			}
-			waitFor(t, "the noise goes to standard error", func() bool {
+			proctest.Until(t, "the noise goes to standard error", func() bool {
 				out := b.stderr.String()
 				return strings.Contains(out, "noise on standard output") && strings.Contains(out, "noise on standard error")
 			})
@@ -627,7 +615,7 @@ func TestContextLogin(t *testing.T) {
 	before := b.calls("C_SignInit")
 	alone := b.send(wire.TypeOperate, last)
 	signs := b.calls("C_Sign")
-	waitFor(t, "C_Sign is called", func() bool { return b.calls("C_Sign") > signs || b.calls("C_SignInit") > before })
+	proctest.Until(t, "C_Sign is called", func() bool { return b.calls("C_Sign") > signs || b.calls("C_SignInit") > before })
 	other := b.send(wire.TypeOperate, badSign())
 	b.slots(false)
 	if n := b.calls("C_SignInit"); n > before+1 {

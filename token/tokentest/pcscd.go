@@ -15,6 +15,7 @@ import (
 
 	"golang.org/x/sys/unix"
 
+	"p11-agent/agent/peer/proctest"
 	"p11-agent/token/tokentest/pivcard"
 )
 
@@ -346,7 +347,7 @@ func (p *PCSCD) signal(signal syscall.Signal) {
 // its readers there is one more for each client.
 func (p *PCSCD) Sockets() int {
 	p.t.Helper()
-	return openFiles(p.t, p.daemon.cmd.Process.Pid, "socket:")
+	return proctest.Files(p.t, p.daemon.cmd.Process.Pid, "socket:")
 }
 
 func (p *PCSCD) removeFiles() {

@@ -14,6 +14,8 @@ import (
 	"path/filepath"
 	"strings"
 	"testing"
+
+	"p11-agent/agent/door/doortest"
 )
 
 // PIN and SOPIN are those of a SoftHSM token when nothing else is asked for.
@@ -72,16 +74,7 @@ func Module(t testing.TB, file string) string {
 // It is removed when the test ends.
 func TempDir(t testing.TB) string {
 	t.Helper()
-	dir, err := os.MkdirTemp("", "p11")
-	if err != nil {
-		t.Fatal(err)
-	}
-	t.Cleanup(func() {
-		if err := os.RemoveAll(dir); err != nil {
-			t.Error(err)
-		}
-	})
-	return dir
+	return doortest.Dir(t)
 }
 
 // HomeDir returns a new directory that a module may not write by itself: one that is

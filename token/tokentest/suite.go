@@ -18,9 +18,6 @@ import (
 	"math/big"
 	"net"
 	"os"
-	"path/filepath"
-	"runtime"
-	"slices"
 	"strings"
 	"sync"
 	"testing"
@@ -28,15 +25,15 @@ import (
 
 	"golang.org/x/sys/unix"
 
+	"p11-agent/agent/logfold/logtest"
+	"p11-agent/agent/peer/proctest"
 	"p11-agent/pinentry/secret"
 	"p11-agent/token"
 	"p11-agent/token/pin"
 	"p11-agent/token/pkcs11uri"
 )
 
-// patience is how long is waited for what must happen. No test passes or fails
-// by how long it took.
-const patience = 3 * time.Minute
+const patience = proctest.Patience
 
 // A Subject is a token that the suite is run on. When a test begins, the
 // token has no login and has refused no PIN.
@@ -57,9 +54,9 @@ type Subject struct {
 // of the secrets.
 func Store(t testing.TB, opts token.Options, secrets ...string) *token.Store {
 	t.Helper()
-	open := func() int { return openFiles(t, os.Getpid(), "pipe:", "socket:") }
-	files, before := open(), len(running(storeCode))
-	var log logBuffer
+	open := func() int { return proctest.Files(t, os.Getpid(), "pipe:", "socket:") }
+	files, before := open(), proctest.Count(ofStore)
+	var log logtest.Buffer
 	opts.Log = slog.New(slog.NewTextHandler(io.MultiWriter(t.Output(), &log), &slog.HandlerOptions{Level: slog.LevelDebug}))
 	s := token.Open(opts)
 	t.Cleanup(func() {
@@ -77,9 +74,7 @@ func Store(t testing.TB, opts token.Options, secrets ...string) *token.Store {
 				t.Errorf("process %d is left: %v", pid, err)
 			}
 		}
-		if left := left(storeCode, before); left != "" {
-			t.Errorf("goroutines are left:\n%s", left)
-		}
+		Until(t, "every goroutine of the Store ends", func() bool { return proctest.Count(ofStore) <= before })
 		Until(t, "files that were opened are closed", func() bool { return open() <= files })
 		for _, text := range secrets {
 			if strings.Contains(log.String(), text) {
@@ -94,82 +89,23 @@ func Store(t testing.TB, opts token.Options, secrets ...string) *token.Store {
 	return s
 }
 
-type logBuffer struct {
-	mu sync.Mutex
-	b  bytes.Buffer
-}
-
-func (l *logBuffer) Write(b []byte) (int, error) {
-	l.mu.Lock()
-	defer l.mu.Unlock()
-	return l.b.Write(b)
-}
-
-func (l *logBuffer) String() string {
-	l.mu.Lock()
-	defer l.mu.Unlock()
-	return l.b.String()
-}
-
-// openFiles counts the files of some kinds that a process has open.
-func openFiles(t testing.TB, pid int, kinds ...string) int {
-	t.Helper()
-	dir := fmt.Sprintf("/proc/%d/fd", pid)
-	list, err := os.ReadDir(dir)
-	if err != nil {
-		t.Fatal(err)
-	}
-	n := 0
-	for _, e := range list {
-		to, err := os.Readlink(filepath.Join(dir, e.Name()))
-		if err == nil && slices.ContainsFunc(kinds, func(kind string) bool { return strings.HasPrefix(to, kind) }) {
-			n++
-		}
-	}
-	return n
-}
-
-// storeCode is what shows in the stack of a goroutine that works for a Store.
-const storeCode = "p11-agent/token.("
-
-// left returns the stacks of goroutines that run the code named, other than the
-// one that asks, when there are more than before. What has just ended may show
-// for a moment: it is waited for.
-func left(code string, before int) string {
-	for end := time.Now().Add(patience); ; time.Sleep(time.Millisecond) {
-		found := running(code)
-		if len(found) <= before {
-			return ""
-		}
-		if time.Now().After(end) {
-			return strings.Join(found, "\n\n")
-		}
-	}
-}
-
-// running returns the stacks of other goroutines that run the code named.
-func running(code string) []string {
-	buf := make([]byte, 4<<20)
-	all := strings.Split(string(buf[:runtime.Stack(buf, true)]), "\n\n")
-	return slices.DeleteFunc(all[1:], func(g string) bool { return !strings.Contains(g, code) })
+// ofStore matches a goroutine that works for a Store.
+func ofStore(g proctest.Goroutine) bool {
+	return strings.Contains(g.Stack, proctest.Methods[token.Store]())
 }
 
 // waitForLogins waits until so many goroutines wait for a login.
 func waitForLogins(t testing.TB, n int) {
 	t.Helper()
-	Until(t, fmt.Sprintf("%d requests wait for a login", n), func() bool {
-		return len(running("p11-agent/token.(*Token).login(")) == n
+	proctest.Until(t, fmt.Sprintf("%d requests wait for a login", n), func() bool {
+		return proctest.Count(func(g proctest.Goroutine) bool { return g.Runs((*pin.State).Share) }) == n
 	})
 }
 
-// Until waits for a condition that no event tells.
+// Until waits until a condition holds that no event tells: see [proctest.Until].
 func Until(t testing.TB, what string, condition func() bool) {
 	t.Helper()
-	for end := time.Now().Add(patience); !condition(); time.Sleep(time.Millisecond) {
-		if time.Now().After(end) {
-			t.Fatalf("it did not happen that %s", what)
-		}
-	}
+	proctest.Until(t, what, condition)
 }
 
 // Wait waits until a channel is closed.

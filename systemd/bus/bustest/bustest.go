@@ -9,18 +9,17 @@ import (
 	"os"
 	"os/exec"
 	"path/filepath"
-	"regexp"
 	"runtime"
 	"strings"
 	"syscall"
 	"testing"
-	"time"
 
 	"github.com/godbus/dbus/v5"
+
+	"p11-agent/agent/peer/proctest"
 )
 
-// patience is how long a test waits for an event.
-const patience = 30 * time.Second
+const patience = proctest.Patience
 
 // A Bus is a message bus. Every client may do everything on it.
 type Bus struct {
@@ -99,7 +98,7 @@ func (b *Bus) Restart() {
 		b.t.Fatal(err)
 	}
 	b.cmd, b.done = cmd, done
-	until(b.t, "the bus answers", func() bool {
+	proctest.Until(b.t, "the bus answers", func() bool {
 		c, err := net.Dial("unix", b.Socket())
 		if err != nil {
 			return false
@@ -173,56 +172,9 @@ func (b *Bus) own(c *dbus.Conn, name string) {
 	}
 }
 
-func until(t testing.TB, what string, condition func() bool) {
-	t.Helper()
-	for end := time.Now().Add(patience); !condition(); time.Sleep(time.Millisecond) {
-		if time.Now().After(end) {
-			t.Fatalf("it did not happen that %s", what)
-		}
-	}
-}
-
 // NoLeaks fails the test if the test leaves an open file, or a goroutine that works for a
-// bus. Call NoLeaks first in a test, so that it looks after all other cleanups.
-func NoLeaks(t testing.TB) {
+// bus. code names the code of the test's own package: see [proctest.NoLeaks].
+func NoLeaks(t testing.TB, code ...string) {
 	t.Helper()
-	files := openFiles(t)
-	t.Cleanup(func() {
-		until(t, "files that were opened are closed", func() bool { return openFiles(t) <= files })
-		buf := make([]byte, 4<<20)
-		left := ""
-		defer func() {
-			if left != "" {
-				t.Log(left)
-			}
-		}()
-		until(t, "every goroutine ends", func() bool {
-			left = ""
-			for g := range strings.SplitSeq(string(buf[:runtime.Stack(buf, true)]), "\n\n") {
-				// TestMain is ours as well, and waits for all tests.
-				if ours.MatchString(g) && !strings.Contains(g, "bustest.NoLeaks") && !strings.Contains(g, "testing.(*M).Run(") {
-					left = g
-				}
-			}
-			return left == ""
-		})
-	})
-}
-
-// ours matches goroutines that work for a bus.
-var ours = regexp.MustCompile(`godbus|p11-agent/(systemd/bus|systemd/login1|systemd/bus/bustest|pinentry/notify)\.`)
-
-func openFiles(t testing.TB) (n int) {
-	t.Helper()
-	list, err := os.ReadDir("/proc/self/fd")
-	if err != nil {
-		t.Fatal(err)
-	}
-	for _, e := range list {
-		to, err := os.Readlink("/proc/self/fd/" + e.Name())
-		if err == nil && (strings.HasPrefix(to, "pipe:") || strings.HasPrefix(to, "socket:")) {
-			n++
-		}
-	}
-	return n
+	proctest.NoLeaks(t, append(code, proctest.Methods[dbus.Conn](), proctest.Methods[Bus]())...)
 }
