@@ -10,17 +10,8 @@ import (
 	"p11-agent/token/pairs"
 )
 
-// A module can report events all the time, and force restarts. So these constants bound how often
-// the agent looks at a module, and what it writes.
-const (
-	// The pace of looks for the events of a module. Each look may change the list of keys for every
-	// client.
-	lookBurst, lookEvery = 50, 500 * time.Millisecond
-	// The pace of new processes in place of healthy ones.
-	renewBurst, renewEvery = 50, 500 * time.Millisecond
-	// The pace of writing the list of known keys.
-	knownBurst, knownEvery = 20, 10 * time.Second
-)
+// knownBurst and knownEvery are the pace of writing the list of known keys.
+const knownBurst, knownEvery = 20, 10 * time.Second
 
 // The list of known keys has room for every label and ID that package pairs accepts.
 var _ [known.MaxText - pairs.MaxText]struct{}

@@ -31,8 +31,8 @@ func (t *Token) see(ctx context.Context, p *process.Process, reply *process.List
 	slot := t.slot
 	t.mu.Unlock()
 	found := card.Stay{Process: p, Number: reply.Info.Stay, Shown: card.ShownBy(reply.Objects)}
-	found = found.Placed(slot, before, func() []pcsc.Reader { return t.module.readers(ctx) })
-	kind := card.Kind{Removable: slot.Flags&wire.CKFRemovableDevice != 0, PCSC: t.module.usesReaders()}
+	found = found.Placed(slot, before, func() []pcsc.Reader { return t.module.readers.List(ctx) })
+	kind := card.Kind{Removable: slot.Flags&wire.CKFRemovableDevice != 0, PCSC: t.module.readers.Used()}
 	t.mu.Lock()
 	now, change := t.card.Next(found, kind)
 	t.card = now
@@ -83,7 +83,7 @@ func (t *Token) settle(ctx context.Context, p *process.Process, info wire.TokenI
 	t.mu.Lock()
 	was, slot := t.card, t.slot
 	t.mu.Unlock()
-	if was.Lasts(p, info.Stay, slot, t.module.readers(ctx)) {
+	if was.Lasts(p, info.Stay, slot, t.module.readers.List(ctx)) {
 		at.stay, at.shown = info.Stay, was.Shown
 		return at, nil
 	}

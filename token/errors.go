@@ -3,7 +3,8 @@ package token
 import (
 	"errors"
 	"fmt"
-	"time"
+
+	"p11-agent/token/supervise"
 )
 
 var (
@@ -11,24 +12,13 @@ var (
 	// that must not import this one.
 	ErrAbsent error = absentError{}
 	// ErrClosed says that the Store has been closed.
-	ErrClosed = errors.New("the agent is stopping")
+	ErrClosed = supervise.ErrClosed
 	// ErrNoMatch says that a URI selects no present key.
 	ErrNoMatch = errors.New("no key matches")
 )
 
 // A ModuleError says what is wrong with a PKCS#11 module or its process.
-type ModuleError struct {
-	Module string // its name in the registry or the configuration
-	Path   string // its file
-	Err    error
-	Retry  time.Time // when the agent starts its process again; zero: only on request
-}
-
-func (e *ModuleError) Error() string {
-	return fmt.Sprintf("PKCS#11 module %q: %v", e.Module, e.Err)
-}
-
-func (e *ModuleError) Unwrap() error { return e.Err }
+type ModuleError = supervise.ModuleError
 
 // An AmbiguousError says that several modules show a token, and that none of them is its home.
 type AmbiguousError struct {

@@ -1,6 +1,11 @@
 package token
 
-import "p11-agent/token/bounds"
+import (
+	"context"
+
+	"p11-agent/token/bounds"
+	"p11-agent/token/supervise"
+)
 
 // LoginWaiters returns how many requests wait for the login under way to the token of a key.
 func LoginWaiters(k *Key) int {
@@ -43,11 +48,13 @@ func Shared(s *Store, module string) (devices, homes, queues int) {
 	s.mu.Lock()
 	homes = len(s.homes)
 	s.mu.Unlock()
+	now, cancel := context.WithCancel(context.Background())
+	cancel()
 	for _, m := range s.modulesNow() {
-		m.mu.Lock()
-		p := m.proc
-		m.mu.Unlock()
-		if m.spec.Name == module && p != nil {
+		if m.spec.Name != module {
+			continue
+		}
+		if p, err := m.supervisor.Process(now); err == nil {
 			queues = p.Queues()
 		}
 	}
@@ -56,8 +63,8 @@ func Shared(s *Store, module string) (devices, homes, queues int) {
 
 // The pace at which a module gets new processes in place of healthy ones.
 const (
-	RenewBurst = renewBurst
-	RenewEvery = renewEvery
+	RenewBurst = supervise.RenewBurst
+	RenewEvery = supervise.RenewEvery
 )
 
 // Methods that tests find in the stacks of goroutines.

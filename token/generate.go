@@ -165,14 +165,14 @@ func (s *Store) oneToken(ctx context.Context, u *pkcs11uri.URI) (*Token, error) 
 
 // generate makes a key pair, and returns the key as the token lists it.
 func (t *Token) generate(ctx context.Context, req *wire.Generate, kind KeyKind, pin *secret.Secret) (*Key, *wire.GenerateReply, error) {
-	defer t.module.use()()
-	p, err := t.module.running(ctx)
+	defer t.module.supervisor.Use()()
+	p, err := t.module.supervisor.Process(ctx)
 	if err != nil {
 		return nil, nil, err
 	}
 	info, err := t.fresh(ctx, p)
 	if err != nil {
-		return nil, nil, t.module.wrap(err)
+		return nil, nil, t.module.supervisor.Wrap(err)
 	}
 	if info.Flags&wire.CKFWriteProtected != 0 {
 		return nil, nil, fmt.Errorf("token %q is write-protected: no key can be made on it", t.ID.Label)
@@ -263,7 +263,7 @@ func (t *Token) explainGenerate(err error, kind KeyKind) error {
 	case errors.Is(err, context.Canceled), errors.Is(err, context.DeadlineExceeded):
 		return err // the module did not get the request
 	case !ok:
-		return fmt.Errorf("make a key on token %q: %w; it may be there nevertheless: look with p11-agent list", t.ID.Label, t.module.wrap(err))
+		return fmt.Errorf("make a key on token %q: %w; it may be there nevertheless: look with p11-agent list", t.ID.Label, t.module.supervisor.Wrap(err))
 	case e.Reason == wire.ReasonExists, e.Reason == wire.ReasonExtractable:
 		return fmt.Errorf("token %q: %w", t.ID.Label, err)
 	case e.Reason == wire.ReasonUnsupported:

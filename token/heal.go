@@ -9,6 +9,7 @@ import (
 	"p11-agent/token/operation"
 	"p11-agent/token/pin"
 	"p11-agent/token/process"
+	"p11-agent/token/readers"
 	"p11-agent/token/wire"
 )
 
@@ -26,10 +27,10 @@ type task struct {
 // session, the login. It attempts the task again after each repair. The cures limit how often that happens.
 func (k *Key) heal(ctx context.Context, do task) error {
 	t := k.token
-	defer t.module.use()()
+	defer t.module.supervisor.Use()()
 	var h *healing // made for the first failure: most operations need none
 	for {
-		moves := t.module.moves()
+		moves := t.module.readers.Moves()
 		p, err := k.running(ctx)
 		if err != nil {
 			return err
@@ -58,7 +59,7 @@ func (k *Key) heal(ctx context.Context, do task) error {
 func (k *Key) running(ctx context.Context) (*process.Process, error) {
 	t := k.token
 	patience, done := t.whileBack(ctx)
-	p, err := t.module.running(patience)
+	p, err := t.module.supervisor.Process(patience)
 	done()
 	if err != nil && ctx.Err() == nil && errors.Is(err, context.DeadlineExceeded) {
 		err = k.explain(ErrAbsent, operation.Sign)
@@ -71,7 +72,7 @@ type failure struct {
 	err     error
 	process *process.Process
 	login   uint64 // the number of the login
-	moves   uint64 // module.moves before the attempt
+	moves   uint64 // Readers.Moves before the attempt
 	// broken means that something broke since the last use, and that the attempt has given no PIN to the token.
 	broken  bool
 	atLogin bool // a login failed
@@ -102,11 +103,15 @@ type healing struct {
 	cures     []cure
 	used      []int // the repairs of each cure
 	mustLogin bool  // the next attempt starts with a login
-	reader    readerPatience
+	reader    readers.Patience
 }
 
 // unlimited is the number of repairs of a cure that limits its own time.
 const unlimited = 1 << 30
+
+// maxLogins is how often one signature logs in again, while another program ends the login each
+// time. Such a program resets the card again and again.
+const maxLogins = 3
 
 // maxReplaced is how many new processes one operation survives while it is not their cause.
 const maxReplaced = 5
@@ -145,7 +150,7 @@ func (h *healing) mayBeInUse(f failure) bool { return f.broken }
 
 // awaitReader waits while another program uses the reader alone.
 func (h *healing) awaitReader(ctx context.Context, _ failure) (repaired bool, err error) {
-	again, err := h.key.token.awaitReader(ctx, &h.reader)
+	again, err := h.reader.Await(ctx, h.key.token.module.readers, h.key.token.slotNow)
 	if !again || err != nil {
 		return false, err
 	}
@@ -184,7 +189,7 @@ func (h *healing) lookAgain(ctx context.Context, f failure) (repaired bool, err 
 	if f.isRV(wire.CKRDeviceRemoved, wire.CKRTokenNotPresent, wire.CKRTokenNotRecognized) {
 		t.pins.Wipe() // the card was taken out
 	}
-	if f.isRV(wire.CKRGeneralError) && !t.module.awaitMove(ctx, f.moves) {
+	if f.isRV(wire.CKRGeneralError) && !t.module.readers.AwaitMove(ctx, f.moves) {
 		f.process.Kill(fmt.Errorf("%w: %w", errAnew, f.err))
 		return true, nil
 	}
@@ -197,7 +202,7 @@ func (h *healing) cardFails(f failure) bool { return f.broken && f.isRV(wire.CKR
 // fails even after a look.
 func (h *healing) restart(ctx context.Context, f failure) (repaired bool, err error) {
 	t := h.key.token
-	if !t.module.awaitMove(ctx, f.moves) {
+	if !t.module.readers.AwaitMove(ctx, f.moves) {
 		f.process.Kill(fmt.Errorf("%w: %w", errAnew, f.err))
 		return true, nil
 	}
@@ -267,7 +272,7 @@ func (k *Key) explain(err error, f operation.Function) error {
 	case wire.IsReason(err, wire.ReasonCiphertext):
 		err = operation.ErrCiphertext
 	default:
-		err = k.token.module.wrap(err)
+		err = k.token.module.supervisor.Wrap(err)
 	}
 	return fmt.Errorf("%v with token %q: %w", f, t.Label, err)
 }

@@ -43,7 +43,7 @@ func (t *Token) login(ctx context.Context, k *Key, with supplied) (*secret.Secre
 
 // runLogin logs in when it is the token's turn.
 func (t *Token) runLogin(ctx context.Context, list *waiting.List, k *Key, with supplied) (typed *secret.Secret, err error) {
-	defer t.module.use()()
+	defer t.module.supervisor.Use()()
 	ctx, cancel := context.WithCancel(ctx)
 	defer cancel()
 	defer context.AfterFunc(t.module.store.ctx, cancel)()
@@ -80,7 +80,7 @@ func (s *Store) start(f func()) error {
 
 // logInNow logs in. The caller has the turn.
 func (t *Token) logInNow(ctx context.Context, list *waiting.List, k *Key, with supplied) (typed *secret.Secret, err error) {
-	p, err := t.module.running(ctx)
+	p, err := t.module.supervisor.Process(ctx)
 	if err != nil {
 		return nil, err
 	}
@@ -213,7 +213,7 @@ func (t *Token) tryStay(ctx context.Context, p *process.Process, trial pin.Trial
 	t.attempted = p
 	t.mu.Unlock()
 	var reply wire.TokenReply
-	moves := t.module.moves()
+	moves := t.module.readers.Moves()
 	request := wire.Login{Token: t.ID, Stay: stay, LastTry: trial.LastTry, Pad: trial.Pad, PIN: trial.PIN}
 	err := p.Call(ctx, process.LoginTimeout, wire.TypeLogin, &request, &reply)
 	t.module.loginBroke(ctx, p, moves, err)
@@ -305,7 +305,7 @@ func (t *Token) loginFailed(err error, attempted bool) error {
 		return err
 	}
 	if _, ok := errors.AsType[*wire.Error](err); ok || errors.Is(err, process.ErrGone) {
-		err = t.module.wrap(err)
+		err = t.module.supervisor.Wrap(err)
 	}
 	return &pin.LoginError{Token: t.ID.Label, Attempted: attempted, Err: err}
 }
@@ -393,8 +393,8 @@ func (t *Token) operateInTurn(ctx context.Context, list *waiting.List, p *proces
 // PIN that the token did not try may be wrong.
 func (k *Key) logIn(ctx context.Context, with supplied) error {
 	t := k.token
-	defer t.module.use()()
-	p, err := t.module.running(ctx)
+	defer t.module.supervisor.Use()()
+	p, err := t.module.supervisor.Process(ctx)
 	if err != nil {
 		return err
 	}

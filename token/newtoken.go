@@ -28,8 +28,8 @@ func (s *Store) NewToken(ctx context.Context, module, label string, pin *secret.
 }
 
 func (m *module) newToken(ctx context.Context, label string, pin *secret.Secret) (string, error) {
-	defer m.use()()
-	p, err := m.running(ctx)
+	defer m.supervisor.Use()()
+	p, err := m.supervisor.Process(ctx)
 	if err != nil {
 		return "", err
 	}
@@ -42,9 +42,9 @@ func (m *module) newToken(ctx context.Context, label string, pin *secret.Secret)
 		if e, ok := errors.AsType[*wire.Error](err); ok && e.Reason == wire.ReasonUnsupported {
 			return "", fmt.Errorf("module %s: %s", m.spec.Name, e.Text)
 		}
-		return "", fmt.Errorf("make a token: %w", m.wrap(err))
+		return "", fmt.Errorf("make a token: %w", m.supervisor.Wrap(err))
 	}
-	if err := m.rescan(ctx); err != nil {
+	if err := m.supervisor.Rescan(ctx); err != nil {
 		return "", fmt.Errorf("the token %q was made, and cannot be looked at: %w", label, err)
 	}
 	return pkcs11uri.ForKey(reply.Token, "", nil).String(), nil

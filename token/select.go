@@ -243,7 +243,7 @@ func (s *Store) SelectOf(ctx context.Context, sel *Selector, reached func(*Key) 
 			return nil, err
 		}
 		select {
-		case <-named.looked:
+		case <-named.supervisor.Tried():
 		case <-ctx.Done():
 			return nil, ctx.Err()
 		}
@@ -256,7 +256,7 @@ func (s *Store) SelectOf(ctx context.Context, sel *Selector, reached func(*Key) 
 		return keys, err
 	}
 	if named != nil {
-		if err := named.rescan(ctx); err != nil {
+		if err := named.supervisor.Rescan(ctx); err != nil {
 			return nil, err
 		}
 	} else if err := s.Rescan(ctx); err != nil {
@@ -292,7 +292,7 @@ func (s *Store) whyNone(ctx context.Context, sel *Selector, named *module) error
 	}
 	var failed []error
 	for _, m := range s.modulesNow() {
-		if err := m.failure(); err != nil && (named == nil || m == named) {
+		if err := m.supervisor.Failure(); err != nil && (named == nil || m == named) {
 			failed = append(failed, err)
 		}
 	}

@@ -16,6 +16,7 @@ import (
 
 	"p11-agent/token"
 	"p11-agent/token/pcsc"
+	"p11-agent/token/readers"
 	"p11-agent/token/tokentest"
 	"p11-agent/token/tokentest/pivcard"
 	"p11-agent/token/wire"
@@ -310,7 +311,7 @@ func (s *sharer) longEnough() {
 // names reports whether an error names the program that uses the reader alone, and no other
 // program. scdaemon shows its open files to root only. For an ordinary user, the error may also
 // name another scdaemon, such as the scdaemon of a test that runs at the same time.
-func names(e *token.InUseError, program string, n *tokentest.Neighbour) bool {
+func names(e *readers.InUseError, program string, n *tokentest.Neighbour) bool {
 	all := slices.Concat(e.Holders, e.Probably)
 	holder := fmt.Sprintf("%s (%d)", program, n.PID)
 	others := slices.DeleteFunc(slices.Clone(all), func(s string) bool {
@@ -331,7 +332,7 @@ func TestReaderInUse(t *testing.T) {
 				n := h.start(s)
 				before := s.card.Counts().Commands
 				err := tokentest.Sign(t.Context(), k)
-				e, ok := errors.AsType[*token.InUseError](err)
+				e, ok := errors.AsType[*readers.InUseError](err)
 				if !ok {
 					t.Fatalf("got %v", err)
 				}
@@ -376,7 +377,7 @@ func TestReaderInUseFirst(t *testing.T) {
 			sel, err := token.ParseProvider([]byte("pkcs11:object=none"), nil)
 			noError(t, err)
 			_, err = s.store.Select(t.Context(), sel)
-			if e, ok := errors.AsType[*token.InUseError](err); !ok || !errors.Is(err, token.ErrNoMatch) || !names(e, "scdaemon", n) {
+			if e, ok := errors.AsType[*readers.InUseError](err); !ok || !errors.Is(err, token.ErrNoMatch) || !names(e, "scdaemon", n) {
 				t.Errorf("a URI is asked for: %v", err)
 			}
 			n.Close()
@@ -513,23 +514,6 @@ func TestStartedAnewAgainAndAgain(t *testing.T) {
 	}
 	want(t, "prompts", p.Prompts(), 1+times)
 	want(t, "processes", b.fake.Started(), 1+times)
-}
-
-func TestInUseError(t *testing.T) {
-	for _, tt := range []struct {
-		err  token.InUseError
-		want string
-	}{
-		{token.InUseError{}, ", which is not known: end it,"},
-		{token.InUseError{Hidden: true}, ", which this user may not see: end it,"},
-		{token.InUseError{Holders: []string{"firefox (1)"}}, ": firefox (1): end it,"},
-		{token.InUseError{Holders: []string{"firefox (1)", "scdaemon (2)"}}, `, one of: firefox (1), scdaemon (2): "gpgconf --kill scdaemon"`},
-		{token.InUseError{Holders: []string{"firefox (1)"}, Probably: []string{"scdaemon (2)"}}, `, probably scdaemon (2): "gpgconf --kill scdaemon"`},
-	} {
-		if begin := "the reader is in use by another program" + tt.want; !strings.HasPrefix(tt.err.Error(), begin) {
-			t.Errorf("got %q, want it to begin with %q", tt.err.Error(), begin)
-		}
-	}
 }
 
 // OpenSC 0.23 sends nothing to a PIV card at C_Logout, so the PIN stays verified for each program.

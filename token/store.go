@@ -189,7 +189,7 @@ func Open(opts Options) *Store {
 		defer close(s.settled)
 		for _, m := range first {
 			select {
-			case <-m.looked:
+			case <-m.supervisor.Tried():
 			case <-ctx.Done():
 				return
 			}
@@ -269,7 +269,7 @@ func (s *Store) publish() {
 		t := s.claimLocked(id, claims)
 		used[id] = t
 		belongs := s.homeLocked(id)
-		runs := slices.ContainsFunc(s.modules, func(m *module) bool { return m.identity == belongs && m.failure() == nil })
+		runs := slices.ContainsFunc(s.modules, func(m *module) bool { return m.identity == belongs && m.supervisor.Failure() == nil })
 		t.setUsed("", belongs, runs)
 		for _, o := range claims {
 			if o != t {
@@ -345,7 +345,7 @@ func (s *Store) modulesNow() []*module {
 func (s *Store) Rescan(ctx context.Context) error {
 	var wg sync.WaitGroup
 	for _, m := range s.modulesNow() {
-		wg.Go(func() { _ = m.rescan(ctx) })
+		wg.Go(func() { _ = m.supervisor.Rescan(ctx) })
 	}
 	wg.Wait()
 	return ctx.Err()
@@ -356,7 +356,7 @@ func (s *Store) Rescan(ctx context.Context) error {
 // waits.
 func (s *Store) Poke() {
 	for _, m := range s.modulesNow() {
-		m.poke()
+		m.supervisor.Poke()
 	}
 }
 

@@ -75,7 +75,7 @@ func (t *Token) removable() bool {
 
 // lookAgain reads the objects of a token in its slot.
 func (t *Token) lookAgain(ctx context.Context, p *process.Process) error {
-	_, err := t.look(ctx, p, nil, t.module.present(), t.module.readers(ctx))
+	_, err := t.look(ctx, p, nil, t.module.present(), t.module.readers.List(ctx))
 	return err
 }
 
@@ -299,7 +299,7 @@ func (t *Token) logout(ctx context.Context) error {
 	t.mu.Unlock()
 	if err != nil && !wire.IsRV(err, wire.CKRUserNotLoggedIn, wire.CKRDeviceRemoved, wire.CKRTokenNotPresent) &&
 		!wire.IsReason(err, wire.ReasonNoToken) && !errors.Is(err, process.ErrGone) {
-		return fmt.Errorf("log out of token %q: %w", t.ID.Label, t.module.wrap(err))
+		return fmt.Errorf("log out of token %q: %w", t.ID.Label, t.module.supervisor.Wrap(err))
 	}
 	return nil
 }
@@ -321,7 +321,7 @@ func (t *Token) status(present bool) TokenStatus {
 		Home:       t.belongs,
 		Keys:       t.keys,
 		Flags:      t.slot.Info.Flags,
-		Library:    t.module.info.Description,
+		Library:    t.module.supervisor.Info().Description,
 		Slot:       t.slot.Description,
 		Seen:       seen,
 		LastUse:    t.use.lastTime(),
@@ -350,9 +350,7 @@ func (t *Token) matches(u *pkcs11uri.URI, byPath bool) bool {
 	t.mu.Lock()
 	slot := t.slot
 	t.mu.Unlock()
-	m.mu.Lock()
-	info := m.info
-	m.mu.Unlock()
+	info := m.supervisor.Info()
 	return u.MatchModule(pkcs11uri.ModuleInfo{
 		Manufacturer: info.Manufacturer, Description: info.Description,
 		Version: pkcs11uri.Version{Major: uint8(info.Library >> 8), Minor: uint8(info.Library)},

@@ -12,6 +12,7 @@ package card
 import (
 	"p11-agent/token/pcsc"
 	"p11-agent/token/process"
+	"p11-agent/token/readers"
 	"p11-agent/token/wire"
 )
 
@@ -39,9 +40,9 @@ func placeOf(readers []pcsc.Reader, slot wire.Slot) place {
 
 // readerOf returns the reader of a slot, as pcscd sees it. ok means that there is exactly one such reader, with a
 // card.
-func readerOf(readers []pcsc.Reader, slot wire.Slot) (r pcsc.Reader, ok bool) {
-	for _, o := range readers {
-		if InReader(slot, o) {
+func readerOf(list []pcsc.Reader, slot wire.Slot) (r pcsc.Reader, ok bool) {
+	for _, o := range list {
+		if readers.Holds(slot, o) {
 			if r.Name != "" {
 				return r, false // names that differ after the 64 bytes of a slot
 			}

@@ -42,6 +42,9 @@ func Socket(environ []string) string {
 // askTimeout is how long one question may take.
 const askTimeout = 2 * time.Second
 
+// NoticeTime is how long pcscd needs at most to notice that a card has left.
+const NoticeTime = 500 * time.Millisecond
+
 // The protocol of pcscd is in winscard_msg.h of pcsc-lite. Numbers have the machine's
 // byte order and width. These commands are the same since version 1.8.24. Later versions
 // of the protocol (4:5, 4:6) add others.

@@ -4,6 +4,7 @@ import (
 	"fmt"
 	"time"
 
+	"p11-agent/token/pcsc"
 	"p11-agent/token/wire"
 )
 
@@ -26,8 +27,6 @@ const (
 	// fails such a request within milliseconds. A request that meets a card being pulled has 5 s in all. A new
 	// process starts in 0.2 s.
 	GoneTimeout = time.Second
-	// NoticeTime is how long pcscd needs at most to notice that a card has left.
-	NoticeTime = 500 * time.Millisecond
 	// OthersTimeout comes on top of GoneTimeout while the module works for a card that is still there. OpenSC does one
 	// thing at a time, and that card may wait for a touch.
 	OthersTimeout = 2 * time.Second
@@ -70,7 +69,7 @@ func (p *Process) soonLocked(w *pending) time.Time {
 	for _, o := range p.waiting {
 		// A request from before the card left may be work for a card that is there. A later request may wait for the
 		// same answer as w.
-		if o.soon.IsZero() && o.since.Before(p.gone.Add(-NoticeTime)) {
+		if o.soon.IsZero() && o.since.Before(p.gone.Add(-pcsc.NoticeTime)) {
 			return w.soon.Add(OthersTimeout)
 		}
 	}

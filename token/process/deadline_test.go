@@ -6,6 +6,7 @@ import (
 	"testing/synctest"
 	"time"
 
+	"p11-agent/token/pcsc"
 	"p11-agent/token/wire"
 )
 
@@ -56,7 +57,7 @@ func TestHurry(t *testing.T) {
 					ask(there)
 				}
 				var failed <-chan error
-				time.Sleep(NoticeTime)
+				time.Sleep(pcsc.NoticeTime)
 				if !tt.after {
 					failed = ask(tt.ask)
 				}
