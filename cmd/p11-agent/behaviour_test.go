@@ -409,7 +409,7 @@ var behaviours = []struct {
 			r.list()
 		}
 	}},
-	{"confirmed, with nobody to ask", "", func(r *rig, k behaviourPairs) {
+	{"confirmed, without a person to ask", "", func(r *rig, k behaviourPairs) {
 		key := k.ed.added("c")
 		key.ConfirmBeforeUse = true
 		r.status("add", r.client.Add(key))

@@ -197,7 +197,7 @@ func TestManualHasEveryKey(t *testing.T) {
 			parses(t, toml)
 		}
 		for key := range explained {
-			t.Errorf("the manual has the key %q under %q, which is none", key, section)
+			t.Errorf("the manual has the key %q under %q, and the program has no such key", key, section)
 		}
 	}
 	check("SELECTION", "", reflect.TypeFor[config.File]())
@@ -215,7 +215,7 @@ func TestManualHasEveryKey(t *testing.T) {
 		case tables[name] != nil:
 			check("[["+name+"]]", "[["+name+"]]", tables[name])
 		default:
-			t.Errorf("nobody looks whether the manual has the keys of %q", name)
+			t.Errorf("no test looks whether the manual has the keys of %q", name)
 		}
 	}
 	check("[[key.rule]]", ruleTable, reflect.TypeFor[config.RuleTable]())

@@ -157,6 +157,38 @@ func paragraphs(file, text string) (all []words) {
 	return all
 }
 
+// stories returns the comments of the stories and scripts in testdata. Lines without another
+// line between them are one comment.
+func stories(t *testing.T) (all []words) {
+	t.Helper()
+	var names []string
+	for _, pattern := range []string{"testdata/*/*.txtar", "testdata/*/*.sh"} {
+		found, err := filepath.Glob(pattern)
+		if err != nil {
+			t.Fatal(err)
+		}
+		names = append(names, found...)
+	}
+	for _, name := range names {
+		text, err := os.ReadFile(name)
+		if err != nil {
+			t.Fatal(err)
+		}
+		open := false
+		for n, line := range strings.Split(string(text), "\n") {
+			comment, ok := strings.CutPrefix(line, "# ")
+			switch {
+			case ok && open:
+				all[len(all)-1].text += "\n" + comment
+			case ok:
+				all = append(all, words{filepath.Join("cmd/p11-agent", name), n + 1, comment})
+			}
+			open = ok
+		}
+	}
+	return all
+}
+
 // judge fails a test for the findings in each directory.
 func judge(t *testing.T, findings map[string][]string) {
 	t.Helper()
@@ -175,7 +207,7 @@ func isPermitted(w words) bool {
 }
 
 func TestPlainTurns(t *testing.T) {
-	all := append(comments(t), documents(t)...)
+	all := slices.Concat(comments(t), documents(t), stories(t))
 	findings := make(map[string][]string)
 	for _, w := range all {
 		if isPermitted(w) {

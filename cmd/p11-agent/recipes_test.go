@@ -123,7 +123,7 @@ func TestEveryRecipeIsRun(t *testing.T) {
 			}
 			for line := range strings.Lines(elsewhere.ReplaceAllString(b.text, "")) {
 				if !ours.MatchString(line) {
-					t.Errorf("nobody runs the line of %q: %s", title, line)
+					t.Errorf("no script runs the line of %q: %s", title, line)
 				}
 			}
 		}

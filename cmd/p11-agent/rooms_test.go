@@ -168,11 +168,11 @@ var rooms = []room{
 	{"agent/joined", []string{}, "a leaf: it joins errors of any room"},
 	{"agent/logfold", []string{}, "a leaf: it folds the lines of any room"},
 	{"agent/knownhosts", []string{"agent/pattern", xssh}, "it reads files"},
-	{"agent/peer", []string{"pinentry/procstat", xsys}, "who is at the other end of a socket is found out without the agent"},
+	{"agent/peer", []string{"pinentry/procstat", xsys}, "the process at the other end of a socket is found without the agent"},
 	{
 		"agent/request",
 		[]string{"agent/knownhosts", "agent/pattern", "agent/peer", "agent/sshkey", "pinentry/secret", xssh},
-		"who asks for what is said in the same words at every door",
+		"a request is described in the same words at every door",
 	},
 	{"agent/door", []string{"agent/peer", xsys}, "connections are accepted without a protocol in mind"},
 	{
@@ -226,7 +226,7 @@ var rooms = []room{
 	{"token/card", []string{"token/pairs", "token/pcsc", "token/process", "token/readers", "token/wire"}, "cards are compared by what a look found: logins and PINs are forgotten elsewhere"},
 	{"token/objects", []string{"token/bounds", "token/pairs", "token/pkcs11uri", "token/wire"}, "what a look found is kept without a token at hand"},
 	{"token/pairs", []string{"token/wire"}, "key pairs are made of objects without a token at hand"},
-	{"token/pcsc", []string{xsys}, "who uses a reader is found out without a module, and without touching a card"},
+	{"token/pcsc", []string{xsys}, "the users of a reader are found without a module, and without touching a card"},
 	{"token/pkcs11uri", []string{"token/wire", "pinentry/secret"}, "a URI is read and matched without a token at hand"},
 	{
 		"token/process",

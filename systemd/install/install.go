@@ -8,7 +8,6 @@ package install
 
 import (
 	"bytes"
-	"cmp"
 	"context"
 	"errors"
 	"fmt"
@@ -55,6 +54,9 @@ type file struct {
 	text []byte      // with the marker
 	mode fs.FileMode // of directories that are made for the file
 }
+
+// A source is where a file of an installation goes, and its name in package systemd.
+type source struct{ path, from string }
 
 // A Target is the agent that systemd is to start, and where its files go.
 type Target struct {
@@ -116,9 +118,9 @@ func (in *Installation) forUser() error {
 	}
 	in.unit = SocketUnit
 	return in.add(filepath.Join(config, "systemd", "user"), "user", []string{systemd.UserSocket, systemd.UserService},
-		map[string]string{
-			filepath.Join(config, "environment.d", "50-p11-agent.conf"): systemd.Environment,
-			filepath.Join(config, sshConfig):                            systemd.SSHConfig,
+		[]source{
+			{filepath.Join(config, "environment.d", "50-p11-agent.conf"), systemd.Environment},
+			{filepath.Join(config, sshConfig), systemd.SSHConfig},
 		}, 0o700)
 }
 
@@ -133,7 +135,7 @@ func (in *Installation) forSystem() error {
 		}
 	}
 	in.unit = "p11-agent@" + in.target.System + ".socket"
-	sysusers := map[string]string{"/etc/sysusers.d/p11-agent.conf": systemd.Sysusers}
+	sysusers := []source{{"/etc/sysusers.d/p11-agent.conf", systemd.Sysusers}}
 	if slices.ContainsFunc([]string{"/usr/lib/sysusers.d", "/usr/local/lib/sysusers.d"}, func(dir string) bool {
 		_, err := os.Stat(filepath.Join(dir, "p11-agent.conf"))
 		return err == nil
@@ -145,7 +147,7 @@ func (in *Installation) forSystem() error {
 
 // add adds the units, which go to dir, and the other files. It also looks for units that
 // a package or the administrator has put elsewhere.
-func (in *Installation) add(dir, manager string, units []string, others map[string]string, mode fs.FileMode) error {
+func (in *Installation) add(dir, manager string, units []string, others []source, mode fs.FileMode) error {
 	read := func(path, from string) (file, error) {
 		text, err := systemd.Shipped(from, in.program)
 		if err != nil {
@@ -160,14 +162,13 @@ func (in *Installation) add(dir, manager string, units []string, others map[stri
 		}
 		in.units = append(in.units, f)
 	}
-	for path, from := range others {
-		f, err := read(path, from)
+	for _, o := range others {
+		f, err := read(o.path, o.from)
 		if err != nil {
 			return err
 		}
 		in.others = append(in.others, f)
 	}
-	slices.SortFunc(in.others, func(a, b file) int { return cmp.Compare(a.path, b.path) })
 	for _, prefix := range []string{"/etc", "/run", "/usr/local/lib", "/usr/lib"} {
 		other := filepath.Join(prefix, "systemd", manager)
 		if other == dir {

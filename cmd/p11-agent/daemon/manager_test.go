@@ -132,7 +132,7 @@ func TestWatchdog(t *testing.T) {
 		want    bool
 	}{
 		{"all is well", []socket{{listener: answering()}, {listener: answering()}}, func() {}, nil, true},
-		{"a socket that accepts nobody", []socket{{listener: answering()}, {listener: unixSocket()}}, func() {}, nil, false},
+		{"a socket that accepts no client", []socket{{listener: answering()}, {listener: unixSocket()}}, func() {}, nil, false},
 		{"a keyring that is stuck", []socket{{listener: answering()}}, func() { <-stuck }, nil, false},
 		{"a socket whose file is gone", []socket{{listener: removed}}, func() {}, func() { os.Remove(removed.Addr().String()) }, true},
 		{"a socket whose file is another's", []socket{{listener: replaced}}, func() {}, func() {

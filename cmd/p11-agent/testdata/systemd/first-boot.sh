@@ -52,7 +52,7 @@ is "the user" "$(ps -o user= -p "$(show MainPID p11-agent@host.service)")" p11-a
 has "the capabilities" "$(cat "/proc/$(show MainPID p11-agent@host.service)/status")" "CapBnd:	0000000000000000"
 eventually says p11-agent@host.service "2 keys on 2 tokens"
 
-step "the unit's log names who asks"
+step "the unit's log names the client"
 useradd -m -s /bin/bash person
 ssh-keygen -q -t ed25519 -N '' -f stranger
 if SSH_AUTH_SOCK=/run/p11-agent/host.sock ssh-add -T stranger.pub 2>/dev/null; then fail "a key that is not there was used"; fi
@@ -61,7 +61,7 @@ if journalctl -u 'p11-agent@*' -o export | grep -aq $PIN; then fail "the journal
 
 if journalctl -u 'p11-agent@*' | grep "does not answer itself"; then fail "the watchdog will end it"; fi
 
-step "nobody else comes in"
+step "no other user comes in"
 if runuser -u person -- env SSH_AUTH_SOCK=/run/p11-agent/host.sock ssh-add -l 2>said; then fail "another user was served"; fi
 has "the error" "$(cat said)" "Permission denied"
 

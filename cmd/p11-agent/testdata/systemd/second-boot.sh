@@ -1,4 +1,4 @@
-# After a boot everything is there before anybody logs in, and goes with uninstall.
+# After a boot everything is there before the first login, and goes with uninstall.
 # Run by TestBoot.
 set -euo pipefail
 cd /opt
@@ -14,7 +14,7 @@ eventually test -S "/run/user/$uid/p11-agent/agent.sock"
 is "sessions" "$(loginctl --no-legend list-sessions | grep -v manager || true)" ""
 test -S /run/p11-agent/host.sock
 test -S /run/p11-agent/other.sock
-if pgrep -x p11-agent >/dev/null; then fail "an agent runs that nobody has asked"; fi
+if pgrep -x p11-agent >/dev/null; then fail "an agent runs that no client has asked"; fi
 
 step "the variable is the agent's, though another sets it, too"
 test -S "/run/user/$uid/rival"

@@ -78,7 +78,7 @@ for _ in $(seq 100); do
 	sleep .1
 done
 
-# An sshd that is not root's gives nobody a terminal.
+# An sshd that does not run as root gives no client a terminal.
 if [ -e /run/utmp ]; then mount --bind /dev/null /run/utmp; fi
 mkdir -p /run/sshd
 ssh-keygen -q -t ed25519 -N '' -f /run/systemd/host_key
