@@ -69,6 +69,6 @@ const (
 
 // Methods that tests find in the stacks of goroutines.
 var (
-	Look    = (*module).look
+	Look    = (*module).Look
 	TryStay = (*Token).tryStay
 )
