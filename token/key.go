@@ -4,11 +4,11 @@ import (
 	"bytes"
 	"context"
 	"crypto"
+	"crypto/rsa"
 	"errors"
 	"fmt"
 	"io"
 	"slices"
-	"sync/atomic"
 	"time"
 
 	"p11-agent/pinentry/secret"
@@ -17,6 +17,7 @@ import (
 	"p11-agent/token/pairs"
 	"p11-agent/token/pkcs11uri"
 	"p11-agent/token/process"
+	"p11-agent/token/usage"
 	"p11-agent/token/wire"
 )
 
@@ -27,30 +28,8 @@ type Key struct {
 	token *Token
 	pair  *pairs.Pair
 	uri   *pkcs11uri.URI
-	text  string // uri, printed
-	use   *usage // shared by every Key of the same pair
-}
-
-// usage counts signatures. Goroutines read and write it at any time.
-type usage struct {
-	count atomic.Uint64
-	last  atomic.Int64 // nanoseconds since 1970; 0: never
-	proof proof
-}
-
-func (u *usage) note(now time.Time) {
-	u.count.Add(1)
-	u.last.Store(now.UnixNano())
-}
-
-// touch notes a use that is no signature.
-func (u *usage) touch(now time.Time) { u.last.Store(now.UnixNano()) }
-
-func (u *usage) lastTime() time.Time {
-	if n := u.last.Load(); n != 0 {
-		return time.Unix(0, n)
-	}
-	return time.Time{}
+	text  string       // uri, printed
+	use   *usage.Usage // shared by every Key of the same pair
 }
 
 var (
@@ -67,7 +46,7 @@ func newKey(t *Token, p *pairs.Pair, set *objects.Set) *Key {
 		label = p.Label
 	}
 	u := pkcs11uri.ForKey(t.ID, label, p.ID)
-	return &Key{token: t, pair: p, uri: u, text: u.String(), use: new(usage)}
+	return &Key{token: t, pair: p, uri: u, text: u.String(), use: new(usage.Usage)}
 }
 
 // Public returns the public half: *rsa.PublicKey, *ecdsa.PublicKey or
@@ -140,7 +119,7 @@ func (k *Key) AsksPIN() bool {
 
 // Signatures returns how many signatures the key has made since the start, and when it made the
 // last. The time is zero if it made none.
-func (k *Key) Signatures() (n uint64, last time.Time) { return k.use.count.Load(), k.use.lastTime() }
+func (k *Key) Signatures() (n uint64, last time.Time) { return k.use.Signatures(), k.use.Last() }
 
 // Insertions returns how often the token of the key has appeared.
 func (k *Key) Insertions() uint64 {
@@ -253,15 +232,16 @@ func (k *Key) operate(ctx context.Context, plan *operation.Plan) ([]byte, error)
 	}
 	now := time.Now()
 	if plan.Function == operation.Sign {
-		k.use.note(now)
-		k.token.use.note(now)
+		k.use.Signed(now)
+		k.token.use.Signed(now)
 	} else {
-		k.token.use.touch(now)
+		k.token.use.Used(now)
 	}
 	k.token.used(ctx, k)
 	result, err := plan.Result(o.answer)
-	if err == nil {
-		err = k.check(plan, o, result)
+	if err == nil && plan.Function == operation.Sign { // nothing else can be verified with the public key
+		_, isRSA := k.pair.Public.(*rsa.PublicKey)
+		err = k.use.Verify(o.by, o.took, isRSA || k.token.removable(), func() error { return plan.Verify(result) })
 	}
 	if err != nil {
 		clear(o.answer)

@@ -21,6 +21,7 @@ import (
 	"p11-agent/token/pin"
 	"p11-agent/token/pkcs11uri"
 	"p11-agent/token/process"
+	"p11-agent/token/usage"
 	"p11-agent/token/wire"
 )
 
@@ -29,7 +30,7 @@ import (
 type Token struct {
 	ID     wire.TokenID
 	module *module
-	use    usage
+	use    usage.Usage
 	pins   *pin.State
 	check  loginCheck
 
@@ -324,8 +325,8 @@ func (t *Token) status(present bool) TokenStatus {
 		Library:    t.module.supervisor.Info().Description,
 		Slot:       t.slot.Description,
 		Seen:       seen,
-		LastUse:    t.use.lastTime(),
-		Signatures: t.use.count.Load(),
+		LastUse:    t.use.Last(),
+		Signatures: t.use.Signatures(),
 		LeftOut:    t.objects.LeftOut(),
 	}
 	if t.session != nil {

@@ -196,7 +196,7 @@ var rooms = []room{
 		"token",
 		[]string{
 			"agent/joined", "agent/logfold", "agent/pattern",
-			"token/bounds", "token/card", "token/objects", "token/known", "token/pace", "token/pairs", "token/pcsc", "token/pin", "token/pkcs11uri", "token/process", "token/readers", "token/registry", "token/operation",
+			"token/bounds", "token/card", "token/objects", "token/usage", "token/known", "token/pace", "token/pairs", "token/pcsc", "token/pin", "token/pkcs11uri", "token/process", "token/readers", "token/registry", "token/operation",
 			"token/statefile", "token/supervise", "token/wire",
 			"pinentry/secret", "pinentry/waiting",
 		},
@@ -246,6 +246,7 @@ var rooms = []room{
 		[]string{"token", "token/pin", "token/pkcs11uri", "token/registry", "token/wire", "pinentry/secret", xsys},
 		"a fake stands where a token stands, and knows no more than one",
 	},
+	{"token/usage", []string{"token/process"}, "uses are counted without a token at hand"},
 	{"token/wellknown", []string{}, "a module is recognized by its file: it is loaded elsewhere"},
 	{"token/wire", []string{"pinentry/secret", xsys}, "a leaf: both ends of the connection with a module process share it"},
 }
