@@ -18,6 +18,7 @@ import (
 
 	"p11-agent/pinentry/procstat"
 	"p11-agent/token"
+	"p11-agent/token/retention"
 	"p11-agent/token/tokentest"
 )
 
@@ -120,7 +121,7 @@ func TestEveryCall(t *testing.T) {
 			s := tokentest.Store(t, token.Options{
 				Modules: specs, Command: self, PINs: &tokentest.Person{Always: tokentest.PIN},
 				Policy: func(k *token.Key) token.Policy {
-					return token.Policy{Retention: token.Retention{Never: k.Token().Label == "C_Logout"}}
+					return token.Policy{Retention: retention.Rule{Never: k.Token().Label == "C_Logout"}}
 				},
 			}, tokentest.PIN)
 			tokentest.Until(t, "all keys are there", func() bool { return len(s.Keys()) == len(specs) })

@@ -38,7 +38,7 @@ func (m *module) prune() {
 	s.mu.Unlock()
 	for _, t := range pruned {
 		t.mu.Lock()
-		t.retained.forget()
+		t.deadline.Clear()
 		t.mu.Unlock()
 		t.pins.Close()
 	}

@@ -56,7 +56,7 @@ func (m *module) hadAtLastLook(t *Token) bool {
 func (t *Token) replaced(ctx context.Context, unseen bool) {
 	t.pins.Wipe()
 	t.mu.Lock()
-	t.retained.forget()
+	t.deadline.Clear()
 	t.session, t.attempted = nil, nil
 	t.changes++
 	if unseen {

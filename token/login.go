@@ -144,7 +144,7 @@ func (t *Token) pinLogin(list *waiting.List, k *Key, info wire.TokenInfo, with s
 		ClientTells: with.clientTells,
 
 		UseKept: policy.Remember && (!eachUse || policy.Reuse),
-		Keep:    policy.Remember && !policy.Never,
+		Keep:    policy.Remember && !policy.Retention.Never,
 		Target:  &pinTarget{token: t, key: k, selector: with.selector, try: try},
 		Log:     t.module.log,
 	}
@@ -187,7 +187,7 @@ func (x *pinTarget) Request() pin.Request {
 // logOutFirst ends a login, so that the token tries the PIN that a person gave.
 func (t *Token) logOutFirst(ctx context.Context) error {
 	t.mu.Lock()
-	t.retained.forget()
+	t.deadline.Clear()
 	t.mu.Unlock()
 	return t.logout(ctx)
 }
@@ -407,7 +407,7 @@ func (k *Key) logIn(ctx context.Context, with supplied) error {
 	typed, err := t.login(ctx, k, with)
 	typed.Wipe()
 	if err == nil {
-		t.retain(k)
+		t.retain(t.module.store.policyOf(k).Retention)
 	}
 	return err
 }

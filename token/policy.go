@@ -1,9 +1,14 @@
 package token
 
+import (
+	"p11-agent/token/retention"
+)
+
 // A Policy is what the configuration says about the PIN of a key's token. With the zero value, a
 // login lasts as long as the token keeps it, no PIN is kept, and the flags of the token count.
 type Policy struct {
-	Retention
+	// Retention says how long a login lasts.
+	Retention retention.Rule
 	// Remember keeps the PIN that a person gave in locked memory. The agent logs in again with it
 	// when another program or a reset has ended the login. The agent forgets the PIN at a logout,
 	// when the token is removed, and at the first refusal.

@@ -11,6 +11,7 @@ import (
 	"p11-agent/pinentry/secret"
 	"p11-agent/token"
 	"p11-agent/token/pin"
+	"p11-agent/token/retention"
 	"p11-agent/token/tokentest"
 	"p11-agent/token/wire"
 )
@@ -149,7 +150,7 @@ func TestAlwaysAuthenticateByPolicy(t *testing.T) {
 		{"a PIN is kept, for logins", token.Policy{Remember: true}, []int{1, 2, 3, 4}},
 		{"a PIN is kept, for this key too", token.Policy{Remember: true, Reuse: true}, []int{1, 1, 1, 1}},
 		{"nothing is kept to use", token.Policy{Reuse: true}, []int{1, 2, 3, 4}},
-		{"logged out after each", token.Policy{Retention: token.Retention{Never: true}, Remember: true, Reuse: true}, []int{1, 2, 3, 4}},
+		{"logged out after each", token.Policy{Retention: retention.Rule{Never: true}, Remember: true, Reuse: true}, []int{1, 2, 3, 4}},
 	}
 	for _, tt := range tests {
 		t.Run(tt.name, func(t *testing.T) {
@@ -208,7 +209,7 @@ func TestPadOverride(t *testing.T) {
 // have ended.
 func TestRememberedLoginEnds(t *testing.T) {
 	p := &tokentest.Person{Always: rightPIN}
-	b := newPolicyBench(t, p, token.Policy{Remember: true, Retention: token.Retention{Max: 200 * time.Millisecond}})
+	b := newPolicyBench(t, p, token.Policy{Remember: true, Retention: retention.Rule{Max: 200 * time.Millisecond}})
 	b.mustSign()
 	for p.Prompts() == 1 { // for ever, if each login began a new time
 		b.card.LogOut(false)

@@ -7,12 +7,13 @@ import (
 	"time"
 
 	"p11-agent/token"
+	"p11-agent/token/retention"
 	"p11-agent/token/tokentest"
 	"p11-agent/token/wire"
 )
 
 // newRetainBench makes a bench with keys 1 and 2, each with its own Retention.
-func newRetainBench(t *testing.T, p *tokentest.Person, one, two token.Retention) *bench {
+func newRetainBench(t *testing.T, p *tokentest.Person, one, two retention.Rule) *bench {
 	t.Helper()
 	return newBench(t, p, func(b *bench, opts *token.Options) {
 		b.card.AddKey(tokentest.P256, 2, "two", nil)
@@ -27,7 +28,7 @@ func newRetainBench(t *testing.T, p *tokentest.Person, one, two token.Retention)
 
 func TestRetainNever(t *testing.T) {
 	p := &tokentest.Person{Always: rightPIN}
-	b := newRetainBench(t, p, token.Retention{Never: true}, token.Retention{})
+	b := newRetainBench(t, p, retention.Rule{Never: true}, retention.Rule{})
 	for n := 1; n <= 3; n++ {
 		b.mustSign()
 		want(t, "logged in", b.card.LoggedIn(), false)
@@ -51,7 +52,7 @@ func TestRetainNever(t *testing.T) {
 
 func TestRetainForATime(t *testing.T) {
 	const short, long = 10 * time.Millisecond, time.Hour
-	for name, r := range map[string]token.Retention{
+	for name, r := range map[string]retention.Rule{
 		"idle":             {Idle: short},
 		"max":              {Max: short},
 		"idle before max":  {Idle: short, Max: long},
@@ -61,7 +62,7 @@ func TestRetainForATime(t *testing.T) {
 	} {
 		t.Run(name, func(t *testing.T) {
 			p := &tokentest.Person{Always: rightPIN}
-			two := token.Retention{}
+			two := retention.Rule{}
 			if name == "another key's" || name == "the shorter idle" {
 				two.Idle = short
 			}
@@ -86,7 +87,7 @@ func TestRetainForATime(t *testing.T) {
 // token was logged out.
 func TestRetainBeginsAnew(t *testing.T) {
 	p := &tokentest.Person{Always: rightPIN}
-	b := newRetainBench(t, p, token.Retention{Max: time.Hour}, token.Retention{Idle: time.Hour})
+	b := newRetainBench(t, p, retention.Rule{Max: time.Hour}, retention.Rule{Idle: time.Hour})
 	b.mustSign()
 	b.card.Remove()
 	tokentest.Keys(t, b.store, 0)
@@ -104,21 +105,21 @@ func TestRetainBeginsAnew(t *testing.T) {
 }
 
 func TestForget(t *testing.T) {
-	sleep, lock := token.Retention{Sleep: true}, token.Retention{ScreenLock: true}
+	sleep, lock := retention.Rule{Sleep: true}, retention.Rule{ScreenLock: true}
 	for _, tt := range []struct {
 		name     string
-		one, two token.Retention // of the two keys; key 1 signs
-		event    token.Event
+		one, two retention.Rule // of the two keys; key 1 signs
+		event    retention.Event
 		want     bool // logged in afterwards
 	}{
-		{"nothing is said", token.Retention{}, token.Retention{}, token.Sleep, true},
-		{"sleep", sleep, token.Retention{}, token.Sleep, false},
-		{"screen lock", lock, token.Retention{}, token.ScreenLock, false},
-		{"sleep, for a lock", sleep, sleep, token.ScreenLock, true},
-		{"screen lock, for sleep", lock, lock, token.Sleep, true},
-		{"a key that was not used", token.Retention{}, sleep, token.Sleep, false},
-		{"both, by two keys", lock, sleep, token.ScreenLock, false},
-		{"another event", token.Retention{Sleep: true, ScreenLock: true}, token.Retention{}, 0, true},
+		{"nothing is said", retention.Rule{}, retention.Rule{}, retention.Sleep, true},
+		{"sleep", sleep, retention.Rule{}, retention.Sleep, false},
+		{"screen lock", lock, retention.Rule{}, retention.ScreenLock, false},
+		{"sleep, for a lock", sleep, sleep, retention.ScreenLock, true},
+		{"screen lock, for sleep", lock, lock, retention.Sleep, true},
+		{"a key that was not used", retention.Rule{}, sleep, retention.Sleep, false},
+		{"both, by two keys", lock, sleep, retention.ScreenLock, false},
+		{"another event", retention.Rule{Sleep: true, ScreenLock: true}, retention.Rule{}, 0, true},
 	} {
 		t.Run(tt.name, func(t *testing.T) {
 			p := &tokentest.Person{Always: rightPIN}
@@ -145,12 +146,12 @@ func TestForget(t *testing.T) {
 func TestForgetDropsThePIN(t *testing.T) {
 	for _, out := range []bool{false, true} {
 		p := &tokentest.Person{Always: rightPIN}
-		b := newPolicyBench(t, p, token.Policy{Remember: true, Retention: token.Retention{Sleep: true}})
+		b := newPolicyBench(t, p, token.Policy{Remember: true, Retention: retention.Rule{Sleep: true}})
 		b.mustSign()
 		if out {
 			b.card.LogOut(false)
 		}
-		b.store.Forget(t.Context(), token.Sleep)
+		b.store.Forget(t.Context(), retention.Sleep)
 		b.mustSign()
 		want(t, "prompts", p.Prompts(), 2)
 	}
@@ -169,7 +170,7 @@ func TestForgetStopsAModule(t *testing.T) {
 				spec := fakeSpec(other)
 				spec.Name = "other"
 				opts.Modules = append(opts.Modules, spec)
-				opts.Policy = func(*token.Key) token.Policy { return token.Policy{Retention: token.Retention{Sleep: true}} }
+				opts.Policy = func(*token.Key) token.Policy { return token.Policy{Retention: retention.Rule{Sleep: true}} }
 			})
 			b.mustSign()
 			if err := tokentest.Sign(t.Context(), tokentest.Key(t, b.store, "calm", 1)); err != nil {
@@ -190,7 +191,7 @@ func TestForgetStopsAModule(t *testing.T) {
 				}
 				return true
 			})
-			b.store.Forget(ctx, token.Sleep)
+			b.store.Forget(ctx, retention.Sleep)
 			b.fake.Intercept(nil)
 			tokentest.Until(t, "the module is stopped", func() bool { return !b.card.LoggedIn() })
 			tokentest.Keys(t, b.store, 2)

@@ -6,6 +6,7 @@ import (
 	"time"
 
 	"p11-agent/token"
+	"p11-agent/token/retention"
 	"p11-agent/token/tokentest"
 )
 
@@ -33,7 +34,7 @@ func TestLoginState(t *testing.T) {
 	p := &tokentest.Person{Always: rightPIN, Wait: release}
 	b := newBench(t, p, func(_ *bench, o *token.Options) {
 		o.Policy = func(*token.Key) token.Policy {
-			return token.Policy{Retention: token.Retention{Idle: time.Hour, Max: 90 * time.Minute}, Remember: true}
+			return token.Policy{Retention: retention.Rule{Idle: time.Hour, Max: 90 * time.Minute}, Remember: true}
 		}
 	})
 	label := b.card.ID().Label
@@ -80,7 +81,7 @@ func TestLoginAskEnds(t *testing.T) {
 	p := &tokentest.Person{Always: rightPIN}
 	b := newBench(t, p, func(_ *bench, o *token.Options) {
 		o.Policy = func(*token.Key) token.Policy {
-			return token.Policy{Retention: token.Retention{Idle: 10 * time.Millisecond, Max: time.Hour}}
+			return token.Policy{Retention: retention.Rule{Idle: 10 * time.Millisecond, Max: time.Hour}}
 		}
 	})
 	noError(t, b.store.LoginAsk(t.Context(), b.store.Keys()))

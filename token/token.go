@@ -22,6 +22,7 @@ import (
 	"p11-agent/token/pkcs11uri"
 	"p11-agent/token/process"
 	"p11-agent/token/usage"
+	"p11-agent/token/retention"
 	"p11-agent/token/wire"
 )
 
@@ -56,7 +57,7 @@ type Token struct {
 	changes   uint64           // counts changes of the login, for a look that reads it meanwhile
 	stale     *process.Process // was logged in when the card was taken out; nil after the next look
 	attempted *process.Process // began a login, which may have succeeded
-	retained  retained
+	deadline  retention.Deadline[*process.Process]
 }
 
 // newToken makes a Token. The caller holds the module's mu if other goroutines may use the module.
@@ -274,7 +275,7 @@ func (t *Token) enterLocked(p *process.Process) {
 func (t *Token) forget(ctx context.Context) error {
 	t.pins.ForgetKept()
 	t.mu.Lock()
-	t.retained.forget()
+	t.deadline.Clear()
 	t.mu.Unlock()
 	return t.logout(ctx)
 }
@@ -331,9 +332,7 @@ func (t *Token) status(present bool) TokenStatus {
 	}
 	if t.session != nil {
 		st.LoggedInSince = t.since
-		if t.retained.session == t.session {
-			st.LoginEnds = t.retained.end
-		}
+		st.LoginEnds = t.deadline.End(t.session)
 	}
 	return st
 }

@@ -16,6 +16,7 @@ import (
 	"p11-agent/agent/request"
 	"p11-agent/cmd/p11-agent/paths"
 	"p11-agent/token"
+	"p11-agent/token/retention"
 )
 
 // A KeyTable sets what the agent does with the keys that a URI matches.
@@ -155,7 +156,7 @@ func (c *File) Policy() func(*token.Key) token.Policy {
 			if !k.MayMatch(table.URI.URI) {
 				continue
 			}
-			p.Retention = p.Stricter(token.Retention{
+			p.Retention = p.Retention.Stricter(retention.Rule{
 				Never: table.PINCache == cacheNever, Idle: table.PINIdle.Duration, Max: table.PINMax.Duration,
 			})
 			if !k.Matches(table.URI.URI) {
@@ -163,12 +164,12 @@ func (c *File) Policy() func(*token.Key) token.Policy {
 			}
 			if table.ForgetOn != nil {
 				own = true
-				p.Retention = p.Stricter(table.ForgetOn.Retention())
+				p.Retention = p.Retention.Stricter(table.ForgetOn.Retention())
 			}
 			remember, reuse, p.Pad = cmp.Or(remember, table.PINRemember), cmp.Or(reuse, table.PINReuse), cmp.Or(p.Pad, table.PINPad)
 		}
 		if !own {
-			p.Retention = p.Stricter(c.ForgetOn.Retention())
+			p.Retention = p.Retention.Stricter(c.ForgetOn.Retention())
 		}
 		p.Reuse = reuse != nil && *reuse
 		p.Remember = p.Reuse || remember != nil && *remember

@@ -8,6 +8,7 @@ import (
 
 	"p11-agent/token"
 	"p11-agent/token/pkcs11uri"
+	"p11-agent/token/retention"
 )
 
 // A KeyURI is a PKCS#11 URI (RFC 7512) in quotes.
@@ -111,8 +112,8 @@ func (v ForgetOn) check() error {
 }
 
 // Retention returns how long a login lasts.
-func (v ForgetOn) Retention() token.Retention {
-	return token.Retention{Sleep: slices.Contains(v, forgetSleep), ScreenLock: slices.Contains(v, forgetLock)}
+func (v ForgetOn) Retention() retention.Rule {
+	return retention.Rule{Sleep: slices.Contains(v, forgetSleep), ScreenLock: slices.Contains(v, forgetLock)}
 }
 
 // ForgetsAtSleep tells whether the agent ends logins before the machine sleeps.

@@ -36,6 +36,7 @@ import (
 	"p11-agent/token"
 	"p11-agent/token/known"
 	"p11-agent/token/pin"
+	"p11-agent/token/retention"
 )
 
 // Options say how a daemon runs. They stay for its life, unlike the configuration.
@@ -392,7 +393,7 @@ func (d *Daemon) rescan(ctx context.Context) {
 }
 
 // forgetApprovals ends the remembered approvals of the keys whose logins end at an event.
-func (d *Daemon) forgetApprovals(e token.Event) {
+func (d *Daemon) forgetApprovals(e retention.Event) {
 	inMemory := d.config.Load().ForgetOn.Retention().EndsAt(e)
 	d.keyring.ForgetApprovals(func(k request.Key) bool {
 		if key, ok := k.(*token.Key); ok {

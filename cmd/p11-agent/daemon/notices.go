@@ -19,6 +19,7 @@ import (
 	"p11-agent/systemd/bus"
 	"p11-agent/systemd/login1"
 	"p11-agent/token"
+	"p11-agent/token/retention"
 )
 
 // notices are notifications on the desktop: of tokens that work for long, and of failures.
@@ -75,7 +76,7 @@ func (n *notices) working(ctx context.Context, k *token.Key) (done func()) {
 }
 
 // watchLogin1 watches for sleep and the screen lock. It calls forget at both.
-func watchLogin1(c *config.File, store *token.Store, forget func(token.Event), log *slog.Logger) *login1.Watch {
+func watchLogin1(c *config.File, store *token.Store, forget func(retention.Event), log *slog.Logger) *login1.Watch {
 	// A module that takes longer to log out is stopped. Sleep waits for a shorter time.
 	const lockTimeout, wakeTimeout = 10 * time.Second, 30 * time.Second
 	within := func(d time.Duration, f func(context.Context)) func(context.Context) {
@@ -88,12 +89,12 @@ func watchLogin1(c *config.File, store *token.Store, forget func(token.Event), l
 	w := login1.New(login1.Options{
 		Bus: bus.System(), UID: os.Geteuid(),
 		Sleep: func(ctx context.Context) {
-			forget(token.Sleep)
-			store.Forget(ctx, token.Sleep)
+			forget(retention.Sleep)
+			store.Forget(ctx, retention.Sleep)
 		},
 		Lock: within(lockTimeout, func(ctx context.Context) {
-			forget(token.ScreenLock)
-			store.Forget(ctx, token.ScreenLock)
+			forget(retention.ScreenLock)
+			store.Forget(ctx, retention.ScreenLock)
 		}),
 		Wake: within(wakeTimeout, func(ctx context.Context) {
 			if err := store.Rescan(ctx); err != nil {
