@@ -2,7 +2,6 @@ package token
 
 import (
 	"slices"
-	"time"
 
 	"p11-agent/token/bounds"
 	"p11-agent/token/card"
@@ -10,13 +9,7 @@ import (
 	"p11-agent/token/pairs"
 )
 
-// knownBurst and knownEvery are the pace of writing the list of known keys.
-const knownBurst, knownEvery = 20, 10 * time.Second
-
-// The list of known keys has room for every label and ID that package pairs accepts.
-var _ [known.MaxText - pairs.MaxText]struct{}
-
-// It has room for every number that package card gives.
+// The list of known keys has room for every number that package card gives.
 var _ [known.MaxTwins - card.MaxTwins]struct{}
 
 // prune forgets absent tokens of which there are too many.

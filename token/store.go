@@ -119,7 +119,6 @@ type Store struct {
 	stirred chan struct{} // one element: see StatusChanged
 
 	// The list of known keys.
-	known *known.List   // as it was at the start
 	dirty chan struct{} // one element: the list needs to be written
 
 	// mu guards the following.
@@ -137,7 +136,8 @@ type Store struct {
 	// Homes of tokens (home.go).
 	preferred []*pkcs11uri.URI // the URIs that give a token a home
 	homes     map[wire.TokenID]home
-	strangers []known.Token // entries of the list of known keys whose modules are missing
+
+	known *known.List // as it was at the start, without the tokens of the modules that were started
 
 	// URIs that name objects, for tokens with more objects than the agent lists: those of the
 	// configuration, those of clients, and both together.
@@ -171,12 +171,11 @@ func Open(opts Options) *Store {
 	s.setWantedLocked()
 	s.keys.Store(new(snapshot))
 	if opts.Known != KnownIgnored {
-		s.known = loadKnown(opts.StateDir, opts.Log)
+		s.known = known.Load(opts.StateDir, opts.Log)
 		s.homes = homesOf(s.known)
-		s.strangers = s.known.Tokens
 	}
 	if opts.Known == KnownKept && opts.StateDir != "" {
-		s.wg.Go(s.keepKnown)
+		s.wg.Go(func() { known.Keep(s.ctx, opts.StateDir, s.dirty, s.knownNow, s.log) })
 	}
 	s.mu.Lock()
 	for _, spec := range opts.Modules {
@@ -205,8 +204,7 @@ func (s *Store) startLocked(spec ModuleSpec, file string) *module {
 	if file != "" {
 		m.identity, m.byClient = file, true
 	}
-	m.restore(s.known)
-	s.strangers = slices.DeleteFunc(slices.Clone(s.strangers), func(t known.Token) bool { return t.Module == m.identity })
+	m.restore(s.known.Take(m.identity))
 	s.modules = append(s.modules, m)
 	s.wg.Go(func() { m.run(s.ctx) })
 	return m
@@ -304,7 +302,7 @@ func (s *Store) publish() {
 	s.rewrite()
 }
 
-// rewrite makes keepKnown write the list of known keys. It never waits.
+// rewrite makes known.Keep write the list of known keys. It never waits.
 func (s *Store) rewrite() {
 	select {
 	case s.dirty <- struct{}{}:

@@ -4,25 +4,27 @@
 // by name and serial number, and public keys. The agent offers the keys of the list before
 // their module has started and while their token is away.
 //
-// The package reads and writes the file and keeps it within bounds. Package token decides
-// what goes into the list and what becomes of its entries.
+// The package reads and writes the file and keeps it within bounds. It makes key pairs of the
+// entries. Package token decides which tokens are in the list, and what becomes of them.
 package known
 
 import (
 	"bytes"
-	"crypto"
-	"crypto/x509"
+	"context"
 	"encoding/json"
 	"errors"
 	"fmt"
 	"io"
 	"io/fs"
+	"log/slog"
 	"maps"
 	"os"
 	"path/filepath"
 	"slices"
 	"time"
 
+	"p11-agent/token/pace"
+	"p11-agent/token/pairs"
 	"p11-agent/token/statefile"
 	"p11-agent/token/wire"
 )
@@ -33,13 +35,15 @@ const File = "known-keys"
 // The bounds of the list. When the list is full, the tokens that have been away for the
 // longest time leave it.
 const (
-	MaxText  = 4 << 10 // bytes of one text or number
-	MaxTwins = 256     // the largest Token.Twin
+	MaxTwins = 256 // the largest Token.Twin
 
 	maxFile   = 16 << 20 // bytes
 	maxTokens = 256
 	maxKeys   = wire.MaxList // of all tokens together
 	version   = 2
+
+	// The pace of writing the list.
+	writeBurst, writeEvery = 20, 10 * time.Second
 )
 
 // List is the content of the file. Its zero value has no tokens.
@@ -69,46 +73,34 @@ func (t *Token) ID() wire.TokenID {
 	return wire.TokenID{Label: t.Label, Serial: t.Serial, Manufacturer: t.Manufacturer, Model: t.Model, Twin: t.Twin}
 }
 
-// Key is a key pair, with what the agent needs to offer the key while its token is away.
-type Key struct {
-	ID     []byte `json:"id"`    // CKA_ID, may be empty
-	Label  string `json:"label"` // may be empty
-	Shown  string `json:"public_label,omitempty"`
-	Public []byte `json:"public"`                 // SubjectPublicKeyInfo, RFC 5280 section 4.1
-	Always bool   `json:"pin_each_use,omitempty"` // the key wants its PIN for each signature
-	Unfit  string `json:"unfit,omitempty"`        // why the agent offers the key only by name; empty: it offers the key
-	// Private tells that the token has shown the private key: ID and Label are those of the
-	// private key.
-	Private bool `json:"private,omitempty"`
-}
-
-// PublicKey returns the public key. It fails when a text of the key is longer than MaxText.
-func (k *Key) PublicKey() (crypto.PublicKey, error) {
-	if max(len(k.ID), len(k.Label), len(k.Shown), len(k.Unfit), len(k.Public)) > MaxText {
-		return nil, fmt.Errorf("an entry of a key is longer than %d bytes", MaxText)
+// Load reads the list of a state directory. The List is empty without a directory, and when the
+// file is missing or cannot be used. Only the agent writes the file, so any part that makes no sense
+// is an error.
+func Load(dir string, log *slog.Logger) *List {
+	if dir == "" {
+		return new(List)
 	}
-	pub, err := x509.ParsePKIXPublicKey(k.Public)
+	path := filepath.Join(dir, File)
+	l, err := load(path)
 	if err != nil {
-		return nil, fmt.Errorf("read a public key: %w", err)
+		log.Warn("cannot read the list of known keys; starting with an empty one", "file", path, "reason", err)
+		return new(List)
 	}
-	return pub, nil
+	return l
 }
 
-// Load reads the list of a state directory. It returns an empty List when there is no file.
-// Only the agent writes the file, so any part that makes no sense is an error. usable fails
-// for a key that the agent cannot offer.
-func Load(dir string, usable func(*Key) error) (*List, error) {
-	b, err := statefile.Read(filepath.Join(dir, File), maxFile)
+func load(path string) (*List, error) {
+	b, err := statefile.Read(path, maxFile)
 	if errors.Is(err, fs.ErrNotExist) {
 		return new(List), nil
 	}
 	if err != nil {
 		return nil, err
 	}
-	return parse(b, usable)
+	return parse(b)
 }
 
-func parse(b []byte, usable func(*Key) error) (*List, error) {
+func parse(b []byte) (*List, error) {
 	d := json.NewDecoder(bytes.NewReader(b))
 	d.DisallowUnknownFields()
 	l := new(List)
@@ -135,7 +127,7 @@ func parse(b []byte, usable func(*Key) error) (*List, error) {
 			return nil, fmt.Errorf("the twin number of a token is larger than %d", MaxTwins)
 		}
 		for _, text := range []string{t.Module, t.Label, t.Serial, t.Manufacturer, t.Model} {
-			if len(text) > MaxText {
+			if len(text) > pairs.MaxText {
 				return nil, fmt.Errorf("a name is longer than %d bytes", MaxText)
 			}
 		}
@@ -143,7 +135,7 @@ func parse(b []byte, usable func(*Key) error) (*List, error) {
 			return nil, fmt.Errorf("the list has more than %d keys", maxKeys)
 		}
 		for j := range t.Keys {
-			if err := usable(&t.Keys[j]); err != nil {
+			if _, err := t.Keys[j].pair(); err != nil {
 				return nil, err
 			}
 		}
@@ -175,20 +167,55 @@ func (l *List) Homes() map[wire.TokenID]string {
 	return all
 }
 
-// A Writer writes the list of a state directory. One goroutine uses it.
-type Writer struct {
+// Take removes the tokens of a module from the list, and returns them.
+func (l *List) Take(module string) (taken []Token) {
+	var rest []Token
+	for _, t := range l.Tokens {
+		if t.Module == module {
+			taken = append(taken, t)
+		} else {
+			rest = append(rest, t)
+		}
+	}
+	l.Tokens = rest
+	return taken
+}
+
+// Keep writes the list of a state directory whenever changed has an element, and once more when
+// ctx ends. now returns the tokens of that moment. Keep bounds how often it writes, and what it
+// writes.
+func Keep(ctx context.Context, dir string, changed <-chan struct{}, now func() []Token, log *slog.Logger) {
+	w := writer{path: filepath.Join(dir, File)}
+	save := func() {
+		if err := w.write(now()); err != nil {
+			log.Warn("cannot write the list of known keys", "file", w.path, "reason", err)
+		}
+	}
+	rate := pace.Limit{Burst: writeBurst, Every: writeEvery}
+	for {
+		select {
+		case <-changed:
+			rate.Wait(ctx) // or until the end: the list is written at once
+			save()
+		case <-ctx.Done():
+			select {
+			case <-changed:
+				save()
+			default:
+			}
+			return
+		}
+	}
+}
+
+// A writer writes the list to a file.
+type writer struct {
 	path    string
 	written []byte
 }
 
-// NewWriter returns a Writer for a state directory.
-func NewWriter(dir string) *Writer { return &Writer{path: filepath.Join(dir, File)} }
-
-// Path returns the file.
-func (w *Writer) Path() string { return w.path }
-
-// Write bounds the list, and writes it when it differs from the last one that was written.
-func (w *Writer) Write(tokens []Token) error {
+// write bounds the list, and writes it when it differs from the last one that was written.
+func (w *writer) write(tokens []Token) error {
 	l := &List{Version: version, Tokens: bounded(tokens)}
 	b, err := json.MarshalIndent(l, "", " ")
 	if err != nil || bytes.Equal(b, w.written) {

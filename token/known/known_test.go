@@ -1,6 +1,9 @@
 package known
 
 import (
+	"context"
+	"log/slog"
+	"sync"
 	"crypto/ed25519"
 	"crypto/x509"
 	"encoding/json"
@@ -9,12 +12,9 @@ import (
 	"strings"
 	"testing"
 	"time"
-)
 
-func usable(k *Key) error {
-	_, err := k.PublicKey()
-	return err
-}
+	"p11-agent/token/pairs"
+)
 
 // FuzzKnown reads lists. parse reads what was written in the same way again.
 func FuzzKnown(f *testing.F) {
@@ -38,7 +38,7 @@ func FuzzKnown(f *testing.F) {
 	f.Add([]byte(`{"version":1,"tokens":[{"keys":[{"public":"AAAA"}]}]}`))
 	f.Add([]byte(`{"version":1,"tokens":null}{`))
 	f.Fuzz(func(t *testing.T, b []byte) {
-		l, err := parse(b, usable)
+		l, err := parse(b)
 		if err != nil {
 			return
 		}
@@ -46,7 +46,7 @@ func FuzzKnown(f *testing.F) {
 		if err != nil {
 			t.Fatal(err)
 		}
-		l2, err := parse(again, usable)
+		l2, err := parse(again)
 		if err != nil {
 			t.Fatalf("the written list cannot be read: %v", err)
 		}
@@ -75,7 +75,7 @@ func TestBoundedIsFair(t *testing.T) {
 	add("few", 3, 2, false, "one")
 	add("many tokens", 1000, 1, true, "one")
 	add("many keys", 4, 3000, true, "one")
-	add("long keys", 10, 100, true, strings.Repeat("\x01", MaxText))
+	add("long keys", 10, 100, true, strings.Repeat("\x01", pairs.MaxText))
 	kept := bounded(tokens)
 	counts := make(map[string]share)
 	var all share
@@ -100,5 +100,41 @@ func TestBoundedIsFair(t *testing.T) {
 	last := kept[3]
 	if last.Module != "many tokens" || last.Label == "many tokens0" {
 		t.Errorf("the oldest is kept: %+v", last)
+	}
+}
+
+// Take gives each module its own tokens, once.
+func TestTake(t *testing.T) {
+	l := &List{Tokens: []Token{{Module: "a", Label: "one"}, {Module: "b", Label: "two"}, {Module: "a", Label: "three"}}}
+	if taken := l.Take("a"); len(taken) != 2 || taken[0].Label != "one" || taken[1].Label != "three" {
+		t.Errorf("module a has %+v", taken)
+	}
+	if again := l.Take("a"); len(again) > 0 {
+		t.Errorf("module a has %+v again", again)
+	}
+	if len(l.Tokens) != 1 || l.Tokens[0].Label != "two" {
+		t.Errorf("the list has %+v", l.Tokens)
+	}
+}
+
+// Keep writes the list after each change, at a pace, and at the end.
+func TestKeep(t *testing.T) {
+	dir := t.TempDir()
+	changed := make(chan struct{}, 1)
+	ctx, cancel := context.WithCancel(t.Context())
+	labels := make(chan string, 1)
+	var done sync.WaitGroup
+	done.Go(func() {
+		Keep(ctx, dir, changed, func() []Token { return []Token{{Module: "m", Label: <-labels}} }, slog.New(slog.DiscardHandler))
+	})
+	changed <- struct{}{}
+	labels <- "first"
+	changed <- struct{}{} // Keep has taken the element before
+	cancel()
+	labels <- "last"
+	done.Wait()
+	l := Load(dir, slog.New(slog.DiscardHandler))
+	if len(l.Tokens) != 1 || l.Tokens[0].Label != "last" {
+		t.Errorf("the file has %+v", l.Tokens)
 	}
 }
