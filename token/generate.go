@@ -5,69 +5,18 @@ import (
 	"crypto"
 	"crypto/ed25519"
 	"crypto/rsa"
-	"encoding/asn1"
 	"errors"
 	"fmt"
 	"slices"
 	"strings"
 
 	"p11-agent/pinentry/secret"
+	"p11-agent/token/keygen"
 	"p11-agent/token/pairs"
 	"p11-agent/token/pkcs11uri"
 	"p11-agent/token/process"
 	"p11-agent/token/wire"
 )
-
-// A KeyKind is a kind of key that Generate can make on a token.
-type KeyKind string
-
-// The kinds.
-const (
-	RSA2048   KeyKind = "rsa-2048"
-	RSA3072   KeyKind = "rsa-3072"
-	RSA4096   KeyKind = "rsa-4096"
-	ECDSAP256 KeyKind = "ecdsa-p256"
-	ECDSAP384 KeyKind = "ecdsa-p384"
-	ECDSAP521 KeyKind = "ecdsa-p521"
-	Ed25519   KeyKind = "ed25519"
-)
-
-// KeyKinds lists all kinds.
-var KeyKinds = []KeyKind{ECDSAP256, ECDSAP384, ECDSAP521, Ed25519, RSA2048, RSA3072, RSA4096}
-
-// request returns the request to a module process for a key of this kind. Tokens take the name
-// of the curve of Ed25519 in different forms (PKCS#11 v3.0 section 2.3.5, RFC 8410 section 3).
-func (k KeyKind) request() (*wire.Generate, error) {
-	curve := func(mechanism uint64, values ...any) (*wire.Generate, error) {
-		r := &wire.Generate{Mechanism: mechanism}
-		for _, v := range values {
-			der, err := asn1.Marshal(v)
-			if err != nil {
-				return nil, err
-			}
-			r.ECParams = append(r.ECParams, wire.Value{Bytes: der})
-		}
-		return r, nil
-	}
-	switch k {
-	case RSA2048:
-		return &wire.Generate{Mechanism: wire.CKMRSAPKCSKeyPairGen, Bits: 2048}, nil
-	case RSA3072:
-		return &wire.Generate{Mechanism: wire.CKMRSAPKCSKeyPairGen, Bits: 3072}, nil
-	case RSA4096:
-		return &wire.Generate{Mechanism: wire.CKMRSAPKCSKeyPairGen, Bits: 4096}, nil
-	case ECDSAP256:
-		return curve(wire.CKMECKeyPairGen, pairs.OIDP256)
-	case ECDSAP384:
-		return curve(wire.CKMECKeyPairGen, pairs.OIDP384)
-	case ECDSAP521:
-		return curve(wire.CKMECKeyPairGen, pairs.OIDP521)
-	case Ed25519:
-		name := asn1.RawValue{Tag: asn1.TagPrintableString, Bytes: []byte(pairs.NameEd25519)}
-		return curve(wire.CKMECEdwardsKeyPairGen, name, pairs.OIDEd25519, pairs.OIDEdwards25519)
-	}
-	return nil, fmt.Errorf("there is no kind of key %q", string(k))
-}
 
 // A NewKey is a key that Generate made on a token.
 type NewKey struct {
@@ -92,8 +41,8 @@ type NewKey struct {
 // end, Generate tries the key with one signature.
 //
 // A card may need minutes to make a key. Other requests for the token wait meanwhile.
-func (s *Store) Generate(ctx context.Context, u *pkcs11uri.URI, kind KeyKind, pin *secret.Secret) (*NewKey, error) {
-	req, err := kind.request()
+func (s *Store) Generate(ctx context.Context, u *pkcs11uri.URI, kind keygen.Kind, pin *secret.Secret) (*NewKey, error) {
+	req, err := kind.Request()
 	if err != nil {
 		return nil, err
 	}
@@ -164,7 +113,7 @@ func (s *Store) oneToken(ctx context.Context, u *pkcs11uri.URI) (*Token, error) 
 }
 
 // generate makes a key pair, and returns the key as the token lists it.
-func (t *Token) generate(ctx context.Context, req *wire.Generate, kind KeyKind, pin *secret.Secret) (*Key, *wire.GenerateReply, error) {
+func (t *Token) generate(ctx context.Context, req *wire.Generate, kind keygen.Kind, pin *secret.Secret) (*Key, *wire.GenerateReply, error) {
 	defer t.module.supervisor.Use()()
 	p, err := t.module.supervisor.Process(ctx)
 	if err != nil {
@@ -191,7 +140,7 @@ func (t *Token) generate(ctx context.Context, req *wire.Generate, kind KeyKind, 
 	}
 	reply := new(wire.GenerateReply)
 	if err := t.ask(ctx, p, req, reply); err != nil {
-		err = t.explainGenerate(err, kind)
+		err = keygen.Explain(err, t.ID, kind, t.module.supervisor.Wrap)
 		if ctx.Err() != nil {
 			err = &stoppedError{cause: ctx.Err(), err: err}
 		}
@@ -207,12 +156,12 @@ func (t *Token) generate(ctx context.Context, req *wire.Generate, kind KeyKind, 
 
 // checkGenerate finds obstacles to a new key before a login, so that no person types a PIN in
 // vain. It ignores other errors: the attempt to make the key finds them.
-func (t *Token) checkGenerate(ctx context.Context, p *process.Process, req *wire.Generate, kind KeyKind) error {
+func (t *Token) checkGenerate(ctx context.Context, p *process.Process, req *wire.Generate, kind keygen.Kind) error {
 	check := *req
 	check.Check = true
 	err := p.Call(ctx, process.ListTimeout, wire.TypeGenerate, &check, new(wire.GenerateReply))
 	if wire.IsReason(err, wire.ReasonExists, wire.ReasonUnsupported) {
-		return t.explainGenerate(err, kind)
+		return keygen.Explain(err, t.ID, kind, t.module.supervisor.Wrap)
 	}
 	return ctx.Err()
 }
@@ -255,61 +204,6 @@ func (k *Key) try(ctx context.Context) error {
 	_, err := k.SignMessageContext(ctx, []byte("p11-agent tries a new key"), opts)
 	return err
 }
-
-// explainGenerate turns the error of a request for a new key into an error for a person.
-func (t *Token) explainGenerate(err error, kind KeyKind) error {
-	e, ok := errors.AsType[*wire.Error](err)
-	switch {
-	case errors.Is(err, context.Canceled), errors.Is(err, context.DeadlineExceeded):
-		return err // the module did not get the request
-	case !ok:
-		return fmt.Errorf("make a key on token %q: %w; it may be there nevertheless: look with p11-agent list", t.ID.Label, t.module.supervisor.Wrap(err))
-	case e.Reason == wire.ReasonExists, e.Reason == wire.ReasonExtractable:
-		return fmt.Errorf("token %q: %w", t.ID.Label, err)
-	case e.Reason == wire.ReasonUnsupported:
-		return &GenerateError{Token: t.ID.Label, Kind: kind, Advice: t.otherTool(), Err: err}
-	case e.Function == "C_GenerateKeyPair" || e.Function == "C_OpenSession":
-		switch e.RV {
-		case wire.CKRHostMemory, wire.CKRDeviceMemory, wire.CKRDeviceError, wire.CKRDeviceRemoved, wire.CKRTokenNotPresent,
-			wire.CKRSessionCount, wire.CKRFunctionCanceled, wire.CKRFunctionRejected:
-		default: // modules have many codes for what they do not support
-			return &GenerateError{Token: t.ID.Label, Kind: kind, Advice: t.otherTool(), Err: err}
-		}
-	}
-	return &GenerateError{Token: t.ID.Label, Kind: kind, Err: err}
-}
-
-// otherTool names a program that makes keys on the token, for a module that does not.
-func (t *Token) otherTool() string {
-	text := strings.ToLower(t.ID.Manufacturer + " " + t.ID.Model)
-	switch {
-	case strings.Contains(text, "yubi"):
-		return "make the key with ykman piv keys generate, or yubico-piv-tool -a generate"
-	case strings.Contains(text, "piv"):
-		return "make the key with the card's own program: ykman piv keys generate or yubico-piv-tool -a generate for a YubiKey, piv-tool -G for others"
-	case strings.Contains(text, "pkcs#15"), strings.Contains(text, "opensc"):
-		return "make the key with pkcs15-init --generate-key"
-	}
-	return "make the key with the token's own program"
-}
-
-// A GenerateError says that a token did not make a key. No new key is left on the token.
-type GenerateError struct {
-	Token  string // label
-	Kind   KeyKind
-	Advice string // what to do instead; may be empty
-	Err    error
-}
-
-func (e *GenerateError) Error() string {
-	text := fmt.Sprintf("token %q did not make a key of kind %s: %v", e.Token, e.Kind, e.Err)
-	if e.Advice != "" {
-		text += "; " + e.Advice
-	}
-	return text
-}
-
-func (e *GenerateError) Unwrap() error { return e.Err }
 
 // A stoppedError is the outcome of a request for a key whose context, the cause, has ended.
 type stoppedError struct{ cause, err error }

@@ -15,6 +15,7 @@ import (
 	"p11-agent/agent/peer/proctest"
 	"p11-agent/pinentry/secret"
 	"p11-agent/token"
+	"p11-agent/token/keygen"
 	"p11-agent/token/pin"
 	"p11-agent/token/pkcs11uri"
 	"p11-agent/token/process"
@@ -52,9 +53,9 @@ func reasonOf(t *testing.T, err error) wire.Reason {
 }
 
 // softKinds maps the kinds of keys that SoftHSM makes to the text of pkcs11-tool for them.
-var softKinds = map[token.KeyKind]string{
-	token.RSA2048: "RSA 2048 bits", token.RSA3072: "RSA 3072 bits", token.RSA4096: "RSA 4096 bits",
-	token.ECDSAP256: "EC_POINT 256 bits", token.ECDSAP384: "EC_POINT 384 bits", token.ECDSAP521: "EC_POINT 528 bits", token.Ed25519: "",
+var softKinds = map[keygen.Kind]string{
+	keygen.RSA2048: "RSA 2048 bits", keygen.RSA3072: "RSA 3072 bits", keygen.RSA4096: "RSA 4096 bits",
+	keygen.ECDSAP256: "EC_POINT 256 bits", keygen.ECDSAP384: "EC_POINT 384 bits", keygen.ECDSAP521: "EC_POINT 528 bits", keygen.Ed25519: "",
 }
 
 // Generate makes a key of each kind, with one prompt for all. Another program confirms the kind
@@ -82,9 +83,9 @@ func TestGenerate(t *testing.T) {
 			t.Errorf("%d signatures, the last at %v", n, last)
 		}
 	}
-	want(t, "IDs", len(ids), len(token.KeyKinds))
+	want(t, "IDs", len(ids), len(keygen.Kinds))
 	want(t, "prompts", person.Prompts(), 1)
-	want(t, "kinds", len(softKinds), len(token.KeyKinds))
+	want(t, "kinds", len(softKinds), len(keygen.Kinds))
 
 	out := h.Run("pkcs11-tool", "--module", h.Module(), "--token-label", "soft", "--login", "--pin", newPIN, "-O")
 	for kind, says := range softKinds {
@@ -122,13 +123,13 @@ func TestGenerateExists(t *testing.T) {
 		"pkcs11:token=soft;object=login;id=%03":       "nothing was made",
 		"pkcs11:token=soft;type=private;object=login": "nothing was made",
 	} {
-		_, err := s.Generate(t.Context(), uri(t, text), token.ECDSAP256, nil)
+		_, err := s.Generate(t.Context(), uri(t, text), keygen.ECDSAP256, nil)
 		if reasonOf(t, err) != wire.ReasonExists || !strings.Contains(err.Error(), says) {
 			t.Errorf("%s: %v", text, err)
 		}
 	}
 	want(t, "what is on the token", list(), before)
-	k, err := s.Generate(t.Context(), uri(t, "pkcs11:token=soft"), token.ECDSAP256, nil)
+	k, err := s.Generate(t.Context(), uri(t, "pkcs11:token=soft"), keygen.ECDSAP256, nil)
 	mustNot(t, err)
 	want(t, "the ID that is free", string(k.ID()), "\x04")
 }
@@ -146,7 +147,7 @@ func TestGenerateRefuses(t *testing.T) {
 		"pkcs11:token=one?pin-value=" + newPIN:   "not from its URI",
 		"pkcs11:token=one?pin-source=file:/some": "not from its URI",
 	} {
-		if _, err := s.Generate(t.Context(), uri(t, text), token.ECDSAP256, nil); err == nil || !strings.Contains(err.Error(), says) {
+		if _, err := s.Generate(t.Context(), uri(t, text), keygen.ECDSAP256, nil); err == nil || !strings.Contains(err.Error(), says) {
 			t.Errorf("%s: %v", text, err)
 		}
 	}
@@ -157,12 +158,12 @@ func TestGenerateRefuses(t *testing.T) {
 
 	// The token makes no key, and says so.
 	one.Flags = 0
-	_, err := s.Generate(t.Context(), uri(t, "pkcs11:token=one"), token.RSA4096, nil)
-	if e, ok := errors.AsType[*token.GenerateError](err); !ok || e.Token != "one" || e.Kind != token.RSA4096 {
+	_, err := s.Generate(t.Context(), uri(t, "pkcs11:token=one"), keygen.RSA4096, nil)
+	if e, ok := errors.AsType[*keygen.Error](err); !ok || e.Token != "one" || e.Kind != keygen.RSA4096 {
 		t.Errorf("got %v", err)
 	}
 	one.Spoils = true
-	if _, err := s.Generate(t.Context(), uri(t, "pkcs11:token=one"), token.ECDSAP256, nil); err == nil || !strings.Contains(err.Error(), "does not sign") {
+	if _, err := s.Generate(t.Context(), uri(t, "pkcs11:token=one"), keygen.ECDSAP256, nil); err == nil || !strings.Contains(err.Error(), "does not sign") {
 		t.Errorf("with a key that signs wrongly: %v", err)
 	}
 }
@@ -174,14 +175,14 @@ func TestGeneratePIN(t *testing.T) {
 	person := &tokentest.Person{PINs: []string{"wrong-1"}}
 	s := tokentest.Store(t, token.Options{Modules: []token.ModuleSpec{fakeSpec(f)}, Command: self, PINs: person}, newPIN)
 	u := uri(t, "pkcs11:token=card")
-	if _, err := s.Generate(t.Context(), u, token.ECDSAP256, nil); !errors.Is(err, pin.ErrCancelled) {
+	if _, err := s.Generate(t.Context(), u, keygen.ECDSAP256, nil); !errors.Is(err, pin.ErrCancelled) {
 		t.Errorf("after a wrong PIN: %v", err)
 	}
 	want(t, "wrong PINs", card.Wrong(), 1)
 	wrong, err := secret.From([]byte("wrong-2"))
 	noError(t, err)
 	defer wrong.Wipe()
-	_, err = s.Generate(t.Context(), u, token.ECDSAP256, wrong)
+	_, err = s.Generate(t.Context(), u, keygen.ECDSAP256, wrong)
 	if e, ok := errors.AsType[*pin.Error](err); !ok || !e.Tried {
 		t.Errorf("with a wrong PIN: %v", err)
 	}
@@ -191,7 +192,7 @@ func TestGeneratePIN(t *testing.T) {
 	right, err := secret.From([]byte(newPIN))
 	noError(t, err)
 	defer right.Wipe()
-	_, err = s.Generate(t.Context(), u, token.ECDSAP256, right)
+	_, err = s.Generate(t.Context(), u, keygen.ECDSAP256, right)
 	noError(t, err)
 	want(t, "prompts", person.Prompts(), 2)
 	about := person.Asked()[0]
@@ -211,7 +212,7 @@ func TestGenerateExtractable(t *testing.T) {
 	}
 	before := objects()
 	b.command("extractable")
-	for _, kind := range []token.KeyKind{token.ECDSAP256, token.RSA2048} {
+	for _, kind := range []keygen.Kind{keygen.ECDSAP256, keygen.RSA2048} {
 		_, err := s.Generate(t.Context(), uri(t, "pkcs11:token=bad"), kind, nil)
 		if reasonOf(t, err) != wire.ReasonExtractable || !strings.Contains(err.Error(), "destroyed again") {
 			t.Errorf("got %v", err)
@@ -219,7 +220,7 @@ func TestGenerateExtractable(t *testing.T) {
 		want(t, "objects", objects(), before)
 	}
 	b.command("extractable undestroyable")
-	_, err := s.Generate(t.Context(), uri(t, "pkcs11:token=bad"), token.ECDSAP256, nil)
+	_, err := s.Generate(t.Context(), uri(t, "pkcs11:token=bad"), keygen.ECDSAP256, nil)
 	if reasonOf(t, err) != wire.ReasonExtractable || !strings.Contains(err.Error(), "private key is still there") {
 		t.Errorf("got %v", err)
 	}
@@ -234,19 +235,19 @@ func TestGenerateFails(t *testing.T) {
 	tokentest.Keys(t, s, 1)
 	for rv, advice := range map[string]string{"0x54": "own program", "0x101": "own program", "0x31": ""} {
 		b.command("rv=C_GenerateKeyPair:" + rv)
-		_, err := s.Generate(t.Context(), uri(t, "pkcs11:token=bad"), token.ECDSAP256, nil)
-		e, ok := errors.AsType[*token.GenerateError](err)
+		_, err := s.Generate(t.Context(), uri(t, "pkcs11:token=bad"), keygen.ECDSAP256, nil)
+		e, ok := errors.AsType[*keygen.Error](err)
 		if !ok || !strings.Contains(e.Advice, advice) || (advice == "") != (e.Advice == "") {
 			t.Errorf("%s: %v", rv, err)
 		}
 	}
 	b.command("crash=C_GenerateKeyPair")
-	_, err := s.Generate(t.Context(), uri(t, "pkcs11:token=bad"), token.ECDSAP256, nil)
+	_, err := s.Generate(t.Context(), uri(t, "pkcs11:token=bad"), keygen.ECDSAP256, nil)
 	if _, ok := errors.AsType[*token.ModuleError](err); !ok || !strings.Contains(err.Error(), "may be there nevertheless") {
 		t.Errorf("after a crash: %v", err)
 	}
 	b.command("")
-	_, err = s.Generate(t.Context(), uri(t, "pkcs11:token=bad"), token.ECDSAP256, nil)
+	_, err = s.Generate(t.Context(), uri(t, "pkcs11:token=bad"), keygen.ECDSAP256, nil)
 	noError(t, err)
 }
 
@@ -282,7 +283,7 @@ func TestGenerateCancelled(t *testing.T) {
 		t.Cleanup(cancel)
 		done = make(chan error, 1)
 		go func() {
-			_, err := s.Generate(ctx, uri(t, "pkcs11:token=bad;object="+label), token.ECDSAP256, nil)
+			_, err := s.Generate(ctx, uri(t, "pkcs11:token=bad;object="+label), keygen.ECDSAP256, nil)
 			done <- err
 		}()
 		tokentest.Until(t, "the module is at it", func() bool { return b.calls("C_GenerateKeyPair") > begun })
@@ -334,14 +335,14 @@ func TestGenerateTPM(t *testing.T) {
 	s := tokentest.Store(t, token.Options{
 		Modules: []token.ModuleSpec{realSpec("tpm2_pkcs11", m.Module(), m.Env()...)}, Command: self, PINs: &tokentest.Person{Always: tpmPIN},
 	}, tpmPIN)
-	for _, kind := range []token.KeyKind{token.ECDSAP256, token.ECDSAP384, token.RSA2048} {
+	for _, kind := range []keygen.Kind{keygen.ECDSAP256, keygen.ECDSAP384, keygen.RSA2048} {
 		k, err := s.Generate(t.Context(), uri(t, "pkcs11:token=tpm;object="+string(kind)), kind, nil)
 		mustNot(t, err)
 		want(t, "label", k.Label(), string(kind))
 		noError(t, tokentest.Sign(t.Context(), k.Key))
 	}
-	_, err := s.Generate(t.Context(), uri(t, "pkcs11:token=tpm"), token.Ed25519, nil)
-	if e, ok := errors.AsType[*token.GenerateError](err); !ok || e.Kind != token.Ed25519 {
+	_, err := s.Generate(t.Context(), uri(t, "pkcs11:token=tpm"), keygen.Ed25519, nil)
+	if e, ok := errors.AsType[*keygen.Error](err); !ok || e.Kind != keygen.Ed25519 {
 		t.Errorf("of a kind that a TPM does not have: %v", err)
 	}
 }
@@ -366,8 +367,8 @@ func TestGeneratePIV(t *testing.T) {
 			}, pivPIN)
 			tokentest.Until(t, "the key is there", func() bool { return len(s.Keys()) > 0 })
 			key := s.Keys()[0]
-			_, err := s.Generate(t.Context(), uri(t, "pkcs11:id=%04"), token.ECDSAP256, nil)
-			if e, ok := errors.AsType[*token.GenerateError](err); !ok || !strings.Contains(e.Advice, tt.tool) {
+			_, err := s.Generate(t.Context(), uri(t, "pkcs11:id=%04"), keygen.ECDSAP256, nil)
+			if e, ok := errors.AsType[*keygen.Error](err); !ok || !strings.Contains(e.Advice, tt.tool) {
 				t.Errorf("got %v", err)
 			}
 			noError(t, tokentest.Sign(t.Context(), key))

@@ -6,6 +6,7 @@ import (
 
 	"p11-agent/pinentry/secret"
 	"p11-agent/token"
+	"p11-agent/token/keygen"
 	"p11-agent/token/tokentest"
 )
 
@@ -58,10 +59,10 @@ func TestNewToken(t *testing.T) {
 			if name == old || !strings.Contains(name, "token=new") {
 				t.Errorf("the new token is %s, and the old one %s", name, old)
 			}
-			k, err := s.Generate(t.Context(), uri(t, name+";object=login"), token.ECDSAP256, pinOf(t, newPIN))
+			k, err := s.Generate(t.Context(), uri(t, name+";object=login"), keygen.ECDSAP256, pinOf(t, newPIN))
 			mustNot(t, err)
 			noError(t, tokentest.Sign(t.Context(), k.Key))
-			_, err = s.Generate(t.Context(), uri(t, old+";object=login"), token.ECDSAP256, pinOf(t, newPIN))
+			_, err = s.Generate(t.Context(), uri(t, old+";object=login"), keygen.ECDSAP256, pinOf(t, newPIN))
 			noError(t, err)
 			want(t, "prompts", person.Prompts(), 0)
 			_, err = s.NewToken(t.Context(), "nothing", "new", pinOf(t, newPIN))
@@ -92,7 +93,7 @@ func TestNewTokenFails(t *testing.T) {
 	})
 	name, err := s.NewToken(t.Context(), "bad", "sound", pinOf(t, newPIN))
 	mustNot(t, err)
-	k, err := s.Generate(t.Context(), uri(t, name), token.ECDSAP256, pinOf(t, newPIN))
+	k, err := s.Generate(t.Context(), uri(t, name), keygen.ECDSAP256, pinOf(t, newPIN))
 	mustNot(t, err)
 	noError(t, tokentest.Sign(t.Context(), k.Key))
 }

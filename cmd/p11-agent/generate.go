@@ -24,7 +24,7 @@ import (
 	"p11-agent/cmd/p11-agent/output"
 	"p11-agent/cmd/p11-agent/prompt"
 	"p11-agent/cmd/p11-agent/status"
-	"p11-agent/token"
+	"p11-agent/token/keygen"
 )
 
 type generateOptions struct {
@@ -54,7 +54,7 @@ pin-source of the configuration.`,
 		},
 	}
 	f := cmd.Flags()
-	f.StringVar(&o.kind, "type", string(token.ECDSAP256), "make a key of this `KIND`: "+kindNames())
+	f.StringVar(&o.kind, "type", string(keygen.ECDSAP256), "make a key of this `KIND`: "+kindNames())
 	f.StringVar(&o.label, "label", "", "call the key `TEXT`; the same as object in the URI")
 	f.StringVar(&o.id, "id", "", "give it this ID, in `HEX`; the same as id in the URI (default one that is free)")
 	_ = cmd.RegisterFlagCompletionFunc("type", cobra.FixedCompletions(kindList(), cobra.ShellCompDirectiveNoFileComp)) // the flag is there
@@ -63,7 +63,7 @@ pin-source of the configuration.`,
 
 func kindList() []string {
 	var all []string
-	for _, k := range token.KeyKinds {
+	for _, k := range keygen.Kinds {
 		all = append(all, string(k))
 	}
 	return all
@@ -72,8 +72,8 @@ func kindList() []string {
 func kindNames() string { return strings.Join(kindList(), ", ") }
 
 func runGenerate(ctx context.Context, g *globals, o *generateOptions, text string, out, stderr io.Writer) error {
-	kind := token.KeyKind(o.kind)
-	if !slices.Contains(token.KeyKinds, kind) {
+	kind := keygen.Kind(o.kind)
+	if !slices.Contains(keygen.Kinds, kind) {
 		return exit.Usage(fmt.Errorf("unknown type of key %q: use %s", o.kind, kindNames()))
 	}
 	u, err := newkey.URI(text, o.label, o.id)

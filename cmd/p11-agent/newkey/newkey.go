@@ -24,6 +24,7 @@ import (
 	"p11-agent/pinentry/plain"
 	"p11-agent/pinentry/secret"
 	"p11-agent/token"
+	"p11-agent/token/keygen"
 	"p11-agent/token/pkcs11uri"
 	"p11-agent/token/wire"
 )
@@ -78,7 +79,7 @@ func URI(text, label, hexID string) (*pkcs11uri.URI, error) {
 
 // Make makes a key on the token that u selects. The caller of the token is this process, with its user and terminal. Without
 // a PIN, the token's asker asks for it. See [token.Store.Generate] for the errors.
-func Make(ctx context.Context, store *token.Store, u *pkcs11uri.URI, kind token.KeyKind, pin *secret.Secret) (*token.NewKey, error) {
+func Make(ctx context.Context, store *token.Store, u *pkcs11uri.URI, kind keygen.Kind, pin *secret.Secret) (*token.NewKey, error) {
 	return store.Generate((&request.Caller{Peer: peer.Self()}).Context(ctx), u, kind, pin)
 }
 
@@ -111,11 +112,11 @@ type Progress struct {
 	ctx      context.Context // of the command: it ends when a person interrupts the command
 	w        io.Writer
 	terminal bool
-	kind     token.KeyKind
+	kind     keygen.Kind
 }
 
 // NewProgress returns a Progress that writes to w. ctx ends when a person interrupts the command.
-func NewProgress(ctx context.Context, w io.Writer, kind token.KeyKind) *Progress {
+func NewProgress(ctx context.Context, w io.Writer, kind keygen.Kind) *Progress {
 	return &Progress{ctx: ctx, w: w, terminal: output.IsTerminal(w), kind: kind}
 }
 

@@ -25,6 +25,7 @@ import (
 	"p11-agent/pinentry/plain"
 	"p11-agent/pinentry/secret"
 	"p11-agent/token"
+	"p11-agent/token/keygen"
 	"p11-agent/token/pin"
 	"p11-agent/token/pkcs11uri"
 	"p11-agent/token/registry"
@@ -34,7 +35,7 @@ import (
 
 const (
 	// newKind is the kind of a new key. Each token and each server supports it.
-	newKind = token.ECDSAP256
+	newKind = keygen.ECDSAP256
 	// newLabel is the label of a new key and of a new token.
 	newLabel = "login"
 	// The package of SoftHSM in Debian and in Fedora.
