@@ -23,9 +23,7 @@ func (m *module) prune() {
 		pruned = append(pruned, t)
 		delete(m.tokens, id)
 		m.insertions = max(m.insertions, t.inserts())
-		if s.homes[id].module == m.identity {
-			delete(s.homes, id)
-		}
+		s.homes.Forget(id, m.identity)
 	}
 	m.mu.Unlock()
 	s.mu.Unlock()
@@ -42,8 +40,7 @@ func (m *module) prune() {
 func (m *module) absentLocked() (absent []bounds.Absent) {
 	for id, t := range m.tokens {
 		if !slices.Contains(m.order, t) && !slices.Contains(m.last, t) && !t.pins.InUse() {
-			proved := home{m.identity, true}
-			absent = append(absent, bounds.Absent{ID: id, Size: t.holds(), Home: m.store.homes[id] == proved, Left: t.goneSince()})
+			absent = append(absent, bounds.Absent{ID: id, Size: t.holds(), Home: m.store.homes.Stays(id, m.identity), Left: t.goneSince()})
 		}
 	}
 	return absent

@@ -46,7 +46,7 @@ func Certificates(k *Key) (labels []string, keys int) {
 func Shared(s *Store, module string) (devices, homes, queues int) {
 	devices = s.devices.Len()
 	s.mu.Lock()
-	homes = len(s.homes)
+	homes = len(s.homes.All())
 	s.mu.Unlock()
 	now, cancel := context.WithCancel(context.Background())
 	cancel()

@@ -9,6 +9,7 @@ import (
 	"testing"
 
 	"p11-agent/token"
+	"p11-agent/token/homes"
 	"p11-agent/token/known"
 	"p11-agent/token/pin"
 	"p11-agent/token/pkcs11uri"
@@ -129,7 +130,7 @@ func TestAttack05KeptPIN(t *testing.T) {
 		"a PIN given in advance":        given,
 		"a URI that a client has added": s.AddSource(parse(t, "pkcs11:token=card?pin-value="+rightPIN), []*token.Key{k}),
 	} {
-		if _, ok := errors.AsType[*token.GuestError](err); !ok {
+		if _, ok := errors.AsType[*homes.GuestError](err); !ok {
 			t.Errorf("%s: got %v", what, err)
 		}
 	}

@@ -1,7 +1,6 @@
 package token
 
 import (
-	"maps"
 	"slices"
 	"time"
 
@@ -19,15 +18,6 @@ const (
 	KnownRead                     // the Store reads the list
 	KnownKept                     // the Store reads the list, and writes it when it changes
 )
-
-// homesOf returns the homes that the list gives to tokens. They stay: see home.proved.
-func homesOf(l *known.List) map[wire.TokenID]home {
-	all := make(map[wire.TokenID]home)
-	for id, module := range l.Homes() {
-		all[id] = home{module: module, proved: true}
-	}
-	return all
-}
 
 // restore makes the tokens of the list known to the module. A token that was present when
 // the list was written counts as present until the first look at the module. So the keys
@@ -57,22 +47,22 @@ func (m *module) restore(all []known.Token) {
 // their module.
 func (s *Store) knownNow() []known.Token {
 	s.mu.Lock()
-	homes, strangers := maps.Clone(s.homes), slices.Clone(s.known.Tokens)
+	homes, strangers := s.homes.All(), slices.Clone(s.known.Tokens)
 	s.mu.Unlock()
 	var all []known.Token
 	for _, m := range s.modulesNow() {
 		for _, t := range m.known() {
 			entry := t.entry()
 			h := homes[t.ID]
-			entry.Home = h.module == m.identity
-			if len(entry.Keys) > 0 || entry.Home && h.proved {
+			entry.Home = h.Module == m.identity
+			if len(entry.Keys) > 0 || entry.Home && h.Proved {
 				all = append(all, entry)
 			}
 		}
 	}
 	for _, entry := range strangers {
 		entry.There = false
-		entry.Home = homes[entry.ID()].module == entry.Module
+		entry.Home = homes[entry.ID()].Module == entry.Module
 		all = append(all, entry)
 	}
 	return all

@@ -15,6 +15,7 @@ import (
 
 	"p11-agent/agent/joined"
 	"p11-agent/agent/pattern"
+	"p11-agent/token/homes"
 	"p11-agent/token/pkcs11uri"
 	"p11-agent/token/wire"
 )
@@ -212,17 +213,20 @@ func isPath(provider []byte) bool {
 	return len(provider) == 0 || string(provider) == skInternal || provider[0] == '.' || provider[0] == '~' || bytes.IndexByte(provider, '/') >= 0 || libraryName.Match(provider)
 }
 
-// matches reports whether a URI names the module, or no module. A module-path may be the directory
-// of the module (RFC 7512 section 2.3). It does not count when byPath is false.
+// matches reports whether a URI names the module, or no module. The module-path does not count if
+// byPath is false.
 func (m *module) matches(u *pkcs11uri.URI, byPath bool) bool {
-	if u.ModuleName != nil && !u.MatchModuleName(m.spec.Name, m.spec.Path) {
-		return false
+	if !byPath {
+		only := *u
+		only.ModulePath = nil
+		u = &only
 	}
-	if u.ModulePath == nil || !byPath {
-		return true
-	}
-	path := filepath.Clean(*u.ModulePath)
-	return path == m.spec.Path || path == m.file || path == filepath.Dir(m.spec.Path) || path == filepath.Dir(m.file)
+	return m.named().Matches(u)
+}
+
+// named returns the module as URIs name it.
+func (m *module) named() homes.Module {
+	return homes.Module{Identity: m.identity, Name: m.spec.Name, Path: m.spec.Path, File: m.file, ByClient: m.byClient}
 }
 
 // Select returns the keys that sel selects now. When there are none, it looks at the modules
@@ -338,7 +342,7 @@ func (s *Store) atHome(meant func(*Token) bool) map[wire.TokenID]*Token {
 	for _, m := range s.modulesNow() {
 		for _, t := range m.present() {
 			s.mu.Lock()
-			belongs := s.homeLocked(t.ID)
+			belongs := s.homes.Of(t.ID)
 			s.mu.Unlock()
 			if belongs == m.identity && meant(t) {
 				found[t.ID] = t

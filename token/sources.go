@@ -9,6 +9,7 @@ import (
 
 	"p11-agent/pinentry/secret"
 	"p11-agent/token/card"
+	"p11-agent/token/homes"
 	"p11-agent/token/pin"
 	"p11-agent/token/pkcs11uri"
 	"p11-agent/token/wire"
@@ -134,8 +135,8 @@ func (s *Store) AddSource(u *pkcs11uri.URI, keys []*Key) error {
 	if all := s.matching(u); len(all) > 1 || slices.ContainsFunc(keys, func(k *Key) bool { return k.token != t }) {
 		return fmt.Errorf("a PIN is for one token, and %s names several: add the serial attribute (token %s is one of them)", selection(u), t.name())
 	}
-	if belongs, _ := t.claims(); belongs != "" && !s.names(u, t.module) {
-		return &GuestError{Token: t.ID.Label, Module: t.module.identity, Home: belongs}
+	if err := t.checkGuest(u); err != nil {
+		return err
 	}
 	shows := t.shows()
 	s.mu.Lock()
@@ -201,7 +202,7 @@ func (s *Store) configuredFile(path string) bool {
 // CheckPIN fails when a URI has a PIN or a pin-source and does not name one token, by its label
 // or serial number.
 func CheckPIN(u *pkcs11uri.URI) error {
-	if u.PIN() == nil && u.PINSource == nil || NamesToken(u) {
+	if u.PIN() == nil && u.PINSource == nil || homes.NamesToken(u) {
 		return nil
 	}
 	return errors.New("a PIN is for one token, and this URI names none: add the token attribute, and the serial attribute where several tokens have one label")
@@ -227,7 +228,7 @@ func (t *Token) mayUse(u *pkcs11uri.URI) error {
 			selection(u), b.Label, b.Serial, t.ID.Serial)
 	case ok && b.Module != t.module.identity:
 		return fmt.Errorf("the PIN of %s is for module %q since its first use, and module %q shows the token now: to give it to %q, add %s to the query of the URI",
-			selection(u), b.Module, t.module.identity, t.module.identity, naming(t.module.identity))
+			selection(u), b.Module, t.module.identity, t.module.identity, homes.Attribute(t.module.identity))
 	case ok && t.isOther(card.Parse(b.Keys)):
 		return fmt.Errorf("the PIN of %s is for another card of the same name since its first use, and this card has other keys: name a key of this card by its id", selection(u))
 	case ok:
@@ -236,10 +237,7 @@ func (t *Token) mayUse(u *pkcs11uri.URI) error {
 	if all := s.matching(u); len(all) > 1 {
 		return fmt.Errorf("a PIN is for one token, and %s names %d present tokens: add the serial attribute (this token has serial %s)", selection(u), len(all), t.ID.Serial)
 	}
-	if belongs, _ := t.claims(); belongs != "" && !s.names(u, t.module) {
-		return &GuestError{Token: t.ID.Label, Module: t.module.identity, Home: belongs}
-	}
-	return nil
+	return t.checkGuest(u)
 }
 
 // selection returns the text of a URI without its PIN and without its pin-source.

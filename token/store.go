@@ -21,6 +21,7 @@ import (
 
 	"p11-agent/agent/joined"
 	"p11-agent/pinentry/secret"
+	"p11-agent/token/homes"
 	"p11-agent/token/known"
 	"p11-agent/token/pin"
 	"p11-agent/token/pkcs11uri"
@@ -133,10 +134,7 @@ type Store struct {
 	configured []*pkcs11uri.URI
 	added      []addedSource
 
-	// Homes of tokens (home.go).
-	preferred []*pkcs11uri.URI // the URIs that give a token a home
-	homes     map[wire.TokenID]home
-
+	homes *homes.Homes
 	known *known.List // as it was at the start, without the tokens of the modules that were started
 
 	// URIs that name objects, for tokens with more objects than the agent lists: those of the
@@ -161,8 +159,6 @@ func Open(opts Options) *Store {
 		refusals:   pin.LoadRefusals(opts.StateDir, opts.Log),
 		bindings:   pin.LoadBindings(opts.StateDir, opts.Log),
 		configured: slices.Clone(opts.Sources),
-		preferred:  homeURIs(opts.Homes),
-		homes:      make(map[wire.TokenID]home),
 		public:     slices.Clone(opts.PublicKeys),
 		policy:     opts.Policy,
 		changed:    make(chan struct{}),
@@ -172,8 +168,9 @@ func Open(opts Options) *Store {
 	s.keys.Store(new(snapshot))
 	if opts.Known != KnownIgnored {
 		s.known = known.Load(opts.StateDir, opts.Log)
-		s.homes = homesOf(s.known)
 	}
+	s.homes = homes.New(s.known.Homes())
+	s.homes.Prefer(opts.Homes)
 	if opts.Known == KnownKept && opts.StateDir != "" {
 		s.wg.Go(func() { known.Keep(s.ctx, opts.StateDir, s.dirty, s.knownNow, s.log) })
 	}
@@ -206,6 +203,7 @@ func (s *Store) startLocked(spec ModuleSpec, file string) *module {
 	}
 	m.restore(s.known.Take(m.identity))
 	s.modules = append(s.modules, m)
+	s.homes.AddModule(m.named())
 	s.wg.Go(func() { m.run(s.ctx) })
 	return m
 }
@@ -266,7 +264,7 @@ func (s *Store) publish() {
 	for id, claims := range byID(there) {
 		t := s.claimLocked(id, claims)
 		used[id] = t
-		belongs := s.homeLocked(id)
+		belongs := s.homes.Of(id)
 		runs := slices.ContainsFunc(s.modules, func(m *module) bool { return m.identity == belongs && m.supervisor.Failure() == nil })
 		t.setUsed("", belongs, runs)
 		for _, o := range claims {
@@ -283,7 +281,7 @@ func (s *Store) publish() {
 	known := s.tokensLocked((*module).known)
 	for id, claims := range byID(known) {
 		if used[id] == nil {
-			belongs := s.homeLocked(id)
+			belongs := s.homes.Of(id)
 			i := slices.IndexFunc(claims, func(t *Token) bool { return t.module.identity == belongs })
 			used[id] = claims[max(i, 0)]
 		}

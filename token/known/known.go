@@ -128,7 +128,7 @@ func parse(b []byte) (*List, error) {
 		}
 		for _, text := range []string{t.Module, t.Label, t.Serial, t.Manufacturer, t.Model} {
 			if len(text) > pairs.MaxText {
-				return nil, fmt.Errorf("a name is longer than %d bytes", MaxText)
+				return nil, fmt.Errorf("a name is longer than %d bytes", pairs.MaxText)
 			}
 		}
 		if keys += len(t.Keys); keys > maxKeys {
