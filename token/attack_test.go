@@ -15,6 +15,7 @@ import (
 	"p11-agent/token"
 	"p11-agent/token/bounds"
 	"p11-agent/token/known"
+	"p11-agent/token/pin"
 	"p11-agent/token/pkcs11uri"
 	"p11-agent/token/tokentest"
 	"p11-agent/token/wire"
@@ -84,7 +85,7 @@ func TestAttack06OtherToken(t *testing.T) {
 // configuration has accepted the URI.
 func TestAttack06NoToken(t *testing.T) {
 	for _, uri := range []string{"pkcs11:?pin-value=" + rightPIN, "pkcs11:token=?pin-value=" + rightPIN, "pkcs11:model=fake;id=%01?pin-value=" + rightPIN, "pkcs11:slot-id=0?pin-value=" + rightPIN} {
-		if token.CheckPIN(parse(t, uri)) == nil {
+		if pin.CheckURI(parse(t, uri)) == nil {
 			t.Errorf("%v passes", parse(t, uri))
 		}
 		b := newBench(t, nil, func(b *bench, opts *token.Options) {

@@ -9,6 +9,7 @@ import (
 	"p11-agent/token"
 	"p11-agent/token/bounds"
 	"p11-agent/token/pkcs11uri"
+	"p11-agent/token/selection"
 	"p11-agent/token/tokentest"
 	"p11-agent/token/wire"
 )
@@ -87,7 +88,7 @@ func TestBigNamed(t *testing.T) {
 	}
 
 	u := parse(t, "pkcs11:token=big;object=attic")
-	keys, err := s.Select(t.Context(), token.NewSelector(u))
+	keys, err := s.Select(t.Context(), selection.New(u))
 	noError(t, err)
 	want(t, "keys that a client has named", len(keys), 1)
 	noError(t, tokentest.Sign(t.Context(), keys[0]))

@@ -6,7 +6,6 @@ import (
 	"p11-agent/token/bounds"
 	"p11-agent/token/card"
 	"p11-agent/token/known"
-	"p11-agent/token/pairs"
 )
 
 // The list of known keys has room for every number that package card gives.

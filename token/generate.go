@@ -15,6 +15,7 @@ import (
 	"p11-agent/token/pairs"
 	"p11-agent/token/pkcs11uri"
 	"p11-agent/token/process"
+	"p11-agent/token/selection"
 	"p11-agent/token/wire"
 )
 
@@ -82,7 +83,7 @@ func (s *Store) oneToken(ctx context.Context, u *pkcs11uri.URI) (*Token, error) 
 		var found []*Token
 		for _, m := range s.modulesNow() {
 			for _, t := range m.present() {
-				if t.matches(&only, true) {
+				if t.matches(&only) {
 					found = append(found, t)
 				}
 			}
@@ -98,7 +99,7 @@ func (s *Store) oneToken(ctx context.Context, u *pkcs11uri.URI) (*Token, error) 
 			}
 			continue
 		case len(found) == 0:
-			return nil, s.whyNone(ctx, NewSelector(&only), nil)
+			return nil, s.whyNone(ctx, selection.New(&only), nil)
 		}
 		var names, modules []string
 		for _, t := range found {

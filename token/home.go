@@ -5,6 +5,7 @@ import (
 
 	"p11-agent/token/homes"
 	"p11-agent/token/pkcs11uri"
+	"p11-agent/token/selection"
 	"p11-agent/token/wire"
 )
 
@@ -83,13 +84,13 @@ func (t *Token) checkGuest(u *pkcs11uri.URI) error {
 
 // CheckHome fails with a *homes.GuestError when a PIN that was supplied in advance, for what sel
 // selects, is not for the module of a key.
-func CheckHome(sel *Selector, k *Key) error { return k.token.checkHome(sel) }
+func CheckHome(sel *selection.Selector, k *Key) error { return k.token.checkHome(sel) }
 
-func (t *Token) checkHome(sel *Selector) error {
+func (t *Token) checkHome(sel *selection.Selector) error {
 	if sel == nil {
 		return t.checkGuest(nil)
 	}
-	if err := t.checkGuest(sel.uri); err != nil && (sel.path == "" || sel.path != t.module.file) {
+	if err := t.checkGuest(sel.URI()); err != nil && sel.File() != t.module.file {
 		return err
 	}
 	return nil

@@ -13,6 +13,7 @@ import (
 	"p11-agent/token/known"
 	"p11-agent/token/pin"
 	"p11-agent/token/pkcs11uri"
+	"p11-agent/token/selection"
 	"p11-agent/token/tokentest"
 	"p11-agent/token/wire"
 )
@@ -137,7 +138,7 @@ func TestAttack05KeptPIN(t *testing.T) {
 	want(t, "PINs that the imposter got", tried(c.imposter), 0)
 
 	// A client that names the module may give the PIN to it.
-	sel, err := token.ParseProvider([]byte("pkcs11:token=card?module-name=bad"), nil)
+	sel, err := selection.Parse([]byte("pkcs11:token=card?module-name=bad"), nil)
 	noError(t, err)
 	_, err = s.Login(t.Context(), sel, []*token.Key{k}, tokentest.Secret(t, rightPIN))
 	noError(t, err)
@@ -230,7 +231,7 @@ func TestAttack05SameFileName(t *testing.T) {
 	opts.Sources = []*pkcs11uri.URI{parse(t, "pkcs11:token=bad?pin-value=1234")}
 	named := parse(t, "pkcs11:token=bad?module-name="+filepath.Base(library)+"&pin-value=1234")
 	s = tokentest.Store(t, opts)
-	sel, err := token.ParseProvider([]byte(library), token.AllowList{"*"})
+	sel, err := selection.Parse([]byte(library), selection.AllowList{"*"})
 	noError(t, err)
 	keys, err := s.Select(t.Context(), sel)
 	noError(t, err)

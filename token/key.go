@@ -127,10 +127,8 @@ func (k *Key) Insertions() uint64 {
 }
 
 // Matches reports whether a URI selects the key.
-func (k *Key) Matches(u *pkcs11uri.URI) bool { return k.matches(u, true) }
-
-func (k *Key) matches(u *pkcs11uri.URI, byPath bool) bool {
-	return objects.Names(u, k.pair) && k.token.matches(u, byPath)
+func (k *Key) Matches(u *pkcs11uri.URI) bool {
+	return objects.Names(u, k.pair) && k.token.matches(u)
 }
 
 // String returns the URI.

@@ -12,7 +12,7 @@ func (t *Token) wanted() []*pkcs11uri.URI {
 	s.mu.Lock()
 	uris := s.wanted
 	s.mu.Unlock()
-	return slices.DeleteFunc(slices.Clone(uris), func(u *pkcs11uri.URI) bool { return !t.matches(u, true) })
+	return slices.DeleteFunc(slices.Clone(uris), func(u *pkcs11uri.URI) bool { return !t.matches(u) })
 }
 
 // wantedURIs returns the URIs that name an object.

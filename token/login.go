@@ -10,6 +10,7 @@ import (
 	"p11-agent/pinentry/waiting"
 	"p11-agent/token/pin"
 	"p11-agent/token/process"
+	"p11-agent/token/selection"
 	"p11-agent/token/wire"
 )
 
@@ -19,8 +20,8 @@ import (
 // supplied is a PIN that came with a request, if one did.
 type supplied struct {
 	pin.Supplied
-	selector *Selector // what the PIN was supplied for; nil: nothing is known of that
-	taken    *bool     // set when the token takes the PIN; may be nil
+	selector *selection.Selector // what the PIN was supplied for; nil: nothing is known of that
+	taken    *bool               // set when the token takes the PIN; may be nil
 
 	clientTells bool // the client tells the person to type the PIN on the reader
 }
@@ -161,7 +162,7 @@ func (t *Token) pinLogin(list *waiting.List, k *Key, info wire.TokenInfo, with s
 type pinTarget struct {
 	token    *Token
 	key      *Key
-	selector *Selector
+	selector *selection.Selector
 	try      func(context.Context, pin.Trial) error
 }
 

@@ -43,7 +43,7 @@ func (t *Token) configured() (all []pairs.Configured) {
 	public := s.public
 	s.mu.Unlock()
 	for _, p := range public {
-		if CheckPublicKey(p) == nil && t.matches(p.URI, true) {
+		if CheckPublicKey(p) == nil && t.matches(p.URI) {
 			all = append(all, pairs.Configured{ID: p.URI.ID, Label: p.URI.Object, Key: p.Key})
 		}
 	}

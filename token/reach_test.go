@@ -11,6 +11,7 @@ import (
 	"p11-agent/pinentry/secret"
 	"p11-agent/token"
 	"p11-agent/token/pkcs11uri"
+	"p11-agent/token/selection"
 	"p11-agent/token/tokentest"
 )
 
@@ -20,8 +21,8 @@ func TestAttack16RemoteProvider(t *testing.T) {
 	dir := t.TempDir()
 	there := filepath.Join(dir, "module.so")
 	noError(t, os.WriteFile(there, nil, 0o700))
-	allow := token.AllowList{"*"}
-	if _, err := token.ParseProvider([]byte(there), allow); err != nil {
+	allow := selection.AllowList{"*"}
+	if _, err := selection.Parse([]byte(there), allow); err != nil {
 		t.Fatal(err) // the path is right for a client of this machine
 	}
 	for _, paths := range [][2]string{
@@ -33,7 +34,7 @@ func TestAttack16RemoteProvider(t *testing.T) {
 	} {
 		var said []string
 		for _, text := range paths {
-			s, err := token.ParseRemoteProvider([]byte(text))
+			s, err := selection.ParseRemote([]byte(text))
 			if err == nil {
 				t.Fatalf("%q is taken: %v", text, s)
 			}
@@ -47,11 +48,11 @@ func TestAttack16RemoteProvider(t *testing.T) {
 		}
 	}
 	for _, text := range []string{"pkcs11:", "pkcs11:token=a;id=%01", "PKCS11:token=a?module-name=m"} {
-		if _, err := token.ParseRemoteProvider([]byte(text)); err != nil {
+		if _, err := selection.ParseRemote([]byte(text)); err != nil {
 			t.Errorf("%q: %v", text, err)
 		}
 	}
-	if _, err := token.ParseRemoteProvider([]byte("pkcs11:colour=red")); err == nil {
+	if _, err := selection.ParseRemote([]byte("pkcs11:colour=red")); err == nil {
 		t.Error("an unknown attribute is taken")
 	}
 }
@@ -65,13 +66,13 @@ func TestSelectOf(t *testing.T) {
 	s := tokentest.Store(t, token.Options{Modules: []token.ModuleSpec{fakeSpec(f)}, Command: self}, rightPIN)
 	tokentest.Keys(t, s, 2)
 	one := func(k *token.Key) bool { return k.Token().Label == "one" }
-	keys, err := s.SelectOf(t.Context(), token.NewSelector(uri(t, "pkcs11:")), one)
+	keys, err := s.SelectOf(t.Context(), selection.New(uri(t, "pkcs11:")), one)
 	noError(t, err)
 	if len(keys) != 1 || !one(keys[0]) {
 		t.Errorf("selected %v", keys)
 	}
 	for _, text := range []string{"pkcs11:token=two", "pkcs11:token=three"} {
-		if _, err := s.SelectOf(t.Context(), token.NewSelector(uri(t, text)), one); !errors.Is(err, token.ErrNoMatch) {
+		if _, err := s.SelectOf(t.Context(), selection.New(uri(t, text)), one); !errors.Is(err, token.ErrNoMatch) {
 			t.Errorf("%s: %v", text, err)
 		}
 	}

@@ -13,15 +13,13 @@ func (k *Key) Hidden() bool { return objects.Hidden(k.pair) }
 // MayMatch reports whether a URI selects the key, or may do so. While the token hides the private
 // key, its label and ID are unknown. A label or ID of another object of the token belongs to that
 // object.
-func (k *Key) MayMatch(u *pkcs11uri.URI) bool { return k.mayMatch(u, true) }
-
-func (k *Key) mayMatch(u *pkcs11uri.URI, byPath bool) bool {
-	if k.matches(u, byPath) {
+func (k *Key) MayMatch(u *pkcs11uri.URI) bool {
+	if k.Matches(u) {
 		return true
 	}
 	t := k.token
 	t.mu.Lock()
 	set, logins := t.objects, t.slot.Info.Flags&wire.CKFLoginRequired != 0
 	t.mu.Unlock()
-	return set.MayName(u, k.pair) && t.matches(u, byPath) && (logins || !t.present())
+	return set.MayName(u, k.pair) && t.matches(u) && (logins || !t.present())
 }

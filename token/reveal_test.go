@@ -18,6 +18,7 @@ import (
 
 	"p11-agent/token"
 	"p11-agent/token/pkcs11uri"
+	"p11-agent/token/selection"
 	"p11-agent/token/tokentest"
 	"p11-agent/token/tokentest/pivcard"
 )
@@ -234,7 +235,7 @@ func selects(t *testing.T, s *token.Store, uri string) string {
 	t.Helper()
 	u, err := pkcs11uri.Parse(uri)
 	noError(t, err)
-	keys, err := s.Select(t.Context(), token.NewSelector(u))
+	keys, err := s.Select(t.Context(), selection.New(u))
 	if err != nil {
 		return err.Error()
 	}

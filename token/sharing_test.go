@@ -17,6 +17,7 @@ import (
 	"p11-agent/token"
 	"p11-agent/token/pcsc"
 	"p11-agent/token/readers"
+	"p11-agent/token/selection"
 	"p11-agent/token/tokentest"
 	"p11-agent/token/tokentest/pivcard"
 	"p11-agent/token/wire"
@@ -374,7 +375,7 @@ func TestReaderInUseFirst(t *testing.T) {
 			var n *tokentest.Neighbour
 			s := newSharerWith(t, m, release(50*time.Millisecond), func(first *sharer) { n = holders[0].start(first) })
 			tokentest.Keys(t, s.store, 0)
-			sel, err := token.ParseProvider([]byte("pkcs11:object=none"), nil)
+			sel, err := selection.Parse([]byte("pkcs11:object=none"), nil)
 			noError(t, err)
 			_, err = s.store.Select(t.Context(), sel)
 			if e, ok := errors.AsType[*readers.InUseError](err); !ok || !errors.Is(err, token.ErrNoMatch) || !names(e, "scdaemon", n) {

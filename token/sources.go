@@ -78,7 +78,7 @@ func (src *pinSource) Bind() error {
 		return nil
 	}
 	t := src.token
-	if err := t.module.store.bindings.Add(pin.Bind(selection(src.says), t.module.identity, t.ID, t.shows().String())); err != nil {
+	if err := t.module.store.bindings.Add(pin.Bind(withoutPIN(src.says), t.module.identity, t.ID, t.shows().String())); err != nil {
 		return fmt.Errorf("the PIN of %v: %w", src.says, err)
 	}
 	return nil
@@ -125,7 +125,7 @@ func (s *Store) AddSource(u *pkcs11uri.URI, keys []*Key) error {
 	if u.PIN() == nil && u.PINSource == nil {
 		return nil
 	}
-	if err := checkAdded(u); err != nil {
+	if err := pin.CheckClientURI(u); err != nil {
 		return err
 	}
 	if len(keys) == 0 {
@@ -133,7 +133,7 @@ func (s *Store) AddSource(u *pkcs11uri.URI, keys []*Key) error {
 	}
 	t := keys[0].token
 	if all := s.matching(u); len(all) > 1 || slices.ContainsFunc(keys, func(k *Key) bool { return k.token != t }) {
-		return fmt.Errorf("a PIN is for one token, and %s names several: add the serial attribute (token %s is one of them)", selection(u), t.name())
+		return fmt.Errorf("a PIN is for one token, and %s names several: add the serial attribute (token %s is one of them)", withoutPIN(u), t.name())
 	}
 	if err := t.checkGuest(u); err != nil {
 		return err
@@ -143,14 +143,6 @@ func (s *Store) AddSource(u *pkcs11uri.URI, keys []*Key) error {
 	defer s.mu.Unlock()
 	s.added = append(slices.Clip(s.added), addedSource{u, t, shows})
 	return nil
-}
-
-// checkAdded fails when a client may not name the source of a URI.
-func checkAdded(u *pkcs11uri.URI) error {
-	if u.PINSource != nil && u.PINSource.Kind != pkcs11uri.PINFile {
-		return fmt.Errorf("a pin-source that begins with %q counts in the configuration file only", u.PINSource)
-	}
-	return CheckPIN(u)
 }
 
 // SetSources replaces the URIs of the configuration that say where PINs come from, and wipes
@@ -199,49 +191,40 @@ func (s *Store) configuredFile(path string) bool {
 	})
 }
 
-// CheckPIN fails when a URI has a PIN or a pin-source and does not name one token, by its label
-// or serial number.
-func CheckPIN(u *pkcs11uri.URI) error {
-	if u.PIN() == nil && u.PINSource == nil || homes.NamesToken(u) {
-		return nil
-	}
-	return errors.New("a PIN is for one token, and this URI names none: add the token attribute, and the serial attribute where several tokens have one label")
-}
-
 // mayUse fails when the PIN of a URI of the configuration must not go to a token. A PIN that was
 // used before is for that token and module alone. Before its first use, the URI has to match
 // exactly one of the present tokens, and the module has to be the token's home or be named by
 // the URI.
 func (t *Token) mayUse(u *pkcs11uri.URI) error {
-	if err := CheckPIN(u); err != nil {
+	if err := pin.CheckURI(u); err != nil {
 		return err
 	}
 	s := t.module.store
-	b, ok, err := s.bindings.Of(selection(u))
+	b, ok, err := s.bindings.Of(withoutPIN(u))
 	switch {
 	case err != nil:
 		return err
 	case ok && b.ID() != t.ID && b.ID().Texts() == t.ID.Texts():
-		return fmt.Errorf("the PIN of %s is for another token of the same label and serial number since its first use: name this token by the id of its key", selection(u))
+		return fmt.Errorf("the PIN of %s is for another token of the same label and serial number since its first use: name this token by the id of its key", withoutPIN(u))
 	case ok && b.ID() != t.ID:
 		return fmt.Errorf("the PIN of %s is for token %q (serial %s) since its first use: to use it for this token, add its serial attribute (serial %s)",
-			selection(u), b.Label, b.Serial, t.ID.Serial)
+			withoutPIN(u), b.Label, b.Serial, t.ID.Serial)
 	case ok && b.Module != t.module.identity:
 		return fmt.Errorf("the PIN of %s is for module %q since its first use, and module %q shows the token now: to give it to %q, add %s to the query of the URI",
-			selection(u), b.Module, t.module.identity, t.module.identity, homes.Attribute(t.module.identity))
+			withoutPIN(u), b.Module, t.module.identity, t.module.identity, homes.Attribute(t.module.identity))
 	case ok && t.isOther(card.Parse(b.Keys)):
-		return fmt.Errorf("the PIN of %s is for another card of the same name since its first use, and this card has other keys: name a key of this card by its id", selection(u))
+		return fmt.Errorf("the PIN of %s is for another card of the same name since its first use, and this card has other keys: name a key of this card by its id", withoutPIN(u))
 	case ok:
 		return nil
 	}
 	if all := s.matching(u); len(all) > 1 {
-		return fmt.Errorf("a PIN is for one token, and %s names %d present tokens: add the serial attribute (this token has serial %s)", selection(u), len(all), t.ID.Serial)
+		return fmt.Errorf("a PIN is for one token, and %s names %d present tokens: add the serial attribute (this token has serial %s)", withoutPIN(u), len(all), t.ID.Serial)
 	}
 	return t.checkGuest(u)
 }
 
-// selection returns the text of a URI without its PIN and without its pin-source.
-func selection(u *pkcs11uri.URI) string {
+// withoutPIN returns the text of a URI without its PIN and without its pin-source.
+func withoutPIN(u *pkcs11uri.URI) string {
 	only := *u
 	only.PINSource = nil
 	return only.String()
@@ -255,7 +238,7 @@ func (s *Store) matching(u *pkcs11uri.URI) map[wire.TokenID]bool {
 	all := make(map[wire.TokenID]bool)
 	for _, m := range s.modulesNow() {
 		for _, t := range m.present() {
-			if t.matches(&only, true) {
+			if t.matches(&only) {
 				all[t.ID] = true
 			}
 		}

@@ -7,6 +7,7 @@ import (
 
 	"p11-agent/token"
 	"p11-agent/token/retention"
+	"p11-agent/token/selection"
 	"p11-agent/token/tokentest"
 )
 
@@ -68,7 +69,7 @@ func TestLoginState(t *testing.T) {
 	want(t, "signatures of the key", n, uint64(2))
 	want(t, "the last one", last.Equal(st.LastUse), true)
 
-	sel := token.NewSelector(uri(t, "pkcs11:token="+label))
+	sel := selection.New(uri(t, "pkcs11:token="+label))
 	noError(t, b.store.Logout(t.Context(), sel))
 	st = tokenStatus(t, b.store, label)
 	want(t, "logged out", [3]bool{st.LoggedIn, st.PINKept, b.card.LoggedIn()}, [3]bool{})
@@ -109,15 +110,15 @@ func TestLogout(t *testing.T) {
 
 	for _, text := range []string{"pkcs11:token=one", "pkcs11:token=one;id=%01", "pkcs11:id=%01"} {
 		noError(t, s.LoginAsk(t.Context(), keys))
-		noError(t, s.Logout(t.Context(), token.NewSelector(uri(t, text))))
+		noError(t, s.Logout(t.Context(), selection.New(uri(t, text))))
 		want(t, "logged in after "+text, all(), [2]bool{false, true})
 	}
 	for _, text := range []string{"pkcs11:token=three", "pkcs11:token=two;id=%01"} {
-		if err := s.Logout(t.Context(), token.NewSelector(uri(t, text))); !errors.Is(err, token.ErrNoMatch) {
+		if err := s.Logout(t.Context(), selection.New(uri(t, text))); !errors.Is(err, token.ErrNoMatch) {
 			t.Errorf("%s: %v", text, err)
 		}
 	}
 	want(t, "logged in after others", all(), [2]bool{false, true})
-	noError(t, s.Logout(t.Context(), token.NewSelector(uri(t, "pkcs11:"))))
+	noError(t, s.Logout(t.Context(), selection.New(uri(t, "pkcs11:"))))
 	want(t, "logged in at the end", all(), [2]bool{false, false})
 }

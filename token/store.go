@@ -25,6 +25,7 @@ import (
 	"p11-agent/token/known"
 	"p11-agent/token/pin"
 	"p11-agent/token/pkcs11uri"
+	"p11-agent/token/selection"
 	"p11-agent/token/wire"
 )
 
@@ -460,12 +461,12 @@ func (s *Store) logoutOf(ctx context.Context, chosen func(*Token) bool) error {
 
 // Logout is LogoutAll for the tokens that sel selects, by their own names or by a key. It fails
 // with ErrNoMatch when sel selects no known token.
-func (s *Store) Logout(ctx context.Context, sel *Selector) error {
+func (s *Store) Logout(ctx context.Context, sel *selection.Selector) error {
 	var all []error
 	found := false
 	for _, m := range s.modulesNow() {
 		for _, t := range m.known() {
-			if sel.selects(t) {
+			if t.selectedBy(sel) {
 				found = true
 				all = append(all, t.forget(ctx))
 			}
@@ -483,7 +484,7 @@ func (s *Store) Logout(ctx context.Context, sel *Selector) error {
 // PIN: the first signature asks. When one try is left, a person is asked whether to go on. When
 // a login lasts already, Login logs out first, so that the token tries the PIN. taken means that
 // the token took this PIN: a token that needs no login tries none.
-func (s *Store) Login(ctx context.Context, sel *Selector, keys []*Key, given *secret.Secret) (taken bool, err error) {
+func (s *Store) Login(ctx context.Context, sel *selection.Selector, keys []*Key, given *secret.Secret) (taken bool, err error) {
 	if given.Len() == 0 || len(keys) == 0 {
 		return false, nil
 	}
@@ -499,7 +500,7 @@ func (s *Store) Login(ctx context.Context, sel *Selector, keys []*Key, given *se
 
 // LoginTold logs in to the token of a key for a client that itself tells the person to type a
 // PIN on the reader. It logs in as Login does, and as LoginAsk with an empty PIN.
-func (s *Store) LoginTold(ctx context.Context, sel *Selector, k *Key, given *secret.Secret) error {
+func (s *Store) LoginTold(ctx context.Context, sel *selection.Selector, k *Key, given *secret.Secret) error {
 	with := supplied{clientTells: true}
 	if given.Len() > 0 {
 		with.PIN, with.selector = given, sel

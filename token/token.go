@@ -343,9 +343,8 @@ func (t *Token) addPINs(st *TokenStatus) {
 	st.PINKept, st.LoginUnderWay, st.PromptOpen = now.Kept, now.UnderWay, now.Prompt
 }
 
-// matches reports whether a URI selects this token. The module-path does not count if byPath is
-// false.
-func (t *Token) matches(u *pkcs11uri.URI, byPath bool) bool {
+// matches reports whether a URI selects this token.
+func (t *Token) matches(u *pkcs11uri.URI) bool {
 	m := t.module
 	t.mu.Lock()
 	slot := t.slot
@@ -356,7 +355,7 @@ func (t *Token) matches(u *pkcs11uri.URI, byPath bool) bool {
 		Version: pkcs11uri.Version{Major: uint8(info.Library >> 8), Minor: uint8(info.Library)},
 	}) &&
 		u.MatchSlot(pkcs11uri.SlotInfo{ID: slot.ID, Manufacturer: slot.Manufacturer, Description: slot.Description}) &&
-		u.MatchToken(t.ID) && m.matches(u, byPath)
+		u.MatchToken(t.ID) && m.named().Matches(u)
 }
 
 // same reports whether two keys look the same.

@@ -22,7 +22,7 @@ import (
 	"p11-agent/cmd/p11-agent/output"
 	"p11-agent/cmd/p11-agent/paths"
 	"p11-agent/systemd"
-	"p11-agent/token"
+	"p11-agent/token/selection"
 )
 
 // agentOptions are the flags of the agent command: ssh-agent's own.
@@ -219,7 +219,7 @@ func (o *agentOptions) launch(g *globals) (l *daemon.Launch, err error) {
 		Warn:      warn,
 	}
 	if o.allow.given {
-		allow := token.ParseAllowList(o.allow.patterns)
+		allow := selection.ParseAllowList(o.allow.patterns)
 		l.Options.Allow = &allow
 	}
 	if l.Options.NameKey, err = daemon.Fingerprints(o.hash); err != nil {

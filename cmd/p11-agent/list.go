@@ -18,8 +18,8 @@ import (
 	"p11-agent/cmd/p11-agent/listing"
 	"p11-agent/cmd/p11-agent/named"
 	"p11-agent/cmd/p11-agent/output"
-	"p11-agent/token"
 	"p11-agent/token/pkcs11uri"
+	"p11-agent/token/selection"
 )
 
 type listOptions struct {
@@ -86,7 +86,7 @@ func runList(ctx context.Context, g *globals, o *listOptions, args []string, out
 	defer b.Close()
 	settled := b.Settled()
 
-	sel := token.NewSelector(uri)
+	sel := selection.New(uri)
 	if len(args) > 0 && settled {
 		if err := listing.CheckNamed(ctx, b.Store, sel); err != nil {
 			return err

@@ -19,7 +19,6 @@ import (
 	"maps"
 	"path/filepath"
 	"slices"
-	"strings"
 
 	"p11-agent/token/pkcs11uri"
 	"p11-agent/token/wire"
@@ -87,7 +86,7 @@ func (h *Homes) AddModule(m Module) { h.modules = append(h.modules, m) }
 // token a home.
 func (h *Homes) Prefer(uris []*pkcs11uri.URI) {
 	h.preferred = slices.DeleteFunc(slices.Clone(uris), func(u *pkcs11uri.URI) bool {
-		return u.ModuleName == nil && u.ModulePath == nil || !NamesToken(u)
+		return u.ModuleName == nil && u.ModulePath == nil || !u.NamesToken()
 	})
 }
 
@@ -193,12 +192,6 @@ func (h *Homes) Forget(id wire.TokenID, module string) {
 
 // All returns a copy of the homes, without those that only the configuration gives.
 func (h *Homes) All() map[wire.TokenID]Home { return maps.Clone(h.all) }
-
-// NamesToken reports whether a URI names one token, by label or serial number.
-func NamesToken(u *pkcs11uri.URI) bool {
-	given := func(s *string) bool { return s != nil && strings.Trim(*s, pkcs11uri.Padding) != "" }
-	return given(u.Token) || given(u.Serial)
-}
 
 // A GuestError says that a module does not get a PIN because the token belongs to another module.
 type GuestError struct {

@@ -153,15 +153,15 @@ func TestNames(t *testing.T) {
 	h := newHomes(false)
 	h.AddModule(Module{Identity: "/tmp/good.so", Name: "good.so", Path: "/tmp/good.so", File: "/tmp/good.so", ByClient: true})
 	for text, want := range map[string]string{
-		"pkcs11:token=card":                                  "",
-		"pkcs11:?module-name=good":                           "good",
-		"pkcs11:?module-name=missing":                        "",
-		"pkcs11:?module-path=/lib/good.so":                   "good",
-		"pkcs11:?module-path=/lib/good-1.so":                 "good",
-		"pkcs11:?module-path=/lib":                           "",
-		"pkcs11:?module-path=/tmp/good.so":                   "/tmp/good.so",
-		"pkcs11:?module-name=good&module-path=/lib/bad.so":   "",
-		"pkcs11:?module-name=good&module-path=/tmp/good.so":  "",
+		"pkcs11:token=card":                                   "",
+		"pkcs11:?module-name=good":                            "good",
+		"pkcs11:?module-name=missing":                         "",
+		"pkcs11:?module-path=/lib/good.so":                    "good",
+		"pkcs11:?module-path=/lib/good-1.so":                  "good",
+		"pkcs11:?module-path=/lib":                            "",
+		"pkcs11:?module-path=/tmp/good.so":                    "/tmp/good.so",
+		"pkcs11:?module-name=good&module-path=/lib/bad.so":    "",
+		"pkcs11:?module-name=good&module-path=/tmp/good.so":   "",
 		"pkcs11:?module-name=good.so&module-path=/lib/bad.so": "",
 	} {
 		u := parse(t, text)
@@ -190,22 +190,6 @@ func TestModuleMatches(t *testing.T) {
 		"pkcs11:?module-path=/lib/1/good.so": true,
 	} {
 		if got := m.Matches(parse(t, text)); got != want {
-			t.Errorf("%s: %v", text, got)
-		}
-	}
-}
-
-func TestNamesToken(t *testing.T) {
-	for text, want := range map[string]bool{
-		"pkcs11:":                           false,
-		"pkcs11:manufacturer=m;model=m":     false,
-		"pkcs11:token=card":                 true,
-		"pkcs11:serial=1":                   true,
-		"pkcs11:token=":                     false,
-		"pkcs11:token=%20;serial=%20%20":    false,
-		"pkcs11:object=one?module-name=bad": false,
-	} {
-		if got := NamesToken(parse(t, text)); got != want {
 			t.Errorf("%s: %v", text, got)
 		}
 	}

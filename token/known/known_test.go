@@ -2,14 +2,14 @@ package known
 
 import (
 	"context"
-	"log/slog"
-	"sync"
 	"crypto/ed25519"
 	"crypto/x509"
 	"encoding/json"
 	"fmt"
+	"log/slog"
 	"reflect"
 	"strings"
+	"sync"
 	"testing"
 	"time"
 

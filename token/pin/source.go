@@ -81,6 +81,23 @@ func CheckSource(u *pkcs11uri.URI) error {
 	return err
 }
 
+// CheckURI fails when a URI has a PIN or a pin-source and does not name one token, by its label
+// or serial number.
+func CheckURI(u *pkcs11uri.URI) error {
+	if u.PIN() == nil && u.PINSource == nil || u.NamesToken() {
+		return nil
+	}
+	return errors.New("a PIN is for one token, and this URI names none: add the token attribute, and the serial attribute where several tokens have one label")
+}
+
+// CheckClientURI fails when a client may not name the source of a URI.
+func CheckClientURI(u *pkcs11uri.URI) error {
+	if u.PINSource != nil && u.PINSource.Kind != pkcs11uri.PINFile {
+		return fmt.Errorf("a pin-source that begins with %q counts in the configuration file only", u.PINSource)
+	}
+	return CheckURI(u)
+}
+
 // SourcePath returns the file that a source of any kind but PINCommand names.
 func SourcePath(src *pkcs11uri.PINSource) (string, error) {
 	if src.Kind != pkcs11uri.PINCredential {

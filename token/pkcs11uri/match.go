@@ -128,3 +128,9 @@ func padded(want *string, have string) bool {
 }
 
 func same[T comparable](want *T, have T) bool { return want == nil || *want == have }
+
+// NamesToken reports whether the URI names one token, by label or serial number.
+func (u *URI) NamesToken() bool {
+	given := func(s *string) bool { return s != nil && strings.Trim(*s, Padding) != "" }
+	return given(u.Token) || given(u.Serial)
+}

@@ -180,3 +180,19 @@ func TestForKeyAtItsLongest(t *testing.T) {
 	token.Label, token.Serial = "", ""
 	mustParse(t, ForKey(token, text, make([]byte, maxID)).Canonical())
 }
+
+func TestNamesToken(t *testing.T) {
+	for text, want := range map[string]bool{
+		"pkcs11:":                           false,
+		"pkcs11:manufacturer=m;model=m":     false,
+		"pkcs11:token=card":                 true,
+		"pkcs11:serial=1":                   true,
+		"pkcs11:token=":                     false,
+		"pkcs11:token=%20;serial=%20%20":    false,
+		"pkcs11:object=one?module-name=bad": false,
+	} {
+		if got := mustParse(t, text).NamesToken(); got != want {
+			t.Errorf("%s: %v", text, got)
+		}
+	}
+}

@@ -5,6 +5,7 @@ import (
 	"p11-agent/cmd/p11-agent/config"
 	"p11-agent/cmd/p11-agent/status"
 	"p11-agent/token"
+	"p11-agent/token/selection"
 )
 
 // Rules returns what the configuration tells the keyring. system says that the agent serves
@@ -28,7 +29,7 @@ type Offer struct {
 // Offers returns the identities that an agent with this configuration offers by itself, in
 // the order of its list. The keyring decides.
 func (b *Modules) Offers(c *config.File) []Offer {
-	identities := agent.Offers(b.Tokens(token.AllowList{}), Rules(c, false))
+	identities := agent.Offers(b.Tokens(selection.AllowList{}), Rules(c, false))
 	shown := status.Shown(identities)
 	all := make([]Offer, len(identities))
 	for i, id := range identities {

@@ -17,19 +17,20 @@ import (
 	"p11-agent/pinentry/secret"
 	"p11-agent/token"
 	"p11-agent/token/pin"
+	"p11-agent/token/selection"
 	"p11-agent/token/wire"
 )
 
 // tokens shows a token.Store to the keyring, which knows nothing of PKCS#11.
 type tokens struct {
 	store *token.Store
-	allow token.AllowList
+	allow selection.AllowList
 	last  atomic.Pointer[keyList]
 }
 
 // Tokens returns the tokens as the keyring uses them. allow limits which modules a client
 // may name.
-func (b *Modules) Tokens(allow token.AllowList) agent.Tokens {
+func (b *Modules) Tokens(allow selection.AllowList) agent.Tokens {
 	return &tokens{store: b.Store, allow: allow}
 }
 
@@ -73,9 +74,9 @@ func (t *tokens) LogoutOf(ctx context.Context, chosen func([]request.Key) bool) 
 }
 
 func (t *tokens) Parse(provider []byte, remote bool) (request.Selection, error) {
-	parse := func() (*token.Selector, error) { return token.ParseProvider(provider, t.allow) }
+	parse := func() (*selection.Selector, error) { return selection.Parse(provider, t.allow) }
 	if remote {
-		parse = func() (*token.Selector, error) { return token.ParseRemoteProvider(provider) }
+		parse = func() (*selection.Selector, error) { return selection.ParseRemote(provider) }
 	}
 	s, err := parse()
 	if err != nil {

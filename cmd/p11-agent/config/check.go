@@ -8,7 +8,7 @@ import (
 	"strings"
 
 	"p11-agent/cmd/p11-agent/paths"
-	"p11-agent/token"
+	"p11-agent/token/pin"
 	"p11-agent/token/pkcs11uri"
 )
 
@@ -35,7 +35,7 @@ func (c *File) check(mode fs.FileMode) error {
 
 // checkURI finds a URI whose PIN is not safe, and a URI that matches nothing.
 func (c *File) checkURI(u *pkcs11uri.URI, mode fs.FileMode) error {
-	if err := token.CheckPIN(u); err != nil {
+	if err := pin.CheckURI(u); err != nil {
 		return &valueError{
 			text:   fmt.Sprintf("the PIN of %v would be tried on any token", u),
 			advice: "add the token attribute to the URI, and the serial attribute where several tokens have one label",

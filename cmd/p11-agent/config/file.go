@@ -20,6 +20,7 @@ import (
 	"p11-agent/cmd/p11-agent/paths"
 	"p11-agent/token"
 	"p11-agent/token/pkcs11uri"
+	"p11-agent/token/selection"
 )
 
 // A File is the configuration file. A nil pointer stands for a key that the file does not have.
@@ -115,7 +116,7 @@ func Load(file string) (*File, error) {
 	if optional {
 		file = paths.ConfigFile()
 	}
-	c := &File{AllowModules: token.DefaultAllowList}
+	c := &File{AllowModules: selection.DefaultAllowList}
 	if file == "" {
 		return c, nil
 	}

@@ -3,10 +3,11 @@ package config
 import (
 	"p11-agent/agent/request"
 	"p11-agent/token"
+	"p11-agent/token/selection"
 )
 
-// KeySelection is a token.Selector as the keyring sees it.
-type KeySelection struct{ *token.Selector }
+// KeySelection is a selection.Selector as the keyring sees it.
+type KeySelection struct{ *selection.Selector }
 
 // Match tells whether the selection selects a key.
 func (s KeySelection) Match(k request.Key) bool {
@@ -25,7 +26,7 @@ func selections(list *[]KeyURI) []request.Selection {
 	}
 	all := []request.Selection{}
 	for _, u := range *list {
-		all = append(all, KeySelection{Selector: token.NewSelector(u.URI)})
+		all = append(all, KeySelection{Selector: selection.New(u.URI)})
 	}
 	return all
 }

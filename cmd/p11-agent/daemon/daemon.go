@@ -37,13 +37,14 @@ import (
 	"p11-agent/token/known"
 	"p11-agent/token/pin"
 	"p11-agent/token/retention"
+	"p11-agent/token/selection"
 )
 
 // Options say how a daemon runs. They stay for its life, unlike the configuration.
 type Options struct {
 	ConfigFile string                     // "": the usual place
 	Lifetime   time.Duration              // of the keys that clients add without one; 0: no end
-	Allow      *token.AllowList           // modules that clients may name; nil: the configuration lists them
+	Allow      *selection.AllowList       // modules that clients may name; nil: the configuration lists them
 	Version    string                     // of the program
 	NameKey    func(ssh.PublicKey) string // the fingerprint of a key
 
@@ -210,7 +211,7 @@ func (d *Daemon) owns(path string) bool {
 // openKeyring puts the keyring before the tokens, and the SSH door before the keyring.
 func (d *Daemon) openKeyring(c *config.File, upstreams []agent.Upstream) {
 	o := d.options
-	allow := token.AllowList(c.AllowModules)
+	allow := selection.AllowList(c.AllowModules)
 	if o.Allow != nil {
 		allow = *o.Allow
 	}

@@ -20,6 +20,7 @@ import (
 	"p11-agent/cmd/p11-agent/paths"
 	"p11-agent/cmd/p11-agent/probe"
 	"p11-agent/token"
+	"p11-agent/token/selection"
 )
 
 // modulesTimeout is how long the modules may take.
@@ -134,5 +135,5 @@ func findConfiguration(r *Group, file string) *config.File {
 			f.Next("correct the file: p11-agent.toml(5) describes it; the agent does not start with this file")
 		}
 	}
-	return &config.File{AllowModules: token.DefaultAllowList}
+	return &config.File{AllowModules: selection.DefaultAllowList}
 }

@@ -20,6 +20,7 @@ import (
 	"p11-agent/token/pin"
 	"p11-agent/token/pkcs11uri"
 	"p11-agent/token/registry"
+	"p11-agent/token/selection"
 	"p11-agent/token/wellknown"
 	"p11-agent/token/wire"
 )
@@ -216,7 +217,7 @@ func findKeys(ctx context.Context, r *Group, conf *config.File, b *backend.Modul
 // findURI adds what a URI of the configuration selects. When it selects nothing, the steps
 // name similar keys and tokens.
 func findURI(ctx context.Context, r *Group, store *token.Store, where string, u *pkcs11uri.URI) {
-	keys, err := store.Select(ctx, token.NewSelector(u))
+	keys, err := store.Select(ctx, selection.New(u))
 	sure := slices.ContainsFunc(keys, func(k *token.Key) bool { return k.Matches(u) })
 	if err == nil && !sure && u.Object != nil && pkcs11uri.Nearest(*u.Object, labelsOf(keys)) != "" {
 		err = fmt.Errorf("%w: no object has this label before a login", token.ErrNoMatch)

@@ -20,6 +20,7 @@ import (
 	"p11-agent/cmd/p11-agent/named"
 	"p11-agent/token"
 	"p11-agent/token/pkcs11uri"
+	"p11-agent/token/selection"
 )
 
 // A Key is a key whose public half can be written into a file.
@@ -50,7 +51,7 @@ func Keys(c *config.File, store *token.Store, uris []*pkcs11uri.URI, comment fun
 		}
 	}
 	for _, u := range uris {
-		sel, n := token.NewSelector(u), len(keys)
+		sel, n := selection.New(u), len(keys)
 		for _, k := range all {
 			if request.Selects(config.KeySelection{Selector: sel}, k) {
 				keys = append(keys, k)

@@ -23,6 +23,7 @@ import (
 	"p11-agent/cmd/p11-agent/status"
 	"p11-agent/token"
 	"p11-agent/token/pkcs11uri"
+	"p11-agent/token/selection"
 )
 
 // A Token is a token with the keys that are listed.
@@ -97,7 +98,7 @@ func (m Module) state() string {
 }
 
 // NoteUncertain says that it is unknown which key a URI selects, as the tokens hide the names of private keys before a login.
-func NoteUncertain(stderr io.Writer, store *token.Store, sel *token.Selector) {
+func NoteUncertain(stderr io.Writer, store *token.Store, sel *selection.Selector) {
 	u, maybe := sel.URI(), false
 	for _, k := range slices.Concat(store.Keys(), store.Away()) {
 		if k.Matches(u) {
@@ -119,10 +120,10 @@ func NoteUncertain(stderr io.Writer, store *token.Store, sel *token.Selector) {
 
 // CheckNamed returns an error when the URI of sel selects no known key and no token that is present. It also returns an
 // error when several modules show the token and none is its home. The error suggests what the URI means.
-func CheckNamed(ctx context.Context, store *token.Store, sel *token.Selector) error {
+func CheckNamed(ctx context.Context, store *token.Store, sel *selection.Selector) error {
 	_, err := store.Select(ctx, sel)
 	if _, ambiguous := errors.AsType[*token.AmbiguousError](err); err == nil ||
-		!ambiguous && (matchesToken(store, sel.URI()) || slices.ContainsFunc(store.Away(), sel.Match)) {
+		!ambiguous && (matchesToken(store, sel.URI()) || slices.ContainsFunc(store.Away(), func(k *token.Key) bool { return sel.Match(k) })) {
 		return nil
 	}
 	return named.WithSuggestions(err, store, sel.URI())
@@ -141,7 +142,7 @@ func matchesToken(store *token.Store, u *pkcs11uri.URI) bool {
 }
 
 // Collect lists the keys that sel selects. onlyNamed leaves out the tokens that it does not select.
-func Collect(c *config.File, b *backend.Modules, sel *token.Selector, onlyNamed bool) Listing {
+func Collect(c *config.File, b *backend.Modules, sel *selection.Selector, onlyNamed bool) Listing {
 	l := Listing{named: onlyNamed, Tokens: []Token{}, Modules: []Module{}}
 	auto := c.Automatic()
 	offers := make(map[*token.Key]backend.Offer)

@@ -1,4 +1,4 @@
-package token
+package selection
 
 import (
 	"errors"
@@ -12,6 +12,7 @@ import (
 	"golang.org/x/sys/unix"
 
 	"p11-agent/agent/pattern"
+	"p11-agent/token/pin"
 	"p11-agent/token/pkcs11uri"
 )
 
@@ -174,7 +175,7 @@ func TestAllowListResolve(t *testing.T) {
 	}
 }
 
-func TestParseProvider(t *testing.T) {
+func TestParse(t *testing.T) {
 	dir := tree(t)
 	const pin = "Sesame-4829"
 	tests := []struct {
@@ -246,7 +247,7 @@ func TestParseProvider(t *testing.T) {
 		t.Run(tt.name, func(t *testing.T) {
 			in := func(s string) string { return strings.ReplaceAll(s, "DIR", dir) }
 			provider := []byte(in(tt.provider))
-			sel, err := ParseProvider(provider, ParseAllowList(in("DIR/lib/*")))
+			sel, err := Parse(provider, ParseAllowList(in("DIR/lib/*")))
 			if tt.err != "" {
 				if err == nil {
 					t.Fatalf("got %v", sel)
@@ -267,8 +268,8 @@ func TestParseProvider(t *testing.T) {
 			if text == "" {
 				text = path
 			}
-			if sel.path != path || sel.String() != text {
-				t.Errorf("path %q, text %q; want %q, %q", sel.path, sel.String(), path, text)
+			if sel.file != path || sel.String() != text {
+				t.Errorf("path %q, text %q; want %q, %q", sel.file, sel.String(), path, text)
 			}
 			if sel.Broad() != tt.broad {
 				t.Errorf("broad %v, want %v", sel.Broad(), tt.broad)
@@ -285,35 +286,35 @@ func TestParseProvider(t *testing.T) {
 
 // A client that may be on another machine names the label of a token. The client gets the same as
 // for the URI of the token.
-func TestParseRemoteProviderLabel(t *testing.T) {
+func TestParseRemoteLabel(t *testing.T) {
 	for _, label := range []string{"card", "PIV Card II", "internal", "x/p11.so", "p11.so", "card?pin-source=/etc/passwd", "card?pin-value=1234", ""} {
 		uri := (&pkcs11uri.URI{Token: &label}).String()
-		sel, err := ParseRemoteProvider([]byte(label))
+		sel, err := ParseRemote([]byte(label))
 		if err != nil {
 			if strings.Contains(err.Error(), "1234") {
 				t.Errorf("%q: %v", label, err)
 			}
 			continue
 		}
-		want, err := ParseRemoteProvider([]byte(uri))
+		want, err := ParseRemote([]byte(uri))
 		if err != nil {
 			t.Errorf("%q is %v, and its URI is refused: %v", label, sel, err)
 			continue
 		}
-		if sel.String() != want.String() || sel.path != "" || sel.URI().PIN() != nil || sel.URI().PINSource != nil || sel.All() {
+		if sel.String() != want.String() || sel.file != "" || sel.URI().PIN() != nil || sel.URI().PINSource != nil || sel.All() {
 			t.Errorf("%q selects %v, and its URI %v", label, sel, want)
 		}
 	}
 }
 
 // A client may not name a command for the PIN. The agent runs no command and starts no module.
-func TestParseProviderPINCommand(t *testing.T) {
+func TestParsePINCommand(t *testing.T) {
 	for _, text := range []string{
 		"pkcs11:token=card?pin-source=|/usr/bin/touch%20x",
 		"pkcs11:token=card?pin-source=%7C/usr/bin/touch%20x",
 		"pkcs11:token=card?pin-source=credential:card",
 	} {
-		sel, err := ParseProvider([]byte(text), nil)
+		sel, err := Parse([]byte(text), nil)
 		if err == nil || strings.Contains(err.Error(), "touch") {
 			t.Errorf("%v, %v", sel, err)
 		}
@@ -321,12 +322,11 @@ func TestParseProviderPINCommand(t *testing.T) {
 		if err != nil {
 			t.Fatal(err)
 		}
-		s := new(Store)
-		if err := s.AddSource(u, nil); err == nil || len(s.added) > 0 {
-			t.Errorf("%d sources, %v; want none and an error", len(s.added), err)
+		if err := pin.CheckClientURI(u); err == nil || strings.Contains(err.Error(), "touch") {
+			t.Errorf("a client names the source of a PIN: %v", err)
 		}
 	}
-	if sel, err := ParseProvider([]byte("pkcs11:?pin-source=|touch"), nil); err == nil {
+	if sel, err := Parse([]byte("pkcs11:?pin-source=|touch"), nil); err == nil {
 		t.Errorf("a command that is no absolute path gives %v", sel)
 	}
 }
