@@ -21,8 +21,8 @@ import (
 	"p11-agent/token/pin"
 	"p11-agent/token/pkcs11uri"
 	"p11-agent/token/process"
-	"p11-agent/token/usage"
 	"p11-agent/token/retention"
+	"p11-agent/token/usage"
 	"p11-agent/token/wire"
 )
 

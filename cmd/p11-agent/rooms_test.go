@@ -61,7 +61,7 @@ var rooms = []room{
 		"cmd/p11-agent/backend",
 		[]string{
 			"agent", "agent/request", "cmd/p11-agent/config", "cmd/p11-agent/paths", "cmd/p11-agent/status",
-			"pinentry/plain", "pinentry/secret", "token", "token/pin", "token/registry", "token/wire",
+			"pinentry/plain", "pinentry/secret", "token", "token/pin", "token/registry", "token/selection", "token/wire",
 		},
 		"modules run without prompts, and without the SSH protocol",
 	},
@@ -75,7 +75,7 @@ var rooms = []room{
 		[]string{
 			"agent/certdir", "agent/peer", "cmd/p11-agent/advice", "cmd/p11-agent/backend", "cmd/p11-agent/config", "cmd/p11-agent/exit", "cmd/p11-agent/named",
 			"cmd/p11-agent/output", "cmd/p11-agent/paths", "cmd/p11-agent/probe", "cmd/p11-agent/prompt", "cmd/p11-agent/files", "cmd/p11-agent/status", "pinentry", "pinentry/secret", "systemd", "systemd/install",
-			"token", "token/pcsc", "token/pin", "token/pkcs11uri", "token/registry", "token/wellknown", "token/wire", xssh, xssh + "/agent", xsys,
+			"token", "token/pcsc", "token/pin", "token/pkcs11uri", "token/registry", "token/selection", "token/wellknown", "token/wire", xssh, xssh + "/agent", xsys,
 		},
 		"it finds out what is wrong, and asks for nothing",
 	},
@@ -95,7 +95,7 @@ var rooms = []room{
 		"cmd/p11-agent/config",
 		[]string{
 			"agent/approval", "agent/request", "cmd/p11-agent/exit", "cmd/p11-agent/output", "cmd/p11-agent/paths",
-			"token", "token/pkcs11uri", "token/registry", xssh, toml,
+			"token", "token/pin", "token/pkcs11uri", "token/registry", "token/retention", "token/selection", xssh, toml,
 		},
 		"it says what the file means, and does nothing of it",
 	},
@@ -106,7 +106,7 @@ var rooms = []room{
 	},
 	{
 		"cmd/p11-agent/daemon",
-		[]string{"agent", "agent/approval", "agent/audit", "agent/certdir", "agent/door", "agent/knownhosts", "agent/logfold", "agent/peer", "agent/request", "agent/sshagent", "cmd/p11-agent/advice", "cmd/p11-agent/backend", "cmd/p11-agent/config", "cmd/p11-agent/exit", "cmd/p11-agent/output", "cmd/p11-agent/paths", "cmd/p11-agent/prompt", "cmd/p11-agent/status", xssh, xsys, "pinentry/notify", "pinentry/secret", "systemd", "systemd/bus", "systemd/login1", "token", "token/known", "token/module/undumpable", "token/pin"},
+		[]string{"agent", "agent/approval", "agent/audit", "agent/certdir", "agent/door", "agent/knownhosts", "agent/logfold", "agent/peer", "agent/request", "agent/sshagent", "cmd/p11-agent/advice", "cmd/p11-agent/backend", "cmd/p11-agent/config", "cmd/p11-agent/exit", "cmd/p11-agent/output", "cmd/p11-agent/paths", "cmd/p11-agent/prompt", "cmd/p11-agent/status", xssh, xsys, "pinentry/notify", "pinentry/secret", "systemd", "systemd/bus", "systemd/login1", "token", "token/known", "token/module/undumpable", "token/pin", "token/retention", "token/selection"},
 		"the running agent wires rooms, and knows no command",
 	},
 	{"cmd/p11-agent/demo", []string{"cmd/p11-agent/output", "token/registry", "token/wellknown"}, "it runs the program as a user would, by its command line"},
@@ -114,20 +114,20 @@ var rooms = []room{
 		"cmd/p11-agent/export",
 		[]string{
 			"agent/certdir", "agent/request", "cmd/p11-agent/config", "cmd/p11-agent/exit", "cmd/p11-agent/files", "cmd/p11-agent/named",
-			"cmd/p11-agent/output", "cmd/p11-agent/paths", "token", "token/pkcs11uri", xssh, xsys,
+			"cmd/p11-agent/output", "cmd/p11-agent/paths", "token", "token/pkcs11uri", "token/selection", xssh, xsys,
 		},
 		"public keys are exported without an agent and without a prompt",
 	},
 	{"cmd/p11-agent/files", []string{renameio}, "a leaf: what the files hold is decided elsewhere"},
 	{
 		"cmd/p11-agent/listing",
-		[]string{"cmd/p11-agent/advice", "cmd/p11-agent/backend", "cmd/p11-agent/config", "cmd/p11-agent/named", "cmd/p11-agent/output", "cmd/p11-agent/status", xssh, "pinentry/plain", "token", "token/pkcs11uri"},
+		[]string{"cmd/p11-agent/advice", "cmd/p11-agent/backend", "cmd/p11-agent/config", "cmd/p11-agent/named", "cmd/p11-agent/output", "cmd/p11-agent/status", xssh, "pinentry/plain", "token", "token/pkcs11uri", "token/selection"},
 		"tokens and keys are listed without a running agent",
 	},
 	{"cmd/p11-agent/named", []string{"cmd/p11-agent/exit", "cmd/p11-agent/output", "token", "token/pkcs11uri"}, "it reads names, and knows no command"},
 	{
 		"cmd/p11-agent/newkey",
-		[]string{"agent/peer", "agent/request", "cmd/p11-agent/exit", "cmd/p11-agent/named", "cmd/p11-agent/output", "pinentry/secret", "token", "token/pkcs11uri", "token/wire", xssh},
+		[]string{"agent/peer", "agent/request", "cmd/p11-agent/exit", "cmd/p11-agent/named", "cmd/p11-agent/output", "pinentry/secret", "token", "token/keygen", "token/pkcs11uri", "token/wire", xssh},
 		"a key is made without an agent and without a configuration",
 	},
 	{"cmd/p11-agent/output", []string{"pinentry", "systemd", cobra, xsys}, "it prints for every command, and knows none of them"},
@@ -142,7 +142,7 @@ var rooms = []room{
 	},
 	{
 		"cmd/p11-agent/setup",
-		[]string{"cmd/p11-agent/advice", "cmd/p11-agent/backend", "cmd/p11-agent/config", "cmd/p11-agent/control", "cmd/p11-agent/doctor", "cmd/p11-agent/exit", "cmd/p11-agent/export", "cmd/p11-agent/files", "cmd/p11-agent/newkey", "cmd/p11-agent/output", "cmd/p11-agent/paths", "cmd/p11-agent/probe", "cmd/p11-agent/prompt", "cmd/p11-agent/status", xssh, "pinentry/plain", "pinentry/secret", "systemd", "systemd/install", "token", "token/pin", "token/pkcs11uri", "token/registry", "token/wellknown", "token/wire"},
+		[]string{"cmd/p11-agent/advice", "cmd/p11-agent/backend", "cmd/p11-agent/config", "cmd/p11-agent/control", "cmd/p11-agent/doctor", "cmd/p11-agent/exit", "cmd/p11-agent/export", "cmd/p11-agent/files", "cmd/p11-agent/newkey", "cmd/p11-agent/output", "cmd/p11-agent/paths", "cmd/p11-agent/probe", "cmd/p11-agent/prompt", "cmd/p11-agent/status", xssh, "pinentry/plain", "pinentry/secret", "systemd", "systemd/install", "token", "token/keygen", "token/pin", "token/pkcs11uri", "token/registry", "token/wellknown", "token/wire"},
 		"a conversation about the first login knows no flags",
 	},
 	{
@@ -195,8 +195,8 @@ var rooms = []room{
 	{
 		"token",
 		[]string{
-			"agent/joined", "agent/logfold", "agent/pattern",
-			"token/bounds", "token/card", "token/objects", "token/usage", "token/known", "token/pace", "token/pairs", "token/pcsc", "token/pin", "token/pkcs11uri", "token/process", "token/readers", "token/registry", "token/operation",
+			"agent/joined", "agent/logfold",
+			"token/bounds", "token/card", "token/homes", "token/keygen", "token/objects", "token/usage", "token/known", "token/pace", "token/pairs", "token/pcsc", "token/pin", "token/pkcs11uri", "token/process", "token/readers", "token/registry", "token/operation", "token/retention", "token/selection",
 			"token/statefile", "token/supervise", "token/wire",
 			"pinentry/secret", "pinentry/waiting",
 		},
@@ -214,12 +214,14 @@ var rooms = []room{
 		"it is in force before there is a module, and knows none of its calls",
 	},
 	{"token/elffile", []string{}, "a leaf: it reads the beginning of a file"},
-	{"token/known", []string{"token/statefile", "token/wire"}, "the list of seen keys is a file: what becomes of its entries is decided elsewhere"},
+	{"token/known", []string{"token/pace", "token/pairs", "token/statefile", "token/wire"}, "the list of seen keys is a file: what becomes of its entries is decided elsewhere"},
+	{"token/keygen", []string{"token/pairs", "token/wire"}, "a new key is described without a token at hand"},
 	{
 		"token/pin",
 		[]string{"token/pkcs11uri", "token/statefile", "token/wire", "pinentry/secret", "pinentry/waiting"},
 		"a PIN is got and tried without knowing keys or module processes",
 	},
+	{"token/homes", []string{"token/pkcs11uri", "token/wire"}, "which module gets a PIN is decided without a token at hand"},
 	{"token/statefile", []string{renameio}, "a leaf: what the files hold is decided elsewhere"},
 	{"token/pace", []string{}, "a leaf: it counts, and knows nothing of what happens"},
 	{"token/bounds", []string{"token/operation", "token/wire", "pinentry/plain"}, "what is kept of a module is bounded without a module at hand"},
@@ -235,6 +237,8 @@ var rooms = []room{
 	},
 	{"token/readers", []string{"token/pcsc", "token/wire"}, "readers are known from pcscd: what a card means is decided elsewhere"},
 	{"token/registry", []string{"token/elffile", "token/pkcs11uri", xsys}, "which modules there are is found out without loading one"},
+	{"token/retention", []string{}, "a deadline is kept without knowing what ends"},
+	{"token/selection", []string{"agent/pattern", "token/pin", "token/pkcs11uri"}, "names are read and compared without a token at hand"},
 	{"token/operation", []string{"token/wire"}, "an operation is described without a token at hand"},
 	{
 		"token/supervise",

@@ -14,6 +14,7 @@ import (
 	"p11-agent/cmd/p11-agent/status"
 	"p11-agent/token"
 	"p11-agent/token/pkcs11uri"
+	"p11-agent/token/selection"
 	"p11-agent/token/tokentest"
 )
 
@@ -32,13 +33,13 @@ func modules(t *testing.T, fakes ...*tokentest.Fake) *backend.Modules {
 	return &backend.Modules{Store: tokentest.Store(t, o)}
 }
 
-func selector(t *testing.T, uri string) *token.Selector {
+func selector(t *testing.T, uri string) *selection.Selector {
 	t.Helper()
 	u, err := pkcs11uri.Parse(uri)
 	if err != nil {
 		t.Fatal(err)
 	}
-	return token.NewSelector(u)
+	return selection.New(u)
 }
 
 // Collect says of each key whether the agent offers it, and why it does not.

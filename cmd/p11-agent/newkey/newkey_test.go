@@ -15,6 +15,7 @@ import (
 	"p11-agent/cmd/p11-agent/exit"
 	"p11-agent/pinentry/secret"
 	"p11-agent/token"
+	"p11-agent/token/keygen"
 	"p11-agent/token/tokentest"
 	"p11-agent/token/wire"
 )
@@ -80,7 +81,7 @@ func TestMake(t *testing.T) {
 		t.Fatal(err)
 	}
 	defer pin.Wipe()
-	k, err := Make(t.Context(), store, u, token.ECDSAP256, pin)
+	k, err := Make(t.Context(), store, u, keygen.ECDSAP256, pin)
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -128,7 +129,7 @@ func TestProgress(t *testing.T) {
 				ctx, cancel := context.WithCancel(t.Context())
 				defer cancel()
 				var b bytes.Buffer
-				p := NewProgress(ctx, &b, token.RSA2048)
+				p := NewProgress(ctx, &b, keygen.RSA2048)
 				p.terminal = tt.terminal
 				done := p.Begin(wire.TokenID{Label: "card"})
 				if tt.interrupted > 0 {
