@@ -100,9 +100,9 @@ type Options struct {
 // A Store knows the tokens and keys of all modules. Methods may be called at any time from any
 // goroutine.
 type Store struct {
-	// lock order: the lock of a pin.State, then mu, then module.mu, then Token.mu. No goroutine
-	// holds one of them while it waits for a person, for a process, or for a file that is not
-	// the Store's own.
+	// lock order: the lock of a pin.State, then mu, then module.mu, then Token.mu, then the locks
+	// of a Supervisor and of its Readers. No goroutine holds one of them while it waits for a
+	// person, for a process, or for a file that is not the Store's own.
 
 	opts   Options
 	log    *slog.Logger

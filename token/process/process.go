@@ -6,8 +6,10 @@
 //
 // The package promises that a module that crashes, hangs, or answers nonsense costs only its own requests, and each
 // of them returns. A request whose context ends returns at once. What the module prints is bounded, and what it
-// prints while it has a PIN, decrypts or derives is neither logged nor quoted. When to start a process again, what to ask it, and what
-// its answers mean is the business of package token.
+// prints while it has a PIN, decrypts or derives is neither logged nor quoted.
+//
+// Package token/supervise decides when to start a process again. Package token decides what to ask the process, and
+// what the answers mean.
 package process
 
 import (
