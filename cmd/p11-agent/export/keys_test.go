@@ -16,3 +16,27 @@ func TestFileName(t *testing.T) {
 		}
 	}
 }
+
+func TestPatterns(t *testing.T) {
+	for _, tt := range []struct {
+		what string
+		ok   func(string) bool
+		yes  []string
+		no   []string
+	}{
+		{"host", IsHost, []string{"box", "!box", "*.example.org", "10.0.0.1", "[::1]:22", "fe80::1%eth0"}, []string{"", "a b", "a\nb", "a,b", "me@box", "$(x)", `"box"`}},
+		{"namespace", IsNamespace, []string{"git", "git,file", "x@example.org", "!git,*"}, []string{"", "a b", `a"`, "a\n"}},
+		{"principal", IsPrincipal, []string{"me@example.org", "*@example.org", "a,b", "a#b"}, []string{"", "#a", "a b", "a\t", `"a"`, `a\`}},
+	} {
+		for _, text := range tt.yes {
+			if !tt.ok(text) {
+				t.Errorf("%q is not taken for a %s", text, tt.what)
+			}
+		}
+		for _, text := range tt.no {
+			if tt.ok(text) {
+				t.Errorf("%q is taken for a %s", text, tt.what)
+			}
+		}
+	}
+}

@@ -83,6 +83,42 @@ func TestUSBReaders(t *testing.T) {
 	}
 }
 
+// systemctl tells of units and of the environment, or fails.
+func TestUnits(t *testing.T) {
+	dir := t.TempDir()
+	script := func(text string) {
+		t.Helper()
+		if err := os.WriteFile(filepath.Join(dir, "systemctl"), []byte("#!/bin/sh\n"+text), 0o700); err != nil {
+			t.Fatal(err)
+		}
+	}
+	t.Setenv("PATH", dir)
+	if _, _, err := Units(t.Context(), "a.socket"); !errors.Is(err, exec.ErrNotFound) {
+		t.Errorf("without systemctl: %v", err)
+	}
+	if _, ok := ManagerEnvironment(t.Context()); ok {
+		t.Error("there is an environment without systemctl")
+	}
+	script(`case $2 in
+show) printf 'Id=%s\nLoadState=loaded\n\nId=%s\nLoadState=not-found\n' "$4" "$5";;
+show-environment) printf 'A=1\nDISPLAY=:0=x\nnonsense\n';;
+esac`)
+	units, s, err := Units(t.Context(), "a.socket", "b.service")
+	if err != nil || s.Status != nil || len(units) != 2 || units["a.socket"]["LoadState"] != "loaded" || units["b.service"]["LoadState"] != "not-found" {
+		t.Errorf("got %q, %v, %v", units, s.Status, err)
+	}
+	if environment, ok := ManagerEnvironment(t.Context()); !ok || len(environment) != 2 || environment["DISPLAY"] != ":0=x" {
+		t.Errorf("got %q, %v", environment, ok)
+	}
+	script("echo no bus >&2; exit 1")
+	if units, s, err := Units(t.Context(), "a.socket"); err != nil || s.Status == nil || s.Err != "no bus" || len(units) != 0 {
+		t.Errorf("a service manager that cannot be reached: %q, %v, %v", units, s, err)
+	}
+	if _, ok := ManagerEnvironment(t.Context()); ok {
+		t.Error("the environment is known")
+	}
+}
+
 func FuzzUnits(f *testing.F) {
 	const seed = "Result=success\nId=a.socket\nDropInPaths=/x=y /z\n\nId=b.service\nLoadState=loaded\n"
 	units := parseUnits(seed)
