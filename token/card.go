@@ -57,8 +57,7 @@ func (t *Token) replaced(ctx context.Context, unseen bool) {
 	t.pins.Wipe()
 	t.mu.Lock()
 	t.deadline.Clear()
-	t.session, t.attempted = nil, nil
-	t.changes++
+	t.logins.CardReplaced()
 	if unseen {
 		t.insertions++ // otherwise the look counts it
 	}

@@ -1,7 +1,6 @@
 package token
 
 import (
-	"cmp"
 	"context"
 	"errors"
 	"fmt"
@@ -186,13 +185,7 @@ func (s *Store) pids() []int {
 func (t *Token) endWith(ctx context.Context, p *process.Process) {
 	defer t.module.store.stir()
 	t.mu.Lock()
-	in := t.session == p || t.attempted == p
-	if t.session == p {
-		t.session = nil
-	}
-	if t.attempted == p {
-		t.attempted = nil
-	}
+	in := t.logins.EndWith(p)
 	t.mu.Unlock()
 	if !in {
 		return
@@ -206,17 +199,14 @@ func (t *Token) endWith(ctx context.Context, p *process.Process) {
 func (t *Token) logoutLost() {
 	t.mu.Lock()
 	defer t.mu.Unlock()
-	t.changes++
-	t.stale = cmp.Or(t.session, t.attempted, t.stale)
-	t.session, t.attempted = nil, nil
+	t.logins.CardLeft()
 }
 
 // endStale logs out of a card that was away. libykcs11 2.2 does not notice the pull: it keeps the
 // PIN, and gives it to the next card.
 func (t *Token) endStale(ctx context.Context, p *process.Process) {
 	t.mu.Lock()
-	stale := t.stale == p
-	t.stale = nil
+	stale := t.logins.TakeStale(p)
 	t.mu.Unlock()
 	if stale {
 		_ = p.Call(ctx, process.ListTimeout, wire.TypeLogout, &wire.Token{Token: t.ID}, new(wire.TokenReply)) // fails if the module has noticed

@@ -109,7 +109,7 @@ func (k *Key) AsksPIN() bool {
 	each := t.current(k).pair.Always
 	t.mu.Lock()
 	wanted := t.slot.Info.Flags&wire.CKFLoginRequired != 0
-	open := t.session != nil || t.attempted != nil
+	open := t.logins.Possible() != nil
 	t.mu.Unlock()
 	if !wanted || open && !each || s.source(k) != nil {
 		return false

@@ -211,7 +211,7 @@ func (t *Token) tryLogin(ctx context.Context, p *process.Process, trial pin.Tria
 func (t *Token) tryStay(ctx context.Context, p *process.Process, trial pin.Trial, stay uint64) error {
 	// From here on the process may be logged in, whether or not the answer arrives.
 	t.mu.Lock()
-	t.attempted = p
+	t.logins.Try(p)
 	t.mu.Unlock()
 	var reply wire.TokenReply
 	moves := t.module.readers.Moves()
@@ -226,7 +226,7 @@ func (t *Token) tryStay(ctx context.Context, p *process.Process, trial pin.Trial
 		t.mu.Lock()
 		t.slot.Info = info
 		if !info.LoggedIn {
-			t.attempted = nil // the token refused the PIN
+			t.logins.Refused()
 		}
 		t.mu.Unlock()
 	}

@@ -1,7 +1,6 @@
 package token
 
 import (
-	"cmp"
 	"context"
 	"errors"
 	"fmt"
@@ -31,10 +30,11 @@ func (t *Token) retain(rule retention.Rule) {
 	kept := !t.pins.KeptSince().IsZero()
 	t.mu.Lock()
 	defer t.mu.Unlock()
-	if t.session == nil {
+	p := t.logins.Process()
+	if p == nil {
 		return
 	}
-	login := retention.Login[*process.Process]{Session: t.session, Insertions: t.insertions}
+	login := retention.Login[*process.Process]{Session: p, Insertions: t.insertions}
 	t.deadline.Extend(login, rule, kept, func() { _ = t.module.store.start(t.expire) })
 }
 
@@ -42,7 +42,7 @@ func (t *Token) retain(rule retention.Rule) {
 func (t *Token) expire() {
 	kept := !t.pins.KeptSince().IsZero()
 	t.mu.Lock()
-	over := t.deadline.Over(t.session, kept)
+	over := t.deadline.Over(t.logins.Process(), kept)
 	t.mu.Unlock()
 	if !over {
 		return
@@ -91,7 +91,7 @@ func (t *Token) endsAt(e retention.Event) bool {
 func (t *Token) forgetAt(ctx context.Context, e retention.Event) {
 	t.pins.ForgetKept()
 	t.mu.Lock()
-	p, in := cmp.Or(t.session, t.attempted), t.session != nil
+	p, in := t.logins.Possible(), t.logins.Process() != nil
 	t.mu.Unlock()
 	if p == nil {
 		return

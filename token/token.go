@@ -1,7 +1,6 @@
 package token
 
 import (
-	"cmp"
 	"context"
 	"encoding/hex"
 	"errors"
@@ -15,6 +14,7 @@ import (
 
 	"p11-agent/token/bounds"
 	"p11-agent/token/card"
+	"p11-agent/token/login"
 	"p11-agent/token/objects"
 	"p11-agent/token/pairs"
 	"p11-agent/token/pcsc"
@@ -51,13 +51,8 @@ type Token struct {
 	refusesMechanism map[uint64]bool
 
 	// Its login.
-	session   *process.Process // the process that is logged in, or nil
-	since     time.Time        // when the agent noticed the login
-	logins    uint64           // the number of the last login
-	changes   uint64           // counts changes of the login, for a look that reads it meanwhile
-	stale     *process.Process // was logged in when the card was taken out; nil after the next look
-	attempted *process.Process // began a login, which may have succeeded
-	deadline  retention.Deadline[*process.Process]
+	logins   login.State
+	deadline retention.Deadline[*process.Process]
 }
 
 // newToken makes a Token. The caller holds the module's mu if other goroutines may use the module.
@@ -87,7 +82,7 @@ func (t *Token) lookAgain(ctx context.Context, p *process.Process) error {
 func (t *Token) look(ctx context.Context, p *process.Process, slot *wire.Slot, others []*Token, readers []pcsc.Reader) (int, error) {
 	t.endStale(ctx, p)
 	t.mu.Lock()
-	changes := t.changes
+	mark := t.logins.Mark()
 	t.mu.Unlock()
 	request := wire.Objects{Token: t.ID, Named: objects.Wanted(t.wanted())}
 	if slot != nil {
@@ -107,13 +102,7 @@ func (t *Token) look(ctx context.Context, p *process.Process, slot *wire.Slot, o
 	t.mu.Lock()
 	defer t.mu.Unlock()
 	t.slot.Info = reply.Info
-	switch {
-	case t.changes != changes: // the look may have read the state before the change, or another card
-	case reply.Info.LoggedIn:
-		t.enterLocked(p)
-	case t.session == p:
-		t.session = nil
-	}
+	t.logins.Look(mark, p, reply.Info.LoggedIn)
 	t.holdLocked(set)
 	return reply.Size, nil
 }
@@ -241,33 +230,24 @@ func (t *Token) info() wire.TokenInfo {
 func (t *Token) loggedIn(p *process.Process) bool {
 	t.mu.Lock()
 	defer t.mu.Unlock()
-	return t.session == p
+	return t.logins.Process() == p
 }
 
 // lastLogin returns the number of the last login.
 func (t *Token) lastLogin() uint64 {
 	t.mu.Lock()
 	defer t.mu.Unlock()
-	return t.logins
+	return t.logins.Number()
 }
 
 func (t *Token) setLoggedIn(p *process.Process, in bool) {
 	defer t.module.store.stir()
 	t.mu.Lock()
 	defer t.mu.Unlock()
-	t.changes++
 	if in {
-		t.enterLocked(p)
-		t.logins++
-	} else if t.session == p {
-		t.session = nil
-	}
-}
-
-// enterLocked notes that a process is logged in.
-func (t *Token) enterLocked(p *process.Process) {
-	if t.session != p {
-		t.session, t.since = p, time.Now()
+		t.logins.Begin(p)
+	} else {
+		t.logins.End(p)
 	}
 }
 
@@ -284,20 +264,14 @@ func (t *Token) forget(ctx context.Context) error {
 func (t *Token) logout(ctx context.Context) error {
 	defer t.module.store.stir()
 	t.mu.Lock()
-	p := cmp.Or(t.session, t.attempted)
-	t.session, t.attempted = nil, nil
-	t.changes++
-	logins := t.logins
+	p, done := t.logins.Logout()
 	t.mu.Unlock()
 	if p == nil || p.Err() != nil {
 		return nil // the login went with the process
 	}
 	err := p.Call(ctx, process.LoginTimeout, wire.TypeLogout, &wire.Token{Token: t.ID}, new(wire.TokenReply))
 	t.mu.Lock()
-	t.changes++ // a look may have read the login just before the call
-	if t.session == p && t.logins == logins {
-		t.session = nil // a look may have noted the login
-	}
+	done()
 	t.mu.Unlock()
 	if err != nil && !wire.IsRV(err, wire.CKRUserNotLoggedIn, wire.CKRDeviceRemoved, wire.CKRTokenNotPresent) &&
 		!wire.IsReason(err, wire.ReasonNoToken) && !errors.Is(err, process.ErrGone) {
@@ -318,7 +292,7 @@ func (t *Token) status(present bool) TokenStatus {
 		URI:        pkcs11uri.ForKey(t.ID, "", nil).String(),
 		Module:     t.module.spec.Name,
 		Tries:      pin.TriesOf(t.slot.Info.Flags),
-		LoggedIn:   t.session != nil,
+		LoggedIn:   t.logins.Process() != nil,
 		Shadowed:   t.shadow,
 		Home:       t.belongs,
 		Keys:       t.keys,
@@ -330,9 +304,8 @@ func (t *Token) status(present bool) TokenStatus {
 		Signatures: t.use.Signatures(),
 		LeftOut:    t.objects.LeftOut(),
 	}
-	if t.session != nil {
-		st.LoggedInSince = t.since
-		st.LoginEnds = t.deadline.End(t.session)
+	if p := t.logins.Process(); p != nil {
+		st.LoggedInSince, st.LoginEnds = t.logins.Since(), t.deadline.End(p)
 	}
 	return st
 }

@@ -196,7 +196,7 @@ var rooms = []room{
 		"token",
 		[]string{
 			"agent/joined", "agent/logfold",
-			"token/bounds", "token/card", "token/homes", "token/keygen", "token/objects", "token/usage", "token/known", "token/pace", "token/pairs", "token/pcsc", "token/pin", "token/pkcs11uri", "token/process", "token/readers", "token/registry", "token/operation", "token/retention", "token/selection",
+			"token/login", "token/bounds", "token/card", "token/homes", "token/keygen", "token/objects", "token/usage", "token/known", "token/pace", "token/pairs", "token/pcsc", "token/pin", "token/pkcs11uri", "token/process", "token/readers", "token/registry", "token/operation", "token/retention", "token/selection",
 			"token/statefile", "token/supervise", "token/wire",
 			"pinentry/secret", "pinentry/waiting",
 		},
@@ -226,6 +226,7 @@ var rooms = []room{
 	{"token/pace", []string{}, "a leaf: it counts, and knows nothing of what happens"},
 	{"token/bounds", []string{"token/operation", "token/wire", "pinentry/plain"}, "what is kept of a module is bounded without a module at hand"},
 	{"token/card", []string{"token/pairs", "token/pcsc", "token/process", "token/readers", "token/wire"}, "cards are compared by what a look found: logins and PINs are forgotten elsewhere"},
+	{"token/login", []string{"token/process"}, "what is known of a login is kept without a token at hand"},
 	{"token/objects", []string{"token/bounds", "token/pairs", "token/pkcs11uri", "token/wire"}, "what a look found is kept without a token at hand"},
 	{"token/pairs", []string{"token/wire"}, "key pairs are made of objects without a token at hand"},
 	{"token/pcsc", []string{xsys}, "the users of a reader are found without a module, and without touching a card"},
