@@ -212,6 +212,18 @@ func (k *Key) May(f operation.Function) bool {
 	return false
 }
 
+// Can reports whether the key can do a function with a mechanism (CKM), as far as the token says so.
+// A token that lists no mechanisms may have all of them. Can also counts a mechanism that the agent
+// composes by hashing for the token.
+func (k *Key) Can(f operation.Function, mechanism uint64) bool {
+	t := k.token
+	ways := operation.Ways(k.pair.Public, f, mechanism)
+	t.mu.Lock()
+	listed := slices.ContainsFunc(ways, func(m uint64) bool { return t.listsLocked(f, m) })
+	t.mu.Unlock()
+	return listed && k.May(f)
+}
+
 // An outcome is what an operation gave.
 type outcome struct {
 	answer []byte // of the token
@@ -372,10 +384,14 @@ func (t *Token) prefer(methods []operation.Method) []operation.Method {
 	t.mu.Lock()
 	defer t.mu.Unlock()
 	return operation.Prefer(methods, func(mechanism uint64) bool {
-		listed := slices.ContainsFunc(t.slot.Mechanisms, func(m wire.Mechanism) bool {
-			return m.Type == mechanism && m.Flags&wire.CKFSign != 0
-		})
-		return t.refusesMechanism[mechanism] || len(t.slot.Mechanisms) > 0 && !listed
+		return t.refusesMechanism[mechanism] || !t.listsLocked(operation.Sign, mechanism)
+	})
+}
+
+// listsLocked reports whether the token lists a mechanism for a function. A token may list none.
+func (t *Token) listsLocked(f operation.Function, mechanism uint64) bool {
+	return len(t.slot.Mechanisms) == 0 || slices.ContainsFunc(t.slot.Mechanisms, func(m wire.Mechanism) bool {
+		return m.Type == mechanism && m.Flags&f.Flag() != 0
 	})
 }
 

@@ -248,7 +248,7 @@ var rooms = []room{
 	},
 	{
 		"token/tokentest",
-		[]string{"token", "token/pin", "token/pkcs11uri", "token/registry", "token/wire", "pinentry/secret", xsys},
+		[]string{"token", "token/operation", "token/pin", "token/pkcs11uri", "token/registry", "token/wire", "pinentry/secret", xsys},
 		"a fake stands where a token stands, and knows no more than one",
 	},
 	{"token/usage", []string{"token/process"}, "uses are counted without a token at hand"},

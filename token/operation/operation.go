@@ -164,6 +164,24 @@ var mechanisms = func() map[uint64]bool {
 // Uses reports whether a Plan can have a mechanism (CKM).
 func Uses(mechanism uint64) bool { return mechanisms[mechanism] }
 
+// Ways returns the mechanisms (CKM) of which a token needs one, for a client to use a mechanism with a key. There are
+// none if [For] refuses it.
+func Ways(pub crypto.PublicKey, f Function, mechanism uint64) []uint64 {
+	how, ok := table[use{f, mechanism, keyType(pub)}]
+	switch _, isRSA := pub.(*rsa.PublicKey); {
+	case !ok:
+		return nil
+	case how.hash == 0:
+		return []uint64{mechanism}
+	case how.params == pss:
+		return []uint64{wire.CKMRSAPKCSPSS, mechanism}
+	case isRSA:
+		return []uint64{wire.CKMRSAPKCS, mechanism}
+	default:
+		return []uint64{wire.CKMECDSA, mechanism}
+	}
+}
+
 // A Plan is an operation with one key that a token can do.
 type Plan struct {
 	Function Function

@@ -210,6 +210,13 @@ func TestTable(t *testing.T) {
 		if how.hash != 0 && (len(p.Methods) != 2 || p.DigestOnly) {
 			t.Errorf("%v: %d methods: it cannot be composed", u, len(p.Methods))
 		}
+		var ways []uint64
+		for _, m := range p.Methods {
+			ways = append(ways, m.Mechanism)
+		}
+		if got := Ways(key.Public(), u.function, u.mechanism); !slices.Equal(got, ways) {
+			t.Errorf("%v: ways %#x, and the methods have %#x", u, got, ways)
+		}
 		if u.function == Sign {
 			sig, err := p.Result(raw(t, key, p))
 			if err == nil {
@@ -227,6 +234,9 @@ func TestTable(t *testing.T) {
 			for _, f := range []Function{Sign, Decrypt, Derive, 3} {
 				if _, ok := table[use{f, u.mechanism, keyType}]; ok {
 					continue
+				}
+				if ways := Ways(other.Public(), f, u.mechanism); ways != nil {
+					t.Errorf("%v as %v with %T: ways %#x", u, f, other, ways)
 				}
 				op := op
 				op.Function = f

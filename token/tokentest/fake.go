@@ -656,6 +656,7 @@ var (
 		wire.CKMRSAPKCS, wire.CKMRSAPKCSPSS, wire.CKMECDSA, wire.CKMEdDSA,
 		wire.CKMSHA1RSAPKCS, wire.CKMSHA256RSAPKCS, wire.CKMSHA384RSAPKCS, wire.CKMSHA512RSAPKCS,
 		wire.CKMSHA256RSAPSS, wire.CKMSHA384RSAPSS, wire.CKMSHA512RSAPSS,
+		wire.CKMSHA224RSAPKCS, wire.CKMSHA1RSAPSS, wire.CKMSHA224RSAPSS, wire.CKMECDSASHA224,
 		wire.CKMECDSASHA1, wire.CKMECDSASHA256, wire.CKMECDSASHA384, wire.CKMECDSASHA512,
 		wire.CKMRSAPKCSOAEP, wire.CKMECDH1Derive,
 	}
@@ -1166,6 +1167,8 @@ var hashed = map[uint64]crypto.Hash{
 	wire.CKMSHA512RSAPKCS: crypto.SHA512, wire.CKMSHA256RSAPSS: crypto.SHA256, wire.CKMSHA384RSAPSS: crypto.SHA384,
 	wire.CKMSHA512RSAPSS: crypto.SHA512, wire.CKMECDSASHA1: crypto.SHA1, wire.CKMECDSASHA256: crypto.SHA256,
 	wire.CKMECDSASHA384: crypto.SHA384, wire.CKMECDSASHA512: crypto.SHA512,
+	wire.CKMSHA224RSAPKCS: crypto.SHA224, wire.CKMSHA1RSAPSS: crypto.SHA1, wire.CKMSHA224RSAPSS: crypto.SHA224,
+	wire.CKMECDSASHA224: crypto.SHA224,
 }
 
 var paramHashes = map[uint64]crypto.Hash{
@@ -1189,9 +1192,9 @@ func (k *FakeKey) sign(m *wire.Operate) ([]byte, error) {
 	switch key := k.private.(type) {
 	case *rsa.PrivateKey:
 		switch m.Mechanism {
-		case wire.CKMRSAPKCS, wire.CKMSHA1RSAPKCS, wire.CKMSHA256RSAPKCS, wire.CKMSHA384RSAPKCS, wire.CKMSHA512RSAPKCS:
+		case wire.CKMRSAPKCS, wire.CKMSHA1RSAPKCS, wire.CKMSHA224RSAPKCS, wire.CKMSHA256RSAPKCS, wire.CKMSHA384RSAPKCS, wire.CKMSHA512RSAPKCS:
 			return rsa.SignPKCS1v15(nil, key, hash, data) // without a hash: as it is
-		case wire.CKMRSAPKCSPSS, wire.CKMSHA256RSAPSS, wire.CKMSHA384RSAPSS, wire.CKMSHA512RSAPSS:
+		case wire.CKMRSAPKCSPSS, wire.CKMSHA1RSAPSS, wire.CKMSHA224RSAPSS, wire.CKMSHA256RSAPSS, wire.CKMSHA384RSAPSS, wire.CKMSHA512RSAPSS:
 			of, ok := paramHashes[m.Params.Hash]
 			if !ok {
 				return nil, errors.New("no such hash")

@@ -43,6 +43,8 @@ type Subject struct {
 	Token   string          // label
 	PIN     string          // not to be found by chance in a log
 	Keys    map[string]byte // ID of a key of each kind, such as P256
+	// Decrypts and Derives are IDs of keys for that. 0: those of Keys do.
+	Decrypts, Derives byte
 	// Wrong returns how many wrong PINs have reached the token; nil when it does
 	// not tell.
 	Wrong func() int
@@ -220,6 +222,12 @@ func Run(t *testing.T, open func(t *testing.T) Subject) {
 		{"ProcessKilled", testKilled},
 		{"ProcessKilledWhileSigning", testKilledWhileSigning},
 		{"CloseWithRequests", testClose},
+		{"OperateSigns", testOperateSigns},
+		{"OperateDecrypts", testDecrypts},
+		{"OperateDerives", testDerives},
+		{"OperateRefuses", testOperateRefuses},
+		{"OperateCancelled", testOperateCancelled},
+		{"ProcessKilledWhileDecrypting", testKilledWhileDecrypting},
 	}
 	for _, tt := range tests {
 		t.Run(tt.name, func(t *testing.T) { tt.run(t, open(t)) })

@@ -343,6 +343,19 @@ func (f Function) String() string {
 	return fmt.Sprintf("function %d", uint8(f))
 }
 
+// Flag returns the flag (CKF) of the mechanisms that do the Function.
+func (f Function) Flag() uint64 {
+	switch f {
+	case Sign:
+		return CKFSign
+	case Decrypt:
+		return CKFDecrypt
+	case Derive:
+		return CKFDerive
+	}
+	return 0
+}
+
 // Secret reports whether the result of the Function is a secret.
 func (f Function) Secret() bool { return f != Sign }
 
