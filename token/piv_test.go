@@ -26,6 +26,8 @@ func TestPIV(t *testing.T) {
 		pivcard.Authentication: {Algorithm: pivcard.P256},
 		pivcard.KeyManagement:  {Algorithm: pivcard.RSA2048, Usage: x509.KeyUsageDigitalSignature},
 		pivcard.Retired:        {Algorithm: pivcard.P384, Usage: x509.KeyUsageDigitalSignature},
+		pivcard.Retired + 1:    {Algorithm: pivcard.RSA2048}, // decrypts
+		pivcard.Retired + 2:    {Algorithm: pivcard.P256},    // derives
 	}
 	tests := []struct {
 		name, module string
@@ -55,7 +57,8 @@ func TestPIV(t *testing.T) {
 			p.Insert(0, card)
 			s := tokentest.Subject{
 				Spec: realSpec("piv", module, p.Env()...), Command: self, Token: "piv", PIN: pivPIN,
-				Keys:  map[string]byte{tokentest.P256: 1, tokentest.RSA2048: 3, tokentest.P384: 5},
+				Keys:     map[string]byte{tokentest.P256: 1, tokentest.RSA2048: 3, tokentest.P384: 5},
+				Decrypts: 6, Derives: 7,
 				Wrong: func() int { return card.Counts().Wrong },
 			}
 			if strings.HasPrefix(tt.name, "Yubico") {
