@@ -11,6 +11,7 @@ import (
 	"p11-agent/agent/request"
 	"p11-agent/agent/request/requesttest"
 	"p11-agent/agent/sshkey/keytest"
+	"p11-agent/pinentry/secret/secrettest"
 )
 
 // everyKey returns rules with the same policy for every key.
@@ -36,7 +37,7 @@ func TestApprovalForgotten(t *testing.T) {
 	}{
 		"nothing": {func(*testing.T, *fixture, *fakeKey) {}, true},
 		"lock": {func(t *testing.T, f *fixture, _ *fakeKey) {
-			if err := errors.Join(f.Lock(t.Context(), local, phrase(t, "x")), f.Unlock(t.Context(), local, phrase(t, "x"))); err != nil {
+			if err := errors.Join(f.Lock(t.Context(), local, secrettest.Of(t, "x")), f.Unlock(t.Context(), local, secrettest.Of(t, "x"))); err != nil {
 				t.Fatal(err)
 			}
 		}, false},

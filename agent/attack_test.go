@@ -17,6 +17,7 @@ import (
 	"p11-agent/agent/peer"
 	"p11-agent/agent/request"
 	"p11-agent/agent/sshkey/keytest"
+	"p11-agent/pinentry/secret/secrettest"
 )
 
 // The tests of this file attack the keyring. Attacks on whole programs are in
@@ -229,7 +230,7 @@ func TestAttack02PIN(t *testing.T) {
 			t.Fatal(err)
 		}
 		k.asks = asks
-		if err := f.AddToken(t.Context(), local, request.Token{Provider: []byte(k.uri), PIN: phrase(t, "1234")}); err != nil {
+		if err := f.AddToken(t.Context(), local, request.Token{Provider: []byte(k.uri), PIN: secrettest.Of(t, "1234")}); err != nil {
 			t.Fatal(err)
 		}
 		k.asks = false
@@ -434,7 +435,7 @@ func TestAttack04Walk(t *testing.T) {
 	}
 	add := func(provider string) do {
 		return func(w *walls, c *request.Caller) error {
-			return w.AddToken(ctx, c, request.Token{Provider: []byte(provider), PIN: phrase(t, "0000"), Constraints: request.Constraints{Lifetime: time.Hour}})
+			return w.AddToken(ctx, c, request.Token{Provider: []byte(provider), PIN: secrettest.Of(t, "0000"), Constraints: request.Constraints{Lifetime: time.Hour}})
 		}
 	}
 	removeToken := func(provider string) do {
@@ -515,12 +516,12 @@ func TestAttack04Walk(t *testing.T) {
 		{"Remove", "one in memory", remove(soft), "main confirm forwarded login"},
 		{"Remove", "one of the other agent", remove(theirs), "main confirm forwarded login"},
 		{"RemoveAll", "", func(w *walls, c *request.Caller) error { return w.RemoveAll(ctx, c) }, "main some confirm forwarded some-fwd login"},
-		{"Lock", "", func(w *walls, c *request.Caller) error { return w.Lock(ctx, c, phrase(t, "x")) }, "main confirm"},
-		{"Unlock", "", func(w *walls, c *request.Caller) error { return w.Unlock(ctx, c, phrase(t, "sesame")) }, "locked"},
+		{"Lock", "", func(w *walls, c *request.Caller) error { return w.Lock(ctx, c, secrettest.Of(t, "x")) }, "main confirm"},
+		{"Unlock", "", func(w *walls, c *request.Caller) error { return w.Unlock(ctx, c, secrettest.Of(t, "sesame")) }, "locked"},
 		{"Pass", "", func(w *walls, c *request.Caller) error { _, err := w.Pass(ctx, c, []byte{1}); return err }, "main forwarded login"},
 		{"Status", "", func(w *walls, c *request.Caller) error { _, err := w.Status(ctx, c, nil); return err }, "main locked"},
 		{"Login", "", func(w *walls, c *request.Caller) error {
-			_, err := w.Login(ctx, c, request.TokenLogin{Provider: []byte("pkcs11:token=a"), PIN: phrase(t, "1234")})
+			_, err := w.Login(ctx, c, request.TokenLogin{Provider: []byte("pkcs11:token=a"), PIN: secrettest.Of(t, "1234")})
 			return err
 		}, "main"},
 		{"Logout", "", func(w *walls, c *request.Caller) error { return w.Logout(ctx, c, nil) }, "main locked"},
@@ -533,7 +534,7 @@ func TestAttack04Walk(t *testing.T) {
 			t.Run(strings.TrimSpace(row.method+" "+row.what)+" "+column, func(t *testing.T) {
 				w := newWalls(t)
 				if column == "locked" {
-					if err := w.Lock(ctx, local, phrase(t, "sesame")); err != nil {
+					if err := w.Lock(ctx, local, secrettest.Of(t, "sesame")); err != nil {
 						t.Fatal(err)
 					}
 					w.tokens.logouts = 0
@@ -592,7 +593,7 @@ func TestAttack04PIN(t *testing.T) {
 	w := newWalls(t)
 	some := &request.Caller{Socket: &request.Socket{Only: []request.Selection{prefix("pkcs11:token=b;id=1")}}}
 	for _, provider := range []string{"pkcs11:token=a", "pkcs11:token=d", "pkcs11:token=b;id=2", "pkcs11:token=none"} {
-		err := w.AddToken(t.Context(), some, request.Token{Provider: []byte(provider), PIN: phrase(t, "0000")})
+		err := w.AddToken(t.Context(), some, request.Token{Provider: []byte(provider), PIN: secrettest.Of(t, "0000")})
 		if err == nil || err.Error() != "no match" {
 			t.Errorf("%s: %v", provider, err)
 		}

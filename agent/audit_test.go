@@ -14,6 +14,7 @@ import (
 	"p11-agent/agent/request"
 	"p11-agent/agent/sshkey/keytest"
 	"p11-agent/pinentry/secret"
+	"p11-agent/pinentry/secret/secrettest"
 )
 
 // Each request has a single line in the log, for each outcome.
@@ -21,19 +22,8 @@ func TestOneLineEach(t *testing.T) {
 	key, host, hop := edKey("pkcs11:token=a;id=1"), edKey("host"), edKey("hop")
 	hostKey, hopKey := publicOf(t, host), publicOf(t, hop)
 	soft := keytest.New(t)
-	phrase := func() *secret.Secret { // each call needs a new one
-		s, err := secret.From([]byte("open-sesame"))
-		if err != nil {
-			t.Fatal(err)
-		}
-		t.Cleanup(s.Wipe)
-		return s
-	}
-	pin, err := secret.From([]byte("8-apples"))
-	if err != nil {
-		t.Fatal(err)
-	}
-	defer pin.Wipe()
+	phrase := func() *secret.Secret { return secrettest.Of(t, "open-sesame") } // each call needs a new one
+	pin := secrettest.Of(t, "8-apples")
 	gone, cancel := context.WithCancel(t.Context())
 	cancel()
 	away := &request.Caller{

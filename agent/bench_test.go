@@ -16,6 +16,7 @@ import (
 
 	"p11-agent/agent/approval"
 	"p11-agent/agent/certdir"
+	"p11-agent/agent/logfold/logtest"
 	"p11-agent/agent/peer"
 	"p11-agent/agent/request"
 	"p11-agent/agent/sshkey/keytest"
@@ -82,24 +83,13 @@ func loginRequest(key request.Key) request.Sign {
 	}
 }
 
-// logFile returns a log like that of an agent in the background.
-func logFile(tb testing.TB) slog.Handler {
-	tb.Helper()
-	f, err := os.OpenFile(filepath.Join(tb.TempDir(), "log"), os.O_WRONLY|os.O_CREATE|os.O_APPEND, 0o600)
-	if err != nil {
-		tb.Fatal(err)
-	}
-	tb.Cleanup(func() { f.Close() })
-	return slog.NewTextHandler(f, nil)
-}
-
 // BenchmarkSign measures the cost of a request without its signature. It has to be small
 // beside a signature. It runs without a log, and with a log in a file.
 func BenchmarkSign(b *testing.B) {
 	for _, log := range []struct {
 		name    string
 		handler slog.Handler
-	}{{"unlogged", slog.DiscardHandler}, {"logged", logFile(b)}} {
+	}{{"unlogged", slog.DiscardHandler}, {"logged", logtest.File(b)}} {
 		k, keys := stillKeyring(b, log.handler, 2)
 		for _, r := range []struct {
 			name string
@@ -155,7 +145,7 @@ func BenchmarkEvent(b *testing.B) {
 	for _, log := range []struct {
 		name    string
 		handler slog.Handler
-	}{{"unlogged", slog.DiscardHandler}, {"logged", logFile(b)}} {
+	}{{"unlogged", slog.DiscardHandler}, {"logged", logtest.File(b)}} {
 		b.Run(log.name, func(b *testing.B) {
 			k, _ := stillKeyring(b, log.handler, 1)
 			id := k.now().identities[0]

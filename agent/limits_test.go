@@ -16,6 +16,7 @@ import (
 	"p11-agent/agent/approval"
 	"p11-agent/agent/request"
 	"p11-agent/agent/sshkey/keytest"
+	"p11-agent/pinentry/secret/secrettest"
 )
 
 func addKey(k keytest.Key, c request.Constraints) request.AddKey {
@@ -365,8 +366,8 @@ func TestSocketRules(t *testing.T) {
 		"remove":        func() error { return f.Remove(ctx, readOnly, wireOf(a)) },
 		"remove tokens": func() error { return f.RemoveToken(ctx, readOnly, request.Token{Provider: []byte("pkcs11:")}) },
 		"remove all":    func() error { return f.RemoveAll(ctx, readOnly) },
-		"lock":          func() error { return f.Lock(ctx, readOnly, phrase(t, "x")) },
-		"unlock":        func() error { return f.Unlock(ctx, readOnly, phrase(t, "x")) },
+		"lock":          func() error { return f.Lock(ctx, readOnly, secrettest.Of(t, "x")) },
+		"unlock":        func() error { return f.Unlock(ctx, readOnly, secrettest.Of(t, "x")) },
 		"pass": func() error {
 			_, err := f.Pass(ctx, readOnly, []byte{1})
 			return err

@@ -11,18 +11,8 @@ import (
 	"p11-agent/agent/approval"
 	"p11-agent/agent/request"
 	"p11-agent/agent/sshkey/keytest"
-	"p11-agent/pinentry/secret"
+	"p11-agent/pinentry/secret/secrettest"
 )
-
-func phrase(t testing.TB, text string) *secret.Secret {
-	t.Helper()
-	s, err := secret.From([]byte(text))
-	if err != nil {
-		t.Fatal(err)
-	}
-	t.Cleanup(s.Wipe)
-	return s
-}
 
 func TestLock(t *testing.T) {
 	k, soft := edKey("pkcs11:token=a"), keytest.New(t)
@@ -32,14 +22,14 @@ func TestLock(t *testing.T) {
 	if err := f.Add(ctx, local, addKey(soft, request.Constraints{})); err != nil {
 		t.Fatal(err)
 	}
-	if err := f.Unlock(ctx, local, phrase(t, "sesame")); !errors.Is(err, errNotLocked) {
+	if err := f.Unlock(ctx, local, secrettest.Of(t, "sesame")); !errors.Is(err, errNotLocked) {
 		t.Errorf("unlock what is open: %v", err)
 	}
-	if err := f.Lock(ctx, local, phrase(t, "")); !errors.Is(err, errNoPhrase) {
+	if err := f.Lock(ctx, local, secrettest.Of(t, "")); !errors.Is(err, errNoPhrase) {
 		t.Errorf("lock without a passphrase: %v", err)
 	}
 	f.wantList(t, k.uri, "file")
-	if err := f.Lock(ctx, local, phrase(t, "sesame")); err != nil {
+	if err := f.Lock(ctx, local, secrettest.Of(t, "sesame")); err != nil {
 		t.Fatal(err)
 	}
 	f.wantList(t)
@@ -56,7 +46,7 @@ func TestLock(t *testing.T) {
 		"remove":        func() error { return f.Remove(ctx, local, wireOf(k)) },
 		"remove tokens": func() error { return f.RemoveToken(ctx, local, request.Token{Provider: []byte("pkcs11:")}) },
 		"remove all":    func() error { return f.RemoveAll(ctx, local) },
-		"lock":          func() error { return f.Lock(ctx, local, phrase(t, "other")) },
+		"lock":          func() error { return f.Lock(ctx, local, secrettest.Of(t, "other")) },
 		"pass": func() error {
 			_, err := f.Pass(ctx, local, []byte{1})
 			return err
@@ -66,11 +56,11 @@ func TestLock(t *testing.T) {
 			t.Errorf("%s while locked: %v", what, err)
 		}
 	}
-	if err := f.Unlock(ctx, local, phrase(t, "sesame!")); !errors.Is(err, errWrongPhrase) {
+	if err := f.Unlock(ctx, local, secrettest.Of(t, "sesame!")); !errors.Is(err, errWrongPhrase) {
 		t.Errorf("wrong passphrase: %v", err)
 	}
 	f.wantList(t)
-	if err := f.Unlock(ctx, local, phrase(t, "sesame")); err != nil {
+	if err := f.Unlock(ctx, local, secrettest.Of(t, "sesame")); err != nil {
 		t.Fatal(err)
 	}
 	f.wantList(t, k.uri, "file")
@@ -84,10 +74,10 @@ func TestLock(t *testing.T) {
 func TestUnlockDelay(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		f := newFixture(Options{})
-		if err := f.Lock(t.Context(), local, phrase(t, "sesame")); err != nil {
+		if err := f.Lock(t.Context(), local, secrettest.Of(t, "sesame")); err != nil {
 			t.Fatal(err)
 		}
-		wrong, right := phrase(t, "wrong"), phrase(t, "sesame")
+		wrong, right := secrettest.Of(t, "wrong"), secrettest.Of(t, "sesame")
 		for n := range 120 {
 			began := time.Now()
 			if err := f.Unlock(t.Context(), local, wrong); !errors.Is(err, errWrongPhrase) {
@@ -149,7 +139,7 @@ func TestLockEndsSignatures(t *testing.T) {
 		end <- err
 	}()
 	<-waits
-	if err := f.Lock(t.Context(), local, phrase(t, "sesame")); err != nil {
+	if err := f.Lock(t.Context(), local, secrettest.Of(t, "sesame")); err != nil {
 		t.Fatal(err)
 	}
 	if err := <-end; !errors.Is(err, request.ErrLocked) {

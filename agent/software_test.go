@@ -14,6 +14,7 @@ import (
 	"p11-agent/agent/approval"
 	"p11-agent/agent/request"
 	"p11-agent/agent/sshkey/keytest"
+	"p11-agent/pinentry/secret/secrettest"
 )
 
 func TestSoftwareKeys(t *testing.T) {
@@ -239,7 +240,7 @@ func TestUpstream(t *testing.T) {
 		t.Errorf("got %v", err)
 	}
 	// While the agent is locked, no request computes.
-	if err := f.Lock(t.Context(), local, phrase(t, "x")); err != nil {
+	if err := f.Lock(t.Context(), local, secrettest.Of(t, "x")); err != nil {
 		t.Fatal(err)
 	}
 	f.wantList(t)

@@ -18,8 +18,6 @@ import (
 	"testing"
 	"time"
 
-	"golang.org/x/sys/unix"
-
 	"p11-agent/agent/door/doortest"
 	"p11-agent/agent/peer/proctest"
 	"p11-agent/agent/peer/terminaltest"
@@ -258,32 +256,6 @@ func (s *stage) hanging(n int) []int {
 		return len(pids) >= n
 	})
 	return pids
-}
-
-// pty returns the two ends of a terminal that no program reads from.
-func pty(t *testing.T) (far, tty *os.File) {
-	t.Helper()
-	far, err := os.OpenFile("/dev/ptmx", os.O_RDWR|unix.O_NOCTTY, 0)
-	if err != nil {
-		t.Fatal(err)
-	}
-	t.Cleanup(func() { _ = far.Close() })
-	err = control(far, func(fd int) error {
-		if err := unix.IoctlSetPointerInt(fd, unix.TIOCSPTLCK, 0); err != nil {
-			return err
-		}
-		fd, err := unix.IoctlRetInt(fd, unix.TIOCGPTPEER)
-		if err != nil {
-			return err
-		}
-		tty = os.NewFile(uintptr(fd), "tty")
-		return nil
-	})
-	if err != nil {
-		t.Fatal(err)
-	}
-	t.Cleanup(func() { _ = tty.Close() })
-	return far, tty
 }
 
 // noLeaks fails the test if it leaves a goroutine, a process, a file descriptor or a secret

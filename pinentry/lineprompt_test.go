@@ -15,6 +15,7 @@ import (
 	"golang.org/x/sys/unix"
 
 	"p11-agent/agent/peer/proctest"
+	"p11-agent/agent/peer/terminaltest"
 )
 
 // linePromptTest is the argument that makes this test the program of LinePrompt.
@@ -76,7 +77,7 @@ func plainStage(t *testing.T) (*stage, *person) {
 		t.Fatal(err)
 	}
 	s.LinePrompt = []string{"pinentry.test", linePromptTest}
-	far, _ := pty(t)
+	far, _ := terminaltest.New(t)
 	tty, err := os.OpenFile(fmt.Sprintf("/dev/pts/%d", must(unix.IoctlGetInt(int(far.Fd()), unix.TIOCGPTN))), os.O_RDWR|unix.O_NOCTTY, 0)
 	if err != nil {
 		t.Fatal(err)

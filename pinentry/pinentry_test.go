@@ -19,6 +19,7 @@ import (
 
 	"p11-agent/agent/door/doortest"
 	"p11-agent/agent/peer/proctest"
+	"p11-agent/agent/peer/terminaltest"
 	"p11-agent/pinentry/secret"
 	"p11-agent/pinentry/secret/secrettest"
 )
@@ -506,7 +507,7 @@ func TestMessage(t *testing.T) {
 func TestPinentryOptions(t *testing.T) {
 	s := newStage(t, "pin-plain")
 	s.NoGrab = true
-	_, s.place.TTY = pty(t)
+	_, s.place.TTY = terminaltest.New(t)
 	s.place.TTYType = "xterm"
 	s.place.Display, s.place.Locale = ":7", "de_DE.UTF-8"
 	d := s.open(t.Context())
@@ -717,7 +718,7 @@ func TestFallback(t *testing.T) {
 			c.place.UserData = s.place.UserData
 			s.place, s.Askpass = c.place, c.askpass
 			if c.tty {
-				_, s.place.TTY = pty(t)
+				_, s.place.TTY = terminaltest.New(t)
 			}
 			logged := s.logs()
 			d, err := s.Open(t.Context(), s.place)
@@ -769,7 +770,7 @@ func TestTerminalInUse(t *testing.T) {
 	}
 	t.Run("raw", func(t *testing.T) {
 		s := newStage(t, "pin-plain")
-		_, s.place.TTY = pty(t)
+		_, s.place.TTY = terminaltest.New(t)
 		d := s.open(t.Context())
 		modes(t, s.place.TTY, func(m *unix.Termios) { m.Lflag &^= unix.ICANON })
 		if _, err := d.PIN(t.Context(), Prompt{}); !errors.Is(err, ErrNoPrompt) || !errors.Is(err, errNotLineMode) {
@@ -787,7 +788,7 @@ func TestTerminalInUse(t *testing.T) {
 	})
 	t.Run("not the client's", func(t *testing.T) {
 		s := newStage(t, "pin-plain")
-		_, s.place.TTY = pty(t)
+		_, s.place.TTY = terminaltest.New(t)
 		away := errors.New("ssh (1) is in the background of its terminal")
 		s.place.Check = func() error { return away }
 		if _, err := s.open(t.Context()).PIN(t.Context(), Prompt{}); !errors.Is(err, ErrNoPrompt) || !errors.Is(err, away) {
@@ -796,7 +797,7 @@ func TestTerminalInUse(t *testing.T) {
 	})
 	t.Run("not any more", func(t *testing.T) {
 		s := newStage(t, "never")
-		_, s.place.TTY = pty(t)
+		_, s.place.TTY = terminaltest.New(t)
 		away := errors.New("ssh (1) is in the background of its terminal")
 		var gone atomic.Bool
 		s.place.Check = func() error {
@@ -854,7 +855,7 @@ func TestEnvironmentIsMadeForTheProgram(t *testing.T) {
 		Display: ":7", WaylandDisplay: "wayland-0", XAuthority: "/x", DBusAddress: "unix:path=/bus", RuntimeDir: "/run/user/0",
 		TTYType: "xterm", Locale: "de_DE", UserData: user,
 	}
-	_, s.place.TTY = pty(t)
+	_, s.place.TTY = terminaltest.New(t)
 	pin, err := s.open(t.Context()).PIN(t.Context(), Prompt{})
 	if err != nil {
 		t.Fatal(err)
@@ -1116,8 +1117,8 @@ func TestTurns(t *testing.T) {
 }
 
 func TestSpotsKnowATerminalByItsNumber(t *testing.T) {
-	_, tty := pty(t)
-	_, another := pty(t)
+	_, tty := terminaltest.New(t)
+	_, another := terminaltest.New(t)
 	again, err := os.OpenFile(fmt.Sprintf("/proc/self/fd/%d", tty.Fd()), os.O_RDWR|unix.O_NOCTTY, 0)
 	if err != nil {
 		t.Fatal(err)
@@ -1186,22 +1187,13 @@ func TestMemoryHasNoPINAfterWipe(t *testing.T) {
 			t.Fatal("not the PIN that was given")
 		}
 	}
-	if n := copies(t, inverted); n != secrettest.Found(1) {
+	if n := secrettest.Count(t, inverted); n != secrettest.Found(1) {
 		t.Errorf("the process holds the PIN %d times, not once", n)
 	}
 	pin.Wipe()
-	if n := copies(t, inverted); n != 0 {
+	if n := secrettest.Count(t, inverted); n != 0 {
 		t.Errorf("the process still holds the PIN %d times", n)
 	}
-}
-
-func copies(t *testing.T, inverted []byte) int {
-	t.Helper()
-	n, err := secrettest.Copies(inverted)
-	if err != nil {
-		t.Fatal(err)
-	}
-	return n
 }
 
 func TestProgramInAScript(t *testing.T) {

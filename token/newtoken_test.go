@@ -4,19 +4,11 @@ import (
 	"strings"
 	"testing"
 
-	"p11-agent/pinentry/secret"
+	"p11-agent/pinentry/secret/secrettest"
 	"p11-agent/token"
 	"p11-agent/token/keygen"
 	"p11-agent/token/tokentest"
 )
-
-func pinOf(t *testing.T, text string) *secret.Secret {
-	t.Helper()
-	s, err := secret.From([]byte(text))
-	mustNot(t, err)
-	t.Cleanup(s.Wipe)
-	return s
-}
 
 // A module makes a token. The agent asks for no PIN. The given PIN becomes the PIN of the user.
 // Other tokens do not change.
@@ -48,24 +40,24 @@ func TestNewToken(t *testing.T) {
 			<-s.Settled()
 			old := s.Modules()[0].Tokens[0].URI
 			if m.short != "" {
-				_, err := s.NewToken(t.Context(), "maker", "new", pinOf(t, m.short))
+				_, err := s.NewToken(t.Context(), "maker", "new", secrettest.Of(t, m.short))
 				if err == nil || !strings.Contains(err.Error(), "a PIN has ") {
 					t.Errorf("a PIN that is too short: %v", err)
 				}
 				want(t, "tokens after a PIN that is too short", len(s.Modules()[0].Tokens), 1)
 			}
-			name, err := s.NewToken(t.Context(), "maker", "new", pinOf(t, newPIN))
+			name, err := s.NewToken(t.Context(), "maker", "new", secrettest.Of(t, newPIN))
 			mustNot(t, err)
 			if name == old || !strings.Contains(name, "token=new") {
 				t.Errorf("the new token is %s, and the old one %s", name, old)
 			}
-			k, err := s.Generate(t.Context(), uri(t, name+";object=login"), keygen.ECDSAP256, pinOf(t, newPIN))
+			k, err := s.Generate(t.Context(), uri(t, name+";object=login"), keygen.ECDSAP256, secrettest.Of(t, newPIN))
 			mustNot(t, err)
 			noError(t, tokentest.Sign(t.Context(), k.Key))
-			_, err = s.Generate(t.Context(), uri(t, old+";object=login"), keygen.ECDSAP256, pinOf(t, newPIN))
+			_, err = s.Generate(t.Context(), uri(t, old+";object=login"), keygen.ECDSAP256, secrettest.Of(t, newPIN))
 			noError(t, err)
 			want(t, "prompts", person.Prompts(), 0)
-			_, err = s.NewToken(t.Context(), "nothing", "new", pinOf(t, newPIN))
+			_, err = s.NewToken(t.Context(), "nothing", "new", secrettest.Of(t, newPIN))
 			if err == nil || !strings.Contains(err.Error(), `no module "nothing"`) {
 				t.Errorf("of a module that is not there: %v", err)
 			}
@@ -82,7 +74,7 @@ func TestNewTokenFails(t *testing.T) {
 	<-s.Settled()
 	for _, command := range []string{"rv=C_InitToken:0x30", "crash=C_InitToken", "rv=C_InitPIN:0x30", "crash=C_InitPIN"} {
 		b.command(command)
-		if _, err := s.NewToken(t.Context(), "bad", "new", pinOf(t, newPIN)); err == nil {
+		if _, err := s.NewToken(t.Context(), "bad", "new", secrettest.Of(t, newPIN)); err == nil {
 			t.Errorf("%s: a token was made", command)
 		}
 	}
@@ -91,9 +83,9 @@ func TestNewTokenFails(t *testing.T) {
 		_ = s.Rescan(t.Context()) // ends the pause
 		return status(s, "bad").Err == nil
 	})
-	name, err := s.NewToken(t.Context(), "bad", "sound", pinOf(t, newPIN))
+	name, err := s.NewToken(t.Context(), "bad", "sound", secrettest.Of(t, newPIN))
 	mustNot(t, err)
-	k, err := s.Generate(t.Context(), uri(t, name), keygen.ECDSAP256, pinOf(t, newPIN))
+	k, err := s.Generate(t.Context(), uri(t, name), keygen.ECDSAP256, secrettest.Of(t, newPIN))
 	mustNot(t, err)
 	noError(t, tokentest.Sign(t.Context(), k.Key))
 }
@@ -105,7 +97,7 @@ func TestNewTokenOnACard(t *testing.T) {
 	s := tokentest.Store(t, token.Options{
 		Modules: []token.ModuleSpec{realSpec("opensc", module, p.Env()...)}, Command: self, PINs: &tokentest.Person{},
 	}, newPIN)
-	_, err := s.NewToken(t.Context(), "opensc", "new", pinOf(t, newPIN))
+	_, err := s.NewToken(t.Context(), "opensc", "new", secrettest.Of(t, newPIN))
 	if err == nil || !strings.Contains(err.Error(), "no room for a new token") {
 		t.Errorf("got %v", err)
 	}

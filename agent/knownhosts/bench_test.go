@@ -4,6 +4,8 @@ import (
 	"path/filepath"
 	"strings"
 	"testing"
+
+	"p11-agent/agent/sshkey/keytest"
 )
 
 // BenchmarkLookup measures what the name of a host costs each login: a plain name, and a
@@ -12,10 +14,10 @@ func BenchmarkLookup(b *testing.B) {
 	const hashed = "|1|Yv5T1yXkB1Zp0kF3l7l0rGmJ1bA=|0Q4WJ8n0dC0d3Z0cW6o8m0h1d2M=" // no guess has it
 	for _, name := range []string{"example.org", hashed} {
 		b.Run(name[:3], func(b *testing.B) {
-			key := newSigner(b).PublicKey()
+			key := keytest.New(b).Public
 			var text strings.Builder
 			for range 500 {
-				text.WriteString(line("other.example.org", newSigner(b).PublicKey()))
+				text.WriteString(line("other.example.org", keytest.New(b).Public))
 			}
 			text.WriteString(line(name, key))
 			f := New(write(b, filepath.Join(b.TempDir(), "known_hosts"), text.String()))

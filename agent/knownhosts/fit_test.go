@@ -11,6 +11,8 @@ import (
 	"slices"
 	"strings"
 	"testing"
+
+	"p11-agent/agent/sshkey/keytest"
 )
 
 // hashOf is a name as ssh-keygen -H writes it.
@@ -118,7 +120,7 @@ func TestFit(t *testing.T) {
 		{"", "*,x", No},
 	} {
 		t.Run(test.hosts+" in "+test.patterns, func(t *testing.T) {
-			key := newSigner(t).PublicKey()
+			key := keytest.New(t).Public
 			var file string
 			for hosts := range strings.SplitSeq(test.hosts, "\n") {
 				if hosts != "" {

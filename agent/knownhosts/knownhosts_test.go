@@ -1,7 +1,6 @@
 package knownhosts
 
 import (
-	"crypto/ed25519"
 	"crypto/rand"
 	"crypto/rsa"
 	"encoding/base64"
@@ -16,21 +15,9 @@ import (
 
 	"golang.org/x/crypto/ssh"
 
+	"p11-agent/agent/sshkey/keytest"
 	"p11-agent/pinentry/plain"
 )
-
-func newSigner(t testing.TB) ssh.Signer {
-	t.Helper()
-	_, key, err := ed25519.GenerateKey(rand.Reader)
-	if err != nil {
-		t.Fatal(err)
-	}
-	s, err := ssh.NewSignerFromKey(key)
-	if err != nil {
-		t.Fatal(err)
-	}
-	return s
-}
 
 func line(hosts string, key ssh.PublicKey) string {
 	return fmt.Sprintf("%s %s %s\n", hosts, key.Type(), base64.StdEncoding.EncodeToString(key.Marshal()))
@@ -47,8 +34,8 @@ func write(t testing.TB, path, text string) string {
 func guesses(names ...string) func() []string { return func() []string { return names } }
 
 func TestLookup(t *testing.T) {
-	key, other := newSigner(t).PublicKey(), newSigner(t).PublicKey()
-	authority := newSigner(t)
+	key, other := keytest.New(t).Public, keytest.New(t).Public
+	authority := keytest.New(t).Signer
 	certify := func(kind uint32, until time.Time, names ...string) *ssh.Certificate {
 		c := &ssh.Certificate{Key: key, CertType: kind, ValidPrincipals: names, ValidBefore: uint64(until.Unix())}
 		if err := c.SignCert(rand.Reader, authority); err != nil {
@@ -149,8 +136,8 @@ func TestHashed(t *testing.T) {
 		}
 		t.Skip("this needs ssh-keygen")
 	}
-	key := newSigner(t).PublicKey()
-	file := write(t, filepath.Join(t.TempDir(), "known_hosts"), line("example.org,[example.org]:2222", key)+line("other.example.org", newSigner(t).PublicKey()))
+	key := keytest.New(t).Public
+	file := write(t, filepath.Join(t.TempDir(), "known_hosts"), line("example.org,[example.org]:2222", key)+line("other.example.org", keytest.New(t).Public))
 	if out, err := exec.Command("ssh-keygen", "-q", "-H", "-f", file).CombinedOutput(); err != nil {
 		t.Fatalf("%v\n%s", err, out)
 	}
@@ -183,14 +170,14 @@ func TestHashed(t *testing.T) {
 	if got := f.Lookup(key, nil); !slices.Equal(got.Names, []string{"another.example.org"}) {
 		t.Errorf("when the file has changed: %+v", got)
 	}
-	if got := New(file).Lookup(newSigner(t).PublicKey(), nil); got.Hashed || got.Names != nil {
+	if got := New(file).Lookup(keytest.New(t).Public, nil); got.Hashed || got.Names != nil {
 		t.Errorf("a key that is not there: %+v", got)
 	}
 }
 
 // A file that others can change, or that is not a regular file, tells nothing.
 func TestNotBelieved(t *testing.T) {
-	key := newSigner(t).PublicKey()
+	key := keytest.New(t).Public
 	dir := t.TempDir()
 	file := write(t, filepath.Join(dir, "known_hosts"), line("example.org", key))
 	if err := os.Chmod(file, 0o666); err != nil {
@@ -219,13 +206,13 @@ func TestNotBelieved(t *testing.T) {
 // A change of a file counts at once: ssh writes the name of a new host there just
 // before it logs in.
 func TestChange(t *testing.T) {
-	key := newSigner(t).PublicKey()
+	key := keytest.New(t).Public
 	file := filepath.Join(t.TempDir(), "known_hosts")
 	f := New(file)
 	if got := f.Lookup(key, nil); got.Names != nil {
 		t.Fatalf("%+v", got)
 	}
-	for _, text := range []string{line("example.org", key), line("example.org,192.0.2.1", key), line("example.org", newSigner(t).PublicKey()), ""} {
+	for _, text := range []string{line("example.org", key), line("example.org,192.0.2.1", key), line("example.org", keytest.New(t).Public), ""} {
 		write(t, file, text)
 		if got, want := f.Lookup(key, nil), New(file).Lookup(key, nil); !slices.Equal(got.Names, want.Names) {
 			t.Errorf("%+v, want %+v", got, want)
@@ -280,7 +267,7 @@ func TestConfigWords(t *testing.T) {
 // FuzzParse: for any content of a file, names are printable and few, and each is in the
 // file or was guessed.
 func FuzzParse(f *testing.F) {
-	key := newSigner(f).PublicKey()
+	key := keytest.New(f).Public
 	for _, hosts := range []string{"a", "*.b,!c", "|1|AAAA|BBBB", "@revoked d", "@cert-authority *", "[e]:22,f", strings.Repeat("g,", 100) + "h"} {
 		f.Add([]byte(line(hosts, key)), "guess")
 	}

@@ -16,37 +16,11 @@ import (
 	"testing"
 	"time"
 
+	"p11-agent/agent/peer/terminaltest"
 	"p11-agent/pinentry/procstat"
 
 	"golang.org/x/sys/unix"
 )
-
-// openPTY returns the two ends of a terminal.
-func openPTY(ptmx string) (far, tty *os.File, err error) {
-	far, err = os.OpenFile(ptmx, os.O_RDWR|unix.O_NOCTTY, 0)
-	if err != nil {
-		return nil, nil, err
-	}
-	fd := int(far.Fd())
-	if err := unix.IoctlSetPointerInt(fd, unix.TIOCSPTLCK, 0); err != nil {
-		return nil, nil, err
-	}
-	peer, err := unix.IoctlRetInt(fd, unix.TIOCGPTPEER)
-	if err != nil {
-		return nil, nil, err
-	}
-	return far, os.NewFile(uintptr(peer), "tty"), nil
-}
-
-func newPTY(t *testing.T) (far, tty *os.File) {
-	t.Helper()
-	far, tty, err := openPTY("/dev/ptmx")
-	if err != nil {
-		t.Fatal(err)
-	}
-	t.Cleanup(func() { far.Close(); tty.Close() })
-	return far, tty
-}
 
 // onTerminal makes the terminal the controlling terminal of the command, and the command
 // the job in its foreground.
@@ -82,7 +56,7 @@ func TestDeskTerminal(t *testing.T) {
 	} {
 		t.Run(name, func(t *testing.T) {
 			l, path := listen(t)
-			_, tty := newPTY(t)
+			_, tty := terminaltest.New(t)
 			cmd := command(t, program(t, "client"), test.role+" "+path)
 			if test.stdout {
 				cmd.Stdout = tty
@@ -147,7 +121,7 @@ func playTurn(path string) error {
 // Another job comes to the foreground.
 func TestTerminalChangesHands(t *testing.T) {
 	l, path := listen(t)
-	_, tty := newPTY(t)
+	_, tty := terminaltest.New(t)
 	cmd := command(t, program(t, "client"), "turn "+path)
 	onTerminal(cmd, tty)
 	pipe, err := cmd.StdoutPipe()
@@ -426,7 +400,7 @@ func TestDeskInAContainer(t *testing.T) {
 	} {
 		t.Run(kind, func(t *testing.T) {
 			l, path := listen(t)
-			_, tty := newPTY(t)
+			_, tty := terminaltest.New(t)
 			cmd := command(t, program(t, "client"), "connect "+path)
 			onTerminal(cmd, tty)
 			cmd.SysProcAttr.Cloneflags = flag
@@ -461,7 +435,7 @@ func TestOwn(t *testing.T) {
 		"in the foreground": {true, `^<nil>$`},
 		"no terminal":       {false, `^agent \(\d+\) has no terminal$`},
 	} {
-		_, tty := newPTY(t)
+		_, tty := terminaltest.New(t)
 		cmd := command(t, program(t, "agent"), "own")
 		cmd.SysProcAttr = &syscall.SysProcAttr{Setsid: true}
 		if test.session {
@@ -481,7 +455,7 @@ func TestOwn(t *testing.T) {
 
 func TestDeskKeepsNoDescriptor(t *testing.T) {
 	l, path := listen(t)
-	_, tty := newPTY(t)
+	_, tty := terminaltest.New(t)
 	cmd := command(t, program(t, "client"), "connect "+path)
 	onTerminal(cmd, tty)
 	start(t, cmd)

@@ -6,6 +6,8 @@ import (
 	"path/filepath"
 	"strings"
 	"testing"
+
+	"p11-agent/agent/peer/terminaltest"
 )
 
 // tmuxRuns starts a new tmux that runs a line of a shell, on a terminal of its own.
@@ -36,19 +38,19 @@ func TestEstablished(t *testing.T) {
 		want  string // empty: it is
 	}{
 		"the client leads it": {func(t *testing.T, client, path string) {
-			_, tty := newPTY(t)
+			_, tty := terminaltest.New(t)
 			cmd := command(t, client, "connect "+path)
 			onTerminal(cmd, tty)
 			start(t, cmd)
 		}, "leads the session on its terminal itself"},
 		"a parent of the client has made it": {func(t *testing.T, client, path string) {
-			_, tty := newPTY(t)
+			_, tty := terminaltest.New(t)
 			cmd := command(t, client, "nest 1 "+path)
 			onTerminal(cmd, tty)
 			start(t, cmd)
 		}, "which is not a known terminal program"},
 		"its maker has ended": {func(t *testing.T, client, path string) {
-			far, tty := newPTY(t)
+			far, tty := terminaltest.New(t)
 			// The shell between starts the leader, and ends at once.
 			cmd := command(t, "/bin/sh", "")
 			cmd.Args = []string{"sh", "-c", role("nest 1 "+path) + "setsid --ctty " + client + " <&3 & exit"}

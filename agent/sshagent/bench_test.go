@@ -21,6 +21,7 @@ import (
 	"p11-agent/agent/approval"
 	"p11-agent/agent/door"
 	"p11-agent/agent/door/doortest"
+	"p11-agent/agent/logfold/logtest"
 	"p11-agent/agent/peer"
 	"p11-agent/agent/request"
 )
@@ -82,17 +83,6 @@ func loginData(key []byte) []byte {
 
 func gitData() []byte {
 	return append([]byte(magicSignature), encode("git", "", "sha512", make([]byte, 64))...)
-}
-
-// logFile returns a log like that of an agent in the background.
-func logFile(tb testing.TB) slog.Handler {
-	tb.Helper()
-	f, err := os.OpenFile(filepath.Join(tb.TempDir(), "log"), os.O_WRONLY|os.O_CREATE|os.O_APPEND, 0o600)
-	if err != nil {
-		tb.Fatal(err)
-	}
-	tb.Cleanup(func() { f.Close() })
-	return slog.NewTextHandler(f, nil)
 }
 
 // connected returns the client's end of a served connection.
@@ -196,7 +186,7 @@ func BenchmarkContent(b *testing.B) {
 func BenchmarkConnection(b *testing.B) {
 	idle := &still{fakeKeyring: newKeyring(), sig: ssh.Signature{Format: "ssh-ed25519", Blob: make([]byte, 64)}}
 	unlogged, key := stillKeyring(b, slog.DiscardHandler, 2)
-	logged, _ := stillKeyring(b, logFile(b), 2)
+	logged, _ := stillKeyring(b, logtest.File(b), 2)
 	for _, keyring := range []struct {
 		name string
 		Keyring

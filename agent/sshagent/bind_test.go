@@ -2,7 +2,6 @@ package sshagent
 
 import (
 	"bytes"
-	"crypto/ed25519"
 	"crypto/rand"
 	"fmt"
 	"os"
@@ -15,23 +14,13 @@ import (
 	"golang.org/x/crypto/ssh"
 
 	"p11-agent/agent/door/doortest"
+	"p11-agent/agent/sshkey/keytest"
 )
 
 // host is a host with a key.
 type host struct{ ssh.Signer }
 
-func newHost(t testing.TB) host {
-	t.Helper()
-	_, key, err := ed25519.GenerateKey(rand.Reader)
-	if err != nil {
-		t.Fatal(err)
-	}
-	s, err := ssh.NewSignerFromKey(key)
-	if err != nil {
-		t.Fatal(err)
-	}
-	return host{s}
-}
+func newHost(t testing.TB) host { return host{keytest.New(t).Signer} }
 
 // bind returns a message that binds a connection to a session with the host.
 func (h host) bind(t testing.TB, session string, forwarding bool) []byte {

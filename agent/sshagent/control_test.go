@@ -18,17 +18,8 @@ import (
 	"p11-agent/agent/door/doortest"
 	"p11-agent/agent/request"
 	"p11-agent/pinentry/secret"
+	"p11-agent/pinentry/secret/secrettest"
 )
-
-func secretOf(t *testing.T, text string) *secret.Secret {
-	t.Helper()
-	s, err := secret.From([]byte(text))
-	if err != nil {
-		t.Fatal(err)
-	}
-	t.Cleanup(s.Wipe)
-	return s
-}
 
 func dialControl(t *testing.T, path string) *Control {
 	t.Helper()
@@ -48,7 +39,7 @@ func TestControl(t *testing.T) {
 		t.Errorf("status: %s, %v", text, err)
 	}
 	want := ControlAnswer{LoginAnswer: request.LoginAnswer{Already: true, Tries: "low"}}
-	if a, err := c.Login(t.Context(), "pkcs11:", secretOf(t, "12 34\xff")); err != nil || a != want {
+	if a, err := c.Login(t.Context(), "pkcs11:", secrettest.Of(t, "12 34\xff")); err != nil || a != want {
 		t.Errorf("login: %+v, %v", a, err)
 	}
 	if a, err := c.Login(t.Context(), "pkcs11:", nil); err != nil || a != want {
@@ -58,7 +49,7 @@ func TestControl(t *testing.T) {
 		t.Errorf("logout: %+v, %v", a, err)
 	}
 	for _, do := range []func(context.Context, *secret.Secret) (bool, error){c.Lock, c.Unlock} {
-		if ok, err := do(t.Context(), secretOf(t, "open")); !ok || err != nil {
+		if ok, err := do(t.Context(), secrettest.Of(t, "open")); !ok || err != nil {
 			t.Errorf("%v, %v", ok, err)
 		}
 	}
@@ -95,7 +86,7 @@ func TestControlOfNamedSocket(t *testing.T) {
 	if _, err := c.Status(t.Context(), ""); !errors.Is(err, ErrControlRefused) {
 		t.Errorf("status: %v", err)
 	}
-	if _, err := c.Login(t.Context(), "pkcs11:", secretOf(t, "1234")); !errors.Is(err, ErrControlRefused) {
+	if _, err := c.Login(t.Context(), "pkcs11:", secrettest.Of(t, "1234")); !errors.Is(err, ErrControlRefused) {
 		t.Errorf("login: %v", err)
 	}
 	for _, bad := range [][]byte{message(msgExtension, extensionControl), message(msgExtension, extensionControl, "shutdown", "")} {

@@ -12,6 +12,8 @@ import (
 	"syscall"
 
 	"golang.org/x/sys/unix"
+
+	"p11-agent/agent/peer/terminaltest"
 )
 
 func init() {
@@ -28,24 +30,15 @@ func onOwnTerminal(args []string, keys func(shown string) string) error {
 	if len(args) < 2 {
 		return errors.New("usage: leader|child PROGRAM [ARGUMENT...]")
 	}
-	far, err := os.OpenFile("/dev/ptmx", os.O_RDWR|unix.O_NOCTTY, 0)
+	far, tty, err := terminaltest.Open("/dev/ptmx")
 	if err != nil {
 		return err
 	}
 	defer far.Close()
-	fd := int(far.Fd())
-	if err := unix.IoctlSetPointerInt(fd, unix.TIOCSPTLCK, 0); err != nil {
-		return err
-	}
 	size := unix.Winsize{Row: 30, Col: 100}
-	if err := unix.IoctlSetWinsize(fd, unix.TIOCSWINSZ, &size); err != nil {
+	if err := unix.IoctlSetWinsize(int(far.Fd()), unix.TIOCSWINSZ, &size); err != nil {
 		return err
 	}
-	near, err := unix.IoctlRetInt(fd, unix.TIOCGPTPEER)
-	if err != nil {
-		return err
-	}
-	tty := os.NewFile(uintptr(near), "tty")
 	if args[0] == "child" {
 		// The shell is another process, and older than the program.
 		args = append([]string{"", "sh", "-c", `"$0" "$@"; exit $?`}, args[1:]...)

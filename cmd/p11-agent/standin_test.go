@@ -17,6 +17,7 @@ import (
 
 	"golang.org/x/sys/unix"
 
+	"p11-agent/agent/peer/terminaltest"
 	"p11-agent/token/tokentest"
 )
 
@@ -452,29 +453,6 @@ func TestRefusedFlags(t *testing.T) {
 	}
 }
 
-// pty opens a pair of pseudoterminals.
-func pty(t *testing.T) (master, slave *os.File) {
-	t.Helper()
-	fd, err := unix.Open("/dev/ptmx", unix.O_RDWR|unix.O_NOCTTY|unix.O_CLOEXEC, 0)
-	if err != nil {
-		t.Fatal(err)
-	}
-	master = os.NewFile(uintptr(fd), "ptmx")
-	t.Cleanup(func() { master.Close() })
-	n, err := unix.IoctlGetInt(fd, unix.TIOCGPTN)
-	if err == nil {
-		err = unix.IoctlSetPointerInt(fd, unix.TIOCSPTLCK, 0)
-	}
-	if err == nil {
-		slave, err = os.OpenFile(fmt.Sprint("/dev/pts/", n), os.O_RDWR|unix.O_NOCTTY, 0)
-	}
-	if err != nil {
-		t.Fatal(err)
-	}
-	t.Cleanup(func() { slave.Close() })
-	return master, slave
-}
-
 // An agent in the foreground ends with its terminal, as ssh-agent does.
 func TestEndsWithTerminal(t *testing.T) {
 	needPrograms(t, "bash", "nohup")
@@ -492,7 +470,7 @@ func TestEndsWithTerminal(t *testing.T) {
 		t.Run(test.name, func(t *testing.T) {
 			t.Parallel()
 			s := newStandIn(t, "ssh-agent")
-			master, slave := pty(t)
+			master, slave := terminaltest.New(t)
 			socket, said := s.path("s"), s.path("said")
 			cmd := exec.Command("bash", "-c", test.script, s.program, socket, said)
 			cmd.Env, cmd.Dir = s.env, s.dir
@@ -516,7 +494,8 @@ func TestEndsWithTerminal(t *testing.T) {
 				t.Fatal(err)
 			}
 			a := s.adopt(string(out), "")
-			if test.reread {
+			reread := func() {
+				t.Helper()
 				if err := unix.Kill(a.pid, unix.SIGHUP); err != nil {
 					t.Fatal(err)
 				}
@@ -530,20 +509,12 @@ func TestEndsWithTerminal(t *testing.T) {
 				}
 				s.keys(a)
 			}
+			if test.reread {
+				reread()
+			}
 			_ = master.Close() // as if the person closed the window
 			if test.stay {
-				if err := unix.Kill(a.pid, unix.SIGHUP); err != nil {
-					t.Fatal(err)
-				}
-				if err := eventually(func() error {
-					if b, err := os.ReadFile(s.path("log")); err != nil || !bytes.Contains(b, []byte("read again")) {
-						return errors.New("it has not read its configuration again")
-					}
-					return nil
-				}); err != nil {
-					t.Fatal(err)
-				}
-				s.keys(a)
+				reread()
 				return
 			}
 			if err := a.process.wait(patience); err != nil {

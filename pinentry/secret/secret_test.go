@@ -312,11 +312,11 @@ func TestWipeLeavesNoCopy(t *testing.T) {
 	}
 	s.SetLen(len(inverted))
 	plain := bytes.Clone(s.Bytes())
-	if n := copies(t, inverted); n == 0 {
+	if n := secrettest.Count(t, inverted); n == 0 {
 		t.Fatal("a copy is not found while it is there: the search is no good")
 	}
 	secret.Wipe(plain)
-	if n := copies(t, inverted); n != secrettest.Found(1) {
+	if n := secrettest.Count(t, inverted); n != secrettest.Found(1) {
 		t.Errorf("%d copies are found of the secret, want %d", n, secrettest.Found(1))
 	}
 	c, err := s.Clone()
@@ -325,11 +325,11 @@ func TestWipeLeavesNoCopy(t *testing.T) {
 	}
 	_ = fmt.Sprint(s, s.Equal(c))
 	s.Wipe()
-	if n := copies(t, inverted); n != secrettest.Found(1) {
+	if n := secrettest.Count(t, inverted); n != secrettest.Found(1) {
 		t.Errorf("%d copies are left, not the clone alone", n)
 	}
 	c.Wipe()
-	if n := copies(t, inverted); n != 0 {
+	if n := secrettest.Count(t, inverted); n != 0 {
 		t.Errorf("%d copies are left in the process", n)
 	}
 }
@@ -405,13 +405,4 @@ func TestNothingIsKept(t *testing.T) {
 	if bytes.Contains(maps, []byte("secretmem")) {
 		t.Errorf("secret memory is kept:\n%s", maps)
 	}
-}
-
-func copies(t *testing.T, inverted []byte) int {
-	t.Helper()
-	n, err := secrettest.Copies(inverted)
-	if err != nil {
-		t.Fatal(err)
-	}
-	return n
 }

@@ -1,7 +1,6 @@
 package login1_test
 
 import (
-	"bytes"
 	"context"
 	"log/slog"
 	"strings"
@@ -11,6 +10,7 @@ import (
 
 	"golang.org/x/sys/unix"
 
+	"p11-agent/agent/logfold/logtest"
 	"p11-agent/agent/peer/proctest"
 	"p11-agent/systemd/bus/bustest"
 	"p11-agent/systemd/login1"
@@ -26,21 +26,10 @@ type watched struct {
 	events chan string
 	sleep  func(ctx context.Context) // nil: nothing is to be done
 
-	mu  sync.Mutex
-	log bytes.Buffer
+	log logtest.Buffer
 }
 
-func (w *watched) Write(p []byte) (int, error) {
-	w.mu.Lock()
-	defer w.mu.Unlock()
-	return w.log.Write(p)
-}
-
-func (w *watched) said(text string) bool {
-	w.mu.Lock()
-	defer w.mu.Unlock()
-	return strings.Contains(w.log.String(), text)
-}
+func (w *watched) said(text string) bool { return strings.Contains(w.log.String(), text) }
 
 func (w *watched) run(t *testing.T) {
 	t.Helper()
@@ -55,7 +44,7 @@ func (w *watched) run(t *testing.T) {
 		},
 		Wake: func(context.Context) { w.events <- "wake" },
 		Lock: func(context.Context) { w.events <- "lock" },
-		Log:  slog.New(slog.NewTextHandler(w, &slog.HandlerOptions{Level: slog.LevelDebug})),
+		Log:  slog.New(slog.NewTextHandler(&w.log, &slog.HandlerOptions{Level: slog.LevelDebug})),
 	})
 	ctx, cancel := context.WithCancel(context.Background())
 	var wg sync.WaitGroup

@@ -10,6 +10,7 @@ import (
 
 	"github.com/miekg/pkcs11"
 
+	"p11-agent/pinentry/secret/secrettest"
 	"p11-agent/token/tokentest"
 	"p11-agent/token/wire"
 )
@@ -45,12 +46,12 @@ func TestSessionOfAnotherSlot(t *testing.T) {
 		}
 		if what == "login" {
 			tok.live.anchor = other
-			_, err = new(server).login(t.Context(), lib, tok, &wire.Login{Token: id, PIN: pinOf(t, "1234")})
+			_, err = new(server).login(t.Context(), lib, tok, &wire.Login{Token: id, PIN: secrettest.Of(t, "1234")})
 		} else {
 			<-tok.live.permits
 			tok.live.idle <- other
 			_, err = new(server).operate(t.Context(), lib, tok, &wire.Operate{
-				Key: wire.KeyID{Token: id}, ResultLen: 64, ContextLogin: true, PIN: pinOf(t, "1234"),
+				Key: wire.KeyID{Token: id}, ResultLen: 64, ContextLogin: true, PIN: secrettest.Of(t, "1234"),
 			}, nil)
 		}
 		wantRV(t, err, "C_GetSessionInfo", wire.CKRSessionHandleInvalid)

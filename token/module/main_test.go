@@ -16,7 +16,7 @@ import (
 
 	"p11-agent/agent/logfold/logtest"
 	"p11-agent/agent/peer/terminaltest"
-	"p11-agent/pinentry/secret"
+	"p11-agent/pinentry/secret/secrettest"
 	"p11-agent/token/wire"
 )
 
@@ -267,20 +267,10 @@ func (p *process) token(label string) wire.TokenID {
 	return wire.TokenID{}
 }
 
-func pinOf(t testing.TB, s string) *secret.Secret {
-	t.Helper()
-	pin, err := secret.From([]byte(s))
-	if err != nil {
-		t.Fatal(err)
-	}
-	t.Cleanup(pin.Wipe)
-	return pin
-}
-
 func (p *process) login(id wire.TokenID, pin string) (wire.TokenInfo, error) {
 	p.t.Helper()
 	var reply wire.TokenReply
-	err := p.do(wire.TypeLogin, &wire.Login{Token: id, PIN: pinOf(p.t, pin)}, &reply)
+	err := p.do(wire.TypeLogin, &wire.Login{Token: id, PIN: secrettest.Of(p.t, pin)}, &reply)
 	return reply.Info, err
 }
 

@@ -21,6 +21,7 @@ import (
 	"golang.org/x/sys/unix"
 
 	"p11-agent/agent/peer/proctest"
+	"p11-agent/pinentry/secret/secrettest"
 	"p11-agent/token/tokentest"
 	"p11-agent/token/wire"
 )
@@ -208,7 +209,7 @@ func TestRoomAskedFor(t *testing.T) {
 				m := badSign()
 				if alone {
 					b.command(tt.commands + " always")
-					m.ContextLogin, m.PIN = true, pinOf(t, "1234")
+					m.ContextLogin, m.PIN = true, secrettest.Of(t, "1234")
 				}
 				got, err := b.sign(m)
 				switch {
@@ -522,9 +523,9 @@ func TestPINTries(t *testing.T) {
 		if n := b.calls("C_Login"); n != 2 {
 			t.Errorf("%d calls of C_Login, want 2", n)
 		}
-		err = b.do(wire.TypeLogin, &wire.Login{Token: id, LastTry: true, PIN: pinOf(t, "0000")}, new(wire.TokenReply))
+		err = b.do(wire.TypeLogin, &wire.Login{Token: id, LastTry: true, PIN: secrettest.Of(t, "0000")}, new(wire.TokenReply))
 		wantRV(t, err, "C_Login", wire.CKRPINIncorrect)
-		err = b.do(wire.TypeLogin, &wire.Login{Token: id, LastTry: true, PIN: pinOf(t, "1234")}, new(wire.TokenReply))
+		err = b.do(wire.TypeLogin, &wire.Login{Token: id, LastTry: true, PIN: secrettest.Of(t, "1234")}, new(wire.TokenReply))
 		wantReason(t, err, wire.ReasonPINLocked)
 		if n := b.calls("C_Login"); n != 3 {
 			t.Errorf("%d calls of C_Login, want 3", n)
@@ -583,7 +584,7 @@ func TestContextLogin(t *testing.T) {
 	wantRV(t, err, "C_Sign", wire.CKRUserNotLoggedIn)
 	with := func(pin string) *wire.Operate {
 		m := badSign()
-		m.ContextLogin, m.PIN = true, pinOf(t, pin)
+		m.ContextLogin, m.PIN = true, secrettest.Of(t, pin)
 		return m
 	}
 	if _, err := b.sign(with("1234")); err != nil {

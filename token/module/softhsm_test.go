@@ -25,6 +25,7 @@ import (
 
 	"github.com/miekg/pkcs11"
 
+	"p11-agent/pinentry/secret/secrettest"
 	"p11-agent/token/tokentest"
 	"p11-agent/token/wire"
 )
@@ -330,7 +331,7 @@ func TestSoftHSM(t *testing.T) {
 			{"other modulus", func(s *wire.Operate) { s.Key.Modulus = []byte{0xc1} }, func(t *testing.T, err error) { wantReason(t, err, wire.ReasonNoKey) }},
 			{"other ID", func(s *wire.Operate) { s.Key.ID = []byte{77} }, func(t *testing.T, err error) { wantReason(t, err, wire.ReasonNoKey) }},
 			{"other token", func(s *wire.Operate) { s.Key.Token.Serial = "0" }, func(t *testing.T, err error) { wantReason(t, err, wire.ReasonNoToken) }},
-			{"PIN for nothing", func(s *wire.Operate) { s.PIN = pinOf(t, "1234") }, func(t *testing.T, err error) { wantReason(t, err, wire.ReasonProtocol) }},
+			{"PIN for nothing", func(s *wire.Operate) { s.PIN = secrettest.Of(t, "1234") }, func(t *testing.T, err error) { wantReason(t, err, wire.ReasonProtocol) }},
 			{"no PIN", func(s *wire.Operate) { s.ContextLogin = true }, func(t *testing.T, err error) { wantReason(t, err, wire.ReasonProtocol) }},
 			{"no reader to type on", func(s *wire.Operate) { s.ContextLogin, s.Pad = true, true }, func(t *testing.T, err error) { wantRV(t, err, "C_Login", wire.CKRArgumentsBad) }},
 		}
@@ -483,7 +484,7 @@ func TestNoPINLeftBehind(t *testing.T) {
 		t.Fatal(err)
 	}
 	context := ways(publicKey(t, key), []byte("m"))[0].sign
-	context.Key, context.ContextLogin, context.PIN = keyID(t, id, key), true, pinOf(t, right)
+	context.Key, context.ContextLogin, context.PIN = keyID(t, id, key), true, secrettest.Of(t, right)
 	// SoftHSM refuses this for a key that needs no login for each signature.
 	if _, err := p.sign(&context); err == nil {
 		t.Log("a login for one signature was accepted")

@@ -3,6 +3,7 @@ package module
 import (
 	"testing"
 
+	"p11-agent/pinentry/secret/secrettest"
 	"p11-agent/token/tokentest"
 	"p11-agent/token/wire"
 )
@@ -51,7 +52,7 @@ func TestStay(t *testing.T) {
 	}
 
 	login := func(stay uint64) error {
-		return p.do(wire.TypeLogin, &wire.Login{Token: twin, Stay: stay, PIN: pinOf(t, tokentest.PIN)}, new(wire.TokenReply))
+		return p.do(wire.TypeLogin, &wire.Login{Token: twin, Stay: stay, PIN: secrettest.Of(t, tokentest.PIN)}, new(wire.TokenReply))
 	}
 	wantReason(t, login(first.Info.Stay), wire.ReasonOtherToken)
 	if err := login(second.Info.Stay); err != nil {

@@ -11,6 +11,7 @@ import (
 
 	"golang.org/x/sys/unix"
 
+	"p11-agent/pinentry/secret/secrettest"
 	"p11-agent/token/tokentest"
 	"p11-agent/token/wire"
 )
@@ -158,7 +159,7 @@ func TestReinitializeBesideWait(t *testing.T) {
 		if e := b.end(); e.Reason != wire.ReasonRenew {
 			t.Errorf("got %v", e)
 		}
-		late := b.send(wire.TypeLogin, &wire.Login{Token: badToken(0), PIN: pinOf(t, "1234")})
+		late := b.send(wire.TypeLogin, &wire.Login{Token: badToken(0), PIN: secrettest.Of(t, "1234")})
 		b.conn.Close()
 		b.wait()
 		if err := late.result(new(wire.TokenReply)); !errors.Is(err, errEnded) {

@@ -6,31 +6,23 @@ import (
 	"testing/synctest"
 	"time"
 
-	"p11-agent/pinentry/secret"
+	"p11-agent/pinentry/secret/secrettest"
 	"p11-agent/token/wire"
 )
 
 // What is refused through one module is known through all, and each forgets its own.
 func TestDevices(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
-		secretOf := func(text string) *secret.Secret {
-			s, err := secret.From([]byte(text))
-			if err != nil {
-				t.Fatal(err)
-			}
-			t.Cleanup(s.Wipe)
-			return s
-		}
 		ds := NewDevices()
 		id := wire.TokenID{Label: "card"}
 		a, b := ds.Open(id, "a"), ds.Open(id, "b")
-		a.refuse(secretOf("one"), TriesLow)
-		b.refuse(secretOf("two"), TriesUnknown)
+		a.refuse(secrettest.Of(t, "one"), TriesLow)
+		b.refuse(secrettest.Of(t, "two"), TriesUnknown)
 		known := func(what string, one, two bool) {
 			t.Helper()
 			for _, g := range []*State{a, b} {
 				tries := map[*State]Tries{a: TriesLow, b: TriesUnknown}[g]
-				if g.wasRefused(secretOf("one"), tries) != one || g.wasRefused(secretOf("two"), tries) != two {
+				if g.wasRefused(secrettest.Of(t, "one"), tries) != one || g.wasRefused(secrettest.Of(t, "two"), tries) != two {
 					t.Errorf("%s, through %s: want %v, %v", what, g.module, one, two)
 				}
 			}
@@ -38,8 +30,8 @@ func TestDevices(t *testing.T) {
 		known("at first", true, true)
 		b.forgetRefusals()
 		known("after a right PIN through b", true, false)
-		b.refuse(secretOf("two"), TriesLast)
-		if !b.wasRefused(secretOf("one"), TriesUnknown) {
+		b.refuse(secrettest.Of(t, "two"), TriesLast)
+		if !b.wasRefused(secrettest.Of(t, "one"), TriesUnknown) {
 			t.Error("other tries through b make the agent forget what was refused through a")
 		}
 		known("after that", true, false)
@@ -47,7 +39,7 @@ func TestDevices(t *testing.T) {
 		synctest.Wait()
 		known("a minute later", false, false)
 
-		a.refuse(secretOf("one"), TriesLow)
+		a.refuse(secrettest.Of(t, "one"), TriesLow)
 		ds.drop(id)
 		known("with one user left", true, false)
 		ds.drop(id)

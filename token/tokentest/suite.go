@@ -28,6 +28,7 @@ import (
 	"p11-agent/agent/logfold/logtest"
 	"p11-agent/agent/peer/proctest"
 	"p11-agent/pinentry/secret"
+	"p11-agent/pinentry/secret/secrettest"
 	"p11-agent/token"
 	"p11-agent/token/pin"
 	"p11-agent/token/pkcs11uri"
@@ -193,12 +194,7 @@ func verify(pub crypto.PublicKey, msg []byte, opts crypto.SignerOpts, sig []byte
 // Secret returns a PIN that is wiped when the test ends.
 func Secret(t testing.TB, pin string) *secret.Secret {
 	t.Helper()
-	s, err := secret.From([]byte(pin))
-	if err != nil {
-		t.Fatal(err)
-	}
-	t.Cleanup(s.Wipe)
-	return s
+	return secrettest.Of(t, pin)
 }
 
 // Run runs the suite that every token must pass. open returns the token for one

@@ -3,7 +3,11 @@ package logtest
 
 import (
 	"bytes"
+	"log/slog"
+	"os"
+	"path/filepath"
 	"sync"
+	"testing"
 )
 
 // A Buffer keeps what is written to it. Any goroutine may call its methods. The zero value
@@ -25,4 +29,15 @@ func (b *Buffer) String() string {
 	b.mu.Lock()
 	defer b.mu.Unlock()
 	return b.b.String()
+}
+
+// File returns a log in a file, like that of an agent in the background.
+func File(t testing.TB) slog.Handler {
+	t.Helper()
+	f, err := os.OpenFile(filepath.Join(t.TempDir(), "log"), os.O_WRONLY|os.O_CREATE|os.O_APPEND, 0o600)
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() { _ = f.Close() })
+	return slog.NewTextHandler(f, nil)
 }

@@ -1,4 +1,5 @@
-// Package terminaltest runs tests without a controlling terminal. It is for tests.
+// Package terminaltest runs tests without a controlling terminal, and makes terminals. It is for
+// tests.
 //
 // Programs such as ssh-add and pinentry open /dev/tty, even if their standard input is
 // another file. From a terminal they would ask the developer, and the test would wait
@@ -12,6 +13,7 @@ import (
 	"os"
 	"os/signal"
 	"syscall"
+	"testing"
 
 	"golang.org/x/sys/unix"
 )
@@ -55,4 +57,40 @@ func leave() error {
 		return fmt.Errorf("give up the controlling terminal: %w", err)
 	}
 	return nil
+}
+
+// New returns both ends of a new terminal: the far end, where the screen and the keyboard are,
+// and the near end for programs. The name of near is that of the terminal.
+func New(t testing.TB) (far, near *os.File) {
+	t.Helper()
+	far, near, err := Open("/dev/ptmx")
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() {
+		_ = far.Close() // the test may have closed it
+		_ = near.Close()
+	})
+	return far, near
+}
+
+// Open is New for another file than /dev/ptmx. The caller closes both ends.
+func Open(ptmx string) (far, near *os.File, err error) {
+	far, err = os.OpenFile(ptmx, os.O_RDWR|unix.O_NOCTTY, 0)
+	if err != nil {
+		return nil, nil, err
+	}
+	fd := int(far.Fd())
+	if err := unix.IoctlSetPointerInt(fd, unix.TIOCSPTLCK, 0); err != nil {
+		return nil, nil, errors.Join(err, far.Close())
+	}
+	n, err := unix.IoctlGetInt(fd, unix.TIOCGPTN)
+	if err != nil {
+		return nil, nil, errors.Join(err, far.Close())
+	}
+	peer, err := unix.IoctlRetInt(fd, unix.TIOCGPTPEER)
+	if err != nil {
+		return nil, nil, errors.Join(err, far.Close())
+	}
+	return far, os.NewFile(uintptr(peer), fmt.Sprint("/dev/pts/", n)), nil
 }

@@ -8,8 +8,6 @@ import (
 	"strings"
 	"syscall"
 	"testing"
-
-	"golang.org/x/sys/unix"
 )
 
 // roleVariable makes this program play a test program that was started in a terminal.
@@ -50,33 +48,12 @@ func (tests) Run() int {
 	return 7
 }
 
-// newTerminal returns both ends of a new terminal.
-func newTerminal(t *testing.T) (master, terminal *os.File) {
-	t.Helper()
-	fd, err := unix.Open("/dev/ptmx", unix.O_RDWR|unix.O_NOCTTY|unix.O_CLOEXEC, 0)
-	if err != nil {
-		t.Fatal(err)
-	}
-	master = os.NewFile(uintptr(fd), "ptmx")
-	t.Cleanup(func() { master.Close() })
-	if err := unix.IoctlSetPointerInt(fd, unix.TIOCSPTLCK, 0); err != nil {
-		t.Fatal(err)
-	}
-	peer, _, errno := unix.Syscall(unix.SYS_IOCTL, uintptr(fd), unix.TIOCGPTPEER, unix.O_RDWR|unix.O_NOCTTY)
-	if errno != 0 {
-		t.Fatal(errno)
-	}
-	terminal = os.NewFile(peer, "terminal")
-	t.Cleanup(func() { terminal.Close() })
-	return master, terminal
-}
-
 // Tests that start in a terminal do not see it, and neither do their programs. The program
 // ends with the status of the tests.
 func TestWithout(t *testing.T) {
 	for _, role := range []string{"leader", "member"} {
 		t.Run(role, func(t *testing.T) {
-			_, terminal := newTerminal(t)
+			_, terminal := New(t)
 			cmd := exec.Command("/proc/self/exe")
 			cmd.Env = append(os.Environ(), roleVariable+"="+role)
 			cmd.Stdin = terminal

@@ -3,7 +3,6 @@ package prompt
 import (
 	"context"
 	"errors"
-	"fmt"
 	"log/slog"
 	"os"
 	"path/filepath"
@@ -13,6 +12,7 @@ import (
 	"golang.org/x/sys/unix"
 
 	"p11-agent/agent/peer"
+	"p11-agent/agent/peer/terminaltest"
 	"p11-agent/agent/request"
 	"p11-agent/pinentry"
 	"p11-agent/pinentry/waiting"
@@ -21,19 +21,11 @@ import (
 // newTerminal returns the far end of a new terminal, and its name.
 func newTerminal(t *testing.T) (far *os.File, name string) {
 	t.Helper()
-	far, err := os.OpenFile("/dev/ptmx", os.O_RDWR|unix.O_NOCTTY, 0)
-	if err != nil {
+	far, near := terminaltest.New(t)
+	if err := near.Close(); err != nil {
 		t.Fatal(err)
 	}
-	t.Cleanup(func() { far.Close() })
-	if err := unix.IoctlSetPointerInt(int(far.Fd()), unix.TIOCSPTLCK, 0); err != nil {
-		t.Fatal(err)
-	}
-	n, err := unix.IoctlGetInt(int(far.Fd()), unix.TIOCGPTN)
-	if err != nil {
-		t.Fatal(err)
-	}
-	return far, fmt.Sprintf("/dev/pts/%d", n)
+	return far, near.Name()
 }
 
 // A terminal that is known by its name is used as long as it is the same one.

@@ -1,4 +1,5 @@
-// Package secrettest looks for secrets in the memory of the process itself. It is for tests.
+// Package secrettest makes secrets, and looks for them in the memory of the process itself. It is
+// for tests.
 package secrettest
 
 import (
@@ -10,6 +11,7 @@ import (
 	"io"
 	"os"
 	"strings"
+	"testing"
 
 	"p11-agent/pinentry/secret"
 )
@@ -26,6 +28,27 @@ func Invert(b []byte) []byte {
 		inverted[i] = ^b[i]
 	}
 	return inverted
+}
+
+// Of returns a Secret with a text. It is wiped when the test ends.
+func Of(t testing.TB, text string) *secret.Secret {
+	t.Helper()
+	s, err := secret.From([]byte(text))
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(s.Wipe)
+	return s
+}
+
+// Count returns the result of Copies.
+func Count(t testing.TB, inverted []byte) int {
+	t.Helper()
+	n, err := Copies(inverted)
+	if err != nil {
+		t.Fatal(err)
+	}
+	return n
 }
 
 // Found returns the result of Copies if only n Secrets hold the bytes. If the kernel hides

@@ -8,13 +8,14 @@ fail() {
 	exit 1
 }
 step() { echo "== $*"; }
-# eventually waits for a condition.
+# eventually waits for a condition, as long as the tests in Go do.
+patience=180
 eventually() {
-	for _ in $(seq 300); do
-		if "$@"; then return; fi
+	local end=$((SECONDS + patience))
+	while ! "$@"; do
+		if [ $SECONDS -ge $end ]; then fail "it never came true: $*"; fi
 		sleep .1
 	done
-	fail "it never came true: $*"
 }
 is() { if [ "$2" != "$3" ]; then fail "$1 is '$2', not '$3'"; fi; }
 has() { case $2 in *"$3"*) ;; *) fail "$1 does not have '$3': $2" ;; esac; }

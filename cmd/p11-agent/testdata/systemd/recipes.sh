@@ -13,11 +13,11 @@ export SSH_AUTH_SOCK=$XDG_RUNTIME_DIR/p11-agent/agent.sock
 screen() { tmux -S "$HOME/tmux" capture-pane -p; }
 shows() { grep -q -- "$1" <<<"$(screen)"; }
 wait_for() {
-	for _ in $(seq 300); do
-		if shows "$1"; then return; fi
+	local end=$((SECONDS + patience))
+	while ! shows "$1"; do
+		if [ $SECONDS -ge $end ]; then fail "the terminal never shows '$1': $(screen)"; fi
 		sleep .1
 	done
-	fail "the terminal never shows '$1': $(screen)"
 }
 # answer waits for a question that shows nothing of its answer, and types it. What is
 # typed before the terminal is ready for it may be thrown away.
@@ -43,7 +43,10 @@ typed() {
 	tmux -S "$HOME/tmux" send-keys -l -- "clear; cd $PWD; bash -eu block-$n.sh; echo block $n ends with \$?; cd"
 	tmux -S "$HOME/tmux" send-keys Enter
 }
-done_typing() { wait_for "^block $n ends with 0"; }
+done_typing() {
+	wait_for "^block $n ends with"
+	shows "^block $n ends with 0" || fail "block $n fails: $(screen)"
+}
 # files puts those of a recipe in their places, in front of what is there.
 files() {
 	local at name
