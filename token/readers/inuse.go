@@ -89,7 +89,7 @@ type Patience struct{ until time.Time }
 
 // Await waits, after a failure, while another program uses the reader of a slot alone, for as long as the patience
 // lasts. It returns true if the reader was in use and is free now, and an *InUseError if the patience is over. slot
-// returns where the card is meanwhile.
+// returns the slot of the card, which may change meanwhile.
 func (p *Patience) Await(ctx context.Context, r *Readers, slot func() wire.Slot) (again bool, err error) {
 	reader, held := r.heldReader(ctx, slot())
 	if !held {

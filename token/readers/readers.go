@@ -117,9 +117,9 @@ type Follower interface {
 	ServiceLost()
 }
 
-// Follow tells a Follower of cards that come and go, until ctx ends. It lives longer than the processes of the module,
-// so that no card changes unseen while a new process starts. Only the first call for a module that uses pcscd follows:
-// Follow then calls run with the work. All other calls do nothing.
+// Follow has run start a goroutine that tells a Follower of cards that come and go, until ctx ends. The goroutine lives
+// longer than the processes of the module, so that no card changes unseen while a new process starts. Follow does
+// nothing if the module does not use pcscd, or if the goroutine was started before.
 func (r *Readers) Follow(ctx context.Context, f Follower, run func(work func())) {
 	r.mu.Lock()
 	start := r.used && !r.followed

@@ -2,9 +2,9 @@
 // ended, and ends it while no request needs it. It decides when to look at the tokens of the module. It knows neither
 // tokens nor PINs: a [Host] looks at the tokens.
 //
-// A module that crashes, hangs or lies costs its own tokens only, and only until its next process: the pauses between
-// processes double up to half a minute, a process that served well is replaced at once, and the pace of looks and
-// of new processes has a bound. A request for the process never waits for a start that is far away, but gets the reason.
+// A module that crashes, hangs or lies costs its own tokens only, and only until its next process. The pauses between
+// processes double up to half a minute. After a process that was of use, the pause is short. The pace of looks and of
+// new processes is bounded. A request waits for a start that is near, and otherwise gets the reason of the failure.
 package supervise
 
 import (
@@ -59,8 +59,8 @@ func (e *ModuleError) Unwrap() error { return e.Err }
 // A Host knows the tokens of the module. The Supervisor calls it from the goroutine of Run, except for SlotsLeft. It
 // holds no lock then.
 type Host interface {
-	// Look asks a process for its tokens, and calls Supervisor.Looked when it has taken them in. again is set if the
-	// module has to look for new tokens even if that needs a new process.
+	// Look asks a process for its tokens, and calls Supervisor.Looked when the Host has stored them. If again is set,
+	// the module has to look for new tokens, even if that needs a new process.
 	Look(ctx context.Context, p *process.Process, again bool) error
 	// Ready says that the process serves requests now.
 	Ready()
@@ -285,7 +285,7 @@ func drain(c <-chan struct{}) {
 	}
 }
 
-// Looked notes that a Host has taken in the tokens of a look. removable is set if the module has a removable slot.
+// Looked notes that the Host has stored the tokens of a look. removable is set if the module has a removable slot.
 func (s *Supervisor) Looked(removable bool) {
 	s.mu.Lock()
 	defer s.mu.Unlock()
