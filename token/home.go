@@ -13,8 +13,7 @@ import (
 func (s *Store) SetHomes(uris []*pkcs11uri.URI) {
 	s.mu.Lock()
 	s.homes.Prefer(uris)
-	s.configuredNames = wantedURIs(uris)
-	s.setWantedLocked()
+	s.wanted.Configure(uris)
 	s.mu.Unlock()
 	s.publish()
 }

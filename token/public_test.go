@@ -5,6 +5,7 @@ import (
 	"testing"
 
 	"p11-agent/token"
+	"p11-agent/token/objects"
 	"p11-agent/token/tokentest"
 )
 
@@ -20,7 +21,7 @@ func TestConfiguredPublicKey(t *testing.T) {
 						k.NoPublic, k.Bare, k.Public = true, true, shows
 					})
 					// The token itself shows another public half for the second.
-					opts.PublicKeys = []token.PublicKey{{URI: parse(t, uri), Key: pub}, {URI: parse(t, "pkcs11:id=%01"), Key: pub}}
+					opts.PublicKeys = []objects.PublicKey{{URI: parse(t, uri), Key: pub}, {URI: parse(t, "pkcs11:id=%01"), Key: pub}}
 				})
 				want(t, "keys", len(b.store.Keys()), 2)
 				for range 2 { // before the login, and after it
@@ -44,7 +45,7 @@ func TestConfiguredPublicKeyIsAnothers(t *testing.T) {
 	b := newBench(t, &tokentest.Person{Always: rightPIN}, func(b *bench, opts *token.Options) {
 		other := b.fake.AddToken("other", rightPIN).AddKey(tokentest.P256, 2, "two", nil)
 		b.card.AddKey(tokentest.P256, 2, "two", func(k *tokentest.FakeKey) { k.NoPublic, k.Bare = true, true })
-		opts.PublicKeys = []token.PublicKey{{URI: parse(t, "pkcs11:token=card;id=%02"), Key: other}}
+		opts.PublicKeys = []objects.PublicKey{{URI: parse(t, "pkcs11:token=card;id=%02"), Key: other}}
 	})
 	if err := tokentest.Sign(t.Context(), b.key(2)); err == nil {
 		t.Error("a signature by another key went out")
@@ -57,17 +58,4 @@ func TestConfiguredPublicKeyIsAnothers(t *testing.T) {
 		t.Fatal(err)
 	}
 	tokentest.Keys(t, b.store, 2)
-}
-
-func TestCheckPublicKey(t *testing.T) {
-	f := tokentest.NewFake(t)
-	good := f.AddToken("card", rightPIN).AddKey(tokentest.P256, 1, "one", nil)
-	for uri, ok := range map[string]bool{"pkcs11:id=%01": true, "pkcs11:object=a": true, "pkcs11:token=card": false} {
-		if err := token.CheckPublicKey(token.PublicKey{URI: parse(t, uri), Key: good}); (err == nil) != ok {
-			t.Errorf("%s: %v", uri, err)
-		}
-	}
-	if err := token.CheckPublicKey(token.PublicKey{URI: parse(t, "pkcs11:id=%01"), Key: "no key"}); err == nil {
-		t.Error("anything is a key")
-	}
 }

@@ -63,7 +63,9 @@ func (s *Store) SelectOf(ctx context.Context, sel *selection.Selector, reached f
 		}
 	}
 	if sel.URI() != nil {
-		s.want(sel.URI())
+		s.mu.Lock()
+		s.wanted.Ask(sel.URI())
+		s.mu.Unlock()
 	}
 	keys, err := s.selected(sel, reached)
 	if len(keys) > 0 || err != nil {
@@ -82,7 +84,7 @@ func (s *Store) SelectOf(ctx context.Context, sel *selection.Selector, reached f
 	}
 	if sel.URI() != nil {
 		s.mu.Lock()
-		s.unwantLocked(sel.URI())
+		s.wanted.Drop(sel.URI())
 		s.mu.Unlock()
 	}
 	return nil, s.whyNone(ctx, sel, named)

@@ -162,7 +162,7 @@ func (s *Store) SetSources(all []*pkcs11uri.URI) {
 func (s *Store) RemoveSource(u *pkcs11uri.URI) {
 	s.mu.Lock()
 	defer s.mu.Unlock()
-	s.unwantLocked(u)
+	s.wanted.Drop(u)
 	s.added = slices.DeleteFunc(slices.Clone(s.added), func(o addedSource) bool { return o.uri == u })
 	u.Wipe()
 }

@@ -23,6 +23,7 @@ import (
 	"p11-agent/pinentry/secret"
 	"p11-agent/token/homes"
 	"p11-agent/token/known"
+	"p11-agent/token/objects"
 	"p11-agent/token/pin"
 	"p11-agent/token/pkcs11uri"
 	"p11-agent/token/selection"
@@ -79,7 +80,7 @@ type Options struct {
 	// a token with more objects than the agent lists.
 	Homes []*pkcs11uri.URI
 	// PublicKeys stand in for public halves that tokens do not show.
-	PublicKeys []PublicKey
+	PublicKeys []objects.PublicKey
 	// Policy returns how the agent uses the PIN of a key's token; nil: the zero Policy for each key.
 	Policy func(*Key) Policy
 	// The Store calls Working when a token begins to work on a signature. The Store calls done when
@@ -127,7 +128,7 @@ type Store struct {
 	mu      sync.Mutex
 	closed  bool
 	modules []*module
-	public  []PublicKey
+	public  []objects.PublicKey
 	policy  func(*Key) Policy
 	changed chan struct{} // closed and replaced when keys change
 
@@ -138,9 +139,7 @@ type Store struct {
 	homes *homes.Homes
 	known *known.List // as it was at the start, without the tokens of the modules that were started
 
-	// URIs that name objects, for tokens with more objects than the agent lists: those of the
-	// configuration, those of clients, and both together.
-	configuredNames, asked, wanted []*pkcs11uri.URI
+	wanted objects.Wanted // the objects that the configuration and clients name
 }
 
 // Open starts the modules and returns at once. Settled tells when the agent has looked at
@@ -164,8 +163,7 @@ func Open(opts Options) *Store {
 		policy:     opts.Policy,
 		changed:    make(chan struct{}),
 	}
-	s.configuredNames = wantedURIs(opts.Homes)
-	s.setWantedLocked()
+	s.wanted.Configure(opts.Homes)
 	s.keys.Store(new(snapshot))
 	if opts.Known != KnownIgnored {
 		s.known = known.Load(opts.StateDir, opts.Log)

@@ -84,7 +84,7 @@ func (t *Token) look(ctx context.Context, p *process.Process, slot *wire.Slot, o
 	t.mu.Lock()
 	mark := t.logins.Mark()
 	t.mu.Unlock()
-	request := wire.Objects{Token: t.ID, Named: objects.Wanted(t.wanted())}
+	request := wire.Objects{Token: t.ID, Named: objects.SearchNames(t.wanted())}
 	if slot != nil {
 		request.Slot, request.Placed = slot.ID, true
 	}

@@ -95,7 +95,7 @@ var rooms = []room{
 		"cmd/p11-agent/config",
 		[]string{
 			"agent/approval", "agent/request", "cmd/p11-agent/exit", "cmd/p11-agent/output", "cmd/p11-agent/paths",
-			"token", "token/pin", "token/pkcs11uri", "token/registry", "token/retention", "token/selection", xssh, toml,
+			"token", "token/objects", "token/pin", "token/pkcs11uri", "token/registry", "token/retention", "token/selection", xssh, toml,
 		},
 		"it says what the file means, and does nothing of it",
 	},

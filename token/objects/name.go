@@ -88,9 +88,8 @@ func (s *Set) MayName(u *pkcs11uri.URI, p *pairs.Pair) bool {
 // maxNameBytes bounds the names in one request, which must fit into wire.MaxRequest.
 const maxNameBytes = wire.MaxRequest / 2
 
-// Wanted returns the names of objects in URIs, for the module process to find even on a token with more objects than
-// the listing.
-func Wanted(uris []*pkcs11uri.URI) (all []wire.ObjectName) {
+// SearchNames returns the names of objects in URIs, for which the module process searches.
+func SearchNames(uris []*pkcs11uri.URI) (all []wire.ObjectName) {
 	size := 0
 	for _, u := range uris {
 		name := wire.ObjectName{ID: u.ID}

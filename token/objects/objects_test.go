@@ -274,9 +274,9 @@ func TestMayNameOthers(t *testing.T) {
 	}
 }
 
-// TestWanted checks which names a module process searches for.
-func TestWanted(t *testing.T) {
-	got := Wanted([]*pkcs11uri.URI{
+// TestSearchNames checks which names a module process searches for.
+func TestSearchNames(t *testing.T) {
+	got := SearchNames([]*pkcs11uri.URI{
 		uri(t, "pkcs11:id=%31"), uri(t, "pkcs11:object=one;id=%32"), uri(t, "pkcs11:object=%EF%BF%BD"), uri(t, "pkcs11:token=x"),
 	})
 	if len(got) != 2 || string(got[0].ID) != "1" || got[1].Label != "one" {
@@ -286,7 +286,7 @@ func TestWanted(t *testing.T) {
 	for i := range many {
 		many[i] = uri(t, "pkcs11:object=one")
 	}
-	if n := len(Wanted(many)); n != wire.MaxNames {
+	if n := len(SearchNames(many)); n != wire.MaxNames {
 		t.Errorf("%d names", n)
 	}
 }

@@ -19,6 +19,7 @@ import (
 	"p11-agent/agent/approval"
 	"p11-agent/cmd/p11-agent/paths"
 	"p11-agent/token"
+	"p11-agent/token/objects"
 	"p11-agent/token/pkcs11uri"
 	"p11-agent/token/selection"
 )
@@ -53,14 +54,14 @@ type File struct {
 	Sockets []SocketTable `toml:"socket"`
 
 	path       string            // "": there is no file
-	publicKeys []token.PublicKey // of KeyTables
+	publicKeys []objects.PublicKey // of KeyTables
 }
 
 // Path returns the path of the file, or "" without a file.
 func (c *File) Path() string { return c.path }
 
 // PublicKeys returns the public keys that [[key]] tables give to keys.
-func (c *File) PublicKeys() []token.PublicKey { return c.publicKeys }
+func (c *File) PublicKeys() []objects.PublicKey { return c.publicKeys }
 
 // KnownKeys returns what a program does with the list of the keys that the agent has seen:
 // otherwise, unless the configuration switches the list off.

@@ -16,6 +16,7 @@ import (
 	"p11-agent/agent/request"
 	"p11-agent/cmd/p11-agent/paths"
 	"p11-agent/token"
+	"p11-agent/token/objects"
 	"p11-agent/token/retention"
 )
 
@@ -57,9 +58,9 @@ func (c *File) checkKeys() error {
 			continue
 		}
 		pub, err := readPublicKey(k.Public)
-		p := token.PublicKey{URI: k.URI.URI, Key: pub}
+		p := objects.PublicKey{URI: k.URI.URI, Key: pub}
 		if err == nil {
-			err = token.CheckPublicKey(p)
+			err = p.Check()
 		}
 		if err != nil {
 			return fmt.Errorf("public-key of %v: %w", k.URI, err)
