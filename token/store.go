@@ -25,6 +25,7 @@ import (
 	"p11-agent/token/known"
 	"p11-agent/token/objects"
 	"p11-agent/token/pin"
+	"p11-agent/token/pinsource"
 	"p11-agent/token/pkcs11uri"
 	"p11-agent/token/selection"
 	"p11-agent/token/wire"
@@ -114,7 +115,7 @@ type Store struct {
 	// PINs.
 	devices  *pin.Devices
 	refusals *pin.Refusals
-	bindings *pin.Bindings
+	sources  *pinsource.List
 
 	// The state that clients see.
 	keys    atomic.Pointer[snapshot]
@@ -132,10 +133,6 @@ type Store struct {
 	policy  func(*Key) Policy
 	changed chan struct{} // closed and replaced when keys change
 
-	// Where PINs come from: the configuration, then clients.
-	configured []*pkcs11uri.URI
-	added      []addedSource
-
 	homes *homes.Homes
 	known *known.List // as it was at the start, without the tokens of the modules that were started
 
@@ -147,21 +144,20 @@ type Store struct {
 func Open(opts Options) *Store {
 	ctx, cancel := context.WithCancel(context.Background())
 	s := &Store{
-		opts:       opts,
-		devices:    pin.NewDevices(),
-		log:        opts.Log,
-		ctx:        ctx,
-		cancel:     cancel,
-		settled:    make(chan struct{}),
-		known:      new(known.List),
-		dirty:      make(chan struct{}, 1),
-		stirred:    make(chan struct{}, 1),
-		refusals:   pin.LoadRefusals(opts.StateDir, opts.Log),
-		bindings:   pin.LoadBindings(opts.StateDir, opts.Log),
-		configured: slices.Clone(opts.Sources),
-		public:     slices.Clone(opts.PublicKeys),
-		policy:     opts.Policy,
-		changed:    make(chan struct{}),
+		opts:     opts,
+		devices:  pin.NewDevices(),
+		log:      opts.Log,
+		ctx:      ctx,
+		cancel:   cancel,
+		settled:  make(chan struct{}),
+		known:    new(known.List),
+		dirty:    make(chan struct{}, 1),
+		stirred:  make(chan struct{}, 1),
+		refusals: pin.LoadRefusals(opts.StateDir, opts.Log),
+		sources:  pinsource.New(opts.Sources, opts.StateDir, opts.Log),
+		public:   slices.Clone(opts.PublicKeys),
+		policy:   opts.Policy,
+		changed:  make(chan struct{}),
 	}
 	s.wanted.Configure(opts.Homes)
 	s.keys.Store(new(snapshot))

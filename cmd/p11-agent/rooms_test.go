@@ -196,7 +196,7 @@ var rooms = []room{
 		"token",
 		[]string{
 			"agent/joined", "agent/logfold",
-			"token/login", "token/bounds", "token/card", "token/homes", "token/keygen", "token/objects", "token/usage", "token/known", "token/pace", "token/pairs", "token/pcsc", "token/pin", "token/pkcs11uri", "token/process", "token/readers", "token/registry", "token/operation", "token/retention", "token/selection",
+			"token/login", "token/bounds", "token/card", "token/homes", "token/keygen", "token/objects", "token/usage", "token/known", "token/pace", "token/pairs", "token/pcsc", "token/pin", "token/pkcs11uri", "token/process", "token/readers", "token/registry", "token/operation", "token/pinsource", "token/retention", "token/selection",
 			"token/statefile", "token/supervise", "token/wire",
 			"pinentry/secret", "pinentry/waiting",
 		},
@@ -221,6 +221,7 @@ var rooms = []room{
 		[]string{"token/pkcs11uri", "token/statefile", "token/wire", "pinentry/secret", "pinentry/waiting"},
 		"a PIN is got and tried without knowing keys or module processes",
 	},
+	{"token/pinsource", []string{"token/card", "token/homes", "token/pin", "token/pkcs11uri", "token/statefile", "token/wire", "pinentry/secret"}, "a PIN is for one token: which tokens are there is found out elsewhere"},
 	{"token/homes", []string{"token/pkcs11uri", "token/wire"}, "which module gets a PIN is decided without a token at hand"},
 	{"token/statefile", []string{renameio}, "a leaf: what the files hold is decided elsewhere"},
 	{"token/pace", []string{}, "a leaf: it counts, and knows nothing of what happens"},

@@ -1,4 +1,4 @@
-package pin
+package pinsource
 
 import (
 	"encoding/json"

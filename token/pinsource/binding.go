@@ -1,4 +1,4 @@
-package pin
+package pinsource
 
 import (
 	"bytes"
@@ -16,7 +16,7 @@ import (
 	"p11-agent/token/wire"
 )
 
-// bindingsFile is the name of the file of Bindings in the state directory.
+// bindingsFile is the name of the file of bindings in the state directory.
 const bindingsFile = "pin-bindings"
 
 // The bounds of the file. The oldest bindings go.
@@ -26,10 +26,10 @@ const (
 	bindingsVersion = 1
 )
 
-// A Binding says which token, through which module, the PIN of a URI of the configuration is
+// A binding says which token, through which module, the PIN of a URI of the configuration is
 // for. The agent makes it before the token gets the PIN for the first time. It holds no PIN
 // and no source of a PIN.
-type Binding struct {
+type binding struct {
 	URI          string `json:"uri"` // without its PIN
 	Module       string `json:"module"`
 	Label        string `json:"label"`
@@ -42,60 +42,60 @@ type Binding struct {
 	Keys string `json:"keys,omitempty"`
 }
 
-// Bind returns the Binding of a URI, without its PIN, to a token.
-func Bind(uri, module string, id wire.TokenID, keys string) Binding {
-	return Binding{uri, module, id.Label, id.Serial, id.Manufacturer, id.Model, id.Twin, keys}
+// bind returns the binding of a URI, without its PIN, to a token.
+func bind(uri, module string, id wire.TokenID, keys string) binding {
+	return binding{uri, module, id.Label, id.Serial, id.Manufacturer, id.Model, id.Twin, keys}
 }
 
-// ID returns what the token says of itself.
-func (b Binding) ID() wire.TokenID {
+// id returns what the token says of itself.
+func (b binding) id() wire.TokenID {
 	return wire.TokenID{Label: b.Label, Serial: b.Serial, Manufacturer: b.Manufacturer, Model: b.Model, Twin: b.Twin}
 }
 
-// Bindings has the bindings of a state directory. Other processes of the program may add to
+// bindings has the bindings of a state directory. Other processes of the program may add to
 // the file. Methods may be called from any goroutine.
-type Bindings struct {
+type bindings struct {
 	log  *slog.Logger
 	path string // empty: the bindings are only in memory
 
 	mu  sync.Mutex
-	all []Binding // as read or written last; the oldest first
+	all []binding // as read or written last; the oldest first
 }
 
-// LoadBindings returns the bindings of a state directory. Without a directory they are only in
+// loadBindings returns the bindings of a state directory. Without a directory they are only in
 // memory.
-func LoadBindings(dir string, log *slog.Logger) *Bindings {
-	b := &Bindings{log: log}
+func loadBindings(dir string, log *slog.Logger) *bindings {
+	b := &bindings{log: log}
 	if dir != "" {
 		b.path = filepath.Join(dir, bindingsFile)
 	}
 	return b
 }
 
-// Of returns the binding of a URI. It fails when the file cannot be read: then the PIN may be
+// of returns the binding of a URI. It fails when the file cannot be read: then the PIN may be
 // for any token.
-func (b *Bindings) Of(uri string) (found Binding, ok bool, err error) {
+func (b *bindings) of(uri string) (found binding, ok bool, err error) {
 	b.mu.Lock()
 	defer b.mu.Unlock()
 	if err := b.readLocked(); err != nil {
 		return found, false, err
 	}
-	i := slices.IndexFunc(b.all, func(o Binding) bool { return o.URI == uri })
+	i := slices.IndexFunc(b.all, func(o binding) bool { return o.URI == uri })
 	if i < 0 {
 		return found, false, nil
 	}
 	return b.all[i], true, nil
 }
 
-// Add adds a binding. It fails when the URI is bound to another token. A binding that cannot be
+// add adds a binding. It fails when the URI is bound to another token. A binding that cannot be
 // written counts all the same, until the process ends.
-func (b *Bindings) Add(add Binding) error {
+func (b *bindings) add(add binding) error {
 	b.mu.Lock()
 	defer b.mu.Unlock()
 	if err := b.readLocked(); err != nil {
 		return err
 	}
-	if i := slices.IndexFunc(b.all, func(o Binding) bool { return o.URI == add.URI }); i >= 0 {
+	if i := slices.IndexFunc(b.all, func(o binding) bool { return o.URI == add.URI }); i >= 0 {
 		old := b.all[i]
 		old.Keys = add.Keys
 		if old != add {
@@ -124,11 +124,11 @@ func (b *Bindings) Add(add Binding) error {
 // bindingsText is the content of the file.
 type bindingsText struct {
 	Version  int       `json:"version"`
-	Bindings []Binding `json:"bindings"`
+	Bindings []binding `json:"bindings"`
 }
 
 // readLocked adds the bindings of the file. Bindings that could not be written stay.
-func (b *Bindings) readLocked() error {
+func (b *bindings) readLocked() error {
 	if b.path == "" {
 		return nil
 	}
@@ -136,7 +136,7 @@ func (b *Bindings) readLocked() error {
 	if errors.Is(err, fs.ErrNotExist) {
 		return nil
 	}
-	var all []Binding
+	var all []binding
 	if err == nil {
 		all, err = parseBindings(text)
 	}
@@ -144,7 +144,7 @@ func (b *Bindings) readLocked() error {
 		return fmt.Errorf("cannot read from %s which token the PIN is for: %w; remove the file to begin anew", b.path, err)
 	}
 	for _, o := range all {
-		if !slices.ContainsFunc(b.all, func(known Binding) bool { return known.URI == o.URI }) {
+		if !slices.ContainsFunc(b.all, func(known binding) bool { return known.URI == o.URI }) {
 			b.all = append(b.all, o)
 		}
 	}
@@ -152,7 +152,7 @@ func (b *Bindings) readLocked() error {
 }
 
 // parseBindings reads the file. Only the program writes it.
-func parseBindings(text []byte) ([]Binding, error) {
+func parseBindings(text []byte) ([]binding, error) {
 	d := json.NewDecoder(bytes.NewReader(text))
 	d.DisallowUnknownFields()
 	var f bindingsText
