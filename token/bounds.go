@@ -21,7 +21,7 @@ func (m *module) prune() {
 		t := m.tokens[id]
 		pruned = append(pruned, t)
 		delete(m.tokens, id)
-		m.insertions = max(m.insertions, t.inserts())
+		m.insertions = max(m.insertions, t.visits.Count())
 		s.homes.Forget(id, m.identity)
 	}
 	m.mu.Unlock()
@@ -39,7 +39,7 @@ func (m *module) prune() {
 func (m *module) absentLocked() (absent []bounds.Absent) {
 	for id, t := range m.tokens {
 		if !slices.Contains(m.order, t) && !slices.Contains(m.last, t) && !t.pins.InUse() {
-			absent = append(absent, bounds.Absent{ID: id, Size: t.holds(), Home: m.store.homes.Stays(id, m.identity), Left: t.goneSince()})
+			absent = append(absent, bounds.Absent{ID: id, Size: t.holds(), Home: m.store.homes.Stays(id, m.identity), Left: t.visits.Left()})
 		}
 	}
 	return absent

@@ -59,7 +59,7 @@ func (t *Token) replaced(ctx context.Context, unseen bool) {
 	t.deadline.Clear()
 	t.logins.CardReplaced()
 	if unseen {
-		t.insertions++ // otherwise the look counts it
+		t.visits.Come() // otherwise the look counts it
 	}
 	t.mu.Unlock()
 	t.module.store.stir()

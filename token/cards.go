@@ -115,7 +115,7 @@ func (m *module) cardsLeft(left []*Token, listing time.Duration) {
 	for _, t := range left {
 		t.pins.Wipe()
 		t.logoutLost()
-		t.left()
+		t.visits.Leave()
 		ids = append(ids, t.ID)
 	}
 	if p != nil {
@@ -216,7 +216,7 @@ func (t *Token) endStale(ctx context.Context, p *process.Process) {
 // whileBack bounds ctx for a request whose card has just left. The card may be back soon. The
 // module is no reason to wait longer.
 func (t *Token) whileBack(ctx context.Context) (context.Context, context.CancelFunc) {
-	gone := t.goneSince()
+	gone := t.visits.Left()
 	if t.present() || time.Since(gone) > backTimeout {
 		return context.WithCancel(ctx)
 	}

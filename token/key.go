@@ -123,7 +123,7 @@ func (k *Key) Signatures() (n uint64, last time.Time) { return k.use.Signatures(
 
 // Insertions returns how often the token of the key has appeared.
 func (k *Key) Insertions() uint64 {
-	return k.token.inserts()
+	return k.token.visits.Count()
 }
 
 // Matches reports whether a URI selects the key.

@@ -29,7 +29,7 @@ func (m *module) restore(all []known.Token) {
 			continue
 		}
 		restored := newToken(m, t.ID())
-		restored.seen = t.Seen
+		restored.visits.Restore(0, t.Seen)
 		if t.Login {
 			restored.slot.Info.Flags = wire.CKFLoginRequired
 		}

@@ -98,7 +98,7 @@ func (m *module) Stopped(drop bool, commit func()) {
 	}
 	m.mu.Unlock()
 	for _, t := range gone {
-		t.left()
+		t.visits.Leave()
 	}
 	m.store.publish()
 }
@@ -175,7 +175,7 @@ func (m *module) Look(ctx context.Context, p *process.Process, again bool) error
 	order = m.withHeldLocked(order, held)
 	for _, t := range order {
 		if !slices.Contains(m.last, t) {
-			t.inserted()
+			t.visits.Come()
 		}
 	}
 	gone = slices.DeleteFunc(slices.Clone(m.last), func(t *Token) bool { return slices.Contains(order, t) })

@@ -34,7 +34,7 @@ func (t *Token) retain(rule retention.Rule) {
 	if p == nil {
 		return
 	}
-	login := retention.Login[*process.Process]{Session: p, Insertions: t.insertions}
+	login := retention.Login[*process.Process]{Session: p, Insertions: t.visits.Count()}
 	t.deadline.Extend(login, rule, kept, func() { _ = t.module.store.start(t.expire) })
 }
 

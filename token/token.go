@@ -32,18 +32,17 @@ type Token struct {
 	ID     wire.TokenID
 	module *module
 	use    usage.Usage
+	visits card.Visits
 	pins   *pin.State
 	check  loginCheck
 
 	mu sync.Mutex
 
 	// Where the token is, and through which module the agent uses it.
-	slot       wire.Slot // at the last look
-	card       card.Stay // at the last look
-	shadow     string    // the module that shows the token in place of this one
-	belongs    string    // the module that the token belongs to while this one shows it
-	insertions uint64
-	seen       time.Time // when the token was present last, if it is away
+	slot    wire.Slot // at the last look
+	card    card.Stay // at the last look
+	shadow  string    // the module that shows the token in place of this one
+	belongs string    // the module that the token belongs to while this one shows it
 
 	// Its objects.
 	objects          *objects.Set // as the last look found them; nil: there was no look
@@ -57,10 +56,9 @@ type Token struct {
 
 // newToken makes a Token. The caller holds the module's mu if other goroutines may use the module.
 func newToken(m *module, id wire.TokenID) *Token {
-	return &Token{
-		ID: id, module: m, pins: m.store.devices.Open(id, m.identity), check: newLoginCheck(), refusesMechanism: make(map[uint64]bool),
-		insertions: m.insertions,
-	}
+	t := &Token{ID: id, module: m, pins: m.store.devices.Open(id, m.identity), check: newLoginCheck(), refusesMechanism: make(map[uint64]bool)}
+	t.visits.Restore(m.insertions, time.Time{})
+	return t
 }
 
 // removable reports whether the slot of the token is removable, as for a card.
@@ -283,7 +281,7 @@ func (t *Token) logout(ctx context.Context) error {
 func (t *Token) status(present bool) TokenStatus {
 	t.mu.Lock()
 	defer t.mu.Unlock()
-	seen := t.seen
+	seen := t.visits.Left()
 	if present {
 		seen = time.Now()
 	}
@@ -341,34 +339,5 @@ func (t *Token) lastSeen() time.Time {
 	if t.present() {
 		return time.Now()
 	}
-	t.mu.Lock()
-	defer t.mu.Unlock()
-	return t.seen
-}
-
-// left notes that the token has left.
-func (t *Token) left() {
-	t.mu.Lock()
-	defer t.mu.Unlock()
-	t.seen = time.Now()
-}
-
-// goneSince returns when the token was present last, for a token that is away.
-func (t *Token) goneSince() time.Time {
-	t.mu.Lock()
-	defer t.mu.Unlock()
-	return t.seen
-}
-
-// inserts returns how often the token has appeared.
-func (t *Token) inserts() uint64 {
-	t.mu.Lock()
-	defer t.mu.Unlock()
-	return t.insertions
-}
-
-func (t *Token) inserted() {
-	t.mu.Lock()
-	defer t.mu.Unlock()
-	t.insertions++
+	return t.visits.Left()
 }

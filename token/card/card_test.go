@@ -6,6 +6,7 @@ import (
 	"slices"
 	"strings"
 	"testing"
+	"time"
 
 	"p11-agent/token/pairs"
 	"p11-agent/token/pcsc"
@@ -207,5 +208,22 @@ func TestNumbering(t *testing.T) {
 	}
 	if !slices.Equal(got, []uint32{0, 0, 1}) || !slices.Equal(peeked, []uint64{1, 3}) {
 		t.Errorf("the numbers are %v, the slots %v were read", got, peeked)
+	}
+}
+
+func TestVisits(t *testing.T) {
+	var v Visits
+	if !v.Left().IsZero() {
+		t.Error("the token left before it came")
+	}
+	then := time.Unix(1000, 0)
+	v.Restore(7, then)
+	v.Come()
+	if v.Count() != 8 || !v.Left().Equal(then) {
+		t.Errorf("%d visits, it left at %v", v.Count(), v.Left())
+	}
+	v.Leave()
+	if !v.Left().After(then) {
+		t.Errorf("it left at %v", v.Left())
 	}
 }

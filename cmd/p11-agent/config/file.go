@@ -53,7 +53,7 @@ type File struct {
 
 	Sockets []SocketTable `toml:"socket"`
 
-	path       string            // "": there is no file
+	path       string              // "": there is no file
 	publicKeys []objects.PublicKey // of KeyTables
 }
 
