@@ -157,6 +157,25 @@ if [ -e "$SSH_AUTH_SOCK" ]; then fail "the socket is left over"; fi
 systemctl --user start p11-agent.socket
 lists renamed
 
+step "an upgrade restarts the agent, even when systemd cannot enable it"
+eventually active
+pid=$(show MainPID)
+wants=.config/systemd/user/sockets.target.wants
+mv $wants wants
+touch $wants # no directory
+mkdir new
+cp "$agent" new/p11-agent
+if new/p11-agent install --user --now >said 2>&1; then fail "the socket is enabled"; fi
+has "the error" "$(cat said)" "p11-agent: error: systemctl --user enable --now p11-agent.socket: "
+has "the program" "$(show ExecStart)" "$HOME/new/p11-agent"
+restarted() { active && [ "$(show MainPID)" != "$pid" ]; }
+eventually restarted
+lists renamed
+rm $wants
+mv wants $wants
+"$agent" install --user --now >/dev/null
+lists renamed
+
 step "an agent of one's own keeps its socket"
 systemctl --user disable --now p11-agent.socket
 eval "$("$agent" agent -s)" >/dev/null
