@@ -198,7 +198,8 @@ func (k *Key) Operate(ctx context.Context, op operation.Operation) ([]byte, erro
 }
 
 // May reports whether the key may do a function, as far as the token has shown its private key
-// (CKA_SIGN, CKA_DECRYPT, CKA_DERIVE). If the token has not said so, only a try can tell.
+// (CKA_SIGN, CKA_DECRYPT, CKA_DERIVE). If the token has not said so, only a try can tell. libykcs11
+// 2.2 says that no key may derive, although its keys can. The agent believes the token.
 func (k *Key) May(f operation.Function) bool {
 	pair := k.token.current(k).pair
 	switch f {

@@ -16,6 +16,7 @@ import (
 	"encoding/asn1"
 	"encoding/hex"
 	"fmt"
+	"log"
 	"math/big"
 	"os"
 	"strings"
@@ -553,6 +554,96 @@ func TestOpenSCWithoutReader(t *testing.T) {
 	}
 	for _, s := range p.slots(false) {
 		t.Logf("a slot: %+v", s)
+	}
+}
+
+// The module process decrypts and derives, does not tell why a ciphertext is wrong, and leaves no
+// secret in the session.
+func TestDecryptAndDerive(t *testing.T) {
+	hsm := tokentest.NewSoftHSM(t)
+	hsm.AddToken("work", "")
+	hsm.GenerateKey("work", tokentest.RSA2048, "01", "rsa")
+	hsm.GenerateKey("work", tokentest.P256, "02", "ec")
+	for _, v := range hsm.Env() {
+		name, value, _ := strings.Cut(v, "=")
+		t.Setenv(name, value) // this process runs the module
+	}
+	lib, err := load(hsm.Module())
+	if err != nil {
+		t.Fatal(err)
+	}
+	if err := lib.initialize(""); err != nil {
+		t.Fatal(err)
+	}
+	defer func() {
+		if err := lib.finalize(); err != nil {
+			t.Error(err)
+		}
+	}()
+	slots, err := lib.slots(true)
+	if err != nil {
+		t.Fatal(err)
+	}
+	id, _, err := lib.tokenInfo(slots[0])
+	if err != nil {
+		t.Fatal(err)
+	}
+	tok := newToken(id)
+	live, err := tok.find(t.Context(), lib, func() place { return place{} })
+	if err != nil {
+		t.Fatal(err)
+	}
+	if err := lib.login(live.anchor, pkcs11.CKU_USER, []byte(tokentest.PIN)); err != nil {
+		t.Fatal(err)
+	}
+	r := &reading{lib: lib, session: live.anchor, log: log.New(t.Output(), "", 0)}
+	r.begin()
+	if err := r.all(nil); err != nil {
+		t.Fatal(err)
+	}
+	for _, o := range r.part.Objects {
+		if use := map[uint64]wire.Tri{wire.CKKRSA: o.Decrypt, wire.CKKEC: o.Derive}[o.KeyType]; o.Class == wire.CKOPrivateKey && use != wire.True {
+			t.Errorf("a key of type %d does not say what it is for", o.KeyType)
+		}
+		if o.Class != wire.CKOPublicKey {
+			continue
+		}
+		m := &wire.Operate{Key: keyID(t, id, o)}
+		operate := func() ([]byte, error) { return new(server).operate(t.Context(), lib, tok, m, nil) }
+		switch pub := publicKey(t, o).(type) {
+		case *rsa.PublicKey:
+			m.Function, m.Mechanism, m.ResultLen = wire.Decrypt, wire.CKMRSAPKCSOAEP, 256
+			m.Params = wire.Params{Hash: wire.CKMSHA1, MGF: wire.CKGMGF1SHA1}
+			if m.Data, err = rsa.EncryptOAEP(sha1.New(), rand.Reader, pub, nil, nil); err != nil {
+				t.Fatal(err)
+			}
+			if got, err := operate(); err != nil || len(got) != 0 {
+				t.Errorf("decrypt nothing: %x, %v", got, err)
+			}
+			m.Data[200] ^= 1
+			if got, err := operate(); got != nil || failure(t, err).Reason != wire.ReasonCiphertext || failure(t, err).RV != 0 {
+				t.Errorf("a wrong ciphertext: %x, %v", got, err)
+			}
+		case *ecdsa.PublicKey:
+			m.Function, m.Mechanism, m.ResultLen, m.Data = wire.Derive, wire.CKMECDH1Derive, 32, m.Key.ECPoint
+			if got, err := operate(); err != nil || len(got) != 32 {
+				t.Errorf("derive: %v", err)
+			}
+			m.ResultLen = 33
+			if got, err := operate(); err == nil {
+				t.Errorf("a secret of 33 bytes: %x", got)
+			}
+		}
+	}
+	for range 2 { // sessions
+		session, err := live.session(t.Context())
+		if err != nil {
+			t.Fatal(err)
+		}
+		left, _, err := lib.find(session, wire.MaxList, pkcs11.NewAttribute(pkcs11.CKA_CLASS, pkcs11.CKO_SECRET_KEY))
+		if err != nil || len(left) > 0 {
+			t.Errorf("%d secrets are left, %v", len(left), err)
+		}
 	}
 }
 

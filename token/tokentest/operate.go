@@ -229,7 +229,8 @@ func (c ciphertext) check(ctx context.Context, k *token.Key) error {
 
 func testDecrypts(t *testing.T, s Subject) {
 	p := &Person{Always: s.PIN}
-	st := s.store(t, p)
+	// SoftHSM says that of a wrong padding.
+	st := s.store(t, p, string(message), "decryption failed")
 	k := s.decryptKey(t, st)
 	all := ciphertexts(t, k.Public().(*rsa.PublicKey))
 	for _, c := range all {
@@ -318,7 +319,11 @@ func testDerives(t *testing.T, s Subject) {
 	keys := s.deriveKeys(t, st)
 	for _, k := range keys {
 		for range 3 {
-			if err := derive(t.Context(), k); err != nil {
+			err := derive(t.Context(), k)
+			if errors.Is(err, operation.ErrNotPermitted) { // libykcs11 2.2 says so of every key
+				t.Skipf("the token says that its keys may not derive: %v", err)
+			}
+			if err != nil {
 				t.Errorf("%s: %v", k, err)
 			}
 		}

@@ -230,14 +230,14 @@ func Run(t *testing.T, open func(t *testing.T) Subject) {
 	}
 }
 
-// store opens a Store on the subject.
-func (s Subject) store(t *testing.T, p *Person) *token.Store {
+// store opens a Store on the subject. Its log may hold neither the PIN nor the secrets.
+func (s Subject) store(t *testing.T, p *Person, secrets ...string) *token.Store {
 	t.Helper()
 	opts := token.Options{Modules: []token.ModuleSpec{s.Spec}, Command: s.Command}
 	if p != nil {
 		opts.PINs = p
 	}
-	return Store(t, opts, s.PIN, s.wrongPIN())
+	return Store(t, opts, append(secrets, s.PIN, s.wrongPIN())...)
 }
 
 func (s Subject) wrongPIN() string { return "x" + s.PIN }
