@@ -109,13 +109,15 @@ func (m *module) cardsLeft(left []*Token, listing time.Duration) {
 	m.mu.Lock()
 	m.order = slices.DeleteFunc(slices.Clone(m.order), gone)
 	m.last = slices.DeleteFunc(slices.Clone(m.last), gone)
+	for _, t := range left {
+		t.visits.Leave()
+	}
 	p := m.supervisor.CardsLeft(listing > 0)
 	m.mu.Unlock()
 	var ids []wire.TokenID
 	for _, t := range left {
 		t.pins.Wipe()
 		t.logoutLost()
-		t.visits.Leave()
 		ids = append(ids, t.ID)
 	}
 	if p != nil {

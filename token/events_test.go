@@ -360,3 +360,34 @@ func TestLeftDuringLook(t *testing.T) {
 	noError(t, b.store.Rescan(t.Context()))
 	want(t, "insertions", b.key(1).Insertions(), uint64(2))
 }
+
+// A token leaves while the agent reads it, and the module reports so. The look does not count the
+// token as inserted again.
+func TestReportedDuringLook(t *testing.T) {
+	b := newBench(t, &tokentest.Person{Always: rightPIN}, nil)
+	b.mustSign()
+	var leaves, reported atomic.Bool
+	b.fake.Intercept(func(_ context.Context, proc *tokentest.FakeProcess, r wire.Request) bool {
+		o, ok := r.Message.(*wire.Objects)
+		if !ok || !leaves.Load() {
+			return false
+		}
+		reason := &wire.Error{Reason: wire.ReasonNoToken}
+		if !reported.Swap(true) {
+			proc.Gone(wire.SlotID{ID: o.Slot})
+			reason = &wire.Error{Reason: wire.ReasonModule, Function: "C_GetTokenInfo", RV: wire.CKRTokenNotPresent}
+		}
+		proc.Fail(r, reason)
+		return true
+	})
+	leaves.Store(true)
+	for range 2 {
+		noError(t, b.store.Rescan(t.Context()))
+		if has(b.store, "card") {
+			t.Error("the key of the token that left is listed")
+		}
+	}
+	leaves.Store(false)
+	noError(t, b.store.Rescan(t.Context()))
+	want(t, "insertions", b.key(1).Insertions(), uint64(2))
+}

@@ -10,6 +10,7 @@ import (
 	"path/filepath"
 	"slices"
 	"sync"
+	"time"
 
 	"p11-agent/agent/logfold"
 	"p11-agent/token/bounds"
@@ -139,7 +140,7 @@ func (m *module) Look(ctx context.Context, p *process.Process, again bool) error
 	m.readers.SetUsed(slots.PCSC)
 	now := m.readers.List(ctx)
 	var order []*Token
-	removable := false
+	removable, asked := false, make(map[*Token]time.Time)
 	names := m.numbering(ctx, p, slots.Slots)
 	bound := bounds.NewLook(len(slots.Slots), m.log)
 	for _, slot := range slots.Slots {
@@ -149,6 +150,7 @@ func (m *module) Look(ctx context.Context, p *process.Process, again bool) error
 		}
 		slot.Token = names.Name(slot)
 		t := m.token(slot)
+		asked[t] = time.Now()
 		if !bound.MayRead(slot.Token) {
 			// It keeps its old objects.
 		} else if size, err := t.look(ctx, p, &slot, order, now); err != nil {
@@ -172,6 +174,8 @@ func (m *module) Look(ctx context.Context, p *process.Process, again bool) error
 	m.readers.Follow(m.store.ctx, m, func(work func()) { _ = m.store.start(work) })
 	held := m.readers.Looked(ctx, before)
 	m.mu.Lock()
+	// A token may have left since the agent asked it. Another look follows then.
+	order = slices.DeleteFunc(order, func(t *Token) bool { return t.visits.Left().After(asked[t]) })
 	order = m.withHeldLocked(order, held)
 	for _, t := range order {
 		if !slices.Contains(m.last, t) {

@@ -327,6 +327,9 @@ func (p *FakeProcess) Fail(r wire.Request, e *wire.Error) {
 	_ = p.conn.WriteError(r.ID, e)
 }
 
+// Gone reports that slots have lost their token.
+func (p *FakeProcess) Gone(slots ...wire.SlotID) { _ = p.conn.WriteEvent(slots...) }
+
 // Lose says that the process is of no use any more.
 func (p *FakeProcess) Lose(e *wire.Error) { _ = p.conn.WriteLost(e) }
 
