@@ -1,7 +1,6 @@
 package logfold
 
 import (
-	"bytes"
 	"errors"
 	"fmt"
 	"log/slog"
@@ -12,25 +11,14 @@ import (
 	"testing"
 	"testing/synctest"
 	"time"
+
+	"p11-agent/agent/logfold/logtest"
 )
 
 // book is a log that is read while it is written.
-type book struct {
-	mu   sync.Mutex
-	text bytes.Buffer
-}
+type book struct{ logtest.Buffer }
 
-func (b *book) Write(p []byte) (int, error) {
-	b.mu.Lock()
-	defer b.mu.Unlock()
-	return b.text.Write(p)
-}
-
-func (b *book) lines() []string {
-	b.mu.Lock()
-	defer b.mu.Unlock()
-	return strings.Split(strings.TrimSuffix(b.text.String(), "\n"), "\n")
-}
+func (b *book) lines() []string { return strings.Split(strings.TrimSuffix(b.String(), "\n"), "\n") }
 
 var timesPattern = regexp.MustCompile(` times=(\d+) `)
 

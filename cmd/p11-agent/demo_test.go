@@ -4,6 +4,7 @@ import (
 	"bufio"
 	"bytes"
 	"fmt"
+	"io"
 	"io/fs"
 	"os"
 	"os/exec"
@@ -109,6 +110,21 @@ func (w *demoWorld) command(t *testing.T, args ...string) *exec.Cmd {
 		"GPG_TTY=/dev/null", "GIT_DIR=" + filepath.Join(w.home, "repo"), "XDG_CONFIG_HOME=" + w.home,
 	}
 	return cmd
+}
+
+// start starts a demo, and returns the ends of its output.
+func (w *demoWorld) start(t *testing.T) (cmd *exec.Cmd, stdout io.ReadCloser, stderr *bytes.Buffer) {
+	t.Helper()
+	cmd, stderr = w.command(t), new(bytes.Buffer)
+	cmd.Stderr = stderr
+	stdout, err := cmd.StdoutPipe()
+	if err == nil {
+		err = cmd.Start()
+	}
+	if err != nil {
+		t.Fatal(err)
+	}
+	return cmd, stdout, stderr
 }
 
 // run runs a demo to its end.
@@ -280,16 +296,7 @@ func TestDemoInterrupted(t *testing.T) {
 			t.Parallel()
 			needPrograms(t, append(demoPrograms, "tmux", "pinentry-curses")...)
 			w := newDemoWorld(t)
-			cmd := w.command(t)
-			var stderr bytes.Buffer
-			cmd.Stderr = &stderr
-			stdout, err := cmd.StdoutPipe()
-			if err != nil {
-				t.Fatal(err)
-			}
-			if err := cmd.Start(); err != nil {
-				t.Fatal(err)
-			}
+			cmd, stdout, stderr := w.start(t)
 			seen, interrupted := "", false
 			lines := bufio.NewScanner(stdout)
 			for lines.Scan() {
@@ -303,7 +310,7 @@ func TestDemoInterrupted(t *testing.T) {
 			}
 			_ = cmd.Wait() // its status is looked at
 			if status := cmd.ProcessState.ExitCode(); !interrupted || status != 1 || stderr.String() != "p11-agent: error: the demo was interrupted\n" {
-				t.Errorf("interrupted %t, exit status %d, on stderr: %q\n%s", interrupted, status, &stderr, seen)
+				t.Errorf("interrupted %t, exit status %d, on stderr: %q\n%s", interrupted, status, stderr, seen)
 			}
 			if strings.Contains(seen, "FAILED") || strings.Contains(seen, " passed, ") {
 				t.Errorf("an interruption is no failure:\n%s", seen)
@@ -318,16 +325,7 @@ func TestDemoUnread(t *testing.T) {
 	t.Parallel()
 	needPrograms(t, append(demoPrograms, "tmux", "pinentry-curses")...)
 	w := newDemoWorld(t)
-	cmd := w.command(t)
-	var stderr bytes.Buffer
-	cmd.Stderr = &stderr
-	stdout, err := cmd.StdoutPipe()
-	if err != nil {
-		t.Fatal(err)
-	}
-	if err := cmd.Start(); err != nil {
-		t.Fatal(err)
-	}
+	cmd, stdout, stderr := w.start(t)
 	for lines := bufio.NewScanner(stdout); lines.Scan() && !strings.HasPrefix(lines.Text(), "$ tmux "); {
 	}
 	if err := stdout.Close(); err != nil {
@@ -335,7 +333,7 @@ func TestDemoUnread(t *testing.T) {
 	}
 	_ = cmd.Wait() // its status is looked at
 	if status := cmd.ProcessState.ExitCode(); status != 1 || stderr.String() != "p11-agent: error: the demo was interrupted\n" {
-		t.Errorf("exit status %d, on stderr: %q", status, &stderr)
+		t.Errorf("exit status %d, on stderr: %q", status, stderr)
 	}
 	w.removed(t)
 }

@@ -78,6 +78,13 @@ func needFresh(t *testing.T, programs ...string) {
 		"unshare", "--user", "--map-user=1000", "--map-group=1000", "true").CombinedOutput(); err != nil {
 		missing = "namespaces cannot be made here: " + strings.TrimSpace(string(out))
 	}
+	skipWithout(t, missing, programs)
+}
+
+// skipWithout skips a test if something is missing on the machine, or if it lacks a program. In CI,
+// it fails the test.
+func skipWithout(t *testing.T, missing string, programs []string) {
+	t.Helper()
 	for _, program := range programs {
 		if _, err := lookPath(program); err != nil {
 			missing = program + " is not installed"

@@ -33,18 +33,7 @@ func needPrivileges(t *testing.T, programs ...string) {
 	} else if out, err := exec.Command("unshare", "--mount", "--pid", "--cgroup", "--fork", "sh", "-c", "mount -t cgroup2 cgroup2 /mnt && mount -t tmpfs tmpfs /run").CombinedOutput(); err != nil {
 		missing = "namespaces with mounts of their own cannot be made here: " + strings.TrimSpace(string(out))
 	}
-	for _, program := range programs {
-		if _, err := lookPath(program); err != nil {
-			missing = program + " is not installed"
-		}
-	}
-	if missing == "" {
-		return
-	}
-	if os.Getenv("CI") == "true" {
-		t.Fatal(missing)
-	}
-	t.Skip(missing)
+	skipWithout(t, missing, programs)
 }
 
 // userManager runs a shell script of testdata/systemd as an ordinary user, under a real

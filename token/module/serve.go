@@ -6,6 +6,7 @@ import (
 	"fmt"
 	"log"
 	"os"
+	"slices"
 	"sync"
 	"sync/atomic"
 
@@ -222,9 +223,11 @@ func (s *server) hello(m *wire.Hello) (wire.Message, error) {
 		return nil, err
 	}
 	confined := wire.Sandbox{Off: true}
+	limits := sandbox.Options{Module: m.Path, InitArgs: m.InitArgs, Write: m.Write, Getenv: os.Getenv}
+	files := sandbox.Own(limits)
 	if !m.Unconfined {
 		// The sandbox confines every thread, including later ones.
-		confined = sandbox.Enter(sandbox.Options{Module: m.Path, InitArgs: m.InitArgs, Write: m.Write, Getenv: os.Getenv})
+		confined = sandbox.Enter(limits)
 	}
 	lib, err := load(m.Path)
 	if err != nil {
@@ -232,6 +235,10 @@ func (s *server) hello(m *wire.Hello) (wire.Message, error) {
 	}
 	if err := lib.initialize(m.InitArgs); err != nil {
 		return nil, err
+	}
+	if !m.Unconfined && !slices.Equal(files, sandbox.Own(limits)) {
+		// A person has just configured the module. The sandbox keeps the module from its files.
+		return nil, errors.New("the configuration of the module has changed while the module was loaded")
 	}
 	info, err := lib.info()
 	if err != nil {

@@ -117,6 +117,13 @@ func known(o Options) []string {
 		found, _ := filepath.Glob(pattern) // the patterns are right
 		all = append(all, found...)
 	}
+	return append(all, Own(o)...)
+}
+
+// Own returns the files and directories that belong to the module, as the configuration of the
+// module names them now. Enter lets the module write them. If they change later, the module
+// cannot write them.
+func Own(o Options) (all []string) {
 	home := o.Getenv("HOME")
 	own := func(path string) {
 		if acceptable(path, home) {

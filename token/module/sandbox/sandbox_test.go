@@ -450,3 +450,22 @@ func TestProgramArguments(t *testing.T) {
 		}
 	}
 }
+
+// A configuration that a person writes while the module is loaded changes the module's files.
+func TestOwn(t *testing.T) {
+	home := t.TempDir()
+	config, tokens := filepath.Join(home, "softhsm2.conf"), filepath.Join(home, "tokens")
+	env := map[string]string{"HOME": filepath.Join(home, "me"), "SOFTHSM2_CONF": config}
+	own := func() []string {
+		return Own(Options{Module: "/x/libsofthsm2.so", Getenv: func(name string) string { return env[name] }})
+	}
+	if files := own(); len(files) != 0 {
+		t.Errorf("%q before there is a configuration", files)
+	}
+	if err := errors.Join(os.Mkdir(tokens, 0o700), os.WriteFile(config, []byte("directories.tokendir = "+tokens+"\n"), 0o600)); err != nil {
+		t.Fatal(err)
+	}
+	if files := own(); !slices.Equal(files, []string{tokens}) {
+		t.Errorf("%q with a configuration", files)
+	}
+}
