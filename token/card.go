@@ -10,17 +10,17 @@ import (
 	"p11-agent/token/wire"
 )
 
-// shows returns what the token shows of its keys.
-func (t *Token) shows() card.Shown {
+// stay returns the card of the last look.
+func (t *Token) stay() card.Stay {
 	t.mu.Lock()
 	defer t.mu.Unlock()
-	return t.card.Shown
+	return t.card
 }
 
 // isOther reports whether the token is another card than the one that showed was. Only removable
 // tokens count: all keys of a fixed token may be replaced.
 func (t *Token) isOther(was card.Shown) bool {
-	now := t.shows()
+	now := t.stay().Shown
 	return t.removable() && was.Comparable(now) && !was.Overlaps(now)
 }
 
@@ -66,53 +66,27 @@ func (t *Token) replaced(ctx context.Context, unseen bool) {
 	t.module.log.DebugContext(ctx, "another card is in the slot, or a card was put in again", "token", t.ID.Label, "serial", t.ID.Serial)
 }
 
-// A target is the card that a PIN is for.
-type target struct {
-	stay  uint64 // see wire.TokenInfo
-	card  uint64 // the number of cards that have left, see pin.State.Removals
-	shown card.Shown
-}
-
-// maxTargets is how often a login continues with a new stay of the same card.
-const maxTargets = 5
-
 // settle makes sure that the card in the slot is the card of the last look, before it gets a PIN.
-func (t *Token) settle(ctx context.Context, p *process.Process, info wire.TokenInfo) (at target, err error) {
-	at.card = t.pins.Removals()
+func (t *Token) settle(ctx context.Context, p *process.Process, info wire.TokenInfo) (card.Target, error) {
+	removals := t.pins.Removals()
 	t.mu.Lock()
 	was, slot := t.card, t.slot
 	t.mu.Unlock()
 	if was.Lasts(p, info.Stay, slot, t.module.readers.List(ctx)) {
-		at.stay, at.shown = info.Stay, was.Shown
-		return at, nil
+		return was.Target(removals), nil
 	}
 	if err := t.lookAgain(ctx, p); err != nil {
-		return at, err
+		return card.Target{}, err
 	}
-	at.card = t.pins.Removals()
-	t.mu.Lock()
-	at.stay, at.shown = t.card.Number, t.card.Shown
-	t.mu.Unlock()
-	return at, nil
+	removals = t.pins.Removals()
+	return t.stay().Target(removals), nil
 }
 
-// again returns the new target for a PIN after the module process has refused to try it, because
-// another stay has begun. ok is true for the same card only. A look for new tokens begins another
-// stay as well. If a user has put the card in again, the typed PIN still counts; a kept PIN does
-// not.
-func (t *Token) again(ctx context.Context, p *process.Process, was target, kept bool) (at target, ok bool) {
+// again looks again after the module process has refused to try a PIN: see card.Target.Again.
+func (t *Token) again(ctx context.Context, p *process.Process, was card.Target, kept bool) (at card.Target, ok bool) {
 	if t.lookAgain(ctx, p) != nil {
 		return was, false
 	}
-	t.mu.Lock()
-	now := t.card
-	t.mu.Unlock()
-	if cards := t.pins.Removals(); cards != was.card {
-		if kept || !was.shown.Overlaps(now.Shown) {
-			return was, false
-		}
-		was.card = cards
-	}
-	was.stay = now.Number
-	return was, true
+	now := t.stay()
+	return was.Again(now, t.pins.Removals(), kept)
 }

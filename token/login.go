@@ -8,6 +8,7 @@ import (
 
 	"p11-agent/pinentry/secret"
 	"p11-agent/pinentry/waiting"
+	"p11-agent/token/card"
 	"p11-agent/token/pin"
 	"p11-agent/token/process"
 	"p11-agent/token/selection"
@@ -194,10 +195,10 @@ func (t *Token) logOutFirst(ctx context.Context) error {
 }
 
 // tryLogin makes the token try a PIN on a card. It returns where the card is now.
-func (t *Token) tryLogin(ctx context.Context, p *process.Process, trial pin.Trial, at target) (target, error) {
+func (t *Token) tryLogin(ctx context.Context, p *process.Process, trial pin.Trial, at card.Target) (card.Target, error) {
 	for n := 0; ; n++ {
-		err := t.tryStay(ctx, p, trial, at.stay)
-		if n == maxTargets || !wire.IsReason(err, wire.ReasonOtherToken) {
+		err := t.tryStay(ctx, p, trial, at.Stay)
+		if n == card.MaxTargets || !wire.IsReason(err, wire.ReasonOtherToken) {
 			return at, err
 		}
 		ok := false
@@ -356,9 +357,9 @@ func (t *Token) operateInTurn(ctx context.Context, list *waiting.List, p *proces
 	var reply wire.OperateReply
 	operate := func(ctx context.Context, kept bool) error {
 		for n := 0; ; n++ {
-			req.Stay = at.stay
+			req.Stay = at.Stay
 			err := p.Call(ctx, process.SignTimeout, wire.TypeOperate, req, &reply)
-			if n == maxTargets || !wire.IsReason(err, wire.ReasonOtherToken) {
+			if n == card.MaxTargets || !wire.IsReason(err, wire.ReasonOtherToken) {
 				return err
 			}
 			ok := false

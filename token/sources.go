@@ -51,7 +51,7 @@ type sourceToken struct{ *Token }
 func (t sourceToken) ID() wire.TokenID                  { return t.Token.ID }
 func (t sourceToken) Module() string                    { return t.module.identity }
 func (t sourceToken) Name() string                      { return t.name() }
-func (t sourceToken) Shows() card.Shown                 { return t.shows() }
+func (t sourceToken) Shows() card.Shown                 { return t.stay().Shown }
 func (t sourceToken) IsOther(was card.Shown) bool       { return t.isOther(was) }
 func (t sourceToken) CheckGuest(u *pkcs11uri.URI) error { return t.checkGuest(u) }
 

@@ -227,3 +227,36 @@ func TestVisits(t *testing.T) {
 		t.Errorf("it left at %v", v.Left())
 	}
 }
+
+// TestTarget checks for which card a PIN counts after another stay has begun.
+func TestTarget(t *testing.T) {
+	p := new(process.Process)
+	at := stay(p, 1, 7, "ab").Target(3)
+	for _, tt := range []struct {
+		name     string
+		now      Stay
+		removals uint64
+		kept     bool
+		want     bool
+	}{
+		{"a look has begun the stay", stay(p, 2, 7, "ab"), 3, false, true},
+		{"a look has begun the stay, and the PIN is kept", stay(p, 2, 7, "ab"), 3, true, true},
+		{"the card was put in again", stay(p, 2, 9, "ab"), 4, false, true},
+		{"the card was put in again, and the PIN is kept", stay(p, 2, 9, "ab"), 4, true, false},
+		{"another card was put in", stay(p, 2, 9, "cd"), 4, false, false},
+		{"a card without keys was put in", stay(p, 2, 9, ""), 4, false, false},
+	} {
+		again, ok := at.Again(tt.now, tt.removals, tt.kept)
+		if ok != tt.want {
+			t.Errorf("%s: %v", tt.name, ok)
+		}
+		if want := map[bool]uint64{true: 2, false: 1}[ok]; again.Stay != want {
+			t.Errorf("%s: the stay is %d", tt.name, again.Stay)
+		}
+	}
+	// The card that was put in again is the target now.
+	again, _ := at.Again(stay(p, 2, 9, "ab"), 4, false)
+	if _, ok := again.Again(stay(p, 3, 9, "ab"), 4, true); !ok {
+		t.Error("a look has begun another stay, and the PIN does not count")
+	}
+}
