@@ -96,8 +96,8 @@ func TestControl(t *testing.T) {
 		t.Fatal(err)
 	}
 	defer pin.Wipe()
-	f.tokens.answer = request.LoginAnswer{Tries: "low"}
-	if a, err := f.Login(t.Context(), c, request.TokenLogin{Provider: []byte("pkcs11:token=a"), PIN: pin}); err != nil || a.Tries != "low" {
+	f.tokens.answer = request.LoginAnswer{Tries: request.TriesLow}
+	if a, err := f.Login(t.Context(), c, request.TokenLogin{Provider: []byte("pkcs11:token=a"), PIN: pin}); err != nil || a.Tries != request.TriesLow {
 		t.Errorf("login: %+v, %v", a, err)
 	}
 	if err := f.Logout(t.Context(), c, []byte("pkcs11:token=b")); err != nil {
@@ -107,7 +107,7 @@ func TestControl(t *testing.T) {
 		t.Errorf("logout: %v", err)
 	}
 	f.tokens.selectErr = errors.New("wrong PIN")
-	if a, err := f.Login(t.Context(), c, request.TokenLogin{Provider: []byte("pkcs11:token=a")}); err == nil || a.Tries != "low" {
+	if a, err := f.Login(t.Context(), c, request.TokenLogin{Provider: []byte("pkcs11:token=a")}); err == nil || a.Tries != request.TriesLow {
 		t.Errorf("login: %+v, %v", a, err)
 	}
 	if got, want := fmt.Sprintf("%q", f.tokens.logins), `["pkcs11:token=a 1234" "out of pkcs11:token=b" "pkcs11:token=a "]`; got != want {

@@ -3,7 +3,6 @@ package token
 import (
 	"context"
 	"errors"
-	"fmt"
 	"slices"
 
 	"p11-agent/pinentry/secret"
@@ -266,35 +265,20 @@ func (t *Token) fresh(ctx context.Context, p *process.Process) (wire.TokenInfo, 
 	return reply.Info, nil
 }
 
-// classify makes a *pin.Error of an answer of the module, or of its process, about a PIN. Every
-// other failure becomes a *pin.LoginError, but for a failure of the operation itself.
+// classify makes an error of package pin of an answer of the module, or of its process, about a PIN.
+// Every other failure becomes a *pin.LoginError, but for a failure of the operation itself.
 func (t *Token) classify(err error) error {
 	e, ok := errors.AsType[*wire.Error](err)
 	if !ok {
 		return t.loginFailed(err, errors.Is(err, process.ErrGone) && !errors.Is(err, process.ErrRenewed))
 	}
-	tries := pin.TriesUnknown
-	if e.HasInfo {
-		tries = pin.TriesOf(e.Info.Flags)
+	if refusal := pin.Refusal(t.ID.Label, err); refusal != nil {
+		return refusal
 	}
-	tried := e.Function == "C_Login"
-	switch {
-	case e.Reason == wire.ReasonPINLocked || tried && wire.IsRV(err, wire.CKRPINLocked):
-		return &pin.Error{Token: t.ID.Label, Tries: pin.TriesNone, Tried: tried, Err: err}
-	case e.Reason == wire.ReasonLastTry:
-		return &pin.Error{Token: t.ID.Label, Tries: pin.TriesLast, Err: errors.New("one try is left")}
-	case tried && wire.IsRV(err, wire.CKRPINIncorrect, wire.CKRPINInvalid, wire.CKRPINLenRange):
-		return &pin.Error{Token: t.ID.Label, Tries: tries, Tried: true, Err: err}
-	case wire.IsRV(err, wire.CKRPINExpired):
-		return fmt.Errorf("the PIN of token %q has expired and must be changed: %w", t.ID.Label, err)
-	case wire.IsRV(err, wire.CKRUserPINNotInitialized):
-		return fmt.Errorf("token %q has no PIN yet: set one first (pkcs11-tool --init-pin): %w", t.ID.Label, err)
-	case wire.IsRV(err, wire.CKRFunctionCanceled):
-		return pin.ErrCancelled
-	case slices.Contains(operations, e.Function):
+	if slices.Contains(operations, e.Function) {
 		return err
 	}
-	return t.loginFailed(err, tried)
+	return t.loginFailed(err, e.Function == "C_Login")
 }
 
 // loginFailed makes a failure one of a login, unless the failure says so itself. attempted
@@ -317,9 +301,7 @@ var operations = []string{"C_SignInit", "C_Sign", "C_DecryptInit", "C_Decrypt", 
 
 // isLoginError reports whether an error is about a login and not about an operation.
 func isLoginError(err error) bool {
-	_, refused := errors.AsType[*pin.Error](err)
-	_, failed := errors.AsType[*pin.LoginError](err)
-	return refused || failed || errors.Is(err, pin.ErrCancelled) || errors.Is(err, ErrClosed)
+	return pin.IsFailure(err) || errors.Is(err, ErrClosed)
 }
 
 // operateWithPIN does an operation with a key that wants its PIN each time. The requests for such

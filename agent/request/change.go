@@ -85,9 +85,19 @@ type TokenLogin struct {
 type LoginAnswer struct {
 	// Already says that a login is in force or not needed: the agent tried nothing.
 	Already bool
-	// Tries is what the token says is left of the tries: ok, low, last, locked.
-	Tries string
+	Tries   Tries
 }
+
+// Tries tells how many tries for the PIN of a token are left.
+type Tries string
+
+// The values of Tries. Clients read them.
+const (
+	TriesOK     Tries = "ok" // or the token does not tell
+	TriesLow    Tries = "low"
+	TriesLast   Tries = "last"
+	TriesLocked Tries = "locked"
+)
 
 // Is tells whether the hop means a host with this key, which may be a certificate.
 func (h *Hop) Is(key ssh.PublicKey) bool {

@@ -38,7 +38,7 @@ func TestControl(t *testing.T) {
 	if text, err := c.Status(t.Context(), "pkcs11:token=a"); err != nil || string(text) != `{"version":"1"}` {
 		t.Errorf("status: %s, %v", text, err)
 	}
-	want := ControlAnswer{LoginAnswer: request.LoginAnswer{Already: true, Tries: "low"}}
+	want := ControlAnswer{LoginAnswer: request.LoginAnswer{Already: true, Tries: request.TriesLow}}
 	if a, err := c.Login(t.Context(), "pkcs11:", secrettest.Of(t, "12 34\xff")); err != nil || a != want {
 		t.Errorf("login: %+v, %v", a, err)
 	}

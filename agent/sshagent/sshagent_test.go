@@ -164,7 +164,7 @@ func (k *fakeKeyring) Status(_ context.Context, c *request.Caller, provider []by
 
 func (k *fakeKeyring) Login(_ context.Context, c *request.Caller, r request.TokenLogin) (request.LoginAnswer, error) {
 	k.note(call{method: "Login", provider: string(r.Provider), pin: string(r.PIN.Bytes()), caller: c})
-	return request.LoginAnswer{Already: true, Tries: "low"}, agent.MayControl(c)
+	return request.LoginAnswer{Already: true, Tries: request.TriesLow}, agent.MayControl(c)
 }
 
 func (k *fakeKeyring) Logout(_ context.Context, c *request.Caller, provider []byte) error {

@@ -129,7 +129,7 @@ func (t *tokens) Login(ctx context.Context, s request.Selection, given *secret.S
 	}
 	st, _ := t.status(keys[0])
 	if st.LoggedIn || st.Flags&wire.CKFLoginRequired == 0 {
-		answer.Already, answer.Tries = true, string(status.PINOf(st.Tries))
+		answer.Already, answer.Tries = true, status.PINOf(st.Tries)
 		return answer, nil
 	}
 	// The person who gave a PIN in advance was not told of the module.
@@ -138,9 +138,9 @@ func (t *tokens) Login(ctx context.Context, s request.Selection, given *secret.S
 	}
 	err = t.store.LoginTold(ctx, sel.Selector, keys[0], given)
 	st, _ = t.status(keys[0])
-	answer.Tries = string(status.PINOf(st.Tries))
+	answer.Tries = status.PINOf(st.Tries)
 	if e, ok := errors.AsType[*pin.Error](err); ok {
-		answer.Tries = string(status.PINOf(e.Tries))
+		answer.Tries = status.PINOf(e.Tries)
 	}
 	return answer, err
 }

@@ -118,7 +118,7 @@ func TestNotes(t *testing.T) {
 
 // An agent that refuses a PIN says what became of the tries.
 func TestRefused(t *testing.T) {
-	for tries, want := range map[string]string{
+	for tries, want := range map[request.Tries]string{
 		"": "wrong PIN", "ok": "wrong PIN",
 		"low":  "wrong PIN\np11-agent: fewer tries are left",
 		"last": "wrong PIN\np11-agent: ONE TRY IS LEFT: p11-agent login asks whether to use it",

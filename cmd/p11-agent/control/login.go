@@ -194,7 +194,7 @@ func LoginWith(ctx context.Context, a *status.Agent, uri string, pin *secret.Sec
 // refused says why there is no login, and what became of the tries.
 func refused(a sshagent.ControlAnswer) error {
 	text := plain.Line(a.Error)
-	switch status.PIN(a.Tries) {
+	switch a.Tries {
 	case status.PINLast:
 		text += "\np11-agent: ONE TRY IS LEFT: p11-agent login asks whether to use it"
 	case status.PINLow:

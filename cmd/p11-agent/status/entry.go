@@ -3,6 +3,7 @@ package status
 import (
 	"time"
 
+	"p11-agent/agent/request"
 	"p11-agent/token"
 	"p11-agent/token/pin"
 	"p11-agent/token/wire"
@@ -67,14 +68,14 @@ func NewModuleEntry(m token.ModuleStatus) ModuleEntry {
 }
 
 // A PIN tells how many tries for the PIN of a token are left.
-type PIN string
+type PIN = request.Tries
 
 // The values of PIN.
 const (
-	PINOK     PIN = "ok" // or the token does not tell
-	PINLow    PIN = "low"
-	PINLast   PIN = "last"
-	PINLocked PIN = "locked"
+	PINOK     = request.TriesOK
+	PINLow    = request.TriesLow
+	PINLast   = request.TriesLast
+	PINLocked = request.TriesLocked
 )
 
 // PINOf returns the PIN for what a token tells.

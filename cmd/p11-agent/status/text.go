@@ -135,7 +135,7 @@ func (k *Key) style() output.Style {
 
 // style returns the style of the row of a token.
 func (t *Token) style() output.Style {
-	switch s := t.PIN.style(); {
+	switch s := triesStyle(t.PIN); {
 	case s != output.None:
 		return s
 	case !t.Present:
@@ -413,8 +413,8 @@ func shortType(kind string) string {
 	return plain
 }
 
-// style returns the style of the words about the tries for a PIN.
-func (p PIN) style() output.Style {
+// triesStyle returns the style of the words about the tries for a PIN.
+func triesStyle(p PIN) output.Style {
 	switch p {
 	case PINLocked, PINLast:
 		return output.Bad
