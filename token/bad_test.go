@@ -215,8 +215,8 @@ func TestBadModules(t *testing.T) {
 		check    func(t *testing.T, err error, s *token.Store, b *badModule) // checks the outcome of the first signature
 	}{
 		{"signature=wrong", wrong("the token gave a wrong signature")},
-		{"signature=long", wrong("the signature has")},
-		{"signature=empty", wrong("the signature has")},
+		{"signature=long", wrong("the result has")},
+		{"signature=empty", wrong("the result has")},
 		{"mechanisms=lie", func(t *testing.T, err error, _ *token.Store, b *badModule) {
 			noError(t, err)
 			want(t, "calls of C_SignInit", b.calls("C_SignInit"), 2) // with the mechanism that is listed, and with the one that works
