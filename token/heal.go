@@ -271,6 +271,7 @@ func (k *Key) explain(err error, f operation.Function) error {
 		return fmt.Errorf("the token does not let this key %v: %w", f, err)
 	case wire.IsReason(err, wire.ReasonCiphertext):
 		err = operation.ErrCiphertext
+	case errors.Is(err, operation.ErrNotPermitted):
 	default:
 		err = k.token.module.supervisor.Wrap(err)
 	}

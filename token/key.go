@@ -298,6 +298,9 @@ func (k *Key) attempt(ctx context.Context, p *process.Process, plan *operation.P
 		}
 		with.fresh = true
 		now = t.current(k)
+		if plan.Function.Secret() && !k.May(plan.Function) { // which the login has shown
+			return outcome{}, 0, operation.ErrNotPermitted
+		}
 	}
 	login = t.lastLogin()
 	o, err = now.operateOnce(ctx, p, plan, method, with)
