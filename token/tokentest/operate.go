@@ -23,7 +23,7 @@ import (
 )
 
 // message is what the tests of operations sign and encrypt.
-var message = []byte("a message, and nobody else has to know it")
+var message = []byte("a message that stays between two")
 
 // decryptKey returns an RSA key that may decrypt.
 func (s Subject) decryptKey(t *testing.T, st *token.Store) *token.Key {
@@ -343,11 +343,11 @@ func testOperateRefuses(t *testing.T, s Subject) {
 	}
 	k := s.key(t, st)
 	for name, op := range map[string]operation.Operation{
-		"decrypt with an EC key":   {Function: operation.Decrypt, Mechanism: wire.CKMRSAPKCS, Data: make([]byte, 256)},
-		"derive with ECDSA":        {Function: operation.Derive, Mechanism: wire.CKMECDSA},
-		"sign with ECDH":           {Mechanism: wire.CKMECDH1Derive, Params: operation.ECDH1{KDF: wire.CKDNull}},
-		"a function that is none":  {Function: 7, Mechanism: wire.CKMECDSA, Data: make([]byte, 32)},
-		"a mechanism that is none": {Mechanism: 0x8000_0001, Data: make([]byte, 32)},
+		"decrypt with an EC key": {Function: operation.Decrypt, Mechanism: wire.CKMRSAPKCS, Data: make([]byte, 256)},
+		"derive with ECDSA":      {Function: operation.Derive, Mechanism: wire.CKMECDSA},
+		"sign with ECDH":         {Mechanism: wire.CKMECDH1Derive, Params: operation.ECDH1{KDF: wire.CKDNull}},
+		"an unknown function":    {Function: 7, Mechanism: wire.CKMECDSA, Data: make([]byte, 32)},
+		"an unknown mechanism":   {Mechanism: 0x8000_0001, Data: make([]byte, 32)},
 	} {
 		refused(name, k, op, operation.ErrMechanism)
 	}
