@@ -99,7 +99,7 @@ var large = map[string]int{
 	"agent/sshagent":  2500, // one protocol
 	"cmd/bench":       2300, // one program
 	"pinentry":        2300, // one protocol, and the line prompt
-	"token":           5800, // store, token, key and healing share the locks of the store
+	"token":           3400, // store, token, key and healing share the locks of the store
 	"token/module":    3800, // one process, around one library
 	"token/tokentest": 3500, // one suite and its fakes
 	"token/wire":      2000, // one language
