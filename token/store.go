@@ -103,8 +103,9 @@ type Options struct {
 // goroutine.
 type Store struct {
 	// lock order: the lock of a pin.State, then mu, then module.mu, then Token.mu, then the locks
-	// of a Supervisor and of its Readers. No goroutine holds one of them while it waits for a
-	// person, for a process, or for a file that is not the Store's own.
+	// of a Supervisor and of its Readers. None of them is taken under the lock of sources. No
+	// goroutine holds one of them while it waits for a person, for a process, or for a file that is
+	// not the Store's own.
 
 	opts   Options
 	log    *slog.Logger
@@ -121,9 +122,7 @@ type Store struct {
 	keys    atomic.Pointer[snapshot]
 	settled chan struct{} // closed after the first look at every module
 	stirred chan struct{} // one element: see StatusChanged
-
-	// The list of known keys.
-	dirty chan struct{} // one element: the list needs to be written
+	dirty   chan struct{} // one element: the list of known keys needs to be written
 
 	// mu guards the following.
 	mu      sync.Mutex
