@@ -5,8 +5,8 @@
 // and shares the outcome. The package drops a kept PIN at the first refusal and does not try a
 // refused PIN again. The last try needs the consent of a person.
 //
-// Package token says where the PIN of a key comes from and calls the module process. The
-// Asker shows prompts.
+// Package token/pinsource says which token gets the PIN of a URI. Package token calls the module
+// process. The Asker shows prompts.
 package pin
 
 import (
