@@ -26,7 +26,7 @@ func Until(t testing.TB, what string, condition func() bool) {
 	t.Helper()
 	for end := time.Now().Add(Patience); !condition(); time.Sleep(time.Millisecond) {
 		if time.Now().After(end) {
-			t.Fatalf("it did not happen that %s", what)
+			t.Fatalf("waited %v in vain for this: %s", Patience, what)
 		}
 	}
 }
