@@ -103,11 +103,14 @@ check: deps-check build lint test stress conformance packages ## do all that has
 	@cat build/tests
 
 # What check-fast leaves out, besides conformance and packages: the stress test, and tests
-# that boot a whole system.
+# that boot a whole system. With -short, some tests repeat less. lint has run go vet.
+#
+# Most tests wait for other processes rather than work, so more of them run at once than there
+# are processors. The two packages that take longest are first.
 SLOW = ^(TestPIVStress|TestUserManager|TestDesk|TestBoot|TestReadme)$$
 
 check-fast: deps-check build lint ## do the part of check to run before each commit
-	go run ./cmd/testrun -- -timeout 10m -parallel 8 -skip '$(SLOW)' ./...
+	go run ./cmd/testrun -- -short -vet off -timeout 10m -p 3 -parallel 8 -skip '$(SLOW)' ./token ./cmd/p11-agent ./...
 
 demo: deps-demo build ## show the agent at work with a software token
 	build/p11-agent demo

@@ -97,6 +97,7 @@ func calledHere(t *testing.T) []string {
 // Store lists its keys. The agent ends each bad process, starts it again, and reports the
 // failure. When the modules work again, their keys sign.
 func TestEveryCall(t *testing.T) {
+	tokentest.Parallel(t)
 	library := tokentest.BuildBadModule(t)
 	functions := calledHere(t)
 	if len(functions) < 20 {
@@ -199,6 +200,7 @@ func TestEveryCall(t *testing.T) {
 
 // TestBadModules tests other ways in which a module can misbehave.
 func TestBadModules(t *testing.T) {
+	tokentest.Parallel(t)
 	library := tokentest.BuildBadModule(t)
 	good, hsm := newHSM(t, "good"), newHSM(t, "bad")
 	const timeout = 2 * time.Second
@@ -287,6 +289,7 @@ func TestBadModules(t *testing.T) {
 // A module does not close the sessions that it is told to close, and runs out of sessions. Then
 // the agent starts a new process.
 func TestLeakedSessions(t *testing.T) {
+	tokentest.Parallel(t)
 	hsm := newHSM(t, "bad")
 	b := newBad(t, tokentest.BuildBadModule(t), hsm, "bad")
 	b.command("leak limit=5")

@@ -61,6 +61,7 @@ func TestBigLabels(t *testing.T) {
 // searches for each key that the configuration or a client names. These keys sign before and
 // after the first login.
 func TestBigNamed(t *testing.T) {
+	tokentest.Parallel(t)
 	b := newBigToken(t)
 	b.h.GenerateKey("big", tokentest.P256, "78", "gate")
 	b.h.GenerateKey("big", tokentest.P256, "79", "attic")

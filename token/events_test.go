@@ -19,6 +19,7 @@ import (
 
 // Cards come and go while no client sends a request. Each module reports it in its own way.
 func TestPIVEvents(t *testing.T) {
+	tokentest.Parallel(t)
 	for _, tt := range []struct {
 		name, module string
 		waits        bool
@@ -50,6 +51,7 @@ func TestPIVEvents(t *testing.T) {
 
 // One card replaces another, as fast as pcscd can distinguish them.
 func TestPIVReplaced(t *testing.T) {
+	tokentest.Parallel(t)
 	p, c, _, s := pivStore(t, pivcard.Options{Name: "piv", PIN: pivPIN, Keys: map[pivcard.Ref]pivcard.Key{pivcard.Authentication: {}}})
 	idle(t, s)
 	want(t, "waits", s.Modules()[0].Waits, true)
@@ -94,6 +96,7 @@ func switches(t *testing.T, pid int) (n int) {
 // The reader service ends, and returns only after a long time. The agent replaces the process
 // of the module at once, and only once. No client has to send a request for that.
 func TestPIVWithoutPCSCD(t *testing.T) {
+	tokentest.Parallel(t)
 	p, c, person, s := pivStore(t, pivcard.Options{Name: "piv", PIN: pivPIN, Keys: map[pivcard.Ref]pivcard.Key{pivcard.Authentication: {}}})
 	k := tokentest.Key(t, s, "piv", 1)
 	noError(t, tokentest.Sign(t.Context(), k))
@@ -125,6 +128,7 @@ func TestPIVWithoutPCSCD(t *testing.T) {
 // service is back when OpenSC waits again, OpenSC itself repairs it. Otherwise the agent starts
 // a new process.
 func TestPIVPCSCDRestarted(t *testing.T) {
+	tokentest.Parallel(t)
 	p, c, person, s := pivStore(t, pivcard.Options{Name: "piv", PIN: pivPIN, Keys: map[pivcard.Ref]pivcard.Key{pivcard.Authentication: {}}})
 	k := tokentest.Key(t, s, "piv", 1)
 	noError(t, tokentest.Sign(t.Context(), k))
@@ -144,6 +148,7 @@ func TestPIVPCSCDRestarted(t *testing.T) {
 // A look that starts OpenSC again starts a new process, and does not call C_Finalize. A person
 // can go on typing a PIN during the look.
 func TestPIVRescan(t *testing.T) {
+	tokentest.Parallel(t)
 	p := tokentest.StartPCSCD(t)
 	c := tokentest.NewCard(t, pivcard.Options{Name: "piv", PIN: pivPIN, Keys: map[pivcard.Ref]pivcard.Key{pivcard.Authentication: {}}})
 	p.Insert(0, c)
@@ -181,6 +186,7 @@ func TestPIVRescan(t *testing.T) {
 // request may block behind the wait. If the configuration does not say so, the agent finds out
 // before a request has to wait.
 func TestRemoteOneAtATime(t *testing.T) {
+	tokentest.Parallel(t)
 	client := tokentest.Module(t, "p11-kit-client.so")
 	opensc := tokentest.Module(t, "opensc-pkcs11.so")
 	p := tokentest.StartPCSCD(t)
@@ -236,6 +242,7 @@ func badStore(t *testing.T, commands string, env ...string) (*token.Store, func(
 // A module answers no request while it waits for events. The agent starts its process a second
 // time, and reports no failure.
 func TestOneAtATime(t *testing.T) {
+	tokentest.Parallel(t)
 	s, command := badStore(t, "wait serial")
 	tokentest.Until(t, "the module runs", func() bool { return s.Modules()[0].Running })
 	st := s.Modules()[0]
@@ -249,6 +256,7 @@ func TestOneAtATime(t *testing.T) {
 
 // The agent may find out only later, when the module has something to wait for.
 func TestOneAtATimeLater(t *testing.T) {
+	tokentest.Parallel(t)
 	s, command := badStore(t, "serial wait rv=C_WaitForSlotEvent:0x5 slots=0")
 	tokentest.Until(t, "the module runs", func() bool { return s.Modules()[0].Running })
 	pid := s.Modules()[0].PID
@@ -265,6 +273,7 @@ func TestOneAtATimeLater(t *testing.T) {
 // A module loses its readers again and again. The agent starts the module at longer and longer
 // intervals, and the status has the reason.
 func TestLostReaders(t *testing.T) {
+	tokentest.Parallel(t)
 	s, command := badStore(t, "wait")
 	for n := 1; n <= 3; n++ {
 		command("wait rv=C_WaitForSlotEvent:0x5")

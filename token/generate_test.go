@@ -61,6 +61,7 @@ var softKinds = map[keygen.Kind]string{
 // Generate makes a key of each kind, with one prompt for all. Another program confirms the kind
 // and the attributes of each key. Each key signs.
 func TestGenerate(t *testing.T) {
+	tokentest.Parallel(t)
 	h := tokentest.NewSoftHSM(t)
 	h.AddToken("soft", newPIN)
 	person := &tokentest.Person{Always: newPIN}
@@ -201,6 +202,7 @@ func TestGeneratePIN(t *testing.T) {
 
 // A module makes keys that could leave the token. Later it does not destroy such a key either.
 func TestGenerateExtractable(t *testing.T) {
+	tokentest.Parallel(t)
 	library := tokentest.BuildBadModule(t)
 	hsm := newHSM(t, "bad")
 	b := newBad(t, library, hsm, "bad")
@@ -330,6 +332,7 @@ func TestGenerateCancelled(t *testing.T) {
 
 // A TPM makes keys of the kinds that it supports.
 func TestGenerateTPM(t *testing.T) {
+	tokentest.Parallel(t)
 	m := tokentest.NewTPM(t)
 	m.AddToken("tpm", tpmPIN)
 	s := tokentest.Store(t, token.Options{
@@ -350,6 +353,7 @@ func TestGenerateTPM(t *testing.T) {
 // Another program makes keys on a PIV card, and the error names that program. The card does not
 // change.
 func TestGeneratePIV(t *testing.T) {
+	tokentest.Parallel(t)
 	for _, tt := range []struct{ name, module, tool string }{
 		{"OpenSC", "opensc-pkcs11.so", "piv-tool"},
 		{"Yubico", "libykcs11.so*", "ykman"},

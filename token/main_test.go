@@ -27,7 +27,7 @@ func TestMain(m *testing.M) {
 		fmt.Fprintln(os.Stderr, err)
 		os.Exit(1)
 	}
-	os.Exit(terminaltest.Without(m).Run())
+	os.Exit(tokentest.RunAll(terminaltest.Without(m).Run))
 }
 
 var self = []string{"/proc/self/exe"}

@@ -20,6 +20,7 @@ const pivPIN = "Q4829-3"
 // TestPIV runs the suite on a smart card behind the whole stack of PC/SC. Only the card is not
 // real.
 func TestPIV(t *testing.T) {
+	tokentest.Parallel(t)
 	// Keys that may sign and want a PIN once. With a PIN-always key on the card, OpenSC keeps no
 	// PIN, and so repairs less by itself.
 	keys := map[pivcard.Ref]pivcard.Key{
@@ -72,6 +73,7 @@ func TestPIV(t *testing.T) {
 // TestPIVHeals disturbs a Store that is logged in. The next signature succeeds, with at most one
 // more prompt.
 func TestPIVHeals(t *testing.T) {
+	tokentest.Parallel(t)
 	tests := []struct {
 		name   string
 		change func(t *testing.T, p *tokentest.PCSCD, c *pivcard.Card, s *token.Store)
@@ -146,6 +148,7 @@ func pivStore(t *testing.T, o pivcard.Options) (*tokentest.PCSCD, *pivcard.Card,
 
 // TestPIVPolicies counts the prompts for the key in each slot of a card.
 func TestPIVPolicies(t *testing.T) {
+	tokentest.Parallel(t)
 	_, c, person, s := pivStore(t, pivcard.Options{Name: "piv", PIN: pivPIN})
 	sign := func(id byte, prompts int) {
 		t.Helper()
@@ -176,6 +179,7 @@ func TestPIVPolicies(t *testing.T) {
 
 // Another program changes the PIN of the card, and then locks the PIN.
 func TestPIVChangedPIN(t *testing.T) {
+	tokentest.Parallel(t)
 	p, c, person, s := pivStore(t, pivcard.Options{Name: "piv", PIN: pivPIN, Keys: map[pivcard.Ref]pivcard.Key{
 		pivcard.Authentication: {}, pivcard.Signature: {},
 	}})
@@ -205,6 +209,7 @@ func TestPIVChangedPIN(t *testing.T) {
 // signatures meet that at once. That costs one try, with the old PIN. The person types the old
 // PIN, or OpenSC tries it: OpenSC keeps the PIN of a card without a PIN-always key.
 func TestPIVChangedUnderLoad(t *testing.T) {
+	tokentest.Parallel(t)
 	const atOnce = 50
 	for _, always := range []bool{false, true} {
 		t.Run(fmt.Sprintf("PINAlways=%v", always), func(t *testing.T) {

@@ -11,6 +11,7 @@ import (
 
 // A token shows no public half of its keys, neither before nor after a login.
 func TestConfiguredPublicKey(t *testing.T) {
+	tokentest.Parallel(t)
 	for _, kind := range []string{tokentest.RSA2048, tokentest.P256, tokentest.P384, tokentest.P521, tokentest.Ed25519} {
 		for _, shows := range []bool{false, true} {
 			for _, uri := range []string{"pkcs11:token=card;id=%02", "pkcs11:object=two", "pkcs11:token=card;object=two;id=%02"} {

@@ -23,6 +23,7 @@ var pulls = flag.Int("pulls", 4, "how often TestPIVPulls pulls a card under each
 // prompt. The agent gives up no module because its time is over. At the end, no module is in
 // back-off.
 func TestPIVPulls(t *testing.T) {
+	tokentest.Parallel(t)
 	for _, m := range pullModules {
 		t.Run(m.name, func(t *testing.T) {
 			w := newPullWorld(t, m.file, m.label)
@@ -56,6 +57,7 @@ func TestPIVPulls(t *testing.T) {
 // with the same four texts and another PIN. The agent does not try the kept PIN of the first card
 // on the other card.
 func TestPIVNextCardInReader(t *testing.T) {
+	tokentest.Parallel(t)
 	p := tokentest.StartPCSCD(t)
 	card := func(rightPIN string) *pivcard.Card {
 		return tokentest.NewCard(t, pivcard.Options{Name: "piv", Serial: 7, PIN: rightPIN, Keys: map[pivcard.Ref]pivcard.Key{pivcard.Authentication: {}}})

@@ -24,6 +24,7 @@ var remoteKinds = []string{tokentest.RSA2048, tokentest.P256, tokentest.P384, to
 // TestRemote runs the suite on a SoftHSM behind the protocol of p11-kit, like an HSM in the
 // network. Each module process has its own "p11-kit remote".
 func TestRemote(t *testing.T) {
+	tokentest.Parallel(t)
 	h, keys := remoteToken(t)
 	tokentest.Run(t, func(t *testing.T) tokentest.Subject {
 		spec, _ := remoteSpec(t, h)
@@ -49,6 +50,7 @@ func remoteToken(t *testing.T) (*tokentest.SoftHSM, map[string]byte) {
 // TestRemoteHeals ends the connection of a Store that is logged in. The next signature succeeds,
 // with one more prompt.
 func TestRemoteHeals(t *testing.T) {
+	tokentest.Parallel(t)
 	h, _ := remoteToken(t)
 	spec, pid := remoteSpec(t, h)
 	person := &tokentest.Person{Always: "Sesame-4829"}

@@ -68,6 +68,7 @@ func hsmStore(t *testing.T, hsm *tokentest.SoftHSM) (*token.Store, *tokentest.Pe
 // A certificate may have another ID than its private key, or no ID. A login shows the private key.
 // The signature that caused the login uses it, and the key stays in the list.
 func TestLoginShowsOtherID(t *testing.T) {
+	tokentest.Parallel(t)
 	for _, kind := range []string{tokentest.RSA2048, tokentest.P256} {
 		for _, id := range []string{"02", ""} {
 			for _, label := range []string{"login", "certificate"} {
@@ -250,6 +251,7 @@ func selects(t *testing.T, s *token.Store, uri string) string {
 // with such a label selects each key that may have it. After the login, it selects the keys that
 // have it.
 func TestNamesOfHiddenKeys(t *testing.T) {
+	tokentest.Parallel(t)
 	_, _, _, s := pivStore(t, pivcard.Options{Name: "piv", PIN: pivPIN})
 	for _, tt := range []struct{ uri, before, after string }{
 		{"pkcs11:token=piv;id=%01;object=PIV%20AUTH%20key;type=private", "01", "01"},

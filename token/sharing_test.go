@@ -169,7 +169,10 @@ func TestSharing(t *testing.T) {
 				k := s.key()
 				noError(t, tokentest.Sign(t.Context(), k))
 				use := n.start(s)
-				const rounds = 5
+				rounds := 5
+				if testing.Short() {
+					rounds = 2
+				}
 				for range rounds {
 					idle(t, s.store)
 					err := use(t.Context())
@@ -194,7 +197,8 @@ func TestSharing(t *testing.T) {
 	}
 }
 
-// TestSharingAllTheTime lets other programs use the card during fifty signatures. Each time
+// TestSharingAllTheTime lets other programs use the card during fifty signatures (twenty with
+// -short). Each time
 // another program takes the login away, the agent asks a person for the PIN again. Another
 // program may disturb libykcs11 2.2 between its login and the signature. The agent does not
 // try a login twice, so some signatures of libykcs11 fail.
@@ -231,7 +235,11 @@ func TestSharingAllTheTime(t *testing.T) {
 						}
 					}
 				}()
-				const signatures, together = 50, 5
+				const together = 5
+				signatures := 50
+				if testing.Short() {
+					signatures = 20
+				}
 				made := 0
 				for range signatures / together {
 					for range together {
@@ -324,6 +332,7 @@ func names(e *readers.InUseError, program string, n *tokentest.Neighbour) bool {
 // TestReaderInUse requests a signature while another program uses the reader alone. The agent
 // waits for the program. The error names the program if it does not release the reader.
 func TestReaderInUse(t *testing.T) {
+	tokentest.Parallel(t)
 	for _, m := range sharedModules[1:] {
 		for _, h := range holders {
 			t.Run(m.name+"/"+h.name, func(t *testing.T) {
@@ -370,6 +379,7 @@ func TestReaderInUse(t *testing.T) {
 // TestReaderInUseFirst starts the module while another program uses the reader alone. The key
 // shows when the program releases the reader.
 func TestReaderInUseFirst(t *testing.T) {
+	tokentest.Parallel(t)
 	for _, m := range sharedModules[1:] {
 		t.Run(m.name, func(t *testing.T) {
 			var n *tokentest.Neighbour
@@ -390,6 +400,7 @@ func TestReaderInUseFirst(t *testing.T) {
 
 // TestTransaction lets another program hold a transaction. Only signatures wait for its end.
 func TestTransaction(t *testing.T) {
+	tokentest.Parallel(t)
 	for _, m := range sharedModules {
 		t.Run(m.name, func(t *testing.T) {
 			s := newSharer(t, m, nil)
@@ -455,6 +466,7 @@ func TestRelease(t *testing.T) {
 
 // Without a configuration, the agent releases a module only while no token is logged in.
 func TestReleaseKeepsLogin(t *testing.T) {
+	tokentest.Parallel(t)
 	s := newSharer(t, sharedModules[1], func(spec *token.ModuleSpec) { spec.Idle = 50 * time.Millisecond })
 	s.released()
 	k := s.key()
@@ -474,6 +486,7 @@ func TestReleaseKeepsLogin(t *testing.T) {
 
 // A person answers a prompt late. The agent does not release the module during the prompt.
 func TestReleaseWaits(t *testing.T) {
+	tokentest.Parallel(t)
 	s := newSharer(t, sharedModules[1], release(20*time.Millisecond))
 	k := s.key()
 	s.released()
@@ -521,6 +534,7 @@ func TestStartedAnewAgainAndAgain(t *testing.T) {
 // When the module releases the card, pcscd cuts the power of the card. Then the card forgets that
 // the PIN was verified.
 func TestReleaseMakesTheCardForget(t *testing.T) {
+	tokentest.Parallel(t)
 	module := tokentest.Module(t, "opensc-pkcs11.so")
 	p := tokentest.StartPCSCD(t)
 	card := tokentest.NewCard(t, pivcard.Options{Name: "piv", PIN: pivPIN})
@@ -541,6 +555,7 @@ func TestReleaseMakesTheCardForget(t *testing.T) {
 
 // The agent keeps a remembered PIN when it releases the card. So it asks only once.
 func TestReleaseRemembers(t *testing.T) {
+	tokentest.Parallel(t)
 	module := tokentest.Module(t, "opensc-pkcs11.so")
 	p := tokentest.StartPCSCD(t)
 	card := tokentest.NewCard(t, pivcard.Options{Name: "piv", PIN: pivPIN})

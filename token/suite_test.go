@@ -32,6 +32,7 @@ var fakes = []struct {
 }
 
 func TestFake(t *testing.T) {
+	tokentest.Parallel(t)
 	for _, tt := range fakes {
 		t.Run(tt.name, func(t *testing.T) {
 			tokentest.Run(t, func(t *testing.T) tokentest.Subject {
@@ -52,6 +53,7 @@ func TestFake(t *testing.T) {
 }
 
 func TestSoftHSM(t *testing.T) {
+	tokentest.Parallel(t)
 	h := tokentest.NewSoftHSM(t)
 	h.AddToken("soft", "Sesame-4829")
 	for kind, id := range allKinds {

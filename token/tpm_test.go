@@ -16,6 +16,7 @@ const tpmPIN = "Sesame-4829"
 // TestTPM runs the suite on a TPM. Only the chip is not real. Wrong PINs count against the whole
 // TPM, so the suite resets their count before each test.
 func TestTPM(t *testing.T) {
+	tokentest.Parallel(t)
 	m := tokentest.NewTPM(t)
 	m.AddToken("tpm", tpmPIN)
 	keys := make(map[string]byte)
@@ -34,6 +35,7 @@ func TestTPM(t *testing.T) {
 // TestTPMHeals disturbs a Store that is logged in. The next signature succeeds, with at most one
 // more prompt.
 func TestTPMHeals(t *testing.T) {
+	tokentest.Parallel(t)
 	for name, change := range map[string]func(*tokentest.TPM){
 		"Sleep":         (*tokentest.TPM).Sleep,
 		"Reset":         (*tokentest.TPM).Reset,
@@ -71,6 +73,7 @@ func tpmStore(t *testing.T) (*tokentest.TPM, *tokentest.Person, *token.Store) {
 
 // Wrong PINs lock the TPM. The flags of its tokens never show that.
 func TestTPMLockout(t *testing.T) {
+	tokentest.Parallel(t)
 	m, person, s := tpmStore(t)
 	person.Always, person.PINs = "", []string{"wrong-1", "wrong-2", "wrong-3", tpmPIN, tpmPIN}
 	k := tokentest.Key(t, s, "tpm", 1)
@@ -90,6 +93,7 @@ func TestTPMLockout(t *testing.T) {
 
 // A key on the TPM wants its PIN for each signature.
 func TestTPMAlwaysAuthenticate(t *testing.T) {
+	tokentest.Parallel(t)
 	m, person, s := tpmStore(t)
 	m.Run("tpm2_ptool", "addkey", "--label=tpm", "--userpin="+tpmPIN, "--algorithm=ecc256", "--attr-always-authenticate",
 		"--key-label=each", "--id=\x02")
@@ -107,6 +111,7 @@ func TestTPMAlwaysAuthenticate(t *testing.T) {
 // TestTPMFull has more keys than Linux lets one program load into the TPM. The module keeps each
 // used key loaded until a logout, and does not report the reason of the failure.
 func TestTPMFull(t *testing.T) {
+	tokentest.Parallel(t)
 	m, person, s := tpmStore(t)
 	m.Limit(3)
 	const keys = 6

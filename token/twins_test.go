@@ -43,6 +43,7 @@ func twinStore(t *testing.T, person *tokentest.Person, module string, readers ..
 // place of that card, in the same reader or in another reader. The agent does not try the PIN on
 // the other card, with the same module process or with a new process.
 func TestKeptPINIsOfTheCard(t *testing.T) {
+	tokentest.Parallel(t)
 	for _, module := range []string{"opensc-pkcs11.so", "libykcs11.so*"} {
 		for _, tt := range []struct {
 			name   string
@@ -58,7 +59,10 @@ func TestKeptPINIsOfTheCard(t *testing.T) {
 			}},
 			{"SameReaderNewProcess", func(t *testing.T, p *tokentest.PCSCD, b *pivcard.Card, s *token.Store) {
 				// The stopped process does not notice the change.
-				noError(t, unix.Kill(s.Modules()[0].PID, unix.SIGSTOP))
+				tokentest.Until(t, "a process is stopped", func() bool {
+					pid := s.Modules()[0].PID // 0: a process is about to start
+					return pid != 0 && unix.Kill(pid, unix.SIGSTOP) == nil
+				})
 				p.Remove(0)
 				p.Insert(0, b)
 				kill(t, s)
@@ -126,6 +130,7 @@ func kill(t *testing.T, s *token.Store) {
 // Two cards of one name are present at the same time. Each card has its own keys and PIN, and the
 // prompts name the reader. When one card comes or goes, the other card keeps its login.
 func TestTwinCards(t *testing.T) {
+	tokentest.Parallel(t)
 	reader := func(n int) string { return fmt.Sprintf("Virtual PCD 00 %02d", n) }
 	person := &tokentest.Person{ByReader: map[string]string{reader(0): pivPIN, reader(1): twinPIN}, Always: pivPIN}
 	p, open := twinStore(t, person, "opensc-pkcs11.so")
@@ -164,6 +169,7 @@ func TestTwinCards(t *testing.T) {
 
 // A PIN of the configuration is only for the first card that it was used for.
 func TestConfiguredPINIsOfTheCard(t *testing.T) {
+	tokentest.Parallel(t)
 	path := tokentest.Module(t, "opensc-pkcs11.so")
 	p := tokentest.StartPCSCD(t)
 	a, b := twinCards(t)

@@ -24,6 +24,7 @@ import (
 
 	"golang.org/x/sys/unix"
 
+	"p11-agent/agent/peer/proctest"
 	"p11-agent/token/wire"
 )
 
@@ -155,6 +156,7 @@ type Intercept func(ctx context.Context, p *FakeProcess, r wire.Request) bool
 // NewFake makes a Fake without tokens, which ends with the test.
 func NewFake(t testing.TB) *Fake {
 	t.Helper()
+	proctest.Mark(t)
 	path := filepath.Join(TempDir(t), "fake")
 	l, err := net.ListenUnix("unix", &net.UnixAddr{Name: path, Net: "unix"})
 	if err != nil {

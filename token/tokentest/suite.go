@@ -54,11 +54,12 @@ type Subject struct {
 // Store opens a Store on modules and waits until they have been looked at. It is
 // closed when the test ends, and then nothing may be left: no goroutine, no
 // process and no open file. What it logs shows with the test, and may hold none
-// of the secrets.
+// of the secrets. RunAll looks for the files that tests of Parallel leave open.
 func Store(t testing.TB, opts token.Options, secrets ...string) *token.Store {
 	t.Helper()
+	proctest.Mark(t)
 	open := func() int { return proctest.Files(t, os.Getpid(), "pipe:", "socket:") }
-	files, before := open(), proctest.Count(ofStore)
+	files, before := open(), proctest.CountOf(t, ofStore)
 	var log logtest.Buffer
 	opts.Log = slog.New(slog.NewTextHandler(io.MultiWriter(t.Output(), &log), &slog.HandlerOptions{Level: slog.LevelDebug}))
 	s := token.Open(opts)
@@ -77,8 +78,10 @@ func Store(t testing.TB, opts token.Options, secrets ...string) *token.Store {
 				t.Errorf("process %d is left: %v", pid, err)
 			}
 		}
-		Until(t, "every goroutine of the Store ends", func() bool { return proctest.Count(ofStore) <= before })
-		Until(t, "files that were opened are closed", func() bool { return open() <= files })
+		Until(t, "every goroutine of the Store ends", func() bool { return proctest.CountOf(t, ofStore) <= before })
+		if !parallel(t) {
+			Until(t, "files that were opened are closed", func() bool { return open() <= files })
+		}
 		for _, text := range secrets {
 			if strings.Contains(log.String(), text) {
 				t.Error("the log holds a secret")
@@ -92,6 +95,51 @@ func Store(t testing.TB, opts token.Options, secrets ...string) *token.Store {
 	return s
 }
 
+// parallels holds the names of the tests that run side by side.
+var parallels sync.Map
+
+// Parallel lets a test run at the same time as other tests of Parallel.
+func Parallel(t *testing.T) {
+	t.Helper()
+	t.Parallel()
+	parallels.Store(t.Name(), true)
+}
+
+// parallel reports whether a test, or a test that it is a part of, is one of Parallel.
+func parallel(t testing.TB) bool {
+	name := t.Name()
+	for {
+		if _, ok := parallels.Load(name); ok {
+			return true
+		}
+		i := strings.LastIndexByte(name, '/')
+		if i < 0 {
+			return false
+		}
+		name = name[:i]
+	}
+}
+
+// RunAll calls run, which runs the tests of a package, and returns the exit code. RunAll fails if
+// the tests leave pipes or sockets open.
+func RunAll(run func() int) int {
+	open := func() int {
+		n, err := proctest.OpenFiles(os.Getpid(), "pipe:", "socket:")
+		if err != nil {
+			panic(err)
+		}
+		return n
+	}
+	before, code := open(), run()
+	for end := time.Now().Add(patience); code == 0 && open() > before; time.Sleep(time.Millisecond) {
+		if time.Now().After(end) {
+			fmt.Fprintf(os.Stderr, "the tests have left %d pipes and sockets open\n", open()-before)
+			return 1
+		}
+	}
+	return code
+}
+
 // ofStore matches a goroutine that works for a Store.
 func ofStore(g proctest.Goroutine) bool {
 	return strings.Contains(g.Stack, proctest.Methods[token.Store]())
@@ -101,7 +149,7 @@ func ofStore(g proctest.Goroutine) bool {
 func waitForLogins(t testing.TB, n int) {
 	t.Helper()
 	proctest.Until(t, fmt.Sprintf("%d requests wait for a login", n), func() bool {
-		return proctest.Count(func(g proctest.Goroutine) bool { return g.Runs((*pin.State).Share) }) == n
+		return proctest.CountOf(t, func(g proctest.Goroutine) bool { return g.Runs((*pin.State).Share) }) == n
 	})
 }
 

@@ -6,12 +6,16 @@
 package proctest
 
 import (
+	"bytes"
+	"context"
 	"fmt"
 	"os"
 	"path/filepath"
 	"reflect"
 	"runtime"
+	"runtime/pprof"
 	"slices"
+	"strconv"
 	"strings"
 	"testing"
 	"time"
@@ -57,6 +61,51 @@ func Goroutines() (all []Goroutine) {
 // Count returns how many goroutines of Goroutines fulfil a condition.
 func Count(is func(Goroutine) bool) int {
 	return len(slices.DeleteFunc(Goroutines(), func(g Goroutine) bool { return !is(g) }))
+}
+
+// label is the label that holds the name of a test.
+const label = "test"
+
+// Mark labels the goroutine that calls it, and each goroutine that starts from it later, with the
+// name of the test.
+func Mark(t testing.TB) {
+	pprof.SetGoroutineLabels(pprof.WithLabels(context.Background(), pprof.Labels(label, t.Name())))
+}
+
+// CountOf returns how many goroutines that Mark has labelled for the test fulfil a condition. Their
+// State is unknown. Tests that run at the same time do not count each other's goroutines.
+func CountOf(t testing.TB, is func(Goroutine) bool) (n int) {
+	t.Helper()
+	var profile bytes.Buffer
+	if err := pprof.Lookup("goroutine").WriteTo(&profile, 1); err != nil {
+		t.Fatal(err)
+	}
+	labels := fmt.Sprintf("# labels: {%q:%q}\n", label, t.Name())
+	for one := range strings.SplitSeq(profile.String(), "\n\n") {
+		count, frames, ok := strings.Cut(one, labels)
+		if !ok {
+			continue
+		}
+		// The text before the labels ends with the number of such goroutines, and their addresses.
+		count = count[strings.LastIndexByte(strings.TrimSuffix(count, "\n"), '\n')+1:]
+		count, _, _ = strings.Cut(count, " @ ")
+		alike, err := strconv.Atoi(count)
+		if err != nil {
+			t.Fatalf("a goroutine profile has %q: %v", one, err)
+		}
+		// A frame is "#", an address, the function with an offset, and a place.
+		var stack strings.Builder
+		for frame := range strings.Lines(frames) {
+			if fields := strings.Split(frame, "\t"); len(fields) > 2 {
+				function, _, _ := strings.Cut(fields[2], "+0x")
+				stack.WriteString(function + "()\n")
+			}
+		}
+		if is(Goroutine{Stack: stack.String()}) {
+			n += alike
+		}
+	}
+	return n
 }
 
 // Runs tells whether a function is on the stack, such as (*T).Method.
@@ -110,12 +159,21 @@ func NoLeaks(t testing.TB, code ...string) {
 
 // Files counts the open files of a process. kinds are beginnings of their names in /proc,
 // such as "socket:"; none means all.
-func Files(t testing.TB, pid int, kinds ...string) (n int) {
+func Files(t testing.TB, pid int, kinds ...string) int {
 	t.Helper()
+	n, err := OpenFiles(pid, kinds...)
+	if err != nil {
+		t.Fatal(err)
+	}
+	return n
+}
+
+// OpenFiles does the same outside of a test.
+func OpenFiles(pid int, kinds ...string) (n int, err error) {
 	dir := fmt.Sprintf("/proc/%d/fd", pid)
 	list, err := os.ReadDir(dir)
 	if err != nil {
-		t.Fatal(err)
+		return 0, err
 	}
 	for _, e := range list {
 		to, err := os.Readlink(filepath.Join(dir, e.Name())) // the file may have been closed
@@ -123,5 +181,5 @@ func Files(t testing.TB, pid int, kinds ...string) (n int) {
 			n++
 		}
 	}
-	return n
+	return n, nil
 }

@@ -42,3 +42,30 @@ func TestFiles(t *testing.T) {
 		t.Error("there are fewer files than pipes")
 	}
 }
+
+// CountOf counts the goroutines of a test, and not those of another test.
+func TestCountOf(t *testing.T) {
+	block := make(chan struct{})
+	defer close(block)
+	t.Run(`one of "them"`, func(t *testing.T) {
+		Mark(t)
+		for range 3 {
+			go wait(block)
+		}
+	})
+	t.Run("other", func(t *testing.T) {
+		Mark(t)
+		for range 2 {
+			go wait(block)
+		}
+		waits := func(g Goroutine) bool { return g.Runs(wait) }
+		if n := CountOf(t, waits); n != 2 {
+			t.Errorf("got %d goroutines, want 2", n)
+		}
+		if n := CountOf(t, func(g Goroutine) bool { return g.Runs(CountOf) }); n != 1 {
+			t.Errorf("got %d goroutines that count, want 1", n)
+		}
+	})
+}
+
+func wait(c chan struct{}) { <-c }
