@@ -73,7 +73,6 @@ func TestPIV(t *testing.T) {
 // TestPIVHeals disturbs a Store that is logged in. The next signature succeeds, with at most one
 // more prompt.
 func TestPIVHeals(t *testing.T) {
-	tokentest.Parallel(t)
 	tests := []struct {
 		name   string
 		change func(t *testing.T, p *tokentest.PCSCD, c *pivcard.Card, s *token.Store)

@@ -210,9 +210,6 @@ func TestBridgeEndsLeftProcesses(t *testing.T) {
 }
 
 func TestBridgeKillsTheStubborn(t *testing.T) {
-	if testing.Short() {
-		t.Skip("takes the time that commands are given to end")
-	}
 	b, stop := serve(t, BridgeOptions{Command: shell(`trap "" TERM; echo ready; while :; do sleep 1000; done`), Env: []string{"PATH=/usr/bin:/bin"}})
 	r := bufio.NewReader(dial(t, b))
 	if line, err := r.ReadString('\n'); line != "ready\n" {
