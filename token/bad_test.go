@@ -104,6 +104,7 @@ func TestEveryCall(t *testing.T) {
 		t.Fatalf("only %d functions are called: %v", len(functions), functions)
 	}
 	good, hsm := newHSM(t, "good"), newHSM(t, "bad")
+	hsm.GenerateKey("bad", tokentest.RSA2048, "02", "to decrypt with")
 	const timeout = 3 * time.Second
 	for _, tt := range []struct{ command, says string }{
 		{"hang", "did not answer within " + timeout.String()},
@@ -125,11 +126,10 @@ func TestEveryCall(t *testing.T) {
 					return token.Policy{Retention: retention.Rule{Never: k.Token().Label == "C_Logout"}}
 				},
 			}, tokentest.PIN)
-			tokentest.Until(t, "all keys are there", func() bool { return len(s.Keys()) == len(specs) })
 			key := tokentest.Key(t, s, "good", 1)
-			keys := make(map[string]*token.Key)
-			for _, k := range s.Keys() {
-				keys[k.Token().Label] = k
+			keys, decrypting := make(map[string]*token.Key), make(map[string]*token.Key)
+			for _, f := range functions {
+				keys[f], decrypting[f] = tokentest.Key(t, s, f, 1), tokentest.Key(t, s, f, 2)
 			}
 
 			// Clients use the good module and the bad modules. The errors of the bad modules do
@@ -162,14 +162,22 @@ func TestEveryCall(t *testing.T) {
 						t.Error(err)
 					}
 				}
-				switch b.spec.Name {
+				var use func() error
+				switch f := b.spec.Name; f {
 				case "C_Login", "C_Logout", "C_SignInit", "C_Sign":
-					users.Go(func() {
-						for ctx.Err() == nil {
-							_ = tokentest.Sign(ctx, keys[b.spec.Name])
-						}
-					})
+					use = func() error { return tokentest.Sign(ctx, keys[f]) }
+				case "C_DecryptInit", "C_Decrypt":
+					use = func() error { return tokentest.Decrypt(ctx, decrypting[f]) }
+				case "C_DeriveKey":
+					use = func() error { return tokentest.Derive(ctx, keys[f]) }
+				default:
+					continue
 				}
+				users.Go(func() {
+					for ctx.Err() == nil {
+						_ = use()
+					}
+				})
 			}
 			for _, b := range bad {
 				if tt.command == "hang" && b.spec.Name == "C_WaitForSlotEvent" {
@@ -309,6 +317,27 @@ func TestLeakedSessions(t *testing.T) {
 	if n := status(s, "bad").Restarts; n == 0 {
 		t.Error("it is the same process still")
 	}
+}
+
+// A module does not destroy the key object with a derived secret. Then the process closes the session, which destroys
+// the object.
+func TestDerivedSecretStays(t *testing.T) {
+	tokentest.Parallel(t)
+	hsm := newHSM(t, "bad")
+	b := newBad(t, tokentest.BuildBadModule(t), hsm, "bad")
+	s := tokentest.Store(t, token.Options{
+		Modules: []token.ModuleSpec{b.spec}, Command: self, PINs: &tokentest.Person{Always: tokentest.PIN},
+	}, tokentest.PIN)
+	k := tokentest.Key(t, s, "bad", 1)
+	noError(t, tokentest.Derive(t.Context(), k))
+	noError(t, tokentest.Sign(t.Context(), k))
+	before := b.calls("C_CloseSession")
+	b.command("undestroyable")
+	noError(t, tokentest.Derive(t.Context(), k)) // twice
+	b.command("")
+	noError(t, tokentest.Derive(t.Context(), k))
+	want(t, "sessions closed", b.calls("C_CloseSession")-before, 2)
+	want(t, "restarts", status(s, "bad").Restarts, 0)
 }
 
 // The children of a module process end with the process, in each way that it can end.

@@ -218,6 +218,16 @@ func (c ciphertext) decrypt(ctx context.Context, k *token.Key) ([]byte, error) {
 	return k.Operate(ctx, operation.Operation{Function: operation.Decrypt, Mechanism: c.mechanism, Params: c.params, Data: c.data})
 }
 
+// Decrypt makes an RSA key decrypt a message that was encrypted for it (PKCS #1 v1.5), and checks the plaintext.
+func Decrypt(ctx context.Context, k *token.Key) error {
+	//lint:ignore SA1019 clients still use it
+	data, err := rsa.EncryptPKCS1v15(rand.Reader, k.Public().(*rsa.PublicKey), message)
+	if err != nil {
+		return err
+	}
+	return ciphertext{wire.CKMRSAPKCS, nil, data}.check(ctx, k)
+}
+
 // check decrypts, and checks the plaintext.
 func (c ciphertext) check(ctx context.Context, k *token.Key) error {
 	got, err := c.decrypt(ctx, k)
@@ -277,8 +287,8 @@ func testDecrypts(t *testing.T, s Subject) {
 	}
 }
 
-// derive has a key derive, and compares with crypto/ecdh.
-func derive(ctx context.Context, k *token.Key) error {
+// Derive makes a key derive secrets, and compares them with those of crypto/ecdh.
+func Derive(ctx context.Context, k *token.Key) error {
 	pub, err := k.Public().(*ecdsa.PublicKey).ECDH()
 	if err != nil {
 		return err
@@ -319,7 +329,7 @@ func testDerives(t *testing.T, s Subject) {
 	keys := s.deriveKeys(t, st)
 	for _, k := range keys {
 		for range 3 {
-			err := derive(t.Context(), k)
+			err := Derive(t.Context(), k)
 			if errors.Is(err, operation.ErrNotPermitted) { // libykcs11 2.2 says so of every key
 				t.Skipf("the token says that its keys may not derive: %v", err)
 			}

@@ -1033,6 +1033,27 @@ static rv_t C_Sign(ulong h, byte *data, ulong length, byte *signature, ulong *ro
 	return OK;
 }
 
+static rv_t C_DecryptInit(ulong h, struct mechanism *mechanism, ulong key)
+{
+	CALLED;
+	WRAPPED(33, (ulong, struct mechanism *, ulong), (h, mechanism, key));
+	return NOT_SUPPORTED;
+}
+
+static rv_t C_Decrypt(ulong h, byte *data, ulong length, byte *plaintext, ulong *room)
+{
+	CALLED;
+	WRAPPED(34, (ulong, byte *, ulong, byte *, ulong *), (h, data, length, plaintext, room));
+	return NOT_SUPPORTED;
+}
+
+static rv_t C_DeriveKey(ulong h, struct mechanism *mechanism, ulong key, struct attribute *list, ulong count, ulong *derived)
+{
+	CALLED;
+	WRAPPED(62, (ulong, struct mechanism *, ulong, struct attribute *, ulong, ulong *), (h, mechanism, key, list, count, derived));
+	return NOT_SUPPORTED;
+}
+
 static rv_t C_InitToken(ulong slot, byte *pin, ulong length, byte *label)
 {
 	CALLED;
@@ -1120,7 +1141,7 @@ static struct {
 		[12] = C_OpenSession, [13] = C_CloseSession, [15] = C_GetSessionInfo,
 		[18] = C_Login, [19] = C_Logout, [24] = C_GetAttributeValue,
 		[26] = C_FindObjectsInit, [27] = C_FindObjects, [28] = C_FindObjectsFinal,
-		[22] = C_DestroyObject, [42] = C_SignInit, [43] = C_Sign, [59] = C_GenerateKeyPair, [67] = C_WaitForSlotEvent,
+		[22] = C_DestroyObject, [33] = C_DecryptInit, [34] = C_Decrypt, [62] = C_DeriveKey, [42] = C_SignInit, [43] = C_Sign, [59] = C_GenerateKeyPair, [67] = C_WaitForSlotEvent,
 	},
 };
 
