@@ -63,6 +63,7 @@ func TestPIV(t *testing.T) {
 				Wrong: func() int { return card.Counts().Wrong },
 			}
 			if strings.HasPrefix(tt.name, "Yubico") {
+				s.NoDerive = true // libykcs11 2.2 says CKA_DERIVE = false of every key
 				s.Token = fmt.Sprintf("YubiKey PIV #%d", card.Serial())
 			}
 			tokentest.Run(t, func(*testing.T) tokentest.Subject { return s })

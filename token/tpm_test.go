@@ -28,6 +28,7 @@ func TestTPM(t *testing.T) {
 		m.Forgive()
 		return tokentest.Subject{
 			Spec: realSpec("tpm2_pkcs11", m.Module(), m.Env()...), Command: self, Token: "tpm", PIN: tpmPIN, Keys: keys, Wrong: m.Wrong,
+			TPM: true, NoDerive: true,
 		}
 	})
 }

@@ -46,6 +46,8 @@ type Subject struct {
 	Keys    map[string]byte // ID of a key of each kind, such as P256
 	// Decrypts and Derives are IDs of keys for that. 0: those of Keys do.
 	Decrypts, Derives byte
+	NoDerive          bool // the token says that its keys do not derive
+	TPM               bool // without SHA-224; its module has no OAEP with a label
 	// Wrong returns how many wrong PINs have reached the token; nil when it does
 	// not tell.
 	Wrong func() int
