@@ -9,7 +9,8 @@ import (
 	"p11-agent/token/wire"
 )
 
-// names holds the labels and IDs of the objects of a token.
+// names holds the labels and IDs of the key pairs of a token. An object of no pair does not count: a URI with its name may still
+// mean a hidden key.
 type names struct{ labels, ids map[string]bool }
 
 func (x names) add(n pairs.Name) {
