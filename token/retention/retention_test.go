@@ -1,6 +1,7 @@
 package retention
 
 import (
+	"sync"
 	"testing"
 	"testing/synctest"
 	"time"
@@ -65,10 +66,13 @@ type step struct {
 func ends(t *testing.T, session int, kept bool, steps ...step) (after time.Duration) {
 	t.Helper()
 	synctest.Test(t, func(t *testing.T) {
+		var mu sync.Mutex // of what holds the Deadline
 		var d Deadline[int]
 		defer d.Clear()
 		start := time.Now()
 		over := func() {
+			mu.Lock()
+			defer mu.Unlock()
 			if d.Over(session, kept) && after == 0 {
 				after = time.Since(start)
 			}
@@ -77,7 +81,9 @@ func ends(t *testing.T, session int, kept bool, steps ...step) (after time.Durat
 			time.Sleep(s.after)
 			synctest.Wait()
 			if s.session != 0 {
+				mu.Lock()
 				d.Extend(Login[int]{s.session, s.inserted}, s.rule, s.continued, over)
+				mu.Unlock()
 			}
 		}
 		time.Sleep(24 * time.Hour)

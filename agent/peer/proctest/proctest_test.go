@@ -59,9 +59,7 @@ func TestCountOf(t *testing.T) {
 			go wait(block)
 		}
 		waits := func(g Goroutine) bool { return g.Runs(wait) }
-		if n := CountOf(t, waits); n != 2 {
-			t.Errorf("got %d goroutines, want 2", n)
-		}
+		Until(t, "two goroutines wait", func() bool { return CountOf(t, waits) == 2 })
 		if n := CountOf(t, func(g Goroutine) bool { return g.Runs(CountOf) }); n != 1 {
 			t.Errorf("got %d goroutines that count, want 1", n)
 		}
