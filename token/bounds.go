@@ -12,7 +12,7 @@ import (
 var _ [known.MaxTwins - card.MaxTwins]struct{}
 
 // prune forgets absent tokens of which there are too many.
-func (m *module) prune() {
+func (m *moduleState) prune() {
 	s := m.store
 	s.mu.Lock()
 	m.mu.Lock()
@@ -36,7 +36,7 @@ func (m *module) prune() {
 
 // absentLocked returns the tokens that are absent and not in use. The caller holds the locks of the
 // Store and of the module.
-func (m *module) absentLocked() (absent []bounds.Absent) {
+func (m *moduleState) absentLocked() (absent []bounds.Absent) {
 	for id, t := range m.tokens {
 		if !slices.Contains(m.order, t) && !slices.Contains(m.last, t) && !t.pins.InUse() {
 			absent = append(absent, bounds.Absent{ID: id, Size: t.holds(), Home: m.store.homes.Stays(id, m.identity), Left: t.visits.Left()})

@@ -45,7 +45,7 @@ func (t *Token) see(ctx context.Context, p *process.Process, reply *process.List
 }
 
 // hadAtLastLook reports whether a token was present at the last look.
-func (m *module) hadAtLastLook(t *Token) bool {
+func (m *moduleState) hadAtLastLook(t *Token) bool {
 	m.mu.Lock()
 	defer m.mu.Unlock()
 	return slices.Contains(m.last, t)

@@ -44,7 +44,7 @@ func lostByOthers(err error) bool {
 }
 
 // CardsMoved implements readers.Follower. It forgets what belongs to cards that have left.
-func (m *module) CardsMoved(before, now []pcsc.Reader) {
+func (m *moduleState) CardsMoved(before, now []pcsc.Reader) {
 	var left []*Token
 	if readers.AnyLeft(before, now) {
 		for _, t := range m.lastFound() {
@@ -65,7 +65,7 @@ func (m *module) CardsMoved(before, now []pcsc.Reader) {
 
 // ServiceLost implements readers.Follower. Some modules are of no use any more: OpenSC 0.23 signs
 // nothing, does not report it for any slot, and may not even notice.
-func (m *module) ServiceLost() {
+func (m *moduleState) ServiceLost() {
 	for _, t := range m.lastFound() {
 		if t.removable() {
 			t.pins.Wipe()
@@ -82,7 +82,7 @@ func (t *Token) slotNow() wire.Slot {
 }
 
 // lastFound returns the tokens as the last look found them.
-func (m *module) lastFound() []*Token {
+func (m *moduleState) lastFound() []*Token {
 	m.mu.Lock()
 	defer m.mu.Unlock()
 	return m.last
@@ -104,7 +104,7 @@ func (t *Token) mayHaveLeft(before, now []pcsc.Reader) bool {
 // cardsLeft forgets what belongs to cards that have left, and shortens the time for requests about
 // them. listing is the time for the module to list its slots, before requests use it again. 0 means
 // that the module has listed them.
-func (m *module) cardsLeft(left []*Token, listing time.Duration) {
+func (m *moduleState) cardsLeft(left []*Token, listing time.Duration) {
 	gone := func(t *Token) bool { return slices.Contains(left, t) }
 	m.mu.Lock()
 	m.order = slices.DeleteFunc(slices.Clone(m.order), gone)
@@ -128,7 +128,7 @@ func (m *module) cardsLeft(left []*Token, listing time.Duration) {
 
 // SlotsLeft implements supervise.Host. It ignores the report if pcscd reports cards: a module takes
 // a reader for empty while another program uses the reader alone.
-func (m *module) SlotsLeft(slots []wire.SlotID) {
+func (m *moduleState) SlotsLeft(slots []wire.SlotID) {
 	if m.readers.Known() {
 		return
 	}
@@ -145,7 +145,7 @@ func (m *module) SlotsLeft(slots []wire.SlotID) {
 
 // withHeldLocked adds tokens to the tokens of a look: those that were present and whose reader
 // another program uses alone, or did just before. They have not left.
-func (m *module) withHeldLocked(order []*Token, held []pcsc.Reader) []*Token {
+func (m *moduleState) withHeldLocked(order []*Token, held []pcsc.Reader) []*Token {
 	for _, t := range m.last {
 		slot := t.slotNow()
 		if !slices.Contains(order, t) && slices.ContainsFunc(held, func(r pcsc.Reader) bool { return readers.Holds(slot, r) }) {
@@ -157,7 +157,7 @@ func (m *module) withHeldLocked(order []*Token, held []pcsc.Reader) []*Token {
 
 // inUse returns an error for each reader that another program uses alone, as one module sees it, or
 // any module if only is nil.
-func (s *Store) inUse(ctx context.Context, only *module) (all []error) {
+func (s *Store) inUse(ctx context.Context, only *moduleState) (all []error) {
 	seen := make(map[string]bool)
 	for _, m := range s.modulesNow() {
 		if only != nil && m != only {
@@ -241,7 +241,7 @@ func (t *Token) rescanWhileBack(ctx context.Context) error {
 //
 // A login that failed because the card was pulled needs no new process. moves is the number of
 // moves before the login.
-func (m *module) loginBroke(ctx context.Context, p *process.Process, moves uint64, err error) {
+func (m *moduleState) loginBroke(ctx context.Context, p *process.Process, moves uint64, err error) {
 	if e, ok := errors.AsType[*wire.Error](err); ok && e.Function == "C_Login" && wire.IsRV(err, wire.CKRDeviceError, wire.CKRGeneralError) && !m.readers.AwaitMove(ctx, moves) {
 		p.Kill(fmt.Errorf("%w: %w", errAnew, err))
 	}

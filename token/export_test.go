@@ -69,6 +69,6 @@ const (
 
 // Methods that tests find in the stacks of goroutines.
 var (
-	Look    = (*module).Look
+	Look    = (*moduleState).Look
 	TryStay = (*Token).tryStay
 )

@@ -19,7 +19,7 @@ func (s *Store) SetHomes(uris []*pkcs11uri.URI) {
 }
 
 // names reports whether a URI names this module alone.
-func (s *Store) names(u *pkcs11uri.URI, m *module) bool {
+func (s *Store) names(u *pkcs11uri.URI, m *moduleState) bool {
 	s.mu.Lock()
 	defer s.mu.Unlock()
 	return s.homes.Names(u, m.identity)

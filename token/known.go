@@ -22,7 +22,7 @@ const (
 // restore makes the tokens of the list known to the module. A token that was present when
 // the list was written counts as present until the first look at the module. So the keys
 // listed right after the start of the agent are those listed at its end.
-func (m *module) restore(all []known.Token) {
+func (m *moduleState) restore(all []known.Token) {
 	for i := range all {
 		t := &all[i]
 		if m.tokens[t.ID()] != nil {

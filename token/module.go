@@ -28,8 +28,8 @@ const (
 	ReleaseNever = supervise.ReleaseNever
 )
 
-// A module is a PKCS#11 module and its tokens. Its supervisor runs the process, and calls Look.
-type module struct {
+// A moduleState is a PKCS#11 module with its tokens, as the Store knows them. Its supervisor runs the process, and calls Look.
+type moduleState struct {
 	store *Store
 	spec  ModuleSpec
 	// identity is the name of the module for PINs and homes: the name in the configuration, or the
@@ -53,16 +53,16 @@ type module struct {
 }
 
 var (
-	_ supervise.Host   = (*module)(nil)
-	_ readers.Follower = (*module)(nil)
+	_ supervise.Host   = (*moduleState)(nil)
+	_ readers.Follower = (*moduleState)(nil)
 )
 
-func newModule(s *Store, spec ModuleSpec) *module {
+func newModule(s *Store, spec ModuleSpec) *moduleState {
 	file, err := filepath.EvalSymlinks(spec.Path)
 	if err != nil {
 		file = spec.Path // the start fails with the reason
 	}
-	m := &module{store: s, spec: spec, identity: spec.Name, file: file, tokens: make(map[wire.TokenID]*Token)}
+	m := &moduleState{store: s, spec: spec, identity: spec.Name, file: file, tokens: make(map[wire.TokenID]*Token)}
 	m.lines = logfold.ForModule(s.log.Handler())
 	m.log = slog.New(m.lines).With("module", spec.Name)
 	env := registry.Environment(os.Environ(), spec.Env)
@@ -81,16 +81,16 @@ func newModule(s *Store, spec ModuleSpec) *module {
 }
 
 // run keeps the module running until ctx ends.
-func (m *module) run(ctx context.Context) {
+func (m *moduleState) run(ctx context.Context) {
 	defer m.lines.Close()
 	m.supervisor.Run(ctx)
 }
 
 // Ready implements supervise.Host.
-func (m *module) Ready() { m.store.stir() }
+func (m *moduleState) Ready() { m.store.stir() }
 
 // Stopped implements supervise.Host.
-func (m *module) Stopped(drop bool, commit func()) {
+func (m *moduleState) Stopped(drop bool, commit func()) {
 	var gone []*Token
 	m.mu.Lock()
 	commit()
@@ -105,13 +105,13 @@ func (m *module) Stopped(drop bool, commit func()) {
 }
 
 // LoggedIn implements supervise.Host.
-func (m *module) LoggedIn(p *process.Process) bool {
+func (m *moduleState) LoggedIn(p *process.Process) bool {
 	return slices.ContainsFunc(m.known(), func(t *Token) bool { return t.loggedIn(p) })
 }
 
 // LogOut implements supervise.Host. A card may stay verified after the process has ended. The agent
 // keeps the PINs.
-func (m *module) LogOut(ctx context.Context, p *process.Process) {
+func (m *moduleState) LogOut(ctx context.Context, p *process.Process) {
 	for _, t := range m.known() {
 		t.endWith(ctx, p)
 	}
@@ -121,7 +121,7 @@ func (m *module) LogOut(ctx context.Context, p *process.Process) {
 // old keys.
 //
 // Look implements supervise.Host.
-func (m *module) Look(ctx context.Context, p *process.Process, again bool) error {
+func (m *moduleState) Look(ctx context.Context, p *process.Process, again bool) error {
 	before, moves := m.readers.List(ctx), m.readers.Moves()
 	var slots wire.SlotsReply
 	// The agent does not replace a process while a user types a PIN for it.
@@ -198,12 +198,12 @@ func (m *module) Look(ctx context.Context, p *process.Process, again bool) error
 }
 
 // asking reports whether a prompt for the PIN of one of the tokens is open.
-func (m *module) asking() bool {
+func (m *moduleState) asking() bool {
 	return slices.ContainsFunc(m.known(), func(t *Token) bool { return t.pins.Trying() })
 }
 
 // token returns the Token in a slot, and makes one if the slot is new.
-func (m *module) token(slot wire.Slot) *Token {
+func (m *moduleState) token(slot wire.Slot) *Token {
 	m.mu.Lock()
 	defer m.mu.Unlock()
 	t := m.tokens[slot.Token]
@@ -215,21 +215,21 @@ func (m *module) token(slot wire.Slot) *Token {
 }
 
 // present returns the tokens that are present.
-func (m *module) present() []*Token {
+func (m *moduleState) present() []*Token {
 	m.mu.Lock()
 	defer m.mu.Unlock()
 	return m.order
 }
 
 // known returns every token that the agent remembers.
-func (m *module) known() []*Token {
+func (m *moduleState) known() []*Token {
 	m.mu.Lock()
 	defer m.mu.Unlock()
 	return slices.SortedFunc(maps.Values(m.tokens), func(a, b *Token) int { return a.ID.Compare(b.ID) })
 }
 
 // status returns the state of the module and of its tokens.
-func (m *module) status() ModuleStatus {
+func (m *moduleState) status() ModuleStatus {
 	st, there, away := m.statusNow()
 	for i, t := range there { // the locks of pin.States come before the module's
 		t.addPINs(&st.Tokens[i])
@@ -242,7 +242,7 @@ func (m *module) status() ModuleStatus {
 }
 
 // statusNow returns the status without what pin.States adds, and the tokens in its lists.
-func (m *module) statusNow() (st ModuleStatus, there, away []*Token) {
+func (m *moduleState) statusNow() (st ModuleStatus, there, away []*Token) {
 	m.mu.Lock()
 	defer m.mu.Unlock()
 	run := m.supervisor.Status()

@@ -27,7 +27,7 @@ func (s *Store) NewToken(ctx context.Context, module, label string, pin *secret.
 	return "", fmt.Errorf("there is no module %q", module)
 }
 
-func (m *module) newToken(ctx context.Context, label string, pin *secret.Secret) (string, error) {
+func (m *moduleState) newToken(ctx context.Context, label string, pin *secret.Secret) (string, error) {
 	defer m.supervisor.Use()()
 	p, err := m.supervisor.Process(ctx)
 	if err != nil {

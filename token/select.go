@@ -35,7 +35,7 @@ func (t *Token) selectedBy(sel *selection.Selector) bool {
 }
 
 // named returns the module as URIs name it.
-func (m *module) named() homes.Module {
+func (m *moduleState) named() homes.Module {
 	return homes.Module{Identity: m.identity, Name: m.spec.Name, Path: m.spec.Path, File: m.file, ByClient: m.byClient}
 }
 
@@ -50,7 +50,7 @@ func (s *Store) Select(ctx context.Context, sel *selection.Selector) ([]*Key, er
 // SelectOf is Select for a client that reaches some keys only: keys that reached refuses count as
 // missing.
 func (s *Store) SelectOf(ctx context.Context, sel *selection.Selector, reached func(*Key) bool) ([]*Key, error) {
-	var named *module
+	var named *moduleState
 	if sel.File() != "" {
 		var err error
 		if named, err = s.ensureModule(sel.File()); err != nil {
@@ -91,7 +91,7 @@ func (s *Store) SelectOf(ctx context.Context, sel *selection.Selector, reached f
 }
 
 // whyNone returns the reason why sel selects no key.
-func (s *Store) whyNone(ctx context.Context, sel *selection.Selector, named *module) error {
+func (s *Store) whyNone(ctx context.Context, sel *selection.Selector, named *moduleState) error {
 	for _, m := range s.modulesNow() {
 		if named != nil && m != named {
 			continue
@@ -167,7 +167,7 @@ func (s *Store) atHome(meant func(*Token) bool) map[wire.TokenID]*Token {
 }
 
 // ensureModule returns the module of a file. It starts the module when none runs the file.
-func (s *Store) ensureModule(real string) (*module, error) {
+func (s *Store) ensureModule(real string) (*moduleState, error) {
 	s.mu.Lock()
 	defer s.mu.Unlock()
 	if s.closed {

@@ -127,7 +127,7 @@ type Store struct {
 	// mu guards the following.
 	mu      sync.Mutex
 	closed  bool
-	modules []*module
+	modules []*moduleState
 	public  []objects.PublicKey
 	policy  func(*Key) Policy
 	changed chan struct{} // closed and replaced when keys change
@@ -190,7 +190,7 @@ func Open(opts Options) *Store {
 
 // startLocked adds a module and runs it. The Store is open. file is the module's file when a
 // client has named it, and empty otherwise.
-func (s *Store) startLocked(spec ModuleSpec, file string) *module {
+func (s *Store) startLocked(spec ModuleSpec, file string) *moduleState {
 	m := newModule(s, spec)
 	if file != "" {
 		m.identity, m.byClient = file, true
@@ -254,12 +254,12 @@ func (s *Store) publish() {
 	defer s.mu.Unlock()
 	next := &snapshot{generation: s.keys.Load().generation + 1}
 	used := make(map[wire.TokenID]*Token)
-	there := s.tokensLocked((*module).present)
+	there := s.tokensLocked((*moduleState).present)
 	for id, claims := range byID(there) {
 		t := s.claimLocked(id, claims)
 		used[id] = t
 		belongs := s.homes.Of(id)
-		runs := slices.ContainsFunc(s.modules, func(m *module) bool { return m.identity == belongs && m.supervisor.Failure() == nil })
+		runs := slices.ContainsFunc(s.modules, func(m *moduleState) bool { return m.identity == belongs && m.supervisor.Failure() == nil })
 		t.setUsed("", belongs, runs)
 		for _, o := range claims {
 			if o != t {
@@ -272,7 +272,7 @@ func (s *Store) publish() {
 			next.keys = append(next.keys, t.keyList()...)
 		}
 	}
-	known := s.tokensLocked((*module).known)
+	known := s.tokensLocked((*moduleState).known)
 	for id, claims := range byID(known) {
 		if used[id] == nil {
 			belongs := s.homes.Of(id)
@@ -303,7 +303,7 @@ func (s *Store) rewrite() {
 }
 
 // tokensLocked returns tokens of all modules, in the order of modules.
-func (s *Store) tokensLocked(of func(*module) []*Token) (all []*Token) {
+func (s *Store) tokensLocked(of func(*moduleState) []*Token) (all []*Token) {
 	for _, m := range s.modules {
 		all = append(all, of(m)...)
 	}
@@ -320,7 +320,7 @@ func byID(all []*Token) map[wire.TokenID][]*Token {
 }
 
 // modulesNow returns the modules as they are now.
-func (s *Store) modulesNow() []*module {
+func (s *Store) modulesNow() []*moduleState {
 	s.mu.Lock()
 	defer s.mu.Unlock()
 	return slices.Clone(s.modules)

@@ -30,7 +30,7 @@ import (
 // same after the token comes back.
 type Token struct {
 	ID     wire.TokenID
-	module *module
+	module *moduleState
 	use    usage.Usage
 	visits card.Visits
 	pins   *pin.State
@@ -55,7 +55,7 @@ type Token struct {
 }
 
 // newToken makes a Token. The caller holds the module's mu if other goroutines may use the module.
-func newToken(m *module, id wire.TokenID) *Token {
+func newToken(m *moduleState, id wire.TokenID) *Token {
 	t := &Token{ID: id, module: m, pins: m.store.devices.Open(id, m.identity), check: newLoginCheck(), refusesMechanism: make(map[uint64]bool)}
 	t.visits.Restore(m.insertions, time.Time{})
 	return t

@@ -15,7 +15,7 @@ import (
 // and lists name the reader instead.
 
 // numbering numbers the tokens in slots. p reads their objects if several tokens have the same texts.
-func (m *module) numbering(ctx context.Context, p *process.Process, slots []wire.Slot) *card.Numbering {
+func (m *moduleState) numbering(ctx context.Context, p *process.Process, slots []wire.Slot) *card.Numbering {
 	return card.NewNumbering(slots, m.twins, func(slot wire.Slot) (card.Shown, error) {
 		reply, err := p.Objects(ctx, &wire.Objects{Token: slot.Token.Texts(), Slot: slot.ID, Peek: true})
 		if err != nil {
@@ -26,7 +26,7 @@ func (m *module) numbering(ctx context.Context, p *process.Process, slots []wire
 }
 
 // twins returns all remembered tokens with some texts, as the module needs them to number its own.
-func (m *module) twins(texts wire.TokenID) (all []card.Twin) {
+func (m *moduleState) twins(texts wire.TokenID) (all []card.Twin) {
 	for _, o := range m.store.modulesNow() {
 		o.mu.Lock()
 		var tokens []*Token
