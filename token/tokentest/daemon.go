@@ -46,8 +46,10 @@ func launchDaemon(t testing.TB, name, dir string, env, args []string) *daemon {
 	go func() {
 		defer close(d.done)
 		defer out.Close()
-		// The kernel kills the child when the thread ends that has started it.
+		// The kernel kills the child when the thread ends that has started it. The thread goes on
+		// afterwards: it may have started module processes before.
 		runtime.LockOSThread()
+		defer runtime.UnlockOSThread()
 		err := d.cmd.Start()
 		started <- err
 		if err == nil {

@@ -86,8 +86,10 @@ func (b *Bus) Restart() {
 	started, done := make(chan error), make(chan struct{})
 	go func() {
 		defer close(done)
-		// When the thread that has started the child ends, the kernel kills the child.
+		// When the thread that has started the child ends, the kernel kills the child. The thread
+		// goes on afterwards: it may have started other processes before.
 		runtime.LockOSThread()
+		defer runtime.UnlockOSThread()
 		err := cmd.Start()
 		started <- err
 		if err == nil {
