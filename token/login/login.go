@@ -35,7 +35,7 @@ func (s *State) Process() *process.Process { return s.in }
 // Possible returns the process that is logged in, or else the process that began a login and may be logged in.
 func (s *State) Possible() *process.Process { return cmp.Or(s.in, s.attempted) }
 
-// Since returns when the agent noticed the login, or zero if there is none.
+// Since returns when the agent noticed the login. It returns the zero time without a login.
 func (s *State) Since() time.Time {
 	if s.in == nil {
 		return time.Time{}

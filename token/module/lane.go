@@ -20,7 +20,7 @@ type lane struct {
 	t *token
 
 	mu     sync.Mutex
-	id     uint32 // of the request under way; 0: there is none
+	id     uint32 // of the request under way; 0 between requests
 	ctx    context.Context
 	cancel context.CancelFunc // of ctx, which lasts until a request is cancelled
 }

@@ -68,7 +68,7 @@ func newList(dir string, configured ...*pkcs11uri.URI) *List {
 
 func always(*pkcs11uri.URI) bool { return true }
 
-// read returns the PIN of a source; empty: there is none, or it must not go to the token.
+// read returns the PIN of a source. It returns "" if the source has no PIN, or may not give it to the token.
 func read(t *testing.T, s *Source) string {
 	t.Helper()
 	if s == nil || s.Check() != nil || s.Bind() != nil {

@@ -120,9 +120,9 @@ type Supervisor struct {
 	// Readers, and that of a Process, are taken.
 	mu        sync.Mutex
 	state     chan struct{}    // closed and replaced at every change below
-	proc      *process.Process // nil while there is none
+	proc      *process.Process // nil while the module has no process
 	current   *process.Process // proc, from before the module is loaded
-	pid       int              // of the process, from before proc is set; 0: there is none
+	pid       int              // of the process, from before proc is set; 0 without a process
 	info      wire.HelloReply
 	starts    int
 	err       error     // the reason why there is no process
@@ -335,7 +335,7 @@ func (s *Supervisor) Kill(why error) {
 	}
 }
 
-// PID returns the number of the process, also while the process loads the module. 0: there is none.
+// PID returns the number of the process, also while the process loads the module. It returns 0 without a process.
 func (s *Supervisor) PID() int {
 	s.mu.Lock()
 	defer s.mu.Unlock()

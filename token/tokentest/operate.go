@@ -58,7 +58,7 @@ func (s Subject) logIn(t *testing.T, st *token.Store) {
 // A signing is a mechanism with which a key signs, for the standard library to verify.
 type signing struct {
 	mechanism uint64
-	hash      crypto.Hash // of the mechanism, or of the data; 0: there is none
+	hash      crypto.Hash // of the mechanism, or of the data; 0 if nothing is hashed
 	params    operation.Params
 	data      []byte
 }

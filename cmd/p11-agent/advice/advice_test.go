@@ -77,7 +77,7 @@ func TestModule(t *testing.T) {
 	off := "to do without the module, write into the configuration:\n[[module]]\nname = \"m\"\nenabled = false"
 	for _, tt := range []struct {
 		name string
-		file string // of the module; empty: there is none
+		file string // of the module; "" without a file
 		err  error
 		want []string
 	}{
