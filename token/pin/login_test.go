@@ -266,3 +266,43 @@ func TestShare(t *testing.T) {
 		}
 	})
 }
+
+// Each PIN goes to one request, also when requests have the same context.
+func TestShareOneContext(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		s := newState()
+		start := func(f func()) error { go f(); return nil }
+		answer := make(chan *secret.Secret)
+		run := func(ctx context.Context, list *waiting.List) (typed *secret.Secret, err error) {
+			q := waiting.Question{Ask: func(context.Context) error { typed = <-answer; return nil }}
+			err = list.Ask(ctx, q)
+			return typed, err
+		}
+		got := make(chan *secret.Secret, 3)
+		for range cap(got) {
+			go func() {
+				typed, err := s.Share(t.Context(), start, run)
+				if err != nil {
+					t.Error(err)
+				}
+				got <- typed
+			}()
+		}
+		synctest.Wait()
+		pin, err := secret.From([]byte(right))
+		if err != nil {
+			t.Fatal(err)
+		}
+		defer pin.Wipe()
+		answer <- pin
+		givers := 0
+		for range cap(got) {
+			if <-got != nil {
+				givers++
+			}
+		}
+		if givers != 1 {
+			t.Errorf("%d requests got the PIN", givers)
+		}
+	})
+}
