@@ -25,7 +25,7 @@ import (
 const (
 	// listPatience is how long a list may take. The agent's own keys wait for the list,
 	// and so does every ssh that starts.
-	listPatience = 500 * time.Millisecond
+	listPatience = 2 * time.Second
 	// checkPatience is how long an agent that was too slow for a list may take for a check,
 	// which no client waits for.
 	checkPatience  = 10 * time.Second
