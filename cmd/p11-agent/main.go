@@ -19,6 +19,7 @@ import (
 	"p11-agent/cmd/p11-agent/daemon"
 	"p11-agent/cmd/p11-agent/exit"
 	"p11-agent/cmd/p11-agent/output"
+	"p11-agent/cmd/p11-agent/probe"
 	"p11-agent/cmd/p11-agent/prompt"
 	"p11-agent/pinentry"
 	"p11-agent/token"
@@ -38,7 +39,7 @@ func main() {
 		// What lives in a module process is a fraction of the 4 MiB that its heap is
 		// let grow to before garbage is collected. Now it is 2 MiB.
 		debug.SetGCPercent(50)
-		daemon.NameProcess("p11-module")
+		daemon.NameProcess(probe.ModuleProgram)
 		os.Exit(module.Main())
 	}
 	if len(os.Args) > 1 && os.Args[1] == prompt.LinePromptCommand {

@@ -65,6 +65,9 @@ func Ask(ctx context.Context, path string) Agent {
 // Program is the name of this program.
 const Program = "p11-agent"
 
+// ModuleProgram is the name that a module process gives itself.
+const ModuleProgram = "p11-module"
+
 // HasTokenKeys tells whether the agent has keys of tokens, as p11-agent names them.
 func (a Agent) HasTokenKeys() bool { return slices.ContainsFunc(a.Keys, isTokenKey) }
 
