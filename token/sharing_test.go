@@ -11,6 +11,7 @@ import (
 	"slices"
 	"strings"
 	"sync"
+	"sync/atomic"
 	"testing"
 	"time"
 
@@ -198,8 +199,7 @@ func TestSharing(t *testing.T) {
 }
 
 // TestSharingAllTheTime lets other programs use the card during fifty signatures (twenty with
-// -short). Each time
-// another program takes the login away, the agent asks a person for the PIN again. Another
+// -short). Each time another program takes the login away, the agent asks a person for the PIN again. Another
 // program may disturb libykcs11 2.2 between its login and the signature. The agent does not
 // try a login twice, so some signatures of libykcs11 fail.
 func TestSharingAllTheTime(t *testing.T) {
@@ -214,7 +214,8 @@ func TestSharingAllTheTime(t *testing.T) {
 				k := s.key()
 				use := n.start(s)
 				ctx, stop := context.WithCancel(t.Context())
-				var times, disturbed int
+				var times atomic.Int64
+				var disturbed int
 				once := make(chan struct{}, 1) // the program has used the card once more
 				done := make(chan struct{})
 				go func() {
@@ -223,7 +224,7 @@ func TestSharingAllTheTime(t *testing.T) {
 						err := use(t.Context())
 						switch {
 						case err == nil:
-							times++
+							times.Add(1)
 						case n.fragile:
 							disturbed++
 						default:
@@ -236,18 +237,23 @@ func TestSharingAllTheTime(t *testing.T) {
 					}
 				}()
 				const together = 5
+				// The agent logs in this often for one signature. On a busy machine, another
+				// program can end more logins during it.
+				const logins = 3
 				signatures := 50
 				if testing.Short() {
 					signatures = 20
 				}
-				made := 0
+				made, lost := 0, 0
 				for range signatures / together {
 					for range together {
+						before := times.Load()
 						switch err := tokentest.Sign(t.Context(), k); {
 						case err == nil:
 							made++
-						case m.frail:
+						case m.frail, wire.IsRV(err, wire.CKRUserNotLoggedIn) && times.Load()-before > logins:
 							t.Log(err)
+							lost++
 						default:
 							t.Error(err)
 						}
@@ -256,7 +262,7 @@ func TestSharingAllTheTime(t *testing.T) {
 				}
 				stop()
 				tokentest.Wait(t, done)
-				if times == 0 {
+				if times.Load() == 0 {
 					t.Error("the other program never had its way")
 				}
 				c := s.card.Counts()
@@ -265,11 +271,11 @@ func TestSharingAllTheTime(t *testing.T) {
 				case m.frail && made == 0:
 					t.Error("no signature was made")
 				case !m.frail:
-					want(t, "signatures", made, signatures)
+					want(t, "signatures", made+lost, signatures)
 				}
 				tokentest.Until(t, "a signature is made when it is over", func() bool { return tokentest.Sign(t.Context(), k) == nil })
 				t.Logf("numbers: the other program %d times, and %d times disturbed; %d prompts, %d PINs by us, %d signatures",
-					times, disturbed, s.person.Prompts(), c.Right-times*n.right, made)
+					times.Load(), disturbed, s.person.Prompts(), c.Right-int(times.Load())*n.right, made)
 			})
 		}
 	}

@@ -64,7 +64,7 @@ type Run func(ctx context.Context, list *waiting.List) (typed *secret.Secret, er
 //
 // A person who was asked once for a signature is not asked twice: see Run.
 func (s *State) Share(ctx context.Context, start func(func()) error, run Run) (*secret.Secret, error) {
-	// Two callers may have one context. Each has its own here, so that one of them is the giver.
+	// Two callers may have one context. Each has its own here, so that only one is the giver.
 	ctx, cancel := context.WithCancel(ctx)
 	defer cancel()
 	for {
