@@ -44,10 +44,15 @@ func main() {
 	}
 }
 
+// systemPath is the PATH of the tests. go test puts its own directory before it. Wrappers that a
+// developer's shell has in front, such as those of pyenv, can cost more than the programs.
+const systemPath = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"
+
 // run runs go test, and tells whether everything went well.
 func run(out io.Writer, allowed *regexp.Regexp, file string, args []string) (ok bool, err error) {
 	cmd := exec.Command("go", append([]string{"test", "-json"}, args...)...)
 	cmd.Stderr = os.Stderr
+	cmd.Env = append(os.Environ(), "PATH="+systemPath)
 	events, err := cmd.StdoutPipe()
 	if err != nil {
 		return false, err
