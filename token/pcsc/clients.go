@@ -15,6 +15,7 @@ import (
 	"golang.org/x/sys/unix"
 
 	"p11-agent/pinentry/plain"
+	"p11-agent/pinentry/procstat"
 )
 
 // A Client is a process that is connected to pcscd. Only pcscd knows whether the process
@@ -69,7 +70,9 @@ func Clients(ctx context.Context, socket string) (Connections, error) {
 		for _, ino := range inodes {
 			seen[ino] = true
 		}
-		c.Clients = append(c.Clients, Client{PID: pid, Name: programName(pid)})
+		if !inherited(pid, holders) {
+			c.Clients = append(c.Clients, Client{PID: pid, Name: programName(pid)})
+		}
 	}
 	slices.SortFunc(c.Clients, func(a, b Client) int { return a.PID - b.PID })
 	if c.Hidden = len(peers) - len(seen); c.Hidden > 0 {
@@ -240,6 +243,18 @@ func holdersOf(ctx context.Context, sockets map[uint32]bool) (holders map[int][]
 		}
 	}
 	return holders, closed, nil
+}
+
+// inherited tells whether a process has its connections from its parent. A process that starts
+// another has such a child for a moment, until the child runs its own program. A process that has
+// ended since has no connections either.
+func inherited(pid int, holders map[int][]uint32) bool {
+	stat, ok := procstat.Of(pid)
+	if !ok {
+		return true
+	}
+	parents := holders[stat.Parent]
+	return !slices.ContainsFunc(holders[pid], func(ino uint32) bool { return !slices.Contains(parents, ino) })
 }
 
 // socketInode reads a link such as "socket:[4711]".

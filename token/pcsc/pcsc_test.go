@@ -156,6 +156,32 @@ func TestClients(t *testing.T) {
 	}
 }
 
+// A child may have a connection of its parent, as each child has before it runs its own program.
+// The connection is that of the parent.
+func TestInheritedConnection(t *testing.T) {
+	socket := pcsc.Socket(tokentest.StartPCSCD(t).Env())
+	conn, err := net.Dial("unix", socket)
+	noError(t, err)
+	defer conn.Close()
+	file, err := conn.(*net.UnixConn).File()
+	noError(t, err)
+	defer file.Close()
+	child := exec.Command("cat")
+	child.ExtraFiles = []*os.File{file}
+	stdin, err := child.StdinPipe()
+	noError(t, err)
+	noError(t, child.Start())
+	defer func() {
+		noError(t, stdin.Close())
+		noError(t, child.Wait())
+	}()
+	c, err := pcsc.Clients(t.Context(), socket)
+	noError(t, err)
+	if len(c.Clients) != 1 || c.Clients[0].PID != os.Getpid() || c.Hidden != 0 {
+		t.Errorf("connected are %v, and %d hidden processes; the test is %d", c.Clients, c.Hidden, os.Getpid())
+	}
+}
+
 // TestHiddenClient connects processes that do not let other processes look into them.
 // Clients counts their connections as hidden, and suspects the processes with known
 // names. Root may look into every process, so root changes to another user for the test.

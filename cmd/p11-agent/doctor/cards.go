@@ -128,9 +128,8 @@ func findExclusive(r *Group, d probe.PCSCD, reader pcsc.Reader) {
 	var who []string
 	gnupg := false
 	for _, c := range slices.Concat(d.Clients.Clients, d.Clients.Suspects) {
-		// A module process has the name "exe" at first, and has the doctor's files open
-		// for a moment. The doctor's own module processes look at the same readers now.
-		if c.PID == os.Getpid() || slices.Contains([]string{probe.Program, probe.ModuleProgram, "exe"}, c.Name) {
+		// The doctor's own module processes look at the same readers now.
+		if c.PID == os.Getpid() || c.Name == probe.Program || c.Name == probe.ModuleProgram {
 			continue
 		}
 		who = append(who, c.String())
