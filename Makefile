@@ -102,15 +102,18 @@ vuln: ## look for known vulnerabilities in what is called
 check: deps-check build lint test stress conformance packages ## do all that has to pass before a change goes in: 15 minutes on two processors
 	@cat build/tests
 
-# What check-fast leaves out, besides conformance and packages: the stress test, and tests
-# that boot a whole system. With -short, some tests repeat less. lint has run go vet.
+# What check-fast leaves out, besides conformance and packages. A boot is the start of a whole
+# system. LOAD are tests that repeat one thing until a machine is busy: fifty logins at once, a
+# hang or a crash at each call of each module, thousands of objects, signatures or lines of log.
+# They take half of the time of all tests. With -short, some tests repeat less. lint has run go vet.
 #
 # Most tests wait for other processes rather than work, so more of them run at once than there
 # are processors. The two packages that take longest are first.
-SLOW = ^(TestPIVStress|TestUserManager|TestDesk|TestBoot|TestReadme)$$
+BOOT = ^(TestUserManager|TestDesk|TestBoot|TestReadme)$$
+LOAD = ^(TestPIVStress|TestEveryCall|TestSharingAllTheTime|TestLogoutUnderLoad|TestAttack14ManyTokens|TestBigNamed|TestStress|TestPIVPulls)$$|^TestStories$$/^(big-token|heal|lockout|parallel)$$|^TestAttacks$$/^(10-flood|11-log|13-software-signatures)$$
 
 check-fast: deps-check build lint ## do the part of check to run before each commit
-	go run ./cmd/testrun -- -short -vet off -timeout 10m -p 3 -parallel 8 -skip '$(SLOW)' ./token ./cmd/p11-agent ./...
+	go run ./cmd/testrun -- -short -vet off -ldflags=-w -timeout 10m -p 3 -parallel 8 -skip '$(BOOT)|$(LOAD)' ./token ./cmd/p11-agent ./...
 
 demo: deps-demo build ## show the agent at work with a software token
 	build/p11-agent demo

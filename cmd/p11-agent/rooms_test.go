@@ -230,7 +230,7 @@ var rooms = []room{
 	{"token/login", []string{"token/process"}, "what is known of a login is kept without a token at hand"},
 	{"token/objects", []string{"token/bounds", "token/pairs", "token/pkcs11uri", "token/wire"}, "what a look found is kept without a token at hand"},
 	{"token/pairs", []string{"token/wire"}, "key pairs are made of objects without a token at hand"},
-	{"token/pcsc", []string{xsys}, "the users of a reader are found without a module, and without touching a card"},
+	{"token/pcsc", []string{"pinentry/procstat", xsys}, "the users of a reader are found without a module, and without touching a card"},
 	{"token/pkcs11uri", []string{"token/wire", "pinentry/secret"}, "a URI is read and matched without a token at hand"},
 	{
 		"token/process",

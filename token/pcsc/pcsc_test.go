@@ -175,8 +175,12 @@ func TestInheritedConnection(t *testing.T) {
 		noError(t, stdin.Close())
 		noError(t, child.Wait())
 	}()
-	c, err := pcsc.Clients(t.Context(), socket)
-	noError(t, err)
+	var c pcsc.Connections
+	tokentest.Until(t, "pcscd has the connection", func() bool {
+		c, err = pcsc.Clients(t.Context(), socket)
+		noError(t, err)
+		return len(c.Clients) > 0
+	})
 	if len(c.Clients) != 1 || c.Clients[0].PID != os.Getpid() || c.Hidden != 0 {
 		t.Errorf("connected are %v, and %d hidden processes; the test is %d", c.Clients, c.Hidden, os.Getpid())
 	}
