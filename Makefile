@@ -105,15 +105,18 @@ check: deps-check build lint test stress conformance packages ## do all that has
 # What check-fast leaves out, besides conformance and packages. A boot is the start of a whole
 # system. LOAD are tests that repeat one thing until a machine is busy: fifty logins at once, a
 # hang or a crash at each call of each module, thousands of objects, signatures or lines of log.
-# They take half of the time of all tests. With -short, some tests repeat less. lint has run go vet.
+# They take a third of the time of all tests. WAIT are tests that wait one after the other, for tens
+# of seconds in all, until pcscd notices a card or a limit of time has passed. With -short, some tests repeat less. lint has run go vet.
 #
 # Most tests wait for other processes rather than work, so more of them run at once than there
 # are processors. The two packages that take longest are first.
 BOOT = ^(TestUserManager|TestDesk|TestBoot|TestReadme)$$
-LOAD = ^(TestPIVStress|TestEveryCall|TestSharingAllTheTime|TestLogoutUnderLoad|TestAttack14ManyTokens|TestBigNamed|TestStress|TestPIVPulls)$$|^TestStories$$/^(big-token|heal|lockout|parallel)$$|^TestAttacks$$/^(10-flood|11-log|13-software-signatures)$$
+LOAD = ^(TestPIVStress|TestEveryCall|TestSharingAllTheTime|TestLogoutUnderLoad|TestAttack14ManyTokens|TestBigNamed|TestStress|TestPIVPulls)$$|^TestStories$$/^(big-token|lockout|parallel)$$|^TestAttacks$$/^(08-certificates|10-flood|11-log|13-software-signatures)$$
+WAIT = ^(TestBadModules|TestPIVHeals|TestRelease|TestPulledAndModuleHangs)$$|^TestStories$$/^(failure-notice|heal|remote)$$
 
 check-fast: deps-check build lint ## do the part of check to run before each commit
-	go run ./cmd/testrun -- -short -vet off -ldflags=-w -timeout 10m -p 3 -parallel 8 -skip '$(BOOT)|$(LOAD)' ./token ./cmd/p11-agent ./...
+	go run ./cmd/testrun -- -short -vet off -ldflags=-w -timeout 10m -p 4 -parallel 6 -skip '$(BOOT)|$(LOAD)|$(WAIT)' \
+		./token ./cmd/p11-agent ./token/module ./cmd/bench ./pinentry ./token/tokentest ./agent/sshagent ./...
 
 demo: deps-demo build ## show the agent at work with a software token
 	build/p11-agent demo

@@ -310,6 +310,10 @@ func (s *stories) setup(env *testscript.Env) error {
 	}
 	// This runs before testscript removes the directory.
 	env.Defer(func() {
+		if story, ok := env.T().(interface{ Failed() bool }); ok && story.Failed() {
+			log, _ := os.ReadFile(env.Getenv("LOG")) // not every story has an agent
+			env.T().Log("The end of the agent's log:\n" + string(log[max(0, len(log)-8<<10):]))
+		}
 		if err := endLeftovers(work); err != nil {
 			s.t.Errorf("%s: %v", filepath.Base(work), err)
 		}
