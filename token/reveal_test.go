@@ -2,6 +2,7 @@ package token_test
 
 import (
 	"bytes"
+	"context"
 	"crypto"
 	"crypto/ecdsa"
 	"crypto/elliptic"
@@ -11,9 +12,12 @@ import (
 	"crypto/x509/pkix"
 	"encoding/pem"
 	"fmt"
+	"io"
+	"log/slog"
 	"math/big"
 	"slices"
 	"strings"
+	"sync/atomic"
 	"testing"
 
 	"p11-agent/token"
@@ -294,4 +298,42 @@ func TestPadding(t *testing.T) {
 	for _, k := range s.Keys() {
 		noError(t, tokentest.Sign(t.Context(), k))
 	}
+}
+
+// A gate is a log handler that waits at a message, once, after it was armed.
+type gate struct {
+	slog.Handler
+	message          string
+	armed            *atomic.Bool
+	reached, release chan struct{}
+}
+
+func (g gate) Handle(_ context.Context, r slog.Record) error {
+	if r.Message == g.message && g.armed.CompareAndSwap(true, false) {
+		close(g.reached)
+		<-g.release
+	}
+	return nil
+}
+
+func (g gate) WithAttrs([]slog.Attr) slog.Handler { return g }
+
+// A look that began before a login ends after it. It does not hide again what the login has shown.
+func TestLookFromBeforeLogin(t *testing.T) {
+	debug := slog.NewTextHandler(io.Discard, &slog.HandlerOptions{Level: slog.LevelDebug})
+	look := gate{debug, "object is not used", new(atomic.Bool), make(chan struct{}), make(chan struct{})}
+	b := newBench(t, &tokentest.Person{Always: rightPIN}, func(b *bench, o *token.Options) {
+		b.card.Change(1, func(k *tokentest.FakeKey) { k.Public, k.Cert = false, [][]byte{[]byte("no certificate")} })
+		o.Log = slog.New(look)
+	})
+	want(t, "hidden before a login", b.key(1).Hidden(), true)
+	look.armed.Store(true)
+	looked := make(chan error, 1)
+	go func() { looked <- b.store.Rescan(t.Context()) }()
+	tokentest.Wait(t, look.reached)
+	b.mustSign()
+	want(t, "hidden after the login", b.key(1).Hidden(), false)
+	close(look.release)
+	noError(t, <-looked)
+	want(t, "hidden after the old look", b.key(1).Hidden(), false)
 }

@@ -47,6 +47,7 @@ type Token struct {
 	// Its objects.
 	objects          *objects.Set // as the last look found them; nil: there was no look
 	keys             []*Key       // in the order of objects.Pairs
+	began, held      uint64       // numbers of looks: the last that began, and that of objects
 	refusesMechanism map[uint64]bool
 
 	// Its login.
@@ -81,6 +82,8 @@ func (t *Token) look(ctx context.Context, p *process.Process, slot *wire.Slot, o
 	t.endStale(ctx, p)
 	t.mu.Lock()
 	mark := t.logins.Mark()
+	t.began++
+	number := t.began
 	t.mu.Unlock()
 	request := wire.Objects{Token: t.ID, Named: objects.SearchNames(t.wanted())}
 	if slot != nil {
@@ -99,9 +102,14 @@ func (t *Token) look(ctx context.Context, p *process.Process, slot *wire.Slot, o
 	set := t.read(reply, others)
 	t.mu.Lock()
 	defer t.mu.Unlock()
-	t.slot.Info = reply.Info
 	t.logins.Look(mark, p, reply.Info.LoggedIn)
-	t.holdLocked(set)
+	// Looks run side by side. The objects of an older look do not replace those of a newer one: a
+	// login between the two may have shown what the older look did not see.
+	if number > t.held {
+		t.held = number
+		t.slot.Info = reply.Info
+		t.holdLocked(set)
+	}
 	return reply.Size, nil
 }
 

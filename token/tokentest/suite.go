@@ -63,7 +63,11 @@ func Store(t testing.TB, opts token.Options, secrets ...string) *token.Store {
 	open := func() int { return proctest.Files(t, os.Getpid(), "pipe:", "socket:") }
 	files, before := open(), proctest.CountOf(t, ofStore)
 	var log logtest.Buffer
-	opts.Log = slog.New(slog.NewTextHandler(io.MultiWriter(t.Output(), &log), &slog.HandlerOptions{Level: slog.LevelDebug}))
+	var handler slog.Handler = slog.NewTextHandler(io.MultiWriter(t.Output(), &log), &slog.HandlerOptions{Level: slog.LevelDebug})
+	if opts.Log != nil { // the test watches the log, too
+		handler = slog.NewMultiHandler(handler, opts.Log.Handler())
+	}
+	opts.Log = slog.New(handler)
 	s := token.Open(opts)
 	t.Cleanup(func() {
 		var pids []int
