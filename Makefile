@@ -102,11 +102,12 @@ vuln: ## look for known vulnerabilities in what is called
 check: deps-check build lint test stress conformance packages ## do all that has to pass before a change goes in: 15 minutes on two processors
 	@cat build/tests
 
-# What check-fast leaves out, besides conformance and packages. A boot is the start of a whole
-# system. LOAD are tests that repeat one thing until a machine is busy: fifty logins at once, a
+# What check-fast leaves out, besides conformance and packages. Tests of BOOT start a whole
+# system. Tests of LOAD repeat one thing until the machine is busy: fifty logins at once, a
 # hang or a crash at each call of each module, thousands of objects, signatures or lines of log.
-# They take a third of the time of all tests. WAIT are tests that wait one after the other, for tens
-# of seconds in all, until pcscd notices a card or a limit of time has passed. With -short, some tests repeat less. lint has run go vet.
+# They take a third of the time of all tests. Tests of WAIT wait for tens of seconds, until
+# pcscd notices a card or a time limit has passed. With -short, some tests repeat less. lint has
+# run go vet.
 #
 # Most tests wait for other processes rather than work, so more of them run at once than there
 # are processors. The two packages that take longest are first.
